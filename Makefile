@@ -1,0 +1,56 @@
+# make repro: the whole pipeline.  make test: the tests.  See README.md.
+VENV    ?= .venv
+PYTHON  ?= python3
+PROFILE ?=
+# Where torch comes from, e.g. https://download.pytorch.org/whl/cpu for the small CPU build on Linux.
+TORCH_INDEX ?=
+
+BIN  := $(VENV)/bin
+DONE := $(VENV)/.installed
+RUN  := PATH="$(abspath $(BIN)):$$PATH"
+
+.PHONY: setup repro serve test check format bench clean lock
+
+setup: $(DONE)
+
+$(DONE): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"expected Python 3.11 to 3.13, got {sys.version.split()[0]}; set PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25" "setuptools>=77" wheel
+	@# torch first and pinned: everything else finds it there.
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' requirements.lock)"
+	@echo "llama-cpp-python is built from source: about 5 minutes, once"
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m export.converters
+	touch $@
+
+repro: setup
+	$(if $(PROFILE),$(RUN) python -m pipelines.profile $(PROFILE))
+	$(RUN) dvc repro
+	$(RUN) python -m evaluation.compare_all
+	@echo "report: outputs/grit_evaluation.md"
+
+test: setup
+	$(RUN) python -m pytest
+
+check: setup
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy db trainers export evaluation pipelines benchmarks
+
+format: setup
+	$(RUN) ruff format .
+	$(RUN) ruff check --fix .
+
+bench: setup
+	@for script in benchmarks/[a-z]*.py; do $(RUN) python $$script || exit 1; done
+
+# What the stages made; DVC's cache and the environment stay.
+clean:
+	rm -rf data models adapters gguf scores checkpoints outputs
+
+lock: setup
+	$(BIN)/python -m pip freeze --exclude-editable --exclude torch > requirements.lock.partial
+	@echo "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__.split("+")[0])')" >> requirements.lock.partial
+	mv requirements.lock.partial requirements.lock

@@ -1,0 +1,94 @@
+"""Reads single result files into records, noting problems instead of stopping at the first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from db.errors import Problem
+from db.records import SampleRecord
+
+_LINES_SHOWN = 5
+AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
+
+
+@dataclass
+class FileReader:
+    """Collects problems and notes; every file that is read goes into the given digest."""
+
+    root: Path
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def problem(self, path: Path, key: str, message: str) -> None:
+        """Note what is wrong in a file."""
+        self.problems.append(Problem(path.relative_to(self.root).as_posix(), key, message))
+
+    def text(self, path: Path, digest: hashlib._Hash, *, required: bool) -> bytes | None:
+        """Return a file's bytes; a missing file is a problem only when it is required."""
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            if required:
+                self.problem(path, "", "expected this file beside the others, came nothing")
+            return None
+        except OSError as error:
+            self.problem(path, "", f"expected a readable file, came: {error.strerror}")
+            return None
+        digest.update(f"{path.relative_to(self.root).as_posix()}\0{len(content)}\0".encode() + content)
+        return content
+
+    def record(
+        self, path: Path, form: type[AnyRecord], digest: hashlib._Hash, *, required: bool = True
+    ) -> AnyRecord | None:
+        """Return a JSON file in its form, or None with its problems noted."""
+        content = self.text(path, digest, required=required)
+        if content is None:
+            return None
+        try:
+            return form.model_validate_json(content)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                self.problem(path, ".".join(map(str, detail["loc"])), _words(detail))
+        return None
+
+    def samples(self, path: Path, digest: hashlib._Hash) -> list[SampleRecord]:
+        """Return the answered items; of many bad lines only the first few are named."""
+        content = self.text(path, digest, required=True) or b""
+        records: list[SampleRecord] = []
+        seen: set[tuple[str, str]] = set()
+        bad = 0
+        for number, line in enumerate(content.splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                record = SampleRecord.model_validate_json(line)
+            except ValidationError as error:
+                bad += 1
+                if bad <= _LINES_SHOWN:
+                    detail = error.errors(include_url=False)[0]
+                    key = ".".join([f"line {number}", *map(str, detail["loc"])])
+                    self.problem(path, key, _words(detail))
+                continue
+            if (record.split, record.item_id) in seen:
+                self.problem(path, f"line {number}", f"item {record.item_id} given more than once")
+            seen.add((record.split, record.item_id))
+            records.append(record)
+        if bad > _LINES_SHOWN:
+            self.problem(path, "", f"{bad - _LINES_SHOWN} more lines cannot be read")
+        return records
+
+
+def _words(detail: ErrorDetails) -> str:
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] in ("missing", "value_error", "json_invalid"):
+        return message
+    came = detail["input"]
+    shown = came if isinstance(came, str) else json.dumps(came, default=str)
+    return f"{message}, came {shown[:80]!r}" if isinstance(came, str) else f"{message}, came {shown[:80]}"

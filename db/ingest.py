@@ -1,0 +1,236 @@
+"""From the files to the tables, in one transaction; reading the same files again changes nothing."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, delete, insert, select, update
+from sqlalchemy.orm import Session
+
+from db.engine import checkpoint, resolve_url, sqlite_file
+from db.errors import DatabaseError
+from db.models import Artifact, Environment, Metric, MetricDef, Probe, Run, Sample, Speed
+from db.reader import BASE, Bundle, read_results
+from db.rows import (
+    artifact_rows,
+    environment_row,
+    metric_def_rows,
+    metric_rows,
+    run_row,
+    sample_rows,
+    speed_rows,
+)
+from db.session import open_session
+
+_CHILDREN: tuple[tuple[type[Any], Any], ...] = (
+    (Metric, metric_rows),
+    (Sample, sample_rows),
+    (Speed, speed_rows),
+    (Artifact, artifact_rows),
+)
+
+
+@dataclass(frozen=True)
+class IngestSummary:
+    """What an ingest did, counted in runs.
+
+    Attributes:
+        inserted: New experiments.
+        updated: Known experiments whose files or links changed.
+        unchanged: Known experiments with the same files.
+        retired: Runs that were current and are not any more; their rows stay.
+        skipped: A note for each arm and seed that was left out, and other things worth knowing.
+    """
+
+    inserted: int
+    updated: int
+    unchanged: int
+    retired: int
+    skipped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One line of counts, then one line for each note."""
+        counts = (
+            f"{self.inserted} runs inserted, {self.updated} updated, {self.unchanged} unchanged, "
+            f"{self.retired} retired"
+        )
+        return "\n".join([counts, *(f"note: {note}" for note in self.skipped)])
+
+
+def ingest(
+    root: Path,
+    url: str | Path | URL,
+    arms: Iterable[str] | None = None,
+    seeds: Iterable[int] | None = None,
+) -> IngestSummary:
+    """Read the results under a folder into the database.
+
+    Args:
+        root: The folder that holds `scores/`, `gguf/` and `adapters/`.
+        url: The database, created when absent.
+        arms: Arms to read besides the base; None: all.
+        seeds: Seeds to read; None: all. Runs of other arms and seeds stay, but are no longer current.
+
+    Returns:
+        What changed.
+
+    Raises:
+        IngestError: Files are missing or malformed; the database was not opened.
+        DatabaseError: The database could not be written; its old content stands.
+    """
+    bundles, notes = read_results(Path(root), arms, seeds)
+    with open_session(url, write=True) as session:
+        return store(session, bundles, notes)
+
+
+def rebuild(
+    root: Path,
+    url: str | Path | URL,
+    arms: Iterable[str] | None = None,
+    seeds: Iterable[int] | None = None,
+) -> IngestSummary:
+    """Make the database anew from the files alone; superseded runs, which no file describes, go.
+
+    An SQLite file is written beside the old one and takes its place in one step, so a reader sees the old
+    content or the new one. Other databases are emptied and filled in one transaction.
+
+    Raises:
+        IngestError: Files are missing or malformed; the old database stands.
+        DatabaseError: The new database could not be written, or the old one is in use.
+    """
+    path = sqlite_file(resolve_url(url))
+    if path is None:
+        bundles, notes = read_results(Path(root), arms, seeds)
+        with open_session(url, write=True) as session:
+            for table in (Run, Environment, MetricDef):
+                session.execute(delete(table))
+            return store(session, bundles, notes)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        summary = ingest(root, fresh, arms, seeds)
+        _retire_log(path)
+        fresh.replace(path)
+    finally:
+        for suffix in ("", "-wal", "-shm"):
+            fresh.with_name(fresh.name + suffix).unlink(missing_ok=True)
+    return summary
+
+
+def store(session: Session, bundles: list[Bundle], notes: Iterable[str] = ()) -> IngestSummary:
+    """Write bundles into an open database, inside the caller's transaction."""
+    rows = [run_row(bundle) for bundle in bundles]
+    keys = [row["run_key"] for row in rows]
+    known = {run.run_key: run for run in session.scalars(select(Run).where(Run.run_key.in_(keys)))}
+    # Before new runs enter: only one run for each arm and seed may be current.
+    stale = session.scalars(select(Run.id).where(Run.is_current, Run.run_key.not_in(keys))).all()
+    if stale:
+        session.execute(update(Run).where(Run.id.in_(stale)).values(is_current=False))
+    _store_meanings(session, metric_def_rows(bundles))
+
+    current: list[Run] = []
+    inserted: set[str] = set()
+    updated: set[str] = set()
+    for bundle, row in zip(bundles, rows, strict=True):
+        environments = {
+            stage: _environment_id(session, environment_row(record))
+            for stage, record in bundle.stages.items()
+        }
+        run = known.get(row["run_key"])
+        if run is None:
+            run = Run(**row, is_current=True, environment_id=environments["evaluate"])
+            session.add(run)
+            session.flush()
+            inserted.add(run.run_key)
+            _store_children(session, run, bundle)
+        elif run.source_sha256 != row["source_sha256"]:
+            for column, value in row.items():
+                setattr(run, column, value)
+            run.environment_id = environments["evaluate"]
+            for table in (Metric, Sample, Speed, Artifact, Probe):
+                session.execute(delete(table).where(table.run_id == run.id))
+            _store_children(session, run, bundle)
+            updated.add(run.run_key)
+        if not run.is_current:
+            run.is_current = True
+            updated.add(run.run_key)
+        current.append(run)
+    for run in current:
+        reference = _reference_id(run, current)
+        if run.reference_run_id != reference:
+            run.reference_run_id = reference
+            updated.add(run.run_key)
+    session.flush()
+    updated -= inserted
+    lost = [f"{b.label}: no base with the same items and backend, so no differences"
+            for b, run in zip(bundles, current, strict=True)
+            if run.arm != BASE and run.reference_run_id is None]  # fmt: skip
+    return IngestSummary(
+        len(inserted),
+        len(updated),
+        len(bundles) - len(inserted) - len(updated),
+        len(stale),
+        (*notes, *lost),
+    )
+
+
+def _store_children(session: Session, run: Run, bundle: Bundle) -> None:
+    for table, make_rows in _CHILDREN:
+        rows = make_rows(bundle)
+        if rows:
+            session.execute(insert(table), [{"run_id": run.id, **row} for row in rows])
+
+
+def _store_meanings(session: Session, meanings: dict[str, dict[str, Any]]) -> None:
+    known = {meaning.name: meaning for meaning in session.scalars(select(MetricDef))}
+    for name, row in meanings.items():
+        if name not in known:
+            session.add(MetricDef(**row))
+        else:
+            for column, value in row.items():
+                if getattr(known[name], column) != value:
+                    setattr(known[name], column, value)
+    session.flush()
+
+
+def _environment_id(session: Session, row: dict[str, Any]) -> int:
+    found = session.scalars(select(Environment).where(Environment.key == row["key"])).one_or_none()
+    if found is None:
+        found = Environment(**row)
+        session.add(found)
+        session.flush()
+    return found.id
+
+
+def _reference_id(run: Run, current: list[Run]) -> int | None:
+    """The base that was asked the same items through the same backend; the lowest seed, if several."""
+    if run.arm == BASE:
+        return None
+    fair = [
+        base
+        for base in current
+        if base.arm == BASE
+        and base.test_items_sha256 == run.test_items_sha256
+        and base.backend_name == run.backend_name
+    ]
+    return min(fair, key=lambda base: base.seed).id if fair else None
+
+
+def _retire_log(path: Path) -> None:
+    """Empty the old file's write-ahead log: SQLite would replay a left-over one into the new file."""
+    if not path.exists():
+        return
+    try:
+        done = checkpoint(path)
+    except sqlite3.DatabaseError as error:
+        done = "locked" not in str(error)  # a damaged file is what a rebuild is for
+    if not done:
+        raise DatabaseError(
+            f"nobody else at work in {path}", "another process uses it", "end it, then rebuild again"
+        )
+    for suffix in ("-wal", "-shm", "-journal"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)

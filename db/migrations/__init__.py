@@ -1,0 +1,1 @@
+"""Schema migrations: numbered, append-only; a released one is never edited."""

@@ -1,0 +1,96 @@
+"""Reading questions, answered in plain values; only current, finished runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Select, column, func, select, table
+from sqlalchemy.orm import Session
+
+from db.columns import FINAL_STEP
+from db.models import Environment, Metric, MetricDef, Run, Sample, Speed
+from db.values import join_value
+
+VIEWS = ("evaluation_results", "v_leaderboard", "v_probe_summary", "v_parity")
+
+
+@dataclass(frozen=True)
+class FinalMetric:
+    """A number of a finished run.
+
+    Attributes:
+        value: In the unit of its definition; NaN and infinities possible.
+        n: Items behind it, when known.
+    """
+
+    value: float
+    n: int | None
+
+
+def current_runs(session: Session) -> list[Run]:
+    """Return the current, finished runs, base first, then by arm and seed."""
+    runs = session.scalars(select(Run).where(Run.is_current, Run.status == "finished"))
+    return sorted(runs, key=lambda run: (run.arm != "base", run.arm, run.seed))
+
+
+def final_metrics(session: Session, run_ids: Iterable[int]) -> dict[int, dict[tuple[str, str], FinalMetric]]:
+    """Return run id -> (split, name) -> number, parity shares included (split `parity`)."""
+    ids = list(run_ids)
+    found: dict[int, dict[tuple[str, str], FinalMetric]] = {run_id: {} for run_id in ids}
+    query = select(Metric).where(Metric.step == FINAL_STEP, Metric.run_id.in_(ids))
+    for metric in session.scalars(query.order_by(Metric.id)):
+        number = FinalMetric(join_value(metric.value, metric.value_kind), metric.n)
+        found[metric.run_id][metric.split, metric.name] = number
+    return found
+
+
+def curve(session: Session, run_id: int, name: str, split: str = "train") -> list[tuple[int, float]]:
+    """Return a training curve as (optimizer step, value), NaN and infinities included."""
+    query = select(Metric).where(
+        Metric.run_id == run_id, Metric.name == name, Metric.split == split, Metric.step != FINAL_STEP
+    )
+    return [(m.step, join_value(m.value, m.value_kind)) for m in session.scalars(query.order_by(Metric.step))]
+
+
+def metric_meanings(session: Session) -> dict[str, MetricDef]:
+    """Return what each metric means, by name."""
+    return {meaning.name: meaning for meaning in session.scalars(select(MetricDef))}
+
+
+def decode_speeds(session: Session, run_id: int) -> dict[str, float]:
+    """Return tokens per second of decoding, by arm, from this run's own measurements.
+
+    Sum of tokens over sum of time. An arm's run holds the base too, timed alternately in one process.
+    """
+    query = (
+        select(Speed.arm, func.sum(Speed.tokens), func.sum(Speed.nanoseconds))
+        .where(
+            Speed.run_id == run_id,
+            Speed.phase == "decode",
+            Speed.tokens.is_not(None),
+            Speed.nanoseconds.is_not(None),
+        )
+        .group_by(Speed.arm)
+    )
+    return {arm: float(tokens or 0) * 1e9 / float(ns) for arm, tokens, ns in session.execute(query) if ns}
+
+
+def outcomes(session: Session, run_id: int, split: str = "test") -> dict[str, bool]:
+    """Return item id -> answered correctly."""
+    query = select(Sample.item_id, Sample.correct).where(Sample.run_id == run_id, Sample.split == split)
+    return {item_id: correct for item_id, correct in session.execute(query.order_by(Sample.item_id))}
+
+
+def environment(session: Session, run: Run) -> Environment:
+    """Return the machine and packages with which a run was evaluated."""
+    return session.get_one(Environment, run.environment_id)
+
+
+def view(session: Session, name: str) -> list[dict[str, Any]]:
+    """Return the rows of one of `VIEWS`."""
+    if name not in VIEWS:
+        raise ValueError(f"expected one of {', '.join(VIEWS)}, came {name!r}")
+    query: Select[Any] = select(column("*", is_literal=True)).select_from(table(name))
+    return [dict(row) for row in session.execute(query).mappings()]

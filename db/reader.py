@@ -1,0 +1,196 @@
+"""From a folder of results to checked records. Collects every problem before it gives up."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from db.errors import IngestError, Problem
+from db.files import FileReader
+from db.records import HistoryRecord, ParityRecord, RunRecord, SampleRecord, ScoresRecord
+
+BASE = "base"
+"""The arm that is the untouched model: it has no adapter, and it is read whenever any other is."""
+
+_ROUNDING = 0.001
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """All that stands on disk about one arm with one seed.
+
+    Attributes:
+        stages: Stage name to its record; `train` is absent for the base.
+        base_model: The record of `models/base`, for the base only.
+        source_sha256: Hash of all files read for this bundle.
+    """
+
+    arm: str
+    seed: int
+    stages: dict[str, RunRecord]
+    scores: ScoresRecord
+    samples: list[SampleRecord]
+    history: HistoryRecord | None
+    parity: ParityRecord | None
+    base_model: RunRecord | None
+    source_sha256: str
+
+    @property
+    def label(self) -> str:
+        """Arm and seed, as in the folders."""
+        return f"{self.arm}/{self.seed}"
+
+
+@dataclass
+class _TreeReader(FileReader):
+    """Reads the folders of one arm with one seed after the other."""
+
+    def stage(self, folder: str, stage: str, arm: str, seed: int, digest: hashlib._Hash) -> RunRecord | None:
+        path = self.root / folder / arm / str(seed) / "run.json"
+        record = self.record(path, RunRecord, digest)
+        if record is not None:
+            if record.stage != stage:
+                self.problem(path, "stage", f"expected {stage!r}, came {record.stage!r}")
+            self.belongs(path, record.arm, record.seed, arm, seed)
+        return record
+
+    def belongs(self, path: Path, arm: str | None, seed: int | None, own_arm: str, own_seed: int) -> None:
+        """A copied folder must not count as another arm."""
+        if (arm, seed) != (own_arm, own_seed):
+            self.problem(
+                path, "arm, seed", f"expected {own_arm}/{own_seed} as in the path, came {arm}/{seed}"
+            )
+
+    def bundle(self, arm: str, seed: int) -> Bundle | None:
+        """Read one arm with one seed; None when it is not there yet, not finished, or has problems."""
+        label, place = f"{arm}/{seed}", self.root / "scores" / arm / str(seed)
+        digest = hashlib.sha256()
+        if not (place / "run.json").exists() and not (place / "scores.json").exists():
+            self.notes.append(f"{label}: no scores yet")
+            return None
+        before = len(self.problems)
+        folders = {"train": "adapters", "export": "gguf", "evaluate": "scores"}
+        if arm == BASE:
+            del folders["train"]
+        found = {stage: self.stage(folder, stage, arm, seed, digest) for stage, folder in folders.items()}
+        stages = {stage: record for stage, record in found.items() if record is not None}
+        for stage, record in stages.items():
+            if record.status != "finished":
+                why = f": {record.error}" if record.error else ""
+                self.notes.append(f"{label}: skipped, its stage {stage} is {record.status}{why}")
+                del self.problems[before:]  # what an unfinished stage left undone is no fault of the files
+                return None
+        if not (place / "scores.json").exists() and len(self.problems) == before:
+            self.notes.append(f"{label}: no scores yet")
+            return None
+        scores = self.record(place / "scores.json", ScoresRecord, digest)
+        if scores is not None:
+            self.belongs(place / "scores.json", scores.arm, scores.seed, arm, seed)
+        samples = self.samples(place / "samples.jsonl", digest)
+        history = parity = base_model = None
+        if arm == BASE:
+            path = self.root / "models" / "base" / "run.json"
+            base_model = self.record(path, RunRecord, digest, required=False)
+        else:
+            path = self.root / "adapters" / arm / str(seed) / "loss_history.json"
+            history = self.record(path, HistoryRecord, digest)
+            path = self.root / "gguf" / arm / str(seed) / "parity.json"
+            parity = self.record(path, ParityRecord, digest, required=False)
+            if parity is not None:
+                self.belongs(path, parity.arm, parity.seed, arm, seed)
+            elif not path.exists():
+                self.notes.append(f"{label}: no parity.json, so nothing shows that the export is faithful")
+        if len(self.problems) > before or scores is None:
+            return None
+        if stale := _stale(stages):
+            self.notes.append(f"{label}: skipped, {stale}")
+            return None
+        self.agrees(label, scores, samples)
+        return Bundle(
+            arm, seed, stages, scores, samples, history, parity, base_model, digest.hexdigest()
+        )  # fmt: skip
+
+    def agrees(self, label: str, scores: ScoresRecord, samples: list[SampleRecord]) -> None:
+        """The table shows the score and pairs the items, so they had better be the same answers."""
+        test = [sample.correct for sample in samples if sample.split == "test"]
+        share = sum(test) / len(test) if test else None
+        for metric in scores.metrics:
+            if (metric.name, metric.split) == ("aqi_category_accuracy", "test") and (
+                share is None or metric.value is None or abs(share - metric.value) > _ROUNDING
+            ):
+                self.notes.append(f"{label}: scores.json says {metric.value}, samples.jsonl says {share}")
+
+
+def read_results(
+    root: Path, arms: Iterable[str] | None = None, seeds: Iterable[int] | None = None
+) -> tuple[list[Bundle], list[str]]:
+    """Read everything under a folder, or some arms and seeds and always the base.
+
+    Args:
+        root: The folder that holds `scores/`, `gguf/` and `adapters/`.
+        arms: Arms to read; None: all that stand in `scores/`.
+        seeds: Seeds to read; None: all that stand in `scores/<arm>/`.
+
+    Returns:
+        The finished bundles, base first, and a note for each combination that was left out.
+
+    Raises:
+        IngestError: Files are missing or malformed; names all of them.
+    """
+    reader = _TreeReader(root)
+    wanted = None if arms is None else list(arms)
+    numbers = None if seeds is None else list(seeds)
+    bundles = [
+        bundle
+        for arm, seed in _combinations(root, wanted, numbers, reader.notes)
+        if (bundle := reader.bundle(arm, seed)) is not None
+    ]
+    if reader.problems:
+        raise IngestError(reader.problems)
+    return bundles, reader.notes
+
+
+def _combinations(
+    root: Path, arms: Sequence[str] | None, seeds: Sequence[int] | None, notes: list[str]
+) -> list[tuple[str, int]]:
+    scores = root / "scores"
+    if not root.is_dir():
+        raise IngestError([Problem(str(root), "", "expected the project's folder, came nothing")])
+    names = sorted(p.name for p in scores.iterdir() if p.is_dir()) if scores.is_dir() else []
+    found: list[tuple[str, int]] = []
+    for arm in dict.fromkeys([BASE, *(names if arms is None else arms)]):
+        if seeds is not None and arm != BASE:
+            found += [(arm, seed) for seed in dict.fromkeys(seeds)]
+            continue
+        folder = scores / arm
+        inside = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+        notes += [
+            f"{arm}/{name}: skipped, the folder's name is no seed" for name in inside if not _seed(name)
+        ]
+        own = sorted(int(name) for name in inside if _seed(name))
+        if not own:
+            notes.append(f"{arm}: no scores yet")
+        found += [(arm, seed) for seed in own]
+    return found
+
+
+def _seed(name: str) -> bool:
+    # `007` would be read from the folder `7`.
+    return name.isascii() and name.isdigit() and str(int(name)) == name
+
+
+def _stale(stages: dict[str, RunRecord]) -> str | None:
+    """Say how a later stage used another file than the one that now lies in the earlier stage's folder."""
+    made = {
+        artifact.path: (stage, artifact.sha256)
+        for stage, record in stages.items()
+        for artifact in record.artifacts
+    }
+    for stage, record in stages.items():
+        for path, sha256 in record.inputs.items():
+            maker, now = made.get(path, (stage, sha256))
+            if maker != stage and now != sha256:
+                return f"its stage {stage} used an older {path} than {maker} made; run `dvc repro`"
+    return None

@@ -1,0 +1,219 @@
+"""The forms of the JSON files beside the artefacts. Types are strict: "3" is not a number, 1 is not true."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    RootModel,
+    StringConstraints,
+    model_validator,
+)
+
+Stage = Literal["train", "export", "evaluate", "prepare_base", "prepare_data"]
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None
+
+
+def _whole_or_none(value: Any) -> Any:
+    """Measured counts may be missing, written as null or NaN; 640.0 is the count 640."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return int(value) if value.is_integer() else value
+    return value
+
+
+Name = Annotated[str, StringConstraints(min_length=1)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+FiniteOrNone = Annotated[float | None, AfterValidator(_finite_or_none)]
+Measured = Annotated[Count | None, BeforeValidator(_whole_or_none)]
+
+
+class Record(BaseModel):
+    """Strict reading; keys that this version does not know are ignored, so that stages may add some."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class Git(Record):
+    """The code's state. None: not in a repository."""
+
+    commit: str | None
+    dirty: bool | None
+
+
+class Device(Record):
+    """Where a stage ran; memory in bytes."""
+
+    device_class: Name = Field(alias="class")
+    name: str | None = None
+    cores: Count | None = None
+    threads: Count | None = None
+    memory_bytes: Count | None = None
+    platform: str | None = None
+    python: str | None = None
+
+
+class ArtifactRecord(Record):
+    """One file that a stage made."""
+
+    kind: Literal["adapter", "merged_gguf", "adapter_gguf", "base_gguf", "modelfile", "base_model", "dataset"]
+    path: Name
+    sha256: Sha256
+    bytes: Count
+    parent: Sha256 | None = None
+
+
+class RunRecord(Record):
+    """`run.json`: how one stage ran."""
+
+    form: Literal[1] = Field(alias="schema")
+    stage: Stage
+    arm: Name | None
+    seed: Count | None
+    status: Literal["finished", "failed", "running"]
+    error: str | None = None
+    started: AwareDatetime
+    ended: AwareDatetime | None
+    params: dict[str, Any]
+    git: Git
+    packages: dict[str, str | None]
+    device: Device
+    inputs: dict[str, str | None]
+    artifacts: list[ArtifactRecord]
+    prompt_template: str | None = None
+    extra: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunRecord:
+        if self.status == "finished" and self.ended is None:
+            raise ValueError("a finished stage needs the time `ended`")
+        if self.ended is not None and self.ended < self.started:
+            raise ValueError(f"`ended` {self.ended} lies before `started` {self.started}")
+        _refuse_repeats("artifacts with the path", (artifact.path for artifact in self.artifacts))
+        return self
+
+
+class MetricRecord(Record):
+    """One final number; a null value means that it could not be computed."""
+
+    name: Name
+    split: Name
+    value: float | None
+    n: Count | None = None
+
+
+class MetricDefRecord(Record):
+    """What a metric's number means."""
+
+    unit: str
+    direction: Literal["higher", "lower", "none"]
+    description: str
+
+
+class SpeedRecord(Record):
+    """One timed phase, in tokens and nanoseconds."""
+
+    arm: Name
+    phase: Literal["load", "prefill", "decode"]
+    repetition: Count
+    tokens: Measured
+    nanoseconds: Measured
+
+
+class Backend(Record):
+    """What ran the model."""
+
+    name: Name
+    version: Name
+    device_class: Name
+
+
+class ScoresRecord(Record):
+    """`scores.json`: the numbers of one arm with one seed."""
+
+    form: Literal[1] = Field(alias="schema")
+    arm: Name
+    seed: Count
+    model_name: Name
+    backend: Backend
+    test_items_sha256: Sha256
+    metrics: list[MetricRecord]
+    metric_defs: dict[Name, MetricDefRecord]
+    speed: list[SpeedRecord]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScoresRecord:
+        _refuse_repeats("metrics", ((metric.name, metric.split) for metric in self.metrics))
+        _refuse_repeats("speed rows", ((row.arm, row.phase, row.repetition) for row in self.speed))
+        strange = sorted({row.arm for row in self.speed} - {self.arm, "base"})
+        if strange:
+            raise ValueError(f"speed rows of the arms {self.arm} and base expected, came {strange}")
+        for metric in self.metrics:
+            meaning = self.metric_defs.get(metric.name)
+            share = meaning is not None and meaning.unit == "share"
+            if share and metric.value is not None and not 0 <= metric.value <= 1:
+                raise ValueError(f"{metric.name} is a share from 0 to 1, came {metric.value}")
+        return self
+
+
+class SampleRecord(Record):
+    """One line of `samples.jsonl`: one answered item."""
+
+    item_id: Name
+    task: Name
+    split: Name
+    prompt: str
+    truth: str
+    answer: str
+    predicted: FiniteOrNone = None
+    correct: bool
+    abs_error: Annotated[FiniteOrNone, Field(ge=0)] = None
+    prompt_tokens: Measured = None
+    answer_tokens: Measured = None
+
+
+class ParityRecord(Record):
+    """`parity.json`: how far the exported model answers as the trained one does; shares from 0 to 1."""
+
+    form: Literal[1] = Field(alias="schema")
+    arm: Name
+    seed: Count
+    prompts: Count
+    token_ids_equal: Annotated[float, Field(ge=0, le=1)]
+    greedy_equal: Annotated[float, Field(ge=0, le=1)]
+    pairs: dict[Name, Annotated[float, Field(ge=0, le=1)]]
+    first_difference: dict[str, Any] | None = None
+
+
+class HistoryRecord(RootModel[list[dict[str, float | None]]]):
+    """`loss_history.json`: numbers logged during training, each entry with its optimizer `step`."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    @model_validator(mode="after")
+    def _has_steps(self) -> HistoryRecord:
+        for position, entry in enumerate(self.root):
+            step = entry.get("step")
+            if step is None or not math.isfinite(step) or step < 0 or step != int(step):
+                raise ValueError(f"entry {position} needs a `step`, a whole number from 0 up, came {step}")
+        return self
+
+
+def _refuse_repeats(what: str, keys: Iterable[Hashable]) -> None:
+    repeated = [key for key, times in Counter(keys).items() if times > 1]
+    if repeated:
+        raise ValueError(f"{what} {repeated[0]} given more than once")

@@ -1,0 +1,160 @@
+"""From checked records to table rows; no database here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from db.columns import FINAL_STEP
+from db.reader import Bundle
+from db.records import RunRecord
+from db.schema import NEWEST
+from db.values import clean_text, plain, split_value
+
+Row = dict[str, Any]
+
+
+def digest_of(content: Any) -> str:
+    """Hash a JSON value in its canonical form: sorted keys, no spaces."""
+    canonical = json.dumps(plain(content), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+
+
+def run_key(bundle: Bundle) -> str:
+    """Identify the experiment: the same key means that the same thing was run again."""
+    backend = bundle.scores.backend
+    return digest_of(
+        {
+            "variant": bundle.arm,
+            "seed": bundle.seed,
+            "params": {stage: record.params for stage, record in bundle.stages.items()},
+            "inputs": {stage: record.inputs for stage, record in bundle.stages.items()},
+            "backend": [backend.name, backend.version],
+            "device_class": backend.device_class,
+        }
+    )
+
+
+def source_key(bundle: Bundle) -> str:
+    """Identify the content: the files, and the version of the tables that they were read into."""
+    return digest_of([bundle.source_sha256, NEWEST])
+
+
+def environment_row(record: RunRecord) -> Row:
+    """The machine and packages of one stage."""
+    row: Row = plain(record.device.model_dump())
+    row["device_name"] = row.pop("name")
+    row["packages"] = plain(record.packages)
+    return {"key": digest_of(row), **row}
+
+
+def run_row(bundle: Bundle) -> Row:
+    """The columns of `run` that the files decide; environment and reference are the database's to link."""
+    evaluate, scores = bundle.stages["evaluate"], bundle.scores
+    records = bundle.stages.values()
+    dirty = [record.git.dirty for record in records]
+    templates = [r.prompt_template for r in reversed(list(records)) if r.prompt_template is not None]
+    difference = bundle.parity.first_difference if bundle.parity else None
+    return {
+        "run_key": run_key(bundle),
+        "source_sha256": source_key(bundle),
+        "arm": clean_text(bundle.arm),
+        "seed": bundle.seed,
+        "model_name": clean_text(scores.model_name),
+        "status": evaluate.status,
+        "error": plain(evaluate.error),
+        "started": evaluate.started,
+        "ended": evaluate.ended,
+        "stages": {stage: _stage(record) for stage, record in bundle.stages.items()},
+        "params": {stage: plain(record.params) for stage, record in bundle.stages.items()},
+        "inputs": {stage: plain(record.inputs) for stage, record in bundle.stages.items()},
+        "git_commit": plain(evaluate.git.commit),
+        "git_dirty": True if True in dirty else (None if None in dirty else False),
+        "prompt_template": clean_text(templates[0]) if templates else None,
+        "backend_name": clean_text(scores.backend.name),
+        "backend_version": clean_text(scores.backend.version),
+        "device_class": clean_text(scores.backend.device_class),
+        "test_items_sha256": scores.test_items_sha256,
+        "parity_first_difference": plain(difference),
+    }
+
+
+def _stage(record: RunRecord) -> Row:
+    return {
+        "started": record.started.isoformat(),
+        "ended": record.ended.isoformat() if record.ended else None,
+        "git_commit": record.git.commit,
+        "git_dirty": record.git.dirty,
+        "environment": environment_row(record)["key"],
+        "extra": plain(record.extra),
+    }
+
+
+def metric_rows(bundle: Bundle) -> list[Row]:
+    """Final scores, parity shares and the training curve.
+
+    A curve's entry with an `eval_…` number belongs to split `eval`, and the prefix goes. When a trainer
+    logs the same name twice at one step (its closing summary repeats `epoch`), the later one stays.
+    """
+    rows: dict[tuple[str, str, int], Row] = {}
+
+    def add(name: str, split: str, step: int, number: float | None, n: int | None) -> None:
+        value, kind = split_value(number)
+        name, split = clean_text(name), clean_text(split)
+        rows[name, split, step] = {
+            "name": name, "split": split, "step": step, "value": value, "value_kind": kind, "n": n,
+        }  # fmt: skip
+
+    for metric in bundle.scores.metrics:
+        add(metric.name, metric.split, FINAL_STEP, metric.value, metric.n)
+    if bundle.parity:
+        prompts = bundle.parity.prompts
+        add("token_ids_equal", "parity", FINAL_STEP, bundle.parity.token_ids_equal, prompts)
+        add("greedy_equal", "parity", FINAL_STEP, bundle.parity.greedy_equal, prompts)
+        for pair, share in bundle.parity.pairs.items():
+            add(f"pair/{pair}", "parity", FINAL_STEP, share, prompts)
+    for entry in bundle.history.root if bundle.history else []:
+        split = "eval" if any(name.startswith("eval_") for name in entry) else "train"
+        for name, number in entry.items():
+            if name != "step":
+                add(name.removeprefix("eval_"), split, int(entry["step"] or 0), number, None)
+    return list(rows.values())
+
+
+def metric_def_rows(bundles: list[Bundle]) -> dict[str, Row]:
+    """Meanings by metric name; a later arm's words replace an earlier one's."""
+    return {
+        clean_text(name): {"name": clean_text(name), **plain(meaning.model_dump())}
+        for bundle in bundles
+        for name, meaning in bundle.scores.metric_defs.items()
+    }
+
+
+def sample_rows(bundle: Bundle) -> list[Row]:
+    """One row for each answered item."""
+    return [plain(sample.model_dump()) for sample in bundle.samples]
+
+
+def speed_rows(bundle: Bundle) -> list[Row]:
+    """One row for each timed phase."""
+    return [plain(row.model_dump()) for row in bundle.scores.speed]
+
+
+def artifact_rows(bundle: Bundle) -> list[Row]:
+    """Everything the stages made, and for the base what it was made from."""
+    stages = dict(bundle.stages)
+    if bundle.base_model is not None:
+        stages["prepare_base"] = bundle.base_model
+    return [
+        {
+            "stage": stage,
+            "kind": artifact.kind,
+            "path": clean_text(artifact.path),
+            "sha256": artifact.sha256,
+            "bytes": artifact.bytes,
+            "parent_sha256": artifact.parent,
+        }
+        for stage, record in stages.items()
+        for artifact in record.artifacts
+    ]

@@ -1,0 +1,96 @@
+"""Which version of the tables a database has, and bringing it to the newest one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sqlalchemy import Connection, inspect, text
+
+from db.errors import DatabaseError, DatabaseMissingError, SchemaVersionError
+
+REVISIONS: tuple[str, ...] = ("0001",)
+"""All revisions, oldest first. Written here so that readers need not load Alembic to know the newest."""
+
+NEWEST = REVISIONS[-1]
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+def current_revision(connection: Connection) -> str | None:
+    """Return the revision of an open database; None when no migration ever ran on it."""
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+
+
+def check_schema(connection: Connection, place: str) -> None:
+    """Make sure that a reader finds the tables it expects.
+
+    Raises:
+        DatabaseMissingError: There are no tables at all.
+        SchemaVersionError: The tables are older or newer than this code.
+        DatabaseError: The tables are somebody else's.
+    """
+    found = current_revision(connection)
+    if found == NEWEST:
+        return
+    if found is None:
+        _refuse_foreign_tables(connection, place)
+        raise DatabaseMissingError(
+            f"a database with results at {place}", "a database without tables", "run `dvc repro`"
+        )
+    _refuse_newer(found, place)
+    raise SchemaVersionError(
+        f"schema version {NEWEST} in {place}",
+        f"the older version {found}",
+        "run `python -m db.cli ingest`, which upgrades it, or `python -m db.cli rebuild`",
+    )
+
+
+def upgrade(connection: Connection, place: str, revision: str = "head") -> None:
+    """Bring the tables to a revision, inside the caller's transaction: all of it happens or nothing.
+
+    Args:
+        connection: Open, in a transaction that holds the write lock.
+        place: The database as shown in messages.
+        revision: The target, by default the newest.
+
+    Raises:
+        SchemaVersionError: The database is newer than this code.
+        DatabaseError: The tables are somebody else's.
+    """
+    found = current_revision(connection)
+    if found == NEWEST:
+        return
+    if found is None:
+        _refuse_foreign_tables(connection, place)
+    else:
+        _refuse_newer(found, place)
+
+    from alembic import command  # a quarter of a second that readers need not spend
+    from alembic.config import Config
+
+    config = Config()
+    # The value goes through ConfigParser, which reads % as the start of a reference.
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    command.upgrade(config, revision)
+
+
+def _refuse_newer(found: str, place: str) -> None:
+    if found not in REVISIONS:
+        raise SchemaVersionError(
+            f"schema version {NEWEST} in {place}",
+            f"version {found}, which this code does not know (a newer checkout wrote it)",
+            "update this checkout with `git pull`, or remove the file and run `python -m db.cli rebuild`",
+        )
+
+
+def _refuse_foreign_tables(connection: Connection, place: str) -> None:
+    tables = sorted(inspect(connection).get_table_names())
+    if tables and connection.dialect.name == "sqlite":
+        raise DatabaseError(
+            f"a database of this project, or none, at {place}",
+            f"a database with other tables ({', '.join(tables[:5])})",
+            "name another path with --db",
+        )

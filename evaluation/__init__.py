@@ -1,0 +1,1 @@
+"""Tasks, inference backends, scoring, statistics and the comparison of all arms."""

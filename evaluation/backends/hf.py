@@ -1,0 +1,116 @@
+"""Hugging Face transformers as a backend: the reference that exports are held against."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluation.backends import BackendError, Generation
+from evaluation.tasks import render
+
+
+class HfBackend:
+    """Greedy answers from a transformers model, optionally with a PEFT adapter on top (not merged).
+
+    Args:
+        model: Folder or hub id of the base.
+        template: Text round every question, with one `{prompt}`.
+        adapter: PEFT folder.
+        load_kwargs: Passed to `from_pretrained` (revision, trust_remote_code).
+
+    Raises:
+        BackendError: cannot be loaded.
+    """
+
+    name = "hf"
+
+    def __init__(
+        self,
+        model: str,
+        template: str,
+        *,
+        adapter: Path | None = None,
+        load_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        import torch
+        import transformers
+
+        self._torch = torch
+        self.version: str = transformers.__version__
+        self.device_class = "cuda" if torch.cuda.is_available() else "cpu"
+        self._template = template
+        started = time.perf_counter_ns()
+        # fp32 on a CPU: the weights are fp16 on disk and exact in fp32, so only the arithmetic is finer.
+        dtype = torch.bfloat16 if self.device_class == "cuda" else torch.float32
+        kwargs = load_kwargs or {}
+        try:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(model, **kwargs)
+            self._model = transformers.AutoModelForCausalLM.from_pretrained(
+                model, dtype=dtype, use_safetensors=True, **kwargs
+            )
+            if adapter is not None:
+                from peft import PeftModel
+
+                self._model = PeftModel.from_pretrained(self._model, str(adapter))
+        except (OSError, ValueError) as error:
+            raise BackendError(f"{adapter or model}: transformers cannot load it: {error}") from error
+        self._model.to(self.device_class).eval()
+        self._load_ns = time.perf_counter_ns() - started
+        eos = self._model.generation_config.eos_token_id
+        self._end = set(eos if isinstance(eos, list) else [eos]) | {self._tokenizer.eos_token_id}
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a rendered prompt; BOS as the tokenizer's configuration says."""
+        return list(self._tokenizer(text)["input_ids"])
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of ids."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Evaluate a prompt from an empty cache."""
+        with self._torch.inference_mode():
+            out = self._model(
+                input_ids=self._torch.tensor([list(ids)], device=self.device_class), use_cache=True
+            )
+        self._cache, self._next = out.past_key_values, int(out.logits[0, -1].argmax())
+
+    def decode(self, max_tokens: int, *, ignore_end: bool = False, stop: Sequence[str] = ()) -> tuple[list[int], str]:
+        """Greedy continuation of what was evaluated: ids without the end token, and "stop" or "length"."""
+        ids: list[int] = []
+        with self._torch.inference_mode():
+            while len(ids) < max_tokens:
+                if not ignore_end and self._next in self._end:
+                    return ids, "stop"
+                ids.append(self._next)
+                if stop and any(word in self.detokenize(ids) for word in stop):
+                    return ids, "stop"
+                out = self._model(
+                    input_ids=self._torch.tensor([[self._next]], device=self.device_class),
+                    past_key_values=self._cache,
+                    use_cache=True,
+                )
+                self._cache, self._next = out.past_key_values, int(out.logits[0, -1].argmax())
+        return ids, "length"
+
+    def greedy(self, ids: Sequence[int], max_tokens: int) -> list[int]:
+        """Greedy continuation of a prompt, ids in and ids out, without the end token."""
+        self.prefill(ids)
+        return self.decode(max_tokens)[0]
+
+    def generate(self, item_prompt: str, max_tokens: int, stop: Sequence[str] = ()) -> Generation:
+        """See `evaluation.backends.Backend`."""
+        ids = self.tokenize(render(self._template, item_prompt))
+        t0 = time.perf_counter_ns()
+        self.prefill(ids)
+        t1 = time.perf_counter_ns()
+        answer, reason = self.decode(max_tokens, stop=stop)
+        t2 = time.perf_counter_ns()
+        text = self.detokenize(answer)
+        for word in stop:
+            text = text.split(word, 1)[0]
+        return Generation(text, len(ids), len(answer), self._load_ns, t1 - t0, t2 - t1, reason)
+
+    def close(self) -> None:
+        """Free the model."""
+        self._model = None

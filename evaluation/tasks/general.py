@@ -1,0 +1,209 @@
+"""General tasks: what the embedded base model is trained on, and the retention suite that tests it.
+
+Each task is a function of a random generator that returns a question and its only right answer. None of them
+mentions air, pollutants or an index. A question belongs to the held-out part or to the training part by a hash
+of its text, so the suite holds no question that the base was trained on.
+"""
+
+import random
+import re
+import zlib
+from collections.abc import Callable, Iterator
+
+from evaluation.tasks import Item, Score
+
+NAME = "general"
+METRICS = {
+    "retention_accuracy": {
+        "unit": "share",
+        "direction": "higher",
+        "description": "Share of general questions answered right, mean over all items of the retention suite",
+    },
+}
+# One question in HELD_OUT is kept from training.
+HELD_OUT = 10
+
+WORDS = tuple(
+    (
+        "apple river stone maple window garden silver orange table bridge candle forest harbor island jacket kettle "
+        "ladder market needle ocean pepper quilt rabbit school tunnel umbrella valley wagon yellow zebra anchor basket "
+        "carpet dragon engine feather guitar hammer insect jungle kitten lemon mirror nature office pencil queen "
+        "ribbon summer ticket useful violin winter young active bright clever dear early fast gentle happy idle jolly "
+        "kind large merry new old proud quiet rapid small tall usual vivid warm group level health person "
+        "very good poor rich moderate careful simple open round sharp north south east west spring autumn "
+        "animal bread cloud dinner evening flower grass house iron juice knife light mountain night paper "
+        "road sugar train uncle voice water year sensitive hazard healthy unusual under above below for"
+    ).split()
+)
+
+Question = tuple[str, str]
+
+
+def _pick(rng: random.Random, *wordings: str) -> str:
+    return rng.choice(wordings)
+
+
+def _number(rng: random.Random) -> int:
+    """A number of one to three digits; two digits twice as often as one or three."""
+    return rng.choice((rng.randint(0, 9), rng.randint(10, 99), rng.randint(10, 99), rng.randint(100, 999)))
+
+
+def addition(rng: random.Random) -> Question:
+    """Sum of two numbers below 100."""
+    a, b = rng.randint(0, 99), rng.randint(0, 99)
+    return _pick(rng, "What is {} + {}?", "Add {} and {}.").format(a, b), str(a + b)
+
+
+def subtraction(rng: random.Random) -> Question:
+    """Difference of two numbers below 100, never negative."""
+    b, a = sorted((rng.randint(0, 99), rng.randint(0, 99)))
+    return f"What is {a} - {b}?", str(a - b)
+
+
+def larger(rng: random.Random) -> Question:
+    """The larger of two different numbers."""
+    a, b = _number(rng), _number(rng)
+    if a == b:
+        b += 1
+    return _pick(rng, "Which is larger: {} or {}?", "Largest of {}, {}?").format(a, b), str(max(a, b))
+
+
+def smallest(rng: random.Random) -> Question:
+    """The smallest of three numbers."""
+    a = [_number(rng) for _ in range(3)]
+    return "Smallest of {}, {}, {}?".format(*a), str(min(a))
+
+
+def sorting(rng: random.Random) -> Question:
+    """Three numbers below 100 in ascending order."""
+    a = [rng.randint(0, 99) for _ in range(3)]
+    return "Sort: {} {} {}".format(*a), " ".join(map(str, sorted(a)))
+
+
+def copying(rng: random.Random) -> Question:
+    """Words repeated as they stand."""
+    words = " ".join(rng.sample(WORDS, rng.randint(1, 4)))
+    return _pick(rng, "Repeat: {}", "Copy these words: {}").format(words), words
+
+
+def copying_numbers(rng: random.Random) -> Question:
+    """A decimal number repeated as it stands."""
+    number = f"{_number(rng)}.{rng.randint(0, 9)}" if rng.random() < 0.5 else f"0.{rng.randint(0, 999):03d}"
+    return f"Repeat: {number}", number
+
+
+def reading_values(rng: random.Random) -> Question:
+    """One value looked up in a short list."""
+    names = rng.sample(WORDS, rng.randint(2, 3))
+    values = [_number(rng) for _ in names]
+    listed = ", ".join(f"{n} {v}" for n, v in zip(names, values, strict=True))
+    i = rng.randrange(len(names))
+    return f"Given: {listed}. What is {names[i]}?", str(values[i])
+
+
+def rounding(rng: random.Random) -> Question:
+    """A number with one decimal, rounded to a whole number (halves up)."""
+    whole, tenth = rng.randint(0, 99), rng.randint(0, 9)
+    return f"Round {whole}.{tenth} to a whole number.", str(whole + (tenth >= 5))
+
+
+def truncating(rng: random.Random) -> Question:
+    """A number with one decimal, cut to a whole number."""
+    whole, tenth = _number(rng), rng.randint(0, 9)
+    return f"Cut {whole}.{tenth} to a whole number.", str(whole)
+
+
+def even_or_odd(rng: random.Random) -> Question:
+    """Parity of a number."""
+    n = _number(rng)
+    return f"Is {n} even or odd?", "odd" if n % 2 else "even"
+
+
+def within_range(rng: random.Random) -> Question:
+    """Whether a number lies within limits, both included."""
+    low, high = sorted((_number(rng), _number(rng)))
+    n = rng.randint(low, high) if rng.random() < 0.5 else _number(rng)
+    return f"Is {n} from {low} to {high}?", "yes" if low <= n <= high else "no"
+
+
+def next_number(rng: random.Random) -> Question:
+    """The next member of an arithmetic sequence."""
+    start, step = rng.randint(0, 50), rng.randint(1, 10)
+    a = [start + i * step for i in range(4)]
+    return "What comes next: {} {} {}".format(*a), str(a[3])
+
+
+def last_word(rng: random.Random) -> Question:
+    """First or last of several words."""
+    words = rng.sample(WORDS, rng.randint(2, 4))
+    which = rng.choice(("first", "last"))
+    return f"Which word is {which}: {' '.join(words)}", words[0 if which == "first" else -1]
+
+
+GENERAL_TASKS: dict[str, Callable[[random.Random], Question]] = {
+    f.__name__: f
+    for f in (
+        addition,
+        subtraction,
+        larger,
+        smallest,
+        sorting,
+        copying,
+        copying_numbers,
+        reading_values,
+        rounding,
+        truncating,
+        even_or_odd,
+        within_range,
+        next_number,
+        last_word,
+    )
+}
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether a question belongs to the part that the base is not trained on."""
+    return zlib.crc32(prompt.encode()) % HELD_OUT == 0
+
+
+def questions(seed: int, *, held_out: bool, tasks: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
+    """Endless (task, prompt, answer), the tasks in turn, from one side of the held-out line."""
+    rng = random.Random(f"general-{seed}-{held_out}")
+    names = tasks or tuple(GENERAL_TASKS)
+    while True:
+        for name in names:
+            prompt, answer = GENERAL_TASKS[name](rng)
+            while is_held_out(prompt) is not held_out:
+                prompt, answer = GENERAL_TASKS[name](rng)
+            yield name, prompt, answer
+
+
+def retention_items(per_task: int, seed: int) -> list[Item]:
+    """The retention suite: `per_task` different held-out questions of every general task."""
+    items: list[Item] = []
+    for name in GENERAL_TASKS:
+        seen: dict[str, str] = {}
+        for _, prompt, answer in questions(seed, held_out=True, tasks=(name,)):
+            seen[prompt] = answer
+            if len(seen) == per_task:
+                break
+        items += [
+            Item(f"retention-{name}-{i:04d}", name, prompt, answer, {"answer": answer})
+            for i, (prompt, answer) in enumerate(seen.items())
+        ]
+    return items
+
+
+_SPACE = re.compile(r"\s+")
+
+
+def score(item: Item, answer: str) -> Score:
+    """Right when the answer is the expected one; case, outer and repeated white space and a final stop aside."""
+    given = _SPACE.sub(" ", answer).strip().rstrip(".").casefold()
+    right = given == str(item.truth["answer"]).casefold()
+    return Score(correct=right, predicted=given or None, exact=right)
+
+
+def summarize(scores: list[Score]) -> dict[str, float]:
+    """Share of right answers; NaN for an empty list."""
+    return {"retention_accuracy": sum(s.correct for s in scores) / len(scores) if scores else float("nan")}

@@ -1,0 +1,1 @@
+"""From a trained adapter to a model that Ollama serves."""

@@ -1,0 +1,96 @@
+"""llama.cpp's converters, from the very source distribution that the installed runtime was built from.
+
+`python -m export.converters` fetches them (`make setup` does). Converter and runtime are so the same llama.cpp.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+from export.errors import ExportError
+
+PACKAGE = "llama-cpp-python"
+# sha256 of the source distributions whose converters were tried out.
+KNOWN = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
+_WANTED = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/", "LICENSE")
+
+
+def folder() -> Path:
+    """Where the converters of the installed version lie (inside the environment)."""
+    version = metadata.version(PACKAGE)
+    return Path(sys.prefix) / "share" / "llama.cpp-converters" / version
+
+
+def require() -> Path:
+    """The folder with the converters, fetched if they are not there.
+
+    Raises:
+        ExportError: they cannot be fetched.
+    """
+    place = folder()
+    if not (place / "complete").is_file():
+        fetch(place)
+    return place
+
+
+def fetch(place: Path) -> None:
+    """Download the pinned source distribution with pip, check its hash, unpack the converters to `place`.
+
+    Raises:
+        ExportError: unknown version, download failed or hash wrong.
+    """
+    version = metadata.version(PACKAGE)
+    if version not in KNOWN:
+        raise ExportError(
+            f"expected {PACKAGE} in a version whose converters are known ({', '.join(KNOWN)}), got {version}; "
+            "run `make setup`"
+        )
+    with tempfile.TemporaryDirectory() as name:
+        temporary = Path(name)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", PACKAGE]
+        done = subprocess.run(
+            [*command, f"{PACKAGE}=={version}", "--dest", name], capture_output=True, text=True, check=False
+        )
+        archives = list(temporary.glob("*.tar.gz"))
+        if done.returncode or not archives:
+            raise ExportError(
+                f"could not download the source of {PACKAGE} {version}: {done.stderr.strip()[-500:]}; check the network "
+                "and run `python -m export.converters`"
+            )
+        got = hashlib.sha256(archives[0].read_bytes()).hexdigest()
+        if got != KNOWN[version]:
+            raise ExportError(
+                f"{archives[0].name}: expected sha256 {KNOWN[version]}, got {got}; not unpacked"
+            )
+        unpack(archives[0], place)
+
+
+def unpack(archive: Path, place: Path) -> None:
+    """Put the converters of a source distribution at `place`, whole or not at all."""
+    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            head, marker, tail = member.name.partition("/vendor/llama.cpp/")
+            if marker and "/" not in head and tail.startswith(_WANTED) and member.isfile():
+                member.name = tail
+                tar.extract(member, partial, filter="data")
+    (partial / "complete").write_text("", encoding="utf-8")
+    shutil.rmtree(place, ignore_errors=True)
+    partial.rename(place)
+
+
+def main() -> None:
+    """Fetch the converters and say where they are."""
+    print(require())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Adapter → merged 16-bit model → GGUF, and the adapter alone as GGUF."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from export import converters
+from export.errors import ExportError
+
+# llama.cpp's ftype numbers (include/llama.h, enum llama_ftype).
+QUANTIZATIONS = {"f16": 1, "q8_0": 7, "q4_K_M": 15}
+
+
+def adapter_config(adapter: Path) -> dict[str, Any]:
+    """adapter_config.json of a PEFT folder.
+
+    Raises:
+        ExportError: not there or no JSON.
+    """
+    file = adapter / "adapter_config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{file}: expected the configuration of a PEFT adapter: {error}") from error
+    return dict(content)
+
+
+def check_adapter(adapter: Path) -> None:
+    """Refuse adapters whose meaning a GGUF adapter cannot carry.
+
+    A GGUF adapter holds one alpha and the tensors A and B; llama.cpp scales by alpha/r. Other scales would be lost
+    without an error, other adapter kinds are not LoRA.
+
+    Raises:
+        ExportError: names each setting that would be lost.
+    """
+    config = adapter_config(adapter)
+    lost = []
+    if config.get("peft_type") != "LORA":
+        lost.append(f"peft_type {config.get('peft_type')!r} (only LORA has a GGUF form)")
+    if config.get("use_rslora"):
+        lost.append("use_rslora (scale α/√r would become α/r)")
+    if config.get("use_dora"):
+        lost.append("use_dora (magnitudes have no GGUF form)")
+    for name in ("alpha_pattern", "rank_pattern"):
+        if config.get(name):
+            lost.append(f"{name} {config[name]} (one α and r for all modules in GGUF)")
+    if config.get("modules_to_save"):
+        lost.append(f"modules_to_save {config['modules_to_save']} (whole modules have no GGUF adapter form)")
+    if lost:
+        raise ExportError(f"{adapter}: a GGUF adapter would lose {'; '.join(lost)}")
+
+
+def _load_16bit(source: str, load_kwargs: dict[str, Any]) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source, **load_kwargs)
+        if getattr(config, "quantization_config", None):
+            raise ExportError(
+                f"{source}: expected 16-bit weights to merge into, got a quantized model; set "
+                "prepare_base.merge_source to the 16-bit model"
+            )
+        dtype = config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.float16
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **load_kwargs)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"no model could be loaded from {source!r}: {error}") from error
+
+
+def save_merged(
+    base: str, adapter: Path | None, out: Path, load_kwargs: dict[str, Any]
+) -> None:
+    """A whole 16-bit Hugging Face model in `out`: the base with the adapter merged in.
+
+    The product s·B·A is added in float32 and rounded once to the base's 16-bit type.
+
+    Args:
+        base: Folder or hub id of the 16-bit weights.
+        adapter: PEFT folder; None writes the base as it is.
+        out: Written to.
+        load_kwargs: Passed to `from_pretrained` for the base.
+
+    Raises:
+        ExportError: quantized or missing base, or an adapter that does not fit.
+    """
+    import torch
+
+    model = _load_16bit(base, load_kwargs)
+    dtype = model.dtype
+    if adapter is not None:
+        from peft import PeftModel
+
+        try:
+            model = PeftModel.from_pretrained(model.to(torch.float32), str(adapter)).merge_and_unload(
+                safe_merge=True
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ExportError(f"{adapter}: does not fit the base {base!r}: {error}") from error
+    model.to(dtype).save_pretrained(out)
+    _copy_tokenizer(base, out, load_kwargs)
+
+
+def _copy_tokenizer(source: str, out: Path, load_kwargs: dict[str, Any]) -> None:
+    """The tokenizer's files, its SentencePiece model among them where it has one.
+
+    The converter copies `add_bos_token` from tokenizer_config.json into the GGUF, and transformers 5 does not always
+    write that key. So it is set here to what the tokenizer really does.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import cached_file
+
+    tokenizer = AutoTokenizer.from_pretrained(source, **load_kwargs)
+    tokenizer.save_pretrained(out)
+    sentencepiece = cached_file(
+        source,
+        "tokenizer.model",
+        revision=load_kwargs.get("revision"),
+        _raise_exceptions_for_missing_entries=False,
+    )
+    if sentencepiece is not None:
+        shutil.copy2(sentencepiece, out / "tokenizer.model")
+    ids = tokenizer("x")["input_ids"]
+    config_file = out / "tokenizer_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["add_bos_token"] = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+    config["add_eos_token"] = tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _convert(script: str, arguments: list[str], made: Path) -> None:
+    place = converters.require()
+    done = subprocess.run(
+        [sys.executable, str(place / script), *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode or not made.is_file() or made.stat().st_size == 0:
+        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
+        raise ExportError(f"llama.cpp's {script} failed (exit {done.returncode}):\n{tail}")
+
+
+def convert_model(model: Path, out: Path, name: str) -> None:
+    """A Hugging Face model folder as f16 GGUF.
+
+    Args:
+        model: Folder.
+        out: Written to.
+        name: Written into the file as general.name; without it the converter takes the folder's name, and the same
+            model would have another hash in another folder.
+
+    Raises:
+        ExportError: the converter refused, with its last words.
+    """
+    arguments = [str(model), "--outfile", str(out), "--outtype", "f16", "--model-name", name]
+    _convert("convert_hf_to_gguf.py", arguments, out)
+
+
+def convert_adapter(adapter: Path, base: Path, out: Path) -> None:
+    """A PEFT LoRA folder as GGUF adapter, tensors in f32 (they are small; f16 would round what merging does not).
+
+    Args:
+        adapter: PEFT folder.
+        base: Hugging Face folder of the base (its configuration is read).
+        out: Written to.
+
+    Raises:
+        ExportError: see `check_adapter`, or the converter refused.
+    """
+    check_adapter(adapter)
+    arguments = ["--base", str(base), "--outfile", str(out), "--outtype", "f32", str(adapter)]
+    _convert("convert_lora_to_gguf.py", arguments, out)
+
+
+def quantize(source: Path, out: Path, quantization: str) -> None:
+    """An f16 GGUF in another precision.
+
+    Tensors whose rows are no multiple of the format's block get llama.cpp's fallback format.
+
+    Raises:
+        ExportError: llama.cpp refused.
+    """
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = QUANTIZATIONS[quantization]
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params)
+    if code or not out.is_file():
+        raise ExportError(f"llama.cpp could not quantize {source} to {quantization} (code {code})")

@@ -1,0 +1,229 @@
+"""Registering an exported model with an Ollama server.
+
+Creating is skipped when the server still has what was made from the same files and settings. What was made is
+kept in a small local record per host and name: a fingerprint of the inputs beside the digest under which the
+server listed the result. That digest covers every layer (weights, adapter, template, parameters, license), so
+a model that was replaced, edited or removed no longer matches and is made anew; a lost record costs one
+needless creation. A fingerprint in the model itself, say in its license, would be worse: a model made FROM
+ours inherits the license with other weights or another template below it.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.errors import ExportError
+from export.modelfile import ModelfileSpec
+from export.ollama_client import (
+    OllamaError,
+    OllamaUnavailable,
+    connect,
+    full_name,
+    http_options,
+    list_models,
+    remove,
+    render_prompt,
+    resolve_host,
+    server_version,
+)
+
+if TYPE_CHECKING:
+    from ollama import Client
+
+__all__ = [
+    "OllamaError",
+    "OllamaUnavailable",
+    "Registered",
+    "connect",
+    "list_models",
+    "register",
+    "remove",
+    "render_prompt",
+    "resolve_host",
+    "server_version",
+]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A model on a server.
+
+    Attributes:
+        host: URL of the server.
+        name: Name as given, without a tag.
+        digest: The server's digest of the whole model (its manifest).
+        gguf_sha256: Hash of the exported file.
+        adapter_sha256: Hash of the exported adapter, if there is one.
+        stored_sha256: Hash of the weights as the server stores them; differs from `gguf_sha256`, for creating
+            rewrites the file. None where the server does not say.
+        server_version: Version of the server that made it.
+        created: False when the server had it already.
+    """
+
+    host: str
+    name: str
+    digest: str
+    gguf_sha256: str
+    adapter_sha256: str | None
+    stored_sha256: str | None
+    server_version: str
+    created: bool
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _record_path(url: str, name: str, records: Path | None) -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = records or Path(cache).expanduser() / "grit-pipeline" / "ollama"
+    return folder / f"{hashlib.sha256(f'{url} {full_name(name)}'.encode()).hexdigest()[:24]}.json"
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def register(
+    host: str | None,
+    name: str,
+    gguf: Path,
+    spec: ModelfileSpec,
+    adapter: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+    *,
+    records: Path | None = None,
+) -> Registered:
+    """Makes the model on the server, unless it already has just this one.
+
+    Args:
+        host: As in `resolve_host`.
+        name: The model's name, e.g. "pure_grit_model".
+        gguf: The merged model, or the base when `adapter` is given.
+        spec: Template and parameters; its paths are those of the Modelfile and are not used here.
+        adapter: GGUF adapter.
+        progress: Called with one line per step.
+        records: Folder of the local records; None means ~/.cache/grit-pipeline/ollama
+            (below XDG_CACHE_HOME where that is set).
+
+    Raises:
+        OllamaUnavailable: no server, or the connection broke.
+        OllamaError: the server refused, did not end in "success", or stored other settings than it was given.
+        ExportError: a file is missing.
+    """
+    say = progress or (lambda line: None)
+    url = resolve_host(host)
+    files = {"model.gguf": gguf} | ({"adapter.gguf": adapter} if adapter else {})
+    for path in files.values():
+        if not path.is_file():
+            raise ExportError(f"expected a GGUF file at {path}, found none; run the export stage first")
+    version = server_version(url)
+    if version is None:
+        raise OllamaUnavailable(
+            f"no Ollama answers at {url}; start it with `ollama serve`, or set OLLAMA_HOST"
+        )
+
+    hashes = {label: _sha256(path) for label, path in files.items()}
+    inputs = [hashes, spec.template, spec.parameters, spec.license, spec.system]
+    fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    record_path = _record_path(url, name, records)
+    record = _read_record(record_path)
+    digest = list_models(url).get(full_name(name))
+    if digest is not None and record.get("fingerprint") == fingerprint and record.get("digest") == digest:
+        say(f"{name}: the server has it already")
+        return Registered(**{**record["registered"], "server_version": version, "created": False})
+
+    with connect(url) as client:
+        for label, path in files.items():
+            _upload(client, url, path, hashes[label], say)
+        _create(client, name, spec, hashes, say)
+        stored = _verify(client, url, name, spec)
+    digest = list_models(url).get(full_name(name))
+    if digest is None:
+        raise OllamaError(f"Ollama at {url} reported success, but does not list {name!r}; see its log")
+    made = Registered(
+        url, name, digest, hashes["model.gguf"], hashes.get("adapter.gguf"), stored, version, True
+    )
+    record_path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = record_path.with_suffix(f".{os.getpid()}")
+    fresh.write_text(
+        json.dumps({"fingerprint": fingerprint, "digest": digest, "registered": asdict(made)}, indent=1)
+    )
+    fresh.replace(record_path)
+    return made
+
+
+def _upload(client: "Client", url: str, path: Path, sha256: str, say: Callable[[str], None]) -> None:
+    import httpx
+
+    if httpx.head(f"{url}/api/blobs/sha256:{sha256}", timeout=60, **http_options(url)).status_code == 200:
+        say(f"{path.name}: uploaded before")
+        return
+    say(f"{path.name}: uploading {path.stat().st_size / 1e6:.1f} MB")
+    sent = client.create_blob(path)
+    if sent != f"sha256:{sha256}":
+        raise OllamaError(
+            f"{path} changed while it was uploaded (sha256 {sha256}, then {sent}); export it again"
+        )
+
+
+def _create(
+    client: "Client", name: str, spec: ModelfileSpec, hashes: dict[str, str], say: Callable[[str], None]
+) -> None:
+    digests = {label: f"sha256:{sha}" for label, sha in hashes.items()}
+    status = None
+    for step in client.create(
+        name,
+        files={"model.gguf": digests["model.gguf"]},
+        adapters={k: v for k, v in digests.items() if k == "adapter.gguf"} or None,
+        template=spec.template,
+        parameters=spec.parameters,
+        license=spec.license,
+        system=spec.system,
+        stream=True,
+    ):
+        status = step.status or status
+        say(f"{name}: {step.status}")
+    if status != "success":
+        raise OllamaError(f"expected the creation of {name!r} to end in 'success', it ended in {status!r}")
+
+
+def _verify(client: "Client", url: str, name: str, spec: ModelfileSpec) -> str | None:
+    """The stored weights' hash, after comparing template and parameters: /api/create checks neither."""
+    shown = client.show(name)
+    problems = []
+    if shown.template != spec.template:
+        problems.append(f"template: expected {spec.template!r}, got {shown.template!r}")
+    stored = parse_parameters(shown.parameters or "")
+    for key, value in spec.parameters.items():
+        expected = value if isinstance(value, list) else [value]
+        if stored.get(key) != expected:
+            problems.append(f"{key}: expected {expected}, got {stored.get(key)}")
+    if problems:
+        raise OllamaError(f"Ollama at {url} stored other settings for {name!r}: " + "; ".join(problems))
+    weights = re.search(r"^FROM .*sha256[-:]([0-9a-f]{64})", shown.modelfile or "", re.MULTILINE)
+    return weights[1] if weights else None
+
+
+def parse_parameters(text: str) -> dict[str, list[object]]:
+    """The `parameters` text of /api/show: name → values in order, numbers as numbers, texts unquoted."""
+    found: dict[str, list[object]] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(" ")
+        try:
+            parsed = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            parsed = value.strip()
+        found.setdefault(name, []).append(parsed)
+    return found

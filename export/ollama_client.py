@@ -1,0 +1,168 @@
+"""Talking to an Ollama server: where it is, whether it answers, what it has."""
+
+import os
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from export.errors import ExportError
+
+if TYPE_CHECKING:
+    from ollama import Client
+
+DEFAULT_PORT = 11434
+PROBE_S = 2.0  # seconds to wait for a server before it counts as absent
+
+
+class OllamaError(ExportError):
+    """The server refused, or made something else than it was asked for."""
+
+
+class OllamaUnavailable(OllamaError):  # noqa: N818  (a state of the world, named as such)
+    """No server answers, or the connection broke."""
+
+
+def resolve_host(host: str | None = None) -> str:
+    """The server's URL, by the rules of the `ollama` client.
+
+    Args:
+        host: "host", ":port", "host:port" or a URL; None reads OLLAMA_HOST, then falls back to
+            http://127.0.0.1:11434. A URL without a port means 80 or 443.
+    """
+    text = host or os.environ.get("OLLAMA_HOST") or ""
+    scheme, _, rest = text.partition("://")
+    if not rest:
+        scheme, rest = "http", text
+    parts = urlsplit(f"{scheme}://{rest}")
+    port = parts.port or (
+        {"http": 80, "https": 443}.get(scheme, DEFAULT_PORT) if "://" in text else DEFAULT_PORT
+    )
+    name = parts.hostname or "127.0.0.1"
+    name = f"[{name}]" if ":" in name else name
+    path = parts.path.strip("/")
+    return f"{scheme}://{name}:{port}" + (f"/{path}" if path else "")
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Reading the certificates takes 50 ms, and httpx would do it for every connection."""
+    import httpx
+
+    return httpx.create_ssl_context()
+
+
+def http_options(url: str) -> dict[str, Any]:
+    """Options of every httpx call: a proxy of the environment never stands before this machine itself."""
+    loopback = urlsplit(url).hostname in {"127.0.0.1", "localhost", "::1", "0.0.0.0"}  # noqa: S104
+    return {"trust_env": not loopback, "verify": _certificates()}
+
+
+def open_client(host: str | None = None, timeout_s: float | None = None) -> "Client":
+    """An `ollama.Client` to be closed by the caller.
+
+    Args:
+        host: As in `resolve_host`.
+        timeout_s: Longest silence of the server, seconds; None waits for ever.
+    """
+    from ollama import Client
+
+    url = resolve_host(host)
+    return Client(url, timeout=timeout_s, **http_options(url))
+
+
+@contextmanager
+def explained(url: str, timeout_s: float | None = None) -> Iterator[None]:
+    """Turns what the client raises into errors that name the server and say what to do.
+
+    Raises:
+        OllamaUnavailable: no connection, or it broke.
+        OllamaError: the server answered with an error.
+    """
+    import httpx
+    from ollama import ResponseError
+
+    try:
+        yield
+    except ResponseError as error:
+        hint = ""
+        if "adapters are no longer supported" in error.error:
+            hint = "; releases from 0.34.1 on take no LoRA adapters: register the merged GGUF without one"
+        raise OllamaError(f"Ollama at {url} answered {error.status_code}: {error.error}{hint}") from error
+    except httpx.TimeoutException as error:
+        raise OllamaUnavailable(
+            f"Ollama at {url} said nothing for {timeout_s} s; see its log, or raise the time allowed"
+        ) from error
+    except (ConnectionError, httpx.TransportError) as error:
+        raise OllamaUnavailable(
+            f"the connection to Ollama at {url} failed ({type(error).__name__}: {error}); start it with "
+            "`ollama serve`, or set OLLAMA_HOST to where it runs"
+        ) from error
+
+
+@contextmanager
+def connect(host: str | None = None, timeout_s: float | None = None) -> Iterator["Client"]:
+    """`open_client`, closed on exit, with `explained` errors."""
+    with explained(resolve_host(host), timeout_s), open_client(host, timeout_s) as client:
+        yield client
+
+
+def server_version(host: str | None = None) -> str | None:
+    """The server's version; None when nothing answers within 2 s.
+
+    Raises:
+        OllamaError: something answers there that is not Ollama.
+    """
+    import httpx
+
+    url = resolve_host(host)
+    try:
+        answer = httpx.get(f"{url}/api/version", timeout=PROBE_S, **http_options(url))
+    except httpx.TransportError:
+        return None
+    try:
+        return str(answer.raise_for_status().json()["version"])
+    except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
+        raise OllamaError(
+            f"expected an Ollama server at {url}, but /api/version answered {answer.status_code}: "
+            f"{answer.text[:100]!r}"
+        ) from error
+
+
+def full_name(name: str) -> str:
+    """The name under which the server lists a model: with its tag."""
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+
+
+def list_models(host: str | None = None) -> dict[str, str]:
+    """Every model of the server: full name with tag → digest."""
+    with connect(host) as client:
+        return {str(m.model): str(m.digest) for m in client.list().models}
+
+
+def remove(host: str | None, name: str) -> bool:
+    """Deletes a model from the server; False when it had none of that name."""
+    if full_name(name) not in list_models(host):
+        return False
+    with connect(host) as client:
+        client.delete(name)
+    return True
+
+
+def render_prompt(host: str | None, name: str, prompt: str) -> str:
+    """What the server makes of a user's prompt with the model's template; nothing is generated."""
+    import httpx
+
+    url = resolve_host(host)
+    body = {"model": name, "prompt": prompt, "stream": False, "_debug_render_only": True}
+    try:
+        answer = httpx.post(f"{url}/api/generate", json=body, timeout=None, **http_options(url))  # noqa: S113
+        return str(answer.raise_for_status().json()["_debug_info"]["rendered_template"])
+    except httpx.TransportError as error:
+        raise OllamaUnavailable(
+            f"no connection to Ollama at {url} ({error}); start it with `ollama serve`"
+        ) from error
+    except (httpx.HTTPStatusError, ValueError, KeyError) as error:
+        raise OllamaError(f"Ollama at {url} did not render the prompt of {name!r}: {error}") from error

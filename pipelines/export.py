@@ -1,0 +1,177 @@
+"""Stage export: gguf/<arm>/<seed>/ with merged GGUF, adapter GGUF, Modelfile and parity.json.
+
+The untouched base is an arm too: it has no adapter, and its f16 GGUF is what adapters are applied to.
+"""
+
+import json
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+
+from evaluation.backends.hf import HfBackend
+from evaluation.backends.llama_cpp import LlamaCppBackend
+from evaluation.tasks import Item, render
+from export import gguf, parity
+from export.errors import ExportError
+from export.modelfile import ModelfileSpec, go_template, render_modelfile
+from pipelines.base_model import load_reference
+from pipelines.config import Params, check_arm, load_params
+from pipelines.outputs import staged
+from pipelines.runinfo import RunRecord, artifact, hash_inputs, read_jsonl, sha256, write_json
+from pipelines.stage import BASE, BASE_ARM, DATA, adapter_dir, clear_errors, cli, gguf_dir, quiet_libraries
+from trainers.models import load_tokenizer
+from trainers.settings import BaseReference
+
+# What is exported first and held against Hugging Face; other precisions are made from it.
+F16 = "model-f16.gguf"
+SERVED = "model.gguf"
+
+
+def parity_prompts(template: str, count: int) -> list[str]:
+    """Rendered prompts, test and retention items in turn."""
+    test, retention = (read_jsonl(DATA / f"{s}.jsonl") for s in ("test", "retention"))
+    step = max(1, len(retention) // max(1, count // 2))  # over all general tasks
+    mixed = chain.from_iterable(zip(test, retention[::step], strict=False))
+    rows = list(mixed)[:count]
+    rows += test[len(rows) // 2 :][: count - len(rows)]
+    return [render(template, Item.from_json(row).prompt) for row in rows]
+
+
+def serving_facts(params: Params, reference: BaseReference) -> dict[str, Any]:
+    """What a server must know to ask the model as training did."""
+    tokenizer = load_tokenizer(reference)
+    return {
+        "template": params.prompt.template,
+        "stop": [tokenizer.eos_token],
+        "num_ctx": params.export.num_ctx,
+        "adds_bos": tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id],
+        "bos_token": tokenizer.bos_token,
+    }
+
+
+def write_modelfile(folder: Path, facts: dict[str, Any]) -> None:
+    """Modelfile beside the GGUF; greedy, since that is how the model is scored."""
+    spec = ModelfileSpec(
+        from_path=f"./{SERVED}",
+        template=go_template(facts["template"]),
+        stop=facts["stop"],
+        num_ctx=facts["num_ctx"],
+        temperature=0.0,
+    )
+    text = render_modelfile(spec, gguf_adds_bos=facts["adds_bos"], bos_token=facts["bos_token"])
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+
+
+def base_f16() -> Path:
+    """The base's f16 GGUF, made by this stage for the arm `base`.
+
+    Raises:
+        ExportError: not exported yet.
+    """
+    folder = gguf_dir(BASE_ARM, 0)
+    found = next((folder / n for n in (F16, SERVED) if (folder / n).is_file()), None)
+    if found is None:
+        raise ExportError(f"{folder}: no GGUF of the base; run `dvc repro export_base`")
+    return found
+
+
+def check_parity(
+    params: Params, reference: BaseReference, merge_from: str, arm: str, seed: int, folder: Path
+) -> dict[str, Any]:
+    """Hugging Face (base + adapter, not merged) against merged GGUF and against base + adapter GGUF."""
+    template, section = params.prompt.template, params.export
+    prompts = parity_prompts(template, section.parity_prompts)
+    kwargs = reference.load_kwargs if merge_from == reference.location else {}
+    engines = {
+        "hf": HfBackend(merge_from, template, adapter=adapter_dir(arm, seed), load_kwargs=kwargs),
+        "merged_gguf": LlamaCppBackend(folder / F16, template, num_ctx=section.num_ctx),
+        "base+adapter_gguf": LlamaCppBackend(
+            base_f16(), template, num_ctx=section.num_ctx, adapter=folder / "adapter.gguf"
+        ),
+    }
+    result = parity.compare(engines, prompts, section.parity_tokens, reference="hf")
+    for engine in engines.values():
+        engine.close()
+    return {"schema": 1, "arm": arm, "seed": seed, "quantization": "f16", **result}
+
+
+def check_quantized(params: Params, folder: Path) -> dict[str, Any]:
+    """How often the served precision answers as f16 does; reported, not gated."""
+    template, section = params.prompt.template, params.export
+    engines = {
+        "f16": LlamaCppBackend(folder / F16, template, num_ctx=section.num_ctx),
+        section.quantization: LlamaCppBackend(folder / SERVED, template, num_ctx=section.num_ctx),
+    }
+    prompts = parity_prompts(template, section.parity_prompts)
+    result = parity.compare(engines, prompts, section.parity_tokens, reference="f16")
+    for engine in engines.values():
+        engine.close()
+    return {"quantization": section.quantization, "greedy_equal_to_f16": result["greedy_equal"]}
+
+
+def run(params: Params, arm: str, seed: int) -> None:
+    """Export one arm with one seed."""
+    if arm != BASE_ARM:
+        check_arm(arm)
+    reference, _ = load_reference()
+    merge_from = reference.merge_location or reference.location
+    adapter = None if arm == BASE_ARM else adapter_dir(arm, seed)
+    out = gguf_dir(arm, seed)
+    inputs = hash_inputs(BASE / "base.json", *([adapter] if adapter else []))
+    shown = {"export": params.export.model_dump(), "prompt": params.prompt.model_dump()}
+    facts = serving_facts(params, reference)
+    difference = None
+    with staged(out) as folder, TemporaryDirectory(prefix="merged-", dir=out.parent) as temporary:
+        record = RunRecord(
+            "export", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=params.prompt.template
+        )
+        merged = Path(temporary) / "model"  # a fixed name: the converter writes it into the file
+        kwargs = reference.load_kwargs if merge_from == reference.location else {}
+        gguf.save_merged(merge_from, adapter, merged, kwargs)
+        gguf.convert_model(merged, folder / F16, f"{arm}-{seed}")
+        quantization = params.export.quantization
+        if quantization != "f16":
+            gguf.quantize(folder / F16, folder / SERVED, quantization)
+        if adapter:
+            gguf.convert_adapter(adapter, merged, folder / "adapter.gguf")
+            result = check_parity(params, reference, merge_from, arm, seed, folder)
+            if quantization != "f16":
+                result["served"] = check_quantized(params, folder)
+            write_json(folder / "parity.json", result)
+            record.extra["parity"] = {k: result[k] for k in ("token_ids_equal", "greedy_equal", "prompts")}
+            difference = parity.verdict(result, params.export.min_greedy_equal)
+            if difference:
+                raise ExportError(f"{out}: the export is not what was trained. {difference}")
+        if quantization == "f16":
+            (folder / F16).rename(folder / SERVED)
+        elif adapter:
+            (folder / F16).unlink()
+        write_modelfile(folder, facts)
+        write_json(folder / "serving.json", facts)
+        parent = sha256(adapter / "adapter_model.safetensors") if adapter else None
+        kind = "merged_gguf" if adapter else "base_gguf"
+        record.artifacts.append(artifact(kind, folder / SERVED, out / SERVED, parent))
+        if adapter:
+            record.artifacts.append(
+                artifact("adapter_gguf", folder / "adapter.gguf", out / "adapter.gguf", parent)
+            )
+        record.artifacts.append(artifact("modelfile", folder / "Modelfile", out / "Modelfile"))
+        record.write(folder)
+    print(json.dumps({"gguf": str(out / SERVED), **record.extra}))
+
+
+def main(
+    arm: Annotated[str, typer.Option(help="base, baseline_lora, …")],
+    seed: Annotated[int, typer.Option(help="seed of the training run; 0 for base")] = 0,
+) -> None:
+    """Export one arm with one seed."""
+    quiet_libraries()
+    with clear_errors(f"export {arm}-{seed}"):
+        run(load_params(), arm, seed)
+
+
+if __name__ == "__main__":
+    cli(main)

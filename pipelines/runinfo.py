@@ -1,0 +1,191 @@
+"""run.json: everything that is needed to say how an artefact came about."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PACKAGES = (
+    "torch transformers trl peft accelerate datasets bitsandbytes tokenizers sentencepiece safetensors "
+    "llama-cpp-python gguf ollama unsloth unsloth_zoo dvc sqlalchemy pandas numpy scipy"
+).split()
+
+
+def now() -> str:
+    """This moment in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat()
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def key_of(value: Any) -> str:
+    """Hash of a JSON-able value, the same for equal values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+@cache
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and whether tracked files differ from it; None for both outside a git checkout."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit, "dirty": bool(status.strip())}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def device() -> dict[str, Any]:
+    """The device that torch would use here, and the machine round it."""
+    import torch
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "class": kind,
+        "name": torch.cuda.get_device_name(0) if kind == "cuda" else _cpu_name(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def artifact(kind: str, file: Path, path: Path, parent: str | None = None) -> dict[str, Any]:
+    """One entry of run.json's artifacts.
+
+    Args:
+        kind: adapter, merged_gguf, adapter_gguf, base_gguf, modelfile, base_model or dataset.
+        file: Where the file lies now.
+        path: Where it will lie when the stage has ended.
+        parent: sha256 of the artefact it was made from.
+    """
+    return {
+        "kind": kind,
+        "path": path.as_posix(),
+        "sha256": sha256(file),
+        "bytes": file.stat().st_size,
+        "parent": parent,
+    }
+
+
+def hash_inputs(*paths: Path) -> dict[str, str]:
+    """Hash of every file; folders count with all files below them, save run.json (it holds times)."""
+    hashes = {}
+    for path in paths:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        hashes |= {f.as_posix(): sha256(f) for f in files if f.name != "run.json"}
+    return hashes
+
+
+class RunRecord:
+    """Collects what a stage did and writes run.json.
+
+    Attributes:
+        artifacts: Entries made by `artifact`.
+        extra: Numbers of this stage.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        *,
+        params: dict[str, Any],
+        inputs: dict[str, str],
+        arm: str | None = None,
+        seed: int | None = None,
+        prompt_template: str | None = None,
+    ) -> None:
+        self.artifacts: list[dict[str, Any]] = []
+        self.extra: dict[str, Any] = {}
+        self._head = {"schema": 1, "stage": stage, "arm": arm, "seed": seed}
+        self._started = now()
+        self._body = {
+            "params": params,
+            "git": git_state(),
+            "packages": package_versions(),
+            "device": device(),
+            "inputs": inputs,
+            "prompt_template": prompt_template,
+        }
+
+    def write(self, folder: Path, *, status: str = "finished", error: str | None = None) -> None:
+        """Write `folder`/run.json."""
+        content = {
+            **self._head,
+            "status": status,
+            "error": error,
+            "started": self._started,
+            "ended": now(),
+            **self._body,
+            "artifacts": self.artifacts,
+            "extra": self.extra,
+        }
+        write_json(folder / "run.json", content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON with a final line break."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error}); delete its folder and run `dvc repro`") from error
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All objects of a JSON-lines file."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]

@@ -1,0 +1,74 @@
+"""What all stages share: paths, arguments, and errors that a user can act on."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DATA = Path("data")
+BASE = Path("models/base")
+SPLITS = ("train", "valid", "test", "retention")
+BASE_ARM = "base"
+
+
+def adapter_dir(arm: str, seed: int) -> Path:
+    """Where stage train writes."""
+    return Path("adapters") / arm / str(seed)
+
+
+def gguf_dir(arm: str, seed: int) -> Path:
+    """Where stage export writes."""
+    return Path("gguf") / arm / str(seed)
+
+
+def scores_dir(arm: str, seed: int) -> Path:
+    """Where stage evaluate writes."""
+    return Path("scores") / arm / str(seed)
+
+
+def model_name(arm: str, seed: int, first_seed: int) -> str:
+    """Name in Ollama; further seeds become tags of the same name."""
+    return f"{arm}_model" if seed == first_seed else f"{arm}_model:seed{seed}"
+
+
+@contextmanager
+def clear_errors(stage: str) -> Iterator[None]:
+    """Turn the errors that a user can act on into one message and exit code 1; others keep their traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"{stage}: interrupted; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if not getattr(type(error), "__module__", "").split(".")[0] in _OURS:
+            raise
+        print(f"{stage}: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+# Exceptions defined in these packages are meant for the user.
+_OURS = ("pipelines", "trainers", "export", "evaluation", "db", "grit", "probes")
+
+
+def quiet_libraries() -> None:
+    """Settings that keep other libraries' chatter out of the log; call before they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def main_for(stage: str, run: Callable[[], None]) -> None:
+    """Run a stage from the command line."""
+    quiet_libraries()
+    with clear_errors(stage):
+        run()
+
+
+def cli(command: Callable[..., None]) -> None:
+    """Run a function as a command with its annotated options; tracebacks stay plain, for logs."""
+    import typer
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    app()

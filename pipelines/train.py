@@ -1,0 +1,84 @@
+"""Stage train: adapters/<arm>/<seed>/, one LoRA adapter."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from evaluation.tasks import Item, render
+from pipelines.base_model import describe, load_reference
+from pipelines.config import Params, check_arm, load_params
+from pipelines.outputs import exclusive, staged
+from pipelines.runinfo import RunRecord, artifact, hash_inputs, key_of, package_versions, read_jsonl
+from pipelines.stage import BASE, DATA, adapter_dir, clear_errors, cli, quiet_libraries
+from trainers import ARMS
+from trainers.common import Arm, TrainingJob
+from trainers.common import run as train
+
+
+def load_arm(name: str) -> Arm:
+    """The arm of that name, its packages loaded.
+
+    Raises:
+        ConfigError: no such arm.
+    """
+    check_arm(name)
+    arm = importlib.import_module(ARMS[name]).ARM
+    assert isinstance(arm, Arm)
+    return arm
+
+
+def _examples(split: str, template: str) -> list[tuple[str, str]]:
+    items = [Item.from_json(row) for row in read_jsonl(DATA / f"{split}.jsonl")]
+    return [(render(template, item.prompt), item.completion) for item in items]
+
+
+def run(params: Params, arm_name: str, seed: int) -> None:
+    """Train one arm with one seed."""
+    arm, settings, template = load_arm(arm_name), params.train_for(arm_name), params.prompt.template
+    reference, base_fingerprint = load_reference()
+    inputs = hash_inputs(DATA / "train.jsonl", DATA / "valid.jsonl", BASE / "base.json")
+    shown = {"train": settings.model_dump(), "prompt": params.prompt.model_dump()}
+    # A checkpoint is used only by the very run that it belongs to.
+    key = key_of([arm_name, seed, shown, inputs, base_fingerprint, package_versions()])
+    kept = Path("checkpoints") / arm_name / str(seed)
+    out = adapter_dir(arm_name, seed)
+    with exclusive(kept.with_name(f"{seed}.lock"), f"train {arm_name} seed {seed}"), staged(out) as folder:
+        record = RunRecord(
+            "train", params=shown, inputs=inputs, arm=arm_name, seed=seed, prompt_template=template
+        )
+        result = train(
+            arm,
+            TrainingJob(
+                base=reference,
+                settings=settings,
+                seed=seed,
+                train=_examples("train", template),
+                valid=_examples("valid", template),
+                output=folder,
+                checkpoints=kept / key[:16],
+            ),
+        )
+        weights = folder / "adapter_model.safetensors"
+        record.artifacts.append(artifact("adapter", weights, out / weights.name, parent=base_fingerprint))
+        record.extra = {**result.summary, "base": describe(reference)}
+        record.write(folder)
+    shutil.rmtree(kept, ignore_errors=True)
+    print(json.dumps(result.summary))
+
+
+def main(
+    arm: Annotated[str, typer.Option(help="baseline_lora, …")],
+    seed: Annotated[int, typer.Option(help="of LoRA's start and the order of items")],
+) -> None:
+    """Train one arm with one seed."""
+    quiet_libraries()
+    with clear_errors(f"train {arm}-{seed}"):
+        run(load_params(), arm, seed)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,158 @@
+"""Builds result folders as the stages leave them, for the tests of db/ and of compare_all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+ITEMS = hashlib.sha256(b"test items").hexdigest()
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change top-level keys of a JSON file."""
+    write(path, {**json.loads(path.read_text(encoding="utf-8")), **changes})
+
+
+def run_json(stage: str, arm: str | None, seed: int | None, **changes: Any) -> dict[str, Any]:
+    hour = {"prepare_base": 0, "train": 1, "export": 2, "evaluate": 3}[stage]
+    return {
+        "schema": 1,
+        "stage": stage,
+        "arm": arm,
+        "seed": seed,
+        "status": "finished",
+        "error": None,
+        "started": f"2026-11-21T0{hour}:00:00.123456+00:00",
+        "ended": f"2026-11-21T0{hour}:30:00.500000+02:00" if hour > 9 else f"2026-11-21T0{hour}:30:00+00:00",
+        "params": {stage: {"learning_rate": 0.001, "steps": 100}},
+        "git": {"commit": "abc123", "dirty": False},
+        "packages": {"torch": "2.13.0", "peft": "0.21.2"},
+        "device": {
+            "class": "cpu",
+            "name": "Some CPU",
+            "cores": 2,
+            "threads": 2,
+            "memory_bytes": 8_000_000_000,
+            "platform": "Linux-6",
+            "python": "3.11.7",
+        },
+        "inputs": {"data/train.jsonl": sha("train")},
+        "artifacts": [],
+        "prompt_template": "Q: {prompt} A:",
+        "extra": {},
+        **changes,
+    }
+
+
+def artifact(kind: str, path: str, content: str, parent: str | None = None) -> dict[str, Any]:
+    return {"kind": kind, "path": path, "sha256": sha(content), "bytes": len(content), "parent": parent}
+
+
+def make_arm(
+    root: Path,
+    arm: str,
+    seed: int = 0,
+    *,
+    correct: list[bool],
+    retention: float = 0.8,
+    own: tuple[int, int] = (600, 6_000_000_000),
+    base: tuple[int, int] = (600, 5_000_000_000),
+    history: Any = None,
+) -> None:
+    """Write one arm: `correct` per test item; `own` and `base` are decode (tokens, nanoseconds)."""
+    tag = f"{arm}/{seed}"
+    gguf, scores = root / "gguf" / tag, root / "scores" / tag
+    if arm == "base":
+        made = artifact("base_model", "models/base/model.safetensors", "base weights")
+        write(root / "models/base/run.json", run_json("prepare_base", None, None, artifacts=[made]))
+        exported = [artifact("base_gguf", "gguf/base/0/model.gguf", "base gguf", sha("base weights"))]
+    else:
+        name = f"adapters/{tag}/adapter_model.safetensors"
+        made = artifact("adapter", name, f"adapter {tag}")
+        write(root / "adapters" / tag / "run.json", run_json("train", arm, seed, artifacts=[made]))
+        curve = [{"step": 10, "loss": 1.5, "epoch": 0.1}, {"step": 10, "eval_loss": 1.2, "epoch": 0.1}]
+        write(root / "adapters" / tag / "loss_history.json", curve if history is None else history)
+        exported = [artifact("merged_gguf", f"gguf/{tag}/model.gguf", f"gguf {tag}", made["sha256"])]
+        write(
+            gguf / "parity.json",
+            {
+                "schema": 1,
+                "arm": arm,
+                "seed": seed,
+                "prompts": 100,
+                "token_ids_equal": 1.0,
+                "greedy_equal": 0.99,
+                "pairs": {"hf/merged_gguf": 1.0, "hf/base+adapter_gguf": 0.99},
+                "first_difference": {"prompt": "p", "hf": "a", "merged_gguf": "b"},
+            },
+        )
+    write(gguf / "run.json", run_json("export", arm, seed, artifacts=exported))
+    used = {"data/test.jsonl": ITEMS, f"gguf/{tag}/model.gguf": exported[0]["sha256"]}
+    write(scores / "run.json", run_json("evaluate", arm, seed, inputs=used))
+    phases = [(arm, *own)] + ([] if arm == "base" else [("base", *base)])
+    share = sum(correct) / len(correct)
+    write(
+        scores / "scores.json",
+        {
+            "schema": 1,
+            "arm": arm,
+            "seed": seed,
+            "model_name": "base_model" if arm == "base" else f"{arm}_model",
+            "backend": {"name": "llama_cpp", "version": "0.3.36", "device_class": "cpu"},
+            "test_items_sha256": ITEMS,
+            "metrics": [
+                {"name": "aqi_category_accuracy", "split": "test", "value": share, "n": len(correct)},
+                {"name": "aqi_mae", "split": "test", "value": 4.5, "n": len(correct)},
+                {"name": "retention_accuracy", "split": "retention", "value": retention, "n": 50},
+                {"name": "retention/addition", "split": "retention", "value": retention, "n": 25},
+            ],
+            "metric_defs": {
+                "aqi_category_accuracy": {"unit": "share", "direction": "higher", "description": "right"},
+                "aqi_mae": {"unit": "AQI points", "direction": "lower", "description": "distance"},
+                "retention_accuracy": {"unit": "share", "direction": "higher", "description": "kept"},
+            },
+            # Two unequal halves: a mean of rates would differ from the rate of the sums.
+            "speed": [
+                {"arm": who, "phase": "decode", "repetition": r, "tokens": part, "nanoseconds": ns // 2}
+                for who, tokens, ns in phases
+                for r, part in enumerate((tokens // 3, tokens - tokens // 3))
+            ]
+            + [{"arm": arm, "phase": "load", "repetition": 0, "tokens": None, "nanoseconds": 10**9}],
+        },
+    )
+    lines = [
+        {
+            "item_id": f"aqi-{i:06d}",
+            "task": "aqi",
+            "split": "test",
+            "prompt": f"PM2.5 is {i}",
+            "truth": str(i),
+            "answer": str(i if right else i + 60),
+            "predicted": float(i if right else i + 60),
+            "correct": right,
+            "abs_error": 0.0 if right else 60.0,
+            "prompt_tokens": 40,
+            "answer_tokens": 9,
+        }
+        for i, right in enumerate(correct)
+    ]
+    write(scores / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def make_tree(root: Path) -> Path:
+    """Base right on 40 of 100 items; baseline_lora on 70, with seeds 0 and 1."""
+    make_arm(root, "base", correct=[i < 40 for i in range(100)], own=(500, 4_000_000_000))
+    for seed in (0, 1):
+        make_arm(root, "baseline_lora", seed, correct=[i < 70 for i in range(100)])
+    return root

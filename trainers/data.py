@@ -1,0 +1,83 @@
+"""Token ids: the same for training, scoring and serving."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class EncodingError(ValueError):
+    """Items that cannot be turned into training examples."""
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Ids that a model is asked with: BOS as the tokenizer's own configuration says."""
+    return list(tokenizer(prompt)["input_ids"])
+
+
+def encode_example(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int]:
+    """Ids of prompt, completion and end of sequence, and how many of them are the prompt.
+
+    Prompt and completion are tokenized together, as a reader of the finished text would, and the prompt's ids must
+    come out as they do alone: else the model would be asked with other tokens than it was trained on.
+
+    Raises:
+        EncodingError: a token spans the end of the prompt, or the tokenizer has no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise EncodingError("expected a tokenizer with an end-of-sequence token, got one without")
+    head = encode_prompt(tokenizer, prompt)
+    ids = encode_prompt(tokenizer, prompt + completion)
+    if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text themselves
+        ids = ids[:-1]
+        head = head[:-1] if head[-1] == tokenizer.eos_token_id else head
+    if ids[: len(head)] != head:
+        first = next((i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), len(ids))
+        raise EncodingError(
+            f"the prompt's tokens change when the completion follows (from token {first} of {len(head)} on): "
+            f"{prompt[-20:]!r} + {completion[:20]!r}; end prompt.template on a line break or another token boundary"
+        )
+    return [*ids, tokenizer.eos_token_id], len(head)
+
+
+def build_dataset(tokenizer: Any, examples: Iterable[tuple[str, str]], max_length: int) -> "Dataset":
+    """A tokenized data set for TRL's SFTTrainer, with the loss on the completion only.
+
+    Args:
+        tokenizer: Of the base model.
+        examples: (rendered prompt, completion).
+        max_length: Most tokens of one example; nothing is cut.
+
+    Returns:
+        Columns input_ids and completion_mask (1 = the token carries loss).
+
+    Raises:
+        EncodingError: names the examples that are too long, and how long they are.
+    """
+    from datasets import Dataset
+
+    ids: list[list[int]] = []
+    mask: list[list[int]] = []
+    too_long: list[tuple[int, int]] = []
+    for i, (prompt, completion) in enumerate(examples):
+        tokens, n_prompt = encode_example(tokenizer, prompt, completion)
+        if len(tokens) > max_length:
+            too_long.append((i, len(tokens)))
+        ids.append(tokens)
+        mask.append([0] * n_prompt + [1] * (len(tokens) - n_prompt))
+    if too_long:
+        longest = max(n for _, n in too_long)
+        named = ", ".join(f"item {i}: {n}" for i, n in too_long[:3])
+        raise EncodingError(
+            f"expected at most max_length = {max_length} tokens, got more in {len(too_long)} items ({named}…); "
+            f"set train.max_length to {longest} or shorten the items"
+        )
+    if not ids:
+        raise EncodingError("expected at least one example, got none")
+    return Dataset.from_dict({"input_ids": ids, "completion_mask": mask})
+
+
+def mean_length(dataset: Sequence[Any]) -> float:
+    """Mean number of tokens an example."""
+    return sum(len(row["input_ids"]) for row in dataset) / len(dataset)
