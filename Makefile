@@ -44,7 +44,7 @@ format: setup
 	$(RUN) ruff check --fix .
 
 bench: setup
-	@for script in benchmarks/[a-z]*.py; do $(RUN) python $$script || exit 1; done
+	@for script in benchmarks/[a-z]*.py; do $(RUN) python -m benchmarks.$$(basename $$script .py) || exit 1; done
 
 # What the stages made; DVC's cache and the environment stay.
 clean:

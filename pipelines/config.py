@@ -146,8 +146,6 @@ class Compare(Section):
     """Section compare."""
 
     database: str
-    bootstrap_samples: Annotated[int, Field(ge=100)]
-    confidence: Annotated[float, Field(gt=0.5, lt=1)]
 
 
 class Params(Section):

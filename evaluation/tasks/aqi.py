@@ -170,7 +170,7 @@ def generate(
 
 
 # A whole number from 0 to 999 that is no part of a decimal, a longer number or a name such as PM10 or "8h".
-_NUMBER = re.compile(r"(?<![\w.,-])(\d{1,3})(?![\w]|[.,]\d)")
+_NUMBER = re.compile(r"(?<![\w.,-])([0-9]{1,3})(?![\w]|[.,]\d)")
 
 
 def parse(answer: str) -> int | None:

@@ -9,6 +9,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 from evaluation.tasks import Item, Score
 
@@ -25,14 +26,10 @@ HELD_OUT = 10
 
 WORDS = tuple(
     (
-        "apple river stone maple window garden silver orange table bridge candle forest harbor island jacket kettle "
-        "ladder market needle ocean pepper quilt rabbit school tunnel umbrella valley wagon yellow zebra anchor basket "
-        "carpet dragon engine feather guitar hammer insect jungle kitten lemon mirror nature office pencil queen "
-        "ribbon summer ticket useful violin winter young active bright clever dear early fast gentle happy idle jolly "
-        "kind large merry new old proud quiet rapid small tall usual vivid warm group level health person "
-        "very good poor rich moderate careful simple open round sharp north south east west spring autumn "
-        "animal bread cloud dinner evening flower grass house iron juice knife light mountain night paper "
-        "road sugar train uncle voice water year sensitive hazard healthy unusual under above below for"
+        "apple river stone maple window garden silver orange table bridge candle forest island jacket ladder market "
+        "ocean pepper school valley yellow anchor basket dragon engine hammer lemon mirror nature office pencil queen "
+        "summer ticket winter good moderate healthy sensitive very large small quiet happy group level person "
+        "hazard bread cloud flower house light mountain night paper sugar train voice water year"
     ).split()
 )
 
@@ -44,45 +41,47 @@ def _pick(rng: random.Random, *wordings: str) -> str:
 
 
 def _number(rng: random.Random) -> int:
-    """A number of one to three digits; two digits twice as often as one or three."""
-    return rng.choice((rng.randint(0, 9), rng.randint(10, 99), rng.randint(10, 99), rng.randint(100, 999)))
+    """A number of one to three digits, each length equally often."""
+    return rng.choice((rng.randint(0, 9), rng.randint(10, 99), rng.randint(100, 999)))
+
+
+def _two_digits(rng: random.Random) -> int:
+    return rng.randint(10, 99)
 
 
 def addition(rng: random.Random) -> Question:
-    """Sum of two numbers below 100."""
-    a, b = rng.randint(0, 99), rng.randint(0, 99)
+    """Sum of two numbers up to 30."""
+    a, b = rng.randint(0, 30), rng.randint(0, 30)
     return _pick(rng, "What is {} + {}?", "Add {} and {}.").format(a, b), str(a + b)
 
 
 def subtraction(rng: random.Random) -> Question:
-    """Difference of two numbers below 100, never negative."""
-    b, a = sorted((rng.randint(0, 99), rng.randint(0, 99)))
+    """Difference of two numbers up to 30, never negative."""
+    b, a = sorted((rng.randint(0, 30), rng.randint(0, 30)))
     return f"What is {a} - {b}?", str(a - b)
 
 
 def larger(rng: random.Random) -> Question:
-    """The larger of two different numbers."""
-    a, b = _number(rng), _number(rng)
-    if a == b:
-        b += 1
+    """The larger of two numbers of two digits."""
+    a, b = _two_digits(rng), _two_digits(rng)
     return _pick(rng, "Which is larger: {} or {}?", "Largest of {}, {}?").format(a, b), str(max(a, b))
 
 
 def smallest(rng: random.Random) -> Question:
-    """The smallest of three numbers."""
-    a = [_number(rng) for _ in range(3)]
+    """The smallest of three numbers of two digits."""
+    a = [_two_digits(rng) for _ in range(3)]
     return "Smallest of {}, {}, {}?".format(*a), str(min(a))
 
 
 def sorting(rng: random.Random) -> Question:
-    """Three numbers below 100 in ascending order."""
-    a = [rng.randint(0, 99) for _ in range(3)]
-    return "Sort: {} {} {}".format(*a), " ".join(map(str, sorted(a)))
+    """Three or four digits in ascending order."""
+    a = [rng.randint(0, 9) for _ in range(rng.randint(3, 4))]
+    return f"Sort: {' '.join(map(str, a))}", " ".join(map(str, sorted(a)))
 
 
 def copying(rng: random.Random) -> Question:
     """Words repeated as they stand."""
-    words = " ".join(rng.sample(WORDS, rng.randint(1, 4)))
+    words = " ".join(rng.sample(WORDS, rng.randint(1, 3)))
     return _pick(rng, "Repeat: {}", "Copy these words: {}").format(words), words
 
 
@@ -95,7 +94,7 @@ def copying_numbers(rng: random.Random) -> Question:
 def reading_values(rng: random.Random) -> Question:
     """One value looked up in a short list."""
     names = rng.sample(WORDS, rng.randint(2, 3))
-    values = [_number(rng) for _ in names]
+    values = [_two_digits(rng) for _ in names]
     listed = ", ".join(f"{n} {v}" for n, v in zip(names, values, strict=True))
     i = rng.randrange(len(names))
     return f"Given: {listed}. What is {names[i]}?", str(values[i])
@@ -128,14 +127,14 @@ def within_range(rng: random.Random) -> Question:
 
 def next_number(rng: random.Random) -> Question:
     """The next member of an arithmetic sequence."""
-    start, step = rng.randint(0, 50), rng.randint(1, 10)
+    start, step = rng.randint(0, 99), rng.randint(1, 5)
     a = [start + i * step for i in range(4)]
     return "What comes next: {} {} {}".format(*a), str(a[3])
 
 
 def last_word(rng: random.Random) -> Question:
     """First or last of several words."""
-    words = rng.sample(WORDS, rng.randint(2, 4))
+    words = rng.sample(WORDS, rng.randint(2, 3))
     which = rng.choice(("first", "last"))
     return f"Which word is {which}: {' '.join(words)}", words[0 if which == "first" else -1]
 
@@ -179,14 +178,24 @@ def questions(seed: int, *, held_out: bool, tasks: tuple[str, ...] = ()) -> Iter
 
 
 def retention_items(per_task: int, seed: int) -> list[Item]:
-    """The retention suite: `per_task` different held-out questions of every general task."""
+    """The retention suite: `per_task` different held-out questions of every general task.
+
+    Raises:
+        ValueError: a task has not that many.
+    """
     items: list[Item] = []
     for name in GENERAL_TASKS:
         seen: dict[str, str] = {}
-        for _, prompt, answer in questions(seed, held_out=True, tasks=(name,)):
+        drawn = islice(questions(seed, held_out=True, tasks=(name,)), 100 * per_task + 1000)
+        for _, prompt, answer in drawn:
             seen[prompt] = answer
             if len(seen) == per_task:
                 break
+        else:
+            raise ValueError(
+                f"expected {per_task} different held-out questions of {name}, found {len(seen)}; "
+                "lower prepare_data.retention_items_per_task"
+            )
         items += [
             Item(f"retention-{name}-{i:04d}", name, prompt, answer, {"answer": answer})
             for i, (prompt, answer) in enumerate(seen.items())

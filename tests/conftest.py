@@ -1,0 +1,133 @@
+"""Real, tiny artefacts that several tests share."""
+
+import os
+import random
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory):
+    """A Llama with a SentencePiece tokenizer, trained for some steps on general questions."""
+    from evaluation.tasks import general, render
+    from trainers.embedded_base import EmbeddedSettings, train_embedded_base
+
+    folder = tmp_path_factory.mktemp("base")
+    settings = EmbeddedSettings(
+        seed=0,
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        layers=2,
+        heads=2,
+        context=256,
+        examples=1600,
+        batch_size=32,
+        learning_rate=3e-3,
+        precision="fp32",
+    )
+    questions = islice(general.questions(0, held_out=False), settings.examples)
+    examples = [(render(TEMPLATE, p), a) for _, p, a in questions]
+    train_embedded_base(settings, examples, folder, tmp_path_factory.mktemp("checkpoints"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train_settings():
+    """Settings of a short run."""
+    from trainers.settings import TrainSettings
+
+    return TrainSettings(
+        rank=4,
+        alpha=8,
+        dropout=0.0,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        quantize_base="none",
+        max_steps=12,
+        batch_size=4,
+        gradient_accumulation=1,
+        learning_rate=1e-2,
+        lr_scheduler="linear",
+        warmup_steps=1,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optimizer="adamw_torch",
+        precision="fp32",
+        max_length=128,
+        gradient_checkpointing=False,
+        logging_steps=2,
+        eval_steps=6,
+        save_steps=4,
+    )
+
+
+@pytest.fixture(scope="session")
+def aqi_examples():
+    """(rendered prompt, completion) of AQI items."""
+    from evaluation.tasks import aqi, render
+
+    items = aqi.generate({"train": 80}, seed=0, pollutants=["pm25", "no2"], max_pollutants=1)["train"]
+    return [(render(TEMPLATE, item.prompt), item.completion) for item in items]
+
+
+@pytest.fixture(scope="session")
+def make_job(base_dir, train_settings, aqi_examples, tmp_path_factory):
+    """Builds training jobs that differ in what is asked for."""
+    from trainers.common import TrainingJob
+    from trainers.settings import BaseReference
+
+    def make(seed=0, checkpoints: Path | None = None, **changes):
+        return TrainingJob(
+            base=BaseReference(str(base_dir)),
+            settings=train_settings.model_copy(update=changes),
+            seed=seed,
+            train=aqi_examples[:64],
+            valid=aqi_examples[64:],
+            output=tmp_path_factory.mktemp("adapter"),
+            checkpoints=checkpoints or tmp_path_factory.mktemp("checkpoints"),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def adapter_dir(make_job):
+    """A LoRA adapter that was really trained."""
+    from trainers.baseline_lora import ARM
+    from trainers.common import run
+
+    job = make_job()
+    run(ARM, job)
+    return job.output
+
+
+@pytest.fixture(scope="session")
+def exported(base_dir, adapter_dir, tmp_path_factory):
+    """base.gguf, model.gguf and adapter.gguf of the two above."""
+    from export import gguf
+
+    folder = tmp_path_factory.mktemp("gguf")
+    for name, adapter in (("base", None), ("model", adapter_dir)):
+        merged = tmp_path_factory.mktemp(name) / "model"
+        gguf.save_merged(str(base_dir), adapter, merged, {})
+        gguf.convert_model(merged, folder / f"{name}.gguf", name)
+    gguf.convert_adapter(adapter_dir, base_dir, folder / "adapter.gguf")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Rendered prompts of both kinds."""
+    from evaluation.tasks import aqi, general, render
+
+    items = aqi.generate({"x": 6}, seed=5, pollutants=["pm25", "o3_8h"], max_pollutants=2)["x"]
+    suite = general.retention_items(1, seed=5)
+    random.Random(0).shuffle(suite)
+    return [render(TEMPLATE, item.prompt) for item in [*items, *suite[:6]]]

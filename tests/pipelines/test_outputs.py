@@ -1,0 +1,156 @@
+"""Output folders are whole or not there."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from pipelines.outputs import OutputError, exclusive, staged
+
+
+def content(folder):
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def target(tmp_path):
+    folder = tmp_path / "results" / "0"
+    folder.mkdir(parents=True)
+    (folder / "old.txt").write_text("old")
+    return folder
+
+
+def test_swaps_the_whole_folder(target):
+    with staged(target) as folder:
+        (folder / "new.txt").write_text("new")
+        assert content(target) == {"old.txt": "old"}
+    assert content(target) == {"new.txt": "new"}
+    assert [p.name for p in target.parent.iterdir()] == ["0"]
+
+
+def test_an_exception_leaves_the_old(target):
+    with pytest.raises(RuntimeError, match="boom"), staged(target) as folder:
+        (folder / "new.txt").write_text("new")
+        raise RuntimeError("boom")
+    assert content(target) == {"old.txt": "old"}
+    assert [p.name for p in target.parent.iterdir()] == ["0"]
+
+
+def test_a_kill_leaves_the_old_and_the_next_run_cleans_up(target):
+    script = textwrap.dedent(
+        f"""
+        import time
+        from pathlib import Path
+        from pipelines.outputs import staged
+        with staged(Path({str(target)!r})) as folder:
+            (folder / "new.txt").write_text("new")
+            print("ready", flush=True)
+            time.sleep(60)
+        """
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == "ready"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert content(target) == {"old.txt": "old"}
+    assert len(list(target.parent.iterdir())) == 2
+    with staged(target) as folder:
+        (folder / "newer.txt").write_text("newer")
+    assert content(target) == {"newer.txt": "newer"}
+    assert [p.name for p in target.parent.iterdir()] == ["0"]
+
+
+@contextmanager
+def file_size_limit(size):
+    """A real write error from the kernel, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_out_of_space(target):
+    with pytest.raises(OutputError, match=r"cannot be written.*Earlier results there are unchanged"):
+        with file_size_limit(1000), staged(target) as folder:
+            (folder / "big.bin").write_bytes(b"x" * 5000)
+    assert content(target) == {"old.txt": "old"}
+
+
+def test_a_full_disk(target):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    with pytest.raises(OutputError, match="the disk is full"), staged(target), open("/dev/full", "w") as file:
+        file.write("x")
+    assert content(target) == {"old.txt": "old"}
+
+
+@contextmanager
+def not_root():
+    """Root may write everywhere; act as nobody."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_read_only_folder(tmp_path):
+    parent = tmp_path / "locked"
+    target = parent / "0"
+    target.mkdir(parents=True)
+    (target / "old.txt").write_text("old")
+    for folder in [tmp_path, *list(tmp_path.parents)[:3]]:
+        if os.stat(folder).st_uid == os.getuid() and str(folder).startswith("/tmp/"):
+            folder.chmod(0o755)
+    parent.chmod(0o555)
+    try:
+        with not_root():
+            with pytest.raises(OutputError, match="cannot be written, this user may not write there"):
+                with staged(target) as folder:
+                    (folder / "new.txt").write_text("new")
+        assert content(target) == {"old.txt": "old"}
+    finally:
+        parent.chmod(0o755)
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "results").write_text("I am a file")
+    with pytest.raises(OutputError, match="a file stands where a folder is needed"), staged(tmp_path / "results/0"):
+        pass
+    assert (tmp_path / "results").read_text() == "I am a file"
+
+
+def test_two_at_once(tmp_path):
+    lock = tmp_path / "x.lock"
+    script = (
+        "import sys, time; from pathlib import Path; from pipelines.outputs import exclusive\n"
+        f"with exclusive(Path({str(lock)!r}), 'x'):\n    print('ready', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline().strip() == "ready"
+        with pytest.raises(OutputError, match="train a is already running"), exclusive(lock, "train a"):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    for _ in range(50):  # a dead holder's lock is free
+        try:
+            with exclusive(lock, "train a"):
+                return
+        except OutputError:
+            time.sleep(0.05)
+    pytest.fail("the lock outlived its holder")

@@ -1,0 +1,202 @@
+"""The real DVC pipeline on the smoke profile, in a clone, from nothing to the database, and what users do to it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+ROOT = Path(__file__).resolve().parents[1]
+ADAPTER = "adapters/baseline_lora/0/adapter_model.safetensors"
+
+
+class Clone:
+    """A working copy with the smoke profile chosen."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # The interpreter that runs the tests, its packages, and no Ollama server.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.env = {**os.environ, "PATH": path, "OLLAMA_HOST": "127.0.0.1:9", "COLUMNS": "200"}
+
+    def run(self, *command: str, ok: bool = True) -> str:
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=600, check=False
+        )
+        output = done.stdout + done.stderr
+        assert (done.returncode == 0) is ok, f"{command} exit {done.returncode}\n{output[-6000:]}"
+        return output
+
+    def set(self, section: str, **values: object) -> None:
+        file = self.folder / "params.yaml"
+        params = yaml.safe_load(file.read_text())
+        params[section].update(values)
+        file.write_text(yaml.safe_dump(params, sort_keys=False))
+
+    def query(self, sql: str) -> list[tuple]:
+        with sqlite3.connect(f"file:{self.folder / 'outputs/centralized.db'}?mode=ro", uri=True) as connection:
+            return connection.execute(sql).fetchall()
+
+    def dump(self) -> dict[str, list[tuple]]:
+        tables = [n for (n,) in self.query("select name from sqlite_master where type = 'table' order by name")]
+        return {t: self.query(f"select * from {t}") for t in tables}
+
+    def would_run(self) -> set[str]:
+        """Names of the stages that `dvc repro` would run now."""
+        return set(re.findall(r"Running stage '([^']+)'", self.run("dvc", "repro", "--dry")))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clone") / "project"
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    c = Clone(folder)
+    c.run("git", "init", "--quiet")
+    c.run("git", "add", "--all")
+    c.run("git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "clone")
+    c.run("python", "-m", "pipelines.profile", "--force", "smoke")
+    c.first_output = c.run("dvc", "repro")
+    return c
+
+
+def test_1_everything_is_recorded(clone):
+    rows = clone.query("select model_name, aqi_accuracy, delta_aqi, inference_speed, delta_speed, timestamp "
+                       "from evaluation_results order by model_name")  # fmt: skip
+    assert [r[0] for r in rows] == ["base_model", "baseline_lora_model"]
+    base, arm = rows
+    assert base[2] == 0 and base[4] == 0
+    samples = [json.loads(s) for s in (clone.folder / "scores/baseline_lora/0/samples.jsonl").open()]
+    test = [s["correct"] for s in samples if s["split"] == "test"]
+    assert len(test) == 40
+    assert arm[1] == pytest.approx(100 * sum(test) / 40)
+    assert arm[2] == pytest.approx(arm[1] - base[1])
+    assert base[3] > 0 and arm[3] > 0
+    assert clone.query("select count(*) from sample") == [(2 * (40 + 14 * 3),)]
+
+
+def test_2_the_artefacts_are_real(clone):
+    folder = clone.folder / "gguf/baseline_lora/0"
+    for name in ("model.gguf", "adapter.gguf"):
+        assert (folder / name).read_bytes()[:4] == b"GGUF"
+    parity = json.loads((folder / "parity.json").read_text())
+    assert parity["token_ids_equal"] == 1.0 and parity["prompts"] == 10
+    assert "FROM ./model.gguf" in (folder / "Modelfile").read_text()
+    for run in clone.folder.glob("*/*/*/run.json"):
+        content = json.loads(run.read_text())
+        assert content["status"] == "finished" and content["git"]["commit"] and content["packages"]["torch"]
+    chain = clone.query("select a.kind, p.kind from artifact a join artifact p on p.sha256 = a.parent_sha256")
+    assert ("merged_gguf", "adapter") in chain
+
+
+def test_3_the_backend_is_recorded_and_the_fallback_is_said(clone):
+    assert "no Ollama server at" in clone.first_output
+    assert {b for (b,) in clone.query("select backend_name from run")} == {"llama_cpp"}
+
+
+def test_4_compare_all_prints_the_table(clone):
+    table = clone.run("python", "-m", "evaluation.compare_all")
+    assert "base_model" in table and "baseline_lora_model" in table and "AQI" in table
+    report = (clone.folder / "outputs/grit_evaluation.md").read_text()
+    assert "baseline_lora_model" in report
+
+
+def test_5_a_second_run_changes_nothing(clone):
+    before, database = clone.dump(), (clone.folder / "outputs/centralized.db").read_bytes()
+    output = clone.run("dvc", "repro")
+    assert "Data and pipelines are up to date" in output
+    assert "Running stage" not in output
+    clone.run("python", "-m", "pipelines.compare")
+    assert clone.dump() == before
+    assert (clone.folder / "outputs/centralized.db").read_bytes() == database
+
+
+def test_6_a_deleted_database_comes_back(clone):
+    before = clone.query("select * from evaluation_results order by 1")
+    (clone.folder / "outputs/centralized.db").unlink()
+    missing = clone.run("python", "-m", "evaluation.compare_all", ok=False)
+    assert "dvc repro" in missing
+    clone.run("dvc", "repro")
+    assert clone.query("select * from evaluation_results order by 1") == before
+
+
+def test_7_an_ollama_that_is_down_fails_when_asked_for(clone):
+    scores = clone.folder / "scores/baseline_lora/0/scores.json"
+    before = scores.read_bytes()
+    clone.set("evaluate", backend="ollama")
+    output = clone.run("dvc", "repro", ok=False)
+    assert "evaluate.backend is ollama, and no server answers at http://127.0.0.1:9" in output
+    assert scores.read_bytes() == before
+    clone.set("evaluate", backend="auto")
+
+
+def test_8_bad_params_stop_before_any_work(clone):
+    clone.set("train", rank=-1)
+    output = clone.run("dvc", "repro", ok=False)
+    assert "train.rank: input should be greater than or equal to 1, got -1" in output
+    clone.set("train", rank=4)
+    clone.run("dvc", "repro")
+
+
+def test_9_a_learning_rate_reruns_training_and_what_follows(clone):
+    clone.set("train", learning_rate=0.004)
+    arm = {f"{stage}@baseline_lora-0" for stage in ("train", "export", "evaluate")}
+    stages = clone.would_run()
+    assert "train@baseline_lora-0" in stages
+    assert stages <= arm | {"compare"}
+    assert clone.query("select count(*) from run where is_current") == [(2,)]
+
+
+def test_a_killed_training_ends_as_if_undisturbed(clone):
+    """kill -9 in the middle, then `dvc repro`; the adapter equals one that was trained in one go."""
+    clone.set("train", max_steps=150, save_steps=10, learning_rate=0.004)
+    process = subprocess.Popen(
+        ["dvc", "repro"],
+        cwd=clone.folder,
+        env=clone.env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    checkpoints = clone.folder / "checkpoints/baseline_lora/0"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("*/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.monotonic() < deadline, "training ended before it could be killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    old = json.loads((clone.folder / "adapters/baseline_lora/0/run.json").read_text())
+    assert old["extra"]["steps"] == 30, "the earlier adapter must survive the kill"
+
+    clone.run("dvc", "repro")
+    resumed = json.loads((clone.folder / "adapters/baseline_lora/0/run.json").read_text())["extra"]
+    assert resumed["steps"] == 150 and resumed["resumed_from_step"] >= 10
+    adapter = (clone.folder / ADAPTER).read_bytes()
+    assert not list((clone.folder / "adapters").rglob("*.partial"))
+
+    clone.run("python", "-m", "pipelines.train", "--arm", "baseline_lora", "--seed", "0")
+    undisturbed = json.loads((clone.folder / "adapters/baseline_lora/0/run.json").read_text())["extra"]
+    assert undisturbed["resumed_from_step"] is None
+    assert (clone.folder / ADAPTER).read_bytes() == adapter
+
+
+def test_b_the_changed_run_is_current_and_the_old_one_is_kept(clone):
+    steps = [json.loads(p)["train"]["max_steps"] for (p,) in clone.query(
+        "select params from run where arm = 'baseline_lora' order by is_current")]  # fmt: skip
+    assert steps == [30, 150]
+    assert len(clone.query("select * from evaluation_results")) == 2

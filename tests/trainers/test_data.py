@@ -1,0 +1,51 @@
+"""Token ids and what carries loss."""
+
+import pytest
+
+from tests.conftest import TEMPLATE
+from trainers.data import EncodingError, build_dataset, encode_example, encode_prompt
+from trainers.models import load_tokenizer
+from trainers.settings import BaseReference
+
+PROMPT = TEMPLATE.replace("{prompt}", "Predict AQI given: PM2.5 35.9 µg/m³")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base_dir):
+    return load_tokenizer(BaseReference(str(base_dir)))
+
+
+def test_bos_once_eos_once_and_the_text_comes_back(tokenizer):
+    ids, n_prompt = encode_example(tokenizer, PROMPT, "102 (Unhealthy for Sensitive Groups)")
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+    assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(ids[1:-1]) == PROMPT + "102 (Unhealthy for Sensitive Groups)"
+    assert ids[:n_prompt] == encode_prompt(tokenizer, PROMPT)
+
+
+def test_digits_are_tokens_of_their_own(tokenizer):
+    pieces = tokenizer.convert_ids_to_tokens(encode_prompt(tokenizer, "35.9 1205"))
+    assert [p for p in pieces if any(c.isdigit() for c in p)] == list("3591205")
+
+
+def test_only_the_completion_carries_loss(tokenizer):
+    row = build_dataset(tokenizer, [(PROMPT, "7 (Good)")], 128)[0]
+    learned = [i for i, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m]
+    assert tokenizer.decode(learned[:-1]) == "7 (Good)"
+    assert learned[-1] == tokenizer.eos_token_id
+
+
+def test_a_template_that_ends_inside_a_token_is_refused(base_dir, tokenizer):
+    word = next(t for t, i in tokenizer.get_vocab().items() if len(t) > 4 and t.isalpha() and t.isascii())
+    with pytest.raises(EncodingError, match="end prompt.template on a line break"):
+        encode_example(tokenizer, word[:2], word[2:])
+
+
+def test_too_long_items_are_named_and_not_cut(tokenizer):
+    with pytest.raises(EncodingError, match=r"item 1: \d+.*set train.max_length to \d+"):
+        build_dataset(tokenizer, [("a\n", "1"), (PROMPT, "1" * 200)], 100)
+
+
+def test_no_examples(tokenizer):
+    with pytest.raises(EncodingError, match="at least one"):
+        build_dataset(tokenizer, [], 100)
