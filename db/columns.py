@@ -38,9 +38,7 @@ def typed_value_rules() -> tuple[CheckConstraint, ...]:
     return (
         CheckConstraint("value_kind IN ('finite', 'nan', 'inf', '-inf')", name="value_kind"),
         CheckConstraint("(value_kind = 'finite') = (value IS NOT NULL)", name="value_typed"),
-        CheckConstraint(
-            "value BETWEEN -1.7976931348623157e308 AND 1.7976931348623157e308", name="value_finite"
-        ),
+        CheckConstraint("value BETWEEN -1.7976931348623157e308 AND 1.7976931348623157e308", name="value_finite"),
     )
 
 

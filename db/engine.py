@@ -101,9 +101,7 @@ def checkpoint(path: Path) -> bool:
 def _connect(path: Path, *, write: bool, timeout_s: float) -> sqlite3.Connection:
     def connect(query: str) -> sqlite3.Connection:
         # Absolute, because a URI cannot hold a relative path; as_uri escapes `?`, `#` and `%` in names.
-        return sqlite3.connect(
-            path.absolute().as_uri() + query, uri=True, timeout=timeout_s, check_same_thread=False
-        )
+        return sqlite3.connect(path.absolute().as_uri() + query, uri=True, timeout=timeout_s, check_same_thread=False)
 
     if write:
         return connect("")

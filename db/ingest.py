@@ -56,8 +56,7 @@ class IngestSummary:
     def __str__(self) -> str:
         """One line of counts, then one line for each note."""
         counts = (
-            f"{self.inserted} runs inserted, {self.updated} updated, {self.unchanged} unchanged, "
-            f"{self.retired} retired"
+            f"{self.inserted} runs inserted, {self.updated} updated, {self.unchanged} unchanged, {self.retired} retired"
         )
         return "\n".join([counts, *(f"note: {note}" for note in self.skipped)])
 
@@ -137,8 +136,7 @@ def store(session: Session, bundles: list[Bundle], notes: Iterable[str] = ()) ->
     updated: set[str] = set()
     for bundle, row in zip(bundles, rows, strict=True):
         environments = {
-            stage: _environment_id(session, environment_row(record))
-            for stage, record in bundle.stages.items()
+            stage: _environment_id(session, environment_row(record)) for stage, record in bundle.stages.items()
         }
         run = known.get(row["run_key"])
         if run is None:
@@ -229,8 +227,6 @@ def _retire_log(path: Path) -> None:
     except sqlite3.DatabaseError as error:
         done = "locked" not in str(error)  # a damaged file is what a rebuild is for
     if not done:
-        raise DatabaseError(
-            f"nobody else at work in {path}", "another process uses it", "end it, then rebuild again"
-        )
+        raise DatabaseError(f"nobody else at work in {path}", "another process uses it", "end it, then rebuild again")
     for suffix in ("-wal", "-shm", "-journal"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)

@@ -32,9 +32,7 @@ class Environment(Base):
     __table_args__ = (CheckConstraint("length(key) = 64", name="key_sha256"),)
 
     id: Mapped[int] = primary_key()
-    key: Mapped[str] = mapped_column(
-        SHA256, unique=True, comment="sha256 of the canonical JSON of all other columns"
-    )
+    key: Mapped[str] = mapped_column(SHA256, unique=True, comment="sha256 of the canonical JSON of all other columns")
     device_class: Mapped[str] = mapped_column(comment="cpu, cuda or mps")
     device_name: Mapped[str | None]
     cores: Mapped[int | None] = mapped_column(comment="cores of the machine")
@@ -220,8 +218,7 @@ class Artifact(_OfRun, Base):
         CheckConstraint("length(sha256) = 64", name="sha256"),
         CheckConstraint("length(parent_sha256) = 64", name="parent_sha256"),
         CheckConstraint(
-            "kind IN ('adapter', 'merged_gguf', 'adapter_gguf', 'base_gguf', 'modelfile', 'base_model', "
-            "'dataset')",
+            "kind IN ('adapter', 'merged_gguf', 'adapter_gguf', 'base_gguf', 'modelfile', 'base_model', 'dataset')",
             name="kind",
         ),
         count_rule("bytes"),
@@ -250,9 +247,7 @@ class Speed(_OfRun, Base):
         count_rule("nanoseconds"),
     )
 
-    arm: Mapped[str] = mapped_column(
-        comment="the run's own arm, or base: machines drift, so deltas stay here"
-    )
+    arm: Mapped[str] = mapped_column(comment="the run's own arm, or base: machines drift, so deltas stay here")
     phase: Mapped[str]
     repetition: Mapped[int]
     tokens: Mapped[int | None] = mapped_column(comment="tokens; NULL: not measured")

@@ -59,9 +59,7 @@ class _TreeReader(FileReader):
     def belongs(self, path: Path, arm: str | None, seed: int | None, own_arm: str, own_seed: int) -> None:
         """A copied folder must not count as another arm."""
         if (arm, seed) != (own_arm, own_seed):
-            self.problem(
-                path, "arm, seed", f"expected {own_arm}/{own_seed} as in the path, came {arm}/{seed}"
-            )
+            self.problem(path, "arm, seed", f"expected {own_arm}/{own_seed} as in the path, came {arm}/{seed}")
 
     def bundle(self, arm: str, seed: int) -> Bundle | None:
         """Read one arm with one seed; None when it is not there yet, not finished, or has problems."""
@@ -166,9 +164,7 @@ def _combinations(
             continue
         folder = scores / arm
         inside = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-        notes += [
-            f"{arm}/{name}: skipped, the folder's name is no seed" for name in inside if not _seed(name)
-        ]
+        notes += [f"{arm}/{name}: skipped, the folder's name is no seed" for name in inside if not _seed(name)]
         own = sorted(int(name) for name in inside if _seed(name))
         if not own:
             notes.append(f"{arm}: no scores yet")
@@ -184,9 +180,7 @@ def _seed(name: str) -> bool:
 def _stale(stages: dict[str, RunRecord]) -> str | None:
     """Say how a later stage used another file than the one that now lies in the earlier stage's folder."""
     made = {
-        artifact.path: (stage, artifact.sha256)
-        for stage, record in stages.items()
-        for artifact in record.artifacts
+        artifact.path: (stage, artifact.sha256) for stage, record in stages.items() for artifact in record.artifacts
     }
     for stage, record in stages.items():
         for path, sha256 in record.inputs.items():

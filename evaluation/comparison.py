@@ -99,9 +99,7 @@ def compare(session: Session) -> Comparison:
         by_arm.setdefault(run.arm, []).append(run)
     arms = sorted(by_arm, key=lambda arm: (arm != BASE, arm != BASELINE, arm))
     found = find_differences(arms, by_arm, answers)
-    rows = tuple(
-        _row(session, by_arm[arm], metrics, tuple(d for d in found.get(arm, []) if d)) for arm in arms
-    )
+    rows = tuple(_row(session, by_arm[arm], metrics, tuple(d for d in found.get(arm, []) if d)) for arm in arms)
     meanings = queries.metric_meanings(session)
     return Comparison(
         rows=rows,

@@ -72,9 +72,7 @@ def _difference(
     runs: list[Run], against: str, others: list[Run], answers: dict[int, dict[str, bool]]
 ) -> Difference | None:
     pairs = [
-        (answers[run.id], answers[other.id])
-        for run in runs
-        if (other := _partner(run, against, others)) is not None
+        (answers[run.id], answers[other.id]) for run in runs if (other := _partner(run, against, others)) is not None
     ]
     values = paired_differences(pairs)
     if not values.size:
@@ -100,8 +98,7 @@ def in_words(difference: Difference) -> str:
     """Say in a clause what the data allow to say."""
     points = difference.points
     numbers = (
-        f"{points.estimate:+.1f} points, 95% interval [{points.low:+.1f}, {points.high:+.1f}], "
-        f"{difference.items} items"
+        f"{points.estimate:+.1f} points, 95% interval [{points.low:+.1f}, {points.high:+.1f}], {difference.items} items"
     )
     if difference.verdict != "undecided":
         return f"{difference.verdict} than {difference.against} ({numbers})"

@@ -92,9 +92,7 @@ def _width(console: Console, table: Table) -> int:
 
 def svg(comparison: Comparison) -> str:
     """Return what the terminal shows as an SVG picture, for the README."""
-    console = Console(
-        record=True, width=NARROWEST, file=io.StringIO(), force_terminal=True, color_system="truecolor"
-    )
+    console = Console(record=True, width=NARROWEST, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.width = _width(console, rich_table(comparison))
     print_table(comparison, console)
     return console.export_svg(title="python -m evaluation.compare_all")

@@ -60,14 +60,12 @@ def fetch(place: Path) -> None:
         archives = list(temporary.glob("*.tar.gz"))
         if done.returncode or not archives:
             raise ExportError(
-                f"could not download the source of {PACKAGE} {version}: {done.stderr.strip()[-500:]}; check the network "
-                "and run `python -m export.converters`"
+                f"could not download the source of {PACKAGE} {version}: {done.stderr.strip()[-500:]}; check the "
+                "network and run `python -m export.converters`"
             )
         got = hashlib.sha256(archives[0].read_bytes()).hexdigest()
         if got != KNOWN[version]:
-            raise ExportError(
-                f"{archives[0].name}: expected sha256 {KNOWN[version]}, got {got}; not unpacked"
-            )
+            raise ExportError(f"{archives[0].name}: expected sha256 {KNOWN[version]}, got {got}; not unpacked")
         unpack(archives[0], place)
 
 

@@ -71,9 +71,7 @@ def _load_16bit(source: str, load_kwargs: dict[str, Any]) -> Any:
         raise ExportError(f"no model could be loaded from {source!r}: {error}") from error
 
 
-def save_merged(
-    base: str, adapter: Path | None, out: Path, load_kwargs: dict[str, Any]
-) -> None:
+def save_merged(base: str, adapter: Path | None, out: Path, load_kwargs: dict[str, Any]) -> None:
     """A whole 16-bit Hugging Face model in `out`: the base with the adapter merged in.
 
     The product s·B·A is added in float32 and rounded once to the base's 16-bit type.
@@ -95,9 +93,7 @@ def save_merged(
         from peft import PeftModel
 
         try:
-            model = PeftModel.from_pretrained(model.to(torch.float32), str(adapter)).merge_and_unload(
-                safe_merge=True
-            )
+            model = PeftModel.from_pretrained(model.to(torch.float32), str(adapter)).merge_and_unload(safe_merge=True)
         except (RuntimeError, ValueError) as error:
             raise ExportError(f"{adapter}: does not fit the base {base!r}: {error}") from error
     model.to(dtype).save_pretrained(out)

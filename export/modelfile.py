@@ -81,9 +81,7 @@ def _problems(spec: ModelfileSpec) -> list[str]:
         n = spec.template.count(GO_PROMPT)
         problems.append(f"template: expected {GO_PROMPT} once, found it {n} times in {spec.template!r}.")
     if spec.system is not None and ".System" not in spec.template:
-        problems.append(
-            "system: the template has no {{ .System }}, so Ollama would drop it; put it into the template."
-        )
+        problems.append("system: the template has no {{ .System }}, so Ollama would drop it; put it into the template.")
     if not spec.stop or not all(spec.stop) or len(set(spec.stop)) != len(spec.stop):
         problems.append(f"stop: expected at least one word, none empty or twice, got {list(spec.stop)!r}.")
     predict, penalty = spec.num_predict, spec.repeat_penalty
@@ -121,13 +119,9 @@ def go_template(template: str) -> str:
         ModelfileError: {prompt} is missing or repeated, or the text holds Go's "{{".
     """
     if (found := template.count(PROMPT_SLOT)) != 1:
-        raise ModelfileError(
-            f"expected {PROMPT_SLOT} once in the template, found it {found} times: {template!r}"
-        )
+        raise ModelfileError(f"expected {PROMPT_SLOT} once in the template, found it {found} times: {template!r}")
     if "{{" in template:
-        raise ModelfileError(
-            f"the template holds '{{{{', which Go's template language would run: {template!r}"
-        )
+        raise ModelfileError(f"the template holds '{{{{', which Go's template language would run: {template!r}")
     return template.replace(PROMPT_SLOT, GO_PROMPT)
 
 
@@ -190,9 +184,7 @@ def parse_modelfile(text: str) -> ModelfileSpec:
     Raises:
         ModelfileError: names the line and what was expected there.
     """
-    texts = {"from": "from_path", "adapter": "adapter_path"} | {
-        k: k for k in ("template", "system", "license")
-    }
+    texts = {"from": "from_path", "adapter": "adapter_path"} | {k: k for k in ("template", "system", "license")}
     numbers: dict[str, Callable[[str], object]] = {
         "num_ctx": int,
         "num_predict": int,
@@ -208,22 +200,16 @@ def parse_modelfile(text: str) -> ModelfileSpec:
             continue
         if key is None or (command == "parameter" and key not in numbers):
             known = ", ".join([*texts, *(f"parameter {n}" for n in (*numbers, "stop"))])
-            raise ModelfileError(
-                f"line {line}: expected one of {known}, got {' '.join([command, name]).strip()!r}"
-            )
+            raise ModelfileError(f"line {line}: expected one of {known}, got {' '.join([command, name]).strip()!r}")
         if fields.get(key) is not None:
-            raise ModelfileError(
-                f"line {line}: {key} is given twice; Ollama would use the last and say nothing"
-            )
+            raise ModelfileError(f"line {line}: {key} is given twice; Ollama would use the last and say nothing")
         try:
             fields[key] = numbers[key](value) if command == "parameter" else value
         except ValueError:
             raise ModelfileError(f"line {line}: expected a number for {key}, got {value!r}") from None
     needed = [n for n in ("from_path", "template", "num_ctx", "temperature") if n not in fields]
     if needed:
-        raise ModelfileError(
-            f"expected {', '.join(needed)}, found none; write the Modelfile with render_modelfile"
-        )
+        raise ModelfileError(f"expected {', '.join(needed)}, found none; write the Modelfile with render_modelfile")
     return ModelfileSpec(stop=stop, **fields)  # type: ignore[arg-type]
 
 

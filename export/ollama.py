@@ -130,9 +130,7 @@ def register(
             raise ExportError(f"expected a GGUF file at {path}, found none; run the export stage first")
     version = server_version(url)
     if version is None:
-        raise OllamaUnavailable(
-            f"no Ollama answers at {url}; start it with `ollama serve`, or set OLLAMA_HOST"
-        )
+        raise OllamaUnavailable(f"no Ollama answers at {url}; start it with `ollama serve`, or set OLLAMA_HOST")
 
     hashes = {label: _sha256(path) for label, path in files.items()}
     inputs = [hashes, spec.template, spec.parameters, spec.license, spec.system]
@@ -152,14 +150,10 @@ def register(
     digest = list_models(url).get(full_name(name))
     if digest is None:
         raise OllamaError(f"Ollama at {url} reported success, but does not list {name!r}; see its log")
-    made = Registered(
-        url, name, digest, hashes["model.gguf"], hashes.get("adapter.gguf"), stored, version, True
-    )
+    made = Registered(url, name, digest, hashes["model.gguf"], hashes.get("adapter.gguf"), stored, version, True)
     record_path.parent.mkdir(parents=True, exist_ok=True)
     fresh = record_path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(
-        json.dumps({"fingerprint": fingerprint, "digest": digest, "registered": asdict(made)}, indent=1)
-    )
+    fresh.write_text(json.dumps({"fingerprint": fingerprint, "digest": digest, "registered": asdict(made)}, indent=1))
     fresh.replace(record_path)
     return made
 
@@ -173,9 +167,7 @@ def _upload(client: "Client", url: str, path: Path, sha256: str, say: Callable[[
     say(f"{path.name}: uploading {path.stat().st_size / 1e6:.1f} MB")
     sent = client.create_blob(path)
     if sent != f"sha256:{sha256}":
-        raise OllamaError(
-            f"{path} changed while it was uploaded (sha256 {sha256}, then {sent}); export it again"
-        )
+        raise OllamaError(f"{path} changed while it was uploaded (sha256 {sha256}, then {sent}); export it again")
 
 
 def _create(

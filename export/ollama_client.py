@@ -37,9 +37,7 @@ def resolve_host(host: str | None = None) -> str:
     if not rest:
         scheme, rest = "http", text
     parts = urlsplit(f"{scheme}://{rest}")
-    port = parts.port or (
-        {"http": 80, "https": 443}.get(scheme, DEFAULT_PORT) if "://" in text else DEFAULT_PORT
-    )
+    port = parts.port or ({"http": 80, "https": 443}.get(scheme, DEFAULT_PORT) if "://" in text else DEFAULT_PORT)
     name = parts.hostname or "127.0.0.1"
     name = f"[{name}]" if ":" in name else name
     path = parts.path.strip("/")
@@ -126,8 +124,7 @@ def server_version(host: str | None = None) -> str | None:
         return str(answer.raise_for_status().json()["version"])
     except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
         raise OllamaError(
-            f"expected an Ollama server at {url}, but /api/version answered {answer.status_code}: "
-            f"{answer.text[:100]!r}"
+            f"expected an Ollama server at {url}, but /api/version answered {answer.status_code}: {answer.text[:100]!r}"
         ) from error
 
 
@@ -161,8 +158,6 @@ def render_prompt(host: str | None, name: str, prompt: str) -> str:
         answer = httpx.post(f"{url}/api/generate", json=body, timeout=None, **http_options(url))  # noqa: S113
         return str(answer.raise_for_status().json()["_debug_info"]["rendered_template"])
     except httpx.TransportError as error:
-        raise OllamaUnavailable(
-            f"no connection to Ollama at {url} ({error}); start it with `ollama serve`"
-        ) from error
+        raise OllamaUnavailable(f"no connection to Ollama at {url} ({error}); start it with `ollama serve`") from error
     except (httpx.HTTPStatusError, ValueError, KeyError) as error:
         raise OllamaError(f"Ollama at {url} did not render the prompt of {name!r}: {error}") from error

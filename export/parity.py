@@ -19,6 +19,10 @@ class Engine(Protocol):
         """Text of ids."""
         ...
 
+    def close(self) -> None:
+        """Free the model."""
+        ...
+
 
 def _first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     """Position at which two sequences part, None when they are equal."""

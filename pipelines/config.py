@@ -110,9 +110,7 @@ class PrepareBase(EmbeddedSettings):
     @model_validator(mode="after")
     def _shape(self) -> "PrepareBase":
         if self.hidden_size % (2 * self.heads):
-            raise ValueError(
-                f"hidden_size: expected a multiple of 2·heads = {2 * self.heads}, got {self.hidden_size}"
-            )
+            raise ValueError(f"hidden_size: expected a multiple of 2·heads = {2 * self.heads}, got {self.hidden_size}")
         for name in ("hidden_size", "intermediate_size"):
             if getattr(self, name) % 32:
                 raise ValueError(
@@ -168,7 +166,7 @@ class Params(Section):
 
 
 def _suggest(word: str, known: Any) -> str:
-    """ " — did you mean …? Available: …" for an error message."""
+    """The end of an error message: what may have been meant, and what there is."""
     names = [str(k) for k in known]
     close = difflib.get_close_matches(word, names, n=1)
     return (f"; did you mean {close[0]!r}?" if close else ".") + f" Available: {', '.join(names)}"
@@ -208,7 +206,7 @@ def _explain(errors: list[Any], prefix: tuple[str, ...] = (), fields: list[str] 
             case "missing":
                 lines.append(f"{where}: missing; profiles/tiny.yaml shows every key with its default")
             case "value_error":
-                lines.append(f"{where}: {str(error['ctx']['error'])}")
+                lines.append(f"{where}: {error['ctx']['error']!s}")
             case _:
                 message = error["msg"][0].lower() + error["msg"][1:]
                 lines.append(f"{where}: {message}, got {error['input']!r}")

@@ -14,7 +14,7 @@ from evaluation.backends.hf import HfBackend
 from evaluation.backends.llama_cpp import LlamaCppBackend
 from evaluation.tasks import Item, render
 from export.modelfile import ModelfileSpec, go_template
-from export.ollama import register, server_version
+from export.ollama import register, resolve_host, server_version
 from pipelines.base_model import load_reference
 from pipelines.config import ConfigError, Params, check_arm, load_params
 from pipelines.outputs import staged
@@ -40,8 +40,6 @@ def choose_backend(wanted: str) -> str:
     """
     if wanted not in ("auto", "ollama"):
         return wanted
-    from evaluation.backends.ollama import resolve_host
-
     host = resolve_host()
     version = server_version(host)
     if version is not None:
@@ -49,8 +47,8 @@ def choose_backend(wanted: str) -> str:
         return "ollama"
     if wanted == "ollama":
         raise BackendError(
-            f"evaluate.backend is ollama, and no server answers at {host}; start one (`ollama serve`), set OLLAMA_HOST, "
-            "or set evaluate.backend to auto or llama_cpp"
+            f"evaluate.backend is ollama, and no server answers at {host}; start one (`ollama serve`), set "
+            "OLLAMA_HOST, or set evaluate.backend to auto or llama_cpp"
         )
     print(f"backend: no Ollama server at {host}, using llama.cpp in this process")
     return "llama_cpp"
@@ -68,9 +66,7 @@ class Models:
         facts = read_json(folder / "serving.json")
         threads = self._params.evaluate.threads
         if self._backend == "llama_cpp":
-            return LlamaCppBackend(
-                folder / "model.gguf", facts["template"], num_ctx=facts["num_ctx"], threads=threads
-            )
+            return LlamaCppBackend(folder / "model.gguf", facts["template"], num_ctx=facts["num_ctx"], threads=threads)
         reference, _ = load_reference()
         source = reference.merge_location or reference.location
         kwargs = reference.load_kwargs if source == reference.location else {}
@@ -80,7 +76,7 @@ class Models:
         return self._ollama(arm, seed, folder, facts)
 
     def _ollama(self, arm: str, seed: int, folder: Path, facts: dict[str, Any]) -> Any:
-        from evaluation.backends.ollama import OllamaBackend, resolve_host
+        from evaluation.backends.ollama import OllamaBackend
         from trainers.models import load_tokenizer
 
         name = model_name(arm, seed, self._first_seed)
@@ -145,8 +141,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     backend_name = choose_backend(section.backend)
     out = scores_dir(arm, seed)
     splits = {
-        split: [Item.from_json(row) for row in read_jsonl(DATA / f"{split}.jsonl")]
-        for split in ("test", "retention")
+        split: [Item.from_json(row) for row in read_jsonl(DATA / f"{split}.jsonl")] for split in ("test", "retention")
     }
     shown = {"evaluate": section.model_dump(), "prompt": params.prompt.model_dump()}
     inputs = hash_inputs(DATA / "test.jsonl", DATA / "retention.jsonl", gguf_dir(arm, seed))

@@ -85,7 +85,7 @@ def check_parity(
     template, section = params.prompt.template, params.export
     prompts = parity_prompts(template, section.parity_prompts)
     kwargs = reference.load_kwargs if merge_from == reference.location else {}
-    engines = {
+    engines: dict[str, parity.Engine] = {
         "hf": HfBackend(merge_from, template, adapter=adapter_dir(arm, seed), load_kwargs=kwargs),
         "merged_gguf": LlamaCppBackend(folder / F16, template, num_ctx=section.num_ctx),
         "base+adapter_gguf": LlamaCppBackend(
@@ -101,7 +101,7 @@ def check_parity(
 def check_quantized(params: Params, folder: Path) -> dict[str, Any]:
     """How often the served precision answers as f16 does; reported, not gated."""
     template, section = params.prompt.template, params.export
-    engines = {
+    engines: dict[str, parity.Engine] = {
         "f16": LlamaCppBackend(folder / F16, template, num_ctx=section.num_ctx),
         section.quantization: LlamaCppBackend(folder / SERVED, template, num_ctx=section.num_ctx),
     }
@@ -155,9 +155,7 @@ def run(params: Params, arm: str, seed: int) -> None:
         kind = "merged_gguf" if adapter else "base_gguf"
         record.artifacts.append(artifact(kind, folder / SERVED, out / SERVED, parent))
         if adapter:
-            record.artifacts.append(
-                artifact("adapter_gguf", folder / "adapter.gguf", out / "adapter.gguf", parent)
-            )
+            record.artifacts.append(artifact("adapter_gguf", folder / "adapter.gguf", out / "adapter.gguf", parent))
         record.artifacts.append(artifact("modelfile", folder / "Modelfile", out / "Modelfile"))
         record.write(folder)
     print(json.dumps({"gguf": str(out / SERVED), **record.extra}))

@@ -36,8 +36,14 @@ def _embedded(section: PrepareBase, template: str, folder: Path) -> dict[str, An
     key = key_of([settings.model_dump(), template, examples[-1]])
     checkpoints = Path("checkpoints/base") / key[:16]
     facts = train_embedded_base(settings, examples, folder, checkpoints)
-    content = {"kind": "embedded", "location": BASE.as_posix(), "revision": None}
-    content |= {"fingerprint": fingerprint(folder), "merge_location": None, "trust_remote_code": False}
+    content = {
+        "kind": "embedded",
+        "location": BASE.as_posix(),
+        "revision": None,
+        "fingerprint": fingerprint(folder),
+        "merge_location": None,
+        "trust_remote_code": False,
+    }
     write_json(folder / "base.json", content)
     return facts
 
@@ -47,9 +53,7 @@ def run(params: Params) -> None:
     section, template = params.prepare_base, params.prompt.template
     shown = {"prepare_base": section.model_dump(), "prompt": params.prompt.model_dump()}
     with exclusive(Path("checkpoints/base.lock"), "prepare_base"), staged(BASE) as folder:
-        record = RunRecord(
-            "prepare_base", params=shown, inputs=hash_inputs(RETENTION), prompt_template=template
-        )
+        record = RunRecord("prepare_base", params=shown, inputs=hash_inputs(RETENTION), prompt_template=template)
         if section.source == "embedded":
             record.extra = _embedded(section, template, folder)
             items = [Item.from_json(row) for row in read_jsonl(RETENTION)]

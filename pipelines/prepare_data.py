@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from evaluation.sources import AqiRecord, SourceSpec, read_source, write_rejected
+from evaluation.sources import AqiRecord, ColumnSpec, SourceSpec, read_source, write_rejected
 from evaluation.tasks import Item, aqi, general
 from pipelines.config import ConfigError, Params, PrepareData, load_params
 from pipelines.outputs import staged
@@ -50,9 +50,7 @@ def split_records(
     order = list(groups.values())
     rng.shuffle(order)
     if len(order) < len(sizes):
-        raise ConfigError(
-            f"prepare_data.source: expected at least {len(sizes)} different rows, got {len(order)}"
-        )
+        raise ConfigError(f"prepare_data.source: expected at least {len(sizes)} different rows, got {len(order)}")
     total = sum(sizes.values())
     share = min(1.0, len(records) / total)
     wanted = {split: max(1, int(n * share)) for split, n in sizes.items()}
@@ -80,7 +78,7 @@ def make_splits(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item
         )
         write_rejected(rejected_file, [])
         return splits, {"source": "generated"}
-    columns = {k: v if isinstance(v, str) else v.model_dump() for k, v in section.columns.items()}
+    columns = {k: v if isinstance(v, str) else ColumnSpec(**v.model_dump()) for k, v in section.columns.items()}
     result = read_source(
         SourceSpec(
             source=section.source,

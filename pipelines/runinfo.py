@@ -109,7 +109,7 @@ def artifact(kind: str, file: Path, path: Path, parent: str | None = None) -> di
 
 def hash_inputs(*paths: Path) -> dict[str, str]:
     """Hash of every file; folders count with all files below them, save run.json (it holds times)."""
-    hashes = {}
+    hashes: dict[str, str] = {}
     for path in paths:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         hashes |= {f.as_posix(): sha256(f) for f in files if f.name != "run.json"}

@@ -41,7 +41,7 @@ def clear_errors(stage: str) -> Iterator[None]:
         print(f"{stage}: interrupted; run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        if not getattr(type(error), "__module__", "").split(".")[0] in _OURS:
+        if getattr(type(error), "__module__", "").split(".")[0] not in _OURS:
             raise
         print(f"{stage}: error: {error}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -26,8 +26,7 @@ def load_arm(name: str) -> Arm:
         ConfigError: no such arm.
     """
     check_arm(name)
-    arm = importlib.import_module(ARMS[name]).ARM
-    assert isinstance(arm, Arm)
+    arm: Arm = importlib.import_module(ARMS[name]).ARM
     return arm
 
 
@@ -47,9 +46,7 @@ def run(params: Params, arm_name: str, seed: int) -> None:
     kept = Path("checkpoints") / arm_name / str(seed)
     out = adapter_dir(arm_name, seed)
     with exclusive(kept.with_name(f"{seed}.lock"), f"train {arm_name} seed {seed}"), staged(out) as folder:
-        record = RunRecord(
-            "train", params=shown, inputs=inputs, arm=arm_name, seed=seed, prompt_template=template
-        )
+        record = RunRecord("train", params=shown, inputs=inputs, arm=arm_name, seed=seed, prompt_template=template)
         result = train(
             arm,
             TrainingJob(

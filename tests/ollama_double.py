@@ -187,9 +187,7 @@ class OllamaDouble:
         for name in names:
             model = self.models[name]
             size = model.gguf.stat().st_size
-            rows.append(
-                {"name": name, "model": name, "digest": model.digest, "size": size, "details": {}, **more}
-            )
+            rows.append({"name": name, "model": name, "digest": model.digest, "size": size, "details": {}, **more})
         return {"models": rows}
 
     def show(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -110,9 +110,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _ps(self, _: Any) -> None:
         here = {n: d for n, d in self.double.loaded.items() if n in self.double.models}
-        self._json(
-            self.double.listing(here, size_vram=self.double.size_vram, expires_at="2030-01-01T00:00:00Z")
-        )
+        self._json(self.double.listing(here, size_vram=self.double.size_vram, expires_at="2030-01-01T00:00:00Z"))
 
     def _put_blob(self, data: bytes) -> None:
         self._send(self.double.put_blob(self.path.removeprefix("/api/blobs/"), data), b"")

@@ -37,7 +37,7 @@ def load_tokenizer(base: BaseReference) -> Any:
 
 
 def training_dtype(settings: TrainSettings) -> Any:
-    """dtype that the frozen base is held in: bf16 on an accelerator, fp32 on a CPU (where bf16 is often slower)."""
+    """Dtype that the frozen base is held in: bf16 on an accelerator, fp32 on a CPU (where bf16 is often slower)."""
     import torch
 
     return torch.bfloat16 if torch.cuda.is_available() and settings.precision == "bf16" else torch.float32
@@ -70,9 +70,7 @@ def load_base_model(base: BaseReference, settings: TrainSettings) -> Any:
     if settings.quantize_base == "nf4":
         from peft import prepare_model_for_kbit_training
 
-        model = prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing=settings.gradient_checkpointing
-        )
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.gradient_checkpointing)
     return model
 
 

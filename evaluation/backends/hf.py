@@ -70,9 +70,7 @@ class HfBackend:
     def prefill(self, ids: Sequence[int]) -> None:
         """Evaluate a prompt from an empty cache."""
         with self._torch.inference_mode():
-            out = self._model(
-                input_ids=self._torch.tensor([list(ids)], device=self.device_class), use_cache=True
-            )
+            out = self._model(input_ids=self._torch.tensor([list(ids)], device=self.device_class), use_cache=True)
         self._cache, self._next = out.past_key_values, int(out.logits[0, -1].argmax())
 
     def decode(self, max_tokens: int, *, ignore_end: bool = False, stop: Sequence[str] = ()) -> tuple[list[int], str]:

@@ -66,8 +66,7 @@ class OllamaBackend:
         if full_name(model) not in known:
             have = ", ".join(sorted(known)) or "none"
             raise BackendError(
-                f"Ollama at {self.host} has no model {model!r} (it has: {have}); run the export stage with "
-                "this host"
+                f"Ollama at {self.host} has no model {model!r} (it has: {have}); run the export stage with this host"
             )
         self.version = version
         self._client = open_client(self.host, timeout_s)
@@ -136,9 +135,7 @@ class OllamaBackend:
         elif seen == ids - 1:
             causes += " (one less: training had a BOS that the GGUF does not add)"
         elif seen < ids:
-            causes += (
-                "; releases from 0.30.0 to the fix of ollama#16428 left out cached tokens here, then upgrade"
-            )
+            causes += "; releases from 0.30.0 to the fix of ollama#16428 left out cached tokens here, then upgrade"
         return (
             f"Ollama {self.version} at {self.host} read {seen} prompt tokens for {self.model!r}, expected "
             f"{ids}: {causes}. Compare export.ollama.render_prompt with the training template"

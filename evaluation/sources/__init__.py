@@ -67,9 +67,7 @@ def read_source(spec: SourceSpec) -> SourceResult:
     if not records:
         shown = [f"row {r.row}{f' (line {r.line})' if r.line else ''}: {r.reason}" for r in rejected[:5]]
         more = [f"… and {len(rejected) - 5} more"] if len(rejected) > 5 else []
-        raise SourceError(
-            spec.source, [f"no row is left, all {len(rejected)} were rejected.", *shown, *more], rejected
-        )
+        raise SourceError(spec.source, [f"no row is left, all {len(rejected)} were rejected.", *shown, *more], rejected)
     return SourceResult(records, rejected)
 
 

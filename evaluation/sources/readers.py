@@ -31,9 +31,7 @@ def read_table(spec: SourceSpec) -> Table:
     reader = readers.get(path.suffix.lower())
     problems = []
     if reader is None:
-        problems.append(
-            f"expected a name ending in {', '.join(readers)}, or {HUB}org/name, got {path.name!r}."
-        )
+        problems.append(f"expected a name ending in {', '.join(readers)}, or {HUB}org/name, got {path.name!r}.")
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no file"
         problems.append(f"expected a file, found {kind} at {path.resolve()}; set the path of your data.")
@@ -48,9 +46,7 @@ def read_table(spec: SourceSpec) -> Table:
         raise SourceError(spec.source, [f"expected UTF-8, got {encoding}; save the file as UTF-8."])
     start = len(_UTF8_BOM) if data.startswith(_UTF8_BOM) else 0
     if not data[start:].strip():
-        raise SourceError(
-            spec.source, [f"is empty ({len(data)} bytes); expected a header and rows, or JSON lines."]
-        )
+        raise SourceError(spec.source, [f"is empty ({len(data)} bytes); expected a header and rows, or JSON lines."])
     return reader(spec, data[start:], start)
 
 
@@ -59,9 +55,7 @@ def _not_utf8(line: bytes, offset: int) -> str | None:
     try:
         line.decode()
     except UnicodeDecodeError as error:
-        return (
-            f"expected UTF-8, got byte 0x{line[error.start]:02x} at offset {offset + error.start} of the file"
-        )
+        return f"expected UTF-8, got byte 0x{line[error.start]:02x} at offset {offset + error.start} of the file"
     return None
 
 
@@ -114,9 +108,7 @@ def _csv_rows(text: Iterator[str], delimiter: str) -> Iterator[tuple[int, int, l
 
 def _read_jsonl(spec: SourceSpec, data: bytes, start: int) -> Table:
     if data.lstrip().startswith(b"[") and _is_array(data):
-        raise SourceError(
-            spec.source, ["expected one JSON object per line, got a JSON array; write one per line."]
-        )
+        raise SourceError(spec.source, ["expected one JSON object per line, got a JSON array; write one per line."])
     columns: dict[str, None] = {}
     rows: list[RawRow] = []
     offset = start

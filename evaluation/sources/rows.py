@@ -96,21 +96,14 @@ class RowChecker:
         computed: int | None = None
         if readings and not problems:
             computed = self._computed(raw, readings, problems)
-        if (
-            computed is not None
-            and given is not None
-            and not self._trust
-            and abs(computed - given) > AQI_TOLERANCE
-        ):
+        if computed is not None and given is not None and not self._trust and abs(computed - given) > AQI_TOLERANCE:
             reason = f"the given AQI is {given}, EPA's calculation of the readings gives {computed}"
             problems.append(self._problem(raw, "aqi", reason))
         label = self._category(raw, {i for i in (given, computed) if i is not None}, problems)
         texts = [self._text(raw, name, problems) for name in TEXT_FIELDS]
         if "prompt" in self._targets:
             if given is None and not problems:
-                problems.append(
-                    self._problem(raw, "aqi", "is missing; it is the truth that an answer is scored by")
-                )
+                problems.append(self._problem(raw, "aqi", "is missing; it is the truth that an answer is scored by"))
         elif not readings and not problems:
             columns = [t.column for f, t in self._targets.items() if f in POLLUTANTS]
             problems.append(_Problem(None, None, f"no reading: all of {', '.join(columns)} are missing"))
@@ -161,9 +154,7 @@ class RowChecker:
             sound = {k: v for k, v in readings.items() if _on_scale(k, v)}
             for key in readings.keys() - sound.keys():
                 try:
-                    aqi(
-                        {**sound, key: readings[key]}
-                    )  # EPA passes some ozone values over when another one counts
+                    aqi({**sound, key: readings[key]})  # EPA passes some ozone values over when another one counts
                 except ValueError as fault:
                     problems.append(self._problem(raw, key, str(fault)))
             if not problems:
@@ -193,9 +184,7 @@ class RowChecker:
         if label is None:
             hint = suggest(str(value), CATEGORIES)
             problems.append(
-                self._problem(
-                    raw, "category", f"expected one of {', '.join(CATEGORIES)}, got {value!r}.{hint}"
-                )
+                self._problem(raw, "category", f"expected one of {', '.join(CATEGORIES)}, got {value!r}.{hint}")
             )
         elif indices and label not in {category(i) for i in indices}:
             numbers = " or ".join(str(i) for i in sorted(indices))

@@ -193,9 +193,7 @@ def check_mapping(spec: SourceSpec) -> tuple[dict[str, Target], list[str]]:
     for name, entry in spec.columns.items():
         column = ColumnSpec(column=entry) if isinstance(entry, str) else entry
         if name not in FIELDS:
-            problems.append(
-                f"unknown field {name!r} in columns.{suggest(name, FIELDS)} Known: {', '.join(FIELDS)}."
-            )
+            problems.append(f"unknown field {name!r} in columns.{suggest(name, FIELDS)} Known: {', '.join(FIELDS)}.")
             continue
         if column.unit is not None and name not in POLLUTANTS:
             problems.append(f"{name}: expected no unit, got {column.unit!r}; only pollutants have one.")
@@ -215,12 +213,9 @@ def check_mapping(spec: SourceSpec) -> tuple[dict[str, Target], list[str]]:
     if len(texts) == 1:
         problems.append(f"{texts.pop()!r} is mapped alone; prompt and completion come together.")
     elif texts and "aqi" not in named:
-        problems.append(
-            "prompt and completion are mapped without 'aqi'; map the column that holds the true index."
-        )
+        problems.append("prompt and completion are mapped without 'aqi'; map the column that holds the true index.")
     elif not texts and not named.intersection(POLLUTANTS):
         problems.append(
-            f"columns maps no pollutant; map at least one of {', '.join(POLLUTANTS)}, or prompt, completion "
-            "and aqi."
+            f"columns maps no pollutant; map at least one of {', '.join(POLLUTANTS)}, or prompt, completion and aqi."
         )
     return targets, problems

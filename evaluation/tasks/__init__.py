@@ -38,9 +38,7 @@ class Item:
         Raises:
             KeyError: a field is missing.
         """
-        return cls(
-            **{name: row[name] for name in ("id", "task", "prompt", "completion")}, truth=dict(row["truth"])
-        )
+        return cls(**{name: row[name] for name in ("id", "task", "prompt", "completion")}, truth=dict(row["truth"]))
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,7 @@ def completion(index: int) -> str:
 def prompt(readings: Mapping[str, float | str | Decimal], wording: str, style: str, order: Sequence[str]) -> str:
     """A question about `readings`, in the given wording, style and order of pollutants."""
     parts = [
-        style.format(label=(p := epa.POLLUTANTS[k]).label, value=p.truncate(readings[k]), unit=p.unit)
-        for k in order
+        style.format(label=(p := epa.POLLUTANTS[k]).label, value=p.truncate(readings[k]), unit=p.unit) for k in order
     ]
     return wording.format(readings=", ".join(parts))
 
@@ -106,9 +105,7 @@ def _draw_value(rng: random.Random, key: str, band: int) -> Decimal:
     return Decimal(rng.randint(int(edges[0] * scale), int(edges[1] * scale))).scaleb(-pollutant.decimals)
 
 
-def _draw_readings(
-    rng: random.Random, category: int, pollutants: Sequence[str], size: int
-) -> dict[str, Decimal]:
+def _draw_readings(rng: random.Random, category: int, pollutants: Sequence[str], size: int) -> dict[str, Decimal]:
     """Readings of `size` pollutants whose overall category is number `category`."""
     leader = rng.choice([k for k in pollutants if epa.POLLUTANTS[k].bands[category] is not None])
     readings = {leader: _draw_value(rng, leader, category)}
@@ -143,9 +140,7 @@ def generate(
     rng = random.Random(f"aqi-{seed}")
     seen: set[Key] = set()
     drawn: list[dict[str, Decimal]] = []
-    categories = [
-        c for c in range(len(epa.CATEGORIES)) if any(epa.POLLUTANTS[k].bands[c] for k in pollutants)
-    ]
+    categories = [c for c in range(len(epa.CATEGORIES)) if any(epa.POLLUTANTS[k].bands[c] for k in pollutants)]
     total, misses = sum(sizes.values()), 0
     while len(drawn) < total:
         size = rng.randint(1, min(max_pollutants, len(pollutants)))

@@ -66,9 +66,7 @@ def test_every_file_reaches_its_table(tree: Path, path: Path) -> None:
         assert run.parity_first_difference == {"prompt": "p", "hf": "a", "merged_gguf": "b"}
         assert session.scalar(select(func.count()).select_from(Sample)) == 300
         assert session.scalar(select(func.count()).select_from(Environment)) == 1
-        sample = session.scalars(
-            select(Sample).where(Sample.run_id == run.id, Sample.item_id == "aqi-000099")
-        ).one()
+        sample = session.scalars(select(Sample).where(Sample.run_id == run.id, Sample.item_id == "aqi-000099")).one()
         assert (sample.correct, sample.predicted, sample.abs_error) == (False, 159.0, 60.0)
         final = queries.final_metrics(session, [run.id])[run.id]
         assert final["test", "aqi_category_accuracy"].value == 0.7
@@ -128,9 +126,7 @@ def test_nan_and_infinite_losses_survive(tree: Path, path: Path) -> None:
     write(tree / "adapters/baseline_lora/0/loss_history.json", text)
     ingest(tree, path)
     with open_session(path) as session:
-        run = next(
-            run for run in queries.current_runs(session) if (run.arm, run.seed) == ("baseline_lora", 0)
-        )
+        run = next(run for run in queries.current_runs(session) if (run.arm, run.seed) == ("baseline_lora", 0))
         curve = queries.curve(session, run.id, "loss")
         assert math.isnan(curve[0][1]) and curve[1:] == [(2, math.inf), (3, -math.inf)]
         stored = session.execute(

@@ -171,8 +171,7 @@ def test_rubbish_rows_are_refused(filled: Path, table: type[Base], row: dict[str
 @pytest.mark.parametrize(
     "sql",
     [
-        "INSERT INTO metric (run_id, name, split, step, value, value_kind) "
-        "VALUES (1, 'm', 't', -1, 'abc', 'finite')",
+        "INSERT INTO metric (run_id, name, split, step, value, value_kind) VALUES (1, 'm', 't', -1, 'abc', 'finite')",
         "INSERT INTO speed (run_id, arm, phase, repetition, tokens) VALUES (1, 'base', 'decode', 0, 'many')",
         "UPDATE run SET is_current = 2",
         "UPDATE run SET seed = 'zero'",
@@ -336,9 +335,7 @@ def test_unknown_schema_versions_name_the_command(filled: Path, version: str, wo
             pass
 
 
-def test_older_schema_is_refused_to_readers_with_the_command(
-    filled: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_older_schema_is_refused_to_readers_with_the_command(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schema, "REVISIONS", ("0001", "0002"))
     monkeypatch.setattr(schema, "NEWEST", "0002")
     with pytest.raises(SchemaVersionError, match=r"older version 0001.*db\.cli ingest"), open_session(filled):

@@ -79,9 +79,7 @@ def test_wrong_template_is_found_by_the_token_count(double):
     assert f"read {n + 3} prompt tokens" in str(caught.value) and f"expected {n}" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("shift", "said"), [(1, "BOS comes twice"), (-1, "does not add"), (-5, "cached tokens")]
-)
+@pytest.mark.parametrize(("shift", "said"), [(1, "BOS comes twice"), (-1, "does not add"), (-5, "cached tokens")])
 def test_the_difference_hints_at_the_cause(double, shift, said):
     double.tokenize = lambda text: [1, *text.encode(), 9][: len(text.encode()) + 1 + shift]
     with make(double) as backend, pytest.raises(BackendError, match=said):
@@ -208,9 +206,7 @@ def test_llama_cpp_answers_on_the_uploaded_weights(tmp_path, add_bos):
 
     def reference(item: str, lora: Path | None) -> list[int]:
         """Greedy ids by hand: evaluate, take the largest logit, again."""
-        llm = llama_cpp.Llama(
-            str(gguf), n_ctx=128, lora_path=lora and str(lora), logits_all=True, verbose=False
-        )
+        llm = llama_cpp.Llama(str(gguf), n_ctx=128, lora_path=lora and str(lora), logits_all=True, verbose=False)
         tokens = prompt_ids(item)
         answer: list[int] = []
         while len(answer) < 12:

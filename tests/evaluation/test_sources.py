@@ -113,10 +113,7 @@ def test_bad_cells_name_file_row_line_column_and_value(tmp_path, cell, said):
 
 def test_all_problems_of_one_row_are_named(tmp_path):
     result = read(tmp_path, HEADER + "ok,9,,,\nx,abc,-1,4,700\n")
-    assert all(
-        part in result.rejected[0].reason
-        for part in ("PM25: ", "ozone: ", "AQI: expected an index in 0..500")
-    )
+    assert all(part in result.rejected[0].reason for part in ("PM25: ", "ozone: ", "AQI: expected an index in 0..500"))
 
 
 def test_ozone_values_that_epa_passes_over_are_kept_unless_alone(tmp_path):
@@ -177,19 +174,14 @@ def test_own_texts_are_taken_as_they_are(tmp_path):
 
 
 def test_jsonl_lines_that_are_no_objects(tmp_path):
-    content = (
-        '{"PM25": 9, "site": 7, "ozone": 0.01, "CO": 1, "AQI": 50}\n\n[1]\n{"PM25": \nnull\n{"PM25": true}\n'
-    )
+    content = '{"PM25": 9, "site": 7, "ozone": 0.01, "CO": 1, "AQI": 50}\n\n[1]\n{"PM25": \nnull\n{"PM25": true}\n'
     content += '{"PM25": NaN, "CO": Infinity}\r\n{"PM25": "8.5"}'
     result = read(tmp_path, content, "d.jsonl")
     assert [(r.row, r.line, r.id) for r in result.records] == [(1, 1, "7"), (7, 8, "row-7")]
     assert [(r.row, r.line) for r in result.rejected] == [(2, 3), (3, 4), (4, 5), (5, 6), (6, 7)]
     said = reasons(result)
     assert "got list" in said[2] and "broken JSON" in said[3] and "got NoneType" in said[4]
-    assert (
-        said[5] == "PM25: expected a number, got bool True"
-        and said[6] == "CO: expected a finite number, got inf"
-    )
+    assert said[5] == "PM25: expected a number, got bool True" and said[6] == "CO: expected a finite number, got inf"
 
 
 def test_json_array_file_is_explained(tmp_path):
@@ -243,11 +235,7 @@ def test_file_problems_are_listed_at_once(tmp_path):
     columns = {"pm25": "pm_25", "ozone": "ozone", "co": "CO", "no2": "CO", "prompt": "site"}
     error = failure(tmp_path, HEADER + "a,1,2,3,4\n", columns=columns)
     text = str(error)
-    assert (
-        "'pm_25'" in text
-        and "Did you mean 'PM25'?" in text
-        and "Available: site, PM25, ozone, CO, AQI" in text
-    )
+    assert "'pm_25'" in text and "Did you mean 'PM25'?" in text and "Available: site, PM25, ozone, CO, AQI" in text
     assert "unknown field 'ozone'" in text and "mapped to both 'co' and 'no2'" in text
     assert "prompt and completion come together" in text
     assert len(error.problems) == 4
@@ -262,25 +250,17 @@ def test_missing_file_and_bad_mapping_come_together(tmp_path):
 
 
 def test_other_delimiter(tmp_path):
-    assert read(tmp_path, HEADER.replace(",", ";") + "A;9;;;\n", delimiter=";").records[0].readings == {
-        "pm25": 9.0
-    }
+    assert read(tmp_path, HEADER.replace(",", ";") + "A;9;;;\n", delimiter=";").records[0].readings == {"pm25": 9.0}
 
 
 def test_no_row_left_lists_reasons_and_keeps_the_rejections(tmp_path):
     error = failure(tmp_path, HEADER + "a,x,,,\n" * 7)
-    assert (
-        "all 7 were rejected" in str(error)
-        and "row 5 (line 6): PM25" in str(error)
-        and "2 more" in str(error)
-    )
+    assert "all 7 were rejected" in str(error) and "row 5 (line 6): PM25" in str(error) and "2 more" in str(error)
     assert [r.row for r in error.rejected] == list(range(1, 8))
 
 
 def test_rejected_file_is_plain_json(tmp_path):
-    result = read(
-        tmp_path, '{"PM25":1,"site":1,"ozone":0,"CO":0,"AQI":6}\n{"PM25":"µ","CO":NaN}\n', "d.jsonl"
-    )
+    result = read(tmp_path, '{"PM25":1,"site":1,"ozone":0,"CO":0,"AQI":6}\n{"PM25":"µ","CO":NaN}\n', "d.jsonl")
     out = tmp_path / "rejected.jsonl"
     write_rejected(out, result.rejected)
     (line,) = out.read_text().splitlines()
@@ -311,9 +291,7 @@ def test_hub_layout_reads_and_rejects_like_a_file(hub_folder):
     spec = SourceSpec(source=f"hub:{hub_folder}", columns={"pm25": "pm", "o3_8h": "o3", "id": "site"})
     result = read_source(spec)
     assert [(r.id, r.readings, r.line) for r in result.records] == [("a", {"pm25": 9.0, "o3_8h": 0.05}, None)]
-    assert reasons(result)[2].startswith("no reading") and reasons(result)[3].startswith(
-        "o3: expected a number ≥ 0"
-    )
+    assert reasons(result)[2].startswith("no reading") and reasons(result)[3].startswith("o3: expected a number ≥ 0")
     assert len(read_source(spec.model_copy(update={"split": "test"})).records) == 1
     with pytest.raises(SourceError, match="split 'valid'"):
         read_source(spec.model_copy(update={"split": "valid"}))
@@ -332,10 +310,7 @@ def test_hub_revision_is_passed_on_and_failure_names_the_local_way(monkeypatch):
         read_source(SourceSpec(source="hub:org/air@v2", columns={"pm25": "pm"}))
     assert asked == {"name": "org/air", "split": "train", "revision": "v2"}
     (problem,) = caught.value.problems
-    assert (
-        "no route to host" in problem
-        and "save the data set as CSV or JSONL and set source to that path" in problem
-    )
+    assert "no route to host" in problem and "save the data set as CSV or JSONL and set source to that path" in problem
 
 
 # --- every row ends in exactly one place ------------------------------------------------------------------
@@ -369,9 +344,7 @@ def test_every_csv_row_is_accounted_for(tmp_path, rows):
 
 
 value = st.recursive(
-    st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.sampled_from([9, 0.05])
-    ),
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.sampled_from([9, 0.05])),
     lambda inner: st.lists(inner, max_size=2),
     max_leaves=3,
 )

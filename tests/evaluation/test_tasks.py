@@ -13,9 +13,7 @@ ALL = list(epa.POLLUTANTS)
 
 @pytest.fixture(scope="module")
 def splits():
-    return aqi.generate(
-        {"train": 900, "valid": 60, "test": 300}, seed=0, pollutants=ALL, max_pollutants=3
-    )
+    return aqi.generate({"train": 900, "valid": 60, "test": 300}, seed=0, pollutants=ALL, max_pollutants=3)
 
 
 def test_truth_is_epas(splits):
@@ -29,9 +27,7 @@ def test_truth_is_epas(splits):
 
 
 def test_splits_share_no_readings(splits):
-    keys = {
-        split: {aqi.item_key(item.truth["readings"]) for item in items} for split, items in splits.items()
-    }
+    keys = {split: {aqi.item_key(item.truth["readings"]) for item in items} for split, items in splits.items()}
     for a, b in itertools.combinations(keys, 2):
         assert not keys[a] & keys[b]
     assert sum(map(len, keys.values())) == 1260  # none twice within a split either

@@ -59,9 +59,7 @@ def test_the_adapter_changes_the_answers(exported, prompts):
 def test_a_perturbed_adapter_is_noticed(base_dir, adapter_dir, exported, prompts, tmp_path):
     wrong = tmp_path / "wrong"
     shutil.copytree(adapter_dir, wrong)
-    weights = {
-        n: w * (0.3 if "lora_B" in n else 1) for n, w in load_file(wrong / "adapter_model.safetensors").items()
-    }
+    weights = {n: w * (0.3 if "lora_B" in n else 1) for n, w in load_file(wrong / "adapter_model.safetensors").items()}
     save_file(weights, wrong / "adapter_model.safetensors")
     gguf.convert_adapter(wrong, base_dir, tmp_path / "wrong.gguf")
     result = parity.compare(

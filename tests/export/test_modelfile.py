@@ -49,9 +49,7 @@ def test_go_template_refuses(template, said):
 
 
 def test_the_text_is_what_ollama_documents():
-    text = render_modelfile(
-        spec(num_predict=8, stop=["###", 'say "x"', "\n\n"], adapter_path="./adapter.gguf")
-    )
+    text = render_modelfile(spec(num_predict=8, stop=["###", 'say "x"', "\n\n"], adapter_path="./adapter.gguf"))
     assert text == (
         "FROM ./model.gguf\n"
         "ADAPTER ./adapter.gguf\n"
@@ -75,11 +73,7 @@ def test_parser_follows_ollamas_grammar():
         parse_modelfile(text)  # the template has no .System
     got = parse_modelfile(text.replace("y\n", "{{ .System }}\n"))
     assert (got.from_path, got.num_ctx, got.temperature) == ("./a b.gguf", 64, 1.0)
-    assert (
-        got.template == "x\n{{ .Prompt }} {{ .System }}\n"
-        and got.stop == ("</s>",)
-        and got.system == '\n a"b '
-    )
+    assert got.template == "x\n{{ .Prompt }} {{ .System }}\n" and got.stop == ("</s>",) and got.system == '\n a"b '
     assert got.repeat_penalty is None
 
 
@@ -138,17 +132,15 @@ def test_bos_must_not_come_twice(token):
     with pytest.raises(ModelfileError, match="twice") as caught:
         render_modelfile(bad)
     assert token in str(caught.value)
-    assert (
-        parse_modelfile(render_modelfile(bad, gguf_adds_bos=False)) == bad
-    )  # the template's own BOS is the only one
+    assert parse_modelfile(render_modelfile(bad, gguf_adds_bos=False)) == bad  # the template's own BOS is the only one
     with pytest.raises(ModelfileError, match="«bos»"):
         check_bos("«bos»{prompt}", gguf_adds_bos=True, bos_token="«bos»")
     check_bos("a " + token, gguf_adds_bos=True)  # not leading
 
 
-plain = st.text(
-    st.characters(exclude_categories=["C", "Z"], include_characters=' \n\t"#{}'), min_size=1
-).filter(lambda s: '"""' not in s)
+plain = st.text(st.characters(exclude_categories=["C", "Z"], include_characters=' \n\t"#{}'), min_size=1).filter(
+    lambda s: '"""' not in s
+)
 
 
 @given(

@@ -89,9 +89,7 @@ def test_loopback_never_goes_through_a_proxy(double, monkeypatch, gguf, tmp_path
 
 def test_what_the_server_holds_is_what_was_given(double, gguf, tmp_path):
     lines: list[str] = []
-    made = register(
-        double.url, "pure_grit_model", gguf, spec(license="MIT"), None, lines.append, records=tmp_path
-    )
+    made = register(double.url, "pure_grit_model", gguf, spec(license="MIT"), None, lines.append, records=tmp_path)
     sha = hashlib.sha256(gguf.read_bytes()).hexdigest()
     assert made.created and made.gguf_sha256 == sha and made.server_version == "0.32.0"
     assert made.stored_sha256 not in (None, sha)  # the server rewrites the file; both hashes are kept
@@ -254,9 +252,7 @@ def test_double_generates_and_leaves_zeros_out(double, gguf):
         assert "".join(p.response for p in parts) == "12 END 34" and parts[-1].done and not parts[0].done
         assert client.generate("m", "<x>", raw=True).response == "12 END 34"
         empty = json.loads(
-            client._request_raw(
-                "POST", "/api/generate", json={"model": "m", "prompt": "?", "stream": False}
-            ).text
+            client._request_raw("POST", "/api/generate", json={"model": "m", "prompt": "?", "stream": False}).text
         )
         assert empty["response"] == "" and "eval_count" not in empty and "eval_duration" not in empty
         assert client.ps().models[0].model == "m:latest"

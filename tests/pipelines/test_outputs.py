@@ -117,10 +117,9 @@ def test_read_only_folder(tmp_path):
             folder.chmod(0o755)
     parent.chmod(0o555)
     try:
-        with not_root():
-            with pytest.raises(OutputError, match="cannot be written, this user may not write there"):
-                with staged(target) as folder:
-                    (folder / "new.txt").write_text("new")
+        with not_root(), pytest.raises(OutputError, match="cannot be written, this user may not write there"):
+            with staged(target) as folder:
+                (folder / "new.txt").write_text("new")
         assert content(target) == {"old.txt": "old"}
     finally:
         parent.chmod(0o755)

@@ -51,9 +51,14 @@ def test_a_users_csv(params):
     write_csv("air.csv", ["PM25", "NO2ppb"], [*good, ["abc", "3"], good[0], ["", ""]])
     prepare_data.run(
         params(
-            prepare_data={"source": "air.csv", "columns": {"pm25": "PM25", "no2": "NO2ppb"}, "train_items": 40,
-                          "valid_items": 10, "test_items": 10}
-        )  # fmt: skip
+            prepare_data={
+                "source": "air.csv",
+                "columns": {"pm25": "PM25", "no2": "NO2ppb"},
+                "train_items": 40,
+                "valid_items": 10,
+                "test_items": 10,
+            }
+        )
     )
     kept = [r for s in ("train", "valid", "test") for r in rows(f"data/{s}.jsonl")]
     rejected = rows("data/rejected.jsonl")

@@ -90,9 +90,7 @@ def upgrade() -> None:
             nullable=False,
             comment="sha256 of the files this row was read from; equal means nothing to do",
         ),
-        sa.Column(
-            "arm", sa.Text(), nullable=False, comment="the way of training; base is the untouched model"
-        ),
+        sa.Column("arm", sa.Text(), nullable=False, comment="the way of training; base is the untouched model"),
         sa.Column("seed", sa.BigInteger(), nullable=False),
         sa.Column("model_name", sa.Text(), nullable=False, comment="name of the model in Ollama"),
         sa.Column("status", sa.Text(), nullable=False),
@@ -103,9 +101,7 @@ def upgrade() -> None:
             comment="false once other files stand in this arm's and seed's folders",
         ),
         sa.Column("error", sa.Text(), nullable=True, comment="why the run failed"),
-        sa.Column(
-            "started", sa.DateTime(timezone=True), nullable=False, comment="start of the evaluation, UTC"
-        ),
+        sa.Column("started", sa.DateTime(timezone=True), nullable=False, comment="start of the evaluation, UTC"),
         sa.Column("ended", sa.DateTime(timezone=True), nullable=True, comment="end of the evaluation, UTC"),
         sa.Column(
             "stages",
@@ -125,9 +121,7 @@ def upgrade() -> None:
         sa.Column("prompt_template", sa.Text(), nullable=True),
         sa.Column("backend_name", sa.Text(), nullable=False, comment="llama_cpp, ollama or hf"),
         sa.Column("backend_version", sa.Text(), nullable=False),
-        sa.Column(
-            "device_class", sa.Text(), nullable=False, comment="device of the evaluation: cpu, cuda or mps"
-        ),
+        sa.Column("device_class", sa.Text(), nullable=False, comment="device of the evaluation: cpu, cuda or mps"),
         sa.Column("environment_id", KEY, nullable=False, comment="where it was evaluated"),
         sa.Column(
             "test_items_sha256",
@@ -193,8 +187,7 @@ def upgrade() -> None:
         _check(
             "artifact",
             "kind",
-            "kind IN ('adapter', 'merged_gguf', 'adapter_gguf', 'base_gguf', 'modelfile', 'base_model', "
-            "'dataset')",
+            "kind IN ('adapter', 'merged_gguf', 'adapter_gguf', 'base_gguf', 'modelfile', 'base_model', 'dataset')",
         ),
         _count("artifact", "bytes"),
         _check("artifact", "parent_sha256", "length(parent_sha256) = 64"),
@@ -212,9 +205,7 @@ def upgrade() -> None:
             nullable=False,
             comment="test, retention, parity; train and eval for training curves",
         ),
-        sa.Column(
-            "step", sa.BigInteger(), nullable=False, comment="optimizer step; -1: final value of the run"
-        ),
+        sa.Column("step", sa.BigInteger(), nullable=False, comment="optimizer step; -1: final value of the run"),
         sa.Column("value", sa.Double(), nullable=True, comment="NULL unless value_kind is finite"),
         sa.Column(
             "value_kind",
@@ -256,13 +247,9 @@ def upgrade() -> None:
         sa.Column("prompt", sa.Text(), nullable=False),
         sa.Column("truth", sa.Text(), nullable=False),
         sa.Column("answer", sa.Text(), nullable=False, comment="the model's text, unshortened"),
-        sa.Column(
-            "predicted", sa.Double(), nullable=True, comment="number read from the answer; NULL: none found"
-        ),
+        sa.Column("predicted", sa.Double(), nullable=True, comment="number read from the answer; NULL: none found"),
         sa.Column("correct", sa.Boolean(create_constraint=True, name="correct_flag"), nullable=False),
-        sa.Column(
-            "abs_error", sa.Double(), nullable=True, comment="|predicted - truth|; NULL: not a number task"
-        ),
+        sa.Column("abs_error", sa.Double(), nullable=True, comment="|predicted - truth|; NULL: not a number task"),
         sa.Column("prompt_tokens", sa.BigInteger(), nullable=True),
         sa.Column("answer_tokens", sa.BigInteger(), nullable=True),
         _check("sample", "named", "item_id <> '' AND split <> '' AND task <> ''"),
@@ -294,9 +281,7 @@ def upgrade() -> None:
         _count("speed", "nanoseconds"),
         _count("speed", "repetition"),
         _count("speed", "tokens"),
-        sa.UniqueConstraint(
-            "run_id", "arm", "phase", "repetition", name=op.f("uq_speed_run_id_arm_phase_repetition")
-        ),
+        sa.UniqueConstraint("run_id", "arm", "phase", "repetition", name=op.f("uq_speed_run_id_arm_phase_repetition")),
     )
 
     for statement in views_0001.statements(op.get_bind().dialect.name):
