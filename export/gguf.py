@@ -85,18 +85,16 @@ def save_merged(base: str, adapter: Path | None, out: Path, load_kwargs: dict[st
     Raises:
         ExportError: quantized or missing base, or an adapter that does not fit.
     """
-    import torch
-
     model = _load_16bit(base, load_kwargs)
     dtype = model.dtype
     if adapter is not None:
         from peft import PeftModel
 
         try:
-            model = PeftModel.from_pretrained(model.to(torch.float32), str(adapter)).merge_and_unload(safe_merge=True)
+            model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
         except (RuntimeError, ValueError) as error:
             raise ExportError(f"{adapter}: does not fit the base {base!r}: {error}") from error
-    model.to(dtype).save_pretrained(out)
+    model.to(dtype).save_pretrained(out)  # PEFT holds adapters in float32, so each sum is rounded once
     _copy_tokenizer(base, out, load_kwargs)
 
 

@@ -200,3 +200,29 @@ def test_b_the_changed_run_is_current_and_the_old_one_is_kept(clone):
         "select params from run where arm = 'baseline_lora' order by is_current")]  # fmt: skip
     assert steps == [30, 150]
     assert len(clone.query("select * from evaluation_results")) == 2
+
+
+def test_c_where_a_server_answers_the_models_are_served_and_scored_there(clone, tmp_path):
+    from tests.ollama_double import OllamaDouble
+
+    def answers():
+        rows = [json.loads(s) for s in (clone.folder / "scores/baseline_lora/0/samples.jsonl").open()]
+        return {r["item_id"]: (r["answer"].strip(), r["prompt_tokens"]) for r in rows}
+
+    embedded, host = answers(), clone.env["OLLAMA_HOST"]
+    with OllamaDouble() as server:
+        clone.env |= {"OLLAMA_HOST": server.host, "XDG_CACHE_HOME": str(tmp_path)}
+        try:
+            for arm in ("base", "baseline_lora"):
+                assert "backend: Ollama 0.32" in clone.run("python", "-m", "pipelines.evaluate", "--arm", arm)
+        finally:
+            clone.env["OLLAMA_HOST"] = host
+        created = [body["model"] for method, path, body in server.requests if path == "/api/create"]
+    assert created == ["base_model", "baseline_lora_model"]  # the base only once
+    served = answers()
+    assert served.keys() == embedded.keys()
+    same = sum(served[i] == embedded[i] for i in served)
+    assert same >= 0.97 * len(served)
+    clone.run("python", "-m", "pipelines.compare")
+    assert {b for (b,) in clone.query("select backend_name from run where is_current")} == {"ollama"}
+    assert clone.query("select count(*) from run") == [(5,)]

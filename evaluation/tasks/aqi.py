@@ -6,6 +6,7 @@ wording. Two items with the same readings never land in different splits, howeve
 
 import random
 import re
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -50,11 +51,10 @@ METRICS = {
 # {readings} is a comma-separated list; every wording begins as document 004's prompt does.
 WORDINGS = (
     "Predict AQI given: {readings}",
-    "Predict AQI given: {readings}.",
     "Predict AQI given: measured {readings}",
-    "Predict AQI given: {readings} in the air today",
+    "Predict AQI given: in the air {readings}",
 )
-READINGS = ("{label} {value} {unit}", "{label} = {value} {unit}", "{label}: {value} {unit}")
+READINGS = ("{label} {value} {unit}", "{label}: {value} {unit}", "{label} = {value} {unit}")
 
 Key = tuple[tuple[str, str], ...]
 
@@ -65,8 +65,12 @@ def item_key(readings: Mapping[str, float | str | Decimal]) -> Key:
 
 
 def completion(index: int) -> str:
-    """The answer trained on: number and category."""
-    return f"{index} ({epa.category(index)})"
+    """The answer trained on: category and number.
+
+    The category comes first because its first token already is a class, where a number's first digit is not (1 begins
+    12 and 126): small models learn this order faster (LOG.md, 2026-11-21).
+    """
+    return f"{epa.category(index)}: {index}"
 
 
 def prompt(readings: Mapping[str, float | str | Decimal], wording: str, style: str, order: Sequence[str]) -> str:
@@ -120,6 +124,25 @@ def _draw_readings(rng: random.Random, category: int, pollutants: Sequence[str],
     return readings
 
 
+def _pools(sizes: Mapping[str, int]) -> list[tuple[str, float]]:
+    """Split name → upper end of its share of the hash range; test and valid take at least a tenth together."""
+    held = {split: n for split, n in sizes.items() if split != "train"}
+    # Small splits need a pool several times their size, or they would use up all simple questions.
+    share = 0.2 if "train" in sizes else 1.0
+    ends: list[tuple[str, float]] = []
+    end = 0.0
+    for split, n in held.items():
+        end += share * n / sum(held.values())
+        ends.append((split, end))
+    return [*ends, ("train", 1.0)]
+
+
+def split_of(key: Key, pools: Sequence[tuple[str, float]]) -> str:
+    """The split that readings belong to, decided by a hash of the readings alone."""
+    position = zlib.crc32(repr(key).encode()) / 2**32
+    return next((split for split, end in pools if position < end), pools[-1][0])
+
+
 def generate(
     sizes: Mapping[str, int], *, seed: int, pollutants: Sequence[str], max_pollutants: int
 ) -> dict[str, list[Item]]:
@@ -129,38 +152,46 @@ def generate(
         sizes: Split name → number of items.
         seed: Same seed, same items.
         pollutants: Keys of epa.POLLUTANTS to draw from.
-        max_pollutants: Largest number of pollutants in one question; sizes are equally frequent up to it.
+        max_pollutants: Largest number of pollutants in one question. Each further pollutant makes a question a third
+            as frequent.
 
     Returns:
-        Split name → items. No readings occur twice, in one split or across splits.
+        Split name → items, the categories equally frequent as far as the pollutants allow. Readings belong to one
+        split only. Readings occur once in a split other than "train", where they may come again in other words.
 
     Raises:
-        ValueError: the pollutants do not offer enough different readings.
+        ValueError: the pollutants do not offer enough different questions.
     """
     rng = random.Random(f"aqi-{seed}")
-    seen: set[Key] = set()
-    drawn: list[dict[str, Decimal]] = []
+    pools = _pools(sizes)
     categories = [c for c in range(len(epa.CATEGORIES)) if any(epa.POLLUTANTS[k].bands[c] for k in pollutants)]
-    total, misses = sum(sizes.values()), 0
-    while len(drawn) < total:
-        size = rng.randint(1, min(max_pollutants, len(pollutants)))
-        readings = _draw_readings(rng, categories[len(drawn) % len(categories)], pollutants, size)
-        key = item_key(readings)
-        if key in seen:
-            misses += 1
-            if misses > 50 * total + 1000:
-                raise ValueError(
-                    f"expected {total} different readings, found {len(drawn)} with pollutants {', '.join(pollutants)}: "
-                    "ask for fewer items, more pollutants or a larger max_pollutants"
-                )
-            continue
-        seen.add(key)
-        drawn.append(readings)
-    rng.shuffle(drawn)
+    most = min(max_pollutants, len(pollutants))
+    lengths, weights = range(1, most + 1), [3.0**-k for k in range(most)]
     splits: dict[str, list[Item]] = {}
-    rest = iter(drawn)
     for split, n in sizes.items():
-        splits[split] = [make_item(f"aqi-{split}-{i:05d}", next(rest), rng) for i in range(n)]
+        seen: set[Key | str] = set()
+        items: list[Item] = []
+        misses = 0
+        while len(items) < n:
+            category = categories[len(items) % len(categories)]
+            readings = _draw_readings(rng, category, pollutants, rng.choices(lengths, weights)[0])
+            key = item_key(readings)
+            if split_of(key, pools) != split:
+                continue
+            item = make_item(f"aqi-{split}-{len(items):05d}", readings, rng)
+            mark: Key | str = item.prompt if split == "train" else key
+            if mark in seen:
+                misses += 1
+                if misses > 20 * n + 1000:
+                    raise ValueError(
+                        f"expected {n} different {split} items, found {len(items)} with pollutants "
+                        f"{', '.join(pollutants)}: ask for fewer items, more pollutants or a larger max_pollutants"
+                    )
+                continue
+            seen.add(mark)
+            items.append(item)
+        rng.shuffle(items)
+        splits[split] = items
     return splits
 
 

@@ -33,6 +33,10 @@ WORDS = tuple(
     ).split()
 )
 
+UNITS = ("kg", "km", "cm", "%", "°C", "µg", "µg/m³", "m³", "ppm", "ppb", "W", "mg")
+# Names that the AQI task uses; codes drawn at random must not hit them.
+_TAKEN = ("PM", "O3", "CO", "SO", "NO")
+
 Question = tuple[str, str]
 
 
@@ -49,28 +53,30 @@ def _two_digits(rng: random.Random) -> int:
     return rng.randint(10, 99)
 
 
+def _decimal(rng: random.Random) -> str:
+    """A number as measurements have it: whole, with one decimal, or three decimals below 1."""
+    return rng.choice((str(_number(rng)), f"{_number(rng)}.{rng.randint(0, 9)}", f"0.{rng.randint(0, 999):03d}"))
+
+
+def _code(rng: random.Random) -> str:
+    """A name like K7, AB10 or X2.4."""
+    while True:
+        letters = "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=rng.randint(1, 2)))
+        digits = rng.choice(("", str(rng.randint(1, 9)), "10", f"{rng.randint(1, 9)}.{rng.randint(1, 9)}"))
+        if not any(taken in letters + digits for taken in _TAKEN):
+            return letters + digits
+
+
 def addition(rng: random.Random) -> Question:
     """Sum of two numbers up to 30."""
     a, b = rng.randint(0, 30), rng.randint(0, 30)
     return _pick(rng, "What is {} + {}?", "Add {} and {}.").format(a, b), str(a + b)
 
 
-def subtraction(rng: random.Random) -> Question:
-    """Difference of two numbers up to 30, never negative."""
-    b, a = sorted((rng.randint(0, 30), rng.randint(0, 30)))
-    return f"What is {a} - {b}?", str(a - b)
-
-
 def larger(rng: random.Random) -> Question:
     """The larger of two numbers of two digits."""
     a, b = _two_digits(rng), _two_digits(rng)
     return _pick(rng, "Which is larger: {} or {}?", "Largest of {}, {}?").format(a, b), str(max(a, b))
-
-
-def smallest(rng: random.Random) -> Question:
-    """The smallest of three numbers of two digits."""
-    a = [_two_digits(rng) for _ in range(3)]
-    return "Smallest of {}, {}, {}?".format(*a), str(min(a))
 
 
 def sorting(rng: random.Random) -> Question:
@@ -86,18 +92,26 @@ def copying(rng: random.Random) -> Question:
 
 
 def copying_numbers(rng: random.Random) -> Question:
-    """A decimal number repeated as it stands."""
-    number = f"{_number(rng)}.{rng.randint(0, 9)}" if rng.random() < 0.5 else f"0.{rng.randint(0, 999):03d}"
-    return f"Repeat: {number}", number
+    """A measurement repeated as it stands."""
+    measured = f"{_decimal(rng)} {rng.choice(UNITS)}"
+    return f"Repeat: {measured}", measured
 
 
 def reading_values(rng: random.Random) -> Question:
-    """One value looked up in a short list."""
-    names = rng.sample(WORDS, rng.randint(2, 3))
-    values = [_two_digits(rng) for _ in names]
-    listed = ", ".join(f"{n} {v}" for n, v in zip(names, values, strict=True))
-    i = rng.randrange(len(names))
-    return f"Given: {listed}. What is {names[i]}?", str(values[i])
+    """One value looked up in a short list, or found missing."""
+    names: list[str] = []
+    while len(names) < 4:
+        name = rng.choice((rng.choice(WORDS), _code(rng)))
+        if name not in names:
+            names.append(name)
+    count = rng.randint(1, 3)
+    values = [f"{_decimal(rng)} {rng.choice(UNITS)}" for _ in range(count)]
+    style = _pick(rng, "{} {}", "{} = {}", "{}: {}")
+    listed = ", ".join(style.format(n, v) for n, v in zip(names[:count], values, strict=True))
+    if rng.random() < 0.15:
+        return f"Given: {listed}. What is {names[3]}?", "not given"
+    i = rng.randrange(count)
+    return f"Given: {listed}. What is {names[i]}?", values[i].split()[0]
 
 
 def rounding(rng: random.Random) -> Question:
@@ -125,13 +139,6 @@ def within_range(rng: random.Random) -> Question:
     return f"Is {n} from {low} to {high}?", "yes" if low <= n <= high else "no"
 
 
-def next_number(rng: random.Random) -> Question:
-    """The next member of an arithmetic sequence."""
-    start, step = rng.randint(0, 99), rng.randint(1, 5)
-    a = [start + i * step for i in range(4)]
-    return "What comes next: {} {} {}".format(*a), str(a[3])
-
-
 def last_word(rng: random.Random) -> Question:
     """First or last of several words."""
     words = rng.sample(WORDS, rng.randint(2, 3))
@@ -143,9 +150,7 @@ GENERAL_TASKS: dict[str, Callable[[random.Random], Question]] = {
     f.__name__: f
     for f in (
         addition,
-        subtraction,
         larger,
-        smallest,
         sorting,
         copying,
         copying_numbers,
@@ -154,10 +159,11 @@ GENERAL_TASKS: dict[str, Callable[[random.Random], Question]] = {
         truncating,
         even_or_odd,
         within_range,
-        next_number,
         last_word,
     )
 }
+# Looking a value up is the hardest to learn and is asked more often in training.
+TRAINING_TURNS = (*GENERAL_TASKS, "reading_values", "reading_values")
 
 
 def is_held_out(prompt: str) -> bool:
@@ -166,9 +172,15 @@ def is_held_out(prompt: str) -> bool:
 
 
 def questions(seed: int, *, held_out: bool, tasks: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
-    """Endless (task, prompt, answer), the tasks in turn, from one side of the held-out line."""
+    """Endless (task, prompt, answer), the tasks in turn, from one side of the held-out line.
+
+    Args:
+        seed: Same seed, same questions.
+        held_out: The side of the line: False for training, True for the retention suite.
+        tasks: Names to go through again and again; the default is TRAINING_TURNS.
+    """
     rng = random.Random(f"general-{seed}-{held_out}")
-    names = tasks or tuple(GENERAL_TASKS)
+    names = tasks or TRAINING_TURNS
     while True:
         for name in names:
             prompt, answer = GENERAL_TASKS[name](rng)

@@ -34,10 +34,11 @@ def test_comments_with_units_survive(params):
 
 
 def test_hand_edits_stop_a_switch_and_are_named(params):
-    edited = params.read_text().replace("max_steps: 600", "max_steps: 601")
-    assert edited != params.read_text(), "the tiny profile no longer says max_steps: 600"
+    steps = yaml.safe_load(params.read_text())["train"]["max_steps"]
+    edited = params.read_text().replace(f"max_steps: {steps} ", "max_steps: 601 ")
+    assert yaml.safe_load(edited)["train"]["max_steps"] == 601 != steps
     params.write_text(edited)
-    with pytest.raises(ConfigError, match=r"train\.max_steps: 600 → 601"):
+    with pytest.raises(ConfigError, match=rf"train\.max_steps: {steps} → 601"):
         profile.choose("smoke", params_file=params)
     assert params.read_text() == edited
     assert not profile.choose("tiny", params_file=params)  # staying keeps the edits
