@@ -9,7 +9,7 @@ BIN  := $(VENV)/bin
 DONE := $(VENV)/.installed
 RUN  := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: setup repro serve test check format bench clean lock
+.PHONY: setup repro test check format bench clean lock
 
 setup: $(DONE)
 
@@ -28,7 +28,7 @@ $(DONE): requirements.lock pyproject.toml
 repro: setup
 	$(if $(PROFILE),$(RUN) python -m pipelines.profile $(PROFILE))
 	$(RUN) dvc repro
-	$(RUN) python -m evaluation.compare_all
+	$(RUN) python -m evaluation.compare_all --db "$$($(BIN)/python -m pipelines.config --get compare.database)"
 	@echo "report: outputs/grit_evaluation.md"
 
 test: setup

@@ -1,1 +1,1 @@
-"""Scripts that measure; see benchmarks/harness.py."""
+"""Scripts that measure; see benchmarks/_harness.py."""

@@ -8,7 +8,6 @@ from collections.abc import Hashable, Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     AwareDatetime,
     BaseModel,
     BeforeValidator,
@@ -22,8 +21,8 @@ from pydantic import (
 Stage = Literal["train", "export", "evaluate", "prepare_base", "prepare_data"]
 
 
-def _finite_or_none(value: float | None) -> float | None:
-    return value if value is None or math.isfinite(value) else None
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _whole_or_none(value: Any) -> Any:
@@ -38,7 +37,8 @@ def _whole_or_none(value: Any) -> Any:
 Name = Annotated[str, StringConstraints(min_length=1)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-FiniteOrNone = Annotated[float | None, AfterValidator(_finite_or_none)]
+FiniteOrNone = Annotated[float | None, BeforeValidator(_finite_or_none)]
+ErrorOrNone = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(_finite_or_none)]
 Measured = Annotated[Count | None, BeforeValidator(_whole_or_none)]
 
 
@@ -181,7 +181,7 @@ class SampleRecord(Record):
     answer: str
     predicted: FiniteOrNone = None
     correct: bool
-    abs_error: Annotated[FiniteOrNone, Field(ge=0)] = None
+    abs_error: ErrorOrNone = None
     prompt_tokens: Measured = None
     answer_tokens: Measured = None
 

@@ -86,16 +86,33 @@ def save_merged(base: str, adapter: Path | None, out: Path, load_kwargs: dict[st
         ExportError: quantized or missing base, or an adapter that does not fit.
     """
     model = _load_16bit(base, load_kwargs)
-    dtype = model.dtype
     if adapter is not None:
         from peft import PeftModel
 
         try:
-            model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+            model = _merge(PeftModel.from_pretrained(model, str(adapter)))
         except (RuntimeError, ValueError) as error:
             raise ExportError(f"{adapter}: does not fit the base {base!r}: {error}") from error
-    model.to(dtype).save_pretrained(out)  # PEFT holds adapters in float32, so each sum is rounded once
+    model.save_pretrained(out)
     _copy_tokenizer(base, out, load_kwargs)
+
+
+def _merge(model: Any) -> Any:
+    """The base with the adapter in its weights; one module at a time in float32, so that memory stays small.
+
+    (PEFT alone rounds s·B·A to 16 bit before it adds it.)
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            base = module.get_base_layer()
+            dtype = base.weight.dtype
+            base.to(torch.float32)
+            module.merge(safe_merge=True)
+            base.to(dtype)
+    return model.unload()
 
 
 def _copy_tokenizer(source: str, out: Path, load_kwargs: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Whether an export is the model that was trained: token ids and greedy answers, prompt by prompt."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 
@@ -43,63 +44,80 @@ def _cause(kind: str, reference: Sequence[int], other: Sequence[int], at: int) -
     return "adapter scale, merge or quantization"
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """What one engine says: ids of each prompt, and the greedy continuation of the reference's ids."""
+
+    ids: list[list[int]]
+    greedy: list[list[int]]
+
+
+def _ask(engine: Engine, prompts: Sequence[str], max_tokens: int, given: Sequence[Sequence[int]] | None) -> _Answers:
+    ids = [engine.tokenize(prompt) for prompt in prompts]
+    return _Answers(ids, [engine.greedy(x, max_tokens) for x in (given or ids)])
+
+
 def compare(
-    engines: Mapping[str, Engine], prompts: Sequence[str], max_tokens: int, *, reference: str
+    engines: Mapping[str, Callable[[], Engine]], prompts: Sequence[str], max_tokens: int, *, reference: str
 ) -> dict[str, Any]:
-    """Hold every engine against one of them.
+    """Hold every engine against one of them. Only one is open at a time: memory need not hold two models.
 
     Args:
-        engines: Name → engine; all run the same model.
+        engines: Name → opens the engine; all run the same model.
         prompts: Rendered prompts.
         max_tokens: Greedy tokens compared for each prompt.
         reference: Name of the engine that is taken as right.
 
     Returns:
-        prompts, token_ids_equal and greedy_equal (shares, the worst pair), pairs and
-        token_id_pairs (each pair's shares), and first_difference (None where there is none): engine, kind,
-        prompt, position, both tokens and the likely cause. Greedy answers are asked for with the reference's ids,
-        so that a tokenizer's fault is counted once.
+        prompts, token_ids_equal and greedy_equal (shares, the worst pair), pairs and token_id_pairs (each pair's
+        shares), and first_difference (None where there is none): engine, kind, prompt, position, both tokens and the
+        likely cause. Greedy answers are asked for with the reference's ids, so that a tokenizer's fault is counted
+        once.
     """
-    others = [name for name in engines if name != reference]
-    same_ids = dict.fromkeys(others, 0)
-    same_text = dict.fromkeys(others, 0)
-    first: dict[str, Any] | None = None
-    base = engines[reference]
-    for number, prompt in enumerate(prompts):
-        ids = base.tokenize(prompt)
-        answer = base.greedy(ids, max_tokens)
-        for name in others:
-            engine = engines[name]
-            for kind, right, got, counter in (
-                ("token_ids", ids, engine.tokenize(prompt), same_ids),
-                ("greedy", answer, engine.greedy(ids, max_tokens), same_text),
-            ):
-                at = _first_difference(right, got)
-                if at is None:
-                    counter[name] += 1
-                elif first is None:
-                    first = {
-                        "engine": name,
-                        "kind": kind,
-                        "prompt_number": number,
-                        "prompt": prompt,
-                        "position": at,
-                        "expected_token": right[at] if at < len(right) else None,
-                        "got_token": got[at] if at < len(got) else None,
-                        "expected_text": base.detokenize(right),
-                        "got_text": base.detokenize(got),
-                        "likely_cause": _cause(kind, right, got, at),
-                    }
-    n = len(prompts)
+    base = engines[reference]()
+    right = _ask(base, prompts, max_tokens, None)
+    texts = {tuple(x): base.detokenize(x) for x in [*right.ids, *right.greedy]}
+    base.close()
+    pairs: dict[str, float] = {}
+    id_pairs: dict[str, float] = {}
+    differences: list[tuple[int, dict[str, Any]]] = []
+    for name, opened in engines.items():
+        if name == reference:
+            continue
+        engine = opened()
+        got = _ask(engine, prompts, max_tokens, right.ids)
+        for kind, expected, came, shares in (
+            ("token_ids", right.ids, got.ids, id_pairs),
+            ("greedy", right.greedy, got.greedy, pairs),
+        ):
+            at = [_first_difference(a, b) for a, b in zip(expected, came, strict=True)]
+            shares[f"{reference}/{name}"] = at.count(None) / len(prompts)
+            number, position = next(((i, p) for i, p in enumerate(at) if p is not None), (-1, -1))
+            if number >= 0:
+                a, b = expected[number], came[number]
+                found = {
+                    "engine": name,
+                    "kind": kind,
+                    "prompt_number": number,
+                    "prompt": prompts[number],
+                    "position": position,
+                    "expected_token": a[position] if position < len(a) else None,
+                    "got_token": b[position] if position < len(b) else None,
+                    "expected_text": texts[tuple(a)],
+                    "got_text": engine.detokenize(b),
+                    "likely_cause": _cause(kind, a, b, position),
+                }
+                differences.append((number, found))
+        engine.close()
     return {
-        "prompts": n,
+        "prompts": len(prompts),
         "max_tokens": max_tokens,
         "reference": reference,
-        "token_ids_equal": min(same_ids.values()) / n,
-        "greedy_equal": min(same_text.values()) / n,
-        "pairs": {f"{reference}/{name}": same_text[name] / n for name in others},
-        "token_id_pairs": {f"{reference}/{name}": same_ids[name] / n for name in others},
-        "first_difference": first,
+        "token_ids_equal": min(id_pairs.values()),
+        "greedy_equal": min(pairs.values()),
+        "pairs": pairs,
+        "token_id_pairs": id_pairs,
+        "first_difference": min(differences, key=lambda d: d[0])[1] if differences else None,
     }
 
 

@@ -12,9 +12,10 @@ from trainers.settings import BaseReference
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _BIG = 64 * 2**20
+_KINDS = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 
 
-def local_folder(source: str) -> Path | None:
+def local_folder(source: str, key: str = "source") -> Path | None:
     """The folder that `source` names, or None where it is a hub id.
 
     Raises:
@@ -23,13 +24,13 @@ def local_folder(source: str) -> Path | None:
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"prepare_base.source: {source} is a folder without config.json, no model")
+            raise ConfigError(f"prepare_base.{key}: {source} is a folder without config.json, no model")
         return path
     if path.exists():
-        raise ConfigError(f"prepare_base.source: expected a model folder, {source} is a file")
+        raise ConfigError(f"prepare_base.{key}: expected a model folder, {source} is a file")
     if source.startswith((".", "/", "~")) or not _HUB_ID.match(source):
         raise ConfigError(
-            f"prepare_base.source: {source} does not exist. Expected `embedded`, a model folder, or a hub id (org/name)"
+            f"prepare_base.{key}: {source} does not exist. Expected `embedded`, a model folder, or a hub id (org/name)"
         )
     return None
 
@@ -37,32 +38,30 @@ def local_folder(source: str) -> Path | None:
 def fingerprint(folder: Path) -> str:
     """Hash of a model folder: small files by content, large ones by name, size and modification time."""
     rows = []
-    for file in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (".json", ".safetensors", ".model")):
+    for file in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in _KINDS):
         stat = file.stat()
         rows.append([file.name, stat.st_size, stat.st_mtime_ns if stat.st_size > _BIG else sha256(file)])
     return key_of(rows)
 
 
-def hub_model(source: str, revision: str | None) -> dict[str, Any]:
-    """What a hub says of a model: its commit.
+def hub_model(source: str, revision: str | None, key: str = "source") -> tuple[str, dict[str, Any]]:
+    """Commit and config.json of a hub model.
 
     Raises:
-        ConfigError: neither a local folder nor reachable.
+        ConfigError: neither a local folder nor reachable (or downloaded earlier).
     """
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import HfApi, constants, hf_hub_download
 
     try:
-        info = HfApi().model_info(source, revision=revision, timeout=20)
-        return {"revision": info.sha}
+        if not constants.HF_HUB_OFFLINE:
+            revision = HfApi().model_info(source, revision=revision, timeout=20).sha
+        config = Path(hf_hub_download(source, "config.json", revision=revision))
     except Exception as error:
-        # Offline, but downloaded earlier: good enough, and said so.
-        cached = try_to_load_from_cache(source, "config.json", revision=revision)
-        if isinstance(cached, str):
-            return {"revision": Path(cached).parent.name}
         raise ConfigError(
-            f"prepare_base.source: {source!r} is no folder here, and the model hub did not give it "
+            f"prepare_base.{key}: {source!r} is no folder here, and the model hub did not give it "
             f"({type(error).__name__}). Check the name and the network, or set a local model folder"
         ) from error
+    return config.parent.name, read_json(config)
 
 
 def reference_for(section: PrepareBase) -> dict[str, Any]:
@@ -71,27 +70,34 @@ def reference_for(section: PrepareBase) -> dict[str, Any]:
     Raises:
         ConfigError: it does not exist, or 16-bit weights to merge into are missing.
     """
-    folder = local_folder(section.source)
-    if folder is not None:
-        quantized = "quantization_config" in read_json(folder / "config.json")
-        content: dict[str, Any] = {
-            "kind": "local",
-            "location": str(folder),
-            "revision": None,
-            "fingerprint": fingerprint(folder),
-        }
-    else:
-        content = {"kind": "hub", "location": section.source, **hub_model(section.source, section.revision)}
-        content["fingerprint"] = key_of(content)
-        quantized = bool(re.search(r"bnb-4bit|gptq|awq|int4", section.source, re.IGNORECASE))
-    if section.merge_source is not None and local_folder(section.merge_source) is None:
-        hub_model(section.merge_source, None)
-    if quantized and section.merge_source is None:
+
+    def look_up(source: str, revision: str | None, key: str) -> tuple[str, str | None, str, dict[str, Any]]:
+        folder = local_folder(source, key)
+        if folder is not None:
+            return "local", None, fingerprint(folder), read_json(folder / "config.json")
+        commit, config = hub_model(source, revision, key)
+        return "hub", commit, key_of([source, commit]), config
+
+    kind, revision, mark, config = look_up(section.source, section.revision, "source")
+    if "quantization_config" in config and section.merge_source is None:
         raise ConfigError(
             f"prepare_base.merge_source: missing; {section.source} is quantized, and adapters are merged into 16-bit "
             "weights of the same model. Name them (folder or hub id)"
         )
-    return {**content, "merge_location": section.merge_source, "trust_remote_code": section.trust_remote_code}
+    content: dict[str, Any] = {
+        "kind": kind,
+        "location": section.source,
+        "revision": revision,
+        "fingerprint": mark,
+        "merge_location": section.merge_source,
+        "merge_revision": None,
+        "trust_remote_code": section.trust_remote_code,
+    }
+    if section.merge_source is not None:
+        _, content["merge_revision"], merge_mark, _ = look_up(section.merge_source, None, "merge_source")
+        content["fingerprint"] = key_of([mark, merge_mark])
+        content["own_fingerprint"] = mark
+    return content
 
 
 def load_reference(folder: Path = BASE) -> tuple[BaseReference, str]:
@@ -106,9 +112,9 @@ def load_reference(folder: Path = BASE) -> tuple[BaseReference, str]:
     content = read_json(file)
     location = str(folder) if content["kind"] == "embedded" else content["location"]
     if content["kind"] == "local":
-        path = Path(location)
+        path = Path(location).expanduser()
         now = fingerprint(path) if path.is_dir() else "nothing"
-        if now != content["fingerprint"]:
+        if now != content.get("own_fingerprint", content["fingerprint"]):
             raise ConfigError(
                 f"the base model in {location} is not what it was when prepare_base ran; run "
                 "`dvc repro --force prepare_base` to take it as it is now"
@@ -117,6 +123,7 @@ def load_reference(folder: Path = BASE) -> tuple[BaseReference, str]:
         location=location,
         revision=content["revision"],
         merge_location=content["merge_location"],
+        merge_revision=content["merge_revision"],
         trust_remote_code=content["trust_remote_code"],
     )
     return reference, content["fingerprint"]

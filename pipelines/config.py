@@ -14,6 +14,8 @@ from trainers.settings import Section
 from trainers.settings import TrainSettings as Train
 
 PARAMS_FILE = Path("params.yaml")
+# Always the same content: stages depend on it, so that the check comes first, and do not rerun because of it.
+CHECKED = Path("outputs/params.checked")
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -73,6 +75,8 @@ class PrepareData(Section):
 
     source: str
     hub_split: str
+    hub_subset: str | None
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)]
     columns: dict[str, str | Column]
     trust_given_aqi: bool
     seed: Seed
@@ -144,6 +148,16 @@ class Compare(Section):
     """Section compare."""
 
     database: str
+
+    @field_validator("database")
+    @classmethod
+    def _file(cls, database: str) -> str:
+        if "://" in database or Path(database).is_absolute():
+            raise ValueError(
+                f"expected a file below the project's folder, got {database!r}; for other databases there is "
+                "`python -m db.cli ingest --db URL`"
+            )
+        return database
 
 
 class Params(Section):
@@ -285,3 +299,28 @@ def load_yaml(path: Path) -> Any:
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Validated parameters from a file; see `parse_params`."""
     return parse_params(load_yaml(path), str(path))
+
+
+def main(get: str = "") -> None:
+    """Stage check_params: refuse a params.yaml that cannot be used, before any work; --get prints one value."""
+    import sys
+
+    try:
+        params = load_params()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if get:
+        value: Any = params.model_dump()
+        for part in get.split("."):
+            value = value[part]
+        print(value)
+        return
+    CHECKED.parent.mkdir(exist_ok=True)
+    CHECKED.write_text("ok\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    from pipelines.stage import cli
+
+    cli(main)

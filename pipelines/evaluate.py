@@ -32,12 +32,19 @@ from pipelines.stage import (
 )
 
 
-def choose_backend(wanted: str) -> str:
+def choose_backend(wanted: str, base_backend: str | None = None) -> str:
     """The backend to use: under `auto` Ollama where a server answers, else llama.cpp in this process.
+
+    Args:
+        wanted: Setting evaluate.backend.
+        base_backend: What the base was scored on. Under `auto` an arm follows it, or the two could not be compared.
 
     Raises:
         BackendError: Ollama was asked for by name and does not answer.
     """
+    if wanted == "auto" and base_backend not in (None, "ollama"):
+        print(f"backend: {base_backend}, as for the base")
+        return str(base_backend)
     if wanted not in ("auto", "ollama"):
         return wanted
     host = resolve_host()
@@ -49,6 +56,11 @@ def choose_backend(wanted: str) -> str:
         raise BackendError(
             f"evaluate.backend is ollama, and no server answers at {host}; start one (`ollama serve`), set "
             "OLLAMA_HOST, or set evaluate.backend to auto or llama_cpp"
+        )
+    if base_backend == "ollama":
+        raise BackendError(
+            f"the base was scored through Ollama, and no server answers at {host} now; start it, or score the base "
+            "anew with `dvc repro --force evaluate_base`"
         )
     print(f"backend: no Ollama server at {host}, using llama.cpp in this process")
     return "llama_cpp"
@@ -68,11 +80,11 @@ class Models:
         if self._backend == "llama_cpp":
             return LlamaCppBackend(folder / "model.gguf", facts["template"], num_ctx=facts["num_ctx"], threads=threads)
         reference, _ = load_reference()
-        source = reference.merge_location or reference.location
-        kwargs = reference.load_kwargs if source == reference.location else {}
         if self._backend == "hf":
             adapter = None if arm == BASE_ARM else adapter_dir(arm, seed)
-            return HfBackend(source, facts["template"], adapter=adapter, load_kwargs=kwargs)
+            return HfBackend(
+                reference.merge_from, facts["template"], adapter=adapter, load_kwargs=reference.merge_kwargs
+            )
         return self._ollama(arm, seed, folder, facts)
 
     def _ollama(self, arm: str, seed: int, folder: Path, facts: dict[str, Any]) -> Any:
@@ -131,14 +143,19 @@ def measure_speed(params: Params, models: dict[str, Any], template: str, items: 
     )
 
 
-def run(params: Params, arm: str, seed: int) -> None:
+def _base_backend() -> str | None:
+    file = scores_dir(BASE_ARM, 0) / "scores.json"
+    return str(read_json(file)["backend"]["name"]) if file.is_file() else None
+
+
+def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
     """Score one arm with one seed."""
     if arm != BASE_ARM:
         check_arm(arm)
     if not (gguf_dir(arm, seed) / "serving.json").is_file():
         raise ConfigError(f"{gguf_dir(arm, seed)}: nothing exported there; run `dvc repro export`")
     section = params.evaluate
-    backend_name = choose_backend(section.backend)
+    backend_name = choose_backend(section.backend, None if arm == BASE_ARM else _base_backend())
     out = scores_dir(arm, seed)
     splits = {
         split: [Item.from_json(row) for row in read_jsonl(DATA / f"{split}.jsonl")] for split in ("test", "retention")
@@ -149,7 +166,7 @@ def run(params: Params, arm: str, seed: int) -> None:
         record = RunRecord(
             "evaluate", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=params.prompt.template
         )
-        models = Models(params, backend_name, params.matrix.seeds[0])
+        models = Models(params, backend_name, first_seed)
         mine: Backend = stack.enter_context(closing(models.open(arm, seed)))
         stop = read_json(gguf_dir(arm, seed) / "serving.json")["stop"]
         results = {
@@ -176,7 +193,7 @@ def run(params: Params, arm: str, seed: int) -> None:
             "schema": 1,
             "arm": arm,
             "seed": seed,
-            "model_name": model_name(arm, seed, params.matrix.seeds[0]),
+            "model_name": model_name(arm, seed, first_seed),
             "backend": {"name": backend_name, "version": version, "device_class": device_class},
             "test_items_sha256": sha256(DATA / "test.jsonl"),
             "metrics": table,
@@ -193,11 +210,12 @@ def run(params: Params, arm: str, seed: int) -> None:
 def main(
     arm: Annotated[str, typer.Option(help="base, baseline_lora, …")],
     seed: Annotated[int, typer.Option(help="seed of the training run; 0 for base")] = 0,
+    first_seed: Annotated[int, typer.Option(help="the seed whose model gets the name without a tag")] = 0,
 ) -> None:
     """Score one arm with one seed."""
     quiet_libraries()
     with clear_errors(f"evaluate {arm}-{seed}"):
-        run(load_params(), arm, seed)
+        run(load_params(), arm, seed, first_seed)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ The untouched base is an arm too: it has no adapter, and its f16 GGUF is what ad
 """
 
 import json
+import shutil
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -84,31 +85,43 @@ def check_parity(
     """Hugging Face (base + adapter, not merged) against merged GGUF and against base + adapter GGUF."""
     template, section = params.prompt.template, params.export
     prompts = parity_prompts(template, section.parity_prompts)
-    kwargs = reference.load_kwargs if merge_from == reference.location else {}
-    engines: dict[str, parity.Engine] = {
-        "hf": HfBackend(merge_from, template, adapter=adapter_dir(arm, seed), load_kwargs=kwargs),
-        "merged_gguf": LlamaCppBackend(folder / F16, template, num_ctx=section.num_ctx),
-        "base+adapter_gguf": LlamaCppBackend(
-            base_f16(), template, num_ctx=section.num_ctx, adapter=folder / "adapter.gguf"
-        ),
+    adapter = adapter_dir(arm, seed)
+
+    def hugging_face() -> parity.Engine:
+        # The tokenizer is the one that training used; the export's came with the 16-bit weights.
+        return HfBackend(
+            merge_from,
+            template,
+            adapter=adapter,
+            load_kwargs=reference.merge_kwargs,
+            tokenizer=str(adapter),
+        )
+
+    def llama_cpp(model: Path, lora: Path | None = None) -> Callable[[], parity.Engine]:
+        return lambda: LlamaCppBackend(model, template, num_ctx=section.num_ctx, adapter=lora)
+
+    engines = {
+        "hf": hugging_face,
+        "merged_gguf": llama_cpp(folder / F16),
+        "base+adapter_gguf": llama_cpp(base_f16(), folder / "adapter.gguf"),
     }
     result = parity.compare(engines, prompts, section.parity_tokens, reference="hf")
-    for engine in engines.values():
-        engine.close()
     return {"schema": 1, "arm": arm, "seed": seed, "quantization": "f16", **result}
 
 
 def check_quantized(params: Params, folder: Path) -> dict[str, Any]:
     """How often the served precision answers as f16 does; reported, not gated."""
     template, section = params.prompt.template, params.export
-    engines: dict[str, parity.Engine] = {
-        "f16": LlamaCppBackend(folder / F16, template, num_ctx=section.num_ctx),
-        section.quantization: LlamaCppBackend(folder / SERVED, template, num_ctx=section.num_ctx),
+
+    def opened(file: Path) -> Callable[[], parity.Engine]:
+        return lambda: LlamaCppBackend(file, template, num_ctx=section.num_ctx)
+
+    engines: dict[str, Callable[[], parity.Engine]] = {
+        "f16": opened(folder / F16),
+        section.quantization: opened(folder / SERVED),
     }
     prompts = parity_prompts(template, section.parity_prompts)
     result = parity.compare(engines, prompts, section.parity_tokens, reference="f16")
-    for engine in engines.values():
-        engine.close()
     return {"quantization": section.quantization, "greedy_equal_to_f16": result["greedy_equal"]}
 
 
@@ -117,20 +130,19 @@ def run(params: Params, arm: str, seed: int) -> None:
     if arm != BASE_ARM:
         check_arm(arm)
     reference, _ = load_reference()
-    merge_from = reference.merge_location or reference.location
+    merge_from = reference.merge_from
     adapter = None if arm == BASE_ARM else adapter_dir(arm, seed)
     out = gguf_dir(arm, seed)
     inputs = hash_inputs(BASE / "base.json", *([adapter] if adapter else []))
     shown = {"export": params.export.model_dump(), "prompt": params.prompt.model_dump()}
     facts = serving_facts(params, reference)
-    difference = None
-    with staged(out) as folder, TemporaryDirectory(prefix="merged-", dir=out.parent) as temporary:
+    failed = out.with_name(f"{out.name}.parity-failed.json")
+    with staged(out) as folder:
         record = RunRecord(
             "export", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=params.prompt.template
         )
-        merged = Path(temporary) / "model"  # a fixed name: the converter writes it into the file
-        kwargs = reference.load_kwargs if merge_from == reference.location else {}
-        gguf.save_merged(merge_from, adapter, merged, kwargs)
+        merged = folder / "merged" / "model"  # a fixed name: the converter writes it into the file
+        gguf.save_merged(merge_from, adapter, merged, reference.merge_kwargs)
         gguf.convert_model(merged, folder / F16, f"{arm}-{seed}")
         quantization = params.export.quantization
         if quantization != "f16":
@@ -144,11 +156,14 @@ def run(params: Params, arm: str, seed: int) -> None:
             record.extra["parity"] = {k: result[k] for k in ("token_ids_equal", "greedy_equal", "prompts")}
             difference = parity.verdict(result, params.export.min_greedy_equal)
             if difference:
-                raise ExportError(f"{out}: the export is not what was trained. {difference}")
+                write_json(failed, result)
+                raise ExportError(f"{out}: the export is not what was trained ({failed}). {difference}")
+            failed.unlink(missing_ok=True)
         if quantization == "f16":
             (folder / F16).rename(folder / SERVED)
         elif adapter:
             (folder / F16).unlink()
+        shutil.rmtree(merged.parent)
         write_modelfile(folder, facts)
         write_json(folder / "serving.json", facts)
         parent = sha256(adapter / "adapter_model.safetensors") if adapter else None

@@ -33,6 +33,20 @@ def explain_os_error(error: OSError, target: Path) -> OutputError | None:
     return OutputError(f"{target}: cannot be written, {advice}. Earlier results there are unchanged. ({error})")
 
 
+def _ours(error: OSError, target: Path) -> bool:
+    """Whether the error is about the output's place, and not, say, an unreadable input."""
+    if error.filename is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    place, about = target.parent.absolute(), Path(os.fsdecode(error.filename)).absolute()
+    return about.is_relative_to(place) or place.is_relative_to(about)
+
+
+def _full_disk(error: Exception, folder: Path) -> bool:
+    if "No space left on device" in str(error) or "os error 28" in str(error):
+        return True
+    return folder.is_dir() and shutil.disk_usage(folder).free < 4096
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -60,10 +74,16 @@ def staged(target: Path) -> Iterator[Path]:
             yield partial
             _swap(partial, target)
         except OSError as error:
-            clear = explain_os_error(error, target)
+            clear = explain_os_error(error, target) if _ours(error, target) else None
             if clear is None:
                 raise
             raise clear from error
+        except Exception as error:
+            # safetensors, torch and llama.cpp report a full disk in words and types of their own
+            if not _full_disk(error, target.parent):
+                raise
+            cause = OSError(errno.ENOSPC, str(error))
+            raise explain_os_error(cause, target) or error from error
     finally:
         if partial.exists():
             shutil.rmtree(partial, ignore_errors=True)

@@ -11,8 +11,8 @@ from evaluation.tasks import Item, general, render
 from pipelines.base_model import fingerprint, reference_for
 from pipelines.config import ConfigError, Params, PrepareBase, load_params
 from pipelines.outputs import exclusive, staged
-from pipelines.runinfo import RunRecord, artifact, hash_inputs, key_of, read_jsonl, write_json
-from pipelines.stage import BASE, DATA, main_for
+from pipelines.runinfo import RunRecord, artifact, hash_inputs, key_of, package_versions, read_jsonl, write_json
+from pipelines.stage import BASE, DATA, TRAINERS_CODE, main_for
 from trainers.embedded_base import EmbeddedSettings, train_embedded_base
 
 RETENTION = DATA / "retention.jsonl"
@@ -33,7 +33,7 @@ def _embedded(section: PrepareBase, template: str, folder: Path) -> dict[str, An
     settings = EmbeddedSettings(**{name: getattr(section, name) for name in EmbeddedSettings.model_fields})
     questions = general.questions(section.seed, held_out=False)
     examples = [(render(template, p), a) for _, p, a in islice(questions, section.examples)]
-    key = key_of([settings.model_dump(), template, examples[-1]])
+    key = key_of([settings.model_dump(), examples, package_versions(), hash_inputs(TRAINERS_CODE)])
     checkpoints = Path("checkpoints/base") / key[:16]
     facts = train_embedded_base(settings, examples, folder, checkpoints)
     content = {
@@ -42,6 +42,7 @@ def _embedded(section: PrepareBase, template: str, folder: Path) -> dict[str, An
         "revision": None,
         "fingerprint": fingerprint(folder),
         "merge_location": None,
+        "merge_revision": None,
         "trust_remote_code": False,
     }
     write_json(folder / "base.json", content)

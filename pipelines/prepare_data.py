@@ -12,6 +12,13 @@ from pipelines.outputs import staged
 from pipelines.runinfo import RunRecord, artifact, hash_inputs, write_jsonl
 from pipelines.stage import DATA, SPLITS, main_for
 
+WATCHED = Path("inputs")
+
+
+def watched(file: Path) -> bool:
+    """Whether DVC sees changes of a user's file (dvc.yaml has `inputs/` as a dependency)."""
+    return file.resolve().is_relative_to(WATCHED.resolve())
+
 
 def _item(record: AqiRecord, rng: random.Random) -> Item:
     """An item from a row of the user's file; the user's own texts are kept where there are any."""
@@ -59,6 +66,8 @@ def split_records(
     for group in order:
         # Smallest splits first, so that a small file still fills test and valid.
         split = next((s for s in sorted(wanted, key=lambda s: wanted[s]) if len(splits[s]) < wanted[s]), None)
+        if split is None and share < 1.0:
+            split = "train"  # what rounding down the shares left over
         (left if split is None else splits[split]).extend(group)
     return splits, left
 
@@ -83,6 +92,8 @@ def make_splits(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item
         SourceSpec(
             source=section.source,
             split=section.hub_split,
+            subset=section.hub_subset,
+            delimiter=section.delimiter,
             columns=columns,
             trust_given_aqi=section.trust_given_aqi,
         )
@@ -94,6 +105,7 @@ def make_splits(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item
         "accepted_rows": len(result.records),
         "rejected_rows": len(result.rejected),
         "unused_rows": len(left),
+        "first_unused": [item.id for item in left[:5]],
         "first_rejections": [f"row {r.row}, column {r.column}: {r.reason}" for r in result.rejected[:5]],
     }
 
@@ -118,6 +130,12 @@ def run(params: Params) -> None:
         }
         record.write(folder)
     print(json.dumps(record.extra, ensure_ascii=False))
+    if facts.get("unused_rows"):
+        print(
+            f"{facts['unused_rows']} rows are not used: the splits are full; raise prepare_data.train_items to use them"
+        )
+    if section.source != "generated" and not section.source.startswith("hub:") and not watched(own):
+        print(f"{own} lies outside {WATCHED}/, where DVC would notice a change; after one, `dvc repro -f prepare_data`")
     if facts.get("rejected_rows"):
         print(f"{facts['rejected_rows']} rows were refused; data/rejected.jsonl says which and why")
 

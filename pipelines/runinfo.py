@@ -19,6 +19,10 @@ PACKAGES = (
 ).split()
 
 
+class FileError(RuntimeError):
+    """A file of an earlier stage that is missing or damaged."""
+
+
 def now() -> str:
     """This moment in UTC, ISO 8601."""
     return datetime.now(UTC).isoformat()
@@ -54,7 +58,7 @@ def git_state() -> dict[str, Any]:
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=20
         ).stdout.strip()
         status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"],
             capture_output=True,
             text=True,
             check=True,
@@ -112,8 +116,15 @@ def hash_inputs(*paths: Path) -> dict[str, str]:
     hashes: dict[str, str] = {}
     for path in paths:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        hashes |= {f.as_posix(): sha256(f) for f in files if f.name != "run.json"}
+        hashes |= {f.as_posix(): _hash_existing(f) for f in files if f.name != "run.json" and f.suffix != ".pyc"}
     return hashes
+
+
+def _hash_existing(file: Path) -> str:
+    try:
+        return sha256(file)
+    except FileNotFoundError:
+        raise FileError(f"{file}: no such file; run `dvc repro`, which makes it") from None
 
 
 class RunRecord:
@@ -171,12 +182,14 @@ def read_json(path: Path) -> Any:
     """Content of a JSON file.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file.
+        FileError: missing or damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file; run `dvc repro`, which makes it") from None
     except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error}); delete its folder and run `dvc repro`") from error
+        raise FileError(f"{path}: no JSON ({error}); delete its folder and run `dvc repro`") from error
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -186,6 +199,15 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All objects of a JSON-lines file."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    """All objects of a JSON-lines file.
+
+    Raises:
+        FileError: missing or damaged.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.strip()]
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file; run `dvc repro`, which makes it") from None
+    except ValueError as error:
+        raise FileError(f"{path}: no JSON lines ({error}); delete its folder and run `dvc repro`") from error

@@ -10,6 +10,7 @@ DATA = Path("data")
 BASE = Path("models/base")
 SPLITS = ("train", "valid", "test", "retention")
 BASE_ARM = "base"
+TRAINERS_CODE = Path(__file__).resolve().parents[1] / "trainers"
 
 
 def adapter_dir(arm: str, seed: int) -> Path:
@@ -29,7 +30,7 @@ def scores_dir(arm: str, seed: int) -> Path:
 
 def model_name(arm: str, seed: int, first_seed: int) -> str:
     """Name in Ollama; further seeds become tags of the same name."""
-    return f"{arm}_model" if seed == first_seed else f"{arm}_model:seed{seed}"
+    return f"{arm}_model" if arm == BASE_ARM or seed == first_seed else f"{arm}_model:seed{seed}"
 
 
 @contextmanager

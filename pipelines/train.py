@@ -12,8 +12,8 @@ from evaluation.tasks import Item, render
 from pipelines.base_model import describe, load_reference
 from pipelines.config import Params, check_arm, load_params
 from pipelines.outputs import exclusive, staged
-from pipelines.runinfo import RunRecord, artifact, hash_inputs, key_of, package_versions, read_jsonl
-from pipelines.stage import BASE, DATA, adapter_dir, clear_errors, cli, quiet_libraries
+from pipelines.runinfo import RunRecord, artifact, hash_inputs, key_of, package_versions, read_jsonl, sha256
+from pipelines.stage import BASE, DATA, TRAINERS_CODE, adapter_dir, clear_errors, cli, quiet_libraries
 from trainers import ARMS
 from trainers.common import Arm, TrainingJob
 from trainers.common import run as train
@@ -30,6 +30,12 @@ def load_arm(name: str) -> Arm:
     return arm
 
 
+def base_weights(fingerprint: str) -> str:
+    """Hash of the base's weights where they lie in models/base, else the reference's fingerprint."""
+    weights = BASE / "model.safetensors"
+    return sha256(weights) if weights.is_file() else fingerprint
+
+
 def _examples(split: str, template: str) -> list[tuple[str, str]]:
     items = [Item.from_json(row) for row in read_jsonl(DATA / f"{split}.jsonl")]
     return [(render(template, item.prompt), item.completion) for item in items]
@@ -42,7 +48,8 @@ def run(params: Params, arm_name: str, seed: int) -> None:
     inputs = hash_inputs(DATA / "train.jsonl", DATA / "valid.jsonl", BASE / "base.json")
     shown = {"train": settings.model_dump(), "prompt": params.prompt.model_dump()}
     # A checkpoint is used only by the very run that it belongs to.
-    key = key_of([arm_name, seed, shown, inputs, base_fingerprint, package_versions()])
+    code = hash_inputs(TRAINERS_CODE)
+    key = key_of([arm_name, seed, shown, inputs, base_fingerprint, package_versions(), code])
     kept = Path("checkpoints") / arm_name / str(seed)
     out = adapter_dir(arm_name, seed)
     with exclusive(kept.with_name(f"{seed}.lock"), f"train {arm_name} seed {seed}"), staged(out) as folder:
@@ -60,7 +67,7 @@ def run(params: Params, arm_name: str, seed: int) -> None:
             ),
         )
         weights = folder / "adapter_model.safetensors"
-        record.artifacts.append(artifact("adapter", weights, out / weights.name, parent=base_fingerprint))
+        record.artifacts.append(artifact("adapter", weights, out / weights.name, parent=base_weights(base_fingerprint)))
         record.extra = {**result.summary, "base": describe(reference)}
         record.write(folder)
     shutil.rmtree(kept, ignore_errors=True)

@@ -164,6 +164,9 @@ def run(arm: Arm, job: TrainingJob) -> TrainingResult:
         eval_dataset=valid,
         processing_class=tokenizer,
     )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # TRL puts adapters on a 4-bit base into bf16; the optimizer wants float32
+            parameter.data = parameter.data.float()
     checkpoint = latest_complete(job.checkpoints)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

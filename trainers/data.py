@@ -1,6 +1,6 @@
 """Token ids: the same for training, scoring and serving."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,8 +76,3 @@ def build_dataset(tokenizer: Any, examples: Iterable[tuple[str, str]], max_lengt
     if not ids:
         raise EncodingError("expected at least one example, got none")
     return Dataset.from_dict({"input_ids": ids, "completion_mask": mask})
-
-
-def mean_length(dataset: Sequence[Any]) -> float:
-    """Mean number of tokens an example."""
-    return sum(len(row["input_ids"]) for row in dataset) / len(dataset)

@@ -47,18 +47,28 @@ class BaseReference:
         location: Folder or hub id that is trained on.
         revision: Of a hub model.
         merge_location: Folder or hub id of the same weights in 16 bit, which adapters are merged into.
+        merge_revision: Of a hub model.
         trust_remote_code: Run code that comes with the model.
     """
 
     location: str
     revision: str | None = None
     merge_location: str | None = None
+    merge_revision: str | None = None
     trust_remote_code: bool = False
 
     @property
     def load_kwargs(self) -> dict[str, object]:
         """Arguments that every `from_pretrained` call takes."""
-        return {
-            "revision": self.revision,
-            "trust_remote_code": self.trust_remote_code,
-        }
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    @property
+    def merge_from(self) -> str:
+        """Folder or hub id of the 16-bit weights."""
+        return self.merge_location or self.location
+
+    @property
+    def merge_kwargs(self) -> dict[str, object]:
+        """The same arguments for `merge_from`."""
+        revision = self.revision if self.merge_location is None else self.merge_revision
+        return {"revision": revision, "trust_remote_code": self.trust_remote_code}

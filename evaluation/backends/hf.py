@@ -17,6 +17,7 @@ class HfBackend:
         template: Text round every question, with one `{prompt}`.
         adapter: PEFT folder.
         load_kwargs: Passed to `from_pretrained` (revision, trust_remote_code).
+        tokenizer: Folder of another tokenizer than the model's own (what training used).
 
     Raises:
         BackendError: cannot be loaded.
@@ -31,20 +32,28 @@ class HfBackend:
         *,
         adapter: Path | None = None,
         load_kwargs: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
     ) -> None:
         import torch
         import transformers
 
         self._torch = torch
         self.version: str = transformers.__version__
-        self.device_class = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device_class = "gpu" if self._device == "cuda" else "cpu"
         self._template = template
         started = time.perf_counter_ns()
-        # fp32 on a CPU: the weights are fp16 on disk and exact in fp32, so only the arithmetic is finer.
-        dtype = torch.bfloat16 if self.device_class == "cuda" else torch.float32
         kwargs = load_kwargs or {}
         try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(model, **kwargs)
+            self._tokenizer = (
+                transformers.AutoTokenizer.from_pretrained(tokenizer)
+                if tokenizer
+                else transformers.AutoTokenizer.from_pretrained(model, **kwargs)
+            )
+            # fp32 holds fp16 weights exactly, so only the arithmetic is finer. bf16 where the weights are bf16 and a
+            # GPU's memory may be short.
+            stored = transformers.AutoConfig.from_pretrained(model, **kwargs).dtype
+            dtype = torch.bfloat16 if self._device == "cuda" and stored == torch.bfloat16 else torch.float32
             self._model = transformers.AutoModelForCausalLM.from_pretrained(
                 model, dtype=dtype, use_safetensors=True, **kwargs
             )
@@ -54,7 +63,7 @@ class HfBackend:
                 self._model = PeftModel.from_pretrained(self._model, str(adapter))
         except (OSError, ValueError) as error:
             raise BackendError(f"{adapter or model}: transformers cannot load it: {error}") from error
-        self._model.to(self.device_class).eval()
+        self._model.to(self._device).eval()
         self._load_ns = time.perf_counter_ns() - started
         eos = self._model.generation_config.eos_token_id
         self._end = set(eos if isinstance(eos, list) else [eos]) | {self._tokenizer.eos_token_id}
@@ -70,7 +79,7 @@ class HfBackend:
     def prefill(self, ids: Sequence[int]) -> None:
         """Evaluate a prompt from an empty cache."""
         with self._torch.inference_mode():
-            out = self._model(input_ids=self._torch.tensor([list(ids)], device=self.device_class), use_cache=True)
+            out = self._model(input_ids=self._torch.tensor([list(ids)], device=self._device), use_cache=True)
         self._cache, self._next = out.past_key_values, int(out.logits[0, -1].argmax())
 
     def decode(self, max_tokens: int, *, ignore_end: bool = False, stop: Sequence[str] = ()) -> tuple[list[int], str]:
@@ -84,7 +93,7 @@ class HfBackend:
                 if stop and any(word in self.detokenize(ids) for word in stop):
                     return ids, "stop"
                 out = self._model(
-                    input_ids=self._torch.tensor([[self._next]], device=self.device_class),
+                    input_ids=self._torch.tensor([[self._next]], device=self._device),
                     past_key_values=self._cache,
                     use_cache=True,
                 )
@@ -112,3 +121,6 @@ class HfBackend:
     def close(self) -> None:
         """Free the model."""
         self._model = None
+        self._cache = None
+        if self._device == "cuda":
+            self._torch.cuda.empty_cache()

@@ -9,6 +9,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 
+class ItemError(ValueError):
+    """Items that cannot be made as asked."""
+
+
 @dataclass(frozen=True)
 class Item:
     """One question with its right answer.

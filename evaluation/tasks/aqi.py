@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
 from evaluation import epa
-from evaluation.tasks import Item, Score
+from evaluation.tasks import Item, ItemError, Score
 
 NAME = "aqi"
 METRICS = {
@@ -160,7 +160,7 @@ def generate(
         split only. Readings occur once in a split other than "train", where they may come again in other words.
 
     Raises:
-        ValueError: the pollutants do not offer enough different questions.
+        ItemError: the pollutants do not offer enough different questions.
     """
     rng = random.Random(f"aqi-{seed}")
     pools = _pools(sizes)
@@ -183,7 +183,7 @@ def generate(
             if mark in seen:
                 misses += 1
                 if misses > 20 * n + 1000:
-                    raise ValueError(
+                    raise ItemError(
                         f"expected {n} different {split} items, found {len(items)} with pollutants "
                         f"{', '.join(pollutants)}: ask for fewer items, more pollutants or a larger max_pollutants"
                     )

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from evaluation.tasks import Item, Score
+from evaluation.tasks import Item, ItemError, Score
 
 NAME = "general"
 METRICS = {
@@ -193,7 +193,7 @@ def retention_items(per_task: int, seed: int) -> list[Item]:
     """The retention suite: `per_task` different held-out questions of every general task.
 
     Raises:
-        ValueError: a task has not that many.
+        ItemError: a task has not that many.
     """
     items: list[Item] = []
     for name in GENERAL_TASKS:
@@ -204,7 +204,7 @@ def retention_items(per_task: int, seed: int) -> list[Item]:
             if len(seen) == per_task:
                 break
         else:
-            raise ValueError(
+            raise ItemError(
                 f"expected {per_task} different held-out questions of {name}, found {len(seen)}; "
                 "lower prepare_data.retention_items_per_task"
             )

@@ -367,3 +367,26 @@ def test_disagreeing_scores_and_samples_are_noted(tree: Path, path: Path) -> Non
     metrics[0]["value"] = 0.5
     edit(scores, metrics=metrics)
     assert ingest(tree, path).skipped == ("base/0: scores.json says 0.5, samples.jsonl says 0.4",)
+
+
+@pytest.mark.parametrize(("written", "stored"), [("null", None), ("NaN", None), ("0.0", 0.0), ("12.5", 12.5)])
+def test_an_answer_without_a_number_has_no_error(tmp_path, written, stored):
+    make_tree(tmp_path)
+    file = tmp_path / "scores/baseline_lora/0/samples.jsonl"
+    first, rest = file.read_text().split("\n", 1)
+    changed = {**json.loads(first), "predicted": None, "abs_error": "HERE"}
+    file.write_text(json.dumps(changed).replace('"HERE"', written) + "\n" + rest)
+    ingest(tmp_path, tmp_path / "x.db")
+    with open_session(tmp_path / "x.db") as session:
+        item = select(Sample).where(Sample.item_id == changed["item_id"]).join(Run)
+        item = item.where(Run.arm == "baseline_lora", Run.seed == 0)
+        assert session.scalars(item).one().abs_error == stored
+
+
+def test_a_negative_error_is_refused(tmp_path):
+    make_tree(tmp_path)
+    file = tmp_path / "scores/baseline_lora/0/samples.jsonl"
+    first, rest = file.read_text().split("\n", 1)
+    file.write_text(json.dumps({**json.loads(first), "abs_error": -1.0}) + "\n" + rest)
+    with pytest.raises(IngestError, match="abs_error"):
+        ingest(tmp_path, tmp_path / "x.db")

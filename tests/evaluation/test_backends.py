@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def pair(base_dir, exported):
-    return HfBackend(str(base_dir), TEMPLATE), LlamaCppBackend(exported / "base.gguf", TEMPLATE, num_ctx=128)
+    return HfBackend(str(base_dir), TEMPLATE), LlamaCppBackend(exported / "base.gguf", TEMPLATE, num_ctx=256)
 
 
 def test_both_answer_alike(pair):
@@ -45,7 +45,7 @@ def test_an_answer_does_not_depend_on_what_was_asked_before(pair):
 
 
 def test_prompt_that_does_not_fit(pair):
-    with pytest.raises(BackendError, match="does not fit num_ctx 128"):
+    with pytest.raises(BackendError, match="does not fit num_ctx 256"):
         pair[1].generate("1 " * 200, 4)
 
 

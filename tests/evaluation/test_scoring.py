@@ -23,6 +23,7 @@ class Parrot:
 def test_every_item_is_kept_and_counted():
     test = aqi.generate({"test": 12}, seed=0, pollutants=["pm25", "no2"], max_pollutants=1)["test"]
     suite = general.retention_items(2, seed=0)
+    assert len(suite) == 22
     answers = {i.prompt: i.completion for i in [*test, *suite]}
     answers[test[0].prompt] = "no idea"
     answers[test[1].prompt] = "500" if test[1].truth["aqi"] < 300 else "0"
@@ -40,5 +41,5 @@ def test_every_item_is_kept_and_counted():
     assert values["aqi_category_accuracy"] == (10 / 12, 12)
     assert values["aqi_unparseable"] == (1 / 12, 12)
     assert values["retention/addition"] == (0.5, 2) and values["retention/sorting"] == (1.0, 2)
-    assert values["retention_accuracy"] == (27 / 28, 28)
+    assert values["retention_accuracy"] == (21 / 22, 22)
     assert set(scoring.metric_defs(rows)) == set(values)

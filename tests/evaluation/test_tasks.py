@@ -6,7 +6,7 @@ import re
 import pytest
 
 from evaluation import epa
-from evaluation.tasks import Item, aqi, general, render
+from evaluation.tasks import Item, ItemError, aqi, general, render
 
 ALL = list(epa.POLLUTANTS)
 
@@ -54,7 +54,7 @@ def test_variety(splits):
 
 
 def test_too_few_different_readings():
-    with pytest.raises(ValueError, match="expected 5000 different test items, found"):
+    with pytest.raises(ItemError, match="expected 5000 different test items, found"):
         aqi.generate({"train": 10, "test": 5000}, seed=0, pollutants=["pm10"], max_pollutants=1)
 
 
@@ -171,6 +171,11 @@ def test_the_suite_is_kept_from_training_and_from_aqi(splits):
 def test_general_scoring(answer, right):
     it = Item("r", "addition", "What is 40 + 2?", "42", {"answer": "42"})
     assert general.score(it, answer).correct is right
+
+
+def test_more_retention_questions_than_there_are():
+    with pytest.raises(ItemError, match="lower prepare_data.retention_items_per_task"):
+        general.retention_items(3000, seed=0)
 
 
 def test_item_json_round_trip(splits):

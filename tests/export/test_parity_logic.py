@@ -9,7 +9,7 @@ class Engine:
     """Token ids are character codes; answers are looked up."""
 
     def __init__(self, answers, bos=True):
-        self.answers, self.bos = answers, bos
+        self.answers, self.bos, self.closed = answers, bos, False
 
     def tokenize(self, text):
         return ([1] if self.bos else []) + [ord(c) for c in text]
@@ -20,12 +20,19 @@ class Engine:
     def detokenize(self, ids):
         return "".join(map(chr, ids))
 
+    def close(self):
+        self.closed = True
+
 
 RIGHT = {"a": [65, 66], "b": [67], "c": [68, 69], "d": [70]}
 
 
 def compare(other, **kwargs):
-    return parity.compare({"hf": Engine(RIGHT), "x": other, **kwargs}, list("abcd"), 8, reference="hf")
+    engines = {"hf": Engine(RIGHT), "x": other, **kwargs}
+    opened = {name: lambda engine=engine: engine for name, engine in engines.items()}
+    result = parity.compare(opened, list("abcd"), 8, reference="hf")
+    assert all(engine.closed for engine in engines.values())
+    return result
 
 
 def test_all_equal():

@@ -153,3 +153,36 @@ def test_two_at_once(tmp_path):
         except OutputError:
             time.sleep(0.05)
     pytest.fail("the lock outlived its holder")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 128 KiB; mounting one needs root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a file system here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("writer", ["safetensors", "torch", "text"])
+def test_a_disk_that_fills_up(small_disk, writer):
+    """Libraries report it in types and words of their own."""
+    import torch
+    from safetensors.torch import save_file
+
+    target = small_disk / "0"
+    target.mkdir()
+    (target / "old.txt").write_text("old")
+    tensor = torch.zeros(100_000)
+    write = {
+        "safetensors": lambda file: save_file({"a": tensor}, file),
+        "torch": lambda file: torch.save(tensor, file),
+        "text": lambda file: file.write_text("x" * 400_000),
+    }[writer]
+    with pytest.raises(OutputError, match="the disk is full"), staged(target) as folder:
+        write(folder / "new")
+    assert content(target) == {"old.txt": "old"}
+    assert [p.name for p in small_disk.iterdir()] == ["0"]

@@ -35,7 +35,7 @@ def test_generated_data(params):
     prepare_data.run(params())
     assert {s: len(rows(f"data/{s}.jsonl")) for s in ("train", "valid", "test")} == {
         "train": 300, "valid": 20, "test": 40}  # fmt: skip
-    assert len(rows("data/retention.jsonl")) == 42
+    assert len(rows("data/retention.jsonl")) == 11 * 3
     assert rows("data/rejected.jsonl") == []
     record = json.load(open("data/run.json"))
     assert record["status"] == "finished" and len(record["artifacts"]) == 4
@@ -162,10 +162,30 @@ def test_backend_choice(monkeypatch, capsys):
         evaluate.choose_backend("ollama")
 
 
+def test_an_arm_follows_the_base_under_auto(monkeypatch):
+    from tests.ollama_double import OllamaDouble
+
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    with pytest.raises(BackendError, match="the base was scored through Ollama, and no server answers"):
+        evaluate.choose_backend("auto", "ollama")
+    with OllamaDouble(reply=lambda rendered: "126") as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        assert evaluate.choose_backend("auto", "llama_cpp") == "llama_cpp"
+        assert evaluate.choose_backend("ollama", "llama_cpp") == "ollama"
+
+
+def test_names_of_served_models():
+    from pipelines.stage import model_name
+
+    assert model_name("base", 0, 3407) == "base_model"
+    assert model_name("baseline_lora", 3407, 3407) == "baseline_lora_model"
+    assert model_name("baseline_lora", 7, 3407) == "baseline_lora_model:seed7"
+
+
 def test_a_server_that_answers_is_used(monkeypatch, capsys):
     from tests.ollama_double import OllamaDouble
 
     with OllamaDouble(reply=lambda rendered: "126") as server:
-        monkeypatch.setenv("OLLAMA_HOST", server.host)
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
         assert evaluate.choose_backend("auto") == "ollama"
     assert "Ollama 0.32" in capsys.readouterr().out

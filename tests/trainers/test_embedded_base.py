@@ -1,5 +1,6 @@
 """The embedded base: its tokenizer, its loss and the order of its examples."""
 
+import itertools
 import json
 
 import pytest
@@ -18,7 +19,7 @@ def test_batches_hold_examples_of_like_length_in_random_order():
     ]
     assert sum(spans) / len(spans) < 2  # 37 or so at random
     means = [sum(lengths[i] for i in order[b : b + 32]) / 32 for b in range(0, 3200, 32)]
-    falling = sum(a > b for a, b in zip(means, means[1:], strict=False))
+    falling = sum(a > b for a, b in itertools.pairwise(means))
     assert 30 < falling < 70  # neither rising nor falling
     assert order == batched_order(lengths, 32, seed=0) != batched_order(lengths, 32, seed=1)
 

@@ -42,7 +42,7 @@ def test_it_learns_and_says_so(adapter_dir):
     history = json.loads((adapter_dir / "loss_history.json").read_text())
     losses = [e["loss"] for e in history if "loss" in e]
     assert [e["step"] for e in history if "loss" in e] == [2, 4, 6, 8, 10, 12]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     assert [e["step"] for e in history if "eval_loss" in e] == [6, 12]
     weights = load_file(adapter_dir / WEIGHTS)
     assert all(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name)
@@ -67,18 +67,23 @@ def test_the_loss_counts_answer_tokens_only(make_job):
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss = trainer.compute_loss(model, dict(batch))
+    # What carries loss is worked out here from the texts, not taken from the trainer.
+    tokenizer = trainer.processing_class
     expected, count = 0.0, 0
-    for i in range(4):
-        row = trainer.train_dataset[i]
-        for t, (token, learned) in enumerate(zip(row["input_ids"], row["completion_mask"], strict=True)):
-            if learned:
-                expected -= torch.log_softmax(logits[i, t - 1].float(), -1)[token].item()
-                count += 1
+    for i, (prompt, completion) in enumerate(job.train[:4]):
+        ids = tokenizer(prompt + completion)["input_ids"] + [tokenizer.eos_token_id]
+        assert batch["input_ids"][i, : len(ids)].tolist() == ids
+        for t in range(len(tokenizer(prompt)["input_ids"]), len(ids)):
+            expected -= torch.log_softmax(logits[i, t - 1].float(), -1)[ids[t]].item()
+            count += 1
     assert loss.item() == pytest.approx(expected / count, rel=1e-4)
 
 
-def test_killed_and_resumed_equals_undisturbed(make_job, adapter_dir, tmp_path):
-    job = make_job(checkpoints=tmp_path / "checkpoints")
+def test_killed_and_resumed_equals_undisturbed(make_job, tmp_path):
+    import pickle
+
+    undisturbed, job = make_job(max_steps=120), make_job(max_steps=120, checkpoints=tmp_path / "checkpoints")
+    run(ARM, undisturbed)
     script = textwrap.dedent(
         """
         import pickle, sys
@@ -88,32 +93,21 @@ def test_killed_and_resumed_equals_undisturbed(make_job, adapter_dir, tmp_path):
             run(ARM, pickle.load(file))
         """
     )
-    import pickle
-
-    pickled = tmp_path / "job"
-    # Many more steps than the kill lets it take; the second run has the real number.
-    pickled.write_bytes(pickle.dumps(job))
+    (tmp_path / "job").write_bytes(pickle.dumps(job))
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(pickled)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", script, str(tmp_path / "job")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    for _ in range(1200):
-        if latest_step(job.checkpoints) >= 4 or process.poll() is not None:
-            break
-        time.sleep(0.02)
+    deadline = time.monotonic() + 120
+    while latest_step(job.checkpoints) < 8:
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = latest_complete(job.checkpoints)
-    assert kept is not None
-    for later in job.checkpoints.glob("checkpoint-*"):  # whatever it got to, go on from step 4 or 8
-        if int(later.name.split("-")[1]) == 12:
-            for file in later.iterdir():
-                file.unlink()
-    kept = latest_complete(job.checkpoints)
+    assert not (job.output / WEIGHTS).exists()
     result = run(ARM, job)
-    assert result.resumed_from == int(kept.name.split("-")[1]) < 12
-    assert (job.output / WEIGHTS).read_bytes() == (adapter_dir / WEIGHTS).read_bytes()
-    steps = [e["step"] for e in result.history if "loss" in e]
-    assert steps == [2, 4, 6, 8, 10, 12]
+    assert 8 <= result.resumed_from < 120
+    assert (job.output / WEIGHTS).read_bytes() == (undisturbed.output / WEIGHTS).read_bytes()
+    assert [e["step"] for e in result.history if "loss" in e] == list(range(2, 121, 2))
 
 
 def latest_step(folder):
