@@ -86,7 +86,7 @@ def reference_for(section: PrepareBase) -> dict[str, Any]:
         )
     content: dict[str, Any] = {
         "kind": kind,
-        "location": section.source,
+        "location": str(local_folder(section.source) or section.source),
         "revision": revision,
         "fingerprint": mark,
         "merge_location": section.merge_source,
