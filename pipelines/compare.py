@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from pipelines.config import Params, load_params
+from pipelines.config import load_params
+from pipelines.schema import Params
 from pipelines.stage import BASE_ARM, main_for
 
 REPORT = Path("outputs/grit_evaluation.md")

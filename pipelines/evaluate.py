@@ -16,9 +16,10 @@ from evaluation.tasks import Item, render
 from export.modelfile import ModelfileSpec, go_template
 from export.ollama import register, resolve_host, server_version
 from pipelines.base_model import load_reference
-from pipelines.config import ConfigError, Params, check_arm, load_params
+from pipelines.config import ConfigError, check_arm, load_params
 from pipelines.outputs import staged
 from pipelines.runinfo import RunRecord, hash_inputs, read_json, read_jsonl, sha256, write_json, write_jsonl
+from pipelines.schema import Params
 from pipelines.stage import (
     BASE_ARM,
     DATA,

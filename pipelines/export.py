@@ -19,9 +19,10 @@ from export import gguf, parity
 from export.errors import ExportError
 from export.modelfile import ModelfileSpec, go_template, render_modelfile
 from pipelines.base_model import load_reference
-from pipelines.config import Params, check_arm, load_params
+from pipelines.config import check_arm, load_params
 from pipelines.outputs import staged
 from pipelines.runinfo import RunRecord, artifact, hash_inputs, read_jsonl, sha256, write_json
+from pipelines.schema import Params
 from pipelines.stage import BASE, BASE_ARM, DATA, adapter_dir, clear_errors, cli, gguf_dir, quiet_libraries
 from trainers.models import load_tokenizer
 from trainers.settings import BaseReference

@@ -9,9 +9,10 @@ from typing import Any
 from evaluation.backends.hf import HfBackend
 from evaluation.tasks import Item, general, render
 from pipelines.base_model import fingerprint, reference_for
-from pipelines.config import ConfigError, Params, PrepareBase, load_params
+from pipelines.config import ConfigError, load_params
 from pipelines.outputs import exclusive, staged
 from pipelines.runinfo import RunRecord, artifact, hash_inputs, key_of, package_versions, read_jsonl, write_json
+from pipelines.schema import Params, PrepareBase
 from pipelines.stage import BASE, DATA, TRAINERS_CODE, main_for
 from trainers.embedded_base import EmbeddedSettings, train_embedded_base
 

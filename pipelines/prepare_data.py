@@ -7,9 +7,10 @@ from typing import Any
 
 from evaluation.sources import AqiRecord, ColumnSpec, SourceSpec, read_source, write_rejected
 from evaluation.tasks import Item, aqi, general
-from pipelines.config import ConfigError, Params, PrepareData, load_params
+from pipelines.config import ConfigError, load_params
 from pipelines.outputs import staged
 from pipelines.runinfo import RunRecord, artifact, hash_inputs, write_jsonl
+from pipelines.schema import Params, PrepareData
 from pipelines.stage import DATA, SPLITS, main_for
 
 WATCHED = Path("inputs")

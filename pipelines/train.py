@@ -10,9 +10,10 @@ import typer
 
 from evaluation.tasks import Item, render
 from pipelines.base_model import describe, load_reference
-from pipelines.config import Params, check_arm, load_params
+from pipelines.config import check_arm, load_params
 from pipelines.outputs import exclusive, staged
 from pipelines.runinfo import RunRecord, artifact, hash_inputs, key_of, package_versions, read_jsonl, sha256
+from pipelines.schema import Params
 from pipelines.stage import BASE, DATA, TRAINERS_CODE, adapter_dir, clear_errors, cli, quiet_libraries
 from trainers import ARMS
 from trainers.common import Arm, TrainingJob

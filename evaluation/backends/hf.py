@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.backends import BackendError, Generation
-from evaluation.tasks import render
+from evaluation.backends import BackendError
+from evaluation.backends.stepwise import StepwiseBackend
 
 
-class HfBackend:
+class HfBackend(StepwiseBackend):
     """Greedy answers from a transformers model, optionally with a PEFT adapter on top (not merged).
 
     Args:
@@ -41,7 +41,7 @@ class HfBackend:
         self.version: str = transformers.__version__
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device_class = "gpu" if self._device == "cuda" else "cpu"
-        self._template = template
+        super().__init__(template)
         started = time.perf_counter_ns()
         kwargs = load_kwargs or {}
         try:
@@ -64,7 +64,7 @@ class HfBackend:
         except (OSError, ValueError) as error:
             raise BackendError(f"{adapter or model}: transformers cannot load it: {error}") from error
         self._model.to(self._device).eval()
-        self._load_ns = time.perf_counter_ns() - started
+        self.load_ns = time.perf_counter_ns() - started
         eos = self._model.generation_config.eos_token_id
         self._end = set(eos if isinstance(eos, list) else [eos]) | {self._tokenizer.eos_token_id}
 
@@ -83,7 +83,7 @@ class HfBackend:
         self._cache, self._next = out.past_key_values, int(out.logits[0, -1].argmax())
 
     def decode(self, max_tokens: int, *, ignore_end: bool = False, stop: Sequence[str] = ()) -> tuple[list[int], str]:
-        """Greedy continuation of what was evaluated: ids without the end token, and "stop" or "length"."""
+        """See `StepwiseBackend`."""
         ids: list[int] = []
         with self._torch.inference_mode():
             while len(ids) < max_tokens:
@@ -99,24 +99,6 @@ class HfBackend:
                 )
                 self._cache, self._next = out.past_key_values, int(out.logits[0, -1].argmax())
         return ids, "length"
-
-    def greedy(self, ids: Sequence[int], max_tokens: int) -> list[int]:
-        """Greedy continuation of a prompt, ids in and ids out, without the end token."""
-        self.prefill(ids)
-        return self.decode(max_tokens)[0]
-
-    def generate(self, item_prompt: str, max_tokens: int, stop: Sequence[str] = ()) -> Generation:
-        """See `evaluation.backends.Backend`."""
-        ids = self.tokenize(render(self._template, item_prompt))
-        t0 = time.perf_counter_ns()
-        self.prefill(ids)
-        t1 = time.perf_counter_ns()
-        answer, reason = self.decode(max_tokens, stop=stop)
-        t2 = time.perf_counter_ns()
-        text = self.detokenize(answer)
-        for word in stop:
-            text = text.split(word, 1)[0]
-        return Generation(text, len(ids), len(answer), self._load_ns, t1 - t0, t2 - t1, reason)
 
     def close(self) -> None:
         """Free the model."""

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.backends import BackendError, Generation
-from evaluation.tasks import render
+from evaluation.backends import BackendError
+from evaluation.backends.stepwise import StepwiseBackend
 
 
-class LlamaCppBackend:
+class LlamaCppBackend(StepwiseBackend):
     """Greedy answers from a GGUF file.
 
     Args:
@@ -32,7 +32,7 @@ class LlamaCppBackend:
 
         self._api = llama_cpp
         self.version: str = llama_cpp.__version__
-        self._template = template
+        super().__init__(template)
         started = time.perf_counter_ns()
         for file in filter(None, (gguf, adapter)):
             if not file.is_file():
@@ -49,7 +49,7 @@ class LlamaCppBackend:
             )
         except (ValueError, RuntimeError) as error:
             raise BackendError(f"{gguf}: llama.cpp {self.version} cannot load it: {error}") from error
-        self._load_ns = time.perf_counter_ns() - started
+        self.load_ns = time.perf_counter_ns() - started
         self._vocab = llama_cpp.llama_model_get_vocab(self._llm.model)
 
     @property
@@ -79,16 +79,7 @@ class LlamaCppBackend:
         return int(np.argmax(np.ctypeslib.as_array(logits, shape=(self._llm.n_vocab(),))))
 
     def decode(self, max_tokens: int, *, ignore_end: bool = False, stop: Sequence[str] = ()) -> tuple[list[int], str]:
-        """Greedy continuation of what was evaluated.
-
-        Args:
-            max_tokens: Limit, tokens.
-            ignore_end: Go on after an end token (for timing).
-            stop: Words that end the answer.
-
-        Returns:
-            Ids without the end token, and "stop" or "length".
-        """
+        """See `StepwiseBackend`."""
         ids: list[int] = []
         room = self._llm.n_ctx() - self._llm.n_tokens
         for _ in range(min(max_tokens, room)):
@@ -104,24 +95,6 @@ class LlamaCppBackend:
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of ids."""
         return self._llm.detokenize(list(ids)).decode("utf-8", errors="replace")
-
-    def greedy(self, ids: Sequence[int], max_tokens: int) -> list[int]:
-        """Greedy continuation of a prompt, ids in and ids out, without the end token."""
-        self.prefill(ids)
-        return self.decode(max_tokens)[0]
-
-    def generate(self, item_prompt: str, max_tokens: int, stop: Sequence[str] = ()) -> Generation:
-        """See `evaluation.backends.Backend`."""
-        ids = self.tokenize(render(self._template, item_prompt))
-        t0 = time.perf_counter_ns()
-        self.prefill(ids)
-        t1 = time.perf_counter_ns()
-        answer, reason = self.decode(max_tokens, stop=stop)
-        t2 = time.perf_counter_ns()
-        text = self.detokenize(answer)
-        for word in stop:
-            text = text.split(word, 1)[0]
-        return Generation(text, len(ids), len(answer), self._load_ns, t1 - t0, t2 - t1, reason)
 
     def close(self) -> None:
         """Free the model."""

@@ -1,0 +1,177 @@
+"""The schema of params.yaml: one section per stage; unknown keys are refused."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from evaluation.epa import POLLUTANTS
+from trainers import ARMS
+from trainers.embedded_base import EmbeddedSettings
+from trainers.settings import Section
+from trainers.settings import TrainSettings as Train
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def suggest(word: str, known: Any) -> str:
+    """The end of an error message: what may have been meant, and what there is."""
+    names = [str(k) for k in known]
+    close = difflib.get_close_matches(word, names, n=1)
+    return (f"; did you mean {close[0]!r}?" if close else ".") + f" Available: {', '.join(names)}"
+
+
+class Matrix(Section):
+    """What is trained: every arm with every seed."""
+
+    arms: list[str] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
+
+    @field_validator("arms")
+    @classmethod
+    def _known(cls, arms: list[str]) -> list[str]:
+        unknown = [f"unknown arm {arm!r}{suggest(arm, ARMS)}" for arm in arms if arm not in ARMS]
+        if unknown:
+            raise ValueError("; ".join(unknown))
+        return arms
+
+    @field_validator("arms", "seeds")
+    @classmethod
+    def _unique(cls, values: list[Any]) -> list[Any]:
+        if len(set(values)) != len(values):
+            raise ValueError(f"expected each once, got {values}")
+        return values
+
+
+class Prompt(Section):
+    """The text round every question."""
+
+    template: str
+
+    @field_validator("template")
+    @classmethod
+    def _one_slot(cls, template: str) -> str:
+        if template.count("{prompt}") != 1:
+            raise ValueError(f"expected exactly one {{prompt}}, got {template.count('{prompt}')}")
+        if "{{" in template or "}}" in template:
+            raise ValueError("'{{' and '}}' cannot be told from Ollama's template commands; use other signs")
+        return template
+
+
+class Column(Section):
+    """A column of the user's file and the unit it is in."""
+
+    column: str
+    unit: str | None = None
+
+
+class PrepareData(Section):
+    """Section prepare_data."""
+
+    source: str
+    hub_split: str
+    hub_subset: str | None
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)]
+    columns: dict[str, str | Column]
+    trust_given_aqi: bool
+    seed: Seed
+    train_items: Positive
+    valid_items: Positive
+    test_items: Positive
+    pollutants: list[str] = Field(min_length=1)
+    max_pollutants: Positive
+    retention_items_per_task: Positive
+
+    @field_validator("pollutants")
+    @classmethod
+    def _pollutants(cls, keys: list[str]) -> list[str]:
+        unknown = [f"unknown pollutant {k!r}{suggest(k, POLLUTANTS)}" for k in keys if k not in POLLUTANTS]
+        if unknown:
+            raise ValueError("; ".join(unknown))
+        return keys
+
+    @model_validator(mode="after")
+    def _mapping(self) -> "PrepareData":
+        if self.source != "generated" and not self.columns:
+            raise ValueError("columns: a source of your own needs a mapping, e.g. {pm25: PM2.5_ugm3}")
+        return self
+
+
+class PrepareBase(EmbeddedSettings):
+    """Section prepare_base: where the base comes from, and the shape of the embedded one."""
+
+    source: str
+    revision: str | None
+    merge_source: str | None
+    trust_remote_code: bool
+    min_tasks_above_80: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _shape(self) -> "PrepareBase":
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size: expected a multiple of 2·heads = {2 * self.heads}, got {self.hidden_size}")
+        for name in ("hidden_size", "intermediate_size"):
+            if getattr(self, name) % 32:
+                raise ValueError(
+                    f"{name}: expected a multiple of 32 (GGUF's quantization block), got {getattr(self, name)}"
+                )
+        return self
+
+
+class Export(Section):
+    """Section export."""
+
+    quantization: Literal["f16", "q8_0", "q4_K_M"]
+    num_ctx: Annotated[int, Field(ge=32, description="tokens")]
+    parity_prompts: Positive
+    parity_tokens: Positive
+    min_greedy_equal: Share
+
+
+class Evaluate(Section):
+    """Section evaluate."""
+
+    backend: Literal["auto", "ollama", "llama_cpp", "hf"]
+    max_tokens: Positive
+    threads: Annotated[int, Field(ge=0)]
+    speed_repetitions: Positive
+    speed_prompts: Positive
+    speed_tokens: Positive
+
+
+class Compare(Section):
+    """Section compare."""
+
+    database: str
+
+    @field_validator("database")
+    @classmethod
+    def _file(cls, database: str) -> str:
+        if "://" in database or Path(database).is_absolute():
+            raise ValueError(
+                f"expected a file below the project's folder, got {database!r}; for other databases there is "
+                "`python -m db.cli ingest --db URL`"
+            )
+        return database
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    profile: str
+    matrix: Matrix
+    arms: dict[str, dict[str, Any]]
+    prompt: Prompt
+    prepare_data: PrepareData
+    prepare_base: PrepareBase
+    train: Train
+    export: Export
+    evaluate: Evaluate
+    compare: Compare
+
+    def train_for(self, arm: str) -> Train:
+        """Section train with the overrides of one arm."""
+        return Train(**{**self.train.model_dump(), **self.arms.get(arm, {})})
