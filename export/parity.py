@@ -1,12 +1,25 @@
-"""Whether an export is the model that was trained: token ids and greedy answers, prompt by prompt."""
+"""Whether an export is the model that was trained: token ids and greedy answers, prompt by prompt.
+
+Merging rounds weights to 16 bit and engines add in different orders, so logits differ a little. Where the reference's
+best two tokens are closer than that, either may come out: such a prompt counts as a tie, not as a difference. Ties are
+reported on their own, and only a few of them are excused.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+# Logits. The lead of the best token over the second differed by at most 0.022 between Hugging Face (float32, adapter
+# not merged) and the two f16 GGUF forms, over 1017 tokens of the tiny profile (LOG.md, 2026-11-21).
+TIE = 0.025
+# Largest share of prompts that may part in a tie.
+MAX_TIED = 0.03
+
 
 class Engine(Protocol):
     """What parity needs of a backend."""
+
+    gaps: list[float]
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a rendered prompt."""
@@ -32,6 +45,10 @@ def _first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+def _at(values: Sequence[float], position: int) -> float | None:
+    return values[position] if position < len(values) else None
+
+
 def _cause(kind: str, reference: Sequence[int], other: Sequence[int], at: int) -> str:
     if kind == "token_ids":
         if at == 0 and list(other[1:]) == list(reference):
@@ -46,15 +63,20 @@ def _cause(kind: str, reference: Sequence[int], other: Sequence[int], at: int) -
 
 @dataclass(frozen=True)
 class _Answers:
-    """What one engine says: ids of each prompt, and the greedy continuation of the reference's ids."""
+    """What one engine says: ids of each prompt, the greedy continuation of the reference's ids, and its leads."""
 
     ids: list[list[int]]
     greedy: list[list[int]]
+    gaps: list[list[float]]
 
 
 def _ask(engine: Engine, prompts: Sequence[str], max_tokens: int, given: Sequence[Sequence[int]] | None) -> _Answers:
     ids = [engine.tokenize(prompt) for prompt in prompts]
-    return _Answers(ids, [engine.greedy(x, max_tokens) for x in (given or ids)])
+    greedy, gaps = [], []
+    for x in given or ids:
+        greedy.append(engine.greedy(x, max_tokens))
+        gaps.append(list(engine.gaps))
+    return _Answers(ids, greedy, gaps)
 
 
 def compare(
@@ -69,10 +91,10 @@ def compare(
         reference: Name of the engine that is taken as right.
 
     Returns:
-        prompts, token_ids_equal and greedy_equal (shares, the worst pair), pairs and token_id_pairs (each pair's
-        shares), and first_difference (None where there is none): engine, kind, prompt, position, both tokens and the
-        likely cause. Greedy answers are asked for with the reference's ids, so that a tokenizer's fault is counted
-        once.
+        prompts, token_ids_equal and greedy_equal (shares, the worst pair), greedy_tied (share of prompts that part at
+        a tie, the worst pair), pairs, token_id_pairs and tied_pairs (each pair's shares), and first_difference (None
+        where there is none): engine, kind, prompt, position, both tokens, the reference's lead there and the likely
+        cause. Greedy answers are asked for with the reference's ids, so that a tokenizer's fault is counted once.
     """
     base = engines[reference]()
     right = _ask(base, prompts, max_tokens, None)
@@ -80,6 +102,7 @@ def compare(
     base.close()
     pairs: dict[str, float] = {}
     id_pairs: dict[str, float] = {}
+    tied: dict[str, float] = {}
     differences: list[tuple[int, dict[str, Any]]] = []
     for name, opened in engines.items():
         if name == reference:
@@ -92,9 +115,14 @@ def compare(
         ):
             at = [_first_difference(a, b) for a, b in zip(expected, came, strict=True)]
             shares[f"{reference}/{name}"] = at.count(None) / len(prompts)
+            if kind == "greedy":
+                ties = [p is not None and p < len(g) and g[p] < TIE for p, g in zip(at, right.gaps, strict=True)]
+                tied[f"{reference}/{name}"] = sum(ties) / len(prompts)
             number, position = next(((i, p) for i, p in enumerate(at) if p is not None), (-1, -1))
             if number >= 0:
                 a, b = expected[number], came[number]
+                gap = _at(right.gaps[number], position) if kind == "greedy" else None
+                tie = gap is not None and gap < TIE
                 found = {
                     "engine": name,
                     "kind": kind,
@@ -105,7 +133,8 @@ def compare(
                     "got_token": b[position] if position < len(b) else None,
                     "expected_text": texts[tuple(a)],
                     "got_text": engine.detokenize(b),
-                    "likely_cause": _cause(kind, a, b, position),
+                    "gap": gap,
+                    "likely_cause": "rounding: the best two tokens are a tie" if tie else _cause(kind, a, b, position),
                 }
                 differences.append((number, found))
         engine.close()
@@ -115,6 +144,8 @@ def compare(
         "reference": reference,
         "token_ids_equal": min(id_pairs.values()),
         "greedy_equal": min(pairs.values()),
+        "greedy_tied": max(tied.values()),
+        "tied_pairs": tied,
         "pairs": pairs,
         "token_id_pairs": id_pairs,
         "first_difference": min(differences, key=lambda d: d[0])[1] if differences else None,
@@ -126,10 +157,13 @@ def verdict(result: Mapping[str, Any], min_greedy_equal: float) -> str | None:
     problems = []
     if result["token_ids_equal"] < 1.0:
         problems.append(f"token ids are equal for {result['token_ids_equal']:.1%} of prompts, expected 100%")
-    if result["greedy_equal"] < min_greedy_equal:
-        problems.append(
-            f"greedy answers are equal for {result['greedy_equal']:.1%} of prompts, expected {min_greedy_equal:.1%}"
-        )
+    for pair, equal in result["pairs"].items():
+        excused = min(result["tied_pairs"][pair], MAX_TIED)
+        if equal + excused < min_greedy_equal - 1e-9:
+            problems.append(
+                f"greedy answers of {pair} are equal for {equal:.1%} of prompts, expected {min_greedy_equal:.1%} "
+                f"(ties: {result['tied_pairs'][pair]:.1%}, at most {MAX_TIED:.0%} are excused)"
+            )
     if not problems:
         return None
     d = result["first_difference"]

@@ -80,7 +80,14 @@ class HfBackend(StepwiseBackend):
         """Evaluate a prompt from an empty cache."""
         with self._torch.inference_mode():
             out = self._model(input_ids=self._torch.tensor([list(ids)], device=self._device), use_cache=True)
-        self._cache, self._next = out.past_key_values, int(out.logits[0, -1].argmax())
+        self.gaps = []
+        self._keep(out)
+
+    def _keep(self, out: Any) -> None:
+        """Cache, best next token and its lead, from one forward pass."""
+        best = out.logits[0, -1].float().topk(2)
+        self._cache, self._next = out.past_key_values, int(best.indices[0])
+        self.gaps.append(float(best.values[0] - best.values[1]))
 
     def decode(self, max_tokens: int, *, ignore_end: bool = False, stop: Sequence[str] = ()) -> tuple[list[int], str]:
         """See `StepwiseBackend`."""
@@ -97,7 +104,7 @@ class HfBackend(StepwiseBackend):
                     past_key_values=self._cache,
                     use_cache=True,
                 )
-                self._cache, self._next = out.past_key_values, int(out.logits[0, -1].argmax())
+                self._keep(out)
         return ids, "length"
 
     def close(self) -> None:

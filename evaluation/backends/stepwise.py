@@ -13,11 +13,14 @@ class StepwiseBackend(ABC):
 
     Attributes:
         load_ns: Loading the model, ns.
+        gaps: Logit of the best token minus that of the second best, for every token that the last answer was made
+            of and, where it ended by itself, for its end. Empty where the backend does not keep them.
     """
 
     def __init__(self, template: str) -> None:
         self._template = template
         self.load_ns = 0
+        self.gaps: list[float] = []
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:

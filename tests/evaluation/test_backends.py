@@ -37,6 +37,19 @@ def test_limits_and_stop_words(pair, which):
     assert reason == "stop" and len(shorter) <= 9 and word in backend.detokenize(shorter)
 
 
+def test_leads_are_the_logits_own(pair):
+    import torch
+
+    backend = pair[0]
+    ids = backend.tokenize("Sort: 3 1 2")
+    answer = backend.greedy(ids, 5)
+    logits = backend._model(input_ids=torch.tensor([ids + answer])).logits[0].detach()
+    for step, token in enumerate(answer):
+        best = logits[len(ids) - 1 + step].topk(2)
+        assert best.indices[0] == token
+        assert backend.gaps[step] == pytest.approx(float(best.values[0] - best.values[1]), abs=1e-3)
+
+
 def test_an_answer_does_not_depend_on_what_was_asked_before(pair):
     for backend in pair:
         first = backend.generate("Sort: 3 1 2", 8).text

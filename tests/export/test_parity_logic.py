@@ -8,14 +8,16 @@ from export import parity
 class Engine:
     """Token ids are character codes; answers are looked up."""
 
-    def __init__(self, answers, bos=True):
-        self.answers, self.bos, self.closed = answers, bos, False
+    def __init__(self, answers, bos=True, gap=5.0):
+        self.answers, self.bos, self.closed, self.gap, self.gaps = answers, bos, False, gap, []
 
     def tokenize(self, text):
         return ([1] if self.bos else []) + [ord(c) for c in text]
 
     def greedy(self, ids, max_tokens):
-        return self.answers["".join(map(chr, ids)).lstrip("\x01")][:max_tokens]
+        answer = self.answers["".join(map(chr, ids)).lstrip("\x01")][:max_tokens]
+        self.gaps = [self.gap] * (len(answer) + 1)
+        return answer
 
     def detokenize(self, ids):
         return "".join(map(chr, ids))
@@ -27,8 +29,8 @@ class Engine:
 RIGHT = {"a": [65, 66], "b": [67], "c": [68, 69], "d": [70]}
 
 
-def compare(other, **kwargs):
-    engines = {"hf": Engine(RIGHT), "x": other, **kwargs}
+def compare(other, gap=5.0, **kwargs):
+    engines = {"hf": Engine(RIGHT, gap=gap), "x": other, **kwargs}
     opened = {name: lambda engine=engine: engine for name, engine in engines.items()}
     result = parity.compare(opened, list("abcd"), 8, reference="hf")
     assert all(engine.closed for engine in engines.values())
@@ -47,7 +49,22 @@ def test_shares_and_first_difference():
     d = result["first_difference"]
     assert (d["prompt_number"], d["position"], d["expected_token"], d["got_token"]) == (2, 1, 69, 70)
     assert parity.verdict(result, 0.75) is None
-    assert "greedy answers are equal for 75.0% of prompts, expected 76.0%" in parity.verdict(result, 0.76)
+    message = parity.verdict(result, 0.76)
+    assert "greedy answers of hf/x are equal for 75.0% of prompts, expected 76.0%" in message
+    assert "adapter scale, merge or quantization" in message
+
+
+def test_ties_are_told_apart_and_only_a_few_are_excused():
+    parted = Engine({**RIGHT, "c": [68, 70]})
+    result = compare(parted, gap=0.01)
+    assert (result["greedy_equal"], result["greedy_tied"]) == (0.75, 0.25)
+    assert result["first_difference"]["likely_cause"].startswith("rounding")
+    assert result["first_difference"]["gap"] == 0.01
+    assert parity.verdict(result, 0.78) is None
+    assert "at most 3% are excused" in parity.verdict(result, 0.79)
+    clear = compare(parted, gap=0.03)
+    assert clear["greedy_tied"] == 0.0
+    assert parity.verdict(clear, 0.76) is not None
 
 
 def test_one_side_stops_early():
