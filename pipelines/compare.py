@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pipelines.config import load_params
+from pipelines.outputs import explain_os_error
 from pipelines.schema import Params
 from pipelines.stage import BASE_ARM, main_for
 
@@ -17,7 +18,11 @@ def run(params: Params) -> None:
     arms = [BASE_ARM, *params.matrix.arms]
     summary = ingest(Path(), params.compare.database, arms=arms, seeds=list(params.matrix.seeds))
     print(summary)
-    write_report(REPORT, load_comparison(params.compare.database))
+    comparison = load_comparison(params.compare.database)
+    try:
+        write_report(REPORT, comparison)
+    except OSError as error:
+        raise explain_os_error(error, REPORT) or error from error
 
 
 if __name__ == "__main__":

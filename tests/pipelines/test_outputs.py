@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from pipelines.outputs import OutputError, exclusive, staged
+from tests.conftest import not_root
 
 
 def content(folder):
@@ -94,19 +95,6 @@ def test_a_full_disk(target):
     assert content(target) == {"old.txt": "old"}
 
 
-@contextmanager
-def not_root():
-    """Root may write everywhere; act as nobody."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 def test_read_only_folder(tmp_path):
     parent = tmp_path / "locked"
     target = parent / "0"
@@ -153,18 +141,6 @@ def test_two_at_once(tmp_path):
         except OutputError:
             time.sleep(0.05)
     pytest.fail("the lock outlived its holder")
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 128 KiB; mounting one needs root."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("may not mount a file system here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("writer", ["safetensors", "torch", "text"])

@@ -11,6 +11,8 @@ from evaluation.backends import BackendError
 from evaluation.sources import SourceError
 from pipelines import base_model, evaluate, prepare_data, profile
 from pipelines.config import ConfigError, parse_params
+from pipelines.outputs import OutputError
+from tests.conftest import not_root
 
 
 @pytest.fixture
@@ -97,6 +99,33 @@ def test_same_readings_go_to_one_split(params):
     assert all(len(s) == 1 for s in where.values())
     assert sum(map(len, splits.values())) + len(left) == 60
     assert all(splits.values())
+
+
+def test_a_full_disk_leaves_the_old_data(params, small_disk, monkeypatch):
+    monkeypatch.chdir(small_disk)
+    small = {"train_items": 20, "valid_items": 2, "test_items": 5, "retention_items_per_task": 1}
+    prepare_data.run(params(prepare_data=small))
+    before = {f.name: f.read_bytes() for f in (small_disk / "data").iterdir()}
+    with pytest.raises(OutputError, match=r"data: cannot be written, the disk is full"):
+        prepare_data.run(params(prepare_data={**small, "train_items": 2000}))
+    assert {f.name: f.read_bytes() for f in (small_disk / "data").iterdir()} == before
+    assert [f.name for f in small_disk.iterdir()] == ["data"]
+
+
+def test_a_read_only_folder_leaves_the_old_data(params, tmp_path, monkeypatch):
+    small = {"train_items": 20, "valid_items": 2, "test_items": 5, "retention_items_per_task": 1}
+    p = params(prepare_data=small)
+    prepare_data.run(p)
+    before = {f.name: f.read_bytes() for f in (tmp_path / "data").iterdir()}
+    for folder in (tmp_path.parent.parent, tmp_path.parent):
+        folder.chmod(0o755)
+    tmp_path.chmod(0o555)
+    try:
+        with not_root(), pytest.raises(OutputError, match=r"data: cannot be written, this user may not write"):
+            prepare_data.run(p)
+    finally:
+        tmp_path.chmod(0o755)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "data").iterdir()} == before
 
 
 def test_too_few_rows(params):
