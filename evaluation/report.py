@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -95,7 +96,9 @@ def svg(comparison: Comparison) -> str:
     console = Console(record=True, width=NARROWEST, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.width = _width(console, rich_table(comparison))
     print_table(comparison, console)
-    return console.export_svg(title="python -m evaluation.compare_all")
+    picture = console.export_svg(title="python -m evaluation.compare_all")
+    # Rich asks a font server for its font; a local monospace one does, and the picture needs no network.
+    return re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)
 
 
 def as_json(comparison: Comparison) -> str:
