@@ -1,6 +1,6 @@
 """Tasks: where items come from, what their prompts say and how an answer is scored.
 
-An item is one question with its right answer. A task module fills in four functions (see `Task`); everything
+An item is one question with its right answer. A task module fills in what `Task` names; everything
 else (splits, files, backends, metrics tables, the database) is shared.
 """
 

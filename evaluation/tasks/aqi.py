@@ -125,7 +125,7 @@ def _draw_readings(rng: random.Random, category: int, pollutants: Sequence[str],
 
 
 def _pools(sizes: Mapping[str, int]) -> list[tuple[str, float]]:
-    """Split name → upper end of its share of the hash range; test and valid take at least a tenth together."""
+    """Split name → upper end of its share of the hash range; the splits other than train take a fifth together."""
     held = {split: n for split, n in sizes.items() if split != "train"}
     # Small splits need a pool several times their size, or they would use up all simple questions.
     share = 0.2 if "train" in sizes else 1.0

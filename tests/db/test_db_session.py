@@ -4,7 +4,6 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from db.cli import app
 from db.columns import Base
 from db.ingest import ingest
 from db.models import Artifact, Environment, Metric, Probe, Run, Sample, Speed
+from tests.conftest import not_root
 
 NOW = datetime(2026, 11, 21, 3, 0, tzinfo=timezone(timedelta(hours=5)))
 
@@ -247,19 +247,6 @@ def test_a_locked_database_says_so(filled: Path) -> None:
     assert "locked" in caught.value.came and "wait" in caught.value.do
 
 
-@contextmanager
-def as_nobody() -> Iterator[None]:
-    """Root may write everywhere, so the tests' own rights are given up for a moment."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 @pytest.fixture
 def locked_folder() -> Iterator[Path]:
     """A folder that everybody may read and nobody write, with a database in it."""
@@ -276,7 +263,7 @@ def locked_folder() -> Iterator[Path]:
 
 
 def test_read_only_folder_can_be_read_and_refuses_writing_in_words(locked_folder: Path) -> None:
-    with as_nobody():
+    with not_root():
         with open_session(locked_folder / "c.db") as session:
             assert session.scalars(select(Environment.device_class)).all() == ["cpu"]
         with (

@@ -42,7 +42,7 @@ def test_it_learns_and_says_so(adapter_dir):
     history = json.loads((adapter_dir / "loss_history.json").read_text())
     losses = [e["loss"] for e in history if "loss" in e]
     assert [e["step"] for e in history if "loss" in e] == [2, 4, 6, 8, 10, 12]
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < losses[0]
     assert [e["step"] for e in history if "eval_loss" in e] == [6, 12]
     weights = load_file(adapter_dir / WEIGHTS)
     assert all(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name)
@@ -108,6 +108,8 @@ def test_killed_and_resumed_equals_undisturbed(make_job, tmp_path):
     assert 8 <= result.resumed_from < 120
     assert (job.output / WEIGHTS).read_bytes() == (undisturbed.output / WEIGHTS).read_bytes()
     assert [e["step"] for e in result.history if "loss" in e] == list(range(2, 121, 2))
+    losses = [e["loss"] for e in result.history if "loss" in e]
+    assert losses[-1] < 0.8 * losses[0]  # it learns
 
 
 def latest_step(folder):
