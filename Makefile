@@ -37,7 +37,7 @@ test: setup
 check: setup
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
-	$(RUN) mypy db trainers export evaluation pipelines benchmarks
+	$(RUN) mypy db grit trainers export evaluation pipelines benchmarks
 
 format: setup
 	$(RUN) ruff format .

@@ -1,0 +1,121 @@
+"""K-FAC statistics from one hook on the output of each `lora_A`.
+
+A forward hook sees h [tokens, r]; a gradient hook on that very tensor sees δ = ∂loss/∂h. Both are added up when the
+gradient arrives, so activation checkpointing, which runs the forward pass twice, is counted once. Padding is left out,
+sums are in float32 at least, and δ is multiplied by the number that the loss was divided by, so that it is the
+gradient of one token's loss whatever the batch size, the accumulation steps and the loss scale.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from grit.layers import LayerGroup
+
+
+class GroupSums:
+    """Σ h hᵀ, Σ δ δᵀ ([n, r, r]) and the tokens counted ([n]) since the last `clear`."""
+
+    def __init__(self, group: LayerGroup):
+        n, r = len(group), group.rank
+        self.hh = torch.zeros(n, r, r, dtype=group.dtype, device=group.device)
+        self.dd = torch.zeros_like(self.hh)
+        self.tokens = torch.zeros(n, dtype=torch.float64, device=group.device)
+
+    def clear(self) -> None:
+        """Start again from zero."""
+        for tensor in (self.hh, self.dd, self.tokens):
+            tensor.zero_()
+
+
+class HookCapture:
+    """The hooks and what they have added up.
+
+    Attributes:
+        active: Whether batches count at the moment (throttling switches it).
+        loss_divisor: What the summed token losses are divided by before the backward pass, if the training loop has
+            told; None: `num_items_in_batch` or the labels of the batch, times `accumulation`.
+        accumulation: Backward passes an optimizer step, for loops that divide the loss by it.
+        normalize: Multiply δ by the divisor.
+        loss_scale: Factor of mixed-precision loss scaling, undone here.
+    """
+
+    def __init__(self, model: nn.Module, groups: list[LayerGroup], normalize: bool, like: "HookCapture | None" = None):
+        """Attach the hooks; `like` has been told things by the training loop that hold here too."""
+        self.groups = groups
+        self.sums = [GroupSums(group) for group in groups]
+        self.active: bool = like.active if like else True
+        self.normalize = normalize
+        self.loss_divisor: float | Tensor | None = like.loss_divisor if like else None
+        self.loss_scale: float = like.loss_scale if like else 1.0
+        self.accumulation: int = like.accumulation if like else 1
+        self.misfits: set[str] = set()
+        self._mask: Tensor | None = None
+        self._batch_divisor: float | Tensor = 1.0
+        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._see_batch, with_kwargs=True)]
+        for g, group in enumerate(groups):
+            for i, pair in enumerate(group.pairs):
+                self._handles.append(pair.module_a.register_forward_hook(self._make_hook(g, i, pair.name)))
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def clear(self) -> None:
+        """Forget what was added up."""
+        for sums in self.sums:
+            sums.clear()
+
+    def _see_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not (self.active and torch.is_grad_enabled()):
+            return
+        mask = kwargs.get("attention_mask")
+        self._mask = mask.reshape(-1) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+        if items is not None:
+            self._batch_divisor = items
+        elif isinstance(labels, Tensor) and labels.dim() == 2:
+            # Causal language models predict the next token: the first label carries no loss.
+            self._batch_divisor = (labels[:, 1:] != -100).sum() * self.accumulation
+        else:
+            self._batch_divisor = float(self.accumulation)
+
+    def _make_hook(self, g: int, i: int, name: str) -> Any:
+        def forward_hook(module: nn.Module, args: tuple[Any, ...], h: Tensor) -> None:
+            # Without grad: evaluation, or the first pass of reentrant checkpointing, whose second pass counts.
+            if not (self.active and h.requires_grad):
+                return
+            kept = h.detach()  # not h itself: a hook that holds its own tensor would never be freed
+            mask, divisor = self._mask, self._divisor()
+            h.register_hook(  # type: ignore[no-untyped-call]
+                lambda delta: self._add(g, i, name, kept, delta, mask, divisor)
+            )
+
+        return forward_hook
+
+    def _divisor(self) -> float | Tensor:
+        if not self.normalize:
+            return 1.0
+        return self._batch_divisor if self.loss_divisor is None else self.loss_divisor
+
+    def _add(
+        self, g: int, i: int, name: str, h: Tensor, delta: Tensor, mask: Tensor | None, divisor: float | Tensor
+    ) -> None:
+        sums, rank = self.sums[g], h.shape[-1]
+        h, delta = h.reshape(-1, rank).to(sums.hh.dtype), delta.reshape(-1, rank).to(sums.hh.dtype)
+        if mask is not None and mask.shape[0] != h.shape[0]:
+            self.misfits.add(name)  # e.g. an expert that sees some tokens only: all of its tokens count
+            mask = None
+        if mask is None:
+            sums.tokens[i] += h.shape[0]
+        else:
+            keep = mask.to(device=h.device, dtype=h.dtype)[:, None]
+            h, delta = h * keep, delta * keep
+            sums.tokens[i] += keep.sum()
+        delta = delta * (divisor / self.loss_scale)
+        sums.hh[i].addmm_(h.mT, h)
+        sums.dd[i].addmm_(delta.mT, delta)

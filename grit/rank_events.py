@@ -1,0 +1,133 @@
+"""Reprojection of a whole model: which (L, R) each layer gets, weights, statistics and moments moved along."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from grit import rank
+from grit.layers import LoraPair
+from grit.reprojection import balance, choose_rank, relative_change, top_projector
+from grit.state import GroupState, transformed
+
+if TYPE_CHECKING:
+    from grit.manager import GRITManager
+
+logger = logging.getLogger("grit")
+
+
+def plan(manager: "GRITManager", state: GroupState, i: int, shrink: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The (L, R) of one layer and what is to be said about it.
+
+    Args:
+        manager: For settings and the step.
+        state: Of the layer's group.
+        i: The layer's place.
+        shrink: L and R get k rows and columns; else they are r×r projections of rank k.
+    """
+    config, r = manager.config, state.group.rank
+    cov_a, cov_g = (c[i] for c in state.covariances())
+    adaptive = config.enable_rank_adaptation and manager.step >= config.rank_adaptation_start_step
+    least, tau = min(config.min_lora_rank, r), config.rank_adaptation_threshold
+
+    def rank_of(values: Tensor) -> int:
+        return choose_rank(values, tau, least) if adaptive else max(least, min(config.reprojection_k, r))
+
+    if config.reprojection == "balanced":
+        left, right, spectrum = balance(cov_a, cov_g)
+        k = min(rank_of(spectrum), left.shape[0])
+        left, right = left[:k], right[:, :k]
+        if not shrink:
+            left = right = right @ left if k < r else torch.eye(r, dtype=torch.float64, device=left.device)
+        return left, right, {"k_a": k, "k_b": k}
+    projector_a, values_a = top_projector(cov_a, r)
+    k_a = rank_of(values_a)
+    projector_a, _ = top_projector(cov_a, k_a)
+    # The authors' gate: without enough samples on the gradient side, A's basis serves both.
+    two_sided = config.use_two_sided_reprojection and bool(state["ready_g"][i])
+    k_b, projector_b = k_a, projector_a
+    if two_sided:
+        k_b = rank_of(top_projector(cov_g, r)[1])
+        projector_b, _ = top_projector(cov_g, k_b)
+    if not shrink:
+        return projector_a, projector_b, {"k_a": k_a, "k_b": k_b}
+    # B P_b P_a A has rank min(k_a, k_b): split it where it is narrowest.
+    basis = torch.linalg.eigh(projector_a if k_a <= k_b else projector_b)[1][:, r - min(k_a, k_b) :]
+    if k_a <= k_b:
+        return basis.mT, projector_b @ basis, {"k_a": k_a, "k_b": k_b}
+    return basis.mT @ projector_a, basis, {"k_a": k_a, "k_b": k_b}
+
+
+def reproject(manager: "GRITManager", optimizer: torch.optim.Optimizer | None, shrink: bool) -> dict[str, Any]:
+    """Reproject every layer whose statistics are ready on both sides.
+
+    Returns:
+        The event for the log: per layer k_a, k_b, r and the relative change of ΔW = s·B·A.
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    changed: dict[str, dict[str, Tensor]] = {}
+    resized: list[LoraPair] = []
+    for state, i, pair in manager.layers():
+        if not bool(state["ready_a"][i] & state["ready_g"][i]):
+            continue
+        left, right, said = plan(manager, state, i, shrink)
+        kept = min(said["k_a"], said["k_b"])
+        if kept < pair.rank or manager.config.reprojection == "paper":
+            a, b = pair.a.detach(), pair.b.detach()
+            new_a, new_b = left.to(a.device) @ a.double(), b.double() @ right.to(b.device)
+            said["relative_change"] = relative_change(a, b, new_a, new_b)
+            # Each parameter's own moments (mode adamw and sgd) go the way of its gradient.
+            _move_moments(optimizer, pair, left, right)
+            changed[pair.name] = transformed(state.layer(i), left, right)
+            if left.shape[0] < pair.rank:
+                said["r"] = pair.rank
+                rank.resize(pair, new_a, new_b, optimizer)
+                resized.append(pair)
+            else:
+                pair.a.data.copy_(new_a)
+                pair.b.data.copy_(new_b)
+        else:
+            said["relative_change"] = 0.0
+        if pair.name in changed:
+            changed[pair.name]["k"] = torch.tensor(kept, dtype=torch.int64)
+        else:
+            state["k"][i] = kept
+        layers[pair.name] = {"r": pair.rank, **said}
+    if changed:
+        manager.regroup(changed)
+    if resized:
+        rank.write_patterns(manager.model, resized)
+    if layers:
+        worst = max(layers.items(), key=lambda item: item[1]["relative_change"])
+        logger.info(
+            "GRIT: step %d: reprojection (%s%s), mean k %.1f, largest relative change of ΔW %.2e (%s)",
+            manager.step,
+            manager.config.reprojection,
+            ", tensors shrink" if shrink else "",
+            sum(min(v["k_a"], v["k_b"]) for v in layers.values()) / len(layers),
+            worst[1]["relative_change"],
+            worst[0],
+        )
+    return {"kind": "reprojection", "mode": manager.config.reprojection, "shrink": shrink, "layers": layers}
+
+
+def _move_moments(optimizer: torch.optim.Optimizer | None, pair: LoraPair, left: Tensor, right: Tensor) -> None:
+    """First moments exactly, second ones as of uncorrelated coordinates; quantized ones (8 bit) are dropped."""
+    if optimizer is None:
+        return
+    for parameter, is_a in ((pair.a, True), (pair.b, False)):
+        state = optimizer.state.get(parameter)
+        if not state:
+            continue
+        matrix = (right.mT if is_a else left.mT).to(parameter.device, torch.float32)
+        for name, value in list(state.items()):
+            if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1:
+                continue
+            if value.shape != parameter.shape or not value.is_floating_point():
+                logger.warning("GRIT: %s: optimizer state %r cannot be transformed; reset", pair.name, name)
+                state.clear()
+                break
+            turn = matrix.square() if name in ("exp_avg_sq", "max_exp_avg_sq") else matrix
+            moved = turn @ value.float() if is_a else value.float() @ turn
+            state[name] = moved.to(value.dtype)

@@ -1,0 +1,61 @@
+"""Warm-ups, and intervals that follow the loss; the same on all ranks."""
+
+from typing import Any
+
+import torch
+
+from grit.config import GRITConfig
+from grit.distributed import all_reduce_sum, world_size
+
+
+def ramp(step: int, warmup: int) -> float:
+    """0 → 1 linearly over `warmup` steps, 1 from there on."""
+    return 1.0 if warmup <= 0 else min(1.0, step / warmup)
+
+
+class LossTrend:
+    """A factor on the intervals of inversion and reprojection that follows how fast the loss moves.
+
+    While the mean loss of a window differs from the one before by more than 5%, curvature goes stale quickly: the
+    factor halves. Below 1% it doubles. It stays within [1/4, 4]. (The authors only say "adapted heuristically to
+    recent loss trends"; the thresholds are ours.)
+    """
+
+    FAST, SLOW, BOUND = 0.05, 0.01, 4.0
+
+    def __init__(self, config: GRITConfig):
+        self.config = config
+        self.factor = 1.0
+        self._sum, self._count, self._previous = 0.0, 0, float("nan")
+
+    def see(self, loss: float) -> None:
+        """Count the loss of one step."""
+        self._sum += loss
+        self._count += 1
+        if self._count < self.config.adaptive_window:
+            return
+        total = torch.tensor([self._sum, float(self._count)], dtype=torch.float64)
+        if world_size() > 1 and torch.distributed.get_backend() == "nccl":
+            total = total.cuda()
+        all_reduce_sum([total])
+        mean = float(total[0] / total[1])
+        if self._previous == self._previous and self._previous != 0:
+            change = abs(mean - self._previous) / abs(self._previous)
+            if change > self.FAST:
+                self.factor = max(1 / self.BOUND, self.factor / 2)
+            elif change < self.SLOW:
+                self.factor = min(self.BOUND, self.factor * 2)
+        self._sum, self._count, self._previous = 0.0, 0, mean
+
+    def interval(self, base: int) -> int:
+        """The interval to use where the settings say `base` steps."""
+        return max(1, round(base * self.factor)) if self.config.adaptive_schedule else base
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints."""
+        return {"factor": self.factor, "sum": self._sum, "count": self._count, "previous": self._previous}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.factor, self._sum = state["factor"], state["sum"]
+        self._count, self._previous = state["count"], state["previous"]

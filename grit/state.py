@@ -1,0 +1,191 @@
+"""What GRIT remembers about the layers of one group, as stacks; layer by layer for checkpoints and shrinking ranks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grit import factors
+from grit.config import GRITConfig
+from grit.layers import LayerGroup
+
+UNDECIDED, HOOKS, GRADIENTS = 0, 1, 2
+KINDS = ("undecided", "hooks", "gradients")
+
+
+class GroupState:
+    """Statistics, inverses, eigenbases and moments of n layers.
+
+    Attributes (first dimension n):
+        ema_a, ema_g: weighted sums of Σ_a and Σ_g [r, r]; divided by `weight` they are the averages. Where `kind` is
+            GRADIENTS they hold ∇Bᵀ∇B and ∇A∇Aᵀ instead, which change basis in the same way.
+        weight: Σ of the EMA's weights (bias correction).
+        samples: tokens seen (of gradient statistics: gradient columns seen).
+        inv_a, inv_g: what gradients are multiplied by [r, r]; identity until ready.
+        ready_a, ready_g: whether they, or the eigenbases, may be used.
+        lam_a, lam_g: damping of the last inversion.
+        q_a, q_g: eigenvectors as columns [r, r]; identity until ready.
+        m_a, v_a [r, d_in], m_b, v_b [d_out, r]: Adam's moments in the eigenbases (mode eigen_adamw only).
+        steps: Adam's step count. kind: where the statistics come from. k: directions that the last reprojection kept.
+    """
+
+    ON_CPU = ("steps", "kind", "k")
+
+    def __init__(self, group: LayerGroup, tensors: dict[str, Tensor]):
+        self.group = group
+        self.t = tensors
+
+    @classmethod
+    def fresh(cls, group: LayerGroup, config: GRITConfig) -> "GroupState":
+        """Nothing seen yet."""
+        n, r = len(group), group.rank
+        options: dict[str, Any] = {"dtype": group.dtype, "device": group.device}
+        eye = torch.eye(r, **options).repeat(n, 1, 1)
+        kind = {"hooks": HOOKS, "gradients": GRADIENTS, "auto": UNDECIDED}[config.capture]
+        tensors = {
+            "ema_a": torch.zeros(n, r, r, **options),
+            "ema_g": torch.zeros(n, r, r, **options),
+            "weight": torch.zeros(n, **options),
+            "samples": torch.zeros(n, dtype=torch.float64, device=group.device),
+            "inv_a": eye.clone(),
+            "inv_g": eye.clone(),
+            "ready_a": torch.zeros(n, dtype=torch.bool, device=group.device),
+            "ready_g": torch.zeros(n, dtype=torch.bool, device=group.device),
+            "q_a": eye.clone(),
+            "q_g": eye.clone(),
+            "lam_a": torch.zeros(n, **options),
+            "lam_g": torch.zeros(n, **options),
+            "steps": torch.zeros(n, dtype=torch.int64),
+            "kind": torch.full((n,), kind, dtype=torch.int64),
+            "k": torch.full((n,), r, dtype=torch.int64),
+        }
+        if config.mode == "eigen_adamw":
+            for side, parameter in (("a", group.params_a[0]), ("b", group.params_b[0])):
+                tensors[f"m_{side}"] = torch.zeros(n, *parameter.shape, **options)
+                tensors[f"v_{side}"] = torch.zeros(n, *parameter.shape, **options)
+        return cls(group, tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.t[name]
+
+    def layer(self, i: int) -> dict[str, Tensor]:
+        """Everything about layer i, copied."""
+        return {name: stack[i].clone() for name, stack in self.t.items()}
+
+    @classmethod
+    def of_layers(cls, group: LayerGroup, layers: list[dict[str, Tensor]]) -> "GroupState":
+        """Back from single layers, onto the group's device.
+
+        Raises:
+            ValueError: shapes that do not fit the group.
+        """
+        for pair, layer in zip(group.pairs, layers, strict=True):
+            if tuple(layer["ema_a"].shape) != (group.rank, group.rank):
+                raise ValueError(f"{pair.name}: expected state of rank {group.rank}, got {tuple(layer['ema_a'].shape)}")
+        return cls(
+            group,
+            {
+                name: torch.stack([layer[name] for layer in layers]).to("cpu" if name in cls.ON_CPU else group.device)
+                for name in layers[0]
+            },
+        )
+
+    def covariances(self) -> tuple[Tensor, Tensor]:
+        """Bias-corrected Σ_a and Σ_g, [n, r, r] each; zeros where nothing was seen."""
+        weight = self.t["weight"].clamp_min(1e-30)[:, None, None]
+        return self.t["ema_a"] / weight, self.t["ema_g"] / weight
+
+    def update(self, kind: int, cov_a: Tensor, cov_g: Tensor, samples: Tensor, decay: float) -> None:
+        """One step of the moving average for the layers of that kind that have samples.
+
+        Args:
+            kind: HOOKS or GRADIENTS.
+            cov_a: [n, r, r] averages of this step.
+            cov_g: [n, r, r].
+            samples: [n], 0 where a layer saw nothing.
+            decay: β; new = β·old + (1−β)·now.
+        """
+        use = (samples > 0) & (self.t["kind"] == kind).to(samples.device)
+        use &= torch.isfinite(cov_a).flatten(1).all(-1) & torch.isfinite(cov_g).flatten(1).all(-1)
+        share = torch.where(use, 1.0 - decay, 0.0).to(cov_a.dtype)
+        for name, now in (("ema_a", cov_a), ("ema_g", cov_g)):
+            now = torch.where(use[:, None, None], now, torch.zeros_like(now))
+            self.t[name] = self.t[name] + share[:, None, None] * (now - self.t[name])
+        self.t["weight"] = self.t["weight"] + share * (1.0 - self.t["weight"])
+        self.t["samples"] = self.t["samples"] + torch.where(use, samples, torch.zeros_like(samples))
+
+    def invert(self, config: GRITConfig) -> Tensor:
+        """Refresh inverses, or eigenbases with the moments turned along.
+
+        Returns:
+            Which layers failed on a side although it had samples: [n] bool.
+        """
+        cov_a, cov_g = self.covariances()
+        home = cov_a.device
+        where = home if config.kfac_inversion_device == "auto" else torch.device(config.kfac_inversion_device)
+        cov_a, cov_g = cov_a.to(where), cov_g.to(where)
+        enough = (self.t["samples"] >= config.kfac_min_samples).to(where)
+        usable_a, usable_g = enough & factors.informative(cov_a), enough & factors.informative(cov_g)
+        lam_a, lam_g = factors.damping(cov_a, cov_g, config.kfac_damping, config.damping_mode, config.pi_correction)
+        for side, cov, lam, usable in (("a", cov_a, lam_a, usable_a), ("g", cov_g, lam_g, usable_g)):
+            if config.mode == "eigen_adamw":
+                _, vectors, good = factors.eigh(cov)
+                ready = usable & good
+                self._turn(side, torch.where(ready[:, None, None], vectors, self.t[f"q_{side}"].to(where)).to(home))
+            else:
+                gradient_kind = (self.t["kind"] == GRADIENTS).to(where)
+                inverse, good = factors.damped_inverse(cov, lam)
+                if bool(gradient_kind.any()):
+                    root, fine = factors.damped_inverse_root(cov, lam)
+                    inverse = torch.where(gradient_kind[:, None, None], root, inverse)
+                    good = torch.where(gradient_kind, fine, good)
+                ready = usable & good
+                eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=where)
+                self.t[f"inv_{side}"] = torch.where(ready[:, None, None], inverse, eye).to(home)
+            self.t[f"ready_{side}"] = ready.to(home)
+        self.t["lam_a"], self.t["lam_g"] = lam_a.to(home), lam_g.to(home)
+        return (usable_a.to(home) & ~self.t["ready_a"]) | (usable_g.to(home) & ~self.t["ready_g"])
+
+    def _turn(self, side: str, basis: Tensor) -> None:
+        """Take up a new eigenbasis; the moments of the gradient it acts on are turned along.
+
+        The first moment turns exactly. The second is that of coordinates taken as uncorrelated: v'_i = Σ_j R_ij² v_j
+        (exact for permutations and sign changes). Side g acts on A from the left, side a on B from the right.
+        """
+        turn = basis.mT @ self.t[f"q_{side}"]
+        if side == "g":
+            self.t["m_a"] = turn @ self.t["m_a"]
+            self.t["v_a"] = turn.square() @ self.t["v_a"]
+        else:
+            self.t["m_b"] = self.t["m_b"] @ turn.mT
+            self.t["v_b"] = self.t["v_b"] @ turn.square().mT
+        self.t[f"q_{side}"] = basis
+
+
+def transformed(layer: dict[str, Tensor], left: Tensor, right: Tensor) -> dict[str, Tensor]:
+    """State of one layer after A ← L A, B ← B R (see `grit.reprojection`).
+
+    Args:
+        layer: From `GroupState.layer`.
+        left: L [k, r].
+        right: R [r, k].
+    """
+    dtype, device = layer["ema_a"].dtype, layer["ema_a"].device
+    left, right = left.to(device, dtype), right.to(device, dtype)
+    new = dict(layer)
+    new["ema_a"] = left @ layer["ema_a"] @ left.mT
+    new["ema_g"] = right.mT @ layer["ema_g"] @ right
+    eye = torch.eye(left.shape[0], dtype=dtype, device=device)
+    if "m_a" in layer:
+        # To the plain basis, through the change, and into the eigenbasis of the new factors.
+        q_a = factors.eigh(new["ema_a"][None])[1][0] if bool(layer["ready_a"]) else eye
+        q_g = factors.eigh(new["ema_g"][None])[1][0] if bool(layer["ready_g"]) else eye
+        turn_a = q_g.mT @ right.mT @ layer["q_g"]
+        turn_b = layer["q_a"].mT @ left.mT @ q_a
+        new["m_a"], new["v_a"] = turn_a @ layer["m_a"], turn_a.square() @ layer["v_a"]
+        new["m_b"], new["v_b"] = layer["m_b"] @ turn_b, layer["v_b"] @ turn_b.square()
+        new["q_a"], new["q_g"] = q_a, q_g
+    else:
+        new["q_a"], new["q_g"] = eye, eye
+    new["inv_a"], new["inv_g"] = eye, eye.clone()  # until the next inversion, which follows at once
+    return new

@@ -1,0 +1,141 @@
+"""GRIT inside Hugging Face's Trainer and TRL's SFTTrainer; needs transformers."""
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from grit import rank
+from grit.config import GRITConfig
+from grit.manager import GRITManager
+from grit.optim import GritOptimizer
+
+logger = logging.getLogger("grit")
+
+LOG_FILE = "grit_log.jsonl"
+
+
+class GritCallback(TrainerCallback):  # type: ignore[misc]
+    """A doorbell: rings the manager when a Trainer starts, logs and ends. It decides nothing.
+
+    GritTrainer brings its own. With a plain Trainer: ``Trainer(…, optimizers=(GritOptimizer(adamw, manager), None),
+    callbacks=[GritCallback(manager)])``.
+    """
+
+    def __init__(self, manager: GRITManager):
+        self.manager = manager
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the hooks."""
+        self.manager.open()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Put GRIT's numbers beside the loss."""
+        if logs is not None and "loss" in logs:
+            for name, value in self.manager.metrics().items():
+                logs.setdefault(name, value)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Shrink ranks if that is asked for, close the hooks."""
+        self.manager.finish()
+        self.manager.close()
+
+
+class GritMixin:
+    """What makes a Trainer class a GritTrainer; see `grit_trainer_class`."""
+
+    args: Any
+    model: Any
+    optimizer: Any
+    accelerator: Any
+    state: Any
+
+    def __init__(
+        self, *args: Any, grit_config: GRITConfig | None = None, grit_manager: GRITManager | None = None, **kwargs: Any
+    ):
+        """As the Trainer's, and either a configuration or a manager for the very model that is trained.
+
+        Raises:
+            ValueError: both are given, or the manager is of another model; GRITConfigError, GritLayerError.
+        """
+        if grit_config is not None and grit_manager is not None:
+            raise ValueError("expected grit_config or grit_manager, got both")
+        super().__init__(*args, **kwargs)
+        if grit_manager is None:
+            log_file = Path(self.args.output_dir) / LOG_FILE if self.args.process_index == 0 else None
+            grit_manager = GRITManager(self.model, grit_config, log_file=log_file)
+        elif not any(pair.a is p for pair in grit_manager.pairs()[:1] for p in self.model.parameters()):
+            raise ValueError("grit_manager: expected a manager of the model that is trained, got one of another model")
+        self.grit_manager = grit_manager
+        # First in line: what it adds to the logs reaches TensorBoard, W&B and whoever else reports.
+        self.callback_handler.callbacks.insert(0, GritCallback(grit_manager))  # type: ignore[attr-defined]
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The Trainer's optimizer (in mode sgd: SGD with momentum), wrapped."""
+        if isinstance(self.optimizer, GritOptimizer):
+            return self.optimizer
+        config = self.grit_manager.config
+        if self.optimizer is None and config.mode == "sgd":
+            weights = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = torch.optim.SGD(
+                weights,
+                lr=self.args.learning_rate,
+                momentum=config.sgd_momentum,
+                weight_decay=self.args.weight_decay,
+            )
+        super().create_optimizer(model)  # type: ignore[misc]
+        self.optimizer = GritOptimizer(self.optimizer, self.grit_manager, max_grad_norm=self.args.max_grad_norm)
+        return self.optimizer
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """One forward and backward pass; tells GRIT what the loss is divided and scaled by."""
+        manager, accumulation = self.grit_manager, self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        if manager.capture is not None and manager.capture.active:
+            manager.capture.accumulation = accumulation
+            manager.capture.loss_divisor = None
+            accepts = self.model_accepts_loss_kwargs or self.compute_loss_func is not None  # type: ignore[attr-defined]
+            if num_items_in_batch is not None and accepts:
+                # Tokens of all ranks; DDP then averages a loss that was multiplied by the number of ranks.
+                ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+                manager.capture.loss_divisor = num_items_in_batch / ranks
+            scaler = getattr(self.accelerator, "scaler", None)
+            manager.capture.loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        if manager.config.adaptive_schedule:
+            manager.observe_loss(float(loss))
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """The norm before clipping; GritOptimizer clips, after preconditioning."""
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), float("inf"))
+        wrapped = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(wrapped, GritOptimizer) and norm is not None:
+            wrapped.gradient_norm = float(norm)
+        return norm
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The adapter, with ranks that had shrunk by then."""
+        manager = self.grit_manager
+        if rank.fit_to_checkpoint(self.model, manager.pairs(), Path(resume_from_checkpoint)):
+            manager.rebuild()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; hooks come off whatever happens."""
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.grit_manager.close(check=False)
+
+
+@functools.cache
+def grit_trainer_class(base: type = Trainer) -> Any:
+    """A GritTrainer on top of any Trainer class, e.g. TRL's SFTTrainer."""
+    return type(f"Grit{base.__name__}", (GritMixin, base), {"__doc__": f"{base.__name__} with GRIT."})
+
+
+class GritTrainer(GritMixin, Trainer):  # type: ignore[misc]
+    """transformers' Trainer with GRIT: ``GritTrainer(model=…, args=…, train_dataset=…, grit_config=GRITConfig())``."""
