@@ -71,6 +71,11 @@ def report(name: str, title: str, seconds: Mapping[str, list[float]], against: s
             contender, f"{statistics.median(values):.4f}", f"{r['median']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
         )
     Console().print(table)
+    write(name, title, seconds=dict(seconds), ratios={"against": against, **shares}, **facts)
+
+
+def write(name: str, title: str, **facts: Any) -> None:
+    """Write benchmarks/results/<name>.json: the facts with date, device, commit and package versions."""
     content = {
         "benchmark": name,
         "title": title,
@@ -78,8 +83,6 @@ def report(name: str, title: str, seconds: Mapping[str, list[float]], against: s
         "device": device(),
         "git": git_state(),
         "packages": package_versions(),
-        "seconds": dict(seconds),
-        "ratios": {"against": against, **shares},
         **facts,
     }
     RESULTS.mkdir(exist_ok=True)

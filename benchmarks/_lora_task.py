@@ -29,7 +29,7 @@ class Recipe:
         alpha: LoRA's α.
         grit: Settings of GRIT; None = AdamW alone.
         rank: LoRA's r.
-        lr_ratio_b: LoRA+ ratio for plain AdamW (GRIT has its own).
+        betas: Of Adam's moments, in GRIT's eigenbasis too.
     """
 
     lr: float
@@ -107,7 +107,7 @@ def train(
     model = lora_model(recipe, seed)
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
-    inner = torch.optim.AdamW(weights, lr=recipe.lr, weight_decay=0.0)
+    inner = torch.optim.AdamW(weights, lr=recipe.lr, betas=recipe.betas, weight_decay=0.0)
     manager = GRITManager(model, GRITConfig.from_dict(recipe.grit)) if recipe.grit is not None else None
     optimizer: torch.optim.Optimizer = GritOptimizer(inner, manager, max_grad_norm=1.0) if manager else inner
     warm_up = min(20, steps // 10)

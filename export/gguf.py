@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,8 @@ def adapter_config(adapter: Path) -> dict[str, Any]:
 def check_adapter(adapter: Path) -> None:
     """Refuse adapters whose meaning a GGUF adapter cannot carry.
 
-    A GGUF adapter holds one alpha and the tensors A and B; llama.cpp scales by alpha/r. Other scales would be lost
-    without an error, other adapter kinds are not LoRA.
+    A GGUF adapter holds one alpha and the tensors A and B. Scales of single modules are no hindrance, see
+    `scale_factors`.
 
     Raises:
         ExportError: names each setting that would be lost.
@@ -41,17 +43,88 @@ def check_adapter(adapter: Path) -> None:
     lost = []
     if config.get("peft_type") != "LORA":
         lost.append(f"peft_type {config.get('peft_type')!r} (only LORA has a GGUF form)")
-    if config.get("use_rslora"):
-        lost.append("use_rslora (scale α/√r would become α/r)")
     if config.get("use_dora"):
         lost.append("use_dora (magnitudes have no GGUF form)")
-    for name in ("alpha_pattern", "rank_pattern"):
-        if config.get(name):
-            lost.append(f"{name} {config[name]} (one α and r for all modules in GGUF)")
     if config.get("modules_to_save"):
         lost.append(f"modules_to_save {config['modules_to_save']} (whole modules have no GGUF adapter form)")
     if lost:
         raise ExportError(f"{adapter}: a GGUF adapter would lose {'; '.join(lost)}")
+
+
+def _alpha(config: Any) -> float:
+    """The one alpha of the GGUF adapter; of 0 llama.cpp makes the scale 1."""
+    return float(config.lora_alpha or 1)
+
+
+def scale_factors(config: Any, weights: Mapping[str, Any]) -> dict[str, float]:
+    """What each B has to be multiplied by so that llama.cpp's scale of B·A becomes PEFT's.
+
+    llama.cpp scales by alpha/k with the file's one alpha and k, the rank of the tensor. PEFT scales by α/k, or by α/√k
+    (rsLoRA), with α and k from `alpha_pattern` and `rank_pattern` where a key fits the module.
+
+    Args:
+        config: PEFT's LoraConfig.
+        weights: The adapter's tensors by name, A [k, …].
+
+    Returns:
+        Name of B → factor, 1 where nothing is to be done.
+
+    Raises:
+        ExportError: a tensor has another rank than the configuration says.
+    """
+    from peft.utils.other import get_pattern_key
+
+    alphas, ranks = config.alpha_pattern or {}, config.rank_pattern or {}
+    factors = {}
+    for name, a in weights.items():
+        module, _, side = name.removeprefix("base_model.model.").rpartition(".lora_")
+        if side not in ("A.weight", "embedding_A"):
+            continue
+        k = ranks.get(get_pattern_key(ranks.keys(), module), config.r)
+        if a.shape[0] != k:
+            raise ExportError(f"{name}: expected rank {k}, as adapter_config.json says, got {a.shape[0]}")
+        alpha = alphas.get(get_pattern_key(alphas.keys(), module), config.lora_alpha)
+        # Not scale·k/α: division and multiplication by k would leave a rounding error where the factor is 1.
+        factors[name.removesuffix(side) + side.replace("A", "B")] = (
+            alpha * (k**0.5 if config.use_rslora else 1) / _alpha(config)
+        )
+    return factors
+
+
+def fold_scales(adapter: Path, out: Path) -> bool:
+    """Copy a PEFT adapter so that it means the same with one α and the scale α/k, unless that is how it is.
+
+    Args:
+        adapter: PEFT folder.
+        out: Folder that the copy goes to; not made where there is nothing to fold.
+
+    Returns:
+        Whether there is a copy.
+
+    Raises:
+        ExportError: no tensors, or one of another rank than the configuration says.
+    """
+    import torch
+    from peft import LoraConfig
+    from peft.utils.save_and_load import load_peft_weights
+    from safetensors.torch import save_file
+
+    if not any((adapter / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+        raise ExportError(f"{adapter}: expected the tensors of a PEFT adapter, found no adapter_model.safetensors")
+    config, weights = LoraConfig.from_pretrained(str(adapter)), load_peft_weights(str(adapter), device="cpu")
+    factors = scale_factors(config, weights)
+    if all(factor == 1 for factor in factors.values()):
+        return False
+    out.mkdir(parents=True)
+    for name in ("README.md", "config.json", "generation_config.json"):  # the converter looks for names in these
+        if (adapter / name).is_file():
+            shutil.copyfile(adapter / name, out / name)
+    # In float32, so that 16-bit tensors are not rounded again.
+    folded = {name: tensor.to(torch.float32) * factors.get(name, 1.0) for name, tensor in weights.items()}
+    save_file(folded, out / "adapter_model.safetensors")
+    plain = {**adapter_config(adapter), "lora_alpha": _alpha(config), "use_rslora": False, "alpha_pattern": {}}
+    (out / "adapter_config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    return True
 
 
 def _load_16bit(source: str, load_kwargs: dict[str, Any]) -> Any:
@@ -171,17 +244,22 @@ def convert_model(model: Path, out: Path, name: str) -> None:
 def convert_adapter(adapter: Path, base: Path, out: Path) -> None:
     """A PEFT LoRA folder as GGUF adapter, tensors in f32 (they are small; f16 would round what merging does not).
 
+    Scales that a GGUF adapter has no place for (rsLoRA, alpha_pattern) are multiplied into B on the way.
+
     Args:
         adapter: PEFT folder.
         base: Hugging Face folder of the base (its configuration is read).
         out: Written to.
 
     Raises:
-        ExportError: see `check_adapter`, or the converter refused.
+        ExportError: see `check_adapter` and `fold_scales`, or the converter refused.
     """
     check_adapter(adapter)
-    arguments = ["--base", str(base), "--outfile", str(out), "--outtype", "f32", str(adapter)]
-    _convert("convert_lora_to_gguf.py", arguments, out)
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / adapter.absolute().name  # the converter writes the folder's name into the file
+        source = copy if fold_scales(adapter, copy) else adapter
+        arguments = ["--base", str(base), "--outfile", str(out), "--outtype", "f32", str(source)]
+        _convert("convert_lora_to_gguf.py", arguments, out)
 
 
 def quantize(source: Path, out: Path, quantization: str) -> None:

@@ -57,6 +57,10 @@ def eigen_adamw_step(state: GroupState, options_a: dict[str, float], options_b: 
         rotated = basis.mT @ gradient if side == "a" else gradient @ basis
         betas = (options["beta1"], options["beta2"])
         direction = adamw_direction(m, v, rotated, steps, betas, options["eps"])
+        weight = state["w_g"] if side == "a" else state["w_a"]
+        if not everyone:
+            weight = weight[picked]
+        direction = direction * (weight[:, :, None] if side == "a" else weight[:, None, :])
         change = basis @ direction if side == "a" else direction @ basis.mT
         if not everyone:
             state.t[f"m_{side}"][picked], state.t[f"v_{side}"][picked] = m, v

@@ -113,6 +113,16 @@ def damped_inverse_root(cov: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(good[:, None, None], result, eye), good
 
 
+def step_weights(values: Tensor, strength: float, power: float) -> Tensor:
+    """Relative step along each eigen-direction, (λ_i/mean λ + damping)^(−p/2): [n, r] → [n, r].
+
+    Adam's step has the same size along every direction (p = 0), so one with little activity changes the layer's
+    output least. In whitened coordinates, where every direction has unit variance, the same step is p = 1.
+    """
+    mean = values.mean(-1, keepdim=True).clamp_min(_TINY)
+    return (values / mean + max(strength, 1e-12)) ** (-0.5 * power)
+
+
 def effective_rank(values: Tensor) -> Tensor:
     """Exp of the entropy of the normalised eigenvalues (Roy & Vetterli 2007): [..., r] → [...], between 1 and r."""
     share = values.clamp_min(0) / values.clamp_min(0).sum(-1, keepdim=True).clamp_min(_TINY)

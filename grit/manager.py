@@ -87,6 +87,8 @@ class GRITManager:
             )
         self.base_rank = {p.name: p.rank for p in pairs}
         self.log_file = Path(log_file) if log_file is not None else None
+        if self.log_file is not None and self.log_file.exists():
+            records.append(self.log_file, [], anew=True)  # of a run that was cut short before its first checkpoint
         self.groups: list[LayerGroup] = group_pairs(pairs)
         self.states = [GroupState.fresh(group, self.config) for group in self.groups]
         self.capture: HookCapture | None = None

@@ -53,6 +53,8 @@ class GroupState:
             "ready_g": torch.zeros(n, dtype=torch.bool, device=group.device),
             "q_a": eye.clone(),
             "q_g": eye.clone(),
+            "w_a": torch.ones(n, r, **options),
+            "w_g": torch.ones(n, r, **options),
             "lam_a": torch.zeros(n, **options),
             "lam_g": torch.zeros(n, **options),
             "steps": torch.zeros(n, dtype=torch.int64),
@@ -129,8 +131,10 @@ class GroupState:
         lam_a, lam_g = factors.damping(cov_a, cov_g, config.kfac_damping, config.damping_mode, config.pi_correction)
         for side, cov, lam, usable in (("a", cov_a, lam_a, usable_a), ("g", cov_g, lam_g, usable_g)):
             if config.mode == "eigen_adamw":
-                _, vectors, good = factors.eigh(cov)
+                values, vectors, good = factors.eigh(cov)
                 ready = usable & good
+                weight = factors.step_weights(values, config.kfac_damping, config.eigen_power)
+                self.t[f"w_{side}"] = torch.where(ready[:, None], weight, torch.ones_like(weight)).to(home)
                 self._turn(side, torch.where(ready[:, None, None], vectors, self.t[f"q_{side}"].to(where)).to(home))
             else:
                 gradient_kind = (self.t["kind"] == GRADIENTS).to(where)
@@ -185,7 +189,9 @@ def transformed(layer: dict[str, Tensor], left: Tensor, right: Tensor) -> dict[s
         new["m_a"], new["v_a"] = turn_a @ layer["m_a"], turn_a.square() @ layer["v_a"]
         new["m_b"], new["v_b"] = layer["m_b"] @ turn_b, layer["v_b"] @ turn_b.square()
         new["q_a"], new["q_g"] = q_a, q_g
+        new["w_a"] = new["w_g"] = torch.ones(left.shape[0], dtype=dtype, device=device)
     else:
         new["q_a"], new["q_g"] = eye, eye
+        new["w_a"] = new["w_g"] = torch.ones(left.shape[0], dtype=dtype, device=device)
     new["inv_a"], new["inv_g"] = eye, eye.clone()  # until the next inversion, which follows at once
     return new

@@ -1,5 +1,6 @@
 """Reading params.yaml: unknown keys get a "did you mean", and every error is listed at once."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipelines.schema import Column, Params, suggest
-from trainers import ARMS
+from trainers import ARMS, BUILDS_ON
 from trainers.settings import TrainSettings
 
 PARAMS_FILE = Path("params.yaml")
 # Always the same content: stages depend on it, so that the check comes first, and do not rerun because of it.
 CHECKED = Path("outputs/params.checked")
+# One file an arm with the hash of the code behind it: DVC cannot give the stages of one matrix different dependencies.
+CODE = Path("outputs/code")
 
 
 class ConfigError(ValueError):
@@ -27,6 +30,17 @@ def check_arm(name: str) -> None:
     """
     if name not in ARMS:
         raise ConfigError(f"unknown arm {name!r}{suggest(name, ARMS)}")
+
+
+def arm_code(arm: str) -> str:
+    """Hash of the code that decides what an arm does, beyond the training path that all share."""
+    root = Path(__file__).resolve().parents[1]
+    folders = [root / package for package in BUILDS_ON.get(arm, ())]
+    files = [root / f"trainers/{arm}.py", *(f for folder in folders for f in sorted(folder.rglob("*.py")))]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
@@ -53,7 +67,7 @@ def _explain(errors: list[Any], prefix: tuple[str, ...] = (), fields: list[str] 
             case "missing":
                 lines.append(f"{where}: missing; profiles/tiny.yaml shows every key with its default")
             case "value_error":
-                lines.append(f"{where}: {error['ctx']['error']!s}")
+                lines += [f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines()]
             case _:
                 message = error["msg"][0].lower() + error["msg"][1:]
                 lines.append(f"{where}: {message}, got {error['input']!r}")
@@ -71,6 +85,9 @@ def _check_arms(raw: dict[str, Any]) -> list[str]:
             if arm in ARMS:
                 lines.append(f"arms.{arm}: expected keys of train: (or {{}}), got {overrides!r}")
             continue
+        if "grit" in overrides and "grit" not in BUILDS_ON.get(str(arm), ()):
+            lines.append(f"arms.{arm}.grit: {arm} does not use GRIT; expected no such section")
+            overrides = {name: value for name, value in overrides.items() if name != "grit"}
         base = train if isinstance(train, dict) else {}
         try:
             TrainSettings(**{**base, **overrides})
@@ -151,6 +168,9 @@ def main(get: str = "") -> None:
         return
     CHECKED.parent.mkdir(exist_ok=True)
     CHECKED.write_text("ok\n", encoding="utf-8")
+    CODE.mkdir(exist_ok=True)
+    for arm in ARMS:
+        (CODE / arm).write_text(f"{arm_code(arm)}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

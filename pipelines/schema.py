@@ -172,6 +172,13 @@ class Params(Section):
     evaluate: Evaluate
     compare: Compare
 
+    @field_validator("train")
+    @classmethod
+    def _grit_belongs_to_arms(cls, train: Train) -> Train:
+        if train.grit is not None:
+            raise ValueError("grit: settings of GRIT belong to an arm, e.g. arms.pure_grit.grit")
+        return train
+
     def train_for(self, arm: str) -> Train:
         """Section train with the overrides of one arm."""
         return Train(**{**self.train.model_dump(), **self.arms.get(arm, {})})

@@ -10,7 +10,7 @@ import typer
 
 from evaluation.tasks import Item, render
 from pipelines.base_model import describe, load_reference
-from pipelines.config import check_arm, load_params
+from pipelines.config import arm_code, check_arm, load_params
 from pipelines.outputs import exclusive, staged
 from pipelines.runinfo import RunRecord, artifact, hash_inputs, key_of, package_versions, read_jsonl, sha256
 from pipelines.schema import Params
@@ -49,7 +49,7 @@ def run(params: Params, arm_name: str, seed: int) -> None:
     inputs = hash_inputs(DATA / "train.jsonl", DATA / "valid.jsonl", BASE / "base.json")
     shown = {"train": settings.model_dump(), "prompt": params.prompt.model_dump()}
     # A checkpoint is used only by the very run that it belongs to.
-    code = hash_inputs(TRAINERS_CODE)
+    code = [hash_inputs(TRAINERS_CODE), arm_code(arm_name)]
     key = key_of([arm_name, seed, shown, inputs, base_fingerprint, package_versions(), code])
     kept = Path("checkpoints") / arm_name / str(seed)
     out = adapter_dir(arm_name, seed)

@@ -34,7 +34,7 @@ def sft_trainer_class() -> Any:
     return CpuSFTTrainer
 
 
-def _sft_trainer(**kwargs: Any) -> Any:
+def _sft_trainer(settings: TrainSettings, **kwargs: Any) -> Any:
     return sft_trainer_class()(**kwargs)
 
 
@@ -48,7 +48,8 @@ class Arm:
         preconditions: Whether it claims to change the gradient before the optimizer's step.
         load_model: (base, settings) → frozen base model.
         add_adapter: (model, settings) → model with trainable LoRA.
-        make_trainer: Keyword arguments of TRL's SFTTrainer → the trainer.
+        make_trainer: (settings, keyword arguments of TRL's SFTTrainer) → the trainer.
+        report: (trainer, job) after training → further numbers for run.json; may write files to `job.output`.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Arm:
     load_model: Callable[[BaseReference, TrainSettings], Any] = load_base_model
     add_adapter: Callable[[Any, TrainSettings], Any] = add_lora
     make_trainer: Callable[..., Any] = _sft_trainer
+    report: "Callable[[Any, TrainingJob], dict[str, Any]] | None" = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def run(arm: Arm, job: TrainingJob) -> TrainingResult:
     set_seed(job.seed)
     model = arm.add_adapter(model, job.settings)
     trainer = arm.make_trainer(
+        job.settings,
         model=model,
         args=_arguments(job),
         train_dataset=train,
@@ -175,6 +178,7 @@ def run(arm: Arm, job: TrainingJob) -> TrainingResult:
     trainer.model.save_pretrained(job.output, safe_serialization=True)
     tokenizer.save_pretrained(job.output)
     history = [dict(entry) for entry in trainer.state.log_history]
+    said = arm.report(trainer, job) if arm.report else {}
     (job.output / "loss_history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
     losses = [entry["loss"] for entry in history if "loss" in entry]
     eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
@@ -193,5 +197,6 @@ def run(arm: Arm, job: TrainingJob) -> TrainingResult:
             "train_seconds": seconds,
             "resumed_from_step": int(checkpoint.name.rsplit("-", 1)[-1]) if checkpoint else None,
             "peak_memory_bytes": peak_memory_bytes(),
+            **said,
         },
     )

@@ -1,9 +1,11 @@
 """What a training run is told: section `train` of params.yaml and where the base model is."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from grit.config import GRITConfig
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -37,6 +39,18 @@ class TrainSettings(Section):
     logging_steps: Positive
     eval_steps: Positive
     save_steps: Positive
+    grit: dict[str, Any] | None = None
+
+    @field_validator("grit")
+    @classmethod
+    def _grit(cls, values: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
+        if values is not None:
+            doubled = sorted(key for key in values if str(key).startswith("lora_"))
+            if doubled:
+                raise ValueError(f"{', '.join(doubled)}: LoRA's shape is set by rank, alpha, dropout, target_modules")
+            # Raises with every mistake; the smallest rank is held against this run's.
+            GRITConfig.from_dict({"lora_rank": info.data.get("rank", 1024), **values})
+        return values
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from evaluation.backends.hf import HfBackend
 from evaluation.backends.llama_cpp import LlamaCppBackend
@@ -113,10 +117,7 @@ def test_quantization_is_smaller_and_runs(exported, prompts, tmp_path, quantizat
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"use_rslora": True}, "use_rslora"),
         ({"use_dora": True}, "use_dora"),
-        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "peft_type"),
     ],
@@ -128,6 +129,232 @@ def test_what_a_gguf_adapter_would_lose_is_refused(adapter_dir, tmp_path, change
     (wrong / "adapter_config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(ExportError, match=word):
         gguf.check_adapter(wrong)
+    with pytest.raises(ExportError, match=word):
+        gguf.convert_adapter(wrong, tmp_path, tmp_path / "out.gguf")
+
+
+# Scales that a GGUF adapter has no place for. The trained adapter has r 4 and α 8, so s = 2.
+UNEVEN = {
+    "rank_pattern": {"layers.0.self_attn.q_proj": 2, "v_proj": 3, r"layers\\.[1]\\.mlp\\.down_proj": 1},
+    "alpha_pattern": {"v_proj": 24, "model.layers.1.self_attn.q_proj": 3},
+}
+RSLORA = {"use_rslora": True, "lora_alpha": 4}  # 4/√4 = 2 again
+ODD = {"uneven": UNEVEN, "rslora": RSLORA, "both": {**UNEVEN, "use_rslora": True}}
+
+
+def with_config(source, out, changes):
+    """A copy of an adapter with another configuration."""
+    shutil.copytree(source, out)
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    return out
+
+
+def cut(source, out, changes, dtype=torch.float32):
+    """The same with the tensors cut to the ranks that the configuration then says, by SVD of B A."""
+    from peft.utils.other import get_pattern_key
+
+    with_config(source, out, changes)
+    ranks = changes.get("rank_pattern", {})
+    weights = load_file(out / "adapter_model.safetensors")
+    for name in [n for n in weights if n.endswith("lora_A.weight")]:
+        other, module = name.replace("lora_A", "lora_B"), name.removesuffix(".lora_A.weight")
+        k = ranks.get(get_pattern_key(ranks.keys(), module.removeprefix("base_model.model.")), 4)
+        u, s, vh = torch.linalg.svd(weights[other] @ weights[name], full_matrices=False)
+        weights[name] = (s[:k, None].sqrt() * vh[:k]).to(dtype).contiguous()
+        weights[other] = (u[:, :k] * s[:k].sqrt()).to(dtype).contiguous()
+    save_file(weights, out / "adapter_model.safetensors")
+    return out
+
+
+@pytest.fixture(scope="module")
+def odd_adapters(base_dir, adapter_dir, tmp_path_factory):
+    """Kind → (adapter, its GGUF, the GGUF that leaves the scales out)."""
+    made = {}
+    for kind, changes in ODD.items():
+        folder = tmp_path_factory.mktemp(kind)
+        adapter = cut(adapter_dir, folder / "odd", changes)
+        gguf.convert_adapter(adapter, base_dir, folder / "folded.gguf")
+        lost = with_config(adapter, folder / "lost", {"alpha_pattern": {}, "use_rslora": False})
+        gguf.convert_adapter(lost, base_dir, folder / "lost.gguf")
+        made[kind] = (adapter, folder / "folded.gguf", folder / "lost.gguf")
+    return made
+
+
+def products(file):
+    """Tensor name → alpha/k·B·A of a GGUF adapter, as llama.cpp takes it."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
+    tensors = {t.name: torch.tensor(np.array(t.data)).double() for t in reader.tensors}
+    halves = {name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")}
+    return {
+        n: alpha / tensors[f"{n}.lora_a"].shape[0] * tensors[f"{n}.lora_b"] @ tensors[f"{n}.lora_a"] for n in halves
+    }
+
+
+def deltas(base_dir, adapter):
+    """The same names → s·B·A as PEFT has it; rows of q as llama.cpp orders them for its rotary embedding."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float64), adapter)
+    found = {}
+    for i, layer in enumerate(model.base_model.model.model.layers):
+        q, v, down = layer.self_attn.q_proj, layer.self_attn.v_proj, layer.mlp.down_proj
+        for name, module in (("attn_q", q), ("attn_v", v), ("ffn_down", down)):
+            a, b = (getattr(module, f"lora_{x}")["default"].weight.detach().double() for x in "AB")
+            delta = module.scaling["default"] * b @ a
+            if name == "attn_q":
+                heads, rows, columns = model.config.num_attention_heads, *delta.shape
+                delta = delta.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+            found[f"blk.{i}.{name}.weight"] = delta
+    return found
+
+
+def relative(got, expected):
+    return max(float((got[n] - d).norm() / d.norm()) for n, d in expected.items())
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_scale_and_rank_of_every_module_are_peft_s(base_dir, odd_adapters, kind):
+    adapter, folded, lost = odd_adapters[kind]
+    expected = deltas(base_dir, adapter)
+    got = products(folded)
+    assert got.keys() == expected.keys() and len(got) == 6
+    assert relative(got, expected) < 1e-6
+    assert relative(products(lost), expected) > 0.4, "the scale is lost without folding"
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_llama_cpp_answers_as_peft_whatever_the_scales(base_dir, odd_adapters, exported, prompts, kind):
+    adapter, folded, lost = odd_adapters[kind]
+
+    def llama_cpp(file):
+        return lambda: LlamaCppBackend(exported / "base.gguf", TEMPLATE, num_ctx=256, adapter=file)
+
+    hf = {"hf": lambda: HfBackend(str(base_dir), TEMPLATE, adapter=adapter)}
+    result = parity.compare({**hf, "folded": llama_cpp(folded), "lost": llama_cpp(lost)}, prompts, 16, reference="hf")
+    assert result["token_ids_equal"] == 1.0
+    assert result["pairs"]["hf/folded"] >= 11 / 12, result["first_difference"]
+    assert result["pairs"]["hf/lost"] <= 9 / 12
+    assert logit_difference(base_dir, adapter, llama_cpp(folded)(), prompts) < 0.05
+    assert logit_difference(base_dir, adapter, llama_cpp(lost)(), prompts) > 0.5
+
+
+def logit_difference(base_dir, adapter, engine, prompts):
+    """Largest difference of the logits after each prompt."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32), adapter)
+    worst = 0.0
+    for prompt in prompts:
+        ids = engine.tokenize(prompt)
+        with torch.inference_mode():
+            expected = model(input_ids=torch.tensor([ids])).logits[0, -1]
+        engine.prefill(ids)
+        pointer = engine._api.llama_get_logits_ith(engine._llm.ctx, -1)
+        got = torch.tensor(np.ctypeslib.as_array(pointer, shape=(engine._llm.n_vocab(),)).copy())
+        worst = max(worst, float((got - expected).abs().max()))
+    engine.close()
+    return worst
+
+
+@pytest.mark.parametrize("changes", [{}, {"rank_pattern": UNEVEN["rank_pattern"]}, {"alpha_pattern": {"q_proj": 8}}])
+def test_adapters_that_need_no_folding_are_converted_as_they_are(base_dir, adapter_dir, tmp_path, changes):
+    adapter = cut(adapter_dir, tmp_path / "plain", changes)
+    gguf.convert_adapter(adapter, base_dir, tmp_path / "out.gguf")
+    arguments = ["--base", str(base_dir), "--outfile", str(tmp_path / "direct.gguf"), "--outtype", "f32", str(adapter)]
+    gguf._convert("convert_lora_to_gguf.py", arguments, tmp_path / "direct.gguf")
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "direct.gguf").read_bytes()
+    assert not gguf.fold_scales(adapter, tmp_path / "folded") and not (tmp_path / "folded").exists()
+    assert relative(products(tmp_path / "out.gguf"), deltas(base_dir, adapter)) < 1e-6
+
+
+def test_a_folded_copy_is_a_peft_adapter_of_the_same_meaning(base_dir, odd_adapters, tmp_path):
+    adapter = odd_adapters["both"][0]
+    before = {f.name: f.read_bytes() for f in adapter.iterdir()}
+    assert gguf.fold_scales(adapter, tmp_path / "copy")
+    assert {f.name: f.read_bytes() for f in adapter.iterdir()} == before, "the trained adapter was changed"
+    config = json.loads((tmp_path / "copy/adapter_config.json").read_text())
+    assert not config["use_rslora"] and not config["alpha_pattern"]
+    expected, got = deltas(base_dir, adapter), deltas(base_dir, tmp_path / "copy")
+    assert relative(got, expected) < 1e-6
+
+
+def test_16_bit_adapters_are_not_rounded_twice(base_dir, adapter_dir, tmp_path):
+    adapter = cut(adapter_dir, tmp_path / "half", UNEVEN, dtype=torch.bfloat16)
+    gguf.convert_adapter(adapter, base_dir, tmp_path / "half.gguf")
+    assert relative(products(tmp_path / "half.gguf"), deltas(base_dir, adapter)) < 1e-6
+
+
+def test_the_folded_adapter_has_the_same_bytes_each_time(base_dir, odd_adapters, tmp_path):
+    adapter, folded, _ = odd_adapters["uneven"]
+    gguf.convert_adapter(adapter, base_dir, tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == folded.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lora_alpha": 5, "r": 3},
+        {"use_rslora": True},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2, "layers.0.self_attn.q_proj": 5}},  # the first that fits
+        {"alpha_pattern": {"layers.0.self_attn.q_proj": 5, "q_proj": 2}},
+        {"alpha_pattern": {"^model.layers.1.mlp.down_proj": 9, "self_attn.[qv]_proj": 0.5}},
+        {"rank_pattern": {"proj": 3, ".*v_proj": 7}, "alpha_pattern": {"attn.v_proj": 7, ".*1.*": 1}},
+        {"lora_alpha": 0, "alpha_pattern": {"v_proj": 3}},
+    ],
+)
+def test_factors_follow_peft_s_own_reading_of_the_patterns(tmp_path, changes):
+    torch.manual_seed(0)
+    tiny = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    wanted = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **changes}
+    model = get_peft_model(LlamaForCausalLM(tiny), LoraConfig(**wanted, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    copied = gguf.fold_scales(tmp_path / "adapter", tmp_path / "copy")
+    folder = tmp_path / ("copy" if copied else "adapter")
+    weights = load_file(folder / "adapter_model.safetensors")
+    alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+    assert alpha > 0, "llama.cpp reads 0 as no scale at all"
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "scaling")}
+    assert len(layers) == 6
+    for name, layer in layers.items():
+        a, b = (weights[f"{name}.lora_{x}.weight"].double() for x in "AB")
+        expected = layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).double()
+        assert torch.allclose(alpha / a.shape[0] * b @ a, expected, rtol=1e-5, atol=1e-7), name
+    plain = not changes.get("use_rslora") and not changes.get("alpha_pattern")
+    assert copied is not plain
+
+
+def test_tensors_of_another_rank_than_the_configuration_says_are_refused(base_dir, adapter_dir, tmp_path):
+    wrong = with_config(adapter_dir, tmp_path / "wrong", {"rank_pattern": {"q_proj": 2}})
+    with pytest.raises(ExportError, match=r"q_proj\.lora_A\.weight: expected rank 2, .* got 4"):
+        gguf.convert_adapter(wrong, base_dir, tmp_path / "out.gguf")
+    (wrong / "adapter_model.safetensors").unlink()
+    with pytest.raises(ExportError, match=r"no adapter_model\.safetensors"):
+        gguf.convert_adapter(wrong, base_dir, tmp_path / "out.gguf")
+
+
+def test_the_export_stage_takes_an_adapter_with_uneven_ranks_and_scales(base_dir, odd_adapters, tmp_path, monkeypatch):
+    from pipelines import export, prepare_base, prepare_data, profile
+    from pipelines.config import parse_params
+
+    raw = yaml.safe_load(profile.compose("smoke"))
+    raw["prepare_base"]["source"] = str(base_dir)
+    monkeypatch.chdir(tmp_path)
+    params = parse_params(raw)
+    prepare_data.run(params)
+    prepare_base.run(params)
+    adapter = tmp_path / "adapters/baseline_lora/0"
+    shutil.copytree(odd_adapters["both"][0], adapter)
+    export.run(params, "base", 0)
+    export.run(params, "baseline_lora", 0)
+    out = tmp_path / "gguf/baseline_lora/0"
+    result = json.loads((out / "parity.json").read_text())
+    assert result["pairs"]["hf/base+adapter_gguf"] >= 0.9 and result["pairs"]["hf/merged_gguf"] >= 0.9
+    assert relative(products(out / "adapter.gguf"), deltas(base_dir, adapter)) < 1e-6
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
 
 
 def test_a_folder_that_is_no_adapter(tmp_path):

@@ -54,7 +54,7 @@ def test_the_loss_counts_answer_tokens_only(make_job):
     job = make_job()
     seen = {}
 
-    def capture(**kwargs):
+    def capture(settings, **kwargs):
         seen["trainer"] = sft_trainer_class()(**kwargs)
         return seen["trainer"]
 

@@ -1,0 +1,86 @@
+"""How many steps pure GRIT needs for the loss that tuned AdamW LoRA ends at after 150 and 300 steps.
+
+Both sides get the same tuning budget: a grid of learning rate × α, one seed, the same number of runs, judged by the
+evaluation loss at the end. AdamW is tuned at its own horizon; GRIT at two thirds of it. Then, with three other seeds,
+AdamW runs its horizon and GRIT runs a ladder of shorter horizons (a linear decay of its own for each: a run cut short
+is no run). GRIT has caught up at the shortest horizon whose mean loss over the seeds is at most AdamW's, and where
+that stays so for every longer one of the ladder.
+
+Needs what `make repro` leaves; about 40 minutes on 2 cores. Run as `python -m benchmarks.grit_convergence`.
+"""
+
+import itertools
+import statistics
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks._harness import write
+from benchmarks._lora_task import Recipe, examples, train
+
+HORIZONS = (150, 300)
+SEEDS = (1, 2, 3)
+RATES, ALPHAS = (4e-3, 8e-3, 1.2e-2), (32.0, 64.0, 128.0)
+LADDER = (0.5, 0.6, 0.67, 0.75, 0.85, 1.0)
+GRIT: dict[str, Any] = {"rank_shrink": "never"}  # the default configuration, at full rank to the end
+
+
+def tune(grit: dict[str, Any] | None, steps: int, rows: Any, valid: Any) -> tuple[Recipe, list[dict[str, float]]]:
+    """The best of the grid at that horizon, and the whole grid."""
+    grid: list[dict[str, float]] = []
+    for rate, alpha in itertools.product(RATES, ALPHAS):
+        loss = train(Recipe(rate, alpha, grit), steps, 0, rows, valid)[steps]
+        grid.append({"lr": rate, "alpha": alpha, "eval_loss": loss})
+        print(f"  {'GRIT' if grit is not None else 'AdamW'} {steps} steps lr {rate} α {alpha}: {loss:.4f}", flush=True)
+    best = min(grid, key=lambda entry: entry["eval_loss"])
+    return Recipe(best["lr"], best["alpha"], grit), grid
+
+
+def main() -> None:
+    """Measure and write the result."""
+    torch.set_num_threads(1)  # a model this small gains nothing from two
+    rows, valid = examples("train"), examples("valid")
+    table = Table("AdamW steps", "its loss", "GRIT steps needed", "share", "loss there", title="Shortest horizon")
+    results = []
+    for horizon in HORIZONS:
+        adamw, adamw_grid = tune(None, horizon, rows, valid)
+        grit, grit_grid = tune(GRIT, round(horizon * 2 / 3), rows, valid)
+        target = [train(adamw, horizon, seed, rows, valid)[horizon] for seed in SEEDS]
+        ladder: list[dict[str, Any]] = []
+        for share in LADDER:
+            steps = round(horizon * share)
+            losses = [train(grit, steps, seed, rows, valid)[steps] for seed in SEEDS]
+            ladder.append({"share": share, "steps": steps, "losses": losses, "mean": statistics.mean(losses)})
+            print(
+                f"  GRIT {steps} steps: {[round(x, 4) for x in losses]} against {[round(x, 4) for x in target]}",
+                flush=True,
+            )
+        goal = statistics.mean(target)
+        caught: dict[str, Any] | None = None
+        for entry in reversed(ladder):
+            if entry["mean"] > goal:
+                break
+            caught = entry
+        results.append(
+            {
+                "adamw_steps": horizon,
+                "adamw": {"lr": adamw.lr, "alpha": adamw.alpha, "losses": target, "mean": goal, "grid": adamw_grid},
+                "grit": {"lr": grit.lr, "alpha": grit.alpha, "settings": GRIT, "grid": grit_grid, "ladder": ladder},
+                "share_needed": caught["share"] if caught else None,
+            }
+        )
+        table.add_row(
+            str(horizon),
+            f"{goal:.4f} ± {statistics.stdev(target):.4f}",
+            str(caught["steps"]) if caught else "more than all",
+            f"{caught['share']:.2f}" if caught else "–",
+            f"{caught['mean']:.4f} ± {statistics.stdev(caught['losses']):.4f}" if caught else "–",
+        )
+    Console().print(table)
+    write("grit_convergence", "Steps for AdamW's final loss", seeds=SEEDS, results=results)
+
+
+if __name__ == "__main__":
+    main()

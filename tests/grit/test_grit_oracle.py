@@ -1,0 +1,662 @@
+"""GRIT equals an independently written Kronecker Fisher, in float64, on networks small enough to write everything out.
+
+The oracle knows nothing of hooks: forward passes are written by hand, every token's gradient is taken on its own, the
+Fisher blocks are built as full matrices with `torch.kron`, and inverses, roots and Adam steps come from NumPy and SciPy.
+"""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from grit import GRITConfig, GRITManager, GritOptimizer
+
+RANK, WIDTH, TOKENS = 3, 6, 24
+NAMES = ["first", "second", "third"]
+
+
+class Net(nn.Module):
+    """Two layers of one shape (one stack in GRIT) and one of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, x):
+        return self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=NAMES)
+    model = get_peft_model(Net().double(), config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.5 * torch.randn_like(p))
+    return model
+
+
+def make_batch(seed, tokens=TOKENS):
+    generator = torch.Generator().manual_seed(1000 + seed)
+    x = torch.randn(tokens, WIDTH, generator=generator, dtype=torch.float64)
+    # Directions of very different size, so that the factors are far from multiples of the identity.
+    x = x * torch.logspace(0.3, -1.0, WIDTH, dtype=torch.float64)
+    return x, torch.randn(tokens, 4, generator=generator, dtype=torch.float64)
+
+
+def token_loss(y, target):
+    return 0.5 * (y - target).square().sum(-1)
+
+
+def weights_of(model):
+    """Layer → (W, bias, A, B, s), as fresh leaves."""
+    found = {}
+    for name in NAMES:
+        layer = getattr(model.base_model.model, name)
+        base, a, b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        tensors = [t.detach().clone() for t in (base.weight, base.bias, a, b)]
+        found[name] = (*tensors, 2.0)  # s = α/r = 2r/r
+    return found
+
+
+def by_hand(weights, x, target):
+    """Per layer h and δ of every token ([tokens, r] each) and ∇A, ∇B of the mean loss, without any module."""
+    leaves = [t.requires_grad_() for name in NAMES for t in weights[name][2:4]]
+    rows = {name: ([], []) for name in NAMES}
+    total = 0.0
+    for i in range(len(x)):
+        hidden, value = [], x[i]
+        for j, name in enumerate(NAMES):
+            w, bias, a, b, s = weights[name]
+            hidden.append(a @ value)
+            value = w @ value + bias + s * (b @ hidden[-1])
+            value = torch.tanh(value) if j < 2 else value
+        loss = token_loss(value, target[i])
+        deltas = torch.autograd.grad(loss, hidden, retain_graph=True)
+        for name, h, delta in zip(NAMES, hidden, deltas, strict=True):
+            rows[name][0].append(h.detach())
+            rows[name][1].append(delta)
+        total = total + loss / len(x)
+    gradients = torch.autograd.grad(total, leaves)
+    out = {}
+    for j, name in enumerate(NAMES):
+        out[name] = (*(torch.stack(r) for r in rows[name]), gradients[2 * j], gradients[2 * j + 1])
+    return out
+
+
+def second_moment(rows):
+    return sum(torch.outer(row, row) for row in rows) / len(rows)
+
+
+def vec(matrix):
+    """Columns under one another, so that vec(X Y Z) = (Zᵀ ⊗ X) vec(Y)."""
+    return matrix.T.reshape(-1)
+
+
+def unvec(vector, shape):
+    return vector.reshape(shape[1], shape[0]).T
+
+
+def natural_by_kron(cov, lam, gradient, acts_on_rows):
+    """Solve the whole damped Fisher block: I ⊗ Σ on vec(A), Σ ⊗ I on vec(B)."""
+    rows, columns = gradient.shape
+    eye = torch.eye(columns if acts_on_rows else rows, dtype=torch.float64)
+    fisher = torch.kron(eye, cov) if acts_on_rows else torch.kron(cov, eye)
+    fisher = fisher + lam * torch.eye(fisher.shape[0], dtype=torch.float64)
+    return unvec(torch.linalg.solve(fisher, vec(gradient)), gradient.shape)
+
+
+def settings(**changes):
+    values = {
+        "mode": "sgd",
+        "capture": "hooks",
+        "kl_clip": 0.0,
+        "grit_cov_update_freq": 1,
+        "kfac_update_freq": 1,
+        "kfac_min_samples": 1,
+        "kfac_damping": 0.05,
+        "reprojection": "none",
+        "min_lora_rank": 1,
+    }
+    return GRITConfig(**{**values, **changes})
+
+
+def torch_optimizer(model, mode, lr=0.1, **kwargs):
+    weights = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(weights, lr=lr, **kwargs) if mode == "sgd" else torch.optim.AdamW(weights, lr=lr, **kwargs)
+
+
+def backward(model, manager, x, target):
+    """Mean loss over tokens; GRIT is told by what the sum was divided."""
+    if manager.capture is not None:
+        manager.capture.loss_divisor = float(len(x))
+    loss = token_loss(model(x), target).mean()
+    loss.backward()
+    return loss
+
+
+def refresh(manager):
+    """What a step does before the weights move."""
+    with torch.no_grad():
+        manager.update_statistics()
+        manager.update_and_invert_factors()
+        return manager.precondition_gradients()
+
+
+def measured(manager):
+    """Layer → tensors of its state, and the averages under cov_a and cov_g."""
+    out = {}
+    for state, i, pair in manager.layers():
+        cov_a, cov_g = state.covariances()
+        out[pair.name.rsplit(".", 1)[-1]] = {**state.layer(i), "cov_a": cov_a[i], "cov_g": cov_g[i]}
+    return out
+
+
+def natural(model):
+    """Layer → what stands in `.grad` of A and B."""
+    out = {}
+    for name in NAMES:
+        layer = getattr(model.base_model.model, name)
+        out[name] = (layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad)
+    return out
+
+
+def assert_same(got, want, rel=1e-10):
+    got, want = torch.as_tensor(got), torch.as_tensor(want)
+    assert got.shape == want.shape
+    error = float((got - want).norm() / want.norm())
+    assert error < rel, f"relative error {error:.2e}"
+
+
+# Statistics
+
+
+def test_hook_statistics_equal_explicit_per_token_autograd():
+    model = make_model()
+    x, target = make_batch(0)
+    want = by_hand(weights_of(model), x, target)
+    manager = GRITManager(model, settings()).open()
+    backward(model, manager, x, target)
+    refresh(manager)
+    got = measured(manager)
+    manager.close(check=False)
+    for name in NAMES:
+        h, delta, _, _ = want[name]
+        assert_same(got[name]["cov_a"], second_moment(h))
+        assert_same(got[name]["cov_g"], second_moment(delta))
+        assert got[name]["samples"] == TOKENS
+    # Layers of one stack are really told apart.
+    assert not torch.allclose(got["first"]["cov_a"], got["second"]["cov_a"], rtol=0.1)
+
+
+def test_tokens_of_a_3d_batch_count_one_by_one():
+    """[batch, length, width] gives the statistics of batch × length tokens."""
+    flat, cube = make_model(), make_model()
+    x, target = make_batch(0)
+    with GRITManager(flat, settings()) as one, GRITManager(cube, settings()) as other:
+        GritOptimizer(torch_optimizer(flat, "sgd"), one), GritOptimizer(torch_optimizer(cube, "sgd"), other)
+        backward(flat, one, x, target)
+        other.capture.loss_divisor = float(TOKENS)
+        token_loss(cube(x.view(4, 6, WIDTH)), target.view(4, 6, 4)).mean().backward()
+        refresh(one), refresh(other)
+        first, second = measured(one), measured(other)
+        one.applied_steps = other.applied_steps = 1
+    for name in NAMES:
+        for key in ("cov_a", "cov_g", "samples"):
+            assert_same(second[name][key], first[name][key])
+
+
+def test_several_backward_passes_before_a_step_are_averaged_by_token():
+    """Two passes of 18 and 6 tokens, of a loss divided by 24, give what one pass of 24 gives."""
+    model = make_model()
+    x, target = make_batch(0)
+    want = by_hand(weights_of(model), x, target)
+    manager = GRITManager(model, settings()).open()
+    manager.capture.loss_divisor = float(TOKENS)
+    for part in (slice(0, 18), slice(18, 24)):
+        (token_loss(model(x[part]), target[part]).sum() / TOKENS).backward()
+    refresh(manager)
+    manager.close(check=False)
+    for name, got in measured(manager).items():
+        assert_same(got["cov_a"], second_moment(want[name][0]))
+        assert_same(got["cov_g"], second_moment(want[name][1]))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.6, 0.95])
+def test_moving_average_with_bias_correction_equals_a_written_out_loop(decay):
+    """Weights move between the updates; after t updates the average is Σ βᵗ⁻ⁱ Σ_i over Σ βᵗ⁻ⁱ."""
+    model = make_model()
+    config = settings(cov_decay=decay, kfac_update_freq=100)
+    with GRITManager(model, config) as manager:
+        optimizer = GritOptimizer(torch_optimizer(model, "sgd", lr=0.05), manager)
+        seen = {name: [] for name in NAMES}
+        for step in range(5):
+            x, target = make_batch(step, tokens=10 + step)
+            for name, (h, delta, _, _) in by_hand(weights_of(model), x, target).items():
+                seen[name].append((second_moment(h), second_moment(delta)))
+            backward(model, manager, x, target)
+            optimizer.step()
+            optimizer.zero_grad()
+            for name, got in measured(manager).items():
+                shares = np.array([decay ** (step - i) for i in range(step + 1)])
+                shares = shares / shares.sum()
+                for key, place in (("cov_a", 0), ("cov_g", 1)):
+                    want = sum(float(w) * pair[place] for w, pair in zip(shares, seen[name], strict=True))
+                    assert_same(got[key], want)
+                assert got["samples"] == sum(10 + i for i in range(step + 1))
+
+
+# Natural gradients
+
+
+def damping_by_definition(cov_a, cov_g, strength, mode, pi_correction):
+    """λ_a and λ_g, solved from what is said about them rather than from the code's formula."""
+    mean_a, mean_g = float(torch.trace(cov_a)) / RANK, float(torch.trace(cov_g)) / RANK
+    if not pi_correction:
+        return (strength * mean_a, strength * mean_g) if mode == "relative" else (strength, strength)
+    product = strength * (mean_a * mean_g if mode == "relative" else 1.0)  # λ_a·λ_g is the damping of Σ_a ⊗ Σ_g …
+    ratio = mean_a / mean_g  # … and each factor is damped in proportion to its size (Martens & Grosse 2015, 6.3)
+    return (product * ratio) ** 0.5, (product / ratio) ** 0.5
+
+
+@pytest.mark.parametrize("mode", ["relative", "absolute"])
+@pytest.mark.parametrize("pi_correction", [False, True])
+def test_damped_inverses_and_natural_gradients_equal_the_full_kronecker_fisher(mode, pi_correction):
+    model = make_model()
+    x, target = make_batch(1)
+    want = by_hand(weights_of(model), x, target)
+    manager = GRITManager(model, settings(damping_mode=mode, pi_correction=pi_correction)).open()
+    backward(model, manager, x, target)
+    length = refresh(manager)
+    manager.close(check=False)
+    total = 0.0
+    got, steps = measured(manager), natural(model)
+    for name in NAMES:
+        h, delta, grad_a, grad_b = want[name]
+        cov_a, cov_g = second_moment(h), second_moment(delta)
+        lam_a, lam_g = damping_by_definition(cov_a, cov_g, 0.05, mode, pi_correction)
+        eye = torch.eye(RANK, dtype=torch.float64)
+        assert_same(got[name]["inv_a"], torch.from_numpy(scipy.linalg.inv((cov_a + lam_a * eye).numpy())))
+        assert_same(got[name]["inv_g"], torch.from_numpy(scipy.linalg.inv((cov_g + lam_g * eye).numpy())))
+        want_a = natural_by_kron(cov_g, lam_g, grad_a, acts_on_rows=True)
+        want_b = natural_by_kron(cov_a, lam_a, grad_b, acts_on_rows=False)
+        assert_same(steps[name][0], want_a)
+        assert_same(steps[name][1], want_b)
+        total += float((grad_a * want_a).sum() + (grad_b * want_b).sum())
+        # The test would be empty where the preconditioner is nearly a scalar.
+        assert float(torch.cosine_similarity(vec(grad_a), vec(want_a), dim=0)) < 0.99
+    assert length == pytest.approx(total, rel=1e-10)
+
+
+def test_natural_gradient_is_exact_where_kfac_is():
+    """One linear layer, a loss linear in its output, white inputs and white output gradients, every pair of them a
+    token: the K-FAC blocks are then the covariance of all per-token gradients, and the solve with that is the step."""
+    torch.manual_seed(3)
+    d_in, d_out, n, scale = 4, 5, 7, 2.0
+    layer = nn.Sequential(nn.Linear(d_in, d_out, bias=False)).double()
+    model = get_peft_model(layer, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["0"]))
+    lora = model.base_model.model[0]
+    a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
+    with torch.no_grad():
+        b.copy_(torch.randn_like(b))
+    white = [torch.linalg.qr(torch.randn(n, d, dtype=torch.float64))[0] * n**0.5 for d in (d_in, d_out)]
+    x = white[0].repeat_interleave(n, 0)
+    c = (white[1] / scale).repeat(n, 1)  # ∂L/∂y, with E[c cᵀ] = I/s²
+    # Per-token gradients from autograd alone, one backward pass each.
+    rows_a, rows_b = [], []
+    for i in range(n * n):
+        rows = torch.autograd.grad((model(x[i : i + 1]) * c[i]).sum(), (a, b))
+        rows_a.append(vec(rows[0]))
+        rows_b.append(vec(rows[1]))
+    manager = GRITManager(model, settings(kfac_damping=0.0)).open()
+    manager.capture.loss_divisor = float(n * n)
+    (model(x) * c).sum(-1).mean().backward()
+    raw_a, raw_b = a.grad.clone(), b.grad.clone()
+    refresh(manager)
+    manager.close(check=False)
+    assert raw_a.norm() > 1e-3 and raw_b.norm() > 1e-3
+    assert_same(vec(a.grad), torch.linalg.solve(second_moment(rows_a), vec(raw_a)), rel=1e-9)
+    assert_same(vec(b.grad), torch.linalg.solve(second_moment(rows_b), vec(raw_b)), rel=1e-9)
+
+
+def test_paper_pairing_swaps_the_factors():
+    """∇A ← Σ_a⁻¹ ∇A and ∇B ← ∇B Σ_g⁻¹, as document 002 writes it; not what kfac gives."""
+    model = make_model()
+    x, target = make_batch(2)
+    want = by_hand(weights_of(model), x, target)
+    config = settings(pairing="paper", damping_mode="absolute", kfac_damping=1e-2)
+    manager = GRITManager(model, config).open()
+    backward(model, manager, x, target)
+    refresh(manager)
+    manager.close(check=False)
+    for name, (got_a, got_b) in natural(model).items():
+        h, delta, grad_a, grad_b = want[name]
+        cov_a, cov_g = second_moment(h), second_moment(delta)
+        assert_same(got_a, natural_by_kron(cov_a, 1e-2, grad_a, acts_on_rows=True))
+        assert_same(got_b, natural_by_kron(cov_g, 1e-2, grad_b, acts_on_rows=False))
+        kfac = natural_by_kron(cov_g, 1e-2, grad_a, acts_on_rows=True)
+        assert float((got_a - kfac).norm() / kfac.norm()) > 0.1
+
+
+@pytest.mark.parametrize("mode", ["relative", "absolute"])
+def test_gradient_statistics_precondition_with_the_inverse_root(mode):
+    """Σ over three steps of ∇A ∇Aᵀ and ∇Bᵀ∇B as moving averages, exponent −1/2, no hooks."""
+    model, decay = make_model(), 0.5
+    config = settings(capture="gradients", damping_mode=mode, kfac_damping=0.02, cov_decay=decay)
+    manager = GRITManager(model, config).open()
+    assert manager.capture is None
+    average = {}
+    for step in range(3):
+        x, target = make_batch(step)
+        want = by_hand(weights_of(model), x, target)
+        model.zero_grad()
+        backward(model, manager, x, target)
+        refresh(manager)
+        weight = sum(decay**i for i in range(step + 1))
+        for name in NAMES:
+            _, _, grad_a, grad_b = want[name]
+            old_g, old_a = average.get(name, (0.0, 0.0))
+            average[name] = (decay * old_g + grad_a @ grad_a.T, decay * old_a + grad_b.T @ grad_b)
+            got_a, got_b = natural(model)[name]
+            for got, gradient, cov, left in (
+                (got_a, grad_a, average[name][0] / weight, True),
+                (got_b, grad_b, average[name][1] / weight, False),
+            ):
+                lam = 0.02 * (float(torch.trace(cov)) / RANK if mode == "relative" else 1.0)
+                damped = (cov + lam * torch.eye(RANK, dtype=torch.float64)).numpy()
+                root = torch.from_numpy(scipy.linalg.fractional_matrix_power(damped, -0.5))
+                assert_same(got, root @ gradient if left else gradient @ root)
+    manager.close(check=False)
+
+
+def test_identity_until_enough_tokens_were_seen():
+    """With kfac_min_samples = 60 and 24 tokens a step the third step is the first that is preconditioned."""
+    model = make_model()
+    manager = GRITManager(model, settings(kfac_min_samples=60, kfac_update_freq=100)).open()
+    optimizer = GritOptimizer(torch_optimizer(model, "sgd", lr=0.0), manager)
+    changed = []
+    for step in range(4):
+        x, target = make_batch(step)
+        backward(model, manager, x, target)
+        raw = [g.clone() for pair in natural(model).values() for g in pair]
+        optimizer.step()
+        now = [g for pair in natural(model).values() for g in pair]
+        changed.append([not torch.equal(a, b) for a, b in zip(raw, now, strict=True)])
+        assert manager.ready_layers() == (3 if step >= 2 else 0)
+        optimizer.zero_grad()
+    manager.close()
+    assert [all(c) for c in changed] == [False, False, True, True]
+    assert [any(c) for c in changed] == [False, False, True, True]
+
+
+def test_zero_b_leaves_a_alone_and_preconditions_b():
+    """At step 0 of an ordinary LoRA run Σ_g is zero: that side must not count as ready, nor may ∇B suffer."""
+    model = make_model()
+    for name in NAMES:
+        nn.init.zeros_(getattr(model.base_model.model, name).lora_B["default"].weight)
+    x, target = make_batch(0)
+    want = by_hand(weights_of(model), x, target)
+    manager = GRITManager(model, settings()).open()
+    backward(model, manager, x, target)
+    refresh(manager)
+    manager.close(check=False)
+    for name, got in measured(manager).items():
+        h, _, _, grad_b = want[name]
+        cov_a = second_moment(h)
+        assert bool(got["ready_a"]) and not bool(got["ready_g"])
+        assert torch.equal(got["inv_g"], torch.eye(RANK, dtype=torch.float64))
+        lam = 0.05 * float(torch.trace(cov_a)) / RANK
+        assert_same(natural(model)[name][1], natural_by_kron(cov_a, lam, grad_b, acts_on_rows=False))
+        assert not natural(model)[name][0].any()
+
+
+# Steps
+
+
+class OwnFactors:
+    """Moving averages of one layer, by hand."""
+
+    def __init__(self, decay):
+        self.decay, self.a, self.g, self.weight = decay, 0.0, 0.0, 0.0
+
+    def add(self, h, delta):
+        self.a = self.decay * self.a + (1 - self.decay) * second_moment(h)
+        self.g = self.decay * self.g + (1 - self.decay) * second_moment(delta)
+        self.weight = self.decay * self.weight + 1 - self.decay
+
+    def now(self):
+        return self.a / self.weight, self.g / self.weight
+
+
+def trained_by_grit(config, optimizer, batches):
+    """Final (A, B) of every layer and the manager."""
+    model = make_model()
+    with GRITManager(model, config) as manager:
+        wrapped = GritOptimizer(optimizer(model), manager)
+        for x, target in batches:
+            backward(model, manager, x, target)
+            wrapped.step()
+            wrapped.zero_grad()
+    return {name: tuple(w[2:4]) for name, w in weights_of(model).items()}, manager
+
+
+@pytest.mark.parametrize("grafting", [False, True])
+def test_adamw_mode_equals_preconditioning_by_hand_and_torch_adamw(grafting):
+    """Six steps, inverses refreshed at steps 0, 2 and 4 only; weight decay, and B twice as fast as A."""
+    batches = [make_batch(i) for i in range(6)]
+    config = settings(mode="adamw", grafting=grafting, kfac_update_freq=2, cov_decay=0.7, lr_ratio_b=2.0)
+    got, _ = trained_by_grit(config, lambda m: torch_optimizer(m, "adamw", lr=0.02, weight_decay=0.1), batches)
+    weights = weights_of(make_model())
+    own = {name: OwnFactors(0.7) for name in NAMES}
+    solved = {}
+    parameters = {name: [nn.Parameter(t.clone()) for t in weights[name][2:4]] for name in NAMES}
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p[0] for p in parameters.values()], "lr": 0.02},
+            {"params": [p[1] for p in parameters.values()], "lr": 0.04},
+        ],
+        weight_decay=0.1,
+    )
+    for step, (x, target) in enumerate(batches):
+        now = {n: (*weights[n][:2], *(p.detach().clone() for p in parameters[n]), 2.0) for n in NAMES}
+        for name, (h, delta, *raw) in by_hand(now, x, target).items():
+            own[name].add(h, delta)
+            if step % 2 == 0:
+                solved[name] = own[name].now()
+            cov_a, cov_g = solved[name]
+            new = [
+                natural_by_kron(cov_g, 0.05 * float(torch.trace(cov_g)) / RANK, raw[0], True),
+                natural_by_kron(cov_a, 0.05 * float(torch.trace(cov_a)) / RANK, raw[1], False),
+            ]
+            for p, before, after in zip(parameters[name], raw, new, strict=True):
+                p.grad = after * (before.norm() / after.norm()) if grafting else after
+        adamw.step()
+    for name in NAMES:
+        for mine, grit in zip(parameters[name], got[name], strict=True):
+            assert_same(grit.detach(), mine.detach())
+
+
+def numpy_adam(memory, gradient, lr, betas, eps):
+    """Kingma & Ba's algorithm 1, one step; `memory` holds m, v, t."""
+    memory["t"] += 1
+    memory["m"] = betas[0] * memory["m"] + (1 - betas[0]) * gradient
+    memory["v"] = betas[1] * memory["v"] + (1 - betas[1]) * gradient * gradient
+    m_hat = memory["m"] / (1 - betas[0] ** memory["t"])
+    v_hat = memory["v"] / (1 - betas[1] ** memory["t"])
+    return lr * m_hat / (np.sqrt(v_hat) + eps)
+
+
+def own_eigen_adamw(batches, lr_a, lr_b, decay, betas, eps, cov_freq, freq, min_samples, cov_decay):
+    """Adam in the eigenbases, written with row-wise loops' worth of NumPy; returns (A, B) of every layer.
+
+    A basis change R takes a coordinate i to Σ_j R_ij · (coordinate j); its variance, of uncorrelated coordinates, to
+    Σ_j R_ij² v_j. Eigenvectors come in NumPy's order and signs, which Adam cannot see.
+    """
+    weights = weights_of(make_model())
+    current = {name: [t.clone() for t in weights[name][2:4]] for name in NAMES}
+    own = {name: OwnFactors(cov_decay) for name in NAMES}
+    basis = {name: [np.eye(RANK), np.eye(RANK)] for name in NAMES}  # of A (rows), of B (columns, used transposed)
+    memory = {n: [{"m": 0.0 * p.numpy(), "v": 0.0 * p.numpy(), "t": 0} for p in current[n]] for n in NAMES}
+    tokens, ready, last = 0, False, None
+    for step, (x, target) in enumerate(batches):
+        now = {n: (*weights[n][:2], *(p.clone() for p in current[n]), 2.0) for n in NAMES}
+        gradients = by_hand(now, x, target)
+        if step % cov_freq == 0:
+            tokens += len(x)
+            for name in NAMES:
+                own[name].add(*gradients[name][:2])
+        waiting = step % cov_freq == 0 and not ready and tokens >= min_samples
+        if last is None or step - last >= freq or waiting:
+            last = step
+            if tokens >= min_samples:
+                ready = True
+                for name in NAMES:
+                    cov_a, cov_g = own[name].now()
+                    for side, cov in enumerate((cov_g, cov_a)):
+                        new = np.linalg.eigh(cov.numpy())[1]
+                        turn = new.T @ basis[name][side]
+                        store = memory[name][side]
+                        if side == 0:
+                            store["m"], store["v"] = turn @ store["m"], (turn**2) @ store["v"]
+                        else:
+                            store["m"], store["v"] = (turn @ store["m"].T).T, ((turn**2) @ store["v"].T).T
+                        basis[name][side] = new
+        for name in NAMES:
+            for side, lr in enumerate((lr_a, lr_b)):
+                gradient, q = gradients[name][2 + side].numpy(), basis[name][side]
+                if side == 0:
+                    change = q @ numpy_adam(memory[name][side], q.T @ gradient, lr, betas, eps)
+                else:
+                    change = numpy_adam(memory[name][side], gradient @ q, lr, betas, eps) @ q.T
+                weight = current[name][side].numpy()
+                current[name][side] = torch.from_numpy(weight * (1 - lr * decay) - change)
+    return current
+
+
+@pytest.mark.parametrize(("cov_freq", "freq", "min_samples"), [(1, 1, 1), (2, 3, 1), (1, 4, 60)])
+def test_eigen_adamw_equals_an_independent_adam_in_the_eigenbasis(cov_freq, freq, min_samples):
+    """Twelve steps; the third case takes up its first basis at step 2, when moments are there to be turned."""
+    batches = [make_batch(i) for i in range(12)]
+    config = settings(
+        mode="eigen_adamw",
+        grit_cov_update_freq=cov_freq,
+        kfac_update_freq=freq,
+        kfac_min_samples=min_samples,
+        cov_decay=0.6,
+        lr_ratio_b=3.0,
+    )
+    got, manager = trained_by_grit(
+        config,
+        lambda m: torch_optimizer(m, "adamw", lr=0.02, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1),
+        batches,
+    )
+    want = own_eigen_adamw(batches, 0.02, 0.06, 0.1, (0.8, 0.9), 1e-6, cov_freq, freq, min_samples, 0.6)
+    for name in NAMES:
+        for mine, grit in zip(want[name], got[name], strict=True):
+            assert_same(grit.detach(), mine.detach(), rel=1e-9)
+    assert manager.ready_layers() == 3
+    # Adam without the basis ends up elsewhere.
+    plain = own_eigen_adamw(batches, 0.02, 0.06, 0.1, (0.8, 0.9), 1e-6, cov_freq, freq, 1e9, 0.6)
+    assert float((plain["first"][0] - got["first"][0]).norm() / got["first"][0].norm()) > 1e-3
+
+
+def test_eigen_adamw_without_a_basis_is_torch_adamw():
+    batches = [make_batch(i) for i in range(5)]
+    config = settings(mode="eigen_adamw", kfac_min_samples=10**6)
+    got, _ = trained_by_grit(config, lambda m: torch_optimizer(m, "adamw", lr=0.02, weight_decay=0.1), batches)
+    model = make_model()
+    adamw = torch_optimizer(model, "adamw", lr=0.02, weight_decay=0.1)
+    for x, target in batches:
+        token_loss(model(x), target).mean().backward()
+        adamw.step()
+        adamw.zero_grad()
+    for name, weights in weights_of(model).items():
+        for mine, grit in zip(weights[2:4], got[name], strict=True):
+            assert_same(grit, mine)
+
+
+@pytest.mark.parametrize("kappa", [1e-4, 1e-2, 1e9])
+def test_trust_region_bounds_the_fisher_length_of_every_sgd_step(kappa):
+    """‖step‖² in the explicit damped Fisher of all layers is ≤ κ, and = κ where the natural step was longer."""
+    model, lr = make_model(), 0.3
+    shortened = 0
+    with GRITManager(model, settings(kl_clip=kappa, cov_decay=0.7)) as manager:
+        optimizer = GritOptimizer(torch_optimizer(model, "sgd", lr=lr), manager)
+        own = {name: OwnFactors(0.7) for name in NAMES}
+        for step in range(5):
+            x, target = make_batch(step)
+            before = weights_of(model)
+            want = by_hand(weights_of(model), x, target)
+            backward(model, manager, x, target)
+            optimizer.step()
+            optimizer.zero_grad()
+            after = weights_of(model)
+            taken = free = 0.0
+            for name in NAMES:
+                h, delta, grad_a, grad_b = want[name]
+                own[name].add(h, delta)
+                cov_a, cov_g = own[name].now()
+                for place, cov, gradient, rows in ((2, cov_g, grad_a, True), (3, cov_a, grad_b, False)):
+                    lam = 0.05 * float(torch.trace(cov)) / RANK
+                    move = after[name][place] - before[name][place]
+                    eye = torch.eye(gradient.shape[1 if rows else 0], dtype=torch.float64)
+                    fisher = torch.kron(eye, cov) if rows else torch.kron(cov, eye)
+                    fisher = fisher + lam * torch.eye(fisher.shape[0], dtype=torch.float64)
+                    taken += float(vec(move) @ fisher @ vec(move))
+                    wish = natural_by_kron(cov, lam, gradient, rows)
+                    free += lr**2 * float((gradient * wish).sum())
+                    # The direction stays the natural gradient's.
+                    assert float(torch.cosine_similarity(vec(move), -vec(wish), dim=0)) > 1 - 1e-9
+            assert taken <= kappa * (1 + 1e-8)
+            assert taken == pytest.approx(min(kappa, free), rel=1e-8)
+            shortened += free > kappa
+    assert shortened == {1e-4: 5, 1e9: 0}.get(kappa, shortened)
+
+
+def test_sgd_mode_with_momentum_is_torch_sgd_on_natural_gradients():
+    batches = [make_batch(i) for i in range(4)]
+    config = settings(cov_decay=0.7)
+    got, _ = trained_by_grit(config, lambda m: torch_optimizer(m, "sgd", lr=0.05, momentum=0.9), batches)
+    weights = weights_of(make_model())
+    own = {name: OwnFactors(0.7) for name in NAMES}
+    current = {name: [t.clone() for t in weights[name][2:4]] for name in NAMES}
+    speed = {name: [0.0, 0.0] for name in NAMES}
+    for x, target in batches:
+        now = {n: (*weights[n][:2], *(p.clone() for p in current[n]), 2.0) for n in NAMES}
+        for name, (h, delta, grad_a, grad_b) in by_hand(now, x, target).items():
+            own[name].add(h, delta)
+            cov_a, cov_g = own[name].now()
+            new = [
+                natural_by_kron(cov_g, 0.05 * float(torch.trace(cov_g)) / RANK, grad_a, True),
+                natural_by_kron(cov_a, 0.05 * float(torch.trace(cov_a)) / RANK, grad_b, False),
+            ]
+            for side in (0, 1):
+                speed[name][side] = 0.9 * speed[name][side] + new[side]
+                current[name][side] = current[name][side] - 0.05 * speed[name][side]
+    for name in NAMES:
+        for mine, grit in zip(current[name], got[name], strict=True):
+            assert_same(grit, mine)
+
+
+def test_clipping_comes_after_preconditioning():
+    """The gradients that the optimizer sees have the norm asked for and the natural direction."""
+    model = make_model()
+    x, target = make_batch(0)
+    want = by_hand(weights_of(model), x, target)
+    with GRITManager(model, settings(max_grad_norm=0.01)) as manager:
+        optimizer = GritOptimizer(torch_optimizer(model, "sgd"), manager)
+        backward(model, manager, x, target)
+        optimizer.step()
+    expected = []
+    for name in NAMES:
+        h, delta, grad_a, grad_b = want[name]
+        cov_a, cov_g = second_moment(h), second_moment(delta)
+        expected.append(vec(natural_by_kron(cov_g, 0.05 * float(torch.trace(cov_g)) / RANK, grad_a, True)))
+        expected.append(vec(natural_by_kron(cov_a, 0.05 * float(torch.trace(cov_a)) / RANK, grad_b, False)))
+    expected = torch.cat(expected)
+    got = torch.cat([vec(g) for pair in natural(model).values() for g in pair])
+    assert float(got.norm()) == pytest.approx(0.01, rel=1e-3)
+    assert_same(got / got.norm(), expected / expected.norm())

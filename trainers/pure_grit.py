@@ -1,0 +1,47 @@
+"""Pure GRIT: PEFT and TRL's SFTTrainer as in the baseline, with GRIT inside the optimizer's step; no Unsloth."""
+
+import shutil
+from typing import Any
+
+from trainers.common import Arm, TrainingJob, sft_trainer_class
+from trainers.settings import TrainSettings
+
+
+def _trainer(settings: TrainSettings, **kwargs: Any) -> Any:
+    from grit import GRITConfig, grit_trainer_class
+
+    # The adapters of the model have their rank and α already; the configuration is told for completeness.
+    own = {"lora_rank": settings.rank, "lora_alpha": float(settings.alpha), "lora_dropout": settings.dropout}
+    return grit_trainer_class(sft_trainer_class())(
+        grit_config=GRITConfig.from_dict({**own, **(settings.grit or {})}), **kwargs
+    )
+
+
+def _report(trainer: Any, job: TrainingJob) -> dict[str, Any]:
+    """GRIT's log and plots beside the adapter, and what run.json says of it."""
+    from grit import plots
+
+    manager = trainer.grit_manager
+    log = job.output / manager.log_file.name
+    shutil.copy2(manager.log_file, log)
+    plots.plot_spectra(log, job.output / "fisher_spectra.png")
+    plots.plot_ranks(log, job.output / "ranks.png")
+    if manager.config.log_eig_heatmaps:
+        plots.plot_heatmaps(log, job.output / "fisher_heatmaps.png")
+    final = manager.history[-1]
+    ranks = [entry["r"] for entry in final["ranks"].values()]
+    return {
+        "final_eval_loss": trainer.evaluate()["eval_loss"],  # of the adapter that is saved, after ranks have shrunk
+        "grit": {
+            "capture": final["capture"],
+            "effective": final["effect"]["effective"],
+            "effect": final["effect"],
+            "skipped_steps": final["skipped_steps"],
+            "inversions": final["inversions"],
+            "failed_inversions": final["failed_inversions"],
+            "mean_rank": sum(ranks) / len(ranks),
+        },
+    }
+
+
+ARM = Arm(name="pure_grit", title="Pure GRIT", preconditions=True, make_trainer=_trainer, report=_report)
