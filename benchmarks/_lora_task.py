@@ -3,8 +3,12 @@
 Needs what `make repro` (or `dvc repro prepare_base`) leaves in `models/base` and `data`.
 """
 
+import multiprocessing
+import os
 import random
-from dataclasses import dataclass
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,7 @@ class Recipe:
     alpha: float = 32.0
     grit: dict[str, Any] | None = None
     rank: int = 16
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 def examples(split: str) -> list[tuple[list[int], int]]:
@@ -100,6 +105,50 @@ def eval_loss(model: Any, rows: list[tuple[list[int], int]], size: int = 64) -> 
     return total / count
 
 
+@dataclass(frozen=True)
+class Job:
+    """One training run, for `train_all`.
+
+    Attributes:
+        recipe: How.
+        steps: Optimizer steps.
+        seed: Of LoRA's start and the order of the items.
+        label: What the caller wants back with the loss.
+    """
+
+    recipe: Recipe
+    steps: int
+    seed: int
+    label: dict[str, Any] = field(default_factory=dict)
+
+
+_data: dict[str, Any] = {}
+
+
+def _prepare() -> None:
+    torch.set_num_threads(1)  # a model this small gains little from a second thread, and spinning threads cost much
+    _data["train"], _data["valid"] = examples("train"), examples("valid")
+
+
+def _work(job: Job) -> float:
+    try:
+        return train(job.recipe, job.steps, job.seed, _data["train"], _data["valid"])[job.steps]
+    except FloatingPointError:
+        return float("inf")
+
+
+def train_all(jobs: Iterable[Job]) -> list[float]:
+    """The evaluation loss at the end of every job, one process a CPU core; inf where it diverged."""
+    jobs = list(jobs)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=context, initializer=_prepare) as pool:
+        losses = []
+        for job, loss in zip(jobs, pool.map(_work, jobs), strict=True):
+            losses.append(loss)
+            print(f"  {job.label} {job.steps} steps, seed {job.seed}: {loss:.4f}", flush=True)
+    return losses
+
+
 def train(
     recipe: Recipe, steps: int, seed: int, rows: Any, valid: Any, checks: tuple[int, ...] = (), batch_size: int = 16
 ) -> dict[int, float]:
@@ -107,7 +156,11 @@ def train(
     model = lora_model(recipe, seed)
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
-    inner = torch.optim.AdamW(weights, lr=recipe.lr, betas=recipe.betas, weight_decay=0.0)
+    inner: torch.optim.Optimizer
+    if recipe.grit is not None and recipe.grit.get("mode") == "sgd":
+        inner = torch.optim.SGD(weights, lr=recipe.lr, momentum=0.9)
+    else:
+        inner = torch.optim.AdamW(weights, lr=recipe.lr, betas=recipe.betas, weight_decay=0.0)
     manager = GRITManager(model, GRITConfig.from_dict(recipe.grit)) if recipe.grit is not None else None
     optimizer: torch.optim.Optimizer = GritOptimizer(inner, manager, max_grad_norm=1.0) if manager else inner
     warm_up = min(20, steps // 10)
@@ -128,4 +181,6 @@ def train(
         manager.finish()
         manager.close()
         losses[-1] = eval_loss(model, valid)  # after ranks have shrunk
+    if any(loss != loss for loss in losses.values()):
+        raise FloatingPointError("the evaluation loss is NaN")
     return losses

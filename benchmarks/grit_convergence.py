@@ -6,19 +6,18 @@ AdamW runs its horizon and GRIT runs a ladder of shorter horizons (a linear deca
 is no run). GRIT has caught up at the shortest horizon whose mean loss over the seeds is at most AdamW's, and where
 that stays so for every longer one of the ladder.
 
-Needs what `make repro` leaves; about 40 minutes on 2 cores. Run as `python -m benchmarks.grit_convergence`.
+Needs what `make repro` leaves; about 25 minutes on 2 cores. Run as `python -m benchmarks.grit_convergence`.
 """
 
 import itertools
 import statistics
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks._harness import write
-from benchmarks._lora_task import Recipe, examples, train
+from benchmarks._lora_task import Job, Recipe, train_all
 
 HORIZONS = (150, 300)
 SEEDS = (1, 2, 3)
@@ -27,36 +26,34 @@ LADDER = (0.5, 0.6, 0.67, 0.75, 0.85, 1.0)
 GRIT: dict[str, Any] = {"rank_shrink": "never"}  # the default configuration, at full rank to the end
 
 
-def tune(grit: dict[str, Any] | None, steps: int, rows: Any, valid: Any) -> tuple[Recipe, list[dict[str, float]]]:
+def tune(name: str, grit: dict[str, Any] | None, steps: int) -> tuple[Recipe, list[dict[str, float]]]:
     """The best of the grid at that horizon, and the whole grid."""
-    grid: list[dict[str, float]] = []
-    for rate, alpha in itertools.product(RATES, ALPHAS):
-        loss = train(Recipe(rate, alpha, grit), steps, 0, rows, valid)[steps]
-        grid.append({"lr": rate, "alpha": alpha, "eval_loss": loss})
-        print(f"  {'GRIT' if grit is not None else 'AdamW'} {steps} steps lr {rate} α {alpha}: {loss:.4f}", flush=True)
-    best = min(grid, key=lambda entry: entry["eval_loss"])
-    return Recipe(best["lr"], best["alpha"], grit), grid
+    grid = list(itertools.product(RATES, ALPHAS))
+    jobs = [
+        Job(Recipe(rate, alpha, grit), steps, 0, {"tune": name, "lr": rate, "alpha": alpha}) for rate, alpha in grid
+    ]
+    losses = train_all(jobs)
+    entries = [{"lr": rate, "alpha": a, "eval_loss": x} for (rate, a), x in zip(grid, losses, strict=True)]
+    best = min(entries, key=lambda entry: entry["eval_loss"])
+    return Recipe(best["lr"], best["alpha"], grit), entries
 
 
 def main() -> None:
     """Measure and write the result."""
-    torch.set_num_threads(1)  # a model this small gains nothing from two
-    rows, valid = examples("train"), examples("valid")
     table = Table("AdamW steps", "its loss", "GRIT steps needed", "share", "loss there", title="Shortest horizon")
     results = []
     for horizon in HORIZONS:
-        adamw, adamw_grid = tune(None, horizon, rows, valid)
-        grit, grit_grid = tune(GRIT, round(horizon * 2 / 3), rows, valid)
-        target = [train(adamw, horizon, seed, rows, valid)[horizon] for seed in SEEDS]
+        adamw, adamw_grid = tune("AdamW", None, horizon)
+        grit, grit_grid = tune("GRIT", GRIT, round(horizon * 2 / 3))
+        steps = [round(horizon * share) for share in LADDER]
+        jobs = [Job(adamw, horizon, seed, {"run": "AdamW"}) for seed in SEEDS]
+        jobs += [Job(grit, n, seed, {"run": "GRIT"}) for n in steps for seed in SEEDS]
+        losses = train_all(jobs)
+        target, rest = losses[: len(SEEDS)], losses[len(SEEDS) :]
         ladder: list[dict[str, Any]] = []
-        for share in LADDER:
-            steps = round(horizon * share)
-            losses = [train(grit, steps, seed, rows, valid)[steps] for seed in SEEDS]
-            ladder.append({"share": share, "steps": steps, "losses": losses, "mean": statistics.mean(losses)})
-            print(
-                f"  GRIT {steps} steps: {[round(x, 4) for x in losses]} against {[round(x, 4) for x in target]}",
-                flush=True,
-            )
+        for i, (share, n) in enumerate(zip(LADDER, steps, strict=True)):
+            own = rest[i * len(SEEDS) : (i + 1) * len(SEEDS)]
+            ladder.append({"share": share, "steps": n, "losses": own, "mean": statistics.mean(own)})
         goal = statistics.mean(target)
         caught: dict[str, Any] | None = None
         for entry in reversed(ladder):

@@ -35,8 +35,8 @@ class HookCapture:
 
     Attributes:
         active: Whether batches count at the moment (throttling switches it).
-        loss_divisor: What the summed token losses are divided by before the backward pass, if the training loop has
-            told; None: `num_items_in_batch` or the labels of the batch, times `accumulation`.
+        loss_divisor: What the summed token losses are divided by, if the training loop has told by the time of the
+            backward pass; None: `num_items_in_batch` or the labels of the batch, times `accumulation`.
         accumulation: Backward passes an optimizer step, for loops that divide the loss by it.
         normalize: Multiply δ by the divisor.
         loss_scale: Factor of mixed-precision loss scaling, undone here.
@@ -74,7 +74,9 @@ class HookCapture:
         if not (self.active and torch.is_grad_enabled()):
             return
         mask = kwargs.get("attention_mask")
-        self._mask = mask.reshape(-1) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._mask = mask.reshape(-1, 1).float() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if self._mask is not None and self._mask.device.type == "cpu" and bool(self._mask.all()):
+            self._mask = None  # nothing is padded
         items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
         if items is not None:
             self._batch_divisor = items
@@ -90,17 +92,12 @@ class HookCapture:
             if not (self.active and h.requires_grad):
                 return
             kept = h.detach()  # not h itself: a hook that holds its own tensor would never be freed
-            mask, divisor = self._mask, self._divisor()
+            mask, divisor = self._mask, self._batch_divisor
             h.register_hook(  # type: ignore[no-untyped-call]
                 lambda delta: self._add(g, i, name, kept, delta, mask, divisor)
             )
 
         return forward_hook
-
-    def _divisor(self) -> float | Tensor:
-        if not self.normalize:
-            return 1.0
-        return self._batch_divisor if self.loss_divisor is None else self.loss_divisor
 
     def _add(
         self, g: int, i: int, name: str, h: Tensor, delta: Tensor, mask: Tensor | None, divisor: float | Tensor
@@ -113,9 +110,15 @@ class HookCapture:
         if mask is None:
             sums.tokens[i] += h.shape[0]
         else:
-            keep = mask.to(device=h.device, dtype=h.dtype)[:, None]
+            keep = mask.to(device=h.device, dtype=h.dtype)
             h, delta = h * keep, delta * keep
             sums.tokens[i] += keep.sum()
-        delta = delta * (divisor / self.loss_scale)
+        if not self.normalize:
+            divisor = 1.0
+        elif self.loss_divisor is not None:  # read as late as the loss scale: loops count tokens next to the loss
+            divisor = self.loss_divisor
+        scale = divisor / self.loss_scale
+        if isinstance(scale, Tensor) and scale.device.type != "cpu":
+            delta, scale = delta * scale, 1.0  # no waiting for the device
         sums.hh[i].addmm_(h.mT, h)
-        sums.dd[i].addmm_(delta.mT, delta)
+        sums.dd[i].addmm_(delta.mT, delta, alpha=float(scale) ** 2)

@@ -30,14 +30,14 @@ class GRITConfig:
 
     # Statistics
     capture: Literal["auto", "hooks", "gradients"] = "auto"  # auto: hooks, and gradients where hooks stay silent
-    grit_cov_update_freq: int = 5  # steps ≥ 1 between two updates of the statistics
+    grit_cov_update_freq: int = 2  # steps ≥ 1 between two updates of the statistics
     cov_decay: float = 0.8  # β in [0, 1): weight that an update leaves to the past
     normalize_delta: bool = True  # multiply δ by the loss tokens (else Σ_g is about 1e-9 under a mean loss)
 
     # Factors and inverses
-    kfac_update_freq: int = 10  # steps ≥ 1 between two inversions
+    kfac_update_freq: int = 5  # steps ≥ 1 between two inversions
     kfac_min_samples: int = 64  # tokens before a factor is trusted; identity until then
-    kfac_damping: float = 1e-3  # λ ≥ 0: times tr(Σ)/r if relative, as it is if absolute
+    kfac_damping: float = 1e-2  # λ ≥ 0: times tr(Σ)/r if relative, as it is if absolute
     damping_mode: Literal["relative", "absolute"] = "relative"
     pi_correction: bool = False  # λ is that of Σ_a ⊗ Σ_g and is split between the two (Martens & Grosse 2015, 6.3)
     kfac_inversion_device: str = "auto"  # auto (where the factors are) | cpu | cuda | …
@@ -49,7 +49,7 @@ class GRITConfig:
     max_grad_norm: float | None = None  # clip after preconditioning; 0 = never; None: the Trainer's, else never
     ng_warmup_steps: int = 0  # steps without preconditioning
     lr_ratio_b: float = 1.0  # learning rate of B over that of A (LoRA+), > 0
-    eigen_power: float = 0.0  # p in [0, 1] of mode eigen_adamw: step ∝ (λ_i/mean λ + damping)^(−p/2) along direction i
+    eigen_power: float = 0.5  # p in [0, 1] of mode eigen_adamw: step ∝ (λ_i/mean λ + damping)^(−p/2) along direction i
     kl_clip: float = 1e-3  # κ of mode sgd: trust region, (step)ᵀ F (step) ≤ κ; 0 = none
     sgd_momentum: float = 0.9  # [0, 1), of the SGD that GritTrainer makes in mode sgd
 
@@ -140,9 +140,8 @@ class GRITConfig:
 
     def problems(self) -> list[str]:
         """Every mistake, as a sentence with what was expected and what came."""
-        found = [*self._wrong_types()]
-        if found:  # ranges cannot be compared then
-            return found
+        found = self._wrong_types()
+        wrong = {text.split(":", 1)[0] for text in found}  # their ranges cannot be compared
         at_least = {
             "lora_rank": 1,
             "grit_cov_update_freq": 1,
@@ -167,26 +166,28 @@ class GRITConfig:
         }
         for name, least in at_least.items():
             value = getattr(self, name)
-            if value is not None and not (value >= least and math.isfinite(value)):
+            if name not in wrong and value is not None and not (value >= least and math.isfinite(value)):
                 found.append(f"{name}: expected a finite number of at least {least}, got {value}")
         for name in ("lora_alpha", "lr_ratio_b"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+            if name not in wrong and not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 found.append(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
         for name in ("cov_decay", "sgd_momentum", "lora_dropout"):
-            if not 0 <= getattr(self, name) < 1:
+            if name not in wrong and not 0 <= getattr(self, name) < 1:
                 found.append(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
-        if not 0 < self.rank_adaptation_threshold <= 1:
+        if "eigen_power" not in wrong and not 0 <= self.eigen_power <= 1:
+            found.append(f"eigen_power: expected a number in [0, 1], got {self.eigen_power}")
+        if "rank_adaptation_threshold" not in wrong and not 0 < self.rank_adaptation_threshold <= 1:
             got = self.rank_adaptation_threshold
             found.append(f"rank_adaptation_threshold: expected a number in (0, 1], got {got}")
-        if not self.lora_target_modules:
+        if "lora_target_modules" not in wrong and not self.lora_target_modules:
             found.append("lora_target_modules: expected at least one name, got none")
         if self.pairing == "paper" and self.capture == "gradients":
             found.append("pairing: 'paper' needs Σ_a and Σ_g, so capture 'hooks' or 'auto'; got capture 'gradients'")
         if self.pairing == "paper" and self.mode == "eigen_adamw":
             found.append("pairing: 'paper' has no eigenbasis form; expected mode 'adamw' or 'sgd', got 'eigen_adamw'")
-        if self.mode == "sgd" and self.grafting:
+        if self.mode == "sgd" and self.grafting is True:
             found.append("grafting: mode 'sgd' measures its trust region in natural lengths; expected false, got true")
-        if self.min_lora_rank > self.lora_rank:
+        if not wrong & {"min_lora_rank", "lora_rank"} and self.min_lora_rank > self.lora_rank:
             found.append(f"min_lora_rank: expected at most lora_rank = {self.lora_rank}, got {self.min_lora_rank}")
         return found
 

@@ -11,6 +11,8 @@ def adamw_direction(
 ) -> Tensor:
     """Adam's bias-corrected direction m̂/(√v̂ + ε) (Kingma & Ba 2015); m and v are updated in place.
 
+    Computed as (√(1−β₂ᵗ)/(1−β₁ᵗ)) · m/(√v + ε·√(1−β₂ᵗ)), which is the same with fewer passes over memory.
+
     Args:
         m: First moments [n, …].
         v: Second moments [n, …].
@@ -23,13 +25,16 @@ def adamw_direction(
     v.mul_(betas[1]).addcmul_(gradient, gradient, value=1.0 - betas[1])
     if bool((steps == steps[0]).all()):  # the common case needs no tensor for the corrections
         t = int(steps[0])
-        return (m / (1.0 - betas[0] ** t)).div_(v.sqrt().div_((1.0 - betas[1] ** t) ** 0.5).add_(eps))
+        root = (1.0 - betas[1] ** t) ** 0.5
+        return v.sqrt().add_(eps * root).reciprocal_().mul_(m).mul_(root / (1.0 - betas[0] ** t))
     shape = (-1, *[1] * (m.dim() - 1))
     count = steps.to(m.device, m.dtype).view(shape)
     return (m / (1.0 - betas[0] ** count)).div_(v.sqrt().div_((1.0 - betas[1] ** count).sqrt()).add_(eps))
 
 
-def eigen_adamw_step(state: GroupState, options_a: dict[str, float], options_b: dict[str, float]) -> None:
+def eigen_adamw_step(
+    state: GroupState, options_a: dict[str, float], options_b: dict[str, float], among: Tensor | None = None
+) -> None:
     """One step of a group: rotate ∇A by Q_gᵀ and ∇B by Q_a, let Adam step there, rotate back, apply.
 
     Layers without a gradient are left alone, moments included.
@@ -38,9 +43,10 @@ def eigen_adamw_step(state: GroupState, options_a: dict[str, float], options_b: 
         state: Of the group.
         options_a: lr, beta1, beta2, eps, weight_decay for A.
         options_b: The same for B.
+        among: The layers that these options are for, [n] bool on the CPU; None: all.
     """
     group = state.group
-    has = group.has_gradients()
+    has = group.has_gradients() if among is None else group.has_gradients() & among
     everyone = bool(has.all())
     index = torch.arange(len(group)) if everyone else has.nonzero().flatten()
     if not index.numel():
@@ -58,10 +64,8 @@ def eigen_adamw_step(state: GroupState, options_a: dict[str, float], options_b: 
         betas = (options["beta1"], options["beta2"])
         direction = adamw_direction(m, v, rotated, steps, betas, options["eps"])
         weight = state["w_g"] if side == "a" else state["w_a"]
-        if not everyone:
-            weight = weight[picked]
-        direction = direction * (weight[:, :, None] if side == "a" else weight[:, None, :])
-        change = basis @ direction if side == "a" else direction @ basis.mT
+        back = basis * (weight if everyone else weight[picked])[:, None, :]
+        change = back @ direction if side == "a" else direction @ back.mT
         if not everyone:
             state.t[f"m_{side}"][picked], state.t[f"v_{side}"][picked] = m, v
         parameters = group.params_a if side == "a" else group.params_b

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-30  # below this trace a factor holds no information (float32 denormals start at 1e-38)
+_NOISE = 64.0  # an eigenvalue below 64 ε of the mean one is rounding (measured on singular sums: up to 44 ε)
 
 
 def informative(cov: Tensor) -> Tensor:
@@ -49,8 +50,15 @@ def damping(
     return strength**0.5 * pi, strength**0.5 / pi
 
 
+def _noise(cov: Tensor) -> Tensor:
+    """What an eigenvalue of Σ + λI must exceed to be more than the rounding of Σ: [n, r, r] → [n]."""
+    return _NOISE * torch.finfo(cov.dtype).eps * cov.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
 def damped_inverse(cov: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     """(Σ + λI)⁻¹ by Cholesky; matrices that fail are tried again in float64.
+
+    A singular Σ without damping is refused even where rounding lets Cholesky through: its inverse would be noise.
 
     Args:
         cov: [n, r, r].
@@ -69,7 +77,9 @@ def damped_inverse(cov: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         fine &= torch.isfinite(again).flatten(1).all(-1)
         inverse[bad] = torch.where(fine[:, None, None], again, eye)
         good[bad] = fine
-    return inverse, good
+    sure = _cholesky_inverse(cov.double() + (lam - _noise(cov)).double()[:, None, None] * eye.double())[1]
+    good &= sure
+    return torch.where(good[:, None, None], inverse, eye), good
 
 
 def _cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +117,7 @@ def damped_inverse_root(cov: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     values, vectors, good = eigh(cov)
     root = (values + lam[:, None]).rsqrt()
-    good = good & torch.isfinite(root).all(-1)
+    good = good & torch.isfinite(root).all(-1) & (values[:, -1] + lam > _noise(cov))
     root = torch.where(good[:, None], root, torch.ones_like(root))
     result: Tensor = (vectors * root[:, None, :]) @ vectors.mT
     return torch.where(good[:, None, None], result, eye), good

@@ -108,7 +108,7 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
 
     Raises:
         GritLayerError: no LoRA at all, only frozen LoRA, or trainable LoRA of a kind that the method does not cover
-            (DoRA, embeddings, convolutions, biases in B); names them.
+            (DoRA, embeddings, convolutions, bare parameters, biases in B); names them.
     """
     layers = list(_lora_layers(model))
     if not layers:
@@ -121,6 +121,8 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
         for adapter in layer.lora_embedding_A:
             if layer.lora_embedding_A[adapter].requires_grad:
                 unsupported.append(f"{name} (LoRA on an embedding)")
+            else:
+                frozen.append(name)
         for adapter, module_a in layer.lora_A.items():
             module_b = layer.lora_B[adapter]
             weights = [module_a.weight, module_b.weight]
@@ -129,6 +131,8 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
                 continue
             if not all(w.requires_grad for w in weights):
                 unsupported.append(f"{name} (only one of A and B is trainable)")
+            elif hasattr(layer, "parameter_name"):  # PEFT's ParamWrapper: one A and B hold the factors of all experts
+                unsupported.append(f"{name} (target_parameters)")
             elif not isinstance(module_a, nn.Linear) or not isinstance(module_b, nn.Linear):
                 unsupported.append(f"{name} ({type(module_a).__name__})")
             elif adapter in getattr(layer, "lora_variant", {}) or getattr(layer, "use_dora", {}).get(adapter):

@@ -200,10 +200,10 @@ class GRITManager:
             return
         if self.capture is not None:
             all_reduce_sum([t for sums in self.capture.sums for t in (sums.hh, sums.dd, sums.tokens)])
+            self._decide([sums.tokens.cpu() > 0 for sums in self.capture.sums])
         for g, state in enumerate(self.states):
             if self.capture is not None:
                 sums = self.capture.sums[g]
-                self._decide(state, sums.tokens.cpu() > 0)
                 tokens = sums.tokens.clamp_min(1.0).to(sums.hh.dtype)[:, None, None]
                 state.update(HOOKS, sums.hh / tokens, sums.dd / tokens, sums.tokens, self.config.cov_decay)
             if bool((state["kind"] == GRADIENTS).any()):
@@ -217,14 +217,20 @@ class GRITManager:
         samples = has.double() * min(gradient_a.shape[2], gradient_b.shape[1])
         state.update(GRADIENTS, gradient_b.mT @ gradient_b, gradient_a @ gradient_a.mT, samples, self.config.cov_decay)
 
-    def _decide(self, state: GroupState, reported: Tensor) -> None:
-        silent = state.group.has_gradients() & ~reported
-        kind = state["kind"]
-        kind[reported & (kind == UNDECIDED)] = HOOKS
-        silent &= kind != GRADIENTS
-        if not bool(silent.any()):
+    def _decide(self, reported: list[Tensor]) -> None:
+        silent = []
+        for state, seen in zip(self.states, reported, strict=True):
+            kind = state["kind"]
+            kind[seen & (kind == UNDECIDED)] = HOOKS
+            silent.append(state.group.has_gradients() & ~seen & (kind != GRADIENTS))
+        names = [
+            pair.name
+            for s, lost in zip(self.states, silent, strict=True)
+            for pair, is_lost in zip(s.group.pairs, lost.tolist(), strict=True)
+            if is_lost
+        ]
+        if not names:
             return
-        names = [state.group.pairs[int(i)].name for i in silent.nonzero().flatten()]
         text = (
             f"{len(names)} layers have gradients but their hooks reported nothing (fused kernels read the weights "
             f"without calling the modules): {', '.join(names)}"
@@ -232,10 +238,11 @@ class GRITManager:
         if self.config.capture == "hooks":
             raise CaptureError(f"{text}; set capture to 'auto' or 'gradients', or switch the fused kernels off")
         logger.warning("GRIT: %s; using gradient statistics for them", text)
-        kind[silent] = GRADIENTS
-        where = silent.to(state["weight"].device)
-        for name in ("ema_a", "ema_g", "weight", "samples"):
-            state[name][where] = 0
+        for state, lost in zip(self.states, silent, strict=True):
+            state["kind"][lost] = GRADIENTS
+            where = lost.to(state["weight"].device)
+            for name in ("ema_a", "ema_g", "weight", "samples"):
+                state[name][where] = 0
         self.add_record({"kind": "capture", "gradients": names})
 
     def inversion_due(self) -> bool:
@@ -342,29 +349,40 @@ class GRITManager:
         event = reproject(self, optimizer, shrink)
         if event["layers"]:
             self.add_record(event)
-            self.update_and_invert_factors()
 
-    def finish(self) -> None:
-        """At the end of training: shrink the tensors if that is asked for, and write the last record."""
-        adaptive = self.config.enable_rank_adaptation and self.step >= self.config.rank_adaptation_start_step
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """At the end of training: shrink the tensors if that is asked for, and write the last record.
+
+        Args:
+            optimizer: Gets the smaller tensors, for those who train on.
+        """
+        start = max(self.config.rank_adaptation_start_step, self.config.reprojection_warmup_steps)
+        adaptive = self.config.enable_rank_adaptation and self.step >= start
         if self.config.reprojection != "none" and adaptive and self.config.rank_shrink != "never":
-            self.neural_reprojection(shrink=True)
+            self.neural_reprojection(optimizer, shrink=True)
         self.add_record(records.final(self))
 
     def regroup(self, changed: dict[str, dict[str, Tensor]]) -> None:
         """Sort the layers into groups anew after shapes changed; `changed` has the new state of those layers."""
         layers = {pair.name: state.layer(i) for state, i, pair in self.layers()} | changed
-        self.groups = group_pairs([pair for group in self.groups for pair in group.pairs])
+        self.groups = self._grouped()
         self.states = [GroupState.of_layers(g, [layers[p.name] for p in g.pairs]) for g in self.groups]
         if self.capture is not None:
             self.capture.close()
             self.capture = HookCapture(self.model, self.groups, self.config.normalize_delta, like=self.capture)
 
+    def _grouped(self) -> list[LayerGroup]:
+        """Groups by today's shapes, in the model's order: a resumed run stacks its layers as an undisturbed one."""
+        place = {name: i for i, name in enumerate(self.base_rank)}
+        return group_pairs(sorted(self.pairs(), key=lambda pair: place[pair.name]))
+
     def rebuild(self) -> None:
         """Start anew on layers whose shapes changed from outside (a checkpoint about to be loaded)."""
-        fresh = [pair for group in self.groups for pair in group.pairs]
-        self.groups = group_pairs(fresh)
+        seen = {pair.name: state["samples"][i].clone() for state, i, pair in self.layers()}
+        self.groups = self._grouped()
         self.states = [GroupState.fresh(group, self.config) for group in self.groups]
+        for state, i, pair in self.layers():
+            state["samples"][i] = seen[pair.name]  # who has reported has reported, whatever became of it
         if self.capture is not None:
             self.capture.close()
             self.capture = None
@@ -386,7 +404,7 @@ class GRITManager:
 
     def add_record(self, record: dict[str, Any]) -> None:
         """Keep a record, and append it to the log file."""
-        record = {"step": self.step, **record}
+        record = records.plain({"step": self.step, **record})
         self.history.append(record)
         records.append(self.log_file, [record])
 
@@ -420,12 +438,15 @@ class GRITManager:
         """Go on from `state_dict`; the log file is rewritten to hold what led there.
 
         Raises:
-            ValueError: the checkpoint has other layers, or others of their ranks.
+            ValueError: the checkpoint has other layers, other ranks, or is of another mode.
         """
         names, saved = [p.name for p in self.pairs()], state["layers"]
         if set(names) != set(saved):
             odd = sorted(set(names) ^ set(saved))
             raise ValueError(f"expected a checkpoint of the same LoRA layers, got one that differs in: {odd[:6]}")
+        odd = sorted({name for layer in saved.values() for name in layer} ^ set(self.states[0].t))
+        if odd:
+            raise ValueError(f"expected a checkpoint of mode {self.config.mode!r}, got one that differs in: {odd}")
         self.states = [GroupState.of_layers(g, [saved[p.name] for p in g.pairs]) for g in self.groups]
         for name in self._NUMBERS:
             setattr(self, name, state["numbers"][name])

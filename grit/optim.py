@@ -27,8 +27,8 @@ class GritOptimizer(torch.optim.Optimizer):
             max_grad_norm: Clip after preconditioning where the config leaves it open.
 
         Raises:
-            ValueError: LoRA weights are missing in the optimizer, mode sgd without torch.optim.SGD, or an
-                eigen_adamw without betas.
+            ValueError: LoRA weights are missing in the optimizer, mode sgd without torch.optim.SGD, the other modes
+                without betas, eigen_adamw with amsgrad or maximize, or lr_ratio_b after a schedule was made.
         """
         self.optimizer, self.manager = optimizer, manager
         config = manager.config
@@ -47,9 +47,14 @@ class GritOptimizer(torch.optim.Optimizer):
                 f"mode {config.mode!r}: expected an optimizer of the Adam family (with betas), got "
                 f"{type(optimizer).__name__}; for SGD set mode to 'sgd'"
             )
+        for option in ("amsgrad", "maximize"):
+            if config.mode == "eigen_adamw" and any(group.get(option) for group in optimizer.param_groups):
+                raise ValueError(f"mode 'eigen_adamw': expected an optimizer without {option}, got {option}=True")
+        if config.lr_ratio_b != 1.0 and any("initial_lr" in group for group in optimizer.param_groups):
+            raise ValueError("lr_ratio_b: wrap the optimizer first, then make its learning-rate schedule; got it made")
         self._split_off_b(config.lr_ratio_b)
         super().__init__(optimizer.param_groups, optimizer.defaults)
-        self.state = optimizer.state
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
         self.gradient_norm: float | None = None
         manager.open()
 
@@ -98,11 +103,11 @@ class GritOptimizer(torch.optim.Optimizer):
             self._eigen_step()
         else:
             length = manager.precondition_gradients()
+            if mode == "sgd":  # before clipping, which would shorten a second time what is measured here
+                self._trust_region(length)
             natural = self._clip()
             if natural is not None:
                 manager.last_metrics["grit/gradient_norm_natural"] = natural
-            if mode == "sgd":
-                self._trust_region(length)
             self.optimizer.step()
         manager.end_step(self.optimizer)
 
@@ -132,10 +137,13 @@ class GritOptimizer(torch.optim.Optimizer):
                 torch._foreach_mul_(gradients, nu)
 
     def _eigen_step(self) -> None:
-        place = {id(p): group for group in self.param_groups for p in group["params"]}
+        place = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        options = [_options(group) for group in self.param_groups]
         for state in self.manager.states:
-            first = state.group.pairs[0]
-            eigen_adamw_step(state, _options(place[id(first.a)]), _options(place[id(first.b)]))
+            places = [(place[id(pair.a)], place[id(pair.b)]) for pair in state.group.pairs]
+            for a, b in dict.fromkeys(places):
+                among = torch.tensor([p == (a, b) for p in places])
+                eigen_adamw_step(state, options[a], options[b], among)
         lora = [p for pair in self.manager.pairs() for p in (pair.a, pair.b)]
         if len(lora) < sum(len(group["params"]) for group in self.param_groups):
             gradients = [p.grad for p in lora]

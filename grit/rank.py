@@ -1,6 +1,7 @@
 """Real rank reduction on PEFT layers: smaller tensors, `rank_pattern` and `alpha_pattern` that keep the scale."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ from torch import Tensor, nn
 
 from grit.layers import LoraPair
 
+logger = logging.getLogger("grit")
+
 _PREFIX = "base_model.model."
 
 
 def pattern_key(name: str) -> str:
     """The name by which PEFT's rank_pattern knows a module."""
-    return name.split("[", 1)[0].removeprefix(_PREFIX)
+    name = name.split("[", 1)[0]
+    return name.partition(_PREFIX)[2] or name
 
 
 def resize(pair: LoraPair, new_a: Tensor, new_b: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -50,28 +54,40 @@ def _alpha(layer: Any, adapter: str, k: int) -> float:
 def write_patterns(model: nn.Module, pairs: list[LoraPair]) -> None:
     """Set rank_pattern and alpha_pattern in the model's `peft_config`, so that PEFT reloads what is there.
 
-    Raises:
-        ValueError: α/√r scaling (rsLoRA) cannot be told from the layer; or no peft_config on the model.
+    PEFT sorts the keys when it saves and takes the first that fits the end of a module's name, so a key of the user's
+    ("down_proj") would win over a module's own. So every module of the adapter that differs from the defaults gets a
+    whole name (^), and nothing else stays.
     """
-    configs = getattr(model, "peft_config", None)
-    if configs is None:
-        raise ValueError("expected a PeftModel, which carries peft_config, got a model without")
-    for pair in pairs:
-        config = configs[pair.adapter]
-        k = pair.rank
-        alpha = pair.scale * (k**0.5 if config.use_rslora else k)
-        key = pattern_key(pair.name)
-        config.rank_pattern = {**(config.rank_pattern or {}), key: k}
-        config.alpha_pattern = {**(config.alpha_pattern or {}), key: int(alpha) if alpha.is_integer() else alpha}
+    inner: Any = next((m for m in model.modules() if hasattr(m, "peft_config")), None)
+    if inner is None:
+        logger.warning("GRIT: ranks have shrunk, but no peft_config knows; who saves the adapter must tell their ranks")
+        return
+    for adapter in {pair.adapter for pair in pairs}:
+        config = inner.peft_config[adapter]
+        layers = {
+            f"^{pattern_key(name)}": (layer.r[adapter], layer.lora_alpha[adapter])
+            for name, layer in inner.named_modules()
+            if isinstance(getattr(layer, "lora_alpha", None), dict) and adapter in layer.lora_alpha
+        }
+        config.rank_pattern = {key: r for key, (r, _) in layers.items() if r != config.r}
+        config.alpha_pattern = {key: alpha for key, (_, alpha) in layers.items() if alpha != config.lora_alpha}
 
 
-def fit_to_checkpoint(model: nn.Module, pairs: list[LoraPair], folder: Path) -> bool:
+def fit_to_checkpoint(
+    model: nn.Module,
+    pairs: list[LoraPair],
+    folder: Path,
+    base_rank: dict[str, int],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> bool:
     """Before an adapter is loaded back: give each pair the rank that the checkpoint's rank_pattern says.
 
     Args:
         model: The PEFT model that the checkpoint will be loaded into.
         pairs: Its pairs.
         folder: With adapter_config.json.
+        base_rank: Ranks of those that had not shrunk by then.
+        optimizer: Holds the weights, if there is one already.
 
     Returns:
         Whether any pair changed.
@@ -79,13 +95,19 @@ def fit_to_checkpoint(model: nn.Module, pairs: list[LoraPair], folder: Path) -> 
     file = folder / "adapter_config.json"
     if not file.is_file():
         return False
+    from peft.utils.other import get_pattern_key
+
     patterns = json.loads(file.read_text(encoding="utf-8")).get("rank_pattern") or {}
     changed = []
     for pair in pairs:
-        k = patterns.get(pattern_key(pair.name), pair.rank)
+        k = patterns.get(get_pattern_key(patterns.keys(), pattern_key(pair.name)), base_rank[pair.name])
         if k != pair.rank:
             a, b = pair.a, pair.b
-            resize(pair, torch.zeros(k, a.shape[1], dtype=a.dtype), torch.zeros(b.shape[0], k, dtype=b.dtype))
+            new_a, new_b = torch.zeros(k, a.shape[1], dtype=a.dtype), torch.zeros(b.shape[0], k, dtype=b.dtype)
+            resize(pair, new_a, new_b, optimizer)
+            if optimizer is not None:  # moments of other shapes
+                optimizer.state.pop(pair.a, None)
+                optimizer.state.pop(pair.b, None)
             changed.append(pair)
     if changed:
         write_patterns(model, changed)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("grit")
 
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "state2")
+"""Names in torch's optimizers and in bitsandbytes', which keeps small tensors in float32."""
+
 
 def plan(manager: "GRITManager", state: GroupState, i: int, shrink: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """The (L, R) of one layer and what is to be said about it.
@@ -27,6 +30,9 @@ def plan(manager: "GRITManager", state: GroupState, i: int, shrink: bool) -> tup
         shrink: L and R get k rows and columns; else they are r×r projections of rank k.
     """
     config, r = manager.config, state.group.rank
+    done = _kept_just_now(manager, state.group.pairs[i].name)
+    if done is not None:  # asked again, what was truncated would lose some more
+        return *_as_it_is(state.group.pairs[i], done, shrink), {"k_a": done["k_a"], "k_b": done["k_b"]}
     cov_a, cov_g = (c[i] for c in state.covariances())
     adaptive = config.enable_rank_adaptation and manager.step >= config.rank_adaptation_start_step
     least, tau = min(config.min_lora_rank, r), config.rank_adaptation_threshold
@@ -36,10 +42,14 @@ def plan(manager: "GRITManager", state: GroupState, i: int, shrink: bool) -> tup
 
     if config.reprojection == "balanced":
         left, right, spectrum = balance(cov_a, cov_g)
-        k = min(rank_of(spectrum), left.shape[0])
+        k = rank_of(spectrum)
+        if left.shape[0] < k:  # fewer directions have any weight than are to be kept: nothing says which others
+            k = r
         left, right = left[:k], right[:, :k]
-        if not shrink:
-            left = right = right @ left if k < r else torch.eye(r, dtype=torch.float64, device=left.device)
+        if k == r:
+            left = right = torch.eye(r, dtype=torch.float64, device=left.device)
+        elif not shrink:
+            left = right = right @ left
         return left, right, {"k_a": k, "k_b": k}
     projector_a, values_a = top_projector(cov_a, r)
     k_a = rank_of(values_a)
@@ -57,6 +67,28 @@ def plan(manager: "GRITManager", state: GroupState, i: int, shrink: bool) -> tup
     if k_a <= k_b:
         return basis.mT, projector_b @ basis, {"k_a": k_a, "k_b": k_b}
     return basis.mT @ projector_a, basis, {"k_a": k_a, "k_b": k_b}
+
+
+def _kept_just_now(manager: "GRITManager", name: str) -> dict[str, Any] | None:
+    """What a reprojection at this very step, since which no weight has moved, kept of a layer."""
+    for record in reversed(manager.history):
+        if record["step"] != manager.step:
+            break
+        if record["kind"] == "reprojection":
+            found: dict[str, Any] | None = record["layers"].get(name)
+            return found
+    return None
+
+
+def _as_it_is(pair: LoraPair, done: dict[str, Any], shrink: bool) -> tuple[Tensor, Tensor]:
+    """(L, R) that leave B A alone, of which one factor has rank k already."""
+    r, k = pair.rank, min(done["k_a"], done["k_b"])
+    if not shrink or k >= r:
+        eye = torch.eye(r, dtype=torch.float64, device=pair.a.device)
+        return eye, eye
+    narrow = (pair.a if done["k_a"] <= done["k_b"] else pair.b.mT).detach().double()
+    basis = torch.linalg.eigh(narrow @ narrow.mT)[1][:, r - k :]
+    return basis.mT, basis
 
 
 def reproject(manager: "GRITManager", optimizer: torch.optim.Optimizer | None, shrink: bool) -> dict[str, Any]:
@@ -77,8 +109,12 @@ def reproject(manager: "GRITManager", optimizer: torch.optim.Optimizer | None, s
             a, b = pair.a.detach(), pair.b.detach()
             new_a, new_b = left.to(a.device) @ a.double(), b.double() @ right.to(b.device)
             said["relative_change"] = relative_change(a, b, new_a, new_b)
-            # Each parameter's own moments (mode adamw and sgd) go the way of its gradient.
-            _move_moments(optimizer, pair, left, right)
+            # What the optimizer has added up (modes adamw and sgd) are natural gradients: like steps, they go the way
+            # of the weights. Grafted ones have the length of raw gradients, which go the other way.
+            if manager.config.grafts:
+                _move_moments(optimizer, pair, right.mT, left.mT)
+            else:
+                _move_moments(optimizer, pair, left, right)
             changed[pair.name] = transformed(state.layer(i), left, right)
             if left.shape[0] < pair.rank:
                 said["r"] = pair.rank
@@ -98,6 +134,8 @@ def reproject(manager: "GRITManager", optimizer: torch.optim.Optimizer | None, s
         manager.regroup(changed)
     if resized:
         rank.write_patterns(manager.model, resized)
+    if changed:
+        manager.update_and_invert_factors()
     if layers:
         worst = max(layers.items(), key=lambda item: item[1]["relative_change"])
         logger.info(
@@ -113,14 +151,18 @@ def reproject(manager: "GRITManager", optimizer: torch.optim.Optimizer | None, s
 
 
 def _move_moments(optimizer: torch.optim.Optimizer | None, pair: LoraPair, left: Tensor, right: Tensor) -> None:
-    """First moments exactly, second ones as of uncorrelated coordinates; quantized ones (8 bit) are dropped."""
+    """A's from the left, B's from the right: first moments exactly, second ones as of uncorrelated coordinates.
+
+    Quantized ones (8 bit) are dropped.
+    """
     if optimizer is None:
         return
     for parameter, is_a in ((pair.a, True), (pair.b, False)):
         state = optimizer.state.get(parameter)
         if not state:
             continue
-        matrix = (right.mT if is_a else left.mT).to(parameter.device, torch.float32)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)  # not in 16 bit
+        matrix = (left if is_a else right).to(parameter.device, dtype)
         for name, value in list(state.items()):
             if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1:
                 continue
@@ -128,6 +170,6 @@ def _move_moments(optimizer: torch.optim.Optimizer | None, pair: LoraPair, left:
                 logger.warning("GRIT: %s: optimizer state %r cannot be transformed; reset", pair.name, name)
                 state.clear()
                 break
-            turn = matrix.square() if name in ("exp_avg_sq", "max_exp_avg_sq") else matrix
-            moved = turn @ value.float() if is_a else value.float() @ turn
+            turn = matrix.square() if name in SECOND_MOMENTS else matrix
+            moved = turn @ value.to(turn.dtype) if is_a else value.to(turn.dtype) @ turn
             state[name] = moved.to(value.dtype)

@@ -85,6 +85,9 @@ def effect(manager: "GRITManager") -> dict[str, Any]:
     """Whether preconditioning changes what the optimizer does, with the evidence; also as one log line."""
     total, ready = len(manager.pairs()), manager.ready_layers()
     record: dict[str, Any] = {"kind": "effect", "ready_layers": ready, "layers": total, **manager.measured}
+    for norm in ("gradient_norm_raw", "gradient_norm_natural"):  # before clipping, as last taken
+        if f"grit/{norm}" in manager.last_metrics:
+            record[norm] = manager.last_metrics[f"grit/{norm}"]
     if not manager.preconditions():
         record |= {
             "effective": False,
@@ -99,7 +102,10 @@ def effect(manager: "GRITManager") -> dict[str, Any]:
     elif manager.config.mode == "eigen_adamw":
         parts = [basis_rotation(s[q], s[f"ready_{q[-1]}"]) for s in manager.states for q in ("q_a", "q_g")]
         rotation = float(torch.cat(parts).max())
-        record |= {"max_basis_rotation": rotation, "effective": rotation > NO_EFFECT_COSINE}
+        # Steps weighted along the directions (eigen_power) count as well: they come after Adam has normalised.
+        weights = max(float((s[w] - 1).abs().max()) for s in manager.states for w in ("w_a", "w_g"))
+        record |= {"max_basis_rotation": rotation, "max_weight_change": weights}
+        record["effective"] = max(rotation, weights) > NO_EFFECT_COSINE
         if not record["effective"]:
             record["reason"] = "every eigenbasis is a permutation of the axes, which Adam does not see"
     else:

@@ -48,8 +48,9 @@ def balance(cov_a: Tensor, cov_g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     x, y = _factor(cov_a), _factor(cov_g)
     u, sigma, vt = torch.linalg.svd(y.mT @ x)
-    solid = sigma > sigma[0].clamp_min(1e-300) * 1e-9 if sigma.numel() else sigma > 0
-    q = int(solid.sum())
+    # Nothing of either: 1e-9 of the largest, or the rounding of the product, by which all would be divided.
+    floor = torch.maximum(sigma[0] * 1e-9, x.norm() * y.norm() * 1e-13).clamp_min(1e-300)
+    q = int((sigma > floor).sum())
     scale = sigma[:q].rsqrt()
     left = scale[:, None] * (u[:, :q].mT @ y.mT)
     right = (x @ vt[:q].mT) * scale
@@ -60,6 +61,8 @@ def _factor(cov: Tensor) -> Tensor:
     """X with Σ = X Xᵀ, also where Σ is singular: [r, r] → [r, r], float64."""
     cov = cov.double()
     values, vectors = torch.linalg.eigh(0.5 * (cov + cov.mT))
+    # What rounding leaves of a zero (1e-16) would be a direction of weight 1e-8 after the root.
+    values = torch.where(values > values[-1] * 1e-14, values, 0.0)
     factor: Tensor = vectors * values.clamp_min(0).sqrt()
     return factor
 

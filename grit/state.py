@@ -109,7 +109,7 @@ class GroupState:
         """
         use = (samples > 0) & (self.t["kind"] == kind).to(samples.device)
         use &= torch.isfinite(cov_a).flatten(1).all(-1) & torch.isfinite(cov_g).flatten(1).all(-1)
-        share = torch.where(use, 1.0 - decay, 0.0).to(cov_a.dtype)
+        share = use.to(cov_a.dtype) * (1.0 - decay)  # torch.where of two numbers would round them to float32
         for name, now in (("ema_a", cov_a), ("ema_g", cov_g)):
             now = torch.where(use[:, None, None], now, torch.zeros_like(now))
             self.t[name] = self.t[name] + share[:, None, None] * (now - self.t[name])
@@ -148,6 +148,8 @@ class GroupState:
                 self.t[f"inv_{side}"] = torch.where(ready[:, None, None], inverse, eye).to(home)
             self.t[f"ready_{side}"] = ready.to(home)
         self.t["lam_a"], self.t["lam_g"] = lam_a.to(home), lam_g.to(home)
+        # Eigenvectors come column by column in memory; products round otherwise there than after a checkpoint.
+        self.t = {name: tensor.contiguous() for name, tensor in self.t.items()}
         return (usable_a.to(home) & ~self.t["ready_a"]) | (usable_g.to(home) & ~self.t["ready_g"])
 
     def _turn(self, side: str, basis: Tensor) -> None:

@@ -40,7 +40,7 @@ class GritCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Shrink ranks if that is asked for, close the hooks."""
-        self.manager.finish()
+        self.manager.finish(kwargs.get("optimizer"))
         self.manager.close()
 
 
@@ -59,25 +59,36 @@ class GritMixin:
         """As the Trainer's, and either a configuration or a manager for the very model that is trained.
 
         Raises:
-            ValueError: both are given, or the manager is of another model; GRITConfigError, GritLayerError.
+            ValueError: both are given, or the manager is of another model or not that of a GritOptimizer that is
+                passed; GRITConfigError, GritLayerError.
         """
         if grit_config is not None and grit_manager is not None:
             raise ValueError("expected grit_config or grit_manager, got both")
         super().__init__(*args, **kwargs)
+        if isinstance(self.optimizer, GritOptimizer) and self.optimizer.manager is not grit_manager:
+            raise ValueError("grit_manager: expected the manager of the GritOptimizer in optimizers")
+        log_file = Path(self.args.output_dir) / LOG_FILE if self.args.process_index == 0 else None
         if grit_manager is None:
-            log_file = Path(self.args.output_dir) / LOG_FILE if self.args.process_index == 0 else None
             grit_manager = GRITManager(self.model, grit_config, log_file=log_file)
         elif not any(pair.a is p for pair in grit_manager.pairs()[:1] for p in self.model.parameters()):
             raise ValueError("grit_manager: expected a manager of the model that is trained, got one of another model")
+        elif grit_manager.log_file is None:
+            grit_manager.log_file = log_file
         self.grit_manager = grit_manager
-        # First in line: what it adds to the logs reaches TensorBoard, W&B and whoever else reports.
-        self.callback_handler.callbacks.insert(0, GritCallback(grit_manager))  # type: ignore[attr-defined]
+        self._loss_of_step = 0.0
+        # First in line: what it adds to the logs reaches TensorBoard, W&B and whoever else reports. One is enough.
+        handler = self.callback_handler  # type: ignore[attr-defined]
+        others = [callback for callback in handler.callbacks if not isinstance(callback, GritCallback)]
+        handler.callbacks = [GritCallback(grit_manager), *others]
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The Trainer's optimizer (in mode sgd: SGD with momentum), wrapped."""
-        if isinstance(self.optimizer, GritOptimizer):
-            return self.optimizer
         config = self.grit_manager.config
+        for ready in (self.optimizer, getattr(self.optimizer, "optimizer", None)):  # the second: train() called again
+            if isinstance(ready, GritOptimizer):
+                if config.max_grad_norm is None and not ready.max_grad_norm:
+                    ready.max_grad_norm = self.args.max_grad_norm or 0.0
+                return self.optimizer
         if self.optimizer is None and config.mode == "sgd":
             weights = [p for p in self.model.parameters() if p.requires_grad]
             self.optimizer = torch.optim.SGD(
@@ -105,7 +116,10 @@ class GritMixin:
             manager.capture.loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         if manager.config.adaptive_schedule:
-            manager.observe_loss(float(loss))
+            self._loss_of_step += float(loss)  # what comes back is this batch's share of the step's mean
+            if self.accelerator.sync_gradients:
+                manager.observe_loss(self._loss_of_step)
+                self._loss_of_step = 0.0
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -118,10 +132,18 @@ class GritMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The adapter, with ranks that had shrunk by then."""
-        manager = self.grit_manager
-        if rank.fit_to_checkpoint(self.model, manager.pairs(), Path(resume_from_checkpoint)):
-            manager.rebuild()
+        self._fit_ranks(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        """The adapter, with the ranks it had then; shrunk no further without statistics of those ranks."""
+        self._fit_ranks(self.state.best_model_checkpoint)
+        super()._load_best_model()  # type: ignore[misc]
+
+    def _fit_ranks(self, checkpoint: str) -> None:
+        manager = self.grit_manager
+        if rank.fit_to_checkpoint(self.model, manager.pairs(), Path(checkpoint), manager.base_rank, self.optimizer):
+            manager.rebuild()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; hooks come off whatever happens."""

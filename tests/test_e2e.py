@@ -74,16 +74,16 @@ def clone(tmp_path_factory):
 def test_1_everything_is_recorded(clone):
     rows = clone.query("select model_name, aqi_accuracy, delta_aqi, inference_speed, delta_speed, timestamp "
                        "from evaluation_results order by model_name")  # fmt: skip
-    assert [r[0] for r in rows] == ["base_model", "baseline_lora_model"]
-    base, arm = rows
+    assert [r[0] for r in rows] == ["base_model", "baseline_lora_model", "pure_grit_model"]
+    base, arm, grit = rows
     assert base[2] == 0 and base[4] == 0
     samples = [json.loads(s) for s in (clone.folder / "scores/baseline_lora/0/samples.jsonl").open()]
     test = [s["correct"] for s in samples if s["split"] == "test"]
     assert len(test) == 40
     assert arm[1] == pytest.approx(100 * sum(test) / 40)
     assert arm[2] == pytest.approx(arm[1] - base[1])
-    assert base[3] > 0 and arm[3] > 0
-    assert clone.query("select count(*) from sample") == [(2 * (40 + 11 * 3),)]
+    assert base[3] > 0 and arm[3] > 0 and grit[3] > 0
+    assert clone.query("select count(*) from sample") == [(3 * (40 + 11 * 3),)]
 
 
 def test_2_the_artefacts_are_real(clone):
@@ -98,6 +98,28 @@ def test_2_the_artefacts_are_real(clone):
         assert content["status"] == "finished" and content["git"]["commit"] and content["packages"]["torch"]
     chain = clone.query("select a.kind, p.kind from artifact a join artifact p on p.sha256 = a.parent_sha256")
     assert ("merged_gguf", "adapter") in chain
+
+
+def test_2b_pure_grit_did_something_and_its_smaller_ranks_are_exported(clone):
+    from gguf import GGUFReader
+    from safetensors.torch import load_file
+
+    folder = clone.folder / "adapters/pure_grit/0"
+    said = json.loads((folder / "run.json").read_text())["extra"]["grit"]
+    assert said["effective"] is True and set(said["capture"].values()) == {"hooks"}
+    records = [json.loads(line) for line in (folder / "grit_log.jsonl").open()]
+    assert {"effect", "spectra", "reprojection", "final"} <= {r["kind"] for r in records}
+    for plot in ("fisher_spectra.png", "ranks.png"):
+        assert (folder / plot).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    weights = load_file(folder / "adapter_model.safetensors")
+    ranks = {name: w.shape[0] for name, w in weights.items() if "lora_A" in name}
+    assert min(ranks.values()) < 4 and sum(ranks.values()) / len(ranks) == pytest.approx(said["mean_rank"])
+    exported = GGUFReader(clone.folder / "gguf/pure_grit/0/adapter.gguf").tensors
+    assert sorted(int(min(t.shape)) for t in exported if t.name.endswith("lora_a")) == sorted(ranks.values())
+    baseline = load_file(clone.folder / ADAPTER)
+    assert sum(w.numel() for w in weights.values()) < sum(w.numel() for w in baseline.values())
+    parity = json.loads((clone.folder / "gguf/pure_grit/0/parity.json").read_text())
+    assert parity["token_ids_equal"] == 1.0
 
 
 def test_3_the_backend_is_recorded_and_the_fallback_is_said(clone):

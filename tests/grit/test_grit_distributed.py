@@ -1,0 +1,319 @@
+"""Two processes with half of the batch each do what one process does with all of it.
+
+One launch of two gloo processes runs every scenario; the tests look at what they wrote, beside a run in this process.
+"""
+
+import os
+import socket
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peft import LoraConfig, get_peft_model
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from grit import GRITConfig, GRITManager, GritOptimizer, GritTrainer
+
+RANK, VOCABULARY, LENGTH, STEPS = 3, 40, 9, 5
+LAYERS = 6
+EQUAL, UNEQUAL = [9, 9, 9, 9], [9, 4, 7, 5]  # lengths of the four items of a step; ranks have two each
+
+SCENARIOS = {
+    "hooks, eigen_adamw": {"mode": "eigen_adamw"},
+    "hooks, adamw": {"mode": "adamw"},
+    "hooks, sgd in a trust region": {"mode": "sgd", "kl_clip": 1e-3},
+    "hooks, paper pairing": {"mode": "adamw", "pairing": "paper"},
+    "hooks, unequal token counts": {"mode": "adamw"},
+    "hooks, statistics every other step": {"mode": "eigen_adamw", "grit_cov_update_freq": 2, "kfac_update_freq": 2},
+    "hooks, ready only by the tokens of both": {"mode": "adamw", "kfac_min_samples": 100},
+    "hooks, reprojection": {"mode": "eigen_adamw", "reprojection": "balanced", "enable_rank_adaptation": False},
+    "gradients, eigen_adamw": {"mode": "eigen_adamw", "capture": "gradients"},
+    "gradients, adamw": {"mode": "adamw", "capture": "gradients"},
+    "hooks, not finite on one rank at step 2": {"mode": "adamw"},
+    "adaptive schedule": {"mode": "adamw", "adaptive_schedule": True, "adaptive_window": 2, "kfac_update_freq": 4},
+}
+
+
+def configuration(**changes):
+    values = {
+        "capture": "hooks",
+        "kfac_damping": 0.1,
+        "kfac_min_samples": 1,
+        "grit_cov_update_freq": 1,
+        "kfac_update_freq": 2,
+        "reprojection": "none",
+        "reprojection_freq": 3,
+        "reprojection_k": 2,
+        "min_lora_rank": 1,
+    }
+    return GRITConfig(**{**values, **changes})
+
+
+def make_model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+        use_cache=False,
+    )
+    targets = ["q_proj", "v_proj", "down_proj"]
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM(config).double(), lora)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.3 * torch.randn(p.shape))
+    return model.train()
+
+
+def make_batch(step, lengths):
+    """All of the step's items, padded to one length; every token but the first of an item carries loss."""
+    generator = torch.Generator().manual_seed(50 + step)
+    ids = torch.randint(1, VOCABULARY, (len(lengths), LENGTH), generator=generator)
+    mask = (torch.arange(LENGTH)[None, :] < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def share(batch, rank, world):
+    size = len(batch["input_ids"]) // world
+    return {name: value[rank * size : (rank + 1) * size] for name, value in batch.items()}
+
+
+def lora_weights(model):
+    return {n.removeprefix("module."): p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+
+
+def measured(manager):
+    found = {}
+    for state, i, pair in manager.layers():
+        cov_a, cov_g = state.covariances()
+        tensors = {name: state[name][i].clone() for name in ("inv_a", "inv_g", "ready_a", "ready_g", "samples")}
+        tensors |= {name: state[name][i].clone() for name in ("lam_a", "lam_g", "kind", "k")}
+        found[pair.name] = {"cov_a": cov_a[i].clone(), "cov_g": cov_g[i].clone(), **tensors}
+    return found
+
+
+def run_scenario(name, rank, world):
+    """Train; everything that has to agree, step by step."""
+    config = configuration(**SCENARIOS[name])
+    model = make_model()
+    manager = GRITManager(model, config)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    if config.mode == "sgd":
+        inner = torch.optim.SGD(weights, lr=0.02, momentum=0.9)
+    else:
+        inner = torch.optim.AdamW(weights, lr=0.02, weight_decay=0.01)
+    trained = DistributedDataParallel(model) if world > 1 else model
+    optimizer = GritOptimizer(inner, manager)
+    steps = []
+    for step in range(STEPS):
+        batch = make_batch(step, UNEQUAL if "unequal" in name else EQUAL)
+        mine = share(batch, rank, world)
+        loss = trained(**mine).loss
+        if "unequal" in name:
+            # The mean over the tokens of all ranks; DDP divides the sum of the gradients by the number of ranks.
+            total, own = (int((b["labels"][:, 1:] != -100).sum()) for b in (batch, mine))
+            loss = loss * (own / (total / world))
+            manager.capture.loss_divisor = total / world
+        if "not finite" in name and step == 2 and rank == world - 1:
+            loss = loss * float("nan")
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if config.adaptive_schedule:
+            # The first rank's loss stands still, the last one's triples; alone they would double and halve.
+            manager.observe_loss(3.0 if step >= 2 and rank == world - 1 else 1.0)
+        steps.append(
+            {
+                "ready": manager.ready_layers(),
+                "inversions": manager.inversions,
+                "factor": manager.trend.factor,
+                "interval": manager.trend.interval(config.kfac_update_freq),
+                "skipped": manager.skipped,
+            }
+        )
+    out = {"weights": lora_weights(model), "layers": measured(manager), "steps": steps, "loss": float(loss.detach())}
+    manager.close()
+    return out
+
+
+class Items(torch.utils.data.Dataset):
+    """Sixteen items of unequal length, padded."""
+
+    def __init__(self):
+        self.batches = [make_batch(i, UNEQUAL) for i in range(4)]
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        return {name: value[i % 4] for name, value in self.batches[i // 4].items()}
+
+
+def run_trainer(folder, batch_size, accumulation):
+    """GritTrainer over the sixteen items in order, eight an optimizer step, twice through."""
+    model = make_model()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=4,
+        learning_rate=0.02,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.5,
+        train_sampling_strategy="sequential",
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        seed=0,
+    )
+    config = configuration(mode="adamw", adaptive_schedule=True, adaptive_window=2)
+    trainer = GritTrainer(model=model, args=arguments, train_dataset=Items(), grit_config=config)
+    trainer.train()
+    manager = trainer.grit_manager
+    return {"weights": lora_weights(model), "layers": measured(manager), "factor": manager.trend.factor}
+
+
+def worker(rank, world, port, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        results = {name: run_scenario(name, rank, world) for name in SCENARIOS}
+        try:
+            GRITManager(make_model(), configuration(rank_shrink="events"))
+            results["refused"] = None
+        except ValueError as error:
+            results["refused"] = str(error)
+        results["trainer"] = run_trainer(folder, batch_size=2, accumulation=2)
+        torch.save(results, folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What both ranks wrote."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(worker, args=(2, port, folder), nprocs=2, join=True)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process does with the joint batch."""
+    done = {}
+
+    def result(name):
+        if name not in done:
+            done[name] = run_scenario(name, 0, 1)
+        return done[name]
+
+    return result
+
+
+def assert_close(got, want, rel):
+    assert set(got) == set(want)
+    for name, value in want.items():
+        error = float((got[name].double() - value.double()).norm())
+        assert error <= rel * max(float(value.double().norm()), 1e-300), f"{name}: {error:.2e}"
+
+
+def assert_same_bits(one, other):
+    assert set(one) == set(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+COMPARED = [name for name in SCENARIOS if "not finite" not in name and "adaptive" not in name]
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_two_ranks_equal_one_process_with_the_joint_batch(ranks, alone, name):
+    """Factors, inverses, damping, readiness, and the weights after five steps."""
+    want = alone(name)
+    # Half a batch is another batch: an all-reduce left out would show.
+    assert ranks[0][name]["loss"] != ranks[1][name]["loss"]
+    for got in (ranks[0][name], ranks[1][name]):
+        assert_close(got["weights"], want["weights"], 1e-8)
+        assert len(got["layers"]) == LAYERS
+        for layer, tensors in want["layers"].items():
+            assert_close(got["layers"][layer], tensors, 1e-8)
+        assert got["steps"] == want["steps"]
+    start = lora_weights(make_model())
+    assert all(float((want["weights"][n] - w).norm() / w.norm()) > 1e-3 for n, w in start.items())
+
+
+@pytest.mark.parametrize("name", list(SCENARIOS))
+def test_ranks_agree_to_the_bit(ranks, name):
+    """Nothing may drift apart: weights, factors, inverses and the schedule are one on all ranks."""
+    one, other = ranks[0][name], ranks[1][name]
+    assert_same_bits(one["weights"], other["weights"])
+    for layer in one["layers"]:
+        assert_same_bits(one["layers"][layer], other["layers"][layer])
+    assert one["steps"] == other["steps"]
+
+
+def test_samples_are_those_of_both_ranks(ranks, alone):
+    name = "hooks, ready only by the tokens of both"  # 36 tokens a step, 18 a rank: 100 are reached in step 2
+    for result in (ranks[0][name], ranks[1][name], alone(name)):
+        assert [step["ready"] for step in result["steps"]] == [0, 0, LAYERS, LAYERS, LAYERS]
+        assert {float(layer["samples"]) for layer in result["layers"].values()} == {36.0 * STEPS}
+
+
+def test_the_adaptive_schedule_is_one_on_all_ranks_although_losses_differ(ranks):
+    """Mean losses 1, 1, then 2, 2: the factor halves on both. Alone rank 0 would have doubled it."""
+    for result in ranks:
+        factors = [step["factor"] for step in result["adaptive schedule"]["steps"]]
+        assert factors == [1.0, 1.0, 1.0, 0.5, 0.5]
+        intervals = [step["interval"] for step in result["adaptive schedule"]["steps"]]
+        assert intervals == [4, 4, 4, 2, 2]
+        assert [step["inversions"] for step in result["adaptive schedule"]["steps"]] == [1, 1, 1, 1, 2]
+
+
+def test_a_rank_with_nan_makes_all_ranks_skip(ranks):
+    for result in ranks:
+        skipped = [step["skipped"] for step in result["hooks, not finite on one rank at step 2"]["steps"]]
+        assert skipped == [0, 0, 1, 1, 1]
+        weights = result["hooks, not finite on one rank at step 2"]["weights"]
+        assert all(bool(torch.isfinite(w).all()) for w in weights.values())
+
+
+def test_shrinking_during_a_distributed_run_is_refused_with_the_way_out(ranks):
+    for result in ranks:
+        assert result["refused"] is not None
+        assert "rank_shrink" in result["refused"] and "'events'" in result["refused"]
+        assert "'end' or 'never'" in result["refused"] and "distributed" in result["refused"]
+
+
+def test_shrinking_at_events_is_fine_in_one_process():
+    manager = GRITManager(make_model(), configuration(rank_shrink="events"))
+    assert len(manager.pairs()) == LAYERS
+
+
+def test_grit_trainer_on_two_ranks_equals_one(ranks, tmp_path):
+    """Two ranks × batch 2 × accumulation 2 against batch 4 × accumulation 2, token counts unequal everywhere."""
+    want = run_trainer(tmp_path, batch_size=4, accumulation=2)
+    for result in ranks:
+        got = result["trainer"]
+        assert_close(got["weights"], want["weights"], 1e-6)
+        for layer, tensors in want["layers"].items():
+            assert_close(got["layers"][layer], tensors, 1e-6)
+        assert got["factor"] == want["factor"]
+    assert_same_bits(ranks[0]["trainer"]["weights"], ranks[1]["trainer"]["weights"])
+    start = SimpleNamespace(weights=lora_weights(make_model()))
+    assert all(float((want["weights"][n] - w).norm() / w.norm()) > 1e-3 for n, w in start.weights.items())
