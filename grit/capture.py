@@ -16,18 +16,47 @@ from grit.layers import LayerGroup
 
 
 class GroupSums:
-    """Σ h hᵀ, Σ δ δᵀ ([n, r, r]) and the tokens counted ([n]) since the last `clear`."""
+    """Σ z zᵀ of z = (h, δ) ([n, 2r, 2r]; one product serves both statistics) and the tokens counted ([n])."""
 
     def __init__(self, group: LayerGroup):
         n, r = len(group), group.rank
-        self.hh = torch.zeros(n, r, r, dtype=group.dtype, device=group.device)
-        self.dd = torch.zeros_like(self.hh)
+        self.rank = r
+        self.gram = torch.zeros(n, 2 * r, 2 * r, dtype=group.dtype, device=group.device)
         self.tokens = torch.zeros(n, dtype=torch.float64, device=group.device)
+
+    @property
+    def hh(self) -> Tensor:
+        """Σ h hᵀ [n, r, r]."""
+        return self.gram[:, : self.rank, : self.rank]
+
+    @property
+    def dd(self) -> Tensor:
+        """Σ δ δᵀ [n, r, r]."""
+        return self.gram[:, self.rank :, self.rank :]
 
     def clear(self) -> None:
         """Start again from zero."""
-        for tensor in (self.hh, self.dd, self.tokens):
-            tensor.zero_()
+        self.gram.zero_()
+        self.tokens.zero_()
+
+
+class TokenMask:
+    """Which tokens of a batch count: `keep` [tokens, 1], 1 or 0, and how many they are."""
+
+    def __init__(self, keep: Tensor):
+        self.keep = keep
+        # One number a batch; on a device it stays there, so that nobody waits for it.
+        self.count: Tensor | float = float(keep.sum()) if keep.device.type == "cpu" else keep.sum()
+        self._weights: tuple[Any, Tensor] | None = None
+
+    def weights(self, like: Tensor, scale: float | Tensor) -> Tensor:
+        """What z = (h, δ) [tokens, 2r] is multiplied by: 0 for padding, else 1 for h and `scale` for δ."""
+        key = (like.shape[1], like.dtype, like.device, scale)
+        if self._weights is None or self._weights[0] != key:
+            keep = self.keep.to(device=like.device, dtype=like.dtype)
+            r = like.shape[1] // 2
+            self._weights = (key, torch.cat([keep.expand(-1, r), (keep * scale).expand(-1, r)], 1))
+        return self._weights[1]
 
 
 class HookCapture:
@@ -52,7 +81,7 @@ class HookCapture:
         self.loss_scale: float = like.loss_scale if like else 1.0
         self.accumulation: int = like.accumulation if like else 1
         self.misfits: set[str] = set()
-        self._mask: Tensor | None = None
+        self._mask: TokenMask | None = None
         self._batch_divisor: float | Tensor = 1.0
         self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._see_batch, with_kwargs=True)]
         for g, group in enumerate(groups):
@@ -74,15 +103,16 @@ class HookCapture:
         if not (self.active and torch.is_grad_enabled()):
             return
         mask = kwargs.get("attention_mask")
-        self._mask = mask.reshape(-1, 1).float() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        if self._mask is not None and self._mask.device.type == "cpu" and bool(self._mask.all()):
-            self._mask = None  # nothing is padded
+        self._mask = None
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            self._mask = TokenMask(mask.reshape(-1, 1).float())
         items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
         if items is not None:
             self._batch_divisor = items
         elif isinstance(labels, Tensor) and labels.dim() == 2:
             # Causal language models predict the next token: the first label carries no loss.
-            self._batch_divisor = (labels[:, 1:] != -100).sum() * self.accumulation
+            items = (labels[:, 1:] != -100).sum() * self.accumulation
+            self._batch_divisor = float(items) if items.device.type == "cpu" else items
         else:
             self._batch_divisor = float(self.accumulation)
 
@@ -100,25 +130,23 @@ class HookCapture:
         return forward_hook
 
     def _add(
-        self, g: int, i: int, name: str, h: Tensor, delta: Tensor, mask: Tensor | None, divisor: float | Tensor
+        self, g: int, i: int, name: str, h: Tensor, delta: Tensor, mask: TokenMask | None, divisor: float | Tensor
     ) -> None:
         sums, rank = self.sums[g], h.shape[-1]
-        h, delta = h.reshape(-1, rank).to(sums.hh.dtype), delta.reshape(-1, rank).to(sums.hh.dtype)
-        if mask is not None and mask.shape[0] != h.shape[0]:
-            self.misfits.add(name)  # e.g. an expert that sees some tokens only: all of its tokens count
-            mask = None
-        if mask is None:
-            sums.tokens[i] += h.shape[0]
-        else:
-            keep = mask.to(device=h.device, dtype=h.dtype)
-            h, delta = h * keep, delta * keep
-            sums.tokens[i] += keep.sum()
         if not self.normalize:
             divisor = 1.0
         elif self.loss_divisor is not None:  # read as late as the loss scale: loops count tokens next to the loss
             divisor = self.loss_divisor
         scale = divisor / self.loss_scale
-        if isinstance(scale, Tensor) and scale.device.type != "cpu":
-            delta, scale = delta * scale, 1.0  # no waiting for the device
-        sums.hh[i].addmm_(h.mT, h)
-        sums.dd[i].addmm_(delta.mT, delta, alpha=float(scale) ** 2)
+        dtype = sums.gram.dtype
+        z = torch.cat([h.reshape(-1, rank).to(dtype), delta.reshape(-1, rank).to(dtype)], 1)
+        if mask is not None and mask.keep.shape[0] != z.shape[0]:
+            self.misfits.add(name)  # e.g. an expert that sees some tokens only: all of its tokens count
+            mask = None
+        if mask is None:
+            z[:, rank:] *= scale
+            sums.tokens[i] += z.shape[0]
+        else:
+            z *= mask.weights(z, scale)
+            sums.tokens[i] += mask.count
+        sums.gram[i].addmm_(z.mT, z)

@@ -30,12 +30,12 @@ class GRITConfig:
 
     # Statistics
     capture: Literal["auto", "hooks", "gradients"] = "auto"  # auto: hooks, and gradients where hooks stay silent
-    grit_cov_update_freq: int = 2  # steps ≥ 1 between two updates of the statistics
+    grit_cov_update_freq: int = 5  # steps ≥ 1 between two updates of the statistics
     cov_decay: float = 0.8  # β in [0, 1): weight that an update leaves to the past
     normalize_delta: bool = True  # multiply δ by the loss tokens (else Σ_g is about 1e-9 under a mean loss)
 
     # Factors and inverses
-    kfac_update_freq: int = 5  # steps ≥ 1 between two inversions
+    kfac_update_freq: int = 10  # steps ≥ 1 between two inversions
     kfac_min_samples: int = 64  # tokens before a factor is trusted; identity until then
     kfac_damping: float = 1e-2  # λ ≥ 0: times tr(Σ)/r if relative, as it is if absolute
     damping_mode: Literal["relative", "absolute"] = "relative"
@@ -56,7 +56,7 @@ class GRITConfig:
     # Reprojection and rank
     reprojection: Literal["balanced", "paper", "none"] = "balanced"
     use_two_sided_reprojection: bool = True  # of "paper": B by the eigenvectors of Σ_g (else of Σ_a)
-    reprojection_freq: int = 50  # steps ≥ 1
+    reprojection_freq: int = 0  # steps between two reprojections; 0 = none before the end of training
     reprojection_k: int = 8  # directions kept where the rank is not adapted
     reprojection_warmup_steps: int = 0  # none before
     enable_rank_adaptation: bool = True  # k = smallest rank whose eigenvalues reach τ
@@ -147,7 +147,6 @@ class GRITConfig:
             "grit_cov_update_freq": 1,
             "kfac_update_freq": 1,
             "kfac_min_samples": 1,
-            "reprojection_freq": 1,
             "reprojection_k": 1,
             "min_lora_rank": 1,
             "adaptive_window": 2,
@@ -158,6 +157,7 @@ class GRITConfig:
             "kl_clip": 0,
             "lambda_kfac": 0,
             "lambda_reproj": 0,
+            "reprojection_freq": 0,
             "ng_warmup_steps": 0,
             "reprojection_warmup_steps": 0,
             "rank_adaptation_start_step": 0,

@@ -94,7 +94,8 @@ class LayerGroup:
 
     def has_gradients(self) -> Tensor:
         """Which layers have both gradients: [n] bool on the CPU."""
-        return torch.tensor([p.a.grad is not None and p.b.grad is not None for p in self.pairs])
+        pairs = zip(self.params_a, self.params_b, strict=True)
+        return torch.tensor([a.grad is not None and b.grad is not None for a, b in pairs])
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -258,10 +258,10 @@ class GRITManager:
 
     def update_and_invert_factors(self) -> None:
         """Invert (or diagonalise) every factor that has seen enough tokens; others leave gradients as they are."""
+        if self.config.mode == "eigen_adamw" and not self.preconditions():
+            return  # not counted, so that the bases are due as soon as the warm-up is over
         self.inversions += 1
         self._last_inversion = self.step
-        if self.config.mode == "eigen_adamw" and not self.preconditions():
-            return
         for state in self.states:
             failed = state.invert(self.config)
             for i, pair in enumerate(state.group.pairs):
@@ -331,6 +331,7 @@ class GRITManager:
         interval = self.trend.interval(self.config.reprojection_freq)
         if (
             self.config.reprojection != "none"
+            and self.config.reprojection_freq > 0
             and self.step >= max(1, self.config.reprojection_warmup_steps)
             and self.step % interval == 0
         ):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grit.eigen import eigen_adamw_step
+from grit.eigen import Stack, eigen_adamw_step
 from grit.manager import GRITManager
 
 
@@ -139,11 +139,18 @@ class GritOptimizer(torch.optim.Optimizer):
     def _eigen_step(self) -> None:
         place = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
         options = [_options(group) for group in self.param_groups]
+        stacks = []
         for state in self.manager.states:
-            places = [(place[id(pair.a)], place[id(pair.b)]) for pair in state.group.pairs]
-            for a, b in dict.fromkeys(places):
-                among = torch.tensor([p == (a, b) for p in places])
-                eigen_adamw_step(state, options[a], options[b], among)
+            group = state.group
+            members: dict[tuple[int, int], list[int]] = {}
+            for i, (a, b) in enumerate(zip(group.params_a, group.params_b, strict=True)):
+                if a.grad is not None and b.grad is not None:
+                    members.setdefault((place[id(a)], place[id(b)]), []).append(i)
+            for (of_a, of_b), among in members.items():
+                chosen = None if len(among) == len(group) else among
+                state["steps"][among] += 1
+                stacks += [Stack(state, "a", options[of_a], chosen), Stack(state, "b", options[of_b], chosen)]
+        eigen_adamw_step(stacks)
         lora = [p for pair in self.manager.pairs() for p in (pair.a, pair.b)]
         if len(lora) < sum(len(group["params"]) for group in self.param_groups):
             gradients = [p.grad for p in lora]

@@ -188,8 +188,12 @@ def transformed(layer: dict[str, Tensor], left: Tensor, right: Tensor) -> dict[s
         q_g = factors.eigh(new["ema_g"][None])[1][0] if bool(layer["ready_g"]) else eye
         turn_a = q_g.mT @ right.mT @ layer["q_g"]
         turn_b = layer["q_a"].mT @ left.mT @ q_a
-        new["m_a"], new["v_a"] = turn_a @ layer["m_a"], turn_a.square() @ layer["v_a"]
-        new["m_b"], new["v_b"] = layer["m_b"] @ turn_b, layer["v_b"] @ turn_b.square()
+        new["m_a"], new["m_b"] = turn_a @ layer["m_a"], layer["m_b"] @ turn_b
+        if left.shape[0] == left.shape[1]:
+            # A projection leaves second moments as they are, turned only: at zero, Adam would blow the rounding of
+            # gradients in dropped directions up to steps of full size.
+            turn_a, turn_b = q_g.mT @ layer["q_g"], layer["q_a"].mT @ q_a
+        new["v_a"], new["v_b"] = turn_a.square() @ layer["v_a"], layer["v_b"] @ turn_b.square()
         new["q_a"], new["q_g"] = q_a, q_g
         new["w_a"] = new["w_g"] = torch.ones(left.shape[0], dtype=dtype, device=device)
     else:

@@ -197,6 +197,12 @@ def test_a_frozen_layer_of_another_kind_does_no_harm():
     assert [p.name for p in GRITManager(model).pairs()] == [f"{PREFIX}linear"]
 
 
+def test_frozen_embeddings_are_named_too():
+    model = lora(Strange(), targets=["embedding"]).requires_grad_(False)
+    with pytest.raises(GritLayerError, match=rf"got 1 frozen ones \({PREFIX}embedding"):
+        GRITManager(model)
+
+
 def test_min_lora_rank_above_the_models_rank_is_refused_by_the_smallest_layers_name():
     model = lora(r=4, rank_pattern={"second": 2})
     with pytest.raises(ValueError, match=rf"at most the smallest rank, 2 \({PREFIX}second\), got 3"):
@@ -322,16 +328,17 @@ def test_one_bad_step_may_be_one_too_many():
 
 
 def singular_setup(capture, grafting, seed):
-    """Batches of 3 tokens for factors of rank 6: without damping there is no inverse."""
+    """Batches of 3 or 5 tokens for factors of rank 6: without damping there is no inverse."""
     model = lora(r=6, targets=("first", "second"))
     settings = {"kfac_damping": 0.0, "damping_mode": "absolute", "cov_decay": 0.0, "mode": "adamw"}
     config = quick(**settings, capture=capture, grafting=grafting)
     return model, GritOptimizer(inner_for("adamw", model, lr=1e-2 + 1e-3 * seed), GRITManager(model, config))
 
 
+@pytest.mark.parametrize("tokens", [3, 5])
 @pytest.mark.parametrize("grafting", [True, False])
 @pytest.mark.parametrize("capture", ["hooks", "gradients"])
-def test_a_singular_covariance_is_never_used(capture, grafting, caplog):
+def test_a_singular_covariance_is_never_used(capture, grafting, tokens, caplog):
     """Gradients stay to the bit, and training is plain AdamW; failures are counted and logged with names.
 
     Rounding makes about half of all singular float32 sums look positive definite to Cholesky, hence many batches.
@@ -342,13 +349,13 @@ def test_a_singular_covariance_is_never_used(capture, grafting, caplog):
     manager = optimizer.manager
     with caplog.at_level(logging.WARNING, "grit"):
         for i in range(12):
-            backward(model, i, n=3)
+            backward(model, i, n=tokens)
             raw = [p.grad.clone() for p in weights_of(model)]
             optimizer.step()
             assert same([p.grad for p in weights_of(model)], raw), i
             assert manager.ready_layers() == 0, i
             optimizer.zero_grad()
-            backward(plain, i, n=3)
+            backward(plain, i, n=tokens)
             adamw.step()
             adamw.zero_grad()
     assert same([p.detach() for p in weights_of(model)], [p.detach() for p in weights_of(plain)])

@@ -127,7 +127,7 @@ def test_all_mistakes_of_all_kinds_arrive_together():
 
 def test_setting_a_field_later_is_checked_by_validate():
     config = GRITConfig()
-    config.reprojection_freq = 0
+    config.kfac_update_freq = 0
     config.mode = "adam"
     with pytest.raises(GRITConfigError) as error:
         config.validate()
@@ -148,7 +148,6 @@ def test_numbers_that_are_negative_nan_or_infinite_are_refused(name, value):
         "grit_cov_update_freq",
         "kfac_update_freq",
         "kfac_min_samples",
-        "reprojection_freq",
         "reprojection_k",
         "min_lora_rank",
         "max_nonfinite_steps",
@@ -165,9 +164,16 @@ def test_rank_zero_is_refused():
 
 
 @pytest.mark.parametrize(
-    "name", ["ng_warmup_steps", "reprojection_warmup_steps", "rank_adaptation_start_step", "regularizer_warmup_steps"]
+    "name",
+    [
+        "ng_warmup_steps",
+        "reprojection_warmup_steps",
+        "rank_adaptation_start_step",
+        "regularizer_warmup_steps",
+        "reprojection_freq",
+    ],
 )
-def test_warmups_may_be_zero_but_not_negative(name):
+def test_warmups_and_the_reprojection_interval_may_be_zero_but_not_negative(name):
     GRITConfig.from_dict({name: 0})
     assert list(complaints(**{name: -1})) == [name]
 

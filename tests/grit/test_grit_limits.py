@@ -350,6 +350,23 @@ def test_activation_checkpointing_changes_nothing_and_counts_once(use_reentrant)
     assert largest_difference(*gradients) < 1e-6
 
 
+def test_evaluation_between_forward_and_a_checkpointed_backward_does_not_lend_its_mask():
+    """Reentrant checkpointing runs the layers again inside the backward pass, when another batch was seen last."""
+    batch, other = collate(make_items([9, 6, 7])), collate(make_items([5, 9, 8], seed=9))
+    want = statistics_of(make_model(), one_pass(batch))
+    model = make_model()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+
+    def work(model):
+        loss = model(**batch).loss
+        with torch.no_grad():
+            model(**other)
+        loss.backward()
+
+    assert_same(statistics_of(model, work), want, 1e-10)
+
+
 @pytest.mark.parametrize("kind", ["autocast", "backward under autocast too", "bf16 weights"])
 def test_bfloat16_keeps_float32_statistics_near_those_of_float32(kind):
     batch = collate(make_items([9, 12, 7, 10]))
@@ -451,6 +468,16 @@ def test_normalised_delta_is_that_of_one_token_whatever_the_batch():
     raw_thrice = statistics_of(make_model(), one_pass(collate(items * 3)), settings(normalize_delta=False))
     for name, (_, cov_g, _) in raw.items():
         assert torch.allclose(raw_thrice[name][1] * 9, cov_g, rtol=1e-5)
+
+
+def test_the_divisor_is_the_number_of_predicted_tokens_where_every_token_is_a_label():
+    """Nothing predicts an item's first token: 8 + 5 + 6 of 22 labels carry loss."""
+    batch = collate(make_items([9, 6, 7]))
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    whole = statistics_of(make_model(), one_pass(batch))
+    raw = statistics_of(make_model(), one_pass(batch), settings(normalize_delta=False))
+    for name, (_, cov_g, _) in whole.items():
+        assert torch.allclose(raw[name][1] * 19**2, cov_g, rtol=1e-10)
 
 
 def test_absolute_damping_on_raw_delta_is_a_mere_scalar():

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_grit_trainer import (
     Watch,
     arguments,
+    libraries_are_no_garbage,  # noqa: F401
     lora_parameters,
     lora_weights,
     settings,
@@ -206,6 +207,20 @@ def test_resuming_twice_and_from_the_end(tmp_path):
     last = make_trainer("adamw-events-adaptive", tmp_path / "b")
     last.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-16"))
     assert_same_run(last, undisturbed, tmp_path)
+
+
+@pytest.mark.parametrize("case", ["eigen-events", "adamw-projected-at-full-rank"])
+def test_a_trainer_goes_back_to_an_earlier_checkpoint_of_its_own(case, tmp_path):
+    """Ranks have shrunk since, at events or at the end: they grow back to what the checkpoint has."""
+    trainer = make_trainer(case, tmp_path / "a")
+    trainer.train()
+    weights, state = lora_weights(trainer.model), trainer.grit_manager.state_dict()
+    at_the_end = [pair.rank for pair in trainer.grit_manager.pairs()]
+    trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    saved = load_file(tmp_path / "a" / "checkpoint-4" / WEIGHTS)
+    assert sum(at_the_end) < sum(w.shape[0] for name, w in saved.items() if "lora_A" in name)
+    assert_same(lora_weights(trainer.model), weights)
+    assert_same(trainer.grit_manager.state_dict(), state)
 
 
 @pytest.mark.parametrize("mode", ["eigen_adamw", "adamw"])

@@ -1,6 +1,7 @@
 """GRIT in a plain loop, in transformers' Trainer and in TRL's SFTTrainer: it reaches the weights, and rightly so."""
 
 import functools
+import gc
 import inspect
 import random
 from types import SimpleNamespace
@@ -22,6 +23,15 @@ from grit import (
 )
 
 VOCABULARY, LENGTH = 64, 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries_are_no_garbage():
+    """Every train() has accelerate collect garbage, half a second each over all that torch and the others brought."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def tiny_model(rank=4, seed=0, warm=False, targets=("q_proj", "v_proj", "down_proj")):
