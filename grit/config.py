@@ -46,10 +46,10 @@ class GRITConfig:
     mode: Literal["eigen_adamw", "adamw", "sgd"] = "eigen_adamw"
     pairing: Literal["kfac", "paper"] = "kfac"  # which factor meets which gradient
     grafting: bool | None = None  # raw norm of each tensor restored; None: in mode adamw only
-    max_grad_norm: float | None = None  # clip after preconditioning; 0 = never; None: the Trainer's, else never
+    max_grad_norm: float | None = None  # clip after preconditioning; 0 = never; None: the Trainer's (not in mode sgd)
     ng_warmup_steps: int = 0  # steps without preconditioning
     lr_ratio_b: float = 1.0  # learning rate of B over that of A (LoRA+), > 0
-    eigen_power: float = 0.5  # p in [0, 1] of mode eigen_adamw: step ∝ (λ_i/mean λ + damping)^(−p/2) along direction i
+    eigen_power: float = 1.0  # p in [0, 1] of mode eigen_adamw: step ∝ (λ_i/mean λ + damping)^(−p/2) along direction i
     kl_clip: float = 1e-3  # κ of mode sgd: trust region, (step)ᵀ F (step) ≤ κ; 0 = none
     sgd_momentum: float = 0.9  # [0, 1), of the SGD that GritTrainer makes in mode sgd
 

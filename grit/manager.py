@@ -249,6 +249,8 @@ class GRITManager:
         """Whether factors are to be inverted at this step: at the interval, and as soon as a waiting one can be."""
         if self._last_inversion < 0:
             return True
+        if self._starting(self.step):
+            return True
         if self.step - self._last_inversion >= self.trend.interval(self.config.kfac_update_freq):
             return True
         return self._captures_at(self.step) and any(
@@ -394,7 +396,16 @@ class GRITManager:
         self.trend.see(loss)
 
     def _captures_at(self, step: int) -> bool:
-        return step % self.config.grit_cov_update_freq == 0
+        return step % self.config.grit_cov_update_freq == 0 or self._starting(step)
+
+    def _starting(self, step: int) -> bool:
+        """Whether factors are refreshed at every step: mode sgd, in the first steps.
+
+        B starts at 0 and Σ_g grows with its square. A factor ten steps old is too small by orders of magnitude then,
+        and a natural gradient without Adam's normalisation as much too long; the trust region, measured with the same
+        factor, does not see it.
+        """
+        return self.config.mode == "sgd" and step < 4 * self.config.grit_cov_update_freq
 
     def _advance(self) -> None:
         self.step += 1

@@ -33,6 +33,8 @@ class GritOptimizer(torch.optim.Optimizer):
         self.optimizer, self.manager = optimizer, manager
         config = manager.config
         self.max_grad_norm = config.max_grad_norm if config.max_grad_norm is not None else (max_grad_norm or 0.0)
+        if config.mode == "sgd" and config.kl_clip > 0 and config.max_grad_norm is None:
+            self.max_grad_norm = 0.0  # the trust region limits the step; natural gradients have other lengths than raw
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [pair.name for pair in manager.pairs() if id(pair.a) not in held or id(pair.b) not in held]
         if missing:
