@@ -22,7 +22,7 @@ from benchmarks._lora_task import Job, Recipe, train_all
 HORIZONS = (150, 300)
 SEEDS = (1, 2, 3)
 RATES, ALPHAS = (2e-3, 4e-3, 8e-3), (64.0, 128.0)
-LADDER = (0.5, 0.6, 0.67, 0.8)
+LADDER = (0.5, 0.67, 0.8)
 GRIT: dict[str, Any] = {"rank_shrink": "never"}  # the default configuration, at full rank to the end
 
 

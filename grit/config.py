@@ -60,7 +60,7 @@ class GRITConfig:
     reprojection_k: int = 8  # directions kept where the rank is not adapted
     reprojection_warmup_steps: int = 0  # none before
     enable_rank_adaptation: bool = True  # k = smallest rank whose eigenvalues reach τ
-    rank_adaptation_threshold: float = 0.99  # τ in (0, 1]
+    rank_adaptation_threshold: float = 0.999  # τ in (0, 1]
     rank_adaptation_start_step: int = 0  # fixed k before
     min_lora_rank: int = 4  # 1 ≤ k ≤ r
     rank_shrink: Literal["end", "events", "never"] = "end"  # when tensors really shrink to k
@@ -101,6 +101,7 @@ class GRITConfig:
             "grafting": False,
             "reprojection": "paper",
             "enable_rank_adaptation": True,
+            "rank_adaptation_threshold": 0.99,
             "reprojection_k": 8,
             "reprojection_freq": 50,
             "rank_shrink": "never",

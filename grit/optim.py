@@ -32,9 +32,7 @@ class GritOptimizer(torch.optim.Optimizer):
         """
         self.optimizer, self.manager = optimizer, manager
         config = manager.config
-        self.max_grad_norm = config.max_grad_norm if config.max_grad_norm is not None else (max_grad_norm or 0.0)
-        if config.mode == "sgd" and config.kl_clip > 0 and config.max_grad_norm is None:
-            self.max_grad_norm = 0.0  # the trust region limits the step; natural gradients have other lengths than raw
+        self.max_grad_norm = self.limit(max_grad_norm)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [pair.name for pair in manager.pairs() if id(pair.a) not in held or id(pair.b) not in held]
         if missing:
@@ -59,6 +57,15 @@ class GritOptimizer(torch.optim.Optimizer):
         self.param_groups, self.state = optimizer.param_groups, optimizer.state
         self.gradient_norm: float | None = None
         manager.open()
+
+    def limit(self, offered: float | None) -> float:
+        """What gradients are clipped to: what the config says, else what is offered; 0 = never."""
+        config = self.manager.config
+        if config.max_grad_norm is not None:
+            return config.max_grad_norm
+        if config.mode == "sgd" and config.kl_clip > 0:
+            return 0.0  # the trust region limits the step; natural gradients have other lengths than raw
+        return offered or 0.0
 
     def _split_off_b(self, ratio: float) -> None:
         """Give B a parameter group of its own with `ratio` times the learning rate (LoRA+, Hayou et al. 2024)."""

@@ -86,8 +86,7 @@ class GritMixin:
         config = self.grit_manager.config
         for ready in (self.optimizer, getattr(self.optimizer, "optimizer", None)):  # the second: train() called again
             if isinstance(ready, GritOptimizer):
-                if config.max_grad_norm is None and not ready.max_grad_norm:
-                    ready.max_grad_norm = self.args.max_grad_norm or 0.0
+                ready.max_grad_norm = ready.max_grad_norm or ready.limit(self.args.max_grad_norm)
                 return self.optimizer
         if self.optimizer is None and config.mode == "sgd":
             weights = [p for p in self.model.parameters() if p.requires_grad]

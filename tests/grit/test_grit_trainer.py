@@ -632,6 +632,20 @@ def test_a_grit_optimizer_that_is_passed_gets_the_trainers_limit(tmp_path):
         assert trainer.create_optimizer() is optimizer and optimizer.max_grad_norm == expected
 
 
+@pytest.mark.parametrize(("kappa", "of_config", "expected"), [(1e-3, None, 0.0), (0.0, None, 0.3), (1e-3, 0.7, 0.7)])
+def test_mode_sgd_is_clipped_only_where_no_trust_region_limits_it(kappa, of_config, expected, tmp_path):
+    """At the second train() as at the first."""
+    trainer = GritTrainer(
+        model=tiny_model(),
+        args=arguments(tmp_path, max_grad_norm=0.3, max_steps=1),
+        train_dataset=tiny_data(),
+        grit_config=settings(mode="sgd", kl_clip=kappa, max_grad_norm=of_config),
+    )
+    for _ in range(2):
+        trainer.train()
+        assert trainer.optimizer.optimizer.max_grad_norm == expected
+
+
 # --- Precision, checkpointing, schedules, inner optimizers
 
 
