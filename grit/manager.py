@@ -70,12 +70,21 @@ class GRITManager:
         Raises:
             GRITConfigError: every mistake in `config`.
             GritLayerError: no LoRA, frozen LoRA, unsupported kinds.
-            ValueError: rank_shrink "events" in a distributed run, where DDP's buckets fix the shapes.
+            ValueError: a device that is not there, a min_lora_rank above the model's, or rank_shrink "events" in a
+                distributed run, where DDP's buckets fix the shapes.
         """
         self.model, self.config = model, config or GRITConfig()
         if device is not None and self.config.kfac_inversion_device == "auto":
             self.config.kfac_inversion_device = str(device)
         self.config.validate()
+        if self.config.kfac_inversion_device != "auto":
+            try:
+                torch.empty(0, device=self.config.kfac_inversion_device)
+            except (RuntimeError, AssertionError) as error:
+                raise ValueError(
+                    f"kfac_inversion_device: expected 'auto' or a device of this machine, got "
+                    f"{self.config.kfac_inversion_device!r}: {str(error).splitlines()[0]}"
+                ) from error
         if world_size() > 1 and self.config.rank_shrink == "events":
             raise ValueError("rank_shrink: expected 'end' or 'never' in a distributed run, got 'events'")
         pairs = find_pairs(model)

@@ -42,7 +42,8 @@ class GritOptimizer(torch.optim.Optimizer):
             )
         if config.mode == "sgd" and not isinstance(optimizer, torch.optim.SGD):
             raise ValueError(f"mode 'sgd': expected torch.optim.SGD, got {type(optimizer).__name__}")
-        if config.mode != "sgd" and any("betas" not in group for group in optimizer.param_groups):
+        needed = {"betas", "eps"} if config.mode == "eigen_adamw" else {"betas"}
+        if config.mode != "sgd" and any(not needed <= group.keys() for group in optimizer.param_groups):
             raise ValueError(
                 f"mode {config.mode!r}: expected an optimizer of the Adam family (with betas), got "
                 f"{type(optimizer).__name__}; for SGD set mode to 'sgd'"
@@ -50,6 +51,10 @@ class GritOptimizer(torch.optim.Optimizer):
         for option in ("amsgrad", "maximize"):
             if config.mode == "eigen_adamw" and any(group.get(option) for group in optimizer.param_groups):
                 raise ValueError(f"mode 'eigen_adamw': expected an optimizer without {option}, got {option}=True")
+        # torch's Adam says so in its groups; weight decay in its gradient would not be the decoupled one of here.
+        coupled = any(g.get("decoupled_weight_decay") is False and g["weight_decay"] for g in optimizer.param_groups)
+        if config.mode == "eigen_adamw" and coupled:
+            raise ValueError("mode 'eigen_adamw': expected decoupled weight decay (torch.optim.AdamW), got Adam's")
         if config.lr_ratio_b != 1.0 and any("initial_lr" in group for group in optimizer.param_groups):
             raise ValueError("lr_ratio_b: wrap the optimizer first, then make its learning-rate schedule; got it made")
         self._split_off_b(config.lr_ratio_b)

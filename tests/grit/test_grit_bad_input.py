@@ -589,3 +589,24 @@ def test_a_fitting_checkpoint_is_taken(mode):
     assert optimizer.manager.step == 2
     assert same(optimizer.state_dict()["grit"], state["grit"])
     optimizer.manager.close()
+
+
+def test_an_inversion_device_that_is_not_there_is_named_at_once():
+    with pytest.raises(ValueError, match="kfac_inversion_device: expected 'auto' or a device .* got 'cdua'"):
+        GRITManager(lora(), GRITConfig(kfac_inversion_device="cdua", min_lora_rank=1))
+
+
+def test_eigen_adamw_refuses_optimizers_whose_step_it_would_not_take():
+    model = lora()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    manager = GRITManager(model, GRITConfig(mode="eigen_adamw", min_lora_rank=1))
+    with pytest.raises(ValueError, match="decoupled weight decay"):
+        GritOptimizer(torch.optim.Adam(weights, weight_decay=0.1), manager)
+
+    class Lion(torch.optim.Optimizer):
+        def __init__(self, weights):
+            super().__init__(weights, {"lr": 1e-3, "betas": (0.9, 0.99)})
+
+    with pytest.raises(ValueError, match="Adam family"):
+        GritOptimizer(Lion(weights), manager)
+    GritOptimizer(torch.optim.Adam(weights), manager)  # without weight decay the two are the same
