@@ -51,8 +51,9 @@ class TokenMask:
 
     def weights(self, like: Tensor, scale: float | Tensor) -> Tensor:
         """What z = (h, δ) [tokens, 2r] is multiplied by: 0 for padding, else 1 for h and `scale` for δ."""
-        key = (like.shape[1], like.dtype, like.device, scale)
-        if self._weights is None or self._weights[0] != key:
+        # A scale that is on a device is not compared: that would wait for it.
+        key = None if isinstance(scale, Tensor) else (like.shape[1], like.dtype, like.device, scale)
+        if key is None or self._weights is None or self._weights[0] != key:
             keep = self.keep.to(device=like.device, dtype=like.dtype)
             r = like.shape[1] // 2
             self._weights = (key, torch.cat([keep.expand(-1, r), (keep * scale).expand(-1, r)], 1))
@@ -138,6 +139,8 @@ class HookCapture:
         elif self.loss_divisor is not None:  # read as late as the loss scale: loops count tokens next to the loss
             divisor = self.loss_divisor
         scale = divisor / self.loss_scale
+        if isinstance(scale, Tensor) and scale.device.type == "cpu":
+            scale = float(scale)
         dtype = sums.gram.dtype
         z = torch.cat([h.reshape(-1, rank).to(dtype), delta.reshape(-1, rank).to(dtype)], 1)
         if mask is not None and mask.keep.shape[0] != z.shape[0]:

@@ -1,6 +1,7 @@
 """Pure GRIT: PEFT and TRL's SFTTrainer as in the baseline, with GRIT inside the optimizer's step; no Unsloth."""
 
 import shutil
+import sys
 from typing import Any
 
 from trainers.common import Arm, TrainingJob, sft_trainer_class
@@ -24,10 +25,14 @@ def _report(trainer: Any, job: TrainingJob) -> dict[str, Any]:
     manager = trainer.grit_manager
     log = job.output / manager.log_file.name
     shutil.copy2(manager.log_file, log)
-    plots.plot_spectra(log, job.output / "fisher_spectra.png")
-    plots.plot_ranks(log, job.output / "ranks.png")
+    pictures = {"fisher_spectra.png": plots.plot_spectra, "ranks.png": plots.plot_ranks}
     if manager.config.log_eig_heatmaps:
-        plots.plot_heatmaps(log, job.output / "fisher_heatmaps.png")
+        pictures["fisher_heatmaps.png"] = plots.plot_heatmaps
+    for name, plot in pictures.items():
+        try:
+            plot(log, job.output / name)
+        except ValueError as error:  # nothing to draw, e.g. a run too short for any factor; the adapter is there
+            print(f"pure_grit: no {name}: {error}", file=sys.stderr)
     final = manager.history[-1]
     ranks = [entry["r"] for entry in final["ranks"].values()]
     return {
