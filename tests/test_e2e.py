@@ -246,4 +246,9 @@ def test_c_where_a_server_answers_the_models_are_served_and_scored_there(clone, 
     assert same >= 0.97 * len(served)
     clone.run("python", "-m", "pipelines.compare")
     assert {b for (b,) in clone.query("select backend_name from run where is_current")} == {"ollama"}
-    assert clone.query("select count(*) from run") == [(5,)]
+    # base twice (two backends), baseline three times (two rates, two backends), pure_grit once
+    assert clone.query("select arm, count(*) from run group by arm order by arm") == [
+        ("base", 2),
+        ("baseline_lora", 3),
+        ("pure_grit", 1),
+    ]

@@ -507,18 +507,21 @@ def test_absolute_damping_on_raw_delta_is_a_mere_scalar():
 # When and of what statistics are taken
 
 
+@pytest.mark.parametrize("mode", ["adamw", "sgd"])
 @pytest.mark.parametrize("capture", ["hooks", "gradients"])
-def test_statistics_change_only_at_their_steps(capture):
+def test_statistics_change_only_at_their_steps(capture, mode):
+    """Every third; in mode sgd at every step at first, while B grows away from 0."""
     model = make_model()
-    config = settings(grit_cov_update_freq=3, capture=capture, kfac_update_freq=100)
+    config = settings(grit_cov_update_freq=3, capture=capture, kfac_update_freq=100, mode=mode)
     manager = GRITManager(model, config).open()
-    optimizer = GritOptimizer(torch_optimizer(model, "sgd", 0.01), manager)
+    optimizer = GritOptimizer(torch_optimizer(model, mode, 0.01), manager)
     changed, before = [], measured(manager)
-    for step in range(8):
+    due = [step % 3 == 0 or (mode == "sgd" and step < 12) for step in range(17)]
+    for step in range(17):
         one_pass(collate(make_items([9, 6, 7], seed=step)))(model)
         if capture == "hooks":
             counted = [bool(sums.tokens.any()) for sums in manager.capture.sums]
-            assert counted == [step % 3 == 0] * len(counted)
+            assert counted == [due[step]] * len(counted)
         optimizer.step()
         optimizer.zero_grad()
         after = measured(manager)
@@ -528,7 +531,7 @@ def test_statistics_change_only_at_their_steps(capture):
         changed.append(all(parts))
         before = after
     manager.close()
-    assert changed == [step % 3 == 0 for step in range(8)]
+    assert changed == due
 
 
 def with_two_adapters():
