@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 
 class OutputError(RuntimeError):
     """An output folder that cannot be written; what stood there before is untouched."""
@@ -90,15 +92,15 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def _alive(partial: Path) -> bool:
-    """Whether the process that writes `partial` still runs."""
-    pid = partial.name.rsplit(".", 2)[-2]
+    """Whether the process that writes `partial` still runs: not a dead one nobody has reaped, nor a later namesake."""
+    pid = partial.name.removesuffix(".old.partial").removesuffix(".partial").rsplit(".", 1)[-1]
     try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
+        process = psutil.Process(int(pid))
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= partial.lstat().st_mtime + 1
+    except (ValueError, psutil.NoSuchProcess, FileNotFoundError):
         return False
-    except PermissionError:
+    except psutil.AccessDenied:
         return True
-    return True
 
 
 def _swap(partial: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ import textwrap
 import time
 from contextlib import contextmanager
 
+import psutil
 import pytest
 
 from pipelines.outputs import OutputError, exclusive, staged
@@ -162,3 +163,26 @@ def test_a_disk_that_fills_up(small_disk, writer):
         write(folder / "new")
     assert content(target) == {"old.txt": "old"}
     assert [p.name for p in small_disk.iterdir()] == ["0"]
+
+
+def test_leftovers_of_dead_processes_go_those_of_running_ones_stay(tmp_path):
+    """A killed process that nobody has reaped, and one whose number another has by now, are dead."""
+    target = tmp_path / "out"
+    dead = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    running = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    namesake = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        folders = {p: tmp_path / f"out.{p.pid}.partial" for p in (dead, running, namesake)}
+        for folder in folders.values():
+            folder.mkdir()
+        os.utime(folders[namesake], (1e9, 1e9))  # written long before that process began
+        dead.kill()
+        while psutil.Process(dead.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        with staged(target) as folder:
+            (folder / "x").write_text("1")
+        assert [f.exists() for f in folders.values()] == [False, True, False]
+    finally:
+        for process in (dead, running, namesake):
+            process.kill()
+            process.wait()
