@@ -15,83 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._harness import write
-from grit import GRITConfig, GRITManager, GritOptimizer
+from benchmarks._steps import BLOCK, SHAPES, Loop, block_ratios
+from grit import GRITConfig
 
-# hidden size, MLP size, layers, heads, vocabulary, items a batch, tokens an item, blocks
-SHAPES = {128: (384, 4, 4, 640, 16, 48, 6), 1024: (2816, 2, 8, 640, 4, 64, 3)}
-BLOCK, WARM_UP, MEMORY_STEPS = 50, 5, 12
-
-
-def model_of(hidden: int) -> Any:
-    """A random Llama with LoRA r 16 on all linear layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    mlp, layers, heads, vocabulary, *_ = SHAPES[hidden]
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=mlp,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            use_cache=False,
-        )
-    )
-    from peft import get_peft_model
-
-    return get_peft_model(base, GRITConfig().lora_config()).train()
-
-
-def batch_of(hidden: int, step: int) -> dict[str, torch.Tensor]:
-    """Random tokens; a quarter of each item is padding, as in the tiny profile's data."""
-    *_, vocabulary, items, tokens, _ = SHAPES[hidden]
-    ids = torch.randint(0, vocabulary, (items, tokens), generator=torch.Generator().manual_seed(step))
-    mask = torch.ones_like(ids)
-    mask[:, tokens - tokens // 4 :] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask > 0, ids, -100)}
-
-
-class Loop:
-    """One contender: model, optimizer and the step that is timed."""
-
-    def __init__(self, hidden: int, config: GRITConfig | None):
-        self.hidden, self.count = hidden, 0
-        self.model = model_of(hidden)
-        self.weights = [p for p in self.model.parameters() if p.requires_grad]
-        inner = torch.optim.AdamW(self.weights, lr=1e-4)
-        self.manager = GRITManager(self.model, config) if config else None
-        self.optimizer: Any = GritOptimizer(inner, self.manager, max_grad_norm=1.0) if self.manager else inner
-
-    def step(self) -> float:
-        """Seconds of one step: forward, backward, clipping, optimizer."""
-        batch = batch_of(self.hidden, self.count)
-        self.count += 1
-        started = time.perf_counter()
-        self.model(**batch).loss.backward()
-        if self.manager is None:
-            torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return time.perf_counter() - started
-
-
-def time_ratios(hidden: int, config: GRITConfig) -> tuple[list[float], float]:
-    """Ratio of each block, and the plain loop's mean seconds a step."""
-    plain, grit = Loop(hidden, None), Loop(hidden, config)
-    for _ in range(WARM_UP):
-        plain.step(), grit.step()
-    ratios, seconds = [], []
-    for _ in range(SHAPES[hidden][-1]):
-        total = [0.0, 0.0]
-        for number in range(BLOCK):
-            order = ((0, plain), (1, grit)) if number % 2 else ((1, grit), (0, plain))
-            for place, loop in order:
-                total[place] += loop.step()
-        ratios.append(total[1] / total[0])
-        seconds.append(total[0] / BLOCK)
-    return ratios, statistics.mean(seconds)
+MEMORY_STEPS = 12
 
 
 def peak_bytes(hidden: int, config: GRITConfig | None) -> int:
@@ -153,7 +80,7 @@ def main() -> None:
         plain_bytes = peak_bytes(hidden, None)
         for freq in (GRITConfig().kfac_update_freq, 5):
             config = GRITConfig(kfac_update_freq=freq)
-            ratios, plain = time_ratios(hidden, config)
+            ratios, plain = block_ratios(Loop(hidden, None), Loop(hidden, config), SHAPES[hidden][-1])
             memory = peak_bytes(hidden, config) / plain_bytes
             parts = where_time_goes(hidden, config)
             rows.append(

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from grit.config import GRITConfig, GRITConfigError
 
 if TYPE_CHECKING:
+    from grit.errors import CaptureError, NonFiniteGradientsError, NotAppliedError
     from grit.layers import GritLayerError
-    from grit.manager import CaptureError, GRITManager, NonFiniteGradientsError, NotAppliedError
+    from grit.manager import GRITManager
     from grit.optim import GritOptimizer
     from grit.trainer import GritCallback, GritTrainer, grit_trainer_class
 
@@ -33,14 +34,14 @@ __all__ = [
 
 # torch and transformers load when they are needed: settings can be checked in milliseconds.
 _HOMES = {
-    "CaptureError": "grit.manager",
+    "CaptureError": "grit.errors",
     "GRITManager": "grit.manager",
     "GritCallback": "grit.trainer",
     "GritLayerError": "grit.layers",
     "GritOptimizer": "grit.optim",
     "GritTrainer": "grit.trainer",
-    "NonFiniteGradientsError": "grit.manager",
-    "NotAppliedError": "grit.manager",
+    "NonFiniteGradientsError": "grit.errors",
+    "NotAppliedError": "grit.errors",
     "grit_trainer_class": "grit.trainer",
 }
 

@@ -6,6 +6,7 @@ sums are in float32 at least, and δ is multiplied by the number that the loss w
 gradient of one token's loss whatever the batch size, the accumulation steps and the loss scale.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grit.layers import LayerGroup
+
+logger = logging.getLogger("grit")
 
 
 class GroupSums:
@@ -81,7 +84,7 @@ class HookCapture:
         self.loss_divisor: float | Tensor | None = like.loss_divisor if like else None
         self.loss_scale: float = like.loss_scale if like else 1.0
         self.accumulation: int = like.accumulation if like else 1
-        self.misfits: set[str] = set()
+        self._misfits: set[str] = set()
         self._mask: TokenMask | None = None
         self._batch_divisor: float | Tensor = 1.0
         self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._see_batch, with_kwargs=True)]
@@ -144,7 +147,15 @@ class HookCapture:
         dtype = sums.gram.dtype
         z = torch.cat([h.reshape(-1, rank).to(dtype), delta.reshape(-1, rank).to(dtype)], 1)
         if mask is not None and mask.keep.shape[0] != z.shape[0]:
-            self.misfits.add(name)  # e.g. an expert that sees some tokens only: all of its tokens count
+            if name not in self._misfits:
+                logger.warning(
+                    "GRIT: %s sees %d tokens, the batch's mask has %d (an expert, or a vision tower): all of its "
+                    "tokens count, padding too",
+                    name,
+                    z.shape[0],
+                    mask.keep.shape[0],
+                )
+            self._misfits.add(name)
             mask = None
         if mask is None:
             z[:, rank:] *= scale

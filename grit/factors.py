@@ -36,7 +36,7 @@ def damping(
         pi_correction: See above.
 
     Returns:
-        [n] and [n]. Where a trace is zero the corresponding λ is `strength`.
+        [n] and [n]; relative damping of a zero factor is zero.
     """
     rank = cov_a.shape[-1]
     mean_a = cov_a.diagonal(dim1=-2, dim2=-1).sum(-1) / rank

@@ -46,12 +46,12 @@ class LoraPair:
 
     @property
     def rank(self) -> int:
-        """R."""
+        """The rank r."""
         return self.a.shape[0]
 
     @property
     def scale(self) -> float:
-        """S in ΔW = s·B·A."""
+        """The scale s in ΔW = s·B·A."""
         return float(self.layer.scaling[self.adapter])
 
     @property

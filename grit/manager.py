@@ -1,5 +1,6 @@
 """`GRITManager`: statistics, preconditioning and reprojection of all LoRA layers of a model."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator
@@ -8,29 +9,19 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from grit import records, regularizers
+from grit import checkpoint, records, regularizers, statistics
 from grit.capture import HookCapture
+from grit.checks import check
 from grit.config import GRITConfig
-from grit.distributed import all_reduce_sum, world_size
+from grit.errors import NonFiniteGradientsError, NotAppliedError
 from grit.layers import LayerGroup, LoraPair, find_pairs, group_pairs
-from grit.schedule import LossTrend
-from grit.state import GRADIENTS, HOOKS, KINDS, UNDECIDED, GroupState
+from grit.preconditioning import precondition
+from grit.schedule import LossTrend, captures_at, starting
+from grit.state import KINDS, GroupState
 
 logger = logging.getLogger("grit")
-
-
-class CaptureError(RuntimeError):
-    """Layers that get gradients but whose hooks report nothing."""
-
-
-class NotAppliedError(RuntimeError):
-    """Backward passes were seen, but no step went through a `GritOptimizer`."""
-
-
-class NonFiniteGradientsError(RuntimeError):
-    """Too many steps in a row had NaN or infinite gradients."""
 
 
 class GRITManager:
@@ -75,25 +66,10 @@ class GRITManager:
         """
         self.model, self.config = model, config or GRITConfig()
         if device is not None and self.config.kfac_inversion_device == "auto":
-            self.config.kfac_inversion_device = str(device)
+            self.config = dataclasses.replace(self.config, kfac_inversion_device=str(device))
         self.config.validate()
-        if self.config.kfac_inversion_device != "auto":
-            try:
-                torch.empty(0, device=self.config.kfac_inversion_device)
-            except (RuntimeError, AssertionError) as error:
-                raise ValueError(
-                    f"kfac_inversion_device: expected 'auto' or a device of this machine, got "
-                    f"{self.config.kfac_inversion_device!r}: {str(error).splitlines()[0]}"
-                ) from error
-        if world_size() > 1 and self.config.rank_shrink == "events":
-            raise ValueError("rank_shrink: expected 'end' or 'never' in a distributed run, got 'events'")
         pairs = find_pairs(model)
-        smallest = min(pairs, key=lambda p: p.rank)
-        if self.config.min_lora_rank > smallest.rank:
-            raise ValueError(
-                f"min_lora_rank: expected at most the smallest rank, {smallest.rank} ({smallest.name}), "
-                f"got {self.config.min_lora_rank}"
-            )
+        check(self.config, pairs)
         self.base_rank = {p.name: p.rank for p in pairs}
         self.log_file = Path(log_file) if log_file is not None else None
         if self.log_file is not None and self.log_file.exists():
@@ -107,7 +83,7 @@ class GRITManager:
         self.last_metrics: dict[str, float] = {}
         self._skipped_in_a_row = 0
         self._last_inversion = -1
-        self._failed_in_a_row: dict[str, int] = {}
+        self.failed_in_a_row: dict[str, int] = {}
         self.measured: dict[str, Any] = {}
 
     # Life cycle
@@ -116,11 +92,14 @@ class GRITManager:
         """Attach the hooks, once."""
         if self.capture is None and self.config.capture != "gradients":
             self.capture = HookCapture(self.model, self.groups, self.config.normalize_delta)
-            self.capture.active = self._captures_at(self.step)
+            self.capture.active = captures_at(self.config, self.step)
         return self
 
     def close(self, check: bool = True) -> None:
-        """Take the hooks off and write the last record.
+        """Take the hooks off, and name layers that never reported.
+
+        Args:
+            check: False where an error is on its way already, which must not be covered up.
 
         Raises:
             NotAppliedError: hooks saw backward passes, but no step came through a GritOptimizer.
@@ -204,65 +183,23 @@ class GRITManager:
         return False
 
     def update_statistics(self) -> None:
-        """Take what was captured since the last step into the moving averages; averaged over all ranks."""
-        if not self._captures_at(self.step):
-            return
-        if self.capture is not None:
-            all_reduce_sum([t for sums in self.capture.sums for t in (sums.hh, sums.dd, sums.tokens)])
-            self._decide([sums.tokens.cpu() > 0 for sums in self.capture.sums])
-        for g, state in enumerate(self.states):
-            if self.capture is not None:
-                sums = self.capture.sums[g]
-                tokens = sums.tokens.clamp_min(1.0).to(sums.hh.dtype)[:, None, None]
-                state.update(HOOKS, sums.hh / tokens, sums.dd / tokens, sums.tokens, self.config.cov_decay)
-            if bool((state["kind"] == GRADIENTS).any()):
-                self._update_from_gradients(state)
-        if self.capture is not None:
-            self.capture.clear()
+        """Take what was captured since the last step into the moving averages; averaged over all ranks.
 
-    def _update_from_gradients(self, state: GroupState) -> None:
-        gradient_a, gradient_b = state.group.gradients("a"), state.group.gradients("b")
-        has = state.group.has_gradients().to(gradient_a.device)
-        samples = has.double() * min(gradient_a.shape[2], gradient_b.shape[1])
-        state.update(GRADIENTS, gradient_b.mT @ gradient_b, gradient_a @ gradient_a.mT, samples, self.config.cov_decay)
-
-    def _decide(self, reported: list[Tensor]) -> None:
-        silent = []
-        for state, seen in zip(self.states, reported, strict=True):
-            kind = state["kind"]
-            kind[seen & (kind == UNDECIDED)] = HOOKS
-            silent.append(state.group.has_gradients() & ~seen & (kind != GRADIENTS))
-        names = [
-            pair.name
-            for s, lost in zip(self.states, silent, strict=True)
-            for pair, is_lost in zip(s.group.pairs, lost.tolist(), strict=True)
-            if is_lost
-        ]
-        if not names:
-            return
-        text = (
-            f"{len(names)} layers have gradients but their hooks reported nothing (fused kernels read the weights "
-            f"without calling the modules): {', '.join(names)}"
-        )
-        if self.config.capture == "hooks":
-            raise CaptureError(f"{text}; set capture to 'auto' or 'gradients', or switch the fused kernels off")
-        logger.warning("GRIT: %s; using gradient statistics for them", text)
-        for state, lost in zip(self.states, silent, strict=True):
-            state["kind"][lost] = GRADIENTS
-            where = lost.to(state["weight"].device)
-            for name in ("ema_a", "ema_g", "weight", "samples"):
-                state[name][where] = 0
-        self.add_record({"kind": "capture", "gradients": names})
+        Raises:
+            CaptureError: capture is "hooks" and layers with gradients reported nothing.
+        """
+        if captures_at(self.config, self.step):
+            statistics.gather(self)
 
     def inversion_due(self) -> bool:
         """Whether factors are to be inverted at this step: at the interval, and as soon as a waiting one can be."""
         if self._last_inversion < 0:
             return True
-        if self._starting(self.step):
+        if starting(self.config, self.step):
             return True
         if self.step - self._last_inversion >= self.trend.interval(self.config.kfac_update_freq):
             return True
-        return self._captures_at(self.step) and any(
+        return captures_at(self.config, self.step) and any(
             bool((~(s["ready_a"] & s["ready_g"]) & (s["samples"] >= self.config.kfac_min_samples)).any())
             for s in self.states
         )
@@ -271,24 +208,8 @@ class GRITManager:
         """Invert (or diagonalise) every factor that has seen enough tokens; others leave gradients as they are."""
         if self.config.mode == "eigen_adamw" and not self.preconditions():
             return  # not counted, so that the bases are due as soon as the warm-up is over
-        self.inversions += 1
         self._last_inversion = self.step
-        for state in self.states:
-            failed = state.invert(self.config)
-            for i, pair in enumerate(state.group.pairs):
-                if not bool(failed[i]):
-                    self._failed_in_a_row.pop(pair.name, None)
-                    continue
-                self.failed_inversions += 1
-                self._failed_in_a_row[pair.name] = self._failed_in_a_row.get(pair.name, 0) + 1
-                if self._failed_in_a_row[pair.name] in (1, 10, 100):
-                    logger.warning(
-                        "GRIT: the covariance of %s cannot be inverted (%d in a row); its gradients stay as they are. "
-                        "Raise kfac_damping",
-                        pair.name,
-                        self._failed_in_a_row[pair.name],
-                    )
-                    self.add_record({"kind": "singular", "layer": pair.name, "times": self._failed_in_a_row[pair.name]})
+        statistics.invert(self)
 
     def preconditions(self) -> bool:
         """Whether the natural-gradient warm-up is over."""
@@ -300,30 +221,15 @@ class GRITManager:
         kfac pairing: ∇A ← Σ_g⁻¹ ∇A, ∇B ← ∇B Σ_a⁻¹; paper pairing: ∇A ← Σ_a⁻¹ ∇A, ∇B ← ∇B Σ_g⁻¹.
 
         Returns:
-            Σ ⟨∇, natural ∇⟩ over all layers, the squared length that the trust region limits.
+            Σ ⟨∇, natural ∇⟩ over all layers, the squared length that the trust region limits (0 in mode adamw).
         """
-        total = 0.0
         if not self.preconditions():
-            return total
+            return 0.0
         measure = self._last_inversion == self.step or self.step % self.config.log_freq == 0
-        cosines: list[Tensor] = []
-        for state in self.states:
-            group = state.group
-            left, right = ("inv_g", "inv_a") if self.config.pairing == "kfac" else ("inv_a", "inv_g")
-            for side in ("a", "b"):
-                raw = group.gradients(side)
-                new = state[left] @ raw if side == "a" else raw @ state[right]
-                if self.config.grafts:
-                    norm, now = torch.linalg.matrix_norm(raw), torch.linalg.matrix_norm(new)
-                    new = new * (norm / now.clamp_min(1e-30))[:, None, None]
-                if measure:
-                    cosines.append(nn.functional.cosine_similarity(raw.double().flatten(1), new.double().flatten(1)))
-                if self.config.mode == "sgd":
-                    total += float((raw * new).sum())
-                group.put_gradients(side, new)
+        length, cosines = precondition(self.states, self.config, measure)
         if measure:
             self.measured = records.measure_cosines(cosines)
-        return total
+        return length
 
     def add_regularizers(self) -> None:
         """Add the gradients of the regularisers to `.grad`."""
@@ -374,52 +280,14 @@ class GRITManager:
             self.neural_reprojection(optimizer, shrink=True)
         self.add_record(records.final(self))
 
-    def regroup(self, changed: dict[str, dict[str, Tensor]]) -> None:
-        """Sort the layers into groups anew after shapes changed; `changed` has the new state of those layers."""
-        layers = {pair.name: state.layer(i) for state, i, pair in self.layers()} | changed
-        self.groups = self._grouped()
-        self.states = [GroupState.of_layers(g, [layers[p.name] for p in g.pairs]) for g in self.groups]
-        if self.capture is not None:
-            self.capture.close()
-            self.capture = HookCapture(self.model, self.groups, self.config.normalize_delta, like=self.capture)
-
-    def _grouped(self) -> list[LayerGroup]:
-        """Groups by today's shapes, in the model's order: a resumed run stacks its layers as an undisturbed one."""
-        place = {name: i for i, name in enumerate(self.base_rank)}
-        return group_pairs(sorted(self.pairs(), key=lambda pair: place[pair.name]))
-
-    def rebuild(self) -> None:
-        """Start anew on layers whose shapes changed from outside (a checkpoint about to be loaded)."""
-        seen = {pair.name: state["samples"][i].clone() for state, i, pair in self.layers()}
-        self.groups = self._grouped()
-        self.states = [GroupState.fresh(group, self.config) for group in self.groups]
-        for state, i, pair in self.layers():
-            state["samples"][i] = seen[pair.name]  # who has reported has reported, whatever became of it
-        if self.capture is not None:
-            self.capture.close()
-            self.capture = None
-            self.open()
-
     def observe_loss(self, loss: float) -> None:
         """The mean loss of a step, for the adaptive schedule."""
         self.trend.see(loss)
 
-    def _captures_at(self, step: int) -> bool:
-        return step % self.config.grit_cov_update_freq == 0 or self._starting(step)
-
-    def _starting(self, step: int) -> bool:
-        """Whether factors are refreshed at every step: mode sgd, in the first steps.
-
-        B starts at 0 and Σ_g grows with its square. A factor ten steps old is too small by orders of magnitude then,
-        and a natural gradient without Adam's normalisation as much too long; the trust region, measured with the same
-        factor, does not see it.
-        """
-        return self.config.mode == "sgd" and step < 4 * self.config.grit_cov_update_freq
-
     def _advance(self) -> None:
         self.step += 1
         if self.capture is not None:
-            self.capture.active = self._captures_at(self.step)
+            self.capture.active = captures_at(self.config, self.step)
 
     # Records and checkpoints
 
@@ -435,25 +303,7 @@ class GRITManager:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on: tensors, numbers and text only (loads with weights_only=True)."""
-        return {
-            "layers": {pair.name: state.layer(i) for state, i, pair in self.layers()},
-            "history": records.to_text(self.history),
-            "trend": self.trend.state_dict(),
-            "failed_in_a_row": dict(self._failed_in_a_row),
-            "numbers": {name: getattr(self, name) for name in self._NUMBERS},
-            "last_metrics": dict(self.last_metrics),
-            "measured": dict(self.measured),
-        }
-
-    _NUMBERS = (
-        "step",
-        "skipped",
-        "applied_steps",
-        "inversions",
-        "failed_inversions",
-        "_skipped_in_a_row",
-        "_last_inversion",
-    )
+        return checkpoint.save(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`; the log file is rewritten to hold what led there.
@@ -461,20 +311,6 @@ class GRITManager:
         Raises:
             ValueError: the checkpoint has other layers, other ranks, or is of another mode.
         """
-        names, saved = [p.name for p in self.pairs()], state["layers"]
-        if set(names) != set(saved):
-            odd = sorted(set(names) ^ set(saved))
-            raise ValueError(f"expected a checkpoint of the same LoRA layers, got one that differs in: {odd[:6]}")
-        odd = sorted({name for layer in saved.values() for name in layer} ^ set(self.states[0].t))
-        if odd:
-            raise ValueError(f"expected a checkpoint of mode {self.config.mode!r}, got one that differs in: {odd}")
-        self.states = [GroupState.of_layers(g, [saved[p.name] for p in g.pairs]) for g in self.groups]
-        for name in self._NUMBERS:
-            setattr(self, name, state["numbers"][name])
-        self.history = records.from_text(state["history"])
-        self.trend.load_state_dict(state["trend"])
-        self._failed_in_a_row = dict(state["failed_in_a_row"])
-        self.last_metrics, self.measured = dict(state["last_metrics"]), dict(state["measured"])
-        records.append(self.log_file, self.history, anew=True)
+        checkpoint.load(self, state)
         if self.capture is not None:
-            self.capture.active = self._captures_at(self.step)
+            self.capture.active = captures_at(self.config, self.step)

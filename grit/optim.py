@@ -190,9 +190,9 @@ class GritOptimizer(torch.optim.Optimizer):
         """
         if "grit" not in state_dict:
             raise ValueError("expected an optimizer state with GRIT's part ('grit'), got one of another optimizer")
+        self.manager.load_state_dict(state_dict["grit"])  # first: it refuses what does not fit
         self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "grit"})
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
-        self.manager.load_state_dict(state_dict["grit"])
 
 
 def _options(group: dict[str, Any]) -> dict[str, float]:

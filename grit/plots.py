@@ -4,18 +4,29 @@ matplotlib is imported where it is used, and by its objects (no pyplot), so that
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grit.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    SKY,
+    log_scale,
+    natural,
+    new_figure,
+    save,
+    say,
+    short_names,
+    whole_numbers,
+)
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Log = Path | str | list[dict[str, Any]]
 
-# Colours of Okabe & Ito (2008), which colour-blind readers tell apart; line styles say the same once more.
-BLUE, ORANGE, GREEN, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#999999"
 SIDES = {"a": r"$\Sigma_a$ (for B)", "g": r"$\Sigma_g$ (for A)"}
 _FLOOR = 1e-9  # relative eigenvalues below this are rounding
 _MOST_HEATMAPS = 8
@@ -42,11 +53,11 @@ def plot_spectra(log: Log, out: Path) -> Path:
             "expected records with eigenvalues (kinds 'spectra' and 'final'), found none: no factor had seen enough "
             "tokens, or log_fisher_spectrum was off and training did not end"
         )
-    figure, axes = _figure(14.0, 4.4, 3)
+    figure, axes = new_figure(14.0, 4.4, 3)
     for axis, (side, title) in zip(axes, SIDES.items(), strict=False):
         axis.set_title(f"Spectrum of {title}")
         if not known[side]:
-            _say(axis, f"no eigenvalues of {title.split()[0]} in this log")
+            say(axis, f"no eigenvalues of {title.split()[0]} in this log")
             continue
         if side == "g" and known["a"]:
             axis.sharey(axes[0])
@@ -54,13 +65,13 @@ def plot_spectra(log: Log, out: Path) -> Path:
         styles = [(first, ORANGE, "--", "first record")] if first is not last else []
         for (step, layers), colour, style, name in [*styles, (last, BLUE, "-", "last record")]:
             _spectrum(axis, _eigenvalues(layers, side), colour, style, f"{name}, step {step}")
-        _log_scale(axis)
-        _whole_numbers(axis)
+        log_scale(axis)
+        whole_numbers(axis)
         axis.set_xlabel("eigenvalue (1 = largest)")
         axis.set_ylabel("relative to the largest, λᵢ / λ₁")
         axis.legend(title="median of layers (thin: each layer)", loc="lower left")
     _effective_ranks(axes[2], known)
-    return _save(figure, out)
+    return save(figure, out)
 
 
 def _spectrum(axis: "Axes", values: list[list[float]], colour: str, style: str, label: str) -> None:
@@ -92,7 +103,7 @@ def _effective_ranks(axis: "Axes", known: dict[str, list[tuple[int, dict[str, An
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("effective rank (directions)")
     axis.set_ylim(0, 1.35 * axis.dataLim.y1)  # room for the legend
-    _whole_numbers(axis)
+    whole_numbers(axis)
     axis.legend(title="median of layers (band: 10th to 90th percentile)", loc="upper left")
 
 
@@ -112,10 +123,10 @@ def plot_heatmaps(log: Log, out: Path) -> Path:
             "expected a final record with factors, found none: set log_eig_heatmaps to true and let training end"
         )
     step, factors = found[-1]["step"], found[-1]["factors"]
-    layers = sorted(factors, key=_natural)[:_MOST_HEATMAPS]
+    layers = sorted(factors, key=natural)[:_MOST_HEATMAPS]
     which = f", first {len(layers)} of {len(factors)} layers" if len(layers) < len(factors) else ""
-    names = _short(layers)
-    figure, axes = _figure(max(2.4 * len(layers) + 1.4, 5.0), 5.6, 2 * len(layers), columns=len(layers))
+    names = short_names(layers)
+    figure, axes = new_figure(max(2.4 * len(layers) + 1.4, 5.0), 5.6, 2 * len(layers), columns=len(layers))
     figure.suptitle(f"Correlations between coordinates of the rank, step {step}{which}", fontsize=11)
     image = None
     for column, name in enumerate(layers):
@@ -137,7 +148,7 @@ def plot_heatmaps(log: Log, out: Path) -> Path:
                 axis.set_ylabel(f"{SIDES[side]}\ncoordinate")
     if image is not None:
         figure.colorbar(image, ax=axes, label="correlation (grey: no variance)", shrink=0.85)
-    return _save(figure, out)
+    return save(figure, out)
 
 
 def plot_ranks(log: Log, out: Path) -> Path:
@@ -149,17 +160,17 @@ def plot_ranks(log: Log, out: Path) -> Path:
         ValueError: no record tells ranks.
     """
     records = _read(log)
-    ranks = {name: entry for name, entry in sorted(_ranks(records).items(), key=lambda item: _natural(item[0]))}
+    ranks = {name: entry for name, entry in sorted(_ranks(records).items(), key=lambda item: natural(item[0]))}
     if not ranks:
         raise ValueError("expected records with ranks (kinds 'final', 'reprojection' or 'spectra'), found none")
-    figure, axes = _figure(13.0, min(max(4.4, 1.6 + 0.22 * len(ranks)), 40.0), 2)
+    figure, axes = new_figure(13.0, min(max(4.4, 1.6 + 0.22 * len(ranks)), 40.0), 2)
     _rank_bars(axes[0], ranks)
     _changes(axes[1], [r for r in records if r["kind"] == "reprojection"])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=4)
     if len(ranks) > 25:
         axes[1].set_box_aspect(0.8)
         axes[1].set_anchor("N")
-    return _save(figure, out)
+    return save(figure, out)
 
 
 def _ranks(records: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
@@ -183,7 +194,7 @@ def _ranks(records: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def _rank_bars(axis: "Axes", ranks: dict[str, dict[str, int]]) -> None:
-    names = _short(ranks)
+    names = short_names(ranks)
     places = list(range(len(ranks)))
     axis.barh(places, [e["base"] for e in ranks.values()], height=0.8, color="#E4E4E4", label="rank at the start")
     axis.barh(places, [e["r"] for e in ranks.values()], height=0.5, color=SKY, label="rank of the tensors")
@@ -198,7 +209,7 @@ def _rank_bars(axis: "Axes", ranks: dict[str, dict[str, int]]) -> None:
     axis.set_title("Rank of each layer")
     axis.set_xlabel("rank (directions)")
     axis.grid(axis="y", visible=False)
-    _whole_numbers(axis)
+    whole_numbers(axis)
 
 
 def _changes(axis: "Axes", events: list[dict[str, Any]]) -> None:
@@ -208,7 +219,7 @@ def _changes(axis: "Axes", events: list[dict[str, Any]]) -> None:
     points = [(e["step"], float(said["relative_change"])) for e in events for said in e["layers"].values()]
     points = [(step, change) for step, change in points if change < float("inf")]
     if not points:
-        _say(axis, "no reprojection in this log")
+        say(axis, "no reprojection in this log")
         return
     axis.scatter([s for s, _ in points], [c for _, c in points], s=14, color=GREY, label="each layer", zorder=2)
     steps = sorted({step for step, _ in points})
@@ -220,11 +231,8 @@ def _changes(axis: "Axes", events: list[dict[str, Any]]) -> None:
     axis.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("relative change, ‖ΔW′ − ΔW‖ / ‖ΔW‖")
-    _whole_numbers(axis)
+    whole_numbers(axis)
     axis.legend(loc="best")
-
-
-# Reading and drawing
 
 
 def _read(log: Log) -> list[dict[str, Any]]:
@@ -246,66 +254,3 @@ def _read(log: Log) -> list[dict[str, Any]]:
 def _eigenvalues(layers: dict[str, Any], side: str) -> list[list[float]]:
     rows = [entry.get(f"eigenvalues_{side}") or [0.0] for entry in layers.values()]
     return [row for row in rows if row[0] > 0]
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """For sorting: layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _short(names: Iterable[str]) -> dict[str, str]:
-    """Names without the leading parts that all of them share, the number of the layer excepted."""
-    parts = {name: name.split(".") for name in names}
-    same = 0
-    while all(len(p) > same + 1 and not p[same].isdigit() for p in parts.values()) and (
-        len({tuple(p[: same + 1]) for p in parts.values()}) == 1
-    ):
-        same += 1
-    return {name: ".".join(p[same:]) for name, p in parts.items()}
-
-
-def _figure(width: float, height: float, panels: int, columns: int | None = None) -> tuple["Figure", "list[Axes]"]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=140, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    columns = columns or panels
-    axes = [figure.add_subplot(panels // columns, columns, i + 1) for i in range(panels)]
-    if columns == panels:
-        for axis in axes:
-            axis.grid(visible=True, color="#DDDDDD", linewidth=0.6)
-            axis.set_axisbelow(True)
-    return figure, axes
-
-
-def _whole_numbers(axis: "Axes") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
-    if axis.dataLim.x0 == axis.dataLim.x1:  # one point
-        axis.set_xlim(axis.dataLim.x0 - 1, axis.dataLim.x0 + 1)
-
-
-def _log_scale(axis: "Axes") -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axis.set_yscale("log")
-    low, high = axis.get_ylim()
-    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
-    axis.yaxis.set_major_locator(LogLocator(base=10.0, subs=subs, numticks=12))
-    axis.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _say(axis: "Axes", text: str) -> None:
-    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color="#555555")
-    axis.set_xticks([])
-    axis.set_yticks([])
-
-
-def _save(figure: "Figure", out: Path) -> Path:
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
-    return out

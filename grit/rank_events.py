@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from grit import rank
+from grit.config import GRITConfig
 from grit.layers import LoraPair
+from grit.regrouping import regroup
 from grit.reprojection import balance, choose_rank, relative_change, top_projector
 from grit.state import GroupState, transformed
 
@@ -18,6 +20,11 @@ logger = logging.getLogger("grit")
 
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "state2")
 """Names in torch's optimizers and in bitsandbytes', which keeps small tensors in float32."""
+
+
+def can_reproject(config: GRITConfig, state: GroupState, i: int) -> bool:
+    """Whether layer i has the statistics: of both sides; in mode "paper", whose gate is in `plan`, Σ_a is enough."""
+    return bool(state["ready_a"][i]) and (config.reprojection == "paper" or bool(state["ready_g"][i]))
 
 
 def plan(manager: "GRITManager", state: GroupState, i: int, shrink: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -92,7 +99,7 @@ def _as_it_is(pair: LoraPair, done: dict[str, Any], shrink: bool) -> tuple[Tenso
 
 
 def reproject(manager: "GRITManager", optimizer: torch.optim.Optimizer | None, shrink: bool) -> dict[str, Any]:
-    """Reproject every layer whose statistics are ready on both sides.
+    """Reproject every layer whose statistics are ready (`can_reproject`).
 
     Returns:
         The event for the log: per layer k_a, k_b, r and the relative change of ΔW = s·B·A.
@@ -101,7 +108,7 @@ def reproject(manager: "GRITManager", optimizer: torch.optim.Optimizer | None, s
     changed: dict[str, dict[str, Tensor]] = {}
     resized: list[LoraPair] = []
     for state, i, pair in manager.layers():
-        if not bool(state["ready_a"][i] & state["ready_g"][i]):
+        if not can_reproject(manager.config, state, i):
             continue
         left, right, said = plan(manager, state, i, shrink)
         kept = min(said["k_a"], said["k_b"])
@@ -131,7 +138,7 @@ def reproject(manager: "GRITManager", optimizer: torch.optim.Optimizer | None, s
             state["k"][i] = kept
         layers[pair.name] = {"r": pair.rank, **said}
     if changed:
-        manager.regroup(changed)
+        regroup(manager, changed)
     if resized:
         rank.write_patterns(manager.model, resized)
     if changed:

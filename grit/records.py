@@ -165,12 +165,12 @@ def spectra(manager: "GRITManager") -> dict[str, Any]:
 
 def final(manager: "GRITManager") -> dict[str, Any]:
     """The last record: final ranks (final_k_a, final_k_b, base_r of the documents), capture, totals, heat maps."""
-    from grit.rank_events import plan
+    from grit.rank_events import can_reproject, plan
 
     ranks = {}
     for state, i, pair in manager.layers():
         entry: dict[str, Any] = {"base_r": manager.base_rank[pair.name], "r": pair.rank}
-        if bool(state["ready_a"][i] & state["ready_g"][i]) and manager.config.reprojection != "none":
+        if manager.config.reprojection != "none" and can_reproject(manager.config, state, i):
             said = plan(manager, state, i, shrink=False)[2]
             entry |= {"final_k_a": said["k_a"], "final_k_b": said["k_b"]}
         ranks[pair.name] = entry

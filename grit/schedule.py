@@ -59,3 +59,18 @@ class LossTrend:
         """Go on from a checkpoint."""
         self.factor, self._sum = state["factor"], state["sum"]
         self._count, self._previous = state["count"], state["previous"]
+
+
+def captures_at(config: GRITConfig, step: int) -> bool:
+    """Whether statistics are taken at this step."""
+    return step % config.grit_cov_update_freq == 0 or starting(config, step)
+
+
+def starting(config: GRITConfig, step: int) -> bool:
+    """Whether factors are refreshed at every step: mode sgd, in the first steps.
+
+    B starts at 0 and Σ_g grows with its square. A factor ten steps old is too small by orders of magnitude then, and a
+    natural gradient without Adam's normalisation as much too long; the trust region, measured with the same factor,
+    does not see it.
+    """
+    return config.mode == "sgd" and step < 4 * config.grit_cov_update_freq

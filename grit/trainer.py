@@ -12,6 +12,7 @@ from grit import rank
 from grit.config import GRITConfig
 from grit.manager import GRITManager
 from grit.optim import GritOptimizer
+from grit.regrouping import rebuild
 
 logger = logging.getLogger("grit")
 
@@ -22,7 +23,8 @@ class GritCallback(TrainerCallback):  # type: ignore[misc]
     """A doorbell: rings the manager when a Trainer starts, logs and ends. It decides nothing.
 
     GritTrainer brings its own. With a plain Trainer: ``Trainer(…, optimizers=(GritOptimizer(adamw, manager), None),
-    callbacks=[GritCallback(manager)])``.
+    callbacks=[GritCallback(manager)])``; there the Trainer's reporters run first and do not get GRIT's numbers, which
+    `grit_log.jsonl` has all the same if the manager was given that file.
     """
 
     def __init__(self, manager: GRITManager):
@@ -142,7 +144,7 @@ class GritMixin:
     def _fit_ranks(self, checkpoint: str) -> None:
         manager = self.grit_manager
         if rank.fit_to_checkpoint(self.model, manager.pairs(), Path(checkpoint), manager.base_rank, self.optimizer):
-            manager.rebuild()
+            rebuild(manager)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; hooks come off whatever happens."""

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -18,59 +18,17 @@ from grit import (
     NonFiniteGradientsError,
     NotAppliedError,
 )
+from tests.grit.nets import Net, lora, quick, trainable
 
 MODES = ["eigen_adamw", "adamw", "sgd"]
 PREFIX = "base_model.model."
 
 
-class Net(nn.Module):
-    """x [n, 8] → [n, 5]; `first` and `second` are of one shape."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
-
-
-def lora(base=None, r=4, targets=("first", "second", "head"), warm=True, **kwargs):
-    """A small model with adapters; B away from zero if `warm`."""
-    torch.manual_seed(0)
-    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets) or None, **kwargs)
-    model = get_peft_model(base if base is not None else Net(), config)
-    if warm:
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def quick(**changes):
-    """Everything at every step, no reprojection; nothing here hangs on defaults that are tuned."""
-    values = {
-        "grit_cov_update_freq": 1,
-        "kfac_update_freq": 1,
-        "kfac_min_samples": 1,
-        "min_lora_rank": 1,
-        "reprojection": "none",
-        "log_freq": 1,
-        "cov_decay": 0.8,
-        "kfac_damping": 1e-3,
-        "eigen_power": 0.0,
-    }
-    return GRITConfig.from_dict({**values, **changes})
-
-
-def weights_of(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def inner_for(mode, model, lr=0.01):
     return (
-        torch.optim.SGD(weights_of(model), lr, momentum=0.9)
+        torch.optim.SGD(trainable(model), lr, momentum=0.9)
         if mode == "sgd"
-        else torch.optim.AdamW(weights_of(model), lr)
+        else torch.optim.AdamW(trainable(model), lr)
     )
 
 
@@ -90,7 +48,7 @@ def snapshot(model, optimizer):
     """Copies of the weights, the inner optimizer's moments and the statistics."""
     manager = optimizer.manager
     return (
-        [p.detach().clone() for p in weights_of(model)],
+        [p.detach().clone() for p in trainable(model)],
         copy.deepcopy(optimizer.optimizer.state_dict()["state"]),
         [{name: t.clone() for name, t in state.t.items()} for state in manager.states],
     )
@@ -227,7 +185,7 @@ def test_an_optimizer_without_the_lora_weights_is_refused(mode):
 
 def test_mode_and_optimizer_must_fit():
     model = lora()
-    adamw, sgd = torch.optim.AdamW(weights_of(model)), torch.optim.SGD(weights_of(model), 0.1)
+    adamw, sgd = torch.optim.AdamW(trainable(model)), torch.optim.SGD(trainable(model), 0.1)
     with pytest.raises(ValueError, match=r"mode 'sgd': expected torch\.optim\.SGD, got AdamW"):
         GritOptimizer(adamw, GRITManager(model, quick(mode="sgd")))
     for mode in ("adamw", "eigen_adamw"):
@@ -238,7 +196,7 @@ def test_mode_and_optimizer_must_fit():
 @pytest.mark.parametrize("option", ["amsgrad", "maximize"])
 def test_what_the_eigenbasis_step_does_not_do_is_refused(option):
     model = lora()
-    inner = torch.optim.AdamW(weights_of(model), **{option: True})
+    inner = torch.optim.AdamW(trainable(model), **{option: True})
     with pytest.raises(ValueError, match=f"expected an optimizer without {option}"):
         GritOptimizer(inner, GRITManager(model, quick()))
     GritOptimizer(inner, GRITManager(model, quick(mode="adamw"))).manager.close()
@@ -246,7 +204,7 @@ def test_what_the_eigenbasis_step_does_not_do_is_refused(option):
 
 def test_a_schedule_made_before_b_has_its_own_learning_rate_is_refused():
     model = lora()
-    inner = torch.optim.AdamW(weights_of(model))
+    inner = torch.optim.AdamW(trainable(model))
     torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 1.0)
     with pytest.raises(ValueError, match="wrap the optimizer first"):
         GritOptimizer(inner, GRITManager(model, quick(lr_ratio_b=4.0)))
@@ -269,7 +227,7 @@ def test_a_step_with_nonfinite_gradients_leaves_everything_and_training_goes_on(
             optimizer.zero_grad()
     before = snapshot(model, poisoned)
     backward(model, 77)
-    weights_of(model)[3].grad.view(-1)[2] = poison
+    trainable(model)[3].grad.view(-1)[2] = poison
     with caplog.at_level(logging.WARNING, "grit"):
         poisoned.step()
     assert same(snapshot(model, poisoned), before)
@@ -299,7 +257,7 @@ def test_too_many_bad_steps_in_a_row_stop_training_and_a_good_one_resets_the_cou
         def step(good):
             backward(model)
             if not good:
-                weights_of(model)[0].grad.fill_(float("nan"))
+                trainable(model)[0].grad.fill_(float("nan"))
             optimizer.step()
             optimizer.zero_grad()
 
@@ -311,7 +269,7 @@ def test_too_many_bad_steps_in_a_row_stop_training_and_a_good_one_resets_the_cou
         with pytest.raises(NonFiniteGradientsError, match=r"^3 steps in a row .*up to step 9.*max_nonfinite_steps"):
             step(False)
         assert (manager.skipped, manager.step, manager.applied_steps) == (7, 9, 2)
-        assert all(torch.isfinite(p).all() for p in weights_of(model))
+        assert all(torch.isfinite(p).all() for p in trainable(model))
 
 
 def test_one_bad_step_may_be_one_too_many():
@@ -319,7 +277,7 @@ def test_one_bad_step_may_be_one_too_many():
     with GRITManager(model, quick(max_nonfinite_steps=1)) as manager:
         optimizer = GritOptimizer(inner_for("adamw", model), manager)
         backward(model)
-        weights_of(model)[0].grad.fill_(float("inf"))
+        trainable(model)[0].grad.fill_(float("inf"))
         with pytest.raises(NonFiniteGradientsError, match="1 steps in a row"):
             optimizer.step()
 
@@ -350,15 +308,15 @@ def test_a_singular_covariance_is_never_used(capture, grafting, tokens, caplog):
     with caplog.at_level(logging.WARNING, "grit"):
         for i in range(12):
             backward(model, i, n=tokens)
-            raw = [p.grad.clone() for p in weights_of(model)]
+            raw = [p.grad.clone() for p in trainable(model)]
             optimizer.step()
-            assert same([p.grad for p in weights_of(model)], raw), i
+            assert same([p.grad for p in trainable(model)], raw), i
             assert manager.ready_layers() == 0, i
             optimizer.zero_grad()
             backward(plain, i, n=tokens)
             adamw.step()
             adamw.zero_grad()
-    assert same([p.detach() for p in weights_of(model)], [p.detach() for p in weights_of(plain)])
+    assert same([p.detach() for p in trainable(model)], [p.detach() for p in trainable(plain)])
     assert manager.failed_inversions == 12 * 2
     for state in manager.states:
         for name, tensor in state.t.items():
@@ -405,7 +363,7 @@ def fuse(model, *names):
 
 def test_silent_hooks_are_an_error_that_names_the_layers():
     model = fuse(lora(), "first", "head")
-    before = [p.detach().clone() for p in weights_of(model)]
+    before = [p.detach().clone() for p in trainable(model)]
     with GRITManager(model, quick(capture="hooks")) as manager:
         optimizer = GritOptimizer(inner_for("adamw", model), manager)
         backward(model)
@@ -415,7 +373,7 @@ def test_silent_hooks_are_an_error_that_names_the_layers():
         assert message.startswith("2 layers have gradients")
         assert f"{PREFIX}first, {PREFIX}head;" in message and "capture to 'auto' or 'gradients'" in message
         assert "second" not in message
-        assert same([p.detach() for p in weights_of(model)], before)
+        assert same([p.detach() for p in trainable(model)], before)
         manager.close(check=False)
 
 
@@ -501,7 +459,7 @@ def test_a_layer_that_never_runs_is_reported_at_the_end(caplog):
 
 def test_backward_passes_without_a_grit_step_are_an_error():
     model = lora()
-    adamw = torch.optim.AdamW(weights_of(model))
+    adamw = torch.optim.AdamW(trainable(model))
     with pytest.raises(NotAppliedError, match=r"no optimizer step went through GRIT.*GritOptimizer\(optimizer"):
         with GRITManager(model, quick()):
             for i in range(2):

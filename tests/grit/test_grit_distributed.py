@@ -13,9 +13,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaForCausalLM, TrainingArguments
 
 from grit import GRITConfig, GRITManager, GritOptimizer, GritTrainer
+from tests.grit.nets import llama_config
 
 RANK, VOCABULARY, LENGTH, STEPS = 3, 40, 9, 5
 LAYERS = 6
@@ -54,17 +55,7 @@ def configuration(**changes):
 
 def make_model():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-        use_cache=False,
-    )
+    config = llama_config(VOCABULARY, max_position_embeddings=32)
     targets = ["q_proj", "v_proj", "down_proj"]
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(LlamaForCausalLM(config).double(), lora)

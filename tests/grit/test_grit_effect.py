@@ -11,48 +11,9 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from grit import GRITConfig, GRITManager, GritOptimizer, NonFiniteGradientsError
+from tests.grit.nets import lora, quick, trainable
 
 MODES = ["eigen_adamw", "adamw", "sgd"]
-
-
-class Net(nn.Module):
-    """x [n, 8] → [n, 5]; `first` and `second` are of one shape."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
-
-
-def lora(dtype=torch.float32, targets=("first", "second", "head"), **kwargs):
-    torch.manual_seed(0)
-    model = get_peft_model(Net(), LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), **kwargs))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype)
-
-
-def quick(**changes):
-    """Everything at every step, no reprojection; nothing here hangs on defaults that are tuned."""
-    values = {
-        "grit_cov_update_freq": 1,
-        "kfac_update_freq": 1,
-        "kfac_min_samples": 1,
-        "min_lora_rank": 1,
-        "reprojection": "none",
-        "log_freq": 1,
-        "cov_decay": 0.8,
-        "kfac_damping": 1e-3,
-        "eigen_power": 0.0,
-    }
-    return GRITConfig.from_dict({**values, **changes})
-
-
-def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def sides(model):
@@ -148,7 +109,7 @@ def test_the_same_setup_with_relative_damping_is_reported_as_applied(grafting, c
 
 
 def test_the_reported_cosines_are_those_of_the_gradients():
-    model = lora(torch.float64)
+    model = lora(dtype=torch.float64)
     optimizer = wrapped(model, quick(mode="adamw", grafting=False))
     train(model, optimizer, 2)
     backward(model, 2)
@@ -264,7 +225,7 @@ def test_diagonal_factors_have_no_effect_on_adam_and_it_is_said(caplog):
 @pytest.mark.parametrize(("weight_decay", "betas", "eps"), [(0.0, (0.9, 0.999), 1e-8), (0.1, (0.8, 0.95), 1e-3)])
 def test_with_identity_bases_the_step_is_torchs_adamw(dtype, tolerance, weight_decay, betas, eps):
     options = {"weight_decay": weight_decay, "betas": betas, "eps": eps}
-    model, plain = lora(dtype), lora(dtype)
+    model, plain = lora(dtype=dtype), lora(dtype=dtype)
     optimizer = wrapped(model, quick(ng_warmup_steps=100), **options)
     reference = torch.optim.AdamW(trainable(plain), 0.01, **options)
     start = [p.detach().clone() for p in trainable(model)]
@@ -287,7 +248,7 @@ def test_with_identity_bases_the_step_is_torchs_adamw(dtype, tolerance, weight_d
 
 def test_layers_without_gradient_and_groups_of_their_own_step_as_in_torchs_adamw():
     """`first` and `second` are one stack, but have their own learning rate, betas, ε, decay, and step counts."""
-    model, plain = lora(torch.float64), lora(torch.float64)
+    model, plain = lora(dtype=torch.float64), lora(dtype=torch.float64)
 
     def groups(net):
         parts = {"first": [], "second": [], "head": []}
@@ -498,7 +459,7 @@ def test_the_trust_region_limits_the_step_in_the_fisher_metric_and_clipping_does
     kappa, lr = 1e-4, 0.5
 
     def natural(**changes):
-        model = lora(torch.float64)
+        model = lora(dtype=torch.float64)
         inner = torch.optim.SGD(trainable(model), lr)
         seen = spy(inner)
         optimizer = GritOptimizer(inner, GRITManager(model, quick(mode="sgd", **changes)))

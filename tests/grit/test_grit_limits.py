@@ -6,27 +6,14 @@ And where the method has to turn into another one, it does: AdamW at infinite da
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from grit import CaptureError, GRITConfig, GRITManager, GritOptimizer, NotAppliedError
+from tests.grit.nets import llama_config
 
 RANK, VOCABULARY = 3, 40
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 LAYERS = 6  # three targets in two blocks
-
-
-def llama_config():
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        use_cache=False,
-    )
 
 
 def lora_config():
@@ -43,7 +30,7 @@ def randomize(model, seed=5):
 
 def make_model(dtype=torch.float64, **kwargs):
     torch.manual_seed(0)
-    base = LlamaForCausalLM(llama_config()).to(dtype)
+    base = LlamaForCausalLM(llama_config(VOCABULARY)).to(dtype)
     model = get_peft_model(base, lora_config(), **kwargs)
     randomize(model)
     return model.train()
@@ -647,7 +634,7 @@ def test_statistics_on_a_four_bit_base(tmp_path):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.manual_seed(0)
-    wide = llama_config()
+    wide = llama_config(VOCABULARY)
     wide.hidden_size, wide.intermediate_size = 64, 128
     LlamaForCausalLM(wide).save_pretrained(tmp_path)
     quantization = BitsAndBytesConfig(

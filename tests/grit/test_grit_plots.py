@@ -35,13 +35,13 @@ def log(tmp_path_factory):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures, as they are saved."""
-    figures, save = [], plots._save
+    figures, save = [], plots.save
 
     def keep(figure, out):
         figures.append(figure)
         return save(figure, out)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save", keep)
     return figures
 
 

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grit import GRITConfig, GRITManager, GritOptimizer
 from grit.rank import fit_to_checkpoint, pattern_key, resize, write_patterns
+from grit.regrouping import rebuild
 
 R = 6
 PREFIX = "base_model.model."
@@ -420,7 +421,7 @@ def resumed(folder, **changes):
     """A new process: a model of full rank, the ranks of the checkpoint, its weights, its optimizer."""
     run = Run(**changes)
     assert fit_to_checkpoint(run.model, run.manager.pairs(), folder, run.manager.base_rank, run.optimizer)
-    run.manager.rebuild()
+    rebuild(run.manager)
     set_peft_model_state_dict(run.model, load_peft_weights(str(folder), device="cpu"))
     run.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
     return run
@@ -479,14 +480,14 @@ def test_fitting_reads_the_patterns_as_peft_does(tmp_path):
     shrunk = run.ranks()
     saved(run.model, tmp_path / "shrunk")
     assert fit_to_checkpoint(*arguments)
-    run.manager.rebuild()
+    rebuild(run.manager)
     assert run.ranks() == {n: 5 if "down_proj" in n else R for n in shrunk}
     check_shapes(run)
     config = saved(run.model, tmp_path / "back")
     assert set(config["rank_pattern"].values()) == {5} and len(config["rank_pattern"]) == 2
     for folder, ranks in (("shrunk", shrunk), ("whole", run.manager.base_rank)):
         fit_to_checkpoint(run.model, run.manager.pairs(), tmp_path / folder, run.manager.base_rank, run.optimizer)
-        run.manager.rebuild()
+        rebuild(run.manager)
         set_peft_model_state_dict(run.model, load_peft_weights(str(tmp_path / folder), device="cpu"))
         assert run.ranks() == ranks
         check_reload(run.model, tmp_path / folder)

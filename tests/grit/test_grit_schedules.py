@@ -4,56 +4,22 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from grit import GRITConfig, GRITManager, GritOptimizer
+from grit import GRITManager, GritOptimizer
 from grit.schedule import LossTrend, ramp
+from tests.grit import nets
+from tests.grit.nets import trainable
 
 R = 6
 
 
-class Net(nn.Module):
-    """x [n, 8] → [n, 7]; `first` and `second` are of one shape."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 7)
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
-
-
 def lora(dtype=torch.float32):
-    torch.manual_seed(0)
-    config = LoraConfig(r=R, lora_alpha=2 * R, target_modules=["first", "second", "head"])
-    model = get_peft_model(Net(), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype)
+    return nets.lora(r=R, outputs=7, dtype=dtype)
 
 
 def quick(**changes):
-    """Everything at every step, no reprojection; nothing here hangs on defaults that are tuned."""
-    values = {
-        "mode": "adamw",
-        "grit_cov_update_freq": 1,
-        "kfac_update_freq": 1,
-        "kfac_min_samples": 1,
-        "min_lora_rank": 1,
-        "reprojection": "none",
-        "log_freq": 1,
-        "cov_decay": 0.8,
-        "kfac_damping": 1e-3,
-        "eigen_power": 0.0,
-    }
-    return GRITConfig.from_dict({**values, **changes})
-
-
-def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
+    return nets.quick(**{"mode": "adamw", **changes})
 
 
 def start(config, dtype=torch.float32, lr=0.01, **kwargs):
