@@ -1,0 +1,201 @@
+"""What a verdict is based on: the ledger of a run, and medians over its judged samples."""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probes.step import EVENTS
+
+if TYPE_CHECKING:
+    from probes.ledger import Probe
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Where the lines are drawn.
+
+    Attributes:
+        min_angle: Degrees between Δθ and the shadow above which an update counts as different. Plain AdamW of
+            torch equals its shadow to the bit, in bfloat16 too; any layer of the fault catalogue's effective runs is
+            above 5.
+        min_gradient_angle: Degrees between raw and preconditioned gradient above which a preconditioner does something;
+            in bfloat16, rounding alone turns a gradient that was scaled and clipped by 0.15.
+        min_coverage: Share of the tensors that an effect must reach.
+        max_missing: Share below which there is no effect at all.
+        swamped: λ over the mean eigenvalue above which damping is most of the preconditioner.
+        scalar: Distance from a multiple of the identity below which a preconditioner is a mere scalar.
+        lost: Share of a gradient's entries turned to zero above which it was lost.
+        stale_after: Steps with the very same matrices after which they are stale, where the preconditioner does not say
+            how often it refreshes them; else three times that.
+        blow_up: Rise of the loss, relative to its start, above which training diverges.
+        often: Share of the steps in which something must happen to count.
+    """
+
+    min_angle: float = 1.0
+    min_gradient_angle: float = 0.5
+    min_coverage: float = 0.9
+    max_missing: float = 0.1
+    swamped: float = 10.0
+    scalar: float = 0.01
+    lost: float = 0.2
+    stale_after: int = 100
+    blow_up: float = 0.25
+    often: float = 0.1
+
+
+def median(values: Iterable[float | None]) -> float | None:
+    """Median of what is known; None if nothing is."""
+    known = sorted(v for v in values if v is not None and math.isfinite(v))
+    if not known:
+        return None
+    middle = len(known) // 2
+    return known[middle] if len(known) % 2 else (known[middle - 1] + known[middle]) / 2
+
+
+@dataclass
+class Evidence:
+    """A run's ledger.
+
+    Attributes:
+        records: Of `Probe.records`.
+        events: Of `Probe.events`.
+        claims: Whether gradients are said to be preconditioned.
+        watched: Whether the preconditioner's calls were watched.
+        thresholds: For whoever judges.
+    """
+
+    records: list[Record]
+    events: dict[str, int]
+    claims: bool
+    watched: bool
+    thresholds: Thresholds = field(default_factory=Thresholds)
+
+    @classmethod
+    def of(cls, probe: "Probe", thresholds: Thresholds | None = None) -> "Evidence":
+        """What a probe has gathered so far."""
+        watched = probe.preconditioner is not None or probe.told_of_calls
+        return cls(probe.records, dict(probe.events), probe.claims, watched, thresholds or Thresholds())
+
+    @classmethod
+    def read(cls, file: str | Path, thresholds: Thresholds | None = None) -> "Evidence":
+        """From a ledger file (`probes.trainer.LedgerFile`).
+
+        Raises:
+            ValueError: not such a file; names the line.
+            OSError: it cannot be read.
+        """
+        records: list[Record] = []
+        summary: dict[str, Any] | None = None
+        for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+                if "events" in entry:
+                    summary = {key: entry[key] for key in ("claims", "watched")}
+                    summary["events"] = {**dict.fromkeys(EVENTS, 0), **entry["events"]}
+                else:
+                    records.append({"step": entry["step"], "units": dict(entry["units"]), **entry})
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file}: line {number}: expected a record of a probe, got {line[:60]!r}") from error
+        if summary is None:
+            raise ValueError(f"{file}: expected a last line with the probe's events, got none: the run did not end")
+        return cls(records, summary["events"], summary["claims"], summary["watched"], thresholds or Thresholds())
+
+    @cached_property
+    def judged(self) -> list[Record]:
+        """Samples after the start: from where the preconditioner is ready, else without the first tenth; none cold."""
+        warm = [record for record in self.records if not record.get("cold")]
+        for place, record in enumerate(warm):
+            if any(e.get("reading", {}).get("ready") for e in record["units"].values()):
+                return warm[place:]
+        return warm[-(-len(warm) // 10) :] or warm
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.events["steps"]
+
+    @cached_property
+    def units(self) -> list[str]:
+        """Layers that had gradients."""
+        return list(dict.fromkeys(n for r in self.judged for n, e in r["units"].items() if "norm_raw" in e))
+
+    def values(self, unit: str, key: str, of: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> list[Any]:
+        """One number of one layer, sample after sample."""
+        return [of(r["units"][unit]).get(key) for r in self.judged if unit in r["units"]]
+
+    def per_unit(self, key: str) -> dict[str, float | None]:
+        """Median over the samples of a number, layer by layer."""
+        return {unit: median(self.values(unit, key)) for unit in self.units}
+
+    def of_tensors(self, key: str) -> dict[tuple[str, str], float | None]:
+        """The same of a number that each side has: (layer, side) → median."""
+        return {
+            (unit, side): median(self.values(unit, f"{key}_{side}")) for unit in self.units for side in self.sides(unit)
+        }
+
+    def readings(self, unit: str | None = None) -> list[dict[str, Any]]:
+        """The preconditioner's readings at the judged samples."""
+        entries = [e for r in self.judged for n, e in r["units"].items() if unit is None or n == unit]
+        return [e["reading"] for e in entries if "reading" in e]
+
+    def reading_median(self, prefix: str) -> float | None:
+        """Median of a number of the readings over sides, layers and samples."""
+        return median(v for r in self.readings() for k, v in r.items() if k.startswith(prefix))
+
+    @cached_property
+    def angles(self) -> dict[str, float | None]:
+        """Degrees between Δθ and shadow of each layer: of the parameters or of ΔW, whichever says more."""
+        plain, weights = self.per_unit("angle"), self.per_unit("angle_weights")
+        return {u: max((a for a in (plain[u], weights[u]) if a is not None), default=None) for u in self.units}
+
+    @cached_property
+    def rotates(self) -> bool:
+        """Whether the preconditioner works by eigenbases, so that gradients reach the optimizer as they are."""
+        return any("basis_rotation" in reading for reading in self.readings())
+
+    @property
+    def gradient_should_change(self) -> bool:
+        """Whether preconditioning must be visible in the gradient itself."""
+        told = self.watched or any(k.startswith("anisotropy") for r in self.readings() for k in r)
+        return self.claims and told and not self.rotates
+
+    @cached_property
+    def tensors(self) -> dict[str, bool]:
+        """Tensor → whether an effect reaches it and, where it is claimed, comes from the preconditioner.
+
+        An effect is a layer's update that is off plain AdamW's (as one vector: a learning rate of its own for B turns
+        it). What a preconditioner does is seen tensor by tensor, of those that it is claimed for.
+        """
+        t = self.thresholds
+        found = {}
+        for unit in self.units:
+            if self.claims and not all(claimed is not False for claimed in self.values(unit, "claimed")):
+                continue
+            moved = (self.angles[unit] or 0.0) > t.min_angle
+            for side in self.sides(unit):
+                key = f"{unit}.{side}"
+                if not self.claims:
+                    found[key] = moved
+                elif self.gradient_should_change:
+                    found[key] = (
+                        moved and (median(self.values(unit, f"angle_raw_inner_{side}")) or 0) > t.min_gradient_angle
+                    )
+                else:
+                    found[key] = moved and (median(self.values(unit, f"angle_{side}")) or 0) > t.min_angle
+        return found
+
+    def sides(self, unit: str) -> list[str]:
+        """Sides of a layer: a and b of a LoRA pair, else w."""
+        entries = (r["units"][unit] for r in self.judged if "norm_raw" in r["units"].get(unit, {}))
+        return [k.removeprefix("angle_raw_inner_") for k in next(entries) if k.startswith("angle_raw_inner_")]
+
+    @property
+    def coverage(self) -> float:
+        """Share of the tensors in which an effect reaches the weights."""
+        return sum(self.tensors.values()) / len(self.tensors) if self.tensors else 0.0

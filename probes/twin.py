@@ -1,0 +1,85 @@
+"""Twin runs: same seed, same batches, one with the arm and one without; how far do the loss curves part?
+
+The yardstick is what two runs of the baseline differ by (A/A). Where a machine is deterministic that is zero: there the
+second baseline starts from weights that differ by one rounding, and what training makes of that is the floor.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+DIVERGES = 10.0
+"""Floors that curves must be apart; A/A pairs of the tiny profile are at 0.5 to 2."""
+
+
+@dataclass(frozen=True)
+class Twin:
+    """Three loss curves, a loss each step.
+
+    Attributes:
+        baseline: A.
+        again: A', the same once more, or from a perturbed start.
+        arm: The arm's.
+        perturbed: Whether A' started from perturbed weights.
+    """
+
+    baseline: list[float]
+    again: list[float]
+    arm: list[float]
+    perturbed: bool
+
+    def __post_init__(self) -> None:
+        """Refuse curves of different lengths.
+
+        Raises:
+            ValueError: lengths differ, or nothing is there.
+        """
+        lengths = {len(self.baseline), len(self.again), len(self.arm)}
+        if len(lengths) != 1 or not self.baseline:
+            raise ValueError(f"expected three loss curves of one length, got {sorted(lengths)} steps")
+
+    @property
+    def floor(self) -> float:
+        """Root mean square of A − A'."""
+        return distance(self.baseline, self.again)
+
+    @property
+    def divergence(self) -> float:
+        """Root mean square of A − arm."""
+        return distance(self.baseline, self.arm)
+
+    @property
+    def ratio(self) -> float:
+        """Divergence in floors; infinite over a floor of zero, 1 where both are zero."""
+        if self.floor > 0:
+            return self.divergence / self.floor
+        return math.inf if self.divergence > 0 else 1.0
+
+    @property
+    def diverges(self) -> bool:
+        """Whether the curves part."""
+        return not self.ratio <= DIVERGES
+
+
+def distance(one: Sequence[float], other: Sequence[float]) -> float:
+    """Root mean square of the differences."""
+    return math.sqrt(sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) / len(one))
+
+
+def perturb(model: nn.Module, seed: int = 0) -> None:
+    """Move every trainable weight by at most one rounding step of its dtype, at random; zeros stay.
+
+    Args:
+        model: Changed in place.
+        seed: Of the signs; torch's own random numbers are left alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                signs = torch.randint(-1, 2, parameter.shape, generator=generator).to(parameter.device)
+                step = torch.finfo(parameter.dtype).eps * parameter.abs()
+                parameter.add_((signs * step).to(parameter.dtype))

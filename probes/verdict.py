@@ -1,0 +1,150 @@
+"""The verdict on a run: effective, no_effect or unstable, with a diagnosis and the evidence in numbers."""
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from probes.diagnoses import OF_A_CLAIM, OF_ANY
+from probes.evidence import Evidence, Thresholds, median
+from probes.finding import Finding
+from probes.twin import Twin
+
+if TYPE_CHECKING:
+    from probes.ledger import Probe
+
+EFFECTIVE, NO_EFFECT, UNSTABLE = "effective", "no_effect", "unstable"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the ledger says.
+
+    Attributes:
+        verdict: `effective`: updates differ from plain AdamW's (of a claim: in `min_coverage` of the tensors), and
+            nothing is found wrong. `no_effect`: they do not. `unstable`: they do, but not as claimed or not under
+            control: some tensors are left out, statistics are wrong, gradients get lost, training diverges.
+        diagnosis: `none` where all is well, `equals_shadow` of plain AdamW that claims nothing, else the fault.
+        reason: The diagnosis in a sentence.
+        claims: Whether gradients are said to be preconditioned.
+        numbers: Medians over layers and samples: `coverage`, `angle_to_shadow` (degrees, with its lowest and highest
+            layer), `angle_weights`, `lr_ratio`, `cos_raw_preconditioned` (None where an eigenbasis takes the
+            preconditioner's place), `cos_raw_step`, `anisotropy`, `basis_rotation`, `damping_share`, `ready_share`,
+            `samples`, `steps`, `sampled`, `layers`, and `divergence` of the twin run.
+        findings: Every fault found, the most telling first.
+        layers: Layer → median angle, lr_ratio, cosines.
+    """
+
+    verdict: str
+    diagnosis: str
+    reason: str
+    claims: bool
+    numbers: dict[str, float | None]
+    findings: list[Finding] = field(default_factory=list)
+    layers: dict[str, dict[str, float | None]] = field(default_factory=dict)
+
+    @property
+    def as_claimed(self) -> bool:
+        """Whether the run does what it says: an arm that preconditions is effective, any other is not unstable."""
+        return self.verdict == EFFECTIVE if self.claims else self.verdict != UNSTABLE
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """A few lines for a terminal."""
+        lines = [f"verdict    {self.verdict}", f"diagnosis  {self.diagnosis}: {self.reason}"]
+        for name, text in _SHOWN.items():
+            value = self.numbers.get(name)
+            if value is not None:
+                lines.append(f"{value:>12.4g}  {text}")
+        return "\n".join(lines)
+
+
+_SHOWN = {
+    "coverage": "share of the tensors in which an effect reaches the weights",
+    "angle_to_shadow": "degrees between the real update and plain AdamW's",
+    "lr_ratio": "length of the real update over plain AdamW's",
+    "cos_raw_preconditioned": "cosine of raw and preconditioned gradient",
+    "cos_raw_step": "cosine of raw gradient and the step taken",
+    "basis_rotation": "rotation of the eigenbasis (0 = a permutation of the axes)",
+    "anisotropy": "distance of the preconditioner from a multiple of the identity",
+    "damping_share": "damping over the mean eigenvalue",
+    "ready_share": "share of the layers whose preconditioner is ready",
+    "divergence": "twin run: distance of the loss curves over the A/A floor",
+}
+
+
+def judge(source: "Probe | Evidence", thresholds: Thresholds | None = None, twin: Twin | None = None) -> Verdict:
+    """Give a verdict.
+
+    Args:
+        source: A probe after training, or the evidence from a ledger file.
+        thresholds: Default: those of the evidence.
+        twin: Of a twin run, for the numbers; a claim whose loss curve stays within ten A/A floors is no_effect.
+    """
+    e = source if isinstance(source, Evidence) else Evidence.of(source, thresholds)
+    if thresholds is not None:
+        e.thresholds = thresholds
+    numbers = _numbers(e) | ({"divergence": twin.ratio} if twin is not None else {})
+    layers = _layers(e)
+
+    def said(verdict: str, diagnosis: str, reason: str, findings: list[Finding]) -> Verdict:
+        return Verdict(verdict, diagnosis, reason, e.claims, numbers, findings, layers)
+
+    if not e.judged:
+        reason = (
+            f"the probe saw {e.steps} optimizer steps of these weights and sampled none: was it given the optimizer "
+            "that steps, and open while it did?"
+        )
+        return said(NO_EFFECT, "no_samples", reason, [Finding("no_samples", reason)])
+    causes = (*OF_A_CLAIM, *OF_ANY) if e.claims else OF_ANY
+    findings = [found for cause in causes if (found := cause(e)) is not None]
+    reaches, all_of_it = e.coverage > e.thresholds.max_missing, e.coverage >= e.thresholds.min_coverage
+    if e.claims and not all_of_it and twin is not None and not twin.diverges:
+        reason = f"the loss curve stays within {twin.ratio:.1f} times the difference of two runs of the baseline"
+        findings.append(Finding("curves_do_not_part", reason, {"divergence": twin.ratio}))
+    if e.claims and not all_of_it and not findings:
+        reason = f"preconditioning is claimed, but reaches {e.coverage:.0%} of the tensors only; no known fault fits"
+        findings.append(Finding("unexplained", reason, {"coverage": e.coverage}))
+    angle = numbers["angle_to_shadow"] or 0.0
+    if findings:
+        verdict = UNSTABLE if reaches or not e.claims else NO_EFFECT
+        return said(verdict, findings[0].name, findings[0].reason, findings)
+    if e.coverage > e.thresholds.max_missing:
+        ratio, part = numbers["lr_ratio"] or 0.0, e.coverage
+        reason = (
+            f"updates are {angle:.1f}° off plain AdamW's and {ratio:.2f} times as long, in {part:.0%} of the tensors"
+        )
+        return said(EFFECTIVE, "none", reason, [])
+    return said(NO_EFFECT, "equals_shadow", f"this is plain AdamW: updates are within {angle:.1e}° of the shadow's", [])
+
+
+def _numbers(e: Evidence) -> dict[str, float | None]:
+    angles = [a for a in e.angles.values() if a is not None]
+    last = e.judged[-1]["units"].values() if e.judged else []
+    ready = [u["reading"]["ready"] for u in last if "reading" in u]
+    return {
+        "coverage": e.coverage,
+        "angle_to_shadow": median(angles),
+        "angle_lowest": min(angles, default=None),
+        "angle_highest": max(angles, default=None),
+        "angle_weights": median(e.per_unit("angle_weights").values()),
+        "lr_ratio": median(e.per_unit("lr_ratio").values()),
+        "cos_raw_preconditioned": None if e.rotates else median(e.per_unit("cos_raw_inner").values()),
+        "cos_raw_step": median(e.per_unit("cos_raw_step").values()),
+        "anisotropy": e.reading_median("anisotropy"),
+        "basis_rotation": e.reading_median("basis_rotation"),
+        "weight_spread": e.reading_median("weight_spread"),
+        "damping_share": e.reading_median("damping_share"),
+        "ready_share": sum(ready) / len(ready) if ready else None,
+        "samples": median(u["reading"]["samples"] for u in last if "reading" in u),
+        "steps": float(e.steps),
+        "sampled": float(len(e.records)),
+        "layers": float(len(e.units)),
+    }
+
+
+def _layers(e: Evidence) -> dict[str, dict[str, float | None]]:
+    keys = ("angle", "angle_weights", "lr_ratio", "cos_raw_inner", "cos_raw_step")
+    columns = {key: e.per_unit(key) for key in keys}
+    return {unit: {key: column[unit] for key, column in columns.items()} for unit in e.units}
