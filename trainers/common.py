@@ -14,6 +14,9 @@ from trainers.data import build_dataset
 from trainers.models import add_lora, load_base_model, load_tokenizer
 from trainers.settings import BaseReference, TrainSettings
 
+LEDGER = "probe_ledger.jsonl"
+"""File beside the adapter."""
+
 
 def sft_trainer_class() -> Any:
     """TRL's SFTTrainer, able to run on this machine.
@@ -46,6 +49,7 @@ class Arm:
         name: As in params.yaml.
         title: For tables.
         preconditions: Whether it claims to change the gradient before the optimizer's step.
+        prepare: Runs first, before transformers and TRL are loaded where nothing else has done so.
         load_model: (base, settings) → frozen base model.
         add_adapter: (model, settings) → model with trainable LoRA.
         make_trainer: (settings, keyword arguments of TRL's SFTTrainer) → the trainer.
@@ -55,6 +59,7 @@ class Arm:
     name: str
     title: str
     preconditions: bool = False
+    prepare: "Callable[[TrainingJob], None] | None" = None
     load_model: Callable[[BaseReference, TrainSettings], Any] = load_base_model
     add_adapter: Callable[[Any, TrainSettings], Any] = add_lora
     make_trainer: Callable[..., Any] = _sft_trainer
@@ -101,12 +106,12 @@ class TrainingResult:
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-def _arguments(job: TrainingJob) -> Any:
+def _arguments(job: TrainingJob, **changes: Any) -> Any:
     import torch
     from trl import SFTConfig
 
     s = job.settings
-    return SFTConfig(
+    values: dict[str, Any] = dict(
         output_dir=str(job.checkpoints),
         max_steps=s.max_steps,
         per_device_train_batch_size=s.batch_size,
@@ -135,6 +140,7 @@ def _arguments(job: TrainingJob) -> Any:
         report_to="none",
         disable_tqdm=False,
     )
+    return SFTConfig(**{**values, **changes})
 
 
 def peak_memory_bytes() -> int:
@@ -143,14 +149,19 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def run(arm: Arm, job: TrainingJob) -> TrainingResult:
-    """Train one arm, write adapter, tokenizer and loss history to `job.output`.
+def build(arm: Arm, job: TrainingJob, **changes: Any) -> Any:
+    """The arm's trainer, ready to train.
 
-    Same job on the same machine and thread count → same adapter bytes on a CPU, resumed or not.
+    Args:
+        arm: Whose hooks are used.
+        job: Model, data, settings and seed.
+        changes: Arguments of TRL's SFTConfig that differ from the job's.
 
     Raises:
         ModelError, EncodingError: see `trainers.models` and `trainers.data`.
     """
+    if arm.prepare:
+        arm.prepare(job)
     from transformers import set_seed
 
     tokenizer = load_tokenizer(job.base)
@@ -162,7 +173,7 @@ def run(arm: Arm, job: TrainingJob) -> TrainingResult:
     trainer = arm.make_trainer(
         job.settings,
         model=model,
-        args=_arguments(job),
+        args=_arguments(job, **changes),
         train_dataset=train,
         eval_dataset=valid,
         processing_class=tokenizer,
@@ -170,19 +181,40 @@ def run(arm: Arm, job: TrainingJob) -> TrainingResult:
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL puts adapters on a 4-bit base into bf16; the optimizer wants float32
             parameter.data = parameter.data.float()
+    return trainer
+
+
+def run(arm: Arm, job: TrainingJob) -> TrainingResult:
+    """Train one arm; write adapter, tokenizer, loss history and the probe's ledger to `job.output`.
+
+    Same job on the same machine and thread count → same adapter bytes on a CPU, resumed or not.
+
+    Raises:
+        ModelError, EncodingError: see `trainers.models` and `trainers.data`.
+    """
+    trainer = build(arm, job)
+    from probes import ProbeCallback
+
+    probe = ProbeCallback(
+        every=job.settings.probe_every,
+        ledger=job.output / LEDGER,
+        grit=getattr(trainer, "grit_manager", None),
+        claims=arm.preconditions,
+    )
+    trainer.add_callback(probe)  # the last one, so that it sees what the others do to gradients
     checkpoint = latest_complete(job.checkpoints)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
 
     trainer.model.save_pretrained(job.output, safe_serialization=True)
-    tokenizer.save_pretrained(job.output)
+    trainer.processing_class.save_pretrained(job.output)
     history = [dict(entry) for entry in trainer.state.log_history]
     said = arm.report(trainer, job) if arm.report else {}
     (job.output / "loss_history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
     losses = [entry["loss"] for entry in history if "loss" in entry]
     eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return TrainingResult(
         history=history,
         resumed_from=int(checkpoint.name.rsplit("-", 1)[-1]) if checkpoint else None,
@@ -190,7 +222,7 @@ def run(arm: Arm, job: TrainingJob) -> TrainingResult:
         summary={
             "steps": trainer.state.global_step,
             "epochs": trainer.state.epoch,
-            "train_items": len(train),
+            "train_items": len(job.train),
             "trainable_parameters": trainable,
             "final_loss": losses[-1] if losses else None,
             "final_eval_loss": eval_losses[-1] if eval_losses else None,

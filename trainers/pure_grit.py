@@ -8,17 +8,20 @@ from trainers.common import Arm, TrainingJob, sft_trainer_class
 from trainers.settings import TrainSettings
 
 
-def _trainer(settings: TrainSettings, **kwargs: Any) -> Any:
+def grit_trainer(base: type, settings: TrainSettings, **kwargs: Any) -> Any:
+    """A trainer of class `base` with GRIT as the settings ask for it."""
     from grit import GRITConfig, grit_trainer_class
 
     # The adapters of the model have their rank and α already; the configuration is told for completeness.
     own = {"lora_rank": settings.rank, "lora_alpha": float(settings.alpha), "lora_dropout": settings.dropout}
-    return grit_trainer_class(sft_trainer_class())(
-        grit_config=GRITConfig.from_dict({**own, **(settings.grit or {})}), **kwargs
-    )
+    return grit_trainer_class(base)(grit_config=GRITConfig.from_dict({**own, **(settings.grit or {})}), **kwargs)
 
 
-def _report(trainer: Any, job: TrainingJob) -> dict[str, Any]:
+def _trainer(settings: TrainSettings, **kwargs: Any) -> Any:
+    return grit_trainer(sft_trainer_class(), settings, **kwargs)
+
+
+def grit_report(trainer: Any, job: TrainingJob) -> dict[str, Any]:
     """GRIT's log and plots beside the adapter, and what run.json says of it."""
     from grit import plots
 
@@ -32,7 +35,7 @@ def _report(trainer: Any, job: TrainingJob) -> dict[str, Any]:
         try:
             plot(log, job.output / name)
         except ValueError as error:  # nothing to draw, e.g. a run too short for any factor; the adapter is there
-            print(f"pure_grit: no {name}: {error}", file=sys.stderr)
+            print(f"GRIT: no {name}: {error}", file=sys.stderr)
     final = manager.history[-1]
     ranks = [entry["r"] for entry in final["ranks"].values()]
     return {
@@ -49,4 +52,4 @@ def _report(trainer: Any, job: TrainingJob) -> dict[str, Any]:
     }
 
 
-ARM = Arm(name="pure_grit", title="Pure GRIT", preconditions=True, make_trainer=_trainer, report=_report)
+ARM = Arm(name="pure_grit", title="Pure GRIT", preconditions=True, make_trainer=_trainer, report=grit_report)

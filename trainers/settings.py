@@ -36,9 +36,11 @@ class TrainSettings(Section):
     precision: Literal["fp32", "bf16"]
     max_length: Annotated[int, Field(ge=8, description="tokens of prompt and completion")]
     gradient_checkpointing: bool
+    unsloth_fused_lora: bool
     logging_steps: Positive
     eval_steps: Positive
     save_steps: Positive
+    probe_every: Annotated[int, Field(ge=1, description="steps between two entries of the probe's ledger")]
     grit: dict[str, Any] | None = None
 
     @field_validator("grit")
