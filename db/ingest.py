@@ -21,6 +21,7 @@ from db.rows import (
     environment_row,
     metric_def_rows,
     metric_rows,
+    probe_rows,
     run_row,
     sample_rows,
     speed_rows,
@@ -32,6 +33,7 @@ _CHILDREN: tuple[tuple[type[Any], Any], ...] = (
     (Sample, sample_rows),
     (Speed, speed_rows),
     (Artifact, artifact_rows),
+    (Probe, probe_rows),
 )
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import Select, column, func, select, table
 from sqlalchemy.orm import Session
 
 from db.columns import FINAL_STEP
-from db.models import Environment, Metric, MetricDef, Run, Sample, Speed
+from db.models import Environment, Metric, MetricDef, Probe, Run, Sample, Speed
 from db.values import join_value
 
 VIEWS = ("evaluation_results", "v_leaderboard", "v_probe_summary", "v_parity")
@@ -52,6 +52,31 @@ def curve(session: Session, run_id: int, name: str, split: str = "train") -> lis
         Metric.run_id == run_id, Metric.name == name, Metric.split == split, Metric.step != FINAL_STEP
     )
     return [(m.step, join_value(m.value, m.value_kind)) for m in session.scalars(query.order_by(Metric.step))]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A number of a verdict over a whole run.
+
+    Attributes:
+        value: In the reading's unit; NaN and infinities possible.
+        verdict: pass, fail, inconclusive, or skipped where it is not judged.
+        diagnosis: In words.
+    """
+
+    value: float
+    verdict: str
+    diagnosis: str
+
+
+def probe_readings(session: Session, run_ids: Iterable[int]) -> dict[int, dict[str, Reading]]:
+    """Return run id -> name -> what the probe says of the whole run (not of layers and steps)."""
+    ids = list(run_ids)
+    found: dict[int, dict[str, Reading]] = {run_id: {} for run_id in ids}
+    query = select(Probe).where(Probe.run_id.in_(ids), Probe.layer == "", Probe.step == FINAL_STEP)
+    for row in session.scalars(query.order_by(Probe.id)):
+        found[row.run_id][row.name] = Reading(join_value(row.value, row.value_kind), row.verdict, row.diagnosis)
+    return found
 
 
 def metric_meanings(session: Session) -> dict[str, MetricDef]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from db.errors import IngestError, Problem
 from db.files import FileReader
-from db.records import HistoryRecord, ParityRecord, RunRecord, SampleRecord, ScoresRecord
+from db.records import HistoryRecord, ParityRecord, RunRecord, SampleRecord, ScoresRecord, VerdictRecord
 
 BASE = "base"
 """The arm that is the untouched model: it has no adapter, and it is read whenever any other is."""
@@ -34,6 +34,7 @@ class Bundle:
     samples: list[SampleRecord]
     history: HistoryRecord | None
     parity: ParityRecord | None
+    verdict: VerdictRecord | None
     base_model: RunRecord | None
     source_sha256: str
 
@@ -49,7 +50,8 @@ class _TreeReader(FileReader):
 
     def stage(self, folder: str, stage: str, arm: str, seed: int, digest: hashlib._Hash) -> RunRecord | None:
         path = self.root / folder / arm / str(seed) / "run.json"
-        record = self.record(path, RunRecord, digest)
+        # Results from before there were verdicts stay readable.
+        record = self.record(path, RunRecord, digest, required=stage != "probe")
         if record is not None:
             if record.stage != stage:
                 self.problem(path, "stage", f"expected {stage!r}, came {record.stage!r}")
@@ -69,9 +71,9 @@ class _TreeReader(FileReader):
             self.notes.append(f"{label}: no scores yet")
             return None
         before = len(self.problems)
-        folders = {"train": "adapters", "export": "gguf", "evaluate": "scores"}
+        folders = {"train": "adapters", "probe": "verdicts", "export": "gguf", "evaluate": "scores"}
         if arm == BASE:
-            del folders["train"]
+            del folders["train"], folders["probe"]
         found = {stage: self.stage(folder, stage, arm, seed, digest) for stage, folder in folders.items()}
         stages = {stage: record for stage, record in found.items() if record is not None}
         for stage, record in stages.items():
@@ -87,7 +89,7 @@ class _TreeReader(FileReader):
         if scores is not None:
             self.belongs(place / "scores.json", scores.arm, scores.seed, arm, seed)
         samples = self.samples(place / "samples.jsonl", digest)
-        history = parity = base_model = None
+        history = parity = verdict = base_model = None
         if arm == BASE:
             path = self.root / "models" / "base" / "run.json"
             base_model = self.record(path, RunRecord, digest, required=False)
@@ -100,6 +102,12 @@ class _TreeReader(FileReader):
                 self.belongs(path, parity.arm, parity.seed, arm, seed)
             elif not path.exists():
                 self.notes.append(f"{label}: no parity.json, so nothing shows that the export is faithful")
+            path = self.root / "verdicts" / arm / str(seed) / "verdict.json"
+            verdict = self.record(path, VerdictRecord, digest, required="probe" in stages)
+            if verdict is not None:
+                self.belongs(path, verdict.arm, verdict.seed, arm, seed)
+            elif not path.exists():
+                self.notes.append(f"{label}: no verdict.json, so nothing shows what the optimizer did")
         if len(self.problems) > before or scores is None:
             return None
         if stale := _stale(stages):
@@ -107,7 +115,7 @@ class _TreeReader(FileReader):
             return None
         self.agrees(label, scores, samples)
         return Bundle(
-            arm, seed, stages, scores, samples, history, parity, base_model, digest.hexdigest()
+            arm, seed, stages, scores, samples, history, parity, verdict, base_model, digest.hexdigest()
         )  # fmt: skip
 
     def agrees(self, label: str, scores: ScoresRecord, samples: list[SampleRecord]) -> None:

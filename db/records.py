@@ -18,7 +18,9 @@ from pydantic import (
     model_validator,
 )
 
-Stage = Literal["train", "export", "evaluate", "prepare_base", "prepare_data"]
+from db.columns import FINAL_STEP
+
+Stage = Literal["train", "probe", "export", "evaluate", "prepare_base", "prepare_data"]
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -197,6 +199,42 @@ class ParityRecord(Record):
     greedy_equal: Annotated[float, Field(ge=0, le=1)]
     pairs: dict[Name, Annotated[float, Field(ge=0, le=1)]]
     first_difference: dict[str, Any] | None = None
+
+
+def _spelled(value: Any) -> Any:
+    """Numbers that JSON does not have are written as words."""
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+class ReadingRecord(Record):
+    """One number of a verdict."""
+
+    name: Name
+    layer: str
+    step: Annotated[int, Field(ge=FINAL_STEP, lt=2**63)]
+    value: Annotated[float, BeforeValidator(_spelled)]
+    unit: str
+    threshold: float | None
+    verdict: Literal["pass", "fail", "inconclusive", "skipped"]
+    diagnosis: str
+
+
+class VerdictRecord(Record):
+    """`verdict.json`: whether an arm's updates are what it claims."""
+
+    form: Literal[1] = Field(alias="schema")
+    arm: Name
+    seed: Count
+    verdict: Literal["effective", "no_effect", "unstable"]
+    diagnosis: Name
+    reason: str
+    as_claimed: bool
+    readings: list[ReadingRecord]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> VerdictRecord:
+        _refuse_repeats("readings", ((r.name, r.layer, r.step) for r in self.readings))
+        return self
 
 
 class HistoryRecord(RootModel[list[dict[str, float | None]]]):

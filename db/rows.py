@@ -141,6 +141,15 @@ def speed_rows(bundle: Bundle) -> list[Row]:
     return [plain(row.model_dump()) for row in bundle.scores.speed]
 
 
+def probe_rows(bundle: Bundle) -> list[Row]:
+    """The verdict and what it rests on."""
+    rows = []
+    for reading in bundle.verdict.readings if bundle.verdict else []:
+        value, kind = split_value(reading.value)
+        rows.append({**plain(reading.model_dump()), "value": value, "value_kind": kind})
+    return rows
+
+
 def artifact_rows(bundle: Bundle) -> list[Row]:
     """Everything the stages made, and for the base what it was made from."""
     stages = dict(bundle.stages)

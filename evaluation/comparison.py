@@ -23,6 +23,25 @@ Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
+class ProbeRow:
+    """What the probe says of one run.
+
+    Attributes:
+        seed: Of the run.
+        verdict: effective, no_effect or unstable.
+        as_claimed: Whether the arm's updates are what it claims.
+        reason: Diagnosis and reason in words.
+        numbers: Reading -> value: angle_to_shadow in degrees, twin_divergence in A/A floors, …
+    """
+
+    seed: int
+    verdict: str
+    as_claimed: bool
+    reason: str
+    numbers: dict[str, float]
+
+
+@dataclass(frozen=True)
 class ArmRow:
     """One arm, its numbers averaged over seeds.
 
@@ -34,6 +53,7 @@ class ArmRow:
         delta_speed: Percent faster than the base that was timed beside it.
         parity: Share of prompts on which all ways to run the model answer alike, percent, worst seed.
         differences: Against the base, then against baseline_lora.
+        probes: One for each seed that has a verdict.
         metrics: (split, name) -> mean over seeds, in the metric's own unit.
     """
 
@@ -48,6 +68,16 @@ class ArmRow:
     parity: float | None
     differences: tuple[Difference, ...]
     metrics: dict[Key, float]
+    probes: tuple[ProbeRow, ...] = ()
+
+    @property
+    def updates(self) -> str:
+        """The probe's verdicts in a word, a wrong one before all others; empty where there is none."""
+        wrong = next((p.verdict for p in self.probes if not p.as_claimed), "")
+        if wrong or not self.probes:
+            return f"{wrong}!" if wrong else ""
+        words = {"no_effect": "plain AdamW"}
+        return ", ".join(dict.fromkeys(words.get(p.verdict, p.verdict) for p in self.probes))
 
     def against(self, arm: str) -> Difference | None:
         """Return the difference from another arm, if both answered the same items."""
@@ -93,13 +123,16 @@ def compare(session: Session) -> Comparison:
     """Compare the current runs of an open database."""
     runs = queries.current_runs(session)
     metrics = queries.final_metrics(session, [run.id for run in runs])
+    readings = queries.probe_readings(session, [run.id for run in runs])
     answers = {run.id: queries.outcomes(session, run.id) for run in runs}
     by_arm: dict[str, list[Run]] = {}
     for run in runs:
         by_arm.setdefault(run.arm, []).append(run)
     arms = sorted(by_arm, key=lambda arm: (arm != BASE, arm != BASELINE, arm))
     found = find_differences(arms, by_arm, answers)
-    rows = tuple(_row(session, by_arm[arm], metrics, tuple(d for d in found.get(arm, []) if d)) for arm in arms)
+    rows = tuple(
+        _row(session, by_arm[arm], metrics, readings, tuple(d for d in found.get(arm, []) if d)) for arm in arms
+    )
     meanings = queries.metric_meanings(session)
     return Comparison(
         rows=rows,
@@ -122,6 +155,7 @@ def _row(
     session: Session,
     runs: list[Run],
     metrics: dict[int, dict[Key, queries.FinalMetric]],
+    readings: dict[int, dict[str, queries.Reading]],
     differences: tuple[Difference, ...],
 ) -> ArmRow:
     own = [metrics[run.id] for run in runs]
@@ -142,7 +176,15 @@ def _row(
         parity=min(parities) if parities else None,
         differences=differences,
         metrics={key: fmean(m[key].value for m in own if key in m) for key in keys},
+        probes=tuple(_probe(run.seed, readings[run.id]) for run in runs if "verdict" in readings[run.id]),
     )
+
+
+def _probe(seed: int, readings: dict[str, queries.Reading]) -> ProbeRow:
+    verdict = readings["verdict"]
+    word, _, reason = verdict.diagnosis.partition(": ")
+    numbers = {name: reading.value for name, reading in readings.items() if name != "verdict"}
+    return ProbeRow(seed, word, verdict.verdict == "pass", reason, numbers)
 
 
 def _mean(values: Iterable[float]) -> float | None:
@@ -160,6 +202,8 @@ def _notes(rows: tuple[ArmRow, ...], runs: list[Run]) -> list[str]:
         )
     if any(len(row.seeds) > 1 for row in rows):
         notes.append("Intervals resample items; seeds are averaged per item before.")
+    for row in rows:
+        notes += [f"{row.arm} seed {p.seed}: {p.verdict}: {p.reason}" for p in row.probes if not p.as_claimed]
     if any(run.git_dirty for run in runs):
         notes.append("Some stages ran on changed files (dirty): those numbers have no commit of their own.")
     bad = [row.arm for row in rows if any(not math.isfinite(value) for value in row.metrics.values())]

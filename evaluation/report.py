@@ -31,6 +31,7 @@ HEADERS = (
     "Decode\ntokens/s",
     "Δ speed\n%",
     "Parity\n%",
+    "Updates\n(probe)",
 )
 _TITLE = "Arms compared with the untouched base"
 _COLOURS = {"better": "green", "worse": "red"}
@@ -54,6 +55,7 @@ def cells(row: ArmRow) -> list[str]:
         _number(row.decode_speed),
         "0.0" if row.arm == BASE else _number(row.delta_speed, sign=True),
         _number(row.parity),
+        row.updates or "–",
     ]
 
 
@@ -116,7 +118,7 @@ def as_csv(comparison: Comparison) -> str:
     writer.writerow(
         ["model_name", "arm", "seeds", "aqi_accuracy_percent", "delta_aqi_points", "delta_aqi_low",
          "delta_aqi_high", "items", "p_value", "p_holm", "verdict", "retention_percent",
-         "decode_tokens_per_second", "delta_speed_percent", "parity_percent"]
+         "decode_tokens_per_second", "delta_speed_percent", "parity_percent", "updates"]
     )  # fmt: skip
     for row in comparison.rows:
         d = row.against(BASE)
@@ -125,7 +127,7 @@ def as_csv(comparison: Comparison) -> str:
         ] if d else [0.0 if row.arm == BASE else None, *[None] * 6]  # fmt: skip
         writer.writerow(
             [row.model_name, row.arm, len(row.seeds), row.accuracy, *paired, row.retention,
-             row.decode_speed, row.delta_speed, row.parity]
+             row.decode_speed, row.delta_speed, row.parity, row.updates]
         )  # fmt: skip
     return out.getvalue()
 
@@ -141,6 +143,9 @@ def as_markdown(comparison: Comparison) -> str:
         "\n".join(f"- {_cell(note)}" for note in comparison.notes),
         "## Paired differences of AQI category accuracy",
         _difference_table(comparison),
+        "## What the optimizers did",
+        "Medians over layers and sampled steps. Shadow: what plain AdamW would have done with the same raw gradients.",
+        _probe_table(comparison),
         "## Every metric",
         "Means over seeds, in the metric's own unit. " + _spread(comparison),
         _grid(["Split", "Metric", "Unit", "Better", *arms], _metric_lines(comparison)),
@@ -196,6 +201,31 @@ def _difference_table(comparison: Comparison) -> str:
     ]
     heads = ["Arm", "Against", "Points [95%]", "Items", "p (exact sign test)", "p (Holm)", "Verdict"]
     return _grid(heads, lines)
+
+
+_PROBE_COLUMNS = {
+    "angle_to_shadow": "Update off shadow, degrees",
+    "lr_ratio": "Length over shadow's",
+    "coverage": "Share of tensors reached",
+    "cos_raw_preconditioned": "cos(raw, preconditioned)",
+    "cos_raw_step": "cos(raw, step)",
+    "twin_divergence": "Loss curves apart, A/A floors",
+}
+
+
+def _probe_table(comparison: Comparison) -> str:
+    lines = [
+        [
+            row.arm,
+            str(probe.seed),
+            probe.verdict + ("" if probe.as_claimed else " (not as claimed)"),
+            *("–" if (v := probe.numbers.get(name)) is None else f"{v:.3g}" for name in _PROBE_COLUMNS),
+            probe.reason,
+        ]
+        for row in comparison.rows
+        for probe in row.probes
+    ]
+    return _grid(["Arm", "Seed", "Verdict", *_PROBE_COLUMNS.values(), "Diagnosis"], lines)
 
 
 def _metric_lines(comparison: Comparison) -> list[list[str]]:

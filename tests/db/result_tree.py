@@ -25,7 +25,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def run_json(stage: str, arm: str | None, seed: int | None, **changes: Any) -> dict[str, Any]:
-    hour = {"prepare_base": 0, "train": 1, "export": 2, "evaluate": 3}[stage]
+    hour = {"prepare_base": 0, "train": 1, "probe": 2, "export": 2, "evaluate": 3}[stage]
     return {
         "schema": 1,
         "stage": stage,
@@ -52,6 +52,32 @@ def run_json(stage: str, arm: str | None, seed: int | None, **changes: Any) -> d
         "prompt_template": "Q: {prompt} A:",
         "extra": {},
         **changes,
+    }
+
+
+def verdict_json(arm: str, seed: int) -> dict[str, Any]:
+    """Plain AdamW for the baseline; any other arm's updates are 26° off."""
+    plain = arm == "baseline_lora"
+    word, why, angle = ("no_effect", "equals_shadow", 1e-5) if plain else ("effective", "none", 26.5)
+
+    def reading(name: str, value: Any, verdict: str = "skipped", **more: Any) -> dict[str, Any]:
+        row = {"name": name, "layer": "", "step": -1, "value": value, "unit": "", "threshold": None}
+        return {**row, "verdict": verdict, "diagnosis": "", **more}
+
+    return {
+        "schema": 1,
+        "arm": arm,
+        "seed": seed,
+        "verdict": word,
+        "diagnosis": why,
+        "reason": "because",
+        "as_claimed": True,
+        "readings": [
+            reading("verdict", 0.0 if plain else 1.0, "pass", diagnosis=f"{word}: {why}: because"),
+            reading("angle_to_shadow", angle, "pass", unit="degrees", threshold=1.0),
+            reading("twin_divergence", 0.0 if plain else "inf", "pass", unit="A/A floors", threshold=10.0),
+            reading("layer_angle", angle, layer="layers.0.q_proj", step=25, unit="degrees"),
+        ],
     }
 
 
@@ -83,6 +109,8 @@ def make_arm(
         write(root / "adapters" / tag / "run.json", run_json("train", arm, seed, artifacts=[made]))
         curve = [{"step": 10, "loss": 1.5, "epoch": 0.1}, {"step": 10, "eval_loss": 1.2, "epoch": 0.1}]
         write(root / "adapters" / tag / "loss_history.json", curve if history is None else history)
+        write(root / "verdicts" / tag / "run.json", run_json("probe", arm, seed, inputs={name: made["sha256"]}))
+        write(root / "verdicts" / tag / "verdict.json", verdict_json(arm, seed))
         exported = [artifact("merged_gguf", f"gguf/{tag}/model.gguf", f"gguf {tag}", made["sha256"])]
         write(
             gguf / "parity.json",

@@ -164,7 +164,7 @@ def test_table_in_a_pipe_is_whole_and_plain(path: Path) -> None:
     values = [cell.strip() for cell in row.split("│")[1:-1]]
     assert values[:3] == ["baseline_lora_model", "2", "70.0"]
     assert values[3].startswith("+30.0 [+2") and values[3].endswith("]")
-    assert values[4:] == ["80.0", "100.0", "-16.7", "99.0"]
+    assert values[4:] == ["80.0", "100.0", "-16.7", "99.0", "plain AdamW"]
     assert "\x1b" not in done.stdout and "…" not in done.stdout
     assert sum(line.startswith(("baseline_lora: ", "hybrid_grit: ", "pure_grit: ")) for line in lines) == 3
     assert any("decode equally fast" in line and "noise" in line for line in lines)
