@@ -1,7 +1,8 @@
 """What every benchmark shares: contenders in turn, ratios with their spread, a JSON file with device and date.
 
-A benchmark is a script `benchmarks/<name>.py` that calls `run` and so prints a table and writes
-`benchmarks/results/<name>.json`. Speed and memory claims of the README come from there.
+A benchmark is a script `benchmarks/<name>.py` that prints a table and writes `benchmarks/results/<name>.json`, by
+`report` where contenders take turns call by call, else by `write`. Speed and memory claims of the README come from
+there.
 """
 
 import json

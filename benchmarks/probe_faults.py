@@ -1,0 +1,107 @@
+"""Every fault of the catalogue must be named, and no clean run blamed: `make probe-faults`.
+
+Exit code 1 if a fault is missed (its verdict is `effective`, or the first diagnosis is another than the one that it was
+made for) or a clean run raises a false alarm.
+"""
+
+import logging
+import sys
+import warnings
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks._faults import CLEAN, FAULTS, SETTINGS
+from benchmarks._harness import write
+from probes import Verdict
+
+KEPT = ("coverage", "angle_to_shadow", "angle_lowest", "lr_ratio", "cos_raw_preconditioned", "damping_share")
+
+
+def row(name: str, setting: str, expected: str, verdict: Verdict, right: bool) -> dict[str, Any]:
+    """One run as plain values."""
+    return {
+        "name": name,
+        "setting": setting,
+        "expected": expected,
+        "diagnosis": verdict.diagnosis,
+        "verdict": verdict.verdict,
+        "right": right,
+        "findings": [finding.name for finding in verdict.findings],
+        "numbers": {key: verdict.numbers[key] for key in KEPT},
+        "reason": verdict.reason,
+    }
+
+
+def run_faults() -> list[dict[str, Any]]:
+    """A row for each fault and setting."""
+    rows = []
+    jobs = [(fault, label, setting) for fault in FAULTS for label, setting in SETTINGS.items()]
+    for fault, label, setting in track(jobs, "faults", console=Console(stderr=True)):
+        verdict = fault.run(setting)
+        right = verdict.verdict != "effective" and verdict.diagnosis == fault.expected
+        rows.append(row(fault.name, label, fault.expected, verdict, right))
+    return rows
+
+
+def run_clean() -> list[dict[str, Any]]:
+    """A row for each clean run."""
+    rows = []
+    for clean in track(CLEAN, "clean runs", console=Console(stderr=True)):
+        verdict = clean.run()
+        diagnosis = "none" if clean.expected == "effective" else "equals_shadow"
+        right = (verdict.verdict, verdict.diagnosis) == (clean.expected, diagnosis)
+        rows.append(row(clean.name, "", diagnosis, verdict, right))
+    return rows
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print a table."""
+    table = Table("", "run", "expected", "diagnosis", "verdict", title=title, title_justify="left")
+    for key in ("coverage", "angle °", "length"):
+        table.add_column(key, justify="right")
+    for entry in rows:
+        name = f"{entry['name']} ({entry['setting']})" if entry["setting"] else entry["name"]
+        numbers = [entry["numbers"][key] for key in ("coverage", "angle_to_shadow", "lr_ratio")]
+        shown = ["" if number is None else f"{number:.3g}" for number in numbers]
+        mark = "✓" if entry["right"] else "✗"
+        table.add_row(mark, name, entry["expected"], entry["diagnosis"], entry["verdict"], *shown)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def main() -> int:
+    """Run the catalogue."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    faults, clean = run_faults(), run_clean()
+    show("Faults", faults)
+    show("Clean runs (length: of the real update over plain AdamW's)", clean)
+    diagnosed = sum(entry["right"] for entry in faults)
+    false_alarms = sum(not entry["right"] for entry in clean)
+    effective = [entry["numbers"]["angle_lowest"] for entry in clean if entry["expected"] == "none"]
+    same = [entry["numbers"]["angle_to_shadow"] for entry in clean if entry["expected"] == "equals_shadow"]
+    lowest, highest = min(effective), max(same)
+    print(f"{diagnosed} of {len(faults)} faults diagnosed, {false_alarms} false alarms in {len(clean)} clean runs")
+    print(f"smallest angle of any layer of an effective run {lowest:.1f}°, largest of plain AdamW {highest:.1e}°")
+    write(
+        "probe_faults",
+        "The probe on the fault catalogue",
+        faults=len(faults),
+        kinds_of_fault=len(FAULTS),
+        diagnosed=diagnosed,
+        clean_runs=len(clean),
+        false_alarms=false_alarms,
+        lowest_effective_angle=lowest,
+        highest_plain_angle=highest,
+        fault_rows=faults,
+        clean_rows=clean,
+    )
+    return 0 if diagnosed == len(faults) and not false_alarms else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
