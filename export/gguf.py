@@ -11,6 +11,7 @@ from typing import Any
 
 from export import converters
 from export.errors import ExportError
+from export.tokenizer_files import copy_tokenizer
 
 # llama.cpp's ftype numbers (include/llama.h, enum llama_ftype).
 QUANTIZATIONS = {"f16": 1, "q8_0": 7, "q4_K_M": 15}
@@ -30,24 +31,33 @@ def adapter_config(adapter: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def check_adapter(adapter: Path) -> None:
-    """Refuse adapters whose meaning a GGUF adapter cannot carry.
+def losses(adapter: Path) -> list[str]:
+    """What a GGUF adapter would lose of a LoRA adapter; such an adapter can only be served merged.
 
     A GGUF adapter holds one alpha and the tensors A and B. Scales of single modules are no hindrance, see
     `scale_factors`.
 
     Raises:
-        ExportError: names each setting that would be lost.
+        ExportError: no LoRA adapter: it can be neither merged here nor converted.
     """
     config = adapter_config(adapter)
-    lost = []
     if config.get("peft_type") != "LORA":
-        lost.append(f"peft_type {config.get('peft_type')!r} (only LORA has a GGUF form)")
+        raise ExportError(f"{adapter}: expected an adapter of peft_type 'LORA', got {config.get('peft_type')!r}")
+    lost = []
     if config.get("use_dora"):
         lost.append("use_dora (magnitudes have no GGUF form)")
     if config.get("modules_to_save"):
         lost.append(f"modules_to_save {config['modules_to_save']} (whole modules have no GGUF adapter form)")
-    if lost:
+    return lost
+
+
+def check_adapter(adapter: Path) -> None:
+    """Refuse adapters whose meaning a GGUF adapter cannot carry.
+
+    Raises:
+        ExportError: names each setting that would be lost.
+    """
+    if lost := losses(adapter):
         raise ExportError(f"{adapter}: a GGUF adapter would lose {'; '.join(lost)}")
 
 
@@ -162,12 +172,13 @@ def save_merged(base: str, adapter: Path | None, out: Path, load_kwargs: dict[st
     if adapter is not None:
         from peft import PeftModel
 
+        losses(adapter)  # another kind of adapter would be unloaded, not merged
         try:
             model = _merge(PeftModel.from_pretrained(model, str(adapter)))
         except (RuntimeError, ValueError) as error:
             raise ExportError(f"{adapter}: does not fit the base {base!r}: {error}") from error
     model.save_pretrained(out)
-    _copy_tokenizer(base, out, load_kwargs)
+    copy_tokenizer(base, out, load_kwargs)
 
 
 def _merge(model: Any) -> Any:
@@ -178,6 +189,11 @@ def _merge(model: Any) -> Any:
     import torch
     from peft.tuners.lora import LoraLayer
 
+    ends = model.get_base_model()
+    first, last = ends.get_input_embeddings(), ends.get_output_embeddings()
+    if last is not None and last.weight is first.weight and any(isinstance(m, LoraLayer) for m in (first, last)):
+        layer = last.get_base_layer() if isinstance(last, LoraLayer) else last
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone())  # else both ends would get the update of one
     for module in model.modules():
         if isinstance(module, LoraLayer):
             base = module.get_base_layer()
@@ -185,34 +201,11 @@ def _merge(model: Any) -> Any:
             base.to(torch.float32)
             module.merge(safe_merge=True)
             base.to(dtype)
-    return model.unload()
-
-
-def _copy_tokenizer(source: str, out: Path, load_kwargs: dict[str, Any]) -> None:
-    """The tokenizer's files, its SentencePiece model among them where it has one.
-
-    The converter copies `add_bos_token` from tokenizer_config.json into the GGUF, and transformers 5 does not always
-    write that key. So it is set here to what the tokenizer really does.
-    """
-    from transformers import AutoTokenizer
-    from transformers.utils import cached_file
-
-    tokenizer = AutoTokenizer.from_pretrained(source, **load_kwargs)
-    tokenizer.save_pretrained(out)
-    sentencepiece = cached_file(
-        source,
-        "tokenizer.model",
-        revision=load_kwargs.get("revision"),
-        _raise_exceptions_for_missing_entries=False,
-    )
-    if sentencepiece is not None:
-        shutil.copy2(sentencepiece, out / "tokenizer.model")
-    ids = tokenizer("x")["input_ids"]
-    config_file = out / "tokenizer_config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["add_bos_token"] = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
-    config["add_eos_token"] = tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
-    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    merged = model.unload()
+    first, last = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if last is not None and not torch.equal(first.weight, last.weight):
+        merged.config.tie_word_embeddings = False  # else saving would keep one of them for both
+    return merged
 
 
 def _convert(script: str, arguments: list[str], made: Path) -> None:

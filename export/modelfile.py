@@ -7,12 +7,15 @@ or three double quotes, inside which nothing is escaped. A value this cannot car
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
+
+from export.gotemplate import ELSE, IF_SYSTEM, PROMPT
 
 PROMPT_SLOT = "{prompt}"
-GO_PROMPT = "{{ .Prompt }}"
+GO_PROMPT = PROMPT
 _COMMAND = re.compile(r"\s*(?:(parameter)[ \t]+(\w+)|([a-z]+))[ \t](.*)", re.IGNORECASE | re.DOTALL)
 BOS_TOKENS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|begin▁of▁sentence|>", "[BOS]")
 
@@ -137,12 +140,36 @@ def check_bos(template: str, gguf_adds_bos: bool, bos_token: str | None = None) 
         ModelfileError: names the token.
     """
     tokens = (*BOS_TOKENS, *([bos_token] if bos_token else []))
-    leading = next((t for t in tokens if template.lstrip().startswith(t)), None)
+    # A token behind `{{ if .System }}` or `{{ else }}` leads as well.
+    starts = [template, *(template.split(action, 1)[1] for action in (IF_SYSTEM, ELSE) if action in template)]
+    leading = next((t for t in tokens for start in starts if start.lstrip().startswith(t)), None)
     if gguf_adds_bos and leading is not None:
         raise ModelfileError(
             f"the template starts with {leading}, and the GGUF adds that token itself, so the model would "
             "see it twice; take it out of the template."
         )
+
+
+def spec_of(facts: Mapping[str, Any], adapter_path: str | None = None) -> ModelfileSpec:
+    """What serving.json says about a model; greedy, since that is how it is scored.
+
+    Args:
+        facts: template (with `{prompt}`), stop, num_ctx; from a chat template also go and system; license.
+        adapter_path: GGUF adapter relative to the Modelfile.
+
+    Raises:
+        ModelfileError: lists every field at fault.
+    """
+    return ModelfileSpec(
+        from_path="./model.gguf",
+        adapter_path=adapter_path,
+        template=facts.get("go") or go_template(facts["template"]),
+        stop=facts["stop"],
+        num_ctx=facts["num_ctx"],
+        temperature=0.0,
+        system=facts.get("system"),
+        license=facts.get("license"),
+    )
 
 
 def render_modelfile(spec: ModelfileSpec, *, gguf_adds_bos: bool = True, bos_token: str | None = None) -> str:

@@ -219,3 +219,9 @@ def parse_parameters(text: str) -> dict[str, list[object]]:
             parsed = value.strip()
         found.setdefault(name, []).append(parsed)
     return found
+
+
+if __name__ == "__main__":
+    from export.ollama_cli import app
+
+    app()

@@ -92,7 +92,8 @@ def compare(
         prompts, token_ids_equal and greedy_equal (shares, the worst pair), greedy_tied (share of prompts that part at
         a tie, the worst pair), pairs, token_id_pairs and tied_pairs (each pair's shares), and first_difference (None
         where there is none): engine, kind, prompt, position, both tokens, the reference's lead there and the likely
-        cause. Greedy answers are asked for with the reference's ids, so that a tokenizer's fault is counted once.
+        cause. answers: the reference's ids, and its greedy text, of every prompt. Greedy answers are asked for with the
+        reference's ids, so that a tokenizer's fault is counted once.
     """
     base = engines[reference]()
     right = _ask(base, prompts, max_tokens, None)
@@ -146,6 +147,9 @@ def compare(
         "tied_pairs": tied,
         "pairs": pairs,
         "token_id_pairs": id_pairs,
+        "answers": [
+            {"ids": list(ids), "answer": texts[tuple(made)]} for ids, made in zip(right.ids, right.greedy, strict=True)
+        ],
         "first_difference": min(differences, key=lambda d: d[0])[1] if differences else None,
     }
 

@@ -17,54 +17,82 @@ from evaluation.backends.llama_cpp import LlamaCppBackend
 from evaluation.tasks import Item, render
 from export import gguf, parity
 from export.errors import ExportError
-from export.modelfile import ModelfileSpec, go_template, render_modelfile
+from export.modelfile import render_modelfile, spec_of
+from export.verify import REFERENCE
 from pipelines.base_model import load_reference
 from pipelines.config import check_arm, load_params
 from pipelines.outputs import staged
-from pipelines.runinfo import RunRecord, artifact, hash_inputs, read_jsonl, sha256, write_json
-from pipelines.schema import Params
-from pipelines.stage import BASE, BASE_ARM, DATA, adapter_dir, clear_errors, cli, gguf_dir, quiet_libraries
+from pipelines.prompt import chat_facts, prompt_text
+from pipelines.runinfo import RunRecord, artifact, hash_inputs, read_jsonl, sha256, write_json, write_jsonl
+from pipelines.schema import CHAT, Params
+from pipelines.stage import BASE, BASE_ARM, DATA, adapter_dir, clear_errors, cli, gguf_dir, model_name, quiet_libraries
 from trainers.models import load_tokenizer
 from trainers.settings import BaseReference
 
 # What is exported first and held against Hugging Face; other precisions are made from it.
 F16 = "model-f16.gguf"
 SERVED = "model.gguf"
+ADAPTER = "adapter.gguf"
+REFERENCES = 20
+"""Prompts in reference.jsonl."""
 
 
-def parity_prompts(template: str, count: int) -> list[str]:
-    """Rendered prompts, test and retention items in turn."""
+def parity_prompts(count: int) -> list[str]:
+    """Questions, test and retention items in turn."""
     test, retention = (read_jsonl(DATA / f"{s}.jsonl") for s in ("test", "retention"))
     step = max(1, len(retention) // max(1, count // 2))  # over all general tasks
     mixed = chain.from_iterable(zip(test, retention[::step], strict=False))
     rows = list(mixed)[:count]
     rows += test[len(rows) // 2 :][: count - len(rows)]
-    return [render(template, Item.from_json(row).prompt) for row in rows]
+    return [Item.from_json(row).prompt for row in rows]
 
 
-def serving_facts(params: Params, reference: BaseReference) -> dict[str, Any]:
+def rendered(template: str, prompts: list[str]) -> list[str]:
+    """The questions as the model gets them."""
+    return [render(template, prompt) for prompt in prompts]
+
+
+def write_references(
+    folder: Path, template: str, prompts: list[str], answers: list[dict[str, Any]], tokens: int
+) -> None:
+    """Hugging Face's answers, which `python -m export.ollama verify` holds a server against."""
+    rows = zip(prompts, answers, strict=False)
+    write_jsonl(
+        folder / REFERENCE,
+        [{"prompt": p, "rendered": render(template, p), **answer, "max_tokens": tokens} for p, answer in rows],
+    )
+
+
+def base_answers(reference: BaseReference, template: str, prompts: list[str], tokens: int) -> list[dict[str, Any]]:
+    """The untouched base's ids and greedy answers."""
+    engine = HfBackend(reference.merge_from, template, load_kwargs=reference.merge_kwargs)
+    try:
+        ids = [engine.tokenize(text) for text in rendered(template, prompts)]
+        return [{"ids": list(x), "answer": engine.detokenize(engine.greedy(x, tokens))} for x in ids]
+    finally:
+        engine.close()
+
+
+def serving_facts(params: Params, reference: BaseReference, name: str) -> dict[str, Any]:
     """What a server must know to ask the model as training did."""
     tokenizer = load_tokenizer(reference)
+    chat = chat_facts() if params.prompt.template == CHAT else {}
     return {
-        "template": params.prompt.template,
-        "stop": [tokenizer.eos_token],
+        "template": prompt_text(params.prompt),
+        "stop": chat.get("stop", [tokenizer.eos_token]),
+        **{key: chat[key] for key in ("go", "system") if key in chat},
+        "model_name": name,
+        "quantization": params.export.quantization,
+        "license": params.export.license,
         "num_ctx": params.export.num_ctx,
         "adds_bos": tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id],
         "bos_token": tokenizer.bos_token,
     }
 
 
-def write_modelfile(folder: Path, facts: dict[str, Any]) -> None:
-    """Modelfile beside the GGUF; greedy, since that is how the model is scored."""
-    spec = ModelfileSpec(
-        from_path=f"./{SERVED}",
-        template=go_template(facts["template"]),
-        stop=facts["stop"],
-        num_ctx=facts["num_ctx"],
-        temperature=0.0,
-    )
-    text = render_modelfile(spec, gguf_adds_bos=facts["adds_bos"], bos_token=facts["bos_token"])
-    (folder / "Modelfile").write_text(text, encoding="utf-8")
+def modelfile_text(facts: dict[str, Any]) -> str:
+    """Modelfile beside the GGUF."""
+    return render_modelfile(spec_of(facts), gguf_adds_bos=facts["adds_bos"], bos_token=facts["bos_token"])
 
 
 def base_f16() -> Path:
@@ -83,9 +111,9 @@ def base_f16() -> Path:
 def check_parity(
     params: Params, reference: BaseReference, merge_from: str, arm: str, seed: int, folder: Path
 ) -> dict[str, Any]:
-    """Hugging Face (base + adapter, not merged) against merged GGUF and against base + adapter GGUF."""
-    template, section = params.prompt.template, params.export
-    prompts = parity_prompts(template, section.parity_prompts)
+    """Hugging Face (base + adapter, not merged) against merged GGUF and, where there is one, base + adapter GGUF."""
+    template, section = prompt_text(params.prompt), params.export
+    prompts = rendered(template, parity_prompts(section.parity_prompts))
     adapter = adapter_dir(arm, seed)
 
     def hugging_face() -> parity.Engine:
@@ -104,15 +132,16 @@ def check_parity(
     engines = {
         "hf": hugging_face,
         "merged_gguf": llama_cpp(folder / F16),
-        "base+adapter_gguf": llama_cpp(base_f16(), folder / "adapter.gguf"),
     }
+    if (folder / ADAPTER).is_file():
+        engines["base+adapter_gguf"] = llama_cpp(base_f16(), folder / ADAPTER)
     result = parity.compare(engines, prompts, section.parity_tokens, reference="hf")
     return {"schema": 1, "arm": arm, "seed": seed, "quantization": "f16", **result}
 
 
 def check_quantized(params: Params, folder: Path) -> dict[str, Any]:
     """How often the served precision answers as f16 does; reported, not gated."""
-    template, section = params.prompt.template, params.export
+    template, section = prompt_text(params.prompt), params.export
 
     def opened(file: Path) -> Callable[[], parity.Engine]:
         return lambda: LlamaCppBackend(file, template, num_ctx=section.num_ctx)
@@ -121,12 +150,12 @@ def check_quantized(params: Params, folder: Path) -> dict[str, Any]:
         "f16": opened(folder / F16),
         section.quantization: opened(folder / SERVED),
     }
-    prompts = parity_prompts(template, section.parity_prompts)
+    prompts = rendered(template, parity_prompts(section.parity_prompts))
     result = parity.compare(engines, prompts, section.parity_tokens, reference="f16")
     return {"quantization": section.quantization, "greedy_equal_to_f16": result["greedy_equal"]}
 
 
-def run(params: Params, arm: str, seed: int) -> None:
+def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
     """Export one arm with one seed."""
     if arm != BASE_ARM:
         check_arm(arm)
@@ -136,12 +165,11 @@ def run(params: Params, arm: str, seed: int) -> None:
     out = gguf_dir(arm, seed)
     inputs = hash_inputs(BASE / "base.json", *([adapter] if adapter else []))
     shown = {"export": params.export.model_dump(), "prompt": params.prompt.model_dump()}
-    facts = serving_facts(params, reference)
+    facts = serving_facts(params, reference, model_name(arm, seed, first_seed))
+    modelfile_text(facts)  # what cannot be served is refused before the work
     failed = out.with_name(f"{out.name}.parity-failed.json")
     with staged(out) as folder:
-        record = RunRecord(
-            "export", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=params.prompt.template
-        )
+        record = RunRecord("export", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=facts["template"])
         merged = folder / "merged" / "model"  # a fixed name: the converter writes it into the file
         gguf.save_merged(merge_from, adapter, merged, reference.merge_kwargs)
         gguf.convert_model(merged, folder / F16, f"{arm}-{seed}")
@@ -149,10 +177,15 @@ def run(params: Params, arm: str, seed: int) -> None:
         if quantization != "f16":
             gguf.quantize(folder / F16, folder / SERVED, quantization)
         if adapter:
-            gguf.convert_adapter(adapter, merged, folder / "adapter.gguf")
+            if lost := gguf.losses(adapter):
+                record.extra["only_merged"] = lost
+                print(f"export {arm}-{seed}: no GGUF adapter, it would lose {'; '.join(lost)}; the merged model has it")
+            else:
+                gguf.convert_adapter(adapter, merged, folder / ADAPTER)
             result = check_parity(params, reference, merge_from, arm, seed, folder)
             if quantization != "f16":
                 result["served"] = check_quantized(params, folder)
+            answers = result.pop("answers")
             write_json(folder / "parity.json", result)
             record.extra["parity"] = {k: result[k] for k in ("token_ids_equal", "greedy_equal", "prompts")}
             difference = parity.verdict(result, params.export.min_greedy_equal)
@@ -160,18 +193,24 @@ def run(params: Params, arm: str, seed: int) -> None:
                 write_json(failed, result)
                 raise ExportError(f"{out}: the export is not what was trained ({failed}). {difference}")
             failed.unlink(missing_ok=True)
+        else:
+            answers = base_answers(
+                reference, facts["template"], parity_prompts(REFERENCES), params.export.parity_tokens
+            )
+        prompts = parity_prompts(params.export.parity_prompts if adapter else REFERENCES)[:REFERENCES]
+        write_references(folder, facts["template"], prompts, answers, params.export.parity_tokens)
         if quantization == "f16":
             (folder / F16).rename(folder / SERVED)
         elif adapter:
             (folder / F16).unlink()
         shutil.rmtree(merged.parent)
-        write_modelfile(folder, facts)
+        (folder / "Modelfile").write_text(modelfile_text(facts), encoding="utf-8")
         write_json(folder / "serving.json", facts)
         parent = sha256(adapter / "adapter_model.safetensors") if adapter else None
         kind = "merged_gguf" if adapter else "base_gguf"
         record.artifacts.append(artifact(kind, folder / SERVED, out / SERVED, parent))
-        if adapter:
-            record.artifacts.append(artifact("adapter_gguf", folder / "adapter.gguf", out / "adapter.gguf", parent))
+        if (folder / ADAPTER).is_file():
+            record.artifacts.append(artifact("adapter_gguf", folder / ADAPTER, out / ADAPTER, parent))
         record.artifacts.append(artifact("modelfile", folder / "Modelfile", out / "Modelfile"))
         record.write(folder)
     print(json.dumps({"gguf": str(out / SERVED), **record.extra}))
@@ -180,11 +219,12 @@ def run(params: Params, arm: str, seed: int) -> None:
 def main(
     arm: Annotated[str, typer.Option(help="base, baseline_lora, …")],
     seed: Annotated[int, typer.Option(help="seed of the training run; 0 for base")] = 0,
+    first_seed: Annotated[int, typer.Option(help="the seed whose model gets the name without a tag")] = 0,
 ) -> None:
     """Export one arm with one seed."""
     quiet_libraries()
     with clear_errors(f"export {arm}-{seed}"):
-        run(load_params(), arm, seed)
+        run(load_params(), arm, seed, first_seed)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from export.gotemplate import evaluate
 from tests.ollama_double_engine import DEFAULTS, Refusal, by_llama, by_reply, check_types, load
 from tests.ollama_double_http import Handler, Server, full_name
 
@@ -241,5 +242,8 @@ class OllamaDouble:
     def _render(self, model: Model, body: dict[str, Any]) -> str:
         template = body.get("template") or model.template
         values = {"Prompt": body["prompt"], "System": body.get("system") or model.system, "Response": ""}
-        rendered = re.sub(r"\{\{ *\.(\w+) *\}\}", lambda m: values[m[1]], template)
+        if "{{ if" in template:
+            rendered = evaluate(template, system=values["System"] or "", prompt=values["Prompt"])
+        else:
+            rendered = re.sub(r"\{\{ *\.(\w+) *\}\}", lambda m: values[m[1]], template.split("{{ .Response }}")[0])
         return ("<s>" if self.misbehave == "wrong_template" else "") + rendered
