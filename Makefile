@@ -9,11 +9,11 @@ BIN  := $(VENV)/bin
 DONE := $(VENV)/.installed
 RUN  := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: setup repro test check format bench clean lock
+.PHONY: setup repro serve test check format bench probe-faults clean lock
 
 setup: $(DONE)
 
-$(DONE): requirements.lock pyproject.toml
+$(DONE): requirements.lock requirements-unsloth.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"expected Python 3.11 to 3.13, got {sys.version.split()[0]}; set PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25" "setuptools>=77" wheel
@@ -21,6 +21,7 @@ $(DONE): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' requirements.lock)"
 	@echo "llama-cpp-python is built from source: about 5 minutes, once"
 	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-unsloth.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(BIN)/python -m export.converters
 	touch $@
@@ -31,13 +32,18 @@ repro: setup
 	$(RUN) python -m evaluation.compare_all --db "$$($(BIN)/python -m pipelines.config --get compare.database)"
 	@echo "report: outputs/grit_evaluation.md"
 
+# Exported models onto the Ollama server at OLLAMA_HOST, each checked prompt by prompt.
+serve: setup
+	$(RUN) python -m export.ollama create
+	$(RUN) python -m export.ollama verify
+
 test: setup
 	$(RUN) python -m pytest
 
 check: setup
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
-	$(RUN) mypy db grit trainers export evaluation pipelines benchmarks
+	$(RUN) mypy db grit probes trainers export evaluation pipelines benchmarks
 
 format: setup
 	$(RUN) ruff format .
@@ -46,11 +52,15 @@ format: setup
 bench: setup
 	@for script in benchmarks/[a-z]*.py; do $(RUN) python -m benchmarks.$$(basename $$script .py) || exit 1; done
 
+# Every fault of the catalogue must be named, no clean run blamed; about 5 minutes.
+probe-faults: setup
+	$(RUN) python -m benchmarks.probe_faults
+
 # What the stages made; DVC's cache and the environment stay.
 clean:
-	rm -rf data models adapters gguf scores checkpoints outputs
+	rm -rf data models adapters verdicts gguf scores checkpoints outputs
 
 lock: setup
-	$(BIN)/python -m pip freeze --exclude-editable --exclude torch > requirements.lock.partial
+	$(BIN)/python -m pip freeze --exclude-editable --exclude torch --exclude unsloth --exclude unsloth_zoo > requirements.lock.partial
 	@echo "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__.split("+")[0])')" >> requirements.lock.partial
 	mv requirements.lock.partial requirements.lock

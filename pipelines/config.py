@@ -35,8 +35,10 @@ def check_arm(name: str) -> None:
 def arm_code(arm: str) -> str:
     """Hash of the code that decides what an arm does, beyond the training path that all share."""
     root = Path(__file__).resolve().parents[1]
-    folders = [root / package for package in BUILDS_ON.get(arm, ())]
-    files = [root / f"trainers/{arm}.py", *(f for folder in folders for f in sorted(folder.rglob("*.py")))]
+    parts = [root / part for part in BUILDS_ON.get(arm, ())]
+    files = [root / f"trainers/{arm}.py"]
+    for part in parts:
+        files += [part] if part.is_file() else sorted(part.rglob("*.py"))
     digest = hashlib.sha256()
     for file in files:
         digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")

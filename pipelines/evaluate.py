@@ -13,11 +13,12 @@ from evaluation.backends import Backend, BackendError
 from evaluation.backends.hf import HfBackend
 from evaluation.backends.llama_cpp import LlamaCppBackend
 from evaluation.tasks import Item, render
-from export.modelfile import ModelfileSpec, go_template
+from export.modelfile import spec_of
 from export.ollama import register, resolve_host, server_version
 from pipelines.base_model import load_reference
 from pipelines.config import ConfigError, check_arm, load_params
 from pipelines.outputs import staged
+from pipelines.prompt import prompt_text
 from pipelines.runinfo import RunRecord, hash_inputs, read_json, read_jsonl, sha256, write_json, write_jsonl
 from pipelines.schema import Params
 from pipelines.stage import (
@@ -93,13 +94,7 @@ class Models:
         from trainers.models import load_tokenizer
 
         name = model_name(arm, seed, self._first_seed)
-        spec = ModelfileSpec(
-            from_path="./model.gguf",
-            template=go_template(facts["template"]),
-            stop=facts["stop"],
-            num_ctx=facts["num_ctx"],
-            temperature=0.0,
-        )
+        spec = spec_of(facts)
         host = resolve_host()
         register(host, name, folder / "model.gguf", spec)
         tokenizer = load_tokenizer(load_reference()[0])
@@ -155,7 +150,7 @@ def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
         check_arm(arm)
     if not (gguf_dir(arm, seed) / "serving.json").is_file():
         raise ConfigError(f"{gguf_dir(arm, seed)}: nothing exported there; run `dvc repro export`")
-    section = params.evaluate
+    section, template = params.evaluate, prompt_text(params.prompt)
     backend_name = choose_backend(section.backend, None if arm == BASE_ARM else _base_backend())
     out = scores_dir(arm, seed)
     splits = {
@@ -164,9 +159,7 @@ def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
     shown = {"evaluate": section.model_dump(), "prompt": params.prompt.model_dump()}
     inputs = hash_inputs(DATA / "test.jsonl", DATA / "retention.jsonl", gguf_dir(arm, seed))
     with staged(out) as folder, ExitStack() as stack:
-        record = RunRecord(
-            "evaluate", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=params.prompt.template
-        )
+        record = RunRecord("evaluate", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=template)
         models = Models(params, backend_name, first_seed)
         mine: Backend = stack.enter_context(closing(models.open(arm, seed)))
         stop = read_json(gguf_dir(arm, seed) / "serving.json")["stop"]
@@ -183,7 +176,7 @@ def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
         timed: dict[str, Any] = {arm: mine}
         if arm != BASE_ARM:
             timed[BASE_ARM] = stack.enter_context(closing(models.open(BASE_ARM, 0)))
-        rows = measure_speed(params, timed, params.prompt.template, splits["test"])
+        rows = measure_speed(params, timed, template, splits["test"])
         table = scoring.metrics(
             [s for _, s in results["test"]],
             [(i.task, s) for i, (_, s) in zip(splits["retention"], results["retention"], strict=True)],

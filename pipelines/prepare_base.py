@@ -8,11 +8,12 @@ from typing import Any
 
 from evaluation.backends.hf import HfBackend
 from evaluation.tasks import Item, general, render
-from pipelines.base_model import fingerprint, reference_for
+from pipelines.base_model import fingerprint, load_reference, reference_for
 from pipelines.config import ConfigError, load_params
 from pipelines.outputs import exclusive, staged
+from pipelines.prompt import read_chat_template
 from pipelines.runinfo import RunRecord, artifact, hash_inputs, key_of, package_versions, read_jsonl, write_json
-from pipelines.schema import Params, PrepareBase
+from pipelines.schema import CHAT, Params, PrepareBase
 from pipelines.stage import BASE, DATA, TRAINERS_CODE, main_for
 from trainers.embedded_base import EmbeddedSettings, train_embedded_base
 
@@ -53,6 +54,11 @@ def _embedded(section: PrepareBase, template: str, folder: Path) -> dict[str, An
 def run(params: Params) -> None:
     """Write models/base."""
     section, template = params.prepare_base, params.prompt.template
+    if template == CHAT and section.source == "embedded":
+        raise ConfigError(
+            "prompt.template: the embedded base has no chat template; expected a text with {prompt}, or another "
+            "prepare_base.source"
+        )
     shown = {"prepare_base": section.model_dump(), "prompt": params.prompt.model_dump()}
     with exclusive(Path("checkpoints/base.lock"), "prepare_base"), staged(BASE) as folder:
         record = RunRecord("prepare_base", params=shown, inputs=hash_inputs(RETENTION), prompt_template=template)
@@ -73,6 +79,9 @@ def run(params: Params) -> None:
         else:
             content = reference_for(section)
             write_json(folder / "base.json", content)
+            if template == CHAT:
+                content["chat"] = read_chat_template(params.prompt, load_reference(folder)[0])
+                write_json(folder / "base.json", content)
             record.extra = content
             print(json.dumps(content))
         record.write(folder)

@@ -24,6 +24,14 @@ def suggest(word: str, known: Any) -> str:
     return (f"; did you mean {close[0]!r}?" if close else ".") + f" Available: {', '.join(names)}"
 
 
+def known(kind: str, names: list[str], all_of_them: Any) -> list[str]:
+    """The names, or a ValueError with every one that is unknown."""
+    unknown = [f"unknown {kind} {name!r}{suggest(name, all_of_them)}" for name in names if name not in all_of_them]
+    if unknown:
+        raise ValueError("; ".join(unknown))
+    return names
+
+
 class Matrix(Section):
     """What is trained: every arm with every seed."""
 
@@ -33,10 +41,7 @@ class Matrix(Section):
     @field_validator("arms")
     @classmethod
     def _known(cls, arms: list[str]) -> list[str]:
-        unknown = [f"unknown arm {arm!r}{suggest(arm, ARMS)}" for arm in arms if arm not in ARMS]
-        if unknown:
-            raise ValueError("; ".join(unknown))
-        return arms
+        return known("arm", arms, ARMS)
 
     @field_validator("arms", "seeds")
     @classmethod
@@ -46,19 +51,34 @@ class Matrix(Section):
         return values
 
 
+# As prompt.template: the chat template of the base's own tokenizer.
+CHAT = "chat"
+
+
 class Prompt(Section):
     """The text round every question."""
 
     template: str
+    system: str | None
 
     @field_validator("template")
     @classmethod
     def _one_slot(cls, template: str) -> str:
+        if template == CHAT:
+            return template
         if template.count("{prompt}") != 1:
             raise ValueError(f"expected exactly one {{prompt}}, got {template.count('{prompt}')}")
         if "{{" in template or "}}" in template:
             raise ValueError("'{{' and '}}' cannot be told from Ollama's template commands; use other signs")
         return template
+
+    @model_validator(mode="after")
+    def _system(self) -> "Prompt":
+        if self.system is not None and self.template != CHAT:
+            raise ValueError(f"system: only with template: {CHAT}; a text of your own holds its system message itself")
+        if self.system is not None and (self.system != self.system.strip() or not self.system):
+            raise ValueError(f"system: expected a text without blanks at its ends, got {self.system!r}")
+        return self
 
 
 class Column(Section):
@@ -88,10 +108,7 @@ class PrepareData(Section):
     @field_validator("pollutants")
     @classmethod
     def _pollutants(cls, keys: list[str]) -> list[str]:
-        unknown = [f"unknown pollutant {k!r}{suggest(k, POLLUTANTS)}" for k in keys if k not in POLLUTANTS]
-        if unknown:
-            raise ValueError("; ".join(unknown))
-        return keys
+        return known("pollutant", keys, POLLUTANTS)
 
     @model_validator(mode="after")
     def _mapping(self) -> "PrepareData":
@@ -121,11 +138,20 @@ class PrepareBase(EmbeddedSettings):
         return self
 
 
+class Probe(Section):
+    """Section probe: how a verdict on an arm's updates is reached."""
+
+    twin_steps: Annotated[int, Field(ge=5, description="optimizer steps of each twin")]
+    min_angle: Annotated[float, Field(gt=0, le=90, description="degrees")]
+    min_coverage: Share
+
+
 class Export(Section):
     """Section export."""
 
     quantization: Literal["f16", "q8_0", "q4_K_M"]
     num_ctx: Annotated[int, Field(ge=32, description="tokens")]
+    license: str | None
     parity_prompts: Positive
     parity_tokens: Positive
     min_greedy_equal: Share
@@ -168,6 +194,7 @@ class Params(Section):
     prepare_data: PrepareData
     prepare_base: PrepareBase
     train: Train
+    probe: Probe
     export: Export
     evaluate: Evaluate
     compare: Compare

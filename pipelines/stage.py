@@ -13,6 +13,13 @@ BASE_ARM = "base"
 TRAINERS_CODE = Path(__file__).resolve().parents[1] / "trainers"
 
 
+class VerdictError(RuntimeError):
+    """An arm whose updates are not what it claims.
+
+    Defined here, since a module that runs as a command is called __main__, and so are its errors.
+    """
+
+
 def adapter_dir(arm: str, seed: int) -> Path:
     """Where stage train writes."""
     return Path("adapters") / arm / str(seed)
@@ -21,6 +28,11 @@ def adapter_dir(arm: str, seed: int) -> Path:
 def gguf_dir(arm: str, seed: int) -> Path:
     """Where stage export writes."""
     return Path("gguf") / arm / str(seed)
+
+
+def verdict_dir(arm: str, seed: int) -> Path:
+    """Where stage probe writes."""
+    return Path("verdicts") / arm / str(seed)
 
 
 def scores_dir(arm: str, seed: int) -> Path:

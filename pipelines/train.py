@@ -12,6 +12,7 @@ from evaluation.tasks import Item, render
 from pipelines.base_model import describe, load_reference
 from pipelines.config import arm_code, check_arm, load_params
 from pipelines.outputs import exclusive, staged
+from pipelines.prompt import literal, prompt_text
 from pipelines.runinfo import RunRecord, artifact, hash_inputs, key_of, package_versions, read_jsonl, sha256
 from pipelines.schema import Params
 from pipelines.stage import BASE, DATA, TRAINERS_CODE, adapter_dir, clear_errors, cli, quiet_libraries
@@ -37,14 +38,16 @@ def base_weights(fingerprint: str) -> str:
     return sha256(weights) if weights.is_file() else fingerprint
 
 
-def _examples(split: str, template: str) -> list[tuple[str, str]]:
+def examples(split: str, template: str) -> list[tuple[str, str]]:
+    """(rendered prompt, completion) of every item of a split."""
     items = [Item.from_json(row) for row in read_jsonl(DATA / f"{split}.jsonl")]
-    return [(render(template, item.prompt), item.completion) for item in items]
+    text = literal(template)
+    return [(render(text, item.prompt), item.completion) for item in items]
 
 
 def run(params: Params, arm_name: str, seed: int) -> None:
     """Train one arm with one seed."""
-    arm, settings, template = load_arm(arm_name), params.train_for(arm_name), params.prompt.template
+    arm, settings, template = load_arm(arm_name), params.train_for(arm_name), prompt_text(params.prompt)
     reference, base_fingerprint = load_reference()
     inputs = hash_inputs(DATA / "train.jsonl", DATA / "valid.jsonl", BASE / "base.json")
     shown = {"train": settings.model_dump(), "prompt": params.prompt.model_dump()}
@@ -61,8 +64,8 @@ def run(params: Params, arm_name: str, seed: int) -> None:
                 base=reference,
                 settings=settings,
                 seed=seed,
-                train=_examples("train", template),
-                valid=_examples("valid", template),
+                train=examples("train", template),
+                valid=examples("valid", template),
                 output=folder,
                 checkpoints=kept / key[:16],
             ),

@@ -64,9 +64,11 @@ def train_settings():
         precision="fp32",
         max_length=128,
         gradient_checkpointing=False,
+        unsloth_fused_lora=True,
         logging_steps=2,
         eval_steps=6,
         save_steps=4,
+        probe_every=4,
     )
 
 

@@ -16,6 +16,7 @@ import yaml
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[1]
+LEDGER = "adapters/baseline_lora/0/probe_ledger.jsonl"
 ADAPTER = "adapters/baseline_lora/0/adapter_model.safetensors"
 
 
@@ -74,16 +75,16 @@ def clone(tmp_path_factory):
 def test_1_everything_is_recorded(clone):
     rows = clone.query("select model_name, aqi_accuracy, delta_aqi, inference_speed, delta_speed, timestamp "
                        "from evaluation_results order by model_name")  # fmt: skip
-    assert [r[0] for r in rows] == ["base_model", "baseline_lora_model", "pure_grit_model"]
-    base, arm, grit = rows
+    assert [r[0] for r in rows] == ["base_model", "baseline_lora_model", "hybrid_grit_model", "pure_grit_model"]
+    base, arm, *others = rows
     assert base[2] == 0 and base[4] == 0
     samples = [json.loads(s) for s in (clone.folder / "scores/baseline_lora/0/samples.jsonl").open()]
     test = [s["correct"] for s in samples if s["split"] == "test"]
     assert len(test) == 40
     assert arm[1] == pytest.approx(100 * sum(test) / 40)
     assert arm[2] == pytest.approx(arm[1] - base[1])
-    assert base[3] > 0 and arm[3] > 0 and grit[3] > 0
-    assert clone.query("select count(*) from sample") == [(3 * (40 + 11 * 3),)]
+    assert base[3] > 0 and arm[3] > 0 and all(row[3] > 0 for row in others)
+    assert clone.query("select count(*) from sample") == [(4 * (40 + 11 * 3),)]
 
 
 def test_2_the_artefacts_are_real(clone):
@@ -100,11 +101,12 @@ def test_2_the_artefacts_are_real(clone):
     assert ("merged_gguf", "adapter") in chain
 
 
-def test_2b_pure_grit_did_something_and_its_smaller_ranks_are_exported(clone):
+@pytest.mark.parametrize("arm", ["hybrid_grit", "pure_grit"])
+def test_2b_grit_did_something_and_its_smaller_ranks_are_exported(clone, arm):
     from gguf import GGUFReader
     from safetensors.torch import load_file
 
-    folder = clone.folder / "adapters/pure_grit/0"
+    folder = clone.folder / f"adapters/{arm}/0"
     said = json.loads((folder / "run.json").read_text())["extra"]["grit"]
     assert said["effective"] is True and set(said["capture"].values()) == {"hooks"}
     records = [json.loads(line) for line in (folder / "grit_log.jsonl").open()]
@@ -114,12 +116,34 @@ def test_2b_pure_grit_did_something_and_its_smaller_ranks_are_exported(clone):
     weights = load_file(folder / "adapter_model.safetensors")
     ranks = {name: w.shape[0] for name, w in weights.items() if "lora_A" in name}
     assert min(ranks.values()) < 4 and sum(ranks.values()) / len(ranks) == pytest.approx(said["mean_rank"])
-    exported = GGUFReader(clone.folder / "gguf/pure_grit/0/adapter.gguf").tensors
+    exported = GGUFReader(clone.folder / f"gguf/{arm}/0/adapter.gguf").tensors
     assert sorted(int(min(t.shape)) for t in exported if t.name.endswith("lora_a")) == sorted(ranks.values())
     baseline = load_file(clone.folder / ADAPTER)
     assert sum(w.numel() for w in weights.values()) < sum(w.numel() for w in baseline.values())
-    parity = json.loads((clone.folder / "gguf/pure_grit/0/parity.json").read_text())
+    parity = json.loads((clone.folder / f"gguf/{arm}/0/parity.json").read_text())
     assert parity["token_ids_equal"] == 1.0
+
+
+def test_2c_the_probe_says_what_each_optimizer_did(clone):
+    said = clone.query("select arm, probe.value, probe.verdict, probe.diagnosis from probe join run on run.id = run_id "
+                       "where probe.name = 'verdict' order by arm")  # fmt: skip
+    assert [row[:3] for row in said] == [
+        ("baseline_lora", 0.0, "pass"),
+        ("hybrid_grit", 1.0, "pass"),
+        ("pure_grit", 1.0, "pass"),
+    ]
+    assert said[0][3].startswith("no_effect: equals_shadow: ")
+    angles = dict(clone.query("select arm, probe.value from probe join run on run.id = run_id "
+                              "where probe.name = 'angle_to_shadow'"))  # fmt: skip
+    assert angles["baseline_lora"] < 0.01 and min(angles["hybrid_grit"], angles["pure_grit"]) > 5
+    floors = dict(clone.query("select arm, probe.value from probe join run on run.id = run_id "
+                              "where probe.name = 'twin_divergence'"))  # fmt: skip
+    assert floors["baseline_lora"] == 0 and min(floors["hybrid_grit"], floors["pure_grit"]) > 10
+    report = (clone.folder / "outputs/grit_evaluation.md").read_text()
+    assert "| hybrid_grit | 0 | effective |" in report and "equals_shadow" in report
+    for arm in angles:
+        folder = clone.folder / f"verdicts/{arm}/0"
+        assert {p.name for p in folder.iterdir()} == {"verdict.json", "run.json", "updates.png", "twin.png"}
 
 
 def test_3_the_backend_is_recorded_and_the_fallback_is_said(clone):
@@ -201,12 +225,12 @@ def test_9_a_killed_training_ends_as_if_undisturbed(clone):
     assert (clone.folder / ADAPTER).read_bytes() == old, "the earlier adapter must survive the kill"
 
     ran = set(re.findall(r"Running stage '([^']+)'", clone.run("dvc", "repro")))
-    assert {f"{stage}@baseline_lora-0" for stage in ("train", "export", "evaluate")} | {"compare"} <= ran
+    assert {f"{stage}@baseline_lora-0" for stage in ("train", "probe", "export", "evaluate")} | {"compare"} <= ran
     assert not ran & {"prepare_data", "prepare_base", "export_base", "evaluate_base"}
     assert untouched == [json.loads((clone.folder / f / "run.json").read_text()) for f in ("data", "models/base")]
     resumed = json.loads((clone.folder / "adapters/baseline_lora/0/run.json").read_text())["extra"]
     assert resumed["steps"] == 80 and resumed["resumed_from_step"] >= 10
-    adapter = (clone.folder / ADAPTER).read_bytes()
+    adapter, ledger = (clone.folder / ADAPTER).read_bytes(), (clone.folder / LEDGER).read_bytes()
     assert adapter != old
     assert not list((clone.folder / "adapters").rglob("*.partial"))
 
@@ -214,6 +238,7 @@ def test_9_a_killed_training_ends_as_if_undisturbed(clone):
     undisturbed = json.loads((clone.folder / "adapters/baseline_lora/0/run.json").read_text())["extra"]
     assert undisturbed["resumed_from_step"] is None
     assert (clone.folder / ADAPTER).read_bytes() == adapter
+    assert (clone.folder / LEDGER).read_bytes() == ledger, "the probe saw the resumed run as one"
 
 
 def test_b_the_changed_run_is_current_and_the_old_one_is_kept(clone):
@@ -246,9 +271,10 @@ def test_c_where_a_server_answers_the_models_are_served_and_scored_there(clone, 
     assert same >= 0.97 * len(served)
     clone.run("python", "-m", "pipelines.compare")
     assert {b for (b,) in clone.query("select backend_name from run where is_current")} == {"ollama"}
-    # base twice (two backends), baseline three times (two rates, two backends), pure_grit once
+    # base twice (two backends), baseline three times (two rates, two backends), the others once
     assert clone.query("select arm, count(*) from run group by arm order by arm") == [
         ("base", 2),
         ("baseline_lora", 3),
+        ("hybrid_grit", 1),
         ("pure_grit", 1),
     ]

@@ -121,3 +121,26 @@ def test_arm_overrides(raw):
     p = parse_params(raw)
     assert p.train_for("baseline_lora").learning_rate == 0.5
     assert p.train.learning_rate != 0.5
+
+
+def test_an_arms_code_is_its_module_and_what_it_builds_on(tmp_path, monkeypatch):
+    from pipelines import config
+
+    files = ("trainers/baseline_lora.py", "trainers/hybrid_grit.py", "trainers/pure_grit.py", "grit/optim.py")
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "pipelines/config.py"))
+
+    def changed_by(name):
+        arms = ("baseline_lora", "hybrid_grit", "pure_grit")
+        before = {arm: config.arm_code(arm) for arm in arms}
+        (tmp_path / name).write_text("changed")
+        return [arm for arm in arms if config.arm_code(arm) != before[arm]]
+
+    assert [changed_by(name) for name in files] == [
+        ["baseline_lora"],
+        ["hybrid_grit"],
+        ["hybrid_grit", "pure_grit"],
+        ["hybrid_grit", "pure_grit"],
+    ]

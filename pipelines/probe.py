@@ -1,0 +1,148 @@
+"""Stage probe: verdicts/<arm>/<seed>/, whether the optimizer did what the arm says."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from grit.records import plain
+from pipelines import twin
+from pipelines.config import load_params
+from pipelines.outputs import exclusive, staged
+from pipelines.runinfo import FileError, RunRecord, hash_inputs, write_json
+from pipelines.schema import Params
+from pipelines.stage import VerdictError, adapter_dir, clear_errors, cli, quiet_libraries, verdict_dir
+from pipelines.train import load_arm
+from probes import Evidence, Thresholds, Twin, Verdict, judge
+from probes.twin import DIVERGES
+from trainers import BASELINE
+from trainers.common import LEDGER
+
+DEGREES, RATIO, SHARE, COSINE = "degrees", "ratio", "share", "cosine"
+
+
+def twins(params: Params, arm: str, seed: int, warmup: int) -> Twin:
+    """Loss curves of baseline, baseline again and arm over the same steps, all with the arm's settings.
+
+    Where two runs of the baseline are equal to the bit, the second one starts off by one rounding.
+    """
+    steps = min(params.probe.twin_steps + warmup, params.train_for(arm).max_steps)
+    baseline = twin.curve(params, BASELINE, seed, steps, "A", like=arm)
+    again = twin.curve(params, BASELINE, seed, steps, "A'", like=arm)
+    own = again if arm == BASELINE else twin.curve(params, arm, seed, steps, "arm")
+    deterministic = again == baseline
+    if deterministic:
+        again = twin.curve(params, BASELINE, seed, steps, "A'", like=arm, perturbed=True)
+    return Twin(baseline, again, own, perturbed=deterministic)
+
+
+def readings(verdict: Verdict, evidence: Evidence, pair: Twin) -> list[dict[str, Any]]:
+    """The verdict as rows for the database: what was judged against which threshold, and what stands beside it."""
+    t = evidence.thresholds
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, value: float | None, unit: str, layer: str = "", step: int = -1, **judged: Any) -> None:
+        if value is not None:
+            row = {"name": name, "layer": layer, "step": step, "value": value, "unit": unit, "threshold": None}
+            rows.append({**row, "verdict": "skipped", "diagnosis": "", **judged})
+
+    meaning = {"effective": 1.0, "no_effect": 0.0, "unstable": -1.0}
+    told = f"{verdict.verdict}: {verdict.diagnosis}: {verdict.reason}"
+    units = "1 effective, 0 no_effect, -1 unstable"
+    add("verdict", meaning[verdict.verdict], units, verdict="pass" if verdict.as_claimed else "fail", diagnosis=told)
+    n = verdict.numbers
+    reached = [(n["angle_to_shadow"] or 0.0) > t.min_angle, (n["coverage"] or 0.0) >= t.min_coverage, pair.diverges]
+    if not verdict.claims:  # of plain AdamW the opposite is right
+        reached = [not r for r in reached]
+    # What is not as expected counts against a claim only; the loss curve alone decides nothing, its floor may be high.
+    wrong = ("fail", "fail", "inconclusive") if verdict.claims else ("skipped",) * 3
+    for name, value, unit, threshold, right, otherwise in (
+        ("angle_to_shadow", n["angle_to_shadow"], DEGREES, t.min_angle, reached[0], wrong[0]),
+        ("coverage", n["coverage"], SHARE, t.min_coverage, reached[1], wrong[1]),
+        ("twin_divergence", pair.ratio, "A/A floors", DIVERGES, reached[2], wrong[2]),
+    ):
+        add(name, value, unit, threshold=threshold, verdict="pass" if right else otherwise)
+    for name, unit in (
+        ("angle_weights", DEGREES), ("lr_ratio", RATIO), ("cos_raw_preconditioned", COSINE), ("cos_raw_step", COSINE),
+        ("anisotropy", SHARE), ("basis_rotation", SHARE), ("weight_spread", SHARE), ("damping_share", RATIO),
+        ("ready_share", SHARE), ("samples", "tokens"),
+    ):  # fmt: skip
+        add(name, n.get(name), unit)
+    for layer, entries in verdict.layers.items():
+        for key, name, unit in (("angle", "layer_angle", DEGREES), ("lr_ratio", "layer_lr_ratio", RATIO)):
+            add(name, entries[key], unit, layer=layer)
+    for record in evidence.records:
+        for layer, numbers in record["units"].items():
+            for key, name, unit in (
+                ("angle", "layer_angle", DEGREES),
+                ("cos_raw_inner", "layer_cos_raw_inner", COSINE),
+            ):
+                add(name, numbers.get(key), unit, layer=layer, step=record["step"])
+    return rows
+
+
+def run(params: Params, arm_name: str, seed: int) -> Verdict:
+    """Reach a verdict on one trained arm and write it down, whatever it is.
+
+    Raises:
+        VerdictError: the arm does not do what it claims; its verdict stands in the output folder all the same.
+        FileError: no ledger beside the adapter.
+    """
+    from probes import plots
+
+    arm, settings, out = load_arm(arm_name), params.train_for(arm_name), verdict_dir(arm_name, seed)
+    ledger = adapter_dir(arm_name, seed) / LEDGER
+    limits = Thresholds(min_angle=params.probe.min_angle, min_coverage=params.probe.min_coverage)
+    shown = {"probe": params.probe.model_dump()}
+    lock = Path(f"checkpoints/verdicts/{arm_name}-{seed}.lock")
+    with exclusive(lock, f"probe {arm_name} seed {seed}"), staged(out) as folder:
+        inputs = hash_inputs(ledger, ledger.with_name("adapter_model.safetensors"))
+        record = RunRecord("probe", params=shown, inputs=inputs, arm=arm_name, seed=seed)
+        try:
+            evidence = Evidence.read(ledger, limits)
+        except (OSError, ValueError) as error:
+            raise FileError(f"{ledger}: expected the ledger of a finished training: {error}; run stage train") from None
+        pair = twins(params, arm_name, seed, int((settings.grit or {}).get("ng_warmup_steps", 0)))
+        verdict = judge(evidence, twin=pair)
+        said = {
+            "schema": 1,
+            "arm": arm_name,
+            "seed": seed,
+            "as_claimed": verdict.as_claimed,
+            **verdict.to_json(),
+            "twin": {"baseline": pair.baseline, "again": pair.again, "arm": pair.arm, "perturbed": pair.perturbed,
+                     "floor": pair.floor, "divergence": pair.divergence, "ratio": pair.ratio},
+            "readings": readings(verdict, evidence, pair),
+        }  # fmt: skip
+        write_json(folder / "verdict.json", plain(said))
+        title = f"{arm.title}: {verdict.verdict}"
+        if evidence.records:
+            known = "" if verdict.diagnosis == "none" else f" ({verdict.diagnosis})"
+            plots.plot_ledger(evidence, folder / "updates.png", title + known)
+        plots.plot_twin(pair, folder / "twin.png", arm.title)
+        record.extra = {"verdict": verdict.verdict, "diagnosis": verdict.diagnosis, "numbers": plain(verdict.numbers)}
+        record.write(folder)
+    print(verdict.table())
+    if not verdict.as_claimed:
+        claim = "claims to precondition" if verdict.claims else "claims nothing"
+        raise VerdictError(
+            f"{arm_name} {claim}, but the verdict on its updates is {verdict.verdict}: {verdict.diagnosis}: "
+            f"{verdict.reason}. Evidence: {out / 'verdict.json'}"
+        )
+    return verdict
+
+
+def main(
+    arm: Annotated[str, typer.Option(help="baseline_lora, …")],
+    seed: Annotated[int, typer.Option(help="of the training run")],
+) -> None:
+    """Say whether the optimizer of one trained arm did what the arm claims."""
+    quiet_libraries()
+    with clear_errors(f"probe {arm}-{seed}"):
+        verdict = run(load_params(), arm, seed)
+        print(json.dumps({"arm": arm, "seed": seed, "verdict": verdict.verdict, "diagnosis": verdict.diagnosis}))
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,150 @@
+"""Stage probe on real, small trainings: verdicts, failures that say why, and the twins it runs."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from pipelines import prepare_data, probe, profile, train, twin
+from pipelines.config import parse_params
+from pipelines.runinfo import FileError, write_json
+from trainers.common import LEDGER
+
+pytestmark = pytest.mark.slow
+
+SMOKE = profile.compose("smoke")
+SETTINGS = {"max_steps": 30, "save_steps": 15, "eval_steps": 30, "warmup_steps": 2, "probe_every": 5}
+
+
+def make_params(**grit):
+    """The smoke profile, shorter; `grit` changes pure_grit's settings."""
+    raw = yaml.safe_load(SMOKE)
+    raw["train"].update(SETTINGS)
+    raw["probe"]["twin_steps"] = 8
+    raw["arms"]["pure_grit"]["grit"] |= {"reprojection_freq": 0, **grit}
+    del raw["arms"]["pure_grit"]["learning_rate"]  # as the baseline's, so that its twins can serve both
+    return parse_params(raw), raw
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, base_dir):
+    """A folder with data, a base, and both arms trained."""
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        params, raw = make_params()
+        (folder / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+        prepare_data.run(params)
+        shutil.copytree(base_dir, folder / "models/base")
+        reference = {"revision": None, "merge_location": None, "merge_revision": None, "trust_remote_code": False}
+        base = {"kind": "embedded", "location": "models/base", "fingerprint": "x", **reference}
+        write_json(folder / "models/base/base.json", base)
+        for arm in ("baseline_lora", "pure_grit"):
+            train.run(params, arm, 0)
+    return folder
+
+
+@pytest.fixture
+def here(project, monkeypatch):
+    monkeypatch.chdir(project)
+    return project
+
+
+def verdict(arm):
+    return json.loads(open(f"verdicts/{arm}/0/verdict.json", encoding="utf-8").read())
+
+
+def test_1_the_baseline_equals_its_shadow(here):
+    found = probe.run(make_params()[0], "baseline_lora", 0)
+    assert (found.verdict, found.diagnosis, found.as_claimed) == ("no_effect", "equals_shadow", True)
+    said = verdict("baseline_lora")
+    assert said["numbers"]["angle_to_shadow"] < 0.01
+    assert said["twin"]["perturbed"] and 0 < said["twin"]["floor"] < 1e-3 and said["twin"]["ratio"] == 0.0
+    assert [r["verdict"] for r in said["readings"] if r["verdict"] != "skipped"] == ["pass"] * 4
+    assert {p.name for p in (here / "verdicts/baseline_lora/0").iterdir()} == {
+        "verdict.json", "run.json", "updates.png", "twin.png"}  # fmt: skip
+    assert json.load(open("verdicts/baseline_lora/0/run.json"))["stage"] == "probe"
+
+
+def test_2_pure_grit_is_effective_and_the_baselines_twins_serve_again(here):
+    known = set((here / twin.KEPT).iterdir())
+    assert len(known) == 3, "baseline, baseline again, and from a perturbed start"
+    found = probe.run(make_params()[0], "pure_grit", 0)
+    assert (found.verdict, found.diagnosis) == ("effective", "none")
+    said = verdict("pure_grit")
+    assert said["numbers"]["angle_to_shadow"] > 5 and said["twin"]["ratio"] > 10
+    assert len(set((here / twin.KEPT).iterdir()) - known) == 1
+    assert said["twin"]["arm"][0] == pytest.approx(said["twin"]["baseline"][0], rel=1e-5), "same start, same batch"
+    steps = {r["step"] for r in said["readings"] if r["name"] == "layer_angle" and r["step"] >= 0}
+    assert steps >= {10, 15, 20, 25}
+
+
+def test_3_asked_again_nothing_is_trained_again(here, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("a twin was trained again"))
+    curves = twin.curve(make_params()[0], "baseline_lora", 0, 8, "A")
+    assert curves == verdict("baseline_lora")["twin"]["baseline"]
+
+
+def test_4_a_silent_no_op_fails_with_the_reason_and_leaves_its_verdict(here):
+    params, raw = make_params(mode="adamw", damping_mode="absolute", kfac_damping=1e6)
+    kept = here / "params.yaml"
+    before = kept.read_text(encoding="utf-8")
+    shutil.copytree("adapters/pure_grit", "adapters/kept")
+    try:
+        kept.write_text(yaml.safe_dump(raw), encoding="utf-8")  # twins read it
+        train.run(params, "pure_grit", 0)
+        command = [sys.executable, "-m", "pipelines.probe", "--arm", "pure_grit", "--seed", "0"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        printed = done.stderr
+        assert done.returncode == 1 and "Traceback" not in printed
+        assert "pure_grit claims to precondition, but the verdict on its updates is no_effect" in printed
+        assert "damping_swamps_factors" in printed and "verdicts/pure_grit/0/verdict.json" in printed
+        said = verdict("pure_grit")
+        assert (said["verdict"], said["as_claimed"], said["numbers"]["coverage"]) == ("no_effect", False, 0.0)
+        assert {f["name"] for f in said["findings"]} >= {"damping_swamps_factors"}
+    finally:
+        kept.write_text(before, encoding="utf-8")
+        shutil.rmtree("adapters/pure_grit")
+        shutil.move("adapters/kept", "adapters/pure_grit")
+
+
+def test_5_a_ledger_that_is_cut_or_missing_is_named(here):
+    params, file = make_params()[0], here / "adapters/pure_grit/0" / LEDGER
+    whole = file.read_text(encoding="utf-8")
+    try:
+        file.write_text("".join(line + "\n" for line in whole.splitlines()[:-1]), encoding="utf-8")
+        with pytest.raises(FileError, match=r"the run did not end.*run stage train"):
+            probe.run(params, "pure_grit", 0)
+        file.write_text("rubbish\n" + whole, encoding="utf-8")
+        with pytest.raises(FileError, match="line 1"):
+            probe.run(params, "pure_grit", 0)
+        file.unlink()
+        with pytest.raises(FileError, match=LEDGER):
+            probe.run(params, "pure_grit", 0)
+    finally:
+        file.write_text(whole, encoding="utf-8")
+
+
+def test_6_a_twin_that_fails_says_why(here):
+    raw = make_params()[1]
+    raw["train"]["target_modules"] = ["q_prof"]
+    before = (here / "params.yaml").read_text(encoding="utf-8")
+    try:
+        (here / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+        with pytest.raises(twin.TwinError, match=r"twin run of baseline_lora seed 0 failed with exit code 1") as failed:
+            twin.curve(parse_params(raw), "baseline_lora", 0, 5, "A")
+        assert "q_proj" in str(failed.value)
+    finally:
+        (here / "params.yaml").write_text(before, encoding="utf-8")
+    assert not list((here / twin.KEPT).glob("tmp*"))
+
+
+def test_7_the_twin_of_an_arm_differs_in_nothing_but_the_arm():
+    params = parse_params(yaml.safe_load(SMOKE))
+    own, beside = params.train_for("pure_grit"), twin.settings_for(params, "baseline_lora", "pure_grit")
+    assert own.learning_rate == beside.learning_rate != params.train_for("baseline_lora").learning_rate
+    assert own.grit is not None and beside == own.model_copy(update={"grit": None})
+    assert twin.settings_for(params, "pure_grit", "pure_grit") == own
