@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks._notebook import Layer, NotebookKFAC, fuse
+from benchmarks._notebook import Layer, NotebookKFAC
+from benchmarks._tiny_llama import fuse
 
 # Statistics
 
@@ -90,7 +91,7 @@ class CountsInForward(NotebookKFAC):
         layer.samples = before
 
 
-# Inverses and what is made of gradients
+# Inverses
 
 
 class NoInverse(NotebookKFAC):
@@ -164,19 +165,46 @@ class ScalarWithoutReadings(Scalar):
         return {"preconditioner": (self, "precondition")}
 
 
+# What is made of gradients
+
+
+def _copies(weights: list[nn.Parameter]) -> list[Tensor | None]:
+    return [None if weight.grad is None else weight.grad.clone() for weight in weights]
+
+
+def _put(weights: list[nn.Parameter], gradients: list[Tensor | None]) -> None:
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient
+
+
+class Restores(NotebookKFAC):
+    """A copy of the raw gradients is put back."""
+
+    def apply(self) -> None:
+        raw = _copies(self.weights)
+        super().apply()
+        _put(self.weights, raw)
+
+
+class FirstOfThree(NotebookKFAC):
+    """Heeds one call of three: a step of four micro-batches has three ends that are not its own."""
+
+    asked = 0
+
+    def apply(self) -> None:
+        if self.asked % 3 == 0:
+            super().apply()
+        self.asked += 1
+
+
 class OfCopies(NotebookKFAC):
     """Copies of the gradients are preconditioned."""
 
     def precondition(self) -> None:
-        gradients = [p.grad for layer in self.layers.values() for p in (layer.a, layer.b)]
-        for layer in self.layers.values():
-            for parameter in (layer.a, layer.b):
-                parameter.grad = None if parameter.grad is None else parameter.grad.clone()
+        raw = [weight.grad for weight in self.weights]
+        _put(self.weights, _copies(self.weights))
         super().precondition()
-        for parameter, gradient in zip(
-            (p for layer in self.layers.values() for p in (layer.a, layer.b)), gradients, strict=True
-        ):
-            parameter.grad = gradient
+        _put(self.weights, raw)
 
 
 class WaitsForEver(NotebookKFAC):

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks._faults import CLEAN, FAULTS, SETTINGS
+from benchmarks._clean_runs import CLEAN
+from benchmarks._faults import FAULTS, SETTINGS
 from benchmarks._harness import write
 from probes import Verdict
 
