@@ -2,18 +2,17 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from probes.record import Record
 from probes.step import EVENTS
 
 if TYPE_CHECKING:
     from probes.ledger import Probe
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,8 @@ class Thresholds:
 
     Attributes:
         min_angle: Degrees between Δθ and the shadow above which an update counts as different. Plain AdamW of
-            torch equals its shadow to the bit, in bfloat16 too; any layer of the fault catalogue's effective runs is
-            above 5.
+            torch equals its shadow to the bit on bfloat16 weights and within 1e-4 on float32 ones; any layer of the
+            fault catalogue's effective runs is above 5.
         min_gradient_angle: Degrees between raw and preconditioned gradient above which a preconditioner does something;
             in bfloat16, rounding alone turns a gradient that was scaled and clipped by 0.15.
         min_coverage: Share of the tensors that an effect must reach.
@@ -79,8 +78,7 @@ class Evidence:
     @classmethod
     def of(cls, probe: "Probe", thresholds: Thresholds | None = None) -> "Evidence":
         """What a probe has gathered so far."""
-        watched = probe.preconditioner is not None or probe.told_of_calls
-        return cls(probe.records, dict(probe.events), probe.claims, watched, thresholds or Thresholds())
+        return cls(probe.records, dict(probe.events), probe.claims, probe.watched, thresholds or Thresholds())
 
     @classmethod
     def read(cls, file: str | Path, thresholds: Thresholds | None = None) -> "Evidence":
@@ -125,9 +123,9 @@ class Evidence:
         """Layers that had gradients."""
         return list(dict.fromkeys(n for r in self.judged for n, e in r["units"].items() if "norm_raw" in e))
 
-    def values(self, unit: str, key: str, of: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> list[Any]:
+    def values(self, unit: str, key: str) -> list[Any]:
         """One number of one layer, sample after sample."""
-        return [of(r["units"][unit]).get(key) for r in self.judged if unit in r["units"]]
+        return [r["units"][unit].get(key) for r in self.judged if unit in r["units"]]
 
     def per_unit(self, key: str) -> dict[str, float | None]:
         """Median over the samples of a number, layer by layer."""
@@ -139,10 +137,9 @@ class Evidence:
             (unit, side): median(self.values(unit, f"{key}_{side}")) for unit in self.units for side in self.sides(unit)
         }
 
-    def readings(self, unit: str | None = None) -> list[dict[str, Any]]:
+    def readings(self) -> list[dict[str, Any]]:
         """The preconditioner's readings at the judged samples."""
-        entries = [e for r in self.judged for n, e in r["units"].items() if unit is None or n == unit]
-        return [e["reading"] for e in entries if "reading" in e]
+        return [e["reading"] for r in self.judged for e in r["units"].values() if "reading" in e]
 
     def reading_median(self, prefix: str) -> float | None:
         """Median of a number of the readings over sides, layers and samples."""

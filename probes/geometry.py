@@ -1,8 +1,8 @@
 """Norms, angles and checksums, for single tensors, for a LoRA pair as one vector, and for the change of ΔW.
 
 A small change (δA, δB) of a pair changes B·A by D(δ) = B·δA + δB·A, which is linear in δ. Norms and angles of such
-changes come from r×r products; the d_out×d_in matrix is never formed. All numbers stay 0-dimensional tensors on their
-device, so that a whole record needs one transfer.
+changes come from r×r products; the d_out×d_in matrix is never formed. Results are small tensors that stay on their
+device, so that a whole record needs few transfers.
 """
 
 import functools
@@ -44,9 +44,15 @@ def zero_share(values: Values, raw: Values) -> Tensor:
     return lost.float() / sum(v.numel() for v in values.values())
 
 
-@functools.cache
+_KEPT = 2**18
+"""Entries up to which a tensor's place numbers are kept: LoRA's sides; for more, memory counts for more than time."""
+
+
 def _places(count: int, device: torch.device) -> Tensor:
     return torch.arange(1, count + 1, device=device) % 65521 + 1
+
+
+_kept_places = functools.lru_cache(maxsize=64)(_places)
 
 
 def checksum(value: Tensor) -> Tensor:
@@ -56,5 +62,5 @@ def checksum(value: Tensor) -> Tensor:
     """
     size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
     bits = value.detach().contiguous().view(size).flatten().to(torch.int64)
-    place = _places(bits.numel(), bits.device)
+    place = (_kept_places if bits.numel() <= _KEPT else _places)(bits.numel(), bits.device)
     return (bits * place).sum() * 1_000_003 + bits.sum()  # wraps around, as it may

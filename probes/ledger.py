@@ -6,7 +6,6 @@ nested), and the change Δθ that the weights really made. Beside it the shadow:
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probes.readings import Provider, numbers
-from probes.record import Record, step_record
-from probes.shadow import Shadow, shadow_options
-from probes.step import EVENTS, Snapshot, StepNotes, of_all_ranks
-from probes.units import find_units, in_place, tensors
+from probes.readings import Provider, add_readings
+from probes.record import Record, mark_claims, step_record
+from probes.shadow import shadow_options
+from probes.step import EVENTS, LeftGradients, StepNotes, of_all_ranks
+from probes.trained import TrainedTensors
 from probes.watch import Attachments, chain_of
 
 WARM_UP = 200
@@ -44,6 +43,7 @@ class Probe:
     Attributes:
         records: One entry a sampled step: step, loss, lr, passes (backward passes), calls, tokens, and `units` with the
             numbers of `probes.record.measure` and the `reading` of the preconditioner.
+        tensors: What is watched, with raw gradients and the shadow.
         events: Counts over all steps, sampled or not; see `probes.step.EVENTS`.
         step: Optimizer steps so far.
         claims: Whether gradients are said to be preconditioned.
@@ -99,14 +99,14 @@ class Probe:
         self.step = 0
         self.records: list[Record] = []
         self.events: dict[str, int] = dict.fromkeys(EVENTS, 0)
-        self._attached, self._on_tensors = Attachments(), Attachments()
+        self._attached = Attachments()
         self._open = False
         self._phase = "idle"
         self.told_of_calls = False
         self._cold_until = 0
-        self._left: list[tuple[Tensor | None, int]] = []  # gradients as the optimizer left them, with their versions
-        self._look_at_tensors()
-        self._now = StepNotes(len(self._parameters))
+        self._left = LeftGradients([])
+        self.tensors = TrainedTensors(model)
+        self._now = StepNotes(len(self.tensors.parameters))
 
     # Attaching
 
@@ -114,18 +114,18 @@ class Probe:
         """Attach the hooks, once."""
         if not self._open:
             self._open = True
-            self._hook_tensors()
+            self.tensors.open(self._on_gradient)
             self._attached.keep(self.model.register_forward_pre_hook(self._on_forward, with_kwargs=True))
             self._attached.keep(self.model.register_forward_hook(self._on_output))
             for optimizer in chain_of(self.optimizer):
                 self._attached.step_of(optimizer, self._enter_step, self._leave_step)
             if self.preconditioner is not None:
-                self._attached.replace(*self.preconditioner, self._watched)
+                self._attached.replace(*self.preconditioner, self._watching)
         return self
 
     def close(self) -> None:
         """Take everything off again."""
-        self._on_tensors.close()
+        self.tensors.close()
         self._attached.close()
         self._open = False
 
@@ -135,41 +135,17 @@ class Probe:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _look_at_tensors(self) -> None:
-        self.units = find_units(self.model)
-        self._all = tensors(self.units)
-        self._parameters = [p for _, _, p in self._all]
-        self._raw: list[Tensor] = [torch.zeros_like(p) for p in self._parameters]
-        self.shadow = Shadow(self._parameters)
-        self._in_place = in_place(self.model, self._parameters)
-
-    def _hook_tensors(self) -> None:
-        for i, parameter in enumerate(self._parameters):
-            hook = functools.partial(self._on_gradient, i)
-            handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-            self._on_tensors.keep(handle)
-
-    def _follow_new_tensors(self) -> bool:
-        """If parameters were replaced (ranks shrank), look at the new ones; equal shapes keep their shadow."""
-        if self._in_place():
-            return False
-        old = {(unit.name, side): (i, p.shape) for i, (unit, side, p) in enumerate(self._all)}
-        shadow = self.shadow
-        self._on_tensors.close()
-        self._look_at_tensors()
-        for i, (unit, side, parameter) in enumerate(self._all):
-            j, shape = old.get((unit.name, side), (-1, None))
-            if shape == parameter.shape:
-                self.shadow.take(i, shadow, j)
-        self._hook_tensors()
-        return True
-
-    def _watched(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _watching(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             with self.preconditioning():
                 return method(*args, **kwargs)
 
         return call
+
+    @property
+    def watched(self) -> bool:
+        """Whether calls of the preconditioner are seen."""
+        return self.preconditioner is not None or self.told_of_calls
 
     # What happens in a step
 
@@ -182,9 +158,9 @@ class Probe:
         """The first sign of a new step: a forward pass for training, or a gradient."""
         if self._phase == "running":
             return
-        self._follow_new_tensors()
-        self._now = StepNotes(len(self._parameters))
-        self._phase, self._left = "running", []  # the last step's gradients are not kept any longer
+        self.tensors.follow()
+        self._now = StepNotes(len(self.tensors.parameters))
+        self._phase, self._left = "running", LeftGradients([])  # the last step's gradients are not kept any longer
         if self.sampling and self.readings is not None:
             self._now.samples = {r.layer: r.samples for r in self.readings()}
 
@@ -204,7 +180,7 @@ class Probe:
             self._begin()
         self._now.gradient_arrived(i)
         if parameter.grad is not None:
-            self._raw[i].copy_(parameter.grad)
+            self.tensors.raw[i].copy_(parameter.grad)
 
     @contextlib.contextmanager
     def preconditioning(self) -> Iterator[None]:
@@ -215,27 +191,24 @@ class Probe:
             yield
             return
         self._now.calls += 1
-        self._now.calls_without_gradients += all(p.grad is None for p in self._parameters)
-        before = self._gradients() if self.sampling else []
+        self._now.calls_without_gradients += all(p.grad is None for p in self.tensors.parameters)
+        before = self.tensors.gradients() if self.sampling else []
         yield
         if self.sampling:
-            self._now.called(before, self._gradients())
-
-    def _gradients(self) -> Snapshot:
-        return [None if p.grad is None else p.grad.detach().clone() for p in self._parameters]
+            self._now.called(before, self.tensors.gradients())
 
     def _enter_step(self, optimizer: Any) -> None:
         self._now.forget_abandoned(optimizer)
         if not self._now.inside:
             self._begin()
-            if self._follow_new_tensors():  # since the forward pass: their gradients went by unseen
-                self._now = StepNotes(len(self._parameters))
+            if self.tensors.follow():  # since the forward pass: their gradients went by unseen
+                self._now = StepNotes(len(self.tensors.parameters))
             elif self.sampling:
-                self._now.door = self._gradients()
-                self._now.weights = [p.detach().clone() for p in self._parameters]
+                self._now.door = self.tensors.gradients()
+                self._now.weights = [p.detach().clone() for p in self.tensors.parameters]
             self._now.entered = optimizer
         elif self._now.weights:
-            self._now.inner = self._gradients()
+            self._now.inner = self.tensors.gradients()
         self._now.inside.append((optimizer, sum(self._now.hits)))
 
     def _leave_step(self) -> None:
@@ -249,23 +222,23 @@ class Probe:
     def _end(self) -> None:
         now, scale = self._now, self.loss_scale()
         if now.from_closure:  # gradients came after the door: what stood there was empty or old
-            now.door = now.inner or [g.clone() if hits else None for g, hits in zip(self._raw, now.hits, strict=True)]
-        unscaled = [g / scale if scale != 1.0 else g for g in self._raw]
+            now.door = now.inner or [
+                g.clone() if hits else None for g, hits in zip(self.tensors.raw, now.hits, strict=True)
+            ]
+        unscaled = [g / scale if scale != 1.0 else g for g in self.tensors.raw]
         raw = [g if hits else None for g, hits in zip(of_all_ranks(unscaled), now.hits, strict=True)]
         known = [g for g in raw if g is not None]
         total = float(torch.nn.utils.get_total_norm(known)) if known else 0.0
         self.events["nonfinite_gradients"] += not math.isfinite(total)
-        options = shadow_options(self.optimizer, self._parameters)
-        shadow = self.shadow.update(raw, options, self.max_grad_norm, now.weights, total)
+        options = shadow_options(self.optimizer, self.tensors.parameters)
+        shadow = self.tensors.shadow.update(raw, options, self.max_grad_norm, now.weights, total)
         self._count()
         if now.weights:
-            record = step_record(self.step, self.units, now, raw, shadow, options)
+            record = step_record(self.step, self.tensors.units, now, raw, shadow, options)
             self.events["nonfinite_losses"] += bool(now.losses) and record["loss"] is None
-            self._read(record)
-            for unit in self.units:
-                if unit.name in record["units"]:
-                    matrix = all(p.dim() >= 2 for p in unit.sides.values())
-                    record["units"][unit.name]["claimed"] = self.claimed(unit.name) if self.claimed else matrix
+            mark_claims(record, self.tensors.units, self.claimed)
+            if self.readings is not None:
+                add_readings(record, self.readings(), now.samples)
             if self.step < self._cold_until:
                 record["cold"] = True
             self.records.append(record)
@@ -273,7 +246,7 @@ class Probe:
                 self.on_record(record)
         self.step += 1
         self._phase = "stepped"
-        self._left = [(p.grad, 0 if p.grad is None else p.grad._version) for p in self._parameters]
+        self._left = LeftGradients(self.tensors.parameters)
 
     def _count(self) -> None:
         events = self.events
@@ -285,25 +258,15 @@ class Probe:
     def look_after_step(self) -> None:
         """Call it between `optimizer.step()` and `zero_grad()`: it notices gradients that are changed too late."""
         if self._phase == "stepped":
-            pairs = zip(self._parameters, self._left, strict=True)
-            changed = [p.grad is not g or (g is not None and g._version != version) for p, (g, version) in pairs]
-            self.events["gradients_changed_after_step"] += any(changed)
-
-    def _read(self, record: Record) -> None:
-        for reading in self.readings() if self.readings is not None else ():
-            said = numbers(reading)
-            before = self._now.samples.get(reading.layer)
-            if reading.samples is not None and before is not None:
-                said["samples_gained"] = reading.samples - before
-            record["units"].setdefault(reading.layer, {})["reading"] = said
+            self.events["gradients_changed_after_step"] += self._left.changed()
 
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: `tensors` (the shadow's) and `plain` (fit for JSON)."""
-        self._follow_new_tensors()  # ranks may have shrunk in the step that is saved
-        plain = {"step": self.step, "records": self.records, "events": self.events}
-        return {"tensors": self.shadow.state_dict(), "plain": plain}
+        self.tensors.follow()  # ranks may have shrunk in the step that is saved
+        plain = {"step": self.step, "records": self.records, "events": self.events, "cold_until": self._cold_until}
+        return {"tensors": self.tensors.shadow.state_dict(), "plain": plain}
 
     def start_cold(self, step: int) -> None:
         """Go on at a step without the shadow's moments of before; samples do not count until it has caught up."""
@@ -315,7 +278,8 @@ class Probe:
         Raises:
             ValueError: it is of other tensors.
         """
-        self.shadow.load_state_dict(state["tensors"])
+        self.tensors.shadow.load_state_dict(state["tensors"])
         plain = state["plain"]
         self.step, self.records = int(plain["step"]), list(plain["records"])
+        self._cold_until = int(plain["cold_until"])
         self.events = {**dict.fromkeys(EVENTS, 0), **plain["events"]}

@@ -82,6 +82,22 @@ def numbers(reading: LayerReading) -> dict[str, Any]:
     return said
 
 
+def add_readings(record: dict[str, Any], readings: list[LayerReading], samples: dict[str, float | None]) -> None:
+    """Put `numbers` of each reading beside the layer's own.
+
+    Args:
+        record: Of a sampled step.
+        readings: As they are after it.
+        samples: Layer → tokens seen before it; what was gained is `samples_gained`.
+    """
+    for reading in readings:
+        said = numbers(reading)
+        before = samples.get(reading.layer)
+        if reading.samples is not None and before is not None:
+            said["samples_gained"] = reading.samples - before
+        record["units"].setdefault(reading.layer, {})["reading"] = said
+
+
 def _is_empty(matrix: Tensor | None, factor: Tensor | None) -> bool:
     if matrix is None or matrix.numel() == 0 or not bool(torch.isfinite(matrix).all()) or not bool(matrix.any()):
         return True

@@ -1,7 +1,7 @@
 """One sampled step as numbers: norms, angles and checksums of every point on the way from gradient to weight."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,14 @@ def step_record(
             entry["times_changed"] = max(entry.get("times_changed", 0), now.changed[i])
             entry["late_gradients"] = entry.get("late_gradients", False) or now.late[i]
     return record
+
+
+def mark_claims(record: Record, units: list[Unit], claimed: Callable[[str], bool] | None) -> None:
+    """Note for which units preconditioning is claimed; by default for those of two dimensions or more."""
+    for unit in units:
+        if unit.name in record["units"]:
+            matrix = all(p.dim() >= 2 for p in unit.sides.values())
+            record["units"][unit.name]["claimed"] = claimed(unit.name) if claimed else matrix
 
 
 def measure(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Snapshot = Sequence[Tensor | None]
 """A gradient of every tensor, in the order of `probes.units.tensors`."""
@@ -113,6 +113,18 @@ class StepNotes:
     def loss(self) -> float | None:
         """Mean over the forward passes."""
         return float(torch.stack(self.losses).mean()) if self.losses else None
+
+
+class LeftGradients:
+    """Gradients as the optimizer left them, to see whether anybody changes them after the step."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        """Note them down; nothing is copied."""
+        self._seen = [(p, p.grad, 0 if p.grad is None else p.grad._version) for p in parameters]
+
+    def changed(self) -> bool:
+        """Whether a gradient was replaced or written to since."""
+        return any(p.grad is not g or (g is not None and g._version != version) for p, g, version in self._seen)
 
 
 def of_all_ranks(gradients: Sequence[Tensor]) -> list[Tensor]:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
@@ -43,8 +44,7 @@ class LedgerFile:
 
     def end(self, probe: Probe) -> None:
         """The last line, without which a reader knows that the run did not end."""
-        watched = probe.preconditioner is not None or probe.told_of_calls
-        self.append({"events": probe.events, "claims": probe.claims, "watched": watched})
+        self.append({"events": probe.events, "claims": probe.claims, "watched": probe.watched})
 
 
 class ProbeCallback(TrainerCallback):  # type: ignore[misc]
@@ -62,7 +62,7 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        every: int = 25,
+        every: int = 50,
         ledger: str | Path | None = None,
         preconditioner: tuple[Any, str] | None = None,
         readings: Provider | None = None,
@@ -118,7 +118,7 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
                 load(self.probe, folder)
                 if self._file is not None:
                     self._file.rewrite(self.probe.records)
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
                 logger.warning(
                     "probe: no state of this run in %s beside the checkpoint (%s): the shadow's moments start at zero "
                     "here, and the next %d steps are not judged",
@@ -136,16 +136,18 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the state before the Trainer saves its checkpoint: a checkpoint without it cannot be."""
-        if self.probe is not None and control.should_save and state.is_world_process_zero:
+        if control.should_save:
             self._save(args, state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """For checkpoints that the Trainer decides on later (at the end of an epoch, after an evaluation)."""
         folder = Path(args.output_dir) / STATE_FOLDER.format(step=state.global_step)
-        if self.probe is not None and state.is_world_process_zero and not folder.is_dir():
+        if not folder.is_dir():
             self._save(args, state)
 
     def _save(self, args: Any, state: Any) -> None:
+        if self.probe is None or not state.is_world_process_zero:
+            return
         output = Path(args.output_dir)
         save(self.probe, output / STATE_FOLDER.format(step=state.global_step))
         kept = {path.name.rsplit("-", 1)[-1] for path in output.glob("checkpoint-*")} | {str(state.global_step)}
@@ -161,10 +163,8 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
                 self._file.end(self.probe)
 
 
-def save(probe: Probe | None, folder: Path) -> None:
+def save(probe: Probe, folder: Path) -> None:
     """The probe's state as safetensors and JSON; the folder appears whole or not at all."""
-    if probe is None:
-        return
     state = probe.state_dict()
     beside = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(beside, ignore_errors=True)
@@ -179,7 +179,8 @@ def load(probe: Probe, folder: Path) -> None:
     """Back from `save`.
 
     Raises:
-        ValueError: of other tensors.
+        OSError, SafetensorError: missing or damaged files.
+        ValueError, KeyError: of other tensors, or not a state.
     """
     plain = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
     probe.load_state_dict({"tensors": load_file(folder / "shadow.safetensors"), "plain": plain})

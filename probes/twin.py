@@ -1,7 +1,8 @@
 """Twin runs: same seed, same batches, one with the arm and one without; how far do the loss curves part?
 
 The yardstick is what two runs of the baseline differ by (A/A). Where a machine is deterministic that is zero: there the
-second baseline starts from weights that differ by one rounding, and what training makes of that is the floor.
+second baseline starts from weights that differ by one rounding, and what training makes of that is the floor. In short
+runs that may be less than a loss in float32 can show; no difference below half of its rounding step is measured.
 """
 
 import math
@@ -43,8 +44,14 @@ class Twin:
 
     @property
     def floor(self) -> float:
-        """Root mean square of A − A'."""
-        return distance(self.baseline, self.again)
+        """Root mean square of A − A', but at least half a rounding step of a float32 loss."""
+        return max(distance(self.baseline, self.again), self.resolution)
+
+    @property
+    def resolution(self) -> float:
+        """Half a rounding step of float32 at the largest loss of A."""
+        largest = max((abs(loss) for loss in self.baseline if math.isfinite(loss)), default=0.0)
+        return torch.finfo(torch.float32).eps * largest / 2
 
     @property
     def divergence(self) -> float:
@@ -53,10 +60,10 @@ class Twin:
 
     @property
     def ratio(self) -> float:
-        """Divergence in floors; infinite over a floor of zero, 1 where both are zero."""
+        """Divergence in floors; infinite over a floor of zero (losses that are all zero)."""
         if self.floor > 0:
             return self.divergence / self.floor
-        return math.inf if self.divergence > 0 else 1.0
+        return math.inf if self.divergence > 0 else 0.0
 
     @property
     def diverges(self) -> bool:

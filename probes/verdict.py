@@ -80,7 +80,9 @@ def judge(source: "Probe | Evidence", thresholds: Thresholds | None = None, twin
     Args:
         source: A probe after training, or the evidence from a ledger file.
         thresholds: Default: those of the evidence.
-        twin: Of a twin run, for the numbers; a claim whose loss curve stays within ten A/A floors is no_effect.
+        twin: Of a twin run, for the numbers. Where an effect does not reach all tensors that are claimed, a loss curve
+            that stays within ten A/A floors is one more finding; against a ledger that shows the effect it decides
+            nothing.
     """
     e = source if isinstance(source, Evidence) else Evidence.of(source, thresholds)
     if thresholds is not None:

@@ -4,24 +4,19 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 import probes
-from benchmarks._faults import CLEAN, FAULTS, SETTINGS, grit_with
-from benchmarks._notebook import fuse, plain_loop
+from benchmarks._arrangements import grit_with
+from benchmarks._clean_runs import CLEAN
+from benchmarks._faults import FAULTS, SETTINGS
+from benchmarks._runners import plain_loop
+from benchmarks._tiny_llama import fuse
 from grit import GRITConfig
 from grit.errors import CaptureError
-from probes.finding import Finding
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NOT_IN_THE_CATALOGUE = {"unexplained", "curves_do_not_part"}  # tests/probes/test_probe_verdict.py
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def setting_of(fault):
@@ -69,4 +64,4 @@ def test_every_diagnosis_has_a_fault_that_it_was_made_for():
     sources = Path(probes.__file__).parent.glob("*.py")
     names = {name for source in sources for name in re.findall(r'Finding\(\s*"(\w+)"', source.read_text())}
     assert names - NOT_IN_THE_CATALOGUE == {fault.expected for fault in FAULTS}
-    assert Finding.__name__ == "Finding" and len(names) > 20
+    assert len(names) > 20

@@ -54,7 +54,9 @@ def test_norms_and_angles_equal_those_of_formed_matrices(shape, seed, scale):
     found = measured(u, v, weights)
     assert found["norm_raw"] == pytest.approx(float(flat(u).norm()), rel=1e-12)
     assert found["norm_weights"] == pytest.approx(float(flat(weights).norm()), rel=1e-12)
-    assert found["angle_raw_inner"] == found["angle"] == pytest.approx(angle(flat(u), flat(v)), abs=1e-5)
+    assert found["angle"] == pytest.approx(angle(flat(u), flat(v)), abs=1e-5)
+    # The same two vectors at another place of the matrix: not the same bits on every CPU.
+    assert found["angle_raw_inner"] == pytest.approx(found["angle"], rel=1e-12, abs=2e-6)
     assert found["lr_ratio"] == pytest.approx(float(flat(u).norm() / flat(v).norm()), rel=1e-12)
     cosine = torch.nn.functional.cosine_similarity(flat(u), flat(v), 0)
     assert found["cos_raw_inner"] == pytest.approx(float(cosine), abs=1e-12)

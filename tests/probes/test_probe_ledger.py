@@ -1,13 +1,10 @@
 """Probing changes nothing, sees all that happens to gradients, and comes off again whatever happens."""
 
 import copy
-import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -15,16 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from grit import GRITConfig, GRITManager, GritOptimizer
 from probes import LayerReading, Probe, grit_readings, judge
 from probes.watch import Attachments, chain_of
+from tests.two_ranks import on_two_ranks
 
-from benchmarks._notebook import NotebookKFAC, Wrapper, batches, tiny_llama, weights_of  # isort: skip
+from benchmarks._notebook import NotebookKFAC, Wrapper  # isort: skip
+from benchmarks._tiny_llama import batches, tiny_llama, weights_of  # isort: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Mlp(nn.Module):
@@ -36,9 +30,15 @@ class Mlp(nn.Module):
         return self.last(torch.tanh(self.first(x)))
 
 
-def mlp(seed=0):
-    torch.manual_seed(seed)
+def mlp():
+    torch.manual_seed(0)
     return Mlp()
+
+
+def fresh(cls=torch.optim.AdamW, lr=1e-2):
+    """A model, and an optimizer of all its weights."""
+    model = mlp()
+    return model, cls(model.parameters(), lr=lr)
 
 
 def backward(model, i=0, scale=1.0):
@@ -47,9 +47,12 @@ def backward(model, i=0, scale=1.0):
     (scale * (model(x) - y).square().mean()).backward()
 
 
-def steps(model, optimizer, count, start=0):
+def steps(model, optimizer, count, start=0, before=None):
+    """`before` is called before each step, when gradients are there."""
     for i in range(start, start + count):
         backward(model, i)
+        if before is not None:
+            before()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -78,7 +81,7 @@ def _train(kind, probed, count=12):
         optimizer = Wrapper(inner, NotebookKFAC(model))
         options = optimizer.kfac.watch()
     elif kind != "adamw":
-        manager = GRITManager(model, GRITConfig(mode=kind))
+        manager = GRITManager(model, GRITConfig(mode=kind.removeprefix("GRIT "), kfac_min_samples=1))
         optimizer = GritOptimizer(inner, manager)
         options = {"readings": grit_readings(manager)}
     probe = Probe(model, optimizer, every=3, max_grad_norm=0.5, **options)
@@ -101,9 +104,8 @@ def _train(kind, probed, count=12):
     return [p.detach().clone() for p in weights_of(model)] + [random]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "notebook", "wrapper", "eigen_adamw", "adamw (GRIT)"])
+@pytest.mark.parametrize("kind", ["adamw", "notebook", "wrapper", "GRIT eigen_adamw", "GRIT adamw"])
 def test_weights_and_random_numbers_are_the_same_to_the_bit(kind):
-    kind = kind.removesuffix(" (GRIT)") if kind != "adamw (GRIT)" else "adamw"
     with_probe, without = _train(kind, True), _train(kind, False)
     assert all(torch.equal(a, b) for a, b in zip(with_probe, without, strict=True))
 
@@ -127,8 +129,7 @@ def test_everything_comes_off():
 
 
 def test_everything_comes_off_after_an_error():
-    model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = fresh(torch.optim.SGD, lr=0.1)
     before = hooks_of(model, optimizer)
     with pytest.raises(ZeroDivisionError), Probe(model, optimizer):
         steps(model, optimizer, 1)
@@ -174,8 +175,7 @@ class Mixing:
 
 
 def test_full_fine_tuning_of_a_model_without_lora():
-    model = mlp()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model, optimizer = fresh()
     with Probe(model, optimizer, every=2) as probe:
         steps(model, optimizer, 10)
     assert [r["step"] for r in probe.records] == [0, 2, 4, 6, 8]
@@ -187,18 +187,13 @@ def test_full_fine_tuning_of_a_model_without_lora():
     assert judge(probe).diagnosis == "equals_shadow"
     kfac = Mixing(model)
     with Probe(model, optimizer, every=2, preconditioner=(kfac, "precondition")) as claimed:
-        for i in range(10):
-            backward(model, i)
-            kfac.precondition()
-            optimizer.step()
-            optimizer.zero_grad()
+        steps(model, optimizer, 10, before=kfac.precondition)
     verdict = judge(claimed)
     assert verdict.verdict == "effective" and verdict.numbers["coverage"] == 1.0
 
 
 def test_sampling():
-    model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = fresh(torch.optim.SGD, lr=0.1)
     seen = []
     with Probe(model, optimizer, every=4, on_record=seen.append) as probe:
         steps(model, optimizer, 10)
@@ -210,22 +205,16 @@ def test_sampling():
 
 
 def test_unsampled_steps_are_in_the_shadow_and_in_the_counts():
-    model = mlp()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model, optimizer = fresh()
     kfac = Mixing(model)
     with Probe(model, optimizer, every=100, preconditioner=(kfac, "precondition")) as probe:
-        for i in range(9):
-            backward(model, i)
-            kfac.precondition()
-            optimizer.step()
-            optimizer.zero_grad()
+        steps(model, optimizer, 9, before=kfac.precondition)
     assert probe.events["calls"] == 9 and len(probe.records) == 1
-    assert probe.shadow.steps == [9] * 4
+    assert probe.tensors.shadow.steps == [9] * 4
 
 
 def test_raw_gradients_are_those_of_the_last_backward_pass_before_clipping():
-    model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = fresh(torch.optim.SGD, lr=0.1)
     with Probe(model, optimizer, every=1) as probe:
         backward(model, 0)
         backward(model, 1)
@@ -243,8 +232,7 @@ def test_raw_gradients_are_those_of_the_last_backward_pass_before_clipping():
 
 def test_a_loss_scale_is_divided_out():
     def raw(scale):
-        model = mlp()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model, optimizer = fresh(torch.optim.SGD, lr=0.1)
         probe = Probe(model, optimizer)
         probe.loss_scale = lambda: scale
         with probe:
@@ -335,15 +323,13 @@ def test_a_subclass_that_calls_its_base_takes_one_step():
                     p.mul_(0.5)
             return loss
 
-    model = mlp()
-    optimizer = Again(model.parameters(), lr=1e-2)
+    model, optimizer = fresh(Again)
     with Probe(model, optimizer, every=1) as probe:
         steps(model, optimizer, 4)
     assert probe.step == 4 and len(probe.records) == 4
     ratios = [e["lr_ratio"] for r in probe.records for n, e in r["units"].items() if "weight" in n]
     assert min(ratios) > 2  # what comes after the base's step is seen
-    model = mlp()
-    optimizer = Again(model.parameters(), lr=1e-2)
+    model, optimizer = fresh(Again)
     with Probe(model, optimizer, every=1) as probe:
         for i in range(4):
             optimizer.zero_grad()
@@ -373,12 +359,12 @@ def test_replaced_parameters_are_followed():
     assert probe.records[-1]["units"][first]["size"] == 2 * 6 + 8 * 2
     assert probe.records[-1]["units"][first]["norm_raw"] > 0
     assert probe.records[-1]["units"][last]["angle"] < 1e-3  # its moments were kept
-    assert probe.shadow.steps[probe._all.index(next(t for t in probe._all if t[0].name == last))] >= 7
+    place = next(i for i, (unit, _, _) in enumerate(probe.tensors.all) if unit.name == last)
+    assert probe.tensors.shadow.steps[place] >= 7
 
 
 def test_preconditioning_without_a_method():
-    model = mlp()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model, optimizer = fresh()
     with Probe(model, optimizer, every=1, claims=True) as probe:
         for i in range(5):
             backward(model, i)
@@ -392,8 +378,7 @@ def test_preconditioning_without_a_method():
 
 
 def test_calls_at_the_wrong_time_are_counted_apart():
-    model = mlp()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model, optimizer = fresh()
     kfac = Mixing(model)
     with Probe(model, optimizer, preconditioner=(kfac, "precondition")) as probe:
         kfac.precondition()
@@ -433,7 +418,7 @@ def test_frozen_halves_and_other_adapters_are_units_too():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_B.default" in name or "lora_A.second" in name or "lora_B.second" in name)
     probe = Probe(model, torch.optim.SGD(weights_of(model), lr=0.1))
-    sides = {unit.name: sorted(unit.sides) for unit in probe.units}
+    sides = {unit.name: sorted(unit.sides) for unit in probe.tensors.units}
     assert len(sides) == 12 and sorted(map(str, sides.values())) == ["['a', 'b']"] * 6 + ["['w']"] * 6
     assert all(name.endswith("[second]") == (s == ["a", "b"]) for name, s in sides.items())
 
@@ -459,8 +444,7 @@ def test_a_frozen_model_is_refused():
 
 def test_state_goes_on_where_it_was():
     def run(cut):
-        model = mlp()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        model, optimizer = fresh()
         probe = Probe(model, optimizer, every=3).open()
         steps(model, optimizer, cut)
         probe.close()
@@ -504,68 +488,53 @@ class Counting:
         return [LayerReading(self.layer, True, samples=float(total))]
 
 
-def _worker(rank, world, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    try:
-        found = {}
-        for accumulation in (1, 2):
-            model = mlp()
-            wrapped = DistributedDataParallel(model)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-            with Probe(model, optimizer, every=1) as probe:
-                for step in range(6):
-                    for micro in range(accumulation):
-                        x, y = (t[rank::world] for t in _mlp_batch(step * accumulation + micro))
-                        last = micro == accumulation - 1
-                        wrapped.require_backward_grad_sync = last
-                        ((wrapped(x) - y).square().mean() / accumulation).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-            found[f"plain {accumulation}"] = (probe.records, judge(probe).diagnosis)
-        model = tiny_llama(0)
-        wrapped = DistributedDataParallel(model, find_unused_parameters=False)
-        optimizer = torch.optim.AdamW(weights_of(model), lr=1e-2)
-        counting = Counting(next(n.split(".lora_A.")[0] for n, _ in model.named_parameters() if "lora_A" in n))
-        with Probe(model, optimizer, every=1, readings=counting.summed) as probe:
-            for step in range(6):
-                batch = _lora_batch(step, rank, world)
-                wrapped(**batch).loss.backward()
-                counting.add(batch, world)
-                optimizer.step()
-                optimizer.zero_grad()
-        names = [f.name for f in judge(probe).findings]
-        found["statistics"] = ([r["tokens"] for r in probe.records], names)
-        if rank == 0:
-            torch.save(found, folder / "found.pt")
-    finally:
-        dist.destroy_process_group()
+def _accumulated(rank, world, accumulation):
+    """The probe of six steps with this rank's share of every batch."""
+    model, optimizer = fresh()
+    trained = DistributedDataParallel(model) if world > 1 else model
+    with Probe(model, optimizer, every=1) as probe:
+        for step in range(6):
+            for micro in range(accumulation):
+                x, y = (t[rank::world] for t in _mlp_batch(step * accumulation + micro))
+                trained.require_backward_grad_sync = micro == accumulation - 1  # DDP's
+                ((trained(x) - y).square().mean() / accumulation).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return probe
+
+
+def _work(rank, world, folder):
+    found = {}
+    for accumulation in (1, 2):
+        probe = _accumulated(rank, world, accumulation)
+        found[f"plain {accumulation}"] = (probe.records, judge(probe).diagnosis)
+    model = tiny_llama(0)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=False)
+    optimizer = torch.optim.AdamW(weights_of(model), lr=1e-2)
+    counting = Counting(next(n.split(".lora_A.")[0] for n, _ in model.named_parameters() if "lora_A" in n))
+    with Probe(model, optimizer, every=1, readings=counting.summed) as probe:
+        for step in range(6):
+            batch = _lora_batch(step, rank, world)
+            wrapped(**batch).loss.backward()
+            counting.add(batch, world)
+            optimizer.step()
+            optimizer.zero_grad()
+    names = [f.name for f in judge(probe).findings]
+    found["statistics"] = ([r["tokens"] for r in probe.records], names)
+    return found
 
 
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_worker, args=(2, port, folder), nprocs=2)
-    return torch.load(folder / "found.pt", weights_only=True)
+    """What the first rank saw."""
+    return on_two_ranks(_work, tmp_path_factory.mktemp("ranks"))[0]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_on_two_ranks_raw_gradients_are_the_averaged_ones(distributed, accumulation):
     records, diagnosis = distributed[f"plain {accumulation}"]
     assert diagnosis == "equals_shadow"
-    model = mlp()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with Probe(model, optimizer, every=1) as probe:
-        for step in range(6):
-            for micro in range(accumulation):
-                x, y = _mlp_batch(step * accumulation + micro)
-                ((model(x) - y).square().mean() / accumulation).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    probe = _accumulated(0, 1, accumulation)
     for ours, alone in zip(records, probe.records, strict=True):
         assert ours["passes"] == accumulation
         for name, entry in alone["units"].items():

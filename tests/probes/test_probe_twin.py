@@ -31,10 +31,19 @@ def test_the_line_is_at_ten_floors():
     assert DIVERGES == 10 and not twin(10.0).diverges and twin(10.001).diverges
 
 
+def test_the_floor_is_not_below_what_a_float32_loss_can_show():
+    step = 2.0**-21  # between float32 numbers just above 4
+    equal = Twin([4.0, 2.0], [4.0, 2.0], [4.0, 2.0], False)
+    assert equal.floor == step / 2 and equal.ratio == 0.0 and not equal.diverges
+    assert not Twin([4.0], [4.0], [4.0 + step], False).diverges, "one rounding apart"
+    far = Twin([4.0], [4.0], [4.0 + 100 * step], False)
+    assert far.ratio == pytest.approx(200) and far.diverges
+    assert Twin([4.0], [4.0 + 8 * step], [4.0], False).floor == 8 * step, "what was measured, where that is more"
+
+
 def test_a_floor_of_zero():
-    assert Twin([1.0], [1.0], [1.0], False).ratio == 1.0 and not Twin([1.0], [1.0], [1.0], False).diverges
-    assert Twin([1.0], [1.0], [1.0 + 1e-12], False).ratio == math.inf
-    assert Twin([1.0], [1.0], [1.0 + 1e-12], False).diverges
+    assert Twin([0.0], [0.0], [0.0], False).ratio == 0.0 and not Twin([0.0], [0.0], [0.0], False).diverges
+    assert Twin([0.0], [0.0], [1e-12], False).ratio == math.inf and Twin([0.0], [0.0], [1e-12], False).diverges
 
 
 def test_a_loss_that_is_not_a_number_diverges():
