@@ -4,6 +4,7 @@ import torch
 
 from grit.config import GRITConfig
 from grit.distributed import world_size
+from grit.errors import NotAppliedError
 from grit.layers import LoraPair
 
 
@@ -29,4 +30,17 @@ def check(config: GRITConfig, pairs: list[LoraPair]) -> None:
         raise ValueError(
             f"min_lora_rank: expected at most the smallest rank, {smallest.rank} ({smallest.name}), "
             f"got {config.min_lora_rank}"
+        )
+
+
+def check_applied(steps: int, backward_passes: bool) -> None:
+    """Whether what was captured was ever used.
+
+    Raises:
+        NotAppliedError: hooks saw backward passes, but no step came through a GritOptimizer.
+    """
+    if backward_passes and steps == 0:
+        raise NotAppliedError(
+            "GRIT saw backward passes, but no optimizer step went through GRIT, so nothing was preconditioned; "
+            "wrap the optimizer: GritOptimizer(optimizer, manager), or train with GritTrainer"
         )

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from grit import checkpoint, records, regularizers, statistics
+from grit import checkpoint, records, regularizers, schedule, statistics
 from grit.capture import HookCapture
-from grit.checks import check
+from grit.checks import check, check_applied
 from grit.config import GRITConfig
-from grit.errors import NonFiniteGradientsError, NotAppliedError
+from grit.errors import NonFiniteGradientsError
 from grit.layers import LayerGroup, LoraPair, find_pairs, group_pairs
 from grit.preconditioning import precondition
-from grit.schedule import LossTrend, captures_at, starting
+from grit.schedule import LossTrend, captures_at
 from grit.state import KINDS, GroupState
 
 logger = logging.getLogger("grit")
@@ -81,8 +81,7 @@ class GRITManager:
         self.history: list[dict[str, Any]] = []
         self.step = self.skipped = self.applied_steps = self.inversions = self.failed_inversions = 0
         self.last_metrics: dict[str, float] = {}
-        self._skipped_in_a_row = 0
-        self._last_inversion = -1
+        self._skipped_in_a_row, self._last_inversion = 0, -1
         self.failed_in_a_row: dict[str, int] = {}
         self.measured: dict[str, Any] = {}
 
@@ -92,7 +91,7 @@ class GRITManager:
         """Attach the hooks, once."""
         if self.capture is None and self.config.capture != "gradients":
             self.capture = HookCapture(self.model, self.groups, self.config.normalize_delta)
-            self.capture.active = captures_at(self.config, self.step)
+            self._switch_capture()
         return self
 
     def close(self, check: bool = True) -> None:
@@ -102,7 +101,7 @@ class GRITManager:
             check: False where an error is on its way already, which must not be covered up.
 
         Raises:
-            NotAppliedError: hooks saw backward passes, but no step came through a GritOptimizer.
+            NotAppliedError: see `check_applied`.
         """
         saw_something = self.capture is not None and any(bool(s.tokens.any()) for s in self.capture.sums)
         if self.capture is not None:
@@ -110,13 +109,8 @@ class GRITManager:
             self.capture = None
         if not check:
             return
-        if self.applied_steps == 0 and saw_something:
-            raise NotAppliedError(
-                "GRIT saw backward passes, but no optimizer step went through GRIT, so nothing was preconditioned; "
-                "wrap the optimizer: GritOptimizer(optimizer, manager), or train with GritTrainer"
-            )
-        silent = self.unreported()
-        if silent and self.applied_steps:
+        check_applied(self.applied_steps, saw_something)
+        if self.applied_steps and (silent := self.unreported()):
             logger.warning("GRIT: %d layers never reported statistics: %s", len(silent), ", ".join(silent))
             self.add_record({"kind": "unreported", "layers": silent})
 
@@ -193,11 +187,8 @@ class GRITManager:
 
     def inversion_due(self) -> bool:
         """Whether factors are to be inverted at this step: at the interval, and as soon as a waiting one can be."""
-        if self._last_inversion < 0:
-            return True
-        if starting(self.config, self.step):
-            return True
-        if self.step - self._last_inversion >= self.trend.interval(self.config.kfac_update_freq):
+        since = self.step - self._last_inversion if self._last_inversion >= 0 else None
+        if schedule.inversion_due(self.config, self.step, since, self.trend):
             return True
         return captures_at(self.config, self.step) and any(
             bool((~(s["ready_a"] & s["ready_g"]) & (s["samples"] >= self.config.kfac_min_samples)).any())
@@ -245,13 +236,7 @@ class GRITManager:
             if self.config.log_fisher_spectrum:
                 self.add_record(records.spectra(self))
         self._advance()
-        interval = self.trend.interval(self.config.reprojection_freq)
-        if (
-            self.config.reprojection != "none"
-            and self.config.reprojection_freq > 0
-            and self.step >= max(1, self.config.reprojection_warmup_steps)
-            and self.step % interval == 0
-        ):
+        if schedule.reprojection_due(self.config, self.step, self.trend):
             self.neural_reprojection(optimizer)
 
     def neural_reprojection(self, optimizer: torch.optim.Optimizer | None = None, shrink: bool | None = None) -> None:
@@ -274,9 +259,7 @@ class GRITManager:
         Args:
             optimizer: Gets the smaller tensors, for those who train on.
         """
-        start = max(self.config.rank_adaptation_start_step, self.config.reprojection_warmup_steps)
-        adaptive = self.config.enable_rank_adaptation and self.step >= start
-        if self.config.reprojection != "none" and adaptive and self.config.rank_shrink != "never":
+        if schedule.final_shrink_due(self.config, self.step):
             self.neural_reprojection(optimizer, shrink=True)
         self.add_record(records.final(self))
 
@@ -286,6 +269,9 @@ class GRITManager:
 
     def _advance(self) -> None:
         self.step += 1
+        self._switch_capture()
+
+    def _switch_capture(self) -> None:
         if self.capture is not None:
             self.capture.active = captures_at(self.config, self.step)
 
@@ -312,5 +298,4 @@ class GRITManager:
             ValueError: the checkpoint has other layers, other ranks, or is of another mode.
         """
         checkpoint.load(self, state)
-        if self.capture is not None:
-            self.capture.active = captures_at(self.config, self.step)
+        self._switch_capture()

@@ -74,3 +74,23 @@ def starting(config: GRITConfig, step: int) -> bool:
     does not see it.
     """
     return config.mode == "sgd" and step < 4 * config.grit_cov_update_freq
+
+
+def inversion_due(config: GRITConfig, step: int, since: int | None, trend: LossTrend) -> bool:
+    """Whether factors are to be inverted `since` steps after the last time (None: never before)."""
+    return since is None or starting(config, step) or since >= trend.interval(config.kfac_update_freq)
+
+
+def reprojection_due(config: GRITConfig, step: int, trend: LossTrend) -> bool:
+    """Whether layers are reprojected after `step` steps."""
+    if config.reprojection == "none" or config.reprojection_freq <= 0:
+        return False
+    warm = step >= max(1, config.reprojection_warmup_steps)
+    return warm and step % trend.interval(config.reprojection_freq) == 0
+
+
+def final_shrink_due(config: GRITConfig, step: int) -> bool:
+    """Whether ranks shrink at the end of a training of `step` steps."""
+    if config.reprojection == "none" or not config.enable_rank_adaptation or config.rank_shrink == "never":
+        return False
+    return step >= max(config.rank_adaptation_start_step, config.reprojection_warmup_steps)

@@ -30,7 +30,7 @@ def _prepare(job: TrainingJob) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         importlib.import_module("unsloth")
-    except (ImportError, NotImplementedError, RuntimeError, AttributeError, OSError) as error:
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
         raise ModelError(
             f"the arm hybrid_grit needs Unsloth, which cannot be imported ({error}): run `make setup`, or "
             "`python -m pip install --no-deps -r requirements-unsloth.lock`"
@@ -55,7 +55,7 @@ def _load_model(base: BaseReference, settings: TrainSettings) -> Any:
             use_exact_model_name=True,  # else other weights than those asked for may be downloaded
             **base.load_kwargs,
         )
-    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"Unsloth could not load a model from {base.location!r}: {error}") from error
     # Where 4 bit does not work, and for names with -bnb-4bit, Unsloth may load something else and go on.
     loaded = (model.config.name_or_path, any(type(m).__name__ == "Linear4bit" for m in model.modules()))

@@ -3,20 +3,17 @@
 One launch of two gloo processes runs every scenario; the tests look at what they wrote, beside a run in this process.
 """
 
-import os
-import socket
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM, TrainingArguments
 
 from grit import GRITConfig, GRITManager, GritOptimizer, GritTrainer
 from tests.grit.nets import llama_config
+from tests.two_ranks import on_two_ranks
 
 RANK, VOCABULARY, LENGTH, STEPS = 3, 40, 9, 5
 LAYERS = 6
@@ -176,33 +173,21 @@ def run_trainer(folder, batch_size, accumulation):
     return {"weights": lora_weights(model), "layers": measured(manager), "factor": manager.trend.factor}
 
 
-def worker(rank, world, port, folder):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def work(rank, world, folder):
+    results = {name: run_scenario(name, rank, world) for name in SCENARIOS}
     try:
-        results = {name: run_scenario(name, rank, world) for name in SCENARIOS}
-        try:
-            GRITManager(make_model(), configuration(rank_shrink="events"))
-            results["refused"] = None
-        except ValueError as error:
-            results["refused"] = str(error)
-        results["trainer"] = run_trainer(folder, batch_size=2, accumulation=2)
-        torch.save(results, folder / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        GRITManager(make_model(), configuration(rank_shrink="events"))
+        results["refused"] = None
+    except ValueError as error:
+        results["refused"] = str(error)
+    results["trainer"] = run_trainer(folder, batch_size=2, accumulation=2)
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What both ranks wrote."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, args=(2, port, folder), nprocs=2, join=True)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return on_two_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from grit import GRITConfig, GRITManager, GritOptimizer
 from grit.rank import fit_to_checkpoint, pattern_key, resize, write_patterns
 from grit.regrouping import rebuild
+from tests.grit.nets import llama_config
 
 R = 6
 PREFIX = "base_model.model."
@@ -26,18 +27,8 @@ MODES = {
 
 def base_model(dtype=torch.float32):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        pad_token_id=0,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).to(dtype)
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "max_position_embeddings": 32}
+    return LlamaForCausalLM(llama_config(40, **sizes, pad_token_id=0, use_cache=True)).to(dtype)
 
 
 def lora_model(dtype=torch.float32, **changes):
@@ -182,8 +173,10 @@ def test_shrinking_right_after_a_projection_changes_nothing_more(mode, dtype):
     run = Run(dtype=dtype, mode="adamw", reprojection_freq=6, **MODES[mode]).train(6)
     assert len(run.events()) == 1 and check_shapes(run) == 0
     before, kept = logits(run.model), run.events()[0]["layers"]
+    rounding = worst(before, logits(copy.deepcopy(run).model.double()))  # of one forward pass; in float64 there is none
     run.done()
-    assert worst(logits(run.model), before) < float(before.abs().max()) * (1e-6 if dtype == torch.float32 else 1e-12)
+    assert worst(logits(run.model), before) < max(4 * rounding, 1e-12 * float(before.abs().max()))
+    assert rounding < 1e-5 * float(before.abs().max())
     assert run.ranks() == {name: min(said["k_a"], said["k_b"]) for name, said in kept.items()}
     assert max(said["relative_change"] for said in run.events()[1]["layers"].values()) < 1e-6
     assert max(said["relative_change"] for said in kept.values()) > 1e-3
@@ -400,13 +393,13 @@ def test_ranks_that_nobody_can_write_down_are_told(caplog):
     from peft import inject_adapter_in_model
 
     model = inject_adapter_in_model(LoraConfig(r=R, target_modules=["q_proj", "v_proj"]), base_model())
+    del model.peft_config  # as versions of PEFT before 0.14 leave a model
     run = Run(model).train(5)
     with caplog.at_level(logging.WARNING, "grit"):
         run.done()
     assert sum(k < R for k in run.ranks().values()) >= 2
     assert bool(torch.isfinite(logits(model)).all())
-    if not any(hasattr(m, "peft_config") for m in model.modules()):
-        assert any("no peft_config" in record.message for record in caplog.records)
+    assert any("no peft_config" in record.message for record in caplog.records)
 
 
 # Going on from a checkpoint

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from grit import (
     GritCallback,
@@ -21,6 +21,7 @@ from grit import (
     GritTrainer,
     grit_trainer_class,
 )
+from tests.grit.nets import llama_config
 
 VOCABULARY, LENGTH = 64, 12
 
@@ -37,15 +38,8 @@ def libraries_are_no_garbage():
 def tiny_model(rank=4, seed=0, warm=False, targets=("q_proj", "v_proj", "down_proj")):
     """A Llama of two layers with LoRA on six modules; `warm`: B does not start at zero."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        pad_token_id=0,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 32}
+    config = llama_config(VOCABULARY, **sizes, pad_token_id=0, initializer_range=0.02, use_cache=True)
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM")
     model = get_peft_model(LlamaForCausalLM(config), lora)
     with torch.no_grad():
