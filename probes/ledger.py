@@ -276,10 +276,10 @@ class Probe:
         """Go on from `state_dict`.
 
         Raises:
-            ValueError: it is of other tensors.
+            KeyError, ValueError: not a state, or of other tensors; nothing has changed then.
         """
-        self.tensors.shadow.load_state_dict(state["tensors"])
         plain = state["plain"]
-        self.step, self.records = int(plain["step"]), list(plain["records"])
-        self._cold_until = int(plain["cold_until"])
-        self.events = {**dict.fromkeys(EVENTS, 0), **plain["events"]}
+        step, records, cold_until = int(plain["step"]), list(plain["records"]), int(plain["cold_until"])
+        events = {**dict.fromkeys(EVENTS, 0), **plain["events"]}
+        self.tensors.shadow.load_state_dict(state["tensors"])
+        self.step, self.records, self.events, self._cold_until = step, records, events, cold_until

@@ -458,6 +458,31 @@ def test_state_goes_on_where_it_was():
     assert whole.records == resumed.records and whole.events == resumed.events and whole.step == resumed.step == 12
 
 
+def test_a_cold_shadow_stays_cold_over_another_resume():
+    model, optimizer = fresh()
+    probe = Probe(model, optimizer, every=3)
+    probe.start_cold(3)
+    with probe:
+        steps(model, optimizer, 3, start=3)
+    again = Probe(model, optimizer, every=3)
+    again.load_state_dict(copy.deepcopy(probe.state_dict()))
+    with again:
+        steps(model, optimizer, 4, start=6)
+    assert [(r["step"], r["cold"]) for r in again.records] == [(3, True), (6, True), (9, True)]
+
+
+def test_a_closed_probe_hooks_nothing_when_parameters_were_replaced():
+    model, optimizer = fresh()
+    with Probe(model, optimizer, every=1) as probe:
+        steps(model, optimizer, 1)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.detach().clone())
+    probe.state_dict()
+    assert [id(p) for p in probe.tensors.parameters] == [id(p) for p in model.parameters()]
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
 # Distributed
 
 

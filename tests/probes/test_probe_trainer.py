@@ -142,12 +142,27 @@ def test_killed_twice_in_the_same_place(tmp_path):
     assert (tmp_path / "cut/ledger.jsonl").read_text() == (tmp_path / "whole/ledger.jsonl").read_text()
 
 
-def test_without_the_state_it_goes_on_and_says_so(tmp_path, caplog):
+def cut_shadow(folder):
+    file = folder / "shadow.safetensors"
+    file.write_bytes(file.read_bytes()[:40])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        shutil.rmtree,
+        cut_shadow,
+        lambda f: (f / "ledger.json").write_text("{"),
+        lambda f: (f / "ledger.json").write_text("{}"),
+    ],
+    ids=["gone", "cut shadow", "cut ledger", "empty ledger"],
+)
+def test_without_the_state_it_goes_on_and_says_so(damage, tmp_path, caplog):
     first, _ = prepare("adamw", tmp_path)
     first.add_callback(Kill(KILLED))
     with pytest.raises(KilledError):
         first.train()
-    shutil.rmtree(tmp_path / "probe-4")
+    damage(tmp_path / "probe-4")
     again, resumed = prepare("adamw", tmp_path)
     with caplog.at_level(logging.WARNING, logger="probes"):
         again.train(resume_from_checkpoint=True)
