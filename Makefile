@@ -32,10 +32,10 @@ repro: setup
 	$(RUN) python -m evaluation.compare_all --db "$$($(BIN)/python -m pipelines.config --get compare.database)"
 	@echo "report: outputs/grit_evaluation.md"
 
-# Exported models onto the Ollama server at OLLAMA_HOST, each checked prompt by prompt.
+# Exported models onto the Ollama server at OLLAMA_HOST, each checked prompt by prompt in both modes.
 serve: setup
 	$(RUN) python -m export.ollama create
-	$(RUN) python -m export.ollama verify
+	$(RUN) python -m export.ollama verify --backend ollama --mode both
 
 test: setup
 	$(RUN) python -m pytest
@@ -58,7 +58,7 @@ probe-faults: setup
 
 # What the stages made; DVC's cache and the environment stay.
 clean:
-	rm -rf data models adapters verdicts gguf scores checkpoints outputs
+	rm -rf data models adapters verdicts gguf verified quantized scores checkpoints outputs
 
 lock: setup
 	$(BIN)/python -m pip freeze --exclude-editable --exclude torch --exclude unsloth --exclude unsloth_zoo > requirements.lock.partial

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.runinfo import device, git_state, package_versions
+from pipelines.runinfo import git_state, package_versions, torch_device
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -81,7 +81,7 @@ def write(name: str, title: str, **facts: Any) -> None:
         "benchmark": name,
         "title": title,
         "date": datetime.now(UTC).date().isoformat(),
-        "device": device(),
+        "device": torch_device(),
         "git": git_state(),
         "packages": package_versions(),
         **facts,

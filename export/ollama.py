@@ -32,14 +32,17 @@ from export.ollama_client import (
     resolve_host,
     server_version,
 )
+from export.serving import Mode
 
 if TYPE_CHECKING:
     from ollama import Client
 
 __all__ = [
+    "AdaptersUnsupportedError",
     "OllamaError",
     "OllamaUnavailable",
     "Registered",
+    "Stored",
     "connect",
     "list_models",
     "register",
@@ -47,7 +50,12 @@ __all__ = [
     "render_prompt",
     "resolve_host",
     "server_version",
+    "stored_model",
 ]
+
+
+class AdaptersUnsupportedError(OllamaError):
+    """This release of Ollama takes no LoRA adapters; merged models can be served."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +127,12 @@ def register(
 
     Raises:
         OllamaUnavailable: no server, or the connection broke.
+        AdaptersUnsupportedError: the server takes no adapters.
         OllamaError: the server refused, did not end in "success", or stored other settings than it was given.
         ExportError: a file is missing.
     """
+    from ollama import ResponseError
+
     say = progress or (lambda line: None)
     url = resolve_host(host)
     files = {"model.gguf": gguf} | ({"adapter.gguf": adapter} if adapter else {})
@@ -145,7 +156,15 @@ def register(
     with connect(url) as client:
         for label, path in files.items():
             _upload(client, url, path, hashes[label], say)
-        _create(client, name, spec, hashes, say)
+        try:
+            _create(client, name, spec, hashes, say)
+        except ResponseError as error:
+            if "adapters are no longer supported" not in error.error:
+                raise
+            raise AdaptersUnsupportedError(
+                f"Ollama {version} at {url} answered {error.status_code}: {error.error}; releases from 0.34.1 on take "
+                "no LoRA adapters: register the merged GGUF without one"
+            ) from error
         stored = _verify(client, url, name, spec)
     digest = list_models(url).get(full_name(name))
     if digest is None:
@@ -204,8 +223,53 @@ def _verify(client: "Client", url: str, name: str, spec: ModelfileSpec) -> str |
             problems.append(f"{key}: expected {expected}, got {stored.get(key)}")
     if problems:
         raise OllamaError(f"Ollama at {url} stored other settings for {name!r}: " + "; ".join(problems))
-    weights = re.search(r"^FROM .*sha256[-:]([0-9a-f]{64})", shown.modelfile or "", re.MULTILINE)
+    return _stored_sha256(shown.modelfile or "")
+
+
+def _stored_sha256(modelfile: str) -> str | None:
+    weights = re.search(r"^FROM .*sha256[-:]([0-9a-f]{64})", modelfile, re.MULTILINE)
     return weights[1] if weights else None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a server says about a model that it has.
+
+    Attributes:
+        digest: Of the whole model.
+        stored_sha256: Hash of its weights as stored; None where the server does not say.
+        mode: "adapter" where an adapter lies on top of them, else "merged".
+        stop: Stop words.
+        precision: Type of its weights, e.g. "F16"; None where the server does not say.
+    """
+
+    digest: str
+    stored_sha256: str | None
+    mode: Mode
+    stop: tuple[str, ...]
+    precision: str | None
+
+
+def stored_model(host: str | None, name: str) -> Stored | None:
+    """What the server has under a name; None when nothing.
+
+    Raises:
+        OllamaUnavailable, OllamaError: the server cannot be asked.
+    """
+    digest = list_models(host).get(full_name(name))
+    if digest is None:
+        return None
+    with connect(host) as client:
+        shown = client.show(name)
+    modelfile = shown.modelfile or ""
+    level = shown.details.quantization_level if shown.details else None
+    return Stored(
+        digest,
+        _stored_sha256(modelfile),
+        "adapter" if re.search(r"^ADAPTER ", modelfile, re.MULTILINE) else "merged",
+        tuple(str(word) for word in parse_parameters(shown.parameters or "").get("stop", [])),
+        level if level and level != "unknown" else None,
+    )
 
 
 def parse_parameters(text: str) -> dict[str, list[object]]:

@@ -1,14 +1,18 @@
 """What the export stage left to be served: one entry a model, in either of two modes."""
 
 import json
-from dataclasses import dataclass
+import os
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from export.errors import ExportError
-from export.modelfile import ModelfileSpec, spec_of
+from export.modelfile import ModelfileError, ModelfileSpec, parse_modelfile, render_modelfile, spec_of
 
 BASE = "base"
+MODELFILE = "Modelfile"
+ADAPTER_MODELFILE = "Modelfile.adapter"
 Mode = Literal["merged", "adapter"]
 MODES: tuple[Mode, ...] = ("merged", "adapter")
 
@@ -41,6 +45,47 @@ class Served:
     def spec(self) -> ModelfileSpec:
         """Template and parameters."""
         return spec_of(self.facts, "./adapter.gguf" if self.adapter else None)
+
+    @property
+    def mode_on_server(self) -> Mode:
+        """What the server has: the base is one file in both modes."""
+        return "adapter" if self.adapter else "merged"
+
+    @property
+    def modelfile(self) -> Path:
+        """Its Modelfile; where there is none for mode "adapter", the merged one, which has the same texts."""
+        own = self.folder / ADAPTER_MODELFILE
+        return own if self.adapter and own.is_file() else self.folder / MODELFILE
+
+    def written_spec(self) -> ModelfileSpec:
+        """Template and parameters as the Modelfile has them, which is what `ollama create -f` reads.
+
+        Raises:
+            ExportError: no Modelfile, a damaged one, or one that is about other files.
+        """
+        try:
+            spec, gguf, adapter = read_modelfile(self.modelfile)
+            if adapter or not self.adapter:
+                meant = [f and os.path.normpath(f) for f in (gguf, adapter)]
+                wanted = [f and os.path.normpath(f) for f in (self.gguf, self.adapter)]
+                if meant != wanted:
+                    raise ModelfileError(f"expected it to name {wanted}, it names {meant}")
+            return spec
+        except FileNotFoundError:
+            raise ExportError(f"{self.modelfile}: no such file; run `dvc repro export`, which writes it") from None
+        except ModelfileError as error:
+            raise ExportError(f"{self.modelfile}: {error}; export again") from error
+
+    def adapter_form(self) -> "Served | None":
+        """The same model as base and adapter; None for the base, and for what can only be served merged.
+
+        Raises:
+            ExportError: the base is not exported.
+        """
+        adapter = self.folder / "adapter.gguf"
+        if self.arm == BASE or not adapter.is_file():
+            return None
+        return replace(self, mode="adapter", gguf=base_file(self.folder.parents[1]), adapter=adapter)
 
 
 def find_served(root: Path, mode: Mode = "merged", names: list[str] | None = None) -> list[Served]:
@@ -95,6 +140,43 @@ def base_file(root: Path) -> Path:
     if file is None:
         raise ExportError(f"{folder}: expected the base's GGUF, which adapters need; run `dvc repro export_base`")
     return file
+
+
+def adapter_modelfile(facts: dict[str, Any], folder: Path, base: Path) -> str:
+    """Modelfile of base and adapter, for `ollama create NAME -f <folder>/Modelfile.adapter` from any working directory.
+
+    Args:
+        facts: serving.json, with adds_bos and bos_token.
+        folder: Where the Modelfile and adapter.gguf will lie.
+        base: GGUF of the base; named relative to `folder`, as Ollama reads it.
+
+    Raises:
+        ModelfileError: see `render_modelfile`.
+    """
+    text = render_modelfile(
+        spec_of(facts, "./adapter.gguf"), gguf_adds_bos=facts["adds_bos"], bos_token=facts["bos_token"]
+    )
+    return _FROM.sub(lambda _: f"FROM {os.path.relpath(base, folder)}", text, count=1)
+
+
+def read_modelfile(file: Path) -> tuple[ModelfileSpec, Path, Path | None]:
+    """What a Modelfile says, and the GGUF and adapter that it means: relative to itself, as for `ollama create -f`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ModelfileError: damaged, without FROM, or with one that is not relative.
+    """
+    text = file.read_text(encoding="utf-8")
+    found = _FROM.search(text)
+    if found is None or not found[1].startswith(("./", "../")):
+        raise ModelfileError(f"expected FROM with a relative path, got {found[1] if found else 'none'!r}")
+    # parse_modelfile takes paths below the Modelfile's folder only; an adapter's base lies beside it.
+    spec = parse_modelfile(_FROM.sub("FROM ./model.gguf", text, count=1))
+    adapter = file.parent / spec.adapter_path if spec.adapter_path else None
+    return spec, file.parent / found[1], adapter
+
+
+_FROM = re.compile(r"^FROM (.*)$", re.MULTILINE)
 
 
 def _seed(place: Path) -> int:

@@ -1,67 +1,103 @@
-"""Whether a server answers as the trained model does, prompt by prompt, against what the export stage wrote down.
+"""Whether an engine answers as the trained model does, prompt by prompt, against what the export stage wrote down.
 
-reference.jsonl beside each GGUF has Hugging Face's own tokens and greedy answers, so a server can be checked from any
-machine that has the folder, without torch.
+reference.jsonl beside each GGUF has Hugging Face's own tokens and greedy answers, so an engine can be checked from any
+machine that has the folder, without torch. In mode adapter the check is checked as well: with the adapter at another
+scale at least one answer must differ, or none of it could have seen a fault.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from export.adapter_file import changes_nothing
+from export.diagnosis import Case, explain, first_token, same_tokens
+from export.engines import Backend, Reference, Seen
 from export.errors import ExportError
-from export.ollama_client import connect, render_prompt
-from export.serving import Served
+from export.ollama import AdaptersUnsupportedError
+from export.serving import Mode, Served
+
+__all__ = ["CONTROL_SCALE", "REFERENCE", "Checked", "Reference", "first_token", "read_references", "verify"]
 
 REFERENCE = "reference.jsonl"
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What Hugging Face says to one prompt.
-
-    Attributes:
-        prompt: The user's text.
-        rendered: With the training template.
-        ids: Tokens of `rendered`, BOS included where training had one.
-        answer: Greedy text, without the end token.
-        max_tokens: Limit of the answer.
-    """
-
-    prompt: str
-    rendered: str
-    ids: list[int]
-    answer: str
-    max_tokens: int
+CONTROL_SCALE = 0.5
+"""Factor on the adapter's scale in the control; what a lost α of twice the rank amounts to."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """One model's row in the table.
+    """One row of the table: a model in one mode on one engine.
 
     Attributes:
         name: Of the model.
+        arm: Of the training run, or "base".
         mode: merged or adapter.
-        prompts: Asked.
-        rendered: Share of prompts that the server renders as training did.
-        counted: Share of which it reads as many tokens as Hugging Face.
-        answered: Share that it answers as Hugging Face does, greedily.
-        first: Where and why the first one differs; None where none does.
+        backend: llama_cpp or ollama.
+        backend_version: Of the library or server.
+        prompts: Asked; 0 where this mode is not supported.
+        rendered: Share of prompts that are rendered as in training; None where not supported.
+        counted: Share that is read as the same tokens as by Hugging Face (Ollama: as many).
+        answered: Share that is answered as by Hugging Face, greedily.
+        equal_to_merged: Share of answers equal to mode merged; None there.
+        perturbed_noticed: Whether another adapter scale changed an answer; None where that was not tried.
+        first: Where and why the first prompt differs, or what else is wrong; None where nothing is.
+        unsupported: Whether the server cannot serve this mode.
+        quantization: In which the model was exported to be served.
+        gguf_sha256: Hash of the model's or base's file.
+        adapter_sha256: Hash of the adapter's file.
+        server_digest: The server's digest of the model.
+        stored_sha256: Hash of the weights as the server keeps them.
     """
 
     name: str
-    mode: str
+    arm: str
+    mode: Mode
+    backend: str
+    backend_version: str
     prompts: int
-    rendered: float
-    counted: float
-    answered: float
+    rendered: float | None
+    counted: float | None
+    answered: float | None
+    equal_to_merged: float | None
+    perturbed_noticed: bool | None
     first: str | None
+    unsupported: bool
+    quantization: str
+    gguf_sha256: str
+    adapter_sha256: str | None
+    server_digest: str | None
+    stored_sha256: str | None
 
-    @property
-    def whole(self) -> bool:
-        """Whether nothing differs."""
-        return min(self.rendered, self.counted, self.answered) == 1.0
+    def problem(self, least: float) -> str | None:
+        """Why the model must not be used, or None when it may.
+
+        Args:
+            least: Share of equal answers that is asked of 16-bit models. One that was quantized on purpose answers
+                otherwise; how often is reported here, and in parity.json held against f16.
+        """
+        if self.unsupported:
+            return None
+        quantized = self.quantization not in _PLAIN
+        shares = (
+            ("prompts rendered as in training", self.rendered, 1.0),
+            ("prompts read as the same tokens", self.counted, 1.0),
+            ("answers equal to Hugging Face's", self.answered, 0.0 if quantized and self.mode == "merged" else least),
+            ("answers equal to mode merged", self.equal_to_merged, 0.0 if quantized else least),
+        )
+        wrong = [
+            f"{what}: expected {wanted:.0%}, got {share:.0%}"
+            for what, share, wanted in shares
+            if share is not None and share < wanted
+        ]
+        if self.perturbed_noticed is False:
+            wrong.append("a perturbed adapter is not noticed")
+        if not wrong:
+            return None
+        return f"{self.name} ({self.backend}, {self.mode}): {'; '.join(wrong)}. {self.first or ''}".rstrip()
+
+
+_PLAIN = ("f32", "f16", "bf16")
 
 
 def read_references(folder: Path, limit: int | None = None) -> list[Reference]:
@@ -83,78 +119,140 @@ def read_references(folder: Path, limit: int | None = None) -> list[Reference]:
     return found[:limit]
 
 
-def verify(host: str | None, served: Served, limit: int | None = None) -> Checked:
-    """Hold one model of a server against its reference.
+def verify(
+    backend: Backend,
+    served: Served,
+    modes: Sequence[Mode] = ("merged", "adapter"),
+    limit: int | None = None,
+    control_scale: float = CONTROL_SCALE,
+) -> list[Checked]:
+    """Hold one model against its reference, in one mode or both.
 
     Args:
-        host: As in `export.ollama.resolve_host`.
-        served: Which model, registered there.
+        backend: Opens it.
+        served: The model in mode merged.
+        modes: Rows wanted. A model that has no adapter of its own (the base, or what can only be served merged) has no
+            row in mode adapter, except for the base where that is the only mode asked for.
         limit: Prompts asked; None: all.
+        control_scale: Factor on the adapter's scale in the control.
 
     Raises:
-        OllamaError, ExportError: the server cannot be asked, or there is no reference.
+        OllamaError, ExportError: the engine cannot be asked, or there is no reference.
     """
     references = read_references(served.folder, limit)
-    rendered = counted = answered = 0
-    first: str | None = None
-    for number, (reference, seen) in enumerate(_answers(host, served, references)):
-        same = (seen["rendered"] == reference.rendered, seen["tokens"] == len(reference.ids),
-                seen["text"] == reference.answer)  # fmt: skip
-        rendered, counted, answered = rendered + same[0], counted + same[1], answered + same[2]
-        if first is None and not all(same):
-            first = f"prompt {number}: {_difference(served, reference, seen)}"
-    n = len(references)
-    return Checked(served.name, served.mode, n, rendered / n, counted / n, answered / n, first)
+    merged = _ask(backend, served, references)
+    adapted = served.adapter_form()
+    rows = []
+    if "merged" in modes or adapted is None:
+        mode: Mode = "merged" if "merged" in modes else "adapter"
+        rows.append(_row(backend, served, references, merged, mode=mode))
+    if "adapter" in modes and adapted is not None:
+        rows.append(_adapter_row(backend, adapted, references, merged, control_scale))
+    return rows
 
 
-def _answers(
-    host: str | None, served: Served, references: list[Reference]
-) -> Iterator[tuple[Reference, dict[str, Any]]]:
-    with connect(host) as client:
-        for reference in references:
-            options = {
-                "temperature": 0.0,
-                "top_k": 1,
-                "repeat_penalty": 1.0,
-                "num_predict": reference.max_tokens,
-                "num_ctx": served.facts["num_ctx"],
-            }
-            answer = client.generate(served.name, reference.prompt, options=options, stream=False)
-            text = {"text": answer.response or "", "tokens": answer.prompt_eval_count or 0}
-            yield reference, {**text, "rendered": render_prompt(host, served.name, reference.prompt)}
+@dataclass(frozen=True)
+class _Asked:
+    """Answers of one opened model, and what it said about itself."""
+
+    seen: list[Seen]
+    first: str | None
+    server_digest: str | None
+    stored_sha256: str | None
 
 
-def _difference(served: Served, reference: Reference, seen: dict[str, Any]) -> str:
-    if seen["rendered"] != reference.rendered:
-        return f"the server renders {seen['rendered']!r}, training had {reference.rendered!r}. Likely cause: TEMPLATE"
-    if seen["tokens"] != len(reference.ids):
-        more = seen["tokens"] - len(reference.ids)
-        cause = "BOS comes twice" if more == 1 else "BOS is missing" if more == -1 else "tokenizer or prompt cache"
-        return f"the server reads {seen['tokens']} tokens, training had {len(reference.ids)}. Likely cause: {cause}"
-    at, expected, got = first_token(served.gguf, reference.answer, seen["text"])
-    cause = "adapter scale, merge or quantization"
-    if reference.answer.startswith(seen["text"]):
-        cause = f"a stop word inside of answers, num_predict, or {cause}"
-    elif seen["text"].startswith(reference.answer):
-        cause = f"a stop word that is missing, or {cause}"
-    return f"token {at} of the answer is {got!r}, expected {expected!r}. Likely cause: {cause}"
+def _ask(
+    backend: Backend, served: Served, references: Sequence[Reference], scale: float = 1.0, explains: bool = True
+) -> _Asked:
+    with backend.open(served, scale) as engine:
+        seen = [engine.ask(reference) for reference in references]
+        first = explain(Case(engine, served, references, seen)) if explains else None
+        return _Asked(seen, first, engine.server_digest, engine.stored_sha256)
 
 
-def first_token(gguf: Path, expected: str, got: str) -> tuple[int, str, str]:
-    """Position of the first token in which two texts differ, and its text on both sides ("" = the end).
+def _row(
+    backend: Backend,
+    served: Served,
+    references: Sequence[Reference],
+    asked: _Asked,
+    *,
+    mode: Mode,
+    equal_to_merged: float | None = None,
+    noticed: bool | None = None,
+    control: str | None = None,
+) -> Checked:
+    pairs, n = list(zip(references, asked.seen, strict=True)), len(references)
+    return Checked(
+        name=served.name,
+        arm=served.arm,
+        mode=mode,
+        backend=backend.name,
+        backend_version=backend.version,
+        prompts=n,
+        rendered=sum(s.rendered == r.rendered for r, s in pairs) / n,
+        counted=sum(same_tokens(r, s) for r, s in pairs) / n,
+        answered=sum(s.text == r.answer for r, s in pairs) / n,
+        equal_to_merged=equal_to_merged,
+        perturbed_noticed=noticed,
+        first=" ".join(filter(None, (asked.first, control))) or None,
+        unsupported=False,
+        quantization=served.facts.get("quantization", "f16"),
+        gguf_sha256=_sha256(served.gguf),
+        adapter_sha256=_sha256(served.adapter) if served.adapter else None,
+        server_digest=asked.server_digest,
+        stored_sha256=asked.stored_sha256,
+    )
 
-    Args:
-        gguf: Whose vocabulary splits the texts.
-        expected: One text.
-        got: Another one.
-    """
-    from llama_cpp import Llama
 
-    vocabulary = Llama(str(gguf), vocab_only=True, verbose=False)
+def _adapter_row(
+    backend: Backend, adapted: Served, references: Sequence[Reference], merged: _Asked, control_scale: float
+) -> Checked:
     try:
-        ids = [vocabulary.tokenize(text.encode(), add_bos=False, special=False) for text in (expected, got)]
-        at = next((i for i, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), min(map(len, ids)))
-        words = [vocabulary.detokenize([x[at]]).decode("utf-8", "replace") if at < len(x) else "" for x in ids]
-    finally:
-        vocabulary.close()
-    return at, words[0], words[1]
+        asked = _ask(backend, adapted, references)
+        control = _ask(backend, adapted, references, control_scale, explains=False)
+    except AdaptersUnsupportedError as error:
+        return _unsupported(backend, adapted, str(error))
+    texts, perturbed = [s.text for s in asked.seen], [s.text for s in control.seen]
+    equal = sum(a == m.text for a, m in zip(texts, merged.seen, strict=True)) / len(texts)
+    noticed = texts != perturbed
+    why = None if noticed else _blind(adapted, control_scale, len(texts))
+    return _row(
+        backend, adapted, references, asked, mode="adapter", equal_to_merged=equal, noticed=noticed, control=why
+    )
+
+
+def _blind(adapted: Served, scale: float, prompts: int) -> str:
+    if adapted.adapter is not None and changes_nothing(adapted.adapter):
+        return "The adapter changes nothing: all its B (or all its A) are zero; was it trained?"
+    return (
+        f"With the adapter at {scale} of its scale none of {prompts} answers differs, so this check sees no fault of "
+        "the adapter; ask more prompts, or the adapter hardly changes the base"
+    )
+
+
+def _unsupported(backend: Backend, adapted: Served, why: str) -> Checked:
+    return Checked(
+        name=adapted.name,
+        arm=adapted.arm,
+        mode="adapter",
+        backend=backend.name,
+        backend_version=backend.version,
+        prompts=0,
+        rendered=None,
+        counted=None,
+        answered=None,
+        equal_to_merged=None,
+        perturbed_noticed=None,
+        first=f"not supported: {why}",
+        unsupported=True,
+        quantization=adapted.facts.get("quantization", "f16"),
+        gguf_sha256=_sha256(adapted.gguf),
+        adapter_sha256=_sha256(adapted.adapter) if adapted.adapter else None,
+        server_digest=None,
+        stored_sha256=None,
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

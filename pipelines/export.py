@@ -18,6 +18,7 @@ from evaluation.tasks import Item, render
 from export import gguf, parity
 from export.errors import ExportError
 from export.modelfile import render_modelfile, spec_of
+from export.serving import ADAPTER_MODELFILE, adapter_modelfile
 from export.verify import REFERENCE
 from pipelines.base_model import load_reference
 from pipelines.config import check_arm, load_params
@@ -211,6 +212,10 @@ def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
         record.artifacts.append(artifact(kind, folder / SERVED, out / SERVED, parent))
         if (folder / ADAPTER).is_file():
             record.artifacts.append(artifact("adapter_gguf", folder / ADAPTER, out / ADAPTER, parent))
+            text = adapter_modelfile(facts, out, base_f16())
+            (folder / ADAPTER_MODELFILE).write_text(text, encoding="utf-8")
+            place = out / ADAPTER_MODELFILE
+            record.artifacts.append(artifact("modelfile", folder / ADAPTER_MODELFILE, place))
         record.artifacts.append(artifact("modelfile", folder / "Modelfile", out / "Modelfile"))
         record.write(folder)
     print(json.dumps({"gguf": str(out / SERVED), **record.extra}))

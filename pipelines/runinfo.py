@@ -77,16 +77,26 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def device() -> dict[str, Any]:
+def torch_device() -> dict[str, Any]:
     """The device that torch would use here, and the machine round it."""
     import torch
 
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return machine(name, torch.get_num_threads())
+
+
+def machine(gpu: str | None, threads: int) -> dict[str, Any]:
+    """What run.json says of the device, for whoever has not loaded torch.
+
+    Args:
+        gpu: Its name; None: the CPU is used.
+        threads: CPU threads in use.
+    """
     return {
-        "class": kind,
-        "name": torch.cuda.get_device_name(0) if kind == "cuda" else _cpu_name(),
+        "class": "cpu" if gpu is None else "cuda",
+        "name": gpu or _cpu_name(),
         "cores": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "memory_bytes": psutil.virtual_memory().total,
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -144,7 +154,19 @@ class RunRecord:
         arm: str | None = None,
         seed: int | None = None,
         prompt_template: str | None = None,
+        device: dict[str, Any] | None = None,
     ) -> None:
+        """Start the clock.
+
+        Args:
+            stage: Its name.
+            params: Its sections of params.yaml.
+            inputs: File → sha256.
+            arm: What it is about.
+            seed: Of the training run.
+            prompt_template: Text round every question.
+            device: Default: torch's.
+        """
         self.artifacts: list[dict[str, Any]] = []
         self.extra: dict[str, Any] = {}
         self._head = {"schema": 1, "stage": stage, "arm": arm, "seed": seed}
@@ -153,7 +175,7 @@ class RunRecord:
             "params": params,
             "git": git_state(),
             "packages": package_versions(),
-            "device": device(),
+            "device": device or torch_device(),
             "inputs": inputs,
             "prompt_template": prompt_template,
         }

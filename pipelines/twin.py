@@ -11,7 +11,7 @@ import typer
 
 from pipelines.base_model import load_reference
 from pipelines.config import PARAMS_FILE, arm_code, load_params
-from pipelines.runinfo import device, hash_inputs, key_of, package_versions, read_json, write_json
+from pipelines.runinfo import hash_inputs, key_of, package_versions, read_json, torch_device, write_json
 from pipelines.schema import Params
 from pipelines.stage import BASE, DATA, TRAINERS_CODE, clear_errors, cli, quiet_libraries
 from pipelines.train import examples, load_arm
@@ -53,7 +53,7 @@ def curve(
     inputs = hash_inputs(DATA / "train.jsonl", DATA / "valid.jsonl", BASE / "base.json")
     code = [hash_inputs(TRAINERS_CODE), arm_code(arm), inspect.getsource(perturb)]
     parts = [arm, seed, steps, name, perturbed, settings.model_dump(), params.prompt.model_dump()]
-    machine = [device()[name] for name in ("class", "name", "threads")]  # other threads, other roundings
+    machine = [torch_device()[name] for name in ("class", "name", "threads")]  # other threads, other roundings
     key = key_of([*parts, inputs, load_reference()[1], package_versions(), code, machine])
     kept = KEPT / f"{key[:16]}.json"
     if kept.is_file():

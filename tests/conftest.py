@@ -1,7 +1,9 @@
 """Real, tiny artefacts that several tests share."""
 
+import json
 import os
 import random
+import shutil
 import subprocess
 from contextlib import contextmanager
 from itertools import islice
@@ -13,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
+SERVED_TOKENS = 6
 
 
 @pytest.fixture(scope="session")
@@ -124,6 +127,53 @@ def exported(base_dir, adapter_dir, tmp_path_factory):
         gguf.convert_model(merged, folder / f"{name}.gguf", name)
     gguf.convert_adapter(adapter_dir, base_dir, folder / "adapter.gguf")
     return folder
+
+
+@pytest.fixture(scope="session")
+def served_tree(exported, base_dir, adapter_dir, prompts, tmp_path_factory):
+    """gguf/ as the export stage leaves it, for the base and one arm, with Hugging Face's answers."""
+    from evaluation.backends.hf import HfBackend
+    from export.modelfile import render_modelfile, spec_of
+    from export.serving import ADAPTER_MODELFILE, adapter_modelfile
+    from export.verify import REFERENCE
+
+    root = tmp_path_factory.mktemp("gguf")
+    facts = {"template": TEMPLATE, "stop": ["</s>"], "num_ctx": 256, "adds_bos": True, "bos_token": "<s>"}
+    questions = [text.split("Instruction:\n")[1].split("\n\n### Response")[0] for text in prompts[:6]]
+    for arm, file, adapter in (("base", "base.gguf", None), ("pure_grit", "model.gguf", adapter_dir)):
+        folder = root / arm / "0"
+        folder.mkdir(parents=True)
+        shutil.copy(exported / file, folder / "model.gguf")
+        if adapter:
+            shutil.copy(exported / "adapter.gguf", folder / "adapter.gguf")
+            text = adapter_modelfile(facts, folder, root / "base/0/model.gguf")
+            (folder / ADAPTER_MODELFILE).write_text(text)
+        (folder / "serving.json").write_text(json.dumps(facts))
+        (folder / "Modelfile").write_text(render_modelfile(spec_of(facts)))
+        engine = HfBackend(str(base_dir), TEMPLATE, adapter=adapter)
+        rows = []
+        for question in questions:
+            rendered = TEMPLATE.replace("{prompt}", question)
+            ids = engine.tokenize(rendered)
+            answer = engine.detokenize(engine.greedy(ids, SERVED_TOKENS))
+            row = {"prompt": question, "rendered": rendered, "ids": ids, "answer": answer, "max_tokens": SERVED_TOKENS}
+            rows.append(json.dumps(row))
+        engine.close()
+        (folder / REFERENCE).write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture
+def tree(served_tree, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(served_tree, tmp_path / "gguf")
+
+
+@pytest.fixture
+def own_records(tmp_path, monkeypatch):
+    """What was registered where is remembered below the home folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ come from llama.cpp on the uploaded GGUF, or from a callable for tests that have
 
 import hashlib
 import json
+import math
 import re
 import tempfile
 import threading
@@ -31,6 +32,12 @@ MISBEHAVIOURS = {
     "no_success",
     "break_create",
     "forget_settings",
+    "error_500_n_times",
+    "wrong_json",
+    "missing_response",
+    "not_done",
+    "missing_fields",
+    "forget_model",
 }
 
 
@@ -56,7 +63,11 @@ class OllamaDouble:
         misbehave: How to fail; may be set at any time. "die": breaks off in the next generation and is gone;
             "hang": never answers a generation; "drop": closes the connection of a generation;
             "wrong_template": renders a BOS too many; "no_success", "break_create": creation ends early, the
-            latter within the stream; "forget_settings": creation stores no parameters.
+            latter within the stream; "forget_settings": creation stores no parameters; "error_500_n_times": a 500
+            for a generation; "wrong_json", "missing_response", "not_done": a 200 with something else than a finished
+            answer; "missing_fields": an older release, which gives texts without counts, times and reasons;
+            "forget_model": deletes the model that is asked for.
+        times: How many generations that goes on; afterwards the server is well.
         size_vram: Bytes on the GPU, answer of /api/ps.
 
     Attributes:
@@ -71,12 +82,14 @@ class OllamaDouble:
         version: str = "0.32.0",
         misbehave: str | None = None,
         size_vram: int = 0,
+        times: float = math.inf,
     ):
         assert misbehave in MISBEHAVIOURS, misbehave
         self.reply = reply
         self.tokenize = tokenize or (lambda text: [1, *text.encode()])
         self.version = version
         self.misbehave = misbehave
+        self.times = times
         self.size_vram = size_vram
         self.requests: list[tuple[str, str, Any]] = []
         self.blobs: dict[str, Path] = {}
@@ -203,11 +216,21 @@ class OllamaDouble:
             "template": model.template,
             "license": model.license,
             "parameters": "\n".join(lines),
-            "modelfile": f"FROM /models/blobs/sha256-{model.stored}\nTEMPLATE {model.template}\n",
+            "modelfile": f"FROM /models/blobs/sha256-{model.stored}\n"
+            + (f"ADAPTER /models/blobs/{model.adapter.name}\n" if model.adapter else "")
+            + f"TEMPLATE {model.template}\n",
             "model_info": {"general.architecture": "llama"},
             "details": {"format": "gguf", "family": "llama"},
             "capabilities": ["completion"],
         }
+
+    def strike(self, body: dict[str, Any]) -> str | None:
+        """How this generation goes wrong, if it does."""
+        with self.lock:
+            if not body.get("prompt") or self.misbehave is None or self.times <= 0:
+                return None
+            self.times -= 1
+            return self.misbehave
 
     # --- generation ---------------------------------------------------------------------------------------
 
@@ -216,6 +239,10 @@ class OllamaDouble:
         model, name = self.model(body), full_name(body["model"])
         options = {**DEFAULTS, **model.parameters, **(body.get("options") or {})}
         check_types(options)
+        if not body.get("prompt") and body.get("keep_alive") == 0:
+            self.loaded.pop(name, None)
+            yield {"model": body["model"], "response": "", "done": True, "done_reason": "unload"}
+            return
         load_ns = LOAD_WARM_NS if self.loaded.get(name) == model.digest else LOAD_COLD_NS
         self.loaded[name] = model.digest
         base = {"model": body["model"], "created_at": "2026-01-01T00:00:00Z"}

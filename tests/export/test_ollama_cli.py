@@ -6,49 +6,13 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from evaluation.backends.hf import HfBackend
 from export.errors import ExportError
 from export.ollama_cli import app
 from export.serving import find_served
 from export.verify import REFERENCE, first_token, read_references
-from tests.conftest import TEMPLATE
 from tests.ollama_double import OllamaDouble
 
-pytestmark = pytest.mark.slow
-TOKENS = 6
-
-
-@pytest.fixture(scope="module")
-def tree(exported, base_dir, adapter_dir, prompts, tmp_path_factory):
-    """gguf/ as the export stage leaves it, for the base and one arm, with Hugging Face's answers."""
-    root = tmp_path_factory.mktemp("gguf")
-    facts = {"template": TEMPLATE, "stop": ["</s>"], "num_ctx": 256, "adds_bos": True, "bos_token": "<s>"}
-    questions = [text.split("Instruction:\n")[1].split("\n\n### Response")[0] for text in prompts[:6]]
-    for arm, file, adapter in (("base", "base.gguf", None), ("pure_grit", "model.gguf", adapter_dir)):
-        folder = root / arm / "0"
-        folder.mkdir(parents=True)
-        shutil.copy(exported / file, folder / "model.gguf")
-        if adapter:
-            shutil.copy(exported / "adapter.gguf", folder / "adapter.gguf")
-        (folder / "serving.json").write_text(json.dumps(facts))
-        engine = HfBackend(str(base_dir), TEMPLATE, adapter=adapter)
-        rows = []
-        for question in questions:
-            rendered = TEMPLATE.replace("{prompt}", question)
-            ids = engine.tokenize(rendered)
-            answer = engine.detokenize(engine.greedy(ids, TOKENS))
-            row = {"prompt": question, "rendered": rendered, "ids": ids, "answer": answer, "max_tokens": TOKENS}
-            rows.append(json.dumps(row))
-        engine.close()
-        (folder / REFERENCE).write_text("\n".join(rows) + "\n")
-    return root
-
-
-@pytest.fixture(autouse=True)
-def own_records(tmp_path, monkeypatch):
-    """What was registered where is remembered below the home folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_records")]
 
 
 def run(*arguments):
@@ -85,16 +49,17 @@ def test_created_listed_verified_and_removed(tree, mode, tmp_path):
         listed = run("list", *where).output
         assert "0.32.0" in listed and facts["digest"][:12] in listed and " no " not in listed
         checked = run("verify", *where, "--mode", mode)
-        assert checked.exit_code == 0 and checked.output.count("100%") == 6, checked.output
+        # rendered, tokens and answers of two models; in mode adapter the arm's answers equal mode merged as well
+        expected = 6 if mode == "merged" else 7
+        assert checked.exit_code == 0 and checked.output.count("100%") == expected, checked.output
 
         assert "pure_grit_model: removed" in run("remove", "pure_grit_model", *where).output
         assert "pure_grit_model: was not there" in run("remove", "pure_grit_model", *where).output
         assert "base_model:latest" in server.models and "pure_grit_model:latest" not in server.models
 
 
-def test_a_perturbed_adapter_is_noticed_with_its_first_token(tree, tmp_path):
-    other = tmp_path / "gguf"
-    shutil.copytree(tree, other)
+def test_a_perturbed_adapter_is_noticed_with_its_first_token(tree):
+    other = tree
     data = bytearray((other / "pure_grit/0/adapter.gguf").read_bytes())
     half = len(data) // 2
     data[half:] = bytes(b ^ 0x55 if i % 4 == 2 else b for i, b in enumerate(data[half:]))  # in the tensors' exponents
@@ -105,7 +70,7 @@ def test_a_perturbed_adapter_is_noticed_with_its_first_token(tree, tmp_path):
         checked = run("verify", "pure_grit_model", *where)
     assert checked.exit_code == 1
     assert "pure_grit_model (adapter): prompt 0: token" in checked.output
-    assert "adapter scale, merge or quantization" in checked.output
+    assert "Likely cause: weights of the adapter" in checked.output, "no other scale of it is right"
 
 
 def test_a_second_bos_is_noticed_as_a_template(tree):
@@ -127,7 +92,7 @@ def test_names_modes_and_folders_that_do_not_exist(tree, tmp_path):
     assert "pure_grid" in run("create", "pure_grid_model", "--gguf", tree).output
     assert "expected one of merged, adapter" in run("create", "--gguf", tree, "--mode", "both").output
     with pytest.raises(ExportError, match="dvc repro export"):
-        find_served(tmp_path)
+        find_served(tmp_path / "empty")
 
 
 def test_damaged_references_are_named(tree, tmp_path):
@@ -144,9 +109,46 @@ def test_the_first_differing_token(exported):
     assert first_token(exported / "base.gguf", "Good", "Good: 4")[1] == ""
 
 
-def test_later_seeds_are_tags_of_one_name(tree, tmp_path):
-    shutil.copytree(tree, tmp_path / "gguf")
+def test_later_seeds_are_tags_of_one_name(tree):
     for seed in ("3", "10"):
-        shutil.copytree(tree / "pure_grit/0", tmp_path / "gguf/pure_grit" / seed)
-    names = [served.name for served in find_served(tmp_path / "gguf")]
+        shutil.copytree(tree / "pure_grit/0", tree / "pure_grit" / seed)
+    names = [served.name for served in find_served(tree)]
     assert names == ["base_model", "pure_grit_model", "pure_grit_model:seed3", "pure_grit_model:seed10"]
+
+
+def test_without_a_server_llama_cpp_verifies(tree, monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    done = run("verify", "--gguf", tree, "--mode", "both")
+    assert done.exit_code == 0 and done.output.count("100%") == 10 and "llama_cpp" in done.output, done.output
+    named = run("verify", "--gguf", tree, "--backend", "ollama")
+    assert named.exit_code == 1 and "no Ollama answers at http://127.0.0.1:9" in named.output
+    assert "expected auto, ollama or llama_cpp" in run("verify", "--gguf", tree, "--backend", "llama").output
+    assert "expected one of merged, adapter, both" in run("verify", "--gguf", tree, "--mode", "x").output
+
+
+def test_with_a_server_it_is_the_one_that_is_verified(tree, monkeypatch):
+    with OllamaDouble() as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        assert run("create", "--gguf", tree).exit_code == 0
+        done = run("verify", "--gguf", tree)
+        assert done.exit_code == 0 and "ollama 0.32.0" in done.output
+        server.requests.clear()
+        assert run("verify", "--gguf", tree, "--backend", "llama_cpp").exit_code == 0 and not server.requests
+
+
+def test_what_can_only_be_served_merged_has_no_adapter_row(tree):
+    (tree / "pure_grit/0/adapter.gguf").unlink()
+    done = run("verify", "--gguf", tree, "--mode", "both", "--backend", "llama_cpp")
+    assert done.exit_code == 0 and done.output.count("100%") == 6, done.output
+    refused = run("verify", "--gguf", tree, "--mode", "adapter", "--backend", "llama_cpp")
+    assert refused.exit_code == 1 and "can be served merged only" in refused.output
+
+
+def test_a_server_that_takes_no_adapters(tree):
+    with OllamaDouble(version="0.34.1") as server:
+        where = ["--gguf", tree, "--host", server.url]
+        assert run("create", *where).exit_code == 0
+        both = run("verify", *where, "--mode", "both")
+        assert both.exit_code == 0 and "not supported" in both.output and both.output.count("100%") == 6
+        alone = run("verify", "pure_grit_model", *where, "--mode", "adapter")
+        assert alone.exit_code == 1 and "no longer supported" in alone.output

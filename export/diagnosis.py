@@ -1,0 +1,199 @@
+"""Why a served model differs from the trained one: the first differing token, and the cause.
+
+Each cause has evidence of its own:
+    template       the rendered text differs;
+    BOS            the text is equal, and the tokens are once the first one is put in front or taken away;
+    stop           the answer is right with the stop words of training, or goes on behind the end token;
+    scale          base + adapter at another scale answers just so, for all prompts that were tried;
+    quantization   none of these, and the weights have fewer than 16 bits.
+What is left lies in the weights themselves (a damaged file, a merge gone wrong), or is rounding where two tokens tie.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.adapter_file import scale_of
+from export.engines import Engine, Reference, Seen, as_decoded, parting
+from export.llama_engine import LlamaCpp, Vocabulary
+from export.parity import TIE
+from export.serving import Served
+
+SCALE_PROMPTS = 8
+"""Prompts on which other scales are tried; those that differ come first."""
+SCALE_AGREES = 0.85
+"""Share of them that must come out just so."""
+_SIXTEEN_BITS = (None, "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model that was asked.
+
+    Attributes:
+        engine: Still open, for questions of the diagnosis.
+        served: The model in its mode.
+        references: What Hugging Face says.
+        seen: What the engine says, in the same order.
+    """
+
+    engine: Engine
+    served: Served
+    references: Sequence[Reference]
+    seen: Sequence[Seen]
+
+
+def same_tokens(reference: Reference, seen: Seen) -> bool:
+    """Whether the prompt was read as the same tokens; where the engine only counts them, as many."""
+    return seen.tokens == len(reference.ids) if seen.ids is None else seen.ids == reference.ids
+
+
+def explain(case: Case) -> str | None:
+    """Where the first prompt that differs does so, and the likely cause; None where none differs."""
+    pairs = list(zip(case.references, case.seen, strict=True))
+    for number, (reference, seen) in enumerate(pairs):
+        if seen.rendered != reference.rendered:
+            return f"prompt {number}: {_template(case.served.gguf, reference, seen)}"
+        if not same_tokens(reference, seen):
+            return f"prompt {number}: {_tokens(case.served.gguf, reference, seen)}"
+        if seen.text != reference.answer:
+            at, expected, got = first_token(case.served.gguf, reference.answer, seen.text)
+            cause = _stop(case, reference, seen) or _scale(case) or _weights(case, reference)
+            return f"prompt {number}: token {at} of the answer is {got!r}, expected {expected!r}. Likely cause: {cause}"
+    return None
+
+
+def first_token(gguf: Path, expected: str, got: str) -> tuple[int, str, str]:
+    """Position of the first token in which two answers differ, and its text on both sides ("" = the end).
+
+    Args:
+        gguf: Whose vocabulary splits the texts.
+        expected: One text.
+        got: Another one.
+    """
+    with Vocabulary(gguf) as vocabulary:
+        a, b = (vocabulary.answer_ids(text) for text in (expected, got))
+        at = parting(a, b)
+        return at, vocabulary.word(a, at), vocabulary.word(b, at)
+
+
+def _template(gguf: Path, reference: Reference, seen: Seen) -> str:
+    with Vocabulary(gguf) as vocabulary:
+        a, b = (vocabulary.ids(text, special=True) for text in (reference.rendered, seen.rendered))
+        at = parting(a, b)
+        expected, got = vocabulary.word(a, at), vocabulary.word(b, at)
+    return (
+        f"token {at} of the rendered prompt is {got!r}, expected {expected!r} (rendered {seen.rendered!r}, training "
+        f"had {reference.rendered!r}). Likely cause: template; the model's TEMPLATE or SYSTEM are not those of training"
+    )
+
+
+def _tokens(gguf: Path, reference: Reference, seen: Seen) -> str:
+    with Vocabulary(gguf) as vocabulary:
+        ids = _read(vocabulary, seen, reference)
+        at = parting(ids, reference.ids)
+        if ids == reference.ids:
+            return (
+                f"{seen.tokens} tokens are read, expected {len(reference.ids)}; the exported file gives as many as "
+                "training. Likely cause: the server cut the prompt (num_ctx), or left cached tokens out of its count"
+            )
+        if ids[1:] == reference.ids:
+            twice = ids[0] == reference.ids[0]
+            cause = "BOS; " + ("it comes twice: the GGUF adds what is there" if twice else "training had none")
+        elif ids == reference.ids[1:]:
+            cause = "BOS; it is missing: the GGUF does not add it (add_bos_token)"
+        else:
+            cause = "tokenizer; the GGUF's is not the one of training"
+        got, expected = vocabulary.word(ids, at), vocabulary.word(reference.ids, at)
+    return (
+        f"token {at} of the prompt is {got!r}, expected {expected!r} ({seen.tokens} tokens read, training had "
+        f"{len(reference.ids)}). Likely cause: {cause}"
+    )
+
+
+def _read(vocabulary: Vocabulary, seen: Seen, reference: Reference) -> list[int]:
+    """The tokens that the engine read; of one that only counts, the exported file's, a BOS more or less as counted."""
+    if seen.ids is not None:
+        return seen.ids
+    ids = vocabulary.prompt_ids(seen.rendered)
+    more = seen.tokens - len(ids)
+    if abs(more) == 1 and ids == reference.ids:
+        return [ids[0], *ids] if more == 1 else ids[1:]
+    return ids
+
+
+def _stop(case: Case, reference: Reference, seen: Seen) -> str | None:
+    """Whether other stop words, or an end token that does not end, explain an answer: asked again, not guessed."""
+    trained = list(case.served.facts["stop"])
+    if case.engine.ask(reference, stop=trained).text == reference.answer:
+        words = [w for w in case.engine.stop if reference.answer[len(seen.text) :].startswith(w)]
+        cut = f"{words[0]!r} is a stop word on the server and inside of answers" if words else "stop words differ"
+        return f"stop; {cut}: it has {list(case.engine.stop)}, training {trained}"
+    with LlamaCpp().open(case.served) as local, Vocabulary(case.served.gguf) as vocabulary:
+        answer = local.ask(reference).answer_ids or []
+        if seen.text.startswith(reference.answer):
+            ends = {ids[0]: w for w in trained if len(ids := vocabulary.ids(w, special=True)) == 1}
+            behind = next((ends[t] for t in answer if t in ends), None)
+            return behind and f"stop; the answer goes on behind {behind!r}, which the GGUF does not mark as an end"
+        ids, got = (vocabulary.answer_ids(text) for text in (reference.answer, seen.text))
+        at = parting(ids, got)
+        expected = vocabulary.word(ids, at)
+        if at == len(got) < len(ids) and vocabulary.is_end(ids[at]) and expected not in trained:
+            return f"stop; the GGUF marks {expected!r} as an end, and answers have it inside"
+    return None
+
+
+def _scale(case: Case) -> str | None:
+    """Base and adapter at other scales, in this process: which of them answers as was seen, or as training did?"""
+    form = case.served if case.served.adapter else case.served.adapter_form()
+    if form is None or form.adapter is None:
+        return None
+    pairs = sorted(
+        zip(case.references, case.seen, strict=True), key=lambda pair: pair[1].text == pair[0].answer
+    )[:SCALE_PROMPTS]  # fmt: skip
+    as_seen: dict[float, float] = {}
+    as_trained: dict[float, float] = {}
+    for scale in _scales(form.adapter):
+        with LlamaCpp().open(form, scale) as local:
+            texts = [local.ask(reference).text for reference, _ in pairs]
+        as_seen[scale] = sum(t == s.text for t, (_, s) in zip(texts, pairs, strict=True)) / len(pairs)
+        as_trained[scale] = sum(t == r.answer for t, (r, _) in zip(texts, pairs, strict=True)) / len(pairs)
+    if as_trained[1.0] >= SCALE_AGREES:
+        best = max(as_seen, key=lambda s: as_seen[s])
+        if best != 1.0 and as_seen[best] >= SCALE_AGREES and as_seen[best] > as_seen[1.0]:
+            what = f"the adapter counts {best:.3g} times as much as trained" if best else "the adapter has no effect"
+            return f"scale; {what} (with that factor llama.cpp gives {as_seen[best]:.0%} of these answers)"
+        return None
+    best = max(as_trained, key=lambda s: as_trained[s])
+    if best != 1.0 and as_trained[best] >= SCALE_AGREES:
+        return (
+            f"scale; the adapter file answers as trained once its scale is multiplied by {best:.3g} "
+            f"({as_trained[best]:.0%} of the prompts): α or rank went wrong on export"
+        )
+    return None
+
+
+def _scales(adapter: Path) -> list[float]:
+    """Factors by which a scale gets lost: none at all, α/r, r/α, √r (rsLoRA), and powers of two."""
+    alpha, rank = scale_of(adapter)
+    usual = [alpha / rank, rank / alpha, rank**0.5, rank**-0.5, alpha, 1 / alpha, 2, 0.5, 4, 0.25]
+    return [1.0, 0.0, *dict.fromkeys(round(s, 6) for s in usual if round(s, 6) not in (0.0, 1.0))]
+
+
+def _weights(case: Case, reference: Reference) -> str:
+    if case.engine.precision not in _SIXTEEN_BITS:
+        return f"quantization; the weights are {case.engine.precision}, training had 16 bits or more"
+    if (lead := _lead(case, reference)) is not None and lead < TIE:
+        return f"rounding; the best two tokens are a tie there (logits {lead:.3f} apart)"
+    what = "weights of the adapter" if case.served.adapter else "merge or weights of the file"
+    return f"{what}; template, BOS, stop words, scale and precision are as they should be"
+
+
+def _lead(case: Case, reference: Reference) -> float | None:
+    """llama.cpp's lead of the best token where its answer leaves the reference's; None where it does not."""
+    with LlamaCpp().open(case.served) as local, Vocabulary(case.served.gguf) as vocabulary:
+        seen = local.ask(reference)
+        ids, leads = seen.answer_ids or [], seen.leads or []
+        texts = (as_decoded(vocabulary.text(ids[: i + 1]), reference.answer) for i in range(len(ids)))
+        at = next((i for i, text in enumerate(texts) if not reference.answer.startswith(text)), len(ids))
+        return leads[at] if seen.text != reference.answer and at < len(leads) else None

@@ -1,0 +1,34 @@
+"""Verification's rows as a table."""
+
+import os
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from export.verify import Checked
+
+
+def table(rows: Sequence[Checked]) -> Table:
+    """One row a model, mode and engine; shares of prompts."""
+    engines = ", ".join(dict.fromkeys(f"{row.backend} {row.backend_version}" for row in rows))
+    columns = ("model", "mode", "engine", "prompts", "rendered", "tokens", "answers", "= merged", "control noticed")
+    made = Table(*columns, title=f"Equal to training: {engines}", title_justify="left")
+    for row in rows:
+        if row.unsupported:
+            made.add_row(row.name, row.mode, row.backend, "not supported")
+            continue
+        shares = (row.rendered, row.counted, row.answered, row.equal_to_merged)
+        noticed = {True: "yes", False: "NO", None: ""}[row.perturbed_noticed]
+        made.add_row(row.name, row.mode, row.backend, str(row.prompts), *map(_percent, shares), noticed)
+    return made
+
+
+def show(rows: Sequence[Checked]) -> None:
+    """Print the table; wide enough where the output is a file, in whose 80 columns the engines' names would be cut."""
+    console = Console()
+    Console(width=None if console.is_terminal or "COLUMNS" in os.environ else 120).print(table(rows))
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f}%"

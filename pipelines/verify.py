@@ -1,0 +1,122 @@
+"""Stage verify: verified/<arm>/<seed>/verify.json, whether what is served is what was trained.
+
+Always on llama.cpp in this process, in both modes; where an Ollama server answers, the model is registered there and
+checked as well.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from export.engines import Backend
+from export.errors import ExportError
+from export.llama_engine import LlamaCpp
+from export.ollama import register, resolve_host, server_version
+from export.ollama_engine import OllamaServer
+from export.serving import MODES, Served, base_file, find_served
+from export.verify import Checked
+from export.verify import verify as verify_model
+from export.verify_table import show
+from pipelines.config import check_arm, load_params
+from pipelines.outputs import staged
+from pipelines.runinfo import RunRecord, hash_inputs, machine, write_json
+from pipelines.schema import Params
+from pipelines.stage import BASE_ARM, clear_errors, cli, gguf_dir, model_name, quiet_libraries, verified_dir
+
+GGUF = Path("gguf")
+
+
+def row_of(row: Checked) -> dict[str, Any]:
+    """One entry of verify.json's rows; prompts is 0, and the shares null, where a server cannot serve the mode."""
+    return {
+        "backend": row.backend,
+        "backend_version": row.backend_version,
+        "mode": row.mode,
+        "prompts": row.prompts,
+        "rendered": row.rendered,
+        "counted": row.counted,
+        "answered": row.answered,
+        "equal_to_merged": row.equal_to_merged,
+        "perturbed_noticed": row.perturbed_noticed,
+        "first_difference": row.first,
+        "gguf_sha256": row.gguf_sha256,
+        "adapter_sha256": row.adapter_sha256,
+        "server_digest": row.server_digest,
+        "stored_sha256": row.stored_sha256,
+    }
+
+
+def backends(served: Served) -> list[Backend]:
+    """llama.cpp, and the Ollama server at OLLAMA_HOST where one answers, with the merged model registered there."""
+    found: list[Backend] = [LlamaCpp()]
+    if server_version(resolve_host()) is None:
+        return found
+    server = OllamaServer()
+    register(server.url, served.name, served.gguf, served.spec, progress=print)
+    return [*found, server]
+
+
+def llama_cpp_device() -> dict[str, Any]:
+    """The device that llama.cpp uses here; torch takes longer to load than this stage to run."""
+    import llama_cpp
+
+    gpu = "GPU of llama.cpp" if llama_cpp.llama_supports_gpu_offload() else None
+    return machine(gpu, max((os.cpu_count() or 2) // 2, 1))  # llama-cpp-python's default
+
+
+def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
+    """Verify one arm with one seed.
+
+    Raises:
+        ExportError: an answer, token or rendered prompt differs from training's; earlier results stay.
+    """
+    if arm != BASE_ARM:
+        check_arm(arm)
+    section = params.verify
+    name = model_name(arm, seed, first_seed)
+    served = find_served(GGUF, names=[name])[0]
+    inputs = hash_inputs(gguf_dir(arm, seed), *([] if arm == BASE_ARM else [base_file(GGUF)]))
+    out = verified_dir(arm, seed)
+    failed = out.with_name(f"{out.name}.verify-failed.json")
+    with staged(out) as folder:
+        record = RunRecord(
+            "verify",
+            params={"verify": section.model_dump()},
+            inputs=inputs,
+            arm=arm,
+            seed=seed,
+            prompt_template=served.facts["template"],
+            device=llama_cpp_device(),
+        )
+        rows = [
+            row
+            for backend in backends(served)
+            for row in verify_model(backend, served, MODES, section.prompts, section.control_scale)
+        ]
+        content = {"schema": 1, "arm": arm, "seed": seed, "model_name": name, "rows": [row_of(row) for row in rows]}
+        show(rows)
+        if problems := [p for row in rows if (p := row.problem(section.min_answers_equal))]:
+            write_json(failed, content)
+            raise ExportError(f"{out}: what is served is not what was trained ({failed}). {' '.join(problems)}")
+        failed.unlink(missing_ok=True)
+        write_json(folder / "verify.json", content)
+        record.write(folder)
+    print(json.dumps({"verified": name, "rows": len(rows), "backends": sorted({row.backend for row in rows})}))
+
+
+def main(
+    arm: Annotated[str, typer.Option(help="base, baseline_lora, …")],
+    seed: Annotated[int, typer.Option(help="seed of the training run; 0 for base")] = 0,
+    first_seed: Annotated[int, typer.Option(help="the seed whose model gets the name without a tag")] = 0,
+) -> None:
+    """Verify one arm with one seed."""
+    quiet_libraries()
+    with clear_errors(f"verify {arm}-{seed}"):
+        run(load_params(), arm, seed, first_seed)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,150 @@
+"""Stage verify: what it writes, what fails it, and what it keeps then."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from export.errors import ExportError
+from pipelines import profile, verify
+from pipelines.config import ConfigError, parse_params
+from tests.ollama_double import OllamaDouble
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+KEYS = (
+    "backend backend_version mode prompts rendered counted answered equal_to_merged perturbed_noticed "
+    "first_difference gguf_sha256 adapter_sha256 server_digest stored_sha256"
+).split()
+
+
+@pytest.fixture
+def params(tree, own_records, monkeypatch):
+    """The smoke profile, in a project's folder where everything is exported and no server answers."""
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    return parse_params(yaml.safe_load(profile.compose("smoke", ROOT / "profiles")))
+
+
+def written(arm):
+    folder = Path("verified") / arm / "0"
+    content = json.loads((folder / "verify.json").read_text())
+    assert sorted(f.name for f in folder.iterdir()) == ["run.json", "verify.json"]
+    assert (content["schema"], content["arm"], content["seed"]) == (1, arm, 0)
+    assert content["model_name"] == f"{arm}_model"
+    assert all(list(row) == KEYS for row in content["rows"])
+    return content["rows"]
+
+
+def test_llama_cpp_in_both_modes(params):
+    verify.run(params, "base", 0)
+    verify.run(params, "pure_grit", 0)
+    [base] = written("base")
+    merged, adapter = written("pure_grit")
+    assert [r["mode"] for r in (base, merged, adapter)] == ["merged", "merged", "adapter"]
+    for row in (base, merged, adapter):
+        assert row["backend"] == "llama_cpp" and row["prompts"] == 6 and row["first_difference"] is None
+        assert row["rendered"] == row["counted"] == row["answered"] == 1.0
+        assert row["server_digest"] is None and row["stored_sha256"] is None
+    assert (merged["equal_to_merged"], merged["perturbed_noticed"], merged["adapter_sha256"]) == (None, None, None)
+    assert (adapter["equal_to_merged"], adapter["perturbed_noticed"]) == (1.0, True)
+    assert adapter["gguf_sha256"] == base["gguf_sha256"] != merged["gguf_sha256"] and adapter["adapter_sha256"]
+
+    run = json.loads(Path("verified/pure_grit/0/run.json").read_text())
+    other = {"schema", "stage", "arm", "seed", "status", "error", "started", "ended", "params", "git", "packages"}
+    assert set(run) == other | {"device", "inputs", "prompt_template", "artifacts", "extra"}
+    assert run["status"] == "finished" and run["stage"] == "verify" and run["packages"]["llama-cpp-python"]
+    assert {"gguf/base/0/model.gguf", "gguf/pure_grit/0/adapter.gguf"} <= set(run["inputs"])
+    assert {"class", "name", "cores", "threads", "memory_bytes", "platform", "python"} == set(run["device"])
+
+
+def test_a_server_that_answers_is_verified_as_well(params, monkeypatch):
+    with OllamaDouble() as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        verify.run(params, "pure_grit", 0)
+        assert list(server.models) == ["pure_grit_model:latest"], "registered, and nothing of the checks is left"
+        model = server.models["pure_grit_model:latest"]
+    rows = written("pure_grit")
+    assert [(r["backend"], r["mode"]) for r in rows] == [
+        ("llama_cpp", "merged"), ("llama_cpp", "adapter"), ("ollama", "merged"), ("ollama", "adapter")]  # fmt: skip
+    assert all(r["answered"] == 1.0 for r in rows) and rows[3]["perturbed_noticed"] is True
+    assert (rows[2]["server_digest"], rows[2]["stored_sha256"]) == (model.digest, model.stored)
+    assert rows[2]["backend_version"] == "0.32.0"
+
+
+def test_a_release_without_adapters_does_not_fail_the_stage(params, monkeypatch):
+    with OllamaDouble(version="0.35.0") as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        verify.run(params, "pure_grit", 0)
+    *_, merged, adapter = written("pure_grit")
+    assert merged["answered"] == 1.0 and adapter["backend"] == "ollama"
+    assert (
+        adapter["prompts"] == 0 and adapter["rendered"] is adapter["answered"] is adapter["perturbed_noticed"] is None
+    )
+    assert adapter["first_difference"].startswith("not supported: Ollama 0.35.0")
+
+
+def test_a_mismatch_fails_and_keeps_what_was_there(params, tree):
+    verify.run(params, "pure_grit", 0)
+    before = {f.name: f.read_bytes() for f in Path("verified/pure_grit/0").iterdir()}
+    modelfile = tree / "pure_grit/0/Modelfile"
+    whole = modelfile.read_text()
+    modelfile.write_text(whole.replace("### Response", "### Answer"))
+    with pytest.raises(ExportError, match=r"verified/pure_grit/0: what is served is not .*Likely cause: template"):
+        verify.run(params, "pure_grit", 0)
+    assert {f.name: f.read_bytes() for f in Path("verified/pure_grit/0").iterdir()} == before
+    failed = Path("verified/pure_grit/0.verify-failed.json")
+    assert json.loads(failed.read_text())["rows"][0]["rendered"] == 0.0
+    assert sorted(p.name for p in Path("verified/pure_grit").iterdir()) == ["0", failed.name]
+
+    modelfile.write_text(whole)
+    verify.run(params, "pure_grit", 0)
+    assert not failed.exists()
+
+
+def test_the_threshold_is_that_of_params(params, tree):
+    file = tree / "pure_grit/0/reference.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0]["answer"] += "?"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ExportError, match="answers equal to Hugging Face's: expected 90%, got 83%"):
+        verify.run(params, "pure_grit", 0)
+    assert not Path("verified/pure_grit/0").exists()
+    lax = params.model_copy(update={"verify": params.verify.model_copy(update={"min_answers_equal": 0.8})})
+    verify.run(lax, "pure_grit", 0)
+    assert written("pure_grit")[0]["answered"] == pytest.approx(5 / 6)
+
+
+def test_the_command_names_the_error_and_needs_no_torch(params, tree):
+    Path("params.yaml").write_text(profile.compose("smoke", ROOT / "profiles"))
+    command = [sys.executable, "-X", "importtime", "-m", "pipelines.verify", "--arm", "pure_grit", "--seed", "0"]
+    env = {"PYTHONPATH": str(ROOT), "OLLAMA_HOST": "127.0.0.1:9", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "llama_cpp" in imported and not imported & {"torch", "transformers"}
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "verified": "pure_grit_model", "rows": 2, "backends": ["llama_cpp"]}  # fmt: skip
+
+    shutil.rmtree(tree / "pure_grit")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "verify pure_grit-0: error: expected names among base_model" in done.stderr
+
+
+def test_a_control_that_perturbs_nothing_is_refused():
+    raw = yaml.safe_load(profile.compose("smoke", ROOT / "profiles"))
+    raw["verify"]["control_scale"] = 1.0
+    with pytest.raises(ConfigError, match=r"verify\.control_scale: expected another factor than 1"):
+        parse_params(raw)
+
+
+def test_dvc_runs_it_for_everything_that_is_exported():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert stages["verify"]["matrix"] == stages["export"]["matrix"]
+    assert stages["verify"]["outs"] == [{"verified/${item.arm}/${item.seed}": {"persist": True}}]
+    for stage in ("verify", "verify_base"):
+        missing = [d for d in stages[stage]["deps"] if d.endswith(".py") and not (ROOT / d).is_file()]
+        assert not missing and stages[stage]["params"] == ["verify"]
