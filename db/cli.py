@@ -57,7 +57,7 @@ def check(db: Db = DEFAULT_DB) -> None:
         with open_session(db) as session:
             faults = _faults(session)
             for table in Base.metadata.sorted_tables:
-                typer.echo(f"{table.name:12} {session.scalar(select(func.count()).select_from(table)):>8} rows")
+                typer.echo(f"{table.name:16} {session.scalar(select(func.count()).select_from(table)):>8} rows")
     except DatabaseError as error:
         _fail(error)
     for fault in faults:

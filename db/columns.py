@@ -13,13 +13,14 @@ from sqlalchemy import (
     DateTime,
     Dialect,
     Double,
+    ForeignKey,
     Integer,
     MetaData,
     String,
     Text,
     TypeDecorator,
 )
-from sqlalchemy.orm import DeclarativeBase, MappedColumn, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedColumn, mapped_column
 
 FINAL_STEP = -1
 """The `step` of a metric that belongs to the finished run and not to a moment of training."""
@@ -31,6 +32,11 @@ SHA256 = String(64)
 def count_rule(column: str) -> CheckConstraint:
     """A whole number from 0 up. BETWEEN also refuses text, which SQLite sorts above every number."""
     return CheckConstraint(f"{column} BETWEEN 0 AND {LARGEST_INT}", name=f"{column}_count")
+
+
+def share_rule(column: str) -> CheckConstraint:
+    """A number from 0 to 1."""
+    return CheckConstraint(f"{column} BETWEEN 0 AND 1", name=f"{column}_share")
 
 
 def typed_value_rules() -> tuple[CheckConstraint, ...]:
@@ -92,3 +98,10 @@ class Base(DeclarativeBase):
 def primary_key() -> MappedColumn[int]:
     """A 64-bit key; on SQLite it must be called INTEGER to be the row's own id."""
     return mapped_column(BigInteger().with_variant(Integer(), "sqlite"), primary_key=True, sort_order=-10)
+
+
+class OfRun:
+    """Rows that belong to a run and go with it."""
+
+    id: Mapped[int] = primary_key()
+    run_id: Mapped[int] = mapped_column(ForeignKey("run.id", ondelete="CASCADE"), sort_order=-9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from db.errors import Problem
-from db.records import SampleRecord
 
 _LINES_SHOWN = 5
 AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
@@ -58,27 +58,40 @@ class FileReader:
                 self.problem(path, ".".join(map(str, detail["loc"])), _words(detail))
         return None
 
-    def samples(self, path: Path, digest: hashlib._Hash) -> list[SampleRecord]:
-        """Return the answered items; of many bad lines only the first few are named."""
+    def lines(
+        self,
+        path: Path,
+        form: type[AnyRecord],
+        digest: hashlib._Hash,
+        key: Callable[[AnyRecord], tuple[str, str]],
+    ) -> list[AnyRecord]:
+        """Return the answered items of a JSON-lines file; of many bad lines only the first few are named.
+
+        Args:
+            path: The file.
+            form: Of one line.
+            digest: Updated with the file.
+            key: What no two lines may share: (split or type, item id).
+        """
         content = self.text(path, digest, required=True) or b""
-        records: list[SampleRecord] = []
+        records: list[AnyRecord] = []
         seen: set[tuple[str, str]] = set()
         bad = 0
         for number, line in enumerate(content.splitlines(), start=1):
             if not line.strip():
                 continue
             try:
-                record = SampleRecord.model_validate_json(line)
+                record = form.model_validate_json(line)
             except ValidationError as error:
                 bad += 1
                 if bad <= _LINES_SHOWN:
                     detail = error.errors(include_url=False)[0]
-                    key = ".".join([f"line {number}", *map(str, detail["loc"])])
-                    self.problem(path, key, _words(detail))
+                    where = ".".join([f"line {number}", *map(str, detail["loc"])])
+                    self.problem(path, where, _words(detail))
                 continue
-            if (record.split, record.item_id) in seen:
-                self.problem(path, f"line {number}", f"item {record.item_id} given more than once")
-            seen.add((record.split, record.item_id))
+            if key(record) in seen:
+                self.problem(path, f"line {number}", f"item {key(record)[1]} given more than once")
+            seen.add(key(record))
             records.append(record)
         if bad > _LINES_SHOWN:
             self.problem(path, "", f"{bad - _LINES_SHOWN} more lines cannot be read")

@@ -14,7 +14,19 @@ from sqlalchemy.orm import Session
 
 from db.engine import checkpoint, resolve_url, sqlite_file
 from db.errors import DatabaseError
-from db.models import Artifact, Environment, Metric, MetricDef, Probe, Run, Sample, Speed
+from db.models import (
+    Artifact,
+    Environment,
+    Metric,
+    MetricDef,
+    Probe,
+    Quantization,
+    QuantizedSample,
+    Run,
+    Sample,
+    Speed,
+    Verification,
+)
 from db.reader import BASE, Bundle, read_results
 from db.rows import (
     artifact_rows,
@@ -22,9 +34,12 @@ from db.rows import (
     metric_def_rows,
     metric_rows,
     probe_rows,
+    quantization_rows,
+    quantized_sample_rows,
     run_row,
     sample_rows,
     speed_rows,
+    verification_rows,
 )
 from db.session import open_session
 
@@ -34,6 +49,9 @@ _CHILDREN: tuple[tuple[type[Any], Any], ...] = (
     (Speed, speed_rows),
     (Artifact, artifact_rows),
     (Probe, probe_rows),
+    (Quantization, quantization_rows),
+    (QuantizedSample, quantized_sample_rows),
+    (Verification, verification_rows),
 )
 
 
@@ -72,7 +90,7 @@ def ingest(
     """Read the results under a folder into the database.
 
     Args:
-        root: The folder that holds `scores/`, `gguf/` and `adapters/`.
+        root: The folder that holds `scores/`, `gguf/`, `adapters/` and what else the stages made.
         url: The database, created when absent.
         arms: Arms to read besides the base; None: all.
         seeds: Seeds to read; None: all. Runs of other arms and seeds stay, but are no longer current.
@@ -151,7 +169,7 @@ def store(session: Session, bundles: list[Bundle], notes: Iterable[str] = ()) ->
             for column, value in row.items():
                 setattr(run, column, value)
             run.environment_id = environments["evaluate"]
-            for table in (Metric, Sample, Speed, Artifact, Probe):
+            for table, _ in _CHILDREN:
                 session.execute(delete(table).where(table.run_id == run.id))
             _store_children(session, run, bundle)
             updated.add(run.run_key)

@@ -18,11 +18,27 @@ from db.columns import (
     LARGEST_INT,
     SHA256,
     Base,
+    OfRun,
     count_rule,
     flag,
     primary_key,
     typed_value_rules,
 )
+from db.models_serving import Quantization, QuantizedSample, Verification
+
+__all__ = [
+    "Artifact",
+    "Environment",
+    "Metric",
+    "MetricDef",
+    "Probe",
+    "Quantization",
+    "QuantizedSample",
+    "Run",
+    "Sample",
+    "Speed",
+    "Verification",
+]
 
 
 class Environment(Base):
@@ -57,6 +73,7 @@ class Run(Base):
         CheckConstraint("ended >= started", name="ended_after_start"),
         CheckConstraint("arm <> 'base' OR reference_run_id IS NULL", name="base_has_no_reference"),
         CheckConstraint("reference_run_id <> id", name="not_its_own_reference"),
+        CheckConstraint("serving_mode IN ('merged', 'adapter')", name="serving_mode"),
         count_rule("seed"),
         Index(
             "uq_run_current",
@@ -99,6 +116,10 @@ class Run(Base):
     prompt_template: Mapped[str | None]
     backend_name: Mapped[str] = mapped_column(comment="llama_cpp, ollama or hf")
     backend_version: Mapped[str]
+    serving_mode: Mapped[str] = mapped_column(
+        server_default=text("'merged'"),
+        comment="how the evaluation ran an adapter: merged into the model, or beside it",
+    )
     device_class: Mapped[str] = mapped_column(comment="device of the evaluation: cpu, cuda or mps")
     environment_id: Mapped[int] = mapped_column(
         ForeignKey("environment.id", ondelete="RESTRICT"), index=True, comment="where it was evaluated"
@@ -116,14 +137,7 @@ class Run(Base):
     )
 
 
-class _OfRun:
-    """Rows that belong to a run and go with it."""
-
-    id: Mapped[int] = primary_key()
-    run_id: Mapped[int] = mapped_column(ForeignKey("run.id", ondelete="CASCADE"), sort_order=-9)
-
-
-class Metric(_OfRun, Base):
+class Metric(OfRun, Base):
     """One number of a run: a final score, or a point of a training curve."""
 
     __tablename__ = "metric"
@@ -158,7 +172,7 @@ class MetricDef(Base):
     description: Mapped[str]
 
 
-class Sample(_OfRun, Base):
+class Sample(OfRun, Base):
     """One answered test item; paired tests need the items, not the means."""
 
     __tablename__ = "sample"
@@ -186,7 +200,7 @@ class Sample(_OfRun, Base):
     answer_tokens: Mapped[int | None]
 
 
-class Probe(_OfRun, Base):
+class Probe(OfRun, Base):
     """One reading of a gradient-divergence probe: did the optimizer really move differently."""
 
     __tablename__ = "probe"
@@ -209,7 +223,7 @@ class Probe(_OfRun, Base):
     diagnosis: Mapped[str] = mapped_column(comment="in words: what this reading means")
 
 
-class Artifact(_OfRun, Base):
+class Artifact(OfRun, Base):
     """A file that a run made, with the file it was made from: adapter, merged model, GGUF, Modelfile."""
 
     __tablename__ = "artifact"
@@ -234,14 +248,18 @@ class Artifact(_OfRun, Base):
     )
 
 
-class Speed(_OfRun, Base):
-    """One timed phase. An arm's run also times the base, alternately in the same process."""
+class Speed(OfRun, Base):
+    """One timed phase. An arm's run also times the base, alternately in the same process.
+
+    load: until the model is ready; ttft: from a request to its first token; prefill: evaluating prompts; decode:
+    answers, token by token.
+    """
 
     __tablename__ = "speed"
     __table_args__ = (
         UniqueConstraint("run_id", "arm", "phase", "repetition"),
         CheckConstraint("arm <> ''", name="named"),
-        CheckConstraint("phase IN ('load', 'prefill', 'decode')", name="phase"),
+        CheckConstraint("phase IN ('load', 'ttft', 'prefill', 'decode')", name="phase"),
         count_rule("repetition"),
         count_rule("tokens"),
         count_rule("nanoseconds"),

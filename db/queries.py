@@ -10,10 +10,21 @@ from sqlalchemy import Select, column, func, select, table
 from sqlalchemy.orm import Session
 
 from db.columns import FINAL_STEP
-from db.models import Environment, Metric, MetricDef, Probe, Run, Sample, Speed
+from db.models import (
+    Environment,
+    Metric,
+    MetricDef,
+    Probe,
+    Quantization,
+    QuantizedSample,
+    Run,
+    Sample,
+    Speed,
+    Verification,
+)
 from db.values import join_value
 
-VIEWS = ("evaluation_results", "v_leaderboard", "v_probe_summary", "v_parity")
+VIEWS = ("evaluation_results", "v_leaderboard", "v_probe_summary", "v_parity", "v_quantization", "v_verification")
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,32 @@ def outcomes(session: Session, run_id: int, split: str = "test") -> dict[str, bo
     """Return item id -> answered correctly."""
     query = select(Sample.item_id, Sample.correct).where(Sample.run_id == run_id, Sample.split == split)
     return {item_id: correct for item_id, correct in session.execute(query.order_by(Sample.item_id))}
+
+
+def speed_rows(session: Session, run_id: int) -> list[Speed]:
+    """Return this run's measured phases of its own arm and of the base beside it."""
+    query = select(Speed).where(Speed.run_id == run_id, Speed.nanoseconds.is_not(None))
+    return list(session.scalars(query.order_by(Speed.arm, Speed.phase, Speed.repetition)))
+
+
+def quantizations(session: Session, run_id: int) -> list[Quantization]:
+    """Return a run's precisions, f16 first, in the order in which they were measured."""
+    return list(session.scalars(select(Quantization).where(Quantization.run_id == run_id).order_by(Quantization.id)))
+
+
+def quantized_outcomes(session: Session, run_id: int) -> dict[str, dict[str, bool]]:
+    """Return precision -> item id -> answered correctly."""
+    found: dict[str, dict[str, bool]] = {}
+    query = select(QuantizedSample.type, QuantizedSample.item_id, QuantizedSample.correct)
+    for kind, item_id, correct in session.execute(query.where(QuantizedSample.run_id == run_id)):
+        found.setdefault(kind, {})[item_id] = correct
+    return found
+
+
+def verifications(session: Session, run_id: int) -> list[Verification]:
+    """Return what was verified of a run, merged before adapter for each backend."""
+    query = select(Verification).where(Verification.run_id == run_id)
+    return list(session.scalars(query.order_by(Verification.backend, Verification.mode.desc())))
 
 
 def environment(session: Session, run: Run) -> Environment:

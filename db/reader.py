@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from db.errors import IngestError, Problem
 from db.files import FileReader
 from db.records import HistoryRecord, ParityRecord, RunRecord, SampleRecord, ScoresRecord, VerdictRecord
+from db.records_serving import QuantizedRecord, QuantizedSampleRecord, VerifyRecord
 
 BASE = "base"
 """The arm that is the untouched model: it has no adapter, and it is read whenever any other is."""
 
+SERVING_STAGES = ("quantize", "verify")
+"""Stages that measure what is served. They change nothing, so a run is the same run with, without or with others."""
+
 _ROUNDING = 0.001
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What was measured of the served model; results may lack any of it.
+
+    Attributes:
+        quantized_samples: One for each test item and precision.
+    """
+
+    quantized: QuantizedRecord | None = None
+    quantized_samples: list[QuantizedSampleRecord] = field(default_factory=list)
+    verified: VerifyRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,7 @@ class Bundle:
     verdict: VerdictRecord | None
     base_model: RunRecord | None
     source_sha256: str
+    serving: Serving = field(default_factory=Serving)
 
     @property
     def label(self) -> str:
@@ -50,8 +68,8 @@ class _TreeReader(FileReader):
 
     def stage(self, folder: str, stage: str, arm: str, seed: int, digest: hashlib._Hash) -> RunRecord | None:
         path = self.root / folder / arm / str(seed) / "run.json"
-        # Results from before there were verdicts stay readable.
-        record = self.record(path, RunRecord, digest, required=stage != "probe")
+        # Results from before there were verdicts, precisions or verifications stay readable.
+        record = self.record(path, RunRecord, digest, required=stage not in ("probe", *SERVING_STAGES))
         if record is not None:
             if record.stage != stage:
                 self.problem(path, "stage", f"expected {stage!r}, came {record.stage!r}")
@@ -71,14 +89,21 @@ class _TreeReader(FileReader):
             self.notes.append(f"{label}: no scores yet")
             return None
         before = len(self.problems)
-        folders = {"train": "adapters", "probe": "verdicts", "export": "gguf", "evaluate": "scores"}
+        folders = {
+            "train": "adapters", "probe": "verdicts", "export": "gguf", "quantize": "quantized", "verify": "verified",
+            "evaluate": "scores",
+        }  # fmt: skip
         if arm == BASE:
             del folders["train"], folders["probe"]
         found = {stage: self.stage(folder, stage, arm, seed, digest) for stage, folder in folders.items()}
         stages = {stage: record for stage, record in found.items() if record is not None}
-        for stage, record in stages.items():
+        for stage, record in list(stages.items()):
             if record.status != "finished":
                 why = f": {record.error}" if record.error else ""
+                if stage in SERVING_STAGES:
+                    self.notes.append(f"{label}: without its stage {stage}, which is {record.status}{why}")
+                    del stages[stage]
+                    continue
                 self.notes.append(f"{label}: skipped, its stage {stage} is {record.status}{why}")
                 del self.problems[before:]  # what an unfinished stage left undone is no fault of the files
                 return None
@@ -88,7 +113,7 @@ class _TreeReader(FileReader):
         scores = self.record(place / "scores.json", ScoresRecord, digest)
         if scores is not None:
             self.belongs(place / "scores.json", scores.arm, scores.seed, arm, seed)
-        samples = self.samples(place / "samples.jsonl", digest)
+        samples = self.lines(place / "samples.jsonl", SampleRecord, digest, lambda r: (r.split, r.item_id))
         history = parity = verdict = base_model = None
         if arm == BASE:
             path = self.root / "models" / "base" / "run.json"
@@ -108,15 +133,57 @@ class _TreeReader(FileReader):
                 self.belongs(path, verdict.arm, verdict.seed, arm, seed)
             elif not path.exists():
                 self.notes.append(f"{label}: no verdict.json, so nothing shows what the optimizer did")
+        for stage, why in list(_stale(stages)):
+            if stage not in SERVING_STAGES:
+                if len(self.problems) == before:
+                    self.notes.append(f"{label}: skipped, {why}")
+                return None
+            self.notes.append(f"{label}: without its stage {stage}, {why}")
+            del stages[stage]
+        serving = self.serving(arm, seed, stages, digest)
         if len(self.problems) > before or scores is None:
-            return None
-        if stale := _stale(stages):
-            self.notes.append(f"{label}: skipped, {stale}")
             return None
         self.agrees(label, scores, samples)
         return Bundle(
-            arm, seed, stages, scores, samples, history, parity, verdict, base_model, digest.hexdigest()
+            arm, seed, stages, scores, samples, history, parity, verdict, base_model, digest.hexdigest(), serving
         )  # fmt: skip
+
+    def serving(self, arm: str, seed: int, stages: dict[str, RunRecord], digest: hashlib._Hash) -> Serving:
+        """Read what the stages quantize and verify left, where they have ended."""
+        quantized = verified = None
+        samples: list[QuantizedSampleRecord] = []
+        if "quantize" in stages:
+            path = self.root / "quantized" / arm / str(seed) / "quantized.json"
+            quantized = self.record(path, QuantizedRecord, digest)
+            path = path.with_name("quantized_samples.jsonl")
+            samples = self.lines(path, QuantizedSampleRecord, digest, lambda r: (r.type, r.item_id))
+            if quantized is not None:
+                self.belongs(path.with_name("quantized.json"), quantized.arm, quantized.seed, arm, seed)
+                self.complete(path, quantized, samples)
+        if "verify" in stages:
+            path = self.root / "verified" / arm / str(seed) / "verify.json"
+            verified = self.record(path, VerifyRecord, digest)
+            if verified is not None:
+                self.belongs(path, verified.arm, verified.seed, arm, seed)
+        return Serving(quantized, samples, verified)
+
+    def complete(self, path: Path, quantized: QuantizedRecord, samples: list[QuantizedSampleRecord]) -> None:
+        """Every precision answered the same items, as often rightly as its row says."""
+        answers: dict[str, dict[str, bool]] = {row.type: {} for row in quantized.rows}
+        for sample in samples:
+            answers.setdefault(sample.type, {})[sample.item_id] = sample.correct
+        items = answers[quantized.rows[0].type].keys()
+        rows = {row.type: (row.n, row.correct) for row in quantized.rows}
+        for name, correct in answers.items():
+            came = (len(correct), sum(correct.values()))
+            if name not in rows:
+                self.problem(path, "", f"expected the types of quantized.json, came {name!r} besides")
+            elif came != rows[name]:
+                words = "{} items of type {}, {} of them correct"
+                expected, found = (words.format(n, name, right) for n, right in (rows[name], came))
+                self.problem(path, "", f"expected {expected}, as quantized.json says, came {found}")
+            elif correct.keys() != items:
+                self.problem(path, "", f"expected the same items in every type, {name} has others")
 
     def agrees(self, label: str, scores: ScoresRecord, samples: list[SampleRecord]) -> None:
         """The table shows the score and pairs the items, so they had better be the same answers."""
@@ -185,8 +252,8 @@ def _seed(name: str) -> bool:
     return name.isascii() and name.isdigit() and str(int(name)) == name
 
 
-def _stale(stages: dict[str, RunRecord]) -> str | None:
-    """Say how a later stage used another file than the one that now lies in the earlier stage's folder."""
+def _stale(stages: dict[str, RunRecord]) -> Iterator[tuple[str, str]]:
+    """Name the stages that used another file than the one that now lies in the earlier stage's folder, and how."""
     made = {
         artifact.path: (stage, artifact.sha256) for stage, record in stages.items() for artifact in record.artifacts
     }
@@ -194,5 +261,5 @@ def _stale(stages: dict[str, RunRecord]) -> str | None:
         for path, sha256 in record.inputs.items():
             maker, now = made.get(path, (stage, sha256))
             if maker != stage and now != sha256:
-                return f"its stage {stage} used an older {path} than {maker} made; run `dvc repro`"
-    return None
+                yield stage, f"its stage {stage} used an older {path} than {maker} made; run `dvc repro`"
+                break

@@ -20,7 +20,7 @@ from pydantic import (
 
 from db.columns import FINAL_STEP
 
-Stage = Literal["train", "probe", "export", "evaluate", "prepare_base", "prepare_data"]
+Stage = Literal["train", "probe", "export", "quantize", "verify", "evaluate", "prepare_base", "prepare_data"]
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -105,7 +105,7 @@ class RunRecord(Record):
             raise ValueError("a finished stage needs the time `ended`")
         if self.ended is not None and self.ended < self.started:
             raise ValueError(f"`ended` {self.ended} lies before `started` {self.started}")
-        _refuse_repeats("artifacts with the path", (artifact.path for artifact in self.artifacts))
+        refuse_repeats("artifacts with the path", (artifact.path for artifact in self.artifacts))
         return self
 
 
@@ -130,7 +130,7 @@ class SpeedRecord(Record):
     """One timed phase, in tokens and nanoseconds."""
 
     arm: Name
-    phase: Literal["load", "prefill", "decode"]
+    phase: Literal["load", "ttft", "prefill", "decode"]
     repetition: Count
     tokens: Measured
     nanoseconds: Measured
@@ -142,6 +142,7 @@ class Backend(Record):
     name: Name
     version: Name
     device_class: Name
+    mode: Literal["merged", "adapter"] | None = None
 
 
 class ScoresRecord(Record):
@@ -159,8 +160,8 @@ class ScoresRecord(Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> ScoresRecord:
-        _refuse_repeats("metrics", ((metric.name, metric.split) for metric in self.metrics))
-        _refuse_repeats("speed rows", ((row.arm, row.phase, row.repetition) for row in self.speed))
+        refuse_repeats("metrics", ((metric.name, metric.split) for metric in self.metrics))
+        refuse_repeats("speed rows", ((row.arm, row.phase, row.repetition) for row in self.speed))
         strange = sorted({row.arm for row in self.speed} - {self.arm, "base"})
         if strange:
             raise ValueError(f"speed rows of the arms {self.arm} and base expected, came {strange}")
@@ -233,7 +234,7 @@ class VerdictRecord(Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> VerdictRecord:
-        _refuse_repeats("readings", ((r.name, r.layer, r.step) for r in self.readings))
+        refuse_repeats("readings", ((r.name, r.layer, r.step) for r in self.readings))
         return self
 
 
@@ -251,7 +252,8 @@ class HistoryRecord(RootModel[list[dict[str, float | None]]]):
         return self
 
 
-def _refuse_repeats(what: str, keys: Iterable[Hashable]) -> None:
+def refuse_repeats(what: str, keys: Iterable[Hashable]) -> None:
+    """Raise a ValueError that names the first key which occurs more than once."""
     repeated = [key for key, times in Counter(keys).items() if times > 1]
     if repeated:
         raise ValueError(f"{what} {repeated[0]} given more than once")

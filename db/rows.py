@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from db.columns import FINAL_STEP
-from db.reader import Bundle
+from db.reader import BASE, SERVING_STAGES, Bundle
 from db.records import RunRecord
 from db.schema import NEWEST
 from db.values import clean_text, plain, split_value
@@ -24,12 +24,13 @@ def digest_of(content: Any) -> str:
 def run_key(bundle: Bundle) -> str:
     """Identify the experiment: the same key means that the same thing was run again."""
     backend = bundle.scores.backend
+    stages = {stage: record for stage, record in bundle.stages.items() if stage not in SERVING_STAGES}
     return digest_of(
         {
             "variant": bundle.arm,
             "seed": bundle.seed,
-            "params": {stage: record.params for stage, record in bundle.stages.items()},
-            "inputs": {stage: record.inputs for stage, record in bundle.stages.items()},
+            "params": {stage: record.params for stage, record in stages.items()},
+            "inputs": {stage: record.inputs for stage, record in stages.items()},
             "backend": [backend.name, backend.version],
             "device_class": backend.device_class,
         }
@@ -74,10 +75,16 @@ def run_row(bundle: Bundle) -> Row:
         "prompt_template": clean_text(templates[0]) if templates else None,
         "backend_name": clean_text(scores.backend.name),
         "backend_version": clean_text(scores.backend.version),
+        "serving_mode": scores.backend.mode or _serving_mode(bundle),
         "device_class": clean_text(scores.backend.device_class),
         "test_items_sha256": scores.test_items_sha256,
         "parity_first_difference": plain(difference),
     }
+
+
+def _serving_mode(bundle: Bundle) -> str:
+    """How the backends of stage evaluate run an adapter: transformers beside the model, the others merged."""
+    return "adapter" if bundle.scores.backend.name == "hf" and bundle.arm != BASE else "merged"
 
 
 def _stage(record: RunRecord) -> Row:
@@ -148,6 +155,23 @@ def probe_rows(bundle: Bundle) -> list[Row]:
         value, kind = split_value(reading.value)
         rows.append({**plain(reading.model_dump()), "value": value, "value_kind": kind})
     return rows
+
+
+def quantization_rows(bundle: Bundle) -> list[Row]:
+    """One row for each precision."""
+    quantized = bundle.serving.quantized
+    return [plain(row.model_dump()) for row in quantized.rows] if quantized else []
+
+
+def quantized_sample_rows(bundle: Bundle) -> list[Row]:
+    """One row for each test item in each precision."""
+    return [plain(sample.model_dump()) for sample in bundle.serving.quantized_samples]
+
+
+def verification_rows(bundle: Bundle) -> list[Row]:
+    """One row for each backend and mode."""
+    verified = bundle.serving.verified
+    return [plain(row.model_dump()) for row in verified.rows] if verified else []
 
 
 def artifact_rows(bundle: Bundle) -> list[Row]:

@@ -16,6 +16,7 @@ from rich.console import Console
 from db.errors import DatabaseError, DatabaseMissingError
 from evaluation.comparison import Comparison, compare, load_comparison
 from evaluation.report import as_csv, as_json, as_markdown, print_table, svg, write_atomically, write_report
+from evaluation.report_serving import print_serving
 
 __all__ = ["Comparison", "compare", "load_comparison", "main", "write_report"]
 
@@ -51,7 +52,9 @@ def main(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, DatabaseMissingError) else 1) from error
     if format is Format.TABLE:
-        print_table(comparison, Console())
+        console = Console()
+        print_table(comparison, console)
+        print_serving(comparison, console)
     else:
         typer.echo(_TEXTS[format](comparison).rstrip("\n"))
     try:

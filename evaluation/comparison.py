@@ -16,6 +16,7 @@ from db.errors import DatabaseMissingError
 from db.models import Run
 from db.session import open_session
 from evaluation.differences import BASE, BASELINE, Difference, find_differences, in_words
+from evaluation.serving import PhaseRow, PrecisionRow, ServedRow, phase_rows, precision_rows, served_rows
 
 ACCURACY = ("test", "aqi_category_accuracy")
 RETENTION = ("retention", "retention_accuracy")
@@ -94,6 +95,9 @@ class Comparison:
         notes: What limits the reading.
         units: Metric name -> (unit, better direction, description).
         runs: Where each number comes from, one mapping for each run.
+        precisions: Each arm's model in other precisions, in the order of `rows`.
+        served: Each run on each backend in each mode, against training.
+        phases: Each arm's load, time to first token, prefill and decode.
     """
 
     rows: tuple[ArmRow, ...]
@@ -101,6 +105,9 @@ class Comparison:
     notes: tuple[str, ...]
     units: dict[str, tuple[str, str, str]]
     runs: tuple[dict[str, Any], ...]
+    precisions: tuple[PrecisionRow, ...] = ()
+    served: tuple[ServedRow, ...] = ()
+    phases: tuple[PhaseRow, ...] = ()
 
 
 def load_comparison(url_or_path: str | Path) -> Comparison:
@@ -140,6 +147,9 @@ def compare(session: Session) -> Comparison:
         notes=tuple(_notes(rows, runs)),
         units={name: (m.unit, m.direction, m.description) for name, m in meanings.items()},
         runs=tuple(_provenance(session, run) for run in runs),
+        precisions=tuple(row for arm in arms for row in precision_rows(session, by_arm[arm])),
+        served=tuple(row for arm in arms for run in by_arm[arm] for row in served_rows(session, run)),
+        phases=tuple(row for arm in arms for row in phase_rows(session, by_arm[arm])),
     )
 
 
@@ -221,6 +231,7 @@ def _provenance(session: Session, run: Run) -> dict[str, Any]:
         "git_commit": run.git_commit,
         "git_dirty": run.git_dirty,
         "backend": f"{run.backend_name} {run.backend_version}",
+        "serving_mode": run.serving_mode,
         "device": f"{run.device_class}: {place.device_name or 'unnamed'}",
         "platform": place.platform,
         "python": place.python,

@@ -18,6 +18,8 @@ from rich.text import Text
 from db.values import plain
 from evaluation.comparison import ArmRow, Comparison
 from evaluation.differences import BASE
+from evaluation.markdown import cell, grid, interval, number
+from evaluation.report_serving import sections
 
 NARROWEST = 100
 """Columns of a pipe, at least: a truncated number is a wrong number."""
@@ -44,23 +46,18 @@ def cells(row: ArmRow) -> list[str]:
     if row.arm == BASE:
         delta = "0.0"
     elif difference is not None:
-        points = difference.points
-        delta = f"{points.estimate:+.1f} [{points.low:+.1f}, {points.high:+.1f}]"
+        delta = interval(difference.points, sign=True)
     return [
         row.model_name,
         str(len(row.seeds)),
-        _number(row.accuracy),
+        number(row.accuracy),
         delta,
-        _number(row.retention),
-        _number(row.decode_speed),
-        "0.0" if row.arm == BASE else _number(row.delta_speed, sign=True),
-        _number(row.parity),
+        number(row.retention),
+        number(row.decode_speed),
+        "0.0" if row.arm == BASE else number(row.delta_speed, sign=True),
+        number(row.parity),
         row.updates or "–",
     ]
-
-
-def _number(value: float | None, *, sign: bool = False) -> str:
-    return "–" if value is None else (f"{value:+.1f}" if sign else f"{value:.1f}")
 
 
 def rich_table(comparison: Comparison) -> Table:
@@ -137,10 +134,10 @@ def as_markdown(comparison: Comparison) -> str:
     arms = [row.arm for row in comparison.rows]
     blocks = [
         f"# {_TITLE}",
-        _grid(list(HEADERS), [cells(row) for row in comparison.rows]),
+        grid(list(HEADERS), [cells(row) for row in comparison.rows]),
         "## Verdicts",
-        "\n".join(f"- {_cell(line)}" for line in comparison.verdicts) or "No arm besides the base yet.",
-        "\n".join(f"- {_cell(note)}" for note in comparison.notes),
+        "\n".join(f"- {cell(line)}" for line in comparison.verdicts) or "No arm besides the base yet.",
+        "\n".join(f"- {cell(note)}" for note in comparison.notes),
         "## Paired differences of AQI category accuracy",
         _difference_table(comparison),
         "## What the optimizers did",
@@ -148,10 +145,11 @@ def as_markdown(comparison: Comparison) -> str:
         _probe_table(comparison),
         "## Every metric",
         "Means over seeds, in the metric's own unit. " + _spread(comparison),
-        _grid(["Split", "Metric", "Unit", "Better", *arms], _metric_lines(comparison)),
+        grid(["Split", "Metric", "Unit", "Better", *arms], _metric_lines(comparison)),
         "## Parity of the exported models",
         "Percent of prompts, mean over seeds; the table above shows the worst seed.",
-        _grid(["Pair", *arms], _parity_lines(comparison)),
+        grid(["Pair", *arms], _parity_lines(comparison)),
+        *sections(comparison),
         "## Where the numbers come from",
         _provenance(comparison),
     ]
@@ -174,23 +172,12 @@ def write_atomically(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _cell(text: object) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|")
-
-
-def _grid(headers: list[str], lines: list[list[str]]) -> str:
-    if not lines:
-        return "None recorded."
-    rows = [headers, ["---"] * len(headers), *lines]
-    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
-
-
 def _difference_table(comparison: Comparison) -> str:
     lines = [
         [
             row.arm,
             d.against,
-            f"{d.points.estimate:+.2f} [{d.points.low:+.2f}, {d.points.high:+.2f}]",
+            interval(d.points, sign=True, digits=2),
             str(d.items),
             f"{d.p_value:.2g}",
             f"{d.p_holm:.2g}",
@@ -200,7 +187,7 @@ def _difference_table(comparison: Comparison) -> str:
         for d in row.differences
     ]
     heads = ["Arm", "Against", "Points [95%]", "Items", "p (exact sign test)", "p (Holm)", "Verdict"]
-    return _grid(heads, lines)
+    return grid(heads, lines)
 
 
 _PROBE_COLUMNS = {
@@ -225,7 +212,7 @@ def _probe_table(comparison: Comparison) -> str:
         for row in comparison.rows
         for probe in row.probes
     ]
-    return _grid(["Arm", "Seed", "Verdict", *_PROBE_COLUMNS.values(), "Diagnosis"], lines)
+    return grid(["Arm", "Seed", "Verdict", *_PROBE_COLUMNS.values(), "Diagnosis"], lines)
 
 
 def _metric_lines(comparison: Comparison) -> list[list[str]]:
@@ -258,8 +245,11 @@ def _spread(comparison: Comparison) -> str:
     return f"AQI accuracy from seed to seed, percent: {', '.join(spreads)}." if spreads else ""
 
 
+_ADAPTER = {"merged": "merged", "adapter": "beside the base"}
+
+
 def _provenance(comparison: Comparison) -> str:
-    heads = ["Arm", "Seed", "Commit", "Dirty", "Backend", "Device", "Python", "Evaluated"]
+    heads = ["Arm", "Seed", "Commit", "Dirty", "Backend", "Device", "Python", "Evaluated", "Adapter"]
     dirty = {True: "yes", False: "no", None: "unknown"}
     lines = [
         [
@@ -271,6 +261,7 @@ def _provenance(comparison: Comparison) -> str:
             run["device"],
             run["python"] or "unknown",
             run["ended"] or "unknown",
+            "–" if run["arm"] == BASE else _ADAPTER[run["serving_mode"]],
         ]
         for run in comparison.runs
     ]
@@ -278,5 +269,5 @@ def _provenance(comparison: Comparison) -> str:
     for run in comparison.runs:
         text = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
         packages.setdefault(text, []).append(f"{run['arm']}/{run['seed']}")
-    listed = "\n".join(f"- {', '.join(who)}: {_cell(text)}" for text, who in packages.items())
-    return _grid(heads, lines) + "\n\nPackages:\n\n" + listed
+    listed = "\n".join(f"- {', '.join(who)}: {cell(text)}" for text, who in packages.items())
+    return grid(heads, lines) + "\n\nPackages:\n\n" + listed

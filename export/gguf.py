@@ -11,10 +11,8 @@ from typing import Any
 
 from export import converters
 from export.errors import ExportError
+from export.quantization import quantize as quantize
 from export.tokenizer_files import copy_tokenizer
-
-# llama.cpp's ftype numbers (include/llama.h, enum llama_ftype).
-QUANTIZATIONS = {"f16": 1, "q8_0": 7, "q4_K_M": 15}
 
 
 def adapter_config(adapter: Path) -> dict[str, Any]:
@@ -253,20 +251,3 @@ def convert_adapter(adapter: Path, base: Path, out: Path) -> None:
         source = copy if fold_scales(adapter, copy) else adapter
         arguments = ["--base", str(base), "--outfile", str(out), "--outtype", "f32", str(source)]
         _convert("convert_lora_to_gguf.py", arguments, out)
-
-
-def quantize(source: Path, out: Path, quantization: str) -> None:
-    """An f16 GGUF in another precision.
-
-    Tensors whose rows are no multiple of the format's block get llama.cpp's fallback format.
-
-    Raises:
-        ExportError: llama.cpp refused.
-    """
-    import llama_cpp
-
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = QUANTIZATIONS[quantization]
-    code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params)
-    if code or not out.is_file():
-        raise ExportError(f"llama.cpp could not quantize {source} to {quantization} (code {code})")

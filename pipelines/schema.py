@@ -4,9 +4,10 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from evaluation.epa import POLLUTANTS
+from export.quantization import unusable
 from trainers import ARMS
 from trainers.embedded_base import EmbeddedSettings
 from trainers.settings import Section
@@ -146,15 +147,53 @@ class Probe(Section):
     min_coverage: Share
 
 
+def _precision(name: str) -> str:
+    if reason := unusable(name):
+        raise ValueError(reason)
+    return name
+
+
+# Of the weights in a GGUF, by llama.cpp's name.
+Precision = Annotated[str, AfterValidator(_precision)]
+
+
 class Export(Section):
     """Section export."""
 
-    quantization: Literal["f16", "q8_0", "q4_K_M"]
+    quantization: Precision
     num_ctx: Annotated[int, Field(ge=32, description="tokens")]
     license: str | None
     parity_prompts: Positive
     parity_tokens: Positive
     min_greedy_equal: Share
+
+
+class Quantize(Section):
+    """Section quantize: what else the exported models are measured in; f16 always is."""
+
+    types: list[Precision]
+
+    @field_validator("types")
+    @classmethod
+    def _unique(cls, types: list[str]) -> list[str]:
+        if len(set(types)) != len(types):
+            raise ValueError(f"expected each once, got {types}")
+        return types
+
+
+class Verify(Section):
+    """Section verify: what is served, held against Hugging Face's answers."""
+
+    prompts: Positive
+    min_answers_equal: Share
+    control_scale: Annotated[float, Field(gt=0, description="factor on the adapter's scale in the control")]
+
+    @field_validator("control_scale")
+    @classmethod
+    def _perturbs(cls, scale: float) -> float:
+        if scale == 1.0:
+            raise ValueError("expected another factor than 1, which perturbs nothing; 0.5 is a scale that is half lost")
+        return scale
 
 
 class Evaluate(Section):
@@ -163,6 +202,7 @@ class Evaluate(Section):
     backend: Literal["auto", "ollama", "llama_cpp", "hf"]
     max_tokens: Positive
     threads: Annotated[int, Field(ge=0)]
+    parallel: Annotated[int, Field(ge=1, le=256, description="sequences at once")]
     speed_repetitions: Positive
     speed_prompts: Positive
     speed_tokens: Positive
@@ -196,6 +236,8 @@ class Params(Section):
     train: Train
     probe: Probe
     export: Export
+    quantize: Quantize
+    verify: Verify
     evaluate: Evaluate
     compare: Compare
 

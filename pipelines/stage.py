@@ -35,6 +35,16 @@ def verdict_dir(arm: str, seed: int) -> Path:
     return Path("verdicts") / arm / str(seed)
 
 
+def quantized_dir(arm: str, seed: int) -> Path:
+    """Where stage quantize writes."""
+    return Path("quantized") / arm / str(seed)
+
+
+def verified_dir(arm: str, seed: int) -> Path:
+    """Where stage verify writes."""
+    return Path("verified") / arm / str(seed)
+
+
 def scores_dir(arm: str, seed: int) -> Path:
     """Where stage evaluate writes."""
     return Path("scores") / arm / str(seed)

@@ -25,7 +25,8 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def run_json(stage: str, arm: str | None, seed: int | None, **changes: Any) -> dict[str, Any]:
-    hour = {"prepare_base": 0, "train": 1, "probe": 2, "export": 2, "evaluate": 3}[stage]
+    hours = {"prepare_base": 0, "train": 1, "probe": 2, "export": 2, "quantize": 2, "verify": 2, "evaluate": 3}
+    hour = hours[stage]
     return {
         "schema": 1,
         "stage": stage,
@@ -176,6 +177,70 @@ def make_arm(
         for i, right in enumerate(correct)
     ]
     write(scores / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def precision(kind: str, correct: list[bool], same: float, **changes: Any) -> dict[str, Any]:
+    """One row of quantized.json."""
+    bits = {"f16": 16.0, "q8_0": 8.5}.get(kind, 4.5)
+    return {
+        "type": kind,
+        "bytes": int(bits * 1_000_000),
+        "bits_per_weight": bits,
+        "tensor_types": {kind.upper(): 15, "F32": 5},
+        "category_accuracy": sum(correct) / len(correct),
+        "correct": sum(correct),
+        "n": len(correct),
+        "answers_equal_to_f16": same,
+        "fallbacks": 0,
+        **changes,
+    }
+
+
+def make_quantized(root: Path, arm: str, seed: int = 0, *, rows: dict[str, tuple[list[bool], float]]) -> None:
+    """Write what stage quantize leaves: type -> (correct for each test item, share of answers equal to f16)."""
+    tag = f"{arm}/{seed}"
+    place = root / "quantized" / tag
+    made = json.loads((root / "gguf" / tag / "run.json").read_text(encoding="utf-8"))["artifacts"][0]
+    used = {"data/test.jsonl": ITEMS, made["path"]: made["sha256"]}
+    write(place / "run.json", run_json("quantize", arm, seed, inputs=used))
+    content = [precision(kind, correct, same) for kind, (correct, same) in rows.items()]
+    write(place / "quantized.json", {"schema": 1, "arm": arm, "seed": seed, "rows": content})
+    lines = [
+        {"type": kind, "item_id": f"aqi-{i:06d}", "answer": f"{kind} {right}", "correct": right}
+        for kind, (correct, _) in rows.items()
+        for i, right in enumerate(correct)
+    ]
+    write(place / "quantized_samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def verification(backend: str, mode: str, **changes: Any) -> dict[str, Any]:
+    """One row of verify.json."""
+    adapter = mode == "adapter"
+    return {
+        "backend": backend,
+        "backend_version": "0.32.0" if backend == "ollama" else "0.3.36",
+        "mode": mode,
+        "prompts": 20,
+        "rendered": 1.0,
+        "counted": 1.0,
+        "answered": 0.95 if adapter else 1.0,
+        "equal_to_merged": 0.95 if adapter else None,
+        "perturbed_noticed": True if adapter else None,
+        "first_difference": "prompt 3: token 2 | differs\nLikely cause: scale" if adapter else None,
+        "gguf_sha256": sha("gguf"),
+        "adapter_sha256": sha("adapter") if adapter else None,
+        "server_digest": "sha256:abc" if backend == "ollama" else None,
+        "stored_sha256": sha("stored") if backend == "ollama" else None,
+        **changes,
+    }
+
+
+def make_verified(root: Path, arm: str, seed: int = 0, *, rows: list[dict[str, Any]]) -> None:
+    """Write what stage verify leaves."""
+    place = root / "verified" / arm / str(seed)
+    write(place / "run.json", run_json("verify", arm, seed))
+    head = {"schema": 1, "arm": arm, "seed": seed, "model_name": f"{arm}_model"}
+    write(place / "verify.json", {**head, "rows": rows})
 
 
 def make_tree(root: Path) -> Path:

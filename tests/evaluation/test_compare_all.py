@@ -17,7 +17,15 @@ from typer.testing import CliRunner, Result
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "db"))
 
-from result_tree import edit, make_arm, make_tree, sha  # noqa: E402
+from result_tree import (  # noqa: E402
+    edit,
+    make_arm,
+    make_quantized,
+    make_tree,
+    make_verified,
+    sha,
+    verification,
+)
 
 from db.ingest import ingest  # noqa: E402
 from evaluation.compare_all import app, load_comparison, write_report  # noqa: E402
@@ -28,6 +36,7 @@ from evaluation.statistics import (  # noqa: E402
     judge,
     paired_differences,
     sign_test,
+    wilson,
 )
 
 
@@ -97,6 +106,14 @@ def test_no_winner_while_zero_is_possible() -> None:
     assert judge(Interval(1.0, 0.1, 2.0), 0.2) == "undecided", "four of four differing items are no proof"
     assert judge(Interval(1.0, 0.1, 2.0), 0.001) == "better"
     assert judge(Interval(-1.0, -2.0, -0.1), 0.001) == "worse"
+
+
+def test_wilson_is_scipys_and_never_certain() -> None:
+    for right, items in ((0, 40), (3, 40), (20, 40), (40, 40), (499, 500)):
+        theirs = binomtest(right, items).proportion_ci(method="wilson")
+        ours = wilson(right / items, items)
+        assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+        assert ours.low <= ours.estimate <= ours.high and ours.high - ours.low > 0
 
 
 # --- the comparison ---------------------------------------------------------------------------------------
@@ -242,3 +259,105 @@ def test_the_command_loads_nothing_heavy() -> None:
     code = f"import sys, evaluation.compare_all; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- what is served -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Path:
+    """baseline_lora in three precisions with two seeds: q8_0 loses items 0 and 1 once each and gains item 80 twice."""
+    tree = make_tree(tmp_path / "project")
+    f16 = [i < 70 for i in range(100)]
+    for seed in (0, 1):
+        q8 = [(right and i != seed) or i == 80 for i, right in enumerate(f16)]
+        q4 = [i < 50 for i in range(100)]
+        rows = {"f16": (f16, 1.0), "q8_0": (q8, 0.9 + seed / 50), "q4_K_M": (q4, 0.25)}
+        make_quantized(tree, "baseline_lora", seed, rows=rows)
+    quantized = tree / "quantized/baseline_lora/1/quantized.json"
+    content = json.loads(quantized.read_text(encoding="utf-8"))["rows"]
+    edit(quantized, rows=[*content[:2], {**content[2], "fallbacks": 13}])
+    lost = {"rendered": None, "counted": None, "answered": None, "equal_to_merged": None, "perturbed_noticed": None}
+    refused = verification("ollama", "adapter", prompts=0, **lost, first_difference="not supported by this server")
+    blind = verification("llama_cpp", "adapter", perturbed_noticed=False)
+    make_verified(tree, "baseline_lora", rows=[verification("llama_cpp", "merged"), blind, refused])
+    make_verified(tree, "base", rows=[verification("llama_cpp", "merged")])
+    scores = tree / "scores/baseline_lora/0/scores.json"
+    speed = [row for row in json.loads(scores.read_text(encoding="utf-8"))["speed"] if row["phase"] == "decode"]
+    timed = [("load", None, (200, 300, 250)), ("ttft", 4, (80, 40, 60)), ("prefill", 1000, (500, 250, 125))]
+    speed += [
+        {"arm": "baseline_lora", "phase": p, "repetition": r, "tokens": n, "nanoseconds": ms * 1_000_000}
+        for p, n, times in timed
+        for r, ms in enumerate(times)
+    ]
+    edit(scores, speed=speed)
+    ingest(tree, tmp_path / "c.db")
+    return tmp_path / "c.db"
+
+
+def section(text: str, title: str) -> list[list[str]]:
+    """Cells of the table below a heading, the header first."""
+    block = text.split(f"## {title}\n")[1].split("\n## ")[0]
+    lines = [line for line in block.splitlines() if line.startswith("| ") and "---" not in line]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+
+
+def test_precisions_worked_out_by_hand(served: Path) -> None:
+    f16, q8, q4 = load_comparison(served).precisions
+    assert [row.type for row in (f16, q8, q4)] == ["f16", "q8_0", "q4_K_M"] and q8.seeds == (0, 1)
+    assert f16.accuracy is not None and f16.accuracy.estimate == pytest.approx(70)
+    theirs = binomtest(70, 100).proportion_ci(method="wilson")
+    assert (f16.accuracy.low, f16.accuracy.high) == pytest.approx((100 * theirs.low, 100 * theirs.high), abs=1e-3)
+    assert (f16.delta, f16.p_value, f16.gained, f16.lost) == (None, None, 0, 0)
+    # Seeds are averaged per item: -0.5 for items 0 and 1, +1 for item 80.
+    assert q8.delta is not None and q8.delta.estimate == pytest.approx(0.0)
+    assert q8.delta.low < 0 < q8.delta.high and (q8.gained, q8.lost) == (1, 2)
+    assert q8.p_value == 1.0 and q8.answers_equal == pytest.approx(91)
+    # 20 of 100 items lost: standard error 4 points.
+    assert q4.delta is not None and q4.delta.estimate == pytest.approx(-20) and (q4.gained, q4.lost) == (0, 20)
+    assert (q4.delta.low, q4.delta.high) == pytest.approx((-28, -12), abs=1)
+    assert q4.p_value == pytest.approx(2 / 2**20)
+    assert (q8.megabytes, q8.bits_per_weight, q8.fallbacks, q4.fallbacks, q4.tensors) == (8.5, 8.5, 0, 13, 20)
+
+
+def test_the_report_shows_what_is_served(served: Path) -> None:
+    text = run("--db", str(served), "--format", "md").output
+    head, f16, q8, q4 = section(text, "Quantization")
+    assert head[:4] == ["Model", "Type", "Size MB", "Bits per weight"]
+    assert f16[:4] == ["baseline_lora_model", "f16", "16.00", "16.00"] and f16[5:] == ["–", "–", "100.0", "0 of 20"]
+    assert q8[1] == "q8_0" and q8[4].startswith("70.0 [60.") and q8[6:] == ["1, 2", "91.0", "0 of 20"]
+    assert q4[5].startswith("-20.0 [-2") and q4[-1] == "13 of 20"
+    assert "Fallback tensors have rows" in text
+
+    _, base, merged, blind, refused = section(text, "Served as trained")
+    assert base == ["base_model", "0", "llama_cpp 0.3.36", "merged", "20", "100.0", "100.0", "100.0", "–", "–", "–"]
+    assert merged[3] == "merged" and merged[8:10] == ["–", "–"]
+    assert blind[7:10] == ["95.0", "95.0", "NO"]
+    assert blind[10] == "prompt 3: token 2 \\| differs Likely cause: scale", "a model's words cannot end a cell"
+    assert refused[2:6] == ["ollama 0.32.0", "adapter", "not supported", "–"] and "by this server" in refused[10]
+
+    phases = {(row[0], row[2]): row[3:] for row in section(text, "Speed by phase")[1:]}
+    # load has no tokens: one for each repetition (the other seed took 1 s); ttft is a sum over 4 requests.
+    assert phases["baseline_lora_model", "load"] == ["ms", "275.00 [200.00, 1000.00]", "87.5", "4"]
+    assert phases["baseline_lora_model", "ttft"] == ["ms", "15.00 [10.00, 20.00]", "75.0", "3"]
+    assert phases["baseline_lora_model", "prefill"] == ["tokens/s", "4000 [2000, 8000]", "75.0", "3"]
+    assert phases["base_model", "decode"][0] == "tokens/s" and ("base_model", "ttft") not in phases
+
+
+def test_the_command_prints_what_is_served(served: Path) -> None:
+    lines = run("--db", str(served)).output.splitlines()
+    q4 = next(line for line in lines if "q4_K_M" in line)
+    assert [cell.strip() for cell in q4.split("│")[1:4]] == ["baseline_lora_model", "q4_K_M", "4.50"]
+    assert any("not supported" in line for line in lines) and any("│" in line and " NO " in line for line in lines)
+    assert any(line.startswith("baseline_lora_model seed 0, llama_cpp 0.3.36, adapter: prompt 3") for line in lines)
+    assert not any("…" in line for line in lines)
+    content = json.loads(run("--db", str(served), "--format", "json").output)
+    assert [row["type"] for row in content["precisions"]] == ["f16", "q8_0", "q4_K_M"]
+    assert len(content["served"]) == 4 and content["runs"][0]["serving_mode"] == "merged"
+    assert {row["phase"] for row in content["phases"]} == {"load", "ttft", "prefill", "decode"}
+
+
+def test_results_without_precisions_have_no_such_sections(path: Path) -> None:
+    text = run("--db", str(path), "--format", "md").output
+    assert "## Quantization" not in text and "## Served as trained" not in text
+    assert "Fallback" not in run("--db", str(path)).output

@@ -1,0 +1,108 @@
+"""The forms of quantized.json, quantized_samples.jsonl and verify.json."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from db.records import Count, Name, Record, Sha256, refuse_repeats
+
+REFERENCE = "f16"
+"""The precision that the others are held against."""
+
+_ROUNDING = 1e-9
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class PrecisionRecord(Record):
+    """A model in one precision; size in bytes, shares from 0 to 1."""
+
+    type: Name
+    bytes: Count
+    bits_per_weight: Annotated[float, Field(gt=0, le=64)]
+    tensor_types: dict[Name, Count]
+    category_accuracy: Share
+    correct: Count
+    n: Annotated[Count, Field(ge=1)]
+    answers_equal_to_f16: Share
+    fallbacks: Count
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PrecisionRecord:
+        if abs(self.correct / self.n - self.category_accuracy) > _ROUNDING:
+            raise ValueError(f"category_accuracy {self.category_accuracy} is not {self.correct} of {self.n}")
+        if self.fallbacks > sum(self.tensor_types.values()):
+            raise ValueError(f"{self.fallbacks} fallbacks among {sum(self.tensor_types.values())} tensors")
+        return self
+
+
+class QuantizedRecord(Record):
+    """`quantized.json`: one arm with one seed in several precisions, f16 first."""
+
+    form: Literal[1] = Field(alias="schema")
+    arm: Name
+    seed: Count
+    rows: list[PrecisionRecord]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> QuantizedRecord:
+        refuse_repeats("rows of the type", (row.type for row in self.rows))
+        first = self.rows[0].type if self.rows else "nothing"
+        if first != REFERENCE:
+            raise ValueError(f"rows: expected {REFERENCE} first, which the others are held against, came {first}")
+        if self.rows[0].answers_equal_to_f16 != 1:
+            raise ValueError(f"rows: {REFERENCE} must equal itself, came {self.rows[0].answers_equal_to_f16}")
+        return self
+
+
+class QuantizedSampleRecord(Record):
+    """One line of `quantized_samples.jsonl`: one test item answered in one precision."""
+
+    type: Name
+    item_id: Name
+    correct: bool
+    answer: str
+
+
+class VerificationRecord(Record):
+    """One backend in one mode. Without prompts, the backend does not support the mode, and there are no shares."""
+
+    backend: Name
+    backend_version: Name
+    mode: Literal["merged", "adapter"]
+    prompts: Count
+    rendered: Share | None
+    counted: Share | None
+    answered: Share | None
+    equal_to_merged: Share | None
+    perturbed_noticed: bool | None
+    first_difference: str | None
+    gguf_sha256: Sha256
+    adapter_sha256: Sha256 | None
+    server_digest: str | None
+    stored_sha256: str | None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> VerificationRecord:
+        for name in ("rendered", "counted", "answered"):
+            if (getattr(self, name) is None) != (self.prompts == 0):
+                raise ValueError(f"{name}: expected a share exactly where prompts were asked, came "
+                                 f"{getattr(self, name)} of {self.prompts} prompts")  # fmt: skip
+        return self
+
+
+class VerifyRecord(Record):
+    """`verify.json`: whether the servers answer as the trained model does."""
+
+    form: Literal[1] = Field(alias="schema")
+    arm: Name
+    seed: Count
+    model_name: Name
+    rows: list[VerificationRecord]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> VerifyRecord:
+        refuse_repeats("rows of", ((row.backend, row.mode) for row in self.rows))
+        return self

@@ -1,0 +1,191 @@
+"""Stage quantize on a real, small export: what it measures, what it leaves behind, and what stops it."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from db.records_serving import QuantizedRecord, QuantizedSampleRecord
+from evaluation.backends.llama_cpp import LlamaCppBackend
+from export.errors import ExportError
+from pipelines import export, prepare_base, prepare_data, profile, quantize
+from pipelines.config import ConfigError, parse_params
+
+pytestmark = pytest.mark.slow
+
+SMOKE = profile.compose("smoke")
+OUT = "quantized/baseline_lora/0"
+
+
+@pytest.fixture(scope="module")
+def raw(base_dir):
+    found = yaml.safe_load(SMOKE)
+    found["prepare_base"]["source"] = str(base_dir)
+    found["prepare_data"]["test_items"] = 12
+    return found
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, raw, adapter_dir):
+    """A folder with data, a base, an adapter, and both exported in f16."""
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        params = parse_params(raw)
+        prepare_data.run(params)
+        prepare_base.run(params)
+        shutil.copytree(adapter_dir, folder / "adapters/baseline_lora/0")
+        export.run(params, "base", 0)
+        export.run(params, "baseline_lora", 0)
+    return folder
+
+
+@pytest.fixture
+def here(project, tmp_path, monkeypatch):
+    """A copy of it to change."""
+    shutil.copytree(project, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
+
+
+def with_types(raw, *types):
+    return parse_params({**raw, "quantize": {"types": list(types)}})
+
+
+def results(folder):
+    rows = QuantizedRecord.model_validate_json((folder / OUT / "quantized.json").read_text()).rows
+    lines = (folder / OUT / "quantized_samples.jsonl").read_text().splitlines()
+    return rows, [QuantizedSampleRecord.model_validate_json(line) for line in lines]
+
+
+def content(folder):
+    return {f.name: f.read_bytes() for f in (folder / OUT).iterdir()}
+
+
+def test_every_precision_is_measured_on_the_test_items(here, raw):
+    quantize.run(with_types(raw, "bf16", "f16", "q8_0", "q4_K_M"), "baseline_lora", 0)
+    rows, samples = results(here)
+    assert [row.type for row in rows] == ["f16", "bf16", "q8_0", "q4_K_M"], "f16 once, and first"
+    f16, bf16, q8, q4 = rows
+    assert f16.bytes == (here / "gguf/baseline_lora/0/model.gguf").stat().st_size
+    assert f16.bytes == pytest.approx(bf16.bytes, rel=0.01) and f16.bytes > q8.bytes > q4.bytes
+    assert 16 < bf16.bits_per_weight < 16.2 and 8.5 < q8.bits_per_weight < 8.7
+    assert set(bf16.tensor_types) == {"BF16", "F32"} and set(q8.tensor_types) == {"Q8_0", "F32"}
+    # Rows of 64 and 128 hold no block of 256.
+    assert q4.fallbacks >= 14 and "Q4_K" not in q4.tensor_types and (f16.fallbacks, q8.fallbacks) == (0, 0)
+    items = [json.loads(line)["id"] for line in open("data/test.jsonl", encoding="utf-8")]
+    for row in rows:
+        mine = [s for s in samples if s.type == row.type]
+        assert [s.item_id for s in mine] == items and len(mine) == row.n == 12
+        assert sum(s.correct for s in mine) == row.correct
+        first = [s.answer for s in samples if s.type == "f16"]
+        assert row.answers_equal_to_f16 == sum(a.answer == b for a, b in zip(mine, first, strict=True)) / 12
+    assert {f.name for f in (here / OUT).iterdir()} == {"quantized.json", "quantized_samples.jsonl", "run.json"}
+    record = json.loads((here / OUT / "run.json").read_text())
+    assert (record["stage"], record["status"], record["arm"]) == ("quantize", "finished", "baseline_lora")
+    assert "gguf/baseline_lora/0/model.gguf" in record["inputs"] and "data/test.jsonl" in record["inputs"]
+
+
+def test_the_answers_are_the_model_s_own(here, raw):
+    """As the backend gives them one by one, with the stop words of the export."""
+    quantize.run(with_types(raw, "q8_0"), "baseline_lora", 0)
+    facts = json.loads((here / "gguf/baseline_lora/0/serving.json").read_text())
+    engine = LlamaCppBackend(here / "gguf/baseline_lora/0/model.gguf", facts["template"], num_ctx=facts["num_ctx"])
+    questions = {i["id"]: i["prompt"] for i in map(json.loads, open("data/test.jsonl", encoding="utf-8"))}
+    f16 = [s for s in results(here)[1] if s.type == "f16"]
+    same = [engine.generate(questions[s.item_id], raw["evaluate"]["max_tokens"], facts["stop"]).text == s.answer
+            for s in f16]  # fmt: skip
+    engine.close()
+    assert sum(same) >= 11, "all, save a tie"
+
+
+def test_where_the_export_kept_no_f16_it_is_made_anew(here, raw):
+    exported = (here / "gguf/baseline_lora/0/model.gguf").read_bytes()
+    served = parse_params({**raw, "export": {**raw["export"], "quantization": "q8_0"}})
+    export.run(served, "baseline_lora", 0)
+    assert (here / "gguf/baseline_lora/0/model.gguf").read_bytes() != exported
+    assert quantize.f16_file("baseline_lora", 0, here).read_bytes() == exported
+    (here / "model-f16.gguf").unlink()
+    quantize.run(with_types(raw), "baseline_lora", 0)
+    (row,) = results(here)[0]
+    assert row.type == "f16" and row.bytes == len(exported)
+    export.run(served, "base", 0)
+    assert quantize.f16_file("base", 0, here) == quantize.gguf_dir("base", 0) / "model-f16.gguf"
+
+
+@pytest.mark.parametrize("at", [0, 15])
+def test_an_interrupted_stage_keeps_the_old_results(here, raw, monkeypatch, at):
+    quantize.run(with_types(raw, "q8_0"), "baseline_lora", 0)
+    before, asked = content(here), []
+    generate_many = LlamaCppBackend.generate_many
+
+    def stopped(self, *args):
+        for answer in generate_many(self, *args):
+            if len(asked) == at:
+                raise KeyboardInterrupt
+            asked.append(answer)
+            yield answer
+
+    monkeypatch.setattr(LlamaCppBackend, "generate_many", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        quantize.run(with_types(raw, "q4_K_M"), "baseline_lora", 0)
+    assert len(asked) == at
+    assert content(here) == before
+    assert [f.name for f in (here / OUT).parent.iterdir()] == ["0"], "no half results, no models"
+
+
+def test_nothing_exported(here, raw):
+    shutil.rmtree(here / "gguf/baseline_lora/0")
+    with pytest.raises(ConfigError, match=r"gguf/baseline_lora/0: .*`dvc repro export`"):
+        quantize.run(with_types(raw), "baseline_lora", 0)
+    with pytest.raises(ConfigError, match="unknown arm 'magic'"):
+        quantize.run(with_types(raw), "magic", 0)
+    assert not (here / OUT).exists()
+
+
+def test_a_damaged_export_is_named_and_the_old_results_stand(here, raw):
+    quantize.run(with_types(raw), "baseline_lora", 0)
+    before, file = content(here), here / "gguf/baseline_lora/0/model.gguf"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ExportError, match=r"model\.gguf: expected a GGUF file"):
+        quantize.run(with_types(raw), "baseline_lora", 0)
+    quantize.quantize(here / "gguf/base/0/model.gguf", file, "q8_0")
+    with pytest.raises(ExportError, match=r"model\.gguf: expected a model in f16, found {'Q8_0'"):
+        quantize.run(with_types(raw), "baseline_lora", 0)
+    assert content(here) == before
+
+
+def test_one_file_is_on_the_disk_at_a_time(here, raw, monkeypatch):
+    made = quantize.quantize
+    seen = []
+
+    def watched(source, out, precision):
+        seen.append(sorted(f.name for f in out.parent.iterdir()))
+        return made(source, out, precision)
+
+    monkeypatch.setattr(quantize, "quantize", watched)
+    quantize.run(with_types(raw, "bf16", "q8_0"), "baseline_lora", 0)
+    assert seen == [[], []], "the one before is gone"
+
+
+@pytest.mark.parametrize(
+    ("types", "words"),
+    [
+        (["q9_0"], r"quantize\.types\.0: expected one of 'f32', .*got 'q9_0'"),
+        (["q8_0", "iq2_xxs"], r"quantize\.types\.1: 'iq2_xxs' cannot be used: .*importance matrix"),
+        (["Q8_0"], r"did you mean 'q8_0'\?"),
+        (["q8_0", "q8_0"], r"quantize\.types: expected each once, got \['q8_0', 'q8_0'\]"),
+        ("q8_0", r"quantize\.types: .*list, got 'q8_0'"),
+        ([8], r"quantize\.types\.0: .*string, got 8"),
+    ],
+)
+def test_types_that_cannot_be_had_stop_before_any_work(raw, types, words):
+    with pytest.raises(ConfigError, match=words):
+        parse_params({**raw, "quantize": {"types": types}})
+
+
+def test_what_is_served_takes_the_same_names(raw):
+    assert parse_params({**raw, "export": {**raw["export"], "quantization": "q6_K"}}).export.quantization == "q6_K"
+    with pytest.raises(ConfigError, match=r"export\.quantization: 'iq1_s' cannot be used: .*importance matrix"):
+        parse_params({**raw, "export": {**raw["export"], "quantization": "iq1_s"}})
