@@ -1,10 +1,11 @@
 """Items × backend → samples and metrics."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from evaluation.backends import Backend
+from evaluation.backends import Backend, BackendError
+from evaluation.journal import Journal
 from evaluation.tasks import Item, Score, aqi, general
 
 
@@ -14,35 +15,73 @@ def task_of(item: Item) -> Any:
 
 
 def ask(
-    backend: Backend, items: Iterable[Item], split: str, *, max_tokens: int, stop: Sequence[str]
+    backend: Backend,
+    items: Iterable[Item],
+    split: str,
+    *,
+    max_tokens: int,
+    stop: Sequence[str],
+    journal: Journal | None = None,
+    progress: Callable[[], object] = lambda: None,
 ) -> list[tuple[dict[str, Any], Score]]:
     """Answer and score every item.
+
+    Args:
+        backend: Answers; as many items at once as it was told to.
+        items: Each with an id of its own.
+        split: Name of the data set.
+        max_tokens: Limit of each answer.
+        stop: Words that end an answer.
+        journal: Where answers are kept as they come. Items that it already answers are not asked.
+        progress: Called after every answer that was asked for.
 
     Returns:
         (row of samples.jsonl, score) for each item, in order.
 
     Raises:
-        BackendError: the backend gave up.
+        BackendError: the backend gave up; with a journal, what was answered is kept there.
     """
-    results = []
-    for item in items:
-        answer = backend.generate(item.prompt, max_tokens, stop)
-        score = task_of(item).score(item, answer.text)
-        row = {
-            "item_id": item.id,
-            "task": item.task,
-            "split": split,
-            "prompt": item.prompt,
-            "truth": item.completion,
-            "answer": answer.text,
-            "predicted": score.predicted if isinstance(score.predicted, int | float) else None,
-            "correct": score.correct,
-            "abs_error": score.abs_error,
-            "prompt_tokens": answer.prompt_tokens,
-            "answer_tokens": answer.answer_tokens,
-        }
-        results.append((row, score))
-    return results
+    items = list(items)
+    answers = {item.id: row for item in items if journal and (row := journal.get(split, item.id))}
+    left = [item for item in items if item.id not in answers]
+    try:
+        for place, made in backend.generate_many([item.prompt for item in left], max_tokens, stop):
+            item = left[place]
+            row = {
+                "split": split,
+                "item_id": item.id,
+                "answer": made.text,
+                "prompt_tokens": made.prompt_tokens,
+                "answer_tokens": made.answer_tokens,
+            }
+            if journal is not None:
+                journal.add(row)
+            answers[item.id] = row
+            progress()
+    except BackendError as error:
+        kept = " and kept; the same command goes on from there" if journal is not None else ""
+        raise BackendError(f"{error}. {len(answers)} of {len(items)} items of {split} are done{kept}") from error
+    missing = [item.id for item in items if item.id not in answers]
+    if missing:
+        raise BackendError(f"{backend.name} left {len(missing)} of {len(items)} items of {split} out: {missing[:3]} …")
+    return [_scored(item, answers[item.id]) for item in items]
+
+
+def _scored(item: Item, row: Mapping[str, Any]) -> tuple[dict[str, Any], Score]:
+    score = task_of(item).score(item, row["answer"])
+    return {
+        "item_id": item.id,
+        "task": item.task,
+        "split": row["split"],
+        "prompt": item.prompt,
+        "truth": item.completion,
+        "answer": row["answer"],
+        "predicted": score.predicted if isinstance(score.predicted, int | float) else None,
+        "correct": score.correct,
+        "abs_error": score.abs_error,
+        "prompt_tokens": row["prompt_tokens"],
+        "answer_tokens": row["answer_tokens"],
+    }, score
 
 
 def metrics(test: Sequence[Score], retention: Sequence[tuple[str, Score]]) -> list[dict[str, Any]]:

@@ -1,10 +1,15 @@
-"""Prefill and decode speed, measured so that two models can be compared.
+"""Speed, measured so that two models can be compared: load, time to first token, prefill, decode.
 
 One request at a time, fixed numbers of tokens, the models in turn within one process, a warm-up thrown away, and
 every prompt with a prefix of its own so that no prompt cache helps. Merged LoRA models of one shape run the same
 arithmetic: a difference between them is noise, and this is how large the noise is.
+
+What a row's tokens are: in `prefill` those of the prompts, in `decode` those of the answers, in `ttft` the first
+ones, one for each request; `load` has none. None is a figure that a server did not give.
 """
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -23,27 +28,64 @@ class Timed(Protocol):
         """Evaluate a prompt."""
         ...
 
+    def next_token(self) -> int:
+        """The most likely token after it."""
+        ...
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of ids."""
+        ...
+
     def decode(self, max_tokens: int, *, ignore_end: bool = False) -> tuple[list[int], str]:
         """Continue it."""
         ...
 
 
-Measure = Callable[[str, int], Mapping[str, tuple[int, int]]]
+Phases = Mapping[str, tuple[int | None, int | None]]
+Measure = Callable[[str, int], Phases]
 
 
 def embedded(backend: Timed) -> Measure:
-    """Phases of one request to an embedded backend, each as (tokens, nanoseconds)."""
+    """Phases of one request to an embedded backend, each as (tokens, nanoseconds).
 
-    def measure(prompt: str, tokens: int) -> dict[str, tuple[int, int]]:
-        ids = backend.tokenize(prompt)
+    The time to the first token is that from the rendered prompt to the first piece of text: tokenizing, prefill,
+    choice of the token.
+    """
+
+    def measure(prompt: str, tokens: int) -> Phases:
         t0 = time.perf_counter_ns()
-        backend.prefill(ids)
+        ids = backend.tokenize(prompt)
         t1 = time.perf_counter_ns()
-        made, _ = backend.decode(tokens, ignore_end=True)
+        backend.prefill(ids)
         t2 = time.perf_counter_ns()
-        return {"prefill": (len(ids), t1 - t0), "decode": (len(made), t2 - t1)}
+        backend.detokenize([backend.next_token()])
+        t3 = time.perf_counter_ns()
+        made, _ = backend.decode(tokens, ignore_end=True)
+        t4 = time.perf_counter_ns()
+        return {"ttft": (1, t3 - t0), "prefill": (len(ids), t2 - t1), "decode": (len(made), t4 - t3)}
 
     return measure
+
+
+def loads(contenders: Mapping[str, Callable[[], int | None]], *, repetitions: int) -> list[dict[str, Any]]:
+    """Time loading the contenders from cold, in turn.
+
+    Args:
+        contenders: Arm → loads the model, which must not be loaded, and gives the time, ns.
+        repetitions: How often; one more comes first and is thrown away.
+
+    Returns:
+        Rows as of `alternate`.
+    """
+    names = list(contenders)
+    rows = []
+    for repetition in range(WARM_UP, repetitions):
+        shift = repetition % len(names)
+        for arm in names[shift:] + names[:shift]:
+            ns = contenders[arm]()
+            if repetition != WARM_UP:
+                rows.append({"arm": arm, "phase": "load", "repetition": repetition, "tokens": None, "nanoseconds": ns})
+    return rows
 
 
 def alternate(
@@ -58,32 +100,96 @@ def alternate(
         tokens: Decoded for each prompt.
 
     Returns:
-        Rows {arm, phase, repetition, tokens, nanoseconds}, a sum over the prompts each.
+        Rows {arm, phase, repetition, tokens, nanoseconds}, a sum over the prompts each; None where a figure of
+        one of them is.
     """
     rows: list[dict[str, Any]] = []
     names = list(contenders)
     for repetition in range(WARM_UP, repetitions):
-        sums: dict[tuple[str, str], list[int]] = {}
+        parts: dict[tuple[str, str], list[tuple[int | None, int | None]]] = {}
         for number, prompt in enumerate(prompts):
             # Who goes first changes from prompt to prompt, so that drift meets all alike.
             shift = (number + repetition) % len(names)
             for arm in names[shift:] + names[:shift]:
                 # The prefix is new for every request: a prompt cache finds nothing.
                 text = f"{repetition + 2}{number}{names.index(arm)} {prompt}"
-                for phase, (n, ns) in contenders[arm](text, tokens).items():
-                    total = sums.setdefault((arm, phase), [0, 0])
-                    total[0] += n
-                    total[1] += ns
+                for phase, figures in contenders[arm](text, tokens).items():
+                    parts.setdefault((arm, phase), []).append(figures)
         if repetition != WARM_UP:
-            rows += [
-                {"arm": arm, "phase": phase, "repetition": repetition, "tokens": n, "nanoseconds": ns}
-                for (arm, phase), (n, ns) in sums.items()
-            ]
+            for (arm, phase), figures_of_all in parts.items():
+                n, ns = (_total(column) for column in zip(*figures_of_all, strict=True))
+                rows.append({"arm": arm, "phase": phase, "repetition": repetition, "tokens": n, "nanoseconds": ns})
     return rows
+
+
+def _total(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def tokens_per_second(rows: Sequence[Mapping[str, Any]], arm: str, phase: str) -> float:
     """Σtokens / Σtime of an arm in a phase; NaN where nothing was measured."""
-    mine = [row for row in rows if row["arm"] == arm and row["phase"] == phase]
+    mine = [row for row in rows if row["arm"] == arm and row["phase"] == phase and None not in row.values()]
     seconds = sum(row["nanoseconds"] for row in mine) / 1e9
     return float(sum(row["tokens"] for row in mine) / seconds) if seconds else float("nan")
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Median and interval over the repetitions, of each arm and phase.
+
+    Returns:
+        {arm, phase, unit, median, low, high, confidence, repetitions}: ms (for each request) of load and ttft,
+        tokens/s of prefill and decode. Repetitions without a figure are left out.
+    """
+    values: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        value = _figure(row)
+        if value is not None:
+            values.setdefault((row["arm"], row["phase"]), []).append(value)
+    return [
+        {
+            "arm": arm,
+            "phase": phase,
+            "unit": "ms" if phase in ("load", "ttft") else "tokens/s",
+            **median_interval(found),
+            "repetitions": len(found),
+        }
+        for (arm, phase), found in values.items()
+    ]
+
+
+def _figure(row: Mapping[str, Any]) -> float | None:
+    tokens, ns = row["tokens"], row["nanoseconds"]
+    if row["phase"] == "load":
+        return None if ns is None else ns / 1e6
+    if not tokens or not ns:
+        return None
+    return float(ns / 1e6 / tokens) if row["phase"] == "ttft" else float(tokens * 1e9 / ns)
+
+
+def median_interval(values: Sequence[float], level: float = 0.95) -> dict[str, float]:
+    """Median with the narrowest pair of order statistics that holds it with at least this confidence.
+
+    Whatever the distribution, the k-th smallest and k-th largest of n values miss the median with probability
+    2·P(Bin(n, ½) < k). With fewer than six values none reaches 95%; then it is smallest and largest, and the
+    confidence says how much that is.
+
+    Args:
+        values: At least one.
+        level: Confidence asked for.
+
+    Returns:
+        {median, low, high, confidence}.
+    """
+    ordered, n = sorted(values), len(values)
+
+    def confidence(k: int) -> float:
+        return max(0.0, 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n)
+
+    k = max((k for k in range(1, n // 2 + 1) if confidence(k) >= level), default=1)
+    return {
+        "median": statistics.median(ordered),
+        "low": ordered[k - 1],
+        "high": ordered[n - k],
+        "confidence": confidence(k),
+    }

@@ -21,6 +21,18 @@ class OllamaError(ExportError):
     """The server refused, or made something else than it was asked for."""
 
 
+class OllamaRefused(OllamaError):  # noqa: N818  (named as OllamaUnavailable is)
+    """The server answered with an HTTP error.
+
+    Attributes:
+        status: HTTP status; -1 for an error that came in the middle of a stream.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class OllamaUnavailable(OllamaError):  # noqa: N818  (a state of the world, named as such)
     """No server answers, or the connection broke."""
 
@@ -77,7 +89,7 @@ def explained(url: str, timeout_s: float | None = None) -> Iterator[None]:
 
     Raises:
         OllamaUnavailable: no connection, or it broke.
-        OllamaError: the server answered with an error.
+        OllamaRefused: the server answered with an error.
     """
     import httpx
     from ollama import ResponseError
@@ -88,7 +100,8 @@ def explained(url: str, timeout_s: float | None = None) -> Iterator[None]:
         hint = ""
         if "adapters are no longer supported" in error.error:
             hint = "; releases from 0.34.1 on take no LoRA adapters: register the merged GGUF without one"
-        raise OllamaError(f"Ollama at {url} answered {error.status_code}: {error.error}{hint}") from error
+        said = f"Ollama at {url} answered {error.status_code}: {error.error}{hint}"
+        raise OllamaRefused(said, error.status_code) from error
     except httpx.TimeoutException as error:
         raise OllamaUnavailable(
             f"Ollama at {url} said nothing for {timeout_s} s; see its log, or raise the time allowed"
@@ -156,8 +169,14 @@ def render_prompt(host: str | None, name: str, prompt: str) -> str:
     body = {"model": name, "prompt": prompt, "stream": False, "_debug_render_only": True}
     try:
         answer = httpx.post(f"{url}/api/generate", json=body, timeout=None, **http_options(url))  # noqa: S113
-        return str(answer.raise_for_status().json()["_debug_info"]["rendered_template"])
+        content = answer.raise_for_status().json()
+        if "_debug_info" not in content:
+            raise OllamaError(
+                f"Ollama at {url} does not say how it renders the prompt of {name!r}: this release knows no "
+                "_debug_render_only; upgrade the server to verify prompts there"
+            )
+        return str(content["_debug_info"]["rendered_template"])
     except httpx.TransportError as error:
         raise OllamaUnavailable(f"no connection to Ollama at {url} ({error}); start it with `ollama serve`") from error
-    except (httpx.HTTPStatusError, ValueError, KeyError) as error:
+    except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
         raise OllamaError(f"Ollama at {url} did not render the prompt of {name!r}: {error}") from error

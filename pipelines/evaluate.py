@@ -1,7 +1,9 @@
 """Stage evaluate: scores/<arm>/<seed>/ with scores.json and samples.jsonl."""
 
 import json
+import shutil
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,14 +14,15 @@ from evaluation import scoring, speed
 from evaluation.backends import Backend, BackendError
 from evaluation.backends.hf import HfBackend
 from evaluation.backends.llama_cpp import LlamaCppBackend
-from evaluation.tasks import Item, render
+from evaluation.journal import Journal
+from evaluation.tasks import Item, Score, render
 from export.modelfile import spec_of
 from export.ollama import register, resolve_host, server_version
 from pipelines.base_model import load_reference
 from pipelines.config import ConfigError, check_arm, load_params
-from pipelines.outputs import staged
+from pipelines.outputs import exclusive, staged
 from pipelines.prompt import prompt_text
-from pipelines.runinfo import RunRecord, hash_inputs, read_json, read_jsonl, sha256, write_json, write_jsonl
+from pipelines.runinfo import RunRecord, hash_inputs, key_of, read_json, read_jsonl, sha256, write_json, write_jsonl
 from pipelines.schema import Params
 from pipelines.stage import (
     BASE_ARM,
@@ -32,6 +35,8 @@ from pipelines.stage import (
     quiet_libraries,
     scores_dir,
 )
+
+CHECKPOINTS = Path("checkpoints/scores")
 
 
 def choose_backend(wanted: str, base_backend: str | None = None) -> str:
@@ -72,20 +77,28 @@ class Models:
     """Opens the models of one evaluation on one backend."""
 
     def __init__(self, params: Params, backend: str, first_seed: int) -> None:
-        self._params, self._backend, self._first_seed = params, backend, first_seed
+        self.backend = backend
+        self._params, self._first_seed = params, first_seed
 
     def open(self, arm: str, seed: int) -> Any:
         """Backend that answers for an arm."""
         folder = gguf_dir(arm, seed)
         facts = read_json(folder / "serving.json")
         threads = self._params.evaluate.threads
-        if self._backend == "llama_cpp":
-            return LlamaCppBackend(folder / "model.gguf", facts["template"], num_ctx=facts["num_ctx"], threads=threads)
+        parallel = self._params.evaluate.parallel
+        if self.backend == "llama_cpp":
+            return LlamaCppBackend(
+                folder / "model.gguf", facts["template"], num_ctx=facts["num_ctx"], threads=threads, parallel=parallel
+            )
         reference, _ = load_reference()
-        if self._backend == "hf":
+        if self.backend == "hf":
             adapter = None if arm == BASE_ARM else adapter_dir(arm, seed)
             return HfBackend(
-                reference.merge_from, facts["template"], adapter=adapter, load_kwargs=reference.merge_kwargs
+                reference.merge_from,
+                facts["template"],
+                adapter=adapter,
+                load_kwargs=reference.merge_kwargs,
+                parallel=parallel,
             )
         return self._ollama(arm, seed, folder, facts)
 
@@ -96,7 +109,11 @@ class Models:
         name = model_name(arm, seed, self._first_seed)
         spec = spec_of(facts)
         host = resolve_host()
-        register(host, name, folder / "model.gguf", spec)
+
+        def on_server() -> None:
+            register(host, name, folder / "model.gguf", spec)
+
+        on_server()
         tokenizer = load_tokenizer(load_reference()[0])
 
         def expected(prompt: str) -> list[int]:
@@ -108,40 +125,76 @@ class Models:
             facts["num_ctx"],
             num_threads=self._params.evaluate.threads or None,
             expected=expected,
+            parallel=self._params.evaluate.parallel,
+            restore=on_server,
         )
 
 
-def _timed(backend: Any) -> speed.Measure:
-    """One timed request: fixed token counts on the embedded backends, the server's own figures on Ollama."""
-    if hasattr(backend, "prefill"):
-        return speed.embedded(backend)
+def measure_speed(
+    params: Params, models: Models, arms: dict[str, int], template: str, items: list[Item]
+) -> list[dict[str, Any]]:
+    """Speed rows of the arms (arm → seed), timed in turn: loading, then requests.
 
-    def measure(prompt: str, tokens: int) -> dict[str, tuple[int, int]]:
-        done = backend.generate(prompt, tokens, ())
-        return {
-            "prefill": (done.prompt_tokens, done.prefill_ns),
-            "decode": (done.answer_tokens, done.decode_ns),
-        }
+    Nothing else of theirs may be loaded meanwhile: a third model need not fit a GPU's memory.
+    """
+    section, in_process = params.evaluate, models.backend != "ollama"
 
-    return measure
+    def open_anew(arm: str) -> int | None:
+        with closing(models.open(arm, arms[arm])) as model:
+            return model.load_ns
+
+    loaders: dict[str, Any] = {arm: partial(open_anew, arm) for arm in arms}
+    rows = speed.loads(loaders, repetitions=section.speed_repetitions) if in_process else []
+    with ExitStack() as stack:
+        opened = {arm: stack.enter_context(closing(models.open(arm, seed))) for arm, seed in arms.items()}
+        if not in_process:
+            loaders = {arm: model.load_cold for arm, model in opened.items()}
+            rows = speed.loads(loaders, repetitions=section.speed_repetitions)
+        # A server puts the template round the question itself.
+        asked = [
+            render(template, item.prompt) if in_process else item.prompt for item in items[: section.speed_prompts]
+        ]
+        return rows + speed.alternate(
+            {arm: speed.embedded(model) if in_process else model.timed for arm, model in opened.items()},
+            asked,
+            repetitions=section.speed_repetitions,
+            tokens=section.speed_tokens,
+        )
 
 
-def measure_speed(params: Params, models: dict[str, Any], template: str, items: list[Item]) -> list[dict[str, Any]]:
-    """Speed rows of the models, timed in turn."""
+def answers_key(params: Params, backend: Backend, inputs: dict[str, str], facts: dict[str, Any]) -> str:
+    """Hash of everything that decides the answers, save rounding: evaluate.parallel is not part of it.
+
+    Args:
+        params: Settings.
+        backend: That answers.
+        inputs: Hashes of the items and of everything that was exported.
+        facts: serving.json.
+    """
     section = params.evaluate
-    raw = all(hasattr(m, "prefill") for m in models.values())
-    prompts = [render(template, i.prompt) if raw else i.prompt for i in items[: section.speed_prompts]]
-    return speed.alternate(
-        {arm: _timed(model) for arm, model in models.items()},
-        prompts,
-        repetitions=section.speed_repetitions,
-        tokens=section.speed_tokens,
-    )
+    asked = {"max_tokens": section.max_tokens, "threads": section.threads, "serving": facts}
+    return key_of({"backend": [backend.name, backend.version], "inputs": inputs, **asked})
 
 
 def _base_backend() -> str | None:
     file = scores_dir(BASE_ARM, 0) / "scores.json"
     return str(read_json(file)["backend"]["name"]) if file.is_file() else None
+
+
+def answer(
+    backend: Backend, splits: dict[str, list[Item]], journal: Journal, max_tokens: int, stop: list[str], title: str
+) -> dict[str, list[tuple[dict[str, Any], Score]]]:
+    """Rows and scores of every split; what the journal holds already is not asked again."""
+    if journal.resumed:
+        print(f"{title}: going on with {journal.resumed} answers of an earlier run ({journal.path})")
+    total = sum(map(len, splits.values()))
+    with journal, tqdm(total=total, initial=journal.resumed, desc=title, mininterval=1) as bar:
+        return {
+            split: scoring.ask(
+                backend, items, split, max_tokens=max_tokens, stop=stop, journal=journal, progress=bar.update
+            )
+            for split, items in splits.items()
+        }
 
 
 def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
@@ -158,30 +211,22 @@ def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
     }
     shown = {"evaluate": section.model_dump(), "prompt": params.prompt.model_dump()}
     inputs = hash_inputs(DATA / "test.jsonl", DATA / "retention.jsonl", gguf_dir(arm, seed))
-    with staged(out) as folder, ExitStack() as stack:
+    kept = CHECKPOINTS / arm / str(seed)
+    lock = kept.with_name(f"{seed}.lock")
+    with exclusive(lock, f"evaluate {arm} seed {seed}"), staged(out) as folder:
         record = RunRecord("evaluate", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=template)
         models = Models(params, backend_name, first_seed)
-        mine: Backend = stack.enter_context(closing(models.open(arm, seed)))
-        stop = read_json(gguf_dir(arm, seed) / "serving.json")["stop"]
-        results = {
-            split: scoring.ask(
-                mine,
-                tqdm(items, desc=f"{arm}-{seed} {split}", mininterval=1),
-                split,
-                max_tokens=section.max_tokens,
-                stop=stop,
-            )
-            for split, items in splits.items()
-        }
-        timed: dict[str, Any] = {arm: mine}
-        if arm != BASE_ARM:
-            timed[BASE_ARM] = stack.enter_context(closing(models.open(BASE_ARM, 0)))
-        rows = measure_speed(params, timed, template, splits["test"])
+        facts = read_json(gguf_dir(arm, seed) / "serving.json")
+        with closing(models.open(arm, seed)) as mine:
+            journal = Journal(kept / f"{answers_key(params, mine, inputs, facts)[:16]}.jsonl")
+            results = answer(mine, splits, journal, section.max_tokens, facts["stop"], f"{arm}-{seed}")
+            version, device_class = mine.version, mine.device_class
+            missing = sorted(getattr(mine, "missing", ()))
+        rows = measure_speed(params, models, {arm: seed, BASE_ARM: 0}, template, splits["test"])
         table = scoring.metrics(
             [s for _, s in results["test"]],
             [(i.task, s) for i, (_, s) in zip(splits["retention"], results["retention"], strict=True)],
         )
-        version, device_class = mine.version, mine.device_class
         write_jsonl(folder / "samples.jsonl", [row for split in results.values() for row, _ in split])
         scores = {
             "schema": 1,
@@ -193,10 +238,12 @@ def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
             "metrics": table,
             "metric_defs": scoring.metric_defs(table),
             "speed": rows,
+            "speed_summary": speed.summary(rows),
         }
         write_json(folder / "scores.json", scores)
-        record.extra = {"backend": scores["backend"]}
+        record.extra = {"backend": scores["backend"], "resumed_items": journal.resumed, "missing_figures": missing}
         record.write(folder)
+    shutil.rmtree(kept)  # only now are the answers in their place
     shown_metrics = {m["name"]: round(m["value"], 4) for m in table if "/" not in m["name"]}
     print(json.dumps({**shown_metrics, "decode_tokens_per_s": round(speed.tokens_per_second(rows, arm, "decode"), 1)}))
 

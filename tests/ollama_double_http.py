@@ -11,6 +11,12 @@ from tests.ollama_double_engine import Refusal
 if TYPE_CHECKING:
     from tests.ollama_double import OllamaDouble
 
+ODD_ANSWERS = {
+    "wrong_json": b'{"model": "m", "response": "126", "do',
+    "missing_response": b'{"model": "m", "done": true, "done_reason": "stop", "eval_count": 3}',
+    "not_done": b'{"model": "m", "response": "12", "done": false}',
+}
+
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
@@ -131,11 +137,21 @@ class Handler(BaseHTTPRequestHandler):
             self._json(list(statuses)[-1])
 
     def _generate(self, body: Any) -> None:
-        if body.get("prompt") and self.double.misbehave in ("die", "hang", "drop"):
-            self._fail(self.double.misbehave)
+        how = self.double.strike(body)
+        if how in ("die", "hang", "drop"):
+            self._fail(how)
             return
+        if how == "error_500_n_times":
+            raise Refusal(500, "llama runner process has terminated: exit status 2")
+        if how == "forget_model":
+            self.double.models.pop(full_name(body["model"]), None)
         with self.double.lock:
             parts = list(self.double.generate(body))
+        if how in ODD_ANSWERS:
+            self._send(200, ODD_ANSWERS[how])
+            return
+        if how == "missing_fields":
+            parts[-1] = {k: v for k, v in parts[-1].items() if k in ("model", "response", "done")}
         if body.get("stream", True):
             self._stream(iter(parts))
         else:

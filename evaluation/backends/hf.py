@@ -1,12 +1,13 @@
 """Hugging Face transformers as a backend: the reference that exports are held against."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.backends import BackendError
+from evaluation.backends import BackendError, Generation
 from evaluation.backends.stepwise import StepwiseBackend
+from evaluation.tasks import render
 
 
 class HfBackend(StepwiseBackend):
@@ -18,6 +19,7 @@ class HfBackend(StepwiseBackend):
         adapter: PEFT folder.
         load_kwargs: Passed to `from_pretrained` (revision, trust_remote_code).
         tokenizer: Folder of another tokenizer than the model's own (what training used).
+        parallel: Prompts in one batch in `generate_many`, ≥ 1.
 
     Raises:
         BackendError: cannot be loaded.
@@ -33,6 +35,7 @@ class HfBackend(StepwiseBackend):
         adapter: Path | None = None,
         load_kwargs: dict[str, Any] | None = None,
         tokenizer: str | None = None,
+        parallel: int = 1,
     ) -> None:
         import torch
         import transformers
@@ -67,6 +70,7 @@ class HfBackend(StepwiseBackend):
         self.load_ns = time.perf_counter_ns() - started
         eos = self._model.generation_config.eos_token_id
         self._end = set(eos if isinstance(eos, list) else [eos]) | {self._tokenizer.eos_token_id}
+        self._parallel = parallel
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a rendered prompt; BOS as the tokenizer's configuration says."""
@@ -89,6 +93,10 @@ class HfBackend(StepwiseBackend):
         self._cache, self._next = out.past_key_values, int(best.indices[0])
         self.gaps.append(float(best.values[0] - best.values[1]))
 
+    def next_token(self) -> int:
+        """See `StepwiseBackend`."""
+        return self._next
+
     def decode(self, max_tokens: int, *, ignore_end: bool = False, stop: Sequence[str] = ()) -> tuple[list[int], str]:
         """See `StepwiseBackend`."""
         ids: list[int] = []
@@ -106,6 +114,68 @@ class HfBackend(StepwiseBackend):
                 )
                 self._keep(out)
         return ids, "length"
+
+    def generate_many(
+        self, item_prompts: Sequence[str], max_tokens: int, stop: Sequence[str] = ()
+    ) -> Iterator[tuple[int, Generation]]:
+        """See `evaluation.backends.Backend`; prompts of like length share a batch, so that little is padded."""
+        if self._parallel == 1:
+            yield from super().generate_many(item_prompts, max_tokens, stop)
+            return
+        prompts = [self.tokenize(render(self._template, prompt)) for prompt in item_prompts]
+        places = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+        for start in range(0, len(places), self._parallel):
+            batch = places[start : start + self._parallel]
+            made = self.generate_ids([prompts[place] for place in batch], max_tokens)
+            for place, ids in zip(batch, made, strict=True):
+                answer, reason = self._cut(ids, max_tokens, stop)
+                text = self._text(answer, stop)
+                yield place, Generation(text, len(prompts[place]), len(answer), self.load_ns, None, None, reason)
+
+    def generate_ids(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+        """Greedy continuations of several prompts by transformers' own `generate`, padded on the left.
+
+        Args:
+            prompts: Token ids.
+            max_tokens: Limit, tokens.
+
+        Returns:
+            Ids for each; after an end token they mean nothing.
+        """
+        from transformers import GenerationConfig
+
+        width = max(map(len, prompts))
+        end = sorted(i for i in self._end if i is not None)
+        pad = self._tokenizer.pad_token_id
+        pad = (end or [0])[0] if pad is None else pad  # masked on the left, cut off on the right: any id will do
+        ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        # Named, since the model's own generation_config fills in what is not.
+        config = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            max_new_tokens=max_tokens,
+            eos_token_id=end or None,
+            pad_token_id=pad,
+        )
+        with self._torch.inference_mode():
+            made = self._model.generate(
+                input_ids=self._torch.tensor(ids, device=self._device),
+                attention_mask=self._torch.tensor(mask, device=self._device),
+                generation_config=config,
+            )
+        return [[int(i) for i in row] for row in made[:, width:].tolist()]
+
+    def _cut(self, ids: Sequence[int], max_tokens: int, stop: Sequence[str]) -> tuple[list[int], str]:
+        """What `decode` would have made of these ids, and why it would have ended."""
+        end = next((n for n, token in enumerate(ids) if token in self._end), None)
+        answer = list(ids if end is None else ids[:end])
+        if any(word in self.detokenize(answer) for word in stop):
+            for n in range(1, len(answer) + 1):
+                if any(word in self.detokenize(answer[:n]) for word in stop):
+                    return answer[:n], "stop"
+        return answer, "length" if end is None and len(answer) >= max_tokens else "stop"
 
     def close(self) -> None:
         """Free the model."""

@@ -1,12 +1,16 @@
 """The embedded backend: llama.cpp in this process, through llama-cpp-python."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.backends import BackendError
+from evaluation.backends import BackendError, Generation
+from evaluation.backends.llama_batch import BatchContext, Request, decode_all
 from evaluation.backends.stepwise import StepwiseBackend
+from evaluation.tasks import render
+
+_END = b"<end>"  # stands for the end tokens among the pieces, known by its identity
 
 
 class LlamaCppBackend(StepwiseBackend):
@@ -18,6 +22,7 @@ class LlamaCppBackend(StepwiseBackend):
         num_ctx: Context, tokens.
         threads: CPU threads; 0 = one for each core.
         adapter: GGUF adapter applied on top.
+        parallel: Sequences at once in `generate_many`, each with `num_ctx` tokens; ≥ 1.
 
     Raises:
         BackendError: the file cannot be loaded.
@@ -26,7 +31,14 @@ class LlamaCppBackend(StepwiseBackend):
     name = "llama_cpp"
 
     def __init__(
-        self, gguf: Path, template: str, *, num_ctx: int, threads: int = 0, adapter: Path | None = None
+        self,
+        gguf: Path,
+        template: str,
+        *,
+        num_ctx: int,
+        threads: int = 0,
+        adapter: Path | None = None,
+        parallel: int = 1,
     ) -> None:
         import llama_cpp
 
@@ -51,6 +63,9 @@ class LlamaCppBackend(StepwiseBackend):
             raise BackendError(f"{gguf}: llama.cpp {self.version} cannot load it: {error}") from error
         self.load_ns = time.perf_counter_ns() - started
         self._vocab = llama_cpp.llama_model_get_vocab(self._llm.model)
+        self._adapter = str(adapter) if adapter else None
+        self._parallel = parallel
+        self._pieces: dict[int, bytes] = {}  # token → its text, as far as met
 
     @property
     def device_class(self) -> str:
@@ -67,12 +82,16 @@ class LlamaCppBackend(StepwiseBackend):
         Raises:
             BackendError: more tokens than the context holds.
         """
-        if len(ids) >= self._llm.n_ctx():
-            raise BackendError(f"a prompt of {len(ids)} tokens does not fit num_ctx {self._llm.n_ctx()}")
+        self._check_fits(ids)
         self._llm.reset()
         self._llm.eval(list(ids))
 
-    def _argmax(self) -> int:
+    def _check_fits(self, ids: Sequence[int]) -> None:
+        if len(ids) >= self._llm.n_ctx():
+            raise BackendError(f"a prompt of {len(ids)} tokens does not fit num_ctx {self._llm.n_ctx()}")
+
+    def next_token(self) -> int:
+        """See `StepwiseBackend`."""
         import numpy as np
 
         logits: Any = self._api.llama_get_logits_ith(self._llm.ctx, -1)
@@ -83,7 +102,7 @@ class LlamaCppBackend(StepwiseBackend):
         ids: list[int] = []
         room = self._llm.n_ctx() - self._llm.n_tokens
         for _ in range(min(max_tokens, room)):
-            token = self._argmax()
+            token = self.next_token()
             if not ignore_end and self._api.llama_vocab_is_eog(self._vocab, token):
                 return ids, "stop"
             ids.append(token)
@@ -95,6 +114,64 @@ class LlamaCppBackend(StepwiseBackend):
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of ids."""
         return self._llm.detokenize(list(ids)).decode("utf-8", errors="replace")
+
+    def generate_many(
+        self, item_prompts: Sequence[str], max_tokens: int, stop: Sequence[str] = ()
+    ) -> Iterator[tuple[int, Generation]]:
+        """See `evaluation.backends.Backend`."""
+        sequences = min(self._parallel, len(item_prompts))
+        if sequences <= 1:
+            yield from super().generate_many(item_prompts, max_tokens, stop)
+            return
+        words = [word.encode() for word in stop]
+        requests = (self._request(place, prompt, max_tokens) for place, prompt in enumerate(item_prompts))
+        with BatchContext(
+            self._llm.model,
+            self._llm.context_params,
+            sequences=sequences,
+            num_ctx=self._llm.n_ctx(),
+            adapter=self._adapter,
+            unified=self._may_share(sequences),
+        ) as context:
+            for done, reason in decode_all(context, requests, sequences, lambda r, token: self._judge(r, token, words)):
+                text = done.text.decode("utf-8", errors="replace")
+                for word in stop:
+                    text = text.split(word, 1)[0]
+                counts = len(done.prompt), len(done.answer)
+                yield done.index, Generation(text, *counts, self.load_ns, None, None, reason)
+
+    def _may_share(self, sequences: int) -> bool:
+        """Whether one cache may hold all sequences.
+
+        LongRoPE models (Phi-3) have two sets of rotations, and llama.cpp takes the one for long texts where the cache
+        is longer than the original context. A cache for all must not be, or answers differ from those given alone.
+        """
+        original = [
+            int(value)
+            for key, value in self._llm.metadata.items()
+            if key.endswith("rope.scaling.original_context_length")
+        ]
+        return all(sequences * self._llm.n_ctx() <= length for length in original)
+
+    def _request(self, place: int, prompt: str, max_tokens: int) -> Request:
+        ids = self.tokenize(render(self._template, prompt))
+        self._check_fits(ids)
+        return Request(place, ids, min(max_tokens, self._llm.n_ctx() - len(ids)))
+
+    def _judge(self, request: Request, token: int, words: Sequence[bytes]) -> str | None:
+        """Whether a request ends with this token, as in `decode`."""
+        piece = self._pieces.get(token)
+        if piece is None:
+            ends = self._api.llama_vocab_is_eog(self._vocab, token)
+            piece = self._pieces[token] = _END if ends else self._llm.detokenize([token])
+        if piece is _END:
+            return "stop"
+        request.answer.append(token)
+        request.text += piece
+        for word in words:
+            if word in request.text:
+                return "stop"
+        return "length" if len(request.answer) >= request.limit else None
 
     def close(self) -> None:
         """Free the model."""

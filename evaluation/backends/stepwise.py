@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from evaluation.backends import Generation
 from evaluation.tasks import render
@@ -35,6 +35,10 @@ class StepwiseBackend(ABC):
         """Evaluate a prompt from an empty cache."""
 
     @abstractmethod
+    def next_token(self) -> int:
+        """The most likely token after what was evaluated."""
+
+    @abstractmethod
     def decode(self, max_tokens: int, *, ignore_end: bool = False, stop: Sequence[str] = ()) -> tuple[list[int], str]:
         """Greedy continuation of what was evaluated.
 
@@ -60,7 +64,19 @@ class StepwiseBackend(ABC):
         t1 = time.perf_counter_ns()
         answer, reason = self.decode(max_tokens, stop=stop)
         t2 = time.perf_counter_ns()
+        text = self._text(answer, stop)
+        return Generation(text, len(ids), len(answer), self.load_ns, t1 - t0, t2 - t1, reason)
+
+    def _text(self, answer: Sequence[int], stop: Sequence[str]) -> str:
+        """Text of an answer up to the first stop word."""
         text = self.detokenize(answer)
         for word in stop:
             text = text.split(word, 1)[0]
-        return Generation(text, len(ids), len(answer), self.load_ns, t1 - t0, t2 - t1, reason)
+        return text
+
+    def generate_many(
+        self, item_prompts: Sequence[str], max_tokens: int, stop: Sequence[str] = ()
+    ) -> Iterator[tuple[int, Generation]]:
+        """See `evaluation.backends.Backend`; here one after the other."""
+        for place, prompt in enumerate(item_prompts):
+            yield place, self.generate(prompt, max_tokens, stop)

@@ -79,7 +79,132 @@ def test_speed_of_a_real_model(pair):
         repetitions=2,
         tokens=6,
     )
-    assert len(rows) == 2 * 2 * 2
+    assert len(rows) == 2 * 2 * 3
+    assert {r["phase"] for r in rows} == {"ttft", "prefill", "decode"}
     assert {r["tokens"] for r in rows if r["phase"] == "decode"} == {6}
     for arm in ("hf", "llama_cpp"):
         assert speed.tokens_per_second(rows, arm, "decode") > 0
+
+
+# --- several at once --------------------------------------------------------------------------------------------
+
+
+def items(n):
+    from evaluation.tasks import aqi, general
+
+    made = aqi.generate({"x": n}, seed=3, pollutants=["pm25", "no2", "co"], max_pollutants=2)["x"]
+    return [i.prompt for i in [*made, *general.retention_items(n // 11 + 1, seed=3)]]
+
+
+def parts(generation):
+    return generation.text, generation.prompt_tokens, generation.answer_tokens, generation.finish_reason
+
+
+def is_tie(reference, prompt, other, lead=0.05):
+    """Whether the reference's answer parts from the other text where its best two tokens are all but equal."""
+    reference.generate(prompt, 16)
+    ids = reference.greedy(reference.tokenize(TEMPLATE.format(prompt=prompt)), 16)
+    at = next(n for n in range(1, len(ids) + 1) if not other.startswith(reference.detokenize(ids[:n]).strip()))
+    return reference.gaps[at - 1] < lead
+
+
+@pytest.fixture(scope="module")
+def engines(base_dir, adapter_dir, exported):
+    """Name → makes the backend with so many at once."""
+    return {
+        "llama_cpp": lambda n: LlamaCppBackend(
+            exported / "base.gguf", TEMPLATE, num_ctx=256, threads=1, adapter=exported / "adapter.gguf", parallel=n
+        ),
+        "hf": lambda n: HfBackend(str(base_dir), TEMPLATE, adapter=adapter_dir, parallel=n),
+    }
+
+
+@pytest.mark.parametrize("name", ["llama_cpp", "hf"])
+def test_answers_beside_others_are_those_given_alone(engines, name):
+    prompts = items(300)
+    made = {}
+    for n in (1, 5):
+        backend = engines[name](n)
+        found = list(backend.generate_many(prompts, 16, ["</s>"]))
+        backend.close()
+        assert sorted(place for place, _ in found) == list(range(len(prompts)))
+        made[n] = [parts(answer) for _, answer in sorted(found, key=lambda pair: pair[0])]
+    assert len({text for text, *_ in made[1]}) > 15  # the model does say different things
+    differ = [n for n in range(len(prompts)) if made[1][n] != made[5][n]]
+    reference = engines["hf"](1)
+    assert all(is_tie(reference, prompts[n], made[5][n][0].strip()) for n in differ), [
+        (prompts[n], made[1][n], made[5][n]) for n in differ
+    ]
+    assert len(differ) <= 0.02 * len(prompts)
+
+
+@pytest.mark.parametrize("name", ["llama_cpp", "hf"])
+def test_limits_and_stop_words_hold_beside_others(engines, name):
+    prompts = items(20)
+    alone, beside = engines[name](1), engines[name](4)
+    first = dict(alone.generate_many(prompts, 12, []))
+    word = max(first.values(), key=lambda g: len(g.text)).text.strip()[2]
+    for limit, stop in ((1, []), (3, []), (12, [word]), (12, [word, "e", " "])):
+        one, other = dict(alone.generate_many(prompts, limit, stop)), dict(beside.generate_many(prompts, limit, stop))
+        assert sum(parts(one[n]) != parts(other[n]) for n in one) <= 1
+        assert all(g.answer_tokens <= limit for g in other.values())
+        assert all(not any(word in g.text for word in stop) for g in other.values())
+        if stop:
+            assert any(first[n].text != other[n].text for n in first)
+    assert list(beside.generate_many([], 4, [])) == []
+
+
+@pytest.mark.parametrize("name", ["llama_cpp", "hf"])
+def test_beside_others_no_phase_can_be_timed(engines, name):
+    (_, got), *_ = engines[name](4).generate_many(items(11), 4, [])
+    assert got.prefill_ns is None and got.decode_ns is None and got.load_ns > 0
+
+
+def test_prompts_longer_than_a_batch_go_in_parts(exported, monkeypatch):
+    from evaluation.backends import llama_batch
+
+    prompts = items(11)
+    make = lambda n: LlamaCppBackend(exported / "base.gguf", TEMPLATE, num_ctx=256, threads=1, parallel=n)  # noqa: E731
+    whole = dict(make(3).generate_many(prompts, 8, []))
+    monkeypatch.setattr(llama_batch, "N_BATCH", 16)
+    cut = dict(make(3).generate_many(prompts, 8, []))
+    assert sum(parts(whole[n]) != parts(cut[n]) for n in whole) <= 1
+
+
+def test_a_prompt_that_does_not_fit_is_an_error_beside_others_too(exported):
+    backend = LlamaCppBackend(exported / "base.gguf", TEMPLATE, num_ctx=256, parallel=4)
+    with pytest.raises(BackendError, match="does not fit num_ctx 256"):
+        list(backend.generate_many(["a", "1 " * 200, "b"], 4, []))
+    assert len(list(backend.generate_many(["a", "b"], 4, []))) == 2
+
+
+def test_an_answer_ends_where_the_context_does(exported):
+    one, many = (LlamaCppBackend(exported / "base.gguf", TEMPLATE, num_ctx=256, parallel=n) for n in (1, 2))
+    prompt = "1 " * 110
+    room = 256 - len(one.tokenize(TEMPLATE.format(prompt=prompt)))
+    got = [dict(b.generate_many([prompt, prompt], 300, [])) for b in (one, many)]
+    assert parts(got[0][0]) == parts(got[1][0]) == parts(got[1][1])
+    assert got[1][0].answer_tokens <= room
+
+
+@pytest.mark.parametrize(("original", "shared"), [(None, True), (4096, True), (1024, True), (512, False)])
+def test_long_rope_models_do_not_share_a_cache_longer_than_their_original_context(
+    exported, monkeypatch, original, shared
+):
+    import llama_cpp
+
+    made, build = [], llama_cpp.llama_init_from_model
+
+    def spy(model, params):
+        made.append((params.kv_unified, params.n_ctx, params.n_seq_max))
+        return build(model, params)
+
+    prompts = items(11)
+    alone = dict(LlamaCppBackend(exported / "base.gguf", TEMPLATE, num_ctx=256, threads=1).generate_many(prompts, 8))
+    backend = LlamaCppBackend(exported / "base.gguf", TEMPLATE, num_ctx=256, threads=1, parallel=4)
+    if original:
+        backend._llm.metadata["phi3.rope.scaling.original_context_length"] = str(original)
+    monkeypatch.setattr(llama_cpp, "llama_init_from_model", spy)
+    got = dict(backend.generate_many(prompts, 8))
+    assert made == [(shared, 1024, 4)]
+    assert sum(parts(alone[n]) != parts(got[n]) for n in alone) <= 1

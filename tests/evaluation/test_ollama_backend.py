@@ -6,6 +6,7 @@ import pytest
 
 from evaluation.backends import Backend, BackendError, Generation
 from evaluation.backends.ollama import OllamaBackend
+from evaluation.backends.retry import Retry
 from export.modelfile import ModelfileSpec
 from export.ollama import register
 from tests.ollama_double import LOAD_COLD_NS, LOAD_WARM_NS, OllamaDouble
@@ -29,6 +30,7 @@ def double(tmp_path):
 
 
 def make(double: OllamaDouble, **options: object) -> OllamaBackend:
+    options = {"retry": Retry(patience_s=0), **options}  # what happens when patience ends: test_ollama_failures.py
     return OllamaBackend(double.url, "m", 128, expected=ids, **options)  # type: ignore[arg-type]
 
 

@@ -16,6 +16,10 @@ class Parrot:
     def generate(self, item_prompt, max_tokens, stop):
         return Generation(self.answers[item_prompt], 5, 2, 0, 10, 20, "stop")
 
+    def generate_many(self, item_prompts, max_tokens, stop):
+        for place, prompt in enumerate(item_prompts):
+            yield place, self.generate(prompt, max_tokens, stop)
+
     def close(self):
         pass
 

@@ -47,3 +47,79 @@ def test_contenders_alternate_and_take_turns_in_going_first(measured):
 def test_no_prompt_comes_twice(measured):
     log, _ = measured
     assert len({prompt for _, prompt in log}) == len(log)
+
+
+def test_a_figure_that_is_not_given_is_none_and_not_zero():
+    answers = iter([(10, 5), (None, 5)] * 4)
+    rows = speed.alternate({"a": lambda p, n: {"decode": next(answers)}}, ["p", "q"], repetitions=3, tokens=9)
+    assert [(r["tokens"], r["nanoseconds"]) for r in rows] == [(None, 10)] * 3
+    assert math.isnan(speed.tokens_per_second(rows, "a", "decode"))
+    assert speed.summary(rows) == []
+
+
+def test_loads_alternate_and_drop_the_warm_up():
+    log = []
+
+    def load(arm, ns):
+        log.append(arm)
+        return ns
+
+    rows = speed.loads({"a": lambda: load("a", 3_000_000), "b": lambda: load("b", None)}, repetitions=4)
+    assert len(log) == 2 * (4 + 1) and log[:2] != log[2:4]
+    assert [r["repetition"] for r in rows if r["arm"] == "a"] == [0, 1, 2, 3]
+    assert {(r["arm"], r["phase"], r["tokens"], r["nanoseconds"]) for r in rows} == {
+        ("a", "load", None, 3_000_000), ("b", "load", None, None)}  # fmt: skip
+    (only,) = speed.summary(rows)
+    assert (only["arm"], only["unit"], only["median"], only["repetitions"]) == ("a", "ms", 3.0, 4)
+
+
+def test_summary_by_hand():
+    def row(phase, repetition, tokens, ns):
+        return {"arm": "a", "phase": phase, "repetition": repetition, "tokens": tokens, "nanoseconds": ns}
+
+    rows = [row("decode", n, 100, ns) for n, ns in enumerate((10**9, 2 * 10**9, 4 * 10**9))]
+    rows += [row("ttft", n, 4, ns) for n, ns in enumerate((8_000_000, 12_000_000, 4_000_000))]
+    decode, ttft = speed.summary(rows)
+    assert (decode["unit"], decode["low"], decode["median"], decode["high"]) == ("tokens/s", 25, 50, 100)
+    assert (ttft["unit"], ttft["low"], ttft["median"], ttft["high"]) == ("ms", 1, 2, 3)
+    assert decode["confidence"] == pytest.approx(0.75)  # 1 - 2/8
+
+
+@pytest.mark.parametrize("n", [1, 5, 6, 9, 20])
+def test_the_interval_of_a_median_holds_it_as_often_as_it_says(n):
+    import random
+
+    draw = random.Random(0)
+    found = [speed.median_interval([draw.expovariate(1) for _ in range(n)]) for _ in range(4000)]
+    share = sum(f["low"] <= math.log(2) <= f["high"] for f in found) / len(found)  # the true median is ln 2
+    assert share == pytest.approx(found[0]["confidence"], abs=0.02)
+    assert n < 6 or found[0]["confidence"] >= 0.95
+    assert all(f["low"] <= f["median"] <= f["high"] for f in found)
+
+
+def test_phases_of_an_embedded_request_are_timed_apart():
+    import time
+
+    class Slow:
+        def tokenize(self, text):
+            return [1, 2, 3]
+
+        def prefill(self, ids):
+            time.sleep(0.02)
+
+        def next_token(self):
+            return 7
+
+        def detokenize(self, ids):
+            assert ids == [7]
+            return "x"
+
+        def decode(self, max_tokens, *, ignore_end=False):
+            assert ignore_end
+            time.sleep(0.04)
+            return [7] * max_tokens, "length"
+
+    phases = speed.embedded(Slow())("p", 5)
+    assert (phases["ttft"][0], phases["prefill"][0], phases["decode"][0]) == (1, 3, 5)
+    assert 20e6 <= phases["prefill"][1] <= phases["ttft"][1]
+    assert phases["decode"][1] >= 40e6 > phases["ttft"][1] - phases["prefill"][1]
