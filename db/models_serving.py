@@ -65,8 +65,7 @@ class Verification(OfRun, Base):
         CheckConstraint("backend <> '' AND backend_version <> ''", name="named"),
         CheckConstraint("mode IN ('merged', 'adapter')", name="mode"),
         CheckConstraint(
-            "(prompts > 0) = (rendered IS NOT NULL) AND (prompts > 0) = (counted IS NOT NULL)"
-            " AND (prompts > 0) = (answered IS NOT NULL)",
+            "(prompts > 0) = (answered IS NOT NULL) AND (prompts > 0 OR (rendered IS NULL AND counted IS NULL))",
             name="asked_or_unsupported",
         ),
         CheckConstraint("length(gguf_sha256) = 64", name="gguf_sha256"),
@@ -82,8 +81,12 @@ class Verification(OfRun, Base):
     backend_version: Mapped[str]
     mode: Mapped[str] = mapped_column(comment="merged GGUF, or base with GGUF adapter")
     prompts: Mapped[int] = mapped_column(comment="0: this backend does not support the mode")
-    rendered: Mapped[float | None] = mapped_column(comment="share of the prompts rendered as in training")
-    counted: Mapped[float | None] = mapped_column(comment="share read as the tokens that training had")
+    rendered: Mapped[float | None] = mapped_column(
+        comment="share of the prompts rendered as in training; NULL with prompts: the server does not tell"
+    )
+    counted: Mapped[float | None] = mapped_column(
+        comment="share read as the tokens that training had; NULL with prompts: the server does not tell"
+    )
     answered: Mapped[float | None] = mapped_column(comment="share answered greedily as by Hugging Face")
     equal_to_merged: Mapped[float | None] = mapped_column(
         comment="share answered as in mode merged; NULL: not compared"

@@ -15,8 +15,8 @@ from db.records_serving import QuantizedRecord, QuantizedSampleRecord, VerifyRec
 BASE = "base"
 """The arm that is the untouched model: it has no adapter, and it is read whenever any other is."""
 
-SERVING_STAGES = ("quantize", "verify")
-"""Stages that measure what is served. They change nothing, so a run is the same run with, without or with others."""
+SERVING_STAGES = {"quantize": "quantized/{}/quantized.json", "verify": "verified/{}/verify.json"}
+"""Stages that measure what is served, and their results. A run is the same run with, without or with others."""
 
 _ROUNDING = 0.001
 
@@ -107,6 +107,11 @@ class _TreeReader(FileReader):
                 self.notes.append(f"{label}: skipped, its stage {stage} is {record.status}{why}")
                 del self.problems[before:]  # what an unfinished stage left undone is no fault of the files
                 return None
+        for stage, results in SERVING_STAGES.items():
+            file = self.root / results.format(label)
+            if file.exists() and not file.with_name("run.json").exists():
+                name = file.relative_to(self.root).as_posix()
+                self.notes.append(f"{label}: without its stage {stage}, {name} has no run.json; run `dvc repro`")
         if not (place / "scores.json").exists() and len(self.problems) == before:
             self.notes.append(f"{label}: no scores yet")
             return None
@@ -133,7 +138,7 @@ class _TreeReader(FileReader):
                 self.belongs(path, verdict.arm, verdict.seed, arm, seed)
             elif not path.exists():
                 self.notes.append(f"{label}: no verdict.json, so nothing shows what the optimizer did")
-        for stage, why in list(_stale(stages)):
+        for stage, why in list(_stale(stages, {} if arm == BASE else self.files_of_base())):
             if stage not in SERVING_STAGES:
                 if len(self.problems) == before:
                     self.notes.append(f"{label}: skipped, {why}")
@@ -147,6 +152,12 @@ class _TreeReader(FileReader):
         return Bundle(
             arm, seed, stages, scores, samples, history, parity, verdict, base_model, digest.hexdigest(), serving
         )  # fmt: skip
+
+    def files_of_base(self) -> dict[str, str]:
+        """Path to sha256 of what the base's export made; what is wrong with it is said where the base is read."""
+        path = self.root / "gguf" / BASE / "0" / "run.json"
+        record = FileReader(self.root).record(path, RunRecord, hashlib.sha256(), required=False)
+        return {made.path: made.sha256 for made in record.artifacts} if record else {}
 
     def serving(self, arm: str, seed: int, stages: dict[str, RunRecord], digest: hashlib._Hash) -> Serving:
         """Read what the stages quantize and verify left, where they have ended."""
@@ -252,14 +263,21 @@ def _seed(name: str) -> bool:
     return name.isascii() and name.isdigit() and str(int(name)) == name
 
 
-def _stale(stages: dict[str, RunRecord]) -> Iterator[tuple[str, str]]:
-    """Name the stages that used another file than the one that now lies in the earlier stage's folder, and how."""
+def _stale(stages: dict[str, RunRecord], base: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Name the stages that used another file than the one that now lies in the earlier stage's folder, and how.
+
+    Args:
+        stages: Of one arm with one seed.
+        base: Path to sha256 of the exported base's files, on which adapters were verified.
+    """
     made = {
         artifact.path: (stage, artifact.sha256) for stage, record in stages.items() for artifact in record.artifacts
     }
+    of_base = {path: ("export of the base", sha256) for path, sha256 in base.items()}
     for stage, record in stages.items():
+        known = made | of_base if stage == "verify" else made
         for path, sha256 in record.inputs.items():
-            maker, now = made.get(path, (stage, sha256))
+            maker, now = known.get(path, (stage, sha256))
             if maker != stage and now != sha256:
                 yield stage, f"its stage {stage} used an older {path} than {maker} made; run `dvc repro`"
                 break

@@ -67,7 +67,11 @@ class QuantizedSampleRecord(Record):
 
 
 class VerificationRecord(Record):
-    """One backend in one mode. Without prompts, the backend does not support the mode, and there are no shares."""
+    """One backend in one mode; shares are of the prompts.
+
+    Without prompts, the backend does not support the mode, and there are no shares. An older server answers, but does
+    not tell what text or how many tokens it read: then `rendered` or `counted` is null.
+    """
 
     backend: Name
     backend_version: Name
@@ -86,10 +90,12 @@ class VerificationRecord(Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> VerificationRecord:
-        for name in ("rendered", "counted", "answered"):
-            if (getattr(self, name) is None) != (self.prompts == 0):
-                raise ValueError(f"{name}: expected a share exactly where prompts were asked, came "
-                                 f"{getattr(self, name)} of {self.prompts} prompts")  # fmt: skip
+        if (self.answered is None) != (self.prompts == 0):
+            raise ValueError(f"answered: expected a share exactly where prompts were asked, came "
+                             f"{self.answered} of {self.prompts} prompts")  # fmt: skip
+        for name in ("rendered", "counted"):
+            if (share := getattr(self, name)) is not None and self.prompts == 0:
+                raise ValueError(f"{name}: expected no share where no prompt was asked, came {share}")
         return self
 
 

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import html
+import re
+
 from evaluation.statistics import Interval
+
+_BOUNDS = r"\[[-+\d., %]+\](?![(\[:])"
+"""Numbers in brackets that no link follows, such as an interval."""
+_INNER_UNDERSCORE = r"(?<=[^\W_])_(?=[^\W_])"
+"""Within a word, as in a model's name, it means nothing to Markdown."""
+_SPECIAL = re.compile(rf"{_BOUNDS}|{_INNER_UNDERSCORE}|(?P<escaped>[\\`*_\[\]|~])")
 
 
 def cell(text: object) -> str:
-    """One line that cannot end its cell."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+    """One line that shows the text as it is: no markup, no HTML, no link, no end of its cell."""
+    line = html.escape(" ".join(str(text).split()), quote=False)
+    return _SPECIAL.sub(lambda found: f"\\{found[0]}" if found["escaped"] else found[0], line)
 
 
 def grid(headers: list[str], lines: list[list[str]]) -> str:
     """Table, or a sentence where there is nothing to show."""
     if not lines:
         return "None recorded."
-    rows = [headers, ["---"] * len(headers), *lines]
-    return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in rows)
+    rows = [list(map(cell, row)) for row in (headers, *lines)]
+    rows.insert(1, ["---"] * len(headers))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def number(value: float | None, *, sign: bool = False, digits: int = 1) -> str:

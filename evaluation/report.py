@@ -144,7 +144,7 @@ def as_markdown(comparison: Comparison) -> str:
         "Medians over layers and sampled steps. Shadow: what plain AdamW would have done with the same raw gradients.",
         _probe_table(comparison),
         "## Every metric",
-        "Means over seeds, in the metric's own unit. " + _spread(comparison),
+        "Means over seeds, in the metric's own unit. " + cell(_spread(comparison)),
         grid(["Split", "Metric", "Unit", "Better", *arms], _metric_lines(comparison)),
         "## Parity of the exported models",
         "Percent of prompts, mean over seeds; the table above shows the worst seed.",
@@ -269,5 +269,5 @@ def _provenance(comparison: Comparison) -> str:
     for run in comparison.runs:
         text = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
         packages.setdefault(text, []).append(f"{run['arm']}/{run['seed']}")
-    listed = "\n".join(f"- {', '.join(who)}: {cell(text)}" for text, who in packages.items())
+    listed = "\n".join(f"- {cell(', '.join(who))}: {cell(text)}" for text, who in packages.items())
     return grid(heads, lines) + "\n\nPackages:\n\n" + listed

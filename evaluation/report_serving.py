@@ -18,7 +18,7 @@ SERVED = "Served as trained"
 SPEED = "Speed by phase"
 
 PRECISION_HEADERS = [
-    "Model", "Type", "Size MB", "Bits per weight", "AQI accuracy % [95%]", "Δ to f16, points [95%]",
+    "Model", "Type", "Seeds", "Size MB", "Bits per weight", "AQI accuracy % [95%]", "Δ to f16, points [95%]",
     "Gained, lost", "Answers as f16 %", "Fallback tensors",
 ]  # fmt: skip
 SERVED_HEADERS = [
@@ -33,6 +33,7 @@ def precision_cells(row: PrecisionRow) -> list[str]:
     return [
         row.model_name,
         row.type,
+        ", ".join(map(str, row.seeds)),
         number(row.megabytes, digits=2),
         number(row.bits_per_weight, digits=2),
         interval(row.accuracy),
@@ -51,12 +52,16 @@ def served_cells(row: ServedRow) -> list[str]:
         row.backend,
         row.mode,
         str(row.prompts) if row.prompts else "not supported",
-        number(row.rendered),
-        number(row.counted),
+        _told(row, row.rendered),
+        _told(row, row.counted),
         number(row.answered),
         number(row.equal_to_merged),
         _NOTICED[row.perturbed_noticed],
     ]
+
+
+def _told(row: ServedRow, share: float | None) -> str:
+    return "not told" if row.prompts and share is None else number(share)
 
 
 def sections(comparison: Comparison) -> list[str]:
@@ -69,7 +74,7 @@ def sections(comparison: Comparison) -> list[str]:
         blocks += [
             f"## {SERVED}",
             "Shares of the prompts on which the backend does as training did: rendered text, token ids (Ollama: their "
-            "number), greedy answers of Hugging Face.",
+            "number), greedy answers of Hugging Face. Not told: the server is too old to say.",
             grid(
                 [*SERVED_HEADERS, "First difference"],
                 [[*served_cells(row), row.first_difference or "–"] for row in comparison.served],
@@ -108,6 +113,11 @@ def _precision_words(rows: Sequence[PrecisionRow]) -> str:
         "bits per weight that of the tensors. Gained and lost are items that turn right or wrong against f16; the "
         "difference's interval pairs items, and one of no width means that none turned, not that none could."
     ]
+    if any(len({row.seeds for row in rows if row.arm == arm}) > 1 for arm in {row.arm for row in rows}):
+        words.append(
+            "A line is about its seeds alone, and its difference is to f16 with the same seeds; lines with other seeds "
+            "are not to be held against each other."
+        )
     if any(row.fallbacks for row in rows):
         words.append(
             "Fallback tensors have rows that are no multiple of the format's block, and llama.cpp stored them in a "

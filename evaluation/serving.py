@@ -19,13 +19,15 @@ PHASES = ("load", "ttft", "prefill", "decode")
 
 @dataclass(frozen=True)
 class PrecisionRow:
-    """A model in one precision, over its seeds.
+    """A model in one precision, over the seeds that were measured in it.
 
     Attributes:
-        megabytes: Size of the file, millions of bytes.
+        seeds: Those; every number is about them alone, so f16's own row may be about more.
+        megabytes: Size of the file, millions of bytes, mean.
         bits_per_weight: Of the tensors, bits.
         accuracy: AQI category accuracy, percent; None where the seeds share no items.
-        delta: Accuracy minus that of f16 on the same items, percentage points; None for f16 itself.
+        delta: Accuracy minus that of f16 with the same seeds on the same items, percentage points; None for f16 itself,
+            and where no seed has both.
         gained: Items that are right here and wrong in f16.
         lost: Items that are wrong here and right in f16.
         p_value: Exact sign test of gained against lost.
@@ -59,8 +61,8 @@ class ServedRow:
 
     Attributes:
         prompts: Asked; 0 where the backend does not support the mode.
-        rendered: Prompts rendered as in training, percent.
-        counted: Prompts read as the same tokens, percent.
+        rendered: Prompts rendered as in training, percent; None with prompts: the server does not tell.
+        counted: Prompts read as the same tokens, percent; None with prompts: the server does not tell.
         answered: Prompts answered greedily as by Hugging Face, percent.
         equal_to_merged: Prompts answered as in mode merged, percent.
         perturbed_noticed: Whether another adapter scale changed an answer.
@@ -119,9 +121,8 @@ def precision_rows(session: Session, runs: list[Run]) -> list[PrecisionRow]:
 
 
 def _precision(name: str, seeds: list[tuple[Run, Quantization, dict[str, dict[str, bool]]]]) -> PrecisionRow:
-    nothing = dict[str, bool]()
     own = paired_differences([(found[name], dict.fromkeys(found[name], False)) for _, _, found in seeds])
-    gains = paired_differences([(found[name], found.get(REFERENCE, nothing)) for _, _, found in seeds])
+    gains = paired_differences([(found[name], found[REFERENCE]) for _, _, found in seeds if REFERENCE in found])
     compared = name != REFERENCE and gains.size > 0
     first = seeds[0][1]
     return PrecisionRow(

@@ -9,12 +9,14 @@ Each cause has evidence of its own:
 What is left lies in the weights themselves (a damaged file, a merge gone wrong), or is rounding where two tokens tie.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from export.adapter_file import scale_of
 from export.engines import Engine, Reference, Seen, as_decoded, parting
+from export.errors import ExportError
 from export.llama_engine import LlamaCpp, Vocabulary
 from export.parity import TIE
 from export.serving import Served
@@ -43,24 +45,52 @@ class Case:
     seen: Sequence[Seen]
 
 
-def same_tokens(reference: Reference, seen: Seen) -> bool:
-    """Whether the prompt was read as the same tokens; where the engine only counts them, as many."""
+def same_tokens(reference: Reference, seen: Seen) -> bool | None:
+    """Whether the prompt was read as the same tokens; where the engine only counts them, as many; None: not told."""
+    if seen.ids is None and seen.tokens is None:
+        return None
     return seen.tokens == len(reference.ids) if seen.ids is None else seen.ids == reference.ids
 
 
 def explain(case: Case) -> str | None:
     """Where the first prompt that differs does so, and the likely cause; None where none differs."""
-    pairs = list(zip(case.references, case.seen, strict=True))
-    for number, (reference, seen) in enumerate(pairs):
-        if seen.rendered != reference.rendered:
-            return f"prompt {number}: {_template(case.served.gguf, reference, seen)}"
-        if not same_tokens(reference, seen):
-            return f"prompt {number}: {_tokens(case.served.gguf, reference, seen)}"
-        if seen.text != reference.answer:
-            at, expected, got = first_token(case.served.gguf, reference.answer, seen.text)
-            cause = _stop(case, reference, seen) or _scale(case) or _weights(case, reference)
-            return f"prompt {number}: token {at} of the answer is {got!r}, expected {expected!r}. Likely cause: {cause}"
+    for number, (reference, seen) in enumerate(zip(case.references, case.seen, strict=True)):
+        try:
+            difference = _difference(case, reference, seen)
+        except ExportError as error:  # a file or a server that the diagnosis needs; what differs is known all the same
+            difference = f"it is rendered, read or answered otherwise than in training. Cause not found: {error}"
+        if difference is not None:
+            return f"prompt {number}: {difference}"
     return None
+
+
+def _difference(case: Case, reference: Reference, seen: Seen) -> str | None:
+    gguf = case.served.gguf
+    if seen.rendered is not None and seen.rendered != reference.rendered:
+        return _template(gguf, reference, seen.rendered)
+    if same_tokens(reference, seen) is False:
+        return _tokens(gguf, reference, seen)
+    return _answer(case, reference, seen) if seen.text != reference.answer else None
+
+
+def _answer(case: Case, reference: Reference, seen: Seen) -> str:
+    at, expected, got = first_token(case.served.gguf, reference.answer, seen.text)
+    where = f"token {at} of the answer is {got!r}, expected {expected!r}"
+    try:
+        cause = _stop(case, reference, seen) or _scale(case) or _weights(case, reference)
+    except ExportError as error:
+        return f"{where}. Cause not found: {error}"
+    return f"{where}. Likely cause: {cause}"
+
+
+@contextmanager
+def _local(case: Case) -> Iterator[Engine]:
+    """llama.cpp on the case's files; the case's own engine where it is that."""
+    if case.seen and case.seen[0].answer_ids is not None:
+        yield case.engine
+    else:
+        with LlamaCpp().open(case.served) as local:
+            yield local
 
 
 def first_token(gguf: Path, expected: str, got: str) -> tuple[int, str, str]:
@@ -77,18 +107,23 @@ def first_token(gguf: Path, expected: str, got: str) -> tuple[int, str, str]:
         return at, vocabulary.word(a, at), vocabulary.word(b, at)
 
 
-def _template(gguf: Path, reference: Reference, seen: Seen) -> str:
+def _template(gguf: Path, reference: Reference, rendered: str) -> str:
     with Vocabulary(gguf) as vocabulary:
-        a, b = (vocabulary.ids(text, special=True) for text in (reference.rendered, seen.rendered))
+        a, b = (vocabulary.ids(text, special=True) for text in (reference.rendered, rendered))
         at = parting(a, b)
         expected, got = vocabulary.word(a, at), vocabulary.word(b, at)
     return (
-        f"token {at} of the rendered prompt is {got!r}, expected {expected!r} (rendered {seen.rendered!r}, training "
+        f"token {at} of the rendered prompt is {got!r}, expected {expected!r} (rendered {rendered!r}, training "
         f"had {reference.rendered!r}). Likely cause: template; the model's TEMPLATE or SYSTEM are not those of training"
     )
 
 
 def _tokens(gguf: Path, reference: Reference, seen: Seen) -> str:
+    if seen.ids is None and seen.rendered is None:
+        return (
+            f"{seen.tokens} tokens are read, expected {len(reference.ids)}. Likely cause: template or BOS; this "
+            "server does not tell how it renders prompts"
+        )
     with Vocabulary(gguf) as vocabulary:
         ids = _read(vocabulary, seen, reference)
         at = parting(ids, reference.ids)
@@ -115,8 +150,8 @@ def _read(vocabulary: Vocabulary, seen: Seen, reference: Reference) -> list[int]
     """The tokens that the engine read; of one that only counts, the exported file's, a BOS more or less as counted."""
     if seen.ids is not None:
         return seen.ids
-    ids = vocabulary.prompt_ids(seen.rendered)
-    more = seen.tokens - len(ids)
+    ids = vocabulary.prompt_ids(seen.rendered or "")
+    more = (seen.tokens or 0) - len(ids)
     if abs(more) == 1 and ids == reference.ids:
         return [ids[0], *ids] if more == 1 else ids[1:]
     return ids
@@ -129,7 +164,7 @@ def _stop(case: Case, reference: Reference, seen: Seen) -> str | None:
         words = [w for w in case.engine.stop if reference.answer[len(seen.text) :].startswith(w)]
         cut = f"{words[0]!r} is a stop word on the server and inside of answers" if words else "stop words differ"
         return f"stop; {cut}: it has {list(case.engine.stop)}, training {trained}"
-    with LlamaCpp().open(case.served) as local, Vocabulary(case.served.gguf) as vocabulary:
+    with _local(case) as local, Vocabulary(case.served.gguf) as vocabulary:
         answer = local.ask(reference).answer_ids or []
         if seen.text.startswith(reference.answer):
             ends = {ids[0]: w for w in trained if len(ids := vocabulary.ids(w, special=True)) == 1}
@@ -191,7 +226,7 @@ def _weights(case: Case, reference: Reference) -> str:
 
 def _lead(case: Case, reference: Reference) -> float | None:
     """llama.cpp's lead of the best token where its answer leaves the reference's; None where it does not."""
-    with LlamaCpp().open(case.served) as local, Vocabulary(case.served.gguf) as vocabulary:
+    with _local(case) as local, Vocabulary(case.served.gguf) as vocabulary:
         seen = local.ask(reference)
         ids, leads = seen.answer_ids or [], seen.leads or []
         texts = (as_decoded(vocabulary.text(ids[: i + 1]), reference.answer) for i in range(len(ids)))

@@ -35,8 +35,8 @@ class Seen:
     """What an engine makes of one prompt.
 
     Attributes:
-        rendered: The prompt within the model's own template.
-        tokens: Number of tokens read, BOS included.
+        rendered: The prompt within the model's own template; None where the server does not tell.
+        tokens: Number of tokens read, BOS included; None where the server does not tell.
         ids: Those tokens; None where the engine only counts them (Ollama).
         text: Greedy answer, cut at the stop word, `as_decoded`.
         answer_ids: Its tokens; None where the engine does not give them (Ollama).
@@ -44,8 +44,8 @@ class Seen:
             None where the engine does not give them.
     """
 
-    rendered: str
-    tokens: int
+    rendered: str | None
+    tokens: int | None
     ids: list[int] | None
     text: str
     answer_ids: list[int] | None
@@ -79,12 +79,16 @@ class Engine(Protocol):
         precision: Type of most of its weights, e.g. "F16" or "Q4_K_M"; None where that is not known.
         server_digest: The server's digest of the model; None without a server.
         stored_sha256: Hash of the weights as the server keeps them; None where it does not say.
+        differences: Settings that the server stored otherwise than they were exported; None where there are none.
+        note: What must be known of the model that is asked, e.g. that it is a temporary copy.
     """
 
     stop: tuple[str, ...]
     precision: str | None
     server_digest: str | None
     stored_sha256: str | None
+    differences: str | None
+    note: str | None
 
     def ask(self, reference: Reference, stop: Sequence[str] | None = None) -> Seen:
         """The answer to one prompt; `stop`: other stop words than those it is served with."""

@@ -47,6 +47,8 @@ class LlamaEngine:
 
     server_digest: str | None = None
     stored_sha256: str | None = None
+    differences: str | None = None
+    note: str | None = None
 
     def __init__(self, gguf: Path, adapter: Path | None, spec: ModelfileSpec, scale: float = 1.0) -> None:
         import llama_cpp
@@ -134,13 +136,26 @@ class LlamaCpp:
 
 
 class Vocabulary:
-    """A GGUF's tokens, to name them; weights are not loaded. Use in a `with` block."""
+    """A GGUF's tokens, to name them; weights are not loaded. Use in a `with` block.
+
+    Args:
+        gguf: Model.
+
+    Raises:
+        ExportError: missing or damaged.
+    """
 
     def __init__(self, gguf: Path) -> None:
         import llama_cpp
 
         self._api = llama_cpp
-        self._llm = llama_cpp.Llama(str(gguf), vocab_only=True, verbose=False)
+        try:
+            self._llm = llama_cpp.Llama(str(gguf), vocab_only=True, verbose=False)
+        except (ValueError, RuntimeError) as error:
+            raise ExportError(
+                f"{gguf}: expected a GGUF model, llama.cpp {llama_cpp.__version__} cannot read it ({error}); "
+                "export again"
+            ) from error
         self._vocab: Any = llama_cpp.llama_model_get_vocab(self._llm.model)
         self.precision = precision_of(self._llm.metadata)
 

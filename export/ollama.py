@@ -8,17 +8,16 @@ needless creation. A fingerprint in the model itself, say in its license, would 
 ours inherits the license with other weights or another template below it.
 """
 
-import ast
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.errors import ExportError
+from export.files import sha256
 from export.modelfile import ModelfileSpec
 from export.ollama_client import (
     OllamaError,
@@ -32,7 +31,7 @@ from export.ollama_client import (
     resolve_host,
     server_version,
 )
-from export.serving import Mode
+from export.ollama_stored import Stored, parse_parameters, stored_model
 
 if TYPE_CHECKING:
     from ollama import Client
@@ -45,6 +44,7 @@ __all__ = [
     "Stored",
     "connect",
     "list_models",
+    "parse_parameters",
     "register",
     "remove",
     "render_prompt",
@@ -82,11 +82,6 @@ class Registered:
     stored_sha256: str | None
     server_version: str
     created: bool
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _record_path(url: str, name: str, records: Path | None) -> Path:
@@ -143,7 +138,7 @@ def register(
     if version is None:
         raise OllamaUnavailable(f"no Ollama answers at {url}; start it with `ollama serve`, or set OLLAMA_HOST")
 
-    hashes = {label: _sha256(path) for label, path in files.items()}
+    hashes = {label: sha256(path) for label, path in files.items()}
     inputs = [hashes, spec.template, spec.parameters, spec.license, spec.system]
     fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     record_path = _record_path(url, name, records)
@@ -165,14 +160,18 @@ def register(
                 f"Ollama {version} at {url} answered {error.status_code}: {error.error}; releases from 0.34.1 on take "
                 "no LoRA adapters: register the merged GGUF without one"
             ) from error
-        stored = _verify(client, url, name, spec)
-    digest = list_models(url).get(full_name(name))
-    if digest is None:
+    stored = stored_model(url, name)
+    if stored is None:
         raise OllamaError(f"Ollama at {url} reported success, but does not list {name!r}; see its log")
-    made = Registered(url, name, digest, hashes["model.gguf"], hashes.get("adapter.gguf"), stored, version, True)
+    if problems := stored.differences(spec):  # /api/create checks none of them
+        raise OllamaError(f"Ollama at {url} stored other settings for {name!r}: " + "; ".join(problems))
+    own, adapters = hashes["model.gguf"], hashes.get("adapter.gguf")
+    made = Registered(url, name, stored.digest, own, adapters, stored.stored_sha256, version, True)
     record_path.parent.mkdir(parents=True, exist_ok=True)
     fresh = record_path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps({"fingerprint": fingerprint, "digest": digest, "registered": asdict(made)}, indent=1))
+    fresh.write_text(
+        json.dumps({"fingerprint": fingerprint, "digest": made.digest, "registered": asdict(made)}, indent=1)
+    )
     fresh.replace(record_path)
     return made
 
@@ -208,81 +207,6 @@ def _create(
         say(f"{name}: {step.status}")
     if status != "success":
         raise OllamaError(f"expected the creation of {name!r} to end in 'success', it ended in {status!r}")
-
-
-def _verify(client: "Client", url: str, name: str, spec: ModelfileSpec) -> str | None:
-    """The stored weights' hash, after comparing template and parameters: /api/create checks neither."""
-    shown = client.show(name)
-    problems = []
-    if shown.template != spec.template:
-        problems.append(f"template: expected {spec.template!r}, got {shown.template!r}")
-    stored = parse_parameters(shown.parameters or "")
-    for key, value in spec.parameters.items():
-        expected = value if isinstance(value, list) else [value]
-        if stored.get(key) != expected:
-            problems.append(f"{key}: expected {expected}, got {stored.get(key)}")
-    if problems:
-        raise OllamaError(f"Ollama at {url} stored other settings for {name!r}: " + "; ".join(problems))
-    return _stored_sha256(shown.modelfile or "")
-
-
-def _stored_sha256(modelfile: str) -> str | None:
-    weights = re.search(r"^FROM .*sha256[-:]([0-9a-f]{64})", modelfile, re.MULTILINE)
-    return weights[1] if weights else None
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What a server says about a model that it has.
-
-    Attributes:
-        digest: Of the whole model.
-        stored_sha256: Hash of its weights as stored; None where the server does not say.
-        mode: "adapter" where an adapter lies on top of them, else "merged".
-        stop: Stop words.
-        precision: Type of its weights, e.g. "F16"; None where the server does not say.
-    """
-
-    digest: str
-    stored_sha256: str | None
-    mode: Mode
-    stop: tuple[str, ...]
-    precision: str | None
-
-
-def stored_model(host: str | None, name: str) -> Stored | None:
-    """What the server has under a name; None when nothing.
-
-    Raises:
-        OllamaUnavailable, OllamaError: the server cannot be asked.
-    """
-    digest = list_models(host).get(full_name(name))
-    if digest is None:
-        return None
-    with connect(host) as client:
-        shown = client.show(name)
-    modelfile = shown.modelfile or ""
-    level = shown.details.quantization_level if shown.details else None
-    return Stored(
-        digest,
-        _stored_sha256(modelfile),
-        "adapter" if re.search(r"^ADAPTER ", modelfile, re.MULTILINE) else "merged",
-        tuple(str(word) for word in parse_parameters(shown.parameters or "").get("stop", [])),
-        level if level and level != "unknown" else None,
-    )
-
-
-def parse_parameters(text: str) -> dict[str, list[object]]:
-    """The `parameters` text of /api/show: name → values in order, numbers as numbers, texts unquoted."""
-    found: dict[str, list[object]] = {}
-    for line in text.splitlines():
-        name, _, value = line.partition(" ")
-        try:
-            parsed = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            parsed = value.strip()
-        found.setdefault(name, []).append(parsed)
-    return found
 
 
 if __name__ == "__main__":

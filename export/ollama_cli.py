@@ -1,12 +1,10 @@
 """`python -m export.ollama create|list|remove|verify`: exported models on an Ollama server; verify needs none."""
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,10 +13,14 @@ from rich.table import Table
 from export.errors import ExportError
 from export.llama_engine import LlamaCpp
 from export.modelfile import ModelfileError
-from export.ollama import list_models, register, remove, resolve_host, server_version
+from export.ollama import list_models, remove, resolve_host, server_version
 from export.ollama_client import OllamaUnavailable, full_name
 from export.ollama_engine import OllamaServer
-from export.serving import MODES, Mode, Served, find_served
+from export.ollama_stored import stored_model
+from export.registration import register_served
+from export.serving import BASE, MODES, Mode, Served, find_served
+from export.temporary_models import remove_abandoned
+from export.verdict import LEAST_QUANTIZED
 from export.verify import verify as verify_model
 from export.verify_table import show
 
@@ -29,17 +31,6 @@ Root = Annotated[Path, typer.Option("--gguf", help="folder of the export stage")
 ModeOption = Annotated[str, typer.Option(help="merged: one file a model; adapter: the base once, and small adapters")]
 Host = Annotated[str, typer.Option(help="server; empty reads OLLAMA_HOST, then http://127.0.0.1:11434")]
 GGUF = Path("gguf")
-
-
-FACTS = Path("outputs/ollama")
-"""What was registered: server, its version, hash of the exported file and digest on the server."""
-
-
-def write_facts(served: Served, facts: dict[str, Any]) -> None:
-    """One JSON file a model and mode; not beside the GGUF, which DVC watches."""
-    FACTS.mkdir(parents=True, exist_ok=True)
-    name = f"{served.name.replace(':', '-')}-{served.mode}.json"
-    (FACTS / name).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -63,9 +54,7 @@ def create(names: Names = None, gguf: Root = GGUF, mode: ModeOption = "merged", 
     """Upload and create models; what the server has already is left alone."""
     with _explained():
         for served in find_served(gguf, _mode(mode), names):
-            made = register(host or None, served.name, served.gguf, served.spec, served.adapter, progress=print)
-            facts = {**asdict(made), "mode": served.mode}
-            write_facts(served, facts)
+            made = register_served(host or None, served, progress=print)
             print(
                 f"{served.name}: {'created' if made.created else 'unchanged'}, {served.mode}, digest {made.digest[:19]}"
             )
@@ -89,8 +78,10 @@ def list_command(gguf: Root = GGUF, host: Host = "") -> None:
 
 @app.command(name="remove")
 def remove_command(names: Names = None, gguf: Root = GGUF, host: Host = "") -> None:
-    """Delete models of this project from the server; others stay."""
+    """Delete models of this project from the server, and what killed checks left there; others stay."""
     with _explained():
+        for left in remove_abandoned(host or None):
+            print(f"{left}: removed, left by a check that was killed")
         for served in find_served(gguf, names=names):
             gone = remove(host or None, served.name)
             print(f"{served.name}: {'removed' if gone else 'was not there'}")
@@ -100,29 +91,44 @@ def remove_command(names: Names = None, gguf: Root = GGUF, host: Host = "") -> N
 def verify(
     names: Names = None,
     gguf: Root = GGUF,
-    mode: Annotated[str, typer.Option(help="merged, adapter or both")] = "merged",
+    mode: Annotated[str, typer.Option(help="merged, adapter, both, or auto: as the server has it")] = "auto",
     backend: Annotated[str, typer.Option(help="ollama, llama_cpp (no server), or auto: Ollama if it runs")] = "auto",
     host: Host = "",
     prompts: Annotated[int, typer.Option(min=1, help="prompts a model")] = 20,
     least: Annotated[float, typer.Option(min=0, max=1, help="share of equal answers, where f16")] = 0.95,
+    least_quantized: Annotated[float, typer.Option(min=0, max=1, help="the same, where quantized")] = LEAST_QUANTIZED,
 ) -> None:
     """Hold every model against Hugging Face's answers; exit code 1 where one differs."""
     with _explained():
-        modes = MODES if mode == "both" else (_mode(mode, "both"),)
+        wanted = None if mode == "auto" else MODES if mode == "both" else (_mode(mode, "both", "auto"),)
         engine = _backend(backend, host)
         models = find_served(gguf, names=names)
         if mode == "adapter":
             find_served(gguf, "adapter", names)  # says which of them can be served merged only
         if isinstance(engine, OllamaServer):
             _require_on_server(engine, models)
-        rows = [row for served in models for row in verify_model(engine, served, modes, prompts)]
+        rows = [r for served in models for r in verify_model(engine, served, wanted or _own(engine, served), prompts)]
     show(rows)
-    for row in rows:
-        if row.first:
-            print(f"{row.name} ({row.mode}): {row.first}")
     # A release that takes no adapters is no fault of the model, unless nothing at all could be checked.
-    if any(row.problem(least) for row in rows) or all(row.unsupported for row in rows):
+    if any(row.problem(least, least_quantized) for row in rows) or all(row.unsupported for row in rows):
         raise SystemExit(1)
+
+
+def _own(engine: OllamaServer | LlamaCpp, served: Served) -> tuple[Mode]:
+    """The mode in which the server has a model; merged without a server.
+
+    Raises:
+        ExportError: the server has it with an adapter, and the folder has none.
+    """
+    stored = stored_model(engine.url, served.name) if isinstance(engine, OllamaServer) else None
+    if stored is None or stored.mode == "merged":
+        return ("merged",)
+    if served.arm == BASE or served.adapter_form() is None:
+        raise ExportError(
+            f"{served.name}: the server has it as base and adapter, {served.folder} can be served merged only; run "
+            "`python -m export.ollama create`"
+        )
+    return ("adapter",)
 
 
 def _backend(text: str, host: str) -> OllamaServer | LlamaCpp:

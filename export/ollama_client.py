@@ -15,6 +15,20 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = 11434
 PROBE_S = 2.0  # seconds to wait for a server before it counts as absent
+ANSWER_S = 60.0  # longest silence, seconds, after a question for which the server needs no model
+LOAD_S = 600.0  # and after one for which it may have to load a large model from a slow disk
+
+GREEDY: dict[str, Any] = {
+    "temperature": 0.0,
+    "top_k": 1,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "seed": 0,
+    "repeat_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""Options of a greedy answer. Penalties are named: the server's defaults, repeat_penalty 1.1 among them, change it."""
 
 
 class OllamaError(ExportError):
@@ -147,36 +161,95 @@ def full_name(name: str) -> str:
 
 
 def list_models(host: str | None = None) -> dict[str, str]:
-    """Every model of the server: full name with tag → digest."""
-    with connect(host) as client:
-        return {str(m.model): str(m.digest) for m in client.list().models}
+    """Every model of the server: full name with tag → digest.
+
+    Raises:
+        OllamaUnavailable, OllamaError: the server cannot be asked, or answers with something else than such a list.
+    """
+    url = resolve_host(host)
+    with connect(url, ANSWER_S) as client:
+        try:
+            rows = client.list().models
+        except ValueError as error:
+            raise OllamaError(
+                f"expected the list of models from Ollama at {url}, got something else: {str(error)[:200]}; see its log"
+            ) from error
+    found = {}
+    for row in rows:
+        if not row.model or not row.digest:
+            raise OllamaError(
+                f"expected name and digest of every model from Ollama at {url}, got name {row.model!r} with digest "
+                f"{row.digest!r}; upgrade the server"
+            )
+        found[row.model] = row.digest
+    return found
 
 
 def remove(host: str | None, name: str) -> bool:
-    """Deletes a model from the server; False when it had none of that name."""
+    """Deletes a model from the server; False when it had none of that name.
+
+    Raises:
+        OllamaUnavailable, OllamaError: the server cannot be asked, or refused.
+    """
     if full_name(name) not in list_models(host):
         return False
-    with connect(host) as client:
-        client.delete(name)
+    try:
+        with connect(host, ANSWER_S) as client:
+            client.delete(name)
+    except OllamaRefused as error:
+        if error.status == 404:  # someone else was faster
+            return False
+        raise
     return True
 
 
-def render_prompt(host: str | None, name: str, prompt: str) -> str:
-    """What the server makes of a user's prompt with the model's template; nothing is generated."""
+def show_model(host: str | None, name: str) -> dict[str, Any]:
+    """The answer of /api/show; the `ollama` client leaves out the system message.
+
+    Raises:
+        OllamaUnavailable, OllamaError: the server cannot be asked, or has no such model.
+    """
+    return _post(resolve_host(host), "/api/show", {"model": name}, ANSWER_S)
+
+
+def render_prompt(host: str | None, name: str, prompt: str) -> str | None:
+    """What the server makes of a user's prompt with the model's template; None where the release does not tell.
+
+    Raises:
+        OllamaUnavailable, OllamaError: the server cannot be asked, or has no such model.
+    """
+    # A release that does not know _debug_render_only answers the prompt: with one token, then.
+    body = {
+        "model": name,
+        "prompt": prompt,
+        "stream": False,
+        "_debug_render_only": True,
+        "options": {"num_predict": 1},
+    }
+    content = _post(resolve_host(host), "/api/generate", body, LOAD_S)
+    if "_debug_info" not in content:
+        return None
+    try:
+        return str(content["_debug_info"]["rendered_template"])
+    except (KeyError, TypeError) as error:
+        raise OllamaError(
+            f"expected _debug_info.rendered_template from Ollama at {resolve_host(host)} for {name!r}, got "
+            f"{str(content['_debug_info'])[:200]}; see its log"
+        ) from error
+
+
+def _post(url: str, path: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     import httpx
 
-    url = resolve_host(host)
-    body = {"model": name, "prompt": prompt, "stream": False, "_debug_render_only": True}
+    with explained(url, timeout_s):
+        answer = httpx.post(f"{url}{path}", json=body, timeout=timeout_s, **http_options(url))
+    if answer.is_error:
+        said = f"Ollama at {url} answered {answer.status_code} to {path}: {answer.text[:200]}"
+        raise OllamaRefused(said, answer.status_code)
     try:
-        answer = httpx.post(f"{url}/api/generate", json=body, timeout=None, **http_options(url))  # noqa: S113
-        content = answer.raise_for_status().json()
-        if "_debug_info" not in content:
-            raise OllamaError(
-                f"Ollama at {url} does not say how it renders the prompt of {name!r}: this release knows no "
-                "_debug_render_only; upgrade the server to verify prompts there"
-            )
-        return str(content["_debug_info"]["rendered_template"])
-    except httpx.TransportError as error:
-        raise OllamaUnavailable(f"no connection to Ollama at {url} ({error}); start it with `ollama serve`") from error
-    except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
-        raise OllamaError(f"Ollama at {url} did not render the prompt of {name!r}: {error}") from error
+        content = answer.json()
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise OllamaError(f"expected a JSON object from {path} of Ollama at {url}, got {answer.text[:100]!r}")
+    return content

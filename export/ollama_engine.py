@@ -5,23 +5,22 @@ controls with another adapter scale, are registered under a name of their own fo
 """
 
 import tempfile
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.adapter_file import scaled_copy
 from export.engines import Reference, Seen, as_decoded
 from export.llama_engine import file_precision
-from export.ollama import OllamaUnavailable, Stored, register, remove, resolve_host, server_version, stored_model
-from export.ollama_client import OllamaError, connect, render_prompt
+from export.ollama import OllamaUnavailable, register, remove, resolve_host, server_version
+from export.ollama_client import GREEDY, LOAD_S, OllamaError, connect, render_prompt
+from export.ollama_stored import Stored, stored_model
 from export.serving import Served
+from export.temporary_models import remove_abandoned, temporary_name
 
 if TYPE_CHECKING:
     from ollama import Client
-
-TIMEOUT_S = 600.0  # longest silence: a cold load of a large model from a slow disk takes minutes
 
 
 class OllamaEngine:
@@ -31,19 +30,23 @@ class OllamaEngine:
         client: Connected.
         url: Of the server.
         name: Under which the server has the model.
-        num_ctx: Context, tokens.
+        served: What was exported.
         stored: What the server says about it.
-        precision: Type of most weights.
+        note: See `export.engines.Engine`.
     """
 
     def __init__(
-        self, client: "Client", url: str, name: str, num_ctx: int, stored: Stored, precision: str | None
+        self, client: "Client", url: str, name: str, served: Served, stored: Stored, note: str | None = None
     ) -> None:
-        self._client, self._url, self._name, self._num_ctx = client, url, name, num_ctx
+        self._client, self._url, self._name = client, url, name
+        self._num_ctx: int = served.facts["num_ctx"]
         self.stop: tuple[str, ...] = stored.stop
-        self.precision: str | None = precision
+        # Creating keeps the type; a server that does not say it has the file's.
+        self.precision: str | None = stored.precision or file_precision(served.gguf)
         self.server_digest: str | None = stored.digest
         self.stored_sha256: str | None = stored.stored_sha256
+        self.differences: str | None = "; ".join(stored.differences(served.spec)) or None
+        self.note: str | None = note
 
     def ask(self, reference: Reference, stop: Sequence[str] | None = None) -> Seen:
         """See `export.engines.Engine`.
@@ -51,16 +54,8 @@ class OllamaEngine:
         Raises:
             OllamaUnavailable, OllamaError: the server cannot be asked.
         """
-        # Penalties are named: the server's defaults change greedy answers.
         options: dict[str, Any] = {
-            "temperature": 0.0,
-            "top_k": 1,
-            "top_p": 1.0,
-            "min_p": 0.0,
-            "seed": 0,
-            "repeat_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
+            **GREEDY,
             "num_predict": reference.max_tokens,
             "num_ctx": self._num_ctx,
             **({} if stop is None else {"stop": list(stop)}),
@@ -68,7 +63,7 @@ class OllamaEngine:
         answer = self._client.generate(self._name, reference.prompt, options=options, stream=False)
         rendered = render_prompt(self._url, self._name, reference.prompt)
         text = as_decoded(answer.response or "", reference.answer)
-        return Seen(rendered, answer.prompt_eval_count or 0, None, text, None, None)
+        return Seen(rendered, answer.prompt_eval_count, None, text, None, None)
 
 
 class OllamaServer:
@@ -94,36 +89,40 @@ class OllamaServer:
 
     @contextmanager
     def open(self, served: Served, scale: float = 1.0) -> Iterator[OllamaEngine]:
-        """See `export.engines.Backend`.
+        """See `export.engines.Backend`. What killed checks of this machine left on the server is deleted.
 
         Raises:
             AdaptersUnsupportedError: the server takes no adapters.
             OllamaUnavailable, OllamaError: it cannot be asked.
         """
-        stored = stored_model(self.url, served.name) if scale == 1.0 else None
-        if stored is not None and stored.mode == served.mode_on_server:
-            with self._ask(served.name, served, stored) as engine:
-                yield engine
+        remove_abandoned(self.url)
+        stored = stored_model(self.url, served.name)
+        if scale == 1.0 and stored is not None and stored.mode == served.mode_on_server:
+            with connect(self.url, LOAD_S) as client:
+                yield OllamaEngine(client, self.url, served.name, served, stored)
             return
-        name = f"grit-verify-{uuid.uuid4().hex[:12]}"
+        has = "does not have this model" if stored is None else f"has this model in mode {stored.mode}"
+        note = f"asked of a temporary copy in mode {served.mode_on_server}, for the server {has}"
+        name = temporary_name()
+        try:
+            with self._registered(name, served, scale) as made, connect(self.url, LOAD_S) as client:
+                yield OllamaEngine(client, self.url, name, served, made, note)
+        except BaseException:
+            with suppress(OllamaError):  # which would hide what really went wrong
+                remove(self.url, name)
+            raise
+        remove(self.url, name)
+
+    @contextmanager
+    def _registered(self, name: str, served: Served, scale: float) -> Iterator[Stored]:
+        """A copy of the model under a name of its own; to be removed by the caller."""
         with tempfile.TemporaryDirectory() as temporary:
             adapter = served.adapter
             if adapter is not None and scale != 1.0:
                 adapter = Path(temporary) / "adapter.gguf"
                 scaled_copy(served.adapter or adapter, adapter, scale)
-            try:
-                register(self.url, name, served.gguf, served.spec, adapter, records=Path(temporary))
-                made = stored_model(self.url, name)
-                if made is None:
-                    raise OllamaError(f"Ollama at {self.url} made {name!r} and does not have it now; who removed it?")
-                with self._ask(name, served, made) as engine:
-                    yield engine
-            finally:
-                remove(self.url, name)
-
-    @contextmanager
-    def _ask(self, name: str, served: Served, stored: Stored) -> Iterator[OllamaEngine]:
-        with connect(self.url, TIMEOUT_S) as client:
-            # Creating keeps the type; a server that does not say it has the file's.
-            precision = stored.precision or file_precision(served.gguf)
-            yield OllamaEngine(client, self.url, name, served.facts["num_ctx"], stored, precision)
+            register(self.url, name, served.gguf, served.spec, adapter, records=Path(temporary))
+            made = stored_model(self.url, name)
+            if made is None:
+                raise OllamaError(f"Ollama at {self.url} made {name!r} and does not have it now; who removed it?")
+            yield made

@@ -11,6 +11,9 @@ from export.errors import ExportError
 from export.modelfile import ModelfileError, ModelfileSpec, parse_modelfile, render_modelfile, spec_of
 
 BASE = "base"
+FACTS = "serving.json"
+REFERENCE = "reference.jsonl"
+"""Hugging Face's own tokens and greedy answers, beside each GGUF."""
 MODELFILE = "Modelfile"
 ADAPTER_MODELFILE = "Modelfile.adapter"
 Mode = Literal["merged", "adapter"]
@@ -88,6 +91,23 @@ class Served:
         return replace(self, mode="adapter", gguf=base_file(self.folder.parents[1]), adapter=adapter)
 
 
+def served_in(folder: Path, name: str | None = None, mode: Mode = "merged") -> Served:
+    """One model, by the folder in which the export stage put it.
+
+    Args:
+        folder: <root>/<arm>/<seed>.
+        name: Under which it is served; None: the one in serving.json.
+        mode: How it is served; the base has one file in both.
+
+    Raises:
+        ExportError: nothing is exported there, serving.json is damaged, or a file is missing.
+    """
+    served = _served(folder, read_facts(folder / FACTS), name or f"{folder.parent.name}_model", mode)
+    served = served if name is None else replace(served, name=name)
+    _check_files([served])
+    return served
+
+
 def find_served(root: Path, mode: Mode = "merged", names: list[str] | None = None) -> list[Served]:
     """Everything below the export stage's folder, base first.
 
@@ -97,36 +117,90 @@ def find_served(root: Path, mode: Mode = "merged", names: list[str] | None = Non
         names: Only these models; empty or None: all.
 
     Raises:
-        ExportError: nothing is exported there, a name is not among it, or a file is missing.
+        ExportError: nothing is exported there, a name is not among it or in two places, a serving.json is damaged, or
+            a file is missing. What is wrong with models that are not asked for does not count.
     """
-    places = sorted(root.glob("*/*/serving.json"), key=lambda p: (p.parts[-3] != BASE, p.parts[-3], _seed(p)))
-    if not places:
+    # A seed is a plain number; "0.123.partial" is what a killed export left.
+    folders = [place.parent for place in root.glob(f"*/*/{FACTS}") if re.fullmatch("[0-9]+", place.parent.name)]
+    folders.sort(key=lambda f: (f.parent.name != BASE, f.parent.name, int(f.name)))
+    if not folders:
         raise ExportError(f"expected exported models in {root}/<arm>/<seed>/, found none; run `dvc repro export`")
-    first: dict[str, int] = {}
-    found = []
-    for place in places:
-        folder, arm, seed = place.parent, place.parts[-3], _seed(place)
+    first: dict[str, str] = {}
+    found: list[Served] = []
+    damaged: list[str] = []
+    for folder in folders:
+        arm, seed = folder.parent.name, folder.name
         name = f"{arm}_model" if seed == first.setdefault(arm, seed) else f"{arm}_model:seed{seed}"
-        facts = json.loads(place.read_text(encoding="utf-8"))
-        adapted = mode == "adapter" and arm != BASE
-        gguf = base_file(root) if adapted else folder / "model.gguf"
-        adapter = folder / "adapter.gguf" if adapted else None
-        found.append(Served(facts.get("model_name", name), arm, seed, mode, folder, gguf, adapter, facts))
-    if names:
-        known = {served.name: served for served in found}
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ExportError(f"expected names among {', '.join(known)}, got {', '.join(unknown)}")
-        found = [known[name] for name in names]
+        try:
+            found.append(_served(folder, read_facts(folder / FACTS), name, mode))
+        except ExportError as error:
+            damaged.append(str(error))
+    found = _named(found, names, damaged) if names else found
+    if damaged and not names:
+        raise ExportError("; ".join(damaged))
+    places: dict[str, Path] = {}
     for served in found:
+        if (other := places.setdefault(served.name, served.folder)) != served.folder:
+            raise ExportError(
+                f"expected one folder for each model, {other} and {served.folder} both hold {served.name!r}; remove "
+                "the one that is not in `matrix` of params.yaml any more, or export again"
+            )
+    _check_files(found)
+    return found
+
+
+def read_facts(file: Path) -> dict[str, Any]:
+    """serving.json: template, stop words, context and more.
+
+    Raises:
+        ExportError: missing or damaged; names the file and the key.
+    """
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExportError(f"{file}: no such file; run `dvc repro export`, which writes it") from None
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{file}: expected JSON ({error}); export again") from error
+    if not isinstance(facts, dict):
+        raise ExportError(f"{file}: expected a JSON object, got {type(facts).__name__}; export again")
+    for key, kind in _TYPES.items():
+        if key not in facts and key == "model_name":
+            continue
+        if key not in facts:
+            raise ExportError(f"{file}: expected the key {key!r}, found {', '.join(facts) or 'none'}; export again")
+        if not isinstance(facts[key], kind):
+            raise ExportError(f"{file}: {key}: expected {kind.__name__}, got {facts[key]!r}; export again")
+    return facts
+
+
+def _served(folder: Path, facts: dict[str, Any], name: str, mode: Mode) -> Served:
+    """The model of a folder; `name`: where its facts have none."""
+    arm = folder.parent.name
+    adapted = mode == "adapter" and arm != BASE
+    gguf = base_file(folder.parents[1]) if adapted else folder / "model.gguf"
+    adapter = folder / "adapter.gguf" if adapted else None
+    return Served(facts.get("model_name", name), arm, int(folder.name), mode, folder, gguf, adapter, facts)
+
+
+def _named(found: list[Served], names: list[str], damaged: list[str]) -> list[Served]:
+    """Those of the given names, in that order; all that share one."""
+    known = [served.name for served in found]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        also = f" ({'; '.join(damaged)})" if damaged else ""
+        raise ExportError(f"expected names among {', '.join(known) or 'none'}, got {', '.join(unknown)}{also}")
+    return [served for name in names for served in found if served.name == name]
+
+
+def _check_files(models: list[Served]) -> None:
+    for served in models:
         if served.adapter is not None and not served.adapter.is_file() and served.gguf.is_file():
             raise ExportError(
                 f"{served.folder}: this adapter can be served merged only (run.json says why, only_merged)"
             )
-    missing = [str(f) for s in found for f in (s.gguf, s.adapter) if f is not None and not f.is_file()]
+    missing = [str(f) for s in models for f in (s.gguf, s.adapter) if f is not None and not f.is_file()]
     if missing:
         raise ExportError(f"expected GGUF files, found none at {', '.join(missing)}; run `dvc repro export`")
-    return found
 
 
 def base_file(root: Path) -> Path:
@@ -177,8 +251,4 @@ def read_modelfile(file: Path) -> tuple[ModelfileSpec, Path, Path | None]:
 
 
 _FROM = re.compile(r"^FROM (.*)$", re.MULTILINE)
-
-
-def _seed(place: Path) -> int:
-    name = place.parts[-2]
-    return int(name) if name.isdigit() else 0
+_TYPES: dict[str, type] = {"template": str, "stop": list, "num_ctx": int, "model_name": str}

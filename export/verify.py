@@ -5,99 +5,22 @@ machine that has the folder, without torch. In mode adapter the check is checked
 scale at least one answer must differ, or none of it could have seen a fault.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from export.adapter_file import changes_nothing
-from export.diagnosis import Case, explain, first_token, same_tokens
+from export.diagnosis import Case, explain, same_tokens
 from export.engines import Backend, Reference, Seen
 from export.errors import ExportError
+from export.files import sha256
 from export.ollama import AdaptersUnsupportedError
-from export.serving import Mode, Served
+from export.serving import REFERENCE, Mode, Served
+from export.verdict import Checked
 
-__all__ = ["CONTROL_SCALE", "REFERENCE", "Checked", "Reference", "first_token", "read_references", "verify"]
-
-REFERENCE = "reference.jsonl"
 CONTROL_SCALE = 0.5
 """Factor on the adapter's scale in the control; what a lost α of twice the rank amounts to."""
-
-
-@dataclass(frozen=True)
-class Checked:
-    """One row of the table: a model in one mode on one engine.
-
-    Attributes:
-        name: Of the model.
-        arm: Of the training run, or "base".
-        mode: merged or adapter.
-        backend: llama_cpp or ollama.
-        backend_version: Of the library or server.
-        prompts: Asked; 0 where this mode is not supported.
-        rendered: Share of prompts that are rendered as in training; None where not supported.
-        counted: Share that is read as the same tokens as by Hugging Face (Ollama: as many).
-        answered: Share that is answered as by Hugging Face, greedily.
-        equal_to_merged: Share of answers equal to mode merged; None there.
-        perturbed_noticed: Whether another adapter scale changed an answer; None where that was not tried.
-        first: Where and why the first prompt differs, or what else is wrong; None where nothing is.
-        unsupported: Whether the server cannot serve this mode.
-        quantization: In which the model was exported to be served.
-        gguf_sha256: Hash of the model's or base's file.
-        adapter_sha256: Hash of the adapter's file.
-        server_digest: The server's digest of the model.
-        stored_sha256: Hash of the weights as the server keeps them.
-    """
-
-    name: str
-    arm: str
-    mode: Mode
-    backend: str
-    backend_version: str
-    prompts: int
-    rendered: float | None
-    counted: float | None
-    answered: float | None
-    equal_to_merged: float | None
-    perturbed_noticed: bool | None
-    first: str | None
-    unsupported: bool
-    quantization: str
-    gguf_sha256: str
-    adapter_sha256: str | None
-    server_digest: str | None
-    stored_sha256: str | None
-
-    def problem(self, least: float) -> str | None:
-        """Why the model must not be used, or None when it may.
-
-        Args:
-            least: Share of equal answers that is asked of 16-bit models. One that was quantized on purpose answers
-                otherwise; how often is reported here, and in parity.json held against f16.
-        """
-        if self.unsupported:
-            return None
-        quantized = self.quantization not in _PLAIN
-        shares = (
-            ("prompts rendered as in training", self.rendered, 1.0),
-            ("prompts read as the same tokens", self.counted, 1.0),
-            ("answers equal to Hugging Face's", self.answered, 0.0 if quantized and self.mode == "merged" else least),
-            ("answers equal to mode merged", self.equal_to_merged, 0.0 if quantized else least),
-        )
-        wrong = [
-            f"{what}: expected {wanted:.0%}, got {share:.0%}"
-            for what, share, wanted in shares
-            if share is not None and share < wanted
-        ]
-        if self.perturbed_noticed is False:
-            wrong.append("a perturbed adapter is not noticed")
-        if not wrong:
-            return None
-        return f"{self.name} ({self.backend}, {self.mode}): {'; '.join(wrong)}. {self.first or ''}".rstrip()
-
-
-_PLAIN = ("f32", "f16", "bf16")
 
 
 def read_references(folder: Path, limit: int | None = None) -> list[Reference]:
@@ -159,6 +82,8 @@ class _Asked:
     first: str | None
     server_digest: str | None
     stored_sha256: str | None
+    differences: str | None
+    note: str | None
 
 
 def _ask(
@@ -167,7 +92,18 @@ def _ask(
     with backend.open(served, scale) as engine:
         seen = [engine.ask(reference) for reference in references]
         first = explain(Case(engine, served, references, seen)) if explains else None
-        return _Asked(seen, first, engine.server_digest, engine.stored_sha256)
+        note = ". ".join(filter(None, (engine.note, *_untold(backend, seen)))) or None
+        return _Asked(seen, first, engine.server_digest, engine.stored_sha256, engine.differences, note)
+
+
+def _untold(backend: Backend, seen: Sequence[Seen]) -> list[str]:
+    """What an older server leaves out, and what is not checked therefore."""
+    missing = (
+        ("rendered", "how it renders prompts, so TEMPLATE is not checked", any(s.rendered is None for s in seen)),
+        ("counted", "how many tokens it reads, so BOS is not checked", any(s.tokens is None for s in seen)),
+    )
+    who = f"{backend.name} {backend.version} does not tell"
+    return [f"{who} {what} (no share {share!r}); upgrade it" for share, what, untold in missing if untold]
 
 
 def _row(
@@ -181,27 +117,39 @@ def _row(
     noticed: bool | None = None,
     control: str | None = None,
 ) -> Checked:
-    pairs, n = list(zip(references, asked.seen, strict=True)), len(references)
+    pairs = list(zip(references, asked.seen, strict=True))
     return Checked(
         name=served.name,
         arm=served.arm,
         mode=mode,
         backend=backend.name,
         backend_version=backend.version,
-        prompts=n,
-        rendered=sum(s.rendered == r.rendered for r, s in pairs) / n,
-        counted=sum(same_tokens(r, s) for r, s in pairs) / n,
-        answered=sum(s.text == r.answer for r, s in pairs) / n,
+        prompts=len(references),
+        rendered=_share([None if s.rendered is None else s.rendered == r.rendered for r, s in pairs]),
+        counted=_share([same_tokens(r, s) for r, s in pairs]),
+        answered=_share([s.text == r.answer for r, s in pairs]),
         equal_to_merged=equal_to_merged,
         perturbed_noticed=noticed,
         first=" ".join(filter(None, (asked.first, control))) or None,
         unsupported=False,
         quantization=served.facts.get("quantization", "f16"),
-        gguf_sha256=_sha256(served.gguf),
-        adapter_sha256=_sha256(served.adapter) if served.adapter else None,
+        gguf_sha256=sha256(served.gguf),
+        adapter_sha256=sha256(served.adapter) if served.adapter else None,
         server_digest=asked.server_digest,
         stored_sha256=asked.stored_sha256,
+        differences=asked.differences,
+        note=asked.note,
+        answers=tuple(s.text for s in asked.seen),
     )
+
+
+def _share(equal: Sequence[bool | None]) -> float | None:
+    """Share of prompts that are equal.
+
+    Where some are not told, it is None, unless one that is told differs: then it is the share of those that are told.
+    """
+    told = [flag for flag in equal if flag is not None]
+    return None if len(told) < len(equal) and all(told) else sum(told) / len(told)
 
 
 def _adapter_row(
@@ -246,13 +194,8 @@ def _unsupported(backend: Backend, adapted: Served, why: str) -> Checked:
         first=f"not supported: {why}",
         unsupported=True,
         quantization=adapted.facts.get("quantization", "f16"),
-        gguf_sha256=_sha256(adapted.gguf),
-        adapter_sha256=_sha256(adapted.adapter) if adapted.adapter else None,
+        gguf_sha256=sha256(adapted.gguf),
+        adapter_sha256=sha256(adapted.adapter) if adapted.adapter else None,
         server_digest=None,
         stored_sha256=None,
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from export.verify import Checked
+from export.verdict import Checked
 
 
 def table(rows: Sequence[Checked]) -> Table:
@@ -25,9 +25,16 @@ def table(rows: Sequence[Checked]) -> Table:
 
 
 def show(rows: Sequence[Checked]) -> None:
-    """Print the table; wide enough where the output is a file, in whose 80 columns the engines' names would be cut."""
+    """Print the table, and below it what is to be said of single rows.
+
+    It is wide enough where the output is a file, in whose 80 columns the engines' names would be cut.
+    """
     console = Console()
     Console(width=None if console.is_terminal or "COLUMNS" in os.environ else 120).print(table(rows))
+    for row in rows:
+        stored = row.differences and f"the server stored other settings than were exported: {row.differences}"
+        for remark in filter(None, (row.first, stored, row.note)):
+            print(f"{row.name} ({row.mode}): {remark}")
 
 
 def _percent(share: float | None) -> str:

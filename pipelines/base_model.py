@@ -5,8 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from export.files import sha256
 from pipelines.config import ConfigError
-from pipelines.runinfo import key_of, read_json, sha256
+from pipelines.runinfo import key_of, read_json
 from pipelines.schema import PrepareBase
 from pipelines.stage import BASE
 from trainers.settings import BaseReference

@@ -16,13 +16,16 @@ from evaluation.backends.hf import HfBackend
 from evaluation.backends.llama_cpp import LlamaCppBackend
 from evaluation.journal import Journal
 from evaluation.tasks import Item, Score, render
-from export.modelfile import spec_of
-from export.ollama import register, resolve_host, server_version
+from export.files import sha256
+from export.ollama import resolve_host, server_version
+from export.ollama_stored import stored_model
+from export.registration import keep_registered
+from export.serving import served_in
 from pipelines.base_model import load_reference
 from pipelines.config import ConfigError, check_arm, load_params
 from pipelines.outputs import exclusive, staged
 from pipelines.prompt import prompt_text
-from pipelines.runinfo import RunRecord, hash_inputs, key_of, read_json, read_jsonl, sha256, write_json, write_jsonl
+from pipelines.runinfo import RunRecord, hash_inputs, key_of, read_json, read_jsonl, write_json, write_jsonl
 from pipelines.schema import Params
 from pipelines.stage import (
     BASE_ARM,
@@ -107,13 +110,13 @@ class Models:
         from trainers.models import load_tokenizer
 
         name = model_name(arm, seed, self._first_seed)
-        spec = spec_of(facts)
-        host = resolve_host()
+        host, served = resolve_host(), served_in(folder, name)
 
         def on_server() -> None:
-            register(host, name, folder / "model.gguf", spec)
+            keep_registered(host, served)
 
         on_server()
+        stored = stored_model(host, name)
         tokenizer = load_tokenizer(load_reference()[0])
 
         def expected(prompt: str) -> list[int]:
@@ -127,6 +130,7 @@ class Models:
             expected=expected,
             parallel=self._params.evaluate.parallel,
             restore=on_server,
+            mode=stored.mode if stored else served.mode,
         )
 
 
@@ -220,7 +224,7 @@ def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
         with closing(models.open(arm, seed)) as mine:
             journal = Journal(kept / f"{answers_key(params, mine, inputs, facts)[:16]}.jsonl")
             results = answer(mine, splits, journal, section.max_tokens, facts["stop"], f"{arm}-{seed}")
-            version, device_class = mine.version, mine.device_class
+            version, device_class, mode = mine.version, mine.device_class, getattr(mine, "mode", None)
             missing = sorted(getattr(mine, "missing", ()))
         rows = measure_speed(params, models, {arm: seed, BASE_ARM: 0}, template, splits["test"])
         table = scoring.metrics(
@@ -233,7 +237,7 @@ def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
             "arm": arm,
             "seed": seed,
             "model_name": model_name(arm, seed, first_seed),
-            "backend": {"name": backend_name, "version": version, "device_class": device_class},
+            "backend": {"name": backend_name, "version": version, "device_class": device_class, "mode": mode},
             "test_items_sha256": sha256(DATA / "test.jsonl"),
             "metrics": table,
             "metric_defs": scoring.metric_defs(table),

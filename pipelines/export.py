@@ -17,19 +17,20 @@ from evaluation.backends.llama_cpp import LlamaCppBackend
 from evaluation.tasks import Item, render
 from export import gguf, parity
 from export.errors import ExportError
+from export.files import sha256
 from export.modelfile import render_modelfile, spec_of
-from export.serving import ADAPTER_MODELFILE, adapter_modelfile
-from export.verify import REFERENCE
+from export.serving import ADAPTER_MODELFILE, REFERENCE, adapter_modelfile, base_file
 from pipelines.base_model import load_reference
 from pipelines.config import check_arm, load_params
 from pipelines.outputs import staged
 from pipelines.prompt import chat_facts, prompt_text
-from pipelines.runinfo import RunRecord, artifact, hash_inputs, read_jsonl, sha256, write_json, write_jsonl
+from pipelines.runinfo import RunRecord, artifact, hash_inputs, read_jsonl, write_json, write_jsonl
 from pipelines.schema import CHAT, Params
 from pipelines.stage import BASE, BASE_ARM, DATA, adapter_dir, clear_errors, cli, gguf_dir, model_name, quiet_libraries
 from trainers.models import load_tokenizer
 from trainers.settings import BaseReference
 
+GGUF = Path("gguf")
 # What is exported first and held against Hugging Face; other precisions are made from it.
 F16 = "model-f16.gguf"
 SERVED = "model.gguf"
@@ -96,19 +97,6 @@ def modelfile_text(facts: dict[str, Any]) -> str:
     return render_modelfile(spec_of(facts), gguf_adds_bos=facts["adds_bos"], bos_token=facts["bos_token"])
 
 
-def base_f16() -> Path:
-    """The base's f16 GGUF, made by this stage for the arm `base`.
-
-    Raises:
-        ExportError: not exported yet.
-    """
-    folder = gguf_dir(BASE_ARM, 0)
-    found = next((folder / n for n in (F16, SERVED) if (folder / n).is_file()), None)
-    if found is None:
-        raise ExportError(f"{folder}: no GGUF of the base; run `dvc repro export_base`")
-    return found
-
-
 def check_parity(
     params: Params, reference: BaseReference, merge_from: str, arm: str, seed: int, folder: Path
 ) -> dict[str, Any]:
@@ -135,7 +123,7 @@ def check_parity(
         "merged_gguf": llama_cpp(folder / F16),
     }
     if (folder / ADAPTER).is_file():
-        engines["base+adapter_gguf"] = llama_cpp(base_f16(), folder / ADAPTER)
+        engines["base+adapter_gguf"] = llama_cpp(base_file(GGUF), folder / ADAPTER)
     result = parity.compare(engines, prompts, section.parity_tokens, reference="hf")
     return {"schema": 1, "arm": arm, "seed": seed, "quantization": "f16", **result}
 
@@ -210,9 +198,11 @@ def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
         parent = sha256(adapter / "adapter_model.safetensors") if adapter else None
         kind = "merged_gguf" if adapter else "base_gguf"
         record.artifacts.append(artifact(kind, folder / SERVED, out / SERVED, parent))
+        if not adapter and quantization != "f16":  # what adapters are made for
+            record.artifacts.append(artifact(kind, folder / F16, out / F16, parent))
         if (folder / ADAPTER).is_file():
             record.artifacts.append(artifact("adapter_gguf", folder / ADAPTER, out / ADAPTER, parent))
-            text = adapter_modelfile(facts, out, base_f16())
+            text = adapter_modelfile(facts, out, base_file(GGUF))
             (folder / ADAPTER_MODELFILE).write_text(text, encoding="utf-8")
             place = out / ADAPTER_MODELFILE
             record.artifacts.append(artifact("modelfile", folder / ADAPTER_MODELFILE, place))

@@ -1,6 +1,8 @@
 """Stage quantize: quantized/<arm>/<seed>/ with size, accuracy and agreement with f16 of the model in other precisions.
 
-The files themselves are not kept: what is served is export.quantization's. One is on the disk at a time.
+The files themselves are not kept: what is served is export.quantization's. One is on the disk at a time, beside the
+model in f16 that it is made from: the exported one, or where the export kept only another precision, one made anew, for
+which the merged weights in 16 bits are there as well until it is written.
 """
 
 import json
@@ -23,7 +25,15 @@ from pipelines.base_model import load_reference
 from pipelines.config import ConfigError, check_arm, load_params
 from pipelines.export import F16, SERVED
 from pipelines.outputs import staged
-from pipelines.runinfo import RunRecord, hash_inputs, read_json, read_jsonl, write_json, write_jsonl
+from pipelines.runinfo import (
+    RunRecord,
+    hash_inputs,
+    llama_cpp_device,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
 from pipelines.schema import Params
 from pipelines.stage import BASE_ARM, DATA, adapter_dir, clear_errors, cli, gguf_dir, quantized_dir, quiet_libraries
 
@@ -101,7 +111,13 @@ def run(params: Params, arm: str, seed: int) -> None:
             facts = read_json(place / "serving.json")
             inputs = hash_inputs(DATA / "test.jsonl", place)
             record = RunRecord(
-                "quantize", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=facts["template"]
+                "quantize",
+                params=shown,
+                inputs=inputs,
+                arm=arm,
+                seed=seed,
+                prompt_template=facts["template"],
+                device=llama_cpp_device(params.evaluate.threads),
             )
             reference = answer(params, source, facts, items, f"{arm}-{seed} {REFERENCE}")
             rows = [row_for(REFERENCE, exported, 0, reference, reference)]

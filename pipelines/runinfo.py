@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from export.files import sha256
+
 PACKAGES = (
     "torch transformers trl peft accelerate datasets bitsandbytes tokenizers sentencepiece safetensors "
     "llama-cpp-python gguf ollama unsloth unsloth_zoo dvc sqlalchemy pandas numpy scipy"
@@ -26,12 +28,6 @@ class FileError(RuntimeError):
 def now() -> str:
     """This moment in UTC, ISO 8601."""
     return datetime.now(UTC).isoformat()
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def key_of(value: Any) -> str:
@@ -83,6 +79,18 @@ def torch_device() -> dict[str, Any]:
 
     name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return machine(name, torch.get_num_threads())
+
+
+def llama_cpp_device(threads: int | None = None) -> dict[str, Any]:
+    """The device that llama.cpp uses here; torch is not loaded for it.
+
+    Args:
+        threads: CPU threads that it was given; None: llama-cpp-python's default, half of the cores.
+    """
+    import llama_cpp
+
+    gpu = "GPU of llama.cpp" if llama_cpp.llama_supports_gpu_offload() else None
+    return machine(gpu, threads or max((os.cpu_count() or 2) // 2, 1))
 
 
 def machine(gpu: str | None, threads: int) -> dict[str, Any]:

@@ -186,6 +186,7 @@ class Verify(Section):
 
     prompts: Positive
     min_answers_equal: Share
+    min_answers_equal_quantized: Share
     control_scale: Annotated[float, Field(gt=0, description="factor on the adapter's scale in the control")]
 
     @field_validator("control_scale")

@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 
 from evaluation.tasks import Item, render
+from export.files import sha256
 from pipelines.base_model import describe, load_reference
 from pipelines.config import arm_code, check_arm, load_params
 from pipelines.outputs import exclusive, staged
 from pipelines.prompt import literal, prompt_text
-from pipelines.runinfo import RunRecord, artifact, hash_inputs, key_of, package_versions, read_jsonl, sha256
+from pipelines.runinfo import RunRecord, artifact, hash_inputs, key_of, package_versions, read_jsonl
 from pipelines.schema import Params
 from pipelines.stage import BASE, DATA, TRAINERS_CODE, adapter_dir, clear_errors, cli, quiet_libraries
 from trainers import ARMS

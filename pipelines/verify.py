@@ -1,11 +1,10 @@
 """Stage verify: verified/<arm>/<seed>/verify.json, whether what is served is what was trained.
 
 Always on llama.cpp in this process, in both modes; where an Ollama server answers, the model is registered there and
-checked as well.
+checked as well, against Hugging Face's answers and against llama.cpp's.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,15 +13,16 @@ import typer
 from export.engines import Backend
 from export.errors import ExportError
 from export.llama_engine import LlamaCpp
-from export.ollama import register, resolve_host, server_version
+from export.ollama import resolve_host, server_version
 from export.ollama_engine import OllamaServer
-from export.serving import MODES, Served, base_file, find_served
-from export.verify import Checked
+from export.registration import keep_registered
+from export.serving import MODES, Served, base_file, served_in
+from export.verdict import Checked, against
 from export.verify import verify as verify_model
 from export.verify_table import show
 from pipelines.config import check_arm, load_params
 from pipelines.outputs import staged
-from pipelines.runinfo import RunRecord, hash_inputs, machine, write_json
+from pipelines.runinfo import RunRecord, hash_inputs, llama_cpp_device, write_json
 from pipelines.schema import Params
 from pipelines.stage import BASE_ARM, clear_errors, cli, gguf_dir, model_name, quiet_libraries, verified_dir
 
@@ -50,21 +50,16 @@ def row_of(row: Checked) -> dict[str, Any]:
 
 
 def backends(served: Served) -> list[Backend]:
-    """llama.cpp, and the Ollama server at OLLAMA_HOST where one answers, with the merged model registered there."""
+    """llama.cpp, and the Ollama server at OLLAMA_HOST where one answers, with the model registered there.
+
+    A model that the server has as base and adapter stays so; any other is registered merged.
+    """
     found: list[Backend] = [LlamaCpp()]
     if server_version(resolve_host()) is None:
         return found
     server = OllamaServer()
-    register(server.url, served.name, served.gguf, served.spec, progress=print)
+    keep_registered(server.url, served, progress=print)
     return [*found, server]
-
-
-def llama_cpp_device() -> dict[str, Any]:
-    """The device that llama.cpp uses here; torch takes longer to load than this stage to run."""
-    import llama_cpp
-
-    gpu = "GPU of llama.cpp" if llama_cpp.llama_supports_gpu_offload() else None
-    return machine(gpu, max((os.cpu_count() or 2) // 2, 1))  # llama-cpp-python's default
 
 
 def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
@@ -77,7 +72,7 @@ def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
         check_arm(arm)
     section = params.verify
     name = model_name(arm, seed, first_seed)
-    served = find_served(GGUF, names=[name])[0]
+    served = served_in(gguf_dir(arm, seed), name)
     inputs = hash_inputs(gguf_dir(arm, seed), *([] if arm == BASE_ARM else [base_file(GGUF)]))
     out = verified_dir(arm, seed)
     failed = out.with_name(f"{out.name}.verify-failed.json")
@@ -91,14 +86,14 @@ def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
             prompt_template=served.facts["template"],
             device=llama_cpp_device(),
         )
-        rows = [
-            row
-            for backend in backends(served)
-            for row in verify_model(backend, served, MODES, section.prompts, section.control_scale)
-        ]
+        rows: list[Checked] = []
+        for backend in backends(served):
+            checked = verify_model(backend, served, MODES, section.prompts, section.control_scale)
+            rows += against(checked, rows)
         content = {"schema": 1, "arm": arm, "seed": seed, "model_name": name, "rows": [row_of(row) for row in rows]}
         show(rows)
-        if problems := [p for row in rows if (p := row.problem(section.min_answers_equal))]:
+        least = (section.min_answers_equal, section.min_answers_equal_quantized)
+        if problems := [p for row in rows if (p := row.problem(*least))]:
             write_json(failed, content)
             raise ExportError(f"{out}: what is served is not what was trained ({failed}). {' '.join(problems)}")
         failed.unlink(missing_ok=True)

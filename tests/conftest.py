@@ -134,8 +134,7 @@ def served_tree(exported, base_dir, adapter_dir, prompts, tmp_path_factory):
     """gguf/ as the export stage leaves it, for the base and one arm, with Hugging Face's answers."""
     from evaluation.backends.hf import HfBackend
     from export.modelfile import render_modelfile, spec_of
-    from export.serving import ADAPTER_MODELFILE, adapter_modelfile
-    from export.verify import REFERENCE
+    from export.serving import ADAPTER_MODELFILE, REFERENCE, adapter_modelfile
 
     root = tmp_path_factory.mktemp("gguf")
     facts = {"template": TEMPLATE, "stop": ["</s>"], "num_ctx": 256, "adds_bos": True, "bos_token": "<s>"}

@@ -38,6 +38,8 @@ MISBEHAVIOURS = {
     "not_done",
     "missing_fields",
     "forget_model",
+    "hang_all",
+    "bare_list",
 }
 
 
@@ -66,7 +68,8 @@ class OllamaDouble:
             latter within the stream; "forget_settings": creation stores no parameters; "error_500_n_times": a 500
             for a generation; "wrong_json", "missing_response", "not_done": a 200 with something else than a finished
             answer; "missing_fields": an older release, which gives texts without counts, times and reasons;
-            "forget_model": deletes the model that is asked for.
+            "forget_model": deletes the model that is asked for; "hang_all": answers nothing at all but HEAD;
+            "bare_list": lists models without their digests.
         times: How many generations that goes on; afterwards the server is well.
         size_vram: Bytes on the GPU, answer of /api/ps.
 
@@ -201,7 +204,8 @@ class OllamaDouble:
         for name in names:
             model = self.models[name]
             size = model.gguf.stat().st_size
-            rows.append({"name": name, "model": name, "digest": model.digest, "size": size, "details": {}, **more})
+            digest = {} if self.misbehave == "bare_list" else {"digest": model.digest}
+            rows.append({"name": name, "model": name, **digest, "size": size, "details": {}, **more})
         return {"models": rows}
 
     def show(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -215,6 +219,7 @@ class OllamaDouble:
         return {
             "template": model.template,
             "license": model.license,
+            **({"system": model.system} if model.system else {}),
             "parameters": "\n".join(lines),
             "modelfile": f"FROM /models/blobs/sha256-{model.stored}\n"
             + (f"ADAPTER /models/blobs/{model.adapter.name}\n" if model.adapter else "")

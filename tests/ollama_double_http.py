@@ -57,6 +57,9 @@ class Handler(BaseHTTPRequestHandler):
             self._hang_up()
             return
         data = self._body()
+        if self.double.misbehave == "hang_all":
+            self._fail("hang")
+            return
         is_blob = self.path.startswith("/api/blobs/")
         try:
             body = len(data) if is_blob else json.loads(data or b"{}")

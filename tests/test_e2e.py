@@ -146,6 +146,26 @@ def test_2c_the_probe_says_what_each_optimizer_did(clone):
         assert {p.name for p in folder.iterdir()} == {"verdict.json", "run.json", "updates.png", "twin.png"}
 
 
+def test_2d_what_is_served_is_verified_and_other_precisions_are_measured(clone):
+    said = clone.query("select arm, mode, prompts, rendered, counted, answered, perturbed_noticed "
+                       "from verification v join run on run.id = run_id where backend = 'llama_cpp'")  # fmt: skip
+    arms = ("baseline_lora", "hybrid_grit", "pure_grit")
+    assert sorted(row[:2] for row in said) == sorted(
+        [("base", "merged"), *((arm, mode) for arm in arms for mode in ("merged", "adapter"))]
+    )
+    assert all(row[2] >= 10 and row[3] == row[4] == 1 and row[5] >= 0.9 for row in said)
+    assert all(row[6] == 1 for row in said if row[1] == "adapter")
+    sizes = {}
+    for arm, kind, size, n in clone.query("select arm, type, bytes, n from quantization q join run on run.id = run_id"):
+        sizes.setdefault(arm, {})[kind] = size
+        assert n == 40
+    assert sizes.keys() == {"base", *arms} and all(s.keys() == {"f16", "q8_0"} for s in sizes.values())
+    for arm, size in sizes.items():
+        assert size["q8_0"] < size["f16"] == (clone.folder / f"gguf/{arm}/0/model.gguf").stat().st_size
+    report = (clone.folder / "outputs/grit_evaluation.md").read_text()
+    assert "## Quantization" in report and "## Served as trained" in report
+
+
 def test_3_the_backend_is_recorded_and_the_fallback_is_said(clone):
     assert "no Ollama server at" in clone.first_output
     assert {b for (b,) in clone.query("select backend_name from run")} == {"llama_cpp"}
@@ -261,16 +281,23 @@ def test_c_where_a_server_answers_the_models_are_served_and_scored_there(clone, 
         try:
             for arm in ("base", "baseline_lora"):
                 assert "backend: Ollama 0.32" in clone.run("python", "-m", "pipelines.evaluate", "--arm", arm)
+            clone.run("python", "-m", "pipelines.verify", "--arm", "baseline_lora")
         finally:
             clone.env["OLLAMA_HOST"] = host
+        assert set(server.models) == {"base_model:latest", "baseline_lora_model:latest"}
         created = [body["model"] for method, path, body in server.requests if path == "/api/create"]
-    assert created == ["base_model", "baseline_lora_model"]  # the base only once
+    named = [name for name in created if not name.startswith("grit-verify-")]
+    assert named == ["base_model", "baseline_lora_model"]  # the base only once
     served = answers()
     assert served.keys() == embedded.keys()
     same = sum(served[i] == embedded[i] for i in served)
     assert same >= 0.97 * len(served)
     clone.run("python", "-m", "pipelines.compare")
     assert {b for (b,) in clone.query("select backend_name from run where is_current")} == {"ollama"}
+    verified = "select backend, mode, rendered, counted from verification v join run on run.id = run_id"
+    assert sorted(clone.query(f"{verified} where arm = 'baseline_lora' and is_current")) == [
+        (backend, mode, 1.0, 1.0) for backend in ("llama_cpp", "ollama") for mode in ("adapter", "merged")
+    ]
     # base twice (two backends), baseline three times (two rates, two backends), the others once
     assert clone.query("select arm, count(*) from run group by arm order by arm") == [
         ("base", 2),

@@ -20,7 +20,7 @@ class LlamaCppBackend(StepwiseBackend):
         gguf: Model file.
         template: Text round every question, with one `{prompt}`.
         num_ctx: Context, tokens.
-        threads: CPU threads; 0 = one for each core.
+        threads: CPU threads; 0 = llama.cpp's own choice (half of the cores, all of them for prompts).
         adapter: GGUF adapter applied on top.
         parallel: Sequences at once in `generate_many`, each with `num_ctx` tokens; ≥ 1.
 

@@ -11,7 +11,7 @@ from evaluation.backends import BackendError, Generation
 from evaluation.backends.ollama_link import Link
 from evaluation.backends.retry import PassingError, Retry
 from evaluation.backends.threads import as_finished
-from export.ollama_client import OllamaError, full_name, list_models, resolve_host, server_version
+from export.ollama_client import GREEDY, OllamaError, full_name, list_models, resolve_host, server_version
 
 TIMEOUT_S = 600.0  # longest silence: a cold load of a large model from a slow disk takes minutes
 UNLOAD_S = 30.0  # time that a server gets to unload a model
@@ -39,9 +39,11 @@ class OllamaBackend:
             OLLAMA_NUM_PARALLEL.
         retry: How often and how long to ask again.
         restore: Registers the model anew; called when the server says that it has it no more.
+        mode: How the server has the model: "merged", or "adapter" on a shared base.
         say: Called with a line for each further try and for each figure that the server leaves out.
 
     Attributes:
+        mode: As given.
         missing: Figures that this server left out, e.g. {"prompt_eval_count"}; they are None in the answers.
 
     Raises:
@@ -62,10 +64,12 @@ class OllamaBackend:
         parallel: int = 1,
         retry: Retry | None = None,
         restore: Callable[[], object] | None = None,
+        mode: str = "merged",
         say: Callable[[str], None] = _to_stderr,
     ):
         self.host = resolve_host(host)
         self.model = model
+        self.mode = mode
         self._num_ctx = num_ctx
         self._num_threads = num_threads
         self._expected = expected
@@ -229,19 +233,7 @@ class OllamaBackend:
         )
 
     def _options(self, max_tokens: int, stop: Sequence[str]) -> dict[str, Any]:
-        # Penalties are named: the server's defaults, repeat_penalty 1.1 among them, change greedy answers.
-        options: dict[str, Any] = {
-            "temperature": 0.0,
-            "top_k": 1,
-            "top_p": 1.0,
-            "min_p": 0.0,
-            "seed": 0,
-            "repeat_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "num_predict": max_tokens,
-            "num_ctx": self._num_ctx,
-        }
+        options: dict[str, Any] = {**GREEDY, "num_predict": max_tokens, "num_ctx": self._num_ctx}
         if self._num_threads is not None:
             options["num_thread"] = self._num_threads
         if stop:

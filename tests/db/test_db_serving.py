@@ -1,23 +1,20 @@
-"""Precisions and verifications on their way into the database, and databases from before there were any."""
+"""Precisions and verifications on their way into the database."""
 
 from __future__ import annotations
 
 import json
-import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import func, insert, select, text
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from db import DatabaseError, IngestError, open_session, queries, schema
-from db.engine import make_engine, resolve_url
-from db.ingest import ingest, rebuild
-from db.models import Quantization, QuantizedSample, Run, Sample, Speed, Verification
+from db import IngestError, open_session, queries
+from db.ingest import ingest
+from db.models import Quantization, QuantizedSample, Run, Verification
 from tests.db.result_tree import (
     edit,
-    make_arm,
     make_quantized,
     make_tree,
     make_verified,
@@ -129,6 +126,16 @@ def test_a_mode_that_a_server_does_not_support_has_no_shares(tree: Path, path: P
         assert (last.prompts, last.answered, last.first_difference) == (0, None, "not supported: no ADAPTER")
 
 
+def test_an_older_server_answers_and_tells_neither_text_nor_tokens(tree: Path, path: Path) -> None:
+    make_verified(tree, "baseline_lora", rows=[verification("ollama", "merged", rendered=None, counted=None)])
+    ingest(tree, path)
+    with open_session(path) as session:
+        (row,) = queries.verifications(session, run_of(session).id)
+        assert (row.prompts, row.rendered, row.counted, row.answered) == (20, None, None, 1.0)
+        (view,) = queries.view(session, "v_verification")
+        assert (view["rendered"], view["counted"], view["answered"]) == (None, None, 100)
+
+
 QUANTIZED, VERIFIED = "quantized/baseline_lora/0/quantized.json", "verified/baseline_lora/0/verify.json"
 SAMPLES = "quantized/baseline_lora/0/quantized_samples.jsonl"
 GOOD = [precision(kind, correct, same) for kind, (correct, same) in ROWS.items()]
@@ -158,6 +165,9 @@ GOOD = [precision(kind, correct, same) for kind, (correct, same) in ROWS.items()
         (VERIFIED, {"rows": [{**CHECKED[0], "answered": 1.5}]}, r"rows\.0\.answered"),
         (VERIFIED, {"rows": [{**CHECKED[0], "answered": None}]}, "answered: expected a share exactly where prompts"),
         (VERIFIED, {"rows": [{**CHECKED[0], "prompts": 0}]}, "came 1.0 of 0 prompts"),
+        (VERIFIED, {"rows": [{**CHECKED[0], "prompts": 0, "answered": None}]}, "rendered: expected no share"),
+        (VERIFIED, {"rows": [{**CHECKED[0], "prompts": 0, "answered": None, "rendered": None}]},
+         "counted: expected no share where no prompt was asked, came 1.0"),
         (VERIFIED, {"rows": [{**CHECKED[0], "gguf_sha256": "abc"}]}, "gguf_sha256"),
         (VERIFIED, {"rows": [{**CHECKED[1], "perturbed_noticed": 1}]}, "perturbed_noticed"),
     ],
@@ -219,6 +229,35 @@ def test_precisions_of_an_older_export_are_left_out(tree: Path, path: Path) -> N
         assert rows_of(session) == [0, 0, 3]
 
 
+@pytest.mark.parametrize("older", [True, False])
+def test_a_verification_with_an_older_base_is_left_out(tree: Path, path: Path, older: bool) -> None:
+    """Mode adapter runs on the base's file, which is exported by another stage."""
+    base = json.loads((tree / "gguf/base/0/run.json").read_text(encoding="utf-8"))["artifacts"][0]
+    used = {base["path"]: "0" * 64 if older else base["sha256"], "gguf/base/0/serving.json": "1" * 64}
+    edit(tree / "verified/baseline_lora/0/run.json", inputs=used)
+    note = "baseline_lora/0: without its stage verify, its stage verify used an older gguf/base/0/model.gguf than"
+    summary = ingest(tree, path)
+    assert [line.startswith(note) for line in summary.skipped] == [True] * older and summary.inserted == 3
+    with open_session(path) as session:
+        assert rows_of(session) == [3, 300, 0 if older else 3]
+    edit(tree / "verified/baseline_lora/0/run.json", inputs={base["path"]: base["sha256"]})
+    assert ingest(tree, path).skipped == ()
+    with open_session(path) as session:
+        assert rows_of(session) == [3, 300, 3]
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "left"), [("quantize", QUANTIZED, [0, 0, 3]), ("verify", VERIFIED, [3, 300, 0])]
+)
+def test_results_without_their_run_json_are_named(tree: Path, path: Path, stage: str, file: str, left: Any) -> None:
+    (tree / file).with_name("run.json").unlink()
+    assert ingest(tree, path).skipped == (
+        f"baseline_lora/0: without its stage {stage}, {file} has no run.json; run `dvc repro`",
+    )
+    with open_session(path) as session:
+        assert rows_of(session) == left
+
+
 def test_the_serving_mode_of_the_evaluation_is_recorded(tree: Path, path: Path) -> None:
     scores = tree / "scores/baseline_lora/1/scores.json"
     backend = json.loads(scores.read_text(encoding="utf-8"))["backend"]
@@ -249,135 +288,3 @@ def test_load_and_time_to_first_token_are_phases(tree: Path, path: Path) -> None
     edit(scores, speed=[*rows, {**one, "phase": "thinking"}])
     with pytest.raises(IngestError, match=r"speed\..*phase"):
         ingest(tree, path)
-
-
-# --- databases of older releases --------------------------------------------------------------------------------
-
-
-def make_0001(path: Path) -> None:
-    """A database as the first release left it: its own tables, two runs, and rows in the tables that change."""
-    engine = make_engine(resolve_url(path), write=True)
-    with engine.connect() as connection:
-        schema.upgrade(connection, str(path), "0001")
-        connection.execute(
-            text("INSERT INTO environment (id, key, device_class, packages) VALUES (1, :key, 'cpu', '{}')"),
-            {"key": sha("environment")},
-        )
-        for number, (arm, backend) in enumerate([("base", "hf"), ("baseline_lora", "hf"), ("pure_grit", "llama_cpp")]):
-            connection.execute(
-                text(
-                    "INSERT INTO run (id, run_key, source_sha256, arm, seed, model_name, status, is_current, started,"
-                    " ended, stages, params, inputs, backend_name, backend_version, device_class, environment_id,"
-                    " test_items_sha256) VALUES (:id, :key, :key, :arm, 0, :arm, 'finished', 1,"
-                    " '2026-11-21 01:00:00.000000', '2026-11-21 02:00:00.000000', '{}', '{}', '{}', :backend, '1',"
-                    " 'cpu', 1, :key)"
-                ),
-                {"id": number + 1, "key": sha(arm), "arm": arm, "backend": backend},
-            )
-            for phase in ("load", "prefill", "decode"):
-                connection.execute(
-                    text("INSERT INTO speed (id, run_id, arm, phase, repetition, tokens, nanoseconds)"
-                         " VALUES (:id, :run, :arm, :phase, 0, 10, 1000000000)"),
-                    {"id": 10 * number + len(phase), "run": number + 1, "arm": arm, "phase": phase},
-                )  # fmt: skip
-            connection.execute(
-                text("INSERT INTO sample (run_id, item_id, task, split, prompt, truth, answer, correct)"
-                     " VALUES (:run, 'i', 'aqi', 'test', 'p', 't', 'a', 1)"),
-                {"run": number + 1},
-            )  # fmt: skip
-        connection.commit()
-    engine.dispose()
-
-
-def all_rows(path: Path, tables: tuple[str, ...]) -> dict[str, list[Any]]:
-    connection = sqlite3.connect(path)
-    try:
-        return {table: connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for table in tables}
-    finally:
-        connection.close()
-
-
-OLD_TABLES = ("environment", "speed", "sample", "v_leaderboard", "evaluation_results")
-
-
-def test_an_older_database_is_upgraded_without_loss(path: Path) -> None:
-    make_0001(path)
-    before, runs = all_rows(path, OLD_TABLES), all_rows(path, ("run",))["run"]
-    assert len(before["speed"]) == 9 and len(before["v_leaderboard"]) == 3
-    with open_session(path, write=True) as session:
-        session.execute(insert(Speed), {"run_id": 3, "arm": "pure_grit", "phase": "ttft", "repetition": 0})
-        session.rollback()
-    assert all_rows(path, OLD_TABLES) == before, "an upgrade that is not committed has not been"
-    with open_session(path, write=True):
-        pass
-    assert all_rows(path, OLD_TABLES) == before
-    assert [row[: len(runs[0])] for row in all_rows(path, ("run",))["run"]] == runs
-    with open_session(path, write=True) as session:
-        assert session.scalar(text("SELECT version_num FROM alembic_version")) == "0002"
-        assert {r.arm: r.serving_mode for r in queries.current_runs(session)} == {
-            "base": "merged", "baseline_lora": "adapter", "pure_grit": "merged"}  # fmt: skip
-        session.execute(insert(Speed), {"run_id": 3, "arm": "pure_grit", "phase": "ttft", "repetition": 0})
-        assert session.scalar(select(func.count()).select_from(Sample)) == 3
-        assert queries.view(session, "v_quantization") == []
-
-
-def test_results_are_read_into_an_older_database(path: Path, tree: Path) -> None:
-    make_0001(path)
-    make_arm(tree, "pure_grit", correct=F16)
-    assert counts(ingest(tree, path)) == (4, 0, 0, 3)
-    with open_session(path) as session:
-        assert rows_of(session) == [3, 300, 3]
-        assert session.scalar(select(func.count()).select_from(Run)) == 7, "older runs stay"
-    assert counts(rebuild(tree, path)) == (4, 0, 0, 0)
-
-
-def test_the_upgrade_can_be_taken_back(path: Path) -> None:
-    from alembic import command
-    from alembic.config import Config
-
-    make_0001(path)
-    before = all_rows(path, OLD_TABLES)
-    with open_session(path, write=True) as session:
-        session.execute(insert(Speed), {"run_id": 3, "arm": "pure_grit", "phase": "ttft", "repetition": 0})
-    with open_session(path, write=True) as session:
-        config = Config()
-        config.set_main_option("script_location", str(schema.MIGRATIONS))
-        config.set_main_option("path_separator", "os")
-        config.attributes["connection"] = session.connection()
-        command.downgrade(config, "0001")
-    assert all_rows(path, OLD_TABLES) == before
-    connection = sqlite3.connect(path)
-    with pytest.raises(sqlite3.IntegrityError, match="ck_speed_phase"):
-        connection.execute("INSERT INTO speed (run_id, arm, phase, repetition) VALUES (1, 'base', 'ttft', 0)")
-    connection.close()
-
-
-@pytest.mark.parametrize(
-    ("table", "change"),
-    [
-        (Quantization, {"type": ""}),
-        (Quantization, {"correct": 101}),
-        (Quantization, {"category_accuracy": 1.1}),
-        (Quantization, {"bits_per_weight": 0.0}),
-        (Quantization, {"type": "f16"}),
-        (Verification, {"mode": "both"}),
-        (Verification, {"answered": None}),
-        (Verification, {"rendered": 1.01}),
-        (Verification, {"gguf_sha256": "abc"}),
-        (QuantizedSample, {"answer": None}),
-        (QuantizedSample, {"item_id": ""}),
-    ],
-)
-def test_the_tables_keep_their_rules(path: Path, table: Any, change: dict[str, Any]) -> None:
-    rows = {
-        Quantization: precision("q8_0", Q8, 0.9),
-        Verification: verification("llama_cpp", "adapter"),
-        QuantizedSample: {"type": "q8_0", "item_id": "i", "correct": True, "answer": "a"},
-    }
-    make_0001(path)
-    with open_session(path, write=True) as session:
-        session.execute(insert(table), {"run_id": 1, **rows[table]})
-    with pytest.raises(DatabaseError, match="rows that keep the rules"), open_session(path, write=True) as session:
-        session.execute(table.__table__.insert(), {"run_id": 2, **rows[table], **change})
-    with pytest.raises(DatabaseError, match="UNIQUE"), open_session(path, write=True) as session:
-        session.execute(insert(table), {"run_id": 1, **rows[table]})

@@ -280,7 +280,8 @@ def served(tmp_path: Path) -> Path:
     lost = {"rendered": None, "counted": None, "answered": None, "equal_to_merged": None, "perturbed_noticed": None}
     refused = verification("ollama", "adapter", prompts=0, **lost, first_difference="not supported by this server")
     blind = verification("llama_cpp", "adapter", perturbed_noticed=False)
-    make_verified(tree, "baseline_lora", rows=[verification("llama_cpp", "merged"), blind, refused])
+    old = verification("ollama", "merged", rendered=None, counted=None)
+    make_verified(tree, "baseline_lora", rows=[verification("llama_cpp", "merged"), blind, old, refused])
     make_verified(tree, "base", rows=[verification("llama_cpp", "merged")])
     scores = tree / "scores/baseline_lora/0/scores.json"
     speed = [row for row in json.loads(scores.read_text(encoding="utf-8"))["speed"] if row["phase"] == "decode"]
@@ -320,20 +321,42 @@ def test_precisions_worked_out_by_hand(served: Path) -> None:
     assert (q8.megabytes, q8.bits_per_weight, q8.fallbacks, q4.fallbacks, q4.tensors) == (8.5, 8.5, 0, 13, 20)
 
 
+def test_a_precision_of_one_seed_is_held_against_that_seeds_f16(tmp_path: Path) -> None:
+    """f16 is right on 70 items with seed 0 and on 50 with seed 1; q8_0, measured with seed 1 alone, on 45."""
+    tree = make_tree(tmp_path / "project")
+    f16 = {seed: [i < right for i in range(100)] for seed, right in ((0, 70), (1, 50))}
+    make_quantized(tree, "baseline_lora", 0, rows={"f16": (f16[0], 1.0)})
+    make_quantized(tree, "baseline_lora", 1, rows={"f16": (f16[1], 1.0), "q8_0": ([i < 45 for i in range(100)], 0.8)})
+    quantized = tree / "quantized/baseline_lora/0/quantized.json"
+    rows = json.loads(quantized.read_text(encoding="utf-8"))["rows"]
+    edit(quantized, rows=[{**rows[0], "bytes": 20_000_000}])
+    ingest(tree, tmp_path / "c.db")
+    both, one = load_comparison(tmp_path / "c.db").precisions
+    assert (both.seeds, one.seeds) == ((0, 1), (1,))
+    assert both.accuracy is not None and both.accuracy.estimate == pytest.approx(60) and both.megabytes == 18
+    assert one.accuracy is not None and one.accuracy.estimate == pytest.approx(45) and one.answers_equal == 80
+    assert one.delta is not None and one.delta.estimate == pytest.approx(-5) and (one.gained, one.lost) == (0, 5)
+    text = run("--db", str(tmp_path / "c.db"), "--format", "md").output
+    _, first, second = section(text, "Quantization")
+    assert (first[2], second[2]) == ("0, 1", "1") and "lines with other seeds are not to be held" in text
+
+
 def test_the_report_shows_what_is_served(served: Path) -> None:
     text = run("--db", str(served), "--format", "md").output
     head, f16, q8, q4 = section(text, "Quantization")
-    assert head[:4] == ["Model", "Type", "Size MB", "Bits per weight"]
-    assert f16[:4] == ["baseline_lora_model", "f16", "16.00", "16.00"] and f16[5:] == ["–", "–", "100.0", "0 of 20"]
-    assert q8[1] == "q8_0" and q8[4].startswith("70.0 [60.") and q8[6:] == ["1, 2", "91.0", "0 of 20"]
-    assert q4[5].startswith("-20.0 [-2") and q4[-1] == "13 of 20"
-    assert "Fallback tensors have rows" in text
+    assert head[:5] == ["Model", "Type", "Seeds", "Size MB", "Bits per weight"]
+    assert f16[:5] == ["baseline_lora_model", "f16", "0, 1", "16.00", "16.00"]
+    assert f16[6:] == ["–", "–", "100.0", "0 of 20"]
+    assert q8[1] == "q8_0" and q8[5].startswith("70.0 [60.") and q8[7:] == ["1, 2", "91.0", "0 of 20"]
+    assert q4[6].startswith("-20.0 [-2") and q4[-1] == "13 of 20"
+    assert "Fallback tensors have rows" in text and "other seeds" not in text
 
-    _, base, merged, blind, refused = section(text, "Served as trained")
+    _, base, merged, blind, old, refused = section(text, "Served as trained")
     assert base == ["base_model", "0", "llama_cpp 0.3.36", "merged", "20", "100.0", "100.0", "100.0", "–", "–", "–"]
     assert merged[3] == "merged" and merged[8:10] == ["–", "–"]
     assert blind[7:10] == ["95.0", "95.0", "NO"]
     assert blind[10] == "prompt 3: token 2 \\| differs Likely cause: scale", "a model's words cannot end a cell"
+    assert old[4:8] == ["20", "not told", "not told", "100.0"]
     assert refused[2:6] == ["ollama 0.32.0", "adapter", "not supported", "–"] and "by this server" in refused[10]
 
     phases = {(row[0], row[2]): row[3:] for row in section(text, "Speed by phase")[1:]}
@@ -347,13 +370,13 @@ def test_the_report_shows_what_is_served(served: Path) -> None:
 def test_the_command_prints_what_is_served(served: Path) -> None:
     lines = run("--db", str(served)).output.splitlines()
     q4 = next(line for line in lines if "q4_K_M" in line)
-    assert [cell.strip() for cell in q4.split("│")[1:4]] == ["baseline_lora_model", "q4_K_M", "4.50"]
+    assert [cell.strip() for cell in q4.split("│")[1:5]] == ["baseline_lora_model", "q4_K_M", "0, 1", "4.50"]
     assert any("not supported" in line for line in lines) and any("│" in line and " NO " in line for line in lines)
     assert any(line.startswith("baseline_lora_model seed 0, llama_cpp 0.3.36, adapter: prompt 3") for line in lines)
     assert not any("…" in line for line in lines)
     content = json.loads(run("--db", str(served), "--format", "json").output)
     assert [row["type"] for row in content["precisions"]] == ["f16", "q8_0", "q4_K_M"]
-    assert len(content["served"]) == 4 and content["runs"][0]["serving_mode"] == "merged"
+    assert len(content["served"]) == 5 and content["runs"][0]["serving_mode"] == "merged"
     assert {row["phase"] for row in content["phases"]} == {"load", "ttft", "prefill", "decode"}
 
 

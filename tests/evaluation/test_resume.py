@@ -153,7 +153,7 @@ def test_a_server_that_dies_is_waited_for_and_the_next_one_goes_on(project, toke
         with pytest.raises(BackendError, match=r"of 40 items of test are done and kept; the same command goes on"):
             evaluate.run(params_of(project), "base", 0, 0)
     kept = len(journal_lines(project))
-    assert kept >= 9
+    assert kept >= 6  # of the ten that were asked four may be in flight
     with OllamaDouble(tokenize=tokenize, reply=lambda rendered: "Good: 12") as server:
         monkeypatch.setenv("OLLAMA_HOST", server.url)
         evaluate.run(params_of(project), "base", 0, 0)

@@ -6,10 +6,11 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
+from export.diagnosis import first_token
 from export.errors import ExportError
 from export.ollama_cli import app
-from export.serving import find_served
-from export.verify import REFERENCE, first_token, read_references
+from export.serving import REFERENCE, find_served
+from export.verify import read_references
 from tests.ollama_double import OllamaDouble
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_records")]

@@ -9,7 +9,7 @@ from gguf import GGUFReader
 
 from export.adapter_file import scaled_copy
 from export.gguf import quantize
-from export.llama_engine import LlamaCpp
+from export.llama_engine import LlamaCpp, LlamaEngine
 from export.ollama import register
 from export.verify import read_references, verify
 from tests.export.verify_runs import ARM, answers, longer, model, one, opened, patch, rewrite
@@ -203,3 +203,39 @@ def test_a_tie_is_named(tree, monkeypatch):
         said[tie > lead] = one(verify(LlamaCpp(), served, ["merged"])).first
     assert "Likely cause: rounding; the best two tokens are a tie there" in said[True]
     assert "Likely cause: merge or weights of the file" in said[False]
+
+
+def test_a_cause_that_cannot_be_found_does_not_hide_the_difference(tree):
+    """The diagnosis asks llama.cpp as well, which here finds no Modelfile."""
+    served = model(tree, "base_model")
+    rewrite(served.folder, answer=lambda row: "#" + row["answer"][1:])
+    with opened("ollama") as (backend, double):
+        register(double.url, "base_model", served.gguf, served.spec)
+        (served.folder / "Modelfile").unlink()
+        row = one(verify(backend, served, ["merged"]))
+    assert row.answered == 0 and "of the answer is" in row.first and "expected '#" in row.first
+    assert "Cause not found: " in row.first and "Modelfile: no such file" in row.first
+
+
+@pytest.mark.parametrize("what", ["rendered", "counted"])
+def test_nor_does_one_that_needs_the_file(tree, what):
+    served = model(tree, "base_model")
+    change = {"rendered": {"rendered": lambda row: row["rendered"] + "?"}, "counted": {"ids": lambda row: [1]}}[what]
+    rewrite(served.folder, **change)
+    with opened("ollama") as (backend, double):
+        register(double.url, "base_model", served.gguf, served.spec)
+        double.show = lambda body, show=double.show: {**show(body), "details": {"quantization_level": "F16"}}
+        served.gguf.write_bytes(b"GGUF")
+        row = one(verify(backend, served, ["merged"]))
+    assert getattr(row, what) == 0 and row.first.startswith("prompt 0: ") and "Cause not found: " in row.first
+    assert "model.gguf: expected a GGUF model" in row.first
+
+
+def test_an_engine_that_knows_its_tokens_is_not_loaded_twice(tree, monkeypatch):
+    served = model(tree, "base_model")
+    rewrite(served.folder, answer=lambda row: "#" + row["answer"][1:])
+    loads = []
+    load = LlamaEngine.__init__
+    monkeypatch.setattr(LlamaEngine, "__init__", lambda self, *a, **k: (loads.append(a), load(self, *a, **k))[1])
+    row = one(verify(LlamaCpp(), served, ["merged"]))
+    assert "Likely cause: merge or weights of the file" in row.first and len(loads) == 1

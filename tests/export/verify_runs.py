@@ -8,8 +8,8 @@ from gguf import GGUFReader
 
 from export.llama_engine import LlamaCpp
 from export.ollama_engine import OllamaServer
-from export.serving import find_served
-from export.verify import REFERENCE, read_references
+from export.serving import REFERENCE, find_served
+from export.verify import read_references
 from tests.ollama_double import OllamaDouble
 
 ARM = "pure_grit_model"

@@ -1,10 +1,13 @@
 """Stage quantize on a real, small export: what it measures, what it leaves behind, and what stops it."""
 
+import hashlib
 import json
 import shutil
 
+import llama_cpp
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from db.records_serving import QuantizedRecord, QuantizedSampleRecord
 from evaluation.backends.llama_cpp import LlamaCppBackend
@@ -63,8 +66,10 @@ def content(folder):
     return {f.name: f.read_bytes() for f in (folder / OUT).iterdir()}
 
 
-def test_every_precision_is_measured_on_the_test_items(here, raw):
-    quantize.run(with_types(raw, "bf16", "f16", "q8_0", "q4_K_M"), "baseline_lora", 0)
+def test_every_precision_is_measured_on_the_test_items(here, raw, monkeypatch):
+    monkeypatch.delattr("pipelines.runinfo.torch_device")  # the work is llama.cpp's, and so is the device
+    one_thread = {**raw, "evaluate": {**raw["evaluate"], "threads": 1}}
+    quantize.run(with_types(one_thread, "bf16", "f16", "q8_0", "q4_K_M"), "baseline_lora", 0)
     rows, samples = results(here)
     assert [row.type for row in rows] == ["f16", "bf16", "q8_0", "q4_K_M"], "f16 once, and first"
     f16, bf16, q8, q4 = rows
@@ -85,6 +90,8 @@ def test_every_precision_is_measured_on_the_test_items(here, raw):
     record = json.loads((here / OUT / "run.json").read_text())
     assert (record["stage"], record["status"], record["arm"]) == ("quantize", "finished", "baseline_lora")
     assert "gguf/baseline_lora/0/model.gguf" in record["inputs"] and "data/test.jsonl" in record["inputs"]
+    assert (record["device"]["class"] == "cuda") == llama_cpp.llama_supports_gpu_offload()
+    assert record["device"]["threads"] == 1
 
 
 def test_the_answers_are_the_model_s_own(here, raw):
@@ -98,6 +105,34 @@ def test_the_answers_are_the_model_s_own(here, raw):
             for s in f16]  # fmt: skip
     engine.close()
     assert sum(same) >= 11, "all, save a tie"
+
+
+def test_each_seed_is_measured_by_itself(here, raw):
+    """Seed 1 has an adapter twice as strong; both are exported by stage export."""
+    shutil.copytree(here / "adapters/baseline_lora/0", here / "adapters/baseline_lora/1")
+    weights = here / "adapters/baseline_lora/1/adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: 2 * w if "lora_B" in name else w for name, w in tensors.items()}, weights, {"format": "pt"})
+    export.run(parse_params(raw), "baseline_lora", 1)
+    types = with_types(raw, "q8_0")
+    quantize.run(types, "baseline_lora", 0)
+    first = content(here)
+    quantize.run(types, "baseline_lora", 1)
+    assert content(here) == first, "a seed leaves the other's results alone"
+    engines = {seed: here / f"gguf/baseline_lora/{seed}/model.gguf" for seed in (0, 1)}
+    assert engines[0].read_bytes() != engines[1].read_bytes()
+    read = json.loads((here / "quantized/baseline_lora/1/run.json").read_text())
+    assert (read["arm"], read["seed"]) == ("baseline_lora", 1)
+    models = {path: digest for path, digest in read["inputs"].items() if path.endswith("model.gguf")}
+    assert models == {"gguf/baseline_lora/1/model.gguf": hashlib.sha256(engines[1].read_bytes()).hexdigest()}
+    second = here / "quantized/baseline_lora/1"
+    assert QuantizedRecord.model_validate_json((second / "quantized.json").read_text()).seed == 1
+    facts = json.loads((here / "gguf/baseline_lora/1/serving.json").read_text())
+    rows = [json.loads(line) for line in (second / "quantized_samples.jsonl").read_text().splitlines()]
+    items = [quantize.Item.from_json(json.loads(line)) for line in open("data/test.jsonl", encoding="utf-8")]
+    own = {s: quantize.answer(types, model, facts, items, "") for s, model in engines.items()}
+    assert [{key: row[key] for key in own[1][0]} for row in rows if row["type"] == "f16"] == own[1]
+    assert own[0] != own[1], "the seeds can be told apart"
 
 
 def test_where_the_export_kept_no_f16_it_is_made_anew(here, raw):
@@ -156,17 +191,28 @@ def test_a_damaged_export_is_named_and_the_old_results_stand(here, raw):
     assert content(here) == before
 
 
-def test_one_file_is_on_the_disk_at_a_time(here, raw, monkeypatch):
-    made = quantize.quantize
+@pytest.mark.parametrize(("served", "beside"), [("f16", []), ("q8_0", ["model-f16.gguf"])])
+def test_one_file_is_on_the_disk_at_a_time(here, raw, monkeypatch, served, beside):
+    """Beside the f16 that it is made from, which lies there only where the export kept another precision."""
+    if served != "f16":
+        export.run(parse_params({**raw, "export": {**raw["export"], "quantization": served}}), "baseline_lora", 0)
+    made, convert, during = quantize.quantize, quantize.gguf.convert_model, []
     seen = []
 
     def watched(source, out, precision):
         seen.append(sorted(f.name for f in out.parent.iterdir()))
         return made(source, out, precision)
 
+    def converted(merged, out, name):
+        convert(merged, out, name)
+        during.append(sorted(f.name for f in out.parent.iterdir()))
+
     monkeypatch.setattr(quantize, "quantize", watched)
+    monkeypatch.setattr(quantize.gguf, "convert_model", converted)
     quantize.run(with_types(raw, "bf16", "q8_0"), "baseline_lora", 0)
-    assert seen == [[], []], "the one before is gone"
+    assert seen == [beside, beside], "the one before is gone"
+    assert during == [["merged", name] for name in beside]
+    assert {f.name for f in (here / OUT).iterdir()} == {"quantized.json", "quantized_samples.jsonl", "run.json"}
 
 
 @pytest.mark.parametrize(

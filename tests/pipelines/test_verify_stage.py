@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from gguf import GGUFReader
 
 from export.errors import ExportError
+from export.files import sha256
+from export.gguf import quantize
+from export.ollama import register
+from export.serving import served_in
 from pipelines import profile, verify
 from pipelines.config import ConfigError, parse_params
 from tests.ollama_double import OllamaDouble
@@ -73,6 +78,82 @@ def test_a_server_that_answers_is_verified_as_well(params, monkeypatch):
     assert all(r["answered"] == 1.0 for r in rows) and rows[3]["perturbed_noticed"] is True
     assert (rows[2]["server_digest"], rows[2]["stored_sha256"]) == (model.digest, model.stored)
     assert rows[2]["backend_version"] == "0.32.0"
+    facts = json.loads(Path("outputs/ollama/pure_grit_model-merged.json").read_text())
+    assert (facts["digest"], facts["created"]) == (model.digest, True)
+
+
+def test_the_folder_of_an_earlier_first_seed_is_not_taken_for_the_model(params, tree):
+    """DVC leaves the folders of seeds that are in the matrix no more, and both call themselves pure_grit_model."""
+    shutil.copytree(tree / "pure_grit/0", tree / "pure_grit/1")
+    for seed in "01":
+        file = tree / "pure_grit" / seed / "serving.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "model_name": "pure_grit_model"}))
+    (tree / "pure_grit/1/model.gguf").write_bytes(b"of another seed")
+    verify.run(params, "pure_grit", 0)
+    assert written("pure_grit")[0]["gguf_sha256"] == sha256(tree / "pure_grit/0/model.gguf")
+
+
+def test_a_model_that_is_served_as_base_and_adapter_stays_so(params, tree, monkeypatch):
+    form = served_in(tree / "pure_grit/0").adapter_form()
+    with OllamaDouble() as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        register(server.url, form.name, form.gguf, form.spec, form.adapter)
+        model = server.models["pure_grit_model:latest"]
+        server.requests.clear()
+        verify.run(params, "pure_grit", 0)
+        created = [body["model"] for _, path, body in server.requests if path == "/api/create"]
+        assert len(created) == 2 and all(name.startswith("grit-verify-") for name in created), "merged, and the control"
+        assert server.models == {"pure_grit_model:latest": model} and model.adapter
+        assert written("pure_grit")[3]["server_digest"] == model.digest
+        facts = json.loads(Path("outputs/ollama/pure_grit_model-adapter.json").read_text())
+        assert (facts["digest"], facts["created"], facts["mode"]) == (model.digest, False, "adapter")
+
+        model.parameters["temperature"] = 0.7  # of somebody else: another digest, so the model is stale
+        model.digest = "0" * 64
+        verify.run(params, "pure_grit", 0)
+        anew = server.models["pure_grit_model:latest"]
+        assert anew.adapter and anew.parameters["temperature"] == 0.0
+
+        server.version = "0.35.0"
+        anew.digest = "1" * 64
+        verify.run(params, "pure_grit", 0)
+        assert not server.models["pure_grit_model:latest"].adapter, "this release takes none, so it is served merged"
+
+
+def test_a_server_that_answers_otherwise_than_llama_cpp_fails_the_stage(params, tree, monkeypatch):
+    """A quantized model, of which Hugging Face's answers are not asked here."""
+    file = tree / "pure_grit/0/serving.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization": "q8_0"}))
+    model = tree / "pure_grit/0/model.gguf"
+    quantize(model.rename(tree / "f16.gguf"), model, "q8_0")
+    lax = params.model_copy(update={"verify": params.verify.model_copy(update={"min_answers_equal_quantized": 0.0})})
+    with OllamaDouble() as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        verify.run(lax, "pure_grit", 0)
+        whole = server.generate
+
+        def other(body):
+            merged = server.model(body).adapter is None
+            return ({**p, "response": "?" if merged and p["response"] else p["response"]} for p in whole(body))
+
+        server.generate = other
+        with pytest.raises(ExportError, match="llama.cpp's of the same files: expected 90%, got 0%"):
+            verify.run(lax, "pure_grit", 0)
+
+
+def test_quantized_gibberish_fails_the_stage(params, tree):
+    file = tree / "pure_grit/0/serving.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization": "q8_0"}))
+    model = tree / "pure_grit/0/model.gguf"
+    quantize(model.rename(tree / "f16.gguf"), model, "q8_0")
+    verify.run(params, "pure_grit", 0)
+    reader = GGUFReader(model, "r+")
+    for tensor in reader.tensors:
+        if "ffn_down" in tensor.name or "attn_output" in tensor.name:
+            tensor.data[..., 1] = 0x7B  # the high byte of each row's first scale
+    reader.data.flush()
+    with pytest.raises(ExportError, match="answers equal to Hugging Face's: expected 25%"):
+        verify.run(params, "pure_grit", 0)
 
 
 def test_a_release_without_adapters_does_not_fail_the_stage(params, monkeypatch):
@@ -131,7 +212,7 @@ def test_the_command_names_the_error_and_needs_no_torch(params, tree):
 
     shutil.rmtree(tree / "pure_grit")
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "verify pure_grit-0: error: expected names among base_model" in done.stderr
+    assert done.returncode == 1 and "verify pure_grit-0: error: gguf/pure_grit/0/serving.json: no such" in done.stderr
 
 
 def test_a_control_that_perturbs_nothing_is_refused():

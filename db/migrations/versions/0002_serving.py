@@ -115,8 +115,18 @@ def _create_tables() -> None:
         sa.Column("backend_version", sa.Text(), nullable=False),
         sa.Column("mode", sa.Text(), nullable=False, comment="merged GGUF, or base with GGUF adapter"),
         sa.Column("prompts", sa.BigInteger(), nullable=False, comment="0: this backend does not support the mode"),
-        sa.Column("rendered", sa.Double(), nullable=True, comment="share of the prompts rendered as in training"),
-        sa.Column("counted", sa.Double(), nullable=True, comment="share read as the tokens that training had"),
+        sa.Column(
+            "rendered",
+            sa.Double(),
+            nullable=True,
+            comment="share of the prompts rendered as in training; NULL with prompts: the server does not tell",
+        ),
+        sa.Column(
+            "counted",
+            sa.Double(),
+            nullable=True,
+            comment="share read as the tokens that training had; NULL with prompts: the server does not tell",
+        ),
         sa.Column("answered", sa.Double(), nullable=True, comment="share answered greedily as by Hugging Face"),
         sa.Column(
             "equal_to_merged",
@@ -140,8 +150,7 @@ def _create_tables() -> None:
         _check(
             "verification",
             "asked_or_unsupported",
-            "(prompts > 0) = (rendered IS NOT NULL) AND (prompts > 0) = (counted IS NOT NULL)"
-            " AND (prompts > 0) = (answered IS NOT NULL)",
+            "(prompts > 0) = (answered IS NOT NULL) AND (prompts > 0 OR (rendered IS NULL AND counted IS NULL))",
         ),
         _check("verification", "gguf_sha256", "length(gguf_sha256) = 64"),
         _check("verification", "adapter_sha256", "length(adapter_sha256) = 64"),

@@ -1,0 +1,87 @@
+"""What a model says reaches the report as text, never as markup."""
+
+from __future__ import annotations
+
+import html
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+
+from evaluation.markdown import cell, grid
+from tests.evaluation.test_compare_all import edit, ingest, make_tree, make_verified, run, verification
+
+SAID = [
+    "</s>",
+    "<img onerror=alert(1) src=x>",
+    "[l](javascript:1)",
+    "![l](x)",
+    "[l](https://example.org)",
+    "[1](https://example.org)",
+    "[1]: https://example.org",
+    "[l][1]",
+    r"a\|b",
+    "a|b",
+    r"a\\|b",
+    "`code` ``more``",
+    "*strong* **x** _y_ __z__ ~~gone~~",
+    "&amp; &lt;b&gt; & <b>",
+    "<|im_end|>",
+    "[INST] x [/INST]",
+    "+1.0 [+0.5, +1.5] (x)",
+    "baseline_lora_model",
+]
+
+
+class Reader(HTMLParser):
+    """Tags and text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.cells: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.add(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_data(self, data: str) -> None:
+        if "td" in self.tags and data.strip():
+            self.cells[-1] += data
+
+
+@pytest.mark.parametrize("text", SAID)
+def test_a_cell_is_read_back_as_it_was_said(text: str) -> None:
+    markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    page = Reader(markdown.render(grid(["A", "B"], [[text, "after"]]) + f"\n\n- {cell(text)}\n\n[1] [l]\n"))
+    assert page.tags == {"table", "thead", "tbody", "tr", "th", "td", "ul", "li", "p"}
+    assert page.cells[0] == text and page.cells[1].startswith("after")
+    line = markdown.render(f"- {cell('note: ' + text)}")
+    assert html.unescape(line) == f"<ul>\n<li>note: {text}</li>\n</ul>\n"
+
+
+@pytest.mark.parametrize(
+    "text", ["base_model", "baseline_lora_model", "+30.0 [+21.0, +39.0]", "Points [95%]", "q4_K_M"]
+)
+def test_names_and_numbers_stay_readable_in_the_file(text: str) -> None:
+    assert cell(text) == text
+
+
+def test_line_breaks_do_not_end_a_cell() -> None:
+    assert cell("a\n| b\r\n\n# c") == "a \\| b # c"
+
+
+def test_a_models_words_are_text_in_the_report(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "project")
+    said = "prompt 1: expected '</s>', came '<img onerror=x> [l](https://example.org) a\\|b'"
+    make_verified(tree, "base", rows=[verification("llama_cpp", "merged", first_difference=said)])
+    edit(tree / "scores/base/0/run.json", packages={"torch": "<b>1</b>"})
+    ingest(tree, tmp_path / "c.db")
+    text = run("--db", str(tmp_path / "c.db"), "--format", "md").output
+    page = MarkdownIt("commonmark").enable("table").render(text)
+    assert not re.search(r"<(img|a|b|s)\b|</s>", page)
+    assert said in html.unescape(page) and "torch <b>1</b>" in html.unescape(page)
