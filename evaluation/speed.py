@@ -1,8 +1,9 @@
 """Speed, measured so that two models can be compared: load, time to first token, prefill, decode.
 
-One request at a time, fixed numbers of tokens, the models in turn within one process, a warm-up thrown away, and
-every prompt with a prefix of its own so that no prompt cache helps. Merged LoRA models of one shape run the same
-arithmetic: a difference between them is noise, and this is how large the noise is.
+One request at a time, fixed numbers of tokens (on Ollama at most that many: an end token ends its answer), the models
+in turn within one process, a warm-up thrown away, and every prompt with a prefix of its own, so that a prompt cache
+finds no more than what the template has in front of it. Merged LoRA models of one shape run the same arithmetic: a
+difference between them is noise, and this is how large the noise is.
 
 What a row's tokens are: in `prefill` those of the prompts, in `decode` those of the answers, in `ttft` the first
 ones, one for each request; `load` has none. None is a figure that a server did not give.
@@ -68,7 +69,9 @@ def embedded(backend: Timed) -> Measure:
 
 
 def loads(contenders: Mapping[str, Callable[[], int | None]], *, repetitions: int) -> list[dict[str, Any]]:
-    """Time loading the contenders from cold, in turn.
+    """Time loading the contenders, in turn, from a file that the system has in memory since the load thrown away.
+
+    Where the file is mapped, its pages come with the first pass, and are not part of the figure.
 
     Args:
         contenders: Arm → loads the model, which must not be loaded, and gives the time, ns.

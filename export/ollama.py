@@ -20,6 +20,7 @@ from export.errors import ExportError
 from export.files import sha256
 from export.modelfile import ModelfileSpec
 from export.ollama_client import (
+    LOAD_S,
     OllamaError,
     OllamaUnavailable,
     connect,
@@ -148,7 +149,7 @@ def register(
         say(f"{name}: the server has it already")
         return Registered(**{**record["registered"], "server_version": version, "created": False})
 
-    with connect(url) as client:
+    with connect(url, LOAD_S) as client:
         for label, path in files.items():
             _upload(client, url, path, hashes[label], say)
         try:

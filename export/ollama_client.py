@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = 11434
 PROBE_S = 2.0  # seconds to wait for a server before it counts as absent
+CONNECT_S = 10.0  # to wait for a connection, seconds
 ANSWER_S = 60.0  # longest silence, seconds, after a question for which the server needs no model
 LOAD_S = 600.0  # and after one for which it may have to load a large model from a slow disk
 
@@ -91,10 +92,12 @@ def open_client(host: str | None = None, timeout_s: float | None = None) -> "Cli
         host: As in `resolve_host`.
         timeout_s: Longest silence of the server, seconds; None waits for ever.
     """
+    import httpx
     from ollama import Client
 
     url = resolve_host(host)
-    return Client(url, timeout=timeout_s, **http_options(url))
+    timeout = httpx.Timeout(timeout_s, connect=CONNECT_S)
+    return Client(url, timeout=timeout, **http_options(url))
 
 
 @contextmanager

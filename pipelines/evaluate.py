@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +19,7 @@ from evaluation.journal import Journal
 from evaluation.tasks import Item, Score, render
 from export.files import sha256
 from export.ollama import resolve_host, server_version
-from export.ollama_stored import stored_model
-from export.registration import keep_registered
+from export.registration import keep_registered, register_served
 from export.serving import served_in
 from pipelines.base_model import load_reference
 from pipelines.config import ConfigError, check_arm, load_params
@@ -28,6 +28,7 @@ from pipelines.prompt import prompt_text
 from pipelines.runinfo import RunRecord, hash_inputs, key_of, read_json, read_jsonl, write_json, write_jsonl
 from pipelines.schema import Params
 from pipelines.stage import (
+    BASE,
     BASE_ARM,
     DATA,
     adapter_dir,
@@ -112,11 +113,7 @@ class Models:
         name = model_name(arm, seed, self._first_seed)
         host, served = resolve_host(), served_in(folder, name)
 
-        def on_server() -> None:
-            keep_registered(host, served)
-
-        on_server()
-        stored = stored_model(host, name)
+        form = keep_registered(host, served)
         tokenizer = load_tokenizer(load_reference()[0])
 
         def expected(prompt: str) -> list[int]:
@@ -129,8 +126,8 @@ class Models:
             num_threads=self._params.evaluate.threads or None,
             expected=expected,
             parallel=self._params.evaluate.parallel,
-            restore=on_server,
-            mode=stored.mode if stored else served.mode,
+            restore=partial(register_served, host, form),
+            mode=form.mode,
         )
 
 
@@ -172,12 +169,20 @@ def answers_key(params: Params, backend: Backend, inputs: dict[str, str], facts:
     Args:
         params: Settings.
         backend: That answers.
-        inputs: Hashes of the items and of everything that was exported.
+        inputs: Hashes of the items, and of everything that weights may be read from.
         facts: serving.json.
     """
     section = params.evaluate
     asked = {"max_tokens": section.max_tokens, "threads": section.threads, "serving": facts}
-    return key_of({"backend": [backend.name, backend.version], "inputs": inputs, **asked})
+    engine = [backend.name, backend.version, backend.device_class, getattr(backend, "mode", None)]
+    return key_of({"backend": engine, "inputs": inputs, **asked})
+
+
+def weights(backend: str, arm: str, seed: int) -> list[Path]:
+    """Every folder that a backend may read weights of an arm from."""
+    if backend == "hf":
+        return [BASE / "base.json", *([] if arm == BASE_ARM else [adapter_dir(arm, seed)])]
+    return [gguf_dir(BASE_ARM, 0)] if backend == "ollama" and arm != BASE_ARM else []  # in mode adapter
 
 
 def _base_backend() -> str | None:
@@ -201,6 +206,13 @@ def answer(
         }
 
 
+@contextmanager
+def _forgotten(kept: Path) -> Iterator[None]:
+    """Remove the journal when the block has ended well: only then are the answers in their place."""
+    yield
+    shutil.rmtree(kept)
+
+
 def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
     """Score one arm with one seed."""
     if arm != BASE_ARM:
@@ -217,12 +229,13 @@ def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
     inputs = hash_inputs(DATA / "test.jsonl", DATA / "retention.jsonl", gguf_dir(arm, seed))
     kept = CHECKPOINTS / arm / str(seed)
     lock = kept.with_name(f"{seed}.lock")
-    with exclusive(lock, f"evaluate {arm} seed {seed}"), staged(out) as folder:
+    with exclusive(lock, f"evaluate {arm} seed {seed}"), _forgotten(kept), staged(out) as folder:
         record = RunRecord("evaluate", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=template)
         models = Models(params, backend_name, first_seed)
         facts = read_json(gguf_dir(arm, seed) / "serving.json")
         with closing(models.open(arm, seed)) as mine:
-            journal = Journal(kept / f"{answers_key(params, mine, inputs, facts)[:16]}.jsonl")
+            read = {**inputs, **hash_inputs(*weights(backend_name, arm, seed))}
+            journal = Journal(kept / f"{answers_key(params, mine, read, facts)[:16]}.jsonl")
             results = answer(mine, splits, journal, section.max_tokens, facts["stop"], f"{arm}-{seed}")
             version, device_class, mode = mine.version, mine.device_class, getattr(mine, "mode", None)
             missing = sorted(getattr(mine, "missing", ()))
@@ -247,7 +260,6 @@ def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
         write_json(folder / "scores.json", scores)
         record.extra = {"backend": scores["backend"], "resumed_items": journal.resumed, "missing_figures": missing}
         record.write(folder)
-    shutil.rmtree(kept)  # only now are the answers in their place
     shown_metrics = {m["name"]: round(m["value"], 4) for m in table if "/" not in m["name"]}
     print(json.dumps({**shown_metrics, "decode_tokens_per_s": round(speed.tokens_per_second(rows, arm, "decode"), 1)}))
 

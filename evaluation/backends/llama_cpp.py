@@ -85,6 +85,7 @@ class LlamaCppBackend(StepwiseBackend):
         self._check_fits(ids)
         self._llm.reset()
         self._llm.eval(list(ids))
+        self._api.llama_synchronize(self._llm.ctx)  # a GPU works on when the call is over
 
     def _check_fits(self, ids: Sequence[int]) -> None:
         if len(ids) >= self._llm.n_ctx():
@@ -109,6 +110,7 @@ class LlamaCppBackend(StepwiseBackend):
             if stop and any(word in self.detokenize(ids) for word in stop):
                 return ids, "stop"
             self._llm.eval([token])
+        self._api.llama_synchronize(self._llm.ctx)
         return ids, "length"
 
     def detokenize(self, ids: Sequence[int]) -> str:

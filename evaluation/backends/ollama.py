@@ -128,22 +128,14 @@ class OllamaBackend:
                 f"expected a prompt and max_tokens ≥ 1, got {item_prompt!r} and {max_tokens}; Ollama would "
                 "load the model and answer nothing"
             )
-        with self._lock:  # tokenizers in Rust refuse two threads at once
-            ids = None if self._expected is None else len(self._expected(item_prompt))
-        if ids is not None and ids + max_tokens > self._num_ctx:
-            raise BackendError(
-                f"expected prompt and answer within num_ctx {self._num_ctx}, got {ids} + {max_tokens} "
-                "tokens; Ollama would cut the prompt and say nothing. Raise num_ctx"
-            )
+        ids = self._fitting(item_prompt, max_tokens)
         answer = self._ask(prompt=item_prompt, options=self._options(max_tokens, stop))
         self._given(answer, "done_reason")
         if answer.done_reason not in ("stop", "length", None):
             raise BackendError(
                 f"expected Ollama at {self.host} to end with 'stop' or 'length', got {answer.done_reason!r}"
             )
-        seen = self._given(answer, "prompt_eval_count")
-        if ids is not None and seen is not None and seen != ids:
-            raise BackendError(self._count_message(seen, ids))
+        seen = self._seen(answer, ids)
         # The server leaves out fields that are zero, and decoding nothing counts nothing and takes no time.
         nothing = answer.response == "" and answer.eval_count is None
         return Generation(
@@ -171,26 +163,58 @@ class OllamaBackend:
 
         Returns:
             Phase → (tokens, ns): prefill and decode by the server's own figures; ttft by this machine's clock, from
-            sending the request to the first piece of text, less the time in which the server loaded the model.
+            sending the request to the first piece of text, less the time in which the server loaded the model; None
+            where it does not say how long that was.
 
         Raises:
             BackendError: as `generate`.
         """
+        ids = self._fitting(prompt, tokens)
 
-        def stream(client: Any) -> tuple[Any, int]:
-            started, first, part = time.perf_counter_ns(), None, None
+        def stream(client: Any) -> tuple[Any, int, bool]:
+            started, first, part, text = time.perf_counter_ns(), None, None, False
             for part in client.generate(self.model, prompt, options=self._options(tokens, ()), stream=True):
+                text |= bool(part.response)
                 if first is None and (part.response or part.done):
                     first = time.perf_counter_ns() - started
-            return part, first or 0
+            return part, first or 0, text
 
-        last, first = self._link.call(stream, lambda made: self._finished(made[0]))
-        load, seen, made = (self._given(last, f"{x}") for x in ("load_duration", "prompt_eval_count", "eval_count"))
+        last, first, text = self._link.call(stream, lambda made: self._finished(made[0]))
+        seen, load = self._seen(last, ids), self._given(last, "load_duration")
+        nothing = not text and last.eval_count is None  # as in `generate`
         return {
-            "ttft": (1, first - (load or 0)),
+            "ttft": (1, None if load is None else first - load),
             "prefill": (seen, self._given(last, "prompt_eval_duration")),
-            "decode": (made, self._given(last, "eval_duration")),
+            "decode": (0, 0) if nothing else (self._given(last, "eval_count"), self._given(last, "eval_duration")),
         }
+
+    def _fitting(self, prompt: str, max_tokens: int) -> int | None:
+        """Tokens of the rendered prompt, where the tokenizer is known.
+
+        Raises:
+            BackendError: with the answer they do not fit the context.
+        """
+        if self._expected is None:
+            return None
+        with self._lock:  # tokenizers in Rust refuse two threads at once
+            ids = len(self._expected(prompt))
+        if ids + max_tokens > self._num_ctx:
+            raise BackendError(
+                f"expected prompt and answer within num_ctx {self._num_ctx}, got {ids} + {max_tokens} "
+                "tokens; Ollama would cut the prompt and say nothing. Raise num_ctx"
+            )
+        return ids
+
+    def _seen(self, answer: Any, ids: int | None) -> int | None:
+        """Prompt tokens that the server saw.
+
+        Raises:
+            BackendError: other than expected.
+        """
+        seen: int | None = self._given(answer, "prompt_eval_count")
+        if ids is not None and seen is not None and seen != ids:
+            raise BackendError(self._count_message(seen, ids))
+        return seen
 
     def load_cold(self) -> int | None:
         """Time that the server takes to load the model after unloading it, ns by its own figure.

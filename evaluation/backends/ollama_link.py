@@ -9,6 +9,9 @@ from evaluation.backends.retry import PassingError, Retry
 from export.errors import ExportError
 from export.ollama_client import OllamaError, OllamaRefused, OllamaUnavailable, explained, open_client
 
+PASSING = (408, 429)
+"""Refusals that pass: a proxy's time limit, and too many requests."""
+
 
 class Link:
     """Requests about one model to one server; safe to use from several threads.
@@ -60,7 +63,8 @@ class Link:
                 self._register_again(self._restore, restored, error)
                 return self._once(request, check)
         except OllamaRefused as error:
-            refused = BackendError if 400 <= error.status < 500 else PassingError
+            final = 400 <= error.status < 500 and error.status not in PASSING
+            refused = BackendError if final else PassingError
             raise refused(f"{error} (model {self._model!r})") from error
         except OllamaUnavailable as error:
             raise PassingError(f"{error} (model {self._model!r})") from error
@@ -90,7 +94,10 @@ class Link:
         with self._lock:
             if self._restored == restored:
                 self._say(f"{error}; registering the model again")
-                restore()
+                try:
+                    restore()
+                except (ValueError, TypeError) as broken:
+                    raise PassingError(f"Ollama at {self._host} answered rubbish: {str(broken)[:200]}") from broken
                 self._restored += 1
 
     def close(self) -> None:

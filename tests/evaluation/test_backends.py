@@ -104,8 +104,9 @@ def is_tie(reference, prompt, other, lead=0.05):
     """Whether the reference's answer parts from the other text where its best two tokens are all but equal."""
     reference.generate(prompt, 16)
     ids = reference.greedy(reference.tokenize(TEMPLATE.format(prompt=prompt)), 16)
-    at = next(n for n in range(1, len(ids) + 1) if not other.startswith(reference.detokenize(ids[:n]).strip()))
-    return reference.gaps[at - 1] < lead
+    parts = (n for n in range(1, len(ids) + 1) if not other.startswith(reference.detokenize(ids[:n]).strip()))
+    at = next(parts, None)
+    return at is not None and reference.gaps[at - 1] < lead
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,8 @@ def test_answers_beside_others_are_those_given_alone(engines, name):
     assert len({text for text, *_ in made[1]}) > 15  # the model does say different things
     differ = [n for n in range(len(prompts)) if made[1][n] != made[5][n]]
     reference = engines["hf"](1)
-    assert all(is_tie(reference, prompts[n], made[5][n][0].strip()) for n in differ), [
+    # One of the two equals Hugging Face's answer as a rule; the other parts from it at the tie.
+    assert all(any(is_tie(reference, prompts[n], made[k][n][0].strip()) for k in (1, 5)) for n in differ), [
         (prompts[n], made[1][n], made[5][n]) for n in differ
     ]
     assert len(differ) <= 0.02 * len(prompts)

@@ -249,7 +249,8 @@ def test_phases_that_an_older_server_does_not_give(double, clock):
     double.misbehave = "missing_fields"
     with make(double, clock) as backend:
         phases = backend.timed("1 + 1", 4)
-    assert phases["prefill"] == (None, None) and phases["decode"] == (None, None) and phases["ttft"][1] > 0
+    assert phases["prefill"] == (None, None) and phases["decode"] == (None, None)
+    assert phases["ttft"] == (1, None), "a load may be in it"
 
 
 def test_a_model_that_somebody_keeps_loaded_cannot_be_timed(double, clock, monkeypatch):
