@@ -6,6 +6,7 @@ The untouched base is an arm too: it has no adapter, and its f16 GGUF is what ad
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -161,16 +162,19 @@ def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
         record = RunRecord("export", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=facts["template"])
         merged = folder / "merged" / "model"  # a fixed name: the converter writes it into the file
         gguf.save_merged(merge_from, adapter, merged, reference.merge_kwargs)
-        gguf.convert_model(merged, folder / F16, f"{arm}-{seed}")
+        lost = gguf.losses(adapter) if adapter else []
+        with ThreadPoolExecutor(1) as pool:  # each converter is a process of its own, most of its time imports
+            converted = pool.submit(gguf.convert_model, merged, folder / F16, f"{arm}-{seed}")
+            if adapter and not lost:
+                gguf.convert_adapter(adapter, merged, folder / ADAPTER)
+            converted.result()
         quantization = params.export.quantization
         if quantization != "f16":
             gguf.quantize(folder / F16, folder / SERVED, quantization)
         if adapter:
-            if lost := gguf.losses(adapter):
+            if lost:
                 record.extra["only_merged"] = lost
                 print(f"export {arm}-{seed}: no GGUF adapter, it would lose {'; '.join(lost)}; the merged model has it")
-            else:
-                gguf.convert_adapter(adapter, merged, folder / ADAPTER)
             result = check_parity(params, reference, merge_from, arm, seed, folder)
             if quantization != "f16":
                 result["served"] = check_quantized(params, folder)
