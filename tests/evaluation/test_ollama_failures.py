@@ -245,6 +245,18 @@ def test_phases_of_a_streamed_request(double, clock):
     assert len(unloads) == 2
 
 
+def test_an_empty_answer_takes_no_time_and_is_not_unknown(double, clock):
+    double.reply = lambda rendered: ""
+    with make(double, clock) as backend:
+        assert backend.timed("1 + 1", 4)["decode"] == (0, 0)
+        assert not backend.missing
+
+
+def test_a_timed_request_that_does_not_fit_is_refused(double, clock):
+    with make(double, clock) as backend, pytest.raises(BackendError, match="within num_ctx 128"):
+        backend.timed("1 + 1", 128)
+
+
 def test_phases_that_an_older_server_does_not_give(double, clock):
     double.misbehave = "missing_fields"
     with make(double, clock) as backend:

@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from evaluation.backends import BackendError, retry
+from export.registration import register_served
+from export.serving import served_in
 from pipelines import evaluate, prepare_base, prepare_data, profile
 from pipelines.config import parse_params
 from pipelines.outputs import OutputError, exclusive
@@ -176,6 +178,53 @@ def test_a_model_removed_under_our_feet_is_registered_by_the_stage(project, toke
         created = [b["model"] for _, path, b in server.requests if path == "/api/create"]
     assert created == ["base_model", "base_model"]
     assert_each_item_once(project)
+
+
+def test_a_model_on_a_shared_base_comes_back_as_such(project, tokenize, monkeypatch):
+    """Merged it would be other weights than those that gave the first answers, where the merged file is quantized."""
+    shutil.copytree(project / "gguf/base/0", project / "gguf/baseline_lora/0")
+    (project / "gguf/baseline_lora/0/adapter.gguf").write_bytes(b"GGUF adapter")
+    facts = json.loads((project / "gguf/base/0/serving.json").read_text()) | {"model_name": "baseline_lora_model"}
+    (project / "gguf/baseline_lora/0/serving.json").write_text(json.dumps(facts))
+    served = served_in(Path("gguf/baseline_lora/0"), "baseline_lora_model")
+    with OllamaDouble(tokenize=tokenize, reply=lambda rendered: "Good: 12") as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        register_served(server.url, served.adapter_form())
+
+        def forgets(rendered):
+            if len(requests(server, project)) >= 10 and not server.gone_once:
+                server.gone_once = True
+                server.models.clear()
+            return "Good: 12"
+
+        server.gone_once, server.reply = False, forgets
+        evaluate.run(params_of(project), "baseline_lora", 0, 0)
+        created = [b for _, path, b in server.requests if path == "/api/create"]
+    mine = [bool(b.get("adapters")) for b in created if b["model"] == "baseline_lora_model"]
+    assert mine == [True, True], "registered by hand, and once more when it was gone"
+    scores = json.loads((project / "scores/baseline_lora/0/scores.json").read_text())
+    assert scores["backend"]["mode"] == "adapter"
+    assert {p.name for p in (project / "outputs/ollama").iterdir()} >= {"baseline_lora_model-adapter.json"}
+    assert not (project / "outputs/ollama/baseline_lora_model-merged.json").exists()
+
+
+def test_answers_of_other_weights_are_not_gone_on_from(project):
+    key = partial(evaluate.answers_key, params_of(project), inputs={"x": "1"}, facts={})
+
+    class Answers:
+        name, version, device_class, mode = "ollama", "0.32.0", "cpu", "merged"
+
+    class OnGpu(Answers):
+        device_class = "gpu"
+
+    class Adapter(Answers):
+        mode = "adapter"
+
+    keys = {key(backend) for backend in (Answers(), OnGpu(), Adapter())}
+    assert len(keys) == 3 and key(Answers()) in keys
+    arm = [str(p) for p in evaluate.weights("hf", "pure_grit", 0)]
+    assert "adapters/pure_grit/0" in arm and "models/base/base.json" in arm
+    assert [str(p) for p in evaluate.weights("ollama", "pure_grit", 0)] == ["gguf/base/0"]
 
 
 def test_other_settings_do_not_go_on_from_these_answers(project, tokenize, monkeypatch):
