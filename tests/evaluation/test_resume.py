@@ -163,17 +163,23 @@ def test_a_server_that_dies_is_waited_for_and_the_next_one_goes_on(project, toke
     assert_each_item_once(project)
 
 
+def forget_once(server, project):
+    """After ten items all models are gone from the server."""
+    left = [True]
+
+    def reply(rendered):
+        if left and len(requests(server, project)) >= 10:
+            left.clear()
+            server.models.clear()
+        return "Good: 12"
+
+    server.reply = reply
+
+
 def test_a_model_removed_under_our_feet_is_registered_by_the_stage(project, tokenize, monkeypatch):
     with OllamaDouble(tokenize=tokenize, reply=lambda rendered: "Good: 12") as server:
         monkeypatch.setenv("OLLAMA_HOST", server.url)
-
-        def forgets(rendered):
-            if len(requests(server, project)) >= 10 and not server.gone_once:
-                server.gone_once = True
-                server.models.clear()
-            return "Good: 12"
-
-        server.gone_once, server.reply = False, forgets
+        forget_once(server, project)
         evaluate.run(params_of(project), "base", 0, 0)
         created = [b["model"] for _, path, b in server.requests if path == "/api/create"]
     assert created == ["base_model", "base_model"]
@@ -190,14 +196,7 @@ def test_a_model_on_a_shared_base_comes_back_as_such(project, tokenize, monkeypa
     with OllamaDouble(tokenize=tokenize, reply=lambda rendered: "Good: 12") as server:
         monkeypatch.setenv("OLLAMA_HOST", server.url)
         register_served(server.url, served.adapter_form())
-
-        def forgets(rendered):
-            if len(requests(server, project)) >= 10 and not server.gone_once:
-                server.gone_once = True
-                server.models.clear()
-            return "Good: 12"
-
-        server.gone_once, server.reply = False, forgets
+        forget_once(server, project)
         evaluate.run(params_of(project), "baseline_lora", 0, 0)
         created = [b for _, path, b in server.requests if path == "/api/create"]
     mine = [bool(b.get("adapters")) for b in created if b["model"] == "baseline_lora_model"]
