@@ -138,7 +138,9 @@ class OllamaDouble:
             raise Refusal(400, f'digest mismatch, expected "{digest}", got "{came}"')
         known = came in self.blobs
         path = Path(self._store.name) / came.replace(":", "-")
-        path.write_bytes(data)
+        beside = path.with_name(f"{path.name}.{threading.get_ident()}")  # whoever reads meanwhile sees a whole file
+        beside.write_bytes(data)
+        beside.replace(path)
         self.blobs[came] = path
         return 200 if known else 201
 
