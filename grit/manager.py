@@ -190,10 +190,7 @@ class GRITManager:
         since = self.step - self._last_inversion if self._last_inversion >= 0 else None
         if schedule.inversion_due(self.config, self.step, since, self.trend):
             return True
-        return captures_at(self.config, self.step) and any(
-            bool((~(s["ready_a"] & s["ready_g"]) & (s["samples"] >= self.config.kfac_min_samples)).any())
-            for s in self.states
-        )
+        return captures_at(self.config, self.step) and statistics.waiting(self)
 
     def update_and_invert_factors(self) -> None:
         """Invert (or diagonalise) every factor that has seen enough tokens; others leave gradients as they are."""

@@ -67,6 +67,12 @@ def _decide(manager: "GRITManager", reported: list[Tensor]) -> None:
     manager.add_record({"kind": "capture", "gradients": names})
 
 
+def waiting(manager: "GRITManager") -> bool:
+    """Whether a layer has seen enough tokens to be inverted for the first time."""
+    enough = manager.config.kfac_min_samples
+    return any(bool((~(s["ready_a"] & s["ready_g"]) & (s["samples"] >= enough)).any()) for s in manager.states)
+
+
 def invert(manager: "GRITManager") -> None:
     """Invert (or diagonalise) every factor that has seen enough tokens; others leave gradients as they are."""
     manager.inversions += 1
