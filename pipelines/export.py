@@ -9,9 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from evaluation.backends.hf import HfBackend
 from evaluation.backends.llama_cpp import LlamaCppBackend
@@ -27,7 +25,19 @@ from pipelines.outputs import staged
 from pipelines.prompt import chat_facts, prompt_text
 from pipelines.runinfo import RunRecord, artifact, hash_inputs, read_jsonl, write_json, write_jsonl
 from pipelines.schema import CHAT, Params
-from pipelines.stage import BASE, BASE_ARM, DATA, adapter_dir, clear_errors, cli, gguf_dir, model_name, quiet_libraries
+from pipelines.stage import (
+    BASE,
+    BASE_ARM,
+    DATA,
+    ArmOption,
+    FirstSeedOption,
+    SeedOption,
+    adapter_dir,
+    cli,
+    gguf_dir,
+    main_for,
+    model_name,
+)
 from trainers.models import load_tokenizer
 from trainers.settings import BaseReference
 
@@ -215,15 +225,9 @@ def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
     print(json.dumps({"gguf": str(out / SERVED), **record.extra}))
 
 
-def main(
-    arm: Annotated[str, typer.Option(help="base, baseline_lora, …")],
-    seed: Annotated[int, typer.Option(help="seed of the training run; 0 for base")] = 0,
-    first_seed: Annotated[int, typer.Option(help="the seed whose model gets the name without a tag")] = 0,
-) -> None:
+def main(arm: ArmOption, seed: SeedOption = 0, first_seed: FirstSeedOption = 0) -> None:
     """Export one arm with one seed."""
-    quiet_libraries()
-    with clear_errors(f"export {arm}-{seed}"):
-        run(load_params(), arm, seed, first_seed)
+    main_for(f"export {arm}-{seed}", lambda: run(load_params(), arm, seed, first_seed))
 
 
 if __name__ == "__main__":

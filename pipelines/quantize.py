@@ -10,9 +10,8 @@ import shutil
 import tempfile
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from tqdm import tqdm
 
 from evaluation import scoring
@@ -35,7 +34,17 @@ from pipelines.runinfo import (
     write_jsonl,
 )
 from pipelines.schema import Params
-from pipelines.stage import BASE_ARM, DATA, adapter_dir, clear_errors, cli, gguf_dir, quantized_dir, quiet_libraries
+from pipelines.stage import (
+    BASE_ARM,
+    DATA,
+    ArmOption,
+    SeedOption,
+    adapter_dir,
+    cli,
+    gguf_dir,
+    main_for,
+    quantized_dir,
+)
 
 REFERENCE = "f16"
 Answers = list[dict[str, Any]]
@@ -138,14 +147,9 @@ def run(params: Params, arm: str, seed: int) -> None:
     print(json.dumps({"type: [bits per weight, accuracy]": shown_rows}))
 
 
-def main(
-    arm: Annotated[str, typer.Option(help="base, baseline_lora, …")],
-    seed: Annotated[int, typer.Option(help="seed of the training run; 0 for base")] = 0,
-) -> None:
+def main(arm: ArmOption, seed: SeedOption = 0) -> None:
     """Measure one arm with one seed in every precision asked for."""
-    quiet_libraries()
-    with clear_errors(f"quantize {arm}-{seed}"):
-        run(load_params(), arm, seed)
+    main_for(f"quantize {arm}-{seed}", lambda: run(load_params(), arm, seed))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 DATA = Path("data")
 BASE = Path("models/base")
@@ -81,6 +84,11 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
+ArmOption = Annotated[str, typer.Option(help="base, baseline_lora, …")]
+SeedOption = Annotated[int, typer.Option(help="seed of the training run; 0 for base")]
+FirstSeedOption = Annotated[int, typer.Option(help="the seed whose model gets the name without a tag")]
+
+
 def main_for(stage: str, run: Callable[[], None]) -> None:
     """Run a stage from the command line."""
     quiet_libraries()
@@ -90,8 +98,6 @@ def main_for(stage: str, run: Callable[[], None]) -> None:
 
 def cli(command: Callable[..., None]) -> None:
     """Run a function as a command with its annotated options; tracebacks stay plain, for logs."""
-    import typer
-
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     app()

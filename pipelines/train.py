@@ -16,7 +16,7 @@ from pipelines.outputs import exclusive, staged
 from pipelines.prompt import literal, prompt_text
 from pipelines.runinfo import RunRecord, artifact, hash_inputs, key_of, package_versions, read_jsonl
 from pipelines.schema import Params
-from pipelines.stage import BASE, DATA, TRAINERS_CODE, adapter_dir, clear_errors, cli, quiet_libraries
+from pipelines.stage import BASE, DATA, TRAINERS_CODE, adapter_dir, cli, main_for
 from trainers import ARMS
 from trainers.common import Arm, TrainingJob
 from trainers.common import run as train
@@ -84,9 +84,7 @@ def main(
     seed: Annotated[int, typer.Option(help="of LoRA's start and the order of items")],
 ) -> None:
     """Train one arm with one seed."""
-    quiet_libraries()
-    with clear_errors(f"train {arm}-{seed}"):
-        run(load_params(), arm, seed)
+    main_for(f"train {arm}-{seed}", lambda: run(load_params(), arm, seed))
 
 
 if __name__ == "__main__":

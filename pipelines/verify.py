@@ -6,9 +6,7 @@ checked as well, against Hugging Face's answers and against llama.cpp's.
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from export.engines import Backend
 from export.errors import ExportError
@@ -24,7 +22,17 @@ from pipelines.config import check_arm, load_params
 from pipelines.outputs import staged
 from pipelines.runinfo import RunRecord, hash_inputs, llama_cpp_device, write_json
 from pipelines.schema import Params
-from pipelines.stage import BASE_ARM, clear_errors, cli, gguf_dir, model_name, quiet_libraries, verified_dir
+from pipelines.stage import (
+    BASE_ARM,
+    ArmOption,
+    FirstSeedOption,
+    SeedOption,
+    cli,
+    gguf_dir,
+    main_for,
+    model_name,
+    verified_dir,
+)
 
 GGUF = Path("gguf")
 
@@ -102,15 +110,9 @@ def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
     print(json.dumps({"verified": name, "rows": len(rows), "backends": sorted({row.backend for row in rows})}))
 
 
-def main(
-    arm: Annotated[str, typer.Option(help="base, baseline_lora, …")],
-    seed: Annotated[int, typer.Option(help="seed of the training run; 0 for base")] = 0,
-    first_seed: Annotated[int, typer.Option(help="the seed whose model gets the name without a tag")] = 0,
-) -> None:
+def main(arm: ArmOption, seed: SeedOption = 0, first_seed: FirstSeedOption = 0) -> None:
     """Verify one arm with one seed."""
-    quiet_libraries()
-    with clear_errors(f"verify {arm}-{seed}"):
-        run(load_params(), arm, seed, first_seed)
+    main_for(f"verify {arm}-{seed}", lambda: run(load_params(), arm, seed, first_seed))
 
 
 if __name__ == "__main__":
