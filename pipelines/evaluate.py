@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from tqdm import tqdm
 
 from evaluation import scoring, speed
@@ -31,12 +30,14 @@ from pipelines.stage import (
     BASE,
     BASE_ARM,
     DATA,
+    ArmOption,
+    FirstSeedOption,
+    SeedOption,
     adapter_dir,
-    clear_errors,
     cli,
     gguf_dir,
+    main_for,
     model_name,
-    quiet_libraries,
     scores_dir,
 )
 
@@ -83,6 +84,12 @@ class Models:
     def __init__(self, params: Params, backend: str, first_seed: int) -> None:
         self.backend = backend
         self._params, self._first_seed = params, first_seed
+        self._missing: list[set[str]] = []  # of each backend, which adds to it as it answers
+
+    @property
+    def missing(self) -> list[str]:
+        """Figures that a server left out, in scoring or timing, of any model."""
+        return sorted(set().union(*self._missing))
 
     def open(self, arm: str, seed: int) -> Any:
         """Backend that answers for an arm."""
@@ -119,7 +126,7 @@ class Models:
         def expected(prompt: str) -> list[int]:
             return list(tokenizer(render(facts["template"], prompt))["input_ids"])
 
-        return OllamaBackend(
+        backend = OllamaBackend(
             host,
             name,
             facts["num_ctx"],
@@ -129,6 +136,8 @@ class Models:
             restore=partial(register_served, host, form),
             mode=form.mode,
         )
+        self._missing.append(backend.missing)
+        return backend
 
 
 def measure_speed(
@@ -174,7 +183,7 @@ def answers_key(params: Params, backend: Backend, inputs: dict[str, str], facts:
     """
     section = params.evaluate
     asked = {"max_tokens": section.max_tokens, "threads": section.threads, "serving": facts}
-    engine = [backend.name, backend.version, backend.device_class, getattr(backend, "mode", None)]
+    engine = [backend.name, backend.version, backend.device_class, backend.mode]
     return key_of({"backend": engine, "inputs": inputs, **asked})
 
 
@@ -207,7 +216,7 @@ def answer(
 
 
 @contextmanager
-def _forgotten(kept: Path) -> Iterator[None]:
+def _removed_in_the_end(kept: Path) -> Iterator[None]:
     """Remove the journal when the block has ended well: only then are the answers in their place."""
     yield
     shutil.rmtree(kept)
@@ -229,7 +238,7 @@ def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
     inputs = hash_inputs(DATA / "test.jsonl", DATA / "retention.jsonl", gguf_dir(arm, seed))
     kept = CHECKPOINTS / arm / str(seed)
     lock = kept.with_name(f"{seed}.lock")
-    with exclusive(lock, f"evaluate {arm} seed {seed}"), _forgotten(kept), staged(out) as folder:
+    with exclusive(lock, f"evaluate {arm} seed {seed}"), _removed_in_the_end(kept), staged(out) as folder:
         record = RunRecord("evaluate", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=template)
         models = Models(params, backend_name, first_seed)
         facts = read_json(gguf_dir(arm, seed) / "serving.json")
@@ -237,8 +246,7 @@ def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
             read = {**inputs, **hash_inputs(*weights(backend_name, arm, seed))}
             journal = Journal(kept / f"{answers_key(params, mine, read, facts)[:16]}.jsonl")
             results = answer(mine, splits, journal, section.max_tokens, facts["stop"], f"{arm}-{seed}")
-            version, device_class, mode = mine.version, mine.device_class, getattr(mine, "mode", None)
-            missing = sorted(getattr(mine, "missing", ()))
+            version, device_class, mode = mine.version, mine.device_class, mine.mode
         rows = measure_speed(params, models, {arm: seed, BASE_ARM: 0}, template, splits["test"])
         table = scoring.metrics(
             [s for _, s in results["test"]],
@@ -258,21 +266,19 @@ def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
             "speed_summary": speed.summary(rows),
         }
         write_json(folder / "scores.json", scores)
-        record.extra = {"backend": scores["backend"], "resumed_items": journal.resumed, "missing_figures": missing}
+        record.extra = {
+            "backend": scores["backend"],
+            "resumed_items": journal.resumed,
+            "missing_figures": models.missing,
+        }
         record.write(folder)
     shown_metrics = {m["name"]: round(m["value"], 4) for m in table if "/" not in m["name"]}
     print(json.dumps({**shown_metrics, "decode_tokens_per_s": round(speed.tokens_per_second(rows, arm, "decode"), 1)}))
 
 
-def main(
-    arm: Annotated[str, typer.Option(help="base, baseline_lora, …")],
-    seed: Annotated[int, typer.Option(help="seed of the training run; 0 for base")] = 0,
-    first_seed: Annotated[int, typer.Option(help="the seed whose model gets the name without a tag")] = 0,
-) -> None:
+def main(arm: ArmOption, seed: SeedOption = 0, first_seed: FirstSeedOption = 0) -> None:
     """Score one arm with one seed."""
-    quiet_libraries()
-    with clear_errors(f"evaluate {arm}-{seed}"):
-        run(load_params(), arm, seed, first_seed)
+    main_for(f"evaluate {arm}-{seed}", lambda: run(load_params(), arm, seed, first_seed))
 
 
 if __name__ == "__main__":

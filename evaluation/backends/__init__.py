@@ -52,6 +52,10 @@ class Backend(Protocol):
     def device_class(self) -> str:
         """Where the weights lie: "cpu", "gpu" or "cpu+gpu"."""
 
+    @property
+    def mode(self) -> str:
+        """What the weights are: "merged", or "adapter" beside the base's."""
+
     def generate(self, item_prompt: str, max_tokens: int, stop: Sequence[str]) -> Generation:
         """The greedy answer to one item.
 

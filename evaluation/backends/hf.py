@@ -71,6 +71,7 @@ class HfBackend(StepwiseBackend):
         eos = self._model.generation_config.eos_token_id
         self._end = set(eos if isinstance(eos, list) else [eos]) | {self._tokenizer.eos_token_id}
         self._parallel = parallel
+        self.mode = "merged" if adapter is None else "adapter"
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a rendered prompt; BOS as the tokenizer's configuration says."""

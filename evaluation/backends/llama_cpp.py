@@ -65,6 +65,7 @@ class LlamaCppBackend(StepwiseBackend):
         self._vocab = llama_cpp.llama_model_get_vocab(self._llm.model)
         self._adapter = str(adapter) if adapter else None
         self._parallel = parallel
+        self.mode = "merged" if adapter is None else "adapter"
         self._pieces: dict[int, bytes] = {}  # token → its text, as far as met
 
     @property

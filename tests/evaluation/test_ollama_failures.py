@@ -13,6 +13,7 @@ from evaluation.tasks import Item
 from export.modelfile import ModelfileSpec
 from export.ollama import register
 from tests.ollama_double import OllamaDouble
+from tests.ollama_double_engine import Refusal
 
 TEMPLATE = "Q: {{ .Prompt }}\nA: "
 ITEMS = [Item(f"i{n}", "addition", f"{n} + 1", f"{n + 1}", {"answer": f"{n + 1}"}) for n in range(24)]
@@ -121,6 +122,22 @@ def test_a_refusal_is_not_asked_again(double, clock):
         with pytest.raises(BackendError, match="404: model 'm' not found"):
             backend.generate("1 + 1", 4, [])
     assert clock.pauses == [] and asked(double)["1 + 1"] == 1
+
+
+@pytest.mark.parametrize("status", [408, 429])
+def test_a_refusal_that_passes_is_asked_again(double, clock, monkeypatch, status):
+    generate, refused = double.generate, []
+
+    def busy(body):
+        if len(refused) < 3:
+            refused.append(body)
+            raise Refusal(status, "come again")
+        return generate(body)
+
+    monkeypatch.setattr(double, "generate", busy)
+    with make(double, clock) as backend:
+        assert backend.generate("1 + 1", 4, []).text == "2"
+    assert len(clock.pauses) == 3 and asked(double)["1 + 1"] == 4
 
 
 def test_our_own_mistake_that_comes_as_500_ends(double, clock):

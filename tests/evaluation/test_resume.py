@@ -256,7 +256,8 @@ def test_an_older_server_is_scored_and_what_it_leaves_out_is_recorded(project, t
     assert_each_item_once(project)
     assert {r["prompt_tokens"] for r in samples(project)} == {None}
     extra = json.load(open(project / "scores/base/0/run.json"))["extra"]
-    assert "prompt_eval_count" in extra["missing_figures"]
+    left_out = {"prompt_eval_count", "prompt_eval_duration", "eval_count", "eval_duration", "load_duration"}
+    assert left_out <= set(extra["missing_figures"])
     speed = json.load(open(project / "scores/base/0/scores.json"))["speed"]
     assert {r["nanoseconds"] for r in speed if r["phase"] in ("load", "prefill", "decode")} == {None}
 
