@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
+from export.processes import runs
 
 
 class OutputError(RuntimeError):
@@ -92,15 +92,12 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def _alive(partial: Path) -> bool:
-    """Whether the process that writes `partial` still runs: not a dead one nobody has reaped, nor a later namesake."""
+    """Whether the process that writes `partial` still runs."""
     pid = partial.name.removesuffix(".old.partial").removesuffix(".partial").rsplit(".", 1)[-1]
     try:
-        process = psutil.Process(int(pid))
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= partial.lstat().st_mtime + 1
-    except (ValueError, psutil.NoSuchProcess, FileNotFoundError):
+        return runs(int(pid), partial.lstat().st_mtime)
+    except (ValueError, FileNotFoundError):
         return False
-    except psutil.AccessDenied:
-        return True
 
 
 def _swap(partial: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -224,6 +225,15 @@ def test_a_killed_check_leaves_nothing_for_long(tree, by):
             assert done.exit_code == 0 and f"{left}: removed, left by a check that was killed" in done.output
         assert set(double.models) == {foreign, "grit-verify-mine:latest"}, "of other machines and of others"
     assert temporary_name() != temporary_name()
+
+
+def test_a_later_process_of_the_same_number_is_not_taken_for_the_one_that_made_it(tree):
+    with opened("ollama") as (backend, double), backend.open(model(tree)):
+        [mine] = double.models
+        parts = mine.split("-")
+        old = "-".join([*parts[:4], str(int(psutil.Process().create_time()) - 60), parts[5]])
+        double.models[old] = double.models[mine]
+        assert remove_abandoned(double.url) == [old] and set(double.models) == {mine}
 
 
 def test_what_went_wrong_is_not_hidden_by_what_goes_wrong_afterwards(tree):

@@ -29,6 +29,7 @@ NO_RESULT = {
     "pipelines/stage.py": _BOOKS,
     "export/errors.py": _BOOKS,
     "export/files.py": "hashes a file: sha256 has one right answer",
+    "export/processes.py": "whether a process runs: decides what is cleaned up",
     "export/ollama_cli.py": _SHOWS,
     "export/verify_table.py": _SHOWS,
     "grit/__init__.py": "names what other modules of the package hold; those are followed",
