@@ -83,7 +83,7 @@ def run_row(bundle: Bundle) -> Row:
 
 
 def _serving_mode(bundle: Bundle) -> str:
-    """How the backends of stage evaluate run an adapter: transformers beside the model, the others merged."""
+    """The mode of results that do not say it: transformers had the adapter beside the model, others had it merged."""
     return "adapter" if bundle.scores.backend.name == "hf" and bundle.arm != BASE else "merged"
 
 
