@@ -278,7 +278,7 @@ def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
 
 def main(arm: ArmOption, seed: SeedOption = 0, first_seed: FirstSeedOption = 0) -> None:
     """Score one arm with one seed."""
-    main_for(f"evaluate {arm}-{seed}", lambda: run(load_params(), arm, seed, first_seed))
+    main_for("evaluate", lambda: run(load_params(), arm, seed, first_seed), arm, seed)
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
 
 def main(arm: ArmOption, seed: SeedOption = 0, first_seed: FirstSeedOption = 0) -> None:
     """Export one arm with one seed."""
-    main_for(f"export {arm}-{seed}", lambda: run(load_params(), arm, seed, first_seed))
+    main_for("export", lambda: run(load_params(), arm, seed, first_seed), arm, seed)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pipelines.config import load_params
 from pipelines.outputs import exclusive, staged
 from pipelines.runinfo import FileError, RunRecord, hash_inputs, write_json
 from pipelines.schema import Params
-from pipelines.stage import VerdictError, adapter_dir, clear_errors, cli, quiet_libraries, verdict_dir
+from pipelines.stage import VerdictError, adapter_dir, cli, main_for, verdict_dir
 from pipelines.train import load_arm
 from probes import Evidence, Thresholds, Twin, Verdict, judge
 from probes.twin import DIVERGES
@@ -138,10 +138,12 @@ def main(
     seed: Annotated[int, typer.Option(help="of the training run")],
 ) -> None:
     """Say whether the optimizer of one trained arm did what the arm claims."""
-    quiet_libraries()
-    with clear_errors(f"probe {arm}-{seed}"):
+
+    def work() -> None:
         verdict = run(load_params(), arm, seed)
         print(json.dumps({"arm": arm, "seed": seed, "verdict": verdict.verdict, "diagnosis": verdict.diagnosis}))
+
+    main_for("probe", work, arm, seed)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def run(params: Params, arm: str, seed: int) -> None:
 
 def main(arm: ArmOption, seed: SeedOption = 0) -> None:
     """Measure one arm with one seed in every precision asked for."""
-    main_for(f"quantize {arm}-{seed}", lambda: run(load_params(), arm, seed))
+    main_for("quantize", lambda: run(load_params(), arm, seed), arm, seed)
 
 
 if __name__ == "__main__":

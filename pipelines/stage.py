@@ -89,10 +89,19 @@ SeedOption = Annotated[int, typer.Option(help="seed of the training run; 0 for b
 FirstSeedOption = Annotated[int, typer.Option(help="the seed whose model gets the name without a tag")]
 
 
-def main_for(stage: str, run: Callable[[], None]) -> None:
-    """Run a stage from the command line."""
+def main_for(stage: str, run: Callable[[], None], arm: str | None = None, seed: int | None = None) -> None:
+    """Run a stage from the command line; its start and end are recorded in `attempts/`.
+
+    Args:
+        stage: Its name.
+        run: The work.
+        arm: What it is about.
+        seed: Of the training run.
+    """
+    from pipelines.attempts import recorded
+
     quiet_libraries()
-    with clear_errors(stage):
+    with clear_errors(stage if arm is None else f"{stage} {arm}-{seed}"), recorded(stage, arm, seed):
         run()
 
 

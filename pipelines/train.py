@@ -84,7 +84,7 @@ def main(
     seed: Annotated[int, typer.Option(help="of LoRA's start and the order of items")],
 ) -> None:
     """Train one arm with one seed."""
-    main_for(f"train {arm}-{seed}", lambda: run(load_params(), arm, seed))
+    main_for("train", lambda: run(load_params(), arm, seed), arm, seed)
 
 
 if __name__ == "__main__":

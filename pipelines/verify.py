@@ -112,7 +112,7 @@ def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
 
 def main(arm: ArmOption, seed: SeedOption = 0, first_seed: FirstSeedOption = 0) -> None:
     """Verify one arm with one seed."""
-    main_for(f"verify {arm}-{seed}", lambda: run(load_params(), arm, seed, first_seed))
+    main_for("verify", lambda: run(load_params(), arm, seed, first_seed), arm, seed)
 
 
 if __name__ == "__main__":
