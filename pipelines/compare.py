@@ -1,11 +1,13 @@
 """Stage compare: outputs/centralized.db and outputs/grit_evaluation.md; the only writer of the database."""
 
+import sys
 from pathlib import Path
 
+from pipelines.attempts import ATTEMPTS, mark_crashed
 from pipelines.config import load_params
 from pipelines.outputs import explain_os_error
 from pipelines.schema import Params
-from pipelines.stage import BASE_ARM, main_for
+from pipelines.stage import BASE_ARM, clear_errors, quiet_libraries
 
 REPORT = Path("outputs/grit_evaluation.md")
 
@@ -15,6 +17,10 @@ def run(params: Params) -> None:
     from db.ingest import ingest
     from evaluation.compare_all import load_comparison, write_report
 
+    try:
+        mark_crashed()
+    except OSError as error:
+        print(f"compare: {ATTEMPTS}/ cannot be kept up to date: {error}", file=sys.stderr)
     arms = [BASE_ARM, *params.matrix.arms]
     summary = ingest(Path(), params.compare.database, arms=arms, seeds=list(params.matrix.seeds))
     print(summary)
@@ -26,4 +32,7 @@ def run(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    main_for("compare", lambda: run(load_params()))
+    # Its own start is not on record: the table of starts would change with every look at the results.
+    quiet_libraries()
+    with clear_errors("compare"):
+        run(load_params())
