@@ -17,7 +17,7 @@ from export.files import sha256
 
 PACKAGES = (
     "torch transformers trl peft accelerate datasets bitsandbytes tokenizers sentencepiece safetensors "
-    "llama-cpp-python gguf ollama unsloth unsloth_zoo dvc sqlalchemy pandas numpy scipy"
+    "llama-cpp-python gguf ollama unsloth unsloth_zoo dvc sqlalchemy pandas numpy scipy scikit-learn"
 ).split()
 
 

@@ -209,6 +209,40 @@ class Evaluate(Section):
     speed_tokens: Positive
 
 
+PromptField = Literal["prompt", "label", "category", "pair"]
+Depth = Annotated[float, Field(gt=0, le=1, description="share of the model's layers")]
+
+
+class Measure(Section):
+    """Section measure: perplexity, size and effect of the update, Alignment Quality Index."""
+
+    prompts: str
+    prompts_split: str
+    prompts_subset: str | None
+    columns: dict[PromptField, str]
+    safe_label: str
+    unsafe_label: str
+    max_prompts: Annotated[int, Field(ge=10, description="of each class")]
+    layers: list[Depth] = Field(min_length=1)
+    pooling: Literal["mean", "last"]
+    index_weight: Annotated[float, Field(ge=0, le=1, description="λ")]
+    bootstrap: Annotated[int, Field(ge=100, le=100_000, description="resamples")]
+    permutations: Annotated[int, Field(ge=100, le=100_000)]
+    text: str
+    text_split: str
+    text_subset: str | None
+    text_column: str
+    max_texts: Positive
+    max_tokens: Annotated[int, Field(ge=8, description="tokens of one text or prompt; what is beyond is cut off")]
+    batch_size: Annotated[int, Field(ge=1, description="texts a forward pass")]
+
+    @model_validator(mode="after")
+    def _labels(self) -> "Measure":
+        if self.safe_label.strip().lower() == self.unsafe_label.strip().lower():
+            raise ValueError(f"safe_label and unsafe_label: expected two labels, got {self.safe_label!r} twice")
+        return self
+
+
 class Compare(Section):
     """Section compare."""
 
@@ -240,6 +274,7 @@ class Params(Section):
     quantize: Quantize
     verify: Verify
     evaluate: Evaluate
+    measure: Measure
     compare: Compare
 
     @field_validator("train")

@@ -48,6 +48,11 @@ def verified_dir(arm: str, seed: int) -> Path:
     return Path("verified") / arm / str(seed)
 
 
+def measured_dir(arm: str, seed: int) -> Path:
+    """Where stage measure writes."""
+    return Path("measured") / arm / str(seed)
+
+
 def scores_dir(arm: str, seed: int) -> Path:
     """Where stage evaluate writes."""
     return Path("scores") / arm / str(seed)

@@ -1,0 +1,151 @@
+"""Size and ranks of an update against a full SVD, and drift against a loop over texts."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from evaluation.drift import Update, singular_values, summarize, updates
+from evaluation.hidden import Encoded, layer_numbers, pooled_states, read_texts
+
+TEXTS = [Encoded(tuple(range(3, 3 + n))) for n in (2, 7, 4, 12)]
+
+
+def small_model(**changes):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "down_proj"], **changes}
+    return get_peft_model(LlamaForCausalLM(config), LoraConfig(**settings)).eval()
+
+
+def trained(model, size=0.3):
+    """B is zero at the start; make it something."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, size)
+    return model
+
+
+@pytest.mark.parametrize(("r", "d_in", "d_out"), [(4, 30, 20), (1, 7, 9), (16, 8, 40), (16, 40, 8), (12, 6, 6)])
+def test_singular_values_are_those_of_the_full_matrix(r, d_in, d_out):
+    torch.manual_seed(r)
+    a, b = torch.randn(r, d_in, dtype=torch.float64), torch.randn(d_out, r, dtype=torch.float64)
+    full = torch.linalg.svdvals(-1.7 * b @ a)
+    found = singular_values(a, b, -1.7)
+    assert len(found) == min(r, d_in, d_out)
+    assert found == pytest.approx(full[: len(found)].tolist(), rel=1e-9)
+    assert full[len(found) :].abs().max() < 1e-9 if len(found) < len(full) else True
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"use_rslora": True}, {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"q_proj": 3}}],
+)
+def test_the_update_is_what_peft_adds_to_the_weight(changes):
+    model = trained(small_model(**changes))
+    found = {update.name: update for update in updates(model)}
+    assert len(found) == 9 and "layers.0.self_attn.q_proj" in found and "layers.2.mlp.down_proj" in found
+    for name, update in found.items():
+        layer = model.get_submodule(f"base_model.model.model.{name}")
+        delta = layer.get_delta_weight("default").detach().double()
+        assert update.norm == pytest.approx(float(delta.norm()), rel=1e-5)
+        assert update.stable_rank == pytest.approx(
+            float((delta.norm() / torch.linalg.matrix_norm(delta, 2)) ** 2), 1e-5
+        )
+        assert update.weight_norm == pytest.approx(float(layer.get_base_layer().weight.double().norm()), rel=1e-9)
+        assert update.rank == layer.lora_A["default"].weight.shape[0]
+    whole = summarize(list(found.values()))
+    assert whole["update_norm"] == pytest.approx(math.sqrt(sum(u.norm**2 for u in found.values())))
+    weight = math.sqrt(sum(u.weight_norm**2 for u in found.values()))
+    assert whole["update_norm_relative"] == pytest.approx(whole["update_norm"] / weight)
+    ranks = [u.rank for u in found.values()]
+    assert whole["rank"] == np.mean(ranks) and (len(set(ranks)) > 1) == ("rank_pattern" in changes)
+    assert whole["effective_rank"] == pytest.approx(np.mean([u.effective_rank for u in found.values()]))
+
+
+def test_ranks_of_known_spectra():
+    def update(*values):
+        return Update("x", values, 2.0, 4)
+
+    assert update(3.0, 3.0, 3.0).effective_rank == pytest.approx(3) == pytest.approx(update(3, 3, 3).stable_rank)
+    assert update(5.0, 0.0).effective_rank == pytest.approx(1) == pytest.approx(update(5.0, 0.0).stable_rank)
+    p = np.array([4, 2, 1]) / 7
+    assert update(4.0, 2.0, 1.0).effective_rank == pytest.approx(math.exp(-(p * np.log(p)).sum()))
+    assert update(4.0, 2.0, 1.0).stable_rank == pytest.approx(21 / 16)
+    assert update(3.0, 4.0).figures()["update_norm_relative"] == pytest.approx(2.5)
+
+
+def test_an_update_of_zero_has_no_rank():
+    found = list(updates(small_model()))
+    whole = summarize(found)
+    assert all(math.isnan(u.effective_rank) and math.isnan(u.stable_rank) and u.norm == 0.0 for u in found)
+    assert whole["update_norm"] == 0.0 and math.isnan(whole["effective_rank"]) and whole["rank"] == 4
+    known = Update("x", (1.0, 1.0), 1.0, 4)
+    assert summarize([*found, known])["effective_rank"] == pytest.approx(2), "over what can be computed"
+
+
+def states_of(model, text):
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor([text.ids]), output_hidden_states=True)
+    return [h[0].double() for h in out.hidden_states]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_drift_is_the_mean_over_tokens_adapter_on_against_off(batch_size):
+    model = trained(small_model())
+    relative, cosine = np.zeros(3), np.zeros(3)
+    for text in TEXTS:
+        on = states_of(model, text)
+        with model.disable_adapter():
+            off = states_of(model, text)
+        for layer in range(3):
+            h, h0 = on[layer + 1], off[layer + 1]
+            relative[layer] += float(((h - h0).norm(dim=1) / h0.norm(dim=1)).sum())
+            cosine[layer] += float((1 - (h * h0).sum(dim=1) / (h.norm(dim=1) * h0.norm(dim=1))).sum())
+    found = read_texts(model, TEXTS, batch_size=batch_size)
+    assert found.tokens == 25
+    assert found.relative == pytest.approx(list(relative / 25), rel=1e-4)
+    assert found.cosine == pytest.approx(list(cosine / 25), rel=1e-4)
+    assert min(found.relative) > 0.01
+
+
+def test_the_base_is_the_model_with_its_adapter_off():
+    model = trained(small_model())
+    base = small_model().unload().eval()
+    found = read_texts(model, TEXTS, batch_size=2)
+    assert found.base_loss.mean == pytest.approx(read_texts(base, TEXTS, batch_size=2).loss.mean, rel=1e-6)
+    assert abs(found.loss.mean - found.base_loss.mean) > 0.01
+
+
+def test_an_adapter_that_does_nothing_moves_nothing():
+    found = read_texts(small_model(), TEXTS, batch_size=2)
+    assert found.loss == found.base_loss and found.relative == [0.0] * 3
+    assert found.cosine == pytest.approx([0.0] * 3, abs=1e-9)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_pooled_states_are_those_of_each_prompt_alone(pooling, batch_size):
+    model = trained(small_model())
+    found = pooled_states(model, TEXTS, [1, 3], pooling=pooling, batch_size=batch_size)
+    assert found.shape == (2, 4, 16) and found.dtype == np.float64
+    for place, text in enumerate(TEXTS):
+        states = states_of(model, text)
+        for row, layer in enumerate((1, 3)):
+            expected = states[layer].mean(dim=0) if pooling == "mean" else states[layer][-1]
+            assert found[row, place] == pytest.approx(expected.numpy(), abs=1e-5)
+    with model.disable_adapter():
+        assert abs(pooled_states(model, TEXTS, [1, 3], pooling=pooling, batch_size=2) - found).max() > 0.01
+
+
+def test_layers_at_depths():
+    assert layer_numbers([0.5, 0.75, 1.0], 32) == [16, 24, 32]
+    assert layer_numbers([1.0, 0.5, 0.75], 2) == [1, 2], "each once"
+    assert layer_numbers([0.01], 4) == [1], "the embeddings are no layer"

@@ -1,0 +1,68 @@
+"""Perplexity: the mean over tokens, whatever the batches are."""
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from evaluation.hidden import Encoded, read_texts
+from evaluation.perplexity import LossSum
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def texts(seed=0):
+    """Of different lengths, and with completions of different lengths."""
+    g = torch.Generator().manual_seed(seed)
+    made = []
+    for length in (2, 5, 5, 9, 20, 33):
+        ids = torch.randint(0, 40, (length,), generator=g).tolist()
+        made.append(Encoded(tuple(ids), int(torch.randint(1, length, (1,), generator=g))))
+    return made
+
+
+def by_hand(model, text):
+    """As transformers computes a loss, of one text alone."""
+    ids = torch.tensor([text.ids])
+    wanted = ids.clone()
+    wanted[0, : text.scored_from] = -100
+    with torch.no_grad():
+        return float(model(input_ids=ids, labels=wanted).loss), len(text.ids) - text.scored_from
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 6])
+def test_the_loss_is_transformers_own_over_the_scored_tokens(model, batch_size):
+    parts = [by_hand(model, text) for text in texts()]
+    tokens = sum(n for _, n in parts)
+    expected = sum(loss * n for loss, n in parts) / tokens
+    found = read_texts(model, texts(), batch_size=batch_size)
+    assert found.loss.tokens == tokens and found.tokens == sum(len(t.ids) for t in texts())
+    assert found.loss.mean == pytest.approx(expected, rel=1e-5)
+    assert found.loss.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
+    assert expected != pytest.approx(sum(loss for loss, _ in parts) / len(parts), rel=1e-3), "no mean over texts"
+    assert found.base_loss is None and found.relative == []
+
+
+def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large(model):
+    head = model.lm_head.weight.data.clone()
+    model.lm_head.weight.data.zero_()
+    try:
+        assert read_texts(model, texts(), batch_size=4).loss.perplexity == pytest.approx(40, rel=1e-5)
+    finally:
+        model.lm_head.weight.data = head
+
+
+def test_sums_of_losses():
+    total = LossSum(3.0, 2) + LossSum(1.0, 6)
+    assert (total.mean, total.perplexity) == (0.5, math.exp(0.5))
+    assert math.isnan(LossSum().mean) and math.isnan(LossSum().perplexity)
+    assert LossSum(1e6, 1).perplexity == math.inf
