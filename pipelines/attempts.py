@@ -101,7 +101,9 @@ def _end(attempt: dict[str, Any] | None, status: str, error: str | None) -> None
     if attempt is None:
         return
     try:
-        _write({**attempt, "status": status, "error": error, "ended": now()})
+        # A clock that was set back must not leave a file which ends before it starts.
+        ended = max(attempt["started"], now())
+        _write({**attempt, "status": status, "error": error, "ended": ended})
     except OSError as problem:
         print(f"{attempt['stage']}: its end is not recorded in {ATTEMPTS}/: {problem}", file=sys.stderr)
 
