@@ -17,6 +17,7 @@ import yaml
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[1]
 LEDGER = "adapters/baseline_lora/0/probe_ledger.jsonl"
+ARMS = ("baseline_lora", "hybrid_grit", "pure_grit")
 ADAPTER = "adapters/baseline_lora/0/adapter_model.safetensors"
 
 
@@ -166,6 +167,58 @@ def test_2d_what_is_served_is_verified_and_other_precisions_are_measured(clone):
     assert "## Quantization" in report and "## Served as trained" in report
 
 
+def test_2e_retention_updates_and_alignment_are_measured(clone):
+    names = ("perplexity", "update_norm", "effective_rank", "drift_relative", "alignment_index")
+    found = {}
+    for arm, name, value in clone.query("select arm, name, value from metric join run on run.id = run_id "
+                                        "where split in ('general', 'weights', 'hidden', 'alignment')"):  # fmt: skip
+        found.setdefault(arm, {})[name] = value
+    assert found.keys() == {"base", *ARMS}
+    assert all(found[arm][name] > 0 for arm in ARMS for name in names)
+    assert found["base"]["perplexity"] > 1 and "update_norm" not in found["base"]
+    assert all(0 < found[arm]["alignment_p_value"] <= 1 for arm in found)
+    layers = clone.query("select distinct layer from layer_metric where name = 'update_norm'")
+    assert len(layers) == 14
+    assert clone.query("select count(distinct arm) from spectrum join run on run.id = run_id") == [(2,)]
+
+
+def test_2f_the_page_holds_everything_and_needs_no_network(clone):
+    page = (clone.folder / "outputs/report.html").read_text()
+    assert all(f"{arm}_model" in page for arm in ("base", *ARMS))
+    assert not re.search(r"""(?:src|href)=["'](?:https?:)?//""", page)
+    assert page.count("<h2") >= 8
+
+
+def test_2g_dvc_shows_the_numbers_of_the_comparison(clone):
+    told = json.loads(clone.run("dvc", "metrics", "show", "--json"))[""]["data"]["outputs/metrics.json"]["data"]
+    rows = {
+        r["arm"]: r for r in json.loads(clone.run("python", "-m", "evaluation.compare_all", "--format", "json"))["rows"]
+    }
+    assert told.keys() == rows.keys()
+    for arm, row in rows.items():
+        assert told[arm]["aqi_accuracy"] == row["accuracy"] and told[arm]["decode_speed"] == row["decode_speed"]
+        for d in row["differences"]:
+            name = "delta_aqi" if d["against"] == "base" else f"aqi_against_{d['against']}"
+            bounds = [told[arm][name], told[arm][f"{name}_low"], told[arm][f"{name}_high"]]
+            assert bounds == [d["points"]["estimate"], d["points"]["low"], d["points"]["high"]]
+    output = clone.run("dvc", "plots", "show")
+    page = (clone.folder / "dvc_plots/index.html").read_text()
+    assert "failed to load" not in output
+    for title in ("AQI category accuracy with 95%", "Difference of AQI", "Training loss", "Loss on held-out"):
+        assert title in page
+    curve = json.loads((clone.folder / "adapters/pure_grit/0/loss_history.json").read_text())
+    table = (clone.folder / "outputs/plots/train_loss.csv").read_text()
+    logged = [e for e in curve if "loss" in e]
+    assert f"{logged[0]['step']},pure_grit,0,{round(logged[0]['loss'], 6)}" in table.splitlines()
+
+
+def test_2h_every_start_is_on_record(clone):
+    starts = clone.query("select stage, count(*), min(status), max(status) from attempt group by stage")
+    said = {stage: (n, low, high) for stage, n, low, high in starts}
+    assert said["train"] == (3, "finished", "finished") and said["evaluate"] == (4, "finished", "finished")
+    assert "compare" not in said
+
+
 def test_3_the_backend_is_recorded_and_the_fallback_is_said(clone):
     assert "no Ollama server at" in clone.first_output
     assert {b for (b,) in clone.query("select backend_name from run")} == {"llama_cpp"}
@@ -244,10 +297,14 @@ def test_9_a_killed_training_ends_as_if_undisturbed(clone):
     process.wait()
     assert (clone.folder / ADAPTER).read_bytes() == old, "the earlier adapter must survive the kill"
 
+    assert clone.query("select count(*) from attempt where status = 'crashed'") == [(0,)]
+
     ran = set(re.findall(r"Running stage '([^']+)'", clone.run("dvc", "repro")))
     assert {f"{stage}@baseline_lora-0" for stage in ("train", "probe", "export", "evaluate")} | {"compare"} <= ran
     assert not ran & {"prepare_data", "prepare_base", "export_base", "evaluate_base"}
     assert untouched == [json.loads((clone.folder / f / "run.json").read_text()) for f in ("data", "models/base")]
+    crashed = clone.query("select stage, arm, seed from attempt where status = 'crashed'")
+    assert crashed == [("train", "baseline_lora", 0)]
     resumed = json.loads((clone.folder / "adapters/baseline_lora/0/run.json").read_text())["extra"]
     assert resumed["steps"] == 80 and resumed["resumed_from_step"] >= 10
     adapter, ledger = (clone.folder / ADAPTER).read_bytes(), (clone.folder / LEDGER).read_bytes()
