@@ -1,0 +1,100 @@
+"""A report with the database behind it, made once for all test modules, and what tests read in it."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from db import queries
+from db.ingest import ingest
+from db.models import Sample
+from db.session import open_session
+from evaluation.comparison import Comparison, load_comparison
+from evaluation.page import page as page_module
+from evaluation.page import write_page
+from tests.evaluation import page_tree
+
+STYLE = (Path(page_module.__file__).parent / "style.css").read_text(encoding="utf-8")
+
+
+class Report:
+    """A page with the database and the comparison behind it."""
+
+    def __init__(self, root: Path) -> None:
+        self.database, self.file = root / "outputs/centralized.db", root / "outputs/report.html"
+        ingest(root, self.database)
+        self.comparison: Comparison = load_comparison(self.database)
+        write_page(self.file, self.database, self.comparison)
+        self.text = self.file.read_text(encoding="utf-8")
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the page's script reads."""
+        return page_data(self.text)
+
+    def samples(self, **same: Any) -> list[Sample]:
+        with open_session(self.database) as session:
+            ids = [run.id for run in queries.current_runs(session)]
+            return [s for s in queries.samples(session, ids) if all(getattr(s, k) == v for k, v in same.items())]
+
+
+def _base_only(root: Path) -> None:
+    page_tree.add_arm(root, "base", 0, page_tree.RIGHT["base"])
+
+
+BUILDERS: dict[str, Callable[[Path], Any]] = {
+    "full": page_tree.make_page_tree,
+    "evil": page_tree.make_evil_tree,
+    "base": _base_only,
+}
+
+
+@cache
+def report(name: str) -> Report:
+    """The report of one of `BUILDERS`; readers share it, so nobody may change its files."""
+    folder = TemporaryDirectory(prefix="page-")
+    BUILDERS[name](Path(folder.name))
+    made = Report(Path(folder.name))
+    atexit.register(folder.cleanup)
+    return made
+
+
+def page_data(text: str) -> dict[str, Any]:
+    """What the page's script reads."""
+    found = re.search(r'<script type="application/json" id="page-data">(.*?)</script>', text, re.DOTALL)
+    assert found
+    return dict(json.loads(found[1]))
+
+
+def rows_of(dataset: dict[str, Any]) -> list[dict[str, Any]]:
+    columns = {n: [c["levels"][i] for i in c["codes"]] if isinstance(c, dict) else c for n, c in dataset.items()}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def palette(scheme: str) -> dict[str, str]:
+    light, dark = STYLE.split("@media (prefers-color-scheme: dark)", 1)
+    part = dark.split("* {", 1)[0] if scheme == "dark" else light
+    return dict(re.findall(r"(--[\w-]+):\s*(#[0-9a-f]{6})\b", part))
+
+
+def hexed(colour: str) -> str:
+    return "#" + "".join(f"{int(part):02x}" for part in re.findall(r"\d+", colour)[:3])
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast ratio as WCAG 2 defines it, from 1 to 21."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)

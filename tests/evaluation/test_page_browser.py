@@ -1,0 +1,260 @@
+"""The report in a real browser: it works, asks the network for nothing, and runs nothing that a model said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from db import queries
+from db.session import open_session
+from tests.evaluation import page_tree
+from tests.evaluation.page_browser import chromium, draw_all, opened
+from tests.evaluation.page_report import Report, contrast, hexed, luminance, palette, report
+
+
+@pytest.fixture(scope="module")
+def full() -> Report:
+    return report("full")
+
+
+@pytest.fixture(scope="module")
+def evil() -> Report:
+    return report("evil")
+
+
+@pytest.fixture(scope="module")
+def base_only() -> Report:
+    return report("base")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    pytest.importorskip("playwright")
+    try:
+        with chromium() as found:
+            yield found
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def test_it_opens_without_an_error_or_a_request_and_draws_every_chart(browser: Any, full: Report) -> None:
+    with opened(browser, full.file) as page:
+        draw_all(page)
+        states = page.eval_on_selector_all("[data-chart]", "all => all.map(p => [p.dataset.chart, p.dataset.state])")
+        assert dict(states) == {chart["id"]: "drawn" for chart in full.data["charts"]}
+        marks = page.eval_on_selector_all(
+            "[data-chart]", "all => all.map(p => p.querySelectorAll('svg, canvas').length)"
+        )
+        assert set(marks) == {1}
+        page.reload()
+        draw_all(page)
+        assert page.deeds.messages == [] and page.deeds.requests == []
+
+
+def test_charts_far_below_are_not_drawn_at_the_start(browser: Any, full: Report) -> None:
+    with opened(browser, full.file) as page:
+        page.wait_for_selector("[data-chart='difference-0'][data-state='drawn']")
+        assert page.locator("[data-chart='precisions']").get_attribute("data-state") is None
+
+
+def test_an_interval_is_drawn_where_it_lies(browser: Any, full: Report) -> None:
+    """The ends of the bar, the point and the line at zero stand to each other in pixels as in numbers."""
+    with opened(browser, full.file) as page:
+        page.wait_for_selector("[data-chart='difference-1'][data-state='drawn']")
+        rules, points = (
+            page.eval_on_selector_all(
+                f"[data-chart='difference-1'] g.{kind}.role-mark > *",
+                """all => all.map((m) => m.getBoundingClientRect())
+                .map((b) => [b.left, b.right, (b.top + b.bottom) / 2, b.width])""",
+            )
+            for kind in ("mark-rule", "mark-symbol")
+        )
+    zero = next(left for left, _, _, width in rules if width < 3)
+    drawn = {
+        (round(p, 1), *bar[:2])
+        for p in [(left + right) / 2 for left, right, _, _ in points]
+        for bar in rules
+        if bar[3] >= 3 and bar[0] < p < bar[1] and any(abs(bar[2] - y) < 2 for *_, y, _ in points)
+    }
+    for arm in ("hybrid_grit", "pure_grit"):
+        found = next(row.against("baseline_lora") for row in full.comparison.rows if row.arm == arm)
+        assert found is not None
+        d = found.points
+        shares = [(point - left) / (right - left) for point, left, right in drawn]
+        assert any(share == pytest.approx((d.estimate - d.low) / (d.high - d.low), abs=0.02) for share in shares)
+        zeros = [(zero - left) / (right - left) for _, left, right in drawn]
+        assert any(share == pytest.approx(-d.low / (d.high - d.low), abs=0.02) for share in zeros)
+
+
+def test_the_filter_shows_the_disagreements_that_the_data_have(browser: Any, full: Report) -> None:
+    marks: dict[tuple[str, str], set[bool]] = {}
+    with open_session(full.database) as session:
+        for run in queries.current_runs(session):
+            if run.seed == 0:
+                for sample in queries.samples(session, [run.id]):
+                    marks.setdefault((sample.split, sample.item_id), set()).add(sample.correct)
+    expected = sum(len(right) == 2 for right in marks.values())
+    assert 20 < expected < len(marks)
+    with opened(browser, full.file) as page:
+        assert counted(page) == len(marks) and page.locator(".sample").count() == 20
+        page.get_by_label("Only where models disagree").click()
+        assert counted(page) == expected
+        shown = list_of_pages(page)
+        assert len(shown) == expected == len(set(shown))
+        signs = page.eval_on_selector_all(".sample", "all => all.map(s => s.querySelectorAll('.mark-right').length)")
+        assert all(0 < right < 4 for right in signs)
+        assert page.deeds.messages == []
+
+
+def test_search_seed_task_and_outcome_narrow_the_items(browser: Any, full: Report) -> None:
+    with opened(browser, full.file) as page:
+        search = page.get_by_role("searchbox")
+        search.fill("pm2.5 IS 117")
+        assert counted(page) == 1 and "PM2.5 is 117" in page.locator(".sample").inner_text()
+        search.fill("no model ever said this")
+        assert counted(page) == 0 and "No item matches" in page.locator("[data-part='pages']").inner_text()
+        search.fill("")
+        page.locator("[data-part='task']").select_option("sorting")
+        assert counted(page) == page_tree.KEPT_ITEMS / 2
+        page.locator("[data-part='task']").select_option("")
+        page.locator("[data-part='split']").select_option("test")
+        page.locator(".outcomes label", has_text="pure_grit").locator("select").select_option("0")
+        assert counted(page) == page_tree.ITEMS - page_tree.RIGHT["pure_grit"]
+        page.locator("[data-part='seed']").select_option("1")
+        assert counted(page) == page_tree.ITEMS
+        page.locator(".outcomes label", has_text="pure_grit").locator("select").select_option("0")
+        assert counted(page) == page_tree.ITEMS - page_tree.RIGHT["pure_grit"] + 3
+
+
+def test_a_choice_redraws_its_charts_only(browser: Any, full: Report) -> None:
+    points = "[data-chart='spectrum-a'] g.mark-symbol.role-mark > path"
+    with opened(browser, full.file) as page:
+        draw_all(page)
+        kept, before = drawing(page, "scatter-kept"), places(page, points)
+        assert len(before) == 2 * len(page_tree.SEEDS) * 8  # arms, seeds, eigenvalues
+        panel = page.locator("[data-panel='spectra']")
+        panel.locator("[data-column='layer']").select_option(page_tree.LAYERS[0])
+        page.wait_for_timeout(300)
+        after = places(page, points)
+        assert len(after) == len(before) and after != before
+        panel.locator("[data-column='seed']").select_option("1")
+        page.wait_for_function(
+            f"() => document.querySelectorAll({json.dumps(points)}).length === {len(before) // len(page_tree.SEEDS)}"
+        )
+        assert drawing(page, "scatter-kept") == kept
+        assert page.deeds.messages == []
+
+
+def test_nothing_of_what_a_model_says_runs(browser: Any, evil: Report) -> None:
+    with opened(browser, evil.file) as page:
+        draw_all(page)
+        page.get_by_role("searchbox").fill("script")
+        assert counted(page) > 0
+        page.get_by_role("searchbox").fill("")
+        answers = page.eval_on_selector_all(".answer dd", "all => all.map(d => d.textContent)")
+        for text in page_tree.EVIL[:6]:
+            assert text in answers
+        assert page.evaluate("window.pwned") is None
+        assert page.locator("img, b").count() == 0
+        assert page.locator("th, td", has_text=page_tree.EVIL_ARM).count() > 0
+        assert page.locator(".card h3").inner_text() == page_tree.EVIL_ARM
+        assert page.deeds.messages == [] and page.deeds.requests == []
+
+
+def test_a_script_that_gets_in_cannot_run(browser: Any, full: Report) -> None:
+    with opened(browser, full.file) as page:
+        page.evaluate(
+            """() => { const s = document.createElement('script'); s.textContent = 'window.pwned = 1';
+            document.body.append(s); const i = document.createElement('img'); i.src = 'https://example.org/x.png';
+            document.body.append(i); }"""
+        )
+        page.wait_for_timeout(100)
+        assert page.evaluate("window.pwned") is None
+        assert any("Content Security Policy" in message for message in page.deeds.messages)
+        assert len([m for m in page.deeds.messages if "script" in m or "image" in m]) >= 2
+
+
+@pytest.mark.parametrize(("name", "width"), [("full", 390), ("evil", 320)])
+def test_a_phone_need_not_scroll_sideways(browser: Any, name: str, width: int) -> None:
+    with opened(browser, report(name).file, width=width, height=800) as page:
+        draw_all(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        wide = page.evaluate(
+            """(width) => [...document.querySelectorAll('main *')].filter((e) => !e.closest('.box, svg')
+            && e.getBoundingClientRect().right > width + 1).map((e) => e.tagName + '.' + e.className)""",
+            width,
+        )
+        assert wide == []
+
+
+def test_dark_mode_is_dark_and_can_be_read(browser: Any, full: Report) -> None:
+    with opened(browser, full.file, scheme="dark") as page:
+        page.wait_for_selector("[data-chart='difference-0'][data-state='drawn']")
+        ground, ink = (
+            page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color")
+        )
+        assert luminance(hexed(ground)) < 0.05 and contrast(hexed(ground), hexed(ink)) > 7
+        dark = drawing(page, "difference-0")
+        assert palette("dark")["--arm-3"] in dark
+        page.emulate_media(color_scheme="light")
+        page.wait_for_function(
+            "(old) => document.querySelector(\"[data-chart='difference-0']\").innerHTML !== old", arg=dark
+        )
+        page.wait_for_function(
+            "(colour) => document.querySelector(\"[data-chart='difference-0']\").innerHTML.includes(colour)",
+            arg=palette("light")["--arm-3"],
+        )
+
+
+def test_a_database_of_the_base_alone_opens(browser: Any, base_only: Report) -> None:
+    with opened(browser, base_only.file) as page:
+        draw_all(page)
+        assert counted(page) == page_tree.ITEMS + page_tree.KEPT_ITEMS
+        assert page.deeds.messages == [] and page.deeds.requests == []
+
+
+def test_it_can_be_used_without_seeing_it(browser: Any, full: Report) -> None:
+    with opened(browser, full.file) as page:
+        levels = page.eval_on_selector_all("h1, h2, h3", "all => all.map((h) => Number(h.tagName[1]))")
+        assert levels[0] == 1 and levels.count(1) == 1
+        assert all(below - above <= 1 for above, below in pairwise(levels))
+        assert page.locator("th:not([scope])").count() == 0
+        assert page.locator("[data-chart]:not([aria-label])").count() == 0
+        ids = page.eval_on_selector_all("[id]", "all => all.map((e) => e.id)")
+        assert len(ids) == len(set(ids))
+        for control in page.locator("select, input").all():
+            assert control.evaluate("(e) => e.labels.length && e.labels[0].textContent.trim().length > 0")
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.textContent") == "Skip to the verdict"
+        box = page.get_by_label("Only where models disagree")
+        box.focus()
+        before = counted(page)
+        page.keyboard.press("Space")
+        assert counted(page) < before
+
+
+def counted(page: Any) -> int:
+    return int(page.locator("[data-part='count']").inner_text().split()[0])
+
+
+def list_of_pages(page: Any) -> list[str]:
+    found: list[str] = []
+    while True:
+        found += page.eval_on_selector_all(".sample .place", "all => all.map((p) => p.textContent)")
+        on = page.get_by_role("button", name="Next")
+        if on.is_disabled():
+            return found
+        on.click()
+
+
+def drawing(page: Any, name: str) -> str:
+    return str(page.locator(f"[data-chart='{name}']").inner_html())
+
+
+def places(page: Any, selector: str) -> list[Any]:
+    found = page.eval_on_selector_all(selector, "all => all.map((m) => m.ariaLabel || m.getAttribute('transform'))")
+    return list(found)
