@@ -51,7 +51,8 @@ def make_engine(url: URL, *, write: bool, timeout_s: float = BUSY_TIMEOUT_S) -> 
     if url.get_backend_name() != "sqlite":
         engine = create_engine(url, poolclass=NullPool)
         if not write and url.get_backend_name() == "postgresql":
-            return engine.execution_options(postgresql_readonly=True)
+            # One moment for the whole block, as on SQLite; a server's default is one for each question.
+            return engine.execution_options(postgresql_readonly=True, isolation_level="REPEATABLE READ")
         return engine
     path = sqlite_file(url)
     if path is None:
@@ -66,7 +67,7 @@ def make_engine(url: URL, *, write: bool, timeout_s: float = BUSY_TIMEOUT_S) -> 
         connection.isolation_level = None
         connection.execute("PRAGMA foreign_keys=ON")
         if write and path is not None:
-            _enter_wal(connection, timeout_s)
+            enter_wal(connection, timeout_s)
 
     def on_begin(connection: Connection) -> None:
         # Taking the write lock at once means that two writers wait for each other instead of failing
@@ -120,7 +121,7 @@ def _connect(path: Path, *, write: bool, timeout_s: float) -> sqlite3.Connection
     return connection
 
 
-def _enter_wal(connection: sqlite3.Connection, timeout_s: float) -> None:
+def enter_wal(connection: sqlite3.Connection, timeout_s: float) -> None:
     """Switch to the write-ahead log; file systems that cannot do it keep the rollback journal.
 
     SQLite does not wait for this one change, hence the loop.

@@ -70,7 +70,7 @@ class IngestError(Exception):
         super().__init__(
             f"{count} in the result files; the database was left as it was.\n"
             + "\n".join(lines)
-            + "\nDo: remove the named folders and run `dvc repro`, which makes them again."
+            + "\nDo: remove the named files or folders and run `dvc repro`, which makes results again."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -63,19 +63,24 @@ class FileReader:
         path: Path,
         form: type[AnyRecord],
         digest: hashlib._Hash,
-        key: Callable[[AnyRecord], tuple[str, str]],
+        key: Callable[[AnyRecord], Hashable] | None = None,
+        *,
+        named: str = "item",
+        required: bool = True,
     ) -> list[AnyRecord]:
-        """Return the answered items of a JSON-lines file; of many bad lines only the first few are named.
+        """Return the records of a JSON-lines file; of many bad lines only the first few are named.
 
         Args:
             path: The file.
             form: Of one line.
             digest: Updated with the file.
-            key: What no two lines may share: (split or type, item id).
+            key: What no two lines may share, last what it is called in messages; None: lines may repeat.
+            named: What the key is of.
+            required: A missing file is a problem.
         """
-        content = self.text(path, digest, required=True) or b""
+        content = self.text(path, digest, required=required) or b""
         records: list[AnyRecord] = []
-        seen: set[tuple[str, str]] = set()
+        seen: set[Hashable] = set()
         bad = 0
         for number, line in enumerate(content.splitlines(), start=1):
             if not line.strip():
@@ -89,9 +94,12 @@ class FileReader:
                     where = ".".join([f"line {number}", *map(str, detail["loc"])])
                     self.problem(path, where, _words(detail))
                 continue
-            if key(record) in seen:
-                self.problem(path, f"line {number}", f"item {key(record)[1]} given more than once")
-            seen.add(key(record))
+            if key is not None:
+                own = key(record)
+                if own in seen:
+                    shown = own[-1] if isinstance(own, tuple) else own
+                    self.problem(path, f"line {number}", f"{named} {shown} given more than once")
+                seen.add(own)
             records.append(record)
         if bad > _LINES_SHOWN:
             self.problem(path, "", f"{bad - _LINES_SHOWN} more lines cannot be read")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, delete, insert, select, update
+from sqlalchemy import URL, delete, select, update
 from sqlalchemy.orm import Session
 
-from db.engine import checkpoint, resolve_url, sqlite_file
-from db.errors import DatabaseError
+from db.attempts import store_attempts
+from db.bulk import insert_rows
+from db.engine import resolve_url, sqlite_file
 from db.models import (
     Artifact,
+    Attempt,
     Environment,
+    LayerMetric,
     Metric,
     MetricDef,
     Probe,
@@ -24,10 +25,12 @@ from db.models import (
     QuantizedSample,
     Run,
     Sample,
+    Spectrum,
     Speed,
     Verification,
 )
 from db.reader import BASE, Bundle, read_results
+from db.records_logs import AttemptRecord
 from db.rows import (
     artifact_rows,
     environment_row,
@@ -41,7 +44,9 @@ from db.rows import (
     speed_rows,
     verification_rows,
 )
+from db.rows_layers import layer_metric_rows, log_meanings, spectrum_rows
 from db.session import open_session
+from db.swap import replace_content
 
 _CHILDREN: tuple[tuple[type[Any], Any], ...] = (
     (Metric, metric_rows),
@@ -52,6 +57,8 @@ _CHILDREN: tuple[tuple[type[Any], Any], ...] = (
     (Quantization, quantization_rows),
     (QuantizedSample, quantized_sample_rows),
     (Verification, verification_rows),
+    (LayerMetric, layer_metric_rows),
+    (Spectrum, spectrum_rows),
 )
 
 
@@ -102,9 +109,9 @@ def ingest(
         IngestError: Files are missing or malformed; the database was not opened.
         DatabaseError: The database could not be written; its old content stands.
     """
-    bundles, notes = read_results(Path(root), arms, seeds)
+    found = read_results(Path(root), arms, seeds)
     with open_session(url, write=True) as session:
-        return store(session, bundles, notes)
+        return store(session, found.bundles, found.notes, found.attempts)
 
 
 def rebuild(
@@ -113,35 +120,34 @@ def rebuild(
     arms: Iterable[str] | None = None,
     seeds: Iterable[int] | None = None,
 ) -> IngestSummary:
-    """Make the database anew from the files alone; superseded runs, which no file describes, go.
+    """Make the database anew from the files alone; superseded runs and starts, which no file describes, go.
 
-    An SQLite file is written beside the old one and takes its place in one step, so a reader sees the old
-    content or the new one. Other databases are emptied and filled in one transaction.
+    An SQLite database is made in memory and copied over the old one in one transaction, so a reader sees the old
+    content or the new one, whatever happens. Other databases are emptied and filled in one transaction.
 
     Raises:
         IngestError: Files are missing or malformed; the old database stands.
-        DatabaseError: The new database could not be written, or the old one is in use.
+        DatabaseError: The new database could not be written, or another process writes to the old one.
     """
+    found = read_results(Path(root), arms, seeds)
     path = sqlite_file(resolve_url(url))
-    if path is None:
-        bundles, notes = read_results(Path(root), arms, seeds)
-        with open_session(url, write=True) as session:
-            for table in (Run, Environment, MetricDef):
+    with open_session(url if path is None else "sqlite://", write=True) as session:
+        if path is None:
+            for table in (Run, Environment, MetricDef, Attempt):
                 session.execute(delete(table))
-            return store(session, bundles, notes)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        summary = ingest(root, fresh, arms, seeds)
-        _retire_log(path)
-        fresh.replace(path)
-    finally:
-        for suffix in ("", "-wal", "-shm"):
-            fresh.with_name(fresh.name + suffix).unlink(missing_ok=True)
+        summary = store(session, found.bundles, found.notes, found.attempts)
+        if path is not None:
+            replace_content(session, path)
     return summary
 
 
-def store(session: Session, bundles: list[Bundle], notes: Iterable[str] = ()) -> IngestSummary:
-    """Write bundles into an open database, inside the caller's transaction."""
+def store(
+    session: Session,
+    bundles: list[Bundle],
+    notes: Iterable[str] = (),
+    attempts: Iterable[AttemptRecord] = (),
+) -> IngestSummary:
+    """Write bundles and starts into an open database, inside the caller's transaction."""
     rows = [run_row(bundle) for bundle in bundles]
     keys = [row["run_key"] for row in rows]
     known = {run.run_key: run for run in session.scalars(select(Run).where(Run.run_key.in_(keys)))}
@@ -149,7 +155,8 @@ def store(session: Session, bundles: list[Bundle], notes: Iterable[str] = ()) ->
     stale = session.scalars(select(Run.id).where(Run.is_current, Run.run_key.not_in(keys))).all()
     if stale:
         session.execute(update(Run).where(Run.id.in_(stale)).values(is_current=False))
-    _store_meanings(session, metric_def_rows(bundles))
+    _store_meanings(session, {**log_meanings(bundles), **metric_def_rows(bundles)})
+    store_attempts(session, attempts)
 
     current: list[Run] = []
     inserted: set[str] = set()
@@ -198,9 +205,7 @@ def store(session: Session, bundles: list[Bundle], notes: Iterable[str] = ()) ->
 
 def _store_children(session: Session, run: Run, bundle: Bundle) -> None:
     for table, make_rows in _CHILDREN:
-        rows = make_rows(bundle)
-        if rows:
-            session.execute(insert(table), [{"run_id": run.id, **row} for row in rows])
+        insert_rows(session, table.__table__, make_rows(bundle), run_id=run.id)
 
 
 def _store_meanings(session: Session, meanings: dict[str, dict[str, Any]]) -> None:
@@ -236,17 +241,3 @@ def _reference_id(run: Run, current: list[Run]) -> int | None:
         and base.backend_name == run.backend_name
     ]
     return min(fair, key=lambda base: base.seed).id if fair else None
-
-
-def _retire_log(path: Path) -> None:
-    """Empty the old file's write-ahead log: SQLite would replay a left-over one into the new file."""
-    if not path.exists():
-        return
-    try:
-        done = checkpoint(path)
-    except sqlite3.DatabaseError as error:
-        done = "locked" not in str(error)  # a damaged file is what a rebuild is for
-    if not done:
-        raise DatabaseError(f"nobody else at work in {path}", "another process uses it", "end it, then rebuild again")
-    for suffix in ("-wal", "-shm", "-journal"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)

@@ -24,11 +24,15 @@ from db.columns import (
     primary_key,
     typed_value_rules,
 )
+from db.models_attempts import Attempt
+from db.models_layers import LayerMetric, Spectrum
 from db.models_serving import Quantization, QuantizedSample, Verification
 
 __all__ = [
     "Artifact",
+    "Attempt",
     "Environment",
+    "LayerMetric",
     "Metric",
     "MetricDef",
     "Probe",
@@ -36,6 +40,7 @@ __all__ = [
     "QuantizedSample",
     "Run",
     "Sample",
+    "Spectrum",
     "Speed",
     "Verification",
 ]
@@ -150,7 +155,9 @@ class Metric(OfRun, Base):
     )
 
     name: Mapped[str] = mapped_column(comment="see metric_def")
-    split: Mapped[str] = mapped_column(comment="test, retention, parity; train and eval for training curves")
+    split: Mapped[str] = mapped_column(
+        comment="test, retention, parity, general, weights, hidden, alignment; train and eval for training curves"
+    )
     step: Mapped[int] = mapped_column(comment="optimizer step; -1: final value of the run")
     value: Mapped[float | None] = mapped_column(comment="NULL unless value_kind is finite")
     value_kind: Mapped[str] = mapped_column(comment="finite, nan, inf, -inf: SQLite would turn NaN into NULL")

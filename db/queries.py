@@ -11,7 +11,9 @@ from sqlalchemy.orm import Session
 
 from db.columns import FINAL_STEP
 from db.models import (
+    Attempt,
     Environment,
+    LayerMetric,
     Metric,
     MetricDef,
     Probe,
@@ -19,12 +21,21 @@ from db.models import (
     QuantizedSample,
     Run,
     Sample,
+    Spectrum,
     Speed,
     Verification,
 )
 from db.values import join_value
 
-VIEWS = ("evaluation_results", "v_leaderboard", "v_probe_summary", "v_parity", "v_quantization", "v_verification")
+VIEWS = (
+    "evaluation_results",
+    "v_leaderboard",
+    "v_probe_summary",
+    "v_parity",
+    "v_quantization",
+    "v_verification",
+    "v_attempts",
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,76 @@ def outcomes(session: Session, run_id: int, split: str = "test") -> dict[str, bo
     """Return item id -> answered correctly."""
     query = select(Sample.item_id, Sample.correct).where(Sample.run_id == run_id, Sample.split == split)
     return {item_id: correct for item_id, correct in session.execute(query.order_by(Sample.item_id))}
+
+
+def samples(session: Session, run_ids: Iterable[int]) -> list[Sample]:
+    """Return all answered items of some runs, by run, split and item."""
+    query = select(Sample).where(Sample.run_id.in_(list(run_ids)))
+    return list(session.scalars(query.order_by(Sample.run_id, Sample.split, Sample.item_id)))
+
+
+@dataclass(frozen=True)
+class LayerNumber:
+    """A number of one layer.
+
+    Attributes:
+        split: weights, hidden, alignment (measured after training); probe, grit (logged while it ran).
+        layer: A module, or a hidden layer ("layer 2").
+        step: Optimizer step; -1: of the finished run.
+        value: NaN and infinities possible.
+    """
+
+    name: str
+    split: str
+    layer: str
+    step: int
+    value: float
+
+
+def layer_metrics(
+    session: Session, run_id: int, split: str | None = None, names: Iterable[str] | None = None
+) -> list[LayerNumber]:
+    """Return a run's numbers of layers, by split, name, layer and step; of all splits and names by default."""
+    query = select(LayerMetric).where(LayerMetric.run_id == run_id)
+    if split is not None:
+        query = query.where(LayerMetric.split == split)
+    if names is not None:
+        query = query.where(LayerMetric.name.in_(list(names)))
+    query = query.order_by(LayerMetric.split, LayerMetric.name, LayerMetric.layer, LayerMetric.step)
+    return [
+        LayerNumber(row.name, row.split, row.layer, row.step, join_value(row.value, row.value_kind))
+        for row in session.scalars(query)
+    ]
+
+
+@dataclass(frozen=True)
+class FactorSpectrum:
+    """Eigenvalues of one Fisher factor of one layer.
+
+    Attributes:
+        factor: a (of A's outputs) or g (of the gradients there).
+        step: Optimizer step.
+        eigenvalues: Largest first; NaN and infinities possible.
+    """
+
+    layer: str
+    factor: str
+    step: int
+    eigenvalues: tuple[float, ...]
+
+
+def spectra(session: Session, run_id: int) -> list[FactorSpectrum]:
+    """Return a run's spectra, by layer, factor and step; none where the arm has no Fisher factors."""
+    query = select(Spectrum).where(Spectrum.run_id == run_id)
+    return [
+        FactorSpectrum(row.layer, row.factor, row.step, tuple(map(float, row.eigenvalues)))
+        for row in session.scalars(query.order_by(Spectrum.layer, Spectrum.factor, Spectrum.step))
+    ]
+
+
+def attempts(session: Session) -> list[Attempt]:
+    """Return every known start of a stage, in the order of time."""
+    return list(session.scalars(select(Attempt).order_by(Attempt.started, Attempt.id)))
 
 
 def speed_rows(session: Session, run_id: int) -> list[Speed]:

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from db.errors import IngestError, Problem
 from db.files import FileReader
+from db.reader_optional import OPTIONAL_STAGES, OptionalReader, Serving, TrainingLogs
 from db.records import HistoryRecord, ParityRecord, RunRecord, SampleRecord, ScoresRecord, VerdictRecord
-from db.records_serving import QuantizedRecord, QuantizedSampleRecord, VerifyRecord
+from db.records_logs import AttemptRecord
+from db.records_measured import MeasuredRecord
+from db.staleness import stale_stages
+
+__all__ = ["BASE", "OPTIONAL_STAGES", "Bundle", "Results", "Serving", "TrainingLogs", "read_results"]
 
 BASE = "base"
 """The arm that is the untouched model: it has no adapter, and it is read whenever any other is."""
 
-SERVING_STAGES = {"quantize": "quantized/{}/quantized.json", "verify": "verified/{}/verify.json"}
-"""Stages that measure what is served, and their results. A run is the same run with, without or with others."""
-
 _ROUNDING = 0.001
-
-
-@dataclass(frozen=True)
-class Serving:
-    """What was measured of the served model; results may lack any of it.
-
-    Attributes:
-        quantized_samples: One for each test item and precision.
-    """
-
-    quantized: QuantizedRecord | None = None
-    quantized_samples: list[QuantizedSampleRecord] = field(default_factory=list)
-    verified: VerifyRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +30,8 @@ class Bundle:
     Attributes:
         stages: Stage name to its record; `train` is absent for the base.
         base_model: The record of `models/base`, for the base only.
+        measured: What stage measure found, where it has run.
+        logs: What training wrote down step by step.
         source_sha256: Hash of all files read for this bundle.
     """
 
@@ -55,6 +46,8 @@ class Bundle:
     base_model: RunRecord | None
     source_sha256: str
     serving: Serving = field(default_factory=Serving)
+    measured: MeasuredRecord | None = None
+    logs: TrainingLogs = field(default_factory=TrainingLogs)
 
     @property
     def label(self) -> str:
@@ -62,24 +55,34 @@ class Bundle:
         return f"{self.arm}/{self.seed}"
 
 
+@dataclass(frozen=True)
+class Results:
+    """All that stands under one folder.
+
+    Attributes:
+        bundles: Finished arms and seeds, base first.
+        notes: One for each combination that was left out, and other things worth knowing.
+        attempts: Every start of a stage that left a file, by id.
+    """
+
+    bundles: list[Bundle]
+    notes: list[str]
+    attempts: list[AttemptRecord]
+
+
 @dataclass
-class _TreeReader(FileReader):
+class _TreeReader(OptionalReader):
     """Reads the folders of one arm with one seed after the other."""
 
     def stage(self, folder: str, stage: str, arm: str, seed: int, digest: hashlib._Hash) -> RunRecord | None:
         path = self.root / folder / arm / str(seed) / "run.json"
         # Results from before there were verdicts, precisions or verifications stay readable.
-        record = self.record(path, RunRecord, digest, required=stage not in ("probe", *SERVING_STAGES))
+        record = self.record(path, RunRecord, digest, required=stage not in ("probe", *OPTIONAL_STAGES))
         if record is not None:
             if record.stage != stage:
                 self.problem(path, "stage", f"expected {stage!r}, came {record.stage!r}")
             self.belongs(path, record.arm, record.seed, arm, seed)
         return record
-
-    def belongs(self, path: Path, arm: str | None, seed: int | None, own_arm: str, own_seed: int) -> None:
-        """A copied folder must not count as another arm."""
-        if (arm, seed) != (own_arm, own_seed):
-            self.problem(path, "arm, seed", f"expected {own_arm}/{own_seed} as in the path, came {arm}/{seed}")
 
     def bundle(self, arm: str, seed: int) -> Bundle | None:
         """Read one arm with one seed; None when it is not there yet, not finished, or has problems."""
@@ -91,7 +94,7 @@ class _TreeReader(FileReader):
         before = len(self.problems)
         folders = {
             "train": "adapters", "probe": "verdicts", "export": "gguf", "quantize": "quantized", "verify": "verified",
-            "evaluate": "scores",
+            "measure": "measured", "evaluate": "scores",
         }  # fmt: skip
         if arm == BASE:
             del folders["train"], folders["probe"]
@@ -100,14 +103,14 @@ class _TreeReader(FileReader):
         for stage, record in list(stages.items()):
             if record.status != "finished":
                 why = f": {record.error}" if record.error else ""
-                if stage in SERVING_STAGES:
+                if stage in OPTIONAL_STAGES:
                     self.notes.append(f"{label}: without its stage {stage}, which is {record.status}{why}")
                     del stages[stage]
                     continue
                 self.notes.append(f"{label}: skipped, its stage {stage} is {record.status}{why}")
                 del self.problems[before:]  # what an unfinished stage left undone is no fault of the files
                 return None
-        for stage, results in SERVING_STAGES.items():
+        for stage, results in OPTIONAL_STAGES.items():
             file = self.root / results.format(label)
             if file.exists() and not file.with_name("run.json").exists():
                 name = file.relative_to(self.root).as_posix()
@@ -120,12 +123,14 @@ class _TreeReader(FileReader):
             self.belongs(place / "scores.json", scores.arm, scores.seed, arm, seed)
         samples = self.lines(place / "samples.jsonl", SampleRecord, digest, lambda r: (r.split, r.item_id))
         history = parity = verdict = base_model = None
+        logs = TrainingLogs()
         if arm == BASE:
             path = self.root / "models" / "base" / "run.json"
             base_model = self.record(path, RunRecord, digest, required=False)
         else:
             path = self.root / "adapters" / arm / str(seed) / "loss_history.json"
             history = self.record(path, HistoryRecord, digest)
+            logs = self.logs(path.parent, digest)
             path = self.root / "gguf" / arm / str(seed) / "parity.json"
             parity = self.record(path, ParityRecord, digest, required=False)
             if parity is not None:
@@ -138,63 +143,23 @@ class _TreeReader(FileReader):
                 self.belongs(path, verdict.arm, verdict.seed, arm, seed)
             elif not path.exists():
                 self.notes.append(f"{label}: no verdict.json, so nothing shows what the optimizer did")
-        for stage, why in list(_stale(stages, {} if arm == BASE else self.files_of_base())):
-            if stage not in SERVING_STAGES:
+        of_base = {} if arm == BASE else self.files_of_base(stages)
+        for stage, why in list(stale_stages(stages, of_base)):
+            if stage not in OPTIONAL_STAGES:
                 if len(self.problems) == before:
                     self.notes.append(f"{label}: skipped, {why}")
                 return None
             self.notes.append(f"{label}: without its stage {stage}, {why}")
             del stages[stage]
         serving = self.serving(arm, seed, stages, digest)
+        measured = self.measured(arm, seed, digest, scores) if "measure" in stages else None
         if len(self.problems) > before or scores is None:
             return None
         self.agrees(label, scores, samples)
         return Bundle(
-            arm, seed, stages, scores, samples, history, parity, verdict, base_model, digest.hexdigest(), serving
+            arm, seed, stages, scores, samples, history, parity, verdict, base_model, digest.hexdigest(), serving,
+            measured, logs,
         )  # fmt: skip
-
-    def files_of_base(self) -> dict[str, str]:
-        """Path to sha256 of what the base's export made; what is wrong with it is said where the base is read."""
-        path = self.root / "gguf" / BASE / "0" / "run.json"
-        record = FileReader(self.root).record(path, RunRecord, hashlib.sha256(), required=False)
-        return {made.path: made.sha256 for made in record.artifacts} if record else {}
-
-    def serving(self, arm: str, seed: int, stages: dict[str, RunRecord], digest: hashlib._Hash) -> Serving:
-        """Read what the stages quantize and verify left, where they have ended."""
-        quantized = verified = None
-        samples: list[QuantizedSampleRecord] = []
-        if "quantize" in stages:
-            path = self.root / "quantized" / arm / str(seed) / "quantized.json"
-            quantized = self.record(path, QuantizedRecord, digest)
-            path = path.with_name("quantized_samples.jsonl")
-            samples = self.lines(path, QuantizedSampleRecord, digest, lambda r: (r.type, r.item_id))
-            if quantized is not None:
-                self.belongs(path.with_name("quantized.json"), quantized.arm, quantized.seed, arm, seed)
-                self.complete(path, quantized, samples)
-        if "verify" in stages:
-            path = self.root / "verified" / arm / str(seed) / "verify.json"
-            verified = self.record(path, VerifyRecord, digest)
-            if verified is not None:
-                self.belongs(path, verified.arm, verified.seed, arm, seed)
-        return Serving(quantized, samples, verified)
-
-    def complete(self, path: Path, quantized: QuantizedRecord, samples: list[QuantizedSampleRecord]) -> None:
-        """Every precision answered the same items, as often rightly as its row says."""
-        answers: dict[str, dict[str, bool]] = {row.type: {} for row in quantized.rows}
-        for sample in samples:
-            answers.setdefault(sample.type, {})[sample.item_id] = sample.correct
-        items = answers[quantized.rows[0].type].keys()
-        rows = {row.type: (row.n, row.correct) for row in quantized.rows}
-        for name, correct in answers.items():
-            came = (len(correct), sum(correct.values()))
-            if name not in rows:
-                self.problem(path, "", f"expected the types of quantized.json, came {name!r} besides")
-            elif came != rows[name]:
-                words = "{} items of type {}, {} of them correct"
-                expected, found = (words.format(n, name, right) for n, right in (rows[name], came))
-                self.problem(path, "", f"expected {expected}, as quantized.json says, came {found}")
-            elif correct.keys() != items:
-                self.problem(path, "", f"expected the same items in every type, {name} has others")
 
     def agrees(self, label: str, scores: ScoresRecord, samples: list[SampleRecord]) -> None:
         """The table shows the score and pairs the items, so they had better be the same answers."""
@@ -207,9 +172,7 @@ class _TreeReader(FileReader):
                 self.notes.append(f"{label}: scores.json says {metric.value}, samples.jsonl says {share}")
 
 
-def read_results(
-    root: Path, arms: Iterable[str] | None = None, seeds: Iterable[int] | None = None
-) -> tuple[list[Bundle], list[str]]:
+def read_results(root: Path, arms: Iterable[str] | None = None, seeds: Iterable[int] | None = None) -> Results:
     """Read everything under a folder, or some arms and seeds and always the base.
 
     Args:
@@ -218,7 +181,7 @@ def read_results(
         seeds: Seeds to read; None: all that stand in `scores/<arm>/`.
 
     Returns:
-        The finished bundles, base first, and a note for each combination that was left out.
+        What was found; starts of stages are always all of them.
 
     Raises:
         IngestError: Files are missing or malformed; names all of them.
@@ -231,9 +194,21 @@ def read_results(
         for arm, seed in _combinations(root, wanted, numbers, reader.notes)
         if (bundle := reader.bundle(arm, seed)) is not None
     ]
+    attempts = _attempts(reader)
     if reader.problems:
         raise IngestError(reader.problems)
-    return bundles, reader.notes
+    return Results(bundles, reader.notes, attempts)
+
+
+def _attempts(reader: FileReader) -> list[AttemptRecord]:
+    found = []
+    for path in sorted((reader.root / "attempts").glob("*.json")):
+        record = reader.record(path, AttemptRecord, hashlib.sha256())
+        if record is not None:
+            if record.id != path.stem:
+                reader.problem(path, "id", f"expected {path.stem!r} as in the file's name, came {record.id!r}")
+            found.append(record)
+    return found
 
 
 def _combinations(
@@ -261,23 +236,3 @@ def _combinations(
 def _seed(name: str) -> bool:
     # `007` would be read from the folder `7`.
     return name.isascii() and name.isdigit() and str(int(name)) == name
-
-
-def _stale(stages: dict[str, RunRecord], base: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Name the stages that used another file than the one that now lies in the earlier stage's folder, and how.
-
-    Args:
-        stages: Of one arm with one seed.
-        base: Path to sha256 of the exported base's files, on which adapters were verified.
-    """
-    made = {
-        artifact.path: (stage, artifact.sha256) for stage, record in stages.items() for artifact in record.artifacts
-    }
-    of_base = {path: ("export of the base", sha256) for path, sha256 in base.items()}
-    for stage, record in stages.items():
-        known = made | of_base if stage == "verify" else made
-        for path, sha256 in record.inputs.items():
-            maker, now = known.get(path, (stage, sha256))
-            if maker != stage and now != sha256:
-                yield stage, f"its stage {stage} used an older {path} than {maker} made; run `dvc repro`"
-                break

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable
-from typing import Annotated, Any, Literal
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import (
     AwareDatetime,
@@ -20,7 +20,8 @@ from pydantic import (
 
 from db.columns import FINAL_STEP
 
-Stage = Literal["train", "probe", "export", "quantize", "verify", "evaluate", "prepare_base", "prepare_data"]
+_STEPS = 2**53  # from here on a float skips whole numbers
+Stage = Literal["train", "probe", "export", "quantize", "verify", "measure", "evaluate", "prepare_base", "prepare_data"]
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -165,11 +166,7 @@ class ScoresRecord(Record):
         strange = sorted({row.arm for row in self.speed} - {self.arm, "base"})
         if strange:
             raise ValueError(f"speed rows of the arms {self.arm} and base expected, came {strange}")
-        for metric in self.metrics:
-            meaning = self.metric_defs.get(metric.name)
-            share = meaning is not None and meaning.unit == "share"
-            if share and metric.value is not None and not 0 <= metric.value <= 1:
-                raise ValueError(f"{metric.name} is a share from 0 to 1, came {metric.value}")
+        refuse_strange_shares(self.metrics, self.metric_defs)
         return self
 
 
@@ -202,7 +199,7 @@ class ParityRecord(Record):
     first_difference: dict[str, Any] | None = None
 
 
-def _spelled(value: Any) -> Any:
+def spelled(value: Any) -> Any:
     """Numbers that JSON does not have are written as words."""
     return float(value) if value in ("nan", "inf", "-inf") else value
 
@@ -213,7 +210,7 @@ class ReadingRecord(Record):
     name: Name
     layer: str
     step: Annotated[int, Field(ge=FINAL_STEP, lt=2**63)]
-    value: Annotated[float, BeforeValidator(_spelled)]
+    value: Annotated[float, BeforeValidator(spelled)]
     unit: str
     threshold: float | None
     verdict: Literal["pass", "fail", "inconclusive", "skipped"]
@@ -247,8 +244,11 @@ class HistoryRecord(RootModel[list[dict[str, float | None]]]):
     def _has_steps(self) -> HistoryRecord:
         for position, entry in enumerate(self.root):
             step = entry.get("step")
-            if step is None or not math.isfinite(step) or step < 0 or step != int(step):
+            if step is None or not 0 <= step < _STEPS or step != int(step):
                 raise ValueError(f"entry {position} needs a `step`, a whole number from 0 up, came {step}")
+        for names in {tuple(entry) for entry in self.root}:
+            if "" in names or "eval_" in names:
+                raise ValueError(f"expected a name for each number, came one without: {', '.join(map(repr, names))}")
         return self
 
 
@@ -257,3 +257,20 @@ def refuse_repeats(what: str, keys: Iterable[Hashable]) -> None:
     repeated = [key for key, times in Counter(keys).items() if times > 1]
     if repeated:
         raise ValueError(f"{what} {repeated[0]} given more than once")
+
+
+class _Valued(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> float | None: ...
+
+
+def refuse_strange_shares(numbers: Iterable[_Valued], meanings: Mapping[str, MetricDefRecord]) -> None:
+    """Raise a ValueError that names the first number whose unit is share and which is not from 0 to 1."""
+    for number in numbers:
+        meaning = meanings.get(number.name)
+        if meaning is None or meaning.unit != "share" or number.value is None:
+            continue
+        if not 0 <= number.value <= 1:
+            raise ValueError(f"{number.name} is a share from 0 to 1, came {number.value}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from db.columns import FINAL_STEP
-from db.reader import BASE, SERVING_STAGES, Bundle
-from db.records import RunRecord
+from db.reader import BASE, OPTIONAL_STAGES, Bundle
+from db.records import HistoryRecord, RunRecord
 from db.schema import NEWEST
 from db.values import clean_text, plain, split_value
 
@@ -24,7 +25,7 @@ def digest_of(content: Any) -> str:
 def run_key(bundle: Bundle) -> str:
     """Identify the experiment: the same key means that the same thing was run again."""
     backend = bundle.scores.backend
-    stages = {stage: record for stage, record in bundle.stages.items() if stage not in SERVING_STAGES}
+    stages = {stage: record for stage, record in bundle.stages.items() if stage not in OPTIONAL_STAGES}
     return digest_of(
         {
             "variant": bundle.arm,
@@ -98,43 +99,64 @@ def _stage(record: RunRecord) -> Row:
     }
 
 
-def metric_rows(bundle: Bundle) -> list[Row]:
-    """Final scores, parity shares and the training curve.
+def metric_rows(bundle: Bundle) -> Iterator[Row]:
+    """Final scores, parity shares and the training curves."""
+    rows: dict[tuple[str, str], Row] = {}
+
+    def add(name: str, split: str, number: float | None, n: int | None) -> None:
+        value, kind = split_value(number)
+        name, split = clean_text(name), clean_text(split)
+        rows[name, split] = {
+            "name": name, "split": split, "step": FINAL_STEP, "value": value, "value_kind": kind, "n": n,
+        }  # fmt: skip
+
+    for metric in [*bundle.scores.metrics, *(bundle.measured.metrics if bundle.measured else [])]:
+        add(metric.name, metric.split, metric.value, metric.n)
+    if bundle.parity:
+        prompts = bundle.parity.prompts
+        add("token_ids_equal", "parity", bundle.parity.token_ids_equal, prompts)
+        add("greedy_equal", "parity", bundle.parity.greedy_equal, prompts)
+        for pair, share in bundle.parity.pairs.items():
+            add(f"pair/{pair}", "parity", share, prompts)
+    yield from rows.values()
+    if bundle.history:
+        yield from _curve_rows(bundle.history)
+
+
+def _curve_rows(history: HistoryRecord) -> Iterator[Row]:
+    """The training curves, one after the other; there may be a million of these rows, hence the care for time.
 
     A curve's entry with an `eval_…` number belongs to split `eval`, and the prefix goes. When a trainer
     logs the same name twice at one step (its closing summary repeats `epoch`), the later one stays.
     """
-    rows: dict[tuple[str, str, int], Row] = {}
-
-    def add(name: str, split: str, step: int, number: float | None, n: int | None) -> None:
-        value, kind = split_value(number)
-        name, split = clean_text(name), clean_text(split)
-        rows[name, split, step] = {
-            "name": name, "split": split, "step": step, "value": value, "value_kind": kind, "n": n,
-        }  # fmt: skip
-
-    for metric in bundle.scores.metrics:
-        add(metric.name, metric.split, FINAL_STEP, metric.value, metric.n)
-    if bundle.parity:
-        prompts = bundle.parity.prompts
-        add("token_ids_equal", "parity", FINAL_STEP, bundle.parity.token_ids_equal, prompts)
-        add("greedy_equal", "parity", FINAL_STEP, bundle.parity.greedy_equal, prompts)
-        for pair, share in bundle.parity.pairs.items():
-            add(f"pair/{pair}", "parity", FINAL_STEP, share, prompts)
-    for entry in bundle.history.root if bundle.history else []:
-        split = "eval" if any(name.startswith("eval_") for name in entry) else "train"
-        for name, number in entry.items():
-            if name != "step":
-                add(name.removeprefix("eval_"), split, int(entry["step"] or 0), number, None)
-    return list(rows.values())
+    curves: dict[tuple[str, str], dict[int, float | None]] = {}
+    targets: dict[tuple[str, ...], list[tuple[str, dict[int, float | None]]]] = {}
+    for entry in history.root:
+        names = tuple(entry)
+        if names not in targets:
+            split = "eval" if any(name.startswith("eval_") for name in names) else "train"
+            targets[names] = [
+                (name, curves.setdefault((clean_text(name.removeprefix("eval_")), split), {}))
+                for name in names
+                if name != "step"
+            ]
+        step = int(entry["step"] or 0)
+        for name, curve in targets[names]:
+            curve[step] = entry[name]
+    for (name, split), curve in curves.items():
+        for step, number in curve.items():
+            value, kind = split_value(number)
+            yield {"name": name, "split": split, "step": step, "value": value, "value_kind": kind, "n": None}
 
 
 def metric_def_rows(bundles: list[Bundle]) -> dict[str, Row]:
-    """Meanings by metric name; a later arm's words replace an earlier one's."""
+    """Meanings by metric name; a later arm's words replace an earlier one's, measurements' those of scores."""
     return {
         clean_text(name): {"name": clean_text(name), **plain(meaning.model_dump())}
         for bundle in bundles
-        for name, meaning in bundle.scores.metric_defs.items()
+        for source in (bundle.scores, bundle.measured)
+        if source is not None
+        for name, meaning in source.metric_defs.items()
     }
 
 

@@ -25,8 +25,8 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def run_json(stage: str, arm: str | None, seed: int | None, **changes: Any) -> dict[str, Any]:
-    hours = {"prepare_base": 0, "train": 1, "probe": 2, "export": 2, "quantize": 2, "verify": 2, "evaluate": 3}
-    hour = hours[stage]
+    hours = {"prepare_base": 0, "train": 1, "probe": 2, "export": 2, "quantize": 2, "verify": 2, "measure": 2}
+    hour = hours.get(stage, 3)
     return {
         "schema": 1,
         "stage": stage,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import sqlite3
 import tempfile
 from collections.abc import Iterator
@@ -16,13 +15,11 @@ from alembic.script import ScriptDirectory
 from result_tree import make_tree, sha
 from sqlalchemy import delete, func, insert, select, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
 from typer.testing import CliRunner
 
 from db import DatabaseError, DatabaseMissingError, SchemaVersionError, open_session, queries, schema
 from db.cli import app
 from db.columns import Base
-from db.ingest import ingest
 from db.models import Artifact, Environment, Metric, Probe, Run, Sample, Speed
 from tests.conftest import not_root
 
@@ -369,33 +366,3 @@ def test_commands(tmp_path: Path) -> None:
     refused = runner.invoke(app, ["ingest", *where])
     assert refused.exit_code == 2 and "scores/base/0/samples.jsonl" in refused.output
     assert runner.invoke(app, ["check", "--db", str(tmp_path / "none.db")]).exit_code == 1
-
-
-@pytest.mark.skipif("GRIT_TEST_POSTGRES_URL" not in os.environ, reason="GRIT_TEST_POSTGRES_URL is not set")
-def test_postgresql_gives_the_same_views(tmp_path: Path) -> None:
-    """Needs psycopg and an empty database of its own, whose tables are dropped afterwards."""
-    url, tree = os.environ["GRIT_TEST_POSTGRES_URL"], make_tree(tmp_path)
-
-    def views(session: Session) -> list[list[dict[str, Any]]]:
-        names = ("evaluation_results", "v_parity", "v_probe_summary")
-        return [sorted(queries.view(session, name), key=str) for name in names]
-
-    ingest(tree, tmp_path / "c.db")
-    with open_session(tmp_path / "c.db") as session:
-        expected = views(session)
-    ingest(tree, url)
-    assert ingest(tree, url).unchanged == 3
-    try:
-        with open_session(url) as session:
-            assert views(session) == expected
-        with open_session(url, write=True) as session:
-            context = MigrationContext.configure(session.connection())
-            assert compare_metadata(context, Base.metadata) == []
-        with pytest.raises(DatabaseError, match="read-only"), open_session(url) as session:
-            session.execute(delete(Run))
-        with pytest.raises(DatabaseError), open_session(url, write=True) as session:
-            session.execute(text("UPDATE metric SET value = 'inf'"))
-    finally:
-        with open_session(url, write=True) as session:
-            session.execute(text("DROP SCHEMA public CASCADE"))
-            session.execute(text("CREATE SCHEMA public"))

@@ -96,7 +96,7 @@ def test_an_older_database_is_upgraded_without_loss(path: Path) -> None:
     assert all_rows(path, OLD_TABLES) == before
     assert [row[: len(runs[0])] for row in all_rows(path, ("run",))["run"]] == runs
     with open_session(path, write=True) as session:
-        assert session.scalar(text("SELECT version_num FROM alembic_version")) == "0002"
+        assert session.scalar(text("SELECT version_num FROM alembic_version")) == schema.NEWEST
         assert {r.arm: r.serving_mode for r in queries.current_runs(session)} == {
             "base": "merged", "baseline_lora": "adapter", "pure_grit": "merged"}  # fmt: skip
         session.execute(insert(Speed), {"run_id": 3, "arm": "pure_grit", "phase": "ttft", "repetition": 0})
