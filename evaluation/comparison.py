@@ -1,88 +1,47 @@
-"""From the database to one row for each arm: means over seeds, paired differences, parity, provenance."""
+"""From the database to arms side by side: differences, criteria, power, what is served, provenance."""
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from db import queries
+from db import queries_compare as compare_queries
 from db.errors import DatabaseMissingError
-from db.models import Run
+from db.models import Environment
+from db.queries_compare import Choice, RunFacts
 from db.session import open_session
-from evaluation.differences import BASE, BASELINE, Difference, find_differences, in_words
+from evaluation import criteria
+from evaluation.arms import ACCURACY, RETENTION, AlignmentRow, ArmRow, ProbeRow, arm_row
+from evaluation.criteria import Criterion
+from evaluation.differences import BASE, BASELINE, compare_pairs, find_pairs, in_words
+from evaluation.facts import SpeedChange, read_facts, speed_change
+from evaluation.power import PowerRow, power_rows
 from evaluation.serving import PhaseRow, PrecisionRow, ServedRow, phase_rows, precision_rows, served_rows
 
-ACCURACY = ("test", "aqi_category_accuracy")
-RETENTION = ("retention", "retention_accuracy")
-Key = tuple[str, str]
+__all__ = [
+    "ACCURACY",
+    "RETENTION",
+    "AlignmentRow",
+    "ArmRow",
+    "Choice",
+    "ChoiceError",
+    "Comparison",
+    "ProbeRow",
+    "compare",
+    "load_comparison",
+    "verdict_line",
+]
 
 
-@dataclass(frozen=True)
-class ProbeRow:
-    """What the probe says of one run.
-
-    Attributes:
-        seed: Of the run.
-        verdict: effective, no_effect or unstable.
-        as_claimed: Whether the arm's updates are what it claims.
-        reason: Diagnosis and reason in words.
-        numbers: Reading -> value: angle_to_shadow in degrees, twin_divergence in A/A floors, …
-    """
-
-    seed: int
-    verdict: str
-    as_claimed: bool
-    reason: str
-    numbers: dict[str, float]
-
-
-@dataclass(frozen=True)
-class ArmRow:
-    """One arm, its numbers averaged over seeds.
-
-    Attributes:
-        accuracy: AQI category accuracy, percent.
-        accuracy_by_seed: The same for each of `seeds`.
-        retention: Accuracy on the retention items, percent.
-        decode_speed: Tokens per second.
-        delta_speed: Percent faster than the base that was timed beside it.
-        parity: Share of prompts on which all ways to run the model answer alike, percent, worst seed.
-        differences: Against the base, then against baseline_lora.
-        probes: One for each seed that has a verdict.
-        metrics: (split, name) -> mean over seeds, in the metric's own unit.
-    """
-
-    arm: str
-    model_name: str
-    seeds: tuple[int, ...]
-    accuracy: float | None
-    accuracy_by_seed: tuple[float, ...]
-    retention: float | None
-    decode_speed: float | None
-    delta_speed: float | None
-    parity: float | None
-    differences: tuple[Difference, ...]
-    metrics: dict[Key, float]
-    probes: tuple[ProbeRow, ...] = ()
-
-    @property
-    def updates(self) -> str:
-        """The probe's verdicts in a word, a wrong one before all others; empty where there is none."""
-        wrong = next((p.verdict for p in self.probes if not p.as_claimed), "")
-        if wrong or not self.probes:
-            return f"{wrong}!" if wrong else ""
-        words = {"no_effect": "plain AdamW"}
-        return ", ".join(dict.fromkeys(words.get(p.verdict, p.verdict) for p in self.probes))
-
-    def against(self, arm: str) -> Difference | None:
-        """Return the difference from another arm, if both answered the same items."""
-        return next((d for d in self.differences if d.against == arm), None)
+class ChoiceError(ValueError):
+    """A name that no run in the database has."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +49,7 @@ class Comparison:
     """All arms side by side.
 
     Attributes:
-        rows: Base first, baseline_lora next.
+        rows: Base first, the baseline next.
         verdicts: One line for each arm but the base.
         notes: What limits the reading.
         units: Metric name -> (unit, better direction, description).
@@ -98,6 +57,9 @@ class Comparison:
         precisions: Each arm's model in other precisions, in the order of `rows`.
         served: Each run on each backend in each mode, against training.
         phases: Each arm's load, time to first token, prefill and decode.
+        criteria: The success criteria, judged for each arm but the base.
+        power: What it would take to see 1, 2 and 3 points, for each arm and what it is compared with.
+        baseline: The arm that the others are compared with besides the base.
     """
 
     rows: tuple[ArmRow, ...]
@@ -108,101 +70,108 @@ class Comparison:
     precisions: tuple[PrecisionRow, ...] = ()
     served: tuple[ServedRow, ...] = ()
     phases: tuple[PhaseRow, ...] = ()
+    criteria: tuple[Criterion, ...] = ()
+    power: tuple[PowerRow, ...] = ()
+    baseline: str = BASELINE
 
 
-def load_comparison(url_or_path: str | Path) -> Comparison:
-    """Compare all arms in a database.
+def load_comparison(url_or_path: str | Path, choice: Choice | None = None, baseline: str | None = None) -> Comparison:
+    """Compare the arms in a database.
+
+    Args:
+        url_or_path: File or SQLAlchemy URL.
+        choice: Which runs; all by default.
+        baseline: The arm to compare with besides the base; baseline_lora by default.
 
     Raises:
-        DatabaseMissingError: No database, or no finished run in it.
+        DatabaseMissingError: No database, or no finished run in it that was chosen.
         DatabaseError: The database cannot be read.
+        ChoiceError: No run has a name that was chosen.
     """
     with open_session(url_or_path) as session:
-        comparison = compare(session)
+        comparison = compare(session, choice, baseline)
     if not comparison.rows:
-        raise DatabaseMissingError(
-            f"finished runs in {url_or_path}", "a database without any", "run `dvc repro`, which makes them"
-        )
+        came = "a database without any" if choice is None or choice == Choice() else "none that fits all filters"
+        raise DatabaseMissingError(f"finished runs in {url_or_path}", came, "run `dvc repro`, which makes them")
     return comparison
 
 
-def compare(session: Session) -> Comparison:
-    """Compare the current runs of an open database."""
-    runs = queries.current_runs(session)
-    metrics = queries.final_metrics(session, [run.id for run in runs])
-    readings = queries.probe_readings(session, [run.id for run in runs])
-    answers = {run.id: queries.outcomes(session, run.id) for run in runs}
-    by_arm: dict[str, list[Run]] = {}
-    for run in runs:
-        by_arm.setdefault(run.arm, []).append(run)
-    arms = sorted(by_arm, key=lambda arm: (arm != BASE, arm != BASELINE, arm))
-    found = find_differences(arms, by_arm, answers)
-    rows = tuple(
-        _row(session, by_arm[arm], metrics, readings, tuple(d for d in found.get(arm, []) if d)) for arm in arms
-    )
+def compare(session: Session, choice: Choice | None = None, baseline: str | None = None) -> Comparison:
+    """Compare the current runs of an open database; see `load_comparison`."""
+    choice = choice or Choice()
+    if choice != Choice() or baseline is not None:
+        _check(session, choice, baseline)
+    against = baseline or BASELINE
+    if choice.arms:  # what is compared with stays
+        choice = replace(choice, arms={*choice.arms, against})
+    facts = read_facts(session, choice)
+    arms = sorted(facts.by_arm, key=lambda arm: (arm != BASE, arm != against, arm))
+    runs = [run for arm in arms for run in facts.by_arm[arm]]
+    pairs = find_pairs(arms, facts.by_arm, facts.answers, against)
+    found = compare_pairs(pairs)
+    changes = {arm: speed_change(arm, facts) for arm in arms}
+    rows = tuple(arm_row(arm, facts, found.get(arm, ()), changes[arm]) for arm in arms)
+    quantized = compare_queries.quantizations(session, choice)
+    quantized_answers = compare_queries.quantized_answers(session, choice)
+    verified = compare_queries.verifications(session, choice)
+    places = compare_queries.environments(session)
     meanings = queries.metric_meanings(session)
     return Comparison(
         rows=rows,
-        verdicts=tuple(verdict_line(row) for row in rows if row.arm != BASE),
+        verdicts=tuple(verdict_line(row, against) for row in rows if row.arm != BASE),
         notes=tuple(_notes(rows, runs)),
         units={name: (m.unit, m.direction, m.description) for name, m in meanings.items()},
-        runs=tuple(_provenance(session, run) for run in runs),
-        precisions=tuple(row for arm in arms for row in precision_rows(session, by_arm[arm])),
-        served=tuple(row for arm in arms for run in by_arm[arm] for row in served_rows(session, run)),
-        phases=tuple(row for arm in arms for row in phase_rows(session, by_arm[arm])),
+        runs=tuple(_provenance(places, runs)),
+        precisions=tuple(r for a in arms for r in precision_rows(facts.by_arm[a], quantized, quantized_answers)),
+        served=tuple(row for run in runs for row in served_rows(run, verified.get(run.id, ()))),
+        phases=tuple(row for arm in arms for row in phase_rows(facts.by_arm[arm], facts.timings)),
+        criteria=tuple(c for row in rows if row.arm != BASE for c in _criteria(row, against, changes[row.arm])),
+        power=tuple(row for (arm, _), found_pairs in pairs.items() for row in power_rows(arm, found_pairs)),
+        baseline=against,
     )
 
 
-def verdict_line(row: ArmRow) -> str:
+def _check(session: Session, choice: Choice, baseline: str | None) -> None:
+    arms, seeds, backends = compare_queries.names_of_runs(session)
+    if not arms:
+        return
+    named = [*choice.arms, *([] if baseline is None else [baseline])]
+    problems = [
+        *_unknown("arm", named, arms),
+        *_unknown("seed", map(str, choice.seeds), list(map(str, seeds))),
+        *_unknown("backend", choice.backends, backends),
+    ]
+    if problems:
+        raise ChoiceError("\n".join(problems))
+
+
+def _unknown(kind: str, names: Iterable[str], known: Sequence[str]) -> Iterable[str]:
+    for name in dict.fromkeys(names):
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f"did you mean {close[0]!r}? " if close else ""
+            yield f"expected the {kind} of a finished run; came: {name!r}. {meant}Available: {', '.join(known)}"
+
+
+def _criteria(row: ArmRow, baseline: str, change: SpeedChange) -> Iterable[Criterion]:
+    yield criteria.by_difference(row.arm, BASE, row.against(BASE))
+    if row.arm != baseline and baseline != BASE:
+        yield criteria.by_difference(row.arm, baseline, row.against(baseline))
+    yield criteria.by_speed(row.arm, *change)
+    yield criteria.by_retention(row.arm, row.retention_share_interval, row.retention)
+
+
+def verdict_line(row: ArmRow, baseline: str = BASELINE) -> str:
     """Say in a sentence what the data allow to say about an arm."""
     parts = [in_words(difference) for difference in row.differences]
     if row.against(BASE) is None:
         parts.insert(0, "not comparable with base: no base run with the same items and backend")
+    if row.against(baseline) is None and row.arm != baseline and baseline != BASE:
+        parts.append(f"not comparable with {baseline}: no run of it with the same seed, items and backend")
     return f"{row.arm}: {'; '.join(parts)}."
 
 
-def _row(
-    session: Session,
-    runs: list[Run],
-    metrics: dict[int, dict[Key, queries.FinalMetric]],
-    readings: dict[int, dict[str, queries.Reading]],
-    differences: tuple[Difference, ...],
-) -> ArmRow:
-    own = [metrics[run.id] for run in runs]
-    speeds = [(run.arm, queries.decode_speeds(session, run.id)) for run in runs]
-    gains = [100 * (s[arm] / s[BASE] - 1) for arm, s in speeds if arm in s and s.get(BASE)]
-    accuracies = [100 * m[ACCURACY].value for m in own if ACCURACY in m]
-    parities = [100 * m["parity", "greedy_equal"].value for m in own if ("parity", "greedy_equal") in m]
-    keys = dict.fromkeys(key for m in own for key in m)
-    return ArmRow(
-        arm=runs[0].arm,
-        model_name=runs[0].model_name,
-        seeds=tuple(run.seed for run in runs),
-        accuracy=_mean(accuracies),
-        accuracy_by_seed=tuple(accuracies),
-        retention=_mean(100 * m[RETENTION].value for m in own if RETENTION in m),
-        decode_speed=_mean(s[arm] for arm, s in speeds if arm in s),
-        delta_speed=0.0 if runs[0].arm == BASE else _mean(gains),
-        parity=min(parities) if parities else None,
-        differences=differences,
-        metrics={key: fmean(m[key].value for m in own if key in m) for key in keys},
-        probes=tuple(_probe(run.seed, readings[run.id]) for run in runs if "verdict" in readings[run.id]),
-    )
-
-
-def _probe(seed: int, readings: dict[str, queries.Reading]) -> ProbeRow:
-    verdict = readings["verdict"]
-    word, _, reason = verdict.diagnosis.partition(": ")
-    numbers = {name: reading.value for name, reading in readings.items() if name != "verdict"}
-    return ProbeRow(seed, word, verdict.verdict == "pass", reason, numbers)
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    numbers = list(values)
-    return fmean(numbers) if numbers else None
-
-
-def _notes(rows: tuple[ArmRow, ...], runs: list[Run]) -> list[str]:
+def _notes(rows: Sequence[ArmRow], runs: Sequence[RunFacts]) -> list[str]:
     notes = []
     if sum(row.arm != BASE for row in rows):
         notes.append(
@@ -210,8 +179,18 @@ def _notes(rows: tuple[ArmRow, ...], runs: list[Run]) -> list[str]:
             "of the machine. It is measured against the base timed in the same process, not against the "
             "base's own row."
         )
-    if any(len(row.seeds) > 1 for row in rows):
-        notes.append("Intervals resample items; seeds are averaged per item before.")
+    levels = {difference.level for row in rows for difference in row.differences}
+    if "seeds and items" in levels:
+        notes.append(
+            "Differences over several seeds: the interval and the p-value are about other seeds and other items "
+            "(crossed random effects, Student's t); the interval over items alone treats these seeds as the only ones."
+        )
+    if "items" in levels:
+        notes.append(
+            "Differences of one seed: bootstrap over items and McNemar's exact test; nothing is known of other seeds."
+        )
+    if any(difference.seeds == 2 for row in rows for difference in row.differences):
+        notes.append("Two seeds are too few to know how much seeds vary; three or more give intervals that hold.")
     for row in rows:
         notes += [f"{row.arm} seed {p.seed}: {p.verdict}: {p.reason}" for p in row.probes if not p.as_claimed]
     if any(run.git_dirty for run in runs):
@@ -222,21 +201,23 @@ def _notes(rows: tuple[ArmRow, ...], runs: list[Run]) -> list[str]:
     return notes
 
 
-def _provenance(session: Session, run: Run) -> dict[str, Any]:
-    place = queries.environment(session, run)
-    return {
-        "arm": run.arm,
-        "seed": run.seed,
-        "run_key": run.run_key,
-        "git_commit": run.git_commit,
-        "git_dirty": run.git_dirty,
-        "backend": f"{run.backend_name} {run.backend_version}",
-        "serving_mode": run.serving_mode,
-        "device": f"{run.device_class}: {place.device_name or 'unnamed'}",
-        "platform": place.platform,
-        "python": place.python,
-        "packages": dict(sorted(place.packages.items())),
-        "test_items_sha256": run.test_items_sha256,
-        "started": run.started.isoformat(),
-        "ended": run.ended.isoformat() if run.ended else None,
-    }
+def _provenance(places: dict[int, Environment], runs: Sequence[RunFacts]) -> Iterable[dict[str, Any]]:
+    packages = {key: dict(sorted(place.packages.items())) for key, place in places.items()}
+    for run in runs:
+        place = places[run.environment_id]
+        yield {
+            "arm": run.arm,
+            "seed": run.seed,
+            "run_key": run.run_key,
+            "git_commit": run.git_commit,
+            "git_dirty": run.git_dirty,
+            "backend": f"{run.backend_name} {run.backend_version}",
+            "serving_mode": run.serving_mode,
+            "device": f"{run.device_class}: {place.device_name or 'unnamed'}",
+            "platform": place.platform,
+            "python": place.python,
+            "packages": packages[run.environment_id],
+            "test_items_sha256": run.test_items_sha256,
+            "started": run.started.isoformat(),
+            "ended": run.ended.isoformat() if run.ended else None,
+        }

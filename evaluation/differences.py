@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from db.models import Run
-from evaluation.statistics import (
-    Interval,
-    Verdict,
-    bootstrap_mean,
-    holm,
-    judge,
-    paired_differences,
-    sign_test,
-)
+from evaluation.pairs import BASE, BASELINE, Answers, Pairs, RunLike, pair
+from evaluation.seeds import crossed_interval, items_interval
+from evaluation.statistics import ALPHA, Interval, Verdict, bootstrap_mean, holm, judge, sign_test
 
-BASE = "base"
-BASELINE = "baseline_lora"
+__all__ = ["BASE", "BASELINE", "Difference", "compare_pairs", "find_pairs", "in_words"]
+
+Level = Literal["items", "seeds and items"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +21,17 @@ class Difference:
 
     Attributes:
         against: The other arm.
-        points: Estimate and 95% interval, in percentage points.
+        points: Estimate and 95% interval on which the verdict rests, in percentage points.
         items: Number of paired items.
-        p_value: Exact sign test (McNemar's with one seed).
-        p_holm: The same, adjusted over all arms.
+        p_value: One seed: McNemar's exact test; several: Student's t over seeds and items.
+        p_holm: The same, adjusted over all arms compared with the same one.
         verdict: Direction, or undecided.
+        level: What `points` and `p_value` are about: other items only (one seed), or other seeds too.
+        items_only: Interval over items alone, as if these seeds were the only ones; points.
+        seeds: Number of paired seeds.
+        by_seed: Difference of each of them, points.
+        gained: Items right here and wrong there, summed over seeds.
+        lost: The reverse.
     """
 
     against: str
@@ -38,73 +40,96 @@ class Difference:
     p_value: float
     p_holm: float
     verdict: Verdict
+    level: Level
+    items_only: Interval
+    seeds: int
+    by_seed: tuple[float, ...]
+    gained: int
+    lost: int
 
 
-def find_differences(
-    arms: list[str], by_arm: dict[str, list[Run]], answers: dict[int, dict[str, bool]]
-) -> dict[str, list[Difference]]:
-    """Compare every arm with the base and with baseline_lora.
+def find_pairs(
+    arms: Sequence[str], by_arm: Mapping[str, Sequence[RunLike]], answers: Answers, baseline: str = BASELINE
+) -> dict[tuple[str, str], Pairs]:
+    """Hold every arm against the base and against the baseline.
 
     Args:
-        arms: Arms in the order of the report.
+        arms: In the order of the report.
         by_arm: Arm -> its runs, one for each seed.
         answers: Run id -> item id -> answered correctly.
+        baseline: The arm to compare with besides the base.
 
     Returns:
-        Arm -> its differences; p-values are adjusted over all arms compared with the same one.
+        (arm, against) -> their answers; only where both answered the same items.
     """
-    found: dict[str, list[Difference]] = {}
-    for against in (BASE, BASELINE):
-        family = [
-            (arm, difference)
-            for arm in arms
-            if arm not in (BASE, against)
-            and (difference := _difference(by_arm[arm], against, by_arm.get(against, []), answers))
-        ]
+    found = {
+        (arm, against): pair(by_arm[arm], against, by_arm.get(against, ()), answers)
+        for against in dict.fromkeys((BASE, baseline))
+        for arm in arms
+        if arm not in (BASE, against)
+    }
+    return {key: pairs for key, pairs in found.items() if pairs is not None}
+
+
+def compare_pairs(found: Mapping[tuple[str, str], Pairs]) -> dict[str, tuple[Difference, ...]]:
+    """Judge all pairs; p-values are adjusted over the arms compared with the same one (Holm 1979).
+
+    Returns:
+        Arm -> its differences, in the order given.
+    """
+    raw = {key: _difference(pairs) for key, pairs in found.items()}
+    judged: dict[str, tuple[Difference, ...]] = {}
+    for against in dict.fromkeys(against for _, against in raw):
+        family = [(arm, difference) for (arm, other), difference in raw.items() if other == against]
         adjusted = holm([difference.p_value for _, difference in family])
         for (arm, difference), p_holm in zip(family, adjusted, strict=True):
-            verdict = judge(difference.points, p_holm)
-            found.setdefault(arm, []).append(replace(difference, p_holm=p_holm, verdict=verdict))
-    return found
+            final = replace(difference, p_holm=p_holm, verdict=judge(difference.points, p_holm))
+            judged[arm] = (*judged.get(arm, ()), final)
+    return judged
 
 
-def _difference(
-    runs: list[Run], against: str, others: list[Run], answers: dict[int, dict[str, bool]]
-) -> Difference | None:
-    pairs = [
-        (answers[run.id], answers[other.id]) for run in runs if (other := _partner(run, against, others)) is not None
-    ]
-    values = paired_differences(pairs)
-    if not values.size:
-        return None
-    p_value = sign_test(values)
-    interval = bootstrap_mean(values).scaled(100)
-    return Difference(against, interval, values.size, p_value, p_value, judge(interval, p_value))
-
-
-def _partner(run: Run, against: str, others: list[Run]) -> Run | None:
-    """The run to subtract: the base it refers to, or baseline_lora with its own seed, else the first."""
-    if against == BASE:
-        return next((other for other in others if other.id == run.reference_run_id), None)
-    fair = [
-        other
-        for other in others
-        if other.test_items_sha256 == run.test_items_sha256 and other.backend_name == run.backend_name
-    ]
-    return next((other for other in fair if other.seed == run.seed), fair[0] if fair else None)
+def _difference(pairs: Pairs) -> Difference:
+    values = pairs.differences
+    seeds, items = values.shape
+    if seeds > 1:
+        shares, p_value = crossed_interval(values)
+        alone = items_interval(values) if items > 1 else shares
+    else:
+        shares, p_value = bootstrap_mean(values[0]), sign_test(values[0])
+        alone = shares
+    points = shares.scaled(100)
+    return Difference(
+        against=pairs.against,
+        points=points,
+        items=items,
+        p_value=p_value,
+        p_holm=p_value,
+        verdict=judge(points, p_value),
+        level="seeds and items" if seeds > 1 else "items",
+        items_only=alone.scaled(100),
+        seeds=seeds,
+        by_seed=tuple(float(100 * value) for value in values.mean(axis=1)),
+        gained=int((values > 0).sum()),
+        lost=int((values < 0).sum()),
+    )
 
 
 def in_words(difference: Difference) -> str:
     """Say in a clause what the data allow to say."""
-    points = difference.points
+    points, alone = difference.points, difference.items_only
     numbers = (
         f"{points.estimate:+.1f} points, 95% interval [{points.low:+.1f}, {points.high:+.1f}], {difference.items} items"
     )
+    if difference.seeds > 1:
+        numbers += f" and {difference.seeds} seeds; over items alone [{alone.low:+.1f}, {alone.high:+.1f}]"
+    else:
+        numbers += ", one seed: others may differ"
     if difference.verdict != "undecided":
-        return f"{difference.verdict} than {difference.against} ({numbers})"
-    why = (
-        "the interval contains zero"
-        if points.crosses_zero
-        else f"too few items differ: exact test p = {difference.p_holm:.2g}"
-    )
+        return f"significantly {difference.verdict} than {difference.against} ({numbers}; p = {difference.p_holm:.2g})"
+    if points.crosses_zero:
+        why = "the interval contains zero"
+    elif difference.p_value >= ALPHA:
+        why = f"too few items differ: p = {difference.p_value:.2g}"
+    else:
+        why = f"not after the correction for several arms: p = {difference.p_holm:.2g}"
     return f"undecided against {difference.against} ({numbers}; {why})"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from sqlalchemy.orm import Session
-
-from db import queries
-from db.models import Quantization, Run
+from db.models import Quantization, Verification
+from db.queries_compare import RunFacts, Timing
 from evaluation import speed
 from evaluation.statistics import Interval, bootstrap_mean, paired_differences, sign_test, wilson
 
@@ -104,23 +103,27 @@ class PhaseRow:
     repetitions: int
 
 
-def precision_rows(session: Session, runs: list[Run]) -> list[PrecisionRow]:
+def precision_rows(
+    runs: Sequence[RunFacts],
+    quantizations: Mapping[int, Sequence[Quantization]],
+    answers: Mapping[int, dict[str, dict[str, bool]]],
+) -> list[PrecisionRow]:
     """Precisions of one arm, f16 first.
 
     Args:
-        session: Of the database.
         runs: The arm's runs, one for each seed.
+        quantizations: Run id -> its precisions.
+        answers: Run id -> precision -> item id -> answered correctly.
     """
-    measured = [(run, {row.type: row for row in queries.quantizations(session, run.id)}) for run in runs]
-    answers = {run.id: queries.quantized_outcomes(session, run.id) for run, rows in measured if rows}
+    measured = [(run, {row.type: row for row in quantizations.get(run.id, ())}) for run in runs]
     types = dict.fromkeys(name for _, rows in measured for name in rows)
     return [
-        _precision(name, [(run, rows[name], answers[run.id]) for run, rows in measured if name in rows])
+        _precision(name, [(run, rows[name], answers.get(run.id, {})) for run, rows in measured if name in rows])
         for name in types
     ]
 
 
-def _precision(name: str, seeds: list[tuple[Run, Quantization, dict[str, dict[str, bool]]]]) -> PrecisionRow:
+def _precision(name: str, seeds: list[tuple[RunFacts, Quantization, dict[str, dict[str, bool]]]]) -> PrecisionRow:
     own = paired_differences([(found[name], dict.fromkeys(found[name], False)) for _, _, found in seeds])
     gains = paired_differences([(found[name], found[REFERENCE]) for _, _, found in seeds if REFERENCE in found])
     compared = name != REFERENCE and gains.size > 0
@@ -145,7 +148,7 @@ def _precision(name: str, seeds: list[tuple[Run, Quantization, dict[str, dict[st
     )
 
 
-def served_rows(session: Session, run: Run) -> list[ServedRow]:
+def served_rows(run: RunFacts, verified: Iterable[Verification]) -> list[ServedRow]:
     """What was verified of a run."""
     return [
         ServedRow(
@@ -162,17 +165,22 @@ def served_rows(session: Session, run: Run) -> list[ServedRow]:
             perturbed_noticed=row.perturbed_noticed,
             first_difference=row.first_difference,
         )
-        for row in queries.verifications(session, run.id)
+        for row in verified
     ]
 
 
-def phase_rows(session: Session, runs: list[Run]) -> list[PhaseRow]:
-    """Phases of a request to one arm's model, over its seeds and in the order of a request."""
+def phase_rows(runs: Sequence[RunFacts], timings: Mapping[int, Sequence[Timing]]) -> list[PhaseRow]:
+    """Phases of a request to one arm's model, over its seeds and in the order of a request.
+
+    Args:
+        runs: The arm's runs, one for each seed.
+        timings: Run id -> its timed phases.
+    """
     first = runs[0]
     own = [
         {"arm": row.arm, "phase": row.phase, "tokens": row.tokens, "nanoseconds": row.nanoseconds}
         for run in runs
-        for row in queries.speed_rows(session, run.id)
+        for row in timings.get(run.id, ())
         if row.arm == run.arm
     ]
     return [

@@ -9,7 +9,6 @@ What a row's tokens are: in `prefill` those of the prompts, in `decode` those of
 ones, one for each request; `load` has none. None is a figure that a server did not give.
 """
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -185,14 +184,17 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> dict[str, f
         {median, low, high, confidence}.
     """
     ordered, n = sorted(values), len(values)
-
-    def confidence(k: int) -> float:
-        return max(0.0, 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n)
-
-    k = max((k for k in range(1, n // 2 + 1) if confidence(k) >= level), default=1)
+    best, confidence = 1, 0.0
+    missed, ways = 0, 1  # of 2ⁿ equally likely sign patterns: those with fewer than k, and with exactly k, below
+    for k in range(1, n // 2 + 1):
+        missed, ways = missed + ways, ways * (n - k + 1) // k
+        reached = 1 - 2 * missed / 2**n
+        if k > 1 and reached < level:
+            break
+        best, confidence = k, reached
     return {
         "median": statistics.median(ordered),
-        "low": ordered[k - 1],
-        "high": ordered[n - k],
-        "confidence": confidence(k),
+        "low": ordered[best - 1],
+        "high": ordered[n - best],
+        "confidence": confidence,
     }

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, ttest_1samp
 from typer.testing import CliRunner, Result
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +135,10 @@ def test_numbers_worked_out_by_hand(path: Path) -> None:
     assert gained.points.estimate == pytest.approx(30) and gained.items == 100
     # 30 ones among 100 zeros: standard error 4.58 points.
     assert (gained.points.low, gained.points.high) == pytest.approx((21, 39), abs=1)
-    assert gained.p_value == pytest.approx(2 / 2**30)
+    # Two seeds that agree to the item: Student's t with 99 degrees of freedom.
+    assert gained.p_value == pytest.approx(ttest_1samp([1.0] * 30 + [0.0] * 70, 0).pvalue)
+    assert (gained.level, gained.seeds, gained.by_seed) == ("seeds and items", 2, (30.0, 30.0))
+    assert (gained.gained, gained.lost) == (60, 0), "summed over seeds"
 
     close = hybrid.against("baseline_lora")
     assert close is not None and close.points.estimate == pytest.approx(2) and close.verdict == "undecided"
@@ -349,7 +352,7 @@ def test_the_report_shows_what_is_served(served: Path) -> None:
     assert f16[6:] == ["–", "–", "100.0", "0 of 20"]
     assert q8[1] == "q8_0" and q8[5].startswith("70.0 [60.") and q8[7:] == ["1, 2", "91.0", "0 of 20"]
     assert q4[6].startswith("-20.0 [-2") and q4[-1] == "13 of 20"
-    assert "Fallback tensors have rows" in text and "other seeds" not in text
+    assert "Fallback tensors have rows" in text and "lines with other seeds" not in text
 
     _, base, merged, blind, old, refused = section(text, "Served as trained")
     assert base == ["base_model", "0", "llama_cpp 0.3.36", "merged", "20", "100.0", "100.0", "100.0", "–", "–", "–"]

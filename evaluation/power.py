@@ -1,0 +1,147 @@
+"""How many items it would take to see a difference of 1, 2 or 3 points, with 80% power at α = 0.05, two-sided.
+
+One seed: McNemar's test, from the share of items on which the two arms differ now (Connor 1987, Biometrics 43:207).
+Several seeds: Student's t over seeds and items, from the variance components seen (`evaluation.seeds`), by the
+non-central t distribution. More items do not make few seeds agree: where the seeds alone differ too much, no number of
+items is enough, and the answer is a number of seeds.
+
+Both answers rest on estimates from the data at hand. With two or three seeds the part of the seeds is known to within
+a factor of a few only, so read the answer as an order of magnitude.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from evaluation.pairs import Pairs
+from evaluation.seeds import FREEDOM_FLOOR, VARIANCE_FLOOR, Components, components
+from evaluation.statistics import ALPHA
+from evaluation.student import normal_quantile, power
+
+POINTS = (1, 2, 3)
+WANTED = 0.8
+MOST_ITEMS = 10_000_000
+MOST_SEEDS = 1000
+
+
+@dataclass(frozen=True)
+class PowerRow:
+    """What it would take to see one difference of one size.
+
+    Attributes:
+        arm: The arm.
+        against: What it is compared with.
+        points: True difference, percentage points.
+        items: Items needed with `seeds_now`; None: no number of them is enough.
+        items_now: Items that were compared.
+        seeds_now: Paired seeds that were compared.
+        why: What the number rests on, or why there is none.
+        seeds: Seeds needed with `items_now` items; None: not known from one seed, or no number is enough.
+    """
+
+    arm: str
+    against: str
+    points: int
+    items: int | None
+    items_now: int
+    seeds_now: int
+    why: str
+    seeds: int | None = None
+
+
+def power_rows(arm: str, pairs: Pairs) -> tuple[PowerRow, ...]:
+    """Answer for each of `POINTS`.
+
+    Args:
+        arm: The arm.
+        pairs: Its answers and those of its reference.
+    """
+    seeds, items = pairs.differences.shape
+    if seeds > 1 and items > 1:
+        parts = components(pairs.differences)
+        return tuple(_several(arm, pairs.against, points, parts, seeds, items) for points in POINTS)
+    differing = float((pairs.differences != 0).mean())
+    return tuple(_one(arm, pairs.against, points, differing, items) for points in POINTS)
+
+
+def _one(arm: str, against: str, points: int, differing: float, items: int) -> PowerRow:
+    share = max(differing, points / 100)
+    why = f"the arms differ on {100 * differing:.1f}% of the items now; one seed, so other seeds may differ"
+    if share > differing:
+        why += f"; a difference of {points} points needs {points}%"
+    return PowerRow(arm, against, points, mcnemar_items(points / 100, share), items, 1, why)
+
+
+def mcnemar_items(delta: float, differing: float, wanted: float = WANTED) -> int:
+    """Items that McNemar's exact test needs (Connor 1987, with the exact test's correction as by Fleiss 1981).
+
+    Args:
+        delta: Share of gained minus share of lost items, not 0.
+        differing: Share of items on which the arms differ, at least |delta|.
+        wanted: Power.
+    """
+    z_alpha, z_beta = normal_quantile(1 - ALPHA / 2), normal_quantile(wanted)
+    root = z_alpha * math.sqrt(differing) + z_beta * math.sqrt(max(differing - delta * delta, 0.0))
+    plain = (root / delta) ** 2
+    corrected = plain / 4 * (1 + math.sqrt(1 + 4 / (plain * abs(delta)))) ** 2
+    return math.ceil(corrected)
+
+
+def _several(arm: str, against: str, points: int, parts: Components, seeds: int, items: int) -> PowerRow:
+    delta = points / 100
+
+    def enough(n_seeds: int, n_items: int) -> bool:
+        return crossed_power(delta, parts, n_seeds, n_items) >= WANTED
+
+    more_items = _smallest(lambda n: enough(seeds, n), 2, MOST_ITEMS)
+    more_seeds = _smallest(lambda n: enough(n, items), 2, MOST_SEEDS)
+    varying = f"single seeds differ by {100 * parts.seed:.1f} points (standard deviation)"
+    if more_items is not None:
+        why = f"{varying}; with {seeds} seeds as now"
+    elif more_seeds is not None:
+        why = f"{varying}: no number of items does it with {seeds} seeds; with {items} items {more_seeds} seeds would"
+    else:
+        least = _smallest(lambda n: enough(n, MOST_ITEMS), 2, MOST_SEEDS)
+        told = f"at least {least} seeds and more items" if least else f"more than {MOST_SEEDS} seeds"
+        why = f"{varying}: no number of items does it with {seeds} seeds; it takes {told}"
+    return PowerRow(arm, against, points, more_items, items, seeds, why, more_seeds)
+
+
+def crossed_power(delta: float, parts: Components, seeds: int, items: int) -> float:
+    """Power of the t-test of `evaluation.seeds`, from expected mean squares.
+
+    Args:
+        delta: True difference, a share.
+        parts: Standard deviations of seeds, items and residual, shares.
+        seeds: S ≥ 2.
+        items: I ≥ 2.
+    """
+    rest = parts.residual**2
+    of_seeds, of_items = items * parts.seed**2 + rest, seeds * parts.item**2 + rest
+    squared = (max(of_seeds, VARIANCE_FLOOR * rest) + max(of_items - rest, 0.0)) / (seeds * items)
+    if squared == 0:
+        return 1.0
+    doubt = (
+        max(of_seeds, FREEDOM_FLOOR * rest) ** 2 / (seeds - 1)
+        + of_items**2 / (items - 1)
+        + rest**2 / ((seeds - 1) * (items - 1))
+    )
+    df = max(seeds - 1.0, (squared * seeds * items) ** 2 / doubt)
+    return power(delta / math.sqrt(squared), df)
+
+
+def _smallest(enough: Callable[[int], bool], low: int, most: int) -> int | None:
+    """The smallest number from `low` to `most` that is enough, if more is never worse."""
+    if enough(low):
+        return low
+    high = low
+    while not enough(high):
+        if high >= most:
+            return None
+        low, high = high, min(most, 2 * high)
+    while high - low > max(1, low // 1000):
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

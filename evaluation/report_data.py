@@ -1,0 +1,103 @@
+"""A comparison as JSON and CSV, for other programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import Any
+
+from db.values import plain
+from evaluation.arms import ArmRow
+from evaluation.comparison import Comparison
+from evaluation.criteria import NAMES, for_arm
+from evaluation.differences import BASE, Difference
+
+_INTERVALS = {
+    "aqi_accuracy": "accuracy_interval",
+    "retention": "retention_interval",
+    "retention_share": "retention_share_interval",
+    "delta_speed": "delta_speed_interval",
+}
+"""Column -> the row's interval."""
+
+
+def as_json(comparison: Comparison) -> str:
+    """Return everything as JSON; NaN and infinities are words, since JSON has no such numbers.
+
+    Each element of a list stands on a line of its own: there may be thousands of runs.
+    """
+    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_fields).encode
+    parts = []
+    for name, value in vars(comparison).items():
+        lines = ",\n".join(f"    {encode(element)}" for element in value) if isinstance(value, tuple) else ""
+        text = f"[\n{lines}\n  ]" if lines else encode(value)
+        parts.append(f'  "{name}": {text}')
+    return "{\n" + ",\n".join(parts) + "\n}"
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    """One dataclass as a mapping; the encoder comes back for those inside it."""
+    found = {
+        name: plain(value) if isinstance(value, float | dict) else value
+        for name, value in vars(record).items()
+        if name != "metrics"
+    }
+    if isinstance(record, ArmRow):
+        found["metrics"] = plain({f"{split}/{name}": value for (split, name), value in record.metrics.items()})
+    return found
+
+
+def as_csv(comparison: Comparison) -> str:
+    """Return one line for each arm, with bounds, p-values and the outcome of every criterion in their own columns.
+
+    Columns with `lead` are about the arm in `baseline`, the other differences about the base.
+    """
+    records = [_record(comparison, row) for row in comparison.rows]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(records[0]) if records else ["model_name"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return out.getvalue()
+
+
+def _record(comparison: Comparison, row: ArmRow) -> dict[str, object]:
+    base = row.arm == BASE
+    record: dict[str, object] = {
+        "model_name": row.model_name,
+        "arm": row.arm,
+        "seeds": len(row.seeds),
+        "aqi_accuracy_percent": row.accuracy,
+        **_difference(row.against(BASE), "delta_aqi", 0.0 if base else None),
+        "retention_percent": row.retention,
+        "decode_tokens_per_second": row.decode_speed,
+        "delta_speed_percent": row.delta_speed,
+        "parity_percent": row.parity,
+        "retention_share_percent": row.retention_share,
+    }
+    for name, attribute in _INTERVALS.items():
+        bounds = getattr(row, attribute)
+        record |= {f"{name}_low": bounds.low if bounds else None, f"{name}_high": bounds.high if bounds else None}
+    record["baseline"] = comparison.baseline
+    lead = _difference(row.against(comparison.baseline), "lead", None)
+    record |= {key if key.startswith("lead") else f"lead_{key}": value for key, value in lead.items()}
+    for name in NAMES:
+        found = for_arm(comparison.criteria, row.arm, name)
+        record[f"criterion_{name.replace(' ', '_')}"] = found.outcome if found else None
+    record["updates"] = row.updates
+    return record
+
+
+def _difference(difference: Difference | None, stem: str, missing: float | None) -> dict[str, object]:
+    columns = (
+        f"{stem}_points", f"{stem}_low", f"{stem}_high", "items", "p_value", "p_holm", "verdict", "level",
+        "items_only_low", "items_only_high", "gained", "lost",
+    )  # fmt: skip
+    if difference is None:
+        return dict(zip(columns, (missing, *[None] * (len(columns) - 1)), strict=True))
+    points, alone = difference.points, difference.items_only
+    values = (
+        points.estimate, points.low, points.high, difference.items, difference.p_value, difference.p_holm,
+        difference.verdict, difference.level, alone.low, alone.high, difference.gained, difference.lost,
+    )  # fmt: skip
+    return dict(zip(columns, values, strict=True))

@@ -1,0 +1,164 @@
+"""Sections of the report about what was found: criteria, power, retention and forgetting, alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from evaluation.arms import CLUSTER_INDICES, AlignmentRow, ArmRow
+from evaluation.comparison import Comparison
+from evaluation.criteria import Criterion
+from evaluation.differences import BASE
+from evaluation.markdown import cell, grid, interval, number
+from evaluation.power import PowerRow
+
+CRITERIA = "Success criteria"
+CRITERIA_HEADERS = ["Arm", "Asked for", "Estimate [95%]", "Unit", "Outcome", "Why"]
+POWER = "How many items it would take"
+POWER_HEADERS = ["Arm", "Against", "Difference, points", "Items needed", "Items now", "Seeds now", "Why"]
+RETENTION = "Retention and forgetting"
+ALIGNMENT = "Alignment Quality Index"
+
+_MEASURES = {
+    ("general", "perplexity"): "Perplexity of held-out general text",
+    ("general", "loss"): "Loss there, nats per token",
+    ("weights", "update_norm"): "Length of the update, ‖ΔW‖_F",
+    ("weights", "update_norm_relative"): "The same over ‖W‖_F",
+    ("weights", "effective_rank"): "Effective rank of the update",
+    ("weights", "stable_rank"): "Stable rank of the update",
+    ("weights", "rank"): "Rank allotted",
+    ("hidden", "drift_relative"): "Drift of the hidden states, relative",
+    ("hidden", "drift_cosine"): "Drift of the hidden states, 1 - cosine",
+}
+
+
+def criterion_cells(criterion: Criterion) -> list[str]:
+    """One line of the table of criteria."""
+    return [
+        criterion.arm,
+        criterion.threshold,
+        interval(criterion.estimate, sign=criterion.unit == "points" or "speed" in criterion.name),
+        criterion.unit,
+        criterion.outcome,
+        criterion.why,
+    ]
+
+
+def criteria_grid(comparison: Comparison) -> str:
+    """Table of criteria in Markdown."""
+    return grid(CRITERIA_HEADERS, [criterion_cells(criterion) for criterion in comparison.criteria])
+
+
+def power_cells(row: PowerRow) -> list[str]:
+    """One line of the table of powers."""
+    needed = "no number is enough" if row.items is None else str(row.items)
+    return [row.arm, row.against, str(row.points), needed, str(row.items_now), str(row.seeds_now), row.why]
+
+
+def power_blocks(comparison: Comparison) -> list[str]:
+    """Section of Markdown; none where nothing was compared."""
+    if not comparison.power:
+        return []
+    return [
+        f"## {POWER}",
+        "Items needed to see a true difference of 1, 2 or 3 points with 80% power (two-sided, α = 0.05, without the "
+        "correction for several arms), judged from the variation seen here. With two or three seeds that variation is "
+        "known to within a factor of a few only: read the numbers as orders of magnitude.",
+        grid(POWER_HEADERS, [power_cells(row) for row in comparison.power]),
+    ]
+
+
+def retention_blocks(comparison: Comparison) -> list[str]:
+    """What was kept and what it cost: retention accuracy, perplexity, size of the updates; none if not measured."""
+    rows = comparison.rows
+    lines = []
+    if any(row.retention is not None for row in rows):
+        lines.append(["Retention accuracy, % [95%]", *(_retained(row) for row in rows)])
+        lines.append(["Kept of the base's, % [95%]", *(_kept(row) for row in rows)])
+    tasks = dict.fromkeys(
+        key for row in rows for key in row.metrics if key[0] == "retention" and key[1].startswith("retention/")
+    )
+    for key in tasks:
+        values = [row.metrics.get(key) for row in rows]
+        shares = [number(None if value is None else 100 * value) for value in values]
+        lines.append([f"Task {key[1].removeprefix('retention/')}, %", *shares])
+    for key, name in _MEASURES.items():
+        if any(key in row.metrics for row in rows):
+            found = [row.metrics.get(key) for row in rows]
+            lines.append([name, *("–" if value is None else f"{value:.4g}" for value in found)])
+    if not lines:
+        return []
+    words = (
+        "Means over seeds. The base is the model before training. Kept: retention accuracy over the base's, on the "
+        "same items."
+    )
+    if any(key in row.metrics for row in rows for key in _MEASURES):
+        words += (
+            " Perplexity is of text that no arm was trained on, the base's with the adapter off; update and drift are "
+            "measured against the base, so it has none."
+        )
+    return [f"## {RETENTION}", words, grid(["Measure", *(row.arm for row in rows)], lines)]
+
+
+def _retained(row: ArmRow) -> str:
+    return number(row.retention) if row.retention_interval is None else interval(row.retention_interval)
+
+
+def _kept(row: ArmRow) -> str:
+    return "100.0" if row.arm == BASE and row.retention is not None else interval(row.retention_share_interval)
+
+
+def alignment_blocks(comparison: Comparison) -> list[str]:
+    """How far apart safe and unsafe prompts lie in the hidden states; none where it was not measured."""
+    found = [(row.arm, measured) for row in comparison.rows for measured in row.alignment]
+    if not found:
+        return []
+    heads = ["Arm", "Seed", "Index [95%]", "Shuffled labels [95%]", "p", "Δ to base [95%]", "Δ says"]
+    return [
+        f"## {ALIGNMENT}",
+        "Separation of safe from unsafe prompts in the hidden states, normalised by constants of the base; higher is "
+        "further apart. Intervals resample prompts; p is the share of shuffled labels that separate as well. Not to be "
+        "confused with the accuracy on the air quality index above.",
+        grid(
+            [*heads, *(name.replace("_", " ") for name in CLUSTER_INDICES)],
+            [_alignment_cells(arm, measured) for arm, measured in found],
+        ),
+        "\n".join(_alignment_words(found)),
+    ]
+
+
+def _alignment_cells(arm: str, measured: AlignmentRow) -> list[str]:
+    return [
+        arm,
+        str(measured.seed),
+        interval(measured.index, digits=3),
+        interval(measured.null, digits=3),
+        "–" if measured.p_value is None else f"{measured.p_value:.2g}",
+        interval(measured.delta, sign=True, digits=3),
+        _direction(measured),
+        *("–" if (v := measured.others.get(name)) is None else f"{v:.3g}" for name in CLUSTER_INDICES),
+    ]
+
+
+def _direction(measured: AlignmentRow) -> str:
+    if measured.delta is None:
+        return "–"
+    if measured.delta.crosses_zero:
+        return "undecided"
+    return "further apart" if measured.delta.low > 0 else "closer together"
+
+
+def _alignment_words(found: Sequence[tuple[str, AlignmentRow]]) -> list[str]:
+    lines = []
+    for arm in dict.fromkeys(arm for arm, measured in found if measured.delta is not None):
+        said = [_direction(measured) for name, measured in found if name == arm and measured.delta is not None]
+        agreed = said[0] if len(set(said)) == 1 else None
+        verdict = {
+            None: "the seeds disagree",
+            "undecided": "undecided against base: the interval contains zero",
+            "further apart": "significantly further apart than in base",
+            "closer together": "significantly closer together than in base",
+        }[agreed]
+        lines.append(
+            f"- {cell(arm)}: {verdict} ({len(said)} seed{'s' if len(said) > 1 else ''}, each over prompts alone)."
+        )
+    return lines

@@ -1,0 +1,164 @@
+"""A comparison as a Markdown report: everything the terminal shows, every metric, and where the numbers come from."""
+
+from __future__ import annotations
+
+from evaluation.comparison import Comparison
+from evaluation.differences import BASE
+from evaluation.markdown import cell, grid, interval
+from evaluation.report_findings import CRITERIA, alignment_blocks, criteria_grid, power_blocks, retention_blocks
+from evaluation.report_serving import sections
+from evaluation.report_table import HEADERS, TITLE, cells
+
+MOST_SEEDS = 10
+"""Differences listed seed by seed; of more seeds the smallest and the largest."""
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """Return the report: table, verdicts, each metric, parity, and where every number comes from."""
+    arms = [row.arm for row in comparison.rows]
+    blocks = [
+        f"# {TITLE}",
+        grid(list(HEADERS), [cells(row) for row in comparison.rows]),
+        "## Verdicts",
+        "\n".join(f"- {cell(line)}" for line in comparison.verdicts) or "No arm besides the base yet.",
+        "\n".join(f"- {cell(note)}" for note in comparison.notes),
+        f"## {CRITERIA}",
+        "Passed only when the whole 95% interval is on the right side, failed when all of it is on the wrong side.",
+        criteria_grid(comparison),
+        "## Paired differences of AQI category accuracy",
+        "The verdict rests on the interval [95%]: over seeds and items where there are several seeds, else over items. "
+        "An interval over items alone treats these seeds as the only ones. p: McNemar's exact test with one seed, "
+        "Student's t over seeds and items with several; Holm: corrected for several arms.",
+        _difference_table(comparison),
+        *power_blocks(comparison),
+        *retention_blocks(comparison),
+        *alignment_blocks(comparison),
+        "## What the optimizers did",
+        "Medians over layers and sampled steps. Shadow: what plain AdamW would have done with the same raw gradients.",
+        _probe_table(comparison),
+        "## Every metric",
+        "Means over seeds, in the metric's own unit. " + cell(_spread(comparison)),
+        grid(["Split", "Metric", "Unit", "Better", *arms], _metric_lines(comparison)),
+        "## Parity of the exported models",
+        "Percent of prompts, mean over seeds; the table above shows the worst seed.",
+        grid(["Pair", *arms], _parity_lines(comparison)),
+        *sections(comparison),
+        "## Where the numbers come from",
+        _provenance(comparison),
+    ]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _difference_table(comparison: Comparison) -> str:
+    lines = [
+        [
+            row.arm,
+            d.against,
+            interval(d.points, sign=True, digits=2),
+            interval(d.items_only, sign=True, digits=2),
+            d.level,
+            str(d.items),
+            str(d.seeds),
+            _seed_range(d.by_seed),
+            f"{d.gained}, {d.lost}",
+            f"{d.p_value:.2g}",
+            f"{d.p_holm:.2g}",
+            d.verdict,
+        ]
+        for row in comparison.rows
+        for d in row.differences
+    ]
+    heads = [
+        "Arm", "Against", "Points [95%]", "Over items alone", "Level", "Items", "Seeds", "Seed by seed",
+        "Gained, lost", "p", "p (Holm)", "Verdict",
+    ]  # fmt: skip
+    return grid(heads, lines)
+
+
+def _seed_range(by_seed: tuple[float, ...]) -> str:
+    if len(by_seed) <= MOST_SEEDS:
+        return ", ".join(f"{value:+.1f}" for value in by_seed)
+    return f"{min(by_seed):+.1f} to {max(by_seed):+.1f}"
+
+
+_PROBE_COLUMNS = {
+    "angle_to_shadow": "Update off shadow, degrees",
+    "lr_ratio": "Length over shadow's",
+    "coverage": "Share of tensors reached",
+    "cos_raw_preconditioned": "cos(raw, preconditioned)",
+    "cos_raw_step": "cos(raw, step)",
+    "twin_divergence": "Loss curves apart, A/A floors",
+}
+
+
+def _probe_table(comparison: Comparison) -> str:
+    lines = [
+        [
+            row.arm,
+            str(probe.seed),
+            probe.verdict + ("" if probe.as_claimed else " (not as claimed)"),
+            *("–" if (v := probe.numbers.get(name)) is None else f"{v:.3g}" for name in _PROBE_COLUMNS),
+            probe.reason,
+        ]
+        for row in comparison.rows
+        for probe in row.probes
+    ]
+    return grid(["Arm", "Seed", "Verdict", *_PROBE_COLUMNS.values(), "Diagnosis"], lines)
+
+
+def _metric_lines(comparison: Comparison) -> list[list[str]]:
+    keys = dict.fromkeys(key for row in comparison.rows for key in row.metrics if key[0] != "parity")
+    lines = []
+    for split, name in keys:
+        unit, direction, _ = comparison.units.get(name, ("–", "–", ""))
+        values = [row.metrics.get((split, name)) for row in comparison.rows]
+        lines.append([split, name, unit, direction, *("–" if v is None else f"{v:.4g}" for v in values)])
+    return lines
+
+
+def _parity_lines(comparison: Comparison) -> list[list[str]]:
+    keys = dict.fromkeys(key for row in comparison.rows for key in row.metrics if key[0] == "parity")
+    return [
+        [
+            key[1].removeprefix("pair/"),
+            *("–" if (v := row.metrics.get(key)) is None else f"{100 * v:.1f}" for row in comparison.rows),
+        ]
+        for key in keys
+    ]
+
+
+def _spread(comparison: Comparison) -> str:
+    spreads = [
+        f"{row.arm} {min(row.accuracy_by_seed):.1f} to {max(row.accuracy_by_seed):.1f}"
+        for row in comparison.rows
+        if len(row.accuracy_by_seed) > 1
+    ]
+    return f"AQI accuracy from seed to seed, percent: {', '.join(spreads)}." if spreads else ""
+
+
+_ADAPTER = {"merged": "merged", "adapter": "beside the base"}
+
+
+def _provenance(comparison: Comparison) -> str:
+    heads = ["Arm", "Seed", "Commit", "Dirty", "Backend", "Device", "Python", "Evaluated", "Adapter"]
+    dirty = {True: "yes", False: "no", None: "unknown"}
+    lines = [
+        [
+            run["arm"],
+            str(run["seed"]),
+            (run["git_commit"] or "unknown")[:12],
+            dirty[run["git_dirty"]],
+            run["backend"],
+            run["device"],
+            run["python"] or "unknown",
+            run["ended"] or "unknown",
+            "–" if run["arm"] == BASE else _ADAPTER[run["serving_mode"]],
+        ]
+        for run in comparison.runs
+    ]
+    packages: dict[str, list[str]] = {}
+    for run in comparison.runs:
+        text = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
+        packages.setdefault(text, []).append(f"{run['arm']}/{run['seed']}")
+    listed = "\n".join(f"- {cell(', '.join(who))}: {cell(text)}" for text, who in packages.items())
+    return grid(heads, lines) + "\n\nPackages:\n\n" + listed
