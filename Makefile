@@ -30,7 +30,7 @@ repro: setup
 	$(if $(PROFILE),$(RUN) python -m pipelines.profile $(PROFILE))
 	$(RUN) dvc repro
 	$(RUN) python -m evaluation.compare_all --db "$$($(BIN)/python -m pipelines.config --get compare.database)"
-	@echo "report: outputs/grit_evaluation.md"
+	@echo "report: outputs/report.html (and outputs/grit_evaluation.md)"
 
 # Exported models onto the Ollama server at OLLAMA_HOST, each checked prompt by prompt in both modes.
 serve: setup
