@@ -49,9 +49,14 @@ def insert_rows(session: Session, table: Table, rows: Iterable[Row], **common: A
     make_writer = _tuple_writer if connection.dialect.name == "sqlite" else _row_writer
     write, count = make_writer(connection, table, tuple(first), common), 0
     for piece in _pieces(chain([first], iterator)):
-        if set(map(len, piece)) != {len(first)}:
-            raise ValueError(f"{table.name}: expected rows with the columns {', '.join(first)}, came other columns")
-        write(piece)
+        try:
+            if set(map(len, piece)) != {len(first)}:
+                raise KeyError
+            write(piece)
+        except KeyError as error:
+            raise ValueError(
+                f"{table.name}: expected rows with the columns {', '.join(first)}, came other columns"
+            ) from error
         count += len(piece)
     return count
 
@@ -62,7 +67,12 @@ def _pieces(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 
 def _row_writer(connection: Connection, table: Table, names: tuple[str, ...], common: Row) -> Write:
-    return lambda piece: connection.execute(insert(table), [{**common, **row} for row in piece])
+    def write(piece: list[Row]) -> None:
+        # As many columns as the first row has, so other columns show by a missing one.
+        rows = [{**common, **{name: row[name] for name in names}} for row in piece]
+        connection.execute(insert(table), rows)
+
+    return write
 
 
 def _tuple_writer(connection: Connection, table: Table, names: tuple[str, ...], common: Row) -> Write:

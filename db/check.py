@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import func, inspect, or_, select, text
 from sqlalchemy.orm import Session, aliased
 
-from db.columns import FINAL_STEP
+from db.columns import FINAL_STEP, Base
 from db.models import Metric, Quantization, QuantizedSample, Run, Sample
 from db.queries import VIEWS
 
@@ -21,6 +21,7 @@ def faults(session: Session) -> list[str]:
         *_wrong_references(session),
         *_lost_references(session),
         *_empty_runs(session),
+        *_lost_rows(session),
         *_lost_samples(session),
         *_other_samples(session),
         *_lost_quantized_samples(session),
@@ -91,6 +92,22 @@ def _empty_runs(session: Session) -> list[str]:
         found += [
             f"{_label(*row)} is finished and has no row in {table.__tablename__}" for row in session.execute(query)
         ]
+    return found
+
+
+def _lost_rows(session: Session) -> list[str]:
+    """Each run knows how many rows it was written with."""
+    runs = session.execute(select(Run.id, Run.arm, Run.seed, Run.row_counts).order_by(Run.id)).all()
+    found = []
+    for table in Base.metadata.sorted_tables:
+        if "run_id" not in table.columns:
+            continue
+        own = table.columns["run_id"]
+        there = {run_id: number for run_id, number in session.execute(select(own, func.count()).group_by(own))}
+        for run_id, arm, seed, counts in runs:
+            written, left = (counts or {}).get(table.name), there.get(run_id, 0)
+            if written is not None and written != left:
+                found.append(f"{_label(arm, seed, run_id)} was written with {written} rows in {table.name}, has {left}")
     return found
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.pool import NullPool, StaticPool
 
+from db.schema import refuse_others
+
 BUSY_TIMEOUT_S = 30.0
 """Seconds a second writer waits for the first; one ingest takes about a second."""
 
@@ -40,13 +42,14 @@ def sqlite_file(url: URL) -> Path | None:
     return Path(name)
 
 
-def make_engine(url: URL, *, write: bool, timeout_s: float = BUSY_TIMEOUT_S) -> Engine:
+def make_engine(url: URL, *, write: bool, timeout_s: float = BUSY_TIMEOUT_S, page_size: int | None = None) -> Engine:
     """Build an engine whose connections hold the rules of this package.
 
     Args:
         url: Where the database is.
         write: Writers use the write-ahead log and take the lock when they begin; readers cannot write.
         timeout_s: Seconds to wait for another writer.
+        page_size: Bytes of a page of a new SQLite database; None: SQLite's own choice.
     """
     if url.get_backend_name() != "sqlite":
         engine = create_engine(url, poolclass=NullPool)
@@ -66,7 +69,11 @@ def make_engine(url: URL, *, write: bool, timeout_s: float = BUSY_TIMEOUT_S) -> 
         # The driver would otherwise begin transactions late and leave table changes outside of them.
         connection.isolation_level = None
         connection.execute("PRAGMA foreign_keys=ON")
+        if page_size is not None:
+            connection.execute(f"PRAGMA page_size={page_size:d}")
         if write and path is not None:
+            # First of all, since the log is noted in the file: other people's files stay as they are.
+            refuse_other_tables(connection, path)
             enter_wal(connection, timeout_s)
 
     def on_begin(connection: Connection) -> None:
@@ -119,6 +126,20 @@ def _connect(path: Path, *, write: bool, timeout_s: float) -> sqlite3.Connection
         # A folder that cannot be written holds no log, and without a log the file is complete and still.
         return connect("?immutable=1")
     return connection
+
+
+def refuse_other_tables(connection: sqlite3.Connection, path: Path) -> None:
+    """Make sure, without writing, that an SQLite database is empty or of this project; see `db.schema.refuse_others`.
+
+    Raises:
+        sqlite3.Error: The file cannot be read.
+        SchemaVersionError: A newer version of this project made it.
+        DatabaseError: Somebody else did.
+    """
+    tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    versioned = "alembic_version" in tables
+    row = connection.execute("SELECT version_num FROM alembic_version").fetchone() if versioned else None
+    refuse_others(row[0] if row else None, tables, str(path))
 
 
 def enter_wal(connection: sqlite3.Connection, timeout_s: float) -> None:

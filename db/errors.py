@@ -100,6 +100,7 @@ _PHRASES: tuple[tuple[str, str, str], ...] = (
     ("malformed", "an intact SQLite database file",
      "run `python -m db.cli rebuild`; the JSON files are the truth"),
     ("no such table", "the tables of this project", "run `python -m db.cli rebuild`"),
+    ("no such column", "the columns of this version's tables", "run `python -m db.cli rebuild`"),
     ("connection refused", "a database server that answers", "start the server, or check host and port"),
 )  # fmt: skip
 

@@ -4,15 +4,19 @@ A number that may be NaN or infinite stays the pair `value`, `value_kind`: an em
 JSON columns are JSON text. Times have a zone: ISO 8601 text in CSV, UTC timestamps in Parquet. An empty field of a
 CSV file is NULL or empty text; Parquet tells the two apart. (pandas takes the word nan of a CSV file for a gap, unless
 `read_csv` is told `keep_default_na=False, na_values=[""]`.)
+
+Text stands in CSV files as it is, also a model's answer that begins with = + - or @: a spreadsheet takes it for a
+formula and runs it, unless the file is imported with its columns as text. Parquet has no such trap.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -97,11 +101,13 @@ def export(
     names = _known(tables)
     writer = _Parquet if form == "parquet" else _Csv
     writer.load()
-    partial = folder / f".{os.getpid()}.partial"
-    with open_session(url) as session:
+    with open_session(url) as session, ExitStack() as stack:
         # Caught here, or the session would take a full disk for a fault of the database.
         try:
-            partial.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            # A new name each time: a killed export leaves its folder behind, which must not stop the next.
+            partial = Path(tempfile.mkdtemp(suffix=".partial", prefix=".", dir=folder))
+            stack.callback(shutil.rmtree, partial, ignore_errors=True)
             rows = {name: _write(session, name, partial / f"{name}.{form}", writer) for name in names}
             for name in names:
                 (partial / f"{name}.{form}").replace(folder / f"{name}.{form}")
@@ -111,8 +117,6 @@ def export(
                 f"{error.strerror or error}",
                 "name another folder with --out, or make room and grant permission",
             ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return rows
 
 

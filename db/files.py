@@ -30,6 +30,14 @@ class FileReader:
         """Note what is wrong in a file."""
         self.problems.append(Problem(path.relative_to(self.root).as_posix(), key, message))
 
+    def unreadable(self, error: OSError) -> None:
+        """Note a file or folder that the system does not let us read, once."""
+        path = Path(error.filename or self.root)
+        own = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+        found = Problem(own, "", f"expected a file or folder that can be read, came: {error.strerror or error}")
+        if found not in self.problems:
+            self.problems.append(found)
+
     def text(self, path: Path, digest: hashlib._Hash, *, required: bool) -> bytes | None:
         """Return a file's bytes; a missing file is a problem only when it is required."""
         try:
@@ -39,7 +47,7 @@ class FileReader:
                 self.problem(path, "", "expected this file beside the others, came nothing")
             return None
         except OSError as error:
-            self.problem(path, "", f"expected a readable file, came: {error.strerror}")
+            self.unreadable(error)
             return None
         digest.update(f"{path.relative_to(self.root).as_posix()}\0{len(content)}\0".encode() + content)
         return content
@@ -49,8 +57,10 @@ class FileReader:
     ) -> AnyRecord | None:
         """Return a JSON file in its form, or None with its problems noted."""
         content = self.text(path, digest, required=required)
-        if content is None:
-            return None
+        return None if content is None else self.parsed(path, form, content)
+
+    def parsed(self, path: Path, form: type[AnyRecord], content: bytes) -> AnyRecord | None:
+        """Return the content of a JSON file in its form, or None with its problems noted."""
         try:
             return form.model_validate_json(content)
         except ValidationError as error:

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from db.attempts import store_attempts
 from db.bulk import insert_rows
 from db.engine import resolve_url, sqlite_file
+from db.look import look_at, unchanged
 from db.models import (
     Artifact,
     Attempt,
@@ -46,7 +47,7 @@ from db.rows import (
 )
 from db.rows_layers import layer_metric_rows, log_meanings, spectrum_rows
 from db.session import open_session
-from db.swap import replace_content
+from db.swap import page_size_of, replace_content
 
 _CHILDREN: tuple[tuple[type[Any], Any], ...] = (
     (Metric, metric_rows),
@@ -60,6 +61,9 @@ _CHILDREN: tuple[tuple[type[Any], Any], ...] = (
     (LayerMetric, layer_metric_rows),
     (Spectrum, spectrum_rows),
 )
+
+
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,9 @@ def ingest(
 ) -> IngestSummary:
     """Read the results under a folder into the database.
 
+    Files that change while this waits for another writer are read again once it may write: whoever writes last has
+    read last, so no older reading replaces a newer one.
+
     Args:
         root: The folder that holds `scores/`, `gguf/`, `adapters/` and what else the stages made.
         url: The database, created when absent.
@@ -109,8 +116,13 @@ def ingest(
         IngestError: Files are missing or malformed; the database was not opened.
         DatabaseError: The database could not be written; its old content stands.
     """
-    found = read_results(Path(root), arms, seeds)
+    root = Path(root)
+    arms, seeds = _kept(arms), _kept(seeds)
+    look = look_at(root)
+    found = read_results(root, arms, seeds)  # files that cannot be read leave the database unopened
     with open_session(url, write=True) as session:
+        if not unchanged(root, look):
+            found = read_results(root, arms, seeds)
         return store(session, found.bundles, found.notes, found.attempts)
 
 
@@ -123,22 +135,41 @@ def rebuild(
     """Make the database anew from the files alone; superseded runs and starts, which no file describes, go.
 
     An SQLite database is made in memory and copied over the old one in one transaction, so a reader sees the old
-    content or the new one, whatever happens. Other databases are emptied and filled in one transaction.
+    content or the new one, whatever happens. Files that changed meanwhile are read again. Other databases are emptied
+    and filled in one transaction.
 
     Raises:
         IngestError: Files are missing or malformed; the old database stands.
-        DatabaseError: The new database could not be written, or another process writes to the old one.
+        DatabaseError: The new database could not be written, another process writes to the old one, or the file is
+            no database of this project, or a newer one; then it stands untouched.
     """
-    found = read_results(Path(root), arms, seeds)
+    root = Path(root)
+    arms, seeds = _kept(arms), _kept(seeds)
     path = sqlite_file(resolve_url(url))
-    with open_session(url if path is None else "sqlite://", write=True) as session:
-        if path is None:
+    if path is None:
+        read_results(root, arms, seeds)  # files that cannot be read leave the database unopened
+        with open_session(url, write=True) as session:
+            found = read_results(root, arms, seeds)
             for table in (Run, Environment, MetricDef, Attempt):
                 session.execute(delete(table))
-        summary = store(session, found.bundles, found.notes, found.attempts)
-        if path is not None:
+            return store(session, found.bundles, found.notes, found.attempts)
+    for _ in range(_TRIES):
+        look = look_at(root)
+        found = read_results(root, arms, seeds)
+        # SQLite copies between pages of one size only, where the log is in use.
+        with open_session("sqlite://", write=True, page_size=page_size_of(path)) as session:
+            summary = store(session, found.bundles, found.notes, found.attempts)
             replace_content(session, path)
+        if unchanged(root, look):
+            return summary
+    # Nobody can hold the lock over a copy; with files that never rest, an ingest has the last word, inside its lock.
+    ingest(root, path, arms, seeds)
     return summary
+
+
+def _kept(wanted: Iterable[Any] | None) -> list[Any] | None:
+    """What can be gone through only once, for going through it again."""
+    return None if wanted is None else list(wanted)
 
 
 def store(
@@ -171,14 +202,14 @@ def store(
             session.add(run)
             session.flush()
             inserted.add(run.run_key)
-            _store_children(session, run, bundle)
+            run.row_counts = _store_children(session, run, bundle)
         elif run.source_sha256 != row["source_sha256"]:
             for column, value in row.items():
                 setattr(run, column, value)
             run.environment_id = environments["evaluate"]
             for table, _ in _CHILDREN:
                 session.execute(delete(table).where(table.run_id == run.id))
-            _store_children(session, run, bundle)
+            run.row_counts = _store_children(session, run, bundle)
             updated.add(run.run_key)
         if not run.is_current:
             run.is_current = True
@@ -203,9 +234,12 @@ def store(
     )
 
 
-def _store_children(session: Session, run: Run, bundle: Bundle) -> None:
-    for table, make_rows in _CHILDREN:
-        insert_rows(session, table.__table__, make_rows(bundle), run_id=run.id)
+def _store_children(session: Session, run: Run, bundle: Bundle) -> dict[str, int]:
+    """Return table name to number of rows."""
+    return {
+        table.__tablename__: insert_rows(session, table.__table__, make_rows(bundle), run_id=run.id)
+        for table, make_rows in _CHILDREN
+    }
 
 
 def _store_meanings(session: Session, meanings: dict[str, dict[str, Any]]) -> None:

@@ -140,6 +140,9 @@ class Run(Base):
     parity_first_difference: Mapped[dict[str, Any] | None] = mapped_column(
         comment="first prompt on which the exported model disagreed with the trained one"
     )
+    row_counts: Mapped[dict[str, Any] | None] = mapped_column(
+        comment="table to number of this run's rows there, as written; NULL: unknown, an older version wrote them"
+    )
 
 
 class Metric(OfRun, Base):

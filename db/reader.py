@@ -184,30 +184,56 @@ def read_results(root: Path, arms: Iterable[str] | None = None, seeds: Iterable[
         What was found; starts of stages are always all of them.
 
     Raises:
-        IngestError: Files are missing or malformed; names all of them.
+        IngestError: Files are missing, malformed or cannot be read; names all of them.
     """
     reader = _TreeReader(root)
     wanted = None if arms is None else list(arms)
     numbers = None if seeds is None else list(seeds)
-    bundles = [
-        bundle
-        for arm, seed in _combinations(root, wanted, numbers, reader.notes)
-        if (bundle := reader.bundle(arm, seed)) is not None
-    ]
-    attempts = _attempts(reader)
+    bundles: list[Bundle] = []
+    attempts: list[AttemptRecord] = []
+    try:
+        combinations = _combinations(root, wanted, numbers, reader.notes)
+    except OSError as error:
+        reader.unreadable(error)
+        combinations = []
+    for arm, seed in combinations:
+        try:
+            bundle = reader.bundle(arm, seed)
+        except OSError as error:
+            # Whether something is there cannot be told either, so nothing may count as absent.
+            reader.unreadable(error)
+        else:
+            bundles += [] if bundle is None else [bundle]
+    try:
+        attempts = _attempts(reader)
+    except OSError as error:
+        reader.unreadable(error)
     if reader.problems:
         raise IngestError(reader.problems)
     return Results(bundles, reader.notes, attempts)
 
 
 def _attempts(reader: FileReader) -> list[AttemptRecord]:
+    """Starts are no results: of one that a crash cut off there is a note, and everything else is read.
+
+    Raises:
+        OSError: The folder cannot be listed.
+    """
     found = []
-    for path in sorted((reader.root / "attempts").glob("*.json")):
-        record = reader.record(path, AttemptRecord, hashlib.sha256())
-        if record is not None:
-            if record.id != path.stem:
-                reader.problem(path, "id", f"expected {path.stem!r} as in the file's name, came {record.id!r}")
+    folder = reader.root / "attempts"
+    # Not glob, for which a folder that may not be listed is an empty one.
+    paths = sorted(path for path in folder.iterdir() if path.suffix == ".json") if folder.exists() else []
+    for path in paths:
+        content = reader.text(path, hashlib.sha256(), required=False)
+        if content is None:
+            continue
+        doubts = FileReader(reader.root)
+        record = doubts.parsed(path, AttemptRecord, content)
+        if record is not None and record.id != path.stem:
+            doubts.problem(path, "id", f"expected {path.stem!r} as in the file's name, came {record.id!r}")
+        if record is not None and not doubts.problems:
             found.append(record)
+        reader.notes += [f"without this start: {problem}" for problem in doubts.problems[:1]]
     return found
 
 

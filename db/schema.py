@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from sqlalchemy import Connection, inspect, text
@@ -13,6 +14,10 @@ REVISIONS: tuple[str, ...] = ("0001", "0002", "0003")
 
 NEWEST = REVISIONS[-1]
 MIGRATIONS = Path(__file__).parent / "migrations"
+
+# Of every version. Other projects use Alembic too, and name their revisions 0001; a lost table can be healed.
+_OURS = frozenset({"environment", "run", "metric", "metric_def", "sample", "probe", "artifact", "speed"})
+_ENOUGH = len(_OURS) // 2
 
 
 def current_revision(connection: Connection) -> str | None:
@@ -33,12 +38,11 @@ def check_schema(connection: Connection, place: str) -> None:
     found = current_revision(connection)
     if found == NEWEST:
         return
+    _refuse_others(connection, found, place)
     if found is None:
-        _refuse_foreign_tables(connection, place)
         raise DatabaseMissingError(
             f"a database with results at {place}", "a database without tables", "run `dvc repro`"
         )
-    _refuse_newer(found, place)
     raise SchemaVersionError(
         f"schema version {NEWEST} in {place}",
         f"the older version {found}",
@@ -61,10 +65,7 @@ def upgrade(connection: Connection, place: str, revision: str = "head") -> None:
     found = current_revision(connection)
     if found == NEWEST:
         return
-    if found is None:
-        _refuse_foreign_tables(connection, place)
-    else:
-        _refuse_newer(found, place)
+    _refuse_others(connection, found, place)
 
     from alembic import command  # a quarter of a second that readers need not spend
     from alembic.config import Config
@@ -77,20 +78,34 @@ def upgrade(connection: Connection, place: str, revision: str = "head") -> None:
     command.upgrade(config, revision)
 
 
-def _refuse_newer(found: str, place: str) -> None:
-    if found not in REVISIONS:
-        raise SchemaVersionError(
-            f"schema version {NEWEST} in {place}",
-            f"version {found}, which this code does not know (a newer checkout wrote it)",
-            "update this checkout with `git pull`, or remove the file and run `python -m db.cli rebuild`",
-        )
+def refuse_others(revision: str | None, tables: Collection[str], place: str) -> None:
+    """Make sure that tables are of this project and not newer than this code.
 
+    Args:
+        revision: What table alembic_version says; None: nothing.
+        tables: Names of all tables.
+        place: The database as shown in messages.
 
-def _refuse_foreign_tables(connection: Connection, place: str) -> None:
-    tables = sorted(inspect(connection).get_table_names())
-    if tables and connection.dialect.name == "sqlite":
+    Raises:
+        SchemaVersionError: A newer version of this project made them.
+        DatabaseError: Somebody else did.
+    """
+    others = set(tables) - {"alembic_version"}
+    if others and (revision is None or len(_OURS & others) < _ENOUGH):
         raise DatabaseError(
             f"a database of this project, or none, at {place}",
-            f"a database with other tables ({', '.join(tables[:5])})",
+            f"a database with other tables ({', '.join(sorted(tables)[:5])})",
             "name another path with --db",
         )
+    if revision is not None and revision not in REVISIONS:
+        raise SchemaVersionError(
+            f"schema version {NEWEST} in {place}",
+            f"version {revision}, which this code does not know (a newer checkout wrote it)",
+            "update this checkout with `git pull`, or name another path with --db",
+        )
+
+
+def _refuse_others(connection: Connection, revision: str | None, place: str) -> None:
+    # A server's database may hold other tables beside ours, as long as they are not Alembic's.
+    if revision is not None or connection.dialect.name == "sqlite":
+        refuse_others(revision, inspect(connection).get_table_names(), place)

@@ -18,7 +18,11 @@ from db.schema import check_schema, upgrade
 
 @contextmanager
 def open_session(
-    url_or_path: str | Path | URL, write: bool = False, *, timeout_s: float = BUSY_TIMEOUT_S
+    url_or_path: str | Path | URL,
+    write: bool = False,
+    *,
+    timeout_s: float = BUSY_TIMEOUT_S,
+    page_size: int | None = None,
 ) -> Iterator[Session]:
     """Open the database for one piece of work in one transaction.
 
@@ -30,6 +34,7 @@ def open_session(
         url_or_path: A file, or any SQLAlchemy URL.
         write: Open for writing; other writers wait meanwhile.
         timeout_s: Seconds to wait for another writer.
+        page_size: Bytes of a page of a new SQLite database; None: SQLite's own choice.
 
     Yields:
         A session inside a transaction.
@@ -46,7 +51,7 @@ def open_session(
         place = str(path) if path else url.render_as_string(hide_password=True)
         if path is not None:
             _prepare_file(path, write=write)
-        engine = make_engine(url, write=write, timeout_s=timeout_s)
+        engine = make_engine(url, write=write, timeout_s=timeout_s, page_size=page_size)
         try:
             # The writer's upgrade and work share one transaction: nobody sees tables without their rows.
             with engine.connect() as connection, Session(connection, expire_on_commit=False) as session:

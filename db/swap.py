@@ -9,10 +9,38 @@ from pathlib import Path
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from db.engine import checkpoint, enter_wal
+from db.engine import checkpoint, enter_wal, refuse_other_tables
 from db.errors import DatabaseError, explain
 
 _WAIT_S = 1.0
+_MAGIC = b"SQLite format 3\0"
+
+
+def page_size_of(path: Path) -> int | None:
+    """Return the bytes of a page of a database that may be replaced; None when there is no file or an empty one.
+
+    Source: "The Database Header", https://www.sqlite.org/fileformat.html.
+
+    Raises:
+        DatabaseError: The file is no SQLite database, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            header = file.read(18)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise explain(error, str(path)) from error
+    if not header:
+        return None
+    if not header.startswith(_MAGIC):
+        raise DatabaseError(
+            f"an SQLite database of this project, or no file, at {path}",
+            f"another kind of file, which begins with {header[:16]!r}",
+            "name another path with --db, or move the file away",
+        )
+    size = int.from_bytes(header[16:18], "big")
+    return 65536 if size == 1 else size
 
 
 def replace_content(session: Session, path: Path) -> None:
@@ -25,9 +53,11 @@ def replace_content(session: Session, path: Path) -> None:
 
     Args:
         session: Of `open_session("sqlite://", write=True)`; what it holds is committed.
-        path: The database to replace. Damaged files are removed first, since nobody can read or write them.
+        path: The database to replace. Damaged databases are removed first, since nobody can read or write them;
+            whatever is not of this project stays.
 
     Raises:
+        SchemaVersionError: A newer version of this project made the old database.
         DatabaseError: Another process writes, the file is no database of this project, or cannot be written.
     """
     session.commit()
@@ -40,6 +70,7 @@ def replace_content(session: Session, path: Path) -> None:
         raise TypeError(f"expected a session on SQLite, came {connection.dialect.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        page_size_of(path)
         try:
             _copy(source, path)
         except sqlite3.DatabaseError as error:
@@ -62,13 +93,7 @@ def _copy(source: sqlite3.Connection, path: Path) -> None:
             )
 
     with closing(sqlite3.connect(path, timeout=_WAIT_S, isolation_level=None)) as target:
-        tables = [row[0] for row in target.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        if tables and "alembic_version" not in tables:
-            raise DatabaseError(
-                f"a database of this project, or none, at {path}",
-                f"a database with other tables ({', '.join(sorted(tables)[:5])})",
-                "name another path with --db",
-            )
+        refuse_other_tables(target, path)
         enter_wal(target, _WAIT_S)
         source.backup(target, progress=refuse_to_wait)
 

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import insert
 from typer.testing import CliRunner
 
-from db import DatabaseError, IngestError, open_session, queries
+from db import DatabaseError, open_session, queries
 from db.cli import app
 from db.ingest import ingest, rebuild
 from db.models import Attempt
@@ -120,18 +120,32 @@ def test_check_finds_nothing_wrong_with_crashes(tree: Path, path: Path) -> None:
         ({"id": "other"}, "id: expected 'one' as in the file's name, came 'other'"),
     ],
 )
-def test_records_that_make_no_sense_are_refused(tree: Path, path: Path, changes: dict[str, Any], words: str) -> None:
+def test_records_that_make_no_sense_are_left_out_with_a_note(
+    tree: Path, path: Path, changes: dict[str, Any], words: str
+) -> None:
     write(tree / "attempts/one.json", {**make_attempt(tree, "one"), **changes})
-    with pytest.raises(IngestError) as refused:
-        ingest(tree, path)
-    assert "attempts/one.json: " in str(refused.value) and words in str(refused.value)
+    make_attempt(tree, "two")
+    summary = ingest(tree, path)
+    (note,) = summary.skipped
+    assert note.startswith("without this start: attempts/one.json: ") and words in note
+    assert summary.inserted == 3 and stored(path) == {"two": "finished"}, "nothing else is lost"
 
 
-def test_a_record_cut_off_is_named(tree: Path, path: Path) -> None:
-    content = json.dumps(make_attempt(tree, "one"))
-    write(tree / "attempts/one.json", content[:-10])
-    with pytest.raises(IngestError, match=r"attempts/one\.json: "):
-        ingest(tree, path)
+@pytest.mark.parametrize("length", [0, 100])
+def test_a_record_cut_off_by_a_crash_is_left_out_with_a_note(tree: Path, path: Path, length: int) -> None:
+    write(tree / "attempts/one.json", json.dumps(make_attempt(tree, "one"))[:length])
+    make_attempt(tree, "two")
+    summary = ingest(tree, path)
+    assert len(summary.skipped) == 1 and "attempts/one.json: " in summary.skipped[0]
+    assert summary.inserted == 3 and stored(path) == {"two": "finished"}
+
+
+def test_a_damaged_record_takes_nothing_from_what_was_known(tree: Path, path: Path) -> None:
+    make_attempt(tree, "one")
+    ingest(tree, path)
+    write(tree / "attempts/one.json", "")
+    ingest(tree, path)
+    assert stored(path) == {"one": "finished"}
 
 
 @pytest.mark.parametrize(

@@ -95,10 +95,14 @@ def test_no_rows_are_no_work(path: Path) -> None:
         assert insert_rows(session, Metric.__table__, [], run_id=1) == 0
 
 
-@pytest.mark.parametrize("odd", [{"n": 3}, {"nonsense": 3}])
+@pytest.mark.parametrize(
+    "odd", [{"n": 3}, {"nonsense": 3}, {"value_kind": None, "value_knd": "finite"}, {"split": None}]
+)
 def test_rows_with_other_columns_than_the_first_are_refused(path: Path, odd: dict[str, Any]) -> None:
+    """More columns, fewer, and as many with another name; None stands for a column that is not there."""
     fill(path, fast=True)
-    rows = [*metrics(2, split="new"), {**next(metrics(1, split="newer")), **odd}]
+    changed = {**next(metrics(1, split="newer")), **odd}
+    rows = [*metrics(2, split="new"), {name: value for name, value in changed.items() if value is not None}]
     with pytest.raises(ValueError, match="metric: expected rows with the columns name, split"):
         with open_session(path, write=True) as session:
             insert_rows(session, Metric.__table__, rows, run_id=1)

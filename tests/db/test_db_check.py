@@ -6,13 +6,15 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 from typer.testing import CliRunner
 
 from db import open_session
 from db.check import faults
 from db.cli import app
+from db.columns import Base
 from db.ingest import ingest
+from db.models import Run
 from tests.db.result_tree_layers import make_full_tree
 
 
@@ -73,6 +75,44 @@ def test_damage_is_found_named_and_mended(path: Path, damage: str) -> None:
     assert CliRunner().invoke(app, ["rebuild", "--db", str(path), "--root", str(root)]).exit_code == 0
     with open_session(path) as session:
         assert faults(session) == [], "what the check advises helps"
+
+
+@pytest.mark.parametrize("table", [t.name for t in Base.metadata.sorted_tables if "run_id" in t.columns])
+def test_one_lost_row_of_any_table_is_found(path: Path, table: str) -> None:
+    raw = sqlite3.connect(path)
+    (number,) = raw.execute(f"SELECT count(*) FROM {table} WHERE run_id = 2").fetchone()
+    raw.execute(f"DELETE FROM {table} WHERE id = (SELECT min(id) FROM {table} WHERE run_id = 2)")
+    raw.commit()
+    raw.close()
+    with open_session(path) as session:
+        found = faults(session)
+    assert number > 0
+    assert f"run 2 (baseline_lora/0) was written with {number} rows in {table}, has {number - 1}" in found
+    assert not any("run 1 " in fault or "run 3 " in fault for fault in found), "only what is wrong is named"
+
+
+def test_a_row_too_many_is_found(path: Path) -> None:
+    raw = sqlite3.connect(path)
+    raw.execute("INSERT INTO speed (run_id, arm, phase, repetition) VALUES (1, 'base', 'decode', 99)")
+    raw.commit()
+    raw.close()
+    with open_session(path) as session:
+        assert [fault.split(" in ")[1][:5] for fault in faults(session)] == ["speed"]
+
+
+def test_rows_of_an_older_version_are_not_counted_until_they_are_read_again(path: Path) -> None:
+    raw = sqlite3.connect(path)
+    raw.execute("UPDATE run SET row_counts = NULL, source_sha256 = run_key")
+    raw.execute("DELETE FROM speed WHERE run_id = 2")
+    raw.commit()
+    raw.close()
+    with open_session(path) as session:
+        assert faults(session) == []
+    ingest(path.parent / "project", path)
+    with open_session(path) as session:
+        assert faults(session) == []
+        counts = [run.row_counts or {} for run in session.scalars(select(Run))]
+    assert [c["speed"] for c in counts] == [3, 5, 5]
 
 
 def test_results_left_out_are_no_fault(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,15 @@ def test_a_failed_export_leaves_the_old_files(path: Path, tmp_path: Path, monkey
     with pytest.raises(DatabaseError, match="a folder that can be written at .*; came: No space left on device"):
         write_files(path, tmp_path, "csv", ["metric", "speed"])
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_killed_export_does_not_stop_the_next(path: Path, tmp_path: Path) -> None:
+    """Its folder is still there, and process ids come round again."""
+    left = tmp_path / f".{os.getpid()}.partial"
+    left.mkdir()
+    (left / "run.csv").write_text("half")
+    assert write_files(path, tmp_path, "csv", ["run"]) == {"run": 3}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [left.name, "run.csv"]
 
 
 def test_faults_are_named_with_the_next_step(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

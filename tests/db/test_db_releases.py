@@ -12,8 +12,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import func, insert, select, text
+from sqlalchemy.orm import Session
 
-from db import SchemaVersionError, open_session, queries, schema
+from db import SchemaVersionError, open_session, queries, rows, schema
 from db.check import faults
 from db.columns import Base
 from db.ingest import ingest
@@ -107,6 +108,32 @@ def test_results_are_read_into_it(old: Path, tmp_path: Path) -> None:
         assert faults(session) == []
 
 
+def test_files_known_to_an_older_version_are_read_again_for_the_new_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The older version stored the same files, but had no tables for all that is in them."""
+    tree, path = make_full_tree(tmp_path / "project"), tmp_path / "c.db"
+    monkeypatch.setattr(rows, "NEWEST", "0002")
+    ingest(tree, path)
+    monkeypatch.undo()
+    with open_session(path, write=True) as session:
+        downgrade(session, "0002")
+    summary = ingest(tree, path)
+    assert (summary.inserted, summary.updated) == (0, 3)
+    with open_session(path) as session:
+        assert all(session.scalar(select(func.count()).select_from(t)) for t in (LayerMetric, Spectrum))
+        assert all(run.row_counts for run in session.scalars(select(Run)))
+        assert faults(session) == []
+
+
+def downgrade(session: Session, revision: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(schema.MIGRATIONS))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = session.connection()
+    command.downgrade(config, revision)
+
+
 def test_an_upgrade_can_be_taken_back(tmp_path: Path) -> None:
     path = tmp_path / "old.db"
     load("0002", path)
@@ -116,9 +143,5 @@ def test_an_upgrade_can_be_taken_back(tmp_path: Path) -> None:
         session.execute(insert(LayerMetric), {"run_id": 1, **row})
         session.execute(insert(Spectrum), {"run_id": 1, "layer": "l", "factor": "a", "step": 0, "eigenvalues": [1.0]})
     with open_session(path, write=True) as session:
-        config = Config()
-        config.set_main_option("script_location", str(schema.MIGRATIONS))
-        config.set_main_option("path_separator", "os")
-        config.attributes["connection"] = session.connection()
-        command.downgrade(config, "0002")
+        downgrade(session, "0002")
     assert content(path, "table") == tables and content(path, "view") == views

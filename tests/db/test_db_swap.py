@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -69,13 +70,99 @@ def test_rebuild_heals_a_damaged_file_that_ingest_refuses(trees: tuple[Path, Pat
 
 
 def test_rebuild_leaves_other_peoples_databases_alone(trees: tuple[Path, Path], tmp_path: Path) -> None:
-    foreign = sqlite3.connect(tmp_path / "recipes.db")
-    foreign.execute("CREATE TABLE recipes (id INTEGER)")
-    foreign.close()
+    foreign(tmp_path / "recipes.db", "CREATE TABLE recipes (id INTEGER)")
     before = (tmp_path / "recipes.db").read_bytes()
     with pytest.raises(DatabaseError, match="other tables .recipes.*name another path"):
         rebuild(trees[0], tmp_path / "recipes.db")
     assert (tmp_path / "recipes.db").read_bytes() == before
+
+
+def foreign(path: Path, *statements: str) -> Path:
+    connection = sqlite3.connect(path)
+    for statement in statements:
+        connection.execute(statement)
+    connection.commit()
+    connection.close()
+    return path
+
+
+def versioned(version: str) -> tuple[str, ...]:
+    return ("CREATE TABLE alembic_version (version_num TEXT)", f"INSERT INTO alembic_version VALUES ('{version}')")
+
+
+def other_file(kind: str, tree: Path, path: Path) -> None:
+    if kind == "text":
+        path.write_text("My thesis. " * 1000, encoding="utf-8")
+    elif kind == "short":
+        path.write_bytes(b"SQLite")
+    elif kind == "gguf":
+        path.write_bytes(b"GGUF" + random.Random(0).randbytes(9000))
+    elif kind == "newer":
+        ingest(tree, path)
+        foreign(path, "UPDATE alembic_version SET version_num = '9999'")
+    else:
+        foreign(path, *versioned(kind), "CREATE TABLE run (id)", "CREATE TABLE experiments (id)")
+
+
+OTHERS = {
+    "text": "another kind of file, which begins with b'My thesis",
+    "short": "another kind of file",
+    "gguf": "another kind of file, which begins with b'GGUF",
+    "newer": "version 9999, which this code does not know.*git pull",
+    "0001": "other tables .*experiments.*name another path",
+    "c48cb773bb87": "other tables .*experiments.*name another path",
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("work", [ingest, rebuild])
+def test_what_is_not_ours_stays_byte_by_byte(
+    trees: tuple[Path, Path], tmp_path: Path, kind: str, work: Callable[..., object]
+) -> None:
+    """A name given by mistake must cost nobody his file, and no advice may say to remove it."""
+    path = tmp_path / "named-by-mistake"
+    other_file(kind, trees[0], path)
+    before, names = path.read_bytes(), sorted(p.name for p in tmp_path.iterdir())
+    words = OTHERS[kind] if work is rebuild or "kind of file" not in OTHERS[kind] else "an SQLite database file"
+    with pytest.raises(DatabaseError, match=words) as refused:
+        work(trees[0], path)
+    assert path.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == names
+    assert "remove" not in refused.value.do
+
+
+@pytest.mark.parametrize("size", [512, 8192, 65536])
+def test_a_database_with_other_pages_is_rebuilt(trees: tuple[Path, Path], tmp_path: Path, size: int) -> None:
+    path = foreign(tmp_path / "c.db", f"PRAGMA page_size={size}", "VACUUM")
+    ingest(trees[0], path)
+    rebuild(trees[1], path)
+    assert content(path) == fresh(trees[1], tmp_path / "fresh.db")
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA page_size").fetchone() == (size,)
+    assert_sound(path)
+
+
+@pytest.mark.parametrize("before", ["nothing", "rollback journal"])
+def test_a_rebuilt_database_has_the_write_ahead_log(trees: tuple[Path, Path], tmp_path: Path, before: str) -> None:
+    """Without it a reader keeps the next writer out."""
+    path = tmp_path / "c.db"
+    if before != "nothing":
+        ingest(trees[0], path)
+        foreign(path, "PRAGMA journal_mode=DELETE")
+    rebuild(trees[0], path)
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    with open_session(path) as reader:
+        count = reader.scalar(text("SELECT count(*) FROM run"))
+        rebuild(trees[1], path)
+        assert reader.scalar(text("SELECT count(*) FROM run")) == count
+
+
+def test_a_database_whose_tables_are_partly_lost_is_healed(trees: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "c.db"
+    ingest(trees[0], path)
+    foreign(path, "DROP TABLE sample", "DROP TABLE probe")
+    rebuild(trees[0], path)
+    assert content(path) == fresh(trees[0], tmp_path / "fresh.db")
 
 
 def test_rebuild_in_a_folder_that_cannot_be_written_says_so(trees: tuple[Path, Path], tmp_path: Path) -> None:

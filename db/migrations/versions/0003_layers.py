@@ -41,7 +41,16 @@ def _of_run(table: str) -> list[sa.schema.SchemaItem]:
 
 
 def upgrade() -> None:
-    """Add three tables and a view; no row is touched."""
+    """Add three tables, a view, and to `run` how many rows a run has; no row is touched."""
+    op.add_column(
+        "run",
+        sa.Column(
+            "row_counts",
+            sa.JSON(none_as_null=True),
+            nullable=True,
+            comment="table to number of this run's rows there, as written; NULL: unknown, an older version wrote them",
+        ),
+    )
     op.create_table(
         "layer_metric",
         *_of_run("layer_metric"),
@@ -143,6 +152,7 @@ def downgrade() -> None:
         op.execute(f"DROP VIEW {view}")
     for table in ("attempt", "spectrum", "layer_metric"):
         op.drop_table(table)
+    op.execute("ALTER TABLE run DROP COLUMN row_counts")
     _say_splits(OLD_SPLITS)
 
 
