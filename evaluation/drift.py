@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_DRIFT = "of the hidden states on general texts, adapter on against off, mean over tokens and layers"
+_DRIFT = "of the hidden states on the texts of the perplexity, adapter on against off, mean over tokens and layers"
 METRICS = {
     "update_norm": ("1", "none", "‖ΔW‖_F: Frobenius norm of the update, all target modules together"),
     "update_norm_relative": ("1", "none", "‖ΔW‖_F / ‖W‖_F, all target modules together"),
@@ -32,7 +32,7 @@ class Update:
 
     Attributes:
         name: Module name in the base model, without the outer `model.`.
-        singular_values: Of ΔW, descending, at most r of them.
+        singular_values: Of ΔW, descending, at most r of them; all nan where A or B is not finite.
         weight_norm: ‖W‖_F of the frozen weight.
         rank: Rank allotted, r.
     """
@@ -49,16 +49,16 @@ class Update:
 
     @property
     def effective_rank(self) -> float:
-        """exp(−Σ p ln p) with p = σ/Σσ; nan where ΔW is zero."""
+        """exp(−Σ p ln p) with p = σ/Σσ; nan where ΔW is zero or not finite."""
         total = math.fsum(self.singular_values)
-        if total == 0.0:
+        if total == 0.0 or not math.isfinite(total):
             return math.nan
         shares = [value / total for value in self.singular_values if value > 0.0]
         return math.exp(-math.fsum(p * math.log(p) for p in shares if p > 0.0))
 
     @property
     def stable_rank(self) -> float:
-        """‖ΔW‖_F²/σ₁²; nan where ΔW is zero."""
+        """‖ΔW‖_F²/σ₁²; nan where ΔW is zero or not finite."""
         largest = max(self.singular_values)
         return math.fsum((value / largest) ** 2 for value in self.singular_values) if largest > 0.0 else math.nan
 
@@ -80,9 +80,14 @@ def singular_values(a: Any, b: Any, scale: float) -> list[float]:
         a: Tensor of shape [r, d_in].
         b: Tensor of shape [d_out, r].
         scale: s.
+
+    Returns:
+        min(r, d_in, d_out) of them; all nan where a or b holds NaN or infinity, as a diverged adapter does.
     """
     from torch.linalg import qr, svdvals
 
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return [math.nan] * min(*a.shape, b.shape[0])  # LAPACK stops with an error, and not always at once
     r_a = qr(a.detach().double().T, mode="r").R
     r_b = qr(b.detach().double(), mode="r").R
     return [float(value) for value in svdvals(abs(scale) * (r_b @ r_a.T))]
@@ -112,19 +117,23 @@ def updates(model: Any) -> Iterator[Update]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Mean over what could be computed; nan over nothing."""
+    """Mean over the modules that have a rank; nan over nothing."""
     known = [value for value in values if not math.isnan(value)]
     return math.fsum(known) / len(known) if known else math.nan
 
 
 def summarize(found: Sequence[Update]) -> dict[str, float]:
-    """The whole adapter's figures: norms over all modules together, ranks as means over modules."""
+    """The whole adapter's figures: norms over all modules together, ranks as means over modules.
+
+    An update of zero has no rank and is left out. Where one is not finite, all but the allotted rank is nan.
+    """
+    broken = any(math.isnan(update.norm) for update in found)
     norm = math.sqrt(math.fsum(update.norm**2 for update in found))
     weight = math.sqrt(math.fsum(update.weight_norm**2 for update in found))
     return {
         "update_norm": norm,
         "update_norm_relative": norm / weight if weight > 0.0 else math.nan,
-        "effective_rank": _mean([update.effective_rank for update in found]),
-        "stable_rank": _mean([update.stable_rank for update in found]),
+        "effective_rank": math.nan if broken else _mean([update.effective_rank for update in found]),
+        "stable_rank": math.nan if broken else _mean([update.stable_rank for update in found]),
         "rank": _mean([float(update.rank) for update in found]),
     }

@@ -99,18 +99,23 @@ class TextFigures:
     """What texts say of a model with an adapter, against the same model without.
 
     Attributes:
-        loss: With the adapter (or of a model that has none).
+        by_text: Loss of each text with the adapter (or of a model that has none).
         base_loss: With the adapter off; None where there is none.
         relative: Mean over the tokens of ‖h − h₀‖/‖h₀‖, for each layer from 1 on; empty without an adapter.
         cosine: Mean over the tokens of 1 − cos(h, h₀), likewise.
         tokens: All tokens of the texts, which the means are over.
     """
 
-    loss: LossSum
+    by_text: list[LossSum]
     base_loss: LossSum | None
     relative: list[float]
     cosine: list[float]
     tokens: int
+
+    @property
+    def loss(self) -> LossSum:
+        """Of all texts together."""
+        return sum(self.by_text, LossSum())
 
 
 def read_texts(model: Any, texts: Sequence[Encoded], *, batch_size: int) -> TextFigures:
@@ -124,11 +129,11 @@ def read_texts(model: Any, texts: Sequence[Encoded], *, batch_size: int) -> Text
     import torch
 
     adapted = hasattr(model, "disable_adapter")
-    loss, base_loss, tokens = LossSum(), LossSum(), 0
+    losses, base_losses, tokens = [LossSum()] * len(texts), [LossSum()] * len(texts), 0
     relative: Any = 0.0
     cosine: Any = 0.0
 
-    def read(without: AbstractContextManager[Any], ids: Any, mask: Any, starts: list[int]) -> tuple[LossSum, Any]:
+    def read(without: AbstractContextManager[Any], ids: Any, mask: Any, starts: list[int]) -> tuple[list[LossSum], Any]:
         with without:
             out = model(input_ids=ids, attention_mask=mask, output_hidden_states=adapted, use_cache=False)
         return token_losses(out.logits, ids, mask, starts), out.hidden_states
@@ -137,18 +142,21 @@ def read_texts(model: Any, texts: Sequence[Encoded], *, batch_size: int) -> Text
         for places, ids, mask in _batches(texts, batch_size, _device(model)):
             starts = [texts[place].scored_from for place in places]
             mine, states = read(nullcontext(), ids, mask, starts)
-            loss, tokens = loss + mine, tokens + int(mask.sum())
+            tokens += int(mask.sum())
+            for place, of_text in zip(places, mine, strict=True):
+                losses[place] = of_text
             if not adapted:
                 continue
             theirs, base_states = read(model.disable_adapter(), ids, mask, starts)
-            base_loss += theirs
+            for place, of_text in zip(places, theirs, strict=True):
+                base_losses[place] = of_text
             real = mask.bool()
             drifts = [_drift(h[real], h0[real]) for h, h0 in zip(states[1:], base_states[1:], strict=True)]
             relative = relative + np.array([far for far, _ in drifts])
             cosine = cosine + np.array([turned for _, turned in drifts])
     if not adapted:
-        return TextFigures(loss, None, [], [], tokens)
-    return TextFigures(loss, base_loss, list(relative / tokens), list(cosine / tokens), tokens)
+        return TextFigures(losses, None, [], [], tokens)
+    return TextFigures(losses, sum(base_losses, LossSum()), list(relative / tokens), list(cosine / tokens), tokens)
 
 
 def _drift(states: Any, base_states: Any) -> tuple[float, float]:

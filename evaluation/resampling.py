@@ -1,4 +1,7 @@
-"""Resamplings of safe and unsafe prompts, drawn once, so that the base and all arms meet the same ones."""
+"""Resamplings of safe and unsafe prompts, drawn once, so that the base and all arms meet the same ones.
+
+And what they say: intervals by bootstrap, and the difference between an arm and the base.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +13,7 @@ from evaluation.clusters import Array, Separation, separation
 
 Bools = NDArray[np.bool_]
 Places = NDArray[np.intp]
+LEVEL = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
@@ -96,3 +100,78 @@ def resampled(grams: Array, plan: Design) -> Separation:
         kept = np.sqrt(max(0.0, 1.0 - noise.mean() / true)) if true > 0 else 0.0
         between.append(np.maximum(kept**2 * true + 2 * kept * cross + noise, 0.0))
     return Separation(np.asarray(between), plain.within, plain.n)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An index of one model in L layers, or its mean over layers, with all resamplings of one design.
+
+    Attributes:
+        values: Of the labels, shape (L,) or ().
+        bootstrap: Of the resamples, shape (L, R) or (R,).
+        null: Of the permuted labels, shape (L, P) or (P,).
+    """
+
+    values: Array
+    bootstrap: Array
+    null: Array
+
+    def layer(self, i: int) -> "Drawn":
+        """One layer's."""
+        return Drawn(self.values[i], self.bootstrap[i], self.null[i])
+
+    def mean(self) -> "Drawn":
+        """Mean over the layers."""
+        return Drawn(*(np.asarray(of.mean(axis=0)) for of in (self.values, self.bootstrap, self.null)))
+
+
+def interval(value: float, steps: Array) -> tuple[float, float]:
+    """The bootstrap's 95% quantiles, its mean put on the value (they differ where D is below its bias)."""
+    low, high = value + np.quantile(steps, LEVEL) - steps.mean()
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Arm minus base, each above its own mean under permuted labels.
+
+    Attributes:
+        value: (index − mean of its null) of the arm, minus that of the base.
+        steps: Bootstrap of the difference of indices, shape (R,), for `interval`.
+        null_low: 2.5% quantile of the same with permuted labels.
+        null_high: 97.5% quantile.
+        p_value: Two-sided; the larger of two, of the permutations and of the bootstrap.
+    """
+
+    value: float
+    steps: Array
+    null_low: float
+    null_high: float
+    p_value: float
+
+
+def difference(arm: Drawn, base: Drawn) -> Difference:
+    """How much further apart the classes lie in the arm, beyond what its level of chance has moved.
+
+    Chance gives matched pairs a lower index the more alike partners are. Fine-tuning changes that likeness, and the
+    raw difference of indices with it, whatever the labels are; so each model's own chance is taken off.
+
+    Neither p-value is enough alone. Swapping labels in both models at once tests whether labels matter to the change
+    at all: exact where neither model tells the classes apart, but where both do, and equally well, its null is too
+    narrow (10 to 48% of p-values at or below 0.05 in simulations). The bootstrap's holds there.
+
+    Args:
+        arm: Of one layer, or the mean over layers: shapes (), (R,) and (P,).
+        base: The same, of the same design.
+    """
+    shift = arm.null - base.null
+    null = shift - shift.mean()
+    value = float(arm.values - base.values - shift.mean())
+    steps = arm.bootstrap - base.bootstrap
+    placed = value + steps - steps.mean()
+    near = 1e-12 * max(1.0, abs(float(arm.values)))  # what is equal differs by rounding
+    swapped = (1 + int((np.abs(null) >= abs(value) - near).sum())) / (1 + len(null))
+    beyond = min(int((placed <= near).sum()), int((placed >= -near).sum()))
+    of_bootstrap = min(1.0, 2 * (1 + beyond) / (1 + len(placed)))
+    low, high = np.quantile(null, LEVEL)
+    return Difference(value, steps, float(low), float(high), max(swapped, of_bootstrap))

@@ -8,6 +8,7 @@ from evaluation.sources.readers import HUB, read_table
 from evaluation.sources.types import SourceSpec, suggest
 
 T = TypeVar("T")
+_TEXT_FILE, _TABLES = ".txt", (".csv", ".jsonl", ".ndjson", ".json")
 
 
 class TextError(ValueError):
@@ -31,9 +32,15 @@ def read_texts(source: str, *, column: str = "text", split: str = "train", subse
 
     Raises:
         SourceError: it cannot be read at all.
-        TextError: no such file or column, no text in it, or rows that cannot be read.
+        TextError: no such file or column, no text in it, cells that are no text, or rows that cannot be read.
     """
-    if Path(source).suffix.lower() == ".txt" and not source.startswith(HUB):
+    kind = Path(source).suffix.lower()
+    if not source.startswith(HUB) and kind not in (_TEXT_FILE, *_TABLES):
+        raise TextError(
+            f"measure.text: expected `retention`, a file ending in {', '.join((_TEXT_FILE, *_TABLES))}, or "
+            f"{HUB}org/name, got {source!r}"
+        )
+    if kind == _TEXT_FILE and not source.startswith(HUB):
         try:
             whole = Path(source).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
@@ -50,7 +57,17 @@ def read_texts(source: str, *, column: str = "text", split: str = "train", subse
         broken = [f"row {row.row}: {row.problem}" for row in table.rows if row.problem]
         if broken:
             raise TextError(f"measure.text: {source}: {len(broken)} rows cannot be read: {'; '.join(broken[:3])}")
-        found = [str(value).strip() for row in table.rows if (value := row.values.get(column)) is not None]
+        found = []
+        for row in table.rows:
+            value = row.values.get(column)
+            if value is None:
+                continue
+            if not isinstance(value, str):  # its repr would be scored
+                raise TextError(
+                    f"measure.text: {source}: row {row.row}: {column}: expected a text, got "
+                    f"{type(value).__name__}; name a column of texts in measure.text_column"
+                )
+            found.append(value.strip())
     texts = [text for text in found if text]
     if not texts:
         raise TextError(f"measure.text: expected texts in {source}, found none")

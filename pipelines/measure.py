@@ -7,7 +7,7 @@ The model is loaded once, as it was trained on (4 bit where training was); the b
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,10 @@ from trainers.models import load_base_model, load_tokenizer
 RETENTION = "retention"
 WATCHED = Path("inputs")
 MEASURED, REFERENCE = "measured.json", "alignment.npz"
-DEFINED = {**perplexity.METRICS, **drift.METRICS, **alignment.METRICS}
+GENERAL = "answers of the retention questions", "held-out general text"
 SUMMARY = (
-    "perplexity update_norm effective_rank drift_relative alignment_index alignment_p_value delta_alignment_index"
+    "perplexity update_norm effective_rank drift_relative alignment_index alignment_p_value delta_alignment_index "
+    "delta_alignment_p_value"
 ).split()
 # Largest relative difference between the base's loss and that of the model with its adapter off, by dtype of the
 # weights: what is computed is the same, rounding may not be.
@@ -50,10 +51,17 @@ BASE_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3, "float16": 5e-3}
 
 @dataclass
 class Found:
-    """Rows of measured.json."""
+    """Rows of measured.json.
 
+    Attributes:
+        texts: What the perplexity is of, in words.
+        notes: What went wrong, one sentence each.
+    """
+
+    texts: str = GENERAL[1]
     metrics: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, split: str, values: Mapping[str, float], n: int) -> None:
         """Figures of the whole model, from `n` tokens, modules or prompts."""
@@ -65,8 +73,9 @@ class Found:
 
     def defined(self) -> dict[str, dict[str, str]]:
         """Unit, direction and meaning of every figure."""
+        known = {**perplexity.metrics(self.texts), **drift.METRICS, **alignment.METRICS}
         names = dict.fromkeys(row["name"] for row in [*self.metrics, *self.layers])
-        return {n: dict(zip(("unit", "direction", "description"), DEFINED[n], strict=True)) for n in names}
+        return {n: dict(zip(("unit", "direction", "description"), known[n], strict=True)) for n in names}
 
 
 def finite(value: float) -> float | None:
@@ -100,8 +109,8 @@ def general_texts(section: Measure, tokenizer: Any, template: str, most: int) ->
     return kept, sum(len(text.ids) > most or text.scored_from >= len(text.ids) for text in made)
 
 
-def safety_prompts(section: Measure) -> list[prompts.Prompt]:
-    """The prompts of the Alignment Quality Index.
+def safety_prompts(section: Measure) -> prompts.PromptSet:
+    """The prompts of the Alignment Quality Index that are asked.
 
     Raises:
         PromptError, SourceError: they cannot be used.
@@ -114,12 +123,16 @@ def safety_prompts(section: Measure) -> list[prompts.Prompt]:
         split=section.prompts_split,
         subset=section.prompts_subset,
     )
-    return prompts.choose(found, section.max_prompts)
+    return replace(found, prompts=prompts.choose(found.prompts, section.max_prompts))
 
 
-def add_general(found: Found, read: TextFigures) -> None:
-    """Perplexity and drift."""
-    found.add("general", {"perplexity": read.loss.perplexity, "loss": read.loss.mean}, read.loss.tokens)
+def add_general(found: Found, read: TextFigures, resamples: int) -> None:
+    """Perplexity with its interval over so many resamples, and drift."""
+    low, high = perplexity.perplexity_interval(read.by_text, resamples=resamples)
+    values = {"perplexity": read.loss.perplexity, "perplexity_low": low, "perplexity_high": high}
+    found.add("general", {**values, "loss": read.loss.mean}, read.loss.tokens)
+    if not math.isfinite(read.loss.mean):
+        found.notes.append(f"the loss on {found.texts} is not finite")
     if read.base_loss is None:
         return
     layers = list(zip(read.relative, read.cosine, strict=True))
@@ -133,6 +146,10 @@ def add_weights(found: Found, model: Any) -> None:
     """Size and ranks of the update."""
     updates = list(drift.updates(model))
     found.add("weights", drift.summarize(updates), len(updates))
+    broken = [update.name for update in updates if math.isnan(update.norm)]
+    if broken:
+        modules = ", ".join([*broken[:5], *([f"… and {len(broken) - 5} more"] if len(broken) > 5 else [])])
+        found.notes.append(f"the adapter holds NaN or infinity: training diverged; modules {modules}")
     for update in updates:
         found.add_layer("weights", update.name, update.figures())
 
@@ -179,7 +196,11 @@ def add_alignment(
         reference.save(folder / REFERENCE)
     else:
         reference = alignment.Reference.load(measured_dir(BASE_ARM, 0) / REFERENCE, key)
-    measured = alignment.measure(states, plan, reference, weight=section.index_weight, is_base=is_base)
+    if is_base or np.isfinite(states).all():
+        measured = alignment.measure(states, plan, reference, weight=section.index_weight, is_base=is_base)
+    else:  # a result like others: the report shows that nothing could be computed
+        found.notes.append("hidden states of prompts hold NaN or infinity; there is no Alignment Quality Index")
+        measured = alignment.unknown(len(layers))
     found.add("alignment", measured.overall, len(asked))
     for number, values in zip(layers, measured.layers, strict=True):
         found.add_layer("alignment", f"layer {number}", values)
@@ -211,7 +232,8 @@ def run(params: Params, arm: str, seed: int) -> None:
     section, template, is_base = params.measure, prompt_text(params.prompt), arm == BASE_ARM
     if not is_base:
         check_arm(arm)
-    chosen = safety_prompts(section)  # first, since a user's file may be what is wrong
+    asked_for = safety_prompts(section)  # first, since a user's file may be what is wrong
+    chosen = asked_for.prompts
     own = [Path(name) for name in (section.prompts, section.text) if Path(name).is_file()]
     for file in own:
         if not file.resolve().is_relative_to(WATCHED.resolve()):
@@ -223,14 +245,14 @@ def run(params: Params, arm: str, seed: int) -> None:
     with staged(measured_dir(arm, seed)) as folder:
         record = RunRecord("measure", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=template)
         model, tokenizer, mark = load_model(params, arm, seed)
-        config, found = model.config.get_text_config(), Found()
+        config, found = model.config.get_text_config(), Found(GENERAL[section.text != RETENTION])
         most = min(section.max_tokens, getattr(config, "max_position_embeddings", section.max_tokens))
 
         if not is_base:
             add_weights(found, model)  # first: on a CPU bitsandbytes packs 4-bit weights anew at the first pass
         general, cut = general_texts(section, tokenizer, template, most)
         read = read_texts(model, general, batch_size=section.batch_size)
-        add_general(found, read)
+        add_general(found, read, section.bootstrap)
         if not is_base:
             check_base(read, str(model.dtype).removeprefix("torch."))
 
@@ -245,23 +267,27 @@ def run(params: Params, arm: str, seed: int) -> None:
         layers = add_alignment(found, section, model, asked, plan, mark, folder)
 
         content = {"schema": 1, "arm": arm, "seed": seed, "metrics": found.metrics, "metric_defs": found.defined()}
-        write_json(folder / MEASURED, {**content, "layers": found.layers})
+        write_json(folder / MEASURED, {**content, "layers": found.layers, "notes": found.notes})
         record.extra = {
             "texts": len(general),
             "texts_cut_or_left_out": cut,
             "prompts": len(chosen),
+            "prompt_rows_left_out": asked_for.rows_left_out,
             "prompts_cut": sum(len(ids) > most for ids in whole),
             "prompts_in_pairs": plan.paired,
             "layers": layers,
+            "notes": found.notes,
         }
         record.write(folder)
+    for note in found.notes:
+        print(f"measure {arm}-{seed}: {note}")
     values = {row["name"]: row["value"] for row in found.metrics}
     print(json.dumps({name: values[name] and round(values[name], 4) for name in SUMMARY if name in values}))
 
 
 def main(arm: ArmOption, seed: SeedOption = 0) -> None:
     """Measure one arm with one seed, or the base."""
-    main_for(f"measure {arm}-{seed}", lambda: run(load_params(), arm, seed))
+    main_for("measure", lambda: run(load_params(), arm, seed), arm, seed)
 
 
 if __name__ == "__main__":

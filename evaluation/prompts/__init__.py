@@ -3,6 +3,9 @@
 alignment.jsonl holds 60 matched pairs that we wrote: one topic and form, once harmless, once not, over the seven axes
 of LITMUS (civility, duty, empathy, information, justice, well-being, wisdom), of equal mean length. The unsafe ones are
 requests only and hold no operational detail.
+
+A row that cannot be used refuses a user's file, whose owner can mend it. Nobody here can mend a hub data set: its bad
+rows are left out and counted, up to MOST_LEFT_OUT of all.
 """
 
 from collections import Counter, defaultdict
@@ -10,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.sources.readers import read_table
+from evaluation.sources.readers import HUB, read_table
 from evaluation.sources.types import RawRow, SourceSpec, suggest
 
 SHIPPED = "shipped"
@@ -18,6 +21,7 @@ SHIPPED_FILE = Path(__file__).with_name("alignment.jsonl")
 FIELDS = ("prompt", "label", "category", "pair")
 NEEDED = ("prompt", "label")
 LEAST = 10
+MOST_LEFT_OUT = 0.05
 _SHOWN = 5
 
 
@@ -46,6 +50,19 @@ class Prompt:
     pair: str | None = None
 
 
+@dataclass(frozen=True)
+class PromptSet:
+    """What a source holds.
+
+    Attributes:
+        prompts: In the source's order.
+        rows_left_out: Of a hub data set, since they cannot be used; 0 for files.
+    """
+
+    prompts: list[Prompt]
+    rows_left_out: int = 0
+
+
 def read_prompts(
     source: str,
     *,
@@ -54,7 +71,7 @@ def read_prompts(
     unsafe_label: str = "unsafe",
     split: str = "train",
     subset: str | None = None,
-) -> list[Prompt]:
+) -> PromptSet:
     """All prompts of a source, in its order.
 
     Args:
@@ -68,7 +85,8 @@ def read_prompts(
 
     Raises:
         SourceError: the file or data set cannot be read at all.
-        PromptError: a column is missing, a row is unusable, or a class has fewer than LEAST prompts.
+        PromptError: a column is missing, a row of a file is unusable (of a hub data set: more than MOST_LEFT_OUT of
+            its rows), or a class has fewer than LEAST prompts.
     """
     shipped = source == SHIPPED
     file = str(SHIPPED_FILE) if shipped else source
@@ -94,8 +112,17 @@ def read_prompts(
         else:
             problems.append(made)
     texts = Counter(prompt.text for prompt in prompts)
-    both = [t for t in texts if texts[t] > 1 and len({p.unsafe for p in prompts if p.text == t}) == 2]
-    problems += [f"{text[:60]!r} is both safe and unsafe; keep one" for text in both]
+    both = {p.text for p in prompts if not p.unsafe} & {p.text for p in prompts if p.unsafe}
+    problems += [f"{text[:60]!r} is both safe and unsafe; keep one" for text in texts if text in both]
+    lost = 0
+    if source.startswith(HUB) and problems:
+        prompts = [prompt for prompt in prompts if prompt.text not in both]
+        lost = len(table.rows) - len(prompts)
+        if lost <= MOST_LEFT_OUT * len(table.rows):
+            problems = []
+        else:
+            share = f"{lost} of {len(table.rows)} rows cannot be used, expected at most {MOST_LEFT_OUT:.0%}"
+            problems = [share, *problems]
     if not problems:
         for label, unsafe in labels.items():
             n = sum(prompt.unsafe == unsafe for prompt in prompts)
@@ -103,7 +130,7 @@ def read_prompts(
                 problems.append(f"expected at least {LEAST} prompts labelled {label!r}, got {n}")
     if problems:
         raise PromptError(source, problems)
-    return prompts
+    return PromptSet(prompts, lost)
 
 
 def _prompt(raw: RawRow, names: Mapping[str, str], labels: Mapping[str, bool]) -> Prompt | str:

@@ -193,35 +193,33 @@ def test_constants_of_the_base_keep_the_ranking_that_min_max_per_model_reverses(
     assert minmax["a"] < minmax["b"]
 
 
-@pytest.mark.parametrize("distance", [0.0, 0.5, 1.5])
-def test_the_interval_covers_the_expected_index(distance):
-    """At least 95% of the intervals hold the mean over many samples of the same size, and they are not far too wide."""
+@pytest.mark.parametrize(("distance", "widest"), [(0.0, 1.35), (0.5, 1.35), (1.5, 1.45)])
+def test_the_interval_covers_the_expected_index(distance, widest):
+    """At least 95% of the intervals hold the mean over many samples of the same size, and they are not far too wide.
+
+    The constants are fixed on each sample itself, as the base's are. Where classes lie far apart, that takes some of
+    the index's own variance away, which the interval does not know.
+    """
     y, noise = labels(30, 30), RNG(0)
-    fixed = fix(planted(distance, n=30, noise=noise), y)
-    found = [
-        measured(planted(distance, n=30, noise=noise), y, reference=fixed, permutations=1, seed=seed).overall
-        for seed in range(200)
-    ]
+    found = [measured(planted(distance, n=30, noise=noise), y, seed=seed).overall for seed in range(200)]
     values = [f["alignment_index"] for f in found]
     covered = [f["alignment_index_low"] <= np.mean(values) <= f["alignment_index_high"] for f in found]
     assert 0.94 <= np.mean(covered)
     # Two normal quantiles; a plain bootstrap's width is 1.4 to 1.75 times the right one here.
     width = np.mean([f["alignment_index_high"] - f["alignment_index_low"] for f in found])
-    assert 0.9 < width / (2 * 1.96 * np.std(values)) < 1.35
+    assert 0.9 < width / (2 * 1.96 * np.std(values)) < widest
     assert all(f["alignment_index_low"] < f["alignment_index"] < f["alignment_index_high"] for f in found)
 
 
 def test_the_interval_of_the_difference_covers_the_expected_difference():
+    """The constants are fixed on the base of each sample, as they are in use."""
     y, noise = labels(30, 30), RNG(0)
-    units = fix(planted(1.0, n=30, noise=noise), y)
     found = []
     for seed in range(200):
         base = planted(1.0, n=30, noise=noise)
         arm = base + 0.3 * noise.normal(size=base.shape)
         arm[:, 30:, 0] += 0.2
-        own = clusters.gram(units.normalise(base))
-        reference = alignment.Reference(units.centre, units.scale, units.chance, own)
-        found.append(measured(arm, y, reference=reference, permutations=1, seed=seed).overall)
+        found.append(measured(arm, y, reference=fix(base, y, seed=seed), seed=seed).overall)
     values = [f["delta_alignment_index"] for f in found]
     low, high = ([f[f"delta_alignment_index_{end}"] for f in found] for end in ("low", "high"))
     assert 0.93 <= np.mean((np.array(low) <= np.mean(values)) & (np.mean(values) <= np.array(high)))
@@ -238,8 +236,9 @@ def test_the_difference_to_the_base_is_paired():
     arm = base + 0.1 * RNG(5).normal(size=base.shape)
     arm[:, 40:, 0] += 0.2
     found = measured(arm, y, reference=fixed).overall
-    of_base = measured(base, y, reference=fixed).overall["alignment_index"]
-    assert found["delta_alignment_index"] == pytest.approx(found["alignment_index"] - of_base, rel=1e-9)
+    assert itself["delta_alignment_p_value"] == 1.0
+    above = [f["alignment_index"] - f["alignment_null_mean"] for f in (found, itself)]
+    assert found["delta_alignment_index"] == pytest.approx(above[0] - above[1], rel=1e-9)
     width = found["delta_alignment_index_high"] - found["delta_alignment_index_low"]
     assert width < 0.5 * (found["alignment_index_high"] - found["alignment_index_low"])
     assert found["delta_alignment_index_low"] > 0

@@ -91,6 +91,20 @@ def test_an_update_of_zero_has_no_rank():
     assert summarize([*found, known])["effective_rank"] == pytest.approx(2), "over what can be computed"
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_diverged_adapter_has_no_size(factor, value):
+    model = trained(small_model())
+    broken = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    getattr(broken, factor)["default"].weight.data[1, 2] = value
+    found = {update.name: update for update in updates(model)}
+    figures = found["layers.1.self_attn.q_proj"].figures()
+    assert {name for name, v in figures.items() if math.isnan(v)} == set(figures) - {"rank"}
+    assert sum(math.isnan(update.norm) for update in found.values()) == 1, "the others are as they were"
+    whole = summarize(list(found.values()))
+    assert {name for name, v in whole.items() if math.isnan(v)} == set(figures) - {"rank"} and whole["rank"] == 4
+
+
 def states_of(model, text):
     with torch.no_grad():
         out = model(input_ids=torch.tensor([text.ids]), output_hidden_states=True)

@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evaluation.hidden import Encoded, read_texts
-from evaluation.perplexity import LossSum
+from evaluation.perplexity import LossSum, perplexity_interval
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,8 @@ def test_the_loss_is_transformers_own_over_the_scored_tokens(model, batch_size):
     assert found.loss.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
     assert expected != pytest.approx(sum(loss for loss, _ in parts) / len(parts), rel=1e-3), "no mean over texts"
     assert found.base_loss is None and found.relative == []
+    each = [(of_text.mean, of_text.tokens) for of_text in found.by_text]
+    assert each == [(pytest.approx(loss, rel=1e-5), n) for loss, n in parts], "of each text, in their order"
 
 
 def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large(model):
@@ -66,3 +69,33 @@ def test_sums_of_losses():
     assert (total.mean, total.perplexity) == (0.5, math.exp(0.5))
     assert math.isnan(LossSum().mean) and math.isnan(LossSum().perplexity)
     assert LossSum(1e6, 1).perplexity == math.inf
+
+
+def drawn(noise, n):
+    """Texts of unlike lengths, each with a level of its own; the expected loss over all tokens is 2 nats."""
+    tokens = noise.integers(5, 200, size=n)
+    level = noise.normal(2.0, 0.4, size=n)
+    return [LossSum(float(a * t + noise.normal(0, np.sqrt(t))), int(t)) for a, t in zip(level, tokens, strict=True)]
+
+
+def test_the_interval_covers_the_perplexity_of_such_texts():
+    noise = np.random.default_rng(3)
+    found = [perplexity_interval(drawn(noise, 80), resamples=300, seed=seed) for seed in range(300)]
+    assert 0.91 <= np.mean([low <= math.exp(2) <= high for low, high in found]) <= 0.98
+    few, many = drawn(noise, 30), drawn(noise, 3000)
+    width = [high - low for low, high in (perplexity_interval(t, resamples=300) for t in (few, many))]
+    assert width[0] > 5 * width[1], "it shrinks with the number of texts"
+
+
+def test_the_interval_resamples_whole_texts():
+    """One long text among short ones: tokens as draws of their own would hide it."""
+    texts = [LossSum(100.0, 100), *(LossSum(0.3, 1) for _ in range(9))]
+    low, high = perplexity_interval(texts, resamples=2000)
+    assert low == pytest.approx(math.exp(0.3)), "in a third of the resamples the long text is missing"
+    assert 0.9 < math.log(high) < 1
+    assert perplexity_interval(texts, resamples=2000) == (low, high), "same seed, same draws"
+
+
+def test_there_is_no_interval_of_one_text_or_of_nan():
+    for texts in ([LossSum(3.0, 2)], [LossSum(3.0, 2), LossSum(math.nan, 2)], [LossSum(math.inf, 2)] * 3):
+        assert all(map(math.isnan, perplexity_interval(texts, resamples=100)))

@@ -6,8 +6,9 @@ from statistics import mean
 
 import pytest
 
+from evaluation import prompts, texts
 from evaluation.prompts import Prompt, PromptError, choose, read_prompts
-from evaluation.sources.types import SourceError
+from evaluation.sources.types import RawRow, SourceError, Table
 from evaluation.texts import TextError, read_texts, spread
 
 
@@ -23,7 +24,7 @@ def rows(n=10, **changes):
 
 
 def test_the_shipped_prompts_are_matched_pairs_over_the_axes_of_litmus():
-    found = read_prompts("shipped")
+    found = read_prompts("shipped").prompts
     assert Counter(p.unsafe for p in found) == {False: 60, True: 60}
     assert len({p.text for p in found}) == 120
     axes = Counter(p.category for p in found if p.unsafe)
@@ -44,14 +45,15 @@ def test_columns_and_labels_of_a_user_s_file(tmp_path):
     lines = ["input,safety_label,axiom", *(",".join(row.values()) for row in data)]
     (tmp_path / "p.csv").write_text("\n".join(lines), encoding="utf-8")
     for file in (write(tmp_path / "p.jsonl", data), str(tmp_path / "p.csv")):
-        found = read_prompts(file, columns=columns)
+        found = read_prompts(file, columns=columns).prompts
         assert len(found) == 20 and found[1] == Prompt("Tell me about unsafe thing 0.", True, "Duty", None)
     ones = write(tmp_path / "n.jsonl", [{**r, "label": int(r["label"] == "safe")} for r in rows()])
-    assert sum(p.unsafe for p in read_prompts(ones, safe_label="1", unsafe_label="0")) == 10
+    assert sum(p.unsafe for p in read_prompts(ones, safe_label="1", unsafe_label="0").prompts) == 10
 
 
 def test_columns_of_a_user_s_file_do_not_apply_to_the_shipped_set():
-    assert len(read_prompts("shipped", columns={"prompt": "input"}, safe_label="ok", unsafe_label="bad")) == 120
+    found = read_prompts("shipped", columns={"prompt": "input"}, safe_label="ok", unsafe_label="bad")
+    assert len(found.prompts) == 120 and found.rows_left_out == 0
 
 
 @pytest.mark.parametrize(
@@ -88,8 +90,31 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
         read_prompts(write(tmp_path / "c.jsonl", rows()), columns={"category": "kind"})
 
 
+def as_hub(monkeypatch, module, made):
+    """What a hub data set of these rows is read as."""
+    table = Table(list(made[0]), [RawRow(n, None, row) for n, row in enumerate(made, start=1)])
+    monkeypatch.setattr(module, "read_table", lambda _spec: table)
+
+
+def test_a_few_bad_rows_of_a_hub_data_set_are_left_out_and_counted(monkeypatch):
+    """Nobody here can mend it. Of a file they are refused: above."""
+    bad = [{"prompt": " ", "label": "safe"}, {"prompt": None, "label": "unsafe"}, {"prompt": "x", "label": "?"},
+           {"prompt": rows()[0]["prompt"], "label": "unsafe"}]  # fmt: skip
+    good = rows(48)  # 5 of 100 rows are lost: just allowed
+    as_hub(monkeypatch, prompts, [*bad, *good])
+    found = read_prompts("hub:some/set")
+    assert found.rows_left_out == 5, "of a text in both classes both rows"
+    assert [p.text for p in found.prompts] == [row["prompt"] for row in good[1:]]
+    as_hub(monkeypatch, prompts, [*bad, {"prompt": "", "label": "safe"}, *good])
+    with pytest.raises(PromptError, match="(?s)6 of 101 rows cannot be used, expected at most 5%.*row 1: prompt"):
+        read_prompts("hub:some/set")
+    as_hub(monkeypatch, prompts, [row for row in rows(200) if row["label"] == "safe"])
+    with pytest.raises(PromptError, match="at least 10 prompts labelled 'unsafe', got 0"):
+        read_prompts("hub:some/set")
+
+
 def test_a_choice_is_even_over_the_categories_and_keeps_pairs():
-    found = read_prompts("shipped")
+    found = read_prompts("shipped").prompts
     assert choose(found, 60) == found
     few = choose(found, 21)
     assert Counter((p.unsafe, p.category) for p in few) == {
@@ -118,3 +143,19 @@ def test_general_texts_of_a_file(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text"\n')
     with pytest.raises(TextError, match="1 rows cannot be read: row 2"):
         read_texts(str(tmp_path / "b.jsonl"))
+    for value, kind in ((["a"], "list"), ({"a": 1}, "dict"), (3, "int")):
+        file = write(tmp_path / "o.jsonl", [{"text": "a"}, {"text": value}])
+        with pytest.raises(TextError, match=f"row 2: text: expected a text, got {kind}; name a column of texts"):
+            read_texts(file)
+    for name in ("t.pdf", "t", "retentoin"):
+        with pytest.raises(TextError, match=r"expected `retention`, a file ending in \.txt, \.csv.*or hub:org/name"):
+            read_texts(str(tmp_path / name))
+
+
+def test_general_texts_of_the_hub(monkeypatch):
+    """As wikitext has them: empty lines between paragraphs."""
+    as_hub(monkeypatch, texts, [{"text": ""}, {"text": " = Title = \n"}, {"text": None}, {"text": "A paragraph.\n"}])
+    assert read_texts("hub:Salesforce/wikitext", split="test") == ["= Title =", "A paragraph."]
+    as_hub(monkeypatch, texts, [{"text": ["a", "b"]}])
+    with pytest.raises(TextError, match="expected a text, got list"):
+        read_texts("hub:some/set.txt")

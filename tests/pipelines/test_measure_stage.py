@@ -23,7 +23,9 @@ SMOKE = profile.compose("smoke", ROOT / "profiles")
 INDEX = ["alignment_index", "alignment_index_low", "alignment_index_high", "alignment_null_mean", "alignment_null_low",
          "alignment_null_high", "alignment_p_value"]  # fmt: skip
 CLUSTERS = ["calinski_harabasz", "xie_beni", "silhouette", "davies_bouldin", "dunn"]
-DELTA = ["delta_alignment_index", "delta_alignment_index_low", "delta_alignment_index_high"]
+DELTA = ["delta_alignment_index", "delta_alignment_index_low", "delta_alignment_index_high",
+         "delta_alignment_null_low", "delta_alignment_null_high", "delta_alignment_p_value"]  # fmt: skip
+GENERAL = ["loss", "perplexity", "perplexity_high", "perplexity_low"]
 WEIGHTS = ["update_norm", "update_norm_relative", "effective_rank", "stable_rank", "rank"]
 DRIFT = ["drift_relative", "drift_cosine"]
 
@@ -78,7 +80,11 @@ def test_the_base_s_figures(here):
     found = content("base")
     assert (found["schema"], found["arm"], found["seed"]) == (1, "base", 0)
     assert {row["split"] for row in found["metrics"]} == {"general", "alignment"}
-    assert names(found["metrics"], "general") == ["loss", "perplexity"]
+    assert names(found["metrics"], "general") == GENERAL
+    assert value("base", "perplexity_low") < value("base", "perplexity") < value("base", "perplexity_high")
+    assert found["notes"] == []
+    described = [found["metric_defs"][name]["description"] for name in GENERAL]
+    assert all("answers of the retention questions" in words for words in described)
     assert names(found["metrics"], "alignment") == sorted(INDEX + CLUSTERS)
     assert {row["layer"] for row in found["layers"]} == {"layer 1", "layer 2"}
     assert math.log(value("base", "perplexity")) == pytest.approx(value("base", "loss"))
@@ -88,7 +94,7 @@ def test_the_base_s_figures(here):
 
 def test_an_arm_s_figures(here):
     found = content()
-    by_split = {"general": ["loss", "perplexity"], "weights": WEIGHTS, "hidden": DRIFT,
+    by_split = {"general": GENERAL, "weights": WEIGHTS, "hidden": DRIFT,
                 "alignment": INDEX + CLUSTERS + DELTA}  # fmt: skip
     for split, expected in by_split.items():
         assert names(found["metrics"], split) == sorted(expected)
@@ -102,8 +108,9 @@ def test_an_arm_s_figures(here):
     assert all(set(d) == {"unit", "direction", "description"} for d in found["metric_defs"].values())
     rank = json.loads(Path("adapters/baseline_lora/0/adapter_config.json").read_text())["r"]
     assert value("baseline_lora", "rank") == rank and 1 <= value("baseline_lora", "effective_rank") <= rank
-    delta = value("baseline_lora", "alignment_index") - value("base", "alignment_index")
-    assert value("baseline_lora", "delta_alignment_index") == pytest.approx(delta)
+    arm, base = (value(arm, "alignment_index") - value(arm, "alignment_null_mean") for arm in ("baseline_lora", "base"))
+    assert value("baseline_lora", "delta_alignment_index") == pytest.approx(arm - base)
+    assert 0 < value("baseline_lora", "delta_alignment_p_value") <= 1
     assert value("baseline_lora", "drift_relative") > 0.01 and value("baseline_lora", "update_norm") > 0
     record = json.loads(Path("measured/baseline_lora/0/run.json").read_text())
     assert (record["stage"], record["status"], record["arm"], record["seed"]) == (
@@ -121,6 +128,29 @@ def test_the_same_again_gives_the_same_bytes(here, raw):
     assert {f: f.read_bytes() for f in files} == before and len(before) == 3
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_diverged_adapter_is_measured_as_far_as_it_can_be(here, raw, capsys, bad):
+    """The report must show the arm, not miss it: nulls, a note, and what is known of the base and the settings."""
+    from safetensors.torch import load_file, save_file
+
+    file = "adapters/baseline_lora/0/adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "layers.1.mlp.down_proj.lora_B" in name)
+    tensors[name][0, 0] = bad
+    save_file(tensors, file, metadata={"format": "pt"})
+    measure.run(parse_params(raw), "baseline_lora", 0)
+    found = content()
+    known = {row["name"] for row in found["metrics"] if row["value"] is not None}
+    assert known == {"rank"}
+    assert len(found["metrics"]) == len(GENERAL + WEIGHTS + DRIFT + INDEX + CLUSTERS + DELTA)
+    kept = {row["layer"] for row in found["layers"] if row["name"] == "update_norm" and row["value"] is not None}
+    assert len(kept) == 5 and "layers.1.mlp.down_proj" not in kept
+    assert "training diverged; modules layers.1.mlp.down_proj" in found["notes"][0] and len(found["notes"]) == 3
+    assert found["notes"][0] in capsys.readouterr().out
+    record = json.loads(Path("measured/baseline_lora/0/run.json").read_text())
+    assert record["status"] == "finished" and record["extra"]["notes"] == found["notes"]
+
+
 def test_it_runs_as_a_command(here):
     Path("params.yaml").write_text(SMOKE)
     done = subprocess.run(
@@ -130,6 +160,8 @@ def test_it_runs_as_a_command(here):
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout.splitlines()[-1])
     assert shown["update_norm"] == round(value("baseline_lora", "update_norm"), 4)
+    start = json.loads(next(Path("attempts").glob("*.json")).read_text())
+    assert (start["stage"], start["arm"], start["seed"], start["status"]) == ("measure", "baseline_lora", 0, "finished")
 
 
 def test_a_base_in_4_bit(here, raw):
@@ -187,6 +219,7 @@ def test_own_prompts_and_texts(here, raw, capsys):
     assert {"inputs/p.jsonl", "t.txt"} <= set(record["inputs"])
     assert (record["extra"]["texts"], record["extra"]["texts_cut_or_left_out"]) == (2, 1)
     assert record["extra"]["prompts_in_pairs"] is False and record["extra"]["layers"] == [1]
+    assert "held-out general text" in content()["metric_defs"]["perplexity"]["description"]
     general = next(r for r in content()["metrics"] if r["name"] == "loss")
     hidden = next(r for r in content()["metrics"] if r["name"] == "drift_relative")
     assert 39 < general["n"] == hidden["n"] - 2, "all tokens count, save the first of each text"
