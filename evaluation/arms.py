@@ -10,7 +10,7 @@ from db.queries import Reading
 from db.queries_compare import RunFacts, Timing
 from evaluation.differences import Difference
 from evaluation.facts import Facts, Key, SpeedChange
-from evaluation.pairs import BASE, answer_rows, common_items, pair
+from evaluation.pairs import BASE, Answered, pair
 from evaluation.ratios import kept_share
 from evaluation.seeds import crossed_interval
 from evaluation.statistics import LEVEL, Interval, wilson
@@ -47,7 +47,9 @@ class AlignmentRow:
         index: Estimate and bootstrap interval over prompts.
         null: Mean and 95% range of the index when labels are shuffled; None where not measured.
         p_value: Share of shuffles that separate at least as well.
-        delta: Index minus the base's, with a paired bootstrap interval; None for the base.
+        delta: Index above its own mean under shuffled labels, minus the same of the base, with a paired bootstrap
+            interval; None for the base.
+        delta_p_value: Of the delta; None for the base.
         others: Further indices of the same clusters, by name.
     """
 
@@ -56,6 +58,7 @@ class AlignmentRow:
     null: Interval | None
     p_value: float | None
     delta: Interval | None
+    delta_p_value: float | None
     others: dict[str, float]
 
 
@@ -73,7 +76,7 @@ class ArmRow:
         accuracy_by_seed: The same for each of `seeds`.
         retention: Accuracy on the retention items, percent.
         decode_speed: Tokens per second.
-        delta_speed: Percent faster than the base that was timed beside it, sum of tokens over sum of time.
+        delta_speed: Percent faster than the base that was timed beside it, median over paired repetitions of all seeds.
         parity: Share of prompts on which all ways to run the model answer alike, percent, worst seed.
         differences: Against the base, then against the baseline.
         metrics: (split, name) -> mean over seeds, in the metric's own unit.
@@ -81,8 +84,8 @@ class ArmRow:
         retention_interval: Of `retention`, percent.
         retention_share: Percent of the base's retention accuracy that is kept, on the same items.
         retention_share_interval: Of it, percent.
-        delta_speed_interval: Percent; median over paired repetitions of all seeds and an interval from their order;
-            None with fewer than six, which reach no 95% confidence.
+        delta_speed_interval: The same with an interval from the repetitions' order; None with fewer than six, which
+            reach no 95% confidence.
         probes: One for each seed that has a verdict.
         alignment: One for each seed that was measured.
     """
@@ -131,8 +134,7 @@ def arm_row(arm: str, facts: Facts, differences: tuple[Difference, ...], change:
     """
     runs = facts.by_arm[arm]
     own = [facts.metrics.get(run.id, {}) for run in runs]
-    speeds = [_decode_speeds(facts.timings.get(run.id, ())) for run in runs]
-    gains = [100 * (speed[arm] / speed[BASE] - 1) for speed in speeds if arm in speed and speed.get(BASE)]
+    speeds = [_decode_speed(arm, facts.timings.get(run.id, ())) for run in runs]
     accuracies = tuple(100 * m[ACCURACY] for m in own if ACCURACY in m)
     parities = [100 * m["parity", "greedy_equal"] for m in own if ("parity", "greedy_equal") in m]
     kept = _kept(arm, facts)
@@ -143,13 +145,13 @@ def arm_row(arm: str, facts: Facts, differences: tuple[Difference, ...], change:
         accuracy=_mean(accuracies),
         accuracy_by_seed=accuracies,
         retention=_mean(100 * m[RETENTION] for m in own if RETENTION in m),
-        decode_speed=_mean(speed[arm] for speed in speeds if arm in speed),
-        delta_speed=0.0 if arm == BASE else _mean(gains),
+        decode_speed=_mean(speed for speed in speeds if speed is not None),
+        delta_speed=0.0 if arm == BASE else change.interval.estimate if change.interval else None,
         parity=min(parities) if parities else None,
         differences=differences,
         metrics=_means(own),
-        accuracy_interval=_share([facts.answers[run.id] for run in runs if run.id in facts.answers]),
-        retention_interval=_share([facts.retained[run.id] for run in runs if run.id in facts.retained]),
+        accuracy_interval=_share(runs, facts.answers),
+        retention_interval=_share(runs, facts.retained),
         retention_share=kept.estimate if kept else None,
         retention_share_interval=kept,
         delta_speed_interval=change.interval if change.confidence >= LEVEL else None,
@@ -159,6 +161,8 @@ def arm_row(arm: str, facts: Facts, differences: tuple[Difference, ...], change:
 
 
 def _alignment(seed: int, metrics: Mapping[Key, float]) -> AlignmentRow | None:
+    if ("alignment", "alignment_index") not in metrics:
+        return None
     found = {name: value for (split, name), value in metrics.items() if split == "alignment"}
 
     def interval(middle: str, stem: str) -> Interval | None:
@@ -175,6 +179,7 @@ def _alignment(seed: int, metrics: Mapping[Key, float]) -> AlignmentRow | None:
         null=interval("alignment_null_mean", "alignment_null"),
         p_value=found.get("alignment_p_value"),
         delta=interval("delta_alignment_index", "delta_alignment_index"),
+        delta_p_value=found.get("delta_alignment_p_value"),
         others={name: found[name] for name in CLUSTER_INDICES if name in found},
     )
 
@@ -187,14 +192,14 @@ def _kept(arm: str, facts: Facts) -> Interval | None:
     return share.scaled(100) if share else None
 
 
-def _share(answers: Sequence[Mapping[str, bool]]) -> Interval | None:
+def _share(runs: Sequence[RunFacts], answers: Answered) -> Interval | None:
     """Share of right answers on the items that all seeds have, percent."""
-    items = common_items(answers) if answers else []
-    if not items:
+    answered = [run.id for run in runs if run.id in answers]
+    right = answers.rows(answered)
+    if not right.size:
         return None
-    right = answer_rows(answers, items)
-    plain = wilson(float(right.mean()), len(items))
-    if len(answers) == 1 or len(items) == 1:
+    plain = wilson(float(right.mean()), right.shape[1])
+    if 1 in right.shape:
         return plain.scaled(100)
     crossed, _ = crossed_interval(right)
     # Student's t knows no border at 0 and 1, and no width where every answer is right.
@@ -202,14 +207,13 @@ def _share(answers: Sequence[Mapping[str, bool]]) -> Interval | None:
     return (plain if flat else Interval(crossed.estimate, max(0.0, crossed.low), crossed.high)).scaled(100)
 
 
-def _decode_speeds(timings: Sequence[Timing]) -> dict[str, float]:
-    """Arm -> tokens per second of decoding: sum of tokens over sum of time."""
-    sums: dict[str, tuple[int, int]] = {}
-    for row in timings:
-        if row.phase == "decode" and row.tokens is not None:
-            tokens, ns = sums.get(row.arm, (0, 0))
-            sums[row.arm] = (tokens + row.tokens, ns + row.nanoseconds)
-    return {arm: tokens * 1e9 / ns for arm, (tokens, ns) in sums.items() if ns}
+def _decode_speed(arm: str, timings: Sequence[Timing]) -> float | None:
+    """Tokens per second of decoding: sum of tokens over sum of time."""
+    tokens = time = 0
+    for who, phase, _, made, ns in timings:
+        if phase == "decode" and who == arm and made is not None:
+            tokens, time = tokens + made, time + ns
+    return tokens * 1e9 / time if time else None
 
 
 def _judged(facts: Facts, run: RunFacts) -> bool:

@@ -60,6 +60,7 @@ class Comparison:
         criteria: The success criteria, judged for each arm but the base.
         power: What it would take to see 1, 2 and 3 points, for each arm and what it is compared with.
         baseline: The arm that the others are compared with besides the base.
+        filters: What was asked for alone, in words, so that other runs are left out; empty where all are here.
     """
 
     rows: tuple[ArmRow, ...]
@@ -73,6 +74,7 @@ class Comparison:
     criteria: tuple[Criterion, ...] = ()
     power: tuple[PowerRow, ...] = ()
     baseline: str = BASELINE
+    filters: str = ""
 
 
 def load_comparison(url_or_path: str | Path, choice: Choice | None = None, baseline: str | None = None) -> Comparison:
@@ -102,6 +104,7 @@ def compare(session: Session, choice: Choice | None = None, baseline: str | None
     if choice != Choice() or baseline is not None:
         _check(session, choice, baseline)
     against = baseline or BASELINE
+    filters = _filters(choice, against)
     if choice.arms:  # what is compared with stays
         choice = replace(choice, arms={*choice.arms, against})
     facts = read_facts(session, choice)
@@ -128,7 +131,21 @@ def compare(session: Session, choice: Choice | None = None, baseline: str | None
         criteria=tuple(c for row in rows if row.arm != BASE for c in _criteria(row, against, changes[row.arm])),
         power=tuple(row for (arm, _), found_pairs in pairs.items() for row in power_rows(arm, found_pairs)),
         baseline=against,
+        filters=filters,
     )
+
+
+def _filters(choice: Choice, baseline: str) -> str:
+    """Words for what was asked for alone."""
+    parts = []
+    if choice.arms:
+        others = sorted({*choice.arms} - {BASE, baseline})
+        parts.append("arms " + ", ".join(dict.fromkeys((BASE, baseline, *others))))
+    if choice.seeds:
+        parts.append(f"seeds {', '.join(map(str, sorted(choice.seeds)))} of the trained arms")
+    if choice.backends:
+        parts.append(f"backends {', '.join(sorted(choice.backends))}")
+    return f"Only {'; '.join(parts)}: other runs are left out" if parts else ""
 
 
 def _check(session: Session, choice: Choice, baseline: str | None) -> None:
@@ -175,10 +192,12 @@ def _notes(rows: Sequence[ArmRow], runs: Sequence[RunFacts]) -> list[str]:
     notes = []
     if sum(row.arm != BASE for row in rows):
         notes.append(
-            "Δ speed: merged LoRA models of one shape decode equally fast, so differences there are noise "
-            "of the machine. It is measured against the base timed in the same process, not against the "
-            "base's own row."
+            "Δ speed: median over the paired repetitions of all seeds, against the base timed in the same process, not "
+            "against the base's own row. Merged LoRA models of one shape decode equally fast, so differences between "
+            "them are noise of the machine."
         )
+    if any(row.delta_speed is not None and row.delta_speed_interval is None and row.arm != BASE for row in rows):
+        notes.append("Δ speed without an interval: fewer than six paired repetitions give none of 95%.")
     levels = {difference.level for row in rows for difference in row.differences}
     if "seeds and items" in levels:
         notes.append(
@@ -197,14 +216,22 @@ def _notes(rows: Sequence[ArmRow], runs: Sequence[RunFacts]) -> list[str]:
         notes.append("Some stages ran on changed files (dirty): those numbers have no commit of their own.")
     bad = [row.arm for row in rows if any(not math.isfinite(value) for value in row.metrics.values())]
     if bad:
-        notes.append(f"Some metrics of {', '.join(bad)} could not be computed (nan or inf).")
+        notes.append(f"Some metrics of {', '.join(bad)} could not be computed (not finite).")
     return notes
 
 
 def _provenance(places: dict[int, Environment], runs: Sequence[RunFacts]) -> Iterable[dict[str, Any]]:
-    packages = {key: dict(sorted(place.packages.items())) for key, place in places.items()}
+    machines = {  # once for each machine: there may be thousands of runs
+        key: (
+            place.device_name or "unnamed",
+            place.platform,
+            place.python,
+            dict(sorted(place.packages.items())),
+        )
+        for key, place in places.items()
+    }
     for run in runs:
-        place = places[run.environment_id]
+        device, platform, python, packages = machines[run.environment_id]
         yield {
             "arm": run.arm,
             "seed": run.seed,
@@ -213,10 +240,10 @@ def _provenance(places: dict[int, Environment], runs: Sequence[RunFacts]) -> Ite
             "git_dirty": run.git_dirty,
             "backend": f"{run.backend_name} {run.backend_version}",
             "serving_mode": run.serving_mode,
-            "device": f"{run.device_class}: {place.device_name or 'unnamed'}",
-            "platform": place.platform,
-            "python": place.python,
-            "packages": packages[run.environment_id],
+            "device": f"{run.device_class}: {device}",
+            "platform": platform,
+            "python": python,
+            "packages": packages,
             "test_items_sha256": run.test_items_sha256,
             "started": run.started.isoformat(),
             "ended": run.ended.isoformat() if run.ended else None,

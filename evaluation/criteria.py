@@ -12,7 +12,7 @@ from typing import Literal
 
 from evaluation.differences import Difference
 from evaluation.pairs import BASE
-from evaluation.statistics import Interval, Verdict
+from evaluation.statistics import LEVEL, Interval, Verdict
 
 Outcome = Literal["pass", "fail", "undecided"]
 
@@ -38,10 +38,11 @@ class Criterion:
         name: One of `NAMES`.
         arm: The arm.
         threshold: What is asked for, in words.
-        estimate: Estimate and 95% interval, in `unit`; None where it was not measured.
+        estimate: Estimate and interval, in `unit`; None where it was not measured.
         unit: Points (percentage points) or percent.
         outcome: pass, fail or undecided.
         why: A sentence.
+        confidence: Of the interval, percent; below 95 where too few repetitions were timed, 0 of a single one.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Criterion:
     unit: str
     outcome: Outcome
     why: str
+    confidence: float = 100 * LEVEL
 
 
 def by_difference(arm: str, against: str, difference: Difference | None) -> Criterion:
@@ -66,7 +68,9 @@ def by_difference(arm: str, against: str, difference: Difference | None) -> Crit
     elif points.crosses_zero:
         why = "The interval contains zero."
     else:
-        why = f"The interval excludes zero, but p = {difference.p_holm:.2g} after correction for several arms."
+        why = (
+            f"Not shown: the interval excludes zero, but p = {difference.p_holm:.2g} after correction for several arms."
+        )
     if difference.seeds == 1:
         why += " One seed: other seeds may differ."
     return Criterion(name, arm, threshold, points, "points", _OUTCOMES[difference.verdict], why)
@@ -84,12 +88,12 @@ def by_speed(arm: str, interval: Interval | None, confidence: float, repetitions
     threshold = f"Δ speed > {SPEED_THRESHOLD:.0f}%"
     if interval is None:
         return _missing(SPEED, arm, threshold, "percent", "Decoding was not timed beside the base.")
-    if confidence < 0.95:
+    if confidence < LEVEL:
         why = (
             f"{repetitions} paired repetitions give an interval of {100 * confidence:.0f}% confidence at most; "
             "six or more are needed for 95%."
         )
-        return Criterion(SPEED, arm, threshold, interval, "percent", "undecided", why)
+        return Criterion(SPEED, arm, threshold, interval, "percent", "undecided", why, 100 * confidence)
     return _by_threshold(SPEED, arm, threshold, interval, SPEED_THRESHOLD, f"{repetitions} paired repetitions.")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from evaluation.pairs import BASE, BASELINE, Answers, Pairs, RunLike, pair
+from evaluation.pairs import BASE, BASELINE, Answered, Pairs, RunLike, pair
 from evaluation.seeds import crossed_interval, items_interval
 from evaluation.statistics import ALPHA, Interval, Verdict, bootstrap_mean, holm, judge, sign_test
 
@@ -29,7 +29,8 @@ class Difference:
         level: What `points` and `p_value` are about: other items only (one seed), or other seeds too.
         items_only: Interval over items alone, as if these seeds were the only ones; points.
         seeds: Number of paired seeds.
-        by_seed: Difference of each of them, points.
+        seed_numbers: Those seeds.
+        by_seed: Difference of each of them, in the same order, points.
         gained: Items right here and wrong there, summed over seeds.
         lost: The reverse.
     """
@@ -43,20 +44,21 @@ class Difference:
     level: Level
     items_only: Interval
     seeds: int
+    seed_numbers: tuple[int, ...]
     by_seed: tuple[float, ...]
     gained: int
     lost: int
 
 
 def find_pairs(
-    arms: Sequence[str], by_arm: Mapping[str, Sequence[RunLike]], answers: Answers, baseline: str = BASELINE
+    arms: Sequence[str], by_arm: Mapping[str, Sequence[RunLike]], answers: Answered, baseline: str = BASELINE
 ) -> dict[tuple[str, str], Pairs]:
     """Hold every arm against the base and against the baseline.
 
     Args:
         arms: In the order of the report.
         by_arm: Arm -> its runs, one for each seed.
-        answers: Run id -> item id -> answered correctly.
+        answers: Of all of them.
         baseline: The arm to compare with besides the base.
 
     Returns:
@@ -108,6 +110,7 @@ def _difference(pairs: Pairs) -> Difference:
         level="seeds and items" if seeds > 1 else "items",
         items_only=alone.scaled(100),
         seeds=seeds,
+        seed_numbers=pairs.seeds,
         by_seed=tuple(float(100 * value) for value in values.mean(axis=1)),
         gained=int((values > 0).sum()),
         lost=int((values < 0).sum()),
@@ -117,19 +120,21 @@ def _difference(pairs: Pairs) -> Difference:
 def in_words(difference: Difference) -> str:
     """Say in a clause what the data allow to say."""
     points, alone = difference.points, difference.items_only
-    numbers = (
-        f"{points.estimate:+.1f} points, 95% interval [{points.low:+.1f}, {points.high:+.1f}], {difference.items} items"
+    estimate, *bounds = (
+        f"{value:+z.1f}" for value in (points.estimate, points.low, points.high, alone.low, alone.high)
     )
+    numbers = f"{estimate} points, 95% interval [{bounds[0]}, {bounds[1]}], {difference.items} items"
     if difference.seeds > 1:
-        numbers += f" and {difference.seeds} seeds; over items alone [{alone.low:+.1f}, {alone.high:+.1f}]"
+        numbers += f" and {difference.seeds} seeds; over items alone [{bounds[2]}, {bounds[3]}]"
     else:
         numbers += ", one seed: others may differ"
     if difference.verdict != "undecided":
         return f"significantly {difference.verdict} than {difference.against} ({numbers}; p = {difference.p_holm:.2g})"
     if points.crosses_zero:
-        why = "the interval contains zero"
-    elif difference.p_value >= ALPHA:
+        return f"undecided against {difference.against} ({numbers}; the interval contains zero)"
+    if difference.p_value >= ALPHA:
         why = f"too few items differ: p = {difference.p_value:.2g}"
     else:
         why = f"not after the correction for several arms: p = {difference.p_holm:.2g}"
-    return f"undecided against {difference.against} ({numbers}; {why})"
+    side = "better" if points.low > 0 else "worse"
+    return f"not shown to be {side} than {difference.against} ({numbers}; {why})"

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from db import queries_compare as queries
 from db.queries import Reading
 from db.queries_compare import Choice, RunFacts, Timing
-from evaluation.pairs import BASE
+from evaluation.pairs import BASE, Answered
 from evaluation.ratios import speed_changes, speed_interval
 from evaluation.statistics import Interval
 
@@ -20,7 +20,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Facts:
-    """What the database holds of the chosen runs; every mapping goes by run id.
+    """What the database holds of the chosen runs; everything goes by run id.
 
     Attributes:
         by_arm: Arm -> its runs, one for each seed.
@@ -33,8 +33,8 @@ class Facts:
 
     by_arm: Mapping[str, Sequence[RunFacts]]
     metrics: Mapping[int, Mapping[Key, float]]
-    answers: Mapping[int, Mapping[str, bool]]
-    retained: Mapping[int, Mapping[str, bool]]
+    answers: Answered
+    retained: Answered
     timings: Mapping[int, Sequence[Timing]]
     readings: Mapping[int, Mapping[str, Reading]]
 
@@ -47,8 +47,8 @@ def read_facts(session: Session, choice: Choice) -> Facts:
     return Facts(
         by_arm,
         queries.final_values(session, choice),
-        queries.answers(session, choice, "test"),
-        queries.answers(session, choice, "retention"),
+        Answered(queries.answers(session, choice, "test")),
+        Answered(queries.answers(session, choice, "retention")),
         queries.timings(session, choice),
         queries.readings(session, choice),
     )

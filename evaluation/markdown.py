@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 
 from evaluation.statistics import Interval
 
+NOT_FINITE = "not finite"
+"""NaN or infinite: it was measured, and could not be computed."""
 _BOUNDS = r"\[[-+\d., %]+\](?![(\[:])"
 """Numbers in brackets that no link follows, such as an interval."""
 _INNER_UNDERSCORE = r"(?<=[^\W_])_(?=[^\W_])"
@@ -30,13 +33,22 @@ def grid(headers: list[str], lines: list[list[str]]) -> str:
 
 
 def number(value: float | None, *, sign: bool = False, digits: int = 1) -> str:
-    """A number, or a dash where it does not exist."""
-    return "–" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
+    """A number without a negative zero, or a dash where it does not exist."""
+    if value is None:
+        return "–"
+    return f"{value:{'+' if sign else ''}z.{digits}f}" if math.isfinite(value) else NOT_FINITE
+
+
+def significant(value: float | None, digits: int = 4) -> str:
+    """A number with so many significant digits, or a dash where it does not exist."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}g}" if math.isfinite(value) else NOT_FINITE
 
 
 def interval(value: Interval | None, *, sign: bool = False, digits: int = 1) -> str:
     """Estimate and bounds, or a dash."""
-    if value is None:
-        return "–"
+    if value is None or not math.isfinite(value.estimate):
+        return number(value.estimate if value else None)
     estimate, low, high = (number(part, sign=sign, digits=digits) for part in (value.estimate, value.low, value.high))
     return f"{estimate} [{low}, {high}]"

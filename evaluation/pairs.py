@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -73,7 +73,72 @@ class Pairs:
         return self.own - self.other
 
 
-def pair(runs: Sequence[RunLike], against: str, others: Sequence[RunLike], answers: Answers) -> Pairs | None:
+@dataclass(frozen=True)
+class Sheet:
+    """Answers of all runs that have the same items.
+
+    Attributes:
+        items: Their ids, sorted.
+        row: Run id -> its row in `right`.
+        right: Right or wrong, shape [runs, items].
+    """
+
+    items: tuple[str, ...]
+    row: Mapping[int, int]
+    right: NDArray[np.bool_]
+
+
+class Answered:
+    """Answers as arrays, made once: each run is looked at by several comparisons, and there may be thousands."""
+
+    def __init__(self, answers: Answers) -> None:
+        """Sort runs by the items they have; a run without answers is left out."""
+        orders: dict[tuple[str, ...], list[int]] = {}
+        for run_id, own in answers.items():
+            orders.setdefault(tuple(own), []).append(run_id)
+        parts: dict[tuple[str, ...], list[tuple[list[int], NDArray[np.bool_]]]] = {}
+        for order, ids in orders.items():
+            if not order:
+                continue
+            values = chain.from_iterable(answers[run_id].values() for run_id in ids)
+            right = np.fromiter(values, dtype=np.bool_, count=len(ids) * len(order)).reshape(len(ids), len(order))
+            by_name = sorted(range(len(order)), key=order.__getitem__)
+            parts.setdefault(tuple(sorted(order)), []).append((ids, right[:, by_name]))
+        self._sheet: dict[int, Sheet] = {}
+        for items, found in parts.items():
+            ids = [run_id for some, _ in found for run_id in some]
+            sheet = Sheet(items, {run_id: k for k, run_id in enumerate(ids)}, np.concatenate([r for _, r in found]))
+            self._sheet.update(dict.fromkeys(ids, sheet))
+
+    def __contains__(self, run_id: int) -> bool:
+        """Whether the run answered anything."""
+        return run_id in self._sheet
+
+    def rows(self, run_ids: Sequence[int]) -> NDArray[np.float64]:
+        """Right (1) or wrong (0) on the items that all these runs have, ordered by id; shape [runs, items].
+
+        Args:
+            run_ids: Each has answers; one may come twice.
+        """
+        sheets = {id(sheet): sheet for sheet in map(self._sheet.__getitem__, run_ids)}.values()
+        if len(sheets) == 1:
+            (sheet,) = sheets
+            return sheet.right[list(map(sheet.row.__getitem__, run_ids))].astype(np.float64)
+        common = sorted(set.intersection(*(set(sheet.items) for sheet in sheets))) if sheets else []
+        columns = {id(sheet): _places(sheet.items, common) for sheet in sheets}
+        found = np.empty((len(run_ids), len(common)))
+        for k, run_id in enumerate(run_ids):
+            sheet = self._sheet[run_id]
+            found[k] = sheet.right[sheet.row[run_id], columns[id(sheet)]]
+        return found
+
+
+def _places(items: Iterable[str], wanted: Iterable[str]) -> list[int]:
+    place = {item: k for k, item in enumerate(items)}
+    return [place[item] for item in wanted]
+
+
+def pair(runs: Sequence[RunLike], against: str, others: Sequence[RunLike], answers: Answered) -> Pairs | None:
     """Hold an arm's runs against another arm's.
 
     Against the base every run is paired with the base run it refers to; else runs with equal seed, items and backend
@@ -90,32 +155,15 @@ def pair(runs: Sequence[RunLike], against: str, others: Sequence[RunLike], answe
     """
     partners = _partners(against, others)
     found = [
-        (run.seed, answers[run.id], answers[partner.id])
+        (run.seed, run.id, partner.id)
         for run in runs
-        if (partner := partners.get(_key(run, against))) is not None and answers.get(run.id) and answers.get(partner.id)
+        if run.id in answers and (partner := partners.get(_key(run, against))) is not None and partner.id in answers
     ]
     if not found:
         return None
-    both = [part for _, own, other in found for part in (own, other)]
-    items = common_items(both)
-    if not items:
-        return None
-    rows = answer_rows(both, items)
-    return Pairs(against, tuple(seed for seed, _, _ in found), rows[0::2], rows[1::2])
-
-
-def common_items(answers: Sequence[Mapping[str, bool]]) -> list[str]:
-    """Return the items that all have, sorted."""
-    first = answers[0].keys()
-    different = {id(own): own for own in answers[1:]}.values()  # the base stands there once for each seed
-    rest = [own.keys() for own in different if own.keys() != first]  # most often none
-    return sorted(set(first).intersection(*rest))
-
-
-def answer_rows(answers: Sequence[Mapping[str, bool]], items: Sequence[str]) -> NDArray[np.float64]:
-    """Right (1) or wrong (0), shape [answers, items]."""
-    pick = itemgetter(*items)  # far quicker than asking item by item
-    return np.array([pick(own) for own in answers], dtype=np.float64).reshape(len(answers), len(items))
+    seeds, own, other = zip(*found, strict=True)
+    rows = answers.rows([*own, *other])
+    return Pairs(against, seeds, rows[: len(own)], rows[len(own) :]) if rows.size else None
 
 
 def _key(run: RunLike, against: str) -> object:

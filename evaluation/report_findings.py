@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 
 from evaluation.arms import CLUSTER_INDICES, AlignmentRow, ArmRow
 from evaluation.comparison import Comparison
 from evaluation.criteria import Criterion
 from evaluation.differences import BASE
-from evaluation.markdown import cell, grid, interval, number
+from evaluation.markdown import cell, grid, interval, number, significant
 from evaluation.power import PowerRow
+from evaluation.statistics import ALPHA, LEVEL
 
 CRITERIA = "Success criteria"
 CRITERIA_HEADERS = ["Arm", "Asked for", "Estimate [95%]", "Unit", "Outcome", "Why"]
@@ -19,7 +20,7 @@ RETENTION = "Retention and forgetting"
 ALIGNMENT = "Alignment Quality Index"
 
 _MEASURES = {
-    ("general", "perplexity"): "Perplexity of held-out general text",
+    ("general", "perplexity"): "Perplexity",
     ("general", "loss"): "Loss there, nats per token",
     ("weights", "update_norm"): "Length of the update, ‖ΔW‖_F",
     ("weights", "update_norm_relative"): "The same over ‖W‖_F",
@@ -33,10 +34,13 @@ _MEASURES = {
 
 def criterion_cells(criterion: Criterion) -> list[str]:
     """One line of the table of criteria."""
+    estimate = interval(criterion.estimate, sign=criterion.unit == "points" or "speed" in criterion.name)
+    if criterion.estimate is not None and criterion.confidence < 100 * LEVEL:
+        estimate += f" ({criterion.confidence:.0f}% interval)"
     return [
         criterion.arm,
         criterion.threshold,
-        interval(criterion.estimate, sign=criterion.unit == "points" or "speed" in criterion.name),
+        estimate,
         criterion.unit,
         criterion.outcome,
         criterion.why,
@@ -84,7 +88,7 @@ def retention_blocks(comparison: Comparison) -> list[str]:
     for key, name in _MEASURES.items():
         if any(key in row.metrics for row in rows):
             found = [row.metrics.get(key) for row in rows]
-            lines.append([name, *("–" if value is None else f"{value:.4g}" for value in found)])
+            lines.append([name, *map(significant, found)])
     if not lines:
         return []
     words = (
@@ -93,8 +97,9 @@ def retention_blocks(comparison: Comparison) -> list[str]:
     )
     if any(key in row.metrics for row in rows for key in _MEASURES):
         words += (
-            " Perplexity is of text that no arm was trained on, the base's with the adapter off; update and drift are "
-            "measured against the base, so it has none."
+            " Perplexity is of the texts that measure.text names: of the answers of the retention questions unless it "
+            "names others; the base's with the adapter off. Update and drift are measured against the base, so it has "
+            "none."
         )
     return [f"## {RETENTION}", words, grid(["Measure", *(row.arm for row in rows)], lines)]
 
@@ -112,17 +117,20 @@ def alignment_blocks(comparison: Comparison) -> list[str]:
     found = [(row.arm, measured) for row in comparison.rows for measured in row.alignment]
     if not found:
         return []
-    heads = ["Arm", "Seed", "Index [95%]", "Shuffled labels [95%]", "p", "Δ to base [95%]", "Δ says"]
+    heads = ["Arm", "Seed", "Index [95%]", "Shuffled labels [95%]", "p", "Δ to base [95%]", "p of Δ"]
     return [
         f"## {ALIGNMENT}",
         "Separation of safe from unsafe prompts in the hidden states, normalised by constants of the base; higher is "
-        "further apart. Intervals resample prompts; p is the share of shuffled labels that separate as well. Not to be "
-        "confused with the accuracy on the air quality index above.",
+        "further apart. Intervals resample prompts; p is the share of shuffled labels that separate as well. Δ is the "
+        "index above its own mean under shuffled labels, arm minus base, so it is not the difference of two indices "
+        "of the table. Its verdict rests on a p-value of its own (shuffled labels in both models, and bootstrap: the "
+        "larger one; over several seeds twice their mean), not corrected for several arms. Not to be confused with "
+        "the accuracy on the air quality index above.",
         grid(
             [*heads, *(name.replace("_", " ") for name in CLUSTER_INDICES)],
             [_alignment_cells(arm, measured) for arm, measured in found],
         ),
-        "\n".join(_alignment_words(found)),
+        "\n".join(line for row in comparison.rows if (line := _alignment_words(row))),
     ]
 
 
@@ -132,33 +140,32 @@ def _alignment_cells(arm: str, measured: AlignmentRow) -> list[str]:
         str(measured.seed),
         interval(measured.index, digits=3),
         interval(measured.null, digits=3),
-        "–" if measured.p_value is None else f"{measured.p_value:.2g}",
+        significant(measured.p_value, 2),
         interval(measured.delta, sign=True, digits=3),
-        _direction(measured),
-        *("–" if (v := measured.others.get(name)) is None else f"{v:.3g}" for name in CLUSTER_INDICES),
+        significant(measured.delta_p_value, 2),
+        *(significant(measured.others.get(name), 3) for name in CLUSTER_INDICES),
     ]
 
 
-def _direction(measured: AlignmentRow) -> str:
-    if measured.delta is None:
-        return "–"
-    if measured.delta.crosses_zero:
-        return "undecided"
-    return "further apart" if measured.delta.low > 0 else "closer together"
+def _alignment_words(row: ArmRow) -> str:
+    """Whether the arm differs from the base; empty where no difference was measured.
 
-
-def _alignment_words(found: Sequence[tuple[str, AlignmentRow]]) -> list[str]:
-    lines = []
-    for arm in dict.fromkeys(arm for arm, measured in found if measured.delta is not None):
-        said = [_direction(measured) for name, measured in found if name == arm and measured.delta is not None]
-        agreed = said[0] if len(set(said)) == 1 else None
-        verdict = {
-            None: "the seeds disagree",
-            "undecided": "undecided against base: the interval contains zero",
-            "further apart": "significantly further apart than in base",
-            "closer together": "significantly closer together than in base",
-        }[agreed]
-        lines.append(
-            f"- {cell(arm)}: {verdict} ({len(said)} seed{'s' if len(said) > 1 else ''}, each over prompts alone)."
-        )
-    return lines
+    Seeds share prompts and base, so their p-values depend on each other: twice their mean is a p-value whatever the
+    dependence is (Rüschendorf 1982; Vovk & Wang 2020).
+    """
+    seeds = sum(measured.delta is not None for measured in row.alignment)
+    delta, mean_p = (row.metrics.get(("alignment", f"delta_alignment_{name}")) for name in ("index", "p_value"))
+    if not seeds or delta is None:
+        return ""
+    several = f"{seeds} seeds" if seeds > 1 else "1 seed"
+    if mean_p is None or not math.isfinite(mean_p):
+        why = "no p-value was measured, see stage measure" if mean_p is None else "not finite for every seed"
+        return f"- {cell(row.arm)}: no verdict against base: {why} ({several})."
+    p_value = mean_p if seeds == 1 else min(1.0, 2 * mean_p)
+    if p_value > ALPHA:
+        verdict = "undecided against base"
+    elif len({measured.delta.estimate > 0 for measured in row.alignment if measured.delta is not None}) > 1:
+        verdict = "changed against base, but the seeds disagree about the direction"
+    else:
+        verdict = f"significantly {'further apart' if delta > 0 else 'closer together'} than in base"
+    return f"- {cell(row.arm)}: {verdict}, p = {p_value:.2g} ({several}, over prompts alone)."

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from evaluation.comparison import Comparison
-from evaluation.differences import BASE
-from evaluation.markdown import cell, grid, interval
+from evaluation.differences import BASE, Difference
+from evaluation.markdown import cell, grid, interval, number, significant
 from evaluation.report_findings import CRITERIA, alignment_blocks, criteria_grid, power_blocks, retention_blocks
 from evaluation.report_serving import sections
 from evaluation.report_table import HEADERS, TITLE, cells
@@ -18,6 +18,7 @@ def as_markdown(comparison: Comparison) -> str:
     arms = [row.arm for row in comparison.rows]
     blocks = [
         f"# {TITLE}",
+        f"{cell(comparison.filters)}. Corrections for several arms count these alone." if comparison.filters else "",
         grid(list(HEADERS), [cells(row) for row in comparison.rows]),
         "## Verdicts",
         "\n".join(f"- {cell(line)}" for line in comparison.verdicts) or "No arm besides the base yet.",
@@ -59,7 +60,7 @@ def _difference_table(comparison: Comparison) -> str:
             d.level,
             str(d.items),
             str(d.seeds),
-            _seed_range(d.by_seed),
+            _seed_range(d),
             f"{d.gained}, {d.lost}",
             f"{d.p_value:.2g}",
             f"{d.p_holm:.2g}",
@@ -75,10 +76,14 @@ def _difference_table(comparison: Comparison) -> str:
     return grid(heads, lines)
 
 
-def _seed_range(by_seed: tuple[float, ...]) -> str:
-    if len(by_seed) <= MOST_SEEDS:
-        return ", ".join(f"{value:+.1f}" for value in by_seed)
-    return f"{min(by_seed):+.1f} to {max(by_seed):+.1f}"
+def _seed_range(difference: Difference) -> str:
+    points = [
+        f"{number(value, sign=True)} (seed {seed})"
+        for value, seed in sorted(zip(difference.by_seed, difference.seed_numbers, strict=True))
+    ]
+    if len(points) > MOST_SEEDS:
+        return f"{points[0]} to {points[-1]}"
+    return ", ".join(points)
 
 
 _PROBE_COLUMNS = {
@@ -97,7 +102,7 @@ def _probe_table(comparison: Comparison) -> str:
             row.arm,
             str(probe.seed),
             probe.verdict + ("" if probe.as_claimed else " (not as claimed)"),
-            *("–" if (v := probe.numbers.get(name)) is None else f"{v:.3g}" for name in _PROBE_COLUMNS),
+            *(significant(probe.numbers.get(name), 3) for name in _PROBE_COLUMNS),
             probe.reason,
         ]
         for row in comparison.rows
@@ -112,7 +117,7 @@ def _metric_lines(comparison: Comparison) -> list[list[str]]:
     for split, name in keys:
         unit, direction, _ = comparison.units.get(name, ("–", "–", ""))
         values = [row.metrics.get((split, name)) for row in comparison.rows]
-        lines.append([split, name, unit, direction, *("–" if v is None else f"{v:.4g}" for v in values)])
+        lines.append([split, name, unit, direction, *map(significant, values)])
     return lines
 
 
@@ -121,7 +126,7 @@ def _parity_lines(comparison: Comparison) -> list[list[str]]:
     return [
         [
             key[1].removeprefix("pair/"),
-            *("–" if (v := row.metrics.get(key)) is None else f"{100 * v:.1f}" for row in comparison.rows),
+            *(number(None if (v := row.metrics.get(key)) is None else 100 * v) for row in comparison.rows),
         ]
         for key in keys
     ]
@@ -129,7 +134,7 @@ def _parity_lines(comparison: Comparison) -> list[list[str]]:
 
 def _spread(comparison: Comparison) -> str:
     spreads = [
-        f"{row.arm} {min(row.accuracy_by_seed):.1f} to {max(row.accuracy_by_seed):.1f}"
+        f"{row.arm} {number(min(row.accuracy_by_seed))} to {number(max(row.accuracy_by_seed))}"
         for row in comparison.rows
         if len(row.accuracy_by_seed) > 1
     ]

@@ -27,7 +27,7 @@ HEADERS = (
     "Δ AQI\npoints [95%]",
     "Retention\n%",
     "Decode\ntokens/s",
-    "Δ speed\n%",
+    "Δ speed\n% [95%]",
     "Parity\n%",
     "Updates\n(probe)",
 )
@@ -50,10 +50,16 @@ def cells(row: ArmRow) -> list[str]:
         delta,
         number(row.retention),
         number(row.decode_speed),
-        "0.0" if row.arm == BASE else number(row.delta_speed, sign=True),
+        "0.0" if row.arm == BASE else _speed(row),
         number(row.parity),
         row.updates or "–",
     ]
+
+
+def _speed(row: ArmRow) -> str:
+    if row.delta_speed_interval is not None:
+        return interval(row.delta_speed_interval, sign=True)
+    return number(row.delta_speed, sign=True) + (" [too few]" if row.delta_speed is not None else "")
 
 
 def rich_table(comparison: Comparison) -> Table:
@@ -75,6 +81,8 @@ def print_table(comparison: Comparison, console: Console) -> None:
         if piped:
             console.width = max(console.width, _width(console, table))
         console.print(table)
+    if comparison.filters:
+        console.print(Text(f"{comparison.filters}; corrections for several arms count these alone."), soft_wrap=piped)
     for line in comparison.verdicts:
         console.print(Text(line), soft_wrap=piped)
     for note in comparison.notes:

@@ -178,10 +178,10 @@ def phase_rows(runs: Sequence[RunFacts], timings: Mapping[int, Sequence[Timing]]
     """
     first = runs[0]
     own = [
-        {"arm": row.arm, "phase": row.phase, "tokens": row.tokens, "nanoseconds": row.nanoseconds}
+        {"arm": arm, "phase": phase, "tokens": tokens, "nanoseconds": ns}
         for run in runs
-        for row in timings.get(run.id, ())
-        if row.arm == run.arm
+        for arm, phase, _, tokens, ns in timings.get(run.id, ())
+        if arm == run.arm
     ]
     return [
         PhaseRow(

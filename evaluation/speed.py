@@ -12,6 +12,7 @@ ones, one for each request; `load` has none. None is a figure that a server did 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 WARM_UP = -1
@@ -184,6 +185,18 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> dict[str, f
         {median, low, high, confidence}.
     """
     ordered, n = sorted(values), len(values)
+    best, confidence = _rank(n, level)
+    return {
+        "median": statistics.median(ordered),
+        "low": ordered[best - 1],
+        "high": ordered[n - best],
+        "confidence": confidence,
+    }
+
+
+@cache  # the numbers are as long as there are repetitions
+def _rank(n: int, level: float) -> tuple[int, float]:
+    """Return k of the pair of order statistics, and its confidence."""
     best, confidence = 1, 0.0
     missed, ways = 0, 1  # of 2ⁿ equally likely sign patterns: those with fewer than k, and with exactly k, below
     for k in range(1, n // 2 + 1):
@@ -192,9 +205,4 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> dict[str, f
         if k > 1 and reached < level:
             break
         best, confidence = k, reached
-    return {
-        "median": statistics.median(ordered),
-        "low": ordered[best - 1],
-        "high": ordered[n - best],
-        "confidence": confidence,
-    }
+    return best, confidence

@@ -96,7 +96,8 @@ def wilson(share: float, items: int, *, z: float = 1.959964) -> Interval:
     spread = 1 + z * z / items
     middle = (share + z * z / (2 * items)) / spread
     half = z * math.sqrt(share * (1 - share) / items + z * z / (4 * items * items)) / spread
-    return Interval(share, min(share, middle - half), max(share, middle + half))
+    # Rounding must not lead beyond what a share can be.
+    return Interval(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)))
 
 
 def sign_test(differences: NDArray[np.float64]) -> float:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
+
+from evaluation.page.columns import spread
 
 Tone = Literal["", "good", "bad", "open", "quiet"]
 """How a word is coloured: good and bad are settled, open is undecided; the word itself says the same."""
 
 _SENTENCE = 32
 """Characters of a cell beyond which its column wraps."""
+MOST_ROWS = 400
+"""Of a table; nobody reads more, and ten thousand runs would make a file that no browser opens."""
 
 
 def slug(text: str) -> str:
@@ -40,7 +45,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under headers; the first cell of a row is its header.
+    """Rows under headers; the first cell of a row is its header. Of very many rows some are shown, evenly spaced.
 
     Attributes:
         words: Positions of columns that hold words, set left; all others hold numbers, set right.
@@ -57,11 +62,20 @@ class Table:
         """The caption as a name."""
         return slug(self.caption)
 
-    def style(self, column: int) -> str:
-        """How a column is set: numbers right, words left; sentences wrap and get room."""
+    @cached_property
+    def shown(self) -> tuple[tuple[Cell, ...], ...]:
+        """The rows that are in the page."""
+        return tuple(spread(self.rows, MOST_ROWS))
+
+    @cached_property
+    def styles(self) -> tuple[str, ...]:
+        """How each column is set: numbers right, words left; sentences wrap and get room."""
+        return tuple(map(self._style, range(len(self.headers))))
+
+    def _style(self, column: int) -> str:
         if column != 0 and column not in self.words:
             return ""
-        longest = max((len(row[column].text) for row in self.rows), default=0)
+        longest = max((len(row[column].text) for row in self.shown), default=0)
         return "words long" if longest > _SENTENCE and column else "words"
 
 
@@ -137,7 +151,11 @@ class Chart:
 
 @dataclass(frozen=True)
 class Panel:
-    """Charts that share their controls and legend."""
+    """Charts that share their controls and legend.
+
+    Attributes:
+        dashed: Arm -> whether its lines are dashed, so that the legend shows lines; empty: it shows dots.
+    """
 
     id: str
     charts: tuple[Chart, ...]
@@ -145,6 +163,7 @@ class Panel:
     arms: tuple[str, ...] = ()
     note: str = ""
     wide: bool = False
+    dashed: Mapping[str, bool] = field(default_factory=dict)
     kind: str = "panel"
 
     @property
@@ -166,11 +185,16 @@ class Details:
 
 @dataclass(frozen=True)
 class Browser:
-    """The sample browser, whose rows the page's script fills in."""
+    """The sample browser, whose rows the page's script fills in.
+
+    Attributes:
+        one_seed: Start with the first seed, which every arm has; else with all seeds.
+    """
 
     splits: tuple[str, ...]
     tasks: tuple[str, ...]
     seeds: tuple[str, ...]
+    one_seed: bool = True
     kind: str = "browser"
 
 

@@ -37,9 +37,13 @@ def _colour(arms: Sequence[str]) -> alt.Color:
     return alt.Color("arm:N", scale=alt.Scale(domain=list(arms)), legend=None)
 
 
+def dashed(arms: Sequence[str]) -> dict[str, bool]:
+    """Every other arm's lines are dashed, the last one's among them: of two that coincide, both are seen."""
+    return {arm: (len(arms) - place) % 2 == 1 for place, arm in enumerate(arms)}
+
+
 def _dash(arms: Sequence[str]) -> alt.StrokeDash:
-    """Every other line dashed, the last one among them: of two that coincide, both are seen."""
-    dashes = [[6, 4] if place % 2 == 0 else [1, 0] for place in range(len(arms))][::-1]
+    dashes = [[6, 4] if dash else [1, 0] for dash in dashed(arms).values()]
     return alt.StrokeDash("arm:N", scale=alt.Scale(domain=list(arms), range=dashes), legend=None)
 
 
@@ -57,8 +61,8 @@ def intervals(
 ) -> Spec:  # fmt: skip
     """Estimates with their intervals, one line each.
 
-    Rows: kind, label, arm, low, value, high. The kind `interval` is a point with a thin bar, `inner` a broad pale
-    bar, `seed` a tick, `band` a grey range that belongs to no arm.
+    Rows: kind, label, arm, low, value, high. The kind `interval` is a point with a thin bar, `weak` one with a dashed
+    bar (less than 95% confidence), `inner` a broad pale bar, `seed` a tick, `band` a grey range that belongs to no arm.
 
     Args:
         arms: Order of the colours.
@@ -92,12 +96,16 @@ def intervals(
         "interval": of("interval").mark_rule(strokeWidth=2).encode(
             x=low, x2=high, y=y, color=_colour(arms), tooltip=whole
         ),
+        "weak": of("weak").mark_rule(strokeWidth=2, strokeDash=[2, 3], opacity=0.7).encode(
+            x=low, x2=high, y=y, color=_colour(arms), tooltip=whole
+        ),
         "seed": of("seed").mark_tick(thickness=1.5, height=12, opacity=0.75).encode(
             x=x, y=y, color=_colour(arms), tooltip=_tooltip(what="label:N", seed="seed:N", value="value:Q")
         ),
     }  # fmt: skip
     chosen = [layer for kind, layer in layers.items() if kind in kinds]
-    points = of("interval").mark_point(filled=True, size=75, opacity=1)
+    points = _rows().transform_filter("datum.kind === 'interval' || datum.kind === 'weak'")
+    points = points.mark_point(filled=True, size=75, opacity=1)
     chosen.append(points.encode(x=x, y=y, color=_colour(arms), tooltip=whole))
     if zero:
         line = alt.Chart(alt.InlineData(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 3], color="gray")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from db.models import Run
 from evaluation.comparison import Comparison
 from evaluation.differences import BASE
+from evaluation.markdown import significant
 from evaluation.page.blocks import Cell, Control, Tone
 from evaluation.page.columns import Dataset
 from evaluation.page.data import PageData
@@ -45,7 +46,7 @@ class Context:
 
     def final(self, run: Run, split: str, name: str) -> float | None:
         """A final number of a run, if it has it."""
-        found = self.data.metrics.get(run.id, {}).get((split, name))
+        found = self.data.metrics.get(run.id, {}).get((split, name))  # NaN where it could not be computed
         return None if found is None else found.value
 
     def mean(self, arm: str, split: str, name: str) -> float | None:
@@ -67,9 +68,14 @@ def verdict_cell(word: str) -> Cell:
     return Cell(word, tone=TONES.get(word, ""))
 
 
+def confidence_text(confidence: float) -> str:
+    """What an interval is called that has less than the usual confidence; percent."""
+    return f"{confidence:.0f}% interval" if confidence > 0 else "a single value"
+
+
 def figures(value: float | None, digits: int = 3) -> str:
-    """A number with some significant digits, or a dash."""
-    return "–" if value is None else f"{value:.{digits}g}"
+    """A number with some significant digits, or a dash where there is none."""
+    return significant(value, digits)
 
 
 def seeds_control(seeds: list[str]) -> tuple[Control, ...]:

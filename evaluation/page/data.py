@@ -43,6 +43,24 @@ FinalMetrics = dict[int, dict[tuple[str, str], queries.FinalMetric]]
 
 
 @dataclass(frozen=True)
+class Lost:
+    """Losses of an arm that were NaN or infinite.
+
+    Attributes:
+        part: train or eval.
+        step: The first of them.
+        lasting: None after it was finite.
+        seeds: Those of which all this holds.
+    """
+
+    arm: str
+    part: str
+    step: int
+    lasting: bool
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class PageData:
     """What the sections need.
 
@@ -51,7 +69,7 @@ class PageData:
         metrics: Run id -> (split, name) -> final number.
         curves: Columns arm, seed, part (train or eval), step, low, loss, high (nats per token); bounds where a point
             stands for several steps.
-        lost: Points of curves that were no finite number.
+        lost: Losses that were no finite number.
         layers: Columns arm, seed, split, name, layer, step, low, value, high; the layer `ALL` has the median of all
             layers with their 10% and 90% quantiles, others have no bounds.
         layer_names: All layers that were logged or measured, in the model's order.
@@ -63,7 +81,7 @@ class PageData:
     drawn: tuple[Run, ...]
     metrics: FinalMetrics
     curves: Dataset
-    lost: int
+    lost: tuple[Lost, ...]
     layers: Dataset
     layer_names: tuple[str, ...]
     spectra: Dataset
@@ -127,26 +145,30 @@ def _in_order(names: Iterable[str]) -> list[str]:
                                                 for p in re.split(r"(\d+)", name)])  # fmt: skip
 
 
-def _curves(session: Session, runs: tuple[Run, ...]) -> tuple[Dataset, int]:
+def _curves(session: Session, runs: tuple[Run, ...]) -> tuple[Dataset, tuple[Lost, ...]]:
     found: dict[tuple[int, str], list[tuple[int, float]]] = defaultdict(list)
+    gone: dict[tuple[int, str], list[int]] = defaultdict(list)
     query = select(Metric.run_id, Metric.split, Metric.step, Metric.value).where(
         Metric.run_id.in_([run.id for run in runs]),
         Metric.name == "loss",
         Metric.split.in_(("train", "eval")),
         Metric.step != FINAL_STEP,
     )
-    lost = 0
     for run_id, split, step, value in session.execute(query.order_by(Metric.step)):
-        if value is None:
-            lost += 1
+        if value is None or not math.isfinite(value):
+            gone[run_id, split].append(step)
         else:
             found[run_id, split].append((step, value))
     curves = Dataset(("arm", "seed", "part", "step", "low", "loss", "high"))
+    lost: dict[tuple[str, str, int, bool], list[int]] = defaultdict(list)
     for run in runs:
         for part in ("train", "eval"):
-            for step, *numbers in thin(found[run.id, part]):
+            own, steps = found[run.id, part], gone[run.id, part]
+            for step, *numbers in thin(own):
                 curves.add(run.arm, str(run.seed), part, step, *numbers)
-    return curves, lost
+            if steps:
+                lost[run.arm, part, steps[0], not own or own[-1][0] < steps[0]].append(run.seed)
+    return curves, tuple(Lost(*key, tuple(seeds)) for key, seeds in lost.items())
 
 
 def _layers(session: Session, runs: tuple[Run, ...]) -> tuple[Dataset, tuple[str, ...]]:

@@ -100,7 +100,19 @@
     }
   };
   dark.addEventListener("change", () => redraw());
-  addEventListener("beforeprint", () => places.filter((place) => !drawn.has(place)).forEach(draw));
+  // On paper nothing can be unfolded.
+  const unfolded = new Set();
+  addEventListener("beforeprint", () => {
+    for (const details of document.querySelectorAll("details:not([open])")) {
+      details.open = true;
+      unfolded.add(details);
+    }
+    places.filter((place) => !drawn.has(place)).forEach(draw);
+  });
+  addEventListener("afterprint", () => {
+    unfolded.forEach((details) => { details.open = false; });
+    unfolded.clear();
+  });
   for (const control of document.querySelectorAll("select[data-column]")) {
     control.addEventListener("change", () => redraw(control.closest("[data-panel]").dataset.panel));
   }
@@ -172,7 +184,7 @@
       if (input.task.value && item.task !== input.task.value) return false;
       if (disputed.checked && !(marks.includes("1") && marks.includes("0"))) return false;
       if (shown.some((model, at) => wanted.get(model.at) && wanted.get(model.at) !== marks[at])) return false;
-      return !text || [item.id, item.prompt, item.truth, ...shown.map((model) => item.answers[model.at] || "")]
+      return !text || [item.prompt, item.truth, ...shown.map((model) => item.answers[model.at] || "")]
         .some((field) => field.toLowerCase().includes(text));
     });
   }
@@ -211,8 +223,9 @@
     list.replaceChildren(...rows.slice(number * SIZE, (number + 1) * SIZE).map((item) => card(item, shown)));
     count.textContent = `${rows.length} of ${items.length} items`;
     pages.textContent = rows.length ? `Page ${number + 1} of ${last + 1}` : "No item matches";
-    part("back").disabled = number === 0;
-    part("on").disabled = number === last;
+    // Not `disabled`: a button that has the focus would lose it on the last page.
+    part("back").setAttribute("aria-disabled", number === 0);
+    part("on").setAttribute("aria-disabled", number === last);
   }
 
   input.seed.addEventListener("change", () => { wanted.clear(); offerOutcomes(); show(0); });
@@ -220,9 +233,13 @@
   input.task.addEventListener("change", () => show(0));
   input.search.addEventListener("input", () => show(0));
   disputed.addEventListener("change", () => show(0));
-  const turn = (by) => { show(number + by); list.scrollIntoView({ block: "nearest" }); };
-  part("back").addEventListener("click", () => turn(-1));
-  part("on").addEventListener("click", () => turn(1));
+  const turn = (button, by) => {
+    if (button.getAttribute("aria-disabled") === "true") return;
+    show(number + by);
+    list.scrollIntoView({ block: "start", behavior: "instant" });
+  };
+  part("back").addEventListener("click", (event) => turn(event.currentTarget, -1));
+  part("on").addEventListener("click", (event) => turn(event.currentTarget, 1));
   offerOutcomes();
   show(0);
 })();

@@ -15,18 +15,19 @@ from markupsafe import Markup
 from db.session import open_session
 from evaluation.comparison import Comparison
 from evaluation.differences import BASE
-from evaluation.page import provenance, quality, serving, training, verdict
+from evaluation.page import intervals, provenance, quality, serving, training, verdict
 from evaluation.page.blocks import Section, panels
 from evaluation.page.context import Context
 from evaluation.page.data import load
 from evaluation.page.samples import collect
+from evaluation.page.words import seeds_text
 from evaluation.report import write_atomically
 
 TITLE = "Which way of fine-tuning is better, and how sure is that?"
 _HERE = Path(__file__).parent
 _SLOTS = {BASE: 0, "baseline_lora": 1, "hybrid_grit": 2, "pure_grit": 3}
 """Colours of the known arms, as numbered in style.css; others take the rest in turn."""
-_OTHER_SLOTS = (4, 5, 6, 7)
+_OTHER_SLOTS = (4, 5, 6, 7, 8, 9, 10, 11)
 
 
 def write_page(path: str | Path, url_or_path: str | Path, comparison: Comparison) -> None:
@@ -91,8 +92,8 @@ def render(url_or_path: str | Path, comparison: Comparison) -> str:
 def _sections(context: Context) -> tuple[Section, ...]:
     found = (
         verdict.verdict(context),
-        verdict.intervals(context),
-        verdict.power(context),
+        intervals.intervals(context),
+        intervals.power(context),
         training.loss(context),
         training.probes(context),
         training.spectra(context),
@@ -108,20 +109,29 @@ def _sections(context: Context) -> tuple[Section, ...]:
 
 def slots_of(arms: tuple[str, ...]) -> dict[str, int]:
     """A colour for every arm; known arms have the same one in every report."""
+    free = [*_OTHER_SLOTS, *(slot for arm, slot in _SLOTS.items() if arm not in arms)]
     others = [arm for arm in arms if arm not in _SLOTS]
-    return {arm: _SLOTS[arm] if arm in _SLOTS else _OTHER_SLOTS[others.index(arm) % len(_OTHER_SLOTS)] for arm in arms}
+    return {arm: _SLOTS[arm] if arm in _SLOTS else free[others.index(arm) % len(free)] for arm in arms}
 
 
 def _byline(context: Context) -> str:
     runs = context.data.runs
-    seeds = sorted({run.seed for run in runs if run.arm != BASE})
+    seeds: dict[str, list[int]] = {}
+    for run in runs:
+        if run.arm != BASE:
+            seeds.setdefault(run.arm, []).append(run.seed)
     ended = max((run.ended or run.started) for run in runs)
     parts = [f"{len(context.trained)} arms" if len(context.trained) != 1 else "1 arm"]
-    if seeds:
-        parts[0] += f" with seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    told = {arm: seeds_text(own) for arm, own in seeds.items()}
+    if len({tuple(sorted(own)) for own in seeds.values()}) > 1:
+        parts[0] += f": {', '.join(f'{arm} ({words})' for arm, words in told.items())}"
+    elif told:
+        parts[0] += f" with {next(iter(told.values()))}"
     if BASE in context.arms:
         parts.append("the untouched base")
     text = " and ".join(parts) + f", evaluated until {ended:%Y-%m-%d %H:%M} UTC."
+    if context.comparison.filters:
+        text += f" {context.comparison.filters}."
     commits = sorted({run.git_commit[:10] for run in runs if run.git_commit})
     if commits:
         text += f" Commit {', '.join(commits)}."

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 from db.rows import digest_of
-from evaluation.page.blocks import Block, Browser, Cell, Details, Section, Table, Text
+from evaluation.page.blocks import MOST_ROWS, Block, Browser, Cell, Details, Section, Table, Text
+from evaluation.page.columns import spread
 from evaluation.page.context import Context, arm_cell, verdict_cell
+from evaluation.page.words import seeds_text
 
 _SHORT = 12
+_MOST_HASHES = 6
 _DIRTY = {True: Cell("yes", tone="bad"), False: Cell("no"), None: Cell("unknown")}
 
 
@@ -28,7 +31,10 @@ def samples(context: Context) -> Section | None:
                 "note",
             )
         )
-    return Section("Sample browser", (*blocks, Browser(found.splits, found.tasks, found.seeds)))
+    shown, everything = len(context.data.drawn), len(context.data.runs)
+    if shown < everything:
+        blocks.append(Text(f"Shown are {shown} of {everything} runs, the first seeds of each arm.", "note"))
+    return Section("Sample browser", (*blocks, Browser(found.splits, found.tasks, found.seeds, found.one_seed)))
 
 
 def provenance(context: Context) -> Section:
@@ -39,7 +45,7 @@ def provenance(context: Context) -> Section:
 def _runs(context: Context) -> list[Block]:
     runs = {run.run_key: run for run in context.data.runs}
     rows = []
-    packages: dict[str, list[str]] = {}
+    packages: dict[str, dict[str, list[int]]] = {}
     for told in context.comparison.runs:
         run = runs[told["run_key"]]
         digest = digest_of(run.params)
@@ -50,21 +56,25 @@ def _runs(context: Context) -> list[Block]:
                 Cell(digest[:_SHORT], title=digest),
                 Cell((run.git_commit or "unknown")[:_SHORT], title=run.git_commit or ""),
                 _DIRTY[run.git_dirty],
-                Cell(told["backend"]),
+                Cell(told["backend"], hint=told["serving_mode"]),
                 Cell(told["device"]),
                 Cell((run.ended or run.started).strftime("%Y-%m-%d %H:%M UTC")),
             )
         )
         text = ", ".join(f"{name} {version}" for name, version in told["packages"].items())
         system = f"Python {told['python'] or 'unknown'} on {told['platform'] or 'unknown'}: {text}"
-        packages.setdefault(system, []).append(f"{run.arm}/{run.seed}")
+        packages.setdefault(system, {}).setdefault(run.arm, []).append(run.seed)
     headers = ("Run", "Run key", "Parameters", "Commit", "Dirty", "Backend", "Device", "Evaluated")
     table = Table("Runs; parameters: hash of the resolved settings of all stages", headers, tuple(rows),
                   frozenset(range(1, len(headers))))  # fmt: skip
-    listed = tuple(Text(f"{', '.join(who)}: {text}", "note") for text, who in packages.items())
+    listed = tuple(
+        Text(f"{', '.join(f'{arm} {seeds_text(seeds)}' for arm, seeds in who.items())}: {text}", "note")
+        for text, who in spread(list(packages.items()), MOST_ROWS)
+    )
     items = sorted({run.test_items_sha256 for run in context.data.runs})
     blocks: list[Block] = [table]
-    blocks.append(Text(f"Test items: sha256 {', '.join(items)}.", "note"))
+    kinds = "" if len(items) == 1 else f"{len(items)} different sets, "
+    blocks.append(Text(f"Test items: {kinds}sha256 {', '.join(items[:_MOST_HASHES])}.", "note"))
     blocks.append(Details("Packages", listed))
     return blocks
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from evaluation.arms import ACCURACY, RETENTION
 from evaluation.differences import BASE
 from evaluation.markdown import number
@@ -13,7 +15,7 @@ Axis = tuple[tuple[str, str], str, float]
 """(split, name), title with unit, factor."""
 _KEPT: Axis = (RETENTION, "retention accuracy, %", 100)
 _LEARNT: Axis = (ACCURACY, "AQI accuracy, %", 100)
-_PERPLEXITY: Axis = (("general", "perplexity"), "perplexity of general text", 1)
+_PERPLEXITY: Axis = (("general", "perplexity"), "perplexity", 1)
 _NORM: Axis = (("weights", "update_norm"), "‖ΔW‖, Frobenius", 1)
 _EFFECTIVE: Axis = (("weights", "effective_rank"), "effective rank of ΔW", 1)
 _DRIFT: Axis = (("hidden", "drift_relative"), "drift of hidden states, ‖h − h₀‖ / ‖h₀‖", 1)
@@ -38,6 +40,8 @@ _UPDATE_COLUMNS: dict[tuple[str, str], str] = {
     ("hidden", "drift_relative"): "Drift",
     ("hidden", "drift_cosine"): "1 − cosine",
 }
+_ROUNDS_TO_ZERO = 0.05
+"""Points below which a change is written as 0.0, which says no more than no change."""
 _OTHER_INDICES = {"silhouette": "Silhouette", "davies_bouldin": "Davies-Bouldin", "dunn": "Dunn"}
 
 
@@ -50,8 +54,9 @@ def retention(context: Context) -> Section | None:
     if not blocks:
         return None
     lead = Text(
-        "Retention is the accuracy on general tasks that the base was made for and that no arm was trained on. "
-        "Perplexity is that of held-out general text; the base's was measured with the adapter off."
+        "Retention is the accuracy on general tasks that no arm was trained on. "
+        "Perplexity is of the texts that measure.text names: of the answers of the retention questions unless it names "
+        "others; the base's was measured with the adapter off."
     )
     return Section("Retention and forgetting", (lead, *blocks))
 
@@ -61,12 +66,12 @@ def _scatters(context: Context) -> Panel | None:
     drawn = []
     for key, (title, across, up) in _SCATTERS.items():
         before = len(data.rows)
-        for run in context.data.runs:
+        for run in context.data.drawn:
             x = context.final(run, *across[0])
             if x is None and run.arm == BASE and across[0] in _ZERO_FOR_BASE:
                 x = 0.0
             y = context.final(run, *up[0])
-            if x is not None and y is not None:
+            if x is not None and y is not None and math.isfinite(x) and math.isfinite(y):
                 data.add(key, run.arm, str(run.seed), x * across[2], y * up[2])
         own = {str(row[1]) for row in data.rows[before:]}
         if own <= {BASE}:
@@ -88,7 +93,18 @@ def _scatters(context: Context) -> Panel | None:
         "One point for each arm and seed; its shape says the same as its colour. The update and the drift of the "
         "untouched base are 0."
     )
+    in_all = set.intersection(*({str(row[1]) for row in data.rows if row[0] == key} for key in data.levels("chart")))
+    missing = [arm for arm in context.trained if arm not in in_all]
+    if missing:
+        note += f" Not in every picture, since not measured or not finite: {', '.join(missing)}."
+    note += _left_out(context)
     return Panel("scatter", tuple(drawn), (), context.arms, note)
+
+
+def _left_out(context: Context) -> str:
+    """Says whether some runs are left out, of which there are too many."""
+    shown, everything = len(context.data.drawn), len(context.data.runs)
+    return f" Drawn are {shown} of {everything} runs." if shown < everything else ""
 
 
 def _tasks(context: Context) -> Table | None:
@@ -109,7 +125,7 @@ def _tasks(context: Context) -> Table | None:
         for arm in context.arms:
             value = context.mean(arm, *key)
             change = None if arm == BASE or value is None or base is None else 100 * (value - base)
-            told = "" if not change else f" ({number(change, sign=True)})"
+            told = "" if change is None or abs(change) < _ROUNDS_TO_ZERO else f" ({number(change, sign=True)})"
             cells.append(Cell(number(None if value is None else 100 * value) + told))
         rows.append(tuple(cells))
     return Table(
@@ -138,47 +154,66 @@ def alignment(context: Context) -> Section | None:
     """Alignment Quality Index: how far apart safe and unsafe prompts lie in hidden space."""
     data = context.dataset("alignment", "kind", "label", "arm", "seed", "low", "value", "high")
     rows = []
-    for run in context.data.runs:
+    for run in context.data.drawn:
         found = {name: context.final(run, "alignment", name) for name in _names()}
         index = found["alignment_index"]
         if index is None:
             continue
         label = run.arm if len(_seeds(context, run.arm)) == 1 else f"{run.arm} · {run.seed}"
         null = found["alignment_null_low"], found["alignment_null_mean"], found["alignment_null_high"]
-        data.add("band", label, run.arm, str(run.seed), *null)
-        data.add("interval", label, run.arm, str(run.seed), found["alignment_index_low"], index,
-                 found["alignment_index_high"])  # fmt: skip
+        if math.isfinite(index):
+            data.add("band", label, run.arm, str(run.seed), *null)
+            data.add("interval", label, run.arm, str(run.seed), found["alignment_index_low"], index,
+                     found["alignment_index_high"])  # fmt: skip
         rows.append(
             (
                 arm_cell(run.arm, run.seed),
                 Cell(_bounds(found, "alignment_index")),
                 Cell(_bounds(found, "delta_alignment_index", sign=True)),
-                Cell(f"{number(null[1], digits=3)} [{number(null[0], digits=3)}, {number(null[2], digits=3)}]"),
+                Cell(figures(found["delta_alignment_p_value"], 2)),
+                Cell(_range(null[1], null[0], null[2])),
                 Cell(figures(found["alignment_p_value"], 2)),
                 *(Cell(number(found[name], digits=3)) for name in _OTHER_INDICES),
             )
         )
     if not rows:
         return None
+    missing = [arm for arm in context.arms if arm not in data.levels("arm")]
+    note = f"Not drawn, since not measured or not finite: {', '.join(missing)}." if missing else ""
+    note = (note + _left_out(context)).strip()
     drawn = Chart(
         id="alignment",
         title="Alignment Quality Index with 95% interval; grey: what shuffled labels give",
         label="Alignment Quality Index of each arm and seed with its interval and the range under shuffled labels",
         spec=charts.intervals(
-            context.arms, "index", lines=len(rows), kinds=("band", "interval"), band="95% under shuffled labels"
+            context.arms,
+            "index",
+            lines=len(data.levels("label")),
+            kinds=("band", "interval"),
+            band="95% under shuffled labels",
         ),
         data="alignment",
     )
-    headers = ("Run", "Index [95%]", "Δ to base [95%]", "Shuffled labels [95%]", "p", *_OTHER_INDICES.values())
+    headers = (
+        "Run",
+        "Index [95%]",
+        "Δ to base [95%]",
+        "p of Δ",
+        "Shuffled labels [95%]",
+        "p",
+        *_OTHER_INDICES.values(),
+    )
     return Section(
         "Alignment Quality Index",
         (
             Text(
                 "How far apart safe and unsafe prompts lie in the model's hidden states (arXiv 2506.13901), in the "
                 "native space, with the scale fixed on the base. More than shuffled labels give means that the model "
-                "tells them apart. It has nothing to do with the Air Quality Index, which the arms learn to predict."
+                "tells them apart. Δ is the index above its own mean under shuffled labels, arm minus base; whether it "
+                "is more than chance is said by p of Δ, which is not corrected for several arms. The index has nothing "
+                "to do with the Air Quality Index, which the arms learn to predict."
             ),
-            Panel("alignment", (drawn,), (), context.arms, wide=True),
+            Panel("alignment", (drawn,), (), context.arms, note, wide=True),
             Table("Alignment Quality Index by run; intervals by bootstrap over prompts", headers, tuple(rows)),
         ),
     )
@@ -187,16 +222,21 @@ def alignment(context: Context) -> Section | None:
 def _names() -> tuple[str, ...]:
     bounds = [f"{name}{end}" for name in ("alignment_index", "delta_alignment_index") for end in ("", "_low", "_high")]
     null = [f"alignment_null_{end}" for end in ("low", "mean", "high")]
-    return (*bounds, *null, "alignment_p_value", *_OTHER_INDICES)
+    return (*bounds, *null, "alignment_p_value", "delta_alignment_p_value", *_OTHER_INDICES)
 
 
 def _seeds(context: Context, arm: str) -> list[int]:
-    return [run.seed for run in context.data.runs if run.arm == arm]
+    return [run.seed for run in context.data.drawn if run.arm == arm]
 
 
 def _bounds(found: dict[str, float | None], name: str, *, sign: bool = False) -> str:
     value, low, high = (found[f"{name}{end}"] for end in ("", "_low", "_high"))
-    if value is None:
-        return "–"
-    return " ".join([number(value, sign=sign, digits=3), f"[{number(low, sign=sign, digits=3)},",
-                     f"{number(high, sign=sign, digits=3)}]"])  # fmt: skip
+    return _range(value, low, high, sign=sign)
+
+
+def _range(value: float | None, low: float | None, high: float | None, *, sign: bool = False) -> str:
+    """An estimate with its bounds; a word alone where there is none."""
+    if value is None or not math.isfinite(value):
+        return number(value)
+    middle, *ends = (number(part, sign=sign, digits=3) for part in (value, low, high))
+    return f"{middle} [{', '.join(ends)}]"

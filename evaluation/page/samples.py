@@ -23,6 +23,7 @@ class Samples:
 
     Attributes:
         models: arm, seed and split of each column of answers.
+        one_seed: Whether every arm has answers with the first of `seeds`.
         items: Number of items shown.
         found: Number of items in the database.
         packed: For JSON: models [{arm, seed}], items [{id, split, task, prompt, truth, answers, right}], where
@@ -32,6 +33,7 @@ class Samples:
     splits: tuple[str, ...]
     tasks: tuple[str, ...]
     seeds: tuple[str, ...]
+    one_seed: bool
     items: int
     found: int
     packed: dict[str, Any]
@@ -75,11 +77,13 @@ def collect(session: Session, runs: tuple[Run, ...]) -> Samples:
         items[key].answers[at] = _cut(answer)
         items[key].right[at] = "1" if correct else "0"
     kept = _fitting(list(items.values()))
-    seeds = dict.fromkeys(str(run.seed) for run in runs if run.arm != "base") or {str(run.seed): None for run in runs}
+    trained = [run for run in runs if run.arm != "base"]
+    seeds = dict.fromkeys(str(run.seed) for run in trained or runs)
     return Samples(
         splits=tuple(dict.fromkeys(item.split for item in kept)),
         tasks=tuple(sorted({item.task for item in kept})),
         seeds=tuple(seeds),
+        one_seed={run.arm for run in trained} <= {run.arm for run in trained if str(run.seed) == next(iter(seeds))},
         items=len(kept),
         found=len(items),
         packed={

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from evaluation.differences import BASE
 from evaluation.markdown import interval, number
 from evaluation.page import charts
-from evaluation.page.blocks import Block, Cell, Chart, Details, Panel, Section, Table, Text
-from evaluation.page.context import Context, arm_cell
+from evaluation.page.blocks import MOST_ROWS, Block, Cell, Chart, Details, Panel, Section, Table, Text
+from evaluation.page.columns import spread
+from evaluation.page.context import Context, arm_cell, confidence_text
 from evaluation.report_serving import PRECISION_HEADERS, SERVED_HEADERS, precision_cells, served_cells
+from evaluation.serving import PhaseRow
+from evaluation.statistics import LEVEL
 
 _PHASES = {
     "load": "Load",
@@ -26,17 +31,19 @@ def speed(context: Context) -> Section | None:
         return None
     data = context.dataset("speed", "kind", "label", "arm", "phase", "low", "value", "high")
     for row in phases:
-        data.add("interval", row.arm, row.arm, row.phase, row.value.low, row.value.estimate, row.value.high)
+        kind = "weak" if row.confidence < 100 * LEVEL else "interval"
+        data.add(kind, row.arm, row.arm, row.phase, row.value.low, row.value.estimate, row.value.high)
     drawn = []
     for phase, title in _PHASES.items():
         own = [row for row in phases if row.phase == phase]
         if own:
+            kinds = {str(row[0]) for row in data.rows if row[3] == phase}
             drawn.append(
                 Chart(
                     id=f"speed-{phase}",
-                    title=f"{title}, {own[0].unit}",
+                    title=f"{title}, {own[0].unit}{_confidence(own)}",
                     label=f"{title} of each arm's model in {own[0].unit}, median with interval",
-                    spec=charts.intervals(context.arms, own[0].unit, lines=len(own)),
+                    spec=charts.intervals(context.arms, own[0].unit, lines=len(own), kinds=kinds),
                     data="speed",
                     where={"phase": phase},
                 )
@@ -53,18 +60,47 @@ def speed(context: Context) -> Section | None:
         for row in phases
     )
     caption = "Medians over the repetitions of all seeds; intervals from their order"
+    weak = "Dashed: too few repetitions for 95% confidence; the title says how much the interval has."
+    note = weak if "weak" in data.levels("kind") else ""
     headers = ("Arm", "Backend", "Phase", "Median [interval]", "Confidence %", "Repetitions")
     return Section(
         "Speed by phase",
         (
-            Text(
-                "Merged models of one shape decode equally fast, since they run the same arithmetic: a difference "
-                "there is noise of the machine. One request at a time; lower is better in ms, higher in tokens/s."
-            ),
-            Panel("speed", tuple(drawn)),
+            Text(f"{_modes(context)} One request at a time; lower is better in ms, higher in tokens/s."),
+            Panel("speed", tuple(drawn), note=note),
             Details("The numbers, with their confidence", (Table(caption, headers, rows, frozenset({1, 2})),)),
         ),
     )
+
+
+def _confidence(rows: Sequence[PhaseRow]) -> str:
+    """What a chart's title says where its intervals have less than the usual confidence."""
+    found = sorted({row.confidence for row in rows if row.confidence < 100 * LEVEL})
+    if not found:
+        return ""
+    if len(found) == 1:
+        return f"; {confidence_text(found[0])}{'s' if found[0] > 0 else ''}"
+    return f"; intervals of {found[-1]:.0f}% confidence at most"
+
+
+def _modes(context: Context) -> str:
+    """How the models were served, and what that means for their speed."""
+    modes: dict[str, list[str]] = {}
+    for run in context.comparison.runs:
+        if run["arm"] != BASE and run["arm"] not in modes.setdefault(run["serving_mode"], []):
+            modes[run["serving_mode"]].append(run["arm"])
+    told = []
+    if "merged" in modes:
+        told.append(
+            f"Merged into the base: {', '.join(modes['merged'])}. Merged models of one shape decode equally fast, "
+            "since they run the same arithmetic: a difference there is noise of the machine."
+        )
+    if "adapter" in modes:
+        told.append(
+            f"With an adapter beside the base: {', '.join(modes['adapter'])}. An adapter is arithmetic of its own at "
+            "every token, which costs time."
+        )
+    return " ".join(told)
 
 
 def exports(context: Context) -> Section | None:
@@ -99,7 +135,8 @@ def _parity(context: Context) -> list[Block]:
         if (difference := run.parity_first_difference)
     ]
     if told:
-        blocks.append(Details("First prompts on which an export differed from the trained model", tuple(told)))
+        title = "First prompts on which an export differed from the trained model"
+        blocks.append(Details(title, tuple(spread(told, MOST_ROWS))))
     return blocks
 
 
@@ -165,4 +202,6 @@ def _files(context: Context) -> list[Block]:
         return []
     table = Table("Files with their hashes; made from: the hash of the file it was made of",
                   ("Run", "Kind", "Bytes", "sha256", "Made from", "File"), rows, frozenset({1, 3, 4, 5}))  # fmt: skip
-    return [Details(f"All {len(rows)} exported files, their sizes and hashes", (table,))]
+    shown, everything = len(context.data.drawn), len(context.data.runs)
+    which = "All" if shown == everything else f"Of {shown} of {everything} runs:"
+    return [Details(f"{which} {len(rows)} exported files, their sizes and hashes", (table,))]

@@ -6,7 +6,8 @@ from evaluation.page import charts
 from evaluation.page.blocks import Block, Cell, Chart, Control, Panel, Section, Table, Text
 from evaluation.page.columns import MOST_POINTS, Dataset
 from evaluation.page.context import Context, arm_cell, figures, seeds_control, verdict_cell
-from evaluation.page.data import ALL, FAINT, LAST, MOST_LAYERS, MOST_STEPS
+from evaluation.page.data import ALL, FAINT, LAST, MOST_LAYERS, MOST_STEPS, Lost
+from evaluation.page.words import seeds_text
 
 _READINGS = {
     "angle": ("Angle between the update and plain AdamW's, degrees", "angle, degrees"),
@@ -32,11 +33,12 @@ _PROBE_COLUMNS = {
 
 def loss(context: Context) -> Section | None:
     """Loss curves of training and of the evaluations in between."""
-    curves = context.data.curves
-    if not curves.rows:
+    curves, lost = context.data.curves, context.data.lost
+    if not curves.rows and not lost:
         return None
     context.datasets["curves"] = curves
-    arms = _arms(context, curves)
+    present = {*curves.levels("arm"), *(part.arm for part in lost)}
+    arms = tuple(arm for arm in context.arms if arm in present)
     parts = {"train": "Training loss", "eval": "Loss on held-out items"}
     thinned = {row[2] for row in curves.rows if row[4] is not None}
     drawn = [
@@ -58,12 +60,23 @@ def loss(context: Context) -> Section | None:
         notes.append(
             f"Of longer runs {MOST_POINTS} points are drawn: means of stretches, in a band of all their values."
         )
-    if context.data.lost:
-        notes.append(f"{context.data.lost} points were no finite number and are not drawn.")
     if len(context.data.drawn) < len(context.data.runs):
         notes.append(f"Drawn are {len(context.data.drawn)} of {len(context.data.runs)} runs, the first seeds of each.")
-    panel = Panel("loss", tuple(drawn), seeds_control(curves.levels("seed")), arms, " ".join(notes))
-    return Section("Loss curves", (panel,))
+    blocks: list[Block] = [Text(sentence) for sentence in _not_finite(lost)]
+    if drawn:
+        controls = seeds_control(curves.levels("seed"))
+        blocks.append(Panel("loss", tuple(drawn), controls, arms, " ".join(notes), dashed=charts.dashed(arms)))
+    return Section("Loss curves", tuple(blocks))
+
+
+def _not_finite(lost: tuple[Lost, ...]) -> list[str]:
+    """Whose losses no curve can show, and from which step on."""
+    found: dict[str, list[str]] = {}
+    for part in lost:
+        where = "training loss" if part.part == "train" else "loss on held-out items"
+        since = f"from step {part.step}" if part.lasting else f"first at step {part.step}, later finite again"
+        found.setdefault(part.arm, []).append(f"{where} not finite {since} ({seeds_text(part.seeds)})")
+    return [f"{arm}: {'; '.join(words)}. No curve can show that." for arm, words in found.items()]
 
 
 def probes(context: Context) -> Section | None:
@@ -131,8 +144,8 @@ def spectra(context: Context) -> Section | None:
                 "The two r×r factors of K-FAC, of which the natural gradient is made. The faster the eigenvalues fall, "
                 "the more the preconditioner turns the gradient, and the fewer directions the adapter needs."
             ),
-            Panel("spectra", drawn, controls, arms, note=f"Eigenvalues below {FAINT:g} of the largest one are rounding "
-                  "error and are not drawn."),
+            Panel("spectra", drawn, controls, arms, f"Eigenvalues below {FAINT:g} of the largest one are rounding "
+                  "error and are not drawn.", dashed=charts.dashed(arms)),
         ]  # fmt: skip
     panel = _layer_panel(context, "grit", _RANKS)
     if panel:
@@ -185,7 +198,8 @@ def _layer_panel(context: Context, split: str, readings: dict[str, tuple[str, st
         note += f" The lines of single layers have {MOST_STEPS} steps, evenly spaced."
     if len(names) == MOST_LAYERS:
         note += f" {MOST_LAYERS} of all layers can be chosen, evenly spaced; the median is over all."
-    return Panel(f"layers-{split}", drawn, (Control("layer", "Layer", options),), arms, note)
+    controls = (Control("layer", "Layer", options),)
+    return Panel(f"layers-{split}", drawn, controls, arms, note, dashed=charts.dashed(arms))
 
 
 def _final_ranks(context: Context) -> Panel | None:

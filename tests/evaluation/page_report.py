@@ -52,6 +52,7 @@ BUILDERS: dict[str, Callable[[Path], Any]] = {
     "full": page_tree.make_page_tree,
     "evil": page_tree.make_evil_tree,
     "base": _base_only,
+    "odd": page_tree.make_odd_tree,
 }
 
 

@@ -47,6 +47,33 @@ def make_page_tree(root: Path) -> Path:
     return root
 
 
+ODD_SEEDS = {"baseline_lora": (3, 5, 7), "hybrid_grit": (2,), "pure_grit": (3, 5, 7)}
+"""Seeds that are no positions; the second arm has none in common with the others."""
+
+
+def make_odd_tree(root: Path) -> Path:
+    """Arms that made the base worse; one has no partner, one diverged and did not do what it claims."""
+    add_arm(root, "base", 0, 110)
+    for arm, right in (("baseline_lora", 20), ("hybrid_grit", 60), ("pure_grit", 70)):
+        for seed in ODD_SEEDS[arm]:
+            add_arm(root, arm, seed, right)
+            add_logs(root, arm, seed)
+            add_measured(root, arm, seed)
+    for seed in ODD_SEEDS["pure_grit"]:
+        curve = [{"step": step, "loss": 3.0 if step < 4 else math.nan} for step in range(1, 200)]
+        write(
+            root / "adapters/pure_grit" / str(seed) / "loss_history.json", [*curve, {"step": 9, "eval_loss": math.inf}]
+        )
+        place = root / "verdicts/pure_grit" / str(seed) / "verdict.json"
+        verdict = json.loads(place.read_text(encoding="utf-8"))
+        verdict["readings"][0] |= {"verdict": "fail", "diagnosis": "unstable: the losses are not finite"}
+        write(place, verdict | {"verdict": "unstable", "as_claimed": False})
+        place = root / "measured/pure_grit" / str(seed) / "measured.json"
+        measured = json.loads(place.read_text(encoding="utf-8"))
+        edit(place, metrics=[metric | {"value": None} for metric in measured["metrics"]])
+    return root
+
+
 def add_arm(root: Path, arm: str, seed: int, right: int, answer: str = "") -> None:
     """One arm with test and retention items; which ones it gets right follows from its name."""
     order = random.Random(arm).sample(range(ITEMS), ITEMS)

@@ -3,8 +3,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -29,6 +31,7 @@ from result_tree import (  # noqa: E402
 
 from db.ingest import ingest  # noqa: E402
 from evaluation.compare_all import app, load_comparison, write_report  # noqa: E402
+from evaluation.report import as_json  # noqa: E402
 from evaluation.statistics import (  # noqa: E402
     Interval,
     bootstrap_mean,
@@ -113,7 +116,8 @@ def test_wilson_is_scipys_and_never_certain() -> None:
         theirs = binomtest(right, items).proportion_ci(method="wilson")
         ours = wilson(right / items, items)
         assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
-        assert ours.low <= ours.estimate <= ours.high and ours.high - ours.low > 0
+        assert 0 <= ours.low <= ours.estimate <= ours.high <= 1 and ours.high - ours.low > 0
+    assert all(wilson(0.0, n).low == 0.0 and wilson(1.0, n).high == 1.0 for n in range(1, 300)), "rounding too"
 
 
 # --- the comparison ---------------------------------------------------------------------------------------
@@ -184,7 +188,7 @@ def test_table_in_a_pipe_is_whole_and_plain(path: Path) -> None:
     values = [cell.strip() for cell in row.split("│")[1:-1]]
     assert values[:3] == ["baseline_lora_model", "2", "70.0"]
     assert values[3].startswith("+30.0 [+2") and values[3].endswith("]")
-    assert values[4:] == ["80.0", "100.0", "-16.7", "99.0", "plain AdamW"]
+    assert values[4:] == ["80.0", "100.0", "-16.7 [too few]", "99.0", "plain AdamW"]
     assert "\x1b" not in done.stdout and "…" not in done.stdout
     assert sum(line.startswith(("baseline_lora: ", "hybrid_grit: ", "pure_grit: ")) for line in lines) == 3
     assert any("decode equally fast" in line and "noise" in line for line in lines)
@@ -387,3 +391,12 @@ def test_results_without_precisions_have_no_such_sections(path: Path) -> None:
     text = run("--db", str(path), "--format", "md").output
     assert "## Quantization" not in text and "## Served as trained" not in text
     assert "Fallback" not in run("--db", str(path)).output
+
+
+def test_json_has_words_for_numbers_that_json_does_not_have(path: Path) -> None:
+    whole = load_comparison(path)
+    row = replace(whole.rows[1], accuracy=math.nan, accuracy_by_seed=(70.0, math.inf), metrics={("a", "b"): -math.inf})
+    content = json.loads(as_json(replace(whole, rows=(row,), runs=whole.runs * 2)), parse_constant=pytest.fail)
+    found = content["rows"][0]
+    assert (found["accuracy"], found["accuracy_by_seed"], found["metrics"]) == ("nan", [70.0, "inf"], {"a/b": "-inf"})
+    assert content["runs"] == [*whole.runs, *whole.runs], "each once, none cut in two"

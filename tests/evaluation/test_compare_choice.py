@@ -22,6 +22,8 @@ from result_tree import edit, make_arm, make_tree, write  # noqa: E402
 
 from db.ingest import ingest  # noqa: E402
 from evaluation.compare_all import Choice, ChoiceError, app, load_comparison  # noqa: E402
+from evaluation.report import as_csv, cells  # noqa: E402
+from evaluation.tracked import metrics  # noqa: E402
 
 
 def add_rows(tree: Path, arm: str, seed: int, *, metrics: list[dict[str, Any]], retained: list[bool]) -> None:
@@ -41,7 +43,7 @@ def add_rows(tree: Path, arm: str, seed: int, *, metrics: list[dict[str, Any]], 
     write(scores / "samples.jsonl", "\n".join([*lines, *map(json.dumps, more)]) + "\n")
 
 
-def alignment(index: float, delta: float | None) -> list[dict[str, Any]]:
+def alignment(index: float, delta: float | None, p_value: float = 0.002) -> list[dict[str, Any]]:
     values = {
         "alignment_index": index, "alignment_index_low": index - 0.1, "alignment_index_high": index + 0.1,
         "alignment_null_mean": 0.02, "alignment_null_low": 0.01, "alignment_null_high": 0.05,
@@ -52,6 +54,7 @@ def alignment(index: float, delta: float | None) -> list[dict[str, Any]]:
             "delta_alignment_index": delta,
             "delta_alignment_index_low": delta - 0.1,
             "delta_alignment_index_high": delta + 0.1,
+            "delta_alignment_p_value": p_value,
         }
     return [{"name": name, "split": "alignment", "value": value, "n": 40} for name, value in values.items()]
 
@@ -69,8 +72,9 @@ def tree(tmp_path: Path) -> Path:
     add_rows(tree, "base", 0, metrics=[{**general, "value": 3.25}, *alignment(0.5, None)], retained=half)
     more = [{"name": "update_norm", "split": "weights", "value": 1.75, "n": None}, *alignment(0.9, 0.4)]
     add_rows(tree, "pure_grit", 0, metrics=[{**general, "value": 4.5}, *more], retained=[True] * 20 + [False] * 80)
-    for arm, seed, delta in (("hybrid_grit", 0, 0.05), ("baseline_lora", 0, 0.4), ("baseline_lora", 1, -0.4)):
-        add_rows(tree, arm, seed, metrics=alignment(0.5 + delta, delta), retained=[])
+    add_rows(tree, "hybrid_grit", 0, metrics=alignment(0.8, 0.3, 0.2), retained=[])
+    for seed, delta in ((0, 0.4), (1, -0.4)):
+        add_rows(tree, "baseline_lora", seed, metrics=alignment(0.5 + delta, delta), retained=[])
     return tree
 
 
@@ -181,6 +185,65 @@ def test_criteria_in_every_format(path: Path) -> None:
     assert "| pure_grit | retention &gt; 70% of the base's | 40.0 [" in text
 
 
+def test_a_filtered_comparison_says_so_in_every_format(path: Path) -> None:
+    words = "Only arms base, baseline_lora, pure_grit; seeds 0, 1 of the trained arms; backends llama_cpp"
+    chosen = ("--arm", "pure_grit", "--seed", "1", "--seed", "0", "--backend", "llama_cpp", "--db", str(path))
+    assert json.loads(run(*chosen, "--format", "json").output)["filters"] == f"{words}: other runs are left out"
+    for shape in ("md", "table"):
+        assert words in " ".join(run(*chosen, "--format", shape).output.split())
+    everything = run("--db", str(path), "--baseline", "hybrid_grit", "--format", "md").output
+    assert load_comparison(path).filters == "" and "left out" not in everything
+
+
+def test_speed_is_one_estimate_everywhere(tree: Path, tmp_path: Path) -> None:
+    """Median, not mean: one repetition that stumbles changes nothing."""
+    for seed in range(3):
+        speed = tree / f"scores/baseline_lora/{seed}/scores.json"
+        content = json.loads(speed.read_text(encoding="utf-8"))["speed"]
+        slow = [dict(row, nanoseconds=row["nanoseconds"] * 100) if row["arm"] == "baseline_lora" else row
+                for row in content if seed == 0]  # fmt: skip
+        edit(speed, speed=slow or content)
+    ingest(tree, tmp_path / "s.db")
+    comparison = load_comparison(tmp_path / "s.db")
+    row = next(row for row in comparison.rows if row.arm == "baseline_lora")
+    criterion = next(c for c in comparison.criteria if (c.arm, c.name) == ("baseline_lora", "speed loss"))
+    assert criterion.estimate is not None and criterion.confidence == 95
+    assert row.delta_speed == criterion.estimate.estimate == pytest.approx(100 * (5 / 6 - 1))
+    assert row.delta_speed_interval == criterion.estimate
+    assert metrics(comparison)["baseline_lora"]["delta_speed_percent"] == row.delta_speed
+    records = {r["arm"]: r for r in csv.DictReader(io.StringIO(as_csv(comparison)))}
+    assert float(records["baseline_lora"]["delta_speed_percent"]) == row.delta_speed
+    assert cells(row)[6].startswith("-16.7 [-99.2, -16.7")
+    few = next(row for row in comparison.rows if row.arm == "hybrid_grit")
+    assert few.delta_speed_interval is not None, "three seeds of two repetitions"
+
+
+def test_an_interval_below_95_percent_says_so(path: Path) -> None:
+    comparison = load_comparison(path)
+    few = next(c for c in comparison.criteria if (c.arm, c.name) == ("pure_grit", "speed loss"))
+    assert few.confidence == 50, "two repetitions"
+    for shape in ("md", "table"):
+        lines = [
+            line for line in run("--db", str(path), "--format", shape).output.splitlines() if "% interval)" in line
+        ]
+        assert len(lines) == 1 and "pure_grit" in lines[0] and "(50% interval)" in lines[0]
+
+
+def test_seed_by_seed_names_the_seeds(tree: Path, tmp_path: Path) -> None:
+    for seed in (3, 4, 11, 12, 13, 14, 15, 16):
+        make_arm(tree, "hybrid_grit", seed, correct=[i < 60 + seed for i in range(100)])
+    ingest(tree, tmp_path / "n.db")
+    rows = {row.arm: row for row in load_comparison(tmp_path / "n.db").rows}
+    several = rows["hybrid_grit"].against("baseline_lora")
+    assert several is not None and several.seed_numbers == (0, 1, 2)
+    assert several.by_seed == pytest.approx((3, 4, 5))
+    text = section(
+        run("--db", str(tmp_path / "n.db"), "--format", "md").output, "Paired differences of AQI category accuracy"
+    )
+    assert "| +3.0 (seed 0), +4.0 (seed 1), +5.0 (seed 2) |" in text
+    assert "| +23.0 (seed 3) to +36.0 (seed 16) |" in text, "of many, the smallest and the largest"
+
+
 def test_power_stands_in_every_format(path: Path) -> None:
     content = json.loads(run("--db", str(path), "--format", "json").output)
     asked = [(row["arm"], row["against"], row["points"]) for row in content["power"]]
@@ -199,18 +262,42 @@ def test_retention_and_alignment_have_sections_where_measured(path: Path, tmp_pa
     text = run("--db", str(path), "--format", "md").output
     kept = section(text, "Retention and forgetting")
     assert "| Kept of the base's, % [95%] | 100.0 | – | – | 40.0 [" in kept
-    assert "| Perplexity of held-out general text | 3.25 | – | – | 4.5 |" in kept
+    assert "| Perplexity | 3.25 | – | – | 4.5 |" in kept
     assert "| Length of the update, ‖ΔW‖\\_F | – | – | – | 1.75 |" in kept
     assert "| Task addition, % | 80.0 |" in kept
     found = section(text, "Alignment Quality Index")
     assert "| base | 0 | 0.500 [0.400, 0.600] | 0.020 [0.010, 0.050] | 0.001 | – | – |" in found
-    assert "| +0.400 [+0.300, +0.500] | further apart |" in found and "| 0.33 |" in found
-    assert "- pure_grit: significantly further apart than in base (1 seed" in found
-    assert "- hybrid_grit: undecided against base: the interval contains zero (1 seed" in found
-    assert "- baseline_lora: the seeds disagree (2 seeds" in found
+    assert "| +0.400 [+0.300, +0.500] |" in found and "| 0.33 |" in found
+    assert "- pure_grit: significantly further apart than in base, p = 0.002 (1 seed" in found
+    assert "- hybrid_grit: undecided against base, p = 0.2 (1 seed" in found, "though the interval excludes zero"
+    assert "- baseline_lora: changed against base, but the seeds disagree about the direction, p = 0.004 (2" in found
+    assert "answers of the retention questions" in kept
     plain = make_tree(tmp_path / "plain")
     ingest(plain, tmp_path / "plain.db")
     assert "Alignment Quality Index" not in run("--db", str(tmp_path / "plain.db"), "--format", "md").output
+
+
+@pytest.mark.parametrize(
+    ("p_values", "words"),
+    [
+        ((0.02, 0.02), "significantly further apart than in base, p = 0.04 (2 seeds"),
+        ((0.04, 0.04), "undecided against base, p = 0.08 (2 seeds"),
+        ((0.9, 0.9), "undecided against base, p = 1 (2 seeds"),
+        ((0.001, None), "no verdict against base: not finite for every seed (2 seeds"),
+    ],
+)
+def test_the_verdict_on_the_alignment_index_rests_on_p_values(
+    tmp_path: Path, p_values: tuple[float, float | None], words: str
+) -> None:
+    """Over several seeds twice their mean, whatever the intervals say."""
+    tree = make_tree(tmp_path / "project")
+    for seed, p_value in enumerate(p_values):
+        rows = alignment(0.9, 0.4)
+        found = [row | {"value": p_value} if row["name"] == "delta_alignment_p_value" else row for row in rows]
+        add_rows(tree, "baseline_lora", seed, metrics=found, retained=[])
+    ingest(tree, tmp_path / "c.db")
+    text = section(run("--db", str(tmp_path / "c.db"), "--format", "md").output, "Alignment Quality Index")
+    assert f"- baseline_lora: {words}" in text
 
 
 def test_names_cannot_break_the_report(tree: Path, tmp_path: Path) -> None:

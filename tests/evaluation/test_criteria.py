@@ -8,7 +8,7 @@ from scipy.stats import bootstrap
 
 from db.queries_compare import Timing
 from evaluation.criteria import by_difference, by_retention, by_speed
-from evaluation.differences import compare_pairs
+from evaluation.differences import compare_pairs, in_words
 from evaluation.pairs import Pairs
 from evaluation.ratios import kept_share, speed_changes, speed_interval
 from evaluation.statistics import Interval
@@ -31,7 +31,7 @@ def test_retention_is_judged_by_the_whole_interval(low: float, high: float, outc
 def test_speed_is_judged_by_the_whole_interval(low: float, high: float, outcome: str) -> None:
     assert by_speed("pure_grit", Interval(-5.0, low, high), 0.96, 10).outcome == outcome
     few = by_speed("pure_grit", Interval(-5.0, low, high), 0.9375, 5)
-    assert few.outcome == "undecided" and "5 paired repetitions" in few.why
+    assert few.outcome == "undecided" and "5 paired repetitions" in few.why and few.confidence == 93.75
     assert by_speed("pure_grit", None, 0.0, 0).outcome == "undecided"
 
 
@@ -67,7 +67,9 @@ def test_the_correction_for_several_arms_can_take_a_pass_away() -> None:
     found = compare_pairs({(arm, "base"): pairs([1.0] * 6 + [0.0] * 94, zeros) for arm in ("a", "b")})
     judged = by_difference("a", "base", found["a"][0])
     assert not found["a"][0].points.crosses_zero and judged.outcome == "undecided"
-    assert "p = 0.062 after correction" in judged.why
+    assert "Not shown" in judged.why and "p = 0.062 after correction" in judged.why
+    assert in_words(found["a"][0]).startswith("not shown to be better than base (+6.0 points")
+    assert "p = 0.062" in in_words(found["a"][0])
 
 
 def test_the_share_kept_is_a_paired_bootstrap() -> None:

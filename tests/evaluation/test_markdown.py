@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from evaluation.markdown import cell, grid
+from evaluation.markdown import cell, grid, interval, number, significant
+from evaluation.statistics import Interval
 from tests.evaluation.test_compare_all import edit, ingest, make_tree, make_verified, run, verification
 
 SAID = [
@@ -69,6 +71,21 @@ def test_a_cell_is_read_back_as_it_was_said(text: str) -> None:
 )
 def test_names_and_numbers_stay_readable_in_the_file(text: str) -> None:
     assert cell(text) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "plain", "signed"),
+    [(-0.04, "0.0", "+0.0"), (-0.0, "0.0", "+0.0"), (0.04, "0.0", "+0.0"), (-0.06, "-0.1", "-0.1"),
+     (None, "–", "–"), (math.nan, "not finite", "not finite"), (-math.inf, "not finite", "not finite")],
+)  # fmt: skip
+def test_a_number_has_no_negative_zero_and_says_what_it_is_not(value: float | None, plain: str, signed: str) -> None:
+    assert (number(value), number(value, sign=True)) == (plain, signed)
+
+
+def test_an_interval_that_could_not_be_computed_is_words() -> None:
+    assert interval(Interval(math.nan, math.nan, math.nan)) == "not finite"
+    assert interval(Interval(1.0, -0.01, math.inf)) == "1.0 [0.0, not finite]" and interval(None) == "–"
+    assert (significant(math.nan), significant(None), significant(0.00123456)) == ("not finite", "–", "0.001235")
 
 
 def test_line_breaks_do_not_end_a_cell() -> None:

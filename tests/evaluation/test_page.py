@@ -13,6 +13,7 @@ import pytest
 from altair.vegalite.v6.schema.core import load_schema
 
 from evaluation.comparison import load_comparison
+from evaluation.criteria import KEPT
 from evaluation.page import page as page_module
 from evaluation.page import samples as samples_module
 from evaluation.page import write_page
@@ -21,7 +22,7 @@ from evaluation.page.columns import Dataset, quantile, rounded, spread, thin
 from evaluation.page.data import layer_name
 from evaluation.report import as_json
 from tests.evaluation import page_tree
-from tests.evaluation.page_report import Report, contrast, page_data, palette, report, rows_of
+from tests.evaluation.page_report import STYLE, Report, contrast, page_data, palette, report, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,10 @@ def test_criteria_and_power_are_those_of_the_comparison(full: Report) -> None:
         cell = row[1 + arms.index(criterion.arm)]
         assert re.match("pass|fail|undecided", cell) and cell.startswith(criterion.outcome)
         if criterion.estimate is not None:
-            assert f"[{criterion.estimate.low:+.1f}".replace("+", "") in cell.replace("+", "")
+            sign = "" if criterion.name == KEPT else "+"  # a share is no change
+            e = criterion.estimate
+            told = f"{e.estimate:{sign}.1f} [{e.low:{sign}.1f}, {e.high:{sign}.1f}]"
+            assert cell.removeprefix(criterion.outcome).startswith(told)
         assert [criterion.arm, criterion.outcome, escaped(criterion.why)] in [
             row[1:] for row in table(full.text, "why-each-criterion")
         ]
@@ -119,6 +123,8 @@ def test_runs_outside_the_comparison_are_left_out(full: Report, tmp_path: Path) 
     write_page(tmp_path / "some.html", full.database, some)
     text = (tmp_path / "some.html").read_text(encoding="utf-8")
     assert page_data(text)["samples"]["models"] == [{"arm": "base", "seed": "0"}, {"arm": "baseline_lora", "seed": "0"}]
+    byline = text.split('<p class="byline">')[1].split("</p>")[0]
+    assert some.filters and some.filters in byline and "Only" not in full.text.split('class="byline">')[1][:300]
     assert "pure_grit" not in text.split("application/json")[0].split("Starts of stages")[0]
 
 
@@ -209,6 +215,8 @@ def test_a_layer_has_one_name(name: str, short: str) -> None:
 def test_known_arms_have_one_colour_in_every_report() -> None:
     assert page_module.slots_of(("base", "pure_grit", "x")) == {"base": 0, "pure_grit": 3, "x": 4}
     assert page_module.slots_of(("a", "baseline_lora", "b")) == {"a": 4, "baseline_lora": 1, "b": 5}
+    many = page_module.slots_of(("base", *"abcdefghijk"))
+    assert len(set(many.values())) == len(many) and all(f"--arm-{slot}:" in STYLE for slot in many.values())
 
 
 def test_a_script_that_would_end_too_early_is_refused() -> None:
@@ -221,7 +229,7 @@ def test_colours_can_be_told_from_their_background(scheme: str) -> None:
     colours = palette(scheme)
     for ground in ("--paper", "--panel"):
         for name, colour in colours.items():
-            if re.fullmatch(r"--arm-\d", name):
+            if re.fullmatch(r"--arm-\d+", name):
                 assert contrast(colour, colours[ground]) >= 3, (name, ground)
             elif name in ("--ink", "--muted", "--accent", "--good", "--bad", "--open"):
                 assert contrast(colour, colours[ground]) >= 4.5, (name, ground)

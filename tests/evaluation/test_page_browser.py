@@ -115,6 +115,8 @@ def test_search_seed_task_and_outcome_narrow_the_items(browser: Any, full: Repor
         search = page.get_by_role("searchbox")
         search.fill("pm2.5 IS 117")
         assert counted(page) == 1 and "PM2.5 is 117" in page.locator(".sample").inner_text()
+        search.fill("kept-001")  # an item's id, which no prompt has
+        assert counted(page) == 0
         search.fill("no model ever said this")
         assert counted(page) == 0 and "No item matches" in page.locator("[data-part='pages']").inner_text()
         search.fill("")
@@ -128,6 +130,23 @@ def test_search_seed_task_and_outcome_narrow_the_items(browser: Any, full: Repor
         assert counted(page) == page_tree.ITEMS
         page.locator(".outcomes label", has_text="pure_grit").locator("select").select_option("0")
         assert counted(page) == page_tree.ITEMS - page_tree.RIGHT["pure_grit"] + 3
+
+
+def test_the_next_page_begins_at_its_top_and_its_button_keeps_the_focus(browser: Any, full: Report) -> None:
+    with opened(browser, full.file) as page:
+        on = page.get_by_role("button", name="Next")
+        on.scroll_into_view_if_needed()
+        last = int(page.locator("[data-part='pages']").inner_text().split()[-1])
+        for turn in range(last):
+            page.locator(".sample").last.scroll_into_view_if_needed()
+            on.focus()
+            page.keyboard.press("Enter")
+            assert page.locator("[data-part='pages']").inner_text() == f"Page {min(turn + 2, last)} of {last}"
+            if turn + 2 <= last:
+                top = page.locator(".sample").first.bounding_box()["y"]
+                assert 0 <= top < 200, turn
+            assert page.evaluate("document.activeElement.textContent") == "Next"
+        assert on.get_attribute("aria-disabled") == "true"
 
 
 def test_a_choice_redraws_its_charts_only(browser: Any, full: Report) -> None:
@@ -246,7 +265,7 @@ def list_of_pages(page: Any) -> list[str]:
     while True:
         found += page.eval_on_selector_all(".sample .place", "all => all.map((p) => p.textContent)")
         on = page.get_by_role("button", name="Next")
-        if on.is_disabled():
+        if on.get_attribute("aria-disabled") == "true":
             return found
         on.click()
 

@@ -105,7 +105,7 @@ def test_killed_and_resumed_equals_undisturbed(make_job, tmp_path):
     process.wait()
     assert not (job.output / WEIGHTS).exists()
     result = run(ARM, job)
-    assert 8 <= result.resumed_from < 120
+    assert 4 <= result.resumed_from < 120  # the last one that was whole
     assert (job.output / WEIGHTS).read_bytes() == (undisturbed.output / WEIGHTS).read_bytes()
     assert [e["step"] for e in result.history if "loss" in e] == list(range(2, 121, 2))
     losses = [e["loss"] for e in result.history if "loss" in e]
