@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from evaluation.pairs import Pairs
-from evaluation.seeds import FREEDOM_FLOOR, VARIANCE_FLOOR, Components, components
+from evaluation.seeds import Components, components, floors
 from evaluation.statistics import ALPHA
 from evaluation.student import normal_quantile, power
 
@@ -129,11 +129,12 @@ def _shift(delta: float, parts: Components, seeds: int, items: int) -> tuple[flo
     """The difference in standard errors of its estimate, and their degrees of freedom."""
     rest = parts.residual**2
     of_seeds, of_items = items * parts.seed**2 + rest, seeds * parts.item**2 + rest
-    squared = (max(of_seeds, VARIANCE_FLOOR * rest) + max(of_items - rest, 0.0)) / (seeds * items)
+    variance_floor, freedom_floor = floors(seeds)
+    squared = (max(of_seeds, variance_floor * rest) + max(of_items - rest, 0.0)) / (seeds * items)
     if squared == 0:
         return math.inf, math.inf
     doubt = (
-        max(of_seeds, FREEDOM_FLOOR * rest) ** 2 / (seeds - 1)
+        max(of_seeds, freedom_floor * rest) ** 2 / (seeds - 1)
         + of_items**2 / (items - 1)
         + rest**2 / ((seeds - 1) * (items - 1))
     )

@@ -142,6 +142,18 @@ def test_an_interval_over_items_alone_would_miss_the_truth_when_seeds_vary() -> 
     assert np.mean(hits) < 0.85 < 0.92 < covered(d, 2)[0]
 
 
+@pytest.mark.parametrize("against_base", [True, False])
+@pytest.mark.parametrize(("points", "seed_sd", "items"), [(0, 0, 200), (0, 3, 500), (2, 2, 350), (10, 3, 200)])
+def test_two_seeds_are_not_believed_too_much(against_base: bool, points: float, seed_sd: float, items: int) -> None:
+    """They hardly tell how much seeds vary, so the interval may hold the truth too often, and never too seldom."""
+    rng = np.random.default_rng([2, items, int(points), int(seed_sd), against_base])
+    d = differences(
+        rng, simulations=SIMULATIONS, seeds=2, items=items, points=points, seed_sd=seed_sd, against_base=against_base
+    )
+    hits = sum(interval.low <= points / 100 <= interval.high for interval, _ in map(crossed_interval, d))
+    assert hits >= 0.93 * SIMULATIONS
+
+
 @pytest.mark.parametrize(("points", "items"), [(0, 200), (2, 350), (10, 500)])
 def test_the_interval_of_one_seed_holds_the_difference_of_that_seed(points: float, items: int) -> None:
     rng = np.random.default_rng([1, int(points), items])
