@@ -15,6 +15,7 @@ import difflib
 import json
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import datetime
@@ -64,14 +65,15 @@ _VIEW_TYPES: dict[str, TypeEngine[Any]] = {
             Double(),
             "aqi_accuracy delta_aqi retention_accuracy delta_retention inference_speed delta_speed token_ids_equal "
             "greedy_equal lowest highest megabytes bits_per_weight delta_f16 answers_equal_to_f16 rendered counted "
-            "answered equal_to_merged",
+            "answered equal_to_merged value delta_base",
         ),
-        (Boolean(), "git_dirty perturbed_noticed"),
+        (Boolean(), "git_dirty perturbed_noticed is_current is_latest"),
         (UtcDateTime(), "started ended last_started"),
         (
             Text(),
             "arm model_name backend_name device_class git_commit timestamp probe verdict pair type backend "
-            "backend_version mode first_difference stage last_status last_error",
+            "backend_version mode first_difference stage last_status last_error task task_title metric direction "
+            "test_items_sha256",
         ),
     )
     for name in names.split()
@@ -163,25 +165,28 @@ def _query(session: Session, name: str) -> tuple[Select[Any], Columns]:
     return select(*typed).select_from(table(name)).order_by(text(order)), columns
 
 
-class _Writer:
+class _Writer(ABC):
     """Writes rows of one table to one file, piece by piece."""
 
     def __init__(self, file: Path, columns: Columns) -> None:
         self.file, self.columns = file, columns
 
     @staticmethod
+    @abstractmethod
     def load() -> None:
         """Load what is needed, before the database is opened."""
 
+    @abstractmethod
     def __enter__(self) -> _Writer:
-        return self
+        """Begin the file."""
 
+    @abstractmethod
     def __exit__(self, *error: object) -> None:
         """End the file."""
 
+    @abstractmethod
     def write(self, rows: Sequence[Sequence[Any]]) -> None:
         """Add rows."""
-        raise NotImplementedError
 
     def plain(self, rows: Sequence[Sequence[Any]]) -> Iterator[tuple[str, TypeEngine[Any], list[Any]]]:
         """Columns one after the other, JSON as text."""
@@ -195,9 +200,16 @@ class _Writer:
 class _Csv(_Writer):
     """RFC 4180: lines end with CR LF, so that the writer quotes either of them inside a text."""
 
+    @staticmethod
+    def load() -> None:
+        import pandas as pd  # noqa: F401
+
     def __enter__(self) -> _Writer:
         self.frame([]).to_csv(self.file, index=False, lineterminator="\r\n")
         return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing to do: the file is closed after every piece."""
 
     def write(self, rows: Sequence[Sequence[Any]]) -> None:
         self.frame(rows).to_csv(self.file, mode="a", header=False, index=False, lineterminator="\r\n")

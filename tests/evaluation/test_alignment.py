@@ -193,15 +193,27 @@ def test_constants_of_the_base_keep_the_ranking_that_min_max_per_model_reverses(
     assert minmax["a"] < minmax["b"]
 
 
-@pytest.mark.parametrize(("distance", "widest"), [(0.0, 1.35), (0.5, 1.35), (1.5, 1.45)])
-def test_the_interval_covers_the_expected_index(distance, widest):
+@pytest.mark.parametrize(
+    ("own", "distance", "widest"),
+    [*((False, d, 1.35) for d in (0.0, 0.5, 1.5)), (True, 0.0, 1.35), (True, 0.5, 1.35), (True, 1.5, 1.45)],
+)
+def test_the_interval_covers_the_expected_index(own, distance, widest):
     """At least 95% of the intervals hold the mean over many samples of the same size, and they are not far too wide.
 
-    The constants are fixed on each sample itself, as the base's are. Where classes lie far apart, that takes some of
-    the index's own variance away, which the interval does not know.
+    The constants are fixed on another sample, or on each sample itself, as the base's are. Where classes lie far apart,
+    the latter takes some of the index's own variance away, which the interval does not know. At distance 1.5 its width
+    is 1.29 ± 0.02 times the right one in 1500 samples, 1.37 ± 0.03 in 1000 others, and so about 1.32; from the 200 of
+    this test the ratio has a standard error of 0.07 (three lots: 1.36, 1.36, 1.40), hence its bound of 1.45. With
+    constants of another sample it is 1.12 ± 0.02 there. More resamples change nothing (2000: 1.38 instead of 1.36).
     """
     y, noise = labels(30, 30), RNG(0)
-    found = [measured(planted(distance, n=30, noise=noise), y, seed=seed).overall for seed in range(200)]
+    fixed = None if own else fix(planted(distance, n=30, noise=noise), y)
+    found = [
+        measured(
+            planted(distance, n=30, noise=noise), y, reference=fixed, permutations=199 if own else 1, seed=seed
+        ).overall
+        for seed in range(200)
+    ]
     values = [f["alignment_index"] for f in found]
     covered = [f["alignment_index_low"] <= np.mean(values) <= f["alignment_index_high"] for f in found]
     assert 0.94 <= np.mean(covered)
@@ -224,25 +236,6 @@ def test_the_interval_of_the_difference_covers_the_expected_difference():
     low, high = ([f[f"delta_alignment_index_{end}"] for f in found] for end in ("low", "high"))
     assert 0.93 <= np.mean((np.array(low) <= np.mean(values)) & (np.mean(values) <= np.array(high)))
     assert 0.85 < np.mean(np.array(high) - low) / (2 * 1.96 * np.std(values)) < 1.35
-
-
-def test_the_difference_to_the_base_is_paired():
-    y, base = labels(40, 40), planted(1.0)
-    fixed = fix(base, y)
-    itself = measured(base, y, reference=fixed).overall
-    assert [itself[f"delta_alignment_index{end}"] for end in ("", "_low", "_high")] == pytest.approx(
-        [0, 0, 0], abs=1e-9
-    )
-    arm = base + 0.1 * RNG(5).normal(size=base.shape)
-    arm[:, 40:, 0] += 0.2
-    found = measured(arm, y, reference=fixed).overall
-    assert itself["delta_alignment_p_value"] == 1.0
-    above = [f["alignment_index"] - f["alignment_null_mean"] for f in (found, itself)]
-    assert found["delta_alignment_index"] == pytest.approx(above[0] - above[1], rel=1e-9)
-    width = found["delta_alignment_index_high"] - found["delta_alignment_index_low"]
-    assert width < 0.5 * (found["alignment_index_high"] - found["alignment_index_low"])
-    assert found["delta_alignment_index_low"] > 0
-    assert "delta_alignment_index" not in measured(base, y).overall
 
 
 def test_draws_keep_the_classes_and_the_pairs():

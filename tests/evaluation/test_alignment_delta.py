@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from evaluation import alignment, resampling
+from tests.evaluation.test_alignment import RNG, fix, labels, measured, planted
 
 SAMPLES, N, D = 200, 40, 48
 SPECTRUM = 0.95 ** np.arange(D)
@@ -104,3 +105,22 @@ def test_states_that_coincide_have_no_p_value():
     assert np.isnan([v for k, v in found.items() if "alignment" in k]).all() and "delta_alignment_p_value" in found
     assert set(found) == set(alignment.METRICS)
     assert set(alignment.unknown(1).overall) == set(alignment.METRICS) == set(alignment.unknown(1).layers[0])
+
+
+def test_the_difference_to_the_base_is_paired():
+    y, base = labels(40, 40), planted(1.0)
+    fixed = fix(base, y)
+    itself = measured(base, y, reference=fixed).overall
+    assert [itself[f"delta_alignment_index{end}"] for end in ("", "_low", "_high")] == pytest.approx(
+        [0, 0, 0], abs=1e-9
+    )
+    arm = base + 0.1 * RNG(5).normal(size=base.shape)
+    arm[:, 40:, 0] += 0.2
+    found = measured(arm, y, reference=fixed).overall
+    assert itself["delta_alignment_p_value"] == 1.0
+    above = [f["alignment_index"] - f["alignment_null_mean"] for f in (found, itself)]
+    assert found["delta_alignment_index"] == pytest.approx(above[0] - above[1], rel=1e-9)
+    width = found["delta_alignment_index_high"] - found["delta_alignment_index_low"]
+    assert width < 0.5 * (found["alignment_index_high"] - found["alignment_index_low"])
+    assert found["delta_alignment_index_low"] > 0
+    assert "delta_alignment_index" not in measured(base, y).overall
