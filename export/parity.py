@@ -1,8 +1,9 @@
 """Whether an export is the model that was trained: token ids and greedy answers, prompt by prompt.
 
-Merging rounds weights to 16 bit and engines add in different orders, so logits differ a little. Where the reference's
-best two tokens are closer than that, either may come out. Such ties are counted and named, so that a difference can be
-understood; they count as differences all the same.
+Merging rounds weights to 16 bit and engines add in different orders, so logits differ a little; llama.cpp also rounds
+what goes into a product with 16-bit weights, and keys and values, to 16 bit. Where the reference's best two tokens are
+closer than that, either may come out. Such ties are counted and named, so that a difference can be understood; they
+count as differences all the same.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -44,6 +44,7 @@ from trainers.settings import BaseReference
 GGUF = Path("gguf")
 # What is exported first and held against Hugging Face; other precisions are made from it.
 F16 = "model-f16.gguf"
+UNPACKED = "model-f32.gguf"
 SERVED = "model.gguf"
 ADAPTER = "adapter.gguf"
 REFERENCES = 20
@@ -111,10 +112,14 @@ def modelfile_text(facts: dict[str, Any]) -> str:
 def check_parity(
     params: Params, reference: BaseReference, merge_from: str, arm: str, seed: int, folder: Path
 ) -> dict[str, Any]:
-    """Hugging Face (base + adapter, not merged) against merged GGUF and, where there is one, base + adapter GGUF."""
+    """Hugging Face (base + adapter, not merged) against merged GGUF and, where there is one, base + adapter GGUF.
+
+    With `parity_arithmetic: f32` llama.cpp computes in float32, as the reference does: the weights of the f16 files are
+    unpacked, which is exact. So what is compared is what the files hold, and no rounding of the engine's own.
+    """
     template, section = prompt_text(params.prompt), params.export
     prompts = rendered(template, parity_prompts(section.parity_prompts))
-    adapter = adapter_dir(arm, seed)
+    adapter, exact = adapter_dir(arm, seed), section.parity_arithmetic == "f32"
 
     def hugging_face() -> parity.Engine:
         # The tokenizer is the one that training used; the export's came with the 16-bit weights.
@@ -127,7 +132,13 @@ def check_parity(
         )
 
     def llama_cpp(model: Path, lora: Path | None = None) -> Callable[[], parity.Engine]:
-        return lambda: LlamaCppBackend(model, template, num_ctx=section.num_ctx, adapter=lora)
+        def opened() -> parity.Engine:
+            if exact:  # one after the other, so that the disk holds one such file at a time
+                gguf.quantize(model, folder / UNPACKED, "f32")
+            file = folder / UNPACKED if exact else model
+            return LlamaCppBackend(file, template, num_ctx=section.num_ctx, adapter=lora, exact_cache=exact)
+
+        return opened
 
     engines = {
         "hf": hugging_face,
@@ -136,7 +147,9 @@ def check_parity(
     if (folder / ADAPTER).is_file():
         engines["base+adapter_gguf"] = llama_cpp(base_file(GGUF), folder / ADAPTER)
     result = parity.compare(engines, prompts, section.parity_tokens, reference="hf")
-    return {"schema": 1, "arm": arm, "seed": seed, "quantization": "f16", **result}
+    (folder / UNPACKED).unlink(missing_ok=True)
+    shown = {"quantization": "f16", "arithmetic": section.parity_arithmetic}
+    return {"schema": 1, "arm": arm, "seed": seed, **shown, **result}
 
 
 def check_quantized(params: Params, folder: Path) -> dict[str, Any]:
@@ -158,7 +171,7 @@ def check_quantized(params: Params, folder: Path) -> dict[str, Any]:
 def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
     """Export one arm with one seed."""
     if arm != BASE_ARM:
-        check_arm(arm)
+        check_arm(arm, params)
     reference, _ = load_reference()
     merge_from = reference.merge_from
     adapter = None if arm == BASE_ARM else adapter_dir(arm, seed)

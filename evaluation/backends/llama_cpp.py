@@ -23,6 +23,7 @@ class LlamaCppBackend(StepwiseBackend):
         threads: CPU threads; 0 = llama.cpp's own choice (half of the cores, all of them for prompts).
         adapter: GGUF adapter applied on top.
         parallel: Sequences at once in `generate_many`, each with `num_ctx` tokens; ≥ 1.
+        exact_cache: Keep keys and values in float32; llama.cpp rounds them to float16 by default, as servers do.
 
     Raises:
         BackendError: the file cannot be loaded.
@@ -39,6 +40,7 @@ class LlamaCppBackend(StepwiseBackend):
         threads: int = 0,
         adapter: Path | None = None,
         parallel: int = 1,
+        exact_cache: bool = False,
     ) -> None:
         import llama_cpp
 
@@ -49,6 +51,7 @@ class LlamaCppBackend(StepwiseBackend):
         for file in filter(None, (gguf, adapter)):
             if not file.is_file():
                 raise BackendError(f"{file}: no such file; run `dvc repro export`")
+        cache_type = llama_cpp.GGML_TYPE_F32 if exact_cache else None
         try:
             self._llm = llama_cpp.Llama(
                 model_path=str(gguf),
@@ -57,6 +60,8 @@ class LlamaCppBackend(StepwiseBackend):
                 n_threads=threads or None,
                 n_threads_batch=threads or None,
                 n_gpu_layers=-1,
+                type_k=cache_type,
+                type_v=cache_type,
                 verbose=False,
             )
         except (ValueError, RuntimeError) as error:

@@ -1,11 +1,14 @@
 """The embedded backends: greedy, timed, and the same through llama.cpp and transformers."""
 
+import numpy as np
 import pytest
+import torch
 
 from evaluation import speed
 from evaluation.backends import BackendError
 from evaluation.backends.hf import HfBackend
 from evaluation.backends.llama_cpp import LlamaCppBackend
+from export import gguf
 from tests.conftest import TEMPLATE
 
 pytestmark = pytest.mark.slow
@@ -38,8 +41,6 @@ def test_limits_and_stop_words(pair, which):
 
 
 def test_leads_are_the_logits_own(pair):
-    import torch
-
     backend = pair[0]
     ids = backend.tokenize("Sort: 3 1 2")
     answer = backend.greedy(ids, 5)
@@ -48,6 +49,35 @@ def test_leads_are_the_logits_own(pair):
         best = logits[len(ids) - 1 + step].topk(2)
         assert best.indices[0] == token
         assert backend.gaps[step] == pytest.approx(float(best.values[0] - best.values[1]), abs=1e-3)
+
+
+def logits_along(llm, ids, answer):
+    """Next-token logits after the prompt and after each token of an answer, as a backend's own decoding sees them."""
+    rows = []
+    llm.prefill(ids)
+    for token in [*answer, None]:
+        found = llm._api.llama_get_logits_ith(llm._llm.ctx, -1)
+        rows.append(np.ctypeslib.as_array(found, shape=(llm._llm.n_vocab(),)).copy())
+        if token is not None:
+            llm._llm.eval([token])
+    return np.array(rows)
+
+
+def test_in_float32_llama_cpp_computes_what_transformers_does(pair, exported, tmp_path):
+    """What is left of the differences as served is rounding in the engine, and not in the file."""
+    gguf.quantize(exported / "base.gguf", tmp_path / "base-f32.gguf", "f32")
+    ids = pair[0].tokenize("Sort: 3 1 2")
+    answer = pair[0].greedy(ids, 8)
+    expected = pair[0]._model(input_ids=torch.tensor([ids + answer])).logits[0, len(ids) - 1 :].detach().numpy()
+    apart = {}
+    for file in (exported / "base.gguf", tmp_path / "base-f32.gguf"):
+        for exact in (False, True):
+            llm = LlamaCppBackend(file, TEMPLATE, num_ctx=256, exact_cache=exact)
+            apart[file.stem, exact] = np.abs(logits_along(llm, ids, answer) - expected).max()
+            llm.close()
+    assert apart["base-f32", True] < 1e-4
+    assert apart["base", False] > 10 * apart["base-f32", True], "else unpacking would be in vain"
+    assert min(apart["base", True], apart["base-f32", False]) > 3 * apart["base-f32", True], "it takes both"
 
 
 def test_an_answer_does_not_depend_on_what_was_asked_before(pair):
