@@ -22,23 +22,7 @@ from evaluation.page.columns import Dataset, quantile, rounded, spread, thin
 from evaluation.page.data import layer_name
 from evaluation.report import as_json
 from tests.evaluation import page_tree
-from tests.evaluation.page_report import STYLE, Report, contrast, page_data, palette, report, rows_of
-
-
-@pytest.fixture(scope="module")
-def full() -> Report:
-    return report("full")
-
-
-@pytest.fixture(scope="module")
-def evil() -> Report:
-    return report("evil")
-
-
-@pytest.fixture(scope="module")
-def base_only() -> Report:
-    return report("base")
-
+from tests.evaluation.page_report import STYLE, Report, contrast, page_data, palette, rows_of
 
 # What is in the file
 

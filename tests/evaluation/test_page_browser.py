@@ -17,21 +17,6 @@ from tests.evaluation.page_report import Report, contrast, hexed, luminance, pal
 
 
 @pytest.fixture(scope="module")
-def full() -> Report:
-    return report("full")
-
-
-@pytest.fixture(scope="module")
-def evil() -> Report:
-    return report("evil")
-
-
-@pytest.fixture(scope="module")
-def base_only() -> Report:
-    return report("base")
-
-
-@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     pytest.importorskip("playwright")
     try:

@@ -30,11 +30,6 @@ def odd() -> Report:
     return report("odd")
 
 
-@pytest.fixture(scope="module")
-def full() -> Report:
-    return report("full")
-
-
 def words(text: str) -> str:
     """What a reader sees of a part of the page."""
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text)).strip()

@@ -6,50 +6,28 @@ import shutil
 
 import llama_cpp
 import pytest
-import yaml
 from safetensors.torch import load_file, save_file
 
 from db.records_serving import QuantizedRecord, QuantizedSampleRecord
 from evaluation.backends.llama_cpp import LlamaCppBackend
 from export.errors import ExportError
-from pipelines import export, prepare_base, prepare_data, profile, quantize
+from pipelines import export, quantize
 from pipelines.config import ConfigError, parse_params
 
 pytestmark = pytest.mark.slow
 
-SMOKE = profile.compose("smoke")
 OUT = "quantized/baseline_lora/0"
 
 
 @pytest.fixture(scope="module")
-def raw(base_dir):
-    found = yaml.safe_load(SMOKE)
-    found["prepare_base"]["source"] = str(base_dir)
-    found["prepare_data"]["test_items"] = 12
-    return found
+def raw(smoke_raw):
+    return {**smoke_raw, "prepare_data": {**smoke_raw["prepare_data"], "test_items": 12}}
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory, raw, adapter_dir):
-    """A folder with data, a base, an adapter, and both exported in f16."""
-    folder = tmp_path_factory.mktemp("project")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        params = parse_params(raw)
-        prepare_data.run(params)
-        prepare_base.run(params)
-        shutil.copytree(adapter_dir, folder / "adapters/baseline_lora/0")
-        export.run(params, "base", 0)
-        export.run(params, "baseline_lora", 0)
-    return folder
-
-
-@pytest.fixture
-def here(project, tmp_path, monkeypatch):
-    """A copy of it to change."""
-    shutil.copytree(project, tmp_path / "project")
-    monkeypatch.chdir(tmp_path / "project")
-    return tmp_path / "project"
+def project(make_project, raw):
+    """Base and adapter exported in f16."""
+    return make_project(raw, export.run)
 
 
 def with_types(raw, *types):
