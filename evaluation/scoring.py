@@ -6,12 +6,12 @@ from typing import Any
 
 from evaluation.backends import Backend, BackendError
 from evaluation.journal import Journal
-from evaluation.tasks import Item, Score, aqi, general
+from evaluation.tasks import Item, Score, Task, general, load, mean_credit, names
 
 
-def task_of(item: Item) -> Any:
-    """The module that scores an item."""
-    return aqi if item.task == aqi.NAME else general
+def task_of(item: Item) -> Task:
+    """The module that scores an item: its task's, or that of the retention suite, where items name general tasks."""
+    return load(item.task if item.task in names() else general.NAME)
 
 
 def ask(
@@ -78,35 +78,36 @@ def _scored(item: Item, row: Mapping[str, Any]) -> tuple[dict[str, Any], Score]:
         "answer": row["answer"],
         "predicted": score.predicted if isinstance(score.predicted, int | float) else None,
         "correct": score.correct,
+        "credit": score.credit,
         "abs_error": score.abs_error,
         "prompt_tokens": row["prompt_tokens"],
         "answer_tokens": row["answer_tokens"],
     }, score
 
 
-def metrics(test: Sequence[Score], retention: Sequence[tuple[str, Score]]) -> list[dict[str, Any]]:
-    """Rows {name, split, value, n} over the test items, the retention suite and each of its tasks."""
+def metrics(task: Task, test: Sequence[Score], retention: Sequence[tuple[str, Score]]) -> list[dict[str, Any]]:
+    """Rows {name, split, value, n} over the test items of `task`, the retention suite and each of its tasks."""
     rows = [
         {"name": name, "split": "test", "value": value, "n": len(test)}
-        for name, value in aqi.summarize(list(test)).items()
+        for name, value in task.summarize(list(test)).items()
     ]
     by_task: dict[str, list[Score]] = defaultdict(list)
-    for task, score in retention:
-        by_task[task].append(score)
+    for name, score in retention:
+        by_task[name].append(score)
     for name, value in general.summarize([s for _, s in retention]).items():
         rows.append({"name": name, "split": "retention", "value": value, "n": len(retention)})
-    for task, scores in by_task.items():
-        value = sum(s.correct for s in scores) / len(scores)
-        rows.append({"name": f"retention/{task}", "split": "retention", "value": value, "n": len(scores)})
+    for name, scores in by_task.items():
+        rows.append({"name": f"retention/{name}", "split": "retention", "value": mean_credit(scores), "n": len(scores)})
     return rows
 
 
-def metric_defs(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
+def metric_defs(task: Task, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """Unit, direction and meaning of every metric in `rows`."""
-    known: dict[str, dict[str, str]] = {**aqi.METRICS, **general.METRICS}
+    known: dict[str, Mapping[str, str]] = {**task.METRICS, **general.METRICS}
     return {
-        row["name"]: known.get(row["name"])
-        or {
+        row["name"]: dict(known[row["name"]])
+        if row["name"] in known
+        else {
             "unit": "share",
             "direction": "higher",
             "description": f"Share of right answers in the general task {row['name'].split('/', 1)[-1]}",

@@ -15,6 +15,8 @@ from evaluation import epa
 from evaluation.tasks import Item, ItemError, Score
 
 NAME = "aqi"
+TITLE = "AQI accuracy"
+PRIMARY = "aqi_category_accuracy"
 METRICS = {
     "aqi_category_accuracy": {
         "unit": "share",

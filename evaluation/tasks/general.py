@@ -14,6 +14,8 @@ from itertools import islice
 from evaluation.tasks import Item, ItemError, Score
 
 NAME = "general"
+TITLE = "retention"
+PRIMARY = "retention_accuracy"
 METRICS = {
     "retention_accuracy": {
         "unit": "share",

@@ -36,8 +36,10 @@ def test_every_item_is_kept_and_counted():
     scored = {s: scoring.ask(Parrot(answers), items, s, max_tokens=9, stop=[]) for s, items in
               (("test", test), ("retention", suite))}  # fmt: skip
     assert [row["item_id"] for row, _ in scored["test"]] == [i.id for i in test]
+    assert [row["credit"] for row, _ in scored["test"]][:3] == [0.0, 0.0, 1.0]
     assert scored["test"][0][0]["predicted"] is None and scored["test"][0][0]["answer"] == "no idea"
     rows = scoring.metrics(
+        aqi,
         [s for _, s in scored["test"]],
         [(i.task, s) for i, (_, s) in zip(suite, scored["retention"], strict=True)],
     )
@@ -46,4 +48,4 @@ def test_every_item_is_kept_and_counted():
     assert values["aqi_unparseable"] == (1 / 12, 12)
     assert values["retention/addition"] == (0.5, 2) and values["retention/sorting"] == (1.0, 2)
     assert values["retention_accuracy"] == (21 / 22, 22)
-    assert set(scoring.metric_defs(rows)) == set(values)
+    assert set(scoring.metric_defs(aqi, rows)) == set(values)

@@ -1,0 +1,47 @@
+"""Dolly: 15,000 instructions with answers, written by people.
+
+Conover et al. 2023, https://huggingface.co/datasets/databricks/databricks-dolly-15k, CC BY-SA 3.0. Fields:
+instruction, context (a passage, often empty), response, category (such as closed_qa). It has no test split; test
+items are drawn from the one there is.
+"""
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from evaluation.tasks import Field, Item, Score, Source, _freetext
+from evaluation.tasks._freetext import score as score
+from evaluation.tasks._rows import digest, optional_text, text
+
+NAME = "dolly"
+TITLE = "Dolly ROUGE-L"
+PRIMARY = "dolly_rouge_l"
+METRICS = _freetext.metrics(NAME)
+SOURCE = Source("databricks/databricks-dolly-15k")
+FIELDS = {
+    "instruction": Field("instruction", True, "what is to be done"),
+    "context": Field("context", False, "a passage that it is about, may be empty"),
+    "response": Field("response", True, "the answer"),
+    "category": Field("category", False, "the kind of task, kept with the truth"),
+}
+
+
+def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
+    """The instruction, then its context after an empty line where it has one.
+
+    Raises:
+        RowError: a field is no text, or instruction or response are missing.
+    """
+    instruction, context, response = text(row, "instruction"), optional_text(row, "context"), text(row, "response")
+    prompt = f"{instruction}\n\n{context}" if context else instruction
+    truth = {"answer": response, "category": optional_text(row, "category"), "group": digest(context or instruction)}
+    return Item(item_id, NAME, prompt, response, truth)
+
+
+def group(item: Item) -> Hashable:
+    """The context, since several questions are asked about one; without one the instruction."""
+    return item.truth["group"]
+
+
+def summarize(scores: list[Score]) -> dict[str, float]:
+    """The task's metrics over a split; all NaN for an empty one."""
+    return _freetext.summarize(scores, NAME)

@@ -1,0 +1,88 @@
+"""GSM8K: word problems of primary school with worked solutions that end in a number.
+
+Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems", https://huggingface.co/datasets/openai/gsm8k, MIT
+licence. Fields: question; answer, a solution with the calculator's notes `<<48/2=24>>` and the result after `####`.
+The notes are cut out of what is trained on. Answers are compared exactly: 18, 18.00 and $18 are equal, 3/4 is 0.75.
+"""
+
+import math
+import re
+from collections.abc import Hashable, Mapping
+from fractions import Fraction
+from typing import Any
+
+from evaluation.tasks import Field, Item, RowError, Score, Source, mean_credit
+from evaluation.tasks._numbers import exact, final_number
+from evaluation.tasks._rows import digest, shown, text
+
+NAME = "gsm8k"
+TITLE = "GSM8K exact match"
+PRIMARY = "gsm8k_exact_match"
+METRICS = {
+    "gsm8k_exact_match": {
+        "unit": "share",
+        "direction": "higher",
+        "description": "Share of items whose final number equals the right one exactly (primary)",
+    },
+    "gsm8k_unparseable": {
+        "unit": "share",
+        "direction": "lower",
+        "description": "Share of items whose answer holds no number",
+    },
+    "gsm8k_has_marker": {
+        "unit": "share",
+        "direction": "higher",
+        "description": "Share of items whose answer has the marker #### before its result, as the solutions have",
+    },
+}
+SOURCE = Source("openai/gsm8k", subset="main", test="test")
+FIELDS = {
+    "question": Field("question", True, "the word problem"),
+    "answer": Field("answer", True, "the worked solution, with the final number after ####"),
+}
+MARKER = "####"
+_NOTE = re.compile(r"<<[^<>\n]*>>")
+
+
+def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
+    """The question, and its solution without the calculator's notes.
+
+    Raises:
+        RowError: a field is no text, or the answer does not end in #### and a number.
+    """
+    question = text(row, "question")
+    solution = _NOTE.sub("", text(row, "answer")).strip()
+    _, marker, last = solution.rpartition(MARKER)
+    result = exact(last) if marker else None
+    if result is None:
+        got = f"{MARKER} and {shown(last.strip())}" if marker else f"{shown(solution)} without {MARKER}"
+        raise RowError("answer", f"expected a solution that ends in {MARKER} and a number, got {got}")
+    return Item(item_id, NAME, question, solution, {"answer": str(result)})
+
+
+def group(item: Item) -> Hashable:
+    """The question."""
+    return digest(item.prompt)
+
+
+def score(item: Item, answer: str) -> Score:
+    """Right when the final number is exactly the true one."""
+    truth, predicted = Fraction(item.truth["answer"]), final_number(answer, MARKER)
+    extra = {"marker": float(MARKER in answer)}
+    if predicted is None:
+        return Score(correct=False, predicted=None, exact=False, extra=extra)
+    right = predicted == truth
+    error = abs(float(predicted) - float(truth))
+    return Score(right, float(predicted), right, abs_error=error if math.isfinite(error) else None, extra=extra)
+
+
+def summarize(scores: list[Score]) -> dict[str, float]:
+    """The task's metrics over a split; all NaN for an empty one."""
+    n = len(scores)
+    if not n:
+        return dict.fromkeys(METRICS, float("nan"))
+    return {
+        "gsm8k_exact_match": mean_credit(scores),
+        "gsm8k_unparseable": sum(s.predicted is None for s in scores) / n,
+        "gsm8k_has_marker": sum(s.extra["marker"] for s in scores) / n,
+    }

@@ -1,0 +1,61 @@
+"""QNLI: whether a sentence of Wikipedia holds the answer to a question; part of GLUE, made from SQuAD.
+
+Wang et al. 2019, "GLUE: A Multi-Task Benchmark", https://huggingface.co/datasets/nyu-mll/glue, CC BY-SA 4.0 (SQuAD's).
+Fields: question, sentence, label (0 entailment, 1 not_entailment). The test items are its validation split: the hub's
+test split has the label -1 everywhere.
+
+The model is asked in plain words and learns to say Yes or No, since "entailment" says little to one that was not
+trained on such data, and "not_entailment" contains it. The names of the labels are understood in answers as well.
+"""
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from evaluation.tasks import Field, Item, RowError, Score, Source
+from evaluation.tasks._labels import judge, metrics, read_yes_no
+from evaluation.tasks._labels import summarize as _summarize
+from evaluation.tasks._rows import choice, digest, text
+
+NAME = "qnli"
+TITLE = "QNLI accuracy"
+PRIMARY = "qnli_accuracy"
+METRICS = metrics(NAME)
+SOURCE = Source("nyu-mll/glue", subset="qnli", test="validation")
+FIELDS = {
+    "question": Field("question", True, "a question"),
+    "sentence": Field("sentence", True, "the sentence that may hold its answer"),
+    "label": Field("label", True, "0 or entailment, 1 or not_entailment"),
+}
+LABELS = ("not_entailment", "entailment")
+_ANSWERS = {"entailment": "entailment", "not_entailment": "not_entailment", "0": "entailment", "1": "not_entailment"}
+
+
+def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
+    """The question, the sentence, and what is asked about them.
+
+    Raises:
+        RowError: a field is missing or no text, or the label is none of the two.
+    """
+    question, sentence = text(row, "question"), text(row, "sentence")
+    if str(row.get("label")).strip() == "-1":
+        raise RowError("label", "expected 0 or 1, got -1, which marks a split whose labels are kept secret")
+    label = choice(row, "label", _ANSWERS)
+    prompt = f"Question: {question}\nSentence: {sentence}\nDoes the sentence answer the question? Answer Yes or No."
+    completion = "Yes" if label == "entailment" else "No"
+    return Item(item_id, NAME, prompt, completion, {"label": label, "question": digest(question)})
+
+
+def group(item: Item) -> Hashable:
+    """The question."""
+    return item.truth["question"]
+
+
+def score(item: Item, answer: str) -> Score:
+    """Right when the answer says what is true, by yes and no or by the names of the labels."""
+    said = read_yes_no(answer, positive="true|correct|entailment|entailed|entails?")
+    return judge(item, said, LABELS)
+
+
+def summarize(scores: list[Score]) -> dict[str, float]:
+    """The task's metrics over a split; all NaN for an empty one."""
+    return _summarize(scores, METRICS, LABELS)
