@@ -10,6 +10,7 @@ from pipelines.config import ConfigError
 from pipelines.runinfo import key_of, read_json
 from pipelines.schema import PrepareBase
 from pipelines.stage import BASE
+from trainers.models import hub_reason
 from trainers.settings import BaseReference
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -59,9 +60,11 @@ def hub_model(source: str, revision: str | None, key: str = "source") -> tuple[s
             revision = HfApi().model_info(source, revision=revision, timeout=20).sha
         config = Path(hf_hub_download(source, "config.json", revision=revision))
     except Exception as error:
+        reason = hub_reason(error, source, key) or (
+            f"{type(error).__name__}: {error}. Check the name and the network, or set a local model folder"
+        )
         raise ConfigError(
-            f"prepare_base.{key}: {source!r} is no folder here, and the model hub did not give it "
-            f"({type(error).__name__}). Check the name and the network, or set a local model folder"
+            f"prepare_base.{key}: {source!r} is no folder here, and the model hub did not give it: {reason}"
         ) from error
     return config.parent.name, read_json(config)
 

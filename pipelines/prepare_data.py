@@ -3,14 +3,16 @@
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from evaluation.sources import AqiRecord, ColumnSpec, SourceSpec, read_source, write_rejected
-from evaluation.tasks import Item, aqi, general
+from evaluation.sources import HUB, OWN, AqiRecord, ColumnSpec, SourceSpec, read_source, write_rejected
+from evaluation.tasks import Item, aqi, general, load_recipe
 from pipelines.config import ConfigError, load_params
 from pipelines.outputs import staged
+from pipelines.recipe_data import recipe_splits
 from pipelines.runinfo import RunRecord, artifact, hash_inputs, write_jsonl
-from pipelines.schema import Params, PrepareData
+from pipelines.schema import Params
+from pipelines.schema_data import PrepareData
 from pipelines.stage import DATA, SPLITS, main_for
 
 WATCHED = Path("inputs")
@@ -77,22 +79,27 @@ def make_splits(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item
     """All items, and numbers for run.json; refused rows go to `folder`/rejected.jsonl.
 
     Raises:
-        SourceError: the user's file cannot be read.
+        SourceError: the user's file or data set cannot be read.
         ConfigError: too few rows.
     """
-    sizes = {s: getattr(section, f"{s}_items") for s in ("train", "valid", "test")}
+    if section.task != aqi.NAME:
+        return recipe_splits(load_recipe(section.task), section, folder)
     rejected_file = folder / "rejected.jsonl"
+    held = {s: getattr(section, f"{s}_items") for s in ("valid", "test")}
     if section.source == "generated":
         splits = aqi.generate(
-            sizes, seed=section.seed, pollutants=section.pollutants, max_pollutants=section.max_pollutants
+            {"train": cast(int, section.train_items), **held},  # null is refused when params.yaml is read
+            seed=section.seed,
+            pollutants=section.pollutants,
+            max_pollutants=section.max_pollutants,
         )
         write_rejected(rejected_file, [])
-        return splits, {"source": "generated"}
+        return splits, {"source": "generated", "test_categories": aqi.category_counts(splits["test"])}
     columns = {k: v if isinstance(v, str) else ColumnSpec(**v.model_dump()) for k, v in section.columns.items()}
     result = read_source(
         SourceSpec(
             source=section.source,
-            split=section.hub_split,
+            split=section.hub_split or "train",
             subset=section.hub_subset,
             delimiter=section.delimiter,
             columns=columns,
@@ -100,22 +107,38 @@ def make_splits(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item
         )
     )
     write_rejected(rejected_file, result.rejected)
+    # All rows: what validation and tests leave, which are at most half of them together.
+    most = max(len(result.records) - sum(held.values()), sum(held.values()))
+    sizes = {"train": section.train_items if section.train_items is not None else most, **held}
     splits, left = split_records(result.records, sizes, section.seed)
     return splits, {
         "source": section.source,
+        "revision": result.revision,
         "accepted_rows": len(result.records),
         "rejected_rows": len(result.rejected),
         "unused_rows": len(left),
         "first_unused": [item.id for item in left[:5]],
         "first_rejections": [f"row {r.row}, column {r.column}: {r.reason}" for r in result.rejected[:5]],
+        "test_categories": aqi.category_counts(splits["test"]),
     }
+
+
+def _own_files(source: str) -> list[Path]:
+    """The user's files that a source names; those of a folder without hidden ones, where downloads keep times."""
+    path = Path(source)
+    if source in ("generated", OWN) or source.startswith(HUB):
+        return []
+    if path.is_dir():
+        inside = (f for f in sorted(path.rglob("*")) if f.is_file())
+        return [f for f in inside if not any(part.startswith(".") for part in f.relative_to(path).parts)]
+    return [path] if path.is_file() else []
 
 
 def run(params: Params) -> None:
     """Write the data folder."""
     section = params.prepare_data
-    own = Path(section.source)
-    inputs = hash_inputs(own) if section.source != "generated" and own.is_file() else {}
+    own = _own_files(section.source)
+    inputs = hash_inputs(*own)
     with staged(DATA) as folder:
         splits, facts = make_splits(section, folder)
         splits["retention"] = general.retention_items(section.retention_items_per_task, seed=0)
@@ -125,18 +148,28 @@ def run(params: Params) -> None:
             write_jsonl(file, [item.to_json() for item in splits[split]])
             record.artifacts.append(artifact("dataset", file, DATA / file.name))
         record.extra = {
+            "task": section.task,
             **facts,
             "items": {split: len(items) for split, items in splits.items()},
-            "test_categories": aqi.category_counts(splits["test"]),
         }
         record.write(folder)
     print(json.dumps(record.extra, ensure_ascii=False))
+    _say(section, facts, watched_by_dvc=all(map(watched, own)))
+
+
+def _say(section: PrepareData, facts: dict[str, Any], watched_by_dvc: bool) -> None:
+    """What a user should know of the rows."""
+    for note in facts.get("notes", []):
+        print(note)
     if facts.get("unused_rows"):
         print(
             f"{facts['unused_rows']} rows are not used: the splits are full; raise prepare_data.train_items to use them"
         )
-    if section.source != "generated" and not section.source.startswith("hub:") and not watched(own):
-        print(f"{own} lies outside {WATCHED}/, where DVC would notice a change; after one, `dvc repro -f prepare_data`")
+    if not watched_by_dvc:
+        print(
+            f"{section.source} lies outside {WATCHED}/, where DVC would notice a change; after one, "
+            "`dvc repro -f prepare_data`"
+        )
     if facts.get("rejected_rows"):
         print(f"{facts['rejected_rows']} rows were refused; data/rejected.jsonl says which and why")
 

@@ -3,6 +3,7 @@
 import difflib
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from trainers.settings import BaseReference, TrainSettings
@@ -10,6 +11,52 @@ from trainers.settings import BaseReference, TrainSettings
 
 class ModelError(ValueError):
     """A model that cannot be loaded or does not fit the settings."""
+
+
+def hub_reason(error: BaseException, source: str, key: str = "source") -> str | None:
+    """One sentence on why the model hub did not give something; None where the hub is not at fault.
+
+    Args:
+        error: What was raised; those that it came from are looked at too.
+        source: The hub id that was asked for.
+        key: The setting in section prepare_base that named it.
+    """
+    import httpx
+    from huggingface_hub import constants, errors
+
+    here = f"download it elsewhere with `hf download {source} --local-dir FOLDER` and set prepare_base.{key} to FOLDER"
+    seen: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in seen:
+        seen.append(at)
+        at = at.__cause__ or at.__context__
+    for found in seen:
+        match found:
+            case errors.GatedRepoError():
+                return (
+                    f"{source} is gated: ask for access on its page, https://huggingface.co/{source}, then log in with "
+                    f"`hf auth login` or set HF_TOKEN; or {here}"
+                )
+            case errors.RepositoryNotFoundError():
+                return (
+                    f"the hub has no model {source}, or a private one: expected org/name as on its page; for one of "
+                    "your own log in with `hf auth login`, or set HF_TOKEN"
+                )
+            case errors.RevisionNotFoundError():
+                return f"{source} has no such revision; set prepare_base.revision to a branch, a tag or a commit"
+    for found in seen:
+        if isinstance(found, httpx.TransportError | ConnectionError | errors.LocalEntryNotFoundError):
+            offline = ", HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+            return f"the hub cannot be reached ({type(found).__name__}{offline}), and no copy is in the cache; {here}"
+        if isinstance(found, errors.EntryNotFoundError):
+            return f"{source} has no such file: {found}"
+    return None
+
+
+def _not_loaded(what: str, base: BaseReference, error: Exception) -> ModelError:
+    """The error of a tokenizer or a model; for hub ids with what to do."""
+    reason = None if Path(base.location).is_dir() else hub_reason(error, base.location)
+    return ModelError(f"no {what} could be loaded from {base.location!r}: {reason or error}")
 
 
 def load_tokenizer(base: BaseReference) -> Any:
@@ -23,7 +70,7 @@ def load_tokenizer(base: BaseReference) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.location, **base.load_kwargs)
     except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer could be loaded from {base.location!r}: {error}") from error
+        raise _not_loaded("tokenizer", base, error) from error
     if tokenizer.pad_token is None:
         # A padding token of its own where the vocabulary reserves one; labels are masked by position either way.
         reserved = [
@@ -65,7 +112,7 @@ def load_base_model(base: BaseReference, settings: TrainSettings) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(base.location, use_safetensors=True, **kwargs)
     except (OSError, ValueError) as error:
-        raise ModelError(f"no model could be loaded from {base.location!r}: {error}") from error
+        raise _not_loaded("model", base, error) from error
     model.config.use_cache = False
     if settings.quantize_base == "nf4":
         from peft import prepare_model_for_kbit_training

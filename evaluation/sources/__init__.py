@@ -1,4 +1,6 @@
-"""A user's own AQI data from CSV, JSON lines or the Hugging Face hub, with nothing dropped silently.
+"""Rows of data from CSV, JSON or Parquet files, folders or the Hugging Face hub, with nothing dropped silently.
+
+`read_source` makes AQI records of them, `read_recipe` items of any recipe (`evaluation.tasks.Recipe`).
 
 A row number counts data rows from 1, a line number counts the lines of the file from 1. Blank lines are no
 rows.
@@ -10,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from evaluation.sources.readers import read_table
+from evaluation.sources.hub import HUB
+from evaluation.sources.readers import FILES, read_table
+from evaluation.sources.recipes import OWN, RecipeRows, RecipeSpec, read_recipe
 from evaluation.sources.rows import RowChecker
 from evaluation.sources.types import (
     FIELDS,
@@ -20,20 +24,25 @@ from evaluation.sources.types import (
     SourceError,
     SourceResult,
     SourceSpec,
-    Table,
-    Target,
+    check_columns,
     check_mapping,
-    suggest,
+    no_row_left,
 )
 
 __all__ = [
     "FIELDS",
+    "FILES",
+    "HUB",
+    "OWN",
     "AqiRecord",
     "ColumnSpec",
+    "RecipeRows",
+    "RecipeSpec",
     "Rejection",
     "SourceError",
     "SourceResult",
     "SourceSpec",
+    "read_recipe",
     "read_source",
     "write_rejected",
 ]
@@ -51,7 +60,7 @@ def read_source(spec: SourceSpec) -> SourceResult:
         table = read_table(spec)
     except SourceError as error:
         raise SourceError(spec.source, [*problems, *error.problems]) from error.__cause__
-    problems += _check_columns(table, targets)
+    problems += check_columns(table, {name: target.column for name, target in targets.items()})
     if problems:
         raise SourceError(spec.source, problems)
 
@@ -65,25 +74,8 @@ def read_source(spec: SourceSpec) -> SourceResult:
         else:
             rejected.append(verdict)
     if not records:
-        shown = [f"row {r.row}{f' (line {r.line})' if r.line else ''}: {r.reason}" for r in rejected[:5]]
-        more = [f"… and {len(rejected) - 5} more"] if len(rejected) > 5 else []
-        raise SourceError(spec.source, [f"no row is left, all {len(rejected)} were rejected.", *shown, *more], rejected)
-    return SourceResult(records, rejected)
-
-
-def _check_columns(table: Table, targets: dict[str, Target]) -> list[str]:
-    problems = []
-    for name, target in targets.items():
-        if target.column in table.repeated:
-            problems.append(f"{name}: the header holds {target.column!r} more than once; rename one.")
-        elif table.columns and target.column not in table.columns:
-            problems.append(
-                f"{name}: there is no column {target.column!r}.{suggest(target.column, table.columns)} "
-                f"Available: {', '.join(table.columns)}.{table.hint}"
-            )
-    if not table.rows:
-        problems.append("has a header, but no data row.")
-    return problems
+        raise no_row_left(spec.source, rejected)
+    return SourceResult(records, rejected, table.revision)
 
 
 def write_rejected(path: Path, rejections: Sequence[Rejection]) -> None:

@@ -1,4 +1,4 @@
-"""Reading CSV, JSON lines and hub data sets into raw rows. A reader judges bytes and shape, never values."""
+"""Reading CSV, JSON and Parquet files into raw rows. A reader judges bytes and shape, never values."""
 
 import csv
 import json
@@ -6,11 +6,16 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
 
+from evaluation.sources.arrow import read_parquet
+from evaluation.sources.hub import HUB, read_split
 from evaluation.sources.types import RawRow, SourceError, SourceSpec, Table
+
+__all__ = ["FILES", "HUB", "read_table"]
 
 _UTF8_BOM = b"\xef\xbb\xbf"
 _OTHER_BOMS = {b"\xff\xfe\x00\x00": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-HUB = "hub:"
+_PARQUET = ".parquet"
+_ESCAPE = b"\\ud"  # how an escape of half a character begins
 
 
 def read_table(spec: SourceSpec) -> Table:
@@ -19,35 +24,32 @@ def read_table(spec: SourceSpec) -> Table:
     Raises:
         SourceError: it is missing, empty, of an unknown kind, unreadable or out of reach.
     """
-    if spec.source.startswith(HUB):
-        return _read_hub(spec)
     path = Path(spec.source)
-    readers: dict[str, Callable[[SourceSpec, bytes, int], Table]] = {
-        ".csv": _read_csv,
-        ".jsonl": _read_jsonl,
-        ".ndjson": _read_jsonl,
-        ".json": _read_jsonl,
-    }
-    reader = readers.get(path.suffix.lower())
+    if spec.source.startswith(HUB) or path.is_dir():
+        return read_split(spec.source, spec.split, spec.subset)
+    kind = path.suffix.lower()
     problems = []
-    if reader is None:
-        problems.append(f"expected a name ending in {', '.join(readers)}, or {HUB}org/name, got {path.name!r}.")
+    if kind not in FILES:
+        problems.append(f"expected a name ending in {', '.join(FILES)}, a folder, or {HUB}org/name, got {path.name!r}.")
     if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no file"
-        problems.append(f"expected a file, found {kind} at {path.resolve()}; set the path of your data.")
-    if problems or reader is None:
+        problems.append(
+            f"expected a file, found no file at {path.resolve()}; set the path of your data, a file or a folder."
+        )
+    if problems:
         raise SourceError(spec.source, problems)
     try:
         data = path.read_bytes()
     except OSError as error:
         raise SourceError(spec.source, [f"cannot be read: {error.strerror}."]) from error
+    if kind == _PARQUET:
+        return read_parquet(spec.source, data)
     encoding = next((name for bom, name in _OTHER_BOMS.items() if data.startswith(bom)), None)
     if encoding is not None:
         raise SourceError(spec.source, [f"expected UTF-8, got {encoding}; save the file as UTF-8."])
     start = len(_UTF8_BOM) if data.startswith(_UTF8_BOM) else 0
     if not data[start:].strip():
         raise SourceError(spec.source, [f"is empty ({len(data)} bytes); expected a header and rows, or JSON lines."])
-    return reader(spec, data[start:], start)
+    return _TEXTS[kind](spec, data[start:], start)
 
 
 def _not_utf8(line: bytes, offset: int) -> str | None:
@@ -106,26 +108,45 @@ def _csv_rows(text: Iterator[str], delimiter: str) -> Iterator[tuple[int, int, l
             yield first, reader.line_num, cells, error
 
 
-def _read_jsonl(spec: SourceSpec, data: bytes, start: int) -> Table:
-    if data.lstrip().startswith(b"[") and _is_array(data):
-        raise SourceError(spec.source, ["expected one JSON object per line, got a JSON array; write one per line."])
-    columns: dict[str, None] = {}
-    rows: list[RawRow] = []
+def _read_json(spec: SourceSpec, data: bytes, start: int) -> Table:
+    """One object a line, or one array of objects as a whole."""
+    if data.lstrip().startswith(b"["):
+        try:
+            # Bytes that are not UTF-8 pass through as half characters and are reported with the row that holds them.
+            text = data.decode(errors="surrogateescape")
+            array = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if not _is_json(data.lstrip().splitlines()[0]):
+                raise SourceError(
+                    spec.source, [f"expected a JSON array of objects, got broken JSON ({error})."]
+                ) from error
+        else:
+            if isinstance(array, list):
+                doubtful = not text.isascii() or _ESCAPE in data.lower()
+                return _table([(None, *_checked(value, doubtful)) for value in array])
+    found: list[tuple[int | None, dict[str, object], str | None]] = []
     offset = start
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
-            values, problem = _json_object(line, offset)
-            columns.update(dict.fromkeys(values if problem is None else ()))
-            rows.append(RawRow(len(rows) + 1, number, values, problem))
+            found.append((number, *_json_object(line, offset)))
         offset += len(line) + 1
-    return Table(list(columns), rows)
+    return _table(found)
 
 
-def _is_array(data: bytes) -> bool:
+def _table(found: list[tuple[int | None, dict[str, object], str | None]]) -> Table:
+    """A table of (line, values, problem); its columns are those of all sound rows."""
+    columns: dict[str, None] = {}
+    for _, values, problem in found:
+        columns.update(dict.fromkeys(values if problem is None else ()))
+    return Table(list(columns), [RawRow(n, *rest) for n, rest in enumerate(found, start=1)])
+
+
+def _is_json(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(data), list)
+        json.loads(line)
     except (ValueError, RecursionError):
         return False
+    return True
 
 
 def _json_object(line: bytes, offset: int) -> tuple[dict[str, object], str | None]:
@@ -136,32 +157,33 @@ def _json_object(line: bytes, offset: int) -> tuple[dict[str, object], str | Non
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         return raw, f"expected a JSON object, got broken JSON ({error})"
+    values, problem = _checked(value, _ESCAPE in line.lower())
+    return (raw if problem else values), problem
+
+
+def _checked(value: object, doubtful: bool) -> tuple[dict[str, object], str | None]:
+    """The object and what is wrong with it.
+
+    Args:
+        value: As parsed.
+        doubtful: Whether its texts may be such as no UTF-8 file can hold.
+    """
     if not isinstance(value, dict):
-        return raw, f"expected a JSON object, got {type(value).__name__}"
+        return {"(value)": value}, f"expected a JSON object, got {type(value).__name__}"
+    for name, cell in value.items() if doubtful else ():
+        try:
+            json.dumps([name, cell], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"half a character (\\u{code:04x})"
+            return value, f"{name}: expected UTF-8, got {what}"
     return value, None
 
 
-def _read_hub(spec: SourceSpec) -> Table:
-    import httpx
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
-
-    name, revision = spec.source.removeprefix(HUB), None
-    if "@" in name and not Path(name).exists():
-        name, revision = name.rsplit("@", 1)
-    try:
-        data = load_dataset(name, spec.subset, split=spec.split, revision=revision)
-    except (DatasetNotFoundError, DatasetsError, ValueError) as error:
-        raise SourceError(
-            spec.source, [f"the hub data set (split {spec.split!r}) could not be opened: {error}"]
-        ) from error
-    except (OSError, httpx.HTTPError) as error:
-        raise SourceError(
-            spec.source,
-            [
-                f"the Hugging Face hub cannot be reached ({type(error).__name__}: {error}); save the data "
-                "set as CSV or JSONL and set source to that path."
-            ],
-        ) from error
-    rows = [RawRow(number, None, dict(row)) for number, row in enumerate(data, start=1)]
-    return Table(list(data.column_names), rows)
+_TEXTS: dict[str, Callable[[SourceSpec, bytes, int], Table]] = {
+    ".csv": _read_csv,
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
+    ".json": _read_json,
+}
+FILES = (*_TEXTS, _PARQUET)

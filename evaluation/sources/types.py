@@ -1,7 +1,7 @@
 """What a source is, what comes out of it, and how a column is mapped onto a field."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 
@@ -50,11 +50,12 @@ class SourceSpec(BaseModel):
     """Where a user's own AQI data lies and which column means what.
 
     Attributes:
-        source: Path of a .csv, .jsonl, .ndjson or line-wise .json file, or `hub:org/name[@revision]`.
+        source: Path of a .csv, .jsonl, .ndjson, .json (lines or one array) or .parquet file, of a folder in the hub's
+            format, or `hub:org/name[@revision]`.
         columns: Our field → the file's column. Fields: the pollutants of `evaluation.epa` (`pm25` …), `aqi`,
             `category`, `id`, and `prompt` with `completion` for ready-made texts.
-        split: Split of a hub data set.
-        subset: Configuration of a hub data set that has several.
+        split: Split of a hub data set or folder.
+        subset: Configuration of a hub data set or folder that has several.
         delimiter: Separator of a CSV file, one character.
         trust_given_aqi: Take the file's AQI where it disagrees with EPA's calculation.
     """
@@ -76,7 +77,7 @@ class AqiRecord:
     Attributes:
         id: The file's id, or "row-N".
         row: Data row, from 1.
-        line: Line of the file on which the row starts, from 1; None for a hub data set.
+        line: Line of the file on which the row starts, from 1; None where it has no lines (Parquet, array, hub).
         readings: Pollutant key → concentration in EPA's unit of that pollutant.
         given_aqi: The file's own index (rounded to an integer, halves up), if it has one.
         category: The file's own category, in EPA's spelling, if it has one.
@@ -101,11 +102,12 @@ class Rejection:
     Attributes:
         file: The source.
         row: Data row, from 1.
-        line: Line of the file on which the row starts; None for a hub data set.
+        line: Line of the file on which the row starts; None where it has no lines (Parquet, array, hub).
         column: The file's column of the first problem; None when the row as a whole is at fault.
         value: What stood there.
         reason: Every problem of the row: what was expected and what came.
         raw: The row as read.
+        split: The data set's split that it stands in; None where one alone is read.
     """
 
     file: str
@@ -115,14 +117,22 @@ class Rejection:
     value: object
     reason: str
     raw: dict[str, object]
+    split: str | None = None
 
 
 @dataclass(frozen=True)
 class SourceResult:
-    """All rows of a source: each stands in exactly one of the two lists, in file order."""
+    """All rows of a source: each stands in exactly one of the two lists, in file order.
+
+    Attributes:
+        records: The accepted ones.
+        rejected: The refused ones.
+        revision: Commit of a hub data set; None for files.
+    """
 
     records: list[AqiRecord]
     rejected: list[Rejection]
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,12 +147,23 @@ class RawRow:
 
 @dataclass(frozen=True)
 class Table:
-    """A source read, but not yet judged."""
+    """A source read, but not yet judged.
+
+    Attributes:
+        columns: Its names, in order.
+        rows: All, in order.
+        hint: The end of a sentence about a column that is not there.
+        repeated: Columns that stand in the header more than once.
+        revision: Commit of a hub data set; None for files.
+        labels: Column of numbered classes → their names, where the data set gives them.
+    """
 
     columns: list[str]
     rows: list[RawRow]
     hint: str = ""
     repeated: frozenset[str] = frozenset()
+    revision: str | None = None
+    labels: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -158,6 +179,42 @@ def suggest(word: str, known: Iterable[str]) -> str:
     by_lower = {k.lower(): k for k in known}
     near = difflib.get_close_matches(word.lower(), by_lower, n=1)
     return f" Did you mean {by_lower[near[0]]!r}?" if near else ""
+
+
+def check_columns(table: Table, columns: Mapping[str, str]) -> list[str]:
+    """What is wrong with a table as a whole.
+
+    Args:
+        table: The source as read.
+        columns: Field → the column that it is read from.
+    """
+    problems = []
+    for name, column in columns.items():
+        if column in table.repeated:
+            problems.append(f"{name}: the header holds {column!r} more than once; rename one.")
+        elif table.columns and column not in table.columns:
+            problems.append(
+                f"{name}: there is no column {column!r}.{suggest(column, table.columns)} "
+                f"Available: {', '.join(table.columns)}.{table.hint}"
+            )
+    if not table.rows:
+        problems.append("has a header, but no data row.")
+    return problems
+
+
+def no_row_left(source: str, rejected: Sequence[Rejection], where: str = "") -> SourceError:
+    """The error of a source all of whose rows were refused.
+
+    Args:
+        source: Its name.
+        rejected: All rows.
+        where: Said before "no row is left", e.g. the split.
+    """
+    shown = [f"row {r.row}{f' (line {r.line})' if r.line else ''}: {r.reason}" for r in rejected[:5]]
+    more = [f"… and {len(rejected) - 5} more"] if len(rejected) > 5 else []
+    return SourceError(
+        source, [f"{where}no row is left, all {len(rejected)} were rejected.", *shown, *more], list(rejected)
+    )
 
 
 def unit_factor(key: str, unit: str | None) -> Decimal:

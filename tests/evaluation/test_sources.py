@@ -184,8 +184,47 @@ def test_jsonl_lines_that_are_no_objects(tmp_path):
     assert said[5] == "PM25: expected a number, got bool True" and said[6] == "CO: expected a finite number, got inf"
 
 
-def test_json_array_file_is_explained(tmp_path):
-    assert "JSON array; write one per line" in str(failure(tmp_path, '[\n{"PM25": 1}\n]', "d.json"))
+def test_json_array_file_is_read(tmp_path):
+    """As Alpaca's own file; a .jsonl file may hold one too."""
+    content = b'[\n {"PM25": 9, "site": "Z\xc3\xbcrich", "ozone": null, "CO": null, "AQI": 50},\n [1],\n'
+    content += (
+        b' {"PM25": 8, "site": "Z\xfcrich"}, {"PM25": 7, "site": "\\ud83d"}, {"PM25": 6, "site": "\\ud83d\\ude00"}]'
+    )
+    for name in ("d.json", "d.jsonl"):
+        result = read(tmp_path, content, name)
+        assert [(r.row, r.line, r.id) for r in result.records] == [(1, None, "Zürich"), (5, None, "😀")]
+        assert reasons(result) == {
+            2: "expected a JSON object, got list",
+            3: "site: expected UTF-8, got byte 0xfc",
+            4: "site: expected UTF-8, got half a character (\\ud83d)",
+        }
+        write_rejected(tmp_path / "out.jsonl", result.rejected)
+        assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3
+
+
+def test_broken_and_empty_json_arrays_are_explained(tmp_path):
+    assert "expected a JSON array of objects, got broken JSON" in str(failure(tmp_path, '[\n{"PM25": 1},\n', "d.json"))
+    assert "no data row" in str(failure(tmp_path, "[]", "d.json"))
+    # Lines that are arrays are rows that are no objects.
+    assert "all 2 were rejected" in str(failure(tmp_path, "[1]\n[2]\n", "d.jsonl", columns={"pm25": "a"}))
+
+
+def test_half_a_character_in_a_json_line_is_a_rejection(tmp_path):
+    lines = '{"PM25": 9, "site": "a", "ozone": 0, "CO": 0, "AQI": 50}\n{"PM25": 8, "site": "\\udc00"}\n'
+    assert reasons(read(tmp_path, lines, "d.jsonl")) == {2: "site: expected UTF-8, got half a character (\\udc00)"}
+
+
+def test_parquet_file_is_read_cell_by_cell(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    sites = pa.array([b"a", b"Z\xfc", b"c"], pa.binary()).view(pa.string())  # the second is no UTF-8
+    table = pa.table({"PM25": [9.0, 8.0, None], "site": sites, "ozone": [None, None, 0.05], "CO": [None] * 3})
+    parquet.write_table(table.append_column("AQI", [[50, None, None]]), tmp_path / "d.parquet")
+    result = read_source(SourceSpec(source=str(tmp_path / "d.parquet"), columns=COLUMNS))
+    assert [(r.row, r.line, r.id, r.readings) for r in result.records] == [
+        (1, None, "a", {"pm25": 9.0}), (3, None, "c", {"o3_8h": 0.05})]  # fmt: skip
+    assert list(reasons(result)) == [2] and "a cell cannot be read: 'utf-8' codec" in reasons(result)[2]
 
 
 def test_ragged_rows_and_broken_quotes(tmp_path):
@@ -221,6 +260,8 @@ def test_bom_is_no_part_of_the_first_column(tmp_path):
         (b"\xef\xbb\xbf\n \n", "d.jsonl", "is empty"),
         (HEADER, "d.csv", "no data row"),
         ("a,b", "d.xlsx", "expected a name ending in .csv"),
+        ("PAR1", "d.parquet", "expected a Parquet file"),
+        ("", "d.parquet", "expected a Parquet file"),
         ("site,PM25".encode("utf-16"), "d.csv", "got UTF-16"),
         (b"si\xffte,PM25\n1,2\n", "d.csv", "line 1, the header: expected UTF-8"),
         ("site,PM25,PM25,ozone,CO,AQI\n1,2,3,4,5,6\n", "d.csv", "'PM25' more than once"),
@@ -292,6 +333,14 @@ def test_hub_layout_reads_and_rejects_like_a_file(hub_folder):
     result = read_source(spec)
     assert [(r.id, r.readings, r.line) for r in result.records] == [("a", {"pm25": 9.0, "o3_8h": 0.05}, None)]
     assert reasons(result)[2].startswith("no reading") and reasons(result)[3].startswith("o3: expected a number ≥ 0")
+    assert len(read_source(spec.model_copy(update={"split": "test"})).records) == 1
+    with pytest.raises(SourceError, match="split 'valid'"):
+        read_source(spec.model_copy(update={"split": "valid"}))
+
+
+def test_folder_in_the_hub_s_format_reads_like_the_hub(hub_folder):
+    spec = SourceSpec(source=str(hub_folder), columns={"pm25": "pm", "o3_8h": "o3", "id": "site"})
+    assert [r.id for r in read_source(spec).records] == ["a"] and len(read_source(spec).rejected) == 2
     assert len(read_source(spec.model_copy(update={"split": "test"})).records) == 1
     with pytest.raises(SourceError, match="split 'valid'"):
         read_source(spec.model_copy(update={"split": "valid"}))
@@ -372,9 +421,16 @@ def test_every_json_line_is_accounted_for(tmp_path, rows):
 
 
 @fuzz
+@given(rows=st.lists(value, max_size=8))
+def test_every_element_of_a_json_array_is_accounted_for(tmp_path, rows):
+    head = dict.fromkeys(COLUMNS.values())
+    accounted(lambda: read(tmp_path, json.dumps([head, *rows]), "d.json"), len(rows) + 1)
+
+
+@fuzz
 @given(data=st.binary(max_size=200))
 def test_arbitrary_bytes_never_crash_the_reader(tmp_path, data):
-    for name in ("d.csv", "d.jsonl"):
+    for name in ("d.csv", "d.jsonl", "d.parquet"):
         try:
             read(tmp_path, data, name, columns={"pm25": "a"})
         except SourceError as error:

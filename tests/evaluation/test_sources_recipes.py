@@ -1,0 +1,196 @@
+"""Rows become a recipe's items or rejections; columns, splits and duplicates are judged before that."""
+
+import json
+import types
+
+import pytest
+from datasets import ClassLabel, Dataset
+
+from evaluation.sources import ColumnSpec, RecipeSpec, SourceError, read_recipe
+from evaluation.tasks import Field, Item, RowError, Source
+
+
+def make_item(item_id, row):
+    if not isinstance(row.get("ask"), str):
+        raise RowError("ask", f"expected text, got {row.get('ask')!r}")
+    label = {"0": "yes", "1": "no"}.get(str(row["label"]), row["label"])
+    if label not in ("yes", "no"):
+        raise RowError("label", f"expected yes or no, got {row['label']!r}")
+    return Item(item_id, "small", " ".join([row["ask"], row.get("hint") or ""]).strip(), label, {"answer": label})
+
+
+RECIPE = types.SimpleNamespace(
+    NAME="small",
+    SOURCE=Source("org/small", subset="main", test="test"),
+    FIELDS={
+        "ask": Field("question", True, "what is asked"),
+        "label": Field("label", True, "yes or no"),
+        "hint": Field("hint", False, "a hint"),
+    },
+    make_item=make_item,
+    group=lambda item: item.prompt,
+)
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def rows_of(n, label="yes", **more):
+    return [{"question": f"q{i}", "label": label, **more} for i in range(n)]
+
+
+def read(source, columns=None, **more):
+    return read_recipe(RECIPE, RecipeSpec(source=source, columns=columns or {}, **more))
+
+
+def problems(call):
+    with pytest.raises(SourceError) as caught:
+        call()
+    return caught.value.problems
+
+
+def test_every_row_is_an_item_or_refused_with_row_column_and_reason(tmp_path):
+    rows = [
+        {"question": "a", "label": "yes"},
+        {"question": 3, "label": "no"},
+        {"question": "b", "label": "maybe"},
+        {"question": "a", "label": "yes"},
+        {"question": "a", "label": "no"},
+        {"question": "b", "label": "no"},  # row 3 was refused, so this repeats nothing
+        {"question": "x" * 30, "label": "yes"},
+        {"question": "x" * 27, "label": "yes"},
+        {"label": "yes"},
+    ]
+    file = tmp_path / "d.jsonl"
+    lines(file, rows)
+    file.write_text(file.read_text() + '{"question":\n')
+    made = read(str(file), max_chars=30)
+    assert [(i.id, i.prompt, i.completion) for i in made.train] == [
+        ("small-train-1", "a", "yes"), ("small-train-6", "b", "no"), ("small-train-8", "x" * 27, "yes")]  # fmt: skip
+    assert made.test is None and (made.duplicates, made.too_long) == (2, 1)
+    assert made.most_refused == {"train": 0.7} and made.facts["rows"] == {"train": 10}
+    assert [(r.row, r.line, r.column, r.reason.split(" (")[0]) for r in made.rejected] == [
+        (2, 2, "question", "question: expected text, got 3"),
+        (3, 3, "label", "label: expected yes or no, got 'maybe'"),
+        (4, 4, None, "duplicate: same prompt as row 1"),
+        (5, 5, None, "duplicate: same prompt as row 1, with another answer"),
+        (7, 7, None, "too long: expected prompt and completion of at most 30 characters, got 33"),
+        (9, 9, "question", "question: expected text, got None"),
+        (10, 10, None, "expected a JSON object, got broken JSON"),
+    ]
+    assert {r.split for r in made.rejected} == {"train"} and made.rejected[0].value == 3
+    assert len(made.train) + len(made.rejected) == 10
+
+
+def test_columns_are_the_recipes_own_unless_said_otherwise(tmp_path):
+    file = lines(tmp_path / "d.jsonl", [{"q": "a", "label": "yes", "hint": "h", "question": "no"}])
+    made = read(file, {"ask": "q"})
+    assert made.train[0].prompt == "a h"
+    assert made.facts["columns"] == {"ask": "q", "label": "label", "hint": "hint"}
+    # An optional field whose column is asked for by another one, or is not there, is left out.
+    assert read(file, {"ask": "hint"}).train[0].prompt == "h"
+    bare = lines(tmp_path / "e.jsonl", [{"question": "a", "label": "yes"}])
+    assert read(bare).facts["columns"] == {"ask": "question", "label": "label"}
+    assert read(bare, {"ask": ColumnSpec(column="question")}).train
+
+
+def test_all_problems_of_a_mapping_are_named_at_once(tmp_path):
+    file = lines(tmp_path / "d.jsonl", [{"Question": "a", "answer": "yes", "text": "t"}])
+    found = problems(
+        lambda: read(file, {"hnt": "text", "hint": "labell", "label": ColumnSpec(column="answer", unit="ppm")})
+    )
+    assert found == [
+        "unknown field 'hnt' in columns. Did you mean 'hint'? Known: ask, label, hint.",
+        "label: expected no unit, got 'ppm'; only pollutants have one.",
+        "ask: there is no column 'question'. Did you mean 'Question'? Available: Question, answer, text. "
+        "Say which it is in columns (ask: what is asked).",
+        "label: there is no column 'label'. Available: Question, answer, text. "
+        "Say which it is in columns (label: yes or no).",
+        "hint: there is no column 'labell'. Available: Question, answer, text. "
+        "Say which it is in columns (hint: a hint).",
+    ]
+    assert problems(lambda: read(file, {"ask": "text", "hint": "text"}))[0] == (
+        "column 'text' is mapped to both 'ask' and 'hint'; map it once."
+    )
+    assert problems(lambda: read(file, {"hint": "label"}))[0].startswith(
+        "column 'label' is mapped to 'hint', and 'label' is read from it as well"
+    )
+    found = problems(lambda: read(str(tmp_path / "none.csv"), {"hnt": "x"}))
+    assert len(found) == 2 and "unknown field" in found[0] and "found no file" in found[1]
+
+
+def folder(path, **splits):
+    for split, rows in splits.items():
+        path.mkdir(exist_ok=True)
+        lines(path / f"{split}.jsonl", rows)
+    return str(path)
+
+
+def test_splits_are_the_recipes_where_the_data_set_has_them(tmp_path):
+    both = folder(tmp_path / "both", train=rows_of(3), test=rows_of(2, "no"), dev=rows_of(1))
+    made = read(both)
+    assert [i.id for i in made.test] == ["small-test-1", "small-test-2"] and len(made.train) == 3
+    assert (made.facts["train_split"], made.facts["test_split"], made.notes) == ("train", "test", [])
+    assert [i.id for i in read(both, test_split="validation").test] == ["small-validation-1"]
+
+
+def test_a_data_set_without_the_split_for_tests_says_so(tmp_path):
+    alone = folder(tmp_path / "alone", train=rows_of(3))
+    made = read(alone)
+    assert made.test is None
+    assert made.notes == ["The data set has no split 'test' (it has train): test items are drawn from 'train'."]
+    both = folder(tmp_path / "both", train=rows_of(3), test=rows_of(2))
+    assert read(both, split="test", test_split="test").notes == [
+        "Split 'test' is used for training and tests: test items are drawn from 'test'."]  # fmt: skip
+    assert read(lines(tmp_path / "d.jsonl", rows_of(2))).notes == [
+        "A file has no split for tests: test items are drawn from its rows."]  # fmt: skip
+
+
+def test_splits_that_do_not_exist_are_named_together(tmp_path):
+    both = folder(tmp_path / "both", train=rows_of(3), test=rows_of(2))
+    found = problems(lambda: read(both, split="trian", test_split="tset"))
+    assert found == [
+        "there is no split 'trian'. Did you mean 'train'? Available: train, test.",
+        "there is no split 'tset'. Did you mean 'test'? Available: train, test.",
+    ]
+
+
+def test_a_split_of_which_nothing_is_left_is_named(tmp_path):
+    bad = folder(tmp_path / "bad", train=rows_of(3), test=rows_of(2, -1))
+    (first, *rest) = problems(lambda: read(bad))
+    assert first == "split 'test': no row is left, all 2 were rejected."
+    assert rest == [f"row {n}: label: expected yes or no, got '-1'" for n in (1, 2)]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+@pytest.mark.parametrize(
+    ("names", "expected", "said"),
+    [
+        (["yes", "no"], ["yes", "no"], False),
+        (["Y", "N"], ["yes", "no"], False),  # names that the recipe does not know: its own numbers count
+        (["no", "yes"], ["no", "yes"], True),
+    ],
+)
+def test_classes_numbered_otherwise_are_read_by_name(tmp_path, kind, names, expected, said):
+    """A number alone would turn every label round."""
+    seen = []
+    recipe = types.SimpleNamespace(
+        **{**vars(RECIPE), "make_item": lambda i, r: seen.append(r["label"]) or make_item(i, r)}
+    )
+    made = Dataset.from_dict({"question": ["a", "b"], "label": [0, 1]}).cast_column("label", ClassLabel(names=names))
+    (tmp_path / "d").mkdir()
+    made.to_parquet(tmp_path / "d" / "train-00000-of-00001.parquet")
+    source = tmp_path / "d" if kind == "folder" else tmp_path / "d" / "train-00000-of-00001.parquet"
+    found = read_recipe(recipe, RecipeSpec(source=str(source), columns={}))
+    assert [i.completion for i in found.train] == expected
+    assert any("numbers its classes otherwise" in note for note in found.notes) == said
+    assert seen[-2:] == (expected if said else [0, 1]), "the number is given as stored"
+
+
+def test_a_recipes_own_data_set_is_looked_for_under_its_name():
+    (found,) = problems(lambda: read("hub"))
+    assert "`hf download org/small --repo-type dataset --local-dir inputs/small`" in found
+    with pytest.raises(SourceError, match="^hub:org/small cannot be used"):
+        read("hub")

@@ -1,0 +1,280 @@
+"""Stage prepare_data with the five recipes: splits, groups, duplicates, rejections, sizes; settings and messages."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from evaluation.sources import SourceError
+from evaluation.tasks import Item, load_recipe
+from pipelines import prepare_data, profile
+from pipelines.config import ConfigError, parse_params
+from pipelines.recipe_data import divide
+from tests import recipe_data
+
+SPLITS = ("train", "valid", "test")
+TEST_SPLIT = {"gsm8k": "test", "boolq": "validation", "qnli": "validation"}
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """Runs the stage in an empty folder; gives split → items, and run.json's extra."""
+    raw = yaml.safe_load(profile.compose("smoke"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(**settings):
+        wanted = {"train_items": None, "valid_items": 10, "test_items": 20, "retention_items_per_task": 1, **settings}
+        raw["prepare_data"].update(wanted)
+        prepare_data.run(parse_params(raw))
+        record = json.loads(Path("data/run.json").read_text(encoding="utf-8"))
+        return {s: [Item.from_json(r) for r in rows(f"data/{s}.jsonl")] for s in SPLITS}, record
+
+    return run
+
+
+def rows(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def groups(task, items):
+    recipe = load_recipe(task)
+    return {recipe.group(item) for item in items}
+
+
+@pytest.mark.parametrize("task", recipe_data.MAKERS)
+def test_each_data_set_in_the_hubs_format(stage, task, capsys):
+    recipe_data.write(Path("inputs") / task, task, 200, 40)
+    first, record = stage(task=task, source=f"inputs/{task}")
+    text = Path("data/test.jsonl").read_bytes()
+    sizes = {split: len(items) for split, items in first.items()}
+    assert sizes["test"] == 20 and sizes["valid"] == 10 and sizes["train"] >= 50
+    ids = [item.id for items in first.values() for item in items]
+    prompts = [item.prompt for items in first.values() for item in items]
+    assert len(set(ids)) == len(ids) and len(set(prompts)) == len(prompts)
+    assert all(item.task == task and item.completion for items in first.values() for item in items)
+    assert not groups(task, first["train"]) & (groups(task, first["valid"]) | groups(task, first["test"]))
+    assert not groups(task, first["valid"]) & groups(task, first["test"])
+
+    extra = record["extra"]
+    held = TEST_SPLIT.get(task)
+    assert extra["test_split"] == held and extra["train_split"] == "train" and extra["task"] == task
+    assert all(re.fullmatch(rf"{task}-{held or 'train'}-\d+", item.id) for item in first["test"])
+    assert all(item.id.startswith(f"{task}-train-") for s in ("train", "valid") for item in first[s])
+    read = sum(extra["rows"].values())
+    assert read == (200 if task == "alpaca" else 240) == extra["accepted_rows"] + extra["rejected_rows"]
+    used = sum(sizes.values()) + extra["apart_rows"] + extra["untested_rows"] + extra["unused_rows"]
+    assert used == extra["accepted_rows"]
+    assert len(rows("data/rejected.jsonl")) == extra["rejected_rows"]
+    assert record["inputs"] and all(f.startswith(f"inputs/{task}/") for f in record["inputs"])
+    said = capsys.readouterr().out
+    assert ("test items are drawn from" in said) == (held is None) and "lies outside" not in said
+
+    stage(task=task, source=f"inputs/{task}")
+    assert Path("data/test.jsonl").read_bytes() == text, "same seed, same items"
+    other, _ = stage(task=task, source=f"inputs/{task}", seed=1)
+    assert [i.id for i in other["test"]] != [i.id for i in first["test"]]
+    by_id = {i.id: i for items in first.values() for i in items}
+    assert any(i.id in by_id for i in other["test"] + other["train"])
+    assert all(by_id.get(i.id, i) == i for items in other.values() for i in items), (
+        "an id is of one row, whatever the seed"
+    )
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet"])
+@pytest.mark.parametrize("task", recipe_data.MAKERS)
+def test_each_data_set_as_a_file_of_any_kind(stage, task, suffix):
+    """Numbers, names and truth values as each kind of file has them make the same items."""
+    some = recipe_data.rows(task, 60)
+    made = recipe_data.data_set(task, some)
+    file = Path("inputs") / f"d.{suffix}"
+    file.parent.mkdir()
+    if suffix == "json":
+        file.write_text(json.dumps(some))
+    else:
+        getattr(made, {"csv": "to_csv", "jsonl": "to_json", "parquet": "to_parquet"}[suffix])(file)
+    found, record = stage(task=task, source=str(file), valid_items=5, test_items=10)
+    recipe = load_recipe(task)
+    expected = {f"{task}-train-{n}": recipe.make_item("", row) for n, row in enumerate(some, start=1)}
+    items = [item for split in SPLITS for item in found[split]]
+    assert len(items) == 60 - record["extra"]["duplicate_rows"] and record["extra"]["test_split"] is None
+    for item in items:
+        want = expected[item.id]
+        assert (item.prompt, item.completion, item.truth) == (want.prompt, want.completion, want.truth)
+
+
+def test_rows_that_share_a_group_with_a_test_item_are_not_trained_on(stage, capsys):
+    passage = ["The sea is wide.", "The hill is high.", "The road is long."]
+    held = [{"question": "is the sea wide", "passage": passage[0], "answer": True}]
+    train = [{"question": f"is it {n}", "passage": f"Number {n} is here.", "answer": bool(n % 2)} for n in range(20)]
+    train += [{"question": f"is it {n}", "passage": passage[0], "answer": False} for n in range(3)]
+    folder = Path("inputs/boolq")
+    folder.mkdir(parents=True)
+    recipe_data.data_set("boolq", train).to_parquet(folder / "train-00000-of-00001.parquet")
+    recipe_data.data_set("boolq", held).to_parquet(folder / "validation-00000-of-00001.parquet")
+    found, record = stage(task="boolq", source="inputs/boolq", valid_items=4, test_items=5)
+    assert record["extra"]["apart_rows"] == 3
+    assert record["extra"]["first_apart"] == ["boolq-train-21", "boolq-train-22", "boolq-train-23"]
+    assert [len(found[s]) for s in SPLITS] == [16, 4, 1]
+    said = capsys.readouterr().out
+    assert "3 rows share a group or a prompt with a test item" in said
+    assert "prepare_data.test_items: 1 instead of 5" in said
+
+
+def test_what_is_refused_is_counted_listed_and_said(stage, capsys):
+    some = recipe_data.rows("gsm8k", 30)
+    bad = [{"question": f"How many in {n}?", "answer": "no number"} for n in range(40)]
+    Path("mine").mkdir()
+    lines = [*some, some[0], {**some[1], "answer": "1+1\n#### 2"}, *bad, {"question": "y" * 500, "answer": "#### 1"}]
+    Path("mine/d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    _, record = stage(task="gsm8k", source="mine/d.jsonl", max_chars=400, valid_items=3, test_items=4)
+    extra = record["extra"]
+    assert (extra["accepted_rows"], extra["rejected_rows"]) == (30, 43)
+    assert (extra["duplicate_rows"], extra["too_long_rows"]) == (2, 1)
+    refused = rows("data/rejected.jsonl")
+    assert [r["row"] for r in refused] == list(range(31, 74)) and {r["split"] for r in refused} == {"train"}
+    assert refused[0]["reason"] == "duplicate: same prompt as row 1"
+    assert refused[1]["reason"] == "duplicate: same prompt as row 2, with another answer"
+    assert re.search(r"at most 400 characters, got 506$", refused[-1]["reason"])
+    assert len(extra["first_rejections"]) == 5 and extra["first_rejections"][0].startswith("train row 31, column None:")
+    said = capsys.readouterr().out
+    assert "WARNING: 59% of the rows of split 'train' were refused, more than half" in said
+    assert "43 rows were refused; data/rejected.jsonl says" in said and "mine/d.jsonl lies outside inputs/" in said
+
+
+def test_no_row_left_and_too_few_leave_nothing_behind(stage):
+    Path("d.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    with pytest.raises(SourceError, match="no row is left, all 1 were rejected"):
+        stage(task="gsm8k", source="d.jsonl")
+    Path("d.jsonl").write_text('{"question": "a", "answer": "#### 1"}\n{"question": "b", "answer": "#### 1"}\n')
+    with pytest.raises(ConfigError, match=r"at least 3 different rows \(of different groups\).*got 2"):
+        stage(task="gsm8k", source="d.jsonl")
+    assert not Path("data").exists()
+
+
+def test_train_items_limits_and_null_takes_all(stage, capsys):
+    recipe_data.write(Path("inputs/g"), "gsm8k", 100, 10)
+    found, record = stage(task="gsm8k", source="inputs/g", train_items=30, test_items=5)
+    assert [len(found[s]) for s in SPLITS] == [30, 10, 5]
+    assert (record["extra"]["unused_rows"], record["extra"]["untested_rows"]) == (60, 5)
+    assert "60 rows are not used: the splits are full; raise prepare_data.train_items" in capsys.readouterr().out
+    found, record = stage(task="gsm8k", source="inputs/g", train_items=None, test_items=500)
+    assert [len(found[s]) for s in SPLITS] == [90, 10, 10] and record["extra"]["unused_rows"] == 0
+
+
+def test_aqi_from_a_folder_and_without_a_limit(stage):
+    from datasets import Dataset
+
+    Path("inputs/air").mkdir(parents=True)
+    table = Dataset.from_dict({"pm": [5 + n * 0.7 for n in range(60)]})
+    table.to_parquet("inputs/air/train-00000-of-00001.parquet")
+    found, record = stage(source="inputs/air", columns={"pm25": "pm"})
+    assert [len(found[s]) for s in SPLITS] == [30, 10, 20] and record["extra"]["accepted_rows"] == 60
+    assert list(record["inputs"]) == ["inputs/air/train-00000-of-00001.parquet"]
+    found, _ = stage(source="inputs/air", columns={"pm25": "pm"}, valid_items=100, test_items=100)
+    assert len(found["train"]) >= len(found["valid"]) + len(found["test"]) > 0
+
+
+def test_hidden_files_of_a_download_are_no_inputs(stage):
+    """They hold times, so a second download of the same would look like another data set."""
+    folder = recipe_data.write(Path("inputs/g"), "gsm8k", 30, 5)
+    (folder / ".cache/huggingface").mkdir(parents=True)
+    (folder / ".cache/huggingface/x.metadata").write_text("1700000000")
+    _, record = stage(task="gsm8k", source="inputs/g")
+    assert sorted(record["inputs"]) == [
+        f"inputs/g/data/{s}-00000-of-00001.parquet" for s in ("test", "train")]  # fmt: skip
+
+
+def test_a_missing_hub_is_said_within_seconds(stage):
+    start = time.perf_counter()
+    for source, name in (("hub", "openai/gsm8k"), ("hub:o/n@v1", "o/n")):
+        with pytest.raises(SourceError) as caught:
+            stage(task="gsm8k", source=source)
+        assert f"`hf download {name} --repo-type dataset" in str(caught.value)
+        assert "the Hugging Face hub cannot be reached" in str(caught.value)
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"task": "gsm8k"}, ["source: expected hub, hub:org/name, a file or a folder, got 'generated'"]),
+        ({"task": "gsm9k"}, ["prepare_data.task: unknown task 'gsm9k'; did you mean 'gsm8k'"]),
+        (
+            {"source": "hub", "max_chars": 9, "hub_test_split": "test"},
+            ["source: expected generated, .* got 'hub'", "max_chars: expected null, got 9", "hub_test_split: expected"],
+        ),
+        (
+            {"source": "a.csv", "hub_subset": "x", "hub_split": "train"},
+            [
+                "columns: a source of your own needs",
+                "hub_subset: expected null, got 'x'; a.csv has no",
+                "hub_split: exp",
+            ],
+        ),
+        ({"task": "gsm8k", "source": "a.PARQUET", "hub_test_split": "test"}, ["hub_test_split: expected null"]),
+        ({"train_items": None}, ["train_items: expected a number, got null"]),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_at_once(stage, settings, said):
+    with pytest.raises(ConfigError) as caught:
+        stage(**{"train_items": 300, **settings})
+    text = str(caught.value)
+    assert text.startswith(f"params.yaml: {len(said)} error")
+    for part in said:
+        assert re.search(part, text), part
+
+
+def test_settings_of_aqi_do_not_disturb_a_recipe(stage):
+    recipe_data.write(Path("inputs/g"), "gsm8k", 30, 5)
+    found, _ = stage(task="gsm8k", source="inputs/g", trust_given_aqi=True, pollutants=["so2"], max_pollutants=1)
+    assert found["train"]
+
+
+# --- division --------------------------------------------------------------------------------------------------
+
+
+def item(n, group):
+    return Item(f"i{n}", "t", f"{group}/{n}", "a")
+
+
+def by_group(one):
+    return one.prompt.split("/")[0]
+
+
+@pytest.mark.parametrize("sizes", [(None, 10, 20), (50, 10, 20), (6000, 200, 500), (1, 1, 1), (None, 200, 500)])
+@pytest.mark.parametrize("per_group", [1, 3, 40])
+@pytest.mark.parametrize("tests", [0, 1, 30])
+def test_every_item_is_in_one_place_and_every_group_in_one_split(sizes, per_group, tests):
+    pool = [item(n, f"g{n // per_group}") for n in range(120)]
+    test = [item(1000 + n, f"g{n}") for n in range(tests)] or None
+    if test and per_group == 40:
+        test = test[:1]  # more would take every group
+    wanted = dict(zip(SPLITS, sizes, strict=True))
+    made = divide(pool, test, by_group, wanted, seed=0)
+    untested = len(test or []) - len(made.splits["test"]) if test else 0
+    placed = [i.id for items in (*made.splits.values(), made.apart, made.left) for i in items]
+    assert len(placed) == len(set(placed)) == 120 + len(test or []) - untested
+    where = {split: {by_group(i) for i in items} for split, items in made.splits.items()}
+    assert all(where.values()) and not where["train"] & where["valid"]
+    assert not where["test"] & (where["train"] | where["valid"])
+    assert {by_group(i) for i in made.apart} <= where["test"]
+    for split, most in wanted.items():
+        smallest = per_group if split != "train" else 0
+        assert most is None or len(made.splits[split]) <= max(most, smallest)
+    assert divide(pool, test, by_group, wanted, seed=0) == made
+    assert not made.left or len(made.splits["train"]) == wanted["train"]
+
+
+def test_one_huge_group_is_trained_on():
+    pool = [item(n, "all") for n in range(900)] + [item(1000 + n, f"g{n}") for n in range(5)]
+    made = divide(pool, None, by_group, {"train": None, "valid": 100, "test": 100}, seed=0)
+    assert len(made.splits["train"]) >= 900 and len(made.splits["valid"]) + len(made.splits["test"]) >= 2
+
+
+def test_the_same_prompt_in_training_and_tests_is_kept_apart_whatever_its_group():
+    pool = [Item(f"i{n}", "t", f"p{n}", "a") for n in range(10)]
+    made = divide(pool, [Item("x", "t", "p3", "b")], lambda one: one.id, {"train": None, "valid": 2, "test": 5}, seed=0)
+    assert [i.id for i in made.apart] == ["i3"]
