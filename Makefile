@@ -58,7 +58,7 @@ probe-faults: setup
 
 # What the stages made; DVC's cache and the environment stay.
 clean:
-	rm -rf data models adapters verdicts gguf verified quantized measured scores checkpoints attempts outputs
+	rm -rf data models adapters verdicts gguf verified quantized measured scores checkpoints attempts logs outputs
 
 lock: setup
 	$(BIN)/python -m pip freeze --exclude-editable --exclude torch --exclude unsloth --exclude unsloth_zoo > requirements.lock.partial

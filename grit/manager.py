@@ -83,6 +83,7 @@ class GRITManager:
         self.last_metrics: dict[str, float] = {}
         self._skipped_in_a_row, self._last_inversion = 0, -1
         self.failed_in_a_row: dict[str, int] = {}
+        self.keeps_ranks = False  # at the end, whatever the config says: of a best adapter from before they shrank
         self.measured: dict[str, Any] = {}
 
     # Life cycle
@@ -256,7 +257,7 @@ class GRITManager:
         Args:
             optimizer: Gets the smaller tensors, for those who train on.
         """
-        if schedule.final_shrink_due(self.config, self.step):
+        if not self.keeps_ranks and schedule.final_shrink_due(self.config, self.step):
             self.neural_reprojection(optimizer, shrink=True)
         self.add_record(records.final(self))
 

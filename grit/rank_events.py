@@ -79,9 +79,9 @@ def plan(manager: "GRITManager", state: GroupState, i: int, shrink: bool) -> tup
 def _kept_just_now(manager: "GRITManager", name: str) -> dict[str, Any] | None:
     """What a reprojection at this very step, since which no weight has moved, kept of a layer."""
     for record in reversed(manager.history):
-        if record["step"] != manager.step:
+        if record["step"] < manager.step:
             break
-        if record["kind"] == "reprojection":
+        if record["kind"] == "reprojection" and record["step"] == manager.step:  # not after: gone back to the best one
             found: dict[str, Any] | None = record["layers"].get(name)
             return found
     return None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from grit import rank
+from grit import rank, records
 from grit.config import GRITConfig
 from grit.manager import GRITManager
 from grit.optim import GritOptimizer
@@ -32,6 +32,7 @@ class GritCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the hooks."""
+        self.manager.keeps_ranks = False
         self.manager.open()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -137,14 +138,35 @@ class GritMixin:
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
-        """The adapter, with the ranks it had then; shrunk no further without statistics of those ranks."""
-        self._fit_ranks(self.state.best_model_checkpoint)
-        super()._load_best_model()  # type: ignore[misc]
+        """The adapter, with the ranks it had then; those do not shrink again if they differ from the last ones.
 
-    def _fit_ranks(self, checkpoint: str) -> None:
+        Statistics of the last step are of other weights, and since a reprojection of other axes: with them, shrinking
+        at the end would cut what the best adapter needs. So GRIT goes back to that checkpoint too. Its log keeps what
+        came after; a record of kind "best" says where it goes back, and from where.
+        """
+        checkpoint = Path(self.state.best_model_checkpoint)
+        resized = self._fit_ranks(str(checkpoint))
+        super()._load_best_model()  # type: ignore[misc]
+        manager, reached, file = self.grit_manager, self.state.global_step, checkpoint / "optimizer.pt"
+        if self.state.best_global_step == reached:
+            return
+        manager.keeps_ranks = resized
+        history = manager.history
+        if file.is_file():
+            manager.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["grit"])
+            manager.history = history
+            records.append(manager.log_file, history, anew=True)
+        else:
+            logger.warning("GRIT: %s: no optimizer state beside the best adapter; its ranks do not shrink", checkpoint)
+            rebuild(manager)
+        manager.add_record({"kind": "best", "trained_to": reached})
+
+    def _fit_ranks(self, checkpoint: str) -> bool:
         manager = self.grit_manager
         if rank.fit_to_checkpoint(self.model, manager.pairs(), Path(checkpoint), manager.base_rank, self.optimizer):
             rebuild(manager)
+            return True
+        return False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; hooks come off whatever happens."""

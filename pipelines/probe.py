@@ -27,7 +27,7 @@ def twins(params: Params, arm: str, seed: int, warmup: int) -> Twin:
 
     Where two runs of the baseline are equal to the bit, the second one starts off by one rounding.
     """
-    steps = min(params.probe.twin_steps + warmup, params.train_for(arm).max_steps)
+    steps = params.probe.twin_steps + warmup  # a twin ends where the real run would
     baseline = twin.curve(params, BASELINE, seed, steps, "A", like=arm)
     again = twin.curve(params, BASELINE, seed, steps, "A'", like=arm)
     own = again if arm == BASELINE else twin.curve(params, arm, seed, steps, "arm")
@@ -91,7 +91,7 @@ def run(params: Params, arm_name: str, seed: int) -> Verdict:
     """
     from probes import plots
 
-    arm, settings, out = load_arm(arm_name), params.train_for(arm_name), verdict_dir(arm_name, seed)
+    arm, settings, out = load_arm(arm_name, params), params.train_for(arm_name), verdict_dir(arm_name, seed)
     ledger = adapter_dir(arm_name, seed) / LEDGER
     limits = Thresholds(min_angle=params.probe.min_angle, min_coverage=params.probe.min_coverage)
     shown = {"probe": params.probe.model_dump()}

@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,15 +23,15 @@ from trainers.common import Arm, TrainingJob
 from trainers.common import run as train
 
 
-def load_arm(name: str) -> Arm:
-    """The arm of that name, its packages loaded.
+def load_arm(name: str, params: Params) -> Arm:
+    """The arm of that name, its packages loaded; a variant runs the code of the arm that it is one of.
 
     Raises:
         ConfigError: no such arm.
     """
-    check_arm(name)
-    arm: Arm = importlib.import_module(ARMS[name]).ARM
-    return arm
+    check_arm(name, params)
+    arm: Arm = importlib.import_module(ARMS[params.code_of(name)]).ARM
+    return arm if arm.name == name else replace(arm, name=name, title=f"{arm.title}, variant {name}")
 
 
 def base_weights(fingerprint: str) -> str:
@@ -48,12 +49,12 @@ def examples(split: str, template: str) -> list[tuple[str, str]]:
 
 def run(params: Params, arm_name: str, seed: int) -> None:
     """Train one arm with one seed."""
-    arm, settings, template = load_arm(arm_name), params.train_for(arm_name), prompt_text(params.prompt)
+    arm, settings, template = load_arm(arm_name, params), params.train_for(arm_name), prompt_text(params.prompt)
     reference, base_fingerprint = load_reference()
     inputs = hash_inputs(DATA / "train.jsonl", DATA / "valid.jsonl", BASE / "base.json")
     shown = {"train": settings.model_dump(), "prompt": params.prompt.model_dump()}
     # A checkpoint is used only by the very run that it belongs to.
-    code = [hash_inputs(TRAINERS_CODE), arm_code(arm_name)]
+    code = [hash_inputs(TRAINERS_CODE), arm_code(params.code_of(arm_name))]
     key = key_of([arm_name, seed, shown, inputs, base_fingerprint, package_versions(), code])
     kept = Path("checkpoints") / arm_name / str(seed)
     out = adapter_dir(arm_name, seed)
@@ -69,6 +70,7 @@ def run(params: Params, arm_name: str, seed: int) -> None:
                 valid=examples("valid", template),
                 output=folder,
                 checkpoints=kept / key[:16],
+                logs=Path("logs") / arm_name / str(seed),
             ),
         )
         weights = folder / "adapter_model.safetensors"

@@ -51,7 +51,7 @@ def curve(
     """
     settings = settings_for(params, arm, like or arm)
     inputs = hash_inputs(DATA / "train.jsonl", DATA / "valid.jsonl", BASE / "base.json")
-    code = [hash_inputs(TRAINERS_CODE), arm_code(arm), inspect.getsource(perturb)]
+    code = [hash_inputs(TRAINERS_CODE), arm_code(params.code_of(arm)), inspect.getsource(perturb)]
     parts = [arm, seed, steps, name, perturbed, settings.model_dump(), params.prompt.model_dump()]
     machine = [torch_device()[name] for name in ("class", "name", "threads")]  # other threads, other roundings
     key = key_of([*parts, inputs, load_reference()[1], package_versions(), code, machine])
@@ -93,11 +93,11 @@ def run(params: Params, arm: str, like: str, seed: int, steps: int, out: Path, p
             settings=settings_for(params, arm, like),
             seed=seed,
             train=examples("train", template),
-            valid=examples("valid", template)[:1],  # not evaluated; the Trainer wants a data set
+            valid=examples("valid", template),  # not evaluated; the Trainer wants a data set
             output=Path(folder),
             checkpoints=Path(folder),
         )
-        write_json(out, {"arm": arm, "seed": seed, "losses": losses(load_arm(arm), job, steps, perturbed)})
+        write_json(out, {"arm": arm, "seed": seed, "losses": losses(load_arm(arm, params), job, steps, perturbed)})
 
 
 def main(

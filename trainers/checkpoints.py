@@ -13,6 +13,26 @@ def _step(folder: Path) -> int:
     return int(tail) if tail.isdigit() else -1
 
 
+def _is_of_the_end(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / _LAST_FILE).read_text(encoding="utf-8"))
+    control = (state.get("stateful_callbacks") or {}).get("TrainerControl") or {}
+    return bool(state["global_step"] >= state["max_steps"] or control.get("args", {}).get("should_training_stop"))
+
+
+def to_resume(folder: Path) -> Path | None:
+    """The newest whole checkpoint that training can go on from; broken ones, and that of the end, are removed.
+
+    From the checkpoint of the last step, or of an early stop, the Trainer would train on for a step (transformers
+    5.17, unless an epoch ends there). So the way from the one before to the end is gone a second time.
+
+    Args:
+        folder: Holds checkpoint-<step> folders of a Trainer; need not exist.
+    """
+    while (checkpoint := latest_complete(folder)) is not None and _is_of_the_end(checkpoint):
+        shutil.rmtree(checkpoint)
+    return checkpoint
+
+
 def latest_complete(folder: Path) -> Path | None:
     """The newest checkpoint that was written whole; broken ones are removed.
 

@@ -1,6 +1,7 @@
 """The training path that all arms share."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -9,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainers.checkpoints import latest_complete
-from trainers.data import build_dataset
+from trainers.arguments import lasting_arguments, training_arguments
+from trainers.checkpoints import to_resume
+from trainers.data import Encoded, encode_examples
 from trainers.models import add_lora, load_base_model, load_tokenizer
+from trainers.reporting import check_reporters, tensorboard
 from trainers.settings import BaseReference, TrainSettings
 
 LEDGER = "probe_ledger.jsonl"
@@ -78,6 +81,7 @@ class TrainingJob:
         valid: The same, for the evaluation loss.
         output: Folder for the adapter; exists and is empty.
         checkpoints: Folder that outlives a kill; a complete checkpoint found there is resumed from.
+        logs: Folder for what `report_to` writes, which outlives the training.
     """
 
     base: BaseReference
@@ -87,6 +91,7 @@ class TrainingJob:
     valid: Sequence[tuple[str, str]]
     output: Path
     checkpoints: Path
+    logs: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -106,47 +111,47 @@ class TrainingResult:
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-def _arguments(job: TrainingJob, **changes: Any) -> Any:
-    import torch
-    from trl import SFTConfig
-
-    s = job.settings
-    values: dict[str, Any] = dict(
-        output_dir=str(job.checkpoints),
-        max_steps=s.max_steps,
-        per_device_train_batch_size=s.batch_size,
-        per_device_eval_batch_size=s.batch_size,
-        gradient_accumulation_steps=s.gradient_accumulation,
-        learning_rate=s.learning_rate,
-        lr_scheduler_type=s.lr_scheduler,
-        warmup_steps=s.warmup_steps,
-        weight_decay=s.weight_decay,
-        max_grad_norm=s.max_grad_norm,
-        optim=s.optimizer,
-        bf16=s.precision == "bf16",
-        gradient_checkpointing=s.gradient_checkpointing,
-        max_length=None,  # build_dataset has refused what is too long
-        completion_only_loss=True,
-        logging_steps=s.logging_steps,
-        eval_strategy="steps",
-        eval_steps=s.eval_steps,
-        save_strategy="steps",
-        save_steps=s.save_steps,
-        save_total_limit=2,
-        seed=job.seed,
-        data_seed=job.seed,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=False,
-    )
-    return SFTConfig(**{**values, **changes})
-
-
 def peak_memory_bytes() -> int:
     """The largest resident size of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _encode(tokenizer: Any, examples: Sequence[tuple[str, str]], settings: TrainSettings, kind: str) -> Encoded:
+    encoded = encode_examples(tokenizer, examples, settings.max_length, leave_out=settings.overlong == "leave_out")
+    if encoded.left_out:
+        print(
+            f"{encoded.left_out} of {len(examples)} {kind} items are longer than {settings.max_length} tokens and are "
+            f"left out (longest {encoded.longest})",
+            flush=True,
+        )
+    return encoded
+
+
+def _build(arm: Arm, job: TrainingJob, changes: dict[str, Any]) -> tuple[Any, Encoded, Encoded]:
+    if arm.prepare:
+        arm.prepare(job)
+    from transformers import PrinterCallback, set_seed
+
+    tokenizer = load_tokenizer(job.base)
+    train = _encode(tokenizer, job.train, job.settings, "training")
+    valid = _encode(tokenizer, job.valid, job.settings, "validation")
+    model = arm.load_model(job.base, job.settings)
+    set_seed(job.seed)
+    model = arm.add_adapter(model, job.settings)
+    trainer = arm.make_trainer(
+        job.settings,
+        model=model,
+        args=training_arguments(job, **changes),
+        train_dataset=train.dataset,
+        eval_dataset=valid.dataset,
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)  # the Trainer's own choice where there is no bar
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # TRL puts adapters on a 4-bit base into bf16; the optimizer wants float32
+            parameter.data = parameter.data.float()
+    return trainer, train, valid
 
 
 def build(arm: Arm, job: TrainingJob, **changes: Any) -> Any:
@@ -160,28 +165,32 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> Any:
     Raises:
         ModelError, EncodingError: see `trainers.models` and `trainers.data`.
     """
-    if arm.prepare:
-        arm.prepare(job)
-    from transformers import set_seed
+    return _build(arm, job, changes)[0]
 
-    tokenizer = load_tokenizer(job.base)
-    train = build_dataset(tokenizer, job.train, job.settings.max_length)
-    valid = build_dataset(tokenizer, job.valid, job.settings.max_length)
-    model = arm.load_model(job.base, job.settings)
-    set_seed(job.seed)
-    model = arm.add_adapter(model, job.settings)
-    trainer = arm.make_trainer(
-        job.settings,
-        model=model,
-        args=_arguments(job, **changes),
-        train_dataset=train,
-        eval_dataset=valid,
-        processing_class=tokenizer,
+
+def _add_callbacks(trainer: Any, arm: Arm, job: TrainingJob, resumed_from: int | None) -> list[Any]:
+    """Progress, curves, early stopping and, as the last, the probe; returns those that report."""
+    from transformers import EarlyStoppingCallback
+
+    from probes import ProbeCallback
+    from trainers.progress import ProgressLines
+
+    s, reporters = job.settings, []
+    if trainer.args.disable_tqdm:
+        trainer.add_callback(ProgressLines(f"train {arm.name}-{job.seed}"))
+    if "tensorboard" in s.report_to and job.logs is not None:
+        reporters.append(tensorboard(job.logs, resumed_from))
+        trainer.add_callback(reporters[0])
+    if s.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(s.early_stopping_patience, s.early_stopping_min_delta))
+    probe = ProbeCallback(
+        every=s.probe_every,
+        ledger=job.output / LEDGER,
+        grit=getattr(trainer, "grit_manager", None),
+        claims=arm.preconditions,
     )
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # TRL puts adapters on a 4-bit base into bf16; the optimizer wants float32
-            parameter.data = parameter.data.float()
-    return trainer
+    trainer.add_callback(probe)  # the last one, so that it sees what the others do to gradients
+    return reporters
 
 
 def run(arm: Arm, job: TrainingJob) -> TrainingResult:
@@ -190,19 +199,13 @@ def run(arm: Arm, job: TrainingJob) -> TrainingResult:
     Same job on the same machine and thread count → same adapter bytes on a CPU, resumed or not.
 
     Raises:
-        ModelError, EncodingError: see `trainers.models` and `trainers.data`.
+        ModelError, EncodingError, ReporterError: see `trainers.models`, `trainers.data` and `trainers.reporting`.
     """
-    trainer = build(arm, job)
-    from probes import ProbeCallback
-
-    probe = ProbeCallback(
-        every=job.settings.probe_every,
-        ledger=job.output / LEDGER,
-        grit=getattr(trainer, "grit_manager", None),
-        claims=arm.preconditions,
-    )
-    trainer.add_callback(probe)  # the last one, so that it sees what the others do to gradients
-    checkpoint = latest_complete(job.checkpoints)
+    check_reporters(job.settings, job.logs)
+    trainer, train, valid = _build(arm, job, lasting_arguments(job, f"{arm.name}-{job.seed}"))
+    checkpoint = to_resume(job.checkpoints)
+    resumed_from = int(checkpoint.name.rsplit("-", 1)[-1]) if checkpoint else None
+    reporters = _add_callbacks(trainer, arm, job, resumed_from)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
@@ -210,24 +213,36 @@ def run(arm: Arm, job: TrainingJob) -> TrainingResult:
     trainer.model.save_pretrained(job.output, safe_serialization=True)
     trainer.processing_class.save_pretrained(job.output)
     history = [dict(entry) for entry in trainer.state.log_history]
+    for reporter in reporters:  # closed by now, and would open anew for the evaluation below
+        trainer.remove_callback(reporter)
     said = arm.report(trainer, job) if arm.report else {}
     (job.output / "loss_history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    evaluated = [entry for entry in history if math.isfinite(entry.get("eval_loss", math.nan))]
+    best = min(evaluated, key=lambda entry: entry["eval_loss"], default={})  # the first of equal ones, as the Trainer
+    state = trainer.state
+    if job.settings.keeps_best and state.best_model_checkpoint is None:
+        print("no evaluation loss was finite: the adapter is that of the last step", file=sys.stderr, flush=True)
     return TrainingResult(
         history=history,
-        resumed_from=int(checkpoint.name.rsplit("-", 1)[-1]) if checkpoint else None,
+        resumed_from=resumed_from,
         seconds=seconds,
         summary={
-            "steps": trainer.state.global_step,
-            "epochs": trainer.state.epoch,
-            "train_items": len(job.train),
-            "trainable_parameters": trainable,
+            "steps": state.global_step,
+            "epochs": state.epoch,
+            "stopped_early": state.global_step < state.max_steps,
+            "train_items": len(train.dataset),
+            "train_left_out": train.left_out,
+            "valid_left_out": valid.left_out,
+            "longest": max(train.longest, valid.longest),
+            "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             "final_loss": losses[-1] if losses else None,
-            "final_eval_loss": eval_losses[-1] if eval_losses else None,
+            # Of the adapter that is saved: the best one, and after ranks have shrunk.
+            "final_eval_loss": trainer.evaluate()["eval_loss"],
+            "best_step": best.get("step"),
+            "best_eval_loss": best.get("eval_loss"),
             "train_seconds": seconds,
-            "resumed_from_step": int(checkpoint.name.rsplit("-", 1)[-1]) if checkpoint else None,
+            "resumed_from_step": resumed_from,
             "peak_memory_bytes": peak_memory_bytes(),
             **said,
         },

@@ -1,6 +1,7 @@
 """Token ids: the same for training, scoring and serving."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,38 +42,67 @@ def encode_example(tokenizer: Any, prompt: str, completion: str) -> tuple[list[i
     return [*ids, tokenizer.eos_token_id], len(head)
 
 
-def build_dataset(tokenizer: Any, examples: Iterable[tuple[str, str]], max_length: int) -> "Dataset":
-    """A tokenized data set for TRL's SFTTrainer, with the loss on the completion only.
+@dataclass(frozen=True)
+class Encoded:
+    """Examples as token ids.
+
+    Attributes:
+        dataset: Columns input_ids and completion_mask (1 = the token carries loss), for TRL's SFTTrainer.
+        left_out: How many examples were longer than allowed.
+        longest: Tokens of the longest example, those left out included.
+    """
+
+    dataset: "Dataset"
+    left_out: int
+    longest: int
+
+
+def encode_examples(
+    tokenizer: Any, examples: Iterable[tuple[str, str]], max_length: int, *, leave_out: bool = False
+) -> Encoded:
+    """Tokenize examples, with the loss on the completion only.
 
     Args:
         tokenizer: Of the base model.
         examples: (rendered prompt, completion).
         max_length: Most tokens of one example; nothing is cut.
-
-    Returns:
-        Columns input_ids and completion_mask (1 = the token carries loss).
+        leave_out: Leave out what is longer, instead of refusing it.
 
     Raises:
-        EncodingError: names the examples that are too long, and how long they are.
+        EncodingError: names the examples that are too long, and how long they are; or none is left.
     """
     from datasets import Dataset
 
     ids: list[list[int]] = []
     mask: list[list[int]] = []
     too_long: list[tuple[int, int]] = []
+    longest = 0
     for i, (prompt, completion) in enumerate(examples):
         tokens, n_prompt = encode_example(tokenizer, prompt, completion)
+        longest = max(longest, len(tokens))
         if len(tokens) > max_length:
             too_long.append((i, len(tokens)))
+            continue
         ids.append(tokens)
         mask.append([0] * n_prompt + [1] * (len(tokens) - n_prompt))
-    if too_long:
-        longest = max(n for _, n in too_long)
+    if too_long and not leave_out:
         named = ", ".join(f"item {i}: {n}" for i, n in too_long[:3])
         raise EncodingError(
             f"expected at most max_length = {max_length} tokens, got more in {len(too_long)} items ({named}…); "
-            f"set train.max_length to {longest} or shorten the items"
+            f"set train.max_length to {longest}, or shorten the items, or leave them out with train.overlong: "
+            "leave_out, or with prepare_data.max_chars where items are chosen"
+        )
+    if not ids and too_long:
+        shortest = min(n for _, n in too_long)
+        raise EncodingError(
+            f"expected at least one example of at most max_length = {max_length} tokens, got {len(too_long)} of "
+            f"{shortest} to {longest}; raise train.max_length"
         )
     if not ids:
         raise EncodingError("expected at least one example, got none")
-    return Dataset.from_dict({"input_ids": ids, "completion_mask": mask})
+    return Encoded(Dataset.from_dict({"input_ids": ids, "completion_mask": mask}), len(too_long), longest)
+
+
+def build_dataset(tokenizer: Any, examples: Iterable[tuple[str, str]], max_length: int) -> "Dataset":
+    """The data set alone, where nothing may be too long; see `encode_examples`."""
+    return encode_examples(tokenizer, examples, max_length).dataset

@@ -39,7 +39,6 @@ def grit_report(trainer: Any, job: TrainingJob) -> dict[str, Any]:
     final = manager.history[-1]
     ranks = [entry["r"] for entry in final["ranks"].values()]
     return {
-        "final_eval_loss": trainer.evaluate()["eval_loss"],  # of the adapter that is saved, after ranks have shrunk
         "grit": {
             "capture": final["capture"],
             "effective": final["effect"]["effective"],

@@ -1,9 +1,10 @@
 """What a training run is told: section `train` of params.yaml and where the base model is."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from grit.config import GRITConfig
 
@@ -24,7 +25,8 @@ class TrainSettings(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)]
     target_modules: list[str] = Field(min_length=1)
     quantize_base: Literal["none", "nf4"]
-    max_steps: Annotated[int, Field(ge=1, description="optimizer steps")]
+    max_steps: Annotated[int, Field(ge=1, description="optimizer steps")] | None
+    epochs: Annotated[float, Field(gt=0, description="passes over the training items")] | None
     batch_size: Annotated[int, Field(ge=1, description="items a device and forward pass")]
     gradient_accumulation: Annotated[int, Field(ge=1, description="forward passes an optimizer step")]
     learning_rate: Annotated[float, Field(gt=0, le=10)]
@@ -35,11 +37,16 @@ class TrainSettings(Section):
     optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "sgd"]
     precision: Literal["fp32", "bf16"]
     max_length: Annotated[int, Field(ge=8, description="tokens of prompt and completion")]
+    overlong: Literal["refuse", "leave_out"]
     gradient_checkpointing: bool
     unsloth_fused_lora: bool
     logging_steps: Positive
     eval_steps: Positive
     save_steps: Positive
+    keep_best: bool
+    early_stopping_patience: Positive | None
+    early_stopping_min_delta: Annotated[float, Field(ge=0, description="of the evaluation loss")]
+    report_to: list[Literal["tensorboard", "wandb"]]
     probe_every: Annotated[int, Field(ge=1, description="steps between two entries of the probe's ledger")]
     grit: dict[str, Any] | None = None
 
@@ -53,6 +60,48 @@ class TrainSettings(Section):
             # Raises with every mistake; the smallest rank is held against this run's.
             GRITConfig.from_dict({"lora_rank": info.data.get("rank", 1024), **values})
         return values
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "TrainSettings":
+        problems = []
+        if (self.max_steps is None) == (self.epochs is None):
+            got = "neither" if self.epochs is None else f"both (max_steps {self.max_steps}, epochs {self.epochs})"
+            problems.append(f"expected either max_steps or epochs, got {got}; set one of them, and the other to null")
+        if self.keeps_best and self.save_steps % self.eval_steps:
+            why = "keep_best" if self.keep_best else "early_stopping_patience"
+            problems.append(
+                f"{why}: expected save_steps to be a multiple of eval_steps = {self.eval_steps}, got save_steps = "
+                f"{self.save_steps}"
+            )
+        if self.early_stopping_min_delta and self.early_stopping_patience is None:
+            problems.append(
+                f"early_stopping_min_delta: {self.early_stopping_min_delta} has no effect without "
+                "early_stopping_patience; set that too, or 0.0 here"
+            )
+        if len(set(self.report_to)) != len(self.report_to):
+            problems.append(f"report_to: expected each once, got {self.report_to}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the saved adapter is the one with the lowest evaluation loss; early stopping implies it."""
+        return self.keep_best or self.early_stopping_patience is not None
+
+    def steps_for(self, items: int, devices: int = 1) -> int:
+        """Optimizer steps of a whole run, as transformers' Trainer counts them (`set_initial_training_values`).
+
+        Args:
+            items: Training items, those left out not counted.
+            devices: That share every step.
+        """
+        if self.max_steps is not None:
+            return self.max_steps
+        if self.epochs is None:
+            raise ValueError("expected max_steps or epochs, got neither")
+        batches = math.ceil(items / (self.batch_size * devices))
+        return math.ceil(self.epochs * max(1, math.ceil(batches / self.gradient_accumulation)))
 
 
 @dataclass(frozen=True)

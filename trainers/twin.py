@@ -31,7 +31,9 @@ def losses(arm: Arm, job: TrainingJob, steps: int, perturbed: bool = False) -> l
     if perturbed:
         perturb(trainer.model)
     trainer.add_callback(Stop())
-    found = [0.0] * min(steps, job.settings.max_steps)
+    args = trainer.args
+    devices = args.world_size * max(1, args.n_gpu)
+    found = [0.0] * min(steps, job.settings.steps_for(len(trainer.train_dataset), devices))
     train_step = trainer.training_step
 
     def noted(*args: Any, **kwargs: Any) -> Any:

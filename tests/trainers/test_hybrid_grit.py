@@ -53,6 +53,14 @@ def in_own_process(jobs, folder):
 def jobs(make_job):
     few = {"max_steps": 4, "eval_steps": 4}
     mlp = {"grit": GRIT, "target_modules": MLP, **few}
+    # Nothing after the first evaluation is better by so much: it stops after the fourth.
+    lasting = make_job(
+        grit=GRIT, max_steps=None, epochs=2.0, early_stopping_min_delta=100.0, overlong="leave_out",
+        eval_steps=2, save_steps=4, early_stopping_patience=3, report_to=["tensorboard"],
+    )  # fmt: skip
+    lasting = replace(
+        lasting, train=[*lasting.train, ("What?\n", "1" * 300)], logs=lasting.output.with_name("lasting-logs")
+    )
     return {
         "plain": (make_job(grit=GRIT, max_steps=48), False),
         "again": (make_job(grit=GRIT, max_steps=48), False),
@@ -61,6 +69,7 @@ def jobs(make_job):
         "unfused": (make_job(unsloth_fused_lora=False, **mlp), True),
         "never fused": (make_job(**mlp), False),
         "nf4": (make_job(grit=GRIT, quantize_base="nf4", **few), False),
+        "lasting": (lasting, False),
     }
 
 
@@ -138,6 +147,23 @@ def test_killed_and_resumed_equals_undisturbed(seen, jobs, make_job, tmp_path):
     resumed = in_own_process([("resumed", job, False)], tmp_path)["resumed"]
     assert 4 <= resumed["summary"]["resumed_from_step"] < 48
     assert (job.output / WEIGHTS).read_bytes() == adapter(jobs, "plain")
+
+
+def test_the_settings_of_long_trainings_reach_unsloths_trainer(seen, jobs):
+    from tests.trainers.test_reporting import curves
+
+    said, history, job = seen["lasting"]["summary"], seen["lasting"]["history"], jobs["lasting"][0]
+    losses = {e["step"]: e["eval_loss"] for e in history if "eval_loss" in e}
+    best = min(losses, key=losses.get)
+    assert said["stopped_early"] and said["steps"] == 8 and list(losses) == [2, 4, 6, 8]
+    assert (said["train_left_out"], said["train_items"], said["best_step"]) == (1, 64, best)
+    assert said["best_eval_loss"] == losses[best]
+    assert said["final_eval_loss"] == pytest.approx(losses[best], rel=0.02)  # after ranks have shrunk
+    saved, kept = load_file(job.output / WEIGHTS), load_file(job.checkpoints / f"checkpoint-{best}" / WEIGHTS)
+    assert all(w.shape != kept[n].shape or torch.equal(w, kept[n]) for n, w in saved.items())
+    found = curves(job.logs)
+    assert dict(found["eval/loss"]) == {step: pytest.approx(loss, rel=1e-6) for step, loss in losses.items()}
+    assert found["train/grit/ready_layers"][-1][1] == 6
 
 
 def test_statistics_count_once_under_unsloths_checkpointing(seen):
