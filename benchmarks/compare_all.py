@@ -71,7 +71,7 @@ def run_rows(run_id: int, arm: str, seed: int, *, current: bool, items: int, dra
         ],
         "sample": [
             {**sample, "split": split, "item_id": f"{split}-{k:04d}", "prompt": f"Predict the index of item {k}",
-             "correct": draw.random() < chance}
+             "correct": (right := draw.random() < chance), "credit": float(right)}
             for split, count in splits if count and items for k in range(count)
         ],
     }  # fmt: skip

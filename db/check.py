@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import func, inspect, or_, select, text
+from sqlalchemy import and_, func, inspect, or_, select, text
 from sqlalchemy.orm import Session, aliased
 
 from db.columns import FINAL_STEP, Base
@@ -10,6 +10,8 @@ from db.models import Metric, Quantization, QuantizedSample, Run, Sample
 from db.queries import VIEWS
 
 _ROUNDING = 0.001
+_SAME_MEAN = 1e-6
+"""How far two means of the same numbers may lie apart, added up in different orders."""
 
 
 def faults(session: Session) -> list[str]:
@@ -53,15 +55,18 @@ def _wrong_references(session: Session) -> list[str]:
     base = aliased(Run)
     unfair = or_(
         base.arm != "base",
-        base.is_current.is_(False),
+        # A run that is not on disk any more keeps the base of its time.
+        and_(Run.is_current, base.is_current.is_(False)),
+        base.task != Run.task,
         base.test_items_sha256 != Run.test_items_sha256,
         base.backend_name != Run.backend_name,
     )
-    query = select(Run.arm, Run.seed, Run.id, base.arm, base.seed, base.id).join(base, Run.reference_run_id == base.id)
-    why = "which is no current base with the same items and backend"
+    columns = (Run.is_current, Run.arm, Run.seed, Run.id, base.arm, base.seed, base.id)
+    query = select(*columns).join(base, Run.reference_run_id == base.id).where(unfair)
     return [
-        f"{_label(*row[:3])} is held against {_label(*row[3:])}, {why}"
-        for row in session.execute(query.where(Run.is_current, unfair).order_by(Run.id))
+        f"{_label(*row[1:4])} is held against {_label(*row[4:])}, which is no {'current ' if row[0] else ''}base with "
+        "the same items and backend"
+        for row in session.execute(query.order_by(Run.id))
     ]
 
 
@@ -71,6 +76,7 @@ def _lost_references(session: Session) -> list[str]:
     fair = select(base.id).where(
         base.arm == "base",
         base.is_current,
+        base.task == Run.task,
         base.test_items_sha256 == Run.test_items_sha256,
         base.backend_name == Run.backend_name,
     )
@@ -131,42 +137,54 @@ def _lost_samples(session: Session) -> list[str]:
 def _other_samples(session: Session) -> list[str]:
     """The table shows the score, the intervals come from the items: they had better be the same answers."""
     right = select(
-        Sample.run_id, func.count().label("items"), func.count().filter(Sample.correct).label("correct")
+        Sample.run_id,
+        func.count().label("items"),
+        func.count().filter(Sample.correct).label("correct"),
+        func.count().filter(Sample.credit.not_in((0.0, 1.0))).label("partly"),
+        func.avg(Sample.credit).label("credit"),
     ).where(Sample.split == "test")
     counted = right.group_by(Sample.run_id).subquery()
+    own = counted.c
     query = (
-        select(Run.arm, Run.seed, Run.id, Metric.value, counted.c.correct, counted.c["items"])
+        select(Run.arm, Run.seed, Run.id, Metric.name, Metric.value, own["items"], own.correct, own.partly, own.credit)
         .join(Metric, Metric.run_id == Run.id)
-        .join(counted, counted.c.run_id == Run.id)
-        .where(Metric.step == FINAL_STEP, Metric.split == "test", Metric.name == "aqi_category_accuracy")
+        .join(counted, own.run_id == Run.id)
+        .where(Metric.step == FINAL_STEP, Metric.split == "test", Metric.name == Run.primary_metric)
         .order_by(Run.id)
     )
-    return [
-        f"{_label(arm, seed, run_id)}: its accuracy is {value}, but {correct} of its {items} test items are correct"
-        for arm, seed, run_id, value, correct, items in session.execute(query)
-        if value is None or abs(value - correct / items) > _ROUNDING
-    ]
+    found = []
+    for arm, seed, run_id, name, value, items, correct, partly, credit in session.execute(query):
+        label = _label(arm, seed, run_id)
+        if not partly and (value is None or abs(value - correct / items) > _ROUNDING):
+            found.append(f"{label}: its accuracy is {value}, but {correct} of its {items} test items are correct")
+        elif value is None or abs(value - credit) > _ROUNDING:
+            found.append(f"{label}: {name} is {value}, but the mean credit of its {items} test items is {credit:.6g}")
+    return found
 
 
 def _lost_quantized_samples(session: Session) -> list[str]:
     """Every precision answered the items that its row counts."""
-    right = select(
+    per_type = select(
         QuantizedSample.run_id,
         QuantizedSample.type,
         func.count().label("items"),
         func.count().filter(QuantizedSample.correct).label("correct"),
+        func.avg(QuantizedSample.credit).label("credit"),
     )
-    counted = right.group_by(QuantizedSample.run_id, QuantizedSample.type).subquery()
+    counted = per_type.group_by(QuantizedSample.run_id, QuantizedSample.type).subquery()
     same = (counted.c.run_id == Quantization.run_id) & (counted.c.type == Quantization.type)
     items, correct = func.coalesce(counted.c["items"], 0), func.coalesce(counted.c.correct, 0)
     query = (
-        select(Run.arm, Run.seed, Run.id, Quantization.type, Quantization.correct, Quantization.n, correct, items)
+        select(Run.arm, Run.seed, Run.id, Quantization, correct, items, counted.c.credit)
         .join(Quantization, Quantization.run_id == Run.id)
         .outerjoin(counted, same)
-        .where(or_(items != Quantization.n, correct != Quantization.correct))
         .order_by(Run.id, Quantization.id)
     )
-    return [
-        f"{_label(*row[:3])}: {row[3]} has {row[4]} of {row[5]} items correct, quantized_sample {row[6]} of {row[7]}"
-        for row in session.execute(query)
-    ]
+    found = []
+    for arm, seed, run_id, row, right, number, credit in session.execute(query):
+        label = f"{_label(arm, seed, run_id)}: {row.type} has"
+        if (row.correct, row.n) != (right, number):
+            found.append(f"{label} {row.correct} of {row.n} items correct, quantized_sample {right} of {number}")
+        elif number and abs(row.credit - credit) > _SAME_MEAN:
+            found.append(f"{label} a mean credit of {row.credit:.6g}, quantized_sample {credit:.6g}")
+    return found

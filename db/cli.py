@@ -51,10 +51,22 @@ def ingest(db: Db = DEFAULT_DB, root: Root = Path(), arm: Arms = None, seed: See
 
 
 @app.command()
-def rebuild(db: Db = DEFAULT_DB, root: Root = Path(), arm: Arms = None, seed: Seeds = None) -> None:
-    """Make the database anew from the files and swap it in; superseded runs go. Exit codes as `ingest`."""
+def rebuild(
+    db: Db = DEFAULT_DB,
+    root: Root = Path(),
+    arm: Arms = None,
+    seed: Seeds = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Also where all runs of a task would go, since its files are gone.")
+    ] = False,
+) -> None:
+    """Make the database anew from the files on disk and swap it in; superseded runs go.
+
+    The files of one task replace those of another, so runs of former tasks stand in the database alone. Where a rebuild
+    would lose them it stops and names them; --yes lets them go. Exit codes as `ingest`.
+    """
     try:
-        typer.echo(rebuild_database(root, db, arm or None, seed or None))
+        typer.echo(rebuild_database(root, db, arm or None, seed or None, lose_tasks=yes))
     except (IngestError, DatabaseError) as error:
         _fail(error)
 

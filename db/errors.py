@@ -35,6 +35,10 @@ class SchemaVersionError(DatabaseError):
     """The database was written by another version of this project."""
 
 
+class TasksLostError(DatabaseError):
+    """A rebuilt database would lose the runs of tasks whose results are not on disk any more."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong in one result file.

@@ -30,8 +30,9 @@ from db.models import (
     Speed,
     Verification,
 )
-from db.reader import BASE, Bundle, read_results
+from db.reader import BASE, Bundle, Results, read_results
 from db.records_logs import AttemptRecord
+from db.references import reference_id, relink_retired
 from db.rows import (
     artifact_rows,
     environment_row,
@@ -48,6 +49,7 @@ from db.rows import (
 from db.rows_layers import layer_metric_rows, log_meanings, spectrum_rows
 from db.session import open_session
 from db.swap import page_size_of, replace_content
+from db.tasks import notes_of_change, notes_of_loss, refuse_loss, runs_by_task, tasks_of_runs
 
 _CHILDREN: tuple[tuple[type[Any], Any], ...] = (
     (Metric, metric_rows),
@@ -131,6 +133,8 @@ def rebuild(
     url: str | Path | URL,
     arms: Iterable[str] | None = None,
     seeds: Iterable[int] | None = None,
+    *,
+    lose_tasks: bool = False,
 ) -> IngestSummary:
     """Make the database anew from the files alone; superseded runs and starts, which no file describes, go.
 
@@ -138,8 +142,16 @@ def rebuild(
     content or the new one, whatever happens. Files that changed meanwhile are read again. Other databases are emptied
     and filled in one transaction.
 
+    Args:
+        root: As in `ingest`.
+        url: As in `ingest`.
+        arms: As in `ingest`.
+        seeds: As in `ingest`.
+        lose_tasks: Also where the old database has finished runs of a task that has no results on disk.
+
     Raises:
         IngestError: Files are missing or malformed; the old database stands.
+        TasksLostError: A task would be lost, and that was not asked for; the old database stands.
         DatabaseError: The new database could not be written, another process writes to the old one, or the file is
             no database of this project, or a newer one; then it stands untouched.
     """
@@ -150,21 +162,33 @@ def rebuild(
         read_results(root, arms, seeds)  # files that cannot be read leave the database unopened
         with open_session(url, write=True) as session:
             found = read_results(root, arms, seeds)
+            there = {task.name: task.runs for task in tasks_of_runs(session)}
+            place = resolve_url(url).render_as_string(hide_password=True)
+            notes = _notes_of_rebuild(found, there, place, lose_tasks)
             for table in (Run, Environment, MetricDef, Attempt):
                 session.execute(delete(table))
-            return store(session, found.bundles, found.notes, found.attempts)
+            return store(session, found.bundles, notes, found.attempts)
+    there = runs_by_task(path)
     for _ in range(_TRIES):
         look = look_at(root)
         found = read_results(root, arms, seeds)
+        notes = _notes_of_rebuild(found, there, str(path), lose_tasks)
         # SQLite copies between pages of one size only, where the log is in use.
         with open_session("sqlite://", write=True, page_size=page_size_of(path)) as session:
-            summary = store(session, found.bundles, found.notes, found.attempts)
+            summary = store(session, found.bundles, notes, found.attempts)
             replace_content(session, path)
         if unchanged(root, look):
             return summary
     # Nobody can hold the lock over a copy; with files that never rest, an ingest has the last word, inside its lock.
     ingest(root, path, arms, seeds)
     return summary
+
+
+def _notes_of_rebuild(found: Results, there: dict[str, int], place: str, lose_tasks: bool) -> list[str]:
+    kept = {bundle.scores.task.name for bundle in found.bundles}
+    if not lose_tasks:
+        refuse_loss(there, kept, place)
+    return [*found.notes, *notes_of_loss(there, kept)]
 
 
 def _kept(wanted: Iterable[Any] | None) -> list[Any] | None:
@@ -183,9 +207,10 @@ def store(
     keys = [row["run_key"] for row in rows]
     known = {run.run_key: run for run in session.scalars(select(Run).where(Run.run_key.in_(keys)))}
     # Before new runs enter: only one run for each arm and seed may be current.
-    stale = session.scalars(select(Run.id).where(Run.is_current, Run.run_key.not_in(keys))).all()
+    stale = session.execute(select(Run.id, Run.task).where(Run.is_current, Run.run_key.not_in(keys))).all()
+    stale_ids = [run_id for run_id, _ in stale]
     if stale:
-        session.execute(update(Run).where(Run.id.in_(stale)).values(is_current=False))
+        session.execute(update(Run).where(Run.id.in_(stale_ids)).values(is_current=False))
     _store_meanings(session, {**log_meanings(bundles), **metric_def_rows(bundles)})
     store_attempts(session, attempts)
 
@@ -216,11 +241,12 @@ def store(
             updated.add(run.run_key)
         current.append(run)
     for run in current:
-        reference = _reference_id(run, current)
+        reference = reference_id(run, current)
         if run.reference_run_id != reference:
             run.reference_run_id = reference
             updated.add(run.run_key)
     session.flush()
+    relink_retired(session, stale_ids)
     updated -= inserted
     lost = [f"{b.label}: no base with the same items and backend, so no differences"
             for b, run in zip(bundles, current, strict=True)
@@ -230,7 +256,7 @@ def store(
         len(updated),
         len(bundles) - len(inserted) - len(updated),
         len(stale),
-        (*notes, *lost),
+        (*notes, *lost, *notes_of_change({bundle.scores.task.name for bundle in bundles}, (task for _, task in stale))),
     )
 
 
@@ -261,17 +287,3 @@ def _environment_id(session: Session, row: dict[str, Any]) -> int:
         session.add(found)
         session.flush()
     return found.id
-
-
-def _reference_id(run: Run, current: list[Run]) -> int | None:
-    """The base that was asked the same items through the same backend; the lowest seed, if several."""
-    if run.arm == BASE:
-        return None
-    fair = [
-        base
-        for base in current
-        if base.arm == BASE
-        and base.test_items_sha256 == run.test_items_sha256
-        and base.backend_name == run.backend_name
-    ]
-    return min(fair, key=lambda base: base.seed).id if fair else None

@@ -22,6 +22,7 @@ from db.columns import (
     count_rule,
     flag,
     primary_key,
+    share_rule,
     typed_value_rules,
 )
 from db.models_attempts import Attempt
@@ -79,7 +80,10 @@ class Run(Base):
         CheckConstraint("arm <> 'base' OR reference_run_id IS NULL", name="base_has_no_reference"),
         CheckConstraint("reference_run_id <> id", name="not_its_own_reference"),
         CheckConstraint("serving_mode IN ('merged', 'adapter')", name="serving_mode"),
+        CheckConstraint("task <> '' AND task_title <> '' AND primary_metric <> ''", name="task_named"),
         count_rule("seed"),
+        # All that a choice of runs looks at, apart from rows that carry kilobytes of parameters.
+        Index("ix_run_choice", "is_current", "status", "task", "ended", "arm", "seed", "backend_name"),
         Index(
             "uq_run_current",
             "arm",
@@ -143,6 +147,14 @@ class Run(Base):
     row_counts: Mapped[dict[str, Any] | None] = mapped_column(
         comment="table to number of this run's rows there, as written; NULL: unknown, an older version wrote them"
     )
+    task: Mapped[str] = mapped_column(server_default=text("'aqi'"), comment="what is asked: aqi, gsm8k, …")
+    task_title: Mapped[str] = mapped_column(
+        server_default=text("'AQI accuracy'"), comment="of the primary metric, as tables show it"
+    )
+    primary_metric: Mapped[str] = mapped_column(
+        server_default=text("'aqi_category_accuracy'"),
+        comment="name in metric, split test: the mean credit of the test items, by which arms are compared",
+    )
 
 
 class Metric(OfRun, Base):
@@ -195,6 +207,7 @@ class Sample(OfRun, Base):
         CheckConstraint("abs_error BETWEEN 0 AND 1.7976931348623157e308", name="abs_error_finite"),
         count_rule("prompt_tokens"),
         count_rule("answer_tokens"),
+        share_rule("credit"),
     )
 
     item_id: Mapped[str]
@@ -208,6 +221,9 @@ class Sample(OfRun, Base):
     abs_error: Mapped[float | None] = mapped_column(comment="|predicted - truth|; NULL: not a number task")
     prompt_tokens: Mapped[int | None]
     answer_tokens: Mapped[int | None]
+    credit: Mapped[float] = mapped_column(
+        comment="0 to 1: what the answer is worth; between them where a task gives credit for parts"
+    )
 
 
 class Probe(OfRun, Base):

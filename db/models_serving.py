@@ -26,6 +26,7 @@ class Quantization(OfRun, Base):
         count_rule("fallbacks"),
         share_rule("category_accuracy"),
         share_rule("answers_equal_to_f16"),
+        share_rule("credit"),
     )
 
     type: Mapped[str] = mapped_column(comment="llama.cpp's name: f16, bf16, q8_0, q4_K_M, …")
@@ -39,6 +40,7 @@ class Quantization(OfRun, Base):
     fallbacks: Mapped[int] = mapped_column(
         comment="tensors in another format than asked for, since their rows are no multiple of its block"
     )
+    credit: Mapped[float] = mapped_column(comment="mean credit of the test items")
 
 
 class QuantizedSample(OfRun, Base):
@@ -48,12 +50,14 @@ class QuantizedSample(OfRun, Base):
     __table_args__ = (
         UniqueConstraint("run_id", "type", "item_id"),
         CheckConstraint("type <> '' AND item_id <> ''", name="named"),
+        share_rule("credit"),
     )
 
     type: Mapped[str] = mapped_column(comment="as in quantization")
     item_id: Mapped[str]
     correct: Mapped[bool] = mapped_column(flag("correct"))
     answer: Mapped[str] = mapped_column(comment="the model's text, unshortened")
+    credit: Mapped[float] = mapped_column(comment="0 to 1, as in sample")
 
 
 class Verification(OfRun, Base):

@@ -35,6 +35,8 @@ VIEWS = (
     "v_quantization",
     "v_verification",
     "v_attempts",
+    "task_results",
+    "task_quantization",
 )
 
 

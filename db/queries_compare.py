@@ -9,13 +9,16 @@ from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple, TypeVar, TypeVarTuple
 
-from sqlalchemy import Integer, Row, Select, select, type_coerce
+from sqlalchemy import Row, Select, select
 from sqlalchemy.orm import Session
 
 from db.columns import FINAL_STEP
 from db.models import Environment, Metric, Probe, Quantization, QuantizedSample, Run, Sample, Speed, Verification
 from db.queries import Reading
+from db.tasks import TaskFacts, latest_runs, task_on_disk, tasks_of_runs
 from db.values import join_value
+
+__all__ = ["BASE", "Choice", "RunFacts", "TaskFacts", "Timing", "tasks_of_runs"]
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -24,7 +27,7 @@ Key = tuple[str, str]
 
 
 class RunFacts(NamedTuple):
-    """A finished, current run; see `db.models.Run`."""
+    """A finished run; see `db.models.Run`."""
 
     id: int
     arm: str
@@ -42,6 +45,9 @@ class RunFacts(NamedTuple):
     reference_run_id: int | None
     started: datetime
     ended: datetime | None
+    task: str
+    task_title: str
+    primary_metric: str
 
 
 @dataclass(frozen=True)
@@ -52,24 +58,38 @@ class Choice:
         arms: Ways of training; the base is always read.
         seeds: Of the trained arms; the base has one run, which is always read.
         backends: What ran the model, of the base too.
+        task: What was asked. None: the task whose results are on disk, its current runs; so too where it is named.
+            Of another task, each arm's and seed's latest finished run stands for it.
     """
 
     arms: Collection[str] = ()
     seeds: Collection[int] = ()
     backends: Collection[str] = ()
+    task: str | None = None
 
 
 def chosen_runs(session: Session, choice: Choice) -> list[RunFacts]:
-    """Return the chosen runs, base first, then by arm and seed."""
+    """Return the chosen runs, base first, then by arm and seed.
+
+    Of a task that is not on disk, a run refers to the chosen base with the same items and backend: the one that it was
+    held against at its time may have a successor.
+    """
     columns = [getattr(Run, name) for name in RunFacts._fields]
-    rows = _rows(session, _narrow(select(*columns), choice))
-    return sorted((RunFacts(*row) for row in rows), key=lambda run: (run.arm != BASE, run.arm, run.seed))
+    rows = _rows(session, _narrow(session, select(*columns), choice))
+    runs = sorted((RunFacts(*row) for row in rows), key=lambda run: (run.arm != BASE, run.arm, run.seed))
+    if choice.task in (None, task_on_disk(session)):
+        return runs
+    bases = {(run.test_items_sha256, run.backend_name): run.id for run in reversed(runs) if run.arm == BASE}
+    return [
+        run if run.arm == BASE else run._replace(reference_run_id=bases.get((run.test_items_sha256, run.backend_name)))
+        for run in runs
+    ]
 
 
-def names_of_runs(session: Session) -> tuple[list[str], list[int], list[str]]:
-    """Return arms, seeds and backends of all finished, current runs, each sorted."""
+def names_of_runs(session: Session, task: str | None = None) -> tuple[list[str], list[int], list[str]]:
+    """Return arms, seeds and backends of all runs that a choice of this task can have, each sorted."""
     query = select(Run.arm, Run.seed, Run.backend_name)
-    rows = _rows(session, _narrow(query, Choice()))
+    rows = _rows(session, _narrow(session, query, Choice(task=task)))
     return (
         sorted({row.arm for row in rows}),
         sorted({row.seed for row in rows}),
@@ -77,8 +97,12 @@ def names_of_runs(session: Session) -> tuple[list[str], list[int], list[str]]:
     )
 
 
-def _narrow(query: Select[*Ts], choice: Choice) -> Select[*Ts]:
-    query = query.where(Run.is_current, Run.status == "finished")
+def _narrow(session: Session, query: Select[*Ts], choice: Choice) -> Select[*Ts]:
+    on_disk = task_on_disk(session)
+    if choice.task is None or choice.task == on_disk:
+        query = query.where(Run.is_current, Run.status == "finished", Run.task == on_disk)
+    else:
+        query = query.where(Run.id.in_(latest_runs(choice.task)))
     if choice.arms:
         query = query.where(Run.arm.in_({BASE, *choice.arms}))
     if choice.seeds:
@@ -88,8 +112,8 @@ def _narrow(query: Select[*Ts], choice: Choice) -> Select[*Ts]:
     return query
 
 
-def _ids(choice: Choice) -> Select[int]:
-    return _narrow(select(Run.id), choice)
+def _ids(session: Session, choice: Choice) -> Select[int]:
+    return _narrow(session, select(Run.id), choice)
 
 
 def _rows(session: Session, query: Select[*Ts]) -> Sequence[Row[*Ts]]:
@@ -105,20 +129,20 @@ def environments(session: Session) -> dict[int, Environment]:
 def final_values(session: Session, choice: Choice) -> dict[int, dict[Key, float]]:
     """Return run id -> (split, name) -> number of the finished run; NaN and infinities possible."""
     columns = (Metric.run_id, Metric.split, Metric.name, Metric.value, Metric.value_kind)
-    query = select(*columns).where(Metric.step == FINAL_STEP, Metric.run_id.in_(_ids(choice)))
+    query = select(*columns).where(Metric.step == FINAL_STEP, Metric.run_id.in_(_ids(session, choice)))
     found: dict[int, dict[Key, float]] = {}
     for run_id, split, name, value, kind in _rows(session, query.order_by(Metric.id)):
         found.setdefault(run_id, {})[split, name] = join_value(value, kind)
     return found
 
 
-def answers(session: Session, choice: Choice, split: str) -> dict[int, dict[str, bool]]:
-    """Return run id -> item id -> answered correctly."""
-    correct = type_coerce(Sample.correct, Integer)  # as stored: hundreds of thousands of rows are not converted
-    query = select(Sample.run_id, Sample.item_id, correct).where(Sample.split == split, Sample.run_id.in_(_ids(choice)))
-    found: dict[int, dict[str, bool]] = {}
+def answers(session: Session, choice: Choice, split: str) -> dict[int, dict[str, float]]:
+    """Return run id -> item id -> credit from 0 to 1."""
+    columns = (Sample.run_id, Sample.item_id, Sample.credit)
+    query = select(*columns).where(Sample.split == split, Sample.run_id.in_(_ids(session, choice)))
+    found: dict[int, dict[str, float]] = {}
     for run_id, rows in groupby(_rows(session, query.order_by(Sample.run_id)), key=itemgetter(0)):
-        found[run_id] = {item_id: right == 1 for _, item_id, right in rows}
+        found[run_id] = {item_id: credit for _, item_id, credit in rows}
     return found
 
 
@@ -135,7 +159,7 @@ class Timing(NamedTuple):
 def timings(session: Session, choice: Choice) -> dict[int, list[Timing]]:
     """Return run id -> its timed phases, in no order."""
     columns = (Speed.run_id, Speed.arm, Speed.phase, Speed.repetition, Speed.tokens, Speed.nanoseconds)
-    query = select(*columns).where(Speed.nanoseconds.is_not(None), Speed.run_id.in_(_ids(choice)))
+    query = select(*columns).where(Speed.nanoseconds.is_not(None), Speed.run_id.in_(_ids(session, choice)))
     found: dict[int, list[Timing]] = {}
     for row in _rows(session, query):
         found.setdefault(row.run_id, []).append(Timing._make(row[1:]))
@@ -145,7 +169,7 @@ def timings(session: Session, choice: Choice) -> dict[int, list[Timing]]:
 def readings(session: Session, choice: Choice) -> dict[int, dict[str, Reading]]:
     """Return run id -> name -> what the probe says of the whole run."""
     columns = (Probe.run_id, Probe.name, Probe.value, Probe.value_kind, Probe.verdict, Probe.diagnosis)
-    query = select(*columns).where(Probe.layer == "", Probe.step == FINAL_STEP, Probe.run_id.in_(_ids(choice)))
+    query = select(*columns).where(Probe.layer == "", Probe.step == FINAL_STEP, Probe.run_id.in_(_ids(session, choice)))
     found: dict[int, dict[str, Reading]] = {}
     for run_id, name, value, kind, verdict, diagnosis in _rows(session, query.order_by(Probe.id)):
         found.setdefault(run_id, {})[name] = Reading(join_value(value, kind), verdict, diagnosis)
@@ -154,24 +178,23 @@ def readings(session: Session, choice: Choice) -> dict[int, dict[str, Reading]]:
 
 def quantizations(session: Session, choice: Choice) -> dict[int, list[Quantization]]:
     """Return run id -> its precisions, f16 first, in the order in which they were measured."""
-    query = select(Quantization).where(Quantization.run_id.in_(_ids(choice)))
+    query = select(Quantization).where(Quantization.run_id.in_(_ids(session, choice)))
     return _by_run((row.run_id, row) for row in session.scalars(query.order_by(Quantization.id)))
 
 
-def quantized_answers(session: Session, choice: Choice) -> dict[int, dict[str, dict[str, bool]]]:
-    """Return run id -> precision -> item id -> answered correctly."""
-    columns = (QuantizedSample.run_id, QuantizedSample.type, QuantizedSample.item_id, QuantizedSample.correct)
-    found: dict[int, dict[str, dict[str, bool]]] = {}
-    for run_id, kind, item_id, correct in _rows(
-        session, select(*columns).where(QuantizedSample.run_id.in_(_ids(choice)))
-    ):
-        found.setdefault(run_id, {}).setdefault(kind, {})[item_id] = correct
+def quantized_answers(session: Session, choice: Choice) -> dict[int, dict[str, dict[str, float]]]:
+    """Return run id -> precision -> item id -> credit from 0 to 1."""
+    columns = (QuantizedSample.run_id, QuantizedSample.type, QuantizedSample.item_id, QuantizedSample.credit)
+    query = select(*columns).where(QuantizedSample.run_id.in_(_ids(session, choice)))
+    found: dict[int, dict[str, dict[str, float]]] = {}
+    for run_id, kind, item_id, credit in _rows(session, query):
+        found.setdefault(run_id, {}).setdefault(kind, {})[item_id] = credit
     return found
 
 
 def verifications(session: Session, choice: Choice) -> dict[int, list[Verification]]:
     """Return run id -> what was verified of it, merged before adapter for each backend."""
-    query = select(Verification).where(Verification.run_id.in_(_ids(choice)))
+    query = select(Verification).where(Verification.run_id.in_(_ids(session, choice)))
     rows = session.scalars(query.order_by(Verification.backend, Verification.mode.desc()))
     return _by_run((row.run_id, row) for row in rows)
 

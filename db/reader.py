@@ -10,9 +10,10 @@ from pathlib import Path
 from db.errors import IngestError, Problem
 from db.files import FileReader
 from db.reader_optional import OPTIONAL_STAGES, OptionalReader, Serving, TrainingLogs
-from db.records import HistoryRecord, ParityRecord, RunRecord, SampleRecord, ScoresRecord, VerdictRecord
+from db.records import HistoryRecord, ParityRecord, RunRecord, SampleRecord, ScoresRecord
 from db.records_logs import AttemptRecord
 from db.records_measured import MeasuredRecord
+from db.records_verdict import VerdictRecord
 from db.staleness import stale_stages
 
 __all__ = ["BASE", "OPTIONAL_STAGES", "Bundle", "Results", "Serving", "TrainingLogs", "read_results"]
@@ -163,10 +164,10 @@ class _TreeReader(OptionalReader):
 
     def agrees(self, label: str, scores: ScoresRecord, samples: list[SampleRecord]) -> None:
         """The table shows the score and pairs the items, so they had better be the same answers."""
-        test = [sample.correct for sample in samples if sample.split == "test"]
+        test = [sample.worth for sample in samples if sample.split == "test"]
         share = sum(test) / len(test) if test else None
         for metric in scores.metrics:
-            if (metric.name, metric.split) == ("aqi_category_accuracy", "test") and (
+            if (metric.name, metric.split) == (scores.task.primary, "test") and (
                 share is None or metric.value is None or abs(share - metric.value) > _ROUNDING
             ):
                 self.notes.append(f"{label}: scores.json says {metric.value}, samples.jsonl says {share}")

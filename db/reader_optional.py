@@ -22,6 +22,7 @@ OPTIONAL_STAGES = {
 """Stages that measure a finished model, and their results. A run is the same run with, without or with others."""
 
 _BASE = "base/0"
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -126,19 +127,23 @@ class OptionalReader(FileReader):
         return Serving(quantized, samples, verified)
 
     def complete(self, path: Path, quantized: QuantizedRecord, samples: list[QuantizedSampleRecord]) -> None:
-        """Every precision answered the same items, as often rightly as its row says."""
-        answers: dict[str, dict[str, bool]] = {row.type: {} for row in quantized.rows}
+        """Every precision answered the same items, as often rightly and with the credit that its row says."""
+        answers: dict[str, dict[str, QuantizedSampleRecord]] = {row.type: {} for row in quantized.rows}
         for sample in samples:
-            answers.setdefault(sample.type, {})[sample.item_id] = sample.correct
+            answers.setdefault(sample.type, {})[sample.item_id] = sample
         items = answers[quantized.rows[0].type].keys()
         rows = {row.type: (row.n, row.correct) for row in quantized.rows}
-        for name, correct in answers.items():
-            came = (len(correct), sum(correct.values()))
+        credits = {row.type: row.worth for row in quantized.rows}
+        for name, own in answers.items():
+            came = (len(own), sum(sample.correct for sample in own.values()))
             if name not in rows:
                 self.problem(path, "", f"expected the types of quantized.json, came {name!r} besides")
             elif came != rows[name]:
                 words = "{} items of type {}, {} of them correct"
                 expected, found = (words.format(n, name, right) for n, right in (rows[name], came))
                 self.problem(path, "", f"expected {expected}, as quantized.json says, came {found}")
-            elif correct.keys() != items:
+            elif own.keys() != items:
                 self.problem(path, "", f"expected the same items in every type, {name} has others")
+            elif abs((mean := sum(sample.worth for sample in own.values()) / len(own)) - credits[name]) > _ROUNDING:
+                expected = f"a mean credit of {credits[name]} of type {name}"
+                self.problem(path, "", f"expected {expected}, as quantized.json says, came {mean}")

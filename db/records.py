@@ -18,8 +18,6 @@ from pydantic import (
     model_validator,
 )
 
-from db.columns import FINAL_STEP
-
 _STEPS = 2**53  # from here on a float skips whole numbers
 Stage = Literal["train", "probe", "export", "quantize", "verify", "measure", "evaluate", "prepare_base", "prepare_data"]
 
@@ -41,6 +39,7 @@ Name = Annotated[str, StringConstraints(min_length=1)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 FiniteOrNone = Annotated[float | None, BeforeValidator(_finite_or_none)]
+Share = Annotated[float, Field(ge=0, le=1)]
 ErrorOrNone = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(_finite_or_none)]
 Measured = Annotated[Count | None, BeforeValidator(_whole_or_none)]
 
@@ -146,6 +145,18 @@ class Backend(Record):
     mode: Literal["merged", "adapter"] | None = None
 
 
+class TaskRecord(Record):
+    """What was asked; `primary` names the metric of split test by which arms are compared, `title` is its title."""
+
+    name: Name
+    title: Name
+    primary: Name
+
+
+AQI = TaskRecord(name="aqi", title="AQI accuracy", primary="aqi_category_accuracy")
+"""The task of results from before there were others."""
+
+
 class ScoresRecord(Record):
     """`scores.json`: the numbers of one arm with one seed."""
 
@@ -158,9 +169,12 @@ class ScoresRecord(Record):
     metrics: list[MetricRecord]
     metric_defs: dict[Name, MetricDefRecord]
     speed: list[SpeedRecord]
+    task: TaskRecord = AQI
 
     @model_validator(mode="after")
     def _consistent(self) -> ScoresRecord:
+        if "task" in self.model_fields_set:
+            self._has_primary()
         refuse_repeats("metrics", ((metric.name, metric.split) for metric in self.metrics))
         refuse_repeats("speed rows", ((row.arm, row.phase, row.repetition) for row in self.speed))
         strange = sorted({row.arm for row in self.speed} - {self.arm, "base"})
@@ -168,6 +182,12 @@ class ScoresRecord(Record):
             raise ValueError(f"speed rows of the arms {self.arm} and base expected, came {strange}")
         refuse_strange_shares(self.metrics, self.metric_defs)
         return self
+
+    def _has_primary(self) -> None:
+        known = sorted(metric.name for metric in self.metrics if metric.split == "test")
+        if self.task.primary not in known:
+            came = ", ".join(known) or "none"
+            raise ValueError(f"expected the primary metric {self.task.primary} among those of split test, came {came}")
 
 
 class SampleRecord(Record):
@@ -184,6 +204,12 @@ class SampleRecord(Record):
     abs_error: ErrorOrNone = None
     prompt_tokens: Measured = None
     answer_tokens: Measured = None
+    credit: Share | None = None
+
+    @property
+    def worth(self) -> float:
+        """Credit from 0 to 1; results from before there was any have right and wrong answers only."""
+        return float(self.correct) if self.credit is None else self.credit
 
 
 class ParityRecord(Record):
@@ -193,46 +219,15 @@ class ParityRecord(Record):
     arm: Name
     seed: Count
     prompts: Count
-    token_ids_equal: Annotated[float, Field(ge=0, le=1)]
-    greedy_equal: Annotated[float, Field(ge=0, le=1)]
-    pairs: dict[Name, Annotated[float, Field(ge=0, le=1)]]
+    token_ids_equal: Share
+    greedy_equal: Share
+    pairs: dict[Name, Share]
     first_difference: dict[str, Any] | None = None
 
 
 def spelled(value: Any) -> Any:
     """Numbers that JSON does not have are written as words."""
     return float(value) if value in ("nan", "inf", "-inf") else value
-
-
-class ReadingRecord(Record):
-    """One number of a verdict."""
-
-    name: Name
-    layer: str
-    step: Annotated[int, Field(ge=FINAL_STEP, lt=2**63)]
-    value: Annotated[float, BeforeValidator(spelled)]
-    unit: str
-    threshold: float | None
-    verdict: Literal["pass", "fail", "inconclusive", "skipped"]
-    diagnosis: str
-
-
-class VerdictRecord(Record):
-    """`verdict.json`: whether an arm's updates are what it claims."""
-
-    form: Literal[1] = Field(alias="schema")
-    arm: Name
-    seed: Count
-    verdict: Literal["effective", "no_effect", "unstable"]
-    diagnosis: Name
-    reason: str
-    as_claimed: bool
-    readings: list[ReadingRecord]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> VerdictRecord:
-        refuse_repeats("readings", ((r.name, r.layer, r.step) for r in self.readings))
-        return self
 
 
 class HistoryRecord(RootModel[list[dict[str, float | None]]]):

@@ -6,14 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from db.records import Count, Name, Record, Sha256, refuse_repeats
+from db.records import Count, Name, Record, Sha256, Share, refuse_repeats
 
 REFERENCE = "f16"
 """The precision that the others are held against."""
 
 _ROUNDING = 1e-9
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PrecisionRecord(Record):
@@ -28,6 +26,12 @@ class PrecisionRecord(Record):
     n: Annotated[Count, Field(ge=1)]
     answers_equal_to_f16: Share
     fallbacks: Count
+    credit: Share | None = None
+
+    @property
+    def worth(self) -> float:
+        """Mean credit of the test items; results from before there was any have right and wrong answers only."""
+        return self.category_accuracy if self.credit is None else self.credit
 
     @model_validator(mode="after")
     def _consistent(self) -> PrecisionRecord:
@@ -64,6 +68,12 @@ class QuantizedSampleRecord(Record):
     item_id: Name
     correct: bool
     answer: str
+    credit: Share | None = None
+
+    @property
+    def worth(self) -> float:
+        """Credit from 0 to 1, as of `SampleRecord`."""
+        return float(self.correct) if self.credit is None else self.credit
 
 
 class VerificationRecord(Record):

@@ -9,7 +9,7 @@ from typing import Any
 
 from db.columns import FINAL_STEP
 from db.reader import BASE, OPTIONAL_STAGES, Bundle
-from db.records import HistoryRecord, RunRecord
+from db.records import AQI, HistoryRecord, RunRecord
 from db.schema import NEWEST
 from db.values import clean_text, plain, split_value
 
@@ -26,8 +26,12 @@ def run_key(bundle: Bundle) -> str:
     """Identify the experiment: the same key means that the same thing was run again."""
     backend = bundle.scores.backend
     stages = {stage: record for stage, record in bundle.stages.items() if stage not in OPTIONAL_STAGES}
+    task = bundle.scores.task.name
+    # Results from before there were tasks keep their identity.
+    what = {} if task == AQI.name else {"task": task}
     return digest_of(
         {
+            **what,
             "variant": bundle.arm,
             "seed": bundle.seed,
             "params": {stage: record.params for stage, record in stages.items()},
@@ -80,6 +84,9 @@ def run_row(bundle: Bundle) -> Row:
         "device_class": clean_text(scores.backend.device_class),
         "test_items_sha256": scores.test_items_sha256,
         "parity_first_difference": plain(difference),
+        "task": clean_text(scores.task.name),
+        "task_title": clean_text(scores.task.title),
+        "primary_metric": clean_text(scores.task.primary),
     }
 
 
@@ -162,7 +169,7 @@ def metric_def_rows(bundles: list[Bundle]) -> dict[str, Row]:
 
 def sample_rows(bundle: Bundle) -> list[Row]:
     """One row for each answered item."""
-    return [plain(sample.model_dump()) for sample in bundle.samples]
+    return [{**plain(sample.model_dump()), "credit": sample.worth} for sample in bundle.samples]
 
 
 def speed_rows(bundle: Bundle) -> list[Row]:
@@ -182,12 +189,13 @@ def probe_rows(bundle: Bundle) -> list[Row]:
 def quantization_rows(bundle: Bundle) -> list[Row]:
     """One row for each precision."""
     quantized = bundle.serving.quantized
-    return [plain(row.model_dump()) for row in quantized.rows] if quantized else []
+    return [{**plain(row.model_dump()), "credit": row.worth} for row in quantized.rows] if quantized else []
 
 
 def quantized_sample_rows(bundle: Bundle) -> list[Row]:
     """One row for each test item in each precision."""
-    return [plain(sample.model_dump()) for sample in bundle.serving.quantized_samples]
+    samples = bundle.serving.quantized_samples
+    return [{**plain(sample.model_dump()), "credit": sample.worth} for sample in samples]
 
 
 def verification_rows(bundle: Bundle) -> list[Row]:

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, inspect, text
 
 from db.errors import DatabaseError, DatabaseMissingError, SchemaVersionError
 
-REVISIONS: tuple[str, ...] = ("0001", "0002", "0003")
+REVISIONS: tuple[str, ...] = ("0001", "0002", "0003", "0004")
 """All revisions, oldest first. Written here so that readers need not load Alembic to know the newest."""
 
 NEWEST = REVISIONS[-1]

@@ -47,6 +47,7 @@ ENVIRONMENT = {"id": 1, "key": sha("e"), "device_class": "cpu", "packages": {"to
 SAMPLE = {
     "item_id": "i", "task": "aqi", "split": "test", "prompt": "p", "truth": "t", "answer": "汉 \x01",
     "predicted": 3, "correct": True, "abs_error": None, "prompt_tokens": None, "answer_tokens": 2**62,
+    "credit": 0.25,
 }  # fmt: skip
 ATTEMPT = {
     "id": "a", "stage": "train", "arm": None, "seed": None, "status": "running", "error": None, "started": NOON,

@@ -63,7 +63,12 @@ def comparable(rows: list[dict[str, Any]]) -> list[str]:
 
 
 TIMES = {"v_leaderboard": ("started", "ended"), "v_attempts": ("last_started",)}
-FLAGS = {"v_leaderboard": ("git_dirty",), "v_verification": ("perturbed_noticed",)}
+FLAGS = {
+    "v_leaderboard": ("git_dirty",),
+    "v_verification": ("perturbed_noticed",),
+    "task_results": ("is_current", "is_latest"),
+    "task_quantization": ("is_current",),
+}
 
 
 def as_typed(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import signal
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -17,14 +18,20 @@ from sqlalchemy import delete, insert, select, text
 from typer.testing import CliRunner
 
 from db import DatabaseError, bulk, open_session, queries, schema
+from db.check import faults
 from db.cli import app
 from db.columns import Base
 from db.engine import make_engine, resolve_url
+from db.errors import TasksLostError
 from db.ingest import ingest, rebuild
 from db.models import Metric, Run, Speed
+from db.queries_compare import Choice, tasks_of_runs
 from tests.db.result_tree import edit, make_arm, make_tree, sha, write
 from tests.db.result_tree_layers import make_full_tree
+from tests.db.task_switches import F16, Q8, everything
+from tests.db.test_db_releases import downgrade
 from tests.db.workers import CONTEXT, Worker
+from tests.evaluation.task_tree import ALPACA, GSM8K, add_precisions, add_task
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,6 +86,46 @@ def test_all_tables_and_views_equal_those_of_sqlite(tree: Path, tmp_path: Path, 
     expected = tables(tmp_path / "c.db")
     assert [name for name, rows in expected.items() if not rows] == [], "every table and view takes part"
     assert_equal(tables(postgres), expected)
+
+
+def test_several_tasks_equal_those_of_sqlite(tree: Path, tmp_path: Path, postgres: str) -> None:
+    places = (tmp_path / "c.db", postgres)
+    for number, task in enumerate((None, GSM8K, ALPACA)):
+        if task is not None:
+            for folder in ("quantized", "verified", "measured"):
+                shutil.rmtree(tree / folder, ignore_errors=True)
+            add_task(tree, task, day=22 + number)
+        if task is ALPACA:
+            add_precisions(tree, task, "pure_grit", {"f16": F16, "q8_0": Q8})
+        summaries = [str(ingest(tree, place, seeds=[0])) for place in places]
+        assert summaries[0] == summaries[1]
+    assert_equal(tables(postgres), tables(places[0]))
+    read = [everything_of(place) for place in places]
+    assert read[0] == read[1]
+    with open_session(postgres) as session:
+        assert faults(session) == []
+    with pytest.raises(TasksLostError, match="2 runs of task aqi, 3 runs of task gsm8k"):
+        rebuild(tree, postgres, seeds=[0])
+    assert_equal(tables(postgres), tables(places[0]))
+    assert [counts(rebuild(tree, place, seeds=[0], lose_tasks=True)) for place in places] == [(3, 0, 0, 0)] * 2
+    assert_equal(tables(postgres, ids=False), tables(places[0], ids=False))
+
+
+def everything_of(place: str | Path) -> list[Any]:
+    with open_session(place) as session:
+        return [tasks_of_runs(session), *(everything(session, Choice(task=t)) for t in (None, "aqi", "gsm8k"))]
+
+
+def test_a_0003_database_is_upgraded_and_taken_back(tree: Path, postgres: str) -> None:
+    ingest(tree, postgres)
+    before = tables(postgres)
+    with open_session(postgres, write=True) as session:
+        downgrade(session, "0003")
+    with pytest.raises(DatabaseError, match="older version 0003"), open_session(postgres):
+        pass
+    with open_session(postgres, write=True) as session:
+        assert compare_metadata(MigrationContext.configure(session.connection()), Base.metadata) == []
+    assert_equal(tables(postgres), before)
 
 
 def test_the_same_files_again_change_nothing(tree: Path, postgres: str) -> None:
@@ -215,6 +262,7 @@ def test_a_database_of_the_first_release_is_upgraded_without_loss(tree: Path, po
     assert {name: len(found[name]) for name in ("run", "metric", "speed", "sample")} == {
         "run": 1, "metric": 1, "speed": 2, "sample": 1}  # fmt: skip
     assert (found["run"][0]["run_key"], found["run"][0]["serving_mode"]) == (sha("run"), "adapter")
+    assert (found["run"][0]["task"], found["sample"][0]["credit"]) == ("aqi", 1.0)
     with open_session(postgres, write=True) as session:
         # Rows with numbers of their own leave the sequence where it was.
         session.execute(text("SELECT setval('run_id_seq', 1), setval('environment_id_seq', 1)"))

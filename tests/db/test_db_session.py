@@ -67,7 +67,7 @@ def metric_values(**changes: Any) -> dict[str, Any]:
 
 def sample_values(**changes: Any) -> dict[str, Any]:
     texts = dict.fromkeys(("item_id", "task", "split", "prompt", "truth", "answer"), "x")
-    return {"run_id": 1, **texts, "correct": True, **changes}
+    return {"run_id": 1, **texts, "correct": True, "credit": 1.0, **changes}
 
 
 def speed_values(**changes: Any) -> dict[str, Any]:
@@ -148,6 +148,10 @@ def test_times_are_stored_in_utc(filled: Path) -> None:
         (Metric, metric_values(step=-2)),
         (Metric, metric_values(name="")),
         (Sample, sample_values(abs_error=-1.0)),
+        (Sample, sample_values(credit=None)),
+        (Sample, sample_values(credit=1.01)),
+        (Run, run_values(id=2, run_key=sha("2"), seed=1, task="")),
+        (Run, run_values(id=2, run_key=sha("2"), seed=1, primary_metric="")),
         (Sample, sample_values(prompt_tokens=-1)),
         (Sample, sample_values(item_id="")),
         (Speed, speed_values(phase="sleep")),

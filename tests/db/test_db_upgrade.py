@@ -93,8 +93,9 @@ def test_an_older_database_is_upgraded_without_loss(path: Path) -> None:
     assert all_rows(path, OLD_TABLES) == before, "an upgrade that is not committed has not been"
     with open_session(path, write=True):
         pass
-    assert all_rows(path, OLD_TABLES) == before
-    assert [row[: len(runs[0])] for row in all_rows(path, ("run",))["run"]] == runs
+    after = all_rows(path, (*OLD_TABLES, "run"))
+    for table, rows in {**before, "run": runs}.items():
+        assert [row[: len(rows[0])] for row in after[table]] == rows, "new columns stand behind the old ones"
     with open_session(path, write=True) as session:
         assert session.scalar(text("SELECT version_num FROM alembic_version")) == schema.NEWEST
         assert {r.arm: r.serving_mode for r in queries.current_runs(session)} == {
@@ -151,6 +152,10 @@ def test_the_upgrade_can_be_taken_back(path: Path) -> None:
         (Verification, {"prompts": 0, "answered": None, "rendered": None}),
         (Verification, {"prompts": 0, "answered": None, "counted": None}),
         (Verification, {"gguf_sha256": "abc"}),
+        (Quantization, {"credit": None}),
+        (Quantization, {"credit": -0.01}),
+        (QuantizedSample, {"credit": None}),
+        (QuantizedSample, {"credit": 1.01}),
         (QuantizedSample, {"answer": None}),
         (QuantizedSample, {"item_id": ""}),
     ],
@@ -159,8 +164,9 @@ def test_the_tables_keep_their_rules(path: Path, table: Any, change: dict[str, A
     rows = {
         Quantization: precision("q8_0", Q8, 0.9),
         Verification: verification("llama_cpp", "adapter"),
-        QuantizedSample: {"type": "q8_0", "item_id": "i", "correct": True, "answer": "a"},
+        QuantizedSample: {"type": "q8_0", "item_id": "i", "correct": True, "answer": "a", "credit": 1.0},
     }
+    rows[Quantization]["credit"] = 0.68
     make_0001(path)
     with open_session(path, write=True) as session:
         session.execute(insert(table), {"run_id": 1, **rows[table]})
