@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from db.queries import Reading
@@ -13,9 +13,8 @@ from evaluation.facts import Facts, Key, SpeedChange
 from evaluation.pairs import BASE, Answered, pair
 from evaluation.ratios import kept_share
 from evaluation.seeds import crossed_interval
-from evaluation.statistics import LEVEL, Interval, wilson
+from evaluation.statistics import LEVEL, Interval, is_binary, share_interval
 
-ACCURACY = ("test", "aqi_category_accuracy")
 RETENTION = ("retention", "retention_accuracy")
 
 
@@ -72,7 +71,7 @@ class ArmRow:
     Intervals hold with 95% confidence: over items with one seed, over seeds and items with several.
 
     Attributes:
-        accuracy: AQI category accuracy, percent.
+        accuracy: Primary metric of the task, percent.
         accuracy_by_seed: The same for each of `seeds`.
         retention: Accuracy on the retention items, percent.
         decode_speed: Tokens per second.
@@ -80,6 +79,7 @@ class ArmRow:
         parity: Share of prompts on which all ways to run the model answer alike, percent, worst seed.
         differences: Against the base, then against the baseline.
         metrics: (split, name) -> mean over seeds, in the metric's own unit.
+        ranges: (split, name) -> smallest and largest of the seeds that have the number, where several have one.
         accuracy_interval: Of `accuracy`, percent.
         retention_interval: Of `retention`, percent.
         retention_share: Percent of the base's retention accuracy that is kept, on the same items.
@@ -108,6 +108,7 @@ class ArmRow:
     delta_speed_interval: Interval | None = None
     probes: tuple[ProbeRow, ...] = ()
     alignment: tuple[AlignmentRow, ...] = ()
+    ranges: dict[Key, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def updates(self) -> str:
@@ -135,9 +136,11 @@ def arm_row(arm: str, facts: Facts, differences: tuple[Difference, ...], change:
     runs = facts.by_arm[arm]
     own = [facts.metrics.get(run.id, {}) for run in runs]
     speeds = [_decode_speed(arm, facts.timings.get(run.id, ())) for run in runs]
-    accuracies = tuple(100 * m[ACCURACY] for m in own if ACCURACY in m)
+    primary = ("test", runs[0].primary_metric)
+    accuracies = tuple(100 * m[primary] for m in own if primary in m)
     parities = [100 * m["parity", "greedy_equal"] for m in own if ("parity", "greedy_equal") in m]
     kept = _kept(arm, facts)
+    values = _by_key(own)
     return ArmRow(
         arm=arm,
         model_name=runs[0].model_name,
@@ -149,7 +152,7 @@ def arm_row(arm: str, facts: Facts, differences: tuple[Difference, ...], change:
         delta_speed=0.0 if arm == BASE else change.interval.estimate if change.interval else None,
         parity=min(parities) if parities else None,
         differences=differences,
-        metrics=_means(own),
+        metrics={key: fmean(found) for key, found in values.items()},
         accuracy_interval=_share(runs, facts.answers),
         retention_interval=_share(runs, facts.retained),
         retention_share=kept.estimate if kept else None,
@@ -157,6 +160,7 @@ def arm_row(arm: str, facts: Facts, differences: tuple[Difference, ...], change:
         delta_speed_interval=change.interval if change.confidence >= LEVEL else None,
         probes=tuple(_probe(run.seed, facts.readings[run.id]) for run in runs if _judged(facts, run)),
         alignment=tuple(found for run, m in zip(runs, own, strict=True) if (found := _alignment(run.seed, m))),
+        ranges={key: (min(found), max(found)) for key, found in values.items() if len(found) > 1},
     )
 
 
@@ -193,15 +197,15 @@ def _kept(arm: str, facts: Facts) -> Interval | None:
 
 
 def _share(runs: Sequence[RunFacts], answers: Answered) -> Interval | None:
-    """Share of right answers on the items that all seeds have, percent."""
+    """Mean credit on the items that all seeds have, percent."""
     answered = [run.id for run in runs if run.id in answers]
-    right = answers.rows(answered)
-    if not right.size:
+    credit = answers.rows(answered)
+    if not credit.size:
         return None
-    plain = wilson(float(right.mean()), right.shape[1])
-    if 1 in right.shape:
+    plain = share_interval(credit, binary=is_binary(credit))
+    if 1 in credit.shape:
         return plain.scaled(100)
-    crossed, _ = crossed_interval(right)
+    crossed, _ = crossed_interval(credit)
     # Student's t knows no border at 0 and 1, and no width where every answer is right.
     flat = crossed.low == crossed.high
     return (plain if flat else Interval(crossed.estimate, max(0.0, crossed.low), crossed.high)).scaled(100)
@@ -227,12 +231,12 @@ def _probe(seed: int, readings: Mapping[str, Reading]) -> ProbeRow:
     return ProbeRow(seed, word, verdict.verdict == "pass", reason, numbers)
 
 
-def _means(own: Sequence[Mapping[Key, float]]) -> dict[Key, float]:
+def _by_key(own: Sequence[Mapping[Key, float]]) -> dict[Key, list[float]]:
     values: dict[Key, list[float]] = {}
     for metrics in own:
         for key, value in metrics.items():
             values.setdefault(key, []).append(value)
-    return {key: fmean(found) for key, found in values.items()}
+    return values
 
 
 def _mean(values: Iterable[float]) -> float | None:

@@ -19,6 +19,7 @@ from evaluation.comparison import Choice, ChoiceError, Comparison, compare, load
 from evaluation.differences import BASELINE
 from evaluation.report import as_csv, as_json, as_markdown, print_table, svg, write_atomically, write_report
 from evaluation.report_serving import print_serving
+from evaluation.report_tasks import print_tasks, tasks_as_csv, tasks_as_json, tasks_as_markdown
 
 __all__ = ["Choice", "ChoiceError", "Comparison", "compare", "load_comparison", "main", "write_report"]
 
@@ -35,6 +36,7 @@ class Format(StrEnum):
 
 
 _TEXTS = {Format.JSON: as_json, Format.CSV: as_csv, Format.MD: as_markdown}
+_TEXTS_OF_TASKS = {Format.JSON: tasks_as_json, Format.CSV: tasks_as_csv, Format.MD: tasks_as_markdown}
 
 
 @app.command()
@@ -58,27 +60,44 @@ def main(
         str | None,
         typer.Option(help="Arm to compare with besides the base.", show_default=BASELINE),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Task to compare; of one that is not on the disk, the latest run of each arm and seed.",
+            show_default="the task on the disk",
+        ),
+    ] = None,
+    all_tasks: Annotated[
+        bool, typer.Option("--all-tasks", help="Print one table of all tasks instead, with one line for each arm.")
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="Also write the Markdown report here.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the HTML report, one file, here.")] = None,
     svg_path: Annotated[Path | None, typer.Option("--svg", help="Also save the table as SVG here.")] = None,
 ) -> None:
-    """Compare all arms that were scored.
+    """Compare all arms that were scored on a task.
 
     Exit codes: 0 done, 1 reading or writing failed, 2 there is nothing to compare yet, or no run has the name asked
     for.
     """
     try:
-        comparison = load_comparison(db, Choice(arm or (), seed or (), backend or ()), baseline)
-        if format is Format.TABLE:
-            console = Console()
-            print_table(comparison, console)
-            print_serving(comparison, console)
-        else:
-            typer.echo(_TEXTS[format](comparison).rstrip("\n"))
+        comparison = load_comparison(db, Choice(arm or (), seed or (), backend or (), task), baseline)
+        _show(comparison, format, all_tasks=all_tasks)
         _write(comparison, db, report=report, html=html, picture=svg_path)
     except (DatabaseError, ChoiceError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, DatabaseMissingError | ChoiceError) else 1) from error
+
+
+def _show(comparison: Comparison, format: Format, *, all_tasks: bool) -> None:
+    console = Console()
+    if format is not Format.TABLE:
+        text = _TEXTS_OF_TASKS[format](comparison.tasks) if all_tasks else _TEXTS[format](comparison)
+        typer.echo(text.rstrip("\n"))
+    elif all_tasks:
+        print_tasks(comparison.tasks, console)
+    else:
+        print_table(comparison, console)
+        print_serving(comparison, console)
 
 
 def _write(comparison: Comparison, db: str, *, report: Path | None, html: Path | None, picture: Path | None) -> None:

@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from db import queries
 from db import queries_compare as compare_queries
 from db.errors import DatabaseMissingError
-from db.models import Environment
+from db.models import Environment, Run
 from db.queries_compare import Choice, RunFacts
 from db.session import open_session
 from evaluation import criteria
-from evaluation.arms import ACCURACY, RETENTION, AlignmentRow, ArmRow, ProbeRow, arm_row
+from evaluation.all_tasks import TaskRow, task_rows
+from evaluation.arms import RETENTION, AlignmentRow, ArmRow, ProbeRow
 from evaluation.criteria import Criterion
-from evaluation.differences import BASE, BASELINE, compare_pairs, find_pairs, in_words
-from evaluation.facts import SpeedChange, read_facts, speed_change
+from evaluation.differences import BASE, BASELINE
+from evaluation.facts import SpeedChange, read_facts
+from evaluation.notes import notes, verdict_line
 from evaluation.power import PowerRow, power_rows
+from evaluation.primary import FIRST, Primary, primary_of
 from evaluation.serving import PhaseRow, PrecisionRow, ServedRow, phase_rows, precision_rows, served_rows
+from evaluation.side_by_side import SideBySide, side_by_side
 
 __all__ = [
-    "ACCURACY",
     "RETENTION",
     "AlignmentRow",
     "ArmRow",
     "Choice",
     "ChoiceError",
     "Comparison",
+    "Primary",
     "ProbeRow",
+    "TaskRow",
     "compare",
+    "compared_runs",
     "load_comparison",
     "verdict_line",
 ]
@@ -61,6 +67,8 @@ class Comparison:
         power: What it would take to see 1, 2 and 3 points, for each arm and what it is compared with.
         baseline: The arm that the others are compared with besides the base.
         filters: What was asked for alone, in words, so that other runs are left out; empty where all are here.
+        primary: The task, and the metric by which its arms are compared.
+        tasks: All tasks in the database, arm by arm; the newest task first.
     """
 
     rows: tuple[ArmRow, ...]
@@ -75,6 +83,8 @@ class Comparison:
     power: tuple[PowerRow, ...] = ()
     baseline: str = BASELINE
     filters: str = ""
+    primary: Primary = FIRST
+    tasks: tuple[TaskRow, ...] = ()
 
 
 def load_comparison(url_or_path: str | Path, choice: Choice | None = None, baseline: str | None = None) -> Comparison:
@@ -82,7 +92,7 @@ def load_comparison(url_or_path: str | Path, choice: Choice | None = None, basel
 
     Args:
         url_or_path: File or SQLAlchemy URL.
-        choice: Which runs; all by default.
+        choice: Which runs; all of the task on the disk by default.
         baseline: The arm to compare with besides the base; baseline_lora by default.
 
     Raises:
@@ -98,22 +108,37 @@ def load_comparison(url_or_path: str | Path, choice: Choice | None = None, basel
     return comparison
 
 
+def compared_runs(session: Session, comparison: Comparison) -> list[Run]:
+    """Rows of table run behind a comparison, base first, then by arm and seed.
+
+    Args:
+        session: Of the database from which the comparison was made.
+        comparison: Perhaps of some arms or seeds only.
+    """
+    keys = {run["run_key"] for run in comparison.runs}
+    named = session.execute(select(Run.id, Run.run_key).where(Run.task == comparison.primary.task))
+    runs = session.scalars(select(Run).where(Run.id.in_([run_id for run_id, key in named if key in keys])))
+    return sorted(runs, key=lambda run: (run.arm != BASE, run.arm, run.seed))
+
+
 def compare(session: Session, choice: Choice | None = None, baseline: str | None = None) -> Comparison:
-    """Compare the current runs of an open database; see `load_comparison`."""
+    """Compare the runs of one task in an open database; see `load_comparison`."""
     choice = choice or Choice()
+    tasks = compare_queries.tasks_of_runs(session)
     if choice != Choice() or baseline is not None:
-        _check(session, choice, baseline)
+        _check(session, choice, baseline, [task.name for task in tasks])
     against = baseline or BASELINE
     filters = _filters(choice, against)
     if choice.arms:  # what is compared with stays
         choice = replace(choice, arms={*choice.arms, against})
     facts = read_facts(session, choice)
-    arms = sorted(facts.by_arm, key=lambda arm: (arm != BASE, arm != against, arm))
-    runs = [run for arm in arms for run in facts.by_arm[arm]]
-    pairs = find_pairs(arms, facts.by_arm, facts.answers, against)
-    found = compare_pairs(pairs)
-    changes = {arm: speed_change(arm, facts) for arm in arms}
-    rows = tuple(arm_row(arm, facts, found.get(arm, ()), changes[arm]) for arm in arms)
+    own = side_by_side(facts, against)
+    rows, runs, arms = own.rows, own.runs, own.arms
+    primary = primary_of(runs)
+
+    def of_task(name: str) -> SideBySide:
+        return side_by_side(read_facts(session, replace(choice, task=name)), against)
+
     quantized = compare_queries.quantizations(session, choice)
     quantized_answers = compare_queries.quantized_answers(session, choice)
     verified = compare_queries.verifications(session, choice)
@@ -122,17 +147,26 @@ def compare(session: Session, choice: Choice | None = None, baseline: str | None
     return Comparison(
         rows=rows,
         verdicts=tuple(verdict_line(row, against) for row in rows if row.arm != BASE),
-        notes=tuple(_notes(rows, runs)),
+        notes=tuple(notes(rows, runs, primary, _tasks_on_disk(session))),
         units={name: (m.unit, m.direction, m.description) for name, m in meanings.items()},
         runs=tuple(_provenance(places, runs)),
         precisions=tuple(r for a in arms for r in precision_rows(facts.by_arm[a], quantized, quantized_answers)),
         served=tuple(row for run in runs for row in served_rows(run, verified.get(run.id, ()))),
         phases=tuple(row for arm in arms for row in phase_rows(facts.by_arm[arm], facts.timings)),
-        criteria=tuple(c for row in rows if row.arm != BASE for c in _criteria(row, against, changes[row.arm])),
-        power=tuple(row for (arm, _), found_pairs in pairs.items() for row in power_rows(arm, found_pairs)),
+        criteria=tuple(
+            c for row in rows if row.arm != BASE for c in _criteria(row, against, own.changes[row.arm], primary)
+        ),
+        power=tuple(row for (arm, _), pairs in own.pairs.items() for row in power_rows(arm, pairs)),
         baseline=against,
         filters=filters,
+        primary=primary,
+        tasks=task_rows(tasks, primary, own, of_task, against),
     )
+
+
+def _tasks_on_disk(session: Session) -> list[str]:
+    """Names of all tasks of current runs: several where one task's results have begun to replace another's."""
+    return sorted(session.scalars(select(Run.task).where(Run.is_current, Run.status == "finished").distinct()))
 
 
 def _filters(choice: Choice, baseline: str) -> str:
@@ -148,8 +182,10 @@ def _filters(choice: Choice, baseline: str) -> str:
     return f"Only {'; '.join(parts)}: other runs are left out" if parts else ""
 
 
-def _check(session: Session, choice: Choice, baseline: str | None) -> None:
-    arms, seeds, backends = compare_queries.names_of_runs(session)
+def _check(session: Session, choice: Choice, baseline: str | None, tasks: Sequence[str]) -> None:
+    if tasks and (unknown := list(_unknown("task", [choice.task] if choice.task is not None else [], tasks))):
+        raise ChoiceError("\n".join(unknown))  # of a task that nobody has, no arm is known either
+    arms, seeds, backends = compare_queries.names_of_runs(session, choice.task)
     if not arms:
         return
     named = [*choice.arms, *([] if baseline is None else [baseline])]
@@ -170,54 +206,12 @@ def _unknown(kind: str, names: Iterable[str], known: Sequence[str]) -> Iterable[
             yield f"expected the {kind} of a finished run; came: {name!r}. {meant}Available: {', '.join(known)}"
 
 
-def _criteria(row: ArmRow, baseline: str, change: SpeedChange) -> Iterable[Criterion]:
-    yield criteria.by_difference(row.arm, BASE, row.against(BASE))
+def _criteria(row: ArmRow, baseline: str, change: SpeedChange, primary: Primary) -> Iterable[Criterion]:
+    yield criteria.by_difference(row.arm, BASE, row.against(BASE), primary)
     if row.arm != baseline and baseline != BASE:
-        yield criteria.by_difference(row.arm, baseline, row.against(baseline))
+        yield criteria.by_difference(row.arm, baseline, row.against(baseline), primary)
     yield criteria.by_speed(row.arm, *change)
     yield criteria.by_retention(row.arm, row.retention_share_interval, row.retention)
-
-
-def verdict_line(row: ArmRow, baseline: str = BASELINE) -> str:
-    """Say in a sentence what the data allow to say about an arm."""
-    parts = [in_words(difference) for difference in row.differences]
-    if row.against(BASE) is None:
-        parts.insert(0, "not comparable with base: no base run with the same items and backend")
-    if row.against(baseline) is None and row.arm != baseline and baseline != BASE:
-        parts.append(f"not comparable with {baseline}: no run of it with the same seed, items and backend")
-    return f"{row.arm}: {'; '.join(parts)}."
-
-
-def _notes(rows: Sequence[ArmRow], runs: Sequence[RunFacts]) -> list[str]:
-    notes = []
-    if sum(row.arm != BASE for row in rows):
-        notes.append(
-            "Δ speed: median over the paired repetitions of all seeds, against the base timed in the same process, not "
-            "against the base's own row. Merged LoRA models of one shape decode equally fast, so differences between "
-            "them are noise of the machine."
-        )
-    if any(row.delta_speed is not None and row.delta_speed_interval is None and row.arm != BASE for row in rows):
-        notes.append("Δ speed without an interval: fewer than six paired repetitions give none of 95%.")
-    levels = {difference.level for row in rows for difference in row.differences}
-    if "seeds and items" in levels:
-        notes.append(
-            "Differences over several seeds: the interval and the p-value are about other seeds and other items "
-            "(crossed random effects, Student's t); the interval over items alone treats these seeds as the only ones."
-        )
-    if "items" in levels:
-        notes.append(
-            "Differences of one seed: bootstrap over items and McNemar's exact test; nothing is known of other seeds."
-        )
-    if any(difference.seeds == 2 for row in rows for difference in row.differences):
-        notes.append("Two seeds are too few to know how much seeds vary; three or more give intervals that hold.")
-    for row in rows:
-        notes += [f"{row.arm} seed {p.seed}: {p.verdict}: {p.reason}" for p in row.probes if not p.as_claimed]
-    if any(run.git_dirty for run in runs):
-        notes.append("Some stages ran on changed files (dirty): those numbers have no commit of their own.")
-    bad = [row.arm for row in rows if any(not math.isfinite(value) for value in row.metrics.values())]
-    if bad:
-        notes.append(f"Some metrics of {', '.join(bad)} could not be computed (not finite).")
-    return notes
 
 
 def _provenance(places: dict[int, Environment], runs: Sequence[RunFacts]) -> Iterable[dict[str, Any]]:

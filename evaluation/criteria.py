@@ -12,11 +12,13 @@ from typing import Literal
 
 from evaluation.differences import Difference
 from evaluation.pairs import BASE
+from evaluation.primary import FIRST, Primary
 from evaluation.statistics import LEVEL, Interval, Verdict
 
 Outcome = Literal["pass", "fail", "undecided"]
 
 GAIN = "accuracy gain"
+"""Of the primary metric, whatever it is called: CSV has a column of this name for every task."""
 LEAD = "above the baseline"
 SPEED = "speed loss"
 KEPT = "retention kept"
@@ -55,10 +57,10 @@ class Criterion:
     confidence: float = 100 * LEVEL
 
 
-def by_difference(arm: str, against: str, difference: Difference | None) -> Criterion:
-    """More accurate than the base (ΔAQI > 0), or than the baseline."""
+def by_difference(arm: str, against: str, difference: Difference | None, primary: Primary = FIRST) -> Criterion:
+    """Better than the base (ΔAQI > 0), or than the baseline, by the primary metric of the task."""
     name = GAIN if against == BASE else LEAD
-    threshold = "ΔAQI > 0 against base" if against == BASE else f"AQI accuracy above {against}"
+    threshold = f"Δ{primary.short} > 0 against base" if against == BASE else f"{primary.title} above {against}"
     if difference is None:
         return _missing(name, arm, threshold, "points", f"No run of {against} with the same items, backend and seed.")
     points = difference.points

@@ -8,7 +8,7 @@ from typing import Literal
 
 from evaluation.pairs import BASE, BASELINE, Answered, Pairs, RunLike, pair
 from evaluation.seeds import crossed_interval, items_interval
-from evaluation.statistics import ALPHA, Interval, Verdict, bootstrap_mean, holm, judge, sign_test
+from evaluation.statistics import ALPHA, Interval, Verdict, bootstrap_mean, holm, judge, mean_test
 
 __all__ = ["BASE", "BASELINE", "Difference", "compare_pairs", "find_pairs", "in_words"]
 
@@ -17,13 +17,14 @@ Level = Literal["items", "seeds and items"]
 
 @dataclass(frozen=True)
 class Difference:
-    """AQI category accuracy of an arm minus another's, on the same items.
+    """Primary metric of an arm minus another's, on the same items.
 
     Attributes:
         against: The other arm.
         points: Estimate and 95% interval on which the verdict rests, in percentage points.
         items: Number of paired items.
-        p_value: One seed: McNemar's exact test; several: Student's t over seeds and items.
+        p_value: One seed: McNemar's exact test, or signs flipped at random where credits lie between 0 and 1; several:
+            Student's t over seeds and items.
         p_holm: The same, adjusted over all arms compared with the same one.
         verdict: Direction, or undecided.
         level: What `points` and `p_value` are about: other items only (one seed), or other seeds too.
@@ -31,8 +32,9 @@ class Difference:
         seeds: Number of paired seeds.
         seed_numbers: Those seeds.
         by_seed: Difference of each of them, in the same order, points.
-        gained: Items right here and wrong there, summed over seeds.
+        gained: Items right here and wrong there (with more credit here than there), summed over seeds.
         lost: The reverse.
+        binary: Whether all answers are right or wrong, none in between.
     """
 
     against: str
@@ -48,6 +50,7 @@ class Difference:
     by_seed: tuple[float, ...]
     gained: int
     lost: int
+    binary: bool = True
 
 
 def find_pairs(
@@ -97,7 +100,7 @@ def _difference(pairs: Pairs) -> Difference:
         shares, p_value = crossed_interval(values)
         alone = items_interval(values) if items > 1 else shares
     else:
-        shares, p_value = bootstrap_mean(values[0]), sign_test(values[0])
+        shares, p_value = bootstrap_mean(values[0]), mean_test(values[0], binary=pairs.binary)
         alone = shares
     points = shares.scaled(100)
     return Difference(
@@ -114,6 +117,7 @@ def _difference(pairs: Pairs) -> Difference:
         by_seed=tuple(float(100 * value) for value in values.mean(axis=1)),
         gained=int((values > 0).sum()),
         lost=int((values < 0).sum()),
+        binary=pairs.binary,
     )
 
 

@@ -25,8 +25,8 @@ class Facts:
     Attributes:
         by_arm: Arm -> its runs, one for each seed.
         metrics: (split, name) -> number.
-        answers: Test items answered correctly.
-        retained: Retention items answered correctly.
+        answers: Credit of the test items.
+        retained: Credit of the retention items.
         timings: Timed phases.
         readings: What the probe says.
     """

@@ -100,8 +100,8 @@ class TextFigures:
 
     Attributes:
         by_text: Loss of each text with the adapter (or of a model that has none).
-        base_loss: With the adapter off; None where there is none.
-        relative: Mean over the tokens of ‖h − h₀‖/‖h₀‖, for each layer from 1 on; empty without an adapter.
+        base_loss: With the adapter off; None where there is none, or it was not asked for.
+        relative: Mean over the tokens of ‖h − h₀‖/‖h₀‖, for each layer from 1 on; empty where `base_loss` is None.
         cosine: Mean over the tokens of 1 − cos(h, h₀), likewise.
         tokens: All tokens of the texts, which the means are over.
     """
@@ -118,17 +118,18 @@ class TextFigures:
         return sum(self.by_text, LossSum())
 
 
-def read_texts(model: Any, texts: Sequence[Encoded], *, batch_size: int) -> TextFigures:
+def read_texts(model: Any, texts: Sequence[Encoded], *, batch_size: int, against_base: bool = True) -> TextFigures:
     """Loss over texts and drift of the hidden states, adapter on against off.
 
     Args:
         model: A causal language model in eval mode. With PEFT's `disable_adapter`, every batch is read twice.
         texts: Token ids.
         batch_size: Texts a forward pass.
+        against_base: False: as of a model without an adapter, so that every batch is read once.
     """
     import torch
 
-    adapted = hasattr(model, "disable_adapter")
+    adapted = against_base and hasattr(model, "disable_adapter")
     losses, base_losses, tokens = [LossSum()] * len(texts), [LossSum()] * len(texts), 0
     relative: Any = 0.0
     cosine: Any = 0.0

@@ -10,11 +10,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.statistics import is_binary
+
 BASE = "base"
 BASELINE = "baseline_lora"
 
-Answers = Mapping[int, Mapping[str, bool]]
-"""Run id -> item id -> answered correctly."""
+Answers = Mapping[int, Mapping[str, float]]
+"""Run id -> item id -> credit from 0 to 1: 1 for a right answer, 0 for a wrong one, between them where a task gives
+credit for parts."""
 
 
 class RunLike(Protocol):
@@ -58,7 +61,7 @@ class Pairs:
     Attributes:
         against: The reference.
         seeds: Of the arm's runs, S of them.
-        own: Right (1) or wrong (0), shape [S, I].
+        own: Credit: right (1), wrong (0) or in between, shape [S, I].
         other: The same of the reference; against the base all rows come from its one run.
     """
 
@@ -69,8 +72,13 @@ class Pairs:
 
     @property
     def differences(self) -> NDArray[np.float64]:
-        """Return own - other: 1 gained, -1 lost, shape [S, I]."""
+        """Return own - other: above 0 gained, below lost; shape [S, I]."""
         return self.own - self.other
+
+    @property
+    def binary(self) -> bool:
+        """Whether all answers are right or wrong, none in between."""
+        return is_binary(self.own, self.other)
 
 
 @dataclass(frozen=True)
@@ -79,13 +87,13 @@ class Sheet:
 
     Attributes:
         items: Their ids, sorted.
-        row: Run id -> its row in `right`.
-        right: Right or wrong, shape [runs, items].
+        row: Run id -> its row in `credit`.
+        credit: Of each answer, shape [runs, items].
     """
 
     items: tuple[str, ...]
     row: Mapping[int, int]
-    right: NDArray[np.bool_]
+    credit: NDArray[np.float64]
 
 
 class Answered:
@@ -96,14 +104,14 @@ class Answered:
         orders: dict[tuple[str, ...], list[int]] = {}
         for run_id, own in answers.items():
             orders.setdefault(tuple(own), []).append(run_id)
-        parts: dict[tuple[str, ...], list[tuple[list[int], NDArray[np.bool_]]]] = {}
+        parts: dict[tuple[str, ...], list[tuple[list[int], NDArray[np.float64]]]] = {}
         for order, ids in orders.items():
             if not order:
                 continue
             values = chain.from_iterable(answers[run_id].values() for run_id in ids)
-            right = np.fromiter(values, dtype=np.bool_, count=len(ids) * len(order)).reshape(len(ids), len(order))
+            credit = np.fromiter(values, dtype=np.float64, count=len(ids) * len(order)).reshape(len(ids), len(order))
             by_name = sorted(range(len(order)), key=order.__getitem__)
-            parts.setdefault(tuple(sorted(order)), []).append((ids, right[:, by_name]))
+            parts.setdefault(tuple(sorted(order)), []).append((ids, credit[:, by_name]))
         self._sheet: dict[int, Sheet] = {}
         for items, found in parts.items():
             ids = [run_id for some, _ in found for run_id in some]
@@ -115,7 +123,7 @@ class Answered:
         return run_id in self._sheet
 
     def rows(self, run_ids: Sequence[int]) -> NDArray[np.float64]:
-        """Right (1) or wrong (0) on the items that all these runs have, ordered by id; shape [runs, items].
+        """Credit on the items that all these runs have, ordered by id; shape [runs, items].
 
         Args:
             run_ids: Each has answers; one may come twice.
@@ -123,13 +131,13 @@ class Answered:
         sheets = {id(sheet): sheet for sheet in map(self._sheet.__getitem__, run_ids)}.values()
         if len(sheets) == 1:
             (sheet,) = sheets
-            return sheet.right[list(map(sheet.row.__getitem__, run_ids))].astype(np.float64)
+            return sheet.credit[list(map(sheet.row.__getitem__, run_ids))]
         common = sorted(set.intersection(*(set(sheet.items) for sheet in sheets))) if sheets else []
         columns = {id(sheet): _places(sheet.items, common) for sheet in sheets}
         found = np.empty((len(run_ids), len(common)))
         for k, run_id in enumerate(run_ids):
             sheet = self._sheet[run_id]
-            found[k] = sheet.right[sheet.row[run_id], columns[id(sheet)]]
+            found[k] = sheet.credit[sheet.row[run_id], columns[id(sheet)]]
         return found
 
 

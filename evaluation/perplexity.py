@@ -17,21 +17,19 @@ _LEVEL = (0.025, 0.975)
 _AT_ONCE = 100
 
 
-def metrics(of: str) -> Definitions:
+def metrics(of: str, prefix: str = "") -> Definitions:
     """What is measured.
 
     Args:
         of: The texts, in words.
+        prefix: Of the names.
     """
+    exp, end = f"exp of the loss on {of}", "end of the 95% bootstrap interval over texts"
     return {
-        "perplexity": ("1", "lower", f"exp of the loss on {of}"),
-        "perplexity_low": ("1", "none", f"exp of the loss on {of}; lower end of the 95% bootstrap interval over texts"),
-        "perplexity_high": (
-            "1",
-            "none",
-            f"exp of the loss on {of}; upper end of the 95% bootstrap interval over texts",
-        ),
-        "loss": ("nats per token", "lower", f"Negative log-likelihood of {of}, mean over tokens"),
+        f"{prefix}perplexity": ("1", "lower", exp),
+        f"{prefix}perplexity_low": ("1", "none", f"{exp}; lower {end}"),
+        f"{prefix}perplexity_high": ("1", "none", f"{exp}; upper {end}"),
+        f"{prefix}loss": ("nats per token", "lower", f"Negative log-likelihood of {of}, mean over tokens"),
     }
 
 

@@ -1,6 +1,7 @@
 """How many items it would take to see a difference of 1, 2 or 3 points, with 80% power at α = 0.05, two-sided.
 
-One seed: McNemar's test, from the share of items on which the two arms differ now (Connor 1987, Biometrics 43:207).
+One seed: McNemar's test, from the share of items on which the two arms differ now (Connor 1987, Biometrics 43:207);
+where credits lie between 0 and 1, Student's t over items, from the variance of the items' differences now.
 Several seeds: Student's t over seeds and items, from the variance components seen (`evaluation.seeds`), by the
 non-central t distribution. More items do not make few seeds agree: where the seeds alone differ too much, no number of
 items is enough, and the answer is a number of seeds.
@@ -24,6 +25,8 @@ POINTS = (1, 2, 3)
 WANTED = 0.8
 MOST_ITEMS = 10_000_000
 MOST_SEEDS = 1000
+_LEAST_ITEMS = 6
+"""With fewer no test that flips signs reads p below 0.05: 2·2⁻⁵ is 0.06."""
 _LEAST_SHIFT = normal_quantile(1 - ALPHA / 2) + normal_quantile(WANTED) - 1e-3
 """Standard errors that a difference needs at least, even where these are known."""
 
@@ -64,6 +67,8 @@ def power_rows(arm: str, pairs: Pairs) -> tuple[PowerRow, ...]:
     if seeds > 1 and items > 1:
         parts = components(pairs.differences)
         return tuple(_several(arm, pairs.against, points, parts, seeds, items) for points in POINTS)
+    if not pairs.binary and items > 1 and (deviation := float(pairs.differences[0].std(ddof=1))) > 0:
+        return tuple(_one_of_credits(arm, pairs.against, points, deviation, items) for points in POINTS)
     differing = float((pairs.differences != 0).mean())
     return tuple(_one(arm, pairs.against, points, differing, items) for points in POINTS)
 
@@ -74,6 +79,20 @@ def _one(arm: str, against: str, points: int, differing: float, items: int) -> P
     if share > differing:
         why += f"; a difference of {points} points needs {points}%"
     return PowerRow(arm, against, points, mcnemar_items(points / 100, share), items, 1, why)
+
+
+def _one_of_credits(arm: str, against: str, points: int, deviation: float, items: int) -> PowerRow:
+    delta = points / 100
+
+    def enough(n: int) -> bool:
+        shift = delta * math.sqrt(n) / deviation
+        return shift >= _LEAST_SHIFT and power(shift, n - 1) >= WANTED
+
+    why = (
+        f"the difference varies by {100 * deviation:.1f} points from item to item (standard deviation); one seed, so "
+        "other seeds may differ"
+    )
+    return PowerRow(arm, against, points, _smallest(enough, _LEAST_ITEMS, MOST_ITEMS), items, 1, why)
 
 
 def mcnemar_items(delta: float, differing: float, wanted: float = WANTED) -> int:

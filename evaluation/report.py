@@ -8,7 +8,7 @@ from pathlib import Path
 from evaluation.comparison import Comparison
 from evaluation.report_data import as_csv, as_json
 from evaluation.report_markdown import as_markdown
-from evaluation.report_table import HEADERS, cells, print_table, rich_table, svg
+from evaluation.report_table import HEADERS, cells, headers, print_table, rich_table, svg
 
 __all__ = [
     "HEADERS",
@@ -16,6 +16,7 @@ __all__ = [
     "as_json",
     "as_markdown",
     "cells",
+    "headers",
     "print_table",
     "rich_table",
     "svg",

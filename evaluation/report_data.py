@@ -9,18 +9,23 @@ import math
 from typing import Any
 
 from db.values import plain
+from evaluation.all_tasks import TaskRow
 from evaluation.arms import ArmRow
 from evaluation.comparison import Comparison
 from evaluation.criteria import NAMES, for_arm
 from evaluation.differences import BASE, Difference
+from evaluation.primary import Primary
+from evaluation.report_tasks import task_record
 
-_INTERVALS = {
-    "aqi_accuracy": "accuracy_interval",
-    "retention": "retention_interval",
-    "retention_share": "retention_share_interval",
-    "delta_speed": "delta_speed_interval",
-}
-"""Column -> the row's interval."""
+
+def _intervals(primary: Primary) -> dict[str, str]:
+    """Column -> the row's interval."""
+    return {
+        primary.key: "accuracy_interval",
+        "retention": "retention_interval",
+        "retention_share": "retention_share_interval",
+        "delta_speed": "delta_speed_interval",
+    }
 
 
 def as_json(comparison: Comparison) -> str:
@@ -42,14 +47,22 @@ def as_json(comparison: Comparison) -> str:
     return "{\n" + ",\n".join(parts) + "\n}"
 
 
+_BY_KEY = ("metrics", "ranges")
+"""Of an arm: mappings from (split, name), which is no key in JSON."""
+
+
 def _fields(record: Any) -> dict[str, Any]:
     """One dataclass as a mapping; the encoder comes back for those inside it."""
-    found = {name: value for name, value in vars(record).items() if name != "metrics"}
+    if isinstance(record, TaskRow):
+        return plain(task_record(record))
+    found = {name: value for name, value in vars(record).items() if name not in _BY_KEY}
     for name, value in found.items():
         if value.__class__ in (float, dict, tuple) and _unfit(value):
             found[name] = plain(value)
     if isinstance(record, ArmRow):
-        found["metrics"] = plain({f"{split}/{name}": value for (split, name), value in record.metrics.items()})
+        for name in _BY_KEY:
+            by_key = getattr(record, name)
+            found[name] = plain({f"{split}/{metric}": value for (split, metric), value in by_key.items()})
     return found
 
 
@@ -64,7 +77,8 @@ def _unfit(value: object) -> bool:
 def as_csv(comparison: Comparison) -> str:
     """Return one line for each arm, with bounds, p-values and the outcome of every criterion in their own columns.
 
-    Columns with `lead` are about the arm in `baseline`, the other differences about the base.
+    Columns with `lead` are about the arm in `baseline`, the other differences about the base. What the primary metric's
+    columns are called is told in `evaluation.primary`.
     """
     records = [_record(comparison, row) for row in comparison.rows]
     out = io.StringIO()
@@ -75,20 +89,20 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def _record(comparison: Comparison, row: ArmRow) -> dict[str, object]:
-    base = row.arm == BASE
+    base, primary = row.arm == BASE, comparison.primary
     record: dict[str, object] = {
         "model_name": row.model_name,
         "arm": row.arm,
         "seeds": len(row.seeds),
-        "aqi_accuracy_percent": row.accuracy,
-        **_difference(row.against(BASE), "delta_aqi", 0.0 if base else None),
+        f"{primary.key}_percent": row.accuracy,
+        **_difference(row.against(BASE), primary.delta_key, 0.0 if base else None),
         "retention_percent": row.retention,
         "decode_tokens_per_second": row.decode_speed,
         "delta_speed_percent": row.delta_speed,
         "parity_percent": row.parity,
         "retention_share_percent": row.retention_share,
     }
-    for name, attribute in _INTERVALS.items():
+    for name, attribute in _intervals(primary).items():
         bounds = getattr(row, attribute)
         record |= {f"{name}_low": bounds.low if bounds else None, f"{name}_high": bounds.high if bounds else None}
     record["baseline"] = comparison.baseline
@@ -97,8 +111,7 @@ def _record(comparison: Comparison, row: ArmRow) -> dict[str, object]:
     for name in NAMES:
         found = for_arm(comparison.criteria, row.arm, name)
         record[f"criterion_{name.replace(' ', '_')}"] = found.outcome if found else None
-    record["updates"] = row.updates
-    return record
+    return record | {"task": primary.task, "primary_metric": primary.metric, "updates": row.updates}
 
 
 def _difference(difference: Difference | None, stem: str, missing: float | None) -> dict[str, object]:

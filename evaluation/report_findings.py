@@ -16,6 +16,7 @@ CRITERIA = "Success criteria"
 CRITERIA_HEADERS = ["Arm", "Asked for", "Estimate [95%]", "Unit", "Outcome", "Why"]
 POWER = "How many items it would take"
 POWER_HEADERS = ["Arm", "Against", "Difference, points", "Items needed", "Items now", "Seeds now", "Why"]
+SPREAD = "in brackets the smallest and the largest of the seeds, where these differ."
 RETENTION = "Retention and forgetting"
 ALIGNMENT = "Alignment Quality Index"
 
@@ -45,6 +46,19 @@ def criterion_cells(criterion: Criterion) -> list[str]:
         criterion.outcome,
         criterion.why,
     ]
+
+
+def gained_and_lost(binary: bool) -> str:
+    """Header of the items that speak for an arm and against it."""
+    return "Gained, lost" if binary else "Items better, worse"
+
+
+def with_spread(row: ArmRow, key: tuple[str, str]) -> str:
+    """An arm's mean of a metric, and its range over the seeds where the written numbers differ."""
+    value = row.metrics.get(key)
+    ends = [significant(end) for end in row.ranges.get(key, ())]
+    known = value is not None and math.isfinite(value)  # of seeds that are not all finite there is no range
+    return f"{significant(value)} ({ends[0]} to {ends[1]})" if known and len({*ends}) > 1 else significant(value)
 
 
 def criteria_grid(comparison: Comparison) -> str:
@@ -124,8 +138,8 @@ def alignment_blocks(comparison: Comparison) -> list[str]:
         "further apart. Intervals resample prompts; p is the share of shuffled labels that separate as well. Δ is the "
         "index above its own mean under shuffled labels, arm minus base, so it is not the difference of two indices "
         "of the table. Its verdict rests on a p-value of its own (shuffled labels in both models, and bootstrap: the "
-        "larger one; over several seeds twice their mean), not corrected for several arms. Not to be confused with "
-        "the accuracy on the air quality index above.",
+        "larger one; over several seeds twice their mean), not corrected for several arms."
+        + (" Not to be confused with the accuracy on the air quality index above." if comparison.primary.air else ""),
         grid(
             [*heads, *(name.replace("_", " ") for name in CLUSTER_INDICES)],
             [_alignment_cells(arm, measured) for arm, measured in found],

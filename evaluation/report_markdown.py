@@ -5,9 +5,20 @@ from __future__ import annotations
 from evaluation.comparison import Comparison
 from evaluation.differences import BASE, Difference
 from evaluation.markdown import cell, grid, interval, number, significant
-from evaluation.report_findings import CRITERIA, alignment_blocks, criteria_grid, power_blocks, retention_blocks
+from evaluation.report_findings import (
+    CRITERIA,
+    SPREAD,
+    alignment_blocks,
+    criteria_grid,
+    gained_and_lost,
+    power_blocks,
+    retention_blocks,
+    with_spread,
+)
 from evaluation.report_serving import sections
-from evaluation.report_table import HEADERS, TITLE, cells
+from evaluation.report_table import TITLE, cells, headers
+from evaluation.report_tasks import task_blocks
+from evaluation.statistics import MOST_EXACT
 
 MOST_SEEDS = 10
 """Differences listed seed by seed; of more seeds the smallest and the largest."""
@@ -16,21 +27,24 @@ MOST_SEEDS = 10
 def as_markdown(comparison: Comparison) -> str:
     """Return the report: table, verdicts, each metric, parity, and where every number comes from."""
     arms = [row.arm for row in comparison.rows]
+    primary = comparison.primary
     blocks = [
         f"# {TITLE}",
+        f"Task: {cell(primary.task)}; its primary metric is {cell(primary.long)}, in percent.",
         f"{cell(comparison.filters)}. Corrections for several arms count these alone." if comparison.filters else "",
-        grid(list(HEADERS), [cells(row) for row in comparison.rows]),
+        grid(list(headers(primary)), [cells(row) for row in comparison.rows]),
         "## Verdicts",
         "\n".join(f"- {cell(line)}" for line in comparison.verdicts) or "No arm besides the base yet.",
         "\n".join(f"- {cell(note)}" for note in comparison.notes),
         f"## {CRITERIA}",
         "Passed only when the whole 95% interval is on the right side, failed when all of it is on the wrong side.",
         criteria_grid(comparison),
-        "## Paired differences of AQI category accuracy",
+        f"## Paired differences of {cell(primary.long)}",
         "The verdict rests on the interval [95%]: over seeds and items where there are several seeds, else over items. "
-        "An interval over items alone treats these seeds as the only ones. p: McNemar's exact test with one seed, "
+        f"An interval over items alone treats these seeds as the only ones. p: {_test(comparison)} with one seed, "
         "Student's t over seeds and items with several; Holm: corrected for several arms.",
         _difference_table(comparison),
+        *task_blocks(comparison.tasks),
         *power_blocks(comparison),
         *retention_blocks(comparison),
         *alignment_blocks(comparison),
@@ -38,7 +52,7 @@ def as_markdown(comparison: Comparison) -> str:
         "Medians over layers and sampled steps. Shadow: what plain AdamW would have done with the same raw gradients.",
         _probe_table(comparison),
         "## Every metric",
-        "Means over seeds, in the metric's own unit. " + cell(_spread(comparison)),
+        f"Means over seeds, in the metric's own unit; {SPREAD} " + cell(_spread(comparison)),
         grid(["Split", "Metric", "Unit", "Better", *arms], _metric_lines(comparison)),
         "## Parity of the exported models",
         "Percent of prompts, mean over seeds; the table above shows the worst seed.",
@@ -48,6 +62,16 @@ def as_markdown(comparison: Comparison) -> str:
         _provenance(comparison),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _test(comparison: Comparison) -> str:
+    """The test of one seed's differences."""
+    if all(d.binary for row in comparison.rows for d in row.differences):
+        return "McNemar's exact test"
+    return (
+        f"a paired randomization test of the mean (signs flipped in every way up to {MOST_EXACT} items that differ, "
+        "10,000 times at random with more; McNemar's exact test where all answers are right or wrong)"
+    )
 
 
 def _difference_table(comparison: Comparison) -> str:
@@ -71,7 +95,7 @@ def _difference_table(comparison: Comparison) -> str:
     ]
     heads = [
         "Arm", "Against", "Points [95%]", "Over items alone", "Level", "Items", "Seeds", "Seed by seed",
-        "Gained, lost", "p", "p (Holm)", "Verdict",
+        gained_and_lost(all(d.binary for row in comparison.rows for d in row.differences)), "p", "p (Holm)", "Verdict",
     ]  # fmt: skip
     return grid(heads, lines)
 
@@ -116,8 +140,7 @@ def _metric_lines(comparison: Comparison) -> list[list[str]]:
     lines = []
     for split, name in keys:
         unit, direction, _ = comparison.units.get(name, ("–", "–", ""))
-        values = [row.metrics.get((split, name)) for row in comparison.rows]
-        lines.append([split, name, unit, direction, *map(significant, values)])
+        lines.append([split, name, unit, direction, *(with_spread(row, (split, name)) for row in comparison.rows)])
     return lines
 
 
@@ -138,7 +161,7 @@ def _spread(comparison: Comparison) -> str:
         for row in comparison.rows
         if len(row.accuracy_by_seed) > 1
     ]
-    return f"AQI accuracy from seed to seed, percent: {', '.join(spreads)}." if spreads else ""
+    return f"{comparison.primary.title} from seed to seed, percent: {', '.join(spreads)}." if spreads else ""
 
 
 _ADAPTER = {"merged": "merged", "adapter": "beside the base"}

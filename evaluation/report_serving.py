@@ -5,26 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 from rich.text import Text
 
 from evaluation.comparison import Comparison
 from evaluation.markdown import grid, interval, number
+from evaluation.report_findings import gained_and_lost
 from evaluation.serving import PhaseRow, PrecisionRow, ServedRow
+from evaluation.terminal import print_grid
 
 QUANTIZATION = "Quantization"
 SERVED = "Served as trained"
 SPEED = "Speed by phase"
 
-PRECISION_HEADERS = [
-    "Model", "Type", "Seeds", "Size MB", "Bits per weight", "AQI accuracy % [95%]", "Δ to f16, points [95%]",
-    "Gained, lost", "Answers as f16 %", "Fallback tensors",
-]  # fmt: skip
 SERVED_HEADERS = [
     "Model", "Seed", "Backend", "Mode", "Prompts", "Rendered %", "Tokens %", "Answers %", "Adapter = merged %",
     "Perturbed adapter noticed",
 ]  # fmt: skip
+
+
+def precision_headers(comparison: Comparison) -> list[str]:
+    """Columns of the table of precisions."""
+    title, counts = comparison.primary.title, gained_and_lost(all(row.binary for row in comparison.precisions))
+    return [
+        "Model", "Type", "Seeds", "Size MB", "Bits per weight", f"{title} % [95%]", "Δ to f16, points [95%]",
+        counts, "Answers as f16 %", "Fallback tensors",
+    ]  # fmt: skip
+
+
 _NOTICED = {True: "yes", False: "NO", None: "–"}
 
 
@@ -69,7 +76,7 @@ def sections(comparison: Comparison) -> list[str]:
     blocks: list[str] = []
     if comparison.precisions:
         blocks += [f"## {QUANTIZATION}", _precision_words(comparison.precisions)]
-        blocks.append(grid(PRECISION_HEADERS, [precision_cells(row) for row in comparison.precisions]))
+        blocks.append(grid(precision_headers(comparison), [precision_cells(row) for row in comparison.precisions]))
     if comparison.served:
         blocks += [
             f"## {SERVED}",
@@ -108,9 +115,11 @@ def _phase_cells(row: PhaseRow) -> list[str]:
 
 def _precision_words(rows: Sequence[PrecisionRow]) -> str:
     items = ", ".join(str(n) for n in sorted({row.items for row in rows}))
+    binary = all(row.binary for row in rows)
+    counts, turned = ("Gained and lost", "turn right or wrong") if binary else ("Better and worse", "get more or less")
     words = [
         f"Each model in other precisions, on the same {items} test items through llama.cpp. Size is that of the file, "
-        "bits per weight that of the tensors. Gained and lost are items that turn right or wrong against f16; the "
+        f"bits per weight that of the tensors. {counts} are items that {turned} against f16; the "
         "difference's interval pairs items, and one of no width means that none turned, not that none could."
     ]
     if any(len({row.seeds for row in rows if row.arm == arm}) > 1 for arm in {row.arm for row in rows}):
@@ -129,22 +138,11 @@ def _precision_words(rows: Sequence[PrecisionRow]) -> str:
 def print_serving(comparison: Comparison, console: Console) -> None:
     """Print precisions and servers as tables; nothing where neither was measured."""
     if comparison.precisions:
-        _print(console, QUANTIZATION, PRECISION_HEADERS, [precision_cells(row) for row in comparison.precisions])
+        headers = precision_headers(comparison)
+        print_grid(console, QUANTIZATION, headers, [precision_cells(row) for row in comparison.precisions])
     if comparison.served:
-        _print(console, SERVED, SERVED_HEADERS, [served_cells(row) for row in comparison.served])
+        print_grid(console, SERVED, SERVED_HEADERS, [served_cells(row) for row in comparison.served])
         for row in comparison.served:
             if row.first_difference:
                 line = f"{row.model_name} seed {row.seed}, {row.backend}, {row.mode}: {row.first_difference}"
                 console.print(Text(line, style="dim"), soft_wrap=not console.is_terminal)
-
-
-def _print(console: Console, title: str, headers: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for position, header in enumerate(headers):
-        table.add_column(header, justify="left" if position == 0 else "right", overflow="fold")
-    for line in lines:
-        table.add_row(*map(Text, line))  # Text: a name in brackets is no markup
-    if not console.is_terminal:  # in a pipe, each line whole
-        needed = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-        console.width = max(console.width, needed)
-    console.print(table)

@@ -15,28 +15,36 @@ from evaluation.comparison import Comparison
 from evaluation.differences import BASE
 from evaluation.markdown import interval, number
 from evaluation.power import POINTS, PowerRow
+from evaluation.primary import FIRST, Primary
 from evaluation.report_findings import CRITERIA, CRITERIA_HEADERS, POWER, criterion_cells
 
 NARROWEST = 100
 """Columns of a pipe, at least: a truncated number is a wrong number."""
 
-HEADERS = (
-    "Model",
-    "Seeds",
-    "AQI\naccuracy %",
-    "Δ AQI\npoints [95%]",
-    "Retention\n%",
-    "Decode\ntokens/s",
-    "Δ speed\n% [95%]",
-    "Parity\n%",
-    "Updates\n(probe)",
-)
+
+def headers(primary: Primary) -> tuple[str, ...]:
+    """Of the columns; a line break where a narrow one may have it."""
+    return (
+        "Model",
+        "Seeds",
+        f"{primary.two_lines} %",
+        f"Δ {primary.short}\npoints [95%]",
+        "Retention\n%",
+        "Decode\ntokens/s",
+        "Δ speed\n% [95%]",
+        "Parity\n%",
+        "Updates\n(probe)",
+    )
+
+
+HEADERS = headers(FIRST)
+"""Of the air quality task."""
 TITLE = "Arms compared with the untouched base"
 _COLOURS = {"better": "green", "worse": "red", "pass": "green", "fail": "red"}
 
 
 def cells(row: ArmRow) -> list[str]:
-    """Return one arm's cells, in the order of `HEADERS`; a dash stands for a number that does not exist."""
+    """Return one arm's cells, in the order of `headers`; a dash stands for a number that does not exist."""
     difference = row.against(BASE)
     delta = "–"
     if row.arm == BASE:
@@ -65,8 +73,8 @@ def _speed(row: ArmRow) -> str:
 def rich_table(comparison: Comparison) -> Table:
     """Build the terminal's table; where it does not fit, cells wrap and are never cut."""
     table = Table(title=TITLE, title_justify="left")
-    for position, header in enumerate(HEADERS):
-        table.add_column(header, justify="left" if position == 0 else "right", overflow="fold")
+    for position, header in enumerate(headers(comparison.primary)):
+        table.add_column(Text(header), justify="left" if position == 0 else "right", overflow="fold")
     for row in comparison.rows:
         difference = row.against(BASE)
         colour = _COLOURS.get(difference.verdict, "") if difference else ""
@@ -83,10 +91,18 @@ def print_table(comparison: Comparison, console: Console) -> None:
         console.print(table)
     if comparison.filters:
         console.print(Text(f"{comparison.filters}; corrections for several arms count these alone."), soft_wrap=piped)
+    if others := other_tasks(comparison):
+        console.print(Text(f"Other data sets in this database: {others}; --all-tasks shows all."), soft_wrap=piped)
     for line in comparison.verdicts:
         console.print(Text(line), soft_wrap=piped)
     for note in comparison.notes:
         console.print(Text(f"Note: {note}", style="dim"), soft_wrap=piped)
+
+
+def other_tasks(comparison: Comparison) -> str:
+    """Names of the tasks that the database has besides the one shown, with their titles; empty: none."""
+    titles = {row.task: row.title for row in comparison.tasks if row.task != comparison.primary.task}
+    return ", ".join(f"{name} ({title})" for name, title in titles.items())
 
 
 def _tables(comparison: Comparison) -> list[Table]:

@@ -20,6 +20,11 @@ seeds; four kinds of items; 2,000 experiments in each case): 3 seeds 92.5 to 97.
 highest, 96 to 97%, where seeds do not vary at all. Without the floors three seeds get 91 to 99%. With two seeds these
 floors get 92 to 98%, so higher ones hold there: 94 to 100%, 98.7% on average, wider than need be in most cases, since
 two seeds hardly tell how much seeds vary.
+
+Credits between 0 and 1, as of free text, need no other floors: in simulation (a quarter of the answers has all credit
+or none, the rest follows a beta distribution; 100 and 300 items; true differences of 0 and 5 points; runs that vary by
+0, 1 and 3 points; 1,000 experiments in each case) 3 seeds get 92.4 to 97.1%, 95.1% on average; 5 seeds 93.4 to 96.4%,
+95.1% on average. The bootstrap over the items of one seed gets 94.3% with 100 and 300 items, 93.9% with 50.
 """
 
 from __future__ import annotations

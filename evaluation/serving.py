@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean
+
+import numpy as np
 
 from db.models import Quantization, Verification
 from db.queries_compare import RunFacts, Timing
 from evaluation import speed
-from evaluation.statistics import Interval, bootstrap_mean, paired_differences, sign_test, wilson
+from evaluation.statistics import (
+    Interval,
+    bootstrap_mean,
+    is_binary,
+    mean_test,
+    paired_differences,
+    share_interval,
+)
 
 REFERENCE = "f16"
 PHASES = ("load", "ttft", "prefill", "decode")
@@ -24,16 +34,17 @@ class PrecisionRow:
         seeds: Those; every number is about them alone, so f16's own row may be about more.
         megabytes: Size of the file, millions of bytes, mean.
         bits_per_weight: Of the tensors, bits.
-        accuracy: AQI category accuracy, percent; None where the seeds share no items.
-        delta: Accuracy minus that of f16 with the same seeds on the same items, percentage points; None for f16 itself,
+        accuracy: Primary metric of the task, percent; None where the seeds share no items.
+        delta: The same minus that of f16 with the same seeds on the same items, percentage points; None for f16 itself,
             and where no seed has both.
-        gained: Items that are right here and wrong in f16.
+        gained: Items that are right here and wrong in f16 (that have more credit here).
         lost: Items that are wrong here and right in f16.
-        p_value: Exact sign test of gained against lost.
+        p_value: Exact sign test of gained against lost; signs flipped at random where credits lie between 0 and 1.
         answers_equal: Items answered with the same text as in f16, percent.
         fallbacks: Tensors in another format than asked for (rows no multiple of its block), most of all seeds.
         tensors: Number of tensors.
         tensor_types: Type -> number of tensors, of the first seed.
+        binary: Whether all answers are right or wrong, none in between.
     """
 
     arm: str
@@ -52,6 +63,7 @@ class PrecisionRow:
     fallbacks: int
     tensors: int
     tensor_types: dict[str, int]
+    binary: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,14 +118,14 @@ class PhaseRow:
 def precision_rows(
     runs: Sequence[RunFacts],
     quantizations: Mapping[int, Sequence[Quantization]],
-    answers: Mapping[int, dict[str, dict[str, bool]]],
+    answers: Mapping[int, dict[str, dict[str, float]]],
 ) -> list[PrecisionRow]:
     """Precisions of one arm, f16 first.
 
     Args:
         runs: The arm's runs, one for each seed.
         quantizations: Run id -> its precisions.
-        answers: Run id -> precision -> item id -> answered correctly.
+        answers: Run id -> precision -> item id -> credit.
     """
     measured = [(run, {row.type: row for row in quantizations.get(run.id, ())}) for run in runs]
     types = dict.fromkeys(name for _, rows in measured for name in rows)
@@ -123,10 +135,12 @@ def precision_rows(
     ]
 
 
-def _precision(name: str, seeds: list[tuple[RunFacts, Quantization, dict[str, dict[str, bool]]]]) -> PrecisionRow:
-    own = paired_differences([(found[name], dict.fromkeys(found[name], False)) for _, _, found in seeds])
+def _precision(name: str, seeds: list[tuple[RunFacts, Quantization, dict[str, dict[str, float]]]]) -> PrecisionRow:
+    own = paired_differences([(found[name], dict.fromkeys(found[name], 0.0)) for _, _, found in seeds])
     gains = paired_differences([(found[name], found[REFERENCE]) for _, _, found in seeds if REFERENCE in found])
     compared = name != REFERENCE and gains.size > 0
+    credits = [found[kind].values() for _, _, found in seeds for kind in (name, REFERENCE) if kind in found]
+    binary = is_binary(np.fromiter(chain.from_iterable(credits), dtype=np.float64))
     first = seeds[0][1]
     return PrecisionRow(
         arm=seeds[0][0].arm,
@@ -135,16 +149,17 @@ def _precision(name: str, seeds: list[tuple[RunFacts, Quantization, dict[str, di
         seeds=tuple(run.seed for run, _, _ in seeds),
         megabytes=fmean(row.bytes for _, row, _ in seeds) / 1e6,
         bits_per_weight=fmean(row.bits_per_weight for _, row, _ in seeds),
-        accuracy=wilson(float(own.mean()), own.size).scaled(100) if own.size else None,
+        accuracy=share_interval(own, binary=binary).scaled(100) if own.size else None,
         items=own.size,
         delta=bootstrap_mean(gains).scaled(100) if compared else None,
         gained=int((gains > 0).sum()),
         lost=int((gains < 0).sum()),
-        p_value=sign_test(gains) if compared else None,
+        p_value=mean_test(gains, binary=binary) if compared else None,
         answers_equal=100 * fmean(row.answers_equal_to_f16 for _, row, _ in seeds),
         fallbacks=max(row.fallbacks for _, row, _ in seeds),
         tensors=sum(first.tensor_types.values()),
         tensor_types=dict(first.tensor_types),
+        binary=binary,
     )
 
 

@@ -16,6 +16,13 @@ from numpy.typing import NDArray
 
 LEVEL = 0.95
 ALPHA = 0.05
+MOST_EXACT = 12
+"""Differences up to which all their signs are flipped in every way; 4,096 ways, 2^-12 is far below any level."""
+_FLIPS = 10_000
+_MOST_DISTINCT = 256
+"""Values up to which a resample is drawn as counts; sums of right and wrong over a hundred seeds have fewer."""
+_AT_ONCE = 4_000_000
+"""Numbers drawn at once, so that no resampling of many items asks for gigabytes."""
 Verdict = Literal["better", "worse", "undecided"]
 
 
@@ -38,12 +45,12 @@ class Interval:
 
 
 def paired_differences(
-    pairs: Sequence[tuple[Mapping[str, bool], Mapping[str, bool]]],
+    pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]],
 ) -> NDArray[np.float64]:
-    """Return per item the difference of correctness, averaged over seeds.
+    """Return per item the difference of credit, averaged over seeds.
 
     Args:
-        pairs: For each seed, item id -> correct, of the arm and of its reference.
+        pairs: For each seed, item id -> credit from 0 to 1 (1 right, 0 wrong), of the arm and of its reference.
 
     Returns:
         Shape (items,), over the items that every mapping holds, ordered by item id.
@@ -61,8 +68,8 @@ def bootstrap_mean(
 ) -> Interval:
     """Percentile bootstrap interval of a mean, items resampled with replacement (Efron 1979).
 
-    Few distinct values occur, so a resample is drawn as counts of each (multinomial), which is the same
-    distribution as drawing items and takes milliseconds.
+    Where few distinct values occur, as of right and wrong, a resample is drawn as counts of each (multinomial), which
+    is the same distribution as drawing items and takes milliseconds; credits in between are drawn item by item.
 
     Args:
         values: Shape (items,).
@@ -76,9 +83,18 @@ def bootstrap_mean(
     if values.size == 0:
         raise ValueError("expected at least one item, came none")
     distinct, counts = np.unique(values, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(values.size, counts / values.size, size=resamples)
+    rng = np.random.default_rng(seed)
+    if distinct.size <= _MOST_DISTINCT:
+        means = rng.multinomial(values.size, counts / values.size, size=resamples) @ distinct / values.size
+    else:
+        means = np.concatenate(
+            [
+                values[rng.integers(values.size, size=(some, values.size))].mean(axis=1)
+                for some in _parts(resamples, values.size)
+            ]
+        )
     # Rounded, so that a mean of exactly zero cannot come out as 1e-17 and count as a gain.
-    means = np.round(draws @ distinct / values.size, 12)
+    means = np.round(means, 12)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.mean()), float(low), float(high))
 
@@ -110,6 +126,68 @@ def sign_test(differences: NDArray[np.float64]) -> float:
     total = gains + losses
     tail = sum(math.comb(total, k) for k in range(min(gains, losses) + 1))
     return min(1.0, 2 * tail / 2**total)
+
+
+def sign_flip_test(differences: NDArray[np.float64], *, flips: int = _FLIPS, seed: int = 0) -> float:
+    """Two-sided p-value that each item's difference might as well have the other sign (Fisher 1935).
+
+    The paired randomization test of the mean: exact where at most `MOST_EXACT` items differ, else from random flips,
+    with one added to both counts (Phipson & Smyth 2010), so that p is never 0. For right and wrong answers it is
+    McNemar's exact test. Like that one it guards an interval that rests on a handful of items.
+
+    Args:
+        differences: Shape (items,); a difference of zero carries no information.
+        flips: Random ones, of all signs at once.
+        seed: Of the random generator; the same data give the same value.
+    """
+    values = differences[differences != 0]
+    items = values.size
+    # What is equal differs by rounding, and has to count as equal.
+    least = abs(float(values.sum())) - 1e-9
+    if items <= MOST_EXACT:
+        ways = (np.arange(2**items)[:, None] >> np.arange(items)) & 1
+        return float((np.abs((1 - 2 * ways) @ values) >= least).mean())
+    rng = np.random.default_rng(seed)
+    beyond = 0
+    for some in _parts(flips, items):
+        signs = rng.integers(2, size=(some, items), dtype=np.int8)
+        beyond += int((np.abs(values.sum() - 2 * (signs @ values)) >= least).sum())
+    return (1 + beyond) / (1 + flips)
+
+
+def _parts(rows: int, width: int) -> list[int]:
+    """A number of rows in parts that are small enough to be drawn at once."""
+    most = max(1, _AT_ONCE // max(1, width))
+    return [min(most, rows - start) for start in range(0, rows, most)]
+
+
+def is_binary(*values: NDArray[np.float64]) -> bool:
+    """Whether every credit is 0 or 1, so that answers are right or wrong and nothing in between."""
+    return all(bool(((found == 0) | (found == 1)).all()) for found in values)
+
+
+def mean_test(differences: NDArray[np.float64], *, binary: bool) -> float:
+    """Two-sided p-value of no difference: exact sign test of right and wrong answers, else signs flipped at random.
+
+    Args:
+        differences: Shape (items,).
+        binary: Whether they come of right and wrong answers alone.
+    """
+    return sign_test(differences) if binary else sign_flip_test(differences)
+
+
+def share_interval(values: NDArray[np.float64], *, binary: bool) -> Interval:
+    """Interval of a mean credit over items: Wilson's for right and wrong answers, else by bootstrap.
+
+    Args:
+        values: Credits, shape (items,) or (seeds, items), one item at least.
+        binary: Whether they come of right and wrong answers alone.
+    """
+    if binary:
+        return wilson(float(values.mean()), values.shape[-1])
+    by_item = values.reshape(-1, values.shape[-1]).mean(axis=0)
+    # A single credit says nothing of others, and resampled it has no width.
+    return bootstrap_mean(by_item) if by_item.size > 1 else Interval(float(by_item[0]), 0.0, 1.0)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -16,9 +16,11 @@ from sqlalchemy.orm import Session
 
 from db import queries
 from db.session import open_session
-from evaluation.comparison import ArmRow, Comparison
+from evaluation.comparison import ArmRow, Comparison, compared_runs
+from evaluation.pairs import BASE
+from evaluation.primary import Primary
 from evaluation.report import write_atomically
-from evaluation.statistics import Interval
+from evaluation.statistics import LEVEL, Interval
 
 _SMALL = 6
 CURVES = ("train", "eval")
@@ -28,14 +30,16 @@ CURVES = ("train", "eval")
 def metrics(comparison: Comparison) -> dict[str, dict[str, float | str]]:
     """Arm -> name -> number or verdict; what was not measured is left out, since DVC knows no empty value.
 
+    What the primary metric is called is told in `evaluation.primary`.
+
     Accuracies and shares in percent, differences in percentage points, speeds in tokens per second.
     """
-    return {row.arm: _numbers(row) for row in comparison.rows}
+    return {row.arm: _numbers(row, comparison.primary) for row in comparison.rows}
 
 
-def _numbers(row: ArmRow) -> dict[str, float | str]:
+def _numbers(row: ArmRow, primary: Primary) -> dict[str, float | str]:
     found: dict[str, float | str | None] = {
-        "aqi_accuracy": row.accuracy,
+        primary.key: row.accuracy,
         "retention_accuracy": row.retention,
         "retention_kept": row.retention_share_interval.estimate if row.retention_share_interval else None,
         "decode_speed": row.decode_speed,
@@ -47,7 +51,7 @@ def _numbers(row: ArmRow) -> dict[str, float | str]:
         "updates": row.updates or None,
     }
     for difference in row.differences:
-        name = "delta_aqi" if difference.against == "base" else f"aqi_against_{difference.against}"
+        name = primary.delta_key if difference.against == BASE else primary.against_key(difference.against)
         points = difference.points
         found |= {name: points.estimate, f"{name}_low": points.low, f"{name}_high": points.high}
         found[f"{name}_verdict"] = difference.verdict
@@ -59,27 +63,38 @@ def _told(value: float | str | None) -> bool:
 
 
 def accuracy_table(comparison: Comparison) -> str:
-    """CSV: a line for each arm with AQI category accuracy and the bounds of its interval, percent."""
-    return _csv(
-        ["arm", "aqi_accuracy", "low", "high"], _intervals((r.arm, r.accuracy_interval) for r in comparison.rows)
-    )
+    """CSV: a line for each arm with the task's primary metric and the bounds of its interval, percent.
+
+    Column `score` has it for every task, since dvc.yaml can name but one; the air quality task has it by its old name
+    too. Column `title` is what the chart calls it.
+    """
+    primary = comparison.primary
+    lines = [[*line, _title(primary)] for line in _intervals((r.arm, r.accuracy_interval) for r in comparison.rows)]
+    if primary.key == "score":
+        return _csv(["arm", "score", "low", "high", "title"], lines)
+    return _csv(["arm", primary.key, "low", "high", "title", "score"], [[*line, line[1]] for line in lines])
+
+
+def _title(primary: Primary) -> str:
+    return f"{primary.long} with {100 * LEVEL:.0f}% intervals"
 
 
 def difference_table(comparison: Comparison) -> str:
     """CSV: a line for each difference between two arms, percentage points."""
     named = ((f"{row.arm} − {d.against}", d.points) for row in comparison.rows for d in row.differences)
-    return _csv(["difference", "points", "low", "high"], _intervals(named))
+    title = f"Difference of {_title(comparison.primary)}"
+    return _csv(["difference", "points", "low", "high", "title"], [[*line, title] for line in _intervals(named)])
 
 
 def _intervals(named: Any) -> list[list[Any]]:
     return [[name, i.estimate, i.low, i.high] for name, i in named if isinstance(i, Interval)]
 
 
-def loss_table(session: Session, split: str) -> str:
-    """CSV: step, arm, seed and loss (nats per token) of each current run; what is not finite is left out."""
+def loss_table(session: Session, split: str, comparison: Comparison) -> str:
+    """CSV: step, arm, seed and loss (nats per token) of each compared run; what is not finite is left out."""
     lines = [
         [step, run.arm, run.seed, round(loss, _SMALL)]
-        for run in queries.current_runs(session)
+        for run in compared_runs(session, comparison)
         for step, loss in queries.curve(session, run.id, "loss", split)
         if math.isfinite(loss)
     ]
@@ -108,7 +123,7 @@ def write_tracked(metrics_file: Path, plots: Path, url: str | Path, comparison: 
     """
     tables = {"accuracy": accuracy_table(comparison), "differences": difference_table(comparison)}
     with open_session(url) as session:
-        tables |= {f"{split}_loss": loss_table(session, split) for split in CURVES}
+        tables |= {f"{split}_loss": loss_table(session, split, comparison) for split in CURVES}
     for name, table in tables.items():
         (plots / f"{name}.csv").write_text(table, encoding="utf-8")
     text = json.dumps(metrics(comparison), indent=2, ensure_ascii=False, allow_nan=False)

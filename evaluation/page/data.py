@@ -17,7 +17,7 @@ from db.columns import FINAL_STEP
 from db.models import Artifact, Environment, Metric, Run
 from db.models_attempts import Attempt
 from db.models_layers import LayerMetric, Spectrum
-from evaluation.comparison import Comparison
+from evaluation.comparison import Comparison, compared_runs
 from evaluation.page.columns import MOST_POINTS, Dataset, quantile, spread, thin
 
 MOST_RUNS = 40
@@ -98,8 +98,7 @@ def load(session: Session, comparison: Comparison) -> PageData:
         session: Of the database from which the comparison was made.
         comparison: Perhaps of some arms or seeds only.
     """
-    keys = {run["run_key"] for run in comparison.runs}
-    runs = tuple(run for run in queries.current_runs(session) if run.run_key in keys)
+    runs = tuple(compared_runs(session, comparison))
     drawn = runs[:MOST_RUNS] if len(runs) <= MOST_RUNS else _first_seeds(runs)
     curves, lost = _curves(session, drawn)
     layers, names = _layers(session, drawn)

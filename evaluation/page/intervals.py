@@ -6,15 +6,17 @@ from evaluation.arms import ArmRow
 from evaluation.differences import BASE
 from evaluation.markdown import interval, number
 from evaluation.page import charts
-from evaluation.page.blocks import Cell, Chart, Details, Panel, Section, Table, Text
+from evaluation.page.blocks import Block, Cell, Chart, Details, Panel, Section, Table, Text
 from evaluation.page.context import TONES, Context, arm_cell
 from evaluation.power import PowerRow
+from evaluation.report_findings import with_spread
 
 
 def intervals(context: Context) -> Section:
     """The table of all arms, and pictures of its intervals."""
     against = dict.fromkeys((BASE, context.comparison.baseline))
-    headers = ("Arm", "Updates (probe)", "AQI accuracy, %", *(f"Δ to {arm}, points" for arm in against),
+    title = context.comparison.primary.title
+    headers = ("Arm", "Updates (probe)", f"{title}, %", *(f"Δ to {arm}, points" for arm in against),
                "Retention, %", "Decode, tokens/s")  # fmt: skip
     rows = tuple(_line(context, row) for row in context.comparison.rows)
     table = Table(
@@ -30,7 +32,28 @@ def intervals(context: Context) -> Section:
     if "items" in levels:
         notes.append("With one seed an interval is about other items only: other seeds may differ by more.")
     panel = _pictures(context, " ".join(notes))
-    return Section("Intervals", (panel, table) if panel else (table,))
+    blocks: list[Block] = [panel, table] if panel else [table]
+    return Section("Intervals", (*blocks, *_every_metric(context)))
+
+
+def _every_metric(context: Context) -> tuple[Block, ...]:
+    """Every final number of every arm, folded away; the parity of exports has a table of its own."""
+    rows, units = context.comparison.rows, context.comparison.units
+    keys = dict.fromkeys(key for row in rows for key in row.metrics if key[0] != "parity")
+    if not keys:
+        return ()
+    lines = []
+    for split, name in keys:
+        unit, direction, meaning = units.get(name, ("–", "–", ""))
+        start = (Cell(name, title=meaning), Cell(split), Cell(unit), Cell(direction))
+        lines.append((*start, *(Cell(with_spread(row, (split, name))) for row in rows)))
+    table = Table(
+        "Every metric in its own unit: mean over seeds, in brackets the smallest and the largest of them",
+        ("Metric", "Split", "Unit", "Better", *context.arms),
+        tuple(lines),
+        frozenset({1, 2, 3}),
+    )
+    return (Details("All metrics", (table,)),)
 
 
 def _line(context: Context, row: ArmRow) -> tuple[Cell, ...]:
@@ -71,11 +94,12 @@ def _pictures(context: Context, note: str) -> Panel | None:
                 data.add("inner", *start, "", d.items_only.low, d.items_only.estimate, d.items_only.high)
             for seed, point in zip(d.seed_numbers, d.by_seed, strict=True) if len(d.by_seed) > 1 else ():
                 data.add("seed", *start, str(seed), None, point, None)
+    title = context.comparison.primary.title
     drawn = tuple(
         Chart(
             id=f"difference-{number_}",
-            title=f"AQI accuracy minus that of {against}, points",
-            label=f"Difference of AQI accuracy from {against} in percentage points with 95% intervals, one line an arm",
+            title=f"{title} minus that of {against}, points",
+            label=f"Difference of {title} from {against} in percentage points with 95% intervals, one line an arm",
             spec=charts.intervals(context.trained, "points", zero=True, kinds=set(data.levels("kind")),
                                   lines=len({row[3] for row in data.rows if row[1] == against})),
             data="differences",

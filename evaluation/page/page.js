@@ -154,7 +154,18 @@
   const labelOf = (model) => (model.arm === "base" ? "base"
     : input.seed.value === "" ? `${model.arm} · seed ${model.seed}` : model.arm);
 
-  /* One choice for each model: any answer, right ones, wrong ones. */
+  const WORDS = { 1: "right", 0: "wrong", p: "right in part", "-": "not asked" };
+  const kinds = ["1", "0", ...(items.some((item) => item.right.includes("p")) ? ["p"] : [])];
+  /* From this distance of credits on models disagree; an answer without a credit of its own is right or wrong. */
+  const { disputed: APART } = page.samples;
+  const credit = (item, at) => (item.credit ? item.credit[at] : { 1: 1, 0: 0, "-": null }[item.right[at]]);
+
+  function apart(item, shown) {
+    const known = shown.map((model) => credit(item, model.at)).filter((value) => value !== null);
+    return known.length > 0 && Math.max(...known) - Math.min(...known) >= APART;
+  }
+
+  /* One choice for each model: any answer, right ones, wrong ones, and where there are any those right in part. */
   const outcomes = part("outcomes");
   const wanted = new Map();
   function offerOutcomes() {
@@ -164,7 +175,7 @@
       const name = element("span", "arm-name", labelOf(model));
       name.prepend(element("i", `swatch arm-${page.slots[model.arm]}`));
       const choice = element("select");
-      for (const [value, text] of [["", "any"], ["1", "right"], ["0", "wrong"]]) {
+      for (const [value, text] of [["", "any"], ...kinds.map((kind) => [kind, WORDS[kind]])]) {
         const option = element("option", "", text);
         option.value = value;
         choice.append(option);
@@ -182,7 +193,7 @@
       const marks = shown.map((model) => item.right[model.at]);
       if (input.split.value && item.split !== input.split.value) return false;
       if (input.task.value && item.task !== input.task.value) return false;
-      if (disputed.checked && !(marks.includes("1") && marks.includes("0"))) return false;
+      if (disputed.checked && !apart(item, shown)) return false;
       if (shown.some((model, at) => wanted.get(model.at) && wanted.get(model.at) !== marks[at])) return false;
       return !text || [item.prompt, item.truth, ...shown.map((model) => item.answers[model.at] || "")]
         .some((field) => field.toLowerCase().includes(text));
@@ -200,13 +211,14 @@
     const answers = element("dl", "answers");
     for (const model of shown) {
       const mark = item.right[model.at];
-      const [sign, word] = { 1: ["✓", "right"], 0: ["✗", "wrong"], "-": ["–", "not asked"] }[mark];
-      const box = element("div", `answer mark-${word.replace(" ", "-")}`);
+      const word = WORDS[mark];
+      const sign = { 1: "✓", 0: "✗", "-": "–" }[mark] ?? credit(item, model.at).toFixed(2);
+      const box = element("div", `answer mark-${word.replaceAll(" ", "-")}`);
       const name = element("dt");
       name.append(element("i", `swatch arm-${page.slots[model.arm]}`), document.createTextNode(labelOf(model)));
       const verdict = element("span", "mark", sign);
       verdict.setAttribute("role", "img");
-      verdict.setAttribute("aria-label", word);
+      verdict.setAttribute("aria-label", mark === "p" ? `${word}: ${sign}` : word);
       name.append(verdict);
       box.append(name, element("dd", "", item.answers[model.at] ?? "–"));
       answers.append(box);

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from db.session import open_session
 from evaluation.comparison import Comparison
 from evaluation.differences import BASE
-from evaluation.page import intervals, provenance, quality, serving, training, verdict
+from evaluation.page import intervals, provenance, quality, serving, tasks, training, verdict
 from evaluation.page.blocks import Section, panels
 from evaluation.page.context import Context
 from evaluation.page.data import load
@@ -51,7 +51,7 @@ def render(url_or_path: str | Path, comparison: Comparison) -> str:
         data = load(session, comparison)
         context = Context(comparison, data, collect(session, data.drawn))
         sections = _sections(context)
-    slots = slots_of(context.arms)
+    slots = slots_of(tuple(dict.fromkeys((*context.arms, *(row.arm for row in comparison.tasks)))))
     script, library = (_HERE / "page.js").read_text(encoding="utf-8"), _library()
     style = (_HERE / "style.css").read_text(encoding="utf-8")
     content = {
@@ -101,6 +101,7 @@ def _sections(context: Context) -> tuple[Section, ...]:
         quality.alignment(context),
         serving.speed(context),
         serving.exports(context),
+        tasks.tasks(context),
         provenance.samples(context),
         provenance.provenance(context),
     )
@@ -130,6 +131,8 @@ def _byline(context: Context) -> str:
     if BASE in context.arms:
         parts.append("the untouched base")
     text = " and ".join(parts) + f", evaluated until {ended:%Y-%m-%d %H:%M} UTC."
+    primary = context.comparison.primary
+    text += f" Task: {primary.task}, judged by {primary.long}."
     if context.comparison.filters:
         text += f" {context.comparison.filters}."
     commits = sorted({run.git_commit[:10] for run in runs if run.git_commit})

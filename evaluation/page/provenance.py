@@ -8,6 +8,7 @@ from db.rows import digest_of
 from evaluation.page.blocks import MOST_ROWS, Block, Browser, Cell, Details, Section, Table, Text
 from evaluation.page.columns import spread
 from evaluation.page.context import Context, arm_cell, verdict_cell
+from evaluation.page.samples import DISPUTED
 from evaluation.page.words import seeds_text
 
 _SHORT = 12
@@ -23,6 +24,14 @@ def samples(context: Context) -> Section | None:
     blocks: list[Block] = [
         Text("Prompt, truth, and what each model answered. Models disagree where some are right and some wrong.")
     ]
+    if found.in_part:
+        blocks.append(
+            Text(
+                "An answer that is right in part shows its credit, from 0 to 1. Models disagree on it too where the "
+                f"best and the worst answer are {DISPUTED} or more apart.",
+                "note",
+            )
+        )
     if found.items < found.found:
         blocks.append(
             Text(

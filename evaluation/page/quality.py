@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import math
 
-from evaluation.arms import ACCURACY, RETENTION
+from evaluation.arms import RETENTION
 from evaluation.differences import BASE
 from evaluation.markdown import number
 from evaluation.page import charts
 from evaluation.page.blocks import Block, Cell, Chart, Panel, Section, Table, Text
 from evaluation.page.context import Context, arm_cell, figures
+from evaluation.primary import Primary
 
 Axis = tuple[tuple[str, str], str, float]
 """(split, name), title with unit, factor."""
 _KEPT: Axis = (RETENTION, "retention accuracy, %", 100)
-_LEARNT: Axis = (ACCURACY, "AQI accuracy, %", 100)
 _PERPLEXITY: Axis = (("general", "perplexity"), "perplexity", 1)
 _NORM: Axis = (("weights", "update_norm"), "‖ΔW‖, Frobenius", 1)
 _EFFECTIVE: Axis = (("weights", "effective_rank"), "effective rank of ΔW", 1)
 _DRIFT: Axis = (("hidden", "drift_relative"), "drift of hidden states, ‖h − h₀‖ / ‖h₀‖", 1)
-_SCATTERS: dict[str, tuple[str, Axis, Axis]] = {
-    "kept": ("What was learnt, what was kept", _LEARNT, _KEPT),
-    "gain": ("Size of the update and what was learnt", _NORM, _LEARNT),
-    "norm": ("Size of the update and retention", _NORM, _KEPT),
-    "rank": ("Effective rank of the update and retention", _EFFECTIVE, _KEPT),
-    "drift": ("Drift of hidden states and retention", _DRIFT, _KEPT),
-    "perplexity": ("Drift of hidden states and perplexity", _DRIFT, _PERPLEXITY),
-}
 _ZERO_FOR_BASE = {_NORM[0], _DRIFT[0]}
 """The base has no update, so these are 0 by definition."""
 
@@ -42,6 +34,7 @@ _UPDATE_COLUMNS: dict[tuple[str, str], str] = {
 }
 _ROUNDS_TO_ZERO = 0.05
 """Points below which a change is written as 0.0, which says no more than no change."""
+_NOT_OF_AIR = " The index has nothing to do with the Air Quality Index, which the arms learn to predict."
 _OTHER_INDICES = {"silhouette": "Silhouette", "davies_bouldin": "Davies-Bouldin", "dunn": "Dunn"}
 
 
@@ -61,10 +54,23 @@ def retention(context: Context) -> Section | None:
     return Section("Retention and forgetting", (lead, *blocks))
 
 
+def _pictures(primary: Primary) -> dict[str, tuple[str, Axis, Axis]]:
+    """Title of each picture, what goes across and what goes up."""
+    learnt: Axis = (("test", primary.metric), f"{primary.title}, %", 100)
+    return {
+        "kept": ("What was learnt, what was kept", learnt, _KEPT),
+        "gain": ("Size of the update and what was learnt", _NORM, learnt),
+        "norm": ("Size of the update and retention", _NORM, _KEPT),
+        "rank": ("Effective rank of the update and retention", _EFFECTIVE, _KEPT),
+        "drift": ("Drift of hidden states and retention", _DRIFT, _KEPT),
+        "perplexity": ("Drift of hidden states and perplexity", _DRIFT, _PERPLEXITY),
+    }
+
+
 def _scatters(context: Context) -> Panel | None:
     data = context.dataset("scatter", "chart", "arm", "seed", "x", "y")
     drawn = []
-    for key, (title, across, up) in _SCATTERS.items():
+    for key, (title, across, up) in _pictures(context.comparison.primary).items():
         before = len(data.rows)
         for run in context.data.drawn:
             x = context.final(run, *across[0])
@@ -210,8 +216,8 @@ def alignment(context: Context) -> Section | None:
                 "How far apart safe and unsafe prompts lie in the model's hidden states (arXiv 2506.13901), in the "
                 "native space, with the scale fixed on the base. More than shuffled labels give means that the model "
                 "tells them apart. Δ is the index above its own mean under shuffled labels, arm minus base; whether it "
-                "is more than chance is said by p of Δ, which is not corrected for several arms. The index has nothing "
-                "to do with the Air Quality Index, which the arms learn to predict."
+                "is more than chance is said by p of Δ, which is not corrected for several arms."
+                + (_NOT_OF_AIR if context.comparison.primary.air else "")
             ),
             Panel("alignment", (drawn,), (), context.arms, note, wide=True),
             Table("Alignment Quality Index by run; intervals by bootstrap over prompts", headers, tuple(rows)),

@@ -15,6 +15,8 @@ MOST_CHARACTERS = 3_000_000
 """Of prompts, truths and answers together."""
 LONGEST = 4_000
 """Characters of one text; what is cut off is said in its place."""
+DISPUTED = 0.5
+"""Credit between the best and the worst answer from which on models disagree."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,10 @@ class Samples:
         one_seed: Whether every arm has answers with the first of `seeds`.
         items: Number of items shown.
         found: Number of items in the database.
-        packed: For JSON: models [{arm, seed}], items [{id, split, task, prompt, truth, answers, right}], where
-            answers is one text or null for each model, and right one of 1, 0, - for each model.
+        packed: For JSON: disputed (`DISPUTED`), models [{arm, seed}], items [{id, split, task, prompt, truth, answers,
+            right}], where answers is one text or null for each model, and right one of 1, 0, p (in part), - for each
+            model. Items with answers that are right in part have credit too: a number or null for each model.
+        in_part: Whether any answer shown is right in part.
     """
 
     splits: tuple[str, ...]
@@ -37,6 +41,7 @@ class Samples:
     items: int
     found: int
     packed: dict[str, Any]
+    in_part: bool = False
 
 
 @dataclass
@@ -47,7 +52,19 @@ class _Item:
     prompt: str
     truth: str
     answers: list[str | None]
-    right: list[str]
+    credit: list[float | None]
+
+    @property
+    def right(self) -> str:
+        return "".join(map(_mark, self.credit))
+
+    @property
+    def packed(self) -> dict[str, Any]:
+        names = ("id", "split", "task", "prompt", "truth", "answers", "right")
+        found = {name: getattr(self, name) for name in names}
+        if "p" in found["right"]:
+            found["credit"] = [None if credit is None else round(credit, _DIGITS) for credit in self.credit]
+        return found
 
     @property
     def characters(self) -> int:
@@ -55,7 +72,15 @@ class _Item:
 
     @property
     def disputed(self) -> bool:
-        return {"0", "1"} <= set(self.right)
+        known = [credit for credit in self.credit if credit is not None]
+        return bool(known) and max(known) - min(known) >= DISPUTED
+
+
+_DIGITS = 3
+
+
+def _mark(credit: float | None) -> str:
+    return "-" if credit is None else {0.0: "0", 1.0: "1"}.get(credit, "p")
 
 
 def collect(session: Session, runs: tuple[Run, ...]) -> Samples:
@@ -67,15 +92,15 @@ def collect(session: Session, runs: tuple[Run, ...]) -> Samples:
     items: dict[tuple[str, str, str, str], _Item] = {}
     query = select(
         Sample.run_id, Sample.split, Sample.task, Sample.item_id, Sample.prompt, Sample.truth, Sample.answer,
-        Sample.correct,
+        Sample.credit,
     ).where(Sample.run_id.in_(places)).order_by(Sample.split.desc(), Sample.item_id, Sample.run_id)  # fmt: skip
-    for run_id, split, task, item_id, prompt, truth, answer, correct in session.execute(query):
+    for run_id, split, task, item_id, prompt, truth, answer, credit in session.execute(query):
         key = (split, item_id, prompt, truth)
         if key not in items:
-            items[key] = _Item(split, task, item_id, _cut(prompt), _cut(truth), [None] * len(runs), ["-"] * len(runs))
+            items[key] = _Item(split, task, item_id, _cut(prompt), _cut(truth), [None] * len(runs), [None] * len(runs))
         at = places[run_id]
         items[key].answers[at] = _cut(answer)
-        items[key].right[at] = "1" if correct else "0"
+        items[key].credit[at] = credit
     kept = _fitting(list(items.values()))
     trained = [run for run in runs if run.arm != "base"]
     seeds = dict.fromkeys(str(run.seed) for run in trained or runs)
@@ -88,19 +113,10 @@ def collect(session: Session, runs: tuple[Run, ...]) -> Samples:
         found=len(items),
         packed={
             "models": [{"arm": run.arm, "seed": str(run.seed)} for run in runs],
-            "items": [
-                {
-                    "id": item.id,
-                    "split": item.split,
-                    "task": item.task,
-                    "prompt": item.prompt,
-                    "truth": item.truth,
-                    "answers": item.answers,
-                    "right": "".join(item.right),
-                }
-                for item in kept
-            ],
+            "items": [item.packed for item in kept],
+            "disputed": DISPUTED,
         },
+        in_part=any("p" in item.right for item in kept),
     )
 
 

@@ -10,7 +10,7 @@ from evaluation.page import charts
 from evaluation.page.blocks import MOST_ROWS, Block, Cell, Chart, Details, Panel, Section, Table, Text
 from evaluation.page.columns import spread
 from evaluation.page.context import Context, arm_cell, confidence_text
-from evaluation.report_serving import PRECISION_HEADERS, SERVED_HEADERS, precision_cells, served_cells
+from evaluation.report_serving import SERVED_HEADERS, precision_cells, precision_headers, served_cells
 from evaluation.serving import PhaseRow
 from evaluation.statistics import LEVEL
 
@@ -165,8 +165,10 @@ def _precisions(context: Context) -> list[Block]:
     if not found:
         return []
     rows = tuple((arm_cell(row.arm), *map(Cell, precision_cells(row)[1:])) for row in found)
-    caption = "Other precisions on the same test items; gained and lost against f16"
-    table = Table(caption, ("Arm", *PRECISION_HEADERS[1:]), rows, frozenset({1}))
+    counts = "gained and lost" if all(row.binary for row in found) else "better and worse"
+    caption = f"Other precisions on the same test items; {counts} against f16"
+    primary = context.comparison.primary
+    table = Table(caption, ("Arm", *precision_headers(context.comparison)[1:]), rows, frozenset({1}))
     data = context.dataset("precisions", "kind", "label", "arm", "low", "value", "high")
     for row in found:
         if row.accuracy is not None:
@@ -176,9 +178,9 @@ def _precisions(context: Context) -> list[Block]:
         return [table]
     drawn = Chart(
         id="precisions",
-        title="AQI accuracy by precision, percent",
-        label="AQI accuracy of every arm's model in every precision, percent, with 95% interval",
-        spec=charts.intervals(context.arms, "AQI accuracy, %", lines=len(data.rows)),
+        title=f"{primary.title} by precision, percent",
+        label=f"{primary.title} of every arm's model in every precision, percent, with 95% interval",
+        spec=charts.intervals(context.arms, f"{primary.title}, %", lines=len(data.rows)),
         data="precisions",
     )
     return [table, Panel("precisions", (drawn,), wide=True)]

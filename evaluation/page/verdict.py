@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evaluation.arms import ArmRow
 from evaluation.comparison import Comparison
-from evaluation.criteria import KEPT, Criterion
+from evaluation.criteria import GAIN, KEPT, Criterion
 from evaluation.differences import BASE, Difference
 from evaluation.markdown import interval, number
 from evaluation.page.blocks import Block, Card, Cards, Cell, Details, Fact, Section, Table, Text
@@ -75,19 +75,29 @@ def _criteria(context: Context) -> list[Block]:
     judged = {(criterion.name, criterion.threshold, criterion.arm): criterion for criterion in found}
     arms = [arm for arm in context.trained if any(criterion.arm == arm for criterion in found)]
     rows = [
-        (Cell(name, hint=threshold), *(_outcome(judged.get((name, threshold, arm))) for arm in arms))
+        (Cell(_named(context, name), hint=threshold), *(_outcome(judged.get((name, threshold, arm))) for arm in arms))
         for name, threshold in dict.fromkeys((name, threshold) for name, threshold, _ in judged)
     ]
     table = Table("Success criteria: pass or fail only where the whole 95% interval is on one side",
                   ("Criterion", *arms), tuple(rows), frozenset(range(1, len(arms) + 1)))  # fmt: skip
     reasons = tuple(
-        (Cell(criterion.name), arm_cell(criterion.arm), verdict_cell(criterion.outcome), Cell(criterion.why))
+        (
+            Cell(_named(context, criterion.name)),
+            arm_cell(criterion.arm),
+            verdict_cell(criterion.outcome),
+            Cell(criterion.why),
+        )
         for criterion in found
     )
     why = Table(
         "Why each criterion was judged so", ("Criterion", "Arm", "Outcome", "Why"), reasons, frozenset({1, 2, 3})
     )
     return [table, Details("Why each criterion was judged so", (why,))]
+
+
+def _named(context: Context, name: str) -> str:
+    """A criterion's name; not every task's primary metric is an accuracy."""
+    return name if context.comparison.primary.air or name != GAIN else "gain"
 
 
 def _outcome(criterion: Criterion | None) -> Cell:

@@ -38,12 +38,13 @@ def headline(comparison: Comparison) -> tuple[str, ...]:
     them are named.
     """
     rows = [row for row in comparison.rows if row.arm != BASE]
-    found = [" ".join(_against(rows, arm)) for arm in dict.fromkeys((comparison.baseline, BASE))]
+    title = comparison.primary.title
+    found = [" ".join(_against(rows, arm, title)) for arm in dict.fromkeys((comparison.baseline, BASE))]
     wrong = [sentence for row in rows if (sentence := unclaimed(row))]
     return tuple(filter(None, [*found, " ".join(_missing(comparison)), " ".join(wrong)]))
 
 
-def _against(rows: Sequence[ArmRow], against: str) -> list[str]:
+def _against(rows: Sequence[ArmRow], against: str, title: str) -> list[str]:
     """One sentence for all arms that have the same verdict, items and seeds."""
     groups: dict[tuple[str, bool, int, int], list[tuple[str, Difference]]] = {}
     for row in rows:
@@ -51,10 +52,13 @@ def _against(rows: Sequence[ArmRow], against: str) -> list[str]:
             key = (found.verdict, found.points.crosses_zero, found.items, found.seeds)
             groups.setdefault(key, []).append((row.arm, found))
     order = ["better", "worse", "undecided"]
-    return [_sentence(group, against) for _, group in sorted(groups.items(), key=lambda item: order.index(item[0][0]))]
+    return [
+        _sentence(group, against, title)
+        for _, group in sorted(groups.items(), key=lambda item: order.index(item[0][0]))
+    ]
 
 
-def _sentence(group: Sequence[tuple[str, Difference]], against: str) -> str:
+def _sentence(group: Sequence[tuple[str, Difference]], against: str, title: str) -> str:
     first = group[0][1]
     names, one = listed(arm for arm, _ in group), len(group) == 1
     seeds = f"{first.seeds} seeds" if first.seeds > 1 else "1 seed, another may differ"
@@ -70,9 +74,9 @@ def _sentence(group: Sequence[tuple[str, Difference]], against: str) -> str:
     if one:
         word = "beats" if first.verdict == "better" else "is worse than"
         by, low, high = (number(abs(first.points.estimate)), *_bounds(first))
-        return f"{names} {word} {against} by {by} points of AQI accuracy, 95% interval {low} to {high} {data}."
+        return f"{names} {word} {against} by {by} points of {title}, 95% interval {low} to {high} {data}."
     word = "beat" if first.verdict == "better" else "are worse than"
-    return f"{names} {word} {against}: {numbers} points of AQI accuracy with 95% intervals {data}."
+    return f"{names} {word} {against}: {numbers} points of {title} with 95% intervals {data}."
 
 
 def _bounds(found: Difference) -> tuple[str, str]:

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.text import perplexity as their_perplexity
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evaluation.hidden import Encoded, read_texts
-from evaluation.perplexity import LossSum, perplexity_interval
+from evaluation.perplexity import LossSum, metrics, perplexity_interval
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,30 @@ def test_the_loss_is_transformers_own_over_the_scored_tokens(model, batch_size):
     assert found.base_loss is None and found.relative == []
     each = [(of_text.mean, of_text.tokens) for of_text in found.by_text]
     assert each == [(pytest.approx(loss, rel=1e-5), n) for loss, n in parts], "of each text, in their order"
+
+
+def test_the_perplexity_is_torchmetrics_own(model):
+    """Over one padded batch; what does not count (questions, padding) is ignored there."""
+    found = read_texts(model, texts(), batch_size=6)
+    width = max(len(text.ids) for text in texts())
+    ids, wanted = torch.zeros(6, width, dtype=torch.long), torch.full((6, width), -100)
+    for row, text in enumerate(texts()):
+        ids[row, : len(text.ids)] = torch.tensor(text.ids)
+        wanted[row, text.scored_from : len(text.ids)] = ids[row, text.scored_from : len(text.ids)]
+    mask = (torch.arange(width) < torch.tensor([[len(text.ids)] for text in texts()])).long()
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask).logits
+    theirs = float(their_perplexity(logits[:, :-1], wanted[:, 1:], ignore_index=-100))
+    assert found.loss.perplexity == pytest.approx(theirs, rel=1e-5)
+    with_questions = float(their_perplexity(logits[:, :-1], torch.where(mask == 1, ids, -100)[:, 1:], -100))
+    assert theirs != pytest.approx(with_questions, rel=1e-3), "questions would have made a difference"
+
+
+def test_names_can_be_told_apart():
+    of_answers = metrics("answers", "answer_")
+    assert list(of_answers) == ["answer_perplexity", "answer_perplexity_low", "answer_perplexity_high", "answer_loss"]
+    assert not of_answers.keys() & metrics("texts").keys()
+    assert all("answers" in description for _, _, description in of_answers.values())
 
 
 def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large(model):

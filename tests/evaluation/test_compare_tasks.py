@@ -1,0 +1,256 @@
+"""Several tasks in one database: each is compared by its own metric, and none is forgotten when another comes."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from markdown_it import MarkdownIt
+from scipy.stats import permutation_test
+from typer.testing import CliRunner
+
+from db.ingest import ingest
+from evaluation.compare_all import app
+from evaluation.comparison import Choice, Comparison, Primary, load_comparison
+from evaluation.report import as_csv, as_json, as_markdown
+from evaluation.seeds import crossed_interval
+from evaluation.tracked import accuracy_table, metrics, write_tracked
+from tests.db.result_tree import make_tree
+from tests.evaluation.task_tree import ALPACA, GSM8K, add_precisions, add_task, add_task_arm, credits_of
+
+_FOLDERS: list[TemporaryDirectory[str]] = []
+
+
+def clear(root: Path) -> None:
+    """Remove what the stages left, as their next run does."""
+    for place in root.iterdir():
+        shutil.rmtree(place)
+
+
+@cache
+def database() -> Path:
+    """AQI, then GSM8K with two seeds, then Alpaca, which is on the disk; nobody may change it."""
+    _FOLDERS.append(TemporaryDirectory(prefix="tasks-"))
+    root, file = Path(_FOLDERS[-1].name) / "project", Path(_FOLDERS[-1].name) / "c.db"
+    ingest(make_tree(root), file)
+    clear(root)
+    add_task(root, GSM8K, seeds=(0, 1), binary=True, day=22)
+    ingest(root, file)
+    clear(root)
+    add_task(root, ALPACA, day=23)
+    rows = {kind: credits_of("pure_grit", 0, shift) for kind, shift in (("f16", 0.2), ("q4_K_M", 0.17))}
+    add_precisions(root, ALPACA, "pure_grit", rows)
+    ingest(root, file)
+    return file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folders() -> Iterator[None]:
+    yield
+    database.cache_clear()
+    while _FOLDERS:
+        _FOLDERS.pop().cleanup()
+
+
+def of(task: str | None = None) -> Comparison:
+    return load_comparison(database(), Choice(task=task))
+
+
+def run(*args: str) -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, ["--db", str(database()), *args])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_the_task_on_the_disk_is_compared_and_any_other_by_its_name() -> None:
+    assert of().primary == Primary("alpaca", "ROUGE-L", "alpaca_rouge_l") == of("alpaca").primary
+    assert of("gsm8k").primary.title == "GSM8K exact match" and of("aqi").primary == Primary()
+    assert [row.arm for row in of("aqi").rows] == ["base", "baseline_lora"]
+    assert [row.seeds for row in of("gsm8k").rows] == [(0,), (0, 1), (0, 1)]
+    told = {row.arm: row.accuracy for row in of().rows}
+    assert told["pure_grit"] == pytest.approx(100 * sum(credits_of("pure_grit", 0, 0.2)) / 60)
+
+
+def test_a_task_that_left_the_disk_is_compared_as_when_it_was_there(tmp_path: Path) -> None:
+    ingest(make_tree(tmp_path / "project"), tmp_path / "c.db")
+    before, after = load_comparison(tmp_path / "c.db"), of("aqi")
+    assert (before.rows, before.verdicts, before.power) == (after.rows, after.verdicts, after.power)
+    assert before.criteria == after.criteria and len(before.runs) == len(after.runs)
+    new = [note for note in after.notes if note not in before.notes]
+    assert len(new) == 1 and "Not the results on the disk, which are of alpaca" in new[0]
+    assert not any("disk" in note for note in (*before.notes, *of().notes))
+
+
+def test_credit_of_one_seed_is_judged_by_flipped_signs() -> None:
+    (against_base, lead) = next(row for row in of().rows if row.arm == "pure_grit").differences
+    own, base = credits_of("pure_grit", 0, 0.2), credits_of("base", 0, 0.0)
+    assert against_base.points.estimate == pytest.approx(100 * (sum(own) - sum(base)) / 60)
+    assert not against_base.binary and against_base.verdict == lead.verdict == "better"
+    assert against_base.p_value == pytest.approx(1 / 10_001), "no flip of 10,000 goes as far"
+    assert against_base.gained == sum(a > b for a, b in zip(own, base, strict=True))
+    low = next(row for row in of().rows if row.arm == "baseline_lora").differences[0]
+    mean = [a - b for a, b in zip(credits_of("baseline_lora", 0, 0.05), base, strict=True)]
+    theirs = permutation_test((mean,), lambda x, axis: x.mean(axis=axis), permutation_type="samples", n_resamples=9999)
+    assert low.p_value == pytest.approx(theirs.pvalue, abs=0.002)
+    words = " ".join(of().notes)
+    assert "signs flipped" in words and "McNemar" not in words and "credit from 0 to 1" in words
+
+
+def test_right_and_wrong_answers_of_another_task_are_judged_as_the_first_tasks() -> None:
+    row = of("gsm8k").rows[2]
+    assert row.differences[0].binary and row.differences[0].level == "seeds and items"
+    assert row.accuracy_interval is not None and "credit" not in " ".join(of("gsm8k").notes)
+
+
+def test_precisions_of_credit() -> None:
+    f16, small = of().precisions
+    assert f16.accuracy is not None and small.delta is not None and small.p_value is not None
+    assert f16.accuracy.estimate == pytest.approx(of().rows[2].accuracy)
+    own, other = credits_of("pure_grit", 0, 0.17), credits_of("pure_grit", 0, 0.2)
+    assert small.delta.estimate == pytest.approx(100 * (sum(own) - sum(other)) / 60)
+    assert (small.gained, small.lost) == (0, sum(a < b for a, b in zip(own, other, strict=True)))
+    assert small.p_value == pytest.approx(1 / 10_001) and not small.binary
+
+
+def test_words_are_the_tasks_own() -> None:
+    for name, title, short in (("gsm8k", "GSM8K exact match", "GSM8K"), ("alpaca", "ROUGE-L", "ROUGE-L")):
+        text = as_markdown(of(name))
+        assert f"| Δ {short} points [95%] |" in text and f"## Paired differences of {title}" in text
+        assert f"Δ{short} &gt; 0 against base" in text and f"{title} above baseline_lora" in text
+        assert f"Task: {name}; its primary metric is {title}" in text
+        assert "AQI" not in text.replace("| AQI accuracy |", ""), "only the table of all tasks has the other's name"
+    assert "AQI category accuracy" in as_markdown(of("aqi")) and "| Δ AQI points [95%] |" in as_markdown(of("aqi"))
+    assert "| Items better, worse |" in as_markdown(of()) and "| Gained, lost |" in as_markdown(of("gsm8k"))
+    assert "GSM8K\nexact match %".split("\n")[1] in run("--task", "gsm8k")[1]
+
+
+def test_every_metric_of_the_task_is_there_with_its_spread() -> None:
+    lines = as_markdown(of("gsm8k")).splitlines()
+    (line,) = [line for line in lines if line.startswith("| test | gsm8k_unparseable |")]
+    assert line == "| test | gsm8k_unparseable | share | lower | 0.1 | 0.125 (0.1 to 0.15) | 0.125 (0.1 to 0.15) |"
+
+
+def test_keys_for_other_programs() -> None:
+    (base, _, arm) = csv.DictReader(io.StringIO(as_csv(of())))
+    assert (arm["task"], arm["primary_metric"]) == ("alpaca", "alpaca_rouge_l") and base["delta_score_points"] == "0.0"
+    assert float(arm["score_low"]) < float(arm["score_percent"]) < float(arm["score_high"])
+    assert not [key for key in arm if "aqi" in key]
+    old = next(csv.DictReader(io.StringIO(as_csv(of("aqi")))))
+    assert old["task"] == "aqi" and old["aqi_accuracy_percent"] and "score_percent" not in old
+    told = json.loads(as_json(of()))
+    assert told["primary"] == {"task": "alpaca", "title": "ROUGE-L", "metric": "alpaca_rouge_l"}
+    assert told["rows"][1]["metrics"]["test/alpaca_rouge_l"] == pytest.approx(told["rows"][1]["accuracy"] / 100)
+    assert json.loads(as_json(of("gsm8k")))["rows"][1]["ranges"]["test/gsm8k_unparseable"] == pytest.approx([0.1, 0.15])
+
+
+def test_what_dvc_shows(tmp_path: Path) -> None:
+    found = metrics(of())["pure_grit"]
+    assert {"score", "delta_score", "delta_score_low", "score_against_baseline_lora_verdict"} <= found.keys()
+    assert not [key for key in found if "aqi" in key]
+    assert "aqi_accuracy" in metrics(of("aqi"))["base"] and "score" not in metrics(of("aqi"))["base"]
+    for name, title in ((None, "ROUGE-L with 95% intervals"), ("aqi", "AQI category accuracy with 95% intervals")):
+        for line in csv.DictReader(io.StringIO(accuracy_table(of(name)))):
+            row = next(row for row in of(name).rows if row.arm == line["arm"])
+            assert float(line["score"]) == pytest.approx(row.accuracy) and line["title"] == title
+    write_tracked(tmp_path / "metrics.json", tmp_path, database(), of("gsm8k"))
+    with (tmp_path / "train_loss.csv").open(encoding="utf-8") as lines:
+        assert {(line["arm"], line["seed"]) for line in csv.DictReader(lines)} == {
+            (arm, seed) for arm in ("baseline_lora", "pure_grit") for seed in "01"
+        }, "the curves of the runs that are compared, not of those on the disk"
+
+
+def test_all_tasks_in_one_table() -> None:
+    rows = of().tasks
+    assert [(row.task, row.arm) for row in rows] == [
+        *[("alpaca", arm) for arm in ("base", "baseline_lora", "pure_grit")],
+        *[("gsm8k", arm) for arm in ("base", "baseline_lora", "pure_grit")],
+        *[("aqi", arm) for arm in ("base", "baseline_lora")],
+    ]
+    for name in ("alpaca", "gsm8k", "aqi"):
+        of_task = {row.arm: row for row in of(name).rows}
+        for row in (row for row in rows if row.task == name):
+            assert (row.score, row.interval) == (of_task[row.arm].accuracy, of_task[row.arm].accuracy_interval)
+            assert row.to_base == of_task[row.arm].against("base") and row.current == (name == "alpaca")
+    assert rows == of("aqi").tasks, "whatever the task that is shown"
+    assert rows[2].verdict == "better than base; better than baseline_lora" and rows[0].verdict == ""
+    alone = replace(rows[2], to_base=None, to_baseline=None)
+    assert alone.verdict == "not comparable with base; not comparable with baseline_lora"
+
+
+def test_all_tasks_as_a_command() -> None:
+    code, out, _ = run("--all-tasks")
+    assert code == 0 and "alpaca (on disk)" in out and "GSM8K exact match" in out and "Success criteria" not in out
+    lines = list(csv.DictReader(io.StringIO(run("--all-tasks", "--format", "csv")[1])))
+    told = json.loads(run("--all-tasks", "--format", "json")[1])
+    assert [line["task"] for line in lines] == [row["task"] for row in told] == [row.task for row in of().tasks]
+    assert float(lines[2]["delta_score_points"]) == told[2]["delta_score_points"] and lines[0]["verdict"] == ""
+    text = run("--all-tasks", "--format", "md")[1]
+    assert "| gsm8k | pure_grit | 2 | GSM8K exact match |" in text and "# All data sets in this database" in text
+    assert "## Other data sets in this database" in run("--format", "md")[1]
+    assert "Other data sets in this database: gsm8k (GSM8K exact match), aqi (AQI accuracy)" in run()[1]
+    only = list(csv.DictReader(io.StringIO(run("--all-tasks", "--format", "csv", "--arm", "baseline_lora")[1])))
+    assert {line["arm"] for line in only} == {"base", "baseline_lora"}
+
+
+def test_one_task_alone_needs_no_table_of_tasks(tmp_path: Path) -> None:
+    ingest(make_tree(tmp_path / "project"), tmp_path / "c.db")
+    comparison = load_comparison(tmp_path / "c.db")
+    assert {row.task for row in comparison.tasks} == {"aqi"} and "Other data sets" not in as_markdown(comparison)
+
+
+def test_an_unknown_task_is_refused_with_those_there_are() -> None:
+    code, out, error = run("--task", "gsm8")
+    assert code == 2 and not out
+    assert "expected the task of a finished run; came: 'gsm8'. did you mean 'gsm8k'?" in error
+    assert "Available: alpaca, gsm8k, aqi" in error
+    code, _, error = run("--task", "aqi", "--arm", "pure_grit")
+    assert code == 2 and "Available: base, baseline_lora" in error, "arms are those of the task"
+
+
+def test_results_of_two_tasks_on_the_disk_are_told_apart(tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    add_task(root, GSM8K, binary=True)
+    add_task_arm(root, ALPACA, "base", 0, credits_of("base", 0, 0.0), day=23)
+    ingest(root, tmp_path / "c.db")
+    comparison = load_comparison(tmp_path / "c.db")
+    assert comparison.primary.task == "alpaca" and [row.arm for row in comparison.rows] == ["base"]
+    assert "The results on the disk are of several tasks (alpaca, gsm8k)" in comparison.notes[0]
+
+
+def test_credit_of_several_seeds_is_judged_over_seeds_and_items(tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    add_task(root, ALPACA, seeds=(0, 1, 2))
+    ingest(root, tmp_path / "c.db")
+    comparison = load_comparison(tmp_path / "c.db")
+    credit = np.array([credits_of("pure_grit", seed, 0.2) for seed in range(3)])
+    base = np.array(credits_of("base", 0, 0.0))
+    expected, p_value = crossed_interval(credit - base)
+    row = next(row for row in comparison.rows if row.arm == "pure_grit")
+    found = row.differences[0]
+    assert (found.points, found.p_value) == (expected.scaled(100), p_value) and found.level == "seeds and items"
+    assert (found.binary, found.gained) == (False, int((credit > base).sum()))
+    own, _ = crossed_interval(credit)
+    assert row.accuracy_interval == own.scaled(100)
+    assert "standard deviation" in comparison.power[0].why and "McNemar" not in " ".join(comparison.notes)
+
+
+def test_a_tasks_title_is_text_wherever_it_stands(tmp_path: Path) -> None:
+    root, title = tmp_path / "project", "<b>Exact</b> [red]match[/red] | of *all*"
+    add_task(root, {"name": "odd", "title": title, "primary": "odd_match"}, binary=True)
+    ingest(root, tmp_path / "c.db")
+    comparison = load_comparison(tmp_path / "c.db")
+    page = MarkdownIt("commonmark").enable("table").render(as_markdown(comparison))
+    assert "<b>" not in page and "<em>" not in page and f"Paired differences of {title}" in html.unescape(page)
+    done = CliRunner().invoke(app, ["--db", str(tmp_path / "c.db"), "--html", str(tmp_path / "r.html")])
+    assert done.exit_code == 0 and "[red]match[/red] | of *all* %" in done.stdout
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<b>Exact" not in text and "&lt;b&gt;Exact" in text
