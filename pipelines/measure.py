@@ -1,7 +1,8 @@
 """Stage measure: measured/<arm>/<seed>/measured.json, what fine-tuning did beside the task.
 
-Perplexity of general text, size and rank of the update, drift of the hidden states, and the Alignment Quality Index.
-The model is loaded once, as it was trained on (4 bit where training was); the base is that model with the adapter off.
+Perplexity of general text and of the right answers, size and rank of the update, drift of the hidden states, and the
+Alignment Quality Index. The model is loaded once, as it was trained on (4 bit where training was); the base is that
+model with the adapter off.
 """
 
 import json
@@ -13,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import alignment, drift, perplexity, prompts, resampling, texts
+from evaluation import alignment, drift, perplexity, prompts, resampling
 from evaluation.hidden import Encoded, TextFigures, layer_numbers, pooled_states, read_texts
-from evaluation.tasks import Item, render
+from evaluation.tasks import render
 from pipelines.base_model import load_reference
 from pipelines.config import ConfigError, check_arm, load_params
+from pipelines.measure_texts import RETENTION, TEST, answer_texts, general_texts
 from pipelines.outputs import staged
 from pipelines.prompt import prompt_text
-from pipelines.runinfo import RunRecord, hash_inputs, key_of, read_json, read_jsonl, write_json
+from pipelines.runinfo import RunRecord, hash_inputs, key_of, read_json, write_json
 from pipelines.schema import Measure, Params
 from pipelines.stage import (
     BASE,
@@ -33,16 +35,16 @@ from pipelines.stage import (
     main_for,
     measured_dir,
 )
-from trainers.data import encode_example, encode_prompt
+from trainers.data import encode_prompt
 from trainers.models import load_base_model, load_tokenizer
 
-RETENTION = "retention"
 WATCHED = Path("inputs")
 MEASURED, REFERENCE = "measured.json", "alignment.npz"
 GENERAL = "answers of the retention questions", "held-out general text"
+ANSWERS = "right answers of test items, given their questions"
 SUMMARY = (
-    "perplexity update_norm effective_rank drift_relative alignment_index alignment_p_value delta_alignment_index "
-    "delta_alignment_p_value"
+    "perplexity answer_perplexity update_norm effective_rank drift_relative alignment_index alignment_p_value "
+    "delta_alignment_index delta_alignment_p_value"
 ).split()
 # Largest relative difference between the base's loss and that of the model with its adapter off, by dtype of the
 # weights: what is computed is the same, rounding may not be.
@@ -54,7 +56,7 @@ class Found:
     """Rows of measured.json.
 
     Attributes:
-        texts: What the perplexity is of, in words.
+        texts: What the general perplexity is of, in words.
         notes: What went wrong, one sentence each.
     """
 
@@ -73,7 +75,8 @@ class Found:
 
     def defined(self) -> dict[str, dict[str, str]]:
         """Unit, direction and meaning of every figure."""
-        known = {**perplexity.metrics(self.texts), **drift.METRICS, **alignment.METRICS}
+        answers = perplexity.metrics(ANSWERS, "answer_")
+        known = {**perplexity.metrics(self.texts), **answers, **drift.METRICS, **alignment.METRICS}
         names = dict.fromkeys(row["name"] for row in [*self.metrics, *self.layers])
         return {n: dict(zip(("unit", "direction", "description"), known[n], strict=True)) for n in names}
 
@@ -81,32 +84,6 @@ class Found:
 def finite(value: float) -> float | None:
     """The value; None where it could not be computed (JSON has no NaN)."""
     return float(value) if math.isfinite(value) else None
-
-
-def general_texts(section: Measure, tokenizer: Any, template: str, most: int) -> tuple[list[Encoded], int]:
-    """Texts for perplexity and drift, and how many of them were cut or left out.
-
-    Retention items count with their completion only: that is what the base knew. Their questions are random numbers
-    in fixed wordings, and no arm's loss was on questions. Of other texts all tokens count but the first.
-
-    Raises:
-        TextError, SourceError: there are none.
-    """
-    made: list[Encoded] = []
-    if section.text == RETENTION:
-        for row in texts.spread(read_jsonl(DATA / "retention.jsonl"), section.max_texts):
-            item = Item.from_json(row)
-            ids, start = encode_example(tokenizer, render(template, item.prompt), item.completion)
-            made.append(Encoded(tuple(ids), start))
-    else:
-        found = texts.read_texts(
-            section.text, column=section.text_column, split=section.text_split, subset=section.text_subset
-        )
-        made = [Encoded(tuple(encode_prompt(tokenizer, text))) for text in texts.spread(found, section.max_texts)]
-    kept = [Encoded(text.ids[:most], text.scored_from) for text in made if text.scored_from < min(len(text.ids), most)]
-    if not kept:
-        raise texts.TextError(f"measure.text: no text of {section.text} has a token to score within {most} tokens")
-    return kept, sum(len(text.ids) > most or text.scored_from >= len(text.ids) for text in made)
 
 
 def safety_prompts(section: Measure) -> prompts.PromptSet:
@@ -126,13 +103,19 @@ def safety_prompts(section: Measure) -> prompts.PromptSet:
     return replace(found, prompts=prompts.choose(found.prompts, section.max_prompts))
 
 
-def add_general(found: Found, read: TextFigures, resamples: int) -> None:
-    """Perplexity with its interval over so many resamples, and drift."""
+def add_perplexity(found: Found, split: str, read: TextFigures, resamples: int, of: str, prefix: str = "") -> None:
+    """Perplexity of texts, with its interval over so many resamples, and their loss."""
     low, high = perplexity.perplexity_interval(read.by_text, resamples=resamples)
     values = {"perplexity": read.loss.perplexity, "perplexity_low": low, "perplexity_high": high}
-    found.add("general", {**values, "loss": read.loss.mean}, read.loss.tokens)
+    values["loss"] = read.loss.mean
+    found.add(split, {f"{prefix}{name}": value for name, value in values.items()}, read.loss.tokens)
     if not math.isfinite(read.loss.mean):
-        found.notes.append(f"the loss on {found.texts} is not finite")
+        found.notes.append(f"the loss on {of} is not finite")
+
+
+def add_general(found: Found, read: TextFigures, resamples: int) -> None:
+    """Perplexity of general texts, and drift."""
+    add_perplexity(found, "general", read, resamples, found.texts)
     if read.base_loss is None:
         return
     layers = list(zip(read.relative, read.cosine, strict=True))
@@ -231,7 +214,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     """Measure one arm with one seed, or the base."""
     section, template, is_base = params.measure, prompt_text(params.prompt), arm == BASE_ARM
     if not is_base:
-        check_arm(arm)
+        check_arm(arm, params)
     asked_for = safety_prompts(section)  # first, since a user's file may be what is wrong
     chosen = asked_for.prompts
     own = [Path(name) for name in (section.prompts, section.text) if Path(name).is_file()]
@@ -239,7 +222,8 @@ def run(params: Params, arm: str, seed: int) -> None:
         if not file.resolve().is_relative_to(WATCHED.resolve()):
             print(f"{file} lies outside {WATCHED}/, where DVC sees changes; after one, `dvc repro -f measure_base`")
     needed = [] if is_base else [adapter_dir(arm, seed), measured_dir(BASE_ARM, 0)]
-    inputs = hash_inputs(BASE, DATA / "retention.jsonl", *needed, *own)
+    items = [DATA / "retention.jsonl", *([TEST] if section.max_answers else [])]
+    inputs = hash_inputs(BASE, *items, *needed, *own)
     trained_on = params.train.model_dump(include={"quantize_base", "precision"})
     shown = {"measure": section.model_dump(), "prompt": params.prompt.model_dump(), "train": trained_on}
     with staged(measured_dir(arm, seed)) as folder:
@@ -255,6 +239,10 @@ def run(params: Params, arm: str, seed: int) -> None:
         add_general(found, read, section.bootstrap)
         if not is_base:
             check_base(read, str(model.dtype).removeprefix("torch."))
+        answers, answers_cut = answer_texts(section, tokenizer, template, most)
+        if answers:  # the base's own are in its own measured.json
+            read = read_texts(model, answers, batch_size=section.batch_size, against_base=False)
+            add_perplexity(found, "test_answers", read, section.bootstrap, ANSWERS, "answer_")
 
         whole = [encode_prompt(tokenizer, render(template, prompt.text)) for prompt in chosen]
         plan = resampling.design(
@@ -271,6 +259,8 @@ def run(params: Params, arm: str, seed: int) -> None:
         record.extra = {
             "texts": len(general),
             "texts_cut_or_left_out": cut,
+            "answers": len(answers),
+            "answers_cut_or_left_out": answers_cut,
             "prompts": len(chosen),
             "prompt_rows_left_out": asked_for.rows_left_out,
             "prompts_cut": sum(len(ids) > most for ids in whole),

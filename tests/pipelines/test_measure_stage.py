@@ -9,55 +9,34 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from evaluation.alignment import AlignmentError
 from evaluation.prompts import PromptError
-from pipelines import measure, prepare_base, prepare_data, profile
+from pipelines import measure
 from pipelines.config import ConfigError, parse_params
 from pipelines.runinfo import FileError
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-SMOKE = profile.compose("smoke", ROOT / "profiles")
 INDEX = ["alignment_index", "alignment_index_low", "alignment_index_high", "alignment_null_mean", "alignment_null_low",
          "alignment_null_high", "alignment_p_value"]  # fmt: skip
 CLUSTERS = ["calinski_harabasz", "xie_beni", "silhouette", "davies_bouldin", "dunn"]
 DELTA = ["delta_alignment_index", "delta_alignment_index_low", "delta_alignment_index_high",
          "delta_alignment_null_low", "delta_alignment_null_high", "delta_alignment_p_value"]  # fmt: skip
 GENERAL = ["loss", "perplexity", "perplexity_high", "perplexity_low"]
+ANSWERS = ["answer_loss", "answer_perplexity", "answer_perplexity_high", "answer_perplexity_low"]
 WEIGHTS = ["update_norm", "update_norm_relative", "effective_rank", "stable_rank", "rank"]
 DRIFT = ["drift_relative", "drift_cosine"]
 
 
 @pytest.fixture(scope="module")
-def raw(base_dir):
-    found = yaml.safe_load(SMOKE)
-    found["prepare_base"]["source"] = str(base_dir)
-    return found
+def raw(smoke_raw):
+    return smoke_raw
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory, raw, adapter_dir):
-    """A folder with data, a base, an adapter, and both measured."""
-    folder = tmp_path_factory.mktemp("project")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        params = parse_params(raw)
-        prepare_data.run(params)
-        prepare_base.run(params)
-        shutil.copytree(adapter_dir, folder / "adapters/baseline_lora/0")
-        measure.run(params, "base", 0)
-        measure.run(params, "baseline_lora", 0)
-    return folder
-
-
-@pytest.fixture
-def here(project, tmp_path, monkeypatch):
-    """A copy of it to change."""
-    shutil.copytree(project, tmp_path / "project")
-    monkeypatch.chdir(tmp_path / "project")
-    return tmp_path / "project"
+def project(measured_project):
+    return measured_project
 
 
 def changed(raw, **keys):
@@ -79,12 +58,14 @@ def value(arm, name):
 def test_the_base_s_figures(here):
     found = content("base")
     assert (found["schema"], found["arm"], found["seed"]) == (1, "base", 0)
-    assert {row["split"] for row in found["metrics"]} == {"general", "alignment"}
+    assert {row["split"] for row in found["metrics"]} == {"general", "test_answers", "alignment"}
     assert names(found["metrics"], "general") == GENERAL
     assert value("base", "perplexity_low") < value("base", "perplexity") < value("base", "perplexity_high")
     assert found["notes"] == []
     described = [found["metric_defs"][name]["description"] for name in GENERAL]
     assert all("answers of the retention questions" in words for words in described)
+    assert names(found["metrics"], "test_answers") == ANSWERS
+    assert all("right answers of test items" in found["metric_defs"][name]["description"] for name in ANSWERS)
     assert names(found["metrics"], "alignment") == sorted(INDEX + CLUSTERS)
     assert {row["layer"] for row in found["layers"]} == {"layer 1", "layer 2"}
     assert math.log(value("base", "perplexity")) == pytest.approx(value("base", "loss"))
@@ -94,11 +75,11 @@ def test_the_base_s_figures(here):
 
 def test_an_arm_s_figures(here):
     found = content()
-    by_split = {"general": GENERAL, "weights": WEIGHTS, "hidden": DRIFT,
+    by_split = {"general": GENERAL, "test_answers": ANSWERS, "weights": WEIGHTS, "hidden": DRIFT,
                 "alignment": INDEX + CLUSTERS + DELTA}  # fmt: skip
     for split, expected in by_split.items():
         assert names(found["metrics"], split) == sorted(expected)
-        if split != "general":
+        if split not in ("general", "test_answers"):
             assert names(found["layers"], split) == sorted(expected), "the same names for each layer"
     assert len(found["metrics"]) == sum(map(len, by_split.values())), "each once"
     modules = {row["layer"] for row in found["layers"] if row["split"] == "weights"}
@@ -116,7 +97,7 @@ def test_an_arm_s_figures(here):
     assert (record["stage"], record["status"], record["arm"], record["seed"]) == (
         "measure", "finished", "baseline_lora", 0)  # fmt: skip
     assert {"measured/base/0/measured.json", "adapters/baseline_lora/0/adapter_model.safetensors",
-            "data/retention.jsonl", "models/base/base.json"} <= set(record["inputs"])  # fmt: skip
+            "data/retention.jsonl", "data/test.jsonl", "models/base/base.json"} <= set(record["inputs"])  # fmt: skip
     assert record["extra"]["prompts_in_pairs"] is True and record["extra"]["texts"] == 33
 
 
@@ -142,17 +123,18 @@ def test_a_diverged_adapter_is_measured_as_far_as_it_can_be(here, raw, capsys, b
     found = content()
     known = {row["name"] for row in found["metrics"] if row["value"] is not None}
     assert known == {"rank"}
-    assert len(found["metrics"]) == len(GENERAL + WEIGHTS + DRIFT + INDEX + CLUSTERS + DELTA)
+    assert len(found["metrics"]) == len(GENERAL + ANSWERS + WEIGHTS + DRIFT + INDEX + CLUSTERS + DELTA)
     kept = {row["layer"] for row in found["layers"] if row["name"] == "update_norm" and row["value"] is not None}
     assert len(kept) == 5 and "layers.1.mlp.down_proj" not in kept
-    assert "training diverged; modules layers.1.mlp.down_proj" in found["notes"][0] and len(found["notes"]) == 3
+    assert "training diverged; modules layers.1.mlp.down_proj" in found["notes"][0]
+    assert sum("not finite" in note for note in found["notes"]) == 2 and len(found["notes"]) == 4
     assert found["notes"][0] in capsys.readouterr().out
     record = json.loads(Path("measured/baseline_lora/0/run.json").read_text())
     assert record["status"] == "finished" and record["extra"]["notes"] == found["notes"]
 
 
-def test_it_runs_as_a_command(here):
-    Path("params.yaml").write_text(SMOKE)
+def test_it_runs_as_a_command(here, smoke):
+    Path("params.yaml").write_text(smoke)
     done = subprocess.run(
         [sys.executable, "-m", "pipelines.measure", "--arm", "baseline_lora"],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
