@@ -1,17 +1,22 @@
 """Reading params.yaml: unknown keys get a "did you mean", and every error is listed at once."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipelines.schema import Column, Params, suggest
+from pipelines.schema import VARIANT_OF, Params
+from pipelines.schema_data import Column, suggest
+from pipelines.stage import BASE_ARM
 from trainers import ARMS, BUILDS_ON
 from trainers.settings import TrainSettings
 
 PARAMS_FILE = Path("params.yaml")
+# Names folders and models in Ollama.
+_NAME = re.compile("[a-z][a-z0-9_]{0,39}")
 # Always the same content: stages depend on it, so that the check comes first, and do not rerun because of it.
 CHECKED = Path("outputs/params.checked")
 # One file an arm with the hash of the code behind it: DVC cannot give the stages of one matrix different dependencies.
@@ -22,18 +27,19 @@ class ConfigError(ValueError):
     """params.yaml cannot be used; the message lists everything that is wrong with it."""
 
 
-def check_arm(name: str) -> None:
+def check_arm(name: str, params: Params) -> None:
     """Refuse an arm that does not exist.
 
     Raises:
         ConfigError: lists those that do.
     """
-    if name not in ARMS:
-        raise ConfigError(f"unknown arm {name!r}{suggest(name, ARMS)}")
+    there = [*ARMS, *(arm for arm in params.arms if arm not in ARMS)]
+    if name not in there:
+        raise ConfigError(f"unknown arm {name!r}{suggest(name, there)}")
 
 
 def arm_code(arm: str) -> str:
-    """Hash of the code that decides what an arm does, beyond the training path that all share."""
+    """Hash of the code that decides what an arm does, beyond the training path that all share; of no variant."""
     root = Path(__file__).resolve().parents[1]
     parts = [root / part for part in BUILDS_ON.get(arm, ())]
     files = [root / f"trainers/{arm}.py"]
@@ -76,29 +82,62 @@ def _explain(errors: list[Any], prefix: tuple[str, ...] = (), fields: list[str] 
     return lines
 
 
+def _variants(arms: dict[Any, Any]) -> tuple[dict[str, str], list[str]]:
+    """Variant → the arm that it is one of, and what is wrong with entries that are no arm of their own."""
+    found: dict[str, str] = {}
+    lines = []
+    for arm, own in arms.items():
+        of = own.get(VARIANT_OF) if isinstance(own, dict) else None
+        if of is None:
+            if arm not in ARMS:
+                meant = suggest(str(arm), ARMS)
+                lines.append(f"arms.{arm}: unknown arm{meant}; a variant of one says {VARIANT_OF}: and its name")
+        elif arm in ARMS or arm == BASE_ARM or not _NAME.fullmatch(str(arm)):
+            lines.append(
+                f"arms.{arm}: expected a variant to have a new name of small letters, digits and _, got {arm!r}"
+            )
+        elif of not in ARMS:
+            lines.append(f"arms.{arm}.{VARIANT_OF}: unknown arm {of!r}{suggest(str(of), ARMS)}")
+        else:
+            found[str(arm)] = str(of)
+    return found, lines
+
+
+def _valid(train: dict[str, Any]) -> bool:
+    try:
+        TrainSettings(**train)
+    except ValidationError:
+        return False
+    return True
+
+
 def _check_arms(raw: dict[str, Any]) -> list[str]:
     """Errors in `arms:` — unknown arms, unknown or wrong overrides, arms of the matrix without an entry."""
     arms, train = raw.get("arms"), raw.get("train")
     if not isinstance(arms, dict):
         return []
-    lines = [f"arms.{arm}: unknown arm{suggest(str(arm), ARMS)}" for arm in arms if arm not in ARMS]
+    variants, lines = _variants(arms)
     for arm, overrides in arms.items():
         if not isinstance(overrides, dict):
             if arm in ARMS:
                 lines.append(f"arms.{arm}: expected keys of train: (or {{}}), got {overrides!r}")
             continue
-        if "grit" in overrides and "grit" not in BUILDS_ON.get(str(arm), ()):
+        overrides = {name: value for name, value in overrides.items() if name != VARIANT_OF}
+        if "grit" in overrides and "grit" not in BUILDS_ON.get(variants.get(str(arm), str(arm)), ()):
             lines.append(f"arms.{arm}.grit: {arm} does not use GRIT; expected no such section")
             overrides = {name: value for name, value in overrides.items() if name != "grit"}
         base = train if isinstance(train, dict) else {}
         try:
             TrainSettings(**{**base, **overrides})
         except ValidationError as error:
-            mine = [e for e in error.errors() if e["loc"] and e["loc"][0] in overrides]
+            # What does not fit together is the arm's fault only where it does fit in section train.
+            mine = [e for e in error.errors() if (e["loc"][0] in overrides if e["loc"] else _valid(base))]
             lines += _explain(mine, ("arms", str(arm)), list(TrainSettings.model_fields))
     matrix = raw.get("matrix")
     wanted = matrix.get("arms") if isinstance(matrix, dict) else None
     if isinstance(wanted, list):
+        known = [*ARMS, *variants]
+        lines += [f"matrix.arms: unknown arm {a!r}{suggest(str(a), known)}" for a in wanted if a not in known]
         lines += [
             f"arms.{a}: missing; the matrix names this arm, write `{a}: {{}}` where it sets nothing of its own"
             for a in wanted
@@ -171,8 +210,8 @@ def main(get: str = "") -> None:
     CHECKED.parent.mkdir(exist_ok=True)
     CHECKED.write_text("ok\n", encoding="utf-8")
     CODE.mkdir(exist_ok=True)
-    for arm in ARMS:
-        (CODE / arm).write_text(f"{arm_code(arm)}\n", encoding="utf-8")
+    for arm in {*ARMS, *params.arms}:
+        (CODE / arm).write_text(f"{arm_code(params.code_of(arm))}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

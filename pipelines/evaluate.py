@@ -225,7 +225,7 @@ def _removed_in_the_end(kept: Path) -> Iterator[None]:
 def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
     """Score one arm with one seed."""
     if arm != BASE_ARM:
-        check_arm(arm)
+        check_arm(arm, params)
     if not (gguf_dir(arm, seed) / "serving.json").is_file():
         raise ConfigError(f"{gguf_dir(arm, seed)}: nothing exported there; run `dvc repro export`")
     section, template = params.evaluate, prompt_text(params.prompt)
@@ -248,7 +248,9 @@ def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
             results = answer(mine, splits, journal, section.max_tokens, facts["stop"], f"{arm}-{seed}")
             version, device_class, mode = mine.version, mine.device_class, mine.mode
         rows = measure_speed(params, models, {arm: seed, BASE_ARM: 0}, template, splits["test"])
+        task = scoring.task_of(splits["test"][0])
         table = scoring.metrics(
+            task,
             [s for _, s in results["test"]],
             [(i.task, s) for i, (_, s) in zip(splits["retention"], results["retention"], strict=True)],
         )
@@ -261,7 +263,8 @@ def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
             "backend": {"name": backend_name, "version": version, "device_class": device_class, "mode": mode},
             "test_items_sha256": sha256(DATA / "test.jsonl"),
             "metrics": table,
-            "metric_defs": scoring.metric_defs(table),
+            "task": {"name": task.NAME, "title": task.TITLE, "primary": task.PRIMARY},
+            "metric_defs": scoring.metric_defs(task, table),
             "speed": rows,
             "speed_summary": speed.summary(rows),
         }

@@ -73,7 +73,7 @@ def f16_file(arm: str, seed: int, folder: Path) -> Path:
 
 
 def answer(params: Params, model: Path, facts: dict[str, Any], items: list[Item], label: str) -> Answers:
-    """Answers of a GGUF file to the test items, scored: {item_id, answer, correct}, in the items' order."""
+    """Answers of a GGUF file to the test items, scored: {item_id, answer, correct, credit}, in the items' order."""
     section = params.evaluate
     engine = LlamaCppBackend(
         model, facts["template"], num_ctx=facts["num_ctx"], threads=section.threads, parallel=section.parallel
@@ -81,7 +81,7 @@ def answer(params: Params, model: Path, facts: dict[str, Any], items: list[Item]
     with closing(engine), tqdm(total=len(items), desc=label, mininterval=1) as bar:
         stop = facts["stop"]
         scored = scoring.ask(engine, items, "test", max_tokens=section.max_tokens, stop=stop, progress=bar.update)
-    return [{key: row[key] for key in ("item_id", "answer", "correct")} for row, _ in scored]
+    return [{key: row[key] for key in ("item_id", "answer", "correct", "credit")} for row, _ in scored]
 
 
 def row_for(name: str, made: Contents, fallbacks: int, answers: Answers, reference: Answers) -> dict[str, Any]:
@@ -94,6 +94,7 @@ def row_for(name: str, made: Contents, fallbacks: int, answers: Answers, referen
         "bits_per_weight": made.bits_per_weight,
         "tensor_types": made.tensor_types,
         "category_accuracy": correct / len(answers),
+        "credit": sum(a["credit"] for a in answers) / len(answers),
         "correct": correct,
         "n": len(answers),
         "answers_equal_to_f16": same / len(answers),
@@ -104,7 +105,7 @@ def row_for(name: str, made: Contents, fallbacks: int, answers: Answers, referen
 def run(params: Params, arm: str, seed: int) -> None:
     """Measure one arm with one seed in every precision asked for."""
     if arm != BASE_ARM:
-        check_arm(arm)
+        check_arm(arm, params)
     out, place = quantized_dir(arm, seed), gguf_dir(arm, seed)
     items = [Item.from_json(row) for row in read_jsonl(DATA / "test.jsonl")]
     evaluate = params.evaluate.model_dump(include={"max_tokens", "threads", "parallel"})

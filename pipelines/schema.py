@@ -1,36 +1,17 @@
 """The schema of params.yaml: one section per stage; unknown keys are refused."""
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from evaluation.epa import POLLUTANTS
 from export.quantization import unusable
-from trainers import ARMS
+from pipelines.schema_data import Positive, PrepareData, Seed
 from trainers.embedded_base import EmbeddedSettings
 from trainers.settings import Section
 from trainers.settings import TrainSettings as Train
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-
-def suggest(word: str, known: Any) -> str:
-    """The end of an error message: what may have been meant, and what there is."""
-    names = [str(k) for k in known]
-    close = difflib.get_close_matches(word, names, n=1)
-    return (f"; did you mean {close[0]!r}?" if close else ".") + f" Available: {', '.join(names)}"
-
-
-def known(kind: str, names: list[str], all_of_them: Any) -> list[str]:
-    """The names, or a ValueError with every one that is unknown."""
-    unknown = [f"unknown {kind} {name!r}{suggest(name, all_of_them)}" for name in names if name not in all_of_them]
-    if unknown:
-        raise ValueError("; ".join(unknown))
-    return names
 
 
 class Matrix(Section):
@@ -38,11 +19,6 @@ class Matrix(Section):
 
     arms: list[str] = Field(min_length=1)
     seeds: list[Seed] = Field(min_length=1)
-
-    @field_validator("arms")
-    @classmethod
-    def _known(cls, arms: list[str]) -> list[str]:
-        return known("arm", arms, ARMS)
 
     @field_validator("arms", "seeds")
     @classmethod
@@ -79,42 +55,6 @@ class Prompt(Section):
             raise ValueError(f"system: only with template: {CHAT}; a text of your own holds its system message itself")
         if self.system is not None and (self.system != self.system.strip() or not self.system):
             raise ValueError(f"system: expected a text without blanks at its ends, got {self.system!r}")
-        return self
-
-
-class Column(Section):
-    """A column of the user's file and the unit it is in."""
-
-    column: str
-    unit: str | None = None
-
-
-class PrepareData(Section):
-    """Section prepare_data."""
-
-    source: str
-    hub_split: str
-    hub_subset: str | None
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)]
-    columns: dict[str, str | Column]
-    trust_given_aqi: bool
-    seed: Seed
-    train_items: Positive
-    valid_items: Positive
-    test_items: Positive
-    pollutants: list[str] = Field(min_length=1)
-    max_pollutants: Positive
-    retention_items_per_task: Positive
-
-    @field_validator("pollutants")
-    @classmethod
-    def _pollutants(cls, keys: list[str]) -> list[str]:
-        return known("pollutant", keys, POLLUTANTS)
-
-    @model_validator(mode="after")
-    def _mapping(self) -> "PrepareData":
-        if self.source != "generated" and not self.columns:
-            raise ValueError("columns: a source of your own needs a mapping, e.g. {pm25: PM2.5_ugm3}")
         return self
 
 
@@ -165,6 +105,7 @@ class Export(Section):
     license: str | None
     parity_prompts: Positive
     parity_tokens: Positive
+    parity_arithmetic: Literal["f32", "f16"]
     min_greedy_equal: Share
 
 
@@ -233,6 +174,7 @@ class Measure(Section):
     text_subset: str | None
     text_column: str
     max_texts: Positive
+    max_answers: Annotated[int, Field(ge=0, description="test items")]
     max_tokens: Annotated[int, Field(ge=8, description="tokens of one text or prompt; what is beyond is cut off")]
     batch_size: Annotated[int, Field(ge=1, description="texts a forward pass")]
 
@@ -257,6 +199,10 @@ class Compare(Section):
                 "`python -m db.cli ingest --db URL`"
             )
         return database
+
+
+# In an entry of arms: the arm whose code it runs, with settings of its own.
+VARIANT_OF = "variant_of"
 
 
 class Params(Section):
@@ -286,4 +232,9 @@ class Params(Section):
 
     def train_for(self, arm: str) -> Train:
         """Section train with the overrides of one arm."""
-        return Train(**{**self.train.model_dump(), **self.arms.get(arm, {})})
+        own = {name: value for name, value in self.arms.get(arm, {}).items() if name != VARIANT_OF}
+        return Train(**{**self.train.model_dump(), **own})
+
+    def code_of(self, arm: str) -> str:
+        """The arm whose code runs: that which `arm` is a variant of, or itself."""
+        return str(self.arms.get(arm, {}).get(VARIANT_OF, arm))

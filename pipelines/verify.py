@@ -77,7 +77,7 @@ def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
         ExportError: an answer, token or rendered prompt differs from training's; earlier results stay.
     """
     if arm != BASE_ARM:
-        check_arm(arm)
+        check_arm(arm, params)
     section = params.verify
     name = model_name(arm, seed, first_seed)
     served = served_in(gguf_dir(arm, seed), name)

@@ -72,6 +72,13 @@ CASES = [
     ("arms.baseline_lora", {"rank": 0}, r"arms\.baseline_lora\.rank: .*got 0"),
     ("arms.baseline_lora", 3, r"arms\.baseline_lora: expected keys of train: .*got 3"),
     ("arms.magic", {}, r"arms\.magic: unknown arm"),
+    ("arms.mine", {"variant_of": "pure_grti"}, r"arms\.mine\.variant_of: unknown arm 'pure_grti'; did you mean"),
+    ("arms.mine", {"variant_of": "pure_grit", "rnk": 2}, r"arms\.mine\.rnk: unknown key; did you mean 'rank'\?"),
+    ("arms.mine", {"variant_of": "baseline_lora", "grit": {}}, r"arms\.mine\.grit: mine does not use GRIT"),
+    ("arms.pure_grit", {"variant_of": "hybrid_grit"}, r"arms\.pure_grit: expected a variant to have a new name"),
+    ("arms.base", {"variant_of": "pure_grit"}, r"arms\.base: expected a variant to have a new name"),
+    ("arms", {"../up": {"variant_of": "pure_grit"}}, r"arms\.\.\./up: expected a variant to have a new name"),
+    ("matrix.arms", ["mine"], r"matrix\.arms: unknown arm 'mine'\. Available: baseline_lora"),
     ("prompt.template", "no slot", r"prompt\.template: expected exactly one \{prompt\}, got 0"),
     ("prompt.template", "{prompt}{prompt}", r"prompt\.template: expected exactly one \{prompt\}, got 2"),
     ("prompt.template", "{{ .X }}{prompt}", r"prompt\.template: .*Ollama"),
@@ -144,3 +151,23 @@ def test_an_arms_code_is_its_module_and_what_it_builds_on(tmp_path, monkeypatch)
         ["hybrid_grit", "pure_grit"],
         ["hybrid_grit", "pure_grit"],
     ]
+
+
+def test_a_variant_runs_another_arms_code_with_settings_of_its_own(raw, monkeypatch, tmp_path):
+    from pipelines import config
+    from pipelines.train import load_arm
+
+    raw["arms"]["mine"] = {"variant_of": "pure_grit", "rank": 8, "grit": {"mode": "adamw"}}
+    raw["matrix"]["arms"] = ["baseline_lora", "mine"]
+    params = parse_params(raw)
+    assert params.code_of("mine") == "pure_grit" and params.code_of("pure_grit") == "pure_grit"
+    assert params.train_for("mine").rank == 8 and params.train_for("mine").grit == {"mode": "adamw"}
+    arm = load_arm("mine", params)
+    assert arm.name == "mine" and arm.preconditions and "mine" in arm.title
+    with pytest.raises(ConfigError, match=r"unknown arm 'mne'; did you mean 'mine'\?"):
+        load_arm("mne", params)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    config.main()
+    code = {arm: (tmp_path / "outputs/code" / arm).read_text() for arm in ("mine", "pure_grit", "baseline_lora")}
+    assert code["mine"] == code["pure_grit"] != code["baseline_lora"]

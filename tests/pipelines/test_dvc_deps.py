@@ -22,6 +22,7 @@ _SHOWS = "shows results, and makes none"
 NO_RESULT = {
     "pipelines/config.py": _PARAMS,
     "pipelines/schema.py": _PARAMS,
+    "pipelines/schema_data.py": _PARAMS,
     "trainers/settings.py": _PARAMS,
     "trainers/__init__.py": "names of the arms; what they build on is in outputs/code",
     "pipelines/attempts.py": _BOOKS,

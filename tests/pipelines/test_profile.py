@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from pipelines import profile
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, parse_params
 
 
 @pytest.fixture
@@ -60,3 +60,106 @@ def test_broken_profile_is_refused_before_anything_is_written(params, tmp_path):
     with pytest.raises(ConfigError, match=r"mine\.yaml.*\n.*train\.rank"):
         profile.choose("mine", params_file=params, folder=folder)
     assert params.read_bytes() == before
+
+
+TASKS = ("alpaca", "boolq", "dolly", "gsm8k", "qnli")
+
+
+def composed(name, folder=profile.PROFILES):
+    return yaml.safe_load(profile.compose(name, folder))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_alone_runs_on_its_size_with_the_settings_of_document_002(task):
+    p = parse_params(composed(task))
+    assert p.prepare_base.source == "meta-llama/Llama-3.2-3B" and p.prepare_data.task == task
+    assert p.prepare_data.source == "hub" and p.prepare_data.train_items is None
+    t = p.train_for("pure_grit")
+    assert (t.learning_rate, t.max_grad_norm, t.batch_size * t.gradient_accumulation) == (2e-5, 1.5, 32)
+    assert t.max_steps is None and t.epochs in (1, 3) and t.quantize_base == "none" and t.precision == "bf16"
+    assert t.grit["kfac_update_freq"] in (50, 150) and t.grit["min_lora_rank"] == 8
+    assert t.grit["reprojection_warmup_steps"] == t.grit["rank_adaptation_start_step"] in (150, 500)
+    assert t.grit == p.train_for("hybrid_grit").grit
+    assert p.evaluate.max_tokens + 300 < p.export.num_ctx
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_on_a_small_size_keeps_how_that_is_trained(task):
+    small, found = composed("smoke"), composed(f"{task}+smoke")
+    assert found["prepare_data"]["task"] == task and found["prepare_base"] == small["prepare_base"]
+    assert found["arms"] == small["arms"] and found["matrix"] == small["matrix"]
+    assert found["train"] == {**small["train"], "overlong": "leave_out"}
+    assert composed(f"smoke+{task}") == {**found, "profile": f"smoke+{task}"}
+
+
+def test_sizes_build_on_each_other_and_qlora_is_one_switch():
+    small, large, quantized = (composed(name) for name in ("gsm8k", "gsm8k+llama3_1_8b", "gsm8k+llama3_1_8b+qlora"))
+    assert large["prepare_base"]["source"] == "meta-llama/Llama-3.1-8B"
+    assert large["train"]["epochs"] == small["train"]["epochs"] == 3
+    assert large["prompt"] == small["prompt"] == composed("llama3_8b")["prompt"]
+    assert quantized["train"] == {**large["train"], "quantize_base": "nf4"}
+    assert composed("gsm8k+llama3_8b")["prepare_base"]["source"] == "unsloth/llama-3-8b-bnb-4bit"
+
+
+def test_ablations_are_arms_that_differ_in_one_thing_each():
+    raw = composed("gsm8k+ablation")
+    p = parse_params(raw)
+    assert {p.code_of(arm) for arm in ("grit_2s", "grit_1s", "grit_2s_fixed_k")} == {"pure_grit"}
+    two, one, fixed = (p.train_for(arm).grit for arm in ("grit_2s", "grit_1s", "grit_2s_fixed_k"))
+    assert two == {**p.train_for("pure_grit").grit, "reprojection": "paper", "use_two_sided_reprojection": True}
+    assert one == {**two, "use_two_sided_reprojection": False}
+    assert fixed == {**two, "enable_rank_adaptation": False, "reprojection_k": 8}
+    assert p.train_for("grit_1s").learning_rate == p.train_for("pure_grit").learning_rate
+
+
+def test_the_authors_arithmetic_is_a_variant():
+    from dataclasses import asdict
+
+    from grit import GRITConfig
+
+    asked = GRITConfig.from_dict(parse_params(composed("paper")).train_for("pure_grit").grit)
+    for name in ("mode", "pairing", "damping_mode", "normalize_delta", "reprojection", "cov_decay", "rank_shrink"):
+        assert asdict(asked)[name] == asdict(GRITConfig.paper())[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gsm8k+qnli", "expected one task, got gsm8k, qnli"),
+        ("smoke+llama3_8b", "expected one size, got smoke, llama3_8b"),
+        ("qlora+qlora", "expected each once, got qlora more than once"),
+        ("gsm8k+", "no profile '' in profiles/"),
+        ("gsm9k+smoke", r"no profile 'gsm9k' in profiles/\. Did you mean 'gsm8k'\?"),
+        ("gsm9k+smok", r"'gsm9k'.*\n.*no profile 'smok'"),
+    ],
+)
+def test_names_that_cannot_be_put_together(name, reason):
+    with pytest.raises(ConfigError, match=reason):
+        profile.compose(name)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"a": "kind: sice\n"}, "kind: expected one of size, task, variant, got 'sice'"),
+        ({"a": "based_on: b\n", "b": "based_on: a\n"}, r"a -> b -> a goes round"),
+        ({"a": "based_on: b\n", "b": "kind: variant\n"}, "expected 'b' to be a size, got a variant"),
+        ({"a": "based_on: nothing\n"}, "no profile 'nothing'"),
+        ({"a": "size: tiny\n"}, "size: unknown key"),
+        ({"a": "arms: {mine: {variant_of: yours}}\n"}, "arms.mine.variant_of: expected an arm"),
+        ({"a": "- 1\n"}, "expected sections, got list"),
+    ],
+)
+def test_broken_keys_of_a_profile(tmp_path, files, reason):
+    (tmp_path / "tiny.yaml").write_text((profile.PROFILES / "tiny.yaml").read_text())
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=reason):
+        profile.compose("a", tmp_path)
+
+
+def test_edits_on_top_of_several_profiles_are_named(params):
+    profile.choose("gsm8k+smoke", params_file=params)
+    assert profile.hand_edits(params) == []
+    params.write_text(params.read_text().replace("source: hub ", "source: inputs/gsm8k "))
+    assert profile.hand_edits(params) == ["prepare_data.source: 'hub' → 'inputs/gsm8k'"]
