@@ -3,16 +3,14 @@
 import json
 import os
 import re
-import shutil
 import signal
-import sqlite3
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
+
+from tests.project_clone import make_clone
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,53 +19,9 @@ ARMS = ("baseline_lora", "hybrid_grit", "pure_grit")
 ADAPTER = "adapters/baseline_lora/0/adapter_model.safetensors"
 
 
-class Clone:
-    """A working copy with the smoke profile chosen."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        # The interpreter that runs the tests, its packages, and no Ollama server.
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        self.env = {**os.environ, "PATH": path, "OLLAMA_HOST": "127.0.0.1:9", "COLUMNS": "200"}
-
-    def run(self, *command: str, ok: bool = True) -> str:
-        done = subprocess.run(
-            command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=600, check=False
-        )
-        output = done.stdout + done.stderr
-        assert (done.returncode == 0) is ok, f"{command} exit {done.returncode}\n{output[-6000:]}"
-        return output
-
-    def change(self, section: str, **values: object) -> None:
-        file = self.folder / "params.yaml"
-        params = yaml.safe_load(file.read_text())
-        params[section].update(values)
-        file.write_text(yaml.safe_dump(params, sort_keys=False))
-
-    def query(self, sql: str) -> list[tuple]:
-        with sqlite3.connect(f"file:{self.folder / 'outputs/centralized.db'}?mode=ro", uri=True) as connection:
-            return connection.execute(sql).fetchall()
-
-    def dump(self) -> dict[str, list[tuple]]:
-        tables = [n for (n,) in self.query("select name from sqlite_master where type = 'table' order by name")]
-        return {t: self.query(f"select * from {t}") for t in tables}
-
-
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clone") / "project"
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    (folder / "dvc.lock").unlink(missing_ok=True)
-    c = Clone(folder)
-    c.run("git", "init", "--quiet")
-    c.run("git", "add", "--all")
-    c.run("git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "clone")
+    c = make_clone(tmp_path_factory.mktemp("clone") / "project")
     c.run("python", "-m", "pipelines.profile", "--force", "smoke")
     c.first_output = c.run("dvc", "repro")
     return c

@@ -1,0 +1,126 @@
+"""Small data sets in the format that each of the five has on the hub, written with `datasets` itself.
+
+The questions are simple and of the words that the embedded base knows, so that a small model can learn them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from evaluation.tasks.general import WORDS
+
+Row = dict[str, Any]
+NOUNS = tuple(word for word in WORDS if word not in ("very", "large", "small", "quiet", "happy", "good", "moderate"))
+COLOURS = ("yellow", "orange", "silver", "light")
+
+
+def _gsm8k(rng: random.Random) -> Row:
+    a, b, noun = rng.randint(2, 60), rng.randint(2, 39), rng.choice(NOUNS)
+    if rng.random() < 0.5:
+        question = f"Tom has {a} {noun}s and buys {b} more. How many {noun}s has Tom now?"
+        working, right = f"{a}+{b}", a + b
+    else:
+        a += b
+        question = f"Anna has {a} {noun}s and gives {b} away. How many {noun}s are left?"
+        working, right = f"{a}-{b}", a - b
+    spaced = working.replace("+", " + ").replace("-", " - ")
+    return {"question": question, "answer": f"{spaced} = <<{working}={right}>>{right} {noun}s.\n#### {right}"}
+
+
+def _boolq(rng: random.Random) -> Row:
+    things, colours = rng.sample(NOUNS, 2), [rng.choice(COLOURS) for _ in range(2)]
+    passage = " ".join(f"The {t} is {c}." for t, c in zip(things, colours, strict=True))
+    asked = rng.randrange(2)
+    colour = colours[asked] if rng.random() < 0.5 else rng.choice(COLOURS)
+    return {
+        "question": f"is the {things[asked]} {colour}",
+        "answer": colour == colours[asked],
+        "passage": passage,
+    }
+
+
+def _qnli(rng: random.Random) -> Row:
+    thing, other = rng.sample(NOUNS, 2)
+    entails = rng.random() < 0.5
+    return {
+        "question": f"What colour is the {thing}?",
+        "sentence": f"The {thing if entails else other} is {rng.choice(COLOURS)}.",
+        "label": 0 if entails else 1,
+        "idx": rng.randrange(10**6),
+    }
+
+
+def _alpaca(rng: random.Random) -> Row:
+    words = rng.sample(NOUNS, 3)
+    if rng.random() < 0.8:
+        instruction, given, output = "Write the words in reverse order.", " ".join(words), " ".join(words[::-1])
+    else:
+        instruction, given, output = f"Write the word {words[0]} twice.", "", f"{words[0]} {words[0]}"
+    text = f"### Instruction:\n{instruction}\n\n### Response:\n{output}"
+    return {"instruction": instruction, "input": given, "output": output, "text": text}
+
+
+def _dolly(rng: random.Random) -> Row:
+    (a, b), (home, work) = rng.sample(("Anna", "Tom", "Mia", "Ben", "Eva", "Leo"), 2), rng.sample(NOUNS, 2)
+    if rng.random() < 0.7:
+        context = f"{a} lives near the {home}. {b} lives near the {work}."
+        name, place = rng.choice(((a, home), (b, work)))
+        question, answer, category = f"Where does {name} live?", f"near the {place}", "closed_qa"
+    else:
+        context, question, answer, category = "", f"Name the {home} and the {work}.", f"{home} {work}", "open_qa"
+    return {"instruction": question, "context": context, "response": answer, "category": category}
+
+
+MAKERS: dict[str, Callable[[random.Random], Row]] = {
+    "alpaca": _alpaca,
+    "boolq": _boolq,
+    "dolly": _dolly,
+    "gsm8k": _gsm8k,
+    "qnli": _qnli,
+}
+
+
+def rows(task: str, n: int, seed: int = 0) -> list[Row]:
+    """Different rows with the hub's field names and types."""
+    rng = random.Random(f"{task}-{seed}")
+    found: dict[str, Row] = {}
+    while len(found) < n:
+        row = MAKERS[task](rng)
+        found.setdefault(repr({k: v for k, v in row.items() if k != "idx"}), row)
+    return list(found.values())
+
+
+def data_set(task: str, some: list[Row]) -> Any:
+    """The rows with the hub's features."""
+    from datasets import ClassLabel, Dataset
+
+    made = Dataset.from_list(some)
+    if task == "qnli":
+        made = made.cast_column("label", ClassLabel(names=["entailment", "not_entailment"]))
+    return made
+
+
+def write(folder: Path, task: str, n: int, n_test: int = 0) -> Path:
+    """A data set in a folder as the hub has it: Parquet files, or JSON lines in Dolly's case.
+
+    Args:
+        folder: Is made.
+        task: Name of the recipe.
+        n: Training rows.
+        n_test: Rows of the split that the data set tests with; Alpaca and Dolly have none.
+    """
+    some = rows(task, n + n_test)
+    (folder / "data").mkdir(parents=True)
+    if task == "dolly":
+        (folder / "data").rmdir()
+        data_set(task, some).to_json(folder / "databricks-dolly-15k.jsonl")
+        return folder
+    parts = {"train": some[:n]}
+    if task != "alpaca":
+        parts["test" if task == "gsm8k" else "validation"] = some[n:]
+    for split, found in parts.items():
+        data_set(task, found).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
