@@ -1,0 +1,133 @@
+"""The shape of a base model: from its settings, its folder, the hub, or profiles/models/ for those that profiles name.
+
+A file there holds `models` (hub ids), `parameters` (their number, as published) and `config` (what config.json says of
+the shape), so that a run can be planned without network and without access to a gated model.
+"""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.base_model import local_folder
+from pipelines.schema import PrepareBase
+from trainers.embedded_base import EmbeddedSettings
+
+SHIPPED = Path(__file__).resolve().parents[2] / "profiles" / "models"
+_SECONDS = 5.0
+
+
+class PlanError(ValueError):
+    """A run that cannot be planned."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model's shape.
+
+    Attributes:
+        config: transformers' configuration, without what it says of quantization.
+        origin: Where it is from, in words.
+        in_4_bit: Whether the weights lie there in 4 bit.
+        on_hub: Whether the weights come from the hub.
+        merged_on_hub: Whether other weights are downloaded to merge into.
+    """
+
+    config: Any
+    origin: str
+    in_4_bit: bool = False
+    on_hub: bool = False
+    merged_on_hub: bool = False
+
+
+def embedded(settings: EmbeddedSettings) -> Any:
+    """Configuration of the embedded base, as `trainers.embedded_base.build_model` makes it."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        max_position_embeddings=settings.context,
+        tie_word_embeddings=True,
+    )
+
+
+def shipped(source: str) -> dict[str, Any] | None:
+    """Entry of profiles/models/ that names a hub id, or None."""
+    for file in sorted(SHIPPED.glob("*.json")):
+        entry: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if source in entry["models"]:
+            return entry
+    return None
+
+
+def from_dict(content: dict[str, Any]) -> Any:
+    """Make transformers' configuration from the content of a config.json.
+
+    Raises:
+        PlanError: no such model type.
+    """
+    from transformers import AutoConfig
+
+    values = copy.deepcopy(content)
+    kind = values.pop("model_type", None)
+    values.pop("quantization_config", None)
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise PlanError(
+            f"config.json: expected a model type that transformers knows, got {kind!r} ({error})"
+        ) from error
+
+
+def _from_hub(source: str, revision: str | None) -> dict[str, Any]:
+    """config.json of a hub model: downloaded earlier, or asked for once, without the client's retries."""
+    from huggingface_hub import get_session, get_token, hf_hub_url, try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(source, "config.json", revision=revision)
+        if isinstance(cached, str):
+            return dict(json.loads(Path(cached).read_text(encoding="utf-8")))
+        url = hf_hub_url(source, "config.json", revision=revision)
+        token = get_token()
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        answer = get_session().get(url, headers=headers, timeout=_SECONDS, follow_redirects=True)
+        answer.raise_for_status()
+        return dict(answer.json())
+    except Exception as error:
+        raise PlanError(
+            f"prepare_base.source: the shape of {source!r} is not known here and the model hub did not give its "
+            f"config.json ({type(error).__name__}); put that file into a folder and plan with prepare_base.source set "
+            "to the folder"
+        ) from error
+
+
+def base_of(section: PrepareBase) -> Base:
+    """The base that section prepare_base names.
+
+    Raises:
+        PlanError: its shape cannot be found.
+        ConfigError: a folder without config.json, or neither folder nor hub id.
+    """
+    if section.source == "embedded":
+        return Base(embedded(section), "prepare_base (embedded)")
+    merged_on_hub = section.merge_source is not None and local_folder(section.merge_source, "merge_source") is None
+    folder = local_folder(section.source)
+    if folder is not None:
+        try:
+            content = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise PlanError(f"{folder / 'config.json'}: expected a model's configuration: {error}") from error
+        quantized = "quantization_config" in content
+        return Base(from_dict(content), f"{folder}/config.json", quantized, merged_on_hub=merged_on_hub)
+    entry = shipped(section.source)
+    if entry is not None:
+        quantized = section.source.endswith("-bnb-4bit")
+        return Base(from_dict(entry["config"]), "profiles/models", quantized, True, merged_on_hub)
+    content = _from_hub(section.source, section.revision)
+    return Base(from_dict(content), "config.json on the hub", "quantization_config" in content, True, merged_on_hub)

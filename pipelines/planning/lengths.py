@@ -1,0 +1,107 @@
+"""How many tokens the longest items have: those of prepared or generated data, or at most train.max_length."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from evaluation.tasks import Item, aqi, general, render
+from pipelines.base_model import load_reference
+from pipelines.prompt import prompt_text
+from pipelines.runinfo import FileError, read_json, read_jsonl
+from pipelines.schema import CHAT, Params
+from pipelines.stage import BASE, DATA
+from trainers.data import encode_prompt
+from trainers.embedded_base import train_tokenizer
+from trainers.models import load_tokenizer
+
+_TOKENIZER_EXAMPLES = 20_000  # as in trainers.embedded_base.train_embedded_base
+_SAMPLE = 5_000  # general questions; a few kinds of question in fixed wordings
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the longest items, end of sequence included.
+
+    Attributes:
+        train, valid: Of the items to learn from, and of those of the evaluation loss.
+        origin: Where the numbers are from, in words.
+        general: Of the questions that the embedded base is trained on; None where there is none, or it is not known.
+    """
+
+    train: int
+    valid: int
+    origin: str
+    general: int | None = None
+
+
+def _longest(tokenizer: Any, texts: Iterable[str], most: int) -> int:
+    return max((n for text in texts if (n := len(encode_prompt(tokenizer, text)) + 1) <= most), default=most)
+
+
+def _general(params: Params, count: int) -> list[tuple[str, str]]:
+    """(rendered prompt, answer) of the first general questions, as stage prepare_base asks them."""
+    section, template = params.prepare_base, params.prompt.template
+    questions = islice(general.questions(section.seed, held_out=False), min(count, section.examples))
+    return [(render(template, prompt), answer) for _, prompt, answer in questions]
+
+
+def _prepared(params: Params) -> Lengths | None:
+    """Of data/ and models/base, if they were made with the very settings that are planned."""
+    try:
+        same = all(
+            read_json(folder / "run.json")["params"][name] == json.loads(getattr(params, name).model_dump_json())
+            for folder, name in ((DATA, "prepare_data"), (BASE, "prepare_base"))
+        )
+        if not same:
+            return None
+        tokenizer, template = load_tokenizer(load_reference()[0]), prompt_text(params.prompt)
+        found = []
+        for split in ("train", "valid"):
+            items = [Item.from_json(row) for row in read_jsonl(DATA / f"{split}.jsonl")]
+            texts = (render(template, item.prompt) + item.completion for item in items)
+            found.append(_longest(tokenizer, texts, params.train.max_length))
+        base = params.prepare_base
+        asked = (a + b for a, b in _general(params, _SAMPLE)) if base.source == "embedded" else iter(())
+        of_base = _longest(tokenizer, asked, base.context) if base.source == "embedded" else None
+    except (FileError, OSError, ValueError, KeyError):  # not there, or not readable: other ways are left
+        return None
+    return Lengths(found[0], found[1], "the longest items of data/", of_base)
+
+
+def _generated(params: Params) -> Lengths:
+    """Of the generated questions, with the tokenizer that stage prepare_base would train."""
+    section, base, template = params.prepare_data, params.prepare_base, params.prompt.template
+    sizes = {"train": section.train_items or 1, "valid": section.valid_items, "test": section.test_items}
+    splits = aqi.generate(
+        sizes, seed=section.seed, pollutants=section.pollutants, max_pollutants=section.max_pollutants
+    )
+    questions = _general(params, _TOKENIZER_EXAMPLES)
+    texts = [text for pair in questions for text in pair]
+    with TemporaryDirectory() as folder:
+        tokenizer = train_tokenizer(texts, base.vocab_size, Path(folder))
+    found = [
+        _longest(
+            tokenizer,
+            (render(template, item.prompt) + item.completion for item in splits[split]),
+            params.train.max_length,
+        )
+        for split in ("train", "valid")
+    ]
+    of_base = _longest(tokenizer, (a + b for a, b in questions[:_SAMPLE]), base.context)
+    return Lengths(found[0], found[1], "the longest generated items", of_base)
+
+
+def lengths_of(params: Params) -> Lengths:
+    """Tokens of the longest items that will be trained on."""
+    found = _prepared(params)
+    if found is not None:
+        return found
+    section = params.prepare_data
+    if section.source == "generated" and params.prepare_base.source == "embedded" and params.prompt.template != CHAT:
+        return _generated(params)
+    most = params.train.max_length
+    return Lengths(most, most, "at most: train.max_length, since data/ is not prepared with these settings")
