@@ -104,6 +104,24 @@ def serving_facts(params: Params, reference: BaseReference, name: str) -> dict[s
     }
 
 
+def check_room(reference: BaseReference, facts: dict[str, Any]) -> None:
+    """Refuse questions that the served model could not read, before anything is made for them.
+
+    Raises:
+        ExportError: some do not fit the context; says how many and how long the longest is.
+    """
+    tokenizer, most = load_tokenizer(reference), int(facts["num_ctx"])
+    items = [row for split in ("test", "retention") for row in read_jsonl(DATA / f"{split}.jsonl")]
+    lengths = [len(tokenizer(text)["input_ids"]) for text in rendered(facts["template"], [i["prompt"] for i in items])]
+    over = [length for length in lengths if length >= most]
+    if over:
+        raise ExportError(
+            f"expected every question to leave room for an answer within export.num_ctx = {most} tokens, got "
+            f"{len(over)} of {len(items)} that do not (the longest has {max(over)}); raise export.num_ctx or lower "
+            "prepare_data.max_chars"
+        )
+
+
 def modelfile_text(facts: dict[str, Any]) -> str:
     """Modelfile beside the GGUF."""
     return render_modelfile(spec_of(facts), gguf_adds_bos=facts["adds_bos"], bos_token=facts["bos_token"])
@@ -180,6 +198,7 @@ def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
     shown = {"export": params.export.model_dump(), "prompt": params.prompt.model_dump()}
     facts = serving_facts(params, reference, model_name(arm, seed, first_seed))
     modelfile_text(facts)  # what cannot be served is refused before the work
+    check_room(reference, facts)
     failed = out.with_name(f"{out.name}.parity-failed.json")
     with staged(out) as folder:
         record = RunRecord("export", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=facts["template"])

@@ -13,6 +13,7 @@ from pipelines import base_model, evaluate, prepare_data, profile
 from pipelines.config import ConfigError, parse_params
 from pipelines.outputs import OutputError
 from tests.conftest import not_root
+from trainers.settings import BaseReference
 
 
 @pytest.fixture
@@ -218,3 +219,19 @@ def test_a_server_that_answers_is_used(monkeypatch, capsys):
         monkeypatch.setenv("OLLAMA_HOST", server.url)
         assert evaluate.choose_backend("auto") == "ollama"
     assert "Ollama 0.32" in capsys.readouterr().out
+
+
+def test_questions_that_do_not_fit_the_context_are_refused_before_the_work(tmp_path, monkeypatch, base_dir):
+    from export.errors import ExportError
+    from pipelines.export import check_room
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for split, prompts in {"test": ["1 + 1", "apple " * 60], "retention": ["2 + 2"]}.items():
+        lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
+        (tmp_path / f"data/{split}.jsonl").write_text("\n".join(lines) + "\n")
+    reference = BaseReference(location=str(base_dir))
+    facts = {"template": "Q: {prompt}\n", "num_ctx": 512}
+    check_room(reference, facts)
+    with pytest.raises(ExportError, match=r"num_ctx = 60 tokens, got 1 of 3 .*prepare_data\.max_chars"):
+        check_room(reference, facts | {"num_ctx": 60})
