@@ -190,7 +190,7 @@ def notes_of(case: Case, parameters: int, *, gpu_here: bool) -> list[str]:
     if case.on_gpu and not gpu_here:
         notes.append("planned for a GPU, and this machine has none")
     if case.on_gpu and any(params.code_of(arm) == "hybrid_grit" for arm in case_arms(case)):
-        notes.append("Unsloth's fused kernels keep less of a pass than is counted here, so hybrid_grit needs no more")
+        notes.append("Unsloth's fused kernels are not simulated: hybrid_grit is planned as if it used torch's")
     if params.evaluate.backend in ("auto", "ollama"):
         notes.append(
             "an Ollama server that answers keeps copies of the models of its own, in its folder and its memory"
