@@ -80,6 +80,8 @@ def main(
     for.
     """
     try:
+        if all_tasks and task is not None:
+            raise ChoiceError(f"expected one of --task and --all-tasks; came: both. Do: leave out --task {task}")
         comparison = load_comparison(db, Choice(arm or (), seed or (), backend or (), task), baseline)
         _show(comparison, format, all_tasks=all_tasks)
         _write(comparison, db, report=report, html=html, picture=svg_path)
@@ -90,6 +92,8 @@ def main(
 
 def _show(comparison: Comparison, format: Format, *, all_tasks: bool) -> None:
     console = Console()
+    if all_tasks and comparison.filters:  # beside the table: it is the same in every format
+        typer.echo(f"{comparison.filters}; corrections for several arms count these alone.", err=True)
     if format is not Format.TABLE:
         text = _TEXTS_OF_TASKS[format](comparison.tasks) if all_tasks else _TEXTS[format](comparison)
         typer.echo(text.rstrip("\n"))

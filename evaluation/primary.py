@@ -37,8 +37,8 @@ class Primary:
 
     @property
     def short(self) -> str:
-        """The title's first word, after a Δ."""
-        return (self.title.split() or [self.title])[0]
+        """The title's first word without punctuation, after a Δ."""
+        return (self.title.split() or [self.title])[0].rstrip(",;:")
 
     @property
     def long(self) -> str:

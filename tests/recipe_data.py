@@ -43,11 +43,11 @@ def _boolq(rng: random.Random) -> Row:
 
 
 def _qnli(rng: random.Random) -> Row:
-    thing, other = rng.sample(NOUNS, 2)
+    thing, place, other = rng.sample(NOUNS, 3)
     entails = rng.random() < 0.5
     return {
-        "question": f"What colour is the {thing}?",
-        "sentence": f"The {thing if entails else other} is {rng.choice(COLOURS)}.",
+        "question": f"What colour is the {thing} near the {place}?",
+        "sentence": f"The {thing if entails else other} near the {place} is {rng.choice(COLOURS)}.",
         "label": 0 if entails else 1,
         "idx": rng.randrange(10**6),
     }

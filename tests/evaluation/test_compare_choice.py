@@ -338,3 +338,17 @@ def test_html_is_written_by_request_only(path: Path, tmp_path: Path) -> None:
     code = "import sys, evaluation.compare_all; print([m for m in ('altair', 'jinja2') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("form", ["table", "md", "csv", "json"])
+def test_the_table_of_all_tasks_says_what_was_left_out(path: Path, form: str) -> None:
+    whole = run("--db", str(path), "--all-tasks", "--format", form)
+    some = run("--db", str(path), "--all-tasks", "--arm", "pure_grit", "--format", form)
+    assert whole.exit_code == some.exit_code == 0 and not whole.stderr
+    assert "Only arms base, baseline_lora, pure_grit" in some.stderr and "count these alone" in some.stderr
+    assert "hybrid_grit" in whole.stdout and "hybrid_grit" not in some.stdout
+
+
+def test_one_task_and_all_tasks_exclude_each_other(path: Path) -> None:
+    found = run("--db", str(path), "--all-tasks", "--task", "aqi")
+    assert found.exit_code == 2 and "expected one of --task and --all-tasks" in found.stderr
