@@ -96,7 +96,7 @@ def _variants(arms: dict[Any, Any]) -> tuple[dict[str, str], list[str]]:
             lines.append(
                 f"arms.{arm}: expected a variant to have a new name of small letters, digits and _, got {arm!r}"
             )
-        elif of not in ARMS:
+        elif not isinstance(of, str) or of not in ARMS:
             lines.append(f"arms.{arm}.{VARIANT_OF}: unknown arm {of!r}{suggest(str(of), ARMS)}")
         else:
             found[str(arm)] = str(of)
@@ -141,7 +141,7 @@ def _check_arms(raw: dict[str, Any]) -> list[str]:
         lines += [
             f"arms.{a}: missing; the matrix names this arm, write `{a}: {{}}` where it sets nothing of its own"
             for a in wanted
-            if a in ARMS and a not in arms
+            if isinstance(a, str) and a in ARMS and a not in arms
         ]
     return lines
 

@@ -47,6 +47,8 @@ F16 = "model-f16.gguf"
 UNPACKED = "model-f32.gguf"
 SERVED = "model.gguf"
 ADAPTER = "adapter.gguf"
+PREFIX = 8
+"""Tokens that timing puts in front of a question."""
 REFERENCES = 20
 """Prompts in reference.jsonl."""
 
@@ -104,8 +106,13 @@ def serving_facts(params: Params, reference: BaseReference, name: str) -> dict[s
     }
 
 
-def check_room(reference: BaseReference, facts: dict[str, Any]) -> None:
-    """Refuse questions that the served model could not read, before anything is made for them.
+def check_room(reference: BaseReference, facts: dict[str, Any], answer: int) -> None:
+    """Refuse questions that leave the served model no room for an answer, before anything is made for them.
+
+    Args:
+        reference: Whose tokenizer counts.
+        facts: serving.json.
+        answer: Tokens of the longest answer that any stage asks for.
 
     Raises:
         ExportError: some do not fit the context; says how many and how long the longest is.
@@ -113,11 +120,11 @@ def check_room(reference: BaseReference, facts: dict[str, Any]) -> None:
     tokenizer, most = load_tokenizer(reference), int(facts["num_ctx"])
     items = [row for split in ("test", "retention") for row in read_jsonl(DATA / f"{split}.jsonl")]
     lengths = [len(tokenizer(text)["input_ids"]) for text in rendered(facts["template"], [i["prompt"] for i in items])]
-    over = [length for length in lengths if length >= most]
+    over = [length for length in lengths if length + answer + PREFIX > most]
     if over:
         raise ExportError(
-            f"expected every question to leave room for an answer within export.num_ctx = {most} tokens, got "
-            f"{len(over)} of {len(items)} that do not (the longest has {max(over)}); raise export.num_ctx or lower "
+            f"expected every question to leave room for an answer of {answer} tokens within export.num_ctx = {most}, "
+            f"got {len(over)} of {len(items)} that do not (the longest has {max(over)}); raise export.num_ctx or lower "
             "prepare_data.max_chars"
         )
 
@@ -198,7 +205,8 @@ def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
     shown = {"export": params.export.model_dump(), "prompt": params.prompt.model_dump()}
     facts = serving_facts(params, reference, model_name(arm, seed, first_seed))
     modelfile_text(facts)  # what cannot be served is refused before the work
-    check_room(reference, facts)
+    evaluate = params.evaluate  # no part of the result, so these are no params of the stage
+    check_room(reference, facts, max(params.export.parity_tokens, evaluate.max_tokens, evaluate.speed_tokens))
     failed = out.with_name(f"{out.name}.parity-failed.json")
     with staged(out) as folder:
         record = RunRecord("export", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=facts["template"])

@@ -240,6 +240,8 @@ def run(params: Params, arm: str, seed: int) -> None:
         if not is_base:
             check_base(read, str(model.dtype).removeprefix("torch."))
         answers, answers_cut = answer_texts(section, tokenizer, template, most)
+        if answers_cut:
+            found.notes.append(f"{answers_cut} right answers are cut or left out, at {most} tokens with their question")
         if answers:  # the base's own are in its own measured.json
             read = read_texts(model, answers, batch_size=section.batch_size, against_base=False)
             add_perplexity(found, "test_answers", read, section.bootstrap, ANSWERS, "answer_")

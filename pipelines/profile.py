@@ -23,11 +23,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from pipelines.config import PARAMS_FILE, ConfigError, load_yaml, parse_params
+from pipelines.schema import Params
 from pipelines.stage import cli
 
 PROFILES = Path("profiles")
 BASIS = "tiny"
 KINDS = ("size", "task", "variant")
+_SECTIONS = set(Params.model_fields) - {"profile"}
 _HEADER = (
     "# Written by `python -m pipelines.profile {name}` from {files}. Change what you like: DVC reruns\n"
     "# what depends on it. All keys and their meaning stand in profiles/tiny.yaml.\n"
@@ -100,9 +102,26 @@ def read_profile(name: str, folder: Path = PROFILES) -> Profile:
         raise ConfigError(f"{file}: expected sections, got {type(content).__name__}")
     kind = content.pop("kind", "size")
     own = {"size": ("based_on",), "task": ("size", "full_size"), "variant": ()}
-    if kind not in own:
+    if kind not in KINDS:
         raise ConfigError(f"{file}: kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    return Profile(name, kind, content, **{key: content.pop(key) for key in own[kind] if key in content})
+    found = Profile(name, kind, content, **{key: content.pop(key) for key in own[kind] if key in content})
+    problems = [
+        f"{key}: expected the name of a profile, got {value!r}"
+        for key, value in (("based_on", found.based_on), ("size", found.size))
+        if not isinstance(value, str)
+    ]
+    if not isinstance(found.full_size, dict):
+        problems.append(f"full_size: expected sections, got {found.full_size!r}")
+    else:
+        both = [*found.settings.items(), *((f"full_size.{key}", value) for key, value in found.full_size.items())]
+        problems += [
+            f"{key}: expected keys of that section, got {value!r}"
+            for key, value in both
+            if key.split(".")[-1] in _SECTIONS and not isinstance(value, dict)
+        ]
+    if problems:
+        raise ConfigError("\n".join(f"{file}: {problem}" for problem in problems))
+    return found
 
 
 def _sizes(size: str, folder: Path, seen: tuple[str, ...] = ()) -> list[Profile]:
@@ -150,7 +169,7 @@ def _fill_variants(arms: Any, where: str) -> None:
         of = own.get("variant_of") if isinstance(own, dict) else None
         if of is None:
             continue
-        if of not in arms or "variant_of" in arms[of]:
+        if not isinstance(of, str) or not isinstance(arms.get(of), dict) or "variant_of" in arms[of]:
             raise ConfigError(f"{where}: arms.{name}.variant_of: expected an arm that is no variant itself, got {of!r}")
         whole = deepcopy(arms[of])
         _merge(whole, own)

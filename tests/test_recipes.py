@@ -157,7 +157,8 @@ def test_a_task_of_your_own_is_one_file_and_one_profile_as_the_readme_says(recip
     items = [json.loads(line) for line in (recipes.folder / "data/test.jsonl").open()]
     assert items and all(item["prompt"].startswith("What is the capital of Land ") for item in items)
     assert all(item["completion"] == item["truth"]["capital"] for item in items)
-    assert "1 row" in said and "rejected.jsonl" in said
+    assert json.loads((recipes.folder / "data/run.json").read_text())["extra"]["rejected_rows"] == 1
+    assert "rejected.jsonl" in said
 
 
 def section(title):

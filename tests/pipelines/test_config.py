@@ -78,6 +78,8 @@ CASES = [
     ("arms.pure_grit", {"variant_of": "hybrid_grit"}, r"arms\.pure_grit: expected a variant to have a new name"),
     ("arms.base", {"variant_of": "pure_grit"}, r"arms\.base: expected a variant to have a new name"),
     ("arms", {"../up": {"variant_of": "pure_grit"}}, r"arms\.\.\./up: expected a variant to have a new name"),
+    ("arms.mine", {"variant_of": ["pure_grit"]}, r"arms\.mine\.variant_of: unknown arm \['pure_grit'\]"),
+    ("matrix.arms", [["mine"]], r"matrix\.arms\.0: .*string, got \['mine'\]"),
     ("matrix.arms", ["mine"], r"matrix\.arms: unknown arm 'mine'\. Available: baseline_lora"),
     ("prompt.template", "no slot", r"prompt\.template: expected exactly one \{prompt\}, got 0"),
     ("prompt.template", "{prompt}{prompt}", r"prompt\.template: expected exactly one \{prompt\}, got 2"),

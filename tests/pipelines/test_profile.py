@@ -80,15 +80,31 @@ def test_a_task_alone_runs_on_its_size_with_the_settings_of_document_002(task):
     assert t.grit["kfac_update_freq"] in (50, 150) and t.grit["min_lora_rank"] == 8
     assert t.grit["reprojection_warmup_steps"] == t.grit["rank_adaptation_start_step"] in (150, 500)
     assert t.grit == p.train_for("hybrid_grit").grit
-    assert p.evaluate.max_tokens + 300 < p.export.num_ctx
+    assert p.evaluate.max_tokens + 300 < p.export.num_ctx == p.measure.max_tokens
+
+
+def test_tasks_of_one_length_have_one_schedule():
+    def schedule(task):
+        p = parse_params(composed(task))
+        return p.arms["pure_grit"], p.train.eval_steps
+
+    assert schedule("boolq") == schedule("dolly") == schedule("gsm8k") != schedule("alpaca") == schedule("qnli")
+
+
+@pytest.mark.parametrize("size", ["llama3_8b", "llama3_1_8b", "llama3_2_3b"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_size_takes_32_items_a_step(task, size):
+    train = composed(f"{task}+{size}")["train"]
+    assert train["batch_size"] * train["gradient_accumulation"] == 32
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_on_a_small_size_keeps_how_that_is_trained(task):
     small, found = composed("smoke"), composed(f"{task}+smoke")
-    assert found["prepare_data"]["task"] == task and found["prepare_base"] == small["prepare_base"]
+    assert found["prepare_data"]["task"] == task
+    assert found["prepare_base"] == {**small["prepare_base"], "context": 512}
     assert found["arms"] == small["arms"] and found["matrix"] == small["matrix"]
-    assert found["train"] == {**small["train"], "overlong": "leave_out"}
+    assert found["train"] == {**small["train"], "max_length": 512, "overlong": "leave_out"}
     assert composed(f"smoke+{task}") == {**found, "profile": f"smoke+{task}"}
 
 
@@ -148,6 +164,17 @@ def test_names_that_cannot_be_put_together(name, reason):
         ({"a": "size: tiny\n"}, "size: unknown key"),
         ({"a": "arms: {mine: {variant_of: yours}}\n"}, "arms.mine.variant_of: expected an arm"),
         ({"a": "- 1\n"}, "expected sections, got list"),
+        ({"a": "kind: [task]\n"}, r"kind: expected one of .*got \['task'\]"),
+        ({"a": "kind: task\nsize: 3\n"}, "size: expected the name of a profile, got 3"),
+        ({"a": "based_on: 3\n"}, "based_on: expected the name of a profile, got 3"),
+        ({"a": "kind: task\nfull_size: 3\n"}, "full_size: expected sections, got 3"),
+        (
+            {"a": "kind: task\nprepare_base: 3\nfull_size: {train: 4}\n"},
+            r"prepare_base: .*got 3\n.*full_size.train: .*4",
+        ),
+        ({"a": "arms: 3\n"}, "arms: expected keys of that section, got 3"),
+        ({"a": "train:\n"}, "train: expected keys of that section, got None"),
+        ({"a": "arms: {mine: {variant_of: [1]}}\n"}, r"variant_of: expected an arm .*got \[1\]"),
     ],
 )
 def test_broken_keys_of_a_profile(tmp_path, files, reason):

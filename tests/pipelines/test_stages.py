@@ -224,6 +224,7 @@ def test_a_server_that_answers_is_used(monkeypatch, capsys):
 def test_questions_that_do_not_fit_the_context_are_refused_before_the_work(tmp_path, monkeypatch, base_dir):
     from export.errors import ExportError
     from pipelines.export import check_room
+    from trainers.models import load_tokenizer
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
@@ -232,6 +233,8 @@ def test_questions_that_do_not_fit_the_context_are_refused_before_the_work(tmp_p
         (tmp_path / f"data/{split}.jsonl").write_text("\n".join(lines) + "\n")
     reference = BaseReference(location=str(base_dir))
     facts = {"template": "Q: {prompt}\n", "num_ctx": 512}
-    check_room(reference, facts)
-    with pytest.raises(ExportError, match=r"num_ctx = 60 tokens, got 1 of 3 .*prepare_data\.max_chars"):
-        check_room(reference, facts | {"num_ctx": 60})
+    check_room(reference, facts, 24)
+    longest = len(load_tokenizer(reference)("Q: " + "apple " * 60 + "\n")["input_ids"])
+    check_room(reference, facts | {"num_ctx": longest + 24 + 8}, 24)
+    with pytest.raises(ExportError, match=rf"24 tokens .*, got 1 of 3 .*has {longest}\).*prepare_data\.max_chars"):
+        check_room(reference, facts | {"num_ctx": longest + 24 + 7}, 24)
