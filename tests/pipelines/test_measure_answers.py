@@ -100,3 +100,15 @@ def test_answers_beyond_the_tokens_that_are_read(here, smoke_raw):
     assert cut == sum(length > most for length in whole)
     with pytest.raises(TextError, match="expected answers that begin within 8 tokens, got none in .*max_answers to 0"):
         measure_texts.answer_texts(params.measure, tokenizer, template, 8)
+
+
+def test_answers_that_were_cut_are_told(here, smoke_raw):
+    tokenizer = AutoTokenizer.from_pretrained(source())
+    template = smoke_raw["prompt"]["template"]
+    asked = [(template.replace("{prompt}", item["prompt"]), item["completion"]) for item in items()]
+    most = max(len(tokenizer(question)["input_ids"]) for question, _ in asked)
+    over = sum(len(tokenizer(question + answer)["input_ids"]) + 1 > most for question, answer in asked)
+    measure.run(changed(smoke_raw, max_tokens=most), "base", 0)
+    assert over and any(
+        note.startswith(f"{over} right answers are cut or left out") for note in content("base")["notes"]
+    )
