@@ -6,12 +6,24 @@ from typing import Any
 
 from evaluation.backends import Backend, BackendError
 from evaluation.journal import Journal
-from evaluation.tasks import Item, Score, Task, general, load, mean_credit, names
+from evaluation.tasks import Item, ItemError, Score, Task, general, load, mean_credit
+
+RETENTION = "retention"
+CUT = "answers_cut"
+_CUT_DEF = {
+    "unit": "share",
+    "direction": "lower",
+    "description": "Share of answers that reached evaluate.max_tokens, where an answer is cut; its end may be missing",
+}
 
 
-def task_of(item: Item) -> Task:
-    """The module that scores an item: its task's, or that of the retention suite, where items name general tasks."""
-    return load(item.task if item.task in names() else general.NAME)
+def task_of(item: Item, split: str) -> Task:
+    """The module that scores an item of a split: in the retention suite, whose items name general tasks, `general`.
+
+    Raises:
+        ItemError: there is no such task.
+    """
+    return load(general.NAME if split == RETENTION or item.task in general.GENERAL_TASKS else item.task)
 
 
 def ask(
@@ -68,7 +80,7 @@ def ask(
 
 
 def _scored(item: Item, row: Mapping[str, Any]) -> tuple[dict[str, Any], Score]:
-    score = task_of(item).score(item, row["answer"])
+    score = task_of(item, row["split"]).score(item, row["answer"])
     return {
         "item_id": item.id,
         "task": item.task,
@@ -85,32 +97,58 @@ def _scored(item: Item, row: Mapping[str, Any]) -> tuple[dict[str, Any], Score]:
     }, score
 
 
-def metrics(task: Task, test: Sequence[Score], retention: Sequence[tuple[str, Score]]) -> list[dict[str, Any]]:
-    """Rows {name, split, value, n} over the test items of `task`, the retention suite and each of its tasks."""
+def metrics(
+    task: Task,
+    test: Sequence[Score],
+    retention: Sequence[tuple[str, Score]],
+    *,
+    answer_tokens: Sequence[int | None] = (),
+    max_tokens: int | None = None,
+) -> list[dict[str, Any]]:
+    """Rows {name, split, value, n} over the test items of `task`, the retention suite and each of its tasks.
+
+    Args:
+        task: Of the test items.
+        test: Their scores.
+        retention: (general task, score) of the retention suite.
+        answer_tokens: Of each answer to a test item; None where the backend did not say.
+        max_tokens: The limit of each answer. With it there is a row more, the share of answers that reached it among
+            those whose length is known, unless none is.
+    """
     rows = [
         {"name": name, "split": "test", "value": value, "n": len(test)}
         for name, value in task.summarize(list(test)).items()
     ]
+    told = [tokens for tokens in answer_tokens if tokens is not None]
+    if max_tokens is not None and told:
+        cut = sum(tokens >= max_tokens for tokens in told)
+        rows.append({"name": CUT, "split": "test", "value": cut / len(told), "n": len(told)})
     by_task: dict[str, list[Score]] = defaultdict(list)
     for name, score in retention:
         by_task[name].append(score)
     for name, value in general.summarize([s for _, s in retention]).items():
-        rows.append({"name": name, "split": "retention", "value": value, "n": len(retention)})
+        rows.append({"name": name, "split": RETENTION, "value": value, "n": len(retention)})
     for name, scores in by_task.items():
-        rows.append({"name": f"retention/{name}", "split": "retention", "value": mean_credit(scores), "n": len(scores)})
+        rows.append({"name": f"{RETENTION}/{name}", "split": RETENTION, "value": mean_credit(scores), "n": len(scores)})
     return rows
 
 
 def metric_defs(task: Task, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """Unit, direction and meaning of every metric in `rows`."""
-    known: dict[str, Mapping[str, str]] = {**task.METRICS, **general.METRICS}
+    """Unit, direction and meaning of every metric in `rows`.
+
+    Raises:
+        ItemError: the task summarizes by a metric that it does not describe.
+    """
+    known: dict[str, Mapping[str, str]] = {**task.METRICS, **general.METRICS, CUT: _CUT_DEF}
+    return {row["name"]: dict(known.get(row["name"]) or _general_def(task, row["name"])) for row in rows}
+
+
+def _general_def(task: Task, name: str) -> dict[str, str]:
+    prefix, _, general_task = name.partition("/")
+    if prefix != RETENTION or not general_task:
+        raise ItemError(f"{task.NAME}: expected every metric of summarize in METRICS, got {name!r}, which is not there")
     return {
-        row["name"]: dict(known[row["name"]])
-        if row["name"] in known
-        else {
-            "unit": "share",
-            "direction": "higher",
-            "description": f"Share of right answers in the general task {row['name'].split('/', 1)[-1]}",
-        }
-        for row in rows
+        "unit": "share",
+        "direction": "higher",
+        "description": f"Share of right answers in the general task {general_task}",
     }

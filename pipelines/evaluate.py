@@ -248,11 +248,13 @@ def run(params: Params, arm: str, seed: int, first_seed: int) -> None:
             results = answer(mine, splits, journal, section.max_tokens, facts["stop"], f"{arm}-{seed}")
             version, device_class, mode = mine.version, mine.device_class, mine.mode
         rows = measure_speed(params, models, {arm: seed, BASE_ARM: 0}, template, splits["test"])
-        task = scoring.task_of(splits["test"][0])
+        task = scoring.task_of(splits["test"][0], "test")
         table = scoring.metrics(
             task,
             [s for _, s in results["test"]],
             [(i.task, s) for i, (_, s) in zip(splits["retention"], results["retention"], strict=True)],
+            answer_tokens=[row["answer_tokens"] for row, _ in results["test"]],
+            max_tokens=section.max_tokens,
         )
         write_jsonl(folder / "samples.jsonl", [row for split in results.values() for row, _ in split])
         scores = {

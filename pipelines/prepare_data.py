@@ -12,7 +12,7 @@ from pipelines.outputs import staged
 from pipelines.recipe_data import recipe_splits
 from pipelines.runinfo import RunRecord, artifact, hash_inputs, write_jsonl
 from pipelines.schema import Params
-from pipelines.schema_data import PrepareData
+from pipelines.schema_data import Column, PrepareData
 from pipelines.stage import DATA, SPLITS, main_for
 
 WATCHED = Path("inputs")
@@ -95,7 +95,11 @@ def make_splits(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item
         )
         write_rejected(rejected_file, [])
         return splits, {"source": "generated", "test_categories": aqi.category_counts(splits["test"])}
-    columns = {k: v if isinstance(v, str) else ColumnSpec(**v.model_dump()) for k, v in section.columns.items()}
+    columns = {
+        k: ColumnSpec(**v.model_dump()) if isinstance(v, Column) else v
+        for k, v in section.columns.items()
+        if v is not None  # refused when params.yaml is read
+    }
     result = read_source(
         SourceSpec(
             source=section.source,

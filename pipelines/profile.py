@@ -104,24 +104,24 @@ def read_profile(name: str, folder: Path = PROFILES) -> Profile:
     own = {"size": ("based_on",), "task": ("size", "full_size"), "variant": ()}
     if kind not in KINDS:
         raise ConfigError(f"{file}: kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    found = Profile(name, kind, content, **{key: content.pop(key) for key in own[kind] if key in content})
+    keys: dict[str, Any] = {key: content.pop(key) for key in own[kind] if key in content}
     problems = [
-        f"{key}: expected the name of a profile, got {value!r}"
-        for key, value in (("based_on", found.based_on), ("size", found.size))
-        if not isinstance(value, str)
+        f"{key}: expected the name of a profile, got {keys[key]!r}"
+        for key in ("based_on", "size")
+        if not isinstance(keys.get(key, ""), str)
     ]
-    if not isinstance(found.full_size, dict):
-        problems.append(f"full_size: expected sections, got {found.full_size!r}")
-    else:
-        both = [*found.settings.items(), *((f"full_size.{key}", value) for key, value in found.full_size.items())]
-        problems += [
-            f"{key}: expected keys of that section, got {value!r}"
-            for key, value in both
-            if key.split(".")[-1] in _SECTIONS and not isinstance(value, dict)
-        ]
+    full_size = keys.get("full_size", {})
+    if not isinstance(full_size, dict):
+        problems.append(f"full_size: expected sections, got {full_size!r}")
+        full_size = {}
+    problems += [
+        f"{key}: expected keys of that section, got {value!r}"
+        for key, value in [*content.items(), *((f"full_size.{key}", value) for key, value in full_size.items())]
+        if key.split(".")[-1] in _SECTIONS and not isinstance(value, dict)
+    ]
     if problems:
         raise ConfigError("\n".join(f"{file}: {problem}" for problem in problems))
-    return found
+    return Profile(name, kind, content, **keys)
 
 
 def _sizes(size: str, folder: Path, seen: tuple[str, ...] = ()) -> list[Profile]:

@@ -10,7 +10,7 @@ from typing import Any
 from evaluation.sources import ColumnSpec, RecipeRows, RecipeSpec, read_recipe, write_rejected
 from evaluation.tasks import Item, Recipe
 from pipelines.config import ConfigError
-from pipelines.schema_data import PrepareData
+from pipelines.schema_data import Column, PrepareData
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def recipe_splits(recipe: Recipe, section: PrepareData, folder: Path) -> tuple[d
         SourceError: the data set cannot be read, or no row is left.
         ConfigError: too few rows.
     """
-    columns = {k: v if isinstance(v, str) else ColumnSpec(**v.model_dump()) for k, v in section.columns.items()}
+    columns = {k: ColumnSpec(**v.model_dump()) if isinstance(v, Column) else v for k, v in section.columns.items()}
     spec = RecipeSpec(
         source=section.source,
         columns=columns,

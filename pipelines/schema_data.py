@@ -1,18 +1,20 @@
 """The schema of section prepare_data, and what all sections share."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
 from evaluation.epa import POLLUTANTS
-from evaluation.sources import FILES
+from evaluation.sources import FILES, HUB
 from evaluation.tasks import is_recipe, load, names
 from trainers.settings import Section
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+_ON_HUB = re.compile(rf"{HUB}[^/@\s]+/[^/@\s]+(@\S+)?")
 
 
 def suggest(word: str, known: Any) -> str:
@@ -46,7 +48,7 @@ class PrepareData(Section):
     hub_test_split: str | None
     hub_subset: str | None
     delimiter: Annotated[str, Field(min_length=1, max_length=1)]
-    columns: dict[str, str | Column]
+    columns: dict[str, str | Column | None]
     max_chars: Positive | None
     trust_given_aqi: bool
     seed: Seed
@@ -61,6 +63,15 @@ class PrepareData(Section):
     @classmethod
     def _task(cls, task: str) -> str:
         return known("task", [task], names())[0]
+
+    @field_validator("source")
+    @classmethod
+    def _source(cls, source: str) -> str:
+        if not source.strip():
+            raise ValueError("expected generated, hub, hub:org/name, a file or a folder, got nothing")
+        if source.startswith(HUB) and not _ON_HUB.fullmatch(source):
+            raise ValueError("expected hub:org/name or hub:org/name@revision, as on the data set's page")
+        return source
 
     @field_validator("pollutants")
     @classmethod
@@ -79,9 +90,14 @@ class PrepareData(Section):
             refused = dict.fromkeys(("hub_test_split", "max_chars"), f"{self.task} has no use for it, recipes have")
             if self.source == "hub":
                 problems.append(f"source: expected generated, {own}, got 'hub'; {self.task} has no data set there")
-            elif self.source != "generated" and not self.columns:
+            problems += [
+                f"columns.{name}: expected a column, got null; leave {name} out"
+                for name, column in self.columns.items()
+                if column is None
+            ]
+            if self.source not in ("generated", "hub") and not self.columns:
                 problems.append("columns: a source of your own needs a mapping, e.g. {pm25: PM2.5_ugm3}")
-            elif self.source == "generated" and self.train_items is None:
+            if self.source == "generated" and self.train_items is None:
                 problems.append("train_items: expected a number, got null; generated items have no end")
         if self.source == "generated" or Path(self.source).suffix.lower() in FILES:
             whole = f"{self.source} has no splits or subsets"

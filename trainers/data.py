@@ -101,8 +101,3 @@ def encode_examples(
     if not ids:
         raise EncodingError("expected at least one example, got none")
     return Encoded(Dataset.from_dict({"input_ids": ids, "completion_mask": mask}), len(too_long), longest)
-
-
-def build_dataset(tokenizer: Any, examples: Iterable[tuple[str, str]], max_length: int) -> "Dataset":
-    """The data set alone, where nothing may be too long; see `encode_examples`."""
-    return encode_examples(tokenizer, examples, max_length).dataset

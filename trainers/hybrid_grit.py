@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.common import Arm, TrainingJob
-from trainers.models import ModelError, check_target_modules, training_dtype
+from trainers.models import ModelError, check_target_modules, hub_reason, training_dtype
 from trainers.pure_grit import grit_report, grit_trainer
 from trainers.settings import BaseReference, TrainSettings
 
@@ -56,7 +56,8 @@ def _load_model(base: BaseReference, settings: TrainSettings) -> Any:
             **base.load_kwargs,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"Unsloth could not load a model from {base.location!r}: {error}") from error
+        reason = None if Path(base.location).is_dir() else hub_reason(error, base.location)
+        raise ModelError(f"Unsloth could not load a model from {base.location!r}: {reason or error}") from error
     # Where 4 bit does not work, and for names with -bnb-4bit, Unsloth may load something else and go on.
     loaded = (model.config.name_or_path, any(type(m).__name__ == "Linear4bit" for m in model.modules()))
     wanted = (base.location, in_4_bit)

@@ -16,7 +16,8 @@ from evaluation.sources.types import SourceError, Table, suggest
 
 HUB = "hub:"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_FORBIDDEN = (errno.EACCES, errno.EPERM)  # of a hub data set: to write into the cache
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ def _places(source: str, folder: Path, subset: str | None, usual: str | None) ->
             found += [(folder / wanted, None, wanted)] if (folder / wanted).is_dir() else []
     if subset is not None and not found:
         known = names if names not in ([], ["default"]) else sorted(f.name for f in folder.iterdir() if f.is_dir())
-        known = [n for n in known if not n.startswith(".")]
+        # In data/ lie the files of a data set without subsets.
+        known = [n for n in known if not n.startswith(".") and n != "data"]
         raise SourceError(source, [f"there is no subset {subset!r}.{_choice(subset, known) if known else ''}"])
     return found or [(folder, None, None)]
 
@@ -187,7 +189,20 @@ def _explain(
     elsewhere = f"download it elsewhere with `hf download {name} --repo-type dataset{at} --local-dir {folder}` and set "
     elsewhere += "source to that folder, or save the data set as CSV or JSONL and set source to that path."
     login = "`hf auth login`, or set HF_TOKEN"
+    local = not source.startswith(HUB)
     match error:
+        case EmptyDatasetError() | DataFilesNotFoundError():
+            return (
+                "there is no data file; expected the hub's format: Parquet, JSON or CSV files whose names have the "
+                "split, e.g. train-00000-of-00001.parquet, and all that its README.md names."
+            )
+        case OSError() if error.errno in (_FULL if local else (*_FULL, *_FORBIDDEN)):
+            return f"the data set could not be kept on the disk: {text}"
+        case DatasetNotFoundError() | OSError() | httpx.HTTPError() if local:
+            return (
+                f"the folder could not be read ({type(error).__name__}: {text}); expected all files that its README.md "
+                "names, and the right to read them."
+            )
         case DatasetNotFoundError() if "gated" in text:
             return (
                 f"the hub data set {name} is gated: ask for access on its page, https://huggingface.co/datasets/{name},"
@@ -200,16 +215,11 @@ def _explain(
                 f"the hub has no data set {name}, or a private one: expected org/name as on its page; for one of your "
                 f"own log in with {login}."
             )
-        case EmptyDatasetError() | DataFilesNotFoundError():
-            return (
-                "there is no data file; expected the hub's format: Parquet, JSON or CSV files whose names have the "
-                "split, e.g. train-00000-of-00001.parquet, and all that its README.md names."
-            )
         case RuntimeError() if "scripts are no longer supported" in text:
             return "its rows come from a script, which is not run; expected Parquet, JSON or CSV files."
         case DatasetsError():
             cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
-            hint = "" if source.startswith(HUB) else " The file named alone as source has its rows judged one by one."
+            hint = " The file named alone as source has its rows judged one by one." if local else ""
             return f"the data set{_of(split)} could not be read: {text}{cause}.{hint}"
         case ValueError() if "BuilderConfig" in text or "Config name is missing" in text:
             names = re.findall(r"'([^']*)'", text[text.find("[") :].partition("]")[0])
@@ -218,9 +228,7 @@ def _explain(
         case yaml.YAMLError():
             return f"its README.md begins with settings that are no YAML: {text}"
         case ValueError():
-            return f"the hub data set{_of(split)} could not be opened: {text}"
-        case OSError() if error.errno in _DISK:
-            return f"the data set could not be kept on the disk: {text}"
+            return f"the {'folder' if local else 'hub data set'}{_of(split)} could not be opened: {text}"
         case OSError() | httpx.HTTPError():
             from huggingface_hub import constants
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from evaluation.sources.columns import asked_columns, how_to_name, left_out, recipe_columns
 from evaluation.sources.hub import HUB, DataSet, open_data_set
 from evaluation.sources.readers import read_table
 from evaluation.sources.types import (
@@ -15,7 +16,6 @@ from evaluation.sources.types import (
     Table,
     check_columns,
     no_row_left,
-    suggest,
 )
 from evaluation.tasks import Item, Recipe, RowError
 
@@ -29,6 +29,7 @@ class RecipeSpec:
     Attributes:
         source: `hub` for the recipe's own data set, `hub:org/name[@revision]`, a file or a folder as in `SourceSpec`.
         columns: The recipe's field → the data set's column; what is not named is read from the recipe's own.
+            None: an optional field that items are to have nothing of.
         split: That training items are taken from; None: the recipe's.
         test_split: That test items are taken from; None: the recipe's, where the data set has it. The same as `split`:
             they are drawn from that.
@@ -38,7 +39,7 @@ class RecipeSpec:
     """
 
     source: str
-    columns: Mapping[str, str | ColumnSpec]
+    columns: Mapping[str, str | ColumnSpec | None]
     split: str | None = None
     test_split: str | None = None
     subset: str | None = None
@@ -78,7 +79,7 @@ def read_recipe(recipe: Recipe, spec: RecipeSpec) -> RecipeRows:
         SourceError: the source or the mapping as a whole cannot be used, or no row of a split is left. It lists every
             problem.
     """
-    asked, problems = _asked(recipe, spec)
+    asked, problems = asked_columns(recipe, spec.columns)
     if spec.source == OWN:
         subset = spec.subset or recipe.SOURCE.subset
         spec = replace(
@@ -88,10 +89,14 @@ def read_recipe(recipe: Recipe, spec: RecipeSpec) -> RecipeRows:
         tables, facts, notes = _tables(recipe, spec)
     except SourceError as error:
         raise SourceError(spec.source, [*problems, *error.problems]) from error.__cause__
+    # The splits of a data set have the same columns.
+    missing, near = left_out(recipe, asked, next(iter(tables.values())))
+    notes += missing
+    problems += near
     makers = []
     for split, table in tables.items():
-        columns = _columns(recipe, asked, table)
-        found = [f"{problem}{_help(recipe, problem)}" for problem in check_columns(table, columns)]
+        columns = recipe_columns(recipe, asked, table)
+        found = [f"{p}{how_to_name(recipe, p)}" for p in check_columns(table, columns)]
         problems += [f"split {split!r}: {p}" if len(tables) > 1 else p for p in found]
         makers.append(_Maker(recipe, spec, split, columns, table))
     if problems:
@@ -110,49 +115,6 @@ def read_recipe(recipe: Recipe, spec: RecipeSpec) -> RecipeRows:
         notes=notes,
         facts={**facts, "columns": train.columns, "rows": {m.split: len(m.table.rows) for m in makers}},
     )
-
-
-def _asked(recipe: Recipe, spec: RecipeSpec) -> tuple[dict[str, str], list[str]]:
-    """The user's own mapping, and what is wrong with it."""
-    asked: dict[str, str] = {}
-    problems: list[str] = []
-    for name, entry in spec.columns.items():
-        column = ColumnSpec(column=entry) if isinstance(entry, str) else entry
-        if name not in recipe.FIELDS:
-            known = ", ".join(recipe.FIELDS)
-            problems.append(f"unknown field {name!r} in columns.{suggest(name, recipe.FIELDS)} Known: {known}.")
-        elif column.unit is not None:
-            problems.append(f"{name}: expected no unit, got {column.unit!r}; only pollutants have one.")
-        elif (twin := next((f for f in asked if asked[f] == column.column), None)) is not None:
-            problems.append(f"column {column.column!r} is mapped to both {twin!r} and {name!r}; map it once.")
-        else:
-            asked[name] = column.column
-    for name, taken in asked.items():
-        for other, own in recipe.FIELDS.items():
-            if own.required and own.column == taken and other not in asked:
-                problems.append(
-                    f"column {taken!r} is mapped to {name!r}, and {other!r} is read from it as well; map {other!r} "
-                    "to another one."
-                )
-    return asked, problems
-
-
-def _columns(recipe: Recipe, asked: Mapping[str, str], table: Table) -> dict[str, str]:
-    """Field → column. An optional field that was not asked for is left out where its column is missing or taken."""
-    columns = {}
-    for name, own in recipe.FIELDS.items():
-        column = asked.get(name, own.column)
-        if name in asked or own.required or (column in table.columns and column not in asked.values()):
-            columns[name] = column
-    return columns
-
-
-def _help(recipe: Recipe, problem: str) -> str:
-    """What to do about a column that is not there."""
-    name = problem.partition(":")[0]
-    if name not in recipe.FIELDS or "there is no column" not in problem:
-        return ""
-    return f" Say which it is in columns ({name}: {recipe.FIELDS[name].about})."
 
 
 def _tables(recipe: Recipe, spec: RecipeSpec) -> tuple[dict[str, Table], dict[str, object], list[str]]:

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, cast
 
 RETENTION = "general"
@@ -187,11 +188,48 @@ def load(name: str) -> Task:
     """The task of that name.
 
     Raises:
-        ItemError: there is none.
+        ItemError: there is none, or its module does not provide what a task has.
     """
     if name not in (*names(), RETENTION):
         raise ItemError(f"expected a task ({', '.join(names())}), got {name!r}")
-    return cast(Task, importlib.import_module(f"evaluation.tasks.{name}"))
+    module = importlib.import_module(f"evaluation.tasks.{name}")
+    if problems := [*_named_wrongly(name, module), *_missing(module)] or _unsound(module):
+        raise ItemError(f"evaluation/tasks/{name}.py is no task: {'; '.join(problems)}")
+    return cast(Task, module)
+
+
+def _named_wrongly(name: str, module: ModuleType) -> list[str]:
+    """A general task's name would mix its items up with those of the retention suite."""
+    problems = []
+    if name in importlib.import_module(f"{__name__}.{RETENTION}").GENERAL_TASKS:
+        problems.append(f"{name} is a task of the retention suite; rename the file")
+    if hasattr(module, "NAME") and name != module.NAME:
+        problems.append(f"expected NAME = {name!r}, as the file is called, got {module.NAME!r}")
+    return problems
+
+
+def _missing(module: ModuleType) -> list[str]:
+    """What `Task` asks for, and `Recipe` where the module is meant as one, and the module has not."""
+    recipe = any(hasattr(module, name) for name in ("SOURCE", "FIELDS", "group"))
+    values = ("NAME", "TITLE", "METRICS", "PRIMARY", *(("SOURCE", "FIELDS") if recipe else ()))
+    functions = ("score", "summarize", *(("make_item", "group") if recipe else ()))
+    return [
+        *(f"{name} is missing" for name in values if not hasattr(module, name)),
+        *(f"the function {name} is missing" for name in functions if not callable(getattr(module, name, None))),
+    ]
+
+
+def _unsound(module: ModuleType) -> list[str]:
+    """What is wrong with values that are all there."""
+    wanted = {"unit", "direction", "description"}
+    problems = [
+        f"METRICS: expected {', '.join(sorted(wanted))} of {metric}, got {', '.join(sorted(meaning)) or 'nothing'}"
+        for metric, meaning in module.METRICS.items()
+        if set(meaning) != wanted
+    ]
+    if module.PRIMARY not in module.METRICS:
+        problems.append(f"PRIMARY: expected one of METRICS ({', '.join(module.METRICS)}), got {module.PRIMARY!r}")
+    return problems
 
 
 def is_recipe(task: Task) -> bool:

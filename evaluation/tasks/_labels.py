@@ -7,14 +7,15 @@ from evaluation.tasks import Item, Score, mean_credit
 
 _NOTHING = re.compile(r"[*_`#>]+")  # Markdown's marks; not_entailment becomes two words by this
 _ECHO = re.compile(r"\b(?:yes|true)\s*(?:or|/)\s*(?:no|false)\b|\b(?:no|false)\s*(?:or|/)\s*(?:yes|true)\b")
-# "No" is also said of things: no one, no evidence, No. 5. As an answer, a stop, an end or one of these words follows.
+# "No" is also said of things: no one, no evidence, No. 5. As an answer, a stop, an end or one of these words follows;
+# in "no and yes" both are said.
 _AFTER_NO = (
     "because since as so it it's they they're he he's she she's this that that's these those there there's but you we "
-    "i if not although though while the a an"
+    "i if not although though while the a an and yes yeah yep yup"
 )
 _CLEAR = re.compile(
     r"(?<!\w)(?<!\w-)(?:(?:(?P<yes>yes|yeah|yep|yup)|nope|nah)(?!\w|-\w)|no"
-    rf"(?=\s*$|\s*[,;:!?)\]\"'’”<–—]|\s+-|-(?!\w)|\.(?!\s*[0-9])|\s+(?:{'|'.join(_AFTER_NO.split())})(?![\w'’])))"
+    rf"(?=\s*$|\s*[,;:!?&)\]\"'’”<–—]|\s+-|-(?!\w)|\.(?!\s*[0-9])|\s+(?:{'|'.join(_AFTER_NO.split())})(?![\w'’])))"
 )
 _NOT = r"(?:\b(?:not|no|non|never|cannot)|n['’]t)[\s-]+(?:(?:be|an?|the|longer|quite|\w+ly)\s+){0,3}"
 _NOT_BEFORE = re.compile(r"(?:\bnot|n['’]t)\s+[\"'“‘]?$")

@@ -42,6 +42,13 @@ _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _PHRASE = re.compile(r"\banswer\b[^.\n0-9:=]{0,60}?(?:\bis\b|\bwas\b|\bequals\b|\bbe\b|:|=)(?!\s*not\b)", re.IGNORECASE)
 _DIRECTLY = re.compile(r"[^\w\n]*(?:(?:about|approximately|exactly|equal to|equals)[^\w\n]+)?", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+# How a line begins with which a model goes on to another question: "Question:", "**Q2:**", "### Instruction", "[INST]".
+_NEXT_QUESTION = re.compile(
+    r"^[ \t]*(?:\[INST\]|(?:#{1,6}[ \t]*|\*{1,2})?(?:(?:next|new|another)[ \t]+)?"
+    r"(?:question|problem|instructions?|q|user|human)[ \t]*[0-9]{0,3}\*{0,2}[ \t]*:|"
+    r"#{2,6}[ \t]*(?:question|problem|instructions?|input|user|human)\b)",
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 def _plain(text: str) -> str:
@@ -97,6 +104,19 @@ def _after_phrase(text: str) -> Fraction | None:
     return None
 
 
+def _marked(text: str, marker: str) -> Fraction | None:
+    """The number after the last marker of the first line that has one; of a marker alone, that of the next line."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    for line, below in zip(lines, [*lines, ""][1:], strict=True):
+        after = line.split(marker)[1:]
+        if after and not any(part.strip() for part in after):
+            after = [below]
+        for part in reversed(after):
+            if (value := _result(part, 0)) is not None:
+                return value
+    return None
+
+
 def exact(text: str) -> Fraction | None:
     """The number that `text` is, None where it is anything else; a currency sign and % do not count."""
     plain = _plain(text).strip().rstrip("%. ")
@@ -107,15 +127,23 @@ def exact(text: str) -> Fraction | None:
 def final_number(text: str, marker: str) -> Fraction | None:
     r"""The number that a solution arrives at, None where it has none.
 
-    The first of these that is there: the number in the line after the last `marker` that has one; in the last
-    \boxed{}; after the last "the answer is", "answer:" or the like; in the last sentence that has a number, the one
-    after its last equals sign, else its last. Of several numbers after a marker or a phrase the first counts, and one
-    after an equals sign before that.
+    A model may go on to questions of its own. Of the parts between lines that begin a question, the first that has a
+    number counts: that is what was answered, or the question said again and its answer.
+
+    In that part, the first of these that is there: the number after the last `marker` of the first line that has one;
+    in the last \boxed{}; after the last "the answer is", "answer:" or the like; in the last sentence that has a number,
+    the one after its last equals sign, else its last. Of several numbers after a marker or a phrase the first counts,
+    and one after an equals sign before that.
     """
-    text = _plain(text)
-    marked = [part.strip().split("\n", 1)[0] for part in text.split(marker)[1:]]
-    for part in (*reversed(marked), *reversed(_BOXED.findall(text))):
-        if (value := _result(part, 0)) is not None:
+    parts = _NEXT_QUESTION.split(_plain(text))
+    return next((value for part in parts if (value := _arrived_at(part, marker)) is not None), None)
+
+
+def _arrived_at(text: str, marker: str) -> Fraction | None:
+    if (value := _marked(text, marker)) is not None:
+        return value
+    for boxed in reversed(_BOXED.findall(text)):
+        if (value := _result(boxed, 0)) is not None:
             return value
     if (value := _after_phrase(text)) is not None:
         return value

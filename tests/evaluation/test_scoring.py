@@ -1,8 +1,12 @@
 """Items × backend → samples and metrics."""
 
+import types
+
+import pytest
+
 from evaluation import scoring
 from evaluation.backends import Generation
-from evaluation.tasks import aqi, general
+from evaluation.tasks import Item, ItemError, aqi, general, gsm8k
 
 
 class Parrot:
@@ -49,3 +53,41 @@ def test_every_item_is_kept_and_counted():
     assert values["retention/addition"] == (0.5, 2) and values["retention/sorting"] == (1.0, 2)
     assert values["retention_accuracy"] == (21 / 22, 22)
     assert set(scoring.metric_defs(aqi, rows)) == set(values)
+
+
+def test_the_retention_suite_is_scored_by_its_own_module_whatever_its_tasks_are_called():
+    item = Item("r", "gsm8k", "Repeat: #### 18", "#### 18", {"answer": "18"})
+    (as_task,) = scoring.ask(Parrot({item.prompt: "It is 18"}), [item], "test", max_tokens=9, stop=[])
+    (as_general,) = scoring.ask(Parrot({item.prompt: "It is 18"}), [item], "retention", max_tokens=9, stop=[])
+    assert as_task[1].correct and not as_general[1].correct
+    assert scoring.task_of(item, "test") is gsm8k and scoring.task_of(item, "retention") is general
+
+
+def test_an_item_of_an_unknown_task_is_refused():
+    with pytest.raises(ItemError, match="expected a task .*got 'gone'"):
+        scoring.task_of(Item("x", "gone", "", ""), "test")
+
+
+def test_answers_that_reached_the_limit_are_counted():
+    def rows(tokens, limit):
+        return [
+            m
+            for m in scoring.metrics(aqi, [], [], answer_tokens=tokens, max_tokens=limit)
+            if m["name"] == "answers_cut"
+        ]
+
+    assert rows([8, 9, 10, None], 9) == [{"name": "answers_cut", "split": "test", "value": 2 / 3, "n": 3}]
+    assert rows([8, 8], 9)[0]["value"] == 0
+    assert rows([None, None], 9) == rows([], 9) == rows([9], None) == []
+    meaning = scoring.metric_defs(aqi, rows([9], 9))["answers_cut"]
+    assert (meaning["unit"], meaning["direction"]) == ("share", "lower") and "max_tokens" in meaning["description"]
+
+
+def test_a_metric_that_its_task_does_not_describe_is_refused():
+    task = types.SimpleNamespace(NAME="mine", METRICS={"mine_accuracy": aqi.METRICS[aqi.PRIMARY]})
+    general_row = {"name": "retention/sorting"}
+    found = scoring.metric_defs(task, [{"name": "mine_accuracy"}, general_row])
+    assert found["retention/sorting"]["description"] == "Share of right answers in the general task sorting"
+    for name in ("mine_f1", "mine/f1", "retention/"):
+        with pytest.raises(ItemError, match=f"mine: expected every metric of summarize in METRICS, got '{name}'"):
+            scoring.metric_defs(task, [general_row, {"name": name}])

@@ -1,5 +1,6 @@
 """Data sets of the hub and folders in its format: what is opened, and what is said where it cannot be."""
 
+import re
 import shutil
 import time
 
@@ -113,13 +114,45 @@ def test_subsets_and_splits_that_are_not_there_are_answered_by_those_that_are(tm
     ],
 )
 def test_folders_that_cannot_be_read(tmp_path, files, said):
-    import re
-
     folder = tmp_path / "d"
     folder.mkdir()
     for name, text in files.items():
         (folder / name).write_text(text)
     assert re.search(said, problem(lambda: read_split(str(folder), "train", None)))
+
+
+def test_what_a_folder_lacks_is_not_said_of_the_hub(tmp_path):
+    (tmp_path / "train.parquet").write_text("PAR1")
+    found = problem(lambda: read_split(str(tmp_path), "train", None))
+    assert found.startswith("the folder (split 'train') could not be opened: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "x"), "the folder could not be read .PermissionError"),
+        (
+            ConnectionError("Couldn't reach https://files.invalid/a.csv"),
+            "the folder could not be read .ConnectionError",
+        ),
+        (DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"), "the folder could not be read .DatasetNotFo"),
+        (OSError(28, "No space left on device"), "could not be kept on the disk"),
+    ],
+)
+def test_errors_about_a_folder_name_the_folder(tmp_path, monkeypatch, error, said):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(SourceError, match=said) as caught:
+        read_split(str(tmp_path), "train", None)
+    assert not re.search("hub (data set|cannot|has)|hf download", caught.value.problems[0])
+
+
+def test_a_folder_of_data_is_no_subset(tmp_path):
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict({"a": [1]}).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    assert problem(lambda: read_split(str(tmp_path), "train", "qnli")) == "there is no subset 'qnli'."
 
 
 def test_a_column_of_texts_and_numbers_keeps_both(tmp_path):

@@ -38,7 +38,7 @@ def lines(path, rows):
 
 
 def rows_of(n, label="yes", **more):
-    return [{"question": f"q{i}", "label": label, **more} for i in range(n)]
+    return [{"question": f"q{i}", "label": label, "hint": "", **more} for i in range(n)]
 
 
 def read(source, columns=None, **more):
@@ -94,6 +94,38 @@ def test_columns_are_the_recipes_own_unless_said_otherwise(tmp_path):
     bare = lines(tmp_path / "e.jsonl", [{"question": "a", "label": "yes"}])
     assert read(bare).facts["columns"] == {"ask": "question", "label": "label"}
     assert read(bare, {"ask": ColumnSpec(column="question")}).train
+
+
+def test_an_optional_column_that_is_not_there_is_told(tmp_path):
+    bare = [{"question": "a", "label": "yes", "text": "t"}]
+    said = "There is no column 'hint': items have none."
+    file = lines(tmp_path / "d.jsonl", bare)
+    assert said in read(file).notes
+    assert not any("hint" in note for note in read(file, {"hint": "text"}).notes)
+    assert not any("hint" in note for note in read(file, {"hint": None}).notes)  # said deliberately
+    both = folder(tmp_path / "both", train=bare, test=[{**bare[0], "question": "b"}])
+    assert read(both).notes == [said]
+
+
+def test_an_optional_column_under_another_name_is_not_dropped(tmp_path):
+    file = lines(tmp_path / "d.jsonl", [{"question": "a", "label": "yes", "Hint": "h"}])
+    assert problems(lambda: read(file)) == [
+        "hint: there is no column 'hint'. Did you mean 'Hint'? Map it in columns, or say hint: null there to do "
+        "without."
+    ]
+    assert read(file, {"hint": "Hint"}).train[0].prompt == "a h"
+    made = read(file, {"hint": None})
+    assert made.train[0].prompt == "a" and made.facts["columns"] == {"ask": "question", "label": "label"}
+    # A column that another field is read from is not what was meant.
+    other = lines(tmp_path / "e.jsonl", [{"hints": "a", "label": "yes"}])
+    assert read(other, {"ask": "hints"}).train[0].prompt == "a"
+
+
+def test_a_column_that_items_need_cannot_be_left_out(tmp_path):
+    file = lines(tmp_path / "d.jsonl", rows_of(2))
+    assert problems(lambda: read(file, {"label": None})) == [
+        "label: expected a column, got null; items cannot do without it."
+    ]
 
 
 def test_all_problems_of_a_mapping_are_named_at_once(tmp_path):

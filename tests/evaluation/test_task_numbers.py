@@ -37,6 +37,22 @@ def read(answer):
         ("#### nothing. It was 7.", "7"),
         ("The answer is 5 ####", "5"),
         ("##### 18", "18"),
+        ("#### none\n#### 18", "18"),
+        ("####\n#### 18", "18"),
+        ("#### 18 ####\nThere were 5 cats.", "18"),
+        # A model that goes on to other questions is judged by the first answer.
+        ("2*9=18\n#### 18\n\n### Instruction:\nWhat is 3+2?\n\n### Response:\n3+2=5\n#### 5", "18"),
+        ("#### 18\n\n#### 24", "18"),
+        ("The answer is 5.\n\nQuestion: 4 + 5?\nAnswer: 9", "5"),
+        ("The answer is 5.\n\n**Question 2:** 4 + 5?\nThe answer is 9.\n#### 9", "5"),
+        ("Thus \\boxed{18}.\n\nProblem: 4 + 5?\n\\boxed{9}", "18"),
+        ("They have 3 * 6 = 18 eggs.\nQ: What is 4 + 5?\nA: 9", "18"),
+        ("18\n\n### Instruction\nAdd 4 and 5.", "18"),
+        ("18 [/INST]\n[INST] Add 4 and 5. [/INST] 9", "18"),
+        ("Question: There are 3 boxes of 6.\nAnswer: 18\n\nQuestion: 4 + 5?\nAnswer: 9", "18"),
+        ("\n\n### Instruction:\nAdd 4 and 5.\n### Response:\nThe answer is 9.", "9"),
+        ("Let me see.\nQuestion: how many eggs?\n#### 18", "18"),  # nothing was answered before
+        ("Quantity: 3.\nThe question: how many? 18", "18"),
         ("### 18 ###", "18"),
         # Boxed.
         (r"Thus \boxed{18}, for 3 days.", "18"),
@@ -188,6 +204,7 @@ def test_integers_are_read_back_in_every_form(value, form):
 
 def test_long_answers_are_read_in_time():
     start = time.process_time()
-    for piece in ("1 ", "1,", "1-", "#### ", "the answer is ", r"\boxed{", "=", "9", "1/", ". ", "½", "-"):
+    pieces = ("1 ", "1,", "1-", "#### ", "the answer is ", r"\boxed{", "=", "9", "1/", ". ", "½", "-", "Q:\n", "####\n")
+    for piece in pieces:
         read(piece * 20_000)
     assert time.process_time() - start < 30

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.conftest import TEMPLATE
-from trainers.data import EncodingError, build_dataset, encode_example, encode_examples, encode_prompt
+from trainers.data import EncodingError, encode_example, encode_examples, encode_prompt
 from trainers.models import load_tokenizer
 from trainers.settings import BaseReference
 
@@ -29,7 +29,7 @@ def test_digits_are_tokens_of_their_own(tokenizer):
 
 
 def test_only_the_completion_carries_loss(tokenizer):
-    row = build_dataset(tokenizer, [(PROMPT, "7 (Good)")], 128)[0]
+    row = encode_examples(tokenizer, [(PROMPT, "7 (Good)")], 128).dataset[0]
     learned = [i for i, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m]
     assert tokenizer.decode(learned[:-1]) == "7 (Good)"
     assert learned[-1] == tokenizer.eos_token_id
@@ -48,18 +48,18 @@ def test_a_template_that_ends_inside_a_token_is_refused(base_dir, tokenizer):
 
 def test_too_long_items_are_named_and_not_cut(tokenizer):
     with pytest.raises(EncodingError, match=r"item 1: \d+.*set train.max_length to \d+"):
-        build_dataset(tokenizer, [("a\n", "1"), (PROMPT, "1" * 200)], 100)
+        encode_examples(tokenizer, [("a\n", "1"), (PROMPT, "1" * 200)], 100)
 
 
 def test_the_refusal_says_what_else_could_be_done(tokenizer):
     with pytest.raises(EncodingError, match=r"train\.overlong: leave_out, or with prepare_data\.max_chars"):
-        build_dataset(tokenizer, [(PROMPT, "1" * 200)], 100)
+        encode_examples(tokenizer, [(PROMPT, "1" * 200)], 100)
 
 
 def test_too_long_items_are_left_out_and_counted(tokenizer):
     items = [("a\n", "1"), (PROMPT, "1" * 200), ("b\n", "2"), (PROMPT, "1" * 300)]
     found = encode_examples(tokenizer, items, 100, leave_out=True)
-    assert found.dataset[:] == build_dataset(tokenizer, [items[0], items[2]], 100)[:]
+    assert found.dataset[:] == encode_examples(tokenizer, [items[0], items[2]], 100).dataset[:]
     assert (found.left_out, found.longest) == (2, len(encode_example(tokenizer, *items[3])[0]))
     exact = len(encode_example(tokenizer, *items[1])[0])
     assert encode_examples(tokenizer, items, exact, leave_out=True).left_out == 1  # exactly so long is not too long
@@ -72,4 +72,4 @@ def test_nothing_left(tokenizer):
 
 def test_no_examples(tokenizer):
     with pytest.raises(EncodingError, match="at least one"):
-        build_dataset(tokenizer, [], 100)
+        encode_examples(tokenizer, [], 100)

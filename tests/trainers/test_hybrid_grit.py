@@ -116,11 +116,11 @@ def test_the_adapter_is_an_ordinary_one(seen, jobs):
         n.replace(".weight", ".default.weight") for n in saved
     }
     # The evaluation loss that Unsloth's trainer reported, from stock transformers and PEFT.
-    from trainers.data import build_dataset
+    from trainers.data import encode_examples
     from trainers.models import load_tokenizer
 
     total, count = 0.0, 0
-    for row in build_dataset(load_tokenizer(job.base), job.valid, job.settings.max_length):
+    for row in encode_examples(load_tokenizer(job.base), job.valid, job.settings.max_length).dataset:
         ids = torch.tensor([row["input_ids"]])
         with torch.no_grad():
             logits = torch.log_softmax(model(input_ids=ids).logits[0, :-1], -1)
