@@ -24,6 +24,7 @@ from pipelines.config import parse_params
 from pipelines.plan import plan_of
 from pipelines.planning import overhead
 from pipelines.planning.plan import Plan
+from pipelines.planning.verdicts import MARGIN
 from pipelines.profile import compose, load_text
 from pipelines.schema import Params
 from trainers.data import encode_prompt
@@ -130,6 +131,10 @@ def main() -> None:
     ]
     if off:
         raise SystemExit(f"the plan is off by more than {ALLOWED:.0%}: {', '.join(off)}")
+    # What the verdict "fits" promises.
+    low = [row["arm"] for row in rows if min(row["resident_low"], row["tensors_planned_over_measured"]) * MARGIN < 1]
+    if low:
+        raise SystemExit(f"{MARGIN} times the plan is below what was measured: {', '.join(low)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a run will need, and whether this machine has it: `python -m pipelines.plan [--profile NAME] [--arm ARM]`.
 
-Exit code 0: it fits. 1: it does not. 2: it cannot be planned.
+Exit code 0: it fits, or barely: the plan may be up to a fifth too low. 1: it does not. 2: it cannot be planned.
 """
 
 import json
@@ -18,7 +18,8 @@ from pipelines.planning.bases import PlanError, base_of
 from pipelines.planning.lengths import lengths_of
 from pipelines.planning.machine import look
 from pipelines.planning.needs import Case, copies_in_cache
-from pipelines.planning.plan import Plan, Verdict, make
+from pipelines.planning.plan import Plan, make
+from pipelines.planning.verdicts import Verdict
 from pipelines.profile import compose, load_text
 from pipelines.schema import Params
 from pipelines.stage import cli, quiet_libraries
@@ -38,10 +39,12 @@ def human(size: int) -> str:
 def sentence(verdict: Verdict) -> str:
     """One line on one resource."""
     when = f" ({verdict.stage})" if verdict.stage else ""
-    need = f"needs about {human(verdict.needed)} of {verdict.resource} at most{when}; "
+    need = f"needs about {human(verdict.needed)} of {verdict.resource}{when}; "
     if verdict.free is None:
         return f"{need}this machine has none: does not fit"
-    return f"{need}this machine has {human(verdict.free)} free: {'fits' if verdict.fits else 'does not fit'}"
+    where = f" ({verdict.device})" if verdict.device else ""
+    ends = "does not fit" if not verdict.fits else "fits barely" if verdict.barely else "fits"
+    return f"{need}this machine{where} has {human(verdict.free)} free: {ends}"
 
 
 def show(plan: Plan) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from pipelines.base_model import local_folder
 from pipelines.schema import PrepareBase
 from trainers.embedded_base import EmbeddedSettings
+from trainers.models import hub_reason
 
 SHIPPED = Path(__file__).resolve().parents[2] / "profiles" / "models"
 _SECONDS = 5.0
@@ -85,26 +86,50 @@ def from_dict(content: dict[str, Any]) -> Any:
         ) from error
 
 
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    """The object in a config.json.
+
+    Raises:
+        PlanError: no JSON, or another value than an object.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise PlanError(f"{where}: expected a model's configuration: {error}") from error
+    if not isinstance(content, dict):
+        raise PlanError(f"{where}: expected a model's configuration, an object with a model_type, got {text[:40]!r}")
+    return content
+
+
 def _from_hub(source: str, revision: str | None) -> dict[str, Any]:
     """config.json of a hub model: downloaded earlier, or asked for once, without the client's retries."""
-    from huggingface_hub import get_session, get_token, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import get_session, get_token, hf_hub_url, hf_raise_for_status, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         cached = try_to_load_from_cache(source, "config.json", revision=revision)
         if isinstance(cached, str):
-            return dict(json.loads(Path(cached).read_text(encoding="utf-8")))
-        url = hf_hub_url(source, "config.json", revision=revision)
-        token = get_token()
-        headers = {"authorization": f"Bearer {token}"} if token else {}
-        answer = get_session().get(url, headers=headers, timeout=_SECONDS, follow_redirects=True)
-        answer.raise_for_status()
-        return dict(answer.json())
+            text = Path(cached).read_text(encoding="utf-8")
+        else:
+            url = hf_hub_url(source, "config.json", revision=revision)
+            token = get_token()
+            headers = {"authorization": f"Bearer {token}"} if token else {}
+            answer = get_session().get(url, headers=headers, timeout=_SECONDS, follow_redirects=True)
+            hf_raise_for_status(answer)
+            text = answer.text
     except Exception as error:
+        reason = hub_reason(error, source) or type(error).__name__
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403) and "log in" not in reason:
+            reason = (
+                f"it answers {error.response.status_code}; log in with `hf auth login`, or set HF_TOKEN to a token "
+                "that may read this model"
+            )
         raise PlanError(
             f"prepare_base.source: the shape of {source!r} is not known here and the model hub did not give its "
-            f"config.json ({type(error).__name__}); put that file into a folder and plan with prepare_base.source set "
-            "to the folder"
+            f"config.json: {reason}. To plan, that file in a folder is enough, with prepare_base.source set to the "
+            "folder"
         ) from error
+    return _parsed(text, f"config.json of {source} on the hub")
 
 
 def base_of(section: PrepareBase) -> Base:
@@ -119,10 +144,12 @@ def base_of(section: PrepareBase) -> Base:
     merged_on_hub = section.merge_source is not None and local_folder(section.merge_source, "merge_source") is None
     folder = local_folder(section.source)
     if folder is not None:
+        file = folder / "config.json"
         try:
-            content = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            text = file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise PlanError(f"{folder / 'config.json'}: expected a model's configuration: {error}") from error
+            raise PlanError(f"{file}: expected a model's configuration: {error}") from error
+        content = _parsed(text, str(file))
         quantized = "quantization_config" in content
         return Base(from_dict(content), f"{folder}/config.json", quantized, merged_on_hub=merged_on_hub)
     entry = shipped(section.source)

@@ -1,5 +1,6 @@
 """Models without data: what a base and its adapter weigh, found by building them on torch's meta device."""
 
+import copy
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ def blank_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            # A copy, since the dtype is written into it.
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ModelError(
             f"expected the configuration of a causal language model, transformers says: {error}"

@@ -1,4 +1,4 @@
-"""How many tokens the longest items have: those of prepared or generated data, or at most train.max_length."""
+"""How many tokens the longest items have: those of prepared or generated data, or at most max_length."""
 
 import json
 from collections.abc import Iterable
@@ -42,6 +42,11 @@ def _longest(tokenizer: Any, texts: Iterable[str], most: int) -> int:
     return max((n for text in texts if (n := len(encode_prompt(tokenizer, text)) + 1) <= most), default=most)
 
 
+def _most(params: Params) -> int:
+    """Tokens of an item that some arm still trains on, at most."""
+    return max(params.train_for(arm).max_length for arm in params.matrix.arms)
+
+
 def _general(params: Params, count: int) -> list[tuple[str, str]]:
     """(rendered prompt, answer) of the first general questions, as stage prepare_base asks them."""
     section, template = params.prepare_base, params.prompt.template
@@ -63,7 +68,7 @@ def _prepared(params: Params) -> Lengths | None:
         for split in ("train", "valid"):
             items = [Item.from_json(row) for row in read_jsonl(DATA / f"{split}.jsonl")]
             texts = (render(template, item.prompt) + item.completion for item in items)
-            found.append(_longest(tokenizer, texts, params.train.max_length))
+            found.append(_longest(tokenizer, texts, _most(params)))
         base = params.prepare_base
         asked = (a + b for a, b in _general(params, _SAMPLE)) if base.source == "embedded" else iter(())
         of_base = _longest(tokenizer, asked, base.context) if base.source == "embedded" else None
@@ -87,7 +92,7 @@ def _generated(params: Params) -> Lengths:
         _longest(
             tokenizer,
             (render(template, item.prompt) + item.completion for item in splits[split]),
-            params.train.max_length,
+            _most(params),
         )
         for split in ("train", "valid")
     ]
@@ -103,5 +108,5 @@ def lengths_of(params: Params) -> Lengths:
     section = params.prepare_data
     if section.source == "generated" and params.prepare_base.source == "embedded" and params.prompt.template != CHAT:
         return _generated(params)
-    most = params.train.max_length
+    most = _most(params)
     return Lengths(most, most, "at most: train.max_length, since data/ is not prepared with these settings")

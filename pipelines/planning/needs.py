@@ -15,16 +15,12 @@ from pipelines.planning.blank import blank_model, weigh
 from pipelines.planning.lengths import Lengths
 from pipelines.planning.memory import TrainingMemory, training_memory
 from pipelines.planning.passes import passes_of
-from pipelines.planning.sizes import FP32, HALF, gguf_bytes, kv_cache_bytes
+from pipelines.planning.sizes import FP32, HALF, gguf_bytes
 from pipelines.schema import Params
 from trainers import BUILDS_ON
 from trainers.settings import TrainSettings
 
 RAM, GPU, DISK = "RAM", "GPU memory", "disk"
-_LLAMA_BATCH = 512
-"""Tokens of one call of llama.cpp, each of which may give logits (evaluation/backends/llama_batch.py)."""
-_CHECKPOINTS = 3
-"""save_total_limit 2, and the next one is written before the oldest is removed."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,8 @@ def training_rows(case: Case, arm: str) -> tuple[list[Row], TrainingMemory]:
     return rows, memory
 
 
-def _process_row(case: Case, stage: str, arm: str) -> list[Row]:
+def process_row(case: Case, stage: str, arm: str) -> list[Row]:
+    """RAM of a stage's process without tensors, as measured of training; empty where it was not measured."""
     own = case.process(arm)
     return [] if own is None else [Row(stage, "process with its packages (as training)", own, RAM)]
 
@@ -125,7 +122,7 @@ def base_rows(case: Case, arm: str) -> list[Row]:
     return [
         Row("prepare_base", "weights and AdamW's moments", 3 * own, place),
         Row("prepare_base", f"passes, {tokens} tokens", made.peak, place),
-        *_process_row(case, "prepare_base", arm),
+        *process_row(case, "prepare_base", arm),
     ]
 
 
@@ -143,47 +140,8 @@ def measure_rows(case: Case, memory: TrainingMemory, arm: str) -> list[Row]:
         Row("measure", "base and adapter", memory.weights.base + FP32 * memory.weights.lora, place),
         Row("measure", f"logits, {tokens} tokens at most", logits, place),
         Row("measure", "hidden states, adapter on and off", hidden, place),
-        *_process_row(case, "measure", arm),
+        *process_row(case, "measure", arm),
     ]
-
-
-def _serving_rows(case: Case, parameters: int, arm: str) -> list[Row]:
-    """Stages that ask: llama.cpp's model, cache and logits."""
-    config, params = case.base.config.get_text_config(), case.params
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = partial(kv_cache_bytes, config.num_hidden_layers, heads, head, params.export.num_ctx)
-    size = partial(gguf_bytes, parameters=parameters, row=config.hidden_size)
-    logits = _LLAMA_BATCH * config.vocab_size * FP32
-    served, parallel = size(params.export.quantization), params.evaluate.parallel
-    rows = []
-    for stage, model in (("evaluate", served), ("quantize", max(served, size("f16")))):
-        if stage == "evaluate" and params.evaluate.backend == "hf":
-            model = parameters * (HALF if case.on_gpu else FP32)
-        rows += [
-            Row(stage, "model", model, RAM),
-            Row(stage, f"keys and values, {parallel} × {params.export.num_ctx} tokens", cache(parallel), RAM),
-            Row(stage, "logits of a batch", logits, RAM),
-            *_process_row(case, stage, arm),
-        ]
-    return rows
-
-
-def export_rows(case: Case, memory: TrainingMemory, arm: str) -> list[Row]:
-    """RAM of the stages after training: export merges in 16 bit, then asks the base in float32 (bf16 on a GPU)."""
-    parameters, config = memory.weights.parameters, case.base.config.get_text_config()
-    merging = parameters * HALF + FP32 * config.hidden_size * max(
-        getattr(config, "intermediate_size", 0) or 0, config.hidden_size
-    )
-    asking = parameters * FP32 + FP32 * memory.weights.lora
-    rows = [Row("export", "base in 16 bit and one matrix in float32, to merge", merging, RAM)]
-    if case.on_gpu:
-        rows.append(
-            Row("export", "base in bf16, to compare answers", parameters * HALF + FP32 * memory.weights.lora, GPU)
-        )
-    elif asking > merging:
-        rows = [Row("export", "base in float32, to compare answers", asking, RAM)]
-    return rows + _process_row(case, "export", arm) + _serving_rows(case, parameters, arm)
 
 
 def copies_in_cache(project: Path) -> bool:
@@ -207,6 +165,14 @@ def _reflinks(folder: Path) -> bool:
         except OSError:
             return False
     return True
+
+
+def checkpoints(settings: TrainSettings) -> int:
+    """How many an arm has on the disk at once: what the Trainer keeps (trainers/arguments.py), and the next one.
+
+    It is written before the oldest is removed.
+    """
+    return (3 if settings.keeps_best else 2) + 1
 
 
 def disk_rows(case: Case, memories: dict[str, TrainingMemory], *, doubled: bool) -> list[Row]:
@@ -249,15 +215,20 @@ def disk_rows(case: Case, memories: dict[str, TrainingMemory], *, doubled: bool)
     kept.append(Row("export base", "GGUF" if plain else "GGUF, served and f16", served + (not plain) * f16, DISK, True))
     if doubled:
         kept.append(Row("all", "second copy in DVC's cache", sum(row.bytes for row in kept), DISK, kept=True))
-    states = max(
-        3 * FP32 * m.weights.lora + m.kept["optimizer state"] + m.kept["GRIT"] for m in memories.values()
-    )  # adapter and the probe's moments
+    rows += kept
+    for arm, m in memories.items():
+        states = 3 * FP32 * m.weights.lora + m.kept["optimizer state"] + m.kept["GRIT"]  # adapter, the probe's moments
+        count = checkpoints(case.settings(arm))
+        rows.append(Row(f"train {arm}", f"{count} checkpoints, until it ends", count * states, DISK))
     made = max((size(name) for name in params.quantize.types), default=0)
+    exact = params.export.parity_arithmetic == "f32"
+    files, words = (
+        half + f16 + exact * size("f32"),
+        "merged model, f16 and f32 GGUF" if exact else "merged model, f16 GGUF",
+    )
     return [
         *rows,
-        *kept,
-        Row("train", f"{_CHECKPOINTS} checkpoints, until it ends", _CHECKPOINTS * states, DISK),
-        Row("export", "merged model and f16 GGUF, until it ends", half + f16, DISK),
+        Row("export", f"{words}, until it ends", files, DISK),
         Row("quantize", "models in other precisions, until it ends", made + (not plain) * (f16 + half), DISK),
     ]
 
