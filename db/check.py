@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from sqlalchemy import and_, func, inspect, or_, select, text
+from sqlalchemy import and_, func, inspect, not_, or_, select, text
 from sqlalchemy.orm import Session, aliased
 
 from db.columns import FINAL_STEP, Base
 from db.models import Metric, Quantization, QuantizedSample, Run, Sample
 from db.queries import VIEWS
+from db.references import may_be_same
 
 _ROUNDING = 0.001
 _SAME_MEAN = 1e-6
@@ -60,12 +61,13 @@ def _wrong_references(session: Session) -> list[str]:
         base.task != Run.task,
         base.test_items_sha256 != Run.test_items_sha256,
         base.backend_name != Run.backend_name,
+        not_(may_be_same(base.base_key, Run.base_key)),
     )
     columns = (Run.is_current, Run.arm, Run.seed, Run.id, base.arm, base.seed, base.id)
     query = select(*columns).join(base, Run.reference_run_id == base.id).where(unfair)
     return [
         f"{_label(*row[1:4])} is held against {_label(*row[4:])}, which is no {'current ' if row[0] else ''}base with "
-        "the same items and backend"
+        "the same items and backend and of the same model"
         for row in session.execute(query.order_by(Run.id))
     ]
 
@@ -79,6 +81,7 @@ def _lost_references(session: Session) -> list[str]:
         base.task == Run.task,
         base.test_items_sha256 == Run.test_items_sha256,
         base.backend_name == Run.backend_name,
+        may_be_same(base.base_key, Run.base_key),
     )
     query = select(Run.arm, Run.seed, Run.id).where(
         Run.is_current, Run.arm != "base", Run.reference_run_id.is_(None), fair.exists()

@@ -248,7 +248,7 @@ def store(
     session.flush()
     relink_retired(session, stale_ids)
     updated -= inserted
-    lost = [f"{b.label}: no base with the same items and backend, so no differences"
+    lost = [f"{b.label}: no base with the same items and backend and of the same model, so no differences"
             for b, run in zip(bundles, current, strict=True)
             if run.arm != BASE and run.reference_run_id is None]  # fmt: skip
     return IngestSummary(

@@ -27,7 +27,7 @@ from db.columns import (
 )
 from db.models_attempts import Attempt
 from db.models_layers import LayerMetric, Spectrum
-from db.models_serving import Quantization, QuantizedSample, Verification
+from db.models_serving import Quantization, QuantizedSample, Speed, Verification
 
 __all__ = [
     "Artifact",
@@ -45,6 +45,9 @@ __all__ = [
     "Speed",
     "Verification",
 ]
+
+
+_KEYS = ("base_key", "train_key")
 
 
 class Environment(Base):
@@ -83,7 +86,7 @@ class Run(Base):
         CheckConstraint("task <> '' AND task_title <> '' AND primary_metric <> ''", name="task_named"),
         count_rule("seed"),
         # All that a choice of runs looks at, apart from rows that carry kilobytes of parameters.
-        Index("ix_run_choice", "is_current", "status", "task", "ended", "arm", "seed", "backend_name"),
+        Index("ix_run_choice", "is_current", "status", "task", "ended", "arm", "seed", "backend_name", *_KEYS),
         Index(
             "uq_run_current",
             "arm",
@@ -139,7 +142,7 @@ class Run(Base):
     reference_run_id: Mapped[int | None] = mapped_column(
         ForeignKey("run.id", ondelete="SET NULL"),
         index=True,
-        comment="current base run with the same items and backend; NULL: no fair reference",
+        comment="base run with the same task, items, backend and base_key, where both have one; NULL: no fair one",
     )
     parity_first_difference: Mapped[dict[str, Any] | None] = mapped_column(
         comment="first prompt on which the exported model disagreed with the trained one"
@@ -154,6 +157,13 @@ class Run(Base):
     primary_metric: Mapped[str] = mapped_column(
         server_default=text("'aqi_category_accuracy'"),
         comment="name in metric, split test: the mean credit of the test items, by which arms are compared",
+    )
+    base_key: Mapped[str] = mapped_column(
+        server_default=text("''"), comment="sha256 of base.json: which model was trained or is the base; '': not known"
+    )
+    train_key: Mapped[str] = mapped_column(
+        server_default=text("''"),
+        comment="sha256 of the canonical JSON of params and inputs of stage train; '': nothing was trained",
     )
 
 
@@ -272,27 +282,3 @@ class Artifact(OfRun, Base):
     parent_sha256: Mapped[str | None] = mapped_column(
         SHA256, comment="content, not row: the parent may belong to the base run or stand outside"
     )
-
-
-class Speed(OfRun, Base):
-    """One timed phase. An arm's run also times the base, alternately in the same process.
-
-    load: until the model is ready; ttft: from a request to its first token; prefill: evaluating prompts; decode:
-    answers, token by token.
-    """
-
-    __tablename__ = "speed"
-    __table_args__ = (
-        UniqueConstraint("run_id", "arm", "phase", "repetition"),
-        CheckConstraint("arm <> ''", name="named"),
-        CheckConstraint("phase IN ('load', 'ttft', 'prefill', 'decode')", name="phase"),
-        count_rule("repetition"),
-        count_rule("tokens"),
-        count_rule("nanoseconds"),
-    )
-
-    arm: Mapped[str] = mapped_column(comment="the run's own arm, or base: machines drift, so deltas stay here")
-    phase: Mapped[str]
-    repetition: Mapped[int]
-    tokens: Mapped[int | None] = mapped_column(comment="tokens; NULL: not measured")
-    nanoseconds: Mapped[int | None] = mapped_column(comment="ns; NULL: not measured")

@@ -1,4 +1,4 @@
-"""The tables of what is served: the model in other precisions, and whether each server answers as it was trained."""
+"""The tables of what is served: precisions, whether each server answers as it was trained, and how fast."""
 
 from __future__ import annotations
 
@@ -103,3 +103,27 @@ class Verification(OfRun, Base):
     adapter_sha256: Mapped[str | None] = mapped_column(SHA256, comment="of the exported adapter")
     server_digest: Mapped[str | None] = mapped_column(comment="the server's digest of the model")
     stored_sha256: Mapped[str | None] = mapped_column(comment="of the weights as the server keeps them")
+
+
+class Speed(OfRun, Base):
+    """One timed phase. An arm's run also times the base, alternately in the same process.
+
+    load: until the model is ready; ttft: from a request to its first token; prefill: evaluating prompts; decode:
+    answers, token by token.
+    """
+
+    __tablename__ = "speed"
+    __table_args__ = (
+        UniqueConstraint("run_id", "arm", "phase", "repetition"),
+        CheckConstraint("arm <> ''", name="named"),
+        CheckConstraint("phase IN ('load', 'ttft', 'prefill', 'decode')", name="phase"),
+        count_rule("repetition"),
+        count_rule("tokens"),
+        count_rule("nanoseconds"),
+    )
+
+    arm: Mapped[str] = mapped_column(comment="the run's own arm, or base: machines drift, so deltas stay here")
+    phase: Mapped[str]
+    repetition: Mapped[int]
+    tokens: Mapped[int | None] = mapped_column(comment="tokens; NULL: not measured")
+    nanoseconds: Mapped[int | None] = mapped_column(comment="ns; NULL: not measured")

@@ -1,4 +1,4 @@
-"""Reading questions, answered in plain values; only current, finished runs."""
+"""Reading questions about some runs, answered in plain values; which runs there are says `db.queries_compare`."""
 
 from __future__ import annotations
 
@@ -51,12 +51,6 @@ class FinalMetric:
 
     value: float
     n: int | None
-
-
-def current_runs(session: Session) -> list[Run]:
-    """Return the current, finished runs, base first, then by arm and seed."""
-    runs = session.scalars(select(Run).where(Run.is_current, Run.status == "finished"))
-    return sorted(runs, key=lambda run: (run.arm != "base", run.arm, run.seed))
 
 
 def final_metrics(session: Session, run_ids: Iterable[int]) -> dict[int, dict[tuple[str, str], FinalMetric]]:

@@ -9,13 +9,13 @@ from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple, TypeVar, TypeVarTuple
 
-from sqlalchemy import Row, Select, select
+from sqlalchemy import Row, Select, func, or_, select
 from sqlalchemy.orm import Session
 
 from db.columns import FINAL_STEP
 from db.models import Environment, Metric, Probe, Quantization, QuantizedSample, Run, Sample, Speed, Verification
 from db.queries import Reading
-from db.tasks import TaskFacts, latest_runs, task_on_disk, tasks_of_runs
+from db.tasks import TaskFacts, latest_runs, newest_base, other_runs, task_on_disk, tasks_of_runs
 from db.values import join_value
 
 __all__ = ["BASE", "Choice", "RunFacts", "TaskFacts", "Timing", "tasks_of_runs"]
@@ -59,7 +59,8 @@ class Choice:
         seeds: Of the trained arms; the base has one run, which is always read.
         backends: What ran the model, of the base too.
         task: What was asked. None: the task whose results are on disk, its current runs; so too where it is named.
-            Of another task, each arm's and seed's latest finished run stands for it.
+            Of another task, each arm's and seed's latest finished run stands for it; see `db.tasks.latest_runs`.
+            Either way all are of one base model, the newest run's.
     """
 
     arms: Collection[str] = ()
@@ -86,6 +87,23 @@ def chosen_runs(session: Session, choice: Choice) -> list[RunFacts]:
     ]
 
 
+def left_out(session: Session, choice: Choice) -> dict[str, int]:
+    """Return arm -> number of finished runs that a choice leaves out, base first; arms without any are not there.
+
+    On the disk: current runs of another base model. Of another task: runs, at whatever time, of another base model
+    than its newest run, or trained with other settings or data than their arm's newest run.
+    """
+    on_disk = task_on_disk(session)
+    query = select(Run.arm, func.count()).group_by(Run.arm).order_by(Run.arm != BASE, Run.arm)
+    if choice.task is None or choice.task == on_disk:
+        base = newest_base(on_disk, current=True)
+        others = (Run.base_key != base, Run.base_key != "")
+        query = query.where(Run.is_current, Run.status == "finished", Run.task == on_disk, *others)
+    else:
+        query = query.where(Run.id.in_(other_runs(choice.task)))
+    return {arm: count for arm, count in _rows(session, _filtered(query, choice))}
+
+
 def names_of_runs(session: Session, task: str | None = None) -> tuple[list[str], list[int], list[str]]:
     """Return arms, seeds and backends of all runs that a choice of this task can have, each sorted."""
     query = select(Run.arm, Run.seed, Run.backend_name)
@@ -100,9 +118,15 @@ def names_of_runs(session: Session, task: str | None = None) -> tuple[list[str],
 def _narrow(session: Session, query: Select[*Ts], choice: Choice) -> Select[*Ts]:
     on_disk = task_on_disk(session)
     if choice.task is None or choice.task == on_disk:
-        query = query.where(Run.is_current, Run.status == "finished", Run.task == on_disk)
+        base = newest_base(on_disk, current=True)
+        of_base = or_(Run.base_key == base, Run.base_key == "")
+        query = query.where(Run.is_current, Run.status == "finished", Run.task == on_disk, of_base)
     else:
         query = query.where(Run.id.in_(latest_runs(choice.task)))
+    return _filtered(query, choice)
+
+
+def _filtered(query: Select[*Ts], choice: Choice) -> Select[*Ts]:
     if choice.arms:
         query = query.where(Run.arm.in_({BASE, *choice.arms}))
     if choice.seeds:

@@ -14,6 +14,8 @@ from db.schema import NEWEST
 from db.values import clean_text, plain, split_value
 
 Row = dict[str, Any]
+_BASE_FILE = "models/base/base.json"
+"""Names the base model, its revision and fingerprint; stage export reads it for every arm and for the base."""
 
 
 def digest_of(content: Any) -> str:
@@ -87,7 +89,14 @@ def run_row(bundle: Bundle) -> Row:
         "task": clean_text(scores.task.name),
         "task_title": clean_text(scores.task.title),
         "primary_metric": clean_text(scores.task.primary),
+        "base_key": clean_text(bundle.stages["export"].inputs.get(_BASE_FILE) or ""),
+        "train_key": _train_key(bundle.stages.get("train")),
     }
+
+
+def _train_key(record: RunRecord | None) -> str:
+    """Runs of an arm with equal keys differ by the seed, which is not among the settings; equal data, equal base."""
+    return "" if record is None else digest_of([record.params, record.inputs])
 
 
 def _serving_mode(bundle: Bundle) -> str:

@@ -23,7 +23,7 @@ from evaluation.arms import RETENTION, AlignmentRow, ArmRow, ProbeRow
 from evaluation.criteria import Criterion
 from evaluation.differences import BASE, BASELINE
 from evaluation.facts import SpeedChange, read_facts
-from evaluation.notes import notes, verdict_line
+from evaluation.notes import notes, notes_of_others, verdict_line
 from evaluation.power import PowerRow, power_rows
 from evaluation.primary import FIRST, Primary, primary_of
 from evaluation.serving import PhaseRow, PrecisionRow, ServedRow, phase_rows, precision_rows, served_rows
@@ -147,7 +147,10 @@ def compare(session: Session, choice: Choice | None = None, baseline: str | None
     return Comparison(
         rows=rows,
         verdicts=tuple(verdict_line(row, against) for row in rows if row.arm != BASE),
-        notes=tuple(notes(rows, runs, primary, _tasks_on_disk(session))),
+        notes=(
+            *notes(rows, runs, primary, _tasks_on_disk(session)),
+            *notes_of_others(compare_queries.left_out(session, choice)),
+        ),
         units={name: (m.unit, m.direction, m.description) for name, m in meanings.items()},
         runs=tuple(_provenance(places, runs)),
         precisions=tuple(r for a in arms for r in precision_rows(facts.by_arm[a], quantized, quantized_answers)),

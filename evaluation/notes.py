@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from db.queries_compare import RunFacts
 from evaluation.arms import ArmRow
@@ -63,6 +63,21 @@ def _of_tasks(shown: Primary, on_disk: Sequence[str]) -> Iterable[str]:
             f"The results on the disk are of several tasks ({', '.join(on_disk)}), as while one replaces another: "
             f"shown are those of {shown.task} alone."
         )
+
+
+def notes_of_others(counts: Mapping[str, int]) -> list[str]:
+    """Say which runs of the task are not seeds of the arms that are shown.
+
+    Args:
+        counts: Arm -> number of its runs that are left out; see `db.queries_compare.left_out`.
+    """
+    if not counts:
+        return []
+    told = ", ".join(f"{count} of {arm}" for arm, count in counts.items())
+    return [
+        f"Finished runs of this task that are left out: {told}. They have another base model than the newest run, or "
+        "other settings or data of training than the newest run of their arm, so they are no seeds of one arm."
+    ]
 
 
 def _of_differences(rows: Sequence[ArmRow]) -> Iterable[str]:

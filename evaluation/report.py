@@ -8,10 +8,9 @@ from pathlib import Path
 from evaluation.comparison import Comparison
 from evaluation.report_data import as_csv, as_json
 from evaluation.report_markdown import as_markdown
-from evaluation.report_table import HEADERS, cells, headers, print_table, rich_table, svg
+from evaluation.report_table import cells, headers, print_table, rich_table, svg
 
 __all__ = [
-    "HEADERS",
     "as_csv",
     "as_json",
     "as_markdown",

@@ -15,7 +15,7 @@ from evaluation.comparison import Comparison
 from evaluation.differences import BASE
 from evaluation.markdown import interval, number
 from evaluation.power import POINTS, PowerRow
-from evaluation.primary import FIRST, Primary
+from evaluation.primary import Primary
 from evaluation.report_findings import CRITERIA, CRITERIA_HEADERS, POWER, criterion_cells
 
 NARROWEST = 100
@@ -37,8 +37,6 @@ def headers(primary: Primary) -> tuple[str, ...]:
     )
 
 
-HEADERS = headers(FIRST)
-"""Of the air quality task."""
 TITLE = "Arms compared with the untouched base"
 _COLOURS = {"better": "green", "worse": "red", "pass": "green", "fail": "red"}
 

@@ -20,7 +20,9 @@ QUANTIZATION = views_0002.QUANTIZATION.replace(
 )
 
 # One row for each finished run of any task. `value` is the primary metric in percent, differences are percentage
-# points, speeds decode tokens per second (see 0001). Of each task's arm and seed one run is the latest.
+# points, speeds decode tokens per second (see 0001). Of each task's arm and seed one run is the latest, of those with
+# the base model of the task's newest run (or an unknown one), and the settings and data of training of the arm's
+# newest with it.
 TASK_RESULTS = """
 CREATE VIEW task_results AS
 WITH decode AS (
@@ -31,6 +33,24 @@ WITH decode AS (
 ),
 final AS (
     SELECT run_id, name, split, value, n FROM metric WHERE step = -1
+),
+finished AS (
+    SELECT id, task, arm, seed, ended, base_key, train_key,
+        FIRST_VALUE(base_key) OVER (PARTITION BY task ORDER BY base_key = '', ended DESC, id DESC)
+            AS newest_base
+    FROM run
+    WHERE status = 'finished'
+),
+of_base AS (
+    SELECT id, task, arm, seed, ended, train_key,
+        FIRST_VALUE(train_key) OVER (PARTITION BY task, arm ORDER BY ended DESC, id DESC) AS newest_key
+    FROM finished
+    WHERE base_key IN (newest_base, '')
+),
+ordered AS (
+    SELECT id, ROW_NUMBER() OVER (PARTITION BY task, arm, seed ORDER BY ended DESC, id DESC) AS place
+    FROM of_base
+    WHERE train_key = newest_key
 )
 SELECT
     run.id AS run_id,
@@ -50,11 +70,11 @@ SELECT
     speed.rate AS inference_speed,
     CASE WHEN run.arm = 'base' THEN 0.0 ELSE speed.rate - beside.rate END AS delta_speed,
     run.is_current,
-    ROW_NUMBER() OVER (PARTITION BY run.task, run.arm, run.seed ORDER BY run.ended DESC, run.id DESC) = 1
-        AS is_latest,
+    COALESCE(ordered.place, 0) = 1 AS is_latest,
     run.test_items_sha256,
     {timestamp} AS timestamp
 FROM run
+LEFT JOIN ordered ON ordered.id = run.id
 LEFT JOIN metric_def ON metric_def.name = run.primary_metric
 LEFT JOIN final AS own
     ON own.run_id = run.id AND own.name = run.primary_metric AND own.split = 'test'

@@ -17,6 +17,7 @@ from db.bulk import insert_rows
 from db.columns import Base
 from db.ingest import ingest
 from db.models import Attempt, Environment, Metric, Run, Sample
+from db.queries_compare import Choice, chosen_runs
 from tests.db.result_tree import make_arm, make_tree, sha, write
 from tests.db.workers import content
 
@@ -142,7 +143,7 @@ def test_long_curves_are_stored_and_a_second_ingest_writes_nothing(tmp_path: Pat
     make_arm(tree, "pure_grit", correct=[True] * 100, history=curve)
     ingest(tree, path)
     with open_session(path) as session:
-        run = next(run for run in queries.current_runs(session) if run.arm == "pure_grit")
+        run = next(run for run in chosen_runs(session, Choice()) if run.arm == "pure_grit")
         for name in ("loss", "grad_norm"):
             assert queries.curve(session, run.id, name) == [(entry["step"], entry[name]) for entry in curve]
         number = session.scalar(select(func.count()).where(Metric.run_id == run.id, Metric.split == "train"))
@@ -165,7 +166,7 @@ def test_a_name_logged_twice_at_one_step_keeps_the_later_number(tmp_path: Path, 
     make_arm(tree, "pure_grit", correct=[True] * 100, history=json.dumps(curve))
     ingest(tree, path)
     with open_session(path) as session:
-        run = next(run for run in queries.current_runs(session) if run.arm == "pure_grit")
+        run = next(run for run in chosen_runs(session, Choice()) if run.arm == "pure_grit")
         rows = session.execute(
             select(Metric.name, Metric.split, Metric.step, Metric.value, Metric.value_kind).where(
                 Metric.run_id == run.id, Metric.split.in_(["train", "eval"])

@@ -16,6 +16,7 @@ from sqlalchemy import func, select, update
 from db import DatabaseError, IngestError, open_session, queries
 from db.ingest import ingest, rebuild
 from db.models import Artifact, Environment, Metric, Run, Sample, Speed
+from db.queries_compare import Choice, chosen_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +55,7 @@ def test_every_file_reaches_its_table(tree: Path, path: Path) -> None:
     assert counts(summary) == (3, 0, 0, 0)
     assert summary.skipped == ()
     with open_session(path) as session:
-        runs = {(run.arm, run.seed): run for run in queries.current_runs(session)}
+        runs = {(run.arm, run.seed): session.get_one(Run, run.id) for run in chosen_runs(session, Choice())}
         assert set(runs) == {("base", 0), ("baseline_lora", 0), ("baseline_lora", 1)}
         run, base = runs["baseline_lora", 0], runs["base", 0]
         assert run.reference_run_id == base.id and base.reference_run_id is None
@@ -126,7 +127,7 @@ def test_nan_and_infinite_losses_survive(tree: Path, path: Path) -> None:
     write(tree / "adapters/baseline_lora/0/loss_history.json", text)
     ingest(tree, path)
     with open_session(path) as session:
-        run = next(run for run in queries.current_runs(session) if (run.arm, run.seed) == ("baseline_lora", 0))
+        run = next(run for run in chosen_runs(session, Choice()) if (run.arm, run.seed) == ("baseline_lora", 0))
         curve = queries.curve(session, run.id, "loss")
         assert math.isnan(curve[0][1]) and curve[1:] == [(2, math.inf), (3, -math.inf)]
         stored = session.execute(
@@ -233,7 +234,7 @@ def test_only_the_asked_arms_and_seeds_are_current(tree: Path, path: Path) -> No
     ingest(tree, path)
     assert counts(ingest(tree, path, arms=["baseline_lora"], seeds=[1])) == (0, 0, 2, 1)
     with open_session(path) as session:
-        assert [(run.arm, run.seed) for run in queries.current_runs(session)] == [
+        assert [(run.arm, run.seed) for run in chosen_runs(session, Choice())] == [
             ("base", 0),
             ("baseline_lora", 1),
         ]

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from db import open_session, queries
 from db.ingest import ingest
 from db.models import LayerMetric, Run, Spectrum
+from db.queries_compare import Choice, chosen_runs
 from db.rows_layers import GRIT_NUMBERS, MEANINGS, PROBE_NUMBERS, layer_name
 from tests.db.result_tree import edit, make_arm, make_tree, write
 from tests.db.result_tree_layers import (
@@ -51,7 +52,8 @@ def counts(summary: Any) -> tuple[int, int, int, int]:
 
 
 def run_of(session: Session, arm: str = "baseline_lora", seed: int = 0) -> Run:
-    return next(run for run in queries.current_runs(session) if (run.arm, run.seed) == (arm, seed))
+    (run,) = (run for run in chosen_runs(session, Choice()) if (run.arm, run.seed) == (arm, seed))
+    return session.get_one(Run, run.id)
 
 
 def layers_of(session: Session, split: str) -> dict[tuple[str, str, int], float]:
@@ -63,7 +65,7 @@ def layers_of(session: Session, split: str) -> dict[tuple[str, str, int], float]
 def test_measurements_stand_beside_the_scores(tree: Path, path: Path) -> None:
     assert ingest(tree, path).skipped == ()
     with open_session(path) as session:
-        ids = {r.arm: r.id for r in queries.current_runs(session) if r.seed == 0}
+        ids = {r.arm: r.id for r in chosen_runs(session, Choice()) if r.seed == 0}
         found = queries.final_metrics(session, ids.values())
         arm, base = found[ids["baseline_lora"]], found[ids["base"]]
         assert (arm["general", "perplexity"].value, arm["general", "perplexity"].n) == (7.5, 4000)

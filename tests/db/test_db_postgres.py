@@ -25,7 +25,7 @@ from db.engine import make_engine, resolve_url
 from db.errors import TasksLostError
 from db.ingest import ingest, rebuild
 from db.models import Metric, Run, Speed
-from db.queries_compare import Choice, tasks_of_runs
+from db.queries_compare import Choice, chosen_runs, tasks_of_runs
 from tests.db.result_tree import edit, make_arm, make_tree, sha, write
 from tests.db.result_tree_layers import make_full_tree
 from tests.db.task_switches import F16, Q8, everything
@@ -153,7 +153,7 @@ def test_nan_and_infinity_are_typed(tree: Path, postgres: str) -> None:
     write(tree / "adapters/baseline_lora/0/loss_history.json", losses)
     ingest(tree, postgres)
     with open_session(postgres) as session:
-        run = next(run for run in queries.current_runs(session) if (run.arm, run.seed) == ("baseline_lora", 0))
+        run = next(run for run in chosen_runs(session, Choice()) if (run.arm, run.seed) == ("baseline_lora", 0))
         curve = queries.curve(session, run.id, "loss")
         assert math.isnan(curve[0][1]) and curve[1:] == [(2, math.inf), (3, -math.inf)]
         stored = select(Metric.value, Metric.value_kind).where(Metric.run_id == run.id, Metric.split == "train")

@@ -15,6 +15,7 @@ from db import IngestError, look, open_session, queries
 from db.check import faults
 from db.cli import app
 from db.ingest import ingest, rebuild
+from db.queries_compare import Choice, chosen_runs
 from tests.conftest import not_root
 from tests.db.result_tree import edit, make_arm
 from tests.db.result_tree_layers import make_attempt, make_full_tree
@@ -69,7 +70,7 @@ def test_no_older_reading_replaces_a_newer_one(
     after_reading(monkeypatch, other)
     work(tree, path)
     with open_session(path) as session:
-        assert [(run.arm, run.seed) for run in queries.current_runs(session)] == [
+        assert [(run.arm, run.seed) for run in chosen_runs(session, Choice())] == [
             ("base", 0), ("baseline_lora", 0), ("baseline_lora", 1), ("pure_grit", 0)]  # fmt: skip
         assert {a.id: a.status for a in queries.attempts(session)}["one"] == "finished"
         assert faults(session) == []

@@ -19,6 +19,7 @@ from db.check import faults
 from db.columns import Base
 from db.ingest import ingest
 from db.models import Attempt, LayerMetric, Run, Spectrum
+from db.queries_compare import Choice, chosen_runs
 from tests.db.result_tree import make_arm
 from tests.db.result_tree_layers import make_full_tree
 
@@ -100,7 +101,7 @@ def test_results_are_read_into_it(old: Path, tmp_path: Path) -> None:
     assert first.inserted + first.updated == 4
     assert ingest(tree, old).unchanged == 4
     with open_session(old) as session:
-        assert [(r.arm, r.seed) for r in queries.current_runs(session)] == [
+        assert [(r.arm, r.seed) for r in chosen_runs(session, Choice())] == [
             ("base", 0), ("baseline_lora", 0), ("baseline_lora", 1), ("pure_grit", 3)]  # fmt: skip
         assert (session.scalar(select(func.count()).select_from(Run)) or 0) > 4, "superseded runs stay"
         filled = [session.scalar(select(func.count()).select_from(t)) for t in (LayerMetric, Spectrum, Attempt)]

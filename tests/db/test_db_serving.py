@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from db import IngestError, open_session, queries
 from db.ingest import ingest
 from db.models import Quantization, QuantizedSample, Run, Verification
+from db.queries_compare import Choice, chosen_runs
 from tests.db.result_tree import (
     edit,
     make_quantized,
@@ -52,7 +53,8 @@ def counts(summary: Any) -> tuple[int, int, int, int]:
 
 
 def run_of(session: Session, arm: str = "baseline_lora", seed: int = 0) -> Run:
-    return next(run for run in queries.current_runs(session) if (run.arm, run.seed) == (arm, seed))
+    (run,) = (run for run in chosen_runs(session, Choice()) if (run.arm, run.seed) == (arm, seed))
+    return session.get_one(Run, run.id)
 
 
 def rows_of(session: Session) -> list[int]:
@@ -264,7 +266,7 @@ def test_the_serving_mode_of_the_evaluation_is_recorded(tree: Path, path: Path) 
     edit(scores, backend={**backend, "name": "hf"})  # transformers keep the adapter beside the base
     ingest(tree, path)
     with open_session(path) as session:
-        assert {(r.arm, r.seed): r.serving_mode for r in queries.current_runs(session)} == {
+        assert {(r.arm, r.seed): r.serving_mode for r in chosen_runs(session, Choice())} == {
             ("base", 0): "merged", ("baseline_lora", 0): "merged", ("baseline_lora", 1): "adapter"}  # fmt: skip
     edit(scores, backend={**backend, "mode": "adapter"})
     ingest(tree, path)

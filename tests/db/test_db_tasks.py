@@ -130,7 +130,7 @@ def test_while_one_task_replaces_another_neither_is_torn(tree: Path, path: Path)
 
 def test_of_a_former_task_the_latest_run_of_each_arm_and_seed_counts(tree: Path, path: Path) -> None:
     ingest(tree, path)
-    edit(tree / "adapters/baseline_lora/1/run.json", params={"train": {"learning_rate": 0.5, "steps": 100}})
+    edit(tree / "gguf/baseline_lora/1/run.json", params={"export": {"max_length": 512}})
     run = tree / "scores/baseline_lora/1/run.json"
     edit(run, started="2026-11-21T05:00:00+00:00", ended="2026-11-21T05:30:00+00:00")
     ingest(tree, path)
@@ -146,7 +146,7 @@ def test_of_a_former_task_the_latest_run_of_each_arm_and_seed_counts(tree: Path,
         assert faults(session) == []
         base, first, second = compared.chosen_runs(session, Choice(task="aqi"))
         assert base.backend_version == "9"
-        assert session.get_one(Run, second.id).params["train"]["train"]["learning_rate"] == 0.5
+        assert session.get_one(Run, second.id).params["export"]["export"]["max_length"] == 512
         assert session.get_one(Run, first.id).reference_run_id != base.id
         assert first.reference_run_id == second.reference_run_id == base.id, "held against the base that is shown"
         assert [task.runs for task in tasks_of_runs(session)] == [3, 5]

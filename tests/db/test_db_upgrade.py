@@ -13,6 +13,7 @@ from db import DatabaseError, open_session, queries, schema
 from db.engine import make_engine, resolve_url
 from db.ingest import ingest, rebuild
 from db.models import Quantization, QuantizedSample, Run, Sample, Speed, Verification
+from db.queries_compare import Choice, chosen_runs
 from tests.db.result_tree import make_arm, make_quantized, make_tree, make_verified, precision, sha, verification
 
 F16, Q8, Q4 = [i < 70 for i in range(100)], [1 < i < 70 for i in range(100)], [i < 60 for i in range(100)]
@@ -98,7 +99,7 @@ def test_an_older_database_is_upgraded_without_loss(path: Path) -> None:
         assert [row[: len(rows[0])] for row in after[table]] == rows, "new columns stand behind the old ones"
     with open_session(path, write=True) as session:
         assert session.scalar(text("SELECT version_num FROM alembic_version")) == schema.NEWEST
-        assert {r.arm: r.serving_mode for r in queries.current_runs(session)} == {
+        assert {r.arm: r.serving_mode for r in chosen_runs(session, Choice())} == {
             "base": "merged", "baseline_lora": "adapter", "pure_grit": "merged"}  # fmt: skip
         session.execute(insert(Speed), {"run_id": 3, "arm": "pure_grit", "phase": "ttft", "repetition": 0})
         assert session.scalar(select(func.count()).select_from(Sample)) == 3

@@ -12,7 +12,8 @@ from sqlalchemy import func, select
 from db import queries
 from db.errors import IngestError
 from db.ingest import ingest
-from db.models import Probe
+from db.models import Probe, Run
+from db.queries_compare import Choice, chosen_runs
 from db.session import open_session
 from evaluation.compare_all import load_comparison
 from evaluation.report import as_csv, as_markdown, cells
@@ -36,7 +37,7 @@ def verdict_file(tree: Path, arm: str = "pure_grit") -> Path:
 def test_every_reading_reaches_the_table(tree: Path, tmp_path: Path) -> None:
     assert ingest(tree, tmp_path / "c.db").skipped == ()
     with open_session(tmp_path / "c.db") as session:
-        runs = {(run.arm, run.seed): run for run in queries.current_runs(session)}
+        runs = {(run.arm, run.seed): session.get_one(Run, run.id) for run in chosen_runs(session, Choice())}
         assert session.scalar(select(func.count()).select_from(Probe)) == 3 * 4
         pure = queries.probe_readings(session, [runs["pure_grit", 0].id])[runs["pure_grit", 0].id]
         assert pure["verdict"] == queries.Reading(1.0, "pass", "effective: none: because")

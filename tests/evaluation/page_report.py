@@ -14,6 +14,7 @@ from typing import Any
 from db import queries
 from db.ingest import ingest
 from db.models import Sample
+from db.queries_compare import Choice, chosen_runs
 from db.session import open_session
 from evaluation.comparison import Comparison, load_comparison
 from evaluation.page import page as page_module
@@ -40,7 +41,7 @@ class Report:
 
     def samples(self, **same: Any) -> list[Sample]:
         with open_session(self.database) as session:
-            ids = [run.id for run in queries.current_runs(session)]
+            ids = [run.id for run in chosen_runs(session, Choice())]
             return [s for s in queries.samples(session, ids) if all(getattr(s, k) == v for k, v in same.items())]
 
 

@@ -28,11 +28,30 @@ def credits_of(arm: str, seed: int, shift: float, *, binary: bool = False) -> li
     return found
 
 
+def change_inputs(place: Path, **inputs: str) -> None:
+    """Change what a stage says it has read."""
+    run = json.loads((place / "run.json").read_text(encoding="utf-8"))
+    edit(place / "run.json", inputs=run["inputs"] | inputs)
+
+
 def add_task_arm(
-    root: Path, task: Mapping[str, str], arm: str, seed: int, credit: Sequence[float], *, day: int = 22
+    root: Path,
+    task: Mapping[str, str],
+    arm: str,
+    seed: int,
+    credit: Sequence[float],
+    *,
+    day: int = 22,
+    base: str = "",
+    rate: float = 0.001,
 ) -> None:
-    """One arm of a task; evaluated on that day of November."""
+    """One arm of a task; evaluated on that day of November, trained from that base with that learning rate."""
     make_arm(root, arm, seed, correct=[value == 1 for value in credit])
+    if base:
+        change_inputs(root / "gguf" / arm / str(seed), **{"models/base/base.json": sha(base)})
+    if arm != "base":
+        params = {"train": {"learning_rate": rate, "steps": 100}}
+        edit(root / "adapters" / arm / str(seed) / "run.json", params=params)
     place = root / "scores" / arm / str(seed)
     items = sha(f"{task['name']} items")
     scores: dict[str, Any] = json.loads((place / "scores.json").read_text(encoding="utf-8"))
@@ -49,10 +68,9 @@ def add_task_arm(
         metrics=[primary, unread, *others],
         metric_defs=meanings,
     )
-    run = json.loads((place / "run.json").read_text(encoding="utf-8"))
+    change_inputs(place, **{"data/test.jsonl": items})
     edit(
         place / "run.json",
-        inputs=run["inputs"] | {"data/test.jsonl": items},
         started=f"2026-11-{day}T03:00:00+00:00",
         ended=f"2026-11-{day}T03:30:00+00:00",
     )
@@ -69,12 +87,12 @@ def add_task_arm(
 
 
 def add_task(root: Path, task: Mapping[str, str], *, seeds: Sequence[int] = (0,), binary: bool = False,
-             day: int = 22) -> None:  # fmt: skip
+             day: int = 22, base: str = "") -> None:  # fmt: skip
     """Base and two arms, of which the second is better than the first."""
-    add_task_arm(root, task, "base", 0, credits_of("base", 0, 0.0, binary=binary), day=day)
+    add_task_arm(root, task, "base", 0, credits_of("base", 0, 0.0, binary=binary), day=day, base=base)
     for arm, shift in zip(ARMS, (0.05, 0.2), strict=True):
         for seed in seeds:
-            add_task_arm(root, task, arm, seed, credits_of(arm, seed, shift, binary=binary), day=day)
+            add_task_arm(root, task, arm, seed, credits_of(arm, seed, shift, binary=binary), day=day, base=base)
 
 
 def add_precisions(root: Path, task: Mapping[str, str], arm: str, rows: Mapping[str, Sequence[float]]) -> None:
@@ -85,8 +103,7 @@ def add_precisions(root: Path, task: Mapping[str, str], arm: str, rows: Mapping[
     )
     place = root / "quantized" / arm / "0"
     items = sha(f"{task['name']} items")
-    run = json.loads((place / "run.json").read_text(encoding="utf-8"))
-    edit(place / "run.json", inputs=run["inputs"] | {"data/test.jsonl": items})
+    change_inputs(place, **{"data/test.jsonl": items})
     table = json.loads((place / "quantized.json").read_text(encoding="utf-8"))["rows"]
     edit(place / "quantized.json", rows=[row | {"credit": sum(rows[row["type"]]) / ITEMS} for row in table])
     lines = [json.loads(line) for line in (place / "quantized_samples.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -254,3 +254,24 @@ def test_a_tasks_title_is_text_wherever_it_stands(tmp_path: Path) -> None:
     assert done.exit_code == 0 and "[red]match[/red] | of *all* %" in done.stdout
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "<b>Exact" not in text and "&lt;b&gt;Exact" in text
+
+
+def test_another_size_or_other_settings_are_left_out_and_said_so(tmp_path: Path) -> None:
+    root, file = tmp_path / "project", tmp_path / "c.db"
+    add_task(root, GSM8K, binary=True, day=20, base="small")
+    ingest(root, file)
+    clear(root)
+    add_task(root, GSM8K, seeds=(1, 2), binary=True, day=21, base="large")
+    ingest(root, file)
+    add_task_arm(root, GSM8K, "pure_grit", 2, credits_of("pure_grit", 2, 0.2), day=22, base="large", rate=0.01)
+    ingest(root, file)
+    clear(root)
+    add_task(root, ALPACA, day=23)
+    ingest(root, file)
+    comparison = load_comparison(file, Choice(task="gsm8k"))
+    assert [(row.arm, row.seeds) for row in comparison.rows] == [
+        ("base", (0,)), ("baseline_lora", (1, 2)), ("pure_grit", (2,))]  # fmt: skip
+    assert {row.arm: row.seeds for row in comparison.tasks if row.task == "gsm8k"}["pure_grit"] == (2,)
+    told = "Finished runs of this task that are left out: 1 of base, 1 of baseline_lora, 3 of pure_grit. They have"
+    assert comparison.notes[-1].startswith(told)
+    assert not any("left out" in note for note in load_comparison(file).notes)

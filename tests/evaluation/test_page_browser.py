@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from db import queries
+from db.queries_compare import Choice, chosen_runs
 from db.session import open_session
 from tests.evaluation import page_tree
 from tests.evaluation.page_browser import chromium, draw_all, opened
@@ -78,7 +79,7 @@ def test_an_interval_is_drawn_where_it_lies(browser: Any, full: Report) -> None:
 def test_the_filter_shows_the_disagreements_that_the_data_have(browser: Any, full: Report) -> None:
     marks: dict[tuple[str, str], set[bool]] = {}
     with open_session(full.database) as session:
-        for run in queries.current_runs(session):
+        for run in chosen_runs(session, Choice()):
             if run.seed == 0:
                 for sample in queries.samples(session, [run.id]):
                     marks.setdefault((sample.split, sample.item_id), set()).add(sample.correct)

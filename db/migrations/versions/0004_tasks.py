@@ -6,6 +6,10 @@ Revises: 0003
 
 from __future__ import annotations
 
+import hashlib
+import json
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -27,7 +31,12 @@ RUN_COLUMNS = {
         "'aqi_category_accuracy'",
         "name in metric, split test: the mean credit of the test items, by which arms are compared",
     ),
+    "base_key": ("''", "sha256 of base.json: which model was trained or is the base; '': not known"),
+    "train_key": ("''", "sha256 of the canonical JSON of params and inputs of stage train; '': nothing was trained"),
 }
+RULES = {"primary_metric": ("ck_run_task_named", "task <> '' AND task_title <> '' AND primary_metric <> ''")}
+REFERENCE = "base run with the same task, items, backend and base_key, where both have one; NULL: no fair one"
+REFERENCE_BEFORE = "current base run with the same items and backend; NULL: no fair reference"
 # Table -> what the credit of rows from before is, and the comment.
 CREDITS = {
     "sample": (
@@ -114,18 +123,16 @@ def _tables() -> dict[str, list[sa.schema.SchemaItem]]:
 def upgrade() -> None:
     """Add a task to runs and credit to answers; all that is there is of task aqi, right or wrong."""
     _drop_views((*views_0003.NAMES, *views_0002.NAMES, *views_0001.NAMES))
-    for number, (column, (default, comment)) in enumerate(RUN_COLUMNS.items(), start=1):
-        rule = " CONSTRAINT ck_run_task_named CHECK (task <> '' AND task_title <> '' AND primary_metric <> '')"
+    for column, (default, comment) in RUN_COLUMNS.items():
         # Not in batch mode: copying `run` would empty its children on SQLite.
-        op.execute(
-            f"ALTER TABLE run ADD COLUMN {column} TEXT DEFAULT {default} NOT NULL"
-            + (rule if number == len(RUN_COLUMNS) else "")
-        )
+        rule = " CONSTRAINT {} CHECK ({})".format(*RULES[column]) if column in RULES else ""
+        op.execute(f"ALTER TABLE run ADD COLUMN {column} TEXT DEFAULT {default} NOT NULL{rule}")
         if _postgresql():
             op.alter_column("run", column, existing_type=sa.Text(), existing_nullable=False, comment=comment)
-    op.create_index(
-        op.f("ix_run_choice"), "run", ["is_current", "status", "task", "ended", "arm", "seed", "backend_name"]
-    )
+    _comment_reference(REFERENCE)
+    _fill_keys()
+    choice = "is_current status task ended arm seed backend_name base_key train_key"
+    op.create_index(op.f("ix_run_choice"), "run", choice.split())
     for table, (credit, comment) in CREDITS.items():
         if _postgresql():
             op.add_column(table, sa.Column("credit", sa.Double(), nullable=True, comment=comment))
@@ -146,9 +153,34 @@ def downgrade() -> None:
         else:
             _copy(table, None)
     op.drop_index(op.f("ix_run_choice"), "run")
-    for column in reversed(RUN_COLUMNS):  # the rule goes with the last one, before the others that it names
+    for column in reversed(RUN_COLUMNS):  # the rule goes with the column that has it, before the others that it names
         op.execute(f"ALTER TABLE run DROP COLUMN {column}")
+    _comment_reference(REFERENCE_BEFORE)
     _create_views([])
+
+
+def _comment_reference(comment: str) -> None:
+    if _postgresql():
+        op.alter_column(
+            "run", "reference_run_id", existing_type=sa.BigInteger(), existing_nullable=True, comment=comment
+        )
+
+
+def _fill_keys() -> None:
+    """What runs from before were trained from and with, as their files say: the same keys as of these files today."""
+    run = sa.table("run", sa.column("id", KEY), sa.column("params", sa.JSON()), sa.column("inputs", sa.JSON()),
+                   sa.column("base_key", sa.Text()), sa.column("train_key", sa.Text()))  # fmt: skip
+    connection = op.get_bind()
+    for run_id, params, inputs in connection.execute(sa.select(run.c.id, run.c.params, run.c.inputs)).all():
+        base = (inputs.get("export") or {}).get("models/base/base.json") or ""
+        trained = [params["train"], inputs.get("train", {})] if "train" in params else None
+        keys = {"base_key": base, "train_key": "" if trained is None else _digest(trained)}
+        connection.execute(sa.update(run).where(run.c.id == run_id).values(keys))
+
+
+def _digest(content: Any) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
 
 def _copy(table: str, credit: str | None) -> None:
