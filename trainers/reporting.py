@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,17 @@ def report_arguments(settings: TrainSettings, name: str, folder: Path | None) ->
     return {"report_to": ["wandb"], "run_name": name}
 
 
+def _await_next_second(folder: Path) -> None:
+    """Wait while a file of this second's may be there, for a second at most.
+
+    TensorBoard reads event files by name, and a name begins with the second of its making: of two made in the same one,
+    the later might be read first, and what it hides would not be hidden.
+    """
+    stamps = [file.name.split(".")[3] for file in folder.glob("events.out.tfevents.*")]
+    newest = max((int(stamp) for stamp in stamps if stamp.isdigit()), default=0)
+    time.sleep(min(1.0, max(0.0, newest + 1 - time.time())))
+
+
 def tensorboard(folder: Path, resumed_from: int | None) -> Any:
     """TensorBoard's callback: events go to `folder`, and those there that no longer count are hidden.
 
@@ -66,5 +78,6 @@ def tensorboard(folder: Path, resumed_from: int | None) -> Any:
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
+    _await_next_second(folder)
     start = 0 if resumed_from is None else resumed_from + 1
     return TensorBoardCallback(SummaryWriter(str(folder), purge_step=start))

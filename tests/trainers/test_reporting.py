@@ -12,7 +12,7 @@ import pytest
 
 from tests.trainers.lasting_runs import scripted
 from tests.trainers.test_lasting import GRIT, ROOT, killed
-from trainers import baseline_lora, pure_grit, twin
+from trainers import baseline_lora, pure_grit, reporting, twin
 from trainers.common import run
 from trainers.reporting import ReporterError
 from trainers.settings import BaseReference
@@ -56,6 +56,13 @@ def test_a_resumed_run_goes_on_and_a_new_one_starts_anew(make_job, tmp_path):
         (e["step"], pytest.approx(e["loss"], rel=1e-6)) for e in run(baseline_lora.ARM, other).history if "loss" in e
     ]
     assert curves(job.logs)["train/loss"] == expected and len(expected) == 3
+
+
+def test_event_files_are_named_in_the_order_of_their_making(tmp_path):
+    for _ in range(3):
+        reporting.tensorboard(tmp_path, None).tb_writer.close()
+    stamps = [int(file.name.split(".")[3]) for file in tmp_path.glob("events.out.tfevents.*")]
+    assert len(stamps) == len(set(stamps)) == 3
 
 
 def test_a_twin_reports_nothing(make_job, tmp_path):
