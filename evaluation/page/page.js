@@ -48,6 +48,8 @@
 
   const drawn = new Map();
   const charts = new Map(page.charts.map((chart) => [chart.id, chart]));
+  /* The most that titles, labels and padding add to a chart's height, px. */
+  const AXES = 56;
 
   function wishes(chart) {
     const chosen = { ...chart.where };
@@ -92,6 +94,10 @@
     }
   }, { rootMargin: "400px 0px" });
   const places = [...document.querySelectorAll("[data-chart]")];
+  // Room for the chart before it is drawn, and while it is drawn anew: what lies below must not move under a click.
+  for (const place of places) {
+    place.style.minHeight = `${charts.get(place.dataset.chart).spec.height + AXES}px`;
+  }
   places.forEach((place) => seen.observe(place));
 
   const redraw = (panel) => {
