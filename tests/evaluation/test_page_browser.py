@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -13,18 +12,8 @@ from db import queries
 from db.queries_compare import Choice, chosen_runs
 from db.session import open_session
 from tests.evaluation import page_tree
-from tests.evaluation.page_browser import chromium, draw_all, opened
+from tests.evaluation.page_browser import draw_all, opened
 from tests.evaluation.page_report import Report, contrast, hexed, luminance, palette, report
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    pytest.importorskip("playwright")
-    try:
-        with chromium() as found:
-            yield found
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
 
 
 def test_it_opens_without_an_error_or_a_request_and_draws_every_chart(browser: Any, full: Report) -> None:
@@ -45,6 +34,33 @@ def test_charts_far_below_are_not_drawn_at_the_start(browser: Any, full: Report)
     with opened(browser, full.file) as page:
         page.wait_for_selector("[data-chart='difference-0'][data-state='drawn']")
         assert page.locator("[data-chart='precisions']").get_attribute("data-state") is None
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_drawing_moves_nothing(browser: Any, full: Report, width: int) -> None:
+    """What lies below a chart stays where it is when that is drawn or drawn anew: a click must not miss its goal."""
+    where = """() => [...document.querySelectorAll("main section[id], figcaption, [data-part='disputed']")]
+        .map((e) => Math.round(e.getBoundingClientRect().top + scrollY))"""
+    with opened(browser, full.file, width=width) as page:
+        page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+        before = page.evaluate(where)
+        draw_all(page)
+        assert len(before) > len(full.data["charts"]) and page.evaluate(where) == before
+        during = page.evaluate(
+            """async (where) => {
+                const seen = [], look = new Function(`return (${where})()`);
+                const watch = new MutationObserver(() => seen.push(look()));
+                watch.observe(document.querySelector("main"), { childList: true, subtree: true });
+                document.querySelector("[data-panel='spectra'] select[data-column]").dispatchEvent(new Event("change"));
+                for (let frame = 0; frame < 40; frame++) {
+                    await new Promise((go) => requestAnimationFrame(go));
+                    seen.push(look());
+                }
+                return seen;
+            }""",
+            where,
+        )
+        assert len(during) > 40 and all(places == before for places in during)
 
 
 def test_an_interval_is_drawn_where_it_lies(browser: Any, full: Report) -> None:
@@ -87,7 +103,7 @@ def test_the_filter_shows_the_disagreements_that_the_data_have(browser: Any, ful
     assert 20 < expected < len(marks)
     with opened(browser, full.file) as page:
         assert counted(page) == len(marks) and page.locator(".sample").count() == 20
-        page.get_by_label("Only where models disagree").click()
+        page.get_by_label("Only where models disagree").check()
         assert counted(page) == expected
         shown = list_of_pages(page)
         assert len(shown) == expected == len(set(shown))

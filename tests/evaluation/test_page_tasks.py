@@ -17,7 +17,7 @@ from evaluation.comparison import Choice, load_comparison
 from evaluation.page import write_page
 from evaluation.page.samples import DISPUTED
 from tests.evaluation import page_tree
-from tests.evaluation.page_browser import chromium, draw_all, opened
+from tests.evaluation.page_browser import draw_all, opened
 from tests.evaluation.page_report import Report, page_data, report, rows_of
 from tests.evaluation.task_tree import ALPACA, ITEMS, add_precisions, add_task, credits_of
 
@@ -38,16 +38,6 @@ def alpaca() -> Iterator[Report]:
         rows = {kind: credits_of("pure_grit", 0, shift) for kind, shift in (("f16", 0.2), ("q4_K_M", 0.17))}
         add_precisions(root, ALPACA, "pure_grit", rows)
         yield Report(root)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    pytest.importorskip("playwright")
-    try:
-        with chromium() as found:
-            yield found
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
 
 
 def words(text: str) -> str:
@@ -144,6 +134,6 @@ def test_the_browser_of_answers_shows_credit_and_finds_by_it(browser: Any, alpac
         page.locator("[data-part='outcomes'] select").nth(2).select_option("p")
         assert count.inner_text() == f"{in_part} of {ITEMS} items"
         page.locator("[data-part='outcomes'] select").nth(2).select_option("")
-        page.get_by_label("Only where models disagree").click()
+        page.get_by_label("Only where models disagree").check()
         assert count.inner_text() == f"{apart} of {ITEMS} items"
         assert page.deeds.messages == [] and page.deeds.requests == []

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
-
-from tests.evaluation.page_browser import chromium, draw_all, opened
+from tests.evaluation.page_browser import draw_all, opened
 from tests.evaluation.page_report import report
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    pytest.importorskip("playwright")
-    try:
-        with chromium() as found:
-            yield found
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
 
 
 def test_the_main_table_is_whole_on_a_screen(browser: Any) -> None:
