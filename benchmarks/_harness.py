@@ -41,6 +41,20 @@ def alternate(contenders: Mapping[str, Callable[[], Any]], rounds: int, warm_up:
     return seconds
 
 
+def peak_tensor_bytes(work: Callable[[], Any]) -> int:
+    """Most bytes that torch's allocator on the CPU held at any moment of some work."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return int(peak)
+
+
 def ratios(seconds: Mapping[str, list[float]], against: str) -> dict[str, dict[str, float]]:
     """Each contender's time over the reference's, round by round: median, smallest and largest."""
     table = {}

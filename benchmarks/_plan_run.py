@@ -8,25 +8,12 @@ from typing import Annotated
 
 import typer
 
+from benchmarks._harness import peak_tensor_bytes
 from pipelines.planning.overhead import peak_of_this_process
 from pipelines.stage import cli, quiet_libraries
 from trainers import ARMS
 from trainers.common import Arm, TrainingJob, run
 from trainers.settings import BaseReference, TrainSettings
-
-
-def tensors_of(arm: Arm, job: TrainingJob) -> int:
-    """Most bytes that torch's allocator held at any moment of a run."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run(arm, job)
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return int(peak)
 
 
 def main(
@@ -52,7 +39,7 @@ def main(
             checkpoints=Path(name) / "checkpoints",
         )
         if tensors:
-            peak = tensors_of(arm, job)
+            peak = peak_tensor_bytes(lambda: run(arm, job))
         else:
             run(arm, job)
             peak = peak_of_this_process()

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._harness import write
+from benchmarks._harness import peak_tensor_bytes, write
 from benchmarks._steps import BLOCK, SHAPES, Loop, block_ratios
 from grit import GRITConfig
 
@@ -23,18 +23,13 @@ MEMORY_STEPS = 12
 
 def peak_bytes(hidden: int, config: GRITConfig | None) -> int:
     """Most bytes in tensors at any moment, model and optimizer included."""
-    from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    def work() -> None:
         loop = Loop(hidden, config)
         for _ in range(MEMORY_STEPS):
             loop.step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return int(peak)
+
+    return peak_tensor_bytes(work)
 
 
 def where_time_goes(hidden: int, config: GRITConfig) -> dict[str, float]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks._harness import peak_tensor_bytes
 from pipelines.config import load_params
 from pipelines.planning.blank import weigh, with_adapter
 from pipelines.planning.memory import grit_bytes
@@ -116,10 +117,9 @@ def real_peak(config, wanted, batch, tokens):
 
 
 def profiled(model, wanted, batch, tokens):
-    from torch.profiler import ProfilerActivity, profile
-
     generator = torch.Generator().manual_seed(0)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def passes():
         for _ in range(min(2, wanted.gradient_accumulation)):
             ids = torch.randint(0, 99, (batch, tokens), generator=generator)
             mask = torch.ones_like(ids)
@@ -128,12 +128,8 @@ def profiled(model, wanted, batch, tokens):
                 loss = model(input_ids=ids, attention_mask=mask, labels=ids).loss
             loss.backward()
             del loss
-    now = peak = 0
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+
+    return peak_tensor_bytes(passes)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
