@@ -6,26 +6,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(41)
-_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
+NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(41)
+WEIGHTS = WEIGHTS / WEIGHTS.sum()
 DIFFICULTY, TASTE = 1.5, 0.7
 """Standard deviations, in logits, of an item's difficulty for both arms, and of what suits one arm alone."""
 
 
-def _logistic(x: Array) -> Array:
+def logistic(x: Array) -> Array:
     return 1 / (1 + np.exp(-x))
 
 
-def _mean(middle: float, spread: float) -> float:
-    return float(_WEIGHTS @ _logistic(middle + spread * _NODES))
+def mean_share(middle: float, spread: float) -> float:
+    return float(WEIGHTS @ logistic(middle + spread * NODES))
 
 
-def _middle(share: float, spread: float) -> float:
+def middle_of(share: float, spread: float) -> float:
     """The logit at which items of this spread are answered right with this mean probability."""
     low, high = -20.0, 20.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _mean(middle, spread) < share else (low, middle)
+        low, high = (middle, high) if mean_share(middle, spread) < share else (low, middle)
     return (low + high) / 2
 
 
@@ -34,13 +34,13 @@ def _right(
 ) -> NDArray[np.bool_]:
     """Answers, shape (simulations, seeds, items), right with mean probability `share` over seeds and items."""
     spread = float(np.hypot(DIFFICULTY, TASTE))
-    middle = _middle(share, spread)
-    slope = _WEIGHTS @ (_logistic(middle + spread * _NODES) * (1 - _logistic(middle + spread * _NODES)))
+    middle = middle_of(share, spread)
+    slope = WEIGHTS @ (logistic(middle + spread * NODES) * (1 - logistic(middle + spread * NODES)))
     of_seed = seed_sd / slope
-    middle = _middle(share, float(np.hypot(spread, of_seed)))
+    middle = middle_of(share, float(np.hypot(spread, of_seed)))
     simulations, seeds, _ = shape
     logits = middle + items + rng.normal(0, TASTE, (simulations, 1, shape[2]))
-    return rng.random(shape) < _logistic(logits + rng.normal(0, of_seed, (simulations, seeds, 1)))
+    return rng.random(shape) < logistic(logits + rng.normal(0, of_seed, (simulations, seeds, 1)))
 
 
 def differences(

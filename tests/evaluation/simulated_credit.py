@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.evaluation.simulated import NODES, WEIGHTS, logistic, middle_of
+
 Array = NDArray[np.float64]
-_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(61)
-_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 DIFFICULTY, TASTE = 1.0, 0.6
 """Standard deviations, in logits, of an item's difficulty for both arms, and of what suits one arm alone."""
 WHOLE = 0.25
@@ -15,33 +15,17 @@ WHOLE = 0.25
 SHARE = 0.4
 
 
-def _logistic(x: Array) -> Array:
-    return 1 / (1 + np.exp(-x))
-
-
-def _mean(middle: float, spread: float) -> float:
-    return float(_WEIGHTS @ _logistic(middle + spread * _NODES))
-
-
-def _middle(share: float, spread: float) -> float:
-    low, high = -10.0, 10.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _mean(middle, spread) < share else (low, middle)
-    return (low + high) / 2
-
-
 def _credits(
     rng: np.random.Generator, share: float, seed_sd: float, items: Array, shape: tuple[int, int, int]
 ) -> Array:
     """Credits, shape (simulations, seeds, items), with mean `share` over seeds and items."""
     spread = float(np.hypot(DIFFICULTY, TASTE))
-    at = _logistic(_middle(share, spread) + spread * _NODES)
-    of_seed = seed_sd / float(_WEIGHTS @ (at * (1 - at)))
-    middle = _middle(share, float(np.hypot(spread, of_seed)))
+    at = logistic(middle_of(share, spread) + spread * NODES)
+    of_seed = seed_sd / float(WEIGHTS @ (at * (1 - at)))
+    middle = middle_of(share, float(np.hypot(spread, of_seed)))
     simulations, seeds, number = shape
     own = middle + items + rng.normal(0, TASTE, (simulations, 1, number))
-    mean = _logistic(own + rng.normal(0, of_seed, (simulations, seeds, 1)))
+    mean = logistic(own + rng.normal(0, of_seed, (simulations, seeds, 1)))
     between, kind = rng.beta(6 * mean, 6 * (1 - mean), size=shape), rng.random(shape)
     return np.where(kind < WHOLE * mean, 1.0, np.where(kind < WHOLE, 0.0, between))
 
