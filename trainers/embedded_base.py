@@ -140,21 +140,38 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Any:
     return tokenizer
 
 
+def configuration(settings: EmbeddedSettings, vocab_size: int, **more: Any) -> Any:
+    """The base's shape, a LlamaConfig.
+
+    Args:
+        settings: Of the base.
+        vocab_size: Pieces that the tokenizer has, which may be fewer than the settings ask for.
+        **more: Further settings of LlamaConfig.
+    """
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        max_position_embeddings=settings.context,
+        tie_word_embeddings=True,
+        **more,
+    )
+
+
 def build_model(settings: EmbeddedSettings, tokenizer: Any) -> Any:
     """A Llama with random weights from settings.seed."""
-    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+    from transformers import LlamaForCausalLM, set_seed
 
     set_seed(settings.seed)
     return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=settings.hidden_size,
-            intermediate_size=settings.intermediate_size,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads,
-            num_key_value_heads=settings.heads,
-            max_position_embeddings=settings.context,
-            tie_word_embeddings=True,
+        configuration(
+            settings,
+            len(tokenizer),
             initializer_range=INITIALIZER_RANGE,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

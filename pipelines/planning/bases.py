@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines.base_model import local_folder
 from pipelines.schema import PrepareBase
-from trainers.embedded_base import EmbeddedSettings
+from trainers.embedded_base import configuration
 from trainers.models import hub_reason
 
 SHIPPED = Path(__file__).resolve().parents[2] / "profiles" / "models"
@@ -40,22 +40,6 @@ class Base:
     in_4_bit: bool = False
     on_hub: bool = False
     merged_on_hub: bool = False
-
-
-def embedded(settings: EmbeddedSettings) -> Any:
-    """Configuration of the embedded base, as `trainers.embedded_base.build_model` makes it."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=settings.vocab_size,
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        max_position_embeddings=settings.context,
-        tie_word_embeddings=True,
-    )
 
 
 def shipped(source: str) -> dict[str, Any] | None:
@@ -140,7 +124,7 @@ def base_of(section: PrepareBase) -> Base:
         ConfigError: a folder without config.json, or neither folder nor hub id.
     """
     if section.source == "embedded":
-        return Base(embedded(section), "prepare_base (embedded)")
+        return Base(configuration(section, section.vocab_size), "prepare_base (embedded)")
     merged_on_hub = section.merge_source is not None and local_folder(section.merge_source, "merge_source") is None
     folder = local_folder(section.source)
     if folder is not None:
