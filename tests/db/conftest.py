@@ -1,15 +1,18 @@
-"""A PostgreSQL for the tests that need one."""
+"""What several modules build on: results of three tasks one after the other, and a PostgreSQL."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, text
 
 from tests.db.postgres_server import find_programs, install, run_server
+from tests.db.result_tree_layers import make_full_tree
+from tests.db.task_switches import make_three
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +54,21 @@ def postgres(postgres_server: str) -> Iterator[str]:
         connection.execute(text("DROP SCHEMA public CASCADE"))
         connection.execute(text("CREATE SCHEMA public"))
     engine.dispose()
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """AQI: base, and baseline_lora with seeds 0 and 1."""
+    return make_full_tree(tmp_path / "project")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Of a database."""
+    return tmp_path / "c.db"
+
+
+@pytest.fixture
+def three(tree: Path, path: Path) -> Path:
+    """Of a database that has seen three tasks; the last one is on the disk."""
+    return make_three(tree, path)

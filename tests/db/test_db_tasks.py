@@ -18,24 +18,8 @@ from db.models import Run
 from db.queries_compare import Choice, tasks_of_runs
 from tests.db.result_tree import edit, sha
 from tests.db.result_tree_layers import make_full_tree
-from tests.db.task_switches import F16, Q8, everything, make_three, read, to_alpaca, to_gsm8k
+from tests.db.task_switches import F16, Q8, everything, read, to_alpaca, to_gsm8k
 from tests.evaluation.task_tree import GSM8K, add_task_arm, credits_of
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """AQI: base, and baseline_lora with seeds 0 and 1."""
-    return make_full_tree(tmp_path / "project")
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "c.db"
-
-
-@pytest.fixture
-def three(tree: Path, path: Path) -> Path:
-    return make_three(tree, path)
 
 
 def test_a_task_that_left_the_disk_is_read_as_it_was(tree: Path, path: Path) -> None:

@@ -18,27 +18,10 @@ from db.ingest import ingest, rebuild
 from db.models import Quantization, QuantizedSample, Run, Sample
 from db.queries_compare import tasks_of_runs
 from tests.db.result_tree import edit, make_tree
-from tests.db.result_tree_layers import make_full_tree
-from tests.db.task_switches import make_three, to_alpaca, to_gsm8k
+from tests.db.task_switches import to_alpaca, to_gsm8k
 from tests.db.test_db_releases import content, downgrade, load
 from tests.db.workers import content as digest
 from tests.evaluation.task_tree import GSM8K
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """AQI: base, and baseline_lora with seeds 0 and 1."""
-    return make_full_tree(tmp_path / "project")
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "c.db"
-
-
-@pytest.fixture
-def three(tree: Path, path: Path) -> Path:
-    return make_three(tree, path)
 
 
 def test_a_rebuild_loses_no_task_unasked(tree: Path, three: Path) -> None:
