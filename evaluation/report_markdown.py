@@ -15,7 +15,7 @@ from evaluation.report_findings import (
     retention_blocks,
     with_spread,
 )
-from evaluation.report_serving import sections
+from evaluation.report_serving import PARITY, sections
 from evaluation.report_table import TITLE, cells, headers
 from evaluation.report_tasks import task_blocks
 from evaluation.statistics import MOST_EXACT
@@ -55,7 +55,7 @@ def as_markdown(comparison: Comparison) -> str:
         f"Means over seeds, in the metric's own unit; {SPREAD} " + cell(_spread(comparison)),
         grid(["Split", "Metric", "Unit", "Better", *arms], _metric_lines(comparison)),
         "## Parity of the exported models",
-        "Percent of prompts, mean over seeds; the table above shows the worst seed.",
+        f"Percent of prompts, mean over seeds; the table above shows the worst seed. {PARITY}",
         grid(["Pair", *arms], _parity_lines(comparison)),
         *sections(comparison),
         "## Where the numbers come from",

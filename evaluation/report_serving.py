@@ -16,6 +16,10 @@ from evaluation.terminal import print_grid
 QUANTIZATION = "Quantization"
 SERVED = "Served as trained"
 SPEED = "Speed by phase"
+PARITY = (
+    "With `export.parity_arithmetic: f32` what the exported files hold is compared, without the rounding of the engine "
+    f"that serves them; what is served stands under {SERVED}."
+)
 
 SERVED_HEADERS = [
     "Model", "Seed", "Backend", "Mode", "Prompts", "Rendered %", "Tokens %", "Answers %", "Adapter = merged %",

@@ -10,7 +10,7 @@ from evaluation.page import charts
 from evaluation.page.blocks import MOST_ROWS, Block, Cell, Chart, Details, Panel, Section, Table, Text
 from evaluation.page.columns import spread
 from evaluation.page.context import Context, arm_cell, confidence_text
-from evaluation.report_serving import SERVED_HEADERS, precision_cells, precision_headers, served_cells
+from evaluation.report_serving import PARITY, SERVED_HEADERS, precision_cells, precision_headers, served_cells
 from evaluation.serving import PhaseRow
 from evaluation.statistics import LEVEL
 
@@ -134,6 +134,7 @@ def _parity(context: Context) -> list[Block]:
         for run in context.data.runs
         if (difference := run.parity_first_difference)
     ]
+    blocks.append(Text(PARITY.replace("`", ""), "note"))
     if told:
         title = "First prompts on which an export differed from the trained model"
         blocks.append(Details(title, tuple(spread(told, MOST_ROWS))))
