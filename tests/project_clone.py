@@ -25,7 +25,7 @@ class Clone:
     def run(self, *command: str, ok: bool = True) -> str:
         """Output of a command, which must end well, or with ok=False must not."""
         done = subprocess.run(
-            command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=900, check=False
+            command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=1800, check=False
         )
         output = done.stdout + done.stderr
         assert (done.returncode == 0) is ok, f"{command} exit {done.returncode}\n{output[-6000:]}"

@@ -1,10 +1,12 @@
 """The five recipes end to end on an embedded base, from files in the hub's format to one database and report.
 
-Four of them run their stages in one process, which saves half of the time; GSM8K goes through DVC.
+Four of them run their stages in one process, which saves half of the time; GSM8K goes through DVC. The base is that of
+the smoke profile, of two layers; with GRIT_RECIPES=tiny it is the default's, and it takes most of an hour.
 """
 
 import csv
 import json
+import os
 import re
 
 import pytest
@@ -14,6 +16,8 @@ from tests.project_clone import ROOT, make_clone
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 TASKS = ("alpaca", "boolq", "dolly", "qnli", "gsm8k")  # the last one is what stands on the disk in the end
+SIZE = os.environ.get("GRIT_RECIPES", "smoke")
+ROWS, TEST_ROWS, TEST_ITEMS = {"smoke": (360, 60, 40), "tiny": (3400, 400, 200)}[SIZE]
 ARMS = ("baseline_lora", "hybrid_grit", "pure_grit")
 PRIMARY = {
     "alpaca": "alpaca_rouge_l",
@@ -61,9 +65,13 @@ def recipes(tmp_path_factory):
     clone.env["HF_HUB_OFFLINE"] = "1"
     clone.kept = {}
     for task in TASKS:
-        recipe_data.write(clone.folder / "inputs" / task, task, 360, 60)
-        clone.run("python", "-m", "pipelines.profile", "--force", f"{task}+smoke")
+        recipe_data.write(clone.folder / "inputs" / task, task, ROWS, TEST_ROWS)
+        clone.run("python", "-m", "pipelines.profile", "--force", f"{task}+{SIZE}")
         clone.change("prepare_data", source=f"inputs/{task}")
+        if SIZE == "tiny":
+            clone.change("matrix", seeds=[0])
+            clone.change("prepare_data", test_items=TEST_ITEMS)
+            clone.change("train", max_steps=200)
         if task == "gsm8k":
             clone.run("dvc", "repro")
         else:
@@ -89,7 +97,7 @@ def test_every_arm_is_trained_exported_and_scored(recipes, task):
 @pytest.mark.parametrize("task", TASKS)
 def test_data_come_from_the_local_files_and_do_not_leak(recipes, task):
     found = recipes.kept[task]
-    assert found["data"]["items"]["test"] == 40 and found["data"]["items"]["train"] > 200
+    assert found["data"]["items"]["test"] == TEST_ITEMS and found["data"]["items"]["train"] > 200
     assert {item["task"] for item in found["test"]} == {task}
     assert not {i["prompt"] for i in found["test"]} & {i["prompt"] for i in found["train"]}
 
@@ -105,7 +113,7 @@ def test_every_answer_and_score_is_in_the_database(recipes, task):
     assert [row[0] for row in rows] == ["base", *ARMS]
     titles = {recipes.kept[task]["scores"]["base"]["task"]["title"]}
     for _, n, credit, value, title in rows:
-        assert n == 40 and credit == pytest.approx(value, abs=1e-9) and title in titles
+        assert n == TEST_ITEMS and credit == pytest.approx(value, abs=1e-9) and title in titles
     results = recipes.query(f"select arm, value, delta_base from task_results where task = '{task}'")
     assert {arm for arm, *_ in results} == {"base", *ARMS}
     base = next(value for arm, value, _ in results if arm == "base")
@@ -152,7 +160,7 @@ def test_a_task_of_your_own_is_one_file_and_one_profile_as_the_readme_says(recip
         csv.writer(file).writerows(
             [("country", "capital"), *((f"Land {i}", f"Town {i}") for i in range(30)), ("Nil", "")]
         )
-    recipes.run("python", "-m", "pipelines.profile", "--force", "capitals+smoke")
+    recipes.run("python", "-m", "pipelines.profile", "--force", f"capitals+{SIZE}")
     said = recipes.run("dvc", "repro", "prepare_data")
     items = [json.loads(line) for line in (recipes.folder / "data/test.jsonl").open()]
     assert items and all(item["prompt"].startswith("What is the capital of Land ") for item in items)
