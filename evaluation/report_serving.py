@@ -31,7 +31,7 @@ def precision_headers(comparison: Comparison) -> list[str]:
     """Columns of the table of precisions."""
     title, counts = comparison.primary.title, gained_and_lost(all(row.binary for row in comparison.precisions))
     return [
-        "Model", "Type", "Seeds", "Size MB", "Bits per weight", f"{title} % [95%]", "Δ to f16, points [95%]",
+        "Model", "Type", "Which seeds", "Size MB", "Bits per weight", f"{title} % [95%]", "Δ to f16, points [95%]",
         counts, "Answers as f16 %", "Fallback tensors",
     ]  # fmt: skip
 

@@ -21,7 +21,7 @@ ALL_TITLE = "All data sets in this database"
 WORDS = (
     "Every task that has finished runs, also those whose results are no longer on the disk: of each arm and seed the "
     "latest run. Intervals and verdicts are as in the table of one task; scores of different tasks are not to be held "
-    "against each other."
+    "against each other. With one seed a verdict is about that training alone: another seed may differ."
 )
 
 

@@ -351,7 +351,7 @@ def test_a_precision_of_one_seed_is_held_against_that_seeds_f16(tmp_path: Path) 
 def test_the_report_shows_what_is_served(served: Path) -> None:
     text = run("--db", str(served), "--format", "md").output
     head, f16, q8, q4 = section(text, "Quantization")
-    assert head[:5] == ["Model", "Type", "Seeds", "Size MB", "Bits per weight"]
+    assert head[:5] == ["Model", "Type", "Which seeds", "Size MB", "Bits per weight"]
     assert f16[:5] == ["baseline_lora_model", "f16", "0, 1", "16.00", "16.00"]
     assert f16[6:] == ["–", "–", "100.0", "0 of 20"]
     assert q8[1] == "q8_0" and q8[5].startswith("70.0 [60.") and q8[7:] == ["1, 2", "91.0", "0 of 20"]
