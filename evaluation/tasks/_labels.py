@@ -15,9 +15,15 @@ _AFTER_NO = (
 )
 _CLEAR = re.compile(
     r"(?<!\w)(?<!\w-)(?:(?:(?P<yes>yes|yeah|yep|yup)|nope|nah)(?!\w|-\w)|no"
-    rf"(?=\s*$|\s*[,;:!?&)\]\"'’”<–—]|\s+-|-(?!\w)|\.(?!\s*[0-9])|\s+(?:{'|'.join(_AFTER_NO.split())})(?![\w'’])))"
+    rf"(?=\s*$|\s*[^\w\s.-]|\s+-|-(?!\w)|\.(?!\s*[0-9])|\s+(?:{'|'.join(_AFTER_NO.split())})(?![\w'’])))"
 )
-_NOT = r"(?:\b(?:not|no|non|never|cannot)|n['’]t)[\s-]+(?:(?:be|an?|the|longer|quite|\w+ly)\s+){0,3}"
+_BEGINS_WITH_NO = re.compile(r"\W*no(?!\w|-\w|\s+doubt\b)")
+_NOT = (
+    r"(?:\b(?:not|no|non|never|cannot|hardly|scarcely)|n['’]t)[\s-]+"
+    r"(?:(?:at all|be|an?|the|longer|quite|\w+ly)\s+){0,3}"
+)
+_NOT_SOMEWHERE = re.compile(r"\b(?:not|never|cannot|hardly|scarcely)\b|n['’]t\b")
+_CLAUSE_END = re.compile(r"[,;:.!?–—]|\bbut\b")
 _NOT_BEFORE = re.compile(r"(?:\bnot|n['’]t)\s+[\"'“‘]?$")
 _LETTERS = {"y": True, "n": False}
 
@@ -32,17 +38,33 @@ def _clear(line: str) -> set[bool]:
 
 
 def _words(line: str, positive: str, negative: str) -> set[bool]:
-    """What is said by words such as true and false; "not true" says the contrary."""
+    """What is said by words such as true and false; "not true" says the contrary.
+
+    Where a negation stands farther off in the same clause ("I do not know if it is true"), or the line begins with a no
+    that was no answer ("No source says that it is true"), the word may mean either.
+    """
     pattern = rf"(?:(?P<negated>{_NOT})|(?<!\w)(?<!\w-))(?:(?P<yes>{positive})|(?:{negative}))(?!\w|-\w)"
-    return {(m["yes"] is not None) is (m["negated"] is None) for m in re.finditer(pattern, line)}
+    unclear = _BEGINS_WITH_NO.match(line)
+    found = set()
+    for clause in _CLAUSE_END.split(line):
+        negation = _NOT_SOMEWHERE.search(clause)
+        for match in re.finditer(pattern, clause):
+            if match["negated"] is not None:
+                found.add(match["yes"] is None)
+            elif unclear or (negation and negation.start() < match.start()):
+                found |= {True, False}
+            else:
+                found.add(match["yes"] is not None)
+    return found
 
 
 def read_yes_no(answer: str, positive: str = "true|correct", negative: str = "false|incorrect") -> bool | None:
     """Whether an answer says yes (True) or no (False), None where it says neither or both.
 
     The first line that says something counts: what a model goes on to write under it is left alone. In that line yes,
-    yeah, yep, yup, no, nope and nah go before the words of `positive` and `negative`. A negated word says the
-    contrary. "Yes or no" says nothing; a single letter (y, n) must be the whole answer. Digits are no labels.
+    yeah, yep, yup, no, nope and nah go before the words of `positive` and `negative`. A word right after a negation
+    says the contrary; with one farther off in its clause it says neither. "Yes or no" says nothing; a single letter
+    (y, n) must be the whole answer. Digits are no labels.
 
     Args:
         answer: The model's text.

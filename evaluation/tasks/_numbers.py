@@ -86,6 +86,12 @@ def _result(text: str, place: int) -> Fraction | None:
     return found[place] if found else None
 
 
+def _begins_with(text: str) -> re.Match[str] | None:
+    """The number, or what hangs together with it, that `text` begins with."""
+    gap, chunk = _DIRECTLY.match(text), _CHUNK.search(text)
+    return chunk if gap and chunk and chunk.start() <= gap.end() else None
+
+
 def _after_phrase(text: str) -> Fraction | None:
     """The number that follows the last "the answer is" at once, or after a calculation that it begins."""
     for phrase in reversed(list(_PHRASE.finditer(text))):
@@ -96,23 +102,25 @@ def _after_phrase(text: str) -> Fraction | None:
         if "=" in sentence:
             value = _result(sentence, 0)
         else:
-            gap = _DIRECTLY.match(sentence)
-            chunk = _CHUNK.search(sentence)
-            value = _value(chunk) if gap and chunk and chunk.start() <= gap.end() else None
+            chunk = _begins_with(sentence)
+            value = _value(chunk) if chunk else None
         if value is not None:
             return value
     return None
 
 
 def _marked(text: str, marker: str) -> Fraction | None:
-    """The number after the last marker of the first line that has one; of a marker alone, that of the next line."""
+    """The number after the last marker of the first line in which one follows at once; of a marker alone, of the next.
+
+    "#### Step 2: money" is a heading; only in the last line may words stand between the marker and its number.
+    """
     lines = [line for line in text.split("\n") if line.strip()]
     for line, below in zip(lines, [*lines, ""][1:], strict=True):
         after = line.split(marker)[1:]
         if after and not any(part.strip() for part in after):
             after = [below]
         for part in reversed(after):
-            if (value := _result(part, 0)) is not None:
+            if (_begins_with(part) or not below) and (value := _result(part, 0)) is not None:
                 return value
     return None
 
@@ -124,24 +132,28 @@ def exact(text: str) -> Fraction | None:
     return _value(chunk) if chunk else None
 
 
-def final_number(text: str, marker: str) -> Fraction | None:
-    r"""The number that a solution arrives at, None where it has none.
+def final_number(text: str, marker: str) -> tuple[Fraction | None, bool]:
+    r"""The number that a solution arrives at, None where it has none, and whether it stood after `marker`.
 
     A model may go on to questions of its own. Of the parts between lines that begin a question, the first that has a
     number counts: that is what was answered, or the question said again and its answer.
 
-    In that part, the first of these that is there: the number after the last `marker` of the first line that has one;
-    in the last \boxed{}; after the last "the answer is", "answer:" or the like; in the last sentence that has a number,
+    In that part, the first of these that is there: the number right after `marker`, in the first line that has one; in
+    the last \boxed{}; after the last "the answer is", "answer:" or the like; in the last sentence that has a number,
     the one after its last equals sign, else its last. Of several numbers after a marker or a phrase the first counts,
     and one after an equals sign before that.
     """
     parts = _NEXT_QUESTION.split(_plain(text))
-    return next((value for part in parts if (value := _arrived_at(part, marker)) is not None), None)
+    for part in parts:
+        if (value := _marked(part, marker)) is not None:
+            return value, True
+        if (value := _arrived_at(part)) is not None:
+            return value, False
+    return None, False
 
 
-def _arrived_at(text: str, marker: str) -> Fraction | None:
-    if (value := _marked(text, marker)) is not None:
-        return value
+def _arrived_at(text: str) -> Fraction | None:
+    """The result of a solution without a marker."""
     for boxed in reversed(_BOXED.findall(text)):
         if (value := _result(boxed, 0)) is not None:
             return value

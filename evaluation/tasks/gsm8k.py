@@ -32,7 +32,7 @@ METRICS = {
     "gsm8k_has_marker": {
         "unit": "share",
         "direction": "higher",
-        "description": "Share of items whose answer has the marker #### before its result, as the solutions have",
+        "description": "Share of items whose number stood after the marker ####, as in the solutions",
     },
 }
 SOURCE = Source("openai/gsm8k", subset="main", test="test")
@@ -67,8 +67,9 @@ def group(item: Item) -> Hashable:
 
 def score(item: Item, answer: str) -> Score:
     """Right when the final number is exactly the true one."""
-    truth, predicted = Fraction(item.truth["answer"]), final_number(answer, MARKER)
-    extra = {"marker": float(MARKER in answer)}
+    truth = Fraction(item.truth["answer"])
+    predicted, marked = final_number(answer, MARKER)
+    extra = {"marker": float(marked)}
     if predicted is None:
         return Score(correct=False, predicted=None, exact=False, extra=extra)
     right = predicted == truth

@@ -1,7 +1,6 @@
 """BoolQ: rows to items, yes and no read from answers, and the metrics of tasks with two labels."""
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -116,7 +115,31 @@ def test_questions_get_a_capital_and_a_mark(question, asked):
         ("Yes or no? Yes.", "Yes"),
         ("Answer Yes or No. No", "No"),
         ("True or false: true", "Yes"),
+        ("No (it is true only in Canada)", "No"),
+        ("No (yes would need a permit)", None),  # both words are said
+        ("No (see line 2)", "No"),
+        ("No [correct only in Canada]", "No"),
+        ("No {true}", "No"),
+        ("No…", "No"),
+        ("No… it is true of Canada", "No"),
+        ("No = false", "No"),
+        ("Yes (no permit is needed)", "Yes"),
+        ("It is not at all true.", "No"),
+        ("It is hardly true", "No"),
+        ("It is scarcely correct", "No"),
+        ("It is not blue, so it is false.", "No"),
+        ("It does not matter; it is true.", "Yes"),
+        ("It is not red but it is true", "Yes"),
+        ("No doubt it is true", "Yes"),
+        ("No longer true", "No"),
         # Neither or both.
+        ("No | yes", None),
+        ("No per the passage; that is true of France", None),
+        ("No source says that it is true", None),
+        ("No one thinks that is correct", None),
+        ("I do not know if it is true", None),
+        ("It is not the case that this is true", None),
+        ("Nothing says it isn't known to be false", None),
         ("", None),
         (" \n\t ", None),
         ("...", None),
@@ -278,8 +301,7 @@ def test_the_items_own_completion_is_right(question, passage, answer):
     assert boolq.score(made, made.completion).credit == 1
 
 
+@pytest.mark.timeout(60)  # linear, it takes a second; quadratic, minutes
 def test_long_answers_are_read_in_time():
-    start = time.process_time()
     for piece in ("no one ", "not ", "not ly ", "n't-", "yes ", "y", "no ", "yes or ", "not very", "_", "a\n", "true "):
-        read_yes_no(piece * 20_000)
-    assert time.process_time() - start < 30
+        assert read_yes_no(piece * 40_000) in (True, False, None)

@@ -48,7 +48,7 @@ def test_what_a_score_holds():
     near = gsm8k.score(item("18"), "I think 20")
     assert (near.correct, near.predicted, near.abs_error, near.extra) == (False, 20.0, 2.0, {"marker": 0.0})
     none = gsm8k.score(item("18"), "#### none")
-    assert (none.correct, none.predicted, none.abs_error, none.extra) == (False, None, None, {"marker": 1.0})
+    assert (none.correct, none.predicted, none.abs_error, none.extra) == (False, None, None, {"marker": 0.0})
     far = gsm8k.score(item("-1.7e308"), "1.7e308")
     assert far.predicted == 1.7e308 and far.abs_error is None
 
@@ -108,7 +108,7 @@ def test_groups_go_by_the_question():
 def test_summary_by_hand():
     scores = [gsm8k.score(item("18"), a) for a in ("#### 18", "18.0 in all", "#### 19", "none", "#### none")]
     summary = gsm8k.summarize(scores)
-    assert summary == {"gsm8k_exact_match": 0.4, "gsm8k_unparseable": 0.4, "gsm8k_has_marker": 0.6}
+    assert summary == {"gsm8k_exact_match": 0.4, "gsm8k_unparseable": 0.4, "gsm8k_has_marker": 0.4}
     assert list(summary) == list(gsm8k.METRICS) and next(iter(summary)) == gsm8k.PRIMARY
     assert summary[gsm8k.PRIMARY] == mean_credit(scores)
     empty = gsm8k.summarize([])

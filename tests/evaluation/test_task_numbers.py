@@ -1,6 +1,5 @@
 """The number that a solution arrives at, read from its text."""
 
-import time
 from fractions import Fraction
 
 import pytest
@@ -12,7 +11,7 @@ from evaluation.tasks._numbers import final_number
 
 
 def read(answer):
-    return final_number(answer, gsm8k.MARKER)
+    return final_number(answer, gsm8k.MARKER)[0]
 
 
 @pytest.mark.parametrize(
@@ -38,6 +37,11 @@ def read(answer):
         ("The answer is 5 ####", "5"),
         ("##### 18", "18"),
         ("#### none\n#### 18", "18"),
+        ("#### Step 1: eggs\n16-7=9\n#### Step 2: money\n9*2=18\n#### 18", "18"),
+        ("#### Calculate the 2 parts\n9*2 = 18\nThe answer is 18.", "18"),
+        ("#### Step 1\n#### Step 2\nSo 18 in all.", "18"),
+        ("So:\n#### Janet makes 18 dollars for 3 eggs", "18"),
+        ("#### about 18\nThat is 3 more than 15.", "18"),
         ("####\n#### 18", "18"),
         ("#### 18 ####\nThere were 5 cats.", "18"),
         # A model that goes on to other questions is judged by the first answer.
@@ -202,9 +206,8 @@ def test_integers_are_read_back_in_every_form(value, form):
     assert read(f"It is {form.format(value)} in all.") == value
 
 
+@pytest.mark.timeout(60)  # linear, it takes seconds; quadratic, minutes
 def test_long_answers_are_read_in_time():
-    start = time.process_time()
     pieces = ("1 ", "1,", "1-", "#### ", "the answer is ", r"\boxed{", "=", "9", "1/", ". ", "½", "-", "Q:\n", "####\n")
     for piece in pieces:
-        read(piece * 20_000)
-    assert time.process_time() - start < 30
+        read(piece * 40_000)
