@@ -88,14 +88,18 @@ class LlamaCppBackend(StepwiseBackend):
         Raises:
             BackendError: more tokens than the context holds.
         """
-        self._check_fits(ids)
+        self._check_fits(ids, 1)
         self._llm.reset()
         self._llm.eval(list(ids))
         self._api.llama_synchronize(self._llm.ctx)  # a GPU works on when the call is over
 
-    def _check_fits(self, ids: Sequence[int]) -> None:
-        if len(ids) >= self._llm.n_ctx():
-            raise BackendError(f"a prompt of {len(ids)} tokens does not fit num_ctx {self._llm.n_ctx()}")
+    def _check_fits(self, ids: Sequence[int], answer: int) -> None:
+        """An answer cut by the context would look like one that the model ended."""
+        if len(ids) + answer > self._llm.n_ctx():
+            raise BackendError(
+                f"expected prompt and answer within num_ctx {self._llm.n_ctx()}, got {len(ids)} + {answer} tokens; "
+                "raise export.num_ctx, or lower evaluate.max_tokens, evaluate.speed_tokens or prepare_data.max_chars"
+            )
 
     def next_token(self) -> int:
         """See `StepwiseBackend`."""
@@ -105,10 +109,14 @@ class LlamaCppBackend(StepwiseBackend):
         return int(np.argmax(np.ctypeslib.as_array(logits, shape=(self._llm.n_vocab(),))))
 
     def decode(self, max_tokens: int, *, ignore_end: bool = False, stop: Sequence[str] = ()) -> tuple[list[int], str]:
-        """See `StepwiseBackend`."""
+        """See `StepwiseBackend`.
+
+        Raises:
+            BackendError: prompt and answer may be more tokens than the context holds.
+        """
+        self._check_fits(range(self._llm.n_tokens), max_tokens)
         ids: list[int] = []
-        room = self._llm.n_ctx() - self._llm.n_tokens
-        for _ in range(min(max_tokens, room)):
+        for _ in range(max_tokens):
             token = self.next_token()
             if not ignore_end and self._api.llama_vocab_is_eog(self._vocab, token):
                 return ids, "stop"
@@ -163,8 +171,8 @@ class LlamaCppBackend(StepwiseBackend):
 
     def _request(self, place: int, prompt: str, max_tokens: int) -> Request:
         ids = self.tokenize(render(self._template, prompt))
-        self._check_fits(ids)
-        return Request(place, ids, min(max_tokens, self._llm.n_ctx() - len(ids)))
+        self._check_fits(ids, max_tokens)
+        return Request(place, ids, max_tokens)
 
     def _judge(self, request: Request, token: int, words: Sequence[bytes]) -> str | None:
         """Whether a request ends with this token, as in `decode`."""

@@ -88,7 +88,7 @@ def test_an_answer_does_not_depend_on_what_was_asked_before(pair):
 
 
 def test_prompt_that_does_not_fit(pair):
-    with pytest.raises(BackendError, match="does not fit num_ctx 256"):
+    with pytest.raises(BackendError, match="within num_ctx 256, got"):
         pair[1].generate("1 " * 200, 4)
 
 
@@ -205,18 +205,20 @@ def test_prompts_longer_than_a_batch_go_in_parts(exported, monkeypatch):
 
 def test_a_prompt_that_does_not_fit_is_an_error_beside_others_too(exported):
     backend = LlamaCppBackend(exported / "base.gguf", TEMPLATE, num_ctx=256, parallel=4)
-    with pytest.raises(BackendError, match="does not fit num_ctx 256"):
+    with pytest.raises(BackendError, match="within num_ctx 256, got"):
         list(backend.generate_many(["a", "1 " * 200, "b"], 4, []))
     assert len(list(backend.generate_many(["a", "b"], 4, []))) == 2
 
 
-def test_an_answer_ends_where_the_context_does(exported):
+def test_an_answer_that_the_context_would_cut_is_refused(exported):
     one, many = (LlamaCppBackend(exported / "base.gguf", TEMPLATE, num_ctx=256, parallel=n) for n in (1, 2))
     prompt = "1 " * 110
     room = 256 - len(one.tokenize(TEMPLATE.format(prompt=prompt)))
-    got = [dict(b.generate_many([prompt, prompt], 300, [])) for b in (one, many)]
+    got = [dict(b.generate_many([prompt, prompt], room, [])) for b in (one, many)]
     assert parts(got[0][0]) == parts(got[1][0]) == parts(got[1][1])
-    assert got[1][0].answer_tokens <= room
+    for backend in (one, many):
+        with pytest.raises(BackendError, match=rf"within num_ctx 256, got {256 - room} \+ {room + 1} tokens"):
+            list(backend.generate_many([prompt, prompt], room + 1, []))
 
 
 @pytest.mark.parametrize(("original", "shared"), [(None, True), (4096, True), (1024, True), (512, False)])
