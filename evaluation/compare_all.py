@@ -92,8 +92,11 @@ def main(
 
 def _show(comparison: Comparison, format: Format, *, all_tasks: bool) -> None:
     console = Console()
-    if all_tasks and comparison.filters:  # beside the table: it is the same in every format
-        typer.echo(f"{comparison.filters}; corrections for several arms count these alone.", err=True)
+    if all_tasks:  # beside the table: it is the same in every format
+        if comparison.filters:
+            typer.echo(f"{comparison.filters}; corrections for several arms count these alone.", err=True)
+        for note in comparison.task_notes:
+            typer.echo(f"Note: {note}", err=True)
     if format is not Format.TABLE:
         text = _TEXTS_OF_TASKS[format](comparison.tasks) if all_tasks else _TEXTS[format](comparison)
         typer.echo(text.rstrip("\n"))

@@ -85,6 +85,7 @@ class Comparison:
     filters: str = ""
     primary: Primary = FIRST
     tasks: tuple[TaskRow, ...] = ()
+    task_notes: tuple[str, ...] = ()
 
 
 def load_comparison(url_or_path: str | Path, choice: Choice | None = None, baseline: str | None = None) -> Comparison:
@@ -115,9 +116,7 @@ def compared_runs(session: Session, comparison: Comparison) -> list[Run]:
         session: Of the database from which the comparison was made.
         comparison: Perhaps of some arms or seeds only.
     """
-    keys = {run["run_key"] for run in comparison.runs}
-    named = session.execute(select(Run.id, Run.run_key).where(Run.task == comparison.primary.task))
-    runs = session.scalars(select(Run).where(Run.id.in_([run_id for run_id, key in named if key in keys])))
+    runs = session.scalars(select(Run).where(Run.run_key.in_([run["run_key"] for run in comparison.runs])))
     return sorted(runs, key=lambda run: (run.arm != BASE, run.arm, run.seed))
 
 
@@ -139,6 +138,9 @@ def compare(session: Session, choice: Choice | None = None, baseline: str | None
     def of_task(name: str) -> SideBySide:
         return side_by_side(read_facts(session, replace(choice, task=name)), against)
 
+    def others(name: str) -> list[str]:
+        return notes_of_others(name, compare_queries.left_out(session, replace(choice, task=name)))
+
     quantized = compare_queries.quantizations(session, choice)
     quantized_answers = compare_queries.quantized_answers(session, choice)
     verified = compare_queries.verifications(session, choice)
@@ -149,7 +151,7 @@ def compare(session: Session, choice: Choice | None = None, baseline: str | None
         verdicts=tuple(verdict_line(row, against) for row in rows if row.arm != BASE),
         notes=(
             *notes(rows, runs, primary, _tasks_on_disk(session)),
-            *notes_of_others(compare_queries.left_out(session, choice)),
+            *others(primary.task),
         ),
         units={name: (m.unit, m.direction, m.description) for name, m in meanings.items()},
         runs=tuple(_provenance(places, runs)),
@@ -164,6 +166,7 @@ def compare(session: Session, choice: Choice | None = None, baseline: str | None
         filters=filters,
         primary=primary,
         tasks=task_rows(tasks, primary, own, of_task, against),
+        task_notes=tuple(note for task in tasks for note in others(task.name)),
     )
 
 

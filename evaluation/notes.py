@@ -65,18 +65,20 @@ def _of_tasks(shown: Primary, on_disk: Sequence[str]) -> Iterable[str]:
         )
 
 
-def notes_of_others(counts: Mapping[str, int]) -> list[str]:
-    """Say which runs of the task are not seeds of the arms that are shown.
+def notes_of_others(task: str, counts: Mapping[str, int]) -> list[str]:
+    """Say which runs of a task are not seeds of the arms that are shown.
 
     Args:
+        task: Its name.
         counts: Arm -> number of its runs that are left out; see `db.queries_compare.left_out`.
     """
     if not counts:
         return []
     told = ", ".join(f"{count} of {arm}" for arm, count in counts.items())
     return [
-        f"Finished runs of this task that are left out: {told}. They have another base model than the newest run, or "
-        "other settings or data of training than the newest run of their arm, so they are no seeds of one arm."
+        f"Finished runs of {task} that are left out: {told}. They have another base (models/base.json: the model, its "
+        "place, its prompt template) than the newest run, or other settings or data of training than the newest run of "
+        "their arm, so they are no seeds of one arm."
     ]
 
 
@@ -96,4 +98,4 @@ def _of_differences(rows: Sequence[ArmRow]) -> Iterable[str]:
     if not all(difference.binary for difference in differences):
         yield "Answers get credit from 0 to 1, not only right or wrong; the numbers are means of it, in percent."
     if any(difference.seeds == 2 for difference in differences):
-        yield "Two seeds are too few to know how much seeds vary; three or more give intervals that hold."
+        yield "With two seeds intervals are wider than need be: two hardly tell how much seeds vary."

@@ -11,9 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from db.queries_compare import RunFacts
-
-_FIRST = "aqi"
-"""The task that was the only one when the files got their keys."""
+from db.records import AQI
 
 
 @dataclass(frozen=True)
@@ -26,14 +24,14 @@ class Primary:
         metric: Its name among all metrics of split test.
     """
 
-    task: str = _FIRST
-    title: str = "AQI accuracy"
-    metric: str = "aqi_category_accuracy"
+    task: str
+    title: str
+    metric: str
 
     @property
     def air(self) -> bool:
         """Whether this is the air quality task, whose index shares its letters with another one."""
-        return self.task == _FIRST
+        return self.task == AQI.name
 
     @property
     def short(self) -> str:
@@ -65,7 +63,7 @@ class Primary:
         return f"{'aqi' if self.air else 'score'}_against_{arm}"
 
 
-FIRST = Primary()
+FIRST = Primary(AQI.name, AQI.title, AQI.primary)
 """The air quality task's."""
 
 

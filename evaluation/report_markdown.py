@@ -44,7 +44,7 @@ def as_markdown(comparison: Comparison) -> str:
         f"An interval over items alone treats these seeds as the only ones. p: {_test(comparison)} with one seed, "
         "Student's t over seeds and items with several; Holm: corrected for several arms.",
         _difference_table(comparison),
-        *task_blocks(comparison.tasks),
+        *task_blocks(comparison.tasks, comparison.task_notes),
         *power_blocks(comparison),
         *retention_blocks(comparison),
         *alignment_blocks(comparison),

@@ -16,12 +16,12 @@ from evaluation.markdown import grid, interval, number
 from evaluation.statistics import Interval
 from evaluation.terminal import print_grid
 
-TITLE = "Other data sets in this database"
-ALL_TITLE = "All data sets in this database"
+TITLE = "All data sets in this database"
 WORDS = (
     "Every task that has finished runs, also those whose results are no longer on the disk: of each arm and seed the "
-    "latest run. Intervals and verdicts are as in the table of one task; scores of different tasks are not to be held "
-    "against each other. With one seed a verdict is about that training alone: another seed may differ."
+    "latest run, with the base model and settings of the newest. Intervals and verdicts are as in the table of one "
+    "task; scores of different tasks are not to be held against each other. With one seed a verdict is about that "
+    "training alone: another seed may differ."
 )
 
 
@@ -64,14 +64,14 @@ def several(rows: Sequence[TaskRow]) -> bool:
     return len({row.task for row in rows}) > 1
 
 
-def task_blocks(rows: Sequence[TaskRow]) -> list[str]:
-    """Section of the Markdown report; none where there is one task only."""
-    return [f"## {TITLE}", WORDS, _grid(rows)] if several(rows) else []
+def task_blocks(rows: Sequence[TaskRow], notes: Sequence[str]) -> list[str]:
+    """Section of the Markdown report, with notes under its table; none where there is one task only."""
+    return [f"## {TITLE}", WORDS, _grid(rows), *notes] if several(rows) else []
 
 
 def tasks_as_markdown(rows: Sequence[TaskRow]) -> str:
     """Table of all tasks as a text of its own."""
-    return "\n\n".join([f"# {ALL_TITLE}", WORDS, _grid(rows)]) + "\n"
+    return "\n\n".join([f"# {TITLE}", WORDS, _grid(rows)]) + "\n"
 
 
 def _grid(rows: Sequence[TaskRow]) -> str:
@@ -80,7 +80,7 @@ def _grid(rows: Sequence[TaskRow]) -> str:
 
 def print_tasks(rows: Sequence[TaskRow], console: Console) -> None:
     """Print the table of all tasks; in a pipe, each line whole."""
-    print_grid(console, ALL_TITLE, task_headers(rows), [task_cells(row) for row in rows], left=(0, 1, 3))
+    print_grid(console, TITLE, task_headers(rows), [task_cells(row) for row in rows], left=(0, 1, 3))
 
 
 def task_record(row: TaskRow) -> dict[str, object]:

@@ -19,7 +19,8 @@ def tasks(context: Context) -> Section | None:
     headers = ("Task", "Arm", "Seeds", "Score, %", *(f"Δ to {arm}, points" for arm in against), "Evaluated")
     rows = tuple(_line(row, tuple(against)) for row in found)
     caption = "Every task and arm: means over seeds of the task's primary metric, in brackets 95% intervals"
-    return Section(TITLE, (Text(WORDS), Table(caption, headers, rows, frozenset({1, len(headers) - 1}))))
+    table = Table(caption, headers, rows, frozenset({1, len(headers) - 1}))
+    return Section(TITLE, (Text(WORDS), table, *map(Text, context.comparison.task_notes)))
 
 
 def _line(row: TaskRow, against: tuple[str, ...]) -> tuple[Cell, ...]:

@@ -119,7 +119,7 @@ def test_a_failed_probe_is_in_lead_card_and_main_table(odd: Report) -> None:
 
 def test_what_limits_the_data_is_not_folded_away(full: Report) -> None:
     limits, methods = parted_notes(full.comparison)
-    assert any("Two seeds are too few" in note for note in limits) and len(methods) == 2
+    assert any("With two seeds intervals are wider" in note for note in limits) and len(methods) == 2
     open_text = re.sub(r"<details>.*?</details>", "", part(full, "verdict"), flags=re.DOTALL)
     told = words(open_text).replace("&#39;", "'")
     assert all(note in told for note in limits) and not any(note in told for note in methods)
