@@ -202,13 +202,10 @@ def _share(runs: Sequence[RunFacts], answers: Answered) -> Interval | None:
     credit = answers.rows(answered)
     if not credit.size:
         return None
-    plain = share_interval(credit, binary=is_binary(credit))
-    if 1 in credit.shape:
-        return plain.scaled(100)
-    crossed, _ = crossed_interval(credit)
-    # Student's t knows no border at 0 and 1, and no width where every answer is right.
-    flat = crossed.low == crossed.high
-    return (plain if flat else Interval(crossed.estimate, max(0.0, crossed.low), crossed.high)).scaled(100)
+    crossed = None if 1 in credit.shape else crossed_interval(credit)[0]
+    if crossed is None or crossed.low == crossed.high:  # Student's t has no width where every answer is right
+        return share_interval(credit, binary=is_binary(credit)).scaled(100)
+    return Interval(crossed.estimate, max(0.0, crossed.low), min(1.0, crossed.high)).scaled(100)  # nor a border
 
 
 def _decode_speed(arm: str, timings: Sequence[Timing]) -> float | None:

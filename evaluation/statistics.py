@@ -133,7 +133,7 @@ def sign_flip_test(differences: NDArray[np.float64], *, flips: int = _FLIPS, see
 
     The paired randomization test of the mean: exact where at most `MOST_EXACT` items differ, else from random flips,
     with one added to both counts (Phipson & Smyth 2010), so that p is never 0. For right and wrong answers it is
-    McNemar's exact test. Like that one it guards an interval that rests on a handful of items.
+    McNemar's exact test, where it is exact. Like that one it guards an interval that rests on a handful of items.
 
     Args:
         differences: Shape (items,); a difference of zero carries no information.

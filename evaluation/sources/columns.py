@@ -70,9 +70,6 @@ def left_out(recipe: Recipe, asked: Mapping[str, str | None], table: Table) -> t
     return notes, problems
 
 
-def how_to_name(recipe: Recipe, problem: str) -> str:
-    """What to do about a column that is not there, of which `problem` tells."""
-    name = problem.partition(":")[0]
-    if name not in recipe.FIELDS or "there is no column" not in problem:
-        return ""
-    return f" Say which it is in columns ({name}: {recipe.FIELDS[name].about})."
+def how_to_name(recipe: Recipe) -> dict[str, str]:
+    """Field → what to do where its column is not there."""
+    return {name: f" Say which it is in columns ({name}: {own.about})." for name, own in recipe.FIELDS.items()}

@@ -96,7 +96,7 @@ def read_recipe(recipe: Recipe, spec: RecipeSpec) -> RecipeRows:
     makers = []
     for split, table in tables.items():
         columns = recipe_columns(recipe, asked, table)
-        found = [f"{p}{how_to_name(recipe, p)}" for p in check_columns(table, columns)]
+        found = check_columns(table, columns, how_to_name(recipe))
         problems += [f"split {split!r}: {p}" if len(tables) > 1 else p for p in found]
         makers.append(_Maker(recipe, spec, split, columns, table))
     if problems:

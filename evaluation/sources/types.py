@@ -181,12 +181,13 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {by_lower[near[0]]!r}?" if near else ""
 
 
-def check_columns(table: Table, columns: Mapping[str, str]) -> list[str]:
+def check_columns(table: Table, columns: Mapping[str, str], how: Mapping[str, str] | None = None) -> list[str]:
     """What is wrong with a table as a whole.
 
     Args:
         table: The source as read.
         columns: Field → the column that it is read from.
+        how: Field → what to do where its column is not there.
     """
     problems = []
     for name, column in columns.items():
@@ -195,7 +196,7 @@ def check_columns(table: Table, columns: Mapping[str, str]) -> list[str]:
         elif table.columns and column not in table.columns:
             problems.append(
                 f"{name}: there is no column {column!r}.{suggest(column, table.columns)} "
-                f"Available: {', '.join(table.columns)}.{table.hint}"
+                f"Available: {', '.join(table.columns)}.{table.hint}{(how or {}).get(name, '')}"
             )
     if not table.rows:
         problems.append("has a header, but no data row.")

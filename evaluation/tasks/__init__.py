@@ -229,6 +229,8 @@ def _unsound(module: ModuleType) -> list[str]:
     ]
     if module.PRIMARY not in module.METRICS:
         problems.append(f"PRIMARY: expected one of METRICS ({', '.join(module.METRICS)}), got {module.PRIMARY!r}")
+    elif module.METRICS[module.PRIMARY].get("direction", "higher") != "higher":
+        problems.append(f"PRIMARY: expected a metric of which more is better, as of credit, got {module.PRIMARY}")
     return problems
 
 

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-import time
+import socket
 
 import datasets
 import httpx
@@ -160,15 +160,16 @@ def test_a_column_of_texts_and_numbers_keeps_both(tmp_path):
     assert [r.values["a"] for r in read_split(str(tmp_path), "train", None).rows] == [1, "x"]
 
 
-def test_offline_is_one_sentence_within_seconds():
-    start = time.perf_counter()
+def test_offline_is_one_sentence_and_nothing_is_asked_of_the_network(monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host) or [])
     for source in ("hub:openai/gsm8k", "hub:openai/gsm8k@main"):
         said = problem(lambda source=source: read_table(SourceSpec(source=source, columns={}, subset="main")))
         assert said.startswith("the Hugging Face hub cannot be reached (ConnectionError: Couldn't reach")
         assert "HF_HUB_OFFLINE is set" in said and "and set source to that folder" in said
         revision = " --revision main" if "@" in source else ""
         assert f"`hf download openai/gsm8k --repo-type dataset{revision} --local-dir inputs/gsm8k`" in said
-    assert time.perf_counter() - start < 10
+    assert asked == []
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,8 @@ def test_values_that_do_not_go_together(module):
     assert said() == "PRIMARY: expected one of METRICS (mine_right), got 'mine_wrong'"
     module(**{**SOUND, "METRICS": {"mine_right": {"unit": "share", "direktion": "higher"}}})
     assert said() == "METRICS: expected description, direction, unit of mine_right, got direktion, unit"
+    module(**{**SOUND, "METRICS": {"mine_right": {**SOUND["METRICS"]["mine_right"], "direction": "lower"}}})
+    assert said() == "PRIMARY: expected a metric of which more is better, as of credit, got mine_right"
 
 
 def test_a_general_tasks_name_is_refused(module):
