@@ -14,7 +14,7 @@ from trainers.arguments import lasting_arguments, training_arguments
 from trainers.checkpoints import to_resume
 from trainers.data import Encoded, encode_examples
 from trainers.models import add_lora, load_base_model, load_tokenizer
-from trainers.reporting import check_reporters, tensorboard
+from trainers.reporting import check_reporters, remove_reporters, tensorboard
 from trainers.settings import BaseReference, TrainSettings
 
 LEDGER = "probe_ledger.jsonl"
@@ -168,19 +168,18 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> Any:
     return _build(arm, job, changes)[0]
 
 
-def _add_callbacks(trainer: Any, arm: Arm, job: TrainingJob, resumed_from: int | None) -> list[Any]:
-    """Progress, curves, early stopping and, as the last, the probe; returns those that report."""
+def _add_callbacks(trainer: Any, arm: Arm, job: TrainingJob, resumed_from: int | None) -> None:
+    """Progress, curves, early stopping and, as the last, the probe."""
     from transformers import EarlyStoppingCallback
 
     from probes import ProbeCallback
     from trainers.progress import ProgressLines
 
-    s, reporters = job.settings, []
+    s = job.settings
     if trainer.args.disable_tqdm:
         trainer.add_callback(ProgressLines(f"train {arm.name}-{job.seed}"))
     if "tensorboard" in s.report_to and job.logs is not None:
-        reporters.append(tensorboard(job.logs, resumed_from))
-        trainer.add_callback(reporters[0])
+        trainer.add_callback(tensorboard(job.logs, resumed_from))
     if s.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(s.early_stopping_patience, s.early_stopping_min_delta))
     probe = ProbeCallback(
@@ -190,7 +189,6 @@ def _add_callbacks(trainer: Any, arm: Arm, job: TrainingJob, resumed_from: int |
         claims=arm.preconditions,
     )
     trainer.add_callback(probe)  # the last one, so that it sees what the others do to gradients
-    return reporters
 
 
 def run(arm: Arm, job: TrainingJob) -> TrainingResult:
@@ -205,7 +203,7 @@ def run(arm: Arm, job: TrainingJob) -> TrainingResult:
     trainer, train, valid = _build(arm, job, lasting_arguments(job, f"{arm.name}-{job.seed}"))
     checkpoint = to_resume(job.checkpoints)
     resumed_from = int(checkpoint.name.rsplit("-", 1)[-1]) if checkpoint else None
-    reporters = _add_callbacks(trainer, arm, job, resumed_from)
+    _add_callbacks(trainer, arm, job, resumed_from)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
@@ -213,8 +211,7 @@ def run(arm: Arm, job: TrainingJob) -> TrainingResult:
     trainer.model.save_pretrained(job.output, safe_serialization=True)
     trainer.processing_class.save_pretrained(job.output)
     history = [dict(entry) for entry in trainer.state.log_history]
-    for reporter in reporters:  # closed by now, and would open anew for the evaluation below
-        trainer.remove_callback(reporter)
+    remove_reporters(trainer)  # closed by now: the evaluation below would open them anew, or stand at the wrong step
     said = arm.report(trainer, job) if arm.report else {}
     (job.output / "loss_history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
     losses = [entry["loss"] for entry in history if "loss" in entry]

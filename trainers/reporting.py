@@ -55,6 +55,14 @@ def report_arguments(settings: TrainSettings, name: str, folder: Path | None) ->
     return {"report_to": ["wandb"], "run_name": name}
 
 
+def remove_reporters(trainer: Any) -> None:
+    """Let nothing of what a Trainer still does appear in any curve."""
+    from transformers.integrations import TensorBoardCallback, WandbCallback
+
+    for kind in (TensorBoardCallback, WandbCallback):
+        trainer.remove_callback(kind)
+
+
 def _await_next_second(folder: Path) -> None:
     """Wait while a file of this second's may be there, for a second at most.
 

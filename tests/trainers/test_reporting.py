@@ -59,10 +59,14 @@ def test_a_resumed_run_goes_on_and_a_new_one_starts_anew(make_job, tmp_path):
 
 
 def test_event_files_are_named_in_the_order_of_their_making(tmp_path):
+    made = []
     for _ in range(3):
         reporting.tensorboard(tmp_path, None).tb_writer.close()
-    stamps = [int(file.name.split(".")[3]) for file in tmp_path.glob("events.out.tfevents.*")]
-    assert len(stamps) == len(set(stamps)) == 3
+        (new,) = {file.name for file in tmp_path.iterdir()} - set(made)
+        made.append(new)
+    assert made == sorted(made)
+    stamps = [int(name.split(".")[3]) for name in made]
+    assert stamps == sorted(set(stamps)), "each has a second of its own; what stands behind it gives no order"
 
 
 def test_a_twin_reports_nothing(make_job, tmp_path):
@@ -118,7 +122,7 @@ def test_wandb_is_told_project_name_and_folder(make_job, tmp_path, chosen):
         (package / folder / "__init__.py").write_text("")
     (package / "__init__.py").write_text(textwrap.dedent(STAND_IN))
     (package / "sdk/lib/config_util.py").write_text("class ConfigError(Exception): pass\n")
-    job = replace(make_job(grit=GRIT, report_to=["wandb"], seed=3), logs=tmp_path / "logs")
+    job = replace(make_job(grit=GRIT, report_to=["wandb"], seed=3, eval_steps=5), logs=tmp_path / "logs")
     (tmp_path / "run").write_bytes(pickle.dumps(("pure_grit", job, {}, None, None)))
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | chosen
     env |= {"PYTHONPATH": f"{tmp_path / 'modules'}{os.pathsep}{ROOT}", "CALLS": str(tmp_path / "calls")}
@@ -133,4 +137,6 @@ def test_wandb_is_told_project_name_and_folder(make_job, tmp_path, chosen):
     logged = [values for kind, values, *_ in calls if kind == "log"]
     assert [v["train/global_step"] for v in logged if "train/loss" in v] == [2, 4, 6, 8, 10, 12]
     assert all("train/grit/gradient_norm_raw" in v for v in logged if "train/loss" in v)
+    # What is measured of the saved adapter, after training, belongs to no step.
+    assert [v["train/global_step"] for v in logged if "eval/loss" in v] == [5, 10, 12]
     assert not [call for call in calls if call[0] == "warn"]
