@@ -144,8 +144,8 @@ def run(params: Params, arm: str, seed: int) -> None:
         write_jsonl(folder / "quantized_samples.jsonl", samples)
         write_json(folder / "quantized.json", {"schema": 1, "arm": arm, "seed": seed, "rows": rows})
         record.write(folder)
-    shown_rows = {r["type"]: [round(r["bits_per_weight"], 2), round(r["category_accuracy"], 4)] for r in rows}
-    print(json.dumps({"type: [bits per weight, accuracy]": shown_rows}))
+    shown_rows = {r["type"]: [round(r["bits_per_weight"], 2), round(r["credit"], 4)] for r in rows}
+    print(json.dumps({"type: [bits per weight, mean credit]": shown_rows}))
 
 
 def main(arm: ArmOption, seed: SeedOption = 0) -> None:

@@ -1,7 +1,7 @@
 """Training, validation and test items of a recipe's rows, none of whose groups is in two splits."""
 
 import random
-from collections import Counter
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,11 +148,15 @@ def _untested(rows: RecipeRows, division: Division) -> list[Item]:
 def _notes(rows: RecipeRows, division: Division, section: PrepareData, untested: int) -> list[str]:
     notes = []
     for split, share in rows.most_refused.items():
-        reasons = Counter(r.reason for r in rows.rejected if r.split == split)
-        reason, times = reasons.most_common(1)[0]
+        kinds: dict[str, list[str]] = {}
+        for rejection in rows.rejected:
+            if rejection.split == split:  # "expected at most 400 characters, got 512" is the same as "…, got 640"
+                kind = re.sub("[0-9]+", "#", rejection.reason.partition(", got ")[0])
+                kinds.setdefault(kind, []).append(rejection.reason)
+        most = max(kinds.values(), key=len)
         notes.append(
             f"WARNING: {share:.0%} of the rows of split {split!r} were refused, more than half; check columns and "
-            f"max_chars. Most often ({times}): {reason}"
+            f"max_chars. Most often ({len(most)}): {most[0]}"
         )
     for split in ("valid", "test"):
         asked, got = getattr(section, f"{split}_items"), len(division.splits[split])
