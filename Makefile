@@ -56,10 +56,10 @@ bench: setup
 probe-faults: setup
 	$(RUN) python -m benchmarks.probe_faults
 
-# What the stages made; DVC's cache and the environment stay, and the database: it alone has the runs of other tasks.
+# What the stages made; DVC's cache and the environment stay, and databases: they alone have the runs of other tasks.
 clean:
 	rm -rf data models adapters verdicts gguf verified quantized measured scores checkpoints attempts logs
-	if [ -d outputs ]; then find outputs -mindepth 1 -maxdepth 1 ! -name "centralized.db*" -exec rm -rf {} +; fi
+	if [ -d outputs ]; then find outputs -mindepth 1 -maxdepth 1 ! -name "*.db" ! -name "*.db-*" ! -name "*.sqlite*" -exec rm -rf {} +; fi
 
 lock: setup
 	$(BIN)/python -m pip freeze --exclude-editable --exclude torch --exclude unsloth --exclude unsloth_zoo > requirements.lock.partial

@@ -10,7 +10,6 @@ from db.models import Metric, Quantization, QuantizedSample, Run, Sample
 from db.queries import VIEWS
 from db.references import may_be_same
 
-_ROUNDING = 0.001
 _SAME_MEAN = 1e-6
 """How far two means of the same numbers may lie apart, added up in different orders."""
 
@@ -158,9 +157,9 @@ def _other_samples(session: Session) -> list[str]:
     found = []
     for arm, seed, run_id, name, value, items, correct, partly, credit in session.execute(query):
         label = _label(arm, seed, run_id)
-        if not partly and (value is None or abs(value - correct / items) > _ROUNDING):
+        if not partly and (value is None or abs(value - correct / items) > _SAME_MEAN):
             found.append(f"{label}: its accuracy is {value}, but {correct} of its {items} test items are correct")
-        elif value is None or abs(value - credit) > _ROUNDING:
+        elif value is None or abs(value - credit) > _SAME_MEAN:
             found.append(f"{label}: {name} is {value}, but the mean credit of its {items} test items is {credit:.6g}")
     return found
 

@@ -159,7 +159,8 @@ class Run(Base):
         comment="name in metric, split test: the mean credit of the test items, by which arms are compared",
     )
     base_key: Mapped[str] = mapped_column(
-        server_default=text("''"), comment="sha256 of base.json: which model was trained or is the base; '': not known"
+        server_default=text("''"),
+        comment="sha256 of base.json: the base model, its place and prompt template; '': not known",
     )
     train_key: Mapped[str] = mapped_column(
         server_default=text("''"),

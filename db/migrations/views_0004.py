@@ -1,4 +1,4 @@
-"""The views of revision 0004: two that show AQI leave other tasks' numbers out, two new ones show every task."""
+"""The views of revision 0004: of other tasks those that show AQI have no accuracy; two new ones show every task."""
 
 from __future__ import annotations
 

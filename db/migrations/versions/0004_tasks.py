@@ -31,7 +31,7 @@ RUN_COLUMNS = {
         "'aqi_category_accuracy'",
         "name in metric, split test: the mean credit of the test items, by which arms are compared",
     ),
-    "base_key": ("''", "sha256 of base.json: which model was trained or is the base; '': not known"),
+    "base_key": ("''", "sha256 of base.json: the base model, its place and prompt template; '': not known"),
     "train_key": ("''", "sha256 of the canonical JSON of params and inputs of stage train; '': nothing was trained"),
 }
 RULES = {"primary_metric": ("ck_run_task_named", "task <> '' AND task_title <> '' AND primary_metric <> ''")}
