@@ -5,12 +5,14 @@ the smoke profile, of two layers; with GRIT_RECIPES=tiny it is the default's, an
 """
 
 import csv
+import hashlib
 import json
 import os
 import re
 
 import pytest
 
+from evaluation.tasks import load_recipe
 from tests import recipe_data
 from tests.project_clone import ROOT, make_clone
 
@@ -26,6 +28,9 @@ PRIMARY = {
     "gsm8k": "gsm8k_exact_match",
     "qnli": "qnli_accuracy",
 }
+# Of which a few dozen steps teach the small base an answer; GSM8K and Alpaca stay close to nothing.
+LEARNED = ("boolq", "dolly", "qnli")
+UNREAD = ("boolq", "gsm8k", "qnli")  # have a metric for answers in which nothing could be read
 # Unsloth changes TRL for a whole process, so hybrid_grit is trained in its own.
 STAGES = """
 from pipelines import compare, evaluate, export, prepare_base, prepare_data, train
@@ -49,11 +54,19 @@ AGAIN = STAGES[: STAGES.index("prepare_data.run")]
 
 def kept(folder, task):
     """What later recipes overwrite: the artefacts' facts of one recipe."""
+    data = json.loads((folder / "data/run.json").read_text())
     return {
         "magic": {p.relative_to(folder).as_posix(): p.read_bytes()[:4] for p in folder.glob("gguf/*/0/*.gguf")},
         "parity": {arm: json.loads((folder / f"gguf/{arm}/0/parity.json").read_text()) for arm in ARMS},
         "scores": {a: json.loads((folder / f"scores/{a}/0/scores.json").read_text()) for a in ("base", *ARMS)},
-        "data": json.loads((folder / "data/run.json").read_text())["extra"],
+        "history": {a: json.loads((folder / f"adapters/{a}/0/loss_history.json").read_text()) for a in ARMS},
+        "data": data["extra"],
+        "read": data["inputs"],
+        "files": {
+            p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in (folder / "inputs" / task).rglob("*")
+            if p.is_file()
+        },
         "test": [json.loads(line) for line in (folder / "data/test.jsonl").open()],
         "train": [json.loads(line) for line in (folder / "data/train.jsonl").open()],
     }
@@ -95,10 +108,27 @@ def test_every_arm_is_trained_exported_and_scored(recipes, task):
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_every_arm_has_learned_something(recipes, task):
+    for arm in ARMS:
+        losses, told = ([e[k] for e in recipes.kept[task]["history"][arm] if k in e] for k in ("loss", "eval_loss"))
+        assert len(losses) > 2 and losses[-1] < 0.95 * losses[0], arm
+        assert len(told) > 1 and told[-1] < told[0], arm
+        scores = recipes.kept[task]["scores"][arm]
+        values = {m["name"]: m["value"] for m in scores["metrics"] if m["split"] == "test"}
+        assert (f"{task}_unparseable" in values) == (task in UNREAD)
+        assert values.get(f"{task}_unparseable", 0) < 1, arm
+        assert task not in LEARNED or values[PRIMARY[task]] > 0.2, arm
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_data_come_from_the_local_files_and_do_not_leak(recipes, task):
     found = recipes.kept[task]
     assert found["data"]["items"]["test"] == TEST_ITEMS and found["data"]["items"]["train"] > 200
     assert {item["task"] for item in found["test"]} == {task}
+    assert found["read"] == found["files"] and found["files"], "each file that was written was read, and no other"
+    some = [load_recipe(task).make_item("", row) for row in recipe_data.rows(task, ROWS + TEST_ROWS)]
+    written = {(one.prompt, one.completion) for one in some}
+    assert {(i["prompt"], i["completion"]) for split in ("test", "train") for i in found[split]} <= written
     assert not {i["prompt"] for i in found["test"]} & {i["prompt"] for i in found["train"]}
 
 
