@@ -1,6 +1,7 @@
 """Runs jobs of the arm hybrid_grit in a process of its own: python -m tests.trainers.hybrid_runs FILE.
 
-FILE holds [(name, job, whether Unsloth's get_peft_model fuses MLPs as on a GPU)]; FILE.seen gets what was seen.
+FILE holds [(name, job, whether Unsloth's get_peft_model fuses MLPs as on a GPU, step → evaluation loss to report
+instead of the measured one)]; FILE.seen gets what was seen.
 """
 
 import dataclasses
@@ -10,14 +11,15 @@ import sys
 from pathlib import Path
 
 from tests.trainers.fused_double import fuse_mlps
+from tests.trainers.lasting_runs import tell
 from trainers.common import run
 from trainers.hybrid_grit import ARM
 
 LIGHT = not {"unsloth", "trl", "transformers"} & set(sys.modules)
 
 
-def watched(seen, fused):
-    """The arm, with its steps looked at."""
+def watched(seen, fused, losses):
+    """The arm, with its steps looked at and `losses` (step → evaluation loss) told, where there are any."""
 
     def add_adapter(model, settings):
         from unsloth import FastLanguageModel
@@ -52,6 +54,7 @@ def watched(seen, fused):
 
         statistics.gather = looked_at
         trainer = ARM.make_trainer(settings, **kwargs)
+        tell(trainer, losses)
         seen["classes"] = [f"{c.__module__}.{c.__qualname__}" for c in type(trainer).__mro__]
         seen["optimizer"] = str(trainer.args.optim.value)
         return trainer
@@ -67,13 +70,13 @@ def main(file: Path) -> None:
     handler = logging.Handler()
     handler.emit = lambda record: log.append(record.getMessage())
     logging.getLogger("grit").addHandler(handler)
-    for name, job, fused in pickle.loads(file.read_bytes()):
+    for name, job, fused, losses in pickle.loads(file.read_bytes()):
         from grit import statistics
 
         log.clear()
         seen = {"light": LIGHT, "network": network}
         gather = statistics.gather
-        result = run(watched(seen, fused), job)
+        result = run(watched(seen, fused, losses), job)
         statistics.gather = gather
         results[name] = {**seen, "summary": result.summary, "history": result.history, "log": list(log)}
     file.with_suffix(".seen").write_bytes(pickle.dumps(results))

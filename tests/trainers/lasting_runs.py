@@ -13,6 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 
 
+def tell(trainer, losses):
+    """As long as it trains, the trainer's evaluations report `losses` (step → evaluation loss), where any are given."""
+    loop = trainer.evaluation_loop
+
+    def told(*a, **k):
+        output = loop(*a, **k)
+        if trainer.is_in_train and losses:
+            output.metrics["eval_loss"] = losses[trainer.state.global_step]
+        return output
+
+    trainer.evaluation_loop = told
+
+
 def scripted(module, losses, event=None, step=None):
     """The arm, with `losses` (step → evaluation loss, as long as it trains) and a death at (`event`, `step`)."""
     arm = importlib.import_module(f"trainers.{module}").ARM
@@ -21,15 +34,7 @@ def scripted(module, losses, event=None, step=None):
         from transformers import TrainerCallback
 
         trainer = arm.make_trainer(settings, **kwargs)
-        loop = trainer.evaluation_loop
-
-        def told(*a, **k):
-            output = loop(*a, **k)
-            if trainer.is_in_train and losses:
-                output.metrics["eval_loss"] = losses[trainer.state.global_step]
-            return output
-
-        trainer.evaluation_loop = told
+        tell(trainer, losses)
 
         def die(self, args, state, control, **kwargs):
             if state.global_step == step:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.trainers.lasting_runs import scripted
-from trainers import baseline_lora, pure_grit, twin
+from trainers import baseline_lora, twin
 from trainers.common import run
 from trainers.data import EncodingError, encode_example
 from trainers.models import load_tokenizer
@@ -158,8 +158,9 @@ def test_the_last_one_is_saved_where_no_loss_is_finite(make_job, capsys):
 
 
 STOPS = {"eval_steps": 2, "save_steps": 2, "max_steps": 40, "early_stopping_patience": 3}
-# 0.05 better than the best is not enough below; the third such evaluation in a row is at step 12.
-STALE = {2: 3.0, 4: 3.2, 6: 2.0, 8: 2.3, 10: 1.97, 12: 1.96, 14: 1.0, 16: 1.0}
+# 0.05 better than the best is not enough below; the third such evaluation in a row is at step 12, and step 10 has the
+# lowest loss all the same.
+STALE = {2: 3.0, 4: 3.2, 6: 2.0, 8: 2.3, 10: 1.97, 12: 1.98, 14: 1.0, 16: 1.0}
 
 
 @pytest.mark.parametrize("module", ["baseline_lora", "pure_grit"])
@@ -168,7 +169,12 @@ def test_it_stops_early_and_a_kill_changes_no_bit(make_job, tmp_path, module):
     undisturbed = make_job(**settings)
     whole = run(scripted(module, STALE), undisturbed)
     assert whole.summary["stopped_early"] and whole.summary["steps"] == 12
-    assert (whole.summary["best_step"], whole.summary["best_eval_loss"]) == (12, 1.96)
+    assert (whole.summary["best_step"], whole.summary["best_eval_loss"]) == (10, 1.97)
+    if module == "baseline_lora":  # GRIT shrinks ranks before it saves
+        saved = load_file(undisturbed.output / WEIGHTS)
+        best, last = (load_file(undisturbed.checkpoints / f"checkpoint-{step}" / WEIGHTS) for step in (10, 12))
+        assert saved.keys() == best.keys() and all(torch.equal(w, best[n]) for n, w in saved.items())
+        assert any(not torch.equal(w, last[n]) for n, w in saved.items())
     # With two evaluations without improvement behind it; and when everything was saved but the adapter.
     for step, resumed_from in ((10, 10), (12, 10)):
         job = make_job(**settings, checkpoints=tmp_path / f"checkpoints-{step}")
@@ -217,4 +223,4 @@ def test_pure_grit_is_told_apart_from_the_last_step(make_job):
     best, last = make_job(**BEST, grit=grit), make_job(**{**BEST, "keep_best": False}, grit=grit)
     for job in (best, last):
         run(scripted("pure_grit", CURVE), job)
-    assert weights(best) != weights(last) and pure_grit.ARM.preconditions
+    assert weights(best) != weights(last)
