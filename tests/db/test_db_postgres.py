@@ -26,6 +26,7 @@ from db.errors import TasksLostError
 from db.ingest import ingest, rebuild
 from db.models import Metric, Run, Speed
 from db.queries_compare import Choice, chosen_runs, tasks_of_runs
+from tests.db.postgres_server import outline
 from tests.db.result_tree import edit, make_arm, make_tree, sha, write
 from tests.db.result_tree_layers import make_full_tree
 from tests.db.task_switches import F16, Q8, everything
@@ -116,16 +117,25 @@ def everything_of(place: str | Path) -> list[Any]:
         return [tasks_of_runs(session), *(everything(session, Choice(task=t)) for t in (None, "aqi", "gsm8k"))]
 
 
-def test_a_0003_database_is_upgraded_and_taken_back(tree: Path, postgres: str) -> None:
+def test_the_newest_upgrade_is_taken_back_and_done_again(tree: Path, postgres: str) -> None:
+    engine = make_engine(resolve_url(postgres), write=True)
+    with engine.connect() as connection:
+        schema.upgrade(connection, postgres, "0003")
+        connection.commit()
+    engine.dispose()
+    old = outline(postgres)
     ingest(tree, postgres)
-    before = tables(postgres)
+    before, new = tables(postgres), outline(postgres)
+    assert all(mine != theirs for mine, theirs in zip(new, old, strict=True)), "0004 changes every part"
     with open_session(postgres, write=True) as session:
         downgrade(session, "0003")
+    assert outline(postgres) == old
     with pytest.raises(DatabaseError, match="older version 0003"), open_session(postgres):
         pass
     with open_session(postgres, write=True) as session:
         assert compare_metadata(MigrationContext.configure(session.connection()), Base.metadata) == []
     assert_equal(tables(postgres), before)
+    assert outline(postgres) == new
 
 
 def test_the_same_files_again_change_nothing(tree: Path, postgres: str) -> None:

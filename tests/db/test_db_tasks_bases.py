@@ -32,11 +32,6 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path / "project"
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "c.db"
-
-
 def add_arm(tree: Path, arm: str, seed: int, **what: Any) -> None:
     add_task_arm(tree, GSM8K, arm, seed, credits_of(arm, seed, 0.1, binary=True), **what)
 

@@ -58,7 +58,7 @@ def test_a_file_that_cannot_be_read_has_nothing_to_lose(tree: Path, three: Path)
     assert rebuild(tree, three, seeds=[0]).inserted == 3
 
 
-def test_files_without_the_new_keys_are_of_aqi_all_or_nothing(tree: Path, path: Path) -> None:
+def test_files_without_the_new_keys_are_of_aqi_and_right_or_wrong(tree: Path, path: Path) -> None:
     ingest(tree, path)
     with open_session(path) as session:
         assert set(session.execute(select(Run.task, Run.task_title, Run.primary_metric)).all()) == {

@@ -29,11 +29,6 @@ def tree(tmp_path: Path) -> Path:
     return tree
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "c.db"
-
-
 def counts(summary: Any) -> tuple[int, int, int, int]:
     return summary.inserted, summary.updated, summary.unchanged, summary.retired
 
@@ -95,8 +90,11 @@ def test_an_older_database_is_upgraded_without_loss(path: Path) -> None:
     with open_session(path, write=True):
         pass
     after = all_rows(path, (*OLD_TABLES, "run"))
-    for table, rows in {**before, "run": runs}.items():
+    grown = {"run": runs, "sample": before.pop("sample")}
+    for table, rows in grown.items():
         assert [row[: len(rows[0])] for row in after[table]] == rows, "new columns stand behind the old ones"
+    assert {table: after[table] for table in before} == before, "the others have no new ones"
+    assert [row[len(grown["sample"][0]) :] for row in after["sample"]] == [(1.0,)] * 3, "credit of right answers"
     with open_session(path, write=True) as session:
         assert session.scalar(text("SELECT version_num FROM alembic_version")) == schema.NEWEST
         assert {r.arm: r.serving_mode for r in chosen_runs(session, Choice())} == {
