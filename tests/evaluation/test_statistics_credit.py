@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from simulated_credit import credit_differences
 
+from evaluation import statistics
 from evaluation.pairs import Pairs
 from evaluation.power import mcnemar_items, power_rows
 from evaluation.seeds import crossed_interval
@@ -71,9 +72,18 @@ def test_chance_is_never_ruled_out_for_good() -> None:
     assert sign_flip_test(tenths) == 1.0
 
 
-def test_many_items_are_resampled_in_parts() -> None:
+def test_many_items_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(3).beta(2, 3, 30_000)
-    assert sign_flip_test(values - 0.4, flips=300) <= 1
+    d = values - values.mean() + 0.001
+    parts = statistics._parts(300, d.size)
+    assert len(parts) > 1 and sum(parts) == 300 and max(parts) * d.size <= statistics._AT_ONCE
+    p_value = sign_flip_test(d, flips=300)
+    # A sum of flipped signs is nearly normal, and a share of 300 flips has this standard error.
+    normal = 2 * stats.norm.sf(abs(d.sum()) / np.square(d).sum() ** 0.5)
+    assert 0.3 < normal < 0.7 and p_value == pytest.approx(normal, abs=4 * (normal * (1 - normal) / 300) ** 0.5)
+    with monkeypatch.context() as patched:
+        patched.setattr(statistics, "_AT_ONCE", 300 * d.size)
+        assert sign_flip_test(d, flips=300) == p_value, "the same flips, drawn at once"
     low = bootstrap_mean(values, resamples=400)
     half = 1.96 * values.std() / values.size**0.5
     assert (low.low, low.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=half / 4)

@@ -43,7 +43,7 @@ def test_the_item_of_a_row_as_on_the_hub():
     ],
 )
 def test_questions_get_a_capital_and_a_mark(question, asked):
-    assert f"\nQuestion: {question.strip() and asked}\n" in boolq.make_item("x", {**ROW, "question": question}).prompt
+    assert f"\nQuestion: {asked}\n" in boolq.make_item("x", {**ROW, "question": question}).prompt
 
 
 @pytest.mark.parametrize(
