@@ -2,7 +2,7 @@
 
 import json
 import re
-import time
+import socket
 from pathlib import Path
 
 import pytest
@@ -125,7 +125,7 @@ def test_rows_that_share_a_group_with_a_test_item_are_not_trained_on(stage, caps
 
 def test_what_is_refused_is_counted_listed_and_said(stage, capsys):
     some = recipe_data.rows("gsm8k", 30)
-    bad = [{"question": f"How many in {n}?", "answer": "no number"} for n in range(40)]
+    bad = [{"question": f"How many in {n}?", "answer": f"no {'very ' * n}number"} for n in range(40)]
     Path("mine").mkdir()
     lines = [*some, some[0], {**some[1], "answer": "1+1\n#### 2"}, *bad, {"question": "y" * 500, "answer": "#### 1"}]
     Path("mine/d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
@@ -141,6 +141,8 @@ def test_what_is_refused_is_counted_listed_and_said(stage, capsys):
     assert len(extra["first_rejections"]) == 5 and extra["first_rejections"][0].startswith("train row 31, column None:")
     said = capsys.readouterr().out
     assert "WARNING: 59% of the rows of split 'train' were refused, more than half" in said
+    most = "Most often (40): answer: expected a solution that ends in #### and a number, got"  # whatever came each time
+    assert most in said
     assert "43 rows were refused; data/rejected.jsonl says" in said and "mine/d.jsonl lies outside inputs/" in said
 
 
@@ -187,14 +189,15 @@ def test_hidden_files_of_a_download_are_no_inputs(stage):
         f"inputs/g/data/{s}-00000-of-00001.parquet" for s in ("test", "train")]  # fmt: skip
 
 
-def test_a_missing_hub_is_said_within_seconds(stage):
-    start = time.perf_counter()
+def test_a_missing_hub_is_said_and_nothing_is_asked_of_the_network(stage, monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host) or [])
     for source, name in (("hub", "openai/gsm8k"), ("hub:o/n@v1", "o/n")):
         with pytest.raises(SourceError) as caught:
             stage(task="gsm8k", source=source)
         assert f"`hf download {name} --repo-type dataset" in str(caught.value)
         assert "the Hugging Face hub cannot be reached" in str(caught.value)
-    assert time.perf_counter() - start < 10
+    assert asked == []
 
 
 @pytest.mark.parametrize(
@@ -244,19 +247,24 @@ def by_group(one):
     return one.prompt.split("/")[0]
 
 
-@pytest.mark.parametrize("sizes", [(None, 10, 20), (50, 10, 20), (6000, 200, 500), (1, 1, 1), (None, 200, 500)])
+@pytest.mark.parametrize(
+    ("sizes", "share"),  # the share of 120 rows that the tests get where they have no rows of their own
+    [((None, 10, 20), 20), ((50, 10, 20), 20), ((6000, 200, 500), 8), ((1, 1, 1), 1), ((None, 200, 500), 42)],
+)
 @pytest.mark.parametrize("per_group", [1, 3, 40])
 @pytest.mark.parametrize("tests", [0, 1, 30])
-def test_every_item_is_in_one_place_and_every_group_in_one_split(sizes, per_group, tests):
+def test_every_item_is_in_one_place_and_every_group_in_one_split(sizes, share, per_group, tests):
     pool = [item(n, f"g{n // per_group}") for n in range(120)]
     test = [item(1000 + n, f"g{n}") for n in range(tests)] or None
     if test and per_group == 40:
         test = test[:1]  # more would take every group
     wanted = dict(zip(SPLITS, sizes, strict=True))
     made = divide(pool, test, by_group, wanted, seed=0)
-    untested = len(test or []) - len(made.splits["test"]) if test else 0
+    # Whole groups of the pool, one at least; rows of their own one by one.
+    n = min(len(test), wanted["test"]) if test else per_group * max(1, share // per_group)
+    assert len(made.splits["test"]) == n
     placed = [i.id for items in (*made.splits.values(), made.apart, made.left) for i in items]
-    assert len(placed) == len(set(placed)) == 120 + len(test or []) - untested
+    assert len(placed) == len(set(placed)) == 120 + (n if test else 0)
     where = {split: {by_group(i) for i in items} for split, items in made.splits.items()}
     assert all(where.values()) and not where["train"] & where["valid"]
     assert not where["test"] & (where["train"] | where["valid"])
