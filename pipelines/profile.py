@@ -4,17 +4,18 @@ profiles/tiny.yaml holds every key; another profile holds only what differs from
 
 - size: a base model and how it is trained. `based_on` names the size that it differs from (tiny if none).
 - task: what is asked. `size` names the size that it runs on unless another is named; what stands under `full_size`
-  holds only on a base from a hub or a folder, not on the embedded one.
-- variant: further changes, whatever the size and the task.
+  holds only on a base from a hub or a folder, not on the embedded one. `based_on` names a task that it differs from.
+- variant: further changes, whatever the size and the task; what stands under `schedule` yields to a task's `full_size`
+  where that holds.
 
-Names are put together with +, in any order: gsm8k, gsm8k+smoke, gsm8k+llama3_8b+ablation. Changes made by hand in
-params.yaml are not thrown away: they stop the switch, by name, unless --force is given.
+Names are put together with +, in any order of kinds: gsm8k, gsm8k+smoke, gsm8k+llama3_8b+ablation. Where two variants
+set the same key, the later one wins. A file whose name begins with _ is no profile of its own: others are based on it.
+Changes made by hand in params.yaml are not thrown away: they stop the switch, by name, unless --force is given.
 """
 
-import difflib
 import io
+import textwrap
 from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,16 +24,14 @@ from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from pipelines.config import PARAMS_FILE, ConfigError, load_yaml, parse_params
-from pipelines.schema import Params
+from pipelines.profile_files import BASIS, PROFILES, Parts, available, parts_of
 from pipelines.stage import cli
 
-PROFILES = Path("profiles")
-BASIS = "tiny"
-KINDS = ("size", "task", "variant")
-_SECTIONS = set(Params.model_fields) - {"profile"}
+__all__ = ["PROFILES", "available", "choose", "compose", "hand_edits", "load_text"]
+
 _HEADER = (
-    "# Written by `python -m pipelines.profile {name}` from {files}. Change what you like: DVC reruns\n"
-    "# what depends on it. All keys and their meaning stand in profiles/tiny.yaml.\n"
+    "Written by `python -m pipelines.profile {name}` from {files}. Change what you like: DVC reruns what depends on "
+    "it. All keys and their meaning stand in profiles/tiny.yaml."
 )
 
 
@@ -49,118 +48,28 @@ def _float(representer: RoundTripRepresenter, value: float) -> Any:
 _Representer.add_representer(float, _float)
 
 
-@dataclass(frozen=True)
-class Profile:
-    """One file of profiles/.
-
-    Attributes:
-        name: Of the file.
-        kind: size, task or variant.
-        settings: What it sets.
-        based_on: Of a size: the size it differs from.
-        size: Of a task: the size it runs on where none is named.
-        full_size: Of a task: what it sets where the base is not the embedded one.
-    """
-
-    name: str
-    kind: str
-    settings: dict[str, Any]
-    based_on: str = BASIS
-    size: str = BASIS
-    full_size: dict[str, Any] = field(default_factory=dict)
-
-
-def available(folder: Path = PROFILES) -> list[str]:
-    """Names of the profiles."""
-    return sorted(path.stem for path in folder.glob("*.yaml"))
-
-
 def _merge(basis: Any, over: dict[str, Any]) -> None:
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(basis.get(key), dict) and key != "columns":
             _merge(basis[key], value)
         else:
-            basis[key] = value
+            basis[key] = deepcopy(value)  # a profile's own entries may be one and the same (YAML's &name, *name)
 
 
-def read_profile(name: str, folder: Path = PROFILES) -> Profile:
-    """One profile.
-
-    Raises:
-        ConfigError: no such profile, or its own keys are wrong.
-    """
-    names = available(folder)
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"no profile {name!r} in {folder}/.{hint} Available: {', '.join(names)}")
-    file = folder / f"{name}.yaml"
-    if name == BASIS:
-        return Profile(name, "size", {})
-    content = load_yaml(file)
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: expected sections, got {type(content).__name__}")
-    kind = content.pop("kind", "size")
-    own = {"size": ("based_on",), "task": ("size", "full_size"), "variant": ()}
-    if kind not in KINDS:
-        raise ConfigError(f"{file}: kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    keys: dict[str, Any] = {key: content.pop(key) for key in own[kind] if key in content}
-    problems = [
-        f"{key}: expected the name of a profile, got {keys[key]!r}"
-        for key in ("based_on", "size")
-        if not isinstance(keys.get(key, ""), str)
-    ]
-    full_size = keys.get("full_size", {})
-    if not isinstance(full_size, dict):
-        problems.append(f"full_size: expected sections, got {full_size!r}")
-        full_size = {}
-    problems += [
-        f"{key}: expected keys of that section, got {value!r}"
-        for key, value in [*content.items(), *((f"full_size.{key}", value) for key, value in full_size.items())]
-        if key.split(".")[-1] in _SECTIONS and not isinstance(value, dict)
-    ]
-    if problems:
-        raise ConfigError("\n".join(f"{file}: {problem}" for problem in problems))
-    return Profile(name, kind, content, **keys)
-
-
-def _sizes(size: str, folder: Path, seen: tuple[str, ...] = ()) -> list[Profile]:
-    """A size and those it is based on, the basis left out, the size itself last."""
-    if size in seen:
-        raise ConfigError(f"{folder}/{size}.yaml: based_on: {' -> '.join((*seen, size))} goes round in a circle")
-    if size == BASIS:
-        return []
-    found = read_profile(size, folder)
-    if found.kind != "size":
-        raise ConfigError(f"{folder}/: expected {size!r} to be a size, got a {found.kind}")
-    return [*_sizes(found.based_on, folder, (*seen, size)), found]
-
-
-def _parts(name: str, folder: Path) -> tuple[list[Profile], Profile | None, list[Profile]]:
-    """Sizes from the basis on, the task if there is one, and the variants that `name` puts together.
-
-    Raises:
-        ConfigError: unknown names, all of them, or more than one size or task.
-    """
-    found: list[Profile] = []
-    problems = []
-    for part in name.split("+"):
-        try:
-            found.append(read_profile(part.strip(), folder))
-        except ConfigError as error:
-            problems.append(str(error))
-    by_kind = {kind: [p for p in found if p.kind == kind] for kind in KINDS}
-    for kind in ("size", "task"):
-        if len(by_kind[kind]) > 1:
-            problems.append(f"expected one {kind}, got {', '.join(p.name for p in by_kind[kind])}")
-    doubled = sorted({p.name for p in found if found.count(p) > 1})
-    if doubled:
-        problems.append(f"expected each once, got {', '.join(doubled)} more than once")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    task = by_kind["task"][0] if by_kind["task"] else None
-    size = by_kind["size"][0].name if by_kind["size"] else task.size if task else BASIS
-    return _sizes(size, folder), task, by_kind["variant"]
+def _put_together(content: Any, parts: Parts) -> None:
+    """Merge all parts into the content of the basis."""
+    for size in parts.sizes:
+        _merge(content, size.settings)
+    embedded = content["prepare_base"]["source"] == "embedded"
+    for task in parts.tasks:
+        _merge(content, task.settings)
+    schedules = [] if embedded else [task.full_size for task in parts.tasks if task.full_size]
+    for schedule in schedules:
+        _merge(content, schedule)
+    for variant in parts.variants:
+        _merge(content, variant.settings)
+        if not schedules:
+            _merge(content, variant.schedule)
 
 
 def _fill_variants(arms: Any, where: str) -> None:
@@ -169,9 +78,10 @@ def _fill_variants(arms: Any, where: str) -> None:
         of = own.get("variant_of") if isinstance(own, dict) else None
         if of is None:
             continue
-        if not isinstance(of, str) or not isinstance(arms.get(of), dict) or "variant_of" in arms[of]:
+        arm = arms.get(of) if isinstance(of, str) else None
+        if not isinstance(arm, dict) or arm.get("variant_of") is not None:
             raise ConfigError(f"{where}: arms.{name}.variant_of: expected an arm that is no variant itself, got {of!r}")
-        whole = deepcopy(arms[of])
+        whole = deepcopy(arm)
         _merge(whole, own)
         arms[name] = whole
 
@@ -186,21 +96,13 @@ def compose(name: str, folder: Path = PROFILES) -> str:
     Raises:
         ConfigError: no such profile, or it does not validate.
     """
-    sizes, task, variants = _parts(name, folder)
-    files = ", ".join(f"{folder}/{part.strip()}.yaml" for part in name.split("+"))
+    parts = parts_of(name, folder)
+    files = ", ".join(f"{folder}/{part}.yaml" for part in parts.names)
     yaml = YAML()
     yaml.Representer = _Representer
     yaml.width = 200
     content = yaml.load((folder / f"{BASIS}.yaml").read_text(encoding="utf-8"))
-    for size in sizes:
-        _merge(content, size.settings)
-    if task is not None:
-        embedded = content["prepare_base"]["source"] == "embedded"
-        _merge(content, task.settings)
-        if not embedded:
-            _merge(content, task.full_size)
-    for variant in variants:
-        _merge(content, variant.settings)
+    _put_together(content, parts)
     _fill_variants(content["arms"], files)
     content["profile"] = name
     text = io.StringIO()
@@ -208,7 +110,8 @@ def compose(name: str, folder: Path = PROFILES) -> str:
     body = text.getvalue()
     parse_params(load_text(body), files)
     body = body[body.index("profile:") :]
-    return _HEADER.format(name=name, files=files) + body
+    header = textwrap.wrap(_HEADER.format(name=name, files=files), 118, break_long_words=False, break_on_hyphens=False)
+    return "".join(f"# {line}\n" for line in header) + body
 
 
 def load_text(text: str) -> Any:

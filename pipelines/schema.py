@@ -237,4 +237,5 @@ class Params(Section):
 
     def code_of(self, arm: str) -> str:
         """The arm whose code runs: that which `arm` is a variant of, or itself."""
-        return str(self.arms.get(arm, {}).get(VARIANT_OF, arm))
+        of = self.arms.get(arm, {}).get(VARIANT_OF)
+        return arm if of is None else str(of)

@@ -117,27 +117,6 @@ def test_sizes_build_on_each_other_and_qlora_is_one_switch():
     assert composed("gsm8k+llama3_8b")["prepare_base"]["source"] == "unsloth/llama-3-8b-bnb-4bit"
 
 
-def test_ablations_are_arms_that_differ_in_one_thing_each():
-    raw = composed("gsm8k+ablation")
-    p = parse_params(raw)
-    assert {p.code_of(arm) for arm in ("grit_2s", "grit_1s", "grit_2s_fixed_k")} == {"pure_grit"}
-    two, one, fixed = (p.train_for(arm).grit for arm in ("grit_2s", "grit_1s", "grit_2s_fixed_k"))
-    assert two == {**p.train_for("pure_grit").grit, "reprojection": "paper", "use_two_sided_reprojection": True}
-    assert one == {**two, "use_two_sided_reprojection": False}
-    assert fixed == {**two, "enable_rank_adaptation": False, "reprojection_k": 8}
-    assert p.train_for("grit_1s").learning_rate == p.train_for("pure_grit").learning_rate
-
-
-def test_the_authors_arithmetic_is_a_variant():
-    from dataclasses import asdict
-
-    from grit import GRITConfig
-
-    asked = GRITConfig.from_dict(parse_params(composed("paper")).train_for("pure_grit").grit)
-    for name in ("mode", "pairing", "damping_mode", "normalize_delta", "reprojection", "cov_decay", "rank_shrink"):
-        assert asdict(asked)[name] == asdict(GRITConfig.paper())[name]
-
-
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -147,6 +126,7 @@ def test_the_authors_arithmetic_is_a_variant():
         ("gsm8k+", "no profile '' in profiles/"),
         ("gsm9k+smoke", r"no profile 'gsm9k' in profiles/\. Did you mean 'gsm8k'\?"),
         ("gsm9k+smok", r"'gsm9k'.*\n.*no profile 'smok'"),
+        ("_recipe+smoke", r"no profile '_recipe' in profiles/\..* Available: ablation, alpaca"),
     ],
 )
 def test_names_that_cannot_be_put_together(name, reason):
@@ -175,14 +155,88 @@ def test_names_that_cannot_be_put_together(name, reason):
         ({"a": "arms: 3\n"}, "arms: expected keys of that section, got 3"),
         ({"a": "train:\n"}, "train: expected keys of that section, got None"),
         ({"a": "arms: {mine: {variant_of: [1]}}\n"}, r"variant_of: expected an arm .*got \[1\]"),
+        ({"a": "kind: task\nbased_on: b\n", "b": "kind: task\nbased_on: a\n"}, r"a -> b -> a goes round"),
+        ({"a": "kind: task\nbased_on: tiny\n"}, "expected 'tiny' to be a task, got a size"),
+        ({"a": "kind: task\nbased_on: _none\n"}, "no profile '_none'"),
+        ({"a": "kind: variant\nschedule: 3\n"}, "schedule: expected sections, got 3"),
+        ({"a": "kind: variant\nschedule: {train: 4}\n"}, r"schedule\.train: expected keys of that section, got 4"),
+        ({"a": "kind: variant\nfull_size: {}\n"}, "full_size: unknown key"),
     ],
 )
 def test_broken_keys_of_a_profile(tmp_path, files, reason):
-    (tmp_path / "tiny.yaml").write_text((profile.PROFILES / "tiny.yaml").read_text())
-    for name, text in files.items():
-        (tmp_path / f"{name}.yaml").write_text(text)
+    lay(tmp_path, **files)
     with pytest.raises(ConfigError, match=reason):
         profile.compose("a", tmp_path)
+
+
+def lay(folder, **files):
+    """Profiles of a test beside the basis."""
+    (folder / "tiny.yaml").write_text((profile.PROFILES / "tiny.yaml").read_text())
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_a_task_is_based_on_others_and_takes_their_size_and_schedule(tmp_path):
+    lay(
+        tmp_path,
+        large="prepare_base: {source: org/name}\n",
+        _common="kind: task\nsize: large\nexport: {num_ctx: 300}\nfull_size: {train: {rank: 7, alpha: 5}}\n",
+        mine="kind: task\nbased_on: _common\nevaluate: {max_tokens: 7}\nfull_size: {train: {alpha: 9}}\n",
+        own="kind: task\nbased_on: mine\nsize: tiny\n",
+    )
+    assert "_common" not in profile.available(tmp_path)
+    found = composed("mine", tmp_path)
+    assert (found["prepare_base"]["source"], found["export"]["num_ctx"], found["evaluate"]["max_tokens"]) == (
+        "org/name", 300, 7
+    )  # fmt: skip
+    assert (found["train"]["rank"], found["train"]["alpha"]) == (7, 9)
+    small = composed("own", tmp_path)
+    assert small["prepare_base"]["source"] == "embedded" and small["evaluate"]["max_tokens"] == 7
+    assert small["train"] == composed("tiny")["train"]
+
+
+def test_the_later_of_two_variants_wins_and_a_schedule_yields_to_the_tasks(tmp_path):
+    lay(
+        tmp_path,
+        large="prepare_base: {source: org/name}\n",
+        asks="kind: task\nfull_size: {train: {eval_steps: 70}}\n",
+        plain="kind: task\n",
+        one="kind: variant\ntrain: {rank: 5}\nschedule: {train: {eval_steps: 20}}\n",
+        two="kind: variant\ntrain: {rank: 6}\n",
+    )
+    for name, rank, steps in (
+        ("one+two", 6, 20),
+        ("two+one", 5, 20),
+        ("one+asks", 5, 20),
+        ("asks+large+one", 5, 70),
+        ("plain+large+one", 5, 20),
+        ("large+one", 5, 20),
+    ):
+        train = composed(name, tmp_path)["train"]
+        assert (name, train["rank"], train["eval_steps"]) == (name, rank, steps)
+
+
+def test_entries_that_share_their_text_are_changed_one_by_one(tmp_path):
+    shared = "arms:\n  mine: &a {variant_of: pure_grit, weight_decay: 0.1}\n  yours: *a\n"
+    lay(tmp_path, one=f"kind: variant\n{shared}", two="kind: variant\narms: {mine: {weight_decay: 0.2}}\n")
+    arms = composed("one+two", tmp_path)["arms"]
+    assert (arms["mine"]["weight_decay"], arms["yours"]["weight_decay"]) == (0.2, 0.1)
+
+
+def test_the_header_names_all_files_in_the_order_in_which_they_are_merged():
+    header = " ".join(
+        line.removeprefix("# ") for line in profile.compose("paper+qnli").split("\nprofile:")[0].split("\n")
+    )
+    names = ("tiny", "llama3_8b", "llama3_2_3b", "_recipe", "_recipe_long", "qnli", "paper")
+    assert f"`python -m pipelines.profile paper+qnli` from {', '.join(f'profiles/{n}.yaml' for n in names)}. " in header
+
+
+def test_an_arm_that_is_a_variant_of_none_is_itself(tmp_path):
+    lay(tmp_path, a="arms: {pure_grit: {variant_of: null}, mine: {variant_of: pure_grit}}\n")
+    p = parse_params(composed("a", tmp_path))
+    arms = ("pure_grit", "mine", "baseline_lora")
+    assert [p.code_of(arm) for arm in arms] == ["pure_grit", "pure_grit", "baseline_lora"]
+    assert p.train_for("mine") == p.train_for("pure_grit") == parse_params(composed("tiny")).train_for("pure_grit")
 
 
 def test_edits_on_top_of_several_profiles_are_named(params):
