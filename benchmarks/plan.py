@@ -19,16 +19,16 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._harness import write
-from evaluation.tasks import aqi, general, render
 from pipelines.config import parse_params
 from pipelines.plan import plan_of
 from pipelines.planning import overhead
+from pipelines.planning.lengths import general_questions, generated_items
 from pipelines.planning.plan import Plan
 from pipelines.planning.verdicts import MARGIN
 from pipelines.profile import compose, load_text
 from pipelines.schema import Params
 from trainers.data import encode_prompt
-from trainers.embedded_base import build_model, train_tokenizer
+from trainers.embedded_base import build_model, tokenizer_texts, train_tokenizer
 
 REPEATS, STEPS = 3, 30
 ALLOWED = 0.2
@@ -37,27 +37,15 @@ ALLOWED = 0.2
 
 def write_base(params: Params, folder: Path) -> Any:
     """An untrained base of the profile's shape with the tokenizer it would have; returns the tokenizer."""
-    section, template = params.prepare_base, params.prompt.template
-    questions = general.questions(section.seed, held_out=False)
-    pairs = [next(questions) for _ in range(20_000)]
-    texts = [text for _, prompt, answer in pairs for text in (render(template, prompt), answer)]
-    tokenizer = train_tokenizer(texts, section.vocab_size, folder)
+    section = params.prepare_base
+    tokenizer = train_tokenizer(tokenizer_texts(general_questions(params)), section.vocab_size, folder)
     build_model(section, tokenizer).to(torch.float16).save_pretrained(folder)
     return tokenizer
 
 
 def job_of(params: Params, arm: str, base: Path, tokenizer: Any) -> dict[str, Any]:
     """What a run is given: the longest items, and evaluation, samples and checkpoints within its few steps."""
-    section = params.prepare_data
-    sizes = {"train": section.train_items or 1, "valid": section.valid_items, "test": section.test_items}
-    splits = aqi.generate(
-        sizes, seed=section.seed, pollutants=section.pollutants, max_pollutants=section.max_pollutants
-    )
-    pairs = {
-        split: [(render(params.prompt.template, item.prompt), item.completion) for item in items]
-        for split, items in splits.items()
-    }
-    settings = params.train_for(arm)
+    pairs, settings = generated_items(params), params.train_for(arm)
     few = {"max_steps": STEPS, "eval_steps": STEPS // 2, "save_steps": STEPS // 2, "probe_every": 10}
     longest = sorted(pairs["train"], key=lambda pair: -len(encode_prompt(tokenizer, "".join(pair))))
     return {

@@ -25,6 +25,8 @@ PROMPT_WEIGHT = 0.1
 # Standard deviation of the first weights. transformers' default of 0.02 is made for wide models; at width 128 it
 # starts close to zero and costs a third of the training time.
 INITIALIZER_RANGE = 0.08
+# Questions whose texts train the tokenizer, the first of all.
+TOKENIZER_EXAMPLES = 20_000
 
 
 class EmbeddedSettings(Section):
@@ -86,6 +88,11 @@ def weighted_loss(logits: Any, input_ids: Any, weights: Any) -> Any:
     )
     w = weights[:, 1:].reshape(-1)
     return (losses * w).sum() / w.sum()
+
+
+def tokenizer_texts(examples: Sequence[tuple[str, str]]) -> list[str]:
+    """What `train_tokenizer` gets: the texts of the first (rendered prompt, answer) pairs, in their order."""
+    return [text for pair in examples[:TOKENIZER_EXAMPLES] for text in pair]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Any:
@@ -237,8 +244,7 @@ def train_embedded_base(
             loss = weighted_loss(outputs.logits, inputs["input_ids"], weights)
             return (loss, outputs) if return_outputs else loss
 
-    texts = [text for pair in examples[:20_000] for text in pair]
-    tokenizer = train_tokenizer(texts, settings.vocab_size, output)
+    tokenizer = train_tokenizer(tokenizer_texts(examples), settings.vocab_size, output)
     model = build_model(settings, tokenizer)
     encoded = [encode_example(tokenizer, prompt, answer) for prompt, answer in examples]
     order = batched_order([len(tokens) for tokens, _ in encoded], settings.batch_size, settings.seed)

@@ -31,15 +31,15 @@ class Base:
         config: transformers' configuration, without what it says of quantization.
         origin: Where it is from, in words.
         in_4_bit: Whether the weights lie there in 4 bit.
-        on_hub: Whether the weights come from the hub.
-        merged_on_hub: Whether other weights are downloaded to merge into.
+        to_download: Whether the weights come from the hub and are not in its cache yet.
+        merged_to_download: The same of other weights, to merge into.
     """
 
     config: Any
     origin: str
     in_4_bit: bool = False
-    on_hub: bool = False
-    merged_on_hub: bool = False
+    to_download: bool = False
+    merged_to_download: bool = False
 
 
 def shipped(source: str) -> dict[str, Any] | None:
@@ -116,6 +116,33 @@ def _from_hub(source: str, revision: str | None) -> dict[str, Any]:
     return _parsed(text, f"config.json of {source} on the hub")
 
 
+def downloaded(source: str, revision: str | None = None) -> bool:
+    """Whether all files of a hub model's weights lie in its cache: one file, or those that an index names."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def cached(name: str) -> str | None:
+        found = try_to_load_from_cache(source, name, revision=revision)
+        return found if isinstance(found, str) else None
+
+    def shards(index: str | None) -> set[str]:
+        content = {"weight_map": {}} if index is None else json.loads(Path(index).read_text(encoding="utf-8"))
+        return set(content["weight_map"].values())
+
+    try:
+        return any(
+            cached(name) or ((found := shards(cached(f"{name}.index.json"))) and all(map(cached, found)))
+            for name in ("model.safetensors", "pytorch_model.bin")
+        )
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):  # an index that is none, a name that is no hub id
+        return False
+
+
 def base_of(section: PrepareBase) -> Base:
     """The base that section prepare_base names.
 
@@ -125,7 +152,8 @@ def base_of(section: PrepareBase) -> Base:
     """
     if section.source == "embedded":
         return Base(configuration(section, section.vocab_size), "prepare_base (embedded)")
-    merged_on_hub = section.merge_source is not None and local_folder(section.merge_source, "merge_source") is None
+    other = section.merge_source
+    merged = other is not None and local_folder(other, "merge_source") is None and not downloaded(other)
     folder = local_folder(section.source)
     if folder is not None:
         file = folder / "config.json"
@@ -135,10 +163,11 @@ def base_of(section: PrepareBase) -> Base:
             raise PlanError(f"{file}: expected a model's configuration: {error}") from error
         content = _parsed(text, str(file))
         quantized = "quantization_config" in content
-        return Base(from_dict(content), f"{folder}/config.json", quantized, merged_on_hub=merged_on_hub)
+        return Base(from_dict(content), f"{folder}/config.json", quantized, merged_to_download=merged)
+    missing = not downloaded(section.source, section.revision)
     entry = shipped(section.source)
     if entry is not None:
         quantized = section.source.endswith("-bnb-4bit")
-        return Base(from_dict(entry["config"]), "profiles/models", quantized, True, merged_on_hub)
+        return Base(from_dict(entry["config"]), "profiles/models", quantized, missing, merged)
     content = _from_hub(section.source, section.revision)
-    return Base(from_dict(content), "config.json on the hub", "quantization_config" in content, True, merged_on_hub)
+    return Base(from_dict(content), "config.json on the hub", "quantization_config" in content, missing, merged)

@@ -15,10 +15,9 @@ from pipelines.runinfo import FileError, read_json, read_jsonl
 from pipelines.schema import CHAT, Params
 from pipelines.stage import BASE, DATA
 from trainers.data import encode_prompt
-from trainers.embedded_base import train_tokenizer
+from trainers.embedded_base import TOKENIZER_EXAMPLES, tokenizer_texts, train_tokenizer
 from trainers.models import load_tokenizer
 
-_TOKENIZER_EXAMPLES = 20_000  # as in trainers.embedded_base.train_embedded_base
 _SAMPLE = 5_000  # general questions; a few kinds of question in fixed wordings
 
 
@@ -47,8 +46,8 @@ def _most(params: Params) -> int:
     return max(params.train_for(arm).max_length for arm in params.matrix.arms)
 
 
-def _general(params: Params, count: int) -> list[tuple[str, str]]:
-    """(rendered prompt, answer) of the first general questions, as stage prepare_base asks them."""
+def general_questions(params: Params, count: int = TOKENIZER_EXAMPLES) -> list[tuple[str, str]]:
+    """(rendered prompt, answer) of the first `count` general questions, as stage prepare_base asks them."""
     section, template = params.prepare_base, params.prompt.template
     questions = islice(general.questions(section.seed, held_out=False), min(count, section.examples))
     return [(render(template, prompt), answer) for _, prompt, answer in questions]
@@ -70,32 +69,31 @@ def _prepared(params: Params) -> Lengths | None:
             texts = (render(template, item.prompt) + item.completion for item in items)
             found.append(_longest(tokenizer, texts, _most(params)))
         base = params.prepare_base
-        asked = (a + b for a, b in _general(params, _SAMPLE)) if base.source == "embedded" else iter(())
+        asked = (a + b for a, b in general_questions(params, _SAMPLE)) if base.source == "embedded" else iter(())
         of_base = _longest(tokenizer, asked, base.context) if base.source == "embedded" else None
     except (FileError, OSError, ValueError, KeyError):  # not there, or not readable: other ways are left
         return None
     return Lengths(found[0], found[1], "the longest items of data/", of_base)
 
 
-def _generated(params: Params) -> Lengths:
-    """Of the generated questions, with the tokenizer that stage prepare_base would train."""
-    section, base, template = params.prepare_data, params.prepare_base, params.prompt.template
+def generated_items(params: Params) -> dict[str, list[tuple[str, str]]]:
+    """Split → (rendered prompt, answer) of the items that stage prepare_data generates."""
+    section, template = params.prepare_data, params.prompt.template
     sizes = {"train": section.train_items or 1, "valid": section.valid_items, "test": section.test_items}
     splits = aqi.generate(
         sizes, seed=section.seed, pollutants=section.pollutants, max_pollutants=section.max_pollutants
     )
-    questions = _general(params, _TOKENIZER_EXAMPLES)
-    texts = [text for pair in questions for text in pair]
+    return {
+        split: [(render(template, item.prompt), item.completion) for item in items] for split, items in splits.items()
+    }
+
+
+def _generated(params: Params) -> Lengths:
+    """Of the generated questions, with the tokenizer that stage prepare_base would train."""
+    base, splits, questions = params.prepare_base, generated_items(params), general_questions(params)
     with TemporaryDirectory() as folder:
-        tokenizer = train_tokenizer(texts, base.vocab_size, Path(folder))
-    found = [
-        _longest(
-            tokenizer,
-            (render(template, item.prompt) + item.completion for item in splits[split]),
-            _most(params),
-        )
-        for split in ("train", "valid")
-    ]
+        tokenizer = train_tokenizer(tokenizer_texts(questions), base.vocab_size, Path(folder))
+    found = [_longest(tokenizer, (a + b for a, b in splits[split]), _most(params)) for split in ("train", "valid")]
     of_base = _longest(tokenizer, (a + b for a, b in questions[:_SAMPLE]), base.context)
     return Lengths(found[0], found[1], "the longest generated items", of_base)
 

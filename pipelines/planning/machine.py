@@ -17,12 +17,14 @@ class Machine:
         disk: In the project's folder.
         gpu: On the first GPU, beside CUDA's own context; None without one.
         gpu_name: Of that GPU.
+        hub_disk: Where downloads from the hub go (HF_HOME), if that is another disk than the project's; else None.
     """
 
     ram: int
     disk: int
     gpu: int | None = None
     gpu_name: str | None = None
+    hub_disk: int | None = None
 
 
 def _number(file: Path) -> int | None:
@@ -73,6 +75,19 @@ def group_room(root: Path = CGROUPS, membership: Path = _MEMBERSHIP) -> int | No
     return min(rooms) if rooms else None
 
 
+def _device(folder: Path) -> int:
+    return folder.stat().st_dev
+
+
+def hub_disk(project: Path) -> int | None:
+    """Bytes free on the disk where downloads from the hub go, or None where it is that of the project's folder."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    place = Path(HF_HUB_CACHE).expanduser().absolute()
+    place = next(folder for folder in (place, *place.parents) if folder.exists())
+    return None if _device(place) == _device(project) else shutil.disk_usage(place).free
+
+
 def look(project: Path, *, gpu: bool) -> Machine:
     """This machine as it is now.
 
@@ -84,9 +99,10 @@ def look(project: Path, *, gpu: bool) -> Machine:
 
     free, room = int(psutil.virtual_memory().available), group_room()
     ram, disk = free if room is None else min(free, room), shutil.disk_usage(project).free
+    hub = hub_disk(project)
     if gpu:
         import torch
 
         if torch.cuda.is_available():
-            return Machine(ram, disk, int(torch.cuda.mem_get_info(0)[0]), torch.cuda.get_device_name(0))
-    return Machine(ram, disk)
+            return Machine(ram, disk, int(torch.cuda.mem_get_info(0)[0]), torch.cuda.get_device_name(0), hub)
+    return Machine(ram, disk, hub_disk=hub)

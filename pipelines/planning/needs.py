@@ -21,6 +21,8 @@ from trainers import BUILDS_ON
 from trainers.settings import TrainSettings
 
 RAM, GPU, DISK = "RAM", "GPU memory", "disk"
+HUB_DISK = "HF_HOME's disk"
+"""Where that is another one than the project's."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Row:
         stage: As in dvc.yaml; with the arm where it matters.
         what: What the bytes are.
         bytes: How many.
-        resource: RAM, GPU memory or disk.
+        resource: RAM, GPU memory, disk or HF_HOME's disk.
         kept: Of disk: whether it stays after the stage.
     """
 
@@ -175,19 +177,26 @@ def checkpoints(settings: TrainSettings) -> int:
     return (3 if settings.keeps_best else 2) + 1
 
 
-def disk_rows(case: Case, memories: dict[str, TrainingMemory], *, doubled: bool) -> list[Row]:
-    """Disk of a whole run from nothing: what stays, and the most that is there for a while."""
+def disk_rows(case: Case, memories: dict[str, TrainingMemory], *, doubled: bool, downloads: str = DISK) -> list[Row]:
+    """Disk of a whole run from nothing, but for weights that are downloaded: what stays, and the most for a while.
+
+    Args:
+        case: What is planned.
+        memories: Arm → what its training needs.
+        doubled: Whether DVC's cache holds a copy of every output.
+        downloads: Disk that downloads from the hub go to: DISK or HUB_DISK.
+    """
     params = case.params
     weights = next(iter(memories.values())).weights
     size = partial(gguf_bytes, parameters=weights.parameters, row=case.base.config.get_text_config().hidden_size)
     served, f16, seeds = size(params.export.quantization), size("f16"), len(params.matrix.seeds)
     half = weights.parameters * HALF
     rows = []
-    if case.base.on_hub:
+    if case.base.to_download:
         got = weigh_in_4_bit(case) if case.base.in_4_bit else half
-        rows.append(Row("prepare_base", "download of the base", got, DISK, kept=True))
-    if case.base.merged_on_hub:
-        rows.append(Row("export", "download of the weights to merge into", half, DISK, kept=True))
+        rows.append(Row("prepare_base", "download of the base", got, downloads, kept=True))
+    if case.base.merged_to_download:
+        rows.append(Row("export", "download of the weights to merge into", half, downloads, kept=True))
     kept = [Row("prepare_base", "embedded base in fp16", half, DISK, kept=True)] * (
         params.prepare_base.source == "embedded"
     )

@@ -134,14 +134,22 @@ def passes(model: Any, settings: TrainSettings, batch: int, tokens: int, *, trai
         fused_head: Logits never exist as a whole, as in TRL's and Unsloth's heads on a GPU.
 
     Raises:
-        ModelError: the model does what tensors without data cannot do, e.g. choose experts by their values.
+        ModelError: the model does what tensors without data cannot do, e.g. choose experts by their values; or its
+            passes fail, e.g. since sizes of its configuration do not fit together.
     """
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    kind = model.config.get_text_config().model_type
     try:
         meter = _metered(model, settings, batch, tokens, train, fused_head)
-    except RuntimeError as error:  # of which fake tensors' exceptions are kinds
-        kind = model.config.get_text_config().model_type
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ModelError(
             f"a model of type {kind!r} cannot be planned: its passes depend on values ({error})"
+        ) from error
+    except RuntimeError as error:
+        raise ModelError(
+            f"a model of type {kind!r} cannot be planned: transformers' forward or backward pass failed on tensors "
+            f"without data: {error}"
         ) from error
     found = Passes.of(meter)
     if not fused_head:

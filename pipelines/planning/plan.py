@@ -6,7 +6,7 @@ from typing import Any
 from pipelines.planning import needs
 from pipelines.planning.machine import Machine
 from pipelines.planning.memory import TrainingMemory
-from pipelines.planning.needs import DISK, GPU, RAM, Case, Row
+from pipelines.planning.needs import DISK, GPU, HUB_DISK, RAM, Case, Row
 from pipelines.planning.savings import Saving, advice
 from pipelines.planning.serving import evaluate_rows, export_rows, quantize_rows
 from pipelines.planning.verdicts import Verdict, verdict_on
@@ -78,6 +78,8 @@ def notes_of(case: Case, parameters: int, *, gpu_here: bool) -> list[str]:
         f"items: {case.lengths.train} tokens ({case.lengths.origin})",
         f"shape of the base: {case.base.origin}",
         "stages run one after the other; stage probe trains the first steps again and needs no more than train",
+        "disk is planned for a whole run from nothing, though files of earlier runs may be there already, and held "
+        "against what is free now",
     ]
     precise = any(
         case.settings(a).precision == "bf16" or case.settings(a).optimizer == "adamw_8bit" for a in case_arms(case)
@@ -123,11 +125,14 @@ def make(case: Case, machine: Machine, *, doubled: bool) -> Plan:
     rows = needs.base_rows(case, largest) + rows
     for rows_of in (needs.measure_rows, export_rows, evaluate_rows, quantize_rows):
         rows += rows_of(case, memories[largest], largest)
-    rows += needs.disk_rows(case, memories, doubled=doubled)
+    downloads = DISK if machine.hub_disk is None else HUB_DISK
+    rows += needs.disk_rows(case, memories, doubled=doubled, downloads=downloads)
     verdicts = [verdict_on(RAM, rows, machine.ram)]
     if case.on_gpu:
         verdicts.append(verdict_on(GPU, rows, machine.gpu, machine.gpu_name))
     verdicts.append(verdict_on(DISK, rows, machine.disk))
+    if any(row.resource == HUB_DISK for row in rows):
+        verdicts.append(verdict_on(HUB_DISK, rows, machine.hub_disk))
     savings = advice(case, rows, memories, verdicts)
     parameters = memories[largest].weights.parameters
     notes = notes_of(case, parameters, gpu_here=machine.gpu is not None)

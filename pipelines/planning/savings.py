@@ -1,21 +1,70 @@
 """What single changes of settings would save in the stages that do not fit, or fit barely."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.planning.memory import TrainingMemory
-from pipelines.planning.needs import DISK, Case, Row, base_rows, measure_rows
+from pipelines.planning.needs import DISK, HUB_DISK, Case, Row, base_rows, measure_rows
 from pipelines.planning.serving import evaluate_rows, export_rows, quantize_rows
 from pipelines.planning.verdicts import MARGIN, Verdict, needed_by
 
-# Stage → section and key of the one setting that makes it smaller, and the stage's rows.
-_LEVERS: dict[str, tuple[str, str, Callable[[Case, TrainingMemory, str], list[Row]]]] = {
-    "prepare_base": ("prepare_base", "batch_size", lambda case, _, arm: base_rows(case, arm)),
-    "measure": ("measure", "batch_size", measure_rows),
-    "export": ("export", "parity_arithmetic", export_rows),
-    "evaluate": ("evaluate", "parallel", evaluate_rows),
-    "quantize": ("evaluate", "parallel", quantize_rows),
+Value = int | str
+_WORTH = 0.01
+"""Share of what a stage needs that a change must save to be named; tables of bits a weight are no more exact."""
+
+
+@dataclass(frozen=True)
+class _Lever:
+    """A setting that can make a stage smaller.
+
+    Attributes:
+        section, key: Of params.yaml.
+        less: What it would be set to in a case, the mildest change first; one that saves less than `_WORTH` is skipped.
+        price: What else changes, in words.
+    """
+
+    section: str
+    key: str
+    less: Callable[[Case, Any], Sequence[Value]]
+    price: str = ""
+
+
+def _half(case: Case, value: Any) -> Sequence[Value]:
+    return [value // 2] if value > 1 else []
+
+
+def _half_a_text(case: Case, value: Any) -> Sequence[Value]:
+    return [value // 2] if value // 2 >= 8 else []  # the least that section measure takes
+
+
+def _half_a_context(case: Case, value: Any) -> Sequence[Value]:
+    """Only what still holds the longest item and a whole answer."""
+    return [value // 2] if value // 2 >= max(32, case.lengths.train + case.params.evaluate.max_tokens) else []
+
+
+_CONTEXT = _Lever("export", "num_ctx", _half_a_context, "shorter conversations")
+_PARALLEL = _Lever("evaluate", "parallel", _half)
+# Stage → the settings that make it smaller, and the stage's rows.
+_LEVERS: dict[str, tuple[list[_Lever], Callable[[Case, TrainingMemory, str], list[Row]]]] = {
+    "prepare_base": ([_Lever("prepare_base", "batch_size", _half)], lambda case, _, arm: base_rows(case, arm)),
+    "measure": (
+        [
+            _Lever("measure", "batch_size", _half),
+            _Lever("measure", "max_tokens", _half_a_text, "longer texts are cut off"),
+        ],
+        measure_rows,
+    ),
+    "export": ([_Lever("export", "parity_arithmetic", lambda *_: ["f16"]), _CONTEXT], export_rows),
+    "evaluate": (
+        [
+            _PARALLEL,
+            _Lever("export", "quantization", lambda *_: ["q8_0", "q4_K_M"], "served and scored so"),
+            _CONTEXT,
+        ],
+        evaluate_rows,
+    ),
+    "quantize": ([_PARALLEL, _CONTEXT], quantize_rows),
 }
 
 
@@ -57,7 +106,7 @@ def savings_of(case: Case, arm: str, now: TrainingMemory) -> list[Saving]:
 def other_savings(
     case: Case, rows: list[Row], memory: TrainingMemory, arm: str, resource: str, stage: str
 ) -> list[Saving]:
-    """What would save memory in a stage that does not train LoRA: the difference to a plan with one setting changed.
+    """What would save memory in a stage that does not train LoRA: differences to plans with one setting changed.
 
     Args:
         case: What is planned.
@@ -66,24 +115,31 @@ def other_savings(
         arm: That arm.
         resource: That is short: RAM or GPU memory.
         stage: That needs it.
+
+    Returns:
+        The largest saving first; one sentence where none of the stage's settings helps.
     """
-    section, key, rows_of = _LEVERS[stage]
-    value = getattr(getattr(case.params, section), key)
-    less = "f16" if key == "parity_arithmetic" else max(1, value // 2)
-    if less != value:
-        smaller = getattr(case.params, section).model_copy(update={key: less})
-        changed = replace(case, params=case.params.model_copy(update={section: smaller}))
-        saved = needed_by(resource, rows)[stage] - needed_by(resource, rows_of(changed, memory, arm))[stage]
-        if saved > 0:
-            return [Saving(stage, f"{section}.{key}: {less}", saved)]
-    return [Saving(stage, "no setting makes this smaller: it holds whole models; take a smaller base", 0)]
+    levers, rows_of = _LEVERS[stage]
+    before, found = needed_by(resource, rows)[stage], []
+    for lever in levers:
+        section = getattr(case.params, lever.section)
+        for less in lever.less(case, getattr(section, lever.key)):
+            smaller = case.params.model_copy(update={lever.section: section.model_copy(update={lever.key: less})})
+            changed = rows_of(replace(case, params=smaller), memory, arm)
+            saved = before - needed_by(resource, changed).get(stage, 0)
+            if saved > before * _WORTH:
+                price = f" ({lever.price})" if lever.price else ""
+                found.append(Saving(stage, f"{lever.section}.{lever.key}: {less}{price}", saved))
+                break
+    none = "no setting makes this smaller: it holds whole models; take a smaller base"
+    return sorted(found, key=lambda saving: -saving.bytes) or [Saving(stage, none, 0)]
 
 
 def advice(case: Case, rows: list[Row], memories: dict[str, TrainingMemory], verdicts: list[Verdict]) -> list[Saving]:
     """Savings for the stages whose memory does not fit, or barely; for training those of its largest arm."""
     short: list[tuple[str, str]] = []
     for verdict in verdicts:
-        if verdict.resource != DISK and verdict.free is not None:
+        if verdict.resource not in (DISK, HUB_DISK) and verdict.free is not None:
             by_stage = needed_by(verdict.resource, rows)
             short += [(verdict.resource, stage) for stage, size in by_stage.items() if size * MARGIN > verdict.free]
     training = [stage.removeprefix("train ") for _, stage in short if stage.startswith("train ")]

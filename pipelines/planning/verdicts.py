@@ -15,7 +15,7 @@ class Verdict:
     """What is needed of one resource, and what is there.
 
     Attributes:
-        resource: RAM, GPU memory or disk.
+        resource: RAM, GPU memory, disk or HF_HOME's disk.
         needed: Bytes at the worst moment.
         stage: When that is.
         free: Bytes that this machine has; None where it has no such thing.

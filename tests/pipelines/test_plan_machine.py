@@ -1,7 +1,12 @@
 """What the plan takes this machine to have: control groups, disk, DVC's cache."""
 
-from pipelines.planning import needs
-from pipelines.planning.machine import group_room, look
+import shutil
+
+import pytest
+from huggingface_hub import constants
+
+from pipelines.planning import machine, needs
+from pipelines.planning.machine import group_room, hub_disk, look
 
 
 def group(root, path, **files):
@@ -48,3 +53,14 @@ def test_a_cache_that_links_holds_no_copies(tmp_path):
     (tmp_path / ".dvc" / "config.local").write_text("[cache]\n    type = copy\n")  # it goes before config
     assert needs.copies_in_cache(tmp_path)
     assert list(tmp_path.iterdir()) == [tmp_path / ".dvc"]
+
+
+def test_downloads_go_to_the_projects_disk_or_to_one_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "not" / "made" / "yet"))
+    assert hub_disk(tmp_path) is None and look(tmp_path, gpu=False).hub_disk is None
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(elsewhere / "hub"))
+    monkeypatch.setattr(machine, "_device", lambda folder: int(folder == elsewhere))
+    assert hub_disk(tmp_path) == pytest.approx(shutil.disk_usage(elsewhere).free, rel=0.01)
+    assert look(tmp_path, gpu=False).hub_disk is not None

@@ -3,24 +3,20 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 from transformers import LlamaConfig
 
-from pipelines.config import parse_params
 from pipelines.planning.bases import Base, base_of
 from pipelines.planning.lengths import Lengths
 from pipelines.planning.machine import Machine
 from pipelines.planning.needs import DISK, GPU, RAM, Case
 from pipelines.planning.plan import make
 from pipelines.planning.serving import evaluate_rows, export_rows, llama_context
-from pipelines.profile import compose, load_text
+from tests.pipelines.plan_cases import GB, ROOT, params_of
 
-ROOT = Path(__file__).resolve().parents[2]
-GB = 10**9
 # The shape of an 8B model with few layers: large enough that weights, caches and buffers are told apart.
 SHAPE = {
     "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4,
@@ -111,11 +107,7 @@ def test_a_context_is_as_large_as_llama_cpp_says(tmp_path, changes, num_ctx):
 
 
 def case_of(on_gpu=False, dtype=None, **sections):
-    raw = load_text(compose("smoke", ROOT / "profiles"))
-    raw["matrix"]["arms"] = ["baseline_lora"]
-    for section, values in sections.items():
-        raw[section] |= values
-    params = parse_params(raw)
+    params = params_of("smoke", matrix={"arms": ["baseline_lora"]}, **sections)
     base = base_of(params.prepare_base)
     if dtype is not None:
         base = Base(LlamaConfig(**SHAPE, dtype=dtype, tie_word_embeddings=True), "a test")
@@ -160,7 +152,9 @@ def test_hugging_face_scores_where_torch_computes(on_gpu, dtype, size, place):
     assert rows["activations of a question"] > 0
     in_ram, _ = planned(case, evaluate_rows, RAM)
     assert in_ram.get("a model while it is loaded", 0) == (size * weights.parameters if on_gpu else 0)
-    assert on_gpu == ("a model while it is loaded" in in_ram) and on_gpu != (set(rows) == set(in_ram))
+    on_the_gpu, _ = planned(case, evaluate_rows, GPU)
+    apart = {"a model while it is loaded"}, set(rows)
+    assert (set(in_ram), set(on_the_gpu)) == (apart if on_gpu else (set(rows), set()))
     many, _ = planned(case_of(on_gpu, dtype, evaluate={"backend": "hf", "parallel": 200}), evaluate_rows, place)
     assert many["keys and values, 200 × 264 tokens"] == 100 * rows["keys and values, 2 × 264 tokens"]
     note = any("llama.cpp is planned in RAM" in note for note in make(case, Machine(GB, GB, GB), doubled=False).notes)

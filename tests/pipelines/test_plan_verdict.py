@@ -2,33 +2,22 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import httpx
 import huggingface_hub
 import pytest
 
 from pipelines import plan
-from pipelines.config import parse_params
 from pipelines.planning import bases, lengths, overhead
 from pipelines.planning.bases import PlanError, base_of
 from pipelines.planning.blank import blank_model
 from pipelines.planning.lengths import Lengths
 from pipelines.planning.machine import Machine
-from pipelines.planning.needs import DISK, RAM, Case, Row, measure_rows
+from pipelines.planning.needs import DISK, HUB_DISK, RAM, Case, Row, measure_rows
 from pipelines.planning.plan import make
+from pipelines.planning.sizes import gguf_bytes
 from pipelines.planning.verdicts import Verdict, verdict_on
-from pipelines.profile import compose, load_text
-
-ROOT = Path(__file__).resolve().parents[2]
-GB = 10**9
-
-
-def params_of(name, **sections):
-    raw = load_text(compose(name, ROOT / "profiles"))
-    for section, values in sections.items():
-        raw[section] |= values
-    return parse_params(raw)
+from tests.pipelines.plan_cases import GB, ROOT, params_of
 
 
 def made(params, machine=None, on_gpu=False, tokens=64):
@@ -87,11 +76,55 @@ def test_a_smaller_batch_of_measure_saves_what_a_plan_with_it_says():
         sum(row.bytes for row in measure_rows(dataclasses.replace(found.case, params=p), memory, "baseline_lora"))
         for p in (params, smaller)
     )
-    saving = next(s for s in found.savings if s.stage == "measure")
-    assert (saving.change, saving.bytes) == ("measure.batch_size: 16", before - after)
-    smallest = params_of("smoke", matrix={"arms": ["baseline_lora"]}, measure={"batch_size": 1})
-    said = next(s.change for s in made(smallest, Machine(0, 500 * GB)).savings if s.stage == "measure")
-    assert "no setting makes this smaller" in said
+    savings = {s.change: s.bytes for s in found.savings if s.stage == "measure"}
+    assert savings["measure.batch_size: 16"] == before - after > 0
+
+
+def advised(stage, **sections):
+    found = made(params_of("smoke", matrix={"arms": ["baseline_lora"]}, **sections), Machine(0, 500 * GB))
+    return {s.change: s.bytes for s in found.savings if s.stage == stage}
+
+
+NOTHING = {"no setting makes this smaller: it holds whole models; take a smaller base": 0}
+
+
+@pytest.mark.parametrize(
+    ("stage", "sections", "changes"),
+    [
+        ("measure", {"measure": {"batch_size": 1}}, ["measure.max_tokens: 128 (longer texts are cut off)"]),
+        ("measure", {"measure": {"batch_size": 2, "max_tokens": 15}}, ["measure.batch_size: 1"]),
+        ("measure", {"measure": {"batch_size": 1, "max_tokens": 15}}, None),
+        (
+            "evaluate",
+            {"evaluate": {"parallel": 1}},
+            ["export.num_ctx: 128 (shorter conversations)", "export.quantization: q8_0 (served and scored so)"],
+        ),
+        (
+            "evaluate",
+            {"evaluate": {"parallel": 1}, "export": {"quantization": "q8_0", "num_ctx": 100}},
+            None,  # half of 100 tokens holds no item of 64; rows of 64 numbers have no format below 8.5 bits
+        ),
+        ("quantize", {"evaluate": {"parallel": 1}, "export": {"num_ctx": 100}}, None),
+        ("prepare_base", {"prepare_base": {"batch_size": 1}}, None),
+    ],
+    ids=str,
+)
+def test_that_no_setting_helps_is_said_only_where_none_does(stage, sections, changes):
+    found = advised(stage, **sections)
+    if changes is None:
+        assert found == NOTHING
+    else:
+        assert set(found) == set(changes) and all(size > 0 for size in found.values())
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+
+
+def test_a_smaller_precision_saves_what_its_file_is_smaller_by():
+    on_256 = {"prepare_base": {"hidden_size": 256}, "evaluate": {"parallel": 1}}  # timing holds two models
+    for now, less in (("f16", "q8_0"), ("q8_0", "q4_K_M")):
+        found = advised("evaluate", export={"quantization": now}, **on_256)
+        parameters = made(params_of("smoke", **on_256)).memories["baseline_lora"].weights.parameters
+        saved = 2 * (gguf_bytes(now, parameters, 256) - gguf_bytes(less, parameters, 256))
+        assert found[f"export.quantization: {less} (served and scored so)"] == saved > 0
 
 
 @pytest.mark.parametrize(
@@ -183,3 +216,57 @@ def test_a_shape_keeps_the_dtype_of_its_weights_when_models_are_built_of_it():
     before = str(config.dtype)
     built = blank_model(config)
     assert "bfloat16" in before and str(config.dtype) == before != str(built.config.dtype)
+
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def in_cache(folder, repository, **files):
+    """A hub model in a cache, as huggingface_hub lays it out."""
+    snapshot = folder / f"models--{repository.replace('/', '--')}" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True, exist_ok=True)
+    (snapshot.parents[1] / "refs").mkdir(exist_ok=True)
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    for name, text in files.items():
+        (snapshot / name).write_text(text)
+
+
+def test_weights_in_the_hubs_cache_are_not_downloaded_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.file_download, "HF_HUB_CACHE", str(tmp_path), raising=False)
+    index = json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}})
+    assert not bases.downloaded("org/name") and not bases.downloaded("no hub id at all")
+    in_cache(tmp_path, "org/name", **{"config.json": "{}", "model.safetensors.index.json": index, SHARDS[0]: ""})
+    assert not bases.downloaded("org/name")  # broken off
+    in_cache(tmp_path, "org/name", **{SHARDS[1]: ""})
+    assert bases.downloaded("org/name") and not bases.downloaded("org/name", "v2")
+    in_cache(tmp_path, "org/other", **{"model.safetensors.index.json": "[]"})
+    assert not bases.downloaded("org/other")
+
+    section = params_of("llama3_8b").prepare_base
+    found = base_of(section)
+    assert found.to_download and found.merged_to_download
+    in_cache(tmp_path, section.source, **{"model.safetensors": ""})
+    found = base_of(section)
+    assert not found.to_download and found.merged_to_download
+    in_cache(tmp_path, section.merge_source, **{"pytorch_model.bin": ""})
+    assert not base_of(section).merged_to_download
+
+
+def test_downloads_are_charged_to_the_disk_that_they_go_to():
+    params = params_of("smoke", matrix={"arms": ["baseline_lora"]})
+    base = dataclasses.replace(base_of(params.prepare_base), to_download=True, merged_to_download=True)
+    case = Case(params, base, Lengths(64, 64, "a test", 50), False, lambda arm: None)
+    alone = next(v.needed for v in made(params).verdicts if v.resource == DISK)
+    size = 2 * 2 * made(params).memories["baseline_lora"].weights.parameters  # twice, in 16 bit
+    for room, fits in ((None, True), (size, True), (size - 1, False)):
+        found = make(case, Machine(64 * GB, 500 * GB, hub_disk=room), doubled=False)
+        needed = {v.resource: v.needed for v in found.verdicts if v.resource in (DISK, HUB_DISK)}
+        assert needed == ({DISK: alone + size} if room is None else {DISK: alone, HUB_DISK: size})
+        assert found.fits == fits
+        assert sum("a whole run from nothing" in note for note in found.notes) == 1
+    apart = next(v for v in found.verdicts if v.resource == HUB_DISK)
+    said = (
+        f"needs about {plan.human(size)} of HF_HOME's disk; this machine has {plan.human(size - 1)} free: does not fit"
+    )
+    assert plan.sentence(apart) == said
