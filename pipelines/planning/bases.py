@@ -133,13 +133,7 @@ def downloaded(source: str, revision: str | None = None) -> bool:
             cached(name) or ((found := shards(cached(f"{name}.index.json"))) and all(map(cached, found)))
             for name in ("model.safetensors", "pytorch_model.bin")
         )
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ):  # an index that is none, a name that is no hub id
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # an index that is none, no hub id
         return False
 
 
