@@ -20,6 +20,7 @@ from scipy.stats import permutation_test
 from typer.testing import CliRunner
 
 from db.ingest import ingest
+from db.records import AQI
 from evaluation.compare_all import app
 from evaluation.comparison import Choice, Comparison, Primary, load_comparison
 from evaluation.primary import FIRST
@@ -75,6 +76,7 @@ def run(*args: str) -> tuple[int, str, str]:
 def test_the_task_on_the_disk_is_compared_and_any_other_by_its_name() -> None:
     assert of().primary == Primary("alpaca", "ROUGE-L", "alpaca_rouge_l") == of("alpaca").primary
     assert of("gsm8k").primary.title == "GSM8K exact match" and of("aqi").primary == FIRST
+    assert (AQI.name, AQI.title, AQI.primary) == (FIRST.task, FIRST.title, FIRST.metric)
     assert [row.arm for row in of("aqi").rows] == ["base", "baseline_lora"]
     assert [row.seeds for row in of("gsm8k").rows] == [(0,), (0, 1), (0, 1)]
     told = {row.arm: row.accuracy for row in of().rows}
