@@ -83,7 +83,7 @@ def recipes(tmp_path_factory):
         clone.change("prepare_data", source=f"inputs/{task}")
         if SIZE == "tiny":
             clone.change("matrix", seeds=[0])
-            clone.change("prepare_data", test_items=TEST_ITEMS)
+            clone.change("prepare_data", test_items=TEST_ITEMS, train_items=2500)
             clone.change("train", max_steps=200)
         if task == "gsm8k":
             clone.run("dvc", "repro")
