@@ -23,11 +23,6 @@ def tree(tmp_path: Path) -> Path:
     return make_tree(tmp_path / "project")
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "c.db"
-
-
 def stored(path: Path) -> dict[str, str]:
     with open_session(path) as session:
         return {attempt.id: attempt.status for attempt in queries.attempts(session)}

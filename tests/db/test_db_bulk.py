@@ -24,11 +24,6 @@ from tests.db.workers import content
 NOON = datetime(2026, 11, 21, 12, tzinfo=timezone(timedelta(hours=5)))
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "c.db"
-
-
 def metrics(count: int, **changes: Any) -> Iterator[dict[str, Any]]:
     for step in range(count):
         yield {"name": "m", "split": "train", "step": step, "value": step / 7, "value_kind": "finite", **changes}

@@ -29,11 +29,6 @@ def tree(tmp_path: Path) -> Path:
     return tree
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "c.db"
-
-
 def number(name: str, split: str, value: Any) -> dict[str, Any]:
     return {"name": name, "split": split, "value": value, "n": None}
 

@@ -31,11 +31,6 @@ def tree(tmp_path: Path) -> Path:
     return tree
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "c.db"
-
-
 def grow(tree: Path) -> None:
     """What may happen while a process waits for its turn: a start ends, an arm is scored."""
     make_attempt(tree, "one")

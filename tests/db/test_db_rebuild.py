@@ -7,7 +7,6 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -17,17 +16,7 @@ from db.columns import Base
 from db.ingest import ingest, rebuild
 from db.models import Attempt, Environment, Run
 from tests.db.result_tree import edit, make_arm
-from tests.db.result_tree_layers import make_attempt, make_full_tree, make_measured
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    return make_full_tree(tmp_path / "project")
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "c.db"
+from tests.db.result_tree_layers import make_attempt, make_measured
 
 
 def rows(path: Path) -> dict[str, list[tuple[Any, ...]]]:

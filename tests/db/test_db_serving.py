@@ -43,11 +43,6 @@ def tree(old_tree: Path) -> Path:
     return old_tree
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "c.db"
-
-
 def counts(summary: Any) -> tuple[int, int, int, int]:
     return summary.inserted, summary.updated, summary.unchanged, summary.retired
 
