@@ -9,9 +9,7 @@ from db.columns import FINAL_STEP, Base
 from db.models import Metric, Quantization, QuantizedSample, Run, Sample
 from db.queries import VIEWS
 from db.references import may_be_same
-
-_SAME_MEAN = 1e-6
-"""How far two means of the same numbers may lie apart, added up in different orders."""
+from db.values import SAME_MEAN
 
 
 def faults(session: Session) -> list[str]:
@@ -157,9 +155,9 @@ def _other_samples(session: Session) -> list[str]:
     found = []
     for arm, seed, run_id, name, value, items, correct, partly, credit in session.execute(query):
         label = _label(arm, seed, run_id)
-        if not partly and (value is None or abs(value - correct / items) > _SAME_MEAN):
+        if not partly and (value is None or abs(value - correct / items) > SAME_MEAN):
             found.append(f"{label}: its accuracy is {value}, but {correct} of its {items} test items are correct")
-        elif value is None or abs(value - credit) > _SAME_MEAN:
+        elif value is None or abs(value - credit) > SAME_MEAN:
             found.append(f"{label}: {name} is {value}, but the mean credit of its {items} test items is {credit:.6g}")
     return found
 
@@ -187,6 +185,6 @@ def _lost_quantized_samples(session: Session) -> list[str]:
         label = f"{_label(arm, seed, run_id)}: {row.type} has"
         if (row.correct, row.n) != (right, number):
             found.append(f"{label} {row.correct} of {row.n} items correct, quantized_sample {right} of {number}")
-        elif number and abs(row.credit - credit) > _SAME_MEAN:
+        elif number and abs(row.credit - credit) > SAME_MEAN:
             found.append(f"{label} a mean credit of {row.credit:.6g}, quantized_sample {credit:.6g}")
     return found

@@ -15,14 +15,12 @@ from db.records_logs import AttemptRecord
 from db.records_measured import MeasuredRecord
 from db.records_verdict import VerdictRecord
 from db.staleness import stale_stages
+from db.values import SAME_MEAN
 
 __all__ = ["BASE", "OPTIONAL_STAGES", "Bundle", "Results", "Serving", "TrainingLogs", "read_results"]
 
 BASE = "base"
 """The arm that is the untouched model: it has no adapter, and it is read whenever any other is."""
-
-_SAME_MEAN = 1e-6
-"""How far two means of the same numbers may lie apart, added up in different orders."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ class _TreeReader(OptionalReader):
         share = sum(test) / len(test) if test else None
         for metric in scores.metrics:
             if (metric.name, metric.split) == (scores.task.primary, "test") and (
-                share is None or metric.value is None or abs(share - metric.value) > _SAME_MEAN
+                share is None or metric.value is None or abs(share - metric.value) > SAME_MEAN
             ):
                 self.notes.append(f"{label}: scores.json says {metric.value}, samples.jsonl says {share}")
 

@@ -13,6 +13,7 @@ from db.records_logs import GritRecord, LedgerRecord
 from db.records_measured import MeasuredRecord
 from db.records_serving import QuantizedRecord, QuantizedSampleRecord, VerifyRecord
 from db.staleness import BaseFiles
+from db.values import SAME_MEAN
 
 OPTIONAL_STAGES = {
     "quantize": "quantized/{}/quantized.json",
@@ -22,7 +23,6 @@ OPTIONAL_STAGES = {
 """Stages that measure a finished model, and their results. A run is the same run with, without or with others."""
 
 _BASE = "base/0"
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,6 @@ class OptionalReader(FileReader):
                 self.problem(path, "", f"expected {expected}, as quantized.json says, came {found}")
             elif own.keys() != items:
                 self.problem(path, "", f"expected the same items in every type, {name} has others")
-            elif abs((mean := sum(sample.worth for sample in own.values()) / len(own)) - credits[name]) > _ROUNDING:
+            elif abs((mean := sum(sample.worth for sample in own.values()) / len(own)) - credits[name]) > SAME_MEAN:
                 expected = f"a mean credit of {credits[name]} of type {name}"
                 self.problem(path, "", f"expected {expected}, as quantized.json says, came {mean}")

@@ -7,11 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from db.records import Count, Name, Record, Sha256, Share, refuse_repeats
+from db.values import SAME_MEAN
 
 REFERENCE = "f16"
 """The precision that the others are held against."""
-
-_ROUNDING = 1e-9
 
 
 class PrecisionRecord(Record):
@@ -35,7 +34,7 @@ class PrecisionRecord(Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> PrecisionRecord:
-        if abs(self.correct / self.n - self.category_accuracy) > _ROUNDING:
+        if abs(self.correct / self.n - self.category_accuracy) > SAME_MEAN:
             raise ValueError(f"category_accuracy {self.category_accuracy} is not {self.correct} of {self.n}")
         if self.fallbacks > sum(self.tensor_types.values()):
             raise ValueError(f"{self.fallbacks} fallbacks among {sum(self.tensor_types.values())} tensors")

@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 ValueKind = Literal["finite", "nan", "inf", "-inf"]
 
+SAME_MEAN = 1e-9
+"""How far two means of the same numbers from 0 to 1 may lie apart, added up in different orders."""
+
 
 def split_value(number: float | None) -> tuple[float | None, ValueKind]:
     """Turn a float into the stored pair; a missing number (JSON null) is stored as NaN."""
