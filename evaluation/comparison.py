@@ -69,6 +69,7 @@ class Comparison:
         filters: What was asked for alone, in words, so that other runs are left out; empty where all are here.
         primary: The task, and the metric by which its arms are compared.
         tasks: All tasks in the database, arm by arm; the newest task first.
+        task_notes: Which runs of them are left out, and why.
     """
 
     rows: tuple[ArmRow, ...]
@@ -138,9 +139,10 @@ def compare(session: Session, choice: Choice | None = None, baseline: str | None
     def of_task(name: str) -> SideBySide:
         return side_by_side(read_facts(session, replace(choice, task=name)), against)
 
-    def others(name: str) -> list[str]:
-        return notes_of_others(name, compare_queries.left_out(session, replace(choice, task=name)))
-
+    others = {
+        task.name: notes_of_others(task.name, compare_queries.left_out(session, replace(choice, task=task.name)))
+        for task in tasks
+    }
     quantized = compare_queries.quantizations(session, choice)
     quantized_answers = compare_queries.quantized_answers(session, choice)
     verified = compare_queries.verifications(session, choice)
@@ -151,7 +153,7 @@ def compare(session: Session, choice: Choice | None = None, baseline: str | None
         verdicts=tuple(verdict_line(row, against) for row in rows if row.arm != BASE),
         notes=(
             *notes(rows, runs, primary, _tasks_on_disk(session)),
-            *others(primary.task),
+            *others.get(primary.task, ()),
         ),
         units={name: (m.unit, m.direction, m.description) for name, m in meanings.items()},
         runs=tuple(_provenance(places, runs)),
@@ -166,7 +168,7 @@ def compare(session: Session, choice: Choice | None = None, baseline: str | None
         filters=filters,
         primary=primary,
         tasks=task_rows(tasks, primary, own, of_task, against),
-        task_notes=tuple(note for task in tasks for note in others(task.name)),
+        task_notes=tuple(note for found in others.values() for note in found),
     )
 
 

@@ -1,8 +1,8 @@
 """Free text scored by its overlap with a reference: ROUGE-L and ROUGE-1 (Lin 2004) over words.
 
 The numbers are torchmetrics'; it is given words of its own making here, since its default keeps a to z and 0 to 9
-alone and would call every answer in Greek empty. For ASCII texts with letters or digits the words are
-the same. Stems are not cut.
+alone and would call every answer in Greek empty. For ASCII texts with letters or digits the words are the same. Stems
+are not cut.
 """
 
 import re
