@@ -203,10 +203,10 @@ def _share(runs: Sequence[RunFacts], answers: Answered) -> Interval | None:
     if not credit.size:
         return None
     crossed = None if 1 in credit.shape else crossed_interval(credit)[0]
-    # Student's t knows no border at 0 and 1, and no width where every answer is right.
+    # Student's t has no width where every answer is right; `crossed_interval` keeps to the borders of a difference.
     if crossed is None or crossed.low == crossed.high:
         return share_interval(credit, binary=is_binary(credit)).scaled(100)
-    return Interval(crossed.estimate, max(0.0, crossed.low), min(1.0, crossed.high)).scaled(100)
+    return Interval(crossed.estimate, max(0.0, crossed.low), crossed.high).scaled(100)
 
 
 def _decode_speed(arm: str, timings: Sequence[Timing]) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +16,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from evaluation import student
+from evaluation.arms import _share
 from evaluation.seeds import components, crossed_interval, items_interval, mean_squares, variance_of_mean
 from evaluation.statistics import bootstrap_mean, holm, judge, sign_test, wilson
 
@@ -185,3 +188,18 @@ def test_the_interval_of_one_seed_holds_the_difference_of_that_seed(points: floa
     assert 0.93 <= hits / SIMULATIONS <= 0.97
     if points == 0:
         assert verdicts / SIMULATIONS <= 0.07
+
+
+@pytest.mark.parametrize(("right", "end"), [(40, "high"), (10, "low")])
+def test_a_score_of_several_seeds_stays_between_0_and_100(right: int, end: str) -> None:
+    """Two seeds far apart near one end: Student's t alone would go beyond it."""
+
+    class Answers(dict[int, list[float]]):
+        def rows(self, ids: list[int]) -> np.ndarray:
+            return np.array([self[i] for i in ids])
+
+    one = [float(end == "high")] * 50
+    answers = Answers({0: one, 1: [float(i < right) for i in range(50)]})
+    found = _share([SimpleNamespace(id=seed) for seed in range(2)], answers)
+    assert found is not None and getattr(found, end) == {"high": 100.0, "low": 0.0}[end]
+    assert 0 <= found.low < found.estimate < found.high <= 100
