@@ -1,0 +1,1 @@
+"""Fisher estimates and LoRA layers that use them."""

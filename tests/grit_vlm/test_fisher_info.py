@@ -1,0 +1,170 @@
+"""Estimates against the exact Fisher matrix of a small LoRA pair; projections are projections."""
+
+import pytest
+import torch
+
+from grit_vlm.core.fisher_info import FisherError, FisherInformationMatrix
+
+TOKENS, D_IN, D_OUT, RANK = 40, 5, 7, 3
+ESTIMATES = ("diagonal", "kfac", "block_diagonal")
+
+
+@pytest.fixture
+def pair():
+    """A, B, tokens and targets, in float64."""
+    torch.manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
+    a, b = make(RANK, D_IN).requires_grad_(), make(D_OUT, RANK).requires_grad_()
+    return a, b, make(TOKENS, D_IN) * torch.linspace(0.3, 2, D_IN), torch.randint(D_OUT, (TOKENS,))
+
+
+def losses(a, b, x, targets):
+    return torch.nn.functional.cross_entropy(x @ a.mT @ b.mT, targets, reduction="none")
+
+
+def exact(a, b, x, targets):
+    """E[g gᵀ] of A and of B over the tokens, by one backward pass each."""
+    sums = {"A": 0.0, "B": 0.0}
+    for t in range(len(x)):
+        grads = torch.autograd.grad(losses(a, b, x[t : t + 1], targets[t : t + 1]).sum(), (a, b))
+        for name, g in zip("AB", grads, strict=True):
+            sums[name] = sums[name] + torch.outer(g.reshape(-1), g.reshape(-1)) / len(x)
+    return sums
+
+
+def observed(pair, **settings):
+    a, b, x, targets = pair
+    h = x @ a.mT
+    y = h @ b.mT
+    loss = torch.nn.functional.cross_entropy(y, targets, reduction="sum")
+    delta, e = torch.autograd.grad(loss, (h, y))
+    found = FisherInformationMatrix(**settings)
+    found.observe(x, h, delta, e)
+    return found
+
+
+def gradients(pair):
+    a, b, x, targets = pair
+    g = torch.autograd.grad(losses(a, b, x, targets).mean(), (a, b))
+    return dict(zip("AB", g, strict=True))
+
+
+def test_the_diagonal_is_that_of_the_exact_matrix(pair):
+    found, truth = observed(pair), exact(*pair)
+    whole = torch.cat([truth["A"].diagonal(), truth["B"].diagonal()])
+    torch.testing.assert_close(found.fisher_diagonal, whole)
+    assert found.fisher_blocks == found.kfac_factors == {}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 128])
+def test_blocks_are_those_of_the_exact_matrix(pair, size):
+    found, truth = observed(pair, approximation_type="block_diagonal", block_size=size), exact(*pair)
+    for name, of_component, width in (("A", lambda i: i // D_IN, D_IN), ("B", lambda i: i % RANK, D_OUT)):
+        n = truth[name].shape[0]
+        place = (lambda i: i % D_IN) if name == "A" else (lambda i: i // RANK)
+        block = [(of_component(i), place(i) // min(size, width)) for i in range(n)]
+        same = torch.tensor([[p == q for q in block] for p in block])
+        torch.testing.assert_close(found.dense(name), torch.where(same, truth[name], 0.0))
+
+
+def test_kfac_is_exact_where_its_assumptions_hold():
+    """Inputs of A white and independent of δ: E[(δxᵀ)(δxᵀ)ᵀ] = Σ_g ⊗ I, up to the sampling of 200,000 tokens."""
+    torch.manual_seed(0)
+    n = 200_000
+    x = torch.randn(n, 3, dtype=torch.float64)
+    delta = torch.randn(n, 2, dtype=torch.float64) @ torch.tensor([[2.0, 0.3], [0.3, 0.5]], dtype=torch.float64)
+    h, e = torch.randn(n, 2, dtype=torch.float64) * torch.tensor([1.0, 3.0]), torch.randn(n, 4, dtype=torch.float64)
+    found = FisherInformationMatrix("kfac")
+    found.observe(x, h, delta, e)
+    for name, g in (("A", torch.einsum("tr,td->trd", delta, x)), ("B", torch.einsum("to,tr->tor", e, h))):
+        flat = g.reshape(n, -1)
+        truth = flat.mT @ flat / n
+        assert float((found.dense(name) - truth).abs().max()) < 0.03 * float(truth.diagonal().max())
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES)
+def test_the_natural_gradient_solves_the_damped_system(pair, estimate):
+    settings = {"approximation_type": estimate, "damping": 0.1, "block_size": 3}
+    found, raw = observed(pair, **settings), gradients(pair)
+    natural = found.natural_gradient(raw)
+    for name in "AB":
+        matrix = found.dense(name)
+        lam = 0.1 * float(matrix.diagonal().mean())
+        back = (matrix + lam * torch.eye(len(matrix), dtype=matrix.dtype)) @ natural[name].reshape(-1)
+        torch.testing.assert_close(back, raw[name].reshape(-1))
+        assert natural[name].shape == raw[name].shape
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES)
+@pytest.mark.parametrize("budget", [1, 2, 5, 20, 36, 96])
+def test_projections_are_projections(pair, estimate, budget):
+    """P² = P = Pᵀ, of the rank that the budget says, and the best one: it keeps the largest part of tr F."""
+    found = observed(pair, approximation_type=estimate, block_size=3)
+    shapes = {"A": (RANK, D_IN), "B": (D_OUT, RANK)}
+    sizes = {name: p * q for name, (p, q) in shapes.items()}
+    columns = []
+    for name in "AB":
+        for i in range(sizes[name]):
+            unit = {n: torch.zeros(shape, dtype=torch.float64) for n, shape in shapes.items()}
+            unit[name].view(-1)[i] = 1.0
+            projected = found.project(unit, budget)
+            columns.append(torch.cat([projected["A"].reshape(-1), projected["B"].reshape(-1)]))
+    p = torch.stack(columns, 1)
+    torch.testing.assert_close(p @ p, p)
+    torch.testing.assert_close(p, p.mT)
+    k = min(budget, RANK)
+    rank = k * D_IN + k * D_OUT if estimate == "kfac" else min(budget, sum(sizes.values()))
+    assert float(p.trace()) == pytest.approx(rank)
+    whole = torch.block_diag(found.dense("A"), found.dense("B"))
+    kept = float((p @ whole).trace())
+    if estimate == "kfac":
+        values = [torch.linalg.eigvalsh(found.dense(n)).flip(0) for n in "AB"]
+        best = float(values[0][: k * D_IN].sum() + values[1][: k * D_OUT].sum())
+    else:
+        best = float(torch.linalg.eigvalsh(whole).flip(0)[:rank].sum())
+    assert kept == pytest.approx(best)
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES)
+def test_averages_forget_as_told_and_start_unbiased(pair, estimate):
+    first = observed(pair, approximation_type=estimate, ema_decay=0.9)
+    fresh = observed(pair, approximation_type=estimate, ema_decay=0.0)
+    torch.testing.assert_close(first.dense("A"), fresh.dense("A"))  # the zeros of the start do not count
+    other = [t * 2 for t in (torch.randn(4, D_IN), torch.randn(4, RANK), torch.randn(4, RANK), torch.randn(4, D_OUT))]
+    alone = FisherInformationMatrix(estimate, ema_decay=0.0)
+    alone.observe(*(t.double() for t in other))
+    first.observe(*(t.double() for t in other))
+    mixed = (0.9 * fresh.dense("B") + alone.dense("B")) / 1.9
+    torch.testing.assert_close(first.dense("B"), mixed)
+    before = first.dense("B")
+    first.observe(*(t.double() * float("nan") for t in other))
+    torch.testing.assert_close(first.dense("B"), before)
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES)
+def test_where_nothing_is_known_gradients_stay(estimate):
+    """B starts at zero: no gradient reaches A, and its Fisher information is zero."""
+    found = FisherInformationMatrix(estimate)
+    raw = {"A": torch.randn(RANK, D_IN), "B": torch.randn(D_OUT, RANK)}
+    with pytest.raises(FisherError, match="expected an observation first"):
+        found.natural_gradient(raw)
+    found.observe(torch.randn(9, D_IN), torch.randn(9, RANK), torch.zeros(9, RANK), torch.randn(9, D_OUT))
+    natural = found.natural_gradient(raw)
+    assert torch.equal(natural["A"], raw["A"]) and not torch.allclose(natural["B"], raw["B"])
+
+
+def test_updates_are_due_every_so_often():
+    assert [step for step in range(9) if FisherInformationMatrix(update_freq=4).due(step)] == [0, 4, 8]
+
+
+def test_every_mistake_is_named_at_once():
+    with pytest.raises(FisherError) as caught:
+        FisherInformationMatrix("kfak", damping=-1, ema_decay=1.0, update_freq=0, block_size=True)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
+        "approximation_type", "damping", "ema_decay", "update_freq", "block_size"]  # fmt: skip
+    found = FisherInformationMatrix()
+    with pytest.raises(FisherError, match="of the same tokens"):
+        found.observe(torch.ones(2, 3), torch.ones(2, 2), torch.ones(1, 2), torch.ones(2, 3))
+    found.observe(torch.ones(2, 3), torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 3))
+    with pytest.raises(FisherError, match="budget"):
+        found.project({"A": torch.ones(2, 3), "B": torch.ones(3, 2)}, 0)
