@@ -24,11 +24,12 @@ class LayerReading:
         layer: Name as the ledger has it: of the LoRA module, or of the parameter.
         ready: Whether gradients are multiplied by it.
         samples: Tokens its statistics have seen so far; None where it does not count tokens.
-        factors: Side → statistic, symmetric [n, n] (e.g. "a": Σ_a, "g": Σ_g).
-        preconditioners: Side → what the gradient is multiplied by, [n, n]; None where there should be one.
+        factors: Side → statistic, symmetric [n, n] (e.g. "a": Σ_a, "g": Σ_g); [n]: a diagonal one, [k, n, n]: the
+            blocks of a block-diagonal one.
+        preconditioners: Side → what the gradient is multiplied by, in the same forms; None where there should be one.
         damping: Side → λ that was added to the factor.
-        bases: Side → eigenvectors as columns, [n, n], of a method that keeps Adam's moments in an eigenbasis and so has
-            no matrix that gradients are multiplied by.
+        bases: Side → eigenvectors as columns, [n, n] or [k, n, n], of a method that keeps Adam's moments in an
+            eigenbasis and so has no matrix that gradients are multiplied by.
         weights: Side → what the step along each of these directions is multiplied by, [n].
         refresh_every: Steps between two refreshes, as it was told; None: not known.
         source: Where the statistics come from ("hooks", "gradients", …).
@@ -64,14 +65,14 @@ def numbers(reading: LayerReading) -> dict[str, Any]:
     said: dict[str, Any] = {"ready": reading.ready, "samples": reading.samples, "source": reading.source}
     said["refresh_every"] = reading.refresh_every
     for side, factor in reading.factors.items():
-        mean = float(factor.diagonal().mean()) if factor.numel() else 0.0
-        said[f"factor_norm_{side}"] = float(torch.linalg.matrix_norm(factor.double())) if factor.numel() else 0.0
+        mean = float(_diagonal(factor).mean()) if factor.numel() else 0.0
+        said[f"factor_norm_{side}"] = float(torch.linalg.vector_norm(factor.double())) if factor.numel() else 0.0
         if side in reading.damping:
             said[f"damping_share_{side}"] = float(reading.damping[side]) / max(abs(mean), _TINY)
     for side, matrix in reading.preconditioners.items():
         said[f"empty_{side}"] = reading.ready and _is_empty(matrix, reading.factors.get(side))
         if matrix is not None and matrix.numel() and bool(torch.isfinite(matrix).all()):
-            said[f"anisotropy_{side}"] = float(anisotropy(matrix[None])[0])
+            said[f"anisotropy_{side}"] = _anisotropy(matrix)
     if reading.bases:
         said["basis_rotation"] = max(float(1 - q.square().amax(-2).mean()) for q in reading.bases.values())
     if reading.weights:
@@ -101,15 +102,31 @@ def add_readings(record: dict[str, Any], readings: list[LayerReading], samples: 
 def _is_empty(matrix: Tensor | None, factor: Tensor | None) -> bool:
     if matrix is None or matrix.numel() == 0 or not bool(torch.isfinite(matrix).all()) or not bool(matrix.any()):
         return True
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    eye = torch.ones_like(matrix) if matrix.dim() == 1 else torch.eye(matrix.shape[-1]).to(matrix).expand_as(matrix)
     if not torch.equal(matrix, eye) or factor is None or factor.numel() == 0:
         return False
     # An identity is right only for a factor that is the identity (up to its scale).
-    return bool(factor.any()) and float(anisotropy(factor.to(matrix.device)[None])[0]) > 1e-6
+    return bool(factor.any()) and _anisotropy(factor.to(matrix.device)) > 1e-6
+
+
+def _diagonal(matrix: Tensor) -> Tensor:
+    return matrix if matrix.dim() == 1 else matrix.diagonal(dim1=-2, dim2=-1)
+
+
+def _anisotropy(matrix: Tensor) -> float:
+    """`grit.factors.anisotropy`, of diagonal and block-diagonal matrices too."""
+    if matrix.dim() == 2:
+        return float(anisotropy(matrix[None])[0])
+    excess = matrix.clone()
+    _diagonal(excess).sub_(_diagonal(matrix).mean())
+    return float(torch.linalg.vector_norm(excess) / torch.linalg.vector_norm(matrix).clamp_min(_TINY))
 
 
 def grit_readings(manager: "GRITManager") -> Provider:
-    """Readings of every layer of a GRITManager."""
+    """Readings of every layer of a GRITManager, or of another manager with a method `readings` of its own."""
+    own: Provider | None = getattr(manager, "readings", None)
+    if own is not None:
+        return own
 
     def read() -> list[LayerReading]:
         config = manager.config

@@ -6,6 +6,7 @@ advice "usually selects CUDA"): here the table holds, so that training runs on t
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection
 from typing import Any
 
@@ -32,14 +33,13 @@ def available_devices() -> list[str]:
 
 
 def _dtype(strategy: str, device: str) -> Any:
-    """float32 where gradients are to be stable and on CPUs; else 16 bit, bfloat16 where the GPU computes in it."""
+    """float32 where gradients are to be stable and on CPUs; else 16 bit, bfloat16 where the device computes in it."""
     import torch
 
     if strategy == "stable_training" or (device == "cpu" and strategy != "memory_efficient"):
         return torch.float32
-    if device == "cpu":
-        return torch.bfloat16
-    return torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+    bfloat16 = device == "cpu" or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.bfloat16 if bfloat16 else torch.float16
 
 
 def get_device_config(strategy: str, devices: Collection[str] | None = None) -> dict[str, Any]:
@@ -54,22 +54,28 @@ def get_device_config(strategy: str, devices: Collection[str] | None = None) -> 
         dtype: of the weights. max_memory: bytes for each GPU (`MEMORY_SHARE` of what is free).
 
     Raises:
-        DeviceError: no such strategy, or none of its devices among `devices`.
+        DeviceError: no such strategy (says which was meant perhaps), unknown devices, or none of the strategy's own.
     """
     if strategy not in PRIORITIES:
-        raise DeviceError(f"expected one of {', '.join(PRIORITIES)}, got {strategy!r}")
-    there = available_devices() if devices is None else list(devices)
+        near = difflib.get_close_matches(str(strategy), PRIORITIES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise DeviceError(f"expected one of {', '.join(PRIORITIES)}, got {strategy!r}{hint}")
+    there = available_devices() if devices is None else devices
+    if isinstance(there, str) or not set(there) <= {"cuda", "mps", "cpu"}:
+        raise DeviceError(f"devices: expected some of cuda, mps and cpu, e.g. ['cuda', 'cpu']; got {there!r}")
     device = next((name for name in PRIORITIES[strategy] if name in there), None)
     if device is None:
         raise DeviceError(
-            f"{strategy}: expected one of {', '.join(PRIORITIES[strategy])}, got {', '.join(there) or 'none'}"
+            f"{strategy}: expected one of {', '.join(PRIORITIES[strategy])}, got {', '.join(sorted(there)) or 'none'}"
         )
     config: dict[str, Any] = {"device_map": {"": device}, "dtype": _dtype(strategy, device)}
     if strategy == "memory_efficient" and device == "cuda":
         import torch
 
-        free = {n: int(MEMORY_SHARE * torch.cuda.mem_get_info(n)[0]) for n in range(torch.cuda.device_count())}
-        config |= {"device_map": "auto", "max_memory": {**free, "cpu": _free_memory()}}
+        room: dict[int | str, int] = {"cpu": _free_memory()}
+        for gpu in range(torch.cuda.device_count()):
+            room[gpu] = int(MEMORY_SHARE * torch.cuda.mem_get_info(gpu)[0])
+        config |= {"device_map": "auto", "max_memory": room}
     return config
 
 

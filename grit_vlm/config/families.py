@@ -1,145 +1,203 @@
-"""Module names of known families of vision-language models, as transformers builds them today.
+"""Module names of known families of vision-language models, as transformers builds them today; ready configurations.
 
 Document 000's names are older: SmolVLM's projector is `connector.modality_projection.proj`, not
 `multi_modal_projector` (which matched nothing there, so that its "7 layers" lack it), and Phi-3.5-vision's vision tower
-stands below `model.`.
+stands below `model.`. Document 003 lets settings go without `layer_patterns`: a modality then takes the family's own.
 """
 
 from __future__ import annotations
 
+import difflib
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from grit_vlm.config.model_configs import ModalityConfig, ModelConfigError, ModelGRITConfig
-from grit_vlm.config.selection import LayerSelectionStrategy, SelectionError, layers_of, limit, match_all, select
+from grit_vlm.config.selection import LayerSelectionStrategy, SelectionError, limit, match_all, select
 
 
-def _attention(stem: str, names: Sequence[str]) -> list[str]:
+def _each(stem: str, names: Sequence[str]) -> list[str]:
     return [f"{stem}.{name}" for name in names]
 
 
 _SIGLIP = ("q_proj", "k_proj", "v_proj", "out_proj")
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")
+_LANGUAGE = _each("model.language_model.layers.*.self_attn", _LLAMA)
 _IDEFICS3 = {
-    "vision": _attention("model.vision_model.encoder.layers.*.self_attn", _SIGLIP),
-    "text": _attention("model.text_model.layers.*.self_attn", _LLAMA),
+    "vision": _each("model.vision_model.encoder.layers.*.self_attn", _SIGLIP),
+    "text": _each("model.text_model.layers.*.self_attn", _LLAMA),
     "cross_modal": ["model.connector.modality_projection.proj"],
 }
-_TOWER = _attention("model.vision_tower.encoder.layers.*.self_attn", _SIGLIP)
-_LANGUAGE = _attention("model.language_model.layers.*.self_attn", _LLAMA)
+_LLAVA = {
+    "vision": _each("model.vision_tower.encoder.layers.*.self_attn", _SIGLIP),
+    "text": _LANGUAGE,
+    "cross_modal": _each("model.multi_modal_projector", ("linear_1", "linear_2")),
+}
+_QWEN = {
+    "vision": _each("model.visual.blocks.*.attn", ("qkv", "proj")),
+    "text": _LANGUAGE,
+    "cross_modal": ["model.visual.merger.mlp.*"],
+}
+_PHI_TOWER = "model.vision_embed_tokens.img_processor"
 FAMILIES: dict[str, dict[str, list[str]]] = {
-    "idefics3": _IDEFICS3,
-    "smolvlm": _IDEFICS3,
-    "llava": {"vision": _TOWER, "text": _LANGUAGE, "cross_modal": ["model.multi_modal_projector.linear_*"]},
-    "paligemma": {"vision": _TOWER, "text": _LANGUAGE, "cross_modal": ["model.multi_modal_projector.linear"]},
-    "qwen2_vl": {
-        "vision": _attention("model.visual.blocks.*.attn", ("qkv", "proj")),
-        "text": _LANGUAGE,
-        "cross_modal": ["model.visual.merger.mlp.*"],
-    },
+    **dict.fromkeys(("idefics3", "smolvlm"), _IDEFICS3),
+    **dict.fromkeys(("llava", "llava_next", "llava_onevision", "vipllava"), _LLAVA),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN),
+    "paligemma": {**_LLAVA, "cross_modal": ["model.multi_modal_projector.linear"]},
     "phi3_v": {
-        "vision": _attention(
-            "model.vision_embed_tokens.img_processor.vision_model.encoder.layers.*.self_attn", _SIGLIP
-        ),
-        "text": _attention("model.layers.*.self_attn", ("qkv_proj", "o_proj")),
+        "vision": _each(f"{_PHI_TOWER}.encoder.layers.*.self_attn", _SIGLIP),
+        "text": _each("model.layers.*.self_attn", ("qkv_proj", "o_proj")),
         "cross_modal": ["model.vision_embed_tokens.img_projection.*"],
     },
 }
 """model_type → modality → patterns of its attention's projections (and of what joins the modalities)."""
 
 
-def patterns_of(model: Any, modality: str) -> list[str]:
+def patterns_of(model: Any, modality: str, model_type: str = "custom") -> list[str]:
     """The family's patterns of a modality.
+
+    Args:
+        model: Whose family it is, by `model.config.model_type`, where `model_type` is custom.
+        modality: vision, text, cross_modal or fusion.
+        model_type: One of `FAMILIES`, or custom.
 
     Raises:
         SelectionError: an unknown family, or one that has no such modality; says what to do.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
-    family = FAMILIES.get(kind)
+    kind = model_type if model_type != "custom" else getattr(getattr(model, "config", None), "model_type", None)
+    family = FAMILIES.get(kind or "")
     if family is None:
         raise SelectionError(
-            f"{modality}: expected layer_patterns for a model of type {kind!r}, got none; those of "
-            f"{', '.join(FAMILIES)} are known"
+            f"{modality}: expected layer_patterns for a model of type {kind or type(model).__name__!r}, got none; "
+            f"those of {', '.join(FAMILIES)} are known"
         )
     if modality not in family:
-        raise SelectionError(
-            f"{modality}: models of type {kind!r} have no such layers of their own; give layer_patterns"
-        )
-    return family[modality]
+        raise SelectionError(f"{modality}: expected layer_patterns, for models of type {kind!r} have none of their own")
+    nested = f"{_PHI_TOWER}.vision_model"  # where the remote code brings an older CLIP
+    if kind == "phi3_v" and any(name == nested for name, _ in model.named_modules()):
+        return [pattern.replace(f"{_PHI_TOWER}.encoder", f"{nested}.encoder") for pattern in family[modality]]
+    return list(family[modality])
 
 
-def _named(name: str, kind: str, **more: Any) -> ModelGRITConfig:
-    """All attention projections of a family."""
-    found = {modality: ModalityConfig(list(patterns)) for modality, patterns in FAMILIES[kind].items()}
-    return ModelGRITConfig(model_name=name, model_type=kind, **{**found, **more})
-
-
-def _smolvlm(name: str, vision: ModalityConfig, text: ModalityConfig, most: int | None) -> ModelGRITConfig:
+def _smolvlm(vision: ModalityConfig, text: ModalityConfig, most: int | None = None) -> ModelGRITConfig:
     cross = ModalityConfig(list(_IDEFICS3["cross_modal"]))
+    name = "HuggingFaceTB/SmolVLM-256M-Instruct"
     return ModelGRITConfig(name, "idefics3", vision, text, cross, max_layers_per_modality=most)
 
 
+def _whole_family(name: str, kind: str) -> ModelGRITConfig:
+    """All attention projections and projectors, by the family's own patterns: see `patterns_of`."""
+    return ModelGRITConfig(name, kind, ModalityConfig(), ModalityConfig(), ModalityConfig())
+
+
 def _configs() -> dict[str, ModelGRITConfig]:
-    first, last, every = (LayerSelectionStrategy[n] for n in ("FIRST_N", "LAST_N", "EVERY_NTH"))
-    q_and_v = [_IDEFICS3["vision"][i] for i in (0, 2)], [_IDEFICS3["text"][i] for i in (0, 2)]
+    strategy = LayerSelectionStrategy
+    vision_q, _, vision_v, _ = _IDEFICS3["vision"]
+    text_q, _, text_v, _ = _IDEFICS3["text"]
     return {
-        "smolvlm_fast": _smolvlm(
-            "HuggingFaceTB/SmolVLM-256M-Instruct",
-            ModalityConfig(q_and_v[0][:1], first, n_layers=3),
-            ModalityConfig(q_and_v[1][1:], last, n_layers=4),
-            None,
-        ),
         "smolvlm_256m": _smolvlm(
-            "HuggingFaceTB/SmolVLM-256M-Instruct",
-            ModalityConfig(q_and_v[0], every, step_size=2),
-            ModalityConfig(q_and_v[1], last, n_layers=4),
+            ModalityConfig([vision_q, vision_v], strategy.EVERY_NTH, step_size=2),
+            ModalityConfig([text_q, text_v], strategy.LAST_N, n_layers=4),
             20,
         ),
-        "idefics3": _named("HuggingFaceM4/Idefics3-8B-Llama3", "idefics3"),
-        "smolvlm": _named("HuggingFaceTB/SmolVLM-Instruct", "smolvlm"),
-        "llava": _named("llava-hf/llava-1.5-7b-hf", "llava"),
-        "qwen2_vl": _named("Qwen/Qwen2-VL-2B-Instruct", "qwen2_vl"),
-        "paligemma": _named("google/paligemma-3b-pt-224", "paligemma"),
-        "phi3_v": _named("microsoft/Phi-3.5-vision-instruct", "phi3_v"),
+        "smolvlm_fast": _smolvlm(
+            ModalityConfig([vision_q], strategy.FIRST_N, n_layers=3),
+            ModalityConfig([text_v], strategy.LAST_N, n_layers=4),
+        ),
+        "idefics3": _whole_family("HuggingFaceM4/Idefics3-8B-Llama3", "idefics3"),
+        "smolvlm": _whole_family("HuggingFaceTB/SmolVLM-Instruct", "smolvlm"),
+        "llava": _whole_family("llava-hf/llava-1.5-7b-hf", "llava"),
+        "qwen2_vl": _whole_family("Qwen/Qwen2-VL-2B-Instruct", "qwen2_vl"),
+        "paligemma": _whole_family("google/paligemma-3b-pt-224", "paligemma"),
+        "phi3_v": _whole_family("microsoft/Phi-3.5-vision-instruct", "phi3_v"),
     }
 
 
 def get_model_config(name: str) -> ModelGRITConfig:
     """A ready configuration, by its own name or by a hub id; one's own copy.
 
+    smolvlm_fast adapts 3 vision, 4 text modules and the projector of SmolVLM-256M, smolvlm_256m (which its hub id
+    means) 12, 8 and the projector; the others all attention projections and projectors of a family.
+
     Raises:
-        ModelConfigError: no such configuration; names those there are.
+        ModelConfigError: no such configuration; names those there are, and what was meant perhaps.
     """
     configs = _configs()
-    by_id = {config.model_name: config for key, config in reversed(configs.items()) if key != "smolvlm_fast"}
-    found = configs.get(name) or by_id.get(name)
+    by_id: dict[str, str] = {}
+    for key, config in configs.items():
+        by_id.setdefault(config.model_name, key)
+    found = configs.get(by_id.get(name, name))
     if found is None:
-        raise ModelConfigError(f"expected one of {', '.join(configs)}, or the hub id of one of them; got {name!r}")
+        by_spelling = {known.lower().replace("-", "_"): known for known in (*configs, *by_id)}
+        near = difflib.get_close_matches(name.lower().replace("-", "_"), by_spelling, n=1)
+        hint = f"; did you mean {by_spelling[near[0]]!r}?" if near else ""
+        raise ModelConfigError(
+            f"expected one of {', '.join(configs)}, or a hub id ({', '.join(by_id)}); got {name!r}{hint}"
+        )
     return found
+
+
+def _unread_from(model: Any) -> float:
+    """The first block of a vision tower behind the hidden states that the language model reads; infinity: none.
+
+    LLaVA and Phi-3.5-vision take the last hidden state but one: no gradient reaches the tower's last block.
+    """
+    config = getattr(model, "config", None)
+    at = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
+    blocks = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
+    if getattr(config, "model_type", None) == "phi3_v":  # its remote code has no setting for it
+        at, blocks = -2, len({n for n, _ in model.named_modules() if n.rpartition(".")[0].endswith(_PHI_LAYERS)})
+    if at is None or not blocks:
+        return math.inf
+    states = [at] if isinstance(at, int) else list(at)
+    return max(state if state >= 0 else blocks + 1 + state for state in states)
+
+
+_PHI_LAYERS = (f"{_PHI_TOWER}.encoder.layers", f"{_PHI_TOWER}.vision_model.encoder.layers")
+_POOLING = "model.vision_tower.head."
+_TOWERS = ("model.vision_tower.encoder.layers", *_PHI_LAYERS)
+
+
+def adaptable(model: Any) -> tuple[list[str], dict[str, str]]:
+    """Names of the linear layers that an adapter can train, in the model's order; and of the others: name → why not."""
+    from torch import nn
+
+    names, others = [], {}
+    inside = {f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    unread = _unread_from(model)
+    for name, module in model.named_modules():
+        tower = next((t for t in _TOWERS if name.startswith(f"{t}.")), None)
+        if not isinstance(module, nn.Linear):
+            others[name] = type(module).__name__
+        elif name in inside:
+            others[name] = "a weight of MultiheadAttention, which never calls it"
+        elif name.startswith(_POOLING) or (tower and int(name[len(tower) + 1 :].split(".")[0]) >= unread):
+            others[name] = "behind the hidden state that the language model reads, so that no gradient reaches it"
+        else:
+            names.append(name)
+    return names, others
 
 
 def adapted_modules(model: Any, config: ModelGRITConfig) -> tuple[dict[str, list[str]], list[str]]:
     """Modality → names of the modules that a configuration adapts, and what is to be said of it.
 
     Args:
-        model: Whose linear layers are looked at.
-        config: Validated here.
+        model: Whose linear layers are looked at; see `adaptable`.
+        config: Validated here, so that changes after its construction are, too.
 
     Raises:
         ModelConfigError: mistakes in the configuration, all of them.
-        SelectionError: patterns that match nothing (with near misses), a strategy that leaves nothing, or a module in
-            two modalities; of all modalities at once.
+        SelectionError: patterns that match nothing (with near misses), a strategy that does not fit the model, or a
+            module in two modalities; of all modalities at once.
     """
-    from torch import nn
-
     config.validate()
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names, others = adaptable(model)
     found: dict[str, list[str]] = {}
     notes, problems = [], []
     for modality, own in config.modalities.items():
         try:
-            matches = match_all(own.layer_patterns or patterns_of(model, modality), names, modality)
-            layers = layers_of(matches)
+            patterns = own.layer_patterns or patterns_of(model, modality, config.model_type)
+            layers = match_all(patterns, names, modality, others)
             taken = select(
                 list(layers),
                 own.strategy,
@@ -148,7 +206,7 @@ def adapted_modules(model: Any, config: ModelGRITConfig) -> tuple[dict[str, list
                 specific_indices=own.specific_indices,
                 where=modality,
             )
-            kept, note = limit({layer: layers[layer] for layer in taken}, config.max_layers_per_modality)
+            kept, note = limit({layer: layers[layer] for layer in taken}, config.max_layers_per_modality, modality)
         except SelectionError as error:
             problems.append(str(error))
             continue

@@ -1,22 +1,22 @@
 """Which layers of a model are adapted: glob patterns, and strategies over the layers they match.
 
-A layer is one of the model's numbered blocks. Where a pattern's `*` stands for a number (`layers.*.self_attn.q_proj`),
-all modules of one number belong to one layer, and a strategy takes it with all of them or not at all. A module without
-such a number, e.g. a projector between the modalities, is a layer of its own. Numbers count within one pattern's stem,
-so two encoders (`vision.layers.*`, `text.layers.*`) are never mixed up.
+A layer is one of the model's numbered blocks: all matched modules whose name goes through the same number belong to
+it, and a strategy takes it with all of them or not at all. The number is the first one that a pattern's `*` stands for
+(`layers.*.self_attn.q_proj`), or, where none does, the first one in the name. A module without a number, e.g. a
+projector between the modalities, is a layer of its own. The name up to the number is part of the layer, so that two
+encoders (`vision.layers.*`, `text.layers.*`) are never mixed up.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 
 
 class SelectionError(ValueError):
-    """Patterns or a strategy that select nothing, or contradict themselves; names what there is."""
+    """Patterns or a strategy that do not fit the model; the message names what there is."""
 
 
 class LayerSelectionStrategy(Enum):
@@ -30,86 +30,130 @@ class LayerSelectionStrategy(Enum):
     SKIP_FIRST_LAST = "skip_first_last"
 
 
-@dataclass(frozen=True)
-class Match:
-    """A module that a pattern matched.
+_NUMBER_OF = {
+    LayerSelectionStrategy.FIRST_N: "n_layers",
+    LayerSelectionStrategy.LAST_N: "n_layers",
+    LayerSelectionStrategy.EVERY_NTH: "step_size",
+}
 
-    Attributes:
-        name: Of the module.
-        layer: What tells layers apart: the name up to and with its first number under a `*`, or the whole name.
-        number: That number; None where no `*` stood for one.
+
+def whole(value: object, least: int = 1) -> bool:
+    """Whether a value is a whole number of at least `least` (True and False are none)."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def match(pattern: str, names: Iterable[str]) -> dict[str, str]:
+    """Name → its layer, of the modules that a pattern names, in the order of `names`.
+
+    Args:
+        pattern: `*` stands for any characters but dots; every other character for itself.
+        names: Of modules, parts joined by dots.
     """
+    regex = re.compile("[^.]*".join(map(re.escape, pattern.split("*"))))
+    starred = ["*" in part for part in pattern.split(".")]
+    return {name: _layer(name.split("."), starred) for name in names if regex.fullmatch(name)}
 
-    name: str
-    layer: str
-    number: int | None
+
+def _layer(parts: Sequence[str], starred: Sequence[bool]) -> str:
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+    under_star = [i for i in numbers if starred[i]]
+    end = (under_star or numbers or [len(parts) - 1])[0] + 1
+    return ".".join(parts[:end])
 
 
-def pattern_regex(pattern: str) -> re.Pattern[str]:
-    """A glob pattern as a regular expression: `*` matches anything but dots, one character at least.
+def near_misses(pattern: str, names: Iterable[str], most: int = 3) -> list[str]:
+    """What a pattern that matches nothing may have meant, nearest first; numbers are written as `*`.
 
-    Raises:
-        SelectionError: the pattern is empty, or has `**`, which would cross dots.
+    Names are near that share parts with the pattern (compared part by part, so that a missing or another first part
+    does not matter) or are spelled like it.
+
+    Args:
+        pattern: That matches none of `names`.
+        names: Of all modules that can be adapted.
+        most: How many to name.
     """
-    if not pattern or "**" in pattern:
-        raise SelectionError(f"expected a pattern such as 'model.layers.*.self_attn.q_proj', got {pattern!r}")
-    return re.compile("".join("([^.]+)" if part == "*" else re.escape(part) for part in re.split(r"(\*)", pattern)))
+    wanted = _starred(pattern)
+    parts = [part for part in wanted.split(".") if part != "*"]
+
+    def nearness(name: str) -> float:
+        own = [part for part in name.split(".") if part != "*"]
+        similar = [max(difflib.SequenceMatcher(None, part, one).ratio() for one in own) for part in parts]
+        shared = sum(similar) / max(len(parts), len(own), 1)
+        return shared + difflib.SequenceMatcher(None, wanted, name).ratio()
+
+    kinds = dict.fromkeys(map(_starred, names))
+    return sorted(kinds, key=nearness, reverse=True)[:most]
 
 
-def match(pattern: str, names: Iterable[str]) -> list[Match]:
-    """The modules that a pattern names, in the model's order."""
-    regex, found = pattern_regex(pattern), []
-    for name in names:
-        if (hit := regex.fullmatch(name)) is None:
-            continue
-        numbered = next((i for i, text in enumerate(hit.groups(), 1) if text.isdecimal()), None)
-        if numbered is None:
-            found.append(Match(name, name, None))
-        else:
-            found.append(Match(name, name[: hit.end(numbered)], int(hit[numbered])))
-    return found
+def _starred(name: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
-def near_misses(pattern: str, names: Sequence[str], most: int = 5) -> list[str]:
-    """Names that a pattern which matches nothing may have meant: nearest first, one of each kind of layer."""
-    kinds: dict[str, str] = {}
-    for name in names:
-        kinds.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name), name)
-    return difflib.get_close_matches(pattern, list(kinds), n=most, cutoff=0.3)
-
-
-def match_all(patterns: Sequence[str], names: Sequence[str], where: str) -> list[Match]:
-    """What any of the patterns matches, each module once, in the model's order.
+def match_all(
+    patterns: Sequence[str], names: Sequence[str], where: str, others: Mapping[str, str] | None = None
+) -> dict[str, list[str]]:
+    """Layer → its modules that any of the patterns matches, each once; all in the model's order.
 
     Args:
         patterns: Globs.
-        names: Of all modules that can be adapted.
+        names: Of all modules that can be adapted, in the model's order.
         where: Said in errors, e.g. "vision".
+        others: Name → class of modules that cannot be adapted, to say so where a pattern matches only such.
 
     Raises:
-        SelectionError: some patterns match nothing, all of them named with near misses among the names.
+        SelectionError: some patterns match nothing; all of them are named, with near misses among the names.
     """
-    found: dict[str, Match] = {}
+    found: dict[str, str] = {}
     problems = []
     for pattern in patterns:
         hits = match(pattern, names)
-        found |= {hit.name: hit for hit in hits if hit.name not in found}
+        found = hits | found
         if not hits:
-            near = near_misses(pattern, names)
-            meant = f"near misses: {', '.join(near)}" if near else f"there are {len(names)} modules that can be adapted"
-            problems.append(f"{where}: the pattern {pattern!r} matches nothing; {meant}")
+            problems.append(f"{where}: the pattern {pattern!r} {_instead(pattern, names, others or {})}")
     if problems:
         raise SelectionError("\n".join(problems))
-    place = {name: i for i, name in enumerate(names)}
-    return sorted(found.values(), key=lambda hit: place[hit.name])
-
-
-def layers_of(matches: Sequence[Match]) -> dict[str, list[str]]:
-    """Layer → its matched modules; layers in the model's order."""
     layers: dict[str, list[str]] = {}
-    for hit in matches:
-        layers.setdefault(hit.layer, []).append(hit.name)
+    for name in names:
+        if name in found:
+            layers.setdefault(found[name], []).append(name)
     return layers
+
+
+def _instead(pattern: str, names: Sequence[str], others: Mapping[str, str]) -> str:
+    """What a pattern without a match does match, and what was meant perhaps."""
+    blocked = list(match(pattern, others))
+    below = dict.fromkeys(_starred(name) for name in names if name.startswith(tuple(f"{n}." for n in blocked)))
+    near = list(below)[:5] or near_misses(pattern, names)
+    meant = f"near misses: {', '.join(near)}" if near else "the model has no linear layers"
+    if not blocked:
+        numbers = [_numbers(name) for name in match(_starred(pattern), names)]
+        only = sorted(int(one) for one, *more in numbers if not more)
+        beyond = f" (numbers there go from {only[0]} to {only[-1]})" if only else ""
+        return f"matches nothing{beyond}; {meant}"
+    more = f" and {len(blocked) - 1} more" if len(blocked) > 1 else ""
+    return f"matches no layer that can be adapted, but {blocked[0]} ({others[blocked[0]]}){more}; {meant}"
+
+
+def _numbers(name: str) -> list[str]:
+    return [part for part in name.split(".") if part.isdecimal()]
+
+
+def parameter_problem(
+    strategy: LayerSelectionStrategy,
+    n_layers: int | None = None,
+    step_size: int | None = None,
+    specific_indices: Sequence[int] | None = None,
+) -> str | None:
+    """What is wrong, whatever the model, with the one parameter that a strategy needs; None: nothing."""
+    if strategy in _NUMBER_OF:
+        name = _NUMBER_OF[strategy]
+        value = {"n_layers": n_layers, "step_size": step_size}[name]
+        return None if whole(value) else f"{name}: {strategy.name} wants a whole number from 1 on, got {value!r}"
+    if strategy is LayerSelectionStrategy.SPECIFIC:
+        usual = isinstance(specific_indices, (list, tuple)) and specific_indices
+        if not usual or not all(isinstance(i, int) and not isinstance(i, bool) for i in specific_indices or ()):
+            return f"specific_indices: SPECIFIC wants a list of whole numbers, got {specific_indices!r}"
+    return None
 
 
 def select(
@@ -119,14 +163,14 @@ def select(
     n_layers: int | None = None,
     step_size: int | None = None,
     specific_indices: Sequence[int] | None = None,
-    where: str = "",
+    where: str = "layers",
 ) -> list[str]:
-    """The layers that a strategy takes.
+    """The layers that a strategy takes, in their order.
 
     Args:
         layers: All matched ones, in order.
         strategy: Which.
-        n_layers: How many, of FIRST_N and LAST_N; more than there are means all.
+        n_layers: How many, of FIRST_N and LAST_N.
         step_size: Of EVERY_NTH: 2 takes the first, third, fifth, …
         specific_indices: Of SPECIFIC: places among the layers, from 0; negative ones count from the end.
         where: Said in errors.
@@ -135,37 +179,35 @@ def select(
         SelectionError: the strategy's own parameter is missing or out of range, or nothing would be left.
     """
     count = len(layers)
-    needed = {
-        LayerSelectionStrategy.FIRST_N: ("n_layers", n_layers),
-        LayerSelectionStrategy.LAST_N: ("n_layers", n_layers),
-        LayerSelectionStrategy.EVERY_NTH: ("step_size", step_size),
-    }
-    if strategy in needed:
-        name, value = needed[strategy]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise SelectionError(f"{where}: {strategy.name} wants {name}, a whole number from 1 on; got {value!r}")
-    if strategy is LayerSelectionStrategy.FIRST_N:
-        return list(layers[:n_layers])
-    if strategy is LayerSelectionStrategy.LAST_N:
-        return list(layers[-n_layers:]) if n_layers else []
-    if strategy is LayerSelectionStrategy.EVERY_NTH:
-        return list(layers[::step_size])
-    if strategy is LayerSelectionStrategy.SKIP_FIRST_LAST:
-        if count < 3:
-            raise SelectionError(f"{where}: SKIP_FIRST_LAST leaves nothing of {count} layers: {', '.join(layers)}")
-        return list(layers[1:-1])
-    if strategy is LayerSelectionStrategy.SPECIFIC:
-        if not specific_indices:
-            raise SelectionError(f"{where}: SPECIFIC wants specific_indices, got {specific_indices!r}")
-        wrong = [i for i in specific_indices if not -count <= i < count]
+    problem = parameter_problem(strategy, n_layers, step_size, specific_indices)
+    if strategy is LayerSelectionStrategy.SPECIFIC and not problem:
+        wrong = [i for i in specific_indices or () if not -count <= i < count]
         if wrong:
-            raise SelectionError(f"{where}: expected specific_indices from {-count} to {count - 1}, got {wrong}")
-        return [layers[i] for i in sorted({i % count for i in specific_indices})]
-    return list(layers)
+            problem = f"specific_indices: expected {-count} to {count - 1}, for there are {count} layers; got {wrong}"
+    elif strategy in (LayerSelectionStrategy.FIRST_N, LayerSelectionStrategy.LAST_N) and not problem:
+        if (n_layers or 0) > count:
+            problem = f"n_layers: expected at most {count}, for so many layers there are; got {n_layers}"
+    elif strategy is LayerSelectionStrategy.SKIP_FIRST_LAST and count < 3:
+        problem = f"strategy: SKIP_FIRST_LAST wants at least 3 layers, got {count} ({', '.join(layers)})"
+    if problem:
+        raise SelectionError(f"{where}.{problem}")
+    places = {
+        LayerSelectionStrategy.FIRST_N: range(n_layers or 0),
+        LayerSelectionStrategy.LAST_N: range(count - (n_layers or 0), count),
+        LayerSelectionStrategy.EVERY_NTH: range(0, count, step_size or 1),
+        LayerSelectionStrategy.SPECIFIC: sorted({i % count for i in specific_indices or ()}),
+        LayerSelectionStrategy.SKIP_FIRST_LAST: range(1, count - 1),
+    }.get(strategy, range(count))
+    return [layers[i] for i in places]
 
 
-def limit(layers: dict[str, list[str]], most: int | None) -> tuple[dict[str, list[str]], str]:
-    """Cut to at most `most` modules, whole layers from the front; and what is to be said of it.
+def limit(layers: dict[str, list[str]], most: int | None, where: str = "layers") -> tuple[dict[str, list[str]], str]:
+    """Cut to at most `most` modules, whole layers from the front; and what is to be said of it ("" where nothing is).
+
+    Args:
+        layers: Layer → its modules.
+        most: Modules; None: no limit.
+        where: Said in errors.
 
     Raises:
         SelectionError: not even the first layer fits.
@@ -174,13 +216,15 @@ def limit(layers: dict[str, list[str]], most: int | None) -> tuple[dict[str, lis
     if most is None or total <= most:
         return layers, ""
     kept: dict[str, list[str]] = {}
+    room = most
     for layer, modules in layers.items():
-        if sum(map(len, kept.values())) + len(modules) > most:
+        room -= len(modules)
+        if room < 0:
             break
         kept[layer] = modules
     if not kept:
-        first = next(iter(layers.values()))
+        first, modules = next(iter(layers.items()))
         raise SelectionError(
-            f"max_layers_per_modality: expected room for the {len(first)} modules of one layer, got {most}"
+            f"{where}: expected max_layers_per_modality of at least {len(modules)}, the modules of {first}; got {most}"
         )
     return kept, f"limited to {sum(map(len, kept.values()))} of {total} modules by max_layers_per_modality = {most}"

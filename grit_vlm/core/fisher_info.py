@@ -12,220 +12,177 @@ F = E[g gᵀ] of g, one of them as a vector (Kunstner et al. 2019 say what it is
 
 Mended from the documents: the diagonal there is the square of a batch's mean gradient, which vanishes as the batch
 grows, and not the mean of squares; `torch.solve` and `torch.symeig` do not exist any more; eigh of a vector has no
-meaning: the eigenvectors of a diagonal matrix are the coordinates; a budget says of what it is (`FisherInformationMatrix.project`).
+meaning: the eigenvectors of a diagonal matrix are the coordinates; a budget says of what it is
+(`FisherInformationMatrix.project`).
+
+Eigen-coordinates are the gradient along the eigenvectors of the estimate: [r, d] of estimate diagonal (the gradient
+itself) and kfac (turned from the left), [r, runs, n] of block_diagonal; component first, for A and B alike.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import math
 
 import torch
 from torch import Tensor
 
 from grit import factors
+from grit_vlm.core.eigen import Eigen, FisherError, largest, rotate
+from grit_vlm.core.fisher_statistics import SIDES, FisherStatistics, Gradients, Side
 
-Gradients = dict[str, Tensor]
-"""A → ∇A [r, d_in], B → ∇B [d_out, r]."""
-
-
-class FisherError(ValueError):
-    """An unknown estimate, or nothing was observed yet."""
+__all__ = ["SIDES", "FisherError", "FisherInformationMatrix", "Gradients", "Side"]
 
 
-class FisherInformationMatrix:
-    """What is known of the Fisher information of one LoRA pair.
+class FisherInformationMatrix(FisherStatistics):
+    """What is known of the Fisher information of one LoRA pair; settings and attributes: see `FisherStatistics`."""
 
-    Attributes:
-        fisher_diagonal: E[g²] of all coordinates, A's row by row, then B's: [r·d_in + d_out·r]; None before the first
-            observation, and of other estimates.
-        fisher_blocks: A → [r, runs, n, n], B → [r, runs, n, n] of estimate block_diagonal; the last run is filled up
-            with zeros where the coordinates do not divide.
-        kfac_factors: A → Σ_a [r, r], G → Σ_g [r, r] of estimate kfac.
-        weight: Σ of the EMA's weights; the attributes are corrected by it, so that zeros of the start do not count.
-    """
-
-    def __init__(
-        self,
-        approximation_type: Literal["diagonal", "kfac", "block_diagonal"] = "diagonal",
-        damping: float = 1e-4,
-        ema_decay: float = 0.95,
-        update_freq: int = 10,
-        block_size: int = 128,
-    ):
-        """Nothing is known yet.
-
-        Args:
-            approximation_type: The estimate.
-            damping: λ ≥ 0, relative: times the mean of the diagonal (of each factor, of estimate kfac).
-            ema_decay: In [0, 1): weight that an update leaves to the past.
-            update_freq: Steps ≥ 1 between two updates.
-            block_size: Coordinates of one block at most, ≥ 1.
-
-        Raises:
-            FisherError: every mistake at once.
-        """
-        problems = []
-        if approximation_type not in ("diagonal", "kfac", "block_diagonal"):
-            problems.append(
-                f"approximation_type: expected diagonal, kfac or block_diagonal, got {approximation_type!r}"
-            )
-        if not damping >= 0:
-            problems.append(f"damping: expected a number of at least 0, got {damping!r}")
-        if not 0 <= ema_decay < 1:
-            problems.append(f"ema_decay: expected a number in [0, 1), got {ema_decay!r}")
-        for name, value in (("update_freq", update_freq), ("block_size", block_size)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                problems.append(f"{name}: expected a whole number from 1 on, got {value!r}")
-        if problems:
-            raise FisherError("\n".join(problems))
-        self.approximation_type = approximation_type
-        self.damping, self.ema_decay, self.update_freq, self.block_size = damping, ema_decay, update_freq, block_size
-        self.weight = 0.0
-        self._sums: dict[str, Tensor] = {}
-        self._sizes: dict[str, tuple[int, int]] = {}
-
-    def due(self, step: int) -> bool:
-        """Whether an update is due at this step, from 0."""
-        return step % self.update_freq == 0
-
-    # What is observed
-
-    def observe(self, x: Tensor, h: Tensor, delta: Tensor, e: Tensor) -> None:
-        """Take the tokens of a step into the moving averages.
-
-        Args:
-            x: [tokens, d_in]. h: [tokens, r]. delta: [tokens, r]. e: [tokens, d_out]. δ and e are gradients of one
-                token's loss: times the number that a mean loss was divided by.
-
-        Raises:
-            FisherError: shapes do not fit, or no token came.
-        """
-        tokens, rank = h.shape
-        if not tokens or {t.shape[0] for t in (x, delta, e)} != {tokens} or delta.shape[1] != rank:
-            shapes = ", ".join(str(tuple(t.shape)) for t in (x, h, delta, e))
-            raise FisherError(
-                f"expected x, h, delta, e of the same tokens, one at least, h and delta alike; got {shapes}"
-            )
-        x, h, delta, e = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (x, h, delta, e))
-        self._sizes = {"A": (rank, x.shape[1]), "B": (rank, e.shape[1])}  # component first, for both
-        if self.approximation_type == "kfac":
-            now = {"A": h.mT @ h / tokens, "G": delta.mT @ delta / tokens}
-        elif self.approximation_type == "diagonal":
-            now = {"A": delta.square().mT @ x.square() / tokens, "B": h.square().mT @ e.square() / tokens}
-        else:
-            now = {"A": self._blocks(delta, x), "B": self._blocks(h, e)}
-        if not all(bool(torch.isfinite(value).all()) for value in now.values()):
-            return  # a step with NaN says nothing of curvature
-        share = 1.0 - self.ema_decay
-        for name, value in now.items():
-            past = self._sums.get(name)
-            self._sums[name] = share * value if past is None else past + share * (value - past)
-        self.weight += share * (1.0 - self.weight)
-
-    def _blocks(self, by: Tensor, along: Tensor) -> Tensor:
-        """E[by_i² · along alongᵀ] for each component i, in runs: [r, runs, n, n]."""
-        tokens, size = along.shape
-        n = min(self.block_size, size)
-        runs = -(-size // n)
-        filled = torch.nn.functional.pad(along, (0, runs * n - size)).reshape(tokens, runs, n)
-        result: Tensor = torch.einsum("ti,tus,tuz->iusz", by.square(), filled, filled) / tokens
-        return result
-
-    def _now(self, name: str) -> Tensor:
-        if not self.weight:
-            raise FisherError("expected an observation first (a backward pass, then an update), got none")
-        return self._sums[name] / self.weight
-
-    @property
-    def fisher_diagonal(self) -> Tensor | None:
-        """See the class; of B in the order of its entries, row by row."""
-        if self.approximation_type != "diagonal" or not self.weight:
-            return None
-        return torch.cat([self._now("A").reshape(-1), self._now("B").mT.reshape(-1)])
-
-    @property
-    def fisher_blocks(self) -> dict[str, Tensor]:
-        """See the class."""
-        known = self.approximation_type == "block_diagonal" and self.weight
-        return {name: self._now(name) for name in ("A", "B")} if known else {}
-
-    @property
-    def kfac_factors(self) -> dict[str, Tensor]:
-        """See the class."""
-        return (
-            {name: self._now(name) for name in ("A", "G")} if self.approximation_type == "kfac" and self.weight else {}
-        )
-
-    # What follows from it
-
-    def dense(self, name: Literal["A", "B"]) -> Tensor:
-        """The whole matrix of A or of B that the estimate stands for: [n, n], n coordinates row by row. For small ones.
+    def eigen(self, name: Side) -> Eigen:
+        """Eigenvalues and eigenvectors of A's or B's estimate; computed once after each observation.
 
         Raises:
             FisherError: nothing was observed.
         """
-        rank, size = self._sizes.get(name, (0, 0))
+        if name not in self._eigen:
+            self._eigen[name] = self._decompose(name)
+        return self._eigen[name]
+
+    def _decompose(self, name: Side) -> Eigen:
         if self.approximation_type == "kfac":
             factor = self._now("G" if name == "A" else "A")
-            eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
-            return torch.kron(factor, eye) if name == "A" else torch.kron(eye, factor)
+            values, vectors, good = factors.eigh(factor[None])
+            return Eigen(values[0][:, None], vectors[0], None, float(values.mean()) if bool(good) else 0.0)
+        found = self._now(name)
         if self.approximation_type == "diagonal":
-            values = self._now(name)
-            return torch.diag((values if name == "A" else values.mT).reshape(-1))
-        blocks = self._now(name)
-        whole = torch.block_diag(*(torch.block_diag(*runs)[:size, :size] for runs in blocks))
-        if name == "A":
-            return whole
-        order = torch.arange(rank * size).reshape(rank, size).mT.reshape(-1)  # component by component → row by row
-        return whole[order][:, order]
+            return Eigen(found, None, None, float(found.mean()))
+        rank, size = self._sizes[name]
+        runs, n = found.shape[1:3]
+        # Coordinates that fill up a run get a value above all eigenvalues, so that no eigenvector mixes them with real
+        # ones; they come first then, and are put last, with 0.
+        empty = runs * n - size
+        trace = found.diagonal(dim1=-2, dim2=-1).sum(-1)
+        found = found.clone()
+        found[:, -1].diagonal(dim1=-2, dim2=-1)[:, n - empty :] = 2.0 * trace[:, -1:]
+        values, vectors, _ = factors.eigh(found.flatten(0, 1))
+        values, vectors = values.reshape(rank, runs, n), vectors.reshape(rank, runs, n, n)
+        values[:, -1], vectors[:, -1] = values[:, -1].roll(-empty, -1), vectors[:, -1].roll(-empty, -1)
+        real = torch.ones(runs, n, dtype=values.dtype, device=values.device)
+        real[-1, n - empty :] = 0.0
+        values = values * real
+        mean = float(values.sum()) / (rank * size)
+        return Eigen(values, vectors, real.expand_as(values), mean)
+
+    def lay_out(self, gradient: Tensor) -> Tensor:
+        """Component first, [r, d], as eigen-coordinates are: of block_diagonal in runs, filled up with zeros."""
+        if self.approximation_type != "block_diagonal":
+            return gradient
+        rank, size = gradient.shape
+        n = min(self.block_size, size)
+        runs = -(-size // n)
+        return torch.nn.functional.pad(gradient, (0, runs * n - size)).reshape(rank, runs, n)
+
+    def take_out(self, name: Side, coordinates: Tensor) -> Tensor:
+        """The inverse of `lay_out`, for A or B."""
+        return coordinates.flatten(1)[:, : self._sizes[name][1]] if coordinates.dim() == 3 else coordinates
+
+    def turn(self, name: Side, gradient: Tensor) -> Tensor:
+        """A gradient in eigen-coordinates.
+
+        Args:
+            name: Of the side.
+            gradient: ∇A [r, d_in] or ∇B [d_out, r].
+        """
+        eigen = self.eigen(name)
+        g = self.lay_out((gradient if name == "A" else gradient.mT).to(eigen.values.dtype))
+        return g if eigen.vectors is None else rotate(eigen.vectors.mT, g)
+
+    def turn_back(self, name: Side, coordinates: Tensor) -> Tensor:
+        """The inverse of `turn`: [r, d_in] or [d_out, r]."""
+        vectors = self.eigen(name).vectors
+        g = self.take_out(name, coordinates if vectors is None else rotate(vectors, coordinates))
+        return g if name == "A" else g.mT
+
+    def scale(self, name: Side) -> float:
+        """What damping is relative to: the mean of F's diagonal over A and B together; of kfac that of the factor.
+
+        Together, because B starts at 0 and with it the Fisher information of A: alone, A's damping would vanish with
+        it, and A's natural gradient grow without bound.
+        """
+        if self.approximation_type == "kfac":
+            return self.eigen(name).mean
+        sizes = [rank * size for rank, size in (self._sizes[side] for side in SIDES)]
+        whole = [self.eigen(side).mean * n for side, n in zip(SIDES, sizes, strict=True)]
+        return math.fsum(whole) / sum(sizes)
 
     def natural_gradient(self, gradients: Gradients) -> Gradients:
-        """(F + λI)⁻¹ ∇, with λ relative: `damping` times the mean of F's diagonal.
+        """(F + λI)⁻¹ ∇, with λ relative: `damping` times `scale`.
 
         Args:
             gradients: ∇A [r, d_in] and ∇B [d_out, r].
 
         Returns:
-            The same shapes. Where F is zero or cannot be inverted, the gradient itself.
+            The same shapes. Where F is zero, or singular without damping, the gradient itself.
 
         Raises:
             FisherError: nothing was observed.
         """
-        a, b = gradients["A"], gradients["B"].mT  # component first
+        found: Gradients = {}
+        for name in SIDES:
+            raw, eigen = gradients[name], self.eigen(name)
+            damped = eigen.values + self.damping * self.scale(name)
+            if eigen.real is not None:
+                damped = torch.where(eigen.real > 0, damped, torch.ones_like(damped))
+            # An eigenvalue below `grit.factors`' noise is rounding; without damping its inverse would be, too.
+            noise = 0.0 if eigen.vectors is None else 64.0 * torch.finfo(damped.dtype).eps * eigen.mean
+            if not (eigen.mean > 0 and bool((damped > noise).all())):
+                found[name] = raw
+                continue
+            found[name] = self.turn_back(name, self.turn(name, raw) / damped).to(raw.dtype)
+        return found
+
+    def step_weights(self, name: Side, power: float) -> Tensor:
+        """What Adam's step along each eigen-direction is multiplied by: `grit.factors.step_weights`, as `Eigen.values`.
+
+        Args:
+            name: Of the side.
+            power: p of (λ_i/mean λ + damping)^(−p/2).
+        """
+        eigen = self.eigen(name)
+        if eigen.mean <= 0:
+            return torch.ones_like(eigen.values)
+        # The function takes its mean over the last dimension; values that only fill up a run must not count.
+        real = torch.ones_like(eigen.values) if eigen.real is None else eigen.real
+        weights = torch.ones_like(eigen.values)
+        weights[real > 0] = factors.step_weights(eigen.values[real > 0][None], self.damping, power)[0]
+        return weights
+
+    def direction_values(self) -> Tensor:
+        """Fisher information along every direction that a budget counts: [directions].
+
+        Of kfac, where a budget counts pairs of directions, the i-th of Σ_g and of Σ_a: their products λ_g,i·λ_a,i [r].
+
+        Raises:
+            FisherError: nothing was observed.
+        """
+        a, b = (self.eigen(name) for name in SIDES)
         if self.approximation_type == "kfac":
-            new_a, new_b = self._solve(self._now("G"), a), self._solve(self._now("A"), b)
-        elif self.approximation_type == "diagonal":
-            new_a, new_b = self._divide(self._now("A"), a), self._divide(self._now("B"), b)
-        else:
-            new_a, new_b = self._solve_blocks("A", a), self._solve_blocks("B", b)
-        return {"A": new_a.to(gradients["A"].dtype), "B": new_b.mT.to(gradients["B"].dtype)}
+            return (a.values * b.values).reshape(-1)
+        return torch.cat([e.values.reshape(-1) if e.real is None else e.values[e.real > 0] for e in (a, b)])
 
-    def _solve(self, factor: Tensor, gradient: Tensor) -> Tensor:
-        stack = factor[None]
-        if not bool(factors.informative(stack)):
-            return gradient
-        lam, _ = factors.damping(stack, stack, self.damping, "relative", False)
-        inverse, _ = factors.damped_inverse(stack, lam)
-        return inverse[0] @ gradient.to(inverse.dtype)
+    def keeps(self, budget: int) -> dict[str, Tensor]:
+        """Which directions a budget keeps: A and B → 1 or 0, as `Eigen.values`; see `project`.
 
-    def _divide(self, values: Tensor, gradient: Tensor) -> Tensor:
-        mean = values.mean()
-        return gradient / (values + self.damping * mean) if self._divides(values) else gradient
-
-    def _divides(self, values: Tensor) -> bool:
-        mean = float(values.mean())
-        return mean > 0 and bool((values + self.damping * mean > 0).all())
-
-    def _solve_blocks(self, name: str, gradient: Tensor) -> Tensor:
-        blocks, (rank, size) = self._now(name), self._sizes[name]
-        runs, n = blocks.shape[1], blocks.shape[2]
-        stack = blocks.reshape(rank * runs, n, n)
-        mean = stack.diagonal(dim1=-2, dim2=-1).sum() / (rank * size)
-        if not float(mean) > 0:
-            return gradient
-        inverse, _ = factors.damped_inverse(stack, (self.damping * mean).expand(rank * runs))
-        filled = torch.nn.functional.pad(gradient.to(inverse.dtype), (0, runs * n - size)).reshape(rank * runs, n, 1)
-        return (inverse @ filled).reshape(rank, runs * n)[:, :size]
+        Raises:
+            FisherError: nothing was observed, or a budget below 1.
+        """
+        if budget < 1:
+            raise FisherError(f"budget: expected a whole number from 1 on, got {budget!r}")
+        eigens = [self.eigen(name) for name in SIDES]
+        if self.approximation_type == "kfac":
+            keep = torch.arange(eigens[0].values.shape[0], device=eigens[0].values.device)[:, None] < budget
+            return {name: keep.to(e.values.dtype) for name, e in zip(SIDES, eigens, strict=True)}
+        # Directions that only fill up a run come after all others.
+        values = [e.values if e.real is None else torch.where(e.real > 0, e.values, -1.0) for e in eigens]
+        return dict(zip(SIDES, largest(values, budget), strict=True))
 
     def project(self, gradients: Gradients, budget: int) -> Gradients:
         """The gradients' part along the `budget` directions of largest Fisher information: P ∇ with P² = P = Pᵀ.
@@ -239,49 +196,31 @@ class FisherInformationMatrix:
         Raises:
             FisherError: nothing was observed, or a budget below 1.
         """
-        if budget < 1:
-            raise FisherError(f"budget: expected a whole number from 1 on, got {budget!r}")
-        a, b = gradients["A"], gradients["B"].mT
+        keep = self.keeps(budget)
+        return {
+            name: self.turn_back(name, self.turn(name, gradients[name]) * keep[name]).to(gradients[name].dtype)
+            for name in SIDES
+        }
+
+    def directions(self, budget: int) -> dict[str, Tensor]:
+        """The directions that a budget keeps, as orthonormal columns: A and B → [n, k]. For small layers.
+
+        Of kfac the columns are those of the factor, [r, k], else over the n coordinates of A or B row by row.
+
+        Raises:
+            FisherError: nothing was observed, or a budget below 1.
+        """
+        keep = self.keeps(budget)
         if self.approximation_type == "kfac":
-            new_a, new_b = self._onto(self._now("G"), a, budget), self._onto(self._now("A"), b, budget)
-        elif self.approximation_type == "diagonal":
-            keep_a, keep_b = _largest([self._now("A"), self._now("B")], budget)
-            new_a, new_b = a * keep_a, b * keep_b
-        else:
-            found = {name: factors.eigh(self._now(name).flatten(0, 1))[:2] for name in ("A", "B")}
-            keeps = _largest([self._real(name, found[name][0]) for name in ("A", "B")], budget)
-            new_a, new_b = (
-                self._onto_blocks(name, gradient, found[name][1], keep)
-                for name, gradient, keep in zip(("A", "B"), (a, b), keeps, strict=True)
-            )
-        return {"A": new_a.to(gradients["A"].dtype), "B": new_b.mT.to(gradients["B"].dtype)}
-
-    def _onto(self, factor: Tensor, gradient: Tensor, budget: int) -> Tensor:
-        vectors = factors.eigh(factor[None])[1][0][:, :budget]
-        return vectors @ (vectors.mT @ gradient.to(vectors.dtype))
-
-    def _real(self, name: str, values: Tensor) -> Tensor:
-        """Eigenvalues, those of coordinates that only fill up a run behind all others."""
-        rank, size = self._sizes[name]
-        n = values.shape[-1]
-        runs = values.shape[0] // rank
-        real = torch.full((rank, runs), n, device=values.device)
-        real[:, -1] = size - (runs - 1) * n
-        place = torch.arange(n, device=values.device)
-        return torch.where(place < real.reshape(-1, 1), values, torch.full_like(values, -1.0))
-
-    def _onto_blocks(self, name: str, gradient: Tensor, vectors: Tensor, keep: Tensor) -> Tensor:
-        rank, size = self._sizes[name]
-        n = vectors.shape[-1]
-        runs = vectors.shape[0] // rank
-        filled = torch.nn.functional.pad(gradient.to(vectors.dtype), (0, runs * n - size)).reshape(rank * runs, n, 1)
-        along = (vectors.mT @ filled) * keep[:, :, None]
-        return (vectors @ along).reshape(rank, runs * n)[:, :size]
-
-
-def _largest(values: list[Tensor], budget: int) -> list[Tensor]:
-    """Masks of the `budget` largest of all values together; of equal ones the first."""
-    flat = torch.cat([v.reshape(-1) for v in values])
-    mask = torch.zeros_like(flat)
-    mask[flat.sort(descending=True, stable=True).indices[:budget]] = 1.0
-    return [part.reshape(v.shape) for part, v in zip(mask.split([v.numel() for v in values]), values, strict=True)]
+            vectors = {name: self.eigen(name).vectors for name in SIDES}
+            return {name: v[:, :budget] for name, v in vectors.items() if v is not None}
+        found: dict[str, Tensor] = {}
+        for name in SIDES:
+            kept = keep[name].reshape(-1).nonzero().flatten()
+            units = torch.zeros(len(kept), *keep[name].shape, dtype=keep[name].dtype, device=keep[name].device)
+            units.flatten(1)[torch.arange(len(kept)), kept] = 1.0
+            rank, size = self._sizes[name]
+            shape = (rank, size) if name == "A" else (size, rank)
+            rows = [self.turn_back(name, unit).reshape(-1) for unit in units]
+            found[name] = torch.stack(rows, 1) if rows else keep[name].new_zeros(shape[0] * shape[1], 0)
+        return found

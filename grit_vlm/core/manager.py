@@ -1,0 +1,309 @@
+"""`FisherManager`: what `grit.GRITManager` is to GRIT, for layers with estimates of their own.
+
+`grit.optim.GritOptimizer`, `grit.trainer` and the probe work on it as they do on a GRITManager: it has the same life
+cycle, the same steps in the same order, the same treatment of steps that are not finite, and writes the same log.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from grit import GRITConfig, GRITManager, records
+from grit.checks import check_applied
+from grit.errors import CaptureError
+from grit.layers import GritLayerError, LoraPair
+from grit_vlm.core import checkpoint, log
+from grit_vlm.core.capture import TokenCapture, Tokens
+from grit_vlm.core.moments import EigenMoments
+from grit_vlm.utils.projection import MultiModalProjector, ProjectionSchedule, create_scheduler
+
+if TYPE_CHECKING:
+    from grit_vlm.core.grit_lora import GRITLoRALinear
+    from probes.readings import LayerReading
+
+logger = logging.getLogger("grit")
+
+ALL = "all"
+"""The modality of layers that were not told one."""
+
+
+class FisherManager(GRITManager):
+    """Fisher estimates, natural gradients and projections of all GRIT-LoRA layers of a model.
+
+    Attributes:
+        grit_layers: Name → layer, as they were given.
+        by_pair: Name that the probe and the log have → layer.
+        modality: Name in `grit_layers` → modality.
+        schedules: Modality → budget over the steps, of modalities that are projected.
+        total_steps: Over which they go from start to end.
+        adaptive: Whether mode eigen_adamw shortens steps to the trust region `kl_clip` too, as mode sgd does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        grit_layers: Mapping[str, GRITLoRALinear],
+        config: GRITConfig | None = None,
+        *,
+        modality: Mapping[str, str] | None = None,
+        total_steps: int = 1000,
+        log_file: str | Path | None = None,
+    ):
+        """Take charge of the layers; hooks are attached by `open`.
+
+        Args:
+            model: That holds them; its forward pass is called with a batch's keyword arguments.
+            grit_layers: Every trainable LoRA layer of the model.
+            config: How steps are made (mode, grafting, kl_clip, eigen_power, ng_warmup_steps, log_freq, …); what it
+                says of factors, ranks and reprojection has no meaning here.
+            modality: Name → vision, text, cross_modal or fusion.
+            total_steps: Over which projection budgets go from start to end.
+            log_file: JSON Lines.
+
+        Raises:
+            GritLayerError: trainable LoRA that is not among the layers; GRITConfigError.
+        """
+        wanted = dataclasses.replace(config or GRITConfig(), capture="hooks", reprojection="none", min_lora_rank=1)
+        wanted.enable_rank_adaptation = False
+        super().__init__(model, wanted, log_file=log_file)
+        self.states = []  # of GRIT's own factors
+        self.grit_layers = dict(grit_layers)
+        self.modality = {name: (modality or {}).get(name, ALL) for name in self.grit_layers}
+        views = {id(layer.lora): name for name, layer in self.grit_layers.items()}
+        found = [(pair, views.get(id(pair.layer))) for pair in super().pairs()]
+        if foreign := [pair.name for pair, name in found if name is None]:
+            raise GritLayerError(f"expected every trainable LoRA layer among grit_layers, got others: {foreign[:6]}")
+        self.names = {pair.name: name for pair, name in found if name is not None}
+        self.by_pair = {pair.name: self.grit_layers[name] for pair, name in found if name is not None}
+        self.moments = {pair.name: EigenMoments(pair.a, pair.b) for pair, _ in found}
+        self.schedules: dict[str, ProjectionSchedule] = {}
+        self.adaptive = False
+        self._frequency = min(layer.config.fisher_update_freq for layer in self.grit_layers.values())
+        self._saw = False
+        for layer in self.grit_layers.values():
+            if layer.manager is not None:
+                layer.manager.close(check=False)
+            layer.manager = self
+        self.plan(total_steps)
+
+    def plan(self, total_steps: int) -> None:
+        """Let projection budgets go from start to end over so many steps."""
+        self.total_steps = total_steps
+        self.schedules = {}
+        for name, layer in self.grit_layers.items():
+            c = layer.config
+            if c.enable_projection and self.modality[name] not in self.schedules:
+                kind, ends = c.projection_schedule, (c.projection_budget_start, c.projection_budget_end)
+                self.schedules[self.modality[name]] = create_scheduler(kind, *ends, total_steps)
+                # GritTrainer tells the losses of steps where this is set.
+                self.config.adaptive_schedule |= kind == "adaptive"
+
+    def set_update_freq(self, steps: int | None) -> None:
+        """Let estimates be updated at this interval from now on; None: as they were."""
+        if steps is not None:
+            self._frequency = steps
+            for layer in self.grit_layers.values():
+                layer.config = dataclasses.replace(layer.config, fisher_update_freq=steps)
+
+    def stop_projecting(self) -> None:
+        """Switch projection off in every layer."""
+        for layer in self.grit_layers.values():
+            layer.config = dataclasses.replace(layer.config, enable_projection=False)
+            layer.projection_budget = None
+
+    # Life cycle
+
+    def open(self) -> FisherManager:
+        """Attach the hooks, once."""
+        if self.capture is None:
+            pairs = self.pairs()
+            takers = [self._taker(self.by_pair[pair.name]) for pair in pairs]
+            no_text = [pair.name for pair in pairs if self.modality[self.names[pair.name]] in ("vision", "cross_modal")]
+            self.capture = TokenCapture(self.model, pairs, takers, no_text)
+            self._switch_capture()
+        return self
+
+    def _taker(self, layer: GRITLoRALinear) -> Any:
+        def take(tokens: Tokens) -> None:
+            self._saw = True
+            layer.take(tokens)
+
+        return take
+
+    def close(self, check: bool = True) -> None:
+        """Take the hooks off, and name layers that never reported; see `grit.GRITManager`."""
+        if self.capture is not None:
+            self.capture.close()
+            self.capture = None
+        if check:
+            check_applied(self.applied_steps, self._saw)
+            if self.applied_steps and (silent := self.unreported()):
+                logger.warning("GRIT: %d layers never reported statistics: %s", len(silent), ", ".join(silent))
+                self.add_record({"kind": "unreported", "layers": silent})
+
+    def unreported(self) -> list[str]:
+        """Layers of which no tokens have come yet."""
+        return [name for name, layer in self.by_pair.items() if not layer.fisher_matrix.samples]
+
+    def capture_kinds(self) -> dict[str, str]:
+        """Layer → hooks, or undecided where nothing has come."""
+        silent = set(self.unreported())
+        return {name: "undecided" if name in silent else "hooks" for name in self.by_pair}
+
+    def ready_layers(self) -> int:
+        """Layers whose estimate is used."""
+        return sum(layer.ready for layer in self.by_pair.values())
+
+    # One step, in the order in which GritOptimizer calls
+
+    def update_statistics(self) -> None:
+        """Take what was captured into the estimates, and share the budgets out anew.
+
+        Raises:
+            CaptureError: layers have gradients but their hooks reported nothing.
+        """
+        if self.capture is None or not self.capture.active:
+            return
+        silent = [
+            name
+            for name, layer in self.by_pair.items()
+            if layer.gradients() is not None and not layer.activation_buffer and not layer.fisher_matrix.samples
+        ]
+        if silent:
+            raise CaptureError(
+                f"{len(silent)} layers have gradients but their hooks reported nothing (fused kernels read the weights "
+                f"without calling the modules): {', '.join(silent[:6])}; switch the fused kernels off"
+            )
+        changed = [layer.update_fisher_and_projection() for layer in self.by_pair.values()]
+        self.inversions += any(changed)
+        self.capture.clear()
+        for name, layer in self.by_pair.items():
+            if layer.ready and layer.config.enable_natural_gradient and self.config.mode == "eigen_adamw":
+                self.moments[name].follow(layer.fisher_matrix)
+        self.apply_projections(self.projections())
+
+    def projections(self) -> dict[str, dict[str, int]]:
+        """Modality → layer → directions at this step, shared out by `MultiModalProjector`.
+
+        Only layers that are projected and whose estimate is ready.
+        """
+        members = {
+            modality: [
+                name
+                for name, own in self.modality.items()
+                if own == modality and self.grit_layers[name].config.enable_projection and self.grit_layers[name].ready
+            ]
+            for modality in self.schedules
+        }
+        members = {modality: names for modality, names in members.items() if names}
+        if not members:
+            return {}
+        values = {
+            m: [self.grit_layers[n].fisher_matrix.direction_values() for n in names] for m, names in members.items()
+        }
+        budgets = {m: len(names) * self.schedules[m].budget(self.step) for m, names in members.items()}
+        shares = MultiModalProjector().share_out(values, budgets)
+        return {m: dict(zip(names, shares[m], strict=True)) for m, names in members.items()}
+
+    def apply_projections(self, projections: Mapping[str, Mapping[str, int]]) -> None:
+        """Let layers keep so many directions from now on."""
+        for layers in projections.values():
+            for name, budget in layers.items():
+                self.grit_layers[name].update_projection(budget)
+
+    def inversion_due(self) -> bool:
+        """Never: estimates are solved for where they change."""
+        return False
+
+    def precondition_gradients(self) -> float:
+        """Replace every `.grad` by what its layer's settings make of it, in place (modes adamw and sgd).
+
+        Natural gradient first, then grafting (the raw norm of each tensor restored, where set), then projection.
+
+        Returns:
+            Σ ⟨∇, natural ∇⟩, the squared length that the trust region limits.
+        """
+        if not self.preconditions():
+            return 0.0
+        length, cosines = 0.0, []
+        for layer in self.by_pair.values():
+            raw = layer.gradients()
+            if raw is None or not layer.ready:
+                continue
+            natural = layer.config.enable_natural_gradient
+            new = layer.fisher_matrix.natural_gradient(raw) if natural else raw
+            if natural and self.config.grafts:
+                new = {side: _as_long(new[side], raw[side]) for side in raw}
+            new = layer.project_gradients(new)
+            for side, parameter in (("A", layer.lora_A), ("B", layer.lora_B)):
+                cosines.append(_cosine(raw[side], new[side]))
+                length += float((raw[side] * new[side]).sum())
+                parameter.grad.copy_(new[side])  # type: ignore[union-attr]
+        if cosines and self.step % self.config.log_freq == 0:
+            self.measured = records.measure_cosines([torch.stack(cosines)])
+        return length
+
+    def add_regularizers(self) -> None:
+        """None here."""
+
+    def end_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """After the weights have moved: write records, prepare the next step."""
+        self.applied_steps += 1
+        if self.step % self.config.log_freq == 0:
+            self.add_record(log.effect(self))
+            self.last_metrics |= log.summary(self)
+            if self.config.log_fisher_spectrum:
+                self.add_record(log.spectra(self))
+        self._advance()
+
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Write the last record."""
+        self.add_record(log.final(self))
+
+    def observe_loss(self, loss: float) -> None:
+        """The mean loss of a step, for adaptive projection schedules."""
+        for schedule in self.schedules.values():
+            schedule.observe(loss)
+
+    def _switch_capture(self) -> None:
+        if self.capture is not None:
+            self.capture.active = self.step % self._frequency == 0 or self.step < self._frequency
+
+    # For the probe, and checkpoints
+
+    def readings(self) -> list[LayerReading]:
+        """The state of every layer's preconditioner, for `probes`."""
+        return [log.reading(self, name, layer) for name, layer in self.by_pair.items()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is needed to go on: tensors, numbers and text only (loads with weights_only=True)."""
+        return checkpoint.save(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`; the log file is rewritten to hold what led there.
+
+        Raises:
+            ValueError: the checkpoint has other layers; FisherError: it is of other estimates.
+        """
+        checkpoint.load(self, state)
+        self._switch_capture()
+
+    def pairs(self) -> list[LoraPair]:
+        """Every LoRA pair, group by group."""
+        return [pair for group in self.groups for pair in group.pairs]
+
+
+def _as_long(new: Tensor, raw: Tensor) -> Tensor:
+    result: Tensor = new * (raw.norm() / new.norm().clamp_min(1e-30))
+    return result
+
+
+def _cosine(raw: Tensor, new: Tensor) -> Tensor:
+    return nn.functional.cosine_similarity(raw.double().reshape(1, -1), new.double().reshape(1, -1))[0]

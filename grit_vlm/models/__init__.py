@@ -1,0 +1,1 @@
+"""GRIT on whole vision-language models."""

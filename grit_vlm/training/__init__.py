@@ -1,0 +1,1 @@
+"""GRIT-VLM inside Hugging Face's Trainer."""

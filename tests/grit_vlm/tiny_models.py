@@ -1,0 +1,144 @@
+"""Small vision-language models with the real module names of each family: random weights, every block there."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+VISION_BLOCKS, TEXT_BLOCKS, HIDDEN, IMAGE, PATCH = 12, 5, 32, 16, 8
+IMAGE_TOKEN, TOKENS = 1, 4  # a picture of 16 pixels in patches of 8 is 4 tokens
+
+VISION = dict(hidden_size=HIDDEN, intermediate_size=HIDDEN, num_hidden_layers=VISION_BLOCKS, num_attention_heads=2)
+PIXELS = dict(image_size=IMAGE, patch_size=PATCH)
+TEXT = dict(
+    hidden_size=HIDDEN, intermediate_size=HIDDEN, num_hidden_layers=TEXT_BLOCKS, num_attention_heads=2,
+    num_key_value_heads=1, vocab_size=64, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+)  # fmt: skip
+
+
+def idefics3(vision=None, text=None, **more):
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    return Idefics3ForConditionalGeneration(_joined(Idefics3Config, vision, text, **more))
+
+
+def smolvlm(vision=None, text=None, **more):
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    return SmolVLMForConditionalGeneration(_joined(SmolVLMConfig, vision, text, **more))
+
+
+def _joined(config_class, vision, text, scale_factor=1):
+    vision, text = {**VISION, **PIXELS, **(vision or {})}, {**TEXT, "model_type": "llama", **(text or {})}
+    return config_class(
+        vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, scale_factor=scale_factor, pad_token_id=0
+    )
+
+
+def llava(tower="clip"):
+    import transformers
+
+    tower_class = {"clip": transformers.CLIPVisionConfig, "siglip": transformers.SiglipVisionConfig}[tower]
+    # The CLIP tower's first token stands for the whole picture; "default" drops it, SigLIP has none.
+    config = transformers.LlavaConfig(
+        vision_config=tower_class(**VISION, **PIXELS),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_select_strategy="default" if tower == "clip" else "full",
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def vipllava():
+    from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
+
+    config = VipLlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION, **PIXELS),
+        text_config=LlamaConfig(**TEXT),
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layers=[-2, -5, -8],
+    )
+    return VipLlavaForConditionalGeneration(config)
+
+
+def paligemma():
+    from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
+
+    config = PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(**VISION, **PIXELS, projection_dim=HIDDEN),
+        text_config=GemmaConfig(**TEXT, head_dim=16),
+        image_token_index=IMAGE_TOKEN,
+        projection_dim=HIDDEN,
+    )
+    return PaliGemmaForConditionalGeneration(config)
+
+
+def qwen2_vl():
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    vision = dict(depth=VISION_BLOCKS, embed_dim=HIDDEN, hidden_size=HIDDEN, num_heads=2, mlp_ratio=2, patch_size=PATCH)
+    text = {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+    config = Qwen2VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, pad_token_id=0)
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def _tree(names):
+    """Linear layers of these names, and all modules above them."""
+    root = nn.Module()
+    for name in names:
+        *above, last = name.split(".")
+        module = root
+        for part in above:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]
+        module.add_module(last, nn.Linear(HIDDEN, HIDDEN))
+    return root
+
+
+def phi3_v(nested=True):
+    """Names only: Phi-3.5-vision's code is remote. `nested`: on a CLIP of before transformers 5."""
+    tower = "model.vision_embed_tokens.img_processor" + (".vision_model" if nested else "") + ".encoder.layers"
+    model = _tree(
+        [f"{tower}.{i}.self_attn.{p}_proj" for i in range(VISION_BLOCKS) for p in ("k", "v", "q", "out")]
+        + [f"{tower}.{i}.mlp.{p}" for i in range(VISION_BLOCKS) for p in ("fc1", "fc2")]
+        + [f"model.vision_embed_tokens.img_projection.{i}" for i in (0, 2)]
+        + [f"model.layers.{i}.self_attn.{p}_proj" for i in range(TEXT_BLOCKS) for p in ("o", "qkv")]
+        + [f"model.layers.{i}.mlp.{p}_proj" for i in range(TEXT_BLOCKS) for p in ("gate_up", "down")]
+        + ["lm_head"]
+    )
+    model.config = SimpleNamespace(model_type="phi3_v")
+    return model
+
+
+def batch(model, seed=0):
+    """Two questions with a picture each, answers to learn, as the model's `forward` takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = model.config.model_type
+    ids = torch.randint(4, TEXT["vocab_size"], (2, 12), generator=generator)
+    ids[:, :TOKENS] = IMAGE_TOKEN
+    pixels = torch.rand(2, 3, IMAGE, IMAGE, generator=generator)
+    more = {}
+    if kind in ("idefics3", "smolvlm"):
+        pixels = pixels[:, None]
+    elif kind == "paligemma":
+        more = {"token_type_ids": torch.zeros_like(ids)}
+    elif kind == "qwen2_vl":  # a row for each patch, of 3 colours at 2 times; 2×2 patches become one token
+        ids[:, 1:TOKENS] = 5
+        pixels = torch.rand(2 * TOKENS, 3 * 2 * PATCH * PATCH, generator=generator)
+        more = {"image_grid_thw": torch.tensor([[1, 2, 2]] * 2), "mm_token_type_ids": (ids == IMAGE_TOKEN).int()}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, "labels": ids, **more}
+
+
+BUILDERS = {
+    "idefics3": idefics3,
+    "smolvlm": smolvlm,
+    "llava": llava,
+    "llava_siglip": lambda: llava("siglip"),
+    "vipllava": vipllava,
+    "paligemma": paligemma,
+    "qwen2_vl": qwen2_vl,
+    "phi3_v": phi3_v,
+    "phi3_v_flat": lambda: phi3_v(nested=False),
+}
+RUNNABLE = tuple(name for name in BUILDERS if not name.startswith("phi3_v"))
