@@ -1,4 +1,4 @@
-# make repro: the whole pipeline.  make test: the tests.  See README.md.
+# make repro: the whole pipeline.  make repro-vlm: that for a vision-language model.  make test: the tests.  See README.md.
 VENV    ?= .venv
 PYTHON  ?= python3
 PROFILE ?=
@@ -9,7 +9,7 @@ BIN  := $(VENV)/bin
 DONE := $(VENV)/.installed
 RUN  := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: setup repro serve test check format bench probe-faults clean lock
+.PHONY: setup repro repro-vlm serve test check format bench probe-faults clean lock
 
 setup: $(DONE)
 
@@ -32,6 +32,12 @@ repro: setup
 	$(RUN) python -m evaluation.compare_all --db "$$($(BIN)/python -m pipelines.config --get compare.database)"
 	@echo "report: outputs/report.html (and outputs/grit_evaluation.md)"
 
+# PYTHONPATH: from vlm/ the code of this working copy is found, also where another one is installed.
+repro-vlm: setup
+	cd vlm && $(RUN) dvc repro
+	cd vlm && $(RUN) PYTHONPATH=.. python -m evaluation.compare_all --db "$$(PYTHONPATH=.. $(abspath $(BIN))/python -m pipelines.config --get compare.database)"
+	@echo "report: vlm/outputs/report.html (and vlm/outputs/grit_evaluation.md)"
+
 # Exported models onto the Ollama server at OLLAMA_HOST, each checked prompt by prompt in both modes.
 serve: setup
 	$(RUN) python -m export.ollama create
@@ -43,7 +49,7 @@ test: setup
 check: setup
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
-	$(RUN) mypy db grit probes trainers export evaluation pipelines benchmarks
+	$(RUN) mypy db grit grit_vlm probes trainers export evaluation pipelines benchmarks
 
 format: setup
 	$(RUN) ruff format .
@@ -59,7 +65,8 @@ probe-faults: setup
 # What the stages made; DVC's cache and the environment stay, and databases: they alone have the runs of other tasks.
 clean:
 	rm -rf data models adapters verdicts gguf verified quantized measured scores checkpoints attempts logs
-	if [ -d outputs ]; then find outputs -mindepth 1 -maxdepth 1 ! -name "*.db" ! -name "*.db-*" ! -name "*.sqlite*" -exec rm -rf {} +; fi
+	cd vlm && rm -rf data models adapters verdicts scores checkpoints attempts logs
+	for kept in outputs vlm/outputs; do if [ -d $$kept ]; then find $$kept -mindepth 1 -maxdepth 1 ! -name "*.db" ! -name "*.db-*" ! -name "*.sqlite*" -exec rm -rf {} +; fi; done
 
 lock: setup
 	$(BIN)/python -m pip freeze --exclude-editable --exclude torch --exclude unsloth --exclude unsloth_zoo > requirements.lock.partial

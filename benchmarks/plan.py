@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._harness import write
-from pipelines.config import parse_params
+from pipelines.config import for_text, parse_params
 from pipelines.plan import plan_of
 from pipelines.planning import overhead
 from pipelines.planning.lengths import general_questions, generated_items
@@ -90,7 +90,7 @@ def measure(params: Params, plan: Plan, arm: str, folder: Path, tokenizer: Any) 
 
 def main() -> None:
     """Measure and write the result; exit code 1 where the plan is off by more than a fifth."""
-    params = parse_params(load_text(compose("tiny")), "profile tiny")
+    params = for_text(parse_params(load_text(compose("tiny")), "profile tiny"), "the plan")
     plan = plan_of(params, on_gpu=False, measure=False)
     with TemporaryDirectory() as name:
         folder = Path(name)

@@ -74,6 +74,11 @@ class Results:
 class _TreeReader(OptionalReader):
     """Reads the folders of one arm with one seed after the other."""
 
+    def exported(self, path: Path) -> bool:
+        """Whether stage export belongs to these scores; what is wrong with them is said where they are read."""
+        record = FileReader(self.root).record(path, ScoresRecord, hashlib.sha256(), required=False)
+        return record is None or record.exported
+
     def stage(self, folder: str, stage: str, arm: str, seed: int, digest: hashlib._Hash) -> RunRecord | None:
         path = self.root / folder / arm / str(seed) / "run.json"
         # Results from before there were verdicts, precisions or verifications stay readable.
@@ -98,6 +103,9 @@ class _TreeReader(OptionalReader):
         }  # fmt: skip
         if arm == BASE:
             del folders["train"], folders["probe"]
+        exported = self.exported(place / "scores.json")
+        if not exported:
+            del folders["export"]
         found = {stage: self.stage(folder, stage, arm, seed, digest) for stage, folder in folders.items()}
         stages = {stage: record for stage, record in found.items() if record is not None}
         for stage, record in list(stages.items()):
@@ -132,10 +140,10 @@ class _TreeReader(OptionalReader):
             history = self.record(path, HistoryRecord, digest)
             logs = self.logs(path.parent, digest)
             path = self.root / "gguf" / arm / str(seed) / "parity.json"
-            parity = self.record(path, ParityRecord, digest, required=False)
+            parity = self.record(path, ParityRecord, digest, required=False) if exported else None
             if parity is not None:
                 self.belongs(path, parity.arm, parity.seed, arm, seed)
-            elif not path.exists():
+            elif exported and not path.exists():
                 self.notes.append(f"{label}: no parity.json, so nothing shows that the export is faithful")
             path = self.root / "verdicts" / arm / str(seed) / "verdict.json"
             verdict = self.record(path, VerdictRecord, digest, required="probe" in stages)
@@ -210,6 +218,8 @@ def read_results(root: Path, arms: Iterable[str] | None = None, seeds: Iterable[
         reader.unreadable(error)
     if reader.problems:
         raise IngestError(reader.problems)
+    if as_trained := [bundle.label for bundle in bundles if not bundle.scores.exported]:
+        reader.notes.append(f"{', '.join(as_trained)}: scored as training left them, so there is no export to check")
     return Results(bundles, reader.notes, attempts)
 
 

@@ -170,6 +170,7 @@ class ScoresRecord(Record):
     metric_defs: dict[Name, MetricDefRecord]
     speed: list[SpeedRecord]
     task: TaskRecord = AQI
+    exported: bool = True  # False: what was scored is base and adapter as training left them, and no file was made
 
     @model_validator(mode="after")
     def _consistent(self) -> ScoresRecord:

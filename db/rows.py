@@ -15,7 +15,8 @@ from db.values import clean_text, plain, split_value
 
 Row = dict[str, Any]
 _BASE_FILE = "models/base/base.json"
-"""Names the base model, its revision and fingerprint; stage export reads it for every arm and for the base."""
+"""Names the base model, its revision and fingerprint; read for every arm and for the base by stage export, and where
+nothing is exported by stage evaluate."""
 
 
 def digest_of(content: Any) -> str:
@@ -89,7 +90,7 @@ def run_row(bundle: Bundle) -> Row:
         "task": clean_text(scores.task.name),
         "task_title": clean_text(scores.task.title),
         "primary_metric": clean_text(scores.task.primary),
-        "base_key": clean_text(bundle.stages["export"].inputs.get(_BASE_FILE) or ""),
+        "base_key": clean_text(bundle.stages.get("export", evaluate).inputs.get(_BASE_FILE) or ""),
         "train_key": _train_key(bundle.stages.get("train")),
     }
 

@@ -32,11 +32,19 @@ def notes(rows: Sequence[ArmRow], runs: Sequence[RunFacts], shown: Primary, on_d
     """
     found = [*_of_tasks(shown, on_disk)] if runs else []
     if sum(row.arm != BASE for row in rows):
-        found.append(
+        told = (
             "Δ speed: median over the paired repetitions of all seeds, against the base timed in the same process, not "
-            "against the base's own row. Merged LoRA models of one shape decode equally fast, so differences between "
-            "them are noise of the machine."
+            "against the base's own row."
         )
+        modes = {run.serving_mode for run in runs if run.arm != BASE}
+        if "merged" in modes:
+            told += (
+                " Merged LoRA models of one shape decode equally fast, so differences between them are noise of the "
+                "machine."
+            )
+        if "adapter" in modes:
+            told += " An adapter beside the base is arithmetic of its own at every token, which costs time."
+        found.append(told)
     if any(row.delta_speed is not None and row.delta_speed_interval is None and row.arm != BASE for row in rows):
         found.append("Δ speed without an interval: fewer than six paired repetitions give none of 95%.")
     found += _of_differences(rows)

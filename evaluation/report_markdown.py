@@ -54,9 +54,7 @@ def as_markdown(comparison: Comparison) -> str:
         "## Every metric",
         f"Means over seeds, in the metric's own unit; {SPREAD} " + cell(_spread(comparison)),
         grid(["Split", "Metric", "Unit", "Better", *arms], _metric_lines(comparison)),
-        "## Parity of the exported models",
-        f"Percent of prompts, mean over seeds; the table above shows the worst seed. {PARITY}",
-        grid(["Pair", *arms], _parity_lines(comparison)),
+        *_parity(comparison),
         *sections(comparison),
         "## Where the numbers come from",
         _provenance(comparison),
@@ -142,6 +140,19 @@ def _metric_lines(comparison: Comparison) -> list[list[str]]:
         unit, direction, _ = comparison.units.get(name, ("–", "–", ""))
         lines.append([split, name, unit, direction, *(with_spread(row, (split, name)) for row in comparison.rows)])
     return lines
+
+
+def _parity(comparison: Comparison) -> list[str]:
+    """Whether exports answer as the trained models do; nothing where the trained models themselves were scored."""
+    arms, lines = [row.arm for row in comparison.rows], _parity_lines(comparison)
+    modes = {run["serving_mode"] for run in comparison.runs if run["arm"] != BASE}
+    if not lines and modes == {"adapter"} and {run["backend"].split()[0] for run in comparison.runs} == {"hf"}:
+        return []
+    return [
+        "## Parity of the exported models",
+        f"Percent of prompts, mean over seeds; the table above shows the worst seed. {PARITY}",
+        grid(["Pair", *arms], lines),
+    ]
 
 
 def _parity_lines(comparison: Comparison) -> list[list[str]]:

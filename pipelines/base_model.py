@@ -3,7 +3,7 @@
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export.files import sha256
 from pipelines.config import ConfigError
@@ -12,6 +12,9 @@ from pipelines.schema import PrepareBase
 from pipelines.stage import BASE
 from trainers.models import hub_reason
 from trainers.settings import BaseReference
+
+if TYPE_CHECKING:
+    from pipelines.schema_vision import PrepareVisionBase
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _BIG = 64 * 2**20
@@ -69,7 +72,7 @@ def hub_model(source: str, revision: str | None, key: str = "source") -> tuple[s
     return config.parent.name, read_json(config)
 
 
-def reference_for(section: PrepareBase) -> dict[str, Any]:
+def reference_for(section: "PrepareBase | PrepareVisionBase") -> dict[str, Any]:
     """Content of base.json for a base that is referenced, not copied.
 
     Raises:
@@ -84,6 +87,11 @@ def reference_for(section: PrepareBase) -> dict[str, Any]:
         return "hub", commit, key_of([source, commit]), config
 
     kind, revision, mark, config = look_up(section.source, section.revision, "source")
+    if "quantization_config" in config and not isinstance(section, PrepareBase):
+        raise ConfigError(
+            f"prepare_base.source: {section.source} is quantized, which the vision pipeline does not train on; name a "
+            "model with 16-bit weights (folder or hub id)"
+        )
     if "quantization_config" in config and section.merge_source is None:
         raise ConfigError(
             f"prepare_base.merge_source: missing; {section.source} is quantized, and adapters are merged into 16-bit "

@@ -6,7 +6,7 @@ from pathlib import Path
 from pipelines.attempts import ATTEMPTS, mark_crashed
 from pipelines.config import load_params
 from pipelines.outputs import explain_os_error, staged
-from pipelines.schema import Params
+from pipelines.schema_common import CommonParams
 from pipelines.stage import BASE_ARM, clear_errors, quiet_libraries
 
 OUTPUTS = Path("outputs")
@@ -14,7 +14,7 @@ REPORT = OUTPUTS / "grit_evaluation.md"
 PAGE = OUTPUTS / "report.html"
 
 
-def run(params: Params) -> None:
+def run(params: CommonParams) -> None:
     """Ingest what the stages left, compare, and write everything down."""
     from db.ingest import ingest
     from evaluation.compare_all import load_comparison, write_report

@@ -20,11 +20,12 @@ from export.files import sha256
 from export.modelfile import render_modelfile, spec_of
 from export.serving import ADAPTER_MODELFILE, REFERENCE, adapter_modelfile, base_file
 from pipelines.base_model import load_reference
-from pipelines.config import check_arm, load_params
+from pipelines.config import check_arm, for_text, load_params
 from pipelines.outputs import staged
 from pipelines.prompt import chat_facts, prompt_text
 from pipelines.runinfo import RunRecord, artifact, hash_inputs, read_jsonl, write_json, write_jsonl
-from pipelines.schema import CHAT, Params
+from pipelines.schema import Params
+from pipelines.schema_common import CHAT
 from pipelines.stage import (
     BASE,
     BASE_ARM,
@@ -267,7 +268,7 @@ def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
 
 def main(arm: ArmOption, seed: SeedOption = 0, first_seed: FirstSeedOption = 0) -> None:
     """Export one arm with one seed."""
-    main_for("export", lambda: run(load_params(), arm, seed, first_seed), arm, seed)
+    main_for("export", lambda: run(for_text(load_params(), "stage export"), arm, seed, first_seed), arm, seed)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from evaluation import alignment, drift, perplexity, prompts, resampling
 from evaluation.hidden import Encoded, TextFigures, layer_numbers, pooled_states, read_texts
 from evaluation.tasks import render
 from pipelines.base_model import load_reference
-from pipelines.config import ConfigError, check_arm, load_params
+from pipelines.config import ConfigError, check_arm, for_text, load_params
 from pipelines.measure_texts import RETENTION, TEST, answer_texts, general_texts
 from pipelines.outputs import staged
 from pipelines.prompt import prompt_text
@@ -279,7 +279,7 @@ def run(params: Params, arm: str, seed: int) -> None:
 
 def main(arm: ArmOption, seed: SeedOption = 0) -> None:
     """Measure one arm with one seed, or the base."""
-    main_for("measure", lambda: run(load_params(), arm, seed), arm, seed)
+    main_for("measure", lambda: run(for_text(load_params(), "stage measure"), arm, seed), arm, seed)
 
 
 if __name__ == "__main__":

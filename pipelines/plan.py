@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipelines.config import ConfigError, check_arm, load_params, parse_params
+from pipelines.config import ConfigError, check_arm, for_text, load_params, parse_params
 from pipelines.planning.bases import PlanError, base_of
 from pipelines.planning.lengths import lengths_of
 from pipelines.planning.machine import look
@@ -78,7 +78,8 @@ def chosen(profile: str | None, arm: str | None) -> Params:
     Raises:
         ConfigError: unknown profile or arm, or they cannot be used.
     """
-    params = load_params() if profile is None else parse_params(load_text(compose(profile)), f"profile {profile}")
+    raw = load_params() if profile is None else parse_params(load_text(compose(profile)), f"profile {profile}")
+    params = for_text(raw, "the plan")
     if arm is None:
         return params
     if arm not in params.matrix.arms:

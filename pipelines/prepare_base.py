@@ -1,10 +1,10 @@
-"""Stage prepare_base: models/base/, the embedded Llama or a reference to a model that lies elsewhere."""
+"""Stage prepare_base: models/base/, the embedded model or a reference to one that lies elsewhere."""
 
 import json
 from collections import defaultdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evaluation.backends.hf import HfBackend
 from evaluation.tasks import Item, general, render
@@ -13,18 +13,21 @@ from pipelines.config import ConfigError, load_params
 from pipelines.outputs import exclusive, staged
 from pipelines.prompt import read_chat_template
 from pipelines.runinfo import RunRecord, artifact, hash_inputs, key_of, package_versions, read_jsonl, write_json
-from pipelines.schema import CHAT, Params, PrepareBase
-from pipelines.stage import BASE, DATA, TRAINERS_CODE, main_for
+from pipelines.schema import Params, PrepareBase
+from pipelines.schema_common import CHAT
+from pipelines.stage import BASE, DATA, TRAINERS_CODE, main_for, split_files
 from trainers.embedded_base import EmbeddedSettings, train_embedded_base
+
+if TYPE_CHECKING:
+    from pipelines.schema_vision import VisionParams
 
 RETENTION = DATA / "retention.jsonl"
 _ANSWER_TOKENS = 24
 
 
-def retention_accuracy(model: Path, template: str, items: list[Item]) -> dict[str, float]:
-    """Share of right answers per general task, the model asked greedily."""
+def retention_accuracy(backend: HfBackend, items: list[Item]) -> dict[str, float]:
+    """Share of right answers per general task, the model asked greedily; it is closed afterwards."""
     right: dict[str, list[bool]] = defaultdict(list)
-    backend = HfBackend(str(model), template)
     for item in items:
         right[item.task].append(general.score(item, backend.generate(item.prompt, _ANSWER_TOKENS).text).correct)
     backend.close()
@@ -37,7 +40,11 @@ def _embedded(section: PrepareBase, template: str, folder: Path) -> dict[str, An
     examples = [(render(template, p), a) for _, p, a in islice(questions, section.examples)]
     key = key_of([settings.model_dump(), examples, package_versions(), hash_inputs(TRAINERS_CODE)])
     checkpoints = Path("checkpoints/base") / key[:16]
-    facts = train_embedded_base(settings, examples, folder, checkpoints)
+    return train_embedded_base(settings, examples, folder, checkpoints)
+
+
+def _name_embedded(folder: Path) -> None:
+    """Write base.json beside a model that this stage trained."""
     content = {
         "kind": "embedded",
         "location": BASE.as_posix(),
@@ -48,10 +55,9 @@ def _embedded(section: PrepareBase, template: str, folder: Path) -> dict[str, An
         "trust_remote_code": False,
     }
     write_json(folder / "base.json", content)
-    return facts
 
 
-def run(params: Params) -> None:
+def run(params: "Params | VisionParams") -> None:
     """Write models/base."""
     section, template = params.prepare_base, params.prompt.template
     if template == CHAT and section.source == "embedded":
@@ -61,11 +67,20 @@ def run(params: Params) -> None:
         )
     shown = {"prepare_base": section.model_dump(), "prompt": params.prompt.model_dump()}
     with exclusive(Path("checkpoints/base.lock"), "prepare_base"), staged(BASE) as folder:
-        record = RunRecord("prepare_base", params=shown, inputs=hash_inputs(RETENTION), prompt_template=template)
+        record = RunRecord(
+            "prepare_base", params=shown, inputs=hash_inputs(*split_files("retention")), prompt_template=template
+        )
         if section.source == "embedded":
-            record.extra = _embedded(section, template, folder)
-            items = [Item.from_json(row) for row in read_jsonl(RETENTION)]
-            accuracy = retention_accuracy(folder, template, items)
+            if isinstance(section, PrepareBase):
+                record.extra = _embedded(section, template, folder)
+                backend = HfBackend(str(folder), template)
+            else:
+                from pipelines import vision_base
+
+                record.extra = vision_base.train_base(section, template, folder)
+                backend = vision_base.opened(folder, template)
+            _name_embedded(folder)
+            accuracy = retention_accuracy(backend, [Item.from_json(row) for row in read_jsonl(RETENTION)])
             above = sorted(task for task, share in accuracy.items() if share > 0.8)
             record.extra |= {"retention": accuracy, "tasks_above_80": above}
             print(json.dumps({task: round(share, 3) for task, share in accuracy.items()}))

@@ -1,9 +1,9 @@
-"""Stage prepare_data: data/{train,valid,test,retention}.jsonl and data/rejected.jsonl."""
+"""Stage prepare_data: data/{train,valid,test,retention}.jsonl, and data/rejected.jsonl or pictures."""
 
 import json
 import random
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from evaluation.sources import HUB, OWN, AqiRecord, ColumnSpec, SourceSpec, read_source, write_rejected
 from evaluation.tasks import Item, aqi, general, load_recipe
@@ -13,7 +13,10 @@ from pipelines.recipe_data import recipe_splits
 from pipelines.runinfo import RunRecord, artifact, hash_inputs, write_jsonl
 from pipelines.schema import Params
 from pipelines.schema_data import Column, PrepareData
-from pipelines.stage import DATA, SPLITS, main_for
+from pipelines.stage import DATA, MANIFEST, SPLITS, main_for
+
+if TYPE_CHECKING:
+    from pipelines.schema_vision import PrepareVisionData, VisionParams
 
 WATCHED = Path("inputs")
 
@@ -138,19 +141,26 @@ def _own_files(source: str) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-def run(params: Params) -> None:
+def run(params: "Params | VisionParams") -> None:
     """Write the data folder."""
     section = params.prepare_data
-    own = _own_files(section.source)
+    own = _own_files(section.source) if isinstance(section, PrepareData) else []
     inputs = hash_inputs(*own)
     with staged(DATA) as folder:
-        splits, facts = make_splits(section, folder)
-        splits["retention"] = general.retention_items(section.retention_items_per_task, seed=0)
+        if isinstance(section, PrepareData):
+            splits, facts = make_splits(section, folder)
+            splits["retention"] = general.retention_items(section.retention_items_per_task, seed=0)
+        else:
+            from pipelines.vision_data import vision_splits
+
+            splits, facts = vision_splits(section, folder)
         record = RunRecord("prepare_data", params={"prepare_data": section.model_dump()}, inputs=inputs)
         for split in SPLITS:
             file = folder / f"{split}.jsonl"
             write_jsonl(file, [item.to_json() for item in splits[split]])
             record.artifacts.append(artifact("dataset", file, DATA / file.name))
+        if (pictures := folder / MANIFEST.name).is_file():
+            record.artifacts.append(artifact("dataset", pictures, MANIFEST))
         record.extra = {
             "task": section.task,
             **facts,
@@ -161,7 +171,7 @@ def run(params: Params) -> None:
     _say(section, facts, watched_by_dvc=all(map(watched, own)))
 
 
-def _say(section: PrepareData, facts: dict[str, Any], watched_by_dvc: bool) -> None:
+def _say(section: "PrepareData | PrepareVisionData", facts: dict[str, Any], watched_by_dvc: bool) -> None:
     """What a user should know of the rows."""
     for note in facts.get("notes", []):
         print(note)
@@ -169,7 +179,7 @@ def _say(section: PrepareData, facts: dict[str, Any], watched_by_dvc: bool) -> N
         print(
             f"{facts['unused_rows']} rows are not used: the splits are full; raise prepare_data.train_items to use them"
         )
-    if not watched_by_dvc:
+    if isinstance(section, PrepareData) and not watched_by_dvc:
         print(
             f"{section.source} lies outside {WATCHED}/, where DVC would notice a change; after one, "
             "`dvc repro -f prepare_data`"

@@ -11,7 +11,7 @@ from pipelines import twin
 from pipelines.config import load_params
 from pipelines.outputs import exclusive, staged
 from pipelines.runinfo import FileError, RunRecord, hash_inputs, write_json
-from pipelines.schema import Params
+from pipelines.schema_common import CommonParams
 from pipelines.stage import VerdictError, adapter_dir, cli, main_for, verdict_dir
 from pipelines.train import load_arm
 from probes import Evidence, Thresholds, Twin, Verdict, judge
@@ -22,7 +22,7 @@ from trainers.common import LEDGER
 DEGREES, RATIO, SHARE, COSINE = "degrees", "ratio", "share", "cosine"
 
 
-def twins(params: Params, arm: str, seed: int, warmup: int) -> Twin:
+def twins(params: CommonParams, arm: str, seed: int, warmup: int) -> Twin:
     """Loss curves of baseline, baseline again and arm over the same steps, all with the arm's settings.
 
     Where two runs of the baseline are equal to the bit, the second one starts off by one rounding.
@@ -82,7 +82,7 @@ def readings(verdict: Verdict, evidence: Evidence, pair: Twin) -> list[dict[str,
     return rows
 
 
-def run(params: Params, arm_name: str, seed: int) -> Verdict:
+def run(params: CommonParams, arm_name: str, seed: int) -> Verdict:
     """Reach a verdict on one trained arm and write it down, whatever it is.
 
     Raises:
@@ -103,7 +103,7 @@ def run(params: Params, arm_name: str, seed: int) -> Verdict:
             evidence = Evidence.read(ledger, limits)
         except (OSError, ValueError) as error:
             raise FileError(f"{ledger}: expected the ledger of a finished training: {error}; run stage train") from None
-        pair = twins(params, arm_name, seed, int((settings.grit or {}).get("ng_warmup_steps", 0)))
+        pair = twins(params, arm_name, seed, settings.method_warmup_steps)
         verdict = judge(evidence, twin=pair)
         said = {
             "schema": 1,

@@ -11,7 +11,7 @@ from typing import Any
 from export.chat import from_tokenizer
 from pipelines.config import ConfigError
 from pipelines.runinfo import read_json
-from pipelines.schema import CHAT, Prompt
+from pipelines.schema_common import CHAT, Prompt
 from pipelines.stage import BASE
 from trainers.models import load_tokenizer
 from trainers.settings import BaseReference

@@ -21,7 +21,7 @@ from export import gguf
 from export.errors import ExportError
 from export.quantization import Contents, contents, quantize
 from pipelines.base_model import load_reference
-from pipelines.config import ConfigError, check_arm, load_params
+from pipelines.config import ConfigError, check_arm, for_text, load_params
 from pipelines.export import F16, SERVED
 from pipelines.outputs import staged
 from pipelines.runinfo import (
@@ -150,7 +150,7 @@ def run(params: Params, arm: str, seed: int) -> None:
 
 def main(arm: ArmOption, seed: SeedOption = 0) -> None:
     """Measure one arm with one seed in every precision asked for."""
-    main_for("quantize", lambda: run(load_params(), arm, seed), arm, seed)
+    main_for("quantize", lambda: run(for_text(load_params(), "stage quantize"), arm, seed), arm, seed)
 
 
 if __name__ == "__main__":

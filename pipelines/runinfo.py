@@ -48,13 +48,18 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit and whether tracked files differ from it; None for both outside a git checkout."""
+    """Commit and whether tracked files of the code differ from it; None for both outside a git checkout.
+
+    Asked from the working folder, which may be one inside the project's, as vlm/ is.
+    """
+    # The whole checkout, save what DVC writes.
+    where = [":/", *(f":(top,exclude){place}dvc.lock" for place in ("", "vlm/"))]
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=20
         ).stdout.strip()
         status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"],
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", *where],
             capture_output=True,
             text=True,
             check=True,

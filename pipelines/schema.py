@@ -1,61 +1,15 @@
 """The schema of params.yaml: one section per stage; unknown keys are refused."""
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from export.quantization import unusable
-from pipelines.schema_data import Positive, PrepareData, Seed
+from pipelines.schema_common import CommonParams, Registry, Share
+from pipelines.schema_data import Positive, PrepareData
+from trainers import ARMS, BUILDS_ON
 from trainers.embedded_base import EmbeddedSettings
 from trainers.settings import Section
-from trainers.settings import TrainSettings as Train
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Matrix(Section):
-    """What is trained: every arm with every seed."""
-
-    arms: list[str] = Field(min_length=1)
-    seeds: list[Seed] = Field(min_length=1)
-
-    @field_validator("arms", "seeds")
-    @classmethod
-    def _unique(cls, values: list[Any]) -> list[Any]:
-        if len(set(values)) != len(values):
-            raise ValueError(f"expected each once, got {values}")
-        return values
-
-
-# As prompt.template: the chat template of the base's own tokenizer.
-CHAT = "chat"
-
-
-class Prompt(Section):
-    """The text round every question."""
-
-    template: str
-    system: str | None
-
-    @field_validator("template")
-    @classmethod
-    def _one_slot(cls, template: str) -> str:
-        if template == CHAT:
-            return template
-        if template.count("{prompt}") != 1:
-            raise ValueError(f"expected exactly one {{prompt}}, got {template.count('{prompt}')}")
-        if "{{" in template or "}}" in template:
-            raise ValueError("'{{' and '}}' cannot be told from Ollama's template commands; use other signs")
-        return template
-
-    @model_validator(mode="after")
-    def _system(self) -> "Prompt":
-        if self.system is not None and self.template != CHAT:
-            raise ValueError(f"system: only with template: {CHAT}; a text of your own holds its system message itself")
-        if self.system is not None and (self.system != self.system.strip() or not self.system):
-            raise ValueError(f"system: expected a text without blanks at its ends, got {self.system!r}")
-        return self
 
 
 class PrepareBase(EmbeddedSettings):
@@ -77,14 +31,6 @@ class PrepareBase(EmbeddedSettings):
                     f"{name}: expected a multiple of 32 (GGUF's quantization block), got {getattr(self, name)}"
                 )
         return self
-
-
-class Probe(Section):
-    """Section probe: how a verdict on an arm's updates is reached."""
-
-    twin_steps: Annotated[int, Field(ge=5, description="optimizer steps of each twin")]
-    min_angle: Annotated[float, Field(gt=0, le=90, description="degrees")]
-    min_coverage: Share
 
 
 def _precision(name: str) -> str:
@@ -185,57 +131,17 @@ class Measure(Section):
         return self
 
 
-class Compare(Section):
-    """Section compare."""
-
-    database: str
-
-    @field_validator("database")
-    @classmethod
-    def _file(cls, database: str) -> str:
-        if "://" in database or Path(database).is_absolute():
-            raise ValueError(
-                f"expected a file below the project's folder, got {database!r}; for other databases there is "
-                "`python -m db.cli ingest --db URL`"
-            )
-        return database
-
-
-# In an entry of arms: the arm whose code it runs, with settings of its own.
-VARIANT_OF = "variant_of"
-
-
-class Params(Section):
+class Params(CommonParams):
     """The whole of params.yaml."""
 
-    profile: str
-    matrix: Matrix
-    arms: dict[str, dict[str, Any]]
-    prompt: Prompt
+    registry: ClassVar[Registry] = Registry(ARMS, BUILDS_ON)
+    defaults: ClassVar[str] = "profiles/tiny.yaml"
+    example_arm: ClassVar[str] = "pure_grit"
+
     prepare_data: PrepareData
     prepare_base: PrepareBase
-    train: Train
-    probe: Probe
     export: Export
     quantize: Quantize
     verify: Verify
     evaluate: Evaluate
     measure: Measure
-    compare: Compare
-
-    @field_validator("train")
-    @classmethod
-    def _grit_belongs_to_arms(cls, train: Train) -> Train:
-        if train.grit is not None:
-            raise ValueError("grit: settings of GRIT belong to an arm, e.g. arms.pure_grit.grit")
-        return train
-
-    def train_for(self, arm: str) -> Train:
-        """Section train with the overrides of one arm."""
-        own = {name: value for name, value in self.arms.get(arm, {}).items() if name != VARIANT_OF}
-        return Train(**{**self.train.model_dump(), **own})
-
-    def code_of(self, arm: str) -> str:
-        """The arm whose code runs: that which `arm` is a variant of, or itself."""
-        of = self.arms.get(arm, {}).get(VARIANT_OF)
-        return arm if of is None else str(of)

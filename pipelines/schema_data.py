@@ -17,6 +17,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _ON_HUB = re.compile(rf"{HUB}[^/@\s]+/[^/@\s]+(@\S+)?")
 
 
+VISION_TASKS = ("aqi_vision",)
+"""Tasks whose items have pictures."""
+
+
 def suggest(word: str, known: Any) -> str:
     """The end of an error message: what may have been meant, and what there is."""
     names = [str(k) for k in known]
@@ -62,7 +66,9 @@ class PrepareData(Section):
     @field_validator("task")
     @classmethod
     def _task(cls, task: str) -> str:
-        return known("task", [task], names())[0]
+        if task in VISION_TASKS:
+            raise ValueError(f"{task} is a task of the vision pipeline, whose settings are those of vlm/params.yaml")
+        return known("task", [task], [name for name in names() if name not in VISION_TASKS])[0]
 
     @field_validator("source")
     @classmethod

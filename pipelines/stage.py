@@ -12,6 +12,8 @@ import typer
 DATA = Path("data")
 BASE = Path("models/base")
 SPLITS = ("train", "valid", "test", "retention")
+MANIFEST = DATA / "images.sha256"
+"""Where items have pictures: the hash of every one, as `sha256sum --check` reads it in data/."""
 BASE_ARM = "base"
 TRAINERS_CODE = Path(__file__).resolve().parents[1] / "trainers"
 
@@ -63,6 +65,11 @@ def model_name(arm: str, seed: int, first_seed: int) -> str:
     return f"{arm}_model" if arm == BASE_ARM or seed == first_seed else f"{arm}_model:seed{seed}"
 
 
+def split_files(*splits: str) -> list[Path]:
+    """Files that hold the items of some splits: where items have pictures, also what tells whether one has changed."""
+    return [*(DATA / f"{split}.jsonl" for split in splits), *([MANIFEST] if MANIFEST.is_file() else [])]
+
+
 @contextmanager
 def clear_errors(stage: str) -> Iterator[None]:
     """Turn the errors that a user can act on into one message and exit code 1; others keep their traceback."""
@@ -79,7 +86,7 @@ def clear_errors(stage: str) -> Iterator[None]:
 
 
 # Exceptions defined in these packages are meant for the user.
-_OURS = ("pipelines", "trainers", "export", "evaluation", "db", "grit", "probes")
+_OURS = ("pipelines", "trainers", "export", "evaluation", "db", "grit", "grit_vlm", "probes")
 
 
 def quiet_libraries() -> None:

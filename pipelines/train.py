@@ -16,21 +16,20 @@ from pipelines.config import arm_code, check_arm, load_params
 from pipelines.outputs import exclusive, staged
 from pipelines.prompt import literal, prompt_text
 from pipelines.runinfo import RunRecord, artifact, hash_inputs, key_of, package_versions, read_jsonl
-from pipelines.schema import Params
-from pipelines.stage import BASE, DATA, TRAINERS_CODE, adapter_dir, cli, main_for
-from trainers import ARMS
+from pipelines.schema_common import CommonParams
+from pipelines.stage import BASE, DATA, TRAINERS_CODE, adapter_dir, cli, main_for, split_files
 from trainers.common import Arm, TrainingJob
 from trainers.common import run as train
 
 
-def load_arm(name: str, params: Params) -> Arm:
+def load_arm(name: str, params: CommonParams) -> Arm:
     """The arm of that name, its packages loaded; a variant runs the code of the arm that it is one of.
 
     Raises:
         ConfigError: no such arm.
     """
     check_arm(name, params)
-    arm: Arm = importlib.import_module(ARMS[params.code_of(name)]).ARM
+    arm: Arm = importlib.import_module(params.registry.arms[params.code_of(name)]).ARM
     return arm if arm.name == name else replace(arm, name=name, title=f"{arm.title}, variant {name}")
 
 
@@ -47,14 +46,14 @@ def examples(split: str, template: str) -> list[tuple[str, str]]:
     return [(render(text, item.prompt), item.completion) for item in items]
 
 
-def run(params: Params, arm_name: str, seed: int) -> None:
+def run(params: CommonParams, arm_name: str, seed: int) -> None:
     """Train one arm with one seed."""
     arm, settings, template = load_arm(arm_name, params), params.train_for(arm_name), prompt_text(params.prompt)
     reference, base_fingerprint = load_reference()
-    inputs = hash_inputs(DATA / "train.jsonl", DATA / "valid.jsonl", BASE / "base.json")
+    inputs = hash_inputs(*split_files("train", "valid"), BASE / "base.json")
     shown = {"train": settings.model_dump(), "prompt": params.prompt.model_dump()}
     # A checkpoint is used only by the very run that it belongs to.
-    code = [hash_inputs(TRAINERS_CODE), arm_code(params.code_of(arm_name))]
+    code = [hash_inputs(TRAINERS_CODE), arm_code(params.code_of(arm_name), params.registry)]
     key = key_of([arm_name, seed, shown, inputs, base_fingerprint, package_versions(), code])
     kept = Path("checkpoints") / arm_name / str(seed)
     out = adapter_dir(arm_name, seed)
@@ -71,6 +70,7 @@ def run(params: Params, arm_name: str, seed: int) -> None:
                 output=folder,
                 checkpoints=kept / key[:16],
                 logs=Path("logs") / arm_name / str(seed),
+                images=DATA,
             ),
         )
         weights = folder / "adapter_model.safetensors"

@@ -8,12 +8,13 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
+import yaml
 
 from pipelines.base_model import load_reference
 from pipelines.config import PARAMS_FILE, arm_code, load_params
 from pipelines.runinfo import hash_inputs, key_of, package_versions, read_json, torch_device, write_json
-from pipelines.schema import Params
-from pipelines.stage import BASE, DATA, TRAINERS_CODE, clear_errors, cli, quiet_libraries
+from pipelines.schema_common import CommonParams
+from pipelines.stage import BASE, DATA, TRAINERS_CODE, clear_errors, cli, quiet_libraries, split_files
 from pipelines.train import examples, load_arm
 from probes.twin import perturb
 from trainers.settings import TrainSettings
@@ -26,14 +27,14 @@ class TwinError(RuntimeError):
     """A twin that did not come to its end."""
 
 
-def settings_for(params: Params, arm: str, like: str) -> TrainSettings:
-    """The settings of `like` for `arm`: a baseline beside an arm has its learning rate, but nothing of GRIT."""
+def settings_for(params: CommonParams, arm: str, like: str) -> TrainSettings:
+    """The settings of `like` for `arm`: a baseline beside an arm has its learning rate, but nothing of its method."""
     settings = params.train_for(like)
-    return settings if arm == like else settings.model_copy(update={"grit": params.train_for(arm).grit})
+    return settings if arm == like else settings.with_method_of(params.train_for(arm))
 
 
 def curve(
-    params: Params, arm: str, seed: int, steps: int, name: str, *, like: str = "", perturbed: bool = False
+    params: CommonParams, arm: str, seed: int, steps: int, name: str, *, like: str = "", perturbed: bool = False
 ) -> list[float]:
     """Losses of an arm's first steps; a curve that is known already is not trained again.
 
@@ -50,8 +51,8 @@ def curve(
         TwinError: the process failed; holds the end of its output.
     """
     settings = settings_for(params, arm, like or arm)
-    inputs = hash_inputs(DATA / "train.jsonl", DATA / "valid.jsonl", BASE / "base.json")
-    code = [hash_inputs(TRAINERS_CODE), arm_code(params.code_of(arm)), inspect.getsource(perturb)]
+    inputs = hash_inputs(*split_files("train", "valid"), BASE / "base.json")
+    code = [hash_inputs(TRAINERS_CODE), arm_code(params.code_of(arm), params.registry), inspect.getsource(perturb)]
     parts = [arm, seed, steps, name, perturbed, settings.model_dump(), params.prompt.model_dump()]
     machine = [torch_device()[name] for name in ("class", "name", "threads")]  # other threads, other roundings
     key = key_of([*parts, inputs, load_reference()[1], package_versions(), code, machine])
@@ -62,7 +63,8 @@ def curve(
     kept.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=kept.parent) as folder:
         out, given = Path(folder) / "losses.json", Path(folder) / "params.yaml"
-        write_json(given, params.model_dump())  # params.yaml itself may have changed by now
+        # params.yaml itself may have changed by now. Not as JSON, whose 2e-05 is a text in YAML.
+        given.write_text(yaml.safe_dump(params.model_dump()), encoding="utf-8")
         command = [sys.executable, "-m", "pipelines.twin", "--arm", arm, "--seed", str(seed), "--steps", str(steps)]
         command += [
             "--params",
@@ -81,7 +83,7 @@ def curve(
     return [float(v) for v in read_json(kept)["losses"]]
 
 
-def run(params: Params, arm: str, like: str, seed: int, steps: int, out: Path, perturbed: bool) -> None:
+def run(params: CommonParams, arm: str, like: str, seed: int, steps: int, out: Path, perturbed: bool) -> None:
     """Train the first steps of one arm and write their losses."""
     from trainers.common import TrainingJob
     from trainers.twin import losses
@@ -96,6 +98,7 @@ def run(params: Params, arm: str, like: str, seed: int, steps: int, out: Path, p
             valid=examples("valid", template),  # not evaluated; the Trainer wants a data set
             output=Path(folder),
             checkpoints=Path(folder),
+            images=DATA,
         )
         write_json(out, {"arm": arm, "seed": seed, "losses": losses(load_arm(arm, params), job, steps, perturbed)})
 

@@ -18,7 +18,7 @@ from export.serving import MODES, Served, base_file, served_in
 from export.verdict import Checked, against
 from export.verify import verify as verify_model
 from export.verify_table import show
-from pipelines.config import check_arm, load_params
+from pipelines.config import check_arm, for_text, load_params
 from pipelines.outputs import staged
 from pipelines.runinfo import RunRecord, hash_inputs, llama_cpp_device, write_json
 from pipelines.schema import Params
@@ -112,7 +112,7 @@ def run(params: Params, arm: str, seed: int, first_seed: int = 0) -> None:
 
 def main(arm: ArmOption, seed: SeedOption = 0, first_seed: FirstSeedOption = 0) -> None:
     """Verify one arm with one seed."""
-    main_for("verify", lambda: run(load_params(), arm, seed, first_seed), arm, seed)
+    main_for("verify", lambda: run(for_text(load_params(), "stage verify"), arm, seed, first_seed), arm, seed)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,18 @@ def sft_trainer_class() -> Any:
     return CpuSFTTrainer
 
 
+def _encode_text(job: "TrainingJob", tokenizer: Any, examples: Sequence[tuple[str, str]], kind: str) -> Encoded:
+    settings = job.settings
+    encoded = encode_examples(tokenizer, examples, settings.max_length, leave_out=settings.overlong == "leave_out")
+    if encoded.left_out:
+        print(
+            f"{encoded.left_out} of {len(examples)} {kind} items are longer than {settings.max_length} tokens and are "
+            f"left out (longest {encoded.longest})",
+            flush=True,
+        )
+    return encoded
+
+
 def _sft_trainer(settings: TrainSettings, **kwargs: Any) -> Any:
     return sft_trainer_class()(**kwargs)
 
@@ -56,6 +68,8 @@ class Arm:
         load_model: (base, settings) → frozen base model.
         add_adapter: (model, settings) → model with trainable LoRA.
         make_trainer: (settings, keyword arguments of TRL's SFTTrainer) → the trainer.
+        encode: (job, tokenizer, (prompt, completion) pairs, what they are) → data set.
+        arguments: Of TRL's SFTConfig, where they differ from what all arms have.
         report: (trainer, job) after training → further numbers for run.json; may write files to `job.output`.
     """
 
@@ -66,6 +80,8 @@ class Arm:
     load_model: Callable[[BaseReference, TrainSettings], Any] = load_base_model
     add_adapter: Callable[[Any, TrainSettings], Any] = add_lora
     make_trainer: Callable[..., Any] = _sft_trainer
+    encode: "Callable[[TrainingJob, Any, Sequence[tuple[str, str]], str], Encoded]" = _encode_text
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     report: "Callable[[Any, TrainingJob], dict[str, Any]] | None" = None
 
 
@@ -82,6 +98,7 @@ class TrainingJob:
         output: Folder for the adapter; exists and is empty.
         checkpoints: Folder that outlives a kill; a complete checkpoint found there is resumed from.
         logs: Folder for what `report_to` writes, which outlives the training.
+        images: Folder that references to images in prompts start from.
     """
 
     base: BaseReference
@@ -92,6 +109,7 @@ class TrainingJob:
     output: Path
     checkpoints: Path
     logs: Path | None = None
+    images: Path = Path()
 
 
 @dataclass(frozen=True)
@@ -117,32 +135,21 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _encode(tokenizer: Any, examples: Sequence[tuple[str, str]], settings: TrainSettings, kind: str) -> Encoded:
-    encoded = encode_examples(tokenizer, examples, settings.max_length, leave_out=settings.overlong == "leave_out")
-    if encoded.left_out:
-        print(
-            f"{encoded.left_out} of {len(examples)} {kind} items are longer than {settings.max_length} tokens and are "
-            f"left out (longest {encoded.longest})",
-            flush=True,
-        )
-    return encoded
-
-
 def _build(arm: Arm, job: TrainingJob, changes: dict[str, Any]) -> tuple[Any, Encoded, Encoded]:
     if arm.prepare:
         arm.prepare(job)
     from transformers import PrinterCallback, set_seed
 
     tokenizer = load_tokenizer(job.base)
-    train = _encode(tokenizer, job.train, job.settings, "training")
-    valid = _encode(tokenizer, job.valid, job.settings, "validation")
+    train = arm.encode(job, tokenizer, job.train, "training")
+    valid = arm.encode(job, tokenizer, job.valid, "validation")
     model = arm.load_model(job.base, job.settings)
     set_seed(job.seed)
     model = arm.add_adapter(model, job.settings)
     trainer = arm.make_trainer(
         job.settings,
         model=model,
-        args=training_arguments(job, **changes),
+        args=training_arguments(job, **{**arm.arguments, **changes}),
         train_dataset=train.dataset,
         eval_dataset=valid.dataset,
         processing_class=tokenizer,

@@ -90,14 +90,20 @@ def training_dtype(settings: TrainSettings) -> Any:
     return torch.bfloat16 if torch.cuda.is_available() and settings.precision == "bf16" else torch.float32
 
 
-def load_base_model(base: BaseReference, settings: TrainSettings) -> Any:
+def load_base_model(base: BaseReference, settings: TrainSettings, loader: str = "AutoModelForCausalLM") -> Any:
     """The frozen base, in 4 bit where the settings ask for it.
+
+    Args:
+        base: Where it is.
+        settings: Precision and quantization.
+        loader: Class of transformers that loads it.
 
     Raises:
         ModelError: nothing loadable there.
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    import transformers
+    from transformers import BitsAndBytesConfig
 
     kwargs: dict[str, Any] = {"dtype": training_dtype(settings), **base.load_kwargs}
     if torch.cuda.is_available():
@@ -110,7 +116,7 @@ def load_base_model(base: BaseReference, settings: TrainSettings) -> Any:
             bnb_4bit_compute_dtype=training_dtype(settings),
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(base.location, use_safetensors=True, **kwargs)
+        model = getattr(transformers, loader).from_pretrained(base.location, use_safetensors=True, **kwargs)
     except (OSError, ValueError) as error:
         raise _not_loaded("model", base, error) from error
     model.config.use_cache = False

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -88,6 +88,15 @@ class TrainSettings(Section):
     def keeps_best(self) -> bool:
         """Whether the saved adapter is the one with the lowest evaluation loss; early stopping implies it."""
         return self.keep_best or self.early_stopping_patience is not None
+
+    def with_method_of(self, other: "TrainSettings") -> Self:
+        """The same schedule and learning rate with another arm's method: nothing but what it sets of GRIT."""
+        return self.model_copy(update={"grit": other.grit})
+
+    @property
+    def method_warmup_steps(self) -> int:
+        """Steps at the start in which the method does nothing."""
+        return int((self.grit or {}).get("ng_warmup_steps", 0))
 
     def steps_for(self, items: int, devices: int = 1) -> int:
         """Optimizer steps of a whole run, as transformers' Trainer counts them (`set_initial_training_values`).

@@ -48,18 +48,12 @@ class HfBackend(StepwiseBackend):
         started = time.perf_counter_ns()
         kwargs = load_kwargs or {}
         try:
-            self._tokenizer = (
-                transformers.AutoTokenizer.from_pretrained(tokenizer)
-                if tokenizer
-                else transformers.AutoTokenizer.from_pretrained(model, **kwargs)
-            )
+            self._tokenizer = self._load_tokenizer(tokenizer or model, {} if tokenizer else kwargs)
             # fp32 holds fp16 weights exactly, so only the arithmetic is finer. bf16 where the weights are bf16 and a
             # GPU's memory may be short.
             stored = transformers.AutoConfig.from_pretrained(model, **kwargs).dtype
             dtype = torch.bfloat16 if self._device == "cuda" and stored == torch.bfloat16 else torch.float32
-            self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                model, dtype=dtype, use_safetensors=True, **kwargs
-            )
+            self._model = self._load_model(model, dtype, kwargs)
             if adapter is not None:
                 from peft import PeftModel
 
@@ -72,6 +66,16 @@ class HfBackend(StepwiseBackend):
         self._end = set(eos if isinstance(eos, list) else [eos]) | {self._tokenizer.eos_token_id}
         self._parallel = parallel
         self.mode = "merged" if adapter is None else "adapter"
+
+    def _load_tokenizer(self, place: str, kwargs: dict[str, Any]) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(place, **kwargs)
+
+    def _load_model(self, place: str, dtype: Any, kwargs: dict[str, Any]) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True, **kwargs)
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a rendered prompt; BOS as the tokenizer's configuration says."""
@@ -149,8 +153,6 @@ class HfBackend(StepwiseBackend):
         end = sorted(i for i in self._end if i is not None)
         pad = self._tokenizer.pad_token_id
         pad = (end or [0])[0] if pad is None else pad  # masked on the left, cut off on the right: any id will do
-        ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         # Named, since the model's own generation_config fills in what is not.
         config = GenerationConfig(
             do_sample=False,
@@ -161,12 +163,18 @@ class HfBackend(StepwiseBackend):
             pad_token_id=pad,
         )
         with self._torch.inference_mode():
-            made = self._model.generate(
-                input_ids=self._torch.tensor(ids, device=self._device),
-                attention_mask=self._torch.tensor(mask, device=self._device),
-                generation_config=config,
-            )
+            made = self._model.generate(**self._inputs(prompts, pad), generation_config=config)
         return [[int(i) for i in row] for row in made[:, width:].tolist()]
+
+    def _inputs(self, prompts: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:
+        """Token ids and attention mask, padded on the left."""
+        width = max(map(len, prompts))
+        ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        return {
+            "input_ids": self._torch.tensor(ids, device=self._device),
+            "attention_mask": self._torch.tensor(mask, device=self._device),
+        }
 
     def _cut(self, ids: Sequence[int], max_tokens: int, stop: Sequence[str]) -> tuple[list[int], str]:
         """What `decode` would have made of these ids, and why it would have ended."""

@@ -46,12 +46,13 @@ def retention(context: Context) -> Section | None:
         blocks.insert(0, scatter)
     if not blocks:
         return None
-    lead = Text(
-        "Retention is the accuracy on general tasks that no arm was trained on. "
-        "Perplexity is of the texts that measure.text names: of the answers of the retention questions unless it names "
-        "others; the base's was measured with the adapter off."
-    )
-    return Section("Retention and forgetting", (lead, *blocks))
+    lead = "Retention is the accuracy on general tasks that no arm was trained on."
+    if any(_PERPLEXITY[0] in row.metrics for row in context.comparison.rows):
+        lead += (
+            " Perplexity is of the texts that measure.text names: of the answers of the retention questions unless it "
+            "names others; the base's was measured with the adapter off."
+        )
+    return Section("Retention and forgetting", (Text(lead), *blocks))
 
 
 def _pictures(primary: Primary) -> dict[str, tuple[str, Axis, Axis]]:

@@ -20,6 +20,8 @@ _PHASES = {
     "prefill": "Prefill",
     "decode": "Decode",
 }
+_TRAINED = ("adapter", "base_model", "dataset")
+"""Kinds of files that no export makes."""
 _SHORT = 12
 """Characters of a hash that are shown."""
 
@@ -107,7 +109,13 @@ def exports(context: Context) -> Section | None:
     """Files that were made, and whether they answer as the trained models do."""
     parts = (_parity(context), _served(context), _precisions(context), _files(context))
     blocks = tuple(block for part in parts for block in part)
-    return Section("Exports and parity", blocks) if blocks else None
+    title = "Exports and parity" if _exported(context) or any(parts[:-1]) else "Files"
+    return Section(title, blocks) if blocks else None
+
+
+def _exported(context: Context) -> bool:
+    """Whether there is more than what training itself left."""
+    return any(file.kind not in _TRAINED for file in context.data.artifacts)
 
 
 def _parity(context: Context) -> list[Block]:
@@ -207,4 +215,5 @@ def _files(context: Context) -> list[Block]:
                   ("Run", "Kind", "Bytes", "sha256", "Made from", "File"), rows, frozenset({1, 3, 4, 5}))  # fmt: skip
     shown, everything = len(context.data.drawn), len(context.data.runs)
     which = "All" if shown == everything else f"Of {shown} of {everything} runs:"
-    return [Details(f"{which} {len(rows)} exported files, their sizes and hashes", (table,))]
+    kind = "exported files" if _exported(context) else "files"
+    return [Details(f"{which} {len(rows)} {kind}, their sizes and hashes", (table,))]

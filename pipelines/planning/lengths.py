@@ -12,7 +12,8 @@ from evaluation.tasks import Item, aqi, general, render
 from pipelines.base_model import load_reference
 from pipelines.prompt import prompt_text
 from pipelines.runinfo import FileError, read_json, read_jsonl
-from pipelines.schema import CHAT, Params
+from pipelines.schema import Params
+from pipelines.schema_common import CHAT
 from pipelines.stage import BASE, DATA
 from trainers.data import encode_prompt
 from trainers.embedded_base import TOKENIZER_EXAMPLES, tokenizer_texts, train_tokenizer

@@ -17,7 +17,7 @@ import yaml
 from evaluation.backends import BackendError, retry
 from export.registration import register_served
 from export.serving import served_in
-from pipelines import evaluate, prepare_base, prepare_data, profile
+from pipelines import evaluate, exported_models, prepare_base, prepare_data, profile
 from pipelines.config import parse_params
 from pipelines.outputs import OutputError, exclusive
 from tests.conftest import TEMPLATE
@@ -221,9 +221,9 @@ def test_answers_of_other_weights_are_not_gone_on_from(project):
 
     keys = {key(backend) for backend in (Answers(), OnGpu(), Adapter())}
     assert len(keys) == 3 and key(Answers()) in keys
-    arm = [str(p) for p in evaluate.weights("hf", "pure_grit", 0)]
+    arm = [str(p) for p in exported_models.weights("hf", "pure_grit", 0)]
     assert "adapters/pure_grit/0" in arm and "models/base/base.json" in arm
-    assert [str(p) for p in evaluate.weights("ollama", "pure_grit", 0)] == ["gguf/base/0"]
+    assert [str(p) for p in exported_models.weights("ollama", "pure_grit", 0)] == ["gguf/base/0"]
 
 
 def test_other_settings_do_not_go_on_from_these_answers(project, tokenize, monkeypatch):

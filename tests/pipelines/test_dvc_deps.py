@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import posixpath
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -11,10 +12,26 @@ from typing import Any
 import pytest
 import yaml
 
-from trainers import ARMS, BUILDS_ON
+from pipelines.schema import Params
+from pipelines.schema_vision import VisionParams
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+ARMS = {"": Params.registry, "vlm": VisionParams.registry}
+"""Pipeline, by its folder → its arms."""
+
+
+def read_stages() -> dict[str, dict[str, Any]]:
+    """Stages by `folder/name`, their dependencies as paths from the project's folder."""
+    found = {}
+    for folder in ARMS:
+        content = yaml.safe_load((ROOT / folder / "dvc.yaml").read_text(encoding="utf-8"))
+        for name, stage in content["stages"].items():
+            deps = [posixpath.normpath(posixpath.join(folder, str(dep))) for dep in stage["deps"]]
+            found[posixpath.join(folder, name)] = {**stage, "deps": deps}
+    return found
+
+
+STAGES = read_stages()
 
 _PARAMS = "reads and checks params.yaml: check_params depends on it, and a stage on the params that it names"
 _BOOKS = "keeps books (paths, folders, run.json, errors in words); what is in the results comes from other modules"
@@ -22,7 +39,9 @@ _SHOWS = "shows results, and makes none"
 NO_RESULT = {
     "pipelines/config.py": _PARAMS,
     "pipelines/schema.py": _PARAMS,
+    "pipelines/schema_common.py": _PARAMS,
     "pipelines/schema_data.py": _PARAMS,
+    "pipelines/schema_vision.py": _PARAMS,
     "trainers/settings.py": _PARAMS,
     "trainers/__init__.py": "names of the arms; what they build on is in outputs/code",
     "pipelines/attempts.py": _BOOKS,
@@ -35,14 +54,20 @@ NO_RESULT = {
     "export/ollama_cli.py": _SHOWS,
     "export/verify_table.py": _SHOWS,
     "grit/__init__.py": "names what other modules of the package hold; those are followed",
+    "grit_vlm/__init__.py": "names what other modules of the package hold; those are followed",
     "probes/__init__.py": "names what other modules of the package hold; those are followed",
 }
 """Modules that no result depends on, with the reason; what they import is not followed."""
 CALLED_ONLY_IN = {
     # The others read in base.json what stage prepare_base made of the chat template (pipelines.prompt).
-    "export/chat.py": ("prepare_base",),
+    "export/chat.py": ("prepare_base", "vlm/prepare_base"),
     # probes.readings needs it where there is GRIT: train's dependency on that is outputs/code.
-    "grit/factors.py": ("probe",),
+    "grit/factors.py": ("probe", "vlm/probe"),
+    # The pipelines share modules of stages; what they do with pictures, or with what is exported, is in these.
+    "pipelines/exported_models.py": ("evaluate", "evaluate_base"),
+    "pipelines/vision_data.py": ("vlm/prepare_data",),
+    "pipelines/vision_base.py": ("vlm/prepare_base",),
+    "pipelines/vision_models.py": ("vlm/evaluate", "vlm/evaluate_base"),
 }
 """Modules that come along with another one, and the stages that call them."""
 
@@ -117,42 +142,62 @@ def covered(file: str, deps: list[str]) -> bool:
     return any(file == dep or file.startswith(f"{dep}/") for dep in deps)
 
 
+def pipeline(stage: str) -> str:
+    """The folder of a stage's pipeline."""
+    return posixpath.dirname(stage)
+
+
 def cases() -> list[tuple[str, str]]:
     """(stage, arm); the arm is empty where the stage has no matrix."""
-    return [(name, arm) for name, stage in STAGES.items() for arm in (ARMS if "matrix" in stage else [""])]
+    return [
+        (name, arm)
+        for name, stage in STAGES.items()
+        for arm in (ARMS[pipeline(name)].arms if "matrix" in stage else [""])
+    ]
+
+
+def module_of(stage: str) -> str:
+    """The file of the module that a stage runs."""
+    words = STAGES[stage]["cmd"].split()
+    if pipeline(stage):
+        assert words.pop(0) == "PYTHONPATH=..", "the code of this working copy, also where another one is installed"
+    assert words[:2] == ["python", "-m"] and words[2].startswith("pipelines.")
+    found = file_of(words[2])
+    assert found
+    return found
 
 
 @pytest.mark.parametrize(("name", "arm"), cases())
 def test_a_stage_depends_on_all_code_that_makes_its_result(name: str, arm: str) -> None:
     stage = STAGES[name]
-    command = file_of(stage["cmd"].split()[2])
-    assert command and stage["cmd"].startswith("python -m pipelines.")
-    deps = [str(dep) for dep in stage["deps"]]
-    files = {command}
-    if "outputs/code/${item.arm}" in deps:  # the hash of pipelines.config.arm_code
-        module = file_of(ARMS[arm])
+    deps = list(stage["deps"])
+    files = {module_of(name)}
+    if posixpath.join(pipeline(name), "outputs/code/${item.arm}") in deps:  # the hash of pipelines.config.arm_code
+        registry = ARMS[pipeline(name)]
+        module = file_of(registry.arms[arm])
         assert module
-        deps += [module, *BUILDS_ON.get(arm, ())]
+        deps += [module, *registry.builds_on.get(arm, ())]
         files.add(module)
     aside = {file: "" for file, stages in CALLED_ONLY_IN.items() if name not in stages}
     missing = sorted(f for f in closure(files, allowed=NO_RESULT | aside) if not covered(f, deps))
-    assert not missing, f"dvc.yaml, {name}: expected these among deps, or in NO_RESULT with a reason: {missing}"
+    assert not missing, f"dvc.yaml, stage {name}: expected these among deps, or in NO_RESULT with a reason: {missing}"
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_depends_on_no_code_that_it_does_not_import(name: str) -> None:
     """Such a dependency reruns the stage for nothing."""
     stage = STAGES[name]
-    used = closure({str(file_of(stage["cmd"].split()[2]))}, allowed={})
+    used = closure({module_of(name)}, allowed={})
     code = [dep for dep in stage["deps"] if dep.split("/")[0] in PACKAGES]
     assert not [dep for dep in code if not any(covered(file, [dep]) for file in used)]
 
 
-PACKAGES = ("pipelines", "trainers", "grit", "probes", "export", "evaluation", "db")
+PACKAGES = ("pipelines", "trainers", "grit", "grit_vlm", "probes", "export", "evaluation", "db")
 
 
 def test_the_training_stages_stay_when_reports_and_servers_change() -> None:
-    for name in ("prepare_data", "prepare_base", "train", "probe"):
+    names = [posixpath.join(folder, s) for folder in ARMS for s in ("prepare_data", "prepare_base", "train", "probe")]
+    for name in names:
         deps = STAGES[name]["deps"]
         for file in (
             "evaluation/report.py",
@@ -165,7 +210,7 @@ def test_the_training_stages_stay_when_reports_and_servers_change() -> None:
 
 
 def test_an_allowed_module_is_one_that_exists_and_is_used() -> None:
-    used = closure({str(file_of(stage["cmd"].split()[2])) for stage in STAGES.values()}, allowed={})
+    used = closure({module_of(name) for name in STAGES}, allowed={})
     assert {*NO_RESULT, *CALLED_ONLY_IN} <= used
 
 

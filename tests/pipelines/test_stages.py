@@ -9,7 +9,7 @@ import yaml
 
 from evaluation.backends import BackendError
 from evaluation.sources import SourceError
-from pipelines import base_model, evaluate, prepare_data, profile
+from pipelines import base_model, exported_models, prepare_data, profile
 from pipelines.config import ConfigError, parse_params
 from pipelines.outputs import OutputError
 from tests.conftest import not_root
@@ -185,11 +185,11 @@ def test_base_not_prepared(params):
 
 def test_backend_choice(monkeypatch, capsys):
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
-    assert evaluate.choose_backend("hf") == "hf"
-    assert evaluate.choose_backend("auto") == "llama_cpp"
+    assert exported_models.choose_backend("hf") == "hf"
+    assert exported_models.choose_backend("auto") == "llama_cpp"
     assert "no Ollama server at http://127.0.0.1:9" in capsys.readouterr().out
     with pytest.raises(BackendError, match=r"no server answers at http://127\.0\.0\.1:9.*OLLAMA_HOST"):
-        evaluate.choose_backend("ollama")
+        exported_models.choose_backend("ollama")
 
 
 def test_an_arm_follows_the_base_under_auto(monkeypatch):
@@ -197,11 +197,11 @@ def test_an_arm_follows_the_base_under_auto(monkeypatch):
 
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     with pytest.raises(BackendError, match="the base was scored through Ollama, and no server answers"):
-        evaluate.choose_backend("auto", "ollama")
+        exported_models.choose_backend("auto", "ollama")
     with OllamaDouble(reply=lambda rendered: "126") as server:
         monkeypatch.setenv("OLLAMA_HOST", server.url)
-        assert evaluate.choose_backend("auto", "llama_cpp") == "llama_cpp"
-        assert evaluate.choose_backend("ollama", "llama_cpp") == "ollama"
+        assert exported_models.choose_backend("auto", "llama_cpp") == "llama_cpp"
+        assert exported_models.choose_backend("ollama", "llama_cpp") == "ollama"
 
 
 def test_names_of_served_models():
@@ -217,7 +217,7 @@ def test_a_server_that_answers_is_used(monkeypatch, capsys):
 
     with OllamaDouble(reply=lambda rendered: "126") as server:
         monkeypatch.setenv("OLLAMA_HOST", server.url)
-        assert evaluate.choose_backend("auto") == "ollama"
+        assert exported_models.choose_backend("auto") == "ollama"
     assert "Ollama 0.32" in capsys.readouterr().out
 
 

@@ -1,0 +1,88 @@
+"""The same tuning budget for every arm of the vision pipeline: four learning rates each, by the validation loss.
+
+Data and base are those that `make repro-vlm` has made in vlm/; the seed is one that the pipeline does not compare.
+The rates of vlm/params.yaml come from here. Run as `python -m benchmarks.vlm_tuning`.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks._harness import write
+
+SEED = 1000
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+FOLDER = Path(__file__).resolve().parents[1] / "vlm"
+
+
+def train(arm_name: str, rate: float) -> dict[str, Any]:
+    """One row of the table: an arm trained with a learning rate, the working directory being vlm/."""
+    from pipelines.base_model import load_reference
+    from pipelines.config import load_params
+    from pipelines.stage import DATA
+    from pipelines.train import examples, load_arm
+    from trainers.common import TrainingJob, run
+
+    params = load_params()
+    settings = params.train_for(arm_name)
+    settings = settings.model_copy(update={"learning_rate": rate, "eval_steps": settings.max_steps or 10**6})
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "adapter").mkdir()
+        job = TrainingJob(
+            base=load_reference()[0],
+            settings=settings,
+            seed=SEED,
+            train=examples("train", params.prompt.template),
+            valid=examples("valid", params.prompt.template),
+            output=folder / "adapter",
+            checkpoints=folder / "checkpoints",
+            images=DATA,
+        )
+        result = run(load_arm(arm_name, params), job)
+    return {
+        "arm": arm_name,
+        "learning_rate": rate,
+        "validation_loss": result.summary["final_eval_loss"],
+        "seconds": result.seconds,
+        "trainable_parameters": result.summary["trainable_parameters"],
+    }
+
+
+def main() -> None:
+    """Train every arm of the matrix with every rate, and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arm", action="append", help="only this arm (may be repeated)")
+    parser.add_argument("--rate", action="append", type=float, help="only this rate (may be repeated)")
+    given = parser.parse_args()
+    os.chdir(FOLDER)
+    from pipelines.config import load_params
+    from pipelines.stage import quiet_libraries
+
+    quiet_libraries()
+    rows = []
+    for arm in given.arm or load_params().matrix.arms:
+        for rate in given.rate or RATES:
+            rows.append(train(arm, rate))
+            print(rows[-1], flush=True)
+    table = Table("arm", "learning rate", "validation loss", "s", title=f"Learning rates, seed {SEED}")
+    best = {
+        arm: min((r for r in rows if r["arm"] == arm), key=lambda r: r["validation_loss"])
+        for arm in {r["arm"] for r in rows}
+    }
+    for row in rows:
+        mark = " *" if row is best[row["arm"]] else ""
+        table.add_row(
+            row["arm"], f"{row['learning_rate']:g}", f"{row['validation_loss']:.4f}{mark}", f"{row['seconds']:.0f}"
+        )
+    Console().print(table)
+    write("vlm_tuning", "Validation loss by learning rate, vision pipeline", rows=rows, seed=SEED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The real DVC pipeline in vlm/, at small sizes, in a clone, from nothing to the database."""
+
+import json
+import subprocess
+
+import pytest
+import yaml
+
+from tests.project_clone import make_clone
+from tests.vision_sizes import ARMS, RETENTION_ITEMS, SMALL, TEST_ITEMS, small
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+
+def shrink(folder, **more):
+    """Write a small params.yaml into a folder."""
+    (folder / "params.yaml").write_text(yaml.safe_dump(small(**more), sort_keys=False))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The clone, commands running in its folder vlm/."""
+    c = make_clone(tmp_path_factory.mktemp("clone") / "project")
+    c.folder = c.folder / "vlm"
+    shrink(c.folder)
+    c.run("dvc", "repro")
+    c.env["PYTHONPATH"] = ".."  # the stages' own commands say so
+    return c
+
+
+def test_1_the_database_has_verdicts_scores_and_every_answer(clone):
+    assert clone.query("select arm, primary_metric, serving_mode from run order by arm") == [
+        ("base", "aqi_vision_accuracy", "merged"),
+        *((arm, "aqi_vision_accuracy", "adapter") for arm in ARMS),
+    ]
+    said = clone.query("select arm, probe.value, probe.verdict from probe join run on run.id = run_id "
+                       "where probe.name = 'verdict' order by arm")  # fmt: skip
+    assert said == [("baseline_lora", 0.0, "pass"), ("grit_vlm", 1.0, "pass")]
+    assert clone.query("select count(*) from sample") == [(3 * (TEST_ITEMS + RETENTION_ITEMS),)]
+    names = {name for (name,) in clone.query("select distinct name from metric where split = 'test'")}
+    assert names >= {"aqi_vision_accuracy", *(f"aqi_vision_{kind}_accuracy" for kind in ("colour", "bars", "gauge"))}
+    shown = clone.query("select distinct substr(prompt, 1, 18) from sample where split = 'test'")
+    assert all(prompt.startswith("![](images/test-") for (prompt,) in shown)
+    refers = clone.query("select count(*) from run where arm <> 'base' and reference_run_id is not null")
+    assert refers == [(len(ARMS),)]
+    assert clone.query("select count(*) from speed where nanoseconds is null") == [(0,)]
+
+
+def test_2_what_was_scored_is_what_was_trained(clone):
+    for arm in ARMS:
+        trained = json.loads((clone.folder / f"adapters/{arm}/0/run.json").read_text())
+        scored = json.loads((clone.folder / f"scores/{arm}/0/run.json").read_text())
+        adapter = trained["artifacts"][0]
+        assert adapter["path"] == f"adapters/{arm}/0/adapter_model.safetensors"
+        assert scored["inputs"][adapter["path"]] == adapter["sha256"]
+        assert {"data/images.sha256", "models/base/base.json"} <= scored["inputs"].keys() & trained["inputs"].keys()
+        assert scored["git"]["commit"] == trained["git"]["commit"] is not None
+        assert scored["git"]["dirty"] is True, "params.yaml was changed"
+    checked = subprocess.run(
+        ["sha256sum", "--check", "--quiet", "images.sha256"],
+        cwd=clone.folder / "data",
+        capture_output=True,
+        check=False,
+    )
+    assert checked.returncode == 0
+    pictures = {path.name for path in (clone.folder / "data/images").iterdir()}
+    assert len(pictures) == len((clone.folder / "data/images.sha256").read_text().splitlines())
+
+
+def test_3_the_reports_are_about_this_task_and_nothing_exported(clone):
+    report = (clone.folder / "outputs/grit_evaluation.md").read_text()
+    assert report.startswith("# ") and "Task: aqi_vision" in report
+    assert "| grit_vlm | 0 | effective |" in report and "Parity of the exported" not in report
+    page = (clone.folder / "outputs/report.html").read_text()
+    assert "Exports and parity" not in page and "images/test-" in page
+    told = json.loads(clone.run("python", "-m", "evaluation.compare_all", "--format", "json"))
+    assert [row["arm"] for row in told["rows"]] == ["base", *ARMS]
+    assert set(json.loads((clone.folder / "outputs/metrics.json").read_text())) == {"base", *ARMS}
+
+
+def test_4_nothing_is_left_to_do_and_the_other_pipeline_is_not_touched(clone):
+    assert "Running stage" not in clone.run("dvc", "repro")
+    root = clone.folder.parent
+    assert not [name for name in ("data", "models", "adapters", "outputs", "dvc.lock") if (root / name).exists()]
+    dry = subprocess.run(
+        ["dvc", "repro", "--dry"], cwd=root, env=clone.env, capture_output=True, text=True, check=False
+    )
+    assert "Running stage 'check_params'" in dry.stdout and "vlm" not in dry.stdout
+    changed = clone.run("git", "status", "--porcelain").splitlines()
+    assert [line.split()[-1] for line in changed] == ["vlm/params.yaml", "vlm/dvc.lock"]
+
+
+def test_5_an_arm_that_claims_and_does_not_precondition_fails_the_pipeline(clone):
+    idle = {"variant_of": "grit_vlm", "natural_gradient": {"optimizer": "grit_adam", "preconditioning": False}}
+    shrink(clone.folder, arms={**SMALL["arms"], "idle": idle}, matrix={"arms": [*ARMS, "idle"]})
+    said = clone.run("dvc", "repro", ok=False)
+    assert "idle claims to precondition, but the verdict on its updates is no_effect" in said
+    assert clone.query("select count(*) from run where is_current") == [(3,)], "the results before it stand"
