@@ -38,6 +38,12 @@ VISION_BUILDS_ON: dict[str, tuple[str, ...]] = {
         "trainers/vision/common.py",
         "trainers/vision/settings.py",
     ),
-    "grit_vlm": ("grit", "grit_vlm", "trainers/pure_grit.py", "trainers/vision/common.py", "trainers/vision/settings.py"),
+    "grit_vlm": (
+        "grit",
+        "grit_vlm",
+        "trainers/pure_grit.py",
+        "trainers/vision/common.py",
+        "trainers/vision/settings.py",
+    ),
 }
 """The same for the vision pipeline."""

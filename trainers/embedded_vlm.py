@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from grit_vlm.data import IMAGE_TOKEN, EmbeddedProcessor
 from grit_vlm.pictures import without_references
 from trainers.checkpoints import latest_complete
+from trainers.data import EncodingError
 from trainers.embedded_base import INITIALIZER_RANGE, batched_order, tokenizer_texts, train_tokenizer
 from trainers.settings import Section
 
@@ -146,6 +147,7 @@ def train_embedded_vlm(
 
     Raises:
         grit_vlm.data.VisionDataError: a picture is missing or cannot be read.
+        EncodingError: prepare_base.context is too short for a question.
     """
     import torch
     from transformers import Trainer, TrainingArguments
@@ -156,7 +158,7 @@ def train_embedded_vlm(
     rows = [processor.encode(prompt, answer) for prompt, answer in examples]
     lengths = [len(row["input_ids"]) for row in rows]
     if max(lengths) > settings.context:
-        raise ValueError(f"prepare_base.context: expected at least {max(lengths)} tokens, got {settings.context}")
+        raise EncodingError(f"prepare_base.context: expected at least {max(lengths)} tokens, got {settings.context}")
     order = batched_order(lengths, settings.batch_size, settings.seed)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
