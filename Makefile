@@ -49,7 +49,7 @@ test: setup
 check: setup
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
-	$(RUN) mypy db grit grit_vlm probes trainers export evaluation pipelines benchmarks
+	$(RUN) mypy db grit grit_vlm probes trainers export evaluation pipelines benchmarks examples
 
 format: setup
 	$(RUN) ruff format .
