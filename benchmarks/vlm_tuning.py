@@ -1,4 +1,4 @@
-"""The same tuning budget for every arm of the vision pipeline: four learning rates each, by the validation loss.
+"""The same tuning budget for every arm of the vision pipeline: five learning rates each, by the validation loss.
 
 Data and base are those that `make repro-vlm` has made in vlm/; the seed is one that the pipeline does not compare.
 The rates of vlm/params.yaml come from here. Run as `python -m benchmarks.vlm_tuning`.
@@ -16,7 +16,7 @@ from rich.table import Table
 from benchmarks._harness import write
 
 SEED = 1000
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 FOLDER = Path(__file__).resolve().parents[1] / "vlm"
 
 

@@ -139,6 +139,21 @@ class FisherInformationMatrix(FisherStatistics):
             found[name] = self.turn_back(name, self.turn(name, raw) / damped).to(raw.dtype)
         return found
 
+    def squared_length(self, change: Gradients) -> float:
+        """Δᵀ(F + λI)Δ of A and B together, with λ as in `natural_gradient`; of a natural gradient that is ⟨∇, Δ⟩.
+
+        Args:
+            change: Δ of A [r, d_in] and of B [d_out, r].
+
+        Raises:
+            FisherError: nothing was observed.
+        """
+        length = 0.0
+        for name in SIDES:
+            damped = self.eigen(name).values + self.damping * self.scale(name)
+            length += float((damped * self.turn(name, change[name]).square()).sum())
+        return length
+
     def step_weights(self, name: Side, power: float) -> Tensor:
         """What Adam's step along each eigen-direction is multiplied by: `grit.factors.step_weights`, as `Eigen.values`.
 

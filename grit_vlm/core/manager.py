@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from grit import GRITConfig, GRITManager, records
 from grit.checks import check_applied
+from grit.distributed import world_size
 from grit.errors import CaptureError
 from grit.layers import GritLayerError, LoraPair
+from grit.state import GroupState
 from grit_vlm.core import checkpoint, log
 from grit_vlm.core.capture import TokenCapture, Tokens
 from grit_vlm.core.moments import EigenMoments
+from grit_vlm.core.preconditioning import precondition
 from grit_vlm.utils.projection import MultiModalProjector, ProjectionSchedule, create_scheduler
 
 if TYPE_CHECKING:
@@ -121,7 +124,16 @@ class FisherManager(GRITManager):
     # Life cycle
 
     def open(self) -> FisherManager:
-        """Attach the hooks, once."""
+        """Attach the hooks, once.
+
+        Raises:
+            RuntimeError: in a distributed run.
+        """
+        if (ranks := world_size()) > 1:
+            raise RuntimeError(
+                f"expected one process, got {ranks}: estimates are not averaged over ranks, whose weights would drift "
+                "apart; train on one device, or with grit.GritTrainer"
+            )
         if self.capture is None:
             pairs = self.pairs()
             takers = [self._taker(self.by_pair[pair.name]) for pair in pairs]
@@ -148,6 +160,10 @@ class FisherManager(GRITManager):
                 logger.warning("GRIT: %d layers never reported statistics: %s", len(silent), ", ".join(silent))
                 self.add_record({"kind": "unreported", "layers": silent})
 
+    def layers(self) -> Iterator[tuple[GroupState, int, LoraPair]]:
+        """None: what is stepped through here are factors of GRIT's own."""
+        return iter(())
+
     def unreported(self) -> list[str]:
         """Layers of which no tokens have come yet."""
         return [name for name, layer in self.by_pair.items() if not layer.fisher_matrix.samples]
@@ -163,14 +179,28 @@ class FisherManager(GRITManager):
 
     # One step, in the order in which GritOptimizer calls
 
+    def begin_step(self, gradient_norm: float) -> bool:
+        """Whether the step may go on, see `grit.GRITManager`; tokens of a step that is left out are forgotten."""
+        goes_on = super().begin_step(gradient_norm)
+        if not goes_on:
+            for layer in self.by_pair.values():
+                layer.activation_buffer.clear()
+        return goes_on
+
     def update_statistics(self) -> None:
-        """Take what was captured into the estimates, and share the budgets out anew.
+        """Take what was captured into the estimates, turn moments along, and share the budgets out anew.
 
         Raises:
             CaptureError: layers have gradients but their hooks reported nothing.
         """
-        if self.capture is None or not self.capture.active:
-            return
+        due = self.capture is not None and self.capture.active
+        if due:
+            self._take_captured()
+        self._follow(all_layers=due)
+        if due:
+            self.apply_projections(self.projections())
+
+    def _take_captured(self) -> None:
         silent = [
             name
             for name, layer in self.by_pair.items()
@@ -183,11 +213,17 @@ class FisherManager(GRITManager):
             )
         changed = [layer.update_fisher_and_projection() for layer in self.by_pair.values()]
         self.inversions += any(changed)
-        self.capture.clear()
+        if self.capture is not None:
+            self.capture.clear()
+
+    def _follow(self, all_layers: bool) -> None:
+        """Turn moments to the eigenvectors, once the warm-up is over: before, Adam's own coordinates are used."""
+        if self.config.mode != "eigen_adamw" or not self.preconditions():
+            return
         for name, layer in self.by_pair.items():
-            if layer.ready and layer.config.enable_natural_gradient and self.config.mode == "eigen_adamw":
-                self.moments[name].follow(layer.fisher_matrix)
-        self.apply_projections(self.projections())
+            moments = self.moments[name]
+            if layer.ready and layer.config.enable_natural_gradient and (all_layers or not moments.follows):
+                moments.follow(layer.fisher_matrix)
 
     def projections(self) -> dict[str, dict[str, int]]:
         """Modality → layer → directions at this step, shared out by `MultiModalProjector`.
@@ -228,24 +264,11 @@ class FisherManager(GRITManager):
         Natural gradient first, then grafting (the raw norm of each tensor restored, where set), then projection.
 
         Returns:
-            Σ ⟨∇, natural ∇⟩, the squared length that the trust region limits.
+            Σ Δᵀ(F + λI)Δ of what they are replaced by, which the trust region of mode sgd limits (0 in mode adamw).
         """
         if not self.preconditions():
             return 0.0
-        length, cosines = 0.0, []
-        for layer in self.by_pair.values():
-            raw = layer.gradients()
-            if raw is None or not layer.ready:
-                continue
-            natural = layer.config.enable_natural_gradient
-            new = layer.fisher_matrix.natural_gradient(raw) if natural else raw
-            if natural and self.config.grafts:
-                new = {side: _as_long(new[side], raw[side]) for side in raw}
-            new = layer.project_gradients(new)
-            for side, parameter in (("A", layer.lora_A), ("B", layer.lora_B)):
-                cosines.append(_cosine(raw[side], new[side]))
-                length += float((raw[side] * new[side]).sum())
-                parameter.grad.copy_(new[side])  # type: ignore[union-attr]
+        length, cosines = precondition(self.by_pair.values(), self.config)
         if cosines and self.step % self.config.log_freq == 0:
             self.measured = records.measure_cosines([torch.stack(cosines)])
         return length
@@ -271,6 +294,11 @@ class FisherManager(GRITManager):
         """The mean loss of a step, for adaptive projection schedules."""
         for schedule in self.schedules.values():
             schedule.observe(loss)
+
+    def _advance(self) -> None:
+        super()._advance()
+        for schedule in self.schedules.values():
+            schedule.current_step = self.step
 
     def _switch_capture(self) -> None:
         if self.capture is not None:
@@ -298,12 +326,3 @@ class FisherManager(GRITManager):
     def pairs(self) -> list[LoraPair]:
         """Every LoRA pair, group by group."""
         return [pair for group in self.groups for pair in group.pairs]
-
-
-def _as_long(new: Tensor, raw: Tensor) -> Tensor:
-    result: Tensor = new * (raw.norm() / new.norm().clamp_min(1e-30))
-    return result
-
-
-def _cosine(raw: Tensor, new: Tensor) -> Tensor:
-    return nn.functional.cosine_similarity(raw.double().reshape(1, -1), new.double().reshape(1, -1))[0]

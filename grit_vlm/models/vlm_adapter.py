@@ -17,18 +17,13 @@ from grit_vlm.core.capture import first_tokens
 from grit_vlm.core.grit_lora import GRITLoRAConfig, GRITLoRALinear
 from grit_vlm.core.manager import FisherManager
 from grit_vlm.models.layer_settings import family_config, layer_config, with_basis, without_lora
+from grit_vlm.models.lora import AdapterError, add_lora, views
 from grit_vlm.utils.projection import MultiModalProjector, ProjectionSchedule, create_scheduler, effective_rank
 
 logger = logging.getLogger("grit")
 
-PREFIX = "base_model.model."
-"""What PEFT puts before a module's name."""
 KEPT_ACTIVATIONS = 8
 """Batches of activations of each modality that are kept."""
-
-
-class AdapterError(ValueError):
-    """A model that the adapter cannot be put on, or settings that contradict each other."""
 
 
 class VLMGRITAdapter:
@@ -109,55 +104,12 @@ class VLMGRITAdapter:
         self.settings = {m: layer_config(self.config, self.model_config, m) for m in self.layers}
         for settings in self.settings.values():
             settings.validate()
-        self.model: Any = model if isinstance(model, PeftModel) else self._add_lora(model)
-        self.grit_layers = self._views()
+        self.model: Any = (
+            model if isinstance(model, PeftModel) else add_lora(model, self.layers, self.settings, adapter_name)
+        )
+        self.grit_layers = views(self.model, self.layers, self.settings, adapter_name)
         self.manager = FisherManager(self.model, self.grit_layers, modality=self.modality_of())
         logger.info("GRIT-VLM: %s", self.describe())
-
-    # Setting up
-
-    def _add_lora(self, model: nn.Module) -> Any:
-        from peft import LoraConfig, get_peft_model
-
-        of = {name: self.settings[m] for m, names in self.layers.items() for name in names}
-        first = next(iter(of.values()))
-        lora = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=first.r,
-            lora_alpha=first.lora_alpha,
-            lora_dropout=first.lora_dropout,
-            target_modules=list(of),
-            rank_pattern={name: s.r for name, s in of.items() if s.r != first.r},
-            alpha_pattern={name: s.lora_alpha for name, s in of.items() if s.lora_alpha != first.lora_alpha},
-            bias="none",
-        )
-        return get_peft_model(model, lora, adapter_name=self.adapter_name)
-
-    def _views(self) -> dict[str, GRITLoRALinear]:
-        from peft.tuners.lora.layer import LoraLayer
-
-        there = {
-            name.removeprefix(PREFIX): module
-            for name, module in self.model.named_modules()
-            if isinstance(module, LoraLayer) and self.adapter_name in module.lora_A
-        }
-        wanted = [name for names in self.layers.values() for name in names]
-        if odd := sorted(set(there) ^ set(wanted)):
-            raise AdapterError(
-                f"expected LoRA on the {len(wanted)} chosen layers, and found it to differ in: {odd[:6]}"
-            )
-        views = {}
-        for modality, names in self.layers.items():
-            settings = self.settings[modality]
-            for name in names:
-                module = there[name]
-                if int(module.r[self.adapter_name]) != settings.r:
-                    raise AdapterError(f"{name}: expected rank {settings.r}, got {module.r[self.adapter_name]}")
-                # PEFT takes one dropout for all.
-                dropout = nn.Dropout(settings.lora_dropout) if settings.lora_dropout else nn.Identity()
-                module.lora_dropout[self.adapter_name] = dropout
-                views[name] = GRITLoRALinear(module, settings, self.adapter_name)
-        return views
 
     def describe(self) -> str:
         """One line: layers, parameters, and what a projection keeps."""

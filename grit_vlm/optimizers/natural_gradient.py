@@ -11,7 +11,8 @@ optimizer's step. What differs is where the Fisher information comes in:
   estimate diagonal AdamW undoes most of it: its step does not change when a coordinate's gradient is multiplied by a
   constant. The probe shows how much is left (LOG.md).
 - adaptive_sgd, adaptive_adam: the learning rate follows the curvature. Steps are shortened to the trust region
-  ΔθᵀFΔθ ≤ κ (Martens & Grosse 2015, section 6; the documents only say "dynamic learning rate adaptation").
+  ΔθᵀFΔθ ≤ κ (Martens & Grosse 2015, section 6; the documents only say "dynamic learning rate adaptation"), with SGD
+  before momentum adds them up.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from grit import GRITConfig
 from grit.eigen import adamw_directions
 from grit.optim import GritOptimizer
-from grit_vlm.core.fisher_info import Side
+from grit_vlm.core.fisher_info import Gradients, Side
 from grit_vlm.core.grit_lora import GRITLoRALinear
 from grit_vlm.core.manager import FisherManager
 from grit_vlm.core.moments import EigenMoments
@@ -120,15 +121,14 @@ class FisherOptimizer(GritOptimizer):
         length = 0.0
         for a, b in zip(changes[::2], changes[1::2], strict=True):
             layer = a.layer
-            if not (layer.ready and self.manager.preconditions()):
+            if not (layer.acts and self.manager.preconditions()):
                 continue
             projected = layer.project_gradients({"A": a.value, "B": b.value})
             for change in (a, b):
                 change.value = projected[change.side]
-                if self.manager.adaptive:
-                    fisher = layer.fisher_matrix
-                    along = float(change.group["lr"]) * fisher.turn(change.side, change.value)
-                    length += float((fisher.eigen(change.side).values * along.square()).sum())
+            if self.manager.adaptive:
+                step: Gradients = {change.side: float(change.group["lr"]) * change.value for change in (a, b)}
+                length += layer.fisher_matrix.squared_length(step)
         return length
 
     def _move(self, changes: list[_Change], length: float) -> None:
@@ -235,9 +235,16 @@ def create_grit_optimizer(
 
 
 def manager_of(grit_layers: Mapping[str, GRITLoRALinear]) -> FisherManager:
-    """The manager of all these layers; one of their own where each has been alone."""
+    """The manager of all these layers; one of their own where each has been alone.
+
+    Raises:
+        OptimizerTypeError: they are some of an adapter's layers only.
+    """
     managers = {id(layer.manager): layer.manager for layer in grit_layers.values()}
     manager = next(iter(managers.values()))
-    if len(managers) == 1 and manager is not None and len(manager.grit_layers) == len(grit_layers):
+    if len(managers) == 1 and manager is not None:
+        given = {id(layer) for layer in grit_layers.values()}
+        if missing := [name for name, layer in manager.grit_layers.items() if id(layer) not in given]:
+            raise OptimizerTypeError(f"grit_layers: expected all layers of the adapter, got them without {missing[:6]}")
         return manager
     return FisherManager(nn.ModuleList(grit_layers.values()), grit_layers)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from grit_vlm.core.eigen import compute_natural_gradient
 from grit_vlm.core.fisher_info import FisherError, FisherInformationMatrix
 
 TOKENS, D_IN, D_OUT, RANK = 40, 5, 7, 3
@@ -152,6 +153,83 @@ def test_where_nothing_is_known_gradients_stay(estimate):
     found.observe(torch.randn(9, D_IN), torch.randn(9, RANK), torch.zeros(9, RANK), torch.randn(9, D_OUT))
     natural = found.natural_gradient(raw)
     assert torch.equal(natural["A"], raw["A"]) and not torch.allclose(natural["B"], raw["B"])
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 6])
+@pytest.mark.parametrize("size", [3, 4])
+def test_blocks_of_fewer_tokens_than_coordinates(pair, tokens, size):
+    """Eigenvalues of zero are there then, real ones beside those that fill up the last run; rounding mixes them up."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        few = (*pair[:2], torch.randn(tokens, D_IN, dtype=torch.float64), torch.randint(D_OUT, (tokens,)))
+        found = observed(few, approximation_type="block_diagonal", damping=0.1, block_size=size)
+        raw = {n: torch.randn_like(g) for n, g in gradients(few).items()}
+        natural = found.natural_gradient(raw)
+        lam = 0.1 * float(torch.cat([found.dense(name).diagonal() for name in "AB"]).mean())
+        for name in "AB":
+            matrix = found.dense(name)
+            back = (matrix + lam * torch.eye(len(matrix), dtype=matrix.dtype)) @ natural[name].reshape(-1)
+            torch.testing.assert_close(back, raw[name].reshape(-1))
+            assert found.eigen(name).real.sum() == raw[name].numel()
+        n = sum(g.numel() for g in raw.values())
+        assert found.direction_values().shape == (n,)
+        everything = found.project(raw, n)
+        for name in "AB":
+            torch.testing.assert_close(everything[name], raw[name])
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES)
+@pytest.mark.parametrize("budget", [1, 4, 36])
+def test_directions_are_those_that_a_projection_keeps(pair, estimate, budget):
+    found, raw = observed(pair, approximation_type=estimate, block_size=4), gradients(pair)
+    columns, projected = found.directions(budget), found.project(raw, budget)
+    for name in "AB":
+        q = columns[name]
+        torch.testing.assert_close(q.mT @ q, torch.eye(q.shape[1], dtype=q.dtype))
+        if estimate == "kfac":
+            again = q @ q.mT @ raw["A"] if name == "A" else raw["B"] @ q @ q.mT
+        else:
+            again = (q @ (q.mT @ raw[name].reshape(-1))).reshape(raw[name].shape)
+        torch.testing.assert_close(projected[name], again)
+    if estimate != "kfac":
+        assert sum(q.shape[1] for q in columns.values()) == min(budget, 36)
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES)
+def test_a_checkpoint_brings_everything_back(pair, estimate):
+    found, raw = observed(pair, approximation_type=estimate, block_size=4), gradients(pair)
+    again = FisherInformationMatrix(estimate, block_size=4)
+    again.load_state_dict(found.state_dict())
+    for name in "AB":
+        assert torch.equal(again.natural_gradient(raw)[name], found.natural_gradient(raw)[name])
+    assert again.samples == TOKENS
+    other = FisherInformationMatrix("diagonal" if estimate == "kfac" else "kfac")
+    with pytest.raises(FisherError, match="of another"):
+        other.load_state_dict(found.state_dict())
+
+
+def test_steps_are_weighted_as_in_grit(pair):
+    """(λ_i/mean λ + damping)^(−p/2), the mean over real directions only."""
+    for estimate in ESTIMATES:
+        found = observed(pair, approximation_type=estimate, block_size=4, damping=0.01)
+        for name in "AB":
+            eigen = found.eigen(name)
+            real = torch.ones_like(eigen.values) if eigen.real is None else eigen.real
+            mean = eigen.values[real > 0].mean()
+            for power in (0.0, 0.5, 1.0):
+                truth = (eigen.values / mean + 0.01) ** (-power / 2)
+                torch.testing.assert_close(found.step_weights(name, power)[real > 0], truth[real > 0])
+
+
+def test_a_dense_system_is_solved():
+    root = torch.randn(6, 6, dtype=torch.float64)
+    fisher, g = root @ root.mT, torch.randn(2, 3, dtype=torch.float64)
+    natural = compute_natural_gradient(g, fisher, damping=0.5)
+    torch.testing.assert_close((fisher + 0.5 * torch.eye(6)) @ natural.reshape(-1), g.reshape(-1))
+    with pytest.raises(FisherError, match="raise damping"):
+        compute_natural_gradient(g, torch.zeros(6, 6), damping=0.0)
+    with pytest.raises(FisherError, match=r"expected shape \(6, 6\)"):
+        compute_natural_gradient(g, fisher[:5])
 
 
 def test_updates_are_due_every_so_often():

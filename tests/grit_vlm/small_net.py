@@ -1,0 +1,61 @@
+"""Two GRIT-LoRA layers of their own and a trainable head, for tests of the optimizers."""
+
+import torch
+from torch import nn
+
+from grit_vlm import GRITLoRAConfig, GRITLoRALinear, create_grit_optimizer
+
+
+class Net(nn.Module):
+    """Two LoRA layers and a trainable head, in float64."""
+
+    def __init__(self, **changed):
+        super().__init__()
+        torch.manual_seed(0)
+        told = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.0, "fisher_min_samples": 1, "fisher_update_freq": 3,
+                "fisher_block_size": 4, "projection_budget_start": 2, "projection_budget_end": 2}  # fmt: skip
+        config = GRITLoRAConfig(**told | changed)
+        self.first = GRITLoRALinear(nn.Linear(6, 7).double(), config)
+        self.second = GRITLoRALinear(nn.Linear(7, 5).double(), config)
+        self.head = nn.Linear(5, 4).double()
+        self.double()
+        for layer in self.layers.values():
+            nn.init.normal_(layer.lora_B, std=0.3)
+
+    @property
+    def layers(self):
+        return {"first": self.first, "second": self.second}
+
+    @property
+    def lora(self):
+        return [p for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)]
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+    def backward(self, step, scale=1.0):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(16, 6, generator=generator).double() * torch.linspace(0.2, 2, 6)
+        loss = nn.functional.cross_entropy(self(x), torch.randint(4, (16,), generator=generator)) * scale
+        loss.backward()
+        return loss
+
+
+def optimizer_of(net, kind="grit_adam", weights=None, **settings):
+    return create_grit_optimizer(net.lora if weights is None else weights, kind, net.layers, **settings)
+
+
+def train(net, optimizer, steps, start=0):
+    for step in range(start, start + steps):
+        optimizer.zero_grad()
+        net.backward(step)
+        optimizer.step()
+
+
+def changes_of(net, optimizer, step):
+    """Layer → Δ of A and B in one step."""
+    before = {n: {"A": layer.lora_A.detach().clone(), "B": layer.lora_B.detach().clone()}
+              for n, layer in net.layers.items()}  # fmt: skip
+    train(net, optimizer, 1, step)
+    after = {n: {"A": layer.lora_A.detach(), "B": layer.lora_B.detach()} for n, layer in net.layers.items()}
+    return {n: {side: after[n][side] - before[n][side] for side in "AB"} for n in before}

@@ -1,0 +1,237 @@
+"""`VLMGRITAdapter` on a tiny Idefics3: settings of each modality, ordinary PEFT files, a base that stays as it is."""
+
+import json
+import logging
+
+import pytest
+import small_vlm
+import torch
+
+from grit_vlm import (
+    GRITLoRAConfig,
+    ModalityConfig,
+    ModelGRITConfig,
+    VLMGRITAdapter,
+    create_grit_optimizer,
+    create_vlm_grit_adapter,
+)
+from grit_vlm.models.vlm_adapter import AdapterError
+
+
+def logits(model):
+    was = model.training
+    model.eval()
+    with torch.no_grad():
+        found = model(**small_vlm.batch(model, 7)).logits
+    model.train(was)
+    return found
+
+
+def train(adapter, steps=3, kind="grit_adam", seed=0, **settings):
+    optimizer = create_grit_optimizer(
+        adapter.get_trainable_parameters(), kind, adapter.get_grit_layers(), lr=1e-2, **settings
+    )
+    adapter.model.train()
+    losses = []
+    for step in range(steps):
+        loss = adapter.model(**small_vlm.batch(adapter.model, seed + step % 2)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def modality_config(**changed):
+    return ModelGRITConfig(
+        vision=ModalityConfig(small_vlm.VISION, rank=2, alpha=6, dropout=0.3, fisher_approximation="kfac"),
+        text=ModalityConfig(small_vlm.TEXT, enable_projection=False, fisher_approximation="block_diagonal"),
+        cross_modal=ModalityConfig(small_vlm.CROSS, rank=3, enable_natural_gradient=False, projection_budget=7),
+        **{"global_rank": 4, "global_alpha": 8.0, "global_dropout": 0.1, **changed},
+    )
+
+
+def test_every_modality_has_its_own_settings():
+    adapter = VLMGRITAdapter(small_vlm.base(), modality_config(projection_budget_start=5, projection_budget_end=9))
+    vision, text, cross = (
+        [adapter.grit_layers[name] for name in names]
+        for names in (adapter.vision_layers, adapter.text_layers, adapter.cross_modal_layers)
+    )
+    assert (len(vision), len(text), len(cross)) == (2, 2, 1)
+    for layers, rank, scale, dropout, estimate in (
+        (vision, 2, 3.0, 0.3, "kfac"), (text, 4, 2.0, 0.1, "block_diagonal"), (cross, 3, 8 / 3, 0.1, "diagonal")
+    ):  # fmt: skip
+        for layer in layers:
+            assert layer.lora_A.shape[0] == layer.lora_B.shape[1] == rank
+            assert layer.scaling == pytest.approx(scale)
+            assert layer.lora.lora_dropout["default"].p == dropout
+            assert layer.fisher_matrix.approximation_type == estimate
+    switches = [(each[0].config.enable_natural_gradient, each[0].config.enable_projection)
+                for each in (vision, text, cross)]  # fmt: skip
+    assert switches == [(True, True), (True, False), (False, True)]
+    assert [each[0].projection_budget for each in (vision, text, cross)] == [5, None, 7]
+    assert set(adapter.manager.schedules) == {"vision", "cross_modal"}
+    assert (adapter.vision_scheduler.start, adapter.vision_scheduler.end) == (5, 9)
+
+
+def test_projection_is_off_unless_it_is_asked_for():
+    """A GRITLoRAConfig says what it wants; a ModelGRITConfig has switches of its own, which are on by default."""
+    plain = small_vlm.adapter()
+    assert not plain.manager.schedules and plain.get_mixed_modal_projections() == {}
+    assert all(layer.projection_budget is None for layer in plain.grit_layers.values())
+    projected = VLMGRITAdapter(small_vlm.base(), modality_config())
+    assert projected.manager.schedules
+    off = VLMGRITAdapter(small_vlm.base(), modality_config(), defaults=GRITLoRAConfig(enable_projection=False))
+    assert not off.manager.schedules
+
+
+def test_a_grit_lora_config_holds_for_every_modality():
+    adapter = VLMGRITAdapter(small_vlm.base(), GRITLoRAConfig(r=5, lora_alpha=10, fisher_approximation="kfac"))
+    assert {layer.lora_A.shape[0] for layer in adapter.grit_layers.values()} == {5}
+    assert {layer.fisher_matrix.approximation_type for layer in adapter.grit_layers.values()} == {"kfac"}
+    assert set(adapter.layers) >= {"vision", "text"}  # all of the family's
+
+
+@pytest.mark.parametrize("kind", ["grit_adam", "grit_sgd"])
+def test_the_base_stays_bit_identical(kind):
+    model = small_vlm.base()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    adapter = small_vlm.adapter(model=model)
+    assert all("lora_" in name for name, p in adapter.model.named_parameters() if p.requires_grad)
+    train(adapter, 4, kind, weight_decay=0.1)
+    after = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): p
+        for name, p in adapter.model.named_parameters()
+    }
+    for name, old in before.items():
+        assert torch.equal(after[name], old), name
+
+
+@pytest.mark.parametrize("kind", ["grit_adam", "grit_adam_preconditioned", "adaptive_sgd"])
+@pytest.mark.parametrize("estimate", ["diagonal", "kfac", "block_diagonal"])
+def test_a_base_in_16_bit(kind, estimate):
+    """LoRA in float32 over it, as PEFT does, and LoRA in bfloat16 too: estimates are in float32."""
+    for everything in (False, True):
+        adapter = small_vlm.adapter(model=small_vlm.base().bfloat16(), fisher_approximation=estimate,
+                                    enable_projection=True)  # fmt: skip
+        if everything:
+            adapter.model.bfloat16()
+        before = [p.detach().clone() for p in adapter.get_trainable_parameters()]
+        losses = train(adapter, 3, kind)
+        assert bool(torch.isfinite(losses).all())
+        after = adapter.get_trainable_parameters()
+        assert not all(torch.equal(p, old) for p, old in zip(after, before, strict=True))
+        assert all(bool(torch.isfinite(p).all()) for p in after)
+        for layer in adapter.grit_layers.values():
+            assert layer.fisher_matrix.samples and layer.eigenvalues.dtype == torch.float32
+
+
+def test_training_lowers_the_loss():
+    adapter = small_vlm.adapter(fisher_approximation="kfac")
+    losses = train(adapter, 30)
+    assert losses[-2:].mean() < losses[:2].mean() - 0.1
+
+
+def test_files_are_plain_pefts(tmp_path):
+    """Ranks and alphas of modalities too: PEFT alone gives the same logits."""
+    from peft import PeftModel
+
+    adapter = VLMGRITAdapter(small_vlm.base(), modality_config())
+    train(adapter)
+    adapter.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    theirs = PeftModel.from_pretrained(small_vlm.base(), str(tmp_path))
+    assert torch.equal(logits(adapter.model), logits(theirs))
+    assert not torch.equal(logits(theirs), logits(small_vlm.base()))
+
+
+def test_merged_weights_give_the_same_logits():
+    adapter = VLMGRITAdapter(small_vlm.base(), modality_config())
+    train(adapter)
+    before = logits(adapter.model)
+    merged = adapter.merge_and_unload()
+    assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+    torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-5)
+    assert adapter.manager.capture is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in merged.modules())
+
+
+def test_a_saved_adapter_trains_on(tmp_path):
+    adapter = VLMGRITAdapter(small_vlm.base(), modality_config())
+    train(adapter)
+    adapter.save_pretrained(tmp_path)
+    again = VLMGRITAdapter.from_pretrained(small_vlm.base(), tmp_path, modality_config())
+    assert torch.equal(logits(adapter.model), logits(again.model))
+    assert again.describe() == adapter.describe()
+    assert [layer.scaling for layer in again.grit_layers.values()] == [
+        layer.scaling for layer in adapter.grit_layers.values()
+    ]
+    losses = train(again, 20)
+    assert losses[-2:].mean() < losses[:2].mean()
+    with pytest.raises(AdapterError, match="found it to differ in"):
+        VLMGRITAdapter.from_pretrained(
+            small_vlm.base(), tmp_path, small_vlm.settings(), **small_vlm.LAYERS | {"cross_modal_layers": []}
+        )
+    with pytest.raises(AdapterError, match="expected rank 4, got 2"):
+        VLMGRITAdapter.from_pretrained(small_vlm.base(), tmp_path, small_vlm.settings(), **small_vlm.LAYERS)
+
+
+def test_from_a_saved_model(tmp_path):
+    small_vlm.base().save_pretrained(tmp_path)
+    model, adapter = create_vlm_grit_adapter(str(tmp_path), small_vlm.settings(), **small_vlm.LAYERS)
+    assert model is adapter.model and len(adapter.grit_layers) == 5
+    torch.testing.assert_close(logits(model), logits(small_vlm.base()))
+    with pytest.raises(AdapterError, match="no vision-language model could be loaded from"):
+        create_vlm_grit_adapter(str(tmp_path / "nowhere"), small_vlm.settings())
+
+
+def test_what_it_says_of_itself(caplog):
+    with caplog.at_level(logging.INFO, logger="grit"):
+        adapter = small_vlm.adapter(
+            enable_projection=True, projection_budget_start=3, projection_budget_end=6,
+            layers=small_vlm.LAYERS | {"cross_modal_layers": []},
+        )  # fmt: skip
+    said = adapter.describe()
+    weights = sum(p.numel() for p in adapter.get_trainable_parameters())
+    assert f"applied to 4 layers (2 vision, 2 text), {weights:,} parameters" in said
+    # A [4, 32] and B [32, 4] of q, B [16, 4] of v, whose keys have half the heads: 6 of 256, 6 of 192.
+    assert "vision: projection keeps at most 2.3% of a layer's directions" in said
+    assert "text: projection keeps at most 3.1% of a layer's directions" in said
+    assert any(said in record.getMessage() for record in caplog.records)
+
+
+def test_mixed_modal_projections():
+    """What the schedule gives each modality is shared out, and updates keep no more."""
+    adapter = small_vlm.adapter(enable_projection=True, projection_budget_start=10, projection_budget_end=10)
+    assert adapter.get_mixed_modal_projections() == {}  # nothing is known yet
+    train(adapter, 2)
+    shares = adapter.get_mixed_modal_projections()
+    assert {m: sum(layers.values()) for m, layers in shares.items()} == {"vision": 20, "text": 20, "cross_modal": 10}
+    assert {n: adapter.grit_layers[n].projection_budget for layers in shares.values() for n in layers} == {
+        n: k for layers in shares.values() for n, k in layers.items()
+    }
+
+
+def test_activations_are_kept_for_the_vision_rank():
+    adapter = small_vlm.adapter()
+    with pytest.raises(AdapterError, match="expected activations first"):
+        adapter.estimate_vision_rank()
+    adapter.manager.open()
+    adapter.model(**small_vlm.batch(adapter.model)).loss.backward()
+    adapter.update_mixed_modal_fisher()
+    assert 1 <= adapter.estimate_vision_rank() <= 8
+    given = torch.eye(6)
+    for _ in range(12):
+        adapter.update_mixed_modal_fisher(vision_activations=given, text_activations=given, cross_activations=given)
+    assert adapter.estimate_vision_rank() == pytest.approx(6)
+    assert len(adapter.vision_activations) == len(adapter.text_activations) == len(adapter.cross_activations) == 8
+
+
+def test_contradictions():
+    with pytest.raises(AdapterError, match="a ModelGRITConfig or model_config_name, got both"):
+        VLMGRITAdapter(small_vlm.base(), modality_config(), "smolvlm_fast")
+    with pytest.raises(ValueError, match="did you mean"):
+        VLMGRITAdapter(small_vlm.base(), small_vlm.settings(), "smolvlm_fasst")
+    with pytest.raises(ValueError, match="q_proj"):
+        VLMGRITAdapter(small_vlm.base(), small_vlm.settings(), vision_layers=["model.vision_model.layers.*.q_proj"])
