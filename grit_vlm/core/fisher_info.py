@@ -7,8 +7,9 @@ F = E[g gᵀ] of g, one of them as a vector (Kunstner et al. 2019 say what it is
 - diagonal: E[g²], exactly the diagonal of F: E[δ²x²] and E[e²h²], of one product each.
 - block_diagonal: the blocks of F on its diagonal, exactly: the coordinates of one rank component, in runs of
   `block_size`. Between components and runs it is zero.
-- kfac: F_A ≈ Σ_g ⊗ I and F_B ≈ I ⊗ Σ_a with Σ_a = E[h hᵀ] and Σ_g = E[δ δᵀ], both r×r: K-FAC (Martens & Grosse 2015)
-  in rank space, the arithmetic of `grit.factors`, as in `grit`.
+- kfac: F_A ≈ Σ_g ⊗ s_x I and F_B ≈ s_e I ⊗ Σ_a with Σ_a = E[h hᵀ] and Σ_g = E[δ δᵀ], both r×r, and the means
+  s_x = E|x|²/d_in and s_e = E|e|²/d_out in the place of the two large factors: K-FAC (Martens & Grosse 2015) in rank
+  space, the arithmetic of `grit.factors`, as in `grit` (where each side has a damping of its own, and needs no s).
 
 Mended from the documents: the diagonal there is the square of a batch's mean gradient, which vanishes as the batch
 grows, and not the mean of squares; `torch.solve` and `torch.symeig` do not exist any more; eigh of a vector has no
@@ -48,7 +49,7 @@ class FisherInformationMatrix(FisherStatistics):
 
     def _decompose(self, name: Side) -> Eigen:
         if self.approximation_type == "kfac":
-            factor = self._now("G" if name == "A" else "A")
+            factor = self._factor(name)
             values, vectors, good = factors.eigh(factor[None])
             return Eigen(values[0][:, None], vectors[0], None, float(values.mean()) if bool(good) else 0.0)
         found = self._now(name)
@@ -101,14 +102,12 @@ class FisherInformationMatrix(FisherStatistics):
         g = self.take_out(name, coordinates if vectors is None else rotate(vectors, coordinates))
         return g if name == "A" else g.mT
 
-    def scale(self, name: Side) -> float:
-        """What damping is relative to: the mean of F's diagonal over A and B together; of kfac that of the factor.
+    def scale(self) -> float:
+        """What damping is relative to: the mean of F's diagonal over A and B together.
 
         Together, because B starts at 0 and with it the Fisher information of A: alone, A's damping would vanish with
         it, and A's natural gradient grow without bound.
         """
-        if self.approximation_type == "kfac":
-            return self.eigen(name).mean
         sizes = [rank * size for rank, size in (self._sizes[side] for side in SIDES)]
         whole = [self.eigen(side).mean * n for side, n in zip(SIDES, sizes, strict=True)]
         return math.fsum(whole) / sum(sizes)
@@ -128,7 +127,7 @@ class FisherInformationMatrix(FisherStatistics):
         found: Gradients = {}
         for name in SIDES:
             raw, eigen = gradients[name], self.eigen(name)
-            damped = eigen.values + self.damping * self.scale(name)
+            damped = eigen.values + self.damping * self.scale()
             if eigen.real is not None:
                 damped = torch.where(eigen.real > 0, damped, torch.ones_like(damped))
             # An eigenvalue below `grit.factors`' noise is rounding; without damping its inverse would be, too.
@@ -150,7 +149,7 @@ class FisherInformationMatrix(FisherStatistics):
         """
         length = 0.0
         for name in SIDES:
-            damped = self.eigen(name).values + self.damping * self.scale(name)
+            damped = self.eigen(name).values + self.damping * self.scale()
             length += float((damped * self.turn(name, change[name]).square()).sum())
         return length
 

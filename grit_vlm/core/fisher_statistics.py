@@ -101,6 +101,7 @@ class FisherStatistics:
         self._sizes = {"A": (rank, x.shape[1]), "B": (rank, e.shape[1])}  # component first, for both
         if self.approximation_type == "kfac":
             now = {"A": h.mT @ h / tokens, "G": delta.mT @ delta / tokens}
+            now |= {"X": x.square().mean(), "E": e.square().mean()}
         elif self.approximation_type == "diagonal":
             now = {"A": delta.square().mT @ x.square() / tokens, "B": h.square().mT @ e.square() / tokens}
         else:
@@ -130,6 +131,11 @@ class FisherStatistics:
             raise FisherError("expected an observation first (a backward pass, then an update), got none")
         return self._sums[name] / self.weight
 
+    def _factor(self, name: Side) -> Tensor:
+        """Of estimate kfac: Σ_g·E|x|²/d_in of A, Σ_a·E|e|²/d_out of B; what stands beside the identity."""
+        factor, scale = ("G", "X") if name == "A" else ("A", "E")
+        return self._now(factor) * self._now(scale)
+
     @property
     def fisher_diagonal(self) -> Tensor | None:
         """See the class; of B in the order of its entries, row by row."""
@@ -158,7 +164,7 @@ class FisherStatistics:
         """
         rank, size = self._sizes.get(name, (0, 0))
         if self.approximation_type == "kfac":
-            factor = self._now("G" if name == "A" else "A")
+            factor = self._factor(name)
             eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
             return torch.kron(factor, eye) if name == "A" else torch.kron(eye, factor)
         if self.approximation_type == "diagonal":
@@ -183,7 +189,7 @@ class FisherStatistics:
         Raises:
             FisherError: it is of another estimate.
         """
-        names = {"A", "G"} if self.approximation_type == "kfac" else {"A", "B"}
+        names = {"A", "G", "X", "E"} if self.approximation_type == "kfac" else {"A", "B"}
         if state["sums"] and set(state["sums"]) != names:
             raise FisherError(f"expected the state of estimate {self.approximation_type}, got one of another")
         self._sums = dict(state["sums"])

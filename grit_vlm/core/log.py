@@ -161,7 +161,7 @@ def reading(manager: FisherManager, name: str, layer: GRITLoRALinear) -> LayerRe
                 said.bases[letter] = vectors if vectors.dim() == 2 else vectors.flatten(0, 1)
             said.weights[letter] = _weights(manager, layer, side)
         else:
-            values, lam = fisher.eigen(side).values, fisher.damping * fisher.scale(side)
+            values, lam = fisher.eigen(side).values, fisher.damping * fisher.scale()
             inverse = 1.0 / (values + lam) if config.enable_natural_gradient else torch.ones_like(values)
             if layer.projection_budget is not None:
                 inverse = inverse * fisher.keeps(layer.projection_budget)[side]

@@ -21,11 +21,11 @@ from grit.distributed import world_size
 from grit.errors import CaptureError
 from grit.layers import GritLayerError, LoraPair
 from grit.state import GroupState
-from grit_vlm.core import checkpoint, log
+from grit_vlm.core import budgets, checkpoint, log
 from grit_vlm.core.capture import TokenCapture, Tokens
 from grit_vlm.core.moments import EigenMoments
 from grit_vlm.core.preconditioning import precondition
-from grit_vlm.utils.projection import MultiModalProjector, ProjectionSchedule, create_scheduler
+from grit_vlm.utils.projection import AdaptiveSchedule, ProjectionSchedule
 
 if TYPE_CHECKING:
     from grit_vlm.core.grit_lora import GRITLoRALinear
@@ -99,14 +99,9 @@ class FisherManager(GRITManager):
     def plan(self, total_steps: int) -> None:
         """Let projection budgets go from start to end over so many steps."""
         self.total_steps = total_steps
-        self.schedules = {}
-        for name, layer in self.grit_layers.items():
-            c = layer.config
-            if c.enable_projection and self.modality[name] not in self.schedules:
-                kind, ends = c.projection_schedule, (c.projection_budget_start, c.projection_budget_end)
-                self.schedules[self.modality[name]] = create_scheduler(kind, *ends, total_steps)
-                # GritTrainer tells the losses of steps where this is set.
-                self.config.adaptive_schedule |= kind == "adaptive"
+        self.schedules = budgets.schedules(self)
+        # GritTrainer tells the losses of steps where this is set.
+        self.config.adaptive_schedule |= any(isinstance(s, AdaptiveSchedule) for s in self.schedules.values())
 
     def set_update_freq(self, steps: int | None) -> None:
         """Let estimates be updated at this interval from now on; None: as they were."""
@@ -226,27 +221,8 @@ class FisherManager(GRITManager):
                 moments.follow(layer.fisher_matrix)
 
     def projections(self) -> dict[str, dict[str, int]]:
-        """Modality → layer → directions at this step, shared out by `MultiModalProjector`.
-
-        Only layers that are projected and whose estimate is ready.
-        """
-        members = {
-            modality: [
-                name
-                for name, own in self.modality.items()
-                if own == modality and self.grit_layers[name].config.enable_projection and self.grit_layers[name].ready
-            ]
-            for modality in self.schedules
-        }
-        members = {modality: names for modality, names in members.items() if names}
-        if not members:
-            return {}
-        values = {
-            m: [self.grit_layers[n].fisher_matrix.direction_values() for n in names] for m, names in members.items()
-        }
-        budgets = {m: len(names) * self.schedules[m].budget(self.step) for m, names in members.items()}
-        shares = MultiModalProjector().share_out(values, budgets)
-        return {m: dict(zip(names, shares[m], strict=True)) for m, names in members.items()}
+        """Modality → layer → directions at this step; see `grit_vlm.core.budgets`."""
+        return budgets.projections(self)
 
     def apply_projections(self, projections: Mapping[str, Mapping[str, int]]) -> None:
         """Let layers keep so many directions from now on."""
@@ -322,7 +298,3 @@ class FisherManager(GRITManager):
         """
         checkpoint.load(self, state)
         self._switch_capture()
-
-    def pairs(self) -> list[LoraPair]:
-        """Every LoRA pair, group by group."""
-        return [pair for group in self.groups for pair in group.pairs]

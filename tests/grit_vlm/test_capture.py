@@ -201,7 +201,9 @@ def test_estimates_through_the_whole_model_are_those_of_single_tokens(estimate):
                 block = component * 1000 + along // 8
                 truth = torch.where(block[:, None] == block[None], truth, 0.0)
             elif side == "A":
-                truth = torch.kron(tokens.delta.mT @ tokens.delta / n, torch.eye(columns).double())
+                x_scale = tokens.x.square().sum(-1).mean() / columns
+                truth = torch.kron(tokens.delta.mT @ tokens.delta / n, x_scale * torch.eye(columns).double())
             else:
-                truth = torch.kron(torch.eye(rows).double(), tokens.h.mT @ tokens.h / n)
+                e_scale = tokens.e.square().sum(-1).mean() / rows
+                truth = torch.kron(e_scale * torch.eye(rows).double(), tokens.h.mT @ tokens.h / n)
             torch.testing.assert_close(layer.get_fisher_for_param(f"lora_{side}"), truth)
