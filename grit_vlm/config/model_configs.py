@@ -36,7 +36,7 @@ class ModalityConfig:
         rank, alpha, dropout: LoRA's; None: the global ones.
         enable_natural_gradient: Whether gradients are preconditioned. enable_projection: Whether they are projected.
         fisher_approximation: diagonal, kfac or block_diagonal.
-        projection_budget: Directions kept, fixed; None: the schedule's.
+        projection_budget: Directions a layer, fixed (on average over the modality's layers); None: the schedule's.
     """
 
     layer_patterns: list[str] = field(default_factory=list)

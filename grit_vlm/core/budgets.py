@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from grit_vlm.utils.projection import MultiModalProjector, ProjectionSchedule, create_scheduler
@@ -24,7 +25,8 @@ def schedules(manager: FisherManager) -> dict[str, ProjectionSchedule]:
 def projections(manager: FisherManager) -> dict[str, dict[str, int]]:
     """Modality → layer → directions at this step, shared out by `MultiModalProjector`.
 
-    Only layers that are projected and whose estimate is ready.
+    Only layers that are projected and whose estimate is ready. What one modality has no directions for goes to others
+    with the same estimate, whose directions are of the same kind; none of it to or from one whose budget is fixed.
     """
     members: dict[str, list[str]] = {}
     for name, modality in manager.modality.items():
@@ -38,5 +40,17 @@ def projections(manager: FisherManager) -> dict[str, dict[str, int]]:
         for modality, names in members.items()
     }
     wanted = {m: len(names) * manager.schedules[m].budget(manager.step) for m, names in members.items()}
-    shares = MultiModalProjector().share_out(values, wanted)
+    shares: dict[str, list[int]] = {}
+    for among in _alike(manager, members):
+        shares |= MultiModalProjector().share_out({m: values[m] for m in among}, {m: wanted[m] for m in among})
     return {modality: dict(zip(names, shares[modality], strict=True)) for modality, names in members.items()}
+
+
+def _alike(manager: FisherManager, members: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Modalities that may hand directions to each other."""
+    groups: dict[str, list[str]] = {}
+    for modality, names in members.items():
+        schedule = manager.schedules[modality]
+        estimate = manager.grit_layers[names[0]].config.fisher_approximation
+        groups.setdefault(modality if schedule.start == schedule.end else f"any {estimate}", []).append(modality)
+    return list(groups.values())

@@ -25,6 +25,11 @@ class Tokens:
     def __len__(self) -> int:
         return self.x.shape[0]
 
+    def spread(self, count: int) -> Tokens:
+        """So many of them at even distances, copied, so that the others can be freed."""
+        chosen = torch.linspace(0, len(self) - 1, count).round().long()
+        return Tokens(*(t[chosen.to(t.device)] for t in (self.x, self.h, self.delta, self.e)))
+
 
 @dataclass
 class _Note:
@@ -54,7 +59,6 @@ class TokenCapture(HookCapture):
         pairs: Sequence[LoraPair],
         takers: Sequence[Taker],
         without_mask: Collection[str] = (),
-        like: HookCapture | None = None,
     ):
         """Attach the hooks.
 
@@ -63,11 +67,10 @@ class TokenCapture(HookCapture):
             pairs: Layers.
             takers: Of each layer, called with the tokens of each backward pass, on the layer's device.
             without_mask: Names of pairs whose tokens are no text.
-            like: Another one, which the training loop has told things.
         """
         self._takers, self._without_mask = list(takers), frozenset(without_mask)
         self._open: dict[int, _Note] = {}
-        super().__init__(model, [LayerGroup([pair]) for pair in pairs], normalize=True, like=like)
+        super().__init__(model, [LayerGroup([pair]) for pair in pairs], normalize=True)
         for g, pair in enumerate(pairs):
             module_b = pair.layer.lora_B[pair.adapter]
             self._handles.append(module_b.register_forward_hook(self._make_hook_b(g)))

@@ -22,7 +22,7 @@ def save(manager: FisherManager) -> dict[str, Any]:
             name: {
                 "fisher": layer.fisher_matrix.state_dict(),
                 "budget": layer.projection_budget or 0,
-                "moments": manager.moments[name].state_dict(),
+                "moments": manager.moments[name].state_dict() if name in manager.moments else {},
             }
             for name, layer in manager.by_pair.items()
         },
@@ -46,7 +46,10 @@ def load(manager: FisherManager, state: dict[str, Any]) -> None:
         saved = state["layers"][name]
         layer.fisher_matrix.load_state_dict(_on(saved["fisher"], layer.lora_A.device))
         layer.projection_budget = saved["budget"] or None
-        manager.moments[name].load_state_dict(_on(saved["moments"], layer.lora_A.device))
+        if saved["moments"]:
+            manager.moments[name].load_state_dict(_on(saved["moments"], layer.lora_A.device))
+        if name in manager.moments and manager.moments[name].follows:
+            manager.moments[name].adopt(layer.fisher_matrix)
     for name, schedule in manager.schedules.items():
         schedule.load_state_dict(state["schedules"].get(name, {}))
     for name in _NUMBERS:

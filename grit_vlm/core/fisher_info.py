@@ -126,17 +126,25 @@ class FisherInformationMatrix(FisherStatistics):
         """
         found: Gradients = {}
         for name in SIDES:
-            raw, eigen = gradients[name], self.eigen(name)
-            damped = eigen.values + self.damping * self.scale()
-            if eigen.real is not None:
-                damped = torch.where(eigen.real > 0, damped, torch.ones_like(damped))
-            # An eigenvalue below `grit.factors`' noise is rounding; without damping its inverse would be, too.
-            noise = 0.0 if eigen.vectors is None else 64.0 * torch.finfo(damped.dtype).eps * eigen.mean
-            if not (eigen.mean > 0 and bool((damped > noise).all())):
+            raw, inverse = gradients[name], self.inverse(name)
+            if inverse is None:
                 found[name] = raw
-                continue
-            found[name] = self.turn_back(name, self.turn(name, raw) / damped).to(raw.dtype)
+            else:
+                found[name] = self.turn_back(name, self.turn(name, raw) * inverse).to(raw.dtype)
         return found
+
+    def inverse(self, name: Side) -> Tensor | None:
+        """1/(λ_i + λ) along every direction, as `Eigen.values`, 0 where a run is filled up.
+
+        Returns:
+            None where F is zero, or singular without damping: gradients stay as they are then.
+        """
+        eigen = self.eigen(name)
+        real = torch.ones_like(eigen.values) if eigen.real is None else eigen.real
+        damped = torch.where(real > 0, eigen.values + self.damping * self.scale(), torch.ones_like(eigen.values))
+        # An eigenvalue below `grit.factors`' noise is rounding; without damping its inverse would be, too.
+        noise = 0.0 if eigen.vectors is None else 64.0 * torch.finfo(damped.dtype).eps * eigen.mean
+        return real / damped if eigen.mean > 0 and bool((damped > noise).all()) else None
 
     def squared_length(self, change: Gradients) -> float:
         """Δᵀ(F + λI)Δ of A and B together, with λ as in `natural_gradient`; of a natural gradient that is ⟨∇, Δ⟩.
@@ -172,7 +180,7 @@ class FisherInformationMatrix(FisherStatistics):
     def direction_values(self) -> Tensor:
         """Fisher information along every direction that a budget counts: [directions].
 
-        Of kfac, where a budget counts pairs of directions, the i-th of Σ_g and of Σ_a: their products λ_g,i·λ_a,i [r].
+        Of kfac, where a budget counts pairs of directions, the i-th of A and of B: the products of their values [r].
 
         Raises:
             FisherError: nothing was observed.

@@ -181,7 +181,14 @@ class FisherStatistics:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only."""
-        return {"sums": dict(self._sums), "weight": self.weight, "samples": self.samples, "sizes": dict(self._sizes)}
+        return {
+            "estimate": self.approximation_type,
+            "block_size": self.block_size,
+            "sums": dict(self._sums),
+            "weight": self.weight,
+            "samples": self.samples,
+            "sizes": dict(self._sizes),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`.
@@ -189,9 +196,11 @@ class FisherStatistics:
         Raises:
             FisherError: it is of another estimate.
         """
-        names = {"A", "G", "X", "E"} if self.approximation_type == "kfac" else {"A", "B"}
-        if state["sums"] and set(state["sums"]) != names:
-            raise FisherError(f"expected the state of estimate {self.approximation_type}, got one of another")
+        saved, size = state["estimate"], state["block_size"]
+        if saved != self.approximation_type:
+            raise FisherError(f"expected the state of estimate {self.approximation_type}, got one of {saved}")
+        if saved == "block_diagonal" and size != self.block_size:
+            raise FisherError(f"expected the state of blocks of {self.block_size}, got one of {size}")
         self._sums = dict(state["sums"])
         self._sizes = {name: (int(size[0]), int(size[1])) for name, size in state["sizes"].items()}
         self.weight, self.samples = float(state["weight"]), int(state["samples"])

@@ -137,10 +137,10 @@ class GRITLoRALinear(nn.Module):
         return result
 
     def take(self, tokens: Tokens) -> None:
-        """Keep captured tokens for the next update, as long as there is room for them."""
-        held = sum(map(len, self.activation_buffer))
-        if len(tokens) and held < self.config.buffer_tokens:
-            self.activation_buffer.append(tokens)
+        """Keep captured tokens for the next update, spread evenly over them where there is no room for all."""
+        room = self.config.buffer_tokens - sum(map(len, self.activation_buffer))
+        if len(tokens) and room > 0:
+            self.activation_buffer.append(tokens if len(tokens) <= room else tokens.spread(room))
 
     def update_fisher_and_projection(self) -> bool:
         """Take what was captured since the last time into the estimate; returns whether there was anything."""

@@ -152,7 +152,8 @@ def reading(manager: FisherManager, name: str, layer: GRITLoRALinear) -> LayerRe
     if not fisher.weight:
         return said
     for side, letter in FACTOR_OF.items():
-        said.factors[letter] = _matrix(fisher, side, fisher.eigen(side).values)
+        values, real = fisher.eigen(side).values, fisher.eigen(side).real
+        said.factors[letter] = _matrix(fisher, side, _filled(values, real))
         if not ready or fisher.eigen(side).mean <= 0:
             continue
         if manager.config.mode == "eigen_adamw":
@@ -161,13 +162,18 @@ def reading(manager: FisherManager, name: str, layer: GRITLoRALinear) -> LayerRe
                 said.bases[letter] = vectors if vectors.dim() == 2 else vectors.flatten(0, 1)
             said.weights[letter] = _weights(manager, layer, side)
         else:
-            values, lam = fisher.eigen(side).values, fisher.damping * fisher.scale()
-            inverse = 1.0 / (values + lam) if config.enable_natural_gradient else torch.ones_like(values)
+            inverse = fisher.inverse(side) if config.enable_natural_gradient else None
+            inverse = torch.ones_like(values) if inverse is None else _filled(inverse, real)
             if layer.projection_budget is not None:
                 inverse = inverse * fisher.keeps(layer.projection_budget)[side]
             said.preconditioners[letter] = _matrix(fisher, side, inverse)
-            said.damping[letter] = lam
+            said.damping[letter] = fisher.damping * fisher.scale()
     return said
+
+
+def _filled(values: Tensor, real: Tensor | None) -> Tensor:
+    """Values whose mean stands where a run is filled up: there is no direction, and none must seem to be there."""
+    return values if real is None else torch.where(real > 0, values, values[real > 0].mean())
 
 
 def _matrix(fisher: FisherInformationMatrix, side: Side, values: Tensor) -> Tensor:

@@ -25,14 +25,16 @@ class GRITLoRAConfig:
         fisher_ema_decay: In [0, 1): weight that an update leaves to the past.
         fisher_update_freq: Steps ≥ 1 between two updates. In the first so many steps there is one at each: B starts at
             0, and with it all Fisher information of A.
-        fisher_block_size: Coordinates of a block at most, of estimate block_diagonal.
+        fisher_block_size: Coordinates n of a block at most, of estimate block_diagonal, which keeps twice
+            r·(d_in + d_out)·n numbers: at r = 16, d = 4096 and n = 64, 67 MB a layer.
         fisher_min_samples: Tokens before an estimate is used.
-        buffer_tokens: Tokens kept for one update at most; what comes after them is left out.
+        buffer_tokens: Tokens of a layer kept for one update at most, d_in + d_out + 2r numbers each; of a backward pass
+            with more, as many as there is room for at even distances.
         enable_natural_gradient: Whether gradients are preconditioned.
         enable_projection: Whether updates are projected onto the directions of largest Fisher information. Off, unlike
             in the documents: LOG.md has what it costs.
-        projection_budget_start, projection_budget_end: Directions a layer at the first and the last step, counted as
-            `FisherInformationMatrix.project` says.
+        projection_budget_start, projection_budget_end: Directions a layer at the first step and after the last one,
+            counted as `FisherInformationMatrix.project` says.
         projection_schedule: linear, cosine or adaptive.
     """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grit import GRITConfig, GRITManager, records
 from grit.checks import check_applied
@@ -22,8 +22,9 @@ from grit.errors import CaptureError
 from grit.layers import GritLayerError, LoraPair
 from grit.state import GroupState
 from grit_vlm.core import budgets, checkpoint, log
-from grit_vlm.core.capture import TokenCapture, Tokens
-from grit_vlm.core.moments import EigenMoments
+from grit_vlm.core.capture import TokenCapture, Tokens, first_tokens
+from grit_vlm.core.fisher_info import SIDES
+from grit_vlm.core.moments import Moments
 from grit_vlm.core.preconditioning import precondition
 from grit_vlm.utils.projection import AdaptiveSchedule, ProjectionSchedule
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("grit")
 
+RANK_TOKENS = 1024
+"""Tokens that the rank of vision activations is estimated from."""
 ALL = "all"
 """The modality of layers that were not told one."""
 
@@ -71,7 +74,8 @@ class FisherManager(GRITManager):
             log_file: JSON Lines.
 
         Raises:
-            GritLayerError: trainable LoRA that is not among the layers; GRITConfigError.
+            GritLayerError: trainable LoRA that is not among the layers, or layers with several fisher_update_freq;
+                GRITConfigError.
         """
         wanted = dataclasses.replace(config or GRITConfig(), capture="hooks", reprojection="none", min_lora_rank=1)
         wanted.enable_rank_adaptation = False
@@ -79,16 +83,20 @@ class FisherManager(GRITManager):
         self.states = []  # of GRIT's own factors
         self.grit_layers = dict(grit_layers)
         self.modality = {name: (modality or {}).get(name, ALL) for name in self.grit_layers}
-        views = {id(layer.lora): name for name, layer in self.grit_layers.items()}
-        found = [(pair, views.get(id(pair.layer))) for pair in super().pairs()]
+        views = {(id(layer.lora), layer.adapter_name): name for name, layer in self.grit_layers.items()}
+        found = [(pair, views.get((id(pair.layer), pair.adapter))) for pair in super().pairs()]
         if foreign := [pair.name for pair, name in found if name is None]:
             raise GritLayerError(f"expected every trainable LoRA layer among grit_layers, got others: {foreign[:6]}")
         self.names = {pair.name: name for pair, name in found if name is not None}
         self.by_pair = {pair.name: self.grit_layers[name] for pair, name in found if name is not None}
-        self.moments = {pair.name: EigenMoments(pair.a, pair.b) for pair, _ in found}
+        self.moments = Moments({pair.name: pair for pair, _ in found})
         self.schedules: dict[str, ProjectionSchedule] = {}
         self.adaptive = False
-        self._frequency = min(layer.config.fisher_update_freq for layer in self.grit_layers.values())
+        frequencies = {layer.config.fisher_update_freq for layer in self.grit_layers.values()}
+        if len(frequencies) > 1:
+            raise GritLayerError(f"fisher_update_freq: expected one for all layers, got {sorted(frequencies)}")
+        self._frequency = frequencies.pop()
+        self.vision_inputs: Tensor | None = None
         self._saw = False
         for layer in self.grit_layers.values():
             if layer.manager is not None:
@@ -109,6 +117,7 @@ class FisherManager(GRITManager):
             self._frequency = steps
             for layer in self.grit_layers.values():
                 layer.config = dataclasses.replace(layer.config, fisher_update_freq=steps)
+                layer.fisher_matrix.update_freq = steps
 
     def stop_projecting(self) -> None:
         """Switch projection off in every layer."""
@@ -191,7 +200,7 @@ class FisherManager(GRITManager):
         due = self.capture is not None and self.capture.active
         if due:
             self._take_captured()
-        self._follow(all_layers=due)
+        self._follow()
         if due:
             self.apply_projections(self.projections())
 
@@ -206,18 +215,29 @@ class FisherManager(GRITManager):
                 f"{len(silent)} layers have gradients but their hooks reported nothing (fused kernels read the weights "
                 f"without calling the modules): {', '.join(silent[:6])}; switch the fused kernels off"
             )
+        self.keep_vision_inputs()
         changed = [layer.update_fisher_and_projection() for layer in self.by_pair.values()]
         self.inversions += any(changed)
+        for layer in (layer for layer in self.by_pair.values() if layer.ready and layer.config.enable_natural_gradient):
+            fisher = layer.fisher_matrix
+            self.failed_inversions += sum(fisher.eigen(s).mean > 0 and fisher.inverse(s) is None for s in SIDES)
         if self.capture is not None:
             self.capture.clear()
 
-    def _follow(self, all_layers: bool) -> None:
+    def keep_vision_inputs(self) -> None:
+        """Keep inputs of the first vision layer, [tokens, d], for `VLMGRITAdapter.estimate_vision_rank`."""
+        first = next((layer for name, layer in self.grit_layers.items() if self.modality[name] == "vision"), None)
+        if first is not None and first.activation_buffer:
+            tokens = first_tokens(first.activation_buffer, first.config.buffer_tokens)
+            self.vision_inputs = tokens.spread(min(len(tokens), RANK_TOKENS)).x
+
+    def _follow(self) -> None:
         """Turn moments to the eigenvectors, once the warm-up is over: before, Adam's own coordinates are used."""
         if self.config.mode != "eigen_adamw" or not self.preconditions():
             return
         for name, layer in self.by_pair.items():
             moments = self.moments[name]
-            if layer.ready and layer.config.enable_natural_gradient and (all_layers or not moments.follows):
+            if layer.ready and layer.config.enable_natural_gradient and not moments.has_followed(layer.fisher_matrix):
                 moments.follow(layer.fisher_matrix)
 
     def projections(self) -> dict[str, dict[str, int]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from grit.layers import LoraPair
 from grit_vlm.core.eigen import rotate
 from grit_vlm.core.fisher_info import SIDES, FisherInformationMatrix, Side
 
@@ -35,7 +37,7 @@ class EigenMoments:
         self.m["B"] = self.m["B"].contiguous()
         self.v = {side: torch.zeros_like(m) for side, m in self.m.items()}
         self.steps = 0
-        self.vectors: dict[str, Tensor] = {}
+        self.vectors: dict[Side, Tensor] = {}
         self.follows = False
 
     def follow(self, fisher: FisherInformationMatrix) -> None:
@@ -53,6 +55,17 @@ class EigenMoments:
             self.v[side] = rotate(turn.square(), self.v[side])
             self.vectors[side] = vectors
         self.follows = True
+
+    def has_followed(self, fisher: FisherInformationMatrix) -> bool:
+        """Whether they are in the coordinates of the estimate as it is now."""
+        return self.follows and all(self.vectors.get(side) is fisher.eigen(side).vectors for side in SIDES)
+
+    def adopt(self, fisher: FisherInformationMatrix) -> None:
+        """After a checkpoint: take the estimate's own eigenvectors for those that were saved, where they agree."""
+        for side, vectors in self.vectors.items():
+            own = fisher.eigen(side).vectors
+            if own is not None and torch.equal(own, vectors):
+                self.vectors[side] = own
 
     def coordinates(self, side: Side, gradient: Tensor, fisher: FisherInformationMatrix) -> Tensor:
         """A gradient in the coordinates that the moments are in."""
@@ -77,3 +90,16 @@ class EigenMoments:
         """Go on from `state_dict`."""
         self.m, self.v, self.vectors = dict(state["m"]), dict(state["v"]), dict(state["vectors"])
         self.steps, self.follows = int(state["steps"]), bool(state["follows"])
+
+
+class Moments(dict[str, EigenMoments]):
+    """Name of a pair → its moments, made when they are first asked for: only mode eigen_adamw has any."""
+
+    def __init__(self, pairs: Mapping[str, LoraPair]):
+        """None yet."""
+        super().__init__()
+        self._pairs = pairs
+
+    def __missing__(self, name: str) -> EigenMoments:
+        self[name] = EigenMoments(self._pairs[name].a, self._pairs[name].b)
+        return self[name]

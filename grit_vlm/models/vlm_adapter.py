@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from grit_vlm.config import ModalityConfig, ModelGRITConfig, adapted_modules, get_model_config
 from grit_vlm.config.model_configs import MODALITIES
-from grit_vlm.core.capture import first_tokens
 from grit_vlm.core.grit_lora import GRITLoRAConfig, GRITLoRALinear
 from grit_vlm.core.manager import FisherManager
 from grit_vlm.models.layer_settings import family_config, layer_config, with_basis, without_lora
@@ -181,9 +180,7 @@ class VLMGRITAdapter:
         for activations, queue in zip(given, kept, strict=True):
             if activations is not None:
                 queue.append(activations.detach())
-        for layer in self._of("vision"):
-            if layer.activation_buffer and not self.vision_activations:
-                self.vision_activations.append(first_tokens(layer.activation_buffer, layer.config.buffer_tokens).x)
+        self.manager.keep_vision_inputs()
         return {m: sum(layer.update_fisher_and_projection() for layer in self._of(m)) for m in self.layers}
 
     def get_mixed_modal_projections(self) -> dict[str, dict[str, int]]:
@@ -217,14 +214,19 @@ class VLMGRITAdapter:
         return create_scheduler(s.projection_schedule, s.projection_budget_start, s.projection_budget_end, total)
 
     def estimate_vision_rank(self) -> float:
-        """Effective rank of the vision activations kept last, for the rule k ≈ 1.2·rank (see `recommended_budget`).
+        """Effective rank of vision activations, for the rule k ≈ 1.2·rank (see `recommended_budget`).
+
+        Of those given last to `update_mixed_modal_fisher`, else of the first vision layer's inputs at the last update.
 
         Raises:
-            AdapterError: none were kept yet.
+            AdapterError: there are none yet.
         """
-        if not self.vision_activations:
-            raise AdapterError("expected activations first: a backward pass, then update_mixed_modal_fisher; got none")
-        return effective_rank(self.vision_activations[-1])
+        given = self.vision_activations[-1] if self.vision_activations else self.manager.vision_inputs
+        if given is None:
+            raise AdapterError(
+                "expected activations first: of a training step, or of update_mixed_modal_fisher; got none"
+            )
+        return effective_rank(given)
 
     # Files
 

@@ -11,8 +11,8 @@ optimizer's step. What differs is where the Fisher information comes in:
   estimate diagonal AdamW undoes most of it: its step does not change when a coordinate's gradient is multiplied by a
   constant. The probe shows how much is left (LOG.md).
 - adaptive_sgd, adaptive_adam: the learning rate follows the curvature. Steps are shortened to the trust region
-  ΔθᵀFΔθ ≤ κ (Martens & Grosse 2015, section 6; the documents only say "dynamic learning rate adaptation"), with SGD
-  before momentum adds them up.
+  Δθᵀ(F + λI)Δθ ≤ κ (Martens & Grosse 2015, section 6; the documents only say "dynamic learning rate adaptation"),
+  with SGD before momentum adds them up.
 """
 
 from __future__ import annotations
@@ -187,6 +187,10 @@ def set_mode(manager: FisherManager, optimizer_type: str, **settings: Any) -> No
     mode, adaptive = MODES[check_type(optimizer_type)]
     if mode == "sgd" and not adaptive:
         settings["kl_clip"] = 0.0
+    elif adaptive:
+        settings.setdefault("kl_clip", manager.config.kl_clip or GRITConfig().kl_clip)  # 0: of grit_sgd before
+        if not settings["kl_clip"] > 0:
+            raise OptimizerTypeError(f"kl_clip: {optimizer_type} expects κ above 0, got {settings['kl_clip']!r}")
     config = dataclasses.replace(manager.config, mode=mode, **settings)
     config.validate()
     manager.config, manager.adaptive = config, adaptive

@@ -81,7 +81,10 @@ class GRITTrainerMixin(GritMixin):
         model = args[0] if args else kwargs.get("model")
         if model is None or model is grit_adapter.model.get_base_model():
             # The adapter has put its layers into this very model; PEFT's round it is the one that can be saved.
-            args, kwargs = args[1:], {**kwargs, "model": grit_adapter.model}
+            if args:
+                args = (grit_adapter.model, *args[1:])
+            else:
+                kwargs = {**kwargs, "model": grit_adapter.model}
         elif model is not grit_adapter.model:
             raise ValueError("model: expected the one that grit_adapter was made of, got another")
         super().__init__(*args, grit_manager=grit_adapter.manager, **kwargs)
@@ -94,17 +97,16 @@ class GRITTrainerMixin(GritMixin):
     def create_optimizer(self, model: Any = None) -> Any:
         """The Trainer's optimizer (SGD with momentum for the SGD types), wrapped."""
         for ready in (self.optimizer, getattr(self.optimizer, "optimizer", None)):
-            if isinstance(ready, FisherOptimizer):
+            if isinstance(ready, FisherOptimizer):  # whose maker has said how it steps
+                ready.max_grad_norm = ready.max_grad_norm or ready.limit(self.args.max_grad_norm)
+                self._tell_layers()
                 return self.optimizer
         a, manager = self.args, self.grit_adapter.manager
         kind = self._setting("grit_optimizer_type")
         names = ("kl_clip", "eigen_power", "grafting", "ng_warmup_steps")
         settings = {name: self._setting(name) for name in names}
         set_mode(manager, kind, log_freq=self._setting("grit_log_freq"), **settings)
-        manager.set_update_freq(self._setting("fisher_update_freq"))
-        if not self._setting("enable_projection"):
-            manager.stop_projecting()
-        manager.plan(max(1, self._steps()))
+        self._tell_layers()
         if self.optimizer is None and MODES[kind][0] == "sgd":
             weights = [p for p in self.model.parameters() if p.requires_grad]
             self.optimizer = torch.optim.SGD(
@@ -113,6 +115,13 @@ class GRITTrainerMixin(GritMixin):
         super(GritMixin, self).create_optimizer(model)  # type: ignore[misc]
         self.optimizer = FisherOptimizer(self.optimizer, manager, max_grad_norm=a.max_grad_norm)
         return self.optimizer
+
+    def _tell_layers(self) -> None:
+        manager = self.grit_adapter.manager
+        manager.set_update_freq(self._setting("fisher_update_freq"))
+        if not self._setting("enable_projection"):
+            manager.stop_projecting()
+        manager.plan(max(1, self._steps()))
 
     def _setting(self, name: str) -> Any:
         """As told, else as in `args`, else the default."""

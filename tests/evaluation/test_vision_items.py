@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from evaluation import epa
-from evaluation.tasks import ItemError, aqi, aqi_vision
+from evaluation.tasks import ItemError, aqi_vision
 from evaluation.vision import air, items
 from evaluation.vision.canvas import on_dial
 from grit_vlm.data import references
@@ -55,16 +55,17 @@ def test_categories_and_kinds_are_equally_frequent(made):
         assert set(pairs.values()) == {SIZES[split] // 18}
 
 
-def test_no_readings_are_in_two_splits(made):
-    keys = {
-        split: {
-            ("aqi", item.truth["aqi"]) if item.truth["kind"] == "gauge" else aqi.item_key(item.truth["readings"])
-            for item in split_items
-        }
-        for split, split_items in made[1].items()
-    }
+def test_no_two_splits_show_the_same(made):
+    def shown(item):
+        if item.truth["kind"] == "gauge":
+            return ("needle", item.truth["aqi"])
+        heights = sorted(epa.sub_index(key, Decimal(value)) for key, value in item.truth["readings"].items())
+        return ("bars", *heights)
+
+    keys = {split: {shown(item) for item in split_items} for split, split_items in made[1].items()}
     for first, second in itertools.combinations(keys, 2):
         assert not keys[first] & keys[second]
+    assert min(len({key for key in shown if key[0] == "bars"}) for shown in keys.values()) > 12
 
 
 def test_the_same_seed_makes_the_same_bytes(made, tmp_path):
@@ -140,6 +141,23 @@ def test_every_split_gets_gauges_of_every_category():
         for number, indices in categories.items():
             assert all(epa.category_number(index) == number for index in indices)
     assert not set(dealt["train"][0]) & set(dealt["test"][0])
+
+
+def test_gauges_of_the_test_split_show_many_indices(tmp_path):
+    sizes = {"train": 3600, "valid": 360, "test": 540}
+    dealt = items.deal_indices(sizes, seed=0)
+    assert {split: sum(map(len, shown.values())) for split, shown in dealt.items()} == {
+        "train": 177, "valid": 68, "test": 104
+    }  # fmt: skip
+    made = items.generate({**sizes, "train": 18, "valid": 360}, seed=0, image_size=16, folder=tmp_path)
+    shown = [item.truth["aqi"] for item in made["test"] if item.truth["kind"] == "gauge"]
+    assert len(shown) == 180 and len(set(shown)) > 85
+    assert min(len([index for index in categories if index]) for categories in dealt["train"].values()) >= 17
+
+
+def test_a_split_without_bars_of_a_category_is_refused(tmp_path):
+    with pytest.raises(ItemError, match=r"expected bars of the category Good for the split test, found none with pm25"):
+        items.generate({"test": 1, "valid": 10**6}, seed=0, image_size=16, folder=tmp_path, pollutants=["pm25"])
 
 
 def test_pollutants_must_reach_every_category(tmp_path):

@@ -248,7 +248,10 @@ def test_fisher_and_projections_of_each_modality(world):
             assert grit_adapter.grit_layers[name].fisher_matrix.fisher_diagonal.sum() > 0
     assert set(grit_adapter.get_mixed_modal_projections()) == {"vision", "text", "cross_modal"}
     rank = grit_adapter.estimate_vision_rank()
-    assert 1 < rank < 32 and rank == effective_rank(grit_adapter.vision_activations[-1])
+    assert 1 < rank < 32 and rank == effective_rank(grit_adapter.manager.vision_inputs)
+    grit_adapter.update_mixed_modal_fisher(vision_activations=torch.randn(2, 40, 12))
+    rank = grit_adapter.estimate_vision_rank()
+    assert 8 < rank < 12 and rank == effective_rank(grit_adapter.vision_activations[-1])
     optimal_k = recommended_budget(grit_adapter.vision_activations[-1])
     assert optimal_k == round(1.2 * rank)
 

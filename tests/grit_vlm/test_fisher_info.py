@@ -208,9 +208,12 @@ def test_a_checkpoint_brings_everything_back(pair, estimate):
     for name in "AB":
         assert torch.equal(again.natural_gradient(raw)[name], found.natural_gradient(raw)[name])
     assert again.samples == TOKENS
-    other = FisherInformationMatrix("diagonal" if estimate == "kfac" else "kfac")
-    with pytest.raises(FisherError, match="of another"):
-        other.load_state_dict(found.state_dict())
+    for other in set(ESTIMATES) - {estimate}:
+        with pytest.raises(FisherError, match=f"expected the state of estimate {other}, got one of {estimate}"):
+            FisherInformationMatrix(other, block_size=4).load_state_dict(found.state_dict())
+    if estimate == "block_diagonal":
+        with pytest.raises(FisherError, match="expected the state of blocks of 3, got one of 4"):
+            FisherInformationMatrix(estimate, block_size=3).load_state_dict(found.state_dict())
 
 
 def test_steps_are_weighted_as_in_grit(pair):

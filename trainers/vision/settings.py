@@ -70,10 +70,16 @@ class NaturalGradient(Section):
     projection_end: Annotated[int, Field(ge=1, description="directions a layer")] = 96
     projection_schedule: Literal["linear", "cosine", "adaptive"] = "linear"
     eigen_power: Annotated[float, Field(ge=0, le=1)] = 1.0
-    grafting: bool = True
+    grafting: bool | None = None
     kl_clip: Annotated[float, Field(gt=0, description="κ")] = 1e-3
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     log_freq: Annotated[int, Field(ge=1, description="steps")] = 50
+
+    @model_validator(mode="after")
+    def _fits_the_optimizer(self) -> Self:
+        if self.grafting and self.optimizer.endswith("sgd"):
+            raise ValueError(f"grafting: expected false or null with {self.optimizer}, got true")
+        return self
 
 
 class VisionTrainSettings(TrainSettings):
