@@ -55,8 +55,17 @@ format: setup
 	$(RUN) ruff format .
 	$(RUN) ruff check --fix .
 
+# Benchmarks of what `make repro-vlm` leaves in vlm/.
+NEED_VLM := vlm_claims vlm_tuning
+
 bench: setup
-	@for script in benchmarks/[a-z]*.py; do $(RUN) python -m benchmarks.$$(basename $$script .py) || exit 1; done
+	@for script in benchmarks/[a-z]*.py; do \
+		name=$$(basename $$script .py); \
+		case " $(NEED_VLM) " in *" $$name "*) \
+			if [ ! -d vlm/adapters ]; then echo "$$name: skipped, it needs what \`make repro-vlm\` makes"; continue; fi;; \
+		esac; \
+		$(RUN) python -m benchmarks.$$name || exit 1; \
+	done
 
 # Every fault of the catalogue must be named, no clean run blamed; about 5 minutes.
 probe-faults: setup

@@ -9,6 +9,9 @@ from trainers.data import encode_example, encode_prompt
 from trainers.models import hub_reason
 from trainers.settings import BaseReference
 
+# Families whose processors make a row of prompt and answer in a way that no text of both stands for.
+_OWN_FORM = ("PaliGemma",)
+
 
 class HubProcessor:
     """Around the processor that comes with a model: it resizes, splits and expands pictures in the model's own way.
@@ -18,18 +21,31 @@ class HubProcessor:
         root: Folder that paths in prompts start from.
 
     Raises:
-        VisionDataError: it names no placeholder.
+        VisionDataError: it takes no pictures, names no placeholder, or belongs to a family with a form of its own.
     """
 
     def __init__(self, processor: Any, root: Path) -> None:
+        name = type(processor).__name__
+        if getattr(processor, "tokenizer", None) is None:
+            raise VisionDataError(
+                f"expected a processor of texts and pictures, got {name}: the base is no vision-language model, or its "
+                "folder lacks processor_config.json and preprocessor_config.json. Take a base that pictures can be "
+                "shown to, or the pipeline for text (a params.yaml without `pipeline: vision`)"
+            )
+        if name.startswith(_OWN_FORM):
+            raise VisionDataError(
+                f"expected a processor that reads prompt and answer as one text, got {name}: it ends every prompt with "
+                "a line break and takes the answer apart from it. Train with grit_vlm.GRITTrainer and a collator of "
+                "your own that calls this processor with text= and suffix=, or take a base of another family"
+            )
         self._processor = processor
         self.tokenizer = processor.tokenizer
         self.root = root
         token = getattr(processor, "image_token", None)
         if token is None:
             raise VisionDataError(
-                f"expected a processor with an image_token, got {type(processor).__name__} without; its model shows "
-                "pictures in a way of its own"
+                f"expected a processor with an image_token, got {name} without; its model shows pictures in a way of "
+                "its own"
             )
         self.image_token = str(getattr(token, "content", token))
 
@@ -84,7 +100,8 @@ class _Reader:
             name = type(self._processor).__name__
             raise VisionDataError(f"{name} refused the prompt {text[:120]!r}: {error}") from error
         ids = made.pop("input_ids")
-        made.pop("attention_mask", None)
+        for name in ("attention_mask", "labels"):  # both are made of whole rows, see `text_tensors`
+            made.pop(name, None)
         self.features, self.width = made, ids.shape[1]
         return {"input_ids": ids[0].tolist()}
 

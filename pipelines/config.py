@@ -3,7 +3,8 @@
 import hashlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from types import UnionType
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -77,15 +78,21 @@ def arm_code(arm: str, registry: Registry = Params.registry) -> str:
     return digest.hexdigest()
 
 
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The schema of a section that may be None too."""
+    options = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
 def _fields_at(location: tuple[int | str, ...], schema: type[BaseModel]) -> list[str]:
     """Names that are allowed beside the unknown key at `location`."""
     model = schema
     for part in location[:-1]:
         field = model.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        section = _section(field.annotation if field else None)
+        if section is None:
             return [name for name in Column.model_fields] if "columns" in location else []
-        model = annotation
+        model = section
     return list(model.model_fields)
 
 

@@ -94,6 +94,10 @@ def run(params: "Params | VisionParams") -> None:
         else:
             content = reference_for(section)
             write_json(folder / "base.json", content)
+            if not isinstance(section, PrepareBase):
+                from pipelines import vision_base
+
+                vision_base.check_processor(load_reference(folder)[0])
             if template == CHAT:
                 content["chat"] = read_chat_template(params.prompt, load_reference(folder)[0])
                 write_json(folder / "base.json", content)

@@ -13,7 +13,7 @@ from pipelines.recipe_data import recipe_splits
 from pipelines.runinfo import RunRecord, artifact, hash_inputs, write_jsonl
 from pipelines.schema import Params
 from pipelines.schema_data import Column, PrepareData
-from pipelines.stage import DATA, MANIFEST, SPLITS, main_for
+from pipelines.stage import DATA, SPLITS, main_for, manifest
 
 if TYPE_CHECKING:
     from pipelines.schema_vision import PrepareVisionData, VisionParams
@@ -159,8 +159,9 @@ def run(params: "Params | VisionParams") -> None:
             file = folder / f"{split}.jsonl"
             write_jsonl(file, [item.to_json() for item in splits[split]])
             record.artifacts.append(artifact("dataset", file, DATA / file.name))
-        if (pictures := folder / MANIFEST.name).is_file():
-            record.artifacts.append(artifact("dataset", pictures, MANIFEST))
+        for place in map(manifest, SPLITS):
+            if (pictures := folder / place.name).is_file():
+                record.artifacts.append(artifact("dataset", pictures, place))
         record.extra = {
             "task": section.task,
             **facts,

@@ -20,6 +20,9 @@ PACKAGES = (
     "llama-cpp-python gguf ollama unsloth unsloth_zoo dvc sqlalchemy pandas numpy scipy scikit-learn"
 ).split()
 
+ROOT = Path(__file__).resolve().parents[1]
+"""The project's folder, which code runs from."""
+
 
 class FileError(RuntimeError):
     """A file of an earlier stage that is missing or damaged."""
@@ -50,16 +53,17 @@ def package_versions() -> dict[str, str]:
 def git_state() -> dict[str, Any]:
     """Commit and whether tracked files of the code differ from it; None for both outside a git checkout.
 
-    Asked from the working folder, which may be one inside the project's, as vlm/ is.
+    Asked from the project's folder, wherever a command runs and whatever other repository the project lies in.
     """
-    # The whole checkout, save what DVC writes.
-    where = [":/", *(f":(top,exclude){place}dvc.lock" for place in ("", "vlm/"))]
+    # The whole project, save what DVC writes.
+    where = [".", *(f":(exclude){place}dvc.lock" for place in ("", "vlm/"))]
     try:
         commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=20
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20
         ).stdout.strip()
         status = subprocess.run(
             ["git", "status", "--porcelain", "--untracked-files=no", "--", *where],
+            cwd=ROOT,
             capture_output=True,
             text=True,
             check=True,

@@ -12,6 +12,8 @@ from trainers.settings import Section
 from trainers.vision.settings import VisionTrainSettings
 
 EMBEDDED = "embedded"
+SMOLVLM_FORM = "<|im_start|>User:{prompt}<end_of_utterance>\nAssistant: "
+"""Turn of the user and start of the answer, as the chat template of SmolVLM writes them."""
 
 
 class PrepareVisionData(Section):
@@ -74,10 +76,11 @@ class VisionParams(CommonParams):
                 f"prepare_base.image_size: expected prepare_data.image_size = {drawn}, as pictures are drawn, got "
                 f"{self.prepare_base.image_size}"
             )
-        if embedded and self.prompt.template == CHAT:
+        if self.prompt.template == CHAT:
             problems.append(
-                "prompt.template: the embedded base has no chat template; expected a text with {prompt}, or another "
-                "prepare_base.source"
+                "prompt.template: chat is only in the pipeline for text; chat templates put pictures and the answer in "
+                "places of their own, which no text with {prompt} stands for. Expected the base's form written out, "
+                f"e.g. for SmolVLM {SMOLVLM_FORM!r}"
             )
         if problems:
             raise ValueError("\n".join(problems))

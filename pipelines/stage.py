@@ -12,8 +12,6 @@ import typer
 DATA = Path("data")
 BASE = Path("models/base")
 SPLITS = ("train", "valid", "test", "retention")
-MANIFEST = DATA / "images.sha256"
-"""Where items have pictures: the hash of every one, as `sha256sum --check` reads it in data/."""
 BASE_ARM = "base"
 TRAINERS_CODE = Path(__file__).resolve().parents[1] / "trainers"
 
@@ -65,9 +63,15 @@ def model_name(arm: str, seed: int, first_seed: int) -> str:
     return f"{arm}_model" if arm == BASE_ARM or seed == first_seed else f"{arm}_model:seed{seed}"
 
 
+def manifest(split: str) -> Path:
+    """Where items have pictures: the hash of every one of a split, as `sha256sum --check` reads it in data/."""
+    return DATA / f"images.{split}.sha256"
+
+
 def split_files(*splits: str) -> list[Path]:
     """Files that hold the items of some splits: where items have pictures, also what tells whether one has changed."""
-    return [*(DATA / f"{split}.jsonl" for split in splits), *([MANIFEST] if MANIFEST.is_file() else [])]
+    pictures = [file for split in splits if (file := manifest(split)).is_file()]
+    return [*(DATA / f"{split}.jsonl" for split in splits), *pictures]
 
 
 @contextmanager

@@ -5,8 +5,7 @@ from typing import Any
 
 from evaluation.backends.vision import VisionBackend
 from pipelines.base_model import load_reference
-from pipelines.prompt import chat_facts, prompt_text
-from pipelines.schema_common import CHAT
+from pipelines.prompt import prompt_text
 from pipelines.schema_vision import VisionParams
 from pipelines.stage import BASE, BASE_ARM, DATA, adapter_dir
 
@@ -26,10 +25,8 @@ class VisionModels:
         return []
 
     def facts(self, arm: str, seed: int) -> dict[str, Any]:
-        """Template and stop words; the end token ends an answer in any case."""
-        prompt = self._params.prompt
-        stop = chat_facts()["stop"] if prompt.template == CHAT else []
-        return {"template": prompt_text(prompt), "stop": stop}
+        """Template and stop words: none, since the end token ends an answer in any case."""
+        return {"template": prompt_text(self._params.prompt), "stop": []}
 
     def made_of(self, arm: str, seed: int) -> list[Path]:
         """The base's name and fingerprint, and the adapter without the logs beside it, which hold times."""

@@ -53,18 +53,21 @@ def test_2_what_was_scored_is_what_was_trained(clone):
         adapter = trained["artifacts"][0]
         assert adapter["path"] == f"adapters/{arm}/0/adapter_model.safetensors"
         assert scored["inputs"][adapter["path"]] == adapter["sha256"]
-        assert {"data/images.sha256", "models/base/base.json"} <= scored["inputs"].keys() & trained["inputs"].keys()
+        for record, splits in ((trained, {"train", "valid"}), (scored, {"test", "retention"})):
+            assert {name.split(".")[1] for name in record["inputs"] if name.startswith("data/images.")} == splits
+            assert "models/base/base.json" in record["inputs"]
         assert scored["git"]["commit"] == trained["git"]["commit"] is not None
         assert scored["git"]["dirty"] is True, "params.yaml was changed"
+    manifests = sorted((clone.folder / "data").glob("images.*.sha256"))
     checked = subprocess.run(
-        ["sha256sum", "--check", "--quiet", "images.sha256"],
+        ["sha256sum", "--check", "--quiet", *(file.name for file in manifests)],
         cwd=clone.folder / "data",
         capture_output=True,
         check=False,
     )
     assert checked.returncode == 0
     pictures = {path.name for path in (clone.folder / "data/images").iterdir()}
-    assert len(pictures) == len((clone.folder / "data/images.sha256").read_text().splitlines())
+    assert len(pictures) == sum(len(file.read_text().splitlines()) for file in manifests)
 
 
 def test_3_the_reports_are_about_this_task_and_nothing_exported(clone):

@@ -43,13 +43,18 @@ def sft_trainer_class() -> Any:
 def _encode_text(job: "TrainingJob", tokenizer: Any, examples: Sequence[tuple[str, str]], kind: str) -> Encoded:
     settings = job.settings
     encoded = encode_examples(tokenizer, examples, settings.max_length, leave_out=settings.overlong == "leave_out")
+    say_left_out(encoded, len(examples), kind, settings.max_length)
+    return encoded
+
+
+def say_left_out(encoded: Encoded, count: int, kind: str, max_length: int) -> None:
+    """Print how many of `count` items were too long and are left out, if any were."""
     if encoded.left_out:
         print(
-            f"{encoded.left_out} of {len(examples)} {kind} items are longer than {settings.max_length} tokens and are "
-            f"left out (longest {encoded.longest})",
+            f"{encoded.left_out} of {count} {kind} items are longer than {max_length} tokens and are left out "
+            f"(longest {encoded.longest})",
             flush=True,
         )
-    return encoded
 
 
 def _sft_trainer(settings: TrainSettings, **kwargs: Any) -> Any:

@@ -202,6 +202,7 @@ class PerToken:
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "token_type_ids": types,
+            "labels": ids.clone(),
             "pixel_values": patches,
         }
 
@@ -215,6 +216,33 @@ def test_features_of_tokens_are_padded_and_patches_joined(processor, folder):
     assert torch.equal(
         batch["token_type_ids"] == 1, batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")
     )
+
+
+def test_a_processors_own_labels_reach_no_row(processor, folder):
+    other = HubProcessor(PerToken(processor.tokenizer), folder)
+    asked, taught = other.encode(PROMPT), other.encode(PROMPT, "red")
+    assert "labels" not in asked["images"] and "labels" not in other.collate([asked])
+    labels, head = other.collate([taught])["labels"][0].tolist(), taught["prompt_length"]
+    assert labels == [-100] * head + taught["input_ids"][head:]
+
+
+def test_a_tokenizer_alone_is_refused(processor, folder):
+    with pytest.raises(
+        VisionDataError, match=r"texts and pictures, got \w+: the base is no .*or the pipeline for text"
+    ):
+        HubProcessor(processor.tokenizer, folder)
+
+
+class PaliGemmaProcessor(PerToken):
+    """In the form of the family's own, which ends every prompt with a line break."""
+
+    def __call__(self, text, images, return_tensors):
+        return super().__call__([f"{text[0]}\n"], images, return_tensors)
+
+
+def test_a_family_that_takes_the_answer_apart_is_refused(processor, folder):
+    with pytest.raises(VisionDataError, match=r"got PaliGemmaProcessor: .*Train with grit_vlm\.GRITTrainer"):
+        HubProcessor(PaliGemmaProcessor(processor.tokenizer), folder)
 
 
 def test_a_processor_without_placeholder_is_refused(processor, folder):

@@ -209,6 +209,15 @@ def test_the_training_stages_stay_when_reports_and_servers_change() -> None:
             assert not covered(file, deps), f"{name} reruns when {file} changes"
 
 
+@pytest.mark.parametrize("name", [name for name in STAGES if pipeline(name) == "vlm"])
+def test_a_stage_depends_on_the_pictures_of_its_own_items_alone(name: str) -> None:
+    files = [posixpath.basename(dep) for dep in STAGES[name]["deps"] if posixpath.dirname(dep) == "vlm/data"]
+    splits = {file.removesuffix(".jsonl") for file in files if file.endswith(".jsonl")}
+    pictures = {file.split(".")[1] for file in files if file.startswith("images.")}
+    assert pictures == splits
+    assert not ({"train", "valid"} & splits and {"test", "retention"} & splits)
+
+
 def test_an_allowed_module_is_one_that_exists_and_is_used() -> None:
     used = closure({module_of(name) for name in STAGES}, allowed={})
     assert {*NO_RESULT, *CALLED_ONLY_IN} <= used

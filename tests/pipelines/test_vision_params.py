@@ -11,6 +11,7 @@ from pipelines.config import ConfigError, for_text, load_params, main, parse_par
 from pipelines.schema import Params
 from pipelines.schema_vision import VisionParams
 from pipelines.twin import settings_for
+from trainers.vision.settings import NaturalGradient
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,7 +47,32 @@ def test_a_pipeline_that_there_is_not(raw, word):
         ("prepare_data.image_size", 30, r"prepare_base\.image_size: expected prepare_data\.image_size = 30"),
         ("prepare_base.patch_size", 5, r"prepare_base: image_size: expected a multiple of patch_size 5"),
         ("prepare_base.merge_source", "x", r"prepare_base\.merge_source: unknown key"),
-        ("prompt.template", "chat", r"prompt\.template: the embedded base has no chat template"),
+        (
+            "prompt.template",
+            "chat",
+            r"prompt\.template: chat is only in the pipeline for text; .*for SmolVLM '<\|im_start",
+        ),
+        (
+            "train.unsloth_fused_lora",
+            True,
+            r"train: unsloth_fused_lora: expected false, .*an arm of the pipeline for text",
+        ),
+        (
+            "train.layers",
+            {"vision": {"strategy": "first_n"}},
+            r"train: layers\.vision\.n_layers: FIRST_N wants a whole number",
+        ),
+        (
+            "train.layers",
+            {"vision": {"strateg": "all"}},
+            r"layers\.vision\.strateg: unknown key; did you mean 'strategy'",
+        ),
+        ("train.layers.max_layers_per_modalty", 2, r"unknown key; did you mean 'max_layers_per_modality'\?"),
+        (
+            "arms.grit_vlm.natural_gradient.dampng",
+            0.1,
+            r"natural_gradient\.dampng: unknown key; did you mean 'damping'",
+        ),
         ("evaluate.backend", "ollama", r"evaluate\.backend: .*'hf', got 'ollama'"),
         ("matrix.arms", ["baseline_lora", "grit_vml"], r"unknown arm 'grit_vml'; did you mean 'grit_vlm'\?"),
         ("matrix.arms", ["pure_grit"], r"matrix\.arms: unknown arm 'pure_grit'"),
@@ -111,6 +137,26 @@ def test_a_twin_gets_the_same_settings_by_file(raw, tmp_path):
     params = parse_params(raw)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params.model_dump()))
     assert load_params(tmp_path / "params.yaml") == params
+
+
+def test_every_mistake_in_the_layers_is_said_at_once(raw):
+    raw["train"]["layers"] = {"vision": {"strategy": "last_n"}, "text": {"strategy": "every_nth"}}
+    raw["train"]["unsloth_fused_lora"] = True
+    with pytest.raises(ConfigError) as caught:
+        parse_params(raw)
+    lines = str(caught.value).splitlines()[1:]
+    assert len([line for line in lines if line.startswith("  train: ")]) == 3, lines
+
+
+def test_an_arm_that_sets_nothing_has_the_methods_defaults(raw):
+    defaults = NaturalGradient()
+    raw["arms"] |= {"grit_vlm": {}, "said": {"variant_of": "grit_vlm", "natural_gradient": defaults.model_dump()}}
+    params = parse_params(raw)
+    silent, said = (params.train_for(arm).model_config_of_layers() for arm in ("grit_vlm", "said"))
+    assert silent == said and silent.fisher_damping == defaults.damping
+    assert all(own.enable_natural_gradient and not own.enable_projection for own in silent.modalities.values())
+    beside = settings_for(params, "baseline_lora", "grit_vlm")
+    assert beside.natural_gradient is None and beside.layers == params.train_for("grit_vlm").layers
 
 
 def test_the_baseline_beside_an_arm_has_the_arms_settings_and_its_own_optimizer(raw):

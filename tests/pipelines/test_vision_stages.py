@@ -6,13 +6,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from evaluation.backends import BackendError
 from evaluation.backends.vision import VisionBackend
-from pipelines import evaluate, prepare_base, prepare_data
+from grit_vlm.data import VisionDataError
+from pipelines import evaluate, prepare_base, prepare_data, runinfo, vision_base
 from pipelines.config import ConfigError, parse_params
 from pipelines.runinfo import git_state
-from pipelines.stage import split_files
+from pipelines.stage import SPLITS, split_files
 from tests.vision_sizes import small
 
 
@@ -37,14 +39,18 @@ def test_data_is_the_same_again_and_the_manifest_tells_of_every_picture(here, tm
     other.mkdir()
     monkeypatch.chdir(other)
     prepare_data.run(parse_params(small()))
-    names = [*(f"{split}.jsonl" for split in ("train", "valid", "test", "retention")), "images.sha256"]
+    names = [pattern.format(split) for pattern in ("{}.jsonl", "images.{}.sha256") for split in SPLITS]
     assert [(other / "data" / n).read_bytes() for n in names] == [(here / "data" / n).read_bytes() for n in names]
     made = read("data/run.json")
     assert [Path(a["path"]).name for a in made["artifacts"]] == names
-    assert split_files("test") == [Path("data/test.jsonl"), Path("data/images.sha256")]
+    assert split_files("test") == [Path("data/test.jsonl"), Path("data/images.test.sha256")]
+    listed = [line.split()[1] for split in SPLITS for line in Path(f"data/images.{split}.sha256").open()]
+    assert sorted(listed) == sorted(f"images/{path.name}" for path in Path("data/images").iterdir())
+    assert all(f"images/{split}-" in line for split in SPLITS for line in Path(f"data/images.{split}.sha256").open())
     other_seed = parse_params(small(prepare_data={"seed": 1}))
     prepare_data.run(other_seed)
-    assert (other / "data/images.sha256").read_bytes() != (here / "data/images.sha256").read_bytes()
+    of_both = [[(top / f"data/images.{split}.sha256").read_bytes() for split in SPLITS] for top in (other, here)]
+    assert [one == two for one, two in zip(*of_both, strict=True)] == [False, False, False, True]
 
 
 def test_without_pictures_the_files_of_a_split_are_what_they_were(tmp_path, monkeypatch):
@@ -78,6 +84,33 @@ def test_a_base_of_ones_own_is_referenced(here, tmp_path):
         prepare_base.run(params)
 
 
+def test_a_base_that_no_picture_can_be_shown_to_is_refused_before_training(here, tmp_path):
+    own = tmp_path / "text"
+    own.mkdir()
+    for file in Path("models/base").glob("*token*"):
+        shutil.copy(file, own)
+    LlamaConfig().save_pretrained(own)
+    before = read("models/base/base.json")
+    with pytest.raises(VisionDataError, match=r"expected a processor of texts and pictures, got \w+: the base is no"):
+        prepare_base.run(parse_params(small(prepare_base={"source": str(own)})))
+    assert read("models/base/base.json") == before, "the base before it stands"
+
+
+@pytest.mark.parametrize("changed", ["grit_vlm/data.py", "grit_vlm/pictures.py", "trainers/embedded_vlm.py"])
+def test_a_base_in_training_starts_anew_where_code_has_changed(here, monkeypatch, changed):
+    params, folders, real = parse_params(small()), [], vision_base.hash_inputs
+    monkeypatch.setattr(vision_base, "train_embedded_vlm", lambda *arguments: folders.append(arguments[-1]) or {})
+    section = params.prepare_base.model_copy(update={"examples": 2})
+
+    def hashes(*paths):
+        return {file: "other" if file.endswith(changed) else value for file, value in real(*paths).items()}
+
+    for hash_inputs in (real, real, hashes):
+        monkeypatch.setattr(vision_base, "hash_inputs", hash_inputs)
+        vision_base.train_base(section, params.prompt.template, here / "unused")
+    assert folders[0] == folders[1] != folders[2]
+
+
 def test_an_interrupted_evaluation_goes_on_with_the_answers_it_has(here, monkeypatch):
     params = parse_params(small())
     answer = VisionBackend.generate_ids
@@ -99,18 +132,23 @@ def test_an_interrupted_evaluation_goes_on_with_the_answers_it_has(here, monkeyp
     assert len(rows) == 36 + 21 and len({row["item_id"] for row in rows}) == len(rows)
 
 
-def test_code_outside_of_the_working_folder_counts_as_changed(tmp_path, monkeypatch):
-    (tmp_path / "vlm").mkdir()
-    files = [tmp_path / name for name in ("code.py", "dvc.lock", "vlm/dvc.lock")]
-    for file in files:
+@pytest.mark.parametrize("place", [".", "inside/another"])
+def test_code_outside_of_the_working_folder_counts_as_changed(tmp_path, monkeypatch, place):
+    project = tmp_path / place
+    (project / "vlm").mkdir(parents=True)
+    files = [project / name for name in ("code.py", "dvc.lock", "vlm/dvc.lock")]
+    for file in (*files, tmp_path / "others.py"):
         file.write_text("as committed")
-    monkeypatch.chdir(tmp_path / "vlm")
+    monkeypatch.setattr(runinfo, "ROOT", project)
+    monkeypatch.chdir(project / "vlm")
     identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
     for command in (["init", "--quiet"], ["add", "--all"], [*identity, "commit", "--quiet", "-m", "first"]):
         subprocess.run(["git", *command], check=True, cwd=tmp_path)
     for file in files[1:]:
         file.write_text("changed")
-    assert git_state()["dirty"] is False, "what DVC writes is no code"
+    if place != ".":
+        (tmp_path / "others.py").write_text("changed")
+    assert git_state()["dirty"] is False, "what DVC writes is no code, nor what lies outside of the project"
     files[0].write_text("changed")
     assert git_state()["dirty"] is True
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from grit_vlm.data import VisionProcessor, load_processor
 from grit_vlm.models.vlm_adapter import VLMGRITAdapter
-from trainers.common import Arm, TrainingJob
+from trainers.common import Arm, TrainingJob, say_left_out
 from trainers.data import Encoded, EncodingError
 from trainers.models import load_base_model
 from trainers.settings import BaseReference, TrainSettings
@@ -50,7 +50,9 @@ def encode(job: TrainingJob, tokenizer: Any, examples: Sequence[tuple[str, str]]
         )
     if not kept:
         raise EncodingError(f"expected at least one {kind} item of at most {settings.max_length} tokens, got none")
-    return Encoded(VisionItems(processor, kept), left_out, longest)
+    encoded = Encoded(VisionItems(processor, kept), left_out, longest)
+    say_left_out(encoded, len(examples), kind, settings.max_length)
+    return encoded
 
 
 def load_model(base: BaseReference, settings: TrainSettings) -> Any:

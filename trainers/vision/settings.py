@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from grit_vlm.config import LayerSelectionStrategy, ModalityConfig, ModelGRITConfig, get_model_config
-from grit_vlm.config.model_configs import MODALITIES
+from grit_vlm.config.model_configs import MODALITIES, ModelConfigError
 from grit_vlm.core.grit_lora import GRITLoRAConfig
 from trainers.settings import Positive, Section, TrainSettings
 
@@ -95,8 +95,21 @@ class VisionTrainSettings(TrainSettings):
 
     @model_validator(mode="after")
     def _nothing_of_text_arms(self) -> Self:
+        problems = []
         if self.grit is not None:
-            raise ValueError("grit: expected natural_gradient, which vision arms have instead; got grit")
+            problems.append("grit: expected natural_gradient, which vision arms have instead; got grit")
+        if self.unsloth_fused_lora:
+            problems.append(
+                "unsloth_fused_lora: expected false, since Unsloth's kernels belong to an arm of the pipeline for "
+                "text, hybrid_grit; got true"
+            )
+        try:
+            self.model_config_of_layers().validate()
+        except ModelConfigError as error:
+            own = tuple(f"{modality}." for modality in MODALITIES)
+            problems += [f"layers.{line}" if line.startswith(own) else line for line in str(error).splitlines()]
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     def with_method_of(self, other: TrainSettings) -> Self:
@@ -109,8 +122,11 @@ class VisionTrainSettings(TrainSettings):
         return self.natural_gradient.warmup_steps if self.natural_gradient else 0
 
     def model_config_of_layers(self) -> ModelGRITConfig:
-        """Layers, ranks and estimates as `grit_vlm` takes them."""
-        method = self.natural_gradient or NaturalGradient(preconditioning=False)
+        """Layers, ranks and estimates as `grit_vlm` takes them; without natural_gradient its defaults.
+
+        The baseline gets these too, and makes no use of them: it never opens the adapter's manager.
+        """
+        method = self.natural_gradient or NaturalGradient()
         name = self.layers.configuration
         config = get_model_config(name) if name else ModelGRITConfig()
         for modality in MODALITIES:
