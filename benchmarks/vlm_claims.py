@@ -4,7 +4,7 @@ Documents 000 and 001 say: 38% fewer parameters, 60% faster convergence, at most
 is measured per seed, the arm against the baseline of the same seed, and given with the 95% interval of Student's t over
 the seeds (of ratios, over their logarithms). Convergence is the steps until the arm's validation loss is the baseline's
 last one, interpolated between evaluations, over the baseline's steps; memory is what torch's tensors held at most in a
-process of its own, by `benchmarks.vlm_overhead`, and beside it the whole process's peak. The accuracy here is over
+process of its own, by `benchmarks.vlm_memory`, and beside it the whole process's peak. The accuracy here is over
 seeds alone; the report's is over seeds and items. Run as `python -m benchmarks.vlm_claims` after `make repro-vlm`.
 """
 
@@ -127,8 +127,8 @@ def main() -> None:
             shown(row["process_memory_ratio"]),
         )
     Console(width=200).print(table)
-    overhead = RESULTS / "vlm_overhead.json"
-    memory = json.loads(overhead.read_text(encoding="utf-8"))["rows"] if overhead.is_file() else []
+    measured = RESULTS / "vlm_memory.json"
+    memory = json.loads(measured.read_text(encoding="utf-8"))["rows"] if measured.is_file() else []
     for row in memory:
         print(f"memory at SmolVLM-256M's widths, {row['configuration']}, {row['estimate']}: {row['memory_ratio']:.3f}")
     plainly = json.loads(

@@ -1,11 +1,9 @@
-"""What GRIT-VLM costs at the widths of SmolVLM-256M: steps of vanilla LoRA and of each estimate in turn; peak memory.
+"""What GRIT-VLM costs at the widths of SmolVLM-256M: steps of vanilla LoRA and of each estimate in turn.
 
 The model has SmolVLM-256M's widths and depths and random weights; LoRA is that of the ready configurations
 smolvlm_fast and smolvlm_256m. A block is ten steps of each, the interval at which estimates are updated, so that the
-update falls into it; the ratio is that of the block's total times. Memory is the peak of all tensors that torch holds,
-model and optimizer included, in three steps of one image of
---memory-image pixels, all of which update the estimates. Run as `python -m benchmarks.vlm_overhead`, on an idle
-machine.
+update falls into it; the ratio is that of the block's total times. Memory: `benchmarks.vlm_memory`. Run as
+`python -m benchmarks.vlm_overhead`, on an idle machine.
 """
 
 import argparse
@@ -17,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._harness import peak_tensor_bytes, write
+from benchmarks._harness import write
 from grit_vlm import GRITLoRAConfig, VLMGRITAdapter, create_grit_optimizer
 
 VISION = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
@@ -97,18 +95,7 @@ class Loop:
         return time.perf_counter() - started
 
 
-def peak_bytes(configuration: str, estimate: str | None, image: int) -> int:
-    """Most bytes in tensors at any moment of three steps, model and optimizer included."""
-
-    def work() -> None:
-        loop = Loop(configuration, estimate, image, batch=1)
-        for _ in range(3):
-            loop.step()
-
-    return peak_tensor_bytes(work)
-
-
-def compare(configuration: str, image: int, memory_image: int, blocks: int) -> list[dict[str, Any]]:
+def compare(configuration: str, image: int, blocks: int) -> list[dict[str, Any]]:
     """Rows of the table for one configuration."""
     loops: dict[str, Loop] = {"vanilla": Loop(configuration, None, image)}
     loops |= {estimate: Loop(configuration, estimate, image) for estimate in ESTIMATES}
@@ -125,7 +112,6 @@ def compare(configuration: str, image: int, memory_image: int, blocks: int) -> l
         for name, total in sums.items():
             seconds[name].append(total / BLOCK)
     plain = loops["vanilla"]
-    plain_bytes = peak_bytes(configuration, None, memory_image)
     rows = []
     for estimate in ESTIMATES:
         ratios = [own / other for own, other in zip(seconds[estimate], seconds["vanilla"], strict=True)]
@@ -141,8 +127,6 @@ def compare(configuration: str, image: int, memory_image: int, blocks: int) -> l
                 "step_time_ratio_high": max(ratios),
                 "blocks": ratios,
                 "vanilla_ms_per_step": 1000 * statistics.median(seconds["vanilla"]),
-                "memory_ratio": peak_bytes(configuration, estimate, memory_image) / plain_bytes,
-                "vanilla_peak_bytes": plain_bytes,
             }
         )
     return rows
@@ -153,32 +137,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--image", type=int, default=128, help="pixels a side, a multiple of 64 (default 128)")
     parser.add_argument("--blocks", type=int, default=3, help="blocks of ten steps (default 3)")
-    parser.add_argument(
-        "--memory-image", type=int, default=512, help="the same, where memory is measured (default 512)"
-    )
     given = parser.parse_args()
-    rows = [
-        row
-        for name in ("smolvlm_fast", "smolvlm_256m")
-        for row in compare(name, given.image, given.memory_image, given.blocks)
-    ]
+    rows = [row for name in ("smolvlm_fast", "smolvlm_256m") for row in compare(name, given.image, given.blocks)]
     table = Table(
-        "configuration", "estimate", "parameters", "step time / vanilla [min, max]", "vanilla ms", "memory / vanilla",
+        "configuration", "estimate", "parameters", "step time / vanilla [min, max]", "vanilla ms",
         title="GRIT-VLM at SmolVLM-256M's widths",
     )  # fmt: skip
     for row in rows:
         spread = f"{row['step_time_ratio']:.3f} [{row['step_time_ratio_low']:.3f}, {row['step_time_ratio_high']:.3f}]"
         table.add_row(
             row["configuration"], row["estimate"], f"{row['trainable_parameters']:,}", spread,
-            f"{row['vanilla_ms_per_step']:.0f}", f"{row['memory_ratio']:.3f}",
+            f"{row['vanilla_ms_per_step']:.0f}",
         )  # fmt: skip
     Console().print(table)
     write(
         "vlm_overhead",
-        "Step time and memory with GRIT-VLM over vanilla LoRA, SmolVLM-256M's widths",
+        "Step time with GRIT-VLM over vanilla LoRA, SmolVLM-256M's widths",
         rows=rows,
         image=given.image,
-        memory_image=given.memory_image,
         threads=torch.get_num_threads(),
     )
 
