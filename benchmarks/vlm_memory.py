@@ -1,8 +1,10 @@
 """Memory of GRIT-VLM at the widths of SmolVLM-256M: peak of all tensors that torch holds, against vanilla LoRA.
 
-Model, LoRA and batch are those of `benchmarks.vlm_overhead`, with one image of 512 pixels; the peak is over three steps,
-all of which update the estimates, model and optimizer included. Run as `python -m benchmarks.vlm_memory`.
+Model, LoRA and batch are those of `benchmarks.vlm_overhead`, with one image of 512 pixels; the peak is over three
+steps, all of which update the estimates, model and optimizer included. Run as `python -m benchmarks.vlm_memory`.
 """
+
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -28,7 +30,7 @@ def peak_bytes(configuration: str, estimate: str | None) -> int:
 
 def main() -> None:
     """Measure and write the result."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for configuration in CONFIGURATIONS:
         plain = peak_bytes(configuration, None)
         for estimate in ESTIMATES:
