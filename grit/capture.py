@@ -98,6 +98,10 @@ class HookCapture:
             handle.remove()
         self._handles.clear()
 
+    def saw_tokens(self) -> bool:
+        """Whether backward passes have come whose tokens are not taken up yet."""
+        return any(bool(sums.tokens.any()) for sums in self.sums)
+
     def clear(self) -> None:
         """Forget what was added up."""
         for sums in self.sums:

@@ -5,7 +5,6 @@ import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -41,7 +40,10 @@ class GRITManager:
         skipped: Steps left out because of NaN or infinite gradients.
         history: Records of spectra, ranks, effects and events, ready for JSON.
         capture: The hooks; None while closed or where capture is "gradients".
+        log: Module that makes the records.
     """
+
+    log: Any = records
 
     def __init__(
         self,
@@ -104,7 +106,7 @@ class GRITManager:
         Raises:
             NotAppliedError: see `check_applied`.
         """
-        saw_something = self.capture is not None and any(bool(s.tokens.any()) for s in self.capture.sums)
+        saw_something = self.capture is not None and self.capture.saw_tokens()
         if self.capture is not None:
             self.capture.close()
             self.capture = None
@@ -118,9 +120,7 @@ class GRITManager:
     def __enter__(self) -> "GRITManager":
         return self.open()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.close(check=error is None)
 
     def pairs(self) -> list[LoraPair]:
@@ -229,10 +229,10 @@ class GRITManager:
         """After the weights have moved: reproject if it is time, write records, prepare the next step."""
         self.applied_steps += 1
         if self.step % self.config.log_freq == 0:
-            self.add_record(records.effect(self))
-            self.last_metrics |= records.summary(self)
+            self.add_record(self.log.effect(self))
+            self.last_metrics |= self.log.summary(self)
             if self.config.log_fisher_spectrum:
-                self.add_record(records.spectra(self))
+                self.add_record(self.log.spectra(self))
         self._advance()
         if schedule.reprojection_due(self.config, self.step, self.trend):
             self.neural_reprojection(optimizer)
@@ -259,7 +259,7 @@ class GRITManager:
         """
         if not self.keeps_ranks and schedule.final_shrink_due(self.config, self.step):
             self.neural_reprojection(optimizer, shrink=True)
-        self.add_record(records.final(self))
+        self.add_record(self.log.final(self))
 
     def observe_loss(self, loss: float) -> None:
         """The mean loss of a step, for the adaptive schedule."""

@@ -163,6 +163,16 @@ def spectra(manager: "GRITManager") -> dict[str, Any]:
     return {"kind": "spectra", "layers": layers}
 
 
+def totals(manager: "GRITManager") -> dict[str, Any]:
+    """Capture and counts of a whole training."""
+    return {
+        "capture": manager.capture_kinds(),
+        "skipped_steps": manager.skipped,
+        "inversions": manager.inversions,
+        "failed_inversions": manager.failed_inversions,
+    }
+
+
 def final(manager: "GRITManager") -> dict[str, Any]:
     """The last record: final ranks (final_k_a, final_k_b, base_r of the documents), capture, totals, heat maps."""
     from grit.rank_events import can_reproject, plan
@@ -177,10 +187,7 @@ def final(manager: "GRITManager") -> dict[str, Any]:
     record: dict[str, Any] = {
         "kind": "final",
         "ranks": ranks,
-        "capture": manager.capture_kinds(),
-        "skipped_steps": manager.skipped,
-        "inversions": manager.inversions,
-        "failed_inversions": manager.failed_inversions,
+        **totals(manager),
         "effect": effect(manager),
         "spectra": spectra(manager)["layers"],
     }

@@ -6,7 +6,6 @@ byte-pair tokenizer that it does not know is refused.
 
 import json
 import random
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from trainers.checkpoints import latest_complete
+from trainers.base_training import base_arguments, save_base, train_base
 from trainers.data import encode_example
 from trainers.settings import Section
 
@@ -233,9 +232,8 @@ def train_embedded_base(
     Returns:
         Numbers for run.json.
     """
-    import torch
     from datasets import Dataset
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     class WeightedTrainer(Trainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
@@ -254,43 +252,14 @@ def train_embedded_base(
             "prompt_length": [encoded[i][1] for i in order],
         }
     )
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        num_train_epochs=1,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=min(100, len(examples) // settings.batch_size // 10),
-        weight_decay=0.01,
-        adam_beta2=0.98,
-        max_grad_norm=1.0,
-        bf16=settings.precision == "bf16",
-        train_sampling_strategy="sequential",
-        save_strategy="steps",
-        save_steps=500,
-        save_total_limit=1,
-        logging_steps=100,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        remove_unused_columns=False,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=False,
-    )
+    arguments = base_arguments(settings, len(examples), checkpoints, save_steps=500, logging_steps=100)
     trainer = WeightedTrainer(
         model=model, args=arguments, train_dataset=dataset, data_collator=_Collator(tokenizer.pad_token_id)
     )
-    checkpoint = latest_complete(checkpoints)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    model.generation_config.do_sample = False
-    model.to(torch.float16).save_pretrained(output)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    facts = train_base(trainer, checkpoints)
+    save_base(model, output, checkpoints)
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        **facts,
         "vocabulary": len(tokenizer),
-        "steps": trainer.state.global_step,
         "tokens": sum(len(tokens) for tokens, _ in encoded),
-        "final_loss": losses[-1] if losses else None,
     }

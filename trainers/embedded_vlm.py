@@ -3,7 +3,6 @@
 A vision tower in SigLIP's form, a linear connector and a Llama, as in Idefics3 and SmolVLM; only the sizes differ.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +11,7 @@ from pydantic import Field, model_validator
 
 from grit_vlm.data import IMAGE_TOKEN, EmbeddedProcessor
 from grit_vlm.pictures import without_references
-from trainers.checkpoints import latest_complete
+from trainers.base_training import base_arguments, save_base, train_base
 from trainers.data import EncodingError
 from trainers.embedded_base import INITIALIZER_RANGE, batched_order, tokenizer_texts, train_tokenizer
 from trainers.settings import Section
@@ -149,8 +148,7 @@ def train_embedded_vlm(
         grit_vlm.data.VisionDataError: a picture is missing or cannot be read.
         EncodingError: prepare_base.context is too short for a question.
     """
-    import torch
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     tokenizer = train_vision_tokenizer(tokenizer_texts(examples), settings.vocab_size, output)
     model = build_model(settings, tokenizer)
@@ -160,45 +158,16 @@ def train_embedded_vlm(
     if max(lengths) > settings.context:
         raise EncodingError(f"prepare_base.context: expected at least {max(lengths)} tokens, got {settings.context}")
     order = batched_order(lengths, settings.batch_size, settings.seed)
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        num_train_epochs=1,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=min(100, len(examples) // settings.batch_size // 10),
-        weight_decay=0.01,
-        adam_beta2=0.98,
-        max_grad_norm=1.0,
-        bf16=settings.precision == "bf16",
-        train_sampling_strategy="sequential",
-        save_strategy="steps",
-        save_steps=100,
-        save_total_limit=1,
-        logging_steps=50,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        remove_unused_columns=False,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=False,
-    )
+    arguments = base_arguments(settings, len(examples), checkpoints, save_steps=100, logging_steps=50)
     trainer = Trainer(
         model=model, args=arguments, train_dataset=[rows[i] for i in order], data_collator=processor.collate
     )
-    checkpoint = latest_complete(checkpoints)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    model.generation_config.do_sample = False
+    facts = train_base(trainer, checkpoints)
     model.config.use_cache = True  # the Trainer turned it off
-    model.to(torch.float16).save_pretrained(output)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    save_base(model, output, checkpoints)
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        **facts,
         "vocabulary": len(tokenizer),
-        "steps": trainer.state.global_step,
         "tokens": sum(lengths),
         "image_tokens": settings.image_seq_len,
-        "final_loss": losses[-1] if losses else None,
     }

@@ -70,6 +70,7 @@ class TokenCapture(HookCapture):
         """
         self._takers, self._without_mask = list(takers), frozenset(without_mask)
         self._open: dict[int, _Note] = {}
+        self._saw = False
         super().__init__(model, [LayerGroup([pair]) for pair in pairs], normalize=True)
         for g, pair in enumerate(pairs):
             module_b = pair.layer.lora_B[pair.adapter]
@@ -105,7 +106,12 @@ class TokenCapture(HookCapture):
         if keep is not None and keep.shape[0] == flat[0].shape[0] and not bool(keep.all()):
             flat = [t[keep.to(t.device)] for t in flat]
         note.e = None
+        self._saw = True
         self._takers[g](Tokens(*flat))
+
+    def saw_tokens(self) -> bool:
+        """Whether any backward pass has come."""
+        return self._saw
 
     def clear(self) -> None:
         """Forget forward passes whose backward pass has not come."""

@@ -12,7 +12,7 @@ from grit import records
 if TYPE_CHECKING:
     from grit_vlm.core.manager import FisherManager
 
-_NUMBERS = ("step", "skipped", "applied_steps", "inversions", "_skipped_in_a_row", "_saw")
+_NUMBERS = ("step", "skipped", "applied_steps", "inversions", "_skipped_in_a_row")
 
 
 def save(manager: FisherManager) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grit import factors
-from grit.records import NO_EFFECT_COSINE
+from grit.records import NO_EFFECT_COSINE, totals
 from grit_vlm.core.fisher_info import FisherInformationMatrix, Side
 from probes.readings import LayerReading
 
@@ -130,10 +130,7 @@ def final(manager: FisherManager) -> dict[str, Any]:
     return {
         "kind": "final",
         "ranks": {pair.name: {"base_r": manager.base_rank[pair.name], "r": pair.rank} for pair in manager.pairs()},
-        "capture": manager.capture_kinds(),
-        "skipped_steps": manager.skipped,
-        "inversions": manager.inversions,
-        "failed_inversions": manager.failed_inversions,
+        **totals(manager),
         "effect": effect(manager),
         "spectra": spectra(manager)["layers"],
     }

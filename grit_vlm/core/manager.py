@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from grit import GRITConfig, GRITManager, records
-from grit.checks import check_applied
 from grit.distributed import world_size
 from grit.errors import CaptureError
 from grit.layers import GritLayerError, LoraPair
 from grit.state import GroupState
 from grit_vlm.core import budgets, checkpoint, log
-from grit_vlm.core.capture import TokenCapture, Tokens, first_tokens
+from grit_vlm.core.capture import TokenCapture, first_tokens
 from grit_vlm.core.fisher_info import SIDES
 from grit_vlm.core.moments import Moments
 from grit_vlm.core.preconditioning import precondition
@@ -51,6 +50,8 @@ class FisherManager(GRITManager):
         total_steps: Over which they go from start to end.
         adaptive: Whether mode eigen_adamw shortens steps to the trust region `kl_clip` too, as mode sgd does.
     """
+
+    log = log
 
     def __init__(
         self,
@@ -95,9 +96,7 @@ class FisherManager(GRITManager):
         frequencies = {layer.config.fisher_update_freq for layer in self.grit_layers.values()}
         if len(frequencies) > 1:
             raise GritLayerError(f"fisher_update_freq: expected one for all layers, got {sorted(frequencies)}")
-        self._frequency = frequencies.pop()
         self.vision_inputs: Tensor | None = None
-        self._saw = False
         for layer in self.grit_layers.values():
             if layer.manager is not None:
                 layer.manager.close(check=False)
@@ -114,7 +113,6 @@ class FisherManager(GRITManager):
     def set_update_freq(self, steps: int | None) -> None:
         """Let estimates be updated at this interval from now on; None: as they were."""
         if steps is not None:
-            self._frequency = steps
             for layer in self.grit_layers.values():
                 layer.config = dataclasses.replace(layer.config, fisher_update_freq=steps)
                 layer.fisher_matrix.update_freq = steps
@@ -140,29 +138,11 @@ class FisherManager(GRITManager):
             )
         if self.capture is None:
             pairs = self.pairs()
-            takers = [self._taker(self.by_pair[pair.name]) for pair in pairs]
+            takers = [self.by_pair[pair.name].take for pair in pairs]
             no_text = [pair.name for pair in pairs if self.modality[self.names[pair.name]] in ("vision", "cross_modal")]
             self.capture = TokenCapture(self.model, pairs, takers, no_text)
             self._switch_capture()
         return self
-
-    def _taker(self, layer: GRITLoRALinear) -> Any:
-        def take(tokens: Tokens) -> None:
-            self._saw = True
-            layer.take(tokens)
-
-        return take
-
-    def close(self, check: bool = True) -> None:
-        """Take the hooks off, and name layers that never reported; see `grit.GRITManager`."""
-        if self.capture is not None:
-            self.capture.close()
-            self.capture = None
-        if check:
-            check_applied(self.applied_steps, self._saw)
-            if self.applied_steps and (silent := self.unreported()):
-                logger.warning("GRIT: %d layers never reported statistics: %s", len(silent), ", ".join(silent))
-                self.add_record({"kind": "unreported", "layers": silent})
 
     def layers(self) -> Iterator[tuple[GroupState, int, LoraPair]]:
         """None: what is stepped through here are factors of GRIT's own."""
@@ -272,20 +252,6 @@ class FisherManager(GRITManager):
     def add_regularizers(self) -> None:
         """None here."""
 
-    def end_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """After the weights have moved: write records, prepare the next step."""
-        self.applied_steps += 1
-        if self.step % self.config.log_freq == 0:
-            self.add_record(log.effect(self))
-            self.last_metrics |= log.summary(self)
-            if self.config.log_fisher_spectrum:
-                self.add_record(log.spectra(self))
-        self._advance()
-
-    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Write the last record."""
-        self.add_record(log.final(self))
-
     def observe_loss(self, loss: float) -> None:
         """The mean loss of a step, for adaptive projection schedules."""
         for schedule in self.schedules.values():
@@ -298,7 +264,8 @@ class FisherManager(GRITManager):
 
     def _switch_capture(self) -> None:
         if self.capture is not None:
-            self.capture.active = self.step % self._frequency == 0 or self.step < self._frequency
+            fisher = next(iter(self.grit_layers.values())).fisher_matrix  # all have one interval
+            self.capture.active = fisher.due(self.step) or self.step < fisher.update_freq
 
     # For the probe, and checkpoints
 

@@ -138,6 +138,7 @@ def test_a_ready_optimizer_is_clipped_and_told_the_steps(tmp_path):
     )
     before = [p.detach().clone() for p in adapter.get_trainable_parameters()]
     trainer.train()
-    assert adapter.manager.total_steps == 2 and adapter.manager._frequency == 7
+    assert adapter.manager.total_steps == 2
+    assert all(layer.fisher_matrix.update_freq == 7 for layer in adapter.grit_layers.values())
     moved = [(p.detach() - old).norm() for p, old in zip(adapter.get_trainable_parameters(), before, strict=True)]
     assert 0 < max(moved) < 1e-8
