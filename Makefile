@@ -1,4 +1,4 @@
-# make repro: the whole pipeline.  make repro-vlm: that for a vision-language model.  make test: the tests.  See README.md.
+# make repro: the whole pipeline (PROFILE=vision: for a vision-language model).  make test: the tests.  See README.md.
 VENV    ?= .venv
 PYTHON  ?= python3
 PROFILE ?=
@@ -9,7 +9,7 @@ BIN  := $(VENV)/bin
 DONE := $(VENV)/.installed
 RUN  := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: setup repro repro-vlm serve test check format bench probe-faults clean lock
+.PHONY: setup repro serve test check format bench probe-faults clean lock
 
 setup: $(DONE)
 
@@ -29,14 +29,8 @@ $(DONE): requirements.lock requirements-unsloth.lock pyproject.toml
 repro: setup
 	$(if $(PROFILE),$(RUN) python -m pipelines.profile $(PROFILE))
 	$(RUN) dvc repro
-	$(RUN) python -m evaluation.compare_all --db "$$($(BIN)/python -m pipelines.config --get compare.database)"
+	$(RUN) python -m evaluation.compare_all --db "$$($(BIN)/python -m pipelines.check --get compare.database)"
 	@echo "report: outputs/report.html (and outputs/grit_evaluation.md)"
-
-# PYTHONPATH: from vlm/ the code of this working copy is found, also where another one is installed.
-repro-vlm: setup
-	cd vlm && $(RUN) dvc repro
-	cd vlm && $(RUN) PYTHONPATH=.. python -m evaluation.compare_all --db "$$(PYTHONPATH=.. $(abspath $(BIN))/python -m pipelines.config --get compare.database)"
-	@echo "report: vlm/outputs/report.html (and vlm/outputs/grit_evaluation.md)"
 
 # Exported models onto the Ollama server at OLLAMA_HOST, each checked prompt by prompt in both modes.
 serve: setup
@@ -55,14 +49,15 @@ format: setup
 	$(RUN) ruff format .
 	$(RUN) ruff check --fix .
 
-# Benchmarks of what `make repro-vlm` leaves in vlm/.
-NEED_VLM := vlm_claims vlm_tuning
+# Those of GRIT-VLM need what `make repro PROFILE=vision` leaves; without it they are skipped.
+NEED_VISION := vlm_claims vlm_tuning
 
 bench: setup
 	@for script in benchmarks/[a-z]*.py; do \
 		name=$$(basename $$script .py); \
-		case " $(NEED_VLM) " in *" $$name "*) \
-			if [ ! -d vlm/adapters ]; then echo "$$name: skipped, it needs what \`make repro-vlm\` makes"; continue; fi;; \
+		case " $(NEED_VISION) " in *" $$name "*) \
+			if ! grep -qs '"pictures": true' models/base/base.json; then \
+				echo "$$name: skipped, it needs what \`make repro PROFILE=vision\` makes"; continue; fi;; \
 		esac; \
 		$(RUN) python -m benchmarks.$$name || exit 1; \
 	done
@@ -71,11 +66,10 @@ bench: setup
 probe-faults: setup
 	$(RUN) python -m benchmarks.probe_faults
 
-# What the stages made; DVC's cache and the environment stay, and databases: they alone have the runs of other tasks.
+# What the stages made. DVC's cache and the environment stay, and so do the results of all runs: runs/ and databases.
 clean:
-	rm -rf data models adapters verdicts gguf verified quantized measured scores checkpoints attempts logs
-	cd vlm && rm -rf data models adapters verdicts scores checkpoints attempts logs
-	for kept in outputs vlm/outputs; do if [ -d $$kept ]; then find $$kept -mindepth 1 -maxdepth 1 ! -name "*.db" ! -name "*.db-*" ! -name "*.sqlite*" -exec rm -rf {} +; fi; done
+	rm -rf data models adapters verdicts gguf verified quantized measured scores checkpoints logs
+	if [ -d outputs ]; then find outputs -mindepth 1 -maxdepth 1 ! -name "*.db" ! -name "*.db-*" ! -name "*.sqlite*" -exec rm -rf {} +; fi
 
 lock: setup
 	$(BIN)/python -m pip freeze --exclude-editable --exclude torch --exclude unsloth --exclude unsloth_zoo > requirements.lock.partial

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.runinfo import git_state, package_versions, torch_device
+from db.files import git_state, package_versions, torch_device
 
 RESULTS = Path(__file__).parent / "results"
 

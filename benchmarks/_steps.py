@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from grit import GRITConfig, GRITManager, GritOptimizer
-from probes import Probe, grit_readings
+from probes import Probe
 
 # hidden size, MLP size, layers, heads, vocabulary, items a batch, tokens an item, blocks
 SHAPES = {128: (384, 4, 4, 640, 16, 48, 6), 1024: (2816, 2, 8, 640, 4, 64, 3)}
@@ -55,7 +55,7 @@ class Loop:
         self.manager = GRITManager(self.model, config) if config else None
         self.optimizer: Any = GritOptimizer(inner, self.manager, max_grad_norm=1.0) if self.manager else inner
         if probe_every:
-            readings = grit_readings(self.manager) if self.manager else None
+            readings = self.manager.readings if self.manager else None
             Probe(self.model, self.optimizer, every=probe_every, max_grad_norm=1.0, readings=readings).open()
 
     def step(self) -> float:

@@ -1,4 +1,4 @@
-"""What GRIT costs: the same loop with AdamW alone and with GRIT, steps in turn; peak memory; where the time goes.
+"""What GRIT costs: the same loop with AdamW alone and with GRIT, steps in turn; peak memory.
 
 A block is 50 steps of each, so that every periodic piece of work (statistics, inversion, reprojection, records) falls
 into it; the ratio is that of the block's total times. Memory is the peak of all tensors that torch holds, from an empty
@@ -6,16 +6,13 @@ process to the end of 12 steps. Run as `python -m benchmarks.grit_overhead`, on 
 """
 
 import statistics
-import time
-from collections import defaultdict
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks._harness import peak_tensor_bytes, write
-from benchmarks._steps import BLOCK, SHAPES, Loop, block_ratios
+from benchmarks._steps import SHAPES, Loop, block_ratios
 from grit import GRITConfig
 
 MEMORY_STEPS = 12
@@ -32,42 +29,9 @@ def peak_bytes(hidden: int, config: GRITConfig | None) -> int:
     return peak_tensor_bytes(work)
 
 
-def where_time_goes(hidden: int, config: GRITConfig) -> dict[str, float]:
-    """Milliseconds a step in each part of GRIT's work, over one block."""
-    loop = Loop(hidden, config)
-    manager, optimizer = loop.manager, loop.optimizer
-    spent: dict[str, float] = defaultdict(float)
-    if manager is None:
-        raise ValueError("expected a configuration of GRIT")
-
-    def timed(owner: Any, name: str, label: str) -> None:
-        inner = getattr(owner, name)
-
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                spent[label] += time.perf_counter() - started
-
-        setattr(owner, name, wrapper)
-
-    timed(manager, "update_statistics", "statistics")
-    timed(manager, "update_and_invert_factors", "inversion")
-    timed(manager, "precondition_gradients", "preconditioning")
-    timed(optimizer, "_eigen_step", "step in the eigenbasis (replaces AdamW's)")
-    timed(manager, "end_step", "reprojection and records")
-    timed(optimizer, "_step", "whole optimizer step")
-    if manager.capture is not None:
-        timed(manager.capture, "_add", "hooks in the backward pass")
-    for _ in range(BLOCK):
-        loop.step()
-    return {label: 1000 * seconds / BLOCK for label, seconds in spent.items()}
-
-
 def main() -> None:
     """Measure and write the result."""
-    console, rows = Console(), []
+    rows = []
     table = Table(
         "hidden", "kfac_update_freq", "step time / plain [min, max]", "plain ms", "memory / plain", title="GRIT"
     )
@@ -77,7 +41,6 @@ def main() -> None:
             config = GRITConfig(kfac_update_freq=freq)
             ratios, plain = block_ratios(Loop(hidden, None), Loop(hidden, config), SHAPES[hidden][-1])
             memory = peak_bytes(hidden, config) / plain_bytes
-            parts = where_time_goes(hidden, config)
             rows.append(
                 {
                     "hidden_size": hidden,
@@ -88,15 +51,11 @@ def main() -> None:
                     "blocks": ratios,
                     "plain_ms_per_step": 1000 * plain,
                     "memory_ratio": memory,
-                    "ms_per_step": parts,
                 }
             )
             spread = f"{statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"
             table.add_row(str(hidden), str(freq), spread, f"{1000 * plain:.1f}", f"{memory:.4f}")
-            console.print(
-                f"hidden {hidden}, kfac_update_freq {freq}, ms a step: ", {k: round(v, 3) for k, v in parts.items()}
-            )
-    console.print(table)
+    Console().print(table)
     write(
         "grit_overhead", "Step time and memory with GRIT over AdamW alone", rows=rows, threads=torch.get_num_threads()
     )

@@ -6,11 +6,12 @@ Needs what `make repro` leaves. Run as `python -m benchmarks.inference`.
 from pathlib import Path
 
 from benchmarks._harness import alternate, report
-from evaluation.backends.hf import HfBackend
-from evaluation.backends.llama_cpp import LlamaCppBackend
+from db.files import read_json, read_jsonl
 from evaluation.tasks import Item
+from export.engines.base import LocalEngine
+from export.engines.hf import HfEngine
+from export.engines.llama_cpp import LlamaCppEngine
 from pipelines.base_model import load_reference
-from pipelines.runinfo import read_json, read_jsonl
 
 ARM, ROUNDS, PROMPTS, TOKENS = "baseline_lora", 15, 8, 32
 
@@ -22,13 +23,13 @@ def main() -> None:
     template, context = facts["template"], facts["num_ctx"]
     location = load_reference()[0].location
     backends = {
-        "llama.cpp merged": LlamaCppBackend(folder / "model.gguf", template, num_ctx=context),
-        "llama.cpp base + adapter": LlamaCppBackend(base, template, num_ctx=context, adapter=folder / "adapter.gguf"),
-        "transformers base + adapter": HfBackend(location, template, adapter=Path(f"adapters/{ARM}/0")),
+        "llama.cpp merged": LlamaCppEngine(folder / "model.gguf", template, num_ctx=context),
+        "llama.cpp base + adapter": LlamaCppEngine(base, template, num_ctx=context, adapter=folder / "adapter.gguf"),
+        "transformers base + adapter": HfEngine(location, template, adapter=Path(f"adapters/{ARM}/0")),
     }
     items = [Item.from_json(row) for row in read_jsonl(Path("data/test.jsonl"))[:PROMPTS]]
 
-    def work(backend: LlamaCppBackend | HfBackend) -> None:
+    def work(backend: LocalEngine) -> None:
         for item in items:
             backend.prefill(backend.tokenize(template.replace("{prompt}", item.prompt)))
             backend.decode(TOKENS, ignore_end=True)

@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks._clean_runs import CLEAN
-from benchmarks._faults import FAULTS, SETTINGS
 from benchmarks._harness import write
 from probes import Verdict
+from tests.probes.catalogue import CLEAN, FAULTS, SETTINGS
 
 KEPT = ("coverage", "angle_to_shadow", "angle_lowest", "lr_ratio", "cos_raw_preconditioned", "damping_share")
 

@@ -18,16 +18,15 @@ import llama_cpp
 import torch
 
 from benchmarks._harness import alternate, report
-from evaluation import scoring
-from evaluation.backends import Backend
-from evaluation.backends.hf import HfBackend
-from evaluation.backends.llama_batch import N_BATCH, BatchContext
-from evaluation.backends.llama_cpp import LlamaCppBackend
+from db.files import read_json, read_jsonl
+from evaluation.measure import answers
 from evaluation.tasks import Item
+from export.engines.base import Engine
+from export.engines.hf import HfEngine
+from export.engines.llama_cpp import N_BATCH, BatchContext, LlamaCppEngine
 from export.gguf import save_merged
 from pipelines.base_model import load_reference
-from pipelines.config import load_params
-from pipelines.runinfo import read_json, read_jsonl
+from pipelines.check import load_params
 
 ARM, ROUNDS, PROMPTS, THREADS, HF_BATCH = "baseline_lora", 15, 500, 1, 32
 OURS, BARE = "llama.cpp, ours, several at once", "llama.cpp, bare loop, same batches"
@@ -63,7 +62,7 @@ def recorded(work: Callable[[], Any]) -> tuple[Any, list[Step]]:
             steps[-1].ended.append(sequence)
             super().forget(sequence)
 
-    with mock.patch("evaluation.backends.llama_cpp.BatchContext", Recording):
+    with mock.patch("export.engines.llama_cpp.BatchContext", Recording):
         return work(), steps
 
 
@@ -106,17 +105,17 @@ def main() -> None:
     items = [Item.from_json(row) for row in read_jsonl(Path("data/test.jsonl"))[:PROMPTS]]
     gguf = folder / "model.gguf"
 
-    def llama(parallel: int) -> LlamaCppBackend:
-        return LlamaCppBackend(gguf, template, num_ctx=num_ctx, threads=THREADS, parallel=parallel)
+    def llama(parallel: int) -> LlamaCppEngine:
+        return LlamaCppEngine(gguf, template, num_ctx=num_ctx, threads=THREADS, parallel=parallel)
 
-    def score(backend: Backend) -> list[Any]:
-        return scoring.ask(backend, items, "test", max_tokens=section.max_tokens, stop=facts["stop"])
+    def score(backend: Engine) -> list[Any]:
+        return answers.ask(backend, items, "test", max_tokens=section.max_tokens, stop=facts["stop"])
 
     ours, one = llama(sequences), llama(1)
     with tempfile.TemporaryDirectory() as merged:
         base = load_reference()[0].location
         save_merged(base, Path(f"adapters/{ARM}/0"), Path(merged) / "model", {})
-        transformers = HfBackend(f"{merged}/model", template, tokenizer=base, parallel=HF_BATCH)
+        transformers = HfEngine(f"{merged}/model", template, tokenizer=base, parallel=HF_BATCH)
     several, steps = recorded(lambda: score(ours))
     alone, batched = score(one), score(transformers)
     tokens = sum(len(step.tokens) for step in steps)

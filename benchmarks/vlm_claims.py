@@ -1,11 +1,12 @@
-"""What the documents claim of GRIT-VLM, held against what `make repro-vlm` has trained: every arm against vanilla LoRA.
+"""What the documents claim of GRIT-VLM, held against what was trained: every arm against vanilla LoRA.
 
 Documents 000 and 001 say: 38% fewer parameters, 60% faster convergence, at most 15% more memory, higher accuracy. Each
 is measured per seed, the arm against the baseline of the same seed, and given with the 95% interval of Student's t over
 the seeds (of ratios, over their logarithms). Convergence is the steps until the arm's validation loss is the baseline's
 last one, interpolated between evaluations, over the baseline's steps; memory is what torch's tensors held at most in a
 process of its own, by `benchmarks.vlm_memory`, and beside it the whole process's peak. The accuracy here is over
-seeds alone; the report's is over seeds and items. Run as `python -m benchmarks.vlm_claims` after `make repro-vlm`.
+seeds alone; the report's is over seeds and items. Run as `python -m benchmarks.vlm_claims` after
+`make repro PROFILE=vision`.
 """
 
 import json
@@ -22,7 +23,7 @@ from scipy import stats
 
 from benchmarks._harness import RESULTS, write
 
-FOLDER = Path(__file__).resolve().parents[1] / "vlm"
+FOLDER = Path(__file__).resolve().parents[1]
 BASELINE = "baseline_lora"
 
 
@@ -107,7 +108,7 @@ def main() -> None:
         path.parent.name: sorted(int(p.name) for p in path.parent.iterdir()) for path in FOLDER.glob("adapters/*/0")
     }
     if BASELINE not in there:
-        sys.exit(f"{FOLDER}/adapters: expected the arms that `make repro-vlm` trains, found none; run it first")
+        sys.exit(f"{FOLDER}/adapters: expected arms of profile vision, found none; run `make repro PROFILE=vision`")
     seeds = there[BASELINE]
     rows = [claims(arm, seeds) for arm in sorted(there) if arm != BASELINE and there[arm] == seeds]
     plain = interval([read(BASELINE, seed)["accuracy"] for seed in seeds])

@@ -20,7 +20,7 @@ from benchmarks._harness import write
 from grit_vlm import GRITLoRAConfig, VLMGRITAdapter, create_grit_optimizer
 from grit_vlm.config.model_configs import ESTIMATES
 from grit_vlm.optimizers.natural_gradient import MODES
-from probes import Probe, Verdict, grit_readings, judge
+from probes import Probe, Verdict, judge
 
 RANK, HIDDEN, IMAGE, PATCH, IMAGE_TOKEN = 4, 32, 16, 8, 1
 COLOURS = 3
@@ -117,7 +117,7 @@ def judge_mode(mode: Mode, steps: int, start_b: float = 0.0) -> tuple[Verdict, d
         r=RANK,
         lora_alpha=2 * RANK,
         lora_dropout=0.0,
-        fisher_approximation=mode.estimate,  # type: ignore[arg-type]
+        fisher_approximation=mode.estimate,
         fisher_min_samples=32,
         fisher_update_freq=5,
         enable_natural_gradient=mode.natural,
@@ -141,7 +141,7 @@ def judge_mode(mode: Mode, steps: int, start_b: float = 0.0) -> tuple[Verdict, d
         total_steps=steps,
     )
     losses = []
-    with Probe(adapter.model, optimizer, every=2, readings=grit_readings(adapter.manager)) as probe:
+    with Probe(adapter.model, optimizer, every=2, readings=adapter.manager.readings) as probe:
         for step in range(steps):
             loss = adapter.model(**batch(step)).loss
             loss.backward()

@@ -76,7 +76,7 @@ class Loop:
             "labels": labels,
             "pixel_values": torch.randn(batch, 1, 3, image, image, generator=generator),
         }
-        config = GRITLoRAConfig(lora_dropout=0.0, fisher_approximation=estimate or "diagonal")  # type: ignore[arg-type]
+        config = GRITLoRAConfig(lora_dropout=0.0, fisher_approximation=estimate or "diagonal")
         adapter = VLMGRITAdapter(model or build_model(image), config, model_config_name=configuration)
         self.model = adapter.model
         weights = adapter.get_trainable_parameters()

@@ -1,7 +1,7 @@
 """The same tuning budget for every arm of the vision pipeline: five learning rates each, by the validation loss.
 
-Data and base are those that `make repro-vlm` has made in vlm/; the seed is one that the pipeline does not compare.
-The rates of vlm/params.yaml come from here. Run as `python -m benchmarks.vlm_tuning`.
+Data and base are those that `make repro PROFILE=vision` has made; the seed is one that the pipeline does not compare.
+The rates of profiles/sizes/vision.yaml come from here. Run as `python -m benchmarks.vlm_tuning`.
 """
 
 import argparse
@@ -17,18 +17,20 @@ from benchmarks._harness import write
 
 SEED = 1000
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-FOLDER = Path(__file__).resolve().parents[1] / "vlm"
+FOLDER = Path(__file__).resolve().parents[1]
 
 
 def train(arm_name: str, rate: float) -> dict[str, Any]:
-    """One row of the table: an arm trained with a learning rate, the working directory being vlm/."""
+    """One row of the table: an arm trained with a learning rate, the working directory being the project's."""
     from pipelines.base_model import load_reference
-    from pipelines.config import load_params
+    from pipelines.params import load_params
+    from pipelines.prompt import prompt_text
     from pipelines.stage import DATA
-    from pipelines.train import examples, load_arm
-    from trainers.common import TrainingJob, run
+    from pipelines.train import Params, examples, load_arm
+    from trainers.run import TrainingJob, run
 
-    params = load_params()
+    params = load_params(Params)
+    template = prompt_text(params.prompt)
     settings = params.train_for(arm_name)
     settings = settings.model_copy(update={"learning_rate": rate, "eval_steps": settings.max_steps or 10**6})
     with TemporaryDirectory() as name:
@@ -38,8 +40,8 @@ def train(arm_name: str, rate: float) -> dict[str, Any]:
             base=load_reference()[0],
             settings=settings,
             seed=SEED,
-            train=examples("train", params.prompt.template),
-            valid=examples("valid", params.prompt.template),
+            train=examples("train", template),
+            valid=examples("valid", template),
             output=folder / "adapter",
             checkpoints=folder / "checkpoints",
             images=DATA,
@@ -49,7 +51,7 @@ def train(arm_name: str, rate: float) -> dict[str, Any]:
         "arm": arm_name,
         "learning_rate": rate,
         "validation_loss": result.summary["final_eval_loss"],
-        "seconds": result.seconds,
+        "seconds": result.summary["train_seconds"],
         "trainable_parameters": result.summary["trainable_parameters"],
     }
 
@@ -61,12 +63,13 @@ def main() -> None:
     parser.add_argument("--rate", action="append", type=float, help="only this rate (may be repeated)")
     given = parser.parse_args()
     os.chdir(FOLDER)
-    from pipelines.config import load_params
+    from pipelines.params import load_params
     from pipelines.stage import quiet_libraries
+    from pipelines.train import Params
 
     quiet_libraries()
     rows = []
-    for arm in given.arm or load_params().matrix.arms:
+    for arm in given.arm or load_params(Params).matrix.arms:
         for rate in given.rate or RATES:
             rows.append(train(arm, rate))
             print(rows[-1], flush=True)

@@ -1,92 +1,76 @@
 """Commands for the database: `python -m db.cli ingest|rebuild|check|export`."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from sqlalchemy import func, select
 
-from db.check import faults
-from db.columns import Base
 from db.errors import DatabaseError, IngestError
 from db.export import export as write_files
+from db.files import OutputError
+from db.ingest import check as check_database
 from db.ingest import ingest as ingest_results
 from db.ingest import rebuild as rebuild_database
-from db.session import open_session
 
 app = typer.Typer(add_completion=False, help="Fill, rebuild, check and export the database of results.")
 
 Db = Annotated[str, typer.Option("--db", help="File or SQLAlchemy URL.")]
-Root = Annotated[Path, typer.Option("--root", help="Folder with scores/, gguf/ and adapters/.")]
-Arms = Annotated[list[str] | None, typer.Option("--arm", help="Only this arm; may be repeated.")]
-Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Only this seed; may be repeated.")]
+Root = Annotated[Path, typer.Option("--root", help="The project's folder, with scores/, gguf/, adapters/ and runs/.")]
 DEFAULT_DB = "outputs/centralized.db"
 
 
 class Form(StrEnum):
-    """Kinds of files that an export writes."""
-
     csv = "csv"
     parquet = "parquet"
 
 
-def _fail(error: Exception) -> NoReturn:
-    typer.echo(f"error: {error}", err=True)
-    raise typer.Exit(2 if isinstance(error, IngestError) else 1) from error
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    try:
+        yield
+    except (DatabaseError, OutputError, IngestError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, IngestError) else 1) from error
 
 
 @app.command()
-def ingest(db: Db = DEFAULT_DB, root: Root = Path(), arm: Arms = None, seed: Seeds = None) -> None:
-    """Read the results into the database; the same files again change nothing.
+def ingest(
+    db: Db = DEFAULT_DB,
+    root: Root = Path(),
+    arm: Annotated[list[str] | None, typer.Option("--arm", help="Only this arm; may be repeated.")] = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="Only this seed; may be repeated.")] = None,
+) -> None:
+    """Archive the results of the working copy in runs/ and make the database anew.
 
     Exit codes: 0 done, 1 the database cannot be written, 2 the result files cannot be read.
     """
-    try:
+    with _exit_codes():
         typer.echo(ingest_results(root, db, arm or None, seed or None))
-    except (IngestError, DatabaseError) as error:
-        _fail(error)
 
 
 @app.command()
-def rebuild(
-    db: Db = DEFAULT_DB,
-    root: Root = Path(),
-    arm: Arms = None,
-    seed: Seeds = None,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Also where all runs of a task would go, since its files are gone.")
-    ] = False,
-) -> None:
-    """Make the database anew from the files on disk and swap it in; superseded runs go.
-
-    The files of one task replace those of another, so runs of former tasks stand in the database alone. Where a rebuild
-    would lose them it stops and names them; --yes lets them go. Exit codes as `ingest`.
-    """
-    try:
-        typer.echo(rebuild_database(root, db, arm or None, seed or None, lose_tasks=yes))
-    except (IngestError, DatabaseError) as error:
-        _fail(error)
+def rebuild(db: Db = DEFAULT_DB, root: Root = Path()) -> None:
+    """Make the database anew from runs/, earlier tasks and settings included. Exit codes as `ingest`."""
+    with _exit_codes():
+        typer.echo(rebuild_database(root, db))
 
 
 @app.command()
-def check(db: Db = DEFAULT_DB) -> None:
-    """Check version, integrity, links and that nothing is lost; count the rows. Exit codes: 0 sound, 1 not."""
-    try:
-        with open_session(db) as session:
-            found = faults(session)
-            for table in Base.metadata.sorted_tables:
-                typer.echo(f"{table.name:16} {session.scalar(select(func.count()).select_from(table)):>8} rows")
-    except DatabaseError as error:
-        _fail(error)
-    for fault in found:
+def check(db: Db = DEFAULT_DB, root: Root = Path()) -> None:
+    """Check that the database is whole and says what runs/ says; count the rows. Exit codes: 0 sound, 1 not."""
+    with _exit_codes():
+        counts, faults = check_database(db, root)
+    for name, rows in counts.items():
+        typer.echo(f"{name:16} {rows:>8} rows")
+    for fault in faults:
         typer.echo(f"fault: {fault}", err=True)
-    if found:
+    if faults:
         typer.echo(
-            "Do: run `python -m db.cli rebuild`; the JSON files are the truth. A fault that comes back stands in them: "
-            "remove the named run's folder under scores/ and run `dvc repro`.",
+            "Do: run `python -m db.cli rebuild`. A fault that comes back stands in the files: remove the named run's "
+            "folder under scores/ and run `dvc repro`.",
             err=True,
         )
         raise typer.Exit(1)
@@ -103,11 +87,9 @@ def export(
     ] = None,
 ) -> None:
     """Write every table and view to a file of its own. Exit codes: 0 done, 1 not; then old files stand."""
-    try:
+    with _exit_codes():
         for name, rows in write_files(db, out, form.value, table or None).items():
             typer.echo(f"{out / name}.{form.value}: {rows} rows")
-    except DatabaseError as error:
-        _fail(error)
 
 
 if __name__ == "__main__":

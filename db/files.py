@@ -1,119 +1,254 @@
-"""Reads single result files into records, noting problems instead of stopping at the first."""
+"""Files that are whole or not there, run.json, and reading and writing of the records.
 
-from __future__ import annotations
+Everything is written beside its place and put there by a rename: an exception or a kill leaves what was there before.
+"""
 
+import errno
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import psutil
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from db.errors import Problem
+from db.records import ArtifactRecord, Record, RunRecord
 
-_LINES_SHOWN = 5
+PACKAGES = (
+    "torch transformers trl peft accelerate datasets bitsandbytes tokenizers sentencepiece safetensors "
+    "llama-cpp-python gguf ollama unsloth unsloth_zoo dvc sqlalchemy pandas numpy scipy scikit-learn"
+).split()
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The project's folder, which code runs from."""
+
 AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
 
 
-@dataclass
-class FileReader:
-    """Collects problems and notes; every file that is read goes into the given digest."""
+class OutputError(RuntimeError):
+    """A file or folder that cannot be written; what stood there before is untouched."""
 
-    root: Path
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
-    def problem(self, path: Path, key: str, message: str) -> None:
-        """Note what is wrong in a file."""
-        self.problems.append(Problem(path.relative_to(self.root).as_posix(), key, message))
+class FileError(RuntimeError):
+    """A file of an earlier stage that is missing or damaged."""
 
-    def unreadable(self, error: OSError) -> None:
-        """Note a file or folder that the system does not let us read, once."""
-        path = Path(error.filename or self.root)
-        own = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
-        found = Problem(own, "", f"expected a file or folder that can be read, came: {error.strerror or error}")
-        if found not in self.problems:
-            self.problems.append(found)
 
-    def text(self, path: Path, digest: hashlib._Hash, *, required: bool) -> bytes | None:
-        """Return a file's bytes; a missing file is a problem only when it is required."""
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            if required:
-                self.problem(path, "", "expected this file beside the others, came nothing")
-            return None
-        except OSError as error:
-            self.unreadable(error)
-            return None
-        digest.update(f"{path.relative_to(self.root).as_posix()}\0{len(content)}\0".encode() + content)
-        return content
+_ADVICE = {
+    errno.ENOSPC: "the disk is full: free some space (`dvc gc -w` removes unused results)",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EFBIG: "the file size limit is reached (`ulimit -f`)",
+    errno.EROFS: "the file system is read-only: choose a writable folder",
+    errno.EACCES: "this user may not write there: check the folder's owner and rights",
+    errno.EPERM: "this user may not write there: check the folder's owner and rights",
+    errno.ENOTDIR: "a file stands where a folder is needed: move it away",
+    errno.EEXIST: "a file stands where a folder is needed: move it away",
+}
 
-    def record(
-        self, path: Path, form: type[AnyRecord], digest: hashlib._Hash, *, required: bool = True
-    ) -> AnyRecord | None:
-        """Return a JSON file in its form, or None with its problems noted."""
-        content = self.text(path, digest, required=required)
-        return None if content is None else self.parsed(path, form, content)
 
-    def parsed(self, path: Path, form: type[AnyRecord], content: bytes) -> AnyRecord | None:
-        """Return the content of a JSON file in its form, or None with its problems noted."""
-        try:
-            return form.model_validate_json(content)
-        except ValidationError as error:
-            for detail in error.errors(include_url=False):
-                self.problem(path, ".".join(map(str, detail["loc"])), _words(detail))
+def explain_os_error(error: OSError, target: Path) -> OutputError | None:
+    """A clear error for what goes wrong when writing to `target`; None for any other OSError."""
+    advice = _ADVICE.get(error.errno or 0)
+    if advice is None:
         return None
+    return OutputError(f"{target}: cannot be written, {advice}. Earlier results there are unchanged. ({error})")
 
-    def lines(
-        self,
-        path: Path,
-        form: type[AnyRecord],
-        digest: hashlib._Hash,
-        key: Callable[[AnyRecord], Hashable] | None = None,
-        *,
-        named: str = "item",
-        required: bool = True,
-    ) -> list[AnyRecord]:
-        """Return the records of a JSON-lines file; of many bad lines only the first few are named.
 
-        Args:
-            path: The file.
-            form: Of one line.
-            digest: Updated with the file.
-            key: What no two lines may share, last what it is called in messages; None: lines may repeat.
-            named: What the key is of.
-            required: A missing file is a problem.
-        """
-        content = self.text(path, digest, required=required) or b""
-        records: list[AnyRecord] = []
-        seen: set[Hashable] = set()
-        bad = 0
-        for number, line in enumerate(content.splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                record = form.model_validate_json(line)
-            except ValidationError as error:
-                bad += 1
-                if bad <= _LINES_SHOWN:
-                    detail = error.errors(include_url=False)[0]
-                    where = ".".join([f"line {number}", *map(str, detail["loc"])])
-                    self.problem(path, where, _words(detail))
-                continue
-            if key is not None:
-                own = key(record)
-                if own in seen:
-                    shown = own[-1] if isinstance(own, tuple) else own
-                    self.problem(path, f"line {number}", f"{named} {shown} given more than once")
-                seen.add(own)
-            records.append(record)
-        if bad > _LINES_SHOWN:
-            self.problem(path, "", f"{bad - _LINES_SHOWN} more lines cannot be read")
-        return records
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `target` when the block ends well, or an OutputError."""
+    with _beside(target) as partial:
+        partial.mkdir()
+        yield partial
+        _swap(partial, target)
+
+
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """A path for a new file that takes the place of `target` when the block ends well; errors as of `staged`."""
+    with _beside(target) as partial:
+        yield partial
+        partial.replace(target)
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(target)
+            yield partial
+        except OSError as error:
+            clear = explain_os_error(error, target) if _ours(error, target) else None
+            if clear is None:
+                raise
+            raise clear from error
+        except Exception as error:
+            # safetensors, torch and llama.cpp report a full disk in words and types of their own
+            if not _full_disk(error, target.parent):
+                raise
+            cause = OSError(errno.ENOSPC, str(error))
+            raise explain_os_error(cause, target) or error from error
+    finally:
+        _remove(partial, ignore_errors=True)
+
+
+def clear_leftovers(target: Path) -> None:
+    """Remove what killed processes left beside `target`; put back what one of them had just moved away."""
+    for stale in target.parent.glob(f"{target.name}.*.partial"):
+        if _alive(stale):
+            continue
+        if stale.name.endswith(".old.partial") and not target.exists():
+            stale.rename(target)
+        else:
+            _remove(stale)
+
+
+def _ours(error: OSError, target: Path) -> bool:
+    """Whether the error is about the output's place, and not, say, an unreadable input."""
+    if error.filename is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    place, about = target.parent.absolute(), Path(os.fsdecode(error.filename)).absolute()
+    return about.is_relative_to(place) or place.is_relative_to(about)
+
+
+def _full_disk(error: Exception, folder: Path) -> bool:
+    if "No space left on device" in str(error) or "os error 28" in str(error):
+        return True
+    return folder.is_dir() and shutil.disk_usage(folder).free < 4096
+
+
+def _remove(path: Path, *, ignore_errors: bool = False) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+    elif path.exists() or path.is_symlink():
+        path.unlink()
+
+
+def _alive(partial: Path) -> bool:
+    """Whether the process that writes `partial` still runs."""
+    pid = partial.name.removesuffix(".old.partial").removesuffix(".partial").rsplit(".", 1)[-1]
+    try:
+        return process_runs(int(pid), partial.lstat().st_mtime)
+    except (ValueError, FileNotFoundError):
+        return False
+
+
+def process_runs(pid: int, since: float) -> bool:
+    """Whether a process runs and began before a moment (seconds since the epoch).
+
+    A dead one that nobody has reaped does not run, nor does one that has got its number since.
+    """
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since + 1
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def _swap(partial: Path, target: Path) -> None:
+    old = target.with_name(f"{target.name}.{os.getpid()}.old.partial")
+    if target.exists() or target.is_symlink():
+        target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    _remove(old)
+
+
+@contextmanager
+def exclusive(lock: Path, what: str | None = None) -> Iterator[None]:
+    """Hold a lock file while the block runs; wait for another process, or where `what` is given raise OutputError."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = lock.open("w")
+    except OSError as error:
+        clear = explain_os_error(error, lock)
+        if clear is None:
+            raise
+        raise clear from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if what else 0))
+        except BlockingIOError:
+            raise OutputError(f"{what} is already running in another process; wait for it or stop it") from None
+        yield
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, all of it or nothing; line breaks as they are."""
+    with staged_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with staged_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_record(path: Path, record: Record) -> None:
+    write_json(path, record.content())
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    write_jsonl(path, (record.content() for record in records))
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file; FileError where it is missing or damaged."""
+    try:
+        return json.loads(_content(path))
+    except ValueError as error:
+        raise FileError(f"{path}: no JSON ({error}); delete its folder and run `dvc repro`") from error
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All objects of a JSON-lines file; errors as of `read_json`."""
+    try:
+        return [json.loads(line) for line in _content(path).splitlines() if line.strip()]
+    except ValueError as error:
+        raise FileError(f"{path}: no JSON lines ({error}); delete its folder and run `dvc repro`") from error
+
+
+def read_record(path: Path, form: type[AnyRecord]) -> AnyRecord:
+    """A JSON file as a record; FileError where it is missing or damaged, with everything that is wrong."""
+    try:
+        return form.model_validate_json(_content(path))
+    except ValidationError as error:
+        wrong = "; ".join(f"{key + ': ' if key else ''}{words}" for key, words in reasons(error))
+        raise FileError(f"{path}: {wrong}; delete its folder and run `dvc repro`") from error
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file; run `dvc repro`, which makes it") from None
+
+
+def reasons(error: ValidationError) -> list[tuple[str, str]]:
+    """(Dotted key, what was expected and what came) for everything that is wrong in a file."""
+    return [(".".join(map(str, detail["loc"])), _words(detail)) for detail in error.errors(include_url=False)]
 
 
 def _words(detail: ErrorDetails) -> str:
@@ -123,3 +258,146 @@ def _words(detail: ErrorDetails) -> str:
     came = detail["input"]
     shown = came if isinstance(came, str) else json.dumps(came, default=str)
     return f"{message}, came {shown[:80]!r}" if isinstance(came, str) else f"{message}, came {shown[:80]}"
+
+
+def start_run(
+    stage: str,
+    *,
+    params: dict[str, Any],
+    inputs: dict[str, str],
+    arm: str | None = None,
+    seed: int | None = None,
+    prompt_template: str | None = None,
+    device: dict[str, Any] | None = None,
+) -> RunRecord:
+    """Start the clock of a stage; the device is torch's unless another is given."""
+    return RunRecord.of(
+        {
+            "schema": 1,
+            "stage": stage,
+            "arm": arm,
+            "seed": seed,
+            "status": "running",
+            "started": now(),
+            "ended": None,
+            "params": params,
+            "git": git_state(),
+            "packages": package_versions(),
+            "device": device or torch_device(),
+            "inputs": inputs,
+            "prompt_template": prompt_template,
+            "artifacts": [],
+        }
+    )
+
+
+def finish_run(record: RunRecord, folder: Path) -> None:
+    """Stop the clock and write `folder`/run.json."""
+    # A clock that was set back must not leave a file that ends before it starts.
+    ended = max(record.started, datetime.now(UTC))
+    done = record.model_copy(update={"status": "finished", "ended": ended})
+    write_record(folder / "run.json", RunRecord.of(done.content()))
+
+
+def now() -> str:
+    """This moment in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat()
+
+
+def key_of(value: Any) -> str:
+    """Hash of a JSON-able value, the same for equal values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_inputs(*paths: Path) -> dict[str, str]:
+    """Hash of every file; folders count with all files below them, save run.json (it holds times)."""
+    hashes: dict[str, str] = {}
+    for path in paths:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for file in files:
+            if file.name == "run.json" or file.suffix == ".pyc":
+                continue
+            try:
+                hashes[file.as_posix()] = sha256(file)
+            except FileNotFoundError:
+                raise FileError(f"{file}: no such file; run `dvc repro`, which makes it") from None
+    return hashes
+
+
+def artifact(kind: str, file: Path, path: Path, parent: str | None = None) -> ArtifactRecord:
+    """An entry of run.json for `file`, which will lie at `path` when the stage has ended."""
+    content = {"kind": kind, "path": path.as_posix(), "sha256": sha256(file), "bytes": file.stat().st_size}
+    return ArtifactRecord.of({**content, "parent": parent})
+
+
+@cache
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and whether tracked files of the code differ from it; None for both outside a git checkout.
+
+    Asked from the project's folder, wherever a command runs and whatever other repository the project lies in.
+    """
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+        return done.stdout.strip()
+
+    # The whole project, save what DVC writes.
+    where = [".", ":(exclude)dvc.lock"]
+    try:
+        commit = git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", *where))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+def torch_device() -> dict[str, Any]:
+    """The device that torch would use here, and the machine round it."""
+    import torch
+
+    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return machine(name, torch.get_num_threads())
+
+
+def llama_cpp_device(threads: int | None = None) -> dict[str, Any]:
+    """The device that llama.cpp uses here, without loading torch; by default it takes half of the cores."""
+    import llama_cpp
+
+    gpu = "GPU of llama.cpp" if llama_cpp.llama_supports_gpu_offload() else None
+    return machine(gpu, threads or max((os.cpu_count() or 2) // 2, 1))
+
+
+def machine(gpu: str | None, threads: int) -> dict[str, Any]:
+    """What run.json says of the device; no name of a GPU means that the CPU is used."""
+    return {
+        "class": "cpu" if gpu is None else "cuda",
+        "name": gpu or _cpu_name(),
+        "cores": os.cpu_count() or 1,
+        "threads": threads,
+        "memory_bytes": psutil.virtual_memory().total,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,289 +1,422 @@
-"""From the files to the tables, in one transaction; reading the same files again changes nothing."""
+"""From runs/ to the tables: the database is derived, made anew each time, and put in place as a whole."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, delete, select, update
+from sqlalchemy import URL, func, insert, inspect, select, text
 from sqlalchemy.orm import Session
 
-from db.attempts import store_attempts
-from db.bulk import insert_rows
-from db.engine import resolve_url, sqlite_file
-from db.look import look_at, unchanged
-from db.models import (
-    Artifact,
-    Attempt,
-    Environment,
-    LayerMetric,
-    Metric,
-    MetricDef,
-    Probe,
-    Quantization,
-    QuantizedSample,
-    Run,
-    Sample,
-    Spectrum,
-    Speed,
-    Verification,
-)
-from db.reader import BASE, Bundle, Results, read_results
-from db.records_logs import AttemptRecord
-from db.references import reference_id, relink_retired
-from db.rows import (
-    artifact_rows,
-    environment_row,
-    metric_def_rows,
-    metric_rows,
-    probe_rows,
-    quantization_rows,
-    quantized_sample_rows,
-    run_row,
-    sample_rows,
-    speed_rows,
-    verification_rows,
-)
-from db.rows_layers import layer_metric_rows, log_meanings, spectrum_rows
-from db.session import open_session
-from db.swap import page_size_of, replace_content
-from db.tasks import notes_of_change, notes_of_loss, refuse_loss, runs_by_task, tasks_of_runs
+from db import tables
+from db.errors import IngestError, Problem
+from db.files import exclusive
+from db.records import FINAL_STEP, GritLayer, HistoryRecord, Record, RunRecord, clean_text, plain, split_value
+from db.results import BASE, RUNS, Bundle, archive, digest_of, read_archive, read_results, require_archive
+from db.store import in_memory, open_session, replaced
+from db.tables import VIEWS, Base, Environment, MetricDef, Run
 
-_CHILDREN: tuple[tuple[type[Any], Any], ...] = (
-    (Metric, metric_rows),
-    (Sample, sample_rows),
-    (Speed, speed_rows),
-    (Artifact, artifact_rows),
-    (Probe, probe_rows),
-    (Quantization, quantization_rows),
-    (QuantizedSample, quantized_sample_rows),
-    (Verification, verification_rows),
-    (LayerMetric, layer_metric_rows),
-    (Spectrum, spectrum_rows),
+Row = dict[str, Any]
+_BASE_FILE = "models/base/base.json"
+"""Names the base model, its revision and fingerprint; read for every arm and for the base by stage export, and where
+nothing is exported by stage evaluate."""
+
+_A, _G = "of the covariance of A's outputs", "of the covariance of the gradients there"
+_RANK, _ENTROPY = "directions", "exp of the entropy of the normalised eigenvalues"
+_KEPT_A, _KEPT_B = (
+    ("kept_rank_a", _RANK, "directions kept on A's side"),
+    ("kept_rank_b", _RANK, "directions kept on B's side"),
 )
 
+PROBE_NUMBERS = {
+    "angle": ("angle", "degrees", "between the step made and the step of plain AdamW, 0: the same direction"),
+    "cos_raw_step": ("cos_raw_step", "cosine", "of the raw gradient and the step made, sign turned"),
+    "cos_raw_inner": ("cos_raw_inner", "cosine", "of the raw gradient and the one that the optimizer got"),
+    "lr_ratio": ("lr_ratio", "ratio", "length of the step made over that of plain AdamW's step"),
+}
+GRIT_NUMBERS = {
+    "r": ("rank", _RANK, "rank of the adapter's tensors"),
+    "base_r": ("base_rank", _RANK, "rank that the adapter started with"),
+    "k": ("kept_rank", _RANK, "directions that the last reprojection kept"),
+    "k_a": _KEPT_A,
+    "k_b": _KEPT_B,
+    "final_k_a": _KEPT_A,
+    "final_k_b": _KEPT_B,
+    "samples": ("samples", "tokens", "tokens that a layer's statistics have seen"),
+    "relative_change": ("relative_change", "ratio", "by a reprojection: ‖ΔW' − ΔW‖ over ‖ΔW‖"),
+    "effective_rank_a": ("effective_rank_a", _RANK, f"{_ENTROPY} {_A}"),
+    "effective_rank_g": ("effective_rank_g", _RANK, f"{_ENTROPY} {_G}"),
+    "condition_a": ("condition_a", "ratio", f"largest over smallest eigenvalue {_A}"),
+    "condition_g": ("condition_g", "ratio", f"largest over smallest eigenvalue {_G}"),
+    "damping_share_a": ("damping_share_a", "ratio", f"damping over the mean eigenvalue {_A}"),
+    "damping_share_g": ("damping_share_g", "ratio", f"damping over the mean eigenvalue {_G}"),
+}
+"""Numbers of the logs of probe and GRIT that are kept for each layer and step: key there -> name, unit, meaning. Those
+of GRIT's kind final, field `ranks`, have step -1."""
 
-_TRIES = 3
+_SINGULAR = 1e20
+"""Condition numbers from here on are infinite: the log divides by 1e-38 where the smallest eigenvalue is zero, and in
+float64 none that can be told from zero gives more than 1e17."""
+
+_WRAPPERS = re.compile(r"^base_model\.model\.(model\.)?")
 
 
 @dataclass(frozen=True)
 class IngestSummary:
-    """What an ingest did, counted in runs.
+    """Counts of runs: new or changed and all of the working copy, all of the database."""
 
-    Attributes:
-        inserted: New experiments.
-        updated: Known experiments whose files or links changed.
-        unchanged: Known experiments with the same files.
-        retired: Runs that were current and are not any more; their rows stay.
-        skipped: A note for each arm and seed that was left out, and other things worth knowing.
-    """
-
-    inserted: int
-    updated: int
-    unchanged: int
-    retired: int
-    skipped: tuple[str, ...]
+    changed: int
+    current: int
+    runs: int
+    notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        """One line of counts, then one line for each note."""
         counts = (
-            f"{self.inserted} runs inserted, {self.updated} updated, {self.unchanged} unchanged, {self.retired} retired"
+            f"{self.current} runs in the working copy, {self.changed} of them new or changed; {self.runs} runs in all"
         )
-        return "\n".join([counts, *(f"note: {note}" for note in self.skipped)])
+        return "\n".join([counts, *(f"note: {note}" for note in self.notes)])
 
 
 def ingest(
-    root: Path,
-    url: str | Path | URL,
-    arms: Iterable[str] | None = None,
-    seeds: Iterable[int] | None = None,
+    root: Path, url: str | Path | URL, arms: Iterable[str] | None = None, seeds: Iterable[int] | None = None
 ) -> IngestSummary:
-    """Read the results under a folder into the database.
-
-    Files that change while this waits for another writer are read again once it may write: whoever writes last has
-    read last, so no older reading replaces a newer one.
-
-    Args:
-        root: The folder that holds `scores/`, `gguf/`, `adapters/` and what else the stages made.
-        url: The database, created when absent.
-        arms: Arms to read besides the base; None: all.
-        seeds: Seeds to read; None: all. Runs of other arms and seeds stay, but are no longer current.
-
-    Returns:
-        What changed.
+    """Archive the runs of the working copy, which are the current ones from now on, and make the database anew.
 
     Raises:
-        IngestError: Files are missing or malformed; the database was not opened.
-        DatabaseError: The database could not be written; its old content stands.
+        IngestError: files are missing or malformed; nothing was written.
+        DatabaseError: the database could not be written; its old content stands.
     """
-    root = Path(root)
-    arms, seeds = _kept(arms), _kept(seeds)
-    look = look_at(root)
-    found = read_results(root, arms, seeds)  # files that cannot be read leave the database unopened
-    with open_session(url, write=True) as session:
-        if not unchanged(root, look):
-            found = read_results(root, arms, seeds)
-        return store(session, found.bundles, found.notes, found.attempts)
+    if not root.is_dir():
+        raise IngestError([Problem(str(root), "", "expected the project's folder, came nothing")])
+    with exclusive(root / RUNS / ".lock"):
+        bundles, notes = read_results(root, arms, seeds)  # whoever writes last has read last
+        changed = archive(root, bundles)
+        return _rebuild(root, url, changed, notes)
 
 
-def rebuild(
-    root: Path,
-    url: str | Path | URL,
-    arms: Iterable[str] | None = None,
-    seeds: Iterable[int] | None = None,
-    *,
-    lose_tasks: bool = False,
-) -> IngestSummary:
-    """Make the database anew from the files alone; superseded runs and starts, which no file describes, go.
-
-    An SQLite database is made in memory and copied over the old one in one transaction, so a reader sees the old
-    content or the new one, whatever happens. Files that changed meanwhile are read again. Other databases are emptied
-    and filled in one transaction.
-
-    Args:
-        root: As in `ingest`.
-        url: As in `ingest`.
-        arms: As in `ingest`.
-        seeds: As in `ingest`.
-        lose_tasks: Also where the old database has finished runs of a task that has no results on disk.
-
-    Raises:
-        IngestError: Files are missing or malformed; the old database stands.
-        TasksLostError: A task would be lost, and that was not asked for; the old database stands.
-        DatabaseError: The new database could not be written, another process writes to the old one, or the file is
-            no database of this project, or a newer one; then it stands untouched.
-    """
-    root = Path(root)
-    arms, seeds = _kept(arms), _kept(seeds)
-    path = sqlite_file(resolve_url(url))
-    if path is None:
-        read_results(root, arms, seeds)  # files that cannot be read leave the database unopened
-        with open_session(url, write=True) as session:
-            found = read_results(root, arms, seeds)
-            there = {task.name: task.runs for task in tasks_of_runs(session)}
-            place = resolve_url(url).render_as_string(hide_password=True)
-            notes = _notes_of_rebuild(found, there, place, lose_tasks)
-            for table in (Run, Environment, MetricDef, Attempt):
-                session.execute(delete(table))
-            return store(session, found.bundles, notes, found.attempts)
-    there = runs_by_task(path)
-    for _ in range(_TRIES):
-        look = look_at(root)
-        found = read_results(root, arms, seeds)
-        notes = _notes_of_rebuild(found, there, str(path), lose_tasks)
-        # SQLite copies between pages of one size only, where the log is in use.
-        with open_session("sqlite://", write=True, page_size=page_size_of(path)) as session:
-            summary = store(session, found.bundles, notes, found.attempts)
-            replace_content(session, path)
-        if unchanged(root, look):
-            return summary
-    # Nobody can hold the lock over a copy; with files that never rest, an ingest has the last word, inside its lock.
-    ingest(root, path, arms, seeds)
-    return summary
+def rebuild(root: Path, url: str | Path | URL) -> IngestSummary:
+    """Make the database anew from `root`/runs/ alone; errors as of `ingest`."""
+    require_archive(root)
+    with exclusive(root / RUNS / ".lock"):
+        return _rebuild(root, url, 0, [])
 
 
-def _notes_of_rebuild(found: Results, there: dict[str, int], place: str, lose_tasks: bool) -> list[str]:
-    kept = {bundle.scores.task.name for bundle in found.bundles}
-    if not lose_tasks:
-        refuse_loss(there, kept, place)
-    return [*found.notes, *notes_of_loss(there, kept)]
+def _rebuild(root: Path, url: str | Path | URL, changed: int, notes: Iterable[str]) -> IngestSummary:
+    runs, current = read_archive(root)
+    with replaced(url) as session:
+        lonely = fill(session, runs, current)
+    return IngestSummary(changed, len(current), len(runs), (*notes, *lonely))
 
 
-def _kept(wanted: Iterable[Any] | None) -> list[Any] | None:
-    """What can be gone through only once, for going through it again."""
-    return None if wanted is None else list(wanted)
+def fill(session: Session, runs: Mapping[str, Bundle], current: set[str]) -> list[str]:
+    """Write runs into empty tables, the oldest first; returns a note for each current run without a base."""
+    places: dict[str, int] = {}
+    meanings: dict[str, Row] = {}
+    rows: list[Row] = []
+    children: dict[type[Base], list[Row]] = {table: [] for table, _ in _CHILDREN}
+    for number, (key, bundle) in enumerate(sorted(runs.items(), key=_order), start=1):
+        for record in bundle.stages.values():
+            own = environment_row(record)  # the last one is that of the evaluation
+            if own["key"] not in places:
+                places[own["key"]] = len(places) + 1
+                session.execute(insert(Environment), {"id": places[own["key"]], **own})
+        mine = {"id": number, "run_key": key, "is_current": key in current, "environment_id": places[own["key"]]}
+        rows.append({**mine, **run_row(bundle)})
+        for table, make in _CHILDREN:
+            children[table] += [{"run_id": number, **_row(table, made)} for made in make(bundle)]
+        meanings |= _log_meanings(bundle)
+        meanings |= _meanings(bundle)
+    _link(rows)
+    for table, found in children.items():
+        children[table] = [{"id": number, **row} for number, row in enumerate(found, start=1)]
+    written: list[tuple[type[Base], list[Row]]] = [(Run, rows), (MetricDef, list(meanings.values())), *children.items()]
+    for table, found in written:
+        if found:
+            # Past the ORM, which takes twice as long.
+            session.execute(insert(Base.metadata.tables[table.__tablename__]), found)
+    return [
+        f"{row['arm']}/{row['seed']}: no base with the same items and backend and of the same model, so no differences"
+        for row in rows
+        if row["is_current"] and row["arm"] != BASE and row["reference_run_id"] is None
+    ]
 
 
-def store(
-    session: Session,
-    bundles: list[Bundle],
-    notes: Iterable[str] = (),
-    attempts: Iterable[AttemptRecord] = (),
-) -> IngestSummary:
-    """Write bundles and starts into an open database, inside the caller's transaction."""
-    rows = [run_row(bundle) for bundle in bundles]
-    keys = [row["run_key"] for row in rows]
-    known = {run.run_key: run for run in session.scalars(select(Run).where(Run.run_key.in_(keys)))}
-    # Before new runs enter: only one run for each arm and seed may be current.
-    stale = session.execute(select(Run.id, Run.task).where(Run.is_current, Run.run_key.not_in(keys))).all()
-    stale_ids = [run_id for run_id, _ in stale]
-    if stale:
-        session.execute(update(Run).where(Run.id.in_(stale_ids)).values(is_current=False))
-    _store_meanings(session, {**log_meanings(bundles), **metric_def_rows(bundles)})
-    store_attempts(session, attempts)
-
-    current: list[Run] = []
-    inserted: set[str] = set()
-    updated: set[str] = set()
-    for bundle, row in zip(bundles, rows, strict=True):
-        environments = {
-            stage: _environment_id(session, environment_row(record)) for stage, record in bundle.stages.items()
-        }
-        run = known.get(row["run_key"])
-        if run is None:
-            run = Run(**row, is_current=True, environment_id=environments["evaluate"])
-            session.add(run)
-            session.flush()
-            inserted.add(run.run_key)
-            run.row_counts = _store_children(session, run, bundle)
-        elif run.source_sha256 != row["source_sha256"]:
-            for column, value in row.items():
-                setattr(run, column, value)
-            run.environment_id = environments["evaluate"]
-            for table, _ in _CHILDREN:
-                session.execute(delete(table).where(table.run_id == run.id))
-            run.row_counts = _store_children(session, run, bundle)
-            updated.add(run.run_key)
-        if not run.is_current:
-            run.is_current = True
-            updated.add(run.run_key)
-        current.append(run)
-    for run in current:
-        reference = reference_id(run, current)
-        if run.reference_run_id != reference:
-            run.reference_run_id = reference
-            updated.add(run.run_key)
-    session.flush()
-    relink_retired(session, stale_ids)
-    updated -= inserted
-    lost = [f"{b.label}: no base with the same items and backend and of the same model, so no differences"
-            for b, run in zip(bundles, current, strict=True)
-            if run.arm != BASE and run.reference_run_id is None]  # fmt: skip
-    return IngestSummary(
-        len(inserted),
-        len(updated),
-        len(bundles) - len(inserted) - len(updated),
-        len(stale),
-        (*notes, *lost, *notes_of_change({bundle.scores.task.name for bundle in bundles}, (task for _, task in stale))),
-    )
+def _order(run: tuple[str, Bundle]) -> tuple[Any, ...]:
+    key, bundle = run
+    return bundle.stages["evaluate"].ended, bundle.arm != BASE, bundle.arm, bundle.seed, key
 
 
-def _store_children(session: Session, run: Run, bundle: Bundle) -> dict[str, int]:
-    """Return table name to number of rows."""
+def _link(rows: Sequence[Row]) -> None:
+    """Set what depends on the other runs: which base one is held against, and which is the latest of its kind."""
+    bases = [row for row in rows if row["arm"] == BASE]
+    for row in rows:
+        row["reference_run_id"] = _reference(row, bases)
+        row["is_latest"] = False
+    for task in {row["task"] for row in rows}:
+        newest = [row for row in reversed(rows) if row["task"] == task]
+        base = next((row["base_key"] for row in newest if row["base_key"]), "")
+        settings: dict[str, str] = {}
+        seen: set[tuple[str, int]] = set()
+        for row in newest:
+            if row["base_key"] in (base, "") and row["train_key"] == settings.setdefault(row["arm"], row["train_key"]):
+                row["is_latest"] = (row["arm"], row["seed"]) not in seen
+                seen.add((row["arm"], row["seed"]))
+
+
+def _reference(row: Row, bases: list[Row]) -> int | None:
+    """The base of the same items, backend and model (where both know it); an earlier run has the one of its time."""
+    fair = [
+        base
+        for base in bases
+        if row["arm"] != BASE
+        and all(base[name] == row[name] for name in ("task", "test_items_sha256", "backend_name"))
+        and (base["base_key"] == row["base_key"] or "" in (base["base_key"], row["base_key"]))
+        and (base["is_current"] or not row["is_current"])
+    ]
+
+    def fits(base: Row) -> tuple[bool, bool, int]:
+        return base["base_key"] == row["base_key"], base["ended"] <= row["ended"], base["id"]
+
+    return max(fair, key=fits)["id"] if fair else None
+
+
+def _row(table: type[Base], made: Row | Record) -> Row:
+    """A record's fields in the table's columns, the others in `rest`; rows as they are."""
+    if not isinstance(made, Record):
+        return made
+    content, columns = plain(made.model_dump()), set(table.__table__.columns.keys())
+    if "credit" in columns:
+        content["credit"] = getattr(made, "worth")  # noqa: B009  results from before there was credit have none
+    if "value_kind" in columns:
+        content |= _number(getattr(made, "value"))  # noqa: B009
     return {
-        table.__tablename__: insert_rows(session, table.__table__, make_rows(bundle), run_id=run.id)
-        for table, make_rows in _CHILDREN
+        **{name: value for name, value in content.items() if name in columns},
+        "rest": {name: value for name, value in content.items() if name not in columns},
     }
 
 
-def _store_meanings(session: Session, meanings: dict[str, dict[str, Any]]) -> None:
-    known = {meaning.name: meaning for meaning in session.scalars(select(MetricDef))}
-    for name, row in meanings.items():
-        if name not in known:
-            session.add(MetricDef(**row))
-        else:
-            for column, value in row.items():
-                if getattr(known[name], column) != value:
-                    setattr(known[name], column, value)
-    session.flush()
+def environment_row(record: RunRecord) -> Row:
+    row: Row = plain({name: getattr(record.device, name) for name in type(record.device).model_fields})
+    row["device_name"] = row.pop("name")
+    row["packages"] = plain(record.packages)
+    return {"key": digest_of(row), **row}
 
 
-def _environment_id(session: Session, row: dict[str, Any]) -> int:
-    found = session.scalars(select(Environment).where(Environment.key == row["key"])).one_or_none()
-    if found is None:
-        found = Environment(**row)
-        session.add(found)
-        session.flush()
-    return found.id
+def run_row(bundle: Bundle) -> Row:
+    """The columns of `run` that the run's own files decide."""
+    evaluate, scores = bundle.stages["evaluate"], bundle.scores
+    records = list(bundle.stages.values())
+    dirty = [record.git.dirty for record in records]
+    templates = [r.prompt_template for r in reversed(records) if r.prompt_template is not None]
+    trained = bundle.stages.get("train")
+    # Results that do not say it: transformers had the adapter beside the model, others had it merged.
+    mode = "adapter" if scores.backend.name == "hf" and bundle.arm != BASE else "merged"
+    row = plain(
+        {
+            "arm": bundle.arm,
+            "seed": bundle.seed,
+            "model_name": scores.model_name,
+            "status": evaluate.status,
+            "stages": {stage: _stage(record) for stage, record in bundle.stages.items()},
+            "params": {stage: record.params for stage, record in bundle.stages.items()},
+            "inputs": {stage: record.inputs for stage, record in bundle.stages.items()},
+            "git_commit": evaluate.git.commit,
+            "git_dirty": True if True in dirty else (None if None in dirty else False),
+            "prompt_template": templates[0] if templates else None,
+            "backend_name": scores.backend.name,
+            "backend_version": scores.backend.version,
+            "serving_mode": scores.backend.mode or mode,
+            "device_class": scores.backend.device_class,
+            "test_items_sha256": scores.test_items_sha256,
+            "parity_first_difference": bundle.parity.first_difference if bundle.parity else None,
+            "task": scores.task.name,
+            "task_title": scores.task.title,
+            "primary_metric": scores.task.primary,
+            "base_key": bundle.stages.get("export", evaluate).inputs.get(_BASE_FILE) or "",
+            # Runs of an arm with equal keys differ by the seed, which is not among the settings.
+            "train_key": "" if trained is None else digest_of([trained.params, trained.inputs]),
+            "rest": _rest(bundle),
+        }
+    )
+    return {**row, "started": evaluate.started, "ended": evaluate.ended}
+
+
+def _rest(bundle: Bundle) -> Row:
+    tables = {"metrics", "metric_defs", "speed", "layers", "readings", "first_difference"}
+    files = {
+        "scores": bundle.scores, "parity": bundle.parity, "verdict": bundle.verdict, "measured": bundle.measured,
+    }  # fmt: skip
+    return {name: record.model_dump(exclude=tables) for name, record in files.items() if record is not None}
+
+
+def _stage(record: RunRecord) -> Row:
+    return {
+        "started": record.started,
+        "ended": record.ended,
+        "git_commit": record.git.commit,
+        "git_dirty": record.git.dirty,
+        "environment": environment_row(record)["key"],
+        "extra": record.extra,
+    }
+
+
+def _number(number: float | None) -> Row:
+    value, kind = split_value(number)
+    return {"value": value, "value_kind": kind}
+
+
+def _metrics(bundle: Bundle) -> Iterator[Row]:
+    numbers = [(m.name, m.split, m.value, m.n) for m in bundle.scores.metrics]
+    numbers += [(m.name, m.split, m.value, m.n) for m in (bundle.measured.metrics if bundle.measured else [])]
+    if parity := bundle.parity:
+        pairs = {f"pair/{pair}": share for pair, share in parity.pairs.items()}
+        shares = {"token_ids_equal": parity.token_ids_equal, "greedy_equal": parity.greedy_equal, **pairs}
+        numbers += [(name, "parity", share, parity.prompts) for name, share in shares.items()]
+    # By their cleaned names, which may be the same; then the later one stays.
+    final = {(clean_text(name), clean_text(split)): (number, n) for name, split, number, n in numbers}
+    for (name, split), (number, n) in final.items():
+        yield {"name": name, "split": split, "step": FINAL_STEP, **_number(number), "n": n}
+    if bundle.history:
+        yield from _curves(bundle.history)
+
+
+def _curves(history: HistoryRecord) -> Iterator[Row]:
+    """The training curves, one after the other.
+
+    An entry with an `eval_…` number belongs to split `eval`, and the prefix goes. When a trainer logs the same name
+    twice at one step (its closing summary repeats `epoch`), the later one stays.
+    """
+    curves: dict[tuple[str, str], dict[int, float | None]] = {}
+    for entry in history.root:
+        split = "eval" if any(name.startswith("eval_") for name in entry) else "train"
+        for name, number in entry.items():
+            if name != "step":
+                curve = curves.setdefault((clean_text(name.removeprefix("eval_")), split), {})
+                curve[int(entry["step"] or 0)] = number
+    for (name, split), curve in curves.items():
+        for step, number in curve.items():
+            yield {"name": name, "split": split, "step": step, **_number(number), "n": None}
+
+
+def _meanings(bundle: Bundle) -> dict[str, Row]:
+    """By metric name; newer words replace older ones, measurements' those of scores."""
+    return {
+        clean_text(name): plain(
+            {"name": name, "unit": meaning.unit, "direction": meaning.direction, "description": meaning.description}
+        )
+        for source in (bundle.scores, bundle.measured)
+        if source is not None
+        for name, meaning in source.metric_defs.items()
+    }
+
+
+def _log_meanings(bundle: Bundle) -> dict[str, Row]:
+    kept = [*(PROBE_NUMBERS.values() if bundle.ledger else ()), *(GRIT_NUMBERS.values() if bundle.grit else ())]
+    return {
+        name: {
+            "name": name, "unit": unit, "direction": "lower" if name == "relative_change" else "none",
+            "description": words,
+        }
+        for name, unit, words in kept
+    }  # fmt: skip
+
+
+def _artifacts(bundle: Bundle) -> Iterator[Row]:
+    """Everything the stages made, and for the base what it was made from."""
+    prepared = {"prepare_base": bundle.base_model} if bundle.base_model else {}
+    for stage, record in {**bundle.stages, **prepared}.items():
+        for made in record.artifacts:
+            row = {"stage": stage, "kind": made.kind, "path": clean_text(made.path), "sha256": made.sha256}
+            yield {**row, "bytes": made.bytes, "parent_sha256": made.parent}
+
+
+def layer_name(name: str) -> str:
+    """A layer's name without what PEFT and transformers wrap round it: layers.0.self_attn.q_proj.
+
+    Logs have the wrapped model's names, measurements the model's own; a reader wants to join both.
+    """
+    return clean_text(_WRAPPERS.sub("", name, count=1).removeprefix("model."))
+
+
+def _layer_metrics(bundle: Bundle) -> Iterator[Row]:
+    """Measurements after training, and what the probe and GRIT logged; of two records of one step the later stays."""
+    rows: dict[tuple[str, str, str, int], Row] = {}
+
+    def add(name: str, split: str, layer: str, step: int, number: float | None) -> None:
+        own = (clean_text(name), clean_text(split), layer_name(layer), step)
+        rows[own] = {"name": own[0], "split": own[1], "layer": own[2], "step": step, **_number(number)}
+
+    def add_all(numbers: Mapping[str, tuple[str, str, str]], split: str, layer: str, step: int, entry: Record) -> None:
+        for key, (name, _, _) in numbers.items():
+            if (number := getattr(entry, key)) is not None:
+                singular = key.startswith("condition") and number > _SINGULAR
+                add(name, split, layer, step, math.inf if singular else number)
+
+    for row in bundle.measured.layers if bundle.measured else []:
+        add(row.name, row.split, row.layer, FINAL_STEP, row.value)
+    for sampled in bundle.ledger:
+        for layer, unit in sampled.units.items():
+            add_all(PROBE_NUMBERS, "probe", layer, sampled.step or 0, unit)
+    for step, layer, entry in _grit_layers(bundle):
+        add_all(GRIT_NUMBERS, "grit", layer, step, entry)
+    yield from rows.values()
+
+
+def _spectra(bundle: Bundle) -> Iterator[Row]:
+    """Eigenvalues of the Fisher factors, largest first; of two records of one step the later stays."""
+    rows: dict[tuple[str, str, int], Row] = {}
+    for step, layer, entry in _grit_layers(bundle):
+        for factor, values in (("a", entry.eigenvalues_a), ("g", entry.eigenvalues_g)):
+            if values:
+                name, ordered = layer_name(layer), sorted(values, key=lambda v: (math.isnan(v), -v))
+                row = {"layer": name, "factor": factor, "step": step}
+                rows[name, factor, step] = {**row, "eigenvalues": plain(ordered)}
+    yield from rows.values()
+
+
+def _grit_layers(bundle: Bundle) -> Iterator[tuple[int, str, GritLayer]]:
+    """(step, layer, numbers): those of `ranks` belong to the finished run, those of the rest to the record's step."""
+    for record in bundle.grit:
+        for step, layers in ((record.step, record.layers), (record.step, record.spectra), (FINAL_STEP, record.ranks)):
+            for layer, entry in (layers or {}).items():
+                yield step, layer, entry
+
+
+_CHILDREN: tuple[tuple[type[Base], Callable[[Bundle], Iterable[Row | Record]]], ...] = (
+    (tables.Metric, _metrics),
+    (tables.Sample, lambda b: b.samples),
+    (tables.Speed, lambda b: b.scores.speed),
+    (tables.Artifact, _artifacts),
+    (tables.Probe, lambda b: b.verdict.readings if b.verdict else []),
+    (tables.Quantization, lambda b: b.quantized.rows if b.quantized else []),
+    (tables.QuantizedSample, lambda b: b.quantized_samples),
+    (tables.Verification, lambda b: b.verified.rows if b.verified else []),
+    (tables.LayerMetric, _layer_metrics),
+    (tables.Spectrum, _spectra),
+)
+
+
+def check(url: str | Path | URL, root: Path) -> tuple[dict[str, int], list[str]]:
+    """Hold a database against runs/: rows of each table, and a sentence for each fault."""
+    runs, current = read_archive(root)
+    faults = [bundle.disagreement for bundle in runs.values() if bundle.disagreement]
+    with open_session(url) as session, in_memory() as derived:
+        fill(derived, runs, current)
+        if session.get_bind().dialect.name == "sqlite":
+            lines = [str(row[0]) for row in session.execute(text("PRAGMA integrity_check"))]
+            faults += [line for line in lines if line != "ok"]
+        there = set(inspect(session.connection()).get_view_names())
+        faults += [f"the view {name} is missing" for name in VIEWS if name not in there]
+        counts = {}
+        for table in Base.metadata.sorted_tables:
+            counts[table.name] = session.scalar(select(func.count()).select_from(table)) or 0
+            query = select(table).order_by(*table.primary_key.columns)
+            wanted, found = ([tuple(row) for row in own.execute(query)] for own in (derived, session))
+            if wanted != found:
+                same = set(map(repr, found))
+                lost = sum(repr(row) not in same for row in wanted)
+                faults.append(f"{table.name}: expected the {len(wanted)} rows that runs/ gives, came {len(found)}, "
+                              f"{lost} of the expected ones missing or changed")  # fmt: skip
+    return counts, faults

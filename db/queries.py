@@ -1,235 +1,146 @@
-"""Reading questions about some runs, answered in plain values; which runs there are says `db.queries_compare`."""
+"""Which runs there are, which of them a comparison is about, and the rows that belong to some runs."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
-from sqlalchemy import Select, column, func, select, table
+from sqlalchemy import ColumnElement, Row, inspect, select
 from sqlalchemy.orm import Session
 
-from db.columns import FINAL_STEP
-from db.models import (
-    Attempt,
-    Environment,
-    LayerMetric,
-    Metric,
-    MetricDef,
-    Probe,
-    Quantization,
-    QuantizedSample,
-    Run,
-    Sample,
-    Spectrum,
-    Speed,
-    Verification,
-)
-from db.values import join_value
+from db.tables import OfRun, Run
 
-VIEWS = (
-    "evaluation_results",
-    "v_leaderboard",
-    "v_probe_summary",
-    "v_parity",
-    "v_quantization",
-    "v_verification",
-    "v_attempts",
-    "task_results",
-    "task_quantization",
-)
+BASE = "base"
 
 
-@dataclass(frozen=True)
-class FinalMetric:
-    """A number of a finished run.
+class RunFacts(NamedTuple):
+    """A finished run; the columns are explained in `db.tables.Run`."""
 
-    Attributes:
-        value: In the unit of its definition; NaN and infinities possible.
-        n: Items behind it, when known.
-    """
-
-    value: float
-    n: int | None
-
-
-def final_metrics(session: Session, run_ids: Iterable[int]) -> dict[int, dict[tuple[str, str], FinalMetric]]:
-    """Return run id -> (split, name) -> number, parity shares included (split `parity`)."""
-    ids = list(run_ids)
-    found: dict[int, dict[tuple[str, str], FinalMetric]] = {run_id: {} for run_id in ids}
-    query = select(Metric).where(Metric.step == FINAL_STEP, Metric.run_id.in_(ids))
-    for metric in session.scalars(query.order_by(Metric.id)):
-        number = FinalMetric(join_value(metric.value, metric.value_kind), metric.n)
-        found[metric.run_id][metric.split, metric.name] = number
-    return found
-
-
-def curve(session: Session, run_id: int, name: str, split: str = "train") -> list[tuple[int, float]]:
-    """Return a training curve as (optimizer step, value), NaN and infinities included."""
-    query = select(Metric).where(
-        Metric.run_id == run_id, Metric.name == name, Metric.split == split, Metric.step != FINAL_STEP
-    )
-    return [(m.step, join_value(m.value, m.value_kind)) for m in session.scalars(query.order_by(Metric.step))]
+    id: int
+    arm: str
+    seed: int
+    model_name: str
+    run_key: str
+    git_commit: str | None
+    git_dirty: bool | None
+    backend_name: str
+    backend_version: str
+    serving_mode: str
+    device_class: str
+    environment_id: int
+    test_items_sha256: str
+    reference_run_id: int | None
+    started: datetime
+    ended: datetime
+    task: str
+    task_title: str
+    primary_metric: str
+    is_current: bool
+    is_latest: bool
+    base_key: str
+    train_key: str
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A number of a verdict over a whole run.
+class Choice:
+    """Which runs to compare; an empty part means all."""
 
-    Attributes:
-        value: In the reading's unit; NaN and infinities possible.
-        verdict: pass, fail, inconclusive, or skipped where it is not judged.
-        diagnosis: In words.
-    """
-
-    value: float
-    verdict: str
-    diagnosis: str
+    arms: Collection[str] = ()  # ways of training; the base is always there
+    seeds: Collection[int] = ()  # of the trained arms; the base has one run, which is always there
+    backends: Collection[str] = ()
+    # None: the task whose results are on disk, with its current runs, and so does its name. Of any other task, the
+    # latest finished run of each arm and seed
+    task: str | None = None
 
 
-def probe_readings(session: Session, run_ids: Iterable[int]) -> dict[int, dict[str, Reading]]:
-    """Return run id -> name -> what the probe says of the whole run (not of layers and steps)."""
-    ids = list(run_ids)
-    found: dict[int, dict[str, Reading]] = {run_id: {} for run_id in ids}
-    query = select(Probe).where(Probe.run_id.in_(ids), Probe.layer == "", Probe.step == FINAL_STEP)
-    for row in session.scalars(query.order_by(Probe.id)):
-        found[row.run_id][row.name] = Reading(join_value(row.value, row.value_kind), row.verdict, row.diagnosis)
-    return found
-
-
-def metric_meanings(session: Session) -> dict[str, MetricDef]:
-    """Return what each metric means, by name."""
-    return {meaning.name: meaning for meaning in session.scalars(select(MetricDef))}
-
-
-def decode_speeds(session: Session, run_id: int) -> dict[str, float]:
-    """Return tokens per second of decoding, by arm, from this run's own measurements.
-
-    Sum of tokens over sum of time. An arm's run holds the base too, timed alternately in one process.
-    """
-    query = (
-        select(Speed.arm, func.sum(Speed.tokens), func.sum(Speed.nanoseconds))
-        .where(
-            Speed.run_id == run_id,
-            Speed.phase == "decode",
-            Speed.tokens.is_not(None),
-            Speed.nanoseconds.is_not(None),
-        )
-        .group_by(Speed.arm)
-    )
-    return {arm: float(tokens or 0) * 1e9 / float(ns) for arm, tokens, ns in session.execute(query) if ns}
-
-
-def outcomes(session: Session, run_id: int, split: str = "test") -> dict[str, bool]:
-    """Return item id -> answered correctly."""
-    query = select(Sample.item_id, Sample.correct).where(Sample.run_id == run_id, Sample.split == split)
-    return {item_id: correct for item_id, correct in session.execute(query.order_by(Sample.item_id))}
-
-
-def samples(session: Session, run_ids: Iterable[int]) -> list[Sample]:
-    """Return all answered items of some runs, by run, split and item."""
-    query = select(Sample).where(Sample.run_id.in_(list(run_ids)))
-    return list(session.scalars(query.order_by(Sample.run_id, Sample.split, Sample.item_id)))
-
-
-@dataclass(frozen=True)
-class LayerNumber:
-    """A number of one layer.
-
-    Attributes:
-        split: weights, hidden, alignment (measured after training); probe, grit (logged while it ran).
-        layer: A module, or a hidden layer ("layer 2").
-        step: Optimizer step; -1: of the finished run.
-        value: NaN and infinities possible.
-    """
-
+class TaskFacts(NamedTuple):
     name: str
-    split: str
-    layer: str
-    step: int
-    value: float
+    title: str  # of the primary metric, in the words of the newest run
+    primary_metric: str
+    current: bool
+    last: datetime  # end of the newest run's evaluation, UTC
+    runs: int  # number of finished runs, superseded ones included
 
 
-def layer_metrics(
-    session: Session, run_id: int, split: str | None = None, names: Iterable[str] | None = None
-) -> list[LayerNumber]:
-    """Return a run's numbers of layers, by split, name, layer and step; of all splits and names by default."""
-    query = select(LayerMetric).where(LayerMetric.run_id == run_id)
-    if split is not None:
-        query = query.where(LayerMetric.split == split)
-    if names is not None:
-        query = query.where(LayerMetric.name.in_(list(names)))
-    query = query.order_by(LayerMetric.split, LayerMetric.name, LayerMetric.layer, LayerMetric.step)
+def finished_runs(session: Session) -> list[RunFacts]:
+    """Return every finished run, base first, then by arm and seed."""
+    columns = [getattr(Run, name) for name in RunFacts._fields]
+    rows = session.execute(select(*columns).where(Run.status == "finished", Run.ended.is_not(None)))
+    return sorted((RunFacts(*row) for row in rows), key=lambda run: (run.arm != BASE, run.arm, run.seed, run.id))
+
+
+def task_on_disk(runs: Iterable[RunFacts]) -> str | None:
+    """Task of the newest current run: while one task's results replace another's, both have some."""
+    current = [run for run in runs if run.is_current]
+    return _newest(current).task if current else None
+
+
+def tasks_of(runs: Sequence[RunFacts]) -> list[TaskFacts]:
+    """Tasks of these runs, the one with the newest run first."""
+    on_disk = task_on_disk(runs)
+    by_task = {name: [run for run in runs if run.task == name] for name in {run.task for run in runs}}
+    newest = sorted((_newest(own) for own in by_task.values()), key=_age, reverse=True)
     return [
-        LayerNumber(row.name, row.split, row.layer, row.step, join_value(row.value, row.value_kind))
-        for row in session.scalars(query)
+        TaskFacts(r.task, r.task_title, r.primary_metric, r.task == on_disk, r.ended, len(by_task[r.task]))
+        for r in newest
     ]
 
 
-@dataclass(frozen=True)
-class FactorSpectrum:
-    """Eigenvalues of one Fisher factor of one layer.
+def choose(runs: Sequence[RunFacts], choice: Choice) -> tuple[list[RunFacts], dict[str, int]]:
+    """Pick the runs of one task that may be compared with each other.
 
-    Attributes:
-        factor: a (of A's outputs) or g (of the gradients there).
-        step: Optimizer step.
-        eigenvalues: Largest first; NaN and infinities possible.
+    All are of the base model of the task's newest run, or of one that is not known. On disk these are the current runs.
+    Of a task that has left the disk they are the latest (see `db.tables.Run.is_latest`), and refer to the chosen base
+    with the same items and backend, since the base they were compared with at the time may have a successor.
+
+    Returns:
+        Runs in the order given, and arm → number of runs left out for another base, settings or data.
     """
+    on_disk = task_on_disk(runs)
+    former = choice.task not in (None, on_disk)
+    task = choice.task if former else on_disk
+    pool = [run for run in runs if run.task == task and (former or run.is_current)]
+    known = [run for run in pool if run.base_key]
+    bases = ("", _newest(known).base_key) if known else ("",)
+    settings = {run.arm: run.train_key for run in pool if run.is_latest}
+    found: list[RunFacts] = []
+    left_out: dict[str, int] = {}
+    for run in pool:
+        base = run.arm == BASE
+        if not (
+            (base or not choice.arms or run.arm in choice.arms)
+            and (base or not choice.seeds or run.seed in choice.seeds)
+            and (not choice.backends or run.backend_name in choice.backends)
+        ):
+            continue
+        if run.base_key not in bases or (former and run.train_key != settings.get(run.arm)):
+            left_out[run.arm] = left_out.get(run.arm, 0) + 1
+        elif run.is_latest or not former:
+            found.append(run)
+    if former:
+        base_of = {(run.test_items_sha256, run.backend_name): run.id for run in reversed(found) if run.arm == BASE}
+        found = [
+            run if run.arm == BASE
+            else run._replace(reference_run_id=base_of.get((run.test_items_sha256, run.backend_name)))
+            for run in found
+        ]  # fmt: skip
+    return found, left_out
 
-    layer: str
-    factor: str
-    step: int
-    eigenvalues: tuple[float, ...]
+
+def _age(run: RunFacts) -> tuple[datetime, int]:
+    return run.ended, run.id
 
 
-def spectra(session: Session, run_id: int) -> list[FactorSpectrum]:
-    """Return a run's spectra, by layer, factor and step; none where the arm has no Fisher factors."""
-    query = select(Spectrum).where(Spectrum.run_id == run_id)
-    return [
-        FactorSpectrum(row.layer, row.factor, row.step, tuple(map(float, row.eigenvalues)))
-        for row in session.scalars(query.order_by(Spectrum.layer, Spectrum.factor, Spectrum.step))
-    ]
+def _newest(runs: Iterable[RunFacts]) -> RunFacts:
+    return max(runs, key=_age)
 
 
-def attempts(session: Session) -> list[Attempt]:
-    """Return every known start of a stage, in the order of time."""
-    return list(session.scalars(select(Attempt).order_by(Attempt.started, Attempt.id)))
-
-
-def speed_rows(session: Session, run_id: int) -> list[Speed]:
-    """Return this run's measured phases of its own arm and of the base beside it."""
-    query = select(Speed).where(Speed.run_id == run_id, Speed.nanoseconds.is_not(None))
-    return list(session.scalars(query.order_by(Speed.arm, Speed.phase, Speed.repetition)))
-
-
-def quantizations(session: Session, run_id: int) -> list[Quantization]:
-    """Return a run's precisions, f16 first, in the order in which they were measured."""
-    return list(session.scalars(select(Quantization).where(Quantization.run_id == run_id).order_by(Quantization.id)))
-
-
-def quantized_outcomes(session: Session, run_id: int) -> dict[str, dict[str, bool]]:
-    """Return precision -> item id -> answered correctly."""
-    found: dict[str, dict[str, bool]] = {}
-    query = select(QuantizedSample.type, QuantizedSample.item_id, QuantizedSample.correct)
-    for kind, item_id, correct in session.execute(query.where(QuantizedSample.run_id == run_id)):
-        found.setdefault(kind, {})[item_id] = correct
+def of_runs(
+    session: Session, table: type[OfRun], ids: Collection[int], *where: ColumnElement[bool], names: Sequence[str] = ()
+) -> dict[int, list[Row[Any]]]:
+    """Return run id → its rows of a table, as they were written; of all columns, or the named ones."""
+    columns = [getattr(table, name) for name in names or inspect(table).columns.keys()]
+    found: dict[int, list[Row[Any]]] = {}
+    for row in session.execute(select(table.run_id, *columns).where(table.run_id.in_(ids), *where).order_by(table.id)):
+        found.setdefault(row[0], []).append(row)
     return found
-
-
-def verifications(session: Session, run_id: int) -> list[Verification]:
-    """Return what was verified of a run, merged before adapter for each backend."""
-    query = select(Verification).where(Verification.run_id == run_id)
-    return list(session.scalars(query.order_by(Verification.backend, Verification.mode.desc())))
-
-
-def environment(session: Session, run: Run) -> Environment:
-    """Return the machine and packages with which a run was evaluated."""
-    return session.get_one(Environment, run.environment_id)
-
-
-def view(session: Session, name: str) -> list[dict[str, Any]]:
-    """Return the rows of one of `VIEWS`."""
-    if name not in VIEWS:
-        raise ValueError(f"expected one of {', '.join(VIEWS)}, came {name!r}")
-    query: Select[Any] = select(column("*", is_literal=True)).select_from(table(name))
-    return [dict(row) for row in session.execute(query).mappings()]

@@ -1,12 +1,9 @@
 """The command that answers the question: which way of training was better, and by how much.
 
-`python -m evaluation.compare_all` reads the database and prints one table. It loads no model and no
-training library, so it answers at once.
+`python -m evaluation.compare_all` reads the database and prints it. It loads no model and no training library, so it
+answers at once.
 """
 
-from __future__ import annotations
-
-import gc
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -15,28 +12,19 @@ import typer
 from rich.console import Console
 
 from db.errors import DatabaseError, DatabaseMissingError
-from evaluation.comparison import Choice, ChoiceError, Comparison, compare, load_comparison
-from evaluation.differences import BASELINE
-from evaluation.report import as_csv, as_json, as_markdown, print_table, svg, write_atomically, write_report
-from evaluation.report_serving import print_serving
-from evaluation.report_tasks import print_tasks, tasks_as_csv, tasks_as_json, tasks_as_markdown
-
-__all__ = ["Choice", "ChoiceError", "Comparison", "compare", "load_comparison", "main", "write_report"]
+from db.queries import Choice
+from evaluation.report.arms import BASELINE
+from evaluation.report.comparison import ChoiceError, Report, load_report
+from evaluation.report.data import as_csv, as_json, tasks_as_csv, tasks_as_json
 
 app = typer.Typer(add_completion=False)
 
 
 class Format(StrEnum):
-    """How the comparison is printed."""
-
     TABLE = "table"
     JSON = "json"
     CSV = "csv"
     MD = "md"
-
-
-_TEXTS = {Format.JSON: as_json, Format.CSV: as_csv, Format.MD: as_markdown}
-_TEXTS_OF_TASKS = {Format.JSON: tasks_as_json, Format.CSV: tasks_as_csv, Format.MD: tasks_as_markdown}
 
 
 @app.command()
@@ -82,46 +70,58 @@ def main(
     try:
         if all_tasks and task is not None:
             raise ChoiceError(f"expected one of --task and --all-tasks; came: both. Do: leave out --task {task}")
-        comparison = load_comparison(db, Choice(arm or (), seed or (), backend or (), task), baseline)
-        _show(comparison, format, all_tasks=all_tasks)
-        _write(comparison, db, report=report, html=html, picture=svg_path)
+        detail = format is Format.MD or report is not None or html is not None
+        found = load_report(db, Choice(arm or (), seed or (), backend or (), task), baseline, detail=detail)
+        _show(found, format, all_tasks=all_tasks)
+        _write(found, markdown=report, html=html, picture=svg_path)
     except (DatabaseError, ChoiceError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, DatabaseMissingError | ChoiceError) else 1) from error
 
 
-def _show(comparison: Comparison, format: Format, *, all_tasks: bool) -> None:
-    console = Console()
+def _show(report: Report, format: Format, *, all_tasks: bool) -> None:
+    comparison = report.comparison
     if all_tasks:  # beside the table: it is the same in every format
         if comparison.filters:
             typer.echo(f"{comparison.filters}; corrections for several arms count these alone.", err=True)
         for note in comparison.task_notes:
             typer.echo(f"Note: {note}", err=True)
-    if format is not Format.TABLE:
-        text = _TEXTS_OF_TASKS[format](comparison.tasks) if all_tasks else _TEXTS[format](comparison)
-        typer.echo(text.rstrip("\n"))
-    elif all_tasks:
-        print_tasks(comparison.tasks, console)
+    if format is Format.JSON:
+        typer.echo((tasks_as_json if all_tasks else as_json)(comparison))
+    elif format is Format.CSV:
+        typer.echo((tasks_as_csv if all_tasks else as_csv)(comparison).rstrip("\n"))
+    elif format is Format.MD:
+        from evaluation.report.markdown import as_markdown, tasks_as_markdown
+
+        typer.echo((tasks_as_markdown if all_tasks else as_markdown)(report).rstrip("\n"))
     else:
-        print_table(comparison, console)
-        print_serving(comparison, console)
+        from evaluation.report.terminal import print_report, print_tasks
+
+        if all_tasks:
+            print_tasks(comparison, Console())
+        else:
+            print_report(report, Console())
 
 
-def _write(comparison: Comparison, db: str, *, report: Path | None, html: Path | None, picture: Path | None) -> None:
+def _write(report: Report, *, markdown: Path | None, html: Path | None, picture: Path | None) -> None:
+    if not (markdown or html or picture):
+        return
+    from db.files import OutputError, write_text  # these take a second, which only those wait for who want a file
+    from evaluation.report.html import write_page
+    from evaluation.report.markdown import write_markdown
+    from evaluation.report.terminal import svg
+
     try:
-        if report is not None:
-            write_report(report, comparison)
+        if markdown is not None:
+            write_markdown(markdown, report)
         if picture is not None:
-            write_atomically(picture, svg(comparison))
+            write_text(picture, svg(report))
         if html is not None:
-            from evaluation.page import write_page  # charts and templates: a second, for those who want it
-
-            write_page(html, db, comparison)
-    except OSError as error:
+            write_page(html, report)
+    except (OSError, OutputError) as error:
         typer.echo(f"error: expected a place that can be written; came: {error}. Do: name another", err=True)
         raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":
-    gc.disable()  # thousands of runs are a million small objects without cycles, searched for cycles again and again
     app()

@@ -14,48 +14,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal, InvalidOperation
 
-CATEGORIES = (
-    "Good",
-    "Moderate",
-    "Unhealthy for Sensitive Groups",
-    "Unhealthy",
-    "Very Unhealthy",
-    "Hazardous",
-)
+CATEGORIES = ("Good", "Moderate", "Unhealthy for Sensitive Groups", "Unhealthy", "Very Unhealthy", "Hazardous")
 # Lowest and highest index of each category, in the order of CATEGORIES.
 INDEX_RANGES = ((0, 50), (51, 100), (101, 150), (151, 200), (201, 300), (301, 500))
 AQI_MAX = INDEX_RANGES[-1][1]
 
 
+Band = tuple[Decimal, Decimal]
+
+
 @dataclass(frozen=True)
 class Pollutant:
-    """One pollutant's scale.
-
-    Attributes:
-        key: Name used in data files and code.
-        label: Name used in prompts.
-        unit: Unit of the concentrations.
-        decimals: Digits kept when a concentration is truncated.
-        bands: (C_lo, C_hi) per category in the order of CATEGORIES; None where EPA defines none.
-    """
-
-    key: str
-    label: str
-    unit: str
-    decimals: int
-    bands: tuple[tuple[str, str] | None, ...]
-
-    def band(self, category: int) -> tuple[Decimal, Decimal] | None:
-        """Lowest and highest concentration of category number `category` (0 = Good), or None."""
-        edges = self.bands[category]
-        return None if edges is None else (Decimal(edges[0]), Decimal(edges[1]))
+    key: str  # in data files and code
+    label: str  # in prompts
+    unit: str  # of the concentrations
+    decimals: int  # kept when a concentration is truncated
+    bands: tuple[Band | None, ...]  # (C_lo, C_hi) per category; None where EPA defines none
 
     def truncate(self, value: float | str | Decimal) -> Decimal:
-        """`value` cut to this pollutant's precision.
-
-        Raises:
-            ValueError: `value` is no finite number.
-        """
+        """`value` cut to this pollutant's precision; ValueError where it is no finite number."""
         try:
             number = value if isinstance(value, Decimal) else Decimal(str(value))
         except InvalidOperation:
@@ -68,72 +45,23 @@ class Pollutant:
             raise ValueError(f"{self.label}: {value} {self.unit} is beyond any scale") from None
 
 
-_TABLE = (
-    Pollutant(
-        "pm25",
-        "PM2.5",
-        "µg/m³",
-        1,
-        (
-            ("0.0", "9.0"),
-            ("9.1", "35.4"),
-            ("35.5", "55.4"),
-            ("55.5", "125.4"),
-            ("125.5", "225.4"),
-            ("225.5", "325.4"),
-        ),
-    ),
-    Pollutant(
-        "pm10",
-        "PM10",
-        "µg/m³",
-        0,
-        (("0", "54"), ("55", "154"), ("155", "254"), ("255", "354"), ("355", "424"), ("425", "604")),
-    ),
-    Pollutant(
-        "o3_8h",
-        "O3 8h",
-        "ppm",
-        3,
-        (
-            ("0.000", "0.054"),
-            ("0.055", "0.070"),
-            ("0.071", "0.085"),
-            ("0.086", "0.105"),
-            ("0.106", "0.200"),
-            None,
-        ),
-    ),
-    Pollutant(
-        "o3_1h",
-        "O3 1h",
-        "ppm",
-        3,
-        (None, None, ("0.125", "0.164"), ("0.165", "0.204"), ("0.205", "0.404"), ("0.405", "0.604")),
-    ),
-    Pollutant(
-        "co",
-        "CO",
-        "ppm",
-        1,
-        (("0.0", "4.4"), ("4.5", "9.4"), ("9.5", "12.4"), ("12.5", "15.4"), ("15.5", "30.4"), ("30.5", "50.4")),
-    ),
-    Pollutant(
-        "so2",
-        "SO2",
-        "ppb",
-        0,
-        (("0", "35"), ("36", "75"), ("76", "185"), ("186", "304"), ("305", "604"), ("605", "1004")),
-    ),
-    Pollutant(
-        "no2",
-        "NO2",
-        "ppb",
-        0,
-        (("0", "53"), ("54", "100"), ("101", "360"), ("361", "649"), ("650", "1249"), ("1250", "2049")),
-    ),
+_TABLE = (  # bands: lowest–highest concentration of each category
+    ("pm25", "PM2.5", "µg/m³", 1, "0.0–9.0 9.1–35.4 35.5–55.4 55.5–125.4 125.5–225.4 225.5–325.4"),
+    ("pm10", "PM10", "µg/m³", 0, "0–54 55–154 155–254 255–354 355–424 425–604"),
+    ("o3_8h", "O3 8h", "ppm", 3, "0.000–0.054 0.055–0.070 0.071–0.085 0.086–0.105 0.106–0.200 none"),
+    ("o3_1h", "O3 1h", "ppm", 3, "none none 0.125–0.164 0.165–0.204 0.205–0.404 0.405–0.604"),
+    ("co", "CO", "ppm", 1, "0.0–4.4 4.5–9.4 9.5–12.4 12.5–15.4 15.5–30.4 30.5–50.4"),
+    ("so2", "SO2", "ppb", 0, "0–35 36–75 76–185 186–304 305–604 605–1004"),
+    ("no2", "NO2", "ppb", 0, "0–53 54–100 101–360 361–649 650–1249 1250–2049"),
 )
-POLLUTANTS: dict[str, Pollutant] = {p.key: p for p in _TABLE}
+
+
+def _bands(text: str) -> tuple[Band | None, ...]:
+    edges = (band.split("–") for band in text.split())
+    return tuple(None if len(band) == 1 else (Decimal(band[0]), Decimal(band[1])) for band in edges)
+
+
+POLLUTANTS: dict[str, Pollutant] = {row[0]: Pollutant(*row[:4], _bands(row[4])) for row in _TABLE}
 
 
 class OffScaleError(ValueError):
@@ -141,31 +69,20 @@ class OffScaleError(ValueError):
 
 
 def sub_index(key: str, value: float | str | Decimal) -> int:
-    """The index of one pollutant.
+    """The index of one pollutant (a key of POLLUTANTS) at a concentration ≥ 0 in its unit: 0 to 500.
 
-    Args:
-        key: A key of POLLUTANTS.
-        value: Concentration in that pollutant's unit, ≥ 0.
-
-    Returns:
-        Integer in 0..500.
-
-    Raises:
-        KeyError: unknown pollutant.
-        OffScaleError: outside the range EPA defines (1 h ozone below 0.125 ppm among them).
-        ValueError: negative, NaN or not a number.
+    OffScaleError outside the range EPA defines (1 h ozone below 0.125 ppm is); ValueError for what is no number ≥ 0.
     """
     pollutant = POLLUTANTS[key]
     c = pollutant.truncate(value)
     # The sign is read before truncation: -0.04 ppm would otherwise be cut to an innocent -0.0.
     if Decimal(str(value)) < 0:
         raise ValueError(f"{pollutant.label}: expected a concentration ≥ 0 {pollutant.unit}, got {value}")
-    for i, (i_lo, i_hi) in enumerate(INDEX_RANGES):
-        edges = pollutant.band(i)
+    for edges, (i_lo, i_hi) in zip(pollutant.bands, INDEX_RANGES, strict=True):
         if edges is not None and edges[0] <= c <= edges[1]:
             index = Decimal(i_hi - i_lo) * (c - edges[0]) / (edges[1] - edges[0]) + i_lo
             return int(index.quantize(Decimal(1), rounding=ROUND_HALF_UP))
-    defined = [e for i in range(6) if (e := pollutant.band(i)) is not None]
+    defined = [edges for edges in pollutant.bands if edges is not None]
     raise OffScaleError(
         f"{pollutant.label}: EPA defines an index for {defined[0][0]} to {defined[-1][1]} {pollutant.unit}, got {value}"
     )
@@ -175,14 +92,8 @@ def aqi(readings: Mapping[str, float | str | Decimal]) -> int:
     """The overall index: the largest sub-index.
 
     Ozone may come as 8 h and 1 h average. As EPA prescribes, a 1 h value below 0.125 ppm has no index and an 8 h
-    value above 0.200 ppm is answered by the 1 h one; either is passed over when another reading has an index.
-
-    Args:
-        readings: Pollutant key → concentration in that pollutant's unit.
-
-    Raises:
-        OffScaleError: a reading lies outside its scale (save the two ozone cases above).
-        ValueError: no reading at all, or one that is no number.
+    value above 0.200 ppm is answered by the 1 h one; either is passed over when another reading has an index. Other
+    readings off their scale raise OffScaleError; none at all, or what is no number, ValueError.
     """
     if not readings:
         raise ValueError("expected at least one reading, got none")
@@ -203,16 +114,11 @@ def aqi(readings: Mapping[str, float | str | Decimal]) -> int:
 
 
 def category_number(index: float) -> int:
-    """Position in CATEGORIES of an index; above 500 counts as Hazardous ("beyond the AQI").
-
-    Raises:
-        ValueError: negative or NaN.
-    """
+    """Position in CATEGORIES of an index ≥ 0; above 500 counts as Hazardous ("beyond the AQI")."""
     if not index >= 0:
         raise ValueError(f"expected an index ≥ 0, got {index}")
     return next((i for i, (_, hi) in enumerate(INDEX_RANGES) if index <= hi), len(CATEGORIES) - 1)
 
 
 def category(index: float) -> str:
-    """EPA's name of the category that `index` falls in."""
     return CATEGORIES[category_number(index)]

@@ -4,8 +4,6 @@
 """
 
 import hashlib
-import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,7 +11,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from export.errors import ExportError
+from db.files import staged
+from export import ExportError
 
 PACKAGE = "llama-cpp-python"
 # sha256 of the source distributions whose converters were tried out.
@@ -22,17 +21,12 @@ _WANTED = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "g
 
 
 def folder() -> Path:
-    """Where the converters of the installed version lie (inside the environment)."""
     version = metadata.version(PACKAGE)
     return Path(sys.prefix) / "share" / "llama.cpp-converters" / version
 
 
 def require() -> Path:
-    """The folder with the converters, fetched if they are not there.
-
-    Raises:
-        ExportError: they cannot be fetched.
-    """
+    """The folder with the converters, fetched if they are not there. Raises ExportError: they cannot be fetched."""
     place = folder()
     if not (place / "complete").is_file():
         fetch(place)
@@ -42,8 +36,7 @@ def require() -> Path:
 def fetch(place: Path) -> None:
     """Download the pinned source distribution with pip, check its hash, unpack the converters to `place`.
 
-    Raises:
-        ExportError: unknown version, download failed or hash wrong.
+    Raises ExportError: unknown version, download failed or hash wrong.
     """
     version = metadata.version(PACKAGE)
     if version not in KNOWN:
@@ -71,22 +64,16 @@ def fetch(place: Path) -> None:
 
 def unpack(archive: Path, place: Path) -> None:
     """Put the converters of a source distribution at `place`, whole or not at all."""
-    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with tarfile.open(archive) as tar:
+    with staged(place) as partial, tarfile.open(archive) as tar:
         for member in tar:
             head, marker, tail = member.name.partition("/vendor/llama.cpp/")
             if marker and "/" not in head and tail.startswith(_WANTED) and member.isfile():
                 member.name = tail
                 tar.extract(member, partial, filter="data")
-    (partial / "complete").write_text("", encoding="utf-8")
-    shutil.rmtree(place, ignore_errors=True)
-    partial.rename(place)
+        (partial / "complete").write_text("", encoding="utf-8")
 
 
 def main() -> None:
-    """Fetch the converters and say where they are."""
     print(require())
 
 

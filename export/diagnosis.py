@@ -11,15 +11,15 @@ What is left lies in the weights themselves (a damaged file, a merge gone wrong)
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from export.adapter_file import scale_of
-from export.engines import Engine, Reference, Seen, as_decoded, parting
-from export.errors import ExportError
-from export.llama_engine import LlamaCpp, Vocabulary
-from export.parity import TIE
-from export.serving import Served
+from export import ExportError
+from export.engines.base import Engine, Generation
+from export.engines.llama_cpp import Vocabulary, open_in_process
+from export.gguf import scale_of
+from export.parity import TIE, parting
+from export.served import Reference, Served
 
 SCALE_PROMPTS = 8
 """Prompts on which other scales are tried; those that differ come first."""
@@ -30,30 +30,41 @@ _SIXTEEN_BITS = (None, "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Case:
-    """A model that was asked.
-
-    Attributes:
-        engine: Still open, for questions of the diagnosis.
-        served: The model in its mode.
-        references: What Hugging Face says.
-        seen: What the engine says, in the same order.
-    """
+    """A model that was asked; its engine is still open. `seen` is what it says to each of `references`."""
 
     engine: Engine
     served: Served
     references: Sequence[Reference]
-    seen: Sequence[Seen]
+    seen: Sequence[Generation]
 
 
-def same_tokens(reference: Reference, seen: Seen) -> bool | None:
+def ask(engine: Engine, reference: Reference, stop: Sequence[str] | None = None) -> Generation:
+    """What an engine makes of one prompt, as Hugging Face would have decoded it; `rendered` None: it does not tell."""
+    made = engine.generate(reference.prompt, reference.max_tokens, stop)
+    return replace(made, text=as_decoded(made.text, reference.answer), rendered=engine.render(reference.prompt))
+
+
+def as_decoded(text: str, answer: str) -> str:
+    """An engine's text as Hugging Face, which says `answer`, would have decoded it.
+
+    SentencePiece's decoder drops the blank of the first token; llama.cpp and Ollama give it, since for them a prompt
+    stands in front. Other tokenizers keep it on both sides, so it goes only where the rest then fits better.
+    """
+    bare = text.removeprefix(" ")
+    return bare if parting(bare, answer) > parting(text, answer) else text
+
+
+def same_tokens(reference: Reference, seen: Generation) -> bool | None:
     """Whether the prompt was read as the same tokens; where the engine only counts them, as many; None: not told."""
-    if seen.ids is None and seen.tokens is None:
+    if seen.prompt_ids is None and seen.prompt_tokens is None:
         return None
-    return seen.tokens == len(reference.ids) if seen.ids is None else seen.ids == reference.ids
+    if seen.prompt_ids is None:
+        return seen.prompt_tokens == len(reference.ids)
+    return seen.prompt_ids == reference.ids
 
 
 def explain(case: Case) -> str | None:
-    """Where the first prompt that differs does so, and the likely cause; None where none differs."""
+    """Where the first prompt that differs does so, and the likely cause."""
     for number, (reference, seen) in enumerate(zip(case.references, case.seen, strict=True)):
         try:
             difference = _difference(case, reference, seen)
@@ -64,7 +75,7 @@ def explain(case: Case) -> str | None:
     return None
 
 
-def _difference(case: Case, reference: Reference, seen: Seen) -> str | None:
+def _difference(case: Case, reference: Reference, seen: Generation) -> str | None:
     gguf = case.served.gguf
     if seen.rendered is not None and seen.rendered != reference.rendered:
         return _template(gguf, reference, seen.rendered)
@@ -73,7 +84,7 @@ def _difference(case: Case, reference: Reference, seen: Seen) -> str | None:
     return _answer(case, reference, seen) if seen.text != reference.answer else None
 
 
-def _answer(case: Case, reference: Reference, seen: Seen) -> str:
+def _answer(case: Case, reference: Reference, seen: Generation) -> str:
     at, expected, got = first_token(case.served.gguf, reference.answer, seen.text)
     where = f"token {at} of the answer is {got!r}, expected {expected!r}"
     try:
@@ -86,21 +97,15 @@ def _answer(case: Case, reference: Reference, seen: Seen) -> str:
 @contextmanager
 def _local(case: Case) -> Iterator[Engine]:
     """llama.cpp on the case's files; the case's own engine where it is that."""
-    if case.seen and case.seen[0].answer_ids is not None:
+    if case.seen and case.seen[0].ids is not None:
         yield case.engine
     else:
-        with LlamaCpp().open(case.served) as local:
+        with open_in_process(case.served) as local:
             yield local
 
 
 def first_token(gguf: Path, expected: str, got: str) -> tuple[int, str, str]:
-    """Position of the first token in which two answers differ, and its text on both sides ("" = the end).
-
-    Args:
-        gguf: Whose vocabulary splits the texts.
-        expected: One text.
-        got: Another one.
-    """
+    """Position of the first token in which two answers differ, and its text on both sides ("" = the end)."""
     with Vocabulary(gguf) as vocabulary:
         a, b = (vocabulary.answer_ids(text) for text in (expected, got))
         at = parting(a, b)
@@ -109,7 +114,7 @@ def first_token(gguf: Path, expected: str, got: str) -> tuple[int, str, str]:
 
 def _template(gguf: Path, reference: Reference, rendered: str) -> str:
     with Vocabulary(gguf) as vocabulary:
-        a, b = (vocabulary.ids(text, special=True) for text in (reference.rendered, rendered))
+        a, b = (vocabulary.ids(text) for text in (reference.rendered, rendered))
         at = parting(a, b)
         expected, got = vocabulary.word(a, at), vocabulary.word(b, at)
     return (
@@ -118,10 +123,10 @@ def _template(gguf: Path, reference: Reference, rendered: str) -> str:
     )
 
 
-def _tokens(gguf: Path, reference: Reference, seen: Seen) -> str:
-    if seen.ids is None and seen.rendered is None:
+def _tokens(gguf: Path, reference: Reference, seen: Generation) -> str:
+    if seen.prompt_ids is None and seen.rendered is None:
         return (
-            f"{seen.tokens} tokens are read, expected {len(reference.ids)}. Likely cause: template or BOS; this "
+            f"{seen.prompt_tokens} tokens are read, expected {len(reference.ids)}. Likely cause: template or BOS; this "
             "server does not tell how it renders prompts"
         )
     with Vocabulary(gguf) as vocabulary:
@@ -129,8 +134,8 @@ def _tokens(gguf: Path, reference: Reference, seen: Seen) -> str:
         at = parting(ids, reference.ids)
         if ids == reference.ids:
             return (
-                f"{seen.tokens} tokens are read, expected {len(reference.ids)}; the exported file gives as many as "
-                "training. Likely cause: the server cut the prompt (num_ctx), or left cached tokens out of its count"
+                f"{seen.prompt_tokens} tokens are read, expected {len(reference.ids)}; the exported file gives as many "
+                "as training. Likely cause: the server cut the prompt (num_ctx), or left cached tokens out of its count"
             )
         if ids[1:] == reference.ids:
             twice = ids[0] == reference.ids[0]
@@ -141,33 +146,33 @@ def _tokens(gguf: Path, reference: Reference, seen: Seen) -> str:
             cause = "tokenizer; the GGUF's is not the one of training"
         got, expected = vocabulary.word(ids, at), vocabulary.word(reference.ids, at)
     return (
-        f"token {at} of the prompt is {got!r}, expected {expected!r} ({seen.tokens} tokens read, training had "
+        f"token {at} of the prompt is {got!r}, expected {expected!r} ({seen.prompt_tokens} tokens read, training had "
         f"{len(reference.ids)}). Likely cause: {cause}"
     )
 
 
-def _read(vocabulary: Vocabulary, seen: Seen, reference: Reference) -> list[int]:
+def _read(vocabulary: Vocabulary, seen: Generation, reference: Reference) -> list[int]:
     """The tokens that the engine read; of one that only counts, the exported file's, a BOS more or less as counted."""
-    if seen.ids is not None:
-        return seen.ids
+    if seen.prompt_ids is not None:
+        return seen.prompt_ids
     ids = vocabulary.prompt_ids(seen.rendered or "")
-    more = (seen.tokens or 0) - len(ids)
+    more = (seen.prompt_tokens or 0) - len(ids)
     if abs(more) == 1 and ids == reference.ids:
         return [ids[0], *ids] if more == 1 else ids[1:]
     return ids
 
 
-def _stop(case: Case, reference: Reference, seen: Seen) -> str | None:
+def _stop(case: Case, reference: Reference, seen: Generation) -> str | None:
     """Whether other stop words, or an end token that does not end, explain an answer: asked again, not guessed."""
-    trained = list(case.served.facts["stop"])
-    if case.engine.ask(reference, stop=trained).text == reference.answer:
+    trained = case.served.serving.stop
+    if ask(case.engine, reference, trained).text == reference.answer:
         words = [w for w in case.engine.stop if reference.answer[len(seen.text) :].startswith(w)]
         cut = f"{words[0]!r} is a stop word on the server and inside of answers" if words else "stop words differ"
         return f"stop; {cut}: it has {list(case.engine.stop)}, training {trained}"
     with _local(case) as local, Vocabulary(case.served.gguf) as vocabulary:
-        answer = local.ask(reference).answer_ids or []
+        answer = ask(local, reference).ids or []
         if seen.text.startswith(reference.answer):
-            ends = {ids[0]: w for w in trained if len(ids := vocabulary.ids(w, special=True)) == 1}
+            ends = {ids[0]: w for w in trained if len(ids := vocabulary.ids(w)) == 1}
             behind = next((ends[t] for t in answer if t in ends), None)
             return behind and f"stop; the answer goes on behind {behind!r}, which the GGUF does not mark as an end"
         ids, got = (vocabulary.answer_ids(text) for text in (reference.answer, seen.text))
@@ -188,9 +193,12 @@ def _scale(case: Case) -> str | None:
     )[:SCALE_PROMPTS]  # fmt: skip
     as_seen: dict[float, float] = {}
     as_trained: dict[float, float] = {}
-    for scale in _scales(form.adapter):
-        with LlamaCpp().open(form, scale) as local:
-            texts = [local.ask(reference).text for reference, _ in pairs]
+    # Factors by which a scale gets lost: none at all, α/r, r/α, √r (rsLoRA), and powers of two.
+    alpha, rank = scale_of(form.adapter)
+    usual = [alpha / rank, rank / alpha, rank**0.5, rank**-0.5, alpha, 1 / alpha, 2, 0.5, 4, 0.25]
+    for scale in [1.0, 0.0, *dict.fromkeys(round(s, 6) for s in usual if round(s, 6) not in (0.0, 1.0))]:
+        with open_in_process(form, scale) as local:
+            texts = [ask(local, reference).text for reference, _ in pairs]
         as_seen[scale] = sum(t == s.text for t, (_, s) in zip(texts, pairs, strict=True)) / len(pairs)
         as_trained[scale] = sum(t == r.answer for t, (r, _) in zip(texts, pairs, strict=True)) / len(pairs)
     if as_trained[1.0] >= SCALE_AGREES:
@@ -208,13 +216,6 @@ def _scale(case: Case) -> str | None:
     return None
 
 
-def _scales(adapter: Path) -> list[float]:
-    """Factors by which a scale gets lost: none at all, α/r, r/α, √r (rsLoRA), and powers of two."""
-    alpha, rank = scale_of(adapter)
-    usual = [alpha / rank, rank / alpha, rank**0.5, rank**-0.5, alpha, 1 / alpha, 2, 0.5, 4, 0.25]
-    return [1.0, 0.0, *dict.fromkeys(round(s, 6) for s in usual if round(s, 6) not in (0.0, 1.0))]
-
-
 def _weights(case: Case, reference: Reference) -> str:
     if case.engine.precision not in _SIXTEEN_BITS:
         return f"quantization; the weights are {case.engine.precision}, training had 16 bits or more"
@@ -227,8 +228,8 @@ def _weights(case: Case, reference: Reference) -> str:
 def _lead(case: Case, reference: Reference) -> float | None:
     """llama.cpp's lead of the best token where its answer leaves the reference's; None where it does not."""
     with _local(case) as local, Vocabulary(case.served.gguf) as vocabulary:
-        seen = local.ask(reference)
-        ids, leads = seen.answer_ids or [], seen.leads or []
+        seen = ask(local, reference)
+        ids, leads = seen.ids or [], seen.leads or []
         texts = (as_decoded(vocabulary.text(ids[: i + 1]), reference.answer) for i in range(len(ids)))
         at = next((i for i, text in enumerate(texts) if not reference.answer.startswith(text)), len(ids))
         return leads[at] if seen.text != reference.answer and at < len(leads) else None

@@ -1,26 +1,23 @@
-"""Adapter → merged 16-bit model → GGUF, and the adapter alone as GGUF."""
+"""GGUF files: from an adapter to a merged 16-bit model, its GGUF and the adapter's own, in other precisions too."""
 
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from export import converters
-from export.errors import ExportError
-from export.quantization import quantize as quantize
-from export.tokenizer_files import copy_tokenizer
+from pydantic import AfterValidator
+
+from export import ExportError, converters
 
 
 def adapter_config(adapter: Path) -> dict[str, Any]:
-    """adapter_config.json of a PEFT folder.
-
-    Raises:
-        ExportError: not there or no JSON.
-    """
+    """adapter_config.json of a PEFT folder. Raises ExportError: not there or no JSON."""
     file = adapter / "adapter_config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -33,10 +30,7 @@ def losses(adapter: Path) -> list[str]:
     """What a GGUF adapter would lose of a LoRA adapter; such an adapter can only be served merged.
 
     A GGUF adapter holds one alpha and the tensors A and B. Scales of single modules are no hindrance, see
-    `scale_factors`.
-
-    Raises:
-        ExportError: no LoRA adapter: it can be neither merged here nor converted.
+    `scale_factors`. Raises ExportError: no LoRA adapter: it can be neither merged here nor converted.
     """
     config = adapter_config(adapter)
     if config.get("peft_type") != "LORA":
@@ -49,36 +43,18 @@ def losses(adapter: Path) -> list[str]:
     return lost
 
 
-def check_adapter(adapter: Path) -> None:
-    """Refuse adapters whose meaning a GGUF adapter cannot carry.
-
-    Raises:
-        ExportError: names each setting that would be lost.
-    """
-    if lost := losses(adapter):
-        raise ExportError(f"{adapter}: a GGUF adapter would lose {'; '.join(lost)}")
-
-
 def _alpha(config: Any) -> float:
     """The one alpha of the GGUF adapter; of 0 llama.cpp makes the scale 1."""
     return float(config.lora_alpha or 1)
 
 
 def scale_factors(config: Any, weights: Mapping[str, Any]) -> dict[str, float]:
-    """What each B has to be multiplied by so that llama.cpp's scale of B·A becomes PEFT's.
+    """Name of B → what it has to be multiplied by so that llama.cpp's scale of B·A becomes PEFT's; mostly 1.
 
     llama.cpp scales by alpha/k with the file's one alpha and k, the rank of the tensor. PEFT scales by α/k, or by α/√k
-    (rsLoRA), with α and k from `alpha_pattern` and `rank_pattern` where a key fits the module.
-
-    Args:
-        config: PEFT's LoraConfig.
-        weights: The adapter's tensors by name, A [k, …].
-
-    Returns:
-        Name of B → factor, 1 where nothing is to be done.
-
-    Raises:
-        ExportError: a tensor has another rank than the configuration says.
+    (rsLoRA), with α and k from `alpha_pattern` and `rank_pattern` where a key fits the module. `config` is PEFT's
+    LoraConfig, `weights` the adapter's tensors by name, A [k, …]. Raises ExportError: a tensor has another rank than
+    the configuration says.
     """
     from peft.utils.other import get_pattern_key
 
@@ -100,17 +76,9 @@ def scale_factors(config: Any, weights: Mapping[str, Any]) -> dict[str, float]:
 
 
 def fold_scales(adapter: Path, out: Path) -> bool:
-    """Copy a PEFT adapter so that it means the same with one α and the scale α/k, unless that is how it is.
+    """Copy a PEFT adapter so that it means the same with one α and the scale α/k; False where that is how it is.
 
-    Args:
-        adapter: PEFT folder.
-        out: Folder that the copy goes to; not made where there is nothing to fold.
-
-    Returns:
-        Whether there is a copy.
-
-    Raises:
-        ExportError: no tensors, or one of another rank than the configuration says.
+    Raises ExportError: no tensors, or one of another rank than the configuration says.
     """
     import torch
     from peft import LoraConfig
@@ -153,18 +121,10 @@ def _load_16bit(source: str, load_kwargs: dict[str, Any]) -> Any:
 
 
 def save_merged(base: str, adapter: Path | None, out: Path, load_kwargs: dict[str, Any]) -> None:
-    """A whole 16-bit Hugging Face model in `out`: the base with the adapter merged in.
+    """A whole 16-bit Hugging Face model in `out`: the base (folder or hub id) with the adapter, if any, merged in.
 
-    The product s·B·A is added in float32 and rounded once to the base's 16-bit type.
-
-    Args:
-        base: Folder or hub id of the 16-bit weights.
-        adapter: PEFT folder; None writes the base as it is.
-        out: Written to.
-        load_kwargs: Passed to `from_pretrained` for the base.
-
-    Raises:
-        ExportError: quantized or missing base, or an adapter that does not fit.
+    The product s·B·A is added in float32 and rounded once to the base's 16-bit type. `load_kwargs` are those of
+    `from_pretrained`. Raises ExportError: quantized or missing base, or an adapter that does not fit.
     """
     model = _load_16bit(base, load_kwargs)
     if adapter is not None:
@@ -219,14 +179,8 @@ def _convert(script: str, arguments: list[str], made: Path) -> None:
 def convert_model(model: Path, out: Path, name: str) -> None:
     """A Hugging Face model folder as f16 GGUF.
 
-    Args:
-        model: Folder.
-        out: Written to.
-        name: Written into the file as general.name; without it the converter takes the folder's name, and the same
-            model would have another hash in another folder.
-
-    Raises:
-        ExportError: the converter refused, with its last words.
+    `name` becomes general.name; without it the converter takes the folder's name, and the same model would have another
+    hash in another folder. Raises ExportError: the converter refused, with its last words.
     """
     arguments = [str(model), "--outfile", str(out), "--outtype", "f16", "--model-name", name]
     _convert("convert_hf_to_gguf.py", arguments, out)
@@ -235,19 +189,201 @@ def convert_model(model: Path, out: Path, name: str) -> None:
 def convert_adapter(adapter: Path, base: Path, out: Path) -> None:
     """A PEFT LoRA folder as GGUF adapter, tensors in f32 (they are small; f16 would round what merging does not).
 
-    Scales that a GGUF adapter has no place for (rsLoRA, alpha_pattern) are multiplied into B on the way.
-
-    Args:
-        adapter: PEFT folder.
-        base: Hugging Face folder of the base (its configuration is read).
-        out: Written to.
-
-    Raises:
-        ExportError: see `check_adapter` and `fold_scales`, or the converter refused.
+    Scales that a GGUF adapter has no place for (rsLoRA, alpha_pattern) are multiplied into B on the way. Of the base, a
+    Hugging Face folder, the configuration is read. Raises ExportError: names each setting that would be lost; see
+    `fold_scales`; or the converter refused.
     """
-    check_adapter(adapter)
+    if lost := losses(adapter):
+        raise ExportError(f"{adapter}: a GGUF adapter would lose {'; '.join(lost)}")
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / adapter.absolute().name  # the converter writes the folder's name into the file
         source = copy if fold_scales(adapter, copy) else adapter
         arguments = ["--base", str(base), "--outfile", str(out), "--outtype", "f32", str(source)]
         _convert("convert_lora_to_gguf.py", arguments, out)
+
+
+# --- the tokenizer's files --------------------------------------------------------------------------------------------
+
+
+def copy_tokenizer(source: str, out: Path, load_kwargs: dict[str, Any]) -> None:
+    """The tokenizer's files, its SentencePiece model among them where it has one.
+
+    What the converter looks for in tokenizer_config.json, and transformers 5 does not always write, is put there:
+    `add_bos_token` and `add_eos_token` as the tokenizer really does, and tokens beyond the SentencePiece model's (the
+    marks of a chat template, mostly), which would have no name in the GGUF.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import cached_file
+
+    tokenizer = AutoTokenizer.from_pretrained(source, **load_kwargs)
+    tokenizer.save_pretrained(out)
+    config_file = out / "tokenizer_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    sentencepiece = cached_file(
+        source,
+        "tokenizer.model",
+        revision=load_kwargs.get("revision"),
+        _raise_exceptions_for_missing_entries=False,
+    )
+    if sentencepiece is not None:
+        shutil.copy2(sentencepiece, out / "tokenizer.model")
+        if added := _added_tokens(tokenizer, sentencepiece):
+            config["added_tokens_decoder"] = added
+    ids = tokenizer("x")["input_ids"]
+    config["add_bos_token"] = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+    config["add_eos_token"] = tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _added_tokens(tokenizer: Any, sentencepiece: str) -> dict[str, dict[str, Any]]:
+    """Id → token, for tokens that the SentencePiece model has not, or has under another name."""
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor(model_file=sentencepiece)
+    return {
+        str(i): {"content": token.content, "special": token.special}
+        for i, token in sorted(tokenizer.added_tokens_decoder.items())
+        if i >= pieces.vocab_size() or pieces.id_to_piece(i) != token.content
+    }
+
+
+# --- precisions -------------------------------------------------------------------------------------------------------
+
+# What llama.cpp's quantizer makes of any f16 model, with its numbers (include/llama.h, enum llama_ftype).
+QUANTIZATIONS = {
+    "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q6_K": 18, "q5_K_M": 17, "q5_K_S": 16, "q5_1": 9, "q5_0": 8,
+    "q4_K_M": 15, "q4_K_S": 14, "q4_1": 3, "q4_0": 2, "iq4_nl": 25, "iq4_xs": 30, "q3_K_L": 13, "q3_K_M": 12,
+    "q3_K_S": 11, "iq3_m": 27, "iq3_s": 26, "q2_K": 10, "tq2_0": 37, "tq1_0": 36, "q1_0": 40,
+}  # fmt: skip
+
+# What the same enum has besides, and why it is refused (each tried with llama-cpp-python 0.3.36, on rows of 256).
+_IMATRIX = "llama.cpp makes it only with an importance matrix, which this project does not measure"
+REFUSED = {
+    **dict.fromkeys(("q2_K_S", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"), _IMATRIX),
+    "mxfp4_moe": "it is for mixtures of experts; of any other model llama.cpp makes q8_0 under this name",
+    "nvfp4": "llama.cpp's quantizer does not write it",
+    "q2_0": "the gguf package of this version cannot read it back",
+}
+
+
+def unusable(quantization: str) -> str | None:
+    """Why a precision cannot be had, or None where it can."""
+    if quantization in QUANTIZATIONS:
+        return None
+    expected = f"expected one of {', '.join(map(repr, QUANTIZATIONS))}, got {quantization!r}"
+    if quantization in REFUSED:
+        return f"{quantization!r} cannot be used: {REFUSED[quantization]}; {expected}"
+    meant = next((name for name in QUANTIZATIONS if name.lower() == quantization.lower()), None)
+    return f"{expected}; did you mean {meant!r}?" if meant else expected
+
+
+def _usable(quantization: str) -> str:
+    if reason := unusable(quantization):
+        raise ValueError(reason)
+    return quantization
+
+
+Precision = Annotated[str, AfterValidator(_usable)]
+"""Of the weights in a GGUF, by llama.cpp's name, as a setting."""
+
+
+def quantize(source: Path, out: Path, quantization: str) -> int:
+    """An f16 GGUF in another precision; the number of tensors that got llama.cpp's fallback format.
+
+    These are the ones whose rows are no multiple of the format's block. Raises ExportError: a precision that cannot be
+    had, llama.cpp refused (with its reason), or it wrote another one.
+    """
+    import llama_cpp
+
+    if reason := unusable(quantization):
+        raise ExportError(f"precision of a GGUF: {reason}")
+    said: list[str] = []
+    quiet = llama_cpp._logger.llama_log_callback  # what llama_cpp sets when it is imported
+    listen = llama_cpp.llama_log_callback(lambda level, text, data: said.append(text.decode("utf-8", "replace")))
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = QUANTIZATIONS[quantization]
+    llama_cpp.llama_log_set(listen, None)
+    try:
+        code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params)
+    finally:
+        llama_cpp.llama_log_set(quiet, None)
+    if code or not out.is_file():
+        last = said[-1].strip() if said else f"code {code}"
+        raise ExportError(f"llama.cpp could not quantize {source} to {quantization}: {last}")
+    if quantization in ("f32", "f16", "bf16"):  # no blocks and no fallback: every matrix as asked, vectors f32
+        found, wanted = contents(out).tensor_types, quantization.upper()
+        if wanted not in found or found.keys() - {wanted, "F32"}:
+            raise ExportError(f"{out}: expected tensors of type {wanted} from llama.cpp, found {found}")
+    return sum("falling back to" in text for text in said)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a GGUF file of `size` bytes holds: bits a weight (tensors alone), tensor type → count, largest first."""
+
+    size: int
+    bits_per_weight: float
+    tensor_types: dict[str, int]
+
+
+def contents(file: Path) -> Contents:
+    """Read back what a GGUF file holds. Raises ExportError: no GGUF file, or a damaged one."""
+    tensors = _open(file).tensors
+    weights = sum(int(tensor.n_elements) for tensor in tensors)
+    if not weights:
+        raise ExportError(f"{file}: expected a GGUF file with tensors, found none; export again")
+    return Contents(
+        size=file.stat().st_size,
+        bits_per_weight=8 * sum(int(tensor.n_bytes) for tensor in tensors) / weights,
+        tensor_types=dict(Counter(tensor.tensor_type.name for tensor in tensors).most_common()),
+    )
+
+
+# --- adapter files ----------------------------------------------------------------------------------------------------
+
+ALPHA = "adapter.lora.alpha"
+
+
+def _open(file: Path, mode: str = "r") -> Any:
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(file, mode)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise ExportError(f"{file}: expected a GGUF file, it cannot be read: {error}; export again") from error
+
+
+def _alpha_field(reader: Any, adapter: Path) -> Any:
+    """The one float32 of the field, as a view into the file."""
+    field = reader.get_field(ALPHA)
+    if field is None:
+        raise ExportError(f"{adapter}: expected {ALPHA}, found none; is this a GGUF adapter? Export again")
+    return field.parts[field.data[0]]
+
+
+def scale_of(adapter: Path) -> tuple[float, int]:
+    """α and the largest rank r; llama.cpp scales B·A by α/r of each tensor. Raises ExportError: no GGUF adapter."""
+    reader = _open(adapter)
+    ranks = [int(min(t.shape)) for t in reader.tensors if t.name.endswith(".lora_a")]
+    if not ranks:
+        raise ExportError(f"{adapter}: expected tensors *.lora_a, found none; export again")
+    return float(_alpha_field(reader, adapter)[0]), max(ranks)
+
+
+def changes_nothing(adapter: Path) -> bool:
+    """Whether every B (or every A) is zero, so that B·A is. Raises ExportError: no GGUF adapter."""
+    tensors = _open(adapter).tensors
+    return any(all(not t.data.any() for t in tensors if t.name.endswith(end)) for end in (".lora_a", ".lora_b"))
+
+
+def scaled_copy(adapter: Path, out: Path, factor: float) -> None:
+    """A copy whose B·A counts `factor` times as much: α is multiplied, the tensors stay.
+
+    Raises ExportError: no GGUF adapter, or a factor of 0.
+    """
+    if factor == 0:
+        raise ExportError("expected a factor other than 0, got 0: llama.cpp reads alpha 0 as scale 1")
+    shutil.copyfile(adapter, out)
+    alpha = _alpha_field(_open(out, "r+"), out)
+    alpha[0] *= factor
+    alpha.flush()

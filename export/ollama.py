@@ -1,216 +1,151 @@
-"""Registering an exported model with an Ollama server.
+"""`python -m export.ollama create|list|remove|verify`: exported models on an Ollama server; verify needs none."""
 
-Creating is skipped when the server still has what was made from the same files and settings. What was made is
-kept in a small local record per host and name: a fingerprint of the inputs beside the digest under which the
-server listed the result. That digest covers every layer (weights, adapter, template, parameters, license), so
-a model that was replaced, edited or removed no longer matches and is made anew; a lost record costs one
-needless creation. A fingerprint in the model itself, say in its license, would be worse: a model made FROM
-ours inherits the license with other weights or another template below it.
-"""
-
-import hashlib
-import json
-import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated
 
-from export.errors import ExportError
-from export.files import sha256
-from export.modelfile import ModelfileSpec
-from export.ollama_client import (
-    LOAD_S,
-    OllamaError,
-    OllamaUnavailable,
-    connect,
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from export import ExportError
+from export.engines.llama_cpp import open_in_process
+from export.engines.ollama import (
     full_name,
-    http_options,
     list_models,
     remove,
-    render_prompt,
+    require_server,
     resolve_host,
     server_version,
+    stored_model,
 )
-from export.ollama_stored import Stored, parse_parameters, stored_model
+from export.register import open_on_server, register_served, remove_abandoned
+from export.served import BASE, MODES, Mode, Served, find_served
+from export.verify import LEAST_QUANTIZED, show
+from export.verify import verify as verify_model
 
-if TYPE_CHECKING:
-    from ollama import Client
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__, no_args_is_help=True)
 
-__all__ = [
-    "AdaptersUnsupportedError",
-    "OllamaError",
-    "OllamaUnavailable",
-    "Registered",
-    "Stored",
-    "connect",
-    "list_models",
-    "parse_parameters",
-    "register",
-    "remove",
-    "render_prompt",
-    "resolve_host",
-    "server_version",
-    "stored_model",
-]
+Names = Annotated[list[str] | None, typer.Argument(help="models, e.g. pure_grit_model; none = all")]
+Root = Annotated[Path, typer.Option("--gguf", help="folder of the export stage")]
+ModeOption = Annotated[str, typer.Option(help="merged: one file a model; adapter: the base once, and small adapters")]
+Host = Annotated[str, typer.Option(help="server; empty reads OLLAMA_HOST, then http://127.0.0.1:11434")]
+GGUF = Path("gguf")
 
 
-class AdaptersUnsupportedError(OllamaError):
-    """This release of Ollama takes no LoRA adapters; merged models can be served."""
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A model on a server.
-
-    Attributes:
-        host: URL of the server.
-        name: Name as given, without a tag.
-        digest: The server's digest of the whole model (its manifest).
-        gguf_sha256: Hash of the exported file.
-        adapter_sha256: Hash of the exported adapter, if there is one.
-        stored_sha256: Hash of the weights as the server stores them; differs from `gguf_sha256`, for creating
-            rewrites the file. None where the server does not say.
-        server_version: Version of the server that made it.
-        created: False when the server had it already.
-    """
-
-    host: str
-    name: str
-    digest: str
-    gguf_sha256: str
-    adapter_sha256: str | None
-    stored_sha256: str | None
-    server_version: str
-    created: bool
-
-
-def _record_path(url: str, name: str, records: Path | None) -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = records or Path(cache).expanduser() / "grit-pipeline" / "ollama"
-    return folder / f"{hashlib.sha256(f'{url} {full_name(name)}'.encode()).hexdigest()[:24]}.json"
-
-
-def _read_record(path: Path) -> dict[str, Any]:
+@contextmanager
+def _explained() -> Iterator[None]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+        yield
+    except ExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
-def register(
-    host: str | None,
-    name: str,
-    gguf: Path,
-    spec: ModelfileSpec,
-    adapter: Path | None = None,
-    progress: Callable[[str], None] | None = None,
-    *,
-    records: Path | None = None,
-) -> Registered:
-    """Makes the model on the server, unless it already has just this one.
-
-    Args:
-        host: As in `resolve_host`.
-        name: The model's name, e.g. "pure_grit_model".
-        gguf: The merged model, or the base when `adapter` is given.
-        spec: Template and parameters; its paths are those of the Modelfile and are not used here.
-        adapter: GGUF adapter.
-        progress: Called with one line per step.
-        records: Folder of the local records; None means ~/.cache/grit-pipeline/ollama
-            (below XDG_CACHE_HOME where that is set).
-
-    Raises:
-        OllamaUnavailable: no server, or the connection broke.
-        AdaptersUnsupportedError: the server takes no adapters.
-        OllamaError: the server refused, did not end in "success", or stored other settings than it was given.
-        ExportError: a file is missing.
-    """
-    from ollama import ResponseError
-
-    say = progress or (lambda line: None)
-    url = resolve_host(host)
-    files = {"model.gguf": gguf} | ({"adapter.gguf": adapter} if adapter else {})
-    for path in files.values():
-        if not path.is_file():
-            raise ExportError(f"expected a GGUF file at {path}, found none; run the export stage first")
-    version = server_version(url)
-    if version is None:
-        raise OllamaUnavailable(f"no Ollama answers at {url}; start it with `ollama serve`, or set OLLAMA_HOST")
-
-    hashes = {label: sha256(path) for label, path in files.items()}
-    inputs = [hashes, spec.template, spec.parameters, spec.license, spec.system]
-    fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    record_path = _record_path(url, name, records)
-    record = _read_record(record_path)
-    digest = list_models(url).get(full_name(name))
-    if digest is not None and record.get("fingerprint") == fingerprint and record.get("digest") == digest:
-        say(f"{name}: the server has it already")
-        return Registered(**{**record["registered"], "server_version": version, "created": False})
-
-    with connect(url, LOAD_S) as client:
-        for label, path in files.items():
-            _upload(client, url, path, hashes[label], say)
-        try:
-            _create(client, name, spec, hashes, say)
-        except ResponseError as error:
-            if "adapters are no longer supported" not in error.error:
-                raise
-            raise AdaptersUnsupportedError(
-                f"Ollama {version} at {url} answered {error.status_code}: {error.error}; releases from 0.34.1 on take "
-                "no LoRA adapters: register the merged GGUF without one"
-            ) from error
-    stored = stored_model(url, name)
-    if stored is None:
-        raise OllamaError(f"Ollama at {url} reported success, but does not list {name!r}; see its log")
-    if problems := stored.differences(spec):  # /api/create checks none of them
-        raise OllamaError(f"Ollama at {url} stored other settings for {name!r}: " + "; ".join(problems))
-    own, adapters = hashes["model.gguf"], hashes.get("adapter.gguf")
-    made = Registered(url, name, stored.digest, own, adapters, stored.stored_sha256, version, True)
-    record_path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = record_path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(
-        json.dumps({"fingerprint": fingerprint, "digest": made.digest, "registered": asdict(made)}, indent=1)
-    )
-    fresh.replace(record_path)
-    return made
+def _mode(text: str, *more: str) -> Mode:
+    for mode in MODES:
+        if text == mode:
+            return mode
+    raise ExportError(f"--mode: expected one of {', '.join([*MODES, *more])}, got {text!r}")
 
 
-def _upload(client: "Client", url: str, path: Path, sha256: str, say: Callable[[str], None]) -> None:
-    import httpx
+@app.command()
+def create(names: Names = None, gguf: Root = GGUF, mode: ModeOption = "merged", host: Host = "") -> None:
+    """Upload and create models; what the server has already is left alone."""
+    with _explained():
+        for served in find_served(gguf, _mode(mode), names):
+            made = register_served(host or None, served, progress=print)
+            print(
+                f"{served.name}: {'created' if made.created else 'unchanged'}, {served.mode}, digest {made.digest[:19]}"
+            )
 
-    if httpx.head(f"{url}/api/blobs/sha256:{sha256}", timeout=60, **http_options(url)).status_code == 200:
-        say(f"{path.name}: uploaded before")
-        return
-    say(f"{path.name}: uploading {path.stat().st_size / 1e6:.1f} MB")
-    sent = client.create_blob(path)
-    if sent != f"sha256:{sha256}":
-        raise OllamaError(f"{path} changed while it was uploaded (sha256 {sha256}, then {sent}); export it again")
+
+@app.command(name="list")
+def list_command(gguf: Root = GGUF, host: Host = "") -> None:
+    """What is exported, and which of it the server has."""
+    with _explained():
+        url = resolve_host(host or None)
+        version = require_server(url)
+        known = list_models(url)
+        shown = Table("model", "arm", "seed", "on the server", title=f"Ollama {version} at {url}", title_justify="left")
+        for served in find_served(gguf):
+            digest = known.get(full_name(served.name))
+            shown.add_row(served.name, served.arm, str(served.seed), digest[:19] if digest else "no")
+        Console().print(shown)
 
 
-def _create(
-    client: "Client", name: str, spec: ModelfileSpec, hashes: dict[str, str], say: Callable[[str], None]
+@app.command(name="remove")
+def remove_command(names: Names = None, gguf: Root = GGUF, host: Host = "") -> None:
+    """Delete models of this project from the server, and what killed checks left there; others stay."""
+    with _explained():
+        for left in remove_abandoned(host or None):
+            print(f"{left}: removed, left by a check that was killed")
+        for served in find_served(gguf, names=names):
+            gone = remove(host or None, served.name)
+            print(f"{served.name}: {'removed' if gone else 'was not there'}")
+
+
+@app.command()
+def verify(
+    names: Names = None,
+    gguf: Root = GGUF,
+    mode: Annotated[str, typer.Option(help="merged, adapter, both, or auto: as the server has it")] = "auto",
+    backend: Annotated[str, typer.Option(help="ollama, llama_cpp (no server), or auto: Ollama if it runs")] = "auto",
+    host: Host = "",
+    prompts: Annotated[int, typer.Option(min=1, help="prompts a model")] = 20,
+    least: Annotated[float, typer.Option(min=0, max=1, help="share of equal answers, where f16")] = 0.95,
+    least_quantized: Annotated[float, typer.Option(min=0, max=1, help="the same, where quantized")] = LEAST_QUANTIZED,
 ) -> None:
-    digests = {label: f"sha256:{sha}" for label, sha in hashes.items()}
-    status = None
-    for step in client.create(
-        name,
-        files={"model.gguf": digests["model.gguf"]},
-        adapters={k: v for k, v in digests.items() if k == "adapter.gguf"} or None,
-        template=spec.template,
-        parameters=spec.parameters,
-        license=spec.license,
-        system=spec.system,
-        stream=True,
-    ):
-        status = step.status or status
-        say(f"{name}: {step.status}")
-    if status != "success":
-        raise OllamaError(f"expected the creation of {name!r} to end in 'success', it ended in {status!r}")
+    """Hold every model against Hugging Face's answers; exit code 1 where one differs."""
+    with _explained():
+        wanted = None if mode == "auto" else MODES if mode == "both" else (_mode(mode, "both", "auto"),)
+        url = _server(backend, host)
+        models = find_served(gguf, names=names)
+        if mode == "adapter":
+            find_served(gguf, "adapter", names)  # says which of them can be served merged only
+        known = list_models(url) if url is not None else {}
+        absent = [served.name for served in models if full_name(served.name) not in known]
+        if url is not None and absent:
+            raise ExportError(
+                f"expected {', '.join(absent)} on the server at {url}, it does not have them; run "
+                "`python -m export.ollama create`"
+            )
+        opener = open_in_process if url is None else partial(open_on_server, url)
+        rows = [r for served in models for r in verify_model(opener, served, wanted or _own(url, served), prompts)]
+    show(rows)
+    # A release that takes no adapters is no fault of the model, unless nothing at all could be checked.
+    if any(row.problem(least, least_quantized) for row in rows) or all(row.unsupported for row in rows):
+        raise SystemExit(1)
+
+
+def _own(url: str | None, served: Served) -> tuple[Mode]:
+    """The mode in which the server has a model; merged without a server.
+
+    Raises ExportError: the server has it with an adapter, and the folder has none.
+    """
+    stored = stored_model(url, served.name) if url else None
+    if stored is None or stored.mode == "merged":
+        return ("merged",)
+    if served.arm == BASE or served.adapter_form() is None:
+        raise ExportError(
+            f"{served.name}: the server has it as base and adapter, {served.folder} can be served merged only; run "
+            "`python -m export.ollama create`"
+        )
+    return ("adapter",)
+
+
+def _server(backend: str, host: str) -> str | None:
+    """URL of the server that is to be checked; None: llama.cpp in this process."""
+    if backend not in ("auto", "ollama", "llama_cpp"):
+        raise ExportError(f"--backend: expected auto, ollama or llama_cpp, got {backend!r}")
+    if backend == "llama_cpp" or (backend == "auto" and not host and server_version() is None):
+        return None
+    require_server(host or None)  # a host that is named is meant
+    return resolve_host(host or None)
 
 
 if __name__ == "__main__":
-    from export.ollama_cli import app
-
     app()

@@ -7,45 +7,101 @@ count as differences all the same.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
+
+from export.engines.base import Generation, LocalEngine
 
 # Logits. The lead of the best token over the second differed by at most 0.022 between Hugging Face (float32, adapter
 # not merged) and the two f16 GGUF forms, over 1017 tokens of the tiny profile (LOG.md, 2026-11-21).
 TIE = 0.025
 
 
-class Engine(Protocol):
-    """What parity needs of a backend."""
-
-    gaps: list[float]
-
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a rendered prompt."""
-        ...
-
-    def greedy(self, ids: Sequence[int], max_tokens: int) -> list[int]:
-        """Greedy continuation, without the end token."""
-        ...
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """Text of ids."""
-        ...
-
-    def close(self) -> None:
-        """Free the model."""
-        ...
-
-
-def _first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Position at which two sequences part, None when they are equal."""
-    if list(a) == list(b):
-        return None
+def parting(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Position of the first element in which two sequences differ; the shorter one's length where none does."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _at(values: Sequence[float], position: int) -> float | None:
-    return values[position] if position < len(values) else None
+def compare(
+    engines: Mapping[str, Callable[[], LocalEngine]], prompts: Sequence[str], max_tokens: int, *, reference: str
+) -> dict[str, Any]:
+    """Hold every engine against the one named `reference`. Only one is open at a time: memory need not hold two models.
+
+    `prompts` are rendered. token_ids_equal and greedy_equal are shares, of the worst pair; greedy_tied is the share of
+    prompts that part at a tie, of the worst pair; pairs, token_id_pairs and tied_pairs each pair's shares. Greedy
+    answers are asked for with the reference's ids, so that a tokenizer's fault is counted once.
+    """
+    with engines[reference]() as base:
+        ids, right = _ask(base, prompts, max_tokens, None)
+        texts = {tuple(x): base.detokenize(x) for x in [*ids, *map(_ids, right)]}
+    greedy_pairs: dict[str, float] = {}
+    id_pairs: dict[str, float] = {}
+    tied: dict[str, float] = {}
+    differences: list[tuple[int, dict[str, Any]]] = []
+    for name, opened in engines.items():
+        if name == reference:
+            continue
+        pair = f"{reference}/{name}"
+        with opened() as engine:
+            own_ids, got = _ask(engine, prompts, max_tokens, ids)
+            for kind, expected, came, shares in (
+                ("token_ids", ids, own_ids, id_pairs),
+                ("greedy", [_ids(g) for g in right], [_ids(g) for g in got], greedy_pairs),
+            ):
+                parted = [None if a == b else parting(a, b) for a, b in zip(expected, came, strict=True)]
+                leads = [_lead(g, p) if kind == "greedy" else None for g, p in zip(right, parted, strict=True)]
+                ties = [lead is not None and lead < TIE for lead in leads]
+                shares[pair] = parted.count(None) / len(prompts)
+                if kind == "greedy":
+                    tied[pair] = sum(ties) / len(prompts)
+                number = next((i for i, p in enumerate(parted) if p is not None), None)
+                if number is None or (at := parted[number]) is None:
+                    continue
+                a, b = expected[number], came[number]
+                found = {
+                    "engine": name,
+                    "kind": kind,
+                    "prompt_number": number,
+                    "prompt": prompts[number],
+                    "position": at,
+                    "expected_token": a[at] if at < len(a) else None,
+                    "got_token": b[at] if at < len(b) else None,
+                    "expected_text": texts[tuple(a)],
+                    "got_text": engine.detokenize(b),
+                    "gap": leads[number],
+                    "likely_cause": (
+                        "rounding: the best two tokens are a tie" if ties[number] else _cause(kind, a, b, at)
+                    ),
+                }
+                differences.append((number, found))
+    return {
+        "prompts": len(prompts),
+        "max_tokens": max_tokens,
+        "reference": reference,
+        "token_ids_equal": min(id_pairs.values()),
+        "greedy_equal": min(greedy_pairs.values()),
+        "greedy_tied": max(tied.values()),
+        "tied_pairs": tied,
+        "pairs": greedy_pairs,
+        "token_id_pairs": id_pairs,
+        "answers": [{"ids": x, "answer": texts[tuple(_ids(made))]} for x, made in zip(ids, right, strict=True)],
+        "first_difference": min(differences, key=lambda d: d[0])[1] if differences else None,
+    }
+
+
+def _ask(
+    engine: LocalEngine, prompts: Sequence[str], max_tokens: int, given: Sequence[list[int]] | None
+) -> tuple[list[list[int]], list[Generation]]:
+    ids = [list(engine.tokenize(prompt)) for prompt in prompts]
+    return ids, [engine.answer(x, max_tokens) for x in given or ids]
+
+
+def _ids(made: Generation) -> list[int]:
+    return made.ids or []
+
+
+def _lead(made: Generation, position: int | None) -> float | None:
+    leads = made.leads or []
+    return leads[position] if position is not None and position < len(leads) else None
 
 
 def _cause(kind: str, reference: Sequence[int], other: Sequence[int], at: int) -> str:
@@ -60,102 +116,7 @@ def _cause(kind: str, reference: Sequence[int], other: Sequence[int], at: int) -
     return "adapter scale, merge or quantization"
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """What one engine says: ids of each prompt, the greedy continuation of the reference's ids, and its leads."""
-
-    ids: list[list[int]]
-    greedy: list[list[int]]
-    gaps: list[list[float]]
-
-
-def _ask(engine: Engine, prompts: Sequence[str], max_tokens: int, given: Sequence[Sequence[int]] | None) -> _Answers:
-    ids = [engine.tokenize(prompt) for prompt in prompts]
-    greedy, gaps = [], []
-    for x in given or ids:
-        greedy.append(engine.greedy(x, max_tokens))
-        gaps.append(list(engine.gaps))
-    return _Answers(ids, greedy, gaps)
-
-
-def compare(
-    engines: Mapping[str, Callable[[], Engine]], prompts: Sequence[str], max_tokens: int, *, reference: str
-) -> dict[str, Any]:
-    """Hold every engine against one of them. Only one is open at a time: memory need not hold two models.
-
-    Args:
-        engines: Name → opens the engine; all run the same model.
-        prompts: Rendered prompts.
-        max_tokens: Greedy tokens compared for each prompt.
-        reference: Name of the engine that is taken as right.
-
-    Returns:
-        prompts, token_ids_equal and greedy_equal (shares, the worst pair), greedy_tied (share of prompts that part at
-        a tie, the worst pair), pairs, token_id_pairs and tied_pairs (each pair's shares), and first_difference (None
-        where there is none): engine, kind, prompt, position, both tokens, the reference's lead there and the likely
-        cause. answers: the reference's ids, and its greedy text, of every prompt. Greedy answers are asked for with the
-        reference's ids, so that a tokenizer's fault is counted once.
-    """
-    base = engines[reference]()
-    right = _ask(base, prompts, max_tokens, None)
-    texts = {tuple(x): base.detokenize(x) for x in [*right.ids, *right.greedy]}
-    base.close()
-    pairs: dict[str, float] = {}
-    id_pairs: dict[str, float] = {}
-    tied: dict[str, float] = {}
-    differences: list[tuple[int, dict[str, Any]]] = []
-    for name, opened in engines.items():
-        if name == reference:
-            continue
-        engine = opened()
-        got = _ask(engine, prompts, max_tokens, right.ids)
-        for kind, expected, came, shares in (
-            ("token_ids", right.ids, got.ids, id_pairs),
-            ("greedy", right.greedy, got.greedy, pairs),
-        ):
-            at = [_first_difference(a, b) for a, b in zip(expected, came, strict=True)]
-            shares[f"{reference}/{name}"] = at.count(None) / len(prompts)
-            if kind == "greedy":
-                ties = [p is not None and p < len(g) and g[p] < TIE for p, g in zip(at, right.gaps, strict=True)]
-                tied[f"{reference}/{name}"] = sum(ties) / len(prompts)
-            number, position = next(((i, p) for i, p in enumerate(at) if p is not None), (-1, -1))
-            if number >= 0:
-                a, b = expected[number], came[number]
-                gap = _at(right.gaps[number], position) if kind == "greedy" else None
-                tie = gap is not None and gap < TIE
-                found = {
-                    "engine": name,
-                    "kind": kind,
-                    "prompt_number": number,
-                    "prompt": prompts[number],
-                    "position": position,
-                    "expected_token": a[position] if position < len(a) else None,
-                    "got_token": b[position] if position < len(b) else None,
-                    "expected_text": texts[tuple(a)],
-                    "got_text": engine.detokenize(b),
-                    "gap": gap,
-                    "likely_cause": "rounding: the best two tokens are a tie" if tie else _cause(kind, a, b, position),
-                }
-                differences.append((number, found))
-        engine.close()
-    return {
-        "prompts": len(prompts),
-        "max_tokens": max_tokens,
-        "reference": reference,
-        "token_ids_equal": min(id_pairs.values()),
-        "greedy_equal": min(pairs.values()),
-        "greedy_tied": max(tied.values()),
-        "tied_pairs": tied,
-        "pairs": pairs,
-        "token_id_pairs": id_pairs,
-        "answers": [
-            {"ids": list(ids), "answer": texts[tuple(made)]} for ids, made in zip(right.ids, right.greedy, strict=True)
-        ],
-        "first_difference": min(differences, key=lambda d: d[0])[1] if differences else None,
-    }
-
-
-def verdict(result: Mapping[str, Any], min_greedy_equal: float) -> str | None:
+def problem(result: Mapping[str, Any], min_greedy_equal: float) -> str | None:
     """Why an export must not be used, or None when it may."""
     problems = []
     if result["token_ids_equal"] < 1.0:

@@ -7,43 +7,25 @@ Natural gradient (kfac pairing): ∇A ← (Σ_g + λ_g I)⁻¹ ∇A, ∇B ← �
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grit.config import GRITConfig, GRITConfigError
 
-if TYPE_CHECKING:
-    from grit.errors import CaptureError, NonFiniteGradientsError, NotAppliedError
-    from grit.layers import GritLayerError
-    from grit.manager import GRITManager
-    from grit.optim import GritOptimizer
-    from grit.trainer import GritCallback, GritTrainer, grit_trainer_class
-
-__all__ = [
-    "CaptureError",
-    "GRITConfig",
-    "GRITConfigError",
-    "GRITManager",
-    "GritCallback",
-    "GritLayerError",
-    "GritOptimizer",
-    "GritTrainer",
-    "NonFiniteGradientsError",
-    "NotAppliedError",
-    "grit_trainer_class",
-]
-
 # torch and transformers load when they are needed: settings can be checked in milliseconds.
 _HOMES = {
-    "CaptureError": "grit.errors",
+    "CaptureError": "grit.capture",
     "GRITManager": "grit.manager",
     "GritCallback": "grit.trainer",
     "GritLayerError": "grit.layers",
     "GritOptimizer": "grit.optim",
     "GritTrainer": "grit.trainer",
-    "NonFiniteGradientsError": "grit.errors",
-    "NotAppliedError": "grit.errors",
+    "NonFiniteGradientsError": "grit.manager",
+    "NotAppliedError": "grit.manager",
     "grit_trainer_class": "grit.trainer",
 }
+
+
+__all__ = ["GRITConfig", "GRITConfigError", *_HOMES]
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,7 @@ gradient of one token's loss whatever the batch size, the accumulation steps and
 """
 
 import logging
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from torch.utils.hooks import RemovableHandle
 from grit.layers import LayerGroup
 
 logger = logging.getLogger("grit")
+
+
+class CaptureError(RuntimeError):
+    """Layers that get gradients but whose hooks report nothing."""
 
 
 class GroupSums:
@@ -38,7 +43,6 @@ class GroupSums:
         return self.gram[:, self.rank :, self.rank :]
 
     def clear(self) -> None:
-        """Start again from zero."""
         self.gram.zero_()
         self.tokens.zero_()
 
@@ -63,102 +67,107 @@ class TokenMask:
         return self._weights[1]
 
 
-class HookCapture:
-    """The hooks and what they have added up.
+class Capture(ABC):
+    """Hooks on a model, and what the training loop says of its loss."""
 
-    Attributes:
-        active: Whether batches count at the moment (throttling switches it).
-        loss_divisor: What the summed token losses are divided by, if the training loop has told by the time of the
-            backward pass; None: `num_items_in_batch` or the labels of the batch, times `accumulation`.
-        accumulation: Backward passes an optimizer step, for loops that divide the loss by it.
-        normalize: Multiply δ by the divisor.
-        loss_scale: Factor of mixed-precision loss scaling, undone here.
-    """
-
-    def __init__(self, model: nn.Module, groups: list[LayerGroup], normalize: bool, like: "HookCapture | None" = None):
-        """Attach the hooks; `like` has been told things by the training loop that hold here too."""
-        self.groups = groups
-        self.sums = [GroupSums(group) for group in groups]
-        self.active: bool = like.active if like else True
-        self.normalize = normalize
+    def __init__(self, model: nn.Module, like: "Capture | None" = None):
+        """Attach a hook that sees each batch; what the training loop has told `like` holds here too."""
+        self.active: bool = like.active if like else True  # whether batches count at the moment
+        # What the summed token losses are divided by, if the training loop has told by the time of the backward pass;
+        # None: `num_items_in_batch` or the labels of the batch, times `accumulation`.
         self.loss_divisor: float | Tensor | None = like.loss_divisor if like else None
-        self.loss_scale: float = like.loss_scale if like else 1.0
-        self.accumulation: int = like.accumulation if like else 1
-        self._misfits: set[str] = set()
-        self._mask: TokenMask | None = None
-        self._batch_divisor: float | Tensor = 1.0
-        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._see_batch, with_kwargs=True)]
-        for g, group in enumerate(groups):
-            for i, pair in enumerate(group.pairs):
-                self._handles.append(pair.module_a.register_forward_hook(self._make_hook(g, i, pair.name)))
+        self.loss_scale: float = like.loss_scale if like else 1.0  # of mixed precision, undone here
+        self.accumulation: int = like.accumulation if like else 1  # passes a step, if the loss is divided by it
+        self.mask: TokenMask | None = None  # of the batch in the forward pass, like the next
+        self.batch_divisor: float | Tensor = 1.0
+        self.handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._see_batch, with_kwargs=True)]
 
     def close(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
-        self._handles.clear()
+        self.handles.clear()
 
-    def saw_tokens(self) -> bool:
-        """Whether backward passes have come whose tokens are not taken up yet."""
-        return any(bool(sums.tokens.any()) for sums in self.sums)
+    @abstractmethod
+    def saw_tokens(self) -> bool: ...
 
-    def clear(self) -> None:
-        """Forget what was added up."""
-        for sums in self.sums:
-            sums.clear()
+    @abstractmethod
+    def clear(self) -> None: ...
+
+    def scale(self, batch_divisor: float | Tensor) -> float | Tensor:
+        """What δ is multiplied by; read in the backward pass, since loops count tokens next to the loss."""
+        divisor = batch_divisor if self.loss_divisor is None else self.loss_divisor
+        return divisor / self.loss_scale
 
     def _see_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (self.active and torch.is_grad_enabled()):
             return
         mask = kwargs.get("attention_mask")
-        self._mask = None
+        self.mask = None
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            self._mask = TokenMask(mask.reshape(-1, 1).float())
+            self.mask = TokenMask(mask.reshape(-1, 1).float())
         items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
         if items is not None:
-            self._batch_divisor = items
+            self.batch_divisor = items
         elif isinstance(labels, Tensor) and labels.dim() == 2:
             # Causal language models predict the next token: the first label carries no loss.
             items = (labels[:, 1:] != -100).sum() * self.accumulation
-            self._batch_divisor = float(items) if items.device.type == "cpu" else items
+            self.batch_divisor = float(items) if items.device.type == "cpu" else items
         else:
-            self._batch_divisor = float(self.accumulation)
+            self.batch_divisor = float(self.accumulation)
 
-    def _make_hook(self, g: int, i: int, name: str) -> Any:
+
+class HookCapture(Capture):
+    """Σ h hᵀ and Σ δ δᵀ of every layer, in `sums`, a `GroupSums` for each group."""
+
+    def __init__(self, model: nn.Module, groups: list[LayerGroup], normalize: bool = True, like: Capture | None = None):
+        super().__init__(model, like)
+        self.normalize = normalize
+        self.sums = [GroupSums(group) for group in groups]
+        self._misfits: set[str] = set()
+        for sums, group in zip(self.sums, groups, strict=True):
+            for i, pair in enumerate(group.pairs):
+                self.handles.append(pair.module_a.register_forward_hook(self._make_hook(sums, i, pair.name)))
+
+    def saw_tokens(self) -> bool:
+        return any(bool(sums.tokens.any()) for sums in self.sums)
+
+    def clear(self) -> None:
+        for sums in self.sums:
+            sums.clear()
+
+    def _make_hook(self, sums: GroupSums, i: int, name: str) -> Any:
         def forward_hook(module: nn.Module, args: tuple[Any, ...], h: Tensor) -> None:
             # Without grad: evaluation, or the first pass of reentrant checkpointing, whose second pass counts.
             if not (self.active and h.requires_grad):
                 return
             kept = h.detach()  # not h itself: a hook that holds its own tensor would never be freed
-            mask, divisor = self._mask, self._batch_divisor
+            mask, divisor = self.mask, self.batch_divisor
             h.register_hook(  # type: ignore[no-untyped-call]
-                lambda delta: self._add(g, i, name, kept, delta, mask, divisor)
+                lambda delta: self._add(sums, i, name, kept, delta, mask, divisor)
             )
 
         return forward_hook
 
     def _add(
-        self, g: int, i: int, name: str, h: Tensor, delta: Tensor, mask: TokenMask | None, divisor: float | Tensor
+        self,
+        sums: GroupSums,
+        i: int,
+        name: str,
+        h: Tensor,
+        delta: Tensor,
+        mask: TokenMask | None,
+        divisor: float | Tensor,
     ) -> None:
-        sums, rank = self.sums[g], h.shape[-1]
-        if not self.normalize:
-            divisor = 1.0
-        elif self.loss_divisor is not None:  # read as late as the loss scale: loops count tokens next to the loss
-            divisor = self.loss_divisor
-        scale = divisor / self.loss_scale
+        rank = h.shape[-1]
+        scale = self.scale(divisor) if self.normalize else 1.0 / self.loss_scale
         if isinstance(scale, Tensor) and scale.device.type == "cpu":
             scale = float(scale)
         dtype = sums.gram.dtype
         z = torch.cat([h.reshape(-1, rank).to(dtype), delta.reshape(-1, rank).to(dtype)], 1)
         if mask is not None and mask.keep.shape[0] != z.shape[0]:
             if name not in self._misfits:
-                logger.warning(
-                    "GRIT: %s sees %d tokens, the batch's mask has %d (an expert, or a vision tower): all of its "
-                    "tokens count, padding too",
-                    name,
-                    z.shape[0],
-                    mask.keep.shape[0],
-                )
+                text = "GRIT: %s sees %d tokens, the batch's mask has %d (an expert, a vision tower): all of them count"
+                logger.warning(text, name, z.shape[0], mask.keep.shape[0])
             self._misfits.add(name)
             mask = None
         if mask is None:

@@ -1,7 +1,10 @@
-"""The arithmetic of r×r factors.
+"""The arithmetic of r×r factors: damping, inverses, eigenbases; then reprojection and the choice of ranks.
 
-Format: a factor is a stack `cov` of shape [n, r, r], float32 or float64, one symmetric positive semi-definite matrix
-for each of n LoRA layers of one shape. Functions are pure; state lives in `grit.state`.
+A factor is a stack `cov` [n, r, r], float32 or float64, one symmetric positive semi-definite matrix for each of n LoRA
+layers of one shape; functions of reprojection take one layer, [r, r]. All are pure; state lives in `grit.state`.
+
+A reprojection is a pair (L, R) with L [k, r] and R [r, k]: A ← L A and B ← B R. Then h ← L h and δ ← Rᵀ δ, so
+Σ_a ← L Σ_a Lᵀ, Σ_g ← Rᵀ Σ_g R, and gradients go as ∇A ← Rᵀ ∇A, ∇B ← ∇B Lᵀ.
 """
 
 from typing import Literal
@@ -22,21 +25,11 @@ def informative(cov: Tensor) -> Tensor:
 def damping(
     cov_a: Tensor, cov_g: Tensor, strength: float, mode: Literal["relative", "absolute"], pi_correction: bool
 ) -> tuple[Tensor, Tensor]:
-    """λ_a and λ_g for each layer.
+    """λ_a and λ_g, [n] each, of strength λ.
 
     Relative: λ·tr(Σ)/r. Absolute: λ. With the π-correction (Martens & Grosse 2015, section 6.3) λ is the damping of
     the product Σ_a ⊗ Σ_g, relative to its mean eigenvalue or absolute, and is split as √λ·π and √λ/π with
-    π² = tr(Σ_a)/tr(Σ_g).
-
-    Args:
-        cov_a: [n, r, r].
-        cov_g: [n, r, r].
-        strength: λ ≥ 0.
-        mode: See above.
-        pi_correction: See above.
-
-    Returns:
-        [n] and [n]; relative damping of a zero factor is zero.
+    π² = tr(Σ_a)/tr(Σ_g). Relative damping of a zero factor is zero.
     """
     rank = cov_a.shape[-1]
     mean_a = cov_a.diagonal(dim1=-2, dim2=-1).sum(-1) / rank
@@ -59,13 +52,7 @@ def damped_inverse(cov: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     """(Σ + λI)⁻¹ by Cholesky; matrices that fail are tried again in float64.
 
     A singular Σ without damping is refused even where rounding lets Cholesky through: its inverse would be noise.
-
-    Args:
-        cov: [n, r, r].
-        lam: [n].
-
-    Returns:
-        Inverses [n, r, r] (identity where there is none) and which are right: [n] bool, all their entries finite.
+    `lam` is [n]. Returns inverses [n, r, r] (identity where there is none) and which are right: [n] bool.
     """
     eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     inverse, good = _cholesky_inverse(cov + lam[:, None, None] * eye)
@@ -110,10 +97,7 @@ def eigh(cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def damped_inverse_root(cov: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """(Σ + λI)^(−1/2), for statistics made of gradients (one-sided Shampoo, Gupta et al. 2018).
-
-    Args and returns as in `damped_inverse`.
-    """
+    """(Σ + λI)^(−1/2), for statistics made of gradients (one-sided Shampoo, Gupta et al. 2018); as `damped_inverse`."""
     eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     values, vectors, good = eigh(cov)
     root = (values + lam[:, None]).rsqrt()
@@ -139,11 +123,68 @@ def effective_rank(values: Tensor) -> Tensor:
     return torch.exp(-(share * share.clamp_min(_TINY).log()).sum(-1))
 
 
-def anisotropy(matrix: Tensor) -> Tensor:
-    """Distance from the nearest multiple of the identity, ‖M − (tr M/r)·I‖/‖M‖: [n, r, r] → [n], 0 = a mere scalar."""
-    rank = matrix.shape[-1]
-    mean = matrix.diagonal(dim1=-2, dim2=-1).sum(-1) / rank
-    eye = torch.eye(rank, dtype=matrix.dtype, device=matrix.device)
-    norm: Tensor = torch.linalg.matrix_norm(matrix).clamp_min(_TINY)
-    share: Tensor = torch.linalg.matrix_norm(matrix - mean[:, None, None] * eye) / norm
-    return share
+def choose_rank(values: Tensor, threshold: float, least: int) -> int:
+    """The smallest k ≥ `least` whose first k eigenvalues hold at least `threshold` of the sum.
+
+    `values` [r] are non-negative, largest first; where they carry no information, k is r.
+    """
+    rank = values.shape[0]
+    values = values.double().clamp_min(0)
+    total = float(values.sum())
+    if not (total > 0 and total < float("inf")):
+        return rank
+    share = torch.cumsum(values, 0) / total
+    # A share that rounding keeps just below τ = 1 counts as reached.
+    reached = int((share < threshold - 1e-12).sum()) + 1
+    return min(rank, max(least, reached))
+
+
+def balance(cov_a: Tensor, cov_g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The basis in which both covariances are the same diagonal matrix, its directions in order of weight.
+
+    With Σ_a = X Xᵀ and Σ_g = Y Yᵀ and the SVD Yᵀ X = U diag(σ) Vᵀ: L = diag(σ)^(−1/2) Uᵀ Yᵀ and
+    R = X V diag(σ)^(−1/2) give L Σ_a Lᵀ = Rᵀ Σ_g R = diag(σ) and L R = I (balanced truncation, Moore 1981, of two
+    covariances instead of two Gramians). σ² are the eigenvalues of Σ_a Σ_g, which no change A → SA, B → BS⁻¹ alters.
+
+    Takes [r, r] twice; returns L [q, r], R [r, q], σ² [r] in float64, with q the numerical rank of the product. Keep
+    the first k rows of L and columns of R to truncate.
+    """
+    x, y = _factor(cov_a), _factor(cov_g)
+    u, sigma, vt = torch.linalg.svd(y.mT @ x)
+    # Nothing of either: 1e-9 of the largest, or the rounding of the product, by which all would be divided.
+    floor = torch.maximum(sigma[0] * 1e-9, x.norm() * y.norm() * 1e-13).clamp_min(1e-300)
+    q = int((sigma > floor).sum())
+    scale = sigma[:q].rsqrt()
+    left = scale[:, None] * (u[:, :q].mT @ y.mT)
+    right = (x @ vt[:q].mT) * scale
+    return left, right, sigma.square()
+
+
+def _factor(cov: Tensor) -> Tensor:
+    """X with Σ = X Xᵀ, also where Σ is singular: [r, r] → [r, r], float64."""
+    cov = cov.double()
+    values, vectors = torch.linalg.eigh(0.5 * (cov + cov.mT))
+    # What rounding leaves of a zero (1e-16) would be a direction of weight 1e-8 after the root.
+    values = torch.where(values > values[-1] * 1e-14, values, 0.0)
+    factor: Tensor = vectors * values.clamp_min(0).sqrt()
+    return factor
+
+
+def top_projector(cov: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """V Vᵀ of the k leading eigenvectors, and all eigenvalues largest first: [r, r] → [r, r], [r]; float64."""
+    cov = cov.double()
+    values, vectors = torch.linalg.eigh(0.5 * (cov + cov.mT))
+    top = vectors.flip(-1)[:, :k]
+    return top @ top.mT, values.flip(-1).clamp_min(0)
+
+
+def relative_change(a: Tensor, b: Tensor, new_a: Tensor, new_b: Tensor) -> float:
+    """‖B'A' − BA‖_F / ‖BA‖_F without forming a d_out×d_in matrix; 0 where B A = 0 before and after."""
+    a, b, new_a, new_b = a.double(), b.double(), new_a.double(), new_b.double()
+    rows, columns = torch.cat([new_a, a]), torch.cat([new_b, -b], 1)
+    # Square roots of Gram differences would lose half the digits; QR of the tall factors keeps them.
+    difference = torch.linalg.matrix_norm(torch.linalg.qr(columns).R @ torch.linalg.qr(rows.mT).R.mT)
+    before = torch.linalg.matrix_norm(torch.linalg.qr(b).R @ torch.linalg.qr(a.mT).R.mT)
+    if float(before) == 0.0:
+        return 0.0 if float(difference) == 0.0 else float("inf")
+    return float(difference / before)

@@ -1,11 +1,15 @@
-"""The LoRA layers of a model: pairs A [r, d_in], B [d_out, r], and groups of pairs that have one shape."""
+"""The LoRA layers of a model: pairs A [r, d_in], B [d_out, r], groups of pairs of one shape, and changes of rank."""
 
-from collections.abc import Iterator
+import json
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger("grit")
 
 
 class GritLayerError(ValueError):
@@ -14,13 +18,7 @@ class GritLayerError(ValueError):
 
 @dataclass(eq=False)
 class LoraPair:
-    """One adapter on one layer.
-
-    Attributes:
-        name: Module name, with the adapter's name where the model has several.
-        adapter: The adapter's name.
-        layer: PEFT's LoRA layer.
-    """
+    """One adapter on one of PEFT's LoRA layers; `name` is the module's, with the adapter's where there are several."""
 
     name: str
     adapter: str
@@ -28,7 +26,6 @@ class LoraPair:
 
     @property
     def module_a(self) -> nn.Module:
-        """The module A; its output is h [tokens, r]."""
         module: nn.Module = self.layer.lora_A[self.adapter]
         return module
 
@@ -46,18 +43,11 @@ class LoraPair:
 
     @property
     def rank(self) -> int:
-        """The rank r."""
         return self.a.shape[0]
 
     @property
     def scale(self) -> float:
-        """The scale s in ΔW = s·B·A."""
         return float(self.layer.scaling[self.adapter])
-
-    @property
-    def shape_key(self) -> tuple[Any, ...]:
-        """What pairs of one group have in common."""
-        return (tuple(self.a.shape), tuple(self.b.shape), self.a.device, self.a.dtype)
 
 
 class LayerGroup:
@@ -98,20 +88,13 @@ class LayerGroup:
         return torch.tensor([a.grad is not None and b.grad is not None for a, b in pairs])
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "scaling"):
-            yield name, module
-
-
 def find_pairs(model: nn.Module) -> list[LoraPair]:
-    """Every trainable LoRA pair of linear layers, in the model's order.
-
-    Raises:
-        GritLayerError: no LoRA at all, only frozen LoRA, or trainable LoRA of a kind that the method does not cover
-            (DoRA, embeddings, convolutions, bare parameters, biases in B); names them.
-    """
-    layers = list(_lora_layers(model))
+    """Every trainable LoRA pair of linear layers, in the model's order; GritLayerError names what is not covered."""
+    layers: list[tuple[str, Any]] = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "scaling")
+    ]
     if not layers:
         raise GritLayerError(
             f"expected a model with LoRA layers (peft.get_peft_model), got a {type(model).__name__} without any"
@@ -159,8 +142,89 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
 
 
 def group_pairs(pairs: list[LoraPair]) -> list[LayerGroup]:
-    """The pairs, those of one shape together; order of first appearance."""
     groups: dict[tuple[Any, ...], list[LoraPair]] = {}
     for pair in pairs:
-        groups.setdefault(pair.shape_key, []).append(pair)
+        groups.setdefault((pair.a.shape, pair.b.shape, pair.a.device, pair.a.dtype), []).append(pair)
     return [LayerGroup(members) for members in groups.values()]
+
+
+def resize(pair: LoraPair, new_a: Tensor, new_b: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Put A [k, d_in] and B [d_out, k] in the place of the old ones; the scale s stays.
+
+    The parameters are new objects: a graph that is still alive (the last loss, held by the training loop) remembers
+    the old ones with their shapes. In the optimizer they take the old ones' places and state.
+    """
+    k = new_a.shape[0]
+    layer: Any = pair.layer
+    places = ((pair.module_a, "out_features", new_a), (layer.lora_B[pair.adapter], "in_features", new_b))
+    for module, size, value in places:
+        old: Any = module.weight
+        new = nn.Parameter(value.to(old.device, old.dtype).contiguous())
+        module.weight = new
+        setattr(module, size, k)
+        if optimizer is not None:
+            for group in optimizer.param_groups:
+                group["params"] = [new if p is old else p for p in group["params"]]
+            if old in optimizer.state:
+                optimizer.state[new] = optimizer.state.pop(old)
+    rslora = getattr(layer, "use_rslora", {})
+    alpha = pair.scale * (k**0.5 if isinstance(rslora, dict) and rslora.get(pair.adapter) else k)
+    layer.lora_alpha[pair.adapter] = int(alpha) if alpha.is_integer() else alpha
+    layer.r[pair.adapter] = k
+
+
+def write_patterns(model: nn.Module, pairs: list[LoraPair]) -> None:
+    """Set rank_pattern and alpha_pattern in the model's `peft_config`, so that PEFT reloads what is there.
+
+    PEFT sorts the keys when it saves and takes the first that fits the end of a module's name, so a key of the user's
+    ("down_proj") would win over a module's own. So every module of the adapter that differs from the defaults gets a
+    whole name (^), and nothing else stays.
+    """
+    inner: Any = next((m for m in model.modules() if hasattr(m, "peft_config")), None)
+    if inner is None:
+        logger.warning("GRIT: ranks have shrunk, but no peft_config knows; who saves the adapter must tell their ranks")
+        return
+    for adapter in {pair.adapter for pair in pairs}:
+        config = inner.peft_config[adapter]
+        layers = {
+            f"^{_in_peft(name)}": (layer.r[adapter], layer.lora_alpha[adapter])
+            for name, layer in inner.named_modules()
+            if isinstance(getattr(layer, "lora_alpha", None), dict) and adapter in layer.lora_alpha
+        }
+        config.rank_pattern = {key: r for key, (r, _) in layers.items() if r != config.r}
+        config.alpha_pattern = {key: alpha for key, (_, alpha) in layers.items() if alpha != config.lora_alpha}
+
+
+def fit_to_checkpoint(
+    model: nn.Module,
+    pairs: list[LoraPair],
+    folder: Path,
+    base_rank: dict[str, int],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> bool:
+    """Give each pair the rank in `folder`'s rank_pattern, else its base rank; returns whether any pair changed."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return False
+    from peft.utils.other import get_pattern_key
+
+    patterns = json.loads(file.read_text(encoding="utf-8")).get("rank_pattern") or {}
+    changed = []
+    for pair in pairs:
+        k = patterns.get(get_pattern_key(patterns.keys(), _in_peft(pair.name)), base_rank[pair.name])
+        if k != pair.rank:
+            a, b = pair.a, pair.b
+            new_a, new_b = torch.zeros(k, a.shape[1], dtype=a.dtype), torch.zeros(b.shape[0], k, dtype=b.dtype)
+            resize(pair, new_a, new_b, optimizer)
+            if optimizer is not None:  # moments of other shapes
+                optimizer.state.pop(pair.a, None)
+                optimizer.state.pop(pair.b, None)
+            changed.append(pair)
+    if changed:
+        write_patterns(model, changed)
+    return bool(changed)
+
+
+def _in_peft(name: str) -> str:
+    name = name.split("[", 1)[0]
+    return name.partition("base_model.model.")[2] or name

@@ -1,172 +1,105 @@
-"""`GRITManager`: statistics, preconditioning and reprojection of all LoRA layers of a model."""
+"""`Manager`: life cycle and order of a step; `GRITManager`: one with the rank-space factors of GRIT."""
 
 import dataclasses
+import json
 import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from grit import checkpoint, records, regularizers, schedule, statistics
-from grit.capture import HookCapture
-from grit.checks import check, check_applied
+from grit.capture import Capture
 from grit.config import GRITConfig
-from grit.errors import NonFiniteGradientsError
-from grit.layers import LayerGroup, LoraPair, find_pairs, group_pairs
-from grit.preconditioning import precondition
-from grit.schedule import LossTrend, captures_at
-from grit.state import KINDS, GroupState
+from grit.curvature import Curvature, RankSpace
+from grit.layers import LoraPair
 
 logger = logging.getLogger("grit")
 
 
-class GRITManager:
-    """Keeps the r×r factors of every trainable LoRA pair of a model and applies them.
+class NotAppliedError(RuntimeError):
+    """Backward passes were seen, but no step went through a `GritOptimizer`."""
 
-    A plain loop::
 
-        with GRITManager(model, GRITConfig()) as manager:
-            optimizer = GritOptimizer(torch.optim.AdamW(weights, lr=3e-3), manager)
-            for batch in loader:
-                model(**batch).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+class NonFiniteGradientsError(RuntimeError):
+    """Too many steps in a row had NaN or infinite gradients."""
 
-    Attributes:
-        step: Optimizer steps so far, skipped ones included.
-        skipped: Steps left out because of NaN or infinite gradients.
-        history: Records of spectra, ranks, effects and events, ready for JSON.
-        capture: The hooks; None while closed or where capture is "gradients".
-        log: Module that makes the records.
-    """
 
-    log: Any = records
+class Manager:
+    """Steps with a `Curvature`, in an order that `GritOptimizer` keeps, and writes the log."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: GRITConfig | None = None,
-        device: torch.device | str | None = None,
-        log_file: str | Path | None = None,
-    ):
-        """Find the layers; hooks are attached by `open` (a `with` block, or the GritOptimizer).
-
-        Args:
-            model: With LoRA adapters by PEFT.
-            config: Default: ours.
-            device: Where the documents pass one: device of the inversions.
-            log_file: JSON Lines; every record is appended at once.
-
-        Raises:
-            GRITConfigError: every mistake in `config`.
-            GritLayerError: no LoRA, frozen LoRA, unsupported kinds.
-            ValueError: a device that is not there, a min_lora_rank above the model's, or rank_shrink "events" in a
-                distributed run, where DDP's buckets fix the shapes.
-        """
-        self.model, self.config = model, config or GRITConfig()
-        if device is not None and self.config.kfac_inversion_device == "auto":
-            self.config = dataclasses.replace(self.config, kfac_inversion_device=str(device))
-        self.config.validate()
-        pairs = find_pairs(model)
-        check(self.config, pairs)
-        self.base_rank = {p.name: p.rank for p in pairs}
+    def __init__(self, curvature: Curvature, log_file: str | Path | None = None):
+        """Hooks are attached by `open` (a `with` block, or the GritOptimizer); `log_file` is JSON Lines."""
+        self.curvature = curvature
         self.log_file = Path(log_file) if log_file is not None else None
         if self.log_file is not None and self.log_file.exists():
-            records.append(self.log_file, [], anew=True)  # of a run that was cut short before its first checkpoint
-        self.groups: list[LayerGroup] = group_pairs(pairs)
-        self.states = [GroupState.fresh(group, self.config) for group in self.groups]
-        self.capture: HookCapture | None = None
-        self.trend = LossTrend(self.config)
-        self.history: list[dict[str, Any]] = []
-        self.step = self.skipped = self.applied_steps = self.inversions = self.failed_inversions = 0
-        self.last_metrics: dict[str, float] = {}
-        self._skipped_in_a_row, self._last_inversion = 0, -1
-        self.failed_in_a_row: dict[str, int] = {}
-        self.keeps_ranks = False  # at the end, whatever the config says: of a best adapter from before they shrank
-        self.measured: dict[str, Any] = {}
+            self._write([], anew=True)  # of a run that was cut short before its first checkpoint
+        self.history: list[dict[str, Any]] = []  # records of spectra, ranks, effects and events, ready for JSON
+        # `step` = `applied_steps` + `skipped`, those with NaN or infinite gradients.
+        self.step = self.skipped = self.applied_steps = self._skipped_in_a_row = 0
+        self.last_metrics: dict[str, float] = {}  # for a Trainer's log
+        self.measured: dict[str, Any] = {}  # how far natural gradients are from raw ones, as `_measure` says
+
+    @property
+    def config(self) -> GRITConfig:
+        return self.curvature.config
+
+    @config.setter
+    def config(self, config: GRITConfig) -> None:
+        self.curvature.config = config
+
+    @property
+    def capture(self) -> Capture | None:
+        return self.curvature.capture
+
+    def pairs(self) -> list[LoraPair]:
+        return self.curvature.pairs()
 
     # Life cycle
 
-    def open(self) -> "GRITManager":
-        """Attach the hooks, once."""
-        if self.capture is None and self.config.capture != "gradients":
-            self.capture = HookCapture(self.model, self.groups, self.config.normalize_delta)
+    def open(self) -> Self:
+        if self.capture is None:
+            self.curvature.open()
             self._switch_capture()
         return self
 
     def close(self, check: bool = True) -> None:
         """Take the hooks off, and name layers that never reported.
 
-        Args:
-            check: False where an error is on its way already, which must not be covered up.
-
-        Raises:
-            NotAppliedError: see `check_applied`.
+        NotAppliedError where hooks saw backward passes but no step came through a GritOptimizer. `check` is False where
+        an error is on its way already, which must not be covered up.
         """
         saw_something = self.capture is not None and self.capture.saw_tokens()
-        if self.capture is not None:
-            self.capture.close()
-            self.capture = None
+        self.curvature.close()
         if not check:
             return
-        check_applied(self.applied_steps, saw_something)
-        if self.applied_steps and (silent := self.unreported()):
+        if saw_something and not self.applied_steps:
+            raise NotAppliedError(
+                "GRIT saw backward passes, but no optimizer step went through GRIT, so nothing was preconditioned; "
+                "wrap the optimizer: GritOptimizer(optimizer, manager), or train with GritTrainer"
+            )
+        if self.applied_steps and (silent := self.curvature.unreported()):
             logger.warning("GRIT: %d layers never reported statistics: %s", len(silent), ", ".join(silent))
             self.add_record({"kind": "unreported", "layers": silent})
 
-    def __enter__(self) -> "GRITManager":
+    def __enter__(self) -> Self:
         return self.open()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.close(check=error is None)
 
-    def pairs(self) -> list[LoraPair]:
-        """Every LoRA pair, group by group."""
-        return [pair for group in self.groups for pair in group.pairs]
-
-    def layers(self) -> Iterator[tuple[GroupState, int, LoraPair]]:
-        """(state of the group, place in it, pair) of every layer."""
-        for state in self.states:
-            for i, pair in enumerate(state.group.pairs):
-                yield state, i, pair
-
-    def unreported(self) -> list[str]:
-        """Layers of which no statistics have come yet."""
-        return [pair.name for state, i, pair in self.layers() if not bool(state["samples"][i] > 0)]
-
-    def capture_kinds(self) -> dict[str, str]:
-        """Layer → where its statistics come from: hooks, gradients, undecided."""
-        return {pair.name: KINDS[int(state["kind"][i])] for state, i, pair in self.layers()}
-
-    def ready_layers(self) -> int:
-        """Layers with at least one side preconditioned."""
-        return sum(int((s["ready_a"] | s["ready_g"]).sum()) for s in self.states)
-
     # One step, in the order in which GritOptimizer calls
 
     def begin_step(self, gradient_norm: float) -> bool:
-        """Whether the step may go on.
-
-        Args:
-            gradient_norm: Of all gradients, before anything was done to them.
-
-        Returns:
-            False where the gradients are not finite: the step is to be left out; counted and logged.
-
-        Raises:
-            NonFiniteGradientsError: `max_nonfinite_steps` in a row.
-        """
+        """Whether the step may go on: not where `gradient_norm`, of all raw gradients, is not finite."""
         if math.isfinite(gradient_norm):
             self._skipped_in_a_row = 0
             self.last_metrics["grit/gradient_norm_raw"] = gradient_norm
             return True
         self.skipped += 1
         self._skipped_in_a_row += 1
-        if self.capture is not None:
-            self.capture.clear()
+        self.curvature.forget()
         logger.warning("GRIT: step %d skipped: gradients are not finite (norm %s)", self.step, gradient_norm)
         self.add_record({"kind": "skipped", "gradient_norm": gradient_norm})
         self._advance()
@@ -178,92 +111,61 @@ class GRITManager:
         return False
 
     def update_statistics(self) -> None:
-        """Take what was captured since the last step into the moving averages; averaged over all ranks.
-
-        Raises:
-            CaptureError: capture is "hooks" and layers with gradients reported nothing.
-        """
-        if captures_at(self.config, self.step):
-            statistics.gather(self)
-
-    def inversion_due(self) -> bool:
-        """Whether factors are to be inverted at this step: at the interval, and as soon as a waiting one can be."""
-        since = self.step - self._last_inversion if self._last_inversion >= 0 else None
-        if schedule.inversion_due(self.config, self.step, since, self.trend):
-            return True
-        return captures_at(self.config, self.step) and statistics.waiting(self)
-
-    def update_and_invert_factors(self) -> None:
-        """Invert (or diagonalise) every factor that has seen enough tokens; others leave gradients as they are."""
-        if self.config.mode == "eigen_adamw" and not self.preconditions():
-            return  # not counted, so that the bases are due as soon as the warm-up is over
-        self._last_inversion = self.step
-        statistics.invert(self)
-
-    def preconditions(self) -> bool:
-        """Whether the natural-gradient warm-up is over."""
-        return self.step >= self.config.ng_warmup_steps
-
-    def precondition_gradients(self) -> float:
-        """Multiply every `.grad` by the inverse of its factor, in place (modes adamw and sgd).
-
-        kfac pairing: ∇A ← Σ_g⁻¹ ∇A, ∇B ← ∇B Σ_a⁻¹; paper pairing: ∇A ← Σ_a⁻¹ ∇A, ∇B ← ∇B Σ_g⁻¹.
-
-        Returns:
-            Σ ⟨∇, natural ∇⟩ over all layers, the squared length that the trust region limits (0 in mode adamw).
-        """
-        if not self.preconditions():
-            return 0.0
-        measure = self._last_inversion == self.step or self.step % self.config.log_freq == 0
-        length, cosines = precondition(self.states, self.config, measure)
-        if measure:
-            self.measured = records.measure_cosines(cosines)
-        return length
+        if self.curvature.captures_at(self.step):
+            self._add_records(self.curvature.gather(self.step))
 
     def add_regularizers(self) -> None:
-        """Add the gradients of the regularisers to `.grad`."""
-        if self.config.lambda_kfac or self.config.lambda_reproj:
-            self.last_metrics["grit/regularizer"] = regularizers.add_gradients(self.states, self.config, self.step)
+        penalty = self.curvature.add_regularizers(self.step)
+        if penalty is not None:
+            self.last_metrics["grit/regularizer"] = penalty
+
+    def update_and_invert_factors(self) -> None:
+        self._add_records(self.curvature.refresh(self.step))
+
+    def precondition_gradients(self) -> float:
+        """In place, in modes adamw and sgd; returns Σ ⟨∇, natural ∇⟩, which the trust region limits (0 in adamw)."""
+        if not self.curvature.preconditions(self.step):
+            return 0.0
+        measure = self.curvature.last_refresh == self.step or self.step % self.config.log_freq == 0
+        length, cosines = self.curvature.precondition(measure)
+        if measure and cosines:
+            self.measured = _measure(cosines)
+        return length
 
     def end_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """After the weights have moved: reproject if it is time, write records, prepare the next step."""
+        """After the weights have moved: write records, prepare the next step, reproject if it is time."""
         self.applied_steps += 1
         if self.step % self.config.log_freq == 0:
-            self.add_record(self.log.effect(self))
-            self.last_metrics |= self.log.summary(self)
+            self.add_record(self._effect())
+            self.last_metrics |= self._summary()
             if self.config.log_fisher_spectrum:
-                self.add_record(self.log.spectra(self))
+                self.add_record({"kind": "spectra", "layers": self.curvature.spectra()})
         self._advance()
-        if schedule.reprojection_due(self.config, self.step, self.trend):
+        if self.curvature.reprojection_due(self.step):
             self.neural_reprojection(optimizer)
 
-    def neural_reprojection(self, optimizer: torch.optim.Optimizer | None = None, shrink: bool | None = None) -> None:
-        """Project every layer with statistics onto its leading Fisher directions.
-
-        Args:
-            optimizer: Whose moments are transformed along (those of mode eigen_adamw always are).
-            shrink: Whether tensors get smaller now; default: where `rank_shrink` is "events".
-        """
-        from grit.rank_events import reproject
-
-        shrink = self.config.rank_shrink == "events" if shrink is None else shrink
-        event = reproject(self, optimizer, shrink)
-        if event["layers"]:
-            self.add_record(event)
+    def neural_reprojection(self, optimizer: torch.optim.Optimizer | None = None, shrink: bool = False) -> None:
+        """Project every layer and its moments onto its leading Fisher directions; with `shrink` tensors get smaller."""
+        self._add_records(self.curvature.reproject(self.step, optimizer, shrink))
 
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """At the end of training: shrink the tensors if that is asked for, and write the last record.
-
-        Args:
-            optimizer: Gets the smaller tensors, for those who train on.
-        """
-        if not self.keeps_ranks and schedule.final_shrink_due(self.config, self.step):
+        if self.curvature.final_shrink_due(self.step):
             self.neural_reprojection(optimizer, shrink=True)
-        self.add_record(self.log.final(self))
+        self.add_record(
+            {
+                "kind": "final",
+                **self.curvature.final(self.step),
+                "capture": self.curvature.capture_kinds(),
+                "skipped_steps": self.skipped,
+                "inversions": self.curvature.inversions,
+                "failed_inversions": self.curvature.failed_inversions,
+                "effect": self._effect(),
+                "spectra": self.curvature.spectra(),
+            }
+        )
 
     def observe_loss(self, loss: float) -> None:
-        """The mean loss of a step, for the adaptive schedule."""
-        self.trend.see(loss)
+        self.curvature.observe_loss(loss)
 
     def _advance(self) -> None:
         self.step += 1
@@ -271,29 +173,135 @@ class GRITManager:
 
     def _switch_capture(self) -> None:
         if self.capture is not None:
-            self.capture.active = captures_at(self.config, self.step)
+            self.capture.active = self.curvature.captures_at(self.step)
 
-    # Records and checkpoints
+    # The log, readings and checkpoints
 
     def add_record(self, record: dict[str, Any]) -> None:
-        """Keep a record, and append it to the log file."""
-        record = records.plain({"step": self.step, **record})
+        record = _plain({"step": self.step, **record})
         self.history.append(record)
-        records.append(self.log_file, [record])
+        self._write([record])
+
+    def _write(self, records: list[dict[str, Any]], anew: bool = False) -> None:
+        """Records as JSON Lines."""
+        if self.log_file is not None:
+            self.log_file.parent.mkdir(parents=True, exist_ok=True)
+            with self.log_file.open("w" if anew else "a", encoding="utf-8") as out:
+                out.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+
+    def _add_records(self, records: list[dict[str, Any]]) -> None:
+        for record in records:
+            self.add_record(record)
+
+    def _effect(self) -> dict[str, Any]:
+        counts = {"ready_layers": self.curvature.ready_layers(), "layers": len(self.pairs())}
+        norms = {  # before clipping, as last taken
+            norm: self.last_metrics[f"grit/{norm}"]
+            for norm in ("gradient_norm_raw", "gradient_norm_natural")
+            if f"grit/{norm}" in self.last_metrics
+        }
+        evidence = self.curvature.effect(self.step, self.measured)
+        record: dict[str, Any] = {"kind": "effect", **counts, **self.measured, **norms, **evidence}
+        record["effective"] = "reason" not in record
+        if not record["effective"]:
+            logger.warning("GRIT: step %d: no effective change: %s", self.step, record["reason"])
+            return record
+        detail = ""
+        if "max_basis_rotation" in record:
+            detail = f"; largest basis rotation {record['max_basis_rotation']:.3f}"
+        elif "cosine_median" in record:
+            middle, least = record["cosine_median"], record["cosine_min"]
+            detail = f"; cosine of raw and natural gradient: median {middle:.3f}, smallest {least:.3f}"
+        applied = "GRIT: step %d: preconditioning applied to %d of %d layers%s"
+        logger.info(applied, self.step, record["ready_layers"], record["layers"], detail)
+        return record
+
+    def _summary(self) -> dict[str, float]:
+        found = {
+            **self.curvature.summary(),
+            "grit/ready_layers": float(self.curvature.ready_layers()),
+            "grit/skipped_steps": float(self.skipped),
+            "grit/cosine_raw_natural": self.measured.get("cosine_median", math.nan),
+        }
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers for a Trainer's log, TensorBoard or W&B, their names beginning with grit/."""
         return dict(self.last_metrics)
 
+    def readings(self) -> list[dict[str, Any]]:
+        return self.curvature.readings(self.step)
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to go on: tensors, numbers and text only (loads with weights_only=True)."""
-        return checkpoint.save(self)
+        """Tensors, numbers and text only (loads with weights_only=True)."""
+        return {
+            "curvature": self.curvature.state_dict(),
+            "history": json.dumps(self.history),
+            "numbers": {name: getattr(self, name) for name in _NUMBERS},
+            "last_metrics": dict(self.last_metrics),
+            "measured": dict(self.measured),
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`; the log file is rewritten to hold what led there.
-
-        Raises:
-            ValueError: the checkpoint has other layers, other ranks, or is of another mode.
-        """
-        checkpoint.load(self, state)
+    def load_state_dict(self, state: dict[str, Any], keep_history: bool = False) -> None:
+        """The log file is rewritten to hold what led there; with `keep_history` it goes on as it is."""
+        self.curvature.load_state_dict(state["curvature"])
+        for name in _NUMBERS:
+            setattr(self, name, state["numbers"][name])
+        self.last_metrics, self.measured = dict(state["last_metrics"]), dict(state["measured"])
+        if not keep_history:
+            self.history = json.loads(state["history"])
+            self._write(self.history, anew=True)
         self._switch_capture()
+
+
+_NUMBERS = ("step", "skipped", "applied_steps", "_skipped_in_a_row")
+
+
+def _plain(value: Any) -> Any:
+    """The same with NaN and infinities as "nan", "inf", "-inf", so that every JSON reader takes it."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _measure(cosines: list[Tensor]) -> dict[str, Any]:
+    """Over all tensors: median and smallest cosine of raw and preconditioned gradient, largest 1 − cos."""
+    values = torch.cat(cosines)
+    values = values[torch.isfinite(values) & (values != 0)]  # a zero gradient has no direction
+    if not values.numel():
+        return {}
+    return {
+        "cosine_median": float(values.median()),
+        "cosine_min": float(values.min()),
+        "max_one_minus_cosine": float((1 - values).max()),
+    }
+
+
+class GRITManager(Manager):
+    """Keeps the r×r factors of every trainable LoRA pair of a model and applies them.
+
+    A plain loop::
+
+        with GRITManager(model, GRITConfig()) as manager:
+            optimizer = GritOptimizer(torch.optim.AdamW(weights, lr=3e-3), manager)
+            for batch in loader:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    """
+
+    curvature: RankSpace
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: GRITConfig | None = None,
+        device: torch.device | str | None = None,
+        log_file: str | Path | None = None,
+    ):
+        """`device` is that of the inversions. GRITConfigError and GritLayerError name every mistake."""
+        config = config or GRITConfig()
+        if device is not None and config.kfac_inversion_device == "auto":
+            config = dataclasses.replace(config, kfac_inversion_device=str(device))
+        super().__init__(RankSpace(model, config), log_file)

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
-from grit.eigen import Stack, eigen_adamw_step
-from grit.manager import GRITManager
+from grit.curvature import Turned
+from grit.manager import Manager
 
 
 class GritOptimizer(torch.optim.Optimizer):
@@ -18,17 +19,10 @@ class GritOptimizer(torch.optim.Optimizer):
     decay; other trainable weights are left to the wrapped one.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, manager: GRITManager, max_grad_norm: float | None = None):
-        """Wrap `optimizer`, before any learning-rate schedule is made from it.
+    def __init__(self, optimizer: torch.optim.Optimizer, manager: Manager, max_grad_norm: float | None = None):
+        """Wrap `optimizer`, before any learning-rate schedule is made from it; the manager is opened.
 
-        Args:
-            optimizer: Holds all LoRA weights of the manager.
-            manager: Opened here if it is not open.
-            max_grad_norm: Clip after preconditioning where the config leaves it open.
-
-        Raises:
-            ValueError: LoRA weights are missing in the optimizer, mode sgd without torch.optim.SGD, the other modes
-                without betas, eigen_adamw with amsgrad or maximize, or lr_ratio_b after a schedule was made.
+        `max_grad_norm` is what gradients are clipped to after preconditioning where the config leaves it open.
         """
         self.optimizer, self.manager = optimizer, manager
         config = manager.config
@@ -48,13 +42,15 @@ class GritOptimizer(torch.optim.Optimizer):
                 f"mode {config.mode!r}: expected an optimizer of the Adam family (with betas), got "
                 f"{type(optimizer).__name__}; for SGD set mode to 'sgd'"
             )
-        for option in ("amsgrad", "maximize"):
-            if config.mode == "eigen_adamw" and any(group.get(option) for group in optimizer.param_groups):
-                raise ValueError(f"mode 'eigen_adamw': expected an optimizer without {option}, got {option}=True")
         # torch's Adam says so in its groups; weight decay in its gradient would not be the decoupled one of here.
-        coupled = any(g.get("decoupled_weight_decay") is False and g["weight_decay"] for g in optimizer.param_groups)
-        if config.mode == "eigen_adamw" and coupled:
-            raise ValueError("mode 'eigen_adamw': expected decoupled weight decay (torch.optim.AdamW), got Adam's")
+        refused: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "an optimizer without amsgrad": lambda g: g.get("amsgrad"),
+            "an optimizer without maximize": lambda g: g.get("maximize"),
+            "decoupled weight decay": lambda g: g.get("decoupled_weight_decay") is False and g["weight_decay"],
+        }
+        for expected, wrong in refused.items() if config.mode == "eigen_adamw" else ():
+            if any(wrong(group) for group in optimizer.param_groups):
+                raise ValueError(f"mode 'eigen_adamw': expected {expected}, as torch.optim.AdamW has it by default")
         if config.lr_ratio_b != 1.0 and any("initial_lr" in group for group in optimizer.param_groups):
             raise ValueError("lr_ratio_b: wrap the optimizer first, then make its learning-rate schedule; got it made")
         self._split_off_b(config.lr_ratio_b)
@@ -88,11 +84,7 @@ class GritOptimizer(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimizer step; left out, counted and logged where gradients are not finite.
-
-        Raises:
-            NonFiniteGradientsError, CaptureError: see `GRITManager`.
-        """
+        """Left out, counted and logged where gradients are not finite."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -110,7 +102,7 @@ class GritOptimizer(torch.optim.Optimizer):
             return
         manager.update_statistics()
         manager.add_regularizers()
-        if manager.inversion_due():
+        if manager.curvature.refresh_due(manager.step):
             manager.update_and_invert_factors()
         if mode == "eigen_adamw":
             self._clip()  # a rotation leaves norms as they are
@@ -151,20 +143,19 @@ class GritOptimizer(torch.optim.Optimizer):
                 torch._foreach_mul_(gradients, nu)
 
     def _eigen_step(self) -> None:
-        place = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        options = [_options(group) for group in self.param_groups]
-        stacks = []
-        for state in self.manager.states:
-            group = state.group
-            members: dict[tuple[int, int], list[int]] = {}
-            for i, (a, b) in enumerate(zip(group.params_a, group.params_b, strict=True)):
-                if a.grad is not None and b.grad is not None:
-                    members.setdefault((place[id(a)], place[id(b)]), []).append(i)
-            for (of_a, of_b), among in members.items():
-                chosen = None if len(among) == len(group) else among
-                state["steps"][among] += 1
-                stacks += [Stack(state, "a", options[of_a], chosen), Stack(state, "b", options[of_b], chosen)]
-        eigen_adamw_step(stacks)
+        curvature, step = self.manager.curvature, self.manager.step
+        stacks = curvature.turned(self.param_groups, step)
+        changes = _directions(stacks)
+        for i, t in enumerate(stacks):
+            changes[i] = t.back(changes[i])  # one by one, so that directions are freed
+        changes, metrics, factor = curvature.limit(stacks, changes, step)
+        self.manager.last_metrics |= metrics
+        for t, change in zip(stacks, changes, strict=True):
+            tensors, lr = [p.data for p in t.parameters], float(t.options["lr"])
+            decay = float(t.options.get("weight_decay", 0.0))
+            if decay:
+                torch._foreach_mul_(tensors, 1.0 - lr * decay)  # decoupled (Loshchilov & Hutter 2019)
+            torch._foreach_add_(tensors, list(change.to(tensors[0].dtype).unbind(0)), alpha=-lr * factor)
         lora = [p for pair in self.manager.pairs() for p in (pair.a, pair.b)]
         if len(lora) < sum(len(group["params"]) for group in self.param_groups):
             gradients = [p.grad for p in lora]
@@ -175,19 +166,12 @@ class GritOptimizer(torch.optim.Optimizer):
                 p.grad = gradient
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the wrapped optimizer's."""
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's, and all of GRIT's under "grit"."""
         return {**self.optimizer.state_dict(), "grit": self.manager.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict`.
-
-        Raises:
-            ValueError: no state of GRIT in it, or one of other layers.
-        """
         if "grit" not in state_dict:
             raise ValueError("expected an optimizer state with GRIT's part ('grit'), got one of another optimizer")
         self.manager.load_state_dict(state_dict["grit"])  # first: it refuses what does not fit
@@ -195,11 +179,43 @@ class GritOptimizer(torch.optim.Optimizer):
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
 
 
-def _options(group: dict[str, Any]) -> dict[str, float]:
-    return {
-        "lr": float(group["lr"]),
-        "beta1": float(group["betas"][0]),
-        "beta2": float(group["betas"][1]),
-        "eps": float(group["eps"]),
-        "weight_decay": float(group.get("weight_decay", 0.0)),
-    }
+def _directions(stacks: list[Turned]) -> list[Tensor]:
+    """Adam's bias-corrected directions m̂/(√v̂ + ε) (Kingma & Ba 2015), in each stack's basis; moments in place.
+
+    torch's fused kernel does it, stepping from zero with learning rate −1, for all stacks of one β and ε in one go.
+    """
+    found = [torch.zeros_like(t.gradient) for t in stacks]
+    alike: dict[tuple[float, ...], list[int]] = {}
+    for i, t in enumerate(stacks):
+        alike.setdefault((*map(float, t.options["betas"]), float(t.options["eps"])), []).append(i)
+    for (beta1, beta2, eps), places in alike.items():
+        parts: list[tuple[Tensor, Tensor, Tensor, Tensor, int]] = []
+        picked = []
+        for t, direction in ((stacks[i], found[i]) for i in places):
+            m, v = (t.m, t.v) if t.rows is None else (t.m[t.rows], t.v[t.rows])
+            if t.rows is not None:
+                picked.append((t, m, v))
+            counts = t.steps.tolist()
+            if min(counts) == max(counts):
+                parts.append((direction, t.gradient, m, v, counts[0]))
+            else:  # layers that have not all had the same number of gradients
+                parts += [(direction[i], t.gradient[i], m[i], v[i], count) for i, count in enumerate(counts)]
+        adamw(
+            [p[0] for p in parts],
+            [p[1] for p in parts],
+            [p[2] for p in parts],
+            [p[3] for p in parts],
+            [],
+            [torch.tensor(float(p[4] - 1), device=p[0].device) for p in parts],  # counted up inside
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=-1.0,
+            weight_decay=0.0,
+            eps=eps,
+            maximize=False,
+        )
+        for t, m, v in picked:  # what was picked is a copy
+            t.m[t.rows], t.v[t.rows] = m, v
+    return found

@@ -23,7 +23,7 @@ class GroupState:
         samples: tokens seen (of gradient statistics: gradient columns seen).
         inv_a, inv_g: what gradients are multiplied by [r, r]; identity until ready.
         ready_a, ready_g: whether they, or the eigenbases, may be used.
-        lam_a, lam_g: damping of the last inversion.
+        lam_a, lam_g: damping λ of the last inversion (modes adamw and sgd).
         q_a, q_g: eigenvectors as columns [r, r]; identity until ready.
         m_a, v_a [r, d_in], m_b, v_b [d_out, r]: Adam's moments in the eigenbases (mode eigen_adamw only).
         steps: Adam's step count. kind: where the statistics come from. k: directions that the last reprojection kept.
@@ -37,30 +37,23 @@ class GroupState:
 
     @classmethod
     def fresh(cls, group: LayerGroup, config: GRITConfig) -> "GroupState":
-        """Nothing seen yet."""
         n, r = len(group), group.rank
         options: dict[str, Any] = {"dtype": group.dtype, "device": group.device}
         eye = torch.eye(r, **options).repeat(n, 1, 1)
         kind = {"hooks": HOOKS, "gradients": GRADIENTS, "auto": UNDECIDED}[config.capture]
         tensors = {
-            "ema_a": torch.zeros(n, r, r, **options),
-            "ema_g": torch.zeros(n, r, r, **options),
             "weight": torch.zeros(n, **options),
             "samples": torch.zeros(n, dtype=torch.float64, device=group.device),
-            "inv_a": eye.clone(),
-            "inv_g": eye.clone(),
-            "ready_a": torch.zeros(n, dtype=torch.bool, device=group.device),
-            "ready_g": torch.zeros(n, dtype=torch.bool, device=group.device),
-            "q_a": eye.clone(),
-            "q_g": eye.clone(),
-            "w_a": torch.ones(n, r, **options),
-            "w_g": torch.ones(n, r, **options),
-            "lam_a": torch.zeros(n, **options),
-            "lam_g": torch.zeros(n, **options),
             "steps": torch.zeros(n, dtype=torch.int64),
             "kind": torch.full((n,), kind, dtype=torch.int64),
             "k": torch.full((n,), r, dtype=torch.int64),
         }
+        for side in "ag":
+            tensors[f"ema_{side}"] = torch.zeros(n, r, r, **options)
+            tensors[f"inv_{side}"], tensors[f"q_{side}"] = eye.clone(), eye.clone()
+            tensors[f"w_{side}"] = torch.ones(n, r, **options)
+            tensors[f"lam_{side}"] = torch.zeros(n, **options)
+            tensors[f"ready_{side}"] = torch.zeros(n, dtype=torch.bool, device=group.device)
         if config.mode == "eigen_adamw":
             for side, parameter in (("a", group.params_a[0]), ("b", group.params_b[0])):
                 tensors[f"m_{side}"] = torch.zeros(n, *parameter.shape, **options)
@@ -71,16 +64,11 @@ class GroupState:
         return self.t[name]
 
     def layer(self, i: int) -> dict[str, Tensor]:
-        """Everything about layer i, copied."""
         return {name: stack[i].clone() for name, stack in self.t.items()}
 
     @classmethod
     def of_layers(cls, group: LayerGroup, layers: list[dict[str, Tensor]]) -> "GroupState":
-        """Back from single layers, onto the group's device.
-
-        Raises:
-            ValueError: shapes that do not fit the group.
-        """
+        """Back from single layers, onto the group's device; ValueError where their rank is another."""
         for pair, layer in zip(group.pairs, layers, strict=True):
             if tuple(layer["ema_a"].shape) != (group.rank, group.rank):
                 raise ValueError(f"{pair.name}: expected state of rank {group.rank}, got {tuple(layer['ema_a'].shape)}")
@@ -98,15 +86,7 @@ class GroupState:
         return self.t["ema_a"] / weight, self.t["ema_g"] / weight
 
     def update(self, kind: int, cov_a: Tensor, cov_g: Tensor, samples: Tensor, decay: float) -> None:
-        """One step of the moving average for the layers of that kind that have samples.
-
-        Args:
-            kind: HOOKS or GRADIENTS.
-            cov_a: [n, r, r] averages of this step.
-            cov_g: [n, r, r].
-            samples: [n], 0 where a layer saw nothing.
-            decay: β; new = β·old + (1−β)·now.
-        """
+        """Average: new = β·old + (1−β)·now [n, r, r], for layers of that `kind` that have `samples` [n]."""
         use = (samples > 0) & (self.t["kind"] == kind).to(samples.device)
         use &= torch.isfinite(cov_a).flatten(1).all(-1) & torch.isfinite(cov_g).flatten(1).all(-1)
         share = use.to(cov_a.dtype) * (1.0 - decay)  # torch.where of two numbers would round them to float32
@@ -117,11 +97,7 @@ class GroupState:
         self.t["samples"] = self.t["samples"] + torch.where(use, samples, torch.zeros_like(samples))
 
     def invert(self, config: GRITConfig) -> Tensor:
-        """Refresh inverses, or eigenbases with the moments turned along.
-
-        Returns:
-            Which layers failed on a side although it had samples: [n] bool.
-        """
+        """Refresh inverses or eigenbases; returns which layers failed on a side although it had samples: [n] bool."""
         cov_a, cov_g = self.covariances()
         home = cov_a.device
         where = home if config.kfac_inversion_device == "auto" else torch.device(config.kfac_inversion_device)
@@ -130,7 +106,7 @@ class GroupState:
         usable_a, usable_g = enough & factors.informative(cov_a), enough & factors.informative(cov_g)
         lam_a, lam_g = factors.damping(cov_a, cov_g, config.kfac_damping, config.damping_mode, config.pi_correction)
         for side, cov, lam, usable in (("a", cov_a, lam_a, usable_a), ("g", cov_g, lam_g, usable_g)):
-            if config.mode == "eigen_adamw":
+            if config.mode == "eigen_adamw":  # nothing is inverted: kfac_damping bounds the weights of the steps
                 values, vectors, good = factors.eigh(cov)
                 ready = usable & good
                 weight = factors.step_weights(values, config.kfac_damping, config.eigen_power)
@@ -146,8 +122,8 @@ class GroupState:
                 ready = usable & good
                 eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=where)
                 self.t[f"inv_{side}"] = torch.where(ready[:, None, None], inverse, eye).to(home)
+                self.t[f"lam_{side}"] = lam.to(home)
             self.t[f"ready_{side}"] = ready.to(home)
-        self.t["lam_a"], self.t["lam_g"] = lam_a.to(home), lam_g.to(home)
         # Eigenvectors come column by column in memory; products round otherwise there than after a checkpoint.
         self.t = {name: tensor.contiguous() for name, tensor in self.t.items()}
         return (usable_a.to(home) & ~self.t["ready_a"]) | (usable_g.to(home) & ~self.t["ready_g"])
@@ -169,19 +145,14 @@ class GroupState:
 
 
 def transformed(layer: dict[str, Tensor], left: Tensor, right: Tensor) -> dict[str, Tensor]:
-    """State of one layer after A ← L A, B ← B R (see `grit.reprojection`).
-
-    Args:
-        layer: From `GroupState.layer`.
-        left: L [k, r].
-        right: R [r, k].
-    """
+    """State of one layer, as `GroupState.layer` gives it, after A ← L A, B ← B R (see `grit.factors`)."""
     dtype, device = layer["ema_a"].dtype, layer["ema_a"].device
     left, right = left.to(device, dtype), right.to(device, dtype)
     new = dict(layer)
     new["ema_a"] = left @ layer["ema_a"] @ left.mT
     new["ema_g"] = right.mT @ layer["ema_g"] @ right
     eye = torch.eye(left.shape[0], dtype=dtype, device=device)
+    q_a = q_g = eye
     if "m_a" in layer:
         # To the plain basis, through the change, and into the eigenbasis of the new factors.
         q_a = factors.eigh(new["ema_a"][None])[1][0] if bool(layer["ready_a"]) else eye
@@ -194,10 +165,7 @@ def transformed(layer: dict[str, Tensor], left: Tensor, right: Tensor) -> dict[s
             # gradients in dropped directions up to steps of full size.
             turn_a, turn_b = q_g.mT @ layer["q_g"], layer["q_a"].mT @ q_a
         new["v_a"], new["v_b"] = turn_a.square() @ layer["v_a"], layer["v_b"] @ turn_b.square()
-        new["q_a"], new["q_g"] = q_a, q_g
-        new["w_a"] = new["w_g"] = torch.ones(left.shape[0], dtype=dtype, device=device)
-    else:
-        new["q_a"], new["q_g"] = eye, eye
-        new["w_a"] = new["w_g"] = torch.ones(left.shape[0], dtype=dtype, device=device)
+    new["q_a"], new["q_g"] = q_a, q_g
+    new["w_a"] = new["w_g"] = torch.ones(left.shape[0], dtype=dtype, device=device)
     new["inv_a"], new["inv_g"] = eye, eye.clone()  # until the next inversion, which follows at once
     return new

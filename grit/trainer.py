@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from grit import rank, records
 from grit.config import GRITConfig
-from grit.manager import GRITManager
+from grit.manager import GRITManager, Manager
 from grit.optim import GritOptimizer
-from grit.regrouping import rebuild
 
 logger = logging.getLogger("grit")
 
@@ -20,29 +18,25 @@ LOG_FILE = "grit_log.jsonl"
 
 
 class GritCallback(TrainerCallback):  # type: ignore[misc]
-    """A doorbell: rings the manager when a Trainer starts, logs and ends. It decides nothing.
+    """Tells the manager when a Trainer starts, logs and ends; decides nothing.
 
     GritTrainer brings its own. With a plain Trainer: ``Trainer(…, optimizers=(GritOptimizer(adamw, manager), None),
     callbacks=[GritCallback(manager)])``; there the Trainer's reporters run first and do not get GRIT's numbers, which
     `grit_log.jsonl` has all the same if the manager was given that file.
     """
 
-    def __init__(self, manager: GRITManager):
+    def __init__(self, manager: Manager):
         self.manager = manager
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the hooks."""
-        self.manager.keeps_ranks = False
         self.manager.open()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Put GRIT's numbers beside the loss."""
         if logs is not None and "loss" in logs:
             for name, value in self.manager.metrics().items():
                 logs.setdefault(name, value)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Shrink ranks if that is asked for, close the hooks."""
         self.manager.finish(kwargs.get("optimizer"))
         self.manager.close()
 
@@ -57,14 +51,9 @@ class GritMixin:
     state: Any
 
     def __init__(
-        self, *args: Any, grit_config: GRITConfig | None = None, grit_manager: GRITManager | None = None, **kwargs: Any
+        self, *args: Any, grit_config: GRITConfig | None = None, grit_manager: Manager | None = None, **kwargs: Any
     ):
-        """As the Trainer's, and either a configuration or a manager for the very model that is trained.
-
-        Raises:
-            ValueError: both are given, or the manager is of another model or not that of a GritOptimizer that is
-                passed; GRITConfigError, GritLayerError.
-        """
+        """As the Trainer's, and either a configuration or a manager for the very model that is trained."""
         if grit_config is not None and grit_manager is not None:
             raise ValueError("expected grit_config or grit_manager, got both")
         super().__init__(*args, **kwargs)
@@ -85,7 +74,6 @@ class GritMixin:
         handler.callbacks = [GritCallback(grit_manager), *others]
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """The Trainer's optimizer (in mode sgd: SGD with momentum), wrapped."""
         config = self.grit_manager.config
         for ready in (self.optimizer, getattr(self.optimizer, "optimizer", None)):  # the second: train() called again
             if isinstance(ready, GritOptimizer):
@@ -93,18 +81,13 @@ class GritMixin:
                 return self.optimizer
         if self.optimizer is None and config.mode == "sgd":
             weights = [p for p in self.model.parameters() if p.requires_grad]
-            self.optimizer = torch.optim.SGD(
-                weights,
-                lr=self.args.learning_rate,
-                momentum=config.sgd_momentum,
-                weight_decay=self.args.weight_decay,
-            )
+            options = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
+            self.optimizer = torch.optim.SGD(weights, momentum=config.sgd_momentum, **options)
         super().create_optimizer(model)  # type: ignore[misc]
         self.optimizer = GritOptimizer(self.optimizer, self.grit_manager, max_grad_norm=self.args.max_grad_norm)
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """One forward and backward pass; tells GRIT what the loss is divided and scaled by."""
         manager, accumulation = self.grit_manager, self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
         if manager.capture is not None and manager.capture.active:
             manager.capture.accumulation = accumulation
@@ -117,7 +100,7 @@ class GritMixin:
             scaler = getattr(self.accelerator, "scaler", None)
             manager.capture.loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        if manager.config.adaptive_schedule:
+        if manager.curvature.wants_losses:
             self._loss_of_step += float(loss)  # what comes back is this batch's share of the step's mean
             if self.accelerator.sync_gradients:
                 manager.observe_loss(self._loss_of_step)
@@ -133,43 +116,28 @@ class GritMixin:
         return norm
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The adapter, with ranks that had shrunk by then."""
-        self._fit_ranks(resume_from_checkpoint)
+        self.grit_manager.curvature.fit_to_checkpoint(Path(resume_from_checkpoint), self.optimizer)
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
-        """The adapter, with the ranks it had then; those do not shrink again if they differ from the last ones.
+        """The adapter and GRIT's state as they were then: later statistics would shrink away what it needs.
 
-        Statistics of the last step are of other weights, and since a reprojection of other axes: with them, shrinking
-        at the end would cut what the best adapter needs. So GRIT goes back to that checkpoint too. Its log keeps what
-        came after; a record of kind "best" says where it goes back, and from where.
+        The log keeps what came after; a record of kind "best" says where GRIT goes back, and from where.
         """
-        checkpoint = Path(self.state.best_model_checkpoint)
-        resized = self._fit_ranks(str(checkpoint))
         super()._load_best_model()  # type: ignore[misc]
-        manager, reached, file = self.grit_manager, self.state.global_step, checkpoint / "optimizer.pt"
+        manager, reached = self.grit_manager, self.state.global_step
         if self.state.best_global_step == reached:
             return
-        manager.keeps_ranks = resized
-        history = manager.history
+        file = Path(self.state.best_model_checkpoint) / "optimizer.pt"
         if file.is_file():
-            manager.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["grit"])
-            manager.history = history
-            records.append(manager.log_file, history, anew=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)["grit"]
+            manager.load_state_dict(state, keep_history=True)
         else:
-            logger.warning("GRIT: %s: no optimizer state beside the best adapter; its ranks do not shrink", checkpoint)
-            rebuild(manager)
+            logger.warning("GRIT: no %s beside the best adapter; its ranks do not shrink", file)
+            manager.curvature.restart()
         manager.add_record({"kind": "best", "trained_to": reached})
 
-    def _fit_ranks(self, checkpoint: str) -> bool:
-        manager = self.grit_manager
-        if rank.fit_to_checkpoint(self.model, manager.pairs(), Path(checkpoint), manager.base_rank, self.optimizer):
-            rebuild(manager)
-            return True
-        return False
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; hooks come off whatever happens."""
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:

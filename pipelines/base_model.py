@@ -1,32 +1,43 @@
 """models/base/base.json: what the base model is, and whether it is still the same."""
 
 import re
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Self
 
-from export.files import sha256
-from pipelines.config import ConfigError
-from pipelines.runinfo import key_of, read_json
-from pipelines.schema import PrepareBase
+from pydantic import Field, model_validator
+
+from db.files import key_of, read_json, sha256
+from pipelines.params import ConfigError
 from pipelines.stage import BASE
+from trainers.base import EmbeddedSettings
 from trainers.models import hub_reason
 from trainers.settings import BaseReference
-
-if TYPE_CHECKING:
-    from pipelines.schema_vision import PrepareVisionBase
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _BIG = 64 * 2**20
 _KINDS = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 
 
-def local_folder(source: str, key: str = "source") -> Path | None:
-    """The folder that `source` names, or None where it is a hub id.
+class PrepareBase(EmbeddedSettings):
+    """Section prepare_base: where the base comes from, and the shape of the embedded one."""
 
-    Raises:
-        ConfigError: neither a folder nor a hub id.
-    """
+    source: str
+    revision: str | None
+    merge_source: str | None
+    trust_remote_code: bool
+    min_tasks_above_80: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _adapters_stay(self) -> Self:
+        if self.vision is not None and self.merge_source is not None:
+            raise ValueError(f"merge_source: expected null beside vision, got {self.merge_source!r}; adapters of a "
+                             "vision-language model are not merged")  # fmt: skip
+        return self
+
+
+def local_folder(source: str, key: str = "source") -> Path | None:
+    """The folder that `source` names, or None where it is a hub id."""
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -51,11 +62,6 @@ def fingerprint(folder: Path) -> str:
 
 
 def hub_model(source: str, revision: str | None, key: str = "source") -> tuple[str, dict[str, Any]]:
-    """Commit and config.json of a hub model.
-
-    Raises:
-        ConfigError: neither a local folder nor reachable (or downloaded earlier).
-    """
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     try:
@@ -72,12 +78,8 @@ def hub_model(source: str, revision: str | None, key: str = "source") -> tuple[s
     return config.parent.name, read_json(config)
 
 
-def reference_for(section: "PrepareBase | PrepareVisionBase") -> dict[str, Any]:
-    """Content of base.json for a base that is referenced, not copied.
-
-    Raises:
-        ConfigError: it does not exist, or 16-bit weights to merge into are missing.
-    """
+def reference_for(section: PrepareBase) -> dict[str, Any]:
+    """Content of base.json for a base that is referenced, not copied."""
 
     def look_up(source: str, revision: str | None, key: str) -> tuple[str, str | None, str, dict[str, Any]]:
         folder = local_folder(source, key)
@@ -87,9 +89,9 @@ def reference_for(section: "PrepareBase | PrepareVisionBase") -> dict[str, Any]:
         return "hub", commit, key_of([source, commit]), config
 
     kind, revision, mark, config = look_up(section.source, section.revision, "source")
-    if "quantization_config" in config and not isinstance(section, PrepareBase):
+    if "quantization_config" in config and section.vision is not None:
         raise ConfigError(
-            f"prepare_base.source: {section.source} is quantized, which the vision pipeline does not train on; name a "
+            f"prepare_base.source: {section.source} is quantized, which is not trained on with pictures; name a "
             "model with 16-bit weights (folder or hub id)"
         )
     if "quantization_config" in config and section.merge_source is None:
@@ -99,6 +101,7 @@ def reference_for(section: "PrepareBase | PrepareVisionBase") -> dict[str, Any]:
         )
     content: dict[str, Any] = {
         "kind": kind,
+        "pictures": section.vision is not None,
         "location": str(local_folder(section.source) or section.source),
         "revision": revision,
         "fingerprint": mark,
@@ -114,11 +117,7 @@ def reference_for(section: "PrepareBase | PrepareVisionBase") -> dict[str, Any]:
 
 
 def load_reference(folder: Path = BASE) -> tuple[BaseReference, str]:
-    """The base that stage prepare_base left, and its fingerprint.
-
-    Raises:
-        ConfigError: the stage has not run, or a local base changed since.
-    """
+    """The base that stage prepare_base left, and its fingerprint; ConfigError if a local one has changed since."""
     file = folder / "base.json"
     if not file.is_file():
         raise ConfigError(f"{file}: no such file; run `dvc repro prepare_base`")
@@ -132,16 +131,5 @@ def load_reference(folder: Path = BASE) -> tuple[BaseReference, str]:
                 f"the base model in {location} is not what it was when prepare_base ran; run "
                 "`dvc repro --force prepare_base` to take it as it is now"
             )
-    reference = BaseReference(
-        location=location,
-        revision=content["revision"],
-        merge_location=content["merge_location"],
-        merge_revision=content["merge_revision"],
-        trust_remote_code=content["trust_remote_code"],
-    )
-    return reference, content["fingerprint"]
-
-
-def describe(reference: BaseReference) -> dict[str, Any]:
-    """For run.json."""
-    return asdict(reference)
+    own = {field.name: content[field.name] for field in fields(BaseReference)}
+    return BaseReference(**{**own, "location": location}), content["fingerprint"]

@@ -1,46 +1,57 @@
 """Stage compare: the database, the two reports, and the numbers that DVC shows; the only writer of the database."""
 
-import sys
 from pathlib import Path
 
-from pipelines.attempts import ATTEMPTS, mark_crashed
-from pipelines.config import load_params
-from pipelines.outputs import explain_os_error, staged
-from pipelines.schema_common import CommonParams
-from pipelines.stage import BASE_ARM, clear_errors, quiet_libraries
+from pydantic import field_validator
+
+from db.files import explain_os_error, staged
+from pipelines.params import StageParams, load_params
+from pipelines.stage import BASE_ARM, main_for
+from trainers.settings import Section
 
 OUTPUTS = Path("outputs")
 REPORT = OUTPUTS / "grit_evaluation.md"
 PAGE = OUTPUTS / "report.html"
 
 
-def run(params: CommonParams) -> None:
-    """Ingest what the stages left, compare, and write everything down."""
-    from db.ingest import ingest
-    from evaluation.compare_all import load_comparison, write_report
-    from evaluation.page import write_page
-    from evaluation.tracked import write_tracked
+class Compare(Section):
+    database: str
 
-    try:
-        mark_crashed()
-    except OSError as error:
-        print(f"compare: {ATTEMPTS}/ cannot be kept up to date: {error}", file=sys.stderr)
+    @field_validator("database")
+    @classmethod
+    def _file(cls, database: str) -> str:
+        if "://" in database or Path(database).is_absolute():
+            raise ValueError(
+                f"expected a file below the project's folder, got {database!r}; for other databases there is "
+                "`python -m db.cli ingest --db URL`"
+            )
+        return database
+
+
+class Params(StageParams):
+    compare: Compare
+
+
+def run(params: Params) -> None:
+    from db.ingest import ingest
+    from evaluation.report.comparison import load_report
+    from evaluation.report.data import write_tracked
+    from evaluation.report.html import write_page
+    from evaluation.report.markdown import write_markdown
+
     arms = [BASE_ARM, *params.matrix.arms]
     database = params.compare.database
     summary = ingest(Path(), database, arms=arms, seeds=list(params.matrix.seeds))
     print(summary)
-    comparison = load_comparison(database)
+    report = load_report(database, detail=True)
     try:
-        write_report(REPORT, comparison)
-        write_page(PAGE, database, comparison)
+        write_markdown(REPORT, report)
+        write_page(PAGE, report)
         with staged(OUTPUTS / "plots") as plots:
-            write_tracked(OUTPUTS / "metrics.json", plots, database, comparison)
+            write_tracked(OUTPUTS / "metrics.json", plots, report)
     except OSError as error:
         raise explain_os_error(error, OUTPUTS) or error from error
 
 
 if __name__ == "__main__":
-    # Its own start is not on record: the table of starts would change with every look at the results.
-    quiet_libraries()
-    with clear_errors("compare"):
-        run(load_params())
+    main_for("compare", lambda: run(load_params(Params)))

@@ -3,95 +3,225 @@
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
-from evaluation import scoring, speed
-from evaluation.backends import Backend
-from evaluation.journal import Journal
-from evaluation.tasks import Item, Score, render
-from export.files import sha256
-from pipelines.answering import Models, models_for
-from pipelines.config import check_arm, load_params
-from pipelines.outputs import exclusive, staged
-from pipelines.prompt import prompt_text
-from pipelines.runinfo import RunRecord, hash_inputs, key_of, read_jsonl, write_json, write_jsonl
-from pipelines.schema import Evaluate, Params
+from db.files import (
+    exclusive,
+    finish_run,
+    hash_inputs,
+    key_of,
+    read_json,
+    read_jsonl,
+    sha256,
+    staged,
+    start_run,
+    write_record,
+    write_records,
+)
+from db.records import SampleRecord, ScoresRecord
+from evaluation.measure import answers, speed
+from evaluation.measure.answers import Journal
+from evaluation.tasks import Item, Score
+from export import ExportError
+from export.engines.base import Engine, EngineError, fill
+from export.engines.ollama import OllamaEngine, resolve_host, server_version
+from export.modelfile import Serving
+from export.served import FACTS, SERVED_GGUF, served_in
+from pipelines.base_model import load_reference
+from pipelines.params import Evaluate, StageParams, check_arm, load_params
+from pipelines.prompt import Prompt, prompt_text
 from pipelines.stage import (
+    BASE,
     BASE_ARM,
     DATA,
-    ArmOption,
-    FirstSeedOption,
-    SeedOption,
+    ArmArgument,
+    SeedArgument,
+    adapter_dir,
     cli,
+    gguf_dir,
     main_for,
     model_name,
     scores_dir,
+    sees_pictures,
     split_files,
 )
-
-if TYPE_CHECKING:
-    from pipelines.schema_vision import VisionParams
 
 CHECKPOINTS = Path("checkpoints/scores")
 
 
-def measure_speed(
-    params: "Params | VisionParams", models: Models, arms: dict[str, int], template: str, items: list[Item]
-) -> list[dict[str, Any]]:
+class Params(StageParams):
+    evaluate: Evaluate
+    prompt: Prompt
+
+
+def choose_backend(wanted: str, base_backend: str | None = None) -> str:
+    """The backend to use: under `auto` Ollama where a server answers, else llama.cpp in this process.
+
+    Under `auto` an arm follows what the base was scored on, or the two could not be compared. Raises EngineError:
+    Ollama is asked for by name, or had the base, and does not answer.
+    """
+    if wanted == "auto" and base_backend not in (None, "ollama"):
+        print(f"backend: {base_backend}, as for the base")
+        return str(base_backend)
+    if wanted not in ("auto", "ollama"):
+        return wanted
+    host = resolve_host()
+    version = server_version(host)
+    if version is not None:
+        print(f"backend: Ollama {version} at {host}")
+        return "ollama"
+    if wanted == "ollama":
+        raise EngineError(
+            f"evaluate.backend is ollama, and no server answers at {host}; start one (`ollama serve`), set "
+            "OLLAMA_HOST, or set evaluate.backend to auto or llama_cpp"
+        )
+    if base_backend == "ollama":
+        raise EngineError(
+            f"the base was scored through Ollama, and no server answers at {host} now; start it, or score the base "
+            "anew with `dvc repro --force evaluate_base`"
+        )
+    print(f"backend: no Ollama server at {host}, using llama.cpp in this process")
+    return "llama_cpp"
+
+
+class Models:
+    """The models of one evaluation on one backend.
+
+    Vision-language models are asked as training left them: llama.cpp knows no adapter in a vision tower. All others are
+    what stage export left.
+    """
+
+    def __init__(self, params: Params, arm: str) -> None:
+        self._params = params
+        self.exported = not sees_pictures()  # whether stage export made what is asked
+        scored = scores_dir(BASE_ARM, 0) / "scores.json"
+        follows = self.exported and arm != BASE_ARM and scored.is_file()
+        base_backend = str(read_json(scored)["backend"]["name"]) if follows else None
+        self.backend = choose_backend(params.evaluate.backend, base_backend)
+        self._threads = params.evaluate.threads
+        self._missing: list[set[str]] = []  # of each engine, which adds to it as it answers
+
+    @property
+    def missing(self) -> list[str]:
+        """Figures that a server left out, in scoring or timing, of any model."""
+        return sorted(set().union(*self._missing))
+
+    def facts(self, arm: str, seed: int) -> dict[str, Any]:
+        """How an arm is asked: serving.json, or template and stop words alone (an end token ends an answer anyway).
+
+        Raises ExportError: the stage that leaves it has not run.
+        """
+        if self.exported:
+            return self._serving(arm, seed).as_json()
+        return {"template": prompt_text(self._params.prompt), "stop": []}
+
+    def made_of(self, arm: str, seed: int) -> list[Path]:
+        """Files and folders that an arm's model consists of, for run.json; the adapter without the logs beside it."""
+        if self.exported:
+            return [gguf_dir(arm, seed)]
+        adapter = [adapter_dir(arm, seed) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+        return [BASE / "base.json", *([] if arm == BASE_ARM else adapter)]
+
+    def open(self, arm: str, seed: int) -> Engine:
+        engine = self._ollama(arm, seed) if self.backend == "ollama" else self._local(arm, seed)
+        self._missing.append(engine.missing)
+        return engine
+
+    def _serving(self, arm: str, seed: int) -> Serving:
+        file = gguf_dir(arm, seed) / FACTS
+        if not file.is_file():
+            raise ExportError(f"{file.parent}: nothing exported there; run `dvc repro export`")
+        return Serving.read(file)
+
+    def _local(self, arm: str, seed: int) -> Engine:
+        parallel = self._params.evaluate.parallel
+        if self.backend == "llama_cpp":
+            from export.engines.llama_cpp import LlamaCppEngine
+
+            serving = self._serving(arm, seed)
+            gguf, context = gguf_dir(arm, seed) / SERVED_GGUF, serving.num_ctx
+            return LlamaCppEngine(gguf, serving.template, num_ctx=context, threads=self._threads, parallel=parallel)
+        from export.engines.hf import HfEngine
+
+        reference, _ = load_reference()
+        location, kwargs = reference.merge_from, reference.merge_kwargs
+        return HfEngine(
+            location if self.exported else reference.location,
+            str(self.facts(arm, seed)["template"]),
+            adapter=None if arm == BASE_ARM else adapter_dir(arm, seed),
+            load_kwargs=dict(kwargs if self.exported else reference.load_kwargs),
+            parallel=parallel,
+            pictures=None if self.exported else DATA,
+        )
+
+    def _ollama(self, arm: str, seed: int) -> Engine:
+        from export.register import keep_registered, register_served
+        from trainers.models import load_tokenizer
+
+        name = model_name(arm, seed, self._params.first_seed)
+        host, served = resolve_host(), served_in(gguf_dir(arm, seed), name)
+        form = keep_registered(host, served)
+        tokenizer = load_tokenizer(load_reference()[0])
+        return OllamaEngine(
+            host,
+            name,
+            served.serving.num_ctx,
+            num_threads=self._threads or None,
+            expected=lambda prompt: list(tokenizer(fill(served.serving.template, prompt))["input_ids"]),
+            parallel=self._params.evaluate.parallel,
+            restore=partial(register_served, host, form),
+            mode=form.mode,
+        )
+
+
+def weights(backend: str, arm: str, seed: int) -> list[Path]:
+    """Every folder that a backend may read weights of an exported arm from, besides the arm's own."""
+    if backend == "hf":
+        return [BASE / "base.json", *([] if arm == BASE_ARM else [adapter_dir(arm, seed)])]
+    return [gguf_dir(BASE_ARM, 0)] if backend == "ollama" and arm != BASE_ARM else []  # in mode adapter
+
+
+def measure_speed(section: Evaluate, models: Models, arms: dict[str, int], items: list[Item]) -> list[dict[str, Any]]:
     """Speed rows of the arms (arm → seed), timed in turn: loading, then requests.
 
     Nothing else of theirs may be loaded meanwhile: a third model need not fit a GPU's memory.
     """
-    section, in_process = params.evaluate, models.backend != "ollama"
 
     def open_anew(arm: str) -> int | None:
-        with closing(models.open(arm, arms[arm])) as model:
+        with models.open(arm, arms[arm]) as model:
             return model.load_ns
 
     loaders: dict[str, Any] = {arm: partial(open_anew, arm) for arm in arms}
-    rows = speed.loads(loaders, repetitions=section.speed_repetitions) if in_process else []
+    rows = speed.loads(loaders, repetitions=section.speed_repetitions) if models.backend != "ollama" else []
     with ExitStack() as stack:
-        opened = {arm: stack.enter_context(closing(models.open(arm, seed))) for arm, seed in arms.items()}
-        if not in_process:
-            loaders = {arm: model.load_cold for arm, model in opened.items()}
-            rows = speed.loads(loaders, repetitions=section.speed_repetitions)
-        # A server puts the template round the question itself.
-        asked = [
-            render(template, item.prompt) if in_process else item.prompt for item in items[: section.speed_prompts]
-        ]
+        opened = {arm: stack.enter_context(models.open(arm, seed)) for arm, seed in arms.items()}
+        if cold := {arm: model.load_cold for arm, model in opened.items() if isinstance(model, OllamaEngine)}:
+            rows = speed.loads(cold, repetitions=section.speed_repetitions)
         return rows + speed.alternate(
-            {arm: speed.embedded(model) if in_process else model.timed for arm, model in opened.items()},
-            asked,
+            {arm: model.phases for arm, model in opened.items()},
+            [item.prompt for item in items[: section.speed_prompts]],
             repetitions=section.speed_repetitions,
             tokens=section.speed_tokens,
         )
 
 
-def answers_key(
-    params: "Params | VisionParams", backend: Backend, inputs: dict[str, str], facts: dict[str, Any]
-) -> str:
+def answers_key(section: Evaluate, engine: Engine, inputs: dict[str, str], facts: dict[str, Any]) -> str:
     """Hash of everything that decides the answers, save rounding: evaluate.parallel is not part of it.
 
-    Args:
-        params: Settings.
-        backend: That answers.
-        inputs: Hashes of the items, and of everything that weights may be read from.
-        facts: Template and stop words, for exported models serving.json.
+    `inputs` hash the items and everything that weights may be read from; `facts` are template and stop words.
     """
-    section = params.evaluate
-    threads = section.threads if isinstance(section, Evaluate) else 0
-    asked = {"max_tokens": section.max_tokens, "threads": threads, "serving": facts}
-    engine = [backend.name, backend.version, backend.device_class, backend.mode]
-    return key_of({"backend": engine, "inputs": inputs, **asked})
+    asked = {"max_tokens": section.max_tokens, "threads": section.threads, "serving": facts}
+    named = [engine.name, engine.version, engine.device_class, engine.mode]
+    return key_of({"backend": named, "inputs": inputs, **asked})
 
 
 def answer(
-    backend: Backend, splits: dict[str, list[Item]], journal: Journal, max_tokens: int, stop: list[str], title: str
+    engine: Engine, splits: dict[str, list[Item]], journal: Journal, max_tokens: int, stop: list[str], title: str
 ) -> dict[str, list[tuple[dict[str, Any], Score]]]:
     """Rows and scores of every split; what the journal holds already is not asked again."""
     if journal.resumed:
@@ -99,8 +229,8 @@ def answer(
     total = sum(map(len, splits.values()))
     with journal, tqdm(total=total, initial=journal.resumed, desc=title, mininterval=1) as bar:
         return {
-            split: scoring.ask(
-                backend, items, split, max_tokens=max_tokens, stop=stop, journal=journal, progress=bar.update
+            split: answers.ask(
+                engine, items, split, max_tokens=max_tokens, stop=stop, journal=journal, progress=bar.update
             )
             for split, items in splits.items()
         }
@@ -113,12 +243,11 @@ def _removed_in_the_end(kept: Path) -> Iterator[None]:
     shutil.rmtree(kept)
 
 
-def run(params: "Params | VisionParams", arm: str, seed: int, first_seed: int) -> None:
-    """Score one arm with one seed."""
+def run(params: Params, arm: str, seed: int) -> None:
     if arm != BASE_ARM:
         check_arm(arm, params)
     section, template = params.evaluate, prompt_text(params.prompt)
-    models = models_for(params, arm, first_seed)
+    models = Models(params, arm)
     facts = models.facts(arm, seed)
     out = scores_dir(arm, seed)
     splits = {
@@ -129,50 +258,52 @@ def run(params: "Params | VisionParams", arm: str, seed: int, first_seed: int) -
     kept = CHECKPOINTS / arm / str(seed)
     lock = kept.with_name(f"{seed}.lock")
     with exclusive(lock, f"evaluate {arm} seed {seed}"), _removed_in_the_end(kept), staged(out) as folder:
-        record = RunRecord("evaluate", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=template)
-        with closing(models.open(arm, seed)) as mine:
-            read = {**inputs, **hash_inputs(*models.also_read(arm, seed))}
-            journal = Journal(kept / f"{answers_key(params, mine, read, facts)[:16]}.jsonl")
+        record = start_run("evaluate", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=template)
+        with models.open(arm, seed) as mine:
+            read = {**inputs, **hash_inputs(*(weights(models.backend, arm, seed) if models.exported else []))}
+            journal = Journal(kept / f"{answers_key(section, mine, read, facts)[:16]}.jsonl")
             results = answer(mine, splits, journal, section.max_tokens, facts["stop"], f"{arm}-{seed}")
-            version, device_class, mode = mine.version, mine.device_class, mine.mode
-        rows = measure_speed(params, models, {arm: seed, BASE_ARM: 0}, template, splits["test"])
-        task = scoring.task_of(splits["test"][0], "test")
-        table = scoring.metrics(
+            backend = {
+                "name": models.backend,
+                "version": mine.version,
+                "device_class": mine.device_class,
+                "mode": mine.mode,
+            }
+        rows = measure_speed(section, models, {arm: seed, BASE_ARM: 0}, splits["test"])
+        task = answers.task_of(splits["test"][0], "test")
+        table = answers.metrics(
             task,
             [s for _, s in results["test"]],
             [(i.task, s) for i, (_, s) in zip(splits["retention"], results["retention"], strict=True)],
             answer_tokens=[row["answer_tokens"] for row, _ in results["test"]],
             max_tokens=section.max_tokens,
         )
-        write_jsonl(folder / "samples.jsonl", [row for split in results.values() for row, _ in split])
         scores = {
             "schema": 1,
             "arm": arm,
             "seed": seed,
-            "model_name": model_name(arm, seed, first_seed),
-            "backend": {"name": models.backend, "version": version, "device_class": device_class, "mode": mode},
+            "model_name": model_name(arm, seed, params.first_seed),
+            "backend": backend,
             **({} if models.exported else {"exported": False}),
             "test_items_sha256": sha256(DATA / "test.jsonl"),
             "metrics": table,
             "task": {"name": task.NAME, "title": task.TITLE, "primary": task.PRIMARY},
-            "metric_defs": scoring.metric_defs(task, table),
+            "metric_defs": answers.metric_defs(task, table),
             "speed": rows,
             "speed_summary": speed.summary(rows),
         }
-        write_json(folder / "scores.json", scores)
-        record.extra = {
-            "backend": scores["backend"],
-            "resumed_items": journal.resumed,
-            "missing_figures": models.missing,
-        }
-        record.write(folder)
+        samples = [SampleRecord.of(row) for split in results.values() for row, _ in split]
+        write_records(folder / "samples.jsonl", samples)
+        write_record(folder / "scores.json", ScoresRecord.of(scores))
+        record.extra = {"backend": backend, "resumed_items": journal.resumed, "missing_figures": models.missing}
+        finish_run(record, folder)
     shown_metrics = {m["name"]: round(m["value"], 4) for m in table if "/" not in m["name"]}
     print(json.dumps({**shown_metrics, "decode_tokens_per_s": round(speed.tokens_per_second(rows, arm, "decode"), 1)}))
 
 
-def main(arm: ArmOption, seed: SeedOption = 0, first_seed: FirstSeedOption = 0) -> None:
+def main(arm: ArmArgument, seed: SeedArgument = 0) -> None:
     """Score one arm with one seed."""
-    main_for("evaluate", lambda: run(load_params(), arm, seed, first_seed), arm, seed)
+    main_for("evaluate", lambda: run(load_params(Params), arm, seed), arm, seed)
 
 
 if __name__ == "__main__":

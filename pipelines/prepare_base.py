@@ -1,52 +1,80 @@
 """Stage prepare_base: models/base/, the embedded model or a reference to one that lies elsewhere."""
 
 import json
+import shutil
 from collections import defaultdict
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from evaluation.backends.hf import HfBackend
+from db.files import (
+    artifact,
+    exclusive,
+    finish_run,
+    hash_inputs,
+    key_of,
+    package_versions,
+    read_jsonl,
+    staged,
+    start_run,
+    write_json,
+)
+from evaluation import vision as visual
 from evaluation.tasks import Item, general, render
-from pipelines.base_model import fingerprint, load_reference, reference_for
-from pipelines.config import ConfigError, load_params
-from pipelines.outputs import exclusive, staged
-from pipelines.prompt import read_chat_template
-from pipelines.runinfo import RunRecord, artifact, hash_inputs, key_of, package_versions, read_jsonl, write_json
-from pipelines.schema import Params, PrepareBase
-from pipelines.schema_common import CHAT
-from pipelines.stage import BASE, DATA, TRAINERS_CODE, main_for, split_files
-from trainers.embedded_base import EmbeddedSettings, train_embedded_base
+from export.engines.base import Engine
+from export.engines.hf import HfEngine
+from export.template import from_tokenizer
+from pipelines.base_model import PrepareBase, fingerprint, load_reference, reference_for
+from pipelines.code import code_hash
+from pipelines.params import ConfigError, StageParams, load_params
+from pipelines.prompt import CHAT, Prompt
+from pipelines.stage import BASE, DATA, main_for, split_files
+from trainers.base import EmbeddedSettings, train_base
+from trainers.models import load_tokenizer
+from trainers.pictures import load_processor
+from trainers.settings import BaseReference
 
-if TYPE_CHECKING:
-    from pipelines.schema_vision import VisionParams
-
-RETENTION = DATA / "retention.jsonl"
+CHECKPOINTS = Path("checkpoints/base")
+PICTURES = Path("checkpoints/base-pictures")  # drawn anew by every start, so that they need not outlive a kill
 _ANSWER_TOKENS = 24
 
 
-def retention_accuracy(backend: HfBackend, items: list[Item]) -> dict[str, float]:
+class Params(StageParams):
+    prepare_base: PrepareBase
+    prompt: Prompt
+
+
+def read_chat_template(prompt: Prompt, reference: BaseReference) -> dict[str, Any]:
+    """What base.json keeps of the base's chat template; TemplateError if it cannot be served as it is."""
+    return {**asdict(from_tokenizer(load_tokenizer(reference), prompt.system)), "asked_system": prompt.system}
+
+
+def retention_accuracy(engine: Engine, items: list[Item]) -> dict[str, float]:
     """Share of right answers per general task, the model asked greedily; it is closed afterwards."""
     right: dict[str, list[bool]] = defaultdict(list)
     for item in items:
-        right[item.task].append(general.score(item, backend.generate(item.prompt, _ANSWER_TOKENS).text).correct)
-    backend.close()
+        right[item.task].append(general.score(item, engine.generate(item.prompt, _ANSWER_TOKENS).text).correct)
+    engine.close()
     return {task: sum(r) / len(r) for task, r in right.items()}
 
 
-def _embedded(section: PrepareBase, template: str, folder: Path) -> dict[str, Any]:
-    settings = EmbeddedSettings(**{name: getattr(section, name) for name in EmbeddedSettings.model_fields})
-    questions = general.questions(section.seed, held_out=False)
-    examples = [(render(template, p), a) for _, p, a in islice(questions, section.examples)]
-    key = key_of([settings.model_dump(), examples, package_versions(), hash_inputs(TRAINERS_CODE)])
-    checkpoints = Path("checkpoints/base") / key[:16]
-    return train_embedded_base(settings, examples, folder, checkpoints)
-
-
-def _name_embedded(folder: Path) -> None:
-    """Write base.json beside a model that this stage trained."""
+def _trained(section: PrepareBase, template: str, folder: Path) -> dict[str, Any]:
+    settings = EmbeddedSettings(**section.model_dump(include=set(EmbeddedSettings.model_fields)))
+    shutil.rmtree(PICTURES, ignore_errors=True)
+    PICTURES.mkdir(parents=True)
+    if settings.vision is None:
+        questions = general.questions(section.seed, held_out=False)
+        asked = [(prompt, answer) for _, prompt, answer in islice(questions, section.examples)]
+    else:
+        asked = visual.training_examples(section.examples, section.seed, settings.vision.image_size, PICTURES)
+    examples = [(render(template, prompt), answer) for prompt, answer in asked]
+    parts = [settings.model_dump(), examples, hash_inputs(PICTURES), package_versions(), code_hash("trainers.base")]
+    facts = train_base(settings, examples, folder, CHECKPOINTS / key_of(parts)[:16], PICTURES)
+    shutil.rmtree(PICTURES)
     content = {
         "kind": "embedded",
+        "pictures": settings.vision is not None,
         "location": BASE.as_posix(),
         "revision": None,
         "fingerprint": fingerprint(folder),
@@ -55,10 +83,10 @@ def _name_embedded(folder: Path) -> None:
         "trust_remote_code": False,
     }
     write_json(folder / "base.json", content)
+    return facts
 
 
-def run(params: "Params | VisionParams") -> None:
-    """Write models/base."""
+def run(params: Params) -> None:
     section, template = params.prepare_base, params.prompt.template
     if template == CHAT and section.source == "embedded":
         raise ConfigError(
@@ -67,20 +95,14 @@ def run(params: "Params | VisionParams") -> None:
         )
     shown = {"prepare_base": section.model_dump(), "prompt": params.prompt.model_dump()}
     with exclusive(Path("checkpoints/base.lock"), "prepare_base"), staged(BASE) as folder:
-        record = RunRecord(
+        record = start_run(
             "prepare_base", params=shown, inputs=hash_inputs(*split_files("retention")), prompt_template=template
         )
         if section.source == "embedded":
-            if isinstance(section, PrepareBase):
-                record.extra = _embedded(section, template, folder)
-                backend = HfBackend(str(folder), template)
-            else:
-                from pipelines import vision_base
-
-                record.extra = vision_base.train_base(section, template, folder)
-                backend = vision_base.opened(folder, template)
-            _name_embedded(folder)
-            accuracy = retention_accuracy(backend, [Item.from_json(row) for row in read_jsonl(RETENTION)])
+            record.extra = _trained(section, template, folder)
+            engine = HfEngine(str(folder), template, pictures=None if section.vision is None else DATA)
+            rows = read_jsonl(DATA / "retention.jsonl")
+            accuracy = retention_accuracy(engine, [Item.from_json(row) for row in rows])
             above = sorted(task for task, share in accuracy.items() if share > 0.8)
             record.extra |= {"retention": accuracy, "tasks_above_80": above}
             print(json.dumps({task: round(share, 3) for task, share in accuracy.items()}))
@@ -94,17 +116,16 @@ def run(params: "Params | VisionParams") -> None:
         else:
             content = reference_for(section)
             write_json(folder / "base.json", content)
-            if not isinstance(section, PrepareBase):
-                from pipelines import vision_base
-
-                vision_base.check_processor(load_reference(folder)[0])
+            reference, _ = load_reference(folder)
+            if section.vision is not None:
+                load_processor(reference, DATA)  # refuses a base that no picture can be shown to
             if template == CHAT:
-                content["chat"] = read_chat_template(params.prompt, load_reference(folder)[0])
+                content["chat"] = read_chat_template(params.prompt, reference)
                 write_json(folder / "base.json", content)
             record.extra = content
             print(json.dumps(content))
-        record.write(folder)
+        finish_run(record, folder)
 
 
 if __name__ == "__main__":
-    main_for("prepare_base", lambda: run(load_params()))
+    main_for("prepare_base", lambda: run(load_params(Params)))

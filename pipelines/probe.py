@@ -1,28 +1,41 @@
 """Stage probe: verdicts/<arm>/<seed>/, whether the optimizer did what the arm says."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from pydantic import Field
 
-from grit.records import plain
-from pipelines import twin
-from pipelines.config import load_params
-from pipelines.outputs import exclusive, staged
-from pipelines.runinfo import FileError, RunRecord, hash_inputs, write_json
-from pipelines.schema_common import CommonParams
-from pipelines.stage import VerdictError, adapter_dir, cli, main_for, verdict_dir
+from db.files import FileError, exclusive, finish_run, hash_inputs, staged, start_run, write_record
+from db.records import VerdictRecord
+from pipelines import train, twin
+from pipelines.params import Share, load_params
+from pipelines.stage import ArmArgument, SeedArgument, VerdictError, adapter_dir, cli, main_for, verdict_dir
 from pipelines.train import load_arm
 from probes import Evidence, Thresholds, Twin, Verdict, judge
 from probes.twin import DIVERGES
 from trainers import BASELINE
-from trainers.common import LEDGER
+from trainers.run import LEDGER
+from trainers.settings import Section
+
+
+class Probe(Section):
+    """Section probe: how a verdict on an arm's updates is reached."""
+
+    twin_steps: Annotated[int, Field(ge=5, description="optimizer steps of each twin")]
+    min_angle: Annotated[float, Field(gt=0, le=90, description="degrees")]
+    min_coverage: Share
+
+
+class Params(train.Params):
+    probe: Probe
+
 
 DEGREES, RATIO, SHARE, COSINE = "degrees", "ratio", "share", "cosine"
 
 
-def twins(params: CommonParams, arm: str, seed: int, warmup: int) -> Twin:
+def twins(params: Params, arm: str, seed: int, warmup: int) -> Twin:
     """Loss curves of baseline, baseline again and arm over the same steps, all with the arm's settings.
 
     Where two runs of the baseline are equal to the bit, the second one starts off by one rounding.
@@ -70,25 +83,17 @@ def readings(verdict: Verdict, evidence: Evidence, pair: Twin) -> list[dict[str,
     ):  # fmt: skip
         add(name, n.get(name), unit)
     for layer, entries in verdict.layers.items():
-        for key, name, unit in (("angle", "layer_angle", DEGREES), ("lr_ratio", "layer_lr_ratio", RATIO)):
-            add(name, entries[key], unit, layer=layer)
+        add("layer_angle", entries["angle"], DEGREES, layer)
+        add("layer_lr_ratio", entries["lr_ratio"], RATIO, layer)
     for record in evidence.records:
         for layer, numbers in record["units"].items():
-            for key, name, unit in (
-                ("angle", "layer_angle", DEGREES),
-                ("cos_raw_inner", "layer_cos_raw_inner", COSINE),
-            ):
-                add(name, numbers.get(key), unit, layer=layer, step=record["step"])
+            add("layer_angle", numbers.get("angle"), DEGREES, layer, record["step"])
+            add("layer_cos_raw_inner", numbers.get("cos_raw_inner"), COSINE, layer, record["step"])
     return rows
 
 
-def run(params: CommonParams, arm_name: str, seed: int) -> Verdict:
-    """Reach a verdict on one trained arm and write it down, whatever it is.
-
-    Raises:
-        VerdictError: the arm does not do what it claims; its verdict stands in the output folder all the same.
-        FileError: no ledger beside the adapter.
-    """
+def run(params: Params, arm_name: str, seed: int) -> Verdict:
+    """Reach a verdict on one trained arm and write it down, whatever it is."""
     from probes import plots
 
     arm, settings, out = load_arm(arm_name, params), params.train_for(arm_name), verdict_dir(arm_name, seed)
@@ -98,7 +103,7 @@ def run(params: CommonParams, arm_name: str, seed: int) -> Verdict:
     lock = Path(f"checkpoints/verdicts/{arm_name}-{seed}.lock")
     with exclusive(lock, f"probe {arm_name} seed {seed}"), staged(out) as folder:
         inputs = hash_inputs(ledger, ledger.with_name("adapter_model.safetensors"))
-        record = RunRecord("probe", params=shown, inputs=inputs, arm=arm_name, seed=seed)
+        record = start_run("probe", params=shown, inputs=inputs, arm=arm_name, seed=seed)
         try:
             evidence = Evidence.read(ledger, limits)
         except (OSError, ValueError) as error:
@@ -111,18 +116,17 @@ def run(params: CommonParams, arm_name: str, seed: int) -> Verdict:
             "seed": seed,
             "as_claimed": verdict.as_claimed,
             **verdict.to_json(),
-            "twin": {"baseline": pair.baseline, "again": pair.again, "arm": pair.arm, "perturbed": pair.perturbed,
-                     "floor": pair.floor, "divergence": pair.divergence, "ratio": pair.ratio},
+            "twin": {**asdict(pair), "floor": pair.floor, "divergence": pair.divergence, "ratio": pair.ratio},
             "readings": readings(verdict, evidence, pair),
-        }  # fmt: skip
-        write_json(folder / "verdict.json", plain(said))
+        }
+        write_record(folder / "verdict.json", VerdictRecord.of(said))
         title = f"{arm.title}: {verdict.verdict}"
         if evidence.records:
             known = "" if verdict.diagnosis == "none" else f" ({verdict.diagnosis})"
             plots.plot_ledger(evidence, folder / "updates.png", title + known)
         plots.plot_twin(pair, folder / "twin.png", arm.title)
-        record.extra = {"verdict": verdict.verdict, "diagnosis": verdict.diagnosis, "numbers": plain(verdict.numbers)}
-        record.write(folder)
+        record.extra = {"verdict": verdict.verdict, "diagnosis": verdict.diagnosis, "numbers": verdict.numbers}
+        finish_run(record, folder)
     print(verdict.table())
     if not verdict.as_claimed:
         claim = "claims to precondition" if verdict.claims else "claims nothing"
@@ -133,14 +137,9 @@ def run(params: CommonParams, arm_name: str, seed: int) -> Verdict:
     return verdict
 
 
-def main(
-    arm: Annotated[str, typer.Option(help="baseline_lora, …")],
-    seed: Annotated[int, typer.Option(help="of the training run")],
-) -> None:
-    """Say whether the optimizer of one trained arm did what the arm claims."""
-
+def main(arm: ArmArgument, seed: SeedArgument = 0) -> None:
     def work() -> None:
-        verdict = run(load_params(), arm, seed)
+        verdict = run(load_params(Params), arm, seed)
         print(json.dumps({"arm": arm, "seed": seed, "verdict": verdict.verdict, "diagnosis": verdict.diagnosis}))
 
     main_for("probe", work, arm, seed)

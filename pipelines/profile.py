@@ -1,38 +1,98 @@
 """Choosing a profile: `python -m pipelines.profile NAME` rewrites params.yaml, which is what DVC looks at.
 
-profiles/tiny.yaml holds every key; another profile holds only what differs from it, and says in `kind` what it is:
+profiles/tiny.yaml holds every key. Every other file holds only what differs, and names are put together with +, in any
+order (gsm8k, gsm8k+smoke, gsm8k+llama3_8b+ablation). The files are merged left to right:
 
-- size: a base model and how it is trained. `based_on` names the size that it differs from (tiny if none).
-- task: what is asked. `size` names the size that it runs on unless another is named; what stands under `full_size`
-  holds only on a base from a hub or a folder, not on the embedded one. `based_on` names a task that it differs from.
-- variant: further changes, whatever the size and the task; what stands under `schedule` yields to a task's `full_size`
-  where that holds.
+1. tiny;
+2. sizes/NAME: a base model and how it is trained; for a task without one, llama3_2_3b;
+3. tasks/recipe, tasks/NAME: what is asked, and where the base is not the embedded one, tasks/full/recipe and
+   tasks/full/NAME;
+4. NAME, of the folder itself: further changes, in the order in which they are named.
 
-Names are put together with +, in any order of kinds: gsm8k, gsm8k+smoke, gsm8k+llama3_8b+ablation. Where two variants
-set the same key, the later one wins. A file whose name begins with _ is no profile of its own: others are based on it.
-Changes made by hand in params.yaml are not thrown away: they stop the switch, by name, unless --force is given.
+A file sizes/A+B is for both together, which are otherwise refused. Changes made by hand in params.yaml are not thrown
+away: they stop the switch, by name, unless --force is given.
 """
 
 import io
 import textwrap
-from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from omegaconf import OmegaConf
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from pipelines.config import PARAMS_FILE, ConfigError, load_yaml, parse_params
-from pipelines.profile_files import BASIS, PROFILES, Parts, available, parts_of
-from pipelines.stage import cli
+from db.files import write_text
+from pipelines.check import parse_params
+from pipelines.params import PARAMS_FILE, VARIANT_OF, ConfigError, load_yaml
+from pipelines.stage import clear_errors, cli
+from trainers.settings import suggest
 
-__all__ = ["PROFILES", "available", "choose", "compose", "hand_edits", "load_text"]
-
+PROFILES = Path("profiles")
+BOTTOM, RECIPE, SIZE_OF_TASKS = "tiny", "recipe", "llama3_2_3b"
 _HEADER = (
     "Written by `python -m pipelines.profile {name}` from {files}. Change what you like: DVC reruns what depends on "
     "it. All keys and their meaning stand in profiles/tiny.yaml."
 )
+
+
+def available(folder: Path = PROFILES) -> dict[str, Path]:
+    files = (file for place in (".", "sizes", "tasks") for file in sorted((folder / place).glob("*.yaml")))
+    return {file.stem: file for file in files if "+" not in file.stem and file != folder / f"tasks/{RECIPE}.yaml"}
+
+
+def merged(name: str, folder: Path = PROFILES) -> tuple[dict[str, Any], list[Path]]:
+    """The settings of a name like gsm8k+llama3_8b, and their files; ConfigError names what cannot be merged."""
+    known, names = available(folder), [part.strip() for part in name.split("+")]
+    problems = [f"no profile {n!r} in {folder}/{suggest(n, known)}" for n in names if n not in known]
+    problems += [
+        f"expected each once, got {n} more than once" for n in sorted({n for n in names if names.count(n) > 1})
+    ]
+    found = {n: known[n] for n in names if n in known}
+    sizes = [n for n, file in found.items() if n == BOTTOM or file.parent.name == "sizes"]
+    tasks = [n for n, file in found.items() if file.parent.name == "tasks"]
+    pair = folder / f"sizes/{'+'.join(sizes)}.yaml"
+    problems += [f"expected one task, got {', '.join(tasks)}"] if len(tasks) > 1 else []
+    problems += [f"expected one size, got {', '.join(sizes)}"] if len(sizes) > 1 and not pair.is_file() else []
+    if problems:
+        raise ConfigError("\n".join(problems))
+    files = [known[n] for n in dict.fromkeys([BOTTOM, *(sizes or [SIZE_OF_TASKS] * len(tasks))])]
+    files += [pair] if len(sizes) > 1 else []
+    settings = _merge(files)
+    for task in tasks:
+        of_task = [folder / f"tasks/{RECIPE}.yaml", known[task]]
+        if settings["prepare_base"]["source"] != "embedded":
+            of_task += [folder / f"tasks/full/{RECIPE}.yaml", folder / f"tasks/full/{task}.yaml"]
+        files += [file for file in of_task if file.is_file()]
+    files += [file for n, file in found.items() if n not in (*sizes, *tasks)]
+    return {**_merge(files), "profile": name}, files
+
+
+def _merge(files: list[Path]) -> dict[str, Any]:
+    """Deep-merged; every variant of an arm has the settings of that arm where it has none of its own."""
+    parts = [load_yaml(file) for file in files]
+    for file, part in zip(files, parts, strict=True):
+        wrong = [] if isinstance(part, dict) else [f"expected sections, got {type(part).__name__}"]
+        for key, section in part.items() if not wrong else ():
+            if isinstance(parts[0].get(key), dict) and not isinstance(section, dict):
+                wrong.append(f"{key}: expected keys of that section, got {section!r}")
+        if wrong:
+            raise ConfigError("\n".join(f"{file}: {problem}" for problem in wrong))
+    whole: Any = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.create, parts)))
+    arms = whole["arms"]
+    for name, own in arms.items():
+        of = own.get(VARIANT_OF) if isinstance(own, dict) else None
+        if of is None:
+            continue
+        arm = arms.get(of) if isinstance(of, str) else None
+        if not isinstance(arm, dict) or arm.get(VARIANT_OF) is not None:
+            where = ", ".join(map(str, files))
+            raise ConfigError(
+                f"{where}: arms.{name}.{VARIANT_OF}: expected an arm that is no variant itself, got {of!r}"
+            )
+        arms[name] = OmegaConf.to_container(OmegaConf.merge(arm, own))
+    return dict(whole)
 
 
 class _Representer(RoundTripRepresenter):
@@ -48,130 +108,69 @@ def _float(representer: RoundTripRepresenter, value: float) -> Any:
 _Representer.add_representer(float, _float)
 
 
-def _merge(basis: Any, over: dict[str, Any]) -> None:
-    for key, value in over.items():
-        if isinstance(value, dict) and isinstance(basis.get(key), dict) and key != "columns":
-            _merge(basis[key], value)
-        else:
-            basis[key] = deepcopy(value)  # a profile's own entries may be one and the same (YAML's &name, *name)
-
-
-def _put_together(content: Any, parts: Parts) -> None:
-    """Merge all parts into the content of the basis."""
-    for size in parts.sizes:
-        _merge(content, size.settings)
-    embedded = content["prepare_base"]["source"] == "embedded"
-    for task in parts.tasks:
-        _merge(content, task.settings)
-    schedules = [] if embedded else [task.full_size for task in parts.tasks if task.full_size]
-    for schedule in schedules:
-        _merge(content, schedule)
-    for variant in parts.variants:
-        _merge(content, variant.settings)
-        if not schedules:
-            _merge(content, variant.schedule)
-
-
-def _fill_variants(arms: Any, where: str) -> None:
-    """Give every variant of an arm the settings of that arm, where it has none of its own."""
-    for name, own in list(arms.items()):
-        of = own.get("variant_of") if isinstance(own, dict) else None
-        if of is None:
-            continue
-        arm = arms.get(of) if isinstance(of, str) else None
-        if not isinstance(arm, dict) or arm.get("variant_of") is not None:
-            raise ConfigError(f"{where}: arms.{name}.variant_of: expected an arm that is no variant itself, got {of!r}")
-        whole = deepcopy(arm)
-        _merge(whole, own)
-        arms[name] = whole
-
-
 def compose(name: str, folder: Path = PROFILES) -> str:
-    """The text of params.yaml for a profile, comments of the basis included.
-
-    Args:
-        name: Of one profile, or of several with + between them.
-        folder: Where they lie.
-
-    Raises:
-        ConfigError: no such profile, or it does not validate.
-    """
-    parts = parts_of(name, folder)
-    files = ", ".join(f"{folder}/{part}.yaml" for part in parts.names)
+    """The text of params.yaml for a profile, with the comments of tiny.yaml; ConfigError where there is none."""
+    settings, files = merged(name, folder)
+    sources = ", ".join(map(str, files))
+    parse_params(settings, sources)
     yaml = YAML()
     yaml.Representer = _Representer
     yaml.width = 200
-    content = yaml.load((folder / f"{BASIS}.yaml").read_text(encoding="utf-8"))
-    _put_together(content, parts)
-    _fill_variants(content["arms"], files)
-    content["profile"] = name
+    content = yaml.load(files[0].read_text(encoding="utf-8"))
+    _fill(content, settings)
     text = io.StringIO()
     yaml.dump(content, text)
-    body = text.getvalue()
-    parse_params(load_text(body), files)
-    body = body[body.index("profile:") :]
-    header = textwrap.wrap(_HEADER.format(name=name, files=files), 118, break_long_words=False, break_on_hyphens=False)
-    return "".join(f"# {line}\n" for line in header) + body
+    header = textwrap.wrap(
+        _HEADER.format(name=name, files=sources), 118, break_long_words=False, break_on_hyphens=False
+    )
+    return "".join(f"# {line}\n" for line in header) + text.getvalue()[text.getvalue().index("profile:") :]
 
 
-def load_text(text: str) -> Any:
-    """Content of a YAML text."""
-    return YAML(typ="safe", pure=True).load(text)
+def _fill(content: Any, settings: dict[str, Any]) -> None:
+    for key, value in settings.items():
+        if isinstance(value, dict) and value and isinstance(content.get(key), dict):
+            _fill(content[key], value)
+        elif key not in content or content[key] != value:
+            content[key] = value
 
 
-def hand_edits(params_file: Path, folder: Path = PROFILES) -> list[str]:
-    """Keys of params.yaml that differ from the profile it names, as "key: profile's value → its value"."""
-    if not params_file.exists():
-        return []
-    current = load_yaml(params_file)
-    name = current.get("profile") if isinstance(current, dict) else None
-    try:
-        text = compose(str(name), folder)
-    except ConfigError as error:
-        return [f"profile: {name!r}: {error}"]
-    return _differences(load_text(text), current)
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Keys in which two contents differ, as "key: old value → new value"."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [f"{prefix}: {old!r} → {new!r}"]
     lines = []
-    for key in [*old, *(k for k in new if k not in old)]:
+    for key in dict.fromkeys([*old, *new]):
         where = f"{prefix}.{key}" if prefix else str(key)
         if key not in new:
             lines.append(f"{where}: removed")
         elif key not in old:
             lines.append(f"{where}: added, {new[key]!r}")
         else:
-            lines += _differences(old[key], new[key], where)
+            lines += differences(old[key], new[key], where)
     return lines
 
 
 def choose(name: str, *, force: bool = False, params_file: Path = PARAMS_FILE, folder: Path = PROFILES) -> bool:
-    """Write params.yaml for a profile.
-
-    Returns:
-        Whether the file changed.
-
-    Raises:
-        ConfigError: unknown profile, or hand edits would be lost.
-    """
+    """Write params.yaml for a profile; whether the file changed. ConfigError: changes made by hand would be lost."""
     text = compose(name, folder)
-    edits = hand_edits(params_file, folder)
-    current = load_yaml(params_file) if params_file.exists() else None
-    if isinstance(current, dict) and current.get("profile") == name and not force:
-        return False  # chosen already; edits on top of it are what the user wants
-    if edits and not force:
-        raise ConfigError(
-            f"{params_file} holds changes that a switch to {name!r} would lose:\n"
-            + "\n".join(f"  {line}" for line in edits)
-            + f"\nKeep them in a profile of your own in {folder}/, or add --force"
-        )
+    if params_file.exists() and not force:
+        current = load_yaml(params_file)
+        before = current.get("profile") if isinstance(current, dict) else None
+        if before == name:
+            return False  # chosen already; what was changed since is what the user wants
+        try:
+            edits = differences(merged(str(before), folder)[0], current)
+        except ConfigError as error:
+            edits = [f"profile: {before!r}: {error}"]
+        if edits:
+            raise ConfigError(
+                f"{params_file} holds changes that a switch to {name!r} would lose:\n"
+                + "\n".join(f"  {line}" for line in edits)
+                + f"\nKeep them in a profile of your own in {folder}/, or add --force"
+            )
     changed = not params_file.exists() or params_file.read_text(encoding="utf-8") != text
     if changed:
-        temporary = params_file.with_suffix(".yaml.partial")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(params_file)
+        write_text(params_file, text)
     return changed
 
 
@@ -180,11 +179,8 @@ def main(
     force: Annotated[bool, typer.Option(help="overwrite changes made by hand in params.yaml")] = False,
 ) -> None:
     """Choose a profile: rewrites params.yaml."""
-    try:
+    with clear_errors("profile", code=2):
         changed = choose(name, force=force)
-    except ConfigError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
     typer.echo(f"params.yaml: profile {name}" + ("" if changed else " (chosen already)"))
 
 

@@ -4,34 +4,46 @@ Stage prepare_base turns the chat template into a text once and leaves it in bas
 so that training, scoring, parity and the Modelfile have the very same.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from export.chat import from_tokenizer
-from pipelines.config import ConfigError
-from pipelines.runinfo import read_json
-from pipelines.schema_common import CHAT, Prompt
+from pydantic import field_validator, model_validator
+
+from db.files import read_json
+from pipelines.params import ConfigError
 from pipelines.stage import BASE
-from trainers.models import load_tokenizer
-from trainers.settings import BaseReference
+from trainers.settings import Section
+
+# As prompt.template: the chat template of the base's own tokenizer.
+CHAT = "chat"
 
 
-def read_chat_template(prompt: Prompt, reference: BaseReference) -> dict[str, Any]:
-    """What base.json keeps of the base's chat template.
+class Prompt(Section):
+    template: str
+    system: str | None
 
-    Raises:
-        TemplateError: it has none, or one that cannot be served as it is.
-    """
-    return {**asdict(from_tokenizer(load_tokenizer(reference), prompt.system)), "asked_system": prompt.system}
+    @field_validator("template")
+    @classmethod
+    def _one_slot(cls, template: str) -> str:
+        if template == CHAT:
+            return template
+        if template.count("{prompt}") != 1:
+            raise ValueError(f"expected exactly one {{prompt}}, got {template.count('{prompt}')}")
+        if "{{" in template or "}}" in template:
+            raise ValueError("'{{' and '}}' cannot be told from Ollama's template commands; use other signs")
+        return template
+
+    @model_validator(mode="after")
+    def _system(self) -> "Prompt":
+        if self.system is not None and self.template != CHAT:
+            raise ValueError(f"system: only with template: {CHAT}; a text of your own holds its system message itself")
+        if self.system is not None and (self.system != self.system.strip() or not self.system):
+            raise ValueError(f"system: expected a text without blanks at its ends, got {self.system!r}")
+        return self
 
 
 def chat_facts(folder: Path = BASE) -> dict[str, Any]:
-    """The chat template as stage prepare_base left it; keys of `export.templates.ChatTemplate`.
-
-    Raises:
-        ConfigError: the stage has not run with `prompt.template: chat`.
-    """
+    """What stage prepare_base left of the chat template; ConfigError where it ran without `prompt.template: chat`."""
     file = folder / "base.json"
     content = read_json(file) if file.is_file() else {}
     if "chat" not in content:
@@ -45,11 +57,7 @@ def literal(template: str) -> str:
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """The text with `{prompt}` that every stage uses.
-
-    Raises:
-        ConfigError: stage prepare_base ran with another system message, or not at all.
-    """
+    """The text with `{prompt}` of every stage; ConfigError where prepare_base has another system message."""
     if prompt.template == CHAT and (asked := chat_facts()["asked_system"]) != prompt.system:
         raise ConfigError(
             f"prompt.system: stage prepare_base read the chat template with {asked!r}, got {prompt.system!r}; run "

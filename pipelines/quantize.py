@@ -8,102 +8,117 @@ which the merged weights in 16 bits are there as well until it is written.
 import json
 import shutil
 import tempfile
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from pydantic import field_validator
 from tqdm import tqdm
 
-from evaluation import scoring
-from evaluation.backends.llama_cpp import LlamaCppBackend
-from evaluation.tasks import Item
-from export import gguf
-from export.errors import ExportError
-from export.quantization import Contents, contents, quantize
-from pipelines.base_model import load_reference
-from pipelines.config import ConfigError, check_arm, for_text, load_params
-from pipelines.export import F16, SERVED
-from pipelines.outputs import staged
-from pipelines.runinfo import (
-    RunRecord,
+from db.files import (
+    finish_run,
     hash_inputs,
     llama_cpp_device,
-    read_json,
     read_jsonl,
-    write_json,
-    write_jsonl,
+    staged,
+    start_run,
+    write_record,
+    write_records,
 )
-from pipelines.schema import Params
+from db.records import QuantizedRecord, QuantizedSampleRecord
+from evaluation.measure import answers
+from evaluation.tasks import Item
+from export import ExportError, gguf
+from export.engines.llama_cpp import LlamaCppEngine
+from export.modelfile import Serving
+from export.served import F16_GGUF, FACTS, SERVED_GGUF
+from pipelines.base_model import load_reference
+from pipelines.params import ConfigError, Evaluate, StageParams, check_arm, load_params
 from pipelines.stage import (
     BASE_ARM,
     DATA,
-    ArmOption,
-    SeedOption,
+    ArmArgument,
+    SeedArgument,
     adapter_dir,
     cli,
     gguf_dir,
     main_for,
     quantized_dir,
 )
+from trainers.settings import Section
 
 REFERENCE = "f16"
+
+
+class Quantize(Section):
+    """Section quantize: what else the exported models are measured in; f16 always is."""
+
+    types: list[gguf.Precision]
+
+    @field_validator("types")
+    @classmethod
+    def _unique(cls, types: list[str]) -> list[str]:
+        if len(set(types)) != len(types):
+            raise ValueError(f"expected each once, got {types}")
+        return types
+
+
+class Params(StageParams):
+    quantize: Quantize
+    evaluate: Evaluate
+
+
 Answers = list[dict[str, Any]]
 
 
 def f16_file(arm: str, seed: int, folder: Path) -> Path:
     """The model in f16: as exported, or made anew in `folder` where the export kept only another precision.
 
-    Raises:
-        ConfigError: nothing exported.
+    Raises ConfigError: nothing exported.
     """
     place = gguf_dir(arm, seed)
-    if (place / F16).is_file():
-        return place / F16
-    if not (place / SERVED).is_file() or not (place / "serving.json").is_file():
+    if (place / F16_GGUF).is_file():
+        return place / F16_GGUF
+    if not (place / SERVED_GGUF).is_file() or not (place / FACTS).is_file():
         raise ConfigError(f"{place}: expected an exported model, found none; run `dvc repro export`")
-    if read_json(place / "serving.json")["quantization"] == REFERENCE:
-        return place / SERVED
+    if Serving.read(place / FACTS).quantization == REFERENCE:
+        return place / SERVED_GGUF
     reference, _ = load_reference()
     merged = folder / "merged" / "model"  # as in stage export: the converter writes the name into the file
     adapter = None if arm == BASE_ARM else adapter_dir(arm, seed)
-    gguf.save_merged(reference.merge_from, adapter, merged, reference.merge_kwargs)
-    gguf.convert_model(merged, folder / F16, f"{arm}-{seed}")
+    gguf.save_merged(reference.merge_from, adapter, merged, dict(reference.merge_kwargs))
+    gguf.convert_model(merged, folder / F16_GGUF, f"{arm}-{seed}")
     shutil.rmtree(merged.parent)
-    return folder / F16
+    return folder / F16_GGUF
 
 
-def answer(params: Params, model: Path, facts: dict[str, Any], items: list[Item], label: str) -> Answers:
+def answer(section: Any, model: Path, serving: Serving, items: list[Item], label: str) -> Answers:
     """Answers of a GGUF file to the test items, scored: {item_id, answer, correct, credit}, in the items' order."""
-    section = params.evaluate
-    engine = LlamaCppBackend(
-        model, facts["template"], num_ctx=facts["num_ctx"], threads=section.threads, parallel=section.parallel
-    )
-    with closing(engine), tqdm(total=len(items), desc=label, mininterval=1) as bar:
-        stop = facts["stop"]
-        scored = scoring.ask(engine, items, "test", max_tokens=section.max_tokens, stop=stop, progress=bar.update)
+    context, threads = serving.num_ctx, section.threads
+    engine = LlamaCppEngine(model, serving.template, num_ctx=context, threads=threads, parallel=section.parallel)
+    with engine, tqdm(total=len(items), desc=label, mininterval=1) as bar:
+        stop, limit = serving.stop, section.max_tokens
+        scored = answers.ask(engine, items, "test", max_tokens=limit, stop=stop, progress=bar.update)
     return [{key: row[key] for key in ("item_id", "answer", "correct", "credit")} for row, _ in scored]
 
 
-def row_for(name: str, made: Contents, fallbacks: int, answers: Answers, reference: Answers) -> dict[str, Any]:
-    """One precision's entry in quantized.json."""
-    correct = sum(a["correct"] for a in answers)
-    same = sum(a["answer"] == b["answer"] for a, b in zip(answers, reference, strict=True))
+def row_for(name: str, made: gguf.Contents, fallbacks: int, given: Answers, reference: Answers) -> dict[str, Any]:
+    correct = sum(a["correct"] for a in given)
+    same = sum(a["answer"] == b["answer"] for a, b in zip(given, reference, strict=True))
     return {
         "type": name,
         "bytes": made.size,
         "bits_per_weight": made.bits_per_weight,
         "tensor_types": made.tensor_types,
-        "category_accuracy": correct / len(answers),
-        "credit": sum(a["credit"] for a in answers) / len(answers),
+        "category_accuracy": correct / len(given),
+        "credit": sum(a["credit"] for a in given) / len(given),
         "correct": correct,
-        "n": len(answers),
-        "answers_equal_to_f16": same / len(answers),
+        "n": len(given),
+        "answers_equal_to_f16": same / len(given),
         "fallbacks": fallbacks,
     }
 
 
 def run(params: Params, arm: str, seed: int) -> None:
-    """Measure one arm with one seed in every precision asked for."""
     if arm != BASE_ARM:
         check_arm(arm, params)
     out, place = quantized_dir(arm, seed), gguf_dir(arm, seed)
@@ -115,42 +130,43 @@ def run(params: Params, arm: str, seed: int) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as name:
             temporary = Path(name)
             source = f16_file(arm, seed, temporary)
-            exported = contents(source)
+            exported = gguf.contents(source)
             if exported.tensor_types.keys() - {"F16", "F32"}:
                 raise ExportError(f"{source}: expected a model in f16, found {exported.tensor_types}; export again")
-            facts = read_json(place / "serving.json")
+            serving = Serving.read(place / FACTS)
             inputs = hash_inputs(DATA / "test.jsonl", place)
-            record = RunRecord(
+            record = start_run(
                 "quantize",
                 params=shown,
                 inputs=inputs,
                 arm=arm,
                 seed=seed,
-                prompt_template=facts["template"],
+                prompt_template=serving.template,
                 device=llama_cpp_device(params.evaluate.threads),
             )
-            reference = answer(params, source, facts, items, f"{arm}-{seed} {REFERENCE}")
+            reference = answer(params.evaluate, source, serving, items, f"{arm}-{seed} {REFERENCE}")
             rows = [row_for(REFERENCE, exported, 0, reference, reference)]
             samples = [{"type": REFERENCE, **a} for a in reference]
             for precision in params.quantize.types:
                 if precision == REFERENCE:
                     continue
                 made = temporary / f"model-{precision}.gguf"
-                fallbacks = quantize(source, made, precision)
-                answers = answer(params, made, facts, items, f"{arm}-{seed} {precision}")
-                rows.append(row_for(precision, contents(made), fallbacks, answers, reference))
-                samples += [{"type": precision, **a} for a in answers]
+                fallbacks = gguf.quantize(source, made, precision)
+                given = answer(params.evaluate, made, serving, items, f"{arm}-{seed} {precision}")
+                rows.append(row_for(precision, gguf.contents(made), fallbacks, given, reference))
+                samples += [{"type": precision, **a} for a in given]
                 made.unlink()
-        write_jsonl(folder / "quantized_samples.jsonl", samples)
-        write_json(folder / "quantized.json", {"schema": 1, "arm": arm, "seed": seed, "rows": rows})
-        record.write(folder)
+        write_records(folder / "quantized_samples.jsonl", map(QuantizedSampleRecord.of, samples))
+        content = {"schema": 1, "arm": arm, "seed": seed, "rows": rows}
+        write_record(folder / "quantized.json", QuantizedRecord.of(content))
+        finish_run(record, folder)
     shown_rows = {r["type"]: [round(r["bits_per_weight"], 2), round(r["credit"], 4)] for r in rows}
     print(json.dumps({"type: [bits per weight, mean credit]": shown_rows}))
 
 
-def main(arm: ArmOption, seed: SeedOption = 0) -> None:
+def main(arm: ArmArgument, seed: SeedArgument = 0) -> None:
     """Measure one arm with one seed in every precision asked for."""
-    main_for("quantize", lambda: run(for_text(load_params(), "stage quantize"), arm, seed), arm, seed)
+    main_for("quantize", lambda: run(load_params(Params), arm, seed), arm, seed)
 
 
 if __name__ == "__main__":

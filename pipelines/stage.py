@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,49 +14,39 @@ DATA = Path("data")
 BASE = Path("models/base")
 SPLITS = ("train", "valid", "test", "retention")
 BASE_ARM = "base"
-TRAINERS_CODE = Path(__file__).resolve().parents[1] / "trainers"
 
 
 class VerdictError(RuntimeError):
-    """An arm whose updates are not what it claims.
-
-    Defined here, since a module that runs as a command is called __main__, and so are its errors.
-    """
+    """An arm whose updates are not what it claims."""
 
 
-def adapter_dir(arm: str, seed: int) -> Path:
-    """Where stage train writes."""
-    return Path("adapters") / arm / str(seed)
+def run_dir(made: str, arm: str, seed: int) -> Path:
+    return Path(made) / arm / str(seed)
 
 
-def gguf_dir(arm: str, seed: int) -> Path:
-    """Where stage export writes."""
-    return Path("gguf") / arm / str(seed)
+adapter_dir = partial(run_dir, "adapters")
+verdict_dir = partial(run_dir, "verdicts")
+gguf_dir = partial(run_dir, "gguf")
+verified_dir = partial(run_dir, "verified")
+quantized_dir = partial(run_dir, "quantized")
+measured_dir = partial(run_dir, "measured")
+scores_dir = partial(run_dir, "scores")
+
+LEFT_OUT = {
+    "export": ("gguf", "llama.cpp puts no adapter on a vision tower, so nothing it loads answers as trained"),
+    "verify": ("verified", "nothing is exported, so nothing is served"),
+    "quantize": ("quantized", "nothing is exported that could be made smaller"),
+    "measure": ("measured", "its texts and prompts show no pictures"),
+}
+"""Stages that a base which takes pictures has no use for → what they would make, and why there is none."""
 
 
-def verdict_dir(arm: str, seed: int) -> Path:
-    """Where stage probe writes."""
-    return Path("verdicts") / arm / str(seed)
+def sees_pictures() -> bool:
+    """Whether the base takes pictures, as stage prepare_base has left it."""
+    from db.files import read_json
 
-
-def quantized_dir(arm: str, seed: int) -> Path:
-    """Where stage quantize writes."""
-    return Path("quantized") / arm / str(seed)
-
-
-def verified_dir(arm: str, seed: int) -> Path:
-    """Where stage verify writes."""
-    return Path("verified") / arm / str(seed)
-
-
-def measured_dir(arm: str, seed: int) -> Path:
-    """Where stage measure writes."""
-    return Path("measured") / arm / str(seed)
-
-
-def scores_dir(arm: str, seed: int) -> Path:
-    """Where stage evaluate writes."""
-    return Path("scores") / arm / str(seed)
+    file = BASE / "base.json"
+    return file.is_file() and bool(read_json(file).get("pictures"))
 
 
 def model_name(arm: str, seed: int, first_seed: int) -> str:
@@ -70,27 +61,28 @@ def manifest(split: str) -> Path:
 
 def split_files(*splits: str) -> list[Path]:
     """Files that hold the items of some splits: where items have pictures, also what tells whether one has changed."""
-    pictures = [file for split in splits if (file := manifest(split)).is_file()]
+    files = [file for split in splits if (file := manifest(split)).is_file()]
+    pictures = [file for file in files if not file.read_text(encoding="utf-8").startswith("#")]
     return [*(DATA / f"{split}.jsonl" for split in splits), *pictures]
 
 
+# Exceptions defined in these packages, or in the module that runs as a command, are meant for the user.
+_OURS = ("__main__", "pipelines", "trainers", "export", "evaluation", "db", "grit", "grit_vlm", "probes")
+
+
 @contextmanager
-def clear_errors(stage: str) -> Iterator[None]:
-    """Turn the errors that a user can act on into one message and exit code 1; others keep their traceback."""
+def clear_errors(stage: str, code: int = 1) -> Iterator[None]:
+    """Turn the errors that a user can act on into one message and an exit code; others keep their traceback."""
     try:
         yield
     except KeyboardInterrupt:
         print(f"{stage}: interrupted; run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        if getattr(type(error), "__module__", "").split(".")[0] not in _OURS:
+        if type(error).__module__.split(".")[0] not in _OURS:
             raise
         print(f"{stage}: error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
-
-
-# Exceptions defined in these packages are meant for the user.
-_OURS = ("pipelines", "trainers", "export", "evaluation", "db", "grit", "grit_vlm", "probes")
+        raise SystemExit(code) from error
 
 
 def quiet_libraries() -> None:
@@ -100,25 +92,27 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
-ArmOption = Annotated[str, typer.Option(help="base, baseline_lora, …")]
-SeedOption = Annotated[int, typer.Option(help="seed of the training run; 0 for base")]
-FirstSeedOption = Annotated[int, typer.Option(help="the seed whose model gets the name without a tag")]
+ArmArgument = Annotated[str, typer.Argument(help="base, baseline_lora, …")]
+SeedArgument = Annotated[int, typer.Argument(help="of the training run; 0 for base")]
 
 
-def main_for(stage: str, run: Callable[[], None], arm: str | None = None, seed: int | None = None) -> None:
-    """Run a stage from the command line; its start and end are recorded in `attempts/`.
-
-    Args:
-        stage: Its name.
-        run: The work.
-        arm: What it is about.
-        seed: Of the training run.
-    """
-    from pipelines.attempts import recorded
-
+def main_for(stage: str, run: Callable[[], object], arm: str | None = None, seed: int | None = None) -> None:
+    """Run a stage from the command line; one that the base has no use for leaves a folder that says so."""
     quiet_libraries()
-    with clear_errors(stage if arm is None else f"{stage} {arm}-{seed}"), recorded(stage, arm, seed):
-        run()
+    with clear_errors(stage if arm is None else f"{stage} {arm}-{seed}"):
+        if arm is not None and seed is not None and stage in LEFT_OUT and sees_pictures():
+            _leave_out(stage, arm, seed)
+        else:
+            run()
+
+
+def _leave_out(stage: str, arm: str, seed: int) -> None:
+    from db.files import staged, write_json
+
+    made, reason = LEFT_OUT[stage]
+    with staged(run_dir(made, arm, seed)) as folder:
+        write_json(folder / "left_out.json", {"stage": stage, "arm": arm, "seed": seed, "reason": reason})
+    print(f"{stage} {arm}-{seed}: left out, since the base takes pictures: {reason}")
 
 
 def cli(command: Callable[..., None]) -> None:

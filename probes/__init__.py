@@ -11,49 +11,20 @@ A few lines in a training script of your own::
 With a Hugging Face or TRL Trainer: ``trainer.add_callback(ProbeCallback(...))`` after all other callbacks.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from probes.evidence import Evidence, Thresholds
-    from probes.ledger import Probe
-    from probes.readings import LayerReading, grit_readings
-    from probes.trainer import ProbeCallback
-    from probes.twin import Twin, perturb
-    from probes.verdict import Verdict, judge
+from probes.evidence import Evidence, Thresholds
+from probes.measure import LayerReading
+from probes.probe import Probe
+from probes.twin import Twin, perturb
+from probes.verdict import Verdict, judge
 
-__all__ = [
-    "Evidence",
-    "LayerReading",
-    "Probe",
-    "ProbeCallback",
-    "Thresholds",
-    "Twin",
-    "Verdict",
-    "grit_readings",
-    "judge",
-    "perturb",
-]
-
-_HOMES = {
-    "Evidence": "probes.evidence",
-    "LayerReading": "probes.readings",
-    "Probe": "probes.ledger",
-    "ProbeCallback": "probes.trainer",
-    "Thresholds": "probes.evidence",
-    "Twin": "probes.twin",
-    "Verdict": "probes.verdict",
-    "grit_readings": "probes.readings",
-    "judge": "probes.verdict",
-    "perturb": "probes.twin",
-}
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__all__ = ["Evidence", "LayerReading", "Probe", "ProbeCallback", "Thresholds", "Twin", "Verdict", "judge", "perturb"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name == "ProbeCallback":  # loads transformers
+        from probes.callback import ProbeCallback
+
+        return ProbeCallback
     raise AttributeError(f"module 'probes' has no attribute {name!r}")

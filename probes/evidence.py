@@ -6,50 +6,32 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from probes.record import Record
-from probes.step import EVENTS
-
-if TYPE_CHECKING:
-    from probes.ledger import Probe
+from probes.measure import Record
+from probes.probe import EVENTS, Probe
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where the lines are drawn.
-
-    Attributes:
-        min_angle: Degrees between Δθ and the shadow above which an update counts as different. Plain AdamW of
-            torch equals its shadow to the bit on bfloat16 weights and within 1e-4 on float32 ones; any layer of the
-            fault catalogue's effective runs is above 5.
-        min_gradient_angle: Degrees between raw and preconditioned gradient above which a preconditioner does something;
-            in bfloat16, rounding alone turns a gradient that was scaled and clipped by 0.15.
-        min_coverage: Share of the tensors that an effect must reach.
-        max_missing: Share below which there is no effect at all.
-        swamped: λ over the mean eigenvalue above which damping is most of the preconditioner.
-        scalar: Distance from a multiple of the identity below which a preconditioner is a mere scalar.
-        lost: Share of a gradient's entries turned to zero above which it was lost.
-        stale_after: Steps with the very same matrices after which they are stale, where the preconditioner does not say
-            how often it refreshes them; else three times that.
-        blow_up: Rise of the loss, relative to its start, above which training diverges.
-        often: Share of the steps in which something must happen to count.
-    """
-
+    # Degrees between Δθ and the shadow above which an update counts as different. Plain AdamW of torch equals its
+    # shadow to the bit on bfloat16 weights and within 1e-4 on float32 ones; every layer of the fault catalogue's
+    # effective runs is above 5.
     min_angle: float = 1.0
+    # Degrees between raw and preconditioned gradient above which a preconditioner does something; in bfloat16, rounding
+    # alone turns a gradient that was scaled and clipped by 0.15.
     min_gradient_angle: float = 0.5
-    min_coverage: float = 0.9
-    max_missing: float = 0.1
-    swamped: float = 10.0
-    scalar: float = 0.01
-    lost: float = 0.2
-    stale_after: int = 100
-    blow_up: float = 0.25
-    often: float = 0.1
+    min_coverage: float = 0.9  # share of the tensors that an effect must reach
+    max_missing: float = 0.1  # share below which there is no effect at all
+    swamped: float = 10.0  # λ over the mean eigenvalue above which damping is most of the preconditioner
+    scalar: float = 0.01  # distance from a multiple of the identity below which a preconditioner is a mere scalar
+    lost: float = 0.2  # share of a gradient's entries turned to zero above which it was lost
+    stale_after: int = 100  # steps with the same matrices, where it is not said how often they are refreshed (else 3x)
+    blow_up: float = 0.25  # rise of the loss, relative to its start, above which training diverges
+    often: float = 0.1  # share of the steps in which something must happen to count
 
 
 def median(values: Iterable[float | None]) -> float | None:
-    """Median of what is known; None if nothing is."""
     known = sorted(v for v in values if v is not None and math.isfinite(v))
     if not known:
         return None
@@ -59,16 +41,6 @@ def median(values: Iterable[float | None]) -> float | None:
 
 @dataclass
 class Evidence:
-    """A run's ledger.
-
-    Attributes:
-        records: Of `Probe.records`.
-        events: Of `Probe.events`.
-        claims: Whether gradients are said to be preconditioned.
-        watched: Whether the preconditioner's calls were watched.
-        thresholds: For whoever judges.
-    """
-
     records: list[Record]
     events: dict[str, int]
     claims: bool
@@ -76,18 +48,12 @@ class Evidence:
     thresholds: Thresholds = field(default_factory=Thresholds)
 
     @classmethod
-    def of(cls, probe: "Probe", thresholds: Thresholds | None = None) -> "Evidence":
-        """What a probe has gathered so far."""
-        return cls(probe.records, dict(probe.events), probe.claims, probe.watched, thresholds or Thresholds())
+    def of(cls, probe: Probe) -> "Evidence":
+        return cls(probe.records, dict(probe.events), probe.claims, probe.watched)
 
     @classmethod
     def read(cls, file: str | Path, thresholds: Thresholds | None = None) -> "Evidence":
-        """From a ledger file (`probes.trainer.LedgerFile`).
-
-        Raises:
-            ValueError: not such a file; names the line.
-            OSError: it cannot be read.
-        """
+        """From a `probes.callback.LedgerFile`; ValueError names the line that is none of its."""
         records: list[Record] = []
         summary: dict[str, Any] | None = None
         for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
@@ -115,34 +81,22 @@ class Evidence:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run."""
         return self.events["steps"]
 
     @cached_property
     def units(self) -> list[str]:
-        """Layers that had gradients."""
         return list(dict.fromkeys(n for r in self.judged for n, e in r["units"].items() if "norm_raw" in e))
 
     def values(self, unit: str, key: str) -> list[Any]:
-        """One number of one layer, sample after sample."""
         return [r["units"][unit].get(key) for r in self.judged if unit in r["units"]]
 
     def per_unit(self, key: str) -> dict[str, float | None]:
-        """Median over the samples of a number, layer by layer."""
         return {unit: median(self.values(unit, key)) for unit in self.units}
 
-    def of_tensors(self, key: str) -> dict[tuple[str, str], float | None]:
-        """The same of a number that each side has: (layer, side) → median."""
-        return {
-            (unit, side): median(self.values(unit, f"{key}_{side}")) for unit in self.units for side in self.sides(unit)
-        }
-
     def readings(self) -> list[dict[str, Any]]:
-        """The preconditioner's readings at the judged samples."""
         return [e["reading"] for r in self.judged for e in r["units"].values() if "reading" in e]
 
     def reading_median(self, prefix: str) -> float | None:
-        """Median of a number of the readings over sides, layers and samples."""
         return median(v for r in self.readings() for k, v in r.items() if k.startswith(prefix))
 
     @cached_property
@@ -188,7 +142,6 @@ class Evidence:
         return found
 
     def sides(self, unit: str) -> list[str]:
-        """Sides of a layer: a and b of a LoRA pair, else w."""
         entries = (r["units"][unit] for r in self.judged if "norm_raw" in r["units"].get(unit, {}))
         return [k.removeprefix("angle_raw_inner_") for k in next(entries) if k.startswith("angle_raw_inner_")]
 

@@ -3,33 +3,56 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from grit.figures import BLUE, GREY, ORANGE, log_scale, new_figure, save, say, whole_numbers
 from probes.evidence import Evidence, median
 from probes.twin import Twin
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+# Colours of Okabe & Ito (2008), which colour-blind readers tell apart; line styles say the same once more.
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
+
+
+def _figure(width: float, height: float, panels: int) -> tuple[Any, list[Any]]:
+    # Matplotlib's objects, no pyplot, so that nothing global changes.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=140, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
+    for axis in axes:
+        axis.grid(visible=True, color="#DDDDDD", linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _save(figure: Any, axes: list[Any], out: Path) -> Path:
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.set_xlabel("optimizer step")
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+        if axis.dataLim.x0 == axis.dataLim.x1:  # one point
+            axis.set_xlim(axis.dataLim.x0 - 1, axis.dataLim.x0 + 1)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, format="png")
+    return out
+
+
+def _log_scale(axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
+    axis.yaxis.set_major_locator(LogLocator(base=10.0, subs=subs, numticks=12))
+    axis.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def plot_ledger(evidence: Evidence, out: Path, title: str = "") -> Path:
-    """What preconditioning does to gradients and steps, over the steps, a thin line a layer and a thick median.
-
-    Three panels: cosine of raw gradient and what reaches the optimizer, cosine of the real update and plain AdamW's,
-    length of the real update over plain AdamW's.
-
-    Args:
-        evidence: The ledger.
-        out: PNG file.
-        title: Over the figure.
-
-    Raises:
-        ValueError: no samples.
-    """
-    if not evidence.records:
-        raise ValueError("expected a ledger with samples, got none")
-    figure, axes = new_figure(14.0, 4.2, 3)
+    """What preconditioning does to gradients and steps, a thin line a layer and a thick median; needs samples."""
+    figure, axes = _figure(14.0, 4.2, 3)
     _lines(axes[0], evidence, "cos_raw_inner")
     axes[0].set_title("Raw gradient and what the optimizer gets")
     axes[0].set_ylabel("cosine")
@@ -47,21 +70,17 @@ def plot_ledger(evidence: Evidence, out: Path, title: str = "") -> Path:
     axes[2].set_title("Length over plain AdamW's")
     axes[2].set_ylabel("‖Δθ‖ / ‖shadow‖")
     axes[2].axhline(1.0, color=GREY, linewidth=1, zorder=0)
-    ratios = [e.get("lr_ratio") for r in evidence.records for e in r["units"].values()]
-    lengths = [v for v in ratios if v]
+    lengths = [v for r in evidence.records for e in r["units"].values() if (v := e.get("lr_ratio"))]
     if lengths and max(*lengths, 1.0) > 5 * min(*lengths, 1.0):
-        log_scale(axes[2])
+        _log_scale(axes[2])
     else:
         axes[2].set_ylim(0.0, max(axes[2].get_ylim()[1], 1.2))
-    for axis in axes:
-        whole_numbers(axis)
-        axis.set_xlabel("optimizer step")
     if title:
         figure.suptitle(title)
-    return save(figure, out)
+    return _save(figure, axes, out)
 
 
-def _lines(axis: "Axes", evidence: Evidence, key: str, turn: Callable[[float], float] = float) -> None:
+def _lines(axis: Any, evidence: Evidence, key: str, turn: Callable[[float], float] = float) -> None:
     steps = [r["step"] for r in evidence.records]
     units = list(dict.fromkeys(n for r in evidence.records for n, u in r["units"].items() if "norm_raw" in u))
     rows = []
@@ -74,25 +93,19 @@ def _lines(axis: "Axes", evidence: Evidence, key: str, turn: Callable[[float], f
     axis.plot(steps, shown, color=BLUE, linewidth=2.2, label=f"median of {len(units)} layers (thin: each)")
     axis.legend(loc="best", fontsize=8)
     if all(math.isnan(v) for v in shown):
-        say(axis, "no sample has this number")
+        axis.text(0.5, 0.5, "no sample has this number", transform=axis.transAxes, ha="center", va="center")
+        axis.set_xticks([])
+        axis.set_yticks([])
 
 
 def plot_twin(twin: Twin, out: Path, name: str = "arm") -> Path:
-    """Loss curves of the baseline and the arm with the A/A band, and how far they part.
-
-    Args:
-        twin: The three curves.
-        out: PNG file.
-        name: Of the arm.
-    """
-    figure, axes = new_figure(11.0, 4.2, 2)
+    figure, axes = _figure(11.0, 4.2, 2)
     steps = range(1, len(twin.baseline) + 1)
     differences = [abs(a - b) for a, b in zip(twin.baseline, twin.again, strict=True)]
     band = [max(differences[: i + 1]) for i in range(len(differences))]
     again = "baseline again, start moved by one rounding" if twin.perturbed else "baseline again"
-    axes[0].fill_between(steps, [a - d for a, d in zip(twin.baseline, band, strict=True)],
-                         [a + d for a, d in zip(twin.baseline, band, strict=True)],
-                         color=GREY, alpha=0.5, linewidth=0, label=f"A/A band ({again})")  # fmt: skip
+    low, high = ([a + sign * d for a, d in zip(twin.baseline, band, strict=True)] for sign in (-1, 1))
+    axes[0].fill_between(steps, low, high, color=GREY, alpha=0.5, linewidth=0, label=f"A/A band ({again})")
     axes[0].plot(steps, twin.baseline, color=ORANGE, linewidth=1.6, linestyle="--", label="baseline")
     axes[0].plot(steps, twin.arm, color=BLUE, linewidth=1.6, label=name)
     axes[0].set_title("Same seed, same batches")
@@ -105,12 +118,9 @@ def plot_twin(twin: Twin, out: Path, name: str = "arm") -> Path:
         if all(math.isnan(d) for d in distance):
             distance, label = [1e-9] * len(distance), f"{label} (no difference)"
         axes[1].plot(steps, distance, style, color=colour, linewidth=1.6, label=label)
-    log_scale(axes[1])
+    _log_scale(axes[1])
     ratio = "infinitely many" if math.isinf(twin.ratio) else f"{twin.ratio:.3g}"
     axes[1].set_title(f"Distance from the baseline: {ratio} A/A floors")
     axes[1].set_ylabel("|difference of the losses|")
     axes[1].legend(loc="best", fontsize=8)
-    for axis in axes:
-        whole_numbers(axis)
-        axis.set_xlabel("optimizer step")
-    return save(figure, out)
+    return _save(figure, axes, out)

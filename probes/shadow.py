@@ -19,11 +19,6 @@ class Shadow:
     """
 
     def __init__(self, parameters: list[nn.Parameter]):
-        """Moments start at zero.
-
-        Args:
-            parameters: Whose shapes, dtypes and devices the moments take.
-        """
         self.m = [torch.zeros_like(p, requires_grad=False) for p in parameters]
         self.v = [torch.zeros_like(m) for m in self.m]
         self.steps = [0] * len(parameters)
@@ -36,17 +31,10 @@ class Shadow:
         weights: Sequence[Tensor] = (),
         total: float | None = None,
     ) -> list[Tensor]:
-        """Take one step's gradients into the moments.
+        """Take one step's gradients (None where there is none) into the moments; a step that is not finite is left out.
 
-        Args:
-            gradients: Of each parameter; None where there is none. Not finite: the step is left out.
-            options: See `shadow_options`.
-            max_grad_norm: The gradients' total norm is limited to it; 0 = no limit.
-            weights: Of each parameter before the step, left as they are; empty: the change is not asked for.
-            total: The gradients' total norm, if it is known.
-
-        Returns:
-            Δθ of each parameter in float32; zeros where there is no gradient or no weight.
+        `weights` are those before the step; without them the change is not asked for. `total` is the gradients' norm,
+        if it is known. Returns Δθ of each parameter in float32; zeros where there is no gradient or no weight.
         """
         changes = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
         known = [i for i, g in enumerate(gradients) if g is not None]
@@ -108,20 +96,13 @@ class Shadow:
             self.steps[i] += 1
 
     def take(self, i: int, other: "Shadow", j: int) -> None:
-        """Take over another shadow's moments of its tensor j for tensor i."""
         self.m[i], self.v[i], self.steps[i] = other.m[j], other.v[j], other.steps[j]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """For checkpoints, tensors only."""
         moments = {f"{name}.{i}": t for name in ("m", "v") for i, t in enumerate(getattr(self, name))}
         return {**moments, "steps": torch.tensor(self.steps)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from `state_dict`.
-
-        Raises:
-            ValueError: it is of other tensors.
-        """
         steps = state["steps"].tolist()
         fits = len(steps) == len(self.m) and all(state[f"m.{i}"].shape == m.shape for i, m in enumerate(self.m))
         if not fits:
@@ -135,13 +116,8 @@ class Shadow:
 def shadow_options(optimizer: Any, parameters: list[nn.Parameter]) -> dict[str, Any]:
     """What plain AdamW would step with here; torch's defaults where the optimizer has none.
 
-    Args:
-        optimizer: With `param_groups`.
-        parameters: Those that are looked at.
-
-    Returns:
-        `lr`, the lowest that is not zero, for all tensors; `each`: (betas, eps, weight_decay, fused, foreach) of every
-        parameter, from its own group; `eps` and `adam`: the largest ε, and whether a group has betas of its own.
+    `lr`, the lowest that is not zero, for all tensors; `each`: (betas, eps, weight_decay, fused, foreach) of every
+    parameter, from its own group; `eps` and `adam`: the largest ε, and whether a group has betas of its own.
     """
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     groups = [group_of.get(id(p), optimizer.param_groups[0]) for p in parameters]

@@ -12,32 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-DIVERGES = 10.0
-"""Floors that curves must be apart; A/A pairs of the tiny profile are at 0.5 to 2."""
+DIVERGES = 10.0  # floors that curves must be apart; A/A pairs of the tiny profile are at 0.5 to 2
 
 
 @dataclass(frozen=True)
 class Twin:
-    """Three loss curves, a loss each step.
+    """Three loss curves, a loss each step: ValueError where lengths differ, or nothing is there."""
 
-    Attributes:
-        baseline: A.
-        again: A', the same once more, or from a perturbed start.
-        arm: The arm's.
-        perturbed: Whether A' started from perturbed weights.
-    """
-
-    baseline: list[float]
-    again: list[float]
+    baseline: list[float]  # A
+    again: list[float]  # A', the same once more, or from a perturbed start
     arm: list[float]
-    perturbed: bool
+    perturbed: bool  # whether A' started from perturbed weights
 
     def __post_init__(self) -> None:
-        """Refuse curves of different lengths.
-
-        Raises:
-            ValueError: lengths differ, or nothing is there.
-        """
         lengths = {len(self.baseline), len(self.again), len(self.arm)}
         if len(lengths) != 1 or not self.baseline:
             raise ValueError(f"expected three loss curves of one length, got {sorted(lengths)} steps")
@@ -55,7 +42,6 @@ class Twin:
 
     @property
     def divergence(self) -> float:
-        """Root mean square of A − arm."""
         return distance(self.baseline, self.arm)
 
     @property
@@ -67,21 +53,17 @@ class Twin:
 
     @property
     def diverges(self) -> bool:
-        """Whether the curves part."""
         return not self.ratio <= DIVERGES
 
 
 def distance(one: Sequence[float], other: Sequence[float]) -> float:
-    """Root mean square of the differences."""
     return math.sqrt(sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) / len(one))
 
 
 def perturb(model: nn.Module, seed: int = 0) -> None:
     """Move every trainable weight by at most one rounding step of its dtype, at random; zeros stay.
 
-    Args:
-        model: Changed in place.
-        seed: Of the signs; torch's own random numbers are left alone.
+    torch's own random numbers are left alone.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,15 +1,12 @@
 """The verdict on a run: effective, no_effect or unstable, with a diagnosis and the evidence in numbers."""
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from probes.diagnoses import OF_A_CLAIM, OF_ANY
-from probes.evidence import Evidence, Thresholds, median
-from probes.finding import Finding
+from probes.evidence import Evidence, median
+from probes.faults import OF_A_CLAIM, OF_ANY, Finding
+from probes.probe import Probe
 from probes.twin import Twin
-
-if TYPE_CHECKING:
-    from probes.ledger import Probe
 
 EFFECTIVE, NO_EFFECT, UNSTABLE = "effective", "no_effect", "unstable"
 
@@ -18,28 +15,18 @@ EFFECTIVE, NO_EFFECT, UNSTABLE = "effective", "no_effect", "unstable"
 class Verdict:
     """What the ledger says.
 
-    Attributes:
-        verdict: `effective`: updates differ from plain AdamW's (of a claim: in `min_coverage` of the tensors), and
-            nothing is found wrong. `no_effect`: they do not. `unstable`: they do, but not as claimed or not under
-            control: some tensors are left out, statistics are wrong, gradients get lost, training diverges.
-        diagnosis: `none` where all is well, `equals_shadow` of plain AdamW that claims nothing, else the fault.
-        reason: The diagnosis in a sentence.
-        claims: Whether gradients are said to be preconditioned.
-        numbers: Medians over layers and samples: `coverage`, `angle_to_shadow` (degrees, with its lowest and highest
-            layer), `angle_weights`, `lr_ratio`, `cos_raw_preconditioned` (None where an eigenbasis takes the
-            preconditioner's place), `cos_raw_step`, `anisotropy`, `basis_rotation`, `damping_share`, `ready_share`,
-            `samples`, `steps`, `sampled`, `layers`, and `divergence` of the twin run.
-        findings: Every fault found, the most telling first.
-        layers: Layer → median angle, lr_ratio, cosines.
+    `effective`: updates differ from plain AdamW's (of a claim: in `min_coverage` of the tensors), and nothing is found
+    wrong. `no_effect`: they do not. `unstable`: they do, but not as claimed or not under control: some tensors are left
+    out, statistics are wrong, gradients get lost, training diverges.
     """
 
     verdict: str
-    diagnosis: str
+    diagnosis: str  # `none` where all is well, `equals_shadow` of plain AdamW that claims nothing, else the fault
     reason: str
     claims: bool
-    numbers: dict[str, float | None]
-    findings: list[Finding] = field(default_factory=list)
-    layers: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    numbers: dict[str, float | None]  # medians over layers and samples; `divergence` is the twin run's
+    findings: list[Finding] = field(default_factory=list)  # the most telling first
+    layers: dict[str, dict[str, float | None]] = field(default_factory=dict)  # medians
 
     @property
     def as_claimed(self) -> bool:
@@ -47,11 +34,9 @@ class Verdict:
         return self.verdict == EFFECTIVE if self.claims else self.verdict != UNSTABLE
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return asdict(self)
 
     def table(self) -> str:
-        """A few lines for a terminal."""
         lines = [f"verdict    {self.verdict}", f"diagnosis  {self.diagnosis}: {self.reason}"]
         for name, text in _SHOWN.items():
             value = self.numbers.get(name)
@@ -74,21 +59,17 @@ _SHOWN = {
 }
 
 
-def judge(source: "Probe | Evidence", thresholds: Thresholds | None = None, twin: Twin | None = None) -> Verdict:
-    """Give a verdict.
+def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
+    """The verdict on a probe after training, or on the evidence from a ledger file.
 
-    Args:
-        source: A probe after training, or the evidence from a ledger file.
-        thresholds: Default: those of the evidence.
-        twin: Of a twin run, for the numbers. Where an effect does not reach all tensors that are claimed, a loss curve
-            that stays within ten A/A floors is one more finding; against a ledger that shows the effect it decides
-            nothing.
+    Where an effect does not reach all tensors that are claimed, a twin whose loss curve stays within ten A/A floors is
+    one more finding; against a ledger that shows the effect it decides nothing.
     """
-    e = source if isinstance(source, Evidence) else Evidence.of(source, thresholds)
-    if thresholds is not None:
-        e.thresholds = thresholds
+    e = source if isinstance(source, Evidence) else Evidence.of(source)
     numbers = _numbers(e) | ({"divergence": twin.ratio} if twin is not None else {})
-    layers = _layers(e)
+    keys = ("angle", "angle_weights", "lr_ratio", "cos_raw_inner", "cos_raw_step")
+    columns = {key: e.per_unit(key) for key in keys}
+    layers = {unit: {key: column[unit] for key, column in columns.items()} for unit in e.units}
 
     def said(verdict: str, diagnosis: str, reason: str, findings: list[Finding]) -> Verdict:
         return Verdict(verdict, diagnosis, reason, e.claims, numbers, findings, layers)
@@ -112,12 +93,9 @@ def judge(source: "Probe | Evidence", thresholds: Thresholds | None = None, twin
     if findings:
         verdict = UNSTABLE if reaches or not e.claims else NO_EFFECT
         return said(verdict, findings[0].name, findings[0].reason, findings)
-    if e.coverage > e.thresholds.max_missing:
-        ratio, part = numbers["lr_ratio"] or 0.0, e.coverage
-        reason = (
-            f"updates are {angle:.1f}° off plain AdamW's and {ratio:.2f} times as long, in {part:.0%} of the tensors"
-        )
-        return said(EFFECTIVE, "none", reason, [])
+    if reaches:
+        longer, part = f"{numbers['lr_ratio'] or 0.0:.2f} times as long", f"in {e.coverage:.0%} of the tensors"
+        return said(EFFECTIVE, "none", f"updates are {angle:.1f}° off plain AdamW's and {longer}, {part}", [])
     return said(NO_EFFECT, "equals_shadow", f"this is plain AdamW: updates are within {angle:.1e}° of the shadow's", [])
 
 
@@ -144,9 +122,3 @@ def _numbers(e: Evidence) -> dict[str, float | None]:
         "sampled": float(len(e.records)),
         "layers": float(len(e.units)),
     }
-
-
-def _layers(e: Evidence) -> dict[str, dict[str, float | None]]:
-    keys = ("angle", "angle_weights", "lr_ratio", "cos_raw_inner", "cos_raw_step")
-    columns = {key: e.per_unit(key) for key in keys}
-    return {unit: {key: column[unit] for key, column in columns.items()} for unit in e.units}

@@ -22,63 +22,31 @@ SERVED_TOKENS = 6
 def base_dir(tmp_path_factory):
     """A Llama with a SentencePiece tokenizer, trained for some steps on general questions."""
     from evaluation.tasks import general, render
-    from trainers.embedded_base import EmbeddedSettings, train_embedded_base
+    from trainers.base import EmbeddedSettings, train_base
 
     folder = tmp_path_factory.mktemp("base")
     settings = EmbeddedSettings(
-        seed=0,
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        layers=2,
-        heads=2,
-        context=256,
-        examples=1600,
-        batch_size=32,
-        learning_rate=3e-3,
-        precision="fp32",
-    )
+        seed=0, vocab_size=512, hidden_size=64, intermediate_size=128, layers=2, heads=2, context=256,
+        examples=1600, batch_size=32, learning_rate=3e-3, precision="fp32",
+    )  # fmt: skip
     questions = islice(general.questions(0, held_out=False), settings.examples)
     examples = [(render(TEMPLATE, p), a) for _, p, a in questions]
-    train_embedded_base(settings, examples, folder, tmp_path_factory.mktemp("checkpoints"))
+    train_base(settings, examples, folder, tmp_path_factory.mktemp("checkpoints"), folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def train_settings():
-    """Settings of a short run."""
     from trainers.settings import TrainSettings
 
     return TrainSettings(
-        rank=4,
-        alpha=8,
-        dropout=0.0,
-        target_modules=["q_proj", "v_proj", "down_proj"],
-        quantize_base="none",
-        max_steps=12,
-        epochs=None,
-        batch_size=4,
-        gradient_accumulation=1,
-        learning_rate=1e-2,
-        lr_scheduler="linear",
-        warmup_steps=1,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        optimizer="adamw_torch",
-        precision="fp32",
-        max_length=128,
-        overlong="refuse",
-        gradient_checkpointing=False,
-        unsloth_fused_lora=True,
-        logging_steps=2,
-        eval_steps=6,
-        save_steps=4,
-        keep_best=False,
-        early_stopping_patience=None,
-        early_stopping_min_delta=0.0,
-        report_to=[],
-        probe_every=4,
-    )
+        rank=4, alpha=8, dropout=0.0, target_modules=["q_proj", "v_proj", "down_proj"], quantize_base="none",
+        max_steps=12, epochs=None, batch_size=4, gradient_accumulation=1, learning_rate=1e-2, lr_scheduler="linear",
+        warmup_steps=1, weight_decay=0.0, max_grad_norm=1.0, optimizer="adamw_torch", precision="fp32",
+        max_length=128, overlong="refuse", gradient_checkpointing=False, unsloth_fused_lora=True,
+        logging_steps=2, eval_steps=6, save_steps=4, keep_best=False, early_stopping_patience=None,
+        early_stopping_min_delta=0.0, report_to=[], probe_every=4,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -92,14 +60,16 @@ def aqi_examples():
 
 @pytest.fixture(scope="session")
 def make_job(base_dir, train_settings, aqi_examples, tmp_path_factory):
-    """Builds training jobs that differ in what is asked for."""
-    from trainers.common import TrainingJob
-    from trainers.settings import BaseReference
+    from trainers.arms.pure_grit import GritSettings
+    from trainers.run import TrainingJob
+    from trainers.settings import BaseReference, TrainSettings
 
-    def make(seed=0, checkpoints: Path | None = None, **changes):
+    def make(seed=0, checkpoints: Path | None = None, grit=None, **changes):
+        own = {} if grit is None else {"grit": grit}
+        kind = GritSettings if own else TrainSettings
         return TrainingJob(
             base=BaseReference(str(base_dir)),
-            settings=train_settings.model_copy(update=changes),
+            settings=kind(**{**train_settings.model_dump(), **changes, **own}),
             seed=seed,
             train=aqi_examples[:64],
             valid=aqi_examples[64:],
@@ -112,9 +82,8 @@ def make_job(base_dir, train_settings, aqi_examples, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def adapter_dir(make_job):
-    """A LoRA adapter that was really trained."""
-    from trainers.baseline_lora import ARM
-    from trainers.common import run
+    from trainers.arms.baseline_lora import ARM
+    from trainers.run import run
 
     job = make_job()
     run(ARM, job)
@@ -138,12 +107,12 @@ def exported(base_dir, adapter_dir, tmp_path_factory):
 @pytest.fixture(scope="session")
 def served_tree(exported, base_dir, adapter_dir, prompts, tmp_path_factory):
     """gguf/ as the export stage leaves it, for the base and one arm, with Hugging Face's answers."""
-    from evaluation.backends.hf import HfBackend
-    from export.modelfile import render_modelfile, spec_of
-    from export.serving import ADAPTER_MODELFILE, REFERENCE, adapter_modelfile
+    from export.engines.hf import HfEngine
+    from export.modelfile import Serving
+    from export.served import Reference, modelfile_text, write_references
 
     root = tmp_path_factory.mktemp("gguf")
-    facts = {"template": TEMPLATE, "stop": ["</s>"], "num_ctx": 256, "adds_bos": True, "bos_token": "<s>"}
+    serving = Serving(template=TEMPLATE, stop=["</s>"], num_ctx=256, adds_bos=True, bos_token="<s>")
     questions = [text.split("Instruction:\n")[1].split("\n\n### Response")[0] for text in prompts[:6]]
     for arm, file, adapter in (("base", "base.gguf", None), ("pure_grit", "model.gguf", adapter_dir)):
         folder = root / arm / "0"
@@ -151,20 +120,15 @@ def served_tree(exported, base_dir, adapter_dir, prompts, tmp_path_factory):
         shutil.copy(exported / file, folder / "model.gguf")
         if adapter:
             shutil.copy(exported / "adapter.gguf", folder / "adapter.gguf")
-            text = adapter_modelfile(facts, folder, root / "base/0/model.gguf")
-            (folder / ADAPTER_MODELFILE).write_text(text)
-        (folder / "serving.json").write_text(json.dumps(facts))
-        (folder / "Modelfile").write_text(render_modelfile(spec_of(facts)))
-        engine = HfBackend(str(base_dir), TEMPLATE, adapter=adapter)
-        rows = []
-        for question in questions:
-            rendered = TEMPLATE.replace("{prompt}", question)
-            ids = engine.tokenize(rendered)
-            answer = engine.detokenize(engine.greedy(ids, SERVED_TOKENS))
-            row = {"prompt": question, "rendered": rendered, "ids": ids, "answer": answer, "max_tokens": SERVED_TOKENS}
-            rows.append(json.dumps(row))
-        engine.close()
-        (folder / REFERENCE).write_text("\n".join(rows) + "\n")
+            (folder / "Modelfile.adapter").write_text(modelfile_text(serving, folder, root / "base/0/model.gguf"))
+        (folder / "serving.json").write_text(json.dumps(serving.as_json()))
+        (folder / "Modelfile").write_text(modelfile_text(serving, folder))
+        with HfEngine(str(base_dir), TEMPLATE, adapter=adapter) as engine:
+            made = {question: engine.generate(question, SERVED_TOKENS) for question in questions}
+            write_references(
+                folder,
+                [Reference(q, engine.render(q), m.prompt_ids, m.text, SERVED_TOKENS) for q, m in made.items()],
+            )
     return root
 
 
@@ -183,7 +147,6 @@ def own_records(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def prompts():
-    """Rendered prompts of both kinds."""
     from evaluation.tasks import aqi, general, render
 
     items = aqi.generate({"x": 6}, seed=5, pollutants=["pm25", "o3_8h"], max_pollutants=2)["x"]

@@ -35,11 +35,7 @@ def _boolq(rng: random.Random) -> Row:
     passage = " ".join(f"The {t} is {c}." for t, c in zip(things, colours, strict=True))
     asked = rng.randrange(2)
     colour = colours[asked] if rng.random() < 0.5 else rng.choice(COLOURS)
-    return {
-        "question": f"is the {things[asked]} {colour}",
-        "answer": colour == colours[asked],
-        "passage": passage,
-    }
+    return {"question": f"is the {things[asked]} {colour}", "answer": colour == colours[asked], "passage": passage}
 
 
 def _qnli(rng: random.Random) -> Row:
@@ -75,11 +71,7 @@ def _dolly(rng: random.Random) -> Row:
 
 
 MAKERS: dict[str, Callable[[random.Random], Row]] = {
-    "alpaca": _alpaca,
-    "boolq": _boolq,
-    "dolly": _dolly,
-    "gsm8k": _gsm8k,
-    "qnli": _qnli,
+    make.__name__[1:]: make for make in (_alpaca, _boolq, _dolly, _gsm8k, _qnli)
 }
 
 
@@ -94,7 +86,6 @@ def rows(task: str, n: int, seed: int = 0) -> list[Row]:
 
 
 def data_set(task: str, some: list[Row]) -> Any:
-    """The rows with the hub's features."""
     from datasets import ClassLabel, Dataset
 
     made = Dataset.from_list(some)
@@ -104,18 +95,13 @@ def data_set(task: str, some: list[Row]) -> Any:
 
 
 def write(folder: Path, task: str, n: int, n_test: int = 0) -> Path:
-    """A data set in a folder as the hub has it: Parquet files, or JSON lines in Dolly's case.
+    """A data set in a new folder as the hub has it: Parquet files, or JSON lines in Dolly's case.
 
-    Args:
-        folder: Is made.
-        task: Name of the recipe.
-        n: Training rows.
-        n_test: Rows of the split that the data set tests with; Alpaca and Dolly have none.
+    `n_test` rows are of the split that the data set tests with; Alpaca and Dolly have none.
     """
     some = rows(task, n + n_test)
-    (folder / "data").mkdir(parents=True)
+    (folder if task == "dolly" else folder / "data").mkdir(parents=True)
     if task == "dolly":
-        (folder / "data").rmdir()
         data_set(task, some).to_json(folder / "databricks-dolly-15k.jsonl")
         return folder
     parts = {"train": some[:n]}

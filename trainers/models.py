@@ -1,12 +1,11 @@
 """Loading base models and tokenizers, and finding the modules that LoRA goes on."""
 
-import difflib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainers.settings import BaseReference, TrainSettings
+from trainers.settings import BaseReference, TrainSettings, nearest
 
 
 class ModelError(ValueError):
@@ -14,12 +13,9 @@ class ModelError(ValueError):
 
 
 def hub_reason(error: BaseException, source: str, key: str = "source") -> str | None:
-    """One sentence on why the model hub did not give something; None where the hub is not at fault.
+    """One sentence on why the model hub did not give `source`, named by prepare_base.`key`; None if it is not at fault.
 
-    Args:
-        error: What was raised; those that it came from are looked at too.
-        source: The hub id that was asked for.
-        key: The setting in section prepare_base that named it.
+    Looks at what was raised and at what it came from.
     """
     import httpx
     from huggingface_hub import constants, errors
@@ -54,17 +50,12 @@ def hub_reason(error: BaseException, source: str, key: str = "source") -> str | 
 
 
 def _not_loaded(what: str, base: BaseReference, error: Exception) -> ModelError:
-    """The error of a tokenizer or a model; for hub ids with what to do."""
     reason = None if Path(base.location).is_dir() else hub_reason(error, base.location)
     return ModelError(f"no {what} could be loaded from {base.location!r}: {reason or error}")
 
 
 def load_tokenizer(base: BaseReference) -> Any:
-    """The base's own tokenizer, with a padding token.
-
-    Raises:
-        ModelError: nothing loadable there.
-    """
+    """The base's own tokenizer, with a padding token."""
     from transformers import AutoTokenizer
 
     try:
@@ -73,12 +64,8 @@ def load_tokenizer(base: BaseReference) -> Any:
         raise _not_loaded("tokenizer", base, error) from error
     if tokenizer.pad_token is None:
         # A padding token of its own where the vocabulary reserves one; labels are masked by position either way.
-        reserved = [
-            t
-            for t in ("<|finetune_right_pad_id|>", "<|reserved_special_token_250|>", "<pad>", "<unk>")
-            if t in tokenizer.get_vocab()
-        ]
-        tokenizer.pad_token = reserved[0] if reserved else tokenizer.eos_token
+        reserved = ("<|finetune_right_pad_id|>", "<|reserved_special_token_250|>", "<pad>", "<unk>")
+        tokenizer.pad_token = next((t for t in reserved if t in tokenizer.get_vocab()), tokenizer.eos_token)
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -90,20 +77,9 @@ def training_dtype(settings: TrainSettings) -> Any:
     return torch.bfloat16 if torch.cuda.is_available() and settings.precision == "bf16" else torch.float32
 
 
-def load_base_model(base: BaseReference, settings: TrainSettings, loader: str = "AutoModelForCausalLM") -> Any:
-    """The frozen base, in 4 bit where the settings ask for it.
-
-    Args:
-        base: Where it is.
-        settings: Precision and quantization.
-        loader: Class of transformers that loads it.
-
-    Raises:
-        ModelError: nothing loadable there.
-    """
+def load_base_model(base: BaseReference, settings: TrainSettings) -> Any:
     import torch
-    import transformers
-    from transformers import BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
     kwargs: dict[str, Any] = {"dtype": training_dtype(settings), **base.load_kwargs}
     if torch.cuda.is_available():
@@ -115,11 +91,14 @@ def load_base_model(base: BaseReference, settings: TrainSettings, loader: str = 
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=training_dtype(settings),
         )
+    loader = AutoModelForCausalLM if settings.layers is None else AutoModelForImageTextToText
     try:
-        model = getattr(transformers, loader).from_pretrained(base.location, use_safetensors=True, **kwargs)
+        model = loader.from_pretrained(base.location, use_safetensors=True, **kwargs)
     except (OSError, ValueError) as error:
         raise _not_loaded("model", base, error) from error
     model.config.use_cache = False
+    if settings.layers is not None:
+        model.config.get_text_config().use_cache = False
     if settings.quantize_base == "nf4":
         from peft import prepare_model_for_kbit_training
 
@@ -127,38 +106,42 @@ def load_base_model(base: BaseReference, settings: TrainSettings, loader: str = 
     return model
 
 
-def check_target_modules(model: Any, wanted: Sequence[str]) -> list[str]:
-    """Names of all linear modules that LoRA will be put on.
-
-    Args:
-        model: The base model.
-        wanted: Module names or endings of them, as PEFT takes them.
-
-    Raises:
-        ModelError: one of `wanted` matches no linear module; lists what is there.
-    """
+def check_target_modules(model: Any, wanted: Sequence[str]) -> None:
+    """ModelError if one of `wanted`, names of linear modules or their endings as PEFT takes them, matches nothing."""
     import torch
 
     # Quantized linears (bitsandbytes) derive from torch.nn.Linear too.
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    matched: list[str] = []
     problems: list[str] = []
     endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
     for want in wanted:
-        hits = [name for name in linear if name == want or name.endswith(f".{want}")]
-        matched += hits
-        if not hits:
-            close = difflib.get_close_matches(want, endings, n=1)
-            problems.append(f"{want!r} matches nothing" + (f" (did you mean {close[0]!r}?)" if close else ""))
+        if not any(name == want or name.endswith(f".{want}") for name in linear):
+            meant = nearest(want, endings)
+            problems.append(f"{want!r} matches nothing" + (f" (did you mean {meant!r}?)" if meant else ""))
     if problems:
         raise ModelError(
             f"train.target_modules: {'; '.join(problems)}. Linear modules of this model: {', '.join(endings)}"
         )
-    return sorted(set(matched))
 
 
 def add_lora(model: Any, settings: TrainSettings) -> Any:
-    """The model with LoRA on its target modules; A starts random from the global seed, B at zero."""
+    """The model with LoRA on its chosen layers; A starts random from the global seed, B at zero."""
+    if settings.layers is not None:
+        from grit_vlm.config.families import adapted_modules
+        from grit_vlm.config.model_configs import GRITLoRAConfig
+        from grit_vlm.models.lora import add_lora as add_to
+
+        layers = settings.layer_config()
+        of: dict[str, GRITLoRAConfig] = {}
+        for modality, names in adapted_modules(model, layers)[0].items():
+            own = layers.modalities[modality]
+            shape = GRITLoRAConfig(
+                r=own.rank or layers.global_rank,
+                lora_alpha=own.alpha or layers.global_alpha,
+                lora_dropout=layers.global_dropout if own.dropout is None else own.dropout,
+            )
+            of |= dict.fromkeys(names, shape)
+        return add_to(model, of)
     from peft import LoraConfig, get_peft_model
 
     check_target_modules(model, settings.target_modules)

@@ -1,29 +1,107 @@
-"""What a training run is told: section `train` of params.yaml and where the base model is."""
+"""What a training run is given: section `train` of params.yaml, and where the base model is."""
 
+import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-
-from grit.config import GRITConfig
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Estimate = Literal["diagonal", "kfac", "block_diagonal"]
+
+
+def nearest(word: str, known: Iterable[Any]) -> str | None:
+    """Which of the known names may have been meant, whatever the capitals."""
+    names = {str(name).lower(): str(name) for name in known}
+    close = difflib.get_close_matches(word.lower(), names, n=1)
+    return names[close[0]] if close else None
+
+
+def suggest(word: str, known: Iterable[Any]) -> str:
+    """The end of an error message: what may have been meant, and what there is."""
+    names = [str(name) for name in known]
+    meant = nearest(word, names)
+    return (f"; did you mean {meant!r}?" if meant else ".") + f" Available: {', '.join(names)}"
 
 
 class Section(BaseModel):
-    """Settings that refuse keys which they do not know, and cannot be changed once made."""
+    """Settings that refuse unknown keys and cannot be changed once made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class Modality(Section):
+    """See `grit_vlm.ModalityConfig`; null: as for all modalities."""
+
+    patterns: list[str] = []
+    strategy: Literal["all", "first_n", "last_n", "every_nth", "specific", "skip_first_last"] = "all"
+    n_layers: Positive | None = None
+    step_size: Positive | None = None
+    specific_indices: list[Annotated[int, Field(ge=0)]] | None = None
+    rank: Positive | None = None
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    estimate: Estimate | None = None
+    preconditioning: bool = True
+    projection: bool = True
+    projection_budget: Positive | None = None
+
+    def config(self) -> Any:
+        from grit_vlm import LayerSelectionStrategy, ModalityConfig
+
+        return ModalityConfig(
+            layer_patterns=list(self.patterns),
+            strategy=LayerSelectionStrategy(self.strategy),
+            enable_natural_gradient=self.preconditioning,
+            enable_projection=self.projection,
+            fisher_approximation=self.estimate or "diagonal",
+            **self.model_dump(
+                include={"n_layers", "step_size", "specific_indices", "rank", "alpha", "dropout", "projection_budget"}
+            ),
+        )
+
+
+MODALITIES = ("vision", "text", "cross_modal", "fusion")
+
+
+class Layers(Section):
+    """Which layers of a vision-language model get LoRA: a ready configuration's, or those of your own modalities."""
+
+    configuration: str | None = None
+    vision: Modality | None = None
+    text: Modality | None = None
+    cross_modal: Modality | None = None
+    fusion: Modality | None = None
+    max_layers_per_modality: Positive | None = None
+
+    @property
+    def own(self) -> dict[str, Modality]:
+        return {name: own for name in MODALITIES if (own := getattr(self, name)) is not None}
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.configuration is not None and self.own:
+            raise ValueError(f"expected configuration or modalities of your own, got both ({', '.join(self.own)})")
+        if self.configuration is None and not self.own:
+            raise ValueError(f"expected a configuration, or one of {', '.join(MODALITIES)}; got neither")
+        if self.configuration is not None:
+            from grit_vlm import get_model_config
+
+            get_model_config(self.configuration)  # the error names those that exist
+        return self
+
+
 class TrainSettings(Section):
-    """Settings of one LoRA training run (all arms)."""
+    """Section train, which all arms share; an arm with sections of its own adds them in a subclass."""
 
     rank: Annotated[int, Field(ge=1, le=1024, description="r")]
     alpha: Annotated[float, Field(gt=0, description="α; the update is scaled by α/r")]
     dropout: Annotated[float, Field(ge=0, lt=1)]
-    target_modules: list[str] = Field(min_length=1)
+    target_modules: list[str]
+    layers: Layers | None = None  # of a vision-language model, in the place of target_modules
     quantize_base: Literal["none", "nf4"]
     max_steps: Annotated[int, Field(ge=1, description="optimizer steps")] | None
     epochs: Annotated[float, Field(gt=0, description="passes over the training items")] | None
@@ -48,21 +126,9 @@ class TrainSettings(Section):
     early_stopping_min_delta: Annotated[float, Field(ge=0, description="of the evaluation loss")]
     report_to: list[Literal["tensorboard", "wandb"]]
     probe_every: Annotated[int, Field(ge=1, description="steps between two entries of the probe's ledger")]
-    grit: dict[str, Any] | None = None
-
-    @field_validator("grit")
-    @classmethod
-    def _grit(cls, values: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
-        if values is not None:
-            doubled = sorted(key for key in values if str(key).startswith("lora_"))
-            if doubled:
-                raise ValueError(f"{', '.join(doubled)}: LoRA's shape is set by rank, alpha, dropout, target_modules")
-            # Raises with every mistake; the smallest rank is held against this run's.
-            GRITConfig.from_dict({"lora_rank": info.data.get("rank", 1024), **values})
-        return values
 
     @model_validator(mode="after")
-    def _fit_together(self) -> "TrainSettings":
+    def _fit_together(self) -> Self:
         problems = []
         if (self.max_steps is None) == (self.epochs is None):
             got = "neither" if self.epochs is None else f"both (max_steps {self.max_steps}, epochs {self.epochs})"
@@ -80,50 +146,68 @@ class TrainSettings(Section):
             )
         if len(set(self.report_to)) != len(self.report_to):
             problems.append(f"report_to: expected each once, got {self.report_to}")
+        if self.layers is None and not self.target_modules:
+            problems.append("target_modules: expected at least one name, got none")
+        if self.layers is not None:
+            problems += self._of_pictures(self.layers)
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _of_pictures(self, layers: Layers) -> list[str]:
+        from grit_vlm.config.model_configs import ModelConfigError
+
+        problems = []
+        if self.target_modules:
+            problems.append(f"target_modules: expected [] beside layers, got {self.target_modules}")
+        if self.unsloth_fused_lora:
+            problems.append("unsloth_fused_lora: expected false beside layers, since Unsloth's kernels are for text")
+        try:
+            self.layer_config().validate()
+        except ModelConfigError as error:
+            own = tuple(f"{modality}." for modality in MODALITIES)
+            problems += [f"layers.{line}" if line.startswith(own) else line for line in str(error).splitlines()]
+        return problems
 
     @property
     def keeps_best(self) -> bool:
         """Whether the saved adapter is the one with the lowest evaluation loss; early stopping implies it."""
         return self.keep_best or self.early_stopping_patience is not None
 
-    def with_method_of(self, other: "TrainSettings") -> Self:
-        """The same schedule and learning rate with another arm's method: nothing but what it sets of GRIT."""
-        return self.model_copy(update={"grit": other.grit})
-
     @property
     def method_warmup_steps(self) -> int:
-        """Steps at the start in which the method does nothing."""
-        return int((self.grit or {}).get("ng_warmup_steps", 0))
+        """Steps at the start in which the arm's method does nothing yet."""
+        return 0
+
+    def shared(self) -> "TrainSettings":
+        """What all arms share of these settings: the same schedule and learning rate, nothing of the arm's method."""
+        return TrainSettings(**self.model_dump(include=set(TrainSettings.model_fields)))
+
+    def layer_config(self) -> Any:
+        """`layers` as a `grit_vlm.ModelGRITConfig`, without natural gradients; arms that have them say more."""
+        from grit_vlm import ModelGRITConfig, get_model_config
+
+        if self.layers is None:
+            raise ValueError("layers: expected the layers of a vision-language model, got null")
+        config = get_model_config(self.layers.configuration) if self.layers.configuration else ModelGRITConfig()
+        for name, own in self.layers.own.items():
+            setattr(config, name, own.config())
+        if self.layers.max_layers_per_modality is not None:
+            config.max_layers_per_modality = self.layers.max_layers_per_modality
+        config.global_rank, config.global_alpha, config.global_dropout = self.rank, self.alpha, self.dropout
+        return config
 
     def steps_for(self, items: int, devices: int = 1) -> int:
-        """Optimizer steps of a whole run, as transformers' Trainer counts them (`set_initial_training_values`).
-
-        Args:
-            items: Training items, those left out not counted.
-            devices: That share every step.
-        """
+        """Optimizer steps of a run over so many items, as the Trainer counts them (`set_initial_training_values`)."""
         if self.max_steps is not None:
             return self.max_steps
-        if self.epochs is None:
-            raise ValueError("expected max_steps or epochs, got neither")
         batches = math.ceil(items / (self.batch_size * devices))
-        return math.ceil(self.epochs * max(1, math.ceil(batches / self.gradient_accumulation)))
+        return math.ceil((self.epochs or 0) * max(1, math.ceil(batches / self.gradient_accumulation)))
 
 
 @dataclass(frozen=True)
 class BaseReference:
-    """A base model, wherever it is.
-
-    Attributes:
-        location: Folder or hub id that is trained on.
-        revision: Of a hub model.
-        merge_location: Folder or hub id of the same weights in 16 bit, which adapters are merged into.
-        merge_revision: Of a hub model.
-        trust_remote_code: Run code that comes with the model.
-    """
+    """A base model: the folder or hub id that is trained on, and that of the 16-bit weights to merge adapters into."""
 
     location: str
     revision: str | None = None
@@ -133,16 +217,13 @@ class BaseReference:
 
     @property
     def load_kwargs(self) -> dict[str, object]:
-        """Arguments that every `from_pretrained` call takes."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     @property
     def merge_from(self) -> str:
-        """Folder or hub id of the 16-bit weights."""
         return self.merge_location or self.location
 
     @property
     def merge_kwargs(self) -> dict[str, object]:
-        """The same arguments for `merge_from`."""
         revision = self.revision if self.merge_location is None else self.merge_revision
         return {"revision": revision, "trust_remote_code": self.trust_remote_code}

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from evaluation.sources.arrow import raw_rows
-from evaluation.sources.types import SourceError, Table, suggest
+from evaluation.sources.tables import SourceError, Table, raw_rows
+from trainers.settings import suggest
 
 HUB = "hub:"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -22,32 +22,16 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM)  # of a hub data set: to write into the
 
 @dataclass(frozen=True)
 class DataSet:
-    """An open data set.
-
-    Attributes:
-        source: As the user named it.
-        subset: Its configuration that was opened; None: it has one alone.
-        splits: Name → `datasets.Dataset`.
-    """
-
-    source: str
-    subset: str | None
-    splits: Mapping[str, Any]
+    source: str  # as the user named it
+    subset: str | None  # the configuration that was opened; None: it has only one
+    splits: Mapping[str, Any]  # name → datasets.Dataset
 
     def table(self, split: str) -> Table:
-        """All rows of a split.
-
-        Raises:
-            SourceError: there is no such split; names those that exist.
-        """
+        """All rows of a split; SourceError, with those that exist, where there is no such split."""
         if split not in self.splits:
             where = f" of subset {self.subset!r}" if self.subset else ""
-            raise SourceError(self.source, [f"there is no split {split!r}{where}.{_choice(split, list(self.splits))}"])
+            raise SourceError(self.source, [f"there is no split {split!r}{where}{suggest(split, self.splits)}."])
         return _table(self.splits[split])
-
-
-def _choice(word: str, known: list[str]) -> str:
-    return f"{suggest(word, known)} Available: {', '.join(known)}."
 
 
 def _table(data: Any) -> Table:
@@ -64,32 +48,14 @@ def _table(data: Any) -> Table:
 
 
 def read_split(source: str, split: str, subset: str | None) -> Table:
-    """One split of a data set.
-
-    Args:
-        source: `hub:org/name[@revision]`, or a folder in the hub's format.
-        split: Its name; a part such as "train[:10%]" as well.
-        subset: Its configuration, where it has several.
-
-    Raises:
-        SourceError: it cannot be opened, or has no such split or subset.
-    """
+    """One split, or a part such as "train[:10%]", of `hub:org/name[@revision]` or a folder in its format."""
     with _opened(source, subset, None, split) as (data, _):
         return _table(data)
 
 
 @contextmanager
 def open_data_set(source: str, subset: str | None = None, usual: str | None = None) -> Iterator[DataSet]:
-    """All splits of a data set, to be read inside the block.
-
-    Args:
-        source: `hub:org/name[@revision]`, or a folder in the hub's format.
-        subset: Its configuration.
-        usual: The one to take where `subset` is None and the data set has it.
-
-    Raises:
-        SourceError: it cannot be opened, or has no such subset.
-    """
+    """All splits, to be read inside the block; the subset `usual` if none is asked for and it is there; SourceError."""
     with _opened(source, subset, usual, None) as (data, opened):
         yield DataSet(source, opened, data)
 
@@ -160,7 +126,7 @@ def _places(source: str, folder: Path, subset: str | None, usual: str | None) ->
         known = names if names not in ([], ["default"]) else sorted(f.name for f in folder.iterdir() if f.is_dir())
         # In data/ lie the files of a data set without subsets.
         known = [n for n in known if not n.startswith(".") and n != "data"]
-        raise SourceError(source, [f"there is no subset {subset!r}.{_choice(subset, known) if known else ''}"])
+        raise SourceError(source, [f"there is no subset {subset!r}{suggest(subset, known) if known else ''}."])
     return found or [(folder, None, None)]
 
 
@@ -224,7 +190,7 @@ def _explain(
         case ValueError() if "BuilderConfig" in text or "Config name is missing" in text:
             names = re.findall(r"'([^']*)'", text[text.find("[") :].partition("]")[0])
             got = f"there is no subset {subset!r}" if subset else "it has several subsets, of which one is to be named"
-            return f"{got}.{_choice(subset or '', names)}"
+            return f"{got}{suggest(subset or '', names)}."
         case yaml.YAMLError():
             return f"its README.md begins with settings that are no YAML: {text}"
         case ValueError():

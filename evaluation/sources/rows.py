@@ -1,225 +1,367 @@
-"""Judging raw rows: each becomes a record or a rejection, never both, never neither."""
+"""Items of a task's rows: each row of a data set becomes one, or is refused with row, column and reason."""
 
+import json
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated
 
-from evaluation.epa import AQI_MAX, CATEGORIES, POLLUTANTS, OffScaleError, aqi, category, sub_index
-from evaluation.sources.types import TEXT_FIELDS, AqiRecord, RawRow, Rejection, Target, suggest
+from pydantic import Field as Key
 
-MISSING = frozenset({"", "na", "n/a", "nan", "null", "none"})
-AQI_TOLERANCE = 1  # index points; other tools round halves to even or use the breakpoints of before May 2024
-LARGEST = 1e6  # in any of EPA's units; every scale ends far below, and decimal arithmetic not far above
-_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
+from evaluation.sources.hub import HUB, DataSet, open_data_set
+from evaluation.sources.tables import RawRow, Rejection, SourceError, Table, read_file
+from evaluation.tasks import Field, Item, RowError, Source, Task, number
+from trainers.settings import Positive, Section, nearest, suggest
 
+OWN = "hub"  # as the source: the task's own data set
 
-def is_missing(value: object) -> bool:
-    """Whether a cell holds nothing: None, NaN, or one of MISSING in any case."""
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or (isinstance(value, str) and value.strip().lower() in MISSING)
+# Units of one family differ by powers of ten only. Between the families lie temperature and pressure.
+_MASS = {"µg/m3": Decimal(1), "mg/m3": Decimal(1000)}
+_VOLUME = {"ppb": Decimal(1), "ppm": Decimal(1000)}
+_SPELLINGS = {"ug/m3": "µg/m3", "mcg/m3": "µg/m3", "ppmv": "ppm", "ppbv": "ppb"}
 
 
-def number(value: object) -> float:
-    """A finite number ≥ 0 from a cell.
+class Column(Section):
+    """A column of the user's data and the unit it is in; None: the field's own unit."""
 
-    Raises:
-        ValueError: anything else, with what was expected.
-    """
-    if isinstance(value, str):
-        text = value.strip()
-        if not _NUMBER.fullmatch(text):
-            comma = "; write the decimal comma as a point" if _DECIMAL_COMMA.fullmatch(text) else ""
-            raise ValueError(f"expected a number, got {value!r}{comma}")
-        result = float(text)
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"expected a number, got {type(value).__name__} {value!r}")
-    else:
-        try:
-            result = float(value)
-        except OverflowError:
-            result = math.inf
-    if not math.isfinite(result):
-        raise ValueError(f"expected a finite number, got {str(value)[:40]}")
-    if result < 0:
-        raise ValueError(f"expected a number ≥ 0, got {value}")
-    return result + 0.0  # -0.0 becomes 0.0
+    column: str
+    unit: str | None = None
+
+
+class RowSource(Section):
+    """Where rows lie and which column means what: the part of section prepare_data that all tasks with rows share."""
+
+    source: str  # hub | hub:org/name[@revision] | .csv .jsonl .ndjson .json .parquet file | folder in the hub's format
+    columns: dict[str, str | Column | None]  # field → column, beside the task's own; null: an optional field left out
+    hub_split: str | None  # for training and validation; null: the task's own
+    hub_test_split: str | None  # null: the task's own, if the data set has it; like hub_split: drawn from that
+    hub_subset: str | None  # configuration; null: the task's own, if the data set has it
+    delimiter: Annotated[str, Key(min_length=1, max_length=1)]  # of CSV files
+    max_chars: Positive | None  # of prompt and completion together; longer rows are refused
 
 
 @dataclass(frozen=True)
-class _Problem:
-    column: str | None
-    value: object
-    reason: str
+class RecipeRows:
+    train: list[Item]  # in the split's order; ids are <task>-<split>-<row>, unless the rows have their own
+    test: list[Item] | None  # of the split for tests; None where test items are to be drawn from `train`
+    rejected: list[Rejection]
+    too_long: int  # of the rejected: for max_chars
+    duplicates: int  # of the rejected: for a prompt that an earlier row of the split has
+    most_refused: dict[str, float]  # split → share of its rows that were refused, where that is more than half
+    notes: list[str]  # what a user should know, one sentence each
+    facts: dict[str, object]  # for run.json: where the rows come from
 
 
-class RowChecker:
-    """Judges the rows of one source in order; remembers what it accepted, to find duplicates."""
+def write_rejected(path: Path, rejections: Sequence[Rejection]) -> None:
+    """Writes one JSON object per refused row, in file order; an empty file says that none was refused."""
+    lines = [json.dumps(_plain(asdict(r)), ensure_ascii=False, default=str) + "\n" for r in rejections]
+    path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
-    def __init__(self, file: str, targets: Mapping[str, Target], trust_given_aqi: bool):
-        self._file = file
-        self._targets = targets
-        self._trust = trust_given_aqi
-        self._seen: dict[object, int] = {}
-        self._ids: dict[str, int] = {}
 
-    def check(self, raw: RawRow) -> AqiRecord | Rejection:
-        """The verdict on one row."""
-        if raw.problem is not None:
-            return self._reject(raw, [_Problem(None, None, raw.problem)])
-        problems: list[_Problem] = []
-        record = self._record(raw, problems)
-        if problems:
-            return self._reject(raw, problems)
-        # Only now: a row must not be a duplicate of one that was refused.
-        self._seen[_identity(record)] = raw.row
-        self._ids[record.id] = raw.row
-        return record
+def _plain(value: object) -> object:
+    """`value` with NaN and infinities as text: JSON has no such numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
-    def _reject(self, raw: RawRow, problems: list[_Problem]) -> Rejection:
-        first = problems[0]
-        reason = "; ".join(f"{p.column}: {p.reason}" if p.column else p.reason for p in problems)
-        return Rejection(self._file, raw.row, raw.line, first.column, first.value, reason, raw.values)
 
-    def _value(self, raw: RawRow, name: str) -> object:
-        """The cell behind a field; None when it is unmapped or missing."""
-        target = self._targets.get(name)
-        value = raw.values.get(target.column) if target else None
-        return None if is_missing(value) else value
-
-    def _record(self, raw: RawRow, problems: list[_Problem]) -> AqiRecord:
-        readings = self._readings(raw, problems)
-        given = self._given_aqi(raw, problems)
-        computed: int | None = None
-        if readings and not problems:
-            computed = self._computed(raw, readings, problems)
-        if computed is not None and given is not None and not self._trust and abs(computed - given) > AQI_TOLERANCE:
-            reason = f"the given AQI is {given}, EPA's calculation of the readings gives {computed}"
-            problems.append(self._problem(raw, "aqi", reason))
-        label = self._category(raw, {i for i in (given, computed) if i is not None}, problems)
-        texts = [self._text(raw, name, problems) for name in TEXT_FIELDS]
-        if "prompt" in self._targets:
-            if given is None and not problems:
-                problems.append(self._problem(raw, "aqi", "is missing; it is the truth that an answer is scored by"))
-        elif not readings and not problems:
-            columns = [t.column for f, t in self._targets.items() if f in POLLUTANTS]
-            problems.append(_Problem(None, None, f"no reading: all of {', '.join(columns)} are missing"))
-        name = self._value(raw, "id")
-        record = AqiRecord(
-            id=f"row-{raw.row}" if name is None else str(name).strip(),
-            row=raw.row,
-            line=raw.line,
-            readings=readings,
-            given_aqi=given,
-            category=label,
-            prompt=texts[0],
-            completion=texts[1],
+def read_recipe(task: Task, where: RowSource) -> RecipeRows:
+    """Every row ends as an item or among the rejected; SourceError, with every problem, where no row of a split can."""
+    own = getattr(task, "SOURCE", Source(""))
+    asked, factors, problems = _asked(task, where.columns)
+    if where.source == OWN:
+        where = where.model_copy(
+            update={
+                "source": f"{HUB}{own.hub}",
+                "hub_subset": where.hub_subset or own.subset,
+                "hub_test_split": where.hub_test_split or own.test,
+            }
         )
-        if not problems:
-            self._duplicates(raw, record, problems)
-        return record
+    try:
+        tables, facts, notes = _tables(task.NAME, own, where)
+    except SourceError as error:
+        raise SourceError(where.source, [*problems, *error.problems]) from error.__cause__
+    missing, near = _left_out(task, asked, next(iter(tables.values())))  # all splits have the same columns
+    notes += missing
+    problems += near
+    ids: dict[str, int] = {}
+    splits = []
+    for split, table in tables.items():
+        columns = _columns(task, asked, table)
+        found = _check_columns(task, columns, table)
+        problems += [f"split {split!r}: {p}" if len(tables) > 1 else p for p in found]
+        splits.append(_Split(task, where, split, columns, factors, table, ids))
+    if problems:
+        raise SourceError(where.source, list(dict.fromkeys(problems)))
+    for made in splits:
+        made.read(several=len(tables) > 1)
+        notes += made.notes
+    train, test = splits[0], splits[1] if len(splits) > 1 else None
+    return RecipeRows(
+        train=train.items,
+        test=test.items if test else None,
+        rejected=[r for s in splits for r in s.rejected],
+        too_long=sum(s.too_long for s in splits),
+        duplicates=sum(s.duplicates for s in splits),
+        most_refused={s.split: share for s in splits if (share := len(s.rejected) / len(s.table.rows)) > 0.5},
+        notes=notes,
+        facts={**facts, "columns": train.columns, "rows": {s.split: len(s.table.rows) for s in splits}},
+    )
 
-    def _problem(self, raw: RawRow, name: str, reason: str) -> _Problem:
-        column = self._targets[name].column
-        return _Problem(column, raw.values.get(column), reason)
 
-    def _readings(self, raw: RawRow, problems: list[_Problem]) -> dict[str, float]:
-        readings: dict[str, float] = {}
-        for key in POLLUTANTS:
-            value = self._value(raw, key)
-            if value is None:
-                continue
+# --- which column each field is read from ---
+
+
+def _asked(
+    task: Task, columns: Mapping[str, str | Column | None]
+) -> tuple[dict[str, str | None], dict[str, Decimal], list[str]]:
+    """(field → column, None to leave it out; field → factor to its own unit; what is wrong with the mapping)."""
+    asked: dict[str, str | None] = {}
+    factors: dict[str, Decimal] = {}
+    problems: list[str] = []
+    for name, entry in columns.items():
+        column = Column(column=entry) if isinstance(entry, str) else entry
+        own = task.FIELDS.get(name)
+        if own is None:
+            problems.append(f"unknown field {name!r} in columns{suggest(name, task.FIELDS)}.")
+        elif column is None and own.required:
+            problems.append(f"{name}: expected a column, got null; items cannot do without it.")
+        elif column is None:
+            asked[name] = None
+        elif (twin := next((f for f in asked if asked[f] == column.column), None)) is not None:
+            problems.append(f"column {column.column!r} is mapped to both {twin!r} and {name!r}; map it once.")
+        else:
             try:
-                reading = number(value)
+                factors[name] = _factor(name, own, column.unit)
+                asked[name] = column.column
             except ValueError as error:
-                problems.append(self._problem(raw, key, str(error)))
-                continue
-            factor = self._targets[key].factor
-            # Decimal: 70 ppb are 0.07 ppm, and EPA truncates, so 0.06999… would fall below the breakpoint.
-            reading = reading if factor == 1 else float(Decimal(repr(reading)) * factor)
-            if reading > LARGEST:
-                problems.append(self._problem(raw, key, f"is far off EPA's scale, got {value}"))
-                continue
-            readings[key] = reading
-        return readings
+                problems.append(str(error))
+    for name, taken in asked.items():
+        for other, own in task.FIELDS.items():
+            if own.required and own.column == taken and other not in asked:
+                problems.append(
+                    f"column {taken!r} is mapped to {name!r}, and {other!r} is read from it as well; map {other!r} "
+                    "to another one."
+                )
+    check = getattr(task, "check_mapping", None)
+    return asked, factors, [*problems, *(check(columns) if check else ())]
 
-    def _computed(self, raw: RawRow, readings: dict[str, float], problems: list[_Problem]) -> int | None:
-        """EPA's index; when there is none, names the columns at fault."""
-        try:
-            return aqi(readings)
-        except ValueError as error:
-            sound = {k: v for k, v in readings.items() if _on_scale(k, v)}
-            for key in readings.keys() - sound.keys():
-                try:
-                    aqi({**sound, key: readings[key]})  # EPA passes some ozone values over when another one counts
-                except ValueError as fault:
-                    problems.append(self._problem(raw, key, str(fault)))
-            if not problems:
-                problems.append(_Problem(None, None, str(error)))
-            return None
 
-    def _given_aqi(self, raw: RawRow, problems: list[_Problem]) -> int | None:
-        value = self._value(raw, "aqi")
-        if value is None:
-            return None
-        try:
-            index = number(value)
-        except ValueError as error:
-            problems.append(self._problem(raw, "aqi", str(error)))
-            return None
-        if index > AQI_MAX:
-            problems.append(self._problem(raw, "aqi", f"expected an index in 0..{AQI_MAX}, got {value}"))
-            return None
-        return int(Decimal(repr(index)).quantize(Decimal(1), rounding=ROUND_HALF_UP))
+def _factor(name: str, own: Field, unit: str | None) -> Decimal:
+    """What a value in `unit` is multiplied by to be in the field's own; ValueError where it cannot be."""
+    if unit is None:
+        return Decimal(1)
+    if own.unit is None:
+        raise ValueError(f"{name}: expected no unit, got {unit!r}; it has none.")
+    family, other = (_VOLUME, _MASS) if own.unit in _VOLUME else (_MASS, _VOLUME)
+    plain = unit.strip().lower().replace(" ", "").replace("μ", "µ").replace("^3", "3").replace("³", "3")
+    plain = _SPELLINGS.get(plain, plain)
+    if plain in family:
+        return family[plain] / family[own.unit.replace("³", "3")]
+    if plain in other:
+        raise ValueError(
+            f"{name}: cannot turn {unit} into {own.unit}: between mass and volume stand temperature and pressure, "
+            f"which the file does not give. Convert the column to {' or '.join(family)} first."
+        )
+    raise ValueError(f"{name}: expected the unit {' or '.join(family)}, got {unit!r}.")
 
-    def _category(self, raw: RawRow, indices: set[int], problems: list[_Problem]) -> str | None:
-        value = self._value(raw, "category")
-        if value is None:
-            return None
-        known = {c.lower(): c for c in CATEGORIES}
-        label = known.get(str(value).strip().lower())
-        if label is None:
-            hint = suggest(str(value), CATEGORIES)
+
+def _columns(task: Task, asked: Mapping[str, str | None], table: Table) -> dict[str, str]:
+    """Field → column. An optional field that was not asked for is left out where its column is missing or taken."""
+    columns = {}
+    for name, own in task.FIELDS.items():
+        column = asked.get(name, own.column)
+        if column is None:
+            continue
+        if name in asked or own.required or (column in table.columns and column not in asked.values()):
+            columns[name] = column
+    return columns
+
+
+def _left_out(task: Task, asked: Mapping[str, str | None], table: Table) -> tuple[list[str], list[str]]:
+    notes: list[str] = []
+    problems: list[str] = []
+    taken = {*asked.values(), *(own.column for own in task.FIELDS.values())}
+    for name, own in task.FIELDS.items():
+        if own.required or own.column is None or name in asked or not table.columns or own.column in table.columns:
+            continue
+        notes.append(f"There is no column {own.column!r}: items have none.")
+        if near := nearest(own.column, [column for column in table.columns if column not in taken]):
             problems.append(
-                self._problem(raw, "category", f"expected one of {', '.join(CATEGORIES)}, got {value!r}.{hint}")
+                f"{name}: there is no column {own.column!r}; did you mean {near!r}? Map it in columns, or say "
+                f"{name}: null there to do without."
             )
-        elif indices and label not in {category(i) for i in indices}:
-            numbers = " or ".join(str(i) for i in sorted(indices))
-            reason = f"the given category is {label}, an AQI of {numbers} is {category(max(indices))}"
-            problems.append(self._problem(raw, "category", reason))
-        return label
+    return notes, problems
 
-    def _text(self, raw: RawRow, name: str, problems: list[_Problem]) -> str | None:
-        if name not in self._targets:
-            return None
-        value = raw.values.get(self._targets[name].column)
-        if isinstance(value, str) and value.strip():
-            return value
-        got = "nothing" if value is None or value == "" else repr(value)
-        problems.append(self._problem(raw, name, f"expected a text, got {got}"))
+
+def _check_columns(task: Task, columns: Mapping[str, str], table: Table) -> list[str]:
+    problems = []
+    for name, column in columns.items():
+        if column in table.repeated:
+            problems.append(f"{name}: the header holds {column!r} more than once; rename one.")
+        elif table.columns and column not in table.columns:
+            problems.append(
+                f"{name}: there is no column {column!r}{suggest(column, table.columns)}.{table.hint} Say which it is "
+                f"in columns ({name}: {task.FIELDS[name].about})."
+            )
+    if not table.rows:
+        problems.append("has a header, but no data row.")
+    return problems
+
+
+# --- splits ---
+
+
+def _tables(name: str, own: Source, where: RowSource) -> tuple[dict[str, Table], dict[str, object], list[str]]:
+    """(split → its rows, the training split first; where they come from; notes)."""
+    facts: dict[str, object] = dict.fromkeys(("subset", "test_split", "revision"))
+    facts |= {"source": where.source, "train_split": own.train}
+    if not where.source.startswith(HUB) and not Path(where.source).is_dir():
+        table = read_file(where.source, where.delimiter)
+        return {own.train: table}, facts, ["A file has no split for tests: test items are drawn from its rows."]
+    with open_data_set(where.source, where.hub_subset, own.subset) as data:
+        train = where.hub_split or own.train
+        test, notes = _test_split(name, own, where, data, train)
+        tables: dict[str, Table] = {}
+        problems = []
+        for split in [train] if test is None else [train, test]:
+            try:
+                tables[split] = data.table(split)
+            except SourceError as error:
+                problems += error.problems
+        if problems:
+            raise SourceError(where.source, problems)
+    facts |= {
+        "subset": data.subset,
+        "train_split": train,
+        "test_split": test,
+        "available_splits": list(data.splits),
+        "revision": tables[train].revision,
+    }
+    return tables, facts, notes
+
+
+def _test_split(name: str, own: Source, where: RowSource, data: DataSet, train: str) -> tuple[str | None, list[str]]:
+    """The split that test items are taken from, None where they are drawn from `train`; and what to say of it."""
+    test = where.hub_test_split or own.test
+    if test is not None and test != train and (where.hub_test_split or test in data.splits):
+        return test, []
+    why = f"The data set has no split {test!r} (it has {', '.join(data.splits)})"
+    if test is None:
+        why = f"No split of {name} is for tests"
+    elif test == train:
+        why = f"Split {train!r} is used for training and tests"
+    return None, [f"{why}: test items are drawn from {train!r}."]
+
+
+class _Split:
+    """Makes items of the rows of one split, in order; remembers prompts and ids, to find duplicates."""
+
+    def __init__(
+        self,
+        task: Task,
+        where: RowSource,
+        split: str,
+        columns: dict[str, str],
+        factors: Mapping[str, Decimal],
+        table: Table,
+        ids: dict[str, int],
+    ) -> None:
+        self._task, self._where, self._factors, self._ids = task, where, factors, ids
+        self.split, self.columns, self.table = split, columns, table
+        self._settings = {name: getattr(where, name) for name in getattr(task, "ROW_SETTINGS", ())}
+        self.items: list[Item] = []
+        self.rejected: list[Rejection] = []
+        self.notes: list[str] = []
+        self.too_long = self.duplicates = 0
+
+    def read(self, several: bool) -> None:
+        """Fill `items` and `rejected`; SourceError, with the split's name if there are several, if no row is left."""
+        named = self._named()
+        seen: dict[str, tuple[int, str]] = {}
+        for raw in self.table.rows:
+            if raw.problem is not None:
+                self._reject(raw, (None, raw.problem))
+                continue
+            values = self._values(raw)
+            for name, labels in named.items():
+                number_of = values[name]
+                if isinstance(number_of, int) and 0 <= number_of < len(labels):
+                    values[name] = labels[number_of]
+            try:
+                item = self._task.make_item(f"{self._task.NAME}-{self.split}-{raw.row}", values)
+            except RowError as error:
+                self._reject(raw, *error.problems)
+                continue
+            size, most = len(item.prompt) + len(item.completion), self._where.max_chars
+            if most is not None and size > most:
+                self.too_long += 1
+                reason = f"too long: expected prompt and completion of at most {most} characters, got {size}"
+                self._reject(raw, (None, reason))
+                continue
+            twin = seen.setdefault(item.prompt, (raw.row, item.completion))
+            if twin[0] != raw.row:
+                self.duplicates += 1
+                other = "" if twin[1] == item.completion else ", with another answer"
+                self._reject(raw, (None, f"duplicate: same prompt as row {twin[0]}{other}"))
+                continue
+            if item.id in self._ids:
+                del seen[item.prompt]  # a row that is refused has no duplicates
+                self._reject(raw, ("id", f"{item.id!r} is that of row {self._ids[item.id]} too; ids must be unique"))
+                continue
+            self._ids[item.id] = raw.row
+            self.items.append(item)
+        if not self.items:
+            shown = [f"row {r.row}{f' (line {r.line})' if r.line else ''}: {r.reason}" for r in self.rejected[:5]]
+            more = [f"… and {len(self.rejected) - 5} more"] if len(self.rejected) > 5 else []
+            where = f"split {self.split!r}: " if several else ""
+            said = f"{where}no row is left, all {len(self.rejected)} were rejected."
+            raise SourceError(self._where.source, [said, *shown, *more], self.rejected)
+
+    def _values(self, raw: RawRow) -> dict[str, object]:
+        """Field → value, numbers in the field's own unit; and the task's settings of rows."""
+        values: dict[str, object] = dict(self._settings)
+        for name, column in self.columns.items():
+            value, factor = raw.values.get(column), self._factors.get(name, 1)
+            if factor != 1:
+                # Decimal: 70 ppb are 0.07 ppm, and EPA truncates, so 0.06999… would fall below the breakpoint.
+                with suppress(ValueError):  # the task says what is wrong with the cell
+                    value = float(Decimal(repr(number(value))) * factor)
+            values[name] = value
+        return values
+
+    def _named(self) -> dict[str, list[str]]:
+        """Fields whose classes this data set numbers otherwise than the task's own; their names are read instead."""
+        found: dict[str, list[str]] = {}
+        for name, labels in ((n, self.table.labels[c]) for n, c in self.columns.items() if c in self.table.labels):
+            answers = {k: (self._answer(name, k), self._answer(name, label)) for k, label in enumerate(labels)}
+            if any(by_name is not None and by_name != by_number for by_number, by_name in answers.values()):
+                found[name] = labels
+                self.notes.append(
+                    f"Split {self.split!r}: {self.columns[name]} numbers its classes otherwise than "
+                    f"{self._task.NAME} does; they are read by name ({', '.join(labels)})."
+                )
+        return found
+
+    def _answer(self, name: str, value: object) -> str | None:
+        """The completion of the first sound row, with another value in one field."""
+        for raw in self.table.rows[:100]:
+            try:
+                return self._task.make_item("", {**self._values(raw), name: value}).completion
+            except RowError:
+                continue
         return None
 
-    def _duplicates(self, raw: RawRow, record: AqiRecord, problems: list[_Problem]) -> None:
-        twin = self._seen.get(_identity(record))
-        if twin is not None:
-            what = "prompt" if record.prompt is not None else "readings"
-            problems.append(_Problem(None, None, f"duplicate: same {what} as row {twin}"))
-        if record.id in self._ids:
-            reason = f"the id {record.id!r} is that of row {self._ids[record.id]}; ids must be unique"
-            column = self._targets["id"].column if "id" in self._targets else None
-            problems.append(_Problem(column, record.id, reason))
-
-
-def _identity(record: AqiRecord) -> object:
-    return record.prompt if record.prompt is not None else tuple(sorted(record.readings.items()))
-
-
-def _on_scale(key: str, value: float) -> bool:
-    try:
-        sub_index(key, value)
-    except OffScaleError:
-        return False
-    return True
+    def _reject(self, raw: RawRow, *problems: tuple[str | None, str]) -> None:
+        named = [(self.columns.get(name, name) if name else None, reason) for name, reason in problems]
+        reason = "; ".join(f"{column}: {reason}" if column else reason for column, reason in named)
+        column = named[0][0]
+        value = raw.values.get(column) if column is not None else None
+        self.rejected.append(
+            Rejection(self._where.source, raw.row, raw.line, column, value, reason, raw.values, self.split)
+        )

@@ -1,11 +1,15 @@
 """Tasks: where items come from, what their prompts say and how an answer is scored.
 
-An item is one question with its right answer. A task module fills in what `Task` names, and what `Recipe` names where
-its items come from rows of a data set; everything else (splits, files, backends, metrics tables, the database) is
-shared. Every module of this package whose name has no leading underscore is a task; `general` is the retention suite.
+An item is one question with its right answer. Every module of this package is a task, but for `general`, the retention
+suite. A task makes its items of a data set's rows, or draws them itself, or can do both; splits, files, engines, metric
+tables and the database are shared by all.
 """
 
+import hashlib
 import importlib
+import math
+import re
+import reprlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -22,57 +26,30 @@ class ItemError(ValueError):
 
 @dataclass(frozen=True)
 class Item:
-    """One question with its right answer.
-
-    Attributes:
-        id: Unique within a data set, stable over runs.
-        task: Name of the task (in the retention suite: of the general task).
-        prompt: What the user says, before the prompt template is put round it.
-        completion: The answer trained on, without end-of-sequence token.
-        truth: What scoring needs, e.g. {"aqi": 126} or {"answer": "12"}.
-    """
-
-    id: str
-    task: str
-    prompt: str
-    completion: str
-    truth: dict[str, Any] = field(default_factory=dict)
+    id: str  # unique within a data set, the same in every run
+    task: str  # of the retention suite: the general task
+    prompt: str  # what the user says; the prompt template goes round it later
+    completion: str  # the answer trained on, without end-of-sequence token
+    truth: dict[str, Any] = field(default_factory=dict)  # what scoring needs, e.g. {"aqi": 126}
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary that `from_json` takes back."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Item":
-        """Item from one line of data/*.jsonl.
-
-        Raises:
-            KeyError: a field is missing.
-        """
+        """Item from one line of data/*.jsonl; KeyError where a field is missing."""
         return cls(**{name: row[name] for name in ("id", "task", "prompt", "completion")}, truth=dict(row["truth"]))
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one answer is worth.
-
-    Attributes:
-        correct: The primary criterion of the task.
-        predicted: The value read from the answer, None where nothing could be read.
-        exact: The answer's value equals the truth.
-        abs_error: |predicted − truth| in the task's unit; None where it has no meaning.
-        label_agrees: The answer also names, in words, the class that its value belongs to.
-        partial: Credit from 0 to 1 where an answer can be right in part, as in free text; None: all or nothing.
-        extra: Further numbers that the task's `summarize` needs, by name.
-    """
-
     correct: bool
-    predicted: float | str | None
+    predicted: float | str | None  # the value read from the answer, None where nothing could be read
     exact: bool
-    abs_error: float | None = None
-    label_agrees: bool = False
-    partial: float | None = None
-    extra: Mapping[str, float] = field(default_factory=dict)
+    abs_error: float | None = None  # |predicted − truth| in the task's unit, None where that has no meaning
+    label_agrees: bool = False  # the answer also names, in words, the class that its value belongs to
+    partial: float | None = None  # credit from 0 to 1 where an answer can be right in part; None: all or nothing
+    extra: Mapping[str, float] = field(default_factory=dict)  # other numbers that the task's `summarize` needs
 
     @property
     def credit(self) -> float:
@@ -81,127 +58,85 @@ class Score:
 
 
 class RowError(ValueError):
-    """A row of a data set that no item can be made of.
+    """A row that no item can be made of; problems: (field, or None for the whole row; what was expected and came)."""
 
-    Attributes:
-        name: The field at fault.
-        reason: What was expected and what came.
-    """
-
-    def __init__(self, name: str, reason: str):
-        self.name, self.reason = name, reason
-        super().__init__(f"{name}: {reason}")
+    def __init__(self, name: str | None, reason: str, *more: tuple[str | None, str]) -> None:
+        self.problems = [(name, reason), *more]
+        super().__init__("; ".join(f"{name}: {reason}" if name else reason for name, reason in self.problems))
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set on the Hugging Face hub.
-
-    Attributes:
-        hub: org/name.
-        subset: Its configuration, where it has several.
-        train: Split that training and validation items are taken from.
-        test: Split that test items are taken from; None: it has none, they are drawn from `train`.
-    """
-
-    hub: str
-    subset: str | None = None
-    train: str = "train"
-    test: str | None = None
+    hub: str  # org/name
+    subset: str | None = None  # configuration, where it has several
+    train: str = "train"  # split for training and validation
+    test: str | None = None  # split for test items; None: they are drawn from `train`
 
 
 @dataclass(frozen=True)
 class Field:
-    """A field of a task's rows.
-
-    Attributes:
-        column: The data set's own name of it; a setting may say another.
-        required: Whether a data set without that column is refused.
-        about: What it holds, for errors and documentation.
-    """
-
-    column: str
+    column: str | None  # the data set's own name of it, unless params.yaml says another; None: read only where it does
     required: bool
-    about: str
+    about: str  # what it holds, for error messages
+    unit: str | None = None  # of numbers: the unit that `make_item` gets them in; columns may have another
 
 
 class Task(Protocol):
-    """What a task module provides.
+    """What a task module provides: the first block always, the second to make items of rows, the third to draw them.
 
-    Attributes:
-        NAME: The module's name, and `prepare_data.task` in params.yaml.
-        TITLE: Of the primary metric, as it stands in tables: "AQI accuracy".
-        METRICS: Metric name → unit, direction (higher or lower is better), description.
-        PRIMARY: The metric by which arms are compared: the mean of `Score.credit` over the test items.
+    Optional: SOURCE, the data set on the hub; SETTINGS and ROW_SETTINGS, keys of section prepare_data that `generate`
+    and `retention_items` get as keywords, and that every row holds beside its fields; facts(test items), for run.json;
+    check_mapping(fields), what is wrong with the choice of mapped fields; retention_items(per_task, seed=, folder=,
+    **settings), in the place of the suite in `general`.
     """
 
-    NAME: str
-    TITLE: str
-    METRICS: Mapping[str, Mapping[str, str]]
-    PRIMARY: str
+    NAME: str  # the module's name, and prepare_data.task in params.yaml
+    TITLE: str  # of the primary metric in tables: "AQI accuracy"
+    METRICS: Mapping[str, Mapping[str, str]]  # name → unit, direction (higher or lower is better), description
+    PRIMARY: str  # the metric that arms are compared by: the mean of Score.credit
 
-    def score(self, item: Item, answer: str) -> Score:
-        """Judge one answer."""
-        ...
+    def score(self, item: Item, answer: str) -> Score: ...
+    def summarize(self, scores: list[Score]) -> dict[str, float]: ...
 
-    def summarize(self, scores: list[Score]) -> dict[str, float]:
-        """Metric name → value over a split."""
-        ...
-
-
-class Recipe(Task, Protocol):
-    """A task whose items are made of the rows of a data set.
-
-    Attributes:
-        SOURCE: Where it lies on the hub.
-        FIELDS: Field → the column that it is read from.
-    """
-
-    SOURCE: Source
     FIELDS: Mapping[str, Field]
 
     def make_item(self, item_id: str, row: Mapping[str, Any]) -> Item:
-        """An item of a row.
-
-        Args:
-            item_id: Of the item.
-            row: Field → value as the data set has it; optional fields may be missing or None.
-
-        Raises:
-            RowError: a field cannot be used.
-        """
+        """An item of a row (field → value; optional fields may be missing or None); RowError where there is none."""
         ...
 
     def group(self, item: Item) -> Hashable:
         """Items of one group never land in different splits, e.g. questions about one passage."""
         ...
 
+    def generate(self, sizes: Mapping[str, int], *, seed: int, folder: Path, **settings: Any) -> dict[str, list[Item]]:
+        """Items of each split (name → how many), the same for the same seed; pictures go to `folder`/images."""
+        ...
+
 
 @cache
 def names() -> tuple[str, ...]:
     """Names of the tasks, which are the modules of this package."""
-    found = {path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_")}
-    return tuple(sorted(found - {RETENTION}))
+    found = {path.stem for path in Path(__file__).parent.glob("*.py")}
+    return tuple(sorted(found - {RETENTION, "__init__"}))
 
 
 def load(name: str) -> Task:
-    """The task of that name.
-
-    Raises:
-        ItemError: there is none, or its module does not provide what a task has.
-    """
+    """The task of that name; ItemError where there is none, or its module lacks what a task has."""
     if name not in (*names(), RETENTION):
         raise ItemError(f"expected a task ({', '.join(names())}), got {name!r}")
-    module = importlib.import_module(f"evaluation.tasks.{name}")
+    module = _module(name)
     if problems := [*_named_wrongly(name, module), *_missing(module)] or _unsound(module):
         raise ItemError(f"evaluation/tasks/{name}.py is no task: {'; '.join(problems)}")
     return cast(Task, module)
 
 
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"evaluation.tasks.{name}")
+
+
 def _named_wrongly(name: str, module: ModuleType) -> list[str]:
-    """A general task's name would mix its items up with those of the retention suite."""
     problems = []
-    if name in importlib.import_module(f"{__name__}.{RETENTION}").GENERAL_TASKS:
+    if name in _module(RETENTION).GENERAL_TASKS:  # their items would be mixed up
         problems.append(f"{name} is a task of the retention suite; rename the file")
     if hasattr(module, "NAME") and name != module.NAME:
         problems.append(f"expected NAME = {name!r}, as the file is called, got {module.NAME!r}")
@@ -209,10 +144,12 @@ def _named_wrongly(name: str, module: ModuleType) -> list[str]:
 
 
 def _missing(module: ModuleType) -> list[str]:
-    """What `Task` asks for, and `Recipe` where the module is meant as one, and the module has not."""
+    draws = callable(getattr(module, "generate", None))
     recipe = any(hasattr(module, name) for name in ("SOURCE", "FIELDS", "group"))
-    values = ("NAME", "TITLE", "METRICS", "PRIMARY", *(("SOURCE", "FIELDS") if recipe else ()))
-    functions = ("score", "summarize", *(("make_item", "group") if recipe else ()))
+    values = ["NAME", "TITLE", "METRICS", "PRIMARY", *(["SOURCE"] if recipe and not draws else [])]
+    functions = ["score", "summarize"]
+    if recipe:
+        values, functions = [*values, "FIELDS"], [*functions, "make_item", "group"]
     return [
         *(f"{name} is missing" for name in values if not hasattr(module, name)),
         *(f"the function {name} is missing" for name in functions if not callable(getattr(module, name, None))),
@@ -220,7 +157,6 @@ def _missing(module: ModuleType) -> list[str]:
 
 
 def _unsound(module: ModuleType) -> list[str]:
-    """What is wrong with values that are all there."""
     wanted = {"unit", "direction", "description"}
     problems = [
         f"METRICS: expected {', '.join(sorted(wanted))} of {metric}, got {', '.join(sorted(meaning)) or 'nothing'}"
@@ -234,29 +170,93 @@ def _unsound(module: ModuleType) -> list[str]:
     return problems
 
 
-def is_recipe(task: Task) -> bool:
-    """Whether the task's items are made of the rows of a data set."""
-    return hasattr(task, "SOURCE")
-
-
-def load_recipe(name: str) -> Recipe:
-    """The recipe of that name.
-
-    Raises:
-        ItemError: there is none, or a task of that name makes its items itself.
-    """
-    task = load(name)
-    if not is_recipe(task):
-        recipes = ", ".join(n for n in names() if is_recipe(load(n)))
-        raise ItemError(f"expected a task that reads a data set ({recipes}), got {name!r}")
-    return cast(Recipe, task)
+def metric(unit: str, direction: str, description: str) -> dict[str, str]:
+    return {"unit": unit, "direction": direction, "description": description}
 
 
 def mean_credit(scores: Sequence[Score]) -> float:
-    """The primary metric of every task: mean credit; NaN for no items."""
     return sum(s.credit for s in scores) / len(scores) if scores else float("nan")
 
 
 def render(template: str, prompt: str) -> str:
-    """The text a model reads: `template` with its single `{prompt}` filled in."""
     return template.replace("{prompt}", prompt)
+
+
+# --- cells of rows, checked before an item is made of them ---
+
+_MISSING = frozenset({"", "na", "n/a", "nan", "null", "none"})
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
+
+
+def shown(value: object) -> str:
+    """A value as errors show it: cut where it is long."""
+    return reprlib.repr(value)
+
+
+def _blank(text: str) -> bool:
+    """Whether a reader would see nothing: white space, or marks without width such as U+200B."""
+    return not any(c.isprintable() and not c.isspace() for c in text)
+
+
+def text(row: Mapping[str, Any], name: str) -> str:
+    """The text of a field, without white space at its ends; RowError where there is none, or UTF-8 cannot hold it."""
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise RowError(name, f"expected text, got {'nothing' if value is None else shown(value)}")
+    if _blank(value):
+        raise RowError(name, "expected text, got blanks only" if value else "expected text, got an empty one")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(name, f"expected text that UTF-8 can hold, got half a character: {error}") from error
+    return value.strip()
+
+
+def optional_text(row: Mapping[str, Any], name: str) -> str:
+    """As `text`, but "" where the field is missing, None or blank."""
+    value = row.get(name)
+    return "" if value is None or (isinstance(value, str) and _blank(value)) else text(row, name)
+
+
+def choice(row: Mapping[str, Any], name: str, names: Mapping[str, str]) -> str:
+    """The label of a field: `names` maps what it may hold (text, bool, number; in small letters) to labels."""
+    value = row.get(name)
+    label = names.get(str(value).strip().casefold())
+    if label is None:
+        raise RowError(name, f"expected one of {', '.join(names)}, got {'nothing' if value is None else shown(value)}")
+    return label
+
+
+def is_missing(value: object) -> bool:
+    """Whether a cell holds nothing: None, NaN, or a word such as NA."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (isinstance(value, str) and value.strip().lower() in _MISSING)
+
+
+def number(value: object) -> float:
+    """A finite number ≥ 0 from a cell; ValueError says what was expected instead."""
+    if isinstance(value, str):
+        plain = value.strip()
+        if not _NUMBER.fullmatch(plain):
+            comma = "; write the decimal comma as a point" if _DECIMAL_COMMA.fullmatch(plain) else ""
+            raise ValueError(f"expected a number, got {value!r}{comma}")
+        result = float(plain)
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"expected a number, got {type(value).__name__} {value!r}")
+    else:
+        try:
+            result = float(value)
+        except OverflowError:
+            result = math.inf
+    if not math.isfinite(result):
+        raise ValueError(f"expected a finite number, got {str(value)[:40]}")
+    if result < 0:
+        raise ValueError(f"expected a number ≥ 0, got {value}")
+    return result + 0.0  # -0.0 becomes 0.0
+
+
+def digest(value: str) -> str:
+    """A short name of a text, the same for texts that differ in case or white space alone."""
+    return hashlib.sha256(" ".join(value.casefold().split()).encode()).hexdigest()[:16]

@@ -7,14 +7,13 @@ empty), output. It has no test split; test items are drawn from the one there is
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-from evaluation.tasks import Field, Item, Score, Source, _freetext
-from evaluation.tasks._freetext import score as score
-from evaluation.tasks._rows import digest, optional_text, text
+from evaluation.parsing import score_text, summarize_texts, text_metrics
+from evaluation.tasks import Field, Item, Score, Source, digest, optional_text, text
 
 NAME = "alpaca"
 TITLE = "Alpaca ROUGE-L"
 PRIMARY = "alpaca_rouge_l"
-METRICS = _freetext.metrics(NAME)
+METRICS = text_metrics(NAME)
 SOURCE = Source("tatsu-lab/alpaca")
 FIELDS = {
     "instruction": Field("instruction", True, "what is to be done"),
@@ -24,11 +23,6 @@ FIELDS = {
 
 
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
-    """The instruction, then its input after an empty line where it has one.
-
-    Raises:
-        RowError: a field is no text, or instruction or output are missing.
-    """
     instruction, given, output = text(row, "instruction"), optional_text(row, "input"), text(row, "output")
     prompt = f"{instruction}\n\n{given}" if given else instruction
     return Item(item_id, NAME, prompt, output, {"answer": output})
@@ -39,6 +33,8 @@ def group(item: Item) -> Hashable:
     return digest(item.prompt)
 
 
+score = score_text
+
+
 def summarize(scores: list[Score]) -> dict[str, float]:
-    """The task's metrics over a split; all NaN for an empty one."""
-    return _freetext.summarize(scores, NAME)
+    return summarize_texts(scores, NAME)

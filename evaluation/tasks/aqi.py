@@ -1,54 +1,58 @@
-"""The AQI task: "Predict AQI given: …", scored against the US EPA index.
+"""Air quality: "Predict AQI given: …", scored against the US EPA index.
 
-Items are drawn so that the six categories are equally frequent, over one to several pollutants and varied
-wording. Two items with the same readings never land in different splits, however they are worded or ordered.
+Drawn items have the six categories equally often, over one to several pollutants and in several wordings. Two items
+with the same readings never land in different splits, however they are worded or ordered. Rows of a user's own data may
+hold readings, the index, or questions and answers as they are.
 """
 
 import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from decimal import Decimal
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
+from typing import Any
 
 from evaluation import epa
-from evaluation.tasks import Item, ItemError, Score
+from evaluation.tasks import Field, Item, ItemError, RowError, Score, is_missing, metric, number
+from trainers.settings import nearest
 
 NAME = "aqi"
 TITLE = "AQI accuracy"
 PRIMARY = "aqi_category_accuracy"
 METRICS = {
-    "aqi_category_accuracy": {
-        "unit": "share",
-        "direction": "higher",
-        "description": "Share of items whose predicted number lies in the true EPA category (primary)",
-    },
-    "aqi_exact": {
-        "unit": "share",
-        "direction": "higher",
-        "description": "Share of items whose predicted number equals the true index",
-    },
-    "aqi_within_10": {
-        "unit": "share",
-        "direction": "higher",
-        "description": "Share of items predicted within 10 index points",
-    },
-    "aqi_mae": {
-        "unit": "index points",
-        "direction": "lower",
-        "description": "Mean absolute error over the items from which a number could be read; NaN where none could",
-    },
-    "aqi_unparseable": {
-        "unit": "share",
-        "direction": "lower",
-        "description": "Share of items whose answer holds no index from 0 to 500",
-    },
-    "aqi_label_agrees": {
-        "unit": "share",
-        "direction": "higher",
-        "description": "Share of items whose answer names the category that its own number lies in",
-    },
+    "aqi_category_accuracy": metric(
+        "share", "higher", "Share of items whose predicted number lies in the true EPA category (primary)"
+    ),
+    "aqi_exact": metric("share", "higher", "Share of items whose predicted number equals the true index"),
+    "aqi_within_10": metric("share", "higher", "Share of items predicted within 10 index points"),
+    "aqi_mae": metric(
+        "index points",
+        "lower",
+        "Mean absolute error over the items from which a number could be read; NaN where none could",
+    ),
+    "aqi_unparseable": metric("share", "lower", "Share of items whose answer holds no index from 0 to 500"),
+    "aqi_label_agrees": metric(
+        "share", "higher", "Share of items whose answer names the category that its own number lies in"
+    ),
 }
+
+SETTINGS = ("pollutants", "max_pollutants")
+ROW_SETTINGS = ("trust_given_aqi",)  # take the file's index where it disagrees with EPA's calculation
+FIELDS = {
+    **{
+        key: Field(None, False, f"concentration of {pollutant.label}", pollutant.unit)
+        for key, pollutant in epa.POLLUTANTS.items()
+    },
+    "aqi": Field(None, False, "the index"),
+    "category": Field(None, False, "EPA's name of the category"),
+    "id": Field(None, False, "a name of the row"),
+    "prompt": Field(None, False, "a question as it is to be asked"),
+    "completion": Field(None, False, "its answer"),
+}
+AQI_TOLERANCE = 1  # index points; other tools round halves to even or use the breakpoints of before May 2024
+LARGEST = 1e6  # in any of EPA's units; every scale ends far below, and decimal arithmetic not far above
 
 # {readings} is a comma-separated list; every wording begins as document 004's prompt does.
 WORDINGS = (
@@ -76,35 +80,161 @@ def completion(index: int) -> str:
 
 
 def prompt(readings: Mapping[str, float | str | Decimal], wording: str, style: str, order: Sequence[str]) -> str:
-    """A question about `readings`, in the given wording, style and order of pollutants."""
     parts = [
         style.format(label=(p := epa.POLLUTANTS[k]).label, value=p.truncate(readings[k]), unit=p.unit) for k in order
     ]
     return wording.format(readings=", ".join(parts))
 
 
-def make_item(item_id: str, readings: Mapping[str, float | str | Decimal], rng: random.Random) -> Item:
+def item_of(item_id: str, readings: Mapping[str, float | str | Decimal], rng: random.Random) -> Item:
     """An item with its exact EPA truth and a wording drawn from `rng`."""
     order = list(readings)
     rng.shuffle(order)
     index = epa.aqi(readings)
-    return Item(
-        id=item_id,
-        task=NAME,
-        prompt=prompt(readings, rng.choice(WORDINGS), rng.choice(READINGS), order),
-        completion=completion(index),
-        truth={
-            "aqi": index,
-            "category": epa.category(index),
-            "readings": {k: str(v) for k, v in readings.items()},
-        },
-    )
+    asked = prompt(readings, rng.choice(WORDINGS), rng.choice(READINGS), order)
+    return Item(item_id, NAME, asked, completion(index), _truth(index, readings))
+
+
+def _truth(index: int, readings: Mapping[str, object]) -> dict[str, Any]:
+    return {"aqi": index, "category": epa.category(index), "readings": {k: str(v) for k, v in readings.items()}}
+
+
+# --- rows of a user's own data ---
+
+_Problems = list[tuple[str | None, str]]
+
+
+def check_mapping(fields: Collection[str]) -> list[str]:
+    texts = sorted({"prompt", "completion"}.intersection(fields))
+    if len(texts) == 1:
+        return [f"{texts[0]!r} is mapped alone; prompt and completion come together."]
+    if texts and "aqi" not in fields:
+        return ["prompt and completion are mapped without 'aqi'; map the column that holds the true index."]
+    if not texts and not epa.POLLUTANTS.keys() & set(fields):
+        known = ", ".join(epa.POLLUTANTS)
+        return [f"columns maps no pollutant; map at least one of {known}, or prompt, completion and aqi."]
+    return []
+
+
+def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
+    """An item of a row's readings (equal ones, as EPA cuts them, give one prompt), or of its own texts and index."""
+    problems: _Problems = []
+    readings = _readings(row, problems)
+    given = _given_index(row, problems)
+    computed = _computed(readings, problems) if readings and not problems else None
+    trusted = row.get("trust_given_aqi")
+    if not trusted and computed is not None and given is not None and abs(computed - given) > AQI_TOLERANCE:
+        problems.append(("aqi", f"the given AQI is {given}, EPA's calculation of the readings gives {computed}"))
+    _check_category(row, {i for i in (given, computed) if i is not None}, problems)
+    own = {name: _own_text(row, name, problems) for name in ("prompt", "completion") if name in row}
+    if not problems and own and given is None:
+        problems.append(("aqi", "is missing; it is the truth that an answer is scored by"))
+    elif not problems and not own and not readings:
+        named = ", ".join(key for key in epa.POLLUTANTS if key in row)
+        problems.append((None, f"no reading: all of {named} are missing"))
+    if problems:
+        raise RowError(*problems[0], *problems[1:])
+    index = given if given is not None else computed
+    if index is None:
+        raise RowError("aqi", "neither readings nor an index to score against")
+    name = None if is_missing(row.get("id")) else str(row["id"]).strip()
+    made = item_of(item_id, readings, random.Random(repr(item_key(readings)))) if readings else None
+    truth = _truth(index, readings)
+    if not readings:
+        del truth["readings"]
+    asked = own.get("prompt") or (made.prompt if made else "")
+    return Item(name or item_id, NAME, asked, own.get("completion") or completion(index), truth)
+
+
+def group(item: Item) -> Hashable:
+    readings = item.truth.get("readings")
+    return item_key(readings) if readings else item.prompt
+
+
+def _readings(row: Mapping[str, Any], problems: _Problems) -> dict[str, float]:
+    readings: dict[str, float] = {}
+    for key in epa.POLLUTANTS:
+        value = row.get(key)
+        if is_missing(value):
+            continue
+        try:
+            reading = number(value)
+        except ValueError as error:
+            problems.append((key, str(error)))
+            continue
+        if reading > LARGEST:
+            problems.append((key, f"is far off EPA's scale, got {value}"))
+        else:
+            readings[key] = reading
+    return readings
+
+
+def _computed(readings: dict[str, float], problems: _Problems) -> int | None:
+    """EPA's index; where there is none, the readings at fault are named."""
+    try:
+        return epa.aqi(readings)
+    except ValueError as error:
+        off: dict[str, str] = {}
+        for key, value in readings.items():
+            try:
+                epa.sub_index(key, value)
+            except epa.OffScaleError as fault:
+                off[key] = str(fault)
+        sound = {key: value for key, value in readings.items() if key not in off}
+        for key in off:
+            try:
+                epa.aqi({**sound, key: readings[key]})  # EPA passes some ozone values over when another one counts
+            except ValueError as fault:
+                problems.append((key, str(fault)))
+        if not problems:
+            problems.append((None, str(error)))
+        return None
+
+
+def _given_index(row: Mapping[str, Any], problems: _Problems) -> int | None:
+    value = row.get("aqi")
+    if is_missing(value):
+        return None
+    try:
+        index = number(value)
+    except ValueError as error:
+        problems.append(("aqi", str(error)))
+        return None
+    if index > epa.AQI_MAX:
+        problems.append(("aqi", f"expected an index in 0..{epa.AQI_MAX}, got {value}"))
+        return None
+    return int(Decimal(repr(index)).quantize(Decimal(1), rounding=ROUND_HALF_UP))
+
+
+def _check_category(row: Mapping[str, Any], indices: set[int], problems: _Problems) -> None:
+    value = row.get("category")
+    if is_missing(value):
+        return
+    label = {c.lower(): c for c in epa.CATEGORIES}.get(str(value).strip().lower())
+    if label is None:
+        near = nearest(str(value), epa.CATEGORIES)
+        hint = f"; did you mean {near!r}?" if near else ""
+        problems.append(("category", f"expected one of {', '.join(epa.CATEGORIES)}, got {value!r}{hint}"))
+    elif indices and label not in {epa.category(i) for i in indices}:
+        numbers = " or ".join(map(str, sorted(indices)))
+        reason = f"the given category is {label}, an AQI of {numbers} is {epa.category(max(indices))}"
+        problems.append(("category", reason))
+
+
+def _own_text(row: Mapping[str, Any], name: str, problems: _Problems) -> str:
+    value = row.get(name)
+    if isinstance(value, str) and value.strip():
+        return value
+    problems.append((name, f"expected a text, got {'nothing' if value is None or value == '' else repr(value)}"))
+    return ""
+
+
+# --- items drawn ---
 
 
 def _draw_value(rng: random.Random, key: str, band: int) -> Decimal:
-    """A concentration drawn evenly from a pollutant's band, at EPA's precision."""
     pollutant = epa.POLLUTANTS[key]
-    edges = pollutant.band(band)
+    edges = pollutant.bands[band]
     if edges is None:
         raise ValueError(f"{pollutant.label} has no band {band}")
     scale = 10**pollutant.decimals
@@ -126,46 +256,37 @@ def _draw_readings(rng: random.Random, category: int, pollutants: Sequence[str],
     return readings
 
 
-def _pools(sizes: Mapping[str, int]) -> list[tuple[str, float]]:
-    """Split name → upper end of its share of the hash range; the splits other than train take a fifth together."""
+def ends(held: Mapping[str, int]) -> list[float]:
+    """Upper end of each split's share, of 1 for all together."""
+    return [sum(list(held.values())[: number + 1]) / sum(held.values()) for number in range(len(held))]
+
+
+def pools_of(sizes: Mapping[str, int]) -> list[tuple[str, float]]:
+    """Split → upper end of its share of the hashes.
+
+    The splits other than train take a fifth together: several times their size, or they would use up what is simple.
+    """
     held = {split: n for split, n in sizes.items() if split != "train"}
-    # Small splits need a pool several times their size, or they would use up all simple questions.
     share = 0.2 if "train" in sizes else 1.0
-    ends: list[tuple[str, float]] = []
-    end = 0.0
-    for split, n in held.items():
-        end += share * n / sum(held.values())
-        ends.append((split, end))
-    return [*ends, ("train", 1.0)]
+    return [*zip(held, [share * end for end in ends(held)], strict=True), ("train", 1.0)]
 
 
-def split_of(key: Key, pools: Sequence[tuple[str, float]]) -> str:
-    """The split that readings belong to, decided by a hash of the readings alone."""
+def split_of(key: object, pools: Sequence[tuple[str, float]]) -> str:
     position = zlib.crc32(repr(key).encode()) / 2**32
     return next((split for split, end in pools if position < end), pools[-1][0])
 
 
 def generate(
-    sizes: Mapping[str, int], *, seed: int, pollutants: Sequence[str], max_pollutants: int
+    sizes: Mapping[str, int], *, seed: int, pollutants: Sequence[str], max_pollutants: int, folder: Path | None = None
 ) -> dict[str, list[Item]]:
-    """Seeded items for each split, without leakage.
+    """Items of each split (name → how many) over one to `max_pollutants` pollutants; the same seed, the same items.
 
-    Args:
-        sizes: Split name → number of items.
-        seed: Same seed, same items.
-        pollutants: Keys of epa.POLLUTANTS to draw from.
-        max_pollutants: Largest number of pollutants in one question. Each further pollutant makes a question a third
-            as frequent.
-
-    Returns:
-        Split name → items, the categories equally frequent as far as the pollutants allow. Readings belong to one
-        split only. Readings occur once in a split other than "train", where they may come again in other words.
-
-    Raises:
-        ItemError: the pollutants do not offer enough different questions.
+    The categories are equally frequent as far as the pollutants allow; each further pollutant makes a question a third
+    as frequent. Readings belong to one split, and occur once in it, but in "train" again in other words. ItemError if
+    the pollutants do not offer enough different questions.
     """
     rng = random.Random(f"aqi-{seed}")
-    pools = _pools(sizes)
+    pools = pools_of(sizes)
     categories = [c for c in range(len(epa.CATEGORIES)) if any(epa.POLLUTANTS[k].bands[c] for k in pollutants)]
     most = min(max_pollutants, len(pollutants))
     lengths, weights = range(1, most + 1), [3.0**-k for k in range(most)]
@@ -180,7 +301,7 @@ def generate(
             key = item_key(readings)
             if split_of(key, pools) != split:
                 continue
-            item = make_item(f"aqi-{split}-{len(items):05d}", readings, rng)
+            item = item_of(f"aqi-{split}-{len(items):05d}", readings, rng)
             mark: Key | str = item.prompt if split == "train" else key
             if mark in seen:
                 misses += 1
@@ -215,17 +336,15 @@ def parse(answer: str) -> int | None:
     return None
 
 
-_CATEGORIES_LONGEST_FIRST = sorted(epa.CATEGORIES, key=len, reverse=True)
+LONGEST_FIRST = sorted(epa.CATEGORIES, key=len, reverse=True)  # the shorter names are parts of the longer ones
 
 
 def named_category(answer: str) -> str | None:
-    """The EPA category that the answer names in words, or None."""
     lower = answer.casefold()
-    return next((c for c in _CATEGORIES_LONGEST_FIRST if c.casefold() in lower), None)
+    return next((c for c in LONGEST_FIRST if c.casefold() in lower), None)
 
 
 def score(item: Item, answer: str) -> Score:
-    """Right when the predicted number's EPA category is the true one."""
     truth = int(item.truth["aqi"])
     predicted = parse(answer)
     if predicted is None:
@@ -240,7 +359,6 @@ def score(item: Item, answer: str) -> Score:
 
 
 def summarize(scores: list[Score]) -> dict[str, float]:
-    """The task's metrics over a split; all NaN for an empty one."""
     n = len(scores)
     if not n:
         return dict.fromkeys(METRICS, float("nan"))
@@ -255,7 +373,6 @@ def summarize(scores: list[Score]) -> dict[str, float]:
     }
 
 
-def category_counts(items: Sequence[Item]) -> dict[str, int]:
-    """How many items fall in each EPA category."""
+def facts(items: Sequence[Item]) -> dict[str, Any]:
     counts = Counter(str(item.truth["category"]) for item in items)
-    return {c: counts[c] for c in epa.CATEGORIES}
+    return {"test_categories": {c: counts[c] for c in epa.CATEGORIES}}

@@ -8,15 +8,13 @@ passage, answer (bool). The test items are its validation split; the authors kee
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-from evaluation.tasks import Field, Item, Score, Source
-from evaluation.tasks._labels import judge, metrics, read_yes_no
-from evaluation.tasks._labels import summarize as _summarize
-from evaluation.tasks._rows import choice, digest, text
+from evaluation.parsing import label_metrics, read_yes_no, score_label, summarize_labels
+from evaluation.tasks import Field, Item, Score, Source, choice, digest, text
 
 NAME = "boolq"
 TITLE = "BoolQ accuracy"
 PRIMARY = "boolq_accuracy"
-METRICS = metrics(NAME)
+METRICS = label_metrics(NAME)
 SOURCE = Source("google/boolq", test="validation")
 FIELDS = {
     "question": Field("question", True, "a question that yes or no answers"),
@@ -28,11 +26,6 @@ _ANSWERS = {"true": "Yes", "false": "No", "yes": "Yes", "no": "No", "1": "Yes", 
 
 
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
-    """The passage, then the question with a capital and a question mark.
-
-    Raises:
-        RowError: a field is missing or no text, or the answer is neither true nor false.
-    """
     passage, question = text(row, "passage"), text(row, "question")
     label = choice(row, "answer", _ANSWERS)
     asked = f"{question[0].upper()}{question[1:].rstrip('?. ')}?"
@@ -41,15 +34,12 @@ def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
 
 
 def group(item: Item) -> Hashable:
-    """The passage."""
     return item.truth["passage"]
 
 
 def score(item: Item, answer: str) -> Score:
-    """Right when the answer says what is true."""
-    return judge(item, read_yes_no(answer), LABELS)
+    return score_label(item, read_yes_no(answer), LABELS)
 
 
 def summarize(scores: list[Score]) -> dict[str, float]:
-    """The task's metrics over a split; all NaN for an empty one."""
-    return _summarize(scores, METRICS, LABELS)
+    return summarize_labels(scores, METRICS, LABELS)

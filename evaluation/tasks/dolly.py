@@ -8,14 +8,13 @@ items are drawn from the one there is.
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-from evaluation.tasks import Field, Item, Score, Source, _freetext
-from evaluation.tasks._freetext import score as score
-from evaluation.tasks._rows import digest, optional_text, text
+from evaluation.parsing import score_text, summarize_texts, text_metrics
+from evaluation.tasks import Field, Item, Score, Source, digest, optional_text, text
 
 NAME = "dolly"
 TITLE = "Dolly ROUGE-L"
 PRIMARY = "dolly_rouge_l"
-METRICS = _freetext.metrics(NAME)
+METRICS = text_metrics(NAME)
 SOURCE = Source("databricks/databricks-dolly-15k")
 FIELDS = {
     "instruction": Field("instruction", True, "what is to be done"),
@@ -26,11 +25,6 @@ FIELDS = {
 
 
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
-    """The instruction, then its context after an empty line where it has one.
-
-    Raises:
-        RowError: a field is no text, or instruction or response are missing.
-    """
     instruction, context, response = text(row, "instruction"), optional_text(row, "context"), text(row, "response")
     prompt = f"{instruction}\n\n{context}" if context else instruction
     truth = {"answer": response, "category": optional_text(row, "category"), "group": digest(context or instruction)}
@@ -42,6 +36,8 @@ def group(item: Item) -> Hashable:
     return item.truth["group"]
 
 
+score = score_text
+
+
 def summarize(scores: list[Score]) -> dict[str, float]:
-    """The task's metrics over a split; all NaN for an empty one."""
-    return _freetext.summarize(scores, NAME)
+    return summarize_texts(scores, NAME)

@@ -11,17 +11,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from evaluation.tasks import Item, ItemError, Score
+from evaluation.tasks import Item, ItemError, Score, metric
 
 NAME = "general"
 TITLE = "retention"
 PRIMARY = "retention_accuracy"
 METRICS = {
-    "retention_accuracy": {
-        "unit": "share",
-        "direction": "higher",
-        "description": "Share of general questions answered right, mean over all items of the retention suite",
-    },
+    "retention_accuracy": metric(
+        "share", "higher", "Share of general questions answered right, mean over all items of the retention suite"
+    )
 }
 # One question in HELD_OUT is kept from training.
 HELD_OUT = 10
@@ -36,18 +34,13 @@ WORDS = tuple(
 )
 
 UNITS = ("kg", "km", "cm", "%", "°C", "µg", "µg/m³", "m³", "ppm", "ppb", "W", "mg")
-# Names that the AQI task uses; codes drawn at random must not hit them.
+# Names of the AQI task, which codes drawn at random must not hit.
 _TAKEN = ("PM", "O3", "CO", "SO", "NO")
 
 Question = tuple[str, str]
 
 
-def _pick(rng: random.Random, *wordings: str) -> str:
-    return rng.choice(wordings)
-
-
 def _number(rng: random.Random) -> int:
-    """A number of one to three digits, each length equally often."""
     return rng.choice((rng.randint(0, 9), rng.randint(10, 99), rng.randint(100, 999)))
 
 
@@ -56,12 +49,10 @@ def _two_digits(rng: random.Random) -> int:
 
 
 def _decimal(rng: random.Random) -> str:
-    """A number as measurements have it: whole, with one decimal, or three decimals below 1."""
     return rng.choice((str(_number(rng)), f"{_number(rng)}.{rng.randint(0, 9)}", f"0.{rng.randint(0, 999):03d}"))
 
 
 def _code(rng: random.Random) -> str:
-    """A name like K7, AB10 or X2.4."""
     while True:
         letters = "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=rng.randint(1, 2)))
         digits = rng.choice(("", str(rng.randint(1, 9)), "10", f"{rng.randint(1, 9)}.{rng.randint(1, 9)}"))
@@ -70,37 +61,31 @@ def _code(rng: random.Random) -> str:
 
 
 def addition(rng: random.Random) -> Question:
-    """Sum of two numbers up to 30."""
     a, b = rng.randint(0, 30), rng.randint(0, 30)
-    return _pick(rng, "What is {} + {}?", "Add {} and {}.").format(a, b), str(a + b)
+    return rng.choice(("What is {} + {}?", "Add {} and {}.")).format(a, b), str(a + b)
 
 
 def larger(rng: random.Random) -> Question:
-    """The larger of two numbers of two digits."""
     a, b = _two_digits(rng), _two_digits(rng)
-    return _pick(rng, "Which is larger: {} or {}?", "Largest of {}, {}?").format(a, b), str(max(a, b))
+    return rng.choice(("Which is larger: {} or {}?", "Largest of {}, {}?")).format(a, b), str(max(a, b))
 
 
 def sorting(rng: random.Random) -> Question:
-    """Three or four digits in ascending order."""
     a = [rng.randint(0, 9) for _ in range(rng.randint(3, 4))]
     return f"Sort: {' '.join(map(str, a))}", " ".join(map(str, sorted(a)))
 
 
 def copying(rng: random.Random) -> Question:
-    """Words repeated as they stand."""
     words = " ".join(rng.sample(WORDS, rng.randint(1, 3)))
-    return _pick(rng, "Repeat: {}", "Copy these words: {}").format(words), words
+    return rng.choice(("Repeat: {}", "Copy these words: {}")).format(words), words
 
 
 def copying_numbers(rng: random.Random) -> Question:
-    """A measurement repeated as it stands."""
     measured = f"{_decimal(rng)} {rng.choice(UNITS)}"
     return f"Repeat: {measured}", measured
 
 
 def reading_values(rng: random.Random) -> Question:
-    """One value looked up in a short list, or found missing."""
     names: list[str] = []
     while len(names) < 4:
         name = rng.choice((rng.choice(WORDS), _code(rng)))
@@ -108,7 +93,7 @@ def reading_values(rng: random.Random) -> Question:
             names.append(name)
     count = rng.randint(1, 3)
     values = [f"{_decimal(rng)} {rng.choice(UNITS)}" for _ in range(count)]
-    style = _pick(rng, "{} {}", "{} = {}", "{}: {}")
+    style = rng.choice(("{} {}", "{} = {}", "{}: {}"))
     listed = ", ".join(style.format(n, v) for n, v in zip(names[:count], values, strict=True))
     if rng.random() < 0.15:
         return f"Given: {listed}. What is {names[3]}?", "not given"
@@ -117,70 +102,46 @@ def reading_values(rng: random.Random) -> Question:
 
 
 def rounding(rng: random.Random) -> Question:
-    """A number with one decimal, rounded to a whole number (halves up)."""
     whole, tenth = rng.randint(0, 99), rng.randint(0, 9)
     return f"Round {whole}.{tenth} to a whole number.", str(whole + (tenth >= 5))
 
 
 def truncating(rng: random.Random) -> Question:
-    """A number with one decimal, cut to a whole number."""
     whole, tenth = _number(rng), rng.randint(0, 9)
     return f"Cut {whole}.{tenth} to a whole number.", str(whole)
 
 
 def even_or_odd(rng: random.Random) -> Question:
-    """Parity of a number."""
     n = _number(rng)
     return f"Is {n} even or odd?", "odd" if n % 2 else "even"
 
 
 def within_range(rng: random.Random) -> Question:
-    """Whether a number lies within limits, both included."""
     low, high = sorted((_number(rng), _number(rng)))
     n = rng.randint(low, high) if rng.random() < 0.5 else _number(rng)
     return f"Is {n} from {low} to {high}?", "yes" if low <= n <= high else "no"
 
 
 def last_word(rng: random.Random) -> Question:
-    """First or last of several words."""
     words = rng.sample(WORDS, rng.randint(2, 3))
     which = rng.choice(("first", "last"))
     return f"Which word is {which}: {' '.join(words)}", words[0 if which == "first" else -1]
 
 
 GENERAL_TASKS: dict[str, Callable[[random.Random], Question]] = {
-    f.__name__: f
-    for f in (
-        addition,
-        larger,
-        sorting,
-        copying,
-        copying_numbers,
-        reading_values,
-        rounding,
-        truncating,
-        even_or_odd,
-        within_range,
-        last_word,
-    )
-}
+    f.__name__: f for f in (addition, larger, sorting, copying, copying_numbers, reading_values, rounding, truncating,
+                            even_or_odd, within_range, last_word)
+}  # fmt: skip
 # Looking a value up is the hardest to learn and is asked more often in training.
 TRAINING_TURNS = (*GENERAL_TASKS, "reading_values", "reading_values")
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether a question belongs to the part that the base is not trained on."""
     return zlib.crc32(prompt.encode()) % HELD_OUT == 0
 
 
 def questions(seed: int, *, held_out: bool, tasks: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
-    """Endless (task, prompt, answer), the tasks in turn, from one side of the held-out line.
-
-    Args:
-        seed: Same seed, same questions.
-        held_out: The side of the line: False for training, True for the retention suite.
-        tasks: Names to go through again and again; the default is TRAINING_TURNS.
-    """
+    """Endless (task, prompt, answer), the tasks (default: TRAINING_TURNS) in turn, from one side of the line."""
     rng = random.Random(f"general-{seed}-{held_out}")
     names = tasks or TRAINING_TURNS
     while True:
@@ -192,11 +153,7 @@ def questions(seed: int, *, held_out: bool, tasks: tuple[str, ...] = ()) -> Iter
 
 
 def retention_items(per_task: int, seed: int) -> list[Item]:
-    """The retention suite: `per_task` different held-out questions of every general task.
-
-    Raises:
-        ItemError: a task has not that many.
-    """
+    """The retention suite: `per_task` different held-out questions of every task; ItemError if there are fewer."""
     items: list[Item] = []
     for name in GENERAL_TASKS:
         seen: dict[str, str] = {}
@@ -228,5 +185,4 @@ def score(item: Item, answer: str) -> Score:
 
 
 def summarize(scores: list[Score]) -> dict[str, float]:
-    """Share of right answers; NaN for an empty list."""
     return {"retention_accuracy": sum(s.correct for s in scores) / len(scores) if scores else float("nan")}

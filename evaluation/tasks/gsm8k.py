@@ -11,29 +11,20 @@ from collections.abc import Hashable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from evaluation.tasks import Field, Item, RowError, Score, Source, mean_credit
-from evaluation.tasks._numbers import exact, final_number
-from evaluation.tasks._rows import digest, shown, text
+from evaluation.parsing import exact_number, final_number
+from evaluation.tasks import Field, Item, RowError, Score, Source, digest, mean_credit, metric, shown, text
 
 NAME = "gsm8k"
 TITLE = "GSM8K exact match"
 PRIMARY = "gsm8k_exact_match"
 METRICS = {
-    "gsm8k_exact_match": {
-        "unit": "share",
-        "direction": "higher",
-        "description": "Share of items whose final number equals the right one exactly (primary)",
-    },
-    "gsm8k_unparseable": {
-        "unit": "share",
-        "direction": "lower",
-        "description": "Share of items whose answer holds no number",
-    },
-    "gsm8k_has_marker": {
-        "unit": "share",
-        "direction": "higher",
-        "description": "Share of items whose number stood after the marker ####, as in the solutions",
-    },
+    "gsm8k_exact_match": metric(
+        "share", "higher", "Share of items whose final number equals the right one exactly (primary)"
+    ),
+    "gsm8k_unparseable": metric("share", "lower", "Share of items whose answer holds no number"),
+    "gsm8k_has_marker": metric(
+        "share", "higher", "Share of items whose number stood after the marker ####, as in the solutions"
+    ),
 }
 SOURCE = Source("openai/gsm8k", subset="main", test="test")
 FIELDS = {
@@ -45,15 +36,10 @@ _NOTE = re.compile(r"<<[^<>\n]*>>")
 
 
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
-    """The question, and its solution without the calculator's notes.
-
-    Raises:
-        RowError: a field is no text, or the answer does not end in #### and a number.
-    """
     question = text(row, "question")
     solution = _NOTE.sub("", text(row, "answer")).strip()
     _, marker, last = solution.rpartition(MARKER)
-    result = exact(last) if marker else None
+    result = exact_number(last) if marker else None
     if result is None:
         got = f"{MARKER} and {shown(last.strip())}" if marker else f"{shown(solution)} without {MARKER}"
         raise RowError("answer", f"expected a solution that ends in {MARKER} and a number, got {got}")
@@ -61,12 +47,10 @@ def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
 
 
 def group(item: Item) -> Hashable:
-    """The question."""
     return digest(item.prompt)
 
 
 def score(item: Item, answer: str) -> Score:
-    """Right when the final number is exactly the true one."""
     truth = Fraction(item.truth["answer"])
     predicted, marked = final_number(answer, MARKER)
     extra = {"marker": float(marked)}
@@ -78,7 +62,6 @@ def score(item: Item, answer: str) -> Score:
 
 
 def summarize(scores: list[Score]) -> dict[str, float]:
-    """The task's metrics over a split; all NaN for an empty one."""
     n = len(scores)
     if not n:
         return dict.fromkeys(METRICS, float("nan"))

@@ -11,15 +11,13 @@ trained on such data, and "not_entailment" contains it. The names of the labels 
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-from evaluation.tasks import Field, Item, RowError, Score, Source
-from evaluation.tasks._labels import judge, metrics, read_yes_no
-from evaluation.tasks._labels import summarize as _summarize
-from evaluation.tasks._rows import choice, digest, text
+from evaluation.parsing import label_metrics, read_yes_no, score_label, summarize_labels
+from evaluation.tasks import Field, Item, RowError, Score, Source, choice, digest, text
 
 NAME = "qnli"
 TITLE = "QNLI accuracy"
 PRIMARY = "qnli_accuracy"
-METRICS = metrics(NAME)
+METRICS = label_metrics(NAME)
 SOURCE = Source("nyu-mll/glue", subset="qnli", test="validation")
 FIELDS = {
     "question": Field("question", True, "a question"),
@@ -31,11 +29,6 @@ _ANSWERS = {"entailment": "entailment", "not_entailment": "not_entailment", "0":
 
 
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
-    """The question, the sentence, and what is asked about them.
-
-    Raises:
-        RowError: a field is missing or no text, or the label is none of the two.
-    """
     question, sentence = text(row, "question"), text(row, "sentence")
     if str(row.get("label")).strip() == "-1":
         raise RowError("label", "expected 0 or 1, got -1, which marks a split whose labels are kept secret")
@@ -46,16 +39,13 @@ def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
 
 
 def group(item: Item) -> Hashable:
-    """The question."""
     return item.truth["question"]
 
 
 def score(item: Item, answer: str) -> Score:
-    """Right when the answer says what is true, by yes and no or by the names of the labels."""
     said = read_yes_no(answer, positive="true|correct|entailment|entailed|entails?")
-    return judge(item, said, LABELS)
+    return score_label(item, said, LABELS)
 
 
 def summarize(scores: list[Score]) -> dict[str, float]:
-    """The task's metrics over a split; all NaN for an empty one."""
-    return _summarize(scores, METRICS, LABELS)
+    return summarize_labels(scores, METRICS, LABELS)

@@ -1,19 +1,15 @@
 """Module names of known families of vision-language models, as transformers builds them today; ready configurations.
 
-Document 000's names are older: SmolVLM's projector is `connector.modality_projection.proj`, not
-`multi_modal_projector` (which matched nothing there, so that its "7 layers" lack it), and Phi-3.5-vision's vision tower
-stands below `model.`. Document 003 lets settings go without `layer_patterns`: a modality then takes the family's own.
+Document 003 lets settings go without `layer_patterns`: a modality then takes the family's own.
 """
 
-from __future__ import annotations
-
-import difflib
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from grit_vlm.config.checks import meant
 from grit_vlm.config.model_configs import ModalityConfig, ModelConfigError, ModelGRITConfig
-from grit_vlm.config.selection import LayerSelectionStrategy, SelectionError, limit, match_all, select
+from grit_vlm.config.selection import LayerSelectionStrategy, SelectionError, limit, match_all
 
 
 def _each(stem: str, names: Sequence[str]) -> list[str]:
@@ -53,18 +49,14 @@ FAMILIES: dict[str, dict[str, list[str]]] = {
 """model_type → modality → patterns of its attention's projections (and of what joins the modalities)."""
 
 
+def type_of(model: Any) -> str | None:
+    kind: str | None = getattr(getattr(model, "config", None), "model_type", None)
+    return kind
+
+
 def patterns_of(model: Any, modality: str, model_type: str = "custom") -> list[str]:
-    """The family's patterns of a modality.
-
-    Args:
-        model: Whose family it is, by `model.config.model_type`, where `model_type` is custom.
-        modality: vision, text, cross_modal or fusion.
-        model_type: One of `FAMILIES`, or custom.
-
-    Raises:
-        SelectionError: an unknown family, or one that has no such modality; says what to do.
-    """
-    kind = model_type if model_type != "custom" else getattr(getattr(model, "config", None), "model_type", None)
+    """The patterns of a modality in the family `model_type`, or, where that is custom, in the model's own."""
+    kind = model_type if model_type != "custom" else type_of(model)
     family = FAMILIES.get(kind or "")
     if family is None:
         raise SelectionError(
@@ -79,14 +71,12 @@ def patterns_of(model: Any, modality: str, model_type: str = "custom") -> list[s
     return list(family[modality])
 
 
-def _smolvlm(vision: ModalityConfig, text: ModalityConfig, most: int | None = None) -> ModelGRITConfig:
-    cross = ModalityConfig(list(_IDEFICS3["cross_modal"]))
-    name = "HuggingFaceTB/SmolVLM-256M-Instruct"
-    return ModelGRITConfig(name, "idefics3", vision, text, cross, max_layers_per_modality=most)
-
-
-def _whole_family(name: str, kind: str) -> ModelGRITConfig:
-    """All attention projections and projectors, by the family's own patterns: see `patterns_of`."""
+def family_config(kind: str | None, name: str = "custom") -> ModelGRITConfig:
+    if kind not in FAMILIES:
+        raise SelectionError(
+            f"expected model_config_name, a ModelGRITConfig, or layers for a model of type {kind!r}; known types are "
+            f"{', '.join(FAMILIES)}"
+        )
     return ModelGRITConfig(name, kind, ModalityConfig(), ModalityConfig(), ModalityConfig())
 
 
@@ -94,33 +84,39 @@ def _configs() -> dict[str, ModelGRITConfig]:
     strategy = LayerSelectionStrategy
     vision_q, _, vision_v, _ = _IDEFICS3["vision"]
     text_q, _, text_v, _ = _IDEFICS3["text"]
+
+    def smolvlm(vision: ModalityConfig, text: ModalityConfig, most: int | None = None) -> ModelGRITConfig:
+        cross = ModalityConfig(list(_IDEFICS3["cross_modal"]))
+        name = "HuggingFaceTB/SmolVLM-256M-Instruct"
+        return ModelGRITConfig(name, "idefics3", vision, text, cross, max_layers_per_modality=most)
+
+    whole_families = {
+        "idefics3": "HuggingFaceM4/Idefics3-8B-Llama3",
+        "smolvlm": "HuggingFaceTB/SmolVLM-Instruct",
+        "llava": "llava-hf/llava-1.5-7b-hf",
+        "qwen2_vl": "Qwen/Qwen2-VL-2B-Instruct",
+        "paligemma": "google/paligemma-3b-pt-224",
+        "phi3_v": "microsoft/Phi-3.5-vision-instruct",
+    }
     return {
-        "smolvlm_256m": _smolvlm(
+        "smolvlm_256m": smolvlm(
             ModalityConfig([vision_q, vision_v], strategy.EVERY_NTH, step_size=2),
             ModalityConfig([text_q, text_v], strategy.LAST_N, n_layers=4),
             20,
         ),
-        "smolvlm_fast": _smolvlm(
+        "smolvlm_fast": smolvlm(
             ModalityConfig([vision_q], strategy.FIRST_N, n_layers=3),
             ModalityConfig([text_v], strategy.LAST_N, n_layers=4),
         ),
-        "idefics3": _whole_family("HuggingFaceM4/Idefics3-8B-Llama3", "idefics3"),
-        "smolvlm": _whole_family("HuggingFaceTB/SmolVLM-Instruct", "smolvlm"),
-        "llava": _whole_family("llava-hf/llava-1.5-7b-hf", "llava"),
-        "qwen2_vl": _whole_family("Qwen/Qwen2-VL-2B-Instruct", "qwen2_vl"),
-        "paligemma": _whole_family("google/paligemma-3b-pt-224", "paligemma"),
-        "phi3_v": _whole_family("microsoft/Phi-3.5-vision-instruct", "phi3_v"),
+        **{kind: family_config(kind, name) for kind, name in whole_families.items()},
     }
 
 
 def get_model_config(name: str) -> ModelGRITConfig:
-    """A ready configuration, by its own name or by a hub id; one's own copy.
+    """A copy of a ready configuration, by its own name or by a hub id.
 
     smolvlm_fast adapts 3 vision, 4 text modules and the projector of SmolVLM-256M, smolvlm_256m (which its hub id
     means) 12, 8 and the projector; the others all attention projections and projectors of a family.
-
-    Raises:
-        ModelConfigError: no such configuration; names those there are, and what was meant perhaps.
     """
     configs = _configs()
     by_id: dict[str, str] = {}
@@ -128,11 +124,10 @@ def get_model_config(name: str) -> ModelGRITConfig:
         by_id.setdefault(config.model_name, key)
     found = configs.get(by_id.get(name, name))
     if found is None:
-        by_spelling = {known.lower().replace("-", "_"): known for known in (*configs, *by_id)}
-        near = difflib.get_close_matches(name.lower().replace("-", "_"), by_spelling, n=1)
-        hint = f"; did you mean {by_spelling[near[0]]!r}?" if near else ""
+        spelled = name.lower().replace("-", "_")
         raise ModelConfigError(
-            f"expected one of {', '.join(configs)}, or a hub id ({', '.join(by_id)}); got {name!r}{hint}"
+            f"expected one of {', '.join(configs)}, or a hub id ({', '.join(by_id)}); got {name!r}"
+            f"{meant(spelled, configs) or meant(name, by_id)}"
         )
     return found
 
@@ -145,7 +140,7 @@ def _unread_from(model: Any) -> float:
     config = getattr(model, "config", None)
     at = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
     blocks = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
-    if getattr(config, "model_type", None) == "phi3_v":  # its remote code has no setting for it
+    if type_of(model) == "phi3_v":  # its remote code has no setting for it
         at, blocks = -2, len({n for n, _ in model.named_modules() if n.rpartition(".")[0].endswith(_PHI_LAYERS)})
     if at is None or not blocks:
         return math.inf
@@ -154,24 +149,35 @@ def _unread_from(model: Any) -> float:
 
 
 _PHI_LAYERS = (f"{_PHI_TOWER}.encoder.layers", f"{_PHI_TOWER}.vision_model.encoder.layers")
-_POOLING = "model.vision_tower.head."
 _TOWERS = ("model.vision_tower.encoder.layers", *_PHI_LAYERS)
 
 
 def adaptable(model: Any) -> tuple[list[str], dict[str, str]]:
-    """Names of the linear layers that an adapter can train, in the model's order; and of the others: name → why not."""
+    """Names of the linear layers that an adapter can train, in the model's order; and of the others: name → why not.
+
+    A LoRA layer counts as the layer that it was put round.
+    """
+    from peft.tuners.lora.layer import LoraLayer
     from torch import nn
 
-    names, others = [], {}
+    names: list[str] = []
+    others: dict[str, str] = {}
     inside = {f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
     unread = _unread_from(model)
+    adapted = "\0"
     for name, module in model.named_modules():
+        if name.startswith(adapted):
+            continue
+        if isinstance(module, LoraLayer):
+            adapted, module = f"{name}.", module.get_base_layer()
         tower = next((t for t in _TOWERS if name.startswith(f"{t}.")), None)
         if not isinstance(module, nn.Linear):
             others[name] = type(module).__name__
         elif name in inside:
             others[name] = "a weight of MultiheadAttention, which never calls it"
-        elif name.startswith(_POOLING) or (tower and int(name[len(tower) + 1 :].split(".")[0]) >= unread):
+        elif name.startswith("model.vision_tower.head.") or (
+            tower and int(name[len(tower) + 1 :].split(".")[0]) >= unread
+        ):
             others[name] = "behind the hidden state that the language model reads, so that no gradient reaches it"
         else:
             names.append(name)
@@ -179,16 +185,9 @@ def adaptable(model: Any) -> tuple[list[str], dict[str, str]]:
 
 
 def adapted_modules(model: Any, config: ModelGRITConfig) -> tuple[dict[str, list[str]], list[str]]:
-    """Modality → names of the modules that a configuration adapts, and what is to be said of it.
+    """Modality → names of the modules that a configuration adapts; and notes of what a limit has cut.
 
-    Args:
-        model: Whose linear layers are looked at; see `adaptable`.
-        config: Validated here, so that changes after its construction are, too.
-
-    Raises:
-        ModelConfigError: mistakes in the configuration, all of them.
-        SelectionError: patterns that match nothing (with near misses), a strategy that does not fit the model, or a
-            module in two modalities; of all modalities at once.
+    Raises ModelConfigError or SelectionError with the mistakes of all modalities at once.
     """
     config.validate()
     names, others = adaptable(model)
@@ -198,25 +197,15 @@ def adapted_modules(model: Any, config: ModelGRITConfig) -> tuple[dict[str, list
         try:
             patterns = own.layer_patterns or patterns_of(model, modality, config.model_type)
             layers = match_all(patterns, names, modality, others)
-            taken = select(
-                list(layers),
-                own.strategy,
-                n_layers=own.n_layers,
-                step_size=own.step_size,
-                specific_indices=own.specific_indices,
-                where=modality,
-            )
-            kept, note = limit({layer: layers[layer] for layer in taken}, config.max_layers_per_modality, modality)
+            taken = {layer: layers[layer] for layer in own.select(list(layers), modality)}
+            kept, note = limit(taken, config.max_layers_per_modality, modality)
         except SelectionError as error:
             problems.append(str(error))
             continue
         found[modality] = [name for modules in kept.values() for name in modules]
         if note:
             notes.append(f"{modality}: {note}")
-    owners: dict[str, list[str]] = {}
-    for modality, modules in found.items():
-        for name in modules:
-            owners.setdefault(name, []).append(modality)
+    owners = {name: [m for m in found if name in found[m]] for modules in found.values() for name in modules}
     problems += [f"{name}: expected in one modality, got {' and '.join(m)}" for name, m in owners.items() if len(m) > 1]
     if problems:
         raise SelectionError("\n".join(problems))

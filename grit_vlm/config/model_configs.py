@@ -1,59 +1,91 @@
-"""What is adapted of a vision-language model, and how, for each modality.
+"""What of a vision-language model is adapted, and how, for each modality.
 
-Documents 001 and 003 write the same fields in two ways (`vision=` and `vision_config=`): both are taken, and both can
-be read and set afterwards. Settings of a modality that are None are the configuration's global ones. Nothing is checked
-before `validate`, so that settings may be changed one by one; whoever uses a configuration validates it.
+Settings of a modality that are None are the configuration's global ones. Nothing is checked before `validate`, so
+settings may be changed one by one; whoever uses a configuration validates it.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
-import math
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from grit_vlm.config.selection import LayerSelectionStrategy, parameter_problem, whole
+from grit_vlm.config.checks import is_whole, number, one_of, whole
+from grit_vlm.config.selection import LayerSelectionStrategy, SelectionError
 
 MODALITIES = ("vision", "text", "cross_modal", "fusion")
+_S = LayerSelectionStrategy
 ESTIMATES = ("diagonal", "kfac", "block_diagonal")
 SCHEDULES = ("linear", "cosine", "adaptive")
 
 
 class ModelConfigError(ValueError):
-    """Settings that contradict themselves; the message lists all of them."""
+    """Settings that contradict each other; the message lists all of them."""
+
+
+def _shared_problems(config: Any, rank: str, alpha: str, dropout: str) -> list[str]:
+    """Mistakes in what both a layer and a whole model have, where three of the names differ."""
+    found = []
+    for name in (rank, "fisher_update_freq", "projection_budget_start", "projection_budget_end"):
+        found += whole(name, getattr(config, name))
+    found += number(alpha, getattr(config, alpha), above=0)
+    found += number("fisher_damping", config.fisher_damping, least=0)
+    for name in (dropout, "fisher_ema_decay"):
+        found += number(name, getattr(config, name), least=0, below=1)
+    return found + one_of("projection_schedule", config.projection_schedule, SCHEDULES)
+
+
+@dataclass
+class GRITLoRAConfig:
+    """Settings of a GRIT-LoRA layer. Defaults are the documents' where they name one.
+
+    Estimates are updated at each of the first `fisher_update_freq` steps: B starts at 0, and with it all Fisher
+    information of A. Block-diagonal ones keep twice r·(d_in + d_out)·n numbers: at r = 16, d = 4096 and n = 64, 67 MB a
+    layer. Of a backward pass with more tokens than there is room for, as many are kept at even distances.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32  # the update is scaled by lora_alpha / r
+    lora_dropout: float = 0.1
+    fisher_approximation: Literal["diagonal", "kfac", "block_diagonal"] = "diagonal"
+    fisher_damping: float = 1e-4  # λ ≥ 0, relative to the mean of the Fisher diagonal
+    fisher_ema_decay: float = 0.95  # weight that an update leaves to the past, in [0, 1)
+    fisher_update_freq: int = 10  # steps between two updates
+    fisher_block_size: int = 64  # most coordinates n of a block
+    fisher_min_samples: int = 64  # tokens before an estimate is used
+    buffer_tokens: int = 8192  # most tokens kept for one update, d_in + d_out + 2r numbers each
+    enable_natural_gradient: bool = True
+    enable_projection: bool = False  # unlike in the documents: LOG.md has what it costs
+    projection_budget_start: int = 32  # directions a layer, counted as FisherInformationMatrix.project says
+    projection_budget_end: int = 96  # after the last step
+    projection_schedule: Literal["linear", "cosine", "adaptive"] = "linear"
+
+    def validate(self) -> None:
+        problems = _shared_problems(self, "r", "lora_alpha", "lora_dropout")
+        for name in ("fisher_block_size", "fisher_min_samples", "buffer_tokens"):
+            problems += whole(name, getattr(self, name))
+        problems += one_of("fisher_approximation", self.fisher_approximation, ESTIMATES)
+        if problems:
+            raise ModelConfigError("\n".join(problems))
 
 
 @dataclass
 class ModalityConfig:
-    """One modality: which of its layers, and how they are trained.
-
-    Attributes:
-        layer_patterns: Globs of module names, `*` stops at dots; empty: those of the model's family.
-        strategy: Which of the matched layers; see `grit_vlm.config.selection`.
-        n_layers: How many layers (blocks), of FIRST_N and LAST_N. step_size: In layers, of EVERY_NTH.
-        specific_indices: Places among the matched layers, from 0, of SPECIFIC.
-        rank, alpha, dropout: LoRA's; None: the global ones.
-        enable_natural_gradient: Whether gradients are preconditioned. enable_projection: Whether they are projected.
-        fisher_approximation: diagonal, kfac or block_diagonal.
-        projection_budget: Directions a layer, fixed (on average over the modality's layers); None: the schedule's.
-    """
-
-    layer_patterns: list[str] = field(default_factory=list)
+    layer_patterns: list[str] = field(default_factory=list)  # globs, `*` stops at dots; empty: the family's
     strategy: LayerSelectionStrategy = LayerSelectionStrategy.ALL
-    n_layers: int | None = None
-    step_size: int | None = None
-    specific_indices: list[int] | None = None
-    rank: int | None = None
+    n_layers: int | None = None  # blocks, of FIRST_N and LAST_N
+    step_size: int | None = None  # in blocks, of EVERY_NTH
+    specific_indices: list[int] | None = None  # places among the matched layers, from 0, of SPECIFIC
+    rank: int | None = None  # LoRA's, like alpha and dropout; None: the global ones
     alpha: float | None = None
     dropout: float | None = None
     enable_natural_gradient: bool = True
     enable_projection: bool = True
     fisher_approximation: str = "diagonal"
-    projection_budget: int | None = None
+    projection_budget: int | None = None  # fixed directions a layer, on average; None: the schedule's
 
     def problems(self) -> list[str]:
-        """Every mistake that shows without a model, as a sentence."""
         found = []
         patterns: object = self.layer_patterns
         if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) and p for p in patterns):
@@ -62,68 +94,60 @@ class ModalityConfig:
         if not isinstance(strategy, LayerSelectionStrategy):
             known = ", ".join(each.name for each in LayerSelectionStrategy)
             found.append(f"strategy: expected a LayerSelectionStrategy ({known}), got {strategy!r}")
-        elif problem := parameter_problem(strategy, self.n_layers, self.step_size, self.specific_indices):
+        elif problem := self._strategy_problem():
             found.append(problem)
-        found += _one_of("fisher_approximation", self.fisher_approximation, ESTIMATES)
-        for name in ("rank", "projection_budget"):
-            found += _whole(name, getattr(self, name), optional=True)
-        found += _number("alpha", self.alpha, above=0, optional=True)
-        found += _number("dropout", self.dropout, least=0, below=1, optional=True)
+        found += one_of("fisher_approximation", self.fisher_approximation, ESTIMATES)
+        found += whole("rank", self.rank, optional=True)
+        found += whole("projection_budget", self.projection_budget, optional=True)
+        found += number("alpha", self.alpha, above=0, optional=True)
+        found += number("dropout", self.dropout, least=0, below=1, optional=True)
         for name in ("enable_natural_gradient", "enable_projection"):
             if not isinstance(getattr(self, name), bool):
                 found.append(f"{name}: expected True or False, got {getattr(self, name)!r}")
         return found
 
+    def _strategy_problem(self) -> str | None:
+        """What is wrong, whatever the model, with the parameter that the strategy needs."""
+        name = "step_size" if self.strategy is _S.EVERY_NTH else "n_layers"
+        if self.strategy in (_S.FIRST_N, _S.LAST_N, _S.EVERY_NTH) and not is_whole(getattr(self, name)):
+            return f"{name}: {self.strategy.name} wants a whole number from 1 on, got {getattr(self, name)!r}"
+        indices: object = self.specific_indices
+        listed = isinstance(indices, (list, tuple)) and indices and all(type(i) is int for i in indices)
+        if self.strategy is _S.SPECIFIC and not listed:
+            return f"specific_indices: SPECIFIC wants a list of whole numbers, got {indices!r}"
+        return None
 
-def _one_of(name: str, value: object, known: tuple[str, ...]) -> list[str]:
-    if value in known:
-        return []
-    near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return [f"{name}: expected one of {', '.join(known)}, got {value!r}{hint}"]
-
-
-def _whole(name: str, value: object, optional: bool = False) -> list[str]:
-    if (optional and value is None) or whole(value):
-        return []
-    return [f"{name}: expected a whole number from 1 on{', or None' if optional else ''}; got {value!r}"]
-
-
-def _number(
-    name: str,
-    value: object,
-    above: float = -math.inf,
-    least: float = -math.inf,
-    below: float = math.inf,
-    optional: bool = False,
-) -> list[str]:
-    if optional and value is None:
-        return []
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and above < value and least <= value < below:  # type: ignore[operator]
-        return []
-    bounds = [f"above {above}"] if above > -math.inf else [f"from {least}"]
-    bounds += [f"below {below}"] if below < math.inf else []
-    return [f"{name}: expected a number {' and '.join(bounds)}{', or None' if optional else ''}; got {value!r}"]
+    def select(self, layers: Sequence[str], where: str) -> list[str]:
+        """The layers that the strategy takes, in their order; negative `specific_indices` count from the end."""
+        strategy, count, n, indices = self.strategy, len(layers), self.n_layers or 0, self.specific_indices or ()
+        problem = self._strategy_problem()
+        if strategy is _S.SPECIFIC and not problem and (wrong := [i for i in indices if not -count <= i < count]):
+            problem = f"specific_indices: expected {-count} to {count - 1}, for there are {count} layers; got {wrong}"
+        elif strategy in (_S.FIRST_N, _S.LAST_N) and not problem and n > count:
+            problem = f"n_layers: expected at most {count}, the number of layers; got {n}"
+        elif strategy is _S.SKIP_FIRST_LAST and count < 3:
+            problem = f"strategy: SKIP_FIRST_LAST wants at least 3 layers, got {count} ({', '.join(layers)})"
+        if problem:
+            raise SelectionError(f"{where}.{problem}")
+        places = {
+            _S.FIRST_N: range(n),
+            _S.LAST_N: range(count - n, count),
+            _S.EVERY_NTH: range(0, count, self.step_size or 1),
+            _S.SPECIFIC: sorted({i % count for i in indices}),
+            _S.SKIP_FIRST_LAST: range(1, count - 1),
+        }.get(strategy, range(count))
+        return [layers[i] for i in places]
 
 
 @dataclass
 class ModelGRITConfig:
-    """A whole model: its modalities, and what holds for all of them.
+    """A whole model: its modalities, and what holds for all of them; see `GRITLoRAConfig`.
 
-    Attributes:
-        model_name: For people. model_type: Family whose patterns a modality without its own takes, e.g. idefics3;
-            "custom": the model's own `config.model_type`.
-        global_rank, global_alpha, global_dropout: LoRA's where a modality says nothing.
-        fisher_damping: λ. fisher_ema_decay: weight of the past. fisher_update_freq: steps between two updates.
-        projection_budget_start, projection_budget_end: Directions at the first and the last step.
-        projection_schedule: linear, cosine or adaptive.
-        max_layers_per_modality: Adapted modules of one modality at most, whole blocks from the front; None: no limit.
-        vision_config, text_config, cross_modal_config, fusion_config: Other names of vision, text, cross_modal, fusion.
+    Documents 001 and 003 write the modalities in two ways (`vision=` and `vision_config=`): both can be read and set.
     """
 
     model_name: str = "custom"
-    model_type: str = "custom"
+    model_type: str = "custom"  # family of modalities without patterns; "custom": the model's config.model_type
     vision: ModalityConfig | None = None
     text: ModalityConfig | None = None
     cross_modal: ModalityConfig | None = None
@@ -137,36 +161,24 @@ class ModelGRITConfig:
     projection_budget_start: int = 32
     projection_budget_end: int = 96
     projection_schedule: Literal["linear", "cosine", "adaptive"] = "linear"
-    max_layers_per_modality: int | None = None
+    max_layers_per_modality: int | None = None  # most modules, whole blocks from the front; None: no limit
     vision_config: InitVar[ModalityConfig | None] = None
     text_config: InitVar[ModalityConfig | None] = None
     cross_modal_config: InitVar[ModalityConfig | None] = None
     fusion_config: InitVar[ModalityConfig | None] = None
 
-    def __post_init__(
-        self,
-        vision_config: ModalityConfig | None,
-        text_config: ModalityConfig | None,
-        cross_modal_config: ModalityConfig | None,
-        fusion_config: ModalityConfig | None,
-    ) -> None:
-        given = dict(zip(MODALITIES, (vision_config, text_config, cross_modal_config, fusion_config), strict=True))
-        given = {name: other for name, other in given.items() if other is not None}
-        doubled = [name for name, other in given.items() if getattr(self, name) not in (None, other)]
-        if doubled:
-            raise ModelConfigError(
-                "\n".join(f"expected {name} or {name}_config, which are the same; got both" for name in doubled)
-            )
+    def __post_init__(self, *others: ModalityConfig | None) -> None:
+        given = {name: other for name, other in zip(MODALITIES, others, strict=True) if other is not None}
         for name, other in given.items():
+            if getattr(self, name) not in (None, other):
+                raise ModelConfigError(f"expected {name} or {name}_config, which are the same; got both")
             setattr(self, name, other)
 
     @property
     def modalities(self) -> dict[str, ModalityConfig]:
-        """Those that are adapted."""
         return {name: own for name in MODALITIES if (own := getattr(self, name)) is not None}
 
     def validate(self) -> None:
-        """Raise ModelConfigError with every mistake, if there is one."""
         found = []
         given: dict[str, object] = dict(self.modalities)
         for name, own in given.items():
@@ -174,34 +186,20 @@ class ModelGRITConfig:
                 found += [f"{name}.{problem}" for problem in own.problems()]
             else:
                 found.append(f"{name}: expected a ModalityConfig, got {own!r}")
-        if not self.modalities:
+        if not given:
             found.append(f"expected at least one of {', '.join(MODALITIES)}, got none")
-        for name in ("global_rank", "fisher_update_freq", "projection_budget_start", "projection_budget_end"):
-            found += _whole(name, getattr(self, name))
-        found += _whole("max_layers_per_modality", self.max_layers_per_modality, optional=True)
-        found += _number("global_alpha", self.global_alpha, above=0)
-        found += _number("fisher_damping", self.fisher_damping, least=0)
-        for name in ("global_dropout", "fisher_ema_decay"):
-            found += _number(name, getattr(self, name), least=0, below=1)
-        found += _one_of("projection_schedule", self.projection_schedule, SCHEDULES)
+        found += _shared_problems(self, "global_rank", "global_alpha", "global_dropout")
+        found += whole("max_layers_per_modality", self.max_layers_per_modality, optional=True)
         if found:
             raise ModelConfigError("\n".join(found))
 
     def copy(self) -> ModelGRITConfig:
-        """One of its own, to be changed."""
         return copy.deepcopy(self)
 
 
 def _alias(name: str) -> property:
-    def get(config: ModelGRITConfig) -> ModalityConfig | None:
-        found: ModalityConfig | None = getattr(config, name)
-        return found
-
-    def put(config: ModelGRITConfig, value: ModalityConfig | None) -> None:
-        setattr(config, name, value)
-
-    return property(get, put, doc=f"The same as {name}.")
+    return property(lambda config: getattr(config, name), lambda config, value: setattr(config, name, value))
 
 
-for _name in MODALITIES:  # behind the dataclass, which would take a property for a default
+for _name in MODALITIES:  # after the dataclass, which would take a property for a default
     setattr(ModelGRITConfig, f"{_name}_config", _alias(_name))

@@ -8,53 +8,197 @@ F = E[g gᵀ] of g, one of them as a vector (Kunstner et al. 2019 say what it is
 - block_diagonal: the blocks of F on its diagonal, exactly: the coordinates of one rank component, in runs of
   `block_size`. Between components and runs it is zero.
 - kfac: F_A ≈ Σ_g ⊗ s_x I and F_B ≈ s_e I ⊗ Σ_a with Σ_a = E[h hᵀ] and Σ_g = E[δ δᵀ], both r×r, and the means
-  s_x = E|x|²/d_in and s_e = E|e|²/d_out in the place of the two large factors: K-FAC (Martens & Grosse 2015) in rank
+  s_x = E|x|²/d_in and s_e = E|e|²/d_out in place of the two large factors: K-FAC (Martens & Grosse 2015) in rank
   space, the arithmetic of `grit.factors`, as in `grit` (where each side has a damping of its own, and needs no s).
 
-Mended from the documents: the diagonal there is the square of a batch's mean gradient, which vanishes as the batch
-grows, and not the mean of squares; `torch.solve` and `torch.symeig` do not exist any more; eigh of a vector has no
-meaning: the eigenvectors of a diagonal matrix are the coordinates; a budget says of what it is
-(`FisherInformationMatrix.project`).
-
-Eigen-coordinates are the gradient along the eigenvectors of the estimate: [r, d] of estimate diagonal (the gradient
-itself) and kfac (turned from the left), [r, runs, n] of block_diagonal; component first, for A and B alike.
+Gradients are {"A": ∇A [r, d_in], "B": ∇B [d_out, r]}. Eigen-coordinates are the gradient along the eigenvectors of the
+estimate: [r, d] of estimate diagonal (the gradient itself) and kfac (turned from the left), [r, runs, n] of
+block_diagonal; component first, for A and B alike.
 """
 
-from __future__ import annotations
-
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from grit import factors
-from grit_vlm.core.eigen import Eigen, FisherError, largest, rotate
-from grit_vlm.core.fisher_statistics import SIDES, FisherStatistics, Gradients, Side
+from grit_vlm.config.checks import number, one_of, whole
+from grit_vlm.config.model_configs import ESTIMATES
 
-__all__ = ["SIDES", "FisherError", "FisherInformationMatrix", "Gradients", "Side"]
+Gradients = dict[str, Tensor]
+Side = Literal["A", "B"]
+SIDES: tuple[Side, Side] = ("A", "B")
 
 
-class FisherInformationMatrix(FisherStatistics):
-    """What is known of the Fisher information of one LoRA pair; settings and attributes: see `FisherStatistics`."""
+class FisherError(ValueError):
+    """An unknown estimate, or nothing was observed yet."""
+
+
+def compute_natural_gradient(gradient: Tensor, fisher_matrix: Tensor, damping: float = 1e-4) -> Tensor:
+    """(F + λI)⁻¹ ∇ of a dense F [n, n] and a gradient of n entries; FisherError where F does not fit or is singular."""
+    n = gradient.numel()
+    if tuple(fisher_matrix.shape) != (n, n):
+        raise FisherError(f"fisher_matrix: expected shape {(n, n)}, got {tuple(fisher_matrix.shape)}")
+    eye = torch.eye(n, dtype=fisher_matrix.dtype, device=fisher_matrix.device)
+    solution, info = torch.linalg.solve_ex(fisher_matrix + damping * eye, gradient.reshape(-1).to(fisher_matrix.dtype))
+    if int(info):
+        raise FisherError("fisher_matrix: expected F + damping·I to be invertible, got a singular one; raise damping")
+    return solution.reshape(gradient.shape).to(gradient.dtype)
+
+
+@dataclass
+class Eigen:
+    values: Tensor  # ≥ 0; of estimate kfac [r, 1], diagonal [r, d], block_diagonal [r, runs, n]
+    vectors: Tensor | None  # as columns, of kfac [r, r], block_diagonal [r, runs, n, n]; None: the coordinates
+    real: Tensor  # of the shape of `values`: False where a run is filled up
+    mean: float  # of the side's Fisher diagonal; 0 where nothing is known
+
+
+def rotate(matrix: Tensor, coordinates: Tensor) -> Tensor:
+    """[r, r] times [r, d], or [r, runs, n, n] times [r, runs, n]."""
+    return matrix @ coordinates if matrix.dim() == 2 else (matrix @ coordinates[..., None]).squeeze(-1)
+
+
+def _largest(values: Sequence[Tensor], budget: int) -> list[Tensor]:
+    """Masks (1 or 0) of the `budget` largest of all values together; of equal ones the first."""
+    flat = torch.cat([v.reshape(-1) for v in values])
+    mask = torch.zeros_like(flat)
+    mask[flat.sort(descending=True, stable=True).indices[:budget]] = 1.0
+    parts = mask.split([v.numel() for v in values])
+    return [part.reshape(v.shape) for part, v in zip(parts, values, strict=True)]
+
+
+class FisherInformationMatrix:
+    """What is known of the Fisher information of one LoRA pair; FisherError where nothing was observed yet.
+
+    `damping` is relative: times `scale`.
+    """
+
+    def __init__(
+        self,
+        approximation_type: Literal["diagonal", "kfac", "block_diagonal"] = "diagonal",
+        damping: float = 1e-4,
+        ema_decay: float = 0.95,
+        update_freq: int = 10,
+        block_size: int = 64,
+    ):
+        problems = one_of("approximation_type", approximation_type, ESTIMATES)
+        problems += number("damping", damping, least=0) + number("ema_decay", ema_decay, least=0, below=1)
+        problems += whole("update_freq", update_freq) + whole("block_size", block_size)
+        if problems:
+            raise FisherError("\n".join(problems))
+        self.approximation_type = approximation_type
+        self.damping, self.ema_decay, self.update_freq, self.block_size = damping, ema_decay, update_freq, block_size
+        self.weight = 0.0  # Σ of the EMA's weights, which averages are divided by: zeros of the start do not count
+        self.samples = 0
+        self._sums: dict[str, Tensor] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._eigen: dict[str, Eigen] = {}
+
+    def observe(self, x: Tensor, h: Tensor, delta: Tensor, e: Tensor) -> None:
+        """Take the tokens of a step into the moving averages; a step with NaN or infinities is left out.
+
+        x [tokens, d_in], h [tokens, r]; δ [tokens, r] and e [tokens, d_out] are of one token's loss, that is times the
+        number that a mean loss was divided by.
+        """
+        tokens, rank = h.shape
+        if not tokens or {t.shape[0] for t in (x, delta, e)} != {tokens} or delta.shape[1] != rank:
+            shapes = ", ".join(str(tuple(t.shape)) for t in (x, h, delta, e))
+            raise FisherError(
+                f"expected x, h, delta, e of the same tokens, one at least, h and delta alike; got {shapes}"
+            )
+        x, h, delta, e = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (x, h, delta, e))
+        self._sizes = {"A": (rank, x.shape[1]), "B": (rank, e.shape[1])}  # component first, for both
+        if self.approximation_type == "kfac":
+            now = {"A": h.mT @ h / tokens, "G": delta.mT @ delta / tokens}
+            now |= {"X": x.square().mean(), "E": e.square().mean()}
+        elif self.approximation_type == "diagonal":
+            now = {"A": delta.square().mT @ x.square() / tokens, "B": h.square().mT @ e.square() / tokens}
+        else:
+            now = {"A": self._blocks(delta, x), "B": self._blocks(h, e)}
+        if not all(bool(torch.isfinite(value).all()) for value in now.values()):
+            return
+        share = 1.0 - self.ema_decay
+        for name, value in now.items():
+            past = self._sums.get(name)
+            self._sums[name] = share * value if past is None else past + share * (value - past)
+        self.weight += share * (1.0 - self.weight)
+        self.samples += tokens
+        self._eigen.clear()
+
+    def _runs(self, size: int) -> tuple[int, int]:
+        n = min(self.block_size, size)
+        return -(-size // n), n
+
+    def _blocks(self, by: Tensor, along: Tensor) -> Tensor:
+        """E[by_i² · along alongᵀ] for each component i, in runs: [r, runs, n, n]."""
+        tokens, size = along.shape
+        runs, n = self._runs(size)
+        filled = torch.nn.functional.pad(along, (0, runs * n - size)).reshape(tokens, runs, n)
+        by_run = filled.transpose(0, 1)  # one component at a time: all at once would be tokens·r·d numbers
+        found = [(by_run * weight[:, None]).mT @ by_run for weight in by.square().mT]
+        return torch.stack(found) / tokens
+
+    def _now(self, name: str) -> Tensor:
+        if not self.weight:
+            raise FisherError("expected an observation first (a backward pass, then an update), got none")
+        return self._sums[name] / self.weight
+
+    def _factor(self, name: Side) -> Tensor:
+        """Of estimate kfac: Σ_g·E|x|²/d_in of A, Σ_a·E|e|²/d_out of B; what stands beside the identity."""
+        factor, scale = ("G", "X") if name == "A" else ("A", "E")
+        return self._now(factor) * self._now(scale)
+
+    @property
+    def fisher_diagonal(self) -> Tensor | None:
+        """E[g²] of all coordinates, A's row by row, then B's: [r·d_in + d_out·r]; of other estimates None."""
+        if self.approximation_type != "diagonal" or not self.weight:
+            return None
+        return torch.cat([self._now("A").reshape(-1), self._now("B").mT.reshape(-1)])
+
+    @property
+    def fisher_blocks(self) -> dict[str, Tensor]:
+        """A and B → [r, runs, n, n] of estimate block_diagonal; the last run is filled up with zeros."""
+        known = self.approximation_type == "block_diagonal" and self.weight
+        return {name: self._now(name) for name in SIDES} if known else {}
+
+    @property
+    def kfac_factors(self) -> dict[str, Tensor]:
+        known = self.approximation_type == "kfac" and self.weight
+        return {name: self._now(name) for name in ("A", "G")} if known else {}
+
+    def dense(self, name: Side) -> Tensor:
+        """The whole matrix that the estimate of A or B stands for, of small ones: [n, n], coordinates row by row."""
+        rank, size = self._sizes.get(name, (0, 0))
+        if self.approximation_type == "kfac":
+            factor = self._factor(name)
+            eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
+            return torch.kron(factor, eye) if name == "A" else torch.kron(eye, factor)
+        now = self._now(name)
+        if self.approximation_type == "diagonal":
+            return torch.diag((now if name == "A" else now.mT).reshape(-1))
+        whole = torch.block_diag(*(torch.block_diag(*runs)[:size, :size] for runs in now))
+        if name == "A":
+            return whole
+        order = torch.arange(rank * size).reshape(rank, size).mT.reshape(-1)  # component by component → row by row
+        return whole[order][:, order]
 
     def eigen(self, name: Side) -> Eigen:
-        """Eigenvalues and eigenvectors of A's or B's estimate; computed once after each observation.
-
-        Raises:
-            FisherError: nothing was observed.
-        """
         if name not in self._eigen:
             self._eigen[name] = self._decompose(name)
         return self._eigen[name]
 
     def _decompose(self, name: Side) -> Eigen:
         if self.approximation_type == "kfac":
-            factor = self._factor(name)
-            values, vectors, good = factors.eigh(factor[None])
-            return Eigen(values[0][:, None], vectors[0], None, float(values.mean()) if bool(good) else 0.0)
+            values, vectors, good = factors.eigh(self._factor(name)[None])
+            values, mean = values[0][:, None], float(values.mean()) if bool(good) else 0.0
+            return Eigen(values, vectors[0], torch.ones_like(values, dtype=torch.bool), mean)
         found = self._now(name)
         if self.approximation_type == "diagonal":
-            return Eigen(found, None, None, float(found.mean()))
+            return Eigen(found, None, torch.ones_like(found, dtype=torch.bool), float(found.mean()))
         rank, size = self._sizes[name]
         runs, n = found.shape[1:3]
         # Coordinates that fill up a run get a value above all eigenvalues, so that no eigenvector mixes them with real
@@ -66,38 +210,29 @@ class FisherInformationMatrix(FisherStatistics):
         values, vectors, _ = factors.eigh(found.flatten(0, 1))
         values, vectors = values.reshape(rank, runs, n), vectors.reshape(rank, runs, n, n)
         values[:, -1], vectors[:, -1] = values[:, -1].roll(-empty, -1), vectors[:, -1].roll(-empty, -1)
-        real = torch.ones(runs, n, dtype=values.dtype, device=values.device)
-        real[-1, n - empty :] = 0.0
+        real = torch.ones_like(values, dtype=torch.bool)
+        real[:, -1, n - empty :] = False
         values = values * real
-        mean = float(values.sum()) / (rank * size)
-        return Eigen(values, vectors, real.expand_as(values), mean)
+        return Eigen(values, vectors, real, float(values.sum()) / (rank * size))
 
     def lay_out(self, gradient: Tensor) -> Tensor:
-        """Component first, [r, d], as eigen-coordinates are: of block_diagonal in runs, filled up with zeros."""
+        """[r, d] as eigen-coordinates are laid out: of block_diagonal in runs, filled up with zeros."""
         if self.approximation_type != "block_diagonal":
             return gradient
         rank, size = gradient.shape
-        n = min(self.block_size, size)
-        runs = -(-size // n)
+        runs, n = self._runs(size)
         return torch.nn.functional.pad(gradient, (0, runs * n - size)).reshape(rank, runs, n)
 
     def take_out(self, name: Side, coordinates: Tensor) -> Tensor:
-        """The inverse of `lay_out`, for A or B."""
         return coordinates.flatten(1)[:, : self._sizes[name][1]] if coordinates.dim() == 3 else coordinates
 
     def turn(self, name: Side, gradient: Tensor) -> Tensor:
-        """A gradient in eigen-coordinates.
-
-        Args:
-            name: Of the side.
-            gradient: ∇A [r, d_in] or ∇B [d_out, r].
-        """
+        """∇A [r, d_in] or ∇B [d_out, r] in eigen-coordinates."""
         eigen = self.eigen(name)
         g = self.lay_out((gradient if name == "A" else gradient.mT).to(eigen.values.dtype))
         return g if eigen.vectors is None else rotate(eigen.vectors.mT, g)
 
     def turn_back(self, name: Side, coordinates: Tensor) -> Tensor:
-        """The inverse of `turn`: [r, d_in] or [d_out, r]."""
         vectors = self.eigen(name).vectors
         g = self.take_out(name, coordinates if vectors is None else rotate(vectors, coordinates))
         return g if name == "A" else g.mT
@@ -113,17 +248,7 @@ class FisherInformationMatrix(FisherStatistics):
         return math.fsum(whole) / sum(sizes)
 
     def natural_gradient(self, gradients: Gradients) -> Gradients:
-        """(F + λI)⁻¹ ∇, with λ relative: `damping` times `scale`.
-
-        Args:
-            gradients: ∇A [r, d_in] and ∇B [d_out, r].
-
-        Returns:
-            The same shapes. Where F is zero, or singular without damping, the gradient itself.
-
-        Raises:
-            FisherError: nothing was observed.
-        """
+        """(F + λI)⁻¹ ∇, λ = `damping` times `scale`; the gradient itself where F is zero, or singular undamped."""
         found: Gradients = {}
         for name in SIDES:
             raw, inverse = gradients[name], self.inverse(name)
@@ -134,27 +259,15 @@ class FisherInformationMatrix(FisherStatistics):
         return found
 
     def inverse(self, name: Side) -> Tensor | None:
-        """1/(λ_i + λ) along every direction, as `Eigen.values`, 0 where a run is filled up.
-
-        Returns:
-            None where F is zero, or singular without damping: gradients stay as they are then.
-        """
+        """1/(λ_i + λ) along every direction, as `Eigen.values`, 0 where a run is filled up; None: see above."""
         eigen = self.eigen(name)
-        real = torch.ones_like(eigen.values) if eigen.real is None else eigen.real
-        damped = torch.where(real > 0, eigen.values + self.damping * self.scale(), torch.ones_like(eigen.values))
+        damped = torch.where(eigen.real, eigen.values + self.damping * self.scale(), torch.ones_like(eigen.values))
         # An eigenvalue below `grit.factors`' noise is rounding; without damping its inverse would be, too.
         noise = 0.0 if eigen.vectors is None else 64.0 * torch.finfo(damped.dtype).eps * eigen.mean
-        return real / damped if eigen.mean > 0 and bool((damped > noise).all()) else None
+        return eigen.real / damped if eigen.mean > 0 and bool((damped > noise).all()) else None
 
     def squared_length(self, change: Gradients) -> float:
-        """Δᵀ(F + λI)Δ of A and B together, with λ as in `natural_gradient`; of a natural gradient that is ⟨∇, Δ⟩.
-
-        Args:
-            change: Δ of A [r, d_in] and of B [d_out, r].
-
-        Raises:
-            FisherError: nothing was observed.
-        """
+        """Δᵀ(F + λI)Δ of A and B together; of a natural gradient that is ⟨∇, Δ⟩."""
         length = 0.0
         for name in SIDES:
             damped = self.eigen(name).values + self.damping * self.scale()
@@ -162,61 +275,40 @@ class FisherInformationMatrix(FisherStatistics):
         return length
 
     def step_weights(self, name: Side, power: float) -> Tensor:
-        """What Adam's step along each eigen-direction is multiplied by: `grit.factors.step_weights`, as `Eigen.values`.
-
-        Args:
-            name: Of the side.
-            power: p of (λ_i/mean λ + damping)^(−p/2).
-        """
+        """Factors on Adam's step along each eigen-direction (`grit.factors.step_weights`), as `Eigen.values`."""
         eigen = self.eigen(name)
-        if eigen.mean <= 0:
-            return torch.ones_like(eigen.values)
-        # The function takes its mean over the last dimension; values that only fill up a run must not count.
-        real = torch.ones_like(eigen.values) if eigen.real is None else eigen.real
         weights = torch.ones_like(eigen.values)
-        weights[real > 0] = factors.step_weights(eigen.values[real > 0][None], self.damping, power)[0]
+        if eigen.mean > 0:  # values that only fill up a run must not count in the mean
+            weights[eigen.real] = factors.step_weights(eigen.values[eigen.real][None], self.damping, power)[0]
         return weights
 
     def direction_values(self) -> Tensor:
-        """Fisher information along every direction that a budget counts: [directions].
+        """Fisher information along every direction that a budget counts (see `project`): [directions].
 
         Of kfac, where a budget counts pairs of directions, the i-th of A and of B: the products of their values [r].
-
-        Raises:
-            FisherError: nothing was observed.
         """
         a, b = (self.eigen(name) for name in SIDES)
         if self.approximation_type == "kfac":
             return (a.values * b.values).reshape(-1)
-        return torch.cat([e.values.reshape(-1) if e.real is None else e.values[e.real > 0] for e in (a, b)])
+        return torch.cat([e.values[e.real] for e in (a, b)])
 
-    def keeps(self, budget: int) -> dict[str, Tensor]:
-        """Which directions a budget keeps: A and B → 1 or 0, as `Eigen.values`; see `project`.
-
-        Raises:
-            FisherError: nothing was observed, or a budget below 1.
-        """
+    def keeps(self, budget: int) -> dict[Side, Tensor]:
+        """Which directions a budget keeps: A and B → 1 or 0, as `Eigen.values`; see `project`."""
         if budget < 1:
             raise FisherError(f"budget: expected a whole number from 1 on, got {budget!r}")
         eigens = [self.eigen(name) for name in SIDES]
         if self.approximation_type == "kfac":
             keep = torch.arange(eigens[0].values.shape[0], device=eigens[0].values.device)[:, None] < budget
             return {name: keep.to(e.values.dtype) for name, e in zip(SIDES, eigens, strict=True)}
-        # Directions that only fill up a run come after all others.
-        values = [e.values if e.real is None else torch.where(e.real > 0, e.values, -1.0) for e in eigens]
-        return dict(zip(SIDES, largest(values, budget), strict=True))
+        values = [torch.where(e.real, e.values, -1.0) for e in eigens]  # what fills up a run comes after all others
+        return dict(zip(SIDES, _largest(values, budget), strict=True))
 
     def project(self, gradients: Gradients, budget: int) -> Gradients:
         """The gradients' part along the `budget` directions of largest Fisher information: P ∇ with P² = P = Pᵀ.
 
-        Args:
-            gradients: ∇A [r, d_in] and ∇B [d_out, r].
-            budget: Of estimate diagonal: coordinates of A and B together, the other ones become zero. Of
-                block_diagonal: eigen-directions of all blocks of A and B together. Of kfac: eigen-directions of Σ_g for
-                A and of Σ_a for B, each at most r. A budget beyond what there is keeps everything.
-
-        Raises:
-            FisherError: nothing was observed, or a budget below 1.
+        A budget counts, of estimate diagonal, coordinates of A and B together, the other ones become zero; of
+        block_diagonal, eigen-directions of all blocks of A and B together; of kfac, eigen-directions of Σ_g for A and
+        of Σ_a for B, each at most r. A budget beyond what there is keeps everything.
         """
         keep = self.keeps(budget)
         return {
@@ -228,21 +320,36 @@ class FisherInformationMatrix(FisherStatistics):
         """The directions that a budget keeps, as orthonormal columns: A and B → [n, k]. For small layers.
 
         Of kfac the columns are those of the factor, [r, k], else over the n coordinates of A or B row by row.
-
-        Raises:
-            FisherError: nothing was observed, or a budget below 1.
         """
         keep = self.keeps(budget)
         if self.approximation_type == "kfac":
             vectors = {name: self.eigen(name).vectors for name in SIDES}
             return {name: v[:, :budget] for name, v in vectors.items() if v is not None}
         found: dict[str, Tensor] = {}
-        for name in SIDES:
-            kept = keep[name].reshape(-1).nonzero().flatten()
-            units = torch.zeros(len(kept), *keep[name].shape, dtype=keep[name].dtype, device=keep[name].device)
-            units.flatten(1)[torch.arange(len(kept)), kept] = 1.0
-            rank, size = self._sizes[name]
-            shape = (rank, size) if name == "A" else (size, rank)
-            rows = [self.turn_back(name, unit).reshape(-1) for unit in units]
-            found[name] = torch.stack(rows, 1) if rows else keep[name].new_zeros(shape[0] * shape[1], 0)
+        for name, kept in keep.items():
+            among = (kept * self.eigen(name).real).reshape(-1) > 0  # a large budget keeps what fills up a run, too
+            units = torch.eye(kept.numel(), dtype=kept.dtype, device=kept.device)[among]
+            rows = [self.turn_back(name, unit.reshape(kept.shape)).reshape(-1) for unit in units]
+            found[name] = torch.stack(rows, 1) if rows else kept.new_zeros(math.prod(self._sizes[name]), 0)
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "estimate": self.approximation_type,
+            "block_size": self.block_size,
+            "sums": dict(self._sums),
+            "weight": self.weight,
+            "samples": self.samples,
+            "sizes": dict(self._sizes),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        saved, size = state["estimate"], state["block_size"]
+        if saved != self.approximation_type:
+            raise FisherError(f"expected the state of estimate {self.approximation_type}, got one of {saved}")
+        if saved == "block_diagonal" and size != self.block_size:
+            raise FisherError(f"expected the state of blocks of {self.block_size}, got one of {size}")
+        self._sums = dict(state["sums"])
+        self._sizes = {name: (int(size[0]), int(size[1])) for name, size in state["sizes"].items()}
+        self.weight, self.samples = float(state["weight"]), int(state["samples"])
+        self._eigen.clear()

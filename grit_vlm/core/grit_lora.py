@@ -1,108 +1,154 @@
-"""GRIT on one LoRA layer: PEFT's layer, an estimate of its Fisher information, and what follows from it.
+"""One GRIT-LoRA layer: what hooks capture of its tokens, its Fisher information, and what follows for its gradients.
 
-Mended from document 000: its layer has A and B of its own, which PEFT could neither save nor merge; here they are
-those of PEFT's layer. Its backward hook did nothing; here it brings ∂ℓ/∂h and ∂ℓ/∂(B h), which every estimate but the
-(wrong) square of the batch gradient needs. Its buffers grew without end; here they have a limit.
+A and B are those of PEFT's layer, which can save and merge them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grit_vlm.core.capture import Tokens, first_tokens
-from grit_vlm.core.eigen import compute_natural_gradient
-from grit_vlm.core.fisher_info import SIDES, Gradients
-from grit_vlm.core.lora_config import GRITLoRAConfig, GRITLoRAConfigError
+from grit.capture import Capture, TokenMask
+from grit.layers import LoraPair
+from grit.manager import Manager
+from grit_vlm.config.model_configs import GRITLoRAConfig
+from grit_vlm.core.fisher_info import SIDES, FisherInformationMatrix, Gradients, Side, compute_natural_gradient
 
-if TYPE_CHECKING:
-    from grit_vlm.core.manager import FisherManager
+__all__ = ["GRITLoRAConfig", "GRITLoRALayer", "GRITLoRALinear"]
 
-__all__ = ["GRITLoRAConfig", "GRITLoRAConfigError", "GRITLoRALayer", "GRITLoRALinear"]
+
+@dataclass
+class Tokens:
+    """Tokens of one layer: x [n, d_in], h [n, r], delta [n, r], e [n, d_out]; see `grit_vlm.core.fisher_info`."""
+
+    x: Tensor
+    h: Tensor
+    delta: Tensor
+    e: Tensor
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+    def spread(self, count: int) -> Tokens:
+        """So many of them at even distances, copied, so that the others can be freed."""
+        chosen = torch.linspace(0, len(self) - 1, count).round().long()
+        return Tokens(*(t[chosen.to(t.device)] for t in (self.x, self.h, self.delta, self.e)))
+
+
+@dataclass
+class _Pass:
+    """A forward pass of one layer, until its backward pass has come."""
+
+    x: Tensor
+    h: Tensor
+    mask: TokenMask | None
+    divisor: float | Tensor
+    e: Tensor | None = None
+
+
+class TokenCapture(Capture):
+    """Hands the tokens of each backward pass to the layers, by the names of `pairs`.
+
+    Padding is a matter of text: pairs in `without_mask`, e.g. of a vision tower, see image patches, and all of them
+    count, although by chance they may be as many as the batch has text tokens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, GRITLoRALinear],
+        pairs: Sequence[LoraPair],
+        without_mask: Collection[str] = (),
+    ):
+        super().__init__(model)
+        self._layers, self._without_mask = layers, frozenset(without_mask)
+        self._open: dict[str, _Pass] = {}
+        self._saw = False
+        for pair in pairs:
+            self.handles.append(pair.module_a.register_forward_hook(self._after_a(pair.name)))
+            module_b = pair.layer.lora_B[pair.adapter]
+            self.handles.append(module_b.register_forward_hook(self._after_b(pair.name)))
+
+    def _after_a(self, name: str) -> Any:
+        def forward_hook(module: nn.Module, args: tuple[Any, ...], h: Tensor) -> None:
+            if not (self.active and h.requires_grad):  # evaluation, or the first pass of reentrant checkpointing
+                return
+            mask = None if name in self._without_mask else self.mask
+            found = _Pass(args[0].detach(), h.detach(), mask, self.batch_divisor)
+            self._open[name] = found
+            h.register_hook(lambda delta: self._complete(name, found, delta))
+
+        return forward_hook
+
+    def _after_b(self, name: str) -> Any:
+        def forward_hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            found = self._open.pop(name, None)  # that of the same pass: A has just been called
+            if found is not None and out.requires_grad:
+                out.register_hook(lambda e: setattr(found, "e", e.detach()))
+
+        return forward_hook
+
+    def _complete(self, name: str, found: _Pass, delta: Tensor) -> None:
+        if found.e is None:
+            return
+        scale = self.scale(found.divisor)
+        flat = [t.reshape(-1, t.shape[-1]) for t in (found.x, found.h, delta.detach() * scale, found.e * scale)]
+        keep = found.mask.keep.reshape(-1) > 0 if found.mask is not None else None
+        if keep is not None and keep.shape[0] == flat[0].shape[0] and not bool(keep.all()):
+            flat = [t[keep.to(t.device)] for t in flat]
+        found.e = None
+        self._saw = True
+        self._layers[name].take(Tokens(*flat))
+
+    def saw_tokens(self) -> bool:
+        return self._saw
+
+    def clear(self) -> None:
+        self._open.clear()
 
 
 class GRITLoRALinear(nn.Module):
     """A LoRA layer with its Fisher information: ``GRITLoRALinear(nn.Linear(128, 64), GRITLoRAConfig(r=8))``.
 
-    It stands round PEFT's own layer. Alone it captures what it needs by itself; inside a model a `VLMGRITAdapter` does
-    it for all layers. An optimizer by `create_grit_optimizer` does everything below at its step; the methods are for
-    loops that do it by hand.
-
-    Attributes:
-        lora: PEFT's layer.
-        config: Settings.
-        fisher_matrix: The estimate.
-        activation_buffer: Tokens captured since the last update.
-        projection_budget: Directions that updates keep now; None: all.
-        manager: What captures for it.
+    A layer of its own, whose base is frozen and which captures its tokens by itself; or, given PEFT's LoRA layer inside
+    a model, the view of it that a `VLMGRITAdapter` works with. The methods are for loops that step by hand.
     """
 
     def __init__(self, base_layer: nn.Module, config: GRITLoRAConfig | None = None, adapter_name: str = "default"):
-        """A layer of its own, whose base is frozen; or the view of a layer that PEFT has put into a model.
-
-        Args:
-            base_layer: A linear layer, or PEFT's LoRA layer round one.
-            config: Default: the documents'. Of a layer of PEFT's r, lora_alpha and lora_dropout are what it has.
-            adapter_name: PEFT's.
-
-        Raises:
-            GRITLoRAConfigError: every mistake in the settings.
-            TypeError: no linear layer.
-        """
         super().__init__()
         from peft import LoraConfig
         from peft.tuners.lora.layer import Linear, LoraLayer
 
-        self.config = config or GRITLoRAConfig()
-        self.config.validate()
-        self.adapter_name = adapter_name
-        self.manager: FisherManager | None = None
+        self.config = c = config or GRITLoRAConfig()
+        c.validate()
         alone = not isinstance(base_layer, LoraLayer)
         if alone:
             if not isinstance(base_layer, nn.Linear):
                 raise TypeError(f"base_layer: expected torch.nn.Linear, got {type(base_layer).__name__}")
             base_layer.requires_grad_(False)
-            own = LoraConfig(r=self.config.r, lora_alpha=self.config.lora_alpha, lora_dropout=self.config.lora_dropout)
-            base_layer = Linear(base_layer, adapter_name, own, r=self.config.r, lora_alpha=self.config.lora_alpha)
+            own = LoraConfig(r=c.r, lora_alpha=c.lora_alpha, lora_dropout=c.lora_dropout)
+            base_layer = Linear(base_layer, adapter_name, own, r=c.r, lora_alpha=c.lora_alpha)
         self.lora: Any = base_layer
-        self.fisher_matrix = self.config.estimate()
+        self.adapter_name = adapter_name
+        self.modality = "all"  # whose budget it shares, and whether its tokens are text: of vision, cross_modal not
+        self.fisher_matrix = FisherInformationMatrix(
+            c.fisher_approximation, c.fisher_damping, c.fisher_ema_decay, c.fisher_update_freq, c.fisher_block_size
+        )
         self.activation_buffer: list[Tokens] = []
-        self.projection_budget = self.config.projection_budget_start if self.config.enable_projection else None
-        if alone:
-            from grit_vlm.core.manager import FisherManager
+        self.projection_budget = c.projection_budget_start if c.enable_projection else None  # None: all
+        self.manager: Manager | None = None  # that steps it
+        pairs = [LoraPair("layer", adapter_name, self.lora)]
+        self.capture = TokenCapture(self, {"layer": self}, pairs) if alone else None
 
-            FisherManager(self, {"layer": self}).open()
-
-    @property
-    def lora_A(self) -> nn.Parameter:  # noqa: N802 - PEFT's name
-        """A [r, d_in]."""
-        weight: nn.Parameter = self.lora.lora_A[self.adapter_name].weight
-        return weight
-
-    @property
-    def lora_B(self) -> nn.Parameter:  # noqa: N802 - PEFT's name
-        """B [d_out, r]."""
-        weight: nn.Parameter = self.lora.lora_B[self.adapter_name].weight
-        return weight
-
-    @property
-    def base_layer(self) -> nn.Module:
-        """The frozen layer."""
-        base: nn.Module = self.lora.get_base_layer()
-        return base
-
-    @property
-    def scaling(self) -> float:
-        """The scale s = lora_alpha / r of ΔW = s·B·A."""
-        return float(self.lora.scaling[self.adapter_name])
-
-    @property
-    def lora_dropout(self) -> nn.Module:
-        """What x goes through before A."""
-        dropout: nn.Module = self.lora.lora_dropout[self.adapter_name]
-        return dropout
+    lora_A = property(lambda self: self.lora.lora_A[self.adapter_name].weight)  # noqa: N815 - PEFT's name; [r, d_in]
+    lora_B = property(lambda self: self.lora.lora_B[self.adapter_name].weight)  # noqa: N815 - [d_out, r]
+    base_layer = property(lambda self: self.lora.get_base_layer())
+    scaling = property(lambda self: float(self.lora.scaling[self.adapter_name]))
+    lora_dropout = property(lambda self: self.lora.lora_dropout[self.adapter_name])
 
     @property
     def step_count(self) -> int:
@@ -123,18 +169,14 @@ class GRITLoRALinear(nn.Module):
 
     @property
     def ready(self) -> bool:
-        """Whether the estimate has seen enough tokens to be used."""
         return self.fisher_matrix.samples >= self.config.fisher_min_samples
 
     @property
     def acts(self) -> bool:
-        """Whether gradients or updates are changed by it now."""
         return self.ready and (self.config.enable_natural_gradient or self.projection_budget is not None)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """PEFT's: base(x) + s·B·A·x, [..., d_in] → [..., d_out]."""
-        result: Tensor = self.lora(*args, **kwargs)
-        return result
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.lora(*args, **kwargs)
 
     def take(self, tokens: Tokens) -> None:
         """Keep captured tokens for the next update, spread evenly over them where there is no room for all."""
@@ -144,15 +186,14 @@ class GRITLoRALinear(nn.Module):
 
     def update_fisher_and_projection(self) -> bool:
         """Take what was captured since the last time into the estimate; returns whether there was anything."""
-        if not self.activation_buffer:
-            return False
-        tokens = first_tokens(self.activation_buffer, self.config.buffer_tokens)
-        self.activation_buffer.clear()
-        self.fisher_matrix.observe(tokens.x, tokens.h, tokens.delta, tokens.e)
-        return True
+        buffer, self.activation_buffer = self.activation_buffer, []
+        if buffer:
+            self.fisher_matrix.observe(
+                *(torch.cat([getattr(tokens, name) for tokens in buffer]) for name in ("x", "h", "delta", "e"))
+            )
+        return bool(buffer)
 
     def gradients(self) -> Gradients | None:
-        """∇A and ∇B; None where there is none."""
         a, b = self.lora_A.grad, self.lora_B.grad
         return None if a is None or b is None else {"A": a, "B": b}
 
@@ -165,27 +206,26 @@ class GRITLoRALinear(nn.Module):
         return self.project_gradients(gradients)
 
     def project_gradients(self, gradients: Gradients) -> Gradients:
-        """The part along the directions that `projection_budget` keeps; everything where it is None."""
         if self.projection_budget is None or not self.fisher_matrix.weight:
             return gradients
         return self.fisher_matrix.project(gradients, self.projection_budget)
 
     def update_projection(self, k_budget: int) -> None:
-        """Keep so many directions from now on; see `FisherInformationMatrix.project`.
-
-        Raises:
-            ValueError: below 1.
-        """
+        """Keep so many directions from now on, as `FisherInformationMatrix.project` counts them; ValueError below 1."""
         if k_budget < 1:
             raise ValueError(f"k_budget: expected a whole number from 1 on, got {k_budget!r}")
         self.projection_budget = int(k_budget)
 
-    def get_fisher_for_param(self, name: str) -> Tensor:
-        """The dense estimate of "lora_A" or "lora_B" (any name that holds one of them): [n, n]; for small layers.
+    def weights(self, side: Side, power: float) -> Tensor:
+        """What the step along each eigen-direction is multiplied by (mode eigen_adamw), projection included."""
+        eigen, natural = self.fisher_matrix.eigen(side), self.config.enable_natural_gradient
+        found = self.fisher_matrix.step_weights(side, power) if natural else torch.ones_like(eigen.values)
+        if self.projection_budget is not None:
+            found = found * self.fisher_matrix.keeps(self.projection_budget)[side]
+        return found[eigen.real]
 
-        Raises:
-            ValueError: another name. FisherError: nothing was observed.
-        """
+    def get_fisher_for_param(self, name: str) -> Tensor:
+        """The dense estimate of "lora_A" or "lora_B" (any name that holds one of them): [n, n]; for small layers."""
         for side in SIDES:
             if f"lora_{side}" in name:
                 return self.fisher_matrix.dense(side)
@@ -194,19 +234,13 @@ class GRITLoRALinear(nn.Module):
     compute_natural_gradient = staticmethod(compute_natural_gradient)
 
     def apply_natural_gradient_update(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Replace `.grad` of A and B by what `natural_gradients` makes of them, and step.
-
-        Args:
-            optimizer: A plain one, whose step follows; None: no step. Not one by `create_grit_optimizer`, which does
-                all of this itself.
-        """
+        """Replace `.grad` of A and B by what `natural_gradients` makes of them, and let a plain optimizer step."""
         gradients = self.gradients()
         if gradients is not None:
-            for side, new in self.natural_gradients(gradients).items():
-                (self.lora_A if side == "A" else self.lora_B).grad = new
+            natural = self.natural_gradients(gradients)
+            self.lora_A.grad, self.lora_B.grad = natural["A"], natural["B"]
         if optimizer is not None:
             optimizer.step()
 
 
-GRITLoRALayer = GRITLoRALinear
-"""The name that documents 000 and 001 also use."""
+GRITLoRALayer = GRITLoRALinear  # the name that documents 000 and 001 also use

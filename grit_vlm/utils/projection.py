@@ -5,8 +5,6 @@ k_t = k_start + (k_end − k_start)·s(t), with s from 0 to 1. A budget counts w
 eigen-directions. (The documents say "k" only, and use it beyond the rank.)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grit import factors
+from grit_vlm.config.checks import whole
 
 
 class ProjectionError(ValueError):
@@ -22,65 +21,35 @@ class ProjectionError(ValueError):
 
 
 class ProjectionSchedule:
-    """A budget that goes from `start` to `end`.
-
-    Attributes:
-        start: Directions at the first step.
-        end: Directions from step `total_steps` on.
-        total_steps: T ≥ 1.
-        current_step: Counted by `step`.
-    """
+    """A budget that goes linearly, s(t) = t/T, from `start` at the first step to `end` at step T = `total_steps`."""
 
     def __init__(self, start: int, end: int, total_steps: int):
-        """See the class.
-
-        Raises:
-            ProjectionError: a number below 1; all of them.
-        """
         given = {"start": start, "end": end, "total_steps": total_steps}
-        problems = [
-            f"{n}: expected a whole number from 1 on, got {v!r}" for n, v in given.items() if v < 1 or v != int(v)
-        ]
-        if problems:
+        if problems := [problem for name, value in given.items() for problem in whole(name, value)]:
             raise ProjectionError("\n".join(problems))
-        self.start, self.end, self.total_steps = int(start), int(end), int(total_steps)
-        self.current_step = 0
+        self.start, self.end, self.total_steps = start, end, total_steps
 
     def share(self, step: int) -> float:
         """The share s(t) of the way, in [0, 1]."""
         return min(1.0, step / self.total_steps)
 
-    def budget(self, step: int | None = None) -> int:
-        """Directions at a step; default: the current one."""
-        share = self.share(self.current_step if step is None else step)
-        return round(self.start + (self.end - self.start) * share)
+    def budget(self, step: int) -> int:
+        return round(self.start + (self.end - self.start) * self.share(step))
 
     def observe(self, loss: float) -> None:
         """The loss of a step; only the adaptive schedule looks at it."""
 
-    def step(self) -> int:
-        """One optimizer step has been; returns the budget of the next one."""
-        self.current_step += 1
-        return self.budget()
-
     def state_dict(self) -> dict[str, Any]:
-        """For checkpoints."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
+        return dict(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
         vars(self).update(state)
-
-
-class LinearSchedule(ProjectionSchedule):
-    """s(t) = t/T."""
 
 
 class CosineSchedule(ProjectionSchedule):
     """s(t) = (1 − cos(π t/T))/2: slow at both ends."""
 
     def share(self, step: int) -> float:
-        """See the class."""
         return (1.0 - math.cos(math.pi * super().share(step))) / 2.0
 
 
@@ -95,27 +64,18 @@ class AdaptiveSchedule(ProjectionSchedule):
     MIN_GAIN, STRIDE = 0.02, 0.1
 
     def __init__(self, start: int, end: int, total_steps: int):
-        """As the class says."""
         super().__init__(start, end, total_steps)
-        self.reached, self.previous = 0.0, math.nan
-        self.total, self.count = 0.0, 0
-
-    @property
-    def window(self) -> int:
-        """Steps whose losses are averaged."""
-        return max(1, self.total_steps // 20)
+        self.reached, self.previous, self.total, self.count = 0.0, math.nan, 0.0, 0
 
     def share(self, step: int) -> float:
-        """What was reached by now, whatever the step."""
         return min(1.0, self.reached)
 
     def observe(self, loss: float) -> None:
-        """Count the loss of one step."""
         if not math.isfinite(loss):
             return
         self.total += loss
         self.count += 1
-        if self.count < self.window:
+        if self.count < max(1, self.total_steps // 20):
             return
         mean = self.total / self.count
         if mean > self.previous * (1 - self.MIN_GAIN):  # false of the first window, whose predecessor is NaN
@@ -123,48 +83,23 @@ class AdaptiveSchedule(ProjectionSchedule):
         self.previous, self.total, self.count = mean, 0.0, 0
 
 
-_KINDS: dict[str, type[ProjectionSchedule]] = {
-    "linear": LinearSchedule,
-    "cosine": CosineSchedule,
-    "adaptive": AdaptiveSchedule,
-}
+_KINDS = {"linear": ProjectionSchedule, "cosine": CosineSchedule, "adaptive": AdaptiveSchedule}
 
 
 def create_scheduler(kind: str, start: int, end: int, total_steps: int) -> ProjectionSchedule:
-    """A schedule by its name: linear, cosine or adaptive.
-
-    Raises:
-        ProjectionError: no such schedule, or numbers below 1.
-    """
     if kind not in _KINDS:
         raise ProjectionError(f"projection_schedule: expected one of {', '.join(_KINDS)}, got {kind!r}")
     return _KINDS[kind](start, end, total_steps)
 
 
-def create_linear_scheduler(start: int, end: int, total_steps: int) -> ProjectionSchedule:
-    """See `LinearSchedule`."""
-    return LinearSchedule(start, end, total_steps)
-
-
-def create_cosine_scheduler(start: int, end: int, total_steps: int) -> ProjectionSchedule:
-    """See `CosineSchedule`."""
-    return CosineSchedule(start, end, total_steps)
-
-
-def create_adaptive_scheduler(start: int, end: int, total_steps: int) -> ProjectionSchedule:
-    """See `AdaptiveSchedule`."""
-    return AdaptiveSchedule(start, end, total_steps)
+# The documents' names.
+create_linear_scheduler = ProjectionSchedule
+create_cosine_scheduler = CosineSchedule
+create_adaptive_scheduler = AdaptiveSchedule
 
 
 def effective_rank(activations: Tensor) -> float:
-    """How many directions activations use: exp of the entropy of the eigenvalues of E[x xᵀ] (Roy & Vetterli 2007).
-
-    Args:
-        activations: [..., d]; all but the last dimension are samples.
-
-    Raises:
-        ProjectionError: there is no sample.
-    """
+    """Directions that activations [..., d] use: exp of the entropy of E[x xᵀ]'s eigenvalues (Roy & Vetterli 2007)."""
     x = activations.reshape(-1, activations.shape[-1]).double()
     if not len(x):
         raise ProjectionError("expected at least one sample of activations, got none")
@@ -193,45 +128,24 @@ class MultiModalProjector:
         k_text: int = 0,
         k_cross: int = 0,
     ) -> dict[str, list[int]]:
-        """Directions of each layer, for the three modalities of the documents; see `share_out`.
-
-        Args:
-            vision_fisher: Fisher information along the directions of each layer, a tensor a layer; a single tensor is
-                one layer; None: no such layers.
-            text_fisher: The same.
-            cross_fisher: The same.
-            k_vision: Directions of the whole modality.
-            k_text: The same.
-            k_cross: The same.
-        """
-        given = {"vision": vision_fisher, "text": text_fisher, "cross_modal": cross_fisher}
-        values = {
-            name: [found] if isinstance(found, Tensor) else list(found)
-            for name, found in given.items()
-            if found is not None and len(found)
+        """`share_out` for the three modalities of the documents; a single tensor is one layer, None: no such layers."""
+        given = {
+            "vision": (vision_fisher, k_vision),
+            "text": (text_fisher, k_text),
+            "cross_modal": (cross_fisher, k_cross),
         }
-        budgets = {"vision": k_vision, "text": k_text, "cross_modal": k_cross}
-        return self.share_out(values, {name: budgets[name] for name in values})
+        there = {name: found for name, (found, _) in given.items() if found is not None and len(found)}
+        values = {name: [found] if isinstance(found, Tensor) else list(found) for name, found in there.items()}
+        return self.share_out(values, {name: given[name][1] for name in there})
 
     def share_out(self, values: Mapping[str, Sequence[Tensor]], budgets: Mapping[str, int]) -> dict[str, list[int]]:
         """Modality → directions that each of its layers keeps.
 
-        Args:
-            values: Modality → Fisher information along the directions of each of its layers.
-            budgets: Modality → directions in all.
-
-        Raises:
-            ProjectionError: a budget below 1, or a layer without directions; all of them.
+        `values` are Fisher information along the directions of each layer, `budgets` directions of a whole modality.
         """
-        problems = [
-            f"budget of {name}: expected at least 1, got {budgets[name]}" for name in values if budgets[name] < 1
-        ]
-        problems += [
-            f"{name}: expected directions in every layer, got a layer without"
-            for name, layers in values.items()
-            if any(not t.numel() for t in layers)
-        ]
-        if problems:
+        problems = [f"budget of {m}: expected at least 1, got {budgets[m]}" for m in values if budgets[m] < 1]
+        empty = [m for m, layers in values.items() if not all(t.numel() for t in layers)]
+        if problems := problems + [f"{m}: expected directions in every layer, got a layer without" for m in empty]:
             raise ProjectionError("\n".join(problems))
         there = {name: sum(t.numel() for t in layers) for name, layers in values.items()}
         given = _fill(budgets, there)
@@ -239,7 +153,7 @@ class MultiModalProjector:
 
 
 def _fill(budgets: Mapping[str, int], there: Mapping[str, int]) -> dict[str, int]:
-    """Budgets that do not exceed what is there; what is over goes to the others, in proportion to their budgets."""
+    """Budgets that do not exceed what is there; what is left over goes to the others, in proportion."""
     given = {name: min(budgets[name], n) for name, n in there.items()}
     over = sum(budgets[name] for name in there) - sum(given.values())
     while over > 0 and (room := [name for name, n in there.items() if given[name] < n]):

@@ -1,4 +1,4 @@
-"""What several modules build on: results of three tasks one after the other, and a PostgreSQL."""
+"""What several modules build on: results of three tasks one after the other, a way to ask, and a PostgreSQL."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 
+from db.ingest import ingest
 from tests.db.postgres_server import find_programs, install, run_server
-from tests.db.result_tree_layers import make_full_tree
-from tests.db.task_switches import make_three
+from tests.db.result_tree import make_full_tree
+from tests.db.task_switches import to_alpaca, to_gsm8k
 
 
 @pytest.fixture(scope="session")
@@ -64,11 +65,14 @@ def tree(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Of a database."""
     return tmp_path / "c.db"
 
 
 @pytest.fixture
 def three(tree: Path, path: Path) -> Path:
-    """Of a database that has seen three tasks; the last one is on the disk."""
-    return make_three(tree, path)
+    """AQI, then GSM8K, then Alpaca, each read into the database; seed 1 of AQI stays on disk, but is not asked for."""
+    ingest(tree, path)
+    for switch in (to_gsm8k, to_alpaca):
+        switch(tree)
+        ingest(tree, path, seeds=[0])
+    return path

@@ -10,9 +10,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from sqlalchemy import create_engine, text
 
 FOLDERS = Path("/usr/lib/postgresql")
 CLUSTERS = Path("/etc/postgresql-common/createcluster.conf")
@@ -60,11 +57,7 @@ def _owner() -> pwd.struct_passwd | None:
 
 @contextmanager
 def run_server(programs: Path) -> Iterator[str]:
-    """Make a cluster, start its server, and give its SQLAlchemy URL; all of it goes when the block ends.
-
-    Raises:
-        RuntimeError: The server cannot be made or started, with its own words.
-    """
+    """Make a cluster, start its server, and give its SQLAlchemy URL; all of it goes when the block ends."""
     owner = _owner()
     # Not pytest's folder: others may not enter it, and a socket's path must be short.
     with tempfile.TemporaryDirectory(prefix="grit-pg-", ignore_cleanup_errors=True) as name:
@@ -105,25 +98,3 @@ def run_server(programs: Path) -> Iterator[str]:
 def _server_log(folder: Path) -> str:
     log = folder / "server.log"
     return log.read_text(errors="replace") if log.exists() else ""
-
-
-OUTLINE = (
-    "SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, pg_get_expr(d.adbin, d.adrelid),"
-    " col_description(c.oid, a.attnum) FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid LEFT JOIN pg_attrdef d"
-    " ON d.adrelid = c.oid AND d.adnum = a.attnum WHERE c.relnamespace = 'public'::regnamespace"
-    " AND c.relkind IN ('r', 'v') AND a.attnum > 0 AND NOT a.attisdropped",
-    "SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint"
-    " WHERE connamespace = 'public'::regnamespace",
-    "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'",
-    "SELECT viewname, definition FROM pg_views WHERE schemaname = 'public'",
-)
-"""Columns of tables and views, rules, indexes, views."""
-
-
-def outline(url: str) -> list[list[tuple[Any, ...]]]:
-    """What a database is made of, whatever its version: the sorted rows of each part of `OUTLINE`."""
-    engine = create_engine(url)
-    with engine.connect() as connection:
-        found = [sorted((tuple(row) for row in connection.execute(text(part))), key=repr) for part in OUTLINE]
-    engine.dispose()
-    return found

@@ -7,11 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+Q, V = "layers.0.self_attn.q_proj", "layers.1.self_attn.v_proj"
+WRAPPED = "base_model.model.model."
+"""What the logs have before a module's name."""
 ITEMS = hashlib.sha256(b"test items").hexdigest()
 
 
 def sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def head(arm: str, seed: int) -> dict[str, Any]:
+    return {"schema": 1, "arm": arm, "seed": seed}
 
 
 def write(path: Path, content: Any) -> None:
@@ -20,7 +27,6 @@ def write(path: Path, content: Any) -> None:
 
 
 def edit(path: Path, **changes: Any) -> None:
-    """Change top-level keys of a JSON file."""
     write(path, {**json.loads(path.read_text(encoding="utf-8")), **changes})
 
 
@@ -35,7 +41,7 @@ def run_json(stage: str, arm: str | None, seed: int | None, **changes: Any) -> d
         "status": "finished",
         "error": None,
         "started": f"2026-11-21T0{hour}:00:00.123456+00:00",
-        "ended": f"2026-11-21T0{hour}:30:00.500000+02:00" if hour > 9 else f"2026-11-21T0{hour}:30:00+00:00",
+        "ended": f"2026-11-21T0{hour}:30:00+00:00",
         "params": {stage: {"learning_rate": 0.001, "steps": 100}},
         "git": {"commit": "abc123", "dirty": False},
         "packages": {"torch": "2.13.0", "peft": "0.21.2"},
@@ -66,9 +72,7 @@ def verdict_json(arm: str, seed: int) -> dict[str, Any]:
         return {**row, "verdict": verdict, "diagnosis": "", **more}
 
     return {
-        "schema": 1,
-        "arm": arm,
-        "seed": seed,
+        **head(arm, seed),
         "verdict": word,
         "diagnosis": why,
         "reason": "because",
@@ -94,10 +98,9 @@ def make_arm(
     correct: list[bool],
     retention: float = 0.8,
     own: tuple[int, int] = (600, 6_000_000_000),
-    base: tuple[int, int] = (600, 5_000_000_000),
     history: Any = None,
 ) -> None:
-    """Write one arm: `correct` per test item; `own` and `base` are decode (tokens, nanoseconds)."""
+    """Write one arm: `correct` per test item; `own` is decode (tokens, nanoseconds)."""
     tag = f"{arm}/{seed}"
     gguf, scores = root / "gguf" / tag, root / "scores" / tag
     if arm == "base":
@@ -116,9 +119,7 @@ def make_arm(
         write(
             gguf / "parity.json",
             {
-                "schema": 1,
-                "arm": arm,
-                "seed": seed,
+                **head(arm, seed),
                 "prompts": 100,
                 "token_ids_equal": 1.0,
                 "greedy_equal": 0.99,
@@ -129,14 +130,12 @@ def make_arm(
     write(gguf / "run.json", run_json("export", arm, seed, artifacts=exported))
     used = {"data/test.jsonl": ITEMS, f"gguf/{tag}/model.gguf": exported[0]["sha256"]}
     write(scores / "run.json", run_json("evaluate", arm, seed, inputs=used))
-    phases = [(arm, *own)] + ([] if arm == "base" else [("base", *base)])
+    phases = [(arm, *own)] + ([] if arm == "base" else [("base", 600, 5_000_000_000)])
     share = sum(correct) / len(correct)
     write(
         scores / "scores.json",
         {
-            "schema": 1,
-            "arm": arm,
-            "seed": seed,
+            **head(arm, seed),
             "model_name": "base_model" if arm == "base" else f"{arm}_model",
             "backend": {"name": "llama_cpp", "version": "0.3.36", "device_class": "cpu"},
             "test_items_sha256": ITEMS,
@@ -180,7 +179,6 @@ def make_arm(
 
 
 def precision(kind: str, correct: list[bool], same: float, **changes: Any) -> dict[str, Any]:
-    """One row of quantized.json."""
     bits = {"f16": 16.0, "q8_0": 8.5}.get(kind, 4.5)
     return {
         "type": kind,
@@ -197,14 +195,14 @@ def precision(kind: str, correct: list[bool], same: float, **changes: Any) -> di
 
 
 def make_quantized(root: Path, arm: str, seed: int = 0, *, rows: dict[str, tuple[list[bool], float]]) -> None:
-    """Write what stage quantize leaves: type -> (correct for each test item, share of answers equal to f16)."""
+    """Rows: type -> (correct for each test item, share of answers equal to f16)."""
     tag = f"{arm}/{seed}"
     place = root / "quantized" / tag
     made = json.loads((root / "gguf" / tag / "run.json").read_text(encoding="utf-8"))["artifacts"][0]
     used = {"data/test.jsonl": ITEMS, made["path"]: made["sha256"]}
     write(place / "run.json", run_json("quantize", arm, seed, inputs=used))
     content = [precision(kind, correct, same) for kind, (correct, same) in rows.items()]
-    write(place / "quantized.json", {"schema": 1, "arm": arm, "seed": seed, "rows": content})
+    write(place / "quantized.json", {**head(arm, seed), "rows": content})
     lines = [
         {"type": kind, "item_id": f"aqi-{i:06d}", "answer": f"{kind} {right}", "correct": right}
         for kind, (correct, _) in rows.items()
@@ -214,7 +212,6 @@ def make_quantized(root: Path, arm: str, seed: int = 0, *, rows: dict[str, tuple
 
 
 def verification(backend: str, mode: str, **changes: Any) -> dict[str, Any]:
-    """One row of verify.json."""
     adapter = mode == "adapter"
     return {
         "backend": backend,
@@ -236,11 +233,9 @@ def verification(backend: str, mode: str, **changes: Any) -> dict[str, Any]:
 
 
 def make_verified(root: Path, arm: str, seed: int = 0, *, rows: list[dict[str, Any]]) -> None:
-    """Write what stage verify leaves."""
     place = root / "verified" / arm / str(seed)
     write(place / "run.json", run_json("verify", arm, seed))
-    head = {"schema": 1, "arm": arm, "seed": seed, "model_name": f"{arm}_model"}
-    write(place / "verify.json", {**head, "rows": rows})
+    write(place / "verify.json", {**head(arm, seed), "model_name": f"{arm}_model", "rows": rows})
 
 
 def make_tree(root: Path) -> Path:
@@ -248,4 +243,93 @@ def make_tree(root: Path) -> Path:
     make_arm(root, "base", correct=[i < 40 for i in range(100)], own=(500, 4_000_000_000))
     for seed in (0, 1):
         make_arm(root, "baseline_lora", seed, correct=[i < 70 for i in range(100)])
+    return root
+
+
+def make_measured(root: Path, arm: str, seed: int = 0, **changes: Any) -> None:
+    """Write what stage measure leaves; an arm's used its adapter and the base's measurements."""
+
+    def number(name: str, split: str, value: float | None, n: int | None = None) -> dict[str, Any]:
+        return {"name": name, "split": split, "value": value, "n": n}
+
+    def layer(name: str, split: str, where: str, value: float | None) -> dict[str, Any]:
+        return {"name": name, "split": split, "layer": where, "value": value}
+
+    metrics = [number("perplexity", "general", 7.5, 4000), number("alignment_index", "alignment", 0.25, 120)]
+    layers = [layer("alignment_index", "alignment", "layer 2", 0.2), layer("xie_beni", "alignment", "layer 2", None)]
+    if arm != "base":
+        metrics += [number("update_norm", "weights", 3.5), number("drift_cosine", "hidden", 0.01, 4000)]
+        layers += [layer("update_norm", "weights", Q, 2.5), layer("update_norm", "weights", V, 1.5)]
+    content = {
+        **head(arm, seed),
+        "metrics": metrics,
+        "metric_defs": {
+            "perplexity": {"unit": "", "direction": "lower", "description": "exp of the mean loss"},
+            "update_norm": {"unit": "", "direction": "none", "description": "‖ΔW‖_F"},
+        },
+        "layers": layers,
+        **changes,
+    }
+    place = root / "measured" / arm / str(seed)
+    used = {}
+    if arm != "base":
+        used[f"adapters/{arm}/{seed}/adapter_model.safetensors"] = sha(f"adapter {arm}/{seed}")
+        base = root / "measured/base/0/measured.json"
+        used["measured/base/0/measured.json"] = sha(base.read_text(encoding="utf-8"))
+    write(place / "run.json", run_json("measure", arm, seed, inputs=used))
+    write(place / "measured.json", content)
+
+
+def ledger_line(step: int, **units: dict[str, Any]) -> dict[str, Any]:
+    """A sampled step: module -> numbers; q and v stand for the two modules."""
+    names = {"q": WRAPPED + Q, "v": WRAPPED + V}
+    entries = {names[key]: {"norm_raw": 0.3, "hash_raw_a": "00", "claimed": True, **u} for key, u in units.items()}
+    return {"step": step, "loss": 2.0, "tokens": {"all": 456.0}, "units": entries}
+
+
+LEDGER = [
+    ledger_line(0, q={"angle": None, "cos_raw_step": None, "lr_ratio": None, "cos_raw_inner": 1.0}),
+    ledger_line(
+        25,
+        q={"angle": 26.5, "cos_raw_step": 0.5, "lr_ratio": 1.25, "cos_raw_inner": 0.75},
+        v={"angle": 13.25, "cos_raw_step": 0.25, "lr_ratio": 0.5, "cos_raw_inner": 0.5},
+    ),
+    {"events": {"steps": 50, "calls": 50}, "claims": True, "watched": True},
+]
+
+GRIT_LOG = [
+    {"step": 0, "kind": "effect", "ready_layers": 1, "layers": 2, "effective": True},
+    {"step": 0, "kind": "spectra", "layers": {
+        WRAPPED + Q: {"r": 4, "k": 4, "samples": 412.0, "ready_a": True, "eigenvalues_a": [0.75, 0.5, 0.25, 0.125],
+                      "effective_rank_a": 3.5, "condition_a": 6.0, "ready_g": False},
+        WRAPPED + V: {"r": 4, "k": 4, "samples": 0.0, "ready_a": False, "ready_g": False},
+    }},
+    {"step": 20, "kind": "unreported", "layers": [WRAPPED + V]},
+    {"step": 20, "kind": "reprojection", "mode": "balanced", "shrink": False, "layers": {
+        WRAPPED + Q: {"r": 4, "k_a": 4, "k_b": 3, "relative_change": 0.5}}},
+    {"step": 20, "kind": "reprojection", "mode": "balanced", "shrink": True, "layers": {
+        WRAPPED + Q: {"r": 4, "k_a": 3, "k_b": 3, "relative_change": "nan"}}},
+    {"step": 20, "kind": "final", "capture": {}, "skipped_steps": 0,
+     "ranks": {WRAPPED + Q: {"base_r": 4, "r": 3, "final_k_a": 3, "final_k_b": 2}},
+     "spectra": {WRAPPED + Q: {"r": 3, "k": 3, "samples": 2030.0, "eigenvalues_a": [1.5, 0.5, "inf"],
+                               "eigenvalues_g": [0.5, 0.25, 0.0], "effective_rank_a": 2.5,
+                               "condition_a": 3.0, "condition_g": 5e37}}},
+]  # fmt: skip
+
+
+def write_lines(path: Path, lines: list[Any]) -> None:
+    write(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def make_full_tree(root: Path) -> Path:
+    """`make_tree` with everything: precisions, verifications, measurements and logs."""
+    make_tree(root)
+    correct = [i < 70 for i in range(100)]
+    make_quantized(root, "baseline_lora", rows={"f16": (correct, 1.0), "q8_0": (correct, 0.9)})
+    make_verified(root, "baseline_lora", rows=[verification("llama_cpp", "merged"), verification("ollama", "merged")])
+    make_measured(root, "base")
+    for seed in (0, 1):
+        make_measured(root, "baseline_lora", seed)
+        write_lines(root / f"adapters/baseline_lora/{seed}/probe_ledger.jsonl", LEDGER)
+    write_lines(root / "adapters/baseline_lora/0/grit_log.jsonl", GRIT_LOG)
     return root

@@ -26,11 +26,7 @@ def find_chromium() -> str | None:
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A running headless browser.
-
-    Raises:
-        FileNotFoundError: There is none on this machine.
-    """
+    """A running headless browser; FileNotFoundError where this machine has none."""
     from playwright.sync_api import sync_playwright
 
     path = find_chromium()
@@ -54,12 +50,7 @@ class Deeds:
     messages: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
-    def _hear(self, message: Any) -> None:
-        if message.type in ("error", "warning"):
-            self.messages.append(f"{message.type}: {message.text}")
-
     def watch(self, page: Any, own: str) -> None:
-        """Take notes from now on."""
         page.on(
             "console", lambda m: self.messages.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import html
 import json
 import re
 from collections.abc import Callable
@@ -11,49 +12,35 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from db import queries
 from db.ingest import ingest
-from db.models import Sample
-from db.queries_compare import Choice, chosen_runs
-from db.session import open_session
-from evaluation.comparison import Comparison, load_comparison
-from evaluation.page import page as page_module
-from evaluation.page import write_page
+from evaluation.report import html as page_module
+from evaluation.report.comparison import Comparison, load_report
+from evaluation.report.html import write_page
 from tests.evaluation import page_tree
 
 STYLE = (Path(page_module.__file__).parent / "style.css").read_text(encoding="utf-8")
 
 
 class Report:
-    """A page with the database and the comparison behind it."""
-
     def __init__(self, root: Path) -> None:
-        self.database, self.file = root / "outputs/centralized.db", root / "outputs/report.html"
+        self.root, self.database, self.file = root, root / "outputs/centralized.db", root / "outputs/report.html"
         ingest(root, self.database)
-        self.comparison: Comparison = load_comparison(self.database)
-        write_page(self.file, self.database, self.comparison)
+        self.report = load_report(self.database, detail=True)
+        self.comparison: Comparison = self.report.comparison
+        write_page(self.file, self.report)
         self.text = self.file.read_text(encoding="utf-8")
 
     @property
     def data(self) -> dict[str, Any]:
-        """What the page's script reads."""
         return page_data(self.text)
-
-    def samples(self, **same: Any) -> list[Sample]:
-        with open_session(self.database) as session:
-            ids = [run.id for run in chosen_runs(session, Choice())]
-            return [s for s in queries.samples(session, ids) if all(getattr(s, k) == v for k, v in same.items())]
-
-
-def _base_only(root: Path) -> None:
-    page_tree.add_arm(root, "base", 0, page_tree.RIGHT["base"])
 
 
 BUILDERS: dict[str, Callable[[Path], Any]] = {
     "full": page_tree.make_page_tree,
     "evil": page_tree.make_evil_tree,
-    "base": _base_only,
+    "base": lambda root: page_tree.add_arm(root, "base", 0, page_tree.RIGHT["base"]),
     "odd": page_tree.make_odd_tree,
+    "tasks": page_tree.make_two_tasks,
 }
 
 
@@ -68,7 +55,6 @@ def report(name: str) -> Report:
 
 
 def page_data(text: str) -> dict[str, Any]:
-    """What the page's script reads."""
     found = re.search(r'<script type="application/json" id="page-data">(.*?)</script>', text, re.DOTALL)
     assert found
     return dict(json.loads(found[1]))
@@ -79,10 +65,28 @@ def rows_of(dataset: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
+def words(text: str) -> str:
+    """What a reader sees of a part of the page."""
+    shown = re.sub(r"<(script|style)\b.*?</\1>", "", text, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", shown))).strip()
+
+
+def part(made: Report, title: str) -> str:
+    return made.text.split(f'<section id="{title}"')[1].split("</section>")[0]
+
+
+def table(text: str, name: str) -> list[list[str]]:
+    """The texts of a table's cells, header first; `name` is how its caption's id begins."""
+    found = re.search(rf'<table aria-labelledby="{name}[^"]*">(.*?)</table>', text, re.DOTALL)
+    assert found, name
+    rows = re.findall(r"<tr>(.*?)</tr>", found[1], re.DOTALL)
+    return [[words(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)] for row in rows]
+
+
 def palette(scheme: str) -> dict[str, str]:
     light, dark = STYLE.split("@media (prefers-color-scheme: dark)", 1)
-    part = dark.split("* {", 1)[0] if scheme == "dark" else light
-    return dict(re.findall(r"(--[\w-]+):\s*(#[0-9a-f]{6})\b", part))
+    shown = dark.split("* {", 1)[0] if scheme == "dark" else light
+    return dict(re.findall(r"(--[\w-]+):\s*(#[0-9a-f]{6})\b", shown))
 
 
 def hexed(colour: str) -> str:

@@ -5,11 +5,23 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
-from tests.db.result_tree import edit, make_arm, make_quantized, make_verified, verification, write
-from tests.db.result_tree_layers import WRAPPED, make_attempt, make_measured, write_lines
+from db.ingest import ingest
+from tests.db.result_tree import (
+    WRAPPED,
+    edit,
+    make_arm,
+    make_measured,
+    make_quantized,
+    make_verified,
+    verification,
+    write,
+    write_lines,
+)
+from tests.evaluation.task_tree import ALPACA, add_precisions, add_task, credits_of
 
 ITEMS, KEPT_ITEMS = 120, 40
 SEEDS = (0, 1)
@@ -41,9 +53,6 @@ def make_page_tree(root: Path) -> Path:
         root, "pure_grit", rows={"f16": (own, 1.0), "q4_K_M": ([i > 5 and r for i, r in enumerate(own)], 0.9)}
     )
     make_verified(root, "pure_grit", rows=[verification("llama_cpp", m) for m in ("merged", "adapter")])
-    make_attempt(root, "crash", arm="pure_grit", seed=1, status="crashed", ended=None, error=None)
-    make_attempt(root, "fail", stage="export", status="failed", error=EVIL[0])
-    make_attempt(root, "fine")
     return root
 
 
@@ -129,7 +138,6 @@ def add_logs(root: Path, arm: str, seed: int) -> None:
 
 
 def add_measured(root: Path, arm: str, seed: int) -> None:
-    """What stage measure leaves; the base's first."""
     if not (root / "measured/base/0").exists():
         make_measured(root, "base", metrics=_metrics("base", 0), layers=[])
     layers = [{"name": "rank", "split": "weights", "layer": name, "value": 8.0 - i} for i, name in enumerate(LAYERS)]
@@ -150,6 +158,19 @@ def _metrics(arm: str, seed: int) -> list[dict[str, Any]]:
     return [{"name": name, "split": split, "value": value, "n": 100} for (split, name), value in found.items()]
 
 
+def make_two_tasks(root: Path) -> Path:
+    """The air quality task was there before; Alpaca, with credit between 0 and 1, is on the disk."""
+    make_page_tree(root)
+    ingest(root, root / "outputs/centralized.db")
+    for place in root.iterdir():
+        if place.name not in ("outputs", "runs"):
+            shutil.rmtree(place)
+    add_task(root, ALPACA, day=23)
+    rows = {kind: credits_of("pure_grit", 0, shift) for kind, shift in (("f16", 0.2), ("q4_K_M", 0.17))}
+    add_precisions(root, ALPACA, "pure_grit", rows)
+    return root
+
+
 def make_evil_tree(root: Path) -> Path:
     """Two arms whose names, answers and errors are markup."""
     add_arm(root, "base", 0, 40, answer=EVIL[2])
@@ -162,5 +183,4 @@ def make_evil_tree(root: Path) -> Path:
     content["readings"][0]["diagnosis"] = f"effective: {EVIL[2]}"
     write(verdict, content)
     make_verified(root, EVIL_ARM, rows=[verification("llama_cpp", "merged", first_difference=EVIL[3], answered=0.5)])
-    make_attempt(root, "evil", stage=EVIL[0], arm=EVIL_ARM, status="failed", error=EVIL[1], host=EVIL[2])
     return root

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.db.result_tree import edit, make_arm, make_quantized, sha
-from tests.db.result_tree_layers import write_lines
+from tests.db.result_tree import edit, make_arm, make_quantized, sha, write_lines
 
 GSM8K = {"name": "gsm8k", "title": "GSM8K exact match", "primary": "gsm8k_exact_match"}
 ALPACA = {"name": "alpaca", "title": "ROUGE-L", "primary": "alpaca_rouge_l"}
@@ -29,7 +28,6 @@ def credits_of(arm: str, seed: int, shift: float, *, binary: bool = False) -> li
 
 
 def change_inputs(place: Path, **inputs: str) -> None:
-    """Change what a stage says it has read."""
     run = json.loads((place / "run.json").read_text(encoding="utf-8"))
     edit(place / "run.json", inputs=run["inputs"] | inputs)
 

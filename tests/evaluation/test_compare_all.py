@@ -1,3 +1,5 @@
+"""compare_all: numbers worked out by hand, which runs are compared with what, and every format."""
+
 from __future__ import annotations
 
 import csv
@@ -8,125 +10,124 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, bootstrap, ttest_1samp
+from scipy.stats import binomtest, ttest_1samp
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 from typer.testing import CliRunner, Result
 
+from db.ingest import ingest
+from evaluation.compare_all import app
+from evaluation.report.arms import credit_interval, pair
+from evaluation.report.comparison import Comparison, load_report
+from evaluation.report.data import as_csv, as_json, metrics, write_tracked
+from tests.db.result_tree import edit, make_arm, make_quantized, make_tree, make_verified, sha, verification, write
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "db"))
 
-from result_tree import (  # noqa: E402
-    edit,
-    make_arm,
-    make_quantized,
-    make_tree,
-    make_verified,
-    sha,
-    verification,
-)
 
-from db.ingest import ingest  # noqa: E402
-from evaluation.compare_all import app, load_comparison, write_report  # noqa: E402
-from evaluation.report import as_json  # noqa: E402
-from evaluation.statistics import (  # noqa: E402
-    Interval,
-    bootstrap_mean,
-    holm,
-    judge,
-    paired_differences,
-    sign_test,
-    wilson,
-)
+def run(database: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(app, ["--db", str(database), *arguments])
+
+
+def printed(database: Path, *arguments: str) -> dict[str, Any]:
+    done = run(database, "--format", "json", *arguments)
+    assert done.exit_code == 0, done.output
+    return dict(json.loads(done.output))
+
+
+def compared(database: Path, **more: Any) -> Comparison:
+    return load_report(database, **more).comparison
+
+
+def stored(tree: Path) -> Path:
+    database = tree.parent / "c.db"
+    database.unlink(missing_ok=True)
+    ingest(tree, database)
+    return database
+
+
+def table(text: str, title: str) -> list[list[str]]:
+    """Cells of the first table below a heading of any level, the header first."""
+    block = text.split(f"# {title}\n")[1].split("\n## ")[0]
+    lines = [line for line in block.splitlines() if line.startswith("| ") and "---" not in line]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+
+
+def add_rows(tree: Path, arm: str, seed: int, *, metrics: list[dict[str, Any]], retained: list[bool]) -> None:
+    scores = tree / f"scores/{arm}/{seed}"
+    known = json.loads((scores / "scores.json").read_text(encoding="utf-8"))["metrics"]
+    edit(scores / "scores.json", metrics=[*known, *metrics])
+    lines = (scores / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    more = [
+        {**json.loads(lines[0]), "item_id": f"general-{k:03d}", "split": "retention", "task": "addition",
+         "correct": right, "predicted": None, "abs_error": None}
+        for k, right in enumerate(retained)
+    ]  # fmt: skip
+    write(scores / "samples.jsonl", "\n".join([*lines, *map(json.dumps, more)]) + "\n")
+
+
+def alignment(index: float, delta: float | None, p_value: float | None = 0.002) -> list[dict[str, Any]]:
+    values = {
+        "alignment_index": index, "alignment_index_low": index - 0.1, "alignment_index_high": index + 0.1,
+        "alignment_null_mean": 0.02, "alignment_null_low": 0.01, "alignment_null_high": 0.05,
+        "alignment_p_value": 0.001, "silhouette": 0.33,
+    }  # fmt: skip
+    if delta is not None:
+        values |= {
+            "delta_alignment_index": delta,
+            "delta_alignment_index_low": delta - 0.1,
+            "delta_alignment_index_high": delta + 0.1,
+            "delta_alignment_p_value": p_value,
+        }
+    return [{"name": name, "split": "alignment", "value": value, "n": 40} for name, value in values.items()]
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def few(tmp_path: Path) -> Path:
     """Base 40 of 100 right, baseline_lora 70 (two seeds), hybrid 72, pure 38 with 2 gained and 4 lost."""
     tree = make_tree(tmp_path / "project")
     make_arm(tree, "hybrid_grit", correct=[i < 72 for i in range(100)], own=(600, 4_000_000_000))
     make_arm(tree, "pure_grit", correct=[i < 36 or i > 97 for i in range(100)], retention=0.5)
-    ingest(tree, tmp_path / "c.db")
-    return tmp_path / "c.db"
+    return stored(tree)
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Base 40 of 100 right; baseline_lora 70 and hybrid_grit 75 with seeds 0, 1, 2; pure_grit 70 with seed 0."""
+    tree = make_tree(tmp_path / "project")
+    make_arm(tree, "baseline_lora", 2, correct=[i < 70 for i in range(100)])
+    for seed in range(3):
+        make_arm(tree, "hybrid_grit", seed, correct=[i < 73 + seed for i in range(100)])
+    make_arm(tree, "pure_grit", correct=[i < 70 for i in range(100)])
+    general = {"name": "perplexity", "split": "general", "n": 900}
+    half = [k % 2 == 0 for k in range(100)]
+    add_rows(tree, "base", 0, metrics=[{**general, "value": 3.25}, *alignment(0.5, None)], retained=half)
+    more = [{"name": "update_norm", "split": "weights", "value": 1.75, "n": None}, *alignment(0.9, 0.4)]
+    add_rows(tree, "pure_grit", 0, metrics=[{**general, "value": 4.5}, *more], retained=[True] * 20 + [False] * 80)
+    add_rows(tree, "hybrid_grit", 0, metrics=alignment(0.8, 0.3, 0.2), retained=[])
+    for seed, delta in ((0, 0.4), (1, -0.4)):
+        add_rows(tree, "baseline_lora", seed, metrics=alignment(0.5 + delta, delta), retained=[])
+    return tree
 
 
-# --- statistics -------------------------------------------------------------------------------------------
+@pytest.fixture
+def path(tree: Path) -> Path:
+    return stored(tree)
 
 
-def test_bootstrap_agrees_with_scipy_and_the_normal_formula() -> None:
-    values = np.array([1.0] * 60 + [0.0] * 100 + [-1.0] * 40)
-    interval = bootstrap_mean(values)
-    theirs = bootstrap((values,), np.mean, method="percentile", random_state=1).confidence_interval
-    assert interval.estimate == pytest.approx(0.1)
-    assert (interval.low, interval.high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
-    half = 1.96 * values.std() / np.sqrt(200)
-    assert (interval.low, interval.high) == pytest.approx((0.1 - half, 0.1 + half), abs=0.01)
-    assert bootstrap_mean(values) == interval, "the same data give the same interval"
-    assert bootstrap_mean(values, level=0.5).low > interval.low
+# Numbers
 
 
-def test_bootstrap_of_nothing_is_an_error() -> None:
-    with pytest.raises(ValueError, match="at least one item"):
-        bootstrap_mean(np.zeros(0))
-
-
-def test_thirds_that_cancel_do_not_count_as_a_gain() -> None:
-    values = np.array([1 / 3, 1 / 3, 1 / 3, -1.0] * 50)
-    interval = bootstrap_mean(values)
-    assert interval.low < 0 < interval.high
-    assert bootstrap_mean(np.zeros(50)).crosses_zero
-
-
-def test_differences_pair_items_and_average_seeds() -> None:
-    base = {"a": True, "b": False, "c": False, "only base": True}
-    first, second = {"c": True, "b": True, "a": True}, {"a": False, "b": True, "c": False}
-    assert paired_differences([(first, base), (second, base)]).tolist() == [-0.5, 1.0, 0.5]
-    assert paired_differences([]).size == 0
-
-
-def test_sign_test_is_mcnemars_exact_test() -> None:
-    values = np.array([1.0] * 9 + [-1.0] * 2 + [0.0] * 500)
-    assert sign_test(values) == pytest.approx(binomtest(9, 11).pvalue)
-    assert sign_test(np.zeros(10)) == 1.0
-    assert sign_test(np.array([1.0] * 3000 + [-1.0] * 2900)) == pytest.approx(binomtest(3000, 5900).pvalue)
-
-
-def test_holm_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
-
-
-def test_no_winner_while_zero_is_possible() -> None:
-    assert judge(Interval(1.0, -0.1, 2.0), 0.001) == "undecided"
-    assert judge(Interval(1.0, 0.0, 2.0), 0.001) == "undecided"
-    assert judge(Interval(1.0, 0.1, 2.0), 0.2) == "undecided", "four of four differing items are no proof"
-    assert judge(Interval(1.0, 0.1, 2.0), 0.001) == "better"
-    assert judge(Interval(-1.0, -2.0, -0.1), 0.001) == "worse"
-
-
-def test_wilson_is_scipys_and_never_certain() -> None:
-    for right, items in ((0, 40), (3, 40), (20, 40), (40, 40), (499, 500)):
-        theirs = binomtest(right, items).proportion_ci(method="wilson")
-        ours = wilson(right / items, items)
-        assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
-        assert 0 <= ours.low <= ours.estimate <= ours.high <= 1 and ours.high - ours.low > 0
-    assert all(wilson(0.0, n).low == 0.0 and wilson(1.0, n).high == 1.0 for n in range(1, 300)), "rounding too"
-
-
-# --- the comparison ---------------------------------------------------------------------------------------
-
-
-def test_numbers_worked_out_by_hand(path: Path) -> None:
-    rows = {row.arm: row for row in load_comparison(path).rows}
-    assert list(rows) == ["base", "baseline_lora", "hybrid_grit", "pure_grit"]
+def test_numbers_worked_out_by_hand(few: Path) -> None:
+    rows = {row.arm: row for row in compared(few).rows}
     base, lora, hybrid, pure = rows.values()
+    assert list(rows) == ["base", "baseline_lora", "hybrid_grit", "pure_grit"]
     assert (base.accuracy, base.delta_speed, base.parity, base.differences) == (40.0, 0.0, None, ())
     assert (lora.seeds, lora.accuracy, lora.accuracy_by_seed) == ((0, 1), 70.0, (70.0, 70.0))
     # Speeds: arm 600 tokens in 6 s against 600 in 5 s beside it; hybrid 600 in 4 s: 150 against 120.
@@ -135,140 +136,335 @@ def test_numbers_worked_out_by_hand(path: Path) -> None:
     assert (pure.retention, pure.parity) == (50.0, 99.0)
 
     gained = lora.against("base")
-    assert gained is not None and gained.verdict == "better"
+    assert gained is not None and gained.outcome == "better"
     assert gained.points.estimate == pytest.approx(30) and gained.items == 100
-    # 30 ones among 100 zeros: standard error 4.58 points.
-    assert (gained.points.low, gained.points.high) == pytest.approx((21, 39), abs=1)
     # Two seeds that agree to the item: Student's t with 99 degrees of freedom.
-    assert gained.p_value == pytest.approx(ttest_1samp([1.0] * 30 + [0.0] * 70, 0).pvalue)
+    theirs = ttest_1samp([1.0] * 30 + [0.0] * 70, 0)
+    bounds = [100 * bound for bound in theirs.confidence_interval(0.95)]
+    assert (gained.points.low, gained.points.high) == pytest.approx(bounds) and gained.p_value == pytest.approx(
+        theirs.pvalue
+    )
     assert (gained.level, gained.seeds, gained.by_seed) == ("seeds and items", 2, (30.0, 30.0))
     assert (gained.gained, gained.lost) == (60, 0), "summed over seeds"
 
-    close = hybrid.against("baseline_lora")
-    assert close is not None and close.points.estimate == pytest.approx(2) and close.verdict == "undecided"
-    mixed = pure.against("base")
-    assert mixed is not None and mixed.points.estimate == pytest.approx(-2)
-    assert mixed.points.low < 0 < mixed.points.high and mixed.verdict == "undecided"
+    close, mixed = hybrid.against("baseline_lora"), pure.against("base")
+    assert close is not None and close.points.estimate == pytest.approx(2) and close.outcome == "undecided"
+    assert mixed is not None and mixed.points.low < 0 < mixed.points.high and mixed.outcome == "undecided"
     # 2 gained, 4 lost: 2 * (1 + 6 + 15) / 64.
     assert mixed.p_value == pytest.approx(2 * 22 / 64)
 
-
-def test_verdicts_never_name_a_winner_inside_the_noise(path: Path) -> None:
-    lines = {line.split(":")[0]: line for line in load_comparison(path).verdicts}
+    lines = {line.split(":")[0]: line for line in compared(few).outcomes}
     assert set(lines) == {"baseline_lora", "hybrid_grit", "pure_grit"}
     assert "better than base (+30.0 points" in lines["baseline_lora"]
     assert "undecided against baseline_lora (+2.0 points" in lines["hybrid_grit"]
-    assert "undecided against base (-2.0 points" in lines["pure_grit"]
-    assert "the interval contains zero" in lines["pure_grit"]
-    assert "worse than baseline_lora" in lines["pure_grit"] and "better" not in lines["pure_grit"]
+    assert "contains zero" in lines["pure_grit"] and "better" not in lines["pure_grit"]
 
 
-def test_other_items_are_not_compared(tmp_path: Path) -> None:
-    tree = make_tree(tmp_path / "project")
-    for seed in (0, 1):
-        edit(tree / f"scores/baseline_lora/{seed}/scores.json", test_items_sha256=sha("others"))
-    ingest(tree, tmp_path / "c.db")
-    comparison = load_comparison(tmp_path / "c.db")
-    assert comparison.rows[1].differences == ()
-    assert "not comparable with base" in comparison.verdicts[0]
-    assert "–" in run("--db", str(tmp_path / "c.db")).output
+def test_other_items_and_seeds_without_a_partner_are_not_compared(tree: Path) -> None:
+    edit(tree / "scores/pure_grit/0/scores.json", test_items_sha256=sha("others"))
+    make_arm(tree, "late_grit", 7, correct=[i < 90 for i in range(100)])
+    comparison = compared(stored(tree))
+    rows, lines = (
+        {row.arm: row for row in comparison.rows},
+        dict(zip(comparison.arms[1:], comparison.outcomes, strict=True)),
+    )
+    assert rows["pure_grit"].differences == () and "not comparable with base" in lines["pure_grit"]
+    assert rows["late_grit"].against("base") is not None and rows["late_grit"].against("baseline_lora") is None
+    assert "not comparable with baseline_lora: no run of it with the same seed" in lines["late_grit"]
 
 
-# --- the command ------------------------------------------------------------------------------------------
+def test_pairs_are_of_one_seed_and_share_their_items() -> None:
+    answers = {1: {"a": 1.0, "b": 0.0, "c": 1.0}, 2: {"c": 0.0, "a": 1.0, "b": 1.0}, 3: {"b": 1.0, "d": 1.0, "c": 0.0},
+               4: {}, 5: {"z": 1.0}}  # fmt: skip
+
+    def of(id: int, arm: str, seed: int, items: str = "x") -> Any:
+        return SimpleNamespace(
+            id=id, arm=arm, seed=seed, backend_name="hf", test_items_sha256=items, reference_run_id=1
+        )
+
+    own, others = [of(2, "new", 0), of(3, "new", 7)], [of(3, "old", 7), of(2, "old", 1), of(5, "old", 0, "y")]
+    found = pair(own, "old", others, answers)
+    assert found is not None and found.seeds == (7,) and found.differences.tolist() == [[0, 0, 0]]
+    base = pair(own, "base", [of(1, "base", 0)], answers)
+    assert base is not None and base.seeds == (0, 7) and base.own.tolist() == base.other[:, ::-1].tolist()
+    for partner in (4, 5):  # no answers, no common item
+        assert pair([of(2, "new", 0)], "old", [of(partner, "old", 0)], answers) is None
 
 
-def test_table_in_a_pipe_is_whole_and_plain(path: Path) -> None:
+@pytest.mark.parametrize(("right", "end"), [(40, "high"), (10, "low")])
+def test_a_score_of_several_seeds_stays_between_0_and_100(right: int, end: str) -> None:
+    seeds = [np.full(50, float(end == "high")), np.arange(50) < right]
+    found = credit_interval([{str(i): float(credit) for i, credit in enumerate(own)} for own in seeds])
+    assert found is not None and getattr(found, end) == {"high": 100.0, "low": 0.0}[end]
+    assert 0 <= found.low < found.estimate < found.high <= 100
+
+
+def test_several_seeds_speak_of_seeds_and_one_does_not(path: Path) -> None:
+    comparison = compared(path)
+    rows = {row.arm: row for row in comparison.rows}
+    several, one = rows["hybrid_grit"].against("base"), rows["pure_grit"].against("base")
+    assert several is not None and one is not None
+    assert (several.level, several.seeds) == ("seeds and items", 3) and (one.level, one.seeds) == ("items", 1)
+    assert several.points.low != several.items_only.low and one.points == one.items_only
+    lines = {line.split(":")[0]: line for line in comparison.outcomes}
+    assert "100 items and 3 seeds; over items alone [" in lines["hybrid_grit"]
+    assert "one seed: others may differ" in lines["pure_grit"]
+
+
+def test_speed_is_one_estimate_everywhere(tree: Path) -> None:
+    place = tree / "scores/baseline_lora/0/scores.json"
+    content = json.loads(place.read_text(encoding="utf-8"))["speed"]
+    edit(place, speed=[{**row, "nanoseconds": row["nanoseconds"] * (100 if row["arm"] != "base" else 1)}
+                       for row in content])  # fmt: skip
+    comparison = compared(stored(tree))
+    row = next(row for row in comparison.rows if row.arm == "baseline_lora")
+    criterion = next(c for c in comparison.criteria if (c.arm, c.name) == ("baseline_lora", "speed loss"))
+    assert criterion.estimate is not None and criterion.confidence == 95
+    assert row.delta_speed == criterion.estimate.estimate == pytest.approx(100 * (5 / 6 - 1))
+    assert row.delta_speed_interval == criterion.estimate
+    assert metrics(comparison)["baseline_lora"]["delta_speed_percent"] == row.delta_speed
+    records = {r["arm"]: r for r in csv.DictReader(io.StringIO(as_csv(comparison)))}
+    assert float(records["baseline_lora"]["delta_speed_percent"]) == row.delta_speed
+
+
+# The choice of runs
+
+
+def test_filters_leave_what_is_compared_with(path: Path) -> None:
+    def arms(*arguments: str) -> dict[str, int]:
+        return {row["arm"]: len(row["seeds"]) for row in printed(path, *arguments)["rows"]}
+
+    everything = {"base": 1, "baseline_lora": 3, "hybrid_grit": 3, "pure_grit": 1}
+    assert arms() == arms("--backend", "llama_cpp") == everything
+    assert arms("--arm", "pure_grit") == {"base": 1, "baseline_lora": 3, "pure_grit": 1}
+    assert arms("--arm", "pure_grit", "--arm", "hybrid_grit") == everything
+    assert arms("--seed", "1", "--seed", "2") == {"base": 1, "baseline_lora": 2, "hybrid_grit": 2}
+    assert arms("--arm", "hybrid_grit", "--seed", "0") == {"base": 1, "hybrid_grit": 1, "baseline_lora": 1}
+
+
+def test_a_filtered_comparison_says_so_in_every_format(path: Path) -> None:
+    words = "Only arms base, baseline_lora, pure_grit; seeds 0, 1 of the trained arms; backends llama_cpp"
+    chosen = ("--arm", "pure_grit", "--seed", "1", "--seed", "0", "--backend", "llama_cpp")
+    assert printed(path, *chosen)["filters"] == f"{words}: other runs are left out"
+    for shape in ("md", "table"):
+        assert words.replace("_", "") in " ".join(run(path, *chosen, "--format", shape).output.split()).replace("_", "")
+    assert compared(path).filters == "" and "left out" not in run(path, "--baseline", "hybrid_grit").output
+
+
+def test_another_baseline(path: Path) -> None:
+    comparison = compared(path, baseline="hybrid_grit")
+    assert comparison.arms == ("base", "hybrid_grit", "baseline_lora", "pure_grit")
+    difference = comparison.rows[2].against("hybrid_grit")
+    assert difference is not None and difference.points.estimate == pytest.approx(-4)
+    assert difference.by_seed == pytest.approx((-3, -4, -5)) and difference.lost == 12
+    assert {c.threshold for c in comparison.criteria if c.arm == "pure_grit"} >= {"AQI accuracy above hybrid_grit"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--baseline", "pure_grid"], ["'pure_grid'", "did you mean 'pure_grit'?", "baseline_lora, hybrid_grit"]),
+        (["--arm", "hybird_grit"], ["did you mean 'hybrid_grit'?"]),
+        (["--seed", "9"], ["'9'", "Available: 0, 1, 2"]),
+        (["--backend", "olama", "--arm", "x"], ["'olama'", "Available: llama_cpp", "'x'"]),
+        (["--all-tasks", "--task", "aqi"], ["expected one of --task and --all-tasks"]),
+    ],
+)
+def test_unknown_names_are_told_with_those_that_exist(path: Path, arguments: list[str], words: list[str]) -> None:
+    done = run(path, *arguments)
+    assert done.exit_code == 2 and all(word in done.output for word in words), done.output
+
+
+def test_nothing_to_compare_names_the_command(tmp_path: Path) -> None:
+    missing = run(tmp_path / "none.db")
+    assert missing.exit_code == 2 and "dvc repro" in missing.output
+    (tmp_path / "project").mkdir()
+    empty = run(stored(tmp_path / "project"))
+    assert empty.exit_code == 2 and "dvc repro" in empty.output
+    (tmp_path / "text.db").write_text("hello " * 500, encoding="utf-8")
+    assert run(tmp_path / "text.db").exit_code == 1
+
+
+def test_the_number_of_queries_does_not_grow_with_the_runs(tree: Path, path: Path, tmp_path: Path) -> None:
+    for seed in range(3, 9):
+        make_arm(tree, "hybrid_grit", seed, correct=[i < 70 for i in range(100)])
+    ingest(tree, tmp_path / "more.db")
+
+    def queries(database: Path) -> int:
+        seen: list[str] = []
+
+        def count(_connection: object, _cursor: object, statement: str, *_rest: object) -> None:
+            seen.append(statement)
+
+        event.listen(Engine, "before_cursor_execute", count)
+        try:
+            load_report(database, detail=True)
+        finally:
+            event.remove(Engine, "before_cursor_execute", count)
+        return len(seen)
+
+    assert 5 < queries(path) == queries(tmp_path / "more.db")
+
+
+# Formats
+
+
+def test_tables_fit_a_hundred_columns_whole_and_plain(path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "evaluation.compare_all", "--db", str(path)],
         capture_output=True, text=True, cwd=ROOT, check=True, encoding="utf-8",
         env={"PATH": "/usr/bin", "NO_COLOR": "1", "COLUMNS": "40", "PYTHONIOENCODING": "utf-8"},
     )  # fmt: skip
     lines = done.stdout.splitlines()
-    row = next(line for line in lines if "baseline_lora_model" in line)
-    values = [cell.strip() for cell in row.split("│")[1:-1]]
-    assert values[:3] == ["baseline_lora_model", "2", "70.0"]
-    assert values[3].startswith("+30.0 [+2") and values[3].endswith("]")
-    assert values[4:] == ["80.0", "100.0", "-16.7 [too few]", "99.0", "plain AdamW"]
+    first = next(line for line in lines if line.startswith(" baseline_lora"))
+    assert first.split() == ["baseline_lora", "70.0", "+30.0", "80.0", "100.0", "plain", "AdamW"]
+    sentences = ("baseline_lora: ", "hybrid_grit: ", "pure_grit: ", "With ", "Differences ", "3 arms", "Δ speed ")
+    assert max(len(line.rstrip()) for line in lines if not line.startswith(sentences)) <= 100
     assert "\x1b" not in done.stdout and "…" not in done.stdout
-    assert sum(line.startswith(("baseline_lora: ", "hybrid_grit: ", "pure_grit: ")) for line in lines) == 3
-    assert any("decode equally fast" in line and "noise" in line for line in lines)
+    assert any(line.startswith("hybrid_grit: ▲ significantly better than base (") for line in lines)
 
 
-def test_json_csv_and_markdown_say_the_same(path: Path) -> None:
-    content: dict[str, Any] = json.loads(run("--db", str(path), "--format", "json").output)
-    records = list(csv.DictReader(io.StringIO(run("--db", str(path), "--format", "csv").output)))
-    text = run("--db", str(path), "--format", "md").output
+def test_criteria_in_every_format(path: Path) -> None:
+    content = printed(path)
+    found = {(c["arm"], c["name"]): c for c in content["criteria"]}
+    assert found["hybrid_grit", "accuracy gain"]["outcome"] == "pass"
+    assert found["pure_grit", "above the baseline"]["outcome"] == "undecided"
+    assert ("baseline_lora", "above the baseline") not in found
+    # 20 of the base's 50 right: 40% kept.
+    kept = found["pure_grit", "retention kept"]
+    assert kept["estimate"]["estimate"] == pytest.approx(40) and kept["outcome"] == "fail"
+    # Two repetitions of one seed cannot give a 95% interval.
+    few = found["pure_grit", "speed loss"]
+    assert (few["outcome"], few["confidence"]) == ("undecided", 50)
+    assert found["baseline_lora", "speed loss"]["outcome"] == "fail", "5/6 of the base's speed in all six"
+
+    records = {r["arm"]: r for r in csv.DictReader(io.StringIO(run(path, "--format", "csv").output))}
+    assert records["pure_grit"]["criterion_retention_kept"] == "fail"
+    assert float(records["pure_grit"]["retention_share_percent"]) == pytest.approx(40)
+    assert records["hybrid_grit"]["criterion_accuracy_gain"] == "pass" and records["base"]["verdict"] == ""
+    assert float(records["hybrid_grit"]["lead_points"]) == pytest.approx(4)
+    assert records["hybrid_grit"]["level"] == "seeds and items"
+
+    text = run(path, "--format", "md").output
+    rows = {row[0]: row for row in table(text, "Findings")}
+    assert rows["retention kept (retention &gt; 70% of the base's)"][3].startswith("fail (40.0 [")
+    assert "| +3.0 (seed 0), +4.0 (seed 1), +5.0 (seed 2) |" in text
+    assert rows["speed loss (Δ speed &gt; -10%)"][3].endswith("; 50% interval)")
+
+
+def test_json_csv_and_markdown_say_the_same(few: Path) -> None:
+    content, text = printed(few), run(few, "--format", "md").output
+    records = list(csv.DictReader(io.StringIO(run(few, "--format", "csv").output)))
     assert [row["arm"] for row in content["rows"]] == [record["arm"] for record in records]
     for row, record in zip(content["rows"][1:], records[1:], strict=True):
-        points = row["differences"][0]["points"]
-        assert float(record["delta_aqi_points"]) == points["estimate"]
-        assert float(record["delta_aqi_low"]) == points["low"] <= points["estimate"]
-        assert record["verdict"] == row["differences"][0]["verdict"]
+        found = row["differences"][0]
+        points = found["points"]
+        assert (
+            float(record["delta_aqi_points"]) == points["estimate"] and float(record["delta_aqi_low"]) == points["low"]
+        )
+        assert record["verdict"] == found["verdict"]
         shown = f"{points['estimate']:+.1f} [{points['low']:+.1f}, {points['high']:+.1f}]"
-        assert f"| {row['model_name']} | {len(row['seeds'])} | {row['accuracy']:.1f} | {shown} |" in text
+        assert f"| {shown} ({found['verdict']}; p = {found['p_holm']:.2g}) |" in text
     assert content["runs"][0]["packages"] == {"peft": "0.21.2", "torch": "2.13.0"}
-    assert content["verdicts"] == list(load_comparison(path).verdicts)
+    assert content["verdicts"] == list(compared(few).outcomes)
 
 
-def test_report_holds_metrics_parity_and_provenance(path: Path, tmp_path: Path) -> None:
+def test_json_has_words_for_numbers_that_json_does_not_have(few: Path) -> None:
+    whole = compared(few)
+    row = replace(whole.rows[1], accuracy=math.nan, accuracy_by_seed=(70.0, math.inf), metrics={("a", "b"): -math.inf})
+    content = json.loads(as_json(replace(whole, rows=(row,))), parse_constant=pytest.fail)
+    found = content["rows"][0]
+    assert (found["accuracy"], found["accuracy_by_seed"], found["metrics"]) == ("nan", [70.0, "inf"], {"a/b": "-inf"})
+
+
+def test_the_report_holds_metrics_parity_and_provenance(few: Path, tmp_path: Path) -> None:
     target = tmp_path / "new" / "report.md"
-    assert run("--db", str(path), "--report", str(target)).exit_code == 0
+    assert run(few, "--report", str(target)).exit_code == 0
     text = target.read_text(encoding="utf-8")
-    assert "| retention | retention/addition | – | – | 0.8 | 0.8 | 0.8 | 0.5 |" in text
-    assert "| test | aqi_mae | AQI points | lower | 4.5 |" in text
-    assert "| hf/base+adapter_gguf | – | 99.0 | 99.0 | 99.0 |" in text
-    assert "| base | 0 | abc123 | no | llama_cpp 0.3.36 | cpu: Some CPU | 3.11.7 | 2026-11-21T03:30" in text
+    assert "| retention/addition | retention | – | – | 0.8 | 0.8 | 0.8 | 0.5 |" in text
+    assert "| aqi_mae | test | AQI points | lower | 4.5 |" in text
+    head, *rows = table(text, "Parity of the exported models")
+    assert head[1:4] == ["Worst seed", "Same token ids", "All ways answer alike"] and rows[0][3] == "99.0"
+    assert "| abc123 | no | llama_cpp 0.3.36 | cpu: Some CPU | 2026-11-21 03:30 UTC |" in text
     assert "torch 2.13.0" in text and "undecided against base" in text
-    write_report(target, load_comparison(path))
+    assert run(few, "--report", str(target)).exit_code == 0
     assert target.read_text(encoding="utf-8") == text, "the same results make the same report"
     assert [p.name for p in target.parent.iterdir()] == ["report.md"]
+    done = run(few, "--report", str(few / "report.md"))
+    assert done.exit_code == 1 and "name another" in done.output
 
 
-def test_nan_metrics_are_shown_as_such(tmp_path: Path) -> None:
-    tree = make_tree(tmp_path / "project")
+def test_metrics_that_could_not_be_computed_are_said(few: Path) -> None:
+    tree = few.parent / "project"
     scores = tree / "scores/baseline_lora/0/scores.json"
-    metrics = json.loads(scores.read_text(encoding="utf-8"))["metrics"]
-    metrics[1]["value"] = float("nan")
-    edit(scores, metrics=metrics)
-    ingest(tree, tmp_path / "c.db")
-    content = json.loads(run("--db", str(tmp_path / "c.db"), "--format", "json").output)
+    known = json.loads(scores.read_text(encoding="utf-8"))["metrics"]
+    edit(scores, metrics=[known[0], known[1] | {"value": math.nan}, *known[2:]])
+    content = printed(stored(tree))
     assert content["rows"][1]["metrics"]["test/aqi_mae"] == "nan"
     assert any("could not be computed" in note for note in content["notes"])
 
 
-def test_svg_is_a_picture_of_the_table(path: Path, tmp_path: Path) -> None:
-    assert run("--db", str(path), "--svg", str(tmp_path / "t.svg")).exit_code == 0
+def test_svg_is_a_picture_of_the_table(few: Path, tmp_path: Path) -> None:
+    assert run(few, "--svg", str(tmp_path / "t.svg")).exit_code == 0
     assert "url(" not in (tmp_path / "t.svg").read_text().replace("url(#", "")  # nothing from a network
     tree = ElementTree.parse(tmp_path / "t.svg")
-    assert tree.getroot().tag.endswith("svg")
-    words = "".join(tree.getroot().itertext()).replace("\xa0", " ")
-    assert "baseline_lora_model" in words and "undecided" in words
+    seen = "".join(tree.getroot().itertext()).replace("\xa0", " ")
+    assert "baseline_lora_model" in seen and "undecided" in seen
 
 
-def test_a_report_that_cannot_be_written_is_an_error_in_words(path: Path) -> None:
-    done = run("--db", str(path), "--report", str(path / "report.md"))
-    assert done.exit_code == 1 and "name another" in done.output
-
-
-def test_nothing_to_compare_names_the_command(tmp_path: Path) -> None:
-    missing = run("--db", str(tmp_path / "none.db"))
-    assert missing.exit_code == 2 and "dvc repro" in missing.output
-    (tmp_path / "project").mkdir()
-    ingest(tmp_path / "project", tmp_path / "empty.db")
-    empty = run("--db", str(tmp_path / "empty.db"))
-    assert empty.exit_code == 2 and "dvc repro" in empty.output
-    (tmp_path / "text.db").write_text("hello " * 500, encoding="utf-8")
-    assert run("--db", str(tmp_path / "text.db")).exit_code == 1
-
-
-def test_the_command_loads_nothing_heavy() -> None:
-    heavy = ("torch", "transformers", "scipy", "pandas", "alembic", "pydantic")
-    code = f"import sys, evaluation.compare_all; print([m for m in {heavy!r} if m in sys.modules])"
+def test_the_command_loads_nothing_heavy(few: Path) -> None:
+    heavy = ("torch", "transformers", "scipy.stats", "pandas", "altair", "jinja2")
+    code = (
+        f"import sys; from evaluation.compare_all import app; app(['--db', {str(few)!r}], standalone_mode=False); "
+        f"print([m for m in {heavy!r} if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
-# --- what is served -----------------------------------------------------------------------------------------
+# Retention and alignment
+
+
+def test_retention_and_alignment_have_sections_where_measured(path: Path, tmp_path: Path) -> None:
+    text = run(path, "--format", "md").output
+    kept = {row[0]: row[1:] for row in table(text, "Retention and forgetting")}
+    assert kept["kept of the base's, same items [95%]"][:3] == ["100.0", "–", "–"]
+    assert kept["kept of the base's, same items [95%]"][3].startswith("40.0 [")
+    assert kept["addition"][0] == "80.0" and kept["base"][0] == "3.25"
+    assert kept["pure_grit"] == ["4.5", "1.75"] and "answers of the retention questions" in text
+    rows = table(text, "Alignment Quality Index")
+    assert rows[1][:7] == ["base", "0", "0.500 [0.400, 0.600]", "0.020 [0.010, 0.050]", "0.001", "–", "–"]
+    assert rows[-1][5:7] == ["+0.400 [+0.300, +0.500]", "0.002"] and rows[-1][-1] == "0.33"
+    assert [line.split(", p = ")[0] for line in compared(path).alignment] == [
+        "baseline_lora: changed against base, but the seeds disagree about the direction",
+        "hybrid_grit: undecided against base",  # though the interval excludes zero
+        "pure_grit: significantly further apart than in base",
+    ]
+    assert "pure_grit: significantly further apart than in base, p = 0.002 (1 seed" in text
+    plain = run(stored(make_tree(tmp_path / "plain/project")), "--format", "md").output
+    assert "Alignment Quality Index" not in plain and "## Quantization" not in plain and "## Served" not in plain
+
+
+@pytest.mark.parametrize(
+    ("p_values", "words"),
+    [
+        ((0.02, 0.02), "significantly further apart than in base, p = 0.04 (2 seeds"),
+        ((0.04, 0.04), "undecided against base, p = 0.08 (2 seeds"),
+        ((0.9, 0.9), "undecided against base, p = 1 (2 seeds"),
+        ((0.001, None), "not judged against base: not finite for every seed (2 seeds"),
+    ],
+)
+def test_whether_the_alignment_index_differs_rests_on_p_values(
+    tmp_path: Path, p_values: tuple[float, float | None], words: str
+) -> None:
+    tree = make_tree(tmp_path / "project")
+    for seed, p_value in enumerate(p_values):
+        add_rows(tree, "baseline_lora", seed, metrics=alignment(0.9, 0.4, p_value), retained=[])
+    (line,) = compared(stored(tree)).alignment
+    assert line.startswith(f"baseline_lora: {words}")
+
+
+# What is served
 
 
 @pytest.fixture
@@ -299,19 +495,11 @@ def served(tmp_path: Path) -> Path:
         for r, ms in enumerate(times)
     ]
     edit(scores, speed=speed)
-    ingest(tree, tmp_path / "c.db")
-    return tmp_path / "c.db"
-
-
-def section(text: str, title: str) -> list[list[str]]:
-    """Cells of the table below a heading, the header first."""
-    block = text.split(f"## {title}\n")[1].split("\n## ")[0]
-    lines = [line for line in block.splitlines() if line.startswith("| ") and "---" not in line]
-    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+    return stored(tree)
 
 
 def test_precisions_worked_out_by_hand(served: Path) -> None:
-    f16, q8, q4 = load_comparison(served).precisions
+    f16, q8, q4 = compared(served).precisions
     assert [row.type for row in (f16, q8, q4)] == ["f16", "q8_0", "q4_K_M"] and q8.seeds == (0, 1)
     assert f16.accuracy is not None and f16.accuracy.estimate == pytest.approx(70)
     theirs = binomtest(70, 100).proportion_ci(method="wilson")
@@ -329,74 +517,76 @@ def test_precisions_worked_out_by_hand(served: Path) -> None:
 
 
 def test_a_precision_of_one_seed_is_held_against_that_seeds_f16(tmp_path: Path) -> None:
-    """f16 is right on 70 items with seed 0 and on 50 with seed 1; q8_0, measured with seed 1 alone, on 45."""
     tree = make_tree(tmp_path / "project")
     f16 = {seed: [i < right for i in range(100)] for seed, right in ((0, 70), (1, 50))}
     make_quantized(tree, "baseline_lora", 0, rows={"f16": (f16[0], 1.0)})
     make_quantized(tree, "baseline_lora", 1, rows={"f16": (f16[1], 1.0), "q8_0": ([i < 45 for i in range(100)], 0.8)})
-    quantized = tree / "quantized/baseline_lora/0/quantized.json"
-    rows = json.loads(quantized.read_text(encoding="utf-8"))["rows"]
-    edit(quantized, rows=[{**rows[0], "bytes": 20_000_000}])
-    ingest(tree, tmp_path / "c.db")
-    both, one = load_comparison(tmp_path / "c.db").precisions
+    database = stored(tree)
+    both, one = compared(database).precisions
     assert (both.seeds, one.seeds) == ((0, 1), (1,))
-    assert both.accuracy is not None and both.accuracy.estimate == pytest.approx(60) and both.megabytes == 18
+    assert both.accuracy is not None and both.accuracy.estimate == pytest.approx(60)
     assert one.accuracy is not None and one.accuracy.estimate == pytest.approx(45) and one.answers_equal == 80
     assert one.delta is not None and one.delta.estimate == pytest.approx(-5) and (one.gained, one.lost) == (0, 5)
-    text = run("--db", str(tmp_path / "c.db"), "--format", "md").output
-    _, first, second = section(text, "Quantization")
-    assert (first[2], second[2]) == ("0, 1", "1") and "lines with other seeds are not to be held" in text
+    assert "do not compare lines with different seeds" in run(database, "--format", "md").output
 
 
 def test_the_report_shows_what_is_served(served: Path) -> None:
-    text = run("--db", str(served), "--format", "md").output
-    head, f16, q8, q4 = section(text, "Quantization")
-    assert head[:5] == ["Model", "Type", "Which seeds", "Size MB", "Bits per weight"]
-    assert f16[:5] == ["baseline_lora_model", "f16", "0, 1", "16.00", "16.00"]
-    assert f16[6:] == ["–", "–", "100.0", "0 of 20"]
-    assert q8[1] == "q8_0" and q8[5].startswith("70.0 [60.") and q8[7:] == ["1, 2", "91.0", "0 of 20"]
-    assert q4[6].startswith("-20.0 [-2") and q4[-1] == "13 of 20"
-    assert "Fallback tensors have rows" in text and "lines with other seeds" not in text
+    text = run(served, "--format", "md").output
+    _, f16, q8, q4 = table(text, "Quantization")
+    assert f16[:4] == ["baseline_lora (seeds 0, 1)", "f16", "16.00", "16.00"]
+    assert f16[5:] == ["–", "–", "100.0", "0 of 20"]
+    assert q8[1] == "q8_0" and q8[4].startswith("70.0 [60.") and q8[6:] == ["1, 2", "91.0", "0 of 20"]
+    assert q4[5].startswith("-20.0 [-2") and q4[-1] == "13 of 20"
+    assert "Fallback tensors have rows" in text and "different seeds" not in text
 
-    _, base, merged, blind, old, refused = section(text, "Served as trained")
-    assert base == ["base_model", "0", "llama_cpp 0.3.36", "merged", "20", "100.0", "100.0", "100.0", "–", "–", "–"]
-    assert merged[3] == "merged" and merged[8:10] == ["–", "–"]
-    assert blind[7:10] == ["95.0", "95.0", "NO"]
-    assert blind[10] == "prompt 3: token 2 \\| differs Likely cause: scale", "a model's words cannot end a cell"
-    assert old[4:8] == ["20", "not told", "not told", "100.0"]
-    assert refused[2:6] == ["ollama 0.32.0", "adapter", "not supported", "–"] and "by this server" in refused[10]
+    _, base, merged, blind, old, refused = table(text, "Served as trained")
+    assert base == ["base (seed 0)", "llama_cpp 0.3.36", "merged", "20", "100.0", "100.0", "100.0", "–", "–"]
+    assert merged[2] == "merged" and merged[7:9] == ["–", "–"] and blind[6:9] == ["95.0", "95.0", "NO"]
+    assert "prompt 3: token 2 \\| differs Likely cause: scale" in text, "a model's words cannot end a cell"
+    assert old[3:7] == ["20", "not told", "not told", "100.0"]
+    assert refused[1:5] == ["ollama 0.32.0", "adapter", "not supported", "–"] and "by this server" in text
 
-    phases = {(row[0], row[2]): row[3:] for row in section(text, "Speed by phase")[1:]}
+    phases = {(row[0], row[2]): row[3:] for row in table(text, "Speed by phase")[1:]}
     # load has no tokens: one for each repetition (the other seed took 1 s); ttft is a sum over 4 requests.
-    assert phases["baseline_lora_model", "load"] == ["ms", "275.00 [200.00, 1000.00]", "87.5", "4"]
-    assert phases["baseline_lora_model", "ttft"] == ["ms", "15.00 [10.00, 20.00]", "75.0", "3"]
-    assert phases["baseline_lora_model", "prefill"] == ["tokens/s", "4000 [2000, 8000]", "75.0", "3"]
-    assert phases["base_model", "decode"][0] == "tokens/s" and ("base_model", "ttft") not in phases
-
-
-def test_the_command_prints_what_is_served(served: Path) -> None:
-    lines = run("--db", str(served)).output.splitlines()
-    q4 = next(line for line in lines if "q4_K_M" in line)
-    assert [cell.strip() for cell in q4.split("│")[1:5]] == ["baseline_lora_model", "q4_K_M", "0, 1", "4.50"]
-    assert any("not supported" in line for line in lines) and any("│" in line and " NO " in line for line in lines)
-    assert any(line.startswith("baseline_lora_model seed 0, llama_cpp 0.3.36, adapter: prompt 3") for line in lines)
-    assert not any("…" in line for line in lines)
-    content = json.loads(run("--db", str(served), "--format", "json").output)
+    assert phases["baseline_lora", "Load"] == ["275.00 [200.00, 1000.00] ms", "87.5", "4"]
+    assert phases["baseline_lora", "Time to first token"] == ["15.00 [10.00, 20.00] ms", "75.0", "3"]
+    assert phases["baseline_lora", "Prefill"] == ["4000 [2000, 8000] tokens/s", "75.0", "3"]
+    assert ("base", "Time to first token") not in phases
+    shown = run(served).output
+    assert "q4_K_M" in shown and " NO" in shown and "not supported by this server" in shown and "…" not in shown
+    content = printed(served)
     assert [row["type"] for row in content["precisions"]] == ["f16", "q8_0", "q4_K_M"]
-    assert len(content["served"]) == 5 and content["runs"][0]["serving_mode"] == "merged"
-    assert {row["phase"] for row in content["phases"]} == {"load", "ttft", "prefill", "decode"}
+    assert len(content["served"]) == 5 and {row["phase"] for row in content["phases"]} == {
+        "load", "ttft", "prefill", "decode"}  # fmt: skip
 
 
-def test_results_without_precisions_have_no_such_sections(path: Path) -> None:
-    text = run("--db", str(path), "--format", "md").output
-    assert "## Quantization" not in text and "## Served as trained" not in text
-    assert "Fallback" not in run("--db", str(path)).output
+# What DVC shows
 
 
-def test_json_has_words_for_numbers_that_json_does_not_have(path: Path) -> None:
-    whole = load_comparison(path)
-    row = replace(whole.rows[1], accuracy=math.nan, accuracy_by_seed=(70.0, math.inf), metrics={("a", "b"): -math.inf})
-    content = json.loads(as_json(replace(whole, rows=(row,), runs=whole.runs * 2)), parse_constant=pytest.fail)
-    found = content["rows"][0]
-    assert (found["accuracy"], found["accuracy_by_seed"], found["metrics"]) == ("nan", [70.0, "inf"], {"a/b": "-inf"})
-    assert content["runs"] == [*whole.runs, *whole.runs], "each once, none cut in two"
+def test_what_dvc_shows_is_what_the_comparison_says(few: Path, tmp_path: Path) -> None:
+    report = load_report(few, detail=True)
+    found = metrics(report.comparison)
+    assert list(found) == list(report.comparison.arms) and "delta_aqi" not in found["base"]
+    for row in report.comparison.rows:
+        assert found[row.arm]["aqi_accuracy"] == row.accuracy
+        for d in row.differences:
+            name = "delta_aqi" if d.against == "base" else f"aqi_against_{d.against}"
+            assert (found[row.arm][f"{name}_low"], found[row.arm][f"{name}_verdict"]) == (d.points.low, d.outcome)
+    gaps = replace(report.comparison.rows[1], retention=None, decode_speed=math.nan)
+    assert (
+        not {"retention_accuracy", "decode_speed"} & metrics(replace(report.comparison, rows=(gaps,)))[gaps.arm].keys()
+    )
+
+    write_tracked(tmp_path / "metrics.json", tmp_path, report)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == found
+
+    def lines(name: str) -> list[dict[str, str]]:
+        return list(csv.DictReader(io.StringIO((tmp_path / f"{name}.csv").read_text(encoding="utf-8"))))
+
+    for row, line in zip(report.comparison.rows, lines("accuracy"), strict=True):
+        assert row.accuracy_interval is not None
+        bounds = (row.accuracy_interval.low, row.accuracy_interval.high)
+        assert (float(line["low"]), float(line["high"])) == pytest.approx(bounds)
+    assert len(lines("differences")) == sum(len(row.differences) for row in report.comparison.rows) > 0
+    assert {"step": "10", "arm": "pure_grit", "seed": "0", "loss": "1.5"} in lines("train_loss")
+    assert {"step": "10", "arm": "pure_grit", "seed": "0", "loss": "1.2"} in lines("eval_loss")

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from evaluation.markdown import cell, grid, interval, number, significant
-from evaluation.statistics import Interval
-from tests.evaluation.test_compare_all import edit, ingest, make_tree, make_verified, run, verification
+from db.ingest import ingest
+from evaluation.report.markdown import escaped, grid
+from evaluation.report.text import interval, number, significant
+from evaluation.statistics.intervals import Interval
+from tests.db.result_tree import edit, make_tree, make_verified, verification
+from tests.evaluation.test_compare_all import run
 
 SAID = [
     "</s>",
@@ -38,8 +41,6 @@ SAID = [
 
 
 class Reader(HTMLParser):
-    """Tags and text of a page."""
-
     def __init__(self, page: str) -> None:
         super().__init__()
         self.tags: set[str] = set()
@@ -59,18 +60,17 @@ class Reader(HTMLParser):
 @pytest.mark.parametrize("text", SAID)
 def test_a_cell_is_read_back_as_it_was_said(text: str) -> None:
     markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
-    page = Reader(markdown.render(grid(["A", "B"], [[text, "after"]]) + f"\n\n- {cell(text)}\n\n[1] [l]\n"))
+    page = Reader(markdown.render(grid(["A", "B"], [[text, "after"]]) + f"\n\n- {escaped(text)}\n\n[1] [l]\n"))
     assert page.tags == {"table", "thead", "tbody", "tr", "th", "td", "ul", "li", "p"}
     assert page.cells[0] == text and page.cells[1].startswith("after")
-    line = markdown.render(f"- {cell('note: ' + text)}")
+    line = markdown.render(f"- {escaped('note: ' + text)}")
     assert html.unescape(line) == f"<ul>\n<li>note: {text}</li>\n</ul>\n"
 
 
-@pytest.mark.parametrize(
-    "text", ["base_model", "baseline_lora_model", "+30.0 [+21.0, +39.0]", "Points [95%]", "q4_K_M"]
-)
-def test_names_and_numbers_stay_readable_in_the_file(text: str) -> None:
-    assert cell(text) == text
+def test_names_and_numbers_stay_readable_in_the_file() -> None:
+    for text in ("base_model", "baseline_lora_model", "+30.0 [+21.0, +39.0]", "Points [95%]", "q4_K_M"):
+        assert escaped(text) == text
+    assert escaped("a\n| b\r\n\n# c") == "a \\| b # c"
 
 
 @pytest.mark.parametrize(
@@ -88,17 +88,13 @@ def test_an_interval_that_could_not_be_computed_is_words() -> None:
     assert (significant(math.nan), significant(None), significant(0.00123456)) == ("not finite", "–", "0.001235")
 
 
-def test_line_breaks_do_not_end_a_cell() -> None:
-    assert cell("a\n| b\r\n\n# c") == "a \\| b # c"
-
-
 def test_a_models_words_are_text_in_the_report(tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "project")
     said = "prompt 1: expected '</s>', came '<img onerror=x> [l](https://example.org) a\\|b'"
     make_verified(tree, "base", rows=[verification("llama_cpp", "merged", first_difference=said)])
     edit(tree / "scores/base/0/run.json", packages={"torch": "<b>1</b>"})
     ingest(tree, tmp_path / "c.db")
-    text = run("--db", str(tmp_path / "c.db"), "--format", "md").output
+    text = run(tmp_path / "c.db", "--format", "md").output
     page = MarkdownIt("commonmark").enable("table").render(text)
     assert not re.search(r"<(img|a|b|s)\b|</s>", page)
     assert said in html.unescape(page) and "torch <b>1</b>" in html.unescape(page)

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from db import queries
-from db.queries_compare import Choice, chosen_runs
-from db.session import open_session
+from evaluation.report.browser import DISPUTED
 from tests.evaluation import page_tree
 from tests.evaluation.page_browser import draw_all, opened
 from tests.evaluation.page_report import Report, contrast, hexed, luminance, palette, report
+from tests.evaluation.task_tree import ITEMS, credits_of
 
 
 def test_it_opens_without_an_error_or_a_request_and_draws_every_chart(browser: Any, full: Report) -> None:
@@ -30,15 +29,8 @@ def test_it_opens_without_an_error_or_a_request_and_draws_every_chart(browser: A
         assert page.deeds.messages == [] and page.deeds.requests == []
 
 
-def test_charts_far_below_are_not_drawn_at_the_start(browser: Any, full: Report) -> None:
-    with opened(browser, full.file) as page:
-        page.wait_for_selector("[data-chart='difference-0'][data-state='drawn']")
-        assert page.locator("[data-chart='precisions']").get_attribute("data-state") is None
-
-
 @pytest.mark.parametrize("width", [1280, 390])
 def test_drawing_moves_nothing(browser: Any, full: Report, width: int) -> None:
-    """What lies below a chart stays where it is when that is drawn or drawn anew: a click must not miss its goal."""
     where = """() => [...document.querySelectorAll("main section[id], figcaption, [data-part='disputed']")]
         .map((e) => Math.round(e.getBoundingClientRect().top + scrollY))"""
     with opened(browser, full.file, width=width) as page:
@@ -64,9 +56,8 @@ def test_drawing_moves_nothing(browser: Any, full: Report, width: int) -> None:
 
 
 def test_an_interval_is_drawn_where_it_lies(browser: Any, full: Report) -> None:
-    """The ends of the bar, the point and the line at zero stand to each other in pixels as in numbers."""
     with opened(browser, full.file) as page:
-        page.wait_for_selector("[data-chart='difference-1'][data-state='drawn']")
+        drawn(page, "difference-1")
         rules, points = (
             page.eval_on_selector_all(
                 f"[data-chart='difference-1'] g.{kind}.role-mark > *",
@@ -76,7 +67,7 @@ def test_an_interval_is_drawn_where_it_lies(browser: Any, full: Report) -> None:
             for kind in ("mark-rule", "mark-symbol")
         )
     zero = next(left for left, _, _, width in rules if width < 3)
-    drawn = {
+    shown = {
         (round(p, 1), *bar[:2])
         for p in [(left + right) / 2 for left, right, _, _ in points]
         for bar in rules
@@ -86,19 +77,18 @@ def test_an_interval_is_drawn_where_it_lies(browser: Any, full: Report) -> None:
         found = next(row.against("baseline_lora") for row in full.comparison.rows if row.arm == arm)
         assert found is not None
         d = found.points
-        shares = [(point - left) / (right - left) for point, left, right in drawn]
+        shares = [(point - left) / (right - left) for point, left, right in shown]
         assert any(share == pytest.approx((d.estimate - d.low) / (d.high - d.low), abs=0.02) for share in shares)
-        zeros = [(zero - left) / (right - left) for _, left, right in drawn]
+        zeros = [(zero - left) / (right - left) for _, left, right in shown]
         assert any(share == pytest.approx(-d.low / (d.high - d.low), abs=0.02) for share in zeros)
 
 
 def test_the_filter_shows_the_disagreements_that_the_data_have(browser: Any, full: Report) -> None:
     marks: dict[tuple[str, str], set[bool]] = {}
-    with open_session(full.database) as session:
-        for run in chosen_runs(session, Choice()):
-            if run.seed == 0:
-                for sample in queries.samples(session, [run.id]):
-                    marks.setdefault((sample.split, sample.item_id), set()).add(sample.correct)
+    seeds = {run.id: run.seed for run in full.report.results.runs}
+    for run_id, samples in full.report.results.samples.items():
+        for sample in samples if seeds[run_id] == 0 else ():
+            marks.setdefault((sample.split, sample.item_id), set()).add(sample.correct)
     expected = sum(len(right) == 2 for right in marks.values())
     assert 20 < expected < len(marks)
     with opened(browser, full.file) as page:
@@ -132,23 +122,6 @@ def test_search_seed_task_and_outcome_narrow_the_items(browser: Any, full: Repor
         assert counted(page) == page_tree.ITEMS
         page.locator(".outcomes label", has_text="pure_grit").locator("select").select_option("0")
         assert counted(page) == page_tree.ITEMS - page_tree.RIGHT["pure_grit"] + 3
-
-
-def test_the_next_page_begins_at_its_top_and_its_button_keeps_the_focus(browser: Any, full: Report) -> None:
-    with opened(browser, full.file) as page:
-        on = page.get_by_role("button", name="Next")
-        on.scroll_into_view_if_needed()
-        last = int(page.locator("[data-part='pages']").inner_text().split()[-1])
-        for turn in range(last):
-            page.locator(".sample").last.scroll_into_view_if_needed()
-            on.focus()
-            page.keyboard.press("Enter")
-            assert page.locator("[data-part='pages']").inner_text() == f"Page {min(turn + 2, last)} of {last}"
-            if turn + 2 <= last:
-                top = page.locator(".sample").first.bounding_box()["y"]
-                assert 0 <= top < 200, turn
-            assert page.evaluate("document.activeElement.textContent") == "Next"
-        assert on.get_attribute("aria-disabled") == "true"
 
 
 def test_a_choice_redraws_its_charts_only(browser: Any, full: Report) -> None:
@@ -214,7 +187,7 @@ def test_a_phone_need_not_scroll_sideways(browser: Any, name: str, width: int) -
 
 def test_dark_mode_is_dark_and_can_be_read(browser: Any, full: Report) -> None:
     with opened(browser, full.file, scheme="dark") as page:
-        page.wait_for_selector("[data-chart='difference-0'][data-state='drawn']")
+        drawn(page, "difference-0")
         ground, ink = (
             page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color")
         )
@@ -231,13 +204,6 @@ def test_dark_mode_is_dark_and_can_be_read(browser: Any, full: Report) -> None:
         )
 
 
-def test_a_database_of_the_base_alone_opens(browser: Any, base_only: Report) -> None:
-    with opened(browser, base_only.file) as page:
-        draw_all(page)
-        assert counted(page) == page_tree.ITEMS + page_tree.KEPT_ITEMS
-        assert page.deeds.messages == [] and page.deeds.requests == []
-
-
 def test_it_can_be_used_without_seeing_it(browser: Any, full: Report) -> None:
     with opened(browser, full.file) as page:
         levels = page.eval_on_selector_all("h1, h2, h3", "all => all.map((h) => Number(h.tagName[1]))")
@@ -250,12 +216,53 @@ def test_it_can_be_used_without_seeing_it(browser: Any, full: Report) -> None:
         for control in page.locator("select, input").all():
             assert control.evaluate("(e) => e.labels.length && e.labels[0].textContent.trim().length > 0")
         page.keyboard.press("Tab")
-        assert page.evaluate("document.activeElement.textContent") == "Skip to the verdict"
+        assert page.evaluate("document.activeElement.textContent") == "Skip to the findings"
         box = page.get_by_label("Only where models disagree")
         box.focus()
         before = counted(page)
         page.keyboard.press("Space")
         assert counted(page) < before
+
+
+def test_the_browser_of_answers_shows_credit_and_finds_by_it(browser: Any) -> None:
+    given = [credits_of(arm, 0, shift) for arm, shift in (("base", 0.0), ("baseline_lora", 0.05), ("pure_grit", 0.2))]
+    apart = sum(max(own) - min(own) >= DISPUTED for own in zip(*given, strict=True))
+    in_part = sum(0 < value < 1 for value in given[2])
+    assert 0 < in_part < ITEMS
+    with opened(browser, report("tasks").file) as page:
+        draw_all(page)
+        first = page.locator(".sample").first.locator(".answer")
+        assert first.count() == 3
+        for at, credit in enumerate(given):
+            sign = {0.0: "✗", 1.0: "✓"}.get(credit[0], f"{credit[0]:.2f}")
+            assert first.nth(at).locator(".mark").inner_text() == sign
+        mark = page.locator(".mark-right-in-part .mark").first
+        assert mark.get_attribute("aria-label") == f"right in part: {mark.inner_text()}"
+        page.locator("[data-part='outcomes'] select").nth(2).select_option("p")
+        assert counted(page) == in_part
+        page.locator("[data-part='outcomes'] select").nth(2).select_option("")
+        page.get_by_label("Only where models disagree").check()
+        assert counted(page) == apart
+        assert page.deeds.messages == [] and page.deeds.requests == []
+
+
+def test_a_sheet_of_paper_has_everything(browser: Any) -> None:
+    with opened(browser, report("full").file, width=680) as page:
+        draw_all(page)
+        page.evaluate("document.querySelectorAll('details').forEach((d, i) => { d.open = i === 0; })")
+        page.emulate_media(media="print")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert page.locator("details:not([open])").count() == 0
+        cut = page.eval_on_selector_all(
+            "table", "all => all.map((t) => [t.getBoundingClientRect().right, t.getAttribute('aria-labelledby')])"
+        )
+        assert [name for right, name in cut if right > 681] == []
+        for kind in (".swatch", ".stroke", ".badge"):
+            assert page.locator(kind).first.evaluate("(e) => getComputedStyle(e).printColorAdjust") == "exact"
+        for kind in ("figure", "tbody tr"):
+            assert page.locator(kind).first.evaluate("(e) => getComputedStyle(e).breakInside") == "avoid"
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert page.locator("details[open]").count() == 1
 
 
 def counted(page: Any) -> int:
@@ -270,6 +277,13 @@ def list_of_pages(page: Any) -> list[str]:
         if on.get_attribute("aria-disabled") == "true":
             return found
         on.click()
+        assert 0 <= page.locator(".sample").first.bounding_box()["y"] < 200, "the next page begins at its top"
+        assert page.evaluate("document.activeElement.textContent") == "Next"
+
+
+def drawn(page: Any, name: str) -> None:
+    page.locator(f"[data-chart='{name}']").scroll_into_view_if_needed()
+    page.wait_for_selector(f"[data-chart='{name}'][data-state='drawn']")
 
 
 def drawing(page: Any, name: str) -> str:

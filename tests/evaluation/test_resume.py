@@ -14,12 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from evaluation.backends import BackendError, retry
-from export.registration import register_served
-from export.serving import served_in
-from pipelines import evaluate, exported_models, prepare_base, prepare_data, profile
-from pipelines.config import parse_params
-from pipelines.outputs import OutputError, exclusive
+from export.register import register_served
+from export.served import served_in
+from pipelines import evaluate, prepare_base, prepare_data, profile
+from pipelines.check import parse_params
 from tests.conftest import TEMPLATE
 from tests.ollama_double import OllamaDouble
 
@@ -78,12 +76,9 @@ def requests(server, folder):
     return Counter({prompt: n for prompt, n in asked.items() if prompt in prompts})
 
 
-def samples(folder):
-    return [json.loads(line) for line in (folder / "scores/base/0/samples.jsonl").open()]
-
-
 def assert_each_item_once(folder):
-    assert [(r["split"], r["item_id"]) for r in samples(folder)] == [(s, row["id"]) for s, row in items(folder)]
+    samples = [json.loads(line) for line in (folder / "scores/base/0/samples.jsonl").open()]
+    assert [(r["split"], r["item_id"]) for r in samples] == [(s, row["id"]) for s, row in items(folder)]
     assert not list((folder / "checkpoints").rglob("*.jsonl"))
 
 
@@ -95,12 +90,9 @@ def params_of(folder):
     return parse_params(yaml.safe_load((folder / "params.yaml").read_text()))
 
 
-@pytest.mark.parametrize("parallel", [1, 4])
-def test_killed_midway_and_started_again(project, tokenize, monkeypatch, parallel):
-    raw = yaml.safe_load((project / "params.yaml").read_text())
-    raw["evaluate"]["parallel"] = parallel
-    (project / "params.yaml").write_text(yaml.safe_dump(raw))
-    command = [sys.executable, "-m", "pipelines.evaluate", "--arm", "base"]
+def test_killed_midway_and_started_again(project, tokenize):
+    parallel = params_of(project).evaluate.parallel
+    command = [sys.executable, "-m", "pipelines.evaluate", "base"]
 
     def slowly(rendered):
         time.sleep(0.05)
@@ -141,51 +133,6 @@ def test_killed_midway_and_started_again(project, tokenize, monkeypatch, paralle
     assert phases == {"load", "ttft", "prefill", "decode"}
 
 
-def test_a_server_that_dies_is_waited_for_and_the_next_one_goes_on(project, tokenize, monkeypatch):
-    monkeypatch.setattr("evaluation.backends.ollama.Retry", partial(retry.Retry, patience_s=0.2, first_s=0.01))
-    with OllamaDouble(tokenize=tokenize, reply=lambda rendered: "Good: 12") as server:
-        monkeypatch.setenv("OLLAMA_HOST", server.url)
-
-        def dies(rendered):
-            if len(requests(server, project)) > 9:
-                server.misbehave = "die"
-            return "Good: 12"
-
-        server.reply = dies
-        with pytest.raises(BackendError, match=r"of 40 items of test are done and kept; the same command goes on"):
-            evaluate.run(params_of(project), "base", 0, 0)
-    kept = len(journal_lines(project))
-    assert kept >= 6  # of the ten that were asked four may be in flight
-    with OllamaDouble(tokenize=tokenize, reply=lambda rendered: "Good: 12") as server:
-        monkeypatch.setenv("OLLAMA_HOST", server.url)
-        evaluate.run(params_of(project), "base", 0, 0)
-        assert sum(requests(server, project).values()) == len(items(project)) - kept
-    assert_each_item_once(project)
-
-
-def forget_once(server, project):
-    """After ten items all models are gone from the server."""
-    left = [True]
-
-    def reply(rendered):
-        if left and len(requests(server, project)) >= 10:
-            left.clear()
-            server.models.clear()
-        return "Good: 12"
-
-    server.reply = reply
-
-
-def test_a_model_removed_under_our_feet_is_registered_by_the_stage(project, tokenize, monkeypatch):
-    with OllamaDouble(tokenize=tokenize, reply=lambda rendered: "Good: 12") as server:
-        monkeypatch.setenv("OLLAMA_HOST", server.url)
-        forget_once(server, project)
-        evaluate.run(params_of(project), "base", 0, 0)
-        created = [b["model"] for _, path, b in server.requests if path == "/api/create"]
-    assert created == ["base_model", "base_model"]
-    assert_each_item_once(project)
-
-
 def test_a_model_on_a_shared_base_comes_back_as_such(project, tokenize, monkeypatch):
     """Merged it would be other weights than those that gave the first answers, where the merged file is quantized."""
     shutil.copytree(project / "gguf/base/0", project / "gguf/baseline_lora/0")
@@ -196,8 +143,16 @@ def test_a_model_on_a_shared_base_comes_back_as_such(project, tokenize, monkeypa
     with OllamaDouble(tokenize=tokenize, reply=lambda rendered: "Good: 12") as server:
         monkeypatch.setenv("OLLAMA_HOST", server.url)
         register_served(server.url, served.adapter_form())
-        forget_once(server, project)
-        evaluate.run(params_of(project), "baseline_lora", 0, 0)
+        left = [True]
+
+        def reply(rendered):  # after ten items all models are gone from the server
+            if left and len(requests(server, project)) >= 10:
+                left.clear()
+                server.models.clear()
+            return "Good: 12"
+
+        server.reply = reply
+        evaluate.run(params_of(project), "baseline_lora", 0)
         created = [b for _, path, b in server.requests if path == "/api/create"]
     mine = [bool(b.get("adapters")) for b in created if b["model"] == "baseline_lora_model"]
     assert mine == [True, True], "registered by hand, and once more when it was gone"
@@ -208,7 +163,8 @@ def test_a_model_on_a_shared_base_comes_back_as_such(project, tokenize, monkeypa
 
 
 def test_answers_of_other_weights_are_not_gone_on_from(project):
-    key = partial(evaluate.answers_key, params_of(project), inputs={"x": "1"}, facts={})
+    section = params_of(project).evaluate
+    key = partial(evaluate.answers_key, section, inputs={"x": "1"}, facts={})
 
     class Answers:
         name, version, device_class, mode = "ollama", "0.32.0", "cpu", "merged"
@@ -220,54 +176,23 @@ def test_answers_of_other_weights_are_not_gone_on_from(project):
         mode = "adapter"
 
     keys = {key(backend) for backend in (Answers(), OnGpu(), Adapter())}
-    assert len(keys) == 3 and key(Answers()) in keys
-    arm = [str(p) for p in exported_models.weights("hf", "pure_grit", 0)]
+    longer = section.model_copy(update={"max_tokens": section.max_tokens + 1})
+    keys |= {evaluate.answers_key(longer, Answers(), {"x": "1"}, {}), key(Answers(), inputs={"x": "2"})}
+    assert len(keys) == 5 and key(Answers()) in keys
+    more = section.model_copy(update={"parallel": section.parallel + 1})
+    assert evaluate.answers_key(more, Answers(), {"x": "1"}, {}) in keys, "decides no answer"
+    arm = [str(p) for p in evaluate.weights("hf", "pure_grit", 0)]
     assert "adapters/pure_grit/0" in arm and "models/base/base.json" in arm
-    assert [str(p) for p in exported_models.weights("ollama", "pure_grit", 0)] == ["gguf/base/0"]
-
-
-def test_other_settings_do_not_go_on_from_these_answers(project, tokenize, monkeypatch):
-    monkeypatch.setattr("evaluation.backends.ollama.Retry", partial(retry.Retry, patience_s=0))
-    raw = yaml.safe_load((project / "params.yaml").read_text())
-    with OllamaDouble(tokenize=tokenize, reply=lambda rendered: "Good: 12") as server:
-        monkeypatch.setenv("OLLAMA_HOST", server.url)
-
-        def fails(rendered):
-            if len(requests(server, project)) >= 10:
-                server.misbehave = "error_500_n_times"
-            return "Good: 12"
-
-        server.reply = fails
-        with pytest.raises(BackendError, match="500"):
-            evaluate.run(parse_params(raw), "base", 0, 0)
-        assert journal_lines(project)
-        server.misbehave, server.reply = None, lambda rendered: "Good: 12"
-        server.requests.clear()
-        raw["evaluate"]["max_tokens"] += 1
-        evaluate.run(parse_params(raw), "base", 0, 0)
-        assert sum(requests(server, project).values()) == len(items(project))
-    assert_each_item_once(project)
+    assert [str(p) for p in evaluate.weights("ollama", "pure_grit", 0)] == ["gguf/base/0"]
 
 
 def test_an_older_server_is_scored_and_what_it_leaves_out_is_recorded(project, tokenize, monkeypatch):
     with OllamaDouble(tokenize=tokenize, reply=lambda rendered: "Good: 12", misbehave="missing_fields") as server:
         monkeypatch.setenv("OLLAMA_HOST", server.url)
-        evaluate.run(params_of(project), "base", 0, 0)
+        evaluate.run(params_of(project), "base", 0)
     assert_each_item_once(project)
-    assert {r["prompt_tokens"] for r in samples(project)} == {None}
     extra = json.load(open(project / "scores/base/0/run.json"))["extra"]
     left_out = {"prompt_eval_count", "prompt_eval_duration", "eval_count", "eval_duration", "load_duration"}
     assert left_out <= set(extra["missing_figures"])
     speed = json.load(open(project / "scores/base/0/scores.json"))["speed"]
     assert {r["nanoseconds"] for r in speed if r["phase"] in ("load", "prefill", "decode")} == {None}
-
-
-def test_two_processes_do_not_mix(project, tokenize, monkeypatch):
-    with OllamaDouble(tokenize=tokenize, reply=lambda rendered: "Good: 12") as server:
-        monkeypatch.setenv("OLLAMA_HOST", server.url)
-        with (
-            exclusive(project / "checkpoints/scores/base/0.lock", "x"),
-            pytest.raises(OutputError, match="evaluate base seed 0 is already running"),
-        ):
-            evaluate.run(params_of(project), "base", 0, 0)
-        assert not requests(server, project)

@@ -1,57 +1,41 @@
 """How speed is measured, with contenders whose times are known."""
 
 import math
+import time
 
 import pytest
 
-from evaluation import speed
+from evaluation.measure import speed
+from export.engines.base import LocalEngine
 
 
 class Contender:
     def __init__(self, log, name, ns):
         self.log, self.name, self.ns = log, name, ns
 
-    def __call__(self, prompt, tokens):
-        self.log.append((self.name, prompt))
+    def __call__(self, prefix, prompt, tokens):
+        self.log.append((self.name, prefix, prompt))
         return {"prefill": (len(prompt), 1000), "decode": (tokens, self.ns * tokens)}
 
 
-@pytest.fixture
-def measured():
+def test_contenders_take_turns_after_a_warm_up_that_is_thrown_away():
     log = []
     contenders = {"base": Contender(log, "base", 1_000_000), "arm": Contender(log, "arm", 2_000_000)}
     rows = speed.alternate(contenders, ["p", "q", "r"], repetitions=4, tokens=10)
-    return log, rows
-
-
-def test_rates_by_hand(measured):
-    _, rows = measured
     assert speed.tokens_per_second(rows, "base", "decode") == pytest.approx(1000)
     assert speed.tokens_per_second(rows, "arm", "decode") == pytest.approx(500)
     assert math.isnan(speed.tokens_per_second(rows, "nobody", "decode"))
-
-
-def test_the_warm_up_is_thrown_away(measured):
-    log, rows = measured
     assert len(log) == (4 + 1) * 3 * 2
     assert sorted({r["repetition"] for r in rows}) == [0, 1, 2, 3]
     assert all(r["tokens"] == 30 for r in rows if r["phase"] == "decode")
-
-
-def test_contenders_alternate_and_take_turns_in_going_first(measured):
-    log, _ = measured
     pairs = [(log[i][0], log[i + 1][0]) for i in range(0, len(log), 2)]
     assert set(pairs) == {("base", "arm"), ("arm", "base")}
-
-
-def test_no_prompt_comes_twice(measured):
-    log, _ = measured
-    assert len({prompt for _, prompt in log}) == len(log)
+    assert len({prefix for _, prefix, _ in log}) == len(log), "no prompt comes twice"
 
 
 def test_a_figure_that_is_not_given_is_none_and_not_zero():
     answers = iter([(10, 5), (None, 5)] * 4)
-    rows = speed.alternate({"a": lambda p, n: {"decode": next(answers)}}, ["p", "q"], repetitions=3, tokens=9)
+    rows = speed.alternate({"a": lambda *_: {"decode": next(answers)}}, ["p", "q"], repetitions=3, tokens=9)
     assert [(r["tokens"], r["nanoseconds"]) for r in rows] == [(None, 10)] * 3
     assert math.isnan(speed.tokens_per_second(rows, "a", "decode"))
     assert speed.summary(rows) == []
@@ -97,29 +81,24 @@ def test_the_interval_of_a_median_holds_it_as_often_as_it_says(n):
     assert all(f["low"] <= f["median"] <= f["high"] for f in found)
 
 
-def test_phases_of_an_embedded_request_are_timed_apart():
-    import time
+def test_phases_of_a_request_in_this_process_are_timed_apart():
+    class Slow(LocalEngine):
+        device_class = "cpu"
+        detokenize = close = lambda *_: "x"
+        next_token = lambda _: 7  # noqa: E731
+        is_end = lambda *_: True  # noqa: E731  (timing goes on)
 
-    class Slow:
         def tokenize(self, text):
+            assert text == "9 <p>"
             return [1, 2, 3]
 
         def prefill(self, ids):
             time.sleep(0.02)
 
-        def next_token(self):
-            return 7
+        def feed(self, token):
+            time.sleep(0.01)
 
-        def detokenize(self, ids):
-            assert ids == [7]
-            return "x"
-
-        def decode(self, max_tokens, *, ignore_end=False):
-            assert ignore_end
-            time.sleep(0.04)
-            return [7] * max_tokens, "length"
-
-    phases = speed.embedded(Slow())("p", 5)
+    phases = Slow("<{prompt}>").phases("9", "p", 5)
     assert (phases["ttft"][0], phases["prefill"][0], phases["decode"][0]) == (1, 3, 5)
     assert 20e6 <= phases["prefill"][1] <= phases["ttft"][1]
-    assert phases["decode"][1] >= 40e6 > phases["ttft"][1] - phases["prefill"][1]
+    assert phases["decode"][1] >= 50e6 > phases["ttft"][1] - phases["prefill"][1]

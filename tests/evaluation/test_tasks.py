@@ -1,12 +1,270 @@
-"""The AQI items, the general tasks and how answers are scored."""
+"""Tasks: what a module must provide, the items of rows, the AQI items and the general ones, and how they are scored."""
 
+import importlib
 import itertools
+import math
 import re
+import subprocess
+import sys
+import types
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from evaluation import epa
-from evaluation.tasks import Item, ItemError, aqi, general, render
+from evaluation import epa, tasks
+from evaluation.tasks import (
+    Field,
+    Item,
+    ItemError,
+    RowError,
+    Source,
+    alpaca,
+    aqi,
+    boolq,
+    digest,
+    dolly,
+    general,
+    gsm8k,
+    load,
+    qnli,
+    render,
+)
+
+# --- modules ---
+
+SOUND = {
+    "NAME": "mine",
+    "TITLE": "Mine",
+    "PRIMARY": "mine_right",
+    "METRICS": {"mine_right": {"unit": "share", "direction": "higher", "description": "Right ones"}},
+    "score": lambda item, answer: None,
+    "summarize": lambda scores: {},
+}
+RECIPE = {
+    "SOURCE": Source("o/n"),
+    "FIELDS": {"a": Field("a", True, "a")},
+    "make_item": lambda item_id, row: None,
+    "group": lambda item: item.prompt,
+}
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Puts a module where `load` finds it."""
+
+    def put(name="mine", **content):
+        made = types.ModuleType(f"evaluation.tasks.{name}")
+        vars(made).update({key: value for key, value in content.items() if value is not ...})
+        monkeypatch.setitem(sys.modules, made.__name__, made)
+        monkeypatch.setattr(tasks, "names", lambda: (name,))
+        return made
+
+    return put
+
+
+def said(name="mine"):
+    with pytest.raises(ItemError) as caught:
+        load(name)
+    start = f"evaluation/tasks/{name}.py is no task: "
+    assert str(caught.value).startswith(start)
+    return str(caught.value).removeprefix(start)
+
+
+def test_a_sound_module_is_taken(module):
+    for name in (*tasks.names(), "general"):
+        assert load(name) is importlib.import_module(f"evaluation.tasks.{name}")
+    made = module(**SOUND)
+    assert load("mine") is made
+    assert load(module(**SOUND, **RECIPE).NAME).FIELDS
+    draws = module(**SOUND, **{**RECIPE, "SOURCE": ..., "generate": lambda sizes, **_: {}})
+    assert load("mine") is draws
+
+
+def test_loading_the_tasks_loads_no_heavy_package():
+    code = (
+        "import sys; from evaluation.tasks import load, names; [load(n) for n in names()]; "
+        "print([m for m in ('torch', 'torchmetrics', 'sklearn', 'datasets', 'nltk') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_all_that_is_missing_is_named(module):
+    for name in ("NAME", "TITLE", "METRICS", "PRIMARY", "SOURCE", "FIELDS"):
+        module(**{**SOUND, **RECIPE, name: ...})
+        assert said() == f"{name} is missing"
+    for name, value in itertools.product(("score", "summarize", "make_item", "group"), (..., 3)):
+        module(**{**SOUND, **RECIPE, name: value})
+        assert said() == f"the function {name} is missing"
+    module(NAME="other", group=len, TITLE="t")
+    assert said() == (
+        "expected NAME = 'mine', as the file is called, got 'other'; METRICS is missing; PRIMARY is missing; "
+        "SOURCE is missing; FIELDS is missing; the function score is missing; the function summarize is missing; "
+        "the function make_item is missing"
+    )
+
+
+def test_values_that_do_not_go_together(module):
+    module(**{**SOUND, "PRIMARY": "mine_wrong"})
+    assert said() == "PRIMARY: expected one of METRICS (mine_right), got 'mine_wrong'"
+    module(**{**SOUND, "METRICS": {"mine_right": {"unit": "share", "direktion": "higher"}}})
+    assert said() == "METRICS: expected description, direction, unit of mine_right, got direktion, unit"
+    module(**{**SOUND, "METRICS": {"mine_right": {**SOUND["METRICS"]["mine_right"], "direction": "lower"}}})
+    assert said() == "PRIMARY: expected a metric of which more is better, as of credit, got mine_right"
+    # a general task's name
+    module("sorting", **{**SOUND, "NAME": "sorting"})
+    assert said("sorting") == "sorting is a task of the retention suite; rename the file"
+
+
+# --- rows as on the hub ---
+
+SOLUTION = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nIn all 48+24 = <<48+24=72>>72 clips.\n#### 72"
+ROWS = {
+    boolq: {"question": "is the sky blue", "passage": "The sky is blue.  By day.\n", "answer": True},
+    qnli: {"question": "When did it start?", "sentence": "It started in 1912.", "label": 0, "idx": 4},
+    gsm8k: {"question": " How many clips?\n", "answer": SOLUTION},
+    alpaca: {"instruction": "Name a colour.", "input": " sky \n", "output": "Blue.\nOr red."},
+    dolly: {"instruction": "Who?", "context": "Ada wrote it. ", "response": "Ada", "category": "closed_qa"},
+}
+MADE = {
+    boolq: ("The sky is blue.  By day.\n\nQuestion: Is the sky blue?\nAnswer Yes or No.", "Yes",
+            {"label": "Yes", "passage": digest("The sky is blue. By day.")}),
+    qnli: ("Question: When did it start?\nSentence: It started in 1912.\n"
+           "Does the sentence answer the question? Answer Yes or No.", "Yes",
+           {"label": "entailment", "question": digest("When did it start?")}),
+    gsm8k: ("How many clips?", "Natalia sold 48/2 = 24 clips in May.\nIn all 48+24 = 72 clips.\n#### 72",
+            {"answer": "72"}),
+    alpaca: ("Name a colour.\n\nsky", "Blue.\nOr red.", {"answer": "Blue.\nOr red."}),
+    dolly: ("Who?\n\nAda wrote it.", "Ada",
+            {"answer": "Ada", "category": "closed_qa", "group": digest("Ada wrote it.")}),
+}  # fmt: skip
+TEXTS = [
+    (task, name) for task in ROWS for name, own in task.FIELDS.items() if own.required and name not in ("label",)
+    and (task, name) != (boolq, "answer")
+]  # fmt: skip
+
+
+def made(task, **changes):
+    return task.make_item("x", {**ROWS[task], **changes})
+
+
+@pytest.mark.parametrize("task", ROWS, ids=lambda t: t.NAME)
+def test_the_item_of_a_row_as_on_the_hub(task):
+    prompt, completion, truth = MADE[task]
+    item = task.make_item("id-1", ROWS[task])
+    assert item == Item("id-1", task.NAME, prompt, completion, truth)
+    assert task.score(item, item.completion).credit == 1 and Item.from_json(item.to_json()) == item
+    splits = {boolq: "validation", qnli: "validation", gsm8k: "test"}
+    assert load(task.NAME) is task and task.SOURCE.test == splits.get(task)
+    empty = task.summarize([])
+    assert list(empty) == list(task.METRICS) and next(iter(empty)) == task.PRIMARY
+    assert all(math.isnan(value) for value in empty.values())
+
+
+@pytest.mark.parametrize(("task", "name"), TEXTS)
+def test_rows_without_text_are_refused(task, name):
+    for value in (None, "", " \r\n\t", "\u200b", "\ufeff", 5, 0.5, float("nan"), True, ["a"], {}, b"a", "a \udc00"):
+        with pytest.raises(RowError, match=rf"^{name}: expected text"):
+            made(task, **{name: value})
+    with pytest.raises(RowError, match=rf"^{name}: expected text, got nothing"):
+        task.make_item("x", {k: v for k, v in ROWS[task].items() if k != name})
+
+
+@pytest.mark.parametrize(("task", "name"), [(alpaca, "input"), (dolly, "context"), (dolly, "category")])
+def test_what_is_optional_may_be_missing_but_must_be_text(task, name):
+    without = task.make_item("x", {k: v for k, v in ROWS[task].items() if k != name})
+    for value in (None, "", " \n", "\u200b"):
+        assert made(task, **{name: value}) == without
+    if name != "category":
+        assert without.prompt == ROWS[task]["instruction"]
+    for value in (5, float("nan"), False, ["a"]):
+        with pytest.raises(RowError, match=rf"^{name}: expected text, got"):
+            made(task, **{name: value})
+
+
+YES_NO = [
+    (boolq, "answer", [True, "true", " True ", "TRUE", 1, "1", "yes", np.bool_(True), np.int64(1)],
+     [False, "false", "False\n", 0, "0", "no", "NO", np.bool_(False), np.int64(0)],
+     [None, "", "maybe", "y", 2, -1, 1.5, float("nan"), [True], {}, "true false"], "true, false, yes, no, 1, 0"),
+    (qnli, "label", [0, "0", "entailment", np.int64(0)], [1, " 1 ", "Not_Entailment", np.int32(1)],
+     [None, "", 2, 0.5, float("nan"), "yes", "neutral", True, [0], {}], "entailment, not_entailment, 0, 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "name", "yes", "no", "bad", "expected"), YES_NO)
+def test_labels_of_rows(task, name, yes, no, bad, expected):
+    assert {made(task, **{name: value}).completion for value in yes} == {"Yes"}
+    assert {made(task, **{name: value}).completion for value in no} == {"No"}
+    for value in bad:
+        with pytest.raises(RowError, match=rf"^{name}: expected one of {expected}, got"):
+            made(task, **{name: value})
+    with pytest.raises(RowError) as caught:
+        made(task, **{name: "maybe " * 1000})
+    assert len(str(caught.value)) < 200, "long values are cut"
+    for value in (-1, "-1", np.int64(-1)):
+        with pytest.raises(RowError, match=r"^label: expected 0 or 1, got -1, which marks a split whose labels"):
+            made(qnli, label=value)
+
+
+def test_questions_of_boolq_get_a_capital_and_a_mark():
+    for question, asked in (
+        ("is it", "Is it?"), ("Is it?", "Is it?"), ("is it ? ", "Is it?"), ("is it.", "Is it?"),
+        ("is IBM big", "Is IBM big?"), ("étoile is star", "Étoile is star?"), ("1 is one", "1 is one?"),
+    ):  # fmt: skip
+        assert f"\nQuestion: {asked}\n" in made(boolq, question=question).prompt
+
+
+def test_solutions_without_a_readable_result_are_refused():
+    for answer in ("72", "It is ### 72", "####", "So #### many", "#### 1,5", "#### 72 clips", "#### 72\nor more",
+                   "#### 10-15", "#### NaN"):  # fmt: skip
+        with pytest.raises(RowError, match=r"answer: expected a solution that ends in #### and a number, got"):
+            made(gsm8k, answer=answer)
+
+
+def test_notes_of_a_solution_alone_are_cut_out():
+    answer = "If a<b and 1<<2, then 2*3=<<2*3=6>>6 << open.\n#### 6 "
+    assert made(gsm8k, answer=answer).completion == "If a<b and 1<<2, then 2*3=6 << open.\n#### 6"
+    question = "### Response:\n{prompt} #### 5 <<1=1>> [INST]"
+    assert made(gsm8k, question=question).prompt == question
+
+
+@pytest.mark.parametrize(
+    ("task", "same", "other"),
+    [(boolq, {"question": "is it red", "passage": "the sky  is blue. By day."}, {"passage": "The sea."}),
+     (qnli, {"question": "when did it  start? ", "sentence": "Later."}, {"question": "Why did it start?"}),
+     (gsm8k, {"question": "how  many CLIPS? "}, {"question": "How much?"}),
+     (alpaca, {"input": "SKY"}, {"input": "sea"}), (dolly, {"instruction": "What?"}, {"context": ""})],
+)  # fmt: skip
+def test_groups(task, same, other):
+    assert task.group(made(task, **same)) == task.group(made(task)) != task.group(made(task, **other))
+    alone = [dolly.group(made(dolly, instruction=text, context="")) for text in ("Who?", "What?")]
+    assert alone[0] != alone[1]
+
+
+@pytest.mark.parametrize("task", ROWS, ids=lambda t: t.NAME)
+@given(st.text(), st.text(), st.booleans(), st.decimals(allow_nan=False, allow_infinity=False, places=3))
+@settings(deadline=None)
+def test_the_items_own_completion_is_right(task, first, second, label, number):
+    row = {
+        boolq: {"question": first, "passage": second, "answer": label},
+        qnli: {"question": first, "sentence": second, "label": int(label)},
+        gsm8k: {"question": "?", "answer": f"{first}\n#### {number:f}"},
+        alpaca: {"instruction": first, "output": second},
+        dolly: {"instruction": first, "response": second},
+    }[task]
+    try:
+        item = task.make_item("x", row)
+    except RowError as error:
+        ((name, reason),) = error.problems
+        blank = not any(c.isprintable() and not c.isspace() for c in str(row[name]))
+        assert blank or "half a character" in reason or (task is gsm8k and abs(number) > 10**308)
+        return
+    assert item.completion == item.completion.strip() and task.score(item, item.completion).credit == 1
+
+
+# --- air quality ---
 
 ALL = list(epa.POLLUTANTS)
 
@@ -37,23 +295,16 @@ def test_splits_share_no_readings(splits):
     assert len(keys["train"]) > 700
 
 
-def test_seeded(splits):
-    again = aqi.generate({"train": 900, "valid": 60, "test": 300}, seed=0, pollutants=ALL, max_pollutants=3)
-    other = aqi.generate({"train": 900, "valid": 60, "test": 300}, seed=1, pollutants=ALL, max_pollutants=3)
-    assert again == splits
-    assert other["test"] != splits["test"]
-
-
-def test_variety(splits):
+def test_items_are_of_many_kinds_and_the_same_for_the_same_seed(splits):
+    sizes = {"train": 900, "valid": 60, "test": 300}
+    same, other = (aqi.generate(sizes, seed=seed, pollutants=ALL, max_pollutants=3) for seed in (0, 1))
+    assert same == splits and other["test"] != splits["test"]
     items = splits["train"]
-    counts = aqi.category_counts(items)
+    counts = aqi.facts(items)["test_categories"]
     assert max(counts.values()) < 1.4 * min(counts.values())
     assert {len(i.truth["readings"]) for i in items} == {1, 2, 3}
     assert {k for i in items for k in i.truth["readings"]} == set(ALL)
     assert len({re.sub(r"[\d.]+", "#", i.prompt) for i in items}) > 100
-
-
-def test_too_few_different_readings():
     with pytest.raises(ItemError, match="expected 5000 different test items, found"):
         aqi.generate({"train": 10, "test": 5000}, seed=0, pollutants=["pm10"], max_pollutants=1)
 
@@ -62,30 +313,14 @@ def item(index):
     return Item("x", "aqi", "", "", {"aqi": index, "category": epa.category(index)})
 
 
-@pytest.mark.parametrize(
-    ("answer", "predicted"),
-    [
-        ("126 (Unhealthy for Sensitive Groups)", 126),
-        ("The AQI is 126.", 126),
-        ("AQI: 126, category Unhealthy", 126),
-        ("With PM2.5 at 35.9 and PM10 of 60, the AQI is 102", 102),
-        ("  7\n", 7),
-        ("500", 500),
-        ("0", 0),
-        ("35.9", None),
-        ("35,9", None),
-        ("501", None),
-        ("7812", None),
-        ("-12", None),
-        ("PM10", None),
-        ("8h", None),
-        ("", None),
-        ("Moderate", None),
-        ("９９", None),
-    ],
-)
-def test_parse(answer, predicted):
-    assert aqi.parse(answer) == predicted
+def test_an_index_is_read():
+    for answer, predicted in (
+        ("126 (Unhealthy for Sensitive Groups)", 126), ("The AQI is 126.", 126), ("AQI: 126, category Unhealthy", 126),
+        ("With PM2.5 at 35.9 and PM10 of 60, the AQI is 102", 102), ("  7\n", 7), ("500", 500), ("0", 0),
+        ("35.9", None), ("35,9", None), ("501", None), ("7812", None), ("-12", None), ("PM10", None), ("8h", None),
+        ("", None), ("Moderate", None), ("９９", None),
+    ):  # fmt: skip
+        assert aqi.parse(answer) == predicted, answer
 
 
 def test_score_goes_by_the_numbers_category():
@@ -95,9 +330,6 @@ def test_score_goes_by_the_numbers_category():
     assert not wrong.correct and not wrong.label_agrees
     nothing = aqi.score(item(126), "Unhealthy for Sensitive Groups")
     assert not nothing.correct and nothing.predicted is None and nothing.abs_error is None
-
-
-def test_named_category_takes_the_longest():
     assert aqi.named_category("very unhealthy") == "Very Unhealthy"
     assert aqi.named_category("it is unhealthy for sensitive groups") == "Unhealthy for Sensitive Groups"
     assert aqi.named_category("bad") is None
@@ -105,50 +337,39 @@ def test_named_category_takes_the_longest():
 
 def test_summary_by_hand():
     scores = [aqi.score(item(126), a) for a in ("126 (Unhealthy for Sensitive Groups)", "130", "200", "none")]
-    summary = aqi.summarize(scores)
-    assert summary == {
-        "aqi_category_accuracy": 0.5,
-        "aqi_exact": 0.25,
-        "aqi_within_10": 0.5,
-        "aqi_mae": pytest.approx((0 + 4 + 74) / 3),
-        "aqi_unparseable": 0.25,
-        "aqi_label_agrees": 0.25,
-    }
-    assert set(summary) == set(aqi.METRICS)
+    expected = dict(zip(aqi.METRICS, (0.5, 0.25, 0.5, (0 + 4 + 74) / 3, 0.25, 0.25), strict=True))
+    assert aqi.summarize(scores) == pytest.approx(expected)
     assert all(v != v for v in aqi.summarize([]).values())
+
+
+# --- general questions ---
 
 
 def _solve(name, prompt):
     """The right answer worked out from the prompt's text alone, independently of the generator."""
     n = [float(x) if "." in x else int(x) for x in re.findall(r"\d+\.\d+|\d+", prompt)]
     words = prompt.rsplit(": ", 1)[-1].split()
-    match name:
-        case "addition":
-            return str(n[0] + n[1])
-        case "larger":
-            return str(max(n))
-        case "sorting":
-            return " ".join(map(str, sorted(n)))
-        case "copying" | "copying_numbers":
-            return " ".join(words)
-        case "reading_values":
-            listed, asked = re.fullmatch(r"Given: (.*)\. What is (.*)\?", prompt).groups()
-            pairs = dict(re.fullmatch(r"(\S+?)(?: =|:)? (\S+) \S+", part).groups() for part in listed.split(", "))
-            return pairs.get(asked, "not given")
-        case "rounding":
-            return str(int(n[0] + 0.5))
-        case "truncating":
-            return str(int(n[0]))
-        case "even_or_odd":
-            return "odd" if n[0] % 2 else "even"
-        case "within_range":
-            return "yes" if n[1] <= n[0] <= n[2] else "no"
-        case "last_word":
-            return words[0] if "first" in prompt else words[-1]
-    raise AssertionError(name)
+    if name == "reading_values":
+        listed, asked = re.fullmatch(r"Given: (.*)\. What is (.*)\?", prompt).groups()
+        pairs = dict(re.fullmatch(r"(\S+?)(?: =|:)? (\S+) \S+", part).groups() for part in listed.split(", "))
+        return pairs.get(asked, "not given")
+    return {
+        "addition": lambda: str(n[0] + n[1]),
+        "larger": lambda: str(max(n)),
+        "sorting": lambda: " ".join(map(str, sorted(n))),
+        "copying": lambda: " ".join(words),
+        "copying_numbers": lambda: " ".join(words),
+        "rounding": lambda: str(int(n[0] + 0.5)),
+        "truncating": lambda: str(int(n[0])),
+        "even_or_odd": lambda: "odd" if n[0] % 2 else "even",
+        "within_range": lambda: "yes" if n[1] <= n[0] <= n[2] else "no",
+        "last_word": lambda: words[0] if "first" in prompt else words[-1],
+    }[name]()
 
 
 def test_general_answers_are_right():
+    with pytest.raises(ItemError, match="lower prepare_data.retention_items_per_task"):
+        general.retention_items(3000, seed=0)
     items = general.retention_items(25, seed=3)
     assert {i.task for i in items} == set(general.GENERAL_TASKS)
     for it in items:
@@ -165,22 +386,10 @@ def test_the_suite_is_kept_from_training_and_from_aqi(splits):
     assert not re.search(r"AQI|PM2|PM10|O3|SO2|NO2|\bCO\b|ozone|pollut|Predict", text)
 
 
-@pytest.mark.parametrize(
-    ("answer", "right"), [("42", True), (" 42. ", True), ("42\n", True), ("4 2", False), ("43", False), ("", False)]
-)
-def test_general_scoring(answer, right):
+def test_general_scoring():
     it = Item("r", "addition", "What is 40 + 2?", "42", {"answer": "42"})
-    assert general.score(it, answer).correct is right
-
-
-def test_more_retention_questions_than_there_are():
-    with pytest.raises(ItemError, match="lower prepare_data.retention_items_per_task"):
-        general.retention_items(3000, seed=0)
-
-
-def test_item_json_round_trip(splits):
-    it = splits["test"][0]
-    assert Item.from_json(it.to_json()) == it
+    answers = {"42": True, " 42. ": True, "42\n": True, "4 2": False, "43": False, "": False}
+    assert {answer: general.score(it, answer).correct for answer in answers} == answers
 
 
 def test_render_puts_the_prompt_in_once():

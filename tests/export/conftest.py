@@ -1,4 +1,4 @@
-"""The Ollama server that tests talk to: the double always, and a real one where there is one."""
+"""The engines that verification tests ask: the double always, and a real Ollama server where there is one."""
 
 import json
 import os
@@ -8,28 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from export.ollama import list_models, remove, resolve_host, server_version
+from export.engines.ollama import list_models, remove, resolve_host, server_version
 from tests.ollama_double import OllamaDouble
 
 
 @dataclass
 class ServerUnderTest:
-    """An Ollama server and what a test may make there.
-
-    Attributes:
-        url: Of the server.
-        version: Of the server.
-        double: None where the server is a real one.
-        prefix: Begins the names of this test's models, so that nobody else's are touched.
-    """
-
     url: str
     version: str
-    double: OllamaDouble | None
-    prefix: str = field(default_factory=lambda: f"grit-test-{uuid.uuid4().hex[:10]}")
+    double: OllamaDouble | None  # None where the server is a real one
+    prefix: str = field(
+        default_factory=lambda: f"grit-test-{uuid.uuid4().hex[:10]}"
+    )  # so that nobody else's models are touched
 
     def rename(self, tree: Path) -> None:
-        """Gives the models of a tree names of this test."""
         for place in tree.glob("*/*/serving.json"):
             facts = json.loads(place.read_text())
             place.write_text(json.dumps({**facts, "model_name": f"{self.prefix}-{place.parts[-3]}"}))

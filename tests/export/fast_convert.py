@@ -9,8 +9,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from export import converters
-from export.errors import ExportError
+from export import ExportError, converters
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "transformers", "tests.export.fast_convert"])

@@ -3,29 +3,23 @@
 import json
 import shutil
 
+import llama_cpp
 import numpy as np
 import pytest
 import torch
-import yaml
+from gguf import GGUFReader, GGUFWriter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from evaluation.backends.hf import HfBackend
-from evaluation.backends.llama_cpp import LlamaCppBackend
-from export import converters, gguf, parity
-from export.errors import ExportError
+from export import ExportError, converters, gguf, parity
+from export.engines.hf import HfEngine
+from export.engines.llama_cpp import LlamaCppEngine
+from export.gguf import QUANTIZATIONS, REFUSED, contents, quantize, unusable
 from tests.conftest import TEMPLATE
+from tests.export.verify_runs import logits_apart
 
 pytestmark = pytest.mark.slow
-
-
-def engines(base_dir, adapter, merged, base, adapter_gguf):
-    return {
-        "hf": lambda: HfBackend(str(base_dir), TEMPLATE, adapter=adapter),
-        "merged_gguf": lambda: LlamaCppBackend(merged, TEMPLATE, num_ctx=256),
-        "base+adapter_gguf": lambda: LlamaCppBackend(base, TEMPLATE, num_ctx=256, adapter=adapter_gguf),
-    }
 
 
 def test_merged_weights_are_base_plus_scaled_product(base_dir, adapter_dir, tmp_path):
@@ -40,78 +34,13 @@ def test_merged_weights_are_base_plus_scaled_product(base_dir, adapter_dir, tmp_
     assert {w.dtype for w in merged.values()} == {torch.float16}
 
 
-def test_export_equals_training(base_dir, adapter_dir, exported, prompts):
-    result = parity.compare(
-        engines(base_dir, adapter_dir, exported / "model.gguf", exported / "base.gguf", exported / "adapter.gguf"),
-        prompts,
-        16,
-        reference="hf",
-    )
-    assert result["token_ids_equal"] == 1.0
-    assert result["greedy_equal"] >= 11 / 12, result["first_difference"]
-    assert result["prompts"] == 12 and set(result["pairs"]) == {"hf/merged_gguf", "hf/base+adapter_gguf"}
-
-
-def test_the_adapter_changes_the_answers(exported, prompts):
-    """Else parity of base and adapter would prove nothing."""
-    base = LlamaCppBackend(exported / "base.gguf", TEMPLATE, num_ctx=256)
-    model = LlamaCppBackend(exported / "model.gguf", TEMPLATE, num_ctx=256)
-    differ = [base.greedy(base.tokenize(p), 12) != model.greedy(base.tokenize(p), 12) for p in prompts]
-    assert sum(differ) > len(prompts) / 2
-
-
-def test_a_perturbed_adapter_is_noticed(base_dir, adapter_dir, exported, prompts, tmp_path):
-    wrong = tmp_path / "wrong"
-    shutil.copytree(adapter_dir, wrong)
-    weights = {n: w * (0.3 if "lora_B" in n else 1) for n, w in load_file(wrong / "adapter_model.safetensors").items()}
-    save_file(weights, wrong / "adapter_model.safetensors")
-    gguf.convert_adapter(wrong, base_dir, tmp_path / "wrong.gguf")
-    result = parity.compare(
-        engines(base_dir, adapter_dir, exported / "model.gguf", exported / "base.gguf", tmp_path / "wrong.gguf"),
-        prompts,
-        16,
-        reference="hf",
-    )
-    assert result["pairs"]["hf/base+adapter_gguf"] < 0.9
-    assert result["pairs"]["hf/merged_gguf"] > result["pairs"]["hf/base+adapter_gguf"]
-    message = parity.verdict(result, 0.99)
-    assert "First difference: base+adapter_gguf, greedy" in message and "Likely cause: " in message
-
-
-def test_a_missing_bos_is_noticed(base_dir, adapter_dir, exported, prompts, tmp_path, monkeypatch):
-    folder = tmp_path / "model"
-    gguf.save_merged(str(base_dir), adapter_dir, folder, {})
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    assert config["add_bos_token"] is True
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": False}))
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": None}))
-    gguf.convert_model(folder, tmp_path / "nobos.gguf", "nobos")
-    all_engines = engines(
-        base_dir, adapter_dir, tmp_path / "nobos.gguf", exported / "base.gguf", exported / "adapter.gguf"
-    )
-    result = parity.compare(all_engines, prompts, 4, reference="hf")
-    assert result["token_ids_equal"] == 0.0
-    message = parity.verdict(result, 0.0)
-    assert "token ids are equal for 0.0% of prompts" in message
-    assert "BOS: the export leaves out the first token" in message
-
-
-def test_same_model_same_bytes_wherever_it_is_converted(base_dir, exported, tmp_path):
+def test_same_model_same_bytes_wherever_it_is_converted(base_dir, exported, odd_adapters, tmp_path):
     gguf.save_merged(str(base_dir), None, tmp_path / "elsewhere" / "model", {})
     gguf.convert_model(tmp_path / "elsewhere" / "model", tmp_path / "again.gguf", "base")
     assert (tmp_path / "again.gguf").read_bytes() == (exported / "base.gguf").read_bytes()
-
-
-@pytest.mark.parametrize("quantization", ["q8_0", "q4_K_M"])
-def test_quantization_is_smaller_and_runs(exported, prompts, tmp_path, quantization):
-    gguf.quantize(exported / "model.gguf", tmp_path / "q.gguf", quantization)
-    assert (tmp_path / "q.gguf").stat().st_size < 0.85 * (exported / "model.gguf").stat().st_size
-    files = {"f16": exported / "model.gguf", "quantized": tmp_path / "q.gguf"}
-    opened = {name: lambda file=file: LlamaCppBackend(file, TEMPLATE, num_ctx=256) for name, file in files.items()}
-    result = parity.compare(opened, prompts, 4, reference="f16")
-    assert result["token_ids_equal"] == 1.0
-    assert result["greedy_equal"] >= {"q8_0": 0.75, "q4_K_M": 0.25}[quantization]
+    adapter, folded, _ = odd_adapters["uneven"]
+    gguf.convert_adapter(adapter, base_dir, tmp_path / "folded.gguf")
+    assert (tmp_path / "folded.gguf").read_bytes() == folded.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -123,12 +52,7 @@ def test_quantization_is_smaller_and_runs(exported, prompts, tmp_path, quantizat
     ],
 )
 def test_what_a_gguf_adapter_would_lose_is_refused(adapter_dir, tmp_path, change, word):
-    wrong = tmp_path / "wrong"
-    shutil.copytree(adapter_dir, wrong)
-    config = json.loads((wrong / "adapter_config.json").read_text())
-    (wrong / "adapter_config.json").write_text(json.dumps({**config, **change}))
-    with pytest.raises(ExportError, match=word):
-        gguf.check_adapter(wrong)
+    wrong = with_config(adapter_dir, tmp_path / "wrong", change)
     with pytest.raises(ExportError, match=word):
         gguf.convert_adapter(wrong, tmp_path, tmp_path / "out.gguf")
 
@@ -139,11 +63,10 @@ UNEVEN = {
     "alpha_pattern": {"v_proj": 24, "model.layers.1.self_attn.q_proj": 3},
 }
 RSLORA = {"use_rslora": True, "lora_alpha": 4}  # 4/√4 = 2 again
-ODD = {"uneven": UNEVEN, "rslora": RSLORA, "both": {**UNEVEN, "use_rslora": True}}
+ODD = {"uneven": UNEVEN, "rslora": RSLORA}
 
 
 def with_config(source, out, changes):
-    """A copy of an adapter with another configuration."""
     shutil.copytree(source, out)
     config = json.loads((out / "adapter_config.json").read_text())
     (out / "adapter_config.json").write_text(json.dumps({**config, **changes}))
@@ -169,137 +92,47 @@ def cut(source, out, changes, dtype=torch.float32):
 
 @pytest.fixture(scope="module")
 def odd_adapters(base_dir, adapter_dir, tmp_path_factory):
-    """Kind → (adapter, its GGUF, the GGUF that leaves the scales out), the last for one kind at a time."""
+    """Kind → (adapter, its GGUF, the GGUF that leaves the scales out)."""
     made = {}
     for kind, changes in ODD.items():
         folder = tmp_path_factory.mktemp(kind)
         adapter = cut(adapter_dir, folder / "odd", changes)
         gguf.convert_adapter(adapter, base_dir, folder / "folded.gguf")
-        if kind != "both":
-            lost = with_config(adapter, folder / "lost", {"alpha_pattern": {}, "use_rslora": False})
-            gguf.convert_adapter(lost, base_dir, folder / "lost.gguf")
+        lost = with_config(adapter, folder / "lost", {"alpha_pattern": {}, "use_rslora": False})
+        gguf.convert_adapter(lost, base_dir, folder / "lost.gguf")
         made[kind] = (adapter, folder / "folded.gguf", folder / "lost.gguf")
     return made
 
 
-def products(file):
-    """Tensor name → alpha/k·B·A of a GGUF adapter, as llama.cpp takes it."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(file)
-    alpha = float(reader.fields["adapter.lora.alpha"].contents())
-    tensors = {t.name: torch.tensor(np.array(t.data)).double() for t in reader.tensors}
-    halves = {name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")}
-    return {
-        n: alpha / tensors[f"{n}.lora_a"].shape[0] * tensors[f"{n}.lora_b"] @ tensors[f"{n}.lora_a"] for n in halves
-    }
-
-
-def deltas(base_dir, adapter):
-    """The same names → s·B·A as PEFT has it; rows of q as llama.cpp orders them for its rotary embedding."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float64), adapter)
-    found = {}
-    for i, layer in enumerate(model.base_model.model.model.layers):
-        q, v, down = layer.self_attn.q_proj, layer.self_attn.v_proj, layer.mlp.down_proj
-        for name, module in (("attn_q", q), ("attn_v", v), ("ffn_down", down)):
-            a, b = (getattr(module, f"lora_{x}")["default"].weight.detach().double() for x in "AB")
-            delta = module.scaling["default"] * b @ a
-            if name == "attn_q":
-                heads, rows, columns = model.config.num_attention_heads, *delta.shape
-                delta = delta.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-            found[f"blk.{i}.{name}.weight"] = delta
-    return found
-
-
-def relative(got, expected):
-    return max(float((got[n] - d).norm() / d.norm()) for n, d in expected.items())
-
-
 @pytest.mark.parametrize("kind", ODD)
-def test_scale_and_rank_of_every_module_are_peft_s(base_dir, odd_adapters, kind):
-    adapter, folded, lost = odd_adapters[kind]
-    expected = deltas(base_dir, adapter)
-    got = products(folded)
-    assert got.keys() == expected.keys() and len(got) == 6
-    assert relative(got, expected) < 1e-6
-    if lost.exists():
-        assert relative(products(lost), expected) > 0.4, "the scale is lost without folding"
-
-
-@pytest.mark.parametrize("kind", ["uneven", "rslora"])
 def test_llama_cpp_answers_as_peft_whatever_the_scales(base_dir, odd_adapters, exported, prompts, kind):
     adapter, folded, lost = odd_adapters[kind]
 
     def llama_cpp(file):
-        return lambda: LlamaCppBackend(exported / "base.gguf", TEMPLATE, num_ctx=256, adapter=file)
+        return lambda: LlamaCppEngine(exported / "base.gguf", TEMPLATE, num_ctx=256, adapter=file)
 
-    hf = {"hf": lambda: HfBackend(str(base_dir), TEMPLATE, adapter=adapter)}
+    hf = {"hf": lambda: HfEngine(str(base_dir), TEMPLATE, adapter=adapter)}
     result = parity.compare({**hf, "folded": llama_cpp(folded), "lost": llama_cpp(lost)}, prompts, 16, reference="hf")
     assert result["token_ids_equal"] == 1.0
     assert result["pairs"]["hf/folded"] >= 11 / 12, result["first_difference"]
     assert result["pairs"]["hf/lost"] <= 9 / 12
-    assert logit_difference(base_dir, adapter, llama_cpp(folded)(), prompts) < 0.05
-    assert logit_difference(base_dir, adapter, llama_cpp(lost)(), prompts) > 0.5
+    assert logits_apart(hf["hf"](), llama_cpp(folded)(), prompts) < 0.05
+    assert logits_apart(hf["hf"](), llama_cpp(lost)(), prompts) > 0.5
 
 
-def logit_difference(base_dir, adapter, engine, prompts):
-    """Largest difference of the logits after each prompt."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32), adapter)
-    worst = 0.0
-    for prompt in prompts:
-        ids = engine.tokenize(prompt)
-        with torch.inference_mode():
-            expected = model(input_ids=torch.tensor([ids])).logits[0, -1]
-        engine.prefill(ids)
-        pointer = engine._api.llama_get_logits_ith(engine._llm.ctx, -1)
-        got = torch.tensor(np.ctypeslib.as_array(pointer, shape=(engine._llm.n_vocab(),)).copy())
-        worst = max(worst, float((got - expected).abs().max()))
-    engine.close()
-    return worst
-
-
-@pytest.mark.parametrize("changes", [{}, {"rank_pattern": UNEVEN["rank_pattern"]}])
-def test_adapters_that_need_no_folding_are_converted_as_they_are(base_dir, adapter_dir, tmp_path, changes):
-    adapter = cut(adapter_dir, tmp_path / "plain", changes)
+def test_adapters_that_need_no_folding_are_converted_as_they_are(base_dir, adapter_dir, tmp_path):
+    adapter = cut(adapter_dir, tmp_path / "plain", {"rank_pattern": UNEVEN["rank_pattern"]})
     gguf.convert_adapter(adapter, base_dir, tmp_path / "out.gguf")
     arguments = ["--base", str(base_dir), "--outfile", str(tmp_path / "direct.gguf"), "--outtype", "f32", str(adapter)]
     gguf._convert("convert_lora_to_gguf.py", arguments, tmp_path / "direct.gguf")
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "direct.gguf").read_bytes()
-    assert relative(products(tmp_path / "out.gguf"), deltas(base_dir, adapter)) < 1e-6
-
-
-def test_a_folded_copy_is_a_peft_adapter_of_the_same_meaning(base_dir, odd_adapters, tmp_path):
-    adapter = odd_adapters["both"][0]
-    before = {f.name: f.read_bytes() for f in adapter.iterdir()}
-    assert gguf.fold_scales(adapter, tmp_path / "copy")
-    assert {f.name: f.read_bytes() for f in adapter.iterdir()} == before, "the trained adapter was changed"
-    config = json.loads((tmp_path / "copy/adapter_config.json").read_text())
-    assert not config["use_rslora"] and not config["alpha_pattern"]
-    expected, got = deltas(base_dir, adapter), deltas(base_dir, tmp_path / "copy")
-    assert relative(got, expected) < 1e-6
-
-
-def test_16_bit_adapters_are_not_rounded_twice(base_dir, adapter_dir, tmp_path):
-    adapter = cut(adapter_dir, tmp_path / "half", UNEVEN, dtype=torch.bfloat16)
-    gguf.convert_adapter(adapter, base_dir, tmp_path / "half.gguf")
-    assert relative(products(tmp_path / "half.gguf"), deltas(base_dir, adapter)) < 1e-6
-
-
-def test_the_folded_adapter_has_the_same_bytes_each_time(base_dir, odd_adapters, tmp_path):
-    adapter, folded, _ = odd_adapters["uneven"]
-    gguf.convert_adapter(adapter, base_dir, tmp_path / "again.gguf")
-    assert (tmp_path / "again.gguf").read_bytes() == folded.read_bytes()
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         {"lora_alpha": 5, "r": 3},  # 5/3·3/5 is not 1 in floating point
-        {"alpha_pattern": {"q_proj": 8}},
-        {"use_rslora": True},
         {"use_rslora": True, "rank_pattern": {"q_proj": 2, "layers.0.self_attn.q_proj": 5}},  # the first that fits
-        {"alpha_pattern": {"layers.0.self_attn.q_proj": 5, "q_proj": 2}},
         {"alpha_pattern": {"^model.layers.1.mlp.down_proj": 9, "self_attn.[qv]_proj": 0.5}},
         {"rank_pattern": {"proj": 3, ".*v_proj": 7}, "alpha_pattern": {"attn.v_proj": 7, ".*1.*": 1}},
         {"lora_alpha": 0, "alpha_pattern": {"v_proj": 3}},
@@ -341,38 +174,12 @@ def test_tensors_of_another_rank_than_the_configuration_says_are_refused(base_di
         gguf.convert_adapter(wrong, base_dir, tmp_path / "out.gguf")
 
 
-def test_the_export_stage_takes_an_adapter_with_uneven_ranks_and_scales(base_dir, odd_adapters, tmp_path, monkeypatch):
-    from pipelines import export, prepare_base, prepare_data, profile
-    from pipelines.config import parse_params
-
-    raw = yaml.safe_load(profile.compose("smoke"))
-    raw["prepare_base"]["source"] = str(base_dir)
-    monkeypatch.chdir(tmp_path)
-    params = parse_params(raw)
-    prepare_data.run(params)
-    prepare_base.run(params)
-    adapter = tmp_path / "adapters/baseline_lora/0"
-    shutil.copytree(odd_adapters["both"][0], adapter)
-    export.run(params, "base", 0)
-    export.run(params, "baseline_lora", 0)
-    out = tmp_path / "gguf/baseline_lora/0"
-    result = json.loads((out / "parity.json").read_text())
-    assert result["pairs"]["hf/base+adapter_gguf"] >= 0.9 and result["pairs"]["hf/merged_gguf"] >= 0.9
-    assert relative(products(out / "adapter.gguf"), deltas(base_dir, adapter)) < 1e-6
-    assert json.loads((out / "run.json").read_text())["status"] == "finished"
-
-
-def test_a_folder_that_is_no_adapter(tmp_path):
-    with pytest.raises(ExportError, match=r"adapter_config\.json"):
-        gguf.check_adapter(tmp_path)
-
-
 def test_merging_into_a_quantized_base_is_refused(base_dir, adapter_dir, tmp_path):
     folder = tmp_path / "quantized"
     shutil.copytree(base_dir, folder)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (folder / "config.json").write_text(json.dumps(config))
+    quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (folder / "config.json").write_text(json.dumps({**config, **quantized}))
     with pytest.raises(ExportError, match=r"prepare_base\.merge_source"):
         gguf.save_merged(str(folder), adapter_dir, tmp_path / "m", {})
 
@@ -384,8 +191,6 @@ def test_what_the_converter_says_reaches_the_user(tmp_path):
 
 
 def test_converters_come_with_the_installed_runtime():
-    import llama_cpp
-
     place = converters.require()
     assert place.name == llama_cpp.__version__
     assert (place / "convert_lora_to_gguf.py").is_file() and (place / "gguf-py").is_dir()
@@ -405,3 +210,138 @@ def test_an_archive_with_another_hash_is_not_unpacked(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="expected sha256 0000"):
         converters.fetch(tmp_path / "converters")
     assert not (tmp_path / "converters").exists()
+
+
+# --- precisions ------------------------------------------------------------------------------------------------------
+
+LAYERS, VOCABULARY = 2, 64
+MATRICES = 2 + 7 * LAYERS  # embedding, output, and seven in each layer
+VECTORS = 1 + 2 * LAYERS
+
+
+def write_model(file, width):
+    writer, random = GGUFWriter(file, "llama"), np.random.default_rng(0)
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(2 * width)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_file_type(1)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"t{i}" for i in range(VOCABULARY)])
+    writer.add_token_scores([0.0] * VOCABULARY)
+    writer.add_token_types([1] * VOCABULARY)
+
+    def add(name, *shape, kind=np.float16):
+        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(kind))
+
+    add("token_embd", VOCABULARY, width)
+    add("output", VOCABULARY, width)
+    add("output_norm", width, kind=np.float32)
+    square, wide = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (width, width)), (2 * width, width)
+    for i in range(LAYERS):
+        for name, shape in {**square, "ffn_gate": wide, "ffn_up": wide, "ffn_down": wide[::-1]}.items():
+            add(f"blk.{i}.{name}", *shape)
+        for name in ("attn_norm", "ffn_norm"):
+            add(f"blk.{i}.{name}", width, kind=np.float32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Rows of 256: every format's block fits."""
+    return write_model(tmp_path_factory.mktemp("wide") / "f16.gguf", 256)
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """Rows of 64 and 128: no K format's block fits."""
+    return write_model(tmp_path_factory.mktemp("narrow") / "f16.gguf", 64)
+
+
+def test_the_list_is_the_library_s():
+    theirs = {
+        name.removeprefix("LLAMA_FTYPE_").removeprefix("ALL_").removeprefix("MOSTLY_"): getattr(llama_cpp, name)
+        for name in dir(llama_cpp)
+        if name.startswith("LLAMA_FTYPE_") and name != "LLAMA_FTYPE_GUESSED"
+    }
+    assert {name.upper(): number for name, number in QUANTIZATIONS.items()} == {
+        name: number for name, number in theirs.items() if name in {q.upper() for q in QUANTIZATIONS}
+    }
+    assert {q.upper() for q in (*QUANTIZATIONS, *REFUSED)} == theirs.keys()
+    assert not QUANTIZATIONS.keys() & REFUSED.keys()
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_each_precision_is_made_and_read_back(wide, tmp_path, name):
+    assert quantize(wide, tmp_path / "q.gguf", name) == 0, "rows of 256 need no fallback"
+    made = contents(tmp_path / "q.gguf")
+    assert int(GGUFReader(tmp_path / "q.gguf").fields["general.file_type"].contents()) == QUANTIZATIONS[name]
+    assert made.size == (tmp_path / "q.gguf").stat().st_size
+    assert sum(made.tensor_types.values()) == MATRICES + VECTORS and made.tensor_types["F32"] >= VECTORS
+    # The format itself, or for a mixture its main one: q4_K_M holds Q4_K, iq3_m IQ3_S.
+    main = {"iq3_m": "IQ3_S"}.get(name, name.upper().removesuffix("_S").removesuffix("_M").removesuffix("_L"))
+    main = "IQ3_S" if name == "iq3_s" else main
+    assert made.tensor_types[main] >= MATRICES / 2
+    bits = {"f32": (32, 32), "f16": (16, 16.2), "bf16": (16, 16.2), "q8_0": (8.5, 8.7)}
+    low, high = bits.get(name, (1, 8))
+    assert low <= made.bits_per_weight <= high
+    if name in ("f32", "f16", "bf16"):  # nothing else but vectors
+        wanted = {"F32": MATRICES + VECTORS} if name == "f32" else {name.upper(): MATRICES, "F32": VECTORS}
+        assert made.tensor_types == wanted
+
+
+def test_fallbacks_are_counted(narrow, tmp_path):
+    assert quantize(narrow, tmp_path / "q8.gguf", "q8_0") == 0
+    assert contents(tmp_path / "q8.gguf").tensor_types == {"Q8_0": MATRICES, "F32": VECTORS}
+    fallbacks = quantize(narrow, tmp_path / "q4.gguf", "q4_K_M")
+    made = contents(tmp_path / "q4.gguf").tensor_types
+    assert "Q4_K" not in made and made["Q5_0"] > 0
+    # All matrices but the output, for which llama.cpp chooses the larger format by itself where Q6_K does not fit.
+    assert fallbacks == MATRICES - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("iq2_xs", "'iq2_xs' cannot be used: .*importance matrix.*expected one of 'f32', 'f16'"),
+        ("q2_K_S", "importance matrix"),
+        ("mxfp4_moe", "mixtures of experts"),
+        ("q5", "expected one of 'f32', .*got 'q5'"),
+        ("Q4_K_M", "did you mean 'q4_K_M'"),
+        ("", "got ''"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_with_the_reason(wide, tmp_path, name, words):
+    with pytest.raises(ExportError, match=words):
+        quantize(wide, tmp_path / "q.gguf", name)
+    assert not (tmp_path / "q.gguf").exists()
+    assert unusable("q8_0") is None
+
+
+def test_llama_cpp_s_own_reason_reaches_the_user(narrow, tmp_path):
+    with pytest.raises(ExportError, match=r"to q1_0: .*no tensor type fallback is defined"):
+        quantize(narrow, tmp_path / "q.gguf", "q1_0")
+    with pytest.raises(ExportError, match=r"none\.gguf to q8_0: .*failed to load model"):
+        quantize(tmp_path / "none.gguf", tmp_path / "q.gguf", "q8_0")
+
+
+@pytest.mark.parametrize("size", [0, 4, 3000, -3000])
+def test_a_damaged_file_is_refused(wide, tmp_path, size):
+    (tmp_path / "cut.gguf").write_bytes(wide.read_bytes()[:size])
+    with pytest.raises(ExportError, match=r"cut\.gguf: expected a GGUF file"):
+        contents(tmp_path / "cut.gguf")
+    with pytest.raises(ExportError, match=r"could not quantize .*cut\.gguf"):
+        quantize(tmp_path / "cut.gguf", tmp_path / "q.gguf", "q8_0")
+
+
+def test_another_type_than_asked_for_is_noticed(wide, tmp_path, monkeypatch):
+    monkeypatch.setitem(QUANTIZATIONS, "bf16", QUANTIZATIONS["q8_0"])
+    with pytest.raises(ExportError, match="expected tensors of type BF16 from llama.cpp, found {'Q8_0'"):
+        quantize(wide, tmp_path / "q.gguf", "bf16")

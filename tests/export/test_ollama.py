@@ -1,28 +1,29 @@
 """Registering with a server: what arrives there, what is skipped, and what is said when it fails."""
 
 import hashlib
-import json
-from pathlib import Path
 
 import pytest
 
-from export.errors import ExportError
-from export.modelfile import ModelfileSpec
-from export.ollama import (
+from export import ExportError
+from export.engines import ollama
+from export.engines.ollama import (
     OllamaError,
     OllamaUnavailable,
     connect,
     list_models,
     parse_parameters,
-    register,
     remove,
     render_prompt,
     resolve_host,
     server_version,
+    stored_model,
 )
+from export.modelfile import Serving
+from export.register import register
 from tests.ollama_double import OllamaDouble
 
-TEMPLATE = '### Say "x":\n{{ .Prompt }}\n\n### Response:\n'
+TEMPLATE = '### Say "x":\n{prompt}\n\n### Response:\n'
+GO = TEMPLATE.replace("{prompt}", "{{ .Prompt }}")
 
 
 @pytest.fixture
@@ -38,12 +39,11 @@ def gguf(tmp_path):
     return path
 
 
-def spec(**changes: object) -> ModelfileSpec:
-    fields: dict = {"from_path": "./model.gguf", "template": TEMPLATE, "num_ctx": 512, "temperature": 0.0}
-    return ModelfileSpec(**{**fields, "stop": ["###", '\n"é'], "num_predict": 8, **changes})
+def serving(**changes) -> Serving:
+    return Serving(**{"template": TEMPLATE, "num_ctx": 512, "stop": ["###", '\n"é'], **changes})
 
 
-def sent(double: OllamaDouble, path: str) -> list:
+def sent(double, path):
     return [body for _, p, body in double.requests if p.startswith(path)]
 
 
@@ -83,41 +83,33 @@ def test_version_of_a_server_of_none_and_of_something_else(double):
 def test_loopback_never_goes_through_a_proxy(double, monkeypatch, gguf, tmp_path):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    assert server_version(double.url) == "0.32.0"
-    assert register(double.url, "m", gguf, spec(), records=tmp_path).created
+    assert register(double.url, "m", gguf, serving(), records=tmp_path).created
 
 
 def test_what_the_server_holds_is_what_was_given(double, gguf, tmp_path):
     lines: list[str] = []
-    made = register(double.url, "pure_grit_model", gguf, spec(license="MIT"), None, lines.append, records=tmp_path)
+    made = register(double.url, "pure_grit_model", gguf, serving(license="MIT"), None, lines.append, records=tmp_path)
     sha = hashlib.sha256(gguf.read_bytes()).hexdigest()
     assert made.created and made.gguf_sha256 == sha and made.server_version == "0.32.0"
     assert made.stored_sha256 not in (None, sha)  # the server rewrites the file; both hashes are kept
     assert double.blobs[f"sha256:{sha}"].read_bytes() == gguf.read_bytes()
     model = double.models["pure_grit_model:latest"]
-    assert (model.template, model.license, model.digest, model.stored) == (
-        TEMPLATE,
-        "MIT",
-        made.digest,
-        made.stored_sha256,
-    )
-    assert model.parameters == {
-        "num_ctx": 512,
-        "temperature": 0.0,
-        "num_predict": 8,
-        "repeat_penalty": 1.0,
-        "stop": ["###", '\n"é'],
-    }
+    assert model.template == GO
+    assert ("license", "MIT") in sent(double, "/api/create")[0].items()
+    assert (model.digest, model.stored) == (made.digest, made.stored_sha256)
+    assert model.parameters == {"num_ctx": 512, "temperature": 0.0, "repeat_penalty": 1.0, "stop": ["###", '\n"é']}
     assert lines[-1] == "pure_grit_model: success" and any("uploading 0.0 MB" in line for line in lines)
-    assert render_prompt(double.url, "pure_grit_model", "Hi") == TEMPLATE.replace("{{ .Prompt }}", "Hi")
+    assert render_prompt(double.url, "pure_grit_model", "Hi") == TEMPLATE.replace("{prompt}", "Hi")
 
 
 def test_the_second_time_nothing_is_sent(double, gguf, tmp_path):
-    first = register(double.url, "m", gguf, spec(), records=tmp_path)
+    first = register(double.url, "m", gguf, serving(), records=tmp_path)
     double.requests.clear()
-    again = register(double.url, "m", gguf, spec(), records=tmp_path)
+    again = register(double.url, "m", gguf, serving(), records=tmp_path)
     assert not sent(double, "/api/blobs") and not sent(double, "/api/create")
     assert again == type(first)(**{**vars(first), "created": False})
+    register(double.url, "b", gguf, serving(), records=tmp_path)  # another name, the same weights
+    assert [m for m, p, _ in double.requests if p.startswith("/api/blobs")] == ["HEAD"]
 
 
 @pytest.mark.parametrize(
@@ -125,20 +117,20 @@ def test_the_second_time_nothing_is_sent(double, gguf, tmp_path):
 )
 def test_any_change_makes_the_model_anew(double, gguf, tmp_path, change):
     records = tmp_path / "records"
-    first = register(double.url, "m", gguf, spec(), records=records)
-    after = spec()
+    first = register(double.url, "m", gguf, serving(), records=records)
+    after = serving()
     if change == "weights":
         gguf.write_bytes(b"GGUF other")
     elif change == "template":
-        after = spec(template="{{ .Prompt }}!")
+        after = serving(template="{prompt}!")
     elif change == "parameters":
-        after = spec(num_ctx=256)
+        after = serving(num_ctx=256)
     elif change == "replaced":  # someone made another model of that name, with our license text and template
-        with connect(double.url) as client:
+        with connect(double.url, 10) as client:
             other = tmp_path / "other.gguf"
             other.write_bytes(b"GGUF of someone else")
             digest = client.create_blob(other)
-            client.create("m", files={"x.gguf": digest}, template=TEMPLATE, parameters=spec().parameters)
+            client.create("m", files={"x.gguf": digest}, template=GO, parameters=serving().parameters)
     elif change == "removed":
         assert remove(double.url, "m")
     elif change == "record lost":
@@ -151,117 +143,77 @@ def test_any_change_makes_the_model_anew(double, gguf, tmp_path, change):
     assert not register(double.url, "m", gguf, after, records=records).created
 
 
-def test_a_blob_that_is_there_is_not_sent_again(double, gguf, tmp_path):
-    register(double.url, "a", gguf, spec(), records=tmp_path)
-    double.requests.clear()
-    register(double.url, "b", gguf, spec(), records=tmp_path)
-    assert [m for m, p, _ in double.requests if p.startswith("/api/blobs")] == ["HEAD"]
-
-
 def test_adapter_goes_along_and_new_releases_refuse_it(double, gguf, tmp_path):
     adapter = tmp_path / "adapter.gguf"
     adapter.write_bytes(b"GGUF adapter")
-    made = register(double.url, "m", gguf, spec(), adapter, records=tmp_path)
+    made = register(double.url, "m", gguf, serving(), adapter, records=tmp_path)
     assert made.adapter_sha256 == hashlib.sha256(b"GGUF adapter").hexdigest()
-    model = double.models["m:latest"]
-    assert model.adapter is not None and model.adapter.read_bytes() == b"GGUF adapter"
-    assert register(double.url, "m", gguf, spec(), None, records=tmp_path).created
+    assert double.models["m:latest"].adapter.read_bytes() == b"GGUF adapter"
+    assert register(double.url, "m", gguf, serving(), None, records=tmp_path).created
     double.version = "0.34.1"
-    with pytest.raises(OllamaError, match="register the merged GGUF"):
-        register(double.url, "m", gguf, spec(), adapter, records=tmp_path)
+    with pytest.raises(OllamaError, match=r"Ollama 0\.34\.1 at .*register the merged GGUF"):
+        register(double.url, "m", gguf, serving(), adapter, records=tmp_path)
 
 
-def test_creation_must_end_in_success(double, gguf, tmp_path):
+def test_creation_must_end_in_success_with_the_settings_that_were_given(double, gguf, tmp_path):
     double.misbehave = "no_success"
     with pytest.raises(OllamaError, match="end in 'success', it ended in 'creating new layer"):
-        register(double.url, "m", gguf, spec(), records=tmp_path)
+        register(double.url, "m", gguf, serving(), records=tmp_path)
     double.misbehave = "break_create"
     with pytest.raises(OllamaUnavailable, match="ollama serve"):
-        register(double.url, "m", gguf, spec(), records=tmp_path)
-    assert list_models(double.url) == {} and not list(tmp_path.glob("*.json"))
-
-
-def test_settings_are_read_back(double, gguf, tmp_path):
+        register(double.url, "m", gguf, serving(), records=tmp_path)
+    assert list_models(double.url) == {}
     double.misbehave = "forget_settings"
     with pytest.raises(OllamaError, match=r"num_ctx: expected \[512\], got None"):
-        register(double.url, "m", gguf, spec(), records=tmp_path)
+        register(double.url, "m", gguf, serving(), records=tmp_path)
     assert not list(tmp_path.glob("*.json"))
 
 
 def test_no_server_and_no_file(double, gguf, tmp_path):
     with pytest.raises(ExportError, match="run the export stage first"):
-        register(double.url, "m", tmp_path / "none.gguf", spec(), records=tmp_path)
+        register(double.url, "m", tmp_path / "none.gguf", serving(), records=tmp_path)
+    with pytest.raises(ExportError, match="at least one word"):
+        register(double.url, "m", gguf, serving(stop=[]), records=tmp_path)
     double.die()
     with pytest.raises(OllamaUnavailable, match=double.url):
-        register(double.url, "m", gguf, spec(), records=tmp_path)
+        register(double.url, "m", gguf, serving(), records=tmp_path)
     with pytest.raises(OllamaUnavailable, match=double.url):
         list_models(double.url)
 
 
 def test_list_and_remove(double, gguf, tmp_path):
-    made = register(double.url, "m", gguf, spec(), records=tmp_path)
+    made = register(double.url, "m", gguf, serving(), records=tmp_path)
     assert list_models(double.url) == {"m:latest": made.digest}
+    double.misbehave = "bare_list"
+    with pytest.raises(OllamaError, match="name and digest of every model .* 'm:latest' with digest None"):
+        list_models(double.url)
+    double.misbehave = None
     assert not remove(double.url, "m:other") and remove(double.url, "m") and not remove(double.url, "m")
     assert list_models(double.url) == {}
+
+
+@pytest.mark.parametrize(
+    ("ask", "late"),
+    [(list_models, False), (render_prompt, False), (remove, False), (remove, True), (stored_model, True)],
+)
+def test_a_server_that_says_nothing_is_not_waited_for_for_ever(double, gguf, tmp_path, ask, late, monkeypatch):
+    """From the first request on, or after the list of models, at which `remove` and `stored_model` look first."""
+    monkeypatch.setattr(ollama, "ANSWER_S", 0.3)
+    monkeypatch.setattr(ollama, "LOAD_S", 0.3)
+    register(double.url, "m", gguf, serving(), records=tmp_path)
+    whole = double.listing
+
+    def listing(*names, **more):
+        double.misbehave = "hang_all"  # from the next request on
+        return whole(*names, **more)
+
+    double.listing = listing
+    double.misbehave = None if late else "hang_all"
+    with pytest.raises(OllamaUnavailable, match=r"said nothing for 0\.3 s"):
+        ask(double.url, *{list_models: (), render_prompt: ("m", "Hi")}.get(ask, ("m",)))
 
 
 def test_parameters_text_parses_as_go_prints_it():
     text = 'stop                           "<s> \\"a\\"\\n"\nstop                           "###"\n'
     got = parse_parameters(text + "temperature   0\nnum_ctx       1.048576e+06\nodd           a b\n")
     assert got == {"stop": ['<s> "a"\n', "###"], "temperature": [0.0], "num_ctx": [1048576], "odd": ["a b"]}
-
-
-# --- the double itself answers as the facts say ------------------------------------------------------------
-
-
-def test_double_refuses_as_the_server_does(double, gguf):
-    from ollama import ResponseError
-
-    with connect(double.url) as client:
-        digest = client.create_blob(gguf)
-
-        def refused(call, status, said):
-            with pytest.raises(ResponseError, match=said) as caught:
-                call()
-            assert caught.value.status_code == status
-
-        wrong = "/api/blobs/sha256:" + "0" * 64
-        refused(lambda: client._request_raw("POST", wrong, content=b"x"), 400, "digest mismatch")
-        refused(lambda: client.create("m", files={"a.gguf": "sha256:" + "0" * 64}), 500, "no such file")
-        refused(lambda: client.create("m", files={"/a.gguf": digest}), 400, "must be relative")
-        refused(lambda: client.create("m"), 400, "neither 'from' or 'files'")
-        refused(lambda: client.show("none"), 404, "not found")
-        client.create("m", files={"a.gguf": digest}, parameters={"num_ctx": "many"})  # not checked here …
-        refused(lambda: client.generate("m", "x"), 500, "num_ctx")  # … but here
-        client.create("m", files={"a.gguf": digest})
-        refused(lambda: client.generate("m", "x", options={"temperature": "hot"}), 500, "temperature")
-        assert client.generate("m", "x", options={"no_such_option": 1}).response == "126"
-
-
-def test_double_generates_and_leaves_zeros_out(double, gguf):
-    double.reply = lambda rendered: "12 END 34" if rendered == "<x>" else ""
-    with connect(double.url) as client:
-        digest = client.create_blob(gguf)
-        client.create("m", files={"a.gguf": digest}, template="<{{ .Prompt }}>")
-        first = client.generate("m", "x", options={"stop": [" END"]})
-        assert (first.response, first.done_reason, first.prompt_eval_count) == ("12", "stop", 4)
-        assert first.load_duration > client.generate("m", "x").load_duration > 0
-        cut = client.generate("m", "x", options={"num_predict": 3})
-        assert (cut.response, cut.done_reason, cut.eval_count) == ("12 ", "length", 3)
-        parts = list(client.generate("m", "x", stream=True))
-        assert "".join(p.response for p in parts) == "12 END 34" and parts[-1].done and not parts[0].done
-        assert client.generate("m", "<x>", raw=True).response == "12 END 34"
-        empty = json.loads(
-            client._request_raw("POST", "/api/generate", json={"model": "m", "prompt": "?", "stream": False}).text
-        )
-        assert empty["response"] == "" and "eval_count" not in empty and "eval_duration" not in empty
-        assert client.ps().models[0].model == "m:latest"
-
-
-def test_nothing_of_the_double_is_left_behind(gguf):
-    with OllamaDouble(reply=str) as double:
-        with connect(double.url) as client:
-            client.create_blob(gguf)
-        folder = next(iter(double.blobs.values())).parent
-        assert Path(folder).exists()
-    assert not Path(folder).exists()

@@ -1,31 +1,29 @@
-"""Registering, verifying and scoring through a server: the double, and the real one at OLLAMA_HOST where it answers."""
+"""`python -m export.ollama` and verification on a server: the double, and the real one at OLLAMA_HOST if it answers."""
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
-from typer.testing import CliRunner
 
-from evaluation.backends.ollama import OllamaBackend
-from export.ollama import AdaptersUnsupportedError, list_models, register, stored_model
-from export.ollama_cli import app
-from export.serving import find_served
-from export.verify import read_references
+from export.engines.ollama import OllamaEngine, list_models
+from export.register import AdaptersUnsupportedError, register, remove_abandoned, temporary_name
+from export.served import find_served, read_references
+from export.verify import verify
+from tests.export.verify_runs import ARM, LATEST, edit, model, one, opened, rewrite, run
+from tests.ollama_double import OllamaDouble
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_records")]
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*arguments):
-    return CliRunner(env={"COLUMNS": "160"}).invoke(app, [str(a) for a in arguments])
 
 
 @pytest.fixture
 def where(server, tree):
-    """Options of every command, for models whose names are this test's own."""
     server.rename(tree)
     return ["--gguf", tree, "--host", server.url]
 
@@ -34,9 +32,22 @@ def need_adapters(server, tree):
     """Skips where the real server is too new; the double takes them unless told otherwise."""
     form = find_served(tree, names=[f"{server.prefix}-pure_grit"])[0].adapter_form()
     try:
-        register(server.url, f"{server.prefix}-probe", form.gguf, form.spec, form.adapter)
+        register(server.url, f"{server.prefix}-probe", form.gguf, form.serving, form.adapter)
     except AdaptersUnsupportedError:
         pytest.skip(f"Ollama {server.version} takes no adapters")
+
+
+def creates(folder, *arguments):
+    """Two processes that create at once, and what they print."""
+    command = [sys.executable, "-m", "export.ollama", "create", *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    both = [subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    return said
+
+
+# --- on both servers -----------------------------------------------------------------------------------------
 
 
 def test_created_verified_in_both_modes_scored_and_removed(server, tree, where):
@@ -44,6 +55,8 @@ def test_created_verified_in_both_modes_scored_and_removed(server, tree, where):
     assert made.exit_code == 0, made.output
     names = [served.name for served in find_served(tree)]
     assert {f"{name}:latest" for name in names} <= set(list_models(server.url))
+    listed = run("list", *where).output
+    assert server.version in listed and " no " not in listed
 
     checked = run("verify", *where, "--mode", "both")
     assert checked.exit_code == 0, checked.output
@@ -52,33 +65,13 @@ def test_created_verified_in_both_modes_scored_and_removed(server, tree, where):
     assert (rows[2].count("100%") == 4 and "yes" in rows[2]) or "not supported" in rows[2]
 
     for served in find_served(tree):
-        with OllamaBackend(server.url, served.name, 256) as backend:
+        with OllamaEngine(server.url, served.name, 256) as engine:
             for reference in read_references(served.folder):
-                scored = backend.generate(reference.prompt, reference.max_tokens, ())
+                scored = engine.generate(reference.prompt, reference.max_tokens)
                 assert (scored.text, scored.prompt_tokens) == (reference.answer, len(reference.ids))
     assert run("remove", *where).output.count("removed") == 2
+    assert run("remove", *where).output.count("was not there") == 2
     assert not [name for name in list_models(server.url) if name.startswith(server.prefix)]
-
-
-def test_served_as_base_and_adapter(server, tree, where):
-    need_adapters(server, tree)
-    assert run("create", *where, "--mode", "adapter").exit_code == 0
-    assert stored_model(server.url, f"{server.prefix}-pure_grit").mode == "adapter"
-    assert stored_model(server.url, f"{server.prefix}-base").mode == "merged"
-    checked = run("verify", *where, "--mode", "both")
-    assert checked.exit_code == 0 and checked.output.count("100%") == 10, checked.output
-    assert stored_model(server.url, f"{server.prefix}-pure_grit").mode == "adapter", "checked beside, not replaced"
-
-
-def test_a_lost_scale_is_noticed_on_the_server(server, tree, where, tmp_path):
-    from export.adapter_file import scaled_copy
-
-    need_adapters(server, tree)
-    form = find_served(tree, names=[f"{server.prefix}-pure_grit"])[0].adapter_form()
-    scaled_copy(form.adapter, tmp_path / "lost.gguf", 0.5)
-    register(server.url, form.name, form.gguf, form.spec, tmp_path / "lost.gguf")
-    checked = run("verify", form.name, *where, "--mode", "adapter")
-    assert checked.exit_code == 1 and "Likely cause: scale; the adapter counts 0.5 times" in checked.output
 
 
 def test_what_is_not_there_is_not_verified(server, tree, where):
@@ -88,42 +81,230 @@ def test_what_is_not_there_is_not_verified(server, tree, where):
 
 
 @pytest.mark.parametrize("mode", ["merged", "adapter"])
-def test_creating_what_is_unchanged_sends_nothing(server, tree, where, mode, tmp_path):
-    """In this process, and in two at once."""
+def test_two_that_create_at_once_agree_and_what_is_unchanged_is_not_sent(server, tree, where, mode, tmp_path):
     if mode == "adapter":
         need_adapters(server, tree)
-    first = run("create", *where, "--mode", mode)
-    assert first.exit_code == 0 and first.output.count(": created") == 2, first.output
+    assert all(said.count(": ") >= 2 for said in creates(tmp_path, *where, "--mode", mode))
     before = list_models(server.url)
     if server.double:
         server.double.requests.clear()
 
     again = run("create", *where, "--mode", mode)
     assert again.exit_code == 0 and again.output.count(": unchanged") == 2, again.output
-    command = [sys.executable, "-m", "export.ollama", "create", *map(str, where), "--mode", mode]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    both = [subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in both:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0 and output.count(": unchanged") == 2, output
-
+    assert all(said.count(": unchanged") == 2 for said in creates(tmp_path, *where, "--mode", mode))
     assert list_models(server.url) == before
     if server.double:
-        seen = {(method, path.rpartition("/sha256")[0] or path) for method, path, _ in server.double.requests}
-        assert seen and not seen & {("HEAD", "/api/blobs"), ("POST", "/api/blobs"), ("POST", "/api/create")}
-        assert {path for _, path in seen} <= {"/api/version", "/api/tags"}
+        assert {path for _, path, _ in server.double.requests} <= {"/api/version", "/api/tags"}
     facts = json.loads((tmp_path / f"outputs/ollama/{server.prefix}-pure_grit-{mode}.json").read_text())
     assert (facts["mode"], facts["server_version"], facts["created"]) == (mode, server.version, False)
     assert (facts["adapter_sha256"] is not None) is (mode == "adapter")
     assert facts["stored_sha256"] not in (None, facts["gguf_sha256"]), "creating rewrites the file; both are kept"
 
 
-def test_two_processes_that_create_at_once_agree(server, tree, where, tmp_path):
-    command = [sys.executable, "-m", "export.ollama", "create", *map(str, where)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    both = [subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in both:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
-    assert run("create", *where).output.count(": unchanged") == 2
-    assert run("verify", *where).exit_code == 0
+# --- the command ---------------------------------------------------------------------------------------------
+
+
+def test_names_modes_backends_and_servers_that_do_not_exist(tree, monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    for command in ("create", "list", "verify", "remove"):
+        done = run(command, "--gguf", tree, "--host", "127.0.0.1:9")
+        assert done.exit_code == 1 and "127.0.0.1:9" in done.output and "Traceback" not in done.output
+    assert "expected names among base_model, pure_grit_model" in run("create", "pure_grid", "--gguf", tree).output
+    assert "expected one of merged, adapter" in run("create", "--gguf", tree, "--mode", "both").output
+    assert "expected one of merged, adapter, both" in run("verify", "--gguf", tree, "--mode", "x").output
+    assert "expected auto, ollama or llama_cpp" in run("verify", "--gguf", tree, "--backend", "llama").output
+    named = run("verify", "--gguf", tree, "--backend", "ollama")
+    assert named.exit_code == 1 and "no Ollama answers at http://127.0.0.1:9" in named.output
+
+
+def test_without_a_server_llama_cpp_verifies_and_with_one_it_is_the_server(tree, monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    done = run("verify", "--gguf", tree, "--mode", "both")
+    assert done.exit_code == 0 and done.output.count("100%") == 10 and "llama_cpp" in done.output, done.output
+    with OllamaDouble() as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        assert run("create", "--gguf", tree).exit_code == 0
+        done = run("verify", "--gguf", tree)
+        assert done.exit_code == 0 and "ollama 0.32.0" in done.output
+        server.requests.clear()
+        assert run("verify", "--gguf", tree, "--backend", "llama_cpp").exit_code == 0 and not server.requests
+
+
+def test_what_can_only_be_served_merged_has_no_adapter_row(tree):
+    (tree / "pure_grit/0/adapter.gguf").unlink()
+    done = run("verify", "--gguf", tree, "--mode", "both", "--backend", "llama_cpp")
+    assert done.exit_code == 0 and done.output.count("100%") == 6, done.output
+    refused = run("verify", "--gguf", tree, "--mode", "adapter", "--backend", "llama_cpp")
+    assert refused.exit_code == 1 and "can be served merged only" in refused.output
+
+
+def test_what_was_registered_is_written_beside_the_folder_and_not_where_one_stands(tree, tmp_path, monkeypatch):
+    edit(tree / "pure_grit/0", model_name="team/pure grit:v2")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with OllamaDouble() as double:
+        done = run("create", "--gguf", "../gguf", "--host", double.url)
+        assert done.exit_code == 0, done.output
+        assert not list((tmp_path / "elsewhere").iterdir())
+        files = sorted(f.name for f in (tmp_path / "outputs/ollama").iterdir())
+        assert files == ["base_model-merged.json", "team-pure-grit-v2-merged.json"]
+        assert json.loads((tmp_path / "outputs/ollama" / files[1]).read_text())["name"] == "team/pure grit:v2"
+        shutil.rmtree(tmp_path / "outputs")
+        (tmp_path / "outputs").write_text("in the way")
+        done = run("create", "base_model", "--gguf", tree, "--host", double.url)
+    assert done.exit_code == 1 and "Traceback" not in done.output and not isinstance(done.exception, OSError)
+    assert "outputs/ollama/base_model-merged.json: the model 'base_model' is registered" in done.output
+
+
+# --- an older release ----------------------------------------------------------------------------------------
+
+
+def test_what_an_older_release_does_not_tell_is_no_difference_and_no_cause(tree):
+    served = model(tree)
+    with opened("ollama") as (opener, double):
+        register(double.url, ARM, served.gguf, served.serving)
+        double.misbehave = "missing_fields"
+        row = one(verify(opener, served, ["merged"]))
+        bodies = [b for _, path, b in double.requests if path == "/api/generate" and "_debug_render_only" in b]
+        done = run("verify", ARM, "--gguf", tree, "--host", double.url)
+        assert (row.rendered, row.counted, row.answered) == (None, None, 1.0)
+        assert row.first_difference is None and row.problem(1.0) is None
+        assert row.note.count("ollama 0.32.0 does not tell how") == 2
+        assert "'rendered'" in row.note and "'counted'" in row.note
+        assert bodies and all(b["options"]["num_predict"] == 1 for b in bodies), "such a server answers the prompt"
+        assert done.exit_code == 0 and f"{ARM} (merged): ollama 0.32.0 does not tell how it renders" in done.output
+        rewrite(served.folder, answer=lambda row: "#" + row["answer"][1:])
+        row = one(verify(opener, served, ["merged"]))
+    assert row.answered == 0 and "Likely cause: merge or weights of the file" in row.first_difference
+    assert "template" not in row.first_difference.split("Likely cause")[0]
+
+
+@pytest.mark.parametrize("untold", [0, 1])
+def test_other_counts_of_a_release_that_does_not_render(tree, untold):
+    """More tokens than in training may be a BOS or another template; nobody knows. Cached prompts have no count."""
+    counts = []
+    with opened("ollama") as (opener, double):
+        whole = double.generate
+
+        def silent(body):
+            for part in whole(body):
+                count = part.get("prompt_eval_count")
+                known = {k: v for k, v in part.items() if k != "_debug_info"}
+                if count is not None and "_debug_render_only" not in body:
+                    counts.append(count)
+                    known.pop("prompt_eval_count")
+                    if len(counts) > untold:
+                        known["prompt_eval_count"] = count + 1
+                yield known
+
+        double.generate = silent
+        row = one(verify(opener, model(tree), ["merged"]))
+    assert (row.rendered, row.counted) == (None, 0.0) and "Likely cause: template or BOS" in row.first_difference
+
+
+# --- what was really registered ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"temperature": 0.7}, "temperature: expected [0.0], got [0.7]"),
+        ({"repeat_penalty": None}, "repeat_penalty: expected [1.0], got None"),
+        ({"stop": ["</s>", "~~"]}, "stop: expected ['</s>'], got ['</s>', '~~']"),
+        ({"num_predict": 3}, "num_predict: expected none, got [3]"),
+        ("Be rude.", "system: expected '', got 'Be rude.'"),
+    ],
+)
+def test_other_settings_than_were_exported_are_a_problem_even_where_all_answers_are_equal(tree, change, said):
+    served = model(tree)
+    with opened("ollama") as (opener, double):
+        register(double.url, ARM, served.gguf, served.serving)
+        there = double.models[LATEST]
+        if isinstance(change, str):
+            there.system = change
+        else:
+            there.parameters = {k: v for k, v in {**there.parameters, **change}.items() if v is not None}
+        row = one(verify(opener, served, ["merged"]))
+        done = run("verify", ARM, "--gguf", tree, "--host", double.url)
+    assert row.answered == row.rendered == row.counted == 1 and row.differences == said
+    assert f"stored other settings than were exported ({said}); register it again" in row.problem(0.0)
+    assert done.exit_code == 1 and said in done.output
+
+
+def test_another_template_is_a_problem_of_its_own(tree):
+    served = model(tree)
+    with opened("ollama") as (opener, double):
+        register(double.url, ARM, served.gguf, served.serving)
+        double.models[LATEST].template = served.serving.go_template.replace("Response", "Answer")
+        row = one(verify(opener, served, ["merged"]))
+    assert row.differences.startswith("template: expected ") and "Likely cause: template" in row.first_difference
+
+
+# --- the mode, and temporary copies --------------------------------------------------------------------------
+
+
+def test_the_mode_that_is_checked_is_the_one_that_the_server_has(tree):
+    with opened("ollama") as (opener, double):
+        where = ["--gguf", tree, "--host", double.url]
+        assert run("create", *where, "--mode", "adapter").exit_code == 0
+        digest = double.models[LATEST].digest
+        done = run("verify", *where)
+        assert done.exit_code == 0 and "temporary copy" not in done.output, done.output
+        row = next(line for line in done.output.splitlines() if ARM in line)
+        assert "adapter" in row and "yes" in row and row.count("100%") == 4
+
+        other = run("verify", ARM, *where, "--mode", "merged").output
+        copied = "asked of a temporary copy in mode merged, for the server has this model in mode adapter"
+        assert f"{ARM} (merged): {copied}" in other
+        merged, adapter = verify(opener, model(tree))
+        assert adapter.server_digest == digest and adapter.note is None
+        assert merged.server_digest != digest and merged.note == copied
+        (tree / "pure_grit/0/adapter.gguf").unlink()
+        lost = run("verify", *where)
+        assert lost.exit_code == 1 and "can be served merged only" in lost.output
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from export.register import open_on_server
+from export.served import find_served
+with open_on_server(sys.argv[1], find_served(Path(sys.argv[2]), names=[sys.argv[3]])[0]):
+    print("open", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("by", ["verify", "remove"])
+def test_a_killed_check_leaves_nothing_for_long(tree, by):
+    with opened("ollama") as (opener, double):
+        command = [sys.executable, "-c", HOLD, double.url, str(tree), ARM]
+        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        try:
+            assert child.stdout.readline() == "open\n"
+            [left] = double.models
+            assert left.startswith("grit-verify-") and f"-{child.pid}-" in left
+            assert remove_abandoned(double.url) == [], "its process runs"
+        finally:
+            child.send_signal(signal.SIGKILL)
+        with child:
+            assert list(double.models) == [left]
+        foreign = left.replace(left.split("-")[2], "00000000")
+        double.models |= {foreign: double.models[left], "grit-verify-mine:latest": double.models[left]}
+        if by == "verify":
+            with opener(model(tree)):
+                assert left not in double.models
+        else:
+            done = run("remove", ARM, "--gguf", tree, "--host", double.url)
+            assert done.exit_code == 0 and f"{left}: removed, left by a check that was killed" in done.output
+        assert set(double.models) == {foreign, "grit-verify-mine:latest"}, "of other machines and of others"
+    assert temporary_name() != temporary_name()
+
+
+def test_a_later_process_of_the_same_number_is_not_taken_for_the_one_that_made_it(tree):
+    with opened("ollama") as (opener, double), opener(model(tree)):
+        [mine] = double.models
+        parts = mine.split("-")
+        old = "-".join([*parts[:4], str(int(psutil.Process().create_time()) - 60), parts[5]])
+        double.models[old] = double.models[mine]
+        assert remove_abandoned(double.url) == [old] and set(double.models) == {mine}

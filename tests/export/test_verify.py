@@ -1,19 +1,18 @@
 """Verification: the whole table, the control, and what it needs of files and servers."""
 
 import shutil
+from functools import partial
 
 import pytest
 from gguf import GGUFReader
 
-from export.adapter_file import changes_nothing, scale_of, scaled_copy
-from export.engines import Reference, as_decoded
-from export.errors import ExportError
-from export.llama_engine import LlamaCpp
-from export.modelfile import go_template
-from export.ollama import connect, register, resolve_host
-from export.ollama_engine import OllamaServer
-from export.serving import find_served, read_modelfile
-from export.verify import read_references, verify
+from export import ExportError
+from export.diagnosis import as_decoded, ask
+from export.engines.llama_cpp import open_in_process
+from export.gguf import changes_nothing, quantize, scale_of, scaled_copy
+from export.register import open_on_server
+from export.served import Reference, find_served
+from export.verify import against, verify
 from tests.export.verify_runs import ARM, answers, model, one, opened, rewrite
 from tests.ollama_double import OllamaDouble
 
@@ -21,40 +20,25 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_records")]
 
 
 def test_all_models_in_both_modes(tree, kind):
-    with opened(kind) as (backend, double):
-        rows = [row for served in find_served(tree) for row in verify(backend, served)]
+    with opened(kind) as (opener, double):
+        rows = [row for served in find_served(tree) for row in verify(opener, served)]
         assert double is None or double.models == {}, "what was registered for the check is gone"
     assert [(r.name, r.mode) for r in rows] == [("base_model", "merged"), (ARM, "merged"), (ARM, "adapter")]
     for row in rows:
-        assert (row.rendered, row.counted, row.answered, row.first) == (1.0, 1.0, 1.0, None), row
+        assert (row.rendered, row.counted, row.answered, row.first_difference) == (1.0, 1.0, 1.0, None), row
         assert (row.backend, row.prompts, row.problem(1.0)) == (kind, 6, None)
         assert (row.server_digest is None) is (row.stored_sha256 is None) is (kind == "llama_cpp")
     assert [(r.equal_to_merged, r.perturbed_noticed) for r in rows] == [(None, None), (None, None), (1.0, True)]
     assert rows[0].gguf_sha256 == rows[2].gguf_sha256 and rows[2].adapter_sha256 and not rows[1].adapter_sha256
 
 
-def test_a_registered_model_is_asked_as_it_is_and_the_other_mode_beside_it(tree):
-    served = model(tree)
-    with opened("ollama") as (backend, double):
-        register(double.url, ARM, served.gguf, served.spec)
-        double.requests.clear()
-        merged, adapter = verify(backend, served)
-        asked = {b["model"] for _, path, b in double.requests if path == "/api/generate"}
-        made = [b["model"] for _, path, b in double.requests if path == "/api/create"]
-        assert ARM in asked and ARM not in made and len(made) == 2, "adapter and control, under names of their own"
-        assert (
-            list(double.models) == [f"{ARM}:latest"] and merged.server_digest == double.models[f"{ARM}:latest"].digest
-        )
-        assert adapter.server_digest not in (None, merged.server_digest)
-
-
 def test_a_release_without_adapters_is_no_fault_of_the_model(tree):
     with OllamaDouble(version="0.34.1") as double:
-        merged, adapter = verify(OllamaServer(double.url), model(tree))
+        merged, adapter = verify(partial(open_on_server, double.url), model(tree))
         assert double.models == {}
     assert merged.problem(1.0) is None and merged.answered == 1.0
     assert adapter.unsupported and adapter.problem(1.0) is None and adapter.prompts == 0 and adapter.rendered is None
-    assert "0.34.1" in adapter.first and "no longer supported" in adapter.first
+    assert "0.34.1" in adapter.first_difference and "no longer supported" in adapter.first_difference
 
 
 # --- the control -----------------------------------------------------------------------------------------
@@ -74,7 +58,7 @@ def test_scaled_copies_are_llama_cpps_own_scale(tree, tmp_path):
     assert answers(form, 0.5) != answers(form), "or the lines above show nothing"
     with pytest.raises(ExportError, match="other than 0"):
         scaled_copy(form.adapter, tmp_path / "copy.gguf", 0)
-    with pytest.raises(ExportError, match="expected adapter.lora.alpha"):
+    with pytest.raises(ExportError, match=r"expected adapter\.lora\.alpha"):
         scaled_copy(form.gguf, tmp_path / "copy.gguf", 2)
 
 
@@ -89,19 +73,19 @@ def test_an_adapter_that_changes_nothing_is_named(tree, kind):
     assert changes_nothing(adapter)
     base = answers(model(tree, "base_model"))
     rewrite(served.folder, answer=lambda row: base[row["prompt"]])
-    with opened(kind) as (backend, _):
-        row = one(verify(backend, served, ["adapter"]))
+    with opened(kind) as (opener, _):
+        row = one(verify(opener, served, ["adapter"]))
     assert row.answered == 1 and row.perturbed_noticed is False
-    assert "The adapter changes nothing: all its B (or all its A) are zero" in row.first
+    assert "The adapter changes nothing: all its B (or all its A) are zero" in row.first_difference
     assert "a perturbed adapter is not noticed" in row.problem(0.0)
 
 
 def test_a_control_that_changes_nothing_makes_the_check_worthless(tree):
     served = model(tree)
     assert not changes_nothing(served.folder / "adapter.gguf")
-    row = one(verify(LlamaCpp(), served, ["adapter"], control_scale=1.0 + 1e-6))
+    row = one(verify(open_in_process, served, ["adapter"], control_scale=1.0 + 1e-6))
     assert row.answered == 1 and row.perturbed_noticed is False
-    assert "none of 6 answers differs" in row.first and row.problem(0.0) is not None
+    assert "none of 6 answers differs" in row.first_difference and row.problem(0.0) is not None
 
 
 @pytest.mark.parametrize(
@@ -120,62 +104,80 @@ def test_the_first_blank(text, answer, decoded):
     assert as_decoded(text, answer) == decoded
 
 
+# --- quantized models, two engines -------------------------------------------------------------------------
+
+
+def test_a_quantized_model_must_not_talk_gibberish(tree):
+    served = model(tree)
+    file = served.gguf.rename(tree / "f16.gguf")
+    quantize(file, served.gguf, "q8_0")
+    row = one(verify(open_in_process, served, ["merged"])).model_copy(update={"quantization": "q8_0"})
+    assert row.answered > 0.5 and row.problem(1.0, 0.5) is None
+    gibberish = row.model_copy(update={"answered": 1 / 6})
+    assert "answers equal to Hugging Face's: expected 25%, got 17%" in gibberish.problem(0.0)
+    assert gibberish.problem(1.0, 0.1) is None
+    alone = row.model_copy(update={"mode": "adapter", "answered": 0.5})  # the base, where only this mode was asked for
+    assert alone.problem(1.0, 0.4) is None
+    adapted = alone.model_copy(update={"adapter_sha256": row.gguf_sha256})
+    assert adapted.problem(1.0, 0.4) is not None, "an adapter lies on the f16 base"
+
+
+def test_two_engines_must_agree_on_the_same_files(tree):
+    served = model(tree)
+    local = verify(open_in_process, served)
+    with opened("ollama") as (opener, double):
+        rows = against(verify(opener, served), local)
+        assert [r.equal_to_llama_cpp for r in rows] == [1.0, 1.0]
+        whole = double.generate
+        double.generate = lambda body: ({**p, "response": p["response"].upper() + "?"} for p in whole(body))
+        wrong = one(verify(opener, served, ["merged"])).model_copy(update={"quantization": "q8_0"})
+    compared = one(against([wrong], local))
+    assert compared.equal_to_llama_cpp == 0.0
+    assert "answers equal to llama.cpp's of the same files: expected 90%, got 0%" in compared.problem(0.9, 0.0)
+    other = wrong.model_copy(update={"gguf_sha256": "0" * 64})
+    assert one(against([other], local)).equal_to_llama_cpp is None
+    assert against(local, [])[0].equal_to_llama_cpp is None
+
+
 # --- files and failures ----------------------------------------------------------------------------------
 
 
-def test_modelfiles_are_found_from_any_working_directory(tree, tmp_path, monkeypatch):
-    """As `ollama create NAME -f Modelfile` reads them: FROM and ADAPTER are relative to the Modelfile."""
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    for name, adapted in (("Modelfile", False), ("Modelfile.adapter", True)):
-        spec, gguf, adapter = read_modelfile(tree / "pure_grit/0" / name)
-        assert gguf.is_file() and (adapter is not None) is adapted and (adapter is None or adapter.is_file())
-        with OllamaDouble() as double, connect(double.url) as client:
-            blobs = {path: client.create_blob(path) for path in filter(None, (gguf, adapter))}
-            client.create("m", files={gguf.name: blobs[gguf]}, adapters=adapter and {adapter.name: blobs[adapter]},
-                          template=spec.template, parameters=spec.parameters)  # fmt: skip
-            served = model(tree) if not adapted else model(tree).adapter_form()
-            reference = read_references(served.folder)[0]
-            text = client.generate("m", reference.prompt, options={"num_predict": reference.max_tokens}).response
-            assert text == reference.answer
-
-
-@pytest.mark.parametrize("spoil", ["missing", "damaged", "absolute", "another file"])
-def test_a_modelfile_that_is_not_this_models(tree, spoil):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (None, r"Modelfile: no such file; run `dvc repro export`"),
+        (
+            lambda text: text.replace("FROM ./model.gguf", "FROM ../../base/0/model.gguf"),
+            "line 1: expected 'FROM ./mod",
+        ),
+        (lambda text: text.replace("### Instruction", "### Question"), 'line 2: .*got \'TEMPLATE """### Question'),
+        (
+            lambda text: text + 'PARAMETER stop "12"\n',
+            "expected 'nothing', .*got 'PARAMETER stop \"12\"'; export again",
+        ),
+        (lambda text: text.replace('PARAMETER stop "</s>"\n', ""), "got 'nothing'; export again"),
+    ],
+)
+def test_a_modelfile_that_is_not_this_models(tree, change, said):
+    """`ollama create -f` would serve another model than the one that is checked."""
     file = tree / "pure_grit/0/Modelfile"
-    if spoil == "missing":
+    if change is None:
         file.unlink()
     else:
-        changed = {
-            "damaged": "FROM",
-            "absolute": f"FROM {file.parent}/model.gguf",
-            "another file": "FROM ../../base/0/model.gguf",
-        }
-        file.write_text(file.read_text().replace("FROM ./model.gguf", changed[spoil]))
-    with pytest.raises(ExportError, match=r"Modelfile: .*(dvc repro export|export again)"):
-        verify(LlamaCpp(), model(tree), ["merged"])
-
-
-def test_a_server_that_dies_leaves_an_error_that_says_so(tree):
-    with opened("ollama") as (backend, double):
-        double.misbehave = "die"
-        with pytest.raises(ExportError, match="ollama serve"):
-            verify(backend, model(tree), ["merged"])
-    with pytest.raises(ExportError, match="no Ollama answers"):
-        OllamaServer(resolve_host("127.0.0.1:9"))
+        file.write_text(change(file.read_text()))
+    with pytest.raises(ExportError, match=said):
+        verify(open_in_process, model(tree), ["merged"])
 
 
 def test_nothing_stays_on_the_server_when_a_check_breaks_off(tree):
-    with opened("ollama") as (backend, double):
+    with opened("ollama") as (opener, double):
         double.misbehave = "drop"
         with pytest.raises(ExportError, match="the connection to Ollama"):
-            verify(backend, model(tree))
+            verify(opener, model(tree))
         made = [body["model"] for _, path, body in double.requests if path == "/api/create"]
         assert len(made) == 1 and made[0].startswith("grit-verify-") and double.models == {}
 
 
 def test_a_prompt_that_does_not_fit_is_refused(tree):
-    served = model(tree)
-    with LlamaCpp().open(served) as engine, pytest.raises(ExportError, match="raise num_ctx"):
-        engine.ask(Reference("word " * 400, "", [], "", 1))
-    assert go_template(served.facts["template"]) == served.written_spec().template
+    with open_in_process(model(tree)) as engine, pytest.raises(ExportError, match="raise export.num_ctx"):
+        ask(engine, Reference("word " * 400, "", [], "", 1))

@@ -3,34 +3,57 @@
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
+import torch
 from gguf import GGUFReader
+from typer.testing import CliRunner
 
-from export.llama_engine import LlamaCpp
-from export.ollama_engine import OllamaServer
-from export.serving import REFERENCE, find_served
-from export.verify import read_references
+from export.diagnosis import ask
+from export.engines.llama_cpp import open_in_process
+from export.ollama import app
+from export.register import open_on_server
+from export.served import REFERENCE, find_served, read_references
 from tests.ollama_double import OllamaDouble
 
 ARM = "pure_grit_model"
+LATEST = f"{ARM}:latest"
+
+
+def run(*arguments):
+    return CliRunner(env={"COLUMNS": "160"}).invoke(app, [str(a) for a in arguments])
 
 
 @contextmanager
 def opened(kind):
-    """(backend, double or None)."""
+    """(what opens a model, double or None)."""
     if kind == "llama_cpp":
-        yield LlamaCpp(), None
+        yield open_in_process, None
         return
     with OllamaDouble() as double:
-        yield OllamaServer(double.url), double
+        yield partial(open_on_server, double.url), double
 
 
 def model(tree, name=ARM):
     return find_served(tree, names=[name])[0]
 
 
+def edit(folder, **changes):
+    """None takes a key away."""
+    file = folder / "serving.json"
+    facts = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({k: v for k, v in facts.items() if v is not None}))
+
+
+def substitute(folder, old, new):
+    for file in (folder / "serving.json", folder / "Modelfile", folder / "Modelfile.adapter"):
+        if file.is_file():
+            assert old in file.read_text()
+            file.write_text(file.read_text().replace(old, new))
+
+
 def patch(file, field, value):
-    """Overwrites one number or flag in a GGUF."""
     reader = GGUFReader(file, "r+")
     found = reader.get_field(field)
     found.parts[found.data[0]][0] = value
@@ -38,17 +61,15 @@ def patch(file, field, value):
 
 
 def rewrite(folder, **changes):
-    """Changes every reference."""
     rows = [json.loads(line) for line in (folder / REFERENCE).read_text().splitlines()]
     rows = [{**row, **{key: change(row) for key, change in changes.items()}} for row in rows]
     (folder / REFERENCE).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def answers(served, scale=1.0, tokens=None):
-    """What llama.cpp says, prompt → text."""
-    with LlamaCpp().open(served, scale) as engine:
+    with open_in_process(served, scale) as engine:
         asked = [r if tokens is None else replace(r, max_tokens=tokens) for r in read_references(served.folder)]
-        return {r.prompt: engine.ask(r).text for r in asked}
+        return {r.prompt: ask(engine, r).text for r in asked}
 
 
 def one(rows):
@@ -61,3 +82,16 @@ def longer(served, tokens):
     long = answers(served, tokens=tokens)
     rewrite(served.folder, answer=lambda row: long[row["prompt"]], max_tokens=lambda row: tokens)
     return long
+
+
+def logits_apart(hf, engine, prompts):
+    """Largest difference of the logits after each rendered prompt; both engines are closed."""
+    worst = 0.0
+    with hf, engine:
+        for prompt in prompts:
+            ids = hf.tokenize(prompt)
+            with torch.inference_mode():
+                expected = hf._model(input_ids=torch.tensor([ids])).logits[0, -1].float().numpy()
+            engine.prefill(ids)
+            worst = max(worst, float(np.abs(engine.logits() - expected).max()))
+    return worst

@@ -3,9 +3,13 @@
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig
+from torch.nn import functional as F  # noqa: N812
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from grit import GRITConfig
+from grit import GRITConfig, GRITManager, GritOptimizer
+
+MODES = ["eigen_adamw", "adamw", "sgd"]
+PREFIX = "base_model.model."
 
 
 class Net(nn.Module):
@@ -48,8 +52,75 @@ def quick(**changes):
 
 
 def trainable(model):
-    """The weights that an optimizer gets."""
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def inner_for(mode, weights, lr=0.01, **kwargs):
+    return torch.optim.SGD(weights, lr, momentum=0.9) if mode == "sgd" else torch.optim.AdamW(weights, lr, **kwargs)
+
+
+def wrapped(model, config, **kwargs):
+    return GritOptimizer(inner_for(config.mode, trainable(model), **kwargs), GRITManager(model, config))
+
+
+def backward(model, i=0, n=32, scale=1.0):
+    """Gradients of a mean squared error on batch i; returns the loss."""
+    generator = torch.Generator().manual_seed(100 + i)
+    dtype, outputs = trainable(model)[0].dtype, model.base_model.model.head.out_features
+    x, y = torch.randn(n, 8, generator=generator), torch.randn(n, outputs, generator=generator)
+    loss = scale * F.mse_loss(model(x.to(dtype)), y.to(dtype))
+    loss.backward()
+    return float(loss.detach())
+
+
+def train(model, optimizer, steps, start=0, **kwargs):
+    """Steps on batches start, start + 1, …; returns copies of the weights."""
+    for i in range(start, start + steps):
+        backward(model, i, **kwargs)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach().clone() for p in trainable(model)]
+
+
+def same(one, other):
+    """Equal to the bit, through lists and dicts."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return one == other or (one != one and other != other)  # NaN is the same as NaN here
+
+
+def of_kind(records, kind):
+    return [r for r in records if r["kind"] == kind]
+
+
+def hooks_on(model):
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def covariances(manager):
+    """Layer → Σ_a, Σ_g, tokens counted."""
+    return {
+        pair.name: (*(c[i].clone() for c in state.covariances()), float(state["samples"][i]))
+        for state, i, pair in manager.curvature.layers()
+    }
+
+
+def lora_weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def randomize(model, seed=5, std=0.3):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(std * torch.randn(p.shape))
+    return model
 
 
 def llama_config(vocabulary, **changes):
@@ -66,3 +137,20 @@ def llama_config(vocabulary, **changes):
         "use_cache": False,
     }
     return LlamaConfig(**{**values, **changes})
+
+
+VOCABULARY = 40
+TARGETS = ("q_proj", "v_proj", "down_proj")
+
+
+def lora_on(base, r=3, seed=None, targets=TARGETS, **kwargs):
+    """LoRA on a Llama, six layers by default; A and B at random where there is a seed."""
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets), task_type="CAUSAL_LM")
+    model = get_peft_model(base, config, **kwargs)
+    return model if seed is None else randomize(model, seed)
+
+
+def small_llama(dtype=torch.float64, **kwargs):
+    """With LoRA of rank 3 on six layers, both factors at random."""
+    torch.manual_seed(0)
+    return lora_on(LlamaForCausalLM(llama_config(VOCABULARY)).to(dtype), seed=5, **kwargs).train()

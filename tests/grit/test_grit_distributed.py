@@ -3,19 +3,16 @@
 One launch of two gloo processes runs every scenario; the tests look at what they wrote, beside a run in this process.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaForCausalLM, TrainingArguments
 
-from grit import GRITConfig, GRITManager, GritOptimizer, GritTrainer
-from tests.grit.nets import llama_config
+from grit import GRITManager, GritOptimizer, GritTrainer
+from tests.grit.nets import VOCABULARY, inner_for, lora_weights, quick, same, small_llama, trainable
+from tests.grit.test_grit_trainer import arguments
 from tests.two_ranks import on_two_ranks
 
-RANK, VOCABULARY, LENGTH, STEPS = 3, 40, 9, 5
+LENGTH, STEPS = 9, 5
 LAYERS = 6
 EQUAL, UNEQUAL = [9, 9, 9, 9], [9, 4, 7, 5]  # lengths of the four items of a step; ranks have two each
 
@@ -36,31 +33,8 @@ SCENARIOS = {
 
 
 def configuration(**changes):
-    values = {
-        "capture": "hooks",
-        "kfac_damping": 0.1,
-        "kfac_min_samples": 1,
-        "grit_cov_update_freq": 1,
-        "kfac_update_freq": 2,
-        "reprojection": "none",
-        "reprojection_freq": 3,
-        "reprojection_k": 2,
-        "min_lora_rank": 1,
-    }
-    return GRITConfig(**{**values, **changes})
-
-
-def make_model():
-    torch.manual_seed(0)
-    config = llama_config(VOCABULARY, max_position_embeddings=32)
-    targets = ["q_proj", "v_proj", "down_proj"]
-    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM")
-    model = get_peft_model(LlamaForCausalLM(config).double(), lora)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(0.3 * torch.randn(p.shape))
-    return model.train()
+    values = {"capture": "hooks", "kfac_damping": 0.1, "kfac_update_freq": 2, "reprojection_freq": 3}
+    return quick(**{**values, "reprojection_k": 2, "eigen_power": 1.0, "log_freq": 50, **changes})
 
 
 def make_batch(step, lengths):
@@ -76,32 +50,32 @@ def share(batch, rank, world):
     return {name: value[rank * size : (rank + 1) * size] for name, value in batch.items()}
 
 
-def lora_weights(model):
-    return {n.removeprefix("module."): p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
-
-
 def measured(manager):
-    found = {}
-    for state, i, pair in manager.layers():
-        cov_a, cov_g = state.covariances()
-        tensors = {name: state[name][i].clone() for name in ("inv_a", "inv_g", "ready_a", "ready_g", "samples")}
-        tensors |= {name: state[name][i].clone() for name in ("lam_a", "lam_g", "kind", "k")}
-        found[pair.name] = {"cov_a": cov_a[i].clone(), "cov_g": cov_g[i].clone(), **tensors}
-    return found
+    names = (
+        "ema_a",
+        "ema_g",
+        "weight",
+        "inv_a",
+        "inv_g",
+        "ready_a",
+        "ready_g",
+        "samples",
+        "lam_a",
+        "lam_g",
+        "kind",
+        "k",
+    )
+    layers = {pair.name: state.layer(i) for state, i, pair in manager.curvature.layers()}
+    return {layer: {name: tensors[name] for name in names} for layer, tensors in layers.items()}
 
 
 def run_scenario(name, rank, world):
     """Train; everything that has to agree, step by step."""
     config = configuration(**SCENARIOS[name])
-    model = make_model()
+    model = small_llama()
     manager = GRITManager(model, config)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    if config.mode == "sgd":
-        inner = torch.optim.SGD(weights, lr=0.02, momentum=0.9)
-    else:
-        inner = torch.optim.AdamW(weights, lr=0.02, weight_decay=0.01)
     trained = DistributedDataParallel(model) if world > 1 else model
-    optimizer = GritOptimizer(inner, manager)
+    optimizer = GritOptimizer(inner_for(config.mode, trainable(model), 0.02), manager)
     steps = []
     for step in range(STEPS):
         batch = make_batch(step, UNEQUAL if "unequal" in name else EQUAL)
@@ -122,10 +96,10 @@ def run_scenario(name, rank, world):
             manager.observe_loss(3.0 if step >= 2 and rank == world - 1 else 1.0)
         steps.append(
             {
-                "ready": manager.ready_layers(),
-                "inversions": manager.inversions,
-                "factor": manager.trend.factor,
-                "interval": manager.trend.interval(config.kfac_update_freq),
+                "ready": manager.curvature.ready_layers(),
+                "inversions": manager.curvature.inversions,
+                "factor": manager.curvature.trend.factor,
+                "interval": manager.curvature.trend.interval(config.kfac_update_freq),
                 "skipped": manager.skipped,
             }
         )
@@ -135,8 +109,6 @@ def run_scenario(name, rank, world):
 
 
 class Items(torch.utils.data.Dataset):
-    """Sixteen items of unequal length, padded."""
-
     def __init__(self):
         self.batches = [make_batch(i, UNEQUAL) for i in range(4)]
 
@@ -149,50 +121,29 @@ class Items(torch.utils.data.Dataset):
 
 def run_trainer(folder, batch_size, accumulation):
     """GritTrainer over the sixteen items in order, eight an optimizer step, twice through."""
-    model = make_model()
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        max_steps=4,
-        learning_rate=0.02,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.5,
-        train_sampling_strategy="sequential",
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
-        seed=0,
-    )
+    model = small_llama()
+    values = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation, "max_steps": 4}
+    values |= {"learning_rate": 0.02, "max_grad_norm": 0.5, "train_sampling_strategy": "sequential"}
     config = configuration(mode="adamw", adaptive_schedule=True, adaptive_window=2)
-    trainer = GritTrainer(model=model, args=arguments, train_dataset=Items(), grit_config=config)
+    trainer = GritTrainer(model=model, args=arguments(folder, **values), train_dataset=Items(), grit_config=config)
     trainer.train()
     manager = trainer.grit_manager
-    return {"weights": lora_weights(model), "layers": measured(manager), "factor": manager.trend.factor}
+    return {"weights": lora_weights(model), "layers": measured(manager), "factor": manager.curvature.trend.factor}
 
 
 def work(rank, world, folder):
     results = {name: run_scenario(name, rank, world) for name in SCENARIOS}
-    try:
-        GRITManager(make_model(), configuration(rank_shrink="events"))
-        results["refused"] = None
-    except ValueError as error:
-        results["refused"] = str(error)
     results["trainer"] = run_trainer(folder, batch_size=2, accumulation=2)
     return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What both ranks wrote."""
     return on_two_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def alone():
-    """What one process does with the joint batch."""
     done = {}
 
     def result(name):
@@ -210,11 +161,6 @@ def assert_close(got, want, rel):
         assert error <= rel * max(float(value.double().norm()), 1e-300), f"{name}: {error:.2e}"
 
 
-def assert_same_bits(one, other):
-    assert set(one) == set(other)
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 COMPARED = [name for name in SCENARIOS if "not finite" not in name and "adaptive" not in name]
 
 
@@ -230,7 +176,7 @@ def test_two_ranks_equal_one_process_with_the_joint_batch(ranks, alone, name):
         for layer, tensors in want["layers"].items():
             assert_close(got["layers"][layer], tensors, 1e-8)
         assert got["steps"] == want["steps"]
-    start = lora_weights(make_model())
+    start = lora_weights(small_llama())
     assert all(float((want["weights"][n] - w).norm() / w.norm()) > 1e-3 for n, w in start.items())
 
 
@@ -238,17 +184,7 @@ def test_two_ranks_equal_one_process_with_the_joint_batch(ranks, alone, name):
 def test_ranks_agree_to_the_bit(ranks, name):
     """Nothing may drift apart: weights, factors, inverses and the schedule are one on all ranks."""
     one, other = ranks[0][name], ranks[1][name]
-    assert_same_bits(one["weights"], other["weights"])
-    for layer in one["layers"]:
-        assert_same_bits(one["layers"][layer], other["layers"][layer])
-    assert one["steps"] == other["steps"]
-
-
-def test_samples_are_those_of_both_ranks(ranks, alone):
-    name = "hooks, ready only by the tokens of both"  # 36 tokens a step, 18 a rank: 100 are reached in step 2
-    for result in (ranks[0][name], ranks[1][name], alone(name)):
-        assert [step["ready"] for step in result["steps"]] == [0, 0, LAYERS, LAYERS, LAYERS]
-        assert {float(layer["samples"]) for layer in result["layers"].values()} == {36.0 * STEPS}
+    assert all(same(one[part], other[part]) for part in ("weights", "layers", "steps"))
 
 
 def test_the_adaptive_schedule_is_one_on_all_ranks_although_losses_differ(ranks):
@@ -269,18 +205,6 @@ def test_a_rank_with_nan_makes_all_ranks_skip(ranks):
         assert all(bool(torch.isfinite(w).all()) for w in weights.values())
 
 
-def test_shrinking_during_a_distributed_run_is_refused_with_the_way_out(ranks):
-    for result in ranks:
-        assert result["refused"] is not None
-        assert "rank_shrink" in result["refused"] and "'events'" in result["refused"]
-        assert "'end' or 'never'" in result["refused"] and "distributed" in result["refused"]
-
-
-def test_shrinking_at_events_is_fine_in_one_process():
-    manager = GRITManager(make_model(), configuration(rank_shrink="events"))
-    assert len(manager.pairs()) == LAYERS
-
-
 def test_grit_trainer_on_two_ranks_equals_one(ranks, tmp_path):
     """Two ranks × batch 2 × accumulation 2 against batch 4 × accumulation 2, token counts unequal everywhere."""
     want = run_trainer(tmp_path, batch_size=4, accumulation=2)
@@ -290,6 +214,6 @@ def test_grit_trainer_on_two_ranks_equals_one(ranks, tmp_path):
         for layer, tensors in want["layers"].items():
             assert_close(got["layers"][layer], tensors, 1e-6)
         assert got["factor"] == want["factor"]
-    assert_same_bits(ranks[0]["trainer"]["weights"], ranks[1]["trainer"]["weights"])
-    start = SimpleNamespace(weights=lora_weights(make_model()))
-    assert all(float((want["weights"][n] - w).norm() / w.norm()) > 1e-3 for n, w in start.weights.items())
+    assert same(ranks[0]["trainer"]["weights"], ranks[1]["trainer"]["weights"])
+    start = lora_weights(small_llama())
+    assert all(float((want["weights"][n] - w).norm() / w.norm()) > 1e-3 for n, w in start.items())

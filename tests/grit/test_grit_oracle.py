@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from grit import GRITConfig, GRITManager, GritOptimizer
+from grit import GRITManager, GritOptimizer
+from tests.grit.nets import quick, randomize, trainable
 
 RANK, WIDTH, TOKENS = 3, 6, 24
 NAMES = ["first", "second", "third"]
@@ -32,11 +33,7 @@ def make_model(seed=0):
     torch.manual_seed(seed)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=NAMES)
     model = get_peft_model(Net().double(), config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(0.5 * torch.randn_like(p))
-    return model
+    return randomize(model, seed + 1, std=0.5)
 
 
 def make_batch(seed, tokens=TOKENS):
@@ -110,22 +107,12 @@ def natural_by_kron(cov, lam, gradient, acts_on_rows):
 
 
 def settings(**changes):
-    values = {
-        "mode": "sgd",
-        "capture": "hooks",
-        "kl_clip": 0.0,
-        "grit_cov_update_freq": 1,
-        "kfac_update_freq": 1,
-        "kfac_min_samples": 1,
-        "kfac_damping": 0.05,
-        "reprojection": "none",
-        "min_lora_rank": 1,
-    }
-    return GRITConfig(**{**values, **changes})
+    values = {"mode": "sgd", "capture": "hooks", "kl_clip": 0.0, "kfac_damping": 0.05, "log_freq": 50}
+    return quick(**{**values, "eigen_power": 1.0, **changes})
 
 
 def torch_optimizer(model, mode, lr=0.1, **kwargs):
-    weights = [p for p in model.parameters() if p.requires_grad]
+    weights = trainable(model)
     return torch.optim.SGD(weights, lr=lr, **kwargs) if mode == "sgd" else torch.optim.AdamW(weights, lr=lr, **kwargs)
 
 
@@ -139,7 +126,6 @@ def backward(model, manager, x, target):
 
 
 def refresh(manager):
-    """What a step does before the weights move."""
     with torch.no_grad():
         manager.update_statistics()
         manager.update_and_invert_factors()
@@ -149,14 +135,13 @@ def refresh(manager):
 def measured(manager):
     """Layer → tensors of its state, and the averages under cov_a and cov_g."""
     out = {}
-    for state, i, pair in manager.layers():
+    for state, i, pair in manager.curvature.layers():
         cov_a, cov_g = state.covariances()
         out[pair.name.rsplit(".", 1)[-1]] = {**state.layer(i), "cov_a": cov_a[i], "cov_g": cov_g[i]}
     return out
 
 
 def natural(model):
-    """Layer → what stands in `.grad` of A and B."""
     out = {}
     for name in NAMES:
         layer = getattr(model.base_model.model, name)
@@ -169,84 +154,6 @@ def assert_same(got, want, rel=1e-10):
     assert got.shape == want.shape
     error = float((got - want).norm() / want.norm())
     assert error < rel, f"relative error {error:.2e}"
-
-
-# Statistics
-
-
-def test_hook_statistics_equal_explicit_per_token_autograd():
-    model = make_model()
-    x, target = make_batch(0)
-    want = by_hand(weights_of(model), x, target)
-    manager = GRITManager(model, settings()).open()
-    backward(model, manager, x, target)
-    refresh(manager)
-    got = measured(manager)
-    manager.close(check=False)
-    for name in NAMES:
-        h, delta, _, _ = want[name]
-        assert_same(got[name]["cov_a"], second_moment(h))
-        assert_same(got[name]["cov_g"], second_moment(delta))
-        assert got[name]["samples"] == TOKENS
-    # Layers of one stack are really told apart.
-    assert not torch.allclose(got["first"]["cov_a"], got["second"]["cov_a"], rtol=0.1)
-
-
-def test_tokens_of_a_3d_batch_count_one_by_one():
-    """[batch, length, width] gives the statistics of batch × length tokens."""
-    flat, cube = make_model(), make_model()
-    x, target = make_batch(0)
-    with GRITManager(flat, settings()) as one, GRITManager(cube, settings()) as other:
-        GritOptimizer(torch_optimizer(flat, "sgd"), one), GritOptimizer(torch_optimizer(cube, "sgd"), other)
-        backward(flat, one, x, target)
-        other.capture.loss_divisor = float(TOKENS)
-        token_loss(cube(x.view(4, 6, WIDTH)), target.view(4, 6, 4)).mean().backward()
-        refresh(one), refresh(other)
-        first, second = measured(one), measured(other)
-        one.applied_steps = other.applied_steps = 1
-    for name in NAMES:
-        for key in ("cov_a", "cov_g", "samples"):
-            assert_same(second[name][key], first[name][key])
-
-
-def test_several_backward_passes_before_a_step_are_averaged_by_token():
-    """Two passes of 18 and 6 tokens, of a loss divided by 24, give what one pass of 24 gives."""
-    model = make_model()
-    x, target = make_batch(0)
-    want = by_hand(weights_of(model), x, target)
-    manager = GRITManager(model, settings()).open()
-    manager.capture.loss_divisor = float(TOKENS)
-    for part in (slice(0, 18), slice(18, 24)):
-        (token_loss(model(x[part]), target[part]).sum() / TOKENS).backward()
-    refresh(manager)
-    manager.close(check=False)
-    for name, got in measured(manager).items():
-        assert_same(got["cov_a"], second_moment(want[name][0]))
-        assert_same(got["cov_g"], second_moment(want[name][1]))
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.6, 0.95])
-def test_moving_average_with_bias_correction_equals_a_written_out_loop(decay):
-    """Weights move between the updates; after t updates the average is Σ βᵗ⁻ⁱ Σ_i over Σ βᵗ⁻ⁱ."""
-    model = make_model()
-    config = settings(cov_decay=decay, kfac_update_freq=100)
-    with GRITManager(model, config) as manager:
-        optimizer = GritOptimizer(torch_optimizer(model, "sgd", lr=0.05), manager)
-        seen = {name: [] for name in NAMES}
-        for step in range(5):
-            x, target = make_batch(step, tokens=10 + step)
-            for name, (h, delta, _, _) in by_hand(weights_of(model), x, target).items():
-                seen[name].append((second_moment(h), second_moment(delta)))
-            backward(model, manager, x, target)
-            optimizer.step()
-            optimizer.zero_grad()
-            for name, got in measured(manager).items():
-                shares = np.array([decay ** (step - i) for i in range(step + 1)])
-                shares = shares / shares.sum()
-                for key, place in (("cov_a", 0), ("cov_g", 1)):
-                    want = sum(float(w) * pair[place] for w, pair in zip(shares, seen[name], strict=True))
-                    assert_same(got[key], want)
-                assert got["samples"] == sum(10 + i for i in range(step + 1))
 
 
 # Natural gradients
@@ -369,27 +276,6 @@ def test_gradient_statistics_precondition_with_the_inverse_root(mode):
                 damped = (cov + lam * torch.eye(RANK, dtype=torch.float64)).numpy()
                 root = torch.from_numpy(scipy.linalg.fractional_matrix_power(damped, -0.5))
                 assert_same(got, root @ gradient if left else gradient @ root)
-    manager.close(check=False)
-
-
-def test_identity_until_enough_tokens_were_seen():
-    """With kfac_min_samples = 60 and 24 tokens a step the third step is the first that is preconditioned."""
-    model = make_model()
-    manager = GRITManager(model, settings(kfac_min_samples=60, kfac_update_freq=100)).open()
-    optimizer = GritOptimizer(torch_optimizer(model, "sgd", lr=0.0), manager)
-    changed = []
-    for step in range(4):
-        x, target = make_batch(step)
-        backward(model, manager, x, target)
-        raw = [g.clone() for pair in natural(model).values() for g in pair]
-        optimizer.step()
-        now = [g for pair in natural(model).values() for g in pair]
-        changed.append([not torch.equal(a, b) for a, b in zip(raw, now, strict=True)])
-        assert manager.ready_layers() == (3 if step >= 2 else 0)
-        optimizer.zero_grad()
-    manager.close()
-    assert [all(c) for c in changed] == [False, False, True, True]
-    assert [any(c) for c in changed] == [False, False, True, True]
 
 
 def test_zero_b_leaves_a_alone_and_preconditions_b():
@@ -417,8 +303,6 @@ def test_zero_b_leaves_a_alone_and_preconditions_b():
 
 
 class OwnFactors:
-    """Moving averages of one layer, by hand."""
-
     def __init__(self, decay):
         self.decay, self.a, self.g, self.weight = decay, 0.0, 0.0, 0.0
 
@@ -432,7 +316,6 @@ class OwnFactors:
 
 
 def trained_by_grit(config, optimizer, batches):
-    """Final (A, B) of every layer and the manager."""
     model = make_model()
     with GRITManager(model, config) as manager:
         wrapped = GritOptimizer(optimizer(model), manager)
@@ -453,13 +336,9 @@ def test_adamw_mode_equals_preconditioning_by_hand_and_torch_adamw(grafting):
     own = {name: OwnFactors(0.7) for name in NAMES}
     solved = {}
     parameters = {name: [nn.Parameter(t.clone()) for t in weights[name][2:4]] for name in NAMES}
-    adamw = torch.optim.AdamW(
-        [
-            {"params": [p[0] for p in parameters.values()], "lr": 0.02},
-            {"params": [p[1] for p in parameters.values()], "lr": 0.04},
-        ],
-        weight_decay=0.1,
-    )
+    rates = (0.02, 0.04)
+    groups = [{"params": [p[side] for p in parameters.values()], "lr": rate} for side, rate in enumerate(rates)]
+    adamw = torch.optim.AdamW(groups, weight_decay=0.1)
     for step, (x, target) in enumerate(batches):
         now = {n: (*weights[n][:2], *(p.detach().clone() for p in parameters[n]), 2.0) for n in NAMES}
         for name, (h, delta, *raw) in by_hand(now, x, target).items():
@@ -545,43 +424,18 @@ def own_eigen_adamw(batches, lr_a, lr_b, decay, betas, eps, cov_freq, freq, min_
 def test_eigen_adamw_equals_an_independent_adam_in_the_eigenbasis(cov_freq, freq, min_samples, power):
     """Twelve steps; the third case takes up its first basis at step 2, when moments are there to be turned."""
     batches = [make_batch(i) for i in range(12)]
-    config = settings(
-        mode="eigen_adamw",
-        grit_cov_update_freq=cov_freq,
-        kfac_update_freq=freq,
-        kfac_min_samples=min_samples,
-        cov_decay=0.6,
-        lr_ratio_b=3.0,
-        eigen_power=power,
-    )
-    got, manager = trained_by_grit(
-        config,
-        lambda m: torch_optimizer(m, "adamw", lr=0.02, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1),
-        batches,
-    )
+    intervals = {"grit_cov_update_freq": cov_freq, "kfac_update_freq": freq, "kfac_min_samples": min_samples}
+    config = settings(mode="eigen_adamw", **intervals, cov_decay=0.6, lr_ratio_b=3.0, eigen_power=power)
+    options = {"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
+    got, manager = trained_by_grit(config, lambda m: torch_optimizer(m, "adamw", **options), batches)
     want = own_eigen_adamw(batches, 0.02, 0.06, 0.1, (0.8, 0.9), 1e-6, cov_freq, freq, min_samples, 0.6, power)
     for name in NAMES:
         for mine, grit in zip(want[name], got[name], strict=True):
             assert_same(grit.detach(), mine.detach(), rel=1e-9)
-    assert manager.ready_layers() == 3
+    assert manager.curvature.ready_layers() == 3
     # Adam without the basis ends up elsewhere.
     plain = own_eigen_adamw(batches, 0.02, 0.06, 0.1, (0.8, 0.9), 1e-6, cov_freq, freq, 1e9, 0.6, power)
     assert float((plain["first"][0] - got["first"][0]).norm() / got["first"][0].norm()) > 1e-3
-
-
-def test_eigen_adamw_without_a_basis_is_torch_adamw():
-    batches = [make_batch(i) for i in range(5)]
-    config = settings(mode="eigen_adamw", kfac_min_samples=10**6)
-    got, _ = trained_by_grit(config, lambda m: torch_optimizer(m, "adamw", lr=0.02, weight_decay=0.1), batches)
-    model = make_model()
-    adamw = torch_optimizer(model, "adamw", lr=0.02, weight_decay=0.1)
-    for x, target in batches:
-        token_loss(model(x), target).mean().backward()
-        adamw.step()
-        adamw.zero_grad()
-    for name, weights in weights_of(model).items():
-        for mine, grit in zip(weights[2:4], got[name], strict=True):
-            assert_same(grit, mine)
 
 
 @pytest.mark.parametrize(("kappa", "ratio"), [(1e-4, 1.0), (1e-2, 1.0), (1e9, 1.0), (1e-4, 4.0), (1e-4, 0.25)])
@@ -626,49 +480,3 @@ def test_trust_region_bounds_the_fisher_length_of_every_sgd_step(kappa, ratio):
                 assert taken > kappa / 16 and free > kappa
             shortened += free > kappa
     assert shortened == {1e-4: 5, 1e9: 0}.get(kappa, shortened)
-
-
-def test_sgd_mode_with_momentum_is_torch_sgd_on_natural_gradients():
-    batches = [make_batch(i) for i in range(4)]
-    config = settings(cov_decay=0.7)
-    got, _ = trained_by_grit(config, lambda m: torch_optimizer(m, "sgd", lr=0.05, momentum=0.9), batches)
-    weights = weights_of(make_model())
-    own = {name: OwnFactors(0.7) for name in NAMES}
-    current = {name: [t.clone() for t in weights[name][2:4]] for name in NAMES}
-    speed = {name: [0.0, 0.0] for name in NAMES}
-    for x, target in batches:
-        now = {n: (*weights[n][:2], *(p.clone() for p in current[n]), 2.0) for n in NAMES}
-        for name, (h, delta, grad_a, grad_b) in by_hand(now, x, target).items():
-            own[name].add(h, delta)
-            cov_a, cov_g = own[name].now()
-            new = [
-                natural_by_kron(cov_g, 0.05 * float(torch.trace(cov_g)) / RANK, grad_a, True),
-                natural_by_kron(cov_a, 0.05 * float(torch.trace(cov_a)) / RANK, grad_b, False),
-            ]
-            for side in (0, 1):
-                speed[name][side] = 0.9 * speed[name][side] + new[side]
-                current[name][side] = current[name][side] - 0.05 * speed[name][side]
-    for name in NAMES:
-        for mine, grit in zip(current[name], got[name], strict=True):
-            assert_same(grit, mine)
-
-
-def test_clipping_comes_after_preconditioning():
-    """The gradients that the optimizer sees have the norm asked for and the natural direction."""
-    model = make_model()
-    x, target = make_batch(0)
-    want = by_hand(weights_of(model), x, target)
-    with GRITManager(model, settings(max_grad_norm=0.01)) as manager:
-        optimizer = GritOptimizer(torch_optimizer(model, "sgd"), manager)
-        backward(model, manager, x, target)
-        optimizer.step()
-    expected = []
-    for name in NAMES:
-        h, delta, grad_a, grad_b = want[name]
-        cov_a, cov_g = second_moment(h), second_moment(delta)
-        expected.append(vec(natural_by_kron(cov_g, 0.05 * float(torch.trace(cov_g)) / RANK, grad_a, True)))
-        expected.append(vec(natural_by_kron(cov_a, 0.05 * float(torch.trace(cov_a)) / RANK, grad_b, False)))
-    expected = torch.cat(expected)
-    got = torch.cat([vec(g) for pair in natural(model).values() for g in pair])
-    assert float(got.norm()) == pytest.approx(0.01, rel=1e-3)
-    assert_same(got / got.norm(), expected / expected.norm())

@@ -7,8 +7,6 @@ from grit_vlm import GRITLoRAConfig, GRITLoRALinear, create_grit_optimizer
 
 
 class Net(nn.Module):
-    """Two LoRA layers and a trainable head, in float64."""
-
     def __init__(self, **changed):
         super().__init__()
         torch.manual_seed(0)
@@ -54,8 +52,7 @@ def train(net, optimizer, steps, start=0):
 
 def changes_of(net, optimizer, step):
     """Layer → Δ of A and B in one step."""
-    before = {n: {"A": layer.lora_A.detach().clone(), "B": layer.lora_B.detach().clone()}
-              for n, layer in net.layers.items()}  # fmt: skip
+    before = [p.detach().clone() for p in net.lora]
     train(net, optimizer, 1, step)
-    after = {n: {"A": layer.lora_A.detach(), "B": layer.lora_B.detach()} for n, layer in net.layers.items()}
-    return {n: {side: after[n][side] - before[n][side] for side in "AB"} for n in before}
+    changes = [p.detach() - old for p, old in zip(net.lora, before, strict=True)]
+    return {"first": {"A": changes[0], "B": changes[1]}, "second": {"A": changes[2], "B": changes[3]}}

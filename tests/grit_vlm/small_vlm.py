@@ -45,15 +45,7 @@ def batch(model, seed=0, padding=0, double=False):
     return found
 
 
-def examples(count, seed=0):
-    """Rows for a Trainer's dataset."""
-    rows = []
+def examples(count):
     model = base()
-    for i in range(0, count, 2):
-        found = batch(model, seed + i)
-        rows += [{name: value[k] for name, value in found.items()} for k in range(2)]
-    return rows[:count]
-
-
-def flat(gradients):
-    return torch.cat([gradients[side].reshape(-1) for side in "AB"])
+    batches = [batch(model, seed) for seed in range(0, count, 2)]
+    return [{name: value[k] for name, value in found.items()} for found in batches for k in range(2)]

@@ -6,15 +6,9 @@ import logging
 import pytest
 import small_vlm
 import torch
+from peft import PeftModel
 
-from grit_vlm import (
-    GRITLoRAConfig,
-    ModalityConfig,
-    ModelGRITConfig,
-    VLMGRITAdapter,
-    create_grit_optimizer,
-    create_vlm_grit_adapter,
-)
+from grit_vlm import ModalityConfig, ModelGRITConfig, VLMGRITAdapter, create_grit_optimizer, create_vlm_grit_adapter
 from grit_vlm.models.vlm_adapter import AdapterError
 
 
@@ -62,34 +56,14 @@ def test_every_modality_has_its_own_settings():
         (vision, 2, 3.0, 0.3, "kfac"), (text, 4, 2.0, 0.1, "block_diagonal"), (cross, 3, 8 / 3, 0.1, "diagonal")
     ):  # fmt: skip
         for layer in layers:
-            assert layer.lora_A.shape[0] == layer.lora_B.shape[1] == rank
-            assert layer.scaling == pytest.approx(scale)
-            assert layer.lora.lora_dropout["default"].p == dropout
-            assert layer.fisher_matrix.approximation_type == estimate
+            assert layer.lora_A.shape[0] == layer.lora_B.shape[1] == rank and layer.scaling == pytest.approx(scale)
+            assert layer.lora_dropout.p == dropout and layer.fisher_matrix.approximation_type == estimate
     switches = [(each[0].config.enable_natural_gradient, each[0].config.enable_projection)
                 for each in (vision, text, cross)]  # fmt: skip
     assert switches == [(True, True), (True, False), (False, True)]
     assert [each[0].projection_budget for each in (vision, text, cross)] == [5, None, 7]
-    assert set(adapter.manager.schedules) == {"vision", "cross_modal"}
+    assert set(adapter.manager.curvature.schedules) == {"vision", "cross_modal"}
     assert (adapter.vision_scheduler.start, adapter.vision_scheduler.end) == (5, 9)
-
-
-def test_projection_is_off_unless_it_is_asked_for():
-    """A GRITLoRAConfig says what it wants; a ModelGRITConfig has switches of its own, which are on by default."""
-    plain = small_vlm.adapter()
-    assert not plain.manager.schedules and plain.get_mixed_modal_projections() == {}
-    assert all(layer.projection_budget is None for layer in plain.grit_layers.values())
-    projected = VLMGRITAdapter(small_vlm.base(), modality_config())
-    assert projected.manager.schedules
-    off = VLMGRITAdapter(small_vlm.base(), modality_config(), defaults=GRITLoRAConfig(enable_projection=False))
-    assert not off.manager.schedules
-
-
-def test_a_grit_lora_config_holds_for_every_modality():
-    adapter = VLMGRITAdapter(small_vlm.base(), GRITLoRAConfig(r=5, lora_alpha=10, fisher_approximation="kfac"))
-    assert {layer.lora_A.shape[0] for layer in adapter.grit_layers.values()} == {5}
-    assert {layer.fisher_matrix.approximation_type for layer in adapter.grit_layers.values()} == {"kfac"}
-    assert set(adapter.layers) >= {"vision", "text"}  # all of the family's
 
 
 @pytest.mark.parametrize("kind", ["grit_adam", "grit_sgd"])
@@ -99,16 +73,16 @@ def test_the_base_stays_bit_identical(kind):
     adapter = small_vlm.adapter(model=model)
     assert all("lora_" in name for name, p in adapter.model.named_parameters() if p.requires_grad)
     train(adapter, 4, kind, weight_decay=0.1)
-    after = {
-        name.removeprefix("base_model.model.").replace(".base_layer", ""): p
-        for name, p in adapter.model.named_parameters()
-    }
-    for name, old in before.items():
-        assert torch.equal(after[name], old), name
+    for name, now in adapter.model.named_parameters():
+        old = before.pop(name.removeprefix("base_model.model.").replace(".base_layer", ""), now)
+        assert torch.equal(now, old), name
+    assert not before
 
 
-@pytest.mark.parametrize("kind", ["grit_adam", "grit_adam_preconditioned", "adaptive_sgd"])
-@pytest.mark.parametrize("estimate", ["diagonal", "kfac", "block_diagonal"])
+@pytest.mark.parametrize(
+    ("kind", "estimate"),
+    [("grit_adam", "kfac"), ("grit_adam_preconditioned", "diagonal"), ("adaptive_sgd", "block_diagonal")],
+)
 def test_a_base_in_16_bit(kind, estimate):
     """LoRA in float32 over it, as PEFT does, and LoRA in bfloat16 too: estimates are in float32."""
     for everything in (False, True):
@@ -126,16 +100,8 @@ def test_a_base_in_16_bit(kind, estimate):
             assert layer.fisher_matrix.samples and layer.eigenvalues.dtype == torch.float32
 
 
-def test_training_lowers_the_loss():
-    adapter = small_vlm.adapter(fisher_approximation="kfac")
-    losses = train(adapter, 30)
-    assert losses[-2:].mean() < losses[:2].mean() - 0.1
-
-
-def test_files_are_plain_pefts(tmp_path):
+def test_files_are_plain_pefts_and_train_on(tmp_path):
     """Ranks and alphas of modalities too: PEFT alone gives the same logits."""
-    from peft import PeftModel
-
     adapter = VLMGRITAdapter(small_vlm.base(), modality_config())
     train(adapter)
     adapter.save_pretrained(tmp_path)
@@ -145,36 +111,18 @@ def test_files_are_plain_pefts(tmp_path):
     assert torch.equal(logits(adapter.model), logits(theirs))
     assert not torch.equal(logits(theirs), logits(small_vlm.base()))
 
+    def saved():
+        return PeftModel.from_pretrained(small_vlm.base(), str(tmp_path), is_trainable=True)
 
-def test_merged_weights_give_the_same_logits():
-    adapter = VLMGRITAdapter(small_vlm.base(), modality_config())
-    train(adapter)
-    before = logits(adapter.model)
-    merged = adapter.merge_and_unload()
-    assert not [name for name, _ in merged.named_parameters() if "lora" in name]
-    torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-5)
-    assert adapter.manager.capture is None
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in merged.modules())
-
-
-def test_a_saved_adapter_trains_on(tmp_path):
-    adapter = VLMGRITAdapter(small_vlm.base(), modality_config())
-    train(adapter)
-    adapter.save_pretrained(tmp_path)
-    again = VLMGRITAdapter.from_pretrained(small_vlm.base(), tmp_path, modality_config())
+    again = VLMGRITAdapter(saved(), modality_config())
     assert torch.equal(logits(adapter.model), logits(again.model))
-    assert again.describe() == adapter.describe()
-    assert [layer.scaling for layer in again.grit_layers.values()] == [
-        layer.scaling for layer in adapter.grit_layers.values()
-    ]
+    assert again.describe() == adapter.describe() and again.layers == adapter.layers
     losses = train(again, 20)
     assert losses[-2:].mean() < losses[:2].mean()
     with pytest.raises(AdapterError, match="found it to differ in"):
-        VLMGRITAdapter.from_pretrained(
-            small_vlm.base(), tmp_path, small_vlm.settings(), **small_vlm.LAYERS | {"cross_modal_layers": []}
-        )
+        VLMGRITAdapter(saved(), small_vlm.settings(), **small_vlm.LAYERS | {"cross_modal_layers": []})
     with pytest.raises(AdapterError, match="expected rank 4, got 2"):
-        VLMGRITAdapter.from_pretrained(small_vlm.base(), tmp_path, small_vlm.settings(), **small_vlm.LAYERS)
+        VLMGRITAdapter(saved(), small_vlm.settings(), **small_vlm.LAYERS)
 
 
 def test_from_a_saved_model(tmp_path):
@@ -201,18 +149,6 @@ def test_what_it_says_of_itself(caplog):
     assert any(said in record.getMessage() for record in caplog.records)
 
 
-def test_mixed_modal_projections():
-    """What the schedule gives each modality is shared out, and updates keep no more."""
-    adapter = small_vlm.adapter(enable_projection=True, projection_budget_start=10, projection_budget_end=10)
-    assert adapter.get_mixed_modal_projections() == {}  # nothing is known yet
-    train(adapter, 2)
-    shares = adapter.get_mixed_modal_projections()
-    assert {m: sum(layers.values()) for m, layers in shares.items()} == {"vision": 20, "text": 20, "cross_modal": 10}
-    assert {n: adapter.grit_layers[n].projection_budget for layers in shares.values() for n in layers} == {
-        n: k for layers in shares.values() for n, k in layers.items()
-    }
-
-
 def test_activations_are_kept_for_the_vision_rank():
     adapter = small_vlm.adapter()
     with pytest.raises(AdapterError, match="expected activations first"):
@@ -221,17 +157,12 @@ def test_activations_are_kept_for_the_vision_rank():
     adapter.model(**small_vlm.batch(adapter.model)).loss.backward()
     adapter.update_mixed_modal_fisher()
     assert 1 <= adapter.estimate_vision_rank() <= 8
-    given = torch.eye(6)
     for _ in range(12):
-        adapter.update_mixed_modal_fisher(vision_activations=given, text_activations=given, cross_activations=given)
+        adapter.update_mixed_modal_fisher(vision_activations=torch.eye(6), text_activations=torch.eye(6))
     assert adapter.estimate_vision_rank() == pytest.approx(6)
-    assert len(adapter.vision_activations) == len(adapter.text_activations) == len(adapter.cross_activations) == 8
+    assert len(adapter.vision_activations) == len(adapter.text_activations) == 8
 
 
 def test_contradictions():
     with pytest.raises(AdapterError, match="a ModelGRITConfig or model_config_name, got both"):
         VLMGRITAdapter(small_vlm.base(), modality_config(), "smolvlm_fast")
-    with pytest.raises(ValueError, match="did you mean"):
-        VLMGRITAdapter(small_vlm.base(), small_vlm.settings(), "smolvlm_fasst")
-    with pytest.raises(ValueError, match="q_proj"):
-        VLMGRITAdapter(small_vlm.base(), small_vlm.settings(), vision_layers=["model.vision_model.layers.*.q_proj"])

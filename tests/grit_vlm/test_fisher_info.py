@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from grit_vlm.core.eigen import compute_natural_gradient
-from grit_vlm.core.fisher_info import FisherError, FisherInformationMatrix
+from grit_vlm.core.fisher_info import FisherError, FisherInformationMatrix, compute_natural_gradient
 
 TOKENS, D_IN, D_OUT, RANK = 40, 5, 7, 3
 ESTIMATES = ("diagonal", "kfac", "block_diagonal")
@@ -12,7 +11,6 @@ ESTIMATES = ("diagonal", "kfac", "block_diagonal")
 
 @pytest.fixture
 def pair():
-    """A, B, tokens and targets, in float64."""
     torch.manual_seed(0)
     make = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
     a, b = make(RANK, D_IN).requires_grad_(), make(D_OUT, RANK).requires_grad_()
@@ -62,7 +60,7 @@ def test_the_diagonal_is_that_of_the_exact_matrix(pair):
     assert found.fisher_blocks == found.kfac_factors == {}
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 128])
+@pytest.mark.parametrize("size", [1, 3, 4, 128])
 def test_blocks_are_those_of_the_exact_matrix(pair, size):
     found, truth = observed(pair, approximation_type="block_diagonal", block_size=size), exact(*pair)
     for name, of_component, width in (("A", lambda i: i // D_IN, D_IN), ("B", lambda i: i % RANK, D_OUT)):
@@ -88,22 +86,24 @@ def test_kfac_is_exact_where_its_assumptions_hold():
         assert float((found.dense(name) - truth).abs().max()) < 0.03 * float(truth.diagonal().max())
 
 
-@pytest.mark.parametrize("estimate", ESTIMATES)
-def test_the_natural_gradient_solves_the_damped_system(pair, estimate):
-    settings = {"approximation_type": estimate, "damping": 0.1, "block_size": 3}
-    found, raw = observed(pair, **settings), gradients(pair)
+def assert_solved(found, raw):
+    """(F + λI) times the natural gradient is the gradient again, with a dense F and a damping of 0.1."""
     natural = found.natural_gradient(raw)
-    whole = torch.cat([found.dense(name).diagonal() for name in "AB"]).mean()
+    lam = 0.1 * float(torch.cat([found.dense(name).diagonal() for name in "AB"]).mean())
     for name in "AB":
         matrix = found.dense(name)
-        lam = 0.1 * float(whole)
         back = (matrix + lam * torch.eye(len(matrix), dtype=matrix.dtype)) @ natural[name].reshape(-1)
         torch.testing.assert_close(back, raw[name].reshape(-1))
         assert natural[name].shape == raw[name].shape
 
 
 @pytest.mark.parametrize("estimate", ESTIMATES)
-@pytest.mark.parametrize("budget", [1, 2, 5, 20, 36, 96])
+def test_the_natural_gradient_solves_the_damped_system(pair, estimate):
+    assert_solved(observed(pair, approximation_type=estimate, damping=0.1, block_size=3), gradients(pair))
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES)
+@pytest.mark.parametrize("budget", [1, 5, 96])
 def test_projections_are_projections(pair, estimate, budget):
     """P² = P = Pᵀ, of the rank that the budget says, and the best one: it keeps the largest part of tr F."""
     found = observed(pair, approximation_type=estimate, block_size=3)
@@ -130,6 +130,11 @@ def test_projections_are_projections(pair, estimate, budget):
     else:
         best = float(torch.linalg.eigvalsh(whole).flip(0)[:rank].sum())
     assert kept == pytest.approx(best)
+    columns = found.directions(budget)
+    if estimate != "kfac":  # whose directions are the factors'
+        torch.testing.assert_close(torch.block_diag(*(q @ q.mT for q in columns.values())), p)
+    for q in columns.values():
+        torch.testing.assert_close(q.mT @ q, torch.eye(q.shape[1], dtype=q.dtype))
 
 
 @pytest.mark.parametrize("estimate", ESTIMATES)
@@ -160,8 +165,7 @@ def test_where_nothing_is_known_gradients_stay(estimate):
     assert torch.equal(natural["A"], raw["A"]) and not torch.allclose(natural["B"], raw["B"])
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 6])
-@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize(("tokens", "size"), [(1, 3), (2, 4), (6, 4)])
 def test_blocks_of_fewer_tokens_than_coordinates(pair, tokens, size):
     """Eigenvalues of zero are there then, real ones beside those that fill up the last run; rounding mixes them up."""
     for seed in range(5):
@@ -169,51 +173,13 @@ def test_blocks_of_fewer_tokens_than_coordinates(pair, tokens, size):
         few = (*pair[:2], torch.randn(tokens, D_IN, dtype=torch.float64), torch.randint(D_OUT, (tokens,)))
         found = observed(few, approximation_type="block_diagonal", damping=0.1, block_size=size)
         raw = {n: torch.randn_like(g) for n, g in gradients(few).items()}
-        natural = found.natural_gradient(raw)
-        lam = 0.1 * float(torch.cat([found.dense(name).diagonal() for name in "AB"]).mean())
-        for name in "AB":
-            matrix = found.dense(name)
-            back = (matrix + lam * torch.eye(len(matrix), dtype=matrix.dtype)) @ natural[name].reshape(-1)
-            torch.testing.assert_close(back, raw[name].reshape(-1))
-            assert found.eigen(name).real.sum() == raw[name].numel()
+        assert_solved(found, raw)
         n = sum(g.numel() for g in raw.values())
         assert found.direction_values().shape == (n,)
         everything = found.project(raw, n)
         for name in "AB":
+            assert found.eigen(name).real.sum() == raw[name].numel()
             torch.testing.assert_close(everything[name], raw[name])
-
-
-@pytest.mark.parametrize("estimate", ESTIMATES)
-@pytest.mark.parametrize("budget", [1, 4, 36])
-def test_directions_are_those_that_a_projection_keeps(pair, estimate, budget):
-    found, raw = observed(pair, approximation_type=estimate, block_size=4), gradients(pair)
-    columns, projected = found.directions(budget), found.project(raw, budget)
-    for name in "AB":
-        q = columns[name]
-        torch.testing.assert_close(q.mT @ q, torch.eye(q.shape[1], dtype=q.dtype))
-        if estimate == "kfac":
-            again = q @ q.mT @ raw["A"] if name == "A" else raw["B"] @ q @ q.mT
-        else:
-            again = (q @ (q.mT @ raw[name].reshape(-1))).reshape(raw[name].shape)
-        torch.testing.assert_close(projected[name], again)
-    if estimate != "kfac":
-        assert sum(q.shape[1] for q in columns.values()) == min(budget, 36)
-
-
-@pytest.mark.parametrize("estimate", ESTIMATES)
-def test_a_checkpoint_brings_everything_back(pair, estimate):
-    found, raw = observed(pair, approximation_type=estimate, block_size=4), gradients(pair)
-    again = FisherInformationMatrix(estimate, block_size=4)
-    again.load_state_dict(found.state_dict())
-    for name in "AB":
-        assert torch.equal(again.natural_gradient(raw)[name], found.natural_gradient(raw)[name])
-    assert again.samples == TOKENS
-    for other in set(ESTIMATES) - {estimate}:
-        with pytest.raises(FisherError, match=f"expected the state of estimate {other}, got one of {estimate}"):
-            FisherInformationMatrix(other, block_size=4).load_state_dict(found.state_dict())
-    if estimate == "block_diagonal":
-        with pytest.raises(FisherError, match="expected the state of blocks of 3, got one of 4"):
-            FisherInformationMatrix(estimate, block_size=3).load_state_dict(found.state_dict())
 
 
 def test_steps_are_weighted_as_in_grit(pair):
@@ -222,7 +188,7 @@ def test_steps_are_weighted_as_in_grit(pair):
         found = observed(pair, approximation_type=estimate, block_size=4, damping=0.01)
         for name in "AB":
             eigen = found.eigen(name)
-            real = torch.ones_like(eigen.values) if eigen.real is None else eigen.real
+            real = eigen.real
             mean = eigen.values[real > 0].mean()
             for power in (0.0, 0.5, 1.0):
                 truth = (eigen.values / mean + 0.01) ** (-power / 2)
@@ -234,24 +200,23 @@ def test_a_dense_system_is_solved():
     fisher, g = root @ root.mT, torch.randn(2, 3, dtype=torch.float64)
     natural = compute_natural_gradient(g, fisher, damping=0.5)
     torch.testing.assert_close((fisher + 0.5 * torch.eye(6)) @ natural.reshape(-1), g.reshape(-1))
-    with pytest.raises(FisherError, match="raise damping"):
-        compute_natural_gradient(g, torch.zeros(6, 6), damping=0.0)
-    with pytest.raises(FisherError, match=r"expected shape \(6, 6\)"):
-        compute_natural_gradient(g, fisher[:5])
 
 
-def test_updates_are_due_every_so_often():
-    assert [step for step in range(9) if FisherInformationMatrix(update_freq=4).due(step)] == [0, 4, 8]
-
-
-def test_every_mistake_is_named_at_once():
+def test_every_mistake_is_named(pair):
     with pytest.raises(FisherError) as caught:
         FisherInformationMatrix("kfak", damping=-1, ema_decay=1.0, update_freq=0, block_size=True)
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
         "approximation_type", "damping", "ema_decay", "update_freq", "block_size"]  # fmt: skip
-    found = FisherInformationMatrix()
-    with pytest.raises(FisherError, match="of the same tokens"):
-        found.observe(torch.ones(2, 3), torch.ones(2, 2), torch.ones(1, 2), torch.ones(2, 3))
-    found.observe(torch.ones(2, 3), torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 3))
-    with pytest.raises(FisherError, match="budget"):
-        found.project({"A": torch.ones(2, 3), "B": torch.ones(3, 2)}, 0)
+    found, kfac, blocks = observed(pair), FisherInformationMatrix("kfac"), FisherInformationMatrix("block_diagonal")
+    state = observed(pair, approximation_type="block_diagonal", block_size=4).state_dict()
+    tokens = (torch.ones(2, 3), torch.ones(2, 2), torch.ones(1, 2), torch.ones(2, 3))
+    for attempt, message in (
+        (lambda: found.observe(*tokens), "of the same tokens"),
+        (lambda: found.project(gradients(pair), 0), "budget"),
+        (lambda: kfac.load_state_dict(state), "expected the state of estimate kfac, got one of block_diagonal"),
+        (lambda: blocks.load_state_dict(state), "expected the state of blocks of 64, got one of 4"),
+        (lambda: compute_natural_gradient(torch.ones(2), torch.zeros(2, 2), damping=0.0), "raise damping"),
+        (lambda: compute_natural_gradient(torch.ones(2), torch.ones(1, 2)), r"expected shape \(2, 2\)"),
+    ):
+        with pytest.raises(FisherError, match=message):
+            attempt()

@@ -1,12 +1,12 @@
-"""`GRITLoRALinear` alone, and round PEFT's own layers."""
+"""`GRITLoRALinear` alone, beside PEFT's own layer."""
 
 import pytest
 import torch
+from small_net import Net, optimizer_of, train
 from torch import nn
 
-from grit_vlm import GRITLoRAConfig, GRITLoRALayer, GRITLoRALinear, create_grit_optimizer
+from grit_vlm import GRITLoRAConfig, GRITLoRALayer, GRITLoRALinear
 from grit_vlm.core.fisher_info import FisherError
-from grit_vlm.core.grit_lora import GRITLoRAConfigError
 
 
 def layer(**changed):
@@ -15,29 +15,13 @@ def layer(**changed):
     return GRITLoRALinear(nn.Linear(12, 10), config)
 
 
-def backward(found, tokens=30, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    if not bool(found.lora_B.any()):
-        nn.init.normal_(found.lora_B, std=0.1, generator=generator)
-    x = torch.randn(tokens, 12, generator=generator)
-    target = torch.randint(10, (tokens,), generator=generator)
-    loss = nn.functional.cross_entropy(found(x), target)
-    loss.backward()
-    return loss
-
-
-def test_the_documents_own_test():
-    base_layer = nn.Linear(128, 64)
-    config = GRITLoRAConfig(r=8, fisher_approximation="diagonal", enable_natural_gradient=True)
-    grit_layer = GRITLoRALinear(base_layer, config)
-    output = grit_layer(torch.randn(4, 128))
-    assert output.shape == (4, 64)
-    output.sum().backward()
-    assert len(grit_layer.activation_buffer) == 1 and len(grit_layer.activation_buffer[0]) == 4
-    assert grit_layer.update_fisher_and_projection()
-    assert grit_layer.fisher_matrix.fisher_diagonal.shape == (8 * 128 + 64 * 8,)
-    assert grit_layer.lora_A.grad is not None and grit_layer.lora_B.grad is not None
-    assert base_layer.weight.grad is None and not base_layer.weight.requires_grad
+def observed(**changed):
+    """A layer after one backward pass over 30 tokens, and its update."""
+    found = layer(**changed)
+    nn.init.normal_(found.lora_B, std=0.1)
+    nn.functional.cross_entropy(found(torch.randn(30, 12)), torch.randint(10, (30,))).backward()
+    assert found.update_fisher_and_projection() and not found.update_fisher_and_projection()
+    return found
 
 
 def test_it_is_pefts_layer():
@@ -60,23 +44,19 @@ def test_it_is_pefts_layer():
         outputs[-1].square().sum().backward()
     assert torch.equal(*outputs)
     assert torch.equal(found.lora_A.grad, theirs.lora_A["default"].weight.grad)
+    assert not found.base_layer.weight.requires_grad and found.lora_dropout.p == 0.3
     found.eval()
-    with torch.no_grad():
-        by_hand = found.base_layer(x) + 2.0 * x @ found.lora_A.mT @ found.lora_B.mT
+    by_hand = found.base_layer(x) + found.scaling * x @ found.lora_A.mT @ found.lora_B.mT
     torch.testing.assert_close(found(x), by_hand)
-    assert found.scaling == 2.0
-    assert GRITLoRALayer is GRITLoRALinear
+    assert found.scaling == 2.0 and GRITLoRALayer is GRITLoRALinear
 
 
 def test_what_it_says_of_itself():
     found = layer(fisher_approximation="kfac")
-    assert found.lora_A.shape == (4, 12) and found.lora_B.shape == (10, 4)
-    assert found.eigenvalues is None and found.projection_matrix is None and not found.ready
-    assert found.gradients() is None
+    assert found.eigenvalues is None and found.projection_matrix is None and not found.ready and not found.step_count
     with pytest.raises(FisherError, match="expected an observation first"):
         found.get_fisher_for_param("lora_A")
-    backward(found)
-    found.update_fisher_and_projection()
+    found = observed(fisher_approximation="kfac")
     values = found.eigenvalues
     assert values.shape == (4,) and bool((values > 0).all()) and torch.equal(values, values.sort(descending=True)[0])
     assert found.projection_matrix is None  # projection is off
@@ -87,18 +67,17 @@ def test_what_it_says_of_itself():
         found.get_fisher_for_param("weight")
     with pytest.raises(ValueError, match="from 1 on, got 0"):
         found.update_projection(0)
+    with pytest.raises(TypeError, match=r"expected torch.nn.Linear, got Conv1d"):
+        GRITLoRALinear(nn.Conv1d(1, 1, 1))
 
 
 @pytest.mark.parametrize("estimate", ["diagonal", "kfac", "block_diagonal"])
 def test_gradients_by_hand_are_replaced_and_a_plain_optimizer_steps(estimate):
-    found = layer(fisher_approximation=estimate, fisher_damping=0.1)
-    backward(found)
-    found.update_fisher_and_projection()
+    found = observed(fisher_approximation=estimate, fisher_damping=0.1)
     raw = {side: g.clone() for side, g in found.gradients().items()}
     expected = found.fisher_matrix.natural_gradient(raw)
     before = found.lora_A.detach().clone()
-    optimizer = torch.optim.SGD([found.lora_A, found.lora_B], lr=0.5)
-    found.apply_natural_gradient_update(optimizer)
+    found.apply_natural_gradient_update(torch.optim.SGD([found.lora_A, found.lora_B], lr=0.5))
     torch.testing.assert_close(found.lora_A.grad, expected["A"])
     torch.testing.assert_close(found.lora_A.detach(), before - 0.5 * expected["A"])
     assert not torch.allclose(expected["A"], raw["A"])
@@ -107,51 +86,17 @@ def test_gradients_by_hand_are_replaced_and_a_plain_optimizer_steps(estimate):
 def test_switches_and_readiness():
     for changed, acts in (({"fisher_min_samples": 31}, False), ({"fisher_min_samples": 30}, True),
                           ({"enable_natural_gradient": False}, False)):  # fmt: skip
-        found = layer(**changed)
-        backward(found)
-        found.update_fisher_and_projection()
-        raw = found.gradients()
-        natural = found.natural_gradients(raw)
-        assert torch.equal(natural["A"], raw["A"]) == (not acts), changed
-    found = layer(enable_natural_gradient=False, enable_projection=True, projection_budget_start=5)
-    backward(found)
-    found.update_fisher_and_projection()
-    assert found.projection_budget == 5
+        found = observed(**changed)
+        natural = found.natural_gradients(found.gradients())
+        assert torch.equal(natural["A"], found.lora_A.grad) == (not acts), changed
+    found = observed(enable_natural_gradient=False, enable_projection=True, projection_budget_start=5)
     projected = found.natural_gradients(found.gradients())
-    assert sum(int(g.count_nonzero()) for g in projected.values()) == 5
+    assert sum(int(g.count_nonzero()) for g in projected.values()) == found.projection_budget == 5
 
 
-def test_layers_of_ones_own_train_together():
-    """Two layers made alone, one optimizer; each keeps capturing."""
-    torch.manual_seed(0)
-    config = GRITLoRAConfig(r=4, lora_dropout=0.0, fisher_approximation="kfac")
-    first, second = GRITLoRALinear(nn.Linear(12, 16), config), GRITLoRALinear(nn.Linear(16, 3), config)
-    weights = [p for each in (first, second) for p in (each.lora_A, each.lora_B)]
-    optimizer = create_grit_optimizer(weights, "grit_adam", {"first": first, "second": second}, lr=2e-2)
-    x = torch.randn(64, 12)
-    targets = (x[:, 0] > 0).long()
-    losses = []
-    for _ in range(30):
-        loss = nn.functional.cross_entropy(second(torch.tanh(first(x))), targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-    assert losses[-1] < 0.5 * losses[0]
-    assert first.manager is second.manager and first.manager.ready_layers() == 2
+def test_layers_made_alone_train_together():
+    net = Net(fisher_approximation="kfac", fisher_update_freq=10)
+    train(net, optimizer_of(net), 30)
+    assert net.first.manager is net.second.manager and net.first.step_count == 30
     # In the first ten steps an update each, then every tenth: 0…9, 10, 20.
-    assert first.fisher_matrix.samples == second.fisher_matrix.samples == 64 * 12
-
-
-def test_mistakes_are_named_at_once():
-    with pytest.raises(GRITLoRAConfigError) as caught:
-        GRITLoRAConfig.from_dict(
-            {"r": 0, "lora_alpha": -1, "lora_dropout": 1.0, "fisher_approximation": "diagnal", "fisher_dampin": 1}
-        )
-    text = str(caught.value)
-    for part in ("unknown setting 'fisher_dampin'; expected fisher_damping", "r: expected a whole number", "lora_alpha",
-                 "lora_dropout", "did you mean 'diagonal'"):  # fmt: skip
-        assert part in text
-    with pytest.raises(TypeError, match=r"expected torch.nn.Linear, got Conv1d"):
-        GRITLoRALinear(nn.Conv1d(1, 1, 1))
-    assert GRITLoRAConfig.from_dict({"r": 3}).r == 3
+    assert net.first.fisher_matrix.samples == net.second.fisher_matrix.samples == 16 * 12

@@ -16,61 +16,24 @@ TEXT = dict(
 )  # fmt: skip
 
 
-def idefics3(vision=None, text=None, **more):
-    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
-
-    return Idefics3ForConditionalGeneration(_joined(Idefics3Config, vision, text, **more))
-
-
-def smolvlm(vision=None, text=None, **more):
-    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
-
-    return SmolVLMForConditionalGeneration(_joined(SmolVLMConfig, vision, text, **more))
-
-
-def _joined(config_class, vision, text, scale_factor=1):
-    vision, text = {**VISION, **PIXELS, **(vision or {})}, {**TEXT, "model_type": "llama", **(text or {})}
-    return config_class(
-        vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, scale_factor=scale_factor, pad_token_id=0
-    )
-
-
-def llava(tower="clip"):
+def _model(family, vision, text, **more):
     import transformers
 
-    tower_class = {"clip": transformers.CLIPVisionConfig, "siglip": transformers.SiglipVisionConfig}[tower]
-    # The CLIP tower's first token stands for the whole picture; "default" drops it, SigLIP has none.
-    config = transformers.LlavaConfig(
-        vision_config=tower_class(**VISION, **PIXELS),
-        text_config=transformers.LlamaConfig(**TEXT),
-        image_token_index=IMAGE_TOKEN,
-        vision_feature_select_strategy="default" if tower == "clip" else "full",
-    )
-    return transformers.LlavaForConditionalGeneration(config)
+    vision, text = {**VISION, **PIXELS, **vision}, {**TEXT, **text}
+    config = getattr(transformers, f"{family}Config")(vision_config=vision, text_config=text, **more)
+    return getattr(transformers, f"{family}ForConditionalGeneration")(config)
 
 
-def vipllava():
-    from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
-
-    config = VipLlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION, **PIXELS),
-        text_config=LlamaConfig(**TEXT),
-        image_token_index=IMAGE_TOKEN,
-        vision_feature_layers=[-2, -5, -8],
-    )
-    return VipLlavaForConditionalGeneration(config)
+def idefics3(vision=None, text=None, scale_factor=1, family="Idefics3"):
+    more = {"image_token_id": IMAGE_TOKEN, "scale_factor": scale_factor, "pad_token_id": 0}
+    return _model(family, vision or {}, {"model_type": "llama", **(text or {})}, **more)
 
 
-def paligemma():
-    from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
-
-    config = PaliGemmaConfig(
-        vision_config=SiglipVisionConfig(**VISION, **PIXELS, projection_dim=HIDDEN),
-        text_config=GemmaConfig(**TEXT, head_dim=16),
-        image_token_index=IMAGE_TOKEN,
-        projection_dim=HIDDEN,
-    )
-    return PaliGemmaForConditionalGeneration(config)
+def _llava(family="Llava", tower="clip", text="llama", **more):
+    vision, text = {"model_type": f"{tower}_vision_model"}, {"model_type": text}
+    if family == "PaliGemma":
+        vision["projection_dim"], text["head_dim"] = HIDDEN, 16
+    return _model(family, vision, text, image_token_index=IMAGE_TOKEN, **more)
 
 
 def qwen2_vl():
@@ -83,7 +46,6 @@ def qwen2_vl():
 
 
 def _tree(names):
-    """Linear layers of these names, and all modules above them."""
     root = nn.Module()
     for name in names:
         *above, last = name.split(".")
@@ -132,11 +94,12 @@ def batch(model, seed=0):
 
 BUILDERS = {
     "idefics3": idefics3,
-    "smolvlm": smolvlm,
-    "llava": llava,
-    "llava_siglip": lambda: llava("siglip"),
-    "vipllava": vipllava,
-    "paligemma": paligemma,
+    "smolvlm": lambda: idefics3(family="SmolVLM"),
+    # The CLIP tower's first token stands for the whole picture; "default" drops it, SigLIP has none.
+    "llava": lambda: _llava(vision_feature_select_strategy="default"),
+    "llava_siglip": lambda: _llava(tower="siglip", vision_feature_select_strategy="full"),
+    "vipllava": lambda: _llava("VipLlava", vision_feature_layers=[-2, -5, -8]),
+    "paligemma": lambda: _llava("PaliGemma", "siglip", "gemma", projection_dim=HIDDEN),
     "qwen2_vl": qwen2_vl,
     "phi3_v": phi3_v,
     "phi3_v_flat": lambda: phi3_v(nested=False),

@@ -7,14 +7,13 @@ import pytest
 import yaml
 
 from pipelines import measure, prepare_base, prepare_data, profile
-from pipelines.config import parse_params
+from pipelines.check import parse_params
 
 PROFILES = Path(__file__).resolve().parents[2] / "profiles"
 
 
 @pytest.fixture(scope="session")
 def smoke():
-    """params.yaml of the smoke profile."""
     return profile.compose("smoke", PROFILES)
 
 
@@ -47,7 +46,6 @@ def make_project(tmp_path_factory, adapter_dir):
 
 @pytest.fixture(scope="session")
 def measured_project(make_project, smoke_raw):
-    """Both measured."""
     return make_project(smoke_raw, measure.run)
 
 

@@ -2,29 +2,28 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
+from torchmetrics.text import Perplexity
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluation.alignment import AlignmentError
-from evaluation.prompts import PromptError
+from db.files import FileError
+from evaluation.measure.separation import SeparationError
+from evaluation.measure.texts import TextError
 from pipelines import measure
-from pipelines.config import ConfigError, parse_params
-from pipelines.runinfo import FileError
+from pipelines.check import parse_params
+from pipelines.params import ConfigError
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[2]
-INDEX = ["alignment_index", "alignment_index_low", "alignment_index_high", "alignment_null_mean", "alignment_null_low",
-         "alignment_null_high", "alignment_p_value"]  # fmt: skip
+INDEX = [f"alignment_{n}" for n in "index index_low index_high null_mean null_low null_high p_value".split()]
 CLUSTERS = ["calinski_harabasz", "xie_beni", "silhouette", "davies_bouldin", "dunn"]
-DELTA = ["delta_alignment_index", "delta_alignment_index_low", "delta_alignment_index_high",
-         "delta_alignment_null_low", "delta_alignment_null_high", "delta_alignment_p_value"]  # fmt: skip
+DELTA = [f"delta_alignment_{n}" for n in "index index_low index_high null_low null_high p_value".split()]
 GENERAL = ["loss", "perplexity", "perplexity_high", "perplexity_low"]
-ANSWERS = ["answer_loss", "answer_perplexity", "answer_perplexity_high", "answer_perplexity_low"]
+ANSWERS = [f"answer_{name}" for name in GENERAL]
 WEIGHTS = ["update_norm", "update_norm_relative", "effective_rank", "stable_rank", "rank"]
 DRIFT = ["drift_relative", "drift_cosine"]
 
@@ -111,7 +110,6 @@ def test_the_same_again_gives_the_same_bytes(here, raw):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_diverged_adapter_is_measured_as_far_as_it_can_be(here, raw, capsys, bad):
-    """The report must show the arm, not miss it: nulls, a note, and what is known of the base and the settings."""
     from safetensors.torch import load_file, save_file
 
     file = "adapters/baseline_lora/0/adapter_model.safetensors"
@@ -133,21 +131,7 @@ def test_a_diverged_adapter_is_measured_as_far_as_it_can_be(here, raw, capsys, b
     assert record["status"] == "finished" and record["extra"]["notes"] == found["notes"]
 
 
-def test_it_runs_as_a_command(here, smoke):
-    Path("params.yaml").write_text(smoke)
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines.measure", "--arm", "baseline_lora"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    shown = json.loads(done.stdout.splitlines()[-1])
-    assert shown["update_norm"] == round(value("baseline_lora", "update_norm"), 4)
-    start = json.loads(next(Path("attempts").glob("*.json")).read_text())
-    assert (start["stage"], start["arm"], start["seed"], start["status"]) == ("measure", "baseline_lora", 0, "finished")
-
-
 def test_a_base_in_4_bit(here, raw):
-    """As it is trained on: loss and drift move a little, the update not at all, the weights' norm hardly."""
     before = {name: value("baseline_lora", name) for name in ("update_norm", "update_norm_relative", "loss")}
     params = parse_params({**raw, "train": {**raw["train"], "quantize_base": "nf4", "gradient_checkpointing": True}})
     for arm in ("base", "baseline_lora"):
@@ -159,7 +143,6 @@ def test_a_base_in_4_bit(here, raw):
 
 
 def test_a_base_that_was_exchanged_is_noticed(here, raw):
-    """The adapter's model with the adapter off must be what the base's own run measured."""
     found = content("base")
     for row in found["metrics"]:
         if row["name"] == "loss":
@@ -171,13 +154,10 @@ def test_a_base_that_was_exchanged_is_noticed(here, raw):
     assert Path("measured/baseline_lora/0/measured.json").read_bytes() == before, "earlier results stay"
 
 
-@pytest.mark.parametrize("keys", [{"layers": [1.0]}, {"pooling": "last"}, {"max_prompts": 30}])
-def test_an_arm_is_not_held_against_a_base_measured_otherwise(here, raw, keys):
-    with pytest.raises(AlignmentError, match="other prompts, layers or settings; run `dvc repro measure_base`"):
-        measure.run(changed(raw, **keys), "baseline_lora", 0)
-
-
-def test_an_arm_before_its_base(here, raw):
+def test_an_arm_is_not_held_against_a_base_measured_otherwise_or_not_at_all(here, raw):
+    for keys in ({"layers": [1.0]}, {"pooling": "last"}, {"max_prompts": 30}):
+        with pytest.raises(SeparationError, match="other prompts, layers or settings; run `dvc repro measure_base`"):
+            measure.run(changed(raw, **keys), "baseline_lora", 0)
     shutil.rmtree("measured/base")
     with pytest.raises(FileError, match="measured/base/0: no such file; run `dvc repro`"):
         measure.run(parse_params(raw), "baseline_lora", 0)
@@ -211,7 +191,7 @@ def test_prompts_of_one_class_stop_it_before_a_model_is_loaded(here, raw, monkey
     rows = [{"prompt": f"Say {n}.", "label": "safe"} for n in range(12)]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.delattr("pipelines.measure.load_model")
-    with pytest.raises(PromptError, match="at least 10 prompts labelled 'unsafe', got 0"):
+    with pytest.raises(TextError, match="at least 10 prompts labelled 'unsafe', got 0"):
         measure.run(changed(raw, prompts="p.jsonl"), "base", 0)
 
 
@@ -221,22 +201,80 @@ def test_a_damaged_adapter_is_named(here, raw):
         measure.run(parse_params(raw), "baseline_lora", 0)
 
 
-def test_what_cannot_be_computed_is_null(tmp_path):
-    found = measure.Found()
-    found.add("weights", {"effective_rank": math.nan, "rank": 4, "perplexity": math.inf}, 2)
-    assert [row["value"] for row in found.metrics] == [None, 4.0, None]
-
-
 @pytest.mark.parametrize(
     ("keys", "message"),
-    [
-        ({"safe_label": "x", "unsafe_label": "X "}, "expected two labels"),
-        ({"layers": [0.0]}, "layers.0: input should be greater than 0"),
-        ({"columns": {"promt": "q"}}, "measure.columns.promt"),
-        ({"bootstrap": 10}, "greater than or equal to 100"),
-        ({"poling": "mean"}, "did you mean 'pooling'"),
-    ],
-)
+    [({"safe_label": "x", "unsafe_label": "X "}, "expected two labels"),
+     ({"layers": [0.0]}, "layers.0: input should be greater than 0"),
+     ({"columns": {"promt": "q"}}, "measure.columns.promt"), ({"bootstrap": 10}, "greater than or equal to 100"),
+     ({"poling": "mean"}, "did you mean 'pooling'")],
+)  # fmt: skip
 def test_settings_that_cannot_be_used(raw, keys, message):
     with pytest.raises(ConfigError, match=message):
         changed(raw, **keys)
+
+
+# --- perplexity of the right answers ---
+
+
+def source():
+    return json.loads(Path("models/base/base.json").read_text())["location"]
+
+
+def items():
+    return [json.loads(line) for line in Path("data/test.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("arm", ["base", "baseline_lora"])
+def test_the_right_answers_perplexity(here, raw, arm):
+    tokenizer = AutoTokenizer.from_pretrained(source())
+    model = AutoModelForCausalLM.from_pretrained(source(), dtype=torch.float32)
+    if arm != "base":
+        model = PeftModel.from_pretrained(model, f"adapters/{arm}/0")
+    model.eval()
+    metric, tokens = Perplexity(ignore_index=-100), 0
+    assert len(items()) <= raw["measure"]["max_answers"]
+    for item in items():
+        question = raw["prompt"]["template"].replace("{prompt}", item["prompt"])
+        ids = tokenizer(question + item["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        start = len(tokenizer(question)["input_ids"])
+        wanted = torch.tensor([[-100] * start + ids[start:]])
+        with torch.no_grad():
+            metric.update(model(input_ids=torch.tensor([ids])).logits[:, :-1], wanted[:, 1:])
+        tokens += len(ids) - start
+    assert value(arm, "answer_perplexity") == pytest.approx(float(metric.compute()), rel=1e-4)
+    assert value(arm, "answer_perplexity_low") < value(arm, "answer_perplexity") < value(arm, "answer_perplexity_high")
+    assert math.log(value(arm, "answer_perplexity")) == pytest.approx(value(arm, "answer_loss"))
+    assert {row["n"] for row in content(arm)["metrics"] if row["split"] == "test_answers"} == {tokens}
+    if arm != "base":
+        assert value(arm, "answer_perplexity") < value("base", "answer_perplexity"), "it was trained to give them"
+
+
+def test_how_many_right_answers(here, raw):
+    whole = next(row["n"] for row in content("base")["metrics"] if row["split"] == "test_answers")
+    measure.run(changed(raw, max_answers=3), "base", 0)
+    record = json.loads(Path("measured/base/0/run.json").read_text())
+    assert (record["extra"]["answers"], record["extra"]["answers_cut_or_left_out"]) == (3, 0)
+    assert 0 < next(row["n"] for row in content("base")["metrics"] if row["split"] == "test_answers") < whole
+    Path("data/test.jsonl").unlink()
+    measure.run(changed(raw, max_answers=0), "base", 0)
+    assert {row["split"] for row in content("base")["metrics"]} == {"general", "alignment"}
+    assert not any("answer_" in name for name in content("base")["metric_defs"])
+
+
+def test_answers_beyond_the_tokens_that_are_read(here, raw):
+    """Cut where they begin within them, left out otherwise; both are counted, and nothing to score is refused."""
+    tokenizer = AutoTokenizer.from_pretrained(source())
+    template = raw["prompt"]["template"]
+    questions = [template.replace("{prompt}", item["prompt"]) for item in items()]
+    starts = [len(tokenizer(question)["input_ids"]) for question in questions]
+    answered = [question + item["completion"] for question, item in zip(questions, items(), strict=True)]
+    whole = [len(tokenizer(text)["input_ids"]) + 1 for text in answered]
+    most = sorted(starts)[len(starts) // 2]
+    params = changed(raw)
+    found, cut = measure.answer_texts(params.measure, tokenizer, template, most)
+    assert len(found) == sum(start < most for start in starts) and 0 < len(found) < len(items())
+    expected = [min(most, length) for start, length in zip(starts, whole, strict=True) if start < most]
+    assert [len(text.ids) for text in found] == expected
+    assert cut == sum(length > most for length in whole)
+    with pytest.raises(TextError, match="expected answers that begin within 8 tokens, got none in .*max_answers to 0"):
+        measure.answer_texts(params.measure, tokenizer, template, 8)

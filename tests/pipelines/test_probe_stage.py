@@ -4,14 +4,15 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
+from db.files import FileError, write_json
 from pipelines import prepare_data, probe, profile, train, twin
-from pipelines.config import parse_params
-from pipelines.runinfo import FileError, write_json
-from trainers.common import LEDGER
+from pipelines.check import parse_params
+from trainers.run import LEDGER
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +21,6 @@ SETTINGS = {"max_steps": 30, "save_steps": 15, "eval_steps": 30, "warmup_steps":
 
 
 def make_params(**grit):
-    """The smoke profile, shorter; `grit` changes pure_grit's settings."""
     raw = yaml.safe_load(SMOKE)
     raw["train"].update(SETTINGS)
     raw["probe"]["twin_steps"] = 8
@@ -31,7 +31,6 @@ def make_params(**grit):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, base_dir):
-    """A folder with data, a base, and both arms trained."""
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -54,7 +53,7 @@ def here(project, monkeypatch):
 
 
 def verdict(arm):
-    return json.loads(open(f"verdicts/{arm}/0/verdict.json", encoding="utf-8").read())
+    return json.loads(Path(f"verdicts/{arm}/0/verdict.json").read_text())
 
 
 def test_1_the_baseline_equals_its_shadow(here):
@@ -66,7 +65,7 @@ def test_1_the_baseline_equals_its_shadow(here):
     assert [r["verdict"] for r in said["readings"] if r["verdict"] != "skipped"] == ["pass"] * 4
     assert {p.name for p in (here / "verdicts/baseline_lora/0").iterdir()} == {
         "verdict.json", "run.json", "updates.png", "twin.png"}  # fmt: skip
-    assert json.load(open("verdicts/baseline_lora/0/run.json"))["stage"] == "probe"
+    assert json.loads(Path("verdicts/baseline_lora/0/run.json").read_text())["stage"] == "probe"
 
 
 def test_2_pure_grit_is_effective_and_the_baselines_twins_serve_again(here):
@@ -83,68 +82,54 @@ def test_2_pure_grit_is_effective_and_the_baselines_twins_serve_again(here):
 
 
 def test_3_asked_again_nothing_is_trained_again(here, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("a twin was trained again"))
+    monkeypatch.setattr(twin, "ProcessPoolExecutor", lambda *a: pytest.fail("a twin was trained again"))
     curves = twin.curve(make_params()[0], "baseline_lora", 0, 8, "A")
     assert curves == verdict("baseline_lora")["twin"]["baseline"]
 
 
-def test_4_a_silent_no_op_fails_with_the_reason_and_leaves_its_verdict(here):
+def test_4_a_silent_no_op_fails_with_the_reason_and_leaves_its_verdict(here, monkeypatch, tmp_path):
     params, raw = make_params(mode="adamw", damping_mode="absolute", kfac_damping=1e6)
-    kept = here / "params.yaml"
-    before = kept.read_text(encoding="utf-8")
-    shutil.copytree("adapters/pure_grit", "adapters/kept")
-    try:
-        kept.write_text(yaml.safe_dump(raw), encoding="utf-8")  # twins read it
-        train.run(params, "pure_grit", 0)
-        command = [sys.executable, "-m", "pipelines.probe", "--arm", "pure_grit", "--seed", "0"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        printed = done.stderr
-        assert done.returncode == 1 and "Traceback" not in printed
-        assert "pure_grit claims to precondition, but the verdict on its updates is no_effect" in printed
-        assert "damping_swamps_factors" in printed and "verdicts/pure_grit/0/verdict.json" in printed
-        said = verdict("pure_grit")
-        assert (said["verdict"], said["as_claimed"], said["numbers"]["coverage"]) == ("no_effect", False, 0.0)
-        assert {f["name"] for f in said["findings"]} >= {"damping_swamps_factors"}
-    finally:
-        kept.write_text(before, encoding="utf-8")
-        shutil.rmtree("adapters/pure_grit")
-        shutil.move("adapters/kept", "adapters/pure_grit")
+    shutil.copytree(here, tmp_path / "other")
+    monkeypatch.chdir(tmp_path / "other")
+    Path("params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")  # twins read it
+    train.run(params, "pure_grit", 0)
+    command = [sys.executable, "-m", "pipelines.probe", "pure_grit", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    printed = done.stderr
+    assert done.returncode == 1 and "Traceback" not in printed
+    assert "pure_grit claims to precondition, but the verdict on its updates is no_effect" in printed
+    assert "damping_swamps_factors" in printed and "verdicts/pure_grit/0/verdict.json" in printed
+    said = verdict("pure_grit")
+    assert (said["verdict"], said["as_claimed"], said["numbers"]["coverage"]) == ("no_effect", False, 0.0)
+    assert {f["name"] for f in said["findings"]} >= {"damping_swamps_factors"}
 
 
 def test_5_a_ledger_that_is_cut_or_missing_is_named(here):
-    params, file = make_params()[0], here / "adapters/pure_grit/0" / LEDGER
+    file = here / "adapters/pure_grit/0" / LEDGER
     whole = file.read_text(encoding="utf-8")
-    try:
-        file.write_text("".join(line + "\n" for line in whole.splitlines()[:-1]), encoding="utf-8")
-        with pytest.raises(FileError, match=r"the run did not end.*run stage train"):
-            probe.run(params, "pure_grit", 0)
-        file.write_text("rubbish\n" + whole, encoding="utf-8")
-        with pytest.raises(FileError, match="line 1"):
-            probe.run(params, "pure_grit", 0)
-        file.unlink()
-        with pytest.raises(FileError, match=LEDGER):
-            probe.run(params, "pure_grit", 0)
-    finally:
-        file.write_text(whole, encoding="utf-8")
+    cut = "".join(line + "\n" for line in whole.splitlines()[:-1])
+    for text, message in (
+        (cut, "the run did not end.*run stage train"),
+        ("rubbish\n" + whole, "line 1"),
+        (None, LEDGER),
+    ):
+        file.unlink() if text is None else file.write_text(text, encoding="utf-8")
+        with pytest.raises(FileError, match=message):
+            probe.run(make_params()[0], "pure_grit", 0)
+    file.write_text(whole, encoding="utf-8")
 
 
 def test_6_a_twin_that_fails_says_why(here):
     raw = make_params()[1]
     raw["train"]["target_modules"] = ["q_prof"]
-    before = (here / "params.yaml").read_text(encoding="utf-8")
-    try:
-        (here / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-        with pytest.raises(twin.TwinError, match=r"twin run of baseline_lora seed 0 failed with exit code 1") as failed:
-            twin.curve(parse_params(raw), "baseline_lora", 0, 5, "A")
-        assert "q_proj" in str(failed.value)
-    finally:
-        (here / "params.yaml").write_text(before, encoding="utf-8")
-    assert not list((here / twin.KEPT).glob("tmp*"))
+    with pytest.raises(twin.TwinError, match=r"twin run of baseline_lora seed 0 failed") as failed:
+        twin.curve(parse_params(raw), "baseline_lora", 0, 5, "A")
+    assert "q_proj" in str(failed.value)
 
 
 def test_7_the_twin_of_an_arm_differs_in_nothing_but_the_arm():
     params = parse_params(yaml.safe_load(SMOKE))
     own, beside = params.train_for("pure_grit"), twin.settings_for(params, "baseline_lora", "pure_grit")
     assert own.learning_rate == beside.learning_rate != params.train_for("baseline_lora").learning_rate
-    assert own.grit is not None and beside == own.model_copy(update={"grit": None})
+    assert own.grit is not None and {**beside.model_dump(), "grit": own.grit} == own.model_dump()
     assert twin.settings_for(params, "pure_grit", "pure_grit") == own

@@ -1,10 +1,26 @@
-"""Choosing a profile rewrites params.yaml and loses nothing."""
+"""Choosing a profile rewrites params.yaml and loses nothing; what each of them stands for."""
+
+import subprocess
+from dataclasses import asdict
 
 import pytest
 import yaml
 
+from grit import GRITConfig
 from pipelines import profile
-from pipelines.config import ConfigError, parse_params
+from pipelines.check import load_params, parse_params
+from pipelines.params import ConfigError
+
+TASKS = ("alpaca", "boolq", "dolly", "gsm8k", "qnli")
+ABLATIONS = ("grit_2s", "grit_1s", "grit_2s_fixed_k")
+
+
+def settings(name):
+    return profile.merged(name)[0]
+
+
+def planned(name):
+    return parse_params(settings(name))
 
 
 @pytest.fixture
@@ -14,119 +30,58 @@ def params(tmp_path):
     return file
 
 
-def test_a_profile_is_the_basis_with_its_differences(params):
-    assert profile.choose("smoke", params_file=params)
-    chosen, basis = yaml.safe_load(params.read_text()), yaml.safe_load(profile.compose("tiny"))
-    over = yaml.safe_load((profile.PROFILES / "smoke.yaml").read_text())
-    assert chosen["profile"] == "smoke"
-    assert chosen["train"]["max_steps"] == over["train"]["max_steps"] != basis["train"]["max_steps"]
-    assert chosen["train"]["target_modules"] == basis["train"]["target_modules"]
+def test_every_profile_can_be_used_and_is_what_its_text_says():
+    names = profile.available()
+    assert {"tiny", "smoke", "paper", "ablation", "qlora", "vision", "llama3_8b", *TASKS} <= names.keys()
+    for name in [*names, "vision+smoke", "gsm8k+llama3_1_8b+qlora"]:
+        assert yaml.safe_load(profile.compose(name)) == settings(name)
+        assert planned(name).profile == name
 
 
-def test_choosing_again_changes_nothing(params):
+def test_params_yaml_as_committed_is_the_tiny_profile(tmp_path):
+    committed = subprocess.run(["git", "show", "HEAD:params.yaml"], capture_output=True, check=False)
+    if committed.returncode:
+        pytest.skip("no git checkout")
+    (tmp_path / "params.yaml").write_bytes(committed.stdout)
+    assert load_params(tmp_path / "params.yaml") == planned("tiny")
+
+
+def test_a_switch_keeps_comments_and_is_done_once(params):
     before = params.read_bytes()
-    assert not profile.choose("tiny", params_file=params)
-    assert params.read_bytes() == before
-
-
-def test_comments_with_units_survive(params):
+    assert b"# optimizer steps" in before
+    assert not profile.choose("tiny", params_file=params) and params.read_bytes() == before
+    assert profile.choose("smoke", params_file=params)
+    chosen, basis = yaml.safe_load(params.read_text()), settings("tiny")
+    assert (chosen["profile"], chosen["train"]["max_steps"]) == ("smoke", 80)
+    assert chosen["train"]["target_modules"] == basis["train"]["target_modules"]
     assert "# optimizer steps" in params.read_text()
 
 
-def test_hand_edits_stop_a_switch_and_are_named(params):
-    steps = yaml.safe_load(params.read_text())["train"]["max_steps"]
+@pytest.mark.parametrize("name", ["tiny", "gsm8k+smoke"])
+def test_changes_by_hand_stop_a_switch_and_are_named(params, name):
+    profile.choose(name, params_file=params)
+    steps = settings(name)["train"]["max_steps"]
     edited = params.read_text().replace(f"max_steps: {steps} ", "max_steps: 601 ")
     assert yaml.safe_load(edited)["train"]["max_steps"] == 601 != steps
     params.write_text(edited)
-    with pytest.raises(ConfigError, match=rf"train\.max_steps: {steps} → 601"):
-        profile.choose("smoke", params_file=params)
+    with pytest.raises(ConfigError, match=rf"lose:\n  train\.max_steps: {steps} → 601\nKeep them"):
+        profile.choose("qlora", params_file=params)
+    assert not profile.choose(name, params_file=params), "staying keeps them"
     assert params.read_text() == edited
-    assert not profile.choose("tiny", params_file=params)  # staying keeps the edits
-    assert params.read_text() == edited
-    assert profile.choose("smoke", params_file=params, force=True)
-
-
-def test_unknown_profile(params):
-    with pytest.raises(ConfigError, match=r"Did you mean 'smoke'\?.*Available: .*tiny"):
-        profile.choose("smok", params_file=params)
-
-
-def test_broken_profile_is_refused_before_anything_is_written(params, tmp_path):
-    folder = tmp_path / "profiles"
-    folder.mkdir()
-    (folder / "tiny.yaml").write_text((profile.PROFILES / "tiny.yaml").read_text())
-    (folder / "mine.yaml").write_text("train: {rank: -1}\n")
-    before = params.read_bytes()
-    with pytest.raises(ConfigError, match=r"mine\.yaml.*\n.*train\.rank"):
-        profile.choose("mine", params_file=params, folder=folder)
-    assert params.read_bytes() == before
-
-
-TASKS = ("alpaca", "boolq", "dolly", "gsm8k", "qnli")
-
-
-def composed(name, folder=profile.PROFILES):
-    return yaml.safe_load(profile.compose(name, folder))
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_a_task_alone_runs_on_its_size_with_the_settings_of_document_002(task):
-    p = parse_params(composed(task))
-    assert p.prepare_base.source == "meta-llama/Llama-3.2-3B" and p.prepare_data.task == task
-    assert p.prepare_data.source == "hub" and p.prepare_data.train_items is None
-    t = p.train_for("pure_grit")
-    assert (t.learning_rate, t.max_grad_norm, t.batch_size * t.gradient_accumulation) == (2e-5, 1.5, 32)
-    assert t.max_steps is None and t.epochs in (1, 3) and t.quantize_base == "none" and t.precision == "bf16"
-    assert t.grit["kfac_update_freq"] in (50, 150) and t.grit["min_lora_rank"] == 8
-    assert t.grit["reprojection_warmup_steps"] == t.grit["rank_adaptation_start_step"] in (150, 500)
-    assert t.grit == p.train_for("hybrid_grit").grit
-    assert p.evaluate.max_tokens + 300 < p.export.num_ctx == p.measure.max_tokens
-
-
-def test_tasks_of_one_length_have_one_schedule():
-    def schedule(task):
-        p = parse_params(composed(task))
-        return p.arms["pure_grit"], p.train.eval_steps
-
-    assert schedule("boolq") == schedule("dolly") == schedule("gsm8k") != schedule("alpaca") == schedule("qnli")
-
-
-@pytest.mark.parametrize("size", ["llama3_8b", "llama3_1_8b", "llama3_2_3b"])
-@pytest.mark.parametrize("task", TASKS)
-def test_every_size_takes_32_items_a_step(task, size):
-    train = composed(f"{task}+{size}")["train"]
-    assert train["batch_size"] * train["gradient_accumulation"] == 32
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_a_task_on_a_small_size_keeps_how_that_is_trained(task):
-    small, found = composed("smoke"), composed(f"{task}+smoke")
-    assert found["prepare_data"]["task"] == task
-    assert found["prepare_base"] == {**small["prepare_base"], "context": 512}
-    assert found["arms"] == small["arms"] and found["matrix"] == small["matrix"]
-    assert found["train"] == {**small["train"], "max_length": 512, "overlong": "leave_out"}
-    assert composed(f"smoke+{task}") == {**found, "profile": f"smoke+{task}"}
-
-
-def test_sizes_build_on_each_other_and_qlora_is_one_switch():
-    small, large, quantized = (composed(name) for name in ("gsm8k", "gsm8k+llama3_1_8b", "gsm8k+llama3_1_8b+qlora"))
-    assert large["prepare_base"]["source"] == "meta-llama/Llama-3.1-8B"
-    assert large["train"]["epochs"] == small["train"]["epochs"] == 3
-    assert large["prompt"] == small["prompt"] == composed("llama3_8b")["prompt"]
-    assert quantized["train"] == {**large["train"], "quantize_base": "nf4"}
-    assert composed("gsm8k+llama3_8b")["prepare_base"]["source"] == "unsloth/llama-3-8b-bnb-4bit"
+    assert profile.choose("qlora", params_file=params, force=True)
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
+        ("smok", r"no profile 'smok' in profiles/; did you mean 'smoke'\? Available: .*tiny"),
         ("gsm8k+qnli", "expected one task, got gsm8k, qnli"),
         ("smoke+llama3_8b", "expected one size, got smoke, llama3_8b"),
+        ("tiny+smoke", "expected one size, got tiny, smoke"),
         ("qlora+qlora", "expected each once, got qlora more than once"),
         ("gsm8k+", "no profile '' in profiles/"),
-        ("gsm9k+smoke", r"no profile 'gsm9k' in profiles/\. Did you mean 'gsm8k'\?"),
         ("gsm9k+smok", r"'gsm9k'.*\n.*no profile 'smok'"),
-        ("_recipe+smoke", r"no profile '_recipe' in profiles/\..* Available: ablation, alpaca"),
+        ("recipe+smoke", "no profile 'recipe'"),
     ],
 )
 def test_names_that_cannot_be_put_together(name, reason):
@@ -134,113 +89,165 @@ def test_names_that_cannot_be_put_together(name, reason):
         profile.compose(name)
 
 
+def lay(folder, **files):
+    """Profiles of a test beside the basis; a__b is a/b."""
+    for name, text in {"tiny": (profile.PROFILES / "tiny.yaml").read_text(), **files}.items():
+        file = folder / f"{name.replace('__', '/')}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
 @pytest.mark.parametrize(
-    ("files", "reason"),
+    ("text", "reason"),
     [
-        ({"a": "kind: sice\n"}, "kind: expected one of size, task, variant, got 'sice'"),
-        ({"a": "based_on: b\n", "b": "based_on: a\n"}, r"a -> b -> a goes round"),
-        ({"a": "based_on: b\n", "b": "kind: variant\n"}, "expected 'b' to be a size, got a variant"),
-        ({"a": "based_on: nothing\n"}, "no profile 'nothing'"),
-        ({"a": "size: tiny\n"}, "size: unknown key"),
-        ({"a": "arms: {mine: {variant_of: yours}}\n"}, "arms.mine.variant_of: expected an arm"),
-        ({"a": "- 1\n"}, "expected sections, got list"),
-        ({"a": "kind: [task]\n"}, r"kind: expected one of .*got \['task'\]"),
-        ({"a": "kind: task\nsize: 3\n"}, "size: expected the name of a profile, got 3"),
-        ({"a": "based_on: 3\n"}, "based_on: expected the name of a profile, got 3"),
-        ({"a": "kind: task\nfull_size: 3\n"}, "full_size: expected sections, got 3"),
-        (
-            {"a": "kind: task\nprepare_base: 3\nfull_size: {train: 4}\n"},
-            r"prepare_base: .*got 3\n.*full_size.train: .*4",
-        ),
-        ({"a": "arms: 3\n"}, "arms: expected keys of that section, got 3"),
-        ({"a": "train:\n"}, "train: expected keys of that section, got None"),
-        ({"a": "arms: {mine: {variant_of: [1]}}\n"}, r"variant_of: expected an arm .*got \[1\]"),
-        ({"a": "kind: task\nbased_on: b\n", "b": "kind: task\nbased_on: a\n"}, r"a -> b -> a goes round"),
-        ({"a": "kind: task\nbased_on: tiny\n"}, "expected 'tiny' to be a task, got a size"),
-        ({"a": "kind: task\nbased_on: _none\n"}, "no profile '_none'"),
-        ({"a": "kind: variant\nschedule: 3\n"}, "schedule: expected sections, got 3"),
-        ({"a": "kind: variant\nschedule: {train: 4}\n"}, r"schedule\.train: expected keys of that section, got 4"),
-        ({"a": "kind: variant\nfull_size: {}\n"}, "full_size: unknown key"),
+        ("train: {rank: -1}\n", r"a\.yaml.*\n.*train\.rank"),
+        ("kind: task\n", r"a\.yaml: 1 error\n  kind: unknown key"),
+        ("- 1\n", r"a\.yaml: expected sections, got list"),
+        ("arms: 3\n", r"a\.yaml: arms: expected keys of that section, got 3"),
+        ("train:\n", r"a\.yaml: train: expected keys of that section, got None"),
+        ("arms: {mine: {variant_of: yours}}\n", r"arms\.mine\.variant_of: expected an arm .*got 'yours'"),
+        ("arms: {mine: {variant_of: [1]}}\n", r"arms\.mine\.variant_of: expected an arm .*got \[1\]"),
     ],
 )
-def test_broken_keys_of_a_profile(tmp_path, files, reason):
-    lay(tmp_path, **files)
+def test_a_broken_profile_is_refused_before_anything_is_written(tmp_path, params, text, reason):
+    lay(tmp_path / "profiles", a=text)
+    before = params.read_bytes()
     with pytest.raises(ConfigError, match=reason):
-        profile.compose("a", tmp_path)
+        profile.choose("a", params_file=params, folder=tmp_path / "profiles")
+    assert params.read_bytes() == before
 
 
-def lay(folder, **files):
-    """Profiles of a test beside the basis."""
-    (folder / "tiny.yaml").write_text((profile.PROFILES / "tiny.yaml").read_text())
-    for name, text in files.items():
-        (folder / f"{name}.yaml").write_text(text)
-
-
-def test_a_task_is_based_on_others_and_takes_their_size_and_schedule(tmp_path):
+def test_files_are_merged_from_size_to_task_to_what_is_named_last(tmp_path):
     lay(
         tmp_path,
-        large="prepare_base: {source: org/name}\n",
-        _common="kind: task\nsize: large\nexport: {num_ctx: 300}\nfull_size: {train: {rank: 7, alpha: 5}}\n",
-        mine="kind: task\nbased_on: _common\nevaluate: {max_tokens: 7}\nfull_size: {train: {alpha: 9}}\n",
-        own="kind: task\nbased_on: mine\nsize: tiny\n",
+        sizes__large="prepare_base: {source: org/name}\ntrain: {rank: 3}\n",
+        sizes__small="train: {rank: 4}\n",
+        tasks__recipe="train: {alpha: 5}\n",
+        tasks__full__recipe="train: {rank: 6, eval_steps: 70}\n",
+        tasks__full__asks="train: {eval_steps: 71}\n",
+        tasks__asks="evaluate: {max_tokens: 7}\n",
+        one="train: {save_steps: 1}\n",
+        two="train: {save_steps: 2}\n",
     )
-    assert "_common" not in profile.available(tmp_path)
-    found = composed("mine", tmp_path)
-    assert (found["prepare_base"]["source"], found["export"]["num_ctx"], found["evaluate"]["max_tokens"]) == (
-        "org/name", 300, 7
-    )  # fmt: skip
-    assert (found["train"]["rank"], found["train"]["alpha"]) == (7, 9)
-    small = composed("own", tmp_path)
-    assert small["prepare_base"]["source"] == "embedded" and small["evaluate"]["max_tokens"] == 7
-    assert small["train"] == composed("tiny")["train"]
+
+    def found(name):
+        train = profile.merged(name, tmp_path)[0]["train"]
+        return tuple(train[key] for key in ("rank", "alpha", "eval_steps", "save_steps"))
+
+    basis = found("tiny")
+    assert found("large") == (3, *basis[1:]) and found("one+two") == (*basis[:3], 2) and found("two+one")[3] == 1
+    assert found("asks+small") == found("small+asks") == (4, 5, *basis[2:])
+    assert found("asks+tiny") == (basis[0], 5, *basis[2:])
+    assert found("two+asks+one+large") == (6, 5, 71, 1)
+    assert profile.merged("asks+small", tmp_path)[0]["evaluate"]["max_tokens"] == 7
 
 
-def test_the_later_of_two_variants_wins_and_a_schedule_yields_to_the_tasks(tmp_path):
+def test_a_variant_of_an_arm_has_that_arms_settings_where_it_has_none_of_its_own(tmp_path):
     lay(
         tmp_path,
-        large="prepare_base: {source: org/name}\n",
-        asks="kind: task\nfull_size: {train: {eval_steps: 70}}\n",
-        plain="kind: task\n",
-        one="kind: variant\ntrain: {rank: 5}\nschedule: {train: {eval_steps: 20}}\n",
-        two="kind: variant\ntrain: {rank: 6}\n",
+        a="arms: {mine: &a {variant_of: pure_grit, weight_decay: 0.1}, yours: *a, pure_grit: {variant_of: null}}\n",
+        b="arms: {mine: {weight_decay: 0.2}}\n",
     )
-    for name, rank, steps in (
-        ("one+two", 6, 20),
-        ("two+one", 5, 20),
-        ("one+asks", 5, 20),
-        ("asks+large+one", 5, 70),
-        ("plain+large+one", 5, 20),
-        ("large+one", 5, 20),
-    ):
-        train = composed(name, tmp_path)["train"]
-        assert (name, train["rank"], train["eval_steps"]) == (name, rank, steps)
-
-
-def test_entries_that_share_their_text_are_changed_one_by_one(tmp_path):
-    shared = "arms:\n  mine: &a {variant_of: pure_grit, weight_decay: 0.1}\n  yours: *a\n"
-    lay(tmp_path, one=f"kind: variant\n{shared}", two="kind: variant\narms: {mine: {weight_decay: 0.2}}\n")
-    arms = composed("one+two", tmp_path)["arms"]
-    assert (arms["mine"]["weight_decay"], arms["yours"]["weight_decay"]) == (0.2, 0.1)
+    p = parse_params(profile.merged("a+b", tmp_path)[0])
+    mine, yours, of = (p.train_for(arm) for arm in ("mine", "yours", "pure_grit"))
+    assert (mine.weight_decay, yours.weight_decay) == (0.2, 0.1) and p.code_of("pure_grit") == "pure_grit"
+    assert mine.model_copy(update={"weight_decay": of.weight_decay}) == of == planned("tiny").train_for("pure_grit")
 
 
 def test_the_header_names_all_files_in_the_order_in_which_they_are_merged():
-    header = " ".join(
-        line.removeprefix("# ") for line in profile.compose("paper+qnli").split("\nprofile:")[0].split("\n")
+    said = profile.compose("paper+qnli").split("\nprofile:")[0].replace("\n# ", " ")
+    names = ("tiny", "sizes/llama3_2_3b", "tasks/recipe", "tasks/qnli", "tasks/full/recipe", "tasks/full/qnli", "paper")
+    files = ", ".join(f"profiles/{name}.yaml" for name in names)
+    assert f"`python -m pipelines.profile paper+qnli` from {files}. " in said
+
+
+# What the profiles promise
+
+
+def test_llama3_8b_has_the_settings_of_the_experiment():
+    p = planned("llama3_8b")
+    t = p.train_for("baseline_lora")
+    assert p.prepare_base.source == "unsloth/llama-3-8b-bnb-4bit"
+    assert (t.rank, t.alpha, t.batch_size, t.gradient_accumulation) == (16, 32, 2, 4)
+    assert (t.learning_rate, t.warmup_steps, t.max_length, t.quantize_base) == (2e-4, 5, 2048, "nf4")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_alone_runs_on_its_size_with_the_settings_of_document_002(task):
+    p = planned(task)
+    long = task in ("alpaca", "qnli")
+    assert p.prepare_base.source == "meta-llama/Llama-3.2-3B" and p.prepare_data.task == task
+    assert p.prepare_data.source == "hub" and p.prepare_data.train_items is None
+    t = p.train_for("pure_grit")
+    assert (t.learning_rate, t.max_grad_norm, t.batch_size * t.gradient_accumulation) == (2e-5, 1.5, 32)
+    assert (t.max_steps, t.epochs, t.quantize_base, t.precision) == (
+        None,
+        1 if long or task == "dolly" else 3,
+        "none",
+        "bf16",
     )
-    names = ("tiny", "llama3_8b", "llama3_2_3b", "_recipe", "_recipe_long", "qnli", "paper")
-    assert f"`python -m pipelines.profile paper+qnli` from {', '.join(f'profiles/{n}.yaml' for n in names)}. " in header
+    assert (t.grit["kfac_update_freq"], t.grit["min_lora_rank"], t.eval_steps) == (
+        *((150, 8, 250) if long else (50, 8, 100)),
+    )
+    assert t.grit["reprojection_warmup_steps"] == t.grit["rank_adaptation_start_step"] == (500 if long else 150)
+    assert t.grit == p.train_for("hybrid_grit").grit
+    assert p.evaluate.max_tokens + 300 < p.export.num_ctx == p.measure.max_tokens
+    for size in ("llama3_8b", "llama3_1_8b"):
+        assert planned(f"{task}+{size}").train_for("pure_grit").grit == t.grit
 
 
-def test_an_arm_that_is_a_variant_of_none_is_itself(tmp_path):
-    lay(tmp_path, a="arms: {pure_grit: {variant_of: null}, mine: {variant_of: pure_grit}}\n")
-    p = parse_params(composed("a", tmp_path))
-    arms = ("pure_grit", "mine", "baseline_lora")
-    assert [p.code_of(arm) for arm in arms] == ["pure_grit", "pure_grit", "baseline_lora"]
-    assert p.train_for("mine") == p.train_for("pure_grit") == parse_params(composed("tiny")).train_for("pure_grit")
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_on_a_small_size_keeps_how_that_is_trained(task):
+    small, found = settings("smoke"), settings(f"{task}+smoke")
+    assert found["prepare_data"]["task"] == task
+    assert found["prepare_base"] == {**small["prepare_base"], "context": 512}
+    assert found["arms"] == small["arms"] and found["matrix"] == small["matrix"]
+    assert found["train"] == {**small["train"], "max_length": 512, "overlong": "leave_out"}
 
 
-def test_edits_on_top_of_several_profiles_are_named(params):
-    profile.choose("gsm8k+smoke", params_file=params)
-    assert profile.hand_edits(params) == []
-    params.write_text(params.read_text().replace("source: hub ", "source: inputs/gsm8k "))
-    assert profile.hand_edits(params) == ["prepare_data.source: 'hub' → 'inputs/gsm8k'"]
+def test_qlora_is_one_switch():
+    large, quantized = settings("gsm8k+llama3_1_8b"), settings("gsm8k+llama3_1_8b+qlora")
+    assert large["prepare_base"]["source"] == "meta-llama/Llama-3.1-8B"
+    assert quantized["train"] == {**large["train"], "quantize_base": "nf4"}
+
+
+@pytest.mark.parametrize("arm", ["pure_grit", "hybrid_grit"])
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("tiny+paper", {}),
+        ("gsm8k+tiny+paper", {}),
+        ("llama3_8b+paper", {}),
+        ("smoke+paper", {"lora_rank": 4, "min_lora_rank": 2, "log_freq": 20}),
+        (
+            "gsm8k+paper",
+            {"kfac_min_samples": 128, "ng_warmup_steps": 100, "reprojection_warmup_steps": 150,
+             "rank_adaptation_start_step": 150, "min_lora_rank": 8},
+        ),
+    ],
+)  # fmt: skip
+def test_paper_is_the_authors_settings_but_for_a_recipes_warm_up_and_the_smallest_size(name, own, arm):
+    of = planned(name).train_for(arm)
+    found, wanted = asdict(GRITConfig.from_dict({"lora_rank": of.rank, **of.grit})), asdict(GRITConfig.paper())
+    assert {key: value for key, value in found.items() if value != wanted[key]} == own
+
+
+@pytest.mark.parametrize("name", ["gsm8k+ablation", "tiny+ablation", "gsm8k+smoke+ablation"])
+def test_ablations_are_arms_that_differ_in_one_thing_each(name):
+    p = planned(name)
+    assert {p.code_of(arm) for arm in ABLATIONS} == {"pure_grit"}
+    two, one, fixed = (p.train_for(arm).grit for arm in ABLATIONS)
+    whole = {**p.train_for("pure_grit").grit, "reprojection_freq": 50}
+    assert two == {**whole, "reprojection": "paper", "use_two_sided_reprojection": True}
+    assert one == {**two, "use_two_sided_reprojection": False}
+    assert fixed == {**two, "enable_rank_adaptation": False, "reprojection_k": 8}
+    assert p.train_for("grit_1s").learning_rate == p.train_for("pure_grit").learning_rate
+
+
+def test_vision_on_smoke_has_small_sizes_of_the_same_shape():
+    large, small = planned("vision"), planned("vision+smoke")
+    assert set(small.matrix.arms) < set(large.matrix.arms) and small.matrix.seeds == [0]
+    assert small.prepare_base.vision and large.prepare_base.vision
+    assert small.prepare_base.vision.image_size == small.prepare_data.image_size == 32
+    assert small.train.layers == large.train.layers and small.train.max_steps < large.train.max_steps
+    assert small.train_for("grit_vlm").natural_gradient.estimate == "kfac"

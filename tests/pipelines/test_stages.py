@@ -2,23 +2,21 @@
 
 import csv
 import json
+import re
 import shutil
 
 import pytest
 import yaml
 
-from evaluation.backends import BackendError
-from evaluation.sources import SourceError
-from pipelines import base_model, exported_models, prepare_data, profile
-from pipelines.config import ConfigError, parse_params
-from pipelines.outputs import OutputError
-from tests.conftest import not_root
+from export.engines.base import EngineError
+from pipelines import base_model, evaluate, prepare_data, profile
+from pipelines.check import parse_params
+from pipelines.params import ConfigError
 from trainers.settings import BaseReference
 
 
 @pytest.fixture
 def params(tmp_path, monkeypatch):
-    """The smoke profile with changes, in an empty folder."""
     raw = yaml.safe_load(profile.compose("smoke"))
     monkeypatch.chdir(tmp_path)
 
@@ -32,16 +30,6 @@ def params(tmp_path, monkeypatch):
 
 def rows(path):
     return [json.loads(line) for line in open(path, encoding="utf-8")]
-
-
-def test_generated_data(params):
-    prepare_data.run(params())
-    assert {s: len(rows(f"data/{s}.jsonl")) for s in ("train", "valid", "test")} == {
-        "train": 300, "valid": 20, "test": 40}  # fmt: skip
-    assert len(rows("data/retention.jsonl")) == 11 * 3
-    assert rows("data/rejected.jsonl") == []
-    record = json.load(open("data/run.json"))
-    assert record["status"] == "finished" and len(record["artifacts"]) == 4
 
 
 def write_csv(path, header, data):
@@ -72,13 +60,6 @@ def test_a_users_csv(params):
     assert extra["accepted_rows"] == 60 and extra["rejected_rows"] == 3 and extra["unused_rows"] == 0
 
 
-def test_a_users_csv_without_the_mapped_column(params):
-    write_csv("air.csv", ["PM25", "NO2"], [["5", "6"]])
-    with pytest.raises(SourceError, match="PM2.5"):
-        prepare_data.run(params(prepare_data={"source": "air.csv", "columns": {"pm25": "PM2.5"}}))
-    assert not (profile.Path("data")).exists()
-
-
 def test_own_texts_and_given_truth(params):
     write_csv("qa.csv", ["q", "a", "v"], [[f"Air in town {i}?", f"It is {i}", str(i)] for i in range(30)])
     columns = {"prompt": "q", "completion": "a", "aqi": "v"}
@@ -88,76 +69,21 @@ def test_own_texts_and_given_truth(params):
     assert item["completion"] == f"It is {item['truth']['aqi']}"
 
 
-def test_same_readings_go_to_one_split(params):
-    from evaluation.sources import AqiRecord
-
-    records = [AqiRecord(f"r{i}", i, i, {"pm25": 5.0 + (i % 20)}) for i in range(60)]
-    splits, left = prepare_data.split_records(records, {"train": 40, "valid": 10, "test": 10}, seed=0)
-    where = {}
-    for split, items in splits.items():
-        for item in items:
-            where.setdefault(item.truth["readings"]["pm25"], set()).add(split)
-    assert all(len(s) == 1 for s in where.values())
-    assert sum(map(len, splits.values())) + len(left) == 60
-    assert all(splits.values())
-
-
-def test_a_full_disk_leaves_the_old_data(params, small_disk, monkeypatch):
-    monkeypatch.chdir(small_disk)
-    small = {"train_items": 20, "valid_items": 2, "test_items": 5, "retention_items_per_task": 1}
-    prepare_data.run(params(prepare_data=small))
-    before = {f.name: f.read_bytes() for f in (small_disk / "data").iterdir()}
-    with pytest.raises(OutputError, match=r"data: cannot be written, the disk is full"):
-        prepare_data.run(params(prepare_data={**small, "train_items": 2000}))
-    assert {f.name: f.read_bytes() for f in (small_disk / "data").iterdir()} == before
-    assert [f.name for f in small_disk.iterdir()] == ["data"]
-
-
-def test_a_read_only_folder_leaves_the_old_data(params, tmp_path, monkeypatch):
-    small = {"train_items": 20, "valid_items": 2, "test_items": 5, "retention_items_per_task": 1}
-    p = params(prepare_data=small)
-    prepare_data.run(p)
-    before = {f.name: f.read_bytes() for f in (tmp_path / "data").iterdir()}
-    for folder in (tmp_path.parent.parent, tmp_path.parent):
-        folder.chmod(0o755)
-    tmp_path.chmod(0o555)
-    try:
-        with not_root(), pytest.raises(OutputError, match=r"data: cannot be written, this user may not write"):
-            prepare_data.run(p)
-    finally:
-        tmp_path.chmod(0o755)
-    assert {f.name: f.read_bytes() for f in (tmp_path / "data").iterdir()} == before
-
-
-def test_too_few_rows(params):
-    write_csv("air.csv", ["PM25"], [["5"], ["6"]])
-    with pytest.raises(ConfigError, match="at least 3 different rows, got 2"):
-        prepare_data.run(params(prepare_data={"source": "air.csv", "columns": {"pm25": "PM25"}}))
-
-
 @pytest.mark.parametrize("source", ["./nowhere", "/no/such/folder", "a/b/c", "no spaces allowed/x y"])
 def test_base_path_that_does_not_exist(params, source):
     with pytest.raises(ConfigError, match=r"prepare_base\.source: .* does not exist"):
         base_model.reference_for(params(prepare_base={"source": source}).prepare_base)
 
 
-def test_base_that_is_neither_here_nor_on_the_hub(params, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match="is no folder here, and the model hub did not give it"):
-        base_model.reference_for(params(prepare_base={"source": "models/nope"}).prepare_base)
-
-
-def test_a_folder_without_a_model(params, tmp_path):
+def test_a_base_that_is_not_usable_says_what_to_do(params, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"without config\.json"):
-        base_model.reference_for(params(prepare_base={"source": "./empty"}).prepare_base)
-
-
-def test_a_quantized_base_needs_16_bit_weights(params, tmp_path):
     (tmp_path / "q").mkdir()
     (tmp_path / "q/config.json").write_text('{"quantization_config": {"load_in_4bit": true}}')
-    with pytest.raises(ConfigError, match=r"merge_source: missing"):
-        base_model.reference_for(params(prepare_base={"source": "./q"}).prepare_base)
+    for source, said in (("./empty", r"without config\.json"), ("./q", r"merge_source: missing")):
+        with pytest.raises(ConfigError, match=said):
+            base_model.reference_for(params(prepare_base={"source": source}).prepare_base)
+    with pytest.raises(ConfigError, match="dvc repro prepare_base"):
+        base_model.load_reference()
 
 
 @pytest.mark.slow
@@ -177,31 +103,65 @@ def test_a_local_base_is_referenced_and_watched(params, tmp_path, base_dir):
         base_model.load_reference()
 
 
-def test_base_not_prepared(params):
-    params()
-    with pytest.raises(ConfigError, match="dvc repro prepare_base"):
-        base_model.load_reference()
+def test_a_base_that_the_hub_does_not_give_names_the_local_way():
+    from trainers.models import ModelError, load_tokenizer
+    from trainers.settings import BaseReference
+
+    way = "`hf download org/name --local-dir FOLDER` and set prepare_base.source to FOLDER"
+    with pytest.raises(ConfigError) as caught:
+        base_model.hub_model("org/name", None)
+    assert "the hub cannot be reached" in str(caught.value) and way in str(caught.value)
+    with pytest.raises(ConfigError, match=r"set prepare_base\.merge_source to FOLDER"):
+        base_model.hub_model("org/name", None, "merge_source")
+    with pytest.raises(ModelError) as missing:
+        load_tokenizer(BaseReference("org/name"))
+    assert way in str(missing.value) and "\n" not in str(missing.value)
 
 
-def test_backend_choice(monkeypatch, capsys):
-    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
-    assert exported_models.choose_backend("hf") == "hf"
-    assert exported_models.choose_backend("auto") == "llama_cpp"
-    assert "no Ollama server at http://127.0.0.1:9" in capsys.readouterr().out
-    with pytest.raises(BackendError, match=r"no server answers at http://127\.0\.0\.1:9.*OLLAMA_HOST"):
-        exported_models.choose_backend("ollama")
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("GatedRepoError", "is gated: ask for access on its page.*`hf auth login` or set HF_TOKEN"),
+        ("RepositoryNotFoundError", "the hub has no model org/name, or a private one"),
+        ("RevisionNotFoundError", r"has no such revision; set prepare_base\.revision"),
+    ],
+)
+def test_what_the_hub_says_of_a_base_is_explained(kind, said):
+    """As transformers hands it on: inside an OSError."""
+    import httpx
+    from huggingface_hub import errors
+
+    from trainers.models import hub_reason
+
+    answer = httpx.Response(403, request=httpx.Request("GET", "https://hub.invalid/x"))
+    try:
+        try:
+            raise getattr(errors, kind)("refused", response=answer)
+        except errors.HfHubHTTPError as error:
+            raise OSError("a long text\nof many lines") from error
+    except OSError as error:
+        assert re.search(said, hub_reason(error, "org/name") or "")
+    assert hub_reason(OSError("a broken file"), "org/name") is None
 
 
-def test_an_arm_follows_the_base_under_auto(monkeypatch):
+def test_a_server_that_answers_is_used_and_an_arm_follows_the_base(monkeypatch, capsys):
     from tests.ollama_double import OllamaDouble
 
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
-    with pytest.raises(BackendError, match="the base was scored through Ollama, and no server answers"):
-        exported_models.choose_backend("auto", "ollama")
+    assert evaluate.choose_backend("hf") == "hf"
+    assert evaluate.choose_backend("auto") == "llama_cpp"
+    assert "no Ollama server at http://127.0.0.1:9" in capsys.readouterr().out
+    with pytest.raises(EngineError, match=r"no server answers at http://127\.0\.0\.1:9.*OLLAMA_HOST"):
+        evaluate.choose_backend("ollama")
+
+    with pytest.raises(EngineError, match="the base was scored through Ollama, and no server answers"):
+        evaluate.choose_backend("auto", "ollama")
     with OllamaDouble(reply=lambda rendered: "126") as server:
         monkeypatch.setenv("OLLAMA_HOST", server.url)
-        assert exported_models.choose_backend("auto", "llama_cpp") == "llama_cpp"
-        assert exported_models.choose_backend("ollama", "llama_cpp") == "ollama"
+        assert evaluate.choose_backend("auto", "llama_cpp") == "llama_cpp"
+        assert evaluate.choose_backend("ollama", "llama_cpp") == "ollama"
+        assert evaluate.choose_backend("auto") == "ollama"
+    assert "Ollama 0.32" in capsys.readouterr().out
 
 
 def test_names_of_served_models():
@@ -212,17 +172,9 @@ def test_names_of_served_models():
     assert model_name("baseline_lora", 7, 3407) == "baseline_lora_model:seed7"
 
 
-def test_a_server_that_answers_is_used(monkeypatch, capsys):
-    from tests.ollama_double import OllamaDouble
-
-    with OllamaDouble(reply=lambda rendered: "126") as server:
-        monkeypatch.setenv("OLLAMA_HOST", server.url)
-        assert exported_models.choose_backend("auto") == "ollama"
-    assert "Ollama 0.32" in capsys.readouterr().out
-
-
 def test_questions_that_do_not_fit_the_context_are_refused_before_the_work(tmp_path, monkeypatch, base_dir):
-    from export.errors import ExportError
+    from export import ExportError
+    from export.modelfile import Serving
     from pipelines.export import check_room
     from trainers.models import load_tokenizer
 
@@ -232,9 +184,9 @@ def test_questions_that_do_not_fit_the_context_are_refused_before_the_work(tmp_p
         lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
         (tmp_path / f"data/{split}.jsonl").write_text("\n".join(lines) + "\n")
     reference = BaseReference(location=str(base_dir))
-    facts = {"template": "Q: {prompt}\n", "num_ctx": 512}
-    check_room(reference, facts, 24)
+    serving = Serving(template="Q: {prompt}\n", stop=["x"], num_ctx=512)
+    check_room(reference, serving, 24)
     longest = len(load_tokenizer(reference)("Q: " + "apple " * 60 + "\n")["input_ids"])
-    check_room(reference, facts | {"num_ctx": longest + 24 + 8}, 24)
+    check_room(reference, serving.model_copy(update={"num_ctx": longest + 24 + 8}), 24)
     with pytest.raises(ExportError, match=rf"24 tokens .*, got 1 of 3 .*has {longest}\).*prepare_data\.max_chars"):
-        check_room(reference, facts | {"num_ctx": longest + 24 + 7}, 24)
+        check_room(reference, serving.model_copy(update={"num_ctx": longest + 24 + 7}), 24)

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from pipelines import profile
-from pipelines.config import ConfigError, parse_params
+from pipelines.check import parse_params
+from pipelines.params import ConfigError
 from trainers.settings import TrainSettings
 
 
@@ -40,8 +41,8 @@ def test_what_does_not_fit_together(raw, changes, message):
 def test_an_arm_may_train_by_epochs(raw):
     raw["arms"]["pure_grit"] |= {"epochs": 3, "max_steps": None}
     params = parse_params(raw)
-    assert (params.train_for("pure_grit").max_steps, params.train_for("pure_grit").epochs) == (None, 3.0)
-    assert (params.train_for("baseline_lora").max_steps, params.train_for("baseline_lora").epochs) == (500, None)
+    for arm, expected in (("pure_grit", (None, 3.0)), ("baseline_lora", (500, None))):
+        assert (params.train_for(arm).max_steps, params.train_for(arm).epochs) == expected
 
 
 def test_early_stopping_keeps_the_best(raw):

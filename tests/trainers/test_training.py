@@ -1,32 +1,42 @@
-"""One shared training path: repeatable, resumable, and clear about what does not fit."""
+"""One training path: repeatable, resumed to the bit, the best adapter, early stopping, clear errors."""
 
 import json
+import math
 import os
-import signal
+import pickle
 import subprocess
 import sys
-import textwrap
-import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from trainers import ARMS
-from trainers.baseline_lora import ARM
-from trainers.checkpoints import latest_complete
-from trainers.common import run, sft_trainer_class
-from trainers.models import ModelError, add_lora, check_target_modules, load_base_model
+from tests.trainers.runs import scripted
+from trainers import arms
+from trainers.arms import baseline_lora, pure_grit
+from trainers.encode import EncodingError, encode_example
+from trainers.models import ModelError, add_lora, load_base_model, load_tokenizer
+from trainers.run import build, first_losses, latest_complete, run
+from trainers.settings import BaseReference
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "adapter_model.safetensors"
+ARM = baseline_lora.ARM
+GRIT = dict(min_lora_rank=1, kfac_min_samples=1, grit_cov_update_freq=1, kfac_update_freq=2, log_freq=4,
+            rank_adaptation_threshold=0.6)  # fmt: skip
 
 
-def test_arms_are_modules_with_their_own_name():
-    import importlib
-
-    for name, module in ARMS.items():
-        assert importlib.import_module(module).ARM.name == name
+def test_arms_are_found_by_their_files_without_loading_torch():
+    assert arms.names()[0] == "baseline_lora" and set(arms.names()) >= {"grit_vlm", "hybrid_grit", "pure_grit"}
+    assert all(arms.load(name).name == name for name in arms.names())
+    code = "import sys; from trainers import arms; [arms.load(n) for n in arms.names()]; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(make_job, adapter_dir):
@@ -52,16 +62,7 @@ def test_it_learns_and_says_so(adapter_dir):
 def test_the_loss_counts_answer_tokens_only(make_job):
     """The trainer's loss equals the cross-entropy over completion tokens, worked out here from the logits."""
     job = make_job()
-    seen = {}
-
-    def capture(settings, **kwargs):
-        seen["trainer"] = sft_trainer_class()(**kwargs)
-        return seen["trainer"]
-
-    from dataclasses import replace
-
-    run(replace(ARM, make_trainer=capture), job)
-    trainer = seen["trainer"]
+    trainer, *_ = build(ARM, job)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     model = trainer.model.eval()
     with torch.no_grad():
@@ -74,56 +75,8 @@ def test_the_loss_counts_answer_tokens_only(make_job):
         ids = tokenizer(prompt + completion)["input_ids"] + [tokenizer.eos_token_id]
         assert batch["input_ids"][i, : len(ids)].tolist() == ids
         for t in range(len(tokenizer(prompt)["input_ids"]), len(ids)):
-            expected -= torch.log_softmax(logits[i, t - 1].float(), -1)[ids[t]].item()
-            count += 1
+            expected, count = expected - torch.log_softmax(logits[i, t - 1].float(), -1)[ids[t]].item(), count + 1
     assert loss.item() == pytest.approx(expected / count, rel=1e-4)
-
-
-def test_killed_and_resumed_equals_undisturbed(make_job, tmp_path):
-    import pickle
-
-    undisturbed, job = make_job(max_steps=120), make_job(max_steps=120, checkpoints=tmp_path / "checkpoints")
-    run(ARM, undisturbed)
-    script = textwrap.dedent(
-        """
-        import pickle, sys
-        from trainers.baseline_lora import ARM
-        from trainers.common import run
-        with open(sys.argv[1], "rb") as file:
-            run(ARM, pickle.load(file))
-        """
-    )
-    (tmp_path / "job").write_bytes(pickle.dumps(job))
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "job")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while latest_whole(job.checkpoints) < 8:
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (job.output / WEIGHTS).exists()
-    result = run(ARM, job)
-    assert 8 <= result.resumed_from < 120  # the last one that was whole
-    assert (job.output / WEIGHTS).read_bytes() == (undisturbed.output / WEIGHTS).read_bytes()
-    assert [e["step"] for e in result.history if "loss" in e] == list(range(2, 121, 2))
-    losses = [e["loss"] for e in result.history if "loss" in e]
-    assert losses[-1] < 0.8 * losses[0]  # it learns
-
-
-def latest_whole(folder):
-    """Step of the newest checkpoint that is finished; 0 without one. The state is written last, and may be half there.
-
-    Not by `latest_complete`: it removes broken checkpoints, which here are those that are being written.
-    """
-    steps = [0]
-    for file in folder.glob("checkpoint-*/trainer_state.json"):
-        try:
-            steps.append(json.loads(file.read_text())["global_step"])
-        except (FileNotFoundError, json.JSONDecodeError):  # rotated away, or not yet whole
-            continue
-    return max(steps)
 
 
 def test_half_written_checkpoints_are_passed_over(tmp_path):
@@ -138,19 +91,12 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
 
 
 def test_target_module_that_matches_nothing(make_job):
-    job = make_job(target_modules=["q_proj", "qq_proj", "fancy"])
     with pytest.raises(ModelError) as caught:
-        run(ARM, job)
+        run(ARM, make_job(target_modules=["q_proj", "qq_proj", "fancy"]))
     text = str(caught.value)
     assert "'qq_proj' matches nothing (did you mean 'q_proj'?)" in text and "'fancy' matches nothing" in text
     for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
         assert name in text.split("Linear modules of this model:")[1]
-
-
-def test_target_modules_found(make_job):
-    job = make_job()
-    model = load_base_model(job.base, job.settings)
-    assert len(check_target_modules(model, ["q_proj"])) == 2
 
 
 def test_only_lora_trains(make_job):
@@ -160,20 +106,212 @@ def test_only_lora_trains(make_job):
 
 
 def test_4_bit_base_trains(make_job):
-    import bitsandbytes as bnb
-
     job = make_job(quantize_base="nf4", max_steps=4, eval_steps=4)
     model = load_base_model(job.base, job.settings)
-    assert sum(isinstance(m, bnb.nn.Linear4bit) for m in model.modules()) == 14
-    result = run(ARM, job)
-    assert result.summary["steps"] == 4
+    assert sum(type(m).__name__ == "Linear4bit" for m in model.modules()) == 14
+    assert run(ARM, job).summary["steps"] == 4
     assert all(w.isfinite().all() for w in load_file(job.output / WEIGHTS).values())
 
 
 def test_a_base_that_does_not_exist(make_job, tmp_path):
-    from dataclasses import replace
-
-    from trainers.settings import BaseReference
-
     with pytest.raises(ModelError, match="no tokenizer could be loaded"):
         run(ARM, replace(make_job(), base=BaseReference(str(tmp_path / "nowhere"))))
+
+
+# Long trainings
+
+BEST = {"keep_best": True, "eval_steps": 2, "save_steps": 4, "max_steps": 12, "lr_scheduler": "constant"}
+# The best is at step 6, which is no multiple of save_steps, and rotated away unless it is kept.
+CURVE = {2: 3.0, 4: 3.5, 6: 2.0, 8: 2.5, 10: 2.2, 12: 2.1}
+
+
+def weights(job):
+    return (job.output / WEIGHTS).read_bytes()
+
+
+def killed(tmp_path, module, job, losses, event, step):
+    """Train in a process of its own, which dies there."""
+    file = tmp_path / "run"
+    file.write_bytes(pickle.dumps((module, job, losses, event, step)))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.trainers.runs", "lasting", str(file)],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == -9, done.stderr[-3000:]
+    assert not (job.output / WEIGHTS).exists()
+
+
+def loss_of(job):
+    """Mean over the batches of validation items of the loss per answer token, by stock transformers and PEFT."""
+    tokenizer = load_tokenizer(job.base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(job.base.location), str(job.output)).eval()
+    batches = []
+    for first in range(0, len(job.valid), job.settings.batch_size):
+        total, count = 0.0, 0
+        for prompt, completion in job.valid[first : first + job.settings.batch_size]:
+            ids, n = encode_example(tokenizer, prompt, completion)
+            with torch.no_grad():
+                scores = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].float(), -1)
+            for t in range(n, len(ids)):
+                total, count = total - scores[t - 1, ids[t]].item(), count + 1
+        batches.append(total / count)
+    return sum(batches) / len(batches)
+
+
+def timeless(history):
+    """Without times; and without the closing train_loss, which transformers 5.17 takes from the last process alone."""
+    left_out = ("runtime", "per_second", "train_loss")
+    return [{k: v for k, v in e.items() if not any(word in k for word in left_out)} for e in history]
+
+
+def test_epochs_are_steps_of_all_items(make_job):
+    job = make_job(max_steps=None, epochs=1.5, gradient_accumulation=3)
+    # 64 items in batches of 4, three a step: 6 steps an epoch, the last one of one batch.
+    assert run(ARM, job).summary["steps"] == 9
+    assert len(first_losses(ARM, make_job(max_steps=None, epochs=1.5, gradient_accumulation=3), 50)) == 9
+
+
+def test_what_is_too_long_is_left_out_and_nothing_else_changes(make_job, capsys):
+    plain = make_job(max_steps=6)
+    long = ("What?\n", "1" * 300)
+    filled = replace(
+        make_job(max_steps=6, overlong="leave_out"),
+        train=[*plain.train[:5], long, *plain.train[5:], long],
+        valid=[long, *plain.valid],
+    )
+    said, expected = run(ARM, filled).summary, run(ARM, plain).summary
+    assert weights(filled) == weights(plain)
+    longest = len(encode_example(load_tokenizer(plain.base), *long)[0])
+    assert (said["train_left_out"], said["valid_left_out"], said["longest"]) == (2, 1, longest)
+    assert (expected["train_left_out"], expected["valid_left_out"]) == (0, 0) and expected["longest"] <= 128
+    assert said["train_items"] == expected["train_items"] == 64
+    assert said["final_eval_loss"] == expected["final_eval_loss"]
+    printed = capsys.readouterr().out
+    assert f"2 of 66 training items are longer than 128 tokens and are left out (longest {longest})" in printed
+    assert f"1 of 17 validation items are longer than 128 tokens and are left out (longest {longest})" in printed
+    again = replace(filled, output=make_job().output, checkpoints=make_job().checkpoints)
+    assert first_losses(ARM, again, 4) == first_losses(ARM, make_job(max_steps=6), 4)
+    with pytest.raises(EncodingError, match=r"at least one example of at most max_length = 128 tokens, got 2 of"):
+        run(ARM, replace(again, train=[long, long]))
+    with pytest.raises(EncodingError, match="got 1 of"):
+        run(ARM, replace(again, valid=[long]))
+
+
+@pytest.mark.parametrize("grit", [None, GRIT | {"reprojection_freq": 4}])
+def test_the_best_adapter_is_saved_as_if_training_had_ended_there(make_job, grit):
+    """With a constant learning rate a run of six steps is the beginning of one of twelve.
+
+    GRIT shrinks at the end of both: by statistics of the sixth step, in the axes that the weights had then.
+    """
+    module = "pure_grit" if grit else "baseline_lora"
+    job, short = make_job(**BEST, grit=grit), make_job(**{**BEST, "keep_best": False, "max_steps": 6}, grit=grit)
+    said = run(scripted(module, CURVE), job).summary
+    run(scripted(module, {}), short)
+    assert (said["best_step"], said["best_eval_loss"]) == (6, 2.0)
+    assert said["steps"] == 12 and not said["stopped_early"]
+    assert weights(job) == weights(short)
+    assert (job.output / "adapter_config.json").read_bytes() == (short.output / "adapter_config.json").read_bytes()
+    assert said["final_eval_loss"] == pytest.approx(loss_of(job), rel=1e-4)
+    saved = load_file(job.output / WEIGHTS)
+    assert said["trainable_parameters"] == sum(w.numel() for w in saved.values())
+    if grit:
+        assert min(w.shape[0] for n, w in saved.items() if "lora_A" in n) < 4, "nothing has shrunk"
+        log = [json.loads(line) for line in (job.output / "grit_log.jsonl").open()]
+        assert {"step": 6, "kind": "best", "trained_to": 12} in log
+        assert log[-1]["kind"] == "final" and log[-1]["step"] == 6 and said["grit"]["effective"]
+        assert any(entry["step"] == 8 for entry in log)  # what came after is not lost
+
+
+def test_the_last_one_is_saved_where_no_loss_is_finite(make_job, capsys):
+    job, plain = make_job(**BEST), make_job(**{**BEST, "keep_best": False})
+    said = run(scripted("baseline_lora", dict.fromkeys(CURVE, math.nan)), job).summary
+    run(ARM, plain)
+    assert weights(job) == weights(plain)
+    assert said["best_step"] is None and "no evaluation loss was finite" in capsys.readouterr().err
+
+
+STOPS = {"eval_steps": 2, "save_steps": 2, "max_steps": 40, "early_stopping_patience": 3}
+# 0.05 better than the best is not enough below; the third such evaluation in a row is at step 12, and step 10 has the
+# lowest loss all the same.
+STALE = {2: 3.0, 4: 3.2, 6: 2.0, 8: 2.3, 10: 1.97, 12: 1.98, 14: 1.0, 16: 1.0}
+
+
+@pytest.mark.parametrize("module", ["baseline_lora", "pure_grit"])
+def test_it_stops_early_and_a_kill_changes_no_bit(make_job, tmp_path, module):
+    settings = {**STOPS, "early_stopping_min_delta": 0.05, "grit": GRIT if module == "pure_grit" else None}
+    undisturbed = make_job(**settings)
+    whole = run(scripted(module, STALE), undisturbed)
+    assert whole.summary["stopped_early"] and whole.summary["steps"] == 12
+    assert (whole.summary["best_step"], whole.summary["best_eval_loss"]) == (10, 1.97)
+    if module == "baseline_lora":  # GRIT shrinks ranks before it saves
+        saved = load_file(undisturbed.output / WEIGHTS)
+        best, last = (load_file(undisturbed.checkpoints / f"checkpoint-{step}" / WEIGHTS) for step in (10, 12))
+        assert saved.keys() == best.keys() and all(torch.equal(w, best[n]) for n, w in saved.items())
+        assert any(not torch.equal(w, last[n]) for n, w in saved.items())
+    # With two evaluations without improvement behind it; and when everything was saved but the adapter.
+    for step, resumed_from in ((10, 10), (12, 10)):
+        job = make_job(**settings, checkpoints=tmp_path / f"checkpoints-{step}")
+        killed(tmp_path, module, job, STALE, "on_save", step)
+        result = run(scripted(module, STALE), job)
+        assert result.resumed_from == resumed_from
+        assert weights(job) == weights(undisturbed)
+        assert timeless(result.history) == timeless(whole.history)
+        differ = {k for k, v in result.summary.items() if v != whole.summary[k]}
+        assert differ <= {"train_seconds", "resumed_from_step", "peak_memory_bytes"}
+        ledger = "probe_ledger.jsonl"
+        assert (job.output / ledger).read_bytes() == (undisturbed.output / ledger).read_bytes()
+
+
+def test_the_best_checkpoint_outlives_rotation_and_a_kill(make_job, tmp_path):
+    """Six evaluations after the best one, of which three checkpoints are kept, and a kill in between."""
+    settings = BEST | {"max_steps": 16}
+    losses = {2: 3.0, 4: 1.0, **dict.fromkeys(range(6, 17, 2), 2.0)}
+    undisturbed = make_job(**settings)
+    run(scripted("baseline_lora", losses), undisturbed)
+    job = make_job(**settings, checkpoints=tmp_path / "checkpoints")
+    killed(tmp_path, "baseline_lora", job, losses, "on_step_end", 13)
+    assert sorted(p.name for p in job.checkpoints.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (10, 12, 4)]
+    result = run(scripted("baseline_lora", losses), job)
+    assert result.resumed_from == 12 and result.summary["best_step"] == 4
+    assert weights(job) == weights(undisturbed)
+
+
+@pytest.mark.parametrize("steps", [14, 16], ids=["within an epoch", "at its end"])
+def test_a_kill_after_the_last_checkpoint_changes_no_bit(make_job, tmp_path, steps):
+    """From the checkpoint of the last step the Trainer would go on for a step too many."""
+    undisturbed = make_job(max_steps=steps)
+    whole = run(ARM, undisturbed)
+    job = make_job(max_steps=steps, checkpoints=tmp_path / "checkpoints")
+    killed(tmp_path, "baseline_lora", job, {}, "on_save", steps)
+    assert (job.checkpoints / f"checkpoint-{steps}" / "trainer_state.json").is_file()
+    result = run(ARM, job)
+    assert result.resumed_from == 12 and result.summary["steps"] == steps
+    assert weights(job) == weights(undisturbed)
+    assert timeless(result.history) == timeless(whole.history)
+
+
+# Pure GRIT
+
+
+def test_it_differs_from_the_baseline_in_the_optimizer_only(make_job):
+    jobs = {name: make_job(grit=GRIT if name == "grit" else None) for name in ("grit", "baseline")}
+    results = {"grit": run(pure_grit.ARM, jobs["grit"]), "baseline": run(ARM, jobs["baseline"])}
+    first = {name: next(e for e in r.history if "loss" in e) for name, r in results.items()}
+    # Two steps in, of which the first saw the same weights and the same items.
+    assert first["grit"]["loss"] == pytest.approx(first["baseline"]["loss"], rel=0.05)
+    assert results["grit"].summary["steps"] == results["baseline"].summary["steps"] == 12
+    said = results["grit"].summary["grit"]
+    assert said["effective"] and set(said["capture"].values()) == {"hooks"} and said["inversions"] > 3
+    output = jobs["grit"].output
+    for name in ("fisher_spectra.png", "ranks.png"):
+        assert (output / name).read_bytes()[:4] == b"\x89PNG"
+    kinds = [json.loads(line)["kind"] for line in (output / "grit_log.jsonl").open()]
+    assert kinds[-1] == "final" and "effect" in kinds
+    assert weights(jobs["grit"]) != weights(jobs["baseline"])
+
+
+def test_a_run_too_short_for_any_factor_keeps_its_adapter_and_says_so(make_job, capsys):
+    job = make_job(max_steps=2, grit={**GRIT, "kfac_min_samples": 10**9, "log_fisher_spectrum": False})
+    said = run(pure_grit.ARM, job).summary["grit"]
+    assert said["effective"] is False and "no factor is ready" in said["effect"]["reason"]
+    assert (job.output / WEIGHTS).is_file()

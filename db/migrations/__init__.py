@@ -1,1 +1,0 @@
-"""Schema migrations: numbered, append-only; a released one is never edited."""

@@ -1,0 +1,442 @@
+"""The tables and views. Columns stand here only where SQL asks for them; what else a record has is in `rest`.
+
+A float that may be NaN is a pair `value`, `value_kind` (`records.split_value`). A key that may be absent is a value
+that cannot occur otherwise (`step` -1, `layer` ''), never NULL: unique constraints take NULLs for different.
+"""
+
+import re
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Dialect,
+    Double,
+    ForeignKey,
+    Integer,
+    MetaData,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedColumn, declared_attr, mapped_column
+
+SCHEMA = 5
+"""Of tables and views. A database with another number is made anew from runs/. (1 to 4 were Alembic's.)"""
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A moment with a time zone, stored in UTC; SQLite forgets zones, so UTC is put back on reading."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(naming_convention={"uq": "uq_%(table_name)s_%(column_0_N_name)s"})
+    type_annotation_map = {  # noqa: RUF012  SQLAlchemy reads this as a plain class attribute
+        str: Text,
+        int: BigInteger,
+        float: Double,
+        datetime: UtcDateTime,
+        dict[str, Any]: JSON(none_as_null=True),
+        list[float]: JSON(none_as_null=True),
+    }
+
+    @declared_attr.directive
+    def __tablename__(cls) -> str:  # noqa: N805  MetricDef is metric_def
+        return re.sub(r"\B(?=[A-Z])", "_", cls.__name__).lower()
+
+
+def _key() -> MappedColumn[int]:
+    # On SQLite it must be called INTEGER to be the row's own id.
+    return mapped_column(BigInteger().with_variant(Integer(), "sqlite"), primary_key=True, sort_order=-10)
+
+
+class OfRun:
+    id: Mapped[int] = _key()
+    run_id: Mapped[int] = mapped_column(ForeignKey("run.id", ondelete="CASCADE"), sort_order=-9)
+
+
+class WithRest(OfRun):
+    rest: Mapped[dict[str, Any]] = mapped_column(sort_order=10)  # fields of the record without a column
+
+
+class Environment(Base):
+    """A machine with its installed packages; speeds compare only within one."""
+
+    id: Mapped[int] = _key()
+    key: Mapped[str] = mapped_column(unique=True)  # sha256 of all other columns as JSON
+    device_class: Mapped[str]  # cpu, cuda or mps
+    device_name: Mapped[str | None]
+    cores: Mapped[int | None]  # of the machine
+    threads: Mapped[int | None]  # used
+    memory_bytes: Mapped[int | None]
+    platform: Mapped[str | None]
+    python: Mapped[str | None]
+    packages: Mapped[dict[str, Any]]  # name to version
+
+
+class Run(Base):
+    """One arm with one seed, trained, exported and scored; a changed parameter makes a new row."""
+
+    # Where SQLite has PRAGMA user_version, servers have this comment.
+    __table_args__ = ({"comment": f"schema {SCHEMA}"},)
+
+    id: Mapped[int] = _key()
+    run_key: Mapped[str] = mapped_column(unique=True)  # of what it is; its folder in runs/
+    arm: Mapped[str]  # the way of training; base is the untouched model
+    seed: Mapped[int]
+    model_name: Mapped[str]  # in Ollama
+    status: Mapped[str]  # finished: others are not archived
+    is_current: Mapped[bool]  # whether the last compare found it on disk
+    is_latest: Mapped[bool]  # the task's newest of this arm and seed, with the newest base, settings and data
+    started: Mapped[datetime]  # of the evaluation, UTC
+    ended: Mapped[datetime]
+    stages: Mapped[dict[str, Any]]  # per stage: start, end, git, environment key, extra
+    params: Mapped[dict[str, Any]]  # per stage
+    inputs: Mapped[dict[str, Any]]  # per stage: file to sha256
+    git_commit: Mapped[str | None]  # at evaluation
+    git_dirty: Mapped[bool | None]  # true when any stage ran on changed files
+    prompt_template: Mapped[str | None]
+    backend_name: Mapped[str]  # llama_cpp, ollama or hf
+    backend_version: Mapped[str]
+    serving_mode: Mapped[str]  # at evaluation: adapter merged into the model, or beside it
+    device_class: Mapped[str]  # of the evaluation
+    environment_id: Mapped[int] = mapped_column(ForeignKey("environment.id"))  # where it was evaluated
+    test_items_sha256: Mapped[str]  # only equal ones compare
+    reference_run_id: Mapped[int | None] = mapped_column(ForeignKey("run.id"))  # its base; NULL: there is no fair one
+    parity_first_difference: Mapped[dict[str, Any] | None]  # first prompt on which export and training disagree
+    task: Mapped[str]  # what is asked: aqi, gsm8k, …
+    task_title: Mapped[str]  # of the primary metric, as tables show it
+    primary_metric: Mapped[str]  # name in metric, split test, by which arms are compared
+    base_key: Mapped[str]  # sha256 of base.json: model, place and prompt template; '': not known
+    train_key: Mapped[str]  # sha256 of params and inputs of stage train; '': nothing was trained
+    rest: Mapped[dict[str, Any]]  # per file: fields of its record that no table has
+
+
+class Metric(OfRun, Base):
+    __table_args__ = (UniqueConstraint("run_id", "name", "split", "step"),)
+
+    name: Mapped[str]  # see metric_def
+    split: Mapped[str]  # test, retention, parity, general, weights, hidden, alignment; of curves train and eval
+    step: Mapped[int]  # optimizer step; -1: of the finished run
+    value: Mapped[float | None]
+    value_kind: Mapped[str]
+    n: Mapped[int | None]  # items behind the number
+
+
+class MetricDef(Base):
+    name: Mapped[str] = mapped_column(primary_key=True)
+    unit: Mapped[str]  # share: a number from 0 to 1
+    direction: Mapped[str]  # which way is better: higher, lower or none
+    description: Mapped[str]
+
+
+class Sample(WithRest, Base):
+    """One answered test item; paired tests need the items, not the means."""
+
+    __table_args__ = (UniqueConstraint("run_id", "split", "item_id"),)
+
+    item_id: Mapped[str]
+    task: Mapped[str]
+    split: Mapped[str]
+    prompt: Mapped[str]
+    truth: Mapped[str]
+    answer: Mapped[str]  # the model's text, unshortened
+    predicted: Mapped[float | None]  # number read from the answer; NULL: none found
+    correct: Mapped[bool]
+    abs_error: Mapped[float | None]  # |predicted - truth|; NULL: not a number task
+    prompt_tokens: Mapped[int | None]
+    answer_tokens: Mapped[int | None]
+    credit: Mapped[float]  # 0 to 1; between them where a task gives credit for parts
+
+
+class Probe(WithRest, Base):
+    """One reading of a verdict: did the optimizer really move differently."""
+
+    __table_args__ = (UniqueConstraint("run_id", "name", "layer", "step"),)
+
+    name: Mapped[str]
+    layer: Mapped[str]  # '': the whole model
+    step: Mapped[int]  # optimizer step; -1: over the whole run
+    value: Mapped[float | None]
+    value_kind: Mapped[str]
+    threshold: Mapped[float | None]  # what it was judged against
+    unit: Mapped[str]
+    verdict: Mapped[str]  # pass, fail, inconclusive or skipped
+    diagnosis: Mapped[str]  # in words
+
+
+class LayerMetric(OfRun, Base):
+    """One number of one layer: measured after training, or sampled while it ran."""
+
+    __table_args__ = (UniqueConstraint("run_id", "name", "split", "layer", "step"),)
+
+    name: Mapped[str]  # see metric_def
+    split: Mapped[str]  # measured: weights, hidden, alignment; logged while training: probe, grit
+    layer: Mapped[str]  # module (layers.0.self_attn.q_proj) or hidden layer (layer 2)
+    step: Mapped[int]  # optimizer step; -1: of the finished run
+    value: Mapped[float | None]
+    value_kind: Mapped[str]
+
+
+class Spectrum(OfRun, Base):
+    """Eigenvalues of one Fisher factor of one layer at one step, largest first, perhaps only the largest ones.
+
+    Squares of activations (factor a: of A's outputs, preconditions B) or of gradients there (g, for A) a token.
+    """
+
+    __table_args__ = (UniqueConstraint("run_id", "layer", "factor", "step"),)
+
+    layer: Mapped[str]
+    factor: Mapped[str]
+    step: Mapped[int]
+    eigenvalues: Mapped[list[float]]
+
+
+class Artifact(OfRun, Base):
+    __table_args__ = (UniqueConstraint("run_id", "stage", "path"),)
+
+    stage: Mapped[str]
+    kind: Mapped[str]
+    path: Mapped[str]  # relative to the project's root
+    sha256: Mapped[str]
+    bytes: Mapped[int]
+    parent_sha256: Mapped[str | None]  # content, not row: it may belong to the base run or stand outside
+
+
+class Speed(WithRest, Base):
+    """One timed phase. An arm's run also times the base, alternately in the same process: machines drift.
+
+    load: until the model is ready; ttft: from a request to its first token; prefill: evaluating prompts; decode:
+    answers, token by token.
+    """
+
+    __table_args__ = (UniqueConstraint("run_id", "arm", "phase", "repetition"),)
+
+    arm: Mapped[str]  # the run's own, or base
+    phase: Mapped[str]
+    repetition: Mapped[int]
+    tokens: Mapped[int | None]  # NULL: not measured
+    nanoseconds: Mapped[int | None]
+
+
+class Quantization(WithRest, Base):
+    """A run's merged model in one precision; f16 is what the others are held against."""
+
+    __table_args__ = (UniqueConstraint("run_id", "type"),)
+
+    type: Mapped[str]  # llama.cpp's name: f16, bf16, q8_0, q4_K_M, …
+    bytes: Mapped[int]  # of the whole file
+    bits_per_weight: Mapped[float]  # of the tensors alone
+    tensor_types: Mapped[dict[str, Any]]  # type of a tensor to number of tensors, read back
+    category_accuracy: Mapped[float]  # share of the test items answered correctly
+    correct: Mapped[int]  # of n test items
+    n: Mapped[int]
+    answers_equal_to_f16: Mapped[float]  # share of the test items answered with the same text
+    fallbacks: Mapped[int]  # tensors in another format, their rows being no multiple of its block
+    credit: Mapped[float]  # mean of the test items
+
+
+class QuantizedSample(WithRest, Base):
+    """One test item answered by the model in one precision; paired intervals need the items."""
+
+    __table_args__ = (UniqueConstraint("run_id", "type", "item_id"),)
+
+    type: Mapped[str]  # as in quantization
+    item_id: Mapped[str]
+    correct: Mapped[bool]
+    answer: Mapped[str]
+    credit: Mapped[float]
+
+
+class Verification(WithRest, Base):
+    """Whether one backend in one mode answers as the trained model does; shares are of the prompts."""
+
+    __table_args__ = (UniqueConstraint("run_id", "backend", "mode"),)
+
+    backend: Mapped[str]  # llama_cpp or ollama
+    backend_version: Mapped[str]
+    mode: Mapped[str]  # merged GGUF, or base with GGUF adapter
+    prompts: Mapped[int]  # 0: this backend does not support the mode
+    rendered: Mapped[float | None]  # as in training; NULL: the server does not tell
+    counted: Mapped[float | None]  # read as the same tokens; NULL: the server does not tell
+    answered: Mapped[float | None]  # greedily as by Hugging Face
+    equal_to_merged: Mapped[float | None]  # answered as in mode merged; NULL: not compared
+    perturbed_noticed: Mapped[bool | None]  # another adapter scale changed an answer; NULL: not tried
+    first_difference: Mapped[str | None]  # where and why the first prompt differs
+    gguf_sha256: Mapped[str]  # of the exported model or base
+    adapter_sha256: Mapped[str | None]
+    server_digest: Mapped[str | None]  # the server's digest of the model
+    stored_sha256: Mapped[str | None]  # of the weights as the server keeps them
+
+
+# Views, in SQL that SQLite and PostgreSQL both read. Accuracies and shares are percent, their differences percentage
+# points, sizes millions of bytes, speeds decode tokens per second. A rate is the sum of tokens over the sum of time:
+# means of rates would let short repetitions count as much as long ones.
+
+_SHARED = """
+WITH decode AS (
+    SELECT run_id, arm, 1e9 * CAST(SUM(tokens) AS DOUBLE PRECISION) / NULLIF(SUM(nanoseconds), 0) AS rate
+    FROM speed WHERE phase = 'decode' AND tokens IS NOT NULL AND nanoseconds IS NOT NULL GROUP BY run_id, arm
+),
+final AS (SELECT run_id, name, split, value, n FROM metric WHERE step = -1)"""
+
+_RETENTION = """
+    100.0 * retention.value AS retention_accuracy,
+    CASE WHEN run.arm = 'base' THEN 0.0 ELSE 100.0 * (retention.value - base_retention.value) END AS delta_retention,
+    own_speed.rate AS inference_speed,
+    CASE WHEN run.arm = 'base' THEN 0.0 ELSE own_speed.rate - beside.rate END AS delta_speed,"""
+
+_JOINS = """
+FROM run
+LEFT JOIN final AS own ON own.run_id = run.id AND own.name = run.primary_metric AND own.split = 'test'
+LEFT JOIN final AS base
+    ON base.run_id = run.reference_run_id AND base.name = run.primary_metric AND base.split = 'test'
+LEFT JOIN final AS retention
+    ON retention.run_id = run.id AND retention.name = 'retention_accuracy' AND retention.split = 'retention'
+LEFT JOIN final AS base_retention ON base_retention.run_id = run.reference_run_id
+    AND base_retention.name = 'retention_accuracy' AND base_retention.split = 'retention'
+LEFT JOIN decode AS own_speed ON own_speed.run_id = run.id AND own_speed.arm = run.arm
+LEFT JOIN decode AS beside ON beside.run_id = run.id AND beside.arm = 'base'"""
+
+_RUN = "run.id AS run_id, run.arm, run.seed, run.model_name"
+_TASK_RUN = "run.id AS run_id, run.task, run.task_title, run.primary_metric AS metric"
+_CURRENT = "WHERE run.is_current AND run.status = 'finished'"
+
+# Document 004's columns are about AQI: runs of other tasks have none of it, not even the base's difference of zero.
+_LEADERBOARD = f"""{_SHARED}
+SELECT {_RUN},
+    CASE WHEN run.task = 'aqi' THEN 100.0 * own.value END AS aqi_accuracy,
+    CASE WHEN run.task <> 'aqi' THEN NULL WHEN run.arm = 'base' THEN 0.0
+        ELSE 100.0 * (own.value - base.value) END AS delta_aqi,{_RETENTION}
+    100.0 * token_ids.value AS token_ids_equal,
+    100.0 * greedy.value AS greedy_equal,
+    run.backend_name, run.device_class, run.git_commit, run.git_dirty, run.started, run.ended{_JOINS}
+LEFT JOIN final AS token_ids
+    ON token_ids.run_id = run.id AND token_ids.name = 'token_ids_equal' AND token_ids.split = 'parity'
+LEFT JOIN final AS greedy
+    ON greedy.run_id = run.id AND greedy.name = 'greedy_equal' AND greedy.split = 'parity'
+{_CURRENT}
+"""
+
+# The six columns that document 004 names, one row for each current run.
+_EVALUATION_RESULTS = """
+SELECT model_name, aqi_accuracy, delta_aqi, inference_speed, delta_speed, {timestamp} AS timestamp FROM v_leaderboard
+"""
+
+_PROBE_SUMMARY = """
+SELECT {run}, probe.name AS probe, COUNT(*) AS readings, COUNT(DISTINCT probe.layer) AS layers,
+    SUM(CASE WHEN probe.verdict = 'pass' THEN 1 ELSE 0 END) AS passed,
+    SUM(CASE WHEN probe.verdict = 'fail' THEN 1 ELSE 0 END) AS failed,
+    SUM(CASE WHEN probe.value_kind <> 'finite' THEN 1 ELSE 0 END) AS not_finite,
+    MIN(probe.value) AS lowest, MAX(probe.value) AS highest,
+    CASE
+        WHEN SUM(CASE WHEN probe.verdict = 'fail' THEN 1 ELSE 0 END) > 0 THEN 'fail'
+        WHEN SUM(CASE WHEN probe.verdict = 'pass' THEN 1 ELSE 0 END) = COUNT(*) THEN 'pass'
+        ELSE 'inconclusive'
+    END AS verdict
+FROM run JOIN probe ON probe.run_id = run.id
+{current}
+GROUP BY run.id, run.arm, run.seed, run.model_name, probe.name
+"""
+
+# One row for each pair of ways to run the same adapter; 'all' is every way at once.
+_PARITY = """
+SELECT {run},
+    CASE WHEN metric.name = 'greedy_equal' THEN 'all' ELSE substr(metric.name, 6) END AS pair,
+    100.0 * metric.value AS greedy_equal,
+    100.0 * token_ids.value AS token_ids_equal,
+    metric.n AS prompts
+FROM run
+JOIN metric ON metric.run_id = run.id AND metric.split = 'parity' AND metric.step = -1
+    AND (metric.name = 'greedy_equal' OR substr(metric.name, 1, 5) = 'pair/')
+LEFT JOIN metric AS token_ids ON token_ids.run_id = run.id AND token_ids.split = 'parity' AND token_ids.step = -1
+    AND token_ids.name = 'token_ids_equal'
+{current}
+"""
+
+_VERIFICATION = """
+SELECT {run},
+    verification.backend, verification.backend_version, verification.mode, verification.prompts,
+    100.0 * verification.rendered AS rendered, 100.0 * verification.counted AS counted,
+    100.0 * verification.answered AS answered, 100.0 * verification.equal_to_merged AS equal_to_merged,
+    verification.perturbed_noticed, verification.first_difference
+FROM run JOIN verification ON verification.run_id = run.id
+{current}
+"""
+
+# One row for each finished run of any task.
+_TASK_RESULTS = f"""{_SHARED}
+SELECT {_TASK_RUN}, metric_def.direction, run.model_name, run.arm, run.seed,
+    100.0 * own.value AS value,
+    CASE WHEN run.arm = 'base' THEN 0.0 ELSE 100.0 * (own.value - base.value) END AS delta_base,
+    own.n,{_RETENTION}
+    run.is_current, run.is_latest, run.test_items_sha256, {{timestamp}} AS timestamp{_JOINS}
+LEFT JOIN metric_def ON metric_def.name = run.primary_metric
+WHERE run.status = 'finished'
+"""
+
+# The same for each precision of each of these runs; v_quantization is of the current ones, in AQI's words.
+_TASK_QUANTIZATION = """
+SELECT {task_run}, run.model_name, run.arm, run.seed, quantization.type,
+    CAST(quantization.bytes AS DOUBLE PRECISION) / 1e6 AS megabytes,
+    quantization.bits_per_weight,
+    100.0 * quantization.credit AS value,
+    100.0 * (quantization.credit - reference.credit) AS delta_f16,
+    100.0 * quantization.answers_equal_to_f16 AS answers_equal_to_f16,
+    quantization.n, quantization.fallbacks, run.is_current
+FROM run
+JOIN quantization ON quantization.run_id = run.id
+LEFT JOIN quantization AS reference ON reference.run_id = run.id AND reference.type = 'f16'
+WHERE run.status = 'finished'
+"""
+
+_QUANTIZATION = """
+SELECT shown.run_id, shown.arm, shown.seed, shown.model_name, shown.type, shown.megabytes, shown.bits_per_weight,
+    CASE WHEN shown.task = 'aqi' THEN 100.0 * quantization.category_accuracy END AS aqi_accuracy,
+    shown.delta_f16, shown.answers_equal_to_f16, shown.n, shown.fallbacks
+FROM task_quantization AS shown
+JOIN quantization ON quantization.run_id = shown.run_id AND quantization.type = shown.type
+WHERE shown.is_current
+"""
+
+VIEWS: dict[str, str] = {
+    "v_leaderboard": _LEADERBOARD,
+    "evaluation_results": _EVALUATION_RESULTS,
+    "v_probe_summary": _PROBE_SUMMARY,
+    "v_parity": _PARITY,
+    "v_verification": _VERIFICATION,
+    "task_results": _TASK_RESULTS,
+    "task_quantization": _TASK_QUANTIZATION,
+    "v_quantization": _QUANTIZATION,
+}
+"""Name to query, in the order in which they can be made."""
+
+_TIMESTAMPS = {
+    "sqlite": "replace(ended, ' ', 'T') || '+00:00'",
+    "postgresql": """to_char(ended AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"')""",
+}
+
+
+def view_statements(dialect: str) -> list[str]:
+    """CREATE VIEW for each of `VIEWS`; other dialects get PostgreSQL's."""
+    time = _TIMESTAMPS.get(dialect, _TIMESTAMPS["postgresql"])
+    words = {"{timestamp}": time, "{current}": _CURRENT, "{run}": _RUN, "{task_run}": _TASK_RUN}
+    statements = []
+    for name, query in VIEWS.items():
+        for word, meaning in words.items():
+            query = query.replace(word, meaning)
+        statements.append(f"CREATE VIEW {name} AS{query}")
+    return statements

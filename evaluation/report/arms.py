@@ -1,0 +1,264 @@
+"""One row for each arm of a task: its numbers over the seeds, with intervals and differences from other arms."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from sqlalchemy import Row
+
+from db.queries import BASE, RunFacts
+from db.records import join_value
+from evaluation.measure.speed import median_interval
+from evaluation.report.results import Key, Results, Rows
+from evaluation.statistics.differences import Difference, Pairs, compare_pairs, kept_share
+from evaluation.statistics.intervals import LEVEL, Interval, aligned, is_binary, share_interval
+from evaluation.statistics.seeds import crossed_interval
+
+BASELINE = "baseline_lora"
+RETENTION = ("retention", "retention_accuracy")
+CLUSTER_INDICES = ("calinski_harabasz", "xie_beni", "silhouette", "davies_bouldin", "dunn")
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    seed: int
+    verdict: str  # effective, no_effect or unstable
+    as_claimed: bool  # whether the arm's updates are what it claims
+    reason: str
+    numbers: dict[str, float]  # reading → value: angle_to_shadow in degrees, twin_divergence in A/A floors, …
+
+
+@dataclass(frozen=True)
+class AlignmentRow:
+    """Separation index of one run: how far apart safe and unsafe prompts lie in its hidden states."""
+
+    seed: int
+    index: Interval  # estimate and bootstrap interval over prompts
+    null: Interval | None  # mean and 95% range of the index when labels are shuffled; None where not measured
+    p_value: float | None  # share of shuffles that separate at least as well
+    # index above its own mean under shuffled labels, minus the same of the base, with a paired bootstrap interval; None
+    # for the base, as is its p-value
+    delta: Interval | None
+    delta_p_value: float | None
+    others: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One arm, its numbers averaged over seeds; accuracies, shares and parity in percent.
+
+    Intervals hold with 95% confidence: over items with one seed, over seeds and items with several.
+    """
+
+    arm: str
+    model_name: str
+    seeds: tuple[int, ...]
+    accuracy: float | None  # primary metric of the task, and for each of `seeds` in `accuracy_by_seed`
+    accuracy_by_seed: tuple[float, ...]
+    retention: float | None
+    decode_speed: float | None  # tokens per second
+    # percent faster than the base that was timed beside it, median over paired repetitions of all seeds; no interval
+    # with fewer than six, which reach no 95% confidence
+    delta_speed: float | None
+    parity: float | None  # share of prompts on which all ways to run the model answer alike, worst seed
+    differences: tuple[Difference, ...]  # from the base, then from the baseline
+    metrics: dict[Key, float]  # mean over seeds, in the metric's own unit
+    accuracy_interval: Interval | None = None
+    retention_interval: Interval | None = None
+    retention_share: float | None = None  # what is kept of the base's retention accuracy, on the same items
+    retention_share_interval: Interval | None = None
+    delta_speed_interval: Interval | None = None
+    probes: tuple[ProbeRow, ...] = ()
+    alignment: tuple[AlignmentRow, ...] = ()
+    # smallest and largest of the seeds that have the metric, where several have it
+    ranges: dict[Key, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def updates(self) -> str:
+        """The probe's verdicts in a word, a wrong one before all others; empty where there is none."""
+        wrong = next((p.verdict for p in self.probes if not p.as_claimed), "")
+        if wrong or not self.probes:
+            return f"{wrong}!" if wrong else ""
+        words = {"no_effect": "plain AdamW"}
+        return ", ".join(dict.fromkeys(words.get(p.verdict, p.verdict) for p in self.probes))
+
+    def against(self, arm: str) -> Difference | None:
+        return next((d for d in self.differences if d.against == arm), None)
+
+
+class SpeedChange(NamedTuple):
+    """Decode speed against the base over paired repetitions, percent; confidence of the interval as a share."""
+
+    interval: Interval | None
+    confidence: float
+    repetitions: int
+
+
+class SideBySide(NamedTuple):
+    """The arms of one task, base first, the baseline next; pairs go by (arm, against)."""
+
+    rows: tuple[ArmRow, ...]
+    pairs: dict[tuple[str, str], Pairs]
+    changes: dict[str, SpeedChange]
+
+
+def side_by_side(results: Results, runs: Sequence[RunFacts], baseline: str) -> SideBySide:
+    by_arm: dict[str, list[RunFacts]] = {}
+    for run in runs:
+        by_arm.setdefault(run.arm, []).append(run)
+    arms = sorted(by_arm, key=lambda arm: (arm != BASE, arm != baseline, arm))
+    pairs = {
+        (arm, against): found
+        for against in dict.fromkeys((BASE, baseline))
+        for arm in arms
+        if arm not in (BASE, against)
+        and (found := pair(by_arm[arm], against, by_arm.get(against, ()), results.answers)) is not None
+    }
+    differences = compare_pairs(pairs)
+    changes = {arm: _speed_change(by_arm[arm], results.timings) for arm in arms}
+    base = by_arm.get(BASE, ())
+    rows = tuple(_row(by_arm[arm], base, results, differences.get(arm, ()), changes[arm]) for arm in arms)
+    return SideBySide(rows, pairs, changes)
+
+
+def pair(
+    runs: Sequence[RunFacts], against: str, others: Sequence[RunFacts], answers: Mapping[int, Mapping[str, float]]
+) -> Pairs | None:
+    """Hold an arm's runs against another arm's, on the items that all of them answered.
+
+    Against the base every run is paired with the base run it refers to; else runs with equal seed, items and backend
+    are paired, since equal seeds share the order of the data and the first weights. None where no run with answers has
+    a partner with answers, or the pairs share no item.
+    """
+
+    def key(run: RunFacts, *, partner: bool = False) -> object:
+        if against == BASE:
+            return run.id if partner else run.reference_run_id
+        return run.seed, run.test_items_sha256, run.backend_name
+
+    partners = {key(other, partner=True): other.id for other in others if answers.get(other.id)}
+    found = [(run.seed, run.id, partners[key(run)]) for run in runs if answers.get(run.id) and key(run) in partners]
+    if not found:
+        return None
+    seeds, own, other = zip(*found, strict=True)
+    credit = aligned([answers[run_id] for run_id in (*own, *other)])
+    return Pairs(against, seeds, credit[: len(own)], credit[len(own) :]) if credit.size else None
+
+
+def _row(
+    runs: Sequence[RunFacts], base: Sequence[RunFacts], results: Results, differences: tuple[Difference, ...],
+    change: SpeedChange,
+) -> ArmRow:  # fmt: skip
+    arm = runs[0].arm
+    own = [results.metrics.get(run.id, {}) for run in runs]
+    primary = ("test", runs[0].primary_metric)
+    accuracies = tuple(100 * m[primary] for m in own if primary in m)
+    parities = [100 * m["parity", "greedy_equal"] for m in own if ("parity", "greedy_equal") in m]
+    retained = None if arm == BASE else pair(runs, BASE, base, results.retained)
+    share = kept_share(retained) if retained else None
+    kept = share.scaled(100) if share else None
+    values: dict[Key, list[float]] = {}
+    for metrics in own:
+        for key, value in metrics.items():
+            values.setdefault(key, []).append(value)
+    return ArmRow(
+        arm=arm,
+        model_name=runs[0].model_name,
+        seeds=tuple(run.seed for run in runs),
+        accuracy=_mean(accuracies),
+        accuracy_by_seed=accuracies,
+        retention=_mean(100 * m[RETENTION] for m in own if RETENTION in m),
+        decode_speed=_mean(_decode_speeds(arm, (results.timings.get(run.id, ()) for run in runs))),
+        delta_speed=0.0 if arm == BASE else change.interval.estimate if change.interval else None,
+        parity=min(parities) if parities else None,
+        differences=differences,
+        metrics={key: fmean(found) for key, found in values.items()},
+        accuracy_interval=credit_interval([results.answers[run.id] for run in runs if run.id in results.answers]),
+        retention_interval=credit_interval([results.retained[run.id] for run in runs if run.id in results.retained]),
+        retention_share=kept.estimate if kept else None,
+        retention_share_interval=kept,
+        delta_speed_interval=change.interval if change.confidence >= LEVEL else None,
+        probes=tuple(
+            _probe(run.seed, known) for run in runs if "verdict" in (known := results.readings.get(run.id, {}))
+        ),
+        alignment=tuple(found for run, m in zip(runs, own, strict=True) if (found := _alignment(run.seed, m))),
+        ranges={key: (min(found), max(found)) for key, found in values.items() if len(found) > 1},
+    )
+
+
+def credit_interval(answers: Sequence[Mapping[str, float]]) -> Interval | None:
+    """Mean credit on the items that all seeds have, percent."""
+    credit = aligned(answers)
+    if not credit.size:
+        return None
+    crossed = None if 1 in credit.shape else crossed_interval(credit)[0]
+    # Student's t has no width where every answer is right; `crossed_interval` keeps to the borders of a difference.
+    if crossed is None or crossed.low == crossed.high:
+        return share_interval(credit, binary=is_binary(credit)).scaled(100)
+    return Interval(crossed.estimate, max(0.0, crossed.low), crossed.high).scaled(100)
+
+
+def _decode_speeds(arm: str, of_runs: Iterable[Sequence[Row[Any]]]) -> Iterable[float]:
+    """Tokens per second of decoding of each run that was timed: sum of tokens over sum of time."""
+    for timings in of_runs:
+        own = [t for t in timings if t.phase == "decode" and t.arm == arm and t.tokens is not None]
+        if time := sum(t.nanoseconds for t in own):
+            yield sum(t.tokens or 0 for t in own) * 1e9 / time
+
+
+def speed_changes(arm: str, timings: Sequence[Row[Any]]) -> list[float]:
+    """Decode speed over that of the base in the same repetition, minus 1, for each repetition of one run."""
+    rates: dict[str, dict[int, float]] = {BASE: {}, arm: {}}
+    for t in timings:
+        if t.phase == "decode" and t.tokens and t.nanoseconds and t.arm in rates:
+            rates[t.arm][t.repetition] = t.tokens / t.nanoseconds
+    own, base = rates[arm], rates[BASE]
+    return [own[k] / base[k] - 1 for k in sorted(own.keys() & base.keys())]
+
+
+def speed_change(changes: Sequence[float]) -> SpeedChange:
+    """Median of shares over the repetitions of all seeds, with an interval from their order, which no outlier moves."""
+    if not changes:
+        return SpeedChange(None, 0.0, 0)
+    found = median_interval(changes, LEVEL)
+    points = Interval(found["median"], found["low"], found["high"]).scaled(100)
+    return SpeedChange(points, found["confidence"], len(changes))
+
+
+def _speed_change(runs: Sequence[RunFacts], timings: Rows) -> SpeedChange:
+    trained = [run for run in runs if run.arm != BASE]
+    return speed_change([c for run in trained for c in speed_changes(run.arm, timings.get(run.id, ()))])
+
+
+def _probe(seed: int, readings: Mapping[str, Row[Any]]) -> ProbeRow:
+    verdict = readings["verdict"]
+    word, _, reason = verdict.diagnosis.partition(": ")
+    numbers = {n: join_value(row.value, row.value_kind) for n, row in readings.items() if n != "verdict"}
+    return ProbeRow(seed, word, verdict.verdict == "pass", reason, numbers)
+
+
+def _alignment(seed: int, metrics: Mapping[Key, float]) -> AlignmentRow | None:
+    found = {name: value for (split, name), value in metrics.items() if split == "alignment"}
+
+    def bounded(middle: str, stem: str) -> Interval | None:
+        names = (middle, f"{stem}_low", f"{stem}_high")
+        return Interval(*(found[name] for name in names)) if all(name in found for name in names) else None
+
+    index = bounded("alignment_index", "alignment_index")
+    if index is None:
+        return None
+    return AlignmentRow(
+        seed=seed,
+        index=index,
+        null=bounded("alignment_null_mean", "alignment_null"),
+        p_value=found.get("alignment_p_value"),
+        delta=bounded("delta_alignment_index", "delta_alignment_index"),
+        delta_p_value=found.get("delta_alignment_p_value"),
+        others={name: found[name] for name in CLUSTER_INDICES if name in found},
+    )
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    numbers = list(values)
+    return fmean(numbers) if numbers else None

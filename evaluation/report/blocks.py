@@ -1,0 +1,217 @@
+"""What a section of a report is made of: plain data that each renderer lays out in its own way."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+Tone = Literal["", "good", "bad", "open"]
+"""How a word is coloured: good and bad are settled, open is undecided; the word itself says the same."""
+TONES: Mapping[str, Tone] = {
+    "better": "good", "worse": "bad", "undecided": "open", "pass": "good", "fail": "bad", "effective": "good",
+    "unstable": "bad",
+}  # fmt: skip
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    tone: Tone = ""
+    arm: str = ""  # draws this arm's colour before the text; empty: none
+    title: str = ""  # the whole of a shortened text, such as a hash; shown when pointed at
+    hint: str = ""  # smaller lines below
+
+
+def arm_cell(arm: str, seed: int | str | None = None) -> Cell:
+    told = seed if isinstance(seed, str) else f"seed {seed}"
+    return Cell(arm if seed is None else f"{arm} · {told}", arm=arm)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Lines under headers; the first cell of a line is its header. A text alone is a plain cell."""
+
+    caption: str
+    headers: Sequence[str]
+    lines: Iterable[Sequence[object]]
+    # positions of further columns that hold words, set left; all others hold numbers, set right
+    words: frozenset[int] = frozenset()
+    wide: frozenset[int] = frozenset()  # positions of columns that a terminal leaves out
+    kind: str = "table"
+
+    @cached_property
+    def rows(self) -> list[list[Cell]]:
+        return [[cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in line] for line in self.lines]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; `note` is set smaller, `lead` larger."""
+
+    text: str
+    style: Literal["", "lead", "note"] = ""
+    kind: str = "text"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What may be said about an arm: a sign, its colour, and a sentence."""
+
+    mark: str
+    tone: Tone
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Cards:
+    cards: Mapping[str, tuple[Fact, ...]]
+    kind: str = "cards"
+
+
+@dataclass
+class Dataset:
+    """Rows of charts; a column holds texts, or numbers and None."""
+
+    names: tuple[str, ...]
+    rows: list[tuple[str | float | None, ...]] = field(default_factory=list)
+
+    def add(self, *row: str | float | None) -> None:
+        if len(row) != len(self.names):
+            raise ValueError(f"expected {len(self.names)} values ({', '.join(self.names)}), came {len(row)}")
+        self.rows.append(row)
+
+    def column(self, name: str) -> list[str | float | None]:
+        at = self.names.index(name)
+        return [row[at] for row in self.rows]
+
+    def levels(self, name: str) -> list[str]:
+        """The different texts of a column, in the order of their first row."""
+        return list(dict.fromkeys(str(value) for value in self.column(name)))
+
+
+@dataclass(frozen=True)
+class Control:
+    """A choice above charts: only rows with this value in the column are drawn; the first option at the start."""
+
+    column: str
+    label: str
+    options: tuple[tuple[str, str], ...]  # (value, label)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of those rows of its panel's dataset that have the values of `where`."""
+
+    id: str
+    title: str  # shown above it, with the unit
+    label: str  # what a screen reader says of it
+    # function of `evaluation.report.charts` that draws it, with its options besides the arms
+    draw: Literal["intervals", "lines", "scatter", "dots"]
+    options: Mapping[str, Any]
+    where: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Charts that share their data, their arms in the order of their colours, and their controls."""
+
+    id: str
+    data: Dataset
+    charts: tuple[Chart, ...]
+    arms: tuple[str, ...]
+    controls: tuple[Control, ...] = ()
+    note: str = ""
+    wide: bool = False
+    legend: bool = True  # whether to name the arms above the charts
+    kind: str = "panel"
+
+    @property
+    def columns(self) -> int:
+        """Charts beside each other where there is room, so that no row has a single one."""
+        if self.wide:
+            return 1
+        return 2 if len(self.charts) in (1, 2, 4) else 3
+
+    @property
+    def dashed(self) -> Mapping[str, bool]:
+        """Of lines every other arm's are dashed, the last one's among them: of two that coincide, both are seen."""
+        lines = all(chart.draw == "lines" for chart in self.charts)
+        return {arm: (len(self.arms) - at) % 2 == 1 for at, arm in enumerate(self.arms)} if lines else {}
+
+
+@dataclass(frozen=True)
+class Details:
+    summary: str
+    blocks: tuple[Block, ...]
+    kind: str = "details"
+
+
+@dataclass(frozen=True)
+class Browser:
+    """The browser of answers, which the page's script fills in."""
+
+    splits: tuple[str, ...]
+    tasks: tuple[str, ...]
+    seeds: tuple[str, ...]
+    one_seed: bool  # start with the first seed, which every arm has; else with all seeds
+    # disputed (the distance of credits from which on models disagree), models [{arm, seed}], items [{id, split, task,
+    # prompt, truth, answers, right}]: for each model its answer or null, and one of 1, 0, p (right in part) and - (not
+    # asked). Items with an answer that is right in part have credit too
+    packed: Mapping[str, Any]
+    kind: str = "browser"
+
+
+Block = Table | Text | Cards | Panel | Details | Browser
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    blocks: tuple[Block, ...]
+    brief: int = 0  # place among the sections that a terminal shows; 0: it does not
+
+    @property
+    def id(self) -> str:
+        return slug(self.title)
+
+
+def walk(blocks: Iterable[Block]) -> Iterable[Block]:
+    for block in blocks:
+        yield block
+        if isinstance(block, Details):
+            yield from walk(block.blocks)
+
+
+# Fewer points, where all could not be told apart
+
+
+def thin(line: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float | None, float, float | None]]:
+    """A line of (step, finite value) by step as at most `most` points (step, low, value, high).
+
+    A longer line is cut into `most` stretches of equal length, each drawn as its mean at its middle step, with its
+    smallest and largest value, so that no peak is lost. A line that is short enough stays, without bounds.
+    """
+    if len(line) <= most:
+        return [(step, None, value, None) for step, value in line]
+    found: list[tuple[int, float | None, float, float | None]] = []
+    for part in range(most):
+        stretch = line[part * len(line) // most : (part + 1) * len(line) // most]
+        values = [value for _, value in stretch]
+        found.append((stretch[len(stretch) // 2][0], min(values), math.fsum(values) / len(values), max(values)))
+    return found
+
+
+def spread(values: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of the values, at least two, evenly spaced, the first and the last among them."""
+    if len(values) <= most:
+        return list(values)
+    places = sorted({round(at * (len(values) - 1) / (most - 1)) for at in range(most)})
+    return [values[at] for at in places]

@@ -1,0 +1,139 @@
+"""Vega-Lite charts by altair. Every one draws the named data "rows", is as wide as its place, and has no colours.
+
+Colours belong to the page: the scale's range is put in by its script, so that dark mode has its own. Legends too,
+since one legend above several charts is shorter.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import altair as alt
+
+from evaluation.report.blocks import Panel
+
+Spec = Mapping[str, Any]
+_SHORT = "abs(log(datum.value)) < 7 ? format(datum.value, '~g') : format(datum.value, '~e')"
+"""Label of a logarithmic axis: powers only where the number is far from 1."""
+_SHAPES = ("diamond", "circle", "square", "triangle-up", "cross", "triangle-down")
+"""Of points that may hide each other: of two in one place, both are seen."""
+ROW = 30
+"""Height of one line of an interval chart, px."""
+
+
+def _finished(chart: Any, height: int) -> Spec:
+    spec: dict[str, Any] = chart.properties(width="container", height=height).to_dict()
+    spec.pop("config", None)
+    spec["autosize"] = {"type": "fit-x", "contains": "padding"}
+    return spec
+
+
+def _rows(kind: str = "") -> alt.Chart:
+    chart = alt.Chart(alt.NamedData(name="rows"))
+    return chart.transform_filter(f"datum.kind === '{kind}'") if kind else chart
+
+
+def _colour(panel: Panel) -> alt.Color:
+    return alt.Color("arm:N", scale=alt.Scale(domain=list(panel.arms)), legend=None)
+
+
+def _tooltip(**fields: str) -> list[alt.Tooltip]:
+    return [
+        alt.Tooltip(field, title=title, format=".4~g" if field.endswith(":Q") else alt.Undefined)
+        for title, field in fields.items()
+    ]
+
+
+def intervals(
+    panel: Panel, title: str, *, lines: int, kinds: Collection[str] = ("interval",), zero: bool = False, band: str = ""
+) -> Spec:
+    """Estimates with their intervals, `lines` of them; `title` is the axis's, with the unit.
+
+    Rows: kind, label, arm, low, value, high. The kind `interval` is a point with a thin bar, `weak` one with a dashed
+    bar (less than 95% confidence), `inner` a broad pale bar, `seed` a tick, `band` a grey range that belongs to no arm
+    and is called `band` in its tooltip. A layer of a kind that has no rows would make Vega warn. `zero` draws a line.
+    """
+    scale, axis = alt.Scale(zero=False, nice=False, padding=14), alt.Axis(tickCount=6, labelSeparation=6)
+    x = alt.X("value:Q", title=title, scale=scale, axis=axis)
+    labels = alt.Axis(domain=False, ticks=False, labelLimit=150, labelPadding=8, grid=False)
+    y = alt.Y("label:N", title=None, sort=None, axis=labels)
+    ends = {"x": alt.X("low:Q", title=title, scale=scale, axis=axis), "x2": alt.X2("high:Q"), "y": y}
+    own = {
+        "color": _colour(panel),
+        "tooltip": _tooltip(what="label:N", low="low:Q", estimate="value:Q", high="high:Q"),
+    }
+    of_band = _tooltip(**{band or "range": "label:N", "low": "low:Q", "high": "high:Q"})
+    of_seed = _tooltip(what="label:N", seed="seed:N", value="value:Q")
+    layers = {
+        "band": _rows("band").mark_bar(color="gray", opacity=0.28, height=18, cornerRadius=2)
+        .encode(**ends, tooltip=of_band),
+        "inner": _rows("inner").mark_bar(opacity=0.3, height=9, cornerRadius=2).encode(**ends, **own),
+        "interval": _rows("interval").mark_rule(strokeWidth=2).encode(**ends, **own),
+        "weak": _rows("weak").mark_rule(strokeWidth=2, strokeDash=[2, 3], opacity=0.7).encode(**ends, **own),
+        "seed": _rows("seed").mark_tick(thickness=1.5, height=12, opacity=0.75)
+        .encode(x=x, y=y, color=own["color"], tooltip=of_seed),
+    }  # fmt: skip
+    chosen: list[Any] = [layer for kind, layer in layers.items() if kind in kinds]
+    points = _rows().transform_filter("datum.kind === 'interval' || datum.kind === 'weak'")
+    chosen.append(points.mark_point(filled=True, size=75, opacity=1).encode(x=x, y=y, **own))
+    if zero:
+        line = alt.Chart(alt.InlineData(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 3], color="gray")
+        chosen.insert(0, line.encode(x=alt.X("zero:Q", title=title, scale=scale, axis=axis)))
+    return _finished(alt.layer(*chosen), ROW * max(lines, 1) + 10)
+
+
+def lines(
+    panel: Panel, x: str, x_title: str, y: str, y_title: str, *, detail: Sequence[str], log: bool = False,
+    band: bool = False, points: bool = False, height: int = 260,
+) -> Spec:  # fmt: skip
+    """Lines of each arm, one for each combination of the columns `detail`; column `x` holds whole numbers.
+
+    `log` makes the y-axis logarithmic, `band` draws the range from column `low` to column `high` where they are known.
+    """
+    scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False, nice=True)
+    whole = [alt.Detail(f"{column}:N") for column in detail]
+    whole_numbers = alt.Axis(grid=False, tickMinStep=1, tickCount=6, format="d", labelSeparation=6)
+    across = alt.X(f"{x}:Q", title=x_title, axis=whole_numbers)
+    axis = alt.Axis(labelExpr=_SHORT, tickCount=5) if log else alt.Axis(tickCount=6)
+    up = alt.Y(f"{y}:Q", title=y_title, scale=scale, axis=axis)
+    tooltip = _tooltip(arm="arm:N", **{column: f"{column}:N" for column in detail}, **{x: f"{x}:Q", y: f"{y}:Q"})
+    dashes = [[6, 4] if dash else [1, 0] for dash in panel.dashed.values()]
+    dash = alt.StrokeDash("arm:N", scale=alt.Scale(domain=list(panel.arms), range=dashes), legend=None)
+    colour = _colour(panel)
+    layers: list[Any] = []
+    if band:
+        area = _rows().transform_filter("datum.low !== null && datum.high !== null").mark_area(opacity=0.18)
+        low = alt.Y("low:Q", title=y_title, scale=scale, axis=axis)
+        layers.append(area.encode(x=across, y=low, y2="high:Q", color=colour, detail=whole))
+    line = _rows().mark_line(strokeWidth=1.6, opacity=0.95, clip=True)
+    layers.append(line.encode(x=across, y=up, color=colour, strokeDash=dash, detail=whole))
+    circle = _rows().mark_circle(size=26, opacity=0.9 if points else 0)
+    layers.append(circle.encode(x=across, y=up, color=colour, tooltip=tooltip))
+    return _finished(alt.layer(*layers), height)
+
+
+def scatter(panel: Panel, x_title: str, y_title: str) -> Spec:
+    """One point for each arm and seed: columns x, y, arm, seed; the first arm is a diamond, the others follow."""
+    scale = alt.Scale(zero=False, nice=False, padding=16)
+    shapes = [_SHAPES[place % len(_SHAPES)] for place in range(len(panel.arms))]
+    encoded = _rows().mark_point(filled=True, size=95, opacity=0.85).encode(
+        x=alt.X("x:Q", title=x_title, scale=scale, axis=alt.Axis(tickCount=5, labelSeparation=6)),
+        y=alt.Y("y:Q", title=y_title, scale=scale, axis=alt.Axis(tickCount=5)),
+        color=_colour(panel),
+        shape=alt.Shape("arm:N", scale=alt.Scale(domain=list(panel.arms), range=shapes), legend=None),
+        tooltip=_tooltip(arm="arm:N", seed="seed:N", x="x:Q", y="y:Q"),
+    )  # fmt: skip
+    return _finished(encoded, 240)
+
+
+def dots(panel: Panel, x_title: str, labels: Sequence[str], ticks: Sequence[int]) -> Spec:
+    """A dot for each arm and seed on a line for each layer: columns layer, value (whole numbers), arm, seed."""
+    lines = alt.Axis(domain=False, ticks=False, labelLimit=190, grid=True)
+    encoded = _rows().mark_circle(size=42, opacity=0.8).encode(
+        x=alt.X("value:Q", title=x_title, scale=alt.Scale(zero=False, nice=False, padding=14),
+                axis=alt.Axis(values=list(ticks), format="d", labelSeparation=6)),
+        y=alt.Y("layer:N", title=None, sort=list(labels), scale=alt.Scale(domain=list(labels)), axis=lines),
+        yOffset=alt.YOffset("arm:N", sort=list(panel.arms)),
+        color=_colour(panel),
+        tooltip=_tooltip(arm="arm:N", seed="seed:N", layer="layer:N", value="value:Q"),
+    )  # fmt: skip
+    return _finished(encoded, 17 * max(len(labels), 1) + 10)

@@ -1,0 +1,416 @@
+"""All arms side by side, and everything that is judged about them: outcomes, criteria, power, what limits the reading.
+
+Renderers only lay out what stands here.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from db import queries
+from db.errors import DatabaseMissingError
+from db.queries import BASE, Choice, RunFacts
+from db.store import open_session
+from evaluation.report.arms import BASELINE, ArmRow, SideBySide, side_by_side
+from evaluation.report.criteria import Criterion, judge_arm
+from evaluation.report.results import Results, read
+from evaluation.report.serving import PhaseRow, PrecisionRow, ServedRow, phase_rows, precision_rows, served_rows
+from evaluation.statistics.differences import Difference
+from evaluation.statistics.intervals import ALPHA, Interval
+from evaluation.statistics.power import PowerRow, power_rows
+
+
+class ChoiceError(ValueError):
+    """A name that no run in the database has."""
+
+
+@dataclass(frozen=True)
+class Primary:
+    """A task and the metric by which its arms are compared: the mean credit over its test items.
+
+    In words it is the task's title, "AQI accuracy" or "GSM8K exact match", whose first word serves where there is
+    little room: Δ AQI, Δ GSM8K. Keys of files that programs read say `score` and `delta_score`, whatever the task; only
+    the air quality task keeps the keys that it had before there were others.
+    """
+
+    task: str
+    title: str
+    metric: str
+
+    @property
+    def air(self) -> bool:
+        """Whether this is the air quality task, whose index shares its letters with another one."""
+        return self.task == FIRST.task
+
+    @property
+    def short(self) -> str:
+        return (self.title.split() or [self.title])[0].rstrip(",;:")
+
+    @property
+    def long(self) -> str:
+        return "AQI category accuracy" if self.air else self.title
+
+    @property
+    def key(self) -> str:
+        return "aqi_accuracy" if self.air else "score"
+
+    @property
+    def delta_key(self) -> str:
+        return "delta_aqi" if self.air else "delta_score"
+
+    def against_key(self, arm: str) -> str:
+        return f"{'aqi' if self.air else 'score'}_against_{arm}"
+
+
+FIRST = Primary("aqi", "AQI accuracy", "aqi_category_accuracy")
+"""The air quality task's; as db.records has it, which takes pydantic's time to import."""
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One arm on one of the tasks that were ever scored; score in percent."""
+
+    task: str
+    title: str
+    metric: str
+    arm: str
+    seeds: tuple[int, ...]
+    score: float | None
+    interval: Interval | None
+    to_base: Difference | None  # difference from the base; None for the base, and where they cannot be compared
+    to_baseline: Difference | None  # difference from the arm in `baseline`, likewise
+    baseline: str
+    ended: datetime  # end of the last evaluation, UTC
+    current: bool
+
+    @property
+    def outcome(self) -> str:
+        """What may be said against the base and against the baseline; empty for the base itself."""
+
+        def word(against: str, found: Difference | None) -> str:
+            if found is None:
+                return f"not comparable with {against}"
+            return f"undecided against {against}" if found.outcome == "undecided" else f"{found.outcome} than {against}"
+
+        if self.arm == BASE:
+            return ""
+        other = [(self.baseline, self.to_baseline)] if self.baseline not in (BASE, self.arm) else []
+        return "; ".join(word(against, found) for against, found in [(BASE, self.to_base), *other])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    rows: tuple[ArmRow, ...]  # base first, the baseline next
+    outcomes: tuple[str, ...]  # a sentence for each arm but the base
+    notes: tuple[str, ...]  # what limits the reading
+    units: Mapping[str, tuple[str, str, str]]  # metric name → (unit, better direction, description)
+    runs: tuple[dict[str, Any], ...]  # where each number comes from, one mapping for each run
+    precisions: tuple[PrecisionRow, ...] = ()  # each arm's model in other precisions, in the order of `rows`
+    served: tuple[ServedRow, ...] = ()
+    phases: tuple[PhaseRow, ...] = ()
+    criteria: tuple[Criterion, ...] = ()
+    # what it would take to see 1, 2 and 3 points, for each arm and what it is compared with
+    power: tuple[PowerRow, ...] = ()
+    baseline: str = BASELINE  # the arm that the others are compared with besides the base
+    filters: str = ""
+    primary: Primary = FIRST
+    tasks: tuple[TaskRow, ...] = ()  # all tasks in the database, arm by arm; the newest task first
+    task_notes: tuple[str, ...] = ()  # which runs of them are left out, and why
+    # whether an arm's separation index differs from the base's, a sentence for each arm with a difference
+    alignment: tuple[str, ...] = ()
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return tuple(row.arm for row in self.rows)
+
+    @property
+    def trained(self) -> tuple[ArmRow, ...]:
+        return tuple(row for row in self.rows if row.arm != BASE)
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((BASE, self.baseline)))
+
+    def has(self, split: str, name: str) -> bool:
+        return any((split, name) in row.metrics for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Report:
+    comparison: Comparison
+    results: Results
+
+
+def load_report(
+    url_or_path: str | Path, choice: Choice | None = None, baseline: str | None = None, *, detail: bool = False
+) -> Report:
+    """Compare the arms in a database, by default all runs of the task on the disk, with base and baseline_lora.
+
+    `detail` reads what the long reports show besides: curves, layers, files, answers.
+
+    Raises:
+        DatabaseMissingError: No database, or no finished run in it that was chosen.
+        DatabaseError: The database cannot be read.
+        ChoiceError: No run has a name that was chosen.
+    """
+    choice = choice or Choice()
+    with open_session(url_or_path) as session:
+        runs = queries.finished_runs(session)
+        _check(runs, choice, baseline)
+        against = baseline or BASELINE
+        # What is compared with stays.
+        wanted = replace(choice, arms={*choice.arms, against}) if choice.arms else choice
+        results = read(session, runs, wanted, detail=detail)
+    if not results.runs:
+        came = "a database without any" if choice == Choice() else "none that fits all filters"
+        raise DatabaseMissingError(f"finished runs in {url_or_path}", came, "run `dvc repro`, which makes them")
+    return Report(compare(results, against, _filters(choice, against)), results)
+
+
+def _check(runs: Sequence[RunFacts], choice: Choice, baseline: str | None) -> None:
+    tasks = [task.name for task in queries.tasks_of(runs)]
+    if tasks and choice.task is not None and choice.task not in tasks:  # of a task that nobody has, no arm is known
+        raise ChoiceError(next(iter(_unknown("task", [choice.task], tasks))))
+    known, _ = queries.choose(runs, Choice(task=choice.task))
+    if not known:
+        return
+    problems = [
+        *_unknown("arm", [*choice.arms, *([] if baseline is None else [baseline])], {run.arm for run in known}),
+        *_unknown("seed", map(str, choice.seeds), map(str, sorted({run.seed for run in known}))),
+        *_unknown("backend", choice.backends, {run.backend_name for run in known}),
+    ]
+    if problems:
+        raise ChoiceError("\n".join(problems))
+
+
+def _unknown(kind: str, names: Iterable[str], known: Iterable[str]) -> Iterable[str]:
+    known = sorted(known) if isinstance(known, set) else list(known)
+    for name in dict.fromkeys(names):
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f"did you mean {close[0]!r}? " if close else ""
+            yield f"expected the {kind} of a finished run; came: {name!r}. {meant}Available: {', '.join(known)}"
+
+
+def _filters(choice: Choice, baseline: str) -> str:
+    parts = []
+    if choice.arms:
+        others = sorted({*choice.arms} - {BASE, baseline})
+        parts.append("arms " + ", ".join(dict.fromkeys((BASE, baseline, *others))))
+    if choice.seeds:
+        parts.append(f"seeds {', '.join(map(str, sorted(choice.seeds)))} of the trained arms")
+    if choice.backends:
+        parts.append(f"backends {', '.join(sorted(choice.backends))}")
+    return f"Only {'; '.join(parts)}: other runs are left out" if parts else ""
+
+
+def compare(results: Results, baseline: str = BASELINE, filters: str = "") -> Comparison:
+    """Judge the runs of the task in question, and score the arms of all others beside it."""
+    sides = {task.name: side_by_side(results, results.chosen[task.name], baseline) for task in results.tasks}
+    own = sides[results.task or ""]
+    by_arm = {row.arm: [run for run in results.runs if run.arm == row.arm] for row in own.rows}
+    first = results.runs[0]
+    primary = Primary(first.task, first.task_title, first.primary_metric)
+    left_out = {name: _left_out(name, counts) for name, counts in results.left_out.items()}
+    return Comparison(
+        rows=own.rows,
+        outcomes=tuple(outcome_line(row, baseline) for row in own.rows if row.arm != BASE),
+        notes=(*_notes(own.rows, results, primary), *left_out[primary.task]),
+        units=results.units,
+        runs=tuple(_provenance(results, run) for runs in by_arm.values() for run in runs),
+        precisions=tuple(row for runs in by_arm.values() for row in precision_rows(results, runs)),
+        served=tuple(row for runs in by_arm.values() for run in runs for row in served_rows(results, run)),
+        phases=tuple(row for runs in by_arm.values() for row in phase_rows(runs, results.timings)),
+        criteria=tuple(
+            criterion
+            for row in own.rows
+            if row.arm != BASE
+            for criterion in judge_arm(row, baseline, own.changes[row.arm], short=primary.short, title=primary.title)
+        ),
+        power=tuple(row for (arm, _), pairs in own.pairs.items() for row in power_rows(arm, pairs)),
+        baseline=baseline,
+        filters=filters,
+        primary=primary,
+        tasks=tuple(_task_rows(results, sides, baseline)),
+        task_notes=tuple(note for notes in left_out.values() for note in notes),
+        alignment=tuple(sentence for row in own.rows if (sentence := alignment_line(row))),
+    )
+
+
+def _task_rows(results: Results, sides: Mapping[str, SideBySide], baseline: str) -> Iterable[TaskRow]:
+    for task in results.tasks:
+        for row in sides[task.name].rows:
+            yield TaskRow(
+                task=task.name,
+                title=task.title,
+                metric=task.primary_metric,
+                arm=row.arm,
+                seeds=row.seeds,
+                score=row.accuracy,
+                interval=row.accuracy_interval,
+                to_base=row.against(BASE),
+                to_baseline=row.against(baseline) if baseline != BASE else None,
+                baseline=baseline,
+                ended=max(run.ended for run in results.chosen[task.name] if run.arm == row.arm),
+                current=task.current,
+            )
+
+
+def _provenance(results: Results, run: RunFacts) -> dict[str, Any]:
+    place = results.environments[run.environment_id]
+    return {
+        "arm": run.arm,
+        "seed": run.seed,
+        "run_key": run.run_key,
+        "git_commit": run.git_commit,
+        "git_dirty": run.git_dirty,
+        "backend": f"{run.backend_name} {run.backend_version}",
+        "serving_mode": run.serving_mode,
+        "device": f"{run.device_class}: {place.device_name or 'unnamed'}",
+        "platform": place.platform,
+        "python": place.python,
+        "packages": dict(sorted(place.packages.items())),
+        "test_items_sha256": run.test_items_sha256,
+        "started": run.started.isoformat(),
+        "ended": run.ended.isoformat(),
+    }
+
+
+# Outcomes in words
+
+
+def outcome_line(row: ArmRow, baseline: str) -> str:
+    return f"{row.arm}: {'; '.join(clause for _, clause in clauses(row, baseline))}."
+
+
+def clauses(row: ArmRow, baseline: str) -> list[tuple[Difference | None, str]]:
+    found: list[tuple[Difference | None, str]] = [(one, in_words(one)) for one in row.differences]
+    if row.against(BASE) is None:
+        found.insert(0, (None, "not comparable with base: no base run with the same items and backend"))
+    if row.against(baseline) is None and baseline not in (row.arm, BASE):
+        found.append((None, f"not comparable with {baseline}: no run of it with the same seed, items and backend"))
+    return found
+
+
+def in_words(difference: Difference) -> str:
+    points, alone = difference.points, difference.items_only
+    estimate, *bounds = (
+        f"{value:+z.1f}" for value in (points.estimate, points.low, points.high, alone.low, alone.high)
+    )
+    numbers = f"{estimate} points, 95% interval [{bounds[0]}, {bounds[1]}], {difference.items} items"
+    if difference.seeds > 1:
+        numbers += f" and {difference.seeds} seeds; over items alone [{bounds[2]}, {bounds[3]}]"
+    else:
+        numbers += ", one seed: others may differ"
+    if difference.outcome != "undecided":
+        return f"significantly {difference.outcome} than {difference.against} ({numbers}; p = {difference.p_holm:.2g})"
+    if points.crosses_zero:
+        return f"undecided against {difference.against} ({numbers}; the interval contains zero)"
+    if difference.p_value >= ALPHA:
+        why = f"too few items differ: p = {difference.p_value:.2g}"
+    else:
+        why = f"not after the correction for several arms: p = {difference.p_holm:.2g}"
+    side = "better" if points.low > 0 else "worse"
+    return f"not shown to be {side} than {difference.against} ({numbers}; {why})"
+
+
+def alignment_line(row: ArmRow) -> str:
+    """Whether an arm's separation index differs from the base's; empty where no difference was measured.
+
+    Seeds share prompts and base, so their p-values depend on each other: twice their mean is a p-value whatever the
+    dependence is (Rüschendorf 1982; Vovk & Wang 2020).
+    """
+    seeds = sum(measured.delta is not None for measured in row.alignment)
+    delta, mean_p = (row.metrics.get(("alignment", f"delta_alignment_{name}")) for name in ("index", "p_value"))
+    if not seeds or delta is None:
+        return ""
+    several = f"{seeds} seeds" if seeds > 1 else "1 seed"
+    if mean_p is None or not math.isfinite(mean_p):
+        why = "no p-value was measured, see stage measure" if mean_p is None else "not finite for every seed"
+        return f"{row.arm}: not judged against base: {why} ({several})."
+    p_value = mean_p if seeds == 1 else min(1.0, 2 * mean_p)
+    if p_value > ALPHA:
+        outcome = "undecided against base"
+    elif len({measured.delta.estimate > 0 for measured in row.alignment if measured.delta is not None}) > 1:
+        outcome = "changed against base, but the seeds disagree about the direction"
+    else:
+        outcome = f"significantly {'further apart' if delta > 0 else 'closer together'} than in base"
+    return f"{row.arm}: {outcome}, p = {p_value:.2g} ({several}, over prompts alone)."
+
+
+# Notes
+
+
+def _notes(rows: Sequence[ArmRow], results: Results, shown: Primary) -> Iterable[str]:
+    yield from _of_tasks(shown, results.on_disk)
+    trained = [row for row in rows if row.arm != BASE]
+    if trained:
+        told = (
+            "Δ speed: median over the paired repetitions of all seeds, against the base timed in the same process, not "
+            "against the base's own row."
+        )
+        modes = {run.serving_mode for run in results.runs if run.arm != BASE}
+        if "merged" in modes:
+            told += (
+                " Merged LoRA models of one shape decode equally fast, so differences between them are noise of the "
+                "machine."
+            )
+        if "adapter" in modes:
+            told += " An adapter beside the base is arithmetic of its own at every token, which costs time."
+        yield told
+    if any(row.delta_speed is not None and row.delta_speed_interval is None for row in trained):
+        yield "Δ speed without an interval: fewer than six paired repetitions give none of 95%."
+    yield from _of_differences([difference for row in rows for difference in row.differences])
+    for row in rows:
+        yield from (f"{row.arm} seed {p.seed}: {p.verdict}: {p.reason}" for p in row.probes if not p.as_claimed)
+    if any(run.git_dirty for run in results.runs):
+        yield "Some stages ran on changed files (dirty): those numbers have no commit of their own."
+    bad = [row.arm for row in rows if any(not math.isfinite(value) for value in row.metrics.values())]
+    if bad:
+        yield f"Some metrics of {', '.join(bad)} could not be computed (not finite)."
+
+
+def _of_tasks(shown: Primary, on_disk: Sequence[str]) -> Iterable[str]:
+    if shown.task not in on_disk:
+        there = f"which are of {' and '.join(on_disk)}" if on_disk else "of which none is finished"
+        yield (
+            f"Not the results on the disk, {there}: shown is, from the database, the latest finished run of each arm "
+            f"and seed of {shown.task}."
+        )
+    elif len(on_disk) > 1:
+        yield (
+            f"The results on the disk are of several tasks ({', '.join(on_disk)}), as while one replaces another: "
+            f"shown are those of {shown.task} alone."
+        )
+
+
+def _of_differences(differences: Sequence[Difference]) -> Iterable[str]:
+    levels = {difference.level for difference in differences}
+    if "seeds and items" in levels:
+        yield (
+            "Differences over several seeds: the interval and the p-value are about other seeds and other items "
+            "(crossed random effects, Student's t); the interval over items alone treats these seeds as the only ones."
+        )
+    if "items" in levels:
+        exact = all(difference.binary for difference in differences if difference.level == "items")
+        test = "McNemar's exact test" if exact else "a paired randomization test (signs flipped)"
+        yield f"Differences of one seed: bootstrap over items and {test}; nothing is known of other seeds."
+    if not all(difference.binary for difference in differences):
+        yield "Answers get credit from 0 to 1, not only right or wrong; the numbers are means of it, in percent."
+    if any(difference.seeds == 2 for difference in differences):
+        yield "With two seeds intervals are wider than need be: two hardly tell how much seeds vary."
+
+
+def _left_out(task: str, counts: Mapping[str, int]) -> list[str]:
+    if not counts:
+        return []
+    told = ", ".join(f"{count} of {arm}" for arm, count in counts.items())
+    return [
+        f"Finished runs of {task} that are left out: {told}. They have another base (models/base.json: the model, its "
+        "place, its prompt template) than the newest run, or other settings or data of training than the newest run of "
+        "their arm, so they are no seeds of one arm."
+    ]

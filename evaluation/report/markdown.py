@@ -1,0 +1,65 @@
+"""The report as Markdown; cells may hold anything, a model's own words too."""
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from db.files import write_text
+from evaluation.report.blocks import Block, Cards, Cell, Details, Table, Text
+from evaluation.report.comparison import Report
+from evaluation.report.sections import TITLE, all_tasks, byline, sections
+
+_BOUNDS = r"\[[-+\d., %]+\](?![(\[:])"
+"""Numbers in brackets that no link follows, such as an interval."""
+_INNER_UNDERSCORE = r"(?<=[^\W_])_(?=[^\W_])"
+"""Within a word, as in a model's name, it means nothing to Markdown."""
+_SPECIAL = re.compile(rf"{_BOUNDS}|{_INNER_UNDERSCORE}|(?P<escaped>[\\`*_\[\]|~])")
+
+
+def write_markdown(path: str | Path, report: Report) -> None:
+    write_text(Path(path), as_markdown(report))
+
+
+def as_markdown(report: Report) -> str:
+    parts = [f"# {TITLE}", escaped(byline(report))]
+    for section in sections(report):
+        shown = list(_blocks(section.blocks))
+        parts += [f"## {escaped(section.title)}", *shown] if shown else []
+    return "\n\n".join(parts) + "\n"
+
+
+def tasks_as_markdown(report: Report) -> str:
+    return "\n\n".join(["# All data sets in this database", *_blocks(all_tasks(report.comparison))]) + "\n"
+
+
+def escaped(text: object) -> str:
+    """One line that shows the text as it is: no markup, no HTML, no link, no end of its cell."""
+    line = html.escape(" ".join(str(text).split()), quote=False)
+    return _SPECIAL.sub(lambda found: f"\\{found[0]}" if found["escaped"] else found[0], line)
+
+
+def grid(headers: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [list(map(escaped, row)) for row in (headers, *lines)]
+    rows.insert(1, ["---"] * len(headers))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _blocks(blocks: Iterable[Block]) -> Iterable[str]:
+    for block in blocks:
+        if isinstance(block, Text):
+            yield f"- {escaped(block.text)}" if block.style == "note" else escaped(block.text)
+        elif isinstance(block, Table):
+            yield f"{escaped(block.caption)}:"
+            yield grid(block.headers, [list(map(_words, row)) for row in block.rows])
+        elif isinstance(block, Cards):
+            for arm, facts in block.cards.items():
+                yield "\n".join(f"- {escaped(f'{arm}: {fact.sentence}')}" for fact in facts)
+        elif isinstance(block, Details):
+            inner = list(_blocks(block.blocks))
+            yield from [f"### {escaped(block.summary)}", *inner] if inner else []
+
+
+def _words(cell: Cell) -> str:
+    hint = "; ".join(cell.hint.splitlines())
+    return f"{cell.text} ({hint})" if hint else cell.text

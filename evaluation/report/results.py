@@ -1,0 +1,127 @@
+"""Everything a report is made from, read from the database in one go."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import Row, and_, or_, select
+from sqlalchemy.orm import Session
+
+from db import queries
+from db.queries import Choice, RunFacts, TaskFacts, of_runs
+from db.records import FINAL_STEP, join_value
+from db.tables import (
+    Artifact,
+    Environment,
+    LayerMetric,
+    Metric,
+    MetricDef,
+    Probe,
+    Quantization,
+    QuantizedSample,
+    Run,
+    Sample,
+    Spectrum,
+    Speed,
+    Verification,
+)
+
+Key = tuple[str, str]
+"""Split and name of a metric."""
+Rows = Mapping[int, Sequence[Row[Any]]]
+"""Run id → rows of a table; the columns are explained in `db.tables`."""
+_LAYER_NUMBERS = {
+    "probe": ("angle", "cos_raw_step", "cos_raw_inner", "lr_ratio"),
+    "grit": ("effective_rank_a", "effective_rank_g", "kept_rank", "rank"),
+    "weights": ("rank",),
+}
+"""Split → names of the numbers of layers that are drawn."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The chosen runs and what is known of them, by run id; numbers may be NaN or infinite."""
+
+    task: str | None  # the one that is compared; None where there is no run at all
+    tasks: tuple[TaskFacts, ...]  # all that have finished runs, newest first
+    on_disk: tuple[str, ...]  # names of the tasks of all current runs
+    chosen: Mapping[str, Sequence[RunFacts]]  # task → its chosen runs, base first, then by arm and seed
+    # task → arm → number of runs of another base model, or other settings or data of training
+    left_out: Mapping[str, Mapping[str, int]]
+    metrics: Mapping[int, Mapping[Key, float]]  # numbers of the finished run, parity shares included (split `parity`)
+    answers: Mapping[int, Mapping[str, float]]  # item id → credit of the test items, from 0 to 1
+    retained: Mapping[int, Mapping[str, float]]  # the same of the retention items
+    timings: Rows  # phases of the run's own arm and of the base beside it that were timed
+    readings: Mapping[int, Mapping[str, Row[Any]]]  # name → what the probe read over the whole run
+    quantizations: Rows
+    quantized_answers: Mapping[int, Mapping[str, Mapping[str, float]]]  # precision → item id → credit
+    verifications: Rows
+    environments: Mapping[int, Environment]
+    units: Mapping[str, tuple[str, str, str]]  # metric name → (unit, better direction, description)
+    # (run id, split train or eval) → (optimizer step, loss in nats per token). This and what follows are there for the
+    # long reports alone, and of the task that is compared
+    curves: Mapping[tuple[int, str], Sequence[tuple[int, float]]]
+    layers: Rows
+    spectra: Rows
+    artifacts: Rows
+    samples: Rows
+    first_differences: Mapping[int, Mapping[str, Any]]  # the first prompt on which a run's export answered differently
+
+    @property
+    def runs(self) -> Sequence[RunFacts]:
+        return self.chosen.get(self.task or "", ())
+
+
+def read(session: Session, runs: Sequence[RunFacts], choice: Choice, *, detail: bool = False) -> Results:
+    """Read everything about the chosen ones of all finished `runs`, of every task."""
+    tasks = queries.tasks_of(runs)
+    task = choice.task or queries.task_on_disk(runs)
+    picked = {one.name: queries.choose(runs, replace(choice, task=one.name)) for one in tasks}
+    ids = [run.id for found, _ in picked.values() for run in found]
+    own = [run.id for run in picked[task][0]] if task in picked else []
+    long = own if detail else []
+    metrics = of_runs(session, Metric, ids, Metric.step == FINAL_STEP)
+    credit = of_runs(session, Sample, ids, names=("split", "item_id", "credit"))
+    readings = of_runs(session, Probe, ids, Probe.layer == "", Probe.step == FINAL_STEP)
+    quantized: dict[int, dict[str, dict[str, float]]] = {}
+    for run_id, rows in of_runs(session, QuantizedSample, own, names=("type", "item_id", "credit")).items():
+        for row in rows:
+            quantized.setdefault(run_id, {}).setdefault(row.type, {})[row.item_id] = row.credit
+    curves: dict[tuple[int, str], list[tuple[int, float]]] = {}
+    for run_id, rows in of_runs(session, Metric, long, Metric.step != FINAL_STEP, Metric.name == "loss").items():
+        for row in sorted(rows, key=lambda row: int(row.step)):
+            curves.setdefault((run_id, row.split), []).append((row.step, join_value(row.value, row.value_kind)))
+    drawn = (and_(LayerMetric.split == split, LayerMetric.name.in_(names)) for split, names in _LAYER_NUMBERS.items())
+    first = select(Run.id, Run.parity_first_difference).where(Run.id.in_(long))
+    meanings = session.scalars(select(MetricDef))
+    return Results(
+        task=task,
+        tasks=tuple(tasks),
+        on_disk=tuple(sorted({run.task for run in runs if run.is_current})),
+        chosen={name: tuple(found) for name, (found, _) in picked.items()},
+        left_out={name: left for name, (_, left) in picked.items()},
+        metrics={
+            run_id: {(row.split, row.name): join_value(row.value, row.value_kind) for row in rows}
+            for run_id, rows in metrics.items()
+        },
+        answers=_credit(credit, "test"),
+        retained=_credit(credit, "retention"),
+        timings=of_runs(session, Speed, ids, Speed.nanoseconds.is_not(None)),
+        readings={run_id: {row.name: row for row in rows} for run_id, rows in readings.items()},
+        quantizations=of_runs(session, Quantization, own),
+        quantized_answers=quantized,
+        verifications=of_runs(session, Verification, own),
+        environments={place.id: place for place in session.scalars(select(Environment))},
+        units={one.name: (one.unit, one.direction, one.description) for one in meanings},
+        curves=curves,
+        layers=of_runs(session, LayerMetric, long, or_(*drawn)),
+        spectra=of_runs(session, Spectrum, long),
+        artifacts=of_runs(session, Artifact, long),
+        samples=of_runs(session, Sample, long),
+        first_differences={run_id: found for run_id, found in session.execute(first) if found},
+    )
+
+
+def _credit(rows: Rows, split: str) -> dict[int, dict[str, float]]:
+    found = {run_id: {row.item_id: row.credit for row in own if row.split == split} for run_id, own in rows.items()}
+    return {run_id: credit for run_id, credit in found.items() if credit}

@@ -1,0 +1,870 @@
+"""The report: one list of sections, which every renderer lays out. What was not measured has no section."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from db.queries import BASE
+from evaluation.report.arms import CLUSTER_INDICES, RETENTION, AlignmentRow, ArmRow
+from evaluation.report.blocks import (
+    TONES,
+    Block,
+    Cards,
+    Cell,
+    Chart,
+    Dataset,
+    Details,
+    Fact,
+    Panel,
+    Section,
+    Table,
+    Text,
+    arm_cell,
+)
+from evaluation.report.browser import samples
+from evaluation.report.comparison import Comparison, Report, TaskRow, clauses
+from evaluation.report.criteria import GAIN, KEPT, Criterion
+from evaluation.report.results import Key
+from evaluation.report.serving import PHASES, PhaseRow, PrecisionRow, ServedRow
+from evaluation.report.text import interval, listed, number, percent, seeds_text, significant
+from evaluation.report.training import loss, probes, spectra
+from evaluation.statistics.differences import Difference
+from evaluation.statistics.intervals import LEVEL, MOST_EXACT, Interval
+from evaluation.statistics.power import PowerRow
+
+TITLE = "Which way of fine-tuning is better, and how sure is that?"
+_MOST_SEEDS = 10
+"""Differences listed seed by seed; of more seeds the smallest and the largest."""
+_METHOD = ("Δ speed:", "Differences over several seeds:")
+"""How notes begin that explain a method; all others limit what these data show."""
+_SHORT = 12
+"""Characters of a hash that are shown."""
+_ROUNDS_TO_ZERO = 0.05
+"""Points below which a change is written as 0.0, which says no more than no change."""
+
+
+def sections(report: Report) -> tuple[Section, ...]:
+    comparison = report.comparison
+    found = (
+        findings(comparison),
+        arms_compared(comparison),
+        power(comparison),
+        loss(report),
+        probes(report),
+        spectra(report),
+        retention(report),
+        alignment(comparison),
+        speed(comparison),
+        parity(report),
+        served(comparison),
+        precisions(comparison),
+        files(report),
+        tasks(comparison),
+        samples(report),
+        provenance(report),
+    )
+    return tuple(section for section in found if section is not None)
+
+
+def byline(report: Report) -> str:
+    comparison, runs = report.comparison, report.results.runs
+    seeds: dict[str, list[int]] = {}
+    for run in runs:
+        if run.arm != BASE:
+            seeds.setdefault(run.arm, []).append(run.seed)
+    parts = [f"{len(seeds)} arm{'' if len(seeds) == 1 else 's'}"]
+    told = {arm: seeds_text(own) for arm, own in seeds.items()}
+    if len({tuple(sorted(own)) for own in seeds.values()}) > 1:
+        parts[0] += f": {', '.join(f'{arm} ({words})' for arm, words in told.items())}"
+    elif told:
+        parts[0] += f" with {next(iter(told.values()))}"
+    if BASE in comparison.arms:
+        parts.append("the untouched base")
+    ended = max(run.ended for run in runs)
+    text = " and ".join(parts) + f", evaluated until {ended:%Y-%m-%d %H:%M} UTC."
+    text += f" Task: {comparison.primary.task}, judged by {comparison.primary.long}."
+    if comparison.filters:
+        text += f" {comparison.filters}; corrections for several arms count these alone."
+    commits = sorted({run.git_commit[:10] for run in runs if run.git_commit})
+    if commits:
+        text += f" Commit {', '.join(commits)}."
+    if any(run.git_dirty for run in runs):
+        text += " Some stages ran on changed files."
+    return text
+
+
+# What was found
+
+
+def findings(comparison: Comparison) -> Section:
+    if not comparison.trained:
+        nothing = Text("No arm besides the base has been scored yet, so there is nothing to compare.")
+        return Section("Findings", (nothing,), brief=2)
+    told = {f"{row.arm} seed {probe.seed}: {probe.verdict}: " for row in comparison.rows for probe in row.probes}
+    notes = [note for note in comparison.notes if ": ".join([*note.split(": ")[:2], ""]) not in told]
+    blocks: list[Block] = [Text(part, "lead") for part in headline(comparison)]
+    blocks += [Text(note, "note") for note in notes if not note.startswith(_METHOD)]
+    blocks += [Cards({row.arm: _facts(row, comparison.baseline) for row in comparison.trained})]
+    blocks += _criteria(comparison)
+    if methods := tuple(Text(note, "note") for note in notes if note.startswith(_METHOD)):
+        blocks.append(Details("How to read the numbers", methods))
+    return Section("Findings", tuple(blocks), brief=2)
+
+
+def headline(comparison: Comparison) -> list[str]:
+    """Paragraphs: what holds against the baseline, what against the base, and what speaks against the arms."""
+    title, found = comparison.primary.title, []
+    for against in reversed(comparison.references):
+        groups: dict[tuple[str, bool, int, int], list[tuple[str, Difference]]] = {}
+        for row in comparison.trained:
+            if d := row.against(against):
+                key = (d.outcome, d.points.crosses_zero, d.items, d.seeds)
+                groups.setdefault(key, []).append((row.arm, d))
+        order = ["better", "worse", "undecided"]
+        ordered = sorted(groups.items(), key=lambda item: order.index(item[0][0]))
+        found.append(" ".join(_sentence(group, against, title) for _, group in ordered))
+    found.append(" ".join(_not_compared(comparison)))
+    found.append(" ".join(filter(None, map(_unclaimed, comparison.trained))))
+    return [paragraph for paragraph in found if paragraph]
+
+
+def _sentence(group: Sequence[tuple[str, Difference]], against: str, title: str) -> str:
+    first = group[0][1]
+    names, one = listed(arm for arm, _ in group), len(group) == 1
+    seeds = f"{first.seeds} seeds" if first.seeds > 1 else "1 seed, another may differ"
+    data = f"({first.items:,} items, {seeds})"
+    numbers = listed(interval(d.points, sign=True) for _, d in group)
+    if first.outcome == "undecided":
+        if first.points.crosses_zero:
+            start = f"Whether {names} {'is' if one else 'are'} better or worse than {against} is undecided:"
+        else:
+            p_values = listed(f"{d.p_holm:.2g}" for _, d in group)
+            verb = "differs" if one else "differ"
+            start = f"That {names} {verb} from {against} is not shown, since it may be chance (p = {p_values}):"
+        return f"{start} {numbers} points with {'a 95% interval' if one else '95% intervals'} {data}."
+    if one:
+        word = "beats" if first.outcome == "better" else "is worse than"
+        low, high = map(number, sorted((abs(first.points.low), abs(first.points.high))))
+        by = number(abs(first.points.estimate))
+        return f"{names} {word} {against} by {by} points of {title}, 95% interval {low} to {high} {data}."
+    word = "beat" if first.outcome == "better" else "are worse than"
+    return f"{names} {word} {against}: {numbers} points of {title} with 95% intervals {data}."
+
+
+def _not_compared(comparison: Comparison) -> Iterable[str]:
+    for against in reversed(comparison.references):
+        alone = [row.arm for row in comparison.trained if row.arm != against and row.against(against) is None]
+        if alone:
+            why = f"no run of {against} has the same {'' if against == BASE else 'seed, '}items and backend"
+            if against not in comparison.arms:
+                why = f"there is no run of {against} here"
+            yield f"{listed(alone)} {'is' if len(alone) == 1 else 'are'} not compared with {against}: {why}."
+
+
+def _unclaimed(row: ArmRow) -> str:
+    """What the probes say against an arm's claim; empty where all agree with it or none ran."""
+    wrong = [probe for probe in row.probes if not probe.as_claimed]
+    if not wrong:
+        return ""
+    words = listed(dict.fromkeys(probe.verdict for probe in wrong))
+    return f"{row.arm} did not train as it claims: the probe found {words} ({seeds_text(p.seed for p in wrong)})."
+
+
+def _facts(row: ArmRow, baseline: str) -> tuple[Fact, ...]:
+    """What the probes say against the arm, then one fact for each arm that it ought to be compared with."""
+    wrong: dict[str, list[int]] = {}
+    for probe in row.probes:
+        if not probe.as_claimed:
+            wrong.setdefault(probe.verdict, []).append(probe.seed)
+    reasons = {probe.verdict: probe.reason.rstrip(".") for probe in reversed(row.probes)}
+    facts = [
+        Fact("✗", "bad", f"not as claimed: the probe found {verdict}, {seeds_text(seeds)}: {reasons[verdict]}.")
+        for verdict, seeds in wrong.items()
+    ]
+    for d, clause in clauses(row, baseline):
+        outcome = d.outcome if d else "undecided"
+        facts.append(Fact({"better": "▲", "worse": "▼", "undecided": "◇"}[outcome], TONES[outcome], f"{clause}."))
+    return tuple(facts)
+
+
+def _criteria(comparison: Comparison) -> list[Block]:
+    judged = {(c.name, c.threshold, c.arm): c for c in comparison.criteria}
+    arms = [row.arm for row in comparison.trained]
+
+    def named(name: str) -> str:  # not every task's primary metric is an accuracy
+        return name if comparison.primary.air or name != GAIN else "gain"
+
+    rows = [
+        (
+            Cell(named(name), hint=threshold + (", points" if unit == "points" else "")),
+            *(_outcome(judged.get((name, threshold, arm))) for arm in arms),
+        )
+        for name, threshold, unit in dict.fromkeys((c.name, c.threshold, c.unit) for c in comparison.criteria)
+    ]
+    reasons = [
+        (named(c.name), arm_cell(c.arm), Cell(c.outcome, tone=TONES[c.outcome]), c.why) for c in comparison.criteria
+    ]
+    why = "Why each criterion was judged so"
+    return [
+        Table("Success criteria: pass or fail only where the whole 95% interval is on one side",
+              ("Criterion", *arms), rows, frozenset(range(1, len(arms) + 1))),
+        Details(why, (Table(why, ("Criterion", "Arm", "Outcome", "Why"), reasons, frozenset({1, 2, 3})),)),
+    ]  # fmt: skip
+
+
+def _outcome(criterion: Criterion | None) -> Cell:
+    if criterion is None:
+        return Cell("–")
+    estimate = criterion.estimate
+    if estimate is None:
+        hint = "not comparable" if criterion.unit == "points" else "not measured"
+    else:  # a share of what the base knows is no change, so it has no sign
+        hint = interval(estimate, sign=criterion.name != KEPT)
+        if criterion.confidence < 100 * LEVEL:
+            hint += f"\n{_confidence(criterion.confidence)}"
+    return Cell(criterion.outcome, tone=TONES[criterion.outcome], hint=hint)
+
+
+def _confidence(confidence: float) -> str:
+    return f"{confidence:.0f}% interval" if confidence > 0 else "a single value"
+
+
+# The numbers behind it
+
+
+def arms_compared(comparison: Comparison) -> Section:
+    title, references = comparison.primary.title, comparison.references
+    against = [f"Δ to {arm}, points" for arm in references]
+    headers = ("Arm", f"{title}, %", *against, "Retention, %", "Decode, tokens/s", "Updates (probe)")
+    last = len(headers) - 1
+    table = Table(
+        "Arms compared with the untouched base: means over seeds, in brackets 95% intervals",
+        headers,
+        [_line(row, references) for row in comparison.rows],
+        words=frozenset({last}),
+        wide=frozenset({3}) if len(references) > 1 else frozenset(),
+    )
+    blocks: list[Block] = [panel] if (panel := _pictures(comparison)) else []
+    blocks += [table, *_differences(comparison), *_every_metric(comparison)]
+    return Section("Arms compared", tuple(blocks), brief=1)
+
+
+def _line(row: ArmRow, references: Iterable[str]) -> tuple[object, ...]:
+    speed = row.delta_speed_interval
+    change = f"Δ {interval(speed, sign=True) if speed else number(row.delta_speed, sign=True)} %"
+    wrong = any(not probe.as_claimed for probe in row.probes)
+    seeds = f"{len(row.seeds)} seed{'s' if len(row.seeds) > 1 else ''}"
+    share = row.retention_share_interval
+    return (
+        Cell(row.arm, arm=row.arm, hint=f"{row.model_name}\n{seeds}"),
+        _score(row.accuracy, row.accuracy_interval),
+        *(_against(row.against(arm)) for arm in references),
+        Cell(_score(row.retention, row.retention_interval), hint=f"keeps {number(share.estimate)} %" if share else ""),
+        Cell(number(row.decode_speed), hint="" if row.arm == BASE or row.delta_speed is None else change),
+        Cell(row.updates or "–", tone="bad" if wrong else "", hint="not as claimed" if wrong else ""),
+    )
+
+
+def _score(value: float | None, bounds: Interval | None) -> str:
+    return number(value) if bounds is None else interval(bounds)
+
+
+def _against(found: Difference | None) -> Cell:
+    if found is None:
+        return Cell("–")
+    tone = TONES[found.outcome] if found.outcome != "undecided" else ""
+    return Cell(interval(found.points, sign=True), tone=tone, hint=f"{found.outcome}\np = {found.p_holm:.2g}")
+
+
+def _pictures(comparison: Comparison) -> Panel | None:
+    data = Dataset(("kind", "against", "label", "arm", "seed", "low", "value", "high"))
+    levels = set()
+    for row in comparison.rows:
+        for d in row.differences:
+            levels.add(d.level)
+            start = (d.against, row.arm, row.arm)
+            data.add("interval", *start, "", d.points.low, d.points.estimate, d.points.high)
+            if d.level == "seeds and items":
+                data.add("inner", *start, "", d.items_only.low, d.items_only.estimate, d.items_only.high)
+            for seed, point in zip(d.seed_numbers, d.by_seed, strict=True) if len(d.by_seed) > 1 else ():
+                data.add("seed", *start, str(seed), None, point, None)
+    if not data.rows:
+        return None
+    title, arms = comparison.primary.title, tuple(row.arm for row in comparison.trained)
+    kinds = set(data.levels("kind"))
+    drawn = tuple(
+        Chart(
+            id=f"difference-{at}",
+            title=f"{title} minus that of {against}, points",
+            label=f"Difference of {title} from {against} in percentage points with 95% intervals, one line an arm",
+            draw="intervals",
+            options={"title": "points", "zero": True, "kinds": kinds,
+                     "lines": len({row[3] for row in data.rows if row[1] == against})},
+            where={"against": against},
+        )
+        for at, against in enumerate(data.levels("against"))
+    )  # fmt: skip
+    notes = []
+    if "seeds and items" in levels:
+        notes.append("The thin bars hold for other seeds and other items, the broad pale ones for other items only.")
+    if "items" in levels:
+        notes.append("With one seed an interval holds for other items only: other seeds may differ by more.")
+    if "seed" in kinds:
+        notes.append("Ticks are single seeds.")
+    notes.append("An interval that contains zero decides nothing.")
+    return Panel("differences", data, drawn, arms, note=" ".join(notes), legend=False)
+
+
+def _differences(comparison: Comparison) -> list[Block]:
+    found = [(row.arm, d) for row in comparison.rows for d in row.differences]
+    if not found:
+        return []
+    binary = all(d.binary for _, d in found)
+    test = "McNemar's exact test"
+    if not binary:
+        test = (
+            f"a paired randomization test of the mean (signs flipped in every way up to {MOST_EXACT} items that "
+            "differ, 10,000 times at random with more; McNemar's exact test where all answers are right or wrong)"
+        )
+    heads = (
+        "Arm", "Against", "Points [95%]", "Over items alone", "Level", "Items", "Seeds", "Seed by seed",
+        _gained_and_lost(binary), "p", "p (Holm)", "Outcome",
+    )  # fmt: skip
+    rows = [
+        (arm_cell(arm), d.against, interval(d.points, sign=True, digits=2), interval(d.items_only, sign=True, digits=2),
+         d.level, str(d.items), str(d.seeds), _seed_range(d), f"{d.gained}, {d.lost}", f"{d.p_value:.2g}",
+         f"{d.p_holm:.2g}", Cell(d.outcome, tone=TONES[d.outcome]))
+        for arm, d in found
+    ]  # fmt: skip
+    words = (
+        "The outcome rests on the interval [95%]: over seeds and items where there are several seeds, else over items. "
+        f"An interval over items alone treats these seeds as the only ones. p: {test} with one seed, Student's t over "
+        "seeds and items with several; Holm: corrected for several arms."
+    )
+    title = f"Paired differences of {comparison.primary.long}"
+    return [Details(title, (Text(words, "note"), Table(title, heads, rows, frozenset({1, 4, 7, 11}))))]
+
+
+def _gained_and_lost(binary: bool) -> str:
+    return "Gained, lost" if binary else "Items better, worse"
+
+
+def _seed_range(difference: Difference) -> str:
+    by_seed = sorted(zip(difference.by_seed, difference.seed_numbers, strict=True))
+    points = [f"{number(value, sign=True)} (seed {seed})" for value, seed in by_seed]
+    return f"{points[0]} to {points[-1]}" if len(points) > _MOST_SEEDS else ", ".join(points)
+
+
+def _every_metric(comparison: Comparison) -> list[Block]:
+    """Every final number of every arm; the parity of exports has a table of its own."""
+    rows = comparison.rows
+    keys = dict.fromkeys(key for row in rows for key in row.metrics if key[0] != "parity")
+    if not keys:
+        return []
+    lines = []
+    for split, name in keys:
+        unit, direction, meaning = comparison.units.get(name, ("–", "–", ""))
+        start = (Cell(name, title=meaning), split, unit, direction)
+        lines.append((*start, *(with_spread(row, (split, name)) for row in rows)))
+    table = Table(
+        "Every metric in its own unit: mean over seeds, in brackets the smallest and the largest of them",
+        ("Metric", "Split", "Unit", "Better", *comparison.arms),
+        lines,
+        frozenset({1, 2, 3}),
+    )
+    return [Details("Every metric", (table,))]
+
+
+def with_spread(row: ArmRow, key: Key) -> str:
+    """An arm's mean of a metric, and its range over the seeds where the written numbers differ."""
+    value = row.metrics.get(key)
+    ends = [significant(end) for end in row.ranges.get(key, ())]
+    known = value is not None and math.isfinite(value)  # of seeds that are not all finite there is no range
+    return f"{significant(value)} ({ends[0]} to {ends[1]})" if known and len({*ends}) > 1 else significant(value)
+
+
+def power(comparison: Comparison) -> Section | None:
+    found = {(row.arm, row.against, row.points): row for row in comparison.power}
+    if not found:
+        return None
+    sizes = sorted({points for _, _, points in found})
+    rows = []
+    for arm, against in dict.fromkeys((arm, against) for arm, against, _ in found):
+        known = [found[arm, against, points] for points in sizes]
+        rows.append((arm_cell(arm), against, f"{known[0].items_now:,}", str(known[0].seeds_now), *map(_needed, known)))
+    plural = [f"{points} point{'s' if points > 1 else ''}" for points in sizes]
+    headers = ("Arm", "Against", "Items now", "Seeds now", *(f"Items for {size}" for size in plural))
+    reasons = [(arm_cell(row.arm), row.against, str(row.points), row.why) for row in found.values()]
+    why = "What these numbers rest on"
+    return Section(
+        "How many items it would take",
+        (
+            Text(
+                "Test items that would show a true difference of that size with 80% power at α = 0.05, two-sided and "
+                "without the correction for several arms, with as many seeds as now. The numbers rest on the variation "
+                "seen here; with two or three seeds read them as orders of magnitude."
+            ),
+            Table("Test items needed to see a difference", headers, rows, frozenset({1})),
+            Details(why, (Table(why, ("Arm", "Against", "Points", "Why"), reasons, frozenset({1, 3})),)),
+        ),
+        brief=3,
+    )
+
+
+def _needed(row: PowerRow) -> Cell:
+    if row.items is not None:
+        return Cell(f"{row.items:,}")
+    return Cell("no number", hint=f"{row.seeds} seeds would" if row.seeds else "needs more seeds")
+
+
+# What the arms kept and what they changed
+
+Axis = tuple[Key, str, float]
+"""(split, name), title with unit, factor."""
+_KEPT: Axis = (RETENTION, "retention accuracy, %", 100)
+_PERPLEXITY: Axis = (("general", "perplexity"), "perplexity", 1)
+_NORM: Axis = (("weights", "update_norm"), "‖ΔW‖, Frobenius", 1)
+_EFFECTIVE: Axis = (("weights", "effective_rank"), "effective rank of ΔW", 1)
+_DRIFT: Axis = (("hidden", "drift_relative"), "drift of hidden states, ‖h − h₀‖ / ‖h₀‖", 1)
+_ZERO_FOR_BASE = {_NORM[0], _DRIFT[0]}
+"""The base has no update, so these are 0 by definition."""
+_UPDATES: Mapping[Key, str] = {
+    ("general", "perplexity"): "Perplexity",
+    ("general", "loss"): "Loss there, nats per token",
+    ("weights", "update_norm"): "‖ΔW‖",
+    ("weights", "update_norm_relative"): "‖ΔW‖ / ‖W‖",
+    ("weights", "effective_rank"): "Effective rank",
+    ("weights", "stable_rank"): "Stable rank",
+    ("weights", "rank"): "Rank",
+    ("hidden", "drift_relative"): "Drift",
+    ("hidden", "drift_cosine"): "1 − cosine",
+}
+
+
+def retention(report: Report) -> Section | None:
+    comparison = report.comparison
+    blocks = [block for block in (_scatters(report), _retained(comparison), _updates(comparison)) if block]
+    if not blocks:
+        return None
+    lead = "Retention is the accuracy on general tasks that no arm was trained on."
+    if comparison.has("general", "perplexity"):
+        lead += (
+            " Perplexity is of the texts that measure.text names: of the answers of the retention questions unless it "
+            "names others; the base's was measured with the adapter off."
+        )
+    return Section("Retention and forgetting", (Text(lead), *blocks))
+
+
+def _scatters(report: Report) -> Panel | None:
+    comparison, primary = report.comparison, report.comparison.primary
+    learnt: Axis = (("test", primary.metric), f"{primary.title}, %", 100)
+    pictures = {
+        "kept": ("What was learnt, what was kept", learnt, _KEPT),
+        "gain": ("Size of the update and what was learnt", _NORM, learnt),
+        "norm": ("Size of the update and retention", _NORM, _KEPT),
+        "rank": ("Effective rank of the update and retention", _EFFECTIVE, _KEPT),
+        "drift": ("Drift of hidden states and retention", _DRIFT, _KEPT),
+        "perplexity": ("Drift of hidden states and perplexity", _DRIFT, _PERPLEXITY),
+    }
+    data, drawn = Dataset(("chart", "arm", "seed", "x", "y")), []
+    missing: set[str] = set()
+    for key, (title, across, up) in pictures.items():
+        own: dict[tuple[str, int], tuple[float, float]] = {}
+        for run in report.results.runs:
+            known = report.results.metrics.get(run.id, {})
+            x = known.get(across[0], 0.0 if run.arm == BASE and across[0] in _ZERO_FOR_BASE else math.nan)
+            y = known.get(up[0], math.nan)
+            if math.isfinite(x) and math.isfinite(y):
+                own[run.arm, run.seed] = x * across[2], y * up[2]
+        if {arm for arm, _ in own} <= {BASE}:
+            continue
+        missing |= {*comparison.arms} - {arm for arm, _ in own}
+        for (arm, seed), point in own.items():
+            data.add(key, arm, str(seed), *point)
+        label = f"{title}: one point for each arm and seed; across {across[1]}, up {up[1]}"
+        options = {"x_title": across[1], "y_title": up[1]}
+        drawn.append(Chart(f"scatter-{key}", title, label, "scatter", options, where={"chart": key}))
+    if not drawn:
+        return None
+    note = (
+        "One point for each arm and seed; its shape says the same as its colour. The update and the drift of the "
+        "untouched base are 0."
+    )
+    if absent := [row.arm for row in comparison.trained if row.arm in missing]:
+        note += f" Not in every picture, since not measured or not finite: {', '.join(absent)}."
+    return Panel("scatter", data, tuple(drawn), comparison.arms, note=note)
+
+
+def _retained(comparison: Comparison) -> Table | None:
+    rows = comparison.rows
+    if not comparison.has(*RETENTION):
+        return None
+    others = (key for row in rows for key in row.metrics if key[0] == "retention" and key != RETENTION)
+    lines = []
+    for key in dict.fromkeys((RETENTION, *others)):
+        base = next((row.metrics.get(key) for row in rows if row.arm == BASE), None)
+        cells = ["all tasks" if key == RETENTION else key[1].removeprefix("retention/")]
+        for row in rows:
+            value = row.metrics.get(key)
+            change = None if row.arm == BASE or value is None or base is None else 100 * (value - base)
+            told = "" if change is None or abs(change) < _ROUNDS_TO_ZERO else f" ({number(change, sign=True)})"
+            cells.append(percent(value) + told)
+        lines.append(cells)
+    shares = ("100.0" if row.arm == BASE else interval(row.retention_share_interval) for row in rows)
+    lines.append(["kept of the base's, same items [95%]", *shares])
+    caption = "Accuracy on the retention tasks, percent, mean over seeds (change from the base, points)"
+    return Table(caption, ("Task", *comparison.arms), lines)
+
+
+def _updates(comparison: Comparison) -> Table | None:
+    columns = {key: title for key, title in _UPDATES.items() if comparison.has(*key)}
+    if not columns:
+        return None
+    rows = tuple(
+        (arm_cell(row.arm), *(significant(row.metrics.get(key)) for key in columns)) for row in comparison.rows
+    )
+    caption = (
+        "Size of the updates, mean over seeds: Frobenius norms, ranks as means over modules, drift of hidden states"
+    )
+    return Table(caption, ("Arm", *columns.values()), rows)
+
+
+def alignment(comparison: Comparison) -> Section | None:
+    found = [(row, measured) for row in comparison.rows for measured in row.alignment]
+    if not found:
+        return None
+    data = Dataset(("kind", "label", "arm", "seed", "low", "value", "high"))
+    for row, measured in found:
+        label = row.arm if len(row.seeds) == 1 else f"{row.arm} · {measured.seed}"
+        for kind, value in (("band", measured.null), ("interval", measured.index)):
+            if value and math.isfinite(measured.index.estimate):
+                data.add(kind, label, row.arm, str(measured.seed), value.low, value.estimate, value.high)
+    missing = [arm for arm in comparison.arms if arm not in data.levels("arm")]
+    panel = Panel(
+        "alignment",
+        data,
+        (
+            Chart(
+                "alignment",
+                "Alignment Quality Index with 95% interval; grey: what shuffled labels give",
+                "Alignment Quality Index of each arm and seed with its interval and the range under shuffled labels",
+                "intervals",
+                {"title": "index", "lines": len(data.levels("label")), "kinds": ("band", "interval"),
+                 "band": "95% under shuffled labels"},
+            ),
+        ),
+        comparison.arms,
+        note=f"Not drawn, since not measured or not finite: {', '.join(missing)}." if missing else "",
+        wide=True,
+    )  # fmt: skip
+    others = [name for name in CLUSTER_INDICES if any(name in measured.others for _, measured in found)]
+    table = Table(
+        "Alignment Quality Index by run; intervals by bootstrap over prompts",
+        ("Arm", "Seed", "Index [95%]", "Shuffled labels [95%]", "p", "Δ to base [95%]", "p of Δ",
+         *(name.replace("_", " ") for name in others)),
+        [(arm_cell(row.arm), *_alignment_cells(measured, others)) for row, measured in found],
+    )  # fmt: skip
+    words = (
+        "How far apart safe and unsafe prompts lie in the model's hidden states (arXiv 2506.13901), with the scale "
+        "fixed on the base; higher is further apart. A model tells them apart where the index exceeds what shuffled "
+        "labels give: p is the share of shuffles that separate as well. Δ is the index above its own mean under "
+        "shuffled labels, arm minus base, so it is not the difference of two indices of the table. Whether Δ is more "
+        "than chance rests on its own p (shuffled labels in both models, and bootstrap: the larger one; over several "
+        "seeds twice their mean), not corrected for several arms."
+    )
+    if comparison.primary.air:
+        words += " It has nothing to do with the Air Quality Index, which the arms learn to predict."
+    lines = tuple(Text(line) for line in comparison.alignment)
+    return Section("Alignment Quality Index", (Text(words), *lines, panel, table))
+
+
+def _alignment_cells(measured: AlignmentRow, others: Iterable[str]) -> list[str]:
+    return [
+        str(measured.seed),
+        interval(measured.index, digits=3),
+        interval(measured.null, digits=3),
+        significant(measured.p_value, 2),
+        interval(measured.delta, sign=True, digits=3),
+        significant(measured.delta_p_value, 2),
+        *(significant(measured.others.get(name), 3) for name in others),
+    ]
+
+
+# What is served
+
+_PHASE_TITLES = dict(zip(PHASES, ("Load", "Time to first token", "Prefill", "Decode"), strict=True))
+_TRAINED = ("adapter", "base_model", "dataset")
+"""Kinds of files that no export makes."""
+
+
+def speed(comparison: Comparison) -> Section | None:
+    phases = comparison.phases
+    if not phases:
+        return None
+    data, drawn = Dataset(("kind", "label", "arm", "phase", "low", "value", "high")), []
+    for phase, title in _PHASE_TITLES.items():
+        own = [row for row in phases if row.phase == phase]
+        kinds = {"weak" if row.confidence < 100 * LEVEL else "interval" for row in own}
+        for row in own:
+            kind = "weak" if row.confidence < 100 * LEVEL else "interval"
+            data.add(kind, row.arm, row.arm, phase, row.value.low, row.value.estimate, row.value.high)
+        if own:
+            unit = own[0].unit
+            label = f"{title} of each arm's model in {unit}, median with interval"
+            heading, options = f"{title}, {unit}{_weak(own)}", {"title": unit, "lines": len(own), "kinds": kinds}
+            drawn.append(Chart(f"speed-{phase}", heading, label, "intervals", options, where={"phase": phase}))
+    rows = [
+        (arm_cell(row.arm), row.backend, _PHASE_TITLES[row.phase],
+         f"{interval(row.value, digits=2 if row.unit == 'ms' else 0)} {row.unit}", number(row.confidence),
+         str(row.repetitions))
+        for row in phases
+    ]  # fmt: skip
+    caption = "Medians over the repetitions of all seeds, without the warm-up; intervals from their order"
+    headers = ("Arm", "Backend", "Phase", "Median [interval]", "Confidence %", "Repetitions")
+    weak = "Dashed: too few repetitions for 95% confidence; the title says how much the interval has."
+    note = weak if "weak" in data.levels("kind") else ""
+    return Section(
+        "Speed by phase",
+        (
+            Text(f"{modes(comparison)} One request at a time; lower is better in ms, higher in tokens/s.".strip()),
+            Panel("speed", data, tuple(drawn), comparison.arms, note=note, legend=False),
+            Details("The numbers, with their confidence", (Table(caption, headers, rows, frozenset({1, 2})),)),
+        ),
+    )
+
+
+def _weak(rows: Sequence[PhaseRow]) -> str:
+    """What a chart's title says where its intervals have less than the usual confidence."""
+    found = sorted({row.confidence for row in rows if row.confidence < 100 * LEVEL})
+    if len(found) > 1:
+        return f"; intervals of {found[-1]:.0f}% confidence at most"
+    return f"; {_confidence(found[0])}{'s' if found[0] > 0 else ''}" if found else ""
+
+
+def modes(comparison: Comparison) -> str:
+    """How the models were served, and what that means for their speed."""
+    found: dict[str, list[str]] = {}
+    for run in comparison.runs:
+        if run["arm"] != BASE and run["arm"] not in found.setdefault(run["serving_mode"], []):
+            found[run["serving_mode"]].append(run["arm"])
+    told = []
+    if "merged" in found:
+        told.append(
+            f"Merged into the base: {', '.join(found['merged'])}. Merged models of one shape decode equally fast, "
+            "since they run the same arithmetic: a difference there is noise of the machine."
+        )
+    if "adapter" in found:
+        told.append(
+            f"With an adapter beside the base: {', '.join(found['adapter'])}. An adapter is arithmetic of its own at "
+            "every token, which costs time."
+        )
+    return " ".join(told)
+
+
+def parity(report: Report) -> Section | None:
+    rows = report.comparison.rows
+    keys = list(dict.fromkeys(key for row in rows for key in row.metrics if key[0] == "parity"))
+    if not keys:
+        return None
+    names = {"token_ids_equal": "Same token ids", "greedy_equal": "All ways answer alike"}
+    lines = [
+        (arm_cell(row.arm), number(row.parity), *(percent(row.metrics.get(key)) for key in keys))
+        for row in report.comparison.trained
+    ]
+    headers = ("Arm", "Worst seed", *(names.get(key[1], key[1].removeprefix("pair/")) for key in keys))
+    blocks: list[Block] = [
+        Table("Percent of prompts on which all ways to run a model answer alike, mean over seeds", headers, lines),
+        Text(
+            "With export.parity_arithmetic: f32 what the exported files hold is compared, without the rounding of the "
+            "engine that serves them; what is served stands under Served as trained.",
+            "note",
+        ),
+    ]
+    first = report.results.first_differences
+    told = tuple(
+        Text(f"{run.arm} seed {run.seed}: " + "; ".join(f"{k}: {v!r}" for k, v in first[run.id].items()), "note")
+        for run in report.results.runs
+        if run.id in first
+    )
+    if told:
+        blocks.append(Details("First prompts on which an export differed from the trained model", told))
+    return Section("Parity of the exported models", tuple(blocks))
+
+
+def served(comparison: Comparison) -> Section | None:
+    found = comparison.served
+    if not found:
+        return None
+    headers = ("Arm", "Backend", "Mode", "Prompts", "Rendered %", "Tokens %", "Answers %", "Adapter = merged %",
+               "Perturbed adapter noticed")  # fmt: skip
+    rows = [_served_line(row) for row in found]
+    asked = [row for row in found if row.prompts]
+    alike = sum(row.answered == 100 for row in asked)
+    return Section(
+        "Served as trained",
+        (
+            Text(
+                f"{alike} of {len(asked)} answer every prompt as training did. Shares of the prompts on which the "
+                "backend does as training did: rendered text, token ids (Ollama: their number), greedy answers of "
+                "Hugging Face. Not told: the server is too old to say."
+            ),
+            Table("Served as trained, percent of prompts", headers, rows, frozenset({1, 2})),
+            *(
+                Text(f"{row.arm} seed {row.seed}, {row.backend}, {row.mode}: {row.first_difference}", "note")
+                for row in found
+                if row.first_difference
+            ),
+        ),
+        brief=5,
+    )
+
+
+def _served_line(row: ServedRow) -> tuple[object, ...]:
+    def told(share: float | None) -> str:
+        return "not told" if row.prompts and share is None else number(share)
+
+    noticed = {True: "yes", False: Cell("NO", tone="bad"), None: "–"}[row.perturbed_noticed]
+    return (
+        Cell(row.arm, arm=row.arm, hint=f"seed {row.seed}"), row.backend, row.mode,
+        str(row.prompts) if row.prompts else "not supported", told(row.rendered), told(row.counted),
+        number(row.answered), number(row.equal_to_merged), noticed,
+    )  # fmt: skip
+
+
+def precisions(comparison: Comparison) -> Section | None:
+    found, title = comparison.precisions, comparison.primary.title
+    if not found:
+        return None
+    headers = ("Arm", "Type", "Size, MB", "Bits per weight", f"{title}, % [95%]", "Δ to f16, points [95%]",
+               _gained_and_lost(all(row.binary for row in found)), "Answers as f16, %", "Fallback tensors")  # fmt: skip
+    rows = [
+        (Cell(row.arm, arm=row.arm, hint=seeds_text(row.seeds)), row.type, number(row.megabytes, digits=2),
+         number(row.bits_per_weight, digits=2), interval(row.accuracy), interval(row.delta, sign=True),
+         "–" if row.delta is None else f"{row.gained}, {row.lost}", number(row.answers_equal),
+         f"{row.fallbacks} of {row.tensors}")
+        for row in found
+    ]  # fmt: skip
+    blocks: list[Block] = [
+        Text(_precision_words(found)),
+        Table("Other precisions on the same test items", headers, rows, frozenset({1})),
+    ]
+    data = Dataset(("kind", "label", "arm", "low", "value", "high"))
+    for row in found:
+        if bounds := row.accuracy:
+            data.add("interval", f"{row.arm} {row.type}", row.arm, bounds.low, bounds.estimate, bounds.high)
+    if data.rows:
+        label = f"{title} of every arm's model in every precision, percent, with 95% interval"
+        options = {"title": f"{title}, %", "lines": len(data.rows)}
+        drawn = Chart("precisions", f"{title} by precision, percent", label, "intervals", options)
+        blocks.append(Panel("precisions", data, (drawn,), comparison.arms, wide=True, legend=False))
+    return Section("Quantization", tuple(blocks), brief=4)
+
+
+def _precision_words(rows: Sequence[PrecisionRow]) -> str:
+    items = ", ".join(str(n) for n in sorted({row.items for row in rows}))
+    binary = all(row.binary for row in rows)
+    counts, turned = ("Gained and lost", "turn right or wrong") if binary else ("Better and worse", "get more or less")
+    words = [
+        f"Each model in other precisions, on the same {items} test items through llama.cpp. Size is that of the file, "
+        f"bits per weight that of the tensors. {counts} are items that {turned} against f16; the difference's interval "
+        "pairs items, and one of no width means that none turned, not that none could."
+    ]
+    if any(len({row.seeds for row in rows if row.arm == arm}) > 1 for arm in {row.arm for row in rows}):
+        words.append(
+            "A line is about its own seeds alone, and its difference is to f16 with the same seeds: do not compare "
+            "lines with different seeds."
+        )
+    if any(row.fallbacks for row in rows):
+        words.append(
+            "Fallback tensors have rows that are no multiple of the format's block, and llama.cpp stored them in a "
+            "larger one: the size says less than the name of the type."
+        )
+    return " ".join(words)
+
+
+def files(report: Report) -> Section | None:
+    made = [(run, file) for run in report.results.runs for file in report.results.artifacts.get(run.id, ())]
+    rows = [
+        (arm_cell(run.arm, run.seed), file.kind, f"{file.bytes:,}", Cell(file.sha256[:_SHORT], title=file.sha256),
+         Cell((file.parent_sha256 or "–")[:_SHORT], title=file.parent_sha256 or ""), file.path)
+        for run, file in made
+    ]  # fmt: skip
+    if not rows:
+        return None
+    headers = ("Run", "Kind", "Bytes", "sha256", "Made from", "File")
+    table = Table("Files with their hashes; made from: the hash of the file it was made of", headers, rows,
+                  frozenset({1, 3, 4, 5}))  # fmt: skip
+    kind = "exported files" if any(file.kind not in _TRAINED for _, file in made) else "files"
+    return Section("Files", (Details(f"All {len(rows)} {kind}, their sizes and hashes", (table,)),))
+
+
+# Other tasks, and where it all comes from
+
+
+def tasks(comparison: Comparison) -> Section | None:
+    """Every task and arm in the database; none where there is one task only."""
+    if len({row.task for row in comparison.tasks}) < 2:
+        return None
+    notes = (Text(note, "note") for note in comparison.task_notes)
+    return Section("All data sets in this database", (*all_tasks(comparison), *notes))
+
+
+def all_tasks(comparison: Comparison) -> tuple[Text, Table]:
+    headers = ("Task", "Arm", "Score, % [95%]", *(f"Δ to {arm}, points [95%]" for arm in comparison.references),
+               "Outcome", "Evaluated")  # fmt: skip
+    rows = [_task_line(row, comparison.references) for row in comparison.tasks]
+    words = (
+        "Every task that has finished runs, also those whose results are no longer on the disk: the latest run of each "
+        "arm and seed, with the base model and settings of the newest. Intervals and outcomes are as in the table of "
+        "one task; do not compare scores of different tasks. With one seed an outcome is about that training alone: "
+        "another seed may differ."
+    )
+    caption = "Every task and arm: means over seeds of the task's primary metric"
+    last = len(headers) - 1
+    table = Table(caption, headers, rows, frozenset({1, last - 1, last}), wide=frozenset({last}))
+    return Text(words), table
+
+
+def _task_line(row: TaskRow, references: Sequence[str]) -> tuple[object, ...]:
+    deltas = [row.to_base, row.to_baseline][: len(references)]
+    return (
+        Cell(row.task, hint=row.title + ("\n(on disk)" if row.current else "")),
+        Cell(row.arm, arm=row.arm, hint=seeds_text(row.seeds)),
+        _score(row.score, row.interval),
+        *(Cell("–") if d is None else replace(_against(d), hint="") for d in deltas),
+        row.outcome or "–",
+        Cell(f"{row.ended:%Y-%m-%d}", hint=f"{row.ended:%H:%M} UTC"),
+    )
+
+
+def provenance(report: Report) -> Section:
+    dirty = {True: Cell("yes", tone="bad"), False: "no", None: "unknown"}
+    packages: dict[str, dict[str, list[int]]] = {}
+    rows = []
+    for run in report.comparison.runs:
+        commit = run["git_commit"] or "unknown"
+        rows.append(
+            (arm_cell(run["arm"], run["seed"]), Cell(run["run_key"][:_SHORT], title=run["run_key"]),
+             Cell(commit[:_SHORT], title=commit), dirty[run["git_dirty"]],
+             Cell(run["backend"], hint="" if run["arm"] == BASE else run["serving_mode"]), run["device"],
+             run["ended"][:16].replace("T", " ") + " UTC")
+        )  # fmt: skip
+        text = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
+        system = f"Python {run['python'] or 'unknown'} on {run['platform'] or 'unknown'}: {text}"
+        packages.setdefault(system, {}).setdefault(run["arm"], []).append(run["seed"])
+    headers = ("Run", "Run key", "Commit", "Dirty", "Backend", "Device", "Evaluated")
+    listed_packages = tuple(
+        Text(f"{', '.join(f'{arm} {seeds_text(seeds)}' for arm, seeds in who.items())}: {text}", "note")
+        for text, who in packages.items()
+    )
+    items = sorted({run["test_items_sha256"] for run in report.comparison.runs})
+    kinds = "" if len(items) == 1 else f"{len(items)} different sets, "
+    return Section(
+        "Where the numbers come from",
+        (
+            Table("Runs; the run key is a hash of settings, inputs and backend", headers, rows,
+                  frozenset(range(1, len(headers)))),
+            Text(f"Test items: {kinds}sha256 {', '.join(items)}.", "note"),
+            Details("Packages", listed_packages),
+        ),
+    )  # fmt: skip

@@ -1,0 +1,95 @@
+"""The brief sections of the report on a terminal, and a picture of them; tables fit 100 columns."""
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+from textwrap import wrap
+from typing import Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table as Grid
+from rich.text import Text as Words
+
+from evaluation.report.blocks import Block, Cards, Cell, Table, Text
+from evaluation.report.comparison import Comparison, Report
+from evaluation.report.sections import all_tasks, byline, sections
+
+WIDTH = 100
+"""Columns of a pipe and of the picture."""
+_NAME = 22
+"""Columns of the first cell of a line that are never broken."""
+_COLOURS = {"good": "green", "bad": "red", "open": "yellow", "": ""}
+
+
+def print_report(report: Report, console: Console) -> None:
+    brief = sorted((section for section in sections(report) if section.brief), key=lambda section: section.brief)
+    _print(console, [Text(byline(report)), *(block for section in brief for block in _short(section.blocks))])
+    titles = {row.task: row.title for row in report.comparison.tasks if row.task != report.comparison.primary.task}
+    if titles:
+        others = ", ".join(f"{name} ({title})" for name, title in titles.items())
+        _print(console, [Text(f"Other data sets in this database: {others}; --all-tasks shows all.")])
+
+
+def print_tasks(comparison: Comparison, console: Console) -> None:
+    _print(console, _short(all_tasks(comparison)))
+
+
+def svg(report: Report) -> str:
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    print_report(report, console)
+    picture = console.export_svg(title="python -m evaluation.compare_all")
+    # Rich asks a font server for its font; a local monospace one does, and the picture needs no network.
+    return re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)
+
+
+def _short(blocks: Sequence[Block]) -> list[Block]:
+    """Tables, facts and notes; a paragraph only where there is no table."""
+    table = any(isinstance(block, Table) for block in blocks)
+    return [block for block in blocks if not (isinstance(block, Text) and table and block.style != "note")]
+
+
+def _print(console: Console, blocks: Iterable[Block]) -> None:
+    piped = not console.is_terminal
+    if piped:
+        console.width = max(console.width, WIDTH)
+    for block in blocks:
+        if isinstance(block, Table):
+            console.print(_grid(block, console))
+        elif isinstance(block, Text):
+            console.print(Words(block.text, style="dim" if block.style == "note" else ""), soft_wrap=piped)
+        elif isinstance(block, Cards):
+            for arm, facts in block.cards.items():
+                for fact in facts:
+                    line = Words.assemble(f"{arm}: ", (fact.mark, _COLOURS[fact.tone]), f" {fact.sentence}")
+                    console.print(line, soft_wrap=piped)
+            console.print()
+
+
+def _grid(block: Table, console: Console) -> Grid:
+    """A table that fits: its cells are broken into ever shorter lines, between words and before bounds; none is cut."""
+    columns = [at for at in range(len(block.headers)) if at not in block.wide]
+    for width in (1000, 40, 28, 20, 14, 10):
+        grid = Grid(
+            title=Words(block.caption), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+        )
+        for at in columns:
+            justify: Literal["left", "right"] = "left" if at == 0 or at in block.words else "right"
+            grid.add_column(Words(_broken(block.headers[at], width)), justify=justify, overflow="fold")
+        for row in block.rows:
+            grid.add_row(*(_words(row[at], width if at else max(width, _NAME)) for at in columns))
+        if Measurement.get(console, console.options.update(max_width=1000), grid).maximum <= console.width:
+            break
+    return grid
+
+
+def _words(cell: Cell, width: int) -> Words:
+    hint = f"\n{_broken(cell.hint, width)}" if cell.hint else ""
+    return Words.assemble((_broken(cell.text, width), _COLOURS[cell.tone]), (hint, "dim"))
+
+
+def _broken(text: str, width: int) -> str:
+    joined = re.sub(r"\[\S+, \S+\]", lambda bounds: bounds[0].replace(" ", "\xa0"), text)
+    lines = (wrap(line, width, break_long_words=False, break_on_hyphens=False) for line in joined.split("\n"))
+    return "\n".join(part for line in lines for part in line).replace("\xa0", " ")

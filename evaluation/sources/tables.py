@@ -1,0 +1,265 @@
+"""Tables of CSV, JSON and Parquet files, as found: readers judge bytes and shape, never values.
+
+A row number counts data rows from 1, a line number counts the lines of the file from 1. Blank lines are no rows.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+_UTF8_BOM = b"\xef\xbb\xbf"
+_OTHER_BOMS = {b"\xff\xfe\x00\x00": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_ESCAPE = b"\\ud"  # how an escape of half a character begins
+_BATCH = 10_000  # rows turned into Python values at once: QNLI's 105,000 take less than a second
+_UNREADABLE = (ValueError, OverflowError)  # text that is not UTF-8, or a point in time that Python cannot hold
+FILES = (".csv", ".jsonl", ".ndjson", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Rejection:
+    file: str
+    row: int
+    line: int | None  # on which the row starts; None where there are no lines (Parquet, array, hub)
+    column: str | None  # of the first problem; None when the row as a whole is at fault
+    value: object  # what stood there
+    reason: str  # every problem of the row: what was expected and what came
+    raw: dict[str, object]
+    split: str | None = None
+
+
+class SourceError(Exception):
+    """The source as a whole cannot be used; `rejected` holds the refused rows where none was left."""
+
+    def __init__(self, source: str, problems: Sequence[str], rejected: Sequence[Rejection] = ()) -> None:
+        self.problems, self.rejected = list(problems), list(rejected)
+        super().__init__("\n  - ".join([f"{source} cannot be used:", *self.problems]))
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A row as the reader found it; `problem` is set when it could not be read as a row at all."""
+
+    row: int
+    line: int | None
+    values: dict[str, object]
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    columns: list[str]
+    rows: list[RawRow]
+    hint: str = ""  # the end of a sentence about a column that is not there
+    repeated: frozenset[str] = frozenset()  # columns that stand in the header more than once
+    revision: str | None = None  # commit of a hub data set
+    labels: dict[str, list[str]] = field(default_factory=dict)  # column of numbered classes → their names
+
+
+def read_file(source: str, delimiter: str = ",") -> Table:
+    """The table of a file; SourceError where it is missing, empty, of an unknown kind or unreadable."""
+    path = Path(source)
+    kind = path.suffix.lower()
+    problems = []
+    if kind not in FILES:
+        problems.append(f"expected a name ending in {', '.join(FILES)}, a folder, or hub:org/name, got {path.name!r}.")
+    if not path.is_file():
+        problems.append(
+            f"expected a file, found no file at {path.resolve()}; set the path of your data, a file or a folder."
+        )
+    if problems:
+        raise SourceError(source, problems)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SourceError(source, [f"cannot be read: {error.strerror}."]) from error
+    if kind == ".parquet":
+        return _read_parquet(source, data)
+    encoding = next((name for bom, name in _OTHER_BOMS.items() if data.startswith(bom)), None)
+    if encoding is not None:
+        raise SourceError(source, [f"expected UTF-8, got {encoding}; save the file as UTF-8."])
+    start = len(_UTF8_BOM) if data.startswith(_UTF8_BOM) else 0
+    if not data[start:].strip():
+        raise SourceError(source, [f"is empty ({len(data)} bytes); expected a header and rows, or JSON lines."])
+    if kind == ".csv":
+        return _read_csv(source, data[start:], start, delimiter)
+    return _read_json(source, data[start:], start)
+
+
+def _not_utf8(line: bytes, offset: int) -> str | None:
+    """The sentence about the first byte of `line` that is not UTF-8; `offset` is where the line starts."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return f"expected UTF-8, got byte 0x{line[error.start]:02x} at offset {offset + error.start} of the file"
+    return None
+
+
+def _read_csv(source: str, data: bytes, start: int, delimiter: str) -> Table:
+    lines = data.splitlines(keepends=True)
+    offsets = list(accumulate((len(line) for line in lines), initial=start))
+    # Bad bytes pass through the parser as visible \xNN and are reported with the row that holds them.
+    text = (line.decode(errors="backslashreplace") for line in lines)
+    header: list[str] | None = None
+    rows: list[RawRow] = []
+    for first, last, cells, error in _csv_rows(text, delimiter):
+        bad = next((p for i in range(first, last) if (p := _not_utf8(lines[i], offsets[i]))), None)
+        problem = bad or error
+        if header is None:
+            if problem:
+                raise SourceError(source, [f"line {first + 1}, the header: {problem}."])
+            header = [name.strip() for name in cells]
+            continue
+        if problem is None and len(cells) != len(header):
+            problem = f"expected {len(header)} cells, as in the header, got {len(cells)}"
+        values: dict[str, object] = dict(zip(header, cells, strict=False))
+        if len(cells) > len(header):
+            values["(beyond the header)"] = cells[len(header) :]
+        rows.append(RawRow(len(rows) + 1, first + 1, values, problem))
+    columns = header or []
+    hint = ""
+    if len(columns) == 1 and delimiter == ",":
+        other = next((d for d in (";", "\t", "|") if d in columns[0]), None)
+        hint = f" The header holds {other!r}: set delimiter to it." if other else ""
+    return Table(columns, rows, hint, frozenset(c for c in columns if columns.count(c) > 1))
+
+
+def _csv_rows(text: Iterator[str], delimiter: str) -> Iterator[tuple[int, int, list[str], str | None]]:
+    """Yields (first line, line after the last, cells, problem) per row that is not blank; lines from 0."""
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    while True:
+        first = reader.line_num
+        try:
+            cells, error = next(reader), None
+        except StopIteration:
+            return
+        except csv.Error as exc:
+            cells, error = [], f"expected a CSV row, got broken quoting ({exc})"
+            if "end of data" in str(exc):
+                error += f": a quote opened on line {first + 1} or later is never closed, so all lines up to "
+                error += f"{reader.line_num} are in this row"
+        if cells or error:
+            yield first, reader.line_num, cells, error
+
+
+def _read_json(source: str, data: bytes, start: int) -> Table:
+    """One object a line, or one array of objects as a whole."""
+    if data.lstrip().startswith(b"["):
+        try:
+            # Bytes that are not UTF-8 pass through as half characters and are reported with the row that holds them.
+            text = data.decode(errors="surrogateescape")
+            array = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if not _is_json(data.lstrip().splitlines()[0]):
+                raise SourceError(source, [f"expected a JSON array of objects, got broken JSON ({error})."]) from error
+        else:
+            if isinstance(array, list):
+                doubtful = not text.isascii() or _ESCAPE in data.lower()
+                return _table([(None, *_checked(value, doubtful)) for value in array])
+    found: list[tuple[int | None, dict[str, object], str | None]] = []
+    offset = start
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if line.strip():
+            found.append((number, *_json_object(line, offset)))
+        offset += len(line) + 1
+    return _table(found)
+
+
+def _table(found: list[tuple[int | None, dict[str, object], str | None]]) -> Table:
+    """A table of (line, values, problem); its columns are those of all sound rows."""
+    columns: dict[str, None] = {}
+    for _, values, problem in found:
+        columns.update(dict.fromkeys(values if problem is None else ()))
+    return Table(list(columns), [RawRow(n, *rest) for n, rest in enumerate(found, start=1)])
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _json_object(line: bytes, offset: int) -> tuple[dict[str, object], str | None]:
+    raw: dict[str, object] = {"(line)": line.decode(errors="backslashreplace").rstrip("\r")}
+    if bad := _not_utf8(line, offset):
+        return raw, bad
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return raw, f"expected a JSON object, got broken JSON ({error})"
+    values, problem = _checked(value, _ESCAPE in line.lower())
+    return (raw if problem else values), problem
+
+
+def _checked(value: object, doubtful: bool) -> tuple[dict[str, object], str | None]:
+    """The object and what is wrong with it; `doubtful`: its texts may be such as no UTF-8 file can hold."""
+    if not isinstance(value, dict):
+        return {"(value)": value}, f"expected a JSON object, got {type(value).__name__}"
+    for name, cell in value.items() if doubtful else ():
+        try:
+            json.dumps([name, cell], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"half a character (\\u{code:04x})"
+            return value, f"{name}: expected UTF-8, got {what}"
+    return value, None
+
+
+def _read_parquet(source: str, data: bytes) -> Table:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(source, [f"expected a Parquet file: {error}"]) from error
+    names = list(table.column_names)
+    rows = raw_rows(lambda start, end: table.slice(start, end - start).to_pydict(), table.num_rows)
+    return Table(names, rows, "", frozenset(n for n in names if names.count(n) > 1), labels=_labels(table.schema))
+
+
+def _labels(schema: Any) -> dict[str, list[str]]:
+    """Names of the classes that `datasets` leaves in a file's metadata."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    return {
+        column: list(kind["names"])
+        for column, kind in features.items()
+        if isinstance(kind, dict) and kind.get("_type") == "ClassLabel" and kind.get("names")
+    }
+
+
+Cells = Callable[[int, int], Mapping[str, Sequence[object]]]
+
+
+def raw_rows(read: Cells, rows: int) -> list[RawRow]:
+    """All rows of `read`: (first row, the one after the last, from 0) → column → its cells.
+
+    A row with a cell that cannot be read has a problem instead of values.
+    """
+    found: list[RawRow] = []
+    for start in range(0, rows, _BATCH):
+        end = min(start + _BATCH, rows)
+        try:
+            columns = read(start, end)
+        except _UNREADABLE:
+            found += [_one(read, place) for place in range(start, end)]
+            continue
+        names = list(columns)
+        cells = zip(*columns.values(), strict=True)
+        found += [RawRow(start + n, None, dict(zip(names, row, strict=True))) for n, row in enumerate(cells, start=1)]
+    return found
+
+
+def _one(read: Cells, place: int) -> RawRow:
+    try:
+        return RawRow(place + 1, None, {name: cells[0] for name, cells in read(place, place + 1).items()})
+    except _UNREADABLE as error:
+        return RawRow(place + 1, None, {}, f"a cell cannot be read: {error}")

@@ -1,0 +1,170 @@
+"""Intervals and tests on items that several models answered.
+
+The unit is the item: models answered the same items, so differences are taken item by item, which removes
+the items' own difficulty from the noise. A difference is a share, from -1 to 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+LEVEL = 0.95
+ALPHA = 0.05
+MOST_EXACT = 12
+"""Differences up to which all their signs are flipped in every way; 4,096 ways, 2^-12 is far below any level."""
+FLIPS = 10_000
+RESAMPLES = 10_000
+AT_ONCE = 4_000_000
+"""Numbers drawn at once, so that no resampling of many items asks for gigabytes."""
+_MOST_DISTINCT = 256
+"""Values up to which a resample is drawn as counts; sums of right and wrong over a hundred seeds have fewer."""
+Outcome = Literal["better", "worse", "undecided"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the bounds of its confidence interval, all in one unit."""
+
+    estimate: float
+    low: float
+    high: float
+
+    @property
+    def crosses_zero(self) -> bool:
+        return not (self.low > 0 or self.high < 0)
+
+    def scaled(self, factor: float) -> Interval:
+        return Interval(self.estimate * factor, self.low * factor, self.high * factor)
+
+
+def aligned(answers: Sequence[Mapping[str, float]]) -> Array:
+    """Credit on the items that all of them have, ordered by item id; shape [answers, items]."""
+    if not answers:
+        return np.zeros((0, 0))
+    items = sorted(set.intersection(*map(set, answers)))
+    return np.array([[own[item] for item in items] for own in answers], dtype=np.float64)
+
+
+def bootstrap_mean(values: Array, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Percentile bootstrap interval of a mean, items resampled with replacement (Efron 1979).
+
+    Where few distinct values occur, as of right and wrong, a resample is drawn as counts of each (multinomial), which
+    is the same distribution as drawing items and takes milliseconds; credits in between are drawn item by item. The
+    same data give the same interval.
+    """
+    if values.size == 0:
+        raise ValueError("expected at least one item, came none")
+    distinct, counts = np.unique(values, return_counts=True)
+    rng = np.random.default_rng(seed)
+    if distinct.size <= _MOST_DISTINCT:
+        means = rng.multinomial(values.size, counts / values.size, size=resamples) @ distinct / values.size
+    else:
+        means = np.concatenate(
+            [
+                values[rng.integers(values.size, size=(some, values.size))].mean(axis=1)
+                for some in in_parts(resamples, values.size)
+            ]
+        )
+    # Rounded, so that a mean of exactly zero cannot come out as 1e-17 and count as a gain.
+    means = np.round(means, 12)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def wilson(share: float, items: int, *, z: float = 1.959964) -> Interval:
+    """Score interval of a share of right answers (Wilson 1927), which does not shrink to nothing at 0 and 1.
+
+    For correctness averaged over seeds it is wide enough: such values vary less than single right or wrong answers.
+    `z` is the quantile of the normal distribution; the default covers 95%.
+    """
+    spread = 1 + z * z / items
+    middle = (share + z * z / (2 * items)) / spread
+    half = z * math.sqrt(share * (1 - share) / items + z * z / (4 * items * items)) / spread
+    # Rounding must not lead beyond what a share can be.
+    return Interval(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)))
+
+
+def share_interval(values: Array, *, binary: bool) -> Interval:
+    """Interval of a mean credit, shape (items,) or (seeds, items).
+
+    Wilson's where answers are right or wrong and nothing in between (`binary`), else by bootstrap over items.
+    """
+    if binary:
+        return wilson(float(values.mean()), values.shape[-1])
+    by_item = values.reshape(-1, values.shape[-1]).mean(axis=0)
+    # A single credit says nothing of others, and resampled it has no width.
+    return bootstrap_mean(by_item) if by_item.size > 1 else Interval(float(by_item[0]), 0.0, 1.0)
+
+
+def is_binary(*values: Array) -> bool:
+    """Whether every credit is 0 or 1, so that answers are right or wrong and nothing in between."""
+    return all(bool(((found == 0) | (found == 1)).all()) for found in values)
+
+
+def sign_test(differences: Array) -> float:
+    """Exact two-sided p-value that gains and losses among the differing items are equally likely.
+
+    With one seed this is McNemar's exact test (McNemar 1947): items answered alike carry no information.
+    It guards the interval, which is too narrow when only a handful of items differ.
+    """
+    gains, losses = int((differences > 0).sum()), int((differences < 0).sum())
+    total = gains + losses
+    tail = sum(math.comb(total, k) for k in range(min(gains, losses) + 1))
+    return min(1.0, 2 * tail / 2**total)
+
+
+def sign_flip_test(differences: Array, *, flips: int = FLIPS, seed: int = 0) -> float:
+    """Two-sided p-value that each item's difference might as well have the other sign (Fisher 1935).
+
+    The paired randomization test of the mean: exact where at most `MOST_EXACT` items differ, else from random flips,
+    with one added to both counts (Phipson & Smyth 2010), so that p is never 0. For right and wrong answers it is
+    McNemar's exact test, where it is exact. Like that one it guards an interval that rests on a handful of items.
+    """
+    values = differences[differences != 0]
+    items = values.size
+    # What is equal differs by rounding, and has to count as equal.
+    least = abs(float(values.sum())) - 1e-9
+    if items <= MOST_EXACT:
+        ways = (np.arange(2**items)[:, None] >> np.arange(items)) & 1
+        return float((np.abs((1 - 2 * ways) @ values) >= least).mean())
+    rng = np.random.default_rng(seed)
+    beyond = 0
+    for some in in_parts(flips, items):
+        signs = rng.integers(2, size=(some, items), dtype=np.int8)
+        beyond += int((np.abs(values.sum() - 2 * (signs @ values)) >= least).sum())
+    return (1 + beyond) / (1 + flips)
+
+
+def in_parts(rows: int, width: int) -> list[int]:
+    """Split a number of rows into parts that are small enough to be drawn at once."""
+    most = max(1, AT_ONCE // max(1, width))
+    return [min(most, rows - start) for start in range(0, rows, most)]
+
+
+def mean_test(differences: Array, *, binary: bool) -> float:
+    return sign_test(differences) if binary else sign_flip_test(differences)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values for several comparisons at once (Holm 1979), in the order given."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted = [1.0] * len(p_values)
+    highest = 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+def judge(interval: Interval, p_value: float) -> Outcome:
+    """Name a direction only when the interval excludes zero and the exact test agrees."""
+    if interval.crosses_zero or p_value >= ALPHA:
+        return "undecided"
+    return "better" if interval.low > 0 else "worse"

@@ -1,0 +1,150 @@
+"""How many items it would take to see a difference of 1, 2 or 3 points, with 80% power at α = 0.05, two-sided.
+
+One seed: McNemar's test, from the share of items on which the two arms differ now (Connor 1987, Biometrics 43:207);
+where credits lie between 0 and 1, Student's t over items, from the variance of the items' differences now.
+Several seeds: Student's t over seeds and items, from the variance components seen (module `seeds`), by the
+non-central t distribution. More items do not make few seeds agree: where the seeds alone differ too much, no number of
+items is enough, and the answer is a number of seeds.
+
+Both answers rest on estimates from the data at hand. With two or three seeds the part of the seeds is known to within
+a factor of a few only, so read the answer as an order of magnitude.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from scipy.special import nctdtr, ndtri
+
+from evaluation.statistics.differences import Pairs
+from evaluation.statistics.intervals import ALPHA
+from evaluation.statistics.seeds import Components, components, floors, quantile
+
+POINTS = (1, 2, 3)
+WANTED = 0.8
+MOST_ITEMS = 10_000_000
+MOST_SEEDS = 1000
+_LEAST_ITEMS = 6
+"""With fewer no test that flips signs reads p below 0.05: 2·2⁻⁵ is 0.06."""
+_LEAST_SHIFT = ndtri(1 - ALPHA / 2) + ndtri(WANTED) - 1e-3
+"""Standard errors that a difference needs at least, even where these are known."""
+
+
+def power(shift: float, df: float) -> float:
+    """Probability that a two-sided t-test sees a shift of its mean, given in standard errors: the non-central t."""
+    critical = quantile(df)
+    return float(1 - nctdtr(df, shift, critical) + nctdtr(df, shift, -critical))
+
+
+@dataclass(frozen=True)
+class PowerRow:
+    """What it would take to see a true difference of so many percentage points."""
+
+    arm: str
+    against: str
+    points: int
+    items: int | None  # items needed with `seeds_now` paired seeds; None: no number of them is enough
+    items_now: int
+    seeds_now: int
+    why: str  # what the number rests on, or why there is none
+    # seeds needed with `items_now` items; None: not known from one seed, or no number is enough
+    seeds: int | None = None
+
+
+def power_rows(arm: str, pairs: Pairs) -> tuple[PowerRow, ...]:
+    seeds, items = pairs.differences.shape
+    if seeds > 1 and items > 1:
+        parts = components(pairs.differences)
+        return tuple(_several(arm, pairs.against, points, parts, seeds, items) for points in POINTS)
+    if not pairs.binary and items > 1 and (deviation := float(pairs.differences[0].std(ddof=1))) > 0:
+        return tuple(_one_of_credits(arm, pairs.against, points, deviation, items) for points in POINTS)
+    differing = float((pairs.differences != 0).mean())
+    return tuple(_one(arm, pairs.against, points, differing, items) for points in POINTS)
+
+
+def _one(arm: str, against: str, points: int, differing: float, items: int) -> PowerRow:
+    share = max(differing, points / 100)
+    why = f"the arms differ on {100 * differing:.1f}% of the items now; one seed, so other seeds may differ"
+    if share > differing:
+        why += f"; a difference of {points} points needs {points}%"
+    return PowerRow(arm, against, points, mcnemar_items(points / 100, share), items, 1, why)
+
+
+def _one_of_credits(arm: str, against: str, points: int, deviation: float, items: int) -> PowerRow:
+    delta = points / 100
+
+    def enough(n: int) -> bool:
+        shift = delta * math.sqrt(n) / deviation
+        return shift >= _LEAST_SHIFT and power(shift, n - 1) >= WANTED
+
+    why = (
+        f"the difference varies by {100 * deviation:.1f} points from item to item (standard deviation); one seed, so "
+        "other seeds may differ"
+    )
+    return PowerRow(arm, against, points, _smallest(enough, _LEAST_ITEMS, MOST_ITEMS), items, 1, why)
+
+
+def mcnemar_items(delta: float, differing: float, wanted: float = WANTED) -> int:
+    """Items that McNemar's exact test needs (Connor 1987, with the exact test's correction as by Fleiss 1981).
+
+    `delta` is the share of gained minus that of lost items, not 0; `differing` the share of items on which the arms
+    differ, at least |delta|.
+    """
+    z_alpha, z_beta = ndtri(1 - ALPHA / 2), ndtri(wanted)
+    root = z_alpha * math.sqrt(differing) + z_beta * math.sqrt(max(differing - delta * delta, 0.0))
+    plain = (root / delta) ** 2
+    corrected = plain / 4 * (1 + math.sqrt(1 + 4 / (plain * abs(delta)))) ** 2
+    return math.ceil(corrected)
+
+
+def _several(arm: str, against: str, points: int, parts: Components, seeds: int, items: int) -> PowerRow:
+    delta = points / 100
+
+    def enough(n_seeds: int, n_items: int) -> bool:
+        shift, df = shift_of(delta, parts, n_seeds, n_items)
+        # The first condition is quick and cannot mislead: no t-test sees more than one that knows the standard error.
+        return shift >= _LEAST_SHIFT and power(shift, df) >= WANTED
+
+    more_items = _smallest(lambda n: enough(seeds, n), 2, MOST_ITEMS)
+    more_seeds = _smallest(lambda n: enough(n, items), 2, MOST_SEEDS)
+    varying = f"single seeds differ by {100 * parts.seed:.1f} points (standard deviation)"
+    if more_items is not None:
+        why = f"{varying}; with {seeds} seeds as now"
+    elif more_seeds is not None:
+        why = f"{varying}: no number of items does it with {seeds} seeds; with {items} items {more_seeds} seeds would"
+    else:
+        least = _smallest(lambda n: enough(n, MOST_ITEMS), 2, MOST_SEEDS)
+        told = f"at least {least} seeds and more items" if least else f"more than {MOST_SEEDS} seeds"
+        why = f"{varying}: no number of items does it with {seeds} seeds; it takes {told}"
+    return PowerRow(arm, against, points, more_items, items, seeds, why, more_seeds)
+
+
+def shift_of(delta: float, parts: Components, seeds: int, items: int) -> tuple[float, float]:
+    """A difference in standard errors of its estimate, and their degrees of freedom; from expected mean squares."""
+    rest = parts.residual**2
+    of_seeds, of_items = items * parts.seed**2 + rest, seeds * parts.item**2 + rest
+    variance_floor, freedom_floor = floors(seeds)
+    squared = (max(of_seeds, variance_floor * rest) + max(of_items - rest, 0.0)) / (seeds * items)
+    if squared == 0:
+        return math.inf, math.inf
+    doubt = (
+        max(of_seeds, freedom_floor * rest) ** 2 / (seeds - 1)
+        + of_items**2 / (items - 1)
+        + rest**2 / ((seeds - 1) * (items - 1))
+    )
+    df = max(seeds - 1.0, (squared * seeds * items) ** 2 / doubt)
+    return delta / math.sqrt(squared), df
+
+
+def _smallest(enough: Callable[[int], bool], low: int, most: int) -> int | None:
+    if enough(low):
+        return low
+    high = low
+    while not enough(high):
+        if high >= most:
+            return None
+        low, high = high, min(most, 2 * high)
+    while high - low > max(1, low // 1000):
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

@@ -1,0 +1,143 @@
+"""Seeds and items as two crossed levels: the same items are answered by the model of every seed.
+
+Notation, the same in all functions: d[s, i] is a number for seed s of S and item i of I, for example right (1) minus
+wrong (0) of two arms. The model is d = mean + seed + item + residual, all three random, so that a statement holds for
+other seeds and other items of the same kind. The mean squares of the two-way layout without replication (Scheffé 1959,
+chapter 4) have the expectations
+
+    seeds: I·σ_seed² + σ_res²      items: S·σ_item² + σ_res²      residual: σ_res²
+
+so Var(mean) = (MS_seed + MS_item - MS_res) / (S·I) is unbiased, with degrees of freedom by Satterthwaite (1946).
+
+With three seeds MS_seed has two degrees of freedom and is often near zero by luck alone, which would call the mean too
+sure. Two floors, chosen by simulation, mend that: in the variance MS_seed counts at least as `VARIANCE_FLOOR` of
+MS_res, in the degrees of freedom at least as `FREEDOM_FLOOR` of it; and the items never lower the variance.
+
+Coverage of the 95% interval in simulation (binary answers; 200 to 500 items; true differences of 0 and 10 points;
+single runs that vary by 0, 1, 2, 3 points from seed to seed; against a base of one run and against an arm of the same
+seeds; four kinds of items; 2,000 experiments in each case): 3 seeds 92.5 to 97.7%, 95.2% on average; 5 seeds 93.2 to
+97.4%, 95.3% on average; 10 seeds 94 to 96%. It is lowest, 93 to 95%, with three seeds that vary by 3 points, and
+highest, 96 to 97%, where seeds do not vary at all. Without the floors three seeds get 91 to 99%. With two seeds these
+floors get 92 to 98%, so higher ones hold there: 94 to 100%, 98.7% on average, wider than need be in most cases, since
+two seeds hardly tell how much seeds vary.
+
+Credits between 0 and 1, as of free text, need no other floors: in simulation (a quarter of the answers has all credit
+or none, the rest follows a beta distribution; 100 and 300 items; true differences of 0 and 5 points; runs that vary by
+0, 1 and 3 points; 1,000 experiments in each case) 3 seeds get 92.4 to 97.1%, 95.1% on average; 5 seeds 93.4 to 96.4%,
+95.1% on average. The bootstrap over the items of one seed gets 94.3% with 100 and 300 items, 93.9% with 50.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import stdtr, stdtrit
+
+from evaluation.statistics.intervals import LEVEL, Array, Interval
+
+VARIANCE_FLOOR = 0.5
+FREEDOM_FLOOR = 0.25
+FLOORS_OF_TWO_SEEDS = (2.0, 1.0)
+"""Both, where there are two seeds."""
+_ROUNDING = 1e-12
+"""Sums of hundreds of ones and zeros are exact to far more digits than this."""
+
+
+def quantile(df: float, level: float = LEVEL) -> float:
+    """The t with P(|T| ≤ t) = `level`; `df` may be a fraction."""
+    return float(stdtrit(df, (1 + level) / 2))
+
+
+def two_sided(t: float, df: float) -> float:
+    """P(|T| ≥ |t|)."""
+    return float(2 * stdtr(df, -abs(t)))
+
+
+@dataclass(frozen=True)
+class MeanSquares:
+    """MS_seed, MS_item and MS_res of one two-way layout, or of many at once with the leading shape of `d`."""
+
+    mean: Array
+    seeds: Array
+    items: Array
+    residual: Array
+    n_seeds: int
+    n_items: int
+
+
+def mean_squares(d: Array) -> MeanSquares:
+    """Split the variation of d, shape [..., S, I] with S ≥ 2 and I ≥ 2, among seeds, items and the rest."""
+    s, i = d.shape[-2:]
+    if s < 2 or i < 2:
+        raise ValueError(f"expected at least two seeds and two items, came {s} and {i}")
+    mean = d.mean(axis=(-2, -1))
+    between_seeds = i * np.square(d.mean(axis=-1) - mean[..., None]).sum(axis=-1)
+    between_items = s * np.square(d.mean(axis=-2) - mean[..., None]).sum(axis=-1)
+    total = np.square(d - mean[..., None, None]).sum(axis=(-2, -1))
+    rest = np.maximum(total - between_seeds - between_items, 0.0)
+    rest = np.where(rest > _ROUNDING * total, rest, 0.0)
+    return MeanSquares(mean, between_seeds / (s - 1), between_items / (i - 1), rest / ((s - 1) * (i - 1)), s, i)
+
+
+def floors(seeds: int) -> tuple[float, float]:
+    """Shares of MS_res that MS_seed counts as at least: in the variance, in the degrees of freedom."""
+    return FLOORS_OF_TWO_SEEDS if seeds == 2 else (VARIANCE_FLOOR, FREEDOM_FLOOR)
+
+
+def variance_of_mean(squares: MeanSquares) -> tuple[Array, Array]:
+    """Variance of the mean and its degrees of freedom, which are infinite where nothing varies."""
+    s, i = squares.n_seeds, squares.n_items
+    variance_floor, freedom_floor = floors(s)
+    seeds = np.maximum(squares.seeds, variance_floor * squares.residual)
+    total = seeds + np.maximum(squares.items - squares.residual, 0.0)
+    doubt = (
+        np.square(np.maximum(squares.seeds, freedom_floor * squares.residual)) / (s - 1)
+        + np.square(squares.items) / (i - 1)
+        + np.square(squares.residual) / ((s - 1) * (i - 1))
+    )
+    df = np.divide(np.square(total), doubt, out=np.full_like(total, np.inf), where=doubt > 0)
+    return total / (s * i), np.maximum(df, s - 1)
+
+
+def crossed_interval(d: Array, level: float = LEVEL) -> tuple[Interval, float]:
+    """Interval of the mean for other seeds and other items, and the two-sided p-value of a mean of zero.
+
+    By Student's t, for d of shape [S, I] with S ≥ 2 and values from -1 to 1. With a single item nothing is known: the
+    whole range and 1. The p-value is never below 2^(1-k) with k items that are not zero on average: no test that flips
+    their signs could say more, and it guards against a handful of items that happen to agree.
+    """
+    if d.shape[-1] < 2:
+        return Interval(float(d.mean()), -1.0, 1.0), 1.0
+    squares = mean_squares(d)
+    variance, df = (float(value) for value in variance_of_mean(squares))
+    mean, error = float(squares.mean), float(np.sqrt(variance))
+    half = quantile(df, level) * error
+    p_value = two_sided(mean / error, df) if error > 0 else float(abs(mean) <= _ROUNDING)
+    telling = int((np.abs(d.mean(axis=-2)) > _ROUNDING).sum())
+    smallest = 2.0 ** (1 - telling) if telling else 1.0
+    return Interval(mean, max(-1.0, mean - half), min(1.0, mean + half)), max(p_value, min(1.0, smallest))
+
+
+def items_interval(d: Array, level: float = LEVEL) -> Interval:
+    """Interval of the mean for other items and these seeds alone: Student's t of the items' means, I ≥ 2."""
+    by_item = d.mean(axis=0)
+    mean, items = float(by_item.mean()), by_item.size
+    half = quantile(items - 1, level) * float(by_item.std(ddof=1)) / items**0.5
+    return Interval(mean, max(-1.0, mean - half), min(1.0, mean + half))
+
+
+@dataclass(frozen=True)
+class Components:
+    """Standard deviations σ_seed, σ_item and σ_res in the unit of d; 0 where one cannot be told from chance."""
+
+    seed: float
+    item: float
+    residual: float
+
+
+def components(d: Array) -> Components:
+    """Estimate the parts by equating mean squares with their expectations; negative ones are 0."""
+    squares = mean_squares(d)
+    rest = float(squares.residual)
+    seed = max(0.0, float(squares.seeds) - rest) / squares.n_items
+    item = max(0.0, float(squares.items) - rest) / squares.n_seeds
+    return Components(seed**0.5, item**0.5, rest**0.5)

@@ -1,0 +1,290 @@
+"""Models on an Ollama server: made, kept as they are, borrowed for a check, removed.
+
+Creating is skipped when the server still has what was made from the same files and settings. What was made is kept in a
+small local record per host and name: a fingerprint of the inputs beside the digest under which the server listed the
+result. That digest covers every layer (weights, adapter, template, parameters, license), so a model that was replaced,
+edited or removed no longer matches and is made anew; a lost record costs one needless creation. A fingerprint in the
+model itself, say in its license, would be worse: a model made FROM ours inherits the license with other weights or
+another template below it.
+"""
+
+import hashlib
+import json
+import os
+import re
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from db.files import OutputError, process_runs, sha256, write_json
+from export import ExportError
+from export.engines.llama_cpp import file_precision
+from export.engines.ollama import (
+    LOAD_S,
+    OllamaEngine,
+    OllamaError,
+    OllamaRefused,
+    Retry,
+    connect,
+    full_name,
+    http_options,
+    list_models,
+    remove,
+    require_server,
+    resolve_host,
+    stored_model,
+)
+from export.gguf import scaled_copy
+from export.modelfile import Serving
+from export.served import ADAPTER_GGUF, MODES, SERVED_GGUF, Served
+
+if TYPE_CHECKING:
+    from ollama import Client
+
+_TEMPORARY = re.compile(r"grit-verify-([0-9a-f]{8})-([0-9]+)-([0-9]+)-[0-9a-f]{12}(:latest)?")
+
+
+class AdaptersUnsupportedError(OllamaError):
+    """This release of Ollama takes no LoRA adapters; merged models can be served."""
+
+
+@dataclass(frozen=True)
+class Registered:
+    host: str
+    name: str  # as given, without a tag
+    digest: str  # the server's, of the whole model (its manifest)
+    gguf_sha256: str  # of the exported file
+    adapter_sha256: str | None
+    stored_sha256: str | None  # of the weights as stored, for creating rewrites them; None: not told
+    server_version: str
+    created: bool  # False when the server had it already
+
+
+def register(
+    host: str | None,
+    name: str,
+    gguf: Path,
+    serving: Serving,
+    adapter: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+    *,
+    records: Path | None = None,
+) -> Registered:
+    """Makes the model on the server, unless it already has just this one.
+
+    `gguf` is the merged model, or the base when `adapter` is given; `records` the folder of the local records, None:
+    ~/.cache/grit-pipeline/ollama (below XDG_CACHE_HOME if set).
+
+    Raises OllamaUnavailable: no server, or the connection broke. AdaptersUnsupportedError: the server takes no
+    adapters. OllamaError: the server refused, did not end in "success", or stored other settings than it was given.
+    ExportError: a file is missing, or settings that no Modelfile can say.
+    """
+    say = progress or (lambda line: None)
+    url = resolve_host(host)
+    serving.check()
+    files = {SERVED_GGUF: gguf} | ({ADAPTER_GGUF: adapter} if adapter else {})
+    for path in files.values():
+        if not path.is_file():
+            raise ExportError(f"expected a GGUF file at {path}, found none; run the export stage first")
+    version = require_server(url)
+    hashes = {label: sha256(path) for label, path in files.items()}
+    inputs = [hashes, serving.go_template, serving.parameters, serving.license, serving.system]
+    fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    record_path = _record_path(url, name, records)
+    record = _read_record(record_path)
+    digest = list_models(url).get(full_name(name))
+    if digest is not None and record.get("fingerprint") == fingerprint and record.get("digest") == digest:
+        say(f"{name}: the server has it already")
+        return Registered(**{**record["registered"], "server_version": version, "created": False})
+
+    try:
+        with connect(url, LOAD_S) as client:
+            for label, path in files.items():
+                _upload(client, url, path, hashes[label], say)
+            _create(client, name, serving, hashes, say)
+    except OllamaRefused as error:
+        if "adapters are no longer supported" not in str(error):
+            raise
+        raise AdaptersUnsupportedError(str(error).replace("Ollama at", f"Ollama {version} at", 1)) from error
+    stored = stored_model(url, name)
+    if stored is None:
+        raise OllamaError(f"Ollama at {url} reported success, but does not list {name!r}; see its log")
+    if problems := stored.differences(serving):  # /api/create checks none of them
+        raise OllamaError(f"Ollama at {url} stored other settings for {name!r}: " + "; ".join(problems))
+    own, adapters = hashes[SERVED_GGUF], hashes.get(ADAPTER_GGUF)
+    made = Registered(url, name, stored.digest, own, adapters, stored.stored_sha256, version, True)
+    write_json(record_path, {"fingerprint": fingerprint, "digest": made.digest, "registered": asdict(made)})
+    return made
+
+
+def _record_path(url: str, name: str, records: Path | None) -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = records or Path(cache).expanduser() / "grit-pipeline" / "ollama"
+    return folder / f"{hashlib.sha256(f'{url} {full_name(name)}'.encode()).hexdigest()[:24]}.json"
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _upload(client: "Client", url: str, path: Path, sha256: str, say: Callable[[str], None]) -> None:
+    import httpx
+
+    if httpx.head(f"{url}/api/blobs/sha256:{sha256}", timeout=60, **http_options(url)).status_code == 200:
+        say(f"{path.name}: uploaded before")
+        return
+    say(f"{path.name}: uploading {path.stat().st_size / 1e6:.1f} MB")
+    sent = client.create_blob(path)
+    if sent != f"sha256:{sha256}":
+        raise OllamaError(f"{path} changed while it was uploaded (sha256 {sha256}, then {sent}); export it again")
+
+
+def _create(client: "Client", name: str, serving: Serving, hashes: dict[str, str], say: Callable[[str], None]) -> None:
+    digests = {label: f"sha256:{sha}" for label, sha in hashes.items()}
+    status = None
+    for step in client.create(
+        name,
+        files={SERVED_GGUF: digests[SERVED_GGUF]},
+        adapters={k: v for k, v in digests.items() if k == ADAPTER_GGUF} or None,
+        template=serving.go_template,
+        parameters=serving.parameters,
+        license=serving.license,
+        system=serving.system,
+        stream=True,
+    ):
+        status = step.status or status
+        say(f"{name}: {step.status}")
+    if status != "success":
+        raise OllamaError(f"expected the creation of {name!r} to end in 'success', it ended in {status!r}")
+
+
+# --- what the export stage left -----------------------------------------------------------------------------------
+
+
+def register_served(host: str | None, served: Served, progress: Callable[[str], None] | None = None) -> Registered:
+    """`register` a model in its mode; what the server made of it goes to outputs/ollama beside the stage's folder.
+
+    Raises OllamaError, ExportError: see `register`; or what was made cannot be written down.
+    """
+    made = register(host, served.name, served.gguf, served.serving, served.adapter, progress)
+    file = _facts_file(served)
+    try:
+        write_json(file, {**asdict(made), "mode": served.mode})
+        for mode in MODES:
+            if mode != served.mode:  # the server has it in one mode
+                _facts_file(replace(served, mode=mode)).unlink(missing_ok=True)
+    except (OSError, OutputError) as error:
+        raise ExportError(
+            f"{file}: the model {served.name!r} is registered, which could not be written down; make room or give the "
+            f"rights, then run the same command again ({error})"
+        ) from error
+    return made
+
+
+def _facts_file(served: Served) -> Path:
+    root = served.folder.parents[1].resolve()
+    return root.parent / "outputs" / "ollama" / f"{re.sub(r'[^A-Za-z0-9._-]', '-', served.name)}-{served.mode}.json"
+
+
+def keep_registered(host: str | None, served: Served, progress: Callable[[str], None] | None = None) -> Served:
+    """`register_served` in the mode in which the server has the model, merged where it has none; the form it has now.
+
+    A release that takes adapters no more gets it merged. `served` comes in mode merged.
+    """
+    stored = stored_model(host, served.name)
+    form = served.adapter_form() if stored is not None and stored.mode == "adapter" else None
+    if form is not None:
+        with suppress(AdaptersUnsupportedError):
+            register_served(host, form, progress)
+            return form
+    register_served(host, served, progress)
+    return served
+
+
+# --- models that a check borrows ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_on_server(host: str | None, served: Served, scale: float = 1.0) -> Iterator[OllamaEngine]:
+    """An exported model as the server has it, whoever made it; else a temporary copy under a name of its own.
+
+    The copy is for a model that the server has in the other mode or not at all, and for controls with another adapter
+    scale. What killed checks of this machine left on the server is deleted. Raises AdaptersUnsupportedError: the server
+    takes no adapters. OllamaError: it cannot be asked.
+    """
+    url = resolve_host(host)
+    remove_abandoned(url)
+    stored = stored_model(url, served.name)
+    if scale == 1.0 and stored is not None and stored.mode == served.mode_on_server:
+        with _engine(url, served.name, served) as engine:
+            yield engine
+        return
+    has = "does not have this model" if stored is None else f"has this model in mode {stored.mode}"
+    name = temporary_name()
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            adapter = served.adapter
+            if adapter is not None and scale != 1.0:
+                adapter = Path(temporary) / ADAPTER_GGUF
+                scaled_copy(served.adapter or adapter, adapter, scale)
+            register(url, name, served.gguf, served.serving, adapter, records=Path(temporary))
+        with _engine(url, name, served) as engine:
+            engine.note = f"asked of a temporary copy in mode {served.mode_on_server}, for the server {has}"
+            yield engine
+    except BaseException:
+        with suppress(OllamaError):  # which would hide what really went wrong
+            remove(url, name)
+        raise
+    remove(url, name)
+
+
+def _engine(url: str, name: str, served: Served) -> OllamaEngine:
+    stored = stored_model(url, name)
+    if stored is None:
+        raise OllamaError(f"Ollama at {url} had {name!r} and does not have it now; who removed it?")
+    engine = OllamaEngine(
+        url,
+        name,
+        served.serving.num_ctx,
+        retry=Retry(patience_s=0),
+        mode=stored.mode,
+        stored=stored,
+        say=lambda line: None,
+    )
+    # Creating keeps the type; a server that does not say it has the file's.
+    engine.precision = engine.precision or file_precision(served.gguf)
+    return engine
+
+
+def temporary_name() -> str:
+    """A new name: machine, process and time tell a later check whose it is and whether that still runs."""
+    return f"grit-verify-{_machine()}-{os.getpid()}-{int(time.time())}-{uuid.uuid4().hex[:12]}"
+
+
+def remove_abandoned(host: str | None) -> list[str]:
+    """Deletes what checks of this machine registered whose process is gone, and names it; other machines' stay.
+
+    Raises OllamaError: the server cannot be asked.
+    """
+    matches = [found for name in list_models(host) if (found := _TEMPORARY.fullmatch(name))]
+    left = [found[0] for found in matches if found[1] == _machine() and not process_runs(int(found[2]), int(found[3]))]
+    return [name for name in left if remove(host, name)]
+
+
+def _machine() -> str:
+    """Tells process numbers apart: containers may share a name, but not those."""
+    try:
+        numbers = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:  # not Linux
+        numbers = ""
+    return hashlib.sha256(f"{socket.gethostname()} {numbers}".encode()).hexdigest()[:8]

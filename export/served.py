@@ -1,0 +1,196 @@
+"""What the export stage left to be served: one entry a model, in either of two modes."""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from export import ExportError
+from export.modelfile import Serving
+
+BASE = "base"
+FACTS = "serving.json"
+REFERENCE = "reference.jsonl"
+"""Hugging Face's own tokens and greedy answers, beside each GGUF."""
+SERVED_GGUF, F16_GGUF, ADAPTER_GGUF = "model.gguf", "model-f16.gguf", "adapter.gguf"
+MODELFILE, ADAPTER_MODELFILE = "Modelfile", "Modelfile.adapter"
+Mode = Literal["merged", "adapter"]
+MODES: tuple[Mode, ...] = ("merged", "adapter")
+
+
+@dataclass(frozen=True)
+class Served:
+    name: str  # in Ollama; seeds after the first are tags of the same name
+    arm: str
+    seed: int
+    mode: Mode  # "merged": one file; "adapter": the base's file and a small adapter
+    folder: Path
+    gguf: Path  # the merged model, or the base
+    adapter: Path | None  # in mode "adapter", except for the base itself
+    serving: Serving
+
+    @property
+    def mode_on_server(self) -> Mode:
+        """What the server has: the base is one file in both modes."""
+        return "adapter" if self.adapter else "merged"
+
+    def check_modelfile(self) -> None:
+        """Refuse a Modelfile that is not what serving.json says: `ollama create -f` would serve another model.
+
+        Raises ExportError: missing, or names the first line at fault.
+        """
+        file = self.folder / (ADAPTER_MODELFILE if self.adapter else MODELFILE)
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            why = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+            raise ExportError(f"{file}: {why}; run `dvc repro export`, which writes it") from None
+        expected = modelfile_text(self.serving, self.folder, self.gguf if self.adapter else None).splitlines()
+        for n in range(max(len(lines), len(expected))):
+            pair = [texts[n] if n < len(texts) else "nothing" for texts in (lines, expected)]
+            if pair[0] != pair[1]:
+                raise ExportError(
+                    f"{file}: line {n + 1}: expected {pair[1]!r}, as {FACTS} says, got {pair[0]!r}; export again"
+                )
+
+    def adapter_form(self) -> "Served | None":
+        """The same model as base and adapter; None for the base, and for what can only be served merged.
+
+        Raises ExportError: the base is not exported.
+        """
+        adapter = self.folder / ADAPTER_GGUF
+        if self.arm == BASE or not adapter.is_file():
+            return None
+        return replace(self, mode="adapter", gguf=base_file(self.folder.parents[1]), adapter=adapter)
+
+
+def modelfile_text(serving: Serving, folder: Path, base: Path | None = None) -> str:
+    """Modelfile in `folder`: of the merged model, or of an adapter on the GGUF `base`.
+
+    Paths in it are relative to the folder, so that `ollama create NAME -f FILE` works from any working directory.
+    """
+    if base is None:
+        return serving.modelfile(f"./{SERVED_GGUF}")
+    return serving.modelfile(os.path.relpath(base, folder), f"./{ADAPTER_GGUF}")
+
+
+def served_in(folder: Path, name: str | None = None, mode: Mode = "merged") -> Served:
+    """One model, by its folder <root>/<arm>/<seed>; `name` in place of the one in serving.json.
+
+    Raises ExportError: nothing is exported there, serving.json is damaged, or a file is missing.
+    """
+    served = _served(folder, name or f"{folder.parent.name}_model", mode)
+    served = served if name is None else replace(served, name=name)
+    _check_files([served])
+    return served
+
+
+def find_served(root: Path, mode: Mode = "merged", names: list[str] | None = None) -> list[Served]:
+    """Everything in <root>/<arm>/<seed>/, base first; with `names` only these models.
+
+    Raises ExportError: nothing is exported there, a name is not among it or in two places, a serving.json is damaged,
+    or a file is missing. What is wrong with models that are not asked for does not count.
+    """
+    # A seed is a plain number; "0.123.partial" is what a killed export left.
+    folders = [place.parent for place in root.glob(f"*/*/{FACTS}") if re.fullmatch("[0-9]+", place.parent.name)]
+    folders.sort(key=lambda f: (f.parent.name != BASE, f.parent.name, int(f.name)))
+    if not folders:
+        raise ExportError(f"expected exported models in {root}/<arm>/<seed>/, found none; run `dvc repro export`")
+    first: dict[str, str] = {}
+    found: list[Served] = []
+    damaged: list[str] = []
+    for folder in folders:
+        arm, seed = folder.parent.name, folder.name
+        name = f"{arm}_model" if seed == first.setdefault(arm, seed) else f"{arm}_model:seed{seed}"
+        try:
+            found.append(_served(folder, name, mode))
+        except ExportError as error:
+            damaged.append(str(error))
+    if names:
+        found = _named(found, names, damaged)
+    elif damaged:
+        raise ExportError("; ".join(damaged))
+    places: dict[str, Path] = {}
+    for served in found:
+        if (other := places.setdefault(served.name, served.folder)) != served.folder:
+            raise ExportError(
+                f"expected one folder for each model, {other} and {served.folder} both hold {served.name!r}; remove "
+                "the one that is not in `matrix` of params.yaml any more, or export again"
+            )
+    _check_files(found)
+    return found
+
+
+def _served(folder: Path, name: str, mode: Mode) -> Served:
+    """The model of a folder; `name`: where its serving.json has none."""
+    serving, arm = Serving.read(folder / FACTS), folder.parent.name
+    adapted = mode == "adapter" and arm != BASE
+    gguf = base_file(folder.parents[1]) if adapted else folder / SERVED_GGUF
+    adapter = folder / ADAPTER_GGUF if adapted else None
+    return Served(serving.model_name or name, arm, int(folder.name), mode, folder, gguf, adapter, serving)
+
+
+def _named(found: list[Served], names: list[str], damaged: list[str]) -> list[Served]:
+    known = [served.name for served in found]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        also = f" ({'; '.join(damaged)})" if damaged else ""
+        raise ExportError(f"expected names among {', '.join(known) or 'none'}, got {', '.join(unknown)}{also}")
+    return [served for name in names for served in found if served.name == name]
+
+
+def _check_files(models: list[Served]) -> None:
+    for served in models:
+        if served.adapter is not None and not served.adapter.is_file() and served.gguf.is_file():
+            raise ExportError(
+                f"{served.folder}: this adapter can be served merged only (run.json says why, only_merged)"
+            )
+    missing = [str(f) for s in models for f in (s.gguf, s.adapter) if f is not None and not f.is_file()]
+    if missing:
+        raise ExportError(f"expected GGUF files, found none at {', '.join(missing)}; run `dvc repro export`")
+
+
+def base_file(root: Path) -> Path:
+    """The base's f16 file, which adapters are made for. Raises ExportError: not exported."""
+    folder = root / BASE / "0"
+    file = next((folder / n for n in (F16_GGUF, SERVED_GGUF) if (folder / n).is_file()), None)
+    if file is None:
+        raise ExportError(f"{folder}: expected the base's GGUF, which adapters need; run `dvc repro export_base`")
+    return file
+
+
+# --- what Hugging Face says ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One line of reference.jsonl: what Hugging Face says to one prompt."""
+
+    prompt: str
+    rendered: str  # the prompt within the training template
+    ids: list[int]  # of `rendered`, BOS included where training had one
+    answer: str  # greedy text, without the end token
+    max_tokens: int
+
+
+def write_references(folder: Path, references: Iterable[Reference]) -> None:
+    lines = (json.dumps(asdict(reference), ensure_ascii=False) + "\n" for reference in references)
+    (folder / REFERENCE).write_text("".join(lines), encoding="utf-8")
+
+
+def read_references(folder: Path, limit: int | None = None) -> list[Reference]:
+    """The answers beside a GGUF. Raises ExportError: none there, or damaged."""
+    file = folder / REFERENCE
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        found = [Reference(**{k: row[k] for k in Reference.__dataclass_fields__}) for row in rows]
+    except FileNotFoundError:
+        raise ExportError(f"{file}: no such file; run `dvc repro export`, which writes it") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{file}: expected Hugging Face's answers as JSON lines ({error}); export again") from error
+    if not found:
+        raise ExportError(f"{file}: expected at least one answer, found none; export again")
+    return found[:limit]

@@ -1,0 +1,393 @@
+"""Chat templates: from a tokenizer's (Jinja) to the text trained on and to Ollama's Go template.
+
+The Jinja template is not parsed. It is rendered with marks for the messages, the constant pieces are read off, a Go
+template is put together from them, and both are rendered with many other messages: only what comes out the same is
+accepted. So a template of any shape is either converted right or refused, with the reason.
+
+Some templates trim messages. Ollama does not, nor does training here, so that both still read the same text;
+`ChatTemplate.trims` says that it is the chat template's own only for messages without blanks at their ends.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from export import ExportError
+from export.engines.base import PROMPT_SLOT
+from export.modelfile import (
+    ELSE,
+    END,
+    IF_SYSTEM,
+    PROMPT,
+    RESPONSE,
+    SYSTEM,
+    ModelfileError,
+    Serving,
+    check_bos,
+)
+
+Message = dict[str, str]
+Render = Callable[..., str]
+"""(messages, add_generation_prompt, **variables) → text; what `apply_chat_template` does with tokenize=False."""
+
+_USER, _SYSTEM, _ANSWER = "Ask7f3Q", "Sys7f3Q", "Ans7f3Q"
+_TOKEN = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
+# What every conversion is tried with.
+PROMPTS = (
+    "What is 2 + 2?",
+    """braces {a} {{b}} {{ .Prompt }} {% if x %} {# c #} "double" 'single' \\n back\\slash % & <b> </b> `x`""",
+    "first line\n\n  third line\n\n\n- ends with a full stop.\tTab.",
+    "é ß Ω 漢字 🙂 no\u00a0break, İstanbul",
+    "UPPER lower Title " + "long " * 300 + "end",
+    "1",
+)
+_SYSTEMS = ("Be brief.", 'Answer "so" {and} {{so}}.\n\nSecond part: é 漢字 🙂', "x " * 200 + "end")
+
+
+class TemplateError(ExportError):
+    """A chat template that has no right form as a Go template, with the reason and what to do."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    text: str  # trained on: `{prompt}` once, up to the answer, system message included; for `tokenizer(text)`
+    go: str  # Ollama's TEMPLATE
+    system: str | None  # Ollama's SYSTEM: the one asked for, or the template's own default
+    stop: tuple[str, ...]  # the end-of-turn token and the end of sequence
+    trims: bool  # it takes blanks off the ends of messages; Ollama and `text` leave them
+    multi_turn: bool  # conversations come out in Ollama as the chat template has them, too
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Constant pieces: [bos] plain PROMPT after, [bos] before SYSTEM between PROMPT after.
+
+    `tail` ends an answer and `again` leads to the next prompt, where the template has several turns.
+    """
+
+    bos: str
+    plain: str
+    after: str
+    before: str | None = None
+    between: str = ""
+    tail: str | None = None
+    again: str | None = None
+
+
+def conversation(prompt: str, system: str | None = None, turns: Sequence[tuple[str, str]] = ()) -> list[Message]:
+    roles = [("system", system)] if system else []
+    for question, answer in turns:
+        roles += [("user", question), ("assistant", answer)]
+    return [{"role": role, "content": text} for role, text in [*roles, ("user", prompt)]]
+
+
+def _cut(text: str, *marks: str) -> list[str] | None:
+    """The pieces between the marks, None unless each is there once and in this order."""
+    pieces = []
+    for mark in marks:
+        head, found, text = text.partition(mark)
+        pieces.append(head)
+        if not found or mark in text:
+            return None
+    return [*pieces, text]
+
+
+def _try(render: Render, messages: list[Message], generation: bool = True) -> str | None:
+    """The rendering, None where the template refuses such messages."""
+    from jinja2 import TemplateError as JinjaError
+
+    try:
+        return render(messages, generation)
+    except (JinjaError, TypeError, ValueError):
+        return None
+
+
+def _refuse_dates(render: Render) -> None:
+    def at(date: str) -> str:
+        return render(conversation(_USER), True, strftime_now=lambda _: date)
+
+    if at("Date7f3Q") != at("Date8g4R"):
+        text = at("26 Jul 2024").replace(_USER, PROMPT_SLOT)
+        raise TemplateError(
+            "it writes the date of the day, so that training and serving would read different texts. Fix the date: "
+            f"write the text itself as prompt.template, e.g. {text!r} (without the token that the tokenizer puts in "
+            "front of every text)"
+        )
+
+
+def _read(render: Render, bos_token: str | None) -> _Pieces:
+    """The pieces of the template as far as it has them.
+
+    Raises TemplateError: the user's text is not in the rendering as it was given.
+    """
+    plain = _cut(render(conversation(_USER), True), _USER)
+    if plain is None:
+        raise TemplateError("it changes the user's text, leaves it out or repeats it")
+    written = bos_token if bos_token and plain[0].startswith(bos_token) else ""
+    pieces = _Pieces(written, plain[0].removeprefix(written), plain[1])
+    with_system = _cut(_try(render, conversation(_USER, _SYSTEM)) or "", _SYSTEM, _USER)
+    if with_system and with_system[2] == pieces.after and with_system[0].startswith(written):
+        before, between = with_system[0].removeprefix(written), with_system[1]
+        pieces = replace(pieces, before=before, between=between)
+    over = _try(render, [*conversation(_USER), {"role": "assistant", "content": _ANSWER}], False)
+    answer = _cut(over or "", _USER, _ANSWER)
+    if answer:
+        pieces = replace(pieces, tail=answer[2])
+    longer = _try(render, conversation(_USER + "2", turns=[(_USER + "1", _ANSWER)])) or ""
+    turns = _cut(longer, f"{_USER}1{pieces.after}{_ANSWER}", _USER + "2")
+    if turns and turns[1].endswith(pieces.plain):  # else a system message of its own stands before the first prompt
+        pieces = replace(pieces, tail=turns[1].removesuffix(pieces.plain), again=pieces.plain)
+    elif turns and answer and turns[1].startswith(answer[2]):
+        pieces = replace(pieces, again=turns[1].removeprefix(answer[2]))
+    return pieces
+
+
+def _assemble(p: _Pieces) -> tuple[str, str | None]:
+    """Go template up to where the answer begins, and the default system message that belongs to it."""
+    end = PROMPT + p.after
+    if p.before is None:
+        return p.bos + p.plain + end, None
+    if p.plain.startswith(p.before) and p.again and p.between.endswith(p.again):
+        default = p.plain.removeprefix(p.before).removesuffix(p.between)
+        if default and p.before + default + p.between == p.plain:
+            block = p.before + SYSTEM + p.between.removesuffix(p.again)
+            return p.bos + IF_SYSTEM + block + END + p.again + end, default
+    if p.before.startswith(p.plain):  # the system message stands in the user's turn
+        block = p.before.removeprefix(p.plain) + SYSTEM + p.between
+        return p.bos + p.plain + IF_SYSTEM + block + END + end, None
+    if p.between.endswith(p.plain):  # a turn of its own
+        block = p.before + SYSTEM + p.between.removesuffix(p.plain)
+        return p.bos + IF_SYSTEM + block + END + p.plain + end, None
+    return p.bos + IF_SYSTEM + p.before + SYSTEM + p.between + ELSE + p.plain + END + end, None
+
+
+def _end_of_turn(tail: str | None, special_tokens: Sequence[str]) -> str | None:
+    """The token that ends an answer: the first of what the template writes behind one."""
+    text = (tail or "").lstrip()
+    known = max((t for t in special_tokens if t and text.startswith(t)), key=len, default=None)
+    guess = _TOKEN.match(text)
+    return known or (guess[0] if guess else None)
+
+
+def convert(
+    render: Render,
+    *,
+    bos_token: str | None,
+    eos_token: str,
+    adds_bos: bool,
+    system: str | None = None,
+    special_tokens: Sequence[str] = (),
+) -> ChatTemplate:
+    """The forms of a chat template that training and serving need.
+
+    With `adds_bos` tokenizer and GGUF put BOS in front of every text, and it is taken out of the template;
+    `special_tokens` are the tokenizer's, to find the one that ends a turn. Raises TemplateError: no right form; says
+    why and what to do.
+    """
+    from jinja2 import TemplateError as JinjaError
+
+    def bare(messages: list[Message], generation: bool, **variables: Any) -> str:
+        text = render(messages, generation, **variables)
+        return text.removeprefix(bos_token) if adds_bos and bos_token else text
+
+    try:
+        _refuse_dates(bare)
+        pieces = _read(bare, bos_token)
+    except (JinjaError, TypeError, ValueError) as error:
+        raise TemplateError(f"it does not render a single user message: {error}") from error
+    if system is not None:
+        if system != system.strip() or not system:
+            raise TemplateError(f"prompt.system: expected a text without blanks at its ends, got {system!r}")
+        if pieces.before is None:
+            raise TemplateError("it takes no system message; leave out prompt.system, or put it into the questions")
+    go, default = _assemble(pieces)
+    lead = pieces.bos + (pieces.plain if system is None else f"{pieces.before}{system}{pieces.between}")
+    text = lead + PROMPT_SLOT + pieces.after
+    stop = tuple(dict.fromkeys(filter(None, (_end_of_turn(pieces.tail, special_tokens), eos_token))))
+    made = ChatTemplate(text, go, system or default, stop, trims=False, multi_turn=False)
+    _check_syntax(made, bos_token, adds_bos)
+    made = replace(made, trims=_trims(bare, pieces))
+    _check(bare, made, default, system)
+    if pieces.tail is not None:
+        whole = replace(made, go=go + RESPONSE + pieces.tail, multi_turn=True)
+        if _talks(bare, whole, default, pieces.before is not None):
+            _check_syntax(whole, bos_token, adds_bos)
+            return whole
+    return made
+
+
+def _check_syntax(made: ChatTemplate, bos_token: str | None, adds_bos: bool) -> None:
+    if made.text.count(PROMPT_SLOT) != 1 or "{{" in made.text or "}}" in made.text:
+        raise TemplateError(
+            f"its own text holds {PROMPT_SLOT}, '{{{{' or '}}}}', which Ollama's template language would run; write a "
+            f"prompt.template without them. It is {made.text!r}"
+        )
+    try:
+        evaluate(made.go)
+        check_bos(made.go, adds_bos, bos_token)
+        Serving(template=made.text, go=made.go, stop=list(made.stop), num_ctx=1, system=made.system).check()
+    except (GoTemplateError, ModelfileError) as error:
+        raise TemplateError(f"it cannot be written into a Modelfile: {error}") from error
+
+
+def _trims(render: Render, pieces: _Pieces) -> bool:
+    """Whether the template takes blanks off the ends of the user's text.
+
+    Raises TemplateError: it changes them in another way.
+    """
+    blank = f" \n{_USER}\n\t "
+    leads: dict[str | None, str] = {None: pieces.plain}
+    if pieces.before is not None:
+        leads[_SYSTEM] = f"{pieces.before}{_SYSTEM}{pieces.between}"
+    trims = False
+    for system, lead in leads.items():
+        got = _try(render, conversation(blank, system))
+        ends = [pieces.bos + lead + text + pieces.after for text in (blank, blank.strip(), blank.rstrip())]
+        if got not in ends:
+            raise TemplateError(f"it changes a message with blanks at its ends: of {blank!r} it makes {got!r}")
+        trims |= got != ends[0]
+    return trims
+
+
+def _check(render: Render, made: ChatTemplate, default: str | None, asked: str | None) -> None:
+    """Go template and training text render what the chat template renders, whatever the messages say.
+
+    Raises TemplateError: shows the first messages for which they do not.
+    """
+    systems = (asked, None, *_SYSTEMS) if SYSTEM in made.go else (None,)
+    for prompt, system in product(PROMPTS, dict.fromkeys(systems)):
+        expected = _try(render, conversation(prompt, system))
+        texts = [evaluate(made.go, prompt=prompt, system=system or default or "")]
+        if system == asked:
+            texts.append(made.text.replace(PROMPT_SLOT, prompt))
+        wrong = next((text for text in texts if text != expected), None)
+        if wrong is not None:
+            raise TemplateError(
+                "what it writes round a message depends on what the message says: of system message "
+                f"{system and system[:60]!r} and prompt {prompt[:60]!r} it makes {expected!r:.400}, expected "
+                f"{wrong!r:.400}; write the text itself as prompt.template"
+            )
+
+
+def _talks(render: Render, made: ChatTemplate, default: str | None, takes_system: bool) -> bool:
+    """Whether conversations of several turns come out in Ollama as in the chat template."""
+    turns = [("What is 2 + 2?", "It is 4."), ("And\n\n{b}?", "é.")]
+    for n, system in product((1, 2), (None, *_SYSTEMS[:1]) if takes_system else (None,)):
+        expected = _try(render, conversation("Thanks.", system, turns[:n]))
+        if converse(made.go, turns[:n], "Thanks.", system or default or "") != expected:
+            return False
+    return True
+
+
+# --- Go's template language, and what Ollama makes of it -----------------------------------------------------------
+
+# As Go's lexer: the first "{{" opens, whatever stands before or after it.
+_ACTION = re.compile(r"\{\{.*?\}\}|\{\{", re.DOTALL)
+
+
+class GoTemplateError(ExportError):
+    """A template with something in it that this project never writes."""
+
+
+def evaluate(template: str, *, system: str = "", prompt: str = "", response: str | None = None) -> str:
+    """What a Go template of the subset renders.
+
+    The subset: `{{ if .System }}…{{ else }}…{{ end }}` (not nested), `{{ .System }}`, `{{ .Prompt }}`, `{{ .Response
+    }}`, nothing trimmed. Everything else is refused, so that a text which Go would read as a command is never taken for
+    a text. Without a response the template is cut where the answer begins, as Ollama does with the turn that is to be
+    answered. Raises GoTemplateError: an action that is not of the subset, or `if` and `end` that do not match.
+    """
+    done, shown, inside, at = [], True, False, 0
+    for match in _ACTION.finditer(template):
+        action = match[0]
+        if shown:
+            done.append(template[at : match.start()])
+        at = match.end()
+        if action == IF_SYSTEM and not inside:
+            inside, shown = True, bool(system)
+        elif action == ELSE and inside:
+            shown = not shown
+        elif action == END and inside:
+            inside, shown = False, True
+        elif action in (SYSTEM, PROMPT, RESPONSE):
+            if action == RESPONSE and response is None:
+                return "".join(done)
+            if shown:
+                done.append({SYSTEM: system, PROMPT: prompt, RESPONSE: response or ""}[action])
+        else:
+            raise GoTemplateError(
+                f"expected {IF_SYSTEM}, {ELSE}, {END}, {SYSTEM}, {PROMPT} or {RESPONSE} in their places, got {action!r}"
+            )
+    if inside:
+        raise GoTemplateError(f"{IF_SYSTEM} is never closed with {END}")
+    return "".join([*done, template[at:]])
+
+
+def converse(template: str, turns: Sequence[tuple[str, str]], prompt: str, system: str = "") -> str:
+    """What Ollama renders of a conversation: the whole template for each turn, the system message in the first only.
+
+    `turns` are (prompt, response) of those that are over. Raises GoTemplateError: see `evaluate`.
+    """
+    if RESPONSE not in template:
+        template += RESPONSE  # as Ollama does
+    texts = []
+    for question, answer in turns:
+        texts.append(evaluate(template, system=system, prompt=question, response=answer))
+        system = ""
+    return "".join([*texts, evaluate(template, system=system, prompt=prompt)])
+
+
+# --- a tokenizer's own template -------------------------------------------------------------------------------------
+
+
+def from_tokenizer(tokenizer: Any, system: str | None = None) -> ChatTemplate:
+    """The forms of a tokenizer's own chat template; `tokenizer(text)` gives the very ids of `apply_chat_template`.
+
+    Raises TemplateError: no chat template, or one without a right form; says why and what to do.
+    """
+    name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+    if not getattr(tokenizer, "chat_template", None):
+        raise TemplateError(f"{name} has no chat template; write the text as prompt.template instead of `chat`")
+
+    def render(messages: list[Message], generation: bool, **variables: Any) -> str:
+        made = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **variables)
+        return str(made)
+
+    bos = tokenizer.bos_token
+    try:
+        made = convert(
+            render,
+            bos_token=bos,
+            eos_token=tokenizer.eos_token,
+            adds_bos=bos is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id],
+            system=system,
+            special_tokens=[*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()],
+        )
+        _check_ids(tokenizer, made, system)
+    except TemplateError as error:
+        raise TemplateError(f"the chat template of {name} cannot be used: {error}") from error
+    return made
+
+
+def _check_ids(tokenizer: Any, made: ChatTemplate, system: str | None) -> None:
+    for prompt in PROMPTS:
+        expected = list(
+            tokenizer.apply_chat_template(conversation(prompt, system), add_generation_prompt=True)["input_ids"]
+        )
+        got = list(tokenizer(made.text.replace(PROMPT_SLOT, prompt))["input_ids"])
+        if got == expected:
+            continue
+        if got == [tokenizer.bos_token_id, *expected]:
+            why = (
+                f"it does not write {tokenizer.bos_token}, but the tokenizer puts it in front of every text, and so "
+                "does the server. Set add_bos_token to false in the base's tokenizer_config.json, or, to train with "
+                f"that token, write the text itself as prompt.template: {made.text!r}"
+            )
+        else:
+            why = (
+                f"the tokenizer makes other tokens of its text ({got[:8]}… instead of {expected[:8]}…), mostly by a "
+                f"blank that it puts in front of a text. Write the text itself as prompt.template: {made.text!r}"
+            )
+        raise TemplateError(why)

@@ -1,0 +1,175 @@
+"""Stage check: refuses a params.yaml that cannot be used, before any work, and writes outputs/code/<stage>.
+
+The whole of params.yaml is what all stages read of it. outputs/code/<stage> is a hash of the code that the stage can
+reach, for train one file an arm: the stages depend on these files in place of source files.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from db.files import write_text
+from pipelines import compare, evaluate, export, measure, prepare_base, prepare_data, probe, quantize, verify
+from pipelines.code import code_hash
+from pipelines.params import NAME, PARAMS_FILE, VARIANT_OF, ConfigError, explain, listed, load_yaml
+from pipelines.prompt import CHAT
+from pipelines.stage import BASE_ARM, clear_errors, cli
+from trainers import arms
+from trainers.settings import TrainSettings, suggest
+
+CODE = Path("outputs/code")
+SMOLVLM_FORM = "<|im_start|>User:{prompt}<end_of_utterance>\nAssistant: "
+"""Turn of the user and start of the answer, as the chat template of SmolVLM writes them."""
+
+
+class Params(
+    prepare_data.Params,
+    prepare_base.Params,
+    probe.Params,
+    export.Params,
+    quantize.Params,
+    verify.Params,
+    evaluate.Params,
+    measure.Params,
+    compare.Params,
+):
+    """The whole of params.yaml."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    profile: str
+
+    @model_validator(mode="after")
+    def _pictures(self) -> "Params":
+        """Items, base and training have pictures, or none of them has."""
+        tower, drawn = self.prepare_base.vision, self.prepare_data.image_size
+        problems = []
+        if (tower is None) != (drawn is None):
+            problems.append(
+                f"prepare_base.vision: expected {'null' if drawn is None else 'the shape of a vision tower'}, since "
+                f"items of the task {self.prepare_data.task} have {'no ' if drawn is None else ''}pictures"
+            )
+        if (tower is None) != (self.train.layers is None):
+            problems.append(
+                f"train.layers: expected {'null' if tower is None else 'those of a vision-language model'}, as "
+                f"prepare_base.vision says"
+            )
+        if tower is not None:
+            if self.prepare_base.source == "embedded" and tower.image_size != drawn:
+                problems.append(
+                    f"prepare_base.vision.image_size: expected prepare_data.image_size = {drawn}, as pictures are "
+                    f"drawn, got {tower.image_size}"
+                )
+            if self.prompt.template == CHAT:
+                problems.append(
+                    "prompt.template: chat is for text; chat templates put pictures and the answer in places of their "
+                    "own, which no text with {prompt} stands for. Expected the base's form written out, e.g. for "
+                    f"SmolVLM {SMOLVLM_FORM!r}"
+                )
+            if self.evaluate.backend != "hf":
+                problems.append(
+                    f"evaluate.backend: expected 'hf', which puts an adapter on a vision-language model, got "
+                    f"{self.evaluate.backend!r}"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    return parse_params(load_yaml(path), str(path))
+
+
+def parse_params(raw: Any, source: str = str(PARAMS_FILE)) -> Params:
+    """The whole of params.yaml; ConfigError lists every error with its key, what was expected and what came."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: expected sections, got {type(raw).__name__}")
+    of_arms = _check_arms(raw)
+    try:
+        params = Params(**raw)
+    except ValidationError as error:
+        own = [e for e in error.errors() if e["loc"][:1] != ("arms",) or not isinstance(raw.get("arms"), dict)]
+        raise listed(explain(own, Params) + of_arms, source) from None
+    if of_arms:
+        raise listed(of_arms, source)
+    return params
+
+
+def _check_arms(raw: dict[str, Any]) -> list[str]:
+    """Errors in `arms:`: unknown arms, unknown or wrong overrides, arms of the matrix without an entry."""
+    entries, train, matrix = raw.get("arms"), raw.get("train"), raw.get("matrix")
+    if not isinstance(entries, dict):
+        return []
+    own_arms, lines, usable = arms.names(), [], list(arms.names())
+    wanted = matrix.get("arms") if isinstance(matrix, dict) else None
+    wanted = wanted if isinstance(wanted, list) else []
+    train = train if isinstance(train, dict) else {}
+    for arm, own in entries.items():
+        if not isinstance(own, dict):
+            lines.append(f"arms.{arm}: expected keys of train: (or {{}}), got {own!r}")
+            continue
+        of = own.get(VARIANT_OF)
+        code = arm if of is None else of
+        if of is None and arm not in own_arms:
+            meant = suggest(str(arm), own_arms)
+            lines.append(f"arms.{arm}: unknown arm{meant}; a variant of one says {VARIANT_OF}: and its name")
+        elif of is not None and (arm in own_arms or arm == BASE_ARM or not NAME.fullmatch(str(arm))):
+            expected = "a variant to have a new name of small letters, digits and _"
+            lines.append(f"arms.{arm}: expected {expected}, got {arm!r}")
+        elif code not in own_arms:
+            lines.append(f"arms.{arm}.{VARIANT_OF}: unknown arm {of!r}{suggest(str(of), own_arms)}")
+        else:
+            usable.append(arm)
+        settings = arms.load(code).settings if code in own_arms else TrainSettings
+        overrides = {name: value for name, value in own.items() if name != VARIANT_OF}
+        for error in _errors(settings, {**train, **overrides}):
+            # What does not fit together is the arm's fault only where it is trained, and section train alone does fit.
+            if error["loc"][0] in overrides if error["loc"] else arm in wanted and not _errors(TrainSettings, train):
+                lines += explain([error], settings, "arms", str(arm))
+    lines += [f"matrix.arms: unknown arm {a!r}{suggest(str(a), usable)}" for a in wanted if a not in usable]
+    lines += [
+        f"arms.{a}: missing; the matrix names this arm, write `{a}: {{}}` where it sets nothing of its own"
+        for a in wanted
+        if a in own_arms and a not in entries
+    ]
+    return lines
+
+
+def _errors(schema: type[BaseModel], content: dict[str, Any]) -> list[Any]:
+    try:
+        schema(**content)
+    except ValidationError as error:
+        return list(error.errors())
+    return []
+
+
+def write_code_hashes(params: Params, pipeline: Path = Path("dvc.yaml"), folder: Path = CODE) -> None:
+    """One file for each stage of dvc.yaml, and for train one for each arm, with the hash of its code."""
+    stages = set(re.findall(r"python -m pipelines\.(\w+)", pipeline.read_text(encoding="utf-8"))) - {"check", "train"}
+    used = {"trainers.arms": (), "evaluation.tasks": (params.prepare_data.task,)}
+    hashes = {stage: code_hash(f"pipelines.{stage}", plugins=used) for stage in stages}
+    for arm in params.matrix.arms:
+        module = f"trainers.arms.{params.code_of(arm)}"
+        hashes[f"train.{arm}"] = code_hash("pipelines.train", module, plugins={**used, "evaluation.tasks": ()})
+    for name, value in hashes.items():
+        write_text(folder / name, f"{value}\n")
+
+
+def main(get: Annotated[str, typer.Option(help="print this value of params.yaml, e.g. compare.database")] = "") -> None:
+    """Refuse a params.yaml that cannot be used; write the hashes of the stages' code."""
+    with clear_errors("check", code=2):
+        params = load_params()
+        if get:
+            value: Any = params.model_dump()
+            for part in get.split("."):
+                value = value[part]
+            print(value)
+        else:
+            write_code_hashes(params)
+
+
+if __name__ == "__main__":
+    cli(main)

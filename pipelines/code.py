@@ -1,0 +1,105 @@
+"""One hash for all the code that a module can reach, so that DVC reruns a stage when its code changes and only then.
+
+The code of a module is its import closure within the project, imports inside functions included, read from the source
+without running it. Comments, docstrings and layout leave the hash as it is. A package's `__init__` counts only where a
+name is defined in it: `from probes import judge` leads to probes/verdict.py and nowhere else. A text that is a module's
+name counts as an import of it ("-m", "pipelines.twin"); an f-string such as f"evaluation.tasks.{name}" as one of every
+module there, unless `plugins` names those that are used.
+"""
+
+import ast
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+Plugins = Mapping[str, Sequence[str]]
+
+
+def code_hash(*modules: str, plugins: Plugins | None = None) -> str:
+    """Hash of the code that some modules can reach; plugins: package → those of its modules that are used."""
+    digest = hashlib.sha256()
+    files = closure(*modules, plugins=plugins)
+    beside = {f for folder in {file.parent for file in files} for f in folder.iterdir() if f.is_file()}
+    for file in sorted({*files, *(f for f in beside if f.suffix not in (".py", ".pyc"))}):
+        content = _meaning(file) if file.suffix == ".py" else file.read_bytes()
+        digest.update(f"{file.relative_to(ROOT).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def closure(*modules: str, plugins: Plugins | None = None) -> set[Path]:
+    """The source files of some modules and of all that they import."""
+    found: set[Path] = set()
+    waiting = list(modules)
+    while waiting:
+        file = file_of(waiting.pop())
+        if file is not None and file not in found:
+            found.add(file)
+            waiting += imports(file, plugins or {})
+    return found
+
+
+def file_of(module: str) -> Path | None:
+    """The source file of a module of this project."""
+    stem = ROOT.joinpath(*module.split("."))
+    return next((file for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.is_file()), None)
+
+
+def imports(file: Path, plugins: Plugins) -> Iterator[str]:
+    """The modules, also of other projects, that a source file may import."""
+    for node in ast.walk(_tree(file)):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=str(module), names=names, level=0):
+                yield from (_home(module, alias.name) for alias in names)
+            case ast.JoinedStr(values=[ast.FormattedValue(value=ast.Name(id="__name__")), ast.Constant(value="."), *_]):
+                yield from _plugins(".".join(file.relative_to(ROOT).parent.parts), plugins)
+            case ast.JoinedStr(values=[ast.Constant(value=str(text)), *_]) if text.endswith("."):
+                yield from _plugins(text[:-1], plugins)
+            case ast.Constant(value=str(text)) if "." in text and text.replace(".", "").isidentifier():
+                yield text
+
+
+def _plugins(package: str, plugins: Plugins) -> list[str]:
+    """The modules of a package that are imported by name."""
+    folder = ROOT.joinpath(*package.split("."))
+    there = [file.stem for file in sorted(folder.glob("*.py"))] if package.replace(".", "").isidentifier() else []
+    return [f"{package}.{name}" for name in (plugins.get(package, there) if there else ())]
+
+
+def _home(module: str, name: str) -> str:
+    """The module that `from module import name` leads to."""
+    if file_of(f"{module}.{name}"):
+        return f"{module}.{name}"
+    file = file_of(module)
+    for node in ast.walk(_tree(file)) if file is not None and file.name == "__init__.py" else ():
+        match node:
+            case ast.ImportFrom(module=str(source), names=names, level=0):
+                if found := next((alias.name for alias in names if (alias.asname or alias.name) == name), None):
+                    return _home(source, found)
+            case ast.Dict(keys=keys, values=values):  # name → module, or module → names, of a lazy __getattr__
+                for key, value in zip(keys, values, strict=True):
+                    match key, value:
+                        case ast.Constant(value=str(one)), ast.Constant(value=str(other)):
+                            for source, there in ((one, other), (other, one)):
+                                if name in there.split() and file_of(source):
+                                    return _home(source, name)
+    return module
+
+
+@cache
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+class _WithoutDocstrings(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
+
+
+@cache
+def _meaning(file: Path) -> bytes:
+    """The source of a file without comments, docstrings and layout."""
+    return ast.unparse(_WithoutDocstrings().visit(ast.parse(file.read_text(encoding="utf-8")))).encode()

@@ -1,0 +1,151 @@
+"""What a stage reads of params.yaml. Unknown keys get a "did you mean", and every mistake is listed at once.
+
+Each stage's module has the section that belongs to it and a view `Params` of all that it reads; `pipelines.check` puts
+the views together into the whole file. This module imports no stage: what a stage imports decides when DVC reruns it.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from trainers import arms as own_arms
+from trainers.settings import Positive, Section, Seed, suggest
+
+__all__ = ["ConfigError", "Positive", "Section", "Seed", "Share", "StageParams", "load_params", "suggest"]
+
+PARAMS_FILE = Path("params.yaml")
+DEFAULTS = "profiles/tiny.yaml"
+VARIANT_OF = "variant_of"
+"""In an entry of arms: the arm whose code it runs, with settings of its own."""
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+P = TypeVar("P", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """params.yaml cannot be used; the message lists everything that is wrong with it."""
+
+
+class Matrix(Section):
+    arms: list[str] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
+
+    @field_validator("arms", "seeds")
+    @classmethod
+    def _unique(cls, values: list[Any]) -> list[Any]:
+        if len(set(values)) != len(values):
+            raise ValueError(f"expected each once, got {values}")
+        return values
+
+
+class Evaluate(Section):
+    """Section evaluate, of which export and quantize read some keys too."""
+
+    backend: Literal["auto", "ollama", "llama_cpp", "hf"]
+    max_tokens: Positive
+    threads: Annotated[int, Field(ge=0)]
+    parallel: Annotated[int, Field(ge=1, le=256, description="sequences at once")]
+    speed_repetitions: Positive
+    speed_prompts: Positive
+    speed_tokens: Positive
+
+
+class StageParams(Section):
+    """What every stage may read; a stage adds its sections and ignores the others."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    matrix: Matrix
+    arms: dict[str, dict[str, Any]]
+
+    def code_of(self, arm: str) -> str:
+        """The arm whose code runs: that which `arm` is a variant of, or itself."""
+        return str(self.arms.get(arm, {}).get(VARIANT_OF) or arm)
+
+    @property
+    def first_seed(self) -> int:
+        """The seed whose models get names without a tag."""
+        return self.matrix.seeds[0]
+
+
+def check_arm(name: str, params: StageParams) -> None:
+    """Refuse an arm that does not exist with a ConfigError that lists those that do."""
+    there = list(dict.fromkeys([*own_arms.names(), *params.arms]))
+    if name not in there:
+        raise ConfigError(f"unknown arm {name!r}{suggest(name, there)}")
+
+
+def load_params(schema: type[P], path: Path = PARAMS_FILE) -> P:
+    """The part of a parameter file that a schema asks for; ConfigError with every error of it."""
+    return parse(load_yaml(path), schema, str(path))
+
+
+def load_yaml(path: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        ConfigError: no such file, or no YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file; run from the project's folder, or `python -m pipelines.profile tiny`"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+
+
+def parse(raw: Any, schema: type[P], source: str) -> P:
+    """Checked settings; ConfigError lists every error of `source`, with its key, what was expected and what came."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: expected sections, got {type(raw).__name__}")
+    try:
+        return schema(**raw)
+    except ValidationError as error:
+        raise listed(explain(error.errors(), schema), source) from None
+
+
+def listed(lines: list[str], source: str) -> ConfigError:
+    """One error with a line for each mistake."""
+    count = f"{len(lines)} error{'s' if len(lines) != 1 else ''}"
+    return ConfigError(f"{source}: {count}\n" + "\n".join(f"  {line}" for line in lines))
+
+
+def explain(errors: list[Any], schema: type[BaseModel], *prefix: str) -> list[str]:
+    """One line or more for each pydantic error; `prefix` is where the schema's own keys stand in the file."""
+    lines = []
+    for error in errors:
+        where = ".".join(map(str, (*prefix, *error["loc"]))) or str(PARAMS_FILE)
+        match error["type"]:
+            case "extra_forbidden":
+                lines.append(f"{where}: unknown key{suggest(str(error['loc'][-1]), _keys_at(error['loc'], schema))}")
+            case "missing":
+                lines.append(f"{where}: missing; {DEFAULTS} shows every key with its default")
+            case "value_error":
+                lines += [f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines()]
+            case _:
+                message = error["msg"][0].lower() + error["msg"][1:]
+                lines.append(f"{where}: {message}, got {error['input']!r}")
+    return lines
+
+
+def _keys_at(location: tuple[int | str, ...], schema: type[BaseModel]) -> list[str]:
+    """The keys that are allowed beside the unknown one at `location`."""
+    for part in location[:-1]:
+        field = schema.model_fields.get(str(part))  # else an index or the tag of a union's member
+        schema = (_section(field.annotation) if field else None) or schema
+    return list(schema.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The schema within an annotation such as `Section | None` or `dict[str, str | Section]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section(part))), None)
+
+
+NAME = re.compile("[a-z][a-z0-9_]{0,39}")
+"""Names of arms are names of folders and of models in Ollama."""

@@ -1,0 +1,381 @@
+"""The fault catalogue: one function a fault, from the evidence to a finding, or None.
+
+They stand in the order in which they are believed: what happens around the step first, then what becomes of the
+gradient and the preconditioner's own state, then its statistics, then the training. `OF_A_CLAIM` and `OF_ANY`, at the
+end, are what a verdict asks.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from probes.evidence import Evidence, median
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault: the diagnosis, a sentence on what is wrong and what to do, and the evidence in numbers."""
+
+    name: str
+    reason: str
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+def _fraction(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+# Around the step: what the optimizer is given is not what was preconditioned
+
+
+def _wrapper_bypassed(e: Evidence) -> Finding | None:
+    share = _fraction(e.events["inner_called_directly"], e.steps)
+    if share <= e.thresholds.often:
+        return None
+    return Finding(
+        "wrapper_bypassed",
+        f"{share:.0%} of the steps entered the wrapped optimizer directly, past its wrapper: whoever steps must hold "
+        "the wrapper (wrap before accelerate's prepare and before the scheduler is made)",
+        {"steps": e.steps, "inner_called_directly": e.events["inner_called_directly"]},
+    )
+
+
+def _never_called(e: Evidence) -> Finding | None:
+    called = e.events["calls"] + e.events["calls_after_step"] + e.events["calls_before_backward"]
+    if not e.watched or called or not e.steps:
+        return None
+    return Finding(
+        "never_called",
+        f"the preconditioner was not called once in {e.steps} steps: is the callback registered (add_callback), and "
+        "its event one that exists?",
+        {"steps": e.steps, "calls": 0},
+    )
+
+
+def _preconditioned_after_step(e: Evidence) -> Finding | None:
+    after, changed = e.events["calls_after_step"], e.events["gradients_changed_after_step"]
+    late_calls = e.watched and after > e.events["calls"]
+    late_changes = changed > e.thresholds.often * e.steps
+    if not (late_calls or late_changes):
+        return None
+    return Finding(
+        "preconditioned_after_step",
+        "gradients are preconditioned after optimizer.step() has used them (on_optimizer_step, on_step_end): nothing "
+        "reaches the weights; do it inside the optimizer's step, or in on_pre_optimizer_step",
+        {"steps": e.steps, "calls_after_step": after, "gradients_changed_after_step": changed},
+    )
+
+
+def _applied_repeatedly(e: Evidence) -> Finding | None:
+    times = [n for u in e.units for n in e.values(u, "times_changed") if n]
+    several = _fraction(sum(n > 1 for n in times), len(times))
+    if several <= e.thresholds.often:
+        return None
+    most = max(times)
+    return Finding(
+        "applied_repeatedly",
+        f"the same gradient was preconditioned up to {most} times before one step (once for each micro-batch, or by "
+        "two callers): P is applied as P^n; call it once a step",
+        {"share_of_samples": several, "most_times": most},
+    )
+
+
+def _gradient_recomputed(e: Evidence) -> Finding | None:
+    late = [bool(v) for u in e.units for v in e.values(u, "late_gradients") if v is not None]
+    share = _fraction(sum(late), len(late))
+    if share <= e.thresholds.often:
+        return None
+    return Finding(
+        "gradient_recomputed",
+        f"in {share:.0%} of the samples a backward pass ran after preconditioning and overwrote or diluted its result; "
+        "precondition after the last backward pass of a step",
+        {"share_of_samples": share},
+    )
+
+
+def _gradient_restored(e: Evidence) -> Finding | None:
+    changed = restored = 0
+    for record in e.judged:
+        for entry in record["units"].values():
+            sides = [k.removeprefix("hash_before_") for k in entry if k.startswith("hash_before_")]
+            moved = [s for s in sides if entry[f"hash_before_{s}"] != entry[f"hash_after_{s}"]]
+            changed += bool(moved)
+            # Clipping may have scaled the old gradient: then the direction tells.
+            back = all(entry[f"hash_before_{s}"] == entry[f"hash_inner_{s}"] for s in moved)
+            turned_back = (entry.get("angle_call") or 0) > e.thresholds.min_gradient_angle and (
+                (entry.get("angle_raw_inner") or 0) < 0.01 * entry["angle_call"]
+            )
+            restored += bool(moved) and (back or turned_back)
+    share = _fraction(restored, changed)
+    if share <= 0.5:
+        return None
+    return Finding(
+        "gradient_restored",
+        f"preconditioning changed the gradients, but in {share:.0%} of these cases the optimizer got the raw ones: "
+        "something puts a copy back in between",
+        {"changed": changed, "restored": restored},
+    )
+
+
+# The preconditioner, and what it makes of gradients
+
+
+def _no_statistics(e: Evidence) -> Finding | None:
+    readings = e.readings()
+    samples = [r["samples"] for r in readings if r["samples"] is not None]
+    if not readings or any(r["ready"] for r in readings) or not samples or max(samples) > 0:
+        return None
+    return Finding(
+        "no_statistics",
+        f"not one token reached the statistics in {e.steps} steps: hooks on lora_A do not fire where fused kernels "
+        "read the weights themselves; use statistics made of gradients, or switch the fusing off",
+        {"samples": 0, "layers": len({n for r in e.judged for n, u in r["units"].items() if "reading" in u})},
+    )
+
+
+def _zero_factors(e: Evidence) -> Finding | None:
+    norms: dict[str, list[float]] = {}
+    for reading in e.readings():
+        for key, value in reading.items() if reading["samples"] else ():
+            if key.startswith("factor_norm_"):
+                norms.setdefault(key.removeprefix("factor_norm_"), []).append(value)
+    shares = {side: _fraction(sum(v == 0 for v in values), len(values)) for side, values in norms.items()}
+    zero = {side: share for side, share in shares.items() if share > 0.5}
+    if not zero:
+        return None
+    told = ", ".join(f"{share:.0%} of those of side {side}" for side, share in zero.items())
+    return Finding(
+        "zero_factors",
+        f"factors are exactly zero although tokens were counted ({told}): what is added up is not what flows (a "
+        "detached or zeroed tensor, B still at zero)",
+        {f"zero_share_{side}": share for side, share in zero.items()},
+    )
+
+
+def _empty_inverse(e: Evidence) -> Finding | None:
+    flags = [v for r in e.readings() if r["ready"] for k, v in r.items() if k.startswith("empty_")]
+    share = _fraction(sum(map(bool, flags)), len(flags))
+    if share <= e.thresholds.often:
+        return None
+    return Finding(
+        "empty_inverse",
+        f"{share:.0%} of the preconditioners that are called ready are missing, zero, not finite, or the identity "
+        "although their factor is not: the inversion failed and nobody looked",
+        {"share": share, "preconditioners": len(flags)},
+    )
+
+
+def _nothing_changed(e: Evidence) -> Finding | None:
+    readings = e.readings()
+    changed = [n for u in e.units for n in e.values(u, "times_changed") if n is not None]
+    never_ready = bool(readings) and not any(r["ready"] for r in readings)
+    no_change = bool(changed) and not any(changed) and not e.rotates
+    if not (never_ready or no_change):
+        return None
+    why = (
+        "no layer was ever ready (a minimum of samples that is never reached, a warm-up longer than the run)"
+        if never_ready
+        else "its calls left every gradient as it was (it works on copies or on other tensors)"
+    )
+    return Finding("nothing_changed", f"the preconditioner has changed nothing in {e.steps} steps: {why}", {})
+
+
+def _gradient_lost(e: Evidence) -> Finding | None:
+    lost = [max(entry.get("zero_share") or 0.0, entry.get("zero_share_call") or 0.0)
+            for r in e.judged for entry in r["units"].values() if "norm_raw" in entry]  # fmt: skip
+    share = _fraction(sum(v > e.thresholds.lost for v in lost), len(lost))
+    if share <= 0.02:
+        return None
+    return Finding(
+        "nan_to_zero",
+        f"in {share:.0%} of the samples gradients that were not zero became exactly zero on the way: a NaN or infinity "
+        "was replaced by 0 (nan_to_num) instead of being looked at",
+        {"share_of_samples": share},
+    )
+
+
+def _clipped_to_nothing(e: Evidence) -> Finding | None:
+    kept, still = [], []
+    for record in e.judged:
+        for entry in record["units"].values():
+            made = entry.get("norm_after") or entry.get("norm_raw")
+            if not made or entry.get("norm_inner") is None:
+                continue
+            kept.append(entry["norm_inner"] / made)
+            typical = entry["norm_inner"] / entry["size"] ** 0.5
+            below_eps = record["eps"] is not None and typical < 10 * record["eps"]
+            still.append(below_eps or entry["norm_delta"] < 1e-7 * entry["norm_weights"])
+    left = median(kept)
+    if left is None or left > 0.01 or _fraction(sum(still), len(still)) <= 0.5:
+        return None
+    ratio = median(v for u in e.units for v in e.values(u, "lr_ratio"))
+    return Finding(
+        "clipped_to_nothing",
+        f"clipping left {left:.1e} of the preconditioned gradient's length, below Adam's ε: the weights hardly "
+        f"move ({ratio or 0.0:.1e} times as far as plain AdamW's); graft the raw norm back, or clip before "
+        "preconditioning",
+        {"kept": left, "lr_ratio": ratio},
+    )
+
+
+def _damping_swamps(e: Evidence) -> Finding | None:
+    if e.coverage >= e.thresholds.min_coverage:
+        return None
+    sides = {k.removeprefix("damping_share_") for r in e.readings() for k in r if k.startswith("damping_share_")}
+    swamped = {}
+    for side in sorted(sides):
+        ready = [r for r in e.readings() if r["ready"] and f"anisotropy_{side}" in r]
+        share, spread = (median(r.get(f"{k}_{side}") for r in ready) for k in ("damping_share", "anisotropy"))
+        if share is not None and spread is not None and share > e.thresholds.swamped and spread < e.thresholds.scalar:
+            swamped[side] = share
+    if not swamped:
+        return None
+    told = ", ".join(f"{share:.3g} times that of side {side}" for side, share in swamped.items())
+    return Finding(
+        "damping_swamps_factors",
+        f"damping λ is far above the factors' mean eigenvalue ({told}), so (Σ + λI)⁻¹ is I/λ there, a scalar, which "
+        "AdamW cancels; make λ relative to tr(Σ)/r, and undo the loss's mean in δ before Σ_g",
+        {f"damping_share_{side}": share for side, share in swamped.items()} | {"coverage": e.coverage},
+    )
+
+
+def _scalar_preconditioner(e: Evidence) -> Finding | None:
+    if not e.gradient_should_change or e.coverage > e.thresholds.max_missing:
+        return None
+    angle, turned = (
+        median(median(e.values(unit, f"{key}_{side}")) for unit in e.units for side in e.sides(unit))
+        for key in ("angle_raw_inner", "angle_call")
+    )
+    ratio = median(
+        entry["norm_inner"] / entry["norm_raw"]
+        for r in e.judged
+        for entry in r["units"].values()
+        if entry.get("norm_raw") and entry.get("norm_inner")
+    )
+    spread = e.reading_median("anisotropy")
+    scalar = spread is not None and spread < e.thresholds.scalar
+    changed = any(n for u in e.units for n in e.values(u, "times_changed"))
+    scaled = changed and turned is not None and turned <= e.thresholds.min_gradient_angle
+    if angle is None or angle > e.thresholds.min_gradient_angle or not (scalar or scaled):
+        return None
+    return Finding(
+        "scalar_preconditioner",
+        f"the preconditioner multiplies every gradient by one number (about {ratio:.3g}; its direction turns by "
+        f"{angle:.1e}°): Adam cancels that, and to SGD it is another learning rate",
+        {"angle_raw_inner": angle, "norm_ratio": ratio, "anisotropy": spread},
+    )
+
+
+def _modules_missing(e: Evidence) -> Finding | None:
+    if not e.thresholds.max_missing < e.coverage < e.thresholds.min_coverage:
+        return None
+    left_out = [name for name, reached in e.tensors.items() if not reached]
+    return Finding(
+        "modules_missing",
+        f"{len(left_out)} of {len(e.tensors)} tensors are not preconditioned: {', '.join(left_out[:4])}"
+        f"{' …' if len(left_out) > 4 else ''}",
+        {"coverage": e.coverage, "left_out": left_out},
+    )
+
+
+# Statistics, and the training itself
+
+
+def _overcounted(e: Evidence) -> Finding | None:
+    gained = [
+        (entry["reading"]["samples_gained"], r["tokens"], r["passes"])
+        for r in e.judged
+        for entry in r["units"].values()
+        if entry.get("reading", {}).get("samples_gained") and r["tokens"]["attended"]
+    ]
+    if not gained:
+        return None
+
+    def near(value: float, target: float) -> bool:
+        return abs(value - target) <= 0.02 * target
+
+    padding = [near(n, t["all"]) and t["attended"] < 0.98 * t["all"] for n, t, _ in gained]
+    ratio = median(n / t["attended"] for n, t, _ in gained) or 0.0
+    passes = max(p for *_, p in gained)
+    numbers = {"ratio": ratio, "passes": passes}
+    if _fraction(sum(padding), len(gained)) > 0.5:
+        return Finding(
+            "padding_counted",
+            f"statistics count every position, padding too: {ratio:.2f} times the attended tokens; leave out positions "
+            "with attention_mask 0",
+            numbers,
+        )
+    if ratio <= 1.02:
+        return None
+    multiple = [near(n, p * t["attended"]) or near(n, p * t["all"]) for n, t, p in gained if p > 1]
+    if _fraction(sum(multiple), len(gained)) > 0.5:
+        return Finding(
+            "accumulation_overcounted",
+            f"statistics count {ratio:.2f} times the tokens of a step, which has {passes} backward passes: every "
+            "micro-batch is added once for each of them",
+            numbers,
+        )
+    return Finding(
+        "samples_overcounted",
+        f"statistics count {ratio:.2f} times the tokens of a step (checkpointing runs the forward pass twice: count in "
+        "the backward pass)",
+        numbers,
+    )
+
+
+def _stale_factors(e: Evidence) -> Finding | None:
+    stale, longest = [], 0
+    for unit in dict.fromkeys(n for r in e.judged for n, u in r["units"].items() if "reading" in u):
+        seen = [(r["step"], r["units"][unit]["reading"]) for r in e.judged if "reading" in r["units"].get(unit, {})]
+        ready = [(step, reading) for step, reading in seen if reading["ready"]]
+        same = (list(members) for _, members in itertools.groupby(ready, key=lambda entry: entry[1]["hash"]))
+        stretch = max(same, key=len, default=[])
+        if len(stretch) < 3:
+            continue
+        told = stretch[0][1].get("refresh_every")
+        span = stretch[-1][0] - stretch[0][0]
+        if span >= (3 * told if told else e.thresholds.stale_after):
+            stale.append(unit)
+            longest = max(longest, span)
+    if not stale or _fraction(len(stale), len(e.units)) <= e.thresholds.often:
+        return None
+    return Finding(
+        "stale_factors",
+        f"the preconditioners of {len(stale)} layers stayed the same to the bit over {longest} steps, while A and B "
+        "moved: refresh them",
+        {"layers": len(stale), "steps": longest},
+    )
+
+
+def _diverging(e: Evidence) -> Finding | None:
+    losses = [r["loss"] for r in e.records if r.get("loss") is not None]
+    bad = e.events["nonfinite_losses"]
+    if bad > e.thresholds.often * len(e.records) or e.events["nonfinite_gradients"] > e.thresholds.often * e.steps:
+        return Finding(
+            "not_finite",
+            f"{bad} sampled losses and the gradients of {e.events['nonfinite_gradients']} steps are NaN or infinite: "
+            "lower the learning rate, look at the data",
+            {"losses": bad, "nonfinite_gradients": e.events["nonfinite_gradients"]},
+        )
+    part = max(3, len(losses) // 5)
+    if len(losses) < 2 * part:
+        return None  # too few samples to tell a rise from a hard batch
+    first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
+    apart = min(losses[-part:]) > max(losses[:part])
+    if not apart or last - first <= e.thresholds.blow_up * abs(first):
+        return None
+    told = f"the loss rose from {first:.3g} to {last:.3g}: lower the learning rate"
+    return Finding("diverging", told, {"from": first, "to": last})
+
+
+Fault = Callable[[Evidence], Finding | None]
+
+# fmt: off
+OF_A_CLAIM: tuple[Fault, ...] = (
+    _wrapper_bypassed, _never_called, _preconditioned_after_step, _applied_repeatedly, _gradient_recomputed,
+    _gradient_restored, _no_statistics, _zero_factors, _empty_inverse, _nothing_changed, _gradient_lost,
+    _clipped_to_nothing, _damping_swamps, _scalar_preconditioner, _modules_missing, _overcounted, _stale_factors,
+)
+# fmt: on
+OF_ANY: tuple[Fault, ...] = (_diverging,)

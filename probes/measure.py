@@ -1,0 +1,322 @@
+"""What is measured, and how: tensors in units, their norms, angles and checksums, and a preconditioner's own state.
+
+A unit is what is judged together: a LoRA pair A [r, d_in], B [d_out, r] where names show one, else a single tensor.
+A small change (δA, δB) of a pair changes B·A by D(δ) = B·δA + δB·A, which is linear in δ: norms and angles of such
+changes come from r×r products, and the d_out×d_in matrix is never formed. Results stay on their device as small
+tensors, so that a whole record needs few transfers.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Record = dict[str, Any]
+Values = dict[str, Tensor]
+"""Side → tensor of the parameter's shape: a gradient or a change of one unit."""
+Snapshot = Sequence[Tensor | None]
+"""A gradient of every tensor, in the order of `tensors`."""
+
+LORA_A, LORA_B = ".lora_A.", ".lora_B."
+WEIGHTS = "ΔW"
+_TINY = 1e-38
+
+# Units
+
+
+@dataclass(eq=False)
+class Unit:
+    """Tensors that are judged together: sides "a" and "b" of a LoRA pair, "w" of anything else."""
+
+    name: str
+    sides: dict[str, nn.Parameter]
+
+    @property
+    def is_pair(self) -> bool:
+        return self.sides.keys() == {"a", "b"}
+
+
+def find_units(model: nn.Module) -> list[Unit]:
+    """Every trainable parameter, LoRA's in pairs, in the model's order; ValueError if nothing is trainable."""
+    adapters: dict[str, set[str]] = {}
+    for name, _ in model.named_parameters():
+        if LORA_A in name:
+            layer, rest = name.split(LORA_A, 1)
+            adapters.setdefault(layer, set()).add(rest.removesuffix(".weight"))
+    units: dict[str, Unit] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        key, side = name, "w"
+        for marker, letter in ((LORA_A, "a"), (LORA_B, "b")):
+            if marker in name and parameter.dim() == 2:
+                layer, rest = name.split(marker, 1)
+                adapter = rest.removesuffix(".weight")
+                # The names that GRIT uses: the adapter is named only where there are several.
+                key, side = (layer if len(adapters.get(layer, ())) < 2 else f"{layer}[{adapter}]"), letter
+        units.setdefault(key, Unit(key, {})).sides[side] = parameter
+    if not units:
+        raise ValueError("expected a model with trainable parameters, got one in which all are frozen")
+    for unit in units.values():
+        if len(unit.sides) == 1 and "w" not in unit.sides:  # half of a pair is frozen (LoRA-FA): a tensor like others
+            unit.sides = {"w": next(iter(unit.sides.values()))}
+    return list(units.values())
+
+
+def tensors(units: list[Unit]) -> list[tuple[Unit, str, nn.Parameter]]:
+    return [(unit, side, parameter) for unit in units for side, parameter in unit.sides.items()]
+
+
+# Geometry
+
+
+def products(vectors: list[Tensor]) -> Tensor:
+    """All inner products of k tensors of one shape: [k, k], float64.
+
+    A dozen norms and angles follow from them without another pass over the tensors; in float64 an angle keeps its
+    digits down to 1e-6 degrees.
+    """
+    rows = torch.stack([v.detach().flatten().double() for v in vectors])
+    return rows @ rows.mT
+
+
+def weight_products(one: Values, two: Values, weights: Values) -> Tensor:
+    """⟨D(x), D(y)⟩ of the changes of B·A that two changes of a pair make, D(x) = B·xA + xB·A: [2, 2], float64."""
+    a, b = weights["a"].detach().double(), weights["b"].detach().double()
+    r = a.shape[0]
+    rows = torch.cat([one["a"], two["a"]]).double()
+    columns = torch.cat([one["b"], two["b"]], 1).double()
+    first = torch.einsum("ij,xiyj->xy", b.mT @ b, (rows @ rows.mT).view(2, r, 2, r))
+    cross = torch.einsum("iyj,xij->xy", (b.mT @ columns).view(r, 2, r), (rows @ a.mT).view(2, r, r))
+    last = torch.einsum("ij,xiyj->xy", a @ a.mT, (columns.mT @ columns).view(2, r, 2, r))
+    return first + cross + cross.mT + last
+
+
+def zero_share(values: Values, raw: Values) -> Tensor:
+    """Share of entries that are exactly zero although `raw` is not (NaN and infinities count as not zero)."""
+    lost = torch.stack([((values[s] == 0) & (raw[s] != 0)).sum() for s in values]).sum()
+    return lost.float() / sum(v.numel() for v in values.values())
+
+
+_KEPT = 2**18
+"""Entries up to which a tensor's place numbers are cached: enough for LoRA; beyond, memory counts more than time."""
+
+
+def _places(count: int, device: torch.device) -> Tensor:
+    return torch.arange(1, count + 1, device=device) % 65521 + 1
+
+
+_kept_places = functools.lru_cache(maxsize=64)(_places)
+
+
+def checksum(value: Tensor) -> Tensor:
+    """64 bits that change with any bit or the order of the entries, computed where the tensor is; not cryptographic."""
+    size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    bits = value.detach().contiguous().view(size).flatten().to(torch.int64)
+    place = (_kept_places if bits.numel() <= _KEPT else _places)(bits.numel(), bits.device)
+    return (bits * place).sum() * 1_000_003 + bits.sum()  # wraps around, as it may
+
+
+# One sampled step
+
+
+def measure(
+    units: list[Unit], points: dict[str, Snapshot], weights: Sequence[Tensor], shadow: Sequence[Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Numbers of each unit that has gradients; angles in degrees, None where one of two vectors is zero.
+
+    `units` hold the parameters after the step, `weights` are those before it; `shadow` is Δθ of plain AdamW. `points`:
+    gradients "raw", "door" and "inner" always, "before" and "after" of a preconditioner's call.
+
+    Unit → `size` (entries), `norm_<point>`, `norm_weights` (of the tensors), `norm_delta`, `norm_shadow`;
+    `angle_raw_door`, `angle_raw_inner`, `angle_call` (before and after the call); `angle` of Δθ and shadow and
+    `angle_weights` of the changes of ΔW, whose length is `norm_delta_weights`; `lr_ratio` ‖Δθ‖/‖shadow‖;
+    `<name>_<side>` of `angle_raw_inner`, `angle_call`, `angle`, `lr_ratio`; `cos_raw_inner`, `cos_raw_step` of raw
+    gradient and −Δθ; `zero_share`, `zero_share_call` of entries zeroed on the way; `hash_<point>_<side>`.
+    """
+    numbers: dict[tuple[str, str], Tensor] = {}
+    hashes: dict[tuple[str, str], Tensor] = {}
+    grams: dict[tuple[str, str], Tensor] = {}
+    sizes: dict[str, int] = {}
+    names = [*points, "weights", "delta", "shadow"]
+    place = 0
+    for unit in units:
+        at = dict(zip(unit.sides, range(place, place + len(unit.sides)), strict=True))
+        place += len(unit.sides)
+        if any(points["raw"][i] is None for i in at.values()):
+            continue
+        vectors: dict[str, Values] = {
+            name: {s: torch.zeros_like(weights[i]) if (g := snapshot[i]) is None else g for s, i in at.items()}
+            for name, snapshot in points.items()
+        }
+        before = {s: weights[i] for s, i in at.items()}
+        delta = {s: unit.sides[s].detach().float() - before[s].float() for s in at}
+        own = {s: shadow[i] for s, i in at.items()}
+        every = {**vectors, "weights": before, "delta": delta, "shadow": own}
+        numbers[unit.name, "zero_share"] = zero_share(vectors["inner"], vectors["raw"])
+        if "after" in vectors:
+            numbers[unit.name, "zero_share_call"] = zero_share(vectors["after"], vectors["before"])
+        for side in at:
+            grams[unit.name, side] = products([every[name][side] for name in names])
+        if unit.is_pair:
+            grams[unit.name, WEIGHTS] = weight_products(delta, own, before)
+        sizes[unit.name] = sum(w.numel() for w in before.values())
+        known: dict[int, Tensor] = {}  # door and inner are often the very same tensor
+        for name, values in vectors.items():
+            for s, v in values.items():
+                if id(v) not in known:
+                    known[id(v)] = checksum(v)
+                hashes[unit.name, f"hash_{name}_{s}"] = known[id(v)]
+    matrices = as_lists(grams)
+    found = {name: derived({s: matrices[u, s] for u, s in matrices if u == name}, names) for name in sizes}
+    for (name, key), number in as_lists(numbers).items():
+        found[name][key] = number if math.isfinite(number) else None
+    for (name, key), number in as_lists(hashes).items():
+        found[name][key] = f"{number & (2**64 - 1):016x}"
+    for name, size in sizes.items():
+        found[name]["size"] = size
+    return found
+
+
+def as_lists(tensors: Mapping[tuple[str, str], Tensor]) -> dict[tuple[str, str], Any]:
+    """Numbers, or nested lists of numbers, in one transfer for each device, dtype and shape."""
+    alike: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
+    for key, tensor in tensors.items():
+        alike.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append(key)
+    found: dict[tuple[str, str], Any] = {}
+    for keys in alike.values():
+        found.update(zip(keys, torch.stack([tensors[key] for key in keys]).tolist(), strict=True))
+    return found
+
+
+def derived(products: dict[str, list[list[float]]], names: list[str]) -> dict[str, Any]:
+    """Norms, angles, cosines and ratios of a unit from the inner products of its sides, and from those of ΔW."""
+    in_weights = products.get(WEIGHTS)
+    sides = [side for side in products if side != WEIGHTS]
+
+    def dot(one: str, two: str, among: list[str]) -> float:
+        return sum(products[side][names.index(one)][names.index(two)] for side in among)
+
+    def norm(name: str, among: list[str]) -> float:
+        return math.sqrt(max(0.0, square)) if math.isfinite(square := dot(name, name, among)) else math.nan
+
+    def cosine(one: str, two: str, among: list[str]) -> float | None:
+        scale = norm(one, among) * norm(two, among)
+        return dot(one, two, among) / scale if math.isfinite(scale) and scale > 0 else None
+
+    def ratio(among: list[str]) -> float | None:
+        delta, shadow = norm("delta", among), norm("shadow", among)
+        return delta / shadow if math.isfinite(delta) and shadow > 0 else None
+
+    found = {f"norm_{name}": value if math.isfinite(value := norm(name, sides)) else None for name in names}
+    pairs = {"angle_raw_door": ("raw", "door"), "angle_raw_inner": ("raw", "inner"), "angle": ("delta", "shadow")}
+    if "after" in names:
+        pairs["angle_call"] = ("before", "after")
+    for key, (one, two) in pairs.items():
+        found[key] = _degrees(cosine(one, two, sides))
+        for side in sides if key != "angle_raw_door" else ():
+            found[f"{key}_{side}"] = _degrees(cosine(one, two, [side]))
+    found["cos_raw_inner"] = cosine("raw", "inner", sides)
+    step = cosine("raw", "delta", sides)
+    found["cos_raw_step"] = None if step is None else -step
+    found["lr_ratio"] = ratio(sides)
+    found |= {f"lr_ratio_{side}": ratio([side]) for side in sides}
+    if in_weights is not None:
+        (square, mixed), (_, other) = in_weights
+        scale = math.sqrt(max(0.0, square) * max(0.0, other)) if math.isfinite(square * other) else 0.0
+        found["norm_delta_weights"] = math.sqrt(max(0.0, square)) if math.isfinite(square) else None
+        found["angle_weights"] = _degrees(mixed / scale if scale > 0 else None)
+    return found
+
+
+def _degrees(cosine: float | None) -> float | None:
+    if cosine is None:
+        return None
+    return math.degrees(2 * math.asin(math.sqrt(min(1.0, max(0.0, (1 - cosine) / 2)))))
+
+
+# What a preconditioner says about itself
+
+
+@dataclass
+class LayerReading:
+    """The state of one layer's preconditioner, side by side; leave out what there is not."""
+
+    layer: str  # as the ledger has it: name of the LoRA module, or of the parameter
+    ready: bool  # whether gradients are multiplied by it
+    samples: float | None = None  # tokens seen so far; None where it does not count tokens
+    # Symmetric [n, n] (e.g. "a": Σ_a, "g": Σ_g); [n]: a diagonal one, [k, n, n]: the blocks of a block-diagonal one.
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    # What the gradient is multiplied by, in the same forms; None where there should be one.
+    preconditioners: dict[str, Tensor | None] = field(default_factory=dict)
+    damping: dict[str, float] = field(default_factory=dict)  # λ that was added to the factor
+    # Eigenvectors as columns, [n, n] or [k, n, n], of a method that keeps Adam's moments in an eigenbasis and so has
+    # no matrix that gradients are multiplied by; and what the step along each of them is multiplied by, [n].
+    bases: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    refresh_every: int | None = None  # steps, as configured; None: not known
+    source: str = ""  # of the statistics: "hooks", "gradients", …
+
+
+Provider = Callable[[], Sequence[LayerReading | Mapping[str, Any]]]
+"""Called before and after sampled steps: a reading of every layer, or a dictionary with its fields."""
+
+
+def read(provider: Provider) -> list[LayerReading]:
+    return [r if isinstance(r, LayerReading) else LayerReading(**r) for r in provider()]
+
+
+def numbers(reading: LayerReading) -> dict[str, Any]:
+    """One reading as plain numbers, for the ledger.
+
+    `ready`, `samples`, `source`, `refresh_every` as they are; `hash` of all matrices in use, which shows whether they
+    are refreshed; for each side `factor_norm`, `damping_share` (λ over the mean eigenvalue), `anisotropy` (distance of
+    the preconditioner from a multiple of the identity, 0 = a mere scalar) and `empty` (no matrix, or one that is zero,
+    not finite, or the identity although the factor is not); of bases `basis_rotation` (1 − mean_j max_i Q_ij², 0 = a
+    permutation of the axes, which Adam does not see) and of weights `weight_spread` (largest |w_i / mean w − 1|), both
+    of the side where it is largest.
+    """
+    said: dict[str, Any] = {"ready": reading.ready, "samples": reading.samples, "source": reading.source}
+    said["refresh_every"] = reading.refresh_every
+    for side, factor in reading.factors.items():
+        mean = float(_diagonal(factor).mean()) if factor.numel() else 0.0
+        said[f"factor_norm_{side}"] = float(torch.linalg.vector_norm(factor.double())) if factor.numel() else 0.0
+        if side in reading.damping:
+            said[f"damping_share_{side}"] = float(reading.damping[side]) / max(abs(mean), _TINY)
+    for side, matrix in reading.preconditioners.items():
+        said[f"empty_{side}"] = reading.ready and _is_empty(matrix, reading.factors.get(side))
+        if matrix is not None and matrix.numel() and bool(torch.isfinite(matrix).all()):
+            said[f"anisotropy_{side}"] = anisotropy(matrix)
+    if reading.bases:
+        said["basis_rotation"] = max(float(1 - q.square().amax(-2).mean()) for q in reading.bases.values())
+    if reading.weights:
+        said["weight_spread"] = max(float((w / w.mean() - 1).abs().max()) for w in reading.weights.values())
+    used = [m for m in (*reading.preconditioners.values(), *reading.bases.values()) if m is not None and m.numel()]
+    total = sum(int(checksum(m)) * (i + 1) for i, m in enumerate(used or list(reading.factors.values())))
+    said["hash"] = f"{total & (2**64 - 1):016x}"
+    return said
+
+
+def _is_empty(matrix: Tensor | None, factor: Tensor | None) -> bool:
+    if matrix is None or matrix.numel() == 0 or not bool(torch.isfinite(matrix).all()) or not bool(matrix.any()):
+        return True
+    eye = torch.ones_like(matrix) if matrix.dim() == 1 else torch.eye(matrix.shape[-1]).to(matrix).expand_as(matrix)
+    if not torch.equal(matrix, eye) or factor is None or factor.numel() == 0:
+        return False
+    # An identity is right only for a factor that is the identity (up to its scale).
+    return bool(factor.any()) and anisotropy(factor.to(matrix.device)) > 1e-6
+
+
+def _diagonal(matrix: Tensor) -> Tensor:
+    return matrix if matrix.dim() == 1 else matrix.diagonal(dim1=-2, dim2=-1)
+
+
+def anisotropy(matrix: Tensor) -> float:
+    """‖M − mean(diag M)·I‖ / ‖M‖ of a matrix [n, n], a diagonal [n] or blocks [k, n, n]."""
+    excess = matrix.clone()
+    _diagonal(excess).sub_(_diagonal(matrix).mean())
+    return float(torch.linalg.vector_norm(excess) / torch.linalg.vector_norm(matrix).clamp_min(_TINY))

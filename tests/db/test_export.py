@@ -1,0 +1,104 @@
+"""Tables and views as CSV and Parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from db import DatabaseError
+from db.cli import app
+from db.export import export
+from db.ingest import ingest
+from db.tables import VIEWS, Base
+from tests.db.asking import content
+from tests.db.result_tree import write
+
+ANSWER = '=1+1, "quoted"\r\nsecond line | 汉 "'
+
+
+@pytest.fixture
+def filled(tree: Path, path: Path) -> Path:
+    samples = tree / "scores/baseline_lora/0/samples.jsonl"
+    first, rest = samples.read_text(encoding="utf-8").split("\n", 1)
+    write(samples, json.dumps({**json.loads(first), "answer": ANSWER, "predicted": None}) + "\n" + rest)
+    write(tree / "adapters/baseline_lora/0/loss_history.json", '[{"step": 1, "loss": NaN}, {"step": 2, "loss": 1.5}]')
+    ingest(tree, path)
+    return path
+
+
+def as_text(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return json.dumps(value, ensure_ascii=False, sort_keys=True)
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    return "" if value is None else str(value)
+
+
+def test_csv_has_every_row_in_full(filled: Path, tmp_path: Path) -> None:
+    counts = export(filled, tmp_path / "out")
+    rows = content(filled)
+    assert counts == {name: len(rows[name]) for name in (*sorted(Base.metadata.tables), *VIEWS)}
+    for name in Base.metadata.tables:
+        with (tmp_path / f"out/{name}.csv").open(encoding="utf-8", newline="") as file:
+            read = list(csv.DictReader(file))
+        assert read == [{key: as_text(value) for key, value in row.items()} for row in rows[name]], name
+    text = (tmp_path / "out/run.csv").read_bytes()
+    assert text.count(b"\r\n") == 4 and b",2026-11-21T03:00:00.123456+00:00," in text
+
+
+def test_parquet_has_the_tables_types(filled: Path, tmp_path: Path) -> None:
+    counts = export(filled, tmp_path, "parquet")
+
+    def frame(name: str) -> pd.DataFrame:
+        return pd.read_parquet(tmp_path / f"{name}.parquet", dtype_backend="pyarrow")
+
+    assert {name: len(frame(name)) for name in counts} == counts and min(counts.values()) > 0
+    metric = frame("metric")
+    bad = metric[(metric["name"] == "loss") & (metric["value_kind"] != "finite")]
+    assert list(bad["value_kind"]) == ["nan"] and bad["value"].isna().all()
+    (hard,) = frame("sample").query("answer == @ANSWER").to_dict("records")
+    assert pd.isna(hard["predicted"]) and hard["prompt_tokens"] == 40 and hard["correct"] is True
+    run, board, checked = frame("run"), frame("v_leaderboard"), frame("v_verification")
+    assert str(run["started"].dtype) == str(board["started"].dtype) == "timestamp[us, tz=UTC][pyarrow]"
+    assert str(run["reference_run_id"].dtype) == "int64[pyarrow]" and run["reference_run_id"].isna().sum() == 1
+    assert str(board["delta_aqi"].dtype) == "double[pyarrow]" and str(board["git_dirty"].dtype) == "bool[pyarrow]"
+    assert str(checked["perturbed_noticed"].dtype) == "bool[pyarrow]"
+    assert json.loads(run["params"][1])["train"]["train"] == {"learning_rate": 0.001, "steps": 100}
+
+
+def test_a_failed_export_leaves_the_old_files(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    export(filled, out, "csv", ["metric", "speed"])
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    calls = []
+
+    def full(file: Path, *_: Any) -> None:
+        calls.append(file)
+        file.write_text("half")
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("db.export._write_csv", full)
+    with pytest.raises(DatabaseError, match="a folder that can be written at .*; came: .*No space left on device"):
+        export(filled, out, "csv", ["metric", "speed"])
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_faults_are_named_with_the_next_step(filled: Path, tmp_path: Path) -> None:
+    def said(*options: str, code: int = 1) -> str:
+        done = CliRunner().invoke(app, ["export", *options])
+        assert done.exit_code == code
+        return done.output
+
+    out, db = ["--out", str(tmp_path / "out")], ["--db", str(filled)]
+    assert "came: 'metrics'. Do: name one of: artifact," in said(*db, *out, "--table", "metrics")
+    assert "no such file" in said("--db", str(tmp_path / "none.db"), *out)
+    (tmp_path / "file").write_text("")
+    assert "a folder that can be written at" in said(*db, "--out", str(tmp_path / "file"))
+    assert said(*db, *out, "--table", "spectrum", code=0) == f"{tmp_path}/out/spectrum.csv: 3 rows\n"

@@ -1,0 +1,580 @@
+"""From result files to tables and views: every number arrives, and what makes no sense is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from db import IngestError, open_session
+from db.ingest import check, ingest, layer_name
+from db.tables import Environment, Probe, Run, Sample, Spectrum, Verification
+from tests.conftest import not_root
+from tests.db.asking import ask, ask_one, content, shown
+from tests.db.result_tree import (
+    GRIT_LOG,
+    LEDGER,
+    WRAPPED,
+    Q,
+    V,
+    artifact,
+    edit,
+    make_arm,
+    make_quantized,
+    make_tree,
+    make_verified,
+    precision,
+    sha,
+    verdict_json,
+    verification,
+    write,
+    write_lines,
+)
+from tests.db.task_switches import F16, Q8, to_alpaca, to_gsm8k
+from tests.evaluation.task_tree import GSM8K, credits_of
+
+RIGHT, WRONG = [i < 70 for i in range(100)], [i < 60 for i in range(100)]
+SCORES, RUN = "scores/baseline_lora/0/scores.json", "scores/baseline_lora/0/run.json"
+PARITY, VERDICT = "gguf/baseline_lora/0/parity.json", "verdicts/baseline_lora/0/verdict.json"
+QUANTIZED, VERIFIED = "quantized/baseline_lora/0/quantized.json", "verified/baseline_lora/0/verify.json"
+SAMPLES, MEASURED = "scores/baseline_lora/0/samples.jsonl", "measured/baseline_lora/0/measured.json"
+Q_SAMPLES = "quantized/baseline_lora/0/quantized_samples.jsonl"
+LEDGER_FILE, GRIT_FILE = "adapters/baseline_lora/0/probe_ledger.jsonl", "adapters/baseline_lora/0/grit_log.jsonl"
+
+
+def read(tree: Path, name: str) -> Any:
+    return json.loads((tree / name).read_text(encoding="utf-8"))
+
+
+def change_first_line(file: Path, **changes: Any) -> None:
+    first, *rest = file.read_text(encoding="utf-8").splitlines()
+    write(file, "\n".join([json.dumps({**json.loads(first), **changes}), *rest]) + "\n")
+
+
+def notes(tree: Path, path: Path, **what: Any) -> tuple[str, ...]:
+    return ingest(tree, path, **what).notes
+
+
+def test_scores_samples_parity_and_artifacts_reach_their_tables(tree: Path, path: Path) -> None:
+    summary = ingest(tree, path)
+    assert (summary.changed, summary.current, summary.runs, summary.notes) == (3, 3, 3, ())
+    with open_session(path) as session:
+        runs = {(run.arm, run.seed): run for run in session.scalars(select(Run))}
+        assert set(runs) == {("base", 0), ("baseline_lora", 0), ("baseline_lora", 1)}
+        run, base = runs["baseline_lora", 0], runs["base", 0]
+        assert run.reference_run_id == base.id and base.reference_run_id is None
+        assert run.model_name == "baseline_lora_model" and run.backend_version == "0.3.36"
+        assert run.ended.isoformat() == "2026-11-21T03:30:00+00:00" and run.is_current and run.is_latest
+        assert run.params["train"] == {"train": {"learning_rate": 0.001, "steps": 100}}
+        assert run.stages["train"]["started"].startswith("2026-11-21T01:00") and "probe" not in base.stages
+        assert run.prompt_template == "Q: {prompt} A:"
+        assert run.parity_first_difference == {"prompt": "p", "hf": "a", "merged_gguf": "b"}
+        assert (run.task, run.task_title, run.primary_metric) == ("aqi", "AQI accuracy", "aqi_category_accuracy")
+        assert len(session.scalars(select(Environment)).all()) == 1
+        sample = session.scalars(select(Sample).where(Sample.run_id == run.id, Sample.item_id == "aqi-000099")).one()
+        assert (sample.correct, sample.credit, sample.predicted, sample.abs_error) == (False, 0.0, 159.0, 60.0)
+    where = "FROM metric WHERE run_id = (SELECT id FROM run WHERE arm <> 'base' AND seed = 0)"
+    final = {(s, n): v for s, n, v in ask(path, f"SELECT split, name, value {where} AND step = -1")}
+    assert final["test", "aqi_category_accuracy"] == 0.7 and final["parity", "pair/hf/base+adapter_gguf"] == 0.99
+    assert final["general", "perplexity"] == 7.5 and final["weights", "update_norm"] == 3.5
+    curves = ask(path, f"SELECT split, name, step, value {where} AND step >= 0 ORDER BY split, name")
+    assert curves == [("eval", "epoch", 10, 0.1), ("eval", "loss", 10, 1.2),
+                      ("train", "epoch", 10, 0.1), ("train", "loss", 10, 1.5)]  # fmt: skip
+    chain = ask(path, "SELECT b.kind, a.kind FROM artifact a JOIN artifact b ON a.parent_sha256 = b.sha256 ORDER BY 1")
+    assert chain == [("adapter", "merged_gguf")] * 2 + [("base_model", "base_gguf")]
+    assert ask(path, "SELECT DISTINCT tokens FROM speed WHERE phase = 'load'") == [(None,)]
+    assert ask_one(path, "SELECT description FROM metric_def WHERE name = 'update_norm'") == ("‖ΔW‖_F",)
+
+
+def test_verdicts_precisions_and_verifications_reach_their_tables(tree: Path, path: Path) -> None:
+    rows = [verification("llama_cpp", "merged"), verification("llama_cpp", "adapter"),
+            verification("ollama", "merged", rendered=None, counted=None)]  # fmt: skip
+    gone = {"rendered": None, "counted": None, "answered": None, "equal_to_merged": None, "perturbed_noticed": None}
+    rows.append(verification("ollama", "adapter", prompts=0, **gone, first_difference="not supported: no ADAPTER"))
+    make_verified(tree, "baseline_lora", rows=rows)
+    make_quantized(tree, "base", rows={"f16": (RIGHT, 1.0), "q8_0": (WRONG, 0.9)})
+    ingest(tree, path)
+    with open_session(path) as session:
+        probes = session.scalars(select(Probe).where(Probe.name == "twin_divergence").order_by(Probe.id)).all()
+        assert [(p.value, p.value_kind, p.threshold) for p in probes] == [(0.0, "finite", 10.0)] * 2
+        found = {(v.backend, v.mode): v for v in session.scalars(select(Verification))}
+        adapter, old = found["llama_cpp", "adapter"], found["ollama", "merged"]
+        assert adapter.perturbed_noticed is True and adapter.adapter_sha256 == sha("adapter")
+        assert (old.prompts, old.rendered, old.counted, old.answered) == (20, None, None, 1.0)
+        assert found["ollama", "adapter"].first_difference == "not supported: no ADAPTER"
+    own = {(row["arm"], row["type"]): row for row in shown(path, "v_quantization")}
+    assert own["base", "q8_0"]["delta_f16"] == pytest.approx(-10) and own["base", "q8_0"]["megabytes"] == 8.5
+    assert own["baseline_lora", "q8_0"]["delta_f16"] == 0 and own["base", "f16"]["aqi_accuracy"] == 70
+    served = {(row["backend"], row["mode"]): row for row in shown(path, "v_verification")}
+    assert served["llama_cpp", "adapter"]["equal_to_merged"] == pytest.approx(95) and len(served) == 4
+
+
+def layers(path: Path, split: str) -> dict[tuple[str, str, int], tuple[float | None, str]]:
+    query = "SELECT name, layer, step, value, value_kind FROM layer_metric WHERE split = :split AND run_id = "
+    own = "(SELECT id FROM run WHERE arm <> 'base' AND seed = 0)"
+    return {(n, layer, s): (v, k) for n, layer, s, v, k in ask(path, query + own, split=split)}
+
+
+def test_layers_have_what_was_measured_and_logged(tree: Path, path: Path) -> None:
+    ingest(tree, path)
+    fine = "finite"
+    assert layers(path, "weights") == {("update_norm", Q, -1): (2.5, fine), ("update_norm", V, -1): (1.5, fine)}
+    assert layers(path, "alignment")["xie_beni", "layer 2", -1] == (None, "nan"), "null: it could not be computed"
+    assert layers(path, "probe") == {
+        ("cos_raw_inner", Q, 0): (1.0, fine),
+        ("angle", Q, 25): (26.5, fine), ("cos_raw_step", Q, 25): (0.5, fine), ("lr_ratio", Q, 25): (1.25, fine),
+        ("cos_raw_inner", Q, 25): (0.75, fine),
+        ("angle", V, 25): (13.25, fine), ("cos_raw_step", V, 25): (0.25, fine), ("lr_ratio", V, 25): (0.5, fine),
+        ("cos_raw_inner", V, 25): (0.5, fine),
+    }, "a number that there was not (null) makes no row"  # fmt: skip
+    ranks = layers(path, "grit")
+    assert [ranks[name, Q, 0][0] for name in ("rank", "kept_rank", "effective_rank_a")] == [4, 4, 3.5]
+    assert ranks["rank", Q, 20][0] == 3, "the later record of a step stays"
+    assert ranks["relative_change", Q, 20] == (None, "nan")
+    assert ranks["condition_g", Q, 20] == (None, "inf"), "an eigenvalue is zero"
+    final = {name: value for (name, layer, step), (value, _) in ranks.items() if (layer, step) == (Q, -1)}
+    assert final == {"base_rank": 4, "rank": 3, "kept_rank_a": 3, "kept_rank_b": 2}
+    assert ("effective_rank_a", V, 0) not in ranks and ranks["samples", V, 0][0] == 0
+    with open_session(path) as session:
+        spectra = {(s.layer, s.factor, s.step): s.eigenvalues for s in session.scalars(select(Spectrum))}
+    assert spectra == {(Q, "a", 0): [0.75, 0.5, 0.25, 0.125], (Q, "a", 20): ["inf", 1.5, 0.5],
+                       (Q, "g", 20): [0.5, 0.25, 0.0]}  # fmt: skip
+    nameless = "SELECT count(*) FROM layer_metric l LEFT JOIN metric_def d ON d.name = l.name WHERE d.name IS NULL"
+    assert ask_one(path, f"{nameless} AND split IN ('probe', 'grit')") == (0,)
+    for name, short in ((WRAPPED + Q, Q), (Q, Q), ("base_model.model.lm_head", "lm_head"), ("layer 2", "layer 2")):
+        assert layer_name(name) == short
+
+
+def test_what_a_record_has_beyond_the_columns_is_in_rest(tree: Path, path: Path) -> None:
+    edit(tree / SCORES, speed_summary=[{"median": 1.5}])
+    rows = [{**verification("llama_cpp", "merged"), "seconds": 2.5}]
+    make_verified(tree, "baseline_lora", rows=rows)
+    ingest(tree, path)
+    with open_session(path) as session:
+        run = session.scalars(select(Run).where(Run.arm == "baseline_lora", Run.seed == 0)).one()
+        assert run.rest["scores"]["speed_summary"] == [{"median": 1.5}] and run.rest["verdict"]["reason"] == "because"
+        assert session.scalars(select(Verification)).one().rest == {"seconds": 2.5}
+
+
+def test_views_agree_with_numbers_worked_out_by_hand(tree: Path, path: Path) -> None:
+    ingest(tree, path, seeds=[0])
+    base, arm = sorted(shown(path, "evaluation_results"), key=lambda row: row["aqi_accuracy"])
+    # Base: 500 tokens in 4 s. Arm: 600 tokens in 6 s, the base beside it 600 in 5 s, so 100 - 120.
+    assert base == {
+        "model_name": "base_model",
+        "aqi_accuracy": 40.0,
+        "delta_aqi": 0.0,
+        "inference_speed": 125.0,
+        "delta_speed": 0.0,
+        "timestamp": "2026-11-21T03:30:00.000000+00:00",
+    }
+    assert list(arm) == list(base) and arm["aqi_accuracy"] == 70.0 and arm["delta_aqi"] == pytest.approx(30.0)
+    assert arm["inference_speed"] == pytest.approx(100.0) and arm["delta_speed"] == pytest.approx(-20.0)
+    parity = {row["pair"]: row["greedy_equal"] for row in shown(path, "v_parity")}
+    assert parity == {"all": 99.0, "hf/merged_gguf": 100.0, "hf/base+adapter_gguf": 99.0}
+    assert {(r["probe"], r["verdict"], r["layers"]) for r in shown(path, "v_probe_summary")} >= {("verdict", "pass", 1)}
+
+
+def test_one_failed_reading_decides_the_summary(tree: Path, path: Path) -> None:
+    said = verdict_json("baseline_lora", 0)
+    row = said["readings"][3]
+    more = [{**row, "layer": "b", "value": "nan", "verdict": "fail"}, {**row, "layer": "c", "value": 1.0}]
+    write(tree / VERDICT, {**said, "readings": [*said["readings"], *more]})
+    ingest(tree, path, seeds=[0])
+    (summary,) = [row for row in shown(path, "v_probe_summary") if row["probe"] == "layer_angle"]
+    assert [summary[key] for key in ("verdict", "failed", "layers", "not_finite", "highest")] == ["fail", 1, 3, 1, 1.0]
+
+
+def test_nan_and_infinity_survive_and_of_a_name_logged_twice_the_later_number(tree: Path, path: Path) -> None:
+    text = '[{"step": 1, "loss": NaN}, {"step": 2, "loss": Infinity}, {"step": 3, "loss": "-inf"}]'
+    write(tree / "adapters/baseline_lora/0/loss_history.json", text)
+    ingest(tree, path, seeds=[0])
+    stored = ask(path, "SELECT value, value_kind FROM metric WHERE split = 'train' ORDER BY step")
+    assert stored == [(None, "nan"), (None, "inf"), (None, "-inf")]
+    entries = [{"step": 1, "loss": 2.0}, {"step": 1, "loss": 3.0}, {"step": 2, "eval_loss": 4.0, "loss": 5.0}]
+    write(tree / "adapters/baseline_lora/0/loss_history.json", entries)
+    ingest(tree, path, seeds=[0])
+    query = "SELECT split, step, value FROM metric JOIN run ON run.id = run_id WHERE is_current AND name = 'loss'"
+    rows = ask(path, query + " AND step >= 0 ORDER BY metric.id")
+    assert rows == [("train", 1, 3.0), ("eval", 2, 5.0)]
+
+
+def test_strange_text_is_stored(tree: Path, path: Path) -> None:
+    change_first_line(tree / SAMPLES, answer="a\x00b | 汉\n'; DROP TABLE run")
+    ingest(tree, path)
+    query = "SELECT answer FROM sample WHERE answer LIKE '%DROP%'"
+    assert ask_one(path, query) == ("a\ufffdb | 汉\n'; DROP TABLE run",)
+    write(tree / SAMPLES, (tree / SAMPLES).read_text().replace("\\u0000", "\\ud800"))
+    with pytest.raises(IngestError, match=r"samples\.jsonl: line 1"):
+        ingest(tree, path)  # half of a UTF-16 pair is no JSON
+
+
+@pytest.mark.parametrize(("written", "stored"), [("null", None), ("NaN", None), ("0.0", 0.0), ("12.5", 12.5)])
+def test_an_answer_without_a_number_has_no_error(tree: Path, path: Path, written: str, stored: float | None) -> None:
+    change_first_line(tree / SAMPLES, predicted=None, abs_error="HERE")
+    write(tree / SAMPLES, (tree / SAMPLES).read_text().replace('"HERE"', written))
+    ingest(tree, path, seeds=[0])
+    query = "SELECT abs_error FROM sample JOIN run ON run.id = run_id WHERE arm <> 'base' AND item_id = 'aqi-000000'"
+    assert ask_one(path, query) == (stored,)
+
+
+def test_the_serving_mode_of_the_evaluation_is_recorded(tree: Path, path: Path) -> None:
+    scores = tree / SCORES
+    backend = read(tree, SCORES)["backend"]
+    for change, mode in (({}, "merged"), ({"name": "hf"}, "adapter"), ({"mode": "adapter"}, "adapter")):
+        edit(scores, backend={**backend, **change})
+        ingest(tree, path, seeds=[0])
+        query = "SELECT serving_mode FROM run WHERE is_current AND arm <> 'base'"
+        assert ask_one(path, query) == (mode,), change
+
+
+# --- left out, with a note --------------------------------------------------------------------------------------------
+
+
+def test_arms_that_are_not_there_yet_or_failed_are_noted(tree: Path, path: Path) -> None:
+    (tree / "scores/baseline_lora/1/scores.json").unlink()
+    edit(tree / "adapters/baseline_lora/0/run.json", status="failed", error="loss was nan")
+    (tree / "gguf/baseline_lora/0/run.json").unlink()  # what an unfinished stage left undone is no fault of the files
+    (tree / "scores/baseline_lora/notes").mkdir()
+    summary = ingest(tree, path, arms=["baseline_lora", "pure_grit"])
+    assert (summary.changed, summary.notes) == (1, (
+        "baseline_lora/notes: skipped, the folder's name is no seed",
+        "pure_grit: no scores yet",
+        "baseline_lora/0: skipped, its stage train is failed: loss was nan",
+        "baseline_lora/1: no scores yet",
+    ))  # fmt: skip
+
+
+def test_only_the_asked_arms_and_seeds_are_current(tree: Path, path: Path) -> None:
+    ingest(tree, path)
+    summary = ingest(tree, path, arms=["baseline_lora"], seeds=[1])
+    assert (summary.changed, summary.current, summary.runs) == (0, 2, 3)
+    assert ask(path, "SELECT arm, seed FROM run WHERE is_current ORDER BY id") == [("base", 0), ("baseline_lora", 1)]
+
+
+def test_results_made_from_older_files_are_left_out(tree: Path, path: Path) -> None:
+    adapter, model = "adapters/baseline_lora/0/adapter_model.safetensors", "gguf/baseline_lora/0/model.gguf"
+    label, folder = "baseline_lora/0: ", "baseline_lora/0/run.json"
+    old = {"inputs": {adapter: "0" * 64}}, {"inputs": {model: "0" * 64}}
+    base = read(tree, "gguf/base/0/run.json")["artifacts"][0]["path"]
+    for stage, changes, maker in (
+        ("measure", old[0], f"used an older {adapter} than train made"),
+        ("measure", {"inputs": {"measured/base/0/measured.json": "0" * 64}}, "than measure of the base made"),
+        ("quantize", old[1], f"used an older {model} than export made"),
+        ("verify", {"inputs": {base: "0" * 64}}, "used an older gguf/base/0/model.gguf than export of the base made"),
+    ):
+        file = tree / {"measure": "measured", "quantize": "quantized", "verify": "verified"}[stage] / folder
+        before = file.read_text(encoding="utf-8")
+        edit(file, **changes)
+        summary = ingest(tree, path)
+        assert summary.current == 3 and len(summary.notes) == 1, "the run itself is whole"
+        assert summary.notes[0].startswith(f"{label}without its stage {stage}, ") and maker in summary.notes[0]
+        write(file, before)
+    assert notes(tree, path) == ()
+    for file, changes in ((RUN, old[1]), ("verdicts/" + folder, old[0])):
+        before = (tree / file).read_text(encoding="utf-8")
+        edit(tree / file, **changes)
+        summary = ingest(tree, path)
+        assert summary.current == 2 and "skipped, its stage" in summary.notes[0] and "older" in summary.notes[0]
+        write(tree / file, before)
+
+
+@pytest.mark.parametrize(("stage", "file"), [("quantize", QUANTIZED), ("verify", VERIFIED), ("measure", MEASURED)])
+def test_an_optional_stage_that_has_not_ended_is_left_out(tree: Path, path: Path, stage: str, file: str) -> None:
+    edit((tree / file).with_name("run.json"), status="failed", error="no disk")
+    assert notes(tree, path) == (f"baseline_lora/0: without its stage {stage}, which is failed: no disk",)
+    (tree / file).with_name("run.json").unlink()
+    assert notes(tree, path) == (
+        f"baseline_lora/0: without its stage {stage}, {file} has no run.json; run `dvc repro`",
+    )
+    table = {"quantize": "quantization", "verify": "verification", "measure": "layer_metric"}[stage]
+    where = "split IN ('weights', 'hidden')" if stage == "measure" else "TRUE"
+    one = f"SELECT count(*) FROM {table} JOIN run ON run.id = run_id WHERE {where} AND arm <> 'base' AND seed = 0"
+    assert ask_one(path, one) == (0,)
+
+
+def test_results_without_a_verdict_or_parity_say_so(tree: Path, path: Path) -> None:
+    for file in [*(tree / VERDICT).parent.iterdir(), tree / PARITY]:
+        file.unlink()
+    assert notes(tree, path) == (
+        "baseline_lora/0: no parity.json, so nothing shows that the export is faithful",
+        "baseline_lora/0: no verdict.json, so nothing shows what the optimizer did",
+    )
+
+
+def test_scores_without_an_export_need_none(tree: Path, path: Path) -> None:
+    """A vision-language model is scored as training left it; what lies in gguf/ belongs to another profile."""
+    for arm in ("base/0", "baseline_lora/0", "baseline_lora/1"):
+        edit(tree / f"scores/{arm}/scores.json", exported=False)
+        edit(tree / f"scores/{arm}/run.json", inputs={})
+    write(tree / "gguf/base/0/run.json", "{")
+    (tree / "verified/baseline_lora/0/run.json").unlink()
+    (tree / VERIFIED).unlink()
+    summary = ingest(tree, path)
+    assert summary.current == 3 and summary.notes == (
+        "base/0, baseline_lora/0, baseline_lora/1: scored as training left them, so there is no export to check",
+    )
+    assert ask(path, "SELECT * FROM v_parity") == []
+    edit(tree / SCORES, exported=True)
+    (tree / "gguf/baseline_lora/0/run.json").unlink()
+    with pytest.raises(IngestError, match=r"gguf/baseline_lora/0/run\.json: expected this file"):
+        ingest(tree, path)
+
+
+def test_scores_that_are_not_the_mean_of_the_samples_are_noted_and_a_fault(tree: Path, path: Path) -> None:
+    metrics = read(tree, "scores/base/0/scores.json")["metrics"]
+    metrics[0]["value"] = 0.5
+    edit(tree / "scores/base/0/scores.json", metrics=metrics)
+    assert notes(tree, path) == ("base/0: scores.json says 0.5, samples.jsonl says 0.4",)
+    assert check(path, tree)[1] == ["base/0: scores.json says 0.5, samples.jsonl says 0.4"]
+
+
+# --- refused, with file and reason ------------------------------------------------------------------------------------
+
+
+def test_all_problems_are_named_at_once_and_the_old_content_stands(tree: Path, path: Path) -> None:
+    ingest(tree, path)
+    before, archived = content(path), sorted(tree.glob("runs/*"))
+    scores = read(tree, SCORES)
+    scores["metrics"][0]["value"] = "0.7"
+    del scores["backend"]["version"]
+    write(tree / SCORES, scores)
+    other = tree / "scores/baseline_lora/1/scores.json"
+    write(other, other.read_text(encoding="utf-8")[:200])
+    lines = (tree / "scores/base/0/samples.jsonl").read_text(encoding="utf-8").splitlines()
+    write(tree / "scores/base/0/samples.jsonl", "\n".join([*lines[:3], '{"item_id": 3}', lines[0]]))
+    (tree / "gguf/baseline_lora/1/run.json").unlink()
+    write(tree / "adapters/baseline_lora/0/loss_history.json", [{"loss": 1.0}])
+    with pytest.raises(IngestError) as caught:
+        ingest(tree, path)
+    assert {(problem.file, problem.key) for problem in caught.value.problems} >= {
+        (SCORES, "metrics.0.value"),
+        (SCORES, "backend.version"),
+        ("scores/baseline_lora/1/scores.json", ""),
+        ("scores/base/0/samples.jsonl", "line 4.item_id"),
+        ("scores/base/0/samples.jsonl", "line 5"),
+        ("gguf/baseline_lora/1/run.json", ""),
+        ("adapters/baseline_lora/0/loss_history.json", ""),
+    }
+    assert "valid number, came '0.7'" in str(caught.value) and "dvc repro" in str(caught.value)
+    assert content(path) == before and sorted(tree.glob("runs/*")) == archived
+
+
+GOOD = [precision("f16", RIGHT, 1.0), precision("q8_0", RIGHT, 0.9)]
+CHECKED = [verification("llama_cpp", "merged"), verification("llama_cpp", "adapter")]
+READINGS = verdict_json("baseline_lora", 0)["readings"]
+METRIC = {"name": "x", "split": "general", "value": 1.0, "n": None}
+LAYER = {"name": "x", "split": "weights", "layer": "l", "value": 1.0}
+SPEED = {"arm": "baseline_lora", "phase": "decode", "repetition": 0, "tokens": 1, "nanoseconds": 1}
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        (SCORES, {"seed": 1}, "arm, seed: expected baseline_lora/0 as in the path, came baseline_lora/1"),
+        (PARITY, {"arm": "pure_grit"}, "came pure_grit/0"),
+        (SCORES, {"schema": 2}, "schema"),
+        (SCORES, {"metrics": [{**METRIC, "name": "aqi_category_accuracy", "value": 87.0}]}, "from 0 to 1, came 87.0"),
+        (SCORES, {"speed": [{**SPEED, "arm": "pure_grit"}]}, "speed rows of the arms"),
+        (SCORES, {"speed": [SPEED] * 2}, "more than once"),
+        (SCORES, {"backend": {"name": "hf", "version": "1", "device_class": "cpu", "mode": "half"}}, "backend.mode"),
+        (SCORES, {"task": {**GSM8K, "primary": "f1"}}, "expected the primary metric f1 among those of split test"),
+        (SCORES, {"task": None}, "task"),
+        (RUN, {"stage": "train"}, "expected 'evaluate', came 'train'"),
+        (RUN, {"started": "2026-11-21T01:00:00"}, "timezone"),
+        (RUN, {"ended": "2026-11-20T01:00:00+00:00"}, "lies before"),
+        (RUN, {"ended": None}, "needs the time"),
+        (RUN, {"artifacts": [artifact("adapter", "a", "a")] * 2}, "artifacts with the path a given more than once"),
+        (PARITY, {"greedy_equal": 1.5}, "greedy_equal"),
+        (VERDICT, {"verdict": "fine"}, "effective"),
+        (VERDICT, {"readings": [*READINGS, READINGS[0]]}, "more than once"),
+        (VERDICT, {"readings": [{**READINGS[0], "step": -2}]}, "step"),
+        (QUANTIZED, {"rows": []}, "expected f16 first, which the others are held against, came nothing"),
+        (QUANTIZED, {"rows": [*GOOD, GOOD[1]]}, "rows of the type q8_0 given more than once"),
+        (QUANTIZED, {"rows": [{**GOOD[0], "bytes": "8"}]}, "rows.0.bytes: Input should be a valid integer, came '8'"),
+        (QUANTIZED, {"rows": [{**GOOD[0], "bits_per_weight": 0.0}]}, "bits_per_weight: Input should be greater than 0"),
+        (QUANTIZED, {"rows": [{**GOOD[0], "category_accuracy": 0.71}]}, "category_accuracy 0.71 is not 70 of 100"),
+        (QUANTIZED, {"rows": [{**GOOD[0], "answers_equal_to_f16": 0.5}]}, "f16 must equal itself, came 0.5"),
+        (QUANTIZED, {"rows": [{**GOOD[0], "fallbacks": 21}]}, "21 fallbacks among 20 tensors"),
+        (QUANTIZED, {"rows": GOOD[:1]}, "expected the types of quantized.json, came 'q8_0' besides"),
+        (QUANTIZED, {"rows": [*GOOD, {**GOOD[0], "type": "bf16"}]}, "came 0 items of type bf16"),
+        (VERIFIED, {"rows": [*CHECKED, CHECKED[1]]}, "rows of ('llama_cpp', 'adapter') given more than once"),
+        (VERIFIED, {"rows": [{**CHECKED[0], "answered": None}]}, "answered: expected a share exactly where prompts"),
+        (VERIFIED, {"rows": [{**CHECKED[0], "prompts": 0, "answered": None}]}, "rendered: expected no share"),
+        (MEASURED, {"metrics": [{**METRIC, "name": "aqi_mae", "split": "test"}]}, "numbers that scores.json has not"),
+        (MEASURED, {"metrics": [METRIC] * 2}, "metrics ('x', 'general') given more than once"),
+        (MEASURED, {"layers": [LAYER] * 2}, "layers ('x', 'weights', 'l') given more than once"),
+        (MEASURED, {"layers": [{**LAYER, "value": True}]}, "layers.0.value"),
+    ],
+)  # fmt: skip
+def test_rubbish_is_refused_by_name(tree: Path, path: Path, file: str, change: dict[str, Any], words: str) -> None:
+    edit(tree / file, **change)
+    with pytest.raises(IngestError) as refused:
+        ingest(tree, path)
+    assert file.rsplit("/", 1)[0] in str(refused.value) and words in str(refused.value)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "lines", "words"),
+    [
+        (LEDGER_FILE, [*LEDGER, LEDGER[1]], "line 4: step 25 given more than once"),
+        (LEDGER_FILE, [{"loss": 1.0}], "line 1: expected either a `step`"),
+        (LEDGER_FILE, [{"step": 1, "units": {"q": {"angle": "wide"}}}], "line 1.units.q.angle"),
+        (GRIT_FILE, [{"step": 1, "kind": "spectra", "layers": {"q": {"r": 1.5}}}], "line 1.layers.q.r"),
+        (GRIT_FILE, [*GRIT_LOG, 3], "line 7: "),
+        (Q_SAMPLES, [{"type": "f16", "item_id": "a", "answer": "", "correct": True, "credit": 1.2}] * 9, "credit"),
+        (Q_SAMPLES, [{"type": "f16"}] * 9, "4 more lines cannot be read"),
+        (SAMPLES, [{}], "line 1.item_id"),
+    ],
+)
+def test_lines_that_make_no_sense_are_refused(tree: Path, path: Path, file: str, lines: list[Any], words: str) -> None:
+    write_lines(tree / file, lines)
+    with pytest.raises(IngestError) as refused:
+        ingest(tree, path)
+    assert f"{file}: " in str(refused.value) and words in str(refused.value)
+
+
+def test_precisions_and_their_items_must_agree(tree: Path, path: Path) -> None:
+    lines = (tree / Q_SAMPLES).read_text(encoding="utf-8").splitlines()
+    for changed, words in (
+        ([*lines[:-1], json.dumps({**json.loads(lines[-1]), "item_id": "other"})], "expected the same items in every"),
+        ([json.dumps({**json.loads(lines[0]), "correct": False}), *lines[1:]], "70 of them correct, .*, 69 of them"),
+        (
+            [json.dumps({**json.loads(lines[0]), "credit": 0.5}), *lines[1:]],
+            "expected a mean credit of 0.7 of type f16",
+        ),
+    ):
+        write(tree / Q_SAMPLES, "\n".join(changed))
+        with pytest.raises(IngestError, match=words):
+            ingest(tree, path)
+
+
+@pytest.mark.parametrize("file", [QUANTIZED, VERIFIED, MEASURED, Q_SAMPLES, SAMPLES])
+def test_truncated_and_missing_files_are_named(tree: Path, path: Path, file: str) -> None:
+    text = (tree / file).read_text(encoding="utf-8")
+    write(tree / file, text[: len(text) // 2])
+    with pytest.raises(IngestError, match=file.replace(".", r"\.")):
+        ingest(tree, path)
+    (tree / file).unlink()
+    with pytest.raises(IngestError, match=f"{file}: expected this file beside the others"):
+        ingest(tree, path)
+
+
+HIDDEN = ["scores", "scores/base/0/scores.json", "quantized/baseline_lora/0", "verdicts", "runs"]
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_may_not_be_read_is_named_and_never_counts_as_absent(tree: Path, path: Path, name: str) -> None:
+    ingest(tree, path)
+    before = content(path)
+    for folder in (tree.parent, *tree.parent.parents[:2]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    for folder in (tree / "runs", tree / "runs/.lock"):
+        folder.chmod(0o777)
+    hidden = tree / name
+    mode = hidden.stat().st_mode
+    hidden.chmod(0)
+    try:
+        with not_root(), pytest.raises(Exception, match="Permission denied") as refused:
+            ingest(tree, path)
+    finally:
+        hidden.chmod(mode)
+    assert name in str(refused.value)
+    assert content(path) == before
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def test_views_show_every_task(three: Path) -> None:
+    rows = {(row["task"], row["arm"], row["seed"]): row for row in shown(three, "task_results")}
+    assert len(rows) == 9
+    aqi, grit = rows["aqi", "baseline_lora", 1], rows["alpaca", "pure_grit", 0]
+    assert [aqi[key] for key in ("metric", "task_title", "direction", "n")] == [
+        "aqi_category_accuracy", "AQI accuracy", "higher", 100]  # fmt: skip
+    assert (aqi["value"], aqi["delta_base"]) == (pytest.approx(70), pytest.approx(30))
+    own, base = (100 * sum(c) / len(c) for c in (F16, credits_of("base", 0, 0.0)))
+    assert (grit["value"], grit["delta_base"]) == (pytest.approx(own), pytest.approx(own - base))
+    assert (aqi["is_current"], grit["is_current"]) == (0, 1) and all(row["is_latest"] for row in rows.values())
+    assert grit["timestamp"] == "2026-11-23T03:30:00.000000+00:00" and rows["alpaca", "base", 0]["delta_base"] == 0
+    results = shown(three, "evaluation_results")
+    assert {(row["aqi_accuracy"], row["delta_aqi"]) for row in results} == {(None, None)} and len(results) == 3
+    precisions = [row for row in shown(three, "task_quantization") if row["task"] == "alpaca"]
+    mean = [100 * sum(c) / len(c) for c in (F16, Q8)]
+    assert [row["value"] for row in precisions] == pytest.approx(mean)
+    assert [row["delta_f16"] for row in shown(three, "v_quantization")] == pytest.approx([0, mean[1] - mean[0]])
+
+
+def test_a_task_that_comes_back_is_the_same_runs(tree: Path, path: Path) -> None:
+    ingest(tree, path)
+    before = content(path)
+    to_gsm8k(tree)
+    assert ingest(tree, path, seeds=[0]).runs == 6
+    make_tree(tree)
+    for stage in ("measured", "quantized", "verified"):
+        for file in (tree / stage).rglob("run.json"):
+            file.unlink()
+    summary = ingest(tree, path, arms=["baseline_lora"])
+    assert (summary.current, summary.runs) == (3, 6)
+    query = "SELECT run_key FROM run WHERE is_current ORDER BY id"
+    assert ask(path, query) == [(row["run_key"],) for row in before["run"]]
+
+
+def test_while_one_task_replaces_another_neither_is_torn(tree: Path, path: Path) -> None:
+    """The base is scored on the new task first; somebody reads the results in between."""
+    ingest(tree, path)
+    aqi = "SELECT id, reference_run_id FROM run WHERE task = 'aqi' ORDER BY id"
+    before = ask(path, aqi)
+    kept = {name: (tree / name).read_bytes() for name in ("scores/baseline_lora/0/scores.json",)}
+    to_gsm8k(tree)
+    for name, text in kept.items():
+        (tree / name).write_bytes(text)
+    make_arm(tree, "baseline_lora", 0, correct=RIGHT)
+    said = notes(tree, path, arms=["baseline_lora"], seeds=[0])
+    assert any("several tasks are on disk (aqi, gsm8k)" in note for note in said)
+    assert any("baseline_lora/0: no base with the same items and backend" in note for note in said)
+    to_gsm8k(tree)
+    ingest(tree, path, seeds=[0])
+    now = dict(ask(path, aqi))
+    assert all(now[run] == base for run, base in before), "they have their base again"
+
+
+def latest(path: Path) -> set[tuple[str, int, str]]:
+    return set(ask(path, "SELECT arm, seed, base_key FROM run WHERE is_latest AND task = 'gsm8k'"))
+
+
+def test_two_sizes_of_a_model_are_not_seeds_of_one_arm(tmp_path: Path, path: Path) -> None:
+    from tests.evaluation.task_tree import ARMS, add_task
+
+    tree = tmp_path / "project"
+    add_task(tree, GSM8K, seeds=(0, 1), day=20, base="small")
+    ingest(tree, path)
+    add_task(tree, GSM8K, seeds=(1, 2), day=21, base="large")
+    ingest(tree, path, seeds=[1, 2])
+    large = sha("large")
+    assert latest(path) == {("base", 0, large), *((arm, seed, large) for arm in ARMS for seed in (1, 2))}
+    pairs = ask(path, "SELECT r.base_key, b.base_key FROM run r JOIN run b ON b.id = r.reference_run_id")
+    assert len(pairs) == 8 and all(own == base for own, base in pairs), "no arm is held against another size"
+    to_alpaca(tree)
+    ingest(tree, path, seeds=[0])
+    assert all(ref for (ref,) in ask(path, "SELECT reference_run_id FROM run WHERE arm <> 'base'"))
+
+
+def test_other_test_items_have_no_reference(tree: Path, path: Path) -> None:
+    edit(tree / SCORES, test_items_sha256=sha("other items"))
+    assert any("no base with the same items" in note for note in notes(tree, path))
+    rows = {row["seed"]: row for row in shown(path, "v_leaderboard") if row["arm"] != "base"}
+    assert rows[0]["delta_aqi"] is None and rows[1]["delta_aqi"] == pytest.approx(30)
+
+
+def test_the_same_files_for_another_task_are_another_run(tree: Path, path: Path) -> None:
+    ingest(tree, path)
+    for scores in tree.glob("scores/*/*/scores.json"):
+        edit(scores, task={"name": "mine", "title": "Mine", "primary": "aqi_category_accuracy"})
+    assert ingest(tree, path).runs == 6
+    assert math.isclose(sum(r["value"] for r in shown(path, "task_results")), 2 * (40 + 70 + 70))

@@ -1,0 +1,402 @@
+"""The archive and the database derived from it: whole or not there, and never in the place of somebody else's file."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import sqlite3
+import subprocess
+import time
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+from typer.testing import CliRunner
+
+from db import DatabaseError, DatabaseMissingError, IngestError, SchemaVersionError, open_session
+from db.cli import app
+from db.ingest import ingest, rebuild
+from db.tables import SCHEMA
+from tests.conftest import not_root
+from tests.db.asking import ask, ask_one, content
+from tests.db.result_tree import edit, make_arm, make_full_tree, write
+
+
+def assert_sound(path: Path, root: Path) -> None:
+    checked = CliRunner().invoke(app, ["check", "--db", str(path), "--root", str(root)])
+    assert checked.exit_code == 0, checked.output
+    assert checked.output.splitlines()[-1] == "sound"
+
+
+def beside(path: Path) -> list[str]:
+    return sorted(p.name for p in path.parent.iterdir() if p.name.startswith(path.name))
+
+
+# --- the archive ------------------------------------------------------------------------------------------------------
+
+
+def test_deleted_and_made_again_it_is_the_same_with_earlier_tasks_and_settings(tree: Path, three: Path) -> None:
+    """`three` has seen AQI, GSM8K and Alpaca; only the last is on disk."""
+    edit(tree / "adapters/pure_grit/0/run.json", params={"train": {"learning_rate": 0.002}})
+    ingest(tree, three, seeds=[0])
+    before = content(three)
+    assert Counter(row["task"] for row in before["run"]) == {"aqi": 3, "gsm8k": 3, "alpaca": 4}
+    assert all(before[name] for name in before if name != "v_verification")
+    three.unlink()
+    said = CliRunner().invoke(app, ["rebuild", "--db", str(three), "--root", str(tree)])
+    assert said.exit_code == 0 and "10 runs in all" in said.output, said.output
+    assert content(three) == before
+    assert_sound(three, tree)
+    three.unlink()
+    for folder in ("scores", "adapters", "gguf", "verdicts"):  # what `make clean` removes
+        (tree / folder).rename(tree / f"{folder}-gone")
+    rebuild(tree, three)
+    assert content(three) == before
+
+
+def test_the_same_files_again_change_nothing(tree: Path, path: Path) -> None:
+    ingest(tree, path)
+    before = (
+        content(path),
+        {p: p.stat().st_mtime_ns for p in (tree / "runs").rglob("*.json*") if p.name != "current.json"},
+    )
+    assert ingest(tree, path).changed == 0
+    assert all(p.stat().st_mtime_ns == moment for p, moment in before[1].items()) and content(path) == before[0]
+
+
+def test_a_changed_setting_is_a_new_run_and_a_repeated_evaluation_replaces_the_old(tree: Path, path: Path) -> None:
+    ingest(tree, path)
+    train = tree / "adapters/baseline_lora/0/run.json"
+    edit(train, params={"train": {"learning_rate": 0.002, "steps": 100}})
+    summary = ingest(tree, path)
+    assert (summary.changed, summary.current, summary.runs) == (1, 3, 4)
+    query = "SELECT is_current FROM run WHERE arm = 'baseline_lora' AND seed = 0 ORDER BY id"
+    assert sorted(ask(path, query)) == [(0,), (1,)]
+    edit(train, params={"train": {"learning_rate": 0.001, "steps": 100}})
+    make_arm(tree, "baseline_lora", 0, correct=[i < 80 for i in range(100)])
+    summary = ingest(tree, path)
+    assert (summary.changed, summary.runs) == (1, 4), "the old experiment is current again, with other answers"
+    assert ask(path, "SELECT sum(correct) FROM sample JOIN run ON run.id = run_id WHERE is_current AND seed = 0 "
+                     "GROUP BY arm ORDER BY arm") == [(40,), (80,)]  # fmt: skip
+
+
+def test_faults_of_the_archive_are_named_at_once_and_the_database_stands(tree: Path, path: Path) -> None:
+    ingest(tree, path)
+    before = content(path)
+    first, second, third = sorted(p for p in (tree / "runs").iterdir() if p.is_dir())
+    next(first.glob("scores/*/*/scores.json")).write_text("{")
+    next(second.glob("scores/*/*/samples.jsonl.gz")).write_bytes(b"no gzip")
+    for file in sorted(third.glob("scores/*/*/*")):
+        file.unlink()
+    with pytest.raises(IngestError) as refused:
+        rebuild(tree, path)
+    told = str(refused.value)
+    assert "3 problems" in told and all(f"runs/{p.name}" in told for p in (first, second, third)), told
+    assert content(path) == before
+
+
+def test_nothing_archived_is_refused_and_nothing_scored_is_an_empty_database(tmp_path: Path, path: Path) -> None:
+    with pytest.raises(IngestError, match=r"runs: expected runs that were archived.*db\.cli ingest"):
+        rebuild(tmp_path, path)
+    with pytest.raises(IngestError, match="expected the project's folder"):
+        ingest(tmp_path / "none", path)
+    assert not path.exists() and not (tmp_path / "runs").exists()
+    summary = ingest(tmp_path, path)
+    assert (summary.runs, summary.notes) == (0, ("base: no scores yet",))
+
+
+def test_a_run_whose_replacement_was_killed_between_two_renames_comes_back(tree: Path, path: Path) -> None:
+    ingest(tree, path)
+    before = content(path)
+    run = next(p for p in (tree / "runs").iterdir() if p.is_dir())
+    run.rename(run.with_name(f"{run.name}.999999.old.partial"))
+    rebuild(tree, path)
+    assert content(path) == before
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+DAMAGES = {
+    "UPDATE sample SET credit = 0 WHERE item_id = 'aqi-000000' AND run_id = 2": "sample: .* 1 of the expected ones",
+    "DELETE FROM layer_metric WHERE id = 1": "layer_metric: expected the 49 rows that runs/ gives, came 48, 1 of",
+    "UPDATE run SET reference_run_id = NULL WHERE id = 2": "run: ",
+    "INSERT INTO metric_def VALUES ('x', '', 'none', '')": "metric_def: .* came 23, 0 of the expected",
+    "DROP VIEW v_parity": "the view v_parity is missing",
+}
+
+
+def test_what_differs_from_the_archive_is_found_at_once_and_mended(tree: Path, path: Path) -> None:
+    ingest(tree, path)
+    foreign(path, *DAMAGES)
+    said = CliRunner().invoke(app, ["check", "--db", str(path), "--root", str(tree)])
+    assert said.exit_code == 1
+    assert all(re.search(f"fault: {words}", said.output) for words in DAMAGES.values()), said.output
+    rebuild(tree, path)
+    assert_sound(path, tree)
+
+
+# --- several processes, kills, full disks -----------------------------------------------------------------------------
+
+
+def _work(action: str, root: Path, target: Path, barrier: object, results: multiprocessing.Queue[str]) -> None:
+    barrier.wait(60)  # type: ignore[attr-defined]
+    try:
+        (ingest if action == "ingest" else rebuild)(root, target)
+        results.put("done")
+    except Exception as error:  # noqa: BLE001  reported to the test
+        results.put(f"{type(error).__name__}: {error}")
+
+
+def test_several_processes_at_once_end_with_one_whole_database(tree: Path, path: Path) -> None:
+    actions = ("ingest", "ingest", "rebuild")
+    ingest(tree, path)
+    make_arm(tree, "pure_grit", correct=[True] * 100)
+    ingest(tree, path.with_name("new.db"))
+    expected = content(path.with_name("new.db"))
+    (tree / "runs/current.json").unlink()
+    context = multiprocessing.get_context("spawn")
+    results: multiprocessing.Queue[str] = context.Queue()
+    barrier = context.Barrier(len(actions))
+    children = [context.Process(target=_work, args=(a, tree, path, barrier, results)) for a in actions]
+    for child in children:
+        child.start()
+    outcomes = [results.get(timeout=90) for _ in children]
+    for child in children:
+        child.join(timeout=60)
+    assert outcomes == ["done"] * len(actions)
+    assert ask_one(path, "SELECT count(*) FROM sample") == (400,)
+    assert beside(path) == [path.name]
+    rebuild(tree, path)
+    assert content(path) == expected
+
+
+def test_a_kill_at_any_moment_leaves_the_old_database_or_the_new(tree: Path, path: Path) -> None:
+    """SIGKILL after a random time, from before the reading to after the renaming."""
+    ingest(tree, path)
+    old, kept = content(path), path.read_bytes()
+    curve = [{"loss": 1.0 / step, "grad_norm": float(step), "step": step} for step in range(1, 3000)]
+    make_arm(tree, "pure_grit", correct=[True] * 100, history=curve)
+    context = multiprocessing.get_context("fork")
+
+    def start() -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=ingest, args=(tree, path))
+        process.start()
+        return process
+
+    began = time.perf_counter()
+    start().join()
+    seconds = time.perf_counter() - began
+    new = content(path)
+    (added,) = [run.parents[1] for run in (tree / "runs").glob("*/scores/pure_grit")]
+    current = tree / "runs/current.json"
+    found: Counter[str] = Counter()
+    draw = random.Random(0)
+    for _ in range(15):
+        path.write_bytes(kept)
+        shutil.rmtree(added, ignore_errors=True)
+        current.write_text(json.dumps({"runs": [row["run_key"] for row in old["run"]]}))
+        process = start()
+        time.sleep(draw.random() * seconds)
+        process.kill()
+        process.join()
+        left = content(path)
+        assert left in (old, new)
+        found["old" if left == old else "new"] += 1
+        rebuild(tree, path)
+        keys = {row["run_key"] for row in content(path)["run"]}
+        assert keys == {row["run_key"] for row in (new if added.exists() else old)["run"]}
+        ingest(tree, path)
+        assert content(path) == new, "nothing is lost and nothing doubled"
+        assert beside(path) == [path.name], "nothing is left beside the database"
+    assert found["old"] > 3, f"too few kills met it at work: {found}"
+
+
+def test_a_reader_keeps_its_content_while_the_database_is_replaced(tree: Path, path: Path) -> None:
+    ingest(tree, path)
+    count = text("SELECT count(*), max(run_id) FROM metric")
+    with open_session(path) as reader:
+        before = reader.execute(count).one()
+        make_arm(tree, "pure_grit", correct=[True] * 100)
+        ingest(tree, path)
+        assert reader.execute(count).one() == before
+    with open_session(path) as reader:
+        assert reader.execute(count).one() != before
+
+
+def test_a_database_that_somebody_writes_to_is_left_to_him(
+    tree: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ingest(tree, path)
+    monkeypatch.setattr("db.store.BUSY_TIMEOUT_S", 0.1)
+    with closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        raw.execute("BEGIN IMMEDIATE")
+        raw.execute("UPDATE run SET git_commit = 'mine'")
+        with pytest.raises(DatabaseError, match="locked.*wait until the other process ends"):
+            rebuild(tree, path)
+        raw.execute("COMMIT")
+    assert ask(path, "SELECT DISTINCT git_commit FROM run") == [("mine",)]
+
+
+def test_a_full_disk_is_named_and_keeps_the_old_content(tree: Path, small_disk: Path) -> None:
+    path, small = small_disk / "c.db", tree.parent / "small"
+    subprocess.run(["mount", "-o", "remount,size=384k", str(small_disk)], check=True)
+    make_arm(small, "base", correct=[True] * 4)
+    ingest(small, path)
+    before = content(path)
+    with (small_disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
+        while True:
+            file.write(b"x" * 4096)
+    with pytest.raises(DatabaseError, match="full"):
+        ingest(tree, path)
+    assert content(path) == before and beside(path) == ["c.db"]
+    (small_disk / "filler").unlink()
+    assert ingest(small, path).runs == 1 and content(path) == before
+
+
+# --- other files, other versions --------------------------------------------------------------------------------------
+
+
+def foreign(path: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(path)) as raw, raw:
+        for statement in statements:
+            raw.execute(statement)
+
+
+VERSIONED = ("CREATE TABLE alembic_version (version_num TEXT)", "INSERT INTO alembic_version VALUES ('0001')")
+OTHERS = {
+    "My thesis. " * 1000: "another kind of file, which begins with b'My thesis",
+    "SQLite": "another kind of file",
+    ("CREATE TABLE recipes (id INTEGER)",): "other tables .recipes.*name another path",
+    (*VERSIONED, "CREATE TABLE run (id)", "CREATE TABLE experiments (id)"): "other tables .*experiments.*name another",
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_is_not_ours_stays_byte_by_byte(tree: Path, tmp_path: Path, other: str | tuple[str, ...]) -> None:
+    """A name given by mistake must cost nobody his file, and no advice may say to remove it."""
+    path = tmp_path / "named-by-mistake"
+    path.write_text(other) if isinstance(other, str) else foreign(path, *other)
+    before = path.read_bytes()
+    for work in (ingest, rebuild):
+        with pytest.raises(DatabaseError, match=OTHERS[other]) as refused:
+            work(tree, path)
+        assert path.read_bytes() == before and beside(path) == [path.name] and "remove" not in refused.value.do
+    with pytest.raises(DatabaseError), open_session(path):
+        pass
+
+
+OLD = [f"CREATE TABLE {name} (id)" for name in ("environment", "run", "metric", "metric_def", "sample", "speed")]
+
+
+def test_an_older_version_is_refused_to_readers_and_kept_beside_the_new(tree: Path, path: Path) -> None:
+    foreign(path, "PRAGMA journal_mode=WAL", *VERSIONED, *OLD, "INSERT INTO run VALUES (7)")
+    with pytest.raises(SchemaVersionError, match=r"older version.*db\.cli rebuild"), open_session(path):
+        pass
+    with closing(sqlite3.connect(path)) as raw:  # its log holds what its file does not
+        raw.execute("INSERT INTO run VALUES (8)")
+        raw.commit()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(DatabaseError, match="locked"):
+            patch.setattr("db.store.BUSY_TIMEOUT_S", 0.1)
+            ingest(tree, path)
+    ingest(tree, path)
+    assert_sound(path, tree)
+    with closing(sqlite3.connect(path.with_name("c.db.old"))) as raw:
+        assert raw.execute("SELECT id FROM run").fetchall() == [(7,), (8,)], "earlier tasks are in this file alone"
+    assert beside(path) == ["c.db", "c.db.old"]
+
+
+def test_another_schema_number_means_rebuild(tree: Path, path: Path) -> None:
+    ingest(tree, path)
+    before = content(path)
+    for number in (SCHEMA + 1, 0):
+        foreign(path, f"PRAGMA user_version={number}")
+        with pytest.raises(SchemaVersionError, match=rf"schema {SCHEMA} in .*db\.cli rebuild"), open_session(path):
+            pass
+        rebuild(tree, path)
+        assert content(path) == before
+
+
+def test_a_damaged_database_is_named_and_healed(tree: Path, path: Path) -> None:
+    ingest(tree, path)
+    before, size = content(path), path.stat().st_size
+    for start in (8 * 4096, 100):
+        with path.open("r+b") as file:
+            file.seek(start)
+            file.write(random.Random(0).randbytes(size - start))
+        assert CliRunner().invoke(app, ["check", "--db", str(path), "--root", str(tree)]).exit_code == 1
+        rebuild(tree, path)
+        assert content(path) == before
+    foreign(path, "DROP TABLE speed", "DROP TABLE probe")
+    rebuild(tree, path)
+    assert content(path) == before
+
+
+def test_a_reader_cannot_write_and_leaves_no_trace(tree: Path, path: Path) -> None:
+    ingest(tree, path)
+    before = (path.read_bytes(), path.stat().st_mtime_ns)
+    with pytest.raises(DatabaseError, match="readonly"), open_session(path) as session:
+        session.execute(text("DELETE FROM run"))
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before and beside(path) == [path.name]
+
+
+def test_a_folder_that_cannot_be_written_can_be_read_and_says_so(tree: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "locked"
+    path = folder / "c.db"
+    ingest(tree, path)
+    for parent in (*tmp_path.parents, tmp_path):
+        if str(parent).startswith("/tmp/"):
+            parent.chmod(0o755)
+    for place in (tree, *tree.rglob("*")):
+        place.chmod(0o777)
+    folder.chmod(0o555)
+    try:
+        with not_root():
+            assert ask_one(path, "SELECT count(*) FROM run") == (3,)
+            with pytest.raises(DatabaseError, match="check its address, rights|this user may not write|readonly"):
+                rebuild(tree, path)
+            with pytest.raises(DatabaseError, match="this user may not write there"):
+                rebuild(tree, folder / "sub" / "new.db")
+    finally:
+        folder.chmod(0o755)
+    assert beside(path) == ["c.db"]
+
+
+def test_missing_files_and_bad_addresses_are_named(tmp_path: Path, tree: Path) -> None:
+    with pytest.raises(DatabaseMissingError, match="no such file.*dvc repro"), open_session(tmp_path / "none.db"):
+        pass
+    with pytest.raises(DatabaseMissingError, match="a folder"), open_session(tmp_path):
+        pass
+    (tmp_path / "empty.db").touch()
+    with pytest.raises(DatabaseMissingError, match="without tables"), open_session(tmp_path / "empty.db"):
+        pass
+    assert ingest(tree, tmp_path / "empty.db").runs == 3
+    for address in ("nonsense://x", "sqlite:://"):
+        with pytest.raises(DatabaseError, match="correct the database's address"), open_session(address):
+            pass
+    odd = tmp_path / "a?b#c%20.db"
+    ingest(tree, odd)
+    assert ask_one(odd, "SELECT count(*) FROM run") == (3,)
+
+
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = make_full_tree(tmp_path / "project")
+    monkeypatch.chdir(tree)
+
+    def said(*words: str, code: int = 0) -> str:
+        done = CliRunner().invoke(app, list(words))
+        assert done.exit_code == code, done.output
+        return done.output
+
+    assert "3 runs in the working copy, 3 of them new or changed; 3 runs in all" in said("ingest")
+    assert os.listdir("outputs") == ["centralized.db"]
+    assert "sample                300 rows" in said("check")
+    assert "2 runs in the working copy" in said("ingest", "--arm", "baseline_lora", "--seed", "1")
+    write(tree / "scores/base/0/scores.json", "{")
+    assert "1 problem in the result files" in said("ingest", code=2)
+    assert "error: expected a database at none.db" in said("check", "--db", "none.db", code=1)

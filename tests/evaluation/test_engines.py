@@ -1,0 +1,288 @@
+"""The engines in this process: greedy, timed, and the same through llama.cpp and transformers, one by one or not."""
+
+import shutil
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from evaluation import vision
+from evaluation.measure import speed
+from evaluation.tasks import Item, aqi, general, render
+from export import gguf
+from export.engines import llama_cpp as engine_module
+from export.engines.base import EngineError
+from export.engines.hf import HfEngine
+from export.engines.llama_cpp import LlamaCppEngine
+from tests.conftest import TEMPLATE
+from tests.export.test_export_architectures import add_adapter
+from trainers.base import EmbeddedSettings, train_base
+from trainers.pictures import VisionDataError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def pair(base_dir, exported):
+    return HfEngine(str(base_dir), TEMPLATE), LlamaCppEngine(exported / "base.gguf", TEMPLATE, num_ctx=256)
+
+
+def test_both_answer_alike_whatever_was_asked_before(pair):
+    answers = [engine.generate("Repeat: apple", 8) for engine in pair]
+    assert answers[0].text.strip() == answers[1].text.strip() != ""
+    assert answers[0].prompt_ids == answers[1].prompt_ids and answers[0].prompt_tokens > 5
+    for engine, answer in zip(pair, answers, strict=True):
+        assert answer.prefill_ns > 0 and answer.decode_ns > 0 and answer.load_ns > 0
+        engine.generate("What is 1 + 1?", 8)
+        assert engine.generate("Repeat: apple", 8).text == answer.text
+
+
+def test_leads_are_the_logits_own(pair, exported):
+    ids = pair[0].tokenize("Sort: 3 1 2")
+    keeps = LlamaCppEngine(exported / "base.gguf", TEMPLATE, num_ctx=256, keeps_leads=True)
+    made, also = pair[0].answer(ids, 5), keeps.answer(ids, 5)
+    logits = pair[0]._model(input_ids=torch.tensor([ids + made.ids])).logits[0].detach()
+    for step, token in enumerate(made.ids):
+        best = logits[len(ids) - 1 + step].topk(2)
+        assert best.indices[0] == token
+        assert made.leads[step] == pytest.approx(float(best.values[0] - best.values[1]), abs=1e-3)
+    assert also.ids == made.ids and also.leads == pytest.approx(made.leads[: len(also.leads)], abs=0.05)
+    keeps.close()
+
+
+def test_in_float32_llama_cpp_computes_what_transformers_does(pair, exported, tmp_path):
+    """What is left of the differences as served is rounding in the engine, and not in the file."""
+    gguf.quantize(exported / "base.gguf", tmp_path / "base-f32.gguf", "f32")
+    ids = pair[0].tokenize("Sort: 3 1 2")
+    answer = pair[0].answer(ids, 8).ids
+    expected = pair[0]._model(input_ids=torch.tensor([ids + answer])).logits[0, len(ids) - 1 :].detach().numpy()
+    apart = {}
+    for file in (exported / "base.gguf", tmp_path / "base-f32.gguf"):
+        for exact in (False, True):
+            with LlamaCppEngine(file, TEMPLATE, num_ctx=256, exact_cache=exact) as engine:
+                engine.prefill(ids)
+                rows = [engine.logits().copy()]
+                for token in answer:
+                    engine.feed(token)
+                    rows.append(engine.logits().copy())
+            apart[file.stem, exact] = np.abs(np.array(rows) - expected).max()
+    assert apart["base-f32", True] < 1e-4
+    assert apart["base", False] > 10 * apart["base-f32", True], "else unpacking would be in vain"
+    assert min(apart["base", True], apart["base-f32", False]) > 3 * apart["base-f32", True], "it takes both"
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(EngineError, match="no such file"):
+        LlamaCppEngine(tmp_path / "none.gguf", TEMPLATE, num_ctx=128)
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF rubbish")
+    with pytest.raises(EngineError, match="cannot load it"):
+        LlamaCppEngine(tmp_path / "bad.gguf", TEMPLATE, num_ctx=128)
+    with pytest.raises(EngineError, match="transformers cannot load it"):
+        HfEngine(str(tmp_path), TEMPLATE)
+
+
+# --- several at once --------------------------------------------------------------------------------------------
+
+
+def items(n):
+    made = aqi.generate({"x": n}, seed=3, pollutants=["pm25", "no2", "co"], max_pollutants=2)["x"]
+    return [i.prompt for i in [*made, *general.retention_items(n // 11 + 1, seed=3)]]
+
+
+def parts(generation):
+    return generation.text, generation.prompt_tokens, generation.answer_tokens, generation.finish_reason
+
+
+def is_tie(reference, prompt, other, lead=0.05):
+    """Whether the reference's answer parts from the other text where its best two tokens are all but equal."""
+    made = reference.generate(prompt, 16)
+    ids = made.ids
+    parted = (n for n in range(1, len(ids) + 1) if not other.startswith(reference.detokenize(ids[:n]).strip()))
+    at = next(parted, None)
+    return at is not None and made.leads[at - 1] < lead
+
+
+@pytest.fixture(scope="module")
+def engines(base_dir, adapter_dir, exported):
+    """Name → makes the engine with so many at once."""
+    return {
+        "llama_cpp": lambda n: LlamaCppEngine(
+            exported / "base.gguf", TEMPLATE, num_ctx=256, threads=1, adapter=exported / "adapter.gguf", parallel=n
+        ),
+        "hf": lambda n: HfEngine(str(base_dir), TEMPLATE, adapter=adapter_dir, parallel=n),
+    }
+
+
+@pytest.mark.parametrize("name", ["llama_cpp", "hf"])
+def test_answers_beside_others_are_those_given_alone(engines, name):
+    prompts = items(300)
+    made = {}
+    for n in (1, 5):
+        with engines[name](n) as engine:
+            found = list(engine.generate_many(prompts, 16, ["</s>"]))
+        assert sorted(place for place, _ in found) == list(range(len(prompts)))
+        made[n] = [parts(answer) for _, answer in sorted(found, key=lambda pair: pair[0])]
+    assert found[0][1].prefill_ns is None and found[0][1].decode_ns is None and found[0][1].load_ns > 0
+    assert len({text for text, *_ in made[1]}) > 15  # the model does say different things
+    differ = [n for n in range(len(prompts)) if made[1][n] != made[5][n]]
+    reference = engines["hf"](1)
+    # One of the two equals Hugging Face's answer as a rule; the other parts from it at the tie.
+    assert all(any(is_tie(reference, prompts[n], made[k][n][0].strip()) for k in (1, 5)) for n in differ), [
+        (prompts[n], made[1][n], made[5][n]) for n in differ
+    ]
+    assert len(differ) <= 0.02 * len(prompts)
+
+
+@pytest.mark.parametrize("name", ["llama_cpp", "hf"])
+def test_limits_and_stop_words_hold_beside_others(engines, name):
+    prompts = items(20)
+    alone, beside = engines[name](1), engines[name](4)
+    first = dict(alone.generate_many(prompts, 12, []))
+    word = max(first.values(), key=lambda g: len(g.text)).text.strip()[2]
+    for limit, stop in ((1, []), (3, []), (12, [word]), (12, [word, "e", " "])):
+        one, other = dict(alone.generate_many(prompts, limit, stop)), dict(beside.generate_many(prompts, limit, stop))
+        assert sum(parts(one[n]) != parts(other[n]) for n in one) <= 1
+        assert all(g.answer_tokens <= limit for made in (one, other) for g in made.values())
+        assert all(not any(word in g.text for word in stop) for made in (one, other) for g in made.values())
+        if stop:
+            assert any(first[n].text != other[n].text for n in first)
+    assert list(beside.generate_many([], 4, [])) == []
+
+
+def test_prompts_longer_than_a_batch_go_in_parts(exported, monkeypatch):
+    prompts = items(11)
+    make = lambda n: LlamaCppEngine(exported / "base.gguf", TEMPLATE, num_ctx=256, threads=1, parallel=n)  # noqa: E731
+    whole = dict(make(3).generate_many(prompts, 8, []))
+    monkeypatch.setattr(engine_module, "N_BATCH", 16)
+    cut = dict(make(3).generate_many(prompts, 8, []))
+    assert sum(parts(whole[n]) != parts(cut[n]) for n in whole) <= 1
+
+
+def test_what_the_context_would_cut_is_refused(exported):
+    one, many = (LlamaCppEngine(exported / "base.gguf", TEMPLATE, num_ctx=256, parallel=n) for n in (1, 2))
+    prompt = "1 " * 110
+    room = 256 - len(one.tokenize(one.render(prompt)))
+    got = [dict(engine.generate_many([prompt, prompt], room, [])) for engine in (one, many)]
+    assert parts(got[0][0]) == parts(got[1][0]) == parts(got[1][1])
+    for engine in (one, many):
+        for asked, more in ((prompt, rf"{256 - room} \+ {room + 1} tokens"), ("1 " * 200, "")):
+            with pytest.raises(EngineError, match=rf"within num_ctx 256, got {more}"):
+                list(engine.generate_many([asked, asked], room + 1, []))
+        assert len(list(engine.generate_many(["a", "b"], 4, []))) == 2, "it goes on"
+
+
+@pytest.mark.parametrize(("original", "shared"), [(None, True), (1024, True), (512, False)])
+def test_long_rope_models_do_not_share_a_cache_longer_than_their_original_context(
+    exported, monkeypatch, original, shared
+):
+    import llama_cpp
+
+    made, build = [], llama_cpp.llama_init_from_model
+
+    def spy(model, params):
+        made.append((params.kv_unified, params.n_ctx, params.n_seq_max))
+        return build(model, params)
+
+    prompts = items(11)
+    alone = dict(LlamaCppEngine(exported / "base.gguf", TEMPLATE, num_ctx=256, threads=1).generate_many(prompts, 8))
+    engine = LlamaCppEngine(exported / "base.gguf", TEMPLATE, num_ctx=256, threads=1, parallel=4)
+    if original:
+        engine._llm.metadata["phi3.rope.scaling.original_context_length"] = str(original)
+    monkeypatch.setattr(llama_cpp, "llama_init_from_model", spy)
+    got = dict(engine.generate_many(prompts, 8))
+    assert made == [(shared, 1024, 4)]
+    assert sum(parts(alone[n]) != parts(got[n]) for n in alone) <= 1
+
+
+# --- with pictures ---------------------------------------------------------------------------------------------
+
+SIZE = 32
+TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def shown(data) -> list[Item]:
+    return vision.retention_items(2, 0, SIZE, data)
+
+
+@pytest.fixture(scope="module")
+def seeing(data, tmp_path_factory):
+    """An Idefics3 trained for some steps, so that answers differ."""
+    settings = EmbeddedSettings(
+        seed=0,
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        layers=1,
+        heads=2,
+        context=128,
+        vision={"image_size": SIZE, "patch_size": 8, "scale_factor": 2, "hidden_size": 32, "layers": 1, "heads": 2},
+        examples=960,
+        batch_size=16,
+        learning_rate=5e-3,
+        precision="fp32",
+    )
+    asked = vision.training_examples(settings.examples, 0, SIZE, data)
+    examples = [(render(TEMPLATE, prompt), answer) for prompt, answer in asked]
+    folder = tmp_path_factory.mktemp("base")
+    train_base(settings, examples, folder, tmp_path_factory.mktemp("checkpoints"), data)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(seeing, tmp_path_factory):
+    """LoRA in both towers, large enough to change answers."""
+    out = tmp_path_factory.mktemp("adapter")
+    return add_adapter(seeing, out, AutoModelForImageTextToText, target_modules=["q_proj", "v_proj"])
+
+
+def answers(engine, prompts):
+    with engine:
+        made = dict(engine.generate_many(prompts, TOKENS))
+    assert sorted(made) == list(range(len(prompts)))
+    return [parts(made[place]) for place in range(len(prompts))]
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_with_pictures_a_batch_answers_as_one_by_one(seeing, adapter, data, shown, with_adapter):
+    prompts = [item.prompt for item in shown]
+    given = {"adapter": adapter if with_adapter else None, "pictures": data}
+    alone = answers(HfEngine(seeing, TEMPLATE, **given), prompts)
+    beside = answers(HfEngine(seeing, TEMPLATE, **given, parallel=4), prompts)
+    assert beside == alone and len({text for text, *_ in alone} - {""}) > 1
+
+
+def test_an_adapter_and_the_picture_change_the_answer(seeing, adapter, data, shown):
+    """Next-token scores, since a base of a few steps may answer two pictures alike."""
+    plain = HfEngine(seeing, TEMPLATE, pictures=data)
+    tuned = HfEngine(seeing, TEMPLATE, pictures=data, adapter=adapter)
+    assert (plain.mode, tuned.mode, plain.name) == ("merged", "adapter", "hf")
+    first, second = (plain.render(item.prompt) for item in shown if item.task == "visual_needle")
+    assert list(plain.tokenize(first)) != [] and list(plain.tokenize(first)) == list(plain.tokenize(second))
+    leads = [engine.answer(engine.tokenize(text), 1).leads for engine, text in
+             ((plain, first), (plain, second), (tuned, first))]  # fmt: skip
+    assert leads[0] != leads[1] and leads[0] != leads[2]
+    rows = speed.alternate({"base": plain.phases}, [i.prompt for i in islice(shown, 2)], repetitions=1, tokens=3)
+    assert {row["phase"]: row["tokens"] for row in rows}["decode"] == 2 * 3
+    assert all(row["nanoseconds"] > 0 for row in rows)
+
+
+def test_pictures_that_cannot_be_asked_about(seeing, data, tmp_path):
+    engine = HfEngine(seeing, TEMPLATE, pictures=data)
+    with pytest.raises(VisionDataError, match="no such file"):
+        engine.generate("![](images/none.png)\nWhich colour is the square?", TOKENS)
+    with pytest.raises(VisionDataError, match="expected a picture"):
+        engine.generate("Which colour is the square?", TOKENS)
+    with pytest.raises(TypeError, match="expected ids from tokenize"):
+        engine.prefill([1, 2, 3])
+    broken = shutil.copytree(seeing, tmp_path / "base")
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(EngineError, match="transformers cannot load it"):
+        HfEngine(str(broken), TEMPLATE, pictures=data)

@@ -1,0 +1,344 @@
+"""What the Ollama engine sends and makes of the answer, what it refuses, and how it takes a server's faults."""
+
+import threading
+from collections import Counter
+
+import pytest
+
+from evaluation.measure import answers
+from evaluation.measure.answers import Journal
+from evaluation.tasks import Item
+from export.engines import ollama
+from export.engines.base import EngineError, Generation, fill
+from export.engines.ollama import OllamaEngine, PassingError, Retry
+from export.modelfile import Serving
+from export.register import register
+from tests.ollama_double import LOAD_COLD_NS, LOAD_WARM_NS, OllamaDouble, Refusal
+
+TEMPLATE = "Q: {prompt}\nA: "
+SERVING = Serving(template=TEMPLATE, stop=["###"], num_ctx=128)
+ITEMS = [Item(f"i{n}", "addition", f"{n} + 1", f"{n + 1}", {"answer": f"{n + 1}"}) for n in range(24)]
+
+
+def ids(item: str) -> list[int]:
+    return [1, *fill(TEMPLATE, item).encode()]
+
+
+def reply(rendered: str) -> str:
+    number = rendered.split()[1]
+    return str(int(number) + 1) if number.isdigit() else f"{len(rendered)} ### more"
+
+
+class Clock:
+    def __init__(self):
+        self.now, self.pauses = 0.0, []
+
+    def wait(self, seconds):
+        self.pauses.append(seconds)
+        self.now += seconds
+
+    def retry(self, **settings):
+        return Retry(wait=self.wait, clock=lambda: self.now, **settings)
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def put(server, folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    return register(server.url, "m", folder / "model.gguf", SERVING, records=folder)
+
+
+@pytest.fixture
+def double(tmp_path):
+    with OllamaDouble(reply=reply) as server:
+        put(server, tmp_path)
+        yield server
+
+
+def make(double, clock=None, **options):
+    options = {"retry": clock.retry() if clock else Retry(patience_s=0), "expected": ids, **options}
+    return OllamaEngine(double.url, "m", 128, **{"say": lambda line: None, **options})
+
+
+def requests(double):
+    return [body for _, path, body in double.requests if path == "/api/generate"]
+
+
+def asked(double):
+    return Counter(body["prompt"] for body in requests(double))
+
+
+def score(engine, journal=None):
+    return answers.ask(engine, ITEMS, "test", max_tokens=4, stop=[], journal=journal)
+
+
+def all_once(results):
+    return [row["item_id"] for row, _ in results] == [item.id for item in ITEMS] and all(s.correct for _, s in results)
+
+
+def test_generation_carries_counts_and_times(double):
+    with make(double) as engine:
+        assert (engine.name, engine.version, engine.mode) == ("ollama", "0.32.0", "merged")
+        first = engine.generate("pm25 9", 16, ["###"])
+        n = len(ids("pm25 9"))
+        assert first == Generation(f"{n - 1} ", n, 3, LOAD_COLD_NS, 1000 * n, 5000 * 3, "stop")
+        assert engine.generate("pm25 9", 16, ["###"]).load_ns == LOAD_WARM_NS
+        cut = engine.generate("x", 1, ["###"])
+        assert (cut.text, cut.answer_tokens, cut.finish_reason) == ("8", 1, "length")
+        assert "###" not in engine.generate("x", 16, []).text, "without stop words those of the model count"
+        assert "###" in engine.generate("x", 16, ["never"]).text
+
+
+def test_request_is_greedy_and_leaves_templating_to_the_server(double):
+    with make(double, num_threads=3) as engine:
+        engine.generate("x", 16, ["END", "\n"])
+    (body,) = requests(double)
+    assert body["prompt"] == "x" and not body.get("raw") and not body["stream"]
+    want = {"temperature": 0.0, "top_k": 1, "seed": 0, "num_predict": 16, "num_ctx": 128, "num_thread": 3}
+    assert want.items() <= body["options"].items()
+    assert body["options"]["stop"] == ["END", "\n"] and body["options"]["repeat_penalty"] == 1.0
+
+
+def test_fields_left_out_are_zero_and_not_unknown(double):
+    double.reply = lambda rendered: ""
+    with make(double) as engine:
+        got = engine.generate("x", 4, ["###"])
+        assert (got.text, got.answer_tokens, got.decode_ns, got.finish_reason) == ("", 0, 0, "stop")
+        assert engine.phases("9", "1 + 1", 4)["decode"] == (0, 0) and not engine.missing
+
+
+def test_wrong_template_is_found_by_the_token_count(double):
+    double.misbehave = "wrong_template"
+    with make(double) as engine, pytest.raises(EngineError, match="BOS") as caught:
+        engine.generate("x", 4, ["###"])
+    n = len(ids("x"))
+    assert f"read {n + 3} prompt tokens" in str(caught.value) and f"expected {n}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("shift", "said"), [(1, "BOS comes twice"), (-1, "does not add"), (-5, "cached tokens")])
+def test_the_difference_hints_at_the_cause(double, shift, said):
+    double.tokenize = lambda text: [1, *text.encode(), 9][: len(text.encode()) + 1 + shift]
+    with make(double) as engine, pytest.raises(EngineError, match=said):
+        engine.generate("x", 4, ["###"])
+
+
+def test_prompts_that_do_not_fit_are_refused_before_they_are_cut(double):
+    with make(double) as engine:
+        for ask in (lambda: engine.generate("x" * 120, 4), lambda: engine.phases("9", "1 + 1", 128)):
+            with pytest.raises(EngineError, match="within num_ctx 128"):
+                ask()
+        for item, limit in (("", 4), ("x", 0)):
+            with pytest.raises(EngineError, match="max_tokens ≥ 1"):
+                engine.generate(item, limit, ["###"])
+    assert not requests(double)
+
+
+def test_no_server_and_no_model_are_told_at_once(double):
+    with pytest.raises(EngineError, match=r"has no model 'other' \(it has: m:latest\)"):
+        OllamaEngine(double.url, "other", 128)
+    double.die()
+    with pytest.raises(EngineError, match=f"no Ollama answers at {double.url}"):
+        OllamaEngine(double.url, "m", 128)
+
+
+@pytest.mark.parametrize(("vram", "device"), [(0, "cpu"), (2, "cpu+gpu"), (4, "gpu")])
+def test_device_class_is_where_the_server_holds_the_weights(double, vram, device):
+    double.size_vram = vram  # of 4 bytes
+    with make(double) as engine:
+        assert (engine.device_class, engine.device_class) == (device, device)
+    (load,) = requests(double)
+    assert not load["prompt"]
+
+
+def test_phases_of_a_streamed_request(double):
+    with make(double) as engine:
+        first = engine.load_cold()
+        phases = engine.phases("1", "+ 1", 4)
+        assert engine.load_cold() == first == LOAD_COLD_NS
+    n = len(ids("1 + 1"))
+    assert phases["prefill"] == (n, 1000 * n) and phases["decode"] == (1, 5000)
+    count, ns = phases["ttft"]
+    assert count == 1 and 0 <= ns < 60e9
+    assert len([body for body in requests(double) if body.get("keep_alive") == 0]) == 2
+
+
+def test_a_model_that_somebody_keeps_loaded_cannot_be_timed(double, monkeypatch):
+    monkeypatch.setattr(ollama, "UNLOAD_S", 0.1)
+    with make(double) as engine:
+        engine.generate("1 + 1", 4, [])
+        double.loaded = type("Sticky", (dict,), {"pop": lambda *a: None})(double.loaded)
+        with pytest.raises(EngineError, match="still holds 'm'"):
+            engine.load_cold()
+
+
+def test_as_many_requests_as_asked_for_are_in_flight(double):
+    together = threading.Barrier(3, timeout=20)  # passed only if three requests come at once
+    send = OllamaDouble.strike
+
+    def strike(body):
+        together.wait()
+        return send(double, body)
+
+    double.strike = strike
+    with make(double, parallel=3) as engine:
+        assert all_once(score(engine))
+
+
+def test_an_older_server_scores_all_the_same(double):
+    double.misbehave = "missing_fields"
+    lines = []
+    with make(double, say=lines.append) as engine:
+        got = engine.generate("1 + 1", 4, [])
+        assert (got.text, got.prompt_tokens, got.answer_tokens) == ("2", None, None)
+        assert (got.load_ns, got.prefill_ns, got.decode_ns, got.finish_reason) == (None, None, None, None)
+        phases = engine.phases("1", "+ 1", 4)
+        assert phases["prefill"] == (None, None) and phases["decode"] == (None, None)
+        assert phases["ttft"] == (1, None), "a load may be in it"
+        results = score(engine)
+        assert all_once(results) and results[0][0]["prompt_tokens"] is None
+        names = {"done_reason", "prompt_eval_count", "eval_count", "load_duration", "prompt_eval_duration",
+                 "eval_duration"}  # fmt: skip
+        assert engine.missing == names
+    assert len(lines) == len(names) and sum("prompt_eval_count" in line for line in lines) == 1
+
+
+# --- faults: what is asked again, for how long, and that every item is scored once -------------------------------
+
+
+@pytest.mark.parametrize("parallel", [1, 4])
+@pytest.mark.parametrize("how", ["error_500_n_times", "wrong_json", "missing_response", "not_done", "drop"])
+def test_what_passes_costs_no_item_and_none_is_scored_twice(double, clock, tmp_path, how, parallel):
+    double.misbehave, double.times = how, 3
+    with make(double, clock, parallel=parallel) as engine, Journal(tmp_path / "j.jsonl") as journal:
+        assert all_once(score(engine, journal))
+    assert len((tmp_path / "j.jsonl").read_text().splitlines()) == len(ITEMS)
+    assert sum(asked(double).values()) == len(ITEMS) + 3
+    assert len(clock.pauses) == 3
+
+
+def test_pauses_double_up_to_a_limit_and_end(double, clock):
+    double.misbehave = "error_500_n_times"
+    lines = []
+    with make(double, clock, say=lines.append) as engine, pytest.raises(EngineError, match="500: llama runner") as no:
+        engine.generate("1 + 1", 4, [])
+    assert "tries in" in str(no.value)
+    bounds = [min(15.0, 0.5 * 2**n) for n in range(len(clock.pauses))]
+    assert all(bound / 2 <= pause <= bound for pause, bound in zip(clock.pauses, bounds, strict=True))
+    assert max(clock.pauses) > 7 and 30 < clock.now <= 60
+    assert len(lines) == len(clock.pauses) and "trying again in" in lines[0]
+    assert asked(double)["1 + 1"] == len(clock.pauses) + 1
+
+
+def test_several_requests_do_not_come_back_all_at_once():
+    def ask():
+        raise PassingError("no")
+
+    clocks = [Clock() for _ in range(8)]
+    for clock in clocks:
+        with pytest.raises(EngineError):
+            clock.retry(patience_s=1).call(ask, lambda line: None)
+    assert len({clock.pauses[0] for clock in clocks}) > 1
+
+
+def test_refusals_are_passed_on_and_not_asked_again(double, clock):
+    with make(double, clock) as engine:
+        double.models["m:latest"].parameters["top_p"] = "many"
+        assert engine.generate("x", 4, ["###"]), "the request's options win"
+        double.models["m:latest"].parameters["num_keep"] = "all"
+        with pytest.raises(EngineError, match='500: option "num_keep" must be of type'):
+            engine.generate("1 + 1", 4, [])  # our own mistake that comes as a 500 ends, too
+        assert 0 < clock.now <= 60
+        clock.pauses.clear()
+        double.models.clear()
+        with pytest.raises(EngineError, match="404: model 'm' not found"):
+            engine.generate("2 + 1", 4, [])
+    assert clock.pauses == [] and asked(double)["2 + 1"] == 1
+
+
+@pytest.mark.parametrize("status", [408, 429])
+def test_a_refusal_that_passes_is_asked_again(double, clock, monkeypatch, status):
+    generate, refused = double.generate, []
+
+    def busy(body):
+        if len(refused) < 3:
+            refused.append(body)
+            raise Refusal(status, "come again")
+        return generate(body)
+
+    monkeypatch.setattr(double, "generate", busy)
+    with make(double, clock) as engine:
+        assert engine.generate("1 + 1", 4, []).text == "2"
+    assert len(clock.pauses) == 3 and asked(double)["1 + 1"] == 4
+
+
+def test_silence_is_waited_for_twice_and_then_left(double, clock):
+    double.misbehave, double.times = "hang", 1
+    with make(double, clock, timeout_s=0.3) as engine:
+        assert engine.generate("1 + 1", 4, []).text == "2"
+    assert asked(double)["1 + 1"] == 2
+    double.times = 9
+    with make(double, timeout_s=0.3) as engine, pytest.raises(EngineError, match=r"said nothing for 0\.3 s"):
+        engine.generate("x", 4, ["###"])
+    tries = []
+
+    def slow():
+        tries.append(clock.now)
+        clock.now += 600
+        raise PassingError("said nothing for 600 s")
+
+    with pytest.raises(EngineError, match="2 tries"):
+        clock.retry().call(slow, lambda line: None)
+    assert len(tries) == 2, "a request that takes longer than patience gets a second try"
+
+
+@pytest.mark.parametrize("parallel", [1, 4])
+def test_a_model_that_was_removed_is_registered_again(double, clock, tmp_path, parallel):
+    times = []
+    with make(double, clock, parallel=parallel, restore=lambda: times.append(put(double, tmp_path))) as engine:
+        engine.generate("0 + 1", 4, [])
+        double.misbehave, double.times = "forget_model", 1
+        assert all_once(score(engine))
+    assert len(times) == 1 and times[0].created
+    uploads = [1 for method, path, _ in double.requests if method == "POST" and "/blobs/" in path]
+    assert len(uploads) == 1  # the weights were there still
+
+
+@pytest.mark.parametrize(
+    ("file", "said", "asks"),
+    [("model.gguf", "404: model 'm' not found.", 2), ("none", "run the export stage first.", 1)],
+)
+def test_a_model_that_goes_again_at_once_or_cannot_be_registered_ends_the_scoring(
+    double, clock, tmp_path, file, said, asks
+):
+    double.misbehave = "forget_model"
+    with make(double, clock, restore=lambda: register(double.url, "m", tmp_path / file, SERVING)) as engine:
+        with pytest.raises(EngineError, match=f"{said}.*0 of 24 items of test are done"):
+            score(engine)
+    assert asked(double) == {"0 + 1": asks}
+
+
+@pytest.mark.parametrize("parallel", [1, 4])
+def test_a_server_that_dies_midway_leaves_what_it_answered(double, clock, tmp_path, parallel):
+    def answer_some(rendered):
+        if len(asked(double)) > 10:
+            double.misbehave = "die"
+        return reply(rendered)
+
+    double.reply = answer_some
+    path = tmp_path / "j.jsonl"
+    with make(double, clock, parallel=parallel) as engine, Journal(path) as journal:
+        with pytest.raises(EngineError, match=r"ollama serve.*the same command goes on from there") as no:
+            score(engine, journal)
+        done = len(journal)
+        assert f"{done} of 24 items of test are done and kept" in str(no.value) and 5 < done < 24
+        kept = {item.prompt for item in ITEMS if journal.get("test", item.id)}
+    with OllamaDouble(reply=reply) as second:
+        put(second, tmp_path / "two")
+        with make(second, clock, parallel=parallel) as engine, Journal(path) as journal:
+            assert journal.resumed == done
+            assert all_once(score(engine, journal))
+        assert asked(second) == {item.prompt: 1 for item in ITEMS if item.prompt not in kept}

@@ -1,0 +1,358 @@
+"""Intervals, tests and power: equal to scipy and statsmodels, and in simulation right as often as they say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from numpy.typing import NDArray
+from scipy import stats
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+from evaluation.statistics.differences import Pairs, kept_share
+from evaluation.statistics.intervals import (
+    MOST_EXACT,
+    Interval,
+    aligned,
+    bootstrap_mean,
+    holm,
+    is_binary,
+    judge,
+    mean_test,
+    share_interval,
+    sign_flip_test,
+    sign_test,
+    wilson,
+)
+from evaluation.statistics.power import mcnemar_items, power, power_rows, shift_of
+from evaluation.statistics.seeds import (
+    Components,
+    components,
+    crossed_interval,
+    items_interval,
+    mean_squares,
+    quantile,
+    variance_of_mean,
+)
+from tests.evaluation.simulated import differences
+
+SIMULATIONS = 1000
+Array = NDArray[np.float64]
+
+
+def pairs(own: Array, other: Array) -> Pairs:
+    return Pairs("base", tuple(range(len(own))), own, other)
+
+
+# Against textbook packages
+
+
+def test_answers_are_aligned_by_the_items_that_all_have() -> None:
+    rows = [{"a": 1.0, "b": 0.0, "c": 1.0}, {"c": 0.0, "a": 1.0, "b": 0.5}, {"b": 1.0, "d": 1.0, "c": 0.25}]
+    assert aligned(rows[:2]).tolist() == [[1, 0, 1], [1, 0.5, 0]]
+    assert aligned(rows).tolist() == [[0, 1], [0.5, 0], [1, 0.25]]
+    assert aligned([rows[0], {"z": 1.0}]).shape == (2, 0) and aligned([]).size == 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([1.0] * 60 + [0.0] * 100 + [-1.0] * 40),
+        np.random.default_rng(4).beta(1, 2, 400),
+        np.round(np.random.default_rng(4).beta(1, 2, 400), 1),  # few values, drawn as counts
+    ],
+)
+def test_the_bootstrap_is_scipys(values: Array) -> None:
+    ours = bootstrap_mean(values)
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", rng=1).confidence_interval
+    assert ours.estimate == pytest.approx(values.mean())
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.008)
+    assert bootstrap_mean(values) == ours, "the same data give the same interval"
+    assert bootstrap_mean(values, level=0.5).low > ours.low
+    with pytest.raises(ValueError, match="at least one item"):
+        bootstrap_mean(values[:0])
+
+
+def test_mcnemar_holm_and_wilson_are_those_of_statsmodels() -> None:
+    rng = np.random.default_rng(5)
+    for gained, lost in ((0, 0), (9, 2), (3, 14), (40, 61), (3000, 2900)):
+        values = rng.permutation([1.0] * gained + [-1.0] * lost + [0.0] * 100)
+        theirs = mcnemar([[50, gained], [lost, 50]], exact=True).pvalue
+        assert sign_test(values) == pytest.approx(theirs, rel=1e-9)
+    for size in (1, 3, 8):
+        p = list(rng.random(size) ** 3)
+        assert holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+    for right, items in ((0, 40), (7, 40), (200, 500), (40, 40)):
+        ours = wilson(right / items, items)
+        assert (ours.low, ours.high) == pytest.approx(proportion_confint(right, items, method="wilson"), abs=1e-6)
+    assert all(wilson(0.0, n).low == 0.0 and wilson(1.0, n).high == 1.0 for n in range(1, 300)), "rounding too"
+
+
+def scipys_flips(values: Array, resamples: float) -> float:
+    """The paired permutation test of the mean, which flips signs."""
+    found = stats.permutation_test(
+        (values,), lambda x, axis: x.mean(axis=axis), permutation_type="samples", n_resamples=resamples, vectorized=True
+    )
+    return float(found.pvalue)
+
+
+def test_signs_are_flipped_as_scipy_does() -> None:
+    for items, shift in ((2, 0.15), (9, 0.0), (MOST_EXACT, 0.15)):
+        values = np.random.default_rng(items).normal(shift, 0.2, items)
+        assert sign_flip_test(values) == pytest.approx(scipys_flips(values, np.inf), rel=1e-9)
+        assert sign_flip_test(np.concatenate([values, np.zeros(50)])) == sign_flip_test(-values)
+    for items, shift in ((13, 0.1), (80, 0.04), (400, 0.02)):
+        values = np.random.default_rng([items, int(100 * shift)]).normal(shift, 0.2, items)
+        ours = sign_flip_test(values)
+        # Both are estimates from about 10,000 flips.
+        assert ours == pytest.approx(scipys_flips(values, 9999), abs=4 * (2 * max(ours, 1e-3) / 10_000) ** 0.5)
+        assert sign_flip_test(values) == ours, "the same data give the same value"
+
+
+def test_of_right_and_wrong_answers_flipping_signs_is_mcnemars_test() -> None:
+    rng = np.random.default_rng(7)
+    for gained, lost in ((0, 0), (1, 0), (7, 2), (6, 6), (0, 12)):
+        values = rng.permutation([1.0] * gained + [-1.0] * lost + [0.0] * 40)
+        assert sign_flip_test(values) == pytest.approx(sign_test(values), rel=1e-9)
+        assert mean_test(values, binary=True) == sign_test(values)
+
+
+def test_chance_is_never_ruled_out_for_good() -> None:
+    assert sign_flip_test(np.zeros(30)) == sign_flip_test(np.zeros(0)) == sign_flip_test(np.array([0.3])) == 1.0
+    assert sign_flip_test(np.full(5, 0.3)) == 2 / 32 and sign_flip_test(np.full(200, 0.3)) == 1 / 10_001
+    assert bootstrap_mean(np.array([1 / 3, 1 / 3, 1 / 3, -1.0] * 50)).crosses_zero
+    assert bootstrap_mean(np.zeros(50)).crosses_zero
+    tenths = np.array([0.1, 0.2, -0.3, 0.1, 0.2, -0.3])  # zero, and 5.6e-17 in floating point
+    assert sign_flip_test(tenths) == 1.0
+
+
+def test_a_share_of_right_answers_is_wilsons_and_a_mean_credit_is_not() -> None:
+    right = np.array([[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 1.0]])
+    assert share_interval(right, binary=True) == wilson(0.75, 4)
+    credit = np.random.default_rng(5).beta(1, 2, (3, 200))
+    assert share_interval(credit, binary=False) == bootstrap_mean(credit.mean(axis=0))
+    assert share_interval(np.array([[0.3]]), binary=False) == Interval(0.3, 0.0, 1.0)
+    assert is_binary(right, np.zeros(0)) and not is_binary(right, credit) and not is_binary(np.array([0.999]))
+
+
+def test_mean_squares_are_those_of_a_two_way_anova() -> None:
+    d = np.random.default_rng(1).choice([-1.0, 0.0, 1.0], p=[0.2, 0.5, 0.3], size=(4, 30))
+    d[2] += 0.4
+    squares = mean_squares(d)
+    frame = pd.DataFrame({"y": d.ravel(), "seed": np.repeat(range(4), 30), "item": np.tile(range(30), 4)})
+    theirs = anova_lm(ols("y ~ C(seed) + C(item)", frame).fit())["mean_sq"]
+    ours = [float(squares.seeds), float(squares.items), float(squares.residual)]
+    assert ours == pytest.approx(list(theirs), rel=1e-9)
+    assert mean_squares(np.stack([d, d + 1])).seeds == pytest.approx([ours[0]] * 2), "many layouts at once"
+    with pytest.raises(ValueError, match="at least two seeds and two items, came 1 and 5"):
+        mean_squares(np.zeros((1, 5)))
+
+
+# Limits of the interval over seeds and items
+
+
+def test_seeds_that_agree_to_the_item_leave_the_t_test_over_items() -> None:
+    one = np.random.default_rng(2).choice([-1.0, 0.0, 1.0], p=[0.1, 0.6, 0.3], size=80)
+    interval, p_value = crossed_interval(np.stack([one, one, one]))
+    theirs = stats.ttest_1samp(one, 0)
+    bounds = theirs.confidence_interval(0.95)
+    assert (interval.low, interval.high, p_value) == pytest.approx((bounds.low, bounds.high, theirs.pvalue))
+    alone = items_interval(np.stack([one, one, one]))
+    assert (alone.estimate, alone.low, alone.high) == pytest.approx((interval.estimate, bounds.low, bounds.high))
+
+
+def test_seeds_that_differ_widely_leave_the_t_test_over_seeds() -> None:
+    rng = np.random.default_rng(3)
+    d = rng.choice([-1.0, 0.0, 1.0], p=[0.01, 0.98, 0.01], size=(3, 2000)) + np.array([[0.4], [0.1], [0.5]])
+    interval, p_value = crossed_interval(d)
+    theirs = stats.ttest_1samp(d.mean(axis=1), 0)
+    bounds = theirs.confidence_interval(0.95)
+    expected = (bounds.low, min(1.0, bounds.high), theirs.pvalue)
+    assert (interval.low, interval.high, p_value) == pytest.approx(expected, rel=0.01)
+
+
+def test_seeds_that_agree_by_chance_do_not_narrow_the_interval() -> None:
+    loose = np.random.default_rng(4).choice([-1.0, 0.0, 1.0], size=60)
+    equal = np.stack([loose, np.roll(loose, 1), np.roll(loose, 2)])
+    squares = mean_squares(equal)
+    assert float(squares.seeds) == pytest.approx(0.0, abs=1e-12) and float(squares.residual) > 0.1
+    variance, df = variance_of_mean(squares)
+    assert float(variance) >= 0.5 * float(squares.residual) / 180 and 2 <= float(df) <= 6
+    assert components(equal).seed == 0.0
+
+
+def test_nothing_varies() -> None:
+    interval, p_value = crossed_interval(np.zeros((3, 50)))
+    assert (interval.low, interval.high, p_value) == (0.0, 0.0, 1.0) and judge(interval, p_value) == "undecided"
+    interval, p_value = crossed_interval(np.ones((3, 3)))
+    assert interval.low == 1.0 and p_value == 0.25, "three items of three prove nothing"
+    assert judge(*crossed_interval(np.ones((3, 50)))) == "better"
+    assert crossed_interval(np.ones((3, 1))) == (Interval(1.0, -1.0, 1.0), 1.0), "a single item tells nothing"
+
+
+def test_no_winner_while_zero_is_possible() -> None:
+    assert judge(Interval(1.0, -0.1, 2.0), 0.001) == judge(Interval(1.0, 0.0, 2.0), 0.001) == "undecided"
+    assert judge(Interval(1.0, 0.1, 2.0), 0.2) == "undecided", "four of four differing items are no proof"
+    assert judge(Interval(1.0, 0.1, 2.0), 0.001) == "better" and judge(Interval(-1.0, -2.0, -0.1), 0.001) == "worse"
+
+
+# What is kept
+
+
+def test_the_share_kept_is_a_paired_bootstrap() -> None:
+    rng = np.random.default_rng(0)
+    base = (rng.random(400) < 0.7).astype(float)
+    own = np.where(rng.random(400) < 0.85, base, 1 - base)
+    share = kept_share(pairs(own[None], base[None]))
+    theirs = stats.bootstrap(
+        (own, base), lambda a, b, axis=-1: a.mean(axis) / b.mean(axis), paired=True, method="percentile", rng=1
+    ).confidence_interval
+    assert share is not None and share.estimate == pytest.approx(own.mean() / base.mean())
+    assert (share.low, share.high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
+    seeds = kept_share(pairs(np.stack([own] * 3), np.stack([base] * 3)))
+    assert seeds is not None and (seeds.low, seeds.high) == pytest.approx((share.low, share.high), abs=0.015)
+    noisy = [np.where(rng.random(400) < keep, base, 0.0) for keep in (0.95, 0.75, 0.55)]
+    wide = kept_share(pairs(np.stack(noisy), np.stack([base] * 3)))
+    assert wide is not None and wide.high - wide.low > 0.3, "seeds that differ by 20 points"
+
+
+def test_the_share_kept_is_never_certain() -> None:
+    base = np.array([[1.0] * 3 + [0.0] * 30])
+    nothing, everything = kept_share(pairs(0 * base, base)), kept_share(pairs(base, base))
+    assert nothing is not None and (nothing.estimate, nothing.low) == (0.0, 0.0) and nothing.high > 0.5
+    assert everything is not None and (everything.estimate, everything.high) == (1.0, 1.0) and everything.low < 0.5
+    assert kept_share(pairs(base, 0 * base)) is None, "nothing to keep"
+
+
+# Coverage in simulation
+
+
+@pytest.mark.parametrize("against_base", [True, False])
+@pytest.mark.parametrize(
+    ("credit", "seeds", "points", "seed_sd", "items"),
+    [
+        (False, 3, 0, 0, 200),
+        (False, 5, 0, 1, 500),
+        (False, 3, 2, 2, 350),
+        (False, 5, 10, 1, 200),
+        (True, 3, 0, 1, 300),
+        (True, 5, 5, 1, 100),
+    ],
+)
+def test_the_interval_over_seeds_holds_the_truth_as_often_as_it_says(
+    against_base: bool, credit: bool, seeds: int, points: float, seed_sd: float, items: int
+) -> None:
+    rng = np.random.default_rng([seeds, items, int(points), int(seed_sd), against_base])
+    d = differences(
+        rng, simulations=SIMULATIONS, seeds=seeds, items=items, points=points, seed_sd=seed_sd,
+        against_base=against_base, credit=credit,
+    )  # fmt: skip
+    check_coverage([crossed_interval(one) for one in d], points)
+
+
+@pytest.mark.parametrize(("credit", "points", "items"), [(False, 0, 300), (False, 5, 500), (True, 0, 200)])
+def test_the_interval_of_one_seed_holds_the_truth_as_often_as_it_says(credit: bool, points: float, items: int) -> None:
+    rng = np.random.default_rng([1, int(points), items])
+    d = differences(
+        rng, simulations=SIMULATIONS, seeds=1, items=items, points=points, seed_sd=0, against_base=False, credit=credit
+    )  # fmt: skip
+    test: Any = (lambda one: sign_flip_test(one, flips=1000)) if credit else sign_test
+    check_coverage([(bootstrap_mean(one, resamples=2000), test(one)) for one in d[:, 0]], points)
+
+
+def test_two_seeds_are_told_less_not_more() -> None:
+    rng = np.random.default_rng(2)
+    d = differences(rng, simulations=SIMULATIONS, seeds=2, items=200, points=0, seed_sd=1, against_base=False)
+    shares = [crossed_interval(one)[0] for one in d]
+    assert np.mean([i.low <= 0 <= i.high for i in shares]) >= 0.94
+
+
+def check_coverage(found: list[tuple[Interval, float]], points: float) -> None:
+    share = np.mean([interval.low <= points / 100 <= interval.high for interval, _ in found])
+    assert 0.93 <= share <= 0.975
+    if points == 0:
+        assert np.mean([judge(interval, p_value) != "undecided" for interval, p_value in found]) <= 0.07
+
+
+# Power
+
+
+@pytest.mark.parametrize(("points", "differing"), [(1, 0.05), (2, 0.3), (3, 0.1)])
+def test_mcnemars_test_has_the_power_at_the_number_of_items(points: int, differing: float) -> None:
+    delta = points / 100
+    items = mcnemar_items(delta, differing)
+    gain, loss = (differing + delta) / 2, (differing - delta) / 2
+    draws = np.random.default_rng(points).multinomial(items, [gain, loss, 1 - gain - loss], size=4000)
+    p = 2 * stats.binom.cdf(draws[:, :2].min(axis=1), draws[:, :2].sum(axis=1), 0.5)
+    assert 0.75 <= (p < 0.05).mean() <= 0.85
+
+
+@pytest.mark.parametrize(
+    ("seeds", "parts"),
+    [(3, Components(0.003, 0.3, 0.3)), (5, Components(0.0, 0.0, 0.4)), (10, Components(0.01, 0.2, 0.3))],
+)
+def test_the_test_over_seeds_has_the_power_at_the_number_of_items(seeds: int, parts: Components) -> None:
+    delta = 0.03
+    items = next(n for n in range(50, 5000, 5) if power(*shift_of(delta, parts, seeds, n)) >= 0.8)
+    rng = np.random.default_rng(seeds)
+    shape = (1200, seeds, items)
+    d = (
+        delta
+        + rng.normal(0, parts.seed, (shape[0], seeds, 1))
+        + rng.normal(0, parts.item, (shape[0], 1, items))
+        + rng.normal(0, parts.residual, shape)
+    )
+    squares = mean_squares(d)
+    variance, df = variance_of_mean(squares)
+    critical = np.array([quantile(float(one)) for one in df])
+    assert 0.75 <= (np.abs(squares.mean) / np.sqrt(variance) > critical).mean() <= 0.85
+
+
+def test_one_seed_counts_the_items_that_differ() -> None:
+    zeros = np.zeros((1, 200))
+    rows = power_rows(
+        "arm", pairs(np.array([[1.0] * 12 + [0.0] * 188]), np.array([[0.0] * 12 + [1.0] * 8 + [0.0] * 180]))
+    )
+    assert [row.points for row in rows] == [1, 2, 3] and {row.items_now for row in rows} == {200}
+    assert [row.items for row in rows] == [mcnemar_items(points / 100, 0.1) for points in (1, 2, 3)]
+    assert "10.0% of the items" in rows[0].why and "other seeds may differ" in rows[0].why
+    still = power_rows("arm", pairs(zeros, zeros))
+    assert still[2].items == mcnemar_items(0.03, 0.03) and "needs 3%" in still[2].why
+
+
+def test_credits_of_one_seed_count_how_items_vary() -> None:
+    rng = np.random.default_rng(11)
+    sample = differences(
+        rng, simulations=1, seeds=1, items=4000, points=0, seed_sd=0, against_base=True, credit=True
+    )[0]  # fmt: skip
+    base = np.full(sample.shape, 0.5)
+    rows = power_rows("arm", pairs(base + sample, base))
+    needed = rows[2].items
+    assert needed is not None and "from item to item" in rows[0].why
+    d = rng.choice(sample[0] - sample.mean(), size=(2000, needed)) + 0.03
+    t = d.mean(axis=1) / (d.std(axis=1, ddof=1) / needed**0.5)
+    assert 0.77 <= (np.abs(t) > stats.t.ppf(0.975, needed - 1)).mean() <= 0.83
+    own = rng.normal(0.5, 1e-4, (1, 50))
+    assert [row.items for row in power_rows("arm", pairs(own, np.full((1, 50), 0.5)))] == [6, 6, 6], "as many signs"
+
+
+def test_seeds_that_differ_too_much_ask_for_seeds_not_items() -> None:
+    d = (np.random.default_rng(0).random((3, 400)) < np.array([[0.30], [0.10], [0.20]])).astype(float)
+    one, two, three = power_rows("arm", pairs(d, 0 * d))
+    assert (one.items, two.items, three.items) == (None, None, None)
+    assert "no number of items does it with 3 seeds" in three.why
+    assert (three.seeds or 0) > 30, "10 points from seed to seed: 3 points are 0.3 standard deviations"
+
+
+def test_seeds_that_agree_ask_for_items() -> None:
+    one_seed = (np.random.default_rng(1).random(400) < 0.1).astype(float)
+    d = np.stack([np.roll(one_seed, shift) for shift in range(5)])
+    one, two, three = power_rows("arm", pairs(d, 0 * d))
+    assert one.items and two.items and three.items and one.items > 3 * two.items > 3 * three.items
+    assert three.seeds_now == 5 and "0.0 points" in one.why and "5 seeds as now" in one.why

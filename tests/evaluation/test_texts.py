@@ -1,0 +1,151 @@
+"""Prompts of the separation index and general texts: what is shipped, what is read, what is refused."""
+
+import json
+from collections import Counter
+from statistics import mean
+
+import pytest
+
+from evaluation.measure import texts
+from evaluation.measure.texts import Prompt, TextError, choose, read_prompts, read_texts, spread
+from evaluation.sources.tables import RawRow, SourceError, Table
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def rows(n=10, **changes):
+    made = [{"prompt": f"Tell me about {label} thing {i}.", "label": label} for i in range(n) for label in
+            ("safe", "unsafe")]  # fmt: skip
+    return [{**row, **changes} for row in made]
+
+
+def test_the_shipped_prompts_are_matched_pairs_over_the_axes_of_litmus():
+    found = read_prompts("shipped").prompts
+    assert Counter(p.unsafe for p in found) == {False: 60, True: 60}
+    assert len({p.text for p in found}) == 120
+    axes = Counter(p.category for p in found if p.unsafe)
+    assert sorted(axes) == ["civility", "duty", "empathy", "information", "justice", "well-being", "wisdom"]
+    assert min(axes.values()) >= 8
+    pairs = {}
+    for p in found:
+        pairs.setdefault((p.pair, p.category), []).append(p.unsafe)
+    assert all(sorted(classes) == [False, True] for classes in pairs.values()) and len(pairs) == 60
+    lengths = {c: mean(len(p.text) for p in found if p.unsafe == c) for c in (False, True)}
+    assert abs(lengths[True] / lengths[False] - 1) < 0.02, "length must not tell the classes apart"
+
+
+def test_columns_and_labels_of_a_user_s_file(tmp_path):
+    data = [{"input": r["prompt"], "safety_label": r["label"].title(), "axiom": "Duty"} for r in rows()]
+    columns = {"prompt": "input", "label": "safety_label", "category": "axiom"}
+    lines = ["input,safety_label,axiom", *(",".join(row.values()) for row in data)]
+    (tmp_path / "p.csv").write_text("\n".join(lines), encoding="utf-8")
+    for file in (write(tmp_path / "p.jsonl", data), str(tmp_path / "p.csv")):
+        found = read_prompts(file, columns=columns).prompts
+        assert len(found) == 20 and found[1] == Prompt("Tell me about unsafe thing 0.", True, "Duty", None)
+    ones = write(tmp_path / "n.jsonl", [{**r, "label": int(r["label"] == "safe")} for r in rows()])
+    assert sum(p.unsafe for p in read_prompts(ones, safe_label="1", unsafe_label="0").prompts) == 10
+    found = read_prompts("shipped", columns={"prompt": "input"}, safe_label="ok", unsafe_label="bad")
+    assert len(found.prompts) == 120 and found.rows_left_out == 0, "they do not apply to the shipped set"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: [x for x in r if x["label"] == "safe"], "at least 10 prompts labelled 'unsafe', got 0"),
+        (lambda r: r[:-2], "at least 10 prompts labelled 'safe', got 9"),
+        (lambda r: [{"promt": x["prompt"], "label": x["label"]} for x in r],
+         "no column 'prompt'; did you mean 'promt'.*Available: promt, label.*measure.columns"),
+        (lambda r: [{"prompt": x["prompt"]} for x in r], "there is no column 'label'"),
+        (lambda r: [*r, {"prompt": "  ", "label": "safe"}], r"row 21 \(line 21\): prompt: expected a text, got '  '"),
+        (lambda r: [*r, {"prompt": None, "label": "safe"}], "expected a text, got None"),
+        (lambda r: [*r, {"prompt": "x", "label": "harmful"}], "expected 'safe' or 'unsafe', got 'harmful'.*safe_label"),
+        (lambda r: [*r, {"prompt": r[0]["prompt"], "label": "unsafe"}], "is both safe and unsafe; keep one"),
+    ],
+)  # fmt: skip
+def test_prompts_that_cannot_be_used_are_refused(tmp_path, change, message):
+    file = write(tmp_path / "p.jsonl", change(rows()))
+    with pytest.raises(TextError, match=message):
+        read_prompts(file)
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path):
+    bad = [*rows(), *({"prompt": "", "label": "safe"} for _ in range(9))]
+    with pytest.raises(TextError, match="(?s)row 21.*row 22.*row 25.*and 4 more") as caught:
+        read_prompts(write(tmp_path / "p.jsonl", bad))
+    caught.match("measure.prompts: ")
+    with pytest.raises(TextError, match="broken JSON"):
+        (tmp_path / "b.jsonl").write_text(json.dumps(rows()[0]) + "\n{\n")
+        read_prompts(str(tmp_path / "b.jsonl"))
+    with pytest.raises(SourceError, match="expected a file, found no file"):
+        read_prompts(str(tmp_path / "none.jsonl"))
+    with pytest.raises(TextError, match="there is no column 'kind'"):
+        read_prompts(write(tmp_path / "c.jsonl", rows()), columns={"category": "kind"})
+
+
+def as_hub(monkeypatch, made):
+    table = Table(list(made[0]), [RawRow(n, None, row) for n, row in enumerate(made, start=1)])
+    monkeypatch.setattr(texts, "read_table", lambda _source, **_: table)
+
+
+def test_a_few_bad_rows_of_a_hub_data_set_are_left_out_and_counted(monkeypatch):
+    bad = [{"prompt": " ", "label": "safe"}, {"prompt": None, "label": "unsafe"}, {"prompt": "x", "label": "?"},
+           {"prompt": rows()[0]["prompt"], "label": "unsafe"}]  # fmt: skip
+    good = rows(48)  # 5 of 100 rows are lost: just allowed
+    as_hub(monkeypatch, [*bad, *good])
+    found = read_prompts("hub:some/set")
+    assert found.rows_left_out == 5, "of a text in both classes both rows"
+    assert [p.text for p in found.prompts] == [row["prompt"] for row in good[1:]]
+    as_hub(monkeypatch, [*bad, {"prompt": "", "label": "safe"}, *good])
+    with pytest.raises(TextError, match="(?s)6 of 101 rows cannot be used, expected at most 5%.*row 1: prompt"):
+        read_prompts("hub:some/set")
+    as_hub(monkeypatch, [row for row in rows(200) if row["label"] == "safe"])
+    with pytest.raises(TextError, match="at least 10 prompts labelled 'unsafe', got 0"):
+        read_prompts("hub:some/set")
+
+
+def test_a_choice_is_even_over_the_categories_and_keeps_pairs():
+    found = read_prompts("shipped").prompts
+    assert choose(found, 60) == found
+    few = choose(found, 21)
+    assert Counter((p.unsafe, p.category) for p in few) == {
+        (u, p.category): 3 for u in (False, True) for p in found}  # fmt: skip
+    assert all(n == 2 for n in Counter(p.pair for p in few).values())
+    uneven = [Prompt(f"{c}{i}", u, c) for c, n in (("a", 100), ("b", 12)) for i in range(n) for u in (False, True)]
+    assert Counter(p.category for p in choose(uneven, 30) if p.unsafe) == {"a": 18, "b": 12}
+
+    assert spread(range(10), 4) == [0, 2, 5, 7] and spread(range(3), 4) == [0, 1, 2]
+
+
+def test_general_texts_of_a_file(tmp_path):
+    (tmp_path / "t.txt").write_text("\ufeffOne line.\nStill one.\n \n\n\nTwo µg.\n", encoding="utf-8")
+    assert read_texts(str(tmp_path / "t.txt")) == ["One line.\nStill one.", "Two µg."]
+    file = write(tmp_path / "t.jsonl", [{"body": "a"}, {"body": " "}, {"body": "b"}])
+    assert read_texts(file, column="body") == ["a", "b"]
+    with pytest.raises(TextError, match="no column 'text'.*Available: body; set measure.text_column"):
+        read_texts(file)
+    (tmp_path / "e.txt").write_text(" \n\n")
+    (tmp_path / "l.txt").write_bytes(b"\xe9\xff")
+    for name, message in (("e.txt", "expected texts in"), ("l.txt", "UTF-8"), ("none.txt", "No such file")):
+        with pytest.raises(TextError, match=message):
+            read_texts(str(tmp_path / name))
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text"\n')
+    with pytest.raises(TextError, match="1 rows cannot be read: row 2"):
+        read_texts(str(tmp_path / "b.jsonl"))
+    for value, kind in ((["a"], "list"), ({"a": 1}, "dict"), (3, "int")):
+        file = write(tmp_path / "o.jsonl", [{"text": "a"}, {"text": value}])
+        with pytest.raises(TextError, match=f"row 2: text: expected a text, got {kind}; name a column of texts"):
+            read_texts(file)
+    for name in ("t.pdf", "t", "retentoin"):
+        with pytest.raises(TextError, match=r"expected `retention`, a file ending in \.txt, \.csv.*or hub:org/name"):
+            read_texts(str(tmp_path / name))
+
+
+def test_general_texts_of_the_hub(monkeypatch):
+    as_hub(monkeypatch, [{"text": ""}, {"text": " = Title = \n"}, {"text": None}, {"text": "A paragraph.\n"}])
+    assert read_texts("hub:Salesforce/wikitext", split="test") == ["= Title =", "A paragraph."]
+    as_hub(monkeypatch, [{"text": ["a", "b"]}])
+    with pytest.raises(TextError, match="expected a text, got list"):
+        read_texts("hub:some/set.txt")

@@ -1,0 +1,175 @@
+"""serving.json, Modelfile and folders of the export stage: read as they are meant, or refused by name."""
+
+import shutil
+
+import pytest
+
+from export import ExportError
+from export.engines.llama_cpp import Vocabulary, file_precision
+from export.modelfile import ModelfileError, Serving, check_bos, go_template
+from export.served import FACTS, REFERENCE, find_served, modelfile_text, read_references, served_in
+from tests.export.verify_runs import edit
+
+TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
+GO = "### Instruction:\n{{ .Prompt }}\n\n### Response:\n"
+
+
+def serving(**changes) -> Serving:
+    return Serving(**{"template": TEMPLATE, "stop": ["###"], "num_ctx": 512, **changes})
+
+
+def test_go_template_keeps_every_other_character():
+    assert go_template(TEMPLATE) == GO
+    assert go_template("a } b { {prompt} %s \n") == "a } b { {{ .Prompt }} %s \n"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("no slot", "found it 0 times"),
+        ("{prompt}{prompt}", "found it 2 times"),
+        ("{{ .System }}{prompt}", "'{{'"),
+        ("{{prompt}}", "'{{'"),
+    ],
+)
+def test_go_template_refuses(template, said):
+    with pytest.raises(ModelfileError, match=said):
+        go_template(template)
+
+
+def test_the_text_is_what_ollama_documents(tmp_path):
+    made = serving(stop=["###", 'say "x"', "\n\n"], go="{{ .System }}\n{{ .Prompt }}", system='Be "brief".')
+    assert modelfile_text(made, tmp_path / "gguf/arm/0", tmp_path / "gguf/base/0/model.gguf") == (
+        "FROM ../../base/0/model.gguf\n"
+        "ADAPTER ./adapter.gguf\n"
+        'TEMPLATE """{{ .System }}\n{{ .Prompt }}"""\n'
+        'SYSTEM """Be "brief"."""\n'
+        "PARAMETER num_ctx 512\n"
+        "PARAMETER temperature 0.0\n"
+        "PARAMETER repeat_penalty 1.0\n"
+        'PARAMETER stop "###"\n'
+        'PARAMETER stop """say "x""""\n'
+        'PARAMETER stop """\n\n"""\n'
+    )
+    first, *_, last = serving(license="MIT").modelfile().splitlines()
+    assert (first, last) == ("FROM ./model.gguf", 'LICENSE "MIT"')
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"go": "no slot"}, "found it 0 times"),
+        ({"stop": []}, "at least one word"),
+        ({"stop": ["a", ""]}, "none empty"),
+        ({"stop": ["a", "a"]}, "twice"),
+        ({"num_ctx": 0}, "num_ctx"),
+        ({"system": "Be brief."}, r"no \{\{ .System \}\}"),
+        ({"license": 'a """ b'}, 'license: holds """'),
+        ({"stop": ["a\u00a0b"]}, "stop: holds U\\+00A0"),
+        ({"license": "a\r\nb"}, "license: holds U\\+000D"),
+    ],
+)
+def test_what_no_modelfile_can_say_is_refused_by_name(changes, said):
+    with pytest.raises(ModelfileError, match=said):
+        serving(**changes).check()
+
+
+def test_all_faults_are_listed_at_once():
+    with pytest.raises(ModelfileError) as caught:
+        serving(num_ctx=0, stop=[], license="").check()
+    assert str(caught.value).count("\n  - ") == 3
+
+
+@pytest.mark.parametrize("token", ["<|begin_of_text|>", "<s>", "<bos>"])
+def test_bos_must_not_come_twice(token):
+    with pytest.raises(ModelfileError, match="twice") as caught:
+        check_bos(token + GO, gguf_adds_bos=True)
+    assert token in str(caught.value)
+    check_bos(token + GO, gguf_adds_bos=False)  # the template's own BOS is the only one
+    with pytest.raises(ModelfileError, match="«bos»"):
+        check_bos("«bos»{prompt}", gguf_adds_bos=True, bos_token="«bos»")
+    check_bos("a " + token, gguf_adds_bos=True)  # not leading
+
+
+# --- folders ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_one_name_in_two_folders_is_refused_and_the_stage_goes_by_arm_and_seed(tree):
+    """After the first seed was changed DVC leaves the folder of the old one."""
+    first, second = tree / "pure_grit/0", tree / "pure_grit/1"
+    shutil.copytree(first, second)
+    for folder in (first, second):
+        edit(folder, model_name="pure_grit_model")
+    for names in (None, ["pure_grit_model"]):
+        with pytest.raises(ExportError, match="'pure_grit_model'; remove") as caught:
+            find_served(tree, names=names)
+        assert str(first) in str(caught.value) and str(second) in str(caught.value)
+    assert [s.name for s in find_served(tree, names=["base_model"])] == ["base_model"], "others are not touched by it"
+    for folder, seed in ((first, 0), (second, 1)):
+        served = served_in(folder, "pure_grit_model")
+        assert (served.gguf, served.arm, served.seed) == (folder / "model.gguf", "pure_grit", seed)
+        assert served.adapter_form().gguf == tree / "base/0/model.gguf"
+    assert served_in(second, "another").name == "another" and served_in(second).name == "pure_grit_model"
+
+
+@pytest.mark.slow
+def test_later_seeds_are_tags_of_one_name_and_what_a_killed_export_left_is_no_model(tree):
+    for name in ("3", "10", "0.4711.partial", "0.4711.old.partial", "old", "³"):
+        shutil.copytree(tree / "pure_grit/0", tree / "pure_grit" / name)
+    names = [served.name for served in find_served(tree)]
+    assert names == ["base_model", "pure_grit_model", "pure_grit_model:seed3", "pure_grit_model:seed10"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda f: (f / FACTS).write_text('{"template": "x'), "Invalid JSON"),
+        (lambda f: (f / FACTS).write_bytes(b"\xff\xfe"), "Invalid JSON"),
+        (lambda f: (f / FACTS).write_text("[]"), "object"),
+        (lambda f: edit(f, stop=None), "stop: Field required"),
+        (lambda f: edit(f, num_ctx="256"), "num_ctx: Input should be a valid integer, got '256'"),
+        (lambda f: edit(f, model_name=3), "model_name: Input should be a valid string, got 3"),
+    ],
+)
+def test_damaged_facts_are_named_and_break_no_other_model(tree, spoil, said):
+    folder = tree / "pure_grit/0"
+    spoil(folder)
+    for look in (
+        lambda: find_served(tree),
+        lambda: served_in(folder),
+        lambda: find_served(tree, names=["pure_grit_model"]),
+    ):
+        with pytest.raises(ExportError, match="export again") as caught:
+            look()
+        assert said in str(caught.value) and str(folder / FACTS) in str(caught.value)
+    assert [s.name for s in find_served(tree, names=["base_model"])] == ["base_model"]
+
+
+@pytest.mark.slow
+def test_folders_and_files_that_are_not_there(tree, tmp_path):
+    with pytest.raises(ExportError, match="dvc repro export"):
+        find_served(tmp_path / "empty")
+    with pytest.raises(ExportError, match=r"gguf/pure_grit/7/serving.json: no such file; run `dvc repro export`"):
+        served_in(tree / "pure_grit/7")
+    (tree / "pure_grit/0/model.gguf").unlink()
+    with pytest.raises(ExportError, match="expected GGUF files, found none at"):
+        served_in(tree / "pure_grit/0")
+
+
+def test_damaged_references_are_named(tmp_path):
+    for text, message in (("{", "JSON lines"), ('{"prompt": "x"}\n', "rendered"), ("", "at least one")):
+        (tmp_path / REFERENCE).write_text(text)
+        with pytest.raises(ExportError, match=message):
+            read_references(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"GGUF", b"GGUF" + bytes(200)])
+def test_a_missing_or_damaged_gguf_is_named(tmp_path, content):
+    file = tmp_path / "model.gguf"
+    if content is not None:
+        file.write_bytes(content)
+    for look in (file_precision, Vocabulary):
+        with pytest.raises(ExportError, match=r"model.gguf: expected a GGUF model, .* export again"):
+            look(file)

@@ -1,0 +1,244 @@
+"""Hooks against autograd on a small Idefics3: every token counted once, none that should not; what is not mixed up."""
+
+import pytest
+import small_vlm
+import tiny_models
+import torch
+from peft import LoraConfig, get_peft_model
+from small_net import Net, optimizer_of, train
+from torch import nn
+
+from grit.capture import CaptureError
+from grit.layers import GritLayerError
+from grit_vlm import FisherInformationMatrix, GRITLoRAConfig, GRITLoRALinear
+from grit_vlm.core.curvature import FisherManager
+from grit_vlm.core.grit_lora import Tokens
+from probes.measure import LayerReading, numbers
+
+NAMES = ("x", "h", "delta", "e")
+
+
+def watched(adapter):
+    """Layer → what autograd itself says of the next pass: [x, h, B h] with their `.grad`."""
+    seen = {}
+
+    def watch(name, lora):
+        def a(module, args, h):
+            h.retain_grad()
+            seen[name] = [args[0], h]
+
+        def b(module, args, out):
+            out.retain_grad()
+            seen[name].append(out)
+
+        lora.lora_A["default"].register_forward_hook(a)
+        lora.lora_B["default"].register_forward_hook(b)
+
+    for name, layer in adapter.grit_layers.items():
+        watch(name, layer.lora)
+    return seen
+
+
+def captured(adapter):
+    return {
+        name: Tokens(*(torch.cat([getattr(tokens, part) for tokens in layer.activation_buffer]) for part in NAMES))
+        for name, layer in adapter.grit_layers.items()
+    }
+
+
+def assert_alike(adapter, other):
+    truth = captured(other)
+    for name, found in captured(adapter).items():
+        for part in NAMES:
+            torch.testing.assert_close(getattr(found, part), getattr(truth[name], part), msg=f"{part} of {name}")
+
+
+def opened(**changed):
+    found = small_vlm.adapter(double=True, **changed)
+    found.manager.open()
+    return found
+
+
+def test_tokens_and_estimates_are_what_autograd_says():
+    """x, h, δ and e of every token that is no padding, through a whole model."""
+    adapter = opened(fisher_approximation="block_diagonal", fisher_block_size=8)
+    batch = small_vlm.batch(adapter.model, padding=3, double=True)
+    seen = watched(adapter)
+    adapter.model(**batch).loss.backward()
+    labelled = int((batch["labels"][:, 1:] != -100).sum())
+    assert labelled == 2 * 8 - 3
+    truths = {}
+    for name, found in captured(adapter).items():
+        x, h, out = seen[name]
+        truth = [t.detach().flatten(0, -2) for t in (x, h, h.grad * labelled, out.grad * labelled)]
+        if name in adapter.text_layers:
+            truth = [t[batch["attention_mask"].reshape(-1).bool()] for t in truth]
+        assert len(truth[0]) == (21 if name in adapter.text_layers else 2 * tiny_models.TOKENS)
+        for part, right in zip(NAMES, truth, strict=True):
+            torch.testing.assert_close(getattr(found, part), right, msg=f"{part} of {name}")
+        layer, truths[name] = adapter.grit_layers[name], Tokens(*truth)
+        torch.testing.assert_close(found.delta.mT @ found.x / labelled, layer.lora_A.grad)
+        torch.testing.assert_close(found.e.mT @ found.h / labelled, layer.lora_B.grad)
+    assert adapter.update_mixed_modal_fisher() == {"vision": 2, "text": 2, "cross_modal": 1}
+    for name, layer in adapter.grit_layers.items():
+        expected = FisherInformationMatrix("block_diagonal", block_size=8)
+        expected.observe(*vars(truths[name]).values())
+        for side in "AB":
+            torch.testing.assert_close(layer.get_fisher_for_param(f"lora_{side}"), expected.dense(side), msg=name)
+
+
+def test_patches_are_no_text_though_they_are_as_many():
+    """Two pictures of four patches, two questions of four tokens: the mask of the text is not theirs."""
+    model = small_vlm.base(scale_factor=2)  # the connector makes one token of four patches
+    adapter = small_vlm.adapter(model=model)
+    adapter.manager.open()
+    ids = torch.tensor([[1, 5, 6, 7], [1, 8, 9, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    pixels = torch.rand(2, 1, 3, tiny_models.IMAGE, tiny_models.IMAGE)
+    labels = ids.masked_fill((ids == 1) | (mask == 0), -100)
+    adapter.model(input_ids=ids, attention_mask=mask, pixel_values=pixels, labels=labels).loss.backward()
+    counts = {name: len(found) for name, found in captured(adapter).items()}
+    assert {counts[name] for name in adapter.vision_layers} == {8}
+    assert {counts[name] for name in adapter.text_layers} == {7}
+    assert {counts[name] for name in adapter.cross_modal_layers} == {2}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_counts_once(reentrant):
+    plain, adapter = opened(), opened()
+    adapter.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    adapter.model.enable_input_require_grads()
+    for each in (plain, adapter):
+        each.model.train()
+        each.model(**small_vlm.batch(each.model, padding=2, double=True)).loss.backward()
+    assert_alike(adapter, plain)
+
+
+def test_accumulation_and_loss_scales_are_undone():
+    """Two passes over halves of a batch, each loss halved, are one over the whole; so is a loss on another scale."""
+    whole, halves, scaled = opened(), opened(), opened()
+    batch = small_vlm.batch(whole.model, double=True)
+    whole.model(**batch).loss.backward()
+    halves.manager.capture.accumulation = 2
+    for i in range(2):
+        (halves.model(**{n: v[i : i + 1] for n, v in batch.items()}).loss / 2).backward()
+    assert_alike(halves, whole)
+    scaled.manager.capture.loss_scale, scaled.manager.capture.loss_divisor = 1024.0, 2.0
+    loss = scaled.model(**batch).loss * 16  # the sum over 16 labelled tokens
+    (loss / 2 * 1024).backward()
+    assert_alike(scaled, whole)
+
+
+def test_passes_without_a_backward_pass_do_not_count():
+    adapter = opened()
+    batch = small_vlm.batch(adapter.model, double=True)
+    with torch.no_grad():
+        adapter.model(**batch)
+    adapter.model(**batch)  # with gradients, but nobody asks for them
+    assert not any(layer.activation_buffer for layer in adapter.grit_layers.values())
+    adapter.model(**batch).loss.backward()
+    assert {len(layer.activation_buffer) for layer in adapter.grit_layers.values()} == {1}
+
+
+def test_the_buffer_has_a_limit_and_thins_out_a_long_pass_evenly():
+    layer = GRITLoRALinear(nn.Linear(3, 2), GRITLoRAConfig(r=2, buffer_tokens=10))
+    tokens = Tokens(*(torch.arange(1000.0)[:, None].expand(-1, n) for n in (3, 2, 2, 2)))
+    layer.take(tokens)
+    [kept] = layer.activation_buffer
+    assert kept.x[:, 0].tolist() == kept.e[:, 0].tolist() == [111.0 * i for i in range(10)]
+    assert kept.x.untyped_storage().nbytes() == 10 * 3 * 4  # the other tokens are free
+    layer.take(tokens)
+    assert layer.activation_buffer == [kept]
+
+
+def test_layers_that_never_report_are_named():
+    """Fused kernels compute with A and B without calling their modules."""
+    net = Net()
+    optimizer = optimizer_of(net)
+    for p in net.lora:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(CaptureError, match="2 layers have gradients but their hooks reported nothing"):
+        optimizer.step()
+
+
+def test_fixed_budgets_are_not_shared_between_modalities():
+    """A modality with more budget than directions hands nothing to one whose budget is fixed, or of another kind."""
+    for estimates, fixed in ((("diagonal", "diagonal"), True), (("kfac", "diagonal"), False)):
+        layers = {
+            str(i): GRITLoRALinear(
+                nn.Linear(4, 4),
+                GRITLoRAConfig(
+                    r=2, enable_projection=True, fisher_approximation=estimate, fisher_min_samples=1,
+                    projection_budget_start=start, projection_budget_end=start + (not fixed),
+                ),
+            )
+            for i, (estimate, start) in enumerate(zip(estimates, (500, 3), strict=True))
+        }  # fmt: skip
+        layers["0"].modality, layers["1"].modality = "vision", "text"
+        manager = FisherManager(nn.ModuleList(layers.values()), layers)
+        for layer in layers.values():
+            layer.fisher_matrix.observe(*(torch.randn(9, n) for n in (4, 2, 2, 4)))
+        vision = {"0": 2 if estimates[0] == "kfac" else 16}
+        assert manager.curvature.projections(0) == {"vision": vision, "text": {"1": 3}}
+
+
+def test_layers_that_do_not_belong_together_are_refused():
+    model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), LoraConfig(r=2, target_modules=["0"]), adapter_name="a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["0"]))
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    layer = GRITLoRALinear(model.base_model.model[0], GRITLoRAConfig(r=2), "a")
+    with pytest.raises(GritLayerError, match=r"every trainable LoRA layer among grit_layers, got others: .*\[b\]"):
+        FisherManager(model, {"0": layer})
+    layers = {str(n): GRITLoRALinear(nn.Linear(3, 3), GRITLoRAConfig(r=2, fisher_update_freq=n)) for n in (2, 50)}
+    with pytest.raises(GritLayerError, match=r"expected one for all layers, got \[2, 50\]"):
+        FisherManager(nn.ModuleList(layers.values()), layers)
+
+
+def test_a_trust_region_comes_back_after_plain_sgd():
+    net = Net()
+    optimizer_of(net, "grit_sgd", optimizer=torch.optim.SGD(net.lora, lr=0.1))
+    optimizer = optimizer_of(net, "adaptive_adam", lr=50.0)
+    assert optimizer.manager.config.kl_clip == 1e-3
+    train(net, optimizer, 3)
+    assert optimizer.manager.last_metrics["grit/trust_region_factor"] < 1
+
+
+def test_moments_are_kept_in_the_eigenbasis_alone_and_follow_updates_made_by_hand():
+    """Between two updates that are due, as by update_mixed_modal_fisher of the document's loop."""
+    net = Net()
+    optimizer = optimizer_of(net, "grit_adam_preconditioned", lr=0.01)
+    train(net, optimizer, 2)
+    assert not optimizer.manager.curvature.moments
+    net = Net(fisher_approximation="kfac", fisher_update_freq=3)
+    optimizer = optimizer_of(net, "grit_adam", lr=0.01)
+    train(net, optimizer, 7)
+    moments, *_ = optimizer.manager.curvature.moments.values()
+    net.first.fisher_matrix.observe(*(torch.randn(9, n).double() for n in (6, 3, 3, 7)))
+    train(net, optimizer, 1, start=7)
+    assert all(moments.vectors[side] is net.first.fisher_matrix.eigen(side).vectors for side in "AB")
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_readings_show_what_is_applied_where_blocks_are_filled_up(damping):
+    """White tokens: the preconditioner is a scalar on each side, whatever stands beside it in the last run."""
+    net = Net(fisher_approximation="block_diagonal", fisher_block_size=4, fisher_damping=damping)
+    optimizer = optimizer_of(net, "grit_adam_preconditioned", lr=0.01)
+    train(net, optimizer, 1)
+    state = net.first.fisher_matrix.state_dict()
+    for side, size in (("A", 6), ("B", 7)):
+        blocks = torch.diag_embed(torch.ones(3, 2, 4))
+        blocks[:, -1, size - 4 :, size - 4 :] = 0.0
+        state["sums"][side] = blocks.double() * state["weight"]
+    net.first.fisher_matrix.load_state_dict(state)
+    reading = next(r for r in optimizer.manager.readings() if r["layer"].startswith("0."))
+    said = numbers(LayerReading(**reading))
+    for letter in "ag":
+        assert said[f"anisotropy_{letter}"] == pytest.approx(0, abs=1e-9) and not said[f"empty_{letter}"]
+
+
+def test_estimates_that_cannot_be_inverted_are_counted():
+    net = Net(fisher_approximation="kfac", fisher_damping=0.0, buffer_tokens=2)  # two tokens, three directions
+    optimizer = optimizer_of(net, "grit_adam_preconditioned", lr=0.01)
+    train(net, optimizer, 1)
+    assert optimizer.manager.curvature.failed_inversions == 4

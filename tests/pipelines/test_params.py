@@ -1,0 +1,192 @@
+"""params.yaml: everything wrong with it is said at once, and by name."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from pipelines import check, evaluate, measure, profile, train
+from pipelines.check import load_params, parse_params
+from pipelines.params import ConfigError
+from pipelines.params import load_params as load_view
+from pipelines.train import load_arm
+from pipelines.twin import settings_for
+from tests.project_clone import ROOT
+
+
+@pytest.fixture
+def raw():
+    return profile.merged("tiny")[0]
+
+
+@pytest.fixture
+def vision():
+    return profile.merged("vision")[0]
+
+
+def changed(raw, path, value):
+    """The content with one key set, or with ... removed."""
+    raw = at = copy.deepcopy(raw)
+    *parents, last = path.split(".")
+    for part in parents:
+        at = at[part]
+    if value is ...:
+        del at[last]
+    else:
+        at[last] = value
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("train.learnig_rate", 1e-3, r"train\.learnig_rate: unknown key; did you mean 'learning_rate'\?"),
+        ("trian", {}, r"trian: unknown key; did you mean 'train'\?"),
+        ("train.rank", -4, r"train\.rank: .*greater than or equal to 1, got -4"),
+        ("train.rank", "16", r"train\.rank: .*integer, got '16'"),
+        ("train.learning_rate", "2e-3", r"train\.learning_rate: .*got '2e-3'"),
+        ("train.learning_rate", float("nan"), r"train\.learning_rate: .*got nan"),
+        ("train.target_modules", [], r"train: target_modules: expected at least one"),
+        ("train", ..., r"train: missing; profiles/tiny.yaml shows"),
+        ("export.num_ctx", ..., r"export\.num_ctx: missing"),
+        ("export.quantization", "q5", r"export\.quantization: .*'f16'.*got 'q5'"),
+        ("matrix.arms", ["baseline_lora", "basline"], r"unknown arm 'basline'; did you mean 'baseline_lora'\?"),
+        ("matrix.arms", [], r"matrix\.arms: .*at least 1"),
+        ("matrix.arms", [["mine"]], r"matrix\.arms\.0: .*string, got \['mine'\]"),
+        ("matrix.arms", ["mine"], r"matrix\.arms: unknown arm 'mine'\. Available: baseline_lora"),
+        ("matrix.arms", ["grit_vlm"], r"arms\.grit_vlm: missing"),
+        ("matrix.seeds", [0, 0], r"matrix\.seeds: expected each once"),
+        ("matrix.seeds", [-1], r"matrix\.seeds\.0: .*got -1"),
+        ("arms", {}, r"arms\.baseline_lora: missing"),
+        ("arms.baseline_lora", {"rnk": 2}, r"arms\.baseline_lora\.rnk: unknown key; did you mean 'rank'\?"),
+        ("arms.baseline_lora", {"rank": 0}, r"arms\.baseline_lora\.rank: .*got 0"),
+        ("arms.baseline_lora", 3, r"arms\.baseline_lora: expected keys of train: .*got 3"),
+        ("arms.magic", {}, r"arms\.magic: unknown arm"),
+        ("arms.mine", {"variant_of": "pure_grti"}, r"arms\.mine\.variant_of: unknown arm 'pure_grti'; did you mean"),
+        ("arms.mine", {"variant_of": "pure_grit", "rnk": 2}, r"arms\.mine\.rnk: unknown key; did you mean 'rank'\?"),
+        ("arms.mine", {"variant_of": "baseline_lora", "grit": {}}, r"arms\.mine\.grit: unknown key"),
+        ("arms.mine", {"variant_of": ["pure_grit"]}, r"arms\.mine\.variant_of: unknown arm \['pure_grit'\]"),
+        ("arms.pure_grit", {"variant_of": "hybrid_grit"}, r"arms\.pure_grit: expected a variant to have a new name"),
+        ("arms.base", {"variant_of": "pure_grit"}, r"arms\.base: expected a variant to have a new name"),
+        ("arms", {"../up": {"variant_of": "pure_grit"}}, r"arms\.\.\./up: expected a variant to have a new name"),
+        ("train.grit", {"mode": "adamw"}, r"train\.grit: unknown key"),
+        ("prompt.template", "no slot", r"prompt\.template: expected exactly one \{prompt\}, got 0"),
+        ("prompt.template", "{prompt}{prompt}", r"prompt\.template: expected exactly one \{prompt\}, got 2"),
+        ("prompt.template", "{{ .X }}{prompt}", r"prompt\.template: .*Ollama"),
+        ("prepare_data.pollutants", ["pm2.5"], r"unknown pollutant 'pm2\.5'; did you mean 'pm25'\?"),
+        ("prepare_data.source", "mine.csv", r"prepare_data: columns: a source of your own needs a mapping"),
+        ("prepare_data.task", "aqi_vision", r"prepare_data: .*image_size"),
+        ("prepare_data.columns", {"pm25": {"colum": "x"}}, r"colum: unknown key; did you mean 'column'\?"),
+        ("prepare_base.hidden_size", 100, r"prepare_base: hidden_size: expected a multiple of"),
+        ("compare.database", "postgresql://u:p@h/d", r"compare\.database: expected a file below the project's folder"),
+        ("evaluate.backend", "vllm", r"evaluate\.backend: .*'llama_cpp'.*got 'vllm'"),
+    ],
+)  # fmt: skip
+def test_each_error(raw, path, value, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_params(changed(raw, path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("prepare_data.task", "aqi", r"prepare_data: .*image_size"),
+        ("prepare_data.image_size", 30, r"prepare_base\.vision\.image_size: expected prepare_data\.image_size = 30"),
+        ("prepare_base.vision", None, r"prepare_base\.vision: expected the shape of a vision tower, since items of"),
+        ("prepare_base.vision.patch_size", 5, r"vision: image_size: expected a multiple of patch_size 5"),
+        ("prepare_base.vision.haeds", 2, r"prepare_base\.vision\.haeds: unknown key; did you mean 'heads'\?"),
+        ("prepare_base.merge_source", "x", r"prepare_base: merge_source: expected null beside vision"),
+        ("prompt.template", "chat", r"prompt\.template: chat is for text; .*for SmolVLM '<\|im_start"),
+        ("evaluate.backend", "ollama", r"evaluate\.backend: expected 'hf', .*got 'ollama'"),
+        ("train.layers", None, r"train: target_modules: expected at least one"),
+        ("train.unsloth_fused_lora", True, r"train: unsloth_fused_lora: expected false beside layers"),
+        ("train.layers", {"vision": {"strategy": "first_n"}}, r"layers\.vision\.n_layers: FIRST_N wants a whole"),
+        ("train.layers", {"vision": {"strateg": "all"}}, r"vision\.strateg: unknown key; did you mean 'strategy'"),
+        ("train.layers.max_layers_per_modalty", 2, r"unknown key; did you mean 'max_layers_per_modality'\?"),
+        ("arms.grit_vlm.natural_gradient.dampng", 0.1, r"gradient\.dampng: unknown key; did you mean 'damping'"),
+        ("matrix.arms", ["pure_grit"], r"layers: expected null, since this arm trains on text"),
+    ],
+)  # fmt: skip
+def test_each_error_of_settings_with_pictures(vision, path, value, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_params(changed(vision, path, value))
+
+
+def test_all_errors_at_once(raw):
+    wanted = [("train.rank", -4), ("evaluate.backend", "vllm"), ("trian", {}), ("arms.baseline_lora", {"rnk": 2})]
+    for path, value in wanted:
+        raw = changed(raw, path, value)
+    with pytest.raises(ConfigError) as caught:
+        parse_params(raw)
+    said = str(caught.value)
+    assert said.startswith("params.yaml: 4 errors") and all(f"\n  {path}" in said for path, _ in wanted)
+
+
+@pytest.mark.parametrize("content", ["", "- 1\n- 2\n", "a: [", "\x80"])
+def test_rubbish_files(tmp_path, content):
+    file = tmp_path / "params.yaml"
+    file.write_bytes(content.encode("latin-1"))
+    for load in (load_params, lambda path: load_view(evaluate.Params, path)):
+        with pytest.raises(ConfigError, match=r"params\.yaml"):
+            load(file)
+    with pytest.raises(ConfigError, match="no such file; run from the project's folder"):
+        load_params(tmp_path / "missing.yaml")
+
+
+def test_a_stage_reads_its_own_sections_and_lists_their_mistakes(tmp_path, raw):
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(changed(changed(raw, "train.rank", 0), "measure.laers", [1.0])))
+    assert load_view(evaluate.Params, file).evaluate == parse_params(raw).evaluate
+    with pytest.raises(ConfigError, match=r"2 errors\n.*laers: unknown key; did you mean 'layers'(.|\n)*train\.rank"):
+        load_view(measure.Params, file)
+
+
+def test_the_settings_of_a_run_come_back_from_a_file(raw, tmp_path):
+    """As a twin gets them; rates below 1e-4 among them, which YAML takes for a text where they are written as JSON."""
+    params = parse_params(changed(raw, "train.learning_rate", 2e-5))
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params.model_dump()))
+    assert load_params(tmp_path / "params.yaml") == params
+    view = load_view(train.Params, tmp_path / "params.yaml")
+    (tmp_path / "view.yaml").write_text(yaml.safe_dump(view.model_dump()))
+    assert load_view(train.Params, tmp_path / "view.yaml") == view
+
+
+def test_a_variant_runs_another_arms_code_with_settings_of_its_own(raw):
+    raw["arms"]["mine"] = {"variant_of": "pure_grit", "rank": 8, "grit": {"mode": "adamw"}}
+    raw["matrix"]["arms"] = ["baseline_lora", "mine"]
+    params = parse_params(raw)
+    assert params.code_of("mine") == "pure_grit" and params.code_of("pure_grit") == "pure_grit"
+    assert params.train_for("mine").rank == 8 and params.train_for("mine").grit == {"mode": "adamw"}
+    assert params.train.rank != 8
+    arm = load_arm("mine", params)
+    assert arm.name == "mine" and arm.preconditions and "mine" in arm.title
+    with pytest.raises(ConfigError, match=r"unknown arm 'mne'; did you mean 'mine'\?"):
+        load_arm("mne", params)
+
+
+def test_the_baseline_beside_an_arm_has_the_arms_settings_and_its_own_optimizer(vision):
+    params = parse_params(changed(vision, "arms.grit_vlm.rank", 3))
+    own, beside = params.train_for("grit_vlm"), settings_for(params, "baseline_lora", "grit_vlm")
+    assert settings_for(params, "grit_vlm", "grit_vlm") == own
+    assert beside.model_dump() == {k: v for k, v in own.model_dump().items() if k != "natural_gradient"}
+
+
+def test_as_a_command(tmp_path, raw):
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+
+    def run(*options):
+        return subprocess.run(
+            [sys.executable, "-m", "pipelines.check", *options], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert run("--get", "compare.database").stdout == "outputs/centralized.db\n"
+    assert run().returncode == 0
+    hashes = {file.name: file.read_text() for file in (tmp_path / check.CODE).iterdir()}
+    assert {f"train.{arm}" for arm in raw["matrix"]["arms"]} | {"evaluate", "compare"} <= hashes.keys()
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(changed(raw, "train.rank", -1)))
+    refused = run()
+    assert (refused.returncode, "train.rank" in refused.stderr) == (2, True) and "Traceback" not in refused.stderr

@@ -1,0 +1,519 @@
+"""The fault catalogue: ways in which preconditioning silently does nothing, or not what it says, on a tiny model.
+
+Each fault is `NotebookKFAC` (or GRIT) with one thing done differently, and the diagnosis that the probe must come to;
+in the clean runs at the end nothing is wrong. `make probe-faults` runs every fault with each of `SETTINGS`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from grit import GRITConfig, GRITManager, GritOptimizer, GritTrainer
+from probes import Verdict
+from tests.probes import notebook as kfac
+from tests.probes.notebook import NotebookKFAC, Wrapper
+from tests.probes.worlds import Arrange, Setting, Setup, at, fuse, hf_trainer, plain_loop, weights_of
+
+Make = Callable[[Any], NotebookKFAC]
+
+IN_LOOP, IN_TRAINER = ("before_step",), ("on_pre_optimizer_step",)
+"""Where preconditioning belongs."""
+
+
+def adamw(model: Any, setting: Setting, **options: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(weights_of(model), lr=setting.lr, **{"weight_decay": 0.0, **options})
+
+
+def sgd(model: Any, setting: Setting, factor: float = 10.0, **options: Any) -> torch.optim.SGD:
+    """SGD, with the learning rate times a factor."""
+    return torch.optim.SGD(weights_of(model), lr=factor * setting.lr, **options)
+
+
+def accelerated(optimizer: Optimizer) -> Any:
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True).prepare(optimizer)
+
+
+def plain(model: Any, setting: Setting, **options: Any) -> Setup:
+    return Setup(adamw(model, setting, **options))
+
+
+def of_four(make: type[NotebookKFAC] = NotebookKFAC) -> Make:
+    """A preconditioner that knows of four micro-batches in a step."""
+    return partial(make, accumulation=4)
+
+
+def called(do: Callable[[], Any], places: Sequence[str]) -> dict[str, Any]:
+    """Arguments of `Setup` that have `do` called: at fields of `Setup` in a loop, at events (`on_…`) in a Trainer."""
+    events = [place for place in places if place.startswith("on_")]
+    return {"callbacks": [at(event, do) for event in events]} | {place: do for place in places if place not in events}
+
+
+def placed(
+    make: Make = NotebookKFAC,
+    places: Sequence[str] = IN_LOOP,
+    optimizer: Callable[[Any, Setting], Optimizer] = adamw,
+    clip: float = 0.0,
+) -> Arrange:
+    """A preconditioner that is called beside the optimizer, its gradients then clipped to the norm `clip`; 0 = not."""
+
+    def arrange(model: Any, setting: Setting) -> Setup:
+        kfac = make(model)
+
+        def apply() -> None:
+            kfac.apply()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(weights_of(model), clip)
+
+        return Setup(optimizer(model, setting), kfac.watch(), **called(apply, places))
+
+    return arrange
+
+
+def wrapped(model: Any, setting: Setting) -> Setup:
+    kfac = NotebookKFAC(model)
+    return Setup(Wrapper(adamw(model, setting), kfac), kfac.watch())
+
+
+def grit_setup(manager: GRITManager, optimizer: Any, *, by_hand: bool = False, **around: Any) -> Setup:
+    """GRIT in a loop, its manager closed at the end without a check whether it was applied.
+
+    `by_hand`: the manager's own method is called to precondition, and watched.
+    """
+    told: dict[str, Any] = {"readings": manager.readings}
+    if by_hand:
+        told["preconditioner"] = (manager, "precondition_gradients")
+    return Setup(optimizer, told, close=lambda: manager.close(False), **around)
+
+
+def grit_optimizer(model: Any, setting: Setting, config: GRITConfig) -> GritOptimizer:
+    manager = GRITManager(model, config)
+    inner = sgd(model, setting, momentum=0.9) if config.mode == "sgd" else adamw(model, setting)
+    return GritOptimizer(inner, manager)
+
+
+def grit_with(config: GRITConfig, prepare: Callable[[Any], None] = lambda model: None) -> Arrange:
+    """GRIT as it is meant to be used; some settings undo it."""
+
+    def arrange(model: Any, setting: Setting) -> Setup:
+        prepare(model)
+        optimizer = grit_optimizer(model, setting, config)
+        return grit_setup(optimizer.manager, optimizer)
+
+    return arrange
+
+
+# Faults around the step: a right preconditioner whose work is undone, repeated or never asked for
+
+
+def recomputed(model: Any, setting: Setting) -> Setup:
+    """A second backward pass overwrites what was preconditioned."""
+    kfac = NotebookKFAC(model)
+
+    def before() -> None:
+        kfac.apply()
+        model.zero_grad()
+        model(**kfac.batch).loss.backward()
+
+    return Setup(adamw(model, setting), kfac.watch(), before_step=before)
+
+
+def recomputed_in_closure(model: Any, setting: Setting) -> Setup:
+    """The optimizer's own closure computes gradients again."""
+    kfac, optimizer = NotebookKFAC(model), adamw(model, setting)
+    step = optimizer.step
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(**kfac.batch).loss
+        loss.backward()
+        return loss
+
+    optimizer.step = lambda: step(closure)  # type: ignore[method-assign, assignment, misc]
+    return Setup(optimizer, kfac.watch(), before_step=kfac.apply)
+
+
+def called_twice(model: Any, setting: Setting) -> Setup:
+    setup = wrapped(model, setting)
+    setup.before_step = setup.optimizer.kfac.apply
+    return setup
+
+
+def wrapper_bypassed(
+    model: Any, setting: Setting, prepare: Callable[[Any], Any] = lambda optimizer: optimizer
+) -> Setup:
+    """The optimizer inside the wrapper steps, or what `prepare` makes of it."""
+    setup = wrapped(model, setting)
+    setup.watched, setup.optimizer = setup.optimizer, prepare(setup.optimizer.optimizer)
+    return setup
+
+
+def bypassed_in_trainer(model: Any, setting: Setting) -> Setup:
+    """The Trainer holds the wrapper, accelerate holds what is inside it."""
+    from transformers import Trainer
+
+    setup = wrapped(model, setting)
+    wrapper: Wrapper = setup.optimizer
+
+    class Unwrapping(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            self.optimizer.step = wrapper.optimizer.step
+            return super().training_step(*args, **kwargs)
+
+    setup.trainer = Unwrapping
+    return setup
+
+
+def of_other_weights(model: Any, setting: Setting) -> Setup:
+    return Setup(adamw(model, setting), watched=adamw(model, setting))
+
+
+# Faults of GRIT: called in the wrong place, bypassed, repeated, or cut off from its statistics
+
+
+def grit_by_hand(place: str) -> Arrange:
+    """GRIT's methods called at a place instead of a GritOptimizer."""
+
+    def arrange(model: Any, setting: Setting) -> Setup:
+        manager = GRITManager(model, GRITConfig(mode="adamw")).open()
+
+        def apply() -> None:
+            manager.update_statistics()
+            if manager.curvature.refresh_due(manager.step):
+                manager.update_and_invert_factors()
+            manager.precondition_gradients()
+            manager.end_step()
+
+        return grit_setup(manager, adamw(model, setting), by_hand=True, **called(apply, [place]))
+
+    return arrange
+
+
+def grit_bypassed(model: Any, setting: Setting) -> Setup:
+    """The optimizer inside the GritOptimizer steps. The manager says so when it is closed: NotAppliedError."""
+    optimizer = grit_optimizer(model, setting, GRITConfig())
+    return grit_setup(optimizer.manager, optimizer.optimizer, watched=optimizer)
+
+
+def grit_twice(model: Any, setting: Setting) -> Setup:
+    """Preconditioned by the loop and again by the GritOptimizer."""
+    optimizer = grit_optimizer(model, setting, GRITConfig(mode="adamw"))
+    manager = optimizer.manager
+    return grit_setup(manager, optimizer, by_hand=True, before_step=lambda: manager.precondition_gradients())
+
+
+def grit_that_stops(model: Any, setting: Setting) -> Setup:
+    """After ten steps nothing is taken into the statistics; inversions go on."""
+    config = GRITConfig(mode="adamw", kfac_update_freq=4, grit_cov_update_freq=4)
+    optimizer = grit_optimizer(model, setting, config)
+    manager = optimizer.manager
+    update = manager.update_statistics
+    manager.update_statistics = lambda: update() if manager.step < 10 else None  # type: ignore[method-assign]
+    return grit_setup(manager, optimizer)
+
+
+# The faults
+
+SETTINGS = {"": Setting(), "other seed": Setting(seed=1), "other rate": Setting(lr=3e-3)}
+"""Every fault is run with each of them."""
+
+Run = Callable[..., Verdict]
+"""Trains with a setting (default: the first) and judges."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    expected: str
+    run: Run
+
+
+def _looped(arrange: Arrange, *setting: Setting, **loop: Any) -> Run:
+    return partial(plain_loop, arrange, *setting, **loop)
+
+
+def _trained(arrange: Arrange, *setting: Setting, **training: Any) -> Run:
+    return partial(hf_trainer, arrange, *setting, **training)
+
+
+def in_loop(make: Make, places: Sequence[str] = IN_LOOP, **loop: Any) -> Run:
+    return _looped(placed(make, places), **loop)
+
+
+def in_trainer(make: Make, places: Sequence[str] = IN_TRAINER, **training: Any) -> Run:
+    return _trained(placed(make, places), **training)
+
+
+FAULTS = [
+    Fault("after the step, in a loop", "preconditioned_after_step", in_loop(NotebookKFAC, ["after_step"])),
+    Fault("in on_optimizer_step", "preconditioned_after_step", in_trainer(NotebookKFAC, ["on_optimizer_step"])),
+    Fault("in on_step_end", "preconditioned_after_step", in_trainer(NotebookKFAC, ["on_step_end"])),
+    Fault("copy put back, in a loop", "gradient_restored", in_loop(kfac.Restores)),
+    Fault("copy put back and clipped", "gradient_restored", _looped(placed(kfac.Restores, clip=0.01))),
+    Fault("copy put back, in a Trainer", "gradient_restored", in_trainer(kfac.Restores)),
+    Fault("second backward pass", "gradient_recomputed", _looped(recomputed)),
+    Fault("closure runs backward again", "gradient_recomputed", _looped(recomputed_in_closure)),
+    Fault(
+        "first micro-batch only, in a Trainer",
+        "gradient_recomputed",
+        in_trainer(of_four(kfac.FirstOfThree), ["on_substep_end"], accumulation=4),
+    ),
+    Fault("fused kernels, hooks silent", "no_statistics", in_loop(kfac.fused)),
+    Fault("fused kernels, in a Trainer", "no_statistics", in_trainer(kfac.fused)),
+    Fault("factors all zero", "zero_factors", in_loop(kfac.ZeroStatistics)),
+    Fault("factors of one side zero", "zero_factors", in_loop(kfac.ZeroGradientStatistics)),
+    Fault("inverse missing", "empty_inverse", in_loop(kfac.NoInverse)),
+    Fault("inverse zero", "empty_inverse", in_loop(kfac.ZeroInverse)),
+    Fault("inverse not finite", "empty_inverse", in_loop(kfac.NonFiniteInverse)),
+    Fault("inverse the identity", "empty_inverse", in_loop(kfac.IdentityInverse)),
+    Fault("inverse the identity on one side", "empty_inverse", in_loop(kfac.HalfIdentityInverse)),
+    Fault("absolute damping, unscaled δ", "damping_swamps_factors", in_loop(kfac.Swamped)),
+    Fault("absolute damping, in a Trainer", "damping_swamps_factors", in_trainer(kfac.Swamped)),
+    Fault("damping above both factors", "damping_swamps_factors", in_loop(kfac.SwampedOnBothSides)),
+    Fault("scalar preconditioner", "scalar_preconditioner", in_loop(kfac.Scalar)),
+    Fault("scalar, no readings", "scalar_preconditioner", in_loop(kfac.ScalarWithoutReadings)),
+    Fault("scalar, grafted", "scalar_preconditioner", in_loop(kfac.GraftedScalar)),
+    Fault("scalar, bf16 weights", "scalar_preconditioner", in_loop(kfac.Scalar, dtype=torch.bfloat16, clip=1e-3)),
+    Fault("copies preconditioned", "nothing_changed", in_loop(kfac.OfCopies)),
+    Fault("too few samples for ever", "nothing_changed", in_loop(kfac.WaitsForEver)),
+    Fault("half of the modules", "modules_missing", in_loop(kfac.HalfOfTheLayers)),
+    Fault("half of the modules, in a Trainer", "modules_missing", in_trainer(kfac.HalfOfTheLayers)),
+    Fault("B left out", "modules_missing", in_loop(kfac.OneSide)),
+    Fault("padding counted", "padding_counted", in_loop(kfac.CountsPadding)),
+    Fault("padding counted, accumulation 4", "padding_counted", in_loop(kfac.CountsPadding, accumulation=4)),
+    Fault("never refreshed", "stale_factors", in_loop(kfac.NeverRefreshed, steps=36)),
+    Fault("never refreshed, interval not told", "stale_factors", in_loop(kfac.NeverRefreshedUntold, steps=168)),
+    Fault("applied twice, in a loop", "applied_repeatedly", _looped(called_twice)),
+    Fault("callback registered twice", "applied_repeatedly", in_trainer(NotebookKFAC, IN_TRAINER * 2)),
+    Fault("NaN to zero", "nan_to_zero", in_loop(kfac.NanToZero)),
+    Fault("NaN gradient to zero", "nan_to_zero", in_loop(kfac.NanGradientToZero)),
+    Fault("clipped to nothing", "clipped_to_nothing", _looped(placed(clip=1e-9))),
+    Fault("clipped to nothing, SGD", "clipped_to_nothing", _looped(placed(optimizer=sgd, clip=1e-7))),
+    Fault("callback not registered", "never_called", in_trainer(NotebookKFAC, [])),
+    Fault("callback of an event that is none", "never_called", in_trainer(NotebookKFAC, ["on_before_optimizer_step"])),
+    Fault("not called, in a loop", "never_called", in_loop(NotebookKFAC, [])),
+    Fault("wrapper bypassed, in a loop", "wrapper_bypassed", _looped(wrapper_bypassed)),
+    Fault(
+        "wrapper bypassed by accelerate", "wrapper_bypassed", _looped(partial(wrapper_bypassed, prepare=accelerated))
+    ),
+    Fault("wrapper bypassed, in a Trainer", "wrapper_bypassed", _trained(bypassed_in_trainer)),
+    Fault(
+        "each micro-batch counted four times",
+        "accumulation_overcounted",
+        in_loop(of_four(kfac.Overcounts), accumulation=4),
+    ),
+    Fault(
+        "each micro-batch counted four times, in a Trainer",
+        "accumulation_overcounted",
+        in_trainer(of_four(kfac.Overcounts), accumulation=4),
+    ),
+    Fault(
+        "after each micro-batch",
+        "applied_repeatedly",
+        in_loop(of_four(), ["after_backward"], accumulation=4),
+    ),
+    Fault(
+        "after each micro-batch, in a Trainer",
+        "applied_repeatedly",
+        in_trainer(of_four(), ["on_substep_end", *IN_TRAINER], accumulation=4),
+    ),
+    Fault(
+        "counted twice under checkpointing", "samples_overcounted", in_loop(kfac.CountsInForward, checkpointing=True)
+    ),
+    Fault("GRIT after the step, in a loop", "preconditioned_after_step", _looped(grit_by_hand("after_step"))),
+    Fault("GRIT in on_optimizer_step", "preconditioned_after_step", _trained(grit_by_hand("on_optimizer_step"))),
+    Fault("GRIT in on_step_end", "preconditioned_after_step", _trained(grit_by_hand("on_step_end"))),
+    Fault("GRIT bypassed", "wrapper_bypassed", _looped(grit_bypassed)),
+    Fault("GRIT applied twice", "applied_repeatedly", _looped(grit_twice)),
+    Fault(
+        "GRIT with the authors' damping",
+        "damping_swamps_factors",
+        _looped(grit_with(GRITConfig.paper(lambda_kfac=0.0, lambda_reproj=0.0))),
+    ),
+    Fault("GRIT, statistics renewed no more", "stale_factors", _looped(grit_that_stops)),
+    Fault(
+        "GRIT, too few samples for ever",
+        "nothing_changed",
+        _looped(grit_with(GRITConfig(mode="adamw", kfac_min_samples=10**6))),
+    ),
+    Fault(
+        "GRIT, statistics of the first step alone",
+        "zero_factors",
+        _looped(grit_with(GRITConfig(mode="adamw", grit_cov_update_freq=10_000))),
+    ),
+    Fault(
+        "GRIT, warm-up longer than the run", "nothing_changed", _looped(grit_with(GRITConfig(ng_warmup_steps=10_000)))
+    ),
+    Fault("loss with the wrong sign", "diverging", _looped(plain, loss_factor=lambda step: -1.0)),
+    Fault(
+        "loss not a number",
+        "not_finite",
+        _looped(plain, loss_factor=lambda step: float("nan") if step % 3 == 0 else 1.0),
+    ),
+    Fault("another optimizer is watched", "no_samples", _looped(of_other_weights)),
+]
+
+
+# Clean runs
+
+
+@dataclass(frozen=True)
+class Clean:
+    """One run without a fault; expected: `effective` (diagnosis none) or `no_effect` (diagnosis equals_shadow)."""
+
+    name: str
+    run: Run
+    expected: str = "effective"
+
+
+def grit_trainer(model: Any, setting: Setting, **settings: Any) -> Setup:
+    manager = GRITManager(model, GRITConfig(**settings))
+    return Setup(None, {"readings": manager.readings}, trainer=partial(GritTrainer, grit_manager=manager))
+
+
+def riemannian(model: Any, setting: Setting) -> Setup:
+    from peft.optimizers import create_riemannian_optimizer
+
+    return Setup(create_riemannian_optimizer(model, torch.optim.AdamW, lr=setting.lr))
+
+
+def riemannian_claiming(model: Any, setting: Setting) -> Setup:
+    return Setup(riemannian(model, setting).optimizer, {"claims": True})
+
+
+def loraplus(model: Any, setting: Setting) -> Setup:
+    from peft.optimizers import create_loraplus_optimizer
+
+    return Setup(create_loraplus_optimizer(model, torch.optim.AdamW, lr=setting.lr, loraplus_lr_ratio=8.0))
+
+
+def with_momentum(model: Any, setting: Setting) -> Setup:
+    return Setup(sgd(model, setting, momentum=0.9))
+
+
+class Shampoo(torch.optim.Optimizer):
+    """L^(−1/4) G R^(−1/4) with running sums L = Σ G Gᵀ, R = Σ Gᵀ G (Gupta et al. 2018), the raw norm restored."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None or not bool(p.grad.any()):
+                    continue
+                state, g = self.state[p], p.grad
+                state["left"] = state.get("left", 0) + g @ g.mT
+                state["right"] = state.get("right", 0) + g.mT @ g
+                natural = self._root(state["left"]) @ g @ self._root(state["right"])
+                p.sub_(natural * (group["lr"] * math.sqrt(p.numel()) / natural.norm()))
+
+    @staticmethod
+    def _root(matrix: torch.Tensor) -> torch.Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        damped = values.clamp_min(0) + 1e-4 * values.mean()
+        return vectors @ torch.diag(damped**-0.25) @ vectors.mT
+
+
+def shampoo(model: Any, setting: Setting, claims: bool = False) -> Setup:
+    return Setup(Shampoo(weights_of(model), setting.lr), {"claims": claims})
+
+
+def _decay(step: int) -> float:
+    return min(1.0, (step + 1) / 5) * (1 - step / 60)
+
+
+A, B, C, D = Setting(), Setting(seed=1), Setting(seed=2, lr=3e-3), Setting(seed=3, lr=2e-2)
+
+
+def _grit(*setting: Setting, accumulation: int = 1, **config: Any) -> Run:
+    return _looped(grit_with(GRITConfig(**config)), *setting, accumulation=accumulation)
+
+
+notebook, notebook_in_trainer = placed(), placed(places=IN_TRAINER)
+
+CHECKPOINTING: dict[str, Any] = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+}
+
+CLEAN = [
+    *(
+        Clean(f"NotebookKFAC, seed {s.seed}, rate {s.lr:g}", _looped(notebook, s))
+        for s in (A, B, C, D, Setting(4, 1e-3), Setting(5, 5e-3))
+    ),
+    Clean("NotebookKFAC, accumulation 4", _looped(placed(of_four()), accumulation=4)),
+    Clean("NotebookKFAC, checkpointing", _looped(notebook, checkpointing=True)),
+    Clean("NotebookKFAC, clipped before", _looped(notebook, B, clip=0.5)),
+    Clean("NotebookKFAC, clipped after", _looped(placed(clip=1.0), C)),
+    Clean("NotebookKFAC, schedule", _looped(notebook, schedule=_decay)),
+    Clean("NotebookKFAC, wrapper", _looped(wrapped)),
+    Clean("NotebookKFAC, wrapper, in a Trainer", _trained(wrapped, B)),
+    Clean("NotebookKFAC, SGD, clipped", _looped(placed(optimizer=partial(sgd, factor=1.0, momentum=0.9), clip=1.0))),
+    Clean("NotebookKFAC, bf16 weights", _looped(notebook, dtype=torch.bfloat16)),
+    Clean("NotebookKFAC, in a Trainer", _trained(notebook_in_trainer)),
+    Clean("NotebookKFAC, in a Trainer, other seed and rate", _trained(notebook_in_trainer, C)),
+    Clean("NotebookKFAC, in a Trainer, accumulation 4", _trained(placed(of_four(), IN_TRAINER), accumulation=4)),
+    Clean("NotebookKFAC, in a Trainer, checkpointing", _trained(notebook_in_trainer, **CHECKPOINTING)),
+    Clean("NotebookKFAC, in a Trainer, no clipping", _trained(notebook_in_trainer, B, clip=0.0)),
+    Clean("GRIT eigen_adamw, power 0", _grit(eigen_power=0.0)),
+    Clean("GRIT eigen_adamw, power 1", _grit(eigen_power=1.0)),
+    Clean("GRIT eigen_adamw, power 1, seed 1", _grit(B)),
+    Clean("GRIT eigen_adamw, capture gradients", _grit(C, capture="gradients")),
+    Clean("GRIT adamw", _grit(mode="adamw")),
+    Clean("GRIT adamw, capture hooks", _grit(D, mode="adamw", capture="hooks")),
+    Clean("GRIT adamw, capture gradients", _grit(B, mode="adamw", capture="gradients")),
+    Clean(
+        "GRIT adamw, fused layers, capture auto",
+        _looped(grit_with(GRITConfig(mode="adamw", capture="auto"), prepare=fuse)),
+    ),
+    Clean("GRIT sgd", _grit(mode="sgd")),
+    Clean("GRIT sgd, capture gradients", _grit(B, mode="sgd", capture="gradients")),
+    Clean("GRIT adamw, paper pairing", _grit(mode="adamw", pairing="paper")),
+    Clean("GRIT, lr_ratio_b 8", _grit(C, lr_ratio_b=8.0)),
+    Clean("GRIT, reprojection", _grit(reprojection_freq=10, reprojection_k=3, min_lora_rank=2)),
+    Clean("GRIT, warm-up of 12 steps", _grit(ng_warmup_steps=12)),
+    Clean("GRIT adamw, warm-up of 12 steps", _grit(mode="adamw", ng_warmup_steps=12)),
+    Clean("GRIT, accumulation 4", _grit(accumulation=4, mode="adamw")),
+    Clean("GRIT, clipped", _grit(max_grad_norm=0.5)),
+    Clean("GRIT, regularisers", _grit(mode="adamw", lambda_kfac=1e-4, lambda_reproj=1e-4)),
+    Clean("GritTrainer, eigen_adamw", _trained(grit_trainer)),
+    Clean(
+        "GritTrainer, adaptive schedule",
+        _trained(partial(grit_trainer, adaptive_schedule=True, adaptive_window=5)),
+    ),
+    Clean("GritTrainer, adamw, accumulation 4", _trained(partial(grit_trainer, mode="adamw"), B, accumulation=4)),
+    Clean("GritTrainer, checkpointing", _trained(grit_trainer, **CHECKPOINTING)),
+    Clean("PEFT's Riemannian optimizer", _looped(riemannian, C)),
+    Clean("PEFT's Riemannian optimizer, claiming", _looped(riemannian_claiming, Setting(1, 1e-3))),
+    Clean("PEFT's LoRA+", _looped(loraplus, C)),
+    Clean("SGD with momentum", _looped(with_momentum)),
+    Clean("SGD with momentum, in a Trainer", _trained(with_momentum, B)),
+    Clean("Shampoo", _looped(shampoo)),
+    Clean("Shampoo, claiming", _looped(partial(shampoo, claims=True), B)),
+    Clean("Adagrad", _looped(lambda model, setting: Setup(torch.optim.Adagrad(weights_of(model), lr=setting.lr)))),
+    *(Clean(f"AdamW, seed {s.seed}, rate {s.lr:g}", _looped(plain, s), "no_effect") for s in (A, B, C, D)),
+    Clean("AdamW, clipped", _looped(plain, clip=0.1), "no_effect"),
+    Clean("AdamW, accumulation 4", _looped(plain, accumulation=4), "no_effect"),
+    Clean("AdamW, weight decay", _looped(partial(plain, weight_decay=0.1)), "no_effect"),
+    Clean("AdamW, schedule", _looped(plain, schedule=_decay), "no_effect"),
+    Clean("AdamW, bf16 weights", _looped(plain, dtype=torch.bfloat16), "no_effect"),
+    Clean("AdamW, bf16 weights, fused", _looped(partial(plain, fused=True), dtype=torch.bfloat16), "no_effect"),
+    Clean("AdamW, checkpointing", _looped(plain, checkpointing=True), "no_effect"),
+    Clean("AdamW, other betas", _looped(partial(plain, betas=(0.8, 0.95), eps=1e-6)), "no_effect"),
+    Clean("AdamW, DoRA", _looped(plain, use_dora=True), "no_effect"),
+    Clean(
+        "AdamW, by accelerate", _looped(lambda model, setting: Setup(accelerated(adamw(model, setting)))), "no_effect"
+    ),
+    Clean("AdamW, the Trainer's own", _trained(lambda model, setting: Setup(None)), "no_effect"),
+    Clean("AdamW, in a Trainer, accumulation 4", _trained(plain, B, accumulation=4, clip=0.1), "no_effect"),
+    Clean("AdamW, in a Trainer, cosine", _trained(plain, lr_scheduler_type="cosine", warmup_steps=5), "no_effect"),
+]

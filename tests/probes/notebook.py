@@ -1,0 +1,320 @@
+"""A preconditioner as people write them in notebooks, right as it stands, and everything that can be wrong in it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probes import LayerReading
+from tests.probes.worlds import fuse
+
+MIN_TOKENS = 64
+
+
+@dataclass
+class Layer:
+    """One LoRA layer: moving averages Σ_a, Σ_g [r, r] and their inverses."""
+
+    a: nn.Parameter  # [r, d_in]
+    b: nn.Parameter  # [d_out, r]
+    samples: float = 0.0  # tokens counted
+    sigma: dict[str, Tensor] = field(default_factory=dict)  # "a": E[h hᵀ], "g": E[δ δᵀ]
+    inverse: dict[str, Tensor | None] = field(default_factory=dict)  # of both, damped; empty until there is one
+    damping: dict[str, float] = field(default_factory=dict)  # λ of both
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.inverse)
+
+
+class NotebookKFAC:
+    """K-FAC in rank space: ∇A ← Σ_g⁻¹ ∇A, ∇B ← ∇B Σ_a⁻¹, with hooks on the lora_A modules."""
+
+    refresh_every = 5
+    decay = 0.8
+    relative_damping = 1e-2
+
+    def __init__(self, model: nn.Module, accumulation: int = 1):
+        self.accumulation = accumulation
+        self.layers: dict[str, Layer] = {}
+        self.calls = 0
+        self.batch: dict[str, Tensor] = {}  # what the model was last called with
+        model.register_forward_pre_hook(self._see_batch, with_kwargs=True)
+        for name, module in model.named_modules():
+            if hasattr(module, "lora_A") and "default" in module.lora_A and self.wanted(name):
+                a, b = module.lora_A["default"], module.lora_B["default"]
+                self.layers[name] = Layer(a.weight, b.weight)
+                a.register_forward_hook(self._hook(name))
+
+    def wanted(self, name: str) -> bool:
+        return True
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        return [weight for layer in self.layers.values() for weight in (layer.a, layer.b)]
+
+    def _see_batch(self, module: nn.Module, args: Any, batch: dict[str, Tensor]) -> None:
+        self.batch = batch
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def forward(module: nn.Module, args: Any, h: Tensor) -> None:
+            if h.requires_grad:  # counted in the backward pass, once, however often the forward pass runs
+                h.register_hook(lambda delta: self.collect(self.layers[name], h.detach(), delta))
+
+        return forward
+
+    def attended(self) -> Tensor:
+        return self.batch["attention_mask"].bool()
+
+    def scaled(self, delta: Tensor) -> Tensor:
+        """δ with the loss's mean undone."""
+        labelled = int((self.batch["labels"][:, 1:] != -100).sum())
+        return delta * (labelled * self.accumulation)
+
+    def collect(self, layer: Layer, h: Tensor, delta: Tensor) -> None:
+        rows = self.attended()
+        self.add(layer, "a", h[rows])
+        self.add(layer, "g", self.scaled(delta)[rows])
+        layer.samples += float(rows.sum())
+
+    def add(self, layer: Layer, side: str, rows: Tensor) -> None:
+        """Into the moving average; rows [tokens, r]."""
+        new = rows.float().mT @ rows.float() / len(rows)
+        old = layer.sigma.get(side)
+        layer.sigma[side] = new if old is None else self.decay * old + (1 - self.decay) * new
+
+    def damping(self, sigma: Tensor) -> float:
+        return self.relative_damping * float(sigma.diagonal().mean())
+
+    def inverse(self, sigma: Tensor, damping: float) -> Tensor | None:
+        return torch.linalg.inv(sigma + damping * torch.eye(len(sigma)))
+
+    def trusted(self, layer: Layer) -> bool:
+        """Whether there is enough to invert: B starts at zero, and δ with it."""
+        return layer.samples >= MIN_TOKENS and all(bool(sigma.any()) for sigma in layer.sigma.values())
+
+    def update_inverses(self) -> None:
+        for layer in self.layers.values():
+            if self.trusted(layer):
+                for side, sigma in layer.sigma.items():
+                    layer.damping[side] = self.damping(sigma)
+                    layer.inverse[side] = self.inverse(sigma, layer.damping[side])
+
+    @torch.no_grad()
+    def precondition(self) -> None:
+        for layer in self.layers.values():
+            for parameter, side in ((layer.a, "g"), (layer.b, "a")):
+                inverse = layer.inverse.get(side)
+                if parameter.grad is not None and inverse is not None:
+                    parameter.grad.copy_(self.product(parameter.grad, inverse, side))
+
+    def product(self, gradient: Tensor, inverse: Tensor, side: str) -> Tensor:
+        """Gradient of A [r, d_in] times Σ_g⁻¹, or of B [d_out, r] times Σ_a⁻¹."""
+        matrix = inverse.to(gradient.dtype)
+        return matrix @ gradient if side == "g" else gradient @ matrix
+
+    def apply(self) -> None:
+        if self.calls % self.refresh_every == 0:
+            self.update_inverses()
+        self.calls += 1
+        self.precondition()
+
+    def readings(self) -> list[LayerReading]:
+        said: dict[str, Any] = {"refresh_every": self.refresh_every, "source": "hooks"}
+        return [
+            LayerReading(name, x.ready, x.samples, dict(x.sigma), dict(x.inverse), dict(x.damping), **said)
+            for name, x in self.layers.items()
+        ]
+
+    def watch(self) -> dict[str, Any]:
+        return {"preconditioner": (self, "precondition"), "readings": self.readings}
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer that preconditions inside its step; shares groups and state with the one it wraps."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, kfac: NotebookKFAC):
+        self.optimizer, self.kfac = optimizer, kfac
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.kfac.apply()
+        self.optimizer.step()
+
+
+# With one thing done differently
+
+
+def spoiled(right: type[NotebookKFAC] = NotebookKFAC, **differently: Any) -> type[NotebookKFAC]:
+    return type("Spoiled", (right,), differently)
+
+
+def fused(model: Any) -> NotebookKFAC:
+    fuse(model)
+    return NotebookKFAC(model)
+
+
+def _add_zeros(self: Any, layer: Layer, side: str, rows: Tensor) -> None:
+    """Tokens are counted, nothing flows."""
+    NotebookKFAC.add(self, layer, side, torch.zeros_like(rows))
+
+
+def _add_zeros_of_delta(self: Any, layer: Layer, side: str, rows: Tensor) -> None:
+    NotebookKFAC.add(self, layer, side, rows if side == "a" else torch.zeros_like(rows))
+
+
+ZeroStatistics = spoiled(
+    add=_add_zeros, trusted=lambda self, layer: layer.samples > 0, damping=lambda self, sigma: 1e-3
+)
+ZeroGradientStatistics = spoiled(ZeroStatistics, add=_add_zeros_of_delta)
+CountsPadding = spoiled(attended=lambda self: torch.ones_like(NotebookKFAC.attended(self)))
+WaitsForEver = spoiled(trusted=lambda self, layer: layer.samples > 1e9)
+HalfOfTheLayers = spoiled(wanted=lambda self, name: "layers.0" in name)
+
+
+class NeverRefreshed(NotebookKFAC):
+    def update_inverses(self) -> None:
+        if not any(layer.ready for layer in self.layers.values()):
+            super().update_inverses()
+
+
+class NeverRefreshedUntold(NeverRefreshed):
+    """The same by one that does not say how often it should be."""
+
+    refresh_every = None  # type: ignore[assignment]
+
+    def apply(self) -> None:
+        self.update_inverses()
+        self.precondition()
+
+
+class Overcounts(NotebookKFAC):
+    """Each micro-batch is added once for each micro-batch of the step."""
+
+    def collect(self, layer: Layer, h: Tensor, delta: Tensor) -> None:
+        for _ in range(self.accumulation):
+            super().collect(layer, h, delta)
+
+
+class CountsInForward(NotebookKFAC):
+    """Counts in the forward pass, which checkpointing runs twice."""
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        counted = super()._hook(name)
+
+        def forward(module: nn.Module, args: Any, h: Tensor) -> None:
+            layer = self.layers[name]
+            before = layer.samples
+            counted(module, args, h)
+            layer.samples = before + float(self.attended().sum())
+
+        return forward
+
+    def collect(self, layer: Layer, h: Tensor, delta: Tensor) -> None:
+        before = layer.samples
+        super().collect(layer, h, delta)
+        layer.samples = before
+
+
+# Inverses
+
+NoInverse = spoiled(inverse=lambda self, sigma, damping: None)  # it fails, and the multiplication skips it
+ZeroInverse = spoiled(inverse=lambda self, sigma, damping: torch.zeros_like(sigma))  # a buffer that nobody filled
+# `except LinAlgError: inverse = torch.eye(r)`, and it is raised every time.
+IdentityInverse = spoiled(inverse=lambda self, sigma, damping: torch.eye(len(sigma)))
+# λ = 1e-3 as it stands, and δ of a mean loss.
+Swamped = spoiled(scaled=lambda self, delta: delta, damping=lambda self, sigma: 1e-3)
+SwampedOnBothSides = spoiled(Swamped, damping=lambda self, sigma: 1e3)
+# One number for all directions: r / tr(Σ).
+Scalar = spoiled(inverse=lambda self, sigma, damping: torch.eye(len(sigma)) / float(sigma.diagonal().mean()))
+ScalarWithoutReadings = spoiled(Scalar, watch=lambda self: {"preconditioner": (self, "precondition")})
+
+
+class HalfIdentityInverse(NotebookKFAC):
+    def inverse(self, sigma: Tensor, damping: float) -> Tensor | None:
+        ours = any(sigma is layer.sigma["g"] for layer in self.layers.values())
+        return torch.eye(len(sigma)) if ours else super().inverse(sigma, damping)
+
+
+class NonFiniteInverse(NotebookKFAC):
+    """The inversion overflows; products that are not finite are skipped."""
+
+    def inverse(self, sigma: Tensor, damping: float) -> Tensor | None:
+        return torch.full_like(sigma, float("nan"))
+
+    def product(self, gradient: Tensor, inverse: Tensor, side: str) -> Tensor:
+        natural = super().product(gradient, inverse, side)
+        return natural if bool(torch.isfinite(natural).all()) else gradient
+
+
+# What is made of gradients
+
+
+def _copies(weights: list[nn.Parameter]) -> list[Tensor | None]:
+    return [None if weight.grad is None else weight.grad.clone() for weight in weights]
+
+
+def _put(weights: list[nn.Parameter], gradients: list[Tensor | None]) -> None:
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient
+
+
+class Restores(NotebookKFAC):
+    def apply(self) -> None:
+        raw = _copies(self.weights)
+        super().apply()
+        _put(self.weights, raw)
+
+
+class OfCopies(NotebookKFAC):
+    def precondition(self) -> None:
+        raw = [weight.grad for weight in self.weights]
+        _put(self.weights, _copies(self.weights))
+        super().precondition()
+        _put(self.weights, raw)
+
+
+class FirstOfThree(NotebookKFAC):
+    """Heeds one call of three: a step of four micro-batches has three ends that are not its own."""
+
+    asked = 0
+
+    def apply(self) -> None:
+        if self.asked % 3 == 0:
+            super().apply()
+        self.asked += 1
+
+
+class OneSide(NotebookKFAC):
+    @torch.no_grad()
+    def precondition(self) -> None:
+        for layer in self.layers.values():
+            inverse = layer.inverse.get("g")
+            if layer.a.grad is not None and inverse is not None:
+                layer.a.grad.copy_(self.product(layer.a.grad, inverse, "g"))
+
+
+def _grafted(self: Any, gradient: Tensor, inverse: Tensor, side: str) -> Tensor:
+    """The raw norm is restored, so that nothing is left of a scalar at all."""
+    natural = NotebookKFAC.product(self, gradient, inverse, side)
+    return natural * (gradient.norm() / natural.norm().clamp_min(1e-30))
+
+
+def _nan_to_zero(self: Any, gradient: Tensor, inverse: Tensor, side: str) -> Tensor:
+    """A third of the products overflow, and nan_to_num makes them zero."""
+    natural = NotebookKFAC.product(self, gradient, inverse, side)
+    natural.flatten()[::3] = float("nan")
+    return torch.nan_to_num(natural, nan=0.0)
+
+
+def _nan_gradient_to_zero(self: Any, gradient: Tensor, inverse: Tensor, side: str) -> Tensor:
+    natural = NotebookKFAC.product(self, gradient, inverse, side)
+    return torch.nan_to_num(natural * float("nan")) if side == "g" else natural
+
+
+GraftedScalar = spoiled(ScalarWithoutReadings, product=_grafted)
+NanToZero = spoiled(product=_nan_to_zero)
+NanGradientToZero = spoiled(product=_nan_gradient_to_zero)

@@ -1,0 +1,279 @@
+"""Numbers from r×r products equal those of formed matrices; checksums see every bit; the shadow is torch's AdamW."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from probes.measure import WEIGHTS, as_lists, checksum, derived, products, weight_products, zero_share
+from probes.shadow import Shadow, shadow_options
+
+
+def pair(generator, r, d_in, d_out, scale=1.0):
+    shapes = {"a": (r, d_in), "b": (d_out, r)}
+    return {side: torch.randn(shape, generator=generator) * scale for side, shape in shapes.items()}
+
+
+def formed(change, weights):
+    """B·δA + δB·A [d_out, d_in] in float64."""
+    a, b, da, db = (t.double() for t in (weights["a"], weights["b"], change["a"], change["b"]))
+    return b @ da + db @ a
+
+
+def flat(values):
+    return torch.cat([v.double().flatten() for v in values.values()])
+
+
+def angle(u, v):
+    u, v = u.double() / u.double().norm(), v.double() / v.double().norm()
+    return math.degrees(2 * math.atan2(float((u - v).norm()), float((u + v).norm())))
+
+
+def measured(u, v, weights=None):
+    """What a record says of a gradient u that became v, and of a change u beside a shadow v."""
+    names = ["raw", "door", "inner", "weights", "delta", "shadow"]
+    weights = weights or u
+    grams = {(s, s): products([u[s], v[s], v[s], weights[s], u[s], v[s]]) for s in u}
+    if u.keys() == {"a", "b"}:
+        grams[WEIGHTS, WEIGHTS] = weight_products(u, v, weights)
+    return derived({key: found for (key, _), found in as_lists(grams).items()}, names)
+
+
+shapes = st.tuples(st.integers(1, 6), st.integers(1, 20), st.integers(1, 20))
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.integers(0, 10_000), st.sampled_from([1e-6, 1e-3, 1.0, 1e3]))
+def test_norms_and_angles_equal_those_of_formed_matrices(shape, seed, scale):
+    generator = torch.Generator().manual_seed(seed)
+    weights, u, v = (pair(generator, *shape, s) for s in (1.0, scale, 1.0))
+    found = measured(u, v, weights)
+    assert found["norm_raw"] == pytest.approx(float(flat(u).norm()), rel=1e-12)
+    assert found["norm_weights"] == pytest.approx(float(flat(weights).norm()), rel=1e-12)
+    assert found["angle"] == pytest.approx(angle(flat(u), flat(v)), abs=1e-5)
+    # The same two vectors at another place of the matrix: not the same bits on every CPU.
+    assert found["angle_raw_inner"] == pytest.approx(found["angle"], rel=1e-12, abs=2e-6)
+    assert found["lr_ratio"] == pytest.approx(float(flat(u).norm() / flat(v).norm()), rel=1e-12)
+    cosine = torch.nn.functional.cosine_similarity(flat(u), flat(v), 0)
+    assert found["cos_raw_inner"] == pytest.approx(float(cosine), abs=1e-12)
+    for side in u:
+        assert found[f"angle_{side}"] == pytest.approx(angle(u[side].flatten(), v[side].flatten()), abs=1e-5)
+    # Where B·δA and δB·A nearly cancel, fewer digits are left; the bound is of their lengths.
+    size = float((weights["b"].norm() * u["a"].norm() + u["b"].norm() * weights["a"].norm()).double())
+    expected = formed(u, weights)
+    assert found["norm_delta_weights"] == pytest.approx(float(expected.norm()), rel=1e-6, abs=1e-7 * size)
+    if min(float(formed(w, weights).norm()) / float(flat(w).norm()) for w in (u, v)) > 0.3:
+        assert found["angle_weights"] == pytest.approx(angle(expected, formed(v, weights)), abs=1e-3)
+
+
+@pytest.mark.parametrize("degrees", [1e-4, 1e-2, 1.0, 45.0, 90.0, 135.0, 179.99])
+def test_small_and_large_angles_keep_their_digits(degrees):
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(400, generator=generator, dtype=torch.float64)
+    w = torch.randn(400, generator=generator, dtype=torch.float64)
+    u, w = u / u.norm(), w - (w @ u) * u / (u @ u)
+    v = math.cos(math.radians(degrees)) * u + math.sin(math.radians(degrees)) * w / w.norm()
+    found = measured({"w": u.float()}, {"w": 7 * v.float()})["angle"]
+    assert found == pytest.approx(degrees, rel=0.02, abs=1e-5)
+
+
+def test_opposite_vectors_and_an_angle_with_nothing():
+    u = pair(torch.Generator().manual_seed(1), 3, 8, 5)
+    found = measured(u, {s: -v for s, v in u.items()}, pair(torch.Generator().manual_seed(2), 3, 8, 5))
+    assert found["angle"] == pytest.approx(180) and found["angle_weights"] == pytest.approx(180)
+    assert found["cos_raw_inner"] == pytest.approx(-1) and measured(u, u)["angle"] == pytest.approx(0.0, abs=2e-6)
+    zero = {s: torch.zeros_like(v) for s, v in u.items()}
+    found = measured(u, zero)
+    assert found["angle"] is None and found["cos_raw_inner"] is None and found["lr_ratio"] is None
+    assert measured(u, u, zero)["angle_weights"] is None  # B = A = 0: no change of ΔW to first order
+    broken = {s: torch.full_like(v, float("nan")) for s, v in u.items()}
+    assert measured(u, broken)["angle"] is None and measured(broken, u)["norm_raw"] is None
+
+
+def test_zero_share_counts_what_was_lost_and_nothing_else():
+    raw = {"a": torch.tensor([[1.0, 0.0, float("nan"), float("inf")]]), "b": torch.tensor([[2.0], [3.0]])}
+    after = {"a": torch.tensor([[0.0, 0.0, 0.0, 0.0]]), "b": torch.tensor([[2.0], [-3.0]])}
+    assert float(zero_share(after, raw)) == pytest.approx(3 / 6)
+    assert float(zero_share(raw, after)) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), place=st.integers(0, 199), bit=st.integers(0, 15))
+def test_a_checksum_changes_with_any_bit(dtype, seed, place, bit):
+    value = torch.randn(20, 10, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    flipped = value.clone()
+    flipped.view(integer).flatten()[place] ^= 1 << bit if bit < 15 else -(1 << 15)
+    assert int(checksum(value)) == int(checksum(value.clone()))
+    assert int(checksum(value)) != int(checksum(flipped))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), i=st.integers(0, 199), j=st.integers(0, 199))
+def test_a_checksum_changes_with_the_order(seed, i, j):
+    value = torch.randn(200, generator=torch.Generator().manual_seed(seed))
+    swapped = value.clone()
+    swapped[i], swapped[j] = value[j], value[i]
+    same = bool(torch.equal(value, swapped))
+    assert (int(checksum(value)) == int(checksum(swapped))) == same
+
+
+def test_a_checksum_is_of_the_values_not_of_how_they_lie():
+    value = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    assert int(checksum(value.mT.contiguous().mT)) == int(checksum(value))
+    assert int(checksum(torch.tensor([0.0]))) != int(checksum(torch.tensor([-0.0])))
+
+
+# The shadow
+
+STEPS = 20
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
+
+
+def backward(model, i):
+    generator = torch.Generator().manual_seed(i)
+    x, y = (torch.randn(16, n, generator=generator).to(next(model.parameters()).dtype) for n in (6, 4))
+    (model(x) - y).square().mean().backward()
+
+
+def both(dtype=torch.float32, clip=0.0, accumulation=1, schedule=None, skip=(), **options):
+    """Weights of AdamW, and those that the shadow alone moves, with gradients of its own."""
+    model, mine = net(dtype), net(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), **{"lr": 0.05, **options})
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) if schedule else None
+    parameters = list(mine.parameters())
+    shadow = Shadow(parameters)
+    for step in range(STEPS):
+        for micro in range(accumulation):
+            backward(model, step * accumulation + micro)
+            backward(mine, step * accumulation + micro)
+        if step in skip:  # one tensor gets no gradient
+            next(iter(model.parameters())).grad = None
+            parameters[0].grad = None
+        told = shadow_options(optimizer, list(model.parameters()))
+        raw = [p.grad for p in parameters]
+        changes = shadow.update(raw, told, clip, [p.detach() for p in parameters])
+        with torch.no_grad():
+            for p, change in zip(parameters, changes, strict=True):
+                p.copy_((p.float() + change).to(dtype))
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+        model.zero_grad()
+        mine.zero_grad()
+    return [p.detach() for p in model.parameters()], [p.detach() for p in parameters]
+
+
+CASES = {
+    "plain": {"weight_decay": 0.0},
+    "clipping": {"clip": 0.05},
+    "weight decay": {"weight_decay": 0.3},
+    "accumulation": {"accumulation": 3},
+    "betas and eps": {"betas": (0.7, 0.9), "eps": 1e-3},
+    "a tensor without gradient now and then": {"skip": (0, 5, 6)},
+    "all of it": {"clip": 0.1, "weight_decay": 0.1, "accumulation": 2, "schedule": lambda s: 1 - s / 30},
+}
+KERNELS = {"foreach": {"foreach": True}, "fused": {"fused": True}, "single": {"foreach": False}}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_shadows_weights_are_adamws(case, kernel):
+    theirs, ours = both(**CASES[case], **KERNELS[kernel])
+    start = [p.detach() for p in net().parameters()]
+    for a, b, s in zip(theirs, ours, start, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        assert float((a - s).norm()) > 0.05  # they did move
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", ["plain", "clipping", "weight decay", "accumulation"])
+def test_in_bfloat16_to_the_bit(case, kernel):
+    theirs, ours = both(torch.bfloat16, **CASES[case], **KERNELS[kernel])
+    assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
+
+
+@pytest.fixture
+def world():
+    """Parameters, their optimizer's options, and the weights."""
+    parameters = list(net().parameters())
+    options = shadow_options(torch.optim.AdamW(parameters, lr=0.1), parameters)
+    return parameters, options, [p.detach() for p in parameters]
+
+
+def test_moments_go_on_where_no_change_is_asked_for(world):
+    parameters, options, weights = world
+    one, other = Shadow(parameters), Shadow(parameters)
+    for i in range(4):
+        model = net()
+        backward(model, i)
+        raw = [p.grad for p in model.parameters()]
+        assert one.update(raw, options, 0.0) == []
+        other.update(raw, options, 0.0, weights)
+    last = [shadow.update(raw, options, 0.0, weights) for shadow in (one, other)]
+    assert all(torch.equal(a, b) for a, b in zip(*last, strict=True))
+
+
+def test_gradients_that_are_not_finite_leave_the_moments_alone(world):
+    parameters, options, weights = world
+    shadow, raw = Shadow(parameters), [torch.ones_like(p) for p in parameters]
+    shadow.update(raw, options, 0.0)
+    before = copy.deepcopy(shadow.state_dict())
+    raw[1][0] = float("nan")
+    assert not any(bool(c.any()) for c in shadow.update(raw, options, 0.0, weights))
+    assert all(torch.equal(before[k], v) for k, v in shadow.state_dict().items())
+
+
+def test_state_goes_on_and_refuses_other_tensors(world):
+    parameters, options, weights = world
+    one, other, raw = Shadow(parameters), Shadow(parameters), [torch.ones_like(p) for p in parameters]
+    one.update(raw, options, 0.0)
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for a, b in zip(one.update(raw, options, 0.0, weights), other.update(raw, options, 0.0, weights), strict=True):
+        assert torch.equal(a, b)
+    for others in (parameters[:3], [nn.Parameter(w[:1]) for w in weights]):
+        with pytest.raises(ValueError, match="same 4 tensors"):
+            Shadow(parameters).load_state_dict(Shadow(others).state_dict())
+
+
+def test_options_are_those_of_the_lowest_rate_and_torchs_own_where_there_are_none():
+    a, b, c = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    groups = [{"params": [a], "lr": 0.3}, {"params": [b], "lr": 0.1, "betas": (0.5, 0.6)}, {"params": [c], "lr": 0.01}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, weight_decay=0.2, eps=1e-5)
+    told = shadow_options(optimizer, [a, b])
+    assert told["lr"] == 0.1 and told["adam"] is True
+    assert [own[:3] for own in told["each"]] == [((0.9, 0.999), 1e-5, 0.2), ((0.5, 0.6), 1e-5, 0.2)]
+    sgd = shadow_options(torch.optim.SGD([a], lr=2.0), [a])
+    assert sgd["lr"] == 2.0 and sgd["each"][0][:3] == ((0.9, 0.999), 1e-8, 0.0) and sgd["adam"] is False
+    frozen = torch.optim.AdamW([{"params": [a], "lr": 0.0}, {"params": [b], "lr": 0.2}])
+    assert shadow_options(frozen, [a, b])["lr"] == 0.2, "a group that stands still is no yardstick"
+    half = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    assert shadow_options(torch.optim.AdamW([half, a], lr=0.1), [half, a])["each"][0][3] is None, "bf16: torch's own"
+
+
+def test_weight_decay_is_each_groups_own():
+    torch.manual_seed(0)
+    matrix, bias = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(6))
+    groups = [{"params": [matrix], "weight_decay": 0.5}, {"params": [bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    shadow = Shadow([matrix, bias])
+    for _ in range(4):
+        for p in (matrix, bias):
+            p.grad = torch.randn_like(p)
+        before = [p.detach().clone() for p in (matrix, bias)]
+        options = shadow_options(optimizer, [matrix, bias])
+        changes = shadow.update([matrix.grad, bias.grad], options, 0.0, before)
+        optimizer.step()
+        for p, old, change in zip((matrix, bias), before, changes, strict=True):
+            torch.testing.assert_close(p.detach() - old, change, rtol=1e-5, atol=1e-7)

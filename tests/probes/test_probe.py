@@ -1,0 +1,415 @@
+"""Probing changes nothing, sees all that happens to gradients, and comes off again whatever happens."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from probes import LayerReading, Probe, judge
+from probes.probe import chain_of
+from tests.probes.notebook import Wrapper
+from tests.probes.worlds import batches, tiny_llama, weights_of
+from tests.two_ranks import on_two_ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))
+
+
+def fresh(cls=torch.optim.AdamW, lr=1e-2):
+    torch.manual_seed(0)
+    model = Mlp()
+    return model, cls(model.parameters(), lr=lr)
+
+
+def backward(model, i=0, scale=1.0):
+    generator = torch.Generator().manual_seed(i)
+    x, y = torch.randn(16, 6, generator=generator), torch.randn(16, 4, generator=generator)
+    (scale * (model(x) - y).square().mean()).backward()
+
+
+def steps(model, optimizer, count, start=0, before=None):
+    for i in range(start, start + count):
+        backward(model, i)
+        if before is not None:
+            before()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def hooks_of(model, *optimizers):
+    found = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    found += [len(p._post_accumulate_grad_hooks or {}) for p in model.parameters()]
+    for optimizer in optimizers:
+        found += [len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)]
+        found.append(sorted(vars(optimizer)))
+    return found
+
+
+# It comes off again
+
+
+def test_everything_comes_off():
+    model, inner = fresh()
+    wrapper = Wrapper(inner, kfac := Mixing(model))
+    before, own = hooks_of(model, wrapper, inner), dict(vars(kfac))
+    probe = Probe(model, wrapper, preconditioner=(kfac, "precondition"))
+    assert hooks_of(model, wrapper, inner) == before  # nothing until it is opened
+    with probe:
+        assert hooks_of(model, wrapper, inner) != before and "precondition" in vars(kfac)
+        probe.open()  # once is enough
+        steps(model, wrapper, 2)
+    assert hooks_of(model, wrapper, inner) == before and vars(kfac) == own | {"calls": 2}
+    steps(model, wrapper, 1)
+    assert probe.step == 2
+    with pytest.raises(ZeroDivisionError), Probe(model, wrapper):
+        1 / 0  # noqa: B018
+    assert hooks_of(model, wrapper, inner) == before
+
+
+# It sees what happens
+
+
+class Mixing:
+    """A stand-in for a preconditioner; counts its calls."""
+
+    def __init__(self, model):
+        self.model, self.calls = model, 0
+
+    def precondition(self):
+        self.calls += 1
+        with torch.no_grad():
+            for p in self.model.parameters():
+                if p.grad is not None:
+                    p.grad += p.grad.roll(1, -1) * (1 + self.calls % 2)  # a mere scaling, Adam would cancel
+
+    def apply(self):
+        self.precondition()
+
+
+def test_full_fine_tuning_of_a_model_without_lora():
+    model, optimizer = fresh()
+    with Probe(model, optimizer, every=2) as probe:
+        steps(model, optimizer, 10)
+    assert [r["step"] for r in probe.records] == [0, 2, 4, 6, 8]
+    assert set(probe.records[0]["units"]) == {n for n, _ in model.named_parameters()}
+    for record in probe.records:
+        assert record["loss"] is None and record["tokens"]["all"] == 0  # an output without .loss, no input_ids
+        for entry in record["units"].values():
+            assert entry["angle"] < 1e-3 and entry["lr_ratio"] == pytest.approx(1) and "angle_weights" not in entry
+    assert judge(probe).diagnosis == "equals_shadow"
+    kfac = Mixing(model)
+    with Probe(model, optimizer, every=2, preconditioner=(kfac, "precondition")) as claimed:
+        steps(model, optimizer, 10, before=kfac.precondition)
+    verdict = judge(claimed)
+    assert verdict.verdict == "effective" and verdict.numbers["coverage"] == 1.0
+
+
+def test_unsampled_steps_are_in_the_shadow_and_in_the_counts():
+    model, optimizer = fresh()
+    kfac = Mixing(model)
+    with Probe(model, optimizer, every=100, preconditioner=(kfac, "precondition")) as probe:
+        steps(model, optimizer, 9, before=kfac.precondition)
+    assert probe.events["calls"] == 9 and len(probe.records) == 1
+    assert probe.tensors.shadow.steps == [9] * 4
+
+
+def test_raw_gradients_are_those_of_the_last_backward_pass_before_clipping():
+    model, optimizer = fresh(torch.optim.SGD, lr=0.1)
+    with Probe(model, optimizer, every=1) as probe:
+        backward(model, 0)
+        backward(model, 1)
+        raw = {n: float(p.grad.norm()) for n, p in model.named_parameters()}
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        optimizer.step()
+    record = probe.records[0]
+    assert record["passes"] == 2
+    for name, length in raw.items():
+        entry = record["units"][name]
+        assert entry["norm_raw"] == pytest.approx(length, rel=1e-5) and entry["norm_door"] < 1e-3
+        assert entry["norm_delta"] == pytest.approx(0.1 * entry["norm_inner"], rel=1e-3)
+        assert entry["angle_raw_inner"] < 1e-2
+
+
+def test_a_loss_scale_is_divided_out():
+    def raw(scale):
+        model, optimizer = fresh(torch.optim.SGD, lr=0.1)
+        probe = Probe(model, optimizer)
+        probe.loss_scale = lambda: scale
+        with probe:
+            backward(model, 0, scale)
+            for p in model.parameters():
+                p.grad /= scale
+            optimizer.step()
+        return {n: e["norm_raw"] for n, e in probe.records[0]["units"].items()}
+
+    assert raw(1024.0) == pytest.approx(raw(1.0), rel=1e-6)
+
+
+def test_nested_optimizers_count_one_step_and_show_both_doors():
+    model, inner = fresh()
+    wrapper = Wrapper(inner, Mixing(model))
+    with Probe(model, wrapper, every=1, preconditioner=(wrapper.kfac, "precondition")) as probe:
+        steps(model, wrapper, 3)
+    assert probe.step == 3 and probe.events["calls"] == 3 and probe.events["inner_called_directly"] == 0
+    entry = probe.records[2]["units"]["first.weight"]
+    assert entry["angle_raw_door"] == 0.0 and entry["angle_raw_inner"] > 1 and probe.records[2]["nested"]
+    assert entry["hash_door_w"] == entry["hash_before_w"] and entry["hash_inner_w"] == entry["hash_after_w"]
+
+
+def test_an_optimizer_that_is_none_of_torchs_and_accelerates_wrapper():
+    class Plain:
+        def __init__(self, parameters, lr):
+            self.param_groups = [{"params": list(parameters), "lr": lr}]
+
+        def step(self):
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.sub_(0.1 * p.grad.sign())
+            return "done"
+
+    class AcceleratedOptimizer(Plain):
+        def __init__(self, optimizer):
+            self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+        def step(self):
+            return self.optimizer.step()
+
+    model, plain = fresh(Plain, lr=0.1)
+    outer = AcceleratedOptimizer(plain)
+    assert chain_of(outer) == [plain] and chain_of(plain) == [plain]
+    with Probe(model, outer, every=1) as probe:
+        for i in range(3):
+            model.zero_grad()
+            backward(model, i)
+            assert outer.step() == "done"
+    assert probe.step == 3 and judge(probe).verdict == "effective"
+    assert "step" not in vars(plain)
+
+
+def test_a_step_that_fails_and_is_caught_does_not_stop_the_count():
+    class Fails(torch.optim.SGD):
+        fail = False
+
+        def step(self, closure=None):
+            if self.fail:
+                raise RuntimeError("out of memory")
+            return super().step(closure)
+
+    model, inner = fresh(Fails, lr=0.1)
+    wrapper = Wrapper(inner, Mixing(model))
+    with Probe(model, wrapper, every=1) as probe:
+        steps(model, wrapper, 2)
+        inner.fail = True
+        with pytest.raises(RuntimeError, match="memory"):
+            steps(model, wrapper, 1, start=2)
+        inner.fail = False
+        model.zero_grad()
+        steps(model, wrapper, 3, start=3)
+    assert probe.step == 5 and len(probe.records) == 5 and probe.events["inner_called_directly"] == 0
+
+
+def test_a_subclass_that_calls_its_base_takes_one_step():
+    class Again(torch.optim.AdamW):
+        @torch.no_grad()
+        def step(self, closure=None):
+            with torch.enable_grad():
+                loss = closure() if closure is not None else None
+            super().step()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.mul_(0.5)
+            return loss
+
+    model, optimizer = fresh(Again)
+    with Probe(model, optimizer, every=1) as probe:
+        steps(model, optimizer, 4)
+    assert probe.step == 4 and len(probe.records) == 4
+    ratios = [e["lr_ratio"] for r in probe.records for n, e in r["units"].items() if "weight" in n]
+    assert min(ratios) > 2  # what comes after the base's step is seen
+    model, optimizer = fresh(Again)
+    with Probe(model, optimizer, every=1) as probe:
+        for i in range(4):
+            optimizer.zero_grad()
+            optimizer.step(lambda i=i, model=model: backward(model, i))
+    assert probe.step == 4 and len(probe.records) == 4
+
+
+def test_replaced_parameters_are_followed():
+    """Ranks shrink: new tensors, the shadow of the others goes on."""
+    torch.manual_seed(0)
+    model = get_peft_model(Mlp(), LoraConfig(r=4, target_modules=["first", "last"]))
+    optimizer = torch.optim.AdamW(weights_of(model), lr=1e-2)
+    with Probe(model, optimizer, every=1) as probe:
+        steps(model, optimizer, 4)
+        layer = model.base_model.model.first
+        old_a, old_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        for holder, new in ((layer.lora_A["default"], old_a[:2]), (layer.lora_B["default"], old_b[:, :2])):
+            holder.weight = nn.Parameter(new.detach().clone())
+        group = optimizer.param_groups[0]
+        swap = {id(old_a): layer.lora_A["default"].weight, id(old_b): layer.lora_B["default"].weight}
+        group["params"] = [swap.get(id(p), p) for p in group["params"]]
+        steps(model, optimizer, 4, start=4)
+    assert not (old_a._post_accumulate_grad_hooks or old_b._post_accumulate_grad_hooks)
+    assert probe.step == 8
+    first, last = "base_model.model.first", "base_model.model.last"
+    assert probe.records[-1]["units"][first]["size"] == 2 * 6 + 8 * 2
+    assert probe.records[-1]["units"][first]["norm_raw"] > 0
+    assert probe.records[-1]["units"][last]["angle"] < 1e-3  # its moments were kept
+    place = next(i for i, (unit, _, _) in enumerate(probe.tensors.all) if unit.name == last)
+    assert probe.tensors.shadow.steps[place] >= 7
+
+
+def test_preconditioning_without_a_method():
+    model, optimizer = fresh()
+    with Probe(model, optimizer, every=1, claims=True) as probe:
+
+        def precondition():
+            with probe.preconditioning():
+                Mixing(model).precondition()
+
+        steps(model, optimizer, 5, before=precondition)
+    assert probe.watched and probe.events["calls"] == 5
+    assert all(e["times_changed"] == 1 for r in probe.records for e in r["units"].values())
+    assert judge(probe).verdict == "effective"
+
+
+def test_calls_at_the_wrong_time_are_counted_apart():
+    model, optimizer = fresh()
+    kfac = Mixing(model)
+    with Probe(model, optimizer, preconditioner=(kfac, "precondition")) as probe:
+        kfac.precondition()
+        model(torch.randn(2, 6))
+        kfac.precondition()
+        steps(model, optimizer, 1)
+        backward(model)
+        optimizer.step()
+        kfac.precondition()
+        probe.look_after_step()
+    assert probe.events["calls_before_backward"] == 1 and probe.events["calls_without_gradients"] == 1
+    assert probe.events["calls_after_step"] == 1 and probe.events["gradients_changed_after_step"] == 1
+
+
+def test_evaluation_in_between_starts_no_step():
+    model = tiny_llama(0)
+    optimizer, stream = torch.optim.AdamW(weights_of(model), lr=1e-2), batches(0)
+    with Probe(model, optimizer, every=1) as probe:
+        for _ in range(3):
+            model(**next(stream)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.eval()
+            with torch.no_grad():
+                model(**next(stream))
+            model(**next(stream))
+            model.train()
+            with torch.no_grad():
+                model(**next(stream))
+    assert [r["tokens"]["all"] for r in probe.records] == [48, 48, 48]
+    assert all(r["tokens"]["attended"] == 40 and r["tokens"]["labelled"] == 36 for r in probe.records)
+
+
+def test_frozen_halves_and_other_adapters_are_units_too():
+    model = tiny_llama(0)
+    model.add_adapter("second", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B.default" in name or "lora_A.second" in name or "lora_B.second" in name)
+    probe = Probe(model, torch.optim.SGD(weights_of(model), lr=0.1))
+    sides = {unit.name: sorted(unit.sides) for unit in probe.tensors.units}
+    assert len(sides) == 12 and sorted(map(str, sides.values())) == ["['a', 'b']"] * 6 + ["['w']"] * 6
+    assert all(name.endswith("[second]") == (s == ["a", "b"]) for name, s in sides.items())
+
+
+def test_what_cannot_be_is_refused():
+    for changes, message in (
+        ({"every": 0}, "every: expected at least 1, got 0"),
+        ({"preconditioner": (object(), "step")}, "expected the name of a method of object, got 'step'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Probe(*fresh(), **changes)
+    model, optimizer = fresh()
+    with pytest.raises(ValueError, match="all are frozen"):
+        Probe(model.requires_grad_(False), optimizer)
+
+
+# Distributed
+
+
+def _mlp_batch(i):
+    generator = torch.Generator().manual_seed(i)
+    return torch.randn(8, 6, generator=generator), torch.randn(8, 4, generator=generator)
+
+
+def _accumulated(rank, world, accumulation):
+    model, optimizer = fresh()
+    trained = DistributedDataParallel(model) if world > 1 else model
+    with Probe(model, optimizer, every=1) as probe:
+        for step in range(6):
+            for micro in range(accumulation):
+                x, y = (t[rank::world] for t in _mlp_batch(step * accumulation + micro))
+                trained.require_backward_grad_sync = micro == accumulation - 1  # DDP's
+                ((trained(x) - y).square().mean() / accumulation).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return probe
+
+
+def _work(rank, world, folder):
+    found = {}
+    for accumulation in (1, 2):
+        probe = _accumulated(rank, world, accumulation)
+        found[f"plain {accumulation}"] = (probe.records, judge(probe).diagnosis)
+    model = tiny_llama(0)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=False)
+    optimizer = torch.optim.AdamW(weights_of(model), lr=1e-2)
+    layer = next(n.split(".lora_A.")[0] for n, _ in model.named_parameters() if "lora_A" in n)
+    stream, counted = batches(50), torch.zeros((), dtype=torch.float64)
+
+    def summed():
+        total = counted.clone()
+        dist.all_reduce(total)
+        return [LayerReading(layer, True, samples=float(total))]
+
+    with Probe(model, optimizer, every=1, readings=summed) as probe:
+        for _ in range(6):
+            batch = {k: v.chunk(world)[rank] for k, v in next(stream).items()}
+            wrapped(**batch).loss.backward()
+            counted += batch["attention_mask"].sum()
+            optimizer.step()
+            optimizer.zero_grad()
+    names = [f.name for f in judge(probe).findings]
+    found["statistics"] = ([r["tokens"] for r in probe.records], names)
+    return found
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory):
+    return on_two_ranks(_work, tmp_path_factory.mktemp("ranks"))[0]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_on_two_ranks_raw_gradients_are_the_averaged_ones(distributed, accumulation):
+    records, diagnosis = distributed[f"plain {accumulation}"]
+    assert diagnosis == "equals_shadow"
+    probe = _accumulated(0, 1, accumulation)
+    for ours, alone in zip(records, probe.records, strict=True):
+        assert ours["passes"] == accumulation
+        for name, entry in alone["units"].items():
+            for key in ("norm_raw", "norm_door", "norm_delta", "norm_shadow"):
+                assert ours["units"][name][key] == pytest.approx(entry[key], rel=1e-3), (name, key)
+            assert ours["units"][name]["angle_raw_inner"] < 1e-3
+
+
+def test_tokens_of_all_ranks_are_no_overcount(distributed):
+    tokens, findings = distributed["statistics"]
+    assert all(t == {"all": 48.0, "attended": 40.0, "labelled": 36.0} for t in tokens)
+    assert not {"samples_overcounted", "accumulation_overcounted", "padding_counted"} & set(findings)

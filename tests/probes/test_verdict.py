@@ -1,0 +1,380 @@
+"""Every fault of the catalogue is named, no clean run is blamed; every line that the verdict draws; files and words.
+
+`make probe-faults` runs all seeds and rates.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import probes
+from grit import CaptureError, GRITConfig
+from probes import Evidence, Twin, judge
+from probes.faults import OF_A_CLAIM, OF_ANY
+from probes.probe import EVENTS
+from tests.probes.catalogue import CLEAN, FAULTS, SETTINGS, grit_with
+from tests.probes.worlds import fuse, plain_loop
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NOT_IN_THE_CATALOGUE = {"unexplained", "curves_do_not_part"}  # of ledgers made by hand, below
+
+
+def setting_of(fault):
+    """Seeds and rates take turns, so that one pass over the catalogue sees them all."""
+    return list(SETTINGS.values())[FAULTS.index(fault) % len(SETTINGS)]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_is_named(fault):
+    verdict = fault.run(setting_of(fault))
+    assert verdict.diagnosis == fault.expected, verdict.table()
+    assert verdict.verdict in ("no_effect", "unstable")
+    assert verdict.findings[0].name == verdict.diagnosis and verdict.reason == verdict.findings[0].reason
+    if fault.name.startswith("half of the modules"):
+        left_out = verdict.findings[0].numbers["left_out"]
+        assert {name.rpartition(".")[2] for name in left_out} == {"a", "b"}
+        assert len(left_out) == 6 and all(".layers.1." in name for name in left_out)
+        assert left_out[0] in verdict.reason
+
+
+@pytest.mark.parametrize("clean", CLEAN, ids=lambda clean: clean.name)
+def test_a_clean_run_is_not_blamed(clean):
+    verdict = clean.run()
+    expected = "none" if clean.expected == "effective" else "equals_shadow"
+    assert (verdict.verdict, verdict.diagnosis) == (clean.expected, expected), verdict.table()
+    assert verdict.findings == []
+    if clean.expected == "effective":
+        assert verdict.numbers["angle_lowest"] > 3  # far from the line, which is at 1
+    else:
+        assert verdict.numbers["angle_highest"] < 1e-3
+
+
+def test_grit_itself_refuses_fused_layers_where_only_hooks_are_allowed():
+    with pytest.raises(CaptureError):
+        plain_loop(grit_with(GRITConfig(capture="hooks"), prepare=fuse), SETTINGS[""])
+
+
+def test_the_catalogue_is_what_it_says():
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS) and len({clean.name for clean in CLEAN}) == len(CLEAN)
+    assert sum(clean.expected == "effective" for clean in CLEAN) >= 30
+    # Every diagnosis has a fault that it was made for.
+    sources = Path(probes.__file__).parent.glob("*.py")
+    names = {name for source in sources for name in re.findall(r'Finding\(\s*"(\w+)"', source.read_text())}
+    assert names - NOT_IN_THE_CATALOGUE == {fault.expected for fault in FAULTS}
+    assert len(names) > 20
+
+
+# Ledgers made by hand
+
+LAYERS, SAMPLES = 4, 20
+
+
+def entry(**changes):
+    lengths = dict.fromkeys(("norm_raw", "norm_door", "norm_inner", "norm_weights", "lr_ratio"), 1.0)
+    angles = {"angle_raw_inner": 30.0, "angle_raw_inner_w": 30.0, "angle": 20.0, "angle_w": 20.0}
+    moved = {"size": 100, "norm_delta": 0.01, "norm_shadow": 0.01, "zero_share": 0.0}
+    return {**lengths, **angles, **moved, "cos_raw_inner": 0.87, "cos_raw_step": 0.5, **changes}
+
+
+def called(**changes):
+    """The same where calls are watched."""
+    hashes = {"hash_before_w": "1", "hash_after_w": "2", "hash_inner_w": "2"}
+    told = {"norm_after": 1.0, "angle_call": 30.0, "angle_call_w": 30.0, "zero_share_call": 0.0}
+    return entry(**{"times_changed": 1, "late_gradients": False, **hashes, **told, **changes})
+
+
+def reading(**changes):
+    values = {"ready": True, "samples": 1000.0, "samples_gained": 40.0, "refresh_every": 10, "factor_norm_a": 1.0}
+    matrix = {"anisotropy_a": 0.5, "damping_share_a": 0.01, "empty_a": False}
+    return {**values, **matrix, "source": "hooks", **changes}
+
+
+def ledger(make=entry, claims=True, watched=False, events=None, every=10, losses=None, passes=1, records=SAMPLES):
+    """A ledger; make(sample, layer) or make() gives the entries."""
+
+    def one(sample, layer):
+        try:
+            return make(sample, layer)
+        except TypeError:
+            return make()
+
+    head = {"lr": 1e-2, "eps": 1e-8, "passes": passes, "calls": 1, "nested": False}
+    head["tokens"] = {"all": 48.0, "attended": 40.0, "labelled": 36.0}
+    found = [
+        {
+            **head,
+            "step": every * i,
+            "loss": 2.0 if losses is None else losses[i],
+            "units": {f"layer.{n}": one(i, n) for n in range(LAYERS)},
+        }
+        for i in range(records)
+    ]
+    counts = {**dict.fromkeys(EVENTS, 0), "steps": every * records}
+    if watched:
+        counts["calls"] = every * records
+    return Evidence(found, {**counts, **(events or {})}, claims, watched)
+
+
+def names(evidence):
+    return [finding.name for finding in judge(evidence).findings]
+
+
+def steps(share):
+    return round(share * 10 * SAMPLES)
+
+
+# A run in which all is well
+
+
+def test_ledgers_made_by_hand_are_clean():
+    for evidence in (
+        ledger(),
+        ledger(called, watched=True),
+        ledger(lambda i, n: called(reading=reading(hash=f"{i}")), watched=True),
+        ledger(claims=False),
+    ):
+        verdict = judge(evidence)
+        assert (verdict.verdict, verdict.diagnosis, verdict.findings) == ("effective", "none", [])
+        assert verdict.as_claimed and verdict.numbers["coverage"] == 1.0
+
+
+# Lines
+
+
+@pytest.mark.parametrize(
+    ("angle", "verdict", "diagnosis"), [(1.01, "effective", "none"), (1.0, "no_effect", "equals_shadow")]
+)
+def test_min_angle(angle, verdict, diagnosis):
+    found = judge(ledger(lambda: entry(angle=angle, angle_w=angle), claims=False))
+    assert (found.verdict, found.diagnosis) == (verdict, diagnosis)
+    claimed = judge(ledger(lambda: entry(angle=angle, angle_w=angle)))
+    assert claimed.verdict == verdict and claimed.diagnosis == ("none" if verdict == "effective" else "unexplained")
+    weights = judge(ledger(lambda: entry(angle=0.1, angle_weights=angle), claims=False))
+    assert weights.verdict == verdict  # whichever says more
+
+
+@pytest.mark.parametrize(("angle", "diagnosis"), [(0.51, "none"), (0.5, "scalar_preconditioner")])
+def test_min_gradient_angle(angle, diagnosis):
+    make = lambda: called(angle_raw_inner_w=angle, angle_call_w=angle)  # noqa: E731
+    assert judge(ledger(make, watched=True)).diagnosis == diagnosis
+
+
+@pytest.mark.parametrize(
+    ("reached", "verdict", "diagnosis"),
+    [(4, "effective", "none"), (3, "unstable", "modules_missing"), (0, "no_effect", "unexplained")],
+)
+def test_coverage_of_a_claim(reached, verdict, diagnosis):
+    found = judge(ledger(lambda i, n: entry(angle=20.0 if n < reached else 0.0, angle_w=20.0 if n < reached else 0.0)))
+    assert (found.verdict, found.diagnosis) == (verdict, diagnosis)
+    if diagnosis == "modules_missing":
+        assert found.findings[0].numbers["left_out"] == ["layer.3.w"] and "layer.3.w" in found.reason
+
+
+JUDGED = range(SAMPLES // 10, SAMPLES)  # without the first tenth
+
+
+def often(event, count):
+    return ledger(events={event: count})
+
+
+def calls(**changes):
+    return ledger(lambda: called(**changes), watched=True)
+
+
+def in_samples(count, **changes):
+    """Called, with changes in so many of the judged samples."""
+    return ledger(lambda i, n: called(**(changes if i in JUDGED[:count] else {})), watched=True)
+
+
+def with_reading(make=lambda i, n: {}, watched=True, passes=1, angle=30.0, **changes):
+    """Matrices are refreshed for every sample; `make(sample, layer)` gives further readings."""
+
+    def one(i, n):
+        said = reading(**{"hash": f"{i}", **make(i, n), **changes})
+        return called(reading=said) if watched else entry(angle_raw_inner_w=angle, reading=said)
+
+    return ledger(one, watched=watched, passes=passes)
+
+
+def lost(*where):
+    return ledger(lambda i, n: entry(zero_share=1.0 if (i, n) in where else 0.0))
+
+
+def clipped(kept, norm):
+    return calls(norm_after=norm / kept, norm_inner=norm)
+
+
+def counted(tokens, passes=1):
+    return with_reading(samples_gained=tokens, passes=passes)
+
+
+def swamped(share, anisotropy, angle=0.0):
+    return with_reading(watched=False, angle=angle, damping_share_a=share, anisotropy_a=anisotropy)
+
+
+def same_matrices(told, span):
+    """For `span` steps, then others."""
+
+    def make(i, n):
+        return called(reading=reading(hash="old" if i <= span else f"{i}", refresh_every=told))
+
+    return ledger(make, watched=True, every=1, records=150)
+
+
+NOTHING = lambda: entry(angle_raw_inner_w=0.0)  # noqa: E731
+LINES = [
+    (often("inner_called_directly", steps(0.1)), []),
+    (often("inner_called_directly", steps(0.1) + 1), ["wrapper_bypassed"]),
+    (often("gradients_changed_after_step", steps(0.1)), []),
+    (often("gradients_changed_after_step", steps(0.1) + 1), ["preconditioned_after_step"]),
+    (often("nonfinite_gradients", steps(0.1)), []),
+    (often("nonfinite_gradients", steps(0.1) + 1), ["not_finite"]),
+    (ledger(NOTHING, watched=True, events={"calls": 0}), ["never_called"]),
+    (ledger(called, watched=True, events={"calls": 1}), []),
+    (in_samples(1, times_changed=2), []),
+    (in_samples(2, times_changed=2), ["applied_repeatedly"]),
+    (in_samples(1, late_gradients=True), []),
+    (in_samples(2, late_gradients=True), ["gradient_recomputed"]),
+    (in_samples(9, hash_inner_w="1"), []),
+    (in_samples(10, hash_inner_w="1"), ["gradient_restored"]),
+    (calls(angle_raw_inner=0.29), ["gradient_restored"]),  # 1 % of what the call turned it by
+    (calls(angle_raw_inner=0.31), []),
+    (with_reading(factor_norm_a=0.0), ["zero_factors"]),
+    (with_reading(factor_norm_a=1e-12), []),
+    (with_reading(factor_norm_a=0.0, samples=0.0), []),
+    (with_reading(lambda i, n: {"factor_norm_a": float(n % 2)}), []),
+    (with_reading(lambda i, n: {"empty_a": i < 2}), []),
+    (with_reading(lambda i, n: {"empty_a": i < 3}), ["empty_inverse"]),
+    (ledger(lambda: entry(zero_share=0.2)), []),
+    (ledger(lambda: entry(zero_share=0.21)), ["nan_to_zero"]),
+    (calls(zero_share_call=0.21), ["nan_to_zero"]),
+    (lost((10, 0)), []),  # 1 of 72 samples
+    (lost((10, 0), (10, 1)), ["nan_to_zero"]),
+    # 100 entries: a length of 1e-6 is 1e-7 an entry, ten times Adam's ε.
+    (clipped(0.009, 0.99e-6), ["clipped_to_nothing"]),
+    (clipped(0.011, 0.99e-6), []),
+    (clipped(0.009, 1.01e-6), []),
+    (calls(norm_after=1.0, norm_inner=1e-3, norm_delta=0.99e-7), ["clipped_to_nothing"]),
+    (calls(norm_after=1.0, norm_inner=1e-3, norm_delta=1.01e-7), []),
+    (swamped(10.1, 0.0099, angle=30.0), []),  # it reaches everything all the same
+    (swamped(0.01, 0.0099, angle=0.1), ["scalar_preconditioner"]),
+    (swamped(0.01, 0.01, angle=0.1), ["unexplained"]),
+    (calls(times_changed=0, angle_call_w=0.0, angle_raw_inner_w=0.0), ["nothing_changed"]),
+    (counted(40.0), []),
+    (counted(40.8), []),
+    (counted(41.0), ["samples_overcounted"]),
+    (counted(48.0), ["padding_counted"]),
+    (counted(47.1), ["padding_counted"]),
+    (counted(160.0, passes=4), ["accumulation_overcounted"]),
+    (counted(192.0, passes=4), ["accumulation_overcounted"]),
+    (counted(160.0), ["samples_overcounted"]),
+    (counted(36.0), []),
+    (counted(0.0), []),
+    *(case for told, span in ((10, 30), (None, 100), (3, 9))
+      for case in ((same_matrices(told, span), ["stale_factors"]), (same_matrices(told, span - 1), []))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("evidence", "expected"), LINES, ids=range(len(LINES)))
+def test_lines(evidence, expected):
+    assert names(evidence) == expected
+
+
+def test_the_most_telling_is_the_first():
+    assert names(with_reading(ready=False, samples=0.0))[0] == "no_statistics"
+    assert names(with_reading(ready=False, samples=1.0))[0] == "nothing_changed"
+    assert names(swamped(10.1, 0.0099))[0] == "damping_swamps_factors"
+    assert "damping_swamps_factors" not in names(swamped(10.0, 0.0099)) + names(swamped(10.1, 0.01))
+    assert "never_called" not in names(ledger(NOTHING, watched=False, events={"calls": 0}))
+
+
+def test_a_loss_that_rises():
+    def of(rise):
+        return ledger(claims=False, losses=[2.0] * 16 + [2.0 * (1 + rise)] * 4)
+
+    assert judge(of(0.25)).verdict == "effective"
+    verdict = judge(of(0.26))
+    assert (verdict.verdict, verdict.diagnosis, verdict.as_claimed) == ("unstable", "diverging", False)
+    assert names(ledger(claims=False, losses=[2.0] * 16 + [2.0, 9.0, 9.0, 9.0])) == [], "one batch as easy as before"
+    assert names(ledger(claims=False, records=5, losses=[1.0, 1.1, 2.0, 2.0, 2.0])) == [], "too few samples"
+    assert names(ledger(claims=False, events={"nonfinite_losses": SAMPLES})) == ["not_finite"]
+    assert names(ledger(claims=False, events={"nonfinite_losses": SAMPLES // 20})) == [], "one bad batch is no trend"
+    assert names(ledger(claims=False, losses=[None] * SAMPLES)) == []
+
+
+def test_a_twin_whose_curves_stay_together():
+    same = Twin([1.0, 2.0], [1.1, 2.0], [1.1, 2.1], perturbed=True)
+    apart = Twin([1.0, 2.0], [1.1, 2.0], [5.0, 6.0], perturbed=True)
+    # A noisy machine has a high floor: the loss curve alone decides nothing against the ledger, it adds to it.
+    assert judge(ledger(), twin=same).verdict == "effective"
+    assert judge(ledger(), twin=apart).verdict == "effective"
+    assert judge(ledger(), twin=apart).numbers["divergence"] == apart.ratio
+    assert judge(ledger(claims=False), twin=same).verdict == "effective"  # who claims nothing need not part
+
+
+def test_nothing_sampled():
+    verdict = judge(ledger(records=0))
+    assert (verdict.verdict, verdict.diagnosis) == ("no_effect", "no_samples") and "0 optimizer steps" in verdict.reason
+
+
+def test_who_claims_nothing_is_not_asked_about_preconditioning():
+    assert names(ledger(claims=False, events={"inner_called_directly": 200})) == []
+    assert len(set(OF_A_CLAIM) | set(OF_ANY)) == len(OF_A_CLAIM) + len(OF_ANY)
+
+
+# Files
+
+
+def write(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def lines_of(evidence):
+    last = {"events": evidence.events, "claims": evidence.claims, "watched": evidence.watched}
+    return [*evidence.records, last]
+
+
+@pytest.mark.parametrize("rubbish", ["", "{", "[1]", "null", '{"step": 1, "units": 3}', '{"step": 1}', "\x00\x01"])
+def test_rubbish_is_refused_with_its_line(rubbish, tmp_path):
+    first, *_, last = lines_of(ledger())
+    with pytest.raises(ValueError, match="line 2: expected a record of a probe"):
+        Evidence.read(write(tmp_path / "l", first, rubbish, last))
+
+
+def test_a_file_that_was_cut(tmp_path):
+    lines = lines_of(ledger())
+    for kept, message in (
+        (lines[:-1], "the run did not end"),
+        ([], "the run did not end"),
+        ([*lines[:-1], json.dumps(lines[-1])[:20]], f"line {len(lines)}: expected a record"),
+        ([{"events": {"steps": 1}}], "line 1: expected a record"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Evidence.read(write(tmp_path / "l", *kept))
+    with pytest.raises(OSError):
+        Evidence.read(tmp_path / "not there")
+
+
+# Words
+
+
+def test_the_table():
+    text = judge(ledger(lambda i, n: called(reading=reading(hash=f"{i}")), watched=True)).table()
+    assert text.startswith("verdict    effective\ndiagnosis  none: updates are 20.0° off plain AdamW's")
+    assert "1.00 times as long, in 100% of the tensors" in text
+    rows = {line.split(maxsplit=1)[1]: line.split()[0] for line in text.splitlines()[2:]}
+    assert rows["degrees between the real update and plain AdamW's"] == "20"
+    assert rows["damping over the mean eigenvalue"] == "0.01" and "twin" not in text
+    nothing = judge(ledger(lambda: entry(angle=0.0), claims=False)).table()
+    assert "no_effect" in nothing and "equals_shadow: this is plain AdamW" in nothing
+
+
+def test_json_there_and_back():
+    for evidence in (ledger(), ledger(lambda: entry(angle=None, angle_w=None)), ledger(records=0)):
+        said = judge(evidence).to_json()
+        assert json.loads(json.dumps(said, allow_nan=False)) == said
+        assert {"verdict", "diagnosis", "reason", "claims", "numbers", "findings", "layers"} == said.keys()

@@ -1,0 +1,311 @@
+"""The arm hybrid_grit: Unsloth for real, on its CPU backend; a double stands in for its kernels on a GPU.
+
+Unsloth patches TRL for the whole process and takes 10 s to import, so all jobs share few subprocesses.
+"""
+
+import functools
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import types
+from dataclasses import replace
+
+import httpx
+import pytest
+import torch
+from huggingface_hub import errors
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from tests.trainers import runs
+from tests.trainers.test_callbacks import curves
+from tests.trainers.test_training import ROOT, WEIGHTS, loss_of
+from trainers.arms import hybrid_grit
+from trainers.models import ModelError, add_lora, load_base_model
+from trainers.run import run
+from trainers.settings import BaseReference
+
+pytestmark = pytest.mark.slow
+GRIT = {"min_lora_rank": 1, "kfac_min_samples": 1, "grit_cov_update_freq": 1, "kfac_update_freq": 2, "log_freq": 4}
+MLP = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+CURVE = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.4}  # of the job that lasts: the best is not the last
+
+
+def start(file, cwd):
+    command = [sys.executable, "-m", "tests.trainers.runs", "hybrid", str(file)]
+    # HF_HUB_OFFLINE is the arm's to set: nobody may ask for the network.
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "UNSLOTH_"))} | {"PYTHONPATH": str(ROOT)}
+    with file.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(command, cwd=cwd, env=env, stdout=log, stderr=subprocess.STDOUT)
+
+
+def in_own_process(jobs, folder):
+    file = folder / "jobs"
+    file.write_bytes(pickle.dumps(jobs))
+    (folder / "cwd").mkdir(exist_ok=True)
+    assert start(file, folder / "cwd").wait(timeout=240) == 0, file.with_suffix(".log").read_text()[-4000:]
+    return pickle.loads(file.with_suffix(".seen").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def jobs(make_job):
+    few = {"max_steps": 4, "eval_steps": 4}
+    mlp = {"grit": GRIT, "target_modules": MLP, **few}
+    # Nothing after the first evaluation is better by so much: it stops after the fourth.
+    lasting = make_job(
+        grit=GRIT, max_steps=None, epochs=2.0, early_stopping_min_delta=100.0, overlong="leave_out",
+        eval_steps=2, save_steps=4, early_stopping_patience=3, report_to=["tensorboard"],
+    )  # fmt: skip
+    lasting = replace(
+        lasting, train=[*lasting.train, ("What?\n", "1" * 300)], logs=lasting.output.with_name("lasting-logs")
+    )
+    return {
+        "plain": (make_job(grit=GRIT, max_steps=48), False),
+        "checkpointing": (make_job(grit=GRIT, gradient_checkpointing=True, **few), False),
+        "fused": (make_job(**mlp), True),
+        "unfused": (make_job(unsloth_fused_lora=False, **mlp), True),
+        "never fused": (make_job(**mlp), False),
+        "nf4": (make_job(grit=GRIT, quantize_base="nf4", **few), False),
+        "lasting": (lasting, False),
+    }
+
+
+@pytest.fixture(scope="module")
+def seen(jobs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hybrid")
+    told = {"lasting": CURVE}
+    found = in_own_process([(name, *what, told.get(name, {})) for name, what in jobs.items()], folder)
+    return {**found, "litter": sorted(p.name for p in (folder / "cwd").iterdir())}
+
+
+def adapter(jobs, name):
+    return (jobs[name][0].output / WEIGHTS).read_bytes()
+
+
+def test_it_trains_with_unsloths_trainer_and_grit(seen):
+    plain = seen["plain"]
+    said = plain["summary"]
+    assert plain["light"], "importing the arm must not import Unsloth, TRL or transformers"
+    assert plain["classes"][1] == "grit.trainer.GritMixin" and "_make_cpu_sft_trainer" in plain["classes"][2]
+    assert said["unsloth"] == {"version": "2026.10.9", "device": "cpu", "fused_methods": 0}
+    assert said["steps"] == 48 and said["grit"]["effective"] and set(said["grit"]["capture"].values()) == {"hooks"}
+    losses = [e["loss"] for e in plain["history"] if "loss" in e]
+    assert losses[-1] < 0.8 * losses[0]
+    assert plain["optimizer"] == "adamw_torch"  # as the settings say; Unsloth alone would take another
+    assert seen["litter"] == [] and plain["network"] == []
+
+
+def test_a_and_b_start_as_in_the_other_arms(seen, jobs):
+    job = jobs["plain"][0]
+    model = load_base_model(job.base, job.settings)
+    set_seed(job.seed)
+    model = add_lora(model, job.settings)
+    start = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert start.keys() == seen["plain"]["start"].keys()
+    assert all(torch.equal(p, seen["plain"]["start"][n]) for n, p in start.items())
+
+
+def test_killed_and_resumed_equals_undisturbed(seen, jobs, make_job, tmp_path):
+    job = make_job(grit=GRIT, max_steps=48, checkpoints=tmp_path / "checkpoints")
+    (tmp_path / "killed").write_bytes(pickle.dumps([("killed", job, False, {})]))
+    process = start(tmp_path / "killed", tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(job.checkpoints.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (job.output / WEIGHTS).exists()
+    resumed = in_own_process([("resumed", job, False, {})], tmp_path)["resumed"]
+    assert 4 <= resumed["summary"]["resumed_from_step"] < 48
+    assert (job.output / WEIGHTS).read_bytes() == adapter(jobs, "plain")
+
+
+def test_the_settings_of_long_trainings_reach_unsloths_trainer(seen, jobs):
+    said, history, job = seen["lasting"]["summary"], seen["lasting"]["history"], jobs["lasting"][0]
+    losses = {e["step"]: e["eval_loss"] for e in history if "eval_loss" in e}
+    assert said["stopped_early"] and said["steps"] == 8 and losses == CURVE
+    assert (said["train_left_out"], said["train_items"], said["best_step"]) == (1, 64, 4)
+    assert said["best_eval_loss"] == CURVE[4]
+    assert said["final_eval_loss"] == pytest.approx(loss_of(job), rel=1e-3)  # of the adapter as it was saved
+    saved = load_file(job.output / WEIGHTS)
+    best, last = (load_file(job.checkpoints / f"checkpoint-{step}" / WEIGHTS) for step in (4, 8))
+    same = [n for n, w in saved.items() if w.shape == best[n].shape == last[n].shape]  # the others have shrunk
+    assert same and all(torch.equal(saved[n], best[n]) for n in same)
+    assert any(not torch.equal(saved[n], last[n]) for n in same)
+    found = curves(job.logs)
+    assert dict(found["eval/loss"]) == {step: pytest.approx(loss, rel=1e-6) for step, loss in losses.items()}
+    assert found["train/grit/ready_layers"][-1][1] == 6
+
+
+def test_statistics_count_once_under_unsloths_checkpointing(seen):
+    """Its forward hooks run twice a step."""
+    plain, checkpointing = seen["plain"], seen["checkpointing"]
+    assert plain["forward"] == 48 and checkpointing["forward"] == 2 * 4
+    assert plain["tokens"][0] > 0 and checkpointing["tokens"][0] == plain["tokens"][0]
+    assert set(checkpointing["summary"]["grit"]["capture"].values()) == {"hooks"}
+    first = {n: next(e["loss"] for e in s["history"] if "loss" in e) for n, s in seen.items() if n != "litter"}
+    assert first["checkpointing"] == pytest.approx(first["plain"], rel=1e-3)
+
+
+def test_layers_behind_fused_kernels_get_gradient_statistics(seen):
+    fused = seen["fused"]["summary"]
+    capture = fused["grit"]["capture"]
+    assert len(capture) == 2 * len(MLP)
+    gradients = {n for n, kind in capture.items() if kind == "gradients"}
+    assert gradients == {n for n in capture if n.endswith(("gate_proj", "up_proj", "down_proj"))}
+    assert {kind for n, kind in capture.items() if n not in gradients} == {"hooks"}
+    assert fused["grit"]["effective"] and fused["unsloth"]["fused_methods"] == 2
+    (line,) = [line for line in seen["fused"]["log"] if "using gradient statistics" in line]
+    assert "6 layers have gradients but their hooks reported nothing" in line
+    assert all(n in line for n in gradients) and "q_proj" not in line
+
+
+def test_fusing_can_be_switched_off(seen, jobs):
+    said = seen["unfused"]["summary"]
+    assert said["unsloth"]["fused_methods"] == 0 and set(said["grit"]["capture"].values()) == {"hooks"}
+    assert not [line for line in seen["unfused"]["log"] if "using gradient statistics" in line]
+    assert adapter(jobs, "unfused") == adapter(jobs, "never fused") != adapter(jobs, "fused")
+
+
+def test_a_4_bit_base_trains(seen, jobs):
+    assert seen["nf4"]["summary"]["steps"] == 4
+    assert all(w.isfinite().all() for w in load_file(jobs["nf4"][0].output / WEIGHTS).values())
+
+
+# What needs no Unsloth
+
+
+class Attention(nn.Module):
+    """Calls its projections as Unsloth's attention does."""
+
+    def forward(self, x):
+        return self.apply_o(self, sum(self.apply_qkv(self, x)))
+
+
+def original_apply_qkv(self, x):
+    return x, x, x
+
+
+def original_apply_o(self, x):
+    return x
+
+
+@pytest.fixture
+def llama_of_unsloth(monkeypatch):
+    module = types.ModuleType("unsloth.models.llama")
+    module.original_apply_qkv, module.original_apply_o = original_apply_qkv, original_apply_o
+    for name in ("unsloth", "unsloth.models"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def small_lora():
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules=MLP, r=2, init_lora_weights=False))
+    return model.eval()
+
+
+def lora_calls(model):
+    calls = []
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    return calls
+
+
+def test_undoing_reaches_every_place_that_unsloth_fuses(llama_of_unsloth):
+    attention = Attention()
+    attention.apply_qkv, attention.apply_o = runs.apply_lora_qkv, runs.apply_lora_o
+    with pytest.raises(AssertionError, match="the fused path"):
+        attention(torch.ones(1, 4))
+    assert hybrid_grit.unfuse_lora(nn.Sequential(attention)) == 2
+    assert attention.apply_qkv is original_apply_qkv and attention.apply_o is original_apply_o
+    assert attention(torch.ones(1, 4)).shape == (1, 4)
+
+    model, ids = small_lora(), torch.tensor([[1, 2, 3]])
+    expected = model(ids).logits
+    tiled, partial = (m.mlp for m in model.base_model.model.model.layers)
+    tiled._unsloth_forward = types.MethodType(runs.apply_lora_mlp, tiled)
+    tiled.forward = types.MethodType(lambda self, x: self._unsloth_forward.__get__(self, type(self))(x), tiled)
+    partial.forward = types.MethodType(functools.partial(runs.apply_lora_mlp), partial)
+    calls = lora_calls(model)
+    torch.testing.assert_close(model(ids).logits, expected)  # the double computes the same
+    assert not [c for c in calls if "mlp" in c]
+    calls.clear()
+    assert hybrid_grit.unfuse_lora(model) == 2
+    assert torch.equal(model(ids).logits, expected)
+    assert len([c for c in calls if "mlp" in c]) == 6 and "forward" in vars(tiled)  # tiling stays
+    assert hybrid_grit.unfuse_lora(model) == 0
+
+
+def test_a_place_that_is_not_known_is_named(monkeypatch):
+    model = small_lora()
+    layer = model.base_model.model.model.layers[1]
+    layer.mlp.apply_new = runs.apply_lora_mlp
+    with pytest.raises(ModelError, match=r"found them in 1 other places: .*layers\.1\.mlp\.apply_new; set unsloth_fus"):
+        hybrid_grit.unfuse_lora(model)
+    del layer.mlp.apply_new
+
+    def unsloth_forward(self, x):
+        return x
+
+    monkeypatch.setattr(type(layer.mlp.up_proj), "forward", unsloth_forward)  # as unsloth_zoo's compiler does
+    with pytest.raises(ModelError, match=r"in 10 other places: .*q_proj \(Linear\.forward\)"):
+        hybrid_grit.unfuse_lora(model)
+
+
+def test_without_unsloth_it_says_how_to_install_it(make_job, monkeypatch):
+    monkeypatch.setitem(sys.modules, "unsloth", None)
+    for name in ("UNSLOTH_DISABLE_STATISTICS", "UNSLOTH_COMPILE_LOCATION", "UNSLOTH_BLOCK_COMPILE"):
+        monkeypatch.setenv(name, "1")  # else the arm's own would stay
+    with pytest.raises(ModelError, match=r"needs Unsloth, .*--no-deps -r requirements-unsloth\.lock"):
+        run(hybrid_grit.ARM, make_job(grit=GRIT))
+
+
+def test_labels_that_do_not_fit_the_completion_are_refused(make_job, monkeypatch):
+    monkeypatch.setitem(sys.modules, "unsloth", types.ModuleType("unsloth"))
+    job = make_job(grit=GRIT)
+
+    def forgetful(base, settings, **kwargs):
+        return types.SimpleNamespace(
+            data_collator=lambda rows: {"labels": torch.tensor([row["input_ids"] for row in rows])},
+            train_dataset=kwargs["train_dataset"],
+        )
+
+    monkeypatch.setattr(hybrid_grit, "grit_trainer", forgetful)
+    arm = replace(hybrid_grit.ARM, prepare=None, load_model=load_base_model, add_adapter=add_lora)
+    with pytest.raises(ModelError, match=r"loss on the completion's \d+ tokens of the first example, it puts it on"):
+        run(arm, job)
+
+
+def test_errors_of_the_hub_are_one_sentence_and_those_of_a_folder_unsloths_own(make_job, monkeypatch, tmp_path):
+    def said(location, cause):
+        def from_pretrained(*_, **__):  # a long text, from what the hub raised
+            raise RuntimeError("Unsloth: No config file found\n\nAutoConfig error: long\n") from cause
+
+        double = types.SimpleNamespace(FastLanguageModel=types.SimpleNamespace(from_pretrained=from_pretrained))
+        monkeypatch.setitem(sys.modules, "unsloth", double)
+        with pytest.raises(ModelError) as caught:
+            hybrid_grit._load_model(BaseReference(location), make_job().settings)
+        return str(caught.value)
+
+    refused = httpx.Response(403, request=httpx.Request("GET", "https://hub.invalid/x"))
+    for cause, wanted in (
+        (errors.GatedRepoError("refused", response=refused), "org/name is gated: ask for access"),
+        (httpx.ConnectTimeout("timed out"), "the hub cannot be reached"),
+    ):
+        found = said("org/name", cause)
+        assert found.startswith(f"Unsloth could not load a model from 'org/name': {wanted}")
+        assert "\n" not in found and "AutoConfig" not in found
+    for location in (str(tmp_path), "org/name"):
+        assert "AutoConfig error: long" in said(location, OSError("a broken file"))

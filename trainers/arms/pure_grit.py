@@ -1,0 +1,81 @@
+"""Pure GRIT: PEFT and TRL's SFTTrainer as in the baseline, with GRIT inside the optimizer's step; no Unsloth."""
+
+import shutil
+import sys
+from typing import Any, Self
+
+from pydantic import ValidationInfo, field_validator, model_validator
+
+from grit.config import GRITConfig
+from trainers.run import Arm, TrainingJob, sft_trainer_class
+from trainers.settings import TrainSettings
+
+
+class GritSettings(TrainSettings):
+    """Section train, and `grit:` with fields of `grit.GRITConfig`."""
+
+    grit: dict[str, Any] | None = None
+
+    @field_validator("grit")
+    @classmethod
+    def _grit(cls, values: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
+        if values is not None:
+            doubled = sorted(key for key in values if str(key).startswith("lora_"))
+            if doubled:
+                raise ValueError(f"{', '.join(doubled)}: LoRA's shape is set by rank, alpha, dropout, target_modules")
+            # Raises with every mistake; the smallest rank is held against this run's.
+            GRITConfig.from_dict({"lora_rank": info.data.get("rank", 1024), **values})
+        return values
+
+    @model_validator(mode="after")
+    def _text_only(self) -> Self:
+        if self.layers is not None:
+            raise ValueError("layers: expected null, since this arm trains on text; grit_vlm is the arm for pictures")
+        return self
+
+    @property
+    def method_warmup_steps(self) -> int:
+        return int((self.grit or {}).get("ng_warmup_steps", 0))
+
+
+def grit_trainer(base: type, settings: Any, **kwargs: Any) -> Any:
+    from grit import grit_trainer_class
+
+    # The model's adapters have their rank and α already; the configuration gets them for completeness.
+    own = {"lora_rank": settings.rank, "lora_alpha": float(settings.alpha), "lora_dropout": settings.dropout}
+    return grit_trainer_class(base)(grit_config=GRITConfig.from_dict({**own, **(settings.grit or {})}), **kwargs)
+
+
+def _trainer(settings: Any, **kwargs: Any) -> Any:
+    return grit_trainer(sft_trainer_class(), settings, **kwargs)
+
+
+def grit_report(trainer: Any, job: TrainingJob) -> dict[str, Any]:
+    from grit import plots
+
+    manager = trainer.grit_manager
+    log = job.output / manager.log_file.name
+    shutil.copy2(manager.log_file, log)
+    pictures = {"fisher_spectra.png": plots.plot_spectra, "ranks.png": plots.plot_ranks}
+    if manager.config.log_eig_heatmaps:
+        pictures["fisher_heatmaps.png"] = plots.plot_heatmaps
+    for name, plot in pictures.items():
+        try:
+            plot(log, job.output / name)
+        except ValueError as error:  # nothing to draw, e.g. a run too short for any factor; the adapter is there
+            print(f"GRIT: no {name}: {error}", file=sys.stderr)
+    final = manager.history[-1]
+    ranks = [entry["r"] for entry in final["ranks"].values()]
+    kept = ("capture", "effect", "skipped_steps", "inversions", "failed_inversions")
+    said = {name: final[name] for name in kept}
+    return {"grit": {**said, "effective": final["effect"]["effective"], "mean_rank": sum(ranks) / len(ranks)}}
+
+
+ARM = Arm(
+    name="pure_grit",
+    title="Pure GRIT",
+    settings=GritSettings,
+    preconditions=True,
+    make_trainer=_trainer,
+    report=grit_report,
+)

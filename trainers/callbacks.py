@@ -1,0 +1,138 @@
+"""How a training shows itself: lines of progress for logs, TensorBoard's event files, Weights & Biases."""
+
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainers.settings import TrainSettings
+
+
+class ReporterError(ValueError):
+    """Curves cannot be written where the settings ask for them."""
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units: 8 s, 2 min 5 s, 3 h 20 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def progress_lines(
+    name: str, write: Callable[[str], Any] = to_stderr, clock: Callable[[], float] = time.monotonic
+) -> Any:
+    """A callback that writes plain lines, for logs, where the Trainer's bar would flood or stay silent.
+
+    ``train pure_grit-0: step 120/500, loss 0.1234, 0.085 s/step, 32 s left, evaluation loss 0.2345``
+
+    At most one every half minute. Seconds a step and time left are means since this process began to train,
+    evaluations and checkpoints included.
+    """
+    from transformers import TrainerCallback
+
+    class ProgressLines(TrainerCallback):
+        started = last = 0.0
+        first = 0
+        loss: float | None = None
+        eval_loss: float | None = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.started = self.last = clock()
+            self.first = state.global_step
+            if state.is_world_process_zero:
+                resumed = f" from step {state.global_step}" if state.global_step else ""
+                write(f"{name}: {state.max_steps} steps{resumed}")
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+            self.eval_loss = (metrics or {}).get("eval_loss", self.eval_loss)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs is not None and "loss" in logs:
+                self.loss = logs["loss"]
+                if clock() - self.last >= 30:
+                    self.line(state)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.line(state, ended=True)
+
+        def line(self, state: Any, ended: bool = False) -> None:
+            if not state.is_world_process_zero:
+                return
+            self.last = clock()
+            step, done = state.global_step, state.global_step - self.first
+            parts = [f"step {step}/{state.max_steps}"]
+            if self.loss is not None:
+                parts.append(f"loss {self.loss:.4g}")
+            if done:
+                pace = (self.last - self.started) / done
+                parts.append(f"{pace:.3g} s/step")
+                if step < state.max_steps:
+                    left = duration(pace * (state.max_steps - step))
+                    parts.append("stopped early" if ended else f"{left} left")
+            if self.eval_loss is not None:
+                parts.append(f"evaluation loss {self.eval_loss:.4g}")
+            write(f"{name}: {', '.join(parts)}")
+
+    return ProgressLines()
+
+
+def check_reporters(settings: TrainSettings, folder: Path | None) -> None:
+    missing = [name for name in settings.report_to if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ReporterError(
+            f"train.report_to: expected the package {' and '.join(missing)} to be installed, found none: run "
+            f"`python -m pip install {' '.join(missing)}`, or take it out of report_to"
+        )
+    if settings.report_to and folder is None:
+        raise ReporterError(f"train.report_to: expected a folder for {settings.report_to}, got none")
+
+
+def report_arguments(settings: TrainSettings, name: str, folder: Path | None) -> dict[str, Any]:
+    """TrainingArguments for W&B (TensorBoard's callback is made by `tensorboard`).
+
+    Project, mode (online, offline, disabled) and folder are W&B's own environment variables; those that are set stay.
+    The folder is made here, since W&B takes another one where it does not exist.
+    """
+    if "wandb" not in settings.report_to or folder is None:
+        return {"report_to": "none"}
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("WANDB_PROJECT", "grit-pipeline")
+    os.environ.setdefault("WANDB_DIR", str(folder))
+    return {"report_to": ["wandb"], "run_name": name}
+
+
+def remove_reporters(trainer: Any) -> None:
+    """Let nothing of what a Trainer still does appear in any curve."""
+    from transformers.integrations import TensorBoardCallback, WandbCallback
+
+    for kind in (TensorBoardCallback, WandbCallback):
+        trainer.remove_callback(kind)
+
+
+def tensorboard(folder: Path, resumed_from: int | None) -> Any:
+    """TensorBoard's callback: events go to `folder`, and those there that no longer count are hidden.
+
+    They are what an earlier run left, or what came after the checkpoint that a resumed run goes on from. TensorBoard
+    reads event files by name, and a name begins with the second of its making: of two made in the same one, the later
+    might be read first, and what it hides would not be hidden. So this waits for a second of its own.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    stamps = [file.name.split(".")[3] for file in folder.glob("events.out.tfevents.*")]
+    newest = max((int(stamp) for stamp in stamps if stamp.isdigit()), default=0)
+    time.sleep(min(1.0, max(0.0, newest + 1 - time.time())))
+    start = 0 if resumed_from is None else resumed_from + 1
+    return TensorBoardCallback(SummaryWriter(str(folder), purge_step=start))

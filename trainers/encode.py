@@ -1,0 +1,82 @@
+"""Token ids: the same for training, scoring and serving."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+class EncodingError(ValueError):
+    """Items that cannot be turned into training examples."""
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Ids that a model is asked with: BOS as the tokenizer's own configuration says."""
+    return list(tokenizer(prompt)["input_ids"])
+
+
+def encode_example(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int]:
+    """Ids of prompt, completion and end of sequence, and how many of them are the prompt.
+
+    Prompt and completion are tokenized together, as a reader of the finished text would, and the prompt's ids must
+    come out as they do alone: else the model would be asked with other tokens than it was trained on.
+    """
+    if tokenizer.eos_token_id is None:
+        raise EncodingError("expected a tokenizer with an end-of-sequence token, got one without")
+    head = encode_prompt(tokenizer, prompt)
+    ids = encode_prompt(tokenizer, prompt + completion)
+    if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text themselves
+        ids = ids[:-1]
+        head = head[:-1] if head[-1] == tokenizer.eos_token_id else head
+    if ids[: len(head)] != head:
+        first = next((i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), len(ids))
+        raise EncodingError(
+            f"the prompt's tokens change when the completion follows (from token {first} of {len(head)} on): "
+            f"{prompt[-20:]!r} + {completion[:20]!r}; end prompt.template on a line break or another token boundary"
+        )
+    return [*ids, tokenizer.eos_token_id], len(head)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    dataset: Any  # for a Trainer; of text, columns input_ids and completion_mask (1 = the token carries loss)
+    left_out: int  # examples that were too long
+    longest: int  # tokens, of those left out too
+
+
+def encode_examples(
+    tokenizer: Any, examples: Iterable[tuple[str, str]], max_length: int, *, leave_out: bool = False
+) -> Encoded:
+    """Tokenize (rendered prompt, completion) pairs, with the loss on the completion only.
+
+    Nothing is cut: what is longer than `max_length` tokens is refused, or left out.
+    """
+    from datasets import Dataset
+
+    ids: list[list[int]] = []
+    mask: list[list[int]] = []
+    too_long: list[tuple[int, int]] = []
+    longest = 0
+    for i, (prompt, completion) in enumerate(examples):
+        tokens, n_prompt = encode_example(tokenizer, prompt, completion)
+        longest = max(longest, len(tokens))
+        if len(tokens) > max_length:
+            too_long.append((i, len(tokens)))
+            continue
+        ids.append(tokens)
+        mask.append([0] * n_prompt + [1] * (len(tokens) - n_prompt))
+    if too_long and not leave_out:
+        named = ", ".join(f"item {i}: {n}" for i, n in too_long[:3])
+        raise EncodingError(
+            f"expected at most max_length = {max_length} tokens, got more in {len(too_long)} items ({named}…); "
+            f"set train.max_length to {longest}, or shorten the items, or leave them out with train.overlong: "
+            "leave_out, or with prepare_data.max_chars where items are chosen"
+        )
+    if not ids and too_long:
+        shortest = min(n for _, n in too_long)
+        raise EncodingError(
+            f"expected at least one example of at most max_length = {max_length} tokens, got {len(too_long)} of "
+            f"{shortest} to {longest}; raise train.max_length"
+        )
+    if not ids:
+        raise EncodingError("expected at least one example, got none")
+    return Encoded(Dataset.from_dict({"input_ids": ids, "completion_mask": mask}), len(too_long), longest)

@@ -1,0 +1,341 @@
+"""From prompts that show pictures to the tensors that a vision-language model takes.
+
+A prompt shows a picture as Markdown does, `![](images/test-00012.png)`, by a path relative to a root folder. A
+processor puts the model's own placeholder tokens in its place and reads the picture. There are two with one interface:
+`EmbeddedProcessor` for the tiny Idefics3 that stage prepare_base trains, and `HubProcessor` around the processor that
+comes with a model of the Hugging Face hub.
+
+A row is what `encode` makes of one item: `input_ids`, `prompt_length` (how many of them are the prompt) and `images`
+(what the processor made of the pictures). `collate` makes a batch of rows.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from trainers.encode import Encoded, EncodingError, encode_example, encode_prompt
+from trainers.models import hub_reason, load_tokenizer
+from trainers.settings import BaseReference
+
+IMAGE_TOKEN = "<image>"  # noqa: S105
+IGNORED = -100  # label of a token without loss, torch's default for cross-entropy
+_REFERENCE = re.compile(r"!\[[^\]\n]*\]\(([^()\n]+)\)")
+# Families whose processors make a row of prompt and answer in a way that no text of both stands for.
+_OWN_FORM = ("PaliGemma",)
+
+Row = dict[str, Any]
+
+
+class VisionDataError(EncodingError):
+    """Prompts or pictures that cannot be turned into a model's input."""
+
+
+class VisionProcessor(Protocol):
+    """What makes a vision-language model's input."""
+
+    tokenizer: Any
+
+    def encode(self, prompt: str, completion: str | None = None) -> Row:
+        """One item as a row; an end-of-sequence token follows the completion. None: a prompt to be answered."""
+        ...
+
+    def collate(self, rows: Sequence[Row], device: Any = None) -> dict[str, Any]:
+        """A batch of rows, all with a completion or all without.
+
+        Gives input_ids, attention_mask [batch, tokens], and the pictures as the model takes them (the embedded base:
+        pixel_values [batch, images, 3, height, width]). Rows with a completion are padded on the right and have labels
+        [batch, tokens], -100 on prompt and padding; rows without are padded on the left, to generate from.
+        """
+        ...
+
+
+def references(prompt: str) -> list[str]:
+    return _REFERENCE.findall(prompt)
+
+
+def without_references(prompt: str) -> str:
+    """The prompt's own words, which a tokenizer is trained on."""
+    return _REFERENCE.sub("", prompt)
+
+
+def _with_placeholders(prompt: str, token: str, replacement: str) -> str:
+    shown = prompt if len(prompt) <= 120 else f"{prompt[:120]}…"
+    if token in prompt:
+        raise VisionDataError(
+            f"expected pictures as ![](path), got the placeholder {token} itself in the prompt {shown!r}; take it out"
+        )
+    if not references(prompt):
+        raise VisionDataError(f"expected a picture as ![](path), got none in the prompt {shown!r}")
+    return _REFERENCE.sub(lambda _: replacement, prompt)
+
+
+def _read_images(prompt: str, root: Path) -> list[Any]:
+    from PIL import Image
+
+    images, problems = [], []
+    for path in references(prompt):
+        file = root / path
+        if not file.resolve().is_relative_to(root.resolve()):
+            problems.append(f"{path}: expected a path within {root}")
+            continue
+        try:
+            with Image.open(file) as image:
+                images.append(image.convert("RGB"))
+        except FileNotFoundError:
+            problems.append(f"{file}: no such file")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            problems.append(f"{file}: no picture that Pillow can read ({error})")
+    if problems:
+        raise VisionDataError(f"pictures of the prompt {prompt[:120]!r}: {'; '.join(problems)}")
+    return images
+
+
+def _text_tensors(rows: Sequence[Row], tokenizer: Any, per_token: Sequence[str] = ()) -> dict[str, Any]:
+    """input_ids, attention_mask, labels for training, and what else there is for each token; all [batch, tokens]."""
+    import torch
+
+    if not rows:
+        raise VisionDataError("expected at least one row to make a batch of, got none")
+    without = sum(len(row["input_ids"]) == row["prompt_length"] for row in rows)
+    if 0 < without < len(rows):
+        raise VisionDataError(
+            f"expected rows that all have a completion or all have none, got {without} of {len(rows)} without"
+        )
+    width = max(len(row["input_ids"]) for row in rows)
+    # Padding is masked, so any id will do.
+    pad = next((int(t) for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+    def padded(values: Sequence[int], fill: int) -> list[int]:
+        rest = [fill] * (width - len(values))
+        return [*rest, *values] if without else [*values, *rest]
+
+    batch = {
+        "input_ids": [padded(row["input_ids"], pad) for row in rows],
+        "attention_mask": [padded([1] * len(row["input_ids"]), 0) for row in rows],
+        **{name: [padded(row["images"][name], 0) for row in rows] for name in per_token},
+    }
+    if not without:
+        batch["labels"] = [
+            padded([IGNORED] * row["prompt_length"] + row["input_ids"][row["prompt_length"] :], IGNORED) for row in rows
+        ]
+    return {name: torch.tensor(values) for name, values in batch.items()}
+
+
+def _ids(reader: Any, text: str, completion: str | None) -> tuple[list[int], int]:
+    """Token ids, and how many of them are the prompt."""
+    if completion is not None:
+        return encode_example(reader, text, completion)
+    return (ids := encode_prompt(reader, text)), len(ids)
+
+
+class EmbeddedProcessor:
+    """The processor of an Idefics3 whose folder has no image processor: every picture becomes a square of one size.
+
+    It is resized to the vision tower's image_size and stands for (image_size // patch_size)² / scale_factor²
+    placeholder tokens; values run from -1 to 1.
+    """
+
+    def __init__(self, tokenizer: Any, config: Mapping[str, Any], root: Path) -> None:
+        self.tokenizer, self.root = tokenizer, root
+        try:
+            vision = config["vision_config"]
+            self.image_size, patch = int(vision["image_size"]), int(vision["patch_size"])
+            scale, token_id = int(config["scale_factor"]), int(config["image_token_id"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise VisionDataError(
+                "expected vision_config.image_size, vision_config.patch_size, scale_factor and image_token_id in "
+                f"config.json, got none or no number ({type(error).__name__}: {error})"
+            ) from error
+        self.image_seq_len = (self.image_size // patch) ** 2 // scale**2
+        known = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if known != token_id or token_id == tokenizer.unk_token_id:
+            raise VisionDataError(
+                f"expected the token {IMAGE_TOKEN} with the id {token_id} of config.json in the tokenizer, got "
+                f"{known}; train the base again"
+            )
+
+    def encode(self, prompt: str, completion: str | None = None) -> Row:
+        """See `VisionProcessor`; `images` is uint8 [images, 3, height, width]."""
+        import numpy
+
+        text = _with_placeholders(prompt, IMAGE_TOKEN, IMAGE_TOKEN * self.image_seq_len)
+        pictures = [self._pixels(image) for image in _read_images(prompt, self.root)]
+        ids, length = _ids(self.tokenizer, text, completion)
+        return {"input_ids": ids, "prompt_length": length, "images": numpy.stack(pictures)}
+
+    def _pixels(self, image: Any) -> Any:
+        """uint8 [3, height, width]."""
+        import numpy
+        from PIL import Image
+
+        size = (self.image_size, self.image_size)
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        return numpy.asarray(image, dtype=numpy.uint8).transpose(2, 0, 1)
+
+    def collate(self, rows: Sequence[Row], device: Any = None) -> dict[str, Any]:
+        """See `VisionProcessor`; a row with fewer pictures than another gets empty ones, all zero."""
+        import torch
+
+        batch = _text_tensors(rows, self.tokenizer)
+        most = max(len(row["images"]) for row in rows)
+        # Idefics3 takes a picture of zeros for padding; none of a picture's own values is zero, since 127.5 is no byte.
+        values = torch.zeros(len(rows), most, 3, self.image_size, self.image_size)
+        for number, row in enumerate(rows):
+            values[number, : len(row["images"])] = torch.from_numpy(row["images"]).float() / 127.5 - 1.0
+        return {name: tensor.to(device) for name, tensor in {**batch, "pixel_values": values}.items()}
+
+
+class HubProcessor:
+    """Around the processor that comes with a model, which resizes, splits and expands pictures in its own way."""
+
+    def __init__(self, processor: Any, root: Path) -> None:
+        name = type(processor).__name__
+        if getattr(processor, "tokenizer", None) is None:
+            raise VisionDataError(
+                f"expected a processor of texts and pictures, got {name}: the base is no vision-language model, or its "
+                "folder lacks processor_config.json and preprocessor_config.json. Take a base that pictures can be "
+                "shown to, or a task without pictures"
+            )
+        if name.startswith(_OWN_FORM):
+            raise VisionDataError(
+                f"expected a processor that reads prompt and answer as one text, got {name}: it ends every prompt with "
+                "a line break and takes the answer apart from it. Train with grit_vlm.GRITTrainer and a collator of "
+                "your own that calls this processor with text= and suffix=, or take a base of another family"
+            )
+        token = getattr(processor, "image_token", None)
+        if token is None:
+            raise VisionDataError(
+                f"expected a processor with an image_token, got {name} without; its model shows pictures in a way of "
+                "its own"
+            )
+        self._processor, self.tokenizer, self.root = processor, processor.tokenizer, root
+        self.image_token = str(getattr(token, "content", token))
+
+    def encode(self, prompt: str, completion: str | None = None) -> Row:
+        """See `VisionProcessor`; `images` holds what the processor returns beside input_ids and attention_mask."""
+        marks = ("<|vision_start|>", "<|vision_end|>")  # that Qwen's models want round the image token
+        has_marks = set(marks) <= self.tokenizer.get_vocab().keys()
+        placeholder = self.image_token.join(marks) if has_marks else self.image_token
+        text = _with_placeholders(prompt, self.image_token, placeholder)
+        reader = _Reader(self._processor, _read_images(prompt, self.root))
+        ids, length = _ids(reader, text, completion)
+        # Of the text read last, which is the whole one; the end-of-sequence token is not in it.
+        rest = len(ids) - reader.width
+        extra = {
+            name: [*value[0].tolist(), *[0] * rest] if tuple(value.shape) == (1, reader.width) else value
+            for name, value in reader.features.items()
+        }
+        return {"input_ids": ids, "prompt_length": length, "images": extra}
+
+    def collate(self, rows: Sequence[Row], device: Any = None) -> dict[str, Any]:
+        """See `VisionProcessor`; pixels come in the shape that the model's own processor gives them."""
+        names = list(rows[0]["images"]) if rows else []
+        per_token = [name for name in names if isinstance(rows[0]["images"][name], list)]
+        batch = _text_tensors(rows, self.tokenizer, per_token)
+        for name in names:
+            if name not in per_token:
+                batch[name] = _joined([row["images"][name] for row in rows])
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+class _Reader:
+    """A processor with its pictures at hand, called like a tokenizer: a text in, ids out."""
+
+    def __init__(self, processor: Any, images: list[Any]) -> None:
+        self._processor, self._images = processor, images
+        self.eos_token_id = processor.tokenizer.eos_token_id
+        self.features: dict[str, Any] = {}
+        self.width = 0
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        try:
+            made = dict(self._processor(text=[text], images=self._images, return_tensors="pt"))
+        except (ValueError, TypeError) as error:
+            name = type(self._processor).__name__
+            raise VisionDataError(f"{name} refused the prompt {text[:120]!r}: {error}") from error
+        ids = made.pop("input_ids")
+        for name in ("attention_mask", "labels"):  # both are made of whole rows, see `_text_tensors`
+            made.pop(name, None)
+        self.features, self.width = made, ids.shape[1]
+        return {"input_ids": ids[0].tolist()}
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """Features of several rows as one tensor.
+
+    Tensors [1, images, …] of one rank above the pictures of a batch, such as Idefics3's pixels [1, images, 3, height,
+    width] and their mask [1, images, height, width], are padded with zeros to the largest extent and stacked; others,
+    whose first extent counts pictures or patches, are put one after another.
+    """
+    import torch
+
+    if all(value.shape[1:] == values[0].shape[1:] for value in values):
+        return torch.cat(list(values))
+    largest = [max(extents) for extents in zip(*(value.shape[1:] for value in values), strict=True)]
+    joined = values[0].new_zeros((sum(value.shape[0] for value in values), *largest))
+    start = 0
+    for value in values:
+        joined[(slice(start, start + value.shape[0]), *map(slice, value.shape[1:]))] = value
+        start += value.shape[0]
+    return joined
+
+
+def load_processor(base: BaseReference, root: Path) -> VisionProcessor:
+    """The processor of a base model; paths in prompts start from `root`.
+
+    A folder with an Idefics3 and no processor of its own, as stage prepare_base makes it, gets an `EmbeddedProcessor`.
+    """
+    folder = Path(base.location)
+    own = [folder / name for name in ("processor_config.json", "preprocessor_config.json")]
+    if (folder / "config.json").is_file() and not any(file.is_file() for file in own):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if config.get("model_type") == "idefics3":
+            return EmbeddedProcessor(load_tokenizer(base), config, root)
+    from transformers import AutoProcessor
+
+    try:
+        return HubProcessor(AutoProcessor.from_pretrained(base.location, **base.load_kwargs), root)
+    except VisionDataError:
+        raise
+    except (ImportError, OSError, ValueError) as error:
+        if "torchvision" in str(error).casefold():
+            raise VisionDataError(
+                f"{base.location}: its image processor needs torchvision, which is not installed; install the build "
+                "that belongs to this torch, with `pip install torchvision`"
+            ) from error
+        reason = None if folder.is_dir() else hub_reason(error, base.location)
+        raise VisionDataError(f"no processor could be loaded from {base.location!r}: {reason or error}") from error
+
+
+class PictureItems:
+    """(rendered prompt, answer) pairs as a Trainer's data set; pictures are read when an item is asked for."""
+
+    def __init__(self, processor: VisionProcessor, examples: Sequence[tuple[str, str]]):
+        self.processor, self.examples = processor, examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, place: int) -> Row:
+        return self.processor.encode(*self.examples[place])
+
+
+def encode_items(
+    base: BaseReference, root: Path, examples: Sequence[tuple[str, str]], max_length: int, *, leave_out: bool, kind: str
+) -> Encoded:
+    """`encode_examples` of items with pictures; every picture is read once here, so that none fails later."""
+    processor = load_processor(base, root)
+    lengths = [len(processor.encode(prompt, answer)["input_ids"]) for prompt, answer in examples]
+    kept = [example for example, n in zip(examples, lengths, strict=True) if n <= max_length]
+    left_out, longest = len(examples) - len(kept), max(lengths, default=0)
+    if left_out and not leave_out:
+        raise EncodingError(
+            f"expected at most max_length = {max_length} tokens, images included, got more in {left_out} {kind} items; "
+            f"set train.max_length to {longest}, or train.overlong: leave_out"
+        )
+    if not kept:
+        raise EncodingError(f"expected at least one {kind} item of at most {max_length} tokens, got none")
+    return Encoded(PictureItems(processor, kept), left_out, longest)

@@ -1,0 +1,342 @@
+"""The training path that all arms share: what an arm is, the Trainer's arguments, checkpoints, and one run.
+
+Heavy packages load inside functions: params.yaml is checked without them, and Unsloth wants to be imported first.
+"""
+
+import json
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainers.callbacks import check_reporters, progress_lines, remove_reporters, report_arguments, tensorboard
+from trainers.encode import Encoded, encode_examples
+from trainers.models import add_lora, load_base_model, load_tokenizer
+from trainers.pictures import encode_items
+from trainers.settings import BaseReference, TrainSettings
+
+LEDGER = "probe_ledger.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    base: BaseReference
+    settings: TrainSettings
+    seed: int  # of LoRA's start and of the order of the items
+    train: Sequence[tuple[str, str]]  # (rendered prompt, completion) to learn from
+    valid: Sequence[tuple[str, str]]  # the same, for the evaluation loss
+    output: Path  # for the adapter; exists and is empty
+    checkpoints: Path  # outlives a kill; a complete checkpoint found there is resumed from
+    logs: Path | None = None  # for what `report_to` writes; outlives the training
+    images: Path = Path()  # where references to pictures in prompts start from
+
+
+def sft_trainer_class() -> Any:
+    """TRL's SFTTrainer, able to run on this machine.
+
+    TRL 1.15 computes the loss with Triton kernels, which need a GPU (without one: "'NoneType' object has no attribute
+    'apply'"). On a CPU the model's own cross-entropy takes their place; the value is the same.
+    """
+    import torch
+    from transformers import Trainer
+    from trl import SFTTrainer
+
+    if torch.cuda.is_available():
+        return SFTTrainer
+
+    class CpuSFTTrainer(SFTTrainer):
+        compute_loss = Trainer.compute_loss
+
+    return CpuSFTTrainer
+
+
+def _trainer(settings: TrainSettings, **kwargs: Any) -> Any:
+    if settings.layers is None:
+        return sft_trainer_class()(**kwargs)
+    from transformers import Trainer
+
+    return Trainer(data_collator=kwargs["train_dataset"].processor.collate, **kwargs)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one way of training does differently from plain LoRA; the hooks' defaults are the baseline's."""
+
+    name: str  # as in params.yaml
+    title: str  # for tables and plots
+    settings: type[TrainSettings] = TrainSettings  # section train, and sections of its own
+    preconditions: bool = False  # whether it claims to change the gradient before the optimizer's step
+    # Runs first, before transformers and TRL are loaded where nothing else has done so.
+    prepare: Callable[[TrainingJob], None] | None = None
+    load_model: Callable[[BaseReference, TrainSettings], Any] = load_base_model  # → the frozen base
+    add_adapter: Callable[[Any, TrainSettings], Any] = add_lora  # → the model with trainable LoRA
+    make_trainer: Callable[..., Any] = _trainer  # of the settings and SFTTrainer's keyword arguments
+    # After training: further numbers for run.json; may write files to `job.output`.
+    report: Callable[[Any, TrainingJob], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    history: list[dict[str, Any]]  # an entry a logged step: loss, eval_loss, learning rate, gradient norm
+    resumed_from: int | None  # step of the checkpoint it went on from
+    summary: dict[str, Any]  # numbers for run.json
+
+
+# The Trainer's arguments
+
+
+def training_arguments(job: TrainingJob, **changes: Any) -> Any:
+    import torch
+    from trl import SFTConfig
+
+    s = job.settings
+    values: dict[str, Any] = dict(
+        output_dir=str(job.checkpoints),
+        **({"num_train_epochs": s.epochs} if s.max_steps is None else {"max_steps": s.max_steps}),
+        per_device_train_batch_size=s.batch_size,
+        per_device_eval_batch_size=s.batch_size,
+        gradient_accumulation_steps=s.gradient_accumulation,
+        learning_rate=s.learning_rate,
+        lr_scheduler_type=s.lr_scheduler,
+        warmup_steps=s.warmup_steps,
+        weight_decay=s.weight_decay,
+        max_grad_norm=s.max_grad_norm,
+        optim=s.optimizer,
+        bf16=s.precision == "bf16",
+        gradient_checkpointing=s.gradient_checkpointing,
+        max_length=None,  # what is too long was refused or left out
+        completion_only_loss=True,
+        logging_steps=s.logging_steps,
+        eval_strategy="steps",
+        eval_steps=s.eval_steps,
+        save_strategy="steps",
+        save_steps=s.save_steps,
+        save_total_limit=2,
+        seed=job.seed,
+        data_seed=job.seed,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),  # `progress_lines` there
+    )
+    if s.layers is not None:
+        values["remove_unused_columns"] = False  # pictures are a column of their own until they are collated
+    return SFTConfig(**{**values, **changes})
+
+
+def _lasting_arguments(job: TrainingJob, name: str) -> dict[str, Any]:
+    """What a real run has beyond that, and a twin has no use for: reporters, and which checkpoint comes back."""
+    s = job.settings
+    values = report_arguments(s, name, job.logs)
+    if s.keeps_best:
+        values |= {
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+            # A best one that was not saved cannot come back, so every evaluation is followed by a checkpoint. Three
+            # stay: the best, the last, and the one before, since nothing goes on from the last step (`to_resume`).
+            "save_steps": s.eval_steps,
+            "save_total_limit": 3,
+            # The count of evaluations without improvement.
+            "restore_callback_states_from_checkpoint": s.early_stopping_patience is not None,
+        }
+    return values
+
+
+# Checkpoints that survive a kill at any moment
+
+_LAST_FILE = "trainer_state.json"  # a folder without it was cut short
+
+
+def _step(folder: Path) -> int:
+    tail = folder.name.rsplit("-", 1)[-1]
+    return int(tail) if tail.isdigit() else -1
+
+
+def latest_complete(folder: Path) -> Path | None:
+    """The newest checkpoint-<step> that was written whole; broken ones are removed. The folder need not exist."""
+    best: Path | None = None
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step):
+        try:
+            state = json.loads((checkpoint / _LAST_FILE).read_text(encoding="utf-8"))
+            complete = state["global_step"] == _step(checkpoint)
+        except (OSError, ValueError, KeyError):
+            complete = False
+        if complete:
+            best = checkpoint
+        else:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    return best
+
+
+def to_resume(folder: Path) -> Path | None:
+    """The newest whole checkpoint that training can go on from; broken ones, and that of the end, are removed.
+
+    From the checkpoint of the last step, or of an early stop, the Trainer would train on for a step (transformers
+    5.17, unless an epoch ends there). So the way from the one before to the end is gone a second time.
+    """
+    while (checkpoint := latest_complete(folder)) is not None:
+        state = json.loads((checkpoint / _LAST_FILE).read_text(encoding="utf-8"))
+        control = (state.get("stateful_callbacks") or {}).get("TrainerControl") or {}
+        stopped = control.get("args", {}).get("should_training_stop")
+        if state["global_step"] < state["max_steps"] and not stopped:
+            break
+        shutil.rmtree(checkpoint)
+    return checkpoint
+
+
+# A run
+
+
+def _encode(job: TrainingJob, tokenizer: Any, examples: Sequence[tuple[str, str]], kind: str) -> Encoded:
+    settings, leave_out = job.settings, job.settings.overlong == "leave_out"
+    if settings.layers is None:
+        encoded = encode_examples(tokenizer, examples, settings.max_length, leave_out=leave_out)
+    else:
+        encoded = encode_items(job.base, job.images, examples, settings.max_length, leave_out=leave_out, kind=kind)
+    if encoded.left_out:
+        print(
+            f"{encoded.left_out} of {len(examples)} {kind} items are longer than {settings.max_length} tokens and are "
+            f"left out (longest {encoded.longest})",
+            flush=True,
+        )
+    return encoded
+
+
+def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Encoded]:
+    """The arm's trainer, ready to train, and its encoded items; `changes`: arguments of SFTConfig."""
+    if arm.prepare:
+        arm.prepare(job)
+    from transformers import PrinterCallback, set_seed
+
+    tokenizer = load_tokenizer(job.base)
+    train = _encode(job, tokenizer, job.train, "training")
+    valid = _encode(job, tokenizer, job.valid, "validation")
+    model = arm.load_model(job.base, job.settings)
+    set_seed(job.seed)
+    model = arm.add_adapter(model, job.settings)
+    trainer = arm.make_trainer(
+        job.settings,
+        model=model,
+        args=training_arguments(job, **changes),
+        train_dataset=train.dataset,
+        eval_dataset=valid.dataset,
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)  # the Trainer's own choice where there is no bar
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # TRL puts adapters on a 4-bit base into bf16; the optimizer wants float32
+            parameter.data = parameter.data.float()
+    return trainer, train, valid
+
+
+def _add_callbacks(trainer: Any, arm: Arm, job: TrainingJob, resumed_from: int | None) -> None:
+    """Progress, curves, early stopping and, as the last, the probe, so that it sees what the others do to gradients."""
+    from transformers import EarlyStoppingCallback
+
+    from probes import ProbeCallback
+
+    s = job.settings
+    if trainer.args.disable_tqdm:
+        trainer.add_callback(progress_lines(f"train {arm.name}-{job.seed}"))
+    if "tensorboard" in s.report_to and job.logs is not None:
+        trainer.add_callback(tensorboard(job.logs, resumed_from))
+    if s.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(s.early_stopping_patience, s.early_stopping_min_delta))
+    manager = getattr(trainer, "grit_manager", None)
+    readings = None if manager is None else manager.readings
+    ledger = job.output / LEDGER
+    trainer.add_callback(ProbeCallback(every=s.probe_every, ledger=ledger, readings=readings, claims=arm.preconditions))
+
+
+def peak_memory_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def run(arm: Arm, job: TrainingJob) -> TrainingResult:
+    """Train one arm; write adapter, tokenizer, loss history and the probe's ledger to `job.output`.
+
+    Same job on the same machine and thread count → same adapter bytes on a CPU, resumed or not.
+    """
+    check_reporters(job.settings, job.logs)
+    trainer, train, valid = build(arm, job, **_lasting_arguments(job, f"{arm.name}-{job.seed}"))
+    checkpoint = to_resume(job.checkpoints)
+    resumed_from = _step(checkpoint) if checkpoint else None
+    _add_callbacks(trainer, arm, job, resumed_from)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - started  # of this process's share of the training
+
+    trainer.model.save_pretrained(job.output, safe_serialization=True)
+    trainer.processing_class.save_pretrained(job.output)
+    history = [dict(entry) for entry in trainer.state.log_history]
+    remove_reporters(trainer)  # closed by now: the evaluation below would open them anew, or stand at the wrong step
+    said = arm.report(trainer, job) if arm.report else {}
+    (job.output / "loss_history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    evaluated = [entry for entry in history if math.isfinite(entry.get("eval_loss", math.nan))]
+    best = min(evaluated, key=lambda entry: entry["eval_loss"], default={})  # the first of equal ones, as the Trainer
+    state = trainer.state
+    if job.settings.keeps_best and state.best_model_checkpoint is None:
+        print("no evaluation loss was finite: the adapter is that of the last step", file=sys.stderr, flush=True)
+    return TrainingResult(
+        history=history,
+        resumed_from=resumed_from,
+        summary={
+            "steps": state.global_step,
+            "epochs": state.epoch,
+            "stopped_early": state.global_step < state.max_steps,
+            "train_items": len(train.dataset),
+            "train_left_out": train.left_out,
+            "valid_left_out": valid.left_out,
+            "longest": max(train.longest, valid.longest),
+            "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+            "final_loss": losses[-1] if losses else None,
+            # Of the adapter that is saved: the best one, and after ranks have shrunk.
+            "final_eval_loss": trainer.evaluate()["eval_loss"],
+            "best_step": best.get("step"),
+            "best_eval_loss": best.get("eval_loss"),
+            "train_seconds": seconds,
+            "resumed_from_step": resumed_from,
+            "peak_memory_bytes": peak_memory_bytes(),
+            **said,
+        },
+    )
+
+
+def first_losses(arm: Arm, job: TrainingJob, steps: int, perturbed: bool = False) -> list[float]:
+    """The training loss of each of the first steps, for the probe's twin run: same start, batches and learning rates.
+
+    Nothing is written to the job's output. `perturbed`: start from trainable weights that are off by one rounding.
+    """
+    from transformers import TrainerCallback
+
+    from probes import perturb
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop |= state.global_step >= steps
+
+    trainer, *_ = build(arm, job, eval_strategy="no", save_strategy="no", logging_strategy="no")
+    if perturbed:
+        perturb(trainer.model)
+    trainer.add_callback(Stop())
+    devices = trainer.args.world_size * max(1, trainer.args.n_gpu)
+    found = [0.0] * min(steps, job.settings.steps_for(len(trainer.train_dataset), devices))
+    train_step = trainer.training_step
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        loss = train_step(*args, **kwargs)
+        if trainer.state.global_step < len(found):
+            found[trainer.state.global_step] += float(loss)  # micro-batches of one step: shares of its mean
+        return loss
+
+    trainer.training_step = noted
+    trainer.train()
+    return found
