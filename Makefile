@@ -9,7 +9,7 @@ BIN  := $(VENV)/bin
 DONE := $(VENV)/.installed
 RUN  := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: setup repro serve test check format bench probe-faults clean lock
+.PHONY: setup repro serve test test-all check format bench probe-faults clean lock
 
 setup: $(DONE)
 
@@ -37,8 +37,15 @@ serve: setup
 	$(RUN) python -m export.ollama create
 	$(RUN) python -m export.ollama verify --backend ollama --mode both
 
+# One process a core, one thread each. test: after a change. test-all: also the fault catalogue, kills, simulations, recipes,
+# a browser and PostgreSQL.
+TESTS := python -m pytest -n $(or $(WORKERS),auto)
+
 test: setup
-	$(RUN) python -m pytest
+	$(RUN) $(TESTS) -m "not full"
+
+test-all: setup
+	$(RUN) $(TESTS)
 
 check: setup
 	$(RUN) ruff check .

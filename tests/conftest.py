@@ -10,29 +10,53 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # a worker a core; read when torch is imported
 
 TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 SERVED_TOKENS = 6
 
 
 @pytest.fixture(scope="session")
-def base_dir(tmp_path_factory):
+def once(tmp_path_factory):
+    """once(name, make): a folder that make(folder) fills once, for the tests of all workers."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def shared(name, make):
+        folder, finished = root / name, root / f"{name}.finished"
+        with FileLock(root / f"{name}.lock"):
+            if not finished.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                finished.touch()
+        return folder
+
+    return shared
+
+
+@pytest.fixture(scope="session")
+def base_dir(once, tmp_path_factory):
     """A Llama with a SentencePiece tokenizer, trained for some steps on general questions."""
     from evaluation.tasks import general, render
     from trainers.base import EmbeddedSettings, train_base
 
-    folder = tmp_path_factory.mktemp("base")
     settings = EmbeddedSettings(
         seed=0, vocab_size=512, hidden_size=64, intermediate_size=128, layers=2, heads=2, context=256,
         examples=1600, batch_size=32, learning_rate=3e-3, precision="fp32",
     )  # fmt: skip
     questions = islice(general.questions(0, held_out=False), settings.examples)
     examples = [(render(TEMPLATE, p), a) for _, p, a in questions]
-    train_base(settings, examples, folder, tmp_path_factory.mktemp("checkpoints"), folder)
-    return folder
+
+    def make(folder):
+        train_base(settings, examples, folder, tmp_path_factory.mktemp("checkpoints"), folder)
+
+    return once("base", make)
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +88,7 @@ def make_job(base_dir, train_settings, aqi_examples, tmp_path_factory):
     from trainers.run import TrainingJob
     from trainers.settings import BaseReference, TrainSettings
 
-    def make(seed=0, checkpoints: Path | None = None, grit=None, **changes):
+    def make(seed=0, checkpoints: Path | None = None, grit=None, output: Path | None = None, **changes):
         own = {} if grit is None else {"grit": grit}
         kind = GritSettings if own else TrainSettings
         return TrainingJob(
@@ -73,7 +97,7 @@ def make_job(base_dir, train_settings, aqi_examples, tmp_path_factory):
             seed=seed,
             train=aqi_examples[:64],
             valid=aqi_examples[64:],
-            output=tmp_path_factory.mktemp("adapter"),
+            output=output or tmp_path_factory.mktemp("adapter"),
             checkpoints=checkpoints or tmp_path_factory.mktemp("checkpoints"),
         )
 
@@ -81,55 +105,55 @@ def make_job(base_dir, train_settings, aqi_examples, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def adapter_dir(make_job):
+def adapter_dir(make_job, once):
     from trainers.arms.baseline_lora import ARM
     from trainers.run import run
 
-    job = make_job()
-    run(ARM, job)
-    return job.output
+    return once("adapter", lambda folder: run(ARM, make_job(output=folder)))
 
 
 @pytest.fixture(scope="session")
-def exported(base_dir, adapter_dir, tmp_path_factory):
+def exported(base_dir, adapter_dir, once, tmp_path_factory):
     """base.gguf, model.gguf and adapter.gguf of the two above."""
     from export import gguf
 
-    folder = tmp_path_factory.mktemp("gguf")
-    for name, adapter in (("base", None), ("model", adapter_dir)):
-        merged = tmp_path_factory.mktemp(name) / "model"
-        gguf.save_merged(str(base_dir), adapter, merged, {})
-        gguf.convert_model(merged, folder / f"{name}.gguf", name)
-    gguf.convert_adapter(adapter_dir, base_dir, folder / "adapter.gguf")
-    return folder
+    def make(folder):
+        for name, adapter in (("base", None), ("model", adapter_dir)):
+            merged = tmp_path_factory.mktemp(name) / "model"
+            gguf.save_merged(str(base_dir), adapter, merged, {})
+            gguf.convert_model(merged, folder / f"{name}.gguf", name)
+        gguf.convert_adapter(adapter_dir, base_dir, folder / "adapter.gguf")
+
+    return once("exported", make)
 
 
 @pytest.fixture(scope="session")
-def served_tree(exported, base_dir, adapter_dir, prompts, tmp_path_factory):
+def served_tree(exported, base_dir, adapter_dir, prompts, once):
     """gguf/ as the export stage leaves it, for the base and one arm, with Hugging Face's answers."""
     from export.engines.hf import HfEngine
     from export.modelfile import Serving
     from export.served import Reference, modelfile_text, write_references
 
-    root = tmp_path_factory.mktemp("gguf")
-    serving = Serving(template=TEMPLATE, stop=["</s>"], num_ctx=256, adds_bos=True, bos_token="<s>")
-    questions = [text.split("Instruction:\n")[1].split("\n\n### Response")[0] for text in prompts[:6]]
-    for arm, file, adapter in (("base", "base.gguf", None), ("pure_grit", "model.gguf", adapter_dir)):
-        folder = root / arm / "0"
-        folder.mkdir(parents=True)
-        shutil.copy(exported / file, folder / "model.gguf")
-        if adapter:
-            shutil.copy(exported / "adapter.gguf", folder / "adapter.gguf")
-            (folder / "Modelfile.adapter").write_text(modelfile_text(serving, folder, root / "base/0/model.gguf"))
-        (folder / "serving.json").write_text(json.dumps(serving.as_json()))
-        (folder / "Modelfile").write_text(modelfile_text(serving, folder))
-        with HfEngine(str(base_dir), TEMPLATE, adapter=adapter) as engine:
-            made = {question: engine.generate(question, SERVED_TOKENS) for question in questions}
-            write_references(
-                folder,
-                [Reference(q, engine.render(q), m.prompt_ids, m.text, SERVED_TOKENS) for q, m in made.items()],
-            )
-    return root
+    def make(root):
+        serving = Serving(template=TEMPLATE, stop=["</s>"], num_ctx=256, adds_bos=True, bos_token="<s>")
+        questions = [text.split("Instruction:\n")[1].split("\n\n### Response")[0] for text in prompts[:6]]
+        for arm, file, adapter in (("base", "base.gguf", None), ("pure_grit", "model.gguf", adapter_dir)):
+            folder = root / arm / "0"
+            folder.mkdir(parents=True)
+            shutil.copy(exported / file, folder / "model.gguf")
+            if adapter:
+                shutil.copy(exported / "adapter.gguf", folder / "adapter.gguf")
+                (folder / "Modelfile.adapter").write_text(modelfile_text(serving, folder, root / "base/0/model.gguf"))
+            (folder / "serving.json").write_text(json.dumps(serving.as_json()))
+            (folder / "Modelfile").write_text(modelfile_text(serving, folder))
+            with HfEngine(str(base_dir), TEMPLATE, adapter=adapter) as engine:
+                made = {question: engine.generate(question, SERVED_TOKENS) for question in questions}
+                write_references(
+                    folder,
+                    [Reference(q, engine.render(q), m.prompt_ids, m.text, SERVED_TOKENS) for q, m in made.items()],
+                )
+
+    return once("served", make)
 
 
 @pytest.fixture

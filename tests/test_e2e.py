@@ -12,7 +12,6 @@ import pytest
 
 from tests.project_clone import make_clone
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[1]
 LEDGER = "adapters/baseline_lora/0/probe_ledger.jsonl"
 ARMS = ("baseline_lora", "hybrid_grit", "pure_grit")

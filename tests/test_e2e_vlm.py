@@ -9,8 +9,6 @@ import yaml
 from tests.project_clone import make_clone
 from tests.vision_sizes import ARMS, RETENTION_ITEMS, TEST_ITEMS
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):

@@ -11,7 +11,8 @@ from evaluation.tasks import load
 from tests import recipe_data
 from tests.project_clone import ROOT, make_clone
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.full
+
 TASK, PRIMARY = "gsm8k", "gsm8k_exact_match"
 ROWS, TEST_ROWS, TEST_ITEMS = 360, 60, 40
 ARMS = ("baseline_lora", "hybrid_grit", "pure_grit")

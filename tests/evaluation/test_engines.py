@@ -21,8 +21,6 @@ from tests.export.test_export_architectures import add_adapter
 from trainers.base import EmbeddedSettings, train_base
 from trainers.pictures import VisionDataError
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def pair(base_dir, exported):

@@ -21,7 +21,6 @@ from pipelines.check import parse_params
 from tests.conftest import TEMPLATE
 from tests.ollama_double import OllamaDouble
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -34,8 +34,6 @@ from tests.export.bare_tokenizer import without_prefix
 from tests.export.verify_runs import logits_apart
 from trainers.base import train_tokenizer
 
-pytestmark = pytest.mark.slow
-
 # Logits, whose standard deviation is above 1. Measured on the 6 prompts: at most 0.011 for merged weights (which are
 # rounded to f16) and 0.009 for base + adapter; for Gemma-2 0.020 and 0.022. Without the adapter: 2.5 to 4.2.
 TOLERANCE = 0.05

@@ -19,8 +19,6 @@ from export.gguf import QUANTIZATIONS, REFUSED, contents, quantize, unusable
 from tests.conftest import TEMPLATE
 from tests.export.verify_runs import logits_apart
 
-pytestmark = pytest.mark.slow
-
 
 def test_merged_weights_are_base_plus_scaled_product(base_dir, adapter_dir, tmp_path):
     gguf.save_merged(str(base_dir), adapter_dir, tmp_path / "m", {})

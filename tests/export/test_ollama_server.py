@@ -18,7 +18,7 @@ from export.verify import verify
 from tests.export.verify_runs import ARM, LATEST, edit, model, one, opened, rewrite, run
 from tests.ollama_double import OllamaDouble
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_records")]
+pytestmark = pytest.mark.usefixtures("own_records")
 ROOT = Path(__file__).resolve().parents[2]
 
 

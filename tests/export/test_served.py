@@ -94,7 +94,6 @@ def test_bos_must_not_come_twice(token):
 # --- folders ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_one_name_in_two_folders_is_refused_and_the_stage_goes_by_arm_and_seed(tree):
     """After the first seed was changed DVC leaves the folder of the old one."""
     first, second = tree / "pure_grit/0", tree / "pure_grit/1"
@@ -113,7 +112,6 @@ def test_one_name_in_two_folders_is_refused_and_the_stage_goes_by_arm_and_seed(t
     assert served_in(second, "another").name == "another" and served_in(second).name == "pure_grit_model"
 
 
-@pytest.mark.slow
 def test_later_seeds_are_tags_of_one_name_and_what_a_killed_export_left_is_no_model(tree):
     for name in ("3", "10", "0.4711.partial", "0.4711.old.partial", "old", "³"):
         shutil.copytree(tree / "pure_grit/0", tree / "pure_grit" / name)
@@ -121,7 +119,6 @@ def test_later_seeds_are_tags_of_one_name_and_what_a_killed_export_left_is_no_mo
     assert names == ["base_model", "pure_grit_model", "pure_grit_model:seed3", "pure_grit_model:seed10"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -147,7 +144,6 @@ def test_damaged_facts_are_named_and_break_no_other_model(tree, spoil, said):
     assert [s.name for s in find_served(tree, names=["base_model"])] == ["base_model"]
 
 
-@pytest.mark.slow
 def test_folders_and_files_that_are_not_there(tree, tmp_path):
     with pytest.raises(ExportError, match="dvc repro export"):
         find_served(tmp_path / "empty")

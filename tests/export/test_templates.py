@@ -316,7 +316,6 @@ def chat_base(base_dir, tmp_path):
     return base
 
 
-@pytest.mark.slow
 def test_tokens_beyond_the_sentencepiece_model_reach_the_gguf(base_dir, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
@@ -354,7 +353,6 @@ def project(chat_base, tmp_path, monkeypatch):
     return tmp_path / "work", raw
 
 
-@pytest.mark.slow
 def test_all_stages_read_the_same_text(project):
     from pipelines import evaluate, export, prepare_base, prepare_data, train
     from pipelines.check import parse_params
@@ -394,7 +392,6 @@ def test_all_stages_read_the_same_text(project):
         train.run(parse_params(raw), "baseline_lora", 0)
 
 
-@pytest.mark.slow
 def test_an_adapter_that_can_only_be_merged_is_exported_with_a_notice(project, chat_base, capsys):
     from pipelines import export, prepare_base, prepare_data
     from pipelines.check import parse_params

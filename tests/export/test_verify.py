@@ -16,7 +16,7 @@ from export.verify import against, verify
 from tests.export.verify_runs import ARM, answers, model, one, opened, rewrite
 from tests.ollama_double import OllamaDouble
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_records")]
+pytestmark = pytest.mark.usefixtures("own_records")
 
 
 def test_all_models_in_both_modes(tree, kind):

@@ -16,7 +16,7 @@ from export.served import read_references
 from export.verify import verify
 from tests.export.verify_runs import ARM, LATEST, answers, edit, longer, model, one, opened, patch, rewrite, substitute
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_records")]
+pytestmark = pytest.mark.usefixtures("own_records")
 
 
 def test_the_first_differing_token(exported):

@@ -298,7 +298,6 @@ def test_hooks_come_off_when_the_block_ends():
 # Quantized base
 
 
-@pytest.mark.slow
 def test_statistics_on_a_four_bit_base(tmp_path):
     """NF4 by bitsandbytes, on the CPU: every layer reports, everything is finite, and the step applies."""
     from peft import prepare_model_for_kbit_training

@@ -24,7 +24,6 @@ def params(smoke_raw, tmp_path, monkeypatch):
     return params
 
 
-@pytest.mark.slow
 def test_two_steps_of_every_arm_say_whether_the_matrix_fits(params):
     shutil.rmtree("checkpoints", ignore_errors=True)
     done = subprocess.run(

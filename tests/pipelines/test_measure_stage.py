@@ -18,7 +18,6 @@ from pipelines import measure
 from pipelines.check import parse_params
 from pipelines.params import ConfigError
 
-pytestmark = pytest.mark.slow
 INDEX = [f"alignment_{n}" for n in "index index_low index_high null_mean null_low null_high p_value".split()]
 CLUSTERS = ["calinski_harabasz", "xie_beni", "silhouette", "davies_bouldin", "dunn"]
 DELTA = [f"delta_alignment_{n}" for n in "index index_low index_high null_low null_high p_value".split()]

@@ -14,8 +14,6 @@ from pipelines import prepare_data, probe, profile, train, twin
 from pipelines.check import parse_params
 from trainers.run import LEDGER
 
-pytestmark = pytest.mark.slow
-
 SMOKE = profile.compose("smoke")
 SETTINGS = {"max_steps": 30, "save_steps": 15, "eval_steps": 30, "warmup_steps": 2, "probe_every": 5}
 

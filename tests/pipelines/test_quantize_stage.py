@@ -13,8 +13,6 @@ from pipelines import export, quantize
 from pipelines.check import parse_params
 from pipelines.params import ConfigError
 
-pytestmark = pytest.mark.slow
-
 OUT = "quantized/baseline_lora/0"
 
 

@@ -86,7 +86,6 @@ def test_a_base_that_is_not_usable_says_what_to_do(params, tmp_path):
         base_model.load_reference()
 
 
-@pytest.mark.slow
 def test_a_local_base_is_referenced_and_watched(params, tmp_path, base_dir):
     from pipelines import prepare_base
 

@@ -17,7 +17,6 @@ from pipelines.check import parse_params
 from tests.export.verify_runs import substitute
 from tests.ollama_double import OllamaDouble
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = (
     "backend backend_version mode prompts rendered counted answered equal_to_merged perturbed_noticed "

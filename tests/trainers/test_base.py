@@ -47,7 +47,6 @@ def test_weighted_loss_by_hand():
     assert weighted_loss(logits, ids, weights).item() == pytest.approx(total.item() / 4.0, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_the_folder_is_a_whole_16_bit_model(base_dir):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -115,7 +114,6 @@ def trained(tmp_path_factory):
     return folder, train_vision_base(folder, folder / "checkpoints")
 
 
-@pytest.mark.slow
 def test_the_folder_is_a_whole_16_bit_model_that_answers(trained):
     from transformers import AutoModelForImageTextToText
 
@@ -134,7 +132,6 @@ def test_the_folder_is_a_whole_16_bit_model_that_answers(trained):
     assert made.shape[1] > batch["input_ids"].shape[1]
 
 
-@pytest.mark.slow
 def test_training_lowers_the_loss(trained):
     from transformers import AutoModelForImageTextToText
 
@@ -147,7 +144,6 @@ def test_training_lowers_the_loss(trained):
         assert model(**processor.collate([row])).loss < 0.5 * fresh(**processor.collate([row])).loss
 
 
-@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_bits(trained, tmp_path):
     checkpoints = tmp_path / "checkpoints"
     code = [sys.executable, "-m", "tests.trainers.runs", "base", str(tmp_path), str(checkpoints)]

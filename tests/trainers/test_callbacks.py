@@ -70,7 +70,6 @@ def test_a_resumed_run_counts_its_own_steps_and_an_early_end_is_said(talk):
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("terminal", [False, True])
 def test_lines_in_a_log_and_a_bar_on_a_terminal(make_job, monkeypatch, capsys, terminal):
     monkeypatch.setenv("NO_COLOR", "1")
@@ -91,7 +90,6 @@ def curves(folder):
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-@pytest.mark.slow
 def test_loss_evaluation_and_grit_are_in_the_event_file(make_job, tmp_path):
     job = replace(make_job(grit=GRIT, report_to=["tensorboard"]), logs=tmp_path / "logs/pure_grit/0")
     result = run(pure_grit.ARM, job)
@@ -105,7 +103,6 @@ def test_loss_evaluation_and_grit_are_in_the_event_file(make_job, tmp_path):
     assert not [p for p in job.output.rglob("*") if "tfevents" in p.name]
 
 
-@pytest.mark.slow
 def test_a_resumed_run_goes_on_and_a_new_one_starts_anew(make_job, tmp_path):
     settings = {"report_to": ["tensorboard"], "max_steps": 14}
     job = replace(make_job(**settings, checkpoints=tmp_path / "checkpoints"), logs=tmp_path / "logs")
@@ -130,14 +127,12 @@ def test_event_files_are_named_in_the_order_of_their_making(tmp_path):
     assert stamps == sorted(set(stamps)), "each has a second of its own; what stands behind it gives no order"
 
 
-@pytest.mark.slow
 def test_a_twin_reports_nothing(make_job, tmp_path):
     job = replace(make_job(report_to=["tensorboard", "wandb"], keep_best=True, eval_steps=2), logs=tmp_path / "logs")
     assert len(first_losses(baseline_lora.ARM, job, 2)) == 2
     assert not job.logs.exists()
 
 
-@pytest.mark.slow
 def test_a_missing_package_is_named_before_anything_is_loaded(make_job, tmp_path, monkeypatch):
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else there(name, *a))
@@ -171,7 +166,6 @@ STAND_IN = """
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("chosen", [{}, {"WANDB_PROJECT": "mine", "WANDB_MODE": "offline", "WANDB_DIR": "/elsewhere"}])
 def test_wandb_is_told_project_name_and_folder(make_job, tmp_path, chosen):
     package = tmp_path / "modules/wandb"

@@ -30,7 +30,6 @@ from trainers.models import ModelError, add_lora, load_base_model
 from trainers.run import run
 from trainers.settings import BaseReference
 
-pytestmark = pytest.mark.slow
 GRIT = {"min_lora_rank": 1, "kfac_min_samples": 1, "grit_cov_update_freq": 1, "kfac_update_freq": 2, "log_freq": 4}
 MLP = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 CURVE = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.4}  # of the job that lasts: the best is not the last

@@ -51,7 +51,6 @@ def test_early_stopping_keeps_the_best(raw):
     assert not TrainSettings(**raw["train"]).keeps_best
 
 
-@pytest.mark.slow
 def test_steps_are_those_of_the_trainer(raw, tmp_path):
     import torch
     from transformers import Trainer, TrainingArguments

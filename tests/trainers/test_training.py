@@ -23,7 +23,6 @@ from trainers.models import ModelError, add_lora, load_base_model, load_tokenize
 from trainers.run import build, first_losses, latest_complete, run
 from trainers.settings import BaseReference
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "adapter_model.safetensors"
 ARM = baseline_lora.ARM
