@@ -215,7 +215,7 @@ def grit_that_stops(model: Any, setting: Setting) -> Setup:
     optimizer = grit_optimizer(model, setting, config)
     manager = optimizer.manager
     update = manager.update_statistics
-    manager.update_statistics = lambda: update() if manager.step < 10 else None  # type: ignore[method-assign]
+    manager.update_statistics = lambda: update() if manager.step < 10 else None
     return grit_setup(manager, optimizer)
 
 
