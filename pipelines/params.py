@@ -54,6 +54,14 @@ class Evaluate(Section):
     speed_tokens: Positive
 
 
+class Probe(Section):
+    """Section probe: how a verdict on an arm's updates is reached."""
+
+    twin_steps: Annotated[int, Field(ge=5, description="optimizer steps of each twin")]
+    min_angle: Annotated[float, Field(gt=0, le=90, description="degrees")]
+    min_coverage: Share
+
+
 class StageParams(Section):
     """What every stage may read; a stage adds its sections and ignores the others."""
 

@@ -57,7 +57,7 @@ class Running:
         self.started = time.monotonic()
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                [*DVC, "repro", "--single-item", "--wait-for-lock", name],
+                [*DVC, "--wait-for-lock", "repro", "--single-item", name],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches it through `stop`, once
@@ -119,7 +119,7 @@ def run(waits: dict[str, set[str]], at_once: int) -> list[str]:
         for stage in running.values():
             stage.stop()
     if failed and waiting:
-        print(f"not run, since they come after what failed: {', '.join(waiting)}")
+        print(f"{len(waiting)} stages not run, since they come after what failed")
     return failed
 
 

@@ -31,8 +31,8 @@ class LlamaCppEngine(LocalEngine):
     """A GGUF file, merged or the base with a GGUF adapter on top. Raises EngineError: a file cannot be loaded.
 
     `threads` 0: OMP_NUM_THREADS, or where it is not set half of the cores, all of them for prompts. `scale`: factor on
-    the adapter's own, llama.cpp's `--lora-scaled`. `parallel` sequences at once in `generate_many`, each with `num_ctx` tokens.
-    `exact_cache`: keys and values in float32; llama.cpp rounds them to float16 by default, as servers do. `keeps_leads`
+    the adapter's own, llama.cpp's `--lora-scaled`. `parallel` sequences at once in `generate_many`, each with `num_ctx`
+    tokens. `exact_cache`: keys and values in float32; llama.cpp rounds them to float16 by default, as servers do. `keeps_leads`
     costs a partial sort a token.
     """
 
