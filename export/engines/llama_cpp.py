@@ -32,8 +32,8 @@ class LlamaCppEngine(LocalEngine):
 
     `threads` 0: OMP_NUM_THREADS, or where it is not set half of the cores, all of them for prompts. `scale`: factor on
     the adapter's own, llama.cpp's `--lora-scaled`. `parallel` sequences at once in `generate_many`, each with `num_ctx`
-    tokens. `exact_cache`: keys and values in float32; llama.cpp rounds them to float16 by default, as servers do. `keeps_leads`
-    costs a partial sort a token.
+    tokens. `exact_cache`: keys and values in float32; llama.cpp rounds them to float16 by default, as servers do.
+    `keeps_leads` costs a partial sort a token.
     """
 
     name = "llama_cpp"
