@@ -3,29 +3,18 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from db.files import FileError, exclusive, finish_run, hash_inputs, staged, start_run, write_record
 from db.records import VerdictRecord
 from pipelines import train, twin
-from pipelines.params import Share, load_params
+from pipelines.params import Probe, load_params
 from pipelines.stage import ArmArgument, SeedArgument, VerdictError, adapter_dir, cli, main_for, verdict_dir
 from pipelines.train import load_arm
 from probes import Evidence, Thresholds, Twin, Verdict, judge
 from probes.twin import DIVERGES
 from trainers import BASELINE
 from trainers.run import LEDGER
-from trainers.settings import Section
-
-
-class Probe(Section):
-    """Section probe: how a verdict on an arm's updates is reached."""
-
-    twin_steps: Annotated[int, Field(ge=5, description="optimizer steps of each twin")]
-    min_angle: Annotated[float, Field(gt=0, le=90, description="degrees")]
-    min_coverage: Share
 
 
 class Params(train.Params):
