@@ -27,16 +27,12 @@ DEGREES, RATIO, SHARE, COSINE = "degrees", "ratio", "share", "cosine"
 def twins(params: Params, arm: str, seed: int, warmup: int) -> Twin:
     """Loss curves of baseline, baseline again and arm over the same steps, all with the arm's settings.
 
-    Where two runs of the baseline are equal to the bit, the second one starts off by one rounding.
+    The second baseline starts off by one rounding: on a CPU it would be equal to the bit.
     """
     steps = params.probe.twin_steps + warmup  # a twin ends where the real run would
-    baseline = twin.curve(params, BASELINE, seed, steps, "A", like=arm)
-    again = twin.curve(params, BASELINE, seed, steps, "A'", like=arm)
-    own = again if arm == BASELINE else twin.curve(params, arm, seed, steps, "arm")
-    deterministic = again == baseline
-    if deterministic:
-        again = twin.curve(params, BASELINE, seed, steps, "A'", like=arm, perturbed=True)
-    return Twin(baseline, again, own, perturbed=deterministic)
+    baseline, again = twin.curves(params, BASELINE, seed, steps, like=arm, perturbed=(False, True))
+    own = baseline if arm == BASELINE else twin.curves(params, arm, seed, steps)[0]
+    return Twin(baseline, again, own, perturbed=True)
 
 
 def readings(verdict: Verdict, evidence: Evidence, pair: Twin) -> list[dict[str, Any]]:
