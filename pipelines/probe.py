@@ -1,6 +1,5 @@
 """Stage probe: verdicts/<arm>/<seed>/, whether the optimizer did what the arm says."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,8 @@ from typing import Any
 from db.files import FileError, exclusive, finish_run, hash_inputs, staged, start_run, write_record
 from db.records import VerdictRecord
 from pipelines import train, twin
-from pipelines.params import Probe, load_params
-from pipelines.stage import ArmArgument, SeedArgument, VerdictError, adapter_dir, cli, main_for, verdict_dir
+from pipelines.params import Probe
+from pipelines.stage import VerdictError, adapter_dir, command, verdict_dir
 from pipelines.train import load_arm
 from probes import Evidence, Thresholds, Twin, Verdict, judge
 from probes.twin import DIVERGES
@@ -122,13 +121,5 @@ def run(params: Params, arm_name: str, seed: int) -> Verdict:
     return verdict
 
 
-def main(arm: ArmArgument, seed: SeedArgument = 0) -> None:
-    def work() -> None:
-        verdict = run(load_params(Params), arm, seed)
-        print(json.dumps({"arm": arm, "seed": seed, "verdict": verdict.verdict, "diagnosis": verdict.diagnosis}))
-
-    main_for("probe", work, arm, seed)
-
-
 if __name__ == "__main__":
-    cli(main)
+    command("probe", Params, run)
