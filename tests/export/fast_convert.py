@@ -1,7 +1,6 @@
 """llama.cpp's converters without starting Python anew for each: nine tenths of their time is importing torch.
 
-They run in children of multiprocessing's fork server, which has it imported. `tests/export/test_gguf.py` runs them as
-the project does.
+They run in children of multiprocessing's fork server, which has it imported; `as_the_project_does` is the other way.
 """
 
 import multiprocessing
@@ -9,8 +8,9 @@ import runpy
 import sys
 from pathlib import Path
 
-from export import ExportError, converters
+from export import ExportError, converters, gguf
 
+as_the_project_does = gguf._convert
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "transformers", "tests.export.fast_convert"])
 

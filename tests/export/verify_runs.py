@@ -85,11 +85,12 @@ def longer(served, tokens):
 
 
 def logits_apart(hf, engine, prompts):
-    """Largest difference of the logits after each rendered prompt; both engines are closed."""
+    """Largest difference of the logits after each rendered prompt, of equal ids; both engines are closed."""
     worst = 0.0
     with hf, engine:
         for prompt in prompts:
             ids = hf.tokenize(prompt)
+            assert engine.tokenize(prompt) == ids
             with torch.inference_mode():
                 expected = hf._model(input_ids=torch.tensor([ids])).logits[0, -1].float().numpy()
             engine.prefill(ids)
