@@ -279,8 +279,11 @@ class BatchContext:
         own.kv_unified = unified
         self.batch = TokenBatch(own.n_batch)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-        with _quiet():
-            self._ctx = llama_cpp.llama_init_from_model(model, own)
+        logger = logging.getLogger("llama-cpp-python")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)  # all sequences together may be longer than what the model was trained on
+        self._ctx = llama_cpp.llama_init_from_model(model, own)
+        logger.setLevel(level)
         if not self._ctx:
             raise EngineError(f"llama.cpp made no context of {sequences} × {num_ctx} tokens; lower evaluate.parallel")
         self._memory = llama_cpp.llama_get_memory(self._ctx)
@@ -317,18 +320,6 @@ class BatchContext:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without llama.cpp's warning that all sequences together are longer than what the model was trained on."""
-    logger = logging.getLogger("llama-cpp-python")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @dataclass

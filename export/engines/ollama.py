@@ -17,6 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -618,19 +619,15 @@ def _as_finished(function: Callable[[A], B], inputs: Sequence[A], workers: int) 
     the loop; what was finished before the exception comes first.
     """
     waiting = iter(enumerate(inputs))
+    failed: Future[B] | None = None
     with ThreadPoolExecutor(workers) as pool:
-        running: dict[Future[B], int] = {}
-        failed: Future[B] | None = None
-        while True:
-            while failed is None and len(running) < workers and (task := next(waiting, None)) is not None:
-                running[pool.submit(function, task[1])] = task[0]
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                place = running.pop(future)
-                if future.exception() is None:
-                    yield place, future.result()
-                else:
-                    failed = failed or future
-        if failed is not None:
-            failed.result()
+        running = {pool.submit(function, one): place for place, one in islice(waiting, workers)}
+        while running:
+            done = wait(running, return_when=FIRST_COMPLETED).done
+            failed = failed or next((future for future in done if future.exception()), None)
+            places = {running.pop(future): future for future in done}
+            yield from ((place, future.result()) for place, future in places.items() if not future.exception())
+            if failed is None:
+                running |= {pool.submit(function, one): place for place, one in islice(waiting, len(done))}
+    if failed is not None:
+        failed.result()

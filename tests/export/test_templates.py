@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from export.modelfile import ModelfileError, Serving, check_bos
+from export.modelfile import RESPONSE, ModelfileError, Serving, check_bos
 from export.template import GoTemplateError, TemplateError, conversation, converse, convert, evaluate, from_tokenizer
 from pipelines import train
 from pipelines.check import parse_params
@@ -73,7 +73,7 @@ def test_published_templates(name):
     for system in (None, asked) if name in named("system") else (None,):
         got = made(name, system=system)
         assert (list(got.stop), got.system) == (stop, system or default)
-        assert (got.trims, got.multi_turn) == (name in named("trims"), name in named("turns"))
+        assert (RESPONSE in got.go) is (name in named("turns"))
         assert got.text == evaluate(got.go, system=got.system or "", prompt="{prompt}") and "{prompt}" in got.text
         assert got.go == CHATML or name not in ("CHATML", "QWEN2")
         Serving(template=got.text, go=got.go, stop=stop, num_ctx=8, system=got.system).check()
@@ -86,7 +86,7 @@ def test_whatever_the_user_says(name, prompt, system):
     got = made(name)
     if not prompt.strip() or (system and name not in named("system")):
         return
-    said = prompt.strip() if got.trims else prompt
+    said = prompt.strip() if name in named("trims") else prompt
     assert evaluate(got.go, system=system or got.system or "", prompt=said) == rendered(name, system, said)
 
 
