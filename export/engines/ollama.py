@@ -41,15 +41,9 @@ PASSING = (408, 429)
 """Refusals that pass: a proxy's time limit, and too many requests."""
 
 GREEDY: dict[str, Any] = {
-    "temperature": 0.0,
-    "top_k": 1,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "seed": 0,
-    "repeat_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
+    "temperature": 0.0, "top_k": 1, "top_p": 1.0, "min_p": 0.0, "seed": 0, "repeat_penalty": 1.0,
+    "presence_penalty": 0.0, "frequency_penalty": 0.0,
+}  # fmt: skip
 """Options of a greedy answer. Penalties are named: the server's defaults, repeat_penalty 1.1 among them, change it."""
 DECIDES_ANSWERS = {*GREEDY, "num_predict", "repeat_last_n", "mirostat", "typical_p", "stop", "num_ctx"}
 
@@ -64,6 +58,10 @@ class OllamaRefused(OllamaError):  # noqa: N818  (named as OllamaUnavailable is)
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class AdaptersUnsupportedError(OllamaError):
+    """This release of Ollama takes no LoRA adapters; merged models can be served."""
 
 
 class OllamaUnavailable(OllamaError):  # noqa: N818  (a state of the world, named as such)
@@ -128,10 +126,10 @@ def _explained(url: str, timeout_s: float) -> Iterator[None]:
     try:
         yield
     except ResponseError as error:
-        hint = ""
+        said = f"Ollama at {url} answered {error.status_code}: {error.error}"
         if "adapters are no longer supported" in error.error:
-            hint = "; releases from 0.34.1 on take no LoRA adapters: register the merged GGUF without one"
-        said = f"Ollama at {url} answered {error.status_code}: {error.error}{hint}"
+            hint = "releases from 0.34.1 on take no LoRA adapters: register the merged GGUF without one"
+            raise AdaptersUnsupportedError(f"{said}; {hint}") from error
         raise OllamaRefused(said, error.status_code) from error
     except httpx.TimeoutException as error:
         raise OllamaUnavailable(

@@ -141,7 +141,7 @@ def test_adapter_goes_along_and_new_releases_refuse_it(double, gguf, tmp_path):
     assert double.models["m:latest"].adapter.read_bytes() == b"GGUF adapter"
     assert register(double.url, "m", gguf, serving(), None, records=tmp_path).created
     double.version = "0.34.1"
-    with pytest.raises(OllamaError, match=r"Ollama 0\.34\.1 at .*register the merged GGUF"):
+    with pytest.raises(OllamaError, match=r"from 0\.34\.1 on .*register the merged GGUF"):
         register(double.url, "m", gguf, serving(), adapter, records=tmp_path)
 
 
