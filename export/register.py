@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,23 +168,19 @@ def register_served(host: str | None, served: Served, progress: Callable[[str], 
     Raises OllamaError, ExportError: see `register`; or what was made cannot be written down.
     """
     made = register(host, served.name, served.gguf, served.serving, served.adapter, progress)
-    file = _facts_file(served)
+    outputs, name = served.folder.parents[1].resolve().parent / "outputs", re.sub(r"[^A-Za-z0-9._-]", "-", served.name)
+    files = {mode: outputs / "ollama" / f"{name}-{mode}.json" for mode in MODES}
+    file = files.pop(served.mode)
     try:
         write_json(file, {**asdict(made), "mode": served.mode})
-        for mode in MODES:
-            if mode != served.mode:  # the server has it in one mode
-                _facts_file(replace(served, mode=mode)).unlink(missing_ok=True)
+        for other in files.values():  # the server has it in one mode
+            other.unlink(missing_ok=True)
     except (OSError, OutputError) as error:
         raise ExportError(
             f"{file}: the model {served.name!r} is registered, which could not be written down; make room or give the "
             f"rights, then run the same command again ({error})"
         ) from error
     return made
-
-
-def _facts_file(served: Served) -> Path:
-    root = served.folder.parents[1].resolve()
-    return root.parent / "outputs" / "ollama" / f"{re.sub(r'[^A-Za-z0-9._-]', '-', served.name)}-{served.mode}.json"
 
 
 def keep_registered(host: str | None, served: Served, progress: Callable[[str], None] | None = None) -> Served:

@@ -426,12 +426,9 @@ class Vocabulary(closing[Any]):
     def __enter__(self) -> Self:
         return self
 
-    def prompt_ids(self, text: str) -> list[int]:
-        return list(self._llm.tokenize(text.encode(), add_bos=True, special=True))
-
-    def ids(self, text: str) -> list[int]:
-        """Such as </s> are tokens of their own."""
-        return list(self._llm.tokenize(text.encode(), add_bos=False, special=True))
+    def ids(self, text: str, bos: bool = False) -> list[int]:
+        """Such as </s> are tokens of their own; `bos`: with the one that the file says to put in front."""
+        return list(self._llm.tokenize(text.encode(), add_bos=bos, special=True))
 
     def answer_ids(self, text: str) -> list[int]:
         """Tokens of a text behind a prompt: without the blank that SentencePiece puts in front of a text."""

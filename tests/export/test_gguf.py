@@ -13,8 +13,7 @@ import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from export import ExportError, converters, gguf
@@ -23,7 +22,7 @@ from export.engines.llama_cpp import LlamaCppEngine
 from export.gguf import QUANTIZATIONS, REFUSED, contents, quantize, unusable
 from tests.conftest import TEMPLATE
 from tests.export import fast_convert
-from tests.export.verify_runs import logits_apart
+from tests.export.verify_runs import add_adapter, logits_apart
 
 
 def test_merged_weights_are_base_plus_scaled_product(base_dir, adapter_dir, tmp_path):
@@ -69,12 +68,12 @@ def test_an_adapter_without_tensors_is_refused(adapter_dir, tmp_path):
         gguf.convert_adapter(wrong, tmp_path, tmp_path / "out.gguf")
 
 
-# Scales that a GGUF adapter has no place for. The trained adapter has r 4 and α 8, so s = 2.
+# Scales that a GGUF adapter has no place for.
 UNEVEN = {
     "rank_pattern": {"layers.0.self_attn.q_proj": 2, "v_proj": 3, r"layers\.[1]\.mlp\.down_proj": 1},
     "alpha_pattern": {"v_proj": 24, "model.layers.1.self_attn.q_proj": 3},
 }
-RSLORA = {"use_rslora": True, "lora_alpha": 4}  # 4/√4 = 2 again
+RSLORA = {"use_rslora": True}
 
 
 def with_config(source, out, changes):
@@ -84,26 +83,9 @@ def with_config(source, out, changes):
     return out
 
 
-def cut(source, out, changes):
-    """The same with the tensors cut to the ranks that the configuration then says, by SVD of B A."""
-    with_config(source, out, changes)
-    ranks = changes.get("rank_pattern", {})
-    weights = load_file(out / "adapter_model.safetensors")
-    for name in [n for n in weights if n.endswith("lora_A.weight")]:
-        other, module = name.replace("lora_A", "lora_B"), name.removesuffix(".lora_A.weight")
-        k = ranks.get(get_pattern_key(ranks.keys(), module.removeprefix("base_model.model.")), 4)
-        u, s, vh = torch.linalg.svd(weights[other] @ weights[name], full_matrices=False)
-        weights[name] = (s[:k, None].sqrt() * vh[:k]).contiguous()
-        weights[other] = (u[:, :k] * s[:k].sqrt()).contiguous()
-    save_file(weights, out / "adapter_model.safetensors")
-    return out
-
-
 @pytest.mark.parametrize("changes", [UNEVEN, RSLORA])
-def test_llama_cpp_computes_what_peft_does_whatever_the_scales(
-    base_dir, adapter_dir, exported, prompts, tmp_path, changes
-):
-    adapter = cut(adapter_dir, tmp_path / "odd", changes)
+def test_llama_cpp_computes_what_peft_does_whatever_the_scales(base_dir, exported, prompts, tmp_path, changes):
+    adapter = add_adapter(base_dir, tmp_path / "odd", **changes)
     lost = with_config(adapter, tmp_path / "lost", {"alpha_pattern": {}, "use_rslora": False})
     apart = {}
     for name, source in (("folded", adapter), ("lost", lost)):

@@ -92,9 +92,9 @@ def test_names_modes_backends_and_servers_that_do_not_exist(tree, monkeypatch):
         done = run(command, "--gguf", tree, "--host", "127.0.0.1:9")
         assert done.exit_code == 1 and "127.0.0.1:9" in done.output and "Traceback" not in done.output
     assert "expected names among base_model, pure_grit_model" in run("create", "pure_grid", "--gguf", tree).output
-    assert "expected one of merged, adapter" in run("create", "--gguf", tree, "--mode", "both").output
-    assert "expected one of merged, adapter, both" in run("verify", "--gguf", tree, "--mode", "x").output
-    assert "expected auto, ollama or llama_cpp" in run("verify", "--gguf", tree, "--backend", "llama").output
+    for wrong in (("create", "--mode", "both"), ("verify", "--mode", "x"), ("verify", "--backend", "llama")):
+        refused = run(*wrong, "--gguf", tree)
+        assert refused.exit_code == 2 and "is not one of" in refused.output
     named = run("verify", "--gguf", tree, "--backend", "ollama")
     assert named.exit_code == 1 and "no Ollama answers at http://127.0.0.1:9" in named.output
 

@@ -20,6 +20,7 @@ from pipelines.check import parse_params
 from pipelines.params import ConfigError
 from tests.export import chat_templates as published
 from tests.export.bare_tokenizer import without_prefix
+from tests.export.verify_runs import add_adapter
 
 CHATML = (
     "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}"
@@ -38,6 +39,7 @@ SHAPES = {
     "MISTRAL": ("<s>", "</s>", ["</s>"], None, "turns bos"),
     "LLAMA2": ("<s>", "</s>", ["</s>"], None, "trims system bos"),
     "GEMMA2": ("<bos>", "<eos>", ["<end_of_turn>", "<eos>"], None, "trims turns bos"),
+    "PHI3": ("<s>", "<|endoftext|>", ["<|end|>", "<|endoftext|>"], None, "turns system"),
     "ALPACA": ("<s>", "</s>", ["</s>"], INSTRUCTED, "turns system"),
 }
 
@@ -310,7 +312,6 @@ def test_all_stages_read_the_same_text(project):
 
 def test_an_adapter_that_can_only_be_merged_is_exported_with_a_notice(project, capsys):
     from pipelines import export
-    from tests.export.test_export_architectures import add_adapter
 
     work, raw = project
     base = raw["prepare_base"]["source"]

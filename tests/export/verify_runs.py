@@ -1,4 +1,4 @@
-"""What the tests of verification share: engines, models, and ways to spoil what was exported."""
+"""What the tests share: engines, models, adapters, and ways to spoil what was exported."""
 
 import json
 from contextlib import contextmanager
@@ -8,6 +8,8 @@ from functools import partial
 import numpy as np
 import torch
 from gguf import GGUFReader
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from export.diagnosis import ask
@@ -82,6 +84,23 @@ def longer(served, tokens):
     long = answers(served, tokens=tokens)
     rewrite(served.folder, answer=lambda row: long[row["prompt"]], max_tokens=lambda row: tokens)
     return long
+
+
+def add_adapter(base, out, **settings):
+    """A random one, with B ≠ 0."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=4, **{"lora_alpha": 8, "target_modules": "all-linear", **settings}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+            elif "magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+            elif "modules_to_save" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(out)
+    return out
 
 
 def logits_apart(hf, engine, prompts):
