@@ -208,15 +208,13 @@ def list_models(host: str | None = None) -> dict[str, str]:
 
 def remove(host: str | None, name: str) -> bool:
     """Deletes a model from the server; False when it had none of that name."""
-    if full_name(name) not in list_models(host):
-        return False
     try:
         with connect(host, ANSWER_S) as client:
             client.delete(name)
     except OllamaRefused as error:
-        if error.status == 404:  # someone else was faster
-            return False
-        raise
+        if error.status != 404:
+            raise
+        return False
     return True
 
 
@@ -237,14 +235,12 @@ class Stored:
 
         Other parameters that a server puts there by itself are its own affair.
         """
-        expected: dict[str, Any] = {"template": serving.go_template, "system": serving.system or ""}
-        got: dict[str, Any] = {"template": self.template, "system": self.system}
-        for key, value in serving.parameters.items():
-            expected[key] = value if isinstance(value, list) else [value]
-            got[key] = self.parameters.get(key)
-        added = {k: values for k, values in self.parameters.items() if k in DECIDES_ANSWERS - serving.parameters.keys()}
+        asked = {key: value if isinstance(value, list) else [value] for key, value in serving.parameters.items()}
+        expected = {"template": serving.go_template, "system": serving.system or "", **asked}
+        got: dict[str, Any] = {**self.parameters, "template": self.template, "system": self.system}
+        added = {key: values for key, values in self.parameters.items() if key in DECIDES_ANSWERS - asked.keys()}
         return [
-            *(f"{key}: expected {value!r}, got {got[key]!r}" for key, value in expected.items() if got[key] != value),
+            *(f"{k}: expected {value!r}, got {got.get(k)!r}" for k, value in expected.items() if got.get(k) != value),
             *(f"{key}: expected none, got {values!r}" for key, values in added.items()),
         ]
 
@@ -254,9 +250,8 @@ def stored_model(host: str | None, name: str) -> Stored | None:
     digest = list_models(host).get(full_name(name))
     if digest is None:
         return None
-    shown = _post(
-        resolve_host(host), "/api/show", {"model": name}, ANSWER_S
-    )  # the client leaves out the system message
+    # By hand, for the client leaves out the system message.
+    shown = _post(resolve_host(host), "/api/show", {"model": name}, ANSWER_S)
     modelfile = str(shown.get("modelfile") or "")
     weights = re.search(r"^FROM .*sha256[-:]([0-9a-f]{64})", modelfile, re.MULTILINE)
     level = (shown.get("details") or {}).get("quantization_level")

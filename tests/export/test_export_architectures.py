@@ -16,8 +16,7 @@ from export import gguf
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
 from tests.conftest import TEMPLATE
-from tests.export.bare_tokenizer import without_prefix
-from tests.export.verify_runs import add_adapter, logits_apart
+from tests.export.verify_runs import add_adapter, logits_apart, without_prefix
 
 # Logits, whose standard deviation is above 1. Measured on the 6 prompts: at most 0.011 for merged weights (which are
 # rounded to f16) and 0.009 for base + adapter; for Gemma-2 0.020 and 0.022. Without the adapter: 2.5 to 4.2.

@@ -19,8 +19,7 @@ from pipelines import train
 from pipelines.check import parse_params
 from pipelines.params import ConfigError
 from tests.export import chat_templates as published
-from tests.export.bare_tokenizer import without_prefix
-from tests.export.verify_runs import add_adapter
+from tests.export.verify_runs import add_adapter, without_prefix
 
 CHATML = (
     "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}"

@@ -1,6 +1,7 @@
 """What the tests share: engines, models, adapters, and ways to spoil what was exported."""
 
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -84,6 +85,20 @@ def longer(served, tokens):
     long = answers(served, tokens=tokens)
     rewrite(served.folder, answer=lambda row: long[row["prompt"]], max_tokens=lambda row: tokens)
     return long
+
+
+def without_prefix(source, out):
+    """A copy of a tokenizer's (or model's) folder that puts no blank in front of a text, as Gemma's and newer ones."""
+    shutil.copytree(source, out)
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["prepend_scheme"] = "never"
+    tokenizer["decoder"]["decoders"] = tokenizer["decoder"]["decoders"][:-1]  # which strips that blank
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer))
+    old = json.loads((out / "tokenizer_config.json").read_text())
+    # LlamaTokenizer would build the blank anew.
+    new = {**old, "tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": False}
+    (out / "tokenizer_config.json").write_text(json.dumps(new))
+    return out
 
 
 def add_adapter(base, out, **settings):
