@@ -1,6 +1,6 @@
-"""llama.cpp's converters without starting Python anew for each: nine tenths of their time is importing torch.
+"""llama.cpp's converters without starting Python anew for each: nine tenths of their time are imports.
 
-They run in children of multiprocessing's fork server, which has it imported; `as_the_project_does` is the other way.
+They run in children of multiprocessing's fork server, which has them made; `as_the_project_does` is the other way.
 """
 
 import multiprocessing
@@ -12,7 +12,7 @@ from export import ExportError, converters, gguf
 
 as_the_project_does = gguf._convert
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "transformers", "tests.export.fast_convert"])
+_context.set_forkserver_preload(["torch", "transformers.models.llama.configuration_llama", "tests.export.fast_convert"])
 
 
 def _run(script: str, arguments: list[str], log: str) -> None:
