@@ -143,14 +143,15 @@ class LlamaCppEngine(LocalEngine):
         stop = self.stop if stop is None else stop
         words = [word.encode() for word in stop]
         requests = (self._request(place, prompt, max_tokens) for place, prompt in enumerate(prompts))
-        with BatchContext(
+        together = BatchContext(
             self._llm.model,
             self._llm.context_params,
             sequences=sequences,
             num_ctx=self._llm.n_ctx(),
             adapter=self._adapter,
             unified=self._may_share(sequences),
-        ) as context:
+        )
+        with closing(together) as context:
             for done, reason in decode_all(context, requests, sequences, lambda r, token: self._judge(r, token, words)):
                 text = cut(done.text.decode("utf-8", errors="replace"), stop)
                 counts = len(done.prompt), len(done.answer)
@@ -315,12 +316,6 @@ class BatchContext:
             self._api.llama_free(self._ctx)
             self._ctx = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 @dataclass
 class Request:
@@ -443,6 +438,4 @@ class Vocabulary(closing[Any]):
         return bool(self._api.llama_vocab_is_eog(self._vocab, token))
 
     def word(self, ids: Sequence[int], at: int) -> str:
-        if at >= len(ids):
-            return ""
-        return self._llm.detokenize([ids[at]], special=True).decode("utf-8", errors="replace")
+        return self._llm.detokenize(ids[at : at + 1], special=True).decode("utf-8", errors="replace")
