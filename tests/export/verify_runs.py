@@ -84,7 +84,6 @@ def longer(served, tokens):
     """Lets the references go on for more tokens, as Hugging Face does: llama.cpp's answers are equal."""
     long = answers(served, tokens=tokens)
     rewrite(served.folder, answer=lambda row: long[row["prompt"]], max_tokens=lambda row: tokens)
-    return long
 
 
 def without_prefix(source, out):
@@ -101,10 +100,10 @@ def without_prefix(source, out):
     return out
 
 
-def add_adapter(base, out, **settings):
+def add_adapter(base, out, kind=AutoModelForCausalLM, **settings):
     """A random one, with B ≠ 0."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = kind.from_pretrained(base, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(r=4, **{"lora_alpha": 8, "target_modules": "all-linear", **settings}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
