@@ -76,11 +76,7 @@ class Built:
         return logits_apart(hf, LlamaCppEngine(file, TEMPLATE, num_ctx=256, threads=1, adapter=adapter), prompts())
 
 
-QUICK = ("llama", "gemma2")
-OTHERS = [pytest.param(name, marks=pytest.mark.full) for name in CONFIGS if name not in QUICK]
-
-
-@pytest.mark.parametrize("architecture", [*QUICK, *OTHERS])
+@pytest.mark.parametrize("architecture", CONFIGS)
 def test_export_says_what_hugging_face_says(architecture, base_dir, tmp_path):
     built = Built(architecture, base_dir, tmp_path)
     names = json.loads((built.adapter / "adapter_config.json").read_text())["target_modules"]
@@ -94,10 +90,10 @@ def test_export_says_what_hugging_face_says(architecture, base_dir, tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "settings"),
     [
-        pytest.param("llama", {"use_dora": True}, marks=pytest.mark.full),
+        ("llama", {"use_dora": True}),
         # Qwen3 has one matrix at both ends here: what is saved for one must not become the other's.
         ("qwen3", {"modules_to_save": ["lm_head", "input_layernorm"]}),
-        pytest.param("qwen3", {"target_modules": ["q_proj", "lm_head"]}, marks=pytest.mark.full),
+        ("qwen3", {"target_modules": ["q_proj", "lm_head"]}),
     ],
 )
 def test_what_no_adapter_file_holds_is_merged(architecture, settings, base_dir, tmp_path):
