@@ -1,5 +1,7 @@
 """One tiny model of each family for all tests; they look at names and gradients, and train nothing."""
 
+import functools
+
 import pytest
 import tiny_models
 import torch
@@ -8,13 +10,11 @@ import torch
 @pytest.fixture(scope="session")
 def model_of():
     """Kind (see `tiny_models.BUILDERS`) → its model, built once."""
-    built = {}
 
+    @functools.cache
     def build(kind):
-        if kind not in built:
-            torch.manual_seed(0)
-            built[kind] = tiny_models.BUILDERS[kind]()
-        return built[kind]
+        torch.manual_seed(0)
+        return tiny_models.BUILDERS[kind]()
 
     return build
 

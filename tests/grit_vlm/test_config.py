@@ -56,6 +56,7 @@ def test_every_field_is_checked_and_all_mistakes_are_named():
         whole = ModelGRITConfig(text=wrong) if isinstance(config, ModalityConfig) else wrong
         said = [line.split(":")[0].removeprefix("text.") for line in complaints(whole)]
         assert said == names
+    assert complaints(ModelGRITConfig()) == ["expected at least one of vision, text, cross_modal, fusion, got none"]
     bounds = ModalityConfig(rank=1, alpha=0.5, dropout=0, projection_budget=1)
     ModelGRITConfig(vision=bounds, fisher_damping=0, fisher_ema_decay=0.0, global_dropout=0).validate()
 
@@ -80,11 +81,6 @@ def test_every_field_is_checked_and_all_mistakes_are_named():
 def test_what_is_said_of_mistakes(settings, message):
     [said] = complaints(ModelGRITConfig(text=ModalityConfig(**settings)))
     assert said.startswith(f"text.{message}")
-
-
-def test_a_model_without_modalities_or_with_other_things_in_their_place():
-    assert complaints(ModelGRITConfig()) == ["expected at least one of vision, text, cross_modal, fusion, got none"]
-    assert complaints(ModelGRITConfig(text={"rank": 4}))[0].startswith("text: expected a ModalityConfig")
 
 
 def test_a_star_stops_at_dots_and_other_characters_stand_for_themselves():
@@ -189,8 +185,7 @@ def test_errors_of_all_modalities_come_at_once(idefics3):
         adapted_modules(idefics3, config)
 
 
-MACHINES = {"cpu": ["cpu"], "nvidia": ["cuda", "cpu"], "mac": ["mps", "cpu"], "all": ["cuda", "mps", "cpu"]}
-CHOSEN = {  # strategy → device on cpu, nvidia, mac, all
+CHOSEN = {  # strategy → device of a machine with a CPU alone, with CUDA, with MPS, with all of them
     "stable_training": ("cpu", "cpu", "cpu", "cpu"),
     "auto_inference": ("cpu", "cuda", "mps", "cuda"),
     "auto_performance": ("cpu", "cuda", "mps", "cuda"),
@@ -198,15 +193,15 @@ CHOSEN = {  # strategy → device on cpu, nvidia, mac, all
 }
 
 
-@pytest.mark.parametrize("strategy", CHOSEN)
-def test_priorities_are_those_of_document_003(strategy):
+def test_priorities_are_those_of_document_003():
     gpu = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    cpu = torch.bfloat16 if strategy == "memory_efficient" else torch.float32
-    dtypes = {"cpu": cpu, "mps": torch.float16, "cuda": gpu, "auto": gpu}
-    for devices, expected in zip(MACHINES.values(), CHOSEN[strategy], strict=True):
-        config = get_device_config(strategy, devices)
-        assert config["device_map"] == ("auto" if expected == "auto" else {"": expected})
-        assert config["dtype"] == dtypes[expected] and ("max_memory" in config) == (expected == "auto")
+    for strategy, chosen in CHOSEN.items():
+        cpu = torch.bfloat16 if strategy == "memory_efficient" else torch.float32
+        dtypes = {"cpu": cpu, "mps": torch.float16, "cuda": gpu, "auto": gpu}
+        for machine, expected in zip(("cpu", "cuda cpu", "mps cpu", "cuda mps cpu"), chosen, strict=True):
+            config = get_device_config(strategy, machine.split())
+            assert config["device_map"] == ("auto" if expected == "auto" else {"": expected})
+            assert config["dtype"] == dtypes[expected] and ("max_memory" in config) == (expected == "auto")
     for devices, device in ((["cuda", "mps"], "cuda"), (None, "cpu")):  # training leaves the CPU where it has to
         assert get_device_config("stable_training", devices) == {"device_map": {"": device}, "dtype": torch.float32}
 

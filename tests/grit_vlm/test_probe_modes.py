@@ -70,20 +70,21 @@ def test_readings_are_what_gradients_are_multiplied_by(kind, estimate):
 
 
 @pytest.mark.parametrize(
-    ("kind", "estimate"),
-    [("grit_adam", "kfac"), ("grit_adam_preconditioned", "diagonal"), ("adaptive_sgd", "block_diagonal")],
+    ("kind", "estimate", "natural", "expected"),
+    [
+        ("grit_adam", "kfac", True, "effective"),
+        ("grit_adam_preconditioned", "diagonal", True, "effective"),
+        ("adaptive_sgd", "block_diagonal", True, "effective"),
+        ("grit_adam", "kfac", False, "no_effect"),  # AdamW then
+        ("grit_sgd", "kfac", False, "unstable"),  # SGD, which is not AdamW, and does not what is claimed either
+    ],
 )
-def test_a_natural_gradient_is_effective(kind, estimate):
-    verdict, _ = judge_mode(Mode(kind, estimate, natural=True, projection=False), STEPS)
-    assert (verdict.verdict, verdict.diagnosis) == ("effective", "none"), verdict.table()
-    assert verdict.numbers["angle_to_shadow"] > 2 and verdict.numbers["coverage"] >= 0.9
-
-
-@pytest.mark.parametrize(("kind", "expected"), [("grit_adam", "no_effect"), ("grit_sgd", "unstable")])
-def test_where_both_are_switched_off_nothing_is_changed(kind, expected):
-    """The Adam types are AdamW then; the SGD types are SGD, which is not AdamW and does not what is claimed either."""
-    verdict, _ = judge_mode(Mode(kind, "kfac", natural=False, projection=False), STEPS)
-    assert (verdict.verdict, verdict.diagnosis) == (expected, "nothing_changed") and not verdict.as_claimed
+def test_a_natural_gradient_is_effective_and_nothing_is_if_it_is_switched_off(kind, estimate, natural, expected):
+    verdict, _ = judge_mode(Mode(kind, estimate, natural=natural, projection=False), STEPS)
+    assert (verdict.verdict, verdict.diagnosis) == (expected, "none" if natural else "nothing_changed"), verdict.table()
+    assert verdict.as_claimed == natural
+    if natural:
+        assert verdict.numbers["angle_to_shadow"] > 2 and verdict.numbers["coverage"] >= 0.9
 
 
 def test_projections_are_told_by_what_they_leave_out():

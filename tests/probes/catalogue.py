@@ -4,14 +4,13 @@ Each fault is `NotebookKFAC` (or GRIT) with one thing done differently, and the 
 in the clean runs at the end nothing is wrong. `make probe-faults` runs every fault with each of `SETTINGS`.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from grit import GRITConfig, GRITManager, GritOptimizer, GritTrainer
@@ -314,11 +313,7 @@ FAULTS = [
         "accumulation_overcounted",
         in_trainer(of_four(kfac.Overcounts), accumulation=4),
     ),
-    Fault(
-        "after each micro-batch",
-        "applied_repeatedly",
-        in_loop(of_four(), ["after_backward"], accumulation=4),
-    ),
+    Fault("after each micro-batch", "applied_repeatedly", in_loop(of_four(), ["after_backward"], accumulation=4)),
     Fault(
         "after each micro-batch, in a Trainer",
         "applied_repeatedly",
@@ -378,14 +373,10 @@ def grit_trainer(model: Any, setting: Setting, **settings: Any) -> Setup:
     return Setup(None, {"readings": manager.readings}, trainer=partial(GritTrainer, grit_manager=manager))
 
 
-def riemannian(model: Any, setting: Setting) -> Setup:
+def riemannian(model: Any, setting: Setting, claims: bool = False) -> Setup:
     from peft.optimizers import create_riemannian_optimizer
 
-    return Setup(create_riemannian_optimizer(model, torch.optim.AdamW, lr=setting.lr))
-
-
-def riemannian_claiming(model: Any, setting: Setting) -> Setup:
-    return Setup(riemannian(model, setting).optimizer, {"claims": True})
+    return Setup(create_riemannian_optimizer(model, torch.optim.AdamW, lr=setting.lr), {"claims": claims})
 
 
 def loraplus(model: Any, setting: Setting) -> Setup:
@@ -396,35 +387,6 @@ def loraplus(model: Any, setting: Setting) -> Setup:
 
 def with_momentum(model: Any, setting: Setting) -> Setup:
     return Setup(sgd(model, setting, momentum=0.9))
-
-
-class Shampoo(torch.optim.Optimizer):
-    """L^(−1/4) G R^(−1/4) with running sums L = Σ G Gᵀ, R = Σ Gᵀ G (Gupta et al. 2018), the raw norm restored."""
-
-    def __init__(self, parameters: list[nn.Parameter], lr: float):
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None or not bool(p.grad.any()):
-                    continue
-                state, g = self.state[p], p.grad
-                state["left"] = state.get("left", 0) + g @ g.mT
-                state["right"] = state.get("right", 0) + g.mT @ g
-                natural = self._root(state["left"]) @ g @ self._root(state["right"])
-                p.sub_(natural * (group["lr"] * math.sqrt(p.numel()) / natural.norm()))
-
-    @staticmethod
-    def _root(matrix: torch.Tensor) -> torch.Tensor:
-        values, vectors = torch.linalg.eigh(matrix)
-        damped = values.clamp_min(0) + 1e-4 * values.mean()
-        return vectors @ torch.diag(damped**-0.25) @ vectors.mT
-
-
-def shampoo(model: Any, setting: Setting, claims: bool = False) -> Setup:
-    return Setup(Shampoo(weights_of(model), setting.lr), {"claims": claims})
 
 
 def _decay(step: int) -> float:
@@ -486,19 +448,14 @@ CLEAN = [
     Clean("GRIT, clipped", _grit(max_grad_norm=0.5)),
     Clean("GRIT, regularisers", _grit(mode="adamw", lambda_kfac=1e-4, lambda_reproj=1e-4)),
     Clean("GritTrainer, eigen_adamw", _trained(grit_trainer)),
-    Clean(
-        "GritTrainer, adaptive schedule",
-        _trained(partial(grit_trainer, adaptive_schedule=True, adaptive_window=5)),
-    ),
+    Clean("GritTrainer, adaptive schedule", _trained(partial(grit_trainer, adaptive_schedule=True, adaptive_window=5))),
     Clean("GritTrainer, adamw, accumulation 4", _trained(partial(grit_trainer, mode="adamw"), B, accumulation=4)),
     Clean("GritTrainer, checkpointing", _trained(grit_trainer, **CHECKPOINTING)),
     Clean("PEFT's Riemannian optimizer", _looped(riemannian, C)),
-    Clean("PEFT's Riemannian optimizer, claiming", _looped(riemannian_claiming, Setting(1, 1e-3))),
+    Clean("PEFT's Riemannian optimizer, claiming", _looped(partial(riemannian, claims=True), Setting(1, 1e-3))),
     Clean("PEFT's LoRA+", _looped(loraplus, C)),
     Clean("SGD with momentum", _looped(with_momentum)),
     Clean("SGD with momentum, in a Trainer", _trained(with_momentum, B)),
-    Clean("Shampoo", _looped(shampoo)),
-    Clean("Shampoo, claiming", _looped(partial(shampoo, claims=True), B)),
     Clean("Adagrad", _looped(lambda model, setting: Setup(torch.optim.Adagrad(weights_of(model), lr=setting.lr)))),
     *(Clean(f"AdamW, seed {s.seed}, rate {s.lr:g}", _looped(plain, s), "no_effect") for s in (A, B, C, D)),
     Clean("AdamW, clipped", _looped(plain, clip=0.1), "no_effect"),
