@@ -80,16 +80,15 @@ def test_the_base_stays_bit_identical():
 def test_a_base_in_16_bit(kind, estimate):
     """LoRA in float32 over it, as PEFT does, and LoRA in bfloat16 too: estimates are in float32."""
     for everything in (False, True):
-        adapter = small_vlm.adapter(model=small_vlm.base().bfloat16(), fisher_approximation=estimate,
-                                    enable_projection=True)  # fmt: skip
+        told = {"fisher_approximation": estimate, "enable_projection": True}
+        adapter = small_vlm.adapter(model=small_vlm.base().bfloat16(), **told)
         if everything:
             adapter.model.bfloat16()
-        before = [p.detach().clone() for p in adapter.get_trainable_parameters()]
-        losses = train(adapter, 3, kind)
-        assert bool(torch.isfinite(losses).all())
-        after = adapter.get_trainable_parameters()
-        assert not all(torch.equal(p, old) for p, old in zip(after, before, strict=True))
-        assert all(bool(torch.isfinite(p).all()) for p in after)
+        weights = adapter.get_trainable_parameters()
+        before = [p.detach().clone() for p in weights]
+        assert bool(torch.isfinite(train(adapter, 3, kind)).all())
+        assert not all(torch.equal(p, old) for p, old in zip(weights, before, strict=True))
+        assert all(bool(torch.isfinite(p).all()) for p in weights)
         for layer in adapter.grit_layers.values():
             assert layer.fisher_matrix.samples and layer.eigenvalues.dtype == torch.float32
 

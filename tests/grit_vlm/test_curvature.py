@@ -20,22 +20,18 @@ NAMES = ("x", "h", "delta", "e")
 
 def watched(adapter):
     """Layer → what autograd itself says of the next pass: [x, h, B h] with their `.grad`."""
-    seen = {}
+    seen = {name: [] for name in adapter.grit_layers}
 
-    def watch(name, lora):
-        def a(module, args, h):
-            h.retain_grad()
-            seen[name] = [args[0], h]
-
-        def b(module, args, out):
+    def watch(into, own_input):
+        def hook(module, args, out):
             out.retain_grad()
-            seen[name].append(out)
+            into.extend([args[0], out] if own_input else [out])
 
-        lora.lora_A["default"].register_forward_hook(a)
-        lora.lora_B["default"].register_forward_hook(b)
+        return hook
 
     for name, layer in adapter.grit_layers.items():
-        watch(name, layer.lora)
+        layer.lora.lora_A["default"].register_forward_hook(watch(seen[name], True))
+        layer.lora.lora_B["default"].register_forward_hook(watch(seen[name], False))
     return seen
 
 

@@ -23,12 +23,9 @@ def losses(a, b, x, targets):
 
 def exact(a, b, x, targets):
     """E[g gᵀ] of A and of B over the tokens, by one backward pass each."""
-    sums = {"A": 0.0, "B": 0.0}
-    for t in range(len(x)):
-        grads = torch.autograd.grad(losses(a, b, x[t : t + 1], targets[t : t + 1]).sum(), (a, b))
-        for name, g in zip("AB", grads, strict=True):
-            sums[name] = sums[name] + torch.outer(g.reshape(-1), g.reshape(-1)) / len(x)
-    return sums
+    tokens = [torch.autograd.grad(loss, (a, b), retain_graph=True) for loss in losses(a, b, x, targets)]
+    flat = {name: torch.stack([g[i].flatten() for g in tokens]) for i, name in enumerate("AB")}
+    return {name: g.mT @ g / len(x) for name, g in flat.items()}
 
 
 def observed(pair, **settings):
@@ -201,14 +198,12 @@ def test_every_mistake_is_named(pair):
         FisherInformationMatrix("kfak", damping=-1, ema_decay=1.0, update_freq=0, block_size=True)
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
         "approximation_type", "damping", "ema_decay", "update_freq", "block_size"]  # fmt: skip
-    found, kfac, blocks = observed(pair), FisherInformationMatrix("kfac"), FisherInformationMatrix("block_diagonal")
-    state = observed(pair, approximation_type="block_diagonal", block_size=4).state_dict()
-    tokens = (torch.ones(2, 3), torch.ones(2, 2), torch.ones(1, 2), torch.ones(2, 3))
+    found, state = observed(pair), observed(pair, approximation_type="block_diagonal", block_size=4).state_dict()
     for attempt, message in (
-        (lambda: found.observe(*tokens), "of the same tokens"),
+        (lambda: found.observe(*(torch.ones(n, 2) for n in (2, 2, 1, 2))), "of the same tokens"),
         (lambda: found.project(gradients(pair), 0), "budget"),
-        (lambda: kfac.load_state_dict(state), "expected the state of estimate kfac, got one of block_diagonal"),
-        (lambda: blocks.load_state_dict(state), "expected the state of blocks of 64, got one of 4"),
+        (lambda: FisherInformationMatrix("kfac").load_state_dict(state), "estimate kfac, got one of block_diagonal"),
+        (lambda: FisherInformationMatrix("block_diagonal").load_state_dict(state), "blocks of 64, got one of 4"),
         (lambda: compute_natural_gradient(torch.ones(2), torch.zeros(2, 2), damping=0.0), "raise damping"),
         (lambda: compute_natural_gradient(torch.ones(2), torch.ones(1, 2)), r"expected shape \(2, 2\)"),
     ):

@@ -37,12 +37,10 @@ def test_it_is_pefts_layer():
     with torch.no_grad():
         theirs.lora_A["default"].weight.copy_(found.lora_A)
         theirs.lora_B["default"].weight.copy_(found.lora_B)
-    x, outputs = torch.randn(3, 5, 12), []
+    x = torch.randn(3, 5, 12)
     for each in (found, peft):
         torch.manual_seed(1)
-        outputs.append(each(x))
-        outputs[-1].square().sum().backward()
-    assert torch.equal(*outputs)
+        each(x).square().sum().backward()
     assert torch.equal(found.lora_A.grad, theirs.lora_A["default"].weight.grad)
     assert not found.base_layer.weight.requires_grad and found.lora_dropout.p == 0.3
     found.eval()

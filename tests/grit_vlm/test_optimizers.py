@@ -10,7 +10,7 @@ from small_net import Net, changes_of, optimizer_of, train
 
 from grit_vlm import create_grit_optimizer
 from grit_vlm.core.curvature import EigenMoments
-from grit_vlm.optimizers.natural_gradient import MODES, OptimizerTypeError
+from grit_vlm.optimizers.natural_gradient import MODES
 
 ESTIMATES = ("diagonal", "kfac", "block_diagonal")
 ADAMS = ("grit_adam", "grit_adam_preconditioned", "adaptive_adam")
@@ -207,8 +207,9 @@ def test_a_saved_state_goes_on_to_the_same_bits(kind):
             train(net, optimizer, 1, step)
             net.first.manager.observe_loss(1.0)
 
-    (straight, whole), (broken, first) = made(), made()
+    straight, whole = made()
     run(straight, whole, 13)
+    broken, first = made()
     run(broken, first, 7)
     file = io.BytesIO()
     torch.save({"net": broken.state_dict(), "optimizer": first.state_dict()}, file)
@@ -225,24 +226,17 @@ def test_mistakes(monkeypatch):
     net = Net()
     train(net, optimizer_of(net), 1)  # from here on its layers are one manager's
     adamw = torch.optim.AdamW(net.lora)
-    for attempt, error, message in (
-        (lambda: optimizer_of(net, "grid_adam"), OptimizerTypeError, "did you mean 'grit_adam'"),
-        (lambda: create_grit_optimizer(net.lora, "grit_adam"), OptimizerTypeError, "at least one GRIT-LoRA layer"),
-        (
-            lambda: create_grit_optimizer(net.lora, "grit_adam", {"first": net.first}),
-            OptimizerTypeError,
-            r"expected all layers of the adapter, got them without \['second'\]",
-        ),
-        (lambda: optimizer_of(net, "grit_adam", net.lora[:2]), ValueError, "one without those of"),
-        (lambda: optimizer_of(net, "grit_sgd", optimizer=adamw), ValueError, "expected torch.optim.SGD, got AdamW"),
-        (
-            lambda: optimizer_of(net).load_state_dict(adamw.state_dict()),
-            ValueError,
-            "expected an optimizer state with GRIT's part",
-        ),
-        (lambda: optimizer_of(net, "adaptive_adam", kl_clip=0.0), OptimizerTypeError, "expects κ above 0, got 0"),
+    first = {"first": net.first}
+    for attempt, message in (
+        (lambda: optimizer_of(net, "grid_adam"), "did you mean 'grit_adam'"),
+        (lambda: create_grit_optimizer(net.lora, "grit_adam"), "at least one GRIT-LoRA layer"),
+        (lambda: create_grit_optimizer(net.lora, "grit_adam", first), r"all layers .* got them without \['second'\]"),
+        (lambda: optimizer_of(net, "grit_adam", net.lora[:2]), "one without those of"),
+        (lambda: optimizer_of(net, "grit_sgd", optimizer=adamw), "expected torch.optim.SGD, got AdamW"),
+        (lambda: optimizer_of(net).load_state_dict(adamw.state_dict()), "an optimizer state with GRIT's part"),
+        (lambda: optimizer_of(net, "adaptive_adam", kl_clip=0.0), "expects κ above 0, got 0"),
     ):
-        with pytest.raises(error, match=message):
+        with pytest.raises(ValueError, match=message):
             attempt()
     # Each rank has estimates of its own tokens; nobody averages them yet.
     monkeypatch.setattr("grit_vlm.core.curvature.world_size", lambda: 2)

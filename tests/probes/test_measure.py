@@ -80,15 +80,13 @@ def test_small_and_large_angles_keep_their_digits():
 
 
 def test_opposite_vectors_and_an_angle_with_nothing():
-    u = pair(torch.Generator().manual_seed(1), 3, 8, 5)
-    found = measured(u, {s: -v for s, v in u.items()}, pair(torch.Generator().manual_seed(2), 3, 8, 5))
+    u, weights = (pair(torch.Generator().manual_seed(seed), 3, 8, 5) for seed in (1, 2))
+    opposite, zero, broken = ({side: factor * v for side, v in u.items()} for factor in (-1, 0, math.nan))
+    found = measured(u, opposite, weights)
     assert found["angle"] == pytest.approx(180) and found["angle_weights"] == pytest.approx(180)
     assert found["cos_raw_inner"] == pytest.approx(-1) and measured(u, u)["angle"] == pytest.approx(0.0, abs=2e-6)
-    zero = {s: torch.zeros_like(v) for s, v in u.items()}
-    found = measured(u, zero)
-    assert found["angle"] is None and found["cos_raw_inner"] is None and found["lr_ratio"] is None
+    assert not {measured(u, zero)[key] for key in ("angle", "cos_raw_inner", "lr_ratio")} - {None}
     assert measured(u, u, zero)["angle_weights"] is None  # B = A = 0: no change of ΔW to first order
-    broken = {s: torch.full_like(v, float("nan")) for s, v in u.items()}
     assert measured(u, broken)["angle"] is None and measured(broken, u)["norm_raw"] is None
 
 
