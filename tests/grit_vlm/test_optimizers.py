@@ -76,22 +76,22 @@ def test_moments_turn_with_the_eigenvectors(estimate):
     net = Net(fisher_approximation=estimate)
     layer = net.first
     moments = EigenMoments(layer)
-    for moment in (moments.m, moments.v):
-        for side in moment:
-            moment[side] = torch.rand_like(moment[side])
+    for moment in (*moments.m.values(), *moments.v.values()):
+        moment.copy_(torch.rand_like(moment))
     before = {side: (m.clone(), moments.v[side].sum()) for side, m in moments.m.items()}
     for seed in range(3):
         net.backward(seed)
         layer.update_fisher_and_projection()
-        moments.follow(layer.fisher_matrix)
+        moments.follow(fisher := layer.fisher_matrix)
         for side, (m, total) in before.items():
-            back = moments.back(side, moments.m[side], layer.fisher_matrix)
+            back = moments.back(side, moments.m[side], fisher)
             torch.testing.assert_close(back if side == "A" else back.mT, m)
             torch.testing.assert_close(moments.v[side].sum(), total)
-            assert not torch.allclose(layer.fisher_matrix.take_out(side, moments.m[side]), m)
+            assert not torch.allclose(fisher.take_out(side, moments.m[side]), m)
             gradient = torch.randn_like(layer.lora_A if side == "A" else layer.lora_B)
-            there = moments.coordinates(side, gradient, layer.fisher_matrix)
-            torch.testing.assert_close(moments.back(side, there, layer.fisher_matrix), gradient)
+            torch.testing.assert_close(
+                moments.back(side, moments.coordinates(side, gradient, fisher), fisher), gradient
+            )
 
 
 def test_grit_sgd_steps_by_the_natural_gradient():

@@ -1,7 +1,6 @@
 """`GRITTrainer` on a tiny Idefics3."""
 
 import json
-import math
 
 import pytest
 import small_vlm
@@ -32,18 +31,6 @@ def weights(adapter):
     return [p.detach().clone() for p in adapter.get_trainable_parameters()]
 
 
-def test_it_trains_and_says_so(tmp_path):
-    found = trainer(tmp_path, grit_optimizer_type="adaptive_sgd", learning_rate=1e-3)
-    before = weights(found.grit_adapter)
-    assert math.isfinite(found.train().training_loss)
-    assert not any(torch.equal(a, b) for a, b in zip(before, weights(found.grit_adapter), strict=True))
-    assert found.grit_manager.metrics()["grit/ready_layers"] == 5
-    records = [json.loads(line) for line in (tmp_path / "grit_log.jsonl").read_text().splitlines()]
-    assert [r["effective"] for r in records if r["kind"] == "effect"] == [True] * 3
-    assert records[-1]["kind"] == "final" and set(records[-1]["capture"].values()) == {"hooks"}
-    assert found.grit_manager.capture is None  # hooks are off
-
-
 def test_a_resumed_run_gives_the_same_bytes(tmp_path):
     told = {"fisher_approximation": "block_diagonal", "enable_projection": True, "projection_budget_start": 2,
             "projection_budget_end": 60, "projection_schedule": "adaptive", "fisher_update_freq": 2,
@@ -62,7 +49,13 @@ def test_a_resumed_run_gives_the_same_bytes(tmp_path):
     budgets = [[layer.projection_budget for layer in t.grit_adapter.grit_layers.values()] for t in (whole, again)]
     assert budgets[0] == budgets[1] and max(budgets[0]) > 2
     logs = [(tmp_path / name / "grit_log.jsonl").read_text().splitlines() for name in ("whole", "again")]
-    assert [json.loads(line) for line in logs[0]] == [json.loads(line) for line in logs[1]]
+    records = [json.loads(line) for line in logs[0]]
+    assert records == [json.loads(line) for line in logs[1]]
+    assert {r["effective"] for r in records if r["kind"] == "effect"} == {True}
+    assert records[-1]["kind"] == "final" and set(records[-1]["capture"].values()) == {"hooks"}
+    assert (
+        whole.grit_manager.metrics()["grit/ready_layers"] == 5 and whole.grit_manager.capture is None
+    )  # hooks are off
 
 
 def test_schedules_go_over_the_whole_run(tmp_path):

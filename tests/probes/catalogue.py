@@ -230,16 +230,12 @@ Run = Callable[..., Verdict]
 @dataclass(frozen=True)
 class Fault:
     name: str
-    expected: str
+    expected: str  # diagnosis
     run: Run
 
 
-def _looped(arrange: Arrange, *setting: Setting, **loop: Any) -> Run:
-    return partial(plain_loop, arrange, *setting, **loop)
-
-
-def _trained(arrange: Arrange, *setting: Setting, **training: Any) -> Run:
-    return partial(hf_trainer, arrange, *setting, **training)
+_looped: Callable[..., Run] = partial(partial, plain_loop)
+_trained: Callable[..., Run] = partial(partial, hf_trainer)
 
 
 def in_loop(make: Make, places: Sequence[str] = IN_LOOP, **loop: Any) -> Run:
@@ -250,13 +246,17 @@ def in_trainer(make: Make, places: Sequence[str] = IN_TRAINER, **training: Any) 
     return _trained(placed(make, places), **training)
 
 
+def in_both(name: str, expected: str, make: Make, **more: Any) -> list[Fault]:
+    ways = {"a loop": in_loop(make, **more), "a Trainer": in_trainer(make, **more)}
+    return [Fault(f"{name}, in {way}", expected, run) for way, run in ways.items()]
+
+
 FAULTS = [
     Fault("after the step, in a loop", "preconditioned_after_step", in_loop(NotebookKFAC, ["after_step"])),
     Fault("in on_optimizer_step", "preconditioned_after_step", in_trainer(NotebookKFAC, ["on_optimizer_step"])),
     Fault("in on_step_end", "preconditioned_after_step", in_trainer(NotebookKFAC, ["on_step_end"])),
-    Fault("copy put back, in a loop", "gradient_restored", in_loop(kfac.Restores)),
+    *in_both("copy put back", "gradient_restored", kfac.Restores),
     Fault("copy put back and clipped", "gradient_restored", _looped(placed(kfac.Restores, clip=0.01))),
-    Fault("copy put back, in a Trainer", "gradient_restored", in_trainer(kfac.Restores)),
     Fault("second backward pass", "gradient_recomputed", _looped(recomputed)),
     Fault("closure runs backward again", "gradient_recomputed", _looped(recomputed_in_closure)),
     Fault(
@@ -264,8 +264,7 @@ FAULTS = [
         "gradient_recomputed",
         in_trainer(of_four(kfac.FirstOfThree), ["on_substep_end"], accumulation=4),
     ),
-    Fault("fused kernels, hooks silent", "no_statistics", in_loop(kfac.fused)),
-    Fault("fused kernels, in a Trainer", "no_statistics", in_trainer(kfac.fused)),
+    *in_both("fused kernels, hooks silent", "no_statistics", kfac.fused),
     Fault("factors all zero", "zero_factors", in_loop(kfac.ZeroStatistics)),
     Fault("factors of one side zero", "zero_factors", in_loop(kfac.ZeroGradientStatistics)),
     Fault("inverse missing", "empty_inverse", in_loop(kfac.NoInverse)),
@@ -273,8 +272,7 @@ FAULTS = [
     Fault("inverse not finite", "empty_inverse", in_loop(kfac.NonFiniteInverse)),
     Fault("inverse the identity", "empty_inverse", in_loop(kfac.IdentityInverse)),
     Fault("inverse the identity on one side", "empty_inverse", in_loop(kfac.HalfIdentityInverse)),
-    Fault("absolute damping, unscaled δ", "damping_swamps_factors", in_loop(kfac.Swamped)),
-    Fault("absolute damping, in a Trainer", "damping_swamps_factors", in_trainer(kfac.Swamped)),
+    *in_both("absolute damping, unscaled δ", "damping_swamps_factors", kfac.Swamped),
     Fault("damping above both factors", "damping_swamps_factors", in_loop(kfac.SwampedOnBothSides)),
     Fault("scalar preconditioner", "scalar_preconditioner", in_loop(kfac.Scalar)),
     Fault("scalar, no readings", "scalar_preconditioner", in_loop(kfac.ScalarWithoutReadings)),
@@ -282,8 +280,7 @@ FAULTS = [
     Fault("scalar, bf16 weights", "scalar_preconditioner", in_loop(kfac.Scalar, dtype=torch.bfloat16, clip=1e-3)),
     Fault("copies preconditioned", "nothing_changed", in_loop(kfac.OfCopies)),
     Fault("too few samples for ever", "nothing_changed", in_loop(kfac.WaitsForEver)),
-    Fault("half of the modules", "modules_missing", in_loop(kfac.HalfOfTheLayers)),
-    Fault("half of the modules, in a Trainer", "modules_missing", in_trainer(kfac.HalfOfTheLayers)),
+    *in_both("half of the modules", "modules_missing", kfac.HalfOfTheLayers),
     Fault("B left out", "modules_missing", in_loop(kfac.OneSide)),
     Fault("padding counted", "padding_counted", in_loop(kfac.CountsPadding)),
     Fault("padding counted, accumulation 4", "padding_counted", in_loop(kfac.CountsPadding, accumulation=4)),
@@ -303,15 +300,8 @@ FAULTS = [
         "wrapper bypassed by accelerate", "wrapper_bypassed", _looped(partial(wrapper_bypassed, prepare=accelerated))
     ),
     Fault("wrapper bypassed, in a Trainer", "wrapper_bypassed", _trained(bypassed_in_trainer)),
-    Fault(
-        "each micro-batch counted four times",
-        "accumulation_overcounted",
-        in_loop(of_four(kfac.Overcounts), accumulation=4),
-    ),
-    Fault(
-        "each micro-batch counted four times, in a Trainer",
-        "accumulation_overcounted",
-        in_trainer(of_four(kfac.Overcounts), accumulation=4),
+    *in_both(
+        "each micro-batch counted four times", "accumulation_overcounted", of_four(kfac.Overcounts), accumulation=4
     ),
     Fault("after each micro-batch", "applied_repeatedly", in_loop(of_four(), ["after_backward"], accumulation=4)),
     Fault(
@@ -385,10 +375,6 @@ def loraplus(model: Any, setting: Setting) -> Setup:
     return Setup(create_loraplus_optimizer(model, torch.optim.AdamW, lr=setting.lr, loraplus_lr_ratio=8.0))
 
 
-def with_momentum(model: Any, setting: Setting) -> Setup:
-    return Setup(sgd(model, setting, momentum=0.9))
-
-
 def _decay(step: int) -> float:
     return min(1.0, (step + 1) / 5) * (1 - step / 60)
 
@@ -400,12 +386,10 @@ def _grit(*setting: Setting, accumulation: int = 1, **config: Any) -> Run:
     return _looped(grit_with(GRITConfig(**config)), *setting, accumulation=accumulation)
 
 
+with_momentum: Arrange = lambda model, setting: Setup(sgd(model, setting, momentum=0.9))  # noqa: E731
 notebook, notebook_in_trainer = placed(), placed(places=IN_TRAINER)
 
-CHECKPOINTING: dict[str, Any] = {
-    "gradient_checkpointing": True,
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},
-}
+CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
 CLEAN = [
     *(

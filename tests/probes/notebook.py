@@ -243,28 +243,12 @@ class NonFiniteInverse(NotebookKFAC):
 # What is made of gradients
 
 
-def _copies(weights: list[nn.Parameter]) -> list[Tensor | None]:
-    return [None if weight.grad is None else weight.grad.clone() for weight in weights]
-
-
-def _put(weights: list[nn.Parameter], gradients: list[Tensor | None]) -> None:
-    for weight, gradient in zip(weights, gradients, strict=True):
-        weight.grad = gradient
-
-
 class Restores(NotebookKFAC):
     def apply(self) -> None:
-        raw = _copies(self.weights)
+        raw = [None if weight.grad is None else weight.grad.clone() for weight in self.weights]
         super().apply()
-        _put(self.weights, raw)
-
-
-class OfCopies(NotebookKFAC):
-    def precondition(self) -> None:
-        raw = [weight.grad for weight in self.weights]
-        _put(self.weights, _copies(self.weights))
-        super().precondition()
-        _put(self.weights, raw)
+        for weight, gradient in zip(self.weights, raw, strict=True):
+            weight.grad = gradient
 
 
 class FirstOfThree(NotebookKFAC):
@@ -276,6 +260,11 @@ class FirstOfThree(NotebookKFAC):
         if self.asked % 3 == 0:
             super().apply()
         self.asked += 1
+
+
+def _of_copies(self: Any, gradient: Tensor, inverse: Tensor, side: str) -> Tensor:
+    NotebookKFAC.product(self, gradient.clone(), inverse, side)
+    return gradient
 
 
 def _one_side(self: Any, gradient: Tensor, inverse: Tensor, side: str) -> Tensor:
@@ -300,6 +289,7 @@ def _nan_gradient_to_zero(self: Any, gradient: Tensor, inverse: Tensor, side: st
     return torch.nan_to_num(natural * float("nan")) if side == "g" else natural
 
 
+OfCopies = spoiled(product=_of_copies)
 OneSide = spoiled(product=_one_side)
 GraftedScalar = spoiled(ScalarWithoutReadings, product=_grafted)
 NanToZero = spoiled(product=_nan_to_zero)

@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 
 import probes
-from grit import CaptureError, GRITConfig
 from probes import Evidence, Twin, judge
 from probes.faults import OF_A_CLAIM, OF_ANY
 from probes.probe import EVENTS
-from tests.probes.catalogue import CLEAN, FAULTS, SETTINGS, grit_with
-from tests.probes.worlds import fuse, plain_loop
+from tests.probes.catalogue import CLEAN, FAULTS, SETTINGS
 
 NOT_IN_THE_CATALOGUE = {"unexplained", "curves_do_not_part"}  # of ledgers made by hand, below
 QUICK = {fault.expected: fault.name for fault in reversed(FAULTS)}.values()  # the first of each diagnosis
@@ -50,11 +48,6 @@ def test_a_clean_run_is_not_blamed(clean):
         assert verdict.numbers["angle_lowest"] > 3  # far from the line, which is at 1
     else:
         assert verdict.numbers["angle_highest"] < 1e-3
-
-
-def test_grit_itself_refuses_fused_layers_where_only_hooks_are_allowed():
-    with pytest.raises(CaptureError):
-        plain_loop(grit_with(GRITConfig(capture="hooks"), prepare=fuse), SETTINGS[""])
 
 
 def test_the_catalogue_is_what_it_says():
@@ -94,7 +87,7 @@ def reading(**changes):
 
 
 def ledger(make=None, claims=True, watched=False, events=None, every=10, losses=None, passes=1, records=SAMPLES):
-    head = {"lr": 1e-2, "eps": 1e-8, "passes": passes, "calls": 1, "nested": False}
+    head = {"lr": 1e-2, "eps": 1e-8, "passes": passes, "calls": 1}
     head["tokens"] = {"all": 48.0, "attended": 40.0, "labelled": 36.0}
     make = make if callable(make) else lambda i, n, same=make: same or entry()
     found = [
