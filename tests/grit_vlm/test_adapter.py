@@ -124,10 +124,8 @@ def test_from_a_saved_model_and_from_what_cannot_be(tmp_path):
 
 def test_what_it_says_of_itself(caplog):
     with caplog.at_level(logging.INFO, logger="grit"):
-        adapter = small_vlm.adapter(
-            enable_projection=True, projection_budget_start=3, projection_budget_end=6,
-            layers=small_vlm.LAYERS | {"cross_modal_layers": []},
-        )  # fmt: skip
+        layers = small_vlm.LAYERS | {"cross_modal_layers": []}
+        adapter = small_vlm.adapter(layers=layers, enable_projection=True, projection_budget_end=6)
     said = adapter.describe()
     weights = sum(p.numel() for p in adapter.get_trainable_parameters())
     assert f"applied to 4 layers (2 vision, 2 text), {weights:,} parameters" in said

@@ -14,7 +14,7 @@ from grit_vlm import GRITLoRAConfig, GRITLoRALinear, ModalityConfig, ModelGRITCo
 from grit_vlm.utils.projection import recommended_budget
 
 NAMES = {
-    "core.fisher_info": "FisherInformationMatrix",
+    "core.fisher_info": "FisherInformationMatrix compute_natural_gradient",
     "core.grit_lora": "GRITLoRAConfig GRITLoRALayer GRITLoRALinear",
     "models.vlm_adapter": "VLMGRITAdapter create_vlm_grit_adapter",
     "config": "ModelGRITConfig ModalityConfig LayerSelectionStrategy get_model_config get_device_config",
@@ -32,7 +32,6 @@ MEMBERS = {
     "vision_layers text_layers cross_modal_layers multimodal_projector vision_scheduler text_scheduler",
     "MultiModalProjector": "compute_mixed_modal_projection",
     "GRITTrainer": "train training_step create_optimizer grit_args",
-    "compute_natural_gradient": "__call__",
     "utils.projection": "create_cosine_scheduler create_adaptive_scheduler",
 }
 

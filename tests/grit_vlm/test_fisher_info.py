@@ -39,11 +39,6 @@ def observed(pair, **settings):
     return found
 
 
-def held(found):
-    """What is averaged: the factors of kfac, else the matrices themselves."""
-    return found.kfac_factors or {name: found.dense(name) for name in "AB"}
-
-
 def gradients(pair):
     a, b, x, targets = pair
     g = torch.autograd.grad(losses(a, b, x, targets).mean(), (a, b))
@@ -139,8 +134,10 @@ def test_averages_forget_as_told_and_start_unbiased(pair, estimate):
     alone = FisherInformationMatrix(estimate, ema_decay=0.0)
     alone.observe(*(t.double() for t in other))
     first.observe(*(t.double() for t in other))
-    for name, mixed in held(first).items():
-        torch.testing.assert_close(mixed, (0.9 * held(fresh)[name] + held(alone)[name]) / 1.9)
+    # What is averaged: the factors of kfac, else the matrices themselves.
+    mixed, old, new = (f.kfac_factors or {name: f.dense(name) for name in "AB"} for f in (first, fresh, alone))
+    for name in mixed:
+        torch.testing.assert_close(mixed[name], (0.9 * old[name] + new[name]) / 1.9)
     before = first.dense("B")
     first.observe(*(t.double() * float("nan") for t in other))
     torch.testing.assert_close(first.dense("B"), before)

@@ -30,9 +30,8 @@ def test_vectors_and_blocks_are_read_as_the_matrices_that_they_stand_for():
         for empty in (torch.zeros_like(short), short * math.nan, None, short[:0]):
             assert said(empty, short)["empty_a"]
     bases = torch.linalg.eigh(BLOCKS).eigenvectors
-    readings = [LayerReading("layer", True, bases={"a": q}) for q in (bases, torch.block_diag(*bases))]
-    rotations = [numbers(r)["basis_rotation"] for r in readings]
-    assert rotations[0] == pytest.approx(rotations[1], rel=1e-6) and rotations[0] > 0.05
+    one, two = (numbers(LayerReading("layer", True, bases={"a": q})) for q in (bases, torch.block_diag(*bases)))
+    assert one["basis_rotation"] == pytest.approx(two["basis_rotation"], rel=1e-6) and one["basis_rotation"] > 0.05
 
 
 @pytest.mark.parametrize("estimate", ESTIMATES)

@@ -60,8 +60,12 @@ def test_a_resumed_run_gives_the_same_bytes(tmp_path):
 
 def test_schedules_go_over_the_whole_run(tmp_path):
     """Also where the length is given in epochs: 12 rows in batches of 2, twice, are 12 steps."""
-    told = {"enable_projection": True, "projection_budget_start": 2, "projection_budget_end": 26,
-            "fisher_update_freq": 1}  # fmt: skip
+    told = {
+        "enable_projection": True,
+        "projection_budget_start": 2,
+        "projection_budget_end": 26,
+        "fisher_update_freq": 1,
+    }
     found = trainer(tmp_path, small_vlm.adapter(**told), max_steps=-1, num_train_epochs=2)
     found.train()
     assert found.grit_manager.curvature.total_steps == found.state.max_steps == 12
@@ -71,14 +75,12 @@ def test_schedules_go_over_the_whole_run(tmp_path):
 
 
 def test_the_arguments_reach_the_engine(tmp_path):
-    found = trainer(
-        tmp_path, small_vlm.adapter(enable_projection=True), enable_projection=False, fisher_update_freq=3,
-        kl_clip=0.5, eigen_power=0.25, grafting=False, ng_warmup_steps=2, grit_optimizer_type="adaptive_adam",
-    )  # fmt: skip
+    told = {"kl_clip": 0.5, "eigen_power": 0.25, "grafting": False, "ng_warmup_steps": 2}
+    more = {"grit_optimizer_type": "adaptive_adam", "enable_projection": False, "fisher_update_freq": 3}
+    found = trainer(tmp_path, small_vlm.adapter(enable_projection=True), **told, **more)
     found.create_optimizer()
     config = found.grit_manager.config
-    assert (config.mode, config.kl_clip, config.eigen_power, config.grafting, config.ng_warmup_steps) == (
-        "eigen_adamw", 0.5, 0.25, False, 2)  # fmt: skip
+    assert config.mode == "eigen_adamw" and {name: getattr(config, name) for name in told} == told
     assert found.grit_manager.curvature.adaptive and not found.grit_manager.curvature.schedules
     for layer in found.grit_adapter.grit_layers.values():
         assert layer.projection_budget is None and layer.config.fisher_update_freq == 3
@@ -107,8 +109,8 @@ def test_a_ready_optimizer_is_clipped_and_told_the_steps(tmp_path):
     adapter = small_vlm.adapter(enable_projection=True)
     ready = create_grit_optimizer(adapter.get_trainable_parameters(), "grit_sgd", adapter.get_grit_layers(), lr=1.0)
     before = weights(adapter)
-    told = {"optimizers": (ready, None)}
-    trainer(tmp_path, adapter, told, max_steps=2, max_grad_norm=1e-9, fisher_update_freq=7).train()
+    told = {"max_steps": 2, "max_grad_norm": 1e-9, "fisher_update_freq": 7}
+    trainer(tmp_path, adapter, {"optimizers": (ready, None)}, **told).train()
     assert adapter.manager.curvature.total_steps == 2
     assert all(layer.fisher_matrix.update_freq == 7 for layer in adapter.grit_layers.values())
     assert 0 < max((now - old).norm() for now, old in zip(weights(adapter), before, strict=True)) < 1e-8

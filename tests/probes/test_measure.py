@@ -139,11 +139,10 @@ def both(dtype=torch.float32, clip=0.0, accumulation=1, schedule=None, skip=(), 
     shadow = Shadow(parameters)
     for step in range(STEPS):
         for micro in range(accumulation):
-            backward(model, step * accumulation + micro)
-            backward(mine, step * accumulation + micro)
+            for each in (model, mine):
+                backward(each, step * accumulation + micro)
         if step in skip:  # one tensor gets no gradient
-            next(iter(model.parameters())).grad = None
-            parameters[0].grad = None
+            model[0].weight.grad = mine[0].weight.grad = None
         told = shadow_options(optimizer, list(model.parameters()))
         raw = [p.grad for p in parameters]
         changes = shadow.update(raw, told, clip, [p.detach() for p in parameters])
@@ -155,8 +154,7 @@ def both(dtype=torch.float32, clip=0.0, accumulation=1, schedule=None, skip=(), 
         optimizer.step()
         if scheduler:
             scheduler.step()
-        model.zero_grad()
-        mine.zero_grad()
+        nn.ModuleList([model, mine]).zero_grad()
     return [p.detach() for p in model.parameters()], [p.detach() for p in parameters]
 
 

@@ -163,8 +163,8 @@ def hf_trainer(
             seed=setting.seed, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
             use_cpu=True,
         )  # fmt: skip
-        arguments, optimizers = TrainingArguments(**{**values, **training}), (setup.optimizer, None)
-        # An optimizer given by the user: with optimizers=(None, None) the Trainer makes AdamW itself.
+        arguments = TrainingArguments(**{**values, **training})
+        optimizers = (setup.optimizer, None)  # the user's own; with (None, None) the Trainer makes AdamW itself
         trainer = (setup.trainer or Trainer)(
             model=model, args=arguments, train_dataset=items, callbacks=setup.callbacks, optimizers=optimizers
         )
