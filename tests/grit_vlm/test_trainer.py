@@ -60,13 +60,9 @@ def test_a_resumed_run_gives_the_same_bytes(tmp_path):
 
 def test_schedules_go_over_the_whole_run(tmp_path):
     """Also where the length is given in epochs: 12 rows in batches of 2, twice, are 12 steps."""
-    told = {
-        "enable_projection": True,
-        "projection_budget_start": 2,
-        "projection_budget_end": 26,
-        "fisher_update_freq": 1,
-    }
-    found = trainer(tmp_path, small_vlm.adapter(**told), max_steps=-1, num_train_epochs=2)
+    told = {"enable_projection": True, "projection_budget_start": 2, "projection_budget_end": 26}
+    adapter = small_vlm.adapter(**told, fisher_update_freq=1)
+    found = trainer(tmp_path, adapter, max_steps=-1, num_train_epochs=2)
     found.train()
     assert found.grit_manager.curvature.total_steps == found.state.max_steps == 12
     assert found.grit_adapter.vision_scheduler.budget(12) == 26
