@@ -21,7 +21,7 @@ STEPS, SAVE, KILLED, EVERY = 12, 4, 6, 3
 
 def killed(kind, folder):
     trainer, _ = prepare(kind, folder)
-    left = iter(range(KILLED))
+    left = iter(range(KILLED))  # steps; the next one raises StopIteration
     trainer.add_callback(at("on_step_begin", lambda: next(left)))
     with pytest.raises(StopIteration):
         trainer.train()
