@@ -130,7 +130,7 @@ def test_answers_limits_and_stop_words_beside_others_are_those_alone(engines, na
         assert sorted(place for place, _ in found) == list(range(len(prompts)))
         made[n] = dict(found)
     assert found[0][1].prefill_ns is None and found[0][1].decode_ns is None and found[0][1].load_ns > 0
-    assert len({answer.text for answer in made[1].values()}) > 15  # the model does say different things
+    assert len({answer.text for answer in made[1].values()}) > 8  # the model does say different things
     differ, reference = differing(made[1], made[5]), engines["hf"](1)
     # One of the two equals Hugging Face's answer as a rule; the other parts from it at the tie.
     assert all(any(is_tie(reference, prompts[n], made[k][n].text.strip()) for k in (1, 5)) for n in differ), [
