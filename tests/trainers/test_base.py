@@ -5,13 +5,12 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from tests.trainers.runs import VISION_BASE, train_vision_base
+from tests.trainers.runs import ROOT, VISION_BASE, train_vision_base
 from trainers.base import (
     EmbeddedSettings,
     batched_order,
@@ -144,11 +143,11 @@ def test_training_lowers_the_loss(trained):
         assert model(**processor.collate([row])).loss < 0.5 * fresh(**processor.collate([row])).loss
 
 
+@pytest.mark.full
 def test_a_killed_training_goes_on_to_the_same_bits(trained, tmp_path):
     checkpoints = tmp_path / "checkpoints"
     code = [sys.executable, "-m", "tests.trainers.runs", "base", str(tmp_path), str(checkpoints)]
-    root = Path(__file__).resolve().parents[2]
-    child = subprocess.Popen(code, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(code, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not (checkpoints / "checkpoint-100/trainer_state.json").is_file():
             assert child.poll() is None, "ended before its first checkpoint"
