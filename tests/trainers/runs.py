@@ -2,7 +2,7 @@
 
 lasting FILE: FILE holds (arm, job, step → evaluation loss to report, event, step); at that event of that step the
 process gets a SIGKILL. hybrid FILE: FILE holds [(name, job, whether Unsloth's get_peft_model fuses MLPs as on a GPU,
-losses, event, step as above)]; FILE.seen gets what was seen. base FOLDER CHECKPOINTS: an embedded base that sees.
+losses, event, step as above)]; FILE.seen gets what was seen.
 """
 
 import logging
@@ -54,7 +54,7 @@ def tell(trainer, losses):
     trainer.evaluation_loop = told
 
 
-def interrupt():
+def interrupt(*_):
     raise KeyboardInterrupt
 
 
@@ -185,9 +185,7 @@ def run_hybrid(file):
 
 if __name__ == "__main__":
     kind, *paths = sys.argv[1], *map(Path, sys.argv[2:])
-    if kind == "base":
-        train_vision_base(*paths)
-    elif kind == "hybrid":
+    if kind == "hybrid":
         run_hybrid(*paths)
     else:
         name, job, *told = pickle.loads(paths[0].read_bytes())

@@ -10,15 +10,7 @@ from PIL import Image
 from tests.trainers.runs import VISION_BASE
 from trainers.base import build_model, train_vision_tokenizer
 from trainers.encode import EncodingError
-from trainers.pictures import (
-    IMAGE_TOKEN,
-    EmbeddedProcessor,
-    HubProcessor,
-    VisionDataError,
-    encode_items,
-    load_processor,
-    references,
-)
+from trainers.pictures import EmbeddedProcessor, HubProcessor, VisionDataError, encode_items, load_processor, references
 from trainers.settings import BaseReference
 
 PROMPT = "Question:\n![](images/a.png)\nWhich colour is it?\nAnswer:\n"
@@ -52,7 +44,7 @@ def model(folder):
 
 def test_a_picture_becomes_its_number_of_placeholders(processor):
     assert isinstance(processor, EmbeddedProcessor)
-    image = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
     row = processor.encode(PROMPT)
     assert row["input_ids"].count(image) == processor.image_seq_len == VISION_BASE.vision.image_seq_len == 4
     assert row["prompt_length"] == len(row["input_ids"])
