@@ -33,18 +33,15 @@ from export.engines.ollama import OllamaEngine, resolve_host, server_version
 from export.modelfile import Serving
 from export.served import FACTS, SERVED_GGUF, served_in
 from pipelines.base_model import load_reference
-from pipelines.params import Evaluate, StageParams, check_arm, load_params
+from pipelines.params import Evaluate, StageParams, check_arm
 from pipelines.prompt import Prompt, prompt_text
 from pipelines.stage import (
     BASE,
     BASE_ARM,
     DATA,
-    ArmArgument,
-    SeedArgument,
     adapter_dir,
-    cli,
+    command,
     gguf_dir,
-    main_for,
     model_name,
     scores_dir,
     sees_pictures,
@@ -299,10 +296,5 @@ def run(params: Params, arm: str, seed: int) -> None:
     print(json.dumps({**shown_metrics, "decode_tokens_per_s": round(speed.tokens_per_second(rows, arm, "decode"), 1)}))
 
 
-def main(arm: ArmArgument, seed: SeedArgument = 0) -> None:
-    """Score one arm with one seed."""
-    main_for("evaluate", lambda: run(load_params(Params), arm, seed), arm, seed)
-
-
 if __name__ == "__main__":
-    cli(main)
+    command("evaluate", Params, run)

@@ -32,18 +32,8 @@ from export.engines.llama_cpp import LlamaCppEngine
 from export.modelfile import Serving
 from export.served import F16_GGUF, FACTS, SERVED_GGUF
 from pipelines.base_model import load_reference
-from pipelines.params import ConfigError, Evaluate, StageParams, check_arm, load_params
-from pipelines.stage import (
-    BASE_ARM,
-    DATA,
-    ArmArgument,
-    SeedArgument,
-    adapter_dir,
-    cli,
-    gguf_dir,
-    main_for,
-    quantized_dir,
-)
+from pipelines.params import ConfigError, Evaluate, StageParams, check_arm
+from pipelines.stage import BASE_ARM, DATA, adapter_dir, command, gguf_dir, quantized_dir
 from trainers.settings import Section
 
 REFERENCE = "f16"
@@ -163,10 +153,5 @@ def run(params: Params, arm: str, seed: int) -> None:
     print(json.dumps({"type: [bits per weight, mean credit]": shown_rows}))
 
 
-def main(arm: ArmArgument, seed: SeedArgument = 0) -> None:
-    """Measure one arm with one seed in every precision asked for."""
-    main_for("quantize", lambda: run(load_params(Params), arm, seed), arm, seed)
-
-
 if __name__ == "__main__":
-    cli(main)
+    command("quantize", Params, run)

@@ -119,7 +119,7 @@ def run(waits: dict[str, set[str]], at_once: int) -> list[str]:
         for stage in running.values():
             stage.stop()
     if failed and waiting:
-        print(f"{len(waiting)} stages not run, since they come after what failed")
+        print(f"not run, since they come after what failed: {len(waiting)}")
     return failed
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.params import PARAMS_FILE, load_yaml, threads_for
+from pipelines.params import PARAMS_FILE, P, load_params, load_yaml, threads_for
 
 DATA = Path("data")
 BASE = Path("models/base")
@@ -105,10 +105,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
-ArmArgument = Annotated[str, typer.Argument(help="base, baseline_lora, …")]
-SeedArgument = Annotated[int, typer.Argument(help="of the training run; 0 for base")]
-
-
 def main_for(stage: str, run: Callable[[], object], arm: str | None = None, seed: int | None = None) -> None:
     """Run a stage from the command line; one that the base has no use for leaves a folder that says so."""
     quiet_libraries()
@@ -118,6 +114,18 @@ def main_for(stage: str, run: Callable[[], object], arm: str | None = None, seed
             _leave_out(stage, arm, seed)
         else:
             run()
+
+
+def command(stage: str, schema: type[P], run: Callable[[P, str, int], object]) -> None:
+    """Run a stage of one arm with one seed from the command line."""
+
+    def main(
+        arm: Annotated[str, typer.Argument(help="base, baseline_lora, …")],
+        seed: Annotated[int, typer.Argument(help="of the training run; 0 for base")] = 0,
+    ) -> None:
+        main_for(stage, lambda: run(load_params(schema), arm, seed), arm, seed)
+
+    cli(main)
 
 
 def _leave_out(stage: str, arm: str, seed: int) -> None:
