@@ -374,12 +374,12 @@ def torch_device() -> dict[str, Any]:
     return machine(name, torch.get_num_threads())
 
 
-def llama_cpp_device(threads: int | None = None) -> dict[str, Any]:
-    """The device that llama.cpp uses here, without loading torch; by default it takes half of the cores."""
+def llama_cpp_device() -> dict[str, Any]:
+    """The device that llama.cpp uses here, without loading torch; unless told otherwise it takes half of the cores."""
     import llama_cpp
 
     gpu = "GPU of llama.cpp" if llama_cpp.llama_supports_gpu_offload() else None
-    return machine(gpu, threads or max((os.cpu_count() or 2) // 2, 1))
+    return machine(gpu, int(os.environ.get("OMP_NUM_THREADS", "0")) or max((os.cpu_count() or 2) // 2, 1))
 
 
 def machine(gpu: str | None, threads: int) -> dict[str, Any]:

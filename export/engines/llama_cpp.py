@@ -7,6 +7,7 @@ prompt when it starts, then its last token. A slot that is done takes the next r
 
 import ctypes
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -29,10 +30,10 @@ _END = b"<end>"  # stands for the end tokens among the pieces, known by its iden
 class LlamaCppEngine(LocalEngine):
     """A GGUF file, merged or the base with a GGUF adapter on top. Raises EngineError: a file cannot be loaded.
 
-    `threads` 0: llama.cpp's own choice (half of the cores, all of them for prompts). `scale`: factor on the adapter's
-    own, llama.cpp's `--lora-scaled`. `parallel` sequences at once in `generate_many`, each with `num_ctx` tokens.
-    `exact_cache`: keys and values in float32; llama.cpp rounds them to float16 by default, as servers do. `keeps_leads`
-    costs a partial sort a token.
+    `threads` 0: OMP_NUM_THREADS, or where it is not set half of the cores, all of them for prompts. `scale`: factor on
+    the adapter's own, llama.cpp's `--lora-scaled`. `parallel` sequences at once in `generate_many`, each with `num_ctx`
+    tokens. `exact_cache`: keys and values in float32; llama.cpp rounds them to float16 by default, as servers do.
+    `keeps_leads` costs a partial sort a token.
     """
 
     name = "llama_cpp"
@@ -58,6 +59,7 @@ class LlamaCppEngine(LocalEngine):
         self.version: str = llama_cpp.__version__
         self.mode = "merged" if adapter is None else "adapter"
         self.stop = tuple(stop)
+        threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
         started = time.perf_counter_ns()
         for file in filter(None, (gguf, adapter)):
             if not file.is_file():

@@ -1,14 +1,10 @@
-"""Token ids, what carries loss, and items that are too long, with pictures and without."""
+"""Token ids, and items that are too long."""
 
 import pytest
-from PIL import Image
 
 from tests.conftest import TEMPLATE
-from tests.trainers.runs import VISION_BASE
-from trainers.base import build_model, train_vision_tokenizer
 from trainers.encode import EncodingError, encode_example, encode_examples, encode_prompt
 from trainers.models import load_tokenizer
-from trainers.pictures import encode_items
 from trainers.settings import BaseReference
 
 PROMPT = TEMPLATE.replace("{prompt}", "Predict AQI given: PM2.5 35.9 µg/m³")
@@ -30,13 +26,6 @@ def test_bos_once_eos_once_and_the_text_comes_back(tokenizer):
 def test_digits_are_tokens_of_their_own(tokenizer):
     pieces = tokenizer.convert_ids_to_tokens(encode_prompt(tokenizer, "35.9 1205"))
     assert [p for p in pieces if any(c.isdigit() for c in p)] == list("3591205")
-
-
-def test_only_the_completion_carries_loss(tokenizer):
-    row = encode_examples(tokenizer, [(PROMPT, "7 (Good)")], 128).dataset[0]
-    learned = [i for i, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m]
-    assert tokenizer.decode(learned[:-1]) == "7 (Good)"
-    assert learned[-1] == tokenizer.eos_token_id
 
 
 def test_a_template_that_ends_inside_a_token_is_refused(base_dir, tokenizer):
@@ -70,30 +59,3 @@ def test_nothing_left(tokenizer):
         encode_examples(tokenizer, [(PROMPT, "1" * 200)], 100, leave_out=True)
     with pytest.raises(EncodingError, match="at least one example, got none"):
         encode_examples(tokenizer, [], 100)
-
-
-SHORT, LONG = ("![](a.png)\nred?\n", "red"), ("![](a.png)\n" + "red? " * 30 + "\n", "red")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("base")
-    tokenizer = train_vision_tokenizer([*SHORT, "Which colour is the square?"] * 20, VISION_BASE.vocab_size, made)
-    build_model(VISION_BASE, tokenizer).save_pretrained(made)
-    Image.new("RGB", (16, 16)).save(made / "a.png")
-    return made
-
-
-def encoded(folder, max_length, leave_out=False):
-    items = [SHORT, LONG, SHORT]
-    return encode_items(BaseReference(str(folder)), folder, items, max_length, leave_out=leave_out, kind="train")
-
-
-def test_items_with_pictures_that_are_too_long(folder):
-    made = encoded(folder, 30, leave_out=True)
-    assert made.left_out == 1 and len(made.dataset) == 2 and made.longest > 30
-    assert encoded(folder, made.longest).left_out == 0
-    with pytest.raises(EncodingError, match=r"got more in 1 train items; set train\.max_length to \d+"):
-        encoded(folder, 30)
-    with pytest.raises(EncodingError, match=r"at least one train item of at most 3 tokens"):
-        encoded(folder, 3, leave_out=True)
