@@ -64,6 +64,10 @@ def tokenize(base_dir):
     return lambda text: list(tokenizer(text)["input_ids"])
 
 
+def read_json(path):
+    return json.loads(path.read_text())
+
+
 def items(folder):
     return [(s, json.loads(line)) for s in ("test", "retention") for line in (folder / f"data/{s}.jsonl").open()]
 
@@ -128,8 +132,8 @@ def test_killed_midway_and_started_again(project, tokenize):
     assert asked.keys() == set(prompt_of.values())
     assert all(asked[prompt_of[r["split"], r["item_id"]]] == 1 for r in kept)
     assert sum(asked.values()) <= total + parallel and max(asked.values()) <= 2
-    assert json.load(open(project / "scores/base/0/run.json"))["extra"]["resumed_items"] == len(kept)
-    phases = {r["phase"] for r in json.load(open(project / "scores/base/0/scores.json"))["speed"]}
+    assert read_json(project / "scores/base/0/run.json")["extra"]["resumed_items"] == len(kept)
+    phases = {r["phase"] for r in read_json(project / "scores/base/0/scores.json")["speed"]}
     assert phases == {"load", "ttft", "prefill", "decode"}
 
 
@@ -156,12 +160,12 @@ def test_a_model_on_a_shared_base_comes_back_as_such(project, tokenize, monkeypa
         created = [b for _, path, b in server.requests if path == "/api/create"]
     mine = [bool(b.get("adapters")) for b in created if b["model"] == "baseline_lora_model"]
     assert mine == [True, True], "registered by hand, and once more when it was gone"
-    scores = json.loads((project / "scores/baseline_lora/0/scores.json").read_text())
+    scores = read_json(project / "scores/baseline_lora/0/scores.json")
     assert scores["backend"]["mode"] == "adapter"
     assert {p.name for p in (project / "outputs/ollama").iterdir()} >= {"baseline_lora_model-adapter.json"}
     assert not (project / "outputs/ollama/baseline_lora_model-merged.json").exists()
     # What an older server leaves out is recorded as unknown.
-    extra = json.loads((project / "scores/baseline_lora/0/run.json").read_text())["extra"]
+    extra = read_json(project / "scores/baseline_lora/0/run.json")["extra"]
     left_out = {"prompt_eval_count", "prompt_eval_duration", "eval_count", "eval_duration", "load_duration"}
     assert left_out <= set(extra["missing_figures"])
     assert {r["nanoseconds"] for r in scores["speed"] if r["phase"] in ("load", "prefill", "decode")} == {None}
