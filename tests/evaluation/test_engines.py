@@ -47,7 +47,6 @@ def test_leads_are_the_logits_own(pair, exported):
         assert best.indices[0] == token
         assert made.leads[step] == pytest.approx(float(best.values[0] - best.values[1]), abs=1e-3)
     assert also.ids == made.ids and also.leads == pytest.approx(made.leads[: len(also.leads)], abs=0.05)
-    keeps.close()
 
 
 def test_in_float32_llama_cpp_computes_what_transformers_does(pair, exported, tmp_path):

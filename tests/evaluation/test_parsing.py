@@ -185,16 +185,19 @@ def test_equality_is_exact_however_a_number_is_written():
 
 
 def test_what_the_score_of_a_number_holds():
-    near = gsm8k.score(solved(), "I think 20")
-    assert (near.correct, near.predicted, near.abs_error, near.extra) == (False, 20.0, 2.0, {"marker": 0.0})
-    none = gsm8k.score(solved(), "#### none")
-    assert (none.correct, none.predicted, none.abs_error, none.extra) == (False, None, None, {"marker": 0.0})
+    for answer, predicted, error in (("I think 20", 20.0, 2.0), ("#### none", None, None)):
+        score = gsm8k.score(solved(), answer)
+        assert (score.correct, score.predicted, score.abs_error, score.extra) == (
+            False,
+            predicted,
+            error,
+            {"marker": 0},
+        )
     far = gsm8k.score(solved("-1.7e308"), "1.7e308")
     assert far.predicted == 1.7e308 and far.abs_error is None
     scores = [gsm8k.score(solved(), a) for a in ("#### 18", "18.0 in all", "#### 19", "none", "#### none")]
-    assert gsm8k.summarize(scores) == {
-        "gsm8k_exact_match": 0.4, "gsm8k_unparseable": 0.4, "gsm8k_has_marker": 0.4
-    }  # fmt: skip
+    expected = {"gsm8k_exact_match": 0.4, "gsm8k_unparseable": 0.4, "gsm8k_has_marker": 0.4}
+    assert gsm8k.summarize(scores) == expected
 
 
 # --- free text ---

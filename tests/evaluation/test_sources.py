@@ -312,15 +312,10 @@ def make_item(item_id, row):
 
 
 SMALL = types.SimpleNamespace(
-    NAME="small",
-    SOURCE=Source("org/small", subset="main", test="test"),
-    FIELDS={
-        "ask": Field("question", True, "what is asked"),
-        "label": Field("label", True, "yes or no"),
-        "hint": Field("hint", False, "a hint"),
-    },
-    make_item=make_item,
-)
+    NAME="small", SOURCE=Source("org/small", subset="main", test="test"), make_item=make_item,
+    FIELDS={"ask": Field("question", True, "what is asked"), "label": Field("label", True, "yes or no"),
+            "hint": Field("hint", False, "a hint")},
+)  # fmt: skip
 
 
 def written(path, *rows):

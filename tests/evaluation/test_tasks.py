@@ -324,13 +324,17 @@ def _solve(name, prompt):
     }[name]()
 
 
-def test_general_answers_are_right():
+def test_general_answers_are_right_and_scored_by_their_text():
     with pytest.raises(ItemError, match="lower prepare_data.retention_items_per_task"):
         general.retention_items(300, seed=0)
     items = general.retention_items(25, seed=3)
     assert {i.task for i in items} == set(general.GENERAL_TASKS)
     for it in items:
         assert _solve(it.task, it.prompt) == it.completion, it.prompt
+    it = Item("r", "addition", "What is 40 + 2?", "42", {"answer": "42"})
+    answers = {"42": True, " 42. ": True, "42\n": True, "4 2": False, "43": False, "": False}
+    assert {answer: general.score(it, answer).correct for answer in answers} == answers
+    assert tasks.render("A{prompt}B", "x{prompt}y") == "Ax{prompt}yB", "the prompt is put in once"
 
 
 def test_the_suite_is_kept_from_training_and_from_aqi(splits):
@@ -340,10 +344,3 @@ def test_the_suite_is_kept_from_training_and_from_aqi(splits):
     assert not suite & {p for p, _ in trained} and not suite & {it.prompt for it in splits["train"]}
     text = " ".join(p + a for p, a in trained)
     assert not re.search(r"AQI|PM2|PM10|O3|SO2|NO2|\bCO\b|ozone|pollut|Predict", text)
-
-
-def test_general_scoring():
-    it = Item("r", "addition", "What is 40 + 2?", "42", {"answer": "42"})
-    answers = {"42": True, " 42. ": True, "42\n": True, "4 2": False, "43": False, "": False}
-    assert {answer: general.score(it, answer).correct for answer in answers} == answers
-    assert tasks.render("A{prompt}B", "x{prompt}y") == "Ax{prompt}yB", "the prompt is put in once"
