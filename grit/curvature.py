@@ -188,10 +188,8 @@ class RankSpace(Curvature):
     def __init__(self, model: nn.Module, config: GRITConfig):
         super().__init__(model, config)
         if config.mode == "eigen_adamw" and config.grafting:  # other curvatures may graft there
-            text = (
-                "grafting: has no effect in mode 'eigen_adamw', whose steps have the length of Adam's; expected false"
-            )
-            raise GRITConfigError(f"{text} or null, got true")
+            text = "grafting: has no effect in mode 'eigen_adamw', whose steps have the length of Adam's; "
+            raise GRITConfigError(f"{text}expected false or null, got true")
         if config.kfac_inversion_device != "auto":
             try:
                 torch.empty(0, device=config.kfac_inversion_device)

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -89,6 +89,7 @@ def params_of(folder):
     return parse_params(yaml.safe_load((folder / "params.yaml").read_text()))
 
 
+@pytest.mark.full
 def test_killed_midway_and_started_again(project, tokenize):
     parallel = params_of(project).evaluate.parallel
     command = [sys.executable, "-m", "pipelines.evaluate", "base"]
@@ -139,7 +140,7 @@ def test_a_model_on_a_shared_base_comes_back_as_such(project, tokenize, monkeypa
     facts = json.loads((project / "gguf/base/0/serving.json").read_text()) | {"model_name": "baseline_lora_model"}
     (project / "gguf/baseline_lora/0/serving.json").write_text(json.dumps(facts))
     served = served_in(Path("gguf/baseline_lora/0"), "baseline_lora_model")
-    with OllamaDouble(tokenize=tokenize, reply=lambda rendered: "Good: 12") as server:
+    with OllamaDouble(tokenize=tokenize, misbehave="missing_fields", reply=lambda rendered: "Good: 12") as server:
         monkeypatch.setenv("OLLAMA_HOST", server.url)
         register_served(server.url, served.adapter_form())
         left = [True]
@@ -159,39 +160,24 @@ def test_a_model_on_a_shared_base_comes_back_as_such(project, tokenize, monkeypa
     assert scores["backend"]["mode"] == "adapter"
     assert {p.name for p in (project / "outputs/ollama").iterdir()} >= {"baseline_lora_model-adapter.json"}
     assert not (project / "outputs/ollama/baseline_lora_model-merged.json").exists()
+    # What an older server leaves out is recorded as unknown.
+    extra = json.loads((project / "scores/baseline_lora/0/run.json").read_text())["extra"]
+    left_out = {"prompt_eval_count", "prompt_eval_duration", "eval_count", "eval_duration", "load_duration"}
+    assert left_out <= set(extra["missing_figures"])
+    assert {r["nanoseconds"] for r in scores["speed"] if r["phase"] in ("load", "prefill", "decode")} == {None}
 
 
 def test_answers_of_other_weights_are_not_gone_on_from(project):
     section = params_of(project).evaluate
-    key = partial(evaluate.answers_key, section, inputs={"x": "1"}, facts={})
 
-    class Answers:
-        name, version, device_class, mode = "ollama", "0.32.0", "cpu", "merged"
+    def key(inputs="1", changed=section, **backend):
+        answering = {"name": "ollama", "version": "0.32.0", "device_class": "cpu", "mode": "merged", **backend}
+        return evaluate.answers_key(changed, SimpleNamespace(**answering), {"x": inputs}, {})
 
-    class OnGpu(Answers):
-        device_class = "gpu"
-
-    class Adapter(Answers):
-        mode = "adapter"
-
-    keys = {key(backend) for backend in (Answers(), OnGpu(), Adapter())}
     longer = section.model_copy(update={"max_tokens": section.max_tokens + 1})
-    keys |= {evaluate.answers_key(longer, Answers(), {"x": "1"}, {}), key(Answers(), inputs={"x": "2"})}
-    assert len(keys) == 5 and key(Answers()) in keys
+    assert len({key(), key(device_class="gpu"), key(mode="adapter"), key(changed=longer), key(inputs="2")}) == 5
     more = section.model_copy(update={"parallel": section.parallel + 1})
-    assert evaluate.answers_key(more, Answers(), {"x": "1"}, {}) in keys, "decides no answer"
+    assert key(changed=more) == key(), "decides no answer"
     arm = [str(p) for p in evaluate.weights("hf", "pure_grit", 0)]
     assert "adapters/pure_grit/0" in arm and "models/base/base.json" in arm
     assert [str(p) for p in evaluate.weights("ollama", "pure_grit", 0)] == ["gguf/base/0"]
-
-
-def test_an_older_server_is_scored_and_what_it_leaves_out_is_recorded(project, tokenize, monkeypatch):
-    with OllamaDouble(tokenize=tokenize, reply=lambda rendered: "Good: 12", misbehave="missing_fields") as server:
-        monkeypatch.setenv("OLLAMA_HOST", server.url)
-        evaluate.run(params_of(project), "base", 0)
-    assert_each_item_once(project)
-    extra = json.load(open(project / "scores/base/0/run.json"))["extra"]
-    left_out = {"prompt_eval_count", "prompt_eval_duration", "eval_count", "eval_duration", "load_duration"}
-    assert left_out <= set(extra["missing_figures"])
-    speed = json.load(open(project / "scores/base/0/scores.json"))["speed"]
-    assert {r["nanoseconds"] for r in speed if r["phase"] in ("load", "prefill", "decode")} == {None}
