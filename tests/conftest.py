@@ -13,7 +13,8 @@ from filelock import FileLock
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # a worker a core; read when torch is imported
+    # A worker a core; read when torch is imported. llama.cpp, which asks for a thread a core, heeds the limit only.
+    os.environ["OMP_NUM_THREADS"] = os.environ["OMP_THREAD_LIMIT"] = "1"
 
 TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 SERVED_TOKENS = 6
@@ -36,6 +37,17 @@ def once(tmp_path_factory):
         return folder
 
     return shared
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_conversion():
+    """In place of a new Python for each GGUF, most of whose time is importing torch."""
+    from export import gguf
+    from tests.export import fast_convert
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "_convert", fast_convert.convert)
+        yield
 
 
 @pytest.fixture(scope="session")
