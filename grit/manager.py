@@ -179,7 +179,6 @@ class Manager:
         self._write(plain)
 
     def _write(self, records: list[dict[str, Any]], anew: bool = False) -> None:
-        """Records as JSON Lines."""
         if self.log_file is not None and (records or anew):
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
             with self.log_file.open("w" if anew else "a", encoding="utf-8") as out:
@@ -187,11 +186,8 @@ class Manager:
 
     def _effect(self) -> dict[str, Any]:
         counts = {"ready_layers": self.curvature.ready_layers(), "layers": len(self.pairs())}
-        norms = {  # before clipping, as last taken
-            norm: self.last_metrics[f"grit/{norm}"]
-            for norm in ("gradient_norm_raw", "gradient_norm_natural")
-            if f"grit/{norm}" in self.last_metrics
-        }
+        metrics = self.last_metrics.items()  # norms are those before clipping, as last taken
+        norms = {name.removeprefix("grit/"): value for name, value in metrics if "gradient_norm" in name}
         evidence = self.curvature.effect(self.step, self.measured)
         record: dict[str, Any] = {"kind": "effect", **counts, **self.measured, **norms, **evidence}
         record["effective"] = "reason" not in record

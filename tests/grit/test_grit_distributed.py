@@ -89,27 +89,17 @@ def run_scenario(name, rank, world):
     return {"weights": lora_weights(model), "layers": measured(manager), "steps": steps}
 
 
-class Items(torch.utils.data.Dataset):
-    def __init__(self):
-        self.batches = [make_batch(i, UNEQUAL) for i in range(4)]
-
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, i):
-        return {name: value[i % 4] for name, value in self.batches[i // 4].items()}
-
-
 def run_trainer(folder, batch_size):
     """GritTrainer over the sixteen items in order, eight an optimizer step, twice through."""
     from grit import GritTrainer
     from tests.grit.test_grit_trainer import arguments
 
-    model = small_llama()
+    model, batches = small_llama(), [make_batch(i, UNEQUAL) for i in range(4)]
+    items = [{name: value[i] for name, value in batch.items()} for batch in batches for i in range(4)]
     values = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 2, "max_steps": 4}
     values |= {"learning_rate": 0.02, "max_grad_norm": 0.5, "train_sampling_strategy": "sequential"}
     config = configuration(mode="adamw", adaptive_schedule=True, adaptive_window=2)
-    trainer = GritTrainer(model=model, args=arguments(folder, **values), train_dataset=Items(), grit_config=config)
+    trainer = GritTrainer(model=model, args=arguments(folder, **values), train_dataset=items, grit_config=config)
     trainer.train()
     manager = trainer.grit_manager
     return {"weights": lora_weights(model), "layers": measured(manager), "factor": manager.curvature.trend.factor}

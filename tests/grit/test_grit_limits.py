@@ -171,15 +171,11 @@ def test_activation_checkpointing_changes_nothing_and_counts_once(use_reentrant)
 
 @pytest.mark.parametrize("kind", ["autocast", "backward under autocast too", "bf16 weights"])
 def test_bfloat16_keeps_float32_statistics_near_those_of_float32(kind):
-    batch = collate(make_items([9, 12, 7, 10]))
-    if kind == "bf16 weights":
-        model = small_llama(torch.bfloat16, autocast_adapter_dtype=False)
-        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-        reference = small_llama(torch.bfloat16, autocast_adapter_dtype=False).float()  # the same rounded weights
-    else:
-        model, reference = small_llama(torch.float32), small_llama(torch.float32)
-    want = statistics_of(reference, batch)
-    seen = []
+    batch, seen = collate(make_items([9, 12, 7, 10])), []
+    dtype = torch.bfloat16 if kind == "bf16 weights" else torch.float32
+    model, reference = (small_llama(dtype, autocast_adapter_dtype=False) for _ in range(2))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    want = statistics_of(reference.float(), batch)
     for name, module in model.named_modules():
         if name.endswith("lora_A.default"):
             module.register_forward_hook(lambda m, args, h: seen.append(h.dtype))

@@ -19,16 +19,16 @@ def start(dtype=torch.float32, lr=0.01, log_file=None, **changes):
     return model, manager, GritOptimizer(torch.optim.AdamW(trainable(model), lr, weight_decay=0.0), manager)
 
 
-def spy_on(manager, name):
-    """The steps at which a method of the manager was called."""
-    calls, original = [], getattr(manager, name)
-
-    def called(*args, **kwargs):
-        calls.append(manager.step)
-        return original(*args, **kwargs)
-
-    setattr(manager, name, called)
-    return calls
+def inverted_at(model, optimizer, steps, losses=None):
+    """Train; the steps at which factors were inverted."""
+    found, curvature = [], optimizer.manager.curvature
+    for i in range(steps):
+        before = curvature.inversions
+        if losses is not None:
+            optimizer.manager.observe_loss(losses[i])
+        train(model, optimizer, 1, i)
+        found += [i] * (curvature.inversions - before)
+    return found
 
 
 # Intervals
@@ -36,37 +36,22 @@ def spy_on(manager, name):
 
 def test_inversions_keep_their_interval_and_statistics_theirs():
     model, manager, optimizer = start(kfac_update_freq=6, grit_cov_update_freq=4)
-    calls = spy_on(manager, "update_and_invert_factors")
-    sampled = []
-    for i in range(20):
-        assert manager.capture.active == (i % 4 == 0)
-        train(model, optimizer, 1, i)
-        sampled.append(float(manager.curvature.states[0]["samples"][0]))
-    assert calls == [0, 6, 12, 18]
-    assert manager.curvature.inversions == 4
-    assert sampled == [32.0 * (1 + i // 4) for i in range(20)]
+    assert inverted_at(model, optimizer, 20) == [0, 6, 12, 18]
+    assert {tokens for _, _, tokens in covariances(manager).values()} == {32.0 * 5}
 
 
 def test_a_factor_that_waits_for_samples_is_inverted_as_soon_as_it_has_them():
     model, manager, optimizer = start(kfac_update_freq=50, kfac_min_samples=100)
-    calls = spy_on(manager, "update_and_invert_factors")
-    ready = []
-    for i in range(8):
-        train(model, optimizer, 1, i)
-        ready.append(manager.curvature.ready_layers())
-    assert calls == [0, 3]  # 32, 64, 96, 128 tokens
-    assert ready == [0, 0, 0, 3, 3, 3, 3, 3]
+    assert inverted_at(model, optimizer, 3) == [0] and manager.curvature.ready_layers() == 0
+    assert inverted_at(model, optimizer, 5) == [0] and manager.curvature.ready_layers() == 3  # with 128 tokens
 
 
 def test_eigenbases_are_taken_up_when_the_warmup_is_over_and_counted_from_there():
     model, manager, optimizer = start(mode="eigen_adamw", ng_warmup_steps=3, kfac_update_freq=4)
-    rotated = []
-    eye = torch.eye(R)
-    for i in range(9):
-        train(model, optimizer, 1, i)
-        rotated.append(not torch.equal(manager.curvature.states[0]["q_a"][0], eye))
-    assert rotated == [False] * 3 + [True] * 6
-    assert manager.curvature.inversions == 2  # at 3 and 7
+    assert inverted_at(model, optimizer, 3) == []
+    assert torch.equal(manager.curvature.states[0]["q_a"][0], torch.eye(R))
+    assert inverted_at(model, optimizer, 6) == [0, 4]
+    assert not torch.equal(manager.curvature.states[0]["q_a"][0], torch.eye(R))
 
 
 @pytest.mark.parametrize("spectra", [True, False])
@@ -203,13 +188,8 @@ def test_the_intervals_of_inversion_and_reprojection_follow_the_loss(adaptive, l
     changes = {"reprojection": "balanced", "reprojection_freq": 4, "rank_adaptation_threshold": 1.0}
     changes |= {"kfac_update_freq": 4, "adaptive_schedule": adaptive, "adaptive_window": 2}
     model, manager, optimizer = start(**changes)
-    inverted = spy_on(manager, "update_and_invert_factors")
-    reprojected = spy_on(manager, "neural_reprojection")
-    for i, loss in enumerate(losses):
-        manager.observe_loss(loss)
-        train(model, optimizer, 1, i)
-    assert inverted == inversions
-    assert reprojected == reprojections
+    assert inverted_at(model, optimizer, len(losses), losses) == inversions
+    assert [r["step"] for r in of_kind(manager.history, "reprojection")] == reprojections
 
 
 # Log file
