@@ -97,28 +97,12 @@ class GRITConfig:
     @classmethod
     def paper(cls, **changes: Any) -> "GRITConfig":
         """The authors' defaults and pairing, for reproduction; `changes` override single fields."""
-        values: dict[str, Any] = {
-            "capture": "hooks",
-            "grit_cov_update_freq": 15,
-            "cov_decay": 0.95,
-            "normalize_delta": False,
-            "kfac_update_freq": 50,
-            "kfac_damping": 1e-3,
-            "damping_mode": "absolute",
-            "kfac_inversion_device": "cpu",
-            "mode": "adamw",
-            "pairing": "paper",
-            "grafting": False,
-            "reprojection": "paper",
-            "enable_rank_adaptation": True,
-            "rank_adaptation_threshold": 0.99,
-            "reprojection_k": 8,
-            "reprojection_freq": 50,
-            "rank_shrink": "never",
-            "lambda_kfac": 1e-5,
-            "lambda_reproj": 1e-4,
-            "adaptive_schedule": True,
-        }
+        values: dict[str, Any] = {"capture": "hooks", "grit_cov_update_freq": 15, "cov_decay": 0.95}
+        values |= {"normalize_delta": False, "kfac_update_freq": 50, "kfac_damping": 1e-3, "damping_mode": "absolute"}
+        values |= {"kfac_inversion_device": "cpu", "mode": "adamw", "pairing": "paper", "grafting": False}
+        values |= {"reprojection": "paper", "reprojection_freq": 50, "reprojection_k": 8, "rank_shrink": "never"}
+        values |= {"enable_rank_adaptation": True, "rank_adaptation_threshold": 0.99}
+        values |= {"lambda_kfac": 1e-5, "lambda_reproj": 1e-4, "adaptive_schedule": True}
         return cls.from_dict({**values, **changes})
 
     @classmethod
@@ -166,14 +150,8 @@ class GRITConfig:
     def lora_config(self, **kwargs: Any) -> Any:
         from peft import LoraConfig
 
-        values: dict[str, Any] = {
-            "r": self.lora_rank,
-            "lora_alpha": self.lora_alpha,
-            "lora_dropout": self.lora_dropout,
-            "target_modules": sorted(self.lora_target_modules),
-            "bias": "none",
-            "task_type": "CAUSAL_LM",
-        }
+        values: dict[str, Any] = {"r": self.lora_rank, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
+        values |= {"target_modules": sorted(self.lora_target_modules), "bias": "none", "task_type": "CAUSAL_LM"}
         return LoraConfig(**{**values, **kwargs})
 
 

@@ -1,7 +1,6 @@
-"""llama.cpp's converters without starting Python anew for each: nine tenths of their time is importing torch.
+"""llama.cpp's converters without starting Python anew for each: nine tenths of their time are imports.
 
-They run in children of multiprocessing's fork server, which has it imported. `tests/export/test_gguf.py` runs them as
-the project does.
+They run in children of multiprocessing's fork server, which has them made; `as_the_project_does` is the other way.
 """
 
 import multiprocessing
@@ -9,10 +8,11 @@ import runpy
 import sys
 from pathlib import Path
 
-from export import ExportError, converters
+from export import ExportError, converters, gguf
 
+as_the_project_does = gguf._convert
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "transformers", "tests.export.fast_convert"])
+_context.set_forkserver_preload(["torch", "transformers.models.llama.configuration_llama", "tests.export.fast_convert"])
 
 
 def _run(script: str, arguments: list[str], log: str) -> None:

@@ -56,35 +56,22 @@ def test_every_field_is_checked_and_all_mistakes_are_named():
         whole = ModelGRITConfig(text=wrong) if isinstance(config, ModalityConfig) else wrong
         said = [line.split(":")[0].removeprefix("text.") for line in complaints(whole)]
         assert said == names
+    assert complaints(ModelGRITConfig()) == ["expected at least one of vision, text, cross_modal, fusion, got none"]
     bounds = ModalityConfig(rank=1, alpha=0.5, dropout=0, projection_budget=1)
     ModelGRITConfig(vision=bounds, fisher_damping=0, fisher_ema_decay=0.0, global_dropout=0).validate()
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_what_is_said_of_mistakes():
+    for settings, message in (
         ({"layer_patterns": "model.*"}, "layer_patterns: expected a list of names, got 'model.*'"),
         ({"strategy": "first_n"}, "strategy: expected a LayerSelectionStrategy, got 'first_n'"),
         ({"strategy": S.LAST_N}, "n_layers: LAST_N wants a whole number from 1 on, got None"),
-        ({"strategy": S.LAST_N, "n_layers": 0}, "n_layers: expected a finite number of at least 1, got 0"),
         ({"strategy": S.SPECIFIC, "specific_indices": []}, "specific_indices: SPECIFIC wants a list of whole numbers"),
         ({"strategy": S.SPECIFIC, "specific_indices": [0.0]}, "specific_indices: SPECIFIC wants a list of whole"),
-        ({"alpha": float("inf")}, "alpha: expected a finite number above 0, got inf"),
-        ({"dropout": 1}, "dropout: expected a number in [0, 1), got 1"),
-        ({"enable_projection": "no"}, "enable_projection: expected true or false, got 'no'"),
-        ({"rank": True}, "rank: expected a whole number or null, got True"),
-        ({"fisher_approximation": "kfak"}, "fisher_approximation: expected one of diagonal, kfac, block_diagonal, got "
-         "'kfak'; did you mean 'kfac'?"),
-    ],
-)  # fmt: skip
-def test_what_is_said_of_mistakes(settings, message):
-    [said] = complaints(ModelGRITConfig(text=ModalityConfig(**settings)))
-    assert said.startswith(f"text.{message}")
-
-
-def test_a_model_without_modalities_or_with_other_things_in_their_place():
-    assert complaints(ModelGRITConfig()) == ["expected at least one of vision, text, cross_modal, fusion, got none"]
-    assert complaints(ModelGRITConfig(text={"rank": 4}))[0].startswith("text: expected a ModalityConfig")
+        ({"fisher_approximation": "kfak"}, "fisher_approximation: expected one of diagonal, kfac, block_diagonal"),
+    ):
+        [said] = complaints(ModelGRITConfig(text=ModalityConfig(**settings)))
+        assert said.startswith(f"text.{message}")
 
 
 def test_a_star_stops_at_dots_and_other_characters_stand_for_themselves():
@@ -113,25 +100,21 @@ def test_a_layer_is_a_numbered_block(idefics3):
     assert layers[f"{VISION}.0"] == [f"{VISION}.0.self_attn.v_proj", f"{VISION}.0.self_attn.q_proj"]
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
+def test_strategies_take_whole_blocks(idefics3):
+    patterns = [f"{VISION}.*.self_attn.q_proj", f"{VISION}.*.mlp.fc1"]
+    for settings, expected in (
         ({"strategy": S.ALL}, range(12)),
         ({"strategy": S.FIRST_N, "n_layers": 3}, [0, 1, 2]),
         ({"strategy": S.FIRST_N, "n_layers": 12}, range(12)),
         ({"strategy": S.LAST_N, "n_layers": 4}, [8, 9, 10, 11]),
         ({"strategy": S.EVERY_NTH, "step_size": 5}, [0, 5, 10]),
         ({"strategy": S.EVERY_NTH, "step_size": 99}, [0]),
-        ({"strategy": S.SPECIFIC, "specific_indices": [10, 0, 5, 0]}, [0, 5, 10]),
-        ({"strategy": S.SPECIFIC, "specific_indices": [-1, 11, -12]}, [0, 11]),
+        ({"strategy": S.SPECIFIC, "specific_indices": [10, 0, -1, 0, 11]}, [0, 10, 11]),
         ({"strategy": S.SKIP_FIRST_LAST}, range(1, 11)),
-    ],
-)
-def test_strategies_take_whole_blocks(idefics3, settings, expected):
-    patterns = [f"{VISION}.*.self_attn.q_proj", f"{VISION}.*.mlp.fc1"]
-    found, _ = adapted_modules(idefics3, ModelGRITConfig(vision=ModalityConfig(patterns, **settings)))
-    numbers = [int(name.removeprefix(f"{VISION}.").split(".")[0]) for name in found["vision"]]
-    assert numbers == [i for i in expected for _ in range(2)]
+    ):
+        found, _ = adapted_modules(idefics3, ModelGRITConfig(vision=ModalityConfig(patterns, **settings)))
+        numbers = [int(name.removeprefix(f"{VISION}.").split(".")[0]) for name in found["vision"]]
+        assert numbers == [i for i in expected for _ in range(2)]
 
 
 def test_strategies_that_do_not_fit_the_model():
@@ -189,8 +172,7 @@ def test_errors_of_all_modalities_come_at_once(idefics3):
         adapted_modules(idefics3, config)
 
 
-MACHINES = {"cpu": ["cpu"], "nvidia": ["cuda", "cpu"], "mac": ["mps", "cpu"], "all": ["cuda", "mps", "cpu"]}
-CHOSEN = {  # strategy → device on cpu, nvidia, mac, all
+CHOSEN = {  # strategy → device of a machine with a CPU alone, with CUDA, with MPS, with all of them
     "stable_training": ("cpu", "cpu", "cpu", "cpu"),
     "auto_inference": ("cpu", "cuda", "mps", "cuda"),
     "auto_performance": ("cpu", "cuda", "mps", "cuda"),
@@ -198,15 +180,15 @@ CHOSEN = {  # strategy → device on cpu, nvidia, mac, all
 }
 
 
-@pytest.mark.parametrize("strategy", CHOSEN)
-def test_priorities_are_those_of_document_003(strategy):
+def test_priorities_are_those_of_document_003():
     gpu = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    cpu = torch.bfloat16 if strategy == "memory_efficient" else torch.float32
-    dtypes = {"cpu": cpu, "mps": torch.float16, "cuda": gpu, "auto": gpu}
-    for devices, expected in zip(MACHINES.values(), CHOSEN[strategy], strict=True):
-        config = get_device_config(strategy, devices)
-        assert config["device_map"] == ("auto" if expected == "auto" else {"": expected})
-        assert config["dtype"] == dtypes[expected] and ("max_memory" in config) == (expected == "auto")
+    for strategy, chosen in CHOSEN.items():
+        cpu = torch.bfloat16 if strategy == "memory_efficient" else torch.float32
+        dtypes = {"cpu": cpu, "mps": torch.float16, "cuda": gpu, "auto": gpu}
+        for machine, expected in zip(("cpu", "cuda cpu", "mps cpu", "cuda mps cpu"), chosen, strict=True):
+            config = get_device_config(strategy, machine.split())
+            assert config["device_map"] == ("auto" if expected == "auto" else {"": expected})
+            assert config["dtype"] == dtypes[expected] and ("max_memory" in config) == (expected == "auto")
     for devices, device in ((["cuda", "mps"], "cuda"), (None, "cpu")):  # training leaves the CPU where it has to
         assert get_device_config("stable_training", devices) == {"device_map": {"": device}, "dtype": torch.float32}
 
@@ -215,25 +197,22 @@ def test_mistakes_about_devices():
     for arguments, message in (
         (["stable_trainig"], "stable_training, auto_inference, .*got 'stable_trainig'; did you mean 'stable_training'"),
         (["memory_efficient", ["mps"]], "memory_efficient: expected one of cuda, cpu, got mps"),
-        (["auto_inference", []], "auto_inference: expected one of cuda, mps, cpu, got none"),
         (["auto_inference", "cuda"], "devices: expected some of cuda, mps and cpu"),
-        (["auto_inference", ["gpu", "cpu"]], "devices: expected some of cuda, mps and cpu"),
     ):
         with pytest.raises(DeviceError, match=message):
             get_device_config(*arguments)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device"))])  # fmt: skip
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("strategy", ["stable_training", "memory_efficient"])
 def test_a_model_loads_there(idefics3, tmp_path, strategy, device):
-    from transformers import Idefics3ForConditionalGeneration
-
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     idefics3.save_pretrained(tmp_path)
     config = get_device_config(strategy, [device])
     if "max_memory" in config:
         assert 0 < config["max_memory"][0] <= MEMORY_SHARE * torch.cuda.mem_get_info(0)[1]
-    model = Idefics3ForConditionalGeneration.from_pretrained(tmp_path, **config)
+    model = type(idefics3).from_pretrained(tmp_path, **config)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {(device, config["dtype"])}
     batch = tiny_models.batch(model)
     batch["pixel_values"] = batch["pixel_values"].to(model.dtype)

@@ -61,6 +61,7 @@ def test_interrupted_and_started_twice(repro, tmp_path):
     while not (tmp_path / "started").exists():
         assert first.poll() is None
         time.sleep(0.05)
+    time.sleep(0.5)  # a shell between two commands may miss the signal
     second = repro()
     assert "repro is already running in another process" in second.communicate(timeout=60)[0] and second.returncode == 1
     first.send_signal(signal.SIGINT)
