@@ -24,7 +24,7 @@ from db.ingest import ingest
 from evaluation.compare_all import app
 from evaluation.report.arms import credit_interval, pair
 from evaluation.report.comparison import Comparison, load_report
-from evaluation.report.data import as_csv, as_json, metrics, write_tracked
+from evaluation.report.data import as_json, metrics, write_tracked
 from tests.db.result_tree import edit, make_arm, make_quantized, make_tree, make_verified, sha, verification, write
 
 ROOT = Path(__file__).parents[2]
@@ -191,24 +191,6 @@ def test_a_score_of_several_seeds_stays_between_0_and_100(some, end):
     found = credit_interval([{str(i): float(credit) for i, credit in enumerate(own)} for own in seeds])
     assert getattr(found, end) == {"high": 100.0, "low": 0.0}[end]
     assert 0 <= found.low < found.estimate < found.high <= 100
-
-
-def test_speed_is_one_estimate_everywhere(tmp_path):
-    tree = make_tree(tmp_path / "project")
-    place = tree / "scores/baseline_lora/0/scores.json"
-    content = json.loads(place.read_text(encoding="utf-8"))["speed"]
-    edit(place, speed=[{**row, "nanoseconds": row["nanoseconds"] * (100 if row["arm"] != "base" else 1)}
-                       for row in content])  # fmt: skip
-    make_arm(tree, "baseline_lora", 2, correct=right(70))
-    comparison = compared(stored(tree))
-    row = comparison.rows[1]
-    criterion = next(c for c in comparison.criteria if c.name == "speed loss")
-    assert criterion.estimate is not None and criterion.confidence == 95
-    assert row.delta_speed == criterion.estimate.estimate == pytest.approx(100 * (5 / 6 - 1))
-    assert row.delta_speed_interval == criterion.estimate
-    assert metrics(comparison)["baseline_lora"]["delta_speed_percent"] == row.delta_speed
-    _, record = csv.DictReader(io.StringIO(as_csv(comparison)))
-    assert float(record["delta_speed_percent"]) == row.delta_speed
 
 
 # The choice of runs

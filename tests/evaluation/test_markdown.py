@@ -19,25 +19,11 @@ from tests.db.result_tree import edit, make_tree, make_verified, verification
 from tests.evaluation.test_compare_all import run
 
 SAID = [
-    "</s>",
-    "<img onerror=alert(1) src=x>",
-    "[l](javascript:1)",
-    "![l](x)",
-    "[l](https://example.org)",
-    "[1](https://example.org)",
-    "[1]: https://example.org",
-    "[l][1]",
-    r"a\|b",
-    "a|b",
-    r"a\\|b",
-    "`code` ``more``",
-    "*strong* **x** _y_ __z__ ~~gone~~",
-    "&amp; &lt;b&gt; & <b>",
-    "<|im_end|>",
-    "[INST] x [/INST]",
-    "+1.0 [+0.5, +1.5] (x)",
-    "baseline_lora_model",
-]
+    "</s>", "<img onerror=alert(1) src=x>", "[l](javascript:1)", "![l](x)", "[l](https://example.org)",
+    "[1](https://example.org)", "[1]: https://example.org", "[l][1]", r"a\|b", "a|b", r"a\\|b", "`code` ``more``",
+    "*strong* **x** _y_ __z__ ~~gone~~", "&amp; &lt;b&gt; & <b>", "<|im_end|>", "[INST] x [/INST]",
+    "+1.0 [+0.5, +1.5] (x)", "baseline_lora_model",
+]  # fmt: skip
 
 
 class Reader(HTMLParser):
