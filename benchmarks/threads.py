@@ -1,7 +1,7 @@
 """How many threads a training step wants, by the width of the layers, on an idle machine and on a busy one.
 
 The contenders are processes: one thread, one a core that spins while it waits (OpenMP's default), one a core that
-sleeps. Busy: beside as many endless loops as twice the cores. `python -m benchmarks.threads`, with nothing else running.
+sleeps. Busy: beside twice as many endless loops as cores. `python -m benchmarks.threads`, with nothing else running.
 """
 
 import multiprocessing

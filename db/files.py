@@ -271,24 +271,10 @@ def start_run(
     device: dict[str, Any] | None = None,
 ) -> RunRecord:
     """Start the clock of a stage; the device is torch's unless another is given."""
-    return RunRecord.of(
-        {
-            "schema": 1,
-            "stage": stage,
-            "arm": arm,
-            "seed": seed,
-            "status": "running",
-            "started": now(),
-            "ended": None,
-            "params": params,
-            "git": git_state(),
-            "packages": package_versions(),
-            "device": device or torch_device(),
-            "inputs": inputs,
-            "prompt_template": prompt_template,
-            "artifacts": [],
-        }
-    )
+    told = {"stage": stage, "arm": arm, "seed": seed, "params": params, "inputs": inputs}
+    found = {"git": git_state(), "packages": package_versions(), "device": device or torch_device()}
+    state = {"schema": 1, "status": "running", "started": now(), "ended": None, "artifacts": []}
+    return RunRecord.of({**told, **found, **state, "prompt_template": prompt_template})
 
 
 def finish_run(record: RunRecord, folder: Path) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from db.files import OutputError, process_runs, sha256, write_json
 from export import ExportError
-from export.engines.llama_cpp import file_precision
+from export.engines.llama_cpp import Vocabulary
 from export.engines.ollama import (
     LOAD_S,
     AdaptersUnsupportedError,
@@ -248,8 +248,9 @@ def _engine(url: str, name: str, served: Served) -> OllamaEngine:
         stored=stored,
         say=lambda line: None,
     )
-    # Creating keeps the type; a server that does not say it has the file's.
-    engine.precision = engine.precision or file_precision(served.gguf)
+    if engine.precision is None:  # creating keeps the type; a server that does not say it has the file's
+        with Vocabulary(served.gguf) as vocabulary:
+            engine.precision = vocabulary.precision
     return engine
 
 

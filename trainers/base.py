@@ -108,6 +108,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Any:
     import sentencepiece
     from transformers import LlamaTokenizer
 
+    special: dict[str, Any] = {f"{name}_piece": piece for name, piece in SPECIAL.items()}
+    special |= {f"{name}_id": number for number, name in enumerate(SPECIAL)}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_prefix=str(folder / "tokenizer"),
@@ -119,8 +121,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Any:
         character_coverage=1.0,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        **{f"{name}_id": number for number, name in enumerate(SPECIAL)},
-        **{f"{name}_piece": piece for name, piece in SPECIAL.items()},
+        **special,
         num_threads=1,
         minloglevel=2,
     )

@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from trainers.encode import Encoded, EncodingError, encode_example, encode_prompt, short_enough
@@ -74,7 +73,7 @@ def _read_images(prompt: str, root: Path) -> list[Any]:
     return images
 
 
-def text_tensors(rows: Sequence[Row], tokenizer: Any, more: Mapping[str, Sequence[Any]] = MappingProxyType({})) -> Row:
+def text_tensors(rows: Sequence[Row], tokenizer: Any, more: Mapping[str, Sequence[Any]] | None = None) -> Row:
     """input_ids, attention_mask, labels for training, and `more` of each row's tokens; all [batch, tokens]."""
     import torch
 
@@ -96,7 +95,7 @@ def text_tensors(rows: Sequence[Row], tokenizer: Any, more: Mapping[str, Sequenc
     batch = {
         "input_ids": [padded(row["input_ids"], pad) for row in rows],
         "attention_mask": [padded([1] * len(row["input_ids"]), 0) for row in rows],
-        **{name: [padded(own, 0) for own in values] for name, values in more.items()},
+        **{name: [padded(own, 0) for own in values] for name, values in (more or {}).items()},
     }
     if not without:
         batch["labels"] = [

@@ -393,12 +393,6 @@ def _precision_of(metadata: dict[str, str]) -> str | None:
         return None
 
 
-def file_precision(gguf: Path) -> str | None:
-    """Type of most of a file's weights, which are not loaded. Raises ExportError: missing or damaged."""
-    with Vocabulary(gguf) as vocabulary:
-        return vocabulary.precision
-
-
 class Vocabulary(closing[Any]):
     """A GGUF's tokens, to name them; weights are not loaded. Use in a `with` block.
 

@@ -69,6 +69,10 @@ def artifact(kind, path, content, parent=None):
     return {"kind": kind, "path": path, "sha256": sha(content), "bytes": len(content), "parent": parent}
 
 
+def table(names, *rows):
+    return [dict(zip(names.split(), row, strict=True)) for row in rows]
+
+
 def make_arm(root, arm, seed=0, *, correct, retention=0.8, own=(600, 6_000_000_000), history=None):
     """Write one arm: `correct` per test item; `own` is decode (tokens, nanoseconds)."""
     tag = f"{arm}/{seed}"
@@ -96,10 +100,11 @@ def make_arm(root, arm, seed=0, *, correct, retention=0.8, own=(600, 6_000_000_0
     used = {"data/test.jsonl": ITEMS, f"gguf/{tag}/model.gguf": exported[0]["sha256"]}
     write(scores / "run.json", run_json("evaluate", arm, seed, inputs=used))
     share = sum(correct) / len(correct)
-    numbers = [
+    metrics = table(
+        "name split value n",
         ("aqi_category_accuracy", "test", share, len(correct)), ("aqi_mae", "test", 4.5, len(correct)),
         ("retention_accuracy", "retention", retention, 50), ("retention/addition", "retention", retention, 25),
-    ]  # fmt: skip
+    )  # fmt: skip
     meanings = {
         "aqi_category_accuracy": {"unit": "share", "direction": "higher", "description": "right"},
         "aqi_mae": {"unit": "AQI points", "direction": "lower", "description": "distance"},
@@ -116,7 +121,7 @@ def make_arm(root, arm, seed=0, *, correct, retention=0.8, own=(600, 6_000_000_0
         "model_name": "base_model" if arm == "base" else f"{arm}_model",
         "backend": {"name": "llama_cpp", "version": "0.3.36", "device_class": "cpu"},
         "test_items_sha256": ITEMS,
-        "metrics": [dict(zip(("name", "split", "value", "n"), row, strict=True)) for row in numbers],
+        "metrics": metrics,
         "metric_defs": meanings,
         "speed": [*speed, load],
     }
@@ -189,17 +194,17 @@ def make_tree(root):
 def make_measured(root, arm, seed=0, **changes):
     """Write what stage measure leaves; an arm's used its adapter and the base's measurements."""
 
-    def number(name, split, value, n=None):
-        return {"name": name, "split": split, "value": value, "n": n}
-
-    def layer(name, split, where, value):
-        return {"name": name, "split": split, "layer": where, "value": value}
-
-    metrics = [number("perplexity", "general", 7.5, 4000), number("alignment_index", "alignment", 0.25, 120)]
-    layers = [layer("alignment_index", "alignment", "layer 2", 0.2), layer("xie_beni", "alignment", "layer 2", None)]
-    if arm != "base":
-        metrics += [number("update_norm", "weights", 3.5), number("drift_cosine", "hidden", 0.01, 4000)]
-        layers += [layer("update_norm", "weights", Q, 2.5), layer("update_norm", "weights", V, 1.5)]
+    own = arm != "base"
+    metrics = table(
+        "name split value n",
+        ("perplexity", "general", 7.5, 4000), ("alignment_index", "alignment", 0.25, 120),
+        *([("update_norm", "weights", 3.5, None), ("drift_cosine", "hidden", 0.01, 4000)] if own else []),
+    )  # fmt: skip
+    layers = table(
+        "name split layer value",
+        ("alignment_index", "alignment", "layer 2", 0.2), ("xie_beni", "alignment", "layer 2", None),
+        *([("update_norm", "weights", Q, 2.5), ("update_norm", "weights", V, 1.5)] if own else []),
+    )  # fmt: skip
     meanings = {
         "perplexity": {"unit": "", "direction": "lower", "description": "exp of the mean loss"},
         "update_norm": {"unit": "", "direction": "none", "description": "‖ΔW‖_F"},
@@ -207,7 +212,7 @@ def make_measured(root, arm, seed=0, **changes):
     content = {**head(arm, seed), "metrics": metrics, "metric_defs": meanings, "layers": layers, **changes}
     place = root / "measured" / arm / str(seed)
     used = {}
-    if arm != "base":
+    if own:
         used[f"adapters/{arm}/{seed}/adapter_model.safetensors"] = sha(f"adapter {arm}/{seed}")
         base = root / "measured/base/0/measured.json"
         used["measured/base/0/measured.json"] = sha(base.read_text(encoding="utf-8"))

@@ -218,9 +218,6 @@ def test_the_serving_mode_of_the_evaluation_is_recorded(tree, path):
         assert ask_one(path, query) == (mode,), change
 
 
-# --- left out, with a note --------------------------------------------------------------------------------------------
-
-
 def test_arms_that_are_not_there_yet_or_failed_are_noted(tree, path):
     (tree / "scores/baseline_lora/1/scores.json").unlink()
     edit(tree / "adapters/baseline_lora/0/run.json", status="failed", error="loss was nan")
@@ -314,9 +311,6 @@ def test_scores_that_are_not_the_mean_of_the_samples_are_noted_and_a_fault(tree,
     edit(tree / "scores/base/0/scores.json", metrics=metrics)
     assert notes(tree, path) == ("base/0: scores.json says 0.5, samples.jsonl says 0.4",)
     assert check(path, tree)[1] == ["base/0: scores.json says 0.5, samples.jsonl says 0.4"]
-
-
-# --- refused, with file and reason ------------------------------------------------------------------------------------
 
 
 def test_all_problems_are_named_at_once_and_the_old_content_stands(tree, path):
@@ -443,9 +437,6 @@ def test_what_may_not_be_read_is_named_and_never_counts_as_absent(tree, path, na
         ingest(tree, path)
     assert name in str(refused.value)
     assert content(path) == before
-
-
-# --- tasks ------------------------------------------------------------------------------------------------------------
 
 
 def test_views_show_every_task(three):

@@ -1,13 +1,13 @@
 """The same database on PostgreSQL: filled from the same runs/, in one transaction."""
 
 import time
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 
 import pandas as pd
 import pytest
 from sqlalchemy import create_engine, text
+from sqlalchemy.pool import NullPool
 from typer.testing import CliRunner
 
 from db import DatabaseError, SchemaVersionError, open_session
@@ -35,12 +35,8 @@ def comparable(found):
     }
 
 
-@contextmanager
 def raw(url):
-    engine = create_engine(url)
-    with engine.begin() as connection:
-        yield connection
-    engine.dispose()
+    return create_engine(url, poolclass=NullPool).begin()
 
 
 def test_all_tables_and_views_equal_those_of_sqlite(tree, three, postgres):

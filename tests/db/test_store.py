@@ -33,9 +33,6 @@ def beside(path):
     return sorted(p.name for p in path.parent.iterdir() if p.name.startswith(path.name))
 
 
-# --- the archive ------------------------------------------------------------------------------------------------------
-
-
 def test_deleted_and_made_again_it_is_the_same_with_earlier_tasks_and_settings(tree, three):
     """`three` has seen AQI, GSM8K and Alpaca; only the last is on disk."""
     edit(tree / "adapters/pure_grit/0/run.json", params={"train": {"learning_rate": 0.002}})
@@ -113,8 +110,6 @@ def test_a_run_whose_replacement_was_killed_between_two_renames_comes_back(tree,
     assert content(path) == before
 
 
-# --- check ------------------------------------------------------------------------------------------------------------
-
 DAMAGES = {
     "UPDATE sample SET credit = 0 WHERE item_id = 'aqi-000000' AND run_id = 2": "sample: .* 1 of the expected ones",
     "DELETE FROM layer_metric WHERE id = 1": "layer_metric: expected the 49 rows that runs/ gives, came 48, 1 of",
@@ -132,9 +127,6 @@ def test_what_differs_from_the_archive_is_found_at_once_and_mended(tree, path):
     assert all(re.search(f"fault: {words}", said.output) for words in DAMAGES.values()), said.output
     rebuild(tree, path)
     assert_sound(path, tree)
-
-
-# --- several processes, kills, full disks -----------------------------------------------------------------------------
 
 
 @pytest.mark.full
@@ -226,9 +218,6 @@ def test_a_full_disk_is_named_and_keeps_the_old_content(tree, small_disk):
     assert content(path) == before and beside(path) == ["c.db"]
     (small_disk / "filler").unlink()
     assert ingest(small, path).runs == 1 and content(path) == before
-
-
-# --- other files, other versions --------------------------------------------------------------------------------------
 
 
 def foreign(path, *statements):

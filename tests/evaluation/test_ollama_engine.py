@@ -41,6 +41,16 @@ class Clock:
         return Retry(wait=self.wait, clock=lambda: self.now, **settings)
 
 
+def refused_for(clock, takes_s=0, **settings):
+    def ask():
+        clock.now += takes_s
+        raise PassingError("no")
+
+    with pytest.raises(EngineError):
+        clock.retry(**settings).call(ask, lambda line: None)
+    return clock
+
+
 @pytest.fixture
 def clock():
     return Clock()
@@ -155,13 +165,7 @@ def test_phases_of_a_streamed_request_and_loads_of_a_model_that_nobody_else_hold
 
 def test_as_many_requests_as_asked_for_are_in_flight(double):
     together = threading.Barrier(3, timeout=20)  # passed only if three requests come at once
-    send = OllamaDouble.strike
-
-    def strike(body):
-        together.wait()
-        return send(double, body)
-
-    double.strike = strike
+    double.strike = lambda body: OllamaDouble.strike(double, body) if together.wait() >= 0 else None
     with make(double, parallel=3) as engine:
         assert all_once(score(engine))
 
@@ -209,36 +213,26 @@ def test_pauses_double_up_to_a_limit_and_end(double, clock):
     assert max(clock.pauses) > 7 and 30 < clock.now <= 60
     assert len(lines) == len(clock.pauses) and "trying again in" in lines[0]
     assert asked(double)["1 + 1"] == len(clock.pauses) + 1
-
-
-def test_several_requests_do_not_come_back_all_at_once():
-    def ask():
-        raise PassingError("no")
-
-    clocks = [Clock() for _ in range(8)]
-    for clock in clocks:
-        with pytest.raises(EngineError):
-            clock.retry(patience_s=1).call(ask, lambda line: None)
-    assert len({clock.pauses[0] for clock in clocks}) > 1
+    firsts = set()  # pauses of several requests differ, so that they do not come back all at once
+    for _ in range(8):
+        firsts.add(refused_for(Clock(), patience_s=1).pauses[0])
+    assert len(firsts) > 1
 
 
 def test_refusals_are_passed_on_and_asked_again_only_if_they_may_pass(double, clock, monkeypatch):
     with make(double, clock) as engine:
         double.models["m:latest"].parameters["top_p"] = "many"
         assert engine.generate("x", 4, ["###"]), "the request's options win"
-        for status in (408, 429):
-            refusals = iter([status] * 3)
-            generate = double.generate
+        refusals, generate = iter([408, 429]), double.generate
 
-            def busy(body, refusals=refusals, generate=generate):
-                if status := next(refusals, 0):
-                    raise Refusal(status, "come again")
-                return generate(body)
+        def busy(body):
+            if status := next(refusals, 0):
+                raise Refusal(status, "come again")
+            return generate(body)
 
-            monkeypatch.setattr(double, "generate", busy)
-            clock.pauses.clear()
-            assert engine.generate(f"{status} + 1", 4, []).text == str(status + 1)
-            assert len(clock.pauses) == 3 and asked(double)[f"{status} + 1"] == 4
+        monkeypatch.setattr(double, "generate", busy)
+        assert engine.generate("3 + 1", 4, []).text == "4"
+        assert len(clock.pauses) == 2 and asked(double)["3 + 1"] == 3
         double.models["m:latest"].parameters["num_keep"] = "all"
         with pytest.raises(EngineError, match='500: option "num_keep" must be of type'):
             engine.generate("1 + 1", 4, [])  # our own mistake that comes as a 500 ends, too
@@ -257,16 +251,8 @@ def test_silence_is_waited_for_twice_and_then_left(double, clock):
     double.times = 9
     with make(double, timeout_s=0.3) as engine, pytest.raises(EngineError, match=r"said nothing for 0\.3 s"):
         engine.generate("x", 4, ["###"])
-    tries = []
-
-    def slow():
-        tries.append(clock.now)
-        clock.now += 600
-        raise PassingError("said nothing for 600 s")
-
-    with pytest.raises(EngineError, match="2 tries"):
-        clock.retry().call(slow, lambda line: None)
-    assert len(tries) == 2, "a request that takes longer than patience gets a second try"
+    clock.pauses.clear()
+    assert len(refused_for(clock, takes_s=600).pauses) == 1, "one that takes longer than patience gets a second try"
 
 
 @pytest.mark.parametrize("parallel", [1, 4])

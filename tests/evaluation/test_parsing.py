@@ -75,23 +75,17 @@ def test_yes_and_no_are_read(task, cases):
                 assert (score.correct, score.exact, score.credit) == (right, right, float(right)), answer
 
 
-def scored(pairs):
-    return [boolq.score(labelled(boolq, "Yes" if truth else "No"), answer) for truth, answer in pairs]
-
-
-@pytest.mark.parametrize(
-    ("pairs", "accuracy", "f1", "unparseable"),
-    [
+def test_label_metrics_by_hand():
+    for pairs, accuracy, f1, unparseable in (
         # Yes: 2 of 2 said, 2 of 3 found: F1 = 4/5. No: 1 of 2 said, 1 of 2 found: F1 = 1/2.
         ([(1, "Yes"), (1, "Yes"), (1, "no"), (0, "No"), (0, "perhaps")], 0.6, (4 / 5 + 1 / 2) / 2, 0.2),
         ([(1, "Yes")] * 3 + [(0, "Yes")], 0.75, 3 / 7, 0),  # Yes: precision 3/4, recall 1. No: never said
         ([(1, "Yes")] * 2, 1, 1, 0),
         ([(1, "")] * 2, 0, 0, 1),
-    ],
-)
-def test_label_metrics_by_hand(pairs, accuracy, f1, unparseable):
-    expected = {"boolq_accuracy": accuracy, "boolq_f1": f1, "boolq_unparseable": unparseable}
-    assert boolq.summarize(scored(pairs)) == pytest.approx(expected)
+    ):
+        scores = [boolq.score(labelled(boolq, boolq.LABELS[truth]), answer) for truth, answer in pairs]
+        expected = {"boolq_accuracy": accuracy, "boolq_f1": f1, "boolq_unparseable": unparseable}
+        assert boolq.summarize(scores) == pytest.approx(expected)
 
 
 # --- numbers ---
@@ -191,16 +185,19 @@ def test_equality_is_exact_however_a_number_is_written():
 
 
 def test_what_the_score_of_a_number_holds():
-    near = gsm8k.score(solved(), "I think 20")
-    assert (near.correct, near.predicted, near.abs_error, near.extra) == (False, 20.0, 2.0, {"marker": 0.0})
-    none = gsm8k.score(solved(), "#### none")
-    assert (none.correct, none.predicted, none.abs_error, none.extra) == (False, None, None, {"marker": 0.0})
+    for answer, predicted, error in (("I think 20", 20.0, 2.0), ("#### none", None, None)):
+        score = gsm8k.score(solved(), answer)
+        assert (score.correct, score.predicted, score.abs_error, score.extra) == (
+            False,
+            predicted,
+            error,
+            {"marker": 0},
+        )
     far = gsm8k.score(solved("-1.7e308"), "1.7e308")
     assert far.predicted == 1.7e308 and far.abs_error is None
     scores = [gsm8k.score(solved(), a) for a in ("#### 18", "18.0 in all", "#### 19", "none", "#### none")]
-    assert gsm8k.summarize(scores) == {
-        "gsm8k_exact_match": 0.4, "gsm8k_unparseable": 0.4, "gsm8k_has_marker": 0.4
-    }  # fmt: skip
+    expected = {"gsm8k_exact_match": 0.4, "gsm8k_unparseable": 0.4, "gsm8k_has_marker": 0.4}
+    assert gsm8k.summarize(scores) == expected
 
 
 # --- free text ---
@@ -233,16 +230,18 @@ EXACT = [  # signs count that words drop
 # fmt: on
 
 
-def test_words():
-    for text, words in WORDS:
-        assert parsing.words(text) == words
-
-
 @given(st.text(st.characters(max_codepoint=127)))
 @settings(deadline=None)
 def test_words_of_ascii_are_those_of_rouge(text):
     usual = _normalize_and_tokenize_text(text)
     assert parsing.words(text) == (usual or text.lower().split())
+
+
+def test_words_are_runs_of_letters_and_digits_but_signs_count_in_exact_answers():
+    for text, words in WORDS:
+        assert parsing.words(text) == words
+    for answer, reference, equal in EXACT:
+        assert alpaca.score(referred(reference), answer).exact is equal, (answer, reference)
 
 
 def referred(reference, task=alpaca):
@@ -257,6 +256,11 @@ def test_rouge_by_hand(task):
         assert score.extra == {"rouge_1": pytest.approx(2 * shared / (m + n), abs=1e-6)}
         assert score.correct == (4 * common >= m + n)
         assert (score.predicted is None) == (not answer.strip())
+    it = referred("the cat sat", task)
+    summary = task.summarize([task.score(it, a) for a in ("The cat sat.", "sat cat the", "the cat", "", " ")])
+    rouge_l, rouge_1 = (1 + 1 / 3 + 4 / 5 + 0 + 0) / 5, (1 + 1 + 4 / 5 + 0 + 0) / 5
+    expected = {"rouge_l": rouge_l, "rouge_1": rouge_1, "exact": 0.2, "empty": 0.4}
+    assert summary == pytest.approx({f"{task.NAME}_{name}": value for name, value in expected.items()}, abs=1e-6)
 
 
 def longest_common(a, b):
@@ -279,20 +283,6 @@ def test_rouge_is_that_of_a_search_through_all_subsequences(answer, reference):
     common = longest_common(said, right), sum((Counter(said) & Counter(right)).values())
     expected = [2 * n / (len(said) + len(right)) if said else 0.0 for n in common]
     assert parsing.rouge(answer, reference) == pytest.approx(expected, abs=1e-6)
-
-
-def test_exact_keeps_signs_that_words_drop():
-    for answer, reference, equal in EXACT:
-        assert alpaca.score(referred(reference), answer).exact is equal, (answer, reference)
-
-
-@pytest.mark.parametrize("task", [alpaca, dolly])
-def test_free_text_metrics_by_hand(task):
-    it = referred("the cat sat", task)
-    summary = task.summarize([task.score(it, a) for a in ("The cat sat.", "sat cat the", "the cat", "", " ")])
-    rouge_l, rouge_1 = (1 + 1 / 3 + 4 / 5 + 0 + 0) / 5, (1 + 1 + 4 / 5 + 0 + 0) / 5
-    expected = {"rouge_l": rouge_l, "rouge_1": rouge_1, "exact": 0.2, "empty": 0.4}
-    assert summary == pytest.approx({f"{task.NAME}_{name}": value for name, value in expected.items()}, abs=1e-6)
 
 
 # --- any text ---

@@ -13,6 +13,7 @@ import datasets
 import httpx
 import pyarrow as pa
 import pytest
+import yaml
 from datasets import ClassLabel, Dataset
 from datasets.exceptions import DatasetNotFoundError
 from hypothesis import HealthCheck, given, settings
@@ -130,13 +131,14 @@ def test_index_and_category_must_agree_with_the_readings(tmp_path):
     assert [(r.row, r.column) for r in result.rejected] == [(2, "h1"), (4, "h8")]
 
 
-def test_duplicates_name_the_first_row_and_a_refused_row_has_no_duplicate(tmp_path):
-    result = read(tmp_path, HEADER + "a,35.9,,,400\nb,35.9,,,102\nc,35.90,NA,,\nb,12,,,\nc,12,,,\n")
-    assert [i.id for i in result.train] == ["b", "c"]
+def test_readings_and_ids_of_their_own_are_unique_but_a_refused_row_has_no_duplicate(tmp_path):
+    result = read(
+        tmp_path, f"{HEADER}a,35.9,,,400\nb,35.9,,,102\nc,35.90,NA,,\nb,12,,,\nc,12,,,\naqi-train-7,1,,,\n,2,,,\n"
+    )
+    assert [i.id for i in result.train] == ["b", "c", "aqi-train-7"]
     assert reasons(result)[3] == "duplicate: same prompt as row 2"
     assert reasons(result)[4] == "site: 'b' is that of row 2 too; ids must be unique"
-    shadow = read(tmp_path, HEADER + "aqi-train-2,1,,,\n,2,,,\n")
-    assert [i.id for i in shadow.train] == ["aqi-train-2"] and "ids must be unique" in reasons(shadow)[2]
+    assert "ids must be unique" in reasons(result)[7]
 
 
 def test_own_texts_are_taken_as_they_are(tmp_path):
@@ -310,15 +312,10 @@ def make_item(item_id, row):
 
 
 SMALL = types.SimpleNamespace(
-    NAME="small",
-    SOURCE=Source("org/small", subset="main", test="test"),
-    FIELDS={
-        "ask": Field("question", True, "what is asked"),
-        "label": Field("label", True, "yes or no"),
-        "hint": Field("hint", False, "a hint"),
-    },
-    make_item=make_item,
-)
+    NAME="small", SOURCE=Source("org/small", subset="main", test="test"), make_item=make_item,
+    FIELDS={"ask": Field("question", True, "what is asked"), "label": Field("label", True, "yes or no"),
+            "hint": Field("hint", False, "a hint")},
+)  # fmt: skip
 
 
 def written(path, *rows):
@@ -468,27 +465,20 @@ def test_classes_numbered_otherwise_are_read_by_name(tmp_path, names, expected, 
 # --- the hub, and folders in its format ---
 
 
-def configuration(name, *splits):
-    files = "".join(f"\n  - split: {split}\n    path: {name}/{split}-*" for split in splits)
-    return f"\n- config_name: {name}\n  data_files:{files}"
-
-
 SPLITS = ("train", "validation", "test")
-README = f"---\nconfigs:{configuration('cola', 'train')}{configuration('qnli', *SPLITS)}\n---\n"
 WHOLE = ("cola/train", *(f"qnli/{split}" for split in SPLITS))
 
 
 def glue(folder, *parts, readme=False):
-    """A part of GLUE as it lies in a folder; `parts` are subset/split."""
+    """A part of GLUE as it lies in a folder; `parts` are subset/split, and its README names all."""
     for part in parts:
-        subset, split = part.split("/")
-        (folder / subset).mkdir(parents=True, exist_ok=True)
-        labels = [0, 1] if split != "test" else [-1, -1]
-        made = Dataset.from_dict({"question": [f"{part} 1?", f"{part} 2?"], "label": labels})
-        made = made.cast_column("label", ClassLabel(names=["entailment", "not_entailment"]))
-        made.to_parquet(folder / subset / f"{split}-00000-of-00001.parquet")
+        (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        written(folder / f"{part}.jsonl", {"question": f"{part}?"})
+    named = {"cola": ("train",), "qnli": SPLITS}
+    files = [{"config_name": subset, "data_files": [{"split": split, "path": f"{subset}/{split}*"} for split in splits]}
+             for subset, splits in named.items()]  # fmt: skip
     if readme:
-        (folder / "README.md").write_text(README)
+        (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': files})}---\n")
     return folder
 
 
@@ -503,10 +493,8 @@ def test_a_subset_is_found_by_the_readme_or_by_its_folder(tmp_path, parts, readm
             assert data.subset == "qnli"
             assert list(data.splits) == ["train", "validation", *(["test"] if "qnli/test" in parts else [])]
             table = data.table("validation")
-    assert [r.values for r in table.rows] == [
-        {"question": "qnli/validation 1?", "label": 0}, {"question": "qnli/validation 2?", "label": 1}]  # fmt: skip
-    assert [r.row for r in table.rows] == [1, 2] and table.rows[0].line is None
-    assert table.labels == {"label": ["entailment", "not_entailment"]} and table.revision is None
+    assert [(r.row, r.line, r.values) for r in table.rows] == [(1, None, {"question": "qnli/validation?"})]
+    assert table.revision is None
 
 
 def test_a_folder_is_read_anew_where_its_files_changed(tmp_path):

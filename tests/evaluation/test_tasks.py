@@ -44,21 +44,17 @@ def module(monkeypatch):
 
 
 def said(name="mine"):
-    with pytest.raises(ItemError) as caught:
+    with pytest.raises(ItemError, match=rf"^evaluation/tasks/{name}\.py is no task: ") as caught:
         load(name)
-    start = f"evaluation/tasks/{name}.py is no task: "
-    assert str(caught.value).startswith(start)
-    return str(caught.value).removeprefix(start)
+    return str(caught.value).partition(": ")[2]
 
 
 def test_a_sound_module_is_taken(module):
     for name in (*tasks.names(), "general"):
         assert load(name) is importlib.import_module(f"evaluation.tasks.{name}")
-    made = module(**SOUND)
-    assert load("mine") is made
-    assert load(module(**SOUND, **RECIPE).NAME).FIELDS
-    draws = module(**SOUND, **{**RECIPE, "SOURCE": ..., "generate": lambda sizes, **_: {}})
-    assert load("mine") is draws
+    drawing = {**RECIPE, "SOURCE": ..., "generate": lambda sizes, **_: {}}
+    for content in (SOUND, {**SOUND, **RECIPE}, {**SOUND, **drawing}):
+        assert module(**content) is load("mine")
 
 
 def test_loading_the_tasks_loads_no_heavy_package():
@@ -184,10 +180,7 @@ def test_labels_of_rows(task, name, yes, no, bad, expected):
 
 
 def test_questions_of_boolq_get_a_capital_and_a_mark():
-    for question, asked in (
-        ("is it", "Is it?"), ("is it ? ", "Is it?"), ("is it.", "Is it?"), ("is IBM big", "Is IBM big?"),
-        ("étoile is star", "Étoile is star?"), ("1 is one", "1 is one?"),
-    ):  # fmt: skip
+    for question, asked in (("is it", "Is it?"), ("is it ? ", "Is it?"), ("is it.", "Is it?"), ("étoile", "Étoile?")):
         assert f"\nQuestion: {asked}\n" in made(boolq, question=question).prompt
 
 
@@ -331,13 +324,17 @@ def _solve(name, prompt):
     }[name]()
 
 
-def test_general_answers_are_right():
+def test_general_answers_are_right_and_scored_by_their_text():
     with pytest.raises(ItemError, match="lower prepare_data.retention_items_per_task"):
         general.retention_items(300, seed=0)
     items = general.retention_items(25, seed=3)
     assert {i.task for i in items} == set(general.GENERAL_TASKS)
     for it in items:
         assert _solve(it.task, it.prompt) == it.completion, it.prompt
+    it = Item("r", "addition", "What is 40 + 2?", "42", {"answer": "42"})
+    answers = {"42": True, " 42. ": True, "42\n": True, "4 2": False, "43": False, "": False}
+    assert {answer: general.score(it, answer).correct for answer in answers} == answers
+    assert tasks.render("A{prompt}B", "x{prompt}y") == "Ax{prompt}yB", "the prompt is put in once"
 
 
 def test_the_suite_is_kept_from_training_and_from_aqi(splits):
@@ -347,10 +344,3 @@ def test_the_suite_is_kept_from_training_and_from_aqi(splits):
     assert not suite & {p for p, _ in trained} and not suite & {it.prompt for it in splits["train"]}
     text = " ".join(p + a for p, a in trained)
     assert not re.search(r"AQI|PM2|PM10|O3|SO2|NO2|\bCO\b|ozone|pollut|Predict", text)
-
-
-def test_general_scoring():
-    it = Item("r", "addition", "What is 40 + 2?", "42", {"answer": "42"})
-    answers = {"42": True, " 42. ": True, "42\n": True, "4 2": False, "43": False, "": False}
-    assert {answer: general.score(it, answer).correct for answer in answers} == answers
-    assert tasks.render("A{prompt}B", "x{prompt}y") == "Ax{prompt}yB", "the prompt is put in once"

@@ -9,14 +9,7 @@ from pydantic import ValidationError
 
 from tests.trainers import runs
 from tests.trainers.runs import VISION_BASE
-from trainers.base import (
-    EmbeddedSettings,
-    batched_order,
-    build_model,
-    train_base,
-    train_vision_tokenizer,
-    weighted_loss,
-)
+from trainers.base import EmbeddedSettings, batched_order, build_model, train_base, weighted_loss
 from trainers.pictures import EmbeddedProcessor, load_processor
 from trainers.run import latest_complete
 from trainers.settings import BaseReference
@@ -79,18 +72,6 @@ def test_sizes_that_do_not_go_together_are_named_at_once():
     for said in ("hidden_size: expected a multiple of 2·heads = 6", "intermediate_size: expected a multiple of 32",
                  "vocab_size: expected at least 400, got 320", "context: expected at least 64, got 32"):  # fmt: skip
         assert said in str(caught.value)
-
-
-def test_image_is_a_token_of_its_own_and_no_part_of_words(tmp_path):
-    texts = ["![](images/a.png)\nWhich colour is the square?", "red", "green"] * 20
-    tokenizer = train_vision_tokenizer(texts, 300, tmp_path)
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    assert image == len(tokenizer) - 1 != tokenizer.unk_token_id
-    text = "Which\n<image><image>\nWhich"
-    ids = tokenizer(text)["input_ids"]
-    assert ids.count(image) == 2 and tokenizer.decode(ids, skip_special_tokens=True) == "Which\n\nWhich"
-    # Paths are not what the tokenizer is trained on.
-    assert not [piece for piece in tokenizer.get_vocab() if "png" in piece or "images" in piece]
 
 
 def test_prompts_longer_than_the_context_are_refused(tmp_path):

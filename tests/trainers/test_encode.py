@@ -39,12 +39,6 @@ def test_a_template_that_ends_inside_a_token_is_refused(base_dir, tokenizer):
         encode_example(tokenizer, word[:2], word[2:])
 
 
-def test_too_long_items_are_named_and_not_cut(tokenizer):
-    said = r"item 1: \d+.*set train.max_length to \d+.*train\.overlong: leave_out, or with prepare_data\.max_chars"
-    with pytest.raises(EncodingError, match=said):
-        encode_examples(tokenizer, [("a\n", "1"), (PROMPT, "1" * 200)], 100)
-
-
 def test_too_long_items_are_left_out_and_counted(tokenizer):
     items = [("a\n", "1"), (PROMPT, "1" * 200), ("b\n", "2"), (PROMPT, "1" * 300)]
     found = encode_examples(tokenizer, items, 100, leave_out=True)
@@ -54,8 +48,15 @@ def test_too_long_items_are_left_out_and_counted(tokenizer):
     assert encode_examples(tokenizer, items, exact, leave_out=True).left_out == 1  # exactly so long is not too long
 
 
-def test_nothing_left(tokenizer):
-    with pytest.raises(EncodingError, match=r"at least one example of at most max_length = 100 tokens, got 1 of \d+"):
-        encode_examples(tokenizer, [(PROMPT, "1" * 200)], 100, leave_out=True)
-    with pytest.raises(EncodingError, match="at least one example, got none"):
-        encode_examples(tokenizer, [], 100)
+@pytest.mark.parametrize(
+    ("items", "leave_out", "said"),
+    [
+        ([("a\n", "1"), (PROMPT, "1" * 200)], False,
+         r"item 1: \d+.*set train.max_length to \d+.*train\.overlong: leave_out, or with prepare_data\.max_chars"),
+        ([(PROMPT, "1" * 200)], True, r"at least one example of at most max_length = 100 tokens, got 1 of \d+"),
+        ([], True, "at least one example, got none"),
+    ],
+)  # fmt: skip
+def test_too_long_items_are_named_and_not_cut(tokenizer, items, leave_out, said):
+    with pytest.raises(EncodingError, match=said):
+        encode_examples(tokenizer, items, 100, leave_out=leave_out)

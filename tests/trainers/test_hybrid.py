@@ -12,7 +12,6 @@ import sys
 import types
 from dataclasses import replace
 
-import httpx
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,7 +24,6 @@ from tests.trainers.test_training import WEIGHTS, loss_of
 from trainers.arms import hybrid_grit
 from trainers.models import ModelError, add_lora, load_base_model
 from trainers.run import run
-from trainers.settings import BaseReference
 
 GRIT = {"min_lora_rank": 1, "kfac_min_samples": 1, "grit_cov_update_freq": 1, "kfac_update_freq": 2, "log_freq": 4}
 MLP = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
@@ -54,25 +52,22 @@ def jobs(make_job):
         grit=GRIT, max_steps=None, epochs=2.0, early_stopping_min_delta=100.0, overlong="leave_out",
         eval_steps=2, save_steps=4, early_stopping_patience=3, report_to=["tensorboard"],
     )  # fmt: skip
-    lasting = replace(
-        lasting, train=[*lasting.train, ("What?\n", "1" * 300)], logs=lasting.output.with_name("lasting-logs")
-    )
+    longer = [*lasting.train, ("What?\n", "1" * 300)]
     return {
-        "plain": (make_job(grit=GRIT), False),
-        "checkpointing": (make_job(grit=GRIT, gradient_checkpointing=True, **few), False),
-        "fused": (make_job(**mlp), True),
-        "unfused": (make_job(unsloth_fused_lora=False, **mlp), True),
-        "never fused": (make_job(**mlp), False),
-        "nf4": (make_job(grit=GRIT, quantize_base="nf4", **few), False),
-        "lasting": (lasting, False),
+        "plain": (make_job(grit=GRIT), False, {}),
+        "checkpointing": (make_job(grit=GRIT, gradient_checkpointing=True, **few), False, {}),
+        "fused": (make_job(**mlp), True, {}),
+        "unfused": (make_job(unsloth_fused_lora=False, **mlp), True, {}),
+        "never fused": (make_job(**mlp), False, {}),
+        "nf4": (make_job(grit=GRIT, quantize_base="nf4", **few), False, {}),
+        "lasting": (replace(lasting, train=longer, logs=lasting.output.with_name("lasting-logs")), False, CURVE),
     }
 
 
 @pytest.fixture(scope="module")
 def seen(jobs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hybrid")
-    told = {"lasting": CURVE}
-    found = in_own_process([(name, *what, told.get(name, {})) for name, what in jobs.items()], folder)
+    found = in_own_process([(name, *what) for name, what in jobs.items()], folder)
     return {**found, "litter": sorted(p.name for p in (folder / "cwd").iterdir())}
 
 
@@ -236,21 +231,3 @@ def test_labels_that_do_not_fit_the_completion_are_refused(make_job, monkeypatch
     arm = replace(hybrid_grit.ARM, prepare=None, load_model=load_base_model, add_adapter=add_lora)
     with pytest.raises(ModelError, match=r"loss on the completion's \d+ tokens of the first example, it puts it on"):
         run(arm, job)
-
-
-def test_errors_of_the_hub_are_one_sentence_and_those_of_a_folder_unsloths_own(make_job, monkeypatch, tmp_path):
-    def said(location, cause):
-        def from_pretrained(*_, **__):  # a long text, from what the hub raised
-            raise RuntimeError("Unsloth: No config file found\n\nAutoConfig error: long\n") from cause
-
-        double = types.SimpleNamespace(FastLanguageModel=types.SimpleNamespace(from_pretrained=from_pretrained))
-        monkeypatch.setitem(sys.modules, "unsloth", double)
-        with pytest.raises(ModelError) as caught:
-            hybrid_grit.ARM.load_model(BaseReference(location), make_job().settings)
-        return str(caught.value)
-
-    found = said("org/name", httpx.ConnectTimeout("timed out"))
-    assert found.startswith("Unsloth could not load a model from 'org/name': the hub cannot be reached")
-    assert "\n" not in found and "AutoConfig" not in found
-    for location in (str(tmp_path), "org/name"):
-        assert "AutoConfig error: long" in said(location, OSError("a broken file"))

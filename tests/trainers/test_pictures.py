@@ -52,6 +52,9 @@ def test_a_picture_becomes_its_number_of_placeholders(processor):
     assert text == "Question:\n\nWhich colour is it?\nAnswer:\n"
     assert processor.encode(TWO)["input_ids"].count(image) == 8
     assert references(TWO) == ["images/a.png", "images/b.png"]
+    # Paths are not what the tokenizer is trained on, and the placeholder is no part of words.
+    assert not [piece for piece in processor.tokenizer.get_vocab() if "png" in piece or "images" in piece]
+    assert image == len(processor.tokenizer) - 1 != processor.tokenizer.unk_token_id
 
 
 def test_values_run_from_minus_one_to_one(processor):

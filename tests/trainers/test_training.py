@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import httpx
 import pytest
 import torch
 from peft import PeftModel
@@ -17,7 +18,7 @@ from tests.trainers.runs import ROOT, curves, interrupted, killed, scripted
 from trainers import arms
 from trainers.arms import baseline_lora, pure_grit
 from trainers.encode import encode_example
-from trainers.models import ModelError, add_lora, load_base_model, load_tokenizer
+from trainers.models import ModelError, load_base_model, load_tokenizer, reason_of
 from trainers.run import first_losses, latest_complete, run
 from trainers.settings import BaseReference
 
@@ -76,12 +77,6 @@ def test_target_module_that_matches_nothing(make_job):
         assert name in text.split("Linear modules of this model:")[1]
 
 
-def test_only_lora_trains(make_job):
-    job = make_job()
-    model = add_lora(load_base_model(job.base, job.settings), job.settings)
-    assert all(("lora_" in name) == p.requires_grad for name, p in model.named_parameters())
-
-
 def test_4_bit_base_trains(make_job):
     job = make_job(quantize_base="nf4", max_steps=4, eval_steps=4)
     model = load_base_model(job.base, job.settings)
@@ -90,9 +85,13 @@ def test_4_bit_base_trains(make_job):
     assert all(w.isfinite().all() for w in load_file(job.output / WEIGHTS).values())
 
 
-def test_a_base_that_does_not_exist(make_job, tmp_path):
-    with pytest.raises(ModelError, match="no tokenizer could be loaded"):
-        run(ARM, replace(make_job(), base=BaseReference(str(tmp_path / "nowhere"))))
+def test_why_a_base_cannot_be_loaded(tmp_path):
+    """By transformers or Unsloth, whose long text stands for what the hub raised."""
+    error = RuntimeError("no config file\n\nAutoConfig error: long\n")
+    error.__cause__ = httpx.ConnectTimeout("timed out")
+    said = reason_of(error, BaseReference("org/name"))
+    assert said.startswith("the hub cannot be reached") and "\n" not in said and "AutoConfig" not in said
+    assert "AutoConfig error: long" in reason_of(error, BaseReference(str(tmp_path)))
 
 
 # Long trainings
