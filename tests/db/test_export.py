@@ -60,7 +60,7 @@ def test_parquet_has_the_tables_types(filled, tmp_path):
     assert list(bad["value_kind"]) == ["nan"] and bad["value"].isna().all()
     (hard,) = frame("sample").query("answer == @ANSWER").to_dict("records")
     assert pd.isna(hard["predicted"]) and hard["prompt_tokens"] == 40 and hard["correct"] is True
-    run, board, checked = frame("run"), frame("v_leaderboard"), frame("v_verification")
+    run, board, checked = frame("run"), frame("v_leaderboard"), frame("verification")
     assert str(run["started"].dtype) == str(board["started"].dtype) == "timestamp[us, tz=UTC][pyarrow]"
     assert str(run["reference_run_id"].dtype) == "int64[pyarrow]" and run["reference_run_id"].isna().sum() == 1
     assert str(board["delta_aqi"].dtype) == "double[pyarrow]" and str(board["git_dirty"].dtype) == "bool[pyarrow]"

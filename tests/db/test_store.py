@@ -39,7 +39,7 @@ def test_deleted_and_made_again_it_is_the_same_with_earlier_tasks_and_settings(t
     ingest(tree, three, seeds=[0])
     before = content(three)
     assert Counter(row["task"] for row in before["run"]) == {"aqi": 3, "gsm8k": 3, "alpaca": 4}
-    assert all(before[name] for name in before if name != "v_verification")
+    assert all(before[name] for name in before)
     three.unlink()
     said = CliRunner().invoke(app, ["rebuild", "--db", str(three), "--root", str(tree)])
     assert said.exit_code == 0 and "10 runs in all" in said.output, said.output
@@ -115,7 +115,7 @@ DAMAGES = {
     "DELETE FROM layer_metric WHERE id = 1": "layer_metric: expected the 49 rows that runs/ gives, came 48, 1 of",
     "UPDATE run SET reference_run_id = NULL WHERE id = 2": "run: ",
     "INSERT INTO metric_def VALUES ('x', '', 'none', '')": "metric_def: .* came 23, 0 of the expected",
-    "DROP VIEW v_parity": "the view v_parity is missing",
+    "DROP VIEW task_results": "the view task_results is missing",
 }
 
 
