@@ -10,7 +10,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 from db.ingest import ingest
 from evaluation.compare_all import app
-from evaluation.report.arms import credit_interval, pair
+from evaluation.report.arms import credit_interval
 from evaluation.report.comparison import Comparison, load_report
 from evaluation.report.data import as_json, metrics, write_tracked
 from tests.db.result_tree import edit, make_arm, make_quantized, make_tree, make_verified, sha, verification, write
@@ -165,24 +164,6 @@ def test_other_items_and_seeds_without_a_partner_are_not_compared(tmp_path):
     assert other.differences == () and "not comparable with base" in of_other
     assert late.against("base") is not None and late.against("baseline_lora") is None
     assert "not comparable with baseline_lora: no run of it with the same seed" in of_late
-
-
-def test_pairs_are_of_one_seed_and_share_their_items():
-    answers = {1: {"a": 1.0, "b": 0.0, "c": 1.0}, 2: {"c": 0.0, "a": 1.0, "b": 1.0}, 3: {"b": 1.0, "d": 1.0, "c": 0.0},
-               4: {}, 5: {"z": 1.0}}  # fmt: skip
-
-    def of(id: int, arm: str, seed: int, items: str = "x") -> Any:
-        return SimpleNamespace(
-            id=id, arm=arm, seed=seed, backend_name="hf", test_items_sha256=items, reference_run_id=1
-        )
-
-    own, others = [of(2, "new", 0), of(3, "new", 7)], [of(3, "old", 7), of(2, "old", 1), of(5, "old", 0, "y")]
-    found = pair(own, "old", others, answers)
-    assert found.seeds == (7,) and found.differences.tolist() == [[0, 0, 0]]
-    base = pair(own, "base", [of(1, "base", 0)], answers)
-    assert base.seeds == (0, 7) and base.own.tolist() == base.other[:, ::-1].tolist()
-    for partner in (4, 5):  # no answers, no common item
-        assert pair([of(2, "new", 0)], "old", [of(partner, "old", 0)], answers) is None
 
 
 @pytest.mark.parametrize(("some", "end"), [(40, "high"), (10, "low")])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -26,29 +25,12 @@ SAID = [
 ]  # fmt: skip
 
 
-class Reader(HTMLParser):
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.cells: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self.tags.add(tag)
-        if tag == "td":
-            self.cells.append("")
-
-    def handle_data(self, data: str) -> None:
-        if "td" in self.tags and data.strip():
-            self.cells[-1] += data
-
-
 @pytest.mark.parametrize("text", SAID)
 def test_a_cell_is_read_back_as_it_was_said(text: str) -> None:
     markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
-    page = Reader(markdown.render(grid(["A", "B"], [[text, "after"]]) + f"\n\n- {escaped(text)}\n\n[1] [l]\n"))
-    assert page.tags == {"table", "thead", "tbody", "tr", "th", "td", "ul", "li", "p"}
-    assert page.cells[0] == text and page.cells[1].startswith("after")
+    page = markdown.render(grid(["A", "B"], [[text, "after"]]) + f"\n\n- {escaped(text)}\n\n[1] [l]\n")
+    assert set(re.findall(r"<(\w+)", page)) == {"table", "thead", "tbody", "tr", "th", "td", "ul", "li", "p"}
+    assert [html.unescape(cell) for cell in re.findall("<td>(.*?)</td>", page)] == [text, "after"]
     line = markdown.render(f"- {escaped('note: ' + text)}")
     assert html.unescape(line) == f"<ul>\n<li>note: {text}</li>\n</ul>\n"
 
