@@ -39,17 +39,6 @@ def once(tmp_path_factory):
     return shared
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quick_conversion():
-    """In place of a new Python for each GGUF, most of whose time is importing torch."""
-    from export import gguf
-    from tests.export import fast_convert
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf, "_convert", fast_convert.convert)
-        yield
-
-
 @pytest.fixture(scope="session")
 def base_dir(once, tmp_path_factory):
     """A Llama with a SentencePiece tokenizer, trained for some steps on general questions."""

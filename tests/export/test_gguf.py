@@ -21,7 +21,6 @@ from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
 from export.gguf import QUANTIZATIONS, REFUSED, contents, quantize, unusable
 from tests.conftest import TEMPLATE
-from tests.export import fast_convert
 from tests.export.verify_runs import add_adapter, logits_apart
 
 
@@ -37,8 +36,7 @@ def test_merged_weights_are_base_plus_scaled_product(base_dir, adapter_dir, tmp_
     assert {w.dtype for w in merged.values()} == {torch.float16}
 
 
-def test_the_same_gives_the_same_bytes_wherever_it_is_converted(base_dir, adapter_dir, exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf, "_convert", fast_convert.as_the_project_does)
+def test_the_same_gives_the_same_bytes_wherever_it_is_converted(base_dir, adapter_dir, exported, tmp_path):
     gguf.save_merged(str(base_dir), None, tmp_path / "elsewhere" / "model", {})
     gguf.convert_model(tmp_path / "elsewhere" / "model", tmp_path / "again.gguf", "base")
     assert (tmp_path / "again.gguf").read_bytes() == (exported / "base.gguf").read_bytes()
@@ -147,7 +145,6 @@ def test_merging_into_a_quantized_base_is_refused(base_dir, adapter_dir, tmp_pat
 def test_what_the_converter_says_reaches_the_user(tmp_path, monkeypatch):
     (tmp_path / "convert_hf_to_gguf.py").write_text("raise SystemExit('no such architecture')")
     monkeypatch.setattr(converters, "require", lambda: tmp_path)
-    monkeypatch.setattr(gguf, "_convert", fast_convert.as_the_project_does)
     with pytest.raises(ExportError, match=r"convert_hf_to_gguf\.py failed \(exit 1\):\nno such architecture"):
         gguf.convert_model(tmp_path, tmp_path / "out.gguf", "x")
 
