@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 _DRIFT = "of the hidden states on the texts of the perplexity, adapter on against off, mean over tokens and layers"
+_ENTROPY = "exp of the entropy of ΔW's normalised singular values"
 METRICS = {
     "update_norm": ("1", "none", "‖ΔW‖_F: Frobenius norm of the update, all target modules together"),
     "update_norm_relative": ("1", "none", "‖ΔW‖_F / ‖W‖_F, all target modules together"),
-    "effective_rank": (
-        "directions",
-        "none",
-        "exp of the entropy of ΔW's normalised singular values (Roy & Vetterli 2007), mean over modules",
-    ),
+    "effective_rank": ("directions", "none", f"{_ENTROPY} (Roy & Vetterli 2007), mean over modules"),
     "stable_rank": ("directions", "none", "‖ΔW‖_F² / ‖ΔW‖₂², mean over modules"),
     "rank": ("directions", "none", "Rank allotted to the adapter, mean over modules"),
     "drift_relative": ("1", "none", f"‖h − h₀‖/‖h₀‖ {_DRIFT}"),

@@ -158,9 +158,8 @@ def separation(grams: Array, first: Array, second: Array) -> Separation:
 def silhouette_davies_bouldin_dunn(points: Array, labels: NDArray[np.bool_]) -> tuple[float, float, float]:
     """Three more indices of points (N, d) and labels (N,), Euclidean: scikit-learn's two, and Dunn's (1974).
 
-    Silhouette is −1 to 1, higher is better; Davies-Bouldin ≥ 0, lower is better; Dunn ≥ 0, higher is better: the
-    smallest distance between points of different clusters over the largest within a cluster. nan where all points of
-    each cluster coincide.
+    Dunn is the smallest distance between points of different clusters over the largest within one. nan where all points
+    of each cluster coincide.
     """
     from sklearn.metrics import davies_bouldin_score, pairwise_distances, silhouette_score
 
@@ -271,14 +270,10 @@ def _interval(name: str, value: float, steps: Array) -> dict[str, float]:
 def difference(arm: Drawn, base: Drawn) -> dict[str, float]:
     """How much further apart the classes lie in the arm, beyond what its level of chance has moved.
 
-    Chance gives matched pairs a lower index the more alike partners are. Fine-tuning changes that likeness, and the
-    raw difference of indices with it, whatever the labels are; so each model's own chance is taken off.
-
-    Neither p-value is enough alone. Swapping labels in both models at once tests whether labels matter to the change
-    at all: exact where neither model tells the classes apart, but where both do, and equally well, its null is too
-    narrow (10 to 48% of p-values at or below 0.05 in simulations). The bootstrap's holds there.
-
-    Both are of one layer or the mean over layers, and of the same design.
+    Chance gives matched pairs a lower index the more alike partners are, which fine-tuning changes whatever the labels
+    are; so each model's own chance is taken off. Neither p-value is enough alone: swapping labels in both models at
+    once is exact where neither tells the classes apart, but where both do, and equally well, its null is too narrow (10
+    to 48% of p-values at or below 0.05 in simulations). The bootstrap's holds there.
     """
     shift = arm.null - base.null
     null = shift - shift.mean()

@@ -196,8 +196,8 @@ def walk(blocks: Iterable[Block]) -> Iterable[Block]:
 def thin(line: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float | None, float, float | None]]:
     """A line of (step, finite value) by step as at most `most` points (step, low, value, high).
 
-    A longer line is cut into `most` stretches of equal length, each drawn as its mean at its middle step, with its
-    smallest and largest value, so that no peak is lost. A line that is short enough stays, without bounds.
+    A longer line is cut into stretches, each drawn as its mean at its middle step with its smallest and largest value,
+    so that no peak is lost; a short one stays, without bounds.
     """
     if len(line) <= most:
         return [(step, None, value, None) for step, value in line]

@@ -1,7 +1,6 @@
-"""Vega-Lite charts by altair. Every one draws the named data "rows", is as wide as its place, and has no colours.
+"""Vega-Lite charts by altair. Every one draws the named data "rows", is as wide as its place, and has no legend.
 
-Colours belong to the page: the scale's range is put in by its script, so that dark mode has its own. Legends too,
-since one legend above several charts is shorter.
+The page's script puts the colours in, so that dark mode has its own.
 """
 
 from collections.abc import Collection, Mapping, Sequence

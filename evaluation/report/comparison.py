@@ -32,9 +32,8 @@ class ChoiceError(ValueError):
 class Primary:
     """A task and the metric by which its arms are compared: the mean credit over its test items.
 
-    In words it is the task's title, "AQI accuracy" or "GSM8K exact match", whose first word serves where there is
-    little room: Δ AQI, Δ GSM8K. Keys of files that programs read say `score` and `delta_score`, whatever the task; only
-    the air quality task keeps the keys that it had before there were others.
+    In words it is the task's title, such as "GSM8K exact match", where there is little room its first word: Δ GSM8K.
+    Keys of files that programs read say `score` and `delta_score`; only the air quality task keeps its older ones.
     """
 
     task: str
@@ -346,19 +345,15 @@ def _notes(rows: Sequence[ArmRow], results: Results, shown: Primary) -> Iterable
     yield from _of_tasks(shown, results.on_disk)
     trained = [row for row in rows if row.arm != BASE]
     if trained:
-        told = (
-            "Δ speed: median over the paired repetitions of all seeds, against the base timed in the same process, not "
-            "against the base's own row."
-        )
-        modes = {run.serving_mode for run in results.runs if run.arm != BASE}
-        if "merged" in modes:
-            told += (
-                " Merged LoRA models of one shape decode equally fast, so differences between them are noise of the "
-                "machine."
-            )
-        if "adapter" in modes:
-            told += " An adapter beside the base is arithmetic of its own at every token, which costs time."
-        yield told
+        told = {
+            "": "Δ speed: median over the paired repetitions of all seeds, against the base timed in the same process, "
+            "not against the base's own row.",
+            "merged": "Merged LoRA models of one shape decode equally fast, so differences between them are noise of "
+            "the machine.",
+            "adapter": "An adapter beside the base is arithmetic of its own at every token, which costs time.",
+        }
+        modes = {"", *(run.serving_mode for run in results.runs if run.arm != BASE)}
+        yield " ".join(text for mode, text in told.items() if mode in modes)
     if any(row.delta_speed is not None and row.delta_speed_interval is None for row in trained):
         yield "Δ speed without an interval: fewer than six paired repetitions give none of 95%."
     yield from _of_differences([difference for row in rows for difference in row.differences])

@@ -122,10 +122,9 @@ def _library() -> str:
 
 
 def _policy(scripts: list[str], style: str) -> str:
-    """A content security policy under which only these scripts run, and nothing is loaded.
+    """A policy under which only these scripts run, and nothing is loaded, whatever text got in as markup.
 
-    No 'unsafe-eval': charts are drawn by Vega's interpreter. A text that got into the page as markup could therefore
-    neither run nor send anything.
+    No 'unsafe-eval': charts are drawn by Vega's interpreter.
     """
 
     def digest(text: str) -> str:

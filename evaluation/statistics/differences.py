@@ -107,10 +107,9 @@ def difference(pairs: Pairs) -> Difference:
 def kept_share(pairs: Pairs) -> Interval | None:
     """An arm's accuracy over the base's, on the same items: 1 for nothing lost; None where the base has nothing right.
 
-    One seed: percentile bootstrap over items, both arms resampled together (Efron 1979). Several: the interval for
-    other seeds and items of own - ratio·base, divided by the base's accuracy (Fieller's numerator at the estimate, the
-    delta method), since that is where the ratio's error comes from. Never narrower than Wilson's interval for the share
-    kept of the items that the base has right.
+    One seed: percentile bootstrap over items, both arms resampled together (Efron 1979). Several: the interval over
+    seeds and items of own - ratio·base, divided by the base's accuracy (Fieller's numerator at the estimate). Never
+    narrower than Wilson's interval for the share kept of the items that the base has right.
     """
     own, base = float(pairs.own.mean()), float(pairs.other.mean())
     if base == 0:

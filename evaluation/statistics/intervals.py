@@ -55,9 +55,8 @@ def aligned(answers: Sequence[Mapping[str, float]]) -> Array:
 def bootstrap_mean(values: Array, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """Percentile bootstrap interval of a mean, items resampled with replacement (Efron 1979).
 
-    Where few distinct values occur, as of right and wrong, a resample is drawn as counts of each (multinomial), which
-    is the same distribution as drawing items and takes milliseconds; credits in between are drawn item by item. The
-    same data give the same interval.
+    Where few distinct values occur, a resample is drawn as counts of each (multinomial): the same distribution, and
+    quicker. The same data give the same interval.
     """
     if values.size == 0:
         raise ValueError("expected at least one item, came none")
@@ -66,12 +65,9 @@ def bootstrap_mean(values: Array, *, level: float = LEVEL, resamples: int = RESA
     if distinct.size <= _MOST_DISTINCT:
         means = rng.multinomial(values.size, counts / values.size, size=resamples) @ distinct / values.size
     else:
-        means = np.concatenate(
-            [
-                values[rng.integers(values.size, size=(some, values.size))].mean(axis=1)
-                for some in in_parts(resamples, values.size)
-            ]
-        )
+        parts = in_parts(resamples, values.size)
+        drawn = [values[rng.integers(values.size, size=(some, values.size))].mean(axis=1) for some in parts]
+        means = np.concatenate(drawn)
     # Rounded, so that a mean of exactly zero cannot come out as 1e-17 and count as a gain.
     means = np.round(means, 12)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
@@ -81,8 +77,7 @@ def bootstrap_mean(values: Array, *, level: float = LEVEL, resamples: int = RESA
 def wilson(share: float, items: int, *, z: float = 1.959964) -> Interval:
     """Score interval of a share of right answers (Wilson 1927), which does not shrink to nothing at 0 and 1.
 
-    For correctness averaged over seeds it is wide enough: such values vary less than single right or wrong answers.
-    `z` is the quantile of the normal distribution; the default covers 95%.
+    For shares averaged over seeds it is wide enough: they vary less than single answers. The default `z` covers 95%.
     """
     spread = 1 + z * z / items
     middle = (share + z * z / (2 * items)) / spread
@@ -111,8 +106,7 @@ def is_binary(*values: Array) -> bool:
 def sign_test(differences: Array) -> float:
     """Exact two-sided p-value that gains and losses among the differing items are equally likely.
 
-    With one seed this is McNemar's exact test (McNemar 1947): items answered alike carry no information.
-    It guards the interval, which is too narrow when only a handful of items differ.
+    With one seed McNemar's exact test (1947). It guards the interval, too narrow where only a handful of items differ.
     """
     gains, losses = int((differences > 0).sum()), int((differences < 0).sum())
     total = gains + losses
@@ -123,9 +117,8 @@ def sign_test(differences: Array) -> float:
 def sign_flip_test(differences: Array, *, flips: int = FLIPS, seed: int = 0) -> float:
     """Two-sided p-value that each item's difference might as well have the other sign (Fisher 1935).
 
-    The paired randomization test of the mean: exact where at most `MOST_EXACT` items differ, else from random flips,
-    with one added to both counts (Phipson & Smyth 2010), so that p is never 0. For right and wrong answers it is
-    McNemar's exact test, where it is exact. Like that one it guards an interval that rests on a handful of items.
+    Exact where at most `MOST_EXACT` items differ (of right and wrong answers: McNemar's test), else from random flips,
+    with one added to both counts (Phipson & Smyth 2010), so that p is never 0.
     """
     values = differences[differences != 0]
     items = values.size
