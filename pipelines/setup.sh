@@ -5,6 +5,7 @@
 set -euo pipefail
 venv=$1
 python=$venv/bin/python
+trap 'echo "interrupted: run it again, it goes on from here"; exit 130' INT
 cpu_builds=https://download.pytorch.org/whl/cpu
 
 step() { # step WHAT COMMAND...
@@ -19,10 +20,8 @@ installed() { "$python" -c "from importlib import metadata; print(metadata.versi
 install() { # with uv where it can be had: pip takes several times as long; from pip's index, if one is set
   local index
   index=$("$python" -m pip config list | sed -n "s/^[^=]*\.index-url='\(.*\)'$/\1/p" | head -n 1)
-  if [ -x "$venv/bin/uv" ]; then
-    # Python compiles what it imports, unless it is told to write nothing.
-    "$venv/bin/uv" pip install --quiet --python "$python" ${index:+--default-index "$index"} \
-      ${PYTHONDONTWRITEBYTECODE:+--compile-bytecode} "$@" && return
+  if [ -n "$UV" ] && [ -x "$venv/bin/uv" ]; then
+    "$venv/bin/uv" pip install --quiet --python "$python" ${index:+--default-index "$index"} "$@" && return
     printf 'uv could not, so pip does it ... '
   fi
   pip install "$@"
@@ -36,7 +35,8 @@ done
 compgen -G "$venv/lib/python*/site-packages/pip-*.dist-info" >/dev/null ||
   step "environment $venv" "${PYTHON:-python3}" -m venv "$venv"
 step "pip and setuptools" pip install "pip>=25" "setuptools>=77"
-if [ -n "${UV=uv==0.13.9}" ]; then
+UV=${UV-uv==0.13.9}
+if [ -n "$UV" ]; then
   pip install "$UV" 2>/dev/null || { rm -f "$venv/bin/uv"; echo "$UV cannot be had here: pip instead, which takes longer"; }
 fi
 
@@ -72,19 +72,22 @@ build() {
   # Leaves out what Python never calls (the tools' common library, pictures): a third of the work.
   echo 'set(LLAMA_BUILD_COMMON OFF)' >"$partial/lean.cmake"
   CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$partial/lean.cmake ${CMAKE_ARGS:-}" \
-    pip wheel --no-cache-dir --no-deps --wheel-dir "$partial" "llama_cpp_python==$llama"
+    pip wheel --no-cache-dir --no-deps --wheel-dir "$partial" "llama_cpp_python==$llama" \
+    2>"$partial/log" || { echo failed; cut -c 1-300 "$partial/log" | tail -n 40 >&2; exit 1; }
   mv "$partial"/*.whl "$wheels/"
 }
 if [ "$(installed llama_cpp_python)" = "$llama" ]; then
   echo "llama.cpp $llama ... there"
 else
   compgen -G "$wheels/llama_cpp_python-$llama-*.whl" >/dev/null || step "llama.cpp compiled for this CPU, some minutes, once" build
-  step "llama.cpp $llama from $wheels" pip install --no-deps --no-index "$wheels/llama_cpp_python-$llama"-*.whl
+  step "llama.cpp $llama from $wheels" pip install --no-deps --no-index --find-links "$wheels" "llama_cpp_python==$llama"
 fi
 
 converters() { "$python" -m export.converters >/dev/null; }
 
 step "$(grep -c == requirements.lock) packages" install -r requirements.lock
+# uv leaves compiling to the first import; where Python may not write that down, it is done here, for all packages.
+[ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || export UV_COMPILE_BYTECODE=1
 step "Unsloth" install --no-deps -r requirements-unsloth.lock
 step "this project" pip install --no-deps --no-build-isolation --editable .
 step "llama.cpp's converters" converters
