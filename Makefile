@@ -19,7 +19,7 @@ $(DONE): pipelines/setup.sh requirements.lock requirements-unsloth.lock pyprojec
 
 repro: setup
 	$(if $(PROFILE),$(RUN) python -m pipelines.profile $(PROFILE))
-	$(RUN) dvc repro
+	$(RUN) python -m pipelines.repro $(if $(WORKERS),--workers $(WORKERS))
 	$(RUN) python -m evaluation.compare_all --db "$$($(BIN)/python -m pipelines.check --get compare.database)"
 	@echo "report: outputs/report.html (and outputs/grit_evaluation.md)"
 

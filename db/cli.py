@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,11 +19,6 @@ app = typer.Typer(add_completion=False, help="Fill, rebuild, check and export th
 Db = Annotated[str, typer.Option("--db", help="File or SQLAlchemy URL.")]
 Root = Annotated[Path, typer.Option("--root", help="The project's folder, with scores/, gguf/, adapters/ and runs/.")]
 DEFAULT_DB = "outputs/centralized.db"
-
-
-class Form(StrEnum):
-    csv = "csv"
-    parquet = "parquet"
 
 
 @contextmanager
@@ -81,15 +75,15 @@ def check(db: Db = DEFAULT_DB, root: Root = Path()) -> None:
 def export(
     out: Annotated[Path, typer.Option("--out", help="Folder for the files; made when absent.")],
     db: Db = DEFAULT_DB,
-    form: Annotated[Form, typer.Option("--format", help="Of the files.")] = Form.csv,
+    form: Annotated[Literal["csv", "parquet"], typer.Option("--format", help="Of the files.")] = "csv",
     table: Annotated[
         list[str] | None, typer.Option("--table", help="Only this table or view; may be repeated.")
     ] = None,
 ) -> None:
     """Write every table and view to a file of its own. Exit codes: 0 done, 1 not; then old files stand."""
     with _exit_codes():
-        for name, rows in write_files(db, out, form.value, table or None).items():
-            typer.echo(f"{out / name}.{form.value}: {rows} rows")
+        for name, rows in write_files(db, out, form, table or None).items():
+            typer.echo(f"{out / name}.{form}: {rows} rows")
 
 
 if __name__ == "__main__":

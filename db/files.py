@@ -271,24 +271,10 @@ def start_run(
     device: dict[str, Any] | None = None,
 ) -> RunRecord:
     """Start the clock of a stage; the device is torch's unless another is given."""
-    return RunRecord.of(
-        {
-            "schema": 1,
-            "stage": stage,
-            "arm": arm,
-            "seed": seed,
-            "status": "running",
-            "started": now(),
-            "ended": None,
-            "params": params,
-            "git": git_state(),
-            "packages": package_versions(),
-            "device": device or torch_device(),
-            "inputs": inputs,
-            "prompt_template": prompt_template,
-            "artifacts": [],
-        }
-    )
+    told = {"stage": stage, "arm": arm, "seed": seed, "params": params, "inputs": inputs}
+    found = {"git": git_state(), "packages": package_versions(), "device": device or torch_device()}
+    state = {"schema": 1, "status": "running", "started": now(), "ended": None, "artifacts": []}
+    return RunRecord.of({**told, **found, **state, "prompt_template": prompt_template})
 
 
 def finish_run(record: RunRecord, folder: Path) -> None:
@@ -374,12 +360,12 @@ def torch_device() -> dict[str, Any]:
     return machine(name, torch.get_num_threads())
 
 
-def llama_cpp_device(threads: int | None = None) -> dict[str, Any]:
-    """The device that llama.cpp uses here, without loading torch; by default it takes half of the cores."""
+def llama_cpp_device() -> dict[str, Any]:
+    """The device that llama.cpp uses here, without loading torch; unless told otherwise it takes half of the cores."""
     import llama_cpp
 
     gpu = "GPU of llama.cpp" if llama_cpp.llama_supports_gpu_offload() else None
-    return machine(gpu, threads or max((os.cpu_count() or 2) // 2, 1))
+    return machine(gpu, int(os.environ.get("OMP_NUM_THREADS", "0")) or max((os.cpu_count() or 2) // 2, 1))
 
 
 def machine(gpu: str | None, threads: int) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import Any
 from sqlalchemy import URL, func, insert, inspect, select, text
 from sqlalchemy.orm import Session
 
-from db import tables
+from db import records, tables
 from db.errors import IngestError, Problem
 from db.files import exclusive
-from db.records import FINAL_STEP, GritLayer, HistoryRecord, Record, RunRecord, clean_text, plain, split_value
+from db.records import FINAL_STEP, HistoryRecord, Record, RunRecord, clean_text, plain, split_value
 from db.results import BASE, RUNS, Bundle, archive, digest_of, read_archive, read_results, require_archive
 from db.store import in_memory, open_session, replaced
 from db.tables import VIEWS, Base, Environment, MetricDef, Run
@@ -23,38 +23,18 @@ _BASE_FILE = "models/base/base.json"
 """Names the base model, its revision and fingerprint; read for every arm and for the base by stage export, and where
 nothing is exported by stage evaluate."""
 
-_A, _G = "of the covariance of A's outputs", "of the covariance of the gradients there"
-_RANK, _ENTROPY = "directions", "exp of the entropy of the normalised eigenvalues"
-_KEPT_A, _KEPT_B = (
-    ("kept_rank_a", _RANK, "directions kept on A's side"),
-    ("kept_rank_b", _RANK, "directions kept on B's side"),
-)
 
-PROBE_NUMBERS = {
-    "angle": ("angle", "degrees", "between the step made and the step of plain AdamW, 0: the same direction"),
-    "cos_raw_step": ("cos_raw_step", "cosine", "of the raw gradient and the step made, sign turned"),
-    "cos_raw_inner": ("cos_raw_inner", "cosine", "of the raw gradient and the one that the optimizer got"),
-    "lr_ratio": ("lr_ratio", "ratio", "length of the step made over that of plain AdamW's step"),
-}
-GRIT_NUMBERS = {
-    "r": ("rank", _RANK, "rank of the adapter's tensors"),
-    "base_r": ("base_rank", _RANK, "rank that the adapter started with"),
-    "k": ("kept_rank", _RANK, "directions that the last reprojection kept"),
-    "k_a": _KEPT_A,
-    "k_b": _KEPT_B,
-    "final_k_a": _KEPT_A,
-    "final_k_b": _KEPT_B,
-    "samples": ("samples", "tokens", "tokens that a layer's statistics have seen"),
-    "relative_change": ("relative_change", "ratio", "by a reprojection: ‖ΔW' − ΔW‖ over ‖ΔW‖"),
-    "effective_rank_a": ("effective_rank_a", _RANK, f"{_ENTROPY} {_A}"),
-    "effective_rank_g": ("effective_rank_g", _RANK, f"{_ENTROPY} {_G}"),
-    "condition_a": ("condition_a", "ratio", f"largest over smallest eigenvalue {_A}"),
-    "condition_g": ("condition_g", "ratio", f"largest over smallest eigenvalue {_G}"),
-    "damping_share_a": ("damping_share_a", "ratio", f"damping over the mean eigenvalue {_A}"),
-    "damping_share_g": ("damping_share_g", "ratio", f"damping over the mean eigenvalue {_G}"),
-}
-"""Numbers of the logs of probe and GRIT that are kept for each layer and step: key there -> name, unit, meaning. Those
-of GRIT's kind final, field `ranks`, have step -1."""
+def _numbers(form: type[Record]) -> dict[str, tuple[str, str, str]]:
+    """What a log's record has for each layer and step: key there -> name in the tables, unit, meaning."""
+    return {
+        key: (field.title or key, str(field.json_schema_extra["unit"]), field.description or "")
+        for key, field in form.model_fields.items()
+        if isinstance(field.json_schema_extra, dict)
+    }
+
+
+PROBE_NUMBERS, GRIT_NUMBERS = _numbers(records.UnitRecord), _numbers(records.GritLayer)
+"""Those of GRIT's kind final, field `ranks`, have step -1."""
 
 _SINGULAR = 1e20
 """Condition numbers from here on are infinite: the log divides by 1e-38 where the smallest eigenvalue is zero, and in
@@ -207,9 +187,9 @@ def environment_row(record: RunRecord) -> Row:
 def run_row(bundle: Bundle) -> Row:
     """The columns of `run` that the run's own files decide."""
     evaluate, scores = bundle.stages["evaluate"], bundle.scores
-    records = list(bundle.stages.values())
-    dirty = [record.git.dirty for record in records]
-    templates = [r.prompt_template for r in reversed(records) if r.prompt_template is not None]
+    ran = list(bundle.stages.values())
+    dirty = [record.git.dirty for record in ran]
+    templates = [r.prompt_template for r in reversed(ran) if r.prompt_template is not None]
     trained = bundle.stages.get("train")
     # Results that do not say it: transformers had the adapter beside the model, others had it merged.
     mode = "adapter" if scores.backend.name == "hf" and bundle.arm != BASE else "merged"
@@ -303,9 +283,7 @@ def _curves(history: HistoryRecord) -> Iterator[Row]:
 def _meanings(bundle: Bundle) -> dict[str, Row]:
     """By metric name; newer words replace older ones, measurements' those of scores."""
     return {
-        clean_text(name): plain(
-            {"name": name, "unit": meaning.unit, "direction": meaning.direction, "description": meaning.description}
-        )
+        clean_text(name): plain({"name": name, **meaning.model_dump(include=set(records.MetricDefRecord.model_fields))})
         for source in (bundle.scores, bundle.measured)
         if source is not None
         for name, meaning in source.metric_defs.items()
@@ -376,7 +354,7 @@ def _spectra(bundle: Bundle) -> Iterator[Row]:
     yield from rows.values()
 
 
-def _grit_layers(bundle: Bundle) -> Iterator[tuple[int, str, GritLayer]]:
+def _grit_layers(bundle: Bundle) -> Iterator[tuple[int, str, records.GritLayer]]:
     """(step, layer, numbers): those of `ranks` belong to the finished run, those of the rest to the record's step."""
     for record in bundle.grit:
         for step, layers in ((record.step, record.layers), (record.step, record.spectra), (FINAL_STEP, record.ranks)):

@@ -463,13 +463,20 @@ class _Logged(Record):
     model_config = ConfigDict(extra="ignore")
 
 
+def _number_of(unit: str, description: str, name: str = "") -> Any:
+    """A number that reaches the database, under the field's name or another; None: there is none."""
+    return Field(None, title=name, description=description, json_schema_extra={"unit": unit})
+
+
 class UnitRecord(_Logged):
     """One trained module in one sampled step. None: one of two vectors was zero, so there is no angle."""
 
-    angle: Number | None = None  # degrees, between the step made and the step that plain AdamW would have made
-    cos_raw_step: Number | None = None  # of the raw gradient and the step, sign turned
-    cos_raw_inner: Number | None = None  # of the raw gradient and the one that the innermost optimizer got
-    lr_ratio: Number | None = None  # length of the step over the length of plain AdamW's
+    angle: Number | None = _number_of(
+        "degrees", "between the step made and the step of plain AdamW, 0: the same direction"
+    )
+    cos_raw_step: Number | None = _number_of("cosine", "of the raw gradient and the step made, sign turned")
+    cos_raw_inner: Number | None = _number_of("cosine", "of the raw gradient and the one that the optimizer got")
+    lr_ratio: Number | None = _number_of("ratio", "length of the step made over that of plain AdamW's step")
 
 
 class LedgerRecord(_Logged):
@@ -486,24 +493,32 @@ class LedgerRecord(_Logged):
         return self
 
 
+_RANK, _ENTROPY = "directions", "exp of the entropy of the normalised eigenvalues"
+_CONDITION, _SHARE = "largest over smallest eigenvalue", "damping over the mean eigenvalue"
+_A, _G = "of the covariance of A's outputs", "of the covariance of the gradients there"
+_KEPT_A, _KEPT_B = (
+    _number_of(_RANK, f"directions kept on {side}'s side", f"kept_rank_{side.lower()}") for side in "AB"
+)
+
+
 class GritLayer(_Logged):
     """One layer in a record of `grit_log.jsonl`; which fields there are depends on the record's kind."""
 
-    r: Count | None = None  # rank of the tensors
-    base_r: Count | None = None
-    k: Count | None = None  # directions kept of them, min(k_a, k_b)
-    k_a: Count | None = None
-    k_b: Count | None = None
-    final_k_a: Count | None = None
-    final_k_b: Count | None = None
-    samples: Number | None = None  # tokens that the statistics have seen
-    relative_change: Number | None = None  # of ΔW by a reprojection, ‖ΔW' − ΔW‖ / ‖ΔW‖
-    effective_rank_a: Number | None = None  # exp of the entropy of the normalised eigenvalues; _g: of the other factor
-    effective_rank_g: Number | None = None
-    condition_a: Number | None = None  # largest over smallest eigenvalue
-    condition_g: Number | None = None
-    damping_share_a: Number | None = None  # damping over mean eigenvalue
-    damping_share_g: Number | None = None
+    r: Count | None = _number_of(_RANK, "rank of the adapter's tensors", "rank")
+    base_r: Count | None = _number_of(_RANK, "rank that the adapter started with", "base_rank")
+    k: Count | None = _number_of(_RANK, "directions that the last reprojection kept", "kept_rank")
+    k_a: Count | None = _KEPT_A
+    k_b: Count | None = _KEPT_B
+    final_k_a: Count | None = _KEPT_A
+    final_k_b: Count | None = _KEPT_B
+    samples: Number | None = _number_of("tokens", "tokens that a layer's statistics have seen")
+    relative_change: Number | None = _number_of("ratio", "by a reprojection: ‖ΔW' − ΔW‖ over ‖ΔW‖")
+    effective_rank_a: Number | None = _number_of(_RANK, f"{_ENTROPY} {_A}")
+    effective_rank_g: Number | None = _number_of(_RANK, f"{_ENTROPY} {_G}")
+    condition_a: Number | None = _number_of("ratio", f"{_CONDITION} {_A}")
+    condition_g: Number | None = _number_of("ratio", f"{_CONDITION} {_G}")
+    damping_share_a: Number | None = _number_of("ratio", f"{_SHARE} {_A}")
+    damping_share_g: Number | None = _number_of("ratio", f"{_SHARE} {_G}")
     eigenvalues_a: list[Number] | None = None  # largest first
     eigenvalues_g: list[Number] | None = None
 

@@ -311,13 +311,9 @@ LEFT JOIN final AS base_retention ON base_retention.run_id = run.reference_run_i
 LEFT JOIN decode AS own_speed ON own_speed.run_id = run.id AND own_speed.arm = run.arm
 LEFT JOIN decode AS beside ON beside.run_id = run.id AND beside.arm = 'base'"""
 
-_RUN = "run.id AS run_id, run.arm, run.seed, run.model_name"
-_TASK_RUN = "run.id AS run_id, run.task, run.task_title, run.primary_metric AS metric"
-_CURRENT = "WHERE run.is_current AND run.status = 'finished'"
-
 # Document 004's columns are about AQI: runs of other tasks have none of it, not even the base's difference of zero.
 _LEADERBOARD = f"""{_SHARED}
-SELECT {_RUN},
+SELECT run.id AS run_id, run.arm, run.seed, run.model_name,
     CASE WHEN run.task = 'aqi' THEN 100.0 * own.value END AS aqi_accuracy,
     CASE WHEN run.task <> 'aqi' THEN NULL WHEN run.arm = 'base' THEN 0.0
         ELSE 100.0 * (own.value - base.value) END AS delta_aqi,{_RETENTION}
@@ -328,7 +324,7 @@ LEFT JOIN final AS token_ids
     ON token_ids.run_id = run.id AND token_ids.name = 'token_ids_equal' AND token_ids.split = 'parity'
 LEFT JOIN final AS greedy
     ON greedy.run_id = run.id AND greedy.name = 'greedy_equal' AND greedy.split = 'parity'
-{_CURRENT}
+WHERE run.is_current AND run.status = 'finished'
 """
 
 # The six columns that document 004 names, one row for each current run.
@@ -336,50 +332,10 @@ _EVALUATION_RESULTS = """
 SELECT model_name, aqi_accuracy, delta_aqi, inference_speed, delta_speed, {timestamp} AS timestamp FROM v_leaderboard
 """
 
-_PROBE_SUMMARY = """
-SELECT {run}, probe.name AS probe, COUNT(*) AS readings, COUNT(DISTINCT probe.layer) AS layers,
-    SUM(CASE WHEN probe.verdict = 'pass' THEN 1 ELSE 0 END) AS passed,
-    SUM(CASE WHEN probe.verdict = 'fail' THEN 1 ELSE 0 END) AS failed,
-    SUM(CASE WHEN probe.value_kind <> 'finite' THEN 1 ELSE 0 END) AS not_finite,
-    MIN(probe.value) AS lowest, MAX(probe.value) AS highest,
-    CASE
-        WHEN SUM(CASE WHEN probe.verdict = 'fail' THEN 1 ELSE 0 END) > 0 THEN 'fail'
-        WHEN SUM(CASE WHEN probe.verdict = 'pass' THEN 1 ELSE 0 END) = COUNT(*) THEN 'pass'
-        ELSE 'inconclusive'
-    END AS verdict
-FROM run JOIN probe ON probe.run_id = run.id
-{current}
-GROUP BY run.id, run.arm, run.seed, run.model_name, probe.name
-"""
-
-# One row for each pair of ways to run the same adapter; 'all' is every way at once.
-_PARITY = """
-SELECT {run},
-    CASE WHEN metric.name = 'greedy_equal' THEN 'all' ELSE substr(metric.name, 6) END AS pair,
-    100.0 * metric.value AS greedy_equal,
-    100.0 * token_ids.value AS token_ids_equal,
-    metric.n AS prompts
-FROM run
-JOIN metric ON metric.run_id = run.id AND metric.split = 'parity' AND metric.step = -1
-    AND (metric.name = 'greedy_equal' OR substr(metric.name, 1, 5) = 'pair/')
-LEFT JOIN metric AS token_ids ON token_ids.run_id = run.id AND token_ids.split = 'parity' AND token_ids.step = -1
-    AND token_ids.name = 'token_ids_equal'
-{current}
-"""
-
-_VERIFICATION = """
-SELECT {run},
-    verification.backend, verification.backend_version, verification.mode, verification.prompts,
-    100.0 * verification.rendered AS rendered, 100.0 * verification.counted AS counted,
-    100.0 * verification.answered AS answered, 100.0 * verification.equal_to_merged AS equal_to_merged,
-    verification.perturbed_noticed, verification.first_difference
-FROM run JOIN verification ON verification.run_id = run.id
-{current}
-"""
-
 # One row for each finished run of any task.
 _TASK_RESULTS = f"""{_SHARED}
-SELECT {_TASK_RUN}, metric_def.direction, run.model_name, run.arm, run.seed,
+SELECT run.id AS run_id, run.task, run.task_title, run.primary_metric AS metric, metric_def.direction,
+    run.model_name, run.arm, run.seed,
     100.0 * own.value AS value,
     CASE WHEN run.arm = 'base' THEN 0.0 ELSE 100.0 * (own.value - base.value) END AS delta_base,
     own.n,{_RETENTION}
@@ -388,39 +344,10 @@ LEFT JOIN metric_def ON metric_def.name = run.primary_metric
 WHERE run.status = 'finished'
 """
 
-# The same for each precision of each of these runs; v_quantization is of the current ones, in AQI's words.
-_TASK_QUANTIZATION = """
-SELECT {task_run}, run.model_name, run.arm, run.seed, quantization.type,
-    CAST(quantization.bytes AS DOUBLE PRECISION) / 1e6 AS megabytes,
-    quantization.bits_per_weight,
-    100.0 * quantization.credit AS value,
-    100.0 * (quantization.credit - reference.credit) AS delta_f16,
-    100.0 * quantization.answers_equal_to_f16 AS answers_equal_to_f16,
-    quantization.n, quantization.fallbacks, run.is_current
-FROM run
-JOIN quantization ON quantization.run_id = run.id
-LEFT JOIN quantization AS reference ON reference.run_id = run.id AND reference.type = 'f16'
-WHERE run.status = 'finished'
-"""
-
-_QUANTIZATION = """
-SELECT shown.run_id, shown.arm, shown.seed, shown.model_name, shown.type, shown.megabytes, shown.bits_per_weight,
-    CASE WHEN shown.task = 'aqi' THEN 100.0 * quantization.category_accuracy END AS aqi_accuracy,
-    shown.delta_f16, shown.answers_equal_to_f16, shown.n, shown.fallbacks
-FROM task_quantization AS shown
-JOIN quantization ON quantization.run_id = shown.run_id AND quantization.type = shown.type
-WHERE shown.is_current
-"""
-
 VIEWS: dict[str, str] = {
     "v_leaderboard": _LEADERBOARD,
     "evaluation_results": _EVALUATION_RESULTS,
-    "v_probe_summary": _PROBE_SUMMARY,
-    "v_parity": _PARITY,
-    "v_verification": _VERIFICATION,
     "task_results": _TASK_RESULTS,
-    "task_quantization": _TASK_QUANTIZATION,
-    "v_quantization": _QUANTIZATION,
 }
 """Name to query, in the order in which they can be made."""
 
@@ -433,10 +360,4 @@ _TIMESTAMPS = {
 def view_statements(dialect: str) -> list[str]:
     """CREATE VIEW for each of `VIEWS`; other dialects get PostgreSQL's."""
     time = _TIMESTAMPS.get(dialect, _TIMESTAMPS["postgresql"])
-    words = {"{timestamp}": time, "{current}": _CURRENT, "{run}": _RUN, "{task_run}": _TASK_RUN}
-    statements = []
-    for name, query in VIEWS.items():
-        for word, meaning in words.items():
-            query = query.replace(word, meaning)
-        statements.append(f"CREATE VIEW {name} AS{query}")
-    return statements
+    return [f"CREATE VIEW {name} AS{query.replace('{timestamp}', time)}" for name, query in VIEWS.items()]

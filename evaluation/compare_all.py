@@ -15,7 +15,7 @@ from db.errors import DatabaseError, DatabaseMissingError
 from db.queries import Choice
 from evaluation.report.arms import BASELINE
 from evaluation.report.comparison import ChoiceError, Report, load_report
-from evaluation.report.data import as_csv, as_json, tasks_as_csv, tasks_as_json
+from evaluation.report.data import as_csv, as_json, tasks_as_csv
 
 app = typer.Typer(add_completion=False)
 
@@ -41,12 +41,9 @@ def main(
         typer.Option(help="Only this arm, the base and the baseline; may be repeated. Corrections count these alone."),
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Only this seed of the trained arms; may be repeated.")] = None,
-    backend: Annotated[
-        list[str] | None, typer.Option(help="Only runs scored by this backend; may be repeated.")
-    ] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Only runs scored by it; may be repeated.")] = None,
     baseline: Annotated[
-        str | None,
-        typer.Option(help="Arm to compare with besides the base.", show_default=BASELINE),
+        str | None, typer.Option(help="Arm to compare with besides the base.", show_default=BASELINE)
     ] = None,
     task: Annotated[
         str | None,
@@ -60,12 +57,10 @@ def main(
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Also write the Markdown report here.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the HTML report, one file, here.")] = None,
-    svg_path: Annotated[Path | None, typer.Option("--svg", help="Also save the table as SVG here.")] = None,
 ) -> None:
     """Compare all arms that were scored on a task.
 
-    Exit codes: 0 done, 1 reading or writing failed, 2 there is nothing to compare yet, or no run has the name asked
-    for.
+    Exit codes: 0 done, 1 reading or writing failed, 2 nothing to compare yet, or no run of the name asked for.
     """
     try:
         if all_tasks and task is not None:
@@ -73,7 +68,8 @@ def main(
         detail = format is Format.MD or report is not None or html is not None
         found = load_report(db, Choice(arm or (), seed or (), backend or (), task), baseline, detail=detail)
         _show(found, format, all_tasks=all_tasks)
-        _write(found, markdown=report, html=html, picture=svg_path)
+        if report or html:
+            _write(found, markdown=report, html=html)
     except (DatabaseError, ChoiceError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, DatabaseMissingError | ChoiceError) else 1) from error
@@ -87,9 +83,9 @@ def _show(report: Report, format: Format, *, all_tasks: bool) -> None:
         for note in comparison.task_notes:
             typer.echo(f"Note: {note}", err=True)
     if format is Format.JSON:
-        typer.echo((tasks_as_json if all_tasks else as_json)(comparison))
+        typer.echo(as_json(comparison.tasks if all_tasks else comparison))
     elif format is Format.CSV:
-        typer.echo((tasks_as_csv if all_tasks else as_csv)(comparison).rstrip("\n"))
+        typer.echo((tasks_as_csv(comparison.tasks) if all_tasks else as_csv(comparison)).rstrip("\n"))
     elif format is Format.MD:
         from evaluation.report.markdown import as_markdown, tasks_as_markdown
 
@@ -103,19 +99,14 @@ def _show(report: Report, format: Format, *, all_tasks: bool) -> None:
             print_report(report, Console())
 
 
-def _write(report: Report, *, markdown: Path | None, html: Path | None, picture: Path | None) -> None:
-    if not (markdown or html or picture):
-        return
-    from db.files import OutputError, write_text  # these take a second, which only those wait for who want a file
+def _write(report: Report, *, markdown: Path | None, html: Path | None) -> None:
+    from db.files import OutputError  # these take a second, which only those wait for who want a file
     from evaluation.report.html import write_page
     from evaluation.report.markdown import write_markdown
-    from evaluation.report.terminal import svg
 
     try:
         if markdown is not None:
             write_markdown(markdown, report)
-        if picture is not None:
-            write_text(picture, svg(report))
         if html is not None:
             write_page(html, report)
     except (OSError, OutputError) as error:

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Mapping
 from fractions import Fraction
 
-from evaluation.tasks import Item, Score, mean_credit, metric
+from evaluation.tasks import Item, Score, mean, mean_credit, metric, share
 
 # --- yes and no ---
 
@@ -82,11 +82,11 @@ def read_yes_no(answer: str, positive: str = "true|correct", negative: str = "fa
 def label_metrics(name: str) -> dict[str, dict[str, str]]:
     """The metrics of a task of that name; the first is the primary one."""
     return {
-        f"{name}_accuracy": metric("share", "higher", "Share of items answered with the right label (primary)"),
+        f"{name}_accuracy": share("Share of items answered with the right label (primary)"),
         f"{name}_f1": metric(
             "F1", "higher", "Mean F1 over the labels that are right for some item; an answer without a label is wrong"
         ),
-        f"{name}_unparseable": metric("share", "lower", "Share of items whose answer says neither yes nor no, or both"),
+        f"{name}_unparseable": share("Share of items whose answer says neither yes nor no, or both", "lower"),
     }
 
 
@@ -106,7 +106,7 @@ def summarize_labels(scores: list[Score], defs: Mapping[str, object], labels: tu
     truth = [int(s.extra["truth"]) for s in scores]
     predicted = [-1 if s.predicted is None else labels.index(str(s.predicted)) for s in scores]
     f1 = f1_score(truth, predicted, labels=sorted(set(truth)), average="macro", zero_division=0)
-    unread = sum(s.predicted is None for s in scores) / len(scores)
+    unread = mean(s.predicted is None for s in scores)
     return dict(zip(defs, (mean_credit(scores), float(f1), unread), strict=True))
 
 
@@ -303,12 +303,10 @@ def text_metrics(name: str) -> dict[str, dict[str, str]]:
             "F1", "higher", "Mean F1 of the longest common subsequence of words with the reference (primary)"
         ),
         f"{name}_rouge_1": metric("F1", "higher", "Mean F1 of the words shared with the reference, in any order"),
-        f"{name}_exact": metric(
-            "share",
-            "higher",
-            "Share of answers equal to the reference, small letters, white space and a final stop aside",
+        f"{name}_exact": share(
+            "Share of answers equal to the reference, small letters, white space and a final stop aside"
         ),
-        f"{name}_empty": metric("share", "lower", "Share of items answered with nothing but white space"),
+        f"{name}_empty": share("Share of items answered with nothing but white space", "lower"),
     }
 
 
@@ -317,22 +315,14 @@ def score_text(item: Item, answer: str) -> Score:
     reference = str(item.truth["answer"])
     rouge_l, rouge_1 = rouge(answer, reference)
     predicted = answer.strip() or None
-    return Score(
-        correct=rouge_l >= _HALF,
-        predicted=predicted,
-        exact=predicted is not None and same(predicted, reference),
-        partial=rouge_l,
-        extra={"rouge_1": rouge_1},
-    )
+    exact = predicted is not None and same(predicted, reference)
+    return Score(rouge_l >= _HALF, predicted, exact, partial=rouge_l, extra={"rouge_1": rouge_1})
 
 
 def summarize_texts(scores: list[Score], name: str) -> dict[str, float]:
-    n = len(scores)
-    if not n:
-        return dict.fromkeys(text_metrics(name), float("nan"))
     return {
         f"{name}_rouge_l": mean_credit(scores),
-        f"{name}_rouge_1": sum(s.extra["rouge_1"] for s in scores) / n,
-        f"{name}_exact": sum(s.exact for s in scores) / n,
-        f"{name}_empty": sum(s.predicted is None for s in scores) / n,
+        f"{name}_rouge_1": mean(s.extra["rouge_1"] for s in scores),
+        f"{name}_exact": mean(s.exact for s in scores),
+        f"{name}_empty": mean(s.predicted is None for s in scores),
     }

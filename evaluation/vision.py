@@ -13,7 +13,7 @@ import math
 import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +96,12 @@ def on_dial(x: float, y: float, radius: float, share: float) -> Point:
     return x + radius * math.cos(angle), y - radius * math.sin(angle)
 
 
-def reference(name: str) -> str:
-    """How a prompt shows a picture: as Markdown does, the path relative to the data folder."""
-    return f"![](images/{name}.png)"
-
-
-def save(picture: Any, folder: Path, name: str) -> None:
-    """Write a picture to `folder`/images/`name`.png, always the same bytes for the same picture."""
-    picture.save(folder / "images" / f"{name}.png", compress_level=1)
+def save(picture: Any, folder: Path, name: str) -> str:
+    """Write `folder`/images/`name`.png, the same bytes for the same picture; how a prompt shows it, as in Markdown."""
+    path = Path("images", f"{name}.png")
+    (folder / path.parent).mkdir(exist_ok=True)
+    picture.save(folder / path, compress_level=1)
+    return f"![]({path.as_posix()})"
 
 
 def bar_chart(rng: random.Random, size: int, heights: list[float], steps: int) -> Any:
@@ -140,16 +138,10 @@ def dial(rng: random.Random, size: int, share: float, borders: list[float], fill
 # --- general questions ---
 
 COLOURS: dict[str, Colour] = {
-    "red": (255, 20, 20),
-    "orange": (255, 130, 10),
-    "yellow": (250, 245, 20),
-    "green": (20, 220, 30),
-    "blue": (30, 70, 240),
-    "purple": (145, 60, 155),
-    "maroon": (125, 5, 35),
-    "grey": (130, 130, 130),
+    "red": (255, 20, 20), "orange": (255, 130, 10), "yellow": (250, 245, 20), "green": (20, 220, 30),
+    "blue": (30, 70, 240), "purple": (145, 60, 155), "maroon": (125, 5, 35), "grey": (130, 130, 130),
     "black": (20, 20, 20),
-}
+}  # fmt: skip
 SHAPES = ("square", "circle", "triangle")
 # Any word can come in small letters or with a capital.
 _WORDS = (*WORDS, "unhealthy", "hazardous", "groups", "for")
@@ -247,33 +239,27 @@ def questions(
 ) -> Iterator[tuple[str, Any, str, str]]:
     """Endless (task, picture, question, answer), the tasks in turn, from one side of the held-out line."""
     rng = random.Random(f"visual-{seed}-{held_out}-{' '.join(tasks)}")
-    while True:
-        for name in tasks:
-            picture, question, answer = VISUAL_TASKS[name](rng, size)
-            while is_held_out(picture) is not held_out:
-                picture, question, answer = VISUAL_TASKS[name](rng, size)
-            yield name, picture, question, answer
+    for name in cycle(tasks):
+        while is_held_out((question := VISUAL_TASKS[name](rng, size))[0]) is not held_out:
+            pass
+        yield name, *question
 
 
 def training_examples(count: int, seed: int, size: int, folder: Path) -> list[tuple[str, str]]:
     """Training questions of the base: (prompt, answer), their pictures in `folder`/images."""
-    (folder / "images").mkdir(exist_ok=True)
-    examples = []
-    for number, (_, picture, question, answer) in enumerate(islice(questions(seed, size, held_out=False), count)):
-        name = f"base-{number:06d}"
-        save(picture, folder, name)
-        examples.append((f"{reference(name)}\n{question}", answer))
-    return examples
+    drawn = islice(questions(seed, size, held_out=False), count)
+    return [
+        (f"{save(picture, folder, f'base-{number:06d}')}\n{question}", answer)
+        for number, (_, picture, question, answer) in enumerate(drawn)
+    ]
 
 
 def retention_items(per_task: int, seed: int, size: int, folder: Path) -> list[Item]:
     """The retention suite: `per_task` held-out questions of every general task, their pictures in `folder`/images."""
-    (folder / "images").mkdir(exist_ok=True)
     items = []
     for task in VISUAL_TASKS:
         drawn = islice(questions(seed, size, held_out=True, tasks=(task,)), per_task)
         for number, (_, picture, question, answer) in enumerate(drawn):
             name = f"retention-{task}-{number:04d}"
-            save(picture, folder, name)
-            items.append(Item(name, task, f"{reference(name)}\n{question}", answer, {"answer": answer}))
+            items.append(Item(name, task, f"{save(picture, folder, name)}\n{question}", answer, {"answer": answer}))
     return items

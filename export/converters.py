@@ -4,6 +4,8 @@
 """
 
 import hashlib
+import multiprocessing
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -17,6 +19,11 @@ from export import ExportError
 PACKAGE = "llama-cpp-python"
 # sha256 of the source distributions whose converters were tried out.
 KNOWN = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
+# Most of a converter's time are its imports: a fork server makes them once for all that a process converts.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(
+    ["torch", "transformers.models.auto.configuration_auto", "transformers.models.llama.configuration_llama", __name__]
+)
 _WANTED = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/", "LICENSE")
 
 
@@ -31,6 +38,25 @@ def require() -> Path:
     if not (place / "complete").is_file():
         fetch(place)
     return place
+
+
+def run(script: str, arguments: list[str], made: Path) -> None:
+    """Run a converter, which makes a file. Raises ExportError: it refused, with its last words."""
+    log = made.with_name(f"{made.name}.log")
+    child = _PROCESSES.Process(target=_run, args=(require() / script, arguments, log))
+    child.start()
+    child.join()
+    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+    log.unlink(missing_ok=True)
+    if child.exitcode or not made.is_file() or made.stat().st_size == 0:
+        raise ExportError(f"llama.cpp's {script} failed (exit {child.exitcode}):\n" + "\n".join(said[-8:]))
+
+
+def _run(script: Path, arguments: list[str], log: Path) -> None:
+    sys.stdout = sys.stderr = log.open("w", encoding="utf-8", buffering=1)  # multiprocessing writes why it ended, too
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def fetch(place: Path) -> None:

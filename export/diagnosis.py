@@ -155,7 +155,7 @@ def _read(vocabulary: Vocabulary, seen: Generation, reference: Reference) -> lis
     """The tokens that the engine read; of one that only counts, the exported file's, a BOS more or less as counted."""
     if seen.prompt_ids is not None:
         return seen.prompt_ids
-    ids = vocabulary.prompt_ids(seen.rendered or "")
+    ids = vocabulary.ids(seen.rendered or "", bos=True)
     more = (seen.prompt_tokens or 0) - len(ids)
     if abs(more) == 1 and ids == reference.ids:
         return [ids[0], *ids] if more == 1 else ids[1:]

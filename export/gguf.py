@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -166,16 +164,6 @@ def _merge(model: Any) -> Any:
     return merged
 
 
-def _convert(script: str, arguments: list[str], made: Path) -> None:
-    place = converters.require()
-    done = subprocess.run(
-        [sys.executable, str(place / script), *arguments], capture_output=True, text=True, check=False
-    )
-    if done.returncode or not made.is_file() or made.stat().st_size == 0:
-        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
-        raise ExportError(f"llama.cpp's {script} failed (exit {done.returncode}):\n{tail}")
-
-
 def convert_model(model: Path, out: Path, name: str) -> None:
     """A Hugging Face model folder as f16 GGUF.
 
@@ -183,7 +171,7 @@ def convert_model(model: Path, out: Path, name: str) -> None:
     hash in another folder. Raises ExportError: the converter refused, with its last words.
     """
     arguments = [str(model), "--outfile", str(out), "--outtype", "f16", "--model-name", name]
-    _convert("convert_hf_to_gguf.py", arguments, out)
+    converters.run("convert_hf_to_gguf.py", arguments, out)
 
 
 def convert_adapter(adapter: Path, base: Path, out: Path) -> None:
@@ -199,7 +187,7 @@ def convert_adapter(adapter: Path, base: Path, out: Path) -> None:
         copy = Path(temporary) / adapter.absolute().name  # the converter writes the folder's name into the file
         source = copy if fold_scales(adapter, copy) else adapter
         arguments = ["--base", str(base), "--outfile", str(out), "--outtype", "f32", str(source)]
-        _convert("convert_lora_to_gguf.py", arguments, out)
+        converters.run("convert_lora_to_gguf.py", arguments, out)
 
 
 # --- the tokenizer's files --------------------------------------------------------------------------------------------

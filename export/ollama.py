@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -31,8 +31,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__d
 
 Names = Annotated[list[str] | None, typer.Argument(help="models, e.g. pure_grit_model; none = all")]
 Root = Annotated[Path, typer.Option("--gguf", help="folder of the export stage")]
-ModeOption = Annotated[str, typer.Option(help="merged: one file a model; adapter: the base once, and small adapters")]
+ModeOption = Annotated[Mode, typer.Option(help="merged: one file a model; adapter: the base once, and small adapters")]
 Host = Annotated[str, typer.Option(help="server; empty reads OLLAMA_HOST, then http://127.0.0.1:11434")]
+Backend = Literal["auto", "ollama", "llama_cpp"]
 GGUF = Path("gguf")
 
 
@@ -45,18 +46,11 @@ def _explained() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
-def _mode(text: str, *more: str) -> Mode:
-    for mode in MODES:
-        if text == mode:
-            return mode
-    raise ExportError(f"--mode: expected one of {', '.join([*MODES, *more])}, got {text!r}")
-
-
 @app.command()
 def create(names: Names = None, gguf: Root = GGUF, mode: ModeOption = "merged", host: Host = "") -> None:
     """Upload and create models; what the server has already is left alone."""
     with _explained():
-        for served in find_served(gguf, _mode(mode), names):
+        for served in find_served(gguf, mode, names):
             made = register_served(host or None, served, progress=print)
             print(
                 f"{served.name}: {'created' if made.created else 'unchanged'}, {served.mode}, digest {made.digest[:19]}"
@@ -92,8 +86,8 @@ def remove_command(names: Names = None, gguf: Root = GGUF, host: Host = "") -> N
 def verify(
     names: Names = None,
     gguf: Root = GGUF,
-    mode: Annotated[str, typer.Option(help="merged, adapter, both, or auto: as the server has it")] = "auto",
-    backend: Annotated[str, typer.Option(help="ollama, llama_cpp (no server), or auto: Ollama if it runs")] = "auto",
+    mode: Annotated[Literal[Mode, "both", "auto"], typer.Option(help="auto: as the server has it")] = "auto",
+    backend: Annotated[Backend, typer.Option(help="llama_cpp: no server; auto: Ollama if it runs")] = "auto",
     host: Host = "",
     prompts: Annotated[int, typer.Option(min=1, help="prompts a model")] = 20,
     least: Annotated[float, typer.Option(min=0, max=1, help="share of equal answers, where f16")] = 0.95,
@@ -101,7 +95,7 @@ def verify(
 ) -> None:
     """Hold every model against Hugging Face's answers; exit code 1 where one differs."""
     with _explained():
-        wanted = None if mode == "auto" else MODES if mode == "both" else (_mode(mode, "both", "auto"),)
+        wanted = None if mode == "auto" else MODES if mode == "both" else (mode,)
         url = _server(backend, host)
         models = find_served(gguf, names=names)
         if mode == "adapter":
@@ -137,10 +131,8 @@ def _own(url: str | None, served: Served) -> tuple[Mode]:
     return ("adapter",)
 
 
-def _server(backend: str, host: str) -> str | None:
+def _server(backend: Backend, host: str) -> str | None:
     """URL of the server that is to be checked; None: llama.cpp in this process."""
-    if backend not in ("auto", "ollama", "llama_cpp"):
-        raise ExportError(f"--backend: expected auto, ollama or llama_cpp, got {backend!r}")
     if backend == "llama_cpp" or (backend == "auto" and not host and server_version() is None):
         return None
     require_server(host or None)  # a host that is named is meant

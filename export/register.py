@@ -18,18 +18,18 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from db.files import OutputError, process_runs, sha256, write_json
 from export import ExportError
-from export.engines.llama_cpp import file_precision
+from export.engines.llama_cpp import Vocabulary
 from export.engines.ollama import (
     LOAD_S,
+    AdaptersUnsupportedError,
     OllamaEngine,
     OllamaError,
-    OllamaRefused,
     Retry,
     connect,
     full_name,
@@ -48,10 +48,6 @@ if TYPE_CHECKING:
     from ollama import Client
 
 _TEMPORARY = re.compile(r"grit-verify-([0-9a-f]{8})-([0-9]+)-([0-9]+)-[0-9a-f]{12}(:latest)?")
-
-
-class AdaptersUnsupportedError(OllamaError):
-    """This release of Ollama takes no LoRA adapters; merged models can be served."""
 
 
 @dataclass(frozen=True)
@@ -103,15 +99,10 @@ def register(
         say(f"{name}: the server has it already")
         return Registered(**{**record["registered"], "server_version": version, "created": False})
 
-    try:
-        with connect(url, LOAD_S) as client:
-            for label, path in files.items():
-                _upload(client, url, path, hashes[label], say)
-            _create(client, name, serving, hashes, say)
-    except OllamaRefused as error:
-        if "adapters are no longer supported" not in str(error):
-            raise
-        raise AdaptersUnsupportedError(str(error).replace("Ollama at", f"Ollama {version} at", 1)) from error
+    with connect(url, LOAD_S) as client:
+        for label, path in files.items():
+            _upload(client, url, path, hashes[label], say)
+        _create(client, name, serving, hashes, say)
     stored = stored_model(url, name)
     if stored is None:
         raise OllamaError(f"Ollama at {url} reported success, but does not list {name!r}; see its log")
@@ -177,23 +168,19 @@ def register_served(host: str | None, served: Served, progress: Callable[[str], 
     Raises OllamaError, ExportError: see `register`; or what was made cannot be written down.
     """
     made = register(host, served.name, served.gguf, served.serving, served.adapter, progress)
-    file = _facts_file(served)
+    outputs, name = served.folder.parents[1].resolve().parent / "outputs", re.sub(r"[^A-Za-z0-9._-]", "-", served.name)
+    files = {mode: outputs / "ollama" / f"{name}-{mode}.json" for mode in MODES}
+    file = files.pop(served.mode)
     try:
         write_json(file, {**asdict(made), "mode": served.mode})
-        for mode in MODES:
-            if mode != served.mode:  # the server has it in one mode
-                _facts_file(replace(served, mode=mode)).unlink(missing_ok=True)
+        for other in files.values():  # the server has it in one mode
+            other.unlink(missing_ok=True)
     except (OSError, OutputError) as error:
         raise ExportError(
             f"{file}: the model {served.name!r} is registered, which could not be written down; make room or give the "
             f"rights, then run the same command again ({error})"
         ) from error
     return made
-
-
-def _facts_file(served: Served) -> Path:
-    root = served.folder.parents[1].resolve()
-    return root.parent / "outputs" / "ollama" / f"{re.sub(r'[^A-Za-z0-9._-]', '-', served.name)}-{served.mode}.json"
 
 
 def keep_registered(host: str | None, served: Served, progress: Callable[[str], None] | None = None) -> Served:
@@ -225,7 +212,7 @@ def open_on_server(host: str | None, served: Served, scale: float = 1.0) -> Iter
     url = resolve_host(host)
     remove_abandoned(url)
     stored = stored_model(url, served.name)
-    if scale == 1.0 and stored is not None and stored.mode == served.mode_on_server:
+    if scale == 1.0 and stored is not None and stored.mode == served.mode:
         with _engine(url, served.name, served) as engine:
             yield engine
         return
@@ -239,7 +226,7 @@ def open_on_server(host: str | None, served: Served, scale: float = 1.0) -> Iter
                 scaled_copy(served.adapter or adapter, adapter, scale)
             register(url, name, served.gguf, served.serving, adapter, records=Path(temporary))
         with _engine(url, name, served) as engine:
-            engine.note = f"asked of a temporary copy in mode {served.mode_on_server}, for the server {has}"
+            engine.note = f"asked of a temporary copy in mode {served.mode}, for the server {has}"
             yield engine
     except BaseException:
         with suppress(OllamaError):  # which would hide what really went wrong
@@ -261,8 +248,9 @@ def _engine(url: str, name: str, served: Served) -> OllamaEngine:
         stored=stored,
         say=lambda line: None,
     )
-    # Creating keeps the type; a server that does not say it has the file's.
-    engine.precision = engine.precision or file_precision(served.gguf)
+    if engine.precision is None:  # creating keeps the type; a server that does not say it has the file's
+        with Vocabulary(served.gguf) as vocabulary:
+            engine.precision = vocabulary.precision
     return engine
 
 

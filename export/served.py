@@ -26,15 +26,14 @@ class Served:
     name: str  # in Ollama; seeds after the first are tags of the same name
     arm: str
     seed: int
-    mode: Mode  # "merged": one file; "adapter": the base's file and a small adapter
     folder: Path
     gguf: Path  # the merged model, or the base
-    adapter: Path | None  # in mode "adapter", except for the base itself
+    adapter: Path | None  # on that base
     serving: Serving
 
     @property
-    def mode_on_server(self) -> Mode:
-        """What the server has: the base is one file in both modes."""
+    def mode(self) -> Mode:
+        """One file ("merged"), as the base always is, or the base's file and a small adapter ("adapter")."""
         return "adapter" if self.adapter else "merged"
 
     def check_modelfile(self) -> None:
@@ -64,7 +63,7 @@ class Served:
         adapter = self.folder / ADAPTER_GGUF
         if self.arm == BASE or not adapter.is_file():
             return None
-        return replace(self, mode="adapter", gguf=base_file(self.folder.parents[1]), adapter=adapter)
+        return replace(self, gguf=base_file(self.folder.parents[1]), adapter=adapter)
 
 
 def modelfile_text(serving: Serving, folder: Path, base: Path | None = None) -> str:
@@ -77,12 +76,12 @@ def modelfile_text(serving: Serving, folder: Path, base: Path | None = None) -> 
     return serving.modelfile(os.path.relpath(base, folder), f"./{ADAPTER_GGUF}")
 
 
-def served_in(folder: Path, name: str | None = None, mode: Mode = "merged") -> Served:
+def served_in(folder: Path, name: str | None = None) -> Served:
     """One model, by its folder <root>/<arm>/<seed>; `name` in place of the one in serving.json.
 
     Raises ExportError: nothing is exported there, serving.json is damaged, or a file is missing.
     """
-    served = _served(folder, name or f"{folder.parent.name}_model", mode)
+    served = _served(folder, f"{folder.parent.name}_model")
     served = served if name is None else replace(served, name=name)
     _check_files([served])
     return served
@@ -92,7 +91,8 @@ def find_served(root: Path, mode: Mode = "merged", names: list[str] | None = Non
     """Everything in <root>/<arm>/<seed>/, base first; with `names` only these models.
 
     Raises ExportError: nothing is exported there, a name is not among it or in two places, a serving.json is damaged,
-    or a file is missing. What is wrong with models that are not asked for does not count.
+    a file is missing, or mode adapter is asked of what can only be served merged. What is wrong with models that are
+    not asked for does not count.
     """
     # A seed is a plain number; "0.123.partial" is what a killed export left.
     folders = [place.parent for place in root.glob(f"*/*/{FACTS}") if re.fullmatch("[0-9]+", place.parent.name)]
@@ -106,7 +106,7 @@ def find_served(root: Path, mode: Mode = "merged", names: list[str] | None = Non
         arm, seed = folder.parent.name, folder.name
         name = f"{arm}_model" if seed == first.setdefault(arm, seed) else f"{arm}_model:seed{seed}"
         try:
-            found.append(_served(folder, name, mode))
+            found.append(_served(folder, name))
         except ExportError as error:
             damaged.append(str(error))
     if names:
@@ -120,17 +120,22 @@ def find_served(root: Path, mode: Mode = "merged", names: list[str] | None = Non
                 f"expected one folder for each model, {other} and {served.folder} both hold {served.name!r}; remove "
                 "the one that is not in `matrix` of params.yaml any more, or export again"
             )
+    if mode == "adapter":
+        found = [served if served.arm == BASE else _adapted(served) for served in found]
     _check_files(found)
     return found
 
 
-def _served(folder: Path, name: str, mode: Mode) -> Served:
+def _served(folder: Path, name: str) -> Served:
     """The model of a folder; `name`: where its serving.json has none."""
     serving, arm = Serving.read(folder / FACTS), folder.parent.name
-    adapted = mode == "adapter" and arm != BASE
-    gguf = base_file(folder.parents[1]) if adapted else folder / SERVED_GGUF
-    adapter = folder / ADAPTER_GGUF if adapted else None
-    return Served(serving.model_name or name, arm, int(folder.name), mode, folder, gguf, adapter, serving)
+    return Served(serving.model_name or name, arm, int(folder.name), folder, folder / SERVED_GGUF, None, serving)
+
+
+def _adapted(served: Served) -> Served:
+    if form := served.adapter_form():
+        return form
+    raise ExportError(f"{served.folder}: this adapter can be served merged only (run.json says why, only_merged)")
 
 
 def _named(found: list[Served], names: list[str], damaged: list[str]) -> list[Served]:
@@ -143,13 +148,7 @@ def _named(found: list[Served], names: list[str], damaged: list[str]) -> list[Se
 
 
 def _check_files(models: list[Served]) -> None:
-    for served in models:
-        if served.adapter is not None and not served.adapter.is_file() and served.gguf.is_file():
-            raise ExportError(
-                f"{served.folder}: this adapter can be served merged only (run.json says why, only_merged)"
-            )
-    missing = [str(f) for s in models for f in (s.gguf, s.adapter) if f is not None and not f.is_file()]
-    if missing:
+    if missing := [str(served.gguf) for served in models if not served.gguf.is_file()]:
         raise ExportError(f"expected GGUF files, found none at {', '.join(missing)}; run `dvc repro export`")
 
 

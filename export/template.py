@@ -4,8 +4,8 @@ The Jinja template is not parsed. It is rendered with marks for the messages, th
 template is put together from them, and both are rendered with many other messages: only what comes out the same is
 accepted. So a template of any shape is either converted right or refused, with the reason.
 
-Some templates trim messages. Ollama does not, nor does training here, so that both still read the same text;
-`ChatTemplate.trims` says that it is the chat template's own only for messages without blanks at their ends.
+Some templates trim messages. Ollama does not, nor does training here, so that both still read the same text, which is
+the chat template's own only for messages without blanks at their ends.
 """
 
 import re
@@ -53,11 +53,9 @@ class TemplateError(ExportError):
 @dataclass(frozen=True)
 class ChatTemplate:
     text: str  # trained on: `{prompt}` once, up to the answer, system message included; for `tokenizer(text)`
-    go: str  # Ollama's TEMPLATE
+    go: str  # Ollama's TEMPLATE; with {{ .Response }} where conversations come out as the chat template has them, too
     system: str | None  # Ollama's SYSTEM: the one asked for, or the template's own default
     stop: tuple[str, ...]  # the end-of-turn token and the end of sequence
-    trims: bool  # it takes blanks off the ends of messages; Ollama and `text` leave them
-    multi_turn: bool  # conversations come out in Ollama as the chat template has them, too
 
 
 @dataclass(frozen=True)
@@ -206,12 +204,12 @@ def convert(
     lead = pieces.bos + (pieces.plain if system is None else f"{pieces.before}{system}{pieces.between}")
     text = lead + PROMPT_SLOT + pieces.after
     stop = tuple(dict.fromkeys(filter(None, (_end_of_turn(pieces.tail, special_tokens), eos_token))))
-    made = ChatTemplate(text, go, system or default, stop, trims=False, multi_turn=False)
+    made = ChatTemplate(text, go, system or default, stop)
     _check_syntax(made, bos_token, adds_bos)
-    made = replace(made, trims=_trims(bare, pieces))
+    _check_blanks(bare, pieces)
     _check(bare, made, default, system)
     if pieces.tail is not None:
-        whole = replace(made, go=go + RESPONSE + pieces.tail, multi_turn=True)
+        whole = replace(made, go=go + RESPONSE + pieces.tail)
         if _talks(bare, whole, default, pieces.before is not None):
             _check_syntax(whole, bos_token, adds_bos)
             return whole
@@ -232,23 +230,16 @@ def _check_syntax(made: ChatTemplate, bos_token: str | None, adds_bos: bool) -> 
         raise TemplateError(f"it cannot be written into a Modelfile: {error}") from error
 
 
-def _trims(render: Render, pieces: _Pieces) -> bool:
-    """Whether the template takes blanks off the ends of the user's text.
-
-    Raises TemplateError: it changes them in another way.
-    """
+def _check_blanks(render: Render, pieces: _Pieces) -> None:
+    """Blanks at the ends of the user's text may be taken off. Raises TemplateError: they are changed in another way."""
     blank = f" \n{_USER}\n\t "
     leads: dict[str | None, str] = {None: pieces.plain}
     if pieces.before is not None:
         leads[_SYSTEM] = f"{pieces.before}{_SYSTEM}{pieces.between}"
-    trims = False
     for system, lead in leads.items():
         got = _try(render, conversation(blank, system))
-        ends = [pieces.bos + lead + text + pieces.after for text in (blank, blank.strip(), blank.rstrip())]
-        if got not in ends:
+        if got not in [pieces.bos + lead + text + pieces.after for text in (blank, blank.strip(), blank.rstrip())]:
             raise TemplateError(f"it changes a message with blanks at its ends: of {blank!r} it makes {got!r}")
-        trims |= got != ends[0]
-    return trims
 
 
 def _check(render: Render, made: ChatTemplate, default: str | None, asked: str | None) -> None:
@@ -373,9 +364,8 @@ def from_tokenizer(tokenizer: Any, system: str | None = None) -> ChatTemplate:
 
 def _check_ids(tokenizer: Any, made: ChatTemplate, system: str | None) -> None:
     for prompt in PROMPTS:
-        expected = list(
-            tokenizer.apply_chat_template(conversation(prompt, system), add_generation_prompt=True)["input_ids"]
-        )
+        chat = tokenizer.apply_chat_template(conversation(prompt, system), add_generation_prompt=True)
+        expected = list(chat["input_ids"])
         got = list(tokenizer(made.text.replace(PROMPT_SLOT, prompt))["input_ids"])
         if got == expected:
             continue

@@ -16,9 +16,8 @@ from db.files import sha256
 from db.records import VerificationRecord
 from export.diagnosis import Case, ask, explain, same_tokens
 from export.engines.base import Engine, Generation
-from export.engines.ollama import OllamaEngine
+from export.engines.ollama import AdaptersUnsupportedError, OllamaEngine
 from export.gguf import changes_nothing
-from export.register import AdaptersUnsupportedError
 from export.served import MODES, Mode, Reference, Served, read_references
 
 Opener = Callable[[Served, float], AbstractContextManager[Engine]]

@@ -142,28 +142,21 @@ class HookCapture(Capture):
                 return
             kept = h.detach()  # not h itself: a hook that holds its own tensor would never be freed
             mask, divisor = self.mask, self.batch_divisor
-            h.register_hook(  # type: ignore[no-untyped-call]
-                lambda delta: self._add(sums, i, name, kept, delta, mask, divisor)
-            )
+
+            def gradient_hook(delta: Tensor) -> None:
+                parts = [t.reshape(-1, sums.rank).to(sums.gram.dtype) for t in (kept, delta)]
+                scale = self.scale(divisor) if self.normalize else 1.0 / self.loss_scale
+                self._add(sums, i, name, torch.cat(parts, 1), mask, scale)
+
+            h.register_hook(gradient_hook)  # type: ignore[no-untyped-call]
 
         return forward_hook
 
     def _add(
-        self,
-        sums: GroupSums,
-        i: int,
-        name: str,
-        h: Tensor,
-        delta: Tensor,
-        mask: TokenMask | None,
-        divisor: float | Tensor,
+        self, sums: GroupSums, i: int, name: str, z: Tensor, mask: TokenMask | None, scale: float | Tensor
     ) -> None:
-        rank = h.shape[-1]
-        scale = self.scale(divisor) if self.normalize else 1.0 / self.loss_scale
         if isinstance(scale, Tensor) and scale.device.type == "cpu":
             scale = float(scale)
-        dtype = sums.gram.dtype
-        z = torch.cat([h.reshape(-1, rank).to(dtype), delta.reshape(-1, rank).to(dtype)], 1)
         if mask is not None and mask.keep.shape[0] != z.shape[0]:
             if name not in self._misfits:
                 text = "GRIT: %s sees %d tokens, the batch's mask has %d (an expert, a vision tower): all of them count"
@@ -171,7 +164,7 @@ class HookCapture(Capture):
             self._misfits.add(name)
             mask = None
         if mask is None:
-            z[:, rank:] *= scale
+            z[:, sums.rank :] *= scale
             sums.tokens[i] += z.shape[0]
         else:
             z *= mask.weights(z, scale)

@@ -97,35 +97,19 @@ class GRITConfig:
     @classmethod
     def paper(cls, **changes: Any) -> "GRITConfig":
         """The authors' defaults and pairing, for reproduction; `changes` override single fields."""
-        values: dict[str, Any] = {
-            "capture": "hooks",
-            "grit_cov_update_freq": 15,
-            "cov_decay": 0.95,
-            "normalize_delta": False,
-            "kfac_update_freq": 50,
-            "kfac_damping": 1e-3,
-            "damping_mode": "absolute",
-            "kfac_inversion_device": "cpu",
-            "mode": "adamw",
-            "pairing": "paper",
-            "grafting": False,
-            "reprojection": "paper",
-            "enable_rank_adaptation": True,
-            "rank_adaptation_threshold": 0.99,
-            "reprojection_k": 8,
-            "reprojection_freq": 50,
-            "rank_shrink": "never",
-            "lambda_kfac": 1e-5,
-            "lambda_reproj": 1e-4,
-            "adaptive_schedule": True,
-        }
+        values: dict[str, Any] = {"capture": "hooks", "grit_cov_update_freq": 15, "cov_decay": 0.95}
+        values |= {"normalize_delta": False, "kfac_update_freq": 50, "kfac_damping": 1e-3, "damping_mode": "absolute"}
+        values |= {"kfac_inversion_device": "cpu", "mode": "adamw", "pairing": "paper", "grafting": False}
+        values |= {"reprojection": "paper", "reprojection_freq": 50, "reprojection_k": 8, "rank_shrink": "never"}
+        values |= {"enable_rank_adaptation": True, "rank_adaptation_threshold": 0.99}
+        values |= {"lambda_kfac": 1e-5, "lambda_reproj": 1e-4, "adaptive_schedule": True}
         return cls.from_dict({**values, **changes})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "GRITConfig":
         known = [f.name for f in fields(cls)]
         unknown = "unknown setting {!r}{} Available: " + ", ".join(known)
-        problems = [unknown.format(key, _did_you_mean(key, known)) for key in values if key not in known]
+        problems = [unknown.format(key, did_you_mean(key, known)) for key in values if key not in known]
         config = cls(**{k: v for k, v in values.items() if k in known})
         _raise(problems + config.problems())
         return config
@@ -134,10 +118,7 @@ class GRITConfig:
         _raise(self.problems())
 
     def problems(self) -> list[str]:
-        found = {}
-        for name, hint in get_type_hints(type(self), include_extras=True).items():
-            if complaint := _complaint(hint, getattr(self, name)):
-                found[name] = f"{name}: {complaint}"
+        found = complaints(type(self), vars(self))
         wrong, others = set(found), []
         if "lora_target_modules" not in wrong and not self.lora_target_modules:
             others.append("lora_target_modules: expected at least one name, got none")
@@ -169,14 +150,8 @@ class GRITConfig:
     def lora_config(self, **kwargs: Any) -> Any:
         from peft import LoraConfig
 
-        values: dict[str, Any] = {
-            "r": self.lora_rank,
-            "lora_alpha": self.lora_alpha,
-            "lora_dropout": self.lora_dropout,
-            "target_modules": sorted(self.lora_target_modules),
-            "bias": "none",
-            "task_type": "CAUSAL_LM",
-        }
+        values: dict[str, Any] = {"r": self.lora_rank, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
+        values |= {"target_modules": sorted(self.lora_target_modules), "bias": "none", "task_type": "CAUSAL_LM"}
         return LoraConfig(**{**values, **kwargs})
 
 
@@ -188,18 +163,25 @@ _TYPES: dict[Any, tuple[Any, str]] = {
 }
 
 
+def complaints(owner: Any, values: Mapping[str, Any]) -> dict[str, str]:
+    """Name → what is wrong with its value, by the annotations of a class or function; empty where all is well."""
+    hints = get_type_hints(owner, include_extras=True)
+    said = {name: _complaint(hints[name], value) for name, value in values.items() if name in hints}
+    return {name: f"{name}: {text}" for name, text in said.items() if text}
+
+
 def _complaint(hint: Any, value: Any, or_null: str = "") -> str | None:
     args = get_args(hint)
     if NoneType in args:
         return None if value is None else _complaint(args[0], value, " or null")
     if get_origin(hint) is Literal:
         expected = f"expected one of {', '.join(args)}, got {value!r}"
-        return None if value in args else expected + _did_you_mean(value, args)
+        return None if value in args else expected + did_you_mean(value, args)
     if hint == list[str]:
         good = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
         return None if good else f"expected a list of names, got {value!r}"
     kind = args[0] if get_origin(hint) is Annotated else hint
-    types, words = _TYPES[kind]
+    types, words = _TYPES.get(kind) or (kind, f"a {kind.__name__}")
     if not isinstance(value, types) or (isinstance(value, bool) and kind is not bool):
         return f"expected {words}{or_null}, got {value!r}"
     if kind is hint:
@@ -214,7 +196,8 @@ def _complaint(hint: Any, value: Any, or_null: str = "") -> str | None:
     return f"expected a number in {ends[0]}{low}, {high}{ends[1]}, got {value}"
 
 
-def _did_you_mean(name: Any, known: Iterable[str]) -> str:
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """``; did you mean 'kfac'?`` where one of the known names is close, else nothing."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

@@ -188,10 +188,8 @@ class RankSpace(Curvature):
     def __init__(self, model: nn.Module, config: GRITConfig):
         super().__init__(model, config)
         if config.mode == "eigen_adamw" and config.grafting:  # other curvatures may graft there
-            text = (
-                "grafting: has no effect in mode 'eigen_adamw', whose steps have the length of Adam's; expected false"
-            )
-            raise GRITConfigError(f"{text} or null, got true")
+            text = "grafting: has no effect in mode 'eigen_adamw', whose steps have the length of Adam's; "
+            raise GRITConfigError(f"{text}expected false or null, got true")
         if config.kfac_inversion_device != "auto":
             try:
                 torch.empty(0, device=config.kfac_inversion_device)
@@ -331,6 +329,7 @@ class RankSpace(Curvature):
             return []  # not counted, so that the bases are due as soon as the warm-up is over
         self.last_refresh = step
         self.inversions += 1
+        text = "GRIT: the covariance of %s cannot be inverted (%d in a row); its gradients stay raw. Raise kfac_damping"
         events: list[Event] = []
         for state in self.states:
             for pair, failed in zip(state.group.pairs, state.invert(self.config).tolist(), strict=True):
@@ -340,12 +339,7 @@ class RankSpace(Curvature):
                 self.failed_inversions += 1
                 times = self.failed_in_a_row[pair.name] = self.failed_in_a_row.get(pair.name, 0) + 1
                 if times in (1, 10, 100):
-                    logger.warning(
-                        "GRIT: the covariance of %s cannot be inverted (%d in a row); its gradients stay as they are. "
-                        "Raise kfac_damping",
-                        pair.name,
-                        times,
-                    )
+                    logger.warning(text, pair.name, times)
                     events.append({"kind": "singular", "layer": pair.name, "times": times})
         return events
 

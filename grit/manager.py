@@ -45,10 +45,6 @@ class Manager:
     def config(self) -> GRITConfig:
         return self.curvature.config
 
-    @config.setter
-    def config(self, config: GRITConfig) -> None:
-        self.curvature.config = config
-
     @property
     def capture(self) -> Capture | None:
         return self.curvature.capture
@@ -112,7 +108,7 @@ class Manager:
 
     def update_statistics(self) -> None:
         if self.curvature.captures_at(self.step):
-            self._add_records(self.curvature.gather(self.step))
+            self.add_record(*self.curvature.gather(self.step))
 
     def add_regularizers(self) -> None:
         penalty = self.curvature.add_regularizers(self.step)
@@ -120,7 +116,7 @@ class Manager:
             self.last_metrics["grit/regularizer"] = penalty
 
     def update_and_invert_factors(self) -> None:
-        self._add_records(self.curvature.refresh(self.step))
+        self.add_record(*self.curvature.refresh(self.step))
 
     def precondition_gradients(self) -> float:
         """In place, in modes adamw and sgd; returns Σ ⟨∇, natural ∇⟩, which the trust region limits (0 in adamw)."""
@@ -146,7 +142,7 @@ class Manager:
 
     def neural_reprojection(self, optimizer: torch.optim.Optimizer | None = None, shrink: bool = False) -> None:
         """Project every layer and its moments onto its leading Fisher directions; with `shrink` tensors get smaller."""
-        self._add_records(self.curvature.reproject(self.step, optimizer, shrink))
+        self.add_record(*self.curvature.reproject(self.step, optimizer, shrink))
 
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         if self.curvature.final_shrink_due(self.step):
@@ -177,29 +173,21 @@ class Manager:
 
     # The log, readings and checkpoints
 
-    def add_record(self, record: dict[str, Any]) -> None:
-        record = _plain({"step": self.step, **record})
-        self.history.append(record)
-        self._write([record])
+    def add_record(self, *records: dict[str, Any]) -> None:
+        plain = [_plain({"step": self.step, **record}) for record in records]
+        self.history += plain
+        self._write(plain)
 
     def _write(self, records: list[dict[str, Any]], anew: bool = False) -> None:
-        """Records as JSON Lines."""
-        if self.log_file is not None:
+        if self.log_file is not None and (records or anew):
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
             with self.log_file.open("w" if anew else "a", encoding="utf-8") as out:
                 out.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
 
-    def _add_records(self, records: list[dict[str, Any]]) -> None:
-        for record in records:
-            self.add_record(record)
-
     def _effect(self) -> dict[str, Any]:
         counts = {"ready_layers": self.curvature.ready_layers(), "layers": len(self.pairs())}
-        norms = {  # before clipping, as last taken
-            norm: self.last_metrics[f"grit/{norm}"]
-            for norm in ("gradient_norm_raw", "gradient_norm_natural")
-            if f"grit/{norm}" in self.last_metrics
-        }
+        metrics = self.last_metrics.items()  # norms are those before clipping, as last taken
+        norms = {name.removeprefix("grit/"): value for name, value in metrics if "gradient_norm" in name}
         evidence = self.curvature.effect(self.step, self.measured)
         record: dict[str, Any] = {"kind": "effect", **counts, **self.measured, **norms, **evidence}
         record["effective"] = "reason" not in record

@@ -80,8 +80,8 @@ class GritOptimizer(torch.optim.Optimizer):
                 options = {name: value for name, value in group.items() if name != "params"}
                 self.optimizer.add_param_group({**options, "params": members, "lr": group["lr"] * ratio})
 
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Left out, counted and logged where gradients are not finite."""
@@ -97,7 +97,7 @@ class GritOptimizer(torch.optim.Optimizer):
         manager, mode = self.manager, self.manager.config.mode
         norm, self.gradient_norm = self.gradient_norm, None
         if norm is None:
-            norm = float(torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None]))
+            norm = float(torch.nn.utils.get_total_norm(self._gradients()))
         if not manager.begin_step(norm):
             return
         manager.update_statistics()
@@ -119,16 +119,16 @@ class GritOptimizer(torch.optim.Optimizer):
 
     def _clip(self) -> float | None:
         """Scale all gradients to `max_grad_norm` at most; returns their norm before, if it was taken."""
-        gradients = [p.grad for p in self._parameters() if p.grad is not None]
         config = self.manager.config
         if self.max_grad_norm > 0:
             known = self.manager.last_metrics["grit/gradient_norm_raw"]
             untouched = config.mode == "eigen_adamw" and not (config.lambda_kfac or config.lambda_reproj)
             if untouched and known <= self.max_grad_norm:
                 return known
-            return float(torch.nn.utils.clip_grad_norm_(self._parameters(), self.max_grad_norm))
+            weights = [p for group in self.param_groups for p in group["params"]]
+            return float(torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm))
         if self.manager.step % config.log_freq == 0:
-            return float(torch.nn.utils.get_total_norm(gradients))
+            return float(torch.nn.utils.get_total_norm(self._gradients()))
         return None
 
     def _trust_region(self, length: float) -> None:
@@ -199,23 +199,12 @@ def _directions(stacks: list[Turned]) -> list[Tensor]:
             if min(counts) == max(counts):
                 parts.append((direction, t.gradient, m, v, counts[0]))
             else:  # layers that have not all had the same number of gradients
-                parts += [(direction[i], t.gradient[i], m[i], v[i], count) for i, count in enumerate(counts)]
-        adamw(
-            [p[0] for p in parts],
-            [p[1] for p in parts],
-            [p[2] for p in parts],
-            [p[3] for p in parts],
-            [],
-            [torch.tensor(float(p[4] - 1), device=p[0].device) for p in parts],  # counted up inside
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=-1.0,
-            weight_decay=0.0,
-            eps=eps,
-            maximize=False,
-        )
+                parts += zip(direction, t.gradient, m, v, counts, strict=True)
+        directions, gradients, ms, vs, ends = (list(column) for column in zip(*parts, strict=True))
+        counters = [torch.tensor(float(end - 1), device=d.device) for end, d in zip(ends, directions, strict=True)]
+        options: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False, "lr": -1.0, "weight_decay": 0.0}
+        options |= {"beta1": beta1, "beta2": beta2, "eps": eps}
+        adamw(directions, gradients, ms, vs, [], counters, **options)  # which counts the steps up
         for t, m, v in picked:  # what was picked is a copy
             t.m[t.rows], t.v[t.rows] = m, v
     return found

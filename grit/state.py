@@ -72,13 +72,8 @@ class GroupState:
         for pair, layer in zip(group.pairs, layers, strict=True):
             if tuple(layer["ema_a"].shape) != (group.rank, group.rank):
                 raise ValueError(f"{pair.name}: expected state of rank {group.rank}, got {tuple(layer['ema_a'].shape)}")
-        return cls(
-            group,
-            {
-                name: torch.stack([layer[name] for layer in layers]).to("cpu" if name in cls.ON_CPU else group.device)
-                for name in layers[0]
-            },
-        )
+        stacks = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+        return cls(group, {n: t.to("cpu" if n in cls.ON_CPU else group.device) for n, t in stacks.items()})
 
     def covariances(self) -> tuple[Tensor, Tensor]:
         """Bias-corrected Σ_a and Σ_g, [n, r, r] each; zeros where nothing was seen."""

@@ -12,9 +12,9 @@ import typer
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from db.files import write_text
-from pipelines import compare, evaluate, export, measure, prepare_base, prepare_data, probe, quantize, verify
+from pipelines import compare, evaluate, export, measure, prepare_base, prepare_data, quantize, train, verify
 from pipelines.code import code_hash
-from pipelines.params import NAME, PARAMS_FILE, VARIANT_OF, ConfigError, explain, listed, load_yaml
+from pipelines.params import NAME, PARAMS_FILE, VARIANT_OF, ConfigError, Probe, explain, listed, load_yaml
 from pipelines.prompt import CHAT
 from pipelines.stage import BASE_ARM, clear_errors, cli
 from trainers import arms
@@ -28,7 +28,7 @@ SMOLVLM_FORM = "<|im_start|>User:{prompt}<end_of_utterance>\nAssistant: "
 class Params(
     prepare_data.Params,
     prepare_base.Params,
-    probe.Params,
+    train.Params,
     export.Params,
     quantize.Params,
     verify.Params,
@@ -41,6 +41,7 @@ class Params(
     model_config = ConfigDict(extra="forbid")
 
     profile: str
+    probe: Probe
 
     @model_validator(mode="after")
     def _pictures(self) -> "Params":

@@ -23,7 +23,7 @@ def code_hash(*modules: str, plugins: Plugins | None = None) -> str:
     files = closure(*modules, plugins=plugins)
     beside = {f for folder in {file.parent for file in files} for f in folder.iterdir() if f.is_file()}
     for file in sorted({*files, *(f for f in beside if f.suffix not in (".py", ".pyc"))}):
-        content = _meaning(file) if file.suffix == ".py" else file.read_bytes()
+        content = _meaning(file.read_text(encoding="utf-8")) if file.suffix == ".py" else file.read_bytes()
         digest.update(f"{file.relative_to(ROOT).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
@@ -31,12 +31,13 @@ def code_hash(*modules: str, plugins: Plugins | None = None) -> str:
 def closure(*modules: str, plugins: Plugins | None = None) -> set[Path]:
     """The source files of some modules and of all that they import."""
     found: set[Path] = set()
-    waiting = list(modules)
+    seen, waiting = set[str](), set(modules)
     while waiting:
-        file = file_of(waiting.pop())
+        seen.add(module := waiting.pop())
+        file = file_of(module)
         if file is not None and file not in found:
             found.add(file)
-            waiting += imports(file, plugins or {})
+            waiting.update(set(imports(file, plugins or {})) - seen)
     return found
 
 
@@ -48,7 +49,7 @@ def file_of(module: str) -> Path | None:
 
 def imports(file: Path, plugins: Plugins) -> Iterator[str]:
     """The modules, also of other projects, that a source file may import."""
-    for node in ast.walk(_tree(file)):
+    for node in _importing(file.read_text(encoding="utf-8")):
         match node:
             case ast.Import(names=names):
                 yield from (alias.name for alias in names)
@@ -58,7 +59,7 @@ def imports(file: Path, plugins: Plugins) -> Iterator[str]:
                 yield from _plugins(".".join(file.relative_to(ROOT).parent.parts), plugins)
             case ast.JoinedStr(values=[ast.Constant(value=str(text)), *_]) if text.endswith("."):
                 yield from _plugins(text[:-1], plugins)
-            case ast.Constant(value=str(text)) if "." in text and text.replace(".", "").isidentifier():
+            case ast.Constant(value=str(text)):
                 yield text
 
 
@@ -74,7 +75,8 @@ def _home(module: str, name: str) -> str:
     if file_of(f"{module}.{name}"):
         return f"{module}.{name}"
     file = file_of(module)
-    for node in ast.walk(_tree(file)) if file is not None and file.name == "__init__.py" else ():
+    inside = _parsed(file.read_text(encoding="utf-8")) if file is not None and file.name == "__init__.py" else None
+    for node in ast.walk(inside) if inside else ():
         match node:
             case ast.ImportFrom(module=str(source), names=names, level=0):
                 if found := next((alias.name for alias in names if (alias.asname or alias.name) == name), None):
@@ -90,8 +92,22 @@ def _home(module: str, name: str) -> str:
 
 
 @cache
-def _tree(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
+def _importing(source: str) -> list[ast.AST]:
+    """The nodes that may stand for an import: import statements, f-strings, texts like a module's name."""
+
+    def may(node: ast.AST) -> bool:
+        match node:
+            case ast.Constant(value=str(text)):
+                return "." in text and text.replace(".", "").isidentifier()
+            case _:
+                return isinstance(node, ast.Import | ast.ImportFrom | ast.JoinedStr)
+
+    return list(filter(may, ast.walk(_parsed(source))))
+
+
+@cache
+def _parsed(source: str) -> ast.Module:
+    return ast.parse(source)
 
 
 class _WithoutDocstrings(ast.NodeTransformer):
@@ -100,6 +116,6 @@ class _WithoutDocstrings(ast.NodeTransformer):
 
 
 @cache
-def _meaning(file: Path) -> bytes:
-    """The source of a file without comments, docstrings and layout."""
-    return ast.unparse(_WithoutDocstrings().visit(ast.parse(file.read_text(encoding="utf-8")))).encode()
+def _meaning(source: str) -> bytes:
+    """Source without comments, docstrings and layout."""
+    return ast.unparse(_WithoutDocstrings().visit(ast.parse(source))).encode()

@@ -33,18 +33,15 @@ from export.engines.ollama import OllamaEngine, resolve_host, server_version
 from export.modelfile import Serving
 from export.served import FACTS, SERVED_GGUF, served_in
 from pipelines.base_model import load_reference
-from pipelines.params import Evaluate, StageParams, check_arm, load_params
+from pipelines.params import Evaluate, StageParams, check_arm
 from pipelines.prompt import Prompt, prompt_text
 from pipelines.stage import (
     BASE,
     BASE_ARM,
     DATA,
-    ArmArgument,
-    SeedArgument,
     adapter_dir,
-    cli,
+    command,
     gguf_dir,
-    main_for,
     model_name,
     scores_dir,
     sees_pictures,
@@ -103,7 +100,6 @@ class Models:
         follows = self.exported and arm != BASE_ARM and scored.is_file()
         base_backend = str(read_json(scored)["backend"]["name"]) if follows else None
         self.backend = choose_backend(params.evaluate.backend, base_backend)
-        self._threads = params.evaluate.threads
         self._missing: list[set[str]] = []  # of each engine, which adds to it as it answers
 
     @property
@@ -145,7 +141,7 @@ class Models:
 
             serving = self._serving(arm, seed)
             gguf, context = gguf_dir(arm, seed) / SERVED_GGUF, serving.num_ctx
-            return LlamaCppEngine(gguf, serving.template, num_ctx=context, threads=self._threads, parallel=parallel)
+            return LlamaCppEngine(gguf, serving.template, num_ctx=context, parallel=parallel)
         from export.engines.hf import HfEngine
 
         reference, _ = load_reference()
@@ -171,7 +167,6 @@ class Models:
             host,
             name,
             served.serving.num_ctx,
-            num_threads=self._threads or None,
             expected=lambda prompt: list(tokenizer(fill(served.serving.template, prompt))["input_ids"]),
             parallel=self._params.evaluate.parallel,
             restore=partial(register_served, host, form),
@@ -211,11 +206,11 @@ def measure_speed(section: Evaluate, models: Models, arms: dict[str, int], items
 
 
 def answers_key(section: Evaluate, engine: Engine, inputs: dict[str, str], facts: dict[str, Any]) -> str:
-    """Hash of everything that decides the answers, save rounding: evaluate.parallel is not part of it.
+    """Hash of everything that decides the answers, save rounding: threads and evaluate.parallel are not part of it.
 
     `inputs` hash the items and everything that weights may be read from; `facts` are template and stop words.
     """
-    asked = {"max_tokens": section.max_tokens, "threads": section.threads, "serving": facts}
+    asked = {"max_tokens": section.max_tokens, "serving": facts}
     named = [engine.name, engine.version, engine.device_class, engine.mode]
     return key_of({"backend": named, "inputs": inputs, **asked})
 
@@ -227,7 +222,7 @@ def answer(
     if journal.resumed:
         print(f"{title}: going on with {journal.resumed} answers of an earlier run ({journal.path})")
     total = sum(map(len, splits.values()))
-    with journal, tqdm(total=total, initial=journal.resumed, desc=title, mininterval=1) as bar:
+    with journal, tqdm(total=total, initial=journal.resumed, desc=title) as bar:
         return {
             split: answers.ask(
                 engine, items, split, max_tokens=max_tokens, stop=stop, journal=journal, progress=bar.update
@@ -301,10 +296,5 @@ def run(params: Params, arm: str, seed: int) -> None:
     print(json.dumps({**shown_metrics, "decode_tokens_per_s": round(speed.tokens_per_second(rows, arm, "decode"), 1)}))
 
 
-def main(arm: ArmArgument, seed: SeedArgument = 0) -> None:
-    """Score one arm with one seed."""
-    main_for("evaluate", lambda: run(load_params(Params), arm, seed), arm, seed)
-
-
 if __name__ == "__main__":
-    cli(main)
+    command("evaluate", Params, run)

@@ -35,20 +35,9 @@ from export.served import (
     write_references,
 )
 from pipelines.base_model import load_reference
-from pipelines.params import Evaluate, Positive, Share, StageParams, check_arm, load_params
+from pipelines.params import Evaluate, Positive, Share, StageParams, check_arm
 from pipelines.prompt import CHAT, Prompt, chat_facts, prompt_text
-from pipelines.stage import (
-    BASE,
-    BASE_ARM,
-    DATA,
-    ArmArgument,
-    SeedArgument,
-    adapter_dir,
-    cli,
-    gguf_dir,
-    main_for,
-    model_name,
-)
+from pipelines.stage import BASE, BASE_ARM, DATA, adapter_dir, command, gguf_dir, model_name
 from trainers.models import load_tokenizer
 from trainers.settings import BaseReference, Section
 
@@ -239,10 +228,5 @@ def run(params: Params, arm: str, seed: int) -> None:
     print(json.dumps({"gguf": str(out / SERVED_GGUF), **record.extra}))
 
 
-def main(arm: ArmArgument, seed: SeedArgument = 0) -> None:
-    """Export one arm with one seed."""
-    main_for("export", lambda: run(load_params(Params), arm, seed), arm, seed)
-
-
 if __name__ == "__main__":
-    cli(main)
+    command("export", Params, run)

@@ -21,9 +21,9 @@ from evaluation.measure import drift, separation, states, texts
 from evaluation.measure.states import Encoded
 from evaluation.tasks import Item, render
 from pipelines.base_model import load_reference
-from pipelines.params import ConfigError, StageParams, check_arm, load_params
+from pipelines.params import ConfigError, StageParams, check_arm
 from pipelines.prompt import Prompt, prompt_text
-from pipelines.stage import BASE, BASE_ARM, DATA, ArmArgument, SeedArgument, adapter_dir, cli, main_for, measured_dir
+from pipelines.stage import BASE, BASE_ARM, DATA, adapter_dir, command, measured_dir
 from trainers.encode import encode_example, encode_prompt
 from trainers.models import load_base_model, load_tokenizer
 from trainers.settings import Positive, Section, TrainSettings
@@ -319,10 +319,5 @@ def run(params: Params, arm: str, seed: int) -> None:
     print(json.dumps({name: values[name] and round(values[name], 4) for name in SUMMARY if name in values}))
 
 
-def main(arm: ArmArgument, seed: SeedArgument = 0) -> None:
-    """Measure one arm with one seed, or the base."""
-    main_for("measure", lambda: run(load_params(Params), arm, seed), arm, seed)
-
-
 if __name__ == "__main__":
-    cli(main)
+    command("measure", Params, run)

@@ -4,6 +4,7 @@ Each stage's module has the section that belongs to it and a view `Params` of al
 the views together into the whole file. This module imports no stage: what a stage imports decides when DVC reruns it.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -20,6 +21,8 @@ PARAMS_FILE = Path("params.yaml")
 DEFAULTS = "profiles/tiny.yaml"
 VARIANT_OF = "variant_of"
 """In an entry of arms: the arm whose code it runs, with settings of its own."""
+SMALL = 256
+"""Width of hidden layers up to which more than one thread gains little (benchmarks/threads.py)."""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 P = TypeVar("P", bound=BaseModel)
 
@@ -45,11 +48,18 @@ class Evaluate(Section):
 
     backend: Literal["auto", "ollama", "llama_cpp", "hf"]
     max_tokens: Positive
-    threads: Annotated[int, Field(ge=0)]
     parallel: Annotated[int, Field(ge=1, le=256, description="sequences at once")]
     speed_repetitions: Positive
     speed_prompts: Positive
     speed_tokens: Positive
+
+
+class Probe(Section):
+    """Section probe: how a verdict on an arm's updates is reached."""
+
+    twin_steps: Annotated[int, Field(ge=5, description="optimizer steps of each twin")]
+    min_angle: Annotated[float, Field(gt=0, le=90, description="degrees")]
+    min_coverage: Share
 
 
 class StageParams(Section):
@@ -57,6 +67,7 @@ class StageParams(Section):
 
     model_config = ConfigDict(extra="ignore")
 
+    threads: Literal["auto"] | Positive  # no stage depends on it: it changes no more than roundings
     matrix: Matrix
     arms: dict[str, dict[str, Any]]
 
@@ -68,6 +79,19 @@ class StageParams(Section):
     def first_seed(self) -> int:
         """The seed whose models get names without a tag."""
         return self.matrix.seeds[0]
+
+
+def threads_for(raw: Any) -> tuple[int, str]:
+    """CPU threads of a stage for the content of params.yaml, and why so many."""
+    if own := os.environ.get("OMP_NUM_THREADS"):
+        return int(own), "OMP_NUM_THREADS"
+    asked = parse(raw, StageParams, str(PARAMS_FILE)).threads
+    if asked != "auto":
+        return asked, "threads"
+    base, cores = raw.get("prepare_base") or {}, len(os.sched_getaffinity(0))
+    if base.get("source") == "embedded" and base["hidden_size"] <= SMALL:
+        return 1, f"auto: layers {base['hidden_size']} wide are as fast with one"
+    return cores, "auto: one a core"
 
 
 def check_arm(name: str, params: StageParams) -> None:

@@ -1,31 +1,19 @@
 """Stage probe: verdicts/<arm>/<seed>/, whether the optimizer did what the arm says."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from db.files import FileError, exclusive, finish_run, hash_inputs, staged, start_run, write_record
 from db.records import VerdictRecord
 from pipelines import train, twin
-from pipelines.params import Share, load_params
-from pipelines.stage import ArmArgument, SeedArgument, VerdictError, adapter_dir, cli, main_for, verdict_dir
+from pipelines.params import Probe
+from pipelines.stage import VerdictError, adapter_dir, command, verdict_dir
 from pipelines.train import load_arm
 from probes import Evidence, Thresholds, Twin, Verdict, judge
 from probes.twin import DIVERGES
 from trainers import BASELINE
 from trainers.run import LEDGER
-from trainers.settings import Section
-
-
-class Probe(Section):
-    """Section probe: how a verdict on an arm's updates is reached."""
-
-    twin_steps: Annotated[int, Field(ge=5, description="optimizer steps of each twin")]
-    min_angle: Annotated[float, Field(gt=0, le=90, description="degrees")]
-    min_coverage: Share
 
 
 class Params(train.Params):
@@ -38,16 +26,12 @@ DEGREES, RATIO, SHARE, COSINE = "degrees", "ratio", "share", "cosine"
 def twins(params: Params, arm: str, seed: int, warmup: int) -> Twin:
     """Loss curves of baseline, baseline again and arm over the same steps, all with the arm's settings.
 
-    Where two runs of the baseline are equal to the bit, the second one starts off by one rounding.
+    The second baseline starts off by one rounding: on a CPU it would be equal to the bit.
     """
     steps = params.probe.twin_steps + warmup  # a twin ends where the real run would
-    baseline = twin.curve(params, BASELINE, seed, steps, "A", like=arm)
-    again = twin.curve(params, BASELINE, seed, steps, "A'", like=arm)
-    own = again if arm == BASELINE else twin.curve(params, arm, seed, steps, "arm")
-    deterministic = again == baseline
-    if deterministic:
-        again = twin.curve(params, BASELINE, seed, steps, "A'", like=arm, perturbed=True)
-    return Twin(baseline, again, own, perturbed=deterministic)
+    baseline, again = twin.curves(params, BASELINE, seed, steps, like=arm, perturbed=(False, True))
+    own = baseline if arm == BASELINE else twin.curves(params, arm, seed, steps)[0]
+    return Twin(baseline, again, own, perturbed=True)
 
 
 def readings(verdict: Verdict, evidence: Evidence, pair: Twin) -> list[dict[str, Any]]:
@@ -137,13 +121,5 @@ def run(params: Params, arm_name: str, seed: int) -> Verdict:
     return verdict
 
 
-def main(arm: ArmArgument, seed: SeedArgument = 0) -> None:
-    def work() -> None:
-        verdict = run(load_params(Params), arm, seed)
-        print(json.dumps({"arm": arm, "seed": seed, "verdict": verdict.verdict, "diagnosis": verdict.diagnosis}))
-
-    main_for("probe", work, arm, seed)
-
-
 if __name__ == "__main__":
-    cli(main)
+    command("probe", Params, run)

@@ -32,18 +32,8 @@ from export.engines.llama_cpp import LlamaCppEngine
 from export.modelfile import Serving
 from export.served import F16_GGUF, FACTS, SERVED_GGUF
 from pipelines.base_model import load_reference
-from pipelines.params import ConfigError, Evaluate, StageParams, check_arm, load_params
-from pipelines.stage import (
-    BASE_ARM,
-    DATA,
-    ArmArgument,
-    SeedArgument,
-    adapter_dir,
-    cli,
-    gguf_dir,
-    main_for,
-    quantized_dir,
-)
+from pipelines.params import ConfigError, Evaluate, StageParams, check_arm
+from pipelines.stage import BASE_ARM, DATA, adapter_dir, command, gguf_dir, quantized_dir
 from trainers.settings import Section
 
 REFERENCE = "f16"
@@ -93,9 +83,8 @@ def f16_file(arm: str, seed: int, folder: Path) -> Path:
 
 def answer(section: Any, model: Path, serving: Serving, items: list[Item], label: str) -> Answers:
     """Answers of a GGUF file to the test items, scored: {item_id, answer, correct, credit}, in the items' order."""
-    context, threads = serving.num_ctx, section.threads
-    engine = LlamaCppEngine(model, serving.template, num_ctx=context, threads=threads, parallel=section.parallel)
-    with engine, tqdm(total=len(items), desc=label, mininterval=1) as bar:
+    engine = LlamaCppEngine(model, serving.template, num_ctx=serving.num_ctx, parallel=section.parallel)
+    with engine, tqdm(total=len(items), desc=label) as bar:
         stop, limit = serving.stop, section.max_tokens
         scored = answers.ask(engine, items, "test", max_tokens=limit, stop=stop, progress=bar.update)
     return [{key: row[key] for key in ("item_id", "answer", "correct", "credit")} for row, _ in scored]
@@ -123,7 +112,7 @@ def run(params: Params, arm: str, seed: int) -> None:
         check_arm(arm, params)
     out, place = quantized_dir(arm, seed), gguf_dir(arm, seed)
     items = [Item.from_json(row) for row in read_jsonl(DATA / "test.jsonl")]
-    evaluate = params.evaluate.model_dump(include={"max_tokens", "threads", "parallel"})
+    evaluate = params.evaluate.model_dump(include={"max_tokens", "parallel"})
     shown = {"quantize": params.quantize.model_dump(), "evaluate": evaluate}
     with staged(out) as folder:
         # Beside the results and not in /tmp, which may be small or in memory.
@@ -142,7 +131,7 @@ def run(params: Params, arm: str, seed: int) -> None:
                 arm=arm,
                 seed=seed,
                 prompt_template=serving.template,
-                device=llama_cpp_device(params.evaluate.threads),
+                device=llama_cpp_device(),
             )
             reference = answer(params.evaluate, source, serving, items, f"{arm}-{seed} {REFERENCE}")
             rows = [row_for(REFERENCE, exported, 0, reference, reference)]
@@ -164,10 +153,5 @@ def run(params: Params, arm: str, seed: int) -> None:
     print(json.dumps({"type: [bits per weight, mean credit]": shown_rows}))
 
 
-def main(arm: ArmArgument, seed: SeedArgument = 0) -> None:
-    """Measure one arm with one seed in every precision asked for."""
-    main_for("quantize", lambda: run(load_params(Params), arm, seed), arm, seed)
-
-
 if __name__ == "__main__":
-    cli(main)
+    command("quantize", Params, run)

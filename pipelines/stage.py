@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from pipelines.params import PARAMS_FILE, P, load_params, load_yaml, threads_for
+
 DATA = Path("data")
 BASE = Path("models/base")
 SPLITS = ("train", "valid", "test", "retention")
@@ -85,25 +87,45 @@ def clear_errors(stage: str, code: int = 1) -> Iterator[None]:
         raise SystemExit(code) from error
 
 
+def set_threads() -> int:
+    """Have torch and llama.cpp compute with params.yaml's threads; call before they are imported."""
+    count, why = threads_for(load_yaml(PARAMS_FILE))
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # one that spins keeps its neighbour from what it waits for
+    print(f"CPU threads: {count} ({why})")
+    return count
+
+
 def quiet_libraries() -> None:
     """Settings that keep other libraries' chatter out of the log; call before they are imported."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "60")  # seconds between two states of a progress bar
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-
-ArmArgument = Annotated[str, typer.Argument(help="base, baseline_lora, …")]
-SeedArgument = Annotated[int, typer.Argument(help="of the training run; 0 for base")]
 
 
 def main_for(stage: str, run: Callable[[], object], arm: str | None = None, seed: int | None = None) -> None:
     """Run a stage from the command line; one that the base has no use for leaves a folder that says so."""
     quiet_libraries()
     with clear_errors(stage if arm is None else f"{stage} {arm}-{seed}"):
+        set_threads()
         if arm is not None and seed is not None and stage in LEFT_OUT and sees_pictures():
             _leave_out(stage, arm, seed)
         else:
             run()
+
+
+def command(stage: str, schema: type[P], run: Callable[[P, str, int], object]) -> None:
+    """Run a stage of one arm with one seed from the command line."""
+
+    def main(
+        arm: Annotated[str, typer.Argument(help="base, baseline_lora, …")],
+        seed: Annotated[int, typer.Argument(help="of the training run; 0 for base")] = 0,
+    ) -> None:
+        main_for(stage, lambda: run(load_params(schema), arm, seed), arm, seed)
+
+    cli(main)
 
 
 def _leave_out(stage: str, arm: str, seed: int) -> None:

@@ -20,9 +20,9 @@ from db.files import (
 from evaluation.tasks import Item, render
 from pipelines.base_model import load_reference
 from pipelines.code import code_hash
-from pipelines.params import VARIANT_OF, StageParams, check_arm, load_params
+from pipelines.params import VARIANT_OF, StageParams, check_arm
 from pipelines.prompt import Prompt, literal, prompt_text
-from pipelines.stage import BASE, DATA, ArmArgument, SeedArgument, adapter_dir, cli, main_for, split_files
+from pipelines.stage import BASE, DATA, adapter_dir, command, split_files
 from trainers import arms
 from trainers.run import Arm, TrainingJob
 from trainers.run import run as train
@@ -92,9 +92,5 @@ def run(params: Params, arm_name: str, seed: int) -> None:
     print(json.dumps(result.summary))
 
 
-def main(arm: ArmArgument, seed: SeedArgument = 0) -> None:
-    main_for("train", lambda: run(load_params(Params), arm, seed), arm, seed)
-
-
 if __name__ == "__main__":
-    cli(main)
+    command("train", Params, run)

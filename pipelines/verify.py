@@ -20,17 +20,8 @@ from export.register import keep_registered, open_on_server
 from export.served import MODES, Served, base_file, served_in
 from export.verify import Checked, Opener, against, show
 from export.verify import verify as verify_model
-from pipelines.params import Positive, Share, StageParams, check_arm, load_params
-from pipelines.stage import (
-    BASE_ARM,
-    ArmArgument,
-    SeedArgument,
-    cli,
-    gguf_dir,
-    main_for,
-    model_name,
-    verified_dir,
-)
+from pipelines.params import Positive, Share, StageParams, check_arm
+from pipelines.stage import BASE_ARM, command, gguf_dir, model_name, verified_dir
 from trainers.settings import Section
 
 GGUF = Path("gguf")
@@ -102,10 +93,5 @@ def run(params: Params, arm: str, seed: int) -> None:
     print(json.dumps({"verified": name, "rows": len(rows), "backends": sorted({row.backend for row in rows})}))
 
 
-def main(arm: ArmArgument, seed: SeedArgument = 0) -> None:
-    """Verify one arm with one seed."""
-    main_for("verify", lambda: run(load_params(Params), arm, seed), arm, seed)
-
-
 if __name__ == "__main__":
-    cli(main)
+    command("verify", Params, run)

@@ -23,7 +23,6 @@ WARM_UP = 200  # steps that the shadow's moments need after a start beside those
 EVENTS = (
     "steps",
     "calls",  # of the preconditioner, between the first gradient and the step
-    "calls_without_gradients",
     "calls_after_step",
     "calls_before_backward",
     "inner_called_directly",  # steps that did not enter by the outermost optimizer
@@ -143,7 +142,6 @@ class TrainedTensors:
 class StepNotes:
     tensors: int  # how many there are
     calls: int = 0  # of the preconditioner
-    calls_without_gradients: int = 0
     inside: list[tuple[Any, int]] = field(default_factory=list)  # optimizers entered, gradients arrived by then
     entered: Any = None  # the first of them
     before: Snapshot = ()  # the preconditioner's calls
@@ -368,7 +366,6 @@ class Probe:
             yield
             return
         self._now.calls += 1
-        self._now.calls_without_gradients += all(p.grad is None for p in self.tensors.parameters)
         before = self.tensors.gradients() if self.sampling else []
         yield
         if self.sampling:
@@ -410,7 +407,6 @@ class Probe:
         shadow = self.tensors.shadow.update(raw, options, self.max_grad_norm, now.weights, total)
         self.events["steps"] += 1
         self.events["calls"] += now.calls
-        self.events["calls_without_gradients"] += now.calls_without_gradients
         self.events["inner_called_directly"] += now.entered is not chain_of(self.optimizer)[0]
         if now.weights:
             record = self._record(raw, shadow, options)
@@ -435,7 +431,6 @@ class Probe:
             "eps": options["eps"] if options["adam"] else None,
             "passes": max(now.hits, default=0),
             "calls": now.calls,
-            "nested": bool(now.inner),
             "tokens": now.tokens_of_all_ranks(now.weights[0].device),
             "units": measure(units, points, now.weights, shadow),
         }

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +13,8 @@ from filelock import FileLock
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # a worker a core; read when torch is imported
+    # A worker a core; read when torch is imported. llama.cpp, which asks for a thread a core, heeds the limit only.
+    os.environ["OMP_NUM_THREADS"] = os.environ["OMP_THREAD_LIMIT"] = "1"
 
 TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 SERVED_TOKENS = 6
@@ -177,28 +176,3 @@ def prompts():
     suite = general.retention_items(1, seed=5)
     random.Random(0).shuffle(suite)
     return [render(TEMPLATE, item.prompt) for item in [*items, *suite[:6]]]
-
-
-@contextmanager
-def not_root():
-    """Root may write everywhere; act as nobody."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 128 KiB; mounting one needs root."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("may not mount a file system here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a test may still stand in it

@@ -22,7 +22,7 @@ ADAPTER = "adapters/baseline_lora/0/adapter_model.safetensors"
 def clone(tmp_path_factory):
     c = make_clone(tmp_path_factory.mktemp("clone") / "project")
     c.run("python", "-m", "pipelines.profile", "--force", "smoke")
-    c.first_output = c.run("dvc", "repro")
+    c.run("python", "-m", "pipelines.repro", "--workers", "1")
     return c
 
 
@@ -55,27 +55,18 @@ def test_2_the_artefacts_are_real(clone):
     assert ("merged_gguf", "adapter") in chain
 
 
-@pytest.mark.parametrize("arm", ["hybrid_grit", "pure_grit"])
-def test_2b_grit_did_something_and_its_smaller_ranks_are_exported(clone, arm):
+def test_2b_grit_s_smaller_ranks_are_exported(clone):
     from gguf import GGUFReader
     from safetensors.torch import load_file
 
-    folder = clone.folder / f"adapters/{arm}/0"
-    said = json.loads((folder / "run.json").read_text())["extra"]["grit"]
-    assert said["effective"] is True and set(said["capture"].values()) == {"hooks"}
-    records = [json.loads(line) for line in (folder / "grit_log.jsonl").open()]
-    assert {"effect", "spectra", "reprojection", "final"} <= {r["kind"] for r in records}
-    for plot in ("fisher_spectra.png", "ranks.png"):
-        assert (folder / plot).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    weights = load_file(folder / "adapter_model.safetensors")
-    ranks = {name: w.shape[0] for name, w in weights.items() if "lora_A" in name}
-    assert min(ranks.values()) < 4 and sum(ranks.values()) / len(ranks) == pytest.approx(said["mean_rank"])
-    exported = GGUFReader(clone.folder / f"gguf/{arm}/0/adapter.gguf").tensors
-    assert sorted(int(min(t.shape)) for t in exported if t.name.endswith("lora_a")) == sorted(ranks.values())
-    baseline = load_file(clone.folder / ADAPTER)
-    assert sum(w.numel() for w in weights.values()) < sum(w.numel() for w in baseline.values())
-    parity = json.loads((clone.folder / f"gguf/{arm}/0/parity.json").read_text())
-    assert parity["token_ids_equal"] == 1.0
+    for arm in ("hybrid_grit", "pure_grit"):
+        said = json.loads((clone.folder / f"adapters/{arm}/0/run.json").read_text())["extra"]["grit"]
+        assert said["effective"] is True and set(said["capture"].values()) == {"hooks"}
+        weights = load_file(clone.folder / f"adapters/{arm}/0/adapter_model.safetensors")
+        ranks = [w.shape[0] for name, w in weights.items() if "lora_A" in name]
+        assert min(ranks) < 4 and sum(ranks) / len(ranks) == pytest.approx(said["mean_rank"])
+        exported = GGUFReader(clone.folder / f"gguf/{arm}/0/adapter.gguf").tensors
+        assert sorted(int(min(t.shape)) for t in exported if t.name.endswith("lora_a")) == sorted(ranks)
 
 
 def test_2c_the_probe_says_what_each_optimizer_did(clone):
@@ -90,56 +81,32 @@ def test_2c_the_probe_says_what_each_optimizer_did(clone):
     angles = dict(clone.query("select arm, probe.value from probe join run on run.id = run_id "
                               "where probe.name = 'angle_to_shadow'"))  # fmt: skip
     assert angles["baseline_lora"] < 0.01 and min(angles["hybrid_grit"], angles["pure_grit"]) > 5
-    floors = dict(clone.query("select arm, probe.value from probe join run on run.id = run_id "
-                              "where probe.name = 'twin_divergence'"))  # fmt: skip
-    assert floors["baseline_lora"] == 0 and min(floors["hybrid_grit"], floors["pure_grit"]) > 10
     report = (clone.folder / "outputs/grit_evaluation.md").read_text()
     assert "| hybrid_grit | 0 | effective |" in report and "equals_shadow" in report
-    for arm in angles:
-        folder = clone.folder / f"verdicts/{arm}/0"
-        assert {p.name for p in folder.iterdir()} == {"verdict.json", "run.json", "updates.png", "twin.png"}
 
 
-def test_2d_what_is_served_is_verified_and_other_precisions_are_measured(clone):
-    said = clone.query("select arm, mode, prompts, rendered, counted, answered, perturbed_noticed "
-                       "from verification v join run on run.id = run_id where backend = 'llama_cpp'")  # fmt: skip
-    arms = ("baseline_lora", "hybrid_grit", "pure_grit")
-    assert sorted(row[:2] for row in said) == sorted(
-        [("base", "merged"), *((arm, mode) for arm in arms for mode in ("merged", "adapter"))]
-    )
-    assert all(row[2] >= 10 and row[3] == row[4] == 1 and row[5] >= 0.9 for row in said)
-    assert all(row[6] == 1 for row in said if row[1] == "adapter")
+def test_2d_everything_that_was_measured_is_in_the_database_and_the_reports(clone):
+    verified = clone.query("select arm, mode, rendered, counted, answered >= 0.9, coalesce(perturbed_noticed, 1) "
+                           "from verification v join run on run.id = run_id where backend = 'llama_cpp'")  # fmt: skip
+    modes = [("base", "merged"), *((arm, mode) for arm in ARMS for mode in ("merged", "adapter"))]
+    assert sorted(verified) == sorted((*mode, 1, 1, 1, 1) for mode in modes)
     sizes = {}
     for arm, kind, size, n in clone.query("select arm, type, bytes, n from quantization q join run on run.id = run_id"):
         sizes.setdefault(arm, {})[kind] = size
         assert n == 40
-    assert sizes.keys() == {"base", *arms} and all(s.keys() == {"f16", "q8_0"} for s in sizes.values())
-    for arm, size in sizes.items():
-        assert size["q8_0"] < size["f16"] == (clone.folder / f"gguf/{arm}/0/model.gguf").stat().st_size
-    report = (clone.folder / "outputs/grit_evaluation.md").read_text()
-    assert "## Quantization" in report and "## Served as trained" in report
-
-
-def test_2e_retention_updates_and_alignment_are_measured(clone):
-    names = ("perplexity", "update_norm", "effective_rank", "drift_relative", "alignment_index")
+    assert sizes.keys() == {"base", *ARMS} and all(s["q8_0"] < s["f16"] for s in sizes.values())
     found = {}
     for arm, name, value in clone.query("select arm, name, value from metric join run on run.id = run_id "
                                         "where split in ('general', 'weights', 'hidden', 'alignment')"):  # fmt: skip
         found.setdefault(arm, {})[name] = value
-    assert found.keys() == {"base", *ARMS}
-    assert all(found[arm][name] > 0 for arm in ARMS for name in names)
-    assert found["base"]["perplexity"] > 1 and "update_norm" not in found["base"]
-    assert all(0 < found[arm]["alignment_p_value"] <= 1 for arm in found)
-    layers = clone.query("select distinct layer from layer_metric where name = 'update_norm'")
-    assert len(layers) == 14
+    names = ("perplexity", "update_norm", "effective_rank", "drift_relative", "alignment_index")
+    assert all(found[arm][name] > 0 for arm in ARMS for name in names) and "update_norm" not in found["base"]
     assert clone.query("select count(distinct arm) from spectrum join run on run.id = run_id") == [(2,)]
-
-
-def test_2f_the_page_holds_everything_and_needs_no_network(clone):
+    report = (clone.folder / "outputs/grit_evaluation.md").read_text()
+    assert "## Quantization" in report and "## Served as trained" in report
     page = (clone.folder / "outputs/report.html").read_text()
-    assert all(f">{arm}<" in page for arm in ("base", *ARMS))
+    assert all(f">{arm}<" in page for arm in ("base", *ARMS)) and page.count("<h2") >= 8
     assert not re.search(r"""(?:src|href)=["'](?:https?:)?//""", page)
-    assert page.count("<h2") >= 8
 
 
 def test_2g_dvc_shows_the_numbers_of_the_comparison(clone):
@@ -166,7 +133,7 @@ def test_2g_dvc_shows_the_numbers_of_the_comparison(clone):
 
 
 def test_3_the_backend_is_recorded_and_the_fallback_is_said(clone):
-    assert "no Ollama server at" in clone.first_output
+    assert "no Ollama server at" in (clone.folder / "logs/stages/evaluate_base.log").read_text()
     assert {b for (b,) in clone.query("select backend_name from run")} == {"llama_cpp"}
 
 
@@ -177,6 +144,7 @@ def test_4_compare_all_prints_the_table(clone):
     assert "baseline_lora_model" in report
 
 
+@pytest.mark.full
 def test_5_a_second_run_changes_nothing_and_comments_rerun_nothing(clone):
     before = clone.dump()
     output = clone.run("dvc", "repro")
@@ -199,6 +167,7 @@ def test_5_a_second_run_changes_nothing_and_comments_rerun_nothing(clone):
     assert reruns("A_CONSTANT = 1\n") == {f"{stage}@{arm}-0" for stage in ("train", "probe") for arm in ARMS[1:]}
 
 
+@pytest.mark.full
 def test_6_a_deleted_database_comes_back(clone):
     before = clone.query("select * from evaluation_results order by 1")
     (clone.folder / "outputs/centralized.db").unlink()
@@ -208,6 +177,7 @@ def test_6_a_deleted_database_comes_back(clone):
     assert clone.query("select * from evaluation_results order by 1") == before
 
 
+@pytest.mark.full
 def test_7_an_ollama_that_is_down_fails_when_asked_for(clone):
     scores = clone.folder / "scores/base/0/scores.json"
     before = scores.read_bytes()
@@ -219,6 +189,7 @@ def test_7_an_ollama_that_is_down_fails_when_asked_for(clone):
     assert scores.read_bytes() == before and "is cached - skipping run" in restored
 
 
+@pytest.mark.full
 def test_8_bad_params_stop_before_any_work(clone):
     clone.change("train", rank=-1)
     output = clone.run("dvc", "repro", ok=False)
@@ -231,6 +202,7 @@ def test_8_bad_params_stop_before_any_work(clone):
     clone.run("dvc", "repro")
 
 
+@pytest.mark.full
 def test_9_a_killed_training_ends_as_if_undisturbed(clone):
     """kill -9 in the middle, then `dvc repro`; the adapter equals one that was trained in one go.
 
@@ -274,6 +246,7 @@ def test_9_a_killed_training_ends_as_if_undisturbed(clone):
     assert (clone.folder / LEDGER).read_bytes() == ledger, "the probe saw the resumed run as one"
 
 
+@pytest.mark.full
 def test_b_the_changed_run_is_current_and_the_old_one_is_kept(clone):
     runs = clone.query("select params from run where arm = 'baseline_lora' order by is_current")
     rates = [json.loads(p)["train"]["train"]["learning_rate"] for (p,) in runs]
@@ -281,6 +254,7 @@ def test_b_the_changed_run_is_current_and_the_old_one_is_kept(clone):
     assert len(clone.query("select * from evaluation_results")) == 2
 
 
+@pytest.mark.full
 def test_c_where_a_server_answers_the_models_are_served_and_scored_there(clone, tmp_path):
     from tests.ollama_double import OllamaDouble
 

@@ -14,7 +14,7 @@ from tests.vision_sizes import ARMS, RETENTION_ITEMS, TEST_ITEMS
 def clone(tmp_path_factory):
     c = make_clone(tmp_path_factory.mktemp("clone") / "project")
     c.run("python", "-m", "pipelines.profile", "vision+smoke")
-    c.run("dvc", "repro")
+    c.run("python", "-m", "pipelines.repro", "--workers", "1")
     return c
 
 
@@ -82,6 +82,7 @@ def test_4_what_pictures_leave_out_says_why_and_nothing_is_left_to_do(clone):
     assert [line.split()[-1] for line in changed] == ["params.yaml", "dvc.lock"]
 
 
+@pytest.mark.full
 def test_5_an_arm_that_claims_and_does_not_precondition_fails_the_pipeline(clone):
     file = clone.folder / "params.yaml"
     raw = yaml.safe_load(file.read_text())

@@ -25,7 +25,7 @@ def recipe(tmp_path_factory):
     recipe_data.write(clone.folder / "inputs" / TASK, TASK, ROWS, TEST_ROWS)
     clone.run("python", "-m", "pipelines.profile", f"{TASK}+smoke")
     clone.change("prepare_data", source=f"inputs/{TASK}")
-    clone.run("dvc", "repro")
+    clone.run("python", "-m", "pipelines.repro", "--workers", "1")
     return clone
 
 

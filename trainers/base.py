@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from trainers.encode import EncodingError, encode_example
-from trainers.pictures import IMAGE_TOKEN, EmbeddedProcessor, without_references
+from trainers.pictures import IMAGE_TOKEN, EmbeddedProcessor, text_tensors, without_references
 from trainers.run import latest_complete
 from trainers.settings import Positive, Section, Seed
 
-PAD, UNK, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
+SPECIAL = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}  # in the order of their ids
 # Weight of a prompt token's loss beside an answer token's 1. Questions are mostly random numbers, but learning to
 # read them speeds up learning to answer; LOG.md has the figures for this and for INITIALIZER_RANGE.
 PROMPT_WEIGHT = 0.1
@@ -29,6 +29,13 @@ PROMPT_WEIGHT = 0.1
 INITIALIZER_RANGE = 0.08
 # Questions whose texts train the tokenizer, the first of all.
 TOKENIZER_EXAMPLES = 20_000
+
+
+def _require(section: Section, *rules: tuple[str, str, bool]) -> None:
+    """Rules: field, what is expected of it, whether that holds."""
+    problems = [f"{name}: expected {want}, got {getattr(section, name)}" for name, want, holds in rules if not holds]
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 class VisionTower(Section):
@@ -41,18 +48,14 @@ class VisionTower(Section):
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
-        problems = []
-        if self.image_size % self.patch_size:
-            problems.append(f"image_size: expected a multiple of patch_size {self.patch_size}, got {self.image_size}")
-        elif (self.image_size // self.patch_size) % self.scale_factor:
-            problems.append(
-                f"scale_factor: expected a divisor of image_size / patch_size = {self.image_size // self.patch_size}, "
-                f"got {self.scale_factor}"
-            )
-        if self.hidden_size % self.heads:
-            problems.append(f"hidden_size: expected a multiple of heads {self.heads}, got {self.hidden_size}")
-        if problems:
-            raise ValueError("\n".join(problems))
+        patches, rest = divmod(self.image_size, self.patch_size)
+        divisor = f"a divisor of image_size / patch_size = {patches}"
+        _require(
+            self,
+            ("image_size", f"a multiple of patch_size {self.patch_size}", rest == 0),
+            ("scale_factor", divisor, rest != 0 or patches % self.scale_factor == 0),
+            ("hidden_size", f"a multiple of heads {self.heads}", self.hidden_size % self.heads == 0),
+        )
         return self
 
     @property
@@ -90,9 +93,7 @@ class EmbeddedSettings(Section):
             ]
         else:
             rules = [("hidden_size", f"a multiple of heads {self.heads}", self.hidden_size % self.heads == 0)]
-        problems = [f"{name}: expected {want}, got {getattr(self, name)}" for name, want, holds in rules if not holds]
-        if problems:
-            raise ValueError("\n".join(problems))
+        _require(self, *rules)
         return self
 
 
@@ -107,6 +108,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Any:
     import sentencepiece
     from transformers import LlamaTokenizer
 
+    special: dict[str, Any] = {f"{name}_piece": piece for name, piece in SPECIAL.items()}
+    special |= {f"{name}_id": number for number, name in enumerate(SPECIAL)}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_prefix=str(folder / "tokenizer"),
@@ -118,14 +121,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Any:
         character_coverage=1.0,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=3,
-        unk_piece=UNK,
-        bos_piece=BOS,
-        eos_piece=EOS,
-        pad_piece=PAD,
+        **special,
         num_threads=1,
         minloglevel=2,
     )
@@ -135,10 +131,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Any:
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,
         "add_eos_token": False,
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "unk_token": UNK,
-        "pad_token": PAD,
+        **{f"{name}_token": piece for name, piece in SPECIAL.items()},
         "legacy": False,
         "clean_up_tokenization_spaces": False,
     }
@@ -213,22 +206,6 @@ def weighted_loss(logits: Any, input_ids: Any, weights: Any) -> Any:
     return (losses * w).sum() / w.sum()
 
 
-def _weighted_batch(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    import torch
-
-    width = max(len(r["input_ids"]) for r in rows)
-
-    def padded(made: Sequence[list[Any]], fill: Any) -> Any:
-        return torch.tensor([[*values, *[fill] * (width - len(values))] for values in made])
-
-    weights = [[PROMPT_WEIGHT] * r["prompt_length"] + [1.0] * (len(r["input_ids"]) - r["prompt_length"]) for r in rows]
-    return {
-        "input_ids": padded([r["input_ids"] for r in rows], pad_id),
-        "attention_mask": padded([[1] * len(r["input_ids"]) for r in rows], 0),
-        "weights": padded(weights, 0.0),
-    }
-
-
 def batched_order(lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:
     """An order of examples in which consecutive batches hold examples of like length; only the last may be short.
 
@@ -268,6 +245,12 @@ def train_base(
             loss = weighted_loss(outputs.logits, inputs["input_ids"], weights)
             return (loss, outputs) if return_outputs else loss
 
+    def weighted(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        lengths = [(row["prompt_length"], len(row["input_ids"])) for row in rows]
+        weights = [[PROMPT_WEIGHT] * prompt + [1.0] * (whole - prompt) for prompt, whole in lengths]
+        batch = text_tensors(rows, tokenizer, {"weights": weights})
+        return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
     train = train_tokenizer if settings.vision is None else train_vision_tokenizer
     texts = [text for pair in examples[:TOKENIZER_EXAMPLES] for text in pair]
     tokenizer = train(texts, settings.vocab_size, output)
@@ -275,8 +258,7 @@ def train_base(
     if settings.vision is None:
         encoded = [encode_example(tokenizer, prompt, answer) for prompt, answer in examples]
         rows: list[dict[str, Any]] = [{"input_ids": ids, "prompt_length": prompt} for ids, prompt in encoded]
-        pad = tokenizer.pad_token_id
-        kind, collate, save_steps = WeightedTrainer, lambda rows: _weighted_batch(rows, pad), 500
+        kind, collate, save_steps = WeightedTrainer, weighted, 500
     else:
         processor = EmbeddedProcessor(tokenizer, model.config.to_dict(), images)
         rows = [processor.encode(prompt, answer) for prompt, answer in examples]

@@ -55,10 +55,8 @@ def progress_lines(
                 resumed = f" from step {state.global_step}" if state.global_step else ""
                 write(f"{name}: {state.max_steps} steps{resumed}")
 
-        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-            self.eval_loss = (metrics or {}).get("eval_loss", self.eval_loss)
-
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            self.eval_loss = (logs or {}).get("eval_loss", self.eval_loss)
             if logs is not None and "loss" in logs:
                 self.loss = logs["loss"]
                 if clock() - self.last >= 30:

@@ -1,6 +1,6 @@
 """Token ids: the same for training, scoring and serving."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,31 +52,35 @@ def encode_examples(
     """
     from datasets import Dataset
 
-    ids: list[list[int]] = []
-    mask: list[list[int]] = []
-    too_long: list[tuple[int, int]] = []
-    longest = 0
-    for i, (prompt, completion) in enumerate(examples):
-        tokens, n_prompt = encode_example(tokenizer, prompt, completion)
-        longest = max(longest, len(tokens))
-        if len(tokens) > max_length:
-            too_long.append((i, len(tokens)))
-            continue
-        ids.append(tokens)
-        mask.append([0] * n_prompt + [1] * (len(tokens) - n_prompt))
+    encoded = [encode_example(tokenizer, prompt, completion) for prompt, completion in examples]
+    kept, left_out, longest = short_enough([len(ids) for ids, _ in encoded], max_length, leave_out=leave_out)
+    ids, lengths = zip(*(encoded[place] for place in kept), strict=True)
+    mask = [[0] * n + [1] * (len(own) - n) for own, n in zip(ids, lengths, strict=True)]
+    return Encoded(Dataset.from_dict({"input_ids": ids, "completion_mask": mask}), left_out, longest)
+
+
+def short_enough(
+    lengths: Sequence[int], max_length: int, *, leave_out: bool, kind: str = "items"
+) -> tuple[list[int], int, int]:
+    """Places of the examples of at most `max_length` tokens; how many there are besides, and the longest of all.
+
+    EncodingError if one is too long and may not be left out, or if none is left.
+    """
+    kept = [place for place, n in enumerate(lengths) if n <= max_length]
+    too_long = [(place, n) for place, n in enumerate(lengths) if n > max_length]
+    longest = max(lengths, default=0)
     if too_long and not leave_out:
-        named = ", ".join(f"item {i}: {n}" for i, n in too_long[:3])
+        named = ", ".join(f"item {place}: {n}" for place, n in too_long[:3])
         raise EncodingError(
-            f"expected at most max_length = {max_length} tokens, got more in {len(too_long)} items ({named}…); "
+            f"expected at most max_length = {max_length} tokens, got more in {len(too_long)} {kind} ({named}…); "
             f"set train.max_length to {longest}, or shorten the items, or leave them out with train.overlong: "
             "leave_out, or with prepare_data.max_chars where items are chosen"
         )
-    if not ids and too_long:
-        shortest = min(n for _, n in too_long)
+    if not kept:
+        if not lengths:
+            raise EncodingError("expected at least one example, got none")
         raise EncodingError(
             f"expected at least one example of at most max_length = {max_length} tokens, got {len(too_long)} of "
-            f"{shortest} to {longest}; raise train.max_length"
+            f"{min(lengths)} to {longest}; raise train.max_length"
         )
-    if not ids:
-        raise EncodingError("expected at least one example, got none")
-    return Encoded(Dataset.from_dict({"input_ids": ids, "completion_mask": mask}), len(too_long), longest)
+    return kept, len(too_long), longest

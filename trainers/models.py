@@ -49,9 +49,9 @@ def hub_reason(error: BaseException, source: str, key: str = "source") -> str | 
     return None
 
 
-def _not_loaded(what: str, base: BaseReference, error: Exception) -> ModelError:
-    reason = None if Path(base.location).is_dir() else hub_reason(error, base.location)
-    return ModelError(f"no {what} could be loaded from {base.location!r}: {reason or error}")
+def reason_of(error: Exception, base: BaseReference) -> str:
+    """Why a base could not be loaded: one sentence where the hub is at fault, else the error's own words."""
+    return (None if Path(base.location).is_dir() else hub_reason(error, base.location)) or str(error)
 
 
 def load_tokenizer(base: BaseReference) -> Any:
@@ -61,7 +61,7 @@ def load_tokenizer(base: BaseReference) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.location, **base.load_kwargs)
     except (OSError, ValueError) as error:
-        raise _not_loaded("tokenizer", base, error) from error
+        raise ModelError(f"no tokenizer could be loaded from {base.location!r}: {reason_of(error, base)}") from error
     if tokenizer.pad_token is None:
         # A padding token of its own where the vocabulary reserves one; labels are masked by position either way.
         reserved = ("<|finetune_right_pad_id|>", "<|reserved_special_token_250|>", "<pad>", "<unk>")
@@ -95,7 +95,7 @@ def load_base_model(base: BaseReference, settings: TrainSettings) -> Any:
     try:
         model = loader.from_pretrained(base.location, use_safetensors=True, **kwargs)
     except (OSError, ValueError) as error:
-        raise _not_loaded("model", base, error) from error
+        raise ModelError(f"no model could be loaded from {base.location!r}: {reason_of(error, base)}") from error
     model.config.use_cache = False
     if settings.layers is not None:
         model.config.get_text_config().use_cache = False

@@ -13,10 +13,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from trainers.encode import Encoded, EncodingError, encode_example, encode_prompt
-from trainers.models import hub_reason, load_tokenizer
+from trainers.encode import Encoded, EncodingError, encode_example, encode_prompt, short_enough
+from trainers.models import load_tokenizer, reason_of
 from trainers.settings import BaseReference
 
 IMAGE_TOKEN = "<image>"  # noqa: S105
@@ -30,25 +30,6 @@ Row = dict[str, Any]
 
 class VisionDataError(EncodingError):
     """Prompts or pictures that cannot be turned into a model's input."""
-
-
-class VisionProcessor(Protocol):
-    """What makes a vision-language model's input."""
-
-    tokenizer: Any
-
-    def encode(self, prompt: str, completion: str | None = None) -> Row:
-        """One item as a row; an end-of-sequence token follows the completion. None: a prompt to be answered."""
-        ...
-
-    def collate(self, rows: Sequence[Row], device: Any = None) -> dict[str, Any]:
-        """A batch of rows, all with a completion or all without.
-
-        Gives input_ids, attention_mask [batch, tokens], and the pictures as the model takes them (the embedded base:
-        pixel_values [batch, images, 3, height, width]). Rows with a completion are padded on the right and have labels
-        [batch, tokens], -100 on prompt and padding; rows without are padded on the left, to generate from.
-        """
-        ...
 
 
 def references(prompt: str) -> list[str]:
@@ -92,8 +73,8 @@ def _read_images(prompt: str, root: Path) -> list[Any]:
     return images
 
 
-def _text_tensors(rows: Sequence[Row], tokenizer: Any, per_token: Sequence[str] = ()) -> dict[str, Any]:
-    """input_ids, attention_mask, labels for training, and what else there is for each token; all [batch, tokens]."""
+def text_tensors(rows: Sequence[Row], tokenizer: Any, more: Mapping[str, Sequence[Any]] | None = None) -> Row:
+    """input_ids, attention_mask, labels for training, and `more` of each row's tokens; all [batch, tokens]."""
     import torch
 
     if not rows:
@@ -107,14 +88,14 @@ def _text_tensors(rows: Sequence[Row], tokenizer: Any, per_token: Sequence[str] 
     # Padding is masked, so any id will do.
     pad = next((int(t) for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
 
-    def padded(values: Sequence[int], fill: int) -> list[int]:
+    def padded(values: Sequence[float], fill: int) -> list[float]:
         rest = [fill] * (width - len(values))
         return [*rest, *values] if without else [*values, *rest]
 
     batch = {
         "input_ids": [padded(row["input_ids"], pad) for row in rows],
         "attention_mask": [padded([1] * len(row["input_ids"]), 0) for row in rows],
-        **{name: [padded(row["images"][name], 0) for row in rows] for name in per_token},
+        **{name: [padded(own, 0) for own in values] for name, values in (more or {}).items()},
     }
     if not without:
         batch["labels"] = [
@@ -157,7 +138,10 @@ class EmbeddedProcessor:
             )
 
     def encode(self, prompt: str, completion: str | None = None) -> Row:
-        """See `VisionProcessor`; `images` is uint8 [images, 3, height, width]."""
+        """One item as a row; an end-of-sequence token follows the completion. None: a prompt to be answered.
+
+        `images` is uint8 [images, 3, height, width].
+        """
         import numpy
 
         text = _with_placeholders(prompt, IMAGE_TOKEN, IMAGE_TOKEN * self.image_seq_len)
@@ -176,10 +160,15 @@ class EmbeddedProcessor:
         return numpy.asarray(image, dtype=numpy.uint8).transpose(2, 0, 1)
 
     def collate(self, rows: Sequence[Row], device: Any = None) -> dict[str, Any]:
-        """See `VisionProcessor`; a row with fewer pictures than another gets empty ones, all zero."""
+        """A batch of rows, all with a completion or all without.
+
+        Gives input_ids, attention_mask [batch, tokens] and pixel_values [batch, images, 3, height, width]; a row with
+        fewer pictures than another gets empty ones, all zero. Rows with a completion are padded on the right and have
+        labels [batch, tokens], -100 on prompt and padding; rows without are padded on the left, to generate from.
+        """
         import torch
 
-        batch = _text_tensors(rows, self.tokenizer)
+        batch = text_tensors(rows, self.tokenizer)
         most = max(len(row["images"]) for row in rows)
         # Idefics3 takes a picture of zeros for padding; none of a picture's own values is zero, since 127.5 is no byte.
         values = torch.zeros(len(rows), most, 3, self.image_size, self.image_size)
@@ -215,7 +204,7 @@ class HubProcessor:
         self.image_token = str(getattr(token, "content", token))
 
     def encode(self, prompt: str, completion: str | None = None) -> Row:
-        """See `VisionProcessor`; `images` holds what the processor returns beside input_ids and attention_mask."""
+        """As of `EmbeddedProcessor`; `images` holds what the processor returns beside input_ids and attention_mask."""
         marks = ("<|vision_start|>", "<|vision_end|>")  # that Qwen's models want round the image token
         has_marks = set(marks) <= self.tokenizer.get_vocab().keys()
         placeholder = self.image_token.join(marks) if has_marks else self.image_token
@@ -231,13 +220,12 @@ class HubProcessor:
         return {"input_ids": ids, "prompt_length": length, "images": extra}
 
     def collate(self, rows: Sequence[Row], device: Any = None) -> dict[str, Any]:
-        """See `VisionProcessor`; pixels come in the shape that the model's own processor gives them."""
+        """As of `EmbeddedProcessor`; pixels come in the shape that the model's own processor gives them."""
         names = list(rows[0]["images"]) if rows else []
-        per_token = [name for name in names if isinstance(rows[0]["images"][name], list)]
-        batch = _text_tensors(rows, self.tokenizer, per_token)
-        for name in names:
-            if name not in per_token:
-                batch[name] = _joined([row["images"][name] for row in rows])
+        features = {name: [row["images"][name] for row in rows] for name in names}
+        per_token = {name: values for name, values in features.items() if isinstance(values[0], list)}
+        batch = text_tensors(rows, self.tokenizer, per_token)
+        batch |= {name: _joined(values) for name, values in features.items() if name not in per_token}
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -257,7 +245,7 @@ class _Reader:
             name = type(self._processor).__name__
             raise VisionDataError(f"{name} refused the prompt {text[:120]!r}: {error}") from error
         ids = made.pop("input_ids")
-        for name in ("attention_mask", "labels"):  # both are made of whole rows, see `_text_tensors`
+        for name in ("attention_mask", "labels"):  # both are made of whole rows, see `text_tensors`
             made.pop(name, None)
         self.features, self.width = made, ids.shape[1]
         return {"input_ids": ids[0].tolist()}
@@ -283,6 +271,9 @@ def _joined(values: Sequence[Any]) -> Any:
     return joined
 
 
+VisionProcessor = EmbeddedProcessor | HubProcessor
+
+
 def load_processor(base: BaseReference, root: Path) -> VisionProcessor:
     """The processor of a base model; paths in prompts start from `root`.
 
@@ -306,8 +297,8 @@ def load_processor(base: BaseReference, root: Path) -> VisionProcessor:
                 f"{base.location}: its image processor needs torchvision, which is not installed; install the build "
                 "that belongs to this torch, with `pip install torchvision`"
             ) from error
-        reason = None if folder.is_dir() else hub_reason(error, base.location)
-        raise VisionDataError(f"no processor could be loaded from {base.location!r}: {reason or error}") from error
+        why = reason_of(error, base)
+        raise VisionDataError(f"no processor could be loaded from {base.location!r}: {why}") from error
 
 
 class PictureItems:
@@ -329,13 +320,5 @@ def encode_items(
     """`encode_examples` of items with pictures; every picture is read once here, so that none fails later."""
     processor = load_processor(base, root)
     lengths = [len(processor.encode(prompt, answer)["input_ids"]) for prompt, answer in examples]
-    kept = [example for example, n in zip(examples, lengths, strict=True) if n <= max_length]
-    left_out, longest = len(examples) - len(kept), max(lengths, default=0)
-    if left_out and not leave_out:
-        raise EncodingError(
-            f"expected at most max_length = {max_length} tokens, images included, got more in {left_out} {kind} items; "
-            f"set train.max_length to {longest}, or train.overlong: leave_out"
-        )
-    if not kept:
-        raise EncodingError(f"expected at least one {kind} item of at most {max_length} tokens, got none")
-    return Encoded(PictureItems(processor, kept), left_out, longest)
+    kept, left_out, longest = short_enough(lengths, max_length, leave_out=leave_out, kind=f"{kind} items")
+    return Encoded(PictureItems(processor, [examples[place] for place in kept]), left_out, longest)

@@ -121,11 +121,10 @@ def training_arguments(job: TrainingJob, **changes: Any) -> Any:
         data_seed=job.seed,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=s.layers is None,  # pictures are a column of their own until they are collated
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),  # `progress_lines` there
     )
-    if s.layers is not None:
-        values["remove_unused_columns"] = False  # pictures are a column of their own until they are collated
     return SFTConfig(**{**values, **changes})
 
 

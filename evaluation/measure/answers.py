@@ -191,15 +191,10 @@ def metric_defs(task: Task, rows: Sequence[dict[str, Any]]) -> dict[str, dict[st
     Raises ItemError: the task summarizes by a metric that it does not describe.
     """
     known: dict[str, Mapping[str, str]] = {**task.METRICS, **general.METRICS, CUT: _CUT_DEF}
-    return {row["name"]: dict(known.get(row["name"]) or _general_def(task, row["name"])) for row in rows}
-
-
-def _general_def(task: Task, name: str) -> dict[str, str]:
-    prefix, _, general_task = name.partition("/")
-    if prefix != RETENTION or not general_task:
-        raise ItemError(f"{task.NAME}: expected every metric of summarize in METRICS, got {name!r}, which is not there")
-    return {
-        "unit": "share",
-        "direction": "higher",
-        "description": f"Share of right answers in the general task {general_task}",
-    }
+    for name in (row["name"] for row in rows if row["name"] not in known):
+        prefix, _, of = name.partition("/")
+        if prefix != RETENTION or not of:
+            raise ItemError(f"{task.NAME}: expected every metric of summarize in METRICS, got {name!r}, not there")
+        told = f"Share of right answers in the general task {of}"
+        known[name] = {"unit": "share", "direction": "higher", "description": told}
+    return {row["name"]: dict(known[row["name"]]) for row in rows}

@@ -34,11 +34,10 @@ How sure: CHI is biased upwards, by about 1 where the clusters are the same. So
 - chance gives another level in the arm than in the base, so their difference is of the excess over each one's own mean
   with permuted labels, and has a null and a p-value of its own: `difference`. The outcome rests on that p-value.
 
-In simulations (400 to 600 samples of 60 prompts a class in 64 dimensions, constants fixed anew on the base of each)
-the interval of the index held the mean in 97 to 100%, that of the difference in 96 to 99%; in 93% with classes 2
-standard deviations apart and a spectrum of 0.8^k, in 91.7% with heavy tails (Student's t, 3 degrees of freedom). What
-the base's constants owe to the sample is not resampled. Where there was no difference, 0.5 to 3.3% of its p-values were
-at or below 0.05.
+In simulations (60 prompts a class in 64 dimensions, constants fixed anew on the base of each) the interval of the index
+held the mean in 97 to 100%, that of the difference in 96 to 99%; in 93% with a spectrum of 0.8^k, in 91.7% with heavy
+tails (Student's t, 3 degrees of freedom). Where there was no difference, 0.5 to 3.3% of its p-values were at or below
+0.05. What the base's constants owe to the sample is not resampled.
 
 Where every prompt has a partner of the other class (matched pairs), pairs are resampled, and labels are swapped within
 pairs, which is what would be exchangeable if safety made no difference; else each class is resampled, and labels are

@@ -10,7 +10,7 @@ from sqlalchemy import Row
 from db.queries import BASE, RunFacts
 from db.records import join_value
 from evaluation.measure.speed import median_interval
-from evaluation.report.results import Key, Results, Rows
+from evaluation.report.results import Key, Results
 from evaluation.statistics.differences import Difference, Pairs, compare_pairs, kept_share
 from evaluation.statistics.intervals import LEVEL, Interval, aligned, is_binary, share_interval
 from evaluation.statistics.seeds import crossed_interval
@@ -116,7 +116,10 @@ def side_by_side(results: Results, runs: Sequence[RunFacts], baseline: str) -> S
         and (found := pair(by_arm[arm], against, by_arm.get(against, ()), results.answers)) is not None
     }
     differences = compare_pairs(pairs)
-    changes = {arm: _speed_change(by_arm[arm], results.timings) for arm in arms}
+    changes = {BASE: speed_change(())}
+    for arm in (arm for arm in arms if arm != BASE):
+        timings = (results.timings.get(run.id, ()) for run in by_arm[arm])
+        changes[arm] = speed_change([change for own in timings for change in speed_changes(arm, own)])
     base = by_arm.get(BASE, ())
     rows = tuple(_row(by_arm[arm], base, results, differences.get(arm, ()), changes[arm]) for arm in arms)
     return SideBySide(rows, pairs, changes)
@@ -224,11 +227,6 @@ def speed_change(changes: Sequence[float]) -> SpeedChange:
     found = median_interval(changes, LEVEL)
     points = Interval(found["median"], found["low"], found["high"]).scaled(100)
     return SpeedChange(points, found["confidence"], len(changes))
-
-
-def _speed_change(runs: Sequence[RunFacts], timings: Rows) -> SpeedChange:
-    trained = [run for run in runs if run.arm != BASE]
-    return speed_change([c for run in trained for c in speed_changes(run.arm, timings.get(run.id, ()))])
 
 
 def _probe(seed: int, readings: Mapping[str, Row[Any]]) -> ProbeRow:

@@ -58,12 +58,9 @@ class Primary:
     def key(self) -> str:
         return "aqi_accuracy" if self.air else "score"
 
-    @property
-    def delta_key(self) -> str:
-        return "delta_aqi" if self.air else "delta_score"
-
-    def against_key(self, arm: str) -> str:
-        return f"{'aqi' if self.air else 'score'}_against_{arm}"
+    def difference_key(self, against: str = BASE) -> str:
+        stem = "aqi" if self.air else "score"
+        return f"delta_{stem}" if against == BASE else f"{stem}_against_{against}"
 
 
 FIRST = Primary("aqi", "AQI accuracy", "aqi_category_accuracy")

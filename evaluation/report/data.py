@@ -21,13 +21,9 @@ _WORDS = {(Difference, "outcome"): "verdict", (Comparison, "outcomes"): "verdict
 """Attributes whose key in JSON is older than their name."""
 
 
-def as_json(comparison: Comparison) -> str:
+def as_json(found: Comparison | Sequence[TaskRow]) -> str:
     """Return everything as JSON; NaN and infinities are words, since JSON has no such numbers."""
-    return json.dumps(_plain(comparison), indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def tasks_as_json(comparison: Comparison) -> str:
-    return json.dumps(_plain(comparison.tasks), indent=1, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_plain(found), indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
@@ -49,15 +45,15 @@ def as_csv(comparison: Comparison) -> str:
     Columns with `lead` are about the arm in `baseline`, the other differences about the base. `Primary` says what the
     columns of the primary metric are called.
     """
-    return _records([_record(comparison, row) for row in comparison.rows], "model_name")
+    return _records([_record(comparison, row) for row in comparison.rows])
 
 
-def tasks_as_csv(comparison: Comparison) -> str:
-    return _records([task_record(row) for row in comparison.tasks], "task")
+def tasks_as_csv(tasks: Sequence[TaskRow]) -> str:
+    return _records([task_record(row) for row in tasks])
 
 
-def _records(records: Sequence[Mapping[str, object]], first: str) -> str:
-    return _csv(list(records[0]) if records else [first], [list(record.values()) for record in records])
+def _records(records: Sequence[Mapping[str, object]]) -> str:
+    return _csv(list(records[0]), [list(record.values()) for record in records])
 
 
 def _csv(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
@@ -73,7 +69,7 @@ def _record(comparison: Comparison, row: ArmRow) -> dict[str, object]:
         "arm": row.arm,
         "seeds": len(row.seeds),
         f"{primary.key}_percent": row.accuracy,
-        **_difference(row.against(BASE), primary.delta_key, 0.0 if row.arm == BASE else None),
+        **_difference(row.against(BASE), primary.difference_key(), 0.0 if row.arm == BASE else None),
         "retention_percent": row.retention,
         "decode_tokens_per_second": row.decode_speed,
         "delta_speed_percent": row.delta_speed,
@@ -166,7 +162,7 @@ def _numbers(row: ArmRow, primary: Primary) -> dict[str, float | str]:
         "updates": row.updates or None,
     }
     for d in row.differences:
-        name = primary.delta_key if d.against == BASE else primary.against_key(d.against)
+        name = primary.difference_key(d.against)
         found |= {name: d.points.estimate, f"{name}_low": d.points.low, f"{name}_high": d.points.high}
         found[f"{name}_verdict"] = d.outcome
     return {

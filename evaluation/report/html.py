@@ -26,15 +26,11 @@ _SENTENCE = 32
 """Characters of a cell beyond which its column wraps."""
 _SLOTS = {BASE: 0, "baseline_lora": 1, "hybrid_grit": 2, "pure_grit": 3}
 """Colours of the known arms, as numbered in style.css; others take the rest in turn."""
-_OTHER_SLOTS = (4, 5, 6, 7, 8, 9, 10, 11)
+_OTHER_SLOTS = range(4, 12)
 
 
 def write_page(path: str | Path, report: Report) -> None:
-    write_text(Path(path), render(report))
-
-
-def render(report: Report) -> str:
-    """Return the page; the same database gives the same text."""
+    """Write the page; the same database gives the same text."""
     shown = sections(report)
     blocks = [block for section in shown for block in walk(section.blocks)]
     panels = [block for block in blocks if isinstance(block, Panel)]
@@ -58,10 +54,8 @@ def render(report: Report) -> str:
     }
     script, library = (_HERE / "page.js").read_text(encoding="utf-8"), _library()
     style = (_HERE / "style.css").read_text(encoding="utf-8")
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=False
-    )
-    return environment.get_template("template.html.j2").render(
+    environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined)
+    text = environment.get_template("template.html.j2").render(
         title=TITLE,
         byline=byline(report),
         sections=shown,
@@ -74,6 +68,7 @@ def render(report: Report) -> str:
         script=_code(script, "script"),
         data=_json(content),
     )
+    write_text(Path(path), text)
 
 
 def slots_of(arms: tuple[str, ...]) -> dict[str, int]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from db.queries import BASE
-from evaluation.report.arms import CLUSTER_INDICES, RETENTION, AlignmentRow, ArmRow
+from evaluation.report.arms import CLUSTER_INDICES, RETENTION, ArmRow, ProbeRow
 from evaluation.report.blocks import (
     TONES,
     Block,
@@ -161,26 +161,28 @@ def _not_compared(comparison: Comparison) -> Iterable[str]:
             yield f"{listed(alone)} {'is' if len(alone) == 1 else 'are'} not compared with {against}: {why}."
 
 
+def _wrong(row: ArmRow) -> dict[str, list[ProbeRow]]:
+    """Verdict → the probes that speak against the arm's claim."""
+    found: dict[str, list[ProbeRow]] = {}
+    for probe in row.probes:
+        if not probe.as_claimed:
+            found.setdefault(probe.verdict, []).append(probe)
+    return found
+
+
 def _unclaimed(row: ArmRow) -> str:
-    """What the probes say against an arm's claim; empty where all agree with it or none ran."""
-    wrong = [probe for probe in row.probes if not probe.as_claimed]
-    if not wrong:
-        return ""
-    words = listed(dict.fromkeys(probe.verdict for probe in wrong))
-    return f"{row.arm} did not train as it claims: the probe found {words} ({seeds_text(p.seed for p in wrong)})."
+    wrong = _wrong(row)
+    seeds = seeds_text(probe.seed for probes in wrong.values() for probe in probes)
+    return f"{row.arm} did not train as it claims: the probe found {listed(wrong)} ({seeds})." if wrong else ""
 
 
 def _facts(row: ArmRow, baseline: str) -> tuple[Fact, ...]:
     """What the probes say against the arm, then one fact for each arm that it ought to be compared with."""
-    wrong: dict[str, list[int]] = {}
-    for probe in row.probes:
-        if not probe.as_claimed:
-            wrong.setdefault(probe.verdict, []).append(probe.seed)
-    reasons = {probe.verdict: probe.reason.rstrip(".") for probe in reversed(row.probes)}
     facts = [
-        Fact("✗", "bad", f"not as claimed: the probe found {verdict}, {seeds_text(seeds)}: {reasons[verdict]}.")
-        for verdict, seeds in wrong.items()
-    ]
+        Fact("✗", "bad", f"not as claimed: the probe found {verdict}, {seeds_text(p.seed for p in probes)}: "
+             f"{probes[0].reason.rstrip('.')}.")
+        for verdict, probes in _wrong(row).items()
+    ]  # fmt: skip
     for d, clause in clauses(row, baseline):
         outcome = d.outcome if d else "undecided"
         facts.append(Fact({"better": "▲", "worse": "▼", "undecided": "◇"}[outcome], TONES[outcome], f"{clause}."))
@@ -357,25 +359,21 @@ def _seed_range(difference: Difference) -> str:
 
 def _every_metric(comparison: Comparison) -> list[Block]:
     """Every final number of every arm; the parity of exports has a table of its own."""
-    rows = comparison.rows
-    keys = dict.fromkeys(key for row in rows for key in row.metrics if key[0] != "parity")
-    if not keys:
-        return []
     lines = []
-    for split, name in keys:
-        unit, direction, meaning = comparison.units.get(name, ("–", "–", ""))
-        start = (Cell(name, title=meaning), split, unit, direction)
-        lines.append((*start, *(with_spread(row, (split, name)) for row in rows)))
+    for key in dict.fromkeys(key for row in comparison.rows for key in row.metrics if key[0] != "parity"):
+        unit, direction, meaning = comparison.units.get(key[1], ("–", "–", ""))
+        start = (Cell(key[1], title=meaning), key[0], unit, direction)
+        lines.append((*start, *(_with_spread(row, key) for row in comparison.rows)))
     table = Table(
         "Every metric in its own unit: mean over seeds, in brackets the smallest and the largest of them",
         ("Metric", "Split", "Unit", "Better", *comparison.arms),
         lines,
         frozenset({1, 2, 3}),
     )
-    return [Details("Every metric", (table,))]
+    return [Details("Every metric", (table,))] if lines else []
 
 
-def with_spread(row: ArmRow, key: Key) -> str:
+def _with_spread(row: ArmRow, key: Key) -> str:
     """An arm's mean of a metric, and its range over the seeds where the written numbers differ."""
     value = row.metrics.get(key)
     ends = [significant(end) for end in row.ranges.get(key, ())]
@@ -562,7 +560,9 @@ def alignment(comparison: Comparison) -> Section | None:
         "Alignment Quality Index by run; intervals by bootstrap over prompts",
         ("Arm", "Seed", "Index [95%]", "Shuffled labels [95%]", "p", "Δ to base [95%]", "p of Δ",
          *(name.replace("_", " ") for name in others)),
-        [(arm_cell(row.arm), *_alignment_cells(measured, others)) for row, measured in found],
+        [(arm_cell(row.arm), str(m.seed), interval(m.index, digits=3), interval(m.null, digits=3),
+          significant(m.p_value, 2), interval(m.delta, sign=True, digits=3), significant(m.delta_p_value, 2),
+          *(significant(m.others.get(name), 3) for name in others)) for row, m in found],
     )  # fmt: skip
     words = (
         "How far apart safe and unsafe prompts lie in the model's hidden states (arXiv 2506.13901), with the scale "
@@ -576,18 +576,6 @@ def alignment(comparison: Comparison) -> Section | None:
         words += " It has nothing to do with the Air Quality Index, which the arms learn to predict."
     lines = tuple(Text(line) for line in comparison.alignment)
     return Section("Alignment Quality Index", (Text(words), *lines, panel, table))
-
-
-def _alignment_cells(measured: AlignmentRow, others: Iterable[str]) -> list[str]:
-    return [
-        str(measured.seed),
-        interval(measured.index, digits=3),
-        interval(measured.null, digits=3),
-        significant(measured.p_value, 2),
-        interval(measured.delta, sign=True, digits=3),
-        significant(measured.delta_p_value, 2),
-        *(significant(measured.others.get(name), 3) for name in others),
-    ]
 
 
 # What is served
@@ -604,9 +592,8 @@ def speed(comparison: Comparison) -> Section | None:
     data, drawn = Dataset(("kind", "label", "arm", "phase", "low", "value", "high")), []
     for phase, title in _PHASE_TITLES.items():
         own = [row for row in phases if row.phase == phase]
-        kinds = {"weak" if row.confidence < 100 * LEVEL else "interval" for row in own}
-        for row in own:
-            kind = "weak" if row.confidence < 100 * LEVEL else "interval"
+        kinds = ["weak" if row.confidence < 100 * LEVEL else "interval" for row in own]
+        for kind, row in zip(kinds, own, strict=True):
             data.add(kind, row.arm, row.arm, phase, row.value.low, row.value.estimate, row.value.high)
         if own:
             unit = own[0].unit

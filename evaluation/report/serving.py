@@ -12,14 +12,7 @@ from sqlalchemy import Row
 from db.queries import RunFacts
 from evaluation.measure import speed
 from evaluation.report.results import Results, Rows
-from evaluation.statistics.intervals import (
-    Interval,
-    aligned,
-    bootstrap_mean,
-    is_binary,
-    mean_test,
-    share_interval,
-)
+from evaluation.statistics.intervals import Interval, aligned, bootstrap_mean, is_binary, mean_test, share_interval
 
 REFERENCE = "f16"
 PHASES = ("load", "ttft", "prefill", "decode")
@@ -125,9 +118,7 @@ def _precision(name: str, seeds: Sequence[_Measured]) -> PrecisionRow:
 
 
 def served_rows(results: Results, run: RunFacts) -> list[ServedRow]:
-    def percent(share: float | None) -> float | None:
-        return None if share is None else 100 * share
-
+    shares = ("rendered", "counted", "answered", "equal_to_merged")
     return [
         ServedRow(
             arm=run.arm,
@@ -136,12 +127,9 @@ def served_rows(results: Results, run: RunFacts) -> list[ServedRow]:
             backend=f"{row.backend} {row.backend_version}",
             mode=row.mode,
             prompts=row.prompts,
-            rendered=percent(row.rendered),
-            counted=percent(row.counted),
-            answered=percent(row.answered),
-            equal_to_merged=percent(row.equal_to_merged),
             perturbed_noticed=row.perturbed_noticed,
             first_difference=row.first_difference,
+            **{name: None if (share := getattr(row, name)) is None else 100 * share for name in shares},
         )
         # Merged before adapter for each backend.
         for row in sorted(results.verifications.get(run.id, ()), key=lambda row: (row.backend, row.mode != "merged"))

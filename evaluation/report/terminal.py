@@ -1,6 +1,5 @@
-"""The brief sections of the report on a terminal, and a picture of them; tables fit 100 columns."""
+"""The brief sections of the report on a terminal; tables fit 100 columns."""
 
-import io
 import re
 from collections.abc import Iterable, Sequence
 from textwrap import wrap
@@ -17,7 +16,7 @@ from evaluation.report.comparison import Comparison, Report
 from evaluation.report.sections import all_tasks, byline, sections
 
 WIDTH = 100
-"""Columns of a pipe and of the picture."""
+"""Columns of a pipe."""
 _NAME = 22
 """Columns of the first cell of a line that are never broken."""
 _COLOURS = {"good": "green", "bad": "red", "open": "yellow", "": ""}
@@ -34,14 +33,6 @@ def print_report(report: Report, console: Console) -> None:
 
 def print_tasks(comparison: Comparison, console: Console) -> None:
     _print(console, _short(all_tasks(comparison)))
-
-
-def svg(report: Report) -> str:
-    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    print_report(report, console)
-    picture = console.export_svg(title="python -m evaluation.compare_all")
-    # Rich asks a font server for its font; a local monospace one does, and the picture needs no network.
-    return re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)
 
 
 def _short(blocks: Sequence[Block]) -> list[Block]:

@@ -156,6 +156,7 @@ def _explain(
     elsewhere += "source to that folder, or save the data set as CSV or JSONL and set source to that path."
     login = "`hf auth login`, or set HF_TOKEN"
     local = not source.startswith(HUB)
+    of = f" (split {split!r})" if split else ""
     match error:
         case EmptyDatasetError() | DataFilesNotFoundError():
             return (
@@ -186,7 +187,7 @@ def _explain(
         case DatasetsError():
             cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
             hint = " The file named alone as source has its rows judged one by one." if local else ""
-            return f"the data set{_of(split)} could not be read: {text}{cause}.{hint}"
+            return f"the data set{of} could not be read: {text}{cause}.{hint}"
         case ValueError() if "BuilderConfig" in text or "Config name is missing" in text:
             names = re.findall(r"'([^']*)'", text[text.find("[") :].partition("]")[0])
             got = f"there is no subset {subset!r}" if subset else "it has several subsets, of which one is to be named"
@@ -194,14 +195,10 @@ def _explain(
         case yaml.YAMLError():
             return f"its README.md begins with settings that are no YAML: {text}"
         case ValueError():
-            return f"the {'folder' if local else 'hub data set'}{_of(split)} could not be opened: {text}"
+            return f"the {'folder' if local else 'hub data set'}{of} could not be opened: {text}"
         case OSError() | httpx.HTTPError():
             from huggingface_hub import constants
 
             offline = ", HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
             return f"the Hugging Face hub cannot be reached ({type(error).__name__}: {text}{offline}); {elsewhere}"
     return None
-
-
-def _of(split: str | None) -> str:
-    return f" (split {split!r})" if split else ""

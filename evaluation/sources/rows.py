@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated
@@ -259,75 +259,70 @@ def _test_split(name: str, own: Source, where: RowSource, data: DataSet, train: 
     return None, [f"{why}: test items are drawn from {train!r}."]
 
 
+@dataclass
 class _Split:
     """Makes items of the rows of one split, in order; remembers prompts and ids, to find duplicates."""
 
-    def __init__(
-        self,
-        task: Task,
-        where: RowSource,
-        split: str,
-        columns: dict[str, str],
-        factors: Mapping[str, Decimal],
-        table: Table,
-        ids: dict[str, int],
-    ) -> None:
-        self._task, self._where, self._factors, self._ids = task, where, factors, ids
-        self.split, self.columns, self.table = split, columns, table
-        self._settings = {name: getattr(where, name) for name in getattr(task, "ROW_SETTINGS", ())}
-        self.items: list[Item] = []
-        self.rejected: list[Rejection] = []
-        self.notes: list[str] = []
-        self.too_long = self.duplicates = 0
+    task: Task
+    where: RowSource
+    split: str
+    columns: dict[str, str]
+    factors: Mapping[str, Decimal]
+    table: Table
+    ids: dict[str, int]  # of the items of all splits, with their rows
+    items: list[Item] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    too_long: int = 0
+    duplicates: int = 0
 
     def read(self, several: bool) -> None:
         """Fill `items` and `rejected`; SourceError, with the split's name if there are several, if no row is left."""
         named = self._named()
         seen: dict[str, tuple[int, str]] = {}
         for raw in self.table.rows:
-            if raw.problem is not None:
-                self._reject(raw, (None, raw.problem))
-                continue
-            values = self._values(raw)
-            for name, labels in named.items():
-                number_of = values[name]
-                if isinstance(number_of, int) and 0 <= number_of < len(labels):
-                    values[name] = labels[number_of]
             try:
-                item = self._task.make_item(f"{self._task.NAME}-{self.split}-{raw.row}", values)
+                item = self._item(raw, named, seen)
             except RowError as error:
-                self._reject(raw, *error.problems)
-                continue
-            size, most = len(item.prompt) + len(item.completion), self._where.max_chars
-            if most is not None and size > most:
-                self.too_long += 1
-                reason = f"too long: expected prompt and completion of at most {most} characters, got {size}"
-                self._reject(raw, (None, reason))
-                continue
-            twin = seen.setdefault(item.prompt, (raw.row, item.completion))
-            if twin[0] != raw.row:
-                self.duplicates += 1
-                other = "" if twin[1] == item.completion else ", with another answer"
-                self._reject(raw, (None, f"duplicate: same prompt as row {twin[0]}{other}"))
-                continue
-            if item.id in self._ids:
-                del seen[item.prompt]  # a row that is refused has no duplicates
-                self._reject(raw, ("id", f"{item.id!r} is that of row {self._ids[item.id]} too; ids must be unique"))
-                continue
-            self._ids[item.id] = raw.row
-            self.items.append(item)
+                self._reject(raw, error.problems)
+            else:
+                self.ids[item.id] = raw.row
+                self.items.append(item)
         if not self.items:
             shown = [f"row {r.row}{f' (line {r.line})' if r.line else ''}: {r.reason}" for r in self.rejected[:5]]
             more = [f"… and {len(self.rejected) - 5} more"] if len(self.rejected) > 5 else []
             where = f"split {self.split!r}: " if several else ""
             said = f"{where}no row is left, all {len(self.rejected)} were rejected."
-            raise SourceError(self._where.source, [said, *shown, *more], self.rejected)
+            raise SourceError(self.where.source, [said, *shown, *more], self.rejected)
+
+    def _item(self, raw: RawRow, named: Mapping[str, list[str]], seen: dict[str, tuple[int, str]]) -> Item:
+        if raw.problem is not None:
+            raise RowError(None, raw.problem)
+        values = self._values(raw)
+        for name, labels in named.items():
+            number_of = values[name]
+            if isinstance(number_of, int) and 0 <= number_of < len(labels):
+                values[name] = labels[number_of]
+        item = self.task.make_item(f"{self.task.NAME}-{self.split}-{raw.row}", values)
+        size, most = len(item.prompt) + len(item.completion), self.where.max_chars
+        if most is not None and size > most:
+            self.too_long += 1
+            raise RowError(None, f"too long: expected prompt and completion of at most {most} characters, got {size}")
+        row, completion = seen.setdefault(item.prompt, (raw.row, item.completion))
+        if row != raw.row:
+            self.duplicates += 1
+            other = "" if completion == item.completion else ", with another answer"
+            raise RowError(None, f"duplicate: same prompt as row {row}{other}")
+        if item.id in self.ids:
+            del seen[item.prompt]  # a row that is refused has no duplicates
+            raise RowError("id", f"{item.id!r} is that of row {self.ids[item.id]} too; ids must be unique")
+        return item
 
     def _values(self, raw: RawRow) -> dict[str, object]:
         """Field → value, numbers in the field's own unit; and the task's settings of rows."""
-        values: dict[str, object] = dict(self._settings)
+        values: dict[str, object] = {name: getattr(self.where, name) for name in getattr(self.task, "ROW_SETTINGS", ())}
         for name, column in self.columns.items():
-            value, factor = raw.values.get(column), self._factors.get(name, 1)
+            value, factor = raw.values.get(column), self.factors.get(name, 1)
             if factor != 1:
                 # Decimal: 70 ppb are 0.07 ppm, and EPA truncates, so 0.06999… would fall below the breakpoint.
                 with suppress(ValueError):  # the task says what is wrong with the cell
@@ -344,7 +339,7 @@ class _Split:
                 found[name] = labels
                 self.notes.append(
                     f"Split {self.split!r}: {self.columns[name]} numbers its classes otherwise than "
-                    f"{self._task.NAME} does; they are read by name ({', '.join(labels)})."
+                    f"{self.task.NAME} does; they are read by name ({', '.join(labels)})."
                 )
         return found
 
@@ -352,16 +347,15 @@ class _Split:
         """The completion of the first sound row, with another value in one field."""
         for raw in self.table.rows[:100]:
             try:
-                return self._task.make_item("", {**self._values(raw), name: value}).completion
+                return self.task.make_item("", {**self._values(raw), name: value}).completion
             except RowError:
                 continue
         return None
 
-    def _reject(self, raw: RawRow, *problems: tuple[str | None, str]) -> None:
+    def _reject(self, raw: RawRow, problems: Sequence[tuple[str | None, str]]) -> None:
         named = [(self.columns.get(name, name) if name else None, reason) for name, reason in problems]
         reason = "; ".join(f"{column}: {reason}" if column else reason for column, reason in named)
         column = named[0][0]
         value = raw.values.get(column) if column is not None else None
-        self.rejected.append(
-            Rejection(self._where.source, raw.row, raw.line, column, value, reason, raw.values, self.split)
-        )
+        row = Rejection(self.where.source, raw.row, raw.line, column, value, reason, raw.values, self.split)
+        self.rejected.append(row)

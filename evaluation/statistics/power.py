@@ -14,11 +14,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from scipy.special import nctdtr, ndtri
 
 from evaluation.statistics.differences import Pairs
 from evaluation.statistics.intervals import ALPHA
-from evaluation.statistics.seeds import Components, components, floors, quantile
+from evaluation.statistics.seeds import Components, MeanSquares, components, quantile, variance_of_mean
 
 POINTS = (1, 2, 3)
 WANTED = 0.8
@@ -52,36 +53,36 @@ class PowerRow:
 
 
 def power_rows(arm: str, pairs: Pairs) -> tuple[PowerRow, ...]:
-    seeds, items = pairs.differences.shape
-    if seeds > 1 and items > 1:
-        parts = components(pairs.differences)
-        return tuple(_several(arm, pairs.against, points, parts, seeds, items) for points in POINTS)
-    if not pairs.binary and items > 1 and (deviation := float(pairs.differences[0].std(ddof=1))) > 0:
-        return tuple(_one_of_credits(arm, pairs.against, points, deviation, items) for points in POINTS)
-    differing = float((pairs.differences != 0).mean())
-    return tuple(_one(arm, pairs.against, points, differing, items) for points in POINTS)
+    d = pairs.differences
+    seeds, items = d.shape
+    rows = []
+    for points in POINTS:
+        more_seeds = None
+        if seeds > 1 and items > 1:
+            needed, more_seeds, why = _several(points / 100, components(d), seeds, items)
+        elif not pairs.binary and items > 1 and (deviation := float(d[0].std(ddof=1))) > 0:
+            needed, why = _one_of_credits(points / 100, deviation)
+        else:
+            needed, why = _one(points, float((d != 0).mean()))
+        rows.append(PowerRow(arm, pairs.against, points, needed, items, seeds if items > 1 else 1, why, more_seeds))
+    return tuple(rows)
 
 
-def _one(arm: str, against: str, points: int, differing: float, items: int) -> PowerRow:
+def _one(points: int, differing: float) -> tuple[int, str]:
     share = max(differing, points / 100)
     why = f"the arms differ on {100 * differing:.1f}% of the items now; one seed, so other seeds may differ"
     if share > differing:
         why += f"; a difference of {points} points needs {points}%"
-    return PowerRow(arm, against, points, mcnemar_items(points / 100, share), items, 1, why)
+    return mcnemar_items(points / 100, share), why
 
 
-def _one_of_credits(arm: str, against: str, points: int, deviation: float, items: int) -> PowerRow:
-    delta = points / 100
-
+def _one_of_credits(delta: float, deviation: float) -> tuple[int | None, str]:
     def enough(n: int) -> bool:
         shift = delta * math.sqrt(n) / deviation
         return shift >= _LEAST_SHIFT and power(shift, n - 1) >= WANTED
 
-    why = (
-        f"the difference varies by {100 * deviation:.1f} points from item to item (standard deviation); one seed, so "
-        "other seeds may differ"
-    )
-    return PowerRow(arm, against, points, _smallest(enough, _LEAST_ITEMS, MOST_ITEMS), items, 1, why)
+    varying = f"the difference varies by {100 * deviation:.1f} points from item to item (standard deviation)"
+    return _smallest(enough, _LEAST_ITEMS, MOST_ITEMS), f"{varying}; one seed, so other seeds may differ"
 
 
 def mcnemar_items(delta: float, differing: float, wanted: float = WANTED) -> int:
@@ -97,9 +98,7 @@ def mcnemar_items(delta: float, differing: float, wanted: float = WANTED) -> int
     return math.ceil(corrected)
 
 
-def _several(arm: str, against: str, points: int, parts: Components, seeds: int, items: int) -> PowerRow:
-    delta = points / 100
-
+def _several(delta: float, parts: Components, seeds: int, items: int) -> tuple[int | None, int | None, str]:
     def enough(n_seeds: int, n_items: int) -> bool:
         shift, df = shift_of(delta, parts, n_seeds, n_items)
         # The first condition is quick and cannot mislead: no t-test sees more than one that knows the standard error.
@@ -116,24 +115,16 @@ def _several(arm: str, against: str, points: int, parts: Components, seeds: int,
         least = _smallest(lambda n: enough(n, MOST_ITEMS), 2, MOST_SEEDS)
         told = f"at least {least} seeds and more items" if least else f"more than {MOST_SEEDS} seeds"
         why = f"{varying}: no number of items does it with {seeds} seeds; it takes {told}"
-    return PowerRow(arm, against, points, more_items, items, seeds, why, more_seeds)
+    return more_items, more_seeds, why
 
 
 def shift_of(delta: float, parts: Components, seeds: int, items: int) -> tuple[float, float]:
     """A difference in standard errors of its estimate, and their degrees of freedom; from expected mean squares."""
     rest = parts.residual**2
-    of_seeds, of_items = items * parts.seed**2 + rest, seeds * parts.item**2 + rest
-    variance_floor, freedom_floor = floors(seeds)
-    squared = (max(of_seeds, variance_floor * rest) + max(of_items - rest, 0.0)) / (seeds * items)
-    if squared == 0:
-        return math.inf, math.inf
-    doubt = (
-        max(of_seeds, freedom_floor * rest) ** 2 / (seeds - 1)
-        + of_items**2 / (items - 1)
-        + rest**2 / ((seeds - 1) * (items - 1))
-    )
-    df = max(seeds - 1.0, (squared * seeds * items) ** 2 / doubt)
-    return delta / math.sqrt(squared), df
+    expected = (delta, items * parts.seed**2 + rest, seeds * parts.item**2 + rest, rest)
+    mean, of_seeds, of_items, residual = map(np.asarray, expected)
+    variance, df = map(float, variance_of_mean(MeanSquares(mean, of_seeds, of_items, residual, seeds, items)))
+    return delta / math.sqrt(variance) if variance else math.inf, df
 
 
 def _smallest(enough: Callable[[int], bool], low: int, most: int) -> int | None:

@@ -13,18 +13,13 @@ With three seeds MS_seed has two degrees of freedom and is often near zero by lu
 sure. Two floors, chosen by simulation, mend that: in the variance MS_seed counts at least as `VARIANCE_FLOOR` of
 MS_res, in the degrees of freedom at least as `FREEDOM_FLOOR` of it; and the items never lower the variance.
 
-Coverage of the 95% interval in simulation (binary answers; 200 to 500 items; true differences of 0 and 10 points;
-single runs that vary by 0, 1, 2, 3 points from seed to seed; against a base of one run and against an arm of the same
-seeds; four kinds of items; 2,000 experiments in each case): 3 seeds 92.5 to 97.7%, 95.2% on average; 5 seeds 93.2 to
-97.4%, 95.3% on average; 10 seeds 94 to 96%. It is lowest, 93 to 95%, with three seeds that vary by 3 points, and
-highest, 96 to 97%, where seeds do not vary at all. Without the floors three seeds get 91 to 99%. With two seeds these
-floors get 92 to 98%, so higher ones hold there: 94 to 100%, 98.7% on average, wider than need be in most cases, since
-two seeds hardly tell how much seeds vary.
-
-Credits between 0 and 1, as of free text, need no other floors: in simulation (a quarter of the answers has all credit
-or none, the rest follows a beta distribution; 100 and 300 items; true differences of 0 and 5 points; runs that vary by
-0, 1 and 3 points; 1,000 experiments in each case) 3 seeds get 92.4 to 97.1%, 95.1% on average; 5 seeds 93.4 to 96.4%,
-95.1% on average. The bootstrap over the items of one seed gets 94.3% with 100 and 300 items, 93.9% with 50.
+Coverage of the 95% interval in simulation (binary answers; 200 to 500 items; true differences of 0 and 10 points; runs
+that vary by 0 to 3 points from seed to seed; against one base and against an arm of the same seeds; 2,000 experiments
+in each case): 3 seeds 92.5 to 97.7%, 5 seeds 93.2 to 97.4%, 10 seeds 94 to 96%; lowest with three seeds that vary by 3
+points, highest where seeds do not vary. Without the floors three seeds get 91 to 99%. Two seeds, which hardly tell how
+much seeds vary, have higher floors: 94 to 100%, wider than need be in most cases. Credits between 0 and 1, as of free
+text, need no others: 92.4 to 97.1% with 3 seeds, 93.4 to 96.4% with 5. The bootstrap over one seed's items gets 94.3%
+with 100 and 300 items, 93.9% with 50.
 """
 
 from dataclasses import dataclass
@@ -78,15 +73,10 @@ def mean_squares(d: Array) -> MeanSquares:
     return MeanSquares(mean, between_seeds / (s - 1), between_items / (i - 1), rest / ((s - 1) * (i - 1)), s, i)
 
 
-def floors(seeds: int) -> tuple[float, float]:
-    """Shares of MS_res that MS_seed counts as at least: in the variance, in the degrees of freedom."""
-    return FLOORS_OF_TWO_SEEDS if seeds == 2 else (VARIANCE_FLOOR, FREEDOM_FLOOR)
-
-
 def variance_of_mean(squares: MeanSquares) -> tuple[Array, Array]:
     """Variance of the mean and its degrees of freedom, which are infinite where nothing varies."""
     s, i = squares.n_seeds, squares.n_items
-    variance_floor, freedom_floor = floors(s)
+    variance_floor, freedom_floor = FLOORS_OF_TWO_SEEDS if s == 2 else (VARIANCE_FLOOR, FREEDOM_FLOOR)
     seeds = np.maximum(squares.seeds, variance_floor * squares.residual)
     total = seeds + np.maximum(squares.items - squares.residual, 0.0)
     doubt = (

@@ -10,7 +10,7 @@ import importlib
 import math
 import re
 import reprlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -125,7 +125,7 @@ def load(name: str) -> Task:
     if name not in (*names(), RETENTION):
         raise ItemError(f"expected a task ({', '.join(names())}), got {name!r}")
     module = _module(name)
-    if problems := [*_named_wrongly(name, module), *_missing(module)] or _unsound(module):
+    if problems := _misnamed_or_missing(name, module) or _unsound(module):
         raise ItemError(f"evaluation/tasks/{name}.py is no task: {'; '.join(problems)}")
     return cast(Task, module)
 
@@ -134,26 +134,20 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"evaluation.tasks.{name}")
 
 
-def _named_wrongly(name: str, module: ModuleType) -> list[str]:
+def _misnamed_or_missing(name: str, module: ModuleType) -> list[str]:
     problems = []
     if name in _module(RETENTION).GENERAL_TASKS:  # their items would be mixed up
         problems.append(f"{name} is a task of the retention suite; rename the file")
     if hasattr(module, "NAME") and name != module.NAME:
         problems.append(f"expected NAME = {name!r}, as the file is called, got {module.NAME!r}")
-    return problems
-
-
-def _missing(module: ModuleType) -> list[str]:
     draws = callable(getattr(module, "generate", None))
-    recipe = any(hasattr(module, name) for name in ("SOURCE", "FIELDS", "group"))
+    recipe = any(hasattr(module, part) for part in ("SOURCE", "FIELDS", "group"))
     values = ["NAME", "TITLE", "METRICS", "PRIMARY", *(["SOURCE"] if recipe and not draws else [])]
     functions = ["score", "summarize"]
     if recipe:
         values, functions = [*values, "FIELDS"], [*functions, "make_item", "group"]
-    return [
-        *(f"{name} is missing" for name in values if not hasattr(module, name)),
-        *(f"the function {name} is missing" for name in functions if not callable(getattr(module, name, None))),
-    ]
+    problems += [f"{part} is missing" for part in values if not hasattr(module, part)]
+    return problems + [f"the function {f} is missing" for f in functions if not callable(getattr(module, f, None))]
 
 
 def _unsound(module: ModuleType) -> list[str]:
@@ -174,8 +168,18 @@ def metric(unit: str, direction: str, description: str) -> dict[str, str]:
     return {"unit": unit, "direction": direction, "description": description}
 
 
-def mean_credit(scores: Sequence[Score]) -> float:
-    return sum(s.credit for s in scores) / len(scores) if scores else float("nan")
+def share(description: str, direction: str = "higher") -> dict[str, str]:
+    return metric("share", direction, description)
+
+
+def mean(values: Iterable[float]) -> float:
+    """NaN of none."""
+    found = list(values)
+    return sum(found) / len(found) if found else float("nan")
+
+
+def mean_credit(scores: Iterable[Score]) -> float:
+    return mean(s.credit for s in scores)
 
 
 def render(template: str, prompt: str) -> str:

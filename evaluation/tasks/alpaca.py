@@ -5,10 +5,11 @@ empty), output. It has no test split; test items are drawn from the one there is
 """
 
 from collections.abc import Hashable, Mapping
+from functools import partial
 from typing import Any
 
 from evaluation.parsing import score_text, summarize_texts, text_metrics
-from evaluation.tasks import Field, Item, Score, Source, digest, optional_text, text
+from evaluation.tasks import Field, Item, Source, digest, optional_text, text
 
 NAME = "alpaca"
 TITLE = "Alpaca ROUGE-L"
@@ -34,7 +35,4 @@ def group(item: Item) -> Hashable:
 
 
 score = score_text
-
-
-def summarize(scores: list[Score]) -> dict[str, float]:
-    return summarize_texts(scores, NAME)
+summarize = partial(summarize_texts, name=NAME)

@@ -15,27 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import epa
-from evaluation.tasks import Field, Item, ItemError, RowError, Score, is_missing, metric, number
+from evaluation.tasks import Field, Item, ItemError, RowError, Score, is_missing, mean, metric, number, share
 from trainers.settings import nearest
 
 NAME = "aqi"
 TITLE = "AQI accuracy"
 PRIMARY = "aqi_category_accuracy"
 METRICS = {
-    "aqi_category_accuracy": metric(
-        "share", "higher", "Share of items whose predicted number lies in the true EPA category (primary)"
-    ),
-    "aqi_exact": metric("share", "higher", "Share of items whose predicted number equals the true index"),
-    "aqi_within_10": metric("share", "higher", "Share of items predicted within 10 index points"),
+    "aqi_category_accuracy": share("Share of items whose predicted number lies in the true EPA category (primary)"),
+    "aqi_exact": share("Share of items whose predicted number equals the true index"),
+    "aqi_within_10": share("Share of items predicted within 10 index points"),
     "aqi_mae": metric(
         "index points",
         "lower",
         "Mean absolute error over the items from which a number could be read; NaN where none could",
     ),
-    "aqi_unparseable": metric("share", "lower", "Share of items whose answer holds no index from 0 to 500"),
-    "aqi_label_agrees": metric(
-        "share", "higher", "Share of items whose answer names the category that its own number lies in"
-    ),
+    "aqi_unparseable": share("Share of items whose answer holds no index from 0 to 500", "lower"),
+    "aqi_label_agrees": share("Share of items whose answer names the category that its own number lies in"),
 }
 
 SETTINGS = ("pollutants", "max_pollutants")
@@ -119,8 +115,10 @@ def check_mapping(fields: Collection[str]) -> list[str]:
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
     """An item of a row's readings (equal ones, as EPA cuts them, give one prompt), or of its own texts and index."""
     problems: _Problems = []
-    readings = _readings(row, problems)
-    given = _given_index(row, problems)
+    cells = {key: _number_in(row, key, LARGEST, "is far off EPA's scale", problems) for key in epa.POLLUTANTS}
+    readings = {key: value for key, value in cells.items() if value is not None}
+    index = _number_in(row, "aqi", epa.AQI_MAX, f"expected an index in 0..{epa.AQI_MAX}", problems)
+    given = None if index is None else int(Decimal(repr(index)).quantize(Decimal(1), rounding=ROUND_HALF_UP))
     computed = _computed(readings, problems) if readings and not problems else None
     trusted = row.get("trust_given_aqi")
     if not trusted and computed is not None and given is not None and abs(computed - given) > AQI_TOLERANCE:
@@ -134,16 +132,16 @@ def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
         problems.append((None, f"no reading: all of {named} are missing"))
     if problems:
         raise RowError(*problems[0], *problems[1:])
-    index = given if given is not None else computed
-    if index is None:
+    truth_index = given if given is not None else computed
+    if truth_index is None:
         raise RowError("aqi", "neither readings nor an index to score against")
     name = None if is_missing(row.get("id")) else str(row["id"]).strip()
     made = item_of(item_id, readings, random.Random(repr(item_key(readings)))) if readings else None
-    truth = _truth(index, readings)
+    truth = _truth(truth_index, readings)
     if not readings:
         del truth["readings"]
     asked = own.get("prompt") or (made.prompt if made else "")
-    return Item(name or item_id, NAME, asked, own.get("completion") or completion(index), truth)
+    return Item(name or item_id, NAME, asked, own.get("completion") or completion(truth_index), truth)
 
 
 def group(item: Item) -> Hashable:
@@ -151,59 +149,40 @@ def group(item: Item) -> Hashable:
     return item_key(readings) if readings else item.prompt
 
 
-def _readings(row: Mapping[str, Any], problems: _Problems) -> dict[str, float]:
-    readings: dict[str, float] = {}
-    for key in epa.POLLUTANTS:
-        value = row.get(key)
-        if is_missing(value):
-            continue
-        try:
-            reading = number(value)
-        except ValueError as error:
-            problems.append((key, str(error)))
-            continue
-        if reading > LARGEST:
-            problems.append((key, f"is far off EPA's scale, got {value}"))
-        else:
-            readings[key] = reading
-    return readings
+def _number_in(row: Mapping[str, Any], name: str, most: float, beyond: str, problems: _Problems) -> float | None:
+    """The number of a field; None where it is missing or, with a problem noted, none that can be used."""
+    value = row.get(name)
+    if is_missing(value):
+        return None
+    try:
+        found = number(value)
+    except ValueError as error:
+        problems.append((name, str(error)))
+        return None
+    if found > most:
+        problems.append((name, f"{beyond}, got {value}"))
+        return None
+    return found
+
+
+def _fault(readings: Mapping[str, float]) -> str | None:
+    try:
+        epa.aqi(readings)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _computed(readings: dict[str, float], problems: _Problems) -> int | None:
     """EPA's index; where there is none, the readings at fault are named."""
-    try:
+    fault = _fault(readings)
+    if fault is None:
         return epa.aqi(readings)
-    except ValueError as error:
-        off: dict[str, str] = {}
-        for key, value in readings.items():
-            try:
-                epa.sub_index(key, value)
-            except epa.OffScaleError as fault:
-                off[key] = str(fault)
-        sound = {key: value for key, value in readings.items() if key not in off}
-        for key in off:
-            try:
-                epa.aqi({**sound, key: readings[key]})  # EPA passes some ozone values over when another one counts
-            except ValueError as fault:
-                problems.append((key, str(fault)))
-        if not problems:
-            problems.append((None, str(error)))
-        return None
-
-
-def _given_index(row: Mapping[str, Any], problems: _Problems) -> int | None:
-    value = row.get("aqi")
-    if is_missing(value):
-        return None
-    try:
-        index = number(value)
-    except ValueError as error:
-        problems.append(("aqi", str(error)))
-        return None
-    if index > epa.AQI_MAX:
-        problems.append(("aqi", f"expected an index in 0..{epa.AQI_MAX}, got {value}"))
-        return None
-    return int(Decimal(repr(index)).quantize(Decimal(1), rounding=ROUND_HALF_UP))
+    sound = {key: value for key, value in readings.items() if _fault({key: value}) is None}
+    # EPA passes some ozone values over when another one counts.
+    beside = {key: _fault({**sound, key: value}) for key, value in readings.items() if key not in sound}
+    problems += [(key, said) for key, said in beside.items() if said] or [(None, fault)]
+    return None
 
 
 def _check_category(row: Mapping[str, Any], indices: set[int], problems: _Problems) -> None:
@@ -359,17 +338,14 @@ def score(item: Item, answer: str) -> Score:
 
 
 def summarize(scores: list[Score]) -> dict[str, float]:
-    n = len(scores)
-    if not n:
-        return dict.fromkeys(METRICS, float("nan"))
     errors = [s.abs_error for s in scores if s.abs_error is not None]
     return {
-        "aqi_category_accuracy": sum(s.correct for s in scores) / n,
-        "aqi_exact": sum(s.exact for s in scores) / n,
-        "aqi_within_10": sum(e <= 10 for e in errors) / n,
-        "aqi_mae": sum(errors) / len(errors) if errors else float("nan"),
-        "aqi_unparseable": sum(s.predicted is None for s in scores) / n,
-        "aqi_label_agrees": sum(s.label_agrees for s in scores) / n,
+        "aqi_category_accuracy": mean(s.correct for s in scores),
+        "aqi_exact": mean(s.exact for s in scores),
+        "aqi_within_10": mean(s.abs_error is not None and s.abs_error <= 10 for s in scores),
+        "aqi_mae": mean(errors),
+        "aqi_unparseable": mean(s.predicted is None for s in scores),
+        "aqi_label_agrees": mean(s.label_agrees for s in scores),
     }
 
 

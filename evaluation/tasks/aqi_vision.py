@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import epa, vision
-from evaluation.tasks import Item, ItemError, Score, mean_credit, metric
+from evaluation.tasks import Item, ItemError, Score, mean, mean_credit, metric, share
 from evaluation.tasks.aqi import LONGEST_FIRST, ends, pools_of, split_of
-from evaluation.vision import BLACK, GREY, Canvas, Colour, bar_chart, dial, paper, reference, save, shaded
+from evaluation.vision import BLACK, GREY, Canvas, Colour, bar_chart, dial, paper, save, shaded
 
 NAME = "aqi_vision"
 TITLE = "AQI category accuracy"
@@ -25,13 +25,9 @@ PRIMARY = "aqi_vision_accuracy"
 KINDS = ("colour", "bars", "gauge")
 SETTINGS = ("image_size",)
 METRICS = {
-    "aqi_vision_accuracy": metric(
-        "share", "higher", "Share of items whose answer names the true EPA category (primary)"
-    ),
+    "aqi_vision_accuracy": share("Share of items whose answer names the true EPA category (primary)"),
     **{
-        f"aqi_vision_{kind}_accuracy": metric(
-            "share", "higher", f"The same of the items that show {shown}; NaN where there is none"
-        )
+        f"aqi_vision_{kind}_accuracy": share(f"The same of the items that show {shown}; NaN where there is none")
         for kind, shown in zip(KINDS, ("the category's colour", "bars of readings", "a gauge"), strict=True)
     },
     "aqi_vision_distance": metric(
@@ -40,7 +36,7 @@ METRICS = {
         "Mean distance of the named category from the true one over the items whose answer names one; "
         "NaN where none does",
     ),
-    "aqi_vision_unparseable": metric("share", "lower", "Share of items whose answer names no EPA category, or several"),
+    "aqi_vision_unparseable": share("Share of items whose answer names no EPA category, or several", "lower"),
 }
 
 _NAMES = "|".join(LONGEST_FIRST).replace(" ", r"\s+")
@@ -51,10 +47,8 @@ COLOURS: tuple[Colour, ...] = ((0, 228, 0), (255, 255, 0), (255, 126, 0), (255, 
 # Lowest and highest factor on a colour: below, red would look like maroon.
 BRIGHTNESS = (0.8, 1.0)
 WORDINGS = (
-    "What is the air quality category?",
-    "Which air quality category is shown?",
-    "Name the air quality category.",
-)
+    "What is the air quality category?", "Which air quality category is shown?", "Name the air quality category."
+)  # fmt: skip
 # Share of the items asked in the first wording; the others share the rest.
 _FIRST = 0.8
 MOST_BARS = 4
@@ -82,24 +76,15 @@ def score(item: Item, answer: str) -> Score:
     if predicted is None:
         return Score(correct=False, predicted=None, exact=False, extra=kind)
     distance = abs(epa.CATEGORIES.index(predicted) - epa.CATEGORIES.index(truth))
-    return Score(
-        correct=predicted == truth,
-        predicted=predicted,
-        exact=predicted == truth,
-        abs_error=distance,
-        label_agrees=True,
-        extra=kind,
-    )
+    return Score(distance == 0, predicted, distance == 0, abs_error=distance, label_agrees=True, extra=kind)
 
 
 def summarize(scores: list[Score]) -> dict[str, float]:
-    errors = [s.abs_error for s in scores if s.abs_error is not None]
-    nan = float("nan")
     return {
         "aqi_vision_accuracy": mean_credit(scores),
-        **{f"aqi_vision_{kind}_accuracy": mean_credit([s for s in scores if kind in s.extra]) for kind in KINDS},
-        "aqi_vision_distance": sum(errors) / len(errors) if errors else nan,
-        "aqi_vision_unparseable": sum(s.predicted is None for s in scores) / len(scores) if scores else nan,
+        **{f"aqi_vision_{kind}_accuracy": mean_credit(s for s in scores if kind in s.extra) for kind in KINDS},
+        "aqi_vision_distance": mean(s.abs_error for s in scores if s.abs_error is not None),
+        "aqi_vision_unparseable": mean(s.predicted is None for s in scores),
     }
 
 
@@ -228,7 +213,6 @@ def generate(sizes: Mapping[str, int], *, seed: int, folder: Path, image_size: i
     Categories and kinds are equally frequent: every 18 items hold each pair once. ItemError where a split gets no bars
     of a category.
     """
-    (folder / "images").mkdir(exist_ok=True)
     rng = random.Random(f"aqi-vision-{seed}")
     pools, indices = pools_of(sizes), deal_indices(sizes, seed)
     splits: dict[str, list[Item]] = {}
@@ -248,10 +232,9 @@ def generate(sizes: Mapping[str, int], *, seed: int, folder: Path, image_size: i
                 index = epa.aqi(readings)
                 shown = {key: str(value) for key, value in readings.items()}
                 picture = bars(rng, image_size, readings) if kind == "bars" else colour(rng, image_size, index)
-            save(picture, folder, name)
             wording = WORDINGS[0] if rng.random() < _FIRST else rng.choice(WORDINGS[1:])
             truth: dict[str, Any] = {"kind": kind, "aqi": index, "category": epa.category(index), "readings": shown}
-            prompt = f"{reference(name)}\n{wording}"
+            prompt = f"{save(picture, folder, name)}\n{wording}"
             items.append(Item(f"{NAME}-{name}", NAME, prompt, truth["category"], truth))
         rng.shuffle(items)
         splits[split] = items

@@ -9,17 +9,15 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import cycle, islice
 
-from evaluation.tasks import Item, ItemError, Score, metric
+from evaluation.tasks import Item, ItemError, Score, mean, share
 
 NAME = "general"
 TITLE = "retention"
 PRIMARY = "retention_accuracy"
 METRICS = {
-    "retention_accuracy": metric(
-        "share", "higher", "Share of general questions answered right, mean over all items of the retention suite"
-    )
+    "retention_accuracy": share("Share of general questions answered right, mean over all items of the retention suite")
 }
 # One question in HELD_OUT is kept from training.
 HELD_OUT = 10
@@ -44,10 +42,6 @@ def _number(rng: random.Random) -> int:
     return rng.choice((rng.randint(0, 9), rng.randint(10, 99), rng.randint(100, 999)))
 
 
-def _two_digits(rng: random.Random) -> int:
-    return rng.randint(10, 99)
-
-
 def _decimal(rng: random.Random) -> str:
     return rng.choice((str(_number(rng)), f"{_number(rng)}.{rng.randint(0, 9)}", f"0.{rng.randint(0, 999):03d}"))
 
@@ -66,7 +60,7 @@ def addition(rng: random.Random) -> Question:
 
 
 def larger(rng: random.Random) -> Question:
-    a, b = _two_digits(rng), _two_digits(rng)
+    a, b = rng.randint(10, 99), rng.randint(10, 99)
     return rng.choice(("Which is larger: {} or {}?", "Largest of {}, {}?")).format(a, b), str(max(a, b))
 
 
@@ -143,13 +137,10 @@ def is_held_out(prompt: str) -> bool:
 def questions(seed: int, *, held_out: bool, tasks: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
     """Endless (task, prompt, answer), the tasks (default: TRAINING_TURNS) in turn, from one side of the line."""
     rng = random.Random(f"general-{seed}-{held_out}")
-    names = tasks or TRAINING_TURNS
-    while True:
-        for name in names:
-            prompt, answer = GENERAL_TASKS[name](rng)
-            while is_held_out(prompt) is not held_out:
-                prompt, answer = GENERAL_TASKS[name](rng)
-            yield name, prompt, answer
+    for name in cycle(tasks or TRAINING_TURNS):
+        while is_held_out((question := GENERAL_TASKS[name](rng))[0]) is not held_out:
+            pass
+        yield name, *question
 
 
 def retention_items(per_task: int, seed: int) -> list[Item]:
@@ -185,4 +176,4 @@ def score(item: Item, answer: str) -> Score:
 
 
 def summarize(scores: list[Score]) -> dict[str, float]:
-    return {"retention_accuracy": sum(s.correct for s in scores) / len(scores) if scores else float("nan")}
+    return {"retention_accuracy": mean(s.correct for s in scores)}

@@ -12,19 +12,15 @@ from fractions import Fraction
 from typing import Any
 
 from evaluation.parsing import exact_number, final_number
-from evaluation.tasks import Field, Item, RowError, Score, Source, digest, mean_credit, metric, shown, text
+from evaluation.tasks import Field, Item, RowError, Score, Source, digest, mean, mean_credit, share, shown, text
 
 NAME = "gsm8k"
 TITLE = "GSM8K exact match"
 PRIMARY = "gsm8k_exact_match"
 METRICS = {
-    "gsm8k_exact_match": metric(
-        "share", "higher", "Share of items whose final number equals the right one exactly (primary)"
-    ),
-    "gsm8k_unparseable": metric("share", "lower", "Share of items whose answer holds no number"),
-    "gsm8k_has_marker": metric(
-        "share", "higher", "Share of items whose number stood after the marker ####, as in the solutions"
-    ),
+    "gsm8k_exact_match": share("Share of items whose final number equals the right one exactly (primary)"),
+    "gsm8k_unparseable": share("Share of items whose answer holds no number", "lower"),
+    "gsm8k_has_marker": share("Share of items whose number stood after the marker ####, as in the solutions"),
 }
 SOURCE = Source("openai/gsm8k", subset="main", test="test")
 FIELDS = {
@@ -62,11 +58,8 @@ def score(item: Item, answer: str) -> Score:
 
 
 def summarize(scores: list[Score]) -> dict[str, float]:
-    n = len(scores)
-    if not n:
-        return dict.fromkeys(METRICS, float("nan"))
     return {
         "gsm8k_exact_match": mean_credit(scores),
-        "gsm8k_unparseable": sum(s.predicted is None for s in scores) / n,
-        "gsm8k_has_marker": sum(s.extra["marker"] for s in scores) / n,
+        "gsm8k_unparseable": mean(s.predicted is None for s in scores),
+        "gsm8k_has_marker": mean(s.extra["marker"] for s in scores),
     }

@@ -74,7 +74,7 @@ class HfEngine(LocalEngine):
         self._model.to(self._device).eval()
         self.load_ns = time.perf_counter_ns() - started
         eos = self._model.generation_config.eos_token_id
-        self._end = set(eos if isinstance(eos, list) else [eos]) | {self._tokenizer.eos_token_id}
+        self._end = {*(eos if isinstance(eos, list) else [eos]), self._tokenizer.eos_token_id} - {None}
 
     @property
     def device_class(self) -> str:
@@ -141,14 +141,13 @@ class HfEngine(LocalEngine):
         """Greedy continuations by transformers' own `generate`; ids after an end token mean nothing."""
         from transformers import GenerationConfig
 
-        end = sorted(i for i in self._end if i is not None)
         # Named, since the model's own generation_config fills in what is not.
         config = GenerationConfig(
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,
             max_new_tokens=max_tokens,
-            eos_token_id=end or None,
+            eos_token_id=sorted(self._end) or None,
             pad_token_id=self._pad,
         )
         with self._torch.inference_mode():
@@ -159,7 +158,7 @@ class HfEngine(LocalEngine):
     def _pad(self) -> int:
         """Masked on the left, cut off on the right: any id will do."""
         pad = self._tokenizer.pad_token_id
-        return next((i for i in sorted(i for i in self._end if i is not None)), 0) if pad is None else int(pad)
+        return min(self._end, default=0) if pad is None else int(pad)
 
     def _inputs(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """What the model takes, padded on the left: ids and mask [prompts, longest], pixels in the model's dtype."""

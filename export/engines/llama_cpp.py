@@ -7,6 +7,7 @@ prompt when it starts, then its last token. A slot that is done takes the next r
 
 import ctypes
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -29,10 +30,10 @@ _END = b"<end>"  # stands for the end tokens among the pieces, known by its iden
 class LlamaCppEngine(LocalEngine):
     """A GGUF file, merged or the base with a GGUF adapter on top. Raises EngineError: a file cannot be loaded.
 
-    `threads` 0: llama.cpp's own choice (half of the cores, all of them for prompts). `scale`: factor on the adapter's
-    own, llama.cpp's `--lora-scaled`. `parallel` sequences at once in `generate_many`, each with `num_ctx` tokens.
-    `exact_cache`: keys and values in float32; llama.cpp rounds them to float16 by default, as servers do. `keeps_leads`
-    costs a partial sort a token.
+    `threads` 0: OMP_NUM_THREADS, or where it is not set half of the cores, all of them for prompts. `scale`: factor on
+    the adapter's own, llama.cpp's `--lora-scaled`. `parallel` sequences at once in `generate_many`, each with `num_ctx`
+    tokens. `exact_cache`: keys and values in float32; llama.cpp rounds them to float16 by default, as servers do.
+    `keeps_leads` costs a partial sort a token.
     """
 
     name = "llama_cpp"
@@ -58,6 +59,7 @@ class LlamaCppEngine(LocalEngine):
         self.version: str = llama_cpp.__version__
         self.mode = "merged" if adapter is None else "adapter"
         self.stop = tuple(stop)
+        threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
         started = time.perf_counter_ns()
         for file in filter(None, (gguf, adapter)):
             if not file.is_file():
@@ -143,14 +145,15 @@ class LlamaCppEngine(LocalEngine):
         stop = self.stop if stop is None else stop
         words = [word.encode() for word in stop]
         requests = (self._request(place, prompt, max_tokens) for place, prompt in enumerate(prompts))
-        with BatchContext(
+        together = BatchContext(
             self._llm.model,
             self._llm.context_params,
             sequences=sequences,
             num_ctx=self._llm.n_ctx(),
             adapter=self._adapter,
             unified=self._may_share(sequences),
-        ) as context:
+        )
+        with closing(together) as context:
             for done, reason in decode_all(context, requests, sequences, lambda r, token: self._judge(r, token, words)):
                 text = cut(done.text.decode("utf-8", errors="replace"), stop)
                 counts = len(done.prompt), len(done.answer)
@@ -279,8 +282,11 @@ class BatchContext:
         own.kv_unified = unified
         self.batch = TokenBatch(own.n_batch)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-        with _quiet():
-            self._ctx = llama_cpp.llama_init_from_model(model, own)
+        logger = logging.getLogger("llama-cpp-python")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)  # all sequences together may be longer than what the model was trained on
+        self._ctx = llama_cpp.llama_init_from_model(model, own)
+        logger.setLevel(level)
         if not self._ctx:
             raise EngineError(f"llama.cpp made no context of {sequences} × {num_ctx} tokens; lower evaluate.parallel")
         self._memory = llama_cpp.llama_get_memory(self._ctx)
@@ -311,24 +317,6 @@ class BatchContext:
         if self._ctx:
             self._api.llama_free(self._ctx)
             self._ctx = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without llama.cpp's warning that all sequences together are longer than what the model was trained on."""
-    logger = logging.getLogger("llama-cpp-python")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @dataclass
@@ -405,12 +393,6 @@ def _precision_of(metadata: dict[str, str]) -> str | None:
         return None
 
 
-def file_precision(gguf: Path) -> str | None:
-    """Type of most of a file's weights, which are not loaded. Raises ExportError: missing or damaged."""
-    with Vocabulary(gguf) as vocabulary:
-        return vocabulary.precision
-
-
 class Vocabulary(closing[Any]):
     """A GGUF's tokens, to name them; weights are not loaded. Use in a `with` block.
 
@@ -435,12 +417,9 @@ class Vocabulary(closing[Any]):
     def __enter__(self) -> Self:
         return self
 
-    def prompt_ids(self, text: str) -> list[int]:
-        return list(self._llm.tokenize(text.encode(), add_bos=True, special=True))
-
-    def ids(self, text: str) -> list[int]:
-        """Such as </s> are tokens of their own."""
-        return list(self._llm.tokenize(text.encode(), add_bos=False, special=True))
+    def ids(self, text: str, bos: bool = False) -> list[int]:
+        """Such as </s> are tokens of their own; `bos`: with the one that the file says to put in front."""
+        return list(self._llm.tokenize(text.encode(), add_bos=bos, special=True))
 
     def answer_ids(self, text: str) -> list[int]:
         """Tokens of a text behind a prompt: without the blank that SentencePiece puts in front of a text."""
@@ -455,6 +434,4 @@ class Vocabulary(closing[Any]):
         return bool(self._api.llama_vocab_is_eog(self._vocab, token))
 
     def word(self, ids: Sequence[int], at: int) -> str:
-        if at >= len(ids):
-            return ""
-        return self._llm.detokenize([ids[at]], special=True).decode("utf-8", errors="replace")
+        return self._llm.detokenize(ids[at : at + 1], special=True).decode("utf-8", errors="replace")

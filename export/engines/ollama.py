@@ -17,6 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -40,15 +41,9 @@ PASSING = (408, 429)
 """Refusals that pass: a proxy's time limit, and too many requests."""
 
 GREEDY: dict[str, Any] = {
-    "temperature": 0.0,
-    "top_k": 1,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "seed": 0,
-    "repeat_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
+    "temperature": 0.0, "top_k": 1, "top_p": 1.0, "min_p": 0.0, "seed": 0, "repeat_penalty": 1.0,
+    "presence_penalty": 0.0, "frequency_penalty": 0.0,
+}  # fmt: skip
 """Options of a greedy answer. Penalties are named: the server's defaults, repeat_penalty 1.1 among them, change it."""
 DECIDES_ANSWERS = {*GREEDY, "num_predict", "repeat_last_n", "mirostat", "typical_p", "stop", "num_ctx"}
 
@@ -63,6 +58,10 @@ class OllamaRefused(OllamaError):  # noqa: N818  (named as OllamaUnavailable is)
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class AdaptersUnsupportedError(OllamaError):
+    """This release of Ollama takes no LoRA adapters; merged models can be served."""
 
 
 class OllamaUnavailable(OllamaError):  # noqa: N818  (a state of the world, named as such)
@@ -127,10 +126,10 @@ def _explained(url: str, timeout_s: float) -> Iterator[None]:
     try:
         yield
     except ResponseError as error:
-        hint = ""
+        said = f"Ollama at {url} answered {error.status_code}: {error.error}"
         if "adapters are no longer supported" in error.error:
-            hint = "; releases from 0.34.1 on take no LoRA adapters: register the merged GGUF without one"
-        said = f"Ollama at {url} answered {error.status_code}: {error.error}{hint}"
+            hint = "releases from 0.34.1 on take no LoRA adapters: register the merged GGUF without one"
+            raise AdaptersUnsupportedError(f"{said}; {hint}") from error
         raise OllamaRefused(said, error.status_code) from error
     except httpx.TimeoutException as error:
         raise OllamaUnavailable(
@@ -209,15 +208,13 @@ def list_models(host: str | None = None) -> dict[str, str]:
 
 def remove(host: str | None, name: str) -> bool:
     """Deletes a model from the server; False when it had none of that name."""
-    if full_name(name) not in list_models(host):
-        return False
     try:
         with connect(host, ANSWER_S) as client:
             client.delete(name)
     except OllamaRefused as error:
-        if error.status == 404:  # someone else was faster
-            return False
-        raise
+        if error.status != 404:
+            raise
+        return False
     return True
 
 
@@ -238,14 +235,12 @@ class Stored:
 
         Other parameters that a server puts there by itself are its own affair.
         """
-        expected: dict[str, Any] = {"template": serving.go_template, "system": serving.system or ""}
-        got: dict[str, Any] = {"template": self.template, "system": self.system}
-        for key, value in serving.parameters.items():
-            expected[key] = value if isinstance(value, list) else [value]
-            got[key] = self.parameters.get(key)
-        added = {k: values for k, values in self.parameters.items() if k in DECIDES_ANSWERS - serving.parameters.keys()}
+        asked = {key: value if isinstance(value, list) else [value] for key, value in serving.parameters.items()}
+        expected = {"template": serving.go_template, "system": serving.system or "", **asked}
+        got: dict[str, Any] = {**self.parameters, "template": self.template, "system": self.system}
+        added = {key: values for key, values in self.parameters.items() if key in DECIDES_ANSWERS - asked.keys()}
         return [
-            *(f"{key}: expected {value!r}, got {got[key]!r}" for key, value in expected.items() if got[key] != value),
+            *(f"{k}: expected {value!r}, got {got.get(k)!r}" for k, value in expected.items() if got.get(k) != value),
             *(f"{key}: expected none, got {values!r}" for key, values in added.items()),
         ]
 
@@ -255,9 +250,8 @@ def stored_model(host: str | None, name: str) -> Stored | None:
     digest = list_models(host).get(full_name(name))
     if digest is None:
         return None
-    shown = _post(
-        resolve_host(host), "/api/show", {"model": name}, ANSWER_S
-    )  # the client leaves out the system message
+    # By hand, for the client leaves out the system message.
+    shown = _post(resolve_host(host), "/api/show", {"model": name}, ANSWER_S)
     modelfile = str(shown.get("modelfile") or "")
     weights = re.search(r"^FROM .*sha256[-:]([0-9a-f]{64})", modelfile, re.MULTILINE)
     level = (shown.get("details") or {}).get("quantization_level")
@@ -618,19 +612,15 @@ def _as_finished(function: Callable[[A], B], inputs: Sequence[A], workers: int) 
     the loop; what was finished before the exception comes first.
     """
     waiting = iter(enumerate(inputs))
+    failed: Future[B] | None = None
     with ThreadPoolExecutor(workers) as pool:
-        running: dict[Future[B], int] = {}
-        failed: Future[B] | None = None
-        while True:
-            while failed is None and len(running) < workers and (task := next(waiting, None)) is not None:
-                running[pool.submit(function, task[1])] = task[0]
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                place = running.pop(future)
-                if future.exception() is None:
-                    yield place, future.result()
-                else:
-                    failed = failed or future
-        if failed is not None:
-            failed.result()
+        running = {pool.submit(function, one): place for place, one in islice(waiting, workers)}
+        while running:
+            done = wait(running, return_when=FIRST_COMPLETED).done
+            failed = failed or next((future for future in done if future.exception()), None)
+            places = {running.pop(future): future for future in done}
+            yield from ((place, future.result()) for place, future in places.items() if not future.exception())
+            if failed is None:
+                running |= {pool.submit(function, one): place for place, one in islice(waiting, len(done))}
+    if failed is not None:
+        failed.result()

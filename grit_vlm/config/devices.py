@@ -6,7 +6,7 @@ Priorities are those of document 003's table, so training runs on the CPU unless
 from collections.abc import Collection
 from typing import Any
 
-from grit_vlm.config.checks import meant
+from grit.config import did_you_mean
 
 PRIORITIES = {
     "stable_training": ("cpu", "cuda", "mps"),
@@ -29,7 +29,9 @@ def get_device_config(strategy: str, devices: Collection[str] | None = None) -> 
     import torch
 
     if strategy not in PRIORITIES:
-        raise DeviceError(f"expected one of {', '.join(PRIORITIES)}, got {strategy!r}{meant(strategy, PRIORITIES)}")
+        raise DeviceError(
+            f"expected one of {', '.join(PRIORITIES)}, got {strategy!r}{did_you_mean(strategy, PRIORITIES)}"
+        )
     if devices is None:
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         devices = [name for name, is_there in there.items() if is_there]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from grit_vlm.config.checks import meant
+from grit.config import did_you_mean
 from grit_vlm.config.model_configs import ModalityConfig, ModelConfigError, ModelGRITConfig
 from grit_vlm.config.selection import LayerSelectionStrategy, SelectionError, limit, match_all
 
@@ -127,7 +127,7 @@ def get_model_config(name: str) -> ModelGRITConfig:
         spelled = name.lower().replace("-", "_")
         raise ModelConfigError(
             f"expected one of {', '.join(configs)}, or a hub id ({', '.join(by_id)}); got {name!r}"
-            f"{meant(spelled, configs) or meant(name, by_id)}"
+            f"{did_you_mean(spelled, configs) or did_you_mean(name, by_id)}"
         )
     return found
 

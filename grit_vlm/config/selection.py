@@ -44,25 +44,6 @@ def _starred(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
-def near_misses(pattern: str, names: Iterable[str]) -> list[str]:
-    """Three kinds of names (numbers written as `*`) that a pattern without a match may have meant, nearest first.
-
-    Near are names that share parts with the pattern, compared part by part so that a missing first part does not
-    matter, or that are spelled like it.
-    """
-    wanted = _starred(pattern)
-    parts = [part for part in wanted.split(".") if part != "*"]
-
-    def nearness(name: str) -> float:
-        own = [part for part in name.split(".") if part != "*"]
-        similar = [
-            max((difflib.SequenceMatcher(None, part, one).ratio() for one in own), default=0.0) for part in parts
-        ]
-        return sum(similar) / max(len(parts), len(own), 1) + difflib.SequenceMatcher(None, wanted, name).ratio()
-
-    return sorted(dict.fromkeys(map(_starred, names)), key=nearness, reverse=True)[:3]
-
-
 def match_all(
     patterns: Sequence[str], names: Sequence[str], where: str, others: Mapping[str, str] | None = None
 ) -> dict[str, list[str]]:
@@ -89,7 +70,8 @@ def match_all(
 def _instead(pattern: str, names: Sequence[str], others: Mapping[str, str]) -> str:
     blocked = list(match(pattern, others))
     below = dict.fromkeys(_starred(name) for name in names if name.startswith(tuple(f"{n}." for n in blocked)))
-    near = list(below)[:5] or near_misses(pattern, names)
+    kinds = dict.fromkeys(map(_starred, names))
+    near = list(below)[:5] or difflib.get_close_matches(_starred(pattern), kinds, cutoff=0.0)
     meant = f"near misses: {', '.join(near)}" if near else "the model has no linear layers"
     if not blocked:
         return f"matches nothing; {meant}"

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from grit import factors
-from grit_vlm.config.checks import number, one_of, whole
-from grit_vlm.config.model_configs import ESTIMATES
+from grit.config import BelowOne, Count, NotNegative, complaints
+from grit_vlm.config.model_configs import Estimate
 
 Gradients = dict[str, Tensor]
 Side = Literal["A", "B"]
@@ -79,19 +79,16 @@ class FisherInformationMatrix:
 
     def __init__(
         self,
-        approximation_type: Literal["diagonal", "kfac", "block_diagonal"] = "diagonal",
-        damping: float = 1e-4,
-        ema_decay: float = 0.95,
-        update_freq: int = 10,
-        block_size: int = 64,
+        approximation_type: Estimate = "diagonal",
+        damping: NotNegative = 1e-4,  # λ, relative to the mean of F's diagonal
+        ema_decay: BelowOne = 0.95,
+        update_freq: Count = 10,
+        block_size: Count = 64,
     ):
-        problems = one_of("approximation_type", approximation_type, ESTIMATES)
-        problems += number("damping", damping, least=0) + number("ema_decay", ema_decay, least=0, below=1)
-        problems += whole("update_freq", update_freq) + whole("block_size", block_size)
-        if problems:
-            raise FisherError("\n".join(problems))
         self.approximation_type = approximation_type
         self.damping, self.ema_decay, self.update_freq, self.block_size = damping, ema_decay, update_freq, block_size
+        if problems := complaints(FisherInformationMatrix.__init__, vars(self)):
+            raise FisherError("\n".join(problems.values()))
         self.weight = 0.0  # Σ of the EMA's weights, which averages are divided by: zeros of the start do not count
         self.samples = 0
         self._sums: dict[str, Tensor] = {}

@@ -101,7 +101,7 @@ class VLMGRITAdapter:
             r=own.rank or shared.global_rank,
             lora_alpha=own.alpha or shared.global_alpha,
             lora_dropout=shared.global_dropout if own.dropout is None else own.dropout,
-            fisher_approximation=own.fisher_approximation,  # type: ignore[arg-type]
+            fisher_approximation=own.fisher_approximation,
             fisher_damping=shared.fisher_damping,
             fisher_ema_decay=shared.fisher_ema_decay,
             fisher_update_freq=shared.fisher_update_freq,

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from grit import GRITConfig
+from grit.config import did_you_mean
 from grit.optim import GritOptimizer
-from grit_vlm.config.checks import one_of
 from grit_vlm.core.curvature import FisherManager
 from grit_vlm.core.grit_lora import GRITLoRALinear
 
@@ -42,8 +42,9 @@ class OptimizerTypeError(ValueError):
 
 
 def check_type(optimizer_type: str) -> None:
-    if problems := one_of("optimizer_type", optimizer_type, MODES):
-        raise OptimizerTypeError(problems[0])
+    if optimizer_type not in MODES:
+        expected = f"expected one of {', '.join(MODES)}, got {optimizer_type!r}"
+        raise OptimizerTypeError(f"optimizer_type: {expected}{did_you_mean(optimizer_type, MODES)}")
 
 
 def set_mode(manager: FisherManager, optimizer_type: str, **settings: Any) -> None:

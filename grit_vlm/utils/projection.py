@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grit import factors
-from grit_vlm.config.checks import whole
+from grit.config import Count, complaints
 
 
 class ProjectionError(ValueError):
@@ -23,11 +23,10 @@ class ProjectionError(ValueError):
 class ProjectionSchedule:
     """A budget that goes linearly, s(t) = t/T, from `start` at the first step to `end` at step T = `total_steps`."""
 
-    def __init__(self, start: int, end: int, total_steps: int):
-        given = {"start": start, "end": end, "total_steps": total_steps}
-        if problems := [problem for name, value in given.items() for problem in whole(name, value)]:
-            raise ProjectionError("\n".join(problems))
+    def __init__(self, start: Count, end: Count, total_steps: Count):
         self.start, self.end, self.total_steps = start, end, total_steps
+        if problems := complaints(ProjectionSchedule.__init__, vars(self)):
+            raise ProjectionError("\n".join(problems.values()))
 
     def share(self, step: int) -> float:
         """The share s(t) of the way, in [0, 1]."""

@@ -1,9 +1,6 @@
-"""Questions to a database, answered in plain rows."""
+"""Questions to a database, answered in plain rows; and writers in processes of their own."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
+import multiprocessing
 
 from sqlalchemy import select, text
 
@@ -11,24 +8,30 @@ from db import open_session
 from db.tables import VIEWS, Base
 
 
-def ask(url: Path | str, query: str, **values: Any) -> list[tuple[Any, ...]]:
+def ask(url, query, **values):
     with open_session(url) as session:
         return [tuple(row) for row in session.execute(text(query), values)]
 
 
-def ask_one(url: Path | str, query: str, **values: Any) -> tuple[Any, ...]:
+def ask_one(url, query, **values):
     (row,) = ask(url, query, **values)
     return row
 
 
-def shown(url: Path | str, view: str) -> list[dict[str, Any]]:
+def shown(url, view):
     with open_session(url) as session:
         return [dict(row) for row in session.execute(text(f"SELECT * FROM {view}")).mappings()]
 
 
-def content(url: Path | str) -> dict[str, list[dict[str, Any]]]:
+def forked(work, *args):
+    process = multiprocessing.get_context("fork").Process(target=work, args=args)
+    process.start()
+    return process
+
+
+def content(url):
     """Table or view -> its rows, in the order of the key."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found = {}
     with open_session(url) as session:
         for table in Base.metadata.sorted_tables:
             rows = session.execute(select(table).order_by(*table.primary_key.columns))

@@ -1,11 +1,7 @@
 """Tables and views as CSV and Parquet."""
 
-from __future__ import annotations
-
 import csv
 import json
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -23,7 +19,7 @@ ANSWER = '=1+1, "quoted"\r\nsecond line | 汉 "'
 
 
 @pytest.fixture
-def filled(tree: Path, path: Path) -> Path:
+def filled(tree, path):
     samples = tree / "scores/baseline_lora/0/samples.jsonl"
     first, rest = samples.read_text(encoding="utf-8").split("\n", 1)
     write(samples, json.dumps({**json.loads(first), "answer": ANSWER, "predicted": None}) + "\n" + rest)
@@ -32,7 +28,7 @@ def filled(tree: Path, path: Path) -> Path:
     return path
 
 
-def as_text(value: Any) -> str:
+def as_text(value):
     if isinstance(value, dict | list):
         return json.dumps(value, ensure_ascii=False, sort_keys=True)
     if hasattr(value, "isoformat"):
@@ -40,7 +36,7 @@ def as_text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def test_csv_has_every_row_in_full(filled: Path, tmp_path: Path) -> None:
+def test_csv_has_every_row_in_full(filled, tmp_path):
     counts = export(filled, tmp_path / "out")
     rows = content(filled)
     assert counts == {name: len(rows[name]) for name in (*sorted(Base.metadata.tables), *VIEWS)}
@@ -52,10 +48,10 @@ def test_csv_has_every_row_in_full(filled: Path, tmp_path: Path) -> None:
     assert text.count(b"\r\n") == 4 and b",2026-11-21T03:00:00.123456+00:00," in text
 
 
-def test_parquet_has_the_tables_types(filled: Path, tmp_path: Path) -> None:
+def test_parquet_has_the_tables_types(filled, tmp_path):
     counts = export(filled, tmp_path, "parquet")
 
-    def frame(name: str) -> pd.DataFrame:
+    def frame(name):
         return pd.read_parquet(tmp_path / f"{name}.parquet", dtype_backend="pyarrow")
 
     assert {name: len(frame(name)) for name in counts} == counts and min(counts.values()) > 0
@@ -64,7 +60,7 @@ def test_parquet_has_the_tables_types(filled: Path, tmp_path: Path) -> None:
     assert list(bad["value_kind"]) == ["nan"] and bad["value"].isna().all()
     (hard,) = frame("sample").query("answer == @ANSWER").to_dict("records")
     assert pd.isna(hard["predicted"]) and hard["prompt_tokens"] == 40 and hard["correct"] is True
-    run, board, checked = frame("run"), frame("v_leaderboard"), frame("v_verification")
+    run, board, checked = frame("run"), frame("v_leaderboard"), frame("verification")
     assert str(run["started"].dtype) == str(board["started"].dtype) == "timestamp[us, tz=UTC][pyarrow]"
     assert str(run["reference_run_id"].dtype) == "int64[pyarrow]" and run["reference_run_id"].isna().sum() == 1
     assert str(board["delta_aqi"].dtype) == "double[pyarrow]" and str(board["git_dirty"].dtype) == "bool[pyarrow]"
@@ -72,13 +68,13 @@ def test_parquet_has_the_tables_types(filled: Path, tmp_path: Path) -> None:
     assert json.loads(run["params"][1])["train"]["train"] == {"learning_rate": 0.001, "steps": 100}
 
 
-def test_a_failed_export_leaves_the_old_files(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_leaves_the_old_files(filled, tmp_path, monkeypatch):
     out = tmp_path / "out"
     export(filled, out, "csv", ["metric", "speed"])
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     calls = []
 
-    def full(file: Path, *_: Any) -> None:
+    def full(file, *_):
         calls.append(file)
         file.write_text("half")
         if len(calls) == 2:
@@ -90,8 +86,8 @@ def test_a_failed_export_leaves_the_old_files(filled: Path, tmp_path: Path, monk
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
-def test_faults_are_named_with_the_next_step(filled: Path, tmp_path: Path) -> None:
-    def said(*options: str, code: int = 1) -> str:
+def test_faults_are_named_with_the_next_step(filled, tmp_path):
+    def said(*options, code=1):
         done = CliRunner().invoke(app, ["export", *options])
         assert done.exit_code == code
         return done.output

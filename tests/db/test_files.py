@@ -3,13 +3,10 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import textwrap
-import time
+from contextlib import contextmanager
 
-import psutil
 import pytest
 from pydantic import ValidationError
 
@@ -25,7 +22,7 @@ from db.files import (
     write_record,
 )
 from db.records import MeasuredRecord, RunRecord
-from tests.conftest import not_root
+from tests.db.conftest import without_rights
 
 
 def content(folder):
@@ -52,22 +49,23 @@ def test_swaps_the_whole_folder_unless_something_is_raised(target):
     assert [p.name for p in target.parent.iterdir()] == ["0"]
 
 
+@contextmanager
+def process(within="nullcontext()"):
+    """A process of its own that waits within a block of `db.files`."""
+    script = "import time\nfrom contextlib import nullcontext\nfrom db.files import *\n"
+    script += f"with {within}:\n    print(flush=True)\n    time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout.readline() == b"\n"
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
 def test_a_kill_leaves_the_old_and_the_next_run_cleans_up(target):
-    script = textwrap.dedent(
-        f"""
-        import time
-        from pathlib import Path
-        from db.files import staged
-        with staged(Path({str(target)!r})) as folder:
-            (folder / "new.txt").write_text("new")
-            print("ready", flush=True)
-            time.sleep(60)
-        """
-    )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline().strip() == "ready"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with process(f"staged(Path({str(target)!r}))"):
+        pass
     assert content(target) == {"old.txt": "old"}
     assert len(list(target.parent.iterdir())) == 2
     with staged(target) as folder:
@@ -83,22 +81,11 @@ def test_a_full_disk(target):
     assert content(target) == {"old.txt": "old"}
 
 
-def test_read_only_folder(tmp_path):
-    parent = tmp_path / "locked"
-    target = parent / "0"
-    target.mkdir(parents=True)
-    (target / "old.txt").write_text("old")
-    for folder in [tmp_path, *list(tmp_path.parents)[:3]]:
-        if os.stat(folder).st_uid == os.getuid() and str(folder).startswith("/tmp/"):
-            folder.chmod(0o755)
-    parent.chmod(0o555)
-    try:
-        with not_root(), pytest.raises(OutputError, match="cannot be written, this user may not write there"):
-            with staged(target) as folder:
-                (folder / "new.txt").write_text("new")
-        assert content(target) == {"old.txt": "old"}
-    finally:
-        parent.chmod(0o755)
+def test_read_only_folder(target, tmp_path):
+    refused = pytest.raises(OutputError, match="cannot be written, this user may not write there")
+    with without_rights(target.parent, 0o555, tmp_path), refused, staged(target):
+        pass
+    assert content(target) == {"old.txt": "old"}
 
 
 def test_a_file_in_the_way(tmp_path):
@@ -110,28 +97,14 @@ def test_a_file_in_the_way(tmp_path):
 
 def test_two_at_once(tmp_path):
     lock = tmp_path / "x.lock"
-    script = (
-        "import sys, time; from pathlib import Path; from db.files import exclusive\n"
-        f"with exclusive(Path({str(lock)!r}), 'x'):\n    print('ready', flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline().strip() == "ready"
-        with pytest.raises(OutputError, match="train a is already running"), exclusive(lock, "train a"):
-            pass
-    finally:
-        process.kill()
-        process.wait()
-    for _ in range(50):  # a dead holder's lock is free
-        try:
-            with exclusive(lock, "train a"):
-                return
-        except OutputError:
-            time.sleep(0.05)
-    pytest.fail("the lock outlived its holder")
+    refused = pytest.raises(OutputError, match="train a is already running")
+    with process(f"exclusive(Path({str(lock)!r}))"), refused, exclusive(lock, "train a"):
+        pass
+    with exclusive(lock, "train a"):  # a dead holder's lock is free
+        pass
 
 
-@pytest.mark.parametrize("writer", ["safetensors", "torch", "text"])
+@pytest.mark.parametrize("writer", ["safetensors", "torch"])
 def test_a_disk_that_fills_up(small_disk, writer):
     """Libraries report it in types and words of their own."""
     import torch
@@ -144,7 +117,6 @@ def test_a_disk_that_fills_up(small_disk, writer):
     write = {
         "safetensors": lambda file: save_file({"a": tensor}, file),
         "torch": lambda file: torch.save(tensor, file),
-        "text": lambda file: file.write_text("x" * 400_000),
     }[writer]
     with pytest.raises(OutputError, match="the disk is full"), staged(target) as folder:
         write(folder / "new")
@@ -155,24 +127,16 @@ def test_a_disk_that_fills_up(small_disk, writer):
 def test_leftovers_of_dead_processes_go_those_of_running_ones_stay(tmp_path):
     """A killed process that nobody has reaped, and one whose number another has by now, are dead."""
     target = tmp_path / "out"
-    dead = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    running = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    namesake = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    try:
+    with process() as dead, process() as running, process() as namesake:
         folders = {p: tmp_path / f"out.{p.pid}.partial" for p in (dead, running, namesake)}
         for folder in folders.values():
             folder.mkdir()
         os.utime(folders[namesake], (1e9, 1e9))  # written long before that process began
         dead.kill()
-        while psutil.Process(dead.pid).status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.01)
+        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
         with staged(target) as folder:
             (folder / "x").write_text("1")
         assert [f.exists() for f in folders.values()] == [False, True, False]
-    finally:
-        for process in (dead, running, namesake):
-            process.kill()
-            process.wait()
 
 
 MEASURED = {

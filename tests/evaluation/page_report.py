@@ -6,7 +6,6 @@ import atexit
 import html
 import json
 import re
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,11 +13,19 @@ from typing import Any
 
 from db.ingest import ingest
 from evaluation.report import html as page_module
-from evaluation.report.comparison import Comparison, load_report
+from evaluation.report.comparison import load_report
 from evaluation.report.html import write_page
 from tests.evaluation import page_tree
+from tests.evaluation.task_tree import make_three_tasks
 
 STYLE = (Path(page_module.__file__).parent / "style.css").read_text(encoding="utf-8")
+BUILDERS = {
+    "full": page_tree.make_page_tree,
+    "evil": page_tree.make_evil_tree,
+    "base": lambda root: page_tree.add_arm(root, "base", 0, page_tree.RIGHT["base"]),
+    "odd": page_tree.make_odd_tree,
+    "tasks": make_three_tasks,
+}
 
 
 class Report:
@@ -26,22 +33,13 @@ class Report:
         self.root, self.database, self.file = root, root / "outputs/centralized.db", root / "outputs/report.html"
         ingest(root, self.database)
         self.report = load_report(self.database, detail=True)
-        self.comparison: Comparison = self.report.comparison
+        self.comparison = self.report.comparison
         write_page(self.file, self.report)
         self.text = self.file.read_text(encoding="utf-8")
 
     @property
     def data(self) -> dict[str, Any]:
         return page_data(self.text)
-
-
-BUILDERS: dict[str, Callable[[Path], Any]] = {
-    "full": page_tree.make_page_tree,
-    "evil": page_tree.make_evil_tree,
-    "base": lambda root: page_tree.add_arm(root, "base", 0, page_tree.RIGHT["base"]),
-    "odd": page_tree.make_odd_tree,
-    "tasks": page_tree.make_two_tasks,
-}
 
 
 @cache
@@ -87,20 +85,3 @@ def palette(scheme: str) -> dict[str, str]:
     light, dark = STYLE.split("@media (prefers-color-scheme: dark)", 1)
     shown = dark.split("* {", 1)[0] if scheme == "dark" else light
     return dict(re.findall(r"(--[\w-]+):\s*(#[0-9a-f]{6})\b", shown))
-
-
-def hexed(colour: str) -> str:
-    return "#" + "".join(f"{int(part):02x}" for part in re.findall(r"\d+", colour)[:3])
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance as WCAG 2 defines it."""
-    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def contrast(one: str, other: str) -> float:
-    """Contrast ratio as WCAG 2 defines it, from 1 to 21."""
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
-from db.ingest import ingest
 from tests.db.result_tree import (
     WRAPPED,
     edit,
@@ -21,7 +19,6 @@ from tests.db.result_tree import (
     write,
     write_lines,
 )
-from tests.evaluation.task_tree import ALPACA, add_precisions, add_task, credits_of
 
 ITEMS, KEPT_ITEMS = 120, 40
 SEEDS = (0, 1)
@@ -156,19 +153,6 @@ def _metrics(arm: str, seed: int) -> list[dict[str, Any]]:
                   ("hidden", "drift_relative"): 0.1 * number}  # fmt: skip
         found |= {("alignment", f"delta_alignment_index{end}"): value - 0.8 for end, value in index.items()}
     return [{"name": name, "split": split, "value": value, "n": 100} for (split, name), value in found.items()]
-
-
-def make_two_tasks(root: Path) -> Path:
-    """The air quality task was there before; Alpaca, with credit between 0 and 1, is on the disk."""
-    make_page_tree(root)
-    ingest(root, root / "outputs/centralized.db")
-    for place in root.iterdir():
-        if place.name not in ("outputs", "runs"):
-            shutil.rmtree(place)
-    add_task(root, ALPACA, day=23)
-    rows = {kind: credits_of("pure_grit", 0, shift) for kind, shift in (("f16", 0.2), ("q4_K_M", 0.17))}
-    add_precisions(root, ALPACA, "pure_grit", rows)
-    return root
 
 
 def make_evil_tree(root: Path) -> Path:

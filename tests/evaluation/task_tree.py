@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.db.result_tree import edit, make_arm, make_quantized, sha, write_lines
+from db.ingest import ingest
+from tests.db.result_tree import edit, make_arm, make_quantized, make_tree, sha, write_lines
 
 GSM8K = {"name": "gsm8k", "title": "GSM8K exact match", "primary": "gsm8k_exact_match"}
 ALPACA = {"name": "alpaca", "title": "ROUGE-L", "primary": "alpaca_rouge_l"}
@@ -113,3 +115,23 @@ def add_precisions(root: Path, task: Mapping[str, str], arm: str, rows: Mapping[
             for line, value in zip(lines, flat, strict=True)
         ],
     )
+
+
+def clear(root: Path) -> None:
+    """Remove what the stages left, as their next run does."""
+    for place in root.iterdir():
+        if place.name not in ("outputs", "runs"):
+            shutil.rmtree(place)
+
+
+def make_three_tasks(root: Path) -> None:
+    """AQI and GSM8K with two seeds, which are in the database alone; Alpaca, with credit between 0 and 1, on disk."""
+    make_tree(root)
+    ingest(root, root / "outputs/centralized.db")
+    clear(root)
+    add_task(root, GSM8K, seeds=(0, 1), binary=True, day=22)
+    ingest(root, root / "outputs/centralized.db")
+    clear(root)
+    add_task(root, ALPACA, day=23)
+    rows = {kind: credits_of("pure_grit", 0, shift) for kind, shift in (("f16", 0.2), ("q4_K_M", 0.17))}
+    add_precisions(root, ALPACA, "pure_grit", rows)

@@ -46,29 +46,23 @@ def judged(difference: Difference | None) -> Criterion:
 
 def test_accuracy_is_judged_by_interval_and_corrected_p() -> None:
     zeros = [0.0] * 100
-    better, worse = [1.0] * 30 + [0.0] * 70, [0.0] * 50 + [1.0] * 50
-    found = compare_pairs(
-        {
-            ("a", "base"): pairs(better, zeros),
-            ("b", "base"): pairs(zeros, worse),
-            ("c", "base"): pairs([1.0] * 6 + [0.0] * 94, zeros),
-            ("a", "lora"): pairs(better, better, "lora"),
-        }
-    )
+    better, worse, six = [1.0] * 30 + [0.0] * 70, [0.0] * 50 + [1.0] * 50, [1.0] * 6 + [0.0] * 94
+    of_base = {
+        ("a", "base"): pairs(better, zeros),
+        ("b", "base"): pairs(zeros, worse),
+        ("c", "base"): pairs(six, zeros),
+    }
+    found = compare_pairs({**of_base, ("a", "lora"): pairs(better, better, "lora")})
     first, lead = found["a"]
-    assert judged(first).outcome == "pass"
-    assert judged(found["b"][0]).outcome == "fail"
+    assert judged(first).outcome == "pass" and judged(found["b"][0]).outcome == "fail"
     # 6 of 6: p = 0.031; it stays so as the largest of three.
-    six = judged(found["c"][0])
-    assert (found["c"][0].p_value, six.outcome) == (pytest.approx(2 / 64), "pass")
+    assert (found["c"][0].p_value, judged(found["c"][0]).outcome) == (pytest.approx(2 / 64), "pass")
     against = judged(lead)
     assert against.outcome == "undecided" and "contains zero" in against.why and "One seed" in against.why
     assert judged(None).estimate is None
 
-
-def test_the_correction_for_several_arms_can_take_a_pass_away() -> None:
-    zeros = [0.0] * 100
-    found = compare_pairs({(arm, "base"): pairs([1.0] * 6 + [0.0] * 94, zeros) for arm in ("a", "b")})
+    # Of two alike, the correction takes the pass away.
+    found = compare_pairs({(arm, "base"): pairs(six, zeros) for arm in ("a", "b")})
     criterion = judged(found["a"][0])
     assert not found["a"][0].points.crosses_zero and criterion.outcome == "undecided"
     assert "Not shown" in criterion.why and "p = 0.062 after correction" in criterion.why

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -19,50 +18,19 @@ from tests.db.result_tree import edit, make_tree, make_verified, verification
 from tests.evaluation.test_compare_all import run
 
 SAID = [
-    "</s>",
-    "<img onerror=alert(1) src=x>",
-    "[l](javascript:1)",
-    "![l](x)",
-    "[l](https://example.org)",
-    "[1](https://example.org)",
-    "[1]: https://example.org",
-    "[l][1]",
-    r"a\|b",
-    "a|b",
-    r"a\\|b",
-    "`code` ``more``",
-    "*strong* **x** _y_ __z__ ~~gone~~",
-    "&amp; &lt;b&gt; & <b>",
-    "<|im_end|>",
-    "[INST] x [/INST]",
-    "+1.0 [+0.5, +1.5] (x)",
-    "baseline_lora_model",
-]
-
-
-class Reader(HTMLParser):
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.cells: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self.tags.add(tag)
-        if tag == "td":
-            self.cells.append("")
-
-    def handle_data(self, data: str) -> None:
-        if "td" in self.tags and data.strip():
-            self.cells[-1] += data
+    "</s>", "<img onerror=alert(1) src=x>", "[l](javascript:1)", "![l](x)", "[l](https://example.org)",
+    "[1](https://example.org)", "[1]: https://example.org", "[l][1]", r"a\|b", "a|b", r"a\\|b", "`code` ``more``",
+    "*strong* **x** _y_ __z__ ~~gone~~", "&amp; &lt;b&gt; & <b>", "<|im_end|>", "[INST] x [/INST]",
+    "+1.0 [+0.5, +1.5] (x)", "baseline_lora_model",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", SAID)
 def test_a_cell_is_read_back_as_it_was_said(text: str) -> None:
     markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
-    page = Reader(markdown.render(grid(["A", "B"], [[text, "after"]]) + f"\n\n- {escaped(text)}\n\n[1] [l]\n"))
-    assert page.tags == {"table", "thead", "tbody", "tr", "th", "td", "ul", "li", "p"}
-    assert page.cells[0] == text and page.cells[1].startswith("after")
+    page = markdown.render(grid(["A", "B"], [[text, "after"]]) + f"\n\n- {escaped(text)}\n\n[1] [l]\n")
+    assert set(re.findall(r"<(\w+)", page)) == {"table", "thead", "tbody", "tr", "th", "td", "ul", "li", "p"}
+    assert [html.unescape(cell) for cell in re.findall("<td>(.*?)</td>", page)] == [text, "after"]
     line = markdown.render(f"- {escaped('note: ' + text)}")
     assert html.unescape(line) == f"<ul>\n<li>note: {text}</li>\n</ul>\n"
 

@@ -41,6 +41,16 @@ class Clock:
         return Retry(wait=self.wait, clock=lambda: self.now, **settings)
 
 
+def refused_for(clock, takes_s=0, **settings):
+    def ask():
+        clock.now += takes_s
+        raise PassingError("no")
+
+    with pytest.raises(EngineError):
+        clock.retry(**settings).call(ask, lambda line: None)
+    return clock
+
+
 @pytest.fixture
 def clock():
     return Clock()
@@ -80,10 +90,10 @@ def all_once(results):
     return [row["item_id"] for row, _ in results] == [item.id for item in ITEMS] and all(s.correct for _, s in results)
 
 
-def test_generation_carries_counts_and_times(double):
-    with make(double) as engine:
+def test_a_greedy_answer_with_counts_and_times(double):
+    with make(double, num_threads=3) as engine:
         assert (engine.name, engine.version, engine.mode) == ("ollama", "0.32.0", "merged")
-        first = engine.generate("pm25 9", 16, ["###"])
+        first = engine.generate("pm25 9", 16, ["###", "\n"])
         n = len(ids("pm25 9"))
         assert first == Generation(f"{n - 1} ", n, 3, LOAD_COLD_NS, 1000 * n, 5000 * 3, "stop")
         assert engine.generate("pm25 9", 16, ["###"]).load_ns == LOAD_WARM_NS
@@ -91,38 +101,22 @@ def test_generation_carries_counts_and_times(double):
         assert (cut.text, cut.answer_tokens, cut.finish_reason) == ("8", 1, "length")
         assert "###" not in engine.generate("x", 16, []).text, "without stop words those of the model count"
         assert "###" in engine.generate("x", 16, ["never"]).text
-
-
-def test_request_is_greedy_and_leaves_templating_to_the_server(double):
-    with make(double, num_threads=3) as engine:
-        engine.generate("x", 16, ["END", "\n"])
-    (body,) = requests(double)
-    assert body["prompt"] == "x" and not body.get("raw") and not body["stream"]
-    want = {"temperature": 0.0, "top_k": 1, "seed": 0, "num_predict": 16, "num_ctx": 128, "num_thread": 3}
-    assert want.items() <= body["options"].items()
-    assert body["options"]["stop"] == ["END", "\n"] and body["options"]["repeat_penalty"] == 1.0
-
-
-def test_fields_left_out_are_zero_and_not_unknown(double):
-    double.reply = lambda rendered: ""
-    with make(double) as engine:
+        double.reply = lambda rendered: ""  # what is left out is zero and not unknown
         got = engine.generate("x", 4, ["###"])
         assert (got.text, got.answer_tokens, got.decode_ns, got.finish_reason) == ("", 0, 0, "stop")
         assert engine.phases("9", "1 + 1", 4)["decode"] == (0, 0) and not engine.missing
-
-
-def test_wrong_template_is_found_by_the_token_count(double):
-    double.misbehave = "wrong_template"
-    with make(double) as engine, pytest.raises(EngineError, match="BOS") as caught:
-        engine.generate("x", 4, ["###"])
-    n = len(ids("x"))
-    assert f"read {n + 3} prompt tokens" in str(caught.value) and f"expected {n}" in str(caught.value)
+    body = requests(double)[0]
+    assert body["prompt"] == "pm25 9" and not body.get("raw") and not body["stream"], "the server puts the template"
+    want = {"temperature": 0.0, "top_k": 1, "seed": 0, "num_predict": 16, "num_ctx": 128, "num_thread": 3,
+            "stop": ["###", "\n"], "repeat_penalty": 1.0}  # fmt: skip
+    assert want.items() <= body["options"].items()
 
 
 @pytest.mark.parametrize(("shift", "said"), [(1, "BOS comes twice"), (-1, "does not add"), (-5, "cached tokens")])
-def test_the_difference_hints_at_the_cause(double, shift, said):
-    double.tokenize = lambda text: [1, *text.encode(), 9][: len(text.encode()) + 1 + shift]
-    with make(double) as engine, pytest.raises(EngineError, match=said):
+def test_another_number_of_tokens_is_an_error_that_hints_at_the_cause(double, shift, said):
+    n = len(ids("x"))
+    double.tokenize = lambda text: [1, *text.encode(), 9][: n + shift]
+    with make(double) as engine, pytest.raises(EngineError, match=rf"read {n + shift} .*expected {n}: BOS.*{said}"):
         engine.generate("x", 4, ["###"])
 
 
@@ -150,26 +144,20 @@ def test_device_class_is_where_the_server_holds_the_weights(double, vram, device
     double.size_vram = vram  # of 4 bytes
     with make(double) as engine:
         assert (engine.device_class, engine.device_class) == (device, device)
-    (load,) = requests(double)
-    assert not load["prompt"]
+    assert [body["prompt"] for body in requests(double)] == [""], "it is loaded once, and asked nothing"
 
 
-def test_phases_of_a_streamed_request(double):
+def test_phases_of_a_streamed_request_and_loads_of_a_model_that_nobody_else_holds(double, monkeypatch):
     with make(double) as engine:
         first = engine.load_cold()
         phases = engine.phases("1", "+ 1", 4)
         assert engine.load_cold() == first == LOAD_COLD_NS
-    n = len(ids("1 + 1"))
-    assert phases["prefill"] == (n, 1000 * n) and phases["decode"] == (1, 5000)
-    count, ns = phases["ttft"]
-    assert count == 1 and 0 <= ns < 60e9
-    assert len([body for body in requests(double) if body.get("keep_alive") == 0]) == 2
-
-
-def test_a_model_that_somebody_keeps_loaded_cannot_be_timed(double, monkeypatch):
-    monkeypatch.setattr(ollama, "UNLOAD_S", 0.1)
-    with make(double) as engine:
-        engine.generate("1 + 1", 4, [])
+        assert len([body for body in requests(double) if body.get("keep_alive") == 0]) == 2
+        n = len(ids("1 + 1"))
+        assert phases["prefill"] == (n, 1000 * n) and phases["decode"] == (1, 5000)
+        count, ns = phases["ttft"]
+        assert count == 1 and 0 <= ns < 60e9
+        monkeypatch.setattr(ollama, "UNLOAD_S", 0.1)
         double.loaded = type("Sticky", (dict,), {"pop": lambda *a: None})(double.loaded)
         with pytest.raises(EngineError, match="still holds 'm'"):
             engine.load_cold()
@@ -177,13 +165,7 @@ def test_a_model_that_somebody_keeps_loaded_cannot_be_timed(double, monkeypatch)
 
 def test_as_many_requests_as_asked_for_are_in_flight(double):
     together = threading.Barrier(3, timeout=20)  # passed only if three requests come at once
-    send = OllamaDouble.strike
-
-    def strike(body):
-        together.wait()
-        return send(double, body)
-
-    double.strike = strike
+    double.strike = lambda body: OllamaDouble.strike(double, body) if together.wait() >= 0 else None
     with make(double, parallel=3) as engine:
         assert all_once(score(engine))
 
@@ -231,48 +213,34 @@ def test_pauses_double_up_to_a_limit_and_end(double, clock):
     assert max(clock.pauses) > 7 and 30 < clock.now <= 60
     assert len(lines) == len(clock.pauses) and "trying again in" in lines[0]
     assert asked(double)["1 + 1"] == len(clock.pauses) + 1
+    firsts = set()  # pauses of several requests differ, so that they do not come back all at once
+    for _ in range(8):
+        firsts.add(refused_for(Clock(), patience_s=1).pauses[0])
+    assert len(firsts) > 1
 
 
-def test_several_requests_do_not_come_back_all_at_once():
-    def ask():
-        raise PassingError("no")
-
-    clocks = [Clock() for _ in range(8)]
-    for clock in clocks:
-        with pytest.raises(EngineError):
-            clock.retry(patience_s=1).call(ask, lambda line: None)
-    assert len({clock.pauses[0] for clock in clocks}) > 1
-
-
-def test_refusals_are_passed_on_and_not_asked_again(double, clock):
+def test_refusals_are_passed_on_and_asked_again_only_if_they_may_pass(double, clock, monkeypatch):
     with make(double, clock) as engine:
         double.models["m:latest"].parameters["top_p"] = "many"
         assert engine.generate("x", 4, ["###"]), "the request's options win"
+        refusals, generate = iter([408, 429]), double.generate
+
+        def busy(body):
+            if status := next(refusals, 0):
+                raise Refusal(status, "come again")
+            return generate(body)
+
+        monkeypatch.setattr(double, "generate", busy)
+        assert engine.generate("3 + 1", 4, []).text == "4"
+        assert len(clock.pauses) == 2 and asked(double)["3 + 1"] == 3
         double.models["m:latest"].parameters["num_keep"] = "all"
         with pytest.raises(EngineError, match='500: option "num_keep" must be of type'):
             engine.generate("1 + 1", 4, [])  # our own mistake that comes as a 500 ends, too
-        assert 0 < clock.now <= 60
         clock.pauses.clear()
         double.models.clear()
         with pytest.raises(EngineError, match="404: model 'm' not found"):
             engine.generate("2 + 1", 4, [])
     assert clock.pauses == [] and asked(double)["2 + 1"] == 1
-
-
-@pytest.mark.parametrize("status", [408, 429])
-def test_a_refusal_that_passes_is_asked_again(double, clock, monkeypatch, status):
-    generate, refused = double.generate, []
-
-    def busy(body):
-        if len(refused) < 3:
-            refused.append(body)
-            raise Refusal(status, "come again")
-        return generate(body)
-
-    monkeypatch.setattr(double, "generate", busy)
-    with make(double, clock) as engine:
-        assert engine.generate("1 + 1", 4, []).text == "2"
-    assert len(clock.pauses) == 3 and asked(double)["1 + 1"] == 4
 
 
 def test_silence_is_waited_for_twice_and_then_left(double, clock):
@@ -283,16 +251,8 @@ def test_silence_is_waited_for_twice_and_then_left(double, clock):
     double.times = 9
     with make(double, timeout_s=0.3) as engine, pytest.raises(EngineError, match=r"said nothing for 0\.3 s"):
         engine.generate("x", 4, ["###"])
-    tries = []
-
-    def slow():
-        tries.append(clock.now)
-        clock.now += 600
-        raise PassingError("said nothing for 600 s")
-
-    with pytest.raises(EngineError, match="2 tries"):
-        clock.retry().call(slow, lambda line: None)
-    assert len(tries) == 2, "a request that takes longer than patience gets a second try"
+    clock.pauses.clear()
+    assert len(refused_for(clock, takes_s=600).pauses) == 1, "one that takes longer than patience gets a second try"
 
 
 @pytest.mark.parametrize("parallel", [1, 4])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -10,105 +14,128 @@ import pytest
 
 from evaluation.report.browser import DISPUTED
 from tests.evaluation import page_tree
-from tests.evaluation.page_browser import draw_all, opened
-from tests.evaluation.page_report import Report, contrast, hexed, luminance, palette, report
+from tests.evaluation.page_report import palette, report
 from tests.evaluation.task_tree import ITEMS, credits_of
 
+pytestmark = pytest.mark.full
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
-def test_it_opens_without_an_error_or_a_request_and_draws_every_chart(browser: Any, full: Report) -> None:
-    with opened(browser, full.file) as page:
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A running headless browser; playwright's own, where the machine has none, would need a download."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
+        pytest.skip("no Chromium; install it with `apt-get install chromium`, or name it in CHROMIUM")
+    with playwright.sync_playwright() as started:
+        found = started.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        yield found
+        found.close()
+
+
+@contextmanager
+def opened(browser: Any, name: str, *, width: int = 1280, scheme: str = "light") -> Iterator[Any]:
+    """A report in a new window; `page.deeds` are warnings, errors, dialogs, and requests beyond its own file."""
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page, url, deeds = context.new_page(), report(name).file.resolve().as_uri(), []
+    page.deeds = deeds
+    page.on("console", lambda said: said.type in ("error", "warning") and deeds.append(said.text))
+    page.on("pageerror", lambda error: deeds.append(f"uncaught: {error}"))
+    page.on("request", lambda asked: asked.url.split("#")[0] != url and deeds.append(f"request: {asked.url}"))
+    page.on("dialog", lambda dialog: (deeds.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    page.goto(url)
+    try:
+        yield page
+    finally:
+        context.close()
+
+
+def draw_all(page: Any) -> None:
+    """Unfold and scroll through the whole page, until every chart is drawn."""
+    page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    for place in page.query_selector_all("[data-chart]"):
+        place.scroll_into_view_if_needed()
+        page.wait_for_function("(place) => place.dataset.state !== undefined", arg=place, timeout=20_000)
+    page.evaluate("scrollTo(0, 0)")
+
+
+def counted(page: Any) -> int:
+    return int(page.locator("[data-part='count']").inner_text().split()[0])
+
+
+def drawing(page: Any, name: str) -> str:
+    return str(page.locator(f"[data-chart='{name}']").inner_html())
+
+
+def test_it_opens_without_an_error_or_a_request_and_draws_every_chart(browser: Any) -> None:
+    with opened(browser, "full") as page:
         draw_all(page)
-        states = page.eval_on_selector_all("[data-chart]", "all => all.map(p => [p.dataset.chart, p.dataset.state])")
-        assert dict(states) == {chart["id"]: "drawn" for chart in full.data["charts"]}
-        marks = page.eval_on_selector_all(
-            "[data-chart]", "all => all.map(p => p.querySelectorAll('svg, canvas').length)"
+        found = page.eval_on_selector_all(
+            "[data-chart]",
+            "all => all.map(p => [p.dataset.chart, p.dataset.state, p.querySelectorAll('svg, canvas').length])",
         )
-        assert set(marks) == {1}
-        page.reload()
-        draw_all(page)
-        assert page.deeds.messages == [] and page.deeds.requests == []
+        assert found == [[chart["id"], "drawn", 1] for chart in report("full").data["charts"]]
+        assert page.deeds == []
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_drawing_moves_nothing(browser: Any, full: Report, width: int) -> None:
-    where = """() => [...document.querySelectorAll("main section[id], figcaption, [data-part='disputed']")]
+def test_drawing_moves_nothing(browser: Any, width: int) -> None:
+    where = """[...document.querySelectorAll("main section[id], figcaption, [data-part='disputed']")]
         .map((e) => Math.round(e.getBoundingClientRect().top + scrollY))"""
-    with opened(browser, full.file, width=width) as page:
+    with opened(browser, "full", width=width) as page:
         page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
         before = page.evaluate(where)
         draw_all(page)
-        assert len(before) > len(full.data["charts"]) and page.evaluate(where) == before
+        assert len(before) > 20 and page.evaluate(where) == before
         during = page.evaluate(
-            """async (where) => {
-                const seen = [], look = new Function(`return (${where})()`);
-                const watch = new MutationObserver(() => seen.push(look()));
-                watch.observe(document.querySelector("main"), { childList: true, subtree: true });
+            f"""async () => {{
+                const seen = [];
                 document.querySelector("[data-panel='spectra'] select[data-column]").dispatchEvent(new Event("change"));
-                for (let frame = 0; frame < 40; frame++) {
+                for (let frame = 0; frame < 40; frame++) {{
                     await new Promise((go) => requestAnimationFrame(go));
-                    seen.push(look());
-                }
+                    seen.push({where});
+                }}
                 return seen;
-            }""",
-            where,
+            }}"""
         )
-        assert len(during) > 40 and all(places == before for places in during)
+        assert len(during) == 40 and all(places == before for places in during)
 
 
-def test_an_interval_is_drawn_where_it_lies(browser: Any, full: Report) -> None:
-    with opened(browser, full.file) as page:
-        drawn(page, "difference-1")
-        rules, points = (
-            page.eval_on_selector_all(
-                f"[data-chart='difference-1'] g.{kind}.role-mark > *",
-                """all => all.map((m) => m.getBoundingClientRect())
-                .map((b) => [b.left, b.right, (b.top + b.bottom) / 2, b.width])""",
-            )
-            for kind in ("mark-rule", "mark-symbol")
-        )
-    zero = next(left for left, _, _, width in rules if width < 3)
-    shown = {
-        (round(p, 1), *bar[:2])
-        for p in [(left + right) / 2 for left, right, _, _ in points]
-        for bar in rules
-        if bar[3] >= 3 and bar[0] < p < bar[1] and any(abs(bar[2] - y) < 2 for *_, y, _ in points)
-    }
-    for arm in ("hybrid_grit", "pure_grit"):
-        found = next(row.against("baseline_lora") for row in full.comparison.rows if row.arm == arm)
-        assert found is not None
-        d = found.points
-        shares = [(point - left) / (right - left) for point, left, right in shown]
-        assert any(share == pytest.approx((d.estimate - d.low) / (d.high - d.low), abs=0.02) for share in shares)
-        zeros = [(zero - left) / (right - left) for _, left, right in shown]
-        assert any(share == pytest.approx(-d.low / (d.high - d.low), abs=0.02) for share in zeros)
-
-
-def test_the_filter_shows_the_disagreements_that_the_data_have(browser: Any, full: Report) -> None:
+def test_the_filter_shows_the_disagreements_that_the_data_have(browser: Any) -> None:
+    results = report("full").report.results
     marks: dict[tuple[str, str], set[bool]] = {}
-    seeds = {run.id: run.seed for run in full.report.results.runs}
-    for run_id, samples in full.report.results.samples.items():
-        for sample in samples if seeds[run_id] == 0 else ():
+    for run in (run for run in results.runs if run.seed == 0):
+        for sample in results.samples[run.id]:
             marks.setdefault((sample.split, sample.item_id), set()).add(sample.correct)
     expected = sum(len(right) == 2 for right in marks.values())
     assert 20 < expected < len(marks)
-    with opened(browser, full.file) as page:
+    with opened(browser, "full") as page:
         assert counted(page) == len(marks) and page.locator(".sample").count() == 20
         page.get_by_label("Only where models disagree").check()
         assert counted(page) == expected
-        shown = list_of_pages(page)
+        shown, on = [], page.get_by_role("button", name="Next")
+        while True:
+            shown += page.eval_on_selector_all(".sample .place", "all => all.map((p) => p.textContent)")
+            signs = page.eval_on_selector_all(
+                ".sample", "all => all.map(s => s.querySelectorAll('.mark-right').length)"
+            )
+            assert all(0 < right < 4 for right in signs)
+            if on.get_attribute("aria-disabled") == "true":
+                break
+            on.click()
+            assert 0 <= page.locator(".sample").first.bounding_box()["y"] < 200, "the next page begins at its top"
+            assert page.evaluate("document.activeElement.textContent") == "Next"
         assert len(shown) == expected == len(set(shown))
-        signs = page.eval_on_selector_all(".sample", "all => all.map(s => s.querySelectorAll('.mark-right').length)")
-        assert all(0 < right < 4 for right in signs)
-        assert page.deeds.messages == []
+        assert page.deeds == []
 
 
-def test_search_seed_task_and_outcome_narrow_the_items(browser: Any, full: Report) -> None:
-    with opened(browser, full.file) as page:
+def test_search_seed_task_and_outcome_narrow_the_items(browser: Any) -> None:
+    wrong = page_tree.ITEMS - page_tree.RIGHT["pure_grit"]
+    with opened(browser, "full") as page:
         search = page.get_by_role("searchbox")
         search.fill("pm2.5 IS 117")
         assert counted(page) == 1 and "PM2.5 is 117" in page.locator(".sample").inner_text()
-        search.fill("kept-001")  # an item's id, which no prompt has
-        assert counted(page) == 0
         search.fill("no model ever said this")
         assert counted(page) == 0 and "No item matches" in page.locator("[data-part='pages']").inner_text()
         search.fill("")
@@ -116,51 +143,43 @@ def test_search_seed_task_and_outcome_narrow_the_items(browser: Any, full: Repor
         assert counted(page) == page_tree.KEPT_ITEMS / 2
         page.locator("[data-part='task']").select_option("")
         page.locator("[data-part='split']").select_option("test")
-        page.locator(".outcomes label", has_text="pure_grit").locator("select").select_option("0")
-        assert counted(page) == page_tree.ITEMS - page_tree.RIGHT["pure_grit"]
-        page.locator("[data-part='seed']").select_option("1")
-        assert counted(page) == page_tree.ITEMS
-        page.locator(".outcomes label", has_text="pure_grit").locator("select").select_option("0")
-        assert counted(page) == page_tree.ITEMS - page_tree.RIGHT["pure_grit"] + 3
+        for seed, expected in (("0", wrong), ("1", wrong + 3)):
+            page.locator("[data-part='seed']").select_option(seed)
+            assert counted(page) == page_tree.ITEMS
+            page.locator(".outcomes label", has_text="pure_grit").locator("select").select_option("0")
+            assert counted(page) == expected
 
 
-def test_a_choice_redraws_its_charts_only(browser: Any, full: Report) -> None:
+def test_a_choice_redraws_its_charts_only(browser: Any) -> None:
     points = "[data-chart='spectrum-a'] g.mark-symbol.role-mark > path"
-    with opened(browser, full.file) as page:
+    places = "all => all.map((m) => m.ariaLabel || m.getAttribute('transform'))"
+    with opened(browser, "full") as page:
         draw_all(page)
-        kept, before = drawing(page, "scatter-kept"), places(page, points)
+        kept, before = drawing(page, "scatter-kept"), page.eval_on_selector_all(points, places)
         assert len(before) == 2 * len(page_tree.SEEDS) * 8  # arms, seeds, eigenvalues
         panel = page.locator("[data-panel='spectra']")
         panel.locator("[data-column='layer']").select_option(page_tree.LAYERS[0])
         page.wait_for_timeout(300)
-        after = places(page, points)
+        after = page.eval_on_selector_all(points, places)
         assert len(after) == len(before) and after != before
         panel.locator("[data-column='seed']").select_option("1")
-        page.wait_for_function(
-            f"() => document.querySelectorAll({json.dumps(points)}).length === {len(before) // len(page_tree.SEEDS)}"
-        )
-        assert drawing(page, "scatter-kept") == kept
-        assert page.deeds.messages == []
+        page.wait_for_function(f"() => document.querySelectorAll({json.dumps(points)}).length === {len(before) // 2}")
+        assert drawing(page, "scatter-kept") == kept and page.deeds == []
 
 
-def test_nothing_of_what_a_model_says_runs(browser: Any, evil: Report) -> None:
-    with opened(browser, evil.file) as page:
+def test_nothing_of_what_a_model_says_runs(browser: Any) -> None:
+    with opened(browser, "evil") as page:
         draw_all(page)
         page.get_by_role("searchbox").fill("script")
         assert counted(page) > 0
         page.get_by_role("searchbox").fill("")
         answers = page.eval_on_selector_all(".answer dd", "all => all.map(d => d.textContent)")
-        for text in page_tree.EVIL[:6]:
-            assert text in answers
-        assert page.evaluate("window.pwned") is None
-        assert page.locator("img, b").count() == 0
+        assert set(page_tree.EVIL[:6]) <= set(answers)
+        assert page.evaluate("window.pwned") is None and page.locator("img, b").count() == 0
         assert page.locator("th, td", has_text=page_tree.EVIL_ARM).count() > 0
         assert page.locator(".card h3").inner_text() == page_tree.EVIL_ARM
-        assert page.deeds.messages == [] and page.deeds.requests == []
-
-
-def test_a_script_that_gets_in_cannot_run(browser: Any, full: Report) -> None:
-    with opened(browser, full.file) as page:
+        assert page.deeds == []
+        # Were it to run after all, the page's policy would stop it.
         page.evaluate(
             """() => { const s = document.createElement('script'); s.textContent = 'window.pwned = 1';
             document.body.append(s); const i = document.createElement('img'); i.src = 'https://example.org/x.png';
@@ -168,57 +187,47 @@ def test_a_script_that_gets_in_cannot_run(browser: Any, full: Report) -> None:
         )
         page.wait_for_timeout(100)
         assert page.evaluate("window.pwned") is None
-        assert any("Content Security Policy" in message for message in page.deeds.messages)
-        assert len([m for m in page.deeds.messages if "script" in m or "image" in m]) >= 2
+        assert len([said for said in page.deeds if "Content Security Policy" in said]) >= 2
 
 
 @pytest.mark.parametrize(("name", "width"), [("full", 390), ("evil", 320)])
 def test_a_phone_need_not_scroll_sideways(browser: Any, name: str, width: int) -> None:
-    with opened(browser, report(name).file, width=width, height=800) as page:
+    with opened(browser, name, width=width) as page:
         draw_all(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        wide = page.evaluate(
-            """(width) => [...document.querySelectorAll('main *')].filter((e) => !e.closest('.box, svg')
-            && e.getBoundingClientRect().right > width + 1).map((e) => e.tagName + '.' + e.className)""",
-            width,
-        )
-        assert wide == []
+        wide = f"""[...document.querySelectorAll('main *')].filter((e) => !e.closest('.box, svg')
+            && e.getBoundingClientRect().right > {width + 1}).map((e) => e.tagName + '.' + e.className)"""
+        assert page.evaluate(wide) == []
 
 
-def test_dark_mode_is_dark_and_can_be_read(browser: Any, full: Report) -> None:
-    with opened(browser, full.file, scheme="dark") as page:
-        drawn(page, "difference-0")
-        ground, ink = (
-            page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color")
-        )
-        assert luminance(hexed(ground)) < 0.05 and contrast(hexed(ground), hexed(ink)) > 7
-        dark = drawing(page, "difference-0")
-        assert palette("dark")["--arm-3"] in dark
-        page.emulate_media(color_scheme="light")
-        page.wait_for_function(
-            "(old) => document.querySelector(\"[data-chart='difference-0']\").innerHTML !== old", arg=dark
-        )
-        page.wait_for_function(
-            "(colour) => document.querySelector(\"[data-chart='difference-0']\").innerHTML.includes(colour)",
-            arg=palette("light")["--arm-3"],
-        )
+def test_dark_mode_redraws_in_its_own_colours(browser: Any) -> None:
+    """`test_page` says that these can be told apart."""
+    with opened(browser, "full", scheme="dark") as page:
+        for scheme in ("dark", "light"):
+            page.emulate_media(color_scheme=scheme)
+            page.locator("[data-chart='difference-0']").scroll_into_view_if_needed()
+            page.wait_for_function(
+                "(colour) => document.querySelector(\"[data-chart='difference-0']\").innerHTML.includes(colour)",
+                arg=palette(scheme)["--arm-3"],
+            )
+            ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            paper = palette(scheme)["--paper"]
+            assert ground == f"rgb({', '.join(str(int(paper[at : at + 2], 16)) for at in (1, 3, 5))})"
 
 
-def test_it_can_be_used_without_seeing_it(browser: Any, full: Report) -> None:
-    with opened(browser, full.file) as page:
+def test_it_can_be_used_without_seeing_it(browser: Any) -> None:
+    with opened(browser, "full") as page:
         levels = page.eval_on_selector_all("h1, h2, h3", "all => all.map((h) => Number(h.tagName[1]))")
         assert levels[0] == 1 and levels.count(1) == 1
         assert all(below - above <= 1 for above, below in pairwise(levels))
-        assert page.locator("th:not([scope])").count() == 0
-        assert page.locator("[data-chart]:not([aria-label])").count() == 0
+        assert page.locator("th:not([scope]), [data-chart]:not([aria-label])").count() == 0
         ids = page.eval_on_selector_all("[id]", "all => all.map((e) => e.id)")
         assert len(ids) == len(set(ids))
         for control in page.locator("select, input").all():
             assert control.evaluate("(e) => e.labels.length && e.labels[0].textContent.trim().length > 0")
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.textContent") == "Skip to the findings"
-        box = page.get_by_label("Only where models disagree")
-        box.focus()
+        page.get_by_label("Only where models disagree").focus()
         before = counted(page)
         page.keyboard.press("Space")
         assert counted(page) < before
@@ -229,7 +238,7 @@ def test_the_browser_of_answers_shows_credit_and_finds_by_it(browser: Any) -> No
     apart = sum(max(own) - min(own) >= DISPUTED for own in zip(*given, strict=True))
     in_part = sum(0 < value < 1 for value in given[2])
     assert 0 < in_part < ITEMS
-    with opened(browser, report("tasks").file) as page:
+    with opened(browser, "tasks") as page:
         draw_all(page)
         first = page.locator(".sample").first.locator(".answer")
         assert first.count() == 3
@@ -243,11 +252,11 @@ def test_the_browser_of_answers_shows_credit_and_finds_by_it(browser: Any) -> No
         page.locator("[data-part='outcomes'] select").nth(2).select_option("")
         page.get_by_label("Only where models disagree").check()
         assert counted(page) == apart
-        assert page.deeds.messages == [] and page.deeds.requests == []
+        assert page.deeds == []
 
 
 def test_a_sheet_of_paper_has_everything(browser: Any) -> None:
-    with opened(browser, report("full").file, width=680) as page:
+    with opened(browser, "full", width=680) as page:
         draw_all(page)
         page.evaluate("document.querySelectorAll('details').forEach((d, i) => { d.open = i === 0; })")
         page.emulate_media(media="print")
@@ -263,33 +272,3 @@ def test_a_sheet_of_paper_has_everything(browser: Any) -> None:
             assert page.locator(kind).first.evaluate("(e) => getComputedStyle(e).breakInside") == "avoid"
         page.evaluate("dispatchEvent(new Event('afterprint'))")
         assert page.locator("details[open]").count() == 1
-
-
-def counted(page: Any) -> int:
-    return int(page.locator("[data-part='count']").inner_text().split()[0])
-
-
-def list_of_pages(page: Any) -> list[str]:
-    found: list[str] = []
-    while True:
-        found += page.eval_on_selector_all(".sample .place", "all => all.map((p) => p.textContent)")
-        on = page.get_by_role("button", name="Next")
-        if on.get_attribute("aria-disabled") == "true":
-            return found
-        on.click()
-        assert 0 <= page.locator(".sample").first.bounding_box()["y"] < 200, "the next page begins at its top"
-        assert page.evaluate("document.activeElement.textContent") == "Next"
-
-
-def drawn(page: Any, name: str) -> None:
-    page.locator(f"[data-chart='{name}']").scroll_into_view_if_needed()
-    page.wait_for_selector(f"[data-chart='{name}'][data-state='drawn']")
-
-
-def drawing(page: Any, name: str) -> str:
-    return str(page.locator(f"[data-chart='{name}']").inner_html())
-
-
-def places(page: Any, selector: str) -> list[Any]:
-    found = page.eval_on_selector_all(selector, "all => all.map((m) => m.ariaLabel || m.getAttribute('transform'))")
-    return list(found)

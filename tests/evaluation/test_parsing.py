@@ -1,6 +1,7 @@
 """What answers say: yes or no, the number that a solution arrives at, and free text by its overlap with a reference."""
 
 import math
+import time
 from collections import Counter
 from fractions import Fraction
 from itertools import combinations
@@ -18,59 +19,42 @@ from evaluation.tasks import Item, alpaca, boolq, dolly, gsm8k, mean_credit, qnl
 # fmt: off
 BOOLQ = {
     "Yes": [
-        "Yes", "yes", " yes\n", "Yes!", "**Yes**", '"Yes"', "[Yes]", "# Yes", "-Yes",
-        "Yes, because the passage says so.",
-        "Yes it is", "The answer is: Yes.", "A: yes", "Well, I would say yes", "No one can, so yes.", "Yes, no doubt.",
-        "Yes, there is no other way.", "yeah", "Yep.", "Y", "True", "That is correct.", "no longer, yes", "not false",
-        "Yes, the statement is not false.", "\n\nYes\n\nQuestion: Is it?\nNo", "Yes or no? Yes.", "True or false: true",
-        "Yes (no permit is needed)", "It does not matter; it is true.", "It is not red but it is true",
-        "No doubt it is true",
+        "Yes", " yes\n", "**Yes**", "-Yes", "A: yes", "Y", "Yep.", "The answer is: Yes.", "No one can, so yes.",
+        "Yes, no doubt.", "That is correct.", "no longer, yes", "not false", "Yes, the statement is not false.",
+        "\n\nYes\n\nQuestion: Is it?\nNo", "Yes or no? Yes.", "It does not matter; it is true.",
+        "It is not red but it is true", "No doubt it is true",
     ],
     "No": [
-        "No", "NO", "no.", "no?", "No...", "_No_", "`no`", "“No”", "(no)", "<b>No</b>", "- No",
-        "No, because it is not blue.", "No - it is red", "No— it is red", "No; it is red", "No because it is red",
-        "No it isn't", "No they're red", "The answer is no", "The answer is no because it is red", "Answer: No",
-        "So, no.", "No, no, no!", "Nope", "nah, it is red", "n.", "false", "That is incorrect.", "It is not true.",
-        "It isn't true", "It isn’t necessarily true", "That is no longer true", "This cannot be correct", "not yes",
-        "It is not **yes**", "No, it is a true story.", "Thinking about it.\nNo.", "Answer Yes or No. No",
-        "No (it is true only in Canada)", "No (see line 2)", "No [correct only in Canada]", "No {true}", "No…",
-        "No… it is true of Canada", "No = false", "It is not at all true.", "It is hardly true",
-        "It is scarcely correct",
-        "It is not blue, so it is false.", "No longer true",
+        "No", "NO", "no?", "No...", "_No_", "“No”", "(no)", "<b>No</b>", "No - it is red", "No— it is red", "Nope",
+        "No because it is red", "No it isn't", "So, no.", "No, no, no!", "n.", "That is incorrect.", "not yes",
+        "It isn’t necessarily true", "That is no longer true", "This cannot be correct", "It is not **yes**",
+        "No, it is a true story.", "Thinking about it.\nNo.", "No [correct] {true}", "Answer Yes or No. No",
+        "No (it is true only in Canada)", "No… it is true of Canada", "No = false", "It is not at all true.",
+        "It is hardly true", "It is not blue, so it is false.",
     ],
     None: [
-        "No (yes would need a permit)", "No | yes", "No per the passage; that is true of France",
-        "No source says that it is true", "No one thinks that is correct", "I do not know if it is true",
-        "It is not the case that this is true", "Nothing says it isn't known to be false", "", " \n\t ", "...",
-        "yes and no", "No and yes", "No & yes.", "no yes", "Yes. No.", "No, wait, yes", "yes or no", "Yes/No",
-        "True or False", "true and false", "It is true, or is it false", "I don't know", "I do not know.", "Not sure",
-        "maybe", "Yesterday", "yes-man", "Bayes", "No one", "no-one knows", "Nobody", "None", "Norway", "No idea",
-        "No. 5 is alive", "There is no evidence of it", "Not", "now", "untrue", "N/A", "NaN", "y n", "The sky is blue",
-        "1", "0", "да", "{prompt}", "Answer Yes or No.",
+        "No (yes would need a permit)", "No | yes", "No per the passage; that is true of France", "", " \n\t ", "...",
+        "No source says that it is true", "I do not know if it is true", "Nothing says it isn't known to be false",
+        "no yes", "Yes. No.", "No, wait, yes", "Yes/No", "true and false", "It is true, or is it false", "Yesterday",
+        "yes-man", "Bayes", "No one", "no-one knows", "No. 5 is alive", "There is no evidence of it", "untrue", "N/A",
+        "y n", "1", "да", "Answer Yes or No.",
     ],
 }
 QNLI = {
     "entailment": [
-        "Yes", "yes.", "y", "Yeah, it does", "entailment", "Entailment.", "ENTAILMENT", "`entailment`",
-        "label: entailment", "The label is entailment because it says so", "The question is entailed",
+        "Yes", "y", "Yeah, it does", "ENTAILMENT", "`entailment`", "label: entailment", "The question is entailed",
         "It entails the answer", "True", "Yes, entailment", "Does the sentence answer the question? Yes",
-        "The sentence answers it. Yes.", "entailment\nnot_entailment", "There is no doubt: yes",
+        "entailment\nnot_entailment", "There is no doubt: yes",
     ],
     "not_entailment": [
-        "No", " NO \n", "**No**", "N", "nope", "not_entailment", "not entailment", "Not Entailment", "not-entailment",
-        "Not_Entailment.", "**not_entailment**", "`not_entailment`", "not  entailment", "not an entailment",
-        "not really an entailment", "It is not the entailment", "no entailment", "There is no entailment here",
-        "non-entailment", "label: not_entailment", "This is not entailment", "This isn't entailment",
-        "This isn’t entailment", "It is not entailed", "It is not clearly entailed", "It does not entail the answer",
-        "It doesn't entail it", "It cannot entail it", "It never entails it", "False", "not true", "No, not_entailment",
-        "No, this is not entailment.", "Does the sentence answer the question? Answer Yes or No. No",
-        "Sentence: It started.\nNo", "There is no date in it, so no.",
+        " NO \n", "N", "not_entailment", "not entailment", "Not-Entailment", "**not_entailment**", "not  entailment",
+        "not really an entailment", "There is no entailment here", "non-entailment", "This isn’t entailment",
+        "It is not clearly entailed", "It doesn't entail it", "It cannot entail it", "False", "No, not_entailment",
+        "Does the sentence answer the question? Answer Yes or No. No", "There is no date in it, so no.",
     ],
     None: [
-        "", "   ", "entailment or not_entailment", "entailment/not_entailment", "not_entailment, entailment",
-        "yes and no", "Yes or No", "maybe", "unknown", "neutral", "contradiction", "entailments", "entail-ment",
-        "nonentailment", "not", "not sure", "I know", "It started in 1912.", "No one started it", "0", "1", "-1",
-        "蕴含",
+        "", "entailment or not_entailment", "not_entailment, entailment", "yes and no", "neutral", "entailments",
+        "entail-ment", "nonentailment", "not", "I know", "No one started it", "0", "-1", "蕴含",
     ],
 }
 # fmt: on
@@ -91,79 +75,66 @@ def test_yes_and_no_are_read(task, cases):
                 assert (score.correct, score.exact, score.credit) == (right, right, float(right)), answer
 
 
-def scored(pairs):
-    return [boolq.score(labelled(boolq, "Yes" if truth else "No"), answer) for truth, answer in pairs]
-
-
-@pytest.mark.parametrize(
-    ("pairs", "accuracy", "f1", "unparseable"),
-    [
+def test_label_metrics_by_hand():
+    for pairs, accuracy, f1, unparseable in (
         # Yes: 2 of 2 said, 2 of 3 found: F1 = 4/5. No: 1 of 2 said, 1 of 2 found: F1 = 1/2.
         ([(1, "Yes"), (1, "Yes"), (1, "no"), (0, "No"), (0, "perhaps")], 0.6, (4 / 5 + 1 / 2) / 2, 0.2),
         ([(1, "Yes")] * 3 + [(0, "Yes")], 0.75, 3 / 7, 0),  # Yes: precision 3/4, recall 1. No: never said
         ([(1, "Yes")] * 2, 1, 1, 0),
         ([(1, "")] * 2, 0, 0, 1),
-    ],
-)
-def test_label_metrics_by_hand(pairs, accuracy, f1, unparseable):
-    expected = {"boolq_accuracy": accuracy, "boolq_f1": f1, "boolq_unparseable": unparseable}
-    assert boolq.summarize(scored(pairs)) == pytest.approx(expected)
+    ):
+        scores = [boolq.score(labelled(boolq, boolq.LABELS[truth]), answer) for truth, answer in pairs]
+        expected = {"boolq_accuracy": accuracy, "boolq_f1": f1, "boolq_unparseable": unparseable}
+        assert boolq.summarize(scores) == pytest.approx(expected)
 
 
 # --- numbers ---
 
 # fmt: off
-NUMBERS = [
-    ("#### 18", "18"), ("####18", "18"), ("She has 9 * 2 = 18.\n#### 18", "18"),
-    ("#### 18\n\nQuestion: there are 5 cats", "18"), ("#### 18 apples in 3 boxes", "18"),
-    ("First #### 17, no, #### 18", "18"), ("#### 18\n####", "18"), ("#### \n18", "18"), ("#### x = 18", "18"),
-    ("#### 3 * 6 = 18", "18"), ("#### 18 = 3 * 6", "3"), ("#### $1,234.50", "1234.5"), ("#### -5", "-5"),
-    ("#### −5", "-5"), ("#### **18**", "18"), ("#### nothing. It was 7.", "7"), ("The answer is 5 ####", "5"),
-    ("##### 18", "18"), ("#### none\n#### 18", "18"),
-    ("#### Step 1: eggs\n16-7=9\n#### Step 2: money\n9*2=18\n#### 18", "18"),
-    ("#### Calculate the 2 parts\n9*2 = 18\nThe answer is 18.", "18"),
-    ("#### Step 1\n#### Step 2\nSo 18 in all.", "18"), ("So:\n#### Janet makes 18 dollars for 3 eggs", "18"),
-    ("#### about 18\nThat is 3 more than 15.", "18"), ("####\n#### 18", "18"),
-    ("#### 18 ####\nThere were 5 cats.", "18"),
-    ("2*9=18\n#### 18\n\n### Instruction:\nWhat is 3+2?\n\n### Response:\n3+2=5\n#### 5", "18"),
-    ("#### 18\n\n#### 24", "18"), ("The answer is 5.\n\nQuestion: 4 + 5?\nAnswer: 9", "5"),
-    ("The answer is 5.\n\n**Question 2:** 4 + 5?\nThe answer is 9.\n#### 9", "5"),
-    ("Thus \\boxed{18}.\n\nProblem: 4 + 5?\n\\boxed{9}", "18"),
-    ("They have 3 * 6 = 18 eggs.\nQ: What is 4 + 5?\nA: 9", "18"), ("18\n\n### Instruction\nAdd 4 and 5.", "18"),
-    ("18 [/INST]\n[INST] Add 4 and 5. [/INST] 9", "18"),
-    ("Question: There are 3 boxes of 6.\nAnswer: 18\n\nQuestion: 4 + 5?\nAnswer: 9", "18"),
-    ("\n\n### Instruction:\nAdd 4 and 5.\n### Response:\nThe answer is 9.", "9"),
-    ("Let me see.\nQuestion: how many eggs?\n#### 18", "18"), ("Quantity: 3.\nThe question: how many? 18", "18"),
-    ("### 18 ###", "18"), (r"Thus \boxed{18}, for 3 days.", "18"), (r"$\boxed{\frac{3}{4}}$ of 8", "3/4"),
-    (r"\boxed{18 \text{ dollars}} for 2", "18"), (r"\boxed{} is 4", "4"), (r"\boxed{5} then \boxed{6}", "6"),
-    ("The answer is 18. To check: 20 - 2.", "18"), ("the answer is: $18, for 3 people", "18"),
-    ("**Answer:** 18 (of 20)", "18"), ("Answer:\n18\nThere were 20.", "18"),
-    ("The final answer is about 18 of 20 eggs", "18"),
-    ("The answer to the problem is therefore 3 * 6 = 18 and not 20", "18"), ("The answer is not 18 but 20", "20"),
-    ("The answer isn't 18, it's 20", "20"), ("The answer is not 2 + 2 = 4. They have 5.", "5"),
-    ("Answer: there are 5 cats and 3 dogs, so 8 in all", "8"),
-    ("The answer is 17. Wait, the answer is 18. There were 20.", "18"), ("The answer is unknown; 4", "4"),
-    ("The answer is 18 or 20", "18"), ("The answer is " + "x" * 400 + " = 18 for 3", "18"),
-    ("3 * 6 = 18 apples for 3 days", "18"), ("3 * 6 = 18. So 20 in total with 2 more", "2"),
-    ("5 + 13 = 18. He gives 2 away, so 16 are left.", "16"), ("20 = x - 2 = 18 for 3", "18"), ("x = -5", "-5"),
-    ("There are 3 cats and 18 dogs.", "18"), ("18", "18"), ("  18  \n", "18"), ("18.", "18"), ("18,", "18"),
-    ("It costs $18!", "18"), ("1,234", "1234"), ("1,234,567.25", "1234567.25"), ("$18", "18"), (r"\$18", "18"),
-    ("18 $", "18"), ("18€", "18"), ("US$18", "18"), ("Rs.18", "18"), ("-$5", "-5"), ("$-5", "-5"), ("$ 5", "5"),
-    ("18%", "18"), (r"18\%", "18"), ("18.00", "18"), ("007", "7"), ("+5", "5"), ("−5", "-5"), ("–5", "-5"),
-    ("- 5 apples", "5"), ("total--5", "5"), ("(5)", "5"), ("3/4", "3/4"), ("3 / 4", "3/4"), ("-3/4", "-3/4"),
-    ("1 1/2", "3/2"), ("-1 1/2", "-3/2"), ("1½ cups", "3/2"), ("½", "1/2"), ("8/4", "2"), (".5", "1/2"),
-    ("so...18", "18"), ("0.5", "1/2"), ("-.5", "-1/2"), ("1e3", "1000"), ("1.5e3", "1500"), ("2E-2", "1/50"),
-    (r"\frac{3}{4}", "3/4"), (r"\dfrac{1}{2} of it", "1/2"), ("10{,}000", "10000"), (r"10\,000", "10000"),
-    ("10\u202f000", "10000"), ("18kg", "18"), ("18th", "18"), ("a 3-hour trip", "3"), ("pre-5", "5"), ("_18_", "18"),
-    ("`18`", "18"), ("2 million", "2"), ("99999999999999999999", "99999999999999999999"), ("", None), (" \n\t", None),
-    ("I do not know.", None), ("####", None), ("#### unknown", None), ("twelve", None), ("NaN", None), ("inf", None),
-    ("-", None), ("$", None), ("1,5", None), ("1.234,5", None), ("1,2345", None), ("12,34,567", None),
-    ("0,500", None), ("1_000", None), ("1'234", None), ("10-15", None), ("10–15", None), ("$10-$15", None),
-    ("#### 10-15", None), ("The answer is 10-15.", None), ("10:30", None), ("2023-05-01", None), ("1/2/2023", None),
-    ("1.2.3", None), ("v1.2", None), ("PM10", None), ("3*6", None), ("3x6", None), ("5^2", None), ("3/0", None),
-    ("5 10/2", None), ("1e999", None), ("1e999999999999", None), ("9" * 399, None), ("9" * 100_000, None),
-    ("１８", None), ("١٨", None), ("²", None),
-]
+NUMBERS = {
+    "18": [
+        "#### 18", "####18", "She has 9 * 2 = 18.\n#### 18", "#### 18\n\nQuestion: there are 5 cats", "18th", "_18_",
+        "#### 18 apples in 3 boxes", "#### Step 1\n#### Step 2\nSo 18 in all.", "####\n#### 18", "#### 18\n\n#### 24",
+        "So:\n#### Janet makes 18 dollars for 3 eggs", "#### about 18\nThat is 3 more than 15.", "18€", "Rs.18", "18%",
+        "2*9=18\n#### 18\n\n### Instruction:\nWhat is 3+2?\n\n### Response:\n3+2=5\n#### 5", "18.00", "18,", r"18\%",
+        "Thus \\boxed{18}.\n\nProblem: 4 + 5?\n\\boxed{9}", "They have 3 * 6 = 18 eggs.\nQ: What is 4 + 5?\nA: 9",
+        "Question: There are 3 boxes of 6.\nAnswer: 18\n\nQuestion: 4 + 5?\nAnswer: 9", r"\$18", "It costs $18!",
+        "Let me see.\nQuestion: how many eggs?\n#### 18", r"\boxed{18 \text{ dollars}} for 2", "so...18",
+        "the answer is: $18, for 3 people", "**Answer:** 18 (of 20)", "Answer:\n18\nThere were 20.",
+        "The final answer is about 18 of 20 eggs", "The answer is 17. Wait, the answer is 18. There were 20.",
+        "The answer to the problem is therefore 3 * 6 = 18 and not 20", "The answer is " + "x" * 400 + " = 18 for 3",
+        "3 * 6 = 18 apples for 3 days", "20 = x - 2 = 18 for 3", "There are 3 cats and 18 dogs.",
+    ],
+    "5": [
+        "The answer is 5.\n\n**Question 2:** 4 + 5?\nThe answer is 9.\n#### 9",
+        "The answer is not 2 + 2 = 4. They have 5.", "- 5 apples", "total--5", "(5)", "$ 5", "pre-5", "+5",
+    ],
+    "9": ["\n\n### Instruction:\nAdd 4 and 5.\n### Response:\nThe answer is 9."],
+    "20": ["The answer is not 18 but 20", "The answer isn't 18, it's 20"],
+    "4": [r"\boxed{} is 4", "The answer is unknown; 4"],
+    "2": ["3 * 6 = 18. So 20 in total with 2 more", "8/4", "2 million"],
+    "6": [r"\boxed{5} then \boxed{6}"],
+    "8": ["Answer: there are 5 cats and 3 dogs, so 8 in all"],
+    "16": ["5 + 13 = 18. He gives 2 away, so 16 are left."],
+    "-5": ["x = -5", "-$5", "$-5", "−5", "–5"],
+    "3/4": [r"$\boxed{\frac{3}{4}}$ of 8", "3/4", "3 / 4", r"\frac{3}{4}"],
+    "3/2": ["1 1/2", "1½ cups"],
+    "1/2": ["½", ".5", r"\dfrac{1}{2} of it"],
+    "-1/2": ["-.5"],
+    "1/50": ["2E-2"],
+    "1500": ["1.5e3"],
+    "1234567.25": ["1,234,567.25"],
+    "10000": ["10{,}000", r"10\,000", "10\u202f000"],
+    "3": ["a 3-hour trip"],
+    "7": ["007"],
+    "99999999999999999999": ["99999999999999999999"],
+    None: [
+        "", " \n\t", "I do not know.", "####", "#### unknown", "twelve", "NaN", "-", "$", "1,5", "1.234,5", "1,2345",
+        "12,34,567", "0,500", "1_000", "1'234", "10-15", "10–15", "$10-$15", "#### 10-15", "The answer is 10-15.",
+        "10:30", "2023-05-01", "1/2/2023", "1.2.3", "v1.2", "PM10", "3*6", "3x6", "5^2", "3/0", "5 10/2", "1e999",
+        "1e999999999999", "9" * 399, "9" * 100_000, "１８", "١٨", "²",
+    ],
+}
 # fmt: on
 
 
@@ -172,67 +143,61 @@ def read(answer):
 
 
 def test_numbers_are_read():
-    for answer, number in NUMBERS:
-        assert read(answer) == (None if number is None else Fraction(number)), answer[:100]
+    for number, given_answers in NUMBERS.items():
+        for answer in given_answers:
+            assert read(answer) == (None if number is None else Fraction(number)), answer[:100]
 
 
-@given(
-    st.fractions(min_value=0, max_value=10**6), st.sampled_from(["{}", "#### {}", "So {} eggs.", "The answer is {}."])
-)
+FORMS = ["It is {:,} in all.", "#### {:d}", "So {:d}.00 eggs.", "The answer is {:,}.0.", "{:d}e0", "**{:d}**", "{:d}%"]
+
+
+@given(st.integers(-(10**12), 10**12), st.sampled_from(FORMS), st.fractions(min_value=0, max_value=10**6))
 @settings(deadline=None)
-def test_fractions_are_read_back(value, frame):
-    assert read(frame.format(value)) == value
+def test_numbers_are_read_back_in_every_form(value, form, fraction):
+    assert read(form.format(value)) == value
+    assert read(f"#### {fraction}") == read(f"So {fraction} eggs.") == fraction
 
 
-@given(
-    st.integers(-(10**12), 10**12),
-    st.sampled_from(["{:,}", "{:d}", "{:d}.00", "{:,}.0", "{:d}e0", "**{:d}**", "{:d}%"]),
-)
-@settings(deadline=None)
-def test_integers_are_read_back_in_every_form(value, form):
-    assert read(f"It is {form.format(value)} in all.") == value
-
-
-@pytest.mark.timeout(60)  # linear, they take seconds; quadratic, minutes
 def test_long_answers_are_read_in_time():
-    for piece in ("no one ", "not ", "not ly ", "n't-", "yes ", "y", "no ", "yes or ", "not very", "_", "a\n", "true "):
-        assert parsing.read_yes_no(piece * 40_000) in (True, False, None)
-    pieces = ("1 ", "1,", "1-", "#### ", "the answer is ", r"\boxed{", "=", "9", "1/", ". ", "½", "-", "Q:\n", "####\n")
-    for piece in pieces:
-        read(piece * 40_000)
+    """Linear, each takes less than a tenth of a second; quadratic, several seconds."""
+    labels = ("no one ", "not ", "not ly ", "n't-", "yes ", "y", "no ", "yes or ", "not very", "_", "a\n", "true ")
+    marks = ("1 ", "1,", "1-", "#### ", "the answer is ", r"\boxed{", "=", "9", "1/", ". ", "½", "-", "Q:\n", "####\n")
+    for reader, pieces in ((parsing.read_yes_no, labels), (read, marks)):
+        for piece in pieces:
+            start = time.process_time()
+            reader(piece * 10_000)
+            assert time.process_time() - start < 1.5, piece
 
 
 def solved(result="18"):
     return gsm8k.make_item("x", {"question": "How many?", "answer": f"So it is {result}.\n#### {result}"})
 
 
-@pytest.mark.parametrize(
-    ("truth", "answer"),
-    [("18", "18.00"), ("3/4", "0.75"), ("0.75", "3/4"), ("1,000", "1e3"), ("-5", "−5.0"), ("$18", "18 dollars")],
-)
-def test_equal_numbers_are_equal_however_written(truth, answer):
-    score = gsm8k.score(solved(truth), answer)
-    assert score.correct and score.exact and score.credit == 1 and score.abs_error == 0
-
-
-def test_equality_is_exact():
-    third = gsm8k.score(solved("1/3"), "0.3333333333333333")
-    assert float(Fraction(1, 3)) == 0.3333333333333333  # as floats they are the same
+def test_equality_is_exact_however_a_number_is_written():
+    for truth, answer in (
+        ("18", "18.00"), ("3/4", "0.75"), ("0.75", "3/4"), ("1,000", "1e3"), ("-5", "−5.0"), ("$18", "18 dollars"),
+    ):  # fmt: skip
+        score = gsm8k.score(solved(truth), answer)
+        assert score.correct and score.exact and score.credit == 1 and score.abs_error == 0
+    third = gsm8k.score(solved("1/3"), "0.3333333333333333")  # as floats they are the same
     assert not third.correct and third.abs_error == 0
     assert not gsm8k.score(solved("9007199254740993"), "9007199254740992").correct
 
 
 def test_what_the_score_of_a_number_holds():
-    near = gsm8k.score(solved(), "I think 20")
-    assert (near.correct, near.predicted, near.abs_error, near.extra) == (False, 20.0, 2.0, {"marker": 0.0})
-    none = gsm8k.score(solved(), "#### none")
-    assert (none.correct, none.predicted, none.abs_error, none.extra) == (False, None, None, {"marker": 0.0})
+    for answer, predicted, error in (("I think 20", 20.0, 2.0), ("#### none", None, None)):
+        score = gsm8k.score(solved(), answer)
+        assert (score.correct, score.predicted, score.abs_error, score.extra) == (
+            False,
+            predicted,
+            error,
+            {"marker": 0},
+        )
     far = gsm8k.score(solved("-1.7e308"), "1.7e308")
     assert far.predicted == 1.7e308 and far.abs_error is None
     scores = [gsm8k.score(solved(), a) for a in ("#### 18", "18.0 in all", "#### 19", "none", "#### none")]
-    assert gsm8k.summarize(scores) == {
-        "gsm8k_exact_match": 0.4, "gsm8k_unparseable": 0.4, "gsm8k_has_marker": 0.4
-    }  # fmt: skip
+    expected = {"gsm8k_exact_match": 0.4, "gsm8k_unparseable": 0.4, "gsm8k_has_marker": 0.4}
+    assert gsm8k.summarize(scores) == expected
 
 
 # --- free text ---
@@ -248,30 +213,13 @@ WORDS = [
 ]
 # (answer, reference, common subsequence, shared words, words of the answer, words of the reference), by hand.
 BY_HAND = [
-    ("the cat sat", "the cat sat", 3, 3, 3, 3), ("The cat sat.", "the cat sat", 3, 3, 3, 3),
-    ("the cat", "the cat sat", 2, 2, 2, 3), ("the cat sat down", "the cat sat", 3, 3, 4, 3),
-    ("sat cat the", "the cat sat", 1, 3, 3, 3), ("the sat cat", "the cat sat", 2, 3, 3, 3),
-    ("a dog ran", "the cat sat", 0, 0, 3, 3), ("", "the cat sat", 0, 0, 0, 3), (" \n", "the cat sat", 0, 0, 0, 3),
-    ("!!!", "the cat sat", 0, 0, 1, 3), ("the the the", "the cat sat", 1, 1, 3, 3),
-    ("the", "the cat the", 1, 1, 1, 3), ("the the", "the cat the", 2, 2, 2, 3),
-    ("cat cat the the", "the cat the cat", 2, 4, 4, 4), ("my name is john", "is your name john", 2, 3, 4, 4),
-    ("police kill the gunman", "police killed the gunman", 3, 3, 4, 4),
-    ("the gunman kill police", "police killed the gunman", 2, 3, 4, 4), ("a b c d e", "a c e", 3, 3, 5, 3),
-    ("a b c d e", "e d c b a", 1, 5, 5, 5), ("a b c d e f", "d e f a b c", 3, 6, 6, 6),
-    ("x a y b z c", "a b c", 3, 3, 6, 3), ("don't go", "do not go", 1, 1, 3, 3), ("dont go", "don't go", 1, 1, 2, 3),
-    ("GO", "go", 1, 1, 1, 1), ("yes", "no", 0, 0, 1, 1), ("42", "42.", 1, 1, 1, 1), ("4.2", "42", 0, 0, 2, 1),
-    ("1,000", "1000", 0, 0, 2, 1), ("cats", "cat", 0, 0, 1, 1), ("well-known", "well known", 2, 2, 2, 2),
-    ("snake_case", "snake case", 2, 2, 2, 2), ("a\nb\nc", "a b c", 3, 3, 3, 3),
-    ("1. one\n2. two", "one two", 2, 2, 4, 2), ("Größe", "grösse", 1, 1, 1, 1),
-    ("cafe\u0301 noir", "caf\u00e9 noir", 2, 2, 2, 2), ("cafe", "caf\u00e9", 0, 0, 1, 1),
-    ("Αθήνα είναι", "η Αθήνα είναι", 2, 2, 2, 3), ("Москва", "москва", 1, 1, 1, 1), ("东京", "東京", 1, 1, 2, 2),
-    ("京东", "东京", 1, 2, 2, 2), ("すし", "すし屋", 2, 2, 2, 3), ("हिन्दी", "हिन्दू", 0, 0, 1, 1), (":-)", ":-)",
-    1, 1, 1, 1),
-    (":-(", ":-)", 0, 0, 1, 1), ("-> <-", "<- ->", 1, 2, 2, 2), ("😀 yes", "yes", 1, 1, 1, 1),
-    ("a " * 10, "a", 1, 1, 10, 1), ("a", "a " * 10, 1, 1, 1, 10),
-    ("the quick brown fox jumps", "the fast brown fox leaps", 3, 3, 5, 5),
-    ("one two three four", "two one four three", 2, 4, 4, 4),
-    ("{prompt} ### Response:", "prompt response", 2, 2, 2, 2), ("<b>bold</b>", "bold", 1, 1, 3, 1),
+    ("the cat sat", "The cat sat.", 3, 3, 3, 3), ("the cat sat down", "the cat sat", 3, 3, 4, 3),
+    ("sat cat the", "the cat sat", 1, 3, 3, 3), ("a dog ran", "the cat sat", 0, 0, 3, 3),
+    (" \n", "the cat sat", 0, 0, 0, 3), ("!!!", "the cat sat", 0, 0, 1, 3), ("the the the", "the cat sat", 1, 1, 3, 3),
+    ("police kill the gunman", "police killed the gunman", 3, 3, 4, 4), ("x a y b z c", "a b c", 3, 3, 6, 3),
+    ("the gunman kill police", "police killed the gunman", 2, 3, 4, 4), ("4.2", "42", 0, 0, 2, 1),
+    ("cats", "cat", 0, 0, 1, 1), ("cafe\u0301 noir", "caf\u00e9 noir", 2, 2, 2, 2), ("京东", "东京", 1, 2, 2, 2),
+    (":-)", ":-)", 1, 1, 1, 1), ("a", "a " * 10, 1, 1, 1, 10),
 ]
 EXACT = [  # signs count that words drop
     ("Blue", "blue", True), (" blue\n", "Blue.", True), ("blue.", "blue", True), ("a  b", "a\nb", True),
@@ -282,16 +230,18 @@ EXACT = [  # signs count that words drop
 # fmt: on
 
 
-def test_words():
-    for text, words in WORDS:
-        assert parsing.words(text) == words
-
-
 @given(st.text(st.characters(max_codepoint=127)))
 @settings(deadline=None)
 def test_words_of_ascii_are_those_of_rouge(text):
     usual = _normalize_and_tokenize_text(text)
     assert parsing.words(text) == (usual or text.lower().split())
+
+
+def test_words_are_runs_of_letters_and_digits_but_signs_count_in_exact_answers():
+    for text, words in WORDS:
+        assert parsing.words(text) == words
+    for answer, reference, equal in EXACT:
+        assert alpaca.score(referred(reference), answer).exact is equal, (answer, reference)
 
 
 def referred(reference, task=alpaca):
@@ -306,6 +256,11 @@ def test_rouge_by_hand(task):
         assert score.extra == {"rouge_1": pytest.approx(2 * shared / (m + n), abs=1e-6)}
         assert score.correct == (4 * common >= m + n)
         assert (score.predicted is None) == (not answer.strip())
+    it = referred("the cat sat", task)
+    summary = task.summarize([task.score(it, a) for a in ("The cat sat.", "sat cat the", "the cat", "", " ")])
+    rouge_l, rouge_1 = (1 + 1 / 3 + 4 / 5 + 0 + 0) / 5, (1 + 1 + 4 / 5 + 0 + 0) / 5
+    expected = {"rouge_l": rouge_l, "rouge_1": rouge_1, "exact": 0.2, "empty": 0.4}
+    assert summary == pytest.approx({f"{task.NAME}_{name}": value for name, value in expected.items()}, abs=1e-6)
 
 
 def longest_common(a, b):
@@ -318,35 +273,16 @@ def longest_common(a, b):
     return 0
 
 
-def f1(common, a, b):
-    return 2 * common / (len(a) + len(b)) if a and b else 0.0
-
-
 TEXTS = st.lists(st.sampled_from(["a", "B", "c.", "é", "東京", "-", "the", "\n"]), max_size=9).map(" ".join)
 
 
 @given(TEXTS, TEXTS.filter(str.strip))
 @settings(max_examples=200, deadline=None)
 def test_rouge_is_that_of_a_search_through_all_subsequences(answer, reference):
-    given_words, right = parsing.words(answer), parsing.words(reference)
-    shared = sum((Counter(given_words) & Counter(right)).values())
-    rouge_l, rouge_1 = parsing.rouge(answer, reference)
-    assert rouge_l == pytest.approx(f1(longest_common(given_words, right), given_words, right), abs=1e-6)
-    assert rouge_1 == pytest.approx(f1(shared, given_words, right), abs=1e-6)
-
-
-def test_exact_keeps_signs_that_words_drop():
-    for answer, reference, equal in EXACT:
-        assert alpaca.score(referred(reference), answer).exact is equal, (answer, reference)
-
-
-@pytest.mark.parametrize("task", [alpaca, dolly])
-def test_free_text_metrics_by_hand(task):
-    it = referred("the cat sat", task)
-    summary = task.summarize([task.score(it, a) for a in ("The cat sat.", "sat cat the", "the cat", "", " ")])
-    rouge_l, rouge_1 = (1 + 1 / 3 + 4 / 5 + 0 + 0) / 5, (1 + 1 + 4 / 5 + 0 + 0) / 5
-    expected = {"rouge_l": rouge_l, "rouge_1": rouge_1, "exact": 0.2, "empty": 0.4}
-    assert summary == pytest.approx({f"{task.NAME}_{name}": value for name, value in expected.items()}, abs=1e-6)
+    said, right = parsing.words(answer), parsing.words(reference)
+    common = longest_common(said, right), sum((Counter(said) & Counter(right)).values())
+    expected = [2 * n / (len(said) + len(right)) if said else 0.0 for n in common]
+    assert parsing.rouge(answer, reference) == pytest.approx(expected, abs=1e-6)
 
 
 # --- any text ---
@@ -360,13 +296,12 @@ ANY = st.lists(st.one_of(st.sampled_from([*PIECES, "\n", "the answer is "]), st.
                          st.text(max_size=5)), max_size=20)  # fmt: skip
 
 
-@given(ANY, st.sampled_from(["", " "]))
-@settings(deadline=None)
-@pytest.mark.parametrize(
-    "item",
-    [labelled(boolq, "Yes"), labelled(qnli, "not_entailment"), solved(), referred("a cat")],
-    ids=lambda i: i.task,
+@given(
+    st.sampled_from([labelled(boolq, "Yes"), labelled(qnli, "not_entailment"), solved(), referred("a cat")]),
+    ANY,
+    st.sampled_from(["", " "]),
 )
+@settings(max_examples=250, deadline=None)
 def test_any_text_gets_a_score(item, pieces, between):
     task = {t.NAME: t for t in (boolq, qnli, gsm8k, alpaca)}[item.task]
     score = task.score(item, between.join(pieces))

@@ -1,20 +1,30 @@
-"""A user's data ends in items or rejections, row by row, and every problem is named where it stands: with task aqi."""
+"""Rows of files, folders and the hub: each ends as an item or is refused with row, column and reason."""
 
 import csv
 import io
 import json
-import math
-from pathlib import Path
+import os
+import re
+import shutil
+import socket
+import types
 
 import datasets
-import pandas as pd
+import httpx
+import pyarrow as pa
 import pytest
+import yaml
+from datasets import ClassLabel, Dataset
+from datasets.exceptions import DatasetNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
-from evaluation.sources.rows import RecipeRows, RowSource, read_recipe, write_rejected
+from evaluation.sources import read_table
+from evaluation.sources.hub import open_data_set, read_split
+from evaluation.sources.rows import Column, RowSource, read_recipe, write_rejected
 from evaluation.sources.tables import SourceError
-from evaluation.tasks import aqi
+from evaluation.tasks import Field, Item, RowError, Source, aqi
 
 COLUMNS = {"pm25": "PM25", "o3_8h": "ozone", "co": "CO", "aqi": "AQI", "id": "site"}
 HEADER = "site,PM25,ozone,CO,AQI\n"
@@ -29,13 +39,14 @@ class Where(RowSource):
     trust_given_aqi: bool = False
 
 
-def read(tmp_path: Path, content: str | bytes, name: str = "data.csv", **options: object) -> RecipeRows:
+def read(tmp_path, content, name="data.csv", columns=COLUMNS, **options):
+    """The rows of a file of that content, by task aqi."""
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_recipe(aqi, Where(source=str(path), **{"columns": COLUMNS, **options}))
+    return read_recipe(aqi, Where(source=str(path), columns=columns, **options))
 
 
-def reasons(result: RecipeRows) -> dict[int, str]:
+def reasons(result):
     return {r.row: r.reason for r in result.rejected}
 
 
@@ -43,10 +54,17 @@ def readings(item):
     return {key: float(value) for key, value in item.truth["readings"].items()}
 
 
-def failure(tmp_path: Path, content: str | bytes, name: str = "data.csv", **options: object) -> SourceError:
+def failure(call, *arguments, **options):
     with pytest.raises(SourceError) as caught:
-        read(tmp_path, content, name, **options)
+        call(*arguments, **options)
     return caught.value
+
+
+def problems(call, *arguments, **options):
+    return failure(call, *arguments, **options).problems
+
+
+# --- rows of readings, by task aqi ---
 
 
 def test_csv_row_becomes_an_item_in_epa_units(tmp_path):
@@ -59,63 +77,44 @@ def test_csv_row_becomes_an_item_in_epa_units(tmp_path):
     assert result.rejected == [] and result.test is None
 
 
-@pytest.mark.parametrize(
-    ("key", "unit", "cell", "expected"),
-    [
-        # 0.0049 · 1000 is 4.8999… in binary
+def test_units_convert_without_binary_fractions_or_not_at_all(tmp_path):
+    def convert(key, unit, cell="1"):
+        return read(tmp_path, f"v\n{cell}\n", columns={key: {"column": "v", "unit": unit}}).train[0]
+
+    for key, unit, cell, expected in (
         ("o3_8h", "ppb", "70", 0.07), ("o3_8h", "ppm", "0.07", 0.07), ("co", "ppb", "4400", 4.4),
-        ("no2", "ppm", "0.1", 100.0), ("pm25", "mg/m³", "0.0049", 4.9), ("pm10", "μg/m3", "54", 54.0),
-        ("pm10", "ug/m^3", "54", 54.0),
-    ],
-)  # fmt: skip
-def test_units_convert_without_binary_fractions(tmp_path, key, unit, cell, expected):
-    result = read(tmp_path, f"v\n{cell}\n", columns={key: {"column": "v", "unit": unit}})
-    assert readings(result.train[0]) == {key: expected}  # exactly: EPA truncates
-
-
-def test_units_that_cannot_be_converted(tmp_path):
+        ("no2", "ppm", "0.1", 100.0), ("pm10", "μg/m3", "54", 54.0), ("pm10", "ug/m^3", "54", 54.0),
+        ("pm25", "mg/m³", "0.0049", 4.9),  # 4.8999… in binary, and EPA truncates
+    ):  # fmt: skip
+        assert readings(convert(key, unit, cell)) == {key: expected}
     for key, unit in (("o3_8h", "µg/m³"), ("no2", "mg/m3"), ("pm25", "ppm")):
-        said = str(failure(tmp_path, "v\n1\n", columns={key: {"column": "v", "unit": unit}}))
+        (said,) = problems(convert, key, unit)
         assert key in said and unit in said and "temperature" in said
-    columns = {"co": {"column": "v", "unit": "furlong"}, "aqi": {"column": "w", "unit": "ppm"}}
-    error = failure(tmp_path, "v,w\n1,2\n", columns=columns)
-    assert any("ppb or ppm" in p and "'furlong'" in p for p in error.problems)
-    assert any(p.startswith("aqi: expected no unit") for p in error.problems)
+    assert "ppb or ppm, got 'furlong'" in problems(convert, "co", "furlong")[0]
+    assert problems(convert, "aqi", "ppm")[0].startswith("aqi: expected no unit")
 
 
-@pytest.mark.parametrize("hole", ["", "NA", "null", "NaN", " n/a ", "None"])
-def test_one_missing_pollutant_is_fine_all_missing_is_not(tmp_path, hole):
-    result = read(tmp_path, HEADER + f"a,{hole},0.078,{hole},\nb,{hole},{hole},{hole},50\n")
-    assert readings(result.train[0]) == {"o3_8h": 0.078}
-    assert reasons(result) == {2: "no reading: all of pm25, o3_8h, co are missing"}
-
-
-@pytest.mark.parametrize(
-    ("cell", "said"),
-    [("abc", "expected a number, got 'abc'"),
-     ('"12,5"', "expected a number, got '12,5'; write the decimal comma as a point"),
-     ("-3", "expected a number ≥ 0, got -3"), ("1_0", "expected a number, got '1_0'"), ("٣", "expected a number"),
-     ("1e999", "expected a finite number"), ("inf", "expected a number, got 'inf'"),
-     ("1e27", "far off EPA's scale, got 1e27"), ("325.5", "0.0 to 325.4 µg/m³, got 325.5")],
-)  # fmt: skip
-def test_bad_cells_name_file_row_line_column_and_value(tmp_path, cell, said):
-    result = read(tmp_path, HEADER + f"ok,9,,,\nbad,{cell},,,\n")
-    (r,) = result.rejected
-    assert (r.row, r.line, r.column) == (2, 3, "PM25") and r.file.endswith("data.csv")
-    assert r.value == cell.strip('"') and r.raw["site"] == "bad"
-    assert r.reason.startswith("PM25: ") and said in r.reason
-    assert len(result.train) == 1
+def test_bad_cells_name_file_row_line_column_and_value(tmp_path):
+    for cell, said in (
+        ("abc", "expected a number, got 'abc'"), ("-3", "expected a number ≥ 0, got -3"), ("٣", "expected a number"),
+        ('"12,5"', "expected a number, got '12,5'; write the decimal comma as a point"),
+        ("1_0", "expected a number, got '1_0'"), ("1e999", "expected a finite number"),
+        ("1e27", "far off EPA's scale, got 1e27"), ("325.5", "0.0 to 325.4 µg/m³, got 325.5"),
+    ):  # fmt: skip
+        result = read(tmp_path, HEADER + f"ok,9,,,\nbad,{cell},,,\n")
+        (r,) = result.rejected
+        assert (r.row, r.line, r.column) == (2, 3, "PM25") and r.file.endswith("data.csv")
+        assert r.value == cell.strip('"') and r.raw["site"] == "bad"
+        assert r.reason.startswith("PM25: ") and said in r.reason and len(result.train) == 1
     several = read(tmp_path, HEADER + "ok,9,,,\nx,abc,-1,4,700\n").rejected[0].reason
     assert all(part in several for part in ("PM25: ", "ozone: ", "AQI: expected an index in 0..500"))
+    for hole in ("", "NA", "null", "NaN", " n/a ", "None"):
+        result = read(tmp_path, HEADER + f"a,{hole},0.078,{hole},\nb,{hole},{hole},{hole},50\n")
+        assert readings(result.train[0]) == {"o3_8h": 0.078}
+        assert reasons(result) == {2: "no reading: all of pm25, o3_8h, co are missing"}
 
 
-def test_ozone_values_that_epa_passes_over_are_kept_unless_alone(tmp_path):
-    result = read(tmp_path, "h8,h1\n0.05,0.06\n,0.06\n0.3,0.45\n0.3,\n", columns={"o3_8h": "h8", "o3_1h": "h1"})
-    assert [i.id for i in result.train] == ["aqi-train-1", "aqi-train-3"]
-    assert [(r.row, r.column) for r in result.rejected] == [(2, "h1"), (4, "h8")]
-
-
-def test_the_given_index_must_agree_within_one_point(tmp_path):
+def test_index_and_category_must_agree_with_the_readings(tmp_path):
     rows = HEADER + "a,,0.078,,125.5\nb,,0.079,,128\nc,35.9,,,104\nd,35.9,0.01,,103\n"
     result = read(tmp_path, rows)  # EPA: 126, 129, 102, 102; fractions are rounded halves up
     assert [(i.id, i.truth["aqi"]) for i in result.train] == [("a", 126), ("b", 128), ("d", 103)]
@@ -123,38 +122,37 @@ def test_the_given_index_must_agree_within_one_point(tmp_path):
     assert r.column == "AQI" and "104" in r.reason and "102" in r.reason
     trusted = read(tmp_path, rows, trust_given_aqi=True)
     assert [i.truth["aqi"] for i in trusted.train] == [126, 128, 104, 103] and not trusted.rejected
-
-
-def test_category_is_checked(tmp_path):
     result = read(tmp_path, "p,c\n9.0, good\n12,Good\n13,Moderat\n", columns={"pm25": "p", "category": "c"})
     assert [i.truth["category"] for i in result.train] == ["Good"]
     assert "an AQI of 56 is Moderate" in reasons(result)[2] and "did you mean 'Moderate'?" in reasons(result)[3]
+    # Ozone values that EPA passes over are kept unless they are alone.
+    result = read(tmp_path, "h8,h1\n0.05,0.06\n,0.06\n0.3,0.45\n0.3,\n", columns={"o3_8h": "h8", "o3_1h": "h1"})
+    assert [i.id for i in result.train] == ["aqi-train-1", "aqi-train-3"]
+    assert [(r.row, r.column) for r in result.rejected] == [(2, "h1"), (4, "h8")]
 
 
-def test_duplicates_name_the_first_row_and_a_refused_row_has_no_duplicate(tmp_path):
-    rows = HEADER + "a,35.9,,,400\nb,35.9,,,102\nc,35.90,NA,,\nb,12,,,\nc,12,,,\n"
-    result = read(tmp_path, rows)
-    assert [i.id for i in result.train] == ["b", "c"]
+def test_readings_and_ids_of_their_own_are_unique_but_a_refused_row_has_no_duplicate(tmp_path):
+    result = read(
+        tmp_path, f"{HEADER}a,35.9,,,400\nb,35.9,,,102\nc,35.90,NA,,\nb,12,,,\nc,12,,,\naqi-train-7,1,,,\n,2,,,\n"
+    )
+    assert [i.id for i in result.train] == ["b", "c", "aqi-train-7"]
     assert reasons(result)[3] == "duplicate: same prompt as row 2"
     assert reasons(result)[4] == "site: 'b' is that of row 2 too; ids must be unique"
-    shadow = read(tmp_path, HEADER + "aqi-train-2,1,,,\n,2,,,\n")
-    assert [i.id for i in shadow.train] == ["aqi-train-2"] and "ids must be unique" in reasons(shadow)[2]
+    assert "ids must be unique" in reasons(result)[7]
 
 
 def test_own_texts_are_taken_as_they_are(tmp_path):
-    lines = [
-        {"q": " What is it?\n", "a": "126 ", "n": 126},
-        {"q": "And now?", "a": "", "n": 3},
-        {"q": "And then?", "a": "4", "n": None},
-        {"q": " What is it?\n", "a": "127", "n": 127},
-    ]
+    rows = [(" What is it?\n", "126 ", 126), ("And now?", "", 3), ("And then?", "4", None), (" What is it?\n", "1", 1)]
+    content = "\n".join(json.dumps(dict(zip("qan", row, strict=True))) for row in rows)
     columns = {"prompt": "q", "completion": "a", "aqi": "n"}
-    result = read(tmp_path, "\n".join(map(json.dumps, lines)), "d.jsonl", columns=columns)
+    result = read(tmp_path, content, "d.jsonl", columns=columns)
     (item,) = result.train
     assert (item.prompt, item.completion) == (" What is it?\n", "126 ")
     assert item.truth == {"aqi": 126, "category": "Unhealthy for Sensitive Groups"}
     assert reasons(result)[2] == "a: expected a text, got nothing"
     assert reasons(result)[3].startswith("n: is missing") and "same prompt as row 1" in reasons(result)[4]
+    (said,) = problems(read, tmp_path, content, "d.jsonl", columns={"prompt": "q", "aqi": "n"})
+    assert "prompt and completion come together" in said
 
 
 # --- files ---
@@ -172,27 +170,31 @@ def test_json_lines_that_are_no_objects(tmp_path):
     assert said[8] == "site: expected UTF-8, got half a character (\\udc00)"
 
 
-@pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
-def test_json_array_file_is_read(tmp_path, name):
+def test_json_array_file_is_read_and_what_is_rejected_is_written_as_plain_json(tmp_path):
     content = (
         b'[\n {"PM25": 9, "site": "Z\xc3\xbcrich", "ozone": null, "CO": null, "AQI": 50},\n [1],\n'
-        b' {"PM25": 8, "site": "Z\xfcrich"}, {"PM25": 7, "site": "\\ud83d"}, {"PM25": 6, "site": "\\ud83d\\ude00"}]'
+        b' {"PM25": 8, "site": "Z\xfcrich"}, {"PM25": 7, "site": "\\ud83d"}, {"PM25": 6, "site": "\\ud83d\\ude00"},'
+        b' {"PM25": "\xc2\xb5", "CO": NaN}]'
     )
-    result = read(tmp_path, content, name)
-    assert [i.id for i in result.train] == ["Zürich", "😀"] and result.rejected[0].line is None
-    assert reasons(result) == {
-        2: "expected a JSON object, got list",
-        3: "site: expected UTF-8, got byte 0xfc",
-        4: "site: expected UTF-8, got half a character (\\ud83d)",
-    }
+    for name in ("d.json", "d.jsonl"):
+        result = read(tmp_path, content, name)
+        assert [i.id for i in result.train] == ["Zürich", "😀"] and result.rejected[0].line is None
+        assert reasons(result) == {
+            2: "expected a JSON object, got list",
+            3: "site: expected UTF-8, got byte 0xfc",
+            4: "site: expected UTF-8, got half a character (\\ud83d)",
+            6: "PM25: expected a number, got 'µ'",
+        }
     write_rejected(tmp_path / "out.jsonl", result.rejected)
-    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3
+    *others, line = (tmp_path / "out.jsonl").read_text().splitlines()
+    got = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (got["row"], got["line"], got["column"], got["value"]) == (6, None, "PM25", "µ") and len(others) == 3
+    assert got["raw"] == {"PM25": "µ", "CO": "nan"} and got["reason"]
+    write_rejected(tmp_path / "out.jsonl", [])
+    assert (tmp_path / "out.jsonl").read_text() == ""
 
 
 def test_parquet_file_is_read_cell_by_cell(tmp_path):
-    import pyarrow as pa
-    from pyarrow import parquet
-
     sites = pa.array([b"a", b"Z\xfc", b"c"], pa.binary()).view(pa.string())  # the second is no UTF-8
     table = pa.table({"PM25": [9.0, 8.0, None], "site": sites, "ozone": [None, None, 0.05], "CO": [None] * 3})
     parquet.write_table(table.append_column("AQI", [[50, None, None]]), tmp_path / "d.parquet")
@@ -219,13 +221,12 @@ def test_bytes_that_are_not_utf8_give_their_offset(tmp_path):
     at = content.index(b"\xfc")
     assert reasons(result) == {1: f"expected UTF-8, got byte 0xfc at offset {at} of the file"}
     assert result.rejected[0].raw["site"] == "Z\\xfcrich"
-    lines = b'{"PM25": 1, "site": 1, "ozone": 0, "CO": 0, "AQI": 6}\n{"PM25": 2, "site": "\xe9"}\n'
-    assert f"offset {lines.index(0xE9)} " in read(tmp_path, lines, "d.jsonl").rejected[0].reason
+    content = b'{"PM25": 1, "site": 1, "ozone": 0, "CO": 0, "AQI": 6}\n{"PM25": 2, "site": "\xe9"}\n'
+    assert f"offset {content.index(0xE9)} " in read(tmp_path, content, "d.jsonl").rejected[0].reason
 
 
-@pytest.mark.parametrize(
-    ("content", "name", "said"),
-    [
+def test_problems_of_a_whole_file_are_named_at_once(tmp_path):
+    for content, name, said in (
         (b"", "d.csv", "is empty (0 bytes)"), (b"\xef\xbb\xbf\n \n", "d.jsonl", "is empty"),
         (HEADER, "d.csv", "no data row"), ("[]", "d.json", "no data row"),
         ('[\n{"PM25": 1},\n', "d.json", "expected a JSON array of objects, got broken JSON"),
@@ -235,55 +236,14 @@ def test_bytes_that_are_not_utf8_give_their_offset(tmp_path):
         (b"si\xffte,PM25\n1,2\n", "d.csv", "line 1, the header: expected UTF-8"),
         ("site,PM25,PM25,ozone,CO,AQI\n1,2,3,4,5,6\n", "d.csv", "'PM25' more than once"),
         ("site;PM25;ozone;CO;AQI\n1;2;3;4;5\n", "d.csv", "set delimiter"),
-    ],
-)  # fmt: skip
-def test_whole_file_problems(tmp_path, content, name, said):
-    assert said in str(failure(tmp_path, content, name))
-
-
-def test_file_problems_are_listed_at_once(tmp_path):
-    columns = {"pm25": "pm_25", "ozone": "ozone", "co": "CO", "no2": "CO", "prompt": "site"}
-    error = failure(tmp_path, HEADER + "a,1,2,3,4\n", columns=columns)
-    text = str(error)
-    assert "'pm_25'" in text and "did you mean 'PM25'?" in text and "Available: site, PM25, ozone, CO, AQI" in text
-    assert "unknown field 'ozone'" in text and "mapped to both 'co' and 'no2'" in text
-    assert "prompt and completion come together" in text and len(error.problems) == 4
-    with pytest.raises(SourceError) as caught:
-        read_recipe(aqi, Where(source=str(tmp_path / "no.csv"), columns={"aqi": "AQI"}))
-    assert len(caught.value.problems) == 2 and str(tmp_path / "no.csv") in str(caught.value)
+    ):  # fmt: skip
+        assert said in str(failure(read, tmp_path, content, name))
     assert read(tmp_path, HEADER.replace(",", ";") + "A;9;;;\n", delimiter=";").train[0].id == "A"
-    error = failure(tmp_path, HEADER + "a,x,,,\n" * 7)
+    found = problems(read_recipe, aqi, Where(source=str(tmp_path / "no.csv"), columns={"aqi": "AQI"}))
+    assert len(found) == 2 and str(tmp_path / "no.csv") in found[1]
+    error = failure(read, tmp_path, HEADER + "a,x,,,\n" * 7)
     assert "all 7 were rejected" in str(error) and "row 5 (line 6): PM25" in str(error) and "2 more" in str(error)
     assert [r.row for r in error.rejected] == list(range(1, 8))
-
-
-def test_rejected_file_is_plain_json(tmp_path):
-    result = read(tmp_path, '{"PM25":1,"site":1,"ozone":0,"CO":0,"AQI":6}\n{"PM25":"µ","CO":NaN}\n', "d.jsonl")
-    out = tmp_path / "rejected.jsonl"
-    write_rejected(out, result.rejected)
-    (line,) = out.read_text().splitlines()
-    got = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert got["row"] == 2 and got["line"] == 2 and got["column"] == "PM25" and got["value"] == "µ"
-    assert got["raw"] == {"PM25": "µ", "CO": "nan"} and got["reason"]
-    write_rejected(out, [])
-    assert out.read_text() == ""
-
-
-@pytest.mark.parametrize("prefix", ["hub:", ""])
-def test_a_data_set_in_the_hubs_format_reads_and_rejects_like_a_file(tmp_path, monkeypatch, prefix):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "org" / "air"
-    (folder / "data").mkdir(parents=True)
-    train = pd.DataFrame({"site": ["a", "b", "c"], "pm": [9.0, math.nan, 12.0], "o3": [0.05, None, -1.0]})
-    train.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
-    train.head(1).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
-    where = Where(source=f"{prefix}{folder}", columns={"pm25": "pm", "o3_8h": "o3", "id": "site"})
-    result = read_recipe(aqi, where)
-    assert [(i.id, readings(i)) for i in result.train] == [("a", {"pm25": 9.0, "o3_8h": 0.05})]
-    assert reasons(result)[2].startswith("no reading") and reasons(result)[3].startswith("o3: expected a number ≥ 0")
-    assert len(read_recipe(aqi, where.model_copy(update={"hub_split": "test"})).train) == 1
-    with pytest.raises(SourceError, match="split 'valid'"):
-        read_recipe(aqi, where.model_copy(update={"hub_split": "valid"}))
 
 
 # --- every row ends in exactly one place ---
@@ -291,18 +251,26 @@ def test_a_data_set_in_the_hubs_format_reads_and_rejects_like_a_file(tmp_path, m
 cell = st.one_of(
     st.floats(-5, 400).map(str), st.sampled_from(["", "NA", "9", "0.05", "12,5", '"', "a\nb"]), st.text(max_size=4)
 )
+value = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.sampled_from([9, 0.05])),
+    lambda inner: st.lists(inner, max_size=2),
+    max_leaves=3,
+)
+line = st.one_of(
+    st.dictionaries(st.sampled_from([*COLUMNS.values()]), value).map(json.dumps),
+    value.map(json.dumps),
+    st.sampled_from(["{", "\x00", "\u2028", '{"PM25": 1' + "0" * 5000 + "}"]),
+).map(str.encode) | st.binary(min_size=1, max_size=5).filter(lambda b: b"\n" not in b and b.strip() != b"")
+fuzz = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def accounted(read_it, rows: int) -> None:
+def assert_accounted(rows, *arguments):
     try:
-        result = read_it()
+        result = read(*arguments)
         made, rejected = len(result.train), [r.row for r in result.rejected]
     except SourceError as error:
         made, rejected = 0, [r.row for r in error.rejected]
     assert made + len(rejected) == rows and rejected == sorted(set(rejected))
-
-
-fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @fuzz
@@ -310,40 +278,15 @@ fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 def test_every_csv_row_is_accounted_for(tmp_path, rows):
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
-    accounted(lambda: read(tmp_path, HEADER + text.getvalue()), len(rows))
-
-
-value = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.sampled_from([9, 0.05])),
-    lambda inner: st.lists(inner, max_size=2),
-    max_leaves=3,
-)
+    assert_accounted(len(rows), tmp_path, HEADER + text.getvalue())
 
 
 @fuzz
-@given(
-    rows=st.lists(
-        st.one_of(
-            st.dictionaries(st.sampled_from([*COLUMNS.values()]), value).map(json.dumps),
-            value.map(json.dumps),
-            st.sampled_from(["{", "\x00", "\u2028", '{"PM25": 1' + "0" * 5000 + "}"]),
-        ).map(str.encode)
-        | st.binary(min_size=1, max_size=5).filter(lambda b: b"\n" not in b and b.strip() != b""),
-        min_size=1,
-        max_size=8,
-    )
-)
-def test_every_json_line_is_accounted_for(tmp_path, rows):
-    # Line 0 holds every column, so that the mapping itself is never at fault.
-    head = json.dumps(dict.fromkeys(COLUMNS.values())).encode()
-    accounted(lambda: read(tmp_path, b"\n".join([head, *rows]), "d.jsonl"), len(rows) + 1)
-
-
-@fuzz
-@given(rows=st.lists(value, max_size=8))
-def test_every_element_of_a_json_array_is_accounted_for(tmp_path, rows):
-    head = dict.fromkeys(COLUMNS.values())
-    accounted(lambda: read(tmp_path, json.dumps([head, *rows]), "d.json"), len(rows) + 1)
+@given(rows=st.lists(line, min_size=1, max_size=8), elements=st.lists(value, max_size=8))
+def test_every_line_and_every_element_of_json_is_accounted_for(tmp_path, rows, elements):
+    head = dict.fromkeys(COLUMNS.values())  # every column is there, so that the mapping itself is never at fault
+    assert_accounted(len(rows) + 1, tmp_path, b"\n".join([json.dumps(head).encode(), *rows]), "d.jsonl")
+    assert_accounted(len(elements) + 1, tmp_path, json.dumps([head, *elements]), "d.json")
 
 
 @fuzz
@@ -354,3 +297,292 @@ def test_arbitrary_bytes_never_crash_the_reader(tmp_path, data):
             read(tmp_path, data, name, columns={"pm25": "a"})
         except SourceError as error:
             assert error.problems
+
+
+# --- columns, splits and classes, by a small task ---
+
+
+def make_item(item_id, row):
+    if not isinstance(row.get("ask"), str):
+        raise RowError("ask", f"expected text, got {row.get('ask')!r}")
+    label = {"0": "yes", "1": "no"}.get(str(row["label"]), row["label"])
+    if label not in ("yes", "no"):
+        raise RowError("label", f"expected yes or no, got {row['label']!r}")
+    return Item(item_id, "small", " ".join([row["ask"], row.get("hint") or ""]).strip(), label, {"answer": label})
+
+
+SMALL = types.SimpleNamespace(
+    NAME="small", SOURCE=Source("org/small", subset="main", test="test"), make_item=make_item,
+    FIELDS={"ask": Field("question", True, "what is asked"), "label": Field("label", True, "yes or no"),
+            "hint": Field("hint", False, "a hint")},
+)  # fmt: skip
+
+
+def written(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def rows_of(n, label="yes"):
+    return [{"question": f"q{i}", "label": label, "hint": ""} for i in range(n)]
+
+
+def folder(path, **splits):
+    path.mkdir(exist_ok=True)
+    for split, rows in splits.items():
+        written(path / f"{split}.jsonl", *rows)
+    return str(path)
+
+
+def small(source, columns=None, **more):
+    return read_recipe(SMALL, Where(source=source, columns=columns or {}, **more))
+
+
+def test_every_row_is_an_item_or_refused_with_row_column_and_reason(tmp_path):
+    file = tmp_path / "d.jsonl"
+    rows = [("a", "yes"), (3, "no"), ("b", "maybe"), ("a", "yes"), ("a", "no"), ("b", "no"), ("x" * 30, "yes"),
+            ("x" * 27, "yes")]  # fmt: skip
+    written(file, *({"question": question, "label": label} for question, label in rows), {"label": "yes"})
+    file.write_text(file.read_text() + '{"question":\n')
+    made = small(str(file), max_chars=30)
+    assert [(i.id, i.prompt, i.completion) for i in made.train] == [
+        ("small-train-1", "a", "yes"), ("small-train-6", "b", "no"), ("small-train-8", "x" * 27, "yes")]  # fmt: skip
+    assert made.test is None and (made.duplicates, made.too_long) == (2, 1)
+    assert made.most_refused == {"train": 0.7} and made.facts["rows"] == {"train": 10}
+    assert [(r.row, r.line, r.column, r.reason.split(" (")[0]) for r in made.rejected] == [
+        (2, 2, "question", "question: expected text, got 3"),
+        (3, 3, "label", "label: expected yes or no, got 'maybe'"),
+        (4, 4, None, "duplicate: same prompt as row 1"),
+        (5, 5, None, "duplicate: same prompt as row 1, with another answer"),
+        (7, 7, None, "too long: expected prompt and completion of at most 30 characters, got 33"),
+        (9, 9, "question", "question: expected text, got None"),
+        (10, 10, None, "expected a JSON object, got broken JSON"),
+    ]
+    assert {r.split for r in made.rejected} == {"train"} and made.rejected[0].value == 3
+
+
+def test_columns_are_the_recipes_own_unless_said_otherwise(tmp_path):
+    file = written(tmp_path / "d.jsonl", {"q": "a", "label": "yes", "hint": "h", "question": "no"})
+    made = small(file, {"ask": "q"})
+    assert made.train[0].prompt == "a h"
+    assert made.facts["columns"] == {"ask": "q", "label": "label", "hint": "hint"}
+    # An optional field whose column is asked for by another one, or is not there, is left out.
+    assert small(file, {"ask": "hint"}).train[0].prompt == "h"
+    bare = {"question": "a", "label": "yes", "text": "t"}
+    file = written(tmp_path / "e.jsonl", bare)
+    made = small(file, {"ask": Column(column="question")})
+    said = "There is no column 'hint': items have none."
+    assert made.facts["columns"] == {"ask": "question", "label": "label"} and said in made.notes
+    for mapped in ("text", None):  # None: said deliberately
+        assert not any("hint" in note for note in small(file, {"hint": mapped}).notes)
+    assert small(folder(tmp_path / "both", train=[bare], test=[{**bare, "question": "b"}])).notes == [said]
+    # One under another name is not dropped, unless another field is read from it.
+    file = written(tmp_path / "f.jsonl", {"question": "a", "label": "yes", "Hint": "h"})
+    assert problems(small, file) == [
+        "hint: there is no column 'hint'; did you mean 'Hint'? Map it in columns, or say hint: null there to do "
+        "without."
+    ]
+    for mapped, prompt in (("Hint", "a h"), (None, "a")):
+        assert small(file, {"hint": mapped}).train[0].prompt == prompt
+    assert small(written(tmp_path / "g.jsonl", {"hints": "a", "label": "yes"}), {"ask": "hints"}).train
+
+
+def test_all_problems_of_a_mapping_are_named_at_once(tmp_path):
+    file = written(tmp_path / "d.jsonl", {"Question": "a", "answer": "yes", "text": "t"})
+    columns = {"hnt": "text", "hint": "labell", "label": Column(column="answer", unit="ppm")}
+    assert problems(small, file, columns) == [
+        "unknown field 'hnt' in columns; did you mean 'hint'? Available: ask, label, hint.",
+        "label: expected no unit, got 'ppm'; it has none.",
+        "ask: there is no column 'question'; did you mean 'Question'? Available: Question, answer, text. "
+        "Say which it is in columns (ask: what is asked).",
+        "label: there is no column 'label'. Available: Question, answer, text. "
+        "Say which it is in columns (label: yes or no).",
+        "hint: there is no column 'labell'. Available: Question, answer, text. "
+        "Say which it is in columns (hint: a hint).",
+    ]
+    for columns, said in (
+        ({"ask": "text", "hint": "text"}, "column 'text' is mapped to both 'ask' and 'hint'; map it once."),
+        ({"hint": "label"}, "column 'label' is mapped to 'hint', and 'label' is read from it as well"),
+        ({"label": None}, "label: expected a column, got null; items cannot do without it."),
+    ):
+        assert problems(small, file, columns)[0].startswith(said)
+    found = problems(small, str(tmp_path / "none.csv"), {"hnt": "x"})
+    assert len(found) == 2 and "unknown field" in found[0] and "found no file" in found[1]
+
+
+def test_splits_are_the_recipes_where_the_data_set_has_them_else_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    both = folder(tmp_path / "both", train=rows_of(3), test=rows_of(2, "no"), dev=rows_of(1))
+    for source in (both, f"hub:{both}"):
+        made = small(source)
+        assert [i.id for i in made.test] == ["small-test-1", "small-test-2"] and len(made.train) == 3
+        assert (made.facts["train_split"], made.facts["test_split"], made.notes) == ("train", "test", [])
+    assert [i.id for i in small(both, hub_test_split="validation").test] == ["small-validation-1"]
+    alone = folder(tmp_path / "alone", train=rows_of(3))
+    for source, more, said in (
+        (alone, {}, "The data set has no split 'test' (it has train): test items are drawn from 'train'."),
+        (both, {"hub_split": "test", "hub_test_split": "test"},
+         "Split 'test' is used for training and tests: test items are drawn from 'test'."),
+        (f"{alone}/train.jsonl", {}, "A file has no split for tests: test items are drawn from its rows."),
+    ):  # fmt: skip
+        made = small(source, **more)
+        assert (made.test, made.notes) == (None, [said])
+
+
+def test_splits_that_are_not_there_or_of_which_nothing_is_left_are_named(tmp_path):
+    both = folder(tmp_path / "both", train=rows_of(3), test=rows_of(2, -1))
+    assert problems(small, both, hub_split="trian", hub_test_split="tset") == [
+        "there is no split 'trian'; did you mean 'train'? Available: train, test.",
+        "there is no split 'tset'; did you mean 'test'? Available: train, test.",
+    ]
+    assert problems(small, both) == [
+        "split 'test': no row is left, all 2 were rejected.",
+        *(f"row {n}: label: expected yes or no, got '-1'" for n in (1, 2)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected", "said"),  # of names that the recipe does not know its own numbers count
+    [(["yes", "no"], ["yes", "no"], False), (["Y", "N"], ["yes", "no"], False), (["no", "yes"], ["no", "yes"], True)],
+)
+def test_classes_numbered_otherwise_are_read_by_name(tmp_path, names, expected, said):
+    """A number alone would turn every label round."""
+    seen = []
+    task = types.SimpleNamespace(
+        **{**vars(SMALL), "make_item": lambda i, r: seen.append(r["label"]) or make_item(i, r)}
+    )
+    made = Dataset.from_dict({"question": ["a", "b"], "label": [0, 1]}).cast_column("label", ClassLabel(names=names))
+    file = tmp_path / "d" / "train-00000-of-00001.parquet"
+    file.parent.mkdir()
+    made.to_parquet(file)
+    for source in (file, file.parent):
+        found = read_recipe(task, Where(source=str(source), columns={}))
+        assert [i.completion for i in found.train] == expected
+        assert any("numbers its classes otherwise" in note for note in found.notes) == said
+        assert seen[-2:] == (expected if said else [0, 1]), "the number is given as stored"
+
+
+# --- the hub, and folders in its format ---
+
+
+SPLITS = ("train", "validation", "test")
+WHOLE = ("cola/train", *(f"qnli/{split}" for split in SPLITS))
+
+
+def glue(folder, *parts, readme=False):
+    """A part of GLUE as it lies in a folder; `parts` are subset/split, and its README names all."""
+    for part in parts:
+        (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        written(folder / f"{part}.jsonl", {"question": f"{part}?"})
+    named = {"cola": ("train",), "qnli": SPLITS}
+    files = [{"config_name": subset, "data_files": [{"split": split, "path": f"{subset}/{split}*"} for split in splits]}
+             for subset, splits in named.items()]  # fmt: skip
+    if readme:
+        (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': files})}---\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("parts", "readme"), [(WHOLE, True), (WHOLE, False), (WHOLE[1:], True), (WHOLE[1:3], True), (WHOLE[1:], False)]
+)
+def test_a_subset_is_found_by_the_readme_or_by_its_folder(tmp_path, parts, readme):
+    """Where one subset alone was downloaded, the README names files that are not there."""
+    folder = glue(tmp_path / "glue", *parts, readme=readme)
+    for asked in ({"subset": "qnli"}, {"usual": "qnli"}):
+        with open_data_set(str(folder), **asked) as data:
+            assert data.subset == "qnli"
+            assert list(data.splits) == ["train", "validation", *(["test"] if "qnli/test" in parts else [])]
+            table = data.table("validation")
+    assert [(r.row, r.line, r.values) for r in table.rows] == [(1, None, {"question": "qnli/validation?"})]
+    assert table.revision is None
+
+
+def test_a_folder_is_read_anew_where_its_files_changed(tmp_path):
+    file = tmp_path / "d" / "train.jsonl"
+    file.parent.mkdir()
+    for text in ("one", "two"):
+        written(file, {"a": text})
+        os.utime(file, (1, 1))
+        assert read_split(str(file.parent), "train", None).rows[0].values == {"a": text}
+
+
+def test_subsets_and_splits_that_are_not_there_are_answered_by_those_that_are(tmp_path):
+    folder, plain = str(glue(tmp_path / "glue", *WHOLE, readme=True)), str(glue(tmp_path / "plain", *WHOLE))
+    (tmp_path / "plain" / "data").mkdir()  # holds the files of data sets without subsets
+    for source, split, subset, said in (
+        (folder, "train", "qnl", "there is no subset 'qnl'; did you mean 'qnli'? Available: cola, qnli."),
+        (plain, "train", "mnli", "there is no subset 'mnli'; did you mean 'qnli'? Available: cola, qnli."),
+        (folder, "train", None, "it has several subsets, of which one is to be named. Available: cola, qnli."),
+    ):
+        assert problems(read_split, source, split, subset) == [said]
+    assert "split 'dev'" in problems(read_split, folder, "dev", "qnli")[0]
+    with open_data_set(folder, "qnli") as data:
+        assert problems(data.table, "valid") == [
+            "there is no split 'valid' of subset 'qnli'; did you mean 'validation'? Available: train, validation, test."
+        ]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [({}, "there is no data file"),
+     ({"train.jsonl": '{"a": 1}\n{"a":\n'}, "JSON parse error.*The file named alone as source"),
+     ({"train.parquet": "PAR1"}, "could not be opened: .*Parquet"),
+     ({"d.py": "raise SystemExit(3)", "train.jsonl": '{"a": 1}\n'}, "come from a script, which is not run"),
+     ({"README.md": "---\na: [\n---\n", "train.jsonl": '{"a": 1}\n'}, "README.md.*no YAML|could not be opened")],
+)  # fmt: skip
+def test_folders_that_cannot_be_read(tmp_path, files, said):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    (only,) = problems(read_split, str(folder), "train", None)
+    assert re.search(said, only)
+
+
+def test_offline_is_one_sentence_and_nothing_is_asked_of_the_network(monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host) or [])
+    for source, revision in (("hub:openai/gsm8k", ""), ("hub:openai/gsm8k@main", " --revision main")):
+        (said,) = problems(read_table, source, subset="main")
+        assert said.startswith("the Hugging Face hub cannot be reached (ConnectionError: Couldn't reach")
+        assert "HF_HUB_OFFLINE is set" in said and "and set source to that folder" in said
+        assert f"`hf download openai/gsm8k --repo-type dataset{revision} --local-dir inputs/gsm8k`" in said
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("local", "error", "said"),
+    [(0, httpx.ConnectTimeout("timed out"), "hub cannot be reached .ConnectTimeout: timed out"),
+     (0, DatasetNotFoundError("Dataset 'o/n' is a gated dataset on the Hub."), "gated: .*`hf auth login`, or set HF_T"),
+     (0, DatasetNotFoundError("Dataset 'o/n' doesn't exist on the Hub or cannot be"), "has no data set o/n,"),
+     (0, DatasetNotFoundError("Revision 'r' doesn't exist for dataset 'o/n'"), "has no revision 'r'; expected a branc"),
+     (0, RuntimeError("Dataset scripts are no longer supported, but found n.py"), "a script, which is not run"),
+     (0, ValueError("Unknown split \"dev\". Should be one of ['train']"), "split 'dev'.*one of .'train'"),
+     (0, OSError(28, "No space left on device"), "could not be kept on the disk"),
+     (1, PermissionError(13, "Permission denied", "x"), "the folder could not be read .PermissionError"),
+     (1, DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"), "the folder could not be read .DatasetNotFo"),
+     (1, OSError(28, "No space left on device"), "could not be kept on the disk")],
+)  # fmt: skip
+def test_what_is_refused_is_explained(tmp_path, monkeypatch, local, error, said):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(SourceError, match=said) as caught:
+        read_split(str(tmp_path) if local else "hub:o/n@r", "dev", None)
+    assert caught.value.__cause__ is error and len(caught.value.problems) == 1
+    assert not local or not re.search("hub (data set|cannot|has)|hf download", caught.value.problems[0])
+    error = AttributeError("a bug")  # a fault of ours keeps its traceback
+    with pytest.raises(AttributeError, match="a bug"):
+        read_split("hub:o/n", "train", None)
+
+
+def test_the_commit_of_a_hub_data_set_is_known_from_its_cache(tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "o___n" / "default" / "0.0.0" / commit
+    folder.mkdir(parents=True)
+    Dataset.from_dict({"a": [1]}).save_to_disk(tmp_path / "saved")
+    shutil.copy(next((tmp_path / "saved").glob("*.arrow")), folder / "n-train.arrow")
+    made = Dataset.from_file(str(folder / "n-train.arrow"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+    assert read_split("hub:o/n", "train", None).revision == commit

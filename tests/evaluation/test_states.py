@@ -43,11 +43,9 @@ def trained(model, size=0.3):
 def test_singular_values_are_those_of_the_full_matrix(r, d_in, d_out):
     torch.manual_seed(r)
     a, b = torch.randn(r, d_in, dtype=torch.float64), torch.randn(d_out, r, dtype=torch.float64)
-    full = torch.linalg.svdvals(-1.7 * b @ a)
     found = singular_values(a, b, -1.7)
     assert len(found) == min(r, d_in, d_out)
-    assert found == pytest.approx(full[: len(found)].tolist(), rel=1e-9)
-    assert full[len(found) :].abs().max() < 1e-9 if len(found) < len(full) else True
+    assert found == pytest.approx(torch.linalg.svdvals(-1.7 * b @ a)[: len(found)].tolist(), rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -56,24 +54,22 @@ def test_singular_values_are_those_of_the_full_matrix(r, d_in, d_out):
 )
 def test_the_update_is_what_peft_adds_to_the_weight(changes):
     model = trained(small_model(**changes))
-    found = {update.name: update for update in updates(model)}
-    assert len(found) == 9 and "layers.0.self_attn.q_proj" in found and "layers.2.mlp.down_proj" in found
-    for name, update in found.items():
-        layer = model.get_submodule(f"base_model.model.model.{name}")
+    found = list(updates(model))
+    assert len(found) == 9 and {"layers.0.self_attn.q_proj", "layers.2.mlp.down_proj"} < {one.name for one in found}
+    for update in found:
+        layer = model.get_submodule(f"base_model.model.model.{update.name}")
         delta = layer.get_delta_weight("default").detach().double()
         assert update.norm == pytest.approx(float(delta.norm()), rel=1e-5)
-        assert update.stable_rank == pytest.approx(
-            float((delta.norm() / torch.linalg.matrix_norm(delta, 2)) ** 2), 1e-5
-        )
+        largest = float(torch.linalg.matrix_norm(delta, 2))
+        assert update.stable_rank == pytest.approx((update.norm / largest) ** 2, 1e-5)
         assert update.weight_norm == pytest.approx(float(layer.get_base_layer().weight.double().norm()), rel=1e-9)
         assert update.rank == layer.lora_A["default"].weight.shape[0]
-    whole = summarize(list(found.values()))
-    assert whole["update_norm"] == pytest.approx(math.sqrt(sum(u.norm**2 for u in found.values())))
-    weight = math.sqrt(sum(u.weight_norm**2 for u in found.values()))
-    assert whole["update_norm_relative"] == pytest.approx(whole["update_norm"] / weight)
-    ranks = [u.rank for u in found.values()]
-    assert whole["rank"] == np.mean(ranks) and (len(set(ranks)) > 1) == ("rank_pattern" in changes)
-    assert whole["effective_rank"] == pytest.approx(np.mean([u.effective_rank for u in found.values()]))
+    whole = summarize(found)
+    norm, weight = (math.hypot(*(getattr(u, name) for u in found)) for name in ("norm", "weight_norm"))
+    assert (whole["update_norm"], whole["update_norm_relative"]) == pytest.approx((norm, norm / weight))
+    for name in ("rank", "effective_rank"):
+        assert whole[name] == pytest.approx(np.mean([getattr(u, name) for u in found]))
+    assert ({u.rank for u in found} == {4}) == ("rank_pattern" not in changes)
 
 
 def test_ranks_of_known_spectra():
@@ -97,18 +93,16 @@ def test_an_update_of_zero_has_no_rank():
     assert summarize([*found, known])["effective_rank"] == pytest.approx(2), "over what can be computed"
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+@pytest.mark.parametrize(("factor", "value"), [("lora_A", math.nan), ("lora_B", math.inf), ("lora_A", -math.inf)])
 def test_a_diverged_adapter_has_no_size(factor, value):
     model = trained(small_model())
     broken = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
     getattr(broken, factor)["default"].weight.data[1, 2] = value
     found = {update.name: update for update in updates(model)}
-    figures = found["layers.1.self_attn.q_proj"].figures()
-    assert {name for name, v in figures.items() if math.isnan(v)} == set(figures) - {"rank"}
     assert sum(math.isnan(update.norm) for update in found.values()) == 1, "the others are as they were"
-    whole = summarize(list(found.values()))
-    assert {name for name, v in whole.items() if math.isnan(v)} == set(figures) - {"rank"} and whole["rank"] == 4
+    for figures in (found["layers.1.self_attn.q_proj"].figures(), summarize(list(found.values()))):
+        assert {name for name, v in figures.items() if math.isnan(v)} == set(figures) - {"rank"}
+        assert figures["rank"] == 4
 
 
 def states_of(model, text):
@@ -171,32 +165,23 @@ def test_layers_at_depths():
 # --- perplexity ---
 
 
-@pytest.fixture(scope="module")
-def model():
-    return small_model().unload().eval()
-
-
-def encoded(seed=0):
-    g = torch.Generator().manual_seed(seed)
-    made = []
-    for length in (2, 5, 5, 9, 20, 33):
-        ids = torch.randint(0, 40, (length,), generator=g).tolist()
-        made.append(Encoded(tuple(ids), int(torch.randint(1, length, (1,), generator=g))))
-    return made
-
-
-def by_hand(model, text):
-    """As transformers computes a loss, of one text alone."""
-    ids = torch.tensor([text.ids])
-    wanted = ids.clone()
-    wanted[0, : text.scored_from] = -100
-    with torch.no_grad():
-        return float(model(input_ids=ids, labels=wanted).loss), len(text.ids) - text.scored_from
+def encoded():
+    noise = np.random.default_rng(0)
+    return [
+        Encoded(tuple(noise.integers(40, size=length).tolist()), int(noise.integers(1, length)))
+        for length in (2, 5, 5, 9, 20, 33)
+    ]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 6])
-def test_the_loss_is_transformers_own_over_the_scored_tokens(model, batch_size):
-    parts = [by_hand(model, text) for text in encoded()]
+def test_the_loss_is_transformers_own_over_the_scored_tokens(batch_size):
+    model, parts = small_model().unload().eval(), []
+    for text in encoded():
+        ids = torch.tensor([text.ids])
+        wanted = ids.clone()
+        wanted[0, : text.scored_from] = -100
+        with torch.no_grad():
+            parts.append((float(model(input_ids=ids, labels=wanted).loss), len(text.ids) - text.scored_from))
     tokens = sum(n for _, n in parts)
     expected = sum(loss * n for loss, n in parts) / tokens
     found = score_texts(model, encoded(), batch_size=batch_size)
@@ -207,15 +192,6 @@ def test_the_loss_is_transformers_own_over_the_scored_tokens(model, batch_size):
     assert found.base_loss is None and found.relative == []
     each = [(of_text.mean, of_text.tokens) for of_text in found.by_text]
     assert each == [(pytest.approx(loss, rel=1e-5), n) for loss, n in parts], "of each text, in their order"
-
-
-def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large(model):
-    head = model.lm_head.weight.data.clone()
-    model.lm_head.weight.data.zero_()
-    try:
-        assert score_texts(model, encoded(), batch_size=4).loss.perplexity == pytest.approx(40, rel=1e-5)
-    finally:
-        model.lm_head.weight.data = head
 
 
 def test_sums_of_losses():
@@ -232,7 +208,7 @@ def drawn(noise, n):
     return [LossSum(float(a * t + noise.normal(0, np.sqrt(t))), int(t)) for a, t in zip(level, tokens, strict=True)]
 
 
-def test_the_interval_covers_the_perplexity_of_such_encoded():
+def test_the_interval_covers_the_perplexity_of_such_texts():
     noise = np.random.default_rng(3)
     found = [perplexity_interval(drawn(noise, 80), resamples=300, seed=seed) for seed in range(300)]
     assert 0.91 <= np.mean([low <= math.exp(2) <= high for low, high in found]) <= 0.98
@@ -241,7 +217,7 @@ def test_the_interval_covers_the_perplexity_of_such_encoded():
     assert width[0] > 5 * width[1], "it shrinks with the number of texts"
 
 
-def test_the_interval_resamples_whole_encoded():
+def test_the_interval_resamples_whole_texts():
     """One long text among short ones: tokens as draws of their own would hide it."""
     texts = [LossSum(100.0, 100), *(LossSum(0.3, 1) for _ in range(9))]
     low, high = perplexity_interval(texts, resamples=2000)

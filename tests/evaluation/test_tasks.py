@@ -14,40 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation import epa, tasks
-from evaluation.tasks import (
-    Field,
-    Item,
-    ItemError,
-    RowError,
-    Source,
-    alpaca,
-    aqi,
-    boolq,
-    digest,
-    dolly,
-    general,
-    gsm8k,
-    load,
-    qnli,
-    render,
-)
+from evaluation.tasks import Item, ItemError, RowError, alpaca, aqi, boolq, digest, dolly, general, gsm8k, load, qnli
 
 # --- modules ---
 
+RIGHT = {"unit": "share", "direction": "higher", "description": "Right ones"}
 SOUND = {
-    "NAME": "mine",
-    "TITLE": "Mine",
-    "PRIMARY": "mine_right",
-    "METRICS": {"mine_right": {"unit": "share", "direction": "higher", "description": "Right ones"}},
-    "score": lambda item, answer: None,
-    "summarize": lambda scores: {},
-}
+    "NAME": "mine", "TITLE": "Mine", "PRIMARY": "mine_right", "METRICS": {"mine_right": RIGHT},
+    "score": lambda item, answer: None, "summarize": lambda scores: {},
+}  # fmt: skip
 RECIPE = {
-    "SOURCE": Source("o/n"),
-    "FIELDS": {"a": Field("a", True, "a")},
-    "make_item": lambda item_id, row: None,
-    "group": lambda item: item.prompt,
-}
+    "SOURCE": tasks.Source("o/n"), "FIELDS": {"a": tasks.Field("a", True, "a")},
+    "make_item": lambda item_id, row: None, "group": lambda item: item.prompt,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -65,21 +44,17 @@ def module(monkeypatch):
 
 
 def said(name="mine"):
-    with pytest.raises(ItemError) as caught:
+    with pytest.raises(ItemError, match=rf"^evaluation/tasks/{name}\.py is no task: ") as caught:
         load(name)
-    start = f"evaluation/tasks/{name}.py is no task: "
-    assert str(caught.value).startswith(start)
-    return str(caught.value).removeprefix(start)
+    return str(caught.value).partition(": ")[2]
 
 
 def test_a_sound_module_is_taken(module):
     for name in (*tasks.names(), "general"):
         assert load(name) is importlib.import_module(f"evaluation.tasks.{name}")
-    made = module(**SOUND)
-    assert load("mine") is made
-    assert load(module(**SOUND, **RECIPE).NAME).FIELDS
-    draws = module(**SOUND, **{**RECIPE, "SOURCE": ..., "generate": lambda sizes, **_: {}})
-    assert load("mine") is draws
+    drawing = {**RECIPE, "SOURCE": ..., "generate": lambda sizes, **_: {}}
+    for content in (SOUND, {**SOUND, **RECIPE}, {**SOUND, **drawing}):
+        assert module(**content) is load("mine")
 
 
 def test_loading_the_tasks_loads_no_heavy_package():
@@ -91,7 +66,7 @@ def test_loading_the_tasks_loads_no_heavy_package():
     assert done.stdout.strip() == "[]"
 
 
-def test_all_that_is_missing_is_named(module):
+def test_all_that_is_missing_or_does_not_go_together_is_named(module):
     for name in ("NAME", "TITLE", "METRICS", "PRIMARY", "SOURCE", "FIELDS"):
         module(**{**SOUND, **RECIPE, name: ...})
         assert said() == f"{name} is missing"
@@ -104,16 +79,15 @@ def test_all_that_is_missing_is_named(module):
         "SOURCE is missing; FIELDS is missing; the function score is missing; the function summarize is missing; "
         "the function make_item is missing"
     )
-
-
-def test_values_that_do_not_go_together(module):
-    module(**{**SOUND, "PRIMARY": "mine_wrong"})
-    assert said() == "PRIMARY: expected one of METRICS (mine_right), got 'mine_wrong'"
-    module(**{**SOUND, "METRICS": {"mine_right": {"unit": "share", "direktion": "higher"}}})
-    assert said() == "METRICS: expected description, direction, unit of mine_right, got direktion, unit"
-    module(**{**SOUND, "METRICS": {"mine_right": {**SOUND["METRICS"]["mine_right"], "direction": "lower"}}})
-    assert said() == "PRIMARY: expected a metric of which more is better, as of credit, got mine_right"
-    # a general task's name
+    for changes, expected in (
+        ({"PRIMARY": "mine_wrong"}, "PRIMARY: expected one of METRICS (mine_right), got 'mine_wrong'"),
+        ({"METRICS": {"mine_right": {"unit": "share", "direktion": "higher"}}},
+         "METRICS: expected description, direction, unit of mine_right, got direktion, unit"),
+        ({"METRICS": {"mine_right": {**RIGHT, "direction": "lower"}}},
+         "PRIMARY: expected a metric of which more is better, as of credit, got mine_right"),
+    ):  # fmt: skip
+        module(**{**SOUND, **changes})
+        assert said() == expected
     module("sorting", **{**SOUND, "NAME": "sorting"})
     assert said("sorting") == "sorting is a task of the retention suite; rename the file"
 
@@ -141,8 +115,8 @@ MADE = {
             {"answer": "Ada", "category": "closed_qa", "group": digest("Ada wrote it.")}),
 }  # fmt: skip
 TEXTS = [
-    (task, name) for task in ROWS for name, own in task.FIELDS.items() if own.required and name not in ("label",)
-    and (task, name) != (boolq, "answer")
+    (task, name) for task in ROWS for name, own in task.FIELDS.items() if own.required
+    and (task, name) not in ((boolq, "answer"), (qnli, "label"))
 ]  # fmt: skip
 
 
@@ -168,17 +142,14 @@ def test_rows_without_text_are_refused(task, name):
     for value in (None, "", " \r\n\t", "\u200b", "\ufeff", 5, 0.5, float("nan"), True, ["a"], {}, b"a", "a \udc00"):
         with pytest.raises(RowError, match=rf"^{name}: expected text"):
             made(task, **{name: value})
-    with pytest.raises(RowError, match=rf"^{name}: expected text, got nothing"):
-        task.make_item("x", {k: v for k, v in ROWS[task].items() if k != name})
 
 
 @pytest.mark.parametrize(("task", "name"), [(alpaca, "input"), (dolly, "context"), (dolly, "category")])
 def test_what_is_optional_may_be_missing_but_must_be_text(task, name):
     without = task.make_item("x", {k: v for k, v in ROWS[task].items() if k != name})
+    assert name == "category" or without.prompt == ROWS[task]["instruction"]
     for value in (None, "", " \n", "\u200b"):
         assert made(task, **{name: value}) == without
-    if name != "category":
-        assert without.prompt == ROWS[task]["instruction"]
     for value in (5, float("nan"), False, ["a"]):
         with pytest.raises(RowError, match=rf"^{name}: expected text, got"):
             made(task, **{name: value})
@@ -209,25 +180,19 @@ def test_labels_of_rows(task, name, yes, no, bad, expected):
 
 
 def test_questions_of_boolq_get_a_capital_and_a_mark():
-    for question, asked in (
-        ("is it", "Is it?"), ("Is it?", "Is it?"), ("is it ? ", "Is it?"), ("is it.", "Is it?"),
-        ("is IBM big", "Is IBM big?"), ("étoile is star", "Étoile is star?"), ("1 is one", "1 is one?"),
-    ):  # fmt: skip
+    for question, asked in (("is it", "Is it?"), ("is it ? ", "Is it?"), ("is it.", "Is it?"), ("étoile", "Étoile?")):
         assert f"\nQuestion: {asked}\n" in made(boolq, question=question).prompt
 
 
-def test_solutions_without_a_readable_result_are_refused():
-    for answer in ("72", "It is ### 72", "####", "So #### many", "#### 1,5", "#### 72 clips", "#### 72\nor more",
-                   "#### 10-15", "#### NaN"):  # fmt: skip
-        with pytest.raises(RowError, match=r"answer: expected a solution that ends in #### and a number, got"):
-            made(gsm8k, answer=answer)
-
-
-def test_notes_of_a_solution_alone_are_cut_out():
+def test_solutions_lose_their_notes_and_are_refused_without_a_readable_result():
     answer = "If a<b and 1<<2, then 2*3=<<2*3=6>>6 << open.\n#### 6 "
     assert made(gsm8k, answer=answer).completion == "If a<b and 1<<2, then 2*3=6 << open.\n#### 6"
     question = "### Response:\n{prompt} #### 5 <<1=1>> [INST]"
     assert made(gsm8k, question=question).prompt == question
+    for answer in ("72", "It is ### 72", "####", "So #### many", "#### 1,5", "#### 72 clips", "#### 72\nor more",
+                   "#### 10-15", "#### NaN"):  # fmt: skip
+        with pytest.raises(RowError, match=r"answer: expected a solution that ends in #### and a number, got"):
+            made(gsm8k, answer=answer)
 
 
 @pytest.mark.parametrize(
@@ -286,27 +251,23 @@ def test_truth_is_epas(splits):
         assert item.prompt.startswith("Predict AQI given:")
 
 
-def test_splits_share_no_readings(splits):
+def test_items_are_of_many_kinds_the_same_for_the_same_seed_and_in_one_split_each(splits):
     keys = {split: {aqi.item_key(item.truth["readings"]) for item in items} for split, items in splits.items()}
     for a, b in itertools.combinations(keys, 2):
         assert not keys[a] & keys[b]
-    assert len(keys["test"]) == 300 and len(keys["valid"]) == 60  # none twice there
-    assert len({item.prompt for item in splits["train"]}) == 900
-    assert len(keys["train"]) > 700
-
-
-def test_items_are_of_many_kinds_and_the_same_for_the_same_seed(splits):
+    assert len(keys["test"]) == 300 and len(keys["valid"]) == 60 and len(keys["train"]) > 700  # none twice in tests
+    items = splits["train"]
+    assert len({item.prompt for item in items}) == 900
     sizes = {"train": 900, "valid": 60, "test": 300}
     same, other = (aqi.generate(sizes, seed=seed, pollutants=ALL, max_pollutants=3) for seed in (0, 1))
     assert same == splits and other["test"] != splits["test"]
-    items = splits["train"]
     counts = aqi.facts(items)["test_categories"]
     assert max(counts.values()) < 1.4 * min(counts.values())
     assert {len(i.truth["readings"]) for i in items} == {1, 2, 3}
     assert {k for i in items for k in i.truth["readings"]} == set(ALL)
     assert len({re.sub(r"[\d.]+", "#", i.prompt) for i in items}) > 100
-    with pytest.raises(ItemError, match="expected 5000 different test items, found"):
-        aqi.generate({"train": 10, "test": 5000}, seed=0, pollutants=["pm10"], max_pollutants=1)
+    with pytest.raises(ItemError, match="expected 300 different test items, found"):
+        aqi.generate({"train": 10, "test": 300}, seed=0, pollutants=["pm10"], max_pollutants=1)
 
 
 def item(index):
@@ -330,16 +291,12 @@ def test_score_goes_by_the_numbers_category():
     assert not wrong.correct and not wrong.label_agrees
     nothing = aqi.score(item(126), "Unhealthy for Sensitive Groups")
     assert not nothing.correct and nothing.predicted is None and nothing.abs_error is None
-    assert aqi.named_category("very unhealthy") == "Very Unhealthy"
-    assert aqi.named_category("it is unhealthy for sensitive groups") == "Unhealthy for Sensitive Groups"
-    assert aqi.named_category("bad") is None
-
-
-def test_summary_by_hand():
+    named = {"very unhealthy": "Very Unhealthy", "unhealthy for sensitive groups": epa.CATEGORIES[2], "bad": None}
+    assert {text: aqi.named_category(f"it is {text}") for text in named} == named
     scores = [aqi.score(item(126), a) for a in ("126 (Unhealthy for Sensitive Groups)", "130", "200", "none")]
     expected = dict(zip(aqi.METRICS, (0.5, 0.25, 0.5, (0 + 4 + 74) / 3, 0.25, 0.25), strict=True))
     assert aqi.summarize(scores) == pytest.approx(expected)
-    assert all(v != v for v in aqi.summarize([]).values())
+    assert all(math.isnan(v) for v in aqi.summarize([]).values())
 
 
 # --- general questions ---
@@ -367,30 +324,23 @@ def _solve(name, prompt):
     }[name]()
 
 
-def test_general_answers_are_right():
+def test_general_answers_are_right_and_scored_by_their_text():
     with pytest.raises(ItemError, match="lower prepare_data.retention_items_per_task"):
-        general.retention_items(3000, seed=0)
+        general.retention_items(300, seed=0)
     items = general.retention_items(25, seed=3)
     assert {i.task for i in items} == set(general.GENERAL_TASKS)
     for it in items:
         assert _solve(it.task, it.prompt) == it.completion, it.prompt
+    it = Item("r", "addition", "What is 40 + 2?", "42", {"answer": "42"})
+    answers = {"42": True, " 42. ": True, "42\n": True, "4 2": False, "43": False, "": False}
+    assert {answer: general.score(it, answer).correct for answer in answers} == answers
+    assert tasks.render("A{prompt}B", "x{prompt}y") == "Ax{prompt}yB", "the prompt is put in once"
 
 
 def test_the_suite_is_kept_from_training_and_from_aqi(splits):
     suite = {i.prompt for i in general.retention_items(30, seed=0)}
     assert len(suite) == 30 * len(general.GENERAL_TASKS)
-    trained = {p for _, p, _ in itertools.islice(general.questions(0, held_out=False), 20_000)}
-    assert not suite & trained
-    assert not suite & {it.prompt for it in splits["train"]}
-    text = " ".join(p + a for _, p, a in itertools.islice(general.questions(0, held_out=False), 20_000))
+    trained = [(p, a) for _, p, a in itertools.islice(general.questions(0, held_out=False), 20_000)]
+    assert not suite & {p for p, _ in trained} and not suite & {it.prompt for it in splits["train"]}
+    text = " ".join(p + a for p, a in trained)
     assert not re.search(r"AQI|PM2|PM10|O3|SO2|NO2|\bCO\b|ozone|pollut|Predict", text)
-
-
-def test_general_scoring():
-    it = Item("r", "addition", "What is 40 + 2?", "42", {"answer": "42"})
-    answers = {"42": True, " 42. ": True, "42\n": True, "4 2": False, "43": False, "": False}
-    assert {answer: general.score(it, answer).correct for answer in answers} == answers
-
-
-def test_render_puts_the_prompt_in_once():
-    assert render("A{prompt}B", "x{prompt}y") == "Ax{prompt}yB"

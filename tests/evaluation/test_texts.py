@@ -16,10 +16,9 @@ def write(path, rows):
     return str(path)
 
 
-def rows(n=10, **changes):
-    made = [{"prompt": f"Tell me about {label} thing {i}.", "label": label} for i in range(n) for label in
-            ("safe", "unsafe")]  # fmt: skip
-    return [{**row, **changes} for row in made]
+def rows(n=10):
+    pairs = ((i, label) for i in range(n) for label in ("safe", "unsafe"))
+    return [{"prompt": f"Tell me about {label} thing {i}.", "label": label} for i, label in pairs]
 
 
 def test_the_shipped_prompts_are_matched_pairs_over_the_axes_of_litmus():
@@ -51,38 +50,29 @@ def test_columns_and_labels_of_a_user_s_file(tmp_path):
     assert len(found.prompts) == 120 and found.rows_left_out == 0, "they do not apply to the shipped set"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda r: [x for x in r if x["label"] == "safe"], "at least 10 prompts labelled 'unsafe', got 0"),
-        (lambda r: r[:-2], "at least 10 prompts labelled 'safe', got 9"),
-        (lambda r: [{"promt": x["prompt"], "label": x["label"]} for x in r],
+def test_prompts_that_cannot_be_used_are_refused_all_at_once(tmp_path):
+    good = rows()
+    for bad, message in (
+        ([row for row in good if row["label"] == "safe"], "at least 10 prompts labelled 'unsafe', got 0"),
+        (good[:-2], "at least 10 prompts labelled 'safe', got 9"),
+        ([{"promt": row["prompt"], "label": row["label"]} for row in good],
          "no column 'prompt'; did you mean 'promt'.*Available: promt, label.*measure.columns"),
-        (lambda r: [{"prompt": x["prompt"]} for x in r], "there is no column 'label'"),
-        (lambda r: [*r, {"prompt": "  ", "label": "safe"}], r"row 21 \(line 21\): prompt: expected a text, got '  '"),
-        (lambda r: [*r, {"prompt": None, "label": "safe"}], "expected a text, got None"),
-        (lambda r: [*r, {"prompt": "x", "label": "harmful"}], "expected 'safe' or 'unsafe', got 'harmful'.*safe_label"),
-        (lambda r: [*r, {"prompt": r[0]["prompt"], "label": "unsafe"}], "is both safe and unsafe; keep one"),
-    ],
-)  # fmt: skip
-def test_prompts_that_cannot_be_used_are_refused(tmp_path, change, message):
-    file = write(tmp_path / "p.jsonl", change(rows()))
-    with pytest.raises(TextError, match=message):
-        read_prompts(file)
-
-
-def test_all_that_is_wrong_is_said_at_once(tmp_path):
-    bad = [*rows(), *({"prompt": "", "label": "safe"} for _ in range(9))]
-    with pytest.raises(TextError, match="(?s)row 21.*row 22.*row 25.*and 4 more") as caught:
-        read_prompts(write(tmp_path / "p.jsonl", bad))
-    caught.match("measure.prompts: ")
+        ([{"prompt": row["prompt"]} for row in good], "there is no column 'label'"),
+        ([*good, {"prompt": None, "label": "safe"}], "expected a text, got None"),
+        ([*good, {"prompt": "x", "label": "harmful"}], "expected 'safe' or 'unsafe', got 'harmful'.*safe_label"),
+        ([*good, {"prompt": good[0]["prompt"], "label": "unsafe"}], "is both safe and unsafe; keep one"),
+        ([*good, *([{"prompt": " ", "label": "safe"}] * 9)],
+         r"(?s)measure.prompts: .*row 21 \(line 21\): prompt: expected a text, got ' '.*row 22.*row 25.*and 4 more"),
+    ):  # fmt: skip
+        with pytest.raises(TextError, match=message):
+            read_prompts(write(tmp_path / "p.jsonl", bad))
+    (tmp_path / "b.jsonl").write_text(json.dumps(good[0]) + "\n{\n")
     with pytest.raises(TextError, match="broken JSON"):
-        (tmp_path / "b.jsonl").write_text(json.dumps(rows()[0]) + "\n{\n")
         read_prompts(str(tmp_path / "b.jsonl"))
     with pytest.raises(SourceError, match="expected a file, found no file"):
         read_prompts(str(tmp_path / "none.jsonl"))
     with pytest.raises(TextError, match="there is no column 'kind'"):
-        read_prompts(write(tmp_path / "c.jsonl", rows()), columns={"category": "kind"})
+        read_prompts(write(tmp_path / "c.jsonl", good), columns={"category": "kind"})
 
 
 def as_hub(monkeypatch, made):
@@ -101,9 +91,6 @@ def test_a_few_bad_rows_of_a_hub_data_set_are_left_out_and_counted(monkeypatch):
     as_hub(monkeypatch, [*bad, {"prompt": "", "label": "safe"}, *good])
     with pytest.raises(TextError, match="(?s)6 of 101 rows cannot be used, expected at most 5%.*row 1: prompt"):
         read_prompts("hub:some/set")
-    as_hub(monkeypatch, [row for row in rows(200) if row["label"] == "safe"])
-    with pytest.raises(TextError, match="at least 10 prompts labelled 'unsafe', got 0"):
-        read_prompts("hub:some/set")
 
 
 def test_a_choice_is_even_over_the_categories_and_keeps_pairs():
@@ -115,7 +102,6 @@ def test_a_choice_is_even_over_the_categories_and_keeps_pairs():
     assert all(n == 2 for n in Counter(p.pair for p in few).values())
     uneven = [Prompt(f"{c}{i}", u, c) for c, n in (("a", 100), ("b", 12)) for i in range(n) for u in (False, True)]
     assert Counter(p.category for p in choose(uneven, 30) if p.unsafe) == {"a": 18, "b": 12}
-
     assert spread(range(10), 4) == [0, 2, 5, 7] and spread(range(3), 4) == [0, 1, 2]
 
 
@@ -128,19 +114,18 @@ def test_general_texts_of_a_file(tmp_path):
         read_texts(file)
     (tmp_path / "e.txt").write_text(" \n\n")
     (tmp_path / "l.txt").write_bytes(b"\xe9\xff")
-    for name, message in (("e.txt", "expected texts in"), ("l.txt", "UTF-8"), ("none.txt", "No such file")):
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text"\n')
+    for name, message in (
+        ("e.txt", "expected texts in"), ("l.txt", "UTF-8"), ("none.txt", "No such file"),
+        ("b.jsonl", "1 rows cannot be read: row 2"),
+        *((name, r"expected `retention`, a file ending in \.txt, \.csv.*or hub:org/name") for name in ("t.pdf", "t")),
+    ):  # fmt: skip
         with pytest.raises(TextError, match=message):
             read_texts(str(tmp_path / name))
-    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text"\n')
-    with pytest.raises(TextError, match="1 rows cannot be read: row 2"):
-        read_texts(str(tmp_path / "b.jsonl"))
     for value, kind in ((["a"], "list"), ({"a": 1}, "dict"), (3, "int")):
         file = write(tmp_path / "o.jsonl", [{"text": "a"}, {"text": value}])
         with pytest.raises(TextError, match=f"row 2: text: expected a text, got {kind}; name a column of texts"):
             read_texts(file)
-    for name in ("t.pdf", "t", "retentoin"):
-        with pytest.raises(TextError, match=r"expected `retention`, a file ending in \.txt, \.csv.*or hub:org/name"):
-            read_texts(str(tmp_path / name))
 
 
 def test_general_texts_of_the_hub(monkeypatch):

@@ -30,14 +30,7 @@ LLAMA31 = """{{- bos_token }}
 {%- endif %}
 """
 
-LLAMA32 = LLAMA31.replace(
-    '{%- set date_string = "26 Jul 2024" %}',
-    """{%- if strftime_now is defined %}
-        {%- set date_string = strftime_now("%d %b %Y") %}
-    {%- else %}
-        {%- set date_string = "26 Jul 2024" %}
-    {%- endif %}""",
-)
+LLAMA32 = LLAMA31.replace('"26 Jul 2024"', 'strftime_now("%d %b %Y")')
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from export.engines.ollama import OllamaEngine, list_models
-from export.register import AdaptersUnsupportedError, register, remove_abandoned, temporary_name
+from export.engines.ollama import OllamaEngine, list_models, stored_model
+from export.register import register, remove_abandoned, temporary_name
 from export.served import find_served, read_references
 from export.verify import verify
 from tests.export.verify_runs import ARM, LATEST, edit, model, one, opened, rewrite, run
@@ -26,15 +26,6 @@ ROOT = Path(__file__).resolve().parents[2]
 def where(server, tree):
     server.rename(tree)
     return ["--gguf", tree, "--host", server.url]
-
-
-def need_adapters(server, tree):
-    """Skips where the real server is too new; the double takes them unless told otherwise."""
-    form = find_served(tree, names=[f"{server.prefix}-pure_grit"])[0].adapter_form()
-    try:
-        register(server.url, f"{server.prefix}-probe", form.gguf, form.serving, form.adapter)
-    except AdaptersUnsupportedError:
-        pytest.skip(f"Ollama {server.version} takes no adapters")
 
 
 def creates(folder, *arguments):
@@ -51,6 +42,9 @@ def creates(folder, *arguments):
 
 
 def test_created_verified_in_both_modes_scored_and_removed(server, tree, where):
+    absent = run("verify", *where)
+    assert absent.exit_code == 1 and "python -m export.ollama create" in absent.output
+    assert f"{server.prefix}-base, {server.prefix}-pure_grit" in absent.output
     made = run("create", *where)
     assert made.exit_code == 0, made.output
     names = [served.name for served in find_served(tree)]
@@ -74,30 +68,18 @@ def test_created_verified_in_both_modes_scored_and_removed(server, tree, where):
     assert not [name for name in list_models(server.url) if name.startswith(server.prefix)]
 
 
-def test_what_is_not_there_is_not_verified(server, tree, where):
-    checked = run("verify", *where)
-    assert checked.exit_code == 1 and "python -m export.ollama create" in checked.output
-    assert f"{server.prefix}-base, {server.prefix}-pure_grit" in checked.output
-
-
-@pytest.mark.parametrize("mode", ["merged", "adapter"])
-def test_two_that_create_at_once_agree_and_what_is_unchanged_is_not_sent(server, tree, where, mode, tmp_path):
-    if mode == "adapter":
-        need_adapters(server, tree)
-    assert all(said.count(": ") >= 2 for said in creates(tmp_path, *where, "--mode", mode))
+@pytest.mark.full
+def test_two_that_create_at_once_agree_and_what_is_unchanged_is_not_sent(server, tree, where, tmp_path):
+    assert all(said.count(": ") >= 2 for said in creates(tmp_path, *where))
     before = list_models(server.url)
     if server.double:
         server.double.requests.clear()
-
-    again = run("create", *where, "--mode", mode)
-    assert again.exit_code == 0 and again.output.count(": unchanged") == 2, again.output
-    assert all(said.count(": unchanged") == 2 for said in creates(tmp_path, *where, "--mode", mode))
+    assert all(said.count(": unchanged") == 2 for said in creates(tmp_path, *where))
     assert list_models(server.url) == before
     if server.double:
         assert {path for _, path, _ in server.double.requests} <= {"/api/version", "/api/tags"}
-    facts = json.loads((tmp_path / f"outputs/ollama/{server.prefix}-pure_grit-{mode}.json").read_text())
-    assert (facts["mode"], facts["server_version"], facts["created"]) == (mode, server.version, False)
-    assert (facts["adapter_sha256"] is not None) is (mode == "adapter")
+    facts = json.loads((tmp_path / f"outputs/ollama/{server.prefix}-pure_grit-merged.json").read_text())
+    assert (facts["mode"], facts["server_version"], facts["created"]) == ("merged", server.version, False)
     assert facts["stored_sha256"] not in (None, facts["gguf_sha256"]), "creating rewrites the file; both are kept"
 
 
@@ -110,9 +92,9 @@ def test_names_modes_backends_and_servers_that_do_not_exist(tree, monkeypatch):
         done = run(command, "--gguf", tree, "--host", "127.0.0.1:9")
         assert done.exit_code == 1 and "127.0.0.1:9" in done.output and "Traceback" not in done.output
     assert "expected names among base_model, pure_grit_model" in run("create", "pure_grid", "--gguf", tree).output
-    assert "expected one of merged, adapter" in run("create", "--gguf", tree, "--mode", "both").output
-    assert "expected one of merged, adapter, both" in run("verify", "--gguf", tree, "--mode", "x").output
-    assert "expected auto, ollama or llama_cpp" in run("verify", "--gguf", tree, "--backend", "llama").output
+    for wrong in (("create", "--mode", "both"), ("verify", "--mode", "x"), ("verify", "--backend", "llama")):
+        refused = run(*wrong, "--gguf", tree)
+        assert refused.exit_code == 2 and "is not one of" in refused.output
     named = run("verify", "--gguf", tree, "--backend", "ollama")
     assert named.exit_code == 1 and "no Ollama answers at http://127.0.0.1:9" in named.output
 
@@ -188,14 +170,12 @@ def test_other_counts_of_a_release_that_does_not_render(tree, untold):
 
         def silent(body):
             for part in whole(body):
-                count = part.get("prompt_eval_count")
-                known = {k: v for k, v in part.items() if k != "_debug_info"}
-                if count is not None and "_debug_render_only" not in body:
-                    counts.append(count)
-                    known.pop("prompt_eval_count")
+                part.pop("_debug_info", None)
+                if "prompt_eval_count" in part:
+                    counts.append(part.pop("prompt_eval_count"))
                     if len(counts) > untold:
-                        known["prompt_eval_count"] = count + 1
-                yield known
+                        part["prompt_eval_count"] = counts[-1] + 1
+                yield part
 
         double.generate = silent
         row = one(verify(opener, model(tree), ["merged"]))
@@ -205,39 +185,30 @@ def test_other_counts_of_a_release_that_does_not_render(tree, untold):
 # --- what was really registered ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"temperature": 0.7}, "temperature: expected [0.0], got [0.7]"),
-        ({"repeat_penalty": None}, "repeat_penalty: expected [1.0], got None"),
-        ({"stop": ["</s>", "~~"]}, "stop: expected ['</s>'], got ['</s>', '~~']"),
-        ({"num_predict": 3}, "num_predict: expected none, got [3]"),
-        ("Be rude.", "system: expected '', got 'Be rude.'"),
-    ],
-)
-def test_other_settings_than_were_exported_are_a_problem_even_where_all_answers_are_equal(tree, change, said):
+def test_other_settings_than_were_exported_are_a_problem_even_where_all_answers_are_equal(tree):
     served = model(tree)
     with opened("ollama") as (opener, double):
         register(double.url, ARM, served.gguf, served.serving)
-        there = double.models[LATEST]
-        if isinstance(change, str):
-            there.system = change
-        else:
-            there.parameters = {k: v for k, v in {**there.parameters, **change}.items() if v is not None}
+        there, go = double.models[LATEST], served.serving.go_template
+        right = dict(there.parameters)
+        for part, value, said in (
+            ("parameters", {"repeat_penalty": None}, "repeat_penalty: expected [1.0], got None"),
+            ("parameters", {"stop": ["</s>", "~~"]}, "stop: expected ['</s>'], got ['</s>', '~~']"),
+            ("parameters", {"num_predict": 3}, "num_predict: expected none, got [3]"),
+            ("system", "Be rude.", "system: expected '', got 'Be rude.'"),
+            ("template", f"{go}?", f"template: expected {go!r}, got {go + '?'!r}"),
+            ("parameters", {"temperature": 0.7}, "temperature: expected [0.0], got [0.7]"),
+        ):
+            there.system, there.template, there.parameters = "", go, right
+            if part == "parameters":
+                value = {k: v for k, v in {**right, **value}.items() if v is not None}
+            setattr(there, part, value)
+            assert stored_model(double.url, ARM).differences(served.serving) == [said]
         row = one(verify(opener, served, ["merged"]))
         done = run("verify", ARM, "--gguf", tree, "--host", double.url)
     assert row.answered == row.rendered == row.counted == 1 and row.differences == said
     assert f"stored other settings than were exported ({said}); register it again" in row.problem(0.0)
     assert done.exit_code == 1 and said in done.output
-
-
-def test_another_template_is_a_problem_of_its_own(tree):
-    served = model(tree)
-    with opened("ollama") as (opener, double):
-        register(double.url, ARM, served.gguf, served.serving)
-        double.models[LATEST].template = served.serving.go_template.replace("Response", "Answer")
-        row = one(verify(opener, served, ["merged"]))
-    assert row.differences.startswith("template: expected ") and "Likely cause: template" in row.first_difference
 
 
 # --- the mode, and temporary copies --------------------------------------------------------------------------
@@ -275,6 +246,7 @@ with open_on_server(sys.argv[1], find_served(Path(sys.argv[2]), names=[sys.argv[
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("by", ["verify", "remove"])
 def test_a_killed_check_leaves_nothing_for_long(tree, by):
     with opened("ollama") as (opener, double):

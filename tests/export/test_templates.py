@@ -1,5 +1,6 @@
 """A chat template is converted right, or refused with the reason."""
 
+import copy
 import functools
 import json
 import re
@@ -9,90 +10,41 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from export import gguf
-from export.modelfile import ModelfileError, Serving, check_bos
+from export.modelfile import RESPONSE, ModelfileError, Serving, check_bos
 from export.template import GoTemplateError, TemplateError, conversation, converse, convert, evaluate, from_tokenizer
+from pipelines import train
+from pipelines.check import parse_params
+from pipelines.params import ConfigError
 from tests.export import chat_templates as published
-from tests.export import fast_convert
-from tests.export.bare_tokenizer import without_prefix
-from trainers.base import train_tokenizer
+from tests.export.verify_runs import add_adapter, without_prefix
 
-SYSTEM_TURN = "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}"
-CHATML = SYSTEM_TURN + ("<|im_start|>user\n{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n{{ .Response }}<|im_end|>\n")
-DATED = (
-    "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+CHATML = (
+    "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}"
+    "<|im_start|>user\n{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n{{ .Response }}<|im_end|>\n"
 )
-USER3 = "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
-# Name → (BOS, EOS, Ollama's template where the GGUF adds BOS, SYSTEM, stop words, trims, several turns).
+INSTRUCTED = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+# Name → (BOS, EOS, stop words, SYSTEM, what holds of it: it trims messages, several turns come out right in Ollama as
+# well, it takes a system message, it writes BOS).
+# LLAMA31's system turn is always there, so Ollama would repeat it in each turn; LLAMA2's history has blanks round
+# answers that the prompt of an answer has not.
 SHAPES = {
-    "LLAMA3": (
-        "<|begin_of_text|>",
-        "<|eot_id|>",
-        "{{ if .System }}<|start_header_id|>system<|end_header_id|>\n\n{{ .System }}<|eot_id|>{{ end }}"
-        "<|start_header_id|>user<|end_header_id|>\n\n{{ .Prompt }}<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n{{ .Response }}<|eot_id|>",
-        None,
-        ("<|eot_id|>",),
-        True,
-        True,
-    ),
-    "LLAMA31": (  # its date is a constant; the system turn is always there, so Ollama would repeat it in each turn
-        "<|begin_of_text|>",
-        "<|eot_id|>",
-        f"{{{{ if .System }}}}{DATED}{{{{ .System }}}}{USER3}{{{{ else }}}}{DATED}{USER3}{{{{ end }}}}"
-        "{{ .Prompt }}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        None,
-        ("<|eot_id|>",),
-        True,
-        False,
-    ),
-    "CHATML": (None, "<|endoftext|>", CHATML, None, ("<|im_end|>", "<|endoftext|>"), False, True),
-    "QWEN2": (None, "<|im_end|>", CHATML, "You are a helpful assistant.", ("<|im_end|>",), False, True),
-    "MISTRAL": ("<s>", "</s>", "[INST] {{ .Prompt }} [/INST]{{ .Response }}</s>", None, ("</s>",), False, True),
-    "LLAMA2": (  # its history has blanks round answers that the prompt of an answer has not
-        "<s>",
-        "</s>",
-        "[INST] {{ if .System }}<<SYS>>\n{{ .System }}\n<</SYS>>\n\n{{ end }}{{ .Prompt }} [/INST]",
-        None,
-        ("</s>",),
-        True,
-        False,
-    ),
-    "GEMMA2": (
-        "<bos>",
-        "<eos>",
-        "<start_of_turn>user\n{{ .Prompt }}<end_of_turn>\n<start_of_turn>model\n{{ .Response }}<end_of_turn>\n",
-        None,
-        ("<end_of_turn>", "<eos>"),
-        True,
-        True,
-    ),
-    "PHI3": (
-        "<s>",
-        "<|endoftext|>",
-        "{{ if .System }}<|system|>\n{{ .System }}<|end|>\n{{ end }}<|user|>\n{{ .Prompt }}<|end|>\n<|assistant|>\n"
-        "{{ .Response }}<|end|>\n",
-        None,
-        ("<|end|>", "<|endoftext|>"),
-        False,
-        True,
-    ),
-    "ALPACA": (
-        "<s>",
-        "</s>",
-        "{{ if .System }}{{ .System }}{{ end }}\n\n### Instruction:\n{{ .Prompt }}\n\n### Response:\n"
-        "{{ .Response }}</s>",
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
-        ("</s>",),
-        False,
-        True,
-    ),
+    "LLAMA3": ("<|begin_of_text|>", "<|eot_id|>", ["<|eot_id|>"], None, "trims turns system bos"),
+    "LLAMA31": ("<|begin_of_text|>", "<|eot_id|>", ["<|eot_id|>"], None, "trims system bos"),
+    "CHATML": (None, "<|endoftext|>", ["<|im_end|>", "<|endoftext|>"], None, "turns system"),
+    "QWEN2": (None, "<|im_end|>", ["<|im_end|>"], "You are a helpful assistant.", "turns system"),
+    "MISTRAL": ("<s>", "</s>", ["</s>"], None, "turns bos"),
+    "LLAMA2": ("<s>", "</s>", ["</s>"], None, "trims system bos"),
+    "GEMMA2": ("<bos>", "<eos>", ["<end_of_turn>", "<eos>"], None, "trims turns bos"),
+    "PHI3": ("<s>", "<|endoftext|>", ["<|end|>", "<|endoftext|>"], None, "turns system"),
+    "ALPACA": ("<s>", "</s>", ["</s>"], INSTRUCTED, "turns system"),
 }
-NO_SYSTEM = {"MISTRAL", "GEMMA2"}
-WRITES_BOS = {"LLAMA3", "LLAMA31", "MISTRAL", "LLAMA2", "GEMMA2"}
+
+
+def named(word):
+    return [name for name in SHAPES if word in SHAPES[name][-1].split()]
 
 
 def renderer(template, bos=None, eos="</s>"):
@@ -109,57 +61,53 @@ def made(name, **changes):
     return convert(renderer(getattr(published, name), bos, eos), **settings)
 
 
+def rendered(name, system, prompt, turns=()):
+    """What the published template makes of it, without the BOS that the tokenizer puts there."""
+    bos, eos = SHAPES[name][:2]
+    text = renderer(getattr(published, name), bos, eos)(conversation(prompt, system, turns), True)
+    return text.removeprefix(bos) if name in named("bos") else text
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_published_templates(name):
-    got, (_, _, go, system, *rest) = made(name), SHAPES[name]
-    assert (got.go, got.system, got.stop, got.trims, got.multi_turn) == (go, system, *rest)
-    assert got.text.count("{prompt}") == 1 and got.text == evaluate(go, system=system or "", prompt="{prompt}")
+    (_, _, stop, default, _), asked = SHAPES[name], "Answer with a number."
+    for system in (None, asked) if name in named("system") else (None,):
+        got = made(name, system=system)
+        assert (list(got.stop), got.system) == (stop, system or default)
+        assert (RESPONSE in got.go) is (name in named("turns"))
+        assert got.text == evaluate(got.go, system=got.system or "", prompt="{prompt}") and "{prompt}" in got.text
+        assert got.go == CHATML or name not in ("CHATML", "QWEN2")
+        Serving(template=got.text, go=got.go, stop=stop, num_ctx=8, system=got.system).check()
 
 
 @given(st.text(max_size=60), st.sampled_from([None, "Be brief.", "Two\n\nlines, {{b}} and {c} 🙂"]))
 @pytest.mark.parametrize("name", SHAPES)
 def test_whatever_the_user_says(name, prompt, system):
     """Jinja and Go agree; where the template trims, for messages without blanks at their ends."""
-    bos, eos = SHAPES[name][:2]
     got = made(name)
-    if not prompt.strip() or (system and name in NO_SYSTEM):
+    if not prompt.strip() or (system and name not in named("system")):
         return
-    said = prompt.strip() if got.trims else prompt
-    lead = bos if bos and name in WRITES_BOS else ""
-    expected = renderer(getattr(published, name), bos, eos)(conversation(said, system), True)
-    assert lead + evaluate(got.go, system=system or got.system or "", prompt=said) == expected
+    said = prompt.strip() if name in named("trims") else prompt
+    assert evaluate(got.go, system=system or got.system or "", prompt=said) == rendered(name, system, said)
 
 
-@pytest.mark.parametrize("name", sorted(set(SHAPES) - NO_SYSTEM))
-def test_a_system_message_is_in_the_text_trained_on_and_in_the_modelfile(name):
-    got = made(name, system="Answer with a number.")
-    assert got.system == "Answer with a number." and got.go == SHAPES[name][2]
-    assert got.text == evaluate(got.go, system=got.system, prompt="{prompt}")
-    Serving(template=got.text, go=got.go, stop=list(got.stop), num_ctx=8, system=got.system).check()
-
-
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [name for name in SHAPES if SHAPES[name][0]])
 def test_bos_comes_once_whoever_writes_it(name):
-    bos = SHAPES[name][0]
-    if bos is None:
-        return
+    bos, writes = SHAPES[name][0], name in named("bos")
     added, written = made(name, adds_bos=True), made(name, adds_bos=False)
     assert bos not in added.go and bos not in added.text
-    assert written.text == (bos if name in WRITES_BOS else "") + added.text
-    assert evaluate(written.go, system="s", prompt="p").count(bos) == (name in WRITES_BOS)
+    assert written.text == bos * writes + added.text
+    assert evaluate(written.go, system="s", prompt="p").count(bos) == writes
     check_bos(added.go, True, bos)
-    if name in WRITES_BOS:
+    if writes:
         with pytest.raises(ModelfileError, match="twice"):
             check_bos(written.go, True, bos)
 
 
-@pytest.mark.parametrize("name", [n for n in SHAPES if SHAPES[n][-1]])
+@pytest.mark.parametrize("name", named("turns"))
 def test_several_turns(name):
-    bos, eos = SHAPES[name][:2]
-    got, render = made(name), renderer(getattr(published, name), bos, eos)
-    turns = [("One?", "1."), ("Two\n\nlines?", "2 {{.}}"), ("Three?", "3")]
-    expected = render(conversation("Last?", None, turns), True)
-    assert (bos or "") * (name in WRITES_BOS) + converse(got.go, turns, "Last?", got.system or "") == expected
+    got, turns = made(name), [("One?", "1."), ("Two\n\nlines?", "2 {{.}}"), ("Three?", "3")]
+    assert converse(got.go, turns, "Last?", got.system or "") == rendered(name, None, "Last?", turns)
 
 
 def said_about(template, **changes):
@@ -204,9 +152,9 @@ def test_a_date_of_the_day_is_refused_and_the_text_to_write_instead_is_named():
     assert "write the text itself as prompt.template" in said
 
 
-@pytest.mark.parametrize("system", ["", " x", "x\n"])
-def test_a_system_message_with_blanks_at_its_ends_is_refused(system):
-    assert "prompt.system" in said_about(published.CHATML, system=system)
+def test_a_system_message_with_blanks_at_its_ends_is_refused():
+    for system in ("", " x", "x\n"):
+        assert "prompt.system" in said_about(published.CHATML, system=system)
 
 
 def test_the_evaluator_is_ollamas_reading():
@@ -217,23 +165,16 @@ def test_the_evaluator_is_ollamas_reading():
     assert converse("{{ .Prompt }}!", [("p", "r")], "q") == "p!rq!"  # Ollama adds {{ .Response }} at the end
 
 
-@pytest.mark.parametrize(
-    "go",
-    [
-        "{{.Prompt}}",
-        "{{- .Prompt }}",
-        "{{ .Messages }}",
-        "{{{ .Prompt }}",
-        "{{ .Prompt",
-        "{{ end }}",
+def test_the_evaluator_refuses_what_it_does_not_know():
+    single = ("{{.Prompt}}", "{{- .Prompt }}", "{{ .Messages }}", "{{{ .Prompt }}", "{{ .Prompt", "{{ end }}")
+    for go in (
+        *single,
         "{{ else }}",
         "{{ if .System }}{{ .Prompt }}",
         "{{ if .System }}{{ if .System }}{{ end }}{{ end }}",
-    ],
-)
-def test_the_evaluator_refuses_what_it_does_not_know(go):
-    with pytest.raises(GoTemplateError):
-        evaluate(go, prompt="p")
+    ):
+        with pytest.raises(GoTemplateError):
+            evaluate(go, prompt="p")
 
 
 # --- a tokenizer's own -----------------------------------------------------------------------------------------------
@@ -241,23 +182,13 @@ def test_the_evaluator_refuses_what_it_does_not_know(go):
 ASKED = ["What is 2 + 2?", "Two\n\nlines: {a} {{b}}, 'c' \"d\" é 漢字 🙂", "12 34"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer([f"the sum of {i} and {i * 7} is {i * 8}" for i in range(300)], 400, made)
-    return made
-
-
 @pytest.fixture
-def load(folder, tmp_path):
+def load(base_dir, tmp_path):
     """A tokenizer with a chat template, with or without the blank in front and BOS."""
 
     def make(template, *, blank=False, adds_bos=True):
         out = tmp_path / "tokenizer"
-        if blank:
-            shutil.copytree(folder, out)
-        else:
-            without_prefix(folder, out)
+        (shutil.copytree if blank else without_prefix)(base_dir, out)
         if not adds_bos:
             tokenizer = json.loads((out / "tokenizer.json").read_text())
             (out / "tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": None}))
@@ -309,20 +240,18 @@ def test_tokenizers_that_cannot_serve_their_template_are_refused(load, tmp_path)
     assert same_ids(tokenizer, from_tokenizer(tokenizer)), "without that BOS it is taken"
 
 
-@pytest.fixture
-def chat_base(base_dir, tmp_path):
-    base = without_prefix(base_dir, tmp_path / "chat-base")
-    (base / "chat_template.jinja").write_text("{{ bos_token }}" + published.ALPACA, encoding="utf-8")
-    return base
+# --- the stages ------------------------------------------------------------------------------------------------------
 
 
-def test_tokens_beyond_the_sentencepiece_model_reach_the_gguf(base_dir, tmp_path, monkeypatch):
-    from transformers import AutoModelForCausalLM
+@pytest.fixture(scope="module")
+def finished(base_dir, tmp_path_factory):
+    """The folder and settings of a smoke run up to the base's export, its base one with a chat template.
 
-    from export.engines.llama_cpp import LlamaCppEngine
+    Its marks are tokens beyond those of the SentencePiece model.
+    """
+    from pipelines import export, prepare_base, prepare_data, profile
 
-    monkeypatch.setattr(gguf, "_convert", fast_convert.convert)
-    base = without_prefix(base_dir, tmp_path / "base")
+    base = without_prefix(base_dir, tmp_path_factory.mktemp("chat") / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = "{{ bos_token }}" + published.CHATML
@@ -330,81 +259,64 @@ def test_tokens_beyond_the_sentencepiece_model_reach_the_gguf(base_dir, tmp_path
     model = AutoModelForCausalLM.from_pretrained(base)
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(base)
-    gguf.save_merged(str(base), None, tmp_path / "m/model", {})
-    gguf.convert_model(tmp_path / "m/model", tmp_path / "m.gguf", "m")
-    made = from_tokenizer(tokenizer)
-    engine = LlamaCppEngine(tmp_path / "m.gguf", made.text, num_ctx=256)
-    for prompt in ASKED:
-        text = made.text.replace("{prompt}", prompt)
-        assert engine.tokenize(text) == tokenizer(text)["input_ids"]
-    engine.close()
+
+    raw = yaml.safe_load(profile.compose("smoke"))
+    raw["prepare_base"]["source"] = str(base)
+    raw["prompt"] = {"template": "chat", "system": "Answer the question."}
+    raw["export"]["license"] = "MIT"
+    raw["train"]["max_steps"] = 4
+    raw["evaluate"]["backend"] = "llama_cpp"
+    params = parse_params(raw)
+    work = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        prepare_data.run(params)
+        with pytest.raises(ConfigError, match="chat template there, found none; run `dvc repro prepare_base`"):
+            train.run(params, "baseline_lora", 0)
+        prepare_base.run(params)
+        export.run(params, "base", 0)
+    return work, raw
 
 
 @pytest.fixture
-def project(chat_base, tmp_path, monkeypatch):
-    """A folder of one's own, and the smoke profile's params.yaml on that base."""
-    from pipelines import profile
-
-    monkeypatch.setattr(gguf, "_convert", fast_convert.convert)
-    raw = yaml.safe_load(profile.compose("smoke"))
-    raw["prepare_base"]["source"] = str(chat_base)
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work", raw
+def project(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(finished[0], tmp_path / "work"))
+    return tmp_path / "work", copy.deepcopy(finished[1])
 
 
 def test_all_stages_read_the_same_text(project):
-    from pipelines import evaluate, export, prepare_base, prepare_data, train
-    from pipelines.check import parse_params
-    from pipelines.params import ConfigError
+    from pipelines import evaluate, export
 
     work, raw = project
-    raw["prompt"] = {"template": "chat", "system": "Answer the question."}
-    raw["export"]["license"] = "MIT"
-    raw["train"]["max_steps"] = 30
-    raw["evaluate"]["backend"] = "llama_cpp"
     params = parse_params(raw)
-    prepare_data.run(params)
-    with pytest.raises(ConfigError, match="chat template there, found none; run `dvc repro prepare_base`"):
-        train.run(params, "baseline_lora", 0)
-    prepare_base.run(params)
-    train.run(params, "baseline_lora", 0)
-    for arm in ("base", "baseline_lora"):
-        export.run(params, arm, 0)
-        evaluate.run(params, arm, 0)
-
-    text = "Answer the question.\n\n### Instruction:\n{prompt}\n\n### Response:\n"
-    records = [json.loads((work / f"{part}/baseline_lora/0/run.json").read_text()) for part in
-               ("adapters", "gguf", "scores")]  # fmt: skip
-    assert [record["prompt_template"] for record in records] == [text] * 3
+    for stage in (train, export, evaluate):
+        stage.run(params, "baseline_lora", 0)
+    text = (
+        "<|im_start|>system\nAnswer the question.<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    records = [work / part / "baseline_lora/0/run.json" for part in ("adapters", "gguf", "scores")]
+    assert [json.loads(record.read_text())["prompt_template"] for record in records] == [text] * 3
     assert train.examples("train", "chat") == train.examples("train", text)
     out = work / "gguf/baseline_lora/0"
     assert json.loads((out / "parity.json").read_text())["token_ids_equal"] == 1.0
     serving = Serving.read(out / "serving.json")
-    assert serving.go_template == (
-        "{{ if .System }}{{ .System }}{{ end }}\n\n### Instruction:\n{{ .Prompt }}\n\n### Response:\n"
-        "{{ .Response }}</s>"
-    )
-    assert (serving.system, serving.license, serving.stop) == ("Answer the question.", "MIT", ["</s>"])
+    assert (serving.go_template, serving.system, serving.license) == (CHATML, "Answer the question.", "MIT")
+    assert serving.stop == ["<|im_end|>", "</s>"]
 
     raw["prompt"]["system"] = "Another one."
     with pytest.raises(ConfigError, match=r"prompt\.system: .*'Answer the question\.', got 'Another one\.'"):
         train.run(parse_params(raw), "baseline_lora", 0)
 
 
-def test_an_adapter_that_can_only_be_merged_is_exported_with_a_notice(project, chat_base, capsys):
-    from pipelines import export, prepare_base, prepare_data
-    from pipelines.check import parse_params
-    from tests.export.test_export_architectures import add_adapter
+def test_an_adapter_that_can_only_be_merged_is_exported_with_a_notice(project, capsys):
+    from pipelines import export
 
     work, raw = project
-    params = parse_params(raw)
-    prepare_data.run(params)
-    prepare_base.run(params)
-    adapter = add_adapter(chat_base, work / "adapters/baseline_lora/0", use_dora=True, modules_to_save=["lm_head"])
-    AutoTokenizer.from_pretrained(chat_base).save_pretrained(adapter)
-    export.run(params, "base", 0)
-    export.run(params, "baseline_lora", 0)
+    base = raw["prepare_base"]["source"]
+    adapter = add_adapter(base, work / "adapters/baseline_lora/0", use_dora=True, modules_to_save=["lm_head"])
+    AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+    export.run(parse_params(raw), "baseline_lora", 0)
     assert "no GGUF adapter, it would lose use_dora" in capsys.readouterr().out
     out = work / "gguf/baseline_lora/0"
     assert not (out / "adapter.gguf").exists() and (out / "model.gguf").is_file()

@@ -7,11 +7,11 @@ import pytest
 from gguf import GGUFReader
 
 from export import ExportError
-from export.diagnosis import as_decoded, ask
+from export.diagnosis import as_decoded
 from export.engines.llama_cpp import open_in_process
 from export.gguf import changes_nothing, quantize, scale_of, scaled_copy
 from export.register import open_on_server
-from export.served import Reference, find_served
+from export.served import find_served
 from export.verify import against, verify
 from tests.export.verify_runs import ARM, answers, model, one, opened, rewrite
 from tests.ollama_double import OllamaDouble
@@ -88,9 +88,8 @@ def test_a_control_that_changes_nothing_makes_the_check_worthless(tree):
     assert "none of 6 answers differs" in row.first_difference and row.problem(0.0) is not None
 
 
-@pytest.mark.parametrize(
-    ("text", "answer", "decoded"),
-    [
+def test_the_first_blank():
+    for text, answer, decoded in (
         (" 12", "12", "12"),  # SentencePiece: Hugging Face drops the first blank
         ("  12", " 12", " 12"),
         (" 12", " 12", " 12"),  # byte-level BPE: it keeps it
@@ -98,10 +97,8 @@ def test_a_control_that_changes_nothing_makes_the_check_worthless(tree):
         (" 13", "12", "13"),
         (" ", "", " "),
         ("", "12", ""),
-    ],
-)
-def test_the_first_blank(text, answer, decoded):
-    assert as_decoded(text, answer) == decoded
+    ):
+        assert as_decoded(text, answer) == decoded
 
 
 # --- quantized models, two engines -------------------------------------------------------------------------
@@ -142,31 +139,23 @@ def test_two_engines_must_agree_on_the_same_files(tree):
 # --- files and failures ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (None, r"Modelfile: no such file; run `dvc repro export`"),
-        (
-            lambda text: text.replace("FROM ./model.gguf", "FROM ../../base/0/model.gguf"),
-            "line 1: expected 'FROM ./mod",
-        ),
-        (lambda text: text.replace("### Instruction", "### Question"), 'line 2: .*got \'TEMPLATE """### Question'),
-        (
-            lambda text: text + 'PARAMETER stop "12"\n',
-            "expected 'nothing', .*got 'PARAMETER stop \"12\"'; export again",
-        ),
-        (lambda text: text.replace('PARAMETER stop "</s>"\n', ""), "got 'nothing'; export again"),
-    ],
-)
-def test_a_modelfile_that_is_not_this_models(tree, change, said):
+def test_a_modelfile_that_is_not_this_models(tree):
     """`ollama create -f` would serve another model than the one that is checked."""
-    file = tree / "pure_grit/0/Modelfile"
-    if change is None:
-        file.unlink()
-    else:
-        file.write_text(change(file.read_text()))
-    with pytest.raises(ExportError, match=said):
-        verify(open_in_process, model(tree), ["merged"])
+    served = model(tree)
+    file, serve = tree / "pure_grit/0/Modelfile", 'PARAMETER stop "</s>"\n'
+    right = file.read_text()
+    for old, new, said in (
+        ("FROM ./model.gguf", "FROM ../../base/0/model.gguf", "line 1: expected 'FROM ./mod"),
+        ("### Instruction", "### Question", 'line 2: .*got \'TEMPLATE """### Question'),
+        (serve, serve + 'PARAMETER stop "12"\n', "expected 'nothing', .*got 'PARAMETER stop \"12\"'; export again"),
+        (serve, "", "got 'nothing'; export again"),
+    ):
+        file.write_text(right.replace(old, new))
+        with pytest.raises(ExportError, match=said):
+            served.check_modelfile()
+    file.unlink()
+    with pytest.raises(ExportError, match=r"Modelfile: no such file; run `dvc repro export`"):
+        verify(open_in_process, served, ["merged"])
 
 
 def test_nothing_stays_on_the_server_when_a_check_breaks_off(tree):
@@ -176,8 +165,3 @@ def test_nothing_stays_on_the_server_when_a_check_breaks_off(tree):
             verify(opener, model(tree))
         made = [body["model"] for _, path, body in double.requests if path == "/api/create"]
         assert len(made) == 1 and made[0].startswith("grit-verify-") and double.models == {}
-
-
-def test_a_prompt_that_does_not_fit_is_refused(tree):
-    with open_in_process(model(tree)) as engine, pytest.raises(ExportError, match="raise export.num_ctx"):
-        ask(engine, Reference("word " * 400, "", [], "", 1))

@@ -9,7 +9,7 @@ from gguf import GGUFReader
 
 from export import gguf
 from export.diagnosis import ask, first_token
-from export.engines.llama_cpp import LlamaCppEngine, open_in_process
+from export.engines.llama_cpp import open_in_process
 from export.gguf import quantize, scaled_copy
 from export.register import register
 from export.served import read_references
@@ -72,30 +72,22 @@ def test_cause_bos_that_only_the_server_adds(tree):
     assert "it comes twice" in row.first_difference
 
 
-def test_cause_stop_word_inside_of_answers(tree):
-    served = model(tree)
-    word = next(text for text in answers(served).values() if len(text) > 1)[1]
-    with opened("ollama") as (opener, double):
-        register(double.url, ARM, served.gguf, served.serving)
-        double.models[LATEST].parameters["stop"] = ["</s>", word]
-        row = one(verify(opener, served, ["merged"]))
-    assert row.answered < 1 and row.counted == 1
-    assert f"Likely cause: stop; {word!r} is a stop word on the server and inside of answers" in row.first_difference
-
-
-def test_cause_stop_word_that_is_missing(tree):
-    word = next(text for text in answers(model(tree)).values() if len(text) > 1)[1]
+@pytest.mark.parametrize("where", ["server", "training"])
+def test_cause_stop_word_that_only_one_side_has(tree, where):
     folder = tree / "pure_grit/0"
-    rewrite(folder, answer=lambda row: row["answer"].split(word)[0])
-    edit(folder, stop=["</s>", word])
+    word = next(text for text in answers(model(tree)).values() if len(text) > 1)[1]
+    stops = {"server": ["</s>"], "training": ["</s>"], where: ["</s>", word]}
+    if where == "training":
+        rewrite(folder, answer=lambda row: row["answer"].split(word)[0])
+        edit(folder, stop=stops["training"])
     served = model(tree)
     with opened("ollama") as (opener, double):
         register(double.url, ARM, served.gguf, served.serving)
-        double.models[LATEST].parameters["stop"] = ["</s>"]
+        double.models[LATEST].parameters["stop"] = stops["server"]
         row = one(verify(opener, served, ["merged"]))
-    assert row.answered < 1
-    said = f"Likely cause: stop; stop words differ: it has ['</s>'], training ['</s>', {word!r}]"
-    assert said in row.first_difference
+    said = f"{word!r} is a stop word on the server and inside of answers" if where == "server" else "stop words differ"
+    assert row.answered < 1 and row.counted == 1
+    assert f"Likely cause: stop; {said}: it has {stops['server']}, training {stops['training']}" in row.first_difference
 
 
 def test_cause_stop_an_end_token_that_is_none(tree, kind):
@@ -190,37 +182,26 @@ def test_a_tie_is_named(tree, monkeypatch):
     assert "Likely cause: merge or weights of the file" in said[False]
 
 
-def test_a_cause_that_cannot_be_found_does_not_hide_the_difference(tree):
-    """The diagnosis asks llama.cpp as well, which here finds no Modelfile."""
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("answered", {"answer": lambda row: "#" + row["answer"][1:]}),
+        ("rendered", {"rendered": lambda row: row["rendered"] + "?"}),
+        ("counted", {"ids": lambda row: [1]}),
+    ],
+)
+def test_a_cause_that_cannot_be_found_does_not_hide_the_difference(tree, what, change):
+    """The diagnosis asks llama.cpp as well, which here finds no Modelfile or no GGUF."""
     served = model(tree, "base_model")
-    rewrite(served.folder, answer=lambda row: "#" + row["answer"][1:])
-    with opened("ollama") as (opener, double):
-        register(double.url, "base_model", served.gguf, served.serving)
-        (served.folder / "Modelfile").unlink()
-        row = one(verify(opener, served, ["merged"]))
-    assert row.answered == 0 and "of the answer is" in row.first_difference and "expected '#" in row.first_difference
-    assert "Cause not found: " in row.first_difference and "Modelfile: no such file" in row.first_difference
-
-
-@pytest.mark.parametrize("what", ["rendered", "counted"])
-def test_nor_does_one_that_needs_the_file(tree, what):
-    served = model(tree, "base_model")
-    change = {"rendered": {"rendered": lambda row: row["rendered"] + "?"}, "counted": {"ids": lambda row: [1]}}[what]
     rewrite(served.folder, **change)
     with opened("ollama") as (opener, double):
         register(double.url, "base_model", served.gguf, served.serving)
         double.show = lambda body, show=double.show: {**show(body), "details": {"quantization_level": "F16"}}
-        served.gguf.write_bytes(b"GGUF")
+        if what == "answered":
+            (served.folder / "Modelfile").unlink()
+        else:
+            served.gguf.write_bytes(b"GGUF")
         row = one(verify(opener, served, ["merged"]))
+    why = "Modelfile: no such file" if what == "answered" else "model.gguf: expected a GGUF"
     assert getattr(row, what) == 0 and row.first_difference.startswith("prompt 0: ")
-    assert "Cause not found: " in row.first_difference and "model.gguf: expected a GGUF" in row.first_difference
-
-
-def test_an_engine_that_knows_its_tokens_is_not_loaded_twice(tree, monkeypatch):
-    served = model(tree, "base_model")
-    rewrite(served.folder, answer=lambda row: "#" + row["answer"][1:])
-    loads = []
-    load = LlamaCppEngine.__init__
-    monkeypatch.setattr(LlamaCppEngine, "__init__", lambda self, *a, **k: (loads.append(a), load(self, *a, **k))[1])
-    row = one(verify(open_in_process, served, ["merged"]))
-    assert "Likely cause: merge or weights of the file" in row.first_difference and len(loads) == 1
+    assert "Cause not found: " in row.first_difference and why in row.first_difference

@@ -1,6 +1,7 @@
-"""What the tests of verification share: engines, models, and ways to spoil what was exported."""
+"""What the tests share: engines, models, adapters, and ways to spoil what was exported."""
 
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -8,6 +9,8 @@ from functools import partial
 import numpy as np
 import torch
 from gguf import GGUFReader
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from export.diagnosis import ask
@@ -81,15 +84,46 @@ def longer(served, tokens):
     """Lets the references go on for more tokens, as Hugging Face does: llama.cpp's answers are equal."""
     long = answers(served, tokens=tokens)
     rewrite(served.folder, answer=lambda row: long[row["prompt"]], max_tokens=lambda row: tokens)
-    return long
+
+
+def without_prefix(source, out):
+    """A copy of a tokenizer's (or model's) folder that puts no blank in front of a text, as Gemma's and newer ones."""
+    shutil.copytree(source, out)
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["prepend_scheme"] = "never"
+    tokenizer["decoder"]["decoders"] = tokenizer["decoder"]["decoders"][:-1]  # which strips that blank
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer))
+    old = json.loads((out / "tokenizer_config.json").read_text())
+    # LlamaTokenizer would build the blank anew.
+    new = {**old, "tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": False}
+    (out / "tokenizer_config.json").write_text(json.dumps(new))
+    return out
+
+
+def add_adapter(base, out, kind=AutoModelForCausalLM, **settings):
+    """A random one, with B ≠ 0."""
+    torch.manual_seed(1)
+    model = kind.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=4, **{"lora_alpha": 8, "target_modules": "all-linear", **settings}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+            elif "magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+            elif "modules_to_save" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(out)
+    return out
 
 
 def logits_apart(hf, engine, prompts):
-    """Largest difference of the logits after each rendered prompt; both engines are closed."""
+    """Largest difference of the logits after each rendered prompt, of equal ids; both engines are closed."""
     worst = 0.0
     with hf, engine:
         for prompt in prompts:
             ids = hf.tokenize(prompt)
+            assert engine.tokenize(prompt) == ids
             with torch.inference_mode():
                 expected = hf._model(input_ids=torch.tensor([ids])).logits[0, -1].float().numpy()
             engine.prefill(ids)

@@ -35,19 +35,16 @@ def lora(base=None, *, r=4, outputs=5, dtype=torch.float32, targets=("first", "s
     return model.to(dtype)
 
 
+def factors_of(model, name):
+    """A and B of one layer."""
+    layer = model.get_submodule(PREFIX + name)
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
 def quick(**changes):
     """Everything at every step, no reprojection; nothing here hangs on defaults that are tuned."""
-    values = {
-        "grit_cov_update_freq": 1,
-        "kfac_update_freq": 1,
-        "kfac_min_samples": 1,
-        "min_lora_rank": 1,
-        "reprojection": "none",
-        "log_freq": 1,
-        "cov_decay": 0.8,
-        "kfac_damping": 1e-3,
-        "eigen_power": 0.0,
-    }
+    values = {"grit_cov_update_freq": 1, "kfac_update_freq": 1, "kfac_min_samples": 1, "min_lora_rank": 1}
+    values |= {"reprojection": "none", "log_freq": 1, "cov_decay": 0.8, "kfac_damping": 1e-3, "eigen_power": 0.0}
     return GRITConfig.from_dict({**values, **changes})
 
 
@@ -123,34 +120,48 @@ def randomize(model, seed=5, std=0.3):
     return model
 
 
-def llama_config(vocabulary, **changes):
-    """A Llama of two layers, small enough for float64."""
-    values = {
-        "vocab_size": vocabulary,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.3,
-        "use_cache": False,
-    }
-    return LlamaConfig(**{**values, **changes})
-
-
 VOCABULARY = 40
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
 
-def lora_on(base, r=3, seed=None, targets=TARGETS, **kwargs):
+def llama(vocabulary=VOCABULARY, **changes):
+    """A Llama of two layers, small enough for float64; the same weights at every call."""
+    torch.manual_seed(0)
+    values = {"vocab_size": vocabulary, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    values |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    values |= {"initializer_range": 0.3, "use_cache": False, "pad_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(**{**values, **changes}))
+
+
+def lora_on(base, r=3, seed=None, autocast_adapter_dtype=True, **changes):
     """LoRA on a Llama, six layers by default; A and B at random where there is a seed."""
-    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets), task_type="CAUSAL_LM")
-    model = get_peft_model(base, config, **kwargs)
+    values = {"r": r, "lora_alpha": 2 * r, "target_modules": list(TARGETS), "task_type": "CAUSAL_LM", **changes}
+    model = get_peft_model(base, LoraConfig(**values), autocast_adapter_dtype=autocast_adapter_dtype)
     return model if seed is None else randomize(model, seed)
 
 
-def small_llama(dtype=torch.float64, **kwargs):
+def small_llama(dtype=torch.float64, **changes):
     """With LoRA of rank 3 on six layers, both factors at random."""
-    torch.manual_seed(0)
-    return lora_on(LlamaForCausalLM(llama_config(VOCABULARY)).to(dtype), seed=5, **kwargs).train()
+    return lora_on(llama().to(dtype), seed=5, **changes).train()
+
+
+def make_items(lengths, seed=0):
+    """Token ids of every item; the first two carry no loss, like a prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, VOCABULARY, (n,), generator=generator) for n in lengths]
+
+
+PARTS = ("input_ids", "attention_mask", "labels", "position_ids")
+
+
+def collate(items, length=None, side="right"):
+    length = length or max(len(item) for item in items)
+    batch = {name: torch.zeros(len(items), length, dtype=torch.long) for name in PARTS}
+    batch["labels"] -= 100
+    for row, item in enumerate(items):
+        place = slice(0, len(item)) if side == "right" else slice(length - len(item), length)
+        labels = item.clone()
+        labels[:2] = -100
+        batch["input_ids"][row, place], batch["labels"][row, place] = item, labels
+        batch["attention_mask"][row, place], batch["position_ids"][row, place] = 1, torch.arange(len(item))
+    return batch

@@ -40,16 +40,6 @@ def test_every_default_passes_and_paper_has_the_values_of_the_documents():
     }  # fmt: skip
     assert {name: getattr(paper, name) for name in documents} == documents
     assert GRITConfig.paper(kfac_update_freq=7, damping_mode="relative").kfac_update_freq == 7
-    with pytest.raises(GRITConfigError, match="did you mean 'kfac_damping'"):
-        GRITConfig.paper(kfac_dampning=1.0)
-
-
-def test_unknown_keys_come_with_the_nearest_one_and_the_whole_list():
-    found = complaints(kfac_dampin=1e-3, reprojection_frequency=5, zzz=1)
-    assert "did you mean 'kfac_damping'?" in found["unknown setting 'kfac_dampin'"]
-    assert "did you mean 'reprojection_freq'?" in found["unknown setting 'reprojection_frequency'"]
-    strange = next(line for key, line in found.items() if "zzz" in key)
-    assert "did you mean" not in strange and strange.split("Available: ")[1].split(", ") == NAMES
 
 
 def test_all_mistakes_of_all_kinds_arrive_together():
@@ -59,8 +49,11 @@ def test_all_mistakes_of_all_kinds_arrive_together():
         "lambda_kfac": NAN, "max_grad_norm": INF, "rank_adaptation_threshold": 1.5, "reprojection_k": 0,
         "adaptive_window": 1, "cov_decay": 1.0, "eigen_power": -0.5, "lr_ratio_b": 0.0, "capture": "gradient",
     }  # fmt: skip
-    found = complaints(kfac_updates=3, mode="sgd", grafting=True, **wrong)
-    assert set(found) == {"unknown setting 'kfac_updates'", "grafting", *wrong}
+    found = complaints(kfac_dampin=1e-3, zzz=1, mode="sgd", grafting=True, **wrong)
+    near, strange = found.pop("unknown setting 'kfac_dampin'"), found.pop("unknown setting 'zzz' Available")
+    assert "did you mean 'kfac_damping'?" in near
+    assert "did you mean" not in strange and strange.split("Available: ")[1].split(", ") == NAMES
+    assert set(found) == {"grafting", *wrong}
     assert found["capture"].endswith("got 'gradient'; did you mean 'gradients'?")
     assert found["kfac_damping"] == "kfac_damping: expected a finite number of at least 0, got -1.0"
     assert found["lora_rank"] == "lora_rank: expected a whole number, got True"
@@ -69,9 +62,8 @@ def test_all_mistakes_of_all_kinds_arrive_together():
 def test_setting_a_field_later_is_checked_by_validate():
     config = GRITConfig()
     config.kfac_update_freq, config.mode = 0, "adam"
-    with pytest.raises(GRITConfigError, match="did you mean 'adamw'") as error:
+    with pytest.raises(GRITConfigError, match="did you mean 'adamw'"):
         config.validate()
-    assert len(str(error.value).splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -88,20 +80,12 @@ def test_types_are_not_mixed_up(kind, words, wrong):
             assert complaints(**{name: value})[name] == f"{name}: expected {words}, got {value!r}"
 
 
+COUNTS = "lora_rank grit_cov_update_freq kfac_update_freq kfac_min_samples reprojection_k min_lora_rank log_freq"
+STEPS = "ng_warmup_steps reprojection_warmup_steps rank_adaptation_start_step regularizer_warmup_steps"
 ACCEPTED = [
     # names, good, bad
-    (
-        "lora_rank grit_cov_update_freq kfac_update_freq kfac_min_samples reprojection_k min_lora_rank "
-        "max_nonfinite_steps log_freq log_top_eigs",
-        [4, 16],
-        [0, -3],
-    ),
-    (
-        "ng_warmup_steps reprojection_warmup_steps rank_adaptation_start_step regularizer_warmup_steps "
-        "reprojection_freq",
-        [0, 7],
-        [-1],
-    ),
+    (f"{COUNTS} max_nonfinite_steps log_top_eigs", [4, 16], [0, -3]),
+    (f"{STEPS} reprojection_freq", [0, 7], [-1]),
     ("kfac_damping kl_clip lambda_kfac lambda_reproj max_grad_norm", [0, 0.5], [-1e-3, NAN, INF, -INF]),
     ("lora_alpha lr_ratio_b", [1e-3, 16], [0, -1, NAN, INF]),
     ("cov_decay sgd_momentum lora_dropout", [0, 0.999], [1, -0.1, NAN]),

@@ -12,14 +12,14 @@ from grit import GRITManager, GritOptimizer, NonFiniteGradientsError
 from tests.grit.nets import MODES, backward, inner_for, lora, of_kind, quick, same, train, trainable, wrapped
 
 
-def sides(model):
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    return [p for n, p in named if "lora_A" in n], [p for n, p in named if "lora_B" in n]
-
-
 def worst(one, other):
     """Largest relative difference of two lists of tensors."""
     return max(float((a - b).norm() / b.norm()) for a, b in zip(one, other, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def everything_said(caplog):
+    caplog.set_level(logging.INFO, "grit")
 
 
 def said(caplog, text):
@@ -29,53 +29,42 @@ def said(caplog, text):
 # Effect and its report
 
 
-@pytest.mark.parametrize(
-    ("grafting", "damping", "tolerance"), [(True, 1e12, 1e-9), (False, 1e6, 1e-4), (False, 1e12, 1e-4)]
-)
-def test_a_constant_factor_is_reported_as_no_effect(grafting, damping, tolerance, caplog):
+@pytest.mark.parametrize(("grafting", "damping"), [(True, 1e12), (False, 1e6)])
+def test_a_constant_factor_is_reported_as_no_effect(grafting, damping, caplog):
     """Infinite damping is AdamW: every inverse is a multiple of I, and ε is below the scaled gradients."""
     model, plain = lora(dtype=torch.float64), lora(dtype=torch.float64)
     config = quick(mode="adamw", damping_mode="absolute", kfac_damping=damping, grafting=grafting)
-    with caplog.at_level(logging.INFO, "grit"):
-        optimizer = wrapped(model, config, eps=1e-30)
-        ours = train(model, optimizer, 6)
-    theirs = train(plain, torch.optim.AdamW(trainable(plain), 0.01, eps=1e-30), 6)
-    assert worst(ours, theirs) < tolerance
-    records = of_kind(optimizer.manager.history, "effect")
-    assert len(records) == 6
-    for record in records:
-        assert record["effective"] is False
-        assert record["ready_layers"] == record["layers"] == 3
-        assert "damping" in record["reason"] and "constant factor" in record["reason"]
-        assert ("grafting removes" if grafting else "AdamW cancels") in record["reason"]
-        assert record["damping_share"] > 1e5
+    optimizer = wrapped(model, config, eps=1e-30)
+    ours = train(model, optimizer, 3)
+    theirs = train(plain, torch.optim.AdamW(trainable(plain), 0.01, eps=1e-30), 3)
+    assert worst(ours, theirs) < (1e-9 if grafting else 1e-4)
+    for record in of_kind(optimizer.manager.history, "effect"):
+        assert record["effective"] is False and record["ready_layers"] == record["layers"] == 3
+        assert "(damping λ is " in record["reason"] and record["damping_share"] > 1e5
+        assert ("grafting removes" if grafting else "AdamW cancels") + " a constant factor" in record["reason"]
         assert record["cosine_min"] == pytest.approx(1.0, abs=1e-9)
     lines = said(caplog, "no effective change: every preconditioner is a multiple of the identity")
-    assert [r.levelno for r in lines] == [logging.WARNING] * 6 and not said(caplog, "applied")
+    assert [r.levelno for r in lines] == [logging.WARNING] * 3 and not said(caplog, "applied")
 
 
 def test_the_same_setup_with_relative_damping_is_reported_as_applied(caplog):
     model, plain = lora(), lora()
-    with caplog.at_level(logging.INFO, "grit"):
-        optimizer = wrapped(model, quick(mode="adamw"))
-        ours = train(model, optimizer, 6)
-    theirs = train(plain, torch.optim.AdamW(trainable(plain), 0.01), 6)
+    optimizer = wrapped(model, quick(mode="adamw"))
+    ours, theirs = train(model, optimizer, 3), train(plain, torch.optim.AdamW(trainable(plain), 0.01), 3)
     assert worst(ours, theirs) > 1e-2
     for record in of_kind(optimizer.manager.history, "effect"):
         assert record["effective"] is True and "reason" not in record
         assert record["cosine_min"] < record["cosine_median"] < 0.99
         assert record["damping_share"] == pytest.approx(1e-3, rel=1e-3)
     lines = said(caplog, "preconditioning applied to 3 of 3 layers; cosine of raw and natural gradient")
-    assert len(lines) == 6
-    assert not said(caplog, "no effective change")
+    assert len(lines) == 3 and not said(caplog, "no effective change")
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_factors_that_are_not_ready_change_nothing_and_it_is_said(mode, caplog):
     model, plain = lora(), lora()
-    with caplog.at_level(logging.INFO, "grit"):
-        optimizer = wrapped(model, quick(mode=mode, kfac_min_samples=1000, kl_clip=0.0))
-        ours = train(model, optimizer, 4)
+    optimizer = wrapped(model, quick(mode=mode, kfac_min_samples=1000, kl_clip=0.0))
+    ours = train(model, optimizer, 4)
     theirs = train(plain, inner_for(mode, trainable(plain)), 4)
     assert worst(ours, theirs) < 1e-6 if mode == "eigen_adamw" else same(ours, theirs)
     assert [r["reason"] for r in of_kind(optimizer.manager.history, "effect")] == [
@@ -88,15 +77,14 @@ def test_factors_that_are_not_ready_change_nothing_and_it_is_said(mode, caplog):
 def test_diagonal_factors_have_no_effect_on_adam_and_it_is_said(caplog):
     """Eigenbases that only reorder and flip axes: Adam does not see them."""
     model = lora()
-    with caplog.at_level(logging.INFO, "grit"):
-        optimizer = wrapped(model, quick(grit_cov_update_freq=100, kfac_update_freq=1))
-        manager = optimizer.manager
-        train(model, optimizer, 1)
-        for state in manager.curvature.states:
-            for name in ("ema_a", "ema_g"):
-                state.t[name] = torch.diag_embed(torch.tensor([2.0, 5.0, 1.0, 3.0])).repeat(len(state.group), 1, 1)
-        caplog.clear()
-        train(model, optimizer, 1, 1)
+    optimizer = wrapped(model, quick(grit_cov_update_freq=100, kfac_update_freq=1))
+    manager = optimizer.manager
+    train(model, optimizer, 1)
+    for state in manager.curvature.states:
+        for name in ("ema_a", "ema_g"):
+            state.t[name] = torch.diag_embed(torch.tensor([2.0, 5.0, 1.0, 3.0])).repeat(len(state.group), 1, 1)
+    caplog.clear()
+    train(model, optimizer, 1, 1)
     record = of_kind(manager.history, "effect")[-1]
     assert record["effective"] is False and "permutation of the axes" in record["reason"]
     assert len(said(caplog, "no effective change")) == 1 and not said(caplog, "applied")
@@ -110,14 +98,11 @@ def test_layers_without_gradient_and_groups_of_their_own_step_as_in_torchs_adamw
     model, plain = lora(dtype=torch.float64), lora(dtype=torch.float64)
 
     def groups(net):
-        parts = {"first": [], "second": [], "head": []}
-        for name, p in net.named_parameters():
-            if p.requires_grad:
-                parts[name.split(".")[2]].append(p)
+        first, second, head = (trainable(layer) for layer in net.base_model.model.children())
         return [
-            {"params": parts["first"], "lr": 1e-2, "weight_decay": 0.1},
-            {"params": parts["second"], "lr": 3e-2, "betas": (0.5, 0.9), "eps": 1e-3},
-            {"params": parts["head"]},
+            {"params": first, "lr": 1e-2, "weight_decay": 0.1},
+            {"params": second, "lr": 3e-2, "betas": (0.5, 0.9), "eps": 1e-3},
+            {"params": head},
         ]
 
     optimizer = GritOptimizer(
@@ -140,29 +125,25 @@ def test_layers_without_gradient_and_groups_of_their_own_step_as_in_torchs_adamw
 @pytest.mark.parametrize("ratio", [1.0, 4.0])
 def test_other_weights_are_stepped_by_the_inner_optimizer_as_plain_adamw_would(ratio):
     model = lora(targets=("first", "second"), modules_to_save=["head"])
+    ours = [p for n, p in model.named_parameters() if "lora_" in n]
     others = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
-    assert len(others) == 2
-    lora_weights = [p for n, p in model.named_parameters() if "lora_" in n]
     options = {"lr": 0.02, "weight_decay": 0.1, "betas": (0.8, 0.95)}
-    optimizer = GritOptimizer(
-        torch.optim.AdamW([*lora_weights, *others], **options), GRITManager(model, quick(lr_ratio_b=ratio))
-    )
+    inner = torch.optim.AdamW([*ours, *others], **options)
+    optimizer = GritOptimizer(inner, GRITManager(model, quick(lr_ratio_b=ratio)))
     copies = [p.detach().clone().requires_grad_() for p in others]
     reference = torch.optim.AdamW(copies, **options)
-    generator = torch.Generator().manual_seed(3)
     for i in range(5):
         optimizer.zero_grad()
         backward(model, i)
         for p, q in zip(others, copies, strict=True):
-            p.grad = torch.randn(p.shape, generator=generator)
             q.grad = p.grad.clone()
-        before = [p.detach().clone() for p in lora_weights]
+        before = [p.detach().clone() for p in ours]
         optimizer.step()
         reference.step()
-        assert same([p.detach() for p in others], [q.detach() for q in copies]), i
-        assert all(p.grad is not None for p in lora_weights)
-        assert not any(torch.equal(p, b) for p, b in zip(lora_weights, before, strict=True))
-    assert not any(p in optimizer.optimizer.state for p in lora_weights)  # stepped once, in the eigenbasis
+        assert len(others) == 2 and same([p.detach() for p in others], [q.detach() for q in copies]), i
+        assert all(p.grad is not None for p in ours)
+        assert not any(torch.equal(p, b) for p, b in zip(ours, before, strict=True))
+    assert not any(p in inner.state for p in ours)  # stepped once, in the eigenbasis
 
 
 # Clipping
@@ -172,8 +153,7 @@ def test_other_weights_are_stepped_by_the_inner_optimizer_as_plain_adamw_would(r
 def test_in_the_eigenbasis_the_moments_hold_the_clipped_gradient(regularised):
     """After one step m = (1 − β₁)·clipped gradient, rotated: its norm tells what was let through."""
     model = lora()
-    config = quick(max_grad_norm=0.1, lambda_kfac=10.0 if regularised else 0.0)
-    optimizer = wrapped(model, config)
+    optimizer = wrapped(model, quick(max_grad_norm=0.1, lambda_kfac=10.0 if regularised else 0.0))
     backward(model)
     assert float(torch.nn.utils.get_total_norm([p.grad for p in trainable(model)])) > 0.11
     optimizer.step()
@@ -223,25 +203,19 @@ def excess_loss(seed, inner_class, lr, mode=None, steps=60):
             optimizer.zero_grad()
     except NonFiniteGradientsError:
         return float("inf")
-    finally:
-        if mode:
-            optimizer.manager.close(check=False)
     end = float(loss().detach()) - best
     return end if math.isfinite(end) else float("inf")
 
 
 @pytest.mark.parametrize(
-    ("inner_class", "mode", "rates", "our_rates", "factor"),
+    ("inner_class", "mode", "rates", "factor"),
     [
-        (torch.optim.AdamW, "eigen_adamw", (0.03, 0.1, 0.3, 1.0), (0.03, 0.1, 0.3, 1.0), 0.6),
-        (torch.optim.SGD, "sgd", (0.01, 0.03, 0.1, 0.3), (0.01, 0.03, 0.1, 0.3), 0.1),
+        (torch.optim.AdamW, "eigen_adamw", (0.03, 0.1, 0.3, 1.0), 0.6),
+        (torch.optim.SGD, "sgd", (0.01, 0.03, 0.1, 0.3), 0.1),
     ],
 )
-def test_on_an_ill_conditioned_problem_grit_ends_lower_than_its_rival_at_any_rate(
-    inner_class, mode, rates, our_rates, factor
-):
+def test_on_an_ill_conditioned_problem_grit_ends_lower_than_its_rival_at_any_rate(inner_class, mode, rates, factor):
     theirs = [excess_loss(0, inner_class, lr) for lr in rates]
-    ours = [excess_loss(0, inner_class, lr, mode) for lr in our_rates]
-    print(f"{inner_class.__name__} {theirs}, {mode} {ours}")
+    ours = [excess_loss(0, inner_class, lr, mode) for lr in rates]
     assert min(theirs) not in (theirs[0], theirs[-1])  # the rival's best rate is inside the grid
     assert min(ours) < factor * min(theirs)

@@ -5,16 +5,14 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
-from transformers import LlamaForCausalLM
 
 from grit import GRITConfig, GRITManager, GritOptimizer
 from grit.layers import fit_to_checkpoint
-from tests.grit.nets import inner_for, llama_config, of_kind, trainable
+from tests.grit.nets import PREFIX, inner_for, llama, lora_on, of_kind, trainable
 
 R = 6
-PREFIX = "base_model.model."
 MODES = {
     "balanced": {"reprojection": "balanced"},
     "two-sided": {"reprojection": "paper", "use_two_sided_reprojection": True},
@@ -23,16 +21,11 @@ MODES = {
 
 
 def base_model(dtype=torch.float32):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 32, "max_position_embeddings": 32}
-    return LlamaForCausalLM(llama_config(40, **sizes, pad_token_id=0, use_cache=True)).to(dtype)
+    return llama(hidden_size=24, intermediate_size=32, max_position_embeddings=32, use_cache=True).to(dtype)
 
 
 def lora_model(dtype=torch.float32, **changes):
-    values = {"r": R, "lora_alpha": 9, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-    base = base_model(dtype)
-    torch.manual_seed(1)
-    return get_peft_model(base, LoraConfig(**{**values, **changes}))
+    return lora_on(base_model(dtype), R, **{"lora_alpha": 9, **changes})
 
 
 def batch(step):
@@ -134,7 +127,6 @@ def test_shrinking_at_the_end_leaves_the_projected_function(mode, rslora):
     assert worst(projected, before) > 1e-4, "the projection changes nothing, so this shows nothing"
     assert scales(run.model) == scale
     expected = 9 / R**0.5 if rslora else 9 / R
-    assert set(scale.values()) == {expected}
     for pair in run.manager.pairs():
         alpha = pair.layer.lora_alpha["default"]
         assert alpha / (pair.rank**0.5 if rslora else pair.rank) == pytest.approx(expected, rel=1e-15)
@@ -162,14 +154,9 @@ def test_shrinking_right_after_a_projection_changes_nothing_more(mode, dtype):
         assert (entry["final_k_a"], entry["final_k_b"]) == (kept[name]["k_a"], kept[name]["k_b"])
 
 
-def test_the_smallest_rank_holds_and_a_threshold_of_one_cuts_nothing():
+def test_the_smallest_rank_holds():
     run = Run(rank_adaptation_threshold=1e-6, min_lora_rank=3).train(5).done()
     assert set(run.ranks().values()) == {3}
-    whole = Run(rank_adaptation_threshold=1.0).train(5)
-    before = logits(whole.model)
-    whole.done()
-    assert set(whole.ranks().values()) == {R}
-    assert torch.equal(logits(whole.model), before)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +167,7 @@ def test_the_smallest_rank_holds_and_a_threshold_of_one_cuts_nothing():
         {"reprojection": "none"},
         {"rank_adaptation_start_step": 6},
         {"reprojection_warmup_steps": 6},
+        {"rank_adaptation_threshold": 1.0},
     ],
 )
 def test_nothing_shrinks_where_it_is_not_asked_for(changes):
@@ -207,10 +195,8 @@ def check_reload(model, folder):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"use_rslora": True},
         {"lora_alpha": 5},  # s = 5/6
-        {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 3}},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 3}},
         # PEFT sorts keys and takes the first that fits: these would win over model.layers.0.mlp.down_proj.
         {"rank_pattern": {"down_proj": 5, ".*0.*v_proj": 4}, "alpha_pattern": {".*down_proj": 7, "layers.0.*": 2}},
     ],
@@ -245,23 +231,24 @@ def test_fitting_reads_the_patterns_as_peft_does(tmp_path):
     user = {"rank_pattern": {"down_proj": 5}}
     run = Run(lora_model(**user), mode="adamw")  # moments live in the optimizer
     saved(run.model, tmp_path / "whole")
-    arguments = (run.model, run.manager.pairs(), tmp_path / "whole", run.manager.curvature.base_rank, run.optimizer)
-    assert not fit_to_checkpoint(*arguments)
-    assert not fit_to_checkpoint(run.model, run.manager.pairs(), tmp_path / "nowhere", run.manager.curvature.base_rank)
+    curvature = run.manager.curvature
+
+    def fit(folder):
+        return fit_to_checkpoint(run.model, curvature.pairs(), tmp_path / folder, curvature.base_rank, run.optimizer)
+
+    assert not fit("whole") and not fit("nowhere")
     run.train(5).done()
     shrunk = run.ranks()
     saved(run.model, tmp_path / "shrunk")
-    assert fit_to_checkpoint(*arguments)
-    run.manager.curvature.restart()
+    assert fit("whole")
+    curvature.restart()
     assert run.ranks() == {n: 5 if "down_proj" in n else R for n in shrunk}
     check_shapes(run)
     config = saved(run.model, tmp_path / "back")
     assert set(config["rank_pattern"].values()) == {5} and len(config["rank_pattern"]) == 2
-    for folder, ranks in (("shrunk", shrunk), ("whole", run.manager.curvature.base_rank)):
-        fit_to_checkpoint(
-            run.model, run.manager.pairs(), tmp_path / folder, run.manager.curvature.base_rank, run.optimizer
-        )
-        run.manager.curvature.restart()
+    for folder, ranks in (("shrunk", shrunk), ("whole", curvature.base_rank)):
+        fit(folder)
+        curvature.restart()
         set_peft_model_state_dict(run.model, load_peft_weights(str(tmp_path / folder), device="cpu"))
         assert run.ranks() == ranks
         check_reload(run.model, tmp_path / folder)

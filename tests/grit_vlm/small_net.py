@@ -17,16 +17,10 @@ class Net(nn.Module):
         self.second = GRITLoRALinear(nn.Linear(7, 5).double(), config)
         self.head = nn.Linear(5, 4).double()
         self.double()
+        self.layers = {"first": self.first, "second": self.second}
+        self.lora = [p for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)]
         for layer in self.layers.values():
             nn.init.normal_(layer.lora_B, std=0.3)
-
-    @property
-    def layers(self):
-        return {"first": self.first, "second": self.second}
-
-    @property
-    def lora(self):
-        return [p for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)]
 
     def forward(self, x):
         return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
@@ -54,5 +48,5 @@ def changes_of(net, optimizer, step):
     """Layer → Δ of A and B in one step."""
     before = [p.detach().clone() for p in net.lora]
     train(net, optimizer, 1, step)
-    changes = [p.detach() - old for p, old in zip(net.lora, before, strict=True)]
-    return {"first": {"A": changes[0], "B": changes[1]}, "second": {"A": changes[2], "B": changes[3]}}
+    a, b, c, d = (p.detach() - old for p, old in zip(net.lora, before, strict=True))
+    return {"first": {"A": a, "B": b}, "second": {"A": c, "B": d}}

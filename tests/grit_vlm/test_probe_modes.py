@@ -30,9 +30,8 @@ def test_vectors_and_blocks_are_read_as_the_matrices_that_they_stand_for():
         for empty in (torch.zeros_like(short), short * math.nan, None, short[:0]):
             assert said(empty, short)["empty_a"]
     bases = torch.linalg.eigh(BLOCKS).eigenvectors
-    readings = [LayerReading("layer", True, bases={"a": q}) for q in (bases, torch.block_diag(*bases))]
-    rotations = [numbers(r)["basis_rotation"] for r in readings]
-    assert rotations[0] == pytest.approx(rotations[1], rel=1e-6) and rotations[0] > 0.05
+    one, two = (numbers(LayerReading("layer", True, bases={"a": q})) for q in (bases, torch.block_diag(*bases)))
+    assert one["basis_rotation"] == pytest.approx(two["basis_rotation"], rel=1e-6) and one["basis_rotation"] > 0.05
 
 
 @pytest.mark.parametrize("estimate", ESTIMATES)
@@ -70,26 +69,23 @@ def test_readings_are_what_gradients_are_multiplied_by(kind, estimate):
 
 
 @pytest.mark.parametrize(
-    ("kind", "estimate"),
-    [("grit_adam", "kfac"), ("grit_adam_preconditioned", "diagonal"), ("adaptive_sgd", "block_diagonal")],
+    ("kind", "estimate", "natural", "projection", "expected"),
+    [
+        ("grit_adam", "kfac", True, False, "effective"),
+        ("grit_adam_preconditioned", "diagonal", True, False, "effective"),
+        ("adaptive_sgd", "block_diagonal", True, False, "effective"),
+        ("grit_adam", "kfac", False, True, "effective"),
+        ("grit_adam", "kfac", False, False, "no_effect"),  # AdamW then
+        ("grit_sgd", "kfac", False, False, "unstable"),  # SGD, which is not AdamW, and does not what is claimed either
+    ],
 )
-def test_a_natural_gradient_is_effective(kind, estimate):
-    verdict, _ = judge_mode(Mode(kind, estimate, natural=True, projection=False), STEPS)
-    assert (verdict.verdict, verdict.diagnosis) == ("effective", "none"), verdict.table()
-    assert verdict.numbers["angle_to_shadow"] > 2 and verdict.numbers["coverage"] >= 0.9
-
-
-@pytest.mark.parametrize(("kind", "expected"), [("grit_adam", "no_effect"), ("grit_sgd", "unstable")])
-def test_where_both_are_switched_off_nothing_is_changed(kind, expected):
-    """The Adam types are AdamW then; the SGD types are SGD, which is not AdamW and does not what is claimed either."""
-    verdict, _ = judge_mode(Mode(kind, "kfac", natural=False, projection=False), STEPS)
-    assert (verdict.verdict, verdict.diagnosis) == (expected, "nothing_changed") and not verdict.as_claimed
-
-
-def test_projections_are_told_by_what_they_leave_out():
-    """Kfac keeps half of the directions of each A and B; diagonal leaves some tensors untrained, which is named."""
-    verdict, facts = judge_mode(Mode("grit_adam", "kfac", natural=False, projection=True), STEPS, start_b=0.1)
-    assert (verdict.verdict, verdict.diagnosis) == ("effective", "none") and facts["kept_of_a"] == 0.5
-    verdict, _ = judge_mode(Mode("grit_adam", "diagonal", natural=False, projection=True), STEPS)
-    assert verdict.verdict != "no_effect" and verdict.diagnosis in ("none", "modules_missing", "empty_inverse")
-    assert (verdict.diagnosis == "none") == (verdict.numbers["coverage"] >= 0.9)
+def test_a_natural_gradient_is_effective_and_nothing_is_if_it_is_switched_off(
+    kind, estimate, natural, projection, expected
+):
+    verdict, facts = judge_mode(Mode(kind, estimate, natural, projection), STEPS, start_b=0.1 * projection)
+    diagnosis = "none" if expected == "effective" else "nothing_changed"
+    assert (verdict.verdict, verdict.diagnosis) == (expected, diagnosis), verdict.table()
+    assert verdict.as_claimed == (expected == "effective")
+    if natural:
+        assert verdict.numbers["angle_to_shadow"] > 2 and verdict.numbers["coverage"] >= 0.9
+    assert facts.get("kept_of_a", 0.5) == 0.5

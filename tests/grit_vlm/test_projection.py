@@ -19,18 +19,16 @@ from grit_vlm.utils.projection import (
 
 @pytest.mark.parametrize(("start", "end"), [(32, 96), (96, 32), (5, 5)])
 def test_schedules_go_from_start_to_end_and_stay_there(start, end):
-    for make, share in (
-        (create_linear_scheduler, lambda t: t / 100),
-        (create_cosine_scheduler, lambda t: (1 - math.cos(math.pi * t / 100)) / 2),
-    ):
+    cosine = lambda t: (1 - math.cos(math.pi * t / 100)) / 2  # noqa: E731
+    for make, share in ((create_linear_scheduler, lambda t: t / 100), (create_cosine_scheduler, cosine)):
         schedule = make(start, end, 100)
         between = [round(start + (end - start) * share(t)) for t in range(100)]
         assert [schedule.budget(t) for t in range(121)] == between + [end] * 21
 
 
-def run(schedule, losses, start=0):
-    budgets = [schedule.budget(start)]
-    for step, loss in enumerate(losses, start + 1):
+def run(schedule, losses):
+    budgets = [schedule.budget(0)]
+    for step, loss in enumerate(losses, 1):
         schedule.observe(loss)
         budgets.append(schedule.budget(step))
     return budgets
@@ -47,22 +45,10 @@ def test_the_adaptive_schedule_reacts_to_a_plateau_alone():
     assert run(create_adaptive_scheduler(10, 110, 40), [1.0, 1.0, math.nan, math.inf]) == [10] * 5  # no losses
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "adaptive"])
-def test_a_schedule_goes_on_from_its_state(kind):
-    losses = [1.0 - 0.001 * t for t in range(60)]
-    whole = run(create_scheduler(kind, 4, 60, 60), losses)
-    first, second = create_scheduler(kind, 4, 60, 60), create_scheduler(kind, 1, 2, 3)
-    budgets = run(first, losses[:31])
-    second.load_state_dict(first.state_dict())
-    assert budgets[:-1] + run(second, losses[31:], start=31) == whole
-    assert len(set(whole)) > 3
-
-
 def test_effective_rank():
     torch.manual_seed(0)
     assert effective_rank(torch.eye(6).repeat(3, 1)) == pytest.approx(6)
-    low = torch.randn(4, 50, 2) @ torch.randn(2, 8)
-    assert 1 < effective_rank(low) <= 2.001
+    assert 1 < effective_rank(torch.randn(4, 50, 2) @ torch.randn(2, 8)) <= 2.001
     assert recommended_budget(torch.eye(6)) == 7  # 1.2 · 6
     assert recommended_budget(torch.ones(5, 3)) == 1
     with pytest.raises(ProjectionError, match="at least one sample"):
@@ -105,16 +91,11 @@ def test_the_documents_call():
 
 
 def test_what_cannot_be_is_refused():
-    share_out = MultiModalProjector().share_out
-    for attempt, named in (
-        (lambda: create_scheduler("linear", 0, 1.5, -3), ["start", "end", "total_steps"]),
-        (
-            lambda: share_out({"vision": values(4), "text": [torch.zeros(0)]}, {"vision": 0, "text": 3}),
-            ["budget of vision", "text"],
-        ),
+    layers, budgets = {"vision": values(4), "text": [torch.zeros(0)]}, {"vision": 0, "text": 3}
+    for attempt, message in (
+        (lambda: create_scheduler("linear", 0, 1.5, -3), "(?s)^start: .*\nend: .*\ntotal_steps: "),
+        (lambda: MultiModalProjector().share_out(layers, budgets), "^budget of vision: .*\ntext: "),
+        (lambda: create_scheduler("liner", 1, 2, 3), "expected one of linear, cosine, adaptive, got 'liner'"),
     ):
-        with pytest.raises(ProjectionError) as caught:
+        with pytest.raises(ProjectionError, match=message):
             attempt()
-        assert [line.split(":")[0] for line in str(caught.value).splitlines()] == named
-    with pytest.raises(ProjectionError, match="expected one of linear, cosine, adaptive, got 'liner'"):
-        create_scheduler("liner", 1, 2, 3)

@@ -1,7 +1,6 @@
 """`GRITTrainer` on a tiny Idefics3."""
 
 import json
-import math
 
 import pytest
 import small_vlm
@@ -32,29 +31,16 @@ def weights(adapter):
     return [p.detach().clone() for p in adapter.get_trainable_parameters()]
 
 
-@pytest.mark.parametrize("kind", ["grit_adam", "adaptive_sgd"])
-def test_every_type_trains(tmp_path, kind):
-    found = trainer(tmp_path, grit_optimizer_type=kind, learning_rate=1e-3)
-    before = weights(found.grit_adapter)
-    assert math.isfinite(found.train().training_loss)
-    assert not any(torch.equal(a, b) for a, b in zip(before, weights(found.grit_adapter), strict=True))
-    assert found.grit_manager.metrics()["grit/ready_layers"] == 5
-    records = [json.loads(line) for line in (tmp_path / "grit_log.jsonl").read_text().splitlines()]
-    assert [r["effective"] for r in records if r["kind"] == "effect"] == [True] * 3
-    assert records[-1]["kind"] == "final" and set(records[-1]["capture"].values()) == {"hooks"}
-    assert found.grit_manager.capture is None  # hooks are off
-
-
 def test_a_resumed_run_gives_the_same_bytes(tmp_path):
     told = {"fisher_approximation": "block_diagonal", "enable_projection": True, "projection_budget_start": 2,
             "projection_budget_end": 60, "projection_schedule": "adaptive", "fisher_update_freq": 2,
             "lora_dropout": 0.1}  # fmt: skip
-    whole = trainer(tmp_path / "whole", small_vlm.adapter(**told), max_steps=9, save_strategy="steps", save_steps=4)
+    whole = trainer(tmp_path / "whole", small_vlm.adapter(**told), max_steps=7, save_strategy="steps", save_steps=4)
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-4"
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     assert set(state["grit"]["curvature"]["layers"]) == set(whole.grit_manager.curvature.by_pair)
-    again = trainer(tmp_path / "again", small_vlm.adapter(seed=0, **told), max_steps=9)
+    again = trainer(tmp_path / "again", small_vlm.adapter(**told), max_steps=7)
     again.train(resume_from_checkpoint=str(checkpoint))
     whole.grit_adapter.save_pretrained(tmp_path / "a")
     again.grit_adapter.save_pretrained(tmp_path / "b")
@@ -63,14 +49,20 @@ def test_a_resumed_run_gives_the_same_bytes(tmp_path):
     budgets = [[layer.projection_budget for layer in t.grit_adapter.grit_layers.values()] for t in (whole, again)]
     assert budgets[0] == budgets[1] and max(budgets[0]) > 2
     logs = [(tmp_path / name / "grit_log.jsonl").read_text().splitlines() for name in ("whole", "again")]
-    assert [json.loads(line) for line in logs[0]] == [json.loads(line) for line in logs[1]]
+    records = [json.loads(line) for line in logs[0]]
+    assert records == [json.loads(line) for line in logs[1]]
+    assert {r["effective"] for r in records if r["kind"] == "effect"} == {True}
+    assert records[-1]["kind"] == "final" and set(records[-1]["capture"].values()) == {"hooks"}
+    assert (
+        whole.grit_manager.metrics()["grit/ready_layers"] == 5 and whole.grit_manager.capture is None
+    )  # hooks are off
 
 
 def test_schedules_go_over_the_whole_run(tmp_path):
     """Also where the length is given in epochs: 12 rows in batches of 2, twice, are 12 steps."""
-    told = {"enable_projection": True, "projection_budget_start": 2, "projection_budget_end": 26,
-            "fisher_update_freq": 1}  # fmt: skip
-    found = trainer(tmp_path, small_vlm.adapter(**told), max_steps=-1, num_train_epochs=2)
+    told = {"enable_projection": True, "projection_budget_start": 2, "projection_budget_end": 26}
+    adapter = small_vlm.adapter(**told, fisher_update_freq=1)
+    found = trainer(tmp_path, adapter, max_steps=-1, num_train_epochs=2)
     found.train()
     assert found.grit_manager.curvature.total_steps == found.state.max_steps == 12
     assert found.grit_adapter.vision_scheduler.budget(12) == 26
@@ -79,32 +71,18 @@ def test_schedules_go_over_the_whole_run(tmp_path):
 
 
 def test_the_arguments_reach_the_engine(tmp_path):
-    found = trainer(
-        tmp_path, small_vlm.adapter(enable_projection=True), enable_projection=False, fisher_update_freq=3,
-        kl_clip=0.5, eigen_power=0.25, grafting=False, ng_warmup_steps=2, grit_optimizer_type="adaptive_adam",
-    )  # fmt: skip
+    told = {"kl_clip": 0.5, "eigen_power": 0.25, "grafting": False, "ng_warmup_steps": 2}
+    more = {"grit_optimizer_type": "adaptive_adam", "enable_projection": False, "fisher_update_freq": 3}
+    found = trainer(tmp_path, small_vlm.adapter(enable_projection=True), **told, **more)
     found.create_optimizer()
     config = found.grit_manager.config
-    assert (config.mode, config.kl_clip, config.eigen_power, config.grafting, config.ng_warmup_steps) == (
-        "eigen_adamw", 0.5, 0.25, False, 2)  # fmt: skip
+    assert config.mode == "eigen_adamw" and {name: getattr(config, name) for name in told} == told
     assert found.grit_manager.curvature.adaptive and not found.grit_manager.curvature.schedules
     for layer in found.grit_adapter.grit_layers.values():
         assert layer.projection_budget is None and layer.config.fisher_update_freq == 3
     settings = trainer(tmp_path, told={"grit_settings": {"grit_optimizer_type": "grit_sgd", "eigen_power": 0.5}})
     settings.create_optimizer()
     assert settings.grit_manager.config.mode == "sgd" and settings.grit_manager.config.eigen_power == 0.5
-
-
-def test_adaptive_schedules_hear_the_losses(tmp_path):
-    """The mean loss of each step, micro-batches together."""
-    heard = []
-    adapter = small_vlm.adapter(enable_projection=True, projection_schedule="adaptive")
-    found = trainer(tmp_path, adapter, gradient_accumulation_steps=2, max_steps=3)
-    observe = found.grit_manager.observe_loss
-    found.grit_manager.observe_loss = lambda loss: (heard.append(loss), observe(loss))
-    found.train()
-    logged = [entry["loss"] for entry in found.state.log_history if "loss" in entry]
-    assert heard == pytest.approx(logged, abs=1e-3) and len(heard) == 3
 
 
 def test_spellings_mistakes_and_which_model_is_trained(tmp_path):
@@ -127,8 +105,8 @@ def test_a_ready_optimizer_is_clipped_and_told_the_steps(tmp_path):
     adapter = small_vlm.adapter(enable_projection=True)
     ready = create_grit_optimizer(adapter.get_trainable_parameters(), "grit_sgd", adapter.get_grit_layers(), lr=1.0)
     before = weights(adapter)
-    told = {"optimizers": (ready, None)}
-    trainer(tmp_path, adapter, told, max_steps=2, max_grad_norm=1e-9, fisher_update_freq=7).train()
+    told = {"max_steps": 2, "max_grad_norm": 1e-9, "fisher_update_freq": 7}
+    trainer(tmp_path, adapter, {"optimizers": (ready, None)}, **told).train()
     assert adapter.manager.curvature.total_steps == 2
     assert all(layer.fisher_matrix.update_freq == 7 for layer in adapter.grit_layers.values())
     assert 0 < max((now - old).norm() for now, old in zip(weights(adapter), before, strict=True)) < 1e-8

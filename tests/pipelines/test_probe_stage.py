@@ -68,12 +68,12 @@ def test_1_the_baseline_equals_its_shadow(here):
 
 def test_2_pure_grit_is_effective_and_the_baselines_twins_serve_again(here):
     known = set((here / twin.KEPT).iterdir())
-    assert len(known) == 3, "baseline, baseline again, and from a perturbed start"
+    assert len(known) == 2, "the baseline's curves and their lock"
     found = probe.run(make_params()[0], "pure_grit", 0)
     assert (found.verdict, found.diagnosis) == ("effective", "none")
     said = verdict("pure_grit")
     assert said["numbers"]["angle_to_shadow"] > 5 and said["twin"]["ratio"] > 10
-    assert len(set((here / twin.KEPT).iterdir()) - known) == 1
+    assert len(set((here / twin.KEPT).iterdir()) - known) == 2
     assert said["twin"]["arm"][0] == pytest.approx(said["twin"]["baseline"][0], rel=1e-5), "same start, same batch"
     steps = {r["step"] for r in said["readings"] if r["name"] == "layer_angle" and r["step"] >= 0}
     assert steps >= {10, 15, 20, 25}
@@ -81,8 +81,8 @@ def test_2_pure_grit_is_effective_and_the_baselines_twins_serve_again(here):
 
 def test_3_asked_again_nothing_is_trained_again(here, monkeypatch):
     monkeypatch.setattr(twin, "ProcessPoolExecutor", lambda *a: pytest.fail("a twin was trained again"))
-    curves = twin.curve(make_params()[0], "baseline_lora", 0, 8, "A")
-    assert curves == verdict("baseline_lora")["twin"]["baseline"]
+    curves = twin.curves(make_params()[0], "baseline_lora", 0, 8, perturbed=(False, True))
+    assert curves == [verdict("baseline_lora")["twin"][name] for name in ("baseline", "again")]
 
 
 def test_4_a_silent_no_op_fails_with_the_reason_and_leaves_its_verdict(here, monkeypatch, tmp_path):
@@ -121,7 +121,7 @@ def test_6_a_twin_that_fails_says_why(here):
     raw = make_params()[1]
     raw["train"]["target_modules"] = ["q_prof"]
     with pytest.raises(twin.TwinError, match=r"twin run of baseline_lora seed 0 failed") as failed:
-        twin.curve(parse_params(raw), "baseline_lora", 0, 5, "A")
+        twin.curves(parse_params(raw), "baseline_lora", 0, 5)
     assert "q_proj" in str(failed.value)
 
 

@@ -42,8 +42,8 @@ def content(folder):
 
 def test_every_precision_is_measured_on_the_test_items(here, raw, monkeypatch):
     monkeypatch.delattr("db.files.torch_device")  # the work is llama.cpp's, and so is the device
-    one_thread = {**raw, "evaluate": {**raw["evaluate"], "threads": 1}}
-    quantize.run(with_types(one_thread, "bf16", "f16", "q8_0", "q4_K_M"), "baseline_lora", 0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    quantize.run(with_types(raw, "bf16", "f16", "q8_0", "q4_K_M"), "baseline_lora", 0)
     rows, samples = results(here)
     assert [row.type for row in rows] == ["f16", "bf16", "q8_0", "q4_K_M"], "f16 once, and first"
     f16, bf16, q8, q4 = rows
@@ -68,18 +68,21 @@ def test_every_precision_is_measured_on_the_test_items(here, raw, monkeypatch):
     assert record["device"]["threads"] == 1
 
 
-def test_where_the_export_kept_no_f16_it_is_made_anew(here, raw):
+def test_where_the_export_kept_no_f16_it_is_made_anew_and_one_file_is_on_the_disk_at_a_time(here, raw, monkeypatch):
     exported = (here / "gguf/baseline_lora/0/model.gguf").read_bytes()
-    served = parse_params({**raw, "export": {**raw["export"], "quantization": "q8_0"}})
-    export.run(served, "baseline_lora", 0)
+    export.run(parse_params({**raw, "export": {**raw["export"], "quantization": "q8_0"}}), "baseline_lora", 0)
     assert (here / "gguf/baseline_lora/0/model.gguf").read_bytes() != exported
-    assert quantize.f16_file("baseline_lora", 0, here).read_bytes() == exported
-    (here / "model-f16.gguf").unlink()
-    quantize.run(with_types(raw), "baseline_lora", 0)
-    (row,) = results(here)[0]
-    assert row.type == "f16" and row.bytes == len(exported)
-    export.run(served, "base", 0)
-    assert quantize.f16_file("base", 0, here) == quantize.gguf_dir("base", 0) / "model-f16.gguf"
+    make, seen = gguf.quantize, []
+
+    def watched(source, out, precision):
+        assert source.read_bytes() == exported
+        seen.append(sorted(f.name for f in out.parent.iterdir()))
+        return make(source, out, precision)
+
+    monkeypatch.setattr(gguf, "quantize", watched)
+    quantize.run(with_types(raw, "bf16", "q8_0"), "baseline_lora", 0)
+    assert seen == [["model-f16.gguf"]] * 2, "the one before is gone"
+    assert results(here)[0][0].bytes == len(exported)
 
 
 def test_an_interrupted_stage_keeps_the_old_results(here, raw, monkeypatch):
@@ -121,28 +124,6 @@ def test_a_damaged_export_is_named_and_the_old_results_stand(here, raw):
     with pytest.raises(ExportError, match=r"model\.gguf: expected a model in f16, found {'Q8_0'"):
         quantize.run(with_types(raw), "baseline_lora", 0)
     assert content(here) == before
-
-
-def test_one_file_is_on_the_disk_at_a_time(here, raw, monkeypatch):
-    """Beside the f16 that it is made from, which lies there only where the export kept another precision."""
-    export.run(parse_params({**raw, "export": {**raw["export"], "quantization": "q8_0"}}), "baseline_lora", 0)
-    beside = ["model-f16.gguf"]
-    made, convert, during = gguf.quantize, gguf.convert_model, []
-    seen = []
-
-    def watched(source, out, precision):
-        seen.append(sorted(f.name for f in out.parent.iterdir()))
-        return made(source, out, precision)
-
-    def converted(merged, out, name):
-        convert(merged, out, name)
-        during.append(sorted(f.name for f in out.parent.iterdir()))
-
-    monkeypatch.setattr(gguf, "quantize", watched)
-    monkeypatch.setattr(gguf, "convert_model", converted)
-    quantize.run(with_types(raw, "bf16", "q8_0"), "baseline_lora", 0)
-    assert seen == [beside, beside], "the one before is gone"
-    assert during == [["merged", name] for name in beside]
 
 
 @pytest.mark.parametrize(

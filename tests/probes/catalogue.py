@@ -4,14 +4,13 @@ Each fault is `NotebookKFAC` (or GRIT) with one thing done differently, and the 
 in the clean runs at the end nothing is wrong. `make probe-faults` runs every fault with each of `SETTINGS`.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from grit import GRITConfig, GRITManager, GritOptimizer, GritTrainer
@@ -231,16 +230,12 @@ Run = Callable[..., Verdict]
 @dataclass(frozen=True)
 class Fault:
     name: str
-    expected: str
+    expected: str  # diagnosis
     run: Run
 
 
-def _looped(arrange: Arrange, *setting: Setting, **loop: Any) -> Run:
-    return partial(plain_loop, arrange, *setting, **loop)
-
-
-def _trained(arrange: Arrange, *setting: Setting, **training: Any) -> Run:
-    return partial(hf_trainer, arrange, *setting, **training)
+_looped: Callable[..., Run] = partial(partial, plain_loop)
+_trained: Callable[..., Run] = partial(partial, hf_trainer)
 
 
 def in_loop(make: Make, places: Sequence[str] = IN_LOOP, **loop: Any) -> Run:
@@ -251,13 +246,17 @@ def in_trainer(make: Make, places: Sequence[str] = IN_TRAINER, **training: Any) 
     return _trained(placed(make, places), **training)
 
 
+def in_both(name: str, expected: str, make: Make, **more: Any) -> list[Fault]:
+    ways = {"a loop": in_loop(make, **more), "a Trainer": in_trainer(make, **more)}
+    return [Fault(f"{name}, in {way}", expected, run) for way, run in ways.items()]
+
+
 FAULTS = [
     Fault("after the step, in a loop", "preconditioned_after_step", in_loop(NotebookKFAC, ["after_step"])),
     Fault("in on_optimizer_step", "preconditioned_after_step", in_trainer(NotebookKFAC, ["on_optimizer_step"])),
     Fault("in on_step_end", "preconditioned_after_step", in_trainer(NotebookKFAC, ["on_step_end"])),
-    Fault("copy put back, in a loop", "gradient_restored", in_loop(kfac.Restores)),
+    *in_both("copy put back", "gradient_restored", kfac.Restores),
     Fault("copy put back and clipped", "gradient_restored", _looped(placed(kfac.Restores, clip=0.01))),
-    Fault("copy put back, in a Trainer", "gradient_restored", in_trainer(kfac.Restores)),
     Fault("second backward pass", "gradient_recomputed", _looped(recomputed)),
     Fault("closure runs backward again", "gradient_recomputed", _looped(recomputed_in_closure)),
     Fault(
@@ -265,8 +264,7 @@ FAULTS = [
         "gradient_recomputed",
         in_trainer(of_four(kfac.FirstOfThree), ["on_substep_end"], accumulation=4),
     ),
-    Fault("fused kernels, hooks silent", "no_statistics", in_loop(kfac.fused)),
-    Fault("fused kernels, in a Trainer", "no_statistics", in_trainer(kfac.fused)),
+    *in_both("fused kernels, hooks silent", "no_statistics", kfac.fused),
     Fault("factors all zero", "zero_factors", in_loop(kfac.ZeroStatistics)),
     Fault("factors of one side zero", "zero_factors", in_loop(kfac.ZeroGradientStatistics)),
     Fault("inverse missing", "empty_inverse", in_loop(kfac.NoInverse)),
@@ -274,8 +272,7 @@ FAULTS = [
     Fault("inverse not finite", "empty_inverse", in_loop(kfac.NonFiniteInverse)),
     Fault("inverse the identity", "empty_inverse", in_loop(kfac.IdentityInverse)),
     Fault("inverse the identity on one side", "empty_inverse", in_loop(kfac.HalfIdentityInverse)),
-    Fault("absolute damping, unscaled δ", "damping_swamps_factors", in_loop(kfac.Swamped)),
-    Fault("absolute damping, in a Trainer", "damping_swamps_factors", in_trainer(kfac.Swamped)),
+    *in_both("absolute damping, unscaled δ", "damping_swamps_factors", kfac.Swamped),
     Fault("damping above both factors", "damping_swamps_factors", in_loop(kfac.SwampedOnBothSides)),
     Fault("scalar preconditioner", "scalar_preconditioner", in_loop(kfac.Scalar)),
     Fault("scalar, no readings", "scalar_preconditioner", in_loop(kfac.ScalarWithoutReadings)),
@@ -283,8 +280,7 @@ FAULTS = [
     Fault("scalar, bf16 weights", "scalar_preconditioner", in_loop(kfac.Scalar, dtype=torch.bfloat16, clip=1e-3)),
     Fault("copies preconditioned", "nothing_changed", in_loop(kfac.OfCopies)),
     Fault("too few samples for ever", "nothing_changed", in_loop(kfac.WaitsForEver)),
-    Fault("half of the modules", "modules_missing", in_loop(kfac.HalfOfTheLayers)),
-    Fault("half of the modules, in a Trainer", "modules_missing", in_trainer(kfac.HalfOfTheLayers)),
+    *in_both("half of the modules", "modules_missing", kfac.HalfOfTheLayers),
     Fault("B left out", "modules_missing", in_loop(kfac.OneSide)),
     Fault("padding counted", "padding_counted", in_loop(kfac.CountsPadding)),
     Fault("padding counted, accumulation 4", "padding_counted", in_loop(kfac.CountsPadding, accumulation=4)),
@@ -304,21 +300,10 @@ FAULTS = [
         "wrapper bypassed by accelerate", "wrapper_bypassed", _looped(partial(wrapper_bypassed, prepare=accelerated))
     ),
     Fault("wrapper bypassed, in a Trainer", "wrapper_bypassed", _trained(bypassed_in_trainer)),
-    Fault(
-        "each micro-batch counted four times",
-        "accumulation_overcounted",
-        in_loop(of_four(kfac.Overcounts), accumulation=4),
+    *in_both(
+        "each micro-batch counted four times", "accumulation_overcounted", of_four(kfac.Overcounts), accumulation=4
     ),
-    Fault(
-        "each micro-batch counted four times, in a Trainer",
-        "accumulation_overcounted",
-        in_trainer(of_four(kfac.Overcounts), accumulation=4),
-    ),
-    Fault(
-        "after each micro-batch",
-        "applied_repeatedly",
-        in_loop(of_four(), ["after_backward"], accumulation=4),
-    ),
+    Fault("after each micro-batch", "applied_repeatedly", in_loop(of_four(), ["after_backward"], accumulation=4)),
     Fault(
         "after each micro-batch, in a Trainer",
         "applied_repeatedly",
@@ -378,53 +363,16 @@ def grit_trainer(model: Any, setting: Setting, **settings: Any) -> Setup:
     return Setup(None, {"readings": manager.readings}, trainer=partial(GritTrainer, grit_manager=manager))
 
 
-def riemannian(model: Any, setting: Setting) -> Setup:
+def riemannian(model: Any, setting: Setting, claims: bool = False) -> Setup:
     from peft.optimizers import create_riemannian_optimizer
 
-    return Setup(create_riemannian_optimizer(model, torch.optim.AdamW, lr=setting.lr))
-
-
-def riemannian_claiming(model: Any, setting: Setting) -> Setup:
-    return Setup(riemannian(model, setting).optimizer, {"claims": True})
+    return Setup(create_riemannian_optimizer(model, torch.optim.AdamW, lr=setting.lr), {"claims": claims})
 
 
 def loraplus(model: Any, setting: Setting) -> Setup:
     from peft.optimizers import create_loraplus_optimizer
 
     return Setup(create_loraplus_optimizer(model, torch.optim.AdamW, lr=setting.lr, loraplus_lr_ratio=8.0))
-
-
-def with_momentum(model: Any, setting: Setting) -> Setup:
-    return Setup(sgd(model, setting, momentum=0.9))
-
-
-class Shampoo(torch.optim.Optimizer):
-    """L^(−1/4) G R^(−1/4) with running sums L = Σ G Gᵀ, R = Σ Gᵀ G (Gupta et al. 2018), the raw norm restored."""
-
-    def __init__(self, parameters: list[nn.Parameter], lr: float):
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None or not bool(p.grad.any()):
-                    continue
-                state, g = self.state[p], p.grad
-                state["left"] = state.get("left", 0) + g @ g.mT
-                state["right"] = state.get("right", 0) + g.mT @ g
-                natural = self._root(state["left"]) @ g @ self._root(state["right"])
-                p.sub_(natural * (group["lr"] * math.sqrt(p.numel()) / natural.norm()))
-
-    @staticmethod
-    def _root(matrix: torch.Tensor) -> torch.Tensor:
-        values, vectors = torch.linalg.eigh(matrix)
-        damped = values.clamp_min(0) + 1e-4 * values.mean()
-        return vectors @ torch.diag(damped**-0.25) @ vectors.mT
-
-
-def shampoo(model: Any, setting: Setting, claims: bool = False) -> Setup:
-    return Setup(Shampoo(weights_of(model), setting.lr), {"claims": claims})
 
 
 def _decay(step: int) -> float:
@@ -438,12 +386,10 @@ def _grit(*setting: Setting, accumulation: int = 1, **config: Any) -> Run:
     return _looped(grit_with(GRITConfig(**config)), *setting, accumulation=accumulation)
 
 
+with_momentum: Arrange = lambda model, setting: Setup(sgd(model, setting, momentum=0.9))  # noqa: E731
 notebook, notebook_in_trainer = placed(), placed(places=IN_TRAINER)
 
-CHECKPOINTING: dict[str, Any] = {
-    "gradient_checkpointing": True,
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},
-}
+CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
 CLEAN = [
     *(
@@ -486,19 +432,14 @@ CLEAN = [
     Clean("GRIT, clipped", _grit(max_grad_norm=0.5)),
     Clean("GRIT, regularisers", _grit(mode="adamw", lambda_kfac=1e-4, lambda_reproj=1e-4)),
     Clean("GritTrainer, eigen_adamw", _trained(grit_trainer)),
-    Clean(
-        "GritTrainer, adaptive schedule",
-        _trained(partial(grit_trainer, adaptive_schedule=True, adaptive_window=5)),
-    ),
+    Clean("GritTrainer, adaptive schedule", _trained(partial(grit_trainer, adaptive_schedule=True, adaptive_window=5))),
     Clean("GritTrainer, adamw, accumulation 4", _trained(partial(grit_trainer, mode="adamw"), B, accumulation=4)),
     Clean("GritTrainer, checkpointing", _trained(grit_trainer, **CHECKPOINTING)),
     Clean("PEFT's Riemannian optimizer", _looped(riemannian, C)),
-    Clean("PEFT's Riemannian optimizer, claiming", _looped(riemannian_claiming, Setting(1, 1e-3))),
+    Clean("PEFT's Riemannian optimizer, claiming", _looped(partial(riemannian, claims=True), Setting(1, 1e-3))),
     Clean("PEFT's LoRA+", _looped(loraplus, C)),
     Clean("SGD with momentum", _looped(with_momentum)),
     Clean("SGD with momentum, in a Trainer", _trained(with_momentum, B)),
-    Clean("Shampoo", _looped(shampoo)),
-    Clean("Shampoo, claiming", _looped(partial(shampoo, claims=True), B)),
     Clean("Adagrad", _looped(lambda model, setting: Setup(torch.optim.Adagrad(weights_of(model), lr=setting.lr)))),
     *(Clean(f"AdamW, seed {s.seed}, rate {s.lr:g}", _looped(plain, s), "no_effect") for s in (A, B, C, D)),
     Clean("AdamW, clipped", _looped(plain, clip=0.1), "no_effect"),

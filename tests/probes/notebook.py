@@ -60,10 +60,14 @@ class NotebookKFAC:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def forward(module: nn.Module, args: Any, h: Tensor) -> None:
+            self.passed(self.layers[name])
             if h.requires_grad:  # counted in the backward pass, once, however often the forward pass runs
                 h.register_hook(lambda delta: self.collect(self.layers[name], h.detach(), delta))
 
         return forward
+
+    def passed(self, layer: Layer) -> None:
+        """A forward pass, which is nothing to count."""
 
     def attended(self) -> Tensor:
         return self.batch["attention_mask"].bool()
@@ -77,7 +81,10 @@ class NotebookKFAC:
         rows = self.attended()
         self.add(layer, "a", h[rows])
         self.add(layer, "g", self.scaled(delta)[rows])
-        layer.samples += float(rows.sum())
+        layer.samples += self.tokens()
+
+    def tokens(self) -> float:
+        return float(self.attended().sum())
 
     def add(self, layer: Layer, side: str, rows: Tensor) -> None:
         """Into the moving average; rows [tokens, r]."""
@@ -88,7 +95,7 @@ class NotebookKFAC:
     def damping(self, sigma: Tensor) -> float:
         return self.relative_damping * float(sigma.diagonal().mean())
 
-    def inverse(self, sigma: Tensor, damping: float) -> Tensor | None:
+    def inverse(self, sigma: Tensor, damping: float, side: str) -> Tensor | None:
         return torch.linalg.inv(sigma + damping * torch.eye(len(sigma)))
 
     def trusted(self, layer: Layer) -> bool:
@@ -100,7 +107,7 @@ class NotebookKFAC:
             if self.trusted(layer):
                 for side, sigma in layer.sigma.items():
                     layer.damping[side] = self.damping(sigma)
-                    layer.inverse[side] = self.inverse(sigma, layer.damping[side])
+                    layer.inverse[side] = self.inverse(sigma, layer.damping[side], side)
 
     @torch.no_grad()
     def precondition(self) -> None:
@@ -157,19 +164,19 @@ def fused(model: Any) -> NotebookKFAC:
     return NotebookKFAC(model)
 
 
-def _add_zeros(self: Any, layer: Layer, side: str, rows: Tensor) -> None:
+def _zeros_of(sides: str) -> Callable[..., None]:
     """Tokens are counted, nothing flows."""
-    NotebookKFAC.add(self, layer, side, torch.zeros_like(rows))
 
+    def add(self: Any, layer: Layer, side: str, rows: Tensor) -> None:
+        NotebookKFAC.add(self, layer, side, torch.zeros_like(rows) if side in sides else rows)
 
-def _add_zeros_of_delta(self: Any, layer: Layer, side: str, rows: Tensor) -> None:
-    NotebookKFAC.add(self, layer, side, rows if side == "a" else torch.zeros_like(rows))
+    return add
 
 
 ZeroStatistics = spoiled(
-    add=_add_zeros, trusted=lambda self, layer: layer.samples > 0, damping=lambda self, sigma: 1e-3
+    add=_zeros_of("ag"), trusted=lambda self, layer: layer.samples > 0, damping=lambda self, sigma: 1e-3
 )
-ZeroGradientStatistics = spoiled(ZeroStatistics, add=_add_zeros_of_delta)
+ZeroGradientStatistics = spoiled(ZeroStatistics, add=_zeros_of("g"))
 CountsPadding = spoiled(attended=lambda self: torch.ones_like(NotebookKFAC.attended(self)))
 WaitsForEver = spoiled(trusted=lambda self, layer: layer.samples > 1e9)
 HalfOfTheLayers = spoiled(wanted=lambda self, name: "layers.0" in name)
@@ -199,50 +206,33 @@ class Overcounts(NotebookKFAC):
             super().collect(layer, h, delta)
 
 
-class CountsInForward(NotebookKFAC):
-    """Counts in the forward pass, which checkpointing runs twice."""
+def _count_in_forward(self: Any, layer: Layer) -> None:
+    layer.samples += NotebookKFAC.tokens(self)
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        counted = super()._hook(name)
 
-        def forward(module: nn.Module, args: Any, h: Tensor) -> None:
-            layer = self.layers[name]
-            before = layer.samples
-            counted(module, args, h)
-            layer.samples = before + float(self.attended().sum())
-
-        return forward
-
-    def collect(self, layer: Layer, h: Tensor, delta: Tensor) -> None:
-        before = layer.samples
-        super().collect(layer, h, delta)
-        layer.samples = before
-
+CountsInForward = spoiled(passed=_count_in_forward, tokens=lambda self: 0.0)  # and checkpointing runs it twice
 
 # Inverses
 
-NoInverse = spoiled(inverse=lambda self, sigma, damping: None)  # it fails, and the multiplication skips it
-ZeroInverse = spoiled(inverse=lambda self, sigma, damping: torch.zeros_like(sigma))  # a buffer that nobody filled
+NoInverse = spoiled(inverse=lambda self, sigma, *_: None)  # it fails, and the multiplication skips it
+ZeroInverse = spoiled(inverse=lambda self, sigma, *_: torch.zeros_like(sigma))  # a buffer that nobody filled
 # `except LinAlgError: inverse = torch.eye(r)`, and it is raised every time.
-IdentityInverse = spoiled(inverse=lambda self, sigma, damping: torch.eye(len(sigma)))
+IdentityInverse = spoiled(inverse=lambda self, sigma, *_: torch.eye(len(sigma)))
 # λ = 1e-3 as it stands, and δ of a mean loss.
 Swamped = spoiled(scaled=lambda self, delta: delta, damping=lambda self, sigma: 1e-3)
 SwampedOnBothSides = spoiled(Swamped, damping=lambda self, sigma: 1e3)
+HalfIdentityInverse = spoiled(
+    inverse=lambda self, *given: torch.eye(len(given[0])) if given[2] == "g" else NotebookKFAC.inverse(self, *given)
+)
 # One number for all directions: r / tr(Σ).
-Scalar = spoiled(inverse=lambda self, sigma, damping: torch.eye(len(sigma)) / float(sigma.diagonal().mean()))
+Scalar = spoiled(inverse=lambda self, sigma, *_: torch.eye(len(sigma)) / float(sigma.diagonal().mean()))
 ScalarWithoutReadings = spoiled(Scalar, watch=lambda self: {"preconditioner": (self, "precondition")})
-
-
-class HalfIdentityInverse(NotebookKFAC):
-    def inverse(self, sigma: Tensor, damping: float) -> Tensor | None:
-        ours = any(sigma is layer.sigma["g"] for layer in self.layers.values())
-        return torch.eye(len(sigma)) if ours else super().inverse(sigma, damping)
 
 
 class NonFiniteInverse(NotebookKFAC):
     """The inversion overflows; products that are not finite are skipped."""
 
-    def inverse(self, sigma: Tensor, damping: float) -> Tensor | None:
+    def inverse(self, sigma: Tensor, damping: float, side: str) -> Tensor | None:
         return torch.full_like(sigma, float("nan"))
 
     def product(self, gradient: Tensor, inverse: Tensor, side: str) -> Tensor:
@@ -253,28 +243,12 @@ class NonFiniteInverse(NotebookKFAC):
 # What is made of gradients
 
 
-def _copies(weights: list[nn.Parameter]) -> list[Tensor | None]:
-    return [None if weight.grad is None else weight.grad.clone() for weight in weights]
-
-
-def _put(weights: list[nn.Parameter], gradients: list[Tensor | None]) -> None:
-    for weight, gradient in zip(weights, gradients, strict=True):
-        weight.grad = gradient
-
-
 class Restores(NotebookKFAC):
     def apply(self) -> None:
-        raw = _copies(self.weights)
+        raw = [None if weight.grad is None else weight.grad.clone() for weight in self.weights]
         super().apply()
-        _put(self.weights, raw)
-
-
-class OfCopies(NotebookKFAC):
-    def precondition(self) -> None:
-        raw = [weight.grad for weight in self.weights]
-        _put(self.weights, _copies(self.weights))
-        super().precondition()
-        _put(self.weights, raw)
+        for weight, gradient in zip(self.weights, raw, strict=True):
+            weight.grad = gradient
 
 
 class FirstOfThree(NotebookKFAC):
@@ -288,13 +262,13 @@ class FirstOfThree(NotebookKFAC):
         self.asked += 1
 
 
-class OneSide(NotebookKFAC):
-    @torch.no_grad()
-    def precondition(self) -> None:
-        for layer in self.layers.values():
-            inverse = layer.inverse.get("g")
-            if layer.a.grad is not None and inverse is not None:
-                layer.a.grad.copy_(self.product(layer.a.grad, inverse, "g"))
+def _of_copies(self: Any, gradient: Tensor, inverse: Tensor, side: str) -> Tensor:
+    NotebookKFAC.product(self, gradient.clone(), inverse, side)
+    return gradient
+
+
+def _one_side(self: Any, gradient: Tensor, inverse: Tensor, side: str) -> Tensor:
+    return NotebookKFAC.product(self, gradient, inverse, side) if side == "g" else gradient
 
 
 def _grafted(self: Any, gradient: Tensor, inverse: Tensor, side: str) -> Tensor:
@@ -315,6 +289,8 @@ def _nan_gradient_to_zero(self: Any, gradient: Tensor, inverse: Tensor, side: st
     return torch.nan_to_num(natural * float("nan")) if side == "g" else natural
 
 
+OfCopies = spoiled(product=_of_copies)
+OneSide = spoiled(product=_one_side)
 GraftedScalar = spoiled(ScalarWithoutReadings, product=_grafted)
 NanToZero = spoiled(product=_nan_to_zero)
 NanGradientToZero = spoiled(product=_nan_gradient_to_zero)

@@ -1,5 +1,7 @@
 """Probing changes nothing, sees all that happens to gradients, and comes off again whatever happens."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,26 +10,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from probes import LayerReading, Probe, judge
-from probes.probe import chain_of
 from tests.probes.notebook import Wrapper
 from tests.probes.worlds import batches, tiny_llama, weights_of
 from tests.two_ranks import on_two_ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
-
-class Mlp(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
-
-    def forward(self, x):
-        return self.last(torch.tanh(self.first(x)))
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
 
 
 def fresh(cls=torch.optim.AdamW, lr=1e-2):
-    torch.manual_seed(0)
-    model = Mlp()
+    model = mlp()
     return model, cls(model.parameters(), lr=lr)
 
 
@@ -107,20 +101,6 @@ def test_full_fine_tuning_of_a_model_without_lora():
         for entry in record["units"].values():
             assert entry["angle"] < 1e-3 and entry["lr_ratio"] == pytest.approx(1) and "angle_weights" not in entry
     assert judge(probe).diagnosis == "equals_shadow"
-    kfac = Mixing(model)
-    with Probe(model, optimizer, every=2, preconditioner=(kfac, "precondition")) as claimed:
-        steps(model, optimizer, 10, before=kfac.precondition)
-    verdict = judge(claimed)
-    assert verdict.verdict == "effective" and verdict.numbers["coverage"] == 1.0
-
-
-def test_unsampled_steps_are_in_the_shadow_and_in_the_counts():
-    model, optimizer = fresh()
-    kfac = Mixing(model)
-    with Probe(model, optimizer, every=100, preconditioner=(kfac, "precondition")) as probe:
-        steps(model, optimizer, 9, before=kfac.precondition)
-    assert probe.events["calls"] == 9 and len(probe.records) == 1
-    assert probe.tensors.shadow.steps == [9] * 4
 
 
 def test_raw_gradients_are_those_of_the_last_backward_pass_before_clipping():
@@ -141,32 +121,21 @@ def test_raw_gradients_are_those_of_the_last_backward_pass_before_clipping():
 
 
 def test_a_loss_scale_is_divided_out():
-    def raw(scale):
+    found = []
+    for scale in (1.0, 1024.0):
         model, optimizer = fresh(torch.optim.SGD, lr=0.1)
         probe = Probe(model, optimizer)
-        probe.loss_scale = lambda: scale
+        probe.loss_scale = lambda scale=scale: scale
         with probe:
             backward(model, 0, scale)
             for p in model.parameters():
                 p.grad /= scale
             optimizer.step()
-        return {n: e["norm_raw"] for n, e in probe.records[0]["units"].items()}
-
-    assert raw(1024.0) == pytest.approx(raw(1.0), rel=1e-6)
-
-
-def test_nested_optimizers_count_one_step_and_show_both_doors():
-    model, inner = fresh()
-    wrapper = Wrapper(inner, Mixing(model))
-    with Probe(model, wrapper, every=1, preconditioner=(wrapper.kfac, "precondition")) as probe:
-        steps(model, wrapper, 3)
-    assert probe.step == 3 and probe.events["calls"] == 3 and probe.events["inner_called_directly"] == 0
-    entry = probe.records[2]["units"]["first.weight"]
-    assert entry["angle_raw_door"] == 0.0 and entry["angle_raw_inner"] > 1 and probe.records[2]["nested"]
-    assert entry["hash_door_w"] == entry["hash_before_w"] and entry["hash_inner_w"] == entry["hash_after_w"]
+        found.append({name: entry["norm_raw"] for name, entry in probe.records[0]["units"].items()})
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
-def test_an_optimizer_that_is_none_of_torchs_and_accelerates_wrapper():
+def test_an_optimizer_that_is_none_of_torchs():
     class Plain:
         def __init__(self, parameters, lr):
             self.param_groups = [{"params": list(parameters), "lr": lr}]
@@ -177,23 +146,13 @@ def test_an_optimizer_that_is_none_of_torchs_and_accelerates_wrapper():
                     p.sub_(0.1 * p.grad.sign())
             return "done"
 
-    class AcceleratedOptimizer(Plain):
-        def __init__(self, optimizer):
-            self.optimizer, self.param_groups = optimizer, optimizer.param_groups
-
-        def step(self):
-            return self.optimizer.step()
-
     model, plain = fresh(Plain, lr=0.1)
-    outer = AcceleratedOptimizer(plain)
-    assert chain_of(outer) == [plain] and chain_of(plain) == [plain]
-    with Probe(model, outer, every=1) as probe:
+    with Probe(model, plain, every=1) as probe:
         for i in range(3):
             model.zero_grad()
             backward(model, i)
-            assert outer.step() == "done"
-    assert probe.step == 3 and judge(probe).verdict == "effective"
-    assert "step" not in vars(plain)
+            assert plain.step() == "done"
+    assert probe.step == 3 and judge(probe).verdict == "effective" and "step" not in vars(plain)
 
 
 def test_a_step_that_fails_and_is_caught_does_not_stop_the_count():
@@ -222,54 +181,50 @@ def test_a_subclass_that_calls_its_base_takes_one_step():
     class Again(torch.optim.AdamW):
         @torch.no_grad()
         def step(self, closure=None):
-            with torch.enable_grad():
-                loss = closure() if closure is not None else None
+            if closure is not None:
+                with torch.enable_grad():
+                    closure()
             super().step()
             for group in self.param_groups:
                 for p in group["params"]:
                     p.mul_(0.5)
-            return loss
 
-    model, optimizer = fresh(Again)
-    with Probe(model, optimizer, every=1) as probe:
-        steps(model, optimizer, 4)
-    assert probe.step == 4 and len(probe.records) == 4
-    ratios = [e["lr_ratio"] for r in probe.records for n, e in r["units"].items() if "weight" in n]
-    assert min(ratios) > 2  # what comes after the base's step is seen
-    model, optimizer = fresh(Again)
-    with Probe(model, optimizer, every=1) as probe:
-        for i in range(4):
-            optimizer.zero_grad()
-            optimizer.step(lambda i=i, model=model: backward(model, i))
-    assert probe.step == 4 and len(probe.records) == 4
+    for closes in (False, True):
+        model, optimizer = fresh(Again)
+        with Probe(model, optimizer, every=1) as probe:
+            for i in range(4):
+                optimizer.zero_grad()
+                if not closes:
+                    backward(model, i)
+                optimizer.step(partial(backward, model, i) if closes else None)
+        assert probe.step == 4 and len(probe.records) == 4
+        ratios = [e["lr_ratio"] for r in probe.records for n, e in r["units"].items() if "weight" in n]
+        assert closes or min(ratios) > 2  # what comes after the base's step is seen
 
 
 def test_replaced_parameters_are_followed():
     """Ranks shrink: new tensors, the shadow of the others goes on."""
-    torch.manual_seed(0)
-    model = get_peft_model(Mlp(), LoraConfig(r=4, target_modules=["first", "last"]))
+    model = get_peft_model(mlp(), LoraConfig(r=4, target_modules=["0", "2"]))
     optimizer = torch.optim.AdamW(weights_of(model), lr=1e-2)
     with Probe(model, optimizer, every=1) as probe:
         steps(model, optimizer, 4)
-        layer = model.base_model.model.first
-        old_a, old_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        for holder, new in ((layer.lora_A["default"], old_a[:2]), (layer.lora_B["default"], old_b[:, :2])):
-            holder.weight = nn.Parameter(new.detach().clone())
+        a, b = (pair["default"] for pair in (model.base_model.model[0].lora_A, model.base_model.model[0].lora_B))
+        old = {a: a.weight, b: b.weight}
+        a.weight, b.weight = nn.Parameter(a.weight[:2].detach().clone()), nn.Parameter(b.weight[:, :2].detach().clone())
+        swap = {id(weight): module.weight for module, weight in old.items()}
         group = optimizer.param_groups[0]
-        swap = {id(old_a): layer.lora_A["default"].weight, id(old_b): layer.lora_B["default"].weight}
         group["params"] = [swap.get(id(p), p) for p in group["params"]]
         steps(model, optimizer, 4, start=4)
-    assert not (old_a._post_accumulate_grad_hooks or old_b._post_accumulate_grad_hooks)
-    assert probe.step == 8
-    first, last = "base_model.model.first", "base_model.model.last"
-    assert probe.records[-1]["units"][first]["size"] == 2 * 6 + 8 * 2
-    assert probe.records[-1]["units"][first]["norm_raw"] > 0
-    assert probe.records[-1]["units"][last]["angle"] < 1e-3  # its moments were kept
+    assert not any(weight._post_accumulate_grad_hooks for weight in old.values()) and probe.step == 8
+    first, last = "base_model.model.0", "base_model.model.2"
+    units = probe.records[-1]["units"]
+    assert units[first]["size"] == 2 * 6 + 8 * 2 and units[first]["norm_raw"] > 0
+    assert units[last]["angle"] < 1e-3  # its moments were kept
     place = next(i for i, (unit, _, _) in enumerate(probe.tensors.all) if unit.name == last)
     assert probe.tensors.shadow.steps[place] >= 7
 
 
-def test_preconditioning_without_a_method():
+def test_preconditioning_without_a_method_and_between_samples():
     model, optimizer = fresh()
     with Probe(model, optimizer, every=1, claims=True) as probe:
 
@@ -278,7 +233,10 @@ def test_preconditioning_without_a_method():
                 Mixing(model).precondition()
 
         steps(model, optimizer, 5, before=precondition)
-    assert probe.watched and probe.events["calls"] == 5
+        probe.every = 100
+        steps(model, optimizer, 4, start=5, before=precondition)
+    assert probe.watched and probe.events["calls"] == 9 and len(probe.records) == 5
+    assert probe.tensors.shadow.steps == [9] * 4  # which sees every step
     assert all(e["times_changed"] == 1 for r in probe.records for e in r["units"].values())
     assert judge(probe).verdict == "effective"
 
@@ -288,15 +246,12 @@ def test_calls_at_the_wrong_time_are_counted_apart():
     kfac = Mixing(model)
     with Probe(model, optimizer, preconditioner=(kfac, "precondition")) as probe:
         kfac.precondition()
-        model(torch.randn(2, 6))
-        kfac.precondition()
-        steps(model, optimizer, 1)
         backward(model)
         optimizer.step()
         kfac.precondition()
         probe.look_after_step()
-    assert probe.events["calls_before_backward"] == 1 and probe.events["calls_without_gradients"] == 1
-    assert probe.events["calls_after_step"] == 1 and probe.events["gradients_changed_after_step"] == 1
+    found = {event for event, count in probe.events.items() if count}
+    assert found == {"steps", "calls_before_backward", "calls_after_step", "gradients_changed_after_step"}
 
 
 def test_evaluation_in_between_starts_no_step():
@@ -304,18 +259,13 @@ def test_evaluation_in_between_starts_no_step():
     optimizer, stream = torch.optim.AdamW(weights_of(model), lr=1e-2), batches(0)
     with Probe(model, optimizer, every=1) as probe:
         for _ in range(3):
-            model(**next(stream)).loss.backward()
+            model.train()(**next(stream)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            model.eval()
             with torch.no_grad():
                 model(**next(stream))
-            model(**next(stream))
-            model.train()
-            with torch.no_grad():
-                model(**next(stream))
-    assert [r["tokens"]["all"] for r in probe.records] == [48, 48, 48]
-    assert all(r["tokens"]["attended"] == 40 and r["tokens"]["labelled"] == 36 for r in probe.records)
+            model.eval()(**next(stream))
+    assert [r["tokens"] for r in probe.records] == [{"all": 48, "attended": 40, "labelled": 36}] * 3
 
 
 def test_frozen_halves_and_other_adapters_are_units_too():
@@ -344,32 +294,26 @@ def test_what_cannot_be_is_refused():
 # Distributed
 
 
-def _mlp_batch(i):
-    generator = torch.Generator().manual_seed(i)
-    return torch.randn(8, 6, generator=generator), torch.randn(8, 4, generator=generator)
-
-
-def _accumulated(rank, world, accumulation):
+def _train(rank, world):
+    """Two micro-batches a step; DDP averages the gradients in the second."""
     model, optimizer = fresh()
     trained = DistributedDataParallel(model) if world > 1 else model
     with Probe(model, optimizer, every=1) as probe:
-        for step in range(6):
-            for micro in range(accumulation):
-                x, y = (t[rank::world] for t in _mlp_batch(step * accumulation + micro))
-                trained.require_backward_grad_sync = micro == accumulation - 1  # DDP's
-                ((trained(x) - y).square().mean() / accumulation).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        for micro in range(12):
+            generator = torch.Generator().manual_seed(micro)
+            x, y = (torch.randn(8, n, generator=generator)[rank::world] for n in (6, 4))
+            trained.require_backward_grad_sync = micro % 2 == 1
+            ((trained(x) - y).square().mean() / 2).backward()
+            if micro % 2 == 1:
+                optimizer.step()
+                optimizer.zero_grad()
     return probe
 
 
-def _work(rank, world, folder):
-    found = {}
-    for accumulation in (1, 2):
-        probe = _accumulated(rank, world, accumulation)
-        found[f"plain {accumulation}"] = (probe.records, judge(probe).diagnosis)
+def _count(rank, world):
+    """Readings that have the tokens of all ranks."""
     model = tiny_llama(0)
-    wrapped = DistributedDataParallel(model, find_unused_parameters=False)
+    wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(weights_of(model), lr=1e-2)
     layer = next(n.split(".lora_A.")[0] for n, _ in model.named_parameters() if "lora_A" in n)
     stream, counted = batches(50), torch.zeros((), dtype=torch.float64)
@@ -386,30 +330,23 @@ def _work(rank, world, folder):
             counted += batch["attention_mask"].sum()
             optimizer.step()
             optimizer.zero_grad()
-    names = [f.name for f in judge(probe).findings]
-    found["statistics"] = ([r["tokens"] for r in probe.records], names)
-    return found
+    return probe
 
 
-@pytest.fixture(scope="module")
-def distributed(tmp_path_factory):
-    return on_two_ranks(_work, tmp_path_factory.mktemp("ranks"))[0]
+def _work(rank, world, folder):
+    probes = (_train(rank, world), _count(rank, world))
+    return [(probe.records, [finding.name for finding in judge(probe).findings]) for probe in probes]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_on_two_ranks_raw_gradients_are_the_averaged_ones(distributed, accumulation):
-    records, diagnosis = distributed[f"plain {accumulation}"]
-    assert diagnosis == "equals_shadow"
-    probe = _accumulated(0, 1, accumulation)
-    for ours, alone in zip(records, probe.records, strict=True):
-        assert ours["passes"] == accumulation
+@pytest.mark.full
+def test_on_two_ranks_raw_gradients_are_averaged_and_the_tokens_of_all_are_no_overcount(tmp_path):
+    (records, findings), (counted, of_counts) = on_two_ranks(_work, tmp_path)[0]
+    assert findings == []
+    for ours, alone in zip(records, _train(0, 1).records, strict=True):
+        assert ours["passes"] == 2
         for name, entry in alone["units"].items():
             for key in ("norm_raw", "norm_door", "norm_delta", "norm_shadow"):
                 assert ours["units"][name][key] == pytest.approx(entry[key], rel=1e-3), (name, key)
             assert ours["units"][name]["angle_raw_inner"] < 1e-3
-
-
-def test_tokens_of_all_ranks_are_no_overcount(distributed):
-    tokens, findings = distributed["statistics"]
-    assert all(t == {"all": 48.0, "attended": 40.0, "labelled": 36.0} for t in tokens)
-    assert not {"samples_overcounted", "accumulation_overcounted", "padding_counted"} & set(findings)
+    assert all(r["tokens"] == {"all": 48.0, "attended": 40.0, "labelled": 36.0} for r in counted)
+    assert not {"samples_overcounted", "accumulation_overcounted", "padding_counted"} & {*of_counts}

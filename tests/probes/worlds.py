@@ -56,26 +56,13 @@ def weights_of(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-class FusedLora(torch.autograd.Function):
-    """y = W x + s·B A x, reading the weights themselves, as fused kernels do: no module's hook fires."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(x, w, a, b)
-        ctx.scale = scale
-        return x @ w.mT + (x @ a.mT) @ b.mT * scale
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        x, w, a, b = ctx.saved_tensors
-        rows, out = x.flatten(0, 1), g.flatten(0, 1) * ctx.scale
-        return g @ w + (g @ b) @ a * ctx.scale, None, (out @ b).mT @ rows, out.mT @ (rows @ a.mT), None
-
-
 def fuse(model: Any) -> None:
-    def fused(module: Any, x: Tensor) -> Any:
+    """LoRA reads the weights themselves, as fused kernels do: no module's hook fires."""
+
+    def fused(module: Any, x: Tensor) -> Tensor:
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-        return FusedLora.apply(x, module.base_layer.weight, a, b, module.scaling["default"])
+        out: Tensor = x @ module.base_layer.weight.mT + (x @ a.mT) @ b.mT * module.scaling["default"]
+        return out
 
     for module in model.modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
@@ -170,29 +157,16 @@ def hf_trainer(
     generator = torch.Generator().manual_seed(1000 + setting.seed)
     items = [example(generator, padded=i % 2 == 0) for i in range(64)]
     with tempfile.TemporaryDirectory() as folder:
-        values: dict[str, Any] = {
-            "output_dir": folder,
-            "max_steps": steps,
-            "per_device_train_batch_size": BATCH,
-            "gradient_accumulation_steps": accumulation,
-            "learning_rate": setting.lr,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": clip,
-            "seed": setting.seed,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            **training,
-        }
-        # An optimizer given by the user: with optimizers=(None, None) the Trainer makes AdamW itself.
+        values: dict[str, Any] = dict(
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=setting.lr,
+            gradient_accumulation_steps=accumulation, lr_scheduler_type="constant", max_grad_norm=clip,
+            seed=setting.seed, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            use_cpu=True,
+        )  # fmt: skip
+        arguments = TrainingArguments(**{**values, **training})
+        optimizers = (setup.optimizer, None)  # the user's own; with (None, None) the Trainer makes AdamW itself
         trainer = (setup.trainer or Trainer)(
-            model=model,
-            args=TrainingArguments(**values),
-            train_dataset=items,
-            callbacks=list(setup.callbacks),
-            optimizers=(setup.optimizer, None),
+            model=model, args=arguments, train_dataset=items, callbacks=setup.callbacks, optimizers=optimizers
         )
         trainer.remove_callback(PrinterCallback)
         callback = ProbeCallback(every=steps // SAMPLES, **setup.probe)

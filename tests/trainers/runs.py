@@ -1,26 +1,28 @@
-"""Trainings in processes of their own, which can be killed or patched: python -m tests.trainers.runs KIND …
+"""Trainings that are told their losses and end early; in processes of their own: python -m tests.trainers.runs KIND …
 
 lasting FILE: FILE holds (arm, job, step → evaluation loss to report, event, step); at that event of that step the
 process gets a SIGKILL. hybrid FILE: FILE holds [(name, job, whether Unsloth's get_peft_model fuses MLPs as on a GPU,
-losses as above)]; FILE.seen gets what was seen. base FOLDER CHECKPOINTS: an embedded base that sees.
+losses, event, step as above)]; FILE.seen gets what was seen.
 """
 
 import logging
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import types
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from trainers import arms
 from trainers.base import EmbeddedSettings, train_base
 from trainers.run import run
 
-LIGHT = not {"unsloth", "trl", "transformers"} & set(sys.modules)
+ROOT = Path(__file__).resolve().parents[2]
 
 VISION_BASE = EmbeddedSettings(
     seed=0, vocab_size=320, hidden_size=16, intermediate_size=32, layers=1, heads=2, context=128,
@@ -52,9 +54,17 @@ def tell(trainer, losses):
     trainer.evaluation_loop = told
 
 
-def scripted(name, losses, event=None, step=None):
-    """The arm, with `losses` (step → evaluation loss, as long as it trains) and a death at (`event`, `step`)."""
-    arm = arms.load(name)
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def scripted(arm, losses, event=None, step=None, die=interrupt):
+    """The arm, with `losses` (step → evaluation loss, as long as it trains) and an end at (`event`, `step`)."""
+    arm = arms.load(arm) if isinstance(arm, str) else arm
 
     def make_trainer(settings, **kwargs):
         from transformers import TrainerCallback
@@ -62,69 +72,55 @@ def scripted(name, losses, event=None, step=None):
         trainer = arm.make_trainer(settings, **kwargs)
         tell(trainer, losses)
 
-        def die(self, args, state, control, **kwargs):
+        def end(self, args, state, control, **kwargs):
             if state.global_step == step:
-                os.kill(os.getpid(), signal.SIGKILL)
+                die()
 
         if event is not None:
-            trainer.add_callback(type("Dies", (TrainerCallback,), {event: die})())
+            trainer.add_callback(type("Ends", (TrainerCallback,), {event: end})())
         return trainer
 
     return replace(arm, make_trainer=make_trainer)
 
 
+def interrupted(arm, job, losses, event, step):
+    with pytest.raises(KeyboardInterrupt):
+        run(scripted(arm, losses, event, step), job)
+
+
+def killed(arm, job, losses, event, step):
+    """Train in a process of its own, which dies there."""
+    file = job.checkpoints.with_name("run")
+    file.write_bytes(pickle.dumps((arm, job, losses, event, step)))
+    command = [sys.executable, "-m", "tests.trainers.runs", "lasting", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+
+
+def curves(folder):
+    """Tag → (step, value) of what TensorBoard shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
 # A stand-in for what Unsloth does to a model on a GPU: methods replaced by kernels that call no LoRA module
 
 
-def _mlp(x, *weights):
-    """SwiGLU with LoRA on all three projections; weights: (base, A, B, scale) of gate, up, down."""
-    gate, up, down = (
-        lambda x, w=w: x @ w[0].T + w[3] * (x @ w[1].T @ w[2].T) for w in (weights[:4], weights[4:8], weights[8:])
-    )
-    return down(torch.nn.functional.silu(gate(x)) * up(x))
-
-
-class FusedMLP(torch.autograd.Function):
-    """Reads the weights and fills their .grad itself, as unsloth.kernels.fast_lora.LoRA_MLP does."""
-
-    @staticmethod
-    def forward(ctx, x, *weights):
-        ctx.kept = (x, weights)
-        return _mlp(x, *weights)
-
-    @staticmethod
-    def backward(ctx, delta):
-        kept = [v.detach() if isinstance(v, torch.Tensor) else v for v in (ctx.kept[0], *ctx.kept[1])]
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-        with torch.enable_grad():
-            for i in wanted:
-                kept[i].requires_grad_()
-            out = _mlp(*kept)
-            grads = torch.autograd.grad(out, [kept[i] for i in wanted], delta)
-        found = dict(zip(wanted, grads, strict=True))
-        return tuple(found.get(i) for i in range(len(kept)))
-
-
-def parts(projection):
-    name = projection.active_adapters[0]
-    a, b = projection.lora_A[name], projection.lora_B[name]
-    return projection.base_layer.weight, a.weight, b.weight, projection.scaling[name]
-
-
 def apply_lora_mlp(self, x):
-    return FusedMLP.apply(x, *parts(self.gate_proj), *parts(self.up_proj), *parts(self.down_proj))
+    """SwiGLU with LoRA on its three projections, by their weights."""
+
+    def lora(projection, x):
+        name = projection.active_adapters[0]
+        a, b = projection.lora_A[name].weight, projection.lora_B[name].weight
+        return x @ projection.base_layer.weight.T + projection.scaling[name] * (x @ a.T @ b.T)
+
+    return lora(self.down_proj, torch.nn.functional.silu(lora(self.gate_proj, x)) * lora(self.up_proj, x))
 
 
-def apply_lora_qkv(self, x, inplace=True):
-    raise AssertionError("the fused path was taken")
-
-
-def apply_lora_o(self, x):
-    raise AssertionError("the fused path was taken")
-
-
-for kernel in (apply_lora_mlp, apply_lora_qkv, apply_lora_o):
-    kernel.__module__ = "unsloth.kernels.fast_lora"
+apply_lora_mlp.__module__ = "unsloth.kernels.fast_lora"
 
 
 def fuse_mlps(model):
@@ -135,7 +131,7 @@ def fuse_mlps(model):
     return model
 
 
-def watched(seen, fused, losses):
+def watched(seen, fused):
     arm = arms.load("hybrid_grit")
 
     def add_adapter(model, settings):
@@ -165,7 +161,6 @@ def watched(seen, fused, losses):
             return gather(step)
 
         curvature.gather = looked_at
-        tell(trainer, losses)
         seen["classes"] = [f"{c.__module__}.{c.__qualname__}" for c in type(trainer).__mro__]
         seen["optimizer"] = str(trainer.args.optim.value)
         return trainer
@@ -180,20 +175,18 @@ def run_hybrid(file):
     handler = logging.Handler()
     handler.emit = lambda record: log.append(record.getMessage())
     logging.getLogger("grit").addHandler(handler)
-    for name, job, fused, losses in pickle.loads(file.read_bytes()):
+    for name, job, fused, *told in pickle.loads(file.read_bytes()):
         log.clear()
-        seen = {"light": LIGHT, "network": network}
-        result = run(watched(seen, fused, losses), job)
+        seen = {"network": network}
+        result = run(scripted(watched(seen, fused), *told, die=kill), job)
         results[name] = {**seen, "summary": result.summary, "history": result.history, "log": list(log)}
     file.with_suffix(".seen").write_bytes(pickle.dumps(results))
 
 
 if __name__ == "__main__":
     kind, *paths = sys.argv[1], *map(Path, sys.argv[2:])
-    if kind == "base":
-        train_vision_base(*paths)
-    elif kind == "hybrid":
+    if kind == "hybrid":
         run_hybrid(*paths)
     else:
         name, job, *told = pickle.loads(paths[0].read_bytes())
-        run(scripted(name, *told), job)
+        run(scripted(name, *told, die=kill), job)

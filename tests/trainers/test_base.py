@@ -2,24 +2,14 @@
 
 import itertools
 import json
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from tests.trainers.runs import VISION_BASE, train_vision_base
-from trainers.base import (
-    EmbeddedSettings,
-    batched_order,
-    build_model,
-    train_base,
-    train_vision_tokenizer,
-    weighted_loss,
-)
+from tests.trainers import runs
+from tests.trainers.runs import VISION_BASE
+from trainers.base import EmbeddedSettings, batched_order, build_model, train_base, weighted_loss
 from trainers.pictures import EmbeddedProcessor, load_processor
 from trainers.run import latest_complete
 from trainers.settings import BaseReference
@@ -84,18 +74,6 @@ def test_sizes_that_do_not_go_together_are_named_at_once():
         assert said in str(caught.value)
 
 
-def test_image_is_a_token_of_its_own_and_no_part_of_words(tmp_path):
-    texts = ["![](images/a.png)\nWhich colour is the square?", "red", "green"] * 20
-    tokenizer = train_vision_tokenizer(texts, 300, tmp_path)
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    assert image == len(tokenizer) - 1 != tokenizer.unk_token_id
-    text = "Which\n<image><image>\nWhich"
-    ids = tokenizer(text)["input_ids"]
-    assert ids.count(image) == 2 and tokenizer.decode(ids, skip_special_tokens=True) == "Which\n\nWhich"
-    # Paths are not what the tokenizer is trained on.
-    assert not [piece for piece in tokenizer.get_vocab() if "png" in piece or "images" in piece]
-
-
 def test_prompts_longer_than_the_context_are_refused(tmp_path):
     from PIL import Image
 
@@ -111,7 +89,7 @@ def test_prompts_longer_than_the_context_are_refused(tmp_path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    return folder, train_vision_base(folder, folder / "checkpoints")
+    return folder, runs.train_vision_base(folder, folder / "checkpoints")
 
 
 def test_the_folder_is_a_whole_16_bit_model_that_answers(trained):
@@ -126,37 +104,22 @@ def test_the_folder_is_a_whole_16_bit_model_that_answers(trained):
     assert not (folder / "checkpoints").exists()
     processor = load_processor(BaseReference(str(base)), folder / "pictures")
     assert isinstance(processor, EmbeddedProcessor)
-    model = AutoModelForImageTextToText.from_pretrained(base)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     batch = processor.collate([processor.encode("![](images/base-000000.png)\nWhich colour is the square?\n")])
     made = model.generate(**batch, max_new_tokens=4, do_sample=False)
     assert made.shape[1] > batch["input_ids"].shape[1]
-
-
-def test_training_lowers_the_loss(trained):
-    from transformers import AutoModelForImageTextToText
-
-    folder, _ = trained
-    processor = load_processor(BaseReference(str(folder / "base")), folder / "pictures")
-    row = processor.encode("![](images/base-000002.png)\nHow many bars are there?\n", "3")
     fresh = build_model(VISION_BASE, processor.tokenizer).eval()
-    model = AutoModelForImageTextToText.from_pretrained(folder / "base", dtype=torch.float32)
+    taught = processor.collate([processor.encode("![](images/base-000002.png)\nHow many bars are there?\n", "3")])
     with torch.inference_mode():
-        assert model(**processor.collate([row])).loss < 0.5 * fresh(**processor.collate([row])).loss
+        assert model(**taught).loss < 0.5 * fresh(**taught).loss
 
 
-def test_a_killed_training_goes_on_to_the_same_bits(trained, tmp_path):
-    checkpoints = tmp_path / "checkpoints"
-    code = [sys.executable, "-m", "tests.trainers.runs", "base", str(tmp_path), str(checkpoints)]
-    root = Path(__file__).resolve().parents[2]
-    child = subprocess.Popen(code, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while not (checkpoints / "checkpoint-100/trainer_state.json").is_file():
-            assert child.poll() is None, "ended before its first checkpoint"
-            time.sleep(0.01)
-    finally:
-        child.kill()
-        child.wait()
-    assert latest_complete(checkpoints) is not None and not (tmp_path / "base/model.safetensors").exists()
-    facts = train_vision_base(tmp_path, checkpoints)
-    assert facts == trained[1]
+def test_an_interrupted_training_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch):
+    from transformers.trainer_callback import CallbackHandler
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CallbackHandler, "on_save", runs.interrupt)
+        runs.train_vision_base(tmp_path, tmp_path / "checkpoints")
+    assert latest_complete(tmp_path / "checkpoints") is not None and not (tmp_path / "base/model.safetensors").exists()
+    assert runs.train_vision_base(tmp_path, tmp_path / "checkpoints") == trained[1]
     assert (tmp_path / "base/model.safetensors").read_bytes() == (trained[0] / "base/model.safetensors").read_bytes()

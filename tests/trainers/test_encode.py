@@ -1,14 +1,10 @@
-"""Token ids, what carries loss, and items that are too long, with pictures and without."""
+"""Token ids, and items that are too long."""
 
 import pytest
-from PIL import Image
 
 from tests.conftest import TEMPLATE
-from tests.trainers.runs import VISION_BASE
-from trainers.base import build_model, train_vision_tokenizer
 from trainers.encode import EncodingError, encode_example, encode_examples, encode_prompt
 from trainers.models import load_tokenizer
-from trainers.pictures import encode_items
 from trainers.settings import BaseReference
 
 PROMPT = TEMPLATE.replace("{prompt}", "Predict AQI given: PM2.5 35.9 µg/m³")
@@ -32,13 +28,6 @@ def test_digits_are_tokens_of_their_own(tokenizer):
     assert [p for p in pieces if any(c.isdigit() for c in p)] == list("3591205")
 
 
-def test_only_the_completion_carries_loss(tokenizer):
-    row = encode_examples(tokenizer, [(PROMPT, "7 (Good)")], 128).dataset[0]
-    learned = [i for i, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m]
-    assert tokenizer.decode(learned[:-1]) == "7 (Good)"
-    assert learned[-1] == tokenizer.eos_token_id
-
-
 def test_a_template_that_ends_inside_a_token_is_refused(base_dir, tokenizer):
     def ids(text):
         return tokenizer(text)["input_ids"]
@@ -50,12 +39,6 @@ def test_a_template_that_ends_inside_a_token_is_refused(base_dir, tokenizer):
         encode_example(tokenizer, word[:2], word[2:])
 
 
-def test_too_long_items_are_named_and_not_cut(tokenizer):
-    said = r"item 1: \d+.*set train.max_length to \d+.*train\.overlong: leave_out, or with prepare_data\.max_chars"
-    with pytest.raises(EncodingError, match=said):
-        encode_examples(tokenizer, [("a\n", "1"), (PROMPT, "1" * 200)], 100)
-
-
 def test_too_long_items_are_left_out_and_counted(tokenizer):
     items = [("a\n", "1"), (PROMPT, "1" * 200), ("b\n", "2"), (PROMPT, "1" * 300)]
     found = encode_examples(tokenizer, items, 100, leave_out=True)
@@ -65,35 +48,15 @@ def test_too_long_items_are_left_out_and_counted(tokenizer):
     assert encode_examples(tokenizer, items, exact, leave_out=True).left_out == 1  # exactly so long is not too long
 
 
-def test_nothing_left(tokenizer):
-    with pytest.raises(EncodingError, match=r"at least one example of at most max_length = 100 tokens, got 1 of \d+"):
-        encode_examples(tokenizer, [(PROMPT, "1" * 200)], 100, leave_out=True)
-    with pytest.raises(EncodingError, match="at least one example, got none"):
-        encode_examples(tokenizer, [], 100)
-
-
-SHORT, LONG = ("![](a.png)\nred?\n", "red"), ("![](a.png)\n" + "red? " * 30 + "\n", "red")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("base")
-    tokenizer = train_vision_tokenizer([*SHORT, "Which colour is the square?"] * 20, VISION_BASE.vocab_size, made)
-    build_model(VISION_BASE, tokenizer).save_pretrained(made)
-    Image.new("RGB", (16, 16)).save(made / "a.png")
-    return made
-
-
-def encoded(folder, max_length, leave_out=False):
-    items = [SHORT, LONG, SHORT]
-    return encode_items(BaseReference(str(folder)), folder, items, max_length, leave_out=leave_out, kind="train")
-
-
-def test_items_with_pictures_that_are_too_long(folder):
-    made = encoded(folder, 30, leave_out=True)
-    assert made.left_out == 1 and len(made.dataset) == 2 and made.longest > 30
-    assert encoded(folder, made.longest).left_out == 0
-    with pytest.raises(EncodingError, match=r"got more in 1 train items; set train\.max_length to \d+"):
-        encoded(folder, 30)
-    with pytest.raises(EncodingError, match=r"at least one train item of at most 3 tokens"):
-        encoded(folder, 3, leave_out=True)
+@pytest.mark.parametrize(
+    ("items", "leave_out", "said"),
+    [
+        ([("a\n", "1"), (PROMPT, "1" * 200)], False,
+         r"item 1: \d+.*set train.max_length to \d+.*train\.overlong: leave_out, or with prepare_data\.max_chars"),
+        ([(PROMPT, "1" * 200)], True, r"at least one example of at most max_length = 100 tokens, got 1 of \d+"),
+        ([], True, "at least one example, got none"),
+    ],
+)  # fmt: skip
+def test_too_long_items_are_named_and_not_cut(tokenizer, items, leave_out, said):
+    with pytest.raises(EncodingError, match=said):
+        encode_examples(tokenizer, items, 100, leave_out=leave_out)

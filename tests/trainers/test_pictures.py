@@ -7,23 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from trainers.base import EmbeddedSettings, build_model, train_vision_tokenizer
+from tests.trainers.runs import VISION_BASE
+from trainers.base import build_model, train_vision_tokenizer
 from trainers.encode import EncodingError
-from trainers.pictures import (
-    IMAGE_TOKEN,
-    EmbeddedProcessor,
-    HubProcessor,
-    VisionDataError,
-    load_processor,
-    references,
-)
+from trainers.pictures import EmbeddedProcessor, HubProcessor, VisionDataError, encode_items, load_processor, references
 from trainers.settings import BaseReference
 
-SETTINGS = EmbeddedSettings(
-    seed=0, vocab_size=300, hidden_size=16, intermediate_size=32, layers=1, heads=2, context=96,
-    vision={"image_size": 16, "patch_size": 4, "scale_factor": 2, "hidden_size": 16, "layers": 1, "heads": 2},
-    examples=8, batch_size=4, learning_rate=1e-3, precision="fp32",
-)  # fmt: skip
 PROMPT = "Question:\n![](images/a.png)\nWhich colour is it?\nAnswer:\n"
 TWO = "![](images/a.png)![the other](images/b.png)\nWhich is red?\n"
 # Picture, breaks and words, as the tokenizer is trained on them.
@@ -33,8 +22,8 @@ TEXTS = [PROMPT, TWO, "red", "blue", "What is the air quality category? Unhealth
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("base")
-    tokenizer = train_vision_tokenizer(TEXTS, SETTINGS.vocab_size, made)
-    build_model(SETTINGS, tokenizer).save_pretrained(made)
+    tokenizer = train_vision_tokenizer(TEXTS, VISION_BASE.vocab_size, made)
+    build_model(VISION_BASE, tokenizer).save_pretrained(made)
     (made / "images").mkdir()
     Image.new("RGB", (16, 16), (255, 0, 51)).save(made / "images/a.png")
     Image.new("L", (40, 20), 0).save(made / "images/b.png")
@@ -55,14 +44,17 @@ def model(folder):
 
 def test_a_picture_becomes_its_number_of_placeholders(processor):
     assert isinstance(processor, EmbeddedProcessor)
-    image = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
     row = processor.encode(PROMPT)
-    assert row["input_ids"].count(image) == processor.image_seq_len == SETTINGS.vision.image_seq_len == 4
+    assert row["input_ids"].count(image) == processor.image_seq_len == VISION_BASE.vision.image_seq_len == 4
     assert row["prompt_length"] == len(row["input_ids"])
     text = processor.tokenizer.decode(row["input_ids"], skip_special_tokens=True)
     assert text == "Question:\n\nWhich colour is it?\nAnswer:\n"
     assert processor.encode(TWO)["input_ids"].count(image) == 8
     assert references(TWO) == ["images/a.png", "images/b.png"]
+    # Paths are not what the tokenizer is trained on, and the placeholder is no part of words.
+    assert not [piece for piece in processor.tokenizer.get_vocab() if "png" in piece or "images" in piece]
+    assert image == len(processor.tokenizer) - 1 != processor.tokenizer.unk_token_id
 
 
 def test_values_run_from_minus_one_to_one(processor):
@@ -136,6 +128,20 @@ def test_what_cannot_be_an_input_is_refused(processor, model):
         with pytest.raises(VisionDataError, match=message):
             attempt()
     assert issubclass(VisionDataError, EncodingError)
+
+
+def test_items_that_are_too_long(folder):
+    def encoded(max_length, leave_out=False):
+        items = [(PROMPT, "red"), (PROMPT.replace("it?", "it? " * 30), "red"), (PROMPT, "red")]
+        return encode_items(BaseReference(str(folder)), folder, items, max_length, leave_out=leave_out, kind="train")
+
+    made = encoded(60, leave_out=True)
+    assert made.left_out == 1 and len(made.dataset) == 2 and made.longest > 60
+    assert encoded(made.longest).left_out == 0
+    with pytest.raises(EncodingError, match=r"got more in 1 train items .*; set train\.max_length to \d+"):
+        encoded(60)
+    with pytest.raises(EncodingError, match=r"at least one example of at most max_length = 3 tokens, got 3 of"):
+        encoded(3, leave_out=True)
 
 
 @pytest.fixture(scope="module")

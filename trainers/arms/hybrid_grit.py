@@ -8,12 +8,14 @@ import functools
 import importlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainers.arms.pure_grit import GritSettings, grit_report, grit_trainer
-from trainers.models import ModelError, check_target_modules, hub_reason, training_dtype
-from trainers.run import Arm, TrainingJob
+from trainers.arms import pure_grit
+from trainers.arms.pure_grit import grit_report, grit_trainer
+from trainers.models import ModelError, check_target_modules, reason_of, training_dtype
+from trainers.run import TrainingJob
 from trainers.settings import BaseReference, TrainSettings
 
 _KERNELS = "unsloth.kernels.fast_lora"
@@ -56,8 +58,7 @@ def _load_model(base: BaseReference, settings: TrainSettings) -> Any:
             **base.load_kwargs,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = None if Path(base.location).is_dir() else hub_reason(error, base.location)
-        raise ModelError(f"Unsloth could not load a model from {base.location!r}: {reason or error}") from error
+        raise ModelError(f"Unsloth could not load a model from {base.location!r}: {reason_of(error, base)}") from error
     # Where 4 bit does not work, and for names with -bnb-4bit, Unsloth may load something else and go on.
     loaded = (model.config.name_or_path, any(type(m).__name__ == "Linear4bit" for m in model.modules()))
     wanted = (base.location, in_4_bit)
@@ -171,11 +172,10 @@ def _report(trainer: Any, job: TrainingJob) -> dict[str, Any]:
     }
 
 
-ARM = Arm(
+ARM = replace(
+    pure_grit.ARM,
     name="hybrid_grit",
     title="Hybrid GRIT",
-    settings=GritSettings,
-    preconditions=True,
     prepare=_prepare,
     load_model=_load_model,
     add_adapter=_add_adapter,

@@ -1,0 +1,149 @@
+"""`python -m pipelines.repro`: what `dvc repro` does, with stages that do not wait for each other side by side.
+
+DVC decides what has changed and runs every stage, as `dvc repro --single-item` in a process of its own; here is only
+the order. A stage that fails stops what depends on it and nothing else.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from db.files import exclusive, write_json
+from pipelines.params import PARAMS_FILE, load_yaml, threads_for
+from pipelines.stage import clear_errors, cli
+
+LOGS = Path("logs/stages")
+TIMES = LOGS / "seconds.json"
+"""Seconds that each stage took when it last ran."""
+CHECK = "check"
+DVC = [sys.executable, "-m", "dvc"]
+UNCHANGED, RESTORED = "didn't change, skipping", "skipping run, checking out outputs"
+POLL = 0.05
+TAIL = 30
+
+
+def workers() -> int:
+    """How many stages run at a time: as many as there are cores for, on a GPU one."""
+    if Path("/dev/nvidia0").exists():
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // threads_for(load_yaml(PARAMS_FILE))[0])
+
+
+def stale(repo: Any) -> dict[str, set[str]]:
+    """Stages that have changed or come after one that has, in an order that works → those of them to wait for."""
+    from dvc.repo.reproduce import get_active_graph, plan_repro
+
+    graph, changed = get_active_graph(repo.index.graph), repo.status()
+    waits: dict[str, set[str]] = {}
+    for stage in plan_repro(graph):
+        before = {other.addressing for other in graph.successors(stage)} & waits.keys()
+        if before or stage.addressing in changed:
+            waits[stage.addressing] = before
+    return waits
+
+
+class Running:
+    """A stage in its process, its output in a file."""
+
+    def __init__(self, name: str) -> None:
+        self.log = LOGS / f"{name}.log"
+        self.started = time.monotonic()
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [*DVC, "--wait-for-lock", "repro", "--single-item", name],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches it through `stop`, once
+            )
+
+    def outcome(self, seconds: float) -> str:
+        said = self.log.read_text(encoding="utf-8", errors="replace")
+        if self.process.returncode:
+            tail = "\n".join(said.splitlines()[-TAIL:])
+            return f"FAILED after {clock(seconds)}; the whole output is in {self.log}\n{tail}"
+        if UNCHANGED in said:
+            return "unchanged"
+        return f"from DVC's cache, {clock(seconds)}" if RESTORED in said else clock(seconds)
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGINT)
+            self.process.wait()
+
+
+def clock(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"
+
+
+def run(waits: dict[str, set[str]], at_once: int) -> list[str]:
+    """Run stages, each after those it waits for; returns those that failed or could not be started."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    took = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.is_file() else {}
+    total, started, failed = len(waits), 0, []
+    known = [took[name] for name in waits if name in took]
+    guess = f", about {clock(sum(known) / at_once)} when they last ran" if len(known) == total else ""
+    print(f"{total} stages to run, {at_once} at a time{guess}", flush=True)
+    waiting = dict(waits)
+    running: dict[str, Running] = {}
+    try:
+        while running or any(not before for before in waiting.values()):
+            for name in [n for n, before in waiting.items() if not before][: at_once - len(running)]:
+                del waiting[name]
+                running[name] = Running(name)
+                started += 1
+                print(f"[{started}/{total}] {name}", flush=True)
+            time.sleep(POLL)
+            for name, stage in list(running.items()):
+                if stage.process.poll() is None:
+                    continue
+                seconds = time.monotonic() - stage.started
+                outcome = stage.outcome(seconds)
+                print(f"{' ' * len(f'[{total}/{total}]')} {name}: {outcome}", flush=True)
+                del running[name]
+                if stage.process.returncode:
+                    failed.append(name)
+                    continue
+                if outcome != "unchanged":
+                    took[name] = round(seconds, 1)
+                    write_json(TIMES, took)
+                for before in waiting.values():
+                    before.discard(name)
+    finally:
+        for stage in running.values():
+            stage.stop()
+    if failed and waiting:
+        print(f"not run, since they come after what failed: {len(waiting)}")
+    return failed
+
+
+def main(
+    at_once: Annotated[int, typer.Option("--workers", min=0, help="stages at a time; 0: by cores and threads")] = 0,
+) -> None:
+    """Bring everything up to date, stages that do not wait for each other side by side."""
+    with clear_errors("repro"), exclusive(Path("checkpoints/repro.lock"), "repro"):
+        began = time.monotonic()
+        # First and alone: it refuses bad settings, and writes what the others depend on.
+        if code := subprocess.run([*DVC, "repro", "--quiet", "--single-item", CHECK], check=False).returncode:
+            raise SystemExit(code)
+        from dvc.repo import Repo
+
+        with Repo() as repo:
+            waits = stale(repo)
+        if not waits:
+            print("everything is up to date")
+        elif failed := run(waits, at_once or workers()):
+            print(f"failed: {', '.join(failed)}", file=sys.stderr)
+            raise SystemExit(1)
+        else:
+            print(f"done in {clock(time.monotonic() - began)}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,71 @@
+"""Stages side by side: in DVC's order, and a failure stops no more than what depends on it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from tests.project_clone import ROOT
+
+STAGES = {
+    "check": {"cmd": "echo 1 > code", "outs": ["code"]},
+    "left": {"cmd": "echo left >> order; cp code left", "deps": ["code"], "outs": ["left"]},
+    "right": {"cmd": "echo right >> order && test ! -e stop && cp code right", "deps": ["code"], "outs": ["right"]},
+    "after_left": {"cmd": "echo after_left >> order; cp left a", "deps": ["left"], "outs": ["a"]},
+    "end": {"cmd": "echo end >> order; cat right a > e", "deps": ["right", "a"], "outs": ["e"]},
+}
+
+
+@pytest.fixture
+def repro(tmp_path):
+    """Starts the command in a DVC project of a few stages, each of which adds a line to the file `order`."""
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": STAGES}))
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet", "--no-scm"], cwd=tmp_path, check=True)
+    command = [sys.executable, "-m", "pipelines.repro", "--workers", "2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def start():
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    return start
+
+
+def test_a_failure_stops_what_depends_on_it_and_the_rest_runs_once(repro, tmp_path):
+    (tmp_path / "stop").touch()
+    failing = repro()
+    said, _ = failing.communicate(timeout=120)
+    assert failing.returncode == 1 and "4 stages to run, 2 at a time" in said
+    assert "right: FAILED" in said and "come after what failed: 1" in said and said.endswith("failed: right\n")
+    ran = (tmp_path / "order").read_text().split()
+    assert sorted(ran) == ["after_left", "left", "right"] and ran.index("left") < ran.index("after_left")
+
+    (tmp_path / "stop").unlink()
+    said, _ = repro().communicate(timeout=120)
+    assert re.search(r"2 stages to run.*\n\[1/2\] right\n.*right: \d.*\n\[2/2\] end\n", said), said
+    assert (tmp_path / "order").read_text().split()[3:] == ["right", "end"] and (tmp_path / "e").read_text() == "1\n1\n"
+    assert repro().communicate(timeout=120)[0] == "everything is up to date\n"
+
+
+@pytest.mark.full
+def test_interrupted_and_started_twice(repro, tmp_path):
+    stages = {**STAGES, "left": {**STAGES["left"], "cmd": "touch started; sleep 60; cp code left"}}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    first = repro()
+    while not (tmp_path / "started").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)  # a shell between two commands may miss the signal
+    second = repro()
+    assert "repro is already running in another process" in second.communicate(timeout=60)[0] and second.returncode == 1
+    first.send_signal(signal.SIGINT)
+    said, _ = first.communicate(timeout=30)
+    assert first.returncode == 130 and "repro: interrupted; run the same command again" in said
+    running = subprocess.run(["pgrep", "-f", "sleep 60"], capture_output=True, text=True, check=False).stdout.split()
+    assert not [pid for pid in running if os.path.realpath(f"/proc/{pid}/cwd") == str(tmp_path)]
