@@ -2,7 +2,7 @@
 VENV    ?= .venv
 PYTHON  ?= python3
 PROFILE ?=
-# Where torch comes from, e.g. https://download.pytorch.org/whl/cpu for the small CPU build on Linux.
+# Where torch comes from, e.g. https://download.pytorch.org/whl/cu126; empty: the CPU build where there is no GPU.
 TORCH_INDEX ?=
 
 BIN  := $(VENV)/bin
@@ -13,18 +13,9 @@ RUN  := PATH="$(abspath $(BIN)):$$PATH"
 
 setup: $(DONE)
 
-$(DONE): requirements.lock requirements-unsloth.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"expected Python 3.11 to 3.13, got {sys.version.split()[0]}; set PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25" "setuptools>=77" wheel
-	@# torch first and pinned: everything else finds it there.
-	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' requirements.lock)"
-	@echo "llama-cpp-python is built from source: about 5 minutes, once"
-	$(BIN)/python -m pip install --quiet -r requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements-unsloth.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(BIN)/python -m export.converters
-	touch $@
+$(DONE): pipelines/setup.sh requirements.lock requirements-unsloth.lock pyproject.toml
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" pipelines/setup.sh $(VENV)
+	@touch $@
 
 repro: setup
 	$(if $(PROFILE),$(RUN) python -m pipelines.profile $(PROFILE))
@@ -79,6 +70,6 @@ clean:
 	if [ -d outputs ]; then find outputs -mindepth 1 -maxdepth 1 ! -name "*.db" ! -name "*.db-*" ! -name "*.sqlite*" -exec rm -rf {} +; fi
 
 lock: setup
-	$(BIN)/python -m pip freeze --exclude-editable --exclude torch --exclude unsloth --exclude unsloth_zoo > requirements.lock.partial
+	$(BIN)/python -m pip freeze --exclude-editable --exclude torch --exclude uv --exclude unsloth --exclude unsloth_zoo > requirements.lock.partial
 	@echo "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__.split("+")[0])')" >> requirements.lock.partial
 	mv requirements.lock.partial requirements.lock
