@@ -17,8 +17,6 @@ from typing import Any
 from export.engines.base import Phases
 
 WARM_UP = -1
-
-
 Request = Callable[[str, str, int], Phases]
 """(prefix, question, tokens) → times; `Engine.phases`."""
 
@@ -82,8 +80,8 @@ def tokens_per_second(rows: Sequence[Mapping[str, Any]], arm: str, phase: str) -
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Median and interval over the repetitions, of each arm and phase.
 
-    {arm, phase, unit, median, low, high, confidence, repetitions}: ms (for each request) of load and ttft, tokens/s of
-    prefill and decode. Repetitions without a figure are left out.
+    {arm, phase, unit, median, low, high, confidence, repetitions}; ms are for each request. Repetitions without a
+    figure are left out.
     """
     values: dict[tuple[str, str], list[float]] = {}
     for row in rows:

@@ -1,8 +1,7 @@
 """Loss, perplexity, pooled hidden states and drift of a transformers model.
 
 Layers are numbered as in transformers' `hidden_states`: 0 the embeddings, l the output of block l; the last one comes
-after the final norm. Perplexity is exp of the mean negative log-likelihood of the tokens, each given those before it.
-The mean is over tokens, not over texts or batches, so that it does not depend on how texts are cut or put together; its
+after the final norm. Perplexity is exp of the mean negative log-likelihood over tokens, not over texts or batches; its
 interval resamples whole texts, since tokens of one text are no independent draws.
 """
 

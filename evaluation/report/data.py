@@ -165,18 +165,14 @@ def _numbers(row: ArmRow, primary: Primary) -> dict[str, float | str]:
         name = primary.difference_key(d.against)
         found |= {name: d.points.estimate, f"{name}_low": d.points.low, f"{name}_high": d.points.high}
         found[f"{name}_verdict"] = d.outcome
-    return {
-        name: value
-        for name, value in found.items()
-        if value is not None and (isinstance(value, str) or math.isfinite(value))
-    }
+    known = {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in known.items() if isinstance(value, str) or math.isfinite(value)}
 
 
 def accuracy_table(comparison: Comparison) -> str:
     """CSV: a line for each arm with the task's primary metric and the bounds of its interval, percent.
 
-    Column `score` has it for every task, since dvc.yaml can name but one; the air quality task has it by its old name
-    too. Column `title` is what the chart calls it.
+    Column `score` has it for every task, since dvc.yaml can name but one; `title` is what the chart calls it.
     """
     primary, title = comparison.primary, _title(comparison.primary)
     found = [(row.arm, i.estimate, i.low, i.high, title) for row in comparison.rows if (i := row.accuracy_interval)]

@@ -15,24 +15,16 @@ from evaluation.statistics.differences import Difference, Pairs, compare_pairs
 from evaluation.statistics.intervals import Interval
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "outcome"),
-    [(71.0, 90.0, "pass"), (70.0, 90.0, "undecided"), (60.0, 75.0, "undecided"), (40.0, 69.9, "fail")],
-)
-def test_retention_is_judged_by_the_whole_interval(low: float, high: float, outcome: str) -> None:
-    found = by_retention("pure_grit", Interval((low + high) / 2, low, high), 55.5)
-    assert found.outcome == outcome and "Plain accuracy 55.5%" in found.why
+def test_retention_and_speed_are_judged_by_the_whole_interval() -> None:
+    for low, high, outcome in ((71, 90, "pass"), (70, 90, "undecided"), (60, 75, "undecided"), (40, 69.9, "fail")):
+        found = by_retention("pure_grit", Interval((low + high) / 2, low, high), 55.5)
+        assert found.outcome == outcome and "Plain accuracy 55.5%" in found.why
     missing = by_retention("pure_grit", None, 55.5)
     assert missing.outcome == "undecided" and missing.estimate is None and "Not measured" in missing.why
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "outcome"), [(-9.0, 4.0, "pass"), (-10.0, 4.0, "undecided"), (-30.0, -11.0, "fail")]
-)
-def test_speed_is_judged_by_the_whole_interval(low: float, high: float, outcome: str) -> None:
-    assert by_speed("pure_grit", SpeedChange(Interval(-5.0, low, high), 0.96, 10)).outcome == outcome
-    few = by_speed("pure_grit", SpeedChange(Interval(-5.0, low, high), 0.9375, 5))
-    assert few.outcome == "undecided" and "5 paired repetitions" in few.why and few.confidence == 93.75
+    for low, high, outcome in ((-9, 4, "pass"), (-10, 4, "undecided"), (-30, -11, "fail")):
+        assert by_speed("pure_grit", SpeedChange(Interval(-5, low, high), 0.96, 10)).outcome == outcome
+        few = by_speed("pure_grit", SpeedChange(Interval(-5, low, high), 0.9375, 5))
+        assert few.outcome == "undecided" and "5 paired repetitions" in few.why and few.confidence == 93.75
     assert by_speed("pure_grit", SpeedChange(None, 0.0, 0)).outcome == "undecided"
 
 

@@ -1,7 +1,9 @@
 """How speed is measured, with contenders whose times are known."""
 
 import math
+import random
 import time
+from functools import partial
 
 import pytest
 
@@ -9,18 +11,14 @@ from evaluation.measure import speed
 from export.engines.base import LocalEngine
 
 
-class Contender:
-    def __init__(self, log, name, ns):
-        self.log, self.name, self.ns = log, name, ns
-
-    def __call__(self, prefix, prompt, tokens):
-        self.log.append((self.name, prefix, prompt))
-        return {"prefill": (len(prompt), 1000), "decode": (tokens, self.ns * tokens)}
-
-
 def test_contenders_take_turns_after_a_warm_up_that_is_thrown_away():
     log = []
-    contenders = {"base": Contender(log, "base", 1_000_000), "arm": Contender(log, "arm", 2_000_000)}
+
+    def request(name, ns, prefix, prompt, tokens):
+        log.append((name, prefix, prompt))
+        return {"prefill": (len(prompt), 1000), "decode": (tokens, ns * tokens)}
+
+    contenders = {name: partial(request, name, ns) for name, ns in (("base", 1_000_000), ("arm", 2_000_000))}
     rows = speed.alternate(contenders, ["p", "q", "r"], repetitions=4, tokens=10)
     assert speed.tokens_per_second(rows, "base", "decode") == pytest.approx(1000)
     assert speed.tokens_per_second(rows, "arm", "decode") == pytest.approx(500)
@@ -71,8 +69,6 @@ def test_summary_by_hand():
 
 @pytest.mark.parametrize("n", [1, 5, 6, 9, 20])
 def test_the_interval_of_a_median_holds_it_as_often_as_it_says(n):
-    import random
-
     draw = random.Random(0)
     found = [speed.median_interval([draw.expovariate(1) for _ in range(n)]) for _ in range(4000)]
     share = sum(f["low"] <= math.log(2) <= f["high"] for f in found) / len(found)  # the true median is ln 2
