@@ -45,10 +45,8 @@ def make_page_tree(root: Path) -> Path:
             add_arm(root, arm, seed, RIGHT[arm] - 3 * seed)
             add_logs(root, arm, seed)
             add_measured(root, arm, seed)
-    own = [i < RIGHT["pure_grit"] for i in range(ITEMS)]
-    make_quantized(
-        root, "pure_grit", rows={"f16": (own, 1.0), "q4_K_M": ([i > 5 and r for i, r in enumerate(own)], 0.9)}
-    )
+    own, fewer = ([least <= i < RIGHT["pure_grit"] for i in range(ITEMS)] for least in (0, 6))
+    make_quantized(root, "pure_grit", rows={"f16": (own, 1.0), "q4_K_M": (fewer, 0.9)})
     make_verified(root, "pure_grit", rows=[verification("llama_cpp", m) for m in ("merged", "adapter")])
     return root
 
@@ -67,16 +65,14 @@ def make_odd_tree(root: Path) -> Path:
             add_measured(root, arm, seed)
     for seed in ODD_SEEDS["pure_grit"]:
         curve = [{"step": step, "loss": 3.0 if step < 4 else math.nan} for step in range(1, 200)]
-        write(
-            root / "adapters/pure_grit" / str(seed) / "loss_history.json", [*curve, {"step": 9, "eval_loss": math.inf}]
-        )
-        place = root / "verdicts/pure_grit" / str(seed) / "verdict.json"
+        curve.append({"step": 9, "eval_loss": math.inf})
+        write(root / f"adapters/pure_grit/{seed}/loss_history.json", curve)
+        place = root / f"verdicts/pure_grit/{seed}/verdict.json"
         verdict = json.loads(place.read_text(encoding="utf-8"))
         verdict["readings"][0] |= {"verdict": "fail", "diagnosis": "unstable: the losses are not finite"}
         write(place, verdict | {"verdict": "unstable", "as_claimed": False})
-        place = root / "measured/pure_grit" / str(seed) / "measured.json"
-        measured = json.loads(place.read_text(encoding="utf-8"))
-        edit(place, metrics=[metric | {"value": None} for metric in measured["metrics"]])
+        measured = [metric | {"value": None} for metric in _metrics("pure_grit", seed)]
+        edit(root / f"measured/pure_grit/{seed}/measured.json", metrics=measured)
     return root
 
 

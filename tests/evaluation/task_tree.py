@@ -29,22 +29,17 @@ def credits_of(arm: str, seed: int, shift: float, *, binary: bool = False) -> li
     return found
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def change_inputs(place: Path, **inputs: str) -> None:
     run = json.loads((place / "run.json").read_text(encoding="utf-8"))
     edit(place / "run.json", inputs=run["inputs"] | inputs)
 
 
-def add_task_arm(
-    root: Path,
-    task: Mapping[str, str],
-    arm: str,
-    seed: int,
-    credit: Sequence[float],
-    *,
-    day: int = 22,
-    base: str = "",
-    rate: float = 0.001,
-) -> None:
+def add_task_arm(root: Path, task: Mapping[str, str], arm: str, seed: int, credit: Sequence[float], *,
+                 day: int = 22, base: str = "", rate: float = 0.001) -> None:  # fmt: skip
     """One arm of a task; evaluated on that day of November, trained from that base with that learning rate."""
     make_arm(root, arm, seed, correct=[value == 1 for value in credit])
     if base:
@@ -61,29 +56,16 @@ def add_task_arm(
     meanings = {key: value for key, value in scores["metric_defs"].items() if not key.startswith("aqi_")}
     meanings[task["primary"]] = {"unit": "share", "direction": "higher", "description": "mean credit"}
     meanings[unread["name"]] = {"unit": "share", "direction": "lower", "description": "nothing could be read"}
-    edit(
-        place / "scores.json",
-        task=dict(task),
-        test_items_sha256=items,
-        metrics=[primary, unread, *others],
-        metric_defs=meanings,
-    )
+    metrics = [primary, unread, *others]
+    edit(place / "scores.json", task=dict(task), test_items_sha256=items, metrics=metrics, metric_defs=meanings)
     change_inputs(place, **{"data/test.jsonl": items})
-    edit(
-        place / "run.json",
-        started=f"2026-11-{day}T03:00:00+00:00",
-        ended=f"2026-11-{day}T03:30:00+00:00",
-    )
-    lines = [json.loads(line) for line in (place / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    write_lines(
-        place / "samples.jsonl",
-        [
-            {**line, "item_id": f"{task['name']}-{i:06d}", "task": task["name"], "credit": value,
-             "predicted": None, "abs_error": None, "answer": f"answer {i} of {arm}", "prompt": f"question {i}",
-             "truth": f"truth {i}"}
-            for i, (line, value) in enumerate(zip(lines, credit, strict=True))
-        ],
-    )  # fmt: skip
+    edit(place / "run.json", started=f"2026-11-{day}T03:00:00+00:00", ended=f"2026-11-{day}T03:30:00+00:00")
+    lines = [
+        {**line, "item_id": f"{task['name']}-{i:06d}", "task": task["name"], "credit": value, "predicted": None,
+         "abs_error": None, "answer": f"answer {i} of {arm}", "prompt": f"question {i}", "truth": f"truth {i}"}
+        for i, (line, value) in enumerate(zip(read_lines(place / "samples.jsonl"), credit, strict=True))
+    ]  # fmt: skip
+    write_lines(place / "samples.jsonl", lines)
 
 
 def add_task(root: Path, task: Mapping[str, str], *, seeds: Sequence[int] = (0,), binary: bool = False,
@@ -97,24 +79,17 @@ def add_task(root: Path, task: Mapping[str, str], *, seeds: Sequence[int] = (0,)
 
 def add_precisions(root: Path, task: Mapping[str, str], arm: str, rows: Mapping[str, Sequence[float]]) -> None:
     """What stage quantize leaves of a task with credit."""
-    same = {"f16": 1.0}
-    make_quantized(
-        root, arm, rows={kind: ([v == 1 for v in credit], same.get(kind, 0.9)) for kind, credit in rows.items()}
-    )
+    right = {kind: [value == 1 for value in credit] for kind, credit in rows.items()}
+    make_quantized(root, arm, rows={kind: (found, 1.0 if kind == "f16" else 0.9) for kind, found in right.items()})
     place = root / "quantized" / arm / "0"
     items = sha(f"{task['name']} items")
     change_inputs(place, **{"data/test.jsonl": items})
     table = json.loads((place / "quantized.json").read_text(encoding="utf-8"))["rows"]
     edit(place / "quantized.json", rows=[row | {"credit": sum(rows[row["type"]]) / ITEMS} for row in table])
-    lines = [json.loads(line) for line in (place / "quantized_samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    flat = [value for credit in rows.values() for value in credit]
-    write_lines(
-        place / "quantized_samples.jsonl",
-        [
-            {**line, "item_id": line["item_id"].replace("aqi", task["name"]), "credit": value}
-            for line, value in zip(lines, flat, strict=True)
-        ],
-    )
+    lines, flat = read_lines(place / "quantized_samples.jsonl"), [v for credit in rows.values() for v in credit]
+    named = [{**line, "item_id": line["item_id"].replace("aqi", task["name"])} for line in lines]
+    credited = [{**line, "credit": value} for line, value in zip(named, flat, strict=True)]
+    write_lines(place / "quantized_samples.jsonl", credited)
 
 
 def clear(root: Path) -> None:
