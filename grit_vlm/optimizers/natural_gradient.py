@@ -59,7 +59,7 @@ def set_mode(manager: FisherManager, optimizer_type: str, **settings: Any) -> No
             raise OptimizerTypeError(f"kl_clip: {optimizer_type} expects κ above 0, got {settings['kl_clip']!r}")
     config = dataclasses.replace(manager.config, mode=mode, **settings)
     config.validate()
-    manager.config, manager.curvature.adaptive = config, adaptive
+    manager.curvature.config, manager.curvature.adaptive = config, adaptive
 
 
 def create_grit_optimizer(
