@@ -365,7 +365,12 @@ def llama_cpp_device() -> dict[str, Any]:
     import llama_cpp
 
     gpu = "GPU of llama.cpp" if llama_cpp.llama_supports_gpu_offload() else None
-    return machine(gpu, int(os.environ.get("OMP_NUM_THREADS", "0")) or max((os.cpu_count() or 2) // 2, 1))
+    return machine(gpu, omp_threads() or max((os.cpu_count() or 2) // 2, 1))
+
+
+def omp_threads() -> int:
+    """OMP_NUM_THREADS, of a list the first one; 0: not set."""
+    return int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or 0)
 
 
 def machine(gpu: str | None, threads: int) -> dict[str, Any]:

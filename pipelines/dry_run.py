@@ -25,7 +25,7 @@ from pipelines.prompt import prompt_text
 from pipelines.stage import DATA, clear_errors, cli, quiet_libraries, sees_pictures
 from pipelines.train import examples, load_arm
 
-STEPS, TWINS = 2, 3
+STEPS, TWINS = 2, 2
 """Optimizer steps that are tried; curves of a twin run, at most."""
 COPIES = 3
 """Of an adapter in a checkpoint, its weights and Adam's two moments; and checkpoints at once."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from db.files import omp_threads
 from trainers import arms as own_arms
 from trainers.settings import Positive, Section, Seed, suggest
 
@@ -22,7 +23,7 @@ DEFAULTS = "profiles/tiny.yaml"
 VARIANT_OF = "variant_of"
 """In an entry of arms: the arm whose code it runs, with settings of its own."""
 SMALL = 256
-"""Width of hidden layers up to which more than one thread gains little (benchmarks/threads.py)."""
+"""Width of hidden layers up to which two stages with one thread each beat one with two (benchmarks/threads.py)."""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 P = TypeVar("P", bound=BaseModel)
 
@@ -81,16 +82,16 @@ class StageParams(Section):
         return self.matrix.seeds[0]
 
 
-def threads_for(raw: Any) -> tuple[int, str]:
-    """CPU threads of a stage for the content of params.yaml, and why so many."""
-    if own := os.environ.get("OMP_NUM_THREADS"):
-        return int(own), "OMP_NUM_THREADS"
+def threads_for(raw: Any, alone: bool = False) -> tuple[int, str]:
+    """CPU threads of a stage for the content of params.yaml, and why so many; `alone`: no stage can run beside it."""
+    if own := omp_threads():
+        return own, "OMP_NUM_THREADS"
     asked = parse(raw, StageParams, str(PARAMS_FILE)).threads
     if asked != "auto":
         return asked, "threads"
     base, cores = raw.get("prepare_base") or {}, len(os.sched_getaffinity(0))
-    if base.get("source") == "embedded" and base["hidden_size"] <= SMALL:
-        return 1, f"auto: layers {base['hidden_size']} wide are as fast with one"
+    if base.get("source") == "embedded" and base["hidden_size"] <= SMALL and not alone:
+        return 1, f"auto: layers {base['hidden_size']} wide gain more from stages side by side"
     return cores, "auto: one a core"
 
 

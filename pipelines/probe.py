@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from db.files import FileError, exclusive, finish_run, hash_inputs, staged, start_run, write_record
+from db.files import FileError, exclusive, finish_run, hash_inputs, read_json, staged, start_run, write_record
 from db.records import VerdictRecord
 from pipelines import train, twin
 from pipelines.params import Probe
@@ -13,7 +13,7 @@ from pipelines.train import load_arm
 from probes import Evidence, Thresholds, Twin, Verdict, judge
 from probes.twin import DIVERGES
 from trainers import BASELINE
-from trainers.run import LEDGER
+from trainers.run import LEDGER, STEP_LOSSES
 
 
 class Params(train.Params):
@@ -24,13 +24,14 @@ DEGREES, RATIO, SHARE, COSINE = "degrees", "ratio", "share", "cosine"
 
 
 def twins(params: Params, arm: str, seed: int, warmup: int) -> Twin:
-    """Loss curves of baseline, baseline again and arm over the same steps, all with the arm's settings.
+    """Loss curves of baseline, baseline again and arm over the run's first steps, all with the arm's settings.
 
     The second baseline starts off by one rounding: on a CPU it would be equal to the bit.
     """
     steps = params.probe.twin_steps + warmup  # a twin ends where the real run would
-    baseline, again = twin.curves(params, BASELINE, seed, steps, like=arm, perturbed=(False, True))
-    own = baseline if arm == BASELINE else twin.curves(params, arm, seed, steps)[0]
+    own = [float(loss) for loss in read_json(adapter_dir(arm, seed) / STEP_LOSSES)[:steps]]
+    known = [own] if arm == BASELINE else []
+    baseline, again = known + twin.curves(params, arm, seed, len(own), (False, True)[len(known) :])
     return Twin(baseline, again, own, perturbed=True)
 
 

@@ -87,13 +87,12 @@ def clear_errors(stage: str, code: int = 1) -> Iterator[None]:
         raise SystemExit(code) from error
 
 
-def set_threads() -> int:
+def set_threads(alone: bool) -> None:
     """Have torch and llama.cpp compute with params.yaml's threads; call before they are imported."""
-    count, why = threads_for(load_yaml(PARAMS_FILE))
+    count, why = threads_for(load_yaml(PARAMS_FILE), alone)
     os.environ["OMP_NUM_THREADS"] = str(count)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # one that spins keeps its neighbour from what it waits for
     print(f"CPU threads: {count} ({why})")
-    return count
 
 
 def quiet_libraries() -> None:
@@ -109,7 +108,7 @@ def main_for(stage: str, run: Callable[[], object], arm: str | None = None, seed
     """Run a stage from the command line; one that the base has no use for leaves a folder that says so."""
     quiet_libraries()
     with clear_errors(stage if arm is None else f"{stage} {arm}-{seed}"):
-        set_threads()
+        set_threads(alone=stage == "prepare_base")
         if arm is not None and seed is not None and stage in LEFT_OUT and sees_pictures():
             _leave_out(stage, arm, seed)
         else:

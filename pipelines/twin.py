@@ -1,9 +1,7 @@
-"""The first losses of an arm, trained in a process of its own (Unsloth changes TRL for a whole process)."""
+"""The first losses of the baseline with the settings of an arm, which the probe holds the arm's own against."""
 
 import inspect
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,58 +10,55 @@ from pipelines.base_model import load_reference
 from pipelines.stage import BASE, DATA, split_files
 from pipelines.train import Params, examples, load_arm, training_code
 from probes.twin import perturb
+from trainers import BASELINE
 from trainers.run import TrainingJob, first_losses
 from trainers.settings import TrainSettings
 
-KEPT = Path("checkpoints/twins")  # curves by everything that decides them: the baseline's serve every arm
+KEPT = Path("checkpoints/twins")  # curves by everything that decides them: they serve every arm with these settings
 
 
 class TwinError(RuntimeError):
     """A twin that did not come to its end."""
 
 
-def settings_for(params: Params, arm: str, like: str) -> TrainSettings:
-    """The settings of `like`; for another arm beside it, the baseline, without what belongs to its method."""
-    settings = params.train_for(like)
-    return settings if arm == like else settings.shared()
+def settings_for(params: Params, arm: str) -> TrainSettings:
+    """The settings of an arm without what belongs to its method."""
+    settings = params.train_for(arm)
+    return settings if arm == BASELINE else settings.shared()
 
 
-def _train(params: Params, arm: str, settings: TrainSettings, seed: int, steps: int, perturbed: bool) -> list[float]:
-    with TemporaryDirectory() as folder:
-        job = TrainingJob(
-            base=load_reference()[0],
-            settings=settings,
-            seed=seed,
-            train=examples("train", params.prompt.template),
-            valid=examples("valid", params.prompt.template),  # not evaluated; the Trainer wants a data set
-            output=Path(folder),
-            checkpoints=Path(folder),
-            images=DATA,
-        )
-        return first_losses(load_arm(arm, params), job, steps, perturbed)
+def curves(params: Params, arm: str, seed: int, steps: int, perturbed: Sequence[bool]) -> list[list[float]]:
+    """Losses of the baseline's first steps with an arm's settings, for each of `perturbed`: off by one rounding or not.
 
-
-def curves(
-    params: Params, arm: str, seed: int, steps: int, *, like: str = "", perturbed: Sequence[bool] = (False,)
-) -> list[list[float]]:
-    """Losses of an arm's first optimizer steps, once for each of `perturbed`: whether to start off by one rounding.
-
-    `like` is the arm whose settings are used, by default its own. A curve that is known already is not trained again.
+    Curves that are known already are not trained again.
     """
-    settings = settings_for(params, arm, like or arm)
+    settings, template = settings_for(params, arm), params.prompt.template
+    reference, base_fingerprint = load_reference()
     inputs = hash_inputs(*split_files("train", "valid"), BASE / "base.json")
-    code = [training_code(params.code_of(arm)), inspect.getsource(perturb)]
+    code = [training_code(params.code_of(BASELINE)), inspect.getsource(perturb)]
     machine = [torch_device()[name] for name in ("class", "name", "threads")]  # other threads, other roundings
-    parts = [arm, seed, steps, list(perturbed), settings.model_dump(), params.prompt.model_dump()]
-    key = key_of([*parts, inputs, load_reference()[1], package_versions(), code, machine])
-    kept = KEPT / f"{key[:16]}.json"
+    parts = [seed, steps, list(perturbed), settings.model_dump(), params.prompt.model_dump()]
+    kept = KEPT / f"{key_of([*parts, inputs, base_fingerprint, package_versions(), code, machine])[:16]}.json"
+
+    def train(off: bool) -> list[float]:
+        with TemporaryDirectory() as folder:
+            job = TrainingJob(
+                base=reference,
+                settings=settings,
+                seed=seed,
+                train=examples("train", template),
+                valid=examples("valid", template),  # not evaluated; the Trainer wants a data set
+                output=Path(folder),
+                checkpoints=Path(folder),
+                images=DATA,
+            )
+            return first_losses(load_arm(BASELINE, params), job, steps, off)
+
     with exclusive(kept.with_suffix(".lock")):  # the probe of another arm may need the same ones
         if not kept.is_file():
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                jobs = [process.submit(_train, params, arm, settings, seed, steps, off) for off in perturbed]
-                try:
-                    losses = [job.result() for job in jobs]
-                except Exception as error:
-                    raise TwinError(f"the twin run of {arm} seed {seed} failed: {error}") from error
+            try:
+                losses = [train(off) for off in perturbed]
+            except Exception as error:
+                raise TwinError(f"the twin run of {arm} seed {seed} failed: {error}") from error
             write_json(kept, {"arm": arm, "seed": seed, "losses": losses})
     return [[float(v) for v in curve] for curve in read_json(kept)["losses"]]

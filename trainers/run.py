@@ -21,6 +21,7 @@ from trainers.pictures import encode_items
 from trainers.settings import BaseReference, TrainSettings
 
 LEDGER = "probe_ledger.jsonl"
+STEP_LOSS, STEP_LOSSES = "step_loss", "step_losses.json"
 
 
 @dataclass(frozen=True)
@@ -268,16 +269,18 @@ def run(arm: Arm, job: TrainingJob) -> TrainingResult:
     checkpoint = to_resume(job.checkpoints)
     resumed_from = _step(checkpoint) if checkpoint else None
     _add_callbacks(trainer, arm, job, resumed_from)
+    _note_losses(trainer)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started  # of this process's share of the training
 
     trainer.model.save_pretrained(job.output, safe_serialization=True)
     trainer.processing_class.save_pretrained(job.output)
-    history = [dict(entry) for entry in trainer.state.log_history]
+    history = [dict(entry) for entry in trainer.state.log_history if STEP_LOSS not in entry]
     remove_reporters(trainer)  # closed by now: the evaluation below would open them anew, or stand at the wrong step
     said = arm.report(trainer, job) if arm.report else {}
     (job.output / "loss_history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+    (job.output / STEP_LOSSES).write_text(json.dumps(_step_losses(trainer)) + "\n", encoding="utf-8")
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluated = [entry for entry in history if math.isfinite(entry.get("eval_loss", math.nan))]
     best = min(evaluated, key=lambda entry: entry["eval_loss"], default={})  # the first of equal ones, as the Trainer
@@ -309,6 +312,30 @@ def run(arm: Arm, job: TrainingJob) -> TrainingResult:
     )
 
 
+def _note_losses(trainer: Any) -> None:
+    """Have the Trainer's state, which checkpoints hold, keep the training loss of every step."""
+    from transformers import TrainerCallback
+
+    train_step, shares = trainer.training_step, list[float]()
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        loss = train_step(*args, **kwargs)
+        shares.append(float(loss))  # of the micro-batches of one step
+        return loss
+
+    class Note(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            state.log_history.append({"step": state.global_step, STEP_LOSS: sum(shares)})
+            shares.clear()
+
+    trainer.training_step = noted
+    trainer.add_callback(Note())
+
+
+def _step_losses(trainer: Any) -> list[float]:
+    return [entry[STEP_LOSS] for entry in trainer.state.log_history if STEP_LOSS in entry]
+
+
 def first_losses(arm: Arm, job: TrainingJob, steps: int, perturbed: bool = False) -> list[float]:
     """The training loss of each of the first steps, for the probe's twin run: same start, batches and learning rates.
 
@@ -326,16 +353,6 @@ def first_losses(arm: Arm, job: TrainingJob, steps: int, perturbed: bool = False
     if perturbed:
         perturb(trainer.model)
     trainer.add_callback(Stop())
-    devices = trainer.args.world_size * max(1, trainer.args.n_gpu)
-    found = [0.0] * min(steps, job.settings.steps_for(len(trainer.train_dataset), devices))
-    train_step = trainer.training_step
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        loss = train_step(*args, **kwargs)
-        if trainer.state.global_step < len(found):
-            found[trainer.state.global_step] += float(loss)  # micro-batches of one step: shares of its mean
-        return loss
-
-    trainer.training_step = noted
+    _note_losses(trainer)
     trainer.train()
-    return found
+    return _step_losses(trainer)

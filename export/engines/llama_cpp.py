@@ -7,7 +7,6 @@ prompt when it starts, then its last token. A slot that is done takes the next r
 
 import ctypes
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -18,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from db.files import omp_threads
 from export import ExportError
 from export.engines.base import EngineError, Generation, LocalEngine, cut
 from export.served import Served
@@ -59,7 +59,7 @@ class LlamaCppEngine(LocalEngine):
         self.version: str = llama_cpp.__version__
         self.mode = "merged" if adapter is None else "adapter"
         self.stop = tuple(stop)
-        threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
+        threads = threads or omp_threads()
         started = time.perf_counter_ns()
         for file in filter(None, (gguf, adapter)):
             if not file.is_file():

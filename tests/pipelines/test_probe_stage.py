@@ -66,23 +66,22 @@ def test_1_the_baseline_equals_its_shadow(here):
     assert json.loads(Path("verdicts/baseline_lora/0/run.json").read_text())["stage"] == "probe"
 
 
-def test_2_pure_grit_is_effective_and_the_baselines_twins_serve_again(here):
-    known = set((here / twin.KEPT).iterdir())
-    assert len(known) == 2, "the baseline's curves and their lock"
+def test_2_pure_grit_is_effective_and_its_curve_is_that_of_its_run(here):
     found = probe.run(make_params()[0], "pure_grit", 0)
     assert (found.verdict, found.diagnosis) == ("effective", "none")
     said = verdict("pure_grit")
     assert said["numbers"]["angle_to_shadow"] > 5 and said["twin"]["ratio"] > 10
-    assert len(set((here / twin.KEPT).iterdir()) - known) == 2
+    logged = [entry["loss"] for entry in json.loads((here / "adapters/pure_grit/0/loss_history.json").read_text())[:1]]
+    assert sum(said["twin"]["arm"][:5]) / 5 == pytest.approx(logged[0], abs=1e-4), "as the Trainer logs the mean"
     assert said["twin"]["arm"][0] == pytest.approx(said["twin"]["baseline"][0], rel=1e-5), "same start, same batch"
     steps = {r["step"] for r in said["readings"] if r["name"] == "layer_angle" and r["step"] >= 0}
     assert steps >= {10, 15, 20, 25}
 
 
 def test_3_asked_again_nothing_is_trained_again(here, monkeypatch):
-    monkeypatch.setattr(twin, "ProcessPoolExecutor", lambda *a: pytest.fail("a twin was trained again"))
-    curves = twin.curves(make_params()[0], "baseline_lora", 0, 8, perturbed=(False, True))
-    assert curves == [verdict("baseline_lora")["twin"][name] for name in ("baseline", "again")]
+    monkeypatch.setattr(twin, "first_losses", lambda *a: pytest.fail("a twin was trained again"))
+    curves = twin.curves(make_params()[0], "pure_grit", 0, 8, (False, True))
+    assert curves == [verdict("pure_grit")["twin"][name] for name in ("baseline", "again")]
 
 
 def test_4_a_silent_no_op_fails_with_the_reason_and_leaves_its_verdict(here, monkeypatch, tmp_path):
@@ -121,13 +120,13 @@ def test_6_a_twin_that_fails_says_why(here):
     raw = make_params()[1]
     raw["train"]["target_modules"] = ["q_prof"]
     with pytest.raises(twin.TwinError, match=r"twin run of baseline_lora seed 0 failed") as failed:
-        twin.curves(parse_params(raw), "baseline_lora", 0, 5)
+        twin.curves(parse_params(raw), "baseline_lora", 0, 5, (False,))
     assert "q_proj" in str(failed.value)
 
 
 def test_7_the_twin_of_an_arm_differs_in_nothing_but_the_arm():
     params = parse_params(yaml.safe_load(SMOKE))
-    own, beside = params.train_for("pure_grit"), twin.settings_for(params, "baseline_lora", "pure_grit")
+    own, beside = params.train_for("pure_grit"), twin.settings_for(params, "pure_grit")
     assert own.learning_rate == beside.learning_rate != params.train_for("baseline_lora").learning_rate
     assert own.grit is not None and {**beside.model_dump(), "grit": own.grit} == own.model_dump()
-    assert twin.settings_for(params, "pure_grit", "pure_grit") == own
+    assert twin.settings_for(params, "baseline_lora") == params.train_for("baseline_lora")
