@@ -20,7 +20,7 @@ $(DONE): pipelines/setup.sh requirements.lock requirements-unsloth.lock pyprojec
 repro: setup
 	$(if $(PROFILE),$(RUN) python -m pipelines.profile $(PROFILE))
 	$(RUN) python -m pipelines.repro $(if $(WORKERS),--workers $(WORKERS))
-	$(RUN) python -m evaluation.compare_all --db "$$($(BIN)/python -m pipelines.check --get compare.database)"
+	$(RUN) python -m evaluation.compare_all --db "$$($(BIN)/python -c 'import yaml; print(yaml.safe_load(open("params.yaml"))["compare"]["database"])')"
 	@echo "report: outputs/report.html (and outputs/grit_evaluation.md)"
 
 # Exported models onto the Ollama server at OLLAMA_HOST, each checked prompt by prompt in both modes.

@@ -6,9 +6,8 @@ reach, for train one file an arm: the stages depend on these files in place of s
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from db.files import write_text
@@ -159,17 +158,10 @@ def write_code_hashes(params: Params, pipeline: Path = Path("dvc.yaml"), folder:
         write_text(folder / name, f"{value}\n")
 
 
-def main(get: Annotated[str, typer.Option(help="print this value of params.yaml, e.g. compare.database")] = "") -> None:
+def main() -> None:
     """Refuse a params.yaml that cannot be used; write the hashes of the stages' code."""
     with clear_errors("check", code=2):
-        params = load_params()
-        if get:
-            value: Any = params.model_dump()
-            for part in get.split("."):
-                value = value[part]
-            print(value)
-        else:
-            write_code_hashes(params)
+        write_code_hashes(load_params())
 
 
 if __name__ == "__main__":

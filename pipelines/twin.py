@@ -12,7 +12,6 @@ from pipelines.train import Params, examples, load_arm, training_code
 from probes.twin import perturb
 from trainers import BASELINE
 from trainers.run import TrainingJob, first_losses
-from trainers.settings import TrainSettings
 
 KEPT = Path("checkpoints/twins")  # curves by everything that decides them: they serve every arm with these settings
 
@@ -21,18 +20,12 @@ class TwinError(RuntimeError):
     """A twin that did not come to its end."""
 
 
-def settings_for(params: Params, arm: str) -> TrainSettings:
-    """The settings of an arm without what belongs to its method."""
-    settings = params.train_for(arm)
-    return settings if arm == BASELINE else settings.shared()
-
-
 def curves(params: Params, arm: str, seed: int, steps: int, perturbed: Sequence[bool]) -> list[list[float]]:
     """Losses of the baseline's first steps with an arm's settings, for each of `perturbed`: off by one rounding or not.
 
     Curves that are known already are not trained again.
     """
-    settings, template = settings_for(params, arm), params.prompt.template
+    settings, template = params.train_for(arm).shared(), params.prompt.template
     reference, base_fingerprint = load_reference()
     inputs = hash_inputs(*split_files("train", "valid"), BASE / "base.json")
     code = [training_code(params.code_of(BASELINE)), inspect.getsource(perturb)]

@@ -126,7 +126,7 @@ def test_6_a_twin_that_fails_says_why(here):
 
 def test_7_the_twin_of_an_arm_differs_in_nothing_but_the_arm():
     params = parse_params(yaml.safe_load(SMOKE))
-    own, beside = params.train_for("pure_grit"), twin.settings_for(params, "pure_grit")
+    own, beside = params.train_for("pure_grit"), params.train_for("pure_grit").shared()
     assert own.learning_rate == beside.learning_rate != params.train_for("baseline_lora").learning_rate
     assert own.grit is not None and {**beside.model_dump(), "grit": own.grit} == own.model_dump()
-    assert twin.settings_for(params, "baseline_lora") == params.train_for("baseline_lora")
+    assert params.train_for("baseline_lora").shared() == params.train_for("baseline_lora")
