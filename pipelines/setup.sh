@@ -17,11 +17,11 @@ step() { # step WHAT COMMAND...
 pip() { "$python" -m pip -qq "$@"; }
 pinned() { sed -n "s/^$1==//p" requirements.lock; }
 installed() { "$python" -c "from importlib import metadata; print(metadata.version('$1').split('+')[0])" 2>/dev/null || true; }
-install() { # with uv where it can be had: pip takes several times as long; from pip's index, if one is set
+install() { # with uv where it can be had: pip takes several times as long; from pip's index if one is set, with its certificates
   local index
   index=$("$python" -m pip config list | sed -n "s/^[^=]*\.index-url='\(.*\)'$/\1/p" | head -n 1)
   if [ -n "$UV" ] && [ -x "$venv/bin/uv" ]; then
-    "$venv/bin/uv" pip install --quiet --python "$python" ${index:+--default-index "$index"} "$@" && return
+    "$venv/bin/uv" pip install --quiet --system-certs --python "$python" ${index:+--default-index "$index"} "$@" && return
     printf 'uv could not, so pip does it ... '
   fi
   pip install "$@"
