@@ -94,8 +94,8 @@ def unpack(archive: Path, place: Path) -> None:
         for member in tar:
             head, marker, tail = member.name.partition("/vendor/llama.cpp/")
             if marker and "/" not in head and tail.startswith(_WANTED) and member.isfile():
-                member.name = tail
-                tar.extract(member, partial, filter="data")
+                (partial / tail).parent.mkdir(parents=True, exist_ok=True)
+                (partial / tail).write_bytes(tar.extractfile(member).read())  # type: ignore[union-attr]  # it is a file
         (partial / "complete").write_text("", encoding="utf-8")
 
 
