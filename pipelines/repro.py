@@ -127,6 +127,8 @@ def main(
     at_once: Annotated[int, typer.Option("--workers", min=0, help="stages at a time; 0: by cores and threads")] = 0,
 ) -> None:
     """Bring everything up to date, stages that do not wait for each other side by side."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # what a shell left ignored, stages would ignore too
+        signal.signal(number, signal.default_int_handler)
     with clear_errors("repro"), exclusive(Path("checkpoints/repro.lock"), "repro"):
         began = time.monotonic()
         # First and alone: it refuses bad settings, and writes what the others depend on.
