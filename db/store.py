@@ -18,6 +18,7 @@ BUSY_TIMEOUT_S = 30.0
 """Seconds to wait for another writer; a rebuild takes a few."""
 
 _MAGIC = b"SQLite format 3\0"
+_GONE_VIEWS = "v_attempts v_probe_summary v_parity v_verification v_quantization task_quantization".split()
 _GONE = ("attempt", "alembic_version")  # tables of versions 1 to 4
 _OURS = frozenset({"environment", "run", "metric", "metric_def", "sample", "probe", "artifact", "speed"})
 _ENOUGH = len(_OURS) // 2  # a damaged database of ours may have lost some
@@ -194,7 +195,7 @@ def _empty(connection: Connection) -> None:
             connection.execute(table.delete())
         return
     for view in inspect(connection).get_view_names():
-        if view in VIEWS or view == "v_attempts":
+        if view in VIEWS or view in _GONE_VIEWS:
             connection.exec_driver_sql(f"DROP VIEW {view} CASCADE")
     Base.metadata.drop_all(connection)
     for name in _GONE:

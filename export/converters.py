@@ -99,9 +99,5 @@ def unpack(archive: Path, place: Path) -> None:
         (partial / "complete").write_text("", encoding="utf-8")
 
 
-def main() -> None:
-    print(require())
-
-
 if __name__ == "__main__":
-    main()
+    print(require())

@@ -22,7 +22,7 @@ from rich.table import Table
 from pipelines.base_model import load_reference
 from pipelines.check import Params, load_params
 from pipelines.prompt import prompt_text
-from pipelines.stage import DATA, clear_errors, cli, quiet_libraries, sees_pictures
+from pipelines.stage import DATA, clear_errors, cli, quiet_libraries, sees_pictures, set_threads
 from pipelines.train import examples, load_arm
 
 STEPS, TWINS = 2, 2
@@ -139,6 +139,7 @@ def main(
     quiet_libraries()
     with clear_errors("dry_run", code=2):
         params = load_params()
+        set_threads(alone=False)
         if as_json:
             try:
                 print(json.dumps(tried(params, arm)))

@@ -264,7 +264,8 @@ def run(params: Params, arm: str, seed: int) -> None:
                 "device_class": mine.device_class,
                 "mode": mine.mode,
             }
-        rows = measure_speed(section, models, {arm: seed, BASE_ARM: 0}, splits["test"])
+        with exclusive(CHECKPOINTS / "speed.lock"):  # a server has the base once, and unloads it to time its loading
+            rows = measure_speed(section, models, {arm: seed, BASE_ARM: 0}, splits["test"])
         task = answers.task_of(splits["test"][0], "test")
         table = answers.metrics(
             task,

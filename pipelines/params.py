@@ -89,10 +89,17 @@ def threads_for(raw: Any, alone: bool = False) -> tuple[int, str]:
     asked = parse(raw, StageParams, str(PARAMS_FILE)).threads
     if asked != "auto":
         return asked, "threads"
-    base, cores = raw.get("prepare_base") or {}, len(os.sched_getaffinity(0))
-    if base.get("source") == "embedded" and base["hidden_size"] <= SMALL and not alone:
-        return 1, f"auto: layers {base['hidden_size']} wide gain more from stages side by side"
-    return cores, "auto: one a core"
+    if stages_at_once(raw) > 1 and not alone:
+        return 1, "auto: narrow layers gain more from stages side by side"
+    return len(os.sched_getaffinity(0)), "auto: one a core"
+
+
+def stages_at_once(raw: Any) -> int:
+    """How many stages this machine should run side by side: one a core where the base is small, one on a GPU."""
+    base = raw.get("prepare_base") or {}
+    width = base.get("hidden_size")
+    small = base.get("source") == "embedded" and isinstance(width, int) and width <= SMALL
+    return len(os.sched_getaffinity(0)) if small and not list(Path("/dev").glob("nvidia[0-9]*")) else 1
 
 
 def check_arm(name: str, params: StageParams) -> None:

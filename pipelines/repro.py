@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from db.files import exclusive, write_json
-from pipelines.params import PARAMS_FILE, load_yaml, threads_for
+from pipelines.params import PARAMS_FILE, load_yaml, stages_at_once
 from pipelines.stage import clear_errors, cli
 
 LOGS = Path("logs/stages")
@@ -27,13 +27,6 @@ DVC = [sys.executable, "-m", "dvc"]
 UNCHANGED, RESTORED = "didn't change, skipping", "skipping run, checking out outputs"
 POLL = 0.05
 TAIL = 30
-
-
-def workers() -> int:
-    """How many stages run at a time: as many as there are cores for, on a GPU one."""
-    if Path("/dev/nvidia0").exists():
-        return 1
-    return max(1, len(os.sched_getaffinity(0)) // threads_for(load_yaml(PARAMS_FILE))[0])
 
 
 def stale(repo: Any) -> dict[str, set[str]]:
@@ -60,7 +53,7 @@ class Running:
                 [*DVC, "--wait-for-lock", "repro", "--single-item", name],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches it through `stop`, once
+                start_new_session=True,  # Ctrl-C reaches it through `send`, once
             )
 
     def outcome(self, seconds: float) -> str:
@@ -72,10 +65,9 @@ class Running:
             return "unchanged"
         return f"from DVC's cache, {clock(seconds)}" if RESTORED in said else clock(seconds)
 
-    def stop(self) -> None:
+    def send(self, number: int) -> None:
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGINT)
-            self.process.wait()
+            os.killpg(self.process.pid, number)
 
 
 def clock(seconds: float) -> str:
@@ -110,14 +102,21 @@ def run(waits: dict[str, set[str]], at_once: int) -> list[str]:
                 if stage.process.returncode:
                     failed.append(name)
                     continue
-                if outcome != "unchanged":
+                if outcome == clock(seconds):  # it really ran
                     took[name] = round(seconds, 1)
                     write_json(TIMES, took)
                 for before in waiting.values():
                     before.discard(name)
     finally:
         for stage in running.values():
-            stage.stop()
+            stage.send(signal.SIGINT)
+        try:
+            for stage in running.values():
+                stage.process.wait()
+        except KeyboardInterrupt:  # a second one
+            for stage in running.values():
+                stage.send(signal.SIGKILL)
+            raise
     if failed and waiting:
         print(f"not run, since they come after what failed: {len(waiting)}")
     return failed
@@ -127,8 +126,10 @@ def main(
     at_once: Annotated[int, typer.Option("--workers", min=0, help="stages at a time; 0: by cores and threads")] = 0,
 ) -> None:
     """Bring everything up to date, stages that do not wait for each other side by side."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # what a shell left ignored, stages would ignore too
-        signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # A shell may have left SIGINT ignored, and stages would then ignore it too; SIGHUP is ignored on purpose.
+        if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     with clear_errors("repro"), exclusive(Path("checkpoints/repro.lock"), "repro"):
         began = time.monotonic()
         # First and alone: it refuses bad settings, and writes what the others depend on.
@@ -140,7 +141,7 @@ def main(
             waits = stale(repo)
         if not waits:
             print("everything is up to date")
-        elif failed := run(waits, at_once or workers()):
+        elif failed := run(waits, at_once or stages_at_once(load_yaml(PARAMS_FILE))):
             print(f"failed: {', '.join(failed)}", file=sys.stderr)
             raise SystemExit(1)
         else:

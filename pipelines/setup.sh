@@ -21,7 +21,7 @@ install() { # with uv where it can be had: pip takes several times as long; from
   local index
   index=$("$python" -m pip config list | sed -n "s/^[^=]*\.index-url='\(.*\)'$/\1/p" | head -n 1)
   if [ -n "$UV" ] && [ -x "$venv/bin/uv" ]; then
-    "$venv/bin/uv" pip install --quiet --system-certs --python "$python" ${index:+--default-index "$index"} "$@" && return
+    env ${index:+UV_DEFAULT_INDEX="$index"} "$venv/bin/uv" pip install --quiet --system-certs --python "$python" "$@" && return
     printf 'uv could not, so pip does it ... '
   fi
   pip install "$@"

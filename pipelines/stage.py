@@ -91,7 +91,7 @@ def set_threads(alone: bool) -> None:
     """Have torch and llama.cpp compute with params.yaml's threads; call before they are imported."""
     count, why = threads_for(load_yaml(PARAMS_FILE), alone)
     os.environ["OMP_NUM_THREADS"] = str(count)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # one that spins keeps its neighbour from what it waits for
+    os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # as fast as spinning for long, and kind to a busy machine
     print(f"CPU threads: {count} ({why})")
 
 

@@ -1,7 +1,7 @@
 """Twin runs: same seed, same batches, one with the arm and one without; how far do the loss curves part?
 
-The yardstick is what two runs of the baseline differ by (A/A). Where a machine is deterministic that is zero: there the
-second baseline starts from weights that differ by one rounding, and what training makes of that is the floor. In short
+The yardstick is what two runs of the baseline differ by (A/A). On a deterministic machine that would be zero, so the
+second one starts from weights that differ by one rounding, and what training makes of that is the floor. In short
 runs that may be less than a loss in float32 can show; no difference below half of its rounding step is measured.
 """
 

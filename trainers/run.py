@@ -316,16 +316,16 @@ def _note_losses(trainer: Any) -> None:
     """Have the Trainer's state, which checkpoints hold, keep the training loss of every step."""
     from transformers import TrainerCallback
 
-    train_step, shares = trainer.training_step, list[float]()
+    train_step, shares = trainer.training_step, list[Any]()
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         loss = train_step(*args, **kwargs)
-        shares.append(float(loss))  # of the micro-batches of one step
+        shares.append(loss.detach())  # of the micro-batches of one step
         return loss
 
     class Note(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            state.log_history.append({"step": state.global_step, STEP_LOSS: sum(shares)})
+            state.log_history.append({"step": state.global_step, STEP_LOSS: float(sum(shares))})
             shares.clear()
 
     trainer.training_step = noted

@@ -370,7 +370,6 @@ class OllamaEngine(Engine):
         host: str | None,
         model: str,
         num_ctx: int,
-        num_threads: int | None = None,
         expected: Callable[[str], list[int]] | None = None,
         *,
         timeout_s: float = LOAD_S,
@@ -386,7 +385,7 @@ class OllamaEngine(Engine):
         if stored is not None:
             self.stop = tuple(str(word) for word in stored.parameters.get("stop", []))
             self.precision = stored.precision
-        self._num_ctx, self._num_threads, self._expected = num_ctx, num_threads, expected
+        self._num_ctx, self._expected = num_ctx, expected
         self._timeout_s, self._parallel, self._retry, self._restore = timeout_s, parallel, retry or Retry(), restore
         self._say = say or (lambda line: print(line, file=sys.stderr))
         self._lock = threading.Lock()
@@ -533,8 +532,6 @@ class OllamaEngine(Engine):
 
     def _options(self, max_tokens: int, stop: Sequence[str] | None = None) -> dict[str, Any]:
         options: dict[str, Any] = {**GREEDY, "num_predict": max_tokens, "num_ctx": self._num_ctx}
-        if self._num_threads is not None:
-            options["num_thread"] = self._num_threads
         if stop:
             options["stop"] = list(stop)
         return options

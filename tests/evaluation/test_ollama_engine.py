@@ -91,7 +91,7 @@ def all_once(results):
 
 
 def test_a_greedy_answer_with_counts_and_times(double):
-    with make(double, num_threads=3) as engine:
+    with make(double) as engine:
         assert (engine.name, engine.version, engine.mode) == ("ollama", "0.32.0", "merged")
         first = engine.generate("pm25 9", 16, ["###", "\n"])
         n = len(ids("pm25 9"))
@@ -107,7 +107,7 @@ def test_a_greedy_answer_with_counts_and_times(double):
         assert engine.phases("9", "1 + 1", 4)["decode"] == (0, 0) and not engine.missing
     body = requests(double)[0]
     assert body["prompt"] == "pm25 9" and not body.get("raw") and not body["stream"], "the server puts the template"
-    want = {"temperature": 0.0, "top_k": 1, "seed": 0, "num_predict": 16, "num_ctx": 128, "num_thread": 3,
+    want = {"temperature": 0.0, "top_k": 1, "seed": 0, "num_predict": 16, "num_ctx": 128,
             "stop": ["###", "\n"], "repeat_penalty": 1.0}  # fmt: skip
     assert want.items() <= body["options"].items()
 
