@@ -21,7 +21,7 @@ class TwinError(RuntimeError):
 
 
 def curves(params: Params, arm: str, seed: int, steps: int, perturbed: Sequence[bool]) -> list[list[float]]:
-    """Losses of the baseline's first steps with an arm's settings, once for each of `perturbed`: a start off by a rounding."""
+    """The baseline's first losses with an arm's settings, once for each of `perturbed`: a start off by a rounding."""
     settings, template = params.train_for(arm).shared(), params.prompt.template
     reference, base_fingerprint = load_reference()
     inputs = hash_inputs(*split_files("train", "valid"), BASE / "base.json")
