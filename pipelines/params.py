@@ -95,11 +95,12 @@ def threads_for(raw: Any, alone: bool = False) -> tuple[int, str]:
 
 
 def stages_at_once(raw: Any) -> int:
-    """How many stages this machine should run side by side: one a core where the base is small, one on a GPU."""
-    base = raw.get("prepare_base") or {}
-    width = base.get("hidden_size")
-    small = base.get("source") == "embedded" and isinstance(width, int) and width <= SMALL
-    return len(os.sched_getaffinity(0)) if small and not list(Path("/dev").glob("nvidia[0-9]*")) else 1
+    """How many stages to run side by side: as many as there are cores for where the base is small, one on a GPU."""
+    base, threads = raw.get("prepare_base") or {}, raw.get("threads")
+    width, each = base.get("hidden_size"), threads if isinstance(threads, int) else 1
+    if base.get("source") != "embedded" or not isinstance(width, int) or width > SMALL:
+        return 1
+    return 1 if list(Path("/dev").glob("nvidia[0-9]*")) else max(1, len(os.sched_getaffinity(0)) // each)
 
 
 def check_arm(name: str, params: StageParams) -> None:

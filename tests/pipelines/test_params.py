@@ -3,13 +3,14 @@
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from pipelines import check, evaluate, measure, profile, train
 from pipelines.check import load_params, parse_params
-from pipelines.params import ConfigError
+from pipelines.params import ConfigError, stages_at_once, threads_for
 from pipelines.params import load_params as load_view
 from pipelines.train import load_arm
 from tests.project_clone import ROOT
@@ -187,3 +188,20 @@ def test_as_a_command(tmp_path, raw):
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(changed(raw, "train.rank", -1)))
     refused = run()
     assert (refused.returncode, "train.rank" in refused.stderr) == (2, True) and "Traceback" not in refused.stderr
+
+
+def test_threads_and_stages_at_once_follow_the_base_and_what_is_asked(raw, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    devices, glob = [], Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, *what: iter(devices) if self == Path("/dev") else glob(self, *what))
+    large = changed(raw, "prepare_base.source", "org/name")
+    cases = [(raw, 1, 8), (changed(raw, "threads", 3), 3, 2), (large, 8, 1), (changed(large, "threads", 2), 2, 1)]
+    assert [(threads_for(one)[0], stages_at_once(one)) for one, _, _ in cases] == [case[1:] for case in cases]
+    assert threads_for(raw, alone=True)[0] == 8
+    devices.append("nvidia0")
+    assert (threads_for(raw)[0], stages_at_once(raw)) == (8, 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
+    assert threads_for(raw) == (4, "OMP_NUM_THREADS")
+    with pytest.raises(ConfigError, match="threads"):
+        parse_params(changed(raw, "threads", "many"))
