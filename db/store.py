@@ -196,7 +196,7 @@ def _empty(connection: Connection) -> None:
         return
     for view in inspect(connection).get_view_names():
         if view in VIEWS or view in _GONE_VIEWS:
-            connection.exec_driver_sql(f"DROP VIEW {view} CASCADE")
+            connection.exec_driver_sql(f"DROP VIEW IF EXISTS {view} CASCADE")
     Base.metadata.drop_all(connection)
     for name in _GONE:
         connection.exec_driver_sql(f"DROP TABLE IF EXISTS {name}")
