@@ -25,8 +25,6 @@ TIMES = LOGS / "seconds.json"
 CHECK = "check"
 DVC = [sys.executable, "-m", "dvc"]
 UNCHANGED, RESTORED = "didn't change, skipping", "skipping run, checking out outputs"
-POLL = 0.05
-TAIL = 30
 
 
 def stale(repo: Any) -> dict[str, set[str]]:
@@ -59,7 +57,7 @@ class Running:
     def outcome(self, seconds: float) -> str:
         said = self.log.read_text(encoding="utf-8", errors="replace")
         if self.process.returncode:
-            tail = "\n".join(said.splitlines()[-TAIL:])
+            tail = "\n".join(said.splitlines()[-30:])
             return f"FAILED after {clock(seconds)}; the whole output is in {self.log}\n{tail}"
         if UNCHANGED in said:
             return "unchanged"
@@ -91,7 +89,7 @@ def run(waits: dict[str, set[str]], at_once: int) -> list[str]:
                 running[name] = Running(name)
                 started += 1
                 print(f"[{started}/{total}] {name}", flush=True)
-            time.sleep(POLL)
+            time.sleep(0.05)
             for name, stage in list(running.items()):
                 if stage.process.poll() is None:
                     continue

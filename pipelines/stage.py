@@ -88,10 +88,12 @@ def clear_errors(stage: str, code: int = 1) -> Iterator[None]:
 
 
 def set_threads(alone: bool) -> None:
-    """Have torch and llama.cpp compute with params.yaml's threads; call before they are imported."""
+    """Have torch and llama.cpp, imported or not, compute with params.yaml's threads."""
     count, why = threads_for(load_yaml(PARAMS_FILE), alone)
     os.environ["OMP_NUM_THREADS"] = str(count)
     os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # as fast as spinning for long, and kind to a busy machine
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(count)
     print(f"CPU threads: {count} ({why})")
 
 
