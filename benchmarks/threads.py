@@ -1,7 +1,7 @@
 """How many threads a training step wants, by the width of the layers, on an idle machine and on a busy one.
 
-The contenders are processes: one thread, one a core that spins for a while before it sleeps (OpenMP's default), one a
-core that sleeps at once. Busy: beside twice as many endless loops as cores. Run as `python -m benchmarks.threads`, with
+The contenders are processes: one thread, one a core that spins for a while before it sleeps (OpenMP's default), that
+spins for a moment (as the stages do), that sleeps at once. Busy: beside twice as many endless loops as cores. Run as `python -m benchmarks.threads`, with
 nothing else running.
 """
 
@@ -16,11 +16,12 @@ from rich.table import Table
 
 from benchmarks._harness import alternate, ratios, write
 
-WIDTHS = (64, 128, 256, 512)
+WIDTHS = (64, 128, 256)
 CORES = len(os.sched_getaffinity(0))
 CONTENDERS = {
     "1 thread": {"OMP_NUM_THREADS": "1"},
     "spinning": {"OMP_NUM_THREADS": str(CORES)},
+    "for a moment": {"OMP_NUM_THREADS": str(CORES), "GOMP_SPINCOUNT": "50000"},
     "passive": {"OMP_NUM_THREADS": str(CORES), "OMP_WAIT_POLICY": "passive"},
 }
 ROUNDS, STEPS = 5, 3
@@ -71,7 +72,7 @@ def main() -> None:
         for other in others:
             other.start()
         time.sleep(1)
-        for width in WIDTHS[: 3 if busy else None]:
+        for width in WIDTHS:
             seconds = alternate({name: steps(name, width) for name in CONTENDERS}, ROUNDS)
             shares = ratios(seconds, "1 thread")
             cells = [
