@@ -1,8 +1,8 @@
 """How many threads a training step wants, by the width of the layers, on an idle machine and on a busy one.
 
 The contenders are processes: one thread, one a core that spins for a while before it sleeps (OpenMP's default), that
-spins for a moment (as the stages do), that sleeps at once. Busy: beside twice as many endless loops as cores. Run as `python -m benchmarks.threads`, with
-nothing else running.
+spins for a moment (as the stages do), that sleeps at once. Busy: beside twice as many endless loops as cores. Run as
+`python -m benchmarks.threads`, with nothing else running.
 """
 
 import multiprocessing
