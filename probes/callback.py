@@ -38,7 +38,8 @@ class LedgerFile:
             self.append(record)
 
     def end(self, probe: Probe) -> None:
-        self.append({"events": probe.events, "claims": probe.claims, "watched": probe.watched})
+        told = {"claims": probe.claims, "watched": probe.watched}
+        self.append({"events": probe.events, **told, "tally": probe.tally.table()})
 
 
 class ProbeCallback(TrainerCallback):  # type: ignore[misc]
@@ -71,13 +72,14 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
             if self._file is not None:
                 self._file.rewrite([])
         self.probe = Probe(
-            kwargs["model"], kwargs["optimizer"], max_grad_norm=args.max_grad_norm or 0.0, **self._options
+            kwargs["model"],
+            kwargs["optimizer"],
+            max_grad_norm=args.max_grad_norm or 0.0,
+            scaler=getattr(kwargs["optimizer"], "scaler", None),
+            **self._options,
         )
         if not state.is_world_process_zero:  # all ranks measure (their sums are common), one writes
             self.probe.on_record, self._file = None, None
-        scaler = getattr(kwargs["optimizer"], "scaler", None)
-        if scaler is not None:
-            self.probe.loss_scale = lambda: float(scaler.get_scale())
         if state.global_step:
             folder = Path(args.output_dir) / STATE_FOLDER.format(step=state.global_step)
             try:

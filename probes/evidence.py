@@ -1,4 +1,4 @@
-"""What a verdict is based on: the ledger of a run, and medians over its judged samples."""
+"""What a verdict is based on: the ledger of a run, medians over its judged samples, and counts over all its steps."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from typing import Any
 
 from probes.measure import Record
 from probes.probe import EVENTS, Probe
+from probes.tally import COLUMNS, OFF, TURNED
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,13 @@ class Thresholds:
     # Degrees between Δθ and the shadow above which an update counts as different. Plain AdamW of torch equals its
     # shadow to the bit on bfloat16 weights and within 1e-4 on float32 ones; every layer of the fault catalogue's
     # effective runs is above 5.
-    min_angle: float = 1.0
-    # Degrees between raw and preconditioned gradient above which a preconditioner does something; in bfloat16, rounding
-    # alone turns a gradient that was scaled and clipped by 0.15.
-    min_gradient_angle: float = 0.5
+    min_angle: float = OFF
+    min_gradient_angle: float = TURNED  # between raw and preconditioned gradient, likewise
     min_coverage: float = 0.9  # share of the tensors that an effect must reach
-    max_missing: float = 0.1  # share below which there is no effect at all
+    min_steps: float = 0.95  # share of the steps, from the first that it reaches
+    late: float = 0.75  # share of the run by which preconditioning must have begun
+    traces: float = 0.05  # of the entries (tensors times steps) below which an effect is none
+    stuck: float = 0.25  # share of the steps in which a tensor may stay where it is
     swamped: float = 10.0  # λ over the mean eigenvalue above which damping is most of the preconditioner
     scalar: float = 0.01  # distance from a multiple of the identity below which a preconditioner is a mere scalar
     lost: float = 0.2  # share of a gradient's entries turned to zero above which it was lost
@@ -45,11 +47,12 @@ class Evidence:
     events: dict[str, int]
     claims: bool
     watched: bool
+    tally: dict[str, dict[str, float]]  # tensor → `probes.tally.COLUMNS`
     thresholds: Thresholds = field(default_factory=Thresholds)
 
     @classmethod
     def of(cls, probe: Probe) -> "Evidence":
-        return cls(probe.records, dict(probe.events), probe.claims, probe.watched)
+        return cls(probe.records, dict(probe.events), probe.claims, probe.watched, probe.tally.table())
 
     @classmethod
     def read(cls, file: str | Path, thresholds: Thresholds | None = None) -> "Evidence":
@@ -62,13 +65,14 @@ class Evidence:
                 if "events" in entry:
                     summary = {key: entry[key] for key in ("claims", "watched")}
                     summary["events"] = {**dict.fromkeys(EVENTS, 0), **entry["events"]}
+                    summary["tally"] = {n: {c: row[c] for c in COLUMNS} for n, row in entry["tally"].items()}
                 else:
                     records.append({"step": entry["step"], "units": dict(entry["units"]), **entry})
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}: line {number}: expected a record of a probe, got {line[:60]!r}") from error
         if summary is None:
             raise ValueError(f"{file}: expected a last line with the probe's events, got none: the run did not end")
-        return cls(records, summary["events"], summary["claims"], summary["watched"], thresholds or Thresholds())
+        return cls(records, **summary, thresholds=thresholds or Thresholds())
 
     @cached_property
     def judged(self) -> list[Record]:
@@ -116,30 +120,45 @@ class Evidence:
         told = self.watched or any(k.startswith("anisotropy") for r in self.readings() for k in r)
         return self.claims and told and not self.rotates
 
+    @property
+    def effect(self) -> str:
+        """Where in the tally an effect must show: in the gradient that is read, or in the update."""
+        return "turned" if self.gradient_should_change else "off"
+
     @cached_property
     def tensors(self) -> dict[str, bool]:
         """Tensor → whether an effect reaches it and, where it is claimed, comes from the preconditioner.
 
         An effect is a layer's update that is off plain AdamW's (as one vector: a learning rate of its own for B turns
-        it). What a preconditioner does is seen tensor by tensor, of those that it is claimed for.
+        it), in the median of the samples or in more than a few steps. What a preconditioner does is seen tensor by
+        tensor, of those that it is claimed for.
         """
-        t = self.thresholds
         found = {}
         for unit in self.units:
             if self.claims and not all(claimed is not False for claimed in self.values(unit, "claimed")):
                 continue
-            moved = (self.angles[unit] or 0.0) > t.min_angle
+            turned_away = (self.angles[unit] or 0.0) > self.thresholds.min_angle
             for side in self.sides(unit):
-                key = f"{unit}.{side}"
-                if not self.claims:
-                    found[key] = moved
-                elif self.gradient_should_change:
-                    found[key] = (
-                        moved and (median(self.values(unit, f"angle_raw_inner_{side}")) or 0) > t.min_gradient_angle
-                    )
-                else:
-                    found[key] = moved and (median(self.values(unit, f"angle_{side}")) or 0) > t.min_angle
+                name = f"{unit}.{side}"
+                off = turned_away or self.share(name, "off") > 0.02
+                found[name] = off and (not self.claims or self.share(name, self.effect) > (self.effect == "off") * 0.02)
         return found
+
+    def share(self, tensor: str, column: str) -> float:
+        """Of the tensor's counted steps."""
+        row = self.tally[tensor]
+        return row[column] / row["steps"] if row["steps"] else 0.0
+
+    @property
+    def reached(self) -> list[str]:
+        return [name for name, reached in self.tensors.items() if reached]
+
+    @cached_property
+    def step_share(self) -> float:
+        """Share of the steps in which the reached tensors see the effect, from the first that does."""
+        rows = [self.tally[name] for name in self.reached]
+        shares = [row[self.effect] / row[f"{self.effect}_since"] for row in rows if row[f"{self.effect}_since"]]
+        return sum(shares) / len(shares) if shares else float(bool(rows))
 
     def sides(self, unit: str) -> list[str]:
         entries = (r["units"][unit] for r in self.judged if "norm_raw" in r["units"].get(unit, {}))
@@ -149,3 +168,12 @@ class Evidence:
     def coverage(self) -> float:
         """Share of the tensors in which an effect reaches the weights."""
         return sum(self.tensors.values()) / len(self.tensors) if self.tensors else 0.0
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Entries of each tensor."""
+        sides: dict[str, int] = {}
+        for record in self.records:
+            for unit, entry in record["units"].items():
+                sides |= {f"{unit}.{side}": size for side, size in entry.get("sizes", {}).items()}
+        return sides

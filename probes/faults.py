@@ -1,12 +1,14 @@
 """The fault catalogue: one function a fault, from the evidence to a finding, or None.
 
-They stand in the order in which they are believed: what happens around the step first, then what becomes of the
-gradient and the preconditioner's own state, then its statistics, then the training. `OF_A_CLAIM` and `OF_ANY`, at the
-end, are what a verdict asks.
+They stand in the order in which they are believed: weights that do not move first, then what happens around the step,
+what becomes of the gradient, the preconditioner's own state, its statistics, and the training. `FIRST`, `OF_A_CLAIM`
+and `OF_ANY`, at the end, are what a verdict asks.
 """
 
 import itertools
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +26,61 @@ class Finding:
 
 def _fraction(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
+
+
+def _listed(names: Collection[str], most: int = 4) -> str:
+    return ", ".join(list(names)[:most]) + (" …" if len(names) > most else "")
+
+
+# Weights that stay where they are
+
+
+def _not_moving(e: Evidence) -> Finding | None:
+    bits = {unit: median(e.values(unit, "bits")) for unit in e.units}
+    causes: dict[str, str] = {}
+    for name, row in e.tally.items():
+        stuck = e.share(name, "still") + e.share(name, "put_back")
+        read = row["steps"] - row["lost"]
+        hardly_anything = read and math.exp(row["log_ratio"] / read) < 1e-3  # clipped_to_nothing says more
+        if stuck <= e.thresholds.stuck or hardly_anything:
+            continue
+        half = stuck / 2 * row["steps"]
+        if row["put_back"] >= half:
+            cause = "a step moves them, but they are back before the next one: something restores the weights"
+        elif row["not_held"] >= half:
+            cause = "no group of the optimizer has them: it was made with other tensors (before the model was wrapped, "
+            cause += "moved, or given its adapter)"
+        elif row["rate_zero"] >= half:
+            cause = "their learning rate is 0"
+        elif row["lost"] >= half:
+            cause = "backward had computed a gradient, and the optimizer found none, or zeros (is zero_grad() called "
+            cause += "before step()?)"
+        elif (bits.get(name.rpartition(".")[0]) or 32) < 32:
+            cause = "a step is smaller than the rounding of 16-bit weights: keep them in float32, or raise the rate"
+        else:
+            cause = "whatever the step computes does not arrive in the weights"
+        causes[name] = cause
+    if not causes:
+        return None
+    shares = [e.share(name, "still") + e.share(name, "put_back") for name in causes]
+    told = "; ".join(
+        f"{count} of {len(e.tally)} tensors do not move in {sum(shares) / len(shares):.0%} of the steps "
+        f"({_listed([name for name, own in causes.items() if own == cause], 2)}): {cause}"
+        for cause, count in Counter(causes.values()).most_common()
+    )
+    return Finding("not_moving", told, {"tensors": len(causes), "of": len(e.tally), "share_of_steps": median(shares)})
+
+
+def _no_gradient(e: Evidence) -> Finding | None:
+    without = [name for name, row in e.tally.items() if not row["steps"]]
+    if e.steps < 3 or e.events["nonfinite_gradients"] > e.steps / 2 or len(without) <= 0.1 * len(e.tally):
+        return None
+    return Finding(
+        "no_gradient",
+        f"backward computed no gradient, or zeros, for {len(without)} of {len(e.tally)} tensors in {e.steps} steps "
+        f"({_listed(without)}): is their output used, and nothing on the way detached or frozen?",
+        {"tensors": len(without), "of": len(e.tally)},
+    )
 
 
 # Around the step: what the optimizer is given is not what was preconditioned
@@ -108,7 +165,7 @@ def _gradient_restored(e: Evidence) -> Finding | None:
             )
             restored += bool(moved) and (back or turned_back)
     share = _fraction(restored, changed)
-    if share <= 0.5:
+    if share <= 0.5 or e.step_share > 0.5:
         return None
     return Finding(
         "gradient_restored",
@@ -119,6 +176,56 @@ def _gradient_restored(e: Evidence) -> Finding | None:
 
 
 # The preconditioner, and what it makes of gradients
+
+
+def _uphill(e: Evidence) -> Finding | None:
+    """A positive definite matrix never turns a gradient by 90° or more; a step may, now and then, by its momentum."""
+    against = [
+        name
+        for name, row in e.tally.items()
+        # A mere chance direction is uphill as often as not, but hardly at all.
+        if e.share(name, "against") > e.thresholds.often
+        and row["cos_gradient_sq"] / row["steps"] > 9 / max(e.sizes.get(name, 0), 1)
+    ]
+    steps = [name for name, row in e.tally.items() if row["steps"] >= 5 and e.share(name, "uphill") > 0.75]
+    wrong = list(dict.fromkeys((*against, *steps)))
+    if not wrong:
+        return None
+    share = sum(max(e.share(n, "against"), e.share(n, "uphill")) for n in wrong) / len(wrong)
+    what = "what the optimizer reads points away from the gradient" if against else "updates point up the gradient"
+    return Finding(
+        "uphill",
+        f"{what} in {share:.0%} of the steps, in {len(wrong)} of {len(e.tally)} tensors ({_listed(wrong)}): a sign, an "
+        "inverse that is not positive definite, a negative rate, or maximize=True",
+        {"tensors": len(wrong), "of": len(e.tally), "share_of_steps": share},
+    )
+
+
+def _unrelated(e: Evidence) -> Finding | None:
+    noise = [
+        name
+        for name, row in e.tally.items()
+        if row["steps"] >= 5
+        and e.share(name, "against") > 0.2
+        and row["cos_gradient_sq"] / row["steps"] <= 9 / max(e.sizes.get(name, 0), 1)
+    ]
+    what = "what the optimizer reads has nothing to do with the gradient"
+    rows = [row for name, row in e.tally.items() if row["steps"] >= 5 and e.sizes.get(name, 0) >= 16]
+    if not noise and len(rows) > 1:
+        step, shadow = ([row[key] / row["steps"] for row in rows] for key in ("cos_step", "cos_shadow"))
+        mean = sum(step) / len(step)
+        if mean < 0.15 * sum(shadow) / len(shadow) and mean < 0.05:
+            noise = [name for name, row in e.tally.items() if row in rows]
+            what = f"updates have nothing to do with the gradient (their cosine is {mean:.2f} in the mean, that of "
+            what += f"plain AdamW {sum(shadow) / len(shadow):.2f})"
+    if not noise:
+        return None
+    return Finding(
+        "unrelated_to_gradient",
+        f"{what} in {len(noise)} of {len(e.tally)} tensors ({_listed(noise)}): noise, another tensor's gradient, or "
+        "mixed-up entries",
+        {"tensors": len(noise), "of": len(e.tally)},
+    )
 
 
 def _no_statistics(e: Evidence) -> Finding | None:
@@ -145,10 +252,12 @@ def _zero_factors(e: Evidence) -> Finding | None:
     if not zero:
         return None
     told = ", ".join(f"{share:.0%} of those of side {side}" for side, share in zero.items())
+    why = "a detached or zeroed tensor is added up, B is still at zero, or products below 6e-8 became 0 in float16"
+    if any(reading.get("factor_bits", 32) < 32 for reading in e.readings()):
+        why = "they are kept in 16 bit, where small products become 0: keep them in float32"
     return Finding(
         "zero_factors",
-        f"factors are exactly zero although tokens were counted ({told}): what is added up is not what flows (a "
-        "detached or zeroed tensor, B still at zero)",
+        f"factors are exactly zero although tokens were counted ({told}): {why}",
         {f"zero_share_{side}": share for side, share in zero.items()},
     )
 
@@ -171,7 +280,7 @@ def _nothing_changed(e: Evidence) -> Finding | None:
     changed = [n for u in e.units for n in e.values(u, "times_changed") if n is not None]
     never_ready = bool(readings) and not any(r["ready"] for r in readings)
     no_change = bool(changed) and not any(changed) and not e.rotates
-    if not (never_ready or no_change):
+    if e.reached or not (never_ready or no_change):
         return None
     why = (
         "no layer was ever ready (a minimum of samples that is never reached, a warm-up longer than the run)"
@@ -241,41 +350,88 @@ def _damping_swamps(e: Evidence) -> Finding | None:
 
 
 def _scalar_preconditioner(e: Evidence) -> Finding | None:
-    if not e.gradient_should_change or e.coverage > e.thresholds.max_missing:
+    rows = [row for name, row in e.tally.items() if name in e.tensors and row["steps"] > row["lost"]]
+    if e.rotates or e.reached or not rows or any(row["turned"] > 0.1 * row["steps"] for row in rows):
         return None
-    angle, turned = (
-        median(median(e.values(unit, f"{key}_{side}")) for unit in e.units for side in e.sides(unit))
-        for key in ("angle_raw_inner", "angle_call")
-    )
-    ratio = median(
-        entry["norm_inner"] / entry["norm_raw"]
-        for r in e.judged
-        for entry in r["units"].values()
-        if entry.get("norm_raw") and entry.get("norm_inner")
-    )
-    spread = e.reading_median("anisotropy")
-    scalar = spread is not None and spread < e.thresholds.scalar
+    logs = [(row["log_ratio"] / n, row["log_ratio_sq"] / n) for row in rows for n in [row["steps"] - row["lost"]]]
+    ratio = math.exp(median(mean for mean, _ in logs) or 0.0)
+    spread = median(math.sqrt(max(0.0, square - mean**2)) for mean, square in logs) or 0.0
+    anisotropy = e.reading_median("anisotropy")
     changed = any(n for u in e.units for n in e.values(u, "times_changed"))
-    scaled = changed and turned is not None and turned <= e.thresholds.min_gradient_angle
-    if angle is None or angle > e.thresholds.min_gradient_angle or not (scalar or scaled):
+    scalar = (anisotropy is not None and anisotropy < e.thresholds.scalar) or changed
+    if not scalar and not (e.claims and (spread > 0.02 or abs(math.log(ratio)) > 0.02)):
         return None
+    numbers = {"norm_ratio": ratio, "log_spread": spread, "anisotropy": anisotropy}
+    if spread > 0.2:
+        told = (
+            f"the preconditioner multiplies each gradient by one number, which changes from step to step (about "
+            f"{ratio:.3g}, by a factor of {math.exp(spread):.2g}), and turns none: that weighs the steps against each "
+            "other, which Adam does not cancel, but there is no curvature in it"
+        )
+    else:
+        told = (
+            f"the preconditioner multiplies every gradient by one number (about {ratio:.3g}) and turns none: Adam "
+            "cancels that, and to SGD it is another learning rate"
+        )
+    return Finding("scalar_preconditioner", told, numbers)
+
+
+def _turned_in_vain(e: Evidence) -> Finding | None:
+    turned = [name for name in e.tensors if e.share(name, "turned") > 0.5]
+    if e.reached or not turned or len(turned) < 0.5 * len(e.tensors):
+        return None
+    kept = median(v for unit in e.units for v in e.values(unit, "sign_kept")) or 0.0
+    angle = median(median(e.values(unit, "angle_raw_inner")) for unit in e.units) or 0.0
+    numbers = {"angle_raw_inner": angle, "sign_kept": kept, "tensors": len(turned)}
+    if kept > 0.999:
+        return Finding(
+            "diagonal_preconditioner",
+            f"gradients are turned by {angle:.1f}°, but no entry changes its sign, and the updates are plain AdamW's: "
+            "each entry is multiplied by a positive number that stays the same, which Adam cancels",
+            numbers,
+        )
     return Finding(
-        "scalar_preconditioner",
-        f"the preconditioner multiplies every gradient by one number (about {ratio:.3g}; its direction turns by "
-        f"{angle:.1e}°): Adam cancels that, and to SGD it is another learning rate",
-        {"angle_raw_inner": angle, "norm_ratio": ratio, "anisotropy": spread},
+        "gradient_not_used",
+        f"the gradients are turned by {angle:.1f}° when the optimizer steps, but its updates are plain AdamW's of the "
+        "raw ones: it computes with another copy (master weights, gradients saved by a hook)",
+        numbers,
     )
 
 
 def _modules_missing(e: Evidence) -> Finding | None:
-    if not e.thresholds.max_missing < e.coverage < e.thresholds.min_coverage:
+    if not 0 < e.coverage < e.thresholds.min_coverage:
         return None
     left_out = [name for name, reached in e.tensors.items() if not reached]
     return Finding(
         "modules_missing",
-        f"{len(left_out)} of {len(e.tensors)} tensors are not preconditioned: {', '.join(left_out[:4])}"
-        f"{' …' if len(left_out) > 4 else ''}",
+        f"{len(left_out)} of {len(e.tensors)} tensors are not preconditioned: {_listed(left_out)}",
         {"coverage": e.coverage, "left_out": left_out},
+    )
+
+
+def _steps_missing(e: Evidence) -> Finding | None:
+    if not e.reached:
+        return None
+    rows, last_step = [e.tally[name] for name in e.reached], e.steps - 1
+    first = median(row[f"{e.effect}_first"] for row in rows) or 0.0
+    last = median(row[f"{e.effect}_last"] for row in rows) or 0.0
+    total = sum(e.share(name, e.effect) for name in e.reached) / len(rows)
+    called = e.events["steps_called"]
+    numbers = {"share_since_first": e.step_share, "share_of_all": total, "first": first, "last": last}
+    if e.step_share >= e.thresholds.min_steps:
+        if first <= e.thresholds.late * e.steps:
+            return None
+        told = f"it begins at step {first:.0f} only"
+    elif e.watched and called < e.thresholds.min_steps * e.steps and called > 0:
+        told = f"its method was called in {called} of them"
+    elif last < 0.9 * last_step:
+        told = f"the last is step {last:.0f}"
+    else:
+        told = "it comes and goes"
+    return Finding(
+        "steps_missing",
+        f"preconditioning reaches {total:.0%} of the {e.steps} steps: {told}",
+        {**numbers, "called": called},
     )
 
 
@@ -372,10 +528,11 @@ def _diverging(e: Evidence) -> Finding | None:
 Fault = Callable[[Evidence], Finding | None]
 
 # fmt: off
+FIRST: tuple[Fault, ...] = (_not_moving, _no_gradient)
 OF_A_CLAIM: tuple[Fault, ...] = (
     _wrapper_bypassed, _never_called, _preconditioned_after_step, _applied_repeatedly, _gradient_recomputed,
     _gradient_restored, _no_statistics, _zero_factors, _empty_inverse, _nothing_changed, _gradient_lost,
-    _clipped_to_nothing, _damping_swamps, _scalar_preconditioner, _modules_missing, _overcounted, _stale_factors,
+    _damping_swamps, _scalar_preconditioner, _turned_in_vain, _modules_missing, _steps_missing,
+    _overcounted, _stale_factors,
 )
-# fmt: on
-OF_ANY: tuple[Fault, ...] = (_diverging,)
+OF_ANY: tuple[Fault, ...] = (_clipped_to_nothing, _uphill, _unrelated, _diverging)

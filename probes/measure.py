@@ -96,6 +96,12 @@ def weight_products(one: Values, two: Values, weights: Values) -> Tensor:
     return first + cross + cross.mT + last
 
 
+def sign_kept(values: Values, raw: Values) -> Tensor:
+    """Share of the entries of `raw` that are not zero whose sign is the same in `values`."""
+    same = torch.stack([((values[s] > 0) == (raw[s] > 0))[raw[s] != 0].sum() for s in values]).sum()
+    return same.float() / torch.stack([(r != 0).sum() for r in raw.values()]).sum().clamp_min(1)
+
+
 def zero_share(values: Values, raw: Values) -> Tensor:
     """Share of entries that are exactly zero although `raw` is not (NaN and infinities count as not zero)."""
     lost = torch.stack([((values[s] == 0) & (raw[s] != 0)).sum() for s in values]).sum()
@@ -132,16 +138,18 @@ def measure(
     `units` hold the parameters after the step, `weights` are those before it; `shadow` is Δθ of plain AdamW. `points`:
     gradients "raw", "door" and "inner" always, "before" and "after" of a preconditioner's call.
 
-    Unit → `size` (entries), `norm_<point>`, `norm_weights` (of the tensors), `norm_delta`, `norm_shadow`;
+    Unit → `size` (entries), `sizes` of its sides, `norm_<point>`, `norm_weights` (of the tensors), `norm_delta`,
+    `norm_shadow`;
     `angle_raw_door`, `angle_raw_inner`, `angle_call` (before and after the call); `angle` of Δθ and shadow and
     `angle_weights` of the changes of ΔW, whose length is `norm_delta_weights`; `lr_ratio` ‖Δθ‖/‖shadow‖;
     `<name>_<side>` of `angle_raw_inner`, `angle_call`, `angle`, `lr_ratio`; `cos_raw_inner`, `cos_raw_step` of raw
-    gradient and −Δθ; `zero_share`, `zero_share_call` of entries zeroed on the way; `hash_<point>_<side>`.
+    gradient and −Δθ; `zero_share`, `zero_share_call` of entries zeroed on the way; `sign_kept`, of entries whose sign
+    the optimizer reads as it was; `bits` of a weight; `hash_<point>_<side>`.
     """
     numbers: dict[tuple[str, str], Tensor] = {}
     hashes: dict[tuple[str, str], Tensor] = {}
     grams: dict[tuple[str, str], Tensor] = {}
-    sizes: dict[str, int] = {}
+    sizes: dict[str, dict[str, int]] = {}
     names = [*points, "weights", "delta", "shadow"]
     place = 0
     for unit in units:
@@ -158,13 +166,14 @@ def measure(
         own = {s: shadow[i] for s, i in at.items()}
         every = {**vectors, "weights": before, "delta": delta, "shadow": own}
         numbers[unit.name, "zero_share"] = zero_share(vectors["inner"], vectors["raw"])
+        numbers[unit.name, "sign_kept"] = sign_kept(vectors["inner"], vectors["raw"])
         if "after" in vectors:
             numbers[unit.name, "zero_share_call"] = zero_share(vectors["after"], vectors["before"])
         for side in at:
             grams[unit.name, side] = products([every[name][side] for name in names])
         if unit.is_pair:
             grams[unit.name, WEIGHTS] = weight_products(delta, own, before)
-        sizes[unit.name] = sum(w.numel() for w in before.values())
+        sizes[unit.name] = {s: w.numel() for s, w in before.items()}
         known: dict[int, Tensor] = {}  # door and inner are often the very same tensor
         for name, values in vectors.items():
             for s, v in values.items():
@@ -178,7 +187,10 @@ def measure(
     for (name, key), number in as_lists(hashes).items():
         found[name][key] = f"{number & (2**64 - 1):016x}"
     for name, size in sizes.items():
-        found[name]["size"] = size
+        found[name] |= {"size": sum(size.values()), "sizes": size}
+    for unit in units:
+        if unit.name in found:
+            found[unit.name]["bits"] = min(8 * p.element_size() for p in unit.sides.values())
     return found
 
 
@@ -284,6 +296,7 @@ def numbers(reading: LayerReading) -> dict[str, Any]:
     said["refresh_every"] = reading.refresh_every
     for side, factor in reading.factors.items():
         mean = float(_diagonal(factor).mean()) if factor.numel() else 0.0
+        said["factor_bits"] = min(8 * factor.element_size(), said.get("factor_bits", 64))
         said[f"factor_norm_{side}"] = float(torch.linalg.vector_norm(factor.double())) if factor.numel() else 0.0
         if side in reading.damping:
             said[f"damping_share_{side}"] = float(reading.damping[side]) / max(abs(mean), _TINY)

@@ -1,8 +1,9 @@
 """The ledger: what became of every gradient on its way to the weights, step by step.
 
 Points of a step, in order: `raw` (after backward), `before` and `after` preconditioning (where the probe can see the
-call), `door` (as the outermost `optimizer.step()` is entered), `inner` (as the innermost one is, where optimizers are
-nested), and the change Δθ that the weights really made. Beside it the shadow: what plain AdamW would have done.
+call), `door` (as the outermost `optimizer.step()` is entered), `inner` (what the innermost one reads), and the change
+Δθ that the weights really made. Beside it the shadow: what plain AdamW would have done. Records say all of it of some
+steps, the tally the most important of every step.
 """
 
 import contextlib
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from probes.measure import Provider, Record, Snapshot, find_units, measure, numbers, read, tensors
-from probes.shadow import Shadow, shadow_options
+from probes.shadow import Shadow, clipping, shadow_options
+from probes.tally import Tally, common_factor, dots
 
 WARM_UP = 200  # steps that the shadow's moments need after a start beside those of an optimizer that are warm
 
 EVENTS = (
     "steps",
     "calls",  # of the preconditioner, between the first gradient and the step
+    "steps_called",  # steps with at least one of them
     "calls_after_step",
     "calls_before_backward",
     "inner_called_directly",  # steps that did not enter by the outermost optimizer
@@ -59,15 +62,56 @@ class Attachments(contextlib.ExitStack):
         setattr(owner, name, functools.wraps(method)(make(method)))
         self.callback(lambda: delattr(owner, name) if before is _MISSING else setattr(owner, name, before))
 
-    def step_of(self, optimizer: Any, enter: Callable[[Any], None], leave: Callable[[], None]) -> None:
+    def step_of(
+        self, optimizer: Any, enter: Callable[[Any], None], read: Callable[[], None], leave: Callable[[], None]
+    ) -> Callable[[], None]:
+        """`enter` before all other hooks of a step, `read` after them, and after a closure; `leave` after all.
+
+        Returns a function that sees to it when others have added hooks since.
+        """
+
+        def observed(closure: Callable[[], Any]) -> Callable[[], Any]:
+            def call() -> Any:
+                loss = closure()
+                read()
+                return loss
+
+            return call
+
+        def about_to_read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            read()
+            args = (observed(args[0]), *args[1:]) if args and callable(args[0]) else args
+            if callable(kwargs.get("closure")):
+                kwargs = {**kwargs, "closure": observed(kwargs["closure"])}
+            return args, kwargs
+
         if isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            self.callback(optimizer.register_step_pre_hook(lambda o, args, kwargs: enter(o)).remove)
-            self.callback(optimizer.register_step_post_hook(lambda o, args, kwargs: leave()).remove)
-            return
+
+            def last_hook(o: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                rest, kwargs = about_to_read(args[1:], kwargs)
+                return (args[0], *rest), kwargs
+
+            first = optimizer.register_step_pre_hook(lambda o, args, kwargs: enter(o))
+            last, after = (
+                optimizer.register_step_pre_hook(last_hook),
+                optimizer.register_step_post_hook(lambda *_: leave()),
+            )
+            for handle in (first, last, after):
+                self.callback(handle.remove)
+            to_front(optimizer._optimizer_step_pre_hooks, first.id)
+            before_all, after_all = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+
+            def in_order() -> None:
+                for hooks, handle in ((before_all, last), (after_all, after)):
+                    if handle.id in hooks and next(reversed(hooks)) != handle.id:
+                        hooks[handle.id] = hooks.pop(handle.id)
+
+            return in_order
 
         def watched(step: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 enter(optimizer)
+                args, kwargs = about_to_read(args, kwargs)
                 result = step(*args, **kwargs)
                 leave()
                 return result
@@ -75,27 +119,40 @@ class Attachments(contextlib.ExitStack):
             return call
 
         self.replace(optimizer, "step", watched)
+        return lambda: None
+
+
+def to_front(hooks: dict[int, Any], key: int) -> None:
+    """Make a hook the first; autograd calls them in the order in which they were put into the dictionary."""
+    own = hooks.pop(key)
+    others = dict(hooks)
+    hooks.clear()
+    hooks[key] = own
+    hooks.update(others)
 
 
 class TrainedTensors:
-    """A model's trainable parameters, each with its raw gradient and its shadow.
+    """A model's trainable parameters, each with its raw gradient, its weights before the step and its shadow.
 
-    `raw` are copies of gradients as backward left them. Where parameters are replaced (ranks shrank), `follow` finds
-    the new ones.
+    `raw` are gradients as autograd computed them, before any hook on the parameter, summed over the backward passes of
+    a step. Where parameters are replaced (ranks shrank), `follow` finds the new ones.
     """
 
     def __init__(self, model: nn.Module):
         self._model = model
         self._hooks = Attachments()
-        self._on_gradient: Callable[[int, Tensor], None] | None = None
+        self._on_gradient: Callable[[int], None] | None = None
         self._look()
 
     def _look(self) -> None:
         self.units = find_units(self._model)
         self.all = tensors(self.units)
         self.parameters = [p for _, _, p in self.all]
-        self.raw: list[Tensor] = [torch.zeros_like(p) for p in self.parameters]
+        self.names = [f"{unit.name}.{side}" for unit, side, _ in self.all]
+        self.raw = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
+        self.before = [torch.zeros_like(raw) for raw in self.raw]
         self.shadow = Shadow(self.parameters)
+        self.next_step()
         self._ids = {id(p) for p in self.parameters}
         # Where they stand: walking the model at every step would take long.
         self._places = [
@@ -105,15 +162,55 @@ class TrainedTensors:
             if id(parameter) in self._ids
         ]
 
-    def open(self, on_gradient: Callable[[int, Tensor], None]) -> None:
+    def next_step(self) -> None:
+        count = len(self.parameters)
+        self.computed = [False] * count  # by autograd, since the last gradient arrived
+        self._more: dict[int, tuple[Tensor, bool]] = {}  # to be added; whether it starts anew
+        self._seen: list[tuple[Tensor | None, int]] = [(None, 0)] * count  # gradients as they arrived, their versions
+
+    def open(self, on_gradient: Callable[[int], None]) -> None:
         self._on_gradient = on_gradient
         for i, parameter in enumerate(self.parameters):
-            handle = parameter.register_post_accumulate_grad_hook(functools.partial(on_gradient, i))  # type: ignore[no-untyped-call]
-            self._hooks.callback(handle.remove)
+            # Before all others: their hooks may be what changes the gradient.
+            first = parameter.register_hook(functools.partial(self._on_computed, i))  # type: ignore[no-untyped-call]
+            to_front(parameter._backward_hooks, first.id)  # type: ignore[arg-type]
+            then = parameter.register_post_accumulate_grad_hook(functools.partial(self._on_arrived, i))  # type: ignore[no-untyped-call]
+            to_front(parameter._post_accumulate_grad_hooks, then.id)
+            self._hooks.callback(first.remove)
+            self._hooks.callback(then.remove)
+
+    @torch.compiler.disable
+    def _on_computed(self, i: int, gradient: Tensor) -> None:
+        """Autograd has a gradient, which other hooks may still change, and which may never reach `.grad`."""
+        parameter, gradient = self.parameters[i], _dense(gradient.detach())
+        held = parameter.grad
+        if held is None or self._seen[i][0] is None:  # the first of this step, or after zero_grad()
+            self.raw[i].copy_(gradient)
+            if held is not None:
+                self.raw[i].add_(_dense(held))  # zeros, or what nobody cleared
+            self.computed[i] = True
+        elif len(parameter._backward_hooks or ()) > 1 or self._seen[i] != (held, held._version):
+            # What is in .grad was changed since, or what comes will be: add it up here.
+            self._more[i] = gradient.clone(), not bool(held.any())
+
+    @torch.compiler.disable
+    def _on_arrived(self, i: int, parameter: Tensor) -> None:
+        if parameter.grad is None:
+            return
+        if i in self._more:
+            more, anew = self._more.pop(i)
+            (self.raw[i].copy_ if anew else self.raw[i].add_)(more)
+        elif not self.computed[i]:
+            self.raw[i].copy_(_dense(parameter.grad))
+        self.computed[i] = False
+        self._seen[i] = (parameter.grad, parameter.grad._version)
+        if self._on_gradient is not None:
+            self._on_gradient(i)
 
     def close(self) -> None:
         self._hooks.close()
         self._on_gradient = None
+        self.next_step()
 
     def follow(self) -> bool:
         """Look at parameters that replaced others (equal shapes keep their shadow); whether there are any."""
@@ -132,7 +229,11 @@ class TrainedTensors:
         return True
 
     def gradients(self) -> list[Tensor | None]:
-        return [None if p.grad is None else p.grad.detach().clone() for p in self.parameters]
+        return [None if p.grad is None else _dense(p.grad.detach()).clone() for p in self.parameters]
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 # What is noted while a step runs
@@ -148,7 +249,10 @@ class StepNotes:
     after: Snapshot = ()
     door: Snapshot = ()
     inner: Snapshot = ()
-    weights: list[Tensor] = field(default_factory=list)  # before the step
+    raw: list[Tensor | None] = field(default_factory=list)  # of all ranks, the loss's scale divided out
+    read: Tensor | None = None  # ⟨raw, raw⟩, ⟨raw, read⟩, ⟨read, read⟩ of what the optimizer reads: [3, tensors]
+    versions: list[int] = field(default_factory=list)  # of the gradients then
+    sampled: bool = False
     samples: dict[str, float | None] = field(default_factory=dict)  # tokens seen before it, layer by layer
     losses: list[Tensor] = field(default_factory=list)  # of each forward pass
 
@@ -161,6 +265,7 @@ class StepNotes:
 
     def gradient_arrived(self, i: int) -> None:
         self.hits[i] += 1
+        self.raw = []
         self.from_closure |= bool(self.inside)
         self.late[i] |= self.changed[i] > 0
 
@@ -237,8 +342,9 @@ class Probe:
                 optimizer.zero_grad()
         print(judge(probe).table())
 
-    Weights, gradients and random numbers stay as they are. It keeps three numbers a trainable parameter (the shadow's
-    moments and the raw gradient), and up to eight more during a sampled step.
+    Weights, gradients and random numbers stay as they are. It keeps four numbers a trainable parameter (the raw
+    gradient, the weight before the step, the shadow's moments), two more while a step ends and up to eight more in a
+    sampled one.
     """
 
     def __init__(
@@ -251,17 +357,21 @@ class Probe:
         preconditioner: tuple[Any, str] | None = None,
         readings: Provider | None = None,
         claims: bool | None = None,
+        scaler: Any = None,
         on_record: Callable[[Record], None] | None = None,
     ):
         """`optimizer` is the outermost one; nothing is attached before `open` (or the `with` block).
 
         Args:
-            every: Steps between two samples, the first step included.
-            max_grad_norm: What plain training would clip to; the shadow does it too. 0 = no clipping.
+            every: Of so many steps one is looked at closely (of the first ones the first, then here and there: what
+                happens every tenth step shall not always or never be met). Some things are counted in all.
+            max_grad_norm: What plain training would clip to; the shadow does it too. 0 = no clipping, unless all
+                gradients are seen to be multiplied by one number.
             preconditioner: (object, name of its method that changes the gradients), to see when it is called. Code
                 without such a method says ``with probe.preconditioning():`` around it.
             readings: The preconditioner's own state, for GRIT `manager.readings`.
             claims: Whether gradients are said to be preconditioned. Default: if one of the two above is given.
+            scaler: A GradScaler, whose scale raw gradients are divided by.
             on_record: Gets every record of a sampled step.
         """
         if every < 1:
@@ -276,13 +386,16 @@ class Probe:
         self.preconditioner, self.readings, self.on_record = preconditioner, readings, on_record
         given = preconditioner is not None or readings is not None
         self.claims: bool = given if claims is None else claims
-        self.loss_scale: Callable[[], float] = lambda: 1.0  # of fp16: raw gradients are divided by it
+        self.scaler = scaler
         self.step = 0
         self.records: list[Record] = []
         self.events: dict[str, int] = dict.fromkeys(EVENTS, 0)
         self._told_of_calls = False  # by `preconditioning`
         self.tensors = TrainedTensors(model)
+        self.tally = Tally(self.tensors.names)
+        self._unsettled: tuple[Any, ...] | None = None  # the last step, until it is known where the weights went
         self._attached = Attachments()
+        self._in_order: list[Callable[[], None]] = []
         self._open = False
         self._phase = "idle"
         self._cold_until = 0
@@ -297,13 +410,17 @@ class Probe:
             self.tensors.open(self._on_gradient)
             self._attached.callback(self.model.register_forward_pre_hook(self._on_forward, with_kwargs=True).remove)
             self._attached.callback(self.model.register_forward_hook(self._on_output).remove)
-            for optimizer in chain_of(self.optimizer):
-                self._attached.step_of(optimizer, self._enter_step, self._leave_step)
+            self._chain = chain_of(self.optimizer)
+            self._in_order = [
+                self._attached.step_of(optimizer, self._enter_step, self._about_to_read, self._leave_step)
+                for optimizer in self._chain
+            ]
             if self.preconditioner is not None:
                 self._attached.replace(*self.preconditioner, self._watching)
         return self
 
     def close(self) -> None:
+        self._settle()
         self.tensors.close()
         self._attached.close()
         self._open = False
@@ -329,34 +446,47 @@ class Probe:
 
     @property
     def sampling(self) -> bool:
-        return self.step % self.every == 0
+        block, place = divmod(self.step, self.every)
+        return place == int(block * 0.6180339887 % 1 * self.every)  # evenly spread, whatever the period
 
     def _begin(self) -> None:  # at the first sign of a new step: a forward pass for training, or a gradient
         if self._phase == "running":
             return
-        self.tensors.follow()
+        self._follow()
+        for put in self._in_order:
+            put()
+        self.tensors.next_step()
         self._now = StepNotes(len(self.tensors.parameters))
         self._phase, self._left = "running", LeftGradients([])  # the last step's gradients are not kept any longer
         if self.sampling and self.readings is not None:
             self._now.samples = {r.layer: r.samples for r in read(self.readings)}
 
+    def _follow(self) -> bool:
+        before = self.tensors.names
+        if not self.tensors.follow():
+            return False
+        self._settle(known=False)
+        if self.tensors.names != before:
+            self.tally = Tally(self.tensors.names, self.tally)
+        return True
+
+    @torch.compiler.disable
     def _on_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and module.training:
             self._begin()
             if self.sampling:
                 self._now.count_tokens(kwargs)
 
+    @torch.compiler.disable
     def _on_output(self, module: nn.Module, args: Any, output: Any) -> None:
         loss = getattr(output, "loss", None)
         if self._phase == "running" and isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
             self._now.losses.append(loss.detach().float())
 
-    def _on_gradient(self, i: int, parameter: Tensor) -> None:
+    def _on_gradient(self, i: int) -> None:
         if self._phase != "running":
             self._begin()
         self._now.gradient_arrived(i)
-        if parameter.grad is not None:
-            self.tensors.raw[i].copy_(parameter.grad)
 
     @contextlib.contextmanager
     def preconditioning(self) -> Iterator[None]:
@@ -370,52 +500,106 @@ class Probe:
         yield
         if self.sampling:
             self._now.called(before, self.tensors.gradients())
+        if self._now.inside:  # by the optimizer itself: what it reads was not there yet
+            self._about_to_read()
 
     def _enter_step(self, optimizer: Any) -> None:
         self._now.forget_abandoned(optimizer)
         if not self._now.inside:
             self._begin()
-            if self.tensors.follow():  # since the forward pass: their gradients went by unseen
+            if self._follow():  # since the forward pass: their gradients went by unseen
                 self._now = StepNotes(len(self.tensors.parameters))
             elif self.sampling:
-                self._now.door = self.tensors.gradients()
-                self._now.weights = [p.detach().clone() for p in self.tensors.parameters]
+                self._now.sampled, self._now.door = True, self.tensors.gradients()
+            self._settle()
+            torch._foreach_copy_(self.tensors.before, [p.detach() for p in self.tensors.parameters])
             self._now.entered = optimizer
-        elif self._now.weights:
-            self._now.inner = self.tensors.gradients()
         self._now.inside.append((optimizer, sum(self._now.hits)))
+
+    def _settle(self, known: bool = True) -> None:
+        """Take the last step into the tally: where its weights are by now shows whether they were put back."""
+        if self._unsettled is None:
+            return
+        step, gradient, update, rates = self._unsettled
+        self._unsettled = None
+        moved = torch.full((len(rates),), math.nan, dtype=torch.float64)
+        if known:
+            way = torch._foreach_sub([p.detach() for p in self.tensors.parameters], self.tensors.before)
+            moved = torch.stack([norm.to(update.device) for norm in torch._foreach_norm(way)]).double().cpu()
+        self.tally.add(step, gradient, update.double().cpu().view(5, -1), moved, rates)
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+
+    def _about_to_read(self) -> None:
+        """What stands in `.grad` now is what the optimizer computes with, unless this is called again."""
+        if not self._now.inside:
+            return
+        now, scale = self._now, self._scale
+        gradients = [p.grad for p in self.tensors.parameters]
+        if not now.raw:
+            for i, gradient in enumerate(gradients):  # of autograd.grad, put there by hand
+                now.hits[i] += self.tensors.computed[i] and not now.hits[i] and gradient is not None
+            unscaled = [g / scale if scale != 1.0 else g for g in self.tensors.raw]
+            now.raw = [g if hits else None for g, hits in zip(of_all_ranks(unscaled), now.hits, strict=True)]
+        with torch.no_grad():
+            own = [(g, g) for g in now.raw]
+            across = list(zip(now.raw, gradients, strict=True))
+            now.read = dots([*own, *across, *((g, g) for g in gradients)])
+        now.versions = [-1 if g is None else g._version for g in gradients]
+        if now.sampled:
+            now.inner = self.tensors.gradients()
 
     def _leave_step(self) -> None:
         if not self._now.inside:
             return  # of a step that is over already
+        if len(self._chain) == 1 and len(self._now.inside) == 1 and not self._now.calls:
+            # An optimizer that changes gradients in its own step, before it computes with them.
+            now = [(p.grad, version) for p, version in zip(self.tensors.parameters, self._now.versions, strict=True)]
+            if any(g is not None and g._version != version for g, version in now) and all(
+                g is None or bool(g.any()) for g, _ in now
+            ):
+                self._about_to_read()
         self._now.inside.pop()
         if not self._now.inside:
             with torch.no_grad():
                 self._end()
 
     def _end(self) -> None:
-        now, scale = self._now, self.loss_scale()
+        now, tensors = self._now, self.tensors
         if now.from_closure:  # gradients came after the door: what stood there was empty or old
-            reached = zip(self.tensors.raw, now.hits, strict=True)
-            now.door = now.inner or [g.clone() if hits else None for g, hits in reached]
-        unscaled = [g / scale if scale != 1.0 else g for g in self.tensors.raw]
-        raw = [g if hits else None for g, hits in zip(of_all_ranks(unscaled), now.hits, strict=True)]
-        known = [g for g in raw if g is not None]
-        total = float(torch.nn.utils.get_total_norm(known)) if known else 0.0
-        self.events["nonfinite_gradients"] += not math.isfinite(total)
-        options = shadow_options(self.optimizer, self.tensors.parameters)
-        shadow = self.tensors.shadow.update(raw, options, self.max_grad_norm, now.weights, total)
+            now.door = now.inner
+        gradient = torch.zeros(3, len(tensors.names), dtype=torch.float64)
+        if now.read is not None:
+            gradient = now.read.double().cpu().view(3, -1)
+        options = shadow_options(self.optimizer, tensors.parameters)
+        finite = bool(torch.isfinite(gradient[0]).all())
+        self.events["nonfinite_gradients"] += not finite
+        # One number for all gradients is no preconditioning: plain AdamW would have it too.
+        factor, common = clipping(now.raw, self.max_grad_norm), common_factor(*gradient)
+        if common is not None and abs(common - factor) > 0.01 * factor:
+            factor = common
+        shadow = tensors.shadow.update(now.raw if finite else [], options, tensors.before, factor)
+        if finite and now.raw:
+            pairs = list(zip(now.raw, tensors.parameters, tensors.before, shadow, strict=True))
+            update = [(raw, p.detach().float() - before.float(), change) for raw, p, before, change in pairs]
+            forms = ((0, 1), (1, 1), (0, 2), (1, 2), (2, 2))
+            products = dots([(entry[i], entry[j]) for i, j in forms for entry in update])
+            self._unsettled = (self.step, gradient, products, options["rates"])
         self.events["steps"] += 1
         self.events["calls"] += now.calls
-        self.events["inner_called_directly"] += now.entered is not chain_of(self.optimizer)[0]
-        if now.weights:
-            record = self._record(raw, shadow, options)
+        self.events["steps_called"] += now.calls > 0
+        self.events["inner_called_directly"] += now.entered is not self._chain[0]
+        if now.sampled:
+            record = self._record(now.raw, shadow, options)
             self.events["nonfinite_losses"] += bool(now.losses) and record["loss"] is None
             self.records.append(record)
             if self.on_record is not None:
                 self.on_record(record)
         self.step += 1
         self._phase = "stepped"
+        self.tensors.next_step()
         self._left = LeftGradients(self.tensors.parameters)
 
     def _record(self, raw: Snapshot, shadow: Sequence[Tensor], options: dict[str, Any]) -> Record:
@@ -431,8 +615,8 @@ class Probe:
             "eps": options["eps"] if options["adam"] else None,
             "passes": max(now.hits, default=0),
             "calls": now.calls,
-            "tokens": now.tokens_of_all_ranks(now.weights[0].device),
-            "units": measure(units, points, now.weights, shadow),
+            "tokens": now.tokens_of_all_ranks(self.tensors.before[0].device),
+            "units": measure(units, points, self.tensors.before, shadow),
         }
         entries = record["units"]
         for i, (unit, _, _) in enumerate(self.tensors.all if now.calls else []):
@@ -461,8 +645,10 @@ class Probe:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: `tensors` (the shadow's) and `plain` (what JSON can hold)."""
-        self.tensors.follow()  # ranks may have shrunk in the step that is saved
+        self._follow()  # ranks may have shrunk in the step that is saved
+        self._settle()
         plain = {"step": self.step, "records": self.records, "events": self.events, "cold_until": self._cold_until}
+        plain["tally"] = self.tally.table()
         return {"tensors": self.tensors.shadow.state_dict(), "plain": plain}
 
     def start_cold(self, step: int) -> None:
@@ -475,4 +661,5 @@ class Probe:
         step, records, cold_until = int(plain["step"]), list(plain["records"]), int(plain["cold_until"])
         events = {**dict.fromkeys(EVENTS, 0), **plain["events"]}
         self.tensors.shadow.load_state_dict(state["tensors"])
+        self.tally.load(plain["tally"])
         self.step, self.records, self.events, self._cold_until = step, records, events, cold_until

@@ -25,43 +25,27 @@ class Shadow:
 
     def update(
         self,
-        gradients: list[Tensor | None],
+        gradients: Sequence[Tensor | None],
         options: dict[str, Any],
-        max_grad_norm: float,
-        weights: Sequence[Tensor] = (),
-        total: float | None = None,
+        weights: Sequence[Tensor],
+        factor: float = 1.0,
     ) -> list[Tensor]:
-        """Take one step's gradients (None where there is none) into the moments; a step that is not finite is left out.
+        """Take one step's gradients, times `factor`, into the moments; none of them: a step that is left out.
 
-        `weights` are those before the step; without them the change is not asked for. `total` is the gradients' norm,
-        if it is known. Returns Δθ of each parameter in float32; zeros where there is no gradient or no weight.
+        `weights` are those before the step. Returns Δθ of each parameter in float32; zeros where there is no gradient.
         """
         changes = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
-        known = [i for i, g in enumerate(gradients) if g is not None]
-        used = [g for g in gradients if g is not None]
-        if not used:
-            return changes
-        total = float(torch.nn.utils.get_total_norm(used)) if total is None else total
-        if not math.isfinite(total):
-            return changes
-        exact = all(g.dtype in (torch.float32, torch.float64) for g in used)
-        if exact and 0 < max_grad_norm < total + 1e-6:  # as torch.nn.utils.clip_grad_norm_
-            used = [g * (max_grad_norm / (total + 1e-6)) for g in used]
-        elif not exact and max_grad_norm > 0:  # in 16 bit with the very roundings of torch
-            factor = torch.clamp(max_grad_norm / (torch.nn.utils.get_total_norm(used) + 1e-6), max=1.0)
-            used = [g * factor.to(g.device) for g in used]
-        if exact and not weights and all(own[3] is True for own in options["each"]):
-            self._moments_only(known, used, options["each"])
-            return changes
-        after = [weights[i].clone() if weights else torch.zeros_like(self.m[i]) for i in known]
+        used = {i: g.to(self.m[i].dtype) for i, g in enumerate(gradients) if g is not None}
+        if factor != 1.0:
+            used = {i: g * factor for i, g in used.items()}
+        after = {i: weights[i].clone() for i in used}
         alike: dict[tuple[Any, ...], list[int]] = {}
-        for place, i in enumerate(known):
-            alike.setdefault(options["each"][i], []).append(place)
-        for (betas, eps, weight_decay, fused, foreach), places in alike.items():
-            chosen = [known[place] for place in places]
+        for i in used:
+            alike.setdefault(options["each"][i], []).append(i)
+        for (betas, eps, weight_decay, fused, foreach), chosen in alike.items():
             adamw(
-                [after[place] for place in places],
-                [used[place] for place in places],
+                [after[i] for i in chosen],
+                [used[i] for i in chosen],
                 [self.m[i] for i in chosen],
                 [self.v[i] for i in chosen],
                 [],
@@ -77,23 +61,10 @@ class Shadow:
                 eps=eps,
                 maximize=False,
             )
-        for i, moved in zip(known, after, strict=True):
+        for i, moved in after.items():
             self.steps[i] += 1
-            if weights:
-                changes[i] = moved.float() - weights[i].float()
+            changes[i] = moved.float() - weights[i].float()
         return changes
-
-    def _moments_only(self, known: list[int], gradients: list[Tensor], each: list[tuple[Any, ...]]) -> None:
-        """Between samples: nobody asks for the step."""
-        for betas in {each[i][0] for i in known}:
-            places = [place for place, i in enumerate(known) if each[i][0] == betas]
-            m, v = [self.m[known[p]] for p in places], [self.v[known[p]] for p in places]
-            g = [gradients[p].to(self.m[known[p]].dtype) for p in places]
-            torch._foreach_lerp_(m, g, 1 - betas[0])
-            torch._foreach_mul_(v, betas[1])
-            torch._foreach_addcmul_(v, g, g, 1 - betas[1])
-        for i in known:
-            self.steps[i] += 1
 
     def take(self, i: int, other: "Shadow", j: int) -> None:
         self.m[i], self.v[i], self.steps[i] = other.m[j], other.v[j], other.steps[j]
@@ -113,31 +84,53 @@ class Shadow:
         self.steps = steps
 
 
-def shadow_options(optimizer: Any, parameters: list[nn.Parameter]) -> dict[str, Any]:
-    """What plain AdamW would step with here; torch's defaults where the optimizer has none.
+def clipping(gradients: Sequence[Tensor | None], max_norm: float) -> float:
+    """What `torch.nn.utils.clip_grad_norm_` would multiply the gradients by, with its roundings; `max_norm` 0: 1."""
+    known = [g for g in gradients if g is not None]
+    if max_norm <= 0 or not known:
+        return 1.0
+    factor = float(torch.clamp(max_norm / (torch.nn.utils.get_total_norm(known) + 1e-6), max=1.0))
+    return factor if math.isfinite(factor) else 1.0
 
-    `lr`, the lowest that is not zero, for all tensors; `each`: (betas, eps, weight_decay, fused, foreach) of every
-    parameter, from its own group; `eps` and `adam`: the largest ε, and whether a group has betas of its own.
+
+def shadow_options(optimizer: Any, parameters: list[nn.Parameter]) -> dict[str, Any]:
+    """What plain AdamW would step with here; torch's defaults where the optimizer has none, or none that are numbers.
+
+    `rates` of the parameters, None where no group has one; `lr`, the lowest that is not zero, for all tensors; `each`:
+    (betas, eps, weight_decay, fused, foreach) of every parameter, from its own group; `eps` and `adam`: the largest ε,
+    and whether a group has betas of its own.
     """
-    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    groups = [group_of.get(id(p), optimizer.param_groups[0]) for p in parameters]
-    rates = [float(group["lr"]) for group in groups]
+    every = list(getattr(optimizer, "param_groups", ()))
+    group_of = {id(p): group for group in every for p in group["params"]}
+    groups = [group_of.get(id(p), every[0] if every else {}) for p in parameters]
+    # A rate that is no number is the optimizer's own business (Adafactor's); the direction does not hang on it.
+    rates = [_number(group.get("lr"), 1e-3) for group in groups]
     return {
+        "rates": [rate if not every or id(p) in group_of else None for rate, p in zip(rates, parameters, strict=True)],
         "lr": min((rate for rate in rates if rate > 0), default=0.0),
         "each": [_own(group, p.dtype) for group, p in zip(groups, parameters, strict=True)],
-        "eps": max(float(group.get("eps", 1e-8)) for group in groups),
+        "eps": max((_number(group.get("eps"), 1e-8) for group in groups), default=1e-8),
         "adam": any("betas" in group for group in groups),
     }
 
 
+def _number(value: Any, default: float) -> float:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else default
+
+
 def _own(group: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
-    betas = group.get("betas", (0.9, 0.999))
+    betas = group.get("betas")
+    betas = tuple(betas[:2]) if isinstance(betas, tuple | list) and len(betas) >= 2 else ()
+    first, second = (_number(b, d) for b, d in zip(betas or (None, None), (0.9, 0.999), strict=True))
     # The fused kernel is many times faster; in float32 its roundings turn an update by 1e-5°, in 16 bit by degrees.
     exact = dtype in (torch.float32, torch.float64)
     return (
-        (float(betas[0]), float(betas[1])),
-        float(group.get("eps", 1e-8)),
-        float(group.get("weight_decay", 0.0)),
+        (first if 0 <= first < 1 else 0.9, second if 0 <= second < 1 else 0.999),
+        _number(group.get("eps"), 1e-8),
+        _number(group.get("weight_decay"), 0.0),
         True if exact else group.get("fused"),
         False if exact else group.get("foreach"),
     )

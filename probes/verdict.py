@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from probes.evidence import Evidence, median
-from probes.faults import OF_A_CLAIM, OF_ANY, Finding
+from probes.faults import FIRST, OF_A_CLAIM, OF_ANY, Finding
 from probes.probe import Probe
 from probes.twin import Twin
 
@@ -15,9 +15,10 @@ EFFECTIVE, NO_EFFECT, UNSTABLE = "effective", "no_effect", "unstable"
 class Verdict:
     """What the ledger says.
 
-    `effective`: updates differ from plain AdamW's (of a claim: in `min_coverage` of the tensors), and nothing is found
-    wrong. `no_effect`: they do not. `unstable`: they do, but not as claimed or not under control: some tensors are left
-    out, statistics are wrong, gradients get lost, training diverges.
+    `effective`: updates differ from plain AdamW's (of a claim: in `min_coverage` of the tensors and `min_steps` of the
+    steps), and nothing is found wrong. `no_effect`: they do not. `unstable`: they do, but not as claimed or not under
+    control: tensors or steps are left out, weights do not move, updates point uphill, statistics are wrong, gradients
+    get lost, training diverges.
     """
 
     verdict: str
@@ -47,6 +48,7 @@ class Verdict:
 
 _SHOWN = {
     "coverage": "share of the tensors in which an effect reaches the weights",
+    "step_share": "share of the steps in which it does, from the first one that it reaches",
     "angle_to_shadow": "degrees between the real update and plain AdamW's",
     "lr_ratio": "length of the real update over plain AdamW's",
     "cos_raw_preconditioned": "cosine of raw and preconditioned gradient",
@@ -80,9 +82,9 @@ def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
             "that steps, and open while it did?"
         )
         return said(NO_EFFECT, "no_samples", reason, [Finding("no_samples", reason)])
-    causes = (*OF_A_CLAIM, *OF_ANY) if e.claims else OF_ANY
+    causes = (*FIRST, *OF_A_CLAIM, *OF_ANY) if e.claims else (*FIRST, *OF_ANY)
     findings = [found for cause in causes if (found := cause(e)) is not None]
-    reaches, all_of_it = e.coverage > e.thresholds.max_missing, e.coverage >= e.thresholds.min_coverage
+    reaches, all_of_it = e.coverage * e.step_share >= e.thresholds.traces, e.coverage >= e.thresholds.min_coverage
     if e.claims and not all_of_it and twin is not None and not twin.diverges:
         reason = f"the loss curve stays within {twin.ratio:.1f} times the difference of two runs of the baseline"
         findings.append(Finding("curves_do_not_part", reason, {"divergence": twin.ratio}))
@@ -93,10 +95,18 @@ def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
     if findings:
         verdict = UNSTABLE if reaches or not e.claims else NO_EFFECT
         return said(verdict, findings[0].name, findings[0].reason, findings)
-    if reaches:
-        longer, part = f"{numbers['lr_ratio'] or 0.0:.2f} times as long", f"in {e.coverage:.0%} of the tensors"
-        return said(EFFECTIVE, "none", f"updates are {angle:.1f}° off plain AdamW's and {longer}, {part}", [])
-    return said(NO_EFFECT, "equals_shadow", f"this is plain AdamW: updates are within {angle:.1e}° of the shadow's", [])
+    tensors = f"{len(e.reached)} of {len(e.tensors)} tensors"
+    if e.reached:
+        longer = f"{numbers['lr_ratio'] or 0.0:.2f} times as long"
+        part = f", in {e.step_share:.0%} of the steps since the first" if e.claims else ""
+        return said(
+            EFFECTIVE, "none", f"updates are {angle:.1f}° off plain AdamW's and {longer}, in {tensors}{part}", []
+        )
+    reason = (
+        f"updates are plain AdamW's of the gradients that backward computed: within {angle:.1e}°, "
+        f"in all of {len(e.tensors)} tensors"
+    )
+    return said(NO_EFFECT, "equals_shadow", reason, [])
 
 
 def _numbers(e: Evidence) -> dict[str, float | None]:
@@ -105,6 +115,7 @@ def _numbers(e: Evidence) -> dict[str, float | None]:
     ready = [u["reading"]["ready"] for u in last if "reading" in u]
     return {
         "coverage": e.coverage,
+        "step_share": e.step_share,
         "angle_to_shadow": median(angles),
         "angle_lowest": min(angles, default=None),
         "angle_highest": max(angles, default=None),

@@ -1,6 +1,7 @@
 """Probing changes nothing, sees all that happens to gradients, and comes off again whatever happens."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_a_loss_scale_is_divided_out():
     for scale in (1.0, 1024.0):
         model, optimizer = fresh(torch.optim.SGD, lr=0.1)
         probe = Probe(model, optimizer)
-        probe.loss_scale = lambda scale=scale: scale
+        probe.scaler = SimpleNamespace(get_scale=lambda scale=scale: scale)
         with probe:
             backward(model, 0, scale)
             for p in model.parameters():
