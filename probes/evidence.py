@@ -10,7 +10,7 @@ from typing import Any
 
 from probes.measure import Record
 from probes.probe import EVENTS, Probe
-from probes.tally import COLUMNS, OFF, TURNED
+from probes.tally import COLUMNS, OFF, OFF_16_BIT, TURNED
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ class Evidence:
     def gradient_should_change(self) -> bool:
         """Whether preconditioning must be visible in the gradient itself."""
         told = self.watched or any(k.startswith("anisotropy") for r in self.readings() for k in r)
-        return self.claims and told and not self.rotates
+        seen = any(self.share(name, "turned") > 0.02 for name in self.tally)
+        return self.claims and (told or seen) and not self.rotates
 
     @property
     def effect(self) -> str:
@@ -137,12 +138,18 @@ class Evidence:
         for unit in self.units:
             if self.claims and not all(claimed is not False for claimed in self.values(unit, "claimed")):
                 continue
-            turned_away = (self.angles[unit] or 0.0) > self.thresholds.min_angle
+            rounding = OFF_16_BIT / OFF if (median(self.values(unit, "bits")) or 32) < 32 else 1.0
+            turned_away = (self.angles[unit] or 0.0) > self.thresholds.min_angle * rounding
             for side in self.sides(unit):
                 name = f"{unit}.{side}"
-                off = turned_away or self.share(name, "off") > 0.02
+                off = turned_away or self._often_off(name)
                 found[name] = off and (not self.claims or self.share(name, self.effect) > (self.effect == "off") * 0.02)
         return found
+
+    def _often_off(self, tensor: str) -> bool:
+        """Not at the very start alone, where another place of ε is enough."""
+        row = self.tally[tensor]
+        return self.share(tensor, "off") > 0.02 and max(row["off"], row["off_last"]) >= 5
 
     def share(self, tensor: str, column: str) -> float:
         """Of the tensor's counted steps."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from probes.evidence import Evidence, median
+from probes.tally import TURNED
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def _not_moving(e: Evidence) -> Finding | None:
         unit = name.rpartition(".")[0]
         stuck = e.share(name, "still") + e.share(name, "put_back")
         rounded = e.share(name, "rounded") if (bits.get(unit) or 32) >= 32 else 0.0  # as of SGD that has converged
-        vanished = max(e.share(name, "overflow"), rounded) > stuck / 2
+        vanished = max(e.share(name, "overflow"), rounded if stuck < 0.9 else 0.0) > stuck / 2
         if stuck <= e.thresholds.stuck or vanished:
             continue
         half = stuck / 2 * row["steps"]
@@ -58,6 +59,8 @@ def _not_moving(e: Evidence) -> Finding | None:
             cause += "before step()?)"
         elif (bits.get(unit) or 32) < 32:
             cause = "a step is smaller than the rounding of 16-bit weights: keep them in float32, or raise the rate"
+        elif row["rounded"] >= half:
+            cause = "a step is smaller than the rounding of the weights: raise the learning rate"
         else:
             cause = "whatever the step computes does not arrive in the weights"
         causes[name] = cause
@@ -387,13 +390,13 @@ def _scalar_preconditioner(e: Evidence) -> Finding | None:
     if spread > 0.2:
         told = (
             f"the preconditioner multiplies each gradient by one number, which changes from step to step (about "
-            f"{ratio:.3g}, by a factor of {math.exp(spread):.2g}), and turns none: that weighs the steps against each "
-            "other, which Adam does not cancel, but there is no curvature in it"
+            f"{ratio:.3g}, by a factor of {math.exp(spread):.2g}), and turns none by {TURNED}°: that weighs the steps "
+            "against each other, which Adam does not cancel, but there is no curvature in it"
         )
     else:
         told = (
-            f"the preconditioner multiplies every gradient by one number (about {ratio:.3g}) and turns none: Adam "
-            "cancels that, and to SGD it is another learning rate"
+            f"the preconditioner multiplies every gradient by one number (about {ratio:.3g}), and turns none by {TURNED}"
+            "°: Adam cancels that, and to SGD it is another learning rate"
         )
     return Finding("scalar_preconditioner", told, numbers)
 

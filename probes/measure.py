@@ -42,6 +42,7 @@ class Unit:
 
 def find_units(model: nn.Module) -> list[Unit]:
     """Every trainable parameter, LoRA's in pairs, in the model's order; ValueError if nothing is trainable."""
+    model = getattr(model, "_orig_mod", model)  # compiled
     adapters: dict[str, set[str]] = {}
     for name, _ in model.named_parameters():
         if LORA_A in name:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from probes.measure import Provider, Record, Snapshot, find_units, measure, numbers, read, tensors
 from probes.shadow import Shadow, clipping, shadow_options
-from probes.tally import Tally, common_factor, dots
+from probes.tally import OFF, OFF_16_BIT, Tally, common_factor, dots
 
 WARM_UP = 200  # steps that the shadow's moments need after a start beside those of an optimizer that are warm
 
@@ -149,6 +149,7 @@ class TrainedTensors:
         self.all = tensors(self.units)
         self.parameters = [p for _, _, p in self.all]
         self.names = [f"{unit.name}.{side}" for unit, side, _ in self.all]
+        self.lines = [OFF if p.element_size() >= 4 else OFF_16_BIT for p in self.parameters]
         self.raw = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         self.before = [torch.zeros_like(raw) for raw in self.raw]
         self.shadow = Shadow(self.parameters)
@@ -165,6 +166,8 @@ class TrainedTensors:
     def next_step(self) -> None:
         count = len(self.parameters)
         self.computed = [False] * count  # by autograd, since the last gradient arrived
+        self.stepping = False  # inside an optimizer's step, which may try other weights
+        self._elsewhere: set[int] = set()  # gradients at such weights
         self._more: dict[int, tuple[Tensor, bool]] = {}  # to be added; whether it starts anew
         self._seen: list[tuple[Tensor | None, int]] = [(None, 0)] * count  # gradients as they arrived, their versions
 
@@ -184,7 +187,9 @@ class TrainedTensors:
         """Autograd has a gradient, which other hooks may still change, and which may never reach `.grad`."""
         parameter, gradient = self.parameters[i], _dense(gradient.detach())
         held = parameter.grad
-        if held is None or self._seen[i][0] is None:  # the first of this step, or after zero_grad()
+        if self.stepping and self._seen[i][0] is not None and not torch.equal(parameter, self.before[i]):
+            self._elsewhere.add(i)
+        elif held is None or self._seen[i][0] is None:  # the first of this step, or after zero_grad()
             self.raw[i].copy_(gradient)
             if held is not None:
                 self.raw[i].add_(_dense(held))  # zeros, or what nobody cleared
@@ -197,7 +202,9 @@ class TrainedTensors:
     def _on_arrived(self, i: int, parameter: Tensor) -> None:
         if parameter.grad is None:
             return
-        if i in self._more:
+        if i in self._elsewhere:
+            self._elsewhere.discard(i)
+        elif i in self._more:
             more, anew = self._more.pop(i)
             (self.raw[i].copy_ if anew else self.raw[i].add_)(more)
         elif not self.computed[i]:
@@ -252,6 +259,7 @@ class StepNotes:
     raw: list[Tensor | None] = field(default_factory=list)  # of all ranks, the loss's scale divided out
     read: Tensor | None = None  # ⟨raw, raw⟩, ⟨raw, read⟩, ⟨read, read⟩ of what the optimizer reads: [3, tensors]
     versions: list[int] = field(default_factory=list)  # of the gradients then
+    read_in_step: bool = False  # found in `.grad` after it
     sampled: bool = False
     samples: dict[str, float | None] = field(default_factory=dict)  # tokens seen before it, layer by layer
     losses: list[Tensor] = field(default_factory=list)  # of each forward pass
@@ -392,7 +400,7 @@ class Probe:
         self.events: dict[str, int] = dict.fromkeys(EVENTS, 0)
         self._told_of_calls = False  # by `preconditioning`
         self.tensors = TrainedTensors(model)
-        self.tally = Tally(self.tensors.names)
+        self.tally = Tally(self.tensors.names, self.tensors.lines)
         self._unsettled: tuple[Any, ...] | None = None  # the last step, until it is known where the weights went
         self._attached = Attachments()
         self._in_order: list[Callable[[], None]] = []
@@ -467,18 +475,20 @@ class Probe:
             return False
         self._settle(known=False)
         if self.tensors.names != before:
-            self.tally = Tally(self.tensors.names, self.tally)
+            self.tally = Tally(self.tensors.names, self.tensors.lines, self.tally)
         return True
 
-    @torch.compiler.disable
     def _on_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return  # no part of the graph: the step begins with its first gradient
         if torch.is_grad_enabled() and module.training:
             self._begin()
             if self.sampling:
                 self._now.count_tokens(kwargs)
 
-    @torch.compiler.disable
     def _on_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         loss = getattr(output, "loss", None)
         if self._phase == "running" and isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
             self._now.losses.append(loss.detach().float())
@@ -513,20 +523,20 @@ class Probe:
                 self._now.sampled, self._now.door = True, self.tensors.gradients()
             self._settle()
             torch._foreach_copy_(self.tensors.before, [p.detach() for p in self.tensors.parameters])
-            self._now.entered = optimizer
+            self._now.entered, self.tensors.stepping = optimizer, True
         self._now.inside.append((optimizer, sum(self._now.hits)))
 
     def _settle(self, known: bool = True) -> None:
         """Take the last step into the tally: where its weights are by now shows whether they were put back."""
         if self._unsettled is None:
             return
-        step, gradient, update, rates = self._unsettled
+        step, gradient, update, rates, in_step = self._unsettled
         self._unsettled = None
         moved = torch.full((len(rates),), math.nan, dtype=torch.float64)
         if known:
             way = torch._foreach_sub([p.detach() for p in self.tensors.parameters], self.tensors.before)
             moved = torch.stack([norm.to(update.device) for norm in torch._foreach_norm(way)]).double().cpu()
-        self.tally.add(step, gradient, update.double().cpu().view(6, -1), moved, rates)
+        self.tally.add(step, gradient, update.double().cpu().view(8, -1), moved, rates, in_step)
 
     @property
     def _scale(self) -> float:
@@ -561,6 +571,7 @@ class Probe:
                 g is None or bool(g.any()) for g, _ in now
             ):
                 self._about_to_read()
+                self._now.read_in_step = True
         self._now.inside.pop()
         if not self._now.inside:
             with torch.no_grad():
@@ -584,9 +595,9 @@ class Probe:
         if finite and now.raw:
             pairs = list(zip(now.raw, tensors.parameters, tensors.before, shadow, strict=True))
             update = [(raw, p.detach().float() - before.float(), change, before) for raw, p, before, change in pairs]
-            forms = ((0, 1), (1, 1), (0, 2), (1, 2), (2, 2), (3, 3))
+            forms = ((0, 1), (1, 1), (0, 2), (1, 2), (2, 2), (3, 3), (0, 3), (1, 3))
             products = dots([(entry[i], entry[j]) for i, j in forms for entry in update])
-            self._unsettled = (self.step, gradient, products, options["rates"])
+            self._unsettled = (self.step, gradient, products, options["rates"], now.read_in_step)
         self.events["steps"] += 1
         self.events["calls"] += now.calls
         self.events["steps_called"] += now.calls > 0

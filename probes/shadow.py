@@ -110,7 +110,7 @@ def shadow_options(optimizer: Any, parameters: list[nn.Parameter]) -> dict[str, 
         "lr": min((rate for rate in rates if rate > 0), default=0.0),
         "each": [_own(group, p.dtype) for group, p in zip(groups, parameters, strict=True)],
         "eps": max((_number(group.get("eps"), 1e-8) for group in groups), default=1e-8),
-        "adam": any("betas" in group for group in groups),
+        "adam": any("betas" in group or "beta1" in group for group in groups),
     }
 
 
@@ -122,7 +122,7 @@ def _number(value: Any, default: float) -> float:
 
 
 def _own(group: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
-    betas = group.get("betas")
+    betas = group.get("betas") or (group.get("beta1"), group.get("beta2"))
     betas = tuple(betas[:2]) if isinstance(betas, tuple | list) and len(betas) >= 2 else ()
     first, second = (_number(b, d) for b, d in zip(betas or (None, None), (0.9, 0.999), strict=True))
     # The fused kernel is many times faster; in float32 its roundings turn an update by 1e-5°, in 16 bit by degrees.

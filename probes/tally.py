@@ -1,6 +1,6 @@
 """Every step, tensor by tensor: was the gradient changed, is the update plain AdamW's, did the weight move?
 
-A record (measure.py) looks closely at a few steps. This counts in all of them, for nine inner products a tensor, so
+A record (measure.py) looks closely at a few steps. This counts in all of them, for eleven inner products a tensor, so
 that a preconditioner which works on every tenth step is not taken for one that always does.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 # Degrees above which a gradient was turned on its way to the optimizer (in bfloat16, rounding alone turns one that was
 # scaled and clipped by 0.15), and above which an update is off plain AdamW's (in float32, AdamW is within 0.01).
 TURNED, OFF = 0.5, 1.0
+OFF_16_BIT = 5.0  # on 16-bit weights, where another order of roundings alone turns an update by degrees
 # Share of an update's length below which a weight is back where it was when the next step begins.
 BACK = 0.05
 
@@ -26,7 +27,7 @@ COUNTS = (
     "rate_zero",  # with a learning rate of 0
     "not_held",  # in which no group of the optimizer had it
     "against",  # where what the optimizer read points away from the raw gradient
-    "uphill",  # whose update does
+    "uphill",  # whose update does, decay of the weights left out
 )
 SUMS = ("cos_gradient", "cos_gradient_sq", "cos_step", "cos_shadow", "log_ratio", "log_ratio_sq")
 EFFECTS = ("turned", "off")  # each with the first and the last such step, and the counted steps since the first
@@ -59,9 +60,9 @@ def common_factor(rr: Tensor, ri: Tensor, ii: Tensor) -> float | None:
 class Tally:
     """A table of `COLUMNS` by tensors."""
 
-    def __init__(self, names: Sequence[str], other: "Tally | None" = None):
-        """`other`: the table of before, when parameters have been replaced; what has the same name goes on."""
-        self.names = list(names)
+    def __init__(self, names: Sequence[str], lines: Sequence[float], other: "Tally | None" = None):
+        """`lines`: degrees above which an update is off. `other`: the table of before parameters were replaced."""
+        self.names, self.lines = list(names), torch.tensor(lines, dtype=torch.float64)
         self.values = {c: torch.zeros(len(self.names), dtype=torch.float64) for c in COLUMNS}
         for effect in EFFECTS:
             self.values[f"{effect}_first"] -= 1
@@ -72,23 +73,36 @@ class Tally:
                 for column, values in self.values.items():
                     values[i] = other.values[column][places[name]]
 
-    def add(self, step: int, gradient: Tensor, update: Tensor, moved: Tensor, rates: Sequence[float | None]) -> None:
+    def add(
+        self,
+        step: int,
+        gradient: Tensor,
+        update: Tensor,
+        moved: Tensor,
+        rates: Sequence[float | None],
+        read_in_step: bool,
+    ) -> None:
         """One step's inner products, float64 on the CPU.
 
         Args:
             gradient: [3, tensors], ⟨raw, raw⟩, ⟨raw, read⟩ and ⟨read, read⟩ of what the optimizer read.
-            update: [6, tensors], ⟨raw, Δθ⟩, ⟨Δθ, Δθ⟩, ⟨raw, shadow⟩, ⟨Δθ, shadow⟩, ⟨shadow, shadow⟩, ⟨θ, θ⟩.
+            update: [8, tensors], ⟨raw, Δθ⟩, ⟨Δθ, Δθ⟩, ⟨raw, shadow⟩, ⟨Δθ, shadow⟩, ⟨shadow, shadow⟩, ⟨θ, θ⟩,
+                ⟨raw, θ⟩, ⟨Δθ, θ⟩.
             moved: [tensors], length of the way from before this step to before the next; not finite = not known.
             rates: the learning rates; None where no group has the tensor.
+            read_in_step: whether what was read was found in `.grad` after the step: it may be the update itself.
         """
         rr, ri, ii = gradient
-        rd, dd, rs, ds, ss, ww = update
+        rd, dd, rs, ds, ss, ww, rw, dw = update
         v = self.values
         seen = torch.isfinite(rr) & (rr > 0)
         read = seen & torch.isfinite(ii) & (ii > 0)
         went = seen & (dd > 0)
         cos_gradient = torch.where(read, ri / (rr * ii).sqrt(), 0.0)
-        cos_step = torch.where(went, -rd / (rr * dd).sqrt(), 0.0)
+        # Decay pulls along the weights, which in a LoRA pair is uphill as often as not: that part is left out.
+        along = torch.where(ww > 0, dw / ww, 0.0)
+        down, length = along * rw - rd, (dd - along * dw).clamp_min(0)
+        cos_step = torch.where(went & (length > 1e-6 * dd), down / (rr * length).sqrt(), 0.0)
         ratio = torch.where(read, 0.5 * (ii / rr).log(), 0.0)
         v["steps"] += seen
         v["lost"] += seen & (ii == 0)
@@ -99,7 +113,7 @@ class Tally:
         v["rounded"] += seen & (dd == 0) & (rate > 0) & (rate * ii.sqrt() < 1e-7 * ww.sqrt())
         v["rate_zero"] += seen & torch.tensor([rate == 0 for rate in rates])
         v["not_held"] += seen & torch.tensor([rate is None for rate in rates])
-        v["against"] += read & (cos_gradient < 0)
+        v["against"] += read & (cos_gradient < 0) & (not read_in_step)
         v["uphill"] += went & (cos_step < 0)
         v["cos_gradient"] += cos_gradient
         v["cos_gradient_sq"] += cos_gradient.square()
@@ -108,7 +122,7 @@ class Tally:
         v["log_ratio"] += ratio
         v["log_ratio_sq"] += ratio.square()
         turned = read & (cos_gradient < math.cos(math.radians(TURNED)))
-        off = went & (ss > 0) & (ds < math.cos(math.radians(OFF)) * (dd * ss).sqrt())
+        off = went & (ss > 0) & (ds < self.lines.deg2rad().cos() * (dd * ss).sqrt())
         for name, hit in (("turned", turned), ("off", off)):
             v[name] += hit
             v[f"{name}_first"][hit & (v[f"{name}_first"] < 0)] = step

@@ -76,10 +76,10 @@ def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
     def said(verdict: str, diagnosis: str, reason: str, findings: list[Finding]) -> Verdict:
         return Verdict(verdict, diagnosis, reason, e.claims, numbers, findings, layers)
 
-    if not e.judged:
+    if not e.units:
         reason = (
-            f"the probe saw {e.steps} optimizer steps of these weights and sampled none: was it given the optimizer "
-            "that steps, and open while it did?"
+            f"the probe saw {e.steps} optimizer steps and no sample with gradients of a whole layer: was it given the "
+            "optimizer that steps these weights, and open while it did?"
         )
         return said(NO_EFFECT, "no_samples", reason, [Finding("no_samples", reason)])
     causes = dict.fromkeys((*FIRST, *OF_A_CLAIM, *OF_ANY) if e.claims else (*FIRST, *OF_ANY))
@@ -98,7 +98,8 @@ def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
     tensors = f"{len(e.reached)} of {len(e.tensors)} tensors"
     if e.reached:
         longer = f"{numbers['lr_ratio'] or 0.0:.2f} times as long"
-        part = f", in {e.step_share:.0%} of the steps since the first" if e.claims else ""
+        first = median(e.tally[name][f"{e.effect}_first"] for name in e.reached) or 0.0
+        part = f", in {e.step_share:.0%} of the steps from step {first:.0f} to {e.steps - 1}" if e.claims else ""
         return said(
             EFFECTIVE, "none", f"updates are {angle:.1f}° off plain AdamW's and {longer}, in {tensors}{part}", []
         )

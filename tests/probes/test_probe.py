@@ -1,6 +1,9 @@
 """Probing changes nothing, sees all that happens to gradients, and comes off again whatever happens."""
 
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import probes
 from probes import LayerReading, Probe, judge
 from tests.probes.notebook import Wrapper
 from tests.probes.worlds import batches, tiny_llama, weights_of
@@ -351,3 +355,74 @@ def test_on_two_ranks_raw_gradients_are_averaged_and_the_tokens_of_all_are_no_ov
             assert ours["units"][name]["angle_raw_inner"] < 1e-3
     assert all(r["tokens"] == {"all": 48.0, "attended": 40.0, "labelled": 36.0} for r in counted)
     assert not {"samples_overcounted", "accumulation_overcounted", "padding_counted"} & {*of_counts}
+
+
+# By itself, and under what else people use
+
+
+def test_it_needs_torch_alone():
+    """Five lines of a script with everything else out of reach, in a process of its own."""
+    script = """
+import sys, torch
+torch_alone = {name.partition(".")[0] for name in sys.modules} | set(sys.stdlib_module_names) | {"probes"}
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in torch_alone | OPTIONAL:
+            raise ImportError(f"{name} is none of torch's")
+OPTIONAL = {"numpy", "sympy", "mpmath"}  # which torch itself may load late
+sys.meta_path.insert(0, Refuse())
+from probes import Probe, judge
+model = torch.nn.Linear(4, 3)
+optimizer = torch.optim.AdamW(model.parameters())
+with Probe(model, optimizer) as probe:
+    for i in range(5):
+        model(torch.ones(2, 4) * i).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+print(judge(probe).table())
+"""
+    root = Path(probes.__file__).parents[1]
+    said = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("verdict    no_effect\ndiagnosis  equals_shadow")
+
+
+@pytest.mark.parametrize("given", ["the compiled model", "the model"])
+def test_under_torch_compile(given):
+    """In one graph; the probe adds nothing to it."""
+    angles = []
+    for compiled in (False, True):
+        model, optimizer = fresh()
+        trained = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        kfac = Mixing(model)
+        watched = trained if given == "the compiled model" else model
+        with Probe(watched, optimizer, every=2, preconditioner=(kfac, "precondition")) as probe:
+            steps(trained, optimizer, 6, before=kfac.precondition)
+        verdict = judge(probe)
+        assert (verdict.verdict, probe.step, len(probe.records)) == ("effective", 6, 3), verdict.table()
+        assert all(not unit.startswith("_orig_mod") for unit in verdict.layers)
+        angles.append(verdict.numbers["angle_to_shadow"])
+    assert angles[0] == pytest.approx(angles[1], rel=1e-4) and angles[0] > 1
+
+
+@pytest.mark.parametrize("precondition", [False, True])
+def test_under_a_gradient_scaler(precondition):
+    """The scale grows, and one step is left out, since its loss is infinite."""
+    model, optimizer = fresh()
+    kfac, scaler = Mixing(model), torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=4)
+    told = {"preconditioner": (kfac, "precondition")} if precondition else {}
+    with Probe(model, optimizer, every=2, scaler=scaler, **told) as probe:
+        for i in range(16):
+            x = torch.randn(16, 6, generator=torch.Generator().manual_seed(i))
+            loss = model(x).square().mean() * (float("inf") if i == 7 else 1.0)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            if precondition:
+                kfac.precondition()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    verdict = judge(probe)
+    assert probe.step == 15 and probe.events["nonfinite_gradients"] == 0
+    assert verdict.verdict == ("effective" if precondition else "no_effect"), verdict.table()
+    assert all(0 < e["norm_raw"] < 10 for r in probe.records for e in r["units"].values())
