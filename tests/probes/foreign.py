@@ -76,7 +76,7 @@ FOREIGN = [
     _of("torch: Rprop", lr=3e-3),
     _of("torch: ASGD", lr=0.1),
     _of("torch: LBFGS", lr=0.1, max_iter=4, loop=ALONE),
-    _of("torch: LBFGS", "line search", max_iter=4, line_search_fn="strong_wolfe", loop=ALONE),
+    _of("torch: LBFGS", "line search", max_iter=2, line_search_fn="strong_wolfe", loop=ALONE),
     _of("torch: AdamW", "amsgrad", lr=1e-2, betas=(0.9, 0.8), amsgrad=True),
     _of("torch: AdamW", "closure", SAME, lr=1e-2, loop=TOO),
     _of("torch: AdamW", "closure alone", SAME, lr=1e-2, loop=ALONE),
