@@ -39,10 +39,11 @@ def _not_moving(e: Evidence) -> Finding | None:
     bits = {unit: median(e.values(unit, "bits")) for unit in e.units}
     causes: dict[str, str] = {}
     for name, row in e.tally.items():
+        unit = name.rpartition(".")[0]
         stuck = e.share(name, "still") + e.share(name, "put_back")
-        read = row["steps"] - row["lost"]
-        hardly_anything = read and math.exp(row["log_ratio"] / read) < 1e-3  # clipped_to_nothing says more
-        if stuck <= e.thresholds.stuck or hardly_anything:
+        rounded = e.share(name, "rounded") if (bits.get(unit) or 32) >= 32 else 0.0  # as of SGD that has converged
+        vanished = max(e.share(name, "overflow"), rounded) > stuck / 2
+        if stuck <= e.thresholds.stuck or vanished:
             continue
         half = stuck / 2 * row["steps"]
         if row["put_back"] >= half:
@@ -55,7 +56,7 @@ def _not_moving(e: Evidence) -> Finding | None:
         elif row["lost"] >= half:
             cause = "backward had computed a gradient, and the optimizer found none, or zeros (is zero_grad() called "
             cause += "before step()?)"
-        elif (bits.get(name.rpartition(".")[0]) or 32) < 32:
+        elif (bits.get(unit) or 32) < 32:
             cause = "a step is smaller than the rounding of 16-bit weights: keep them in float32, or raise the rate"
         else:
             cause = "whatever the step computes does not arrive in the weights"
@@ -165,7 +166,7 @@ def _gradient_restored(e: Evidence) -> Finding | None:
             )
             restored += bool(moved) and (back or turned_back)
     share = _fraction(restored, changed)
-    if share <= 0.5 or e.step_share > 0.5:
+    if share <= 0.5:
         return None
     return Finding(
         "gradient_restored",
@@ -178,16 +179,25 @@ def _gradient_restored(e: Evidence) -> Finding | None:
 # The preconditioner, and what it makes of gradients
 
 
+def _by_chance(e: Evidence, name: str, cosine: float) -> bool:
+    """Whether a cosine is of the size that random directions have in so many dimensions."""
+    return abs(cosine) <= 3 / max(e.sizes.get(name, 0), 1) ** 0.5
+
+
 def _uphill(e: Evidence) -> Finding | None:
     """A positive definite matrix never turns a gradient by 90° or more; a step may, now and then, by its momentum."""
+    rows = {name: row for name, row in e.tally.items() if row["steps"] >= 5}
     against = [
         name
-        for name, row in e.tally.items()
-        # A mere chance direction is uphill as often as not, but hardly at all.
+        for name, row in rows.items()
         if e.share(name, "against") > e.thresholds.often
-        and row["cos_gradient_sq"] / row["steps"] > 9 / max(e.sizes.get(name, 0), 1)
+        and not _by_chance(e, name, (row["cos_gradient_sq"] / row["steps"]) ** 0.5)
     ]
-    steps = [name for name, row in e.tally.items() if row["steps"] >= 5 and e.share(name, "uphill") > 0.75]
+    steps = [
+        name
+        for name, row in rows.items()
+        if e.share(name, "uphill") > 0.75 and not _by_chance(e, name, row["cos_step"] / row["steps"])
+    ]
     wrong = list(dict.fromkeys((*against, *steps)))
     if not wrong:
         return None
@@ -207,14 +217,14 @@ def _unrelated(e: Evidence) -> Finding | None:
         for name, row in e.tally.items()
         if row["steps"] >= 5
         and e.share(name, "against") > 0.2
-        and row["cos_gradient_sq"] / row["steps"] <= 9 / max(e.sizes.get(name, 0), 1)
+        and _by_chance(e, name, (row["cos_gradient_sq"] / row["steps"]) ** 0.5)
     ]
     what = "what the optimizer reads has nothing to do with the gradient"
     rows = [row for name, row in e.tally.items() if row["steps"] >= 5 and e.sizes.get(name, 0) >= 16]
-    if not noise and len(rows) > 1:
+    if not noise and len(rows) > 1 and not any(row["against"] > e.thresholds.often * row["steps"] for row in rows):
         step, shadow = ([row[key] / row["steps"] for row in rows] for key in ("cos_step", "cos_shadow"))
         mean = sum(step) / len(step)
-        if mean < 0.15 * sum(shadow) / len(shadow) and mean < 0.05:
+        if abs(mean) < min(0.05, 0.15 * sum(shadow) / len(shadow)):
             noise = [name for name, row in e.tally.items() if row in rows]
             what = f"updates have nothing to do with the gradient (their cosine is {mean:.2f} in the mean, that of "
             what += f"plain AdamW {sum(shadow) / len(shadow):.2f})"
@@ -279,8 +289,8 @@ def _nothing_changed(e: Evidence) -> Finding | None:
     readings = e.readings()
     changed = [n for u in e.units for n in e.values(u, "times_changed") if n is not None]
     never_ready = bool(readings) and not any(r["ready"] for r in readings)
-    no_change = bool(changed) and not any(changed) and not e.rotates
-    if e.reached or not (never_ready or no_change):
+    no_change = bool(changed) and not any(changed) and not e.rotates and not e.reached  # in hooks, calls say little
+    if not (never_ready or no_change):
         return None
     why = (
         "no layer was ever ready (a minimum of samples that is never reached, a warm-up longer than the run)"
@@ -288,6 +298,18 @@ def _nothing_changed(e: Evidence) -> Finding | None:
         else "its calls left every gradient as it was (it works on copies or on other tensors)"
     )
     return Finding("nothing_changed", f"the preconditioner has changed nothing in {e.steps} steps: {why}", {})
+
+
+def _gradient_overflow(e: Evidence) -> Finding | None:
+    shares = {name: e.share(name, "overflow") for name in e.tally if e.share(name, "overflow") > e.thresholds.often}
+    if not shares:
+        return None
+    return Finding(
+        "gradient_overflow",
+        f"in {max(shares.values()):.0%} of the steps what the optimizer reads is not finite, or its square is not, in "
+        f"{len(shares)} of {len(e.tally)} tensors ({_listed(shares)}), though the gradient was finite",
+        {"tensors": len(shares), "share_of_steps": max(shares.values())},
+    )
 
 
 def _gradient_lost(e: Evidence) -> Finding | None:
@@ -316,7 +338,7 @@ def _clipped_to_nothing(e: Evidence) -> Finding | None:
             below_eps = record["eps"] is not None and typical < 10 * record["eps"]
             still.append(below_eps or entry["norm_delta"] < 1e-7 * entry["norm_weights"])
     left = median(kept)
-    if left is None or left > 0.01 or _fraction(sum(still), len(still)) <= 0.5:
+    if not left or left > 0.01 or _fraction(sum(still), len(still)) <= 0.5:
         return None
     ratio = median(v for u in e.units for v in e.values(u, "lr_ratio"))
     return Finding(
@@ -528,11 +550,11 @@ def _diverging(e: Evidence) -> Finding | None:
 Fault = Callable[[Evidence], Finding | None]
 
 # fmt: off
-FIRST: tuple[Fault, ...] = (_not_moving, _no_gradient)
+FIRST: tuple[Fault, ...] = (_clipped_to_nothing, _not_moving, _no_gradient)
 OF_A_CLAIM: tuple[Fault, ...] = (
     _wrapper_bypassed, _never_called, _preconditioned_after_step, _applied_repeatedly, _gradient_recomputed,
     _gradient_restored, _no_statistics, _zero_factors, _empty_inverse, _nothing_changed, _gradient_lost,
-    _damping_swamps, _scalar_preconditioner, _turned_in_vain, _modules_missing, _steps_missing,
-    _overcounted, _stale_factors,
+    _gradient_overflow, _damping_swamps, _scalar_preconditioner, _turned_in_vain, _unrelated, _uphill, _modules_missing,
+    _steps_missing, _overcounted, _stale_factors,
 )
-OF_ANY: tuple[Fault, ...] = (_clipped_to_nothing, _uphill, _unrelated, _diverging)
+OF_ANY: tuple[Fault, ...] = (_unrelated, _uphill, _diverging)

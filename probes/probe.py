@@ -526,7 +526,7 @@ class Probe:
         if known:
             way = torch._foreach_sub([p.detach() for p in self.tensors.parameters], self.tensors.before)
             moved = torch.stack([norm.to(update.device) for norm in torch._foreach_norm(way)]).double().cpu()
-        self.tally.add(step, gradient, update.double().cpu().view(5, -1), moved, rates)
+        self.tally.add(step, gradient, update.double().cpu().view(6, -1), moved, rates)
 
     @property
     def _scale(self) -> float:
@@ -583,8 +583,8 @@ class Probe:
         shadow = tensors.shadow.update(now.raw if finite else [], options, tensors.before, factor)
         if finite and now.raw:
             pairs = list(zip(now.raw, tensors.parameters, tensors.before, shadow, strict=True))
-            update = [(raw, p.detach().float() - before.float(), change) for raw, p, before, change in pairs]
-            forms = ((0, 1), (1, 1), (0, 2), (1, 2), (2, 2))
+            update = [(raw, p.detach().float() - before.float(), change, before) for raw, p, before, change in pairs]
+            forms = ((0, 1), (1, 1), (0, 2), (1, 2), (2, 2), (3, 3))
             products = dots([(entry[i], entry[j]) for i, j in forms for entry in update])
             self._unsettled = (self.step, gradient, products, options["rates"])
         self.events["steps"] += 1

@@ -1,6 +1,6 @@
 """Every step, tensor by tensor: was the gradient changed, is the update plain AdamW's, did the weight move?
 
-A record (measure.py) looks closely at a few steps. This counts in all of them, for eight inner products a tensor, so
+A record (measure.py) looks closely at a few steps. This counts in all of them, for nine inner products a tensor, so
 that a preconditioner which works on every tenth step is not taken for one that always does.
 """
 
@@ -19,7 +19,9 @@ BACK = 0.05
 COUNTS = (
     "steps",  # with a raw gradient: finite, not zero
     "lost",  # where the optimizer read none, or zeros
+    "overflow",  # where what it read is not finite, or its square is not
     "still",  # that did not move the tensor
+    "rounded",  # of those: the learning rate times what was read is below the rounding of float32
     "put_back",  # that moved it, and it was back before the next step
     "rate_zero",  # with a learning rate of 0
     "not_held",  # in which no group of the optimizer had it
@@ -75,12 +77,12 @@ class Tally:
 
         Args:
             gradient: [3, tensors], ⟨raw, raw⟩, ⟨raw, read⟩ and ⟨read, read⟩ of what the optimizer read.
-            update: [5, tensors], ⟨raw, Δθ⟩, ⟨Δθ, Δθ⟩, ⟨raw, shadow⟩, ⟨Δθ, shadow⟩, ⟨shadow, shadow⟩.
+            update: [6, tensors], ⟨raw, Δθ⟩, ⟨Δθ, Δθ⟩, ⟨raw, shadow⟩, ⟨Δθ, shadow⟩, ⟨shadow, shadow⟩, ⟨θ, θ⟩.
             moved: [tensors], length of the way from before this step to before the next; not finite = not known.
             rates: the learning rates; None where no group has the tensor.
         """
         rr, ri, ii = gradient
-        rd, dd, rs, ds, ss = update
+        rd, dd, rs, ds, ss, ww = update
         v = self.values
         seen = torch.isfinite(rr) & (rr > 0)
         read = seen & torch.isfinite(ii) & (ii > 0)
@@ -89,9 +91,12 @@ class Tally:
         cos_step = torch.where(went, -rd / (rr * dd).sqrt(), 0.0)
         ratio = torch.where(read, 0.5 * (ii / rr).log(), 0.0)
         v["steps"] += seen
-        v["lost"] += seen & ~read
+        v["lost"] += seen & (ii == 0)
+        v["overflow"] += seen & ~torch.isfinite(ii)
         v["still"] += seen & (dd == 0)
         v["put_back"] += went & (moved < BACK * dd.sqrt())
+        rate = torch.tensor([rate or 0.0 for rate in rates], dtype=torch.float64)
+        v["rounded"] += seen & (dd == 0) & (rate > 0) & (rate * ii.sqrt() < 1e-7 * ww.sqrt())
         v["rate_zero"] += seen & torch.tensor([rate == 0 for rate in rates])
         v["not_held"] += seen & torch.tensor([rate is None for rate in rates])
         v["against"] += read & (cos_gradient < 0)

@@ -82,7 +82,7 @@ def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
             "that steps, and open while it did?"
         )
         return said(NO_EFFECT, "no_samples", reason, [Finding("no_samples", reason)])
-    causes = (*FIRST, *OF_A_CLAIM, *OF_ANY) if e.claims else (*FIRST, *OF_ANY)
+    causes = dict.fromkeys((*FIRST, *OF_A_CLAIM, *OF_ANY) if e.claims else (*FIRST, *OF_ANY))
     findings = [found for cause in causes if (found := cause(e)) is not None]
     reaches, all_of_it = e.coverage * e.step_share >= e.thresholds.traces, e.coverage >= e.thresholds.min_coverage
     if e.claims and not all_of_it and twin is not None and not twin.diverges:

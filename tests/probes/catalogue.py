@@ -174,6 +174,214 @@ def of_other_weights(model: Any, setting: Setting) -> Setup:
     return Setup(adamw(model, setting), watched=adamw(model, setting))
 
 
+# Weights that do not move
+
+
+def held(weights: Callable[[Any], list[Any]], preconditioned: bool = True) -> Arrange:
+    """An optimizer of some weights, or of copies."""
+
+    def arrange(model: Any, setting: Setting) -> Setup:
+        kfac = NotebookKFAC(model)
+        optimizer = torch.optim.AdamW(weights(model), lr=setting.lr)
+        return Setup(optimizer, kfac.watch() if preconditioned else {}, before_step=kfac.apply)
+
+    return arrange
+
+
+def copies_of(model: Any) -> list[Any]:
+    return [torch.nn.Parameter(weight.detach().clone()) for weight in weights_of(model)]
+
+
+def side_of(letter: str, model: Any) -> list[Any]:
+    return [p for name, p in model.named_parameters() if p.requires_grad and f"lora_{letter}" in name]
+
+
+def by_rates(rate_a: float, rate_b: float, preconditioned: bool = True) -> Arrange:
+    """A and B with learning rates of their own, as factors."""
+
+    def arrange(model: Any, setting: Setting) -> Setup:
+        kfac = NotebookKFAC(model)
+        groups = [{"params": side_of(x, model), "lr": setting.lr * r} for x, r in (("A", rate_a), ("B", rate_b))]
+        told = kfac.watch() if preconditioned else {}
+        return Setup(torch.optim.AdamW(groups), told, before_step=kfac.apply if preconditioned else lambda: None)
+
+    return arrange
+
+
+def put_back(wanted: Callable[[str], bool], preconditioned: bool = True, in_hook: bool = False) -> Arrange:
+    """The weights of before the step are put back after it, by the loop or by a hook of the optimizer."""
+
+    def arrange(model: Any, setting: Setting) -> Setup:
+        kfac = NotebookKFAC(model)
+        chosen = [p for name, p in model.named_parameters() if p.requires_grad and wanted(name)]
+        saved: list[Tensor] = []
+
+        def before() -> None:
+            if preconditioned:
+                kfac.apply()
+            saved[:] = [p.detach().clone() for p in chosen]
+
+        def after() -> None:
+            for p, old in zip(chosen, saved, strict=True):
+                p.data.copy_(old)
+
+        optimizer = adamw(model, setting)
+        if in_hook:
+            optimizer.register_step_post_hook(lambda *_: after())
+        told = kfac.watch() if preconditioned else {}
+        return Setup(optimizer, told, before_step=before, after_step=(lambda: None) if in_hook else after)
+
+    return arrange
+
+
+def cleared_before(model: Any, setting: Setting) -> Setup:
+    """zero_grad() comes before step()."""
+    kfac = NotebookKFAC(model)
+
+    def before() -> None:
+        kfac.apply()
+        model.zero_grad()
+
+    return Setup(adamw(model, setting), kfac.watch(), before_step=before)
+
+
+def step_that_does_nothing(model: Any, setting: Setting) -> Setup:
+    kfac = NotebookKFAC(model)
+
+    class Idle(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            """Nothing."""
+
+    return Setup(Idle(weights_of(model), lr=setting.lr), kfac.watch(), before_step=kfac.apply)
+
+
+def detached(model: Any, setting: Setting) -> Setup:
+    """The first layer's output is detached, so nothing below the second learns."""
+    model.base_model.model.model.layers[0].register_forward_hook(
+        lambda module, args, out: tuple(o.detach() for o in out) if isinstance(out, tuple) else out.detach()
+    )
+    kfac = NotebookKFAC(model)
+    return Setup(adamw(model, setting), kfac.watch(), before_step=kfac.apply)
+
+
+# Other optimizers and other places
+
+
+class Noisy(torch.optim.Optimizer):
+    """Steps of a random direction, or uphill; claims nothing."""
+
+    def __init__(self, weights: Any, lr: float, uphill: bool = False):
+        super().__init__(weights, {"lr": lr})
+        self.uphill, self.generator = uphill, torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.any():
+                    away = p.grad / p.grad.norm() if self.uphill else torch.randn(p.shape, generator=self.generator)
+                    p.add_(away, alpha=0.1 * group["lr"])
+
+
+class OfMasters(torch.optim.Optimizer):
+    """Steps master weights, with gradients that a hook took along in backward, not with those in `.grad`."""
+
+    def __init__(self, weights: list[Any], lr: float):
+        super().__init__(weights, {"lr": lr})
+        self.masters = {p: torch.nn.Parameter(p.detach().clone()) for p in weights}
+        self.own = torch.optim.AdamW(list(self.masters.values()), lr=lr, weight_decay=0.0)
+        for p in weights:
+            p.register_hook(lambda g, p=p: setattr(self.masters[p], "grad", g.detach().clone()))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.own.step()
+        for p, master in self.masters.items():
+            p.copy_(master)
+
+
+def of_masters(model: Any, setting: Setting) -> Setup:
+    kfac = NotebookKFAC(model)
+    return Setup(OfMasters(weights_of(model), setting.lr), kfac.watch(), before_step=kfac.apply)
+
+
+def of_each(kfac: NotebookKFAC, weight: Any, gradient: Tensor) -> Tensor:
+    """One gradient, preconditioned."""
+    for layer in kfac.layers.values():
+        for own, side in ((layer.a, "g"), (layer.b, "a")):
+            inverse = layer.inverse.get(side)
+            if own is weight and inverse is not None:
+                return kfac.product(gradient, inverse, side)
+    return gradient
+
+
+def in_backward(place: str, make: Make = NotebookKFAC) -> Arrange:
+    """Preconditioned while backward runs: by hooks on the parameters, set before the probe's."""
+
+    def arrange(model: Any, setting: Setting) -> Setup:
+        kfac = make(model)
+        for weight in kfac.weights:
+            if place == "register_hook":
+                weight.register_hook(lambda g, weight=weight: of_each(kfac, weight, g))
+            else:
+                weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", of_each(kfac, p, p.grad)))
+        return Setup(
+            adamw(model, setting),
+            {"readings": kfac.readings},
+            before_step=kfac.update_inverses,
+        )
+
+    return arrange
+
+
+def in_closure(model: Any, setting: Setting) -> Setup:
+    """All of a step happens in the closure that the optimizer calls."""
+    kfac, optimizer = NotebookKFAC(model), adamw(model, setting)
+    step = optimizer.step
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(**kfac.batch).loss
+        loss.backward()
+        kfac.apply()
+        return loss
+
+    optimizer.step = lambda: step(closure)  # type: ignore[method-assign, assignment, misc]
+    return Setup(optimizer, kfac.watch(), after_backward=model.zero_grad)
+
+
+def in_pre_hook(model: Any, setting: Setting) -> Setup:
+    kfac, optimizer = NotebookKFAC(model), adamw(model, setting)
+    optimizer.register_step_pre_hook(lambda *_: kfac.apply())
+    return Setup(optimizer, kfac.watch())
+
+
+def in_subclass(model: Any, setting: Setting) -> Setup:
+    kfac = NotebookKFAC(model)
+
+    class Preconditioned(torch.optim.RAdam):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            kfac.apply()
+            super().step()
+
+    return Setup(Preconditioned(weights_of(model), lr=setting.lr), kfac.watch())
+
+
+def by_hand(model: Any, setting: Setting) -> Setup:
+    """Gradients of autograd.grad, put into `.grad` preconditioned."""
+    kfac = NotebookKFAC(model)
+    kept = weights_of(model)
+
+    def before() -> None:
+        model.zero_grad()
+        gradients = torch.autograd.grad(model(**kfac.batch).loss, kept)
+        for weight, gradient in zip(kept, gradients, strict=True):
+            weight.grad = gradient.clone()
+        kfac.apply()
+
+    return Setup(adamw(model, setting), kfac.watch(), after_backward=model.zero_grad, before_step=before)
+
+
 # Faults of GRIT: called in the wrong place, bypassed, repeated, or cut off from its statistics
 
 
@@ -251,6 +459,8 @@ def in_both(name: str, expected: str, make: Make, **more: Any) -> list[Fault]:
     return [Fault(f"{name}, in {way}", expected, run) for way, run in ways.items()]
 
 
+notebook, notebook_in_trainer = placed(), placed(places=IN_TRAINER)
+
 FAULTS = [
     Fault("after the step, in a loop", "preconditioned_after_step", in_loop(NotebookKFAC, ["after_step"])),
     Fault("in on_optimizer_step", "preconditioned_after_step", in_trainer(NotebookKFAC, ["on_optimizer_step"])),
@@ -285,7 +495,7 @@ FAULTS = [
     Fault("padding counted", "padding_counted", in_loop(kfac.CountsPadding)),
     Fault("padding counted, accumulation 4", "padding_counted", in_loop(kfac.CountsPadding, accumulation=4)),
     Fault("never refreshed", "stale_factors", in_loop(kfac.NeverRefreshed, steps=36)),
-    Fault("never refreshed, interval not told", "stale_factors", in_loop(kfac.NeverRefreshedUntold, steps=168)),
+    Fault("never refreshed, interval not told", "stale_factors", in_loop(kfac.NeverRefreshedUntold, steps=180)),
     Fault("applied twice, in a loop", "applied_repeatedly", _looped(called_twice)),
     Fault("callback registered twice", "applied_repeatedly", in_trainer(NotebookKFAC, IN_TRAINER * 2)),
     Fault("NaN to zero", "nan_to_zero", in_loop(kfac.NanToZero)),
@@ -336,6 +546,114 @@ FAULTS = [
     Fault(
         "GRIT, warm-up longer than the run", "nothing_changed", _looped(grit_with(GRITConfig(ng_warmup_steps=10_000)))
     ),
+    # Not in every step
+    Fault("every 10th step", "steps_missing", in_loop(kfac.sometimes(lambda step: step % 10 == 0), steps=60)),
+    Fault(
+        "every 10th step, not called else",
+        "steps_missing",
+        in_loop(kfac.seldom_called(lambda step: step % 10 == 0), steps=60),
+    ),
+    Fault("all but every 10th step", "steps_missing", in_loop(kfac.sometimes(lambda step: step % 10), steps=60)),
+    *in_both("odd steps", "steps_missing", kfac.sometimes(lambda step: step % 2 == 1)),
+    Fault("even steps", "steps_missing", in_loop(kfac.sometimes(lambda step: step % 2 == 0))),
+    *in_both("stops after 15 of 24 steps", "steps_missing", kfac.sometimes(lambda step: step < 15)),
+    Fault("stops after a third of the steps", "steps_missing", in_loop(kfac.sometimes(lambda step: step < 8))),
+    Fault("called once", "steps_missing", in_loop(kfac.seldom_called(lambda step: step == 12))),
+    Fault("called in the last steps alone", "steps_missing", in_loop(kfac.seldom_called(lambda step: step > 20))),
+    Fault(
+        "in a third of the steps at random",
+        "steps_missing",
+        in_loop(kfac.sometimes(lambda step: step * 7919 % 97 < 33), steps=60),
+    ),
+    Fault("one layer a step, in turns", "steps_missing", in_loop(kfac.InTurns, steps=60)),
+    # Weights that do not move
+    Fault("the optimizer has copies", "not_moving", _looped(held(copies_of))),
+    Fault("the optimizer has copies, nothing claimed", "not_moving", _looped(held(copies_of, False))),
+    Fault("the optimizer has A alone", "not_moving", _looped(held(partial(side_of, "A")))),
+    Fault("the optimizer has B alone", "not_moving", _looped(held(partial(side_of, "B")))),
+    Fault("rate 0", "not_moving", _looped(by_rates(0.0, 0.0))),
+    Fault("rate 0, nothing claimed", "not_moving", _looped(by_rates(0.0, 0.0, False))),
+    Fault("rate 0 of A", "not_moving", _looped(by_rates(0.0, 1.0))),
+    Fault("rate 0 of A, nothing claimed", "not_moving", _looped(by_rates(0.0, 1.0, False))),
+    Fault("rate 0 of B", "not_moving", _looped(by_rates(1.0, 0.0))),
+    Fault("rate 0 after half of the steps", "not_moving", _looped(notebook, schedule=lambda step: float(step < 12))),
+    Fault("weights put back", "not_moving", _looped(put_back(lambda name: True))),
+    Fault("weights put back by a hook", "not_moving", _looped(put_back(lambda name: True, in_hook=True))),
+    Fault("weights put back, nothing claimed", "not_moving", _looped(put_back(lambda name: True, False))),
+    Fault("one layer's weights put back", "not_moving", _looped(put_back(lambda name: "layers.1.self" in name))),
+    Fault("cleared before the step", "not_moving", _looped(cleared_before)),
+    Fault("a step that does nothing", "not_moving", _looped(step_that_does_nothing)),
+    Fault(
+        "bf16 weights, rate too small",
+        "not_moving",
+        _looped(placed(optimizer=lambda m, s: adamw(m, Setting(lr=1e-3 * s.lr))), dtype=torch.bfloat16),
+    ),
+    Fault("first layer detached", "no_gradient", _looped(detached)),
+    # Uphill, or anywhere
+    *in_both("gradients negated", "uphill", kfac.then(kfac.negate)),
+    Fault("gradients negated, SGD", "uphill", _looped(placed(kfac.then(kfac.negate), optimizer=sgd))),
+    Fault("one layer negated", "uphill", in_loop(kfac.then(lambda g, step: kfac.negate(g[:2], step)))),
+    Fault(
+        "every other step negated",
+        "uphill",
+        in_loop(kfac.then(lambda g, step: kfac.negate(g, step) if step % 2 else None)),
+    ),
+    Fault("inverse with the wrong sign", "uphill", in_loop(kfac.NegativeInverse)),
+    Fault("damping with the wrong sign", "uphill", in_loop(kfac.Indefinite)),
+    Fault("maximize=True", "uphill", _looped(placed(optimizer=partial(adamw, maximize=True)))),
+    Fault("maximize=True, nothing claimed", "uphill", _looped(partial(plain, maximize=True))),
+    Fault(
+        "steps uphill, nothing claimed",
+        "uphill",
+        _looped(lambda model, setting: Setup(Noisy(weights_of(model), setting.lr, uphill=True))),
+    ),
+    *in_both("gradients replaced by noise", "unrelated_to_gradient", kfac.then(kfac.noise)),
+    Fault(
+        "half of the gradients noise",
+        "unrelated_to_gradient",
+        in_loop(kfac.then(lambda g, step: kfac.noise(g[::2], step))),
+    ),
+    Fault("entries shuffled", "unrelated_to_gradient", in_loop(kfac.then(kfac.shuffle))),
+    Fault("gradients of other tensors", "unrelated_to_gradient", in_loop(kfac.then(kfac.rotate_tensors))),
+    Fault(
+        "steps of noise, nothing claimed",
+        "unrelated_to_gradient",
+        _looped(lambda model, setting: Setup(Noisy(weights_of(model), setting.lr))),
+    ),
+    # Of another name
+    Fault("one layer alone", "modules_missing", in_loop(kfac.OneLayer)),
+    Fault(
+        "a number drawn anew", "scalar_preconditioner", in_loop(kfac.then(kfac.by_one_number(0.1, 3.0), kfac.Untouched))
+    ),
+    Fault(
+        "a number drawn anew below 1",
+        "scalar_preconditioner",
+        in_loop(kfac.then(kfac.by_one_number(0.05, 1.0), kfac.Untouched)),
+    ),
+    Fault(
+        "a number drawn anew for each tensor",
+        "scalar_preconditioner",
+        in_loop(kfac.then(kfac.by_one_number(0.1, 3.0, each=True), kfac.Untouched)),
+    ),
+    Fault(
+        "a number drawn anew for each tensor, SGD",
+        "scalar_preconditioner",
+        _looped(placed(kfac.then(kfac.by_one_number(0.1, 3.0, each=True), kfac.Untouched), optimizer=sgd)),
+    ),
+    *in_both("a constant diagonal", "diagonal_preconditioner", kfac.then(kfac.by_a_diagonal, kfac.Untouched)),
+    Fault("factors underflow in float16", "zero_factors", in_loop(kfac.Underflows)),
+    Fault("masters step with gradients of their own", "gradient_not_used", _looped(of_masters)),
+    Fault("nothing done in backward", "nothing_changed", _looped(in_backward("register_hook", kfac.WaitsForEver))),
+    Fault(
+        "half of the modules, in backward",
+        "modules_missing",
+        _looped(in_backward("register_hook", kfac.HalfOfTheLayers)),
+    ),
+    Fault(
+        "scalar, in backward",
+        "scalar_preconditioner",
+        _looped(in_backward("register_post_accumulate_grad_hook", kfac.Scalar)),
+    ),
     Fault("loss with the wrong sign", "diverging", _looped(plain, loss_factor=lambda step: -1.0)),
     Fault(
         "loss not a number",
@@ -369,6 +687,12 @@ def riemannian(model: Any, setting: Setting, claims: bool = False) -> Setup:
     return Setup(create_riemannian_optimizer(model, torch.optim.AdamW, lr=setting.lr), {"claims": claims})
 
 
+def clipped(model: Any, setting: Setting) -> Setup:
+    """By the loop, and the probe is not told."""
+    norm = torch.nn.utils.clip_grad_norm_
+    return Setup(adamw(model, setting), before_step=lambda: norm(weights_of(model), 0.1))
+
+
 def loraplus(model: Any, setting: Setting) -> Setup:
     from peft.optimizers import create_loraplus_optimizer
 
@@ -387,7 +711,6 @@ def _grit(*setting: Setting, accumulation: int = 1, **config: Any) -> Run:
 
 
 with_momentum: Arrange = lambda model, setting: Setup(sgd(model, setting, momentum=0.9))  # noqa: E731
-notebook, notebook_in_trainer = placed(), placed(places=IN_TRAINER)
 
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
@@ -404,6 +727,14 @@ CLEAN = [
     Clean("NotebookKFAC, wrapper", _looped(wrapped)),
     Clean("NotebookKFAC, wrapper, in a Trainer", _trained(wrapped, B)),
     Clean("NotebookKFAC, SGD, clipped", _looped(placed(optimizer=partial(sgd, factor=1.0, momentum=0.9), clip=1.0))),
+    Clean("NotebookKFAC, in hooks of the parameters", _looped(in_backward("register_hook"))),
+    Clean("NotebookKFAC, in hooks after accumulation", _looped(in_backward("register_post_accumulate_grad_hook"), B)),
+    Clean("NotebookKFAC, in hooks of the parameters, other seed and rate", _looped(in_backward("register_hook"), C)),
+    Clean("NotebookKFAC, in the closure", _looped(in_closure)),
+    Clean("NotebookKFAC, in a hook before the step", _looped(in_pre_hook, B)),
+    Clean("NotebookKFAC, in a subclass's step", _looped(in_subclass)),
+    Clean("NotebookKFAC, gradients put in by hand", _looped(by_hand)),
+    Clean("NotebookKFAC, rates of A and B", _looped(by_rates(0.5, 2.0))),
     Clean("NotebookKFAC, bf16 weights", _looped(notebook, dtype=torch.bfloat16)),
     Clean("NotebookKFAC, in a Trainer", _trained(notebook_in_trainer)),
     Clean("NotebookKFAC, in a Trainer, other seed and rate", _trained(notebook_in_trainer, C)),
@@ -443,6 +774,7 @@ CLEAN = [
     Clean("Adagrad", _looped(lambda model, setting: Setup(torch.optim.Adagrad(weights_of(model), lr=setting.lr)))),
     *(Clean(f"AdamW, seed {s.seed}, rate {s.lr:g}", _looped(plain, s), "no_effect") for s in (A, B, C, D)),
     Clean("AdamW, clipped", _looped(plain, clip=0.1), "no_effect"),
+    Clean("AdamW, clipped, the probe is not told", _looped(clipped), "no_effect"),
     Clean("AdamW, accumulation 4", _looped(plain, accumulation=4), "no_effect"),
     Clean("AdamW, weight decay", _looped(partial(plain, weight_decay=0.1)), "no_effect"),
     Clean("AdamW, schedule", _looped(plain, schedule=_decay), "no_effect"),

@@ -294,3 +294,128 @@ OneSide = spoiled(product=_one_side)
 GraftedScalar = spoiled(ScalarWithoutReadings, product=_grafted)
 NanToZero = spoiled(product=_nan_to_zero)
 NanGradientToZero = spoiled(product=_nan_gradient_to_zero)
+
+
+# Right, but not in every step
+
+
+def sometimes(when: Callable[[int], bool], right: type[NotebookKFAC] = NotebookKFAC) -> type[NotebookKFAC]:
+    """Preconditions in some steps, counted from 0; `when` decides inside the method that is watched."""
+
+    def precondition(self: Any) -> None:
+        if when(self.calls - 1):
+            right.precondition(self)
+
+    return spoiled(right, precondition=precondition)
+
+
+def seldom_called(when: Callable[[int], bool]) -> type[NotebookKFAC]:
+    """The same by a caller that leaves it out."""
+
+    class SeldomCalled(NotebookKFAC):
+        def apply(self) -> None:
+            self.calls += 1
+            self.update_inverses()
+            if when(self.calls - 1):
+                self.precondition()
+
+    return SeldomCalled
+
+
+def _in_turns(self: Any) -> None:
+    """One layer a step."""
+    whole = self.layers
+    name = list(whole)[self.calls % len(whole)]
+    self.layers = {name: whole[name]}
+    NotebookKFAC.precondition(self)
+    self.layers = whole
+
+
+InTurns = spoiled(precondition=_in_turns)
+OneLayer = spoiled(wanted=lambda self, name: "layers.0" in name and "v_proj" in name)
+
+
+# Right, and then something is done to the result
+
+
+def then(change: Callable[[list[Tensor], int], Any], right: type[NotebookKFAC] = NotebookKFAC) -> type[NotebookKFAC]:
+    """`change` gets all gradients, those of A and of B in turn, and the number of the step."""
+
+    def precondition(self: Any) -> None:
+        right.precondition(self)
+        with torch.no_grad():
+            change([weight.grad for weight in self.weights if weight.grad is not None], self.calls - 1)
+
+    return spoiled(right, precondition=precondition)
+
+
+def negate(gradients: list[Tensor], step: int) -> None:
+    for gradient in gradients:
+        gradient.neg_()
+
+
+def noise(gradients: list[Tensor], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for gradient in gradients:
+        gradient.copy_(torch.randn(gradient.shape, generator=generator) * gradient.norm() / gradient.numel() ** 0.5)
+
+
+def shuffle(gradients: list[Tensor], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for gradient in gradients:
+        gradient.copy_(gradient.flatten()[torch.randperm(gradient.numel(), generator=generator)].view_as(gradient))
+
+
+def rotate_tensors(gradients: list[Tensor], step: int) -> None:
+    """Each tensor gets the gradient of the next one of its shape."""
+    for shape in {gradient.shape for gradient in gradients}:
+        alike = [gradient for gradient in gradients if gradient.shape == shape]
+        for gradient, other in zip(alike, [g.clone() for g in (*alike[1:], alike[0])], strict=True):
+            gradient.copy_(other)
+
+
+def by_one_number(low: float, high: float, each: bool = False) -> Callable[[list[Tensor], int], None]:
+    """One number in a step, drawn anew; `each`: for every tensor."""
+
+    def change(gradients: list[Tensor], step: int) -> None:
+        numbers = low + (high - low) * torch.rand(len(gradients), generator=torch.Generator().manual_seed(step))
+        for i, gradient in enumerate(gradients):
+            gradient.mul_(float(numbers[i if each else 0]))
+
+    return change
+
+
+def by_a_diagonal(gradients: list[Tensor], step: int) -> None:
+    """Positive numbers, one for each entry, the same in all steps."""
+    generator = torch.Generator().manual_seed(0)
+    for gradient in gradients:
+        gradient.mul_(torch.empty(gradient.shape).log_normal_(0.0, 1.5, generator=generator))
+
+
+class Untouched(NotebookKFAC):
+    """Leaves gradients as they are, for `then` to change them."""
+
+    def watch(self) -> dict[str, Any]:
+        return {"preconditioner": (self, "precondition")}
+
+    def precondition(self) -> None:
+        """Nothing."""
+
+
+def _underflows(self: Any, layer: Layer, side: str, rows: Tensor) -> None:
+    half = rows.half() if side == "a" else (rows / 1e6).half()
+    layer.sigma[side] = half.mT @ half / len(half)
+
+
+Underflows = spoiled(
+    ZeroStatistics, add=_underflows, inverse=lambda self, sigma, *_: torch.eye(len(sigma))
+)  # of products of δ in float16
+
+
+def _indefinite(self: Any, sigma: Tensor, damping: float, side: str) -> Tensor:
+    """λ is taken off instead of added, and is large."""
+    return torch.linalg.inv(sigma - 0.7 * sigma.diagonal().max() * torch.eye(len(sigma)))
+
+
+Indefinite = spoiled(inverse=_indefinite)
+NegativeInverse = spoiled(inverse=lambda self, *given: -NotebookKFAC.inverse(self, *given))

@@ -70,7 +70,7 @@ def test_the_ledger_file_says_what_the_probe_saw_and_training_is_the_same(kind, 
     plain.train()
     assert all(torch.equal(a, b) for a, b in zip(weights(trainer), weights(plain), strict=True))
     lines = [json.loads(line) for line in (tmp_path / "a/ledger.jsonl").read_text().splitlines()]
-    assert lines[:-1] == callback.probe.records and [r["step"] for r in lines[:-1]] == [0, 3, 6, 9]
+    assert lines[:-1] == callback.probe.records and [r["step"] for r in lines[:-1]] == [0, 4, 6, 11]
     assert lines[-1]["events"] == callback.probe.events and lines[-1]["events"]["steps"] == STEPS
     read, seen = judge(Evidence.read(tmp_path / "a/ledger.jsonl")), judge(callback.probe)
     assert read.to_json() == seen.to_json()

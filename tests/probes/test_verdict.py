@@ -12,8 +12,10 @@ import pytest
 
 import probes
 from probes import Evidence, Twin, judge
-from probes.faults import OF_A_CLAIM, OF_ANY
+from probes.evidence import median
+from probes.faults import FIRST, OF_A_CLAIM, OF_ANY
 from probes.probe import EVENTS
+from probes.tally import COLUMNS, OFF, TURNED
 from tests.probes.catalogue import CLEAN, FAULTS, SETTINGS
 
 NOT_IN_THE_CATALOGUE = {"unexplained", "curves_do_not_part"}  # of ledgers made by hand, below
@@ -54,7 +56,8 @@ def test_the_catalogue_is_what_it_says():
     sources = Path(probes.__file__).parent.glob("*.py")
     names = {name for source in sources for name in re.findall(r'Finding\(\s*"(\w+)"', source.read_text())}
     assert names - NOT_IN_THE_CATALOGUE == {fault.expected for fault in FAULTS} and len(names) > 20
-    assert len(set(OF_A_CLAIM) | set(OF_ANY)) == len(OF_A_CLAIM) + len(OF_ANY)
+    assert len({*FIRST, *OF_A_CLAIM, *OF_ANY}) == len(FIRST) + len(OF_A_CLAIM) + len(OF_ANY)
+    assert len(FAULTS) >= 100
 
 
 # Ledgers made by hand: the same everywhere, or make(sample, layer)
@@ -99,7 +102,19 @@ def ledger(make=None, claims=True, watched=False, events=None, every=10, losses=
     counts = {**dict.fromkeys(EVENTS, 0), "steps": every * records}
     if watched:
         counts["calls"] = every * records
-    return Evidence(found, {**counts, **(events or {})}, claims, watched)
+    return Evidence(found, {**counts, **(events or {})}, claims, watched, tally_of(found, every))
+
+
+def tally_of(records, every):
+    """What would have been counted in a run that is everywhere as its samples are in the median."""
+    steps, table = every * len(records), {}
+    for unit in records[0]["units"] if records else ():
+        row = dict.fromkeys(COLUMNS, 0.0) | {"steps": steps, "cos_gradient_sq": 0.75 * steps}
+        for effect, key, line in (("turned", "angle_raw_inner_w", TURNED), ("off", "angle", OFF)):
+            there = (median(r["units"][unit][key] for r in records) or 0.0) > line
+            row |= {effect: steps * there, f"{effect}_since": steps * there, f"{effect}_last": steps - 1}
+        table[f"{unit}.w"] = row
+    return table
 
 
 def names(evidence):
@@ -169,14 +184,14 @@ def test_min_angle(angle, verdict):
     found = judge(ledger(entry(angle=angle, angle_w=angle), claims=False))
     assert (found.verdict, found.diagnosis) == (verdict, "none" if verdict == "effective" else "equals_shadow")
     claimed = judge(ledger(entry(angle=angle, angle_w=angle)))
-    assert (claimed.verdict, claimed.diagnosis) == (verdict, "none" if verdict == "effective" else "unexplained")
+    assert (claimed.verdict, claimed.diagnosis) == (verdict, "none" if verdict == "effective" else "gradient_not_used")
     weights = judge(ledger(entry(angle=0.1, angle_weights=angle), claims=False))
     assert weights.verdict == verdict  # whichever says more
 
 
 @pytest.mark.parametrize(
     ("reached", "verdict", "diagnosis"),
-    [(4, "effective", "none"), (3, "unstable", "modules_missing"), (0, "no_effect", "unexplained")],
+    [(4, "effective", "none"), (3, "unstable", "modules_missing"), (0, "no_effect", "gradient_not_used")],
 )
 def test_coverage_of_a_claim(reached, verdict, diagnosis):
     found = judge(ledger(lambda i, n: entry(**dict.fromkeys(("angle", "angle_w"), 20.0 if n < reached else 0.0))))
@@ -268,7 +283,7 @@ def test_nothing_sampled():
 
 
 def lines_of(evidence):
-    last = {"events": evidence.events, "claims": evidence.claims, "watched": evidence.watched}
+    last = {key: getattr(evidence, key) for key in ("events", "claims", "watched", "tally")}
     return [*evidence.records, last]
 
 
@@ -299,12 +314,13 @@ def test_files_that_were_cut_or_hold_other_things(tmp_path):
 def test_the_table():
     text = judge(with_reading()).table()
     assert text.startswith("verdict    effective\ndiagnosis  none: updates are 20.0° off plain AdamW's")
-    assert "1.00 times as long, in 100% of the tensors" in text
+    assert "1.00 times as long, in 4 of 4 tensors, in 100% of the steps since the first" in text
     rows = {line.split(maxsplit=1)[1]: line.split()[0] for line in text.splitlines()[2:]}
     assert rows["degrees between the real update and plain AdamW's"] == "20"
     assert rows["damping over the mean eigenvalue"] == "0.01" and "twin" not in text
     nothing = judge(ledger(entry(angle=0.0), claims=False)).table()
-    assert "no_effect" in nothing and "equals_shadow: this is plain AdamW" in nothing
+    assert "no_effect" in nothing
+    assert "equals_shadow: updates are plain AdamW's of the gradients that backward computed" in nothing
 
 
 def test_json_there_and_back():
