@@ -60,8 +60,9 @@ bench: setup
 		$(RUN) python -m benchmarks.$$name || exit 1; \
 	done
 
-# Every fault of the catalogue must be named, no clean run blamed; about 5 minutes.
+# Every fault of the catalogue must be named, no clean run blamed, others' optimizers told; about 5 minutes.
 probe-faults: setup
+	@$(BIN)/python -c "import optimi, pytorch_optimizer, schedulefree" 2>/dev/null || $(BIN)/python -m pip install -qq --no-build-isolation --editable ".[foreign]"
 	$(RUN) python -m benchmarks.probe_faults
 
 # What the stages made. DVC's cache and the environment stay, and so do the results of all runs: runs/ and databases.
@@ -70,6 +71,7 @@ clean:
 	if [ -d outputs ]; then find outputs -mindepth 1 -maxdepth 1 ! -name "*.db" ! -name "*.db-*" ! -name "*.sqlite*" -exec rm -rf {} +; fi
 
 lock: setup
-	$(BIN)/python -m pip freeze --exclude-editable --exclude torch --exclude uv --exclude unsloth --exclude unsloth_zoo > requirements.lock.partial
+	$(BIN)/python -m pip freeze --exclude-editable --exclude torch --exclude uv --exclude unsloth --exclude unsloth_zoo \
+		--exclude pytorch-optimizer --exclude schedulefree --exclude torch-optimi > requirements.lock.partial
 	@echo "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__.split("+")[0])')" >> requirements.lock.partial
 	mv requirements.lock.partial requirements.lock

@@ -1,12 +1,13 @@
-"""Every fault of the catalogue must be named, and no clean run blamed: `make probe-faults`.
+"""Every fault of the catalogue must be named, no clean run blamed, others' optimizers told: `make probe-faults`.
 
 Exit code 1 if a fault is missed (its verdict is `effective`, or the first diagnosis is another than the one that it was
-made for) or a clean run raises a false alarm.
+made for) or a clean run, our own or of somebody's optimizer, raises a false alarm.
 """
 
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from rich.table import Table
 
 from benchmarks._harness import write
 from probes import Verdict
-from tests.probes.catalogue import CLEAN, FAULTS, SETTINGS
+from tests.probes.catalogue import CLEAN, FAULTS, SETTINGS, Clean
+from tests.probes.foreign import FOREIGN, installed, version
 
 KEPT = ("coverage", "angle_to_shadow", "angle_lowest", "lr_ratio", "cos_raw_preconditioned", "damping_share")
 
@@ -47,10 +49,10 @@ def run_faults() -> list[dict[str, Any]]:
     return rows
 
 
-def run_clean() -> list[dict[str, Any]]:
+def run_clean(runs: Sequence[Clean], what: str) -> list[dict[str, Any]]:
     """A row for each clean run."""
     rows = []
-    for clean in track(CLEAN, "clean runs", console=Console(stderr=True)):
+    for clean in track(runs, what, console=Console(stderr=True)):
         verdict = clean.run()
         diagnosis = "none" if clean.expected == "effective" else "equals_shadow"
         right = (verdict.verdict, verdict.diagnosis) == (clean.expected, diagnosis)
@@ -77,15 +79,20 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    faults, clean = run_faults(), run_clean()
+    faults, clean = run_faults(), run_clean(CLEAN, "clean runs")
+    known = [run for run in FOREIGN if installed(run)]
+    foreign = [{**row, "version": version(run)} for run, row in zip(known, run_clean(known, "foreign"), strict=True)]
     show("Faults", faults)
     show("Clean runs (length: of the real update over plain AdamW's)", clean)
+    show("Optimizers that others wrote", foreign)
     diagnosed = sum(entry["right"] for entry in faults)
     false_alarms = sum(not entry["right"] for entry in clean)
+    misjudged = sum(not entry["right"] for entry in foreign)
     effective = [entry["numbers"]["angle_lowest"] for entry in clean if entry["expected"] == "none"]
     same = [entry["numbers"]["angle_to_shadow"] for entry in clean if entry["expected"] == "equals_shadow"]
     lowest, highest = min(effective), max(same)
     print(f"{diagnosed} of {len(faults)} faults diagnosed, {false_alarms} false alarms in {len(clean)} clean runs")
+    print(f"{len(foreign) - misjudged} of {len(foreign)} runs of others' optimizers judged rightly")
     print(f"smallest angle of any layer of an effective run {lowest:.1f}°, largest of plain AdamW {highest:.1e}°")
     write(
         "probe_faults",
@@ -99,8 +106,9 @@ def main() -> int:
         highest_plain_angle=highest,
         fault_rows=faults,
         clean_rows=clean,
+        foreign_optimizers=foreign,
     )
-    return 0 if diagnosed == len(faults) and not false_alarms else 1
+    return 0 if diagnosed == len(faults) and not false_alarms + misjudged else 1
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -106,11 +106,14 @@ def plain_loop(
     schedule: Callable[[int], float] | None = None,
     checkpointing: bool = False,
     loss_factor: Callable[[int], float] = lambda step: 1.0,
+    closure: Literal["", "too", "alone"] = "",
+    create_graph: bool = False,
     **model_options: Any,
 ) -> Verdict:
     """Train in a loop of one's own and judge; with accumulation, half of the steps are enough.
 
-    `clip` limits raw gradients, before preconditioning; `schedule` and `loss_factor` go from a step to a factor.
+    `clip` limits raw gradients, before preconditioning; `schedule` and `loss_factor` go from a step to a factor;
+    `closure`: the step gets one for the last batch's gradients, which are computed before it too, or in it alone.
     """
     steps = steps if accumulation == 1 else steps // 2
     model = tiny_llama(setting.seed, **model_options)
@@ -120,16 +123,29 @@ def plain_loop(
     setup, stream = arrange(model, setting), batches(setting.seed)
     scheduler = LambdaLR(setup.optimizer, schedule) if schedule is not None else None
     watched = setup.optimizer if setup.watched is None else setup.watched
+
+    def backward(batch: dict[str, Tensor], factor: float) -> Tensor:
+        loss: Tensor = model(**batch).loss * factor
+        loss.backward(create_graph=create_graph)
+        return loss
+
+    def again(batch: dict[str, Tensor], factor: float) -> Tensor:
+        setup.optimizer.zero_grad()
+        return backward(batch, factor)
+
     try:
         with Probe(model, watched, every=steps // SAMPLES, max_grad_norm=clip, **setup.probe) as probe:
             for step in range(steps):
+                factor = loss_factor(step) / accumulation
                 for _ in range(accumulation):
-                    (model(**next(stream)).loss * loss_factor(step) / accumulation).backward()
-                    setup.after_backward()
+                    batch = next(stream)
+                    if closure != "alone":
+                        backward(batch, factor)
+                        setup.after_backward()
                 if clip:
                     torch.nn.utils.clip_grad_norm_(weights_of(model), clip)
                 setup.before_step()
-                setup.optimizer.step()
+                setup.optimizer.step(*[partial(again, batch, factor)] if closure else [])
                 if scheduler is not None:
                     scheduler.step()
                 setup.after_step()
