@@ -184,7 +184,7 @@ def _gradient_restored(e: Evidence) -> Finding | None:
 
 def _by_chance(e: Evidence, name: str, cosine: float) -> bool:
     """Whether a cosine is of the size that random directions have in so many dimensions."""
-    return abs(cosine) <= 3 / max(e.sizes.get(name, 0), 1) ** 0.5
+    return abs(cosine) <= 3 / math.sqrt(max(e.sizes.get(name, 0), 1))
 
 
 def _uphill(e: Evidence) -> Finding | None:
@@ -390,13 +390,13 @@ def _scalar_preconditioner(e: Evidence) -> Finding | None:
     if spread > 0.2:
         told = (
             f"the preconditioner multiplies each gradient by one number, which changes from step to step (about "
-            f"{ratio:.3g}, by a factor of {math.exp(spread):.2g}), and turns none by {TURNED}°: that weighs the steps "
-            "against each other, which Adam does not cancel, but there is no curvature in it"
+            f"{ratio:.3g}, by a factor of {math.exp(spread):.2g}), and turns none by more than {TURNED}°: that weighs "
+            "the steps against each other, which Adam does not cancel, but there is no curvature in it"
         )
     else:
         told = (
-            f"the preconditioner multiplies every gradient by one number (about {ratio:.3g}), and turns none by {TURNED}"
-            "°: Adam cancels that, and to SGD it is another learning rate"
+            f"the preconditioner multiplies every gradient by one number (about {ratio:.3g}) and turns none by more "
+            f"than {TURNED}°: Adam cancels that, and to SGD it is another learning rate"
         )
     return Finding("scalar_preconditioner", told, numbers)
 

@@ -99,10 +99,13 @@ class Attachments(contextlib.ExitStack):
             for handle in (first, last, after):
                 self.callback(handle.remove)
             to_front(optimizer._optimizer_step_pre_hooks, first.id)
-            before_all, after_all = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+            ours: tuple[tuple[Any, Any], ...] = (
+                (optimizer._optimizer_step_pre_hooks, last),
+                (optimizer._optimizer_step_post_hooks, after),
+            )
 
             def in_order() -> None:
-                for hooks, handle in ((before_all, last), (after_all, after)):
+                for hooks, handle in ours:
                     if handle.id in hooks and next(reversed(hooks)) != handle.id:
                         hooks[handle.id] = hooks.pop(handle.id)
 
@@ -167,7 +170,8 @@ class TrainedTensors:
         count = len(self.parameters)
         self.computed = [False] * count  # by autograd, since the last gradient arrived
         self.stepping = False  # inside an optimizer's step, which may try other weights
-        self._elsewhere: set[int] = set()  # gradients at such weights
+        self._elsewhere: set[int] = set()  # gradients at such weights, until they arrive
+        self.tried_others = False
         self._more: dict[int, tuple[Tensor, bool]] = {}  # to be added; whether it starts anew
         self._seen: list[tuple[Tensor | None, int]] = [(None, 0)] * count  # gradients as they arrived, their versions
 
@@ -182,13 +186,13 @@ class TrainedTensors:
             self._hooks.callback(first.remove)
             self._hooks.callback(then.remove)
 
-    @torch.compiler.disable
     def _on_computed(self, i: int, gradient: Tensor) -> None:
         """Autograd has a gradient, which other hooks may still change, and which may never reach `.grad`."""
         parameter, gradient = self.parameters[i], _dense(gradient.detach())
         held = parameter.grad
         if self.stepping and self._seen[i][0] is not None and not torch.equal(parameter, self.before[i]):
             self._elsewhere.add(i)
+            self.tried_others = True
         elif held is None or self._seen[i][0] is None:  # the first of this step, or after zero_grad()
             self.raw[i].copy_(gradient)
             if held is not None:
@@ -198,7 +202,6 @@ class TrainedTensors:
             # What is in .grad was changed since, or what comes will be: add it up here.
             self._more[i] = gradient.clone(), not bool(held.any())
 
-    @torch.compiler.disable
     def _on_arrived(self, i: int, parameter: Tensor) -> None:
         if parameter.grad is None:
             return
@@ -482,9 +485,21 @@ class Probe:
         if torch.compiler.is_compiling():
             return  # no part of the graph: the step begins with its first gradient
         if torch.is_grad_enabled() and module.training:
+            if self._left_out():
+                self._phase = "left out"
             self._begin()
             if self.sampling:
                 self._now.count_tokens(kwargs)
+
+    def _left_out(self) -> bool:
+        """Whether a GradScaler saw a gradient that is not finite: there was no step, and the gradients are gone."""
+        if (
+            self._phase != "running"
+            or not any(self._now.hits)
+            or any(p.grad is not None for p in self.tensors.parameters)
+        ):
+            return False
+        return not all(bool(torch.isfinite(raw).all()) for raw in self.tensors.raw)
 
     def _on_output(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -597,7 +612,10 @@ class Probe:
             update = [(raw, p.detach().float() - before.float(), change, before) for raw, p, before, change in pairs]
             forms = ((0, 1), (1, 1), (0, 2), (1, 2), (2, 2), (3, 3), (0, 3), (1, 3))
             products = dots([(entry[i], entry[j]) for i, j in forms for entry in update])
-            self._unsettled = (self.step, gradient, products, options["rates"], now.read_in_step)
+            if self.step < self._cold_until:
+                products[2 * len(pairs) : 5 * len(pairs)] = 0.0  # its shadow is no yardstick yet
+            elsewhere = now.read_in_step or tensors.tried_others
+            self._unsettled = (self.step, gradient, products, options["rates"], elsewhere)
         self.events["steps"] += 1
         self.events["calls"] += now.calls
         self.events["steps_called"] += now.calls > 0

@@ -80,7 +80,7 @@ class Tally:
         update: Tensor,
         moved: Tensor,
         rates: Sequence[float | None],
-        read_in_step: bool,
+        elsewhere: bool,
     ) -> None:
         """One step's inner products, float64 on the CPU.
 
@@ -90,7 +90,8 @@ class Tally:
                 ⟨raw, θ⟩, ⟨Δθ, θ⟩.
             moved: [tensors], length of the way from before this step to before the next; not finite = not known.
             rates: the learning rates; None where no group has the tensor.
-            read_in_step: whether what was read was found in `.grad` after the step: it may be the update itself.
+            elsewhere: whether what was read is another gradient: found in `.grad` after the step, where it may be the
+                update itself, or computed at other weights (SAM, a line search).
         """
         rr, ri, ii = gradient
         rd, dd, rs, ds, ss, ww, rw, dw = update
@@ -113,7 +114,7 @@ class Tally:
         v["rounded"] += seen & (dd == 0) & (rate > 0) & (rate * ii.sqrt() < 1e-7 * ww.sqrt())
         v["rate_zero"] += seen & torch.tensor([rate == 0 for rate in rates])
         v["not_held"] += seen & torch.tensor([rate is None for rate in rates])
-        v["against"] += read & (cos_gradient < 0) & (not read_in_step)
+        v["against"] += read & (cos_gradient < 0) & (not elsewhere)
         v["uphill"] += went & (cos_step < 0)
         v["cos_gradient"] += cos_gradient
         v["cos_gradient_sq"] += cos_gradient.square()
