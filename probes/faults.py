@@ -187,24 +187,30 @@ def _by_chance(e: Evidence, name: str, cosine: float) -> bool:
     return abs(cosine) <= 3 / math.sqrt(max(e.sizes.get(name, 0), 1))
 
 
+def _against(e: Evidence) -> dict[str, bool]:
+    """Tensors that are read against their gradient more than once or twice → whether by chance, as noise would be.
+
+    A positive definite matrix never turns a gradient by 90° or more.
+    """
+    rows = {n: row for n, row in e.tally.items() if row["against"] >= 2 and e.share(n, "against") > 0.02}
+    return {name: _by_chance(e, name, row["cos_against"] / row["against"]) for name, row in rows.items()}
+
+
 def _uphill(e: Evidence) -> Finding | None:
-    """A positive definite matrix never turns a gradient by 90° or more; a step may, now and then, by its momentum."""
-    rows = {name: row for name, row in e.tally.items() if row["steps"] >= 5}
-    against = [
-        name
-        for name, row in rows.items()
-        if e.share(name, "against") > e.thresholds.often
-        and not _by_chance(e, name, (row["cos_gradient_sq"] / row["steps"]) ** 0.5)
-    ]
+    """Now and then a step points up the gradient by its momentum; most of them must not."""
+    against = [name for name, by_chance in _against(e).items() if not by_chance]
     steps = [
         name
-        for name, row in rows.items()
-        if e.share(name, "uphill") > 0.75 and not _by_chance(e, name, row["cos_step"] / row["steps"])
+        for name, row in e.tally.items()
+        if row["steps"] >= 5
+        and e.share(name, "uphill") > 0.75
+        and not _by_chance(e, name, row["cos_step"] / row["steps"])
     ]
     wrong = list(dict.fromkeys((*against, *steps)))
     if not wrong:
         return None
-    share = sum(max(e.share(n, "against"), e.share(n, "uphill")) for n in wrong) / len(wrong)
+    column = "against" if against else "uphill"
+    share = sum(e.share(name, column) for name in wrong) / len(wrong)
     what = "what the optimizer reads points away from the gradient" if against else "updates point up the gradient"
     return Finding(
         "uphill",
@@ -215,28 +221,26 @@ def _uphill(e: Evidence) -> Finding | None:
 
 
 def _unrelated(e: Evidence) -> Finding | None:
-    noise = [
-        name
-        for name, row in e.tally.items()
-        if row["steps"] >= 5
-        and e.share(name, "against") > 0.2
-        and _by_chance(e, name, (row["cos_gradient_sq"] / row["steps"]) ** 0.5)
-    ]
-    what = "what the optimizer reads has nothing to do with the gradient"
-    rows = [row for name, row in e.tally.items() if row["steps"] >= 5 and e.sizes.get(name, 0) >= 16]
-    if not noise and len(rows) > 1 and not any(row["against"] > e.thresholds.often * row["steps"] for row in rows):
-        step, shadow = ([row[key] / row["steps"] for row in rows] for key in ("cos_step", "cos_shadow"))
-        mean = sum(step) / len(step)
-        if abs(mean) < min(0.05, 0.15 * sum(shadow) / len(shadow)):
-            noise = [name for name, row in e.tally.items() if row in rows]
-            what = f"updates have nothing to do with the gradient (their cosine is {mean:.2f} in the mean, that of "
-            what += f"plain AdamW {sum(shadow) / len(shadow):.2f})"
-    if not noise:
-        return None
+    noise = [name for name, by_chance in _against(e).items() if by_chance and e.tally[name]["steps"] >= 5]
+    if noise:
+        share = sum(e.share(name, "against") for name in noise) / len(noise)
+        what = (
+            f"what the optimizer reads points away from the gradient in {share:.0%} of the steps, as a random direction"
+        )
+        what += " would"
+    else:
+        rows = [row for name, row in e.tally.items() if row["steps"] >= 5 and e.sizes.get(name, 0) >= 16]
+        if len(rows) < 2 or _against(e):
+            return None
+        step, shadow = (sum(row[key] / row["steps"] for row in rows) / len(rows) for key in ("cos_step", "cos_shadow"))
+        if abs(step) >= min(0.05, 0.15 * shadow):
+            return None
+        noise = [name for name, row in e.tally.items() if row in rows]
+        what = f"updates follow the gradient with a cosine of {step:.2f} in the mean (plain AdamW's {shadow:.2f})"
     return Finding(
         "unrelated_to_gradient",
-        f"{what} in {len(noise)} of {len(e.tally)} tensors ({_listed(noise)}): noise, another tensor's gradient, or "
-        "mixed-up entries",
+        f"{what}, in {len(noise)} of {len(e.tally)} tensors ({_listed(noise)}): noise, an old gradient or another "
+        "tensor's, or mixed-up entries",
         {"tensors": len(noise), "of": len(e.tally)},
     )
 
@@ -293,13 +297,17 @@ def _nothing_changed(e: Evidence) -> Finding | None:
     changed = [n for u in e.units for n in e.values(u, "times_changed") if n is not None]
     never_ready = bool(readings) and not any(r["ready"] for r in readings)
     no_change = bool(changed) and not any(changed) and not e.rotates and not e.reached  # in hooks, calls say little
-    if not (never_ready or no_change):
-        return None
-    why = (
-        "no layer was ever ready (a minimum of samples that is never reached, a warm-up longer than the run)"
-        if never_ready
-        else "its calls left every gradient as it was (it works on copies or on other tensors)"
+    untouched = not e.rotates and not any(
+        row["turned"] or row["off"] or row["log_ratio_sq"] > 1e-12 for row in e.tally.values()
     )
+    if never_ready:
+        why = "no layer was ever ready (a minimum of samples that is never reached, a warm-up longer than the run)"
+    elif no_change:
+        why = "its calls left every gradient as it was (it works on copies or on other tensors)"
+    elif untouched and not e.watched and not e.reached:
+        why = "every gradient reached the optimizer as backward left it, and the updates are plain AdamW's"
+    else:
+        return None
     return Finding("nothing_changed", f"the preconditioner has changed nothing in {e.steps} steps: {why}", {})
 
 
@@ -411,8 +419,9 @@ def _turned_in_vain(e: Evidence) -> Finding | None:
     if kept > 0.999:
         return Finding(
             "diagonal_preconditioner",
-            f"gradients are turned by {angle:.1f}°, but no entry changes its sign, and the updates are plain AdamW's: "
-            "each entry is multiplied by a positive number that stays the same, which Adam cancels",
+            f"gradients of {len(turned)} of {len(e.tensors)} tensors are turned by {angle:.1f}°, but no entry changes "
+            "its sign, and the updates are plain AdamW's: each entry is multiplied by a positive number that stays the "
+            "same, which Adam cancels",
             numbers,
         )
     return Finding(

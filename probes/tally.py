@@ -29,7 +29,7 @@ COUNTS = (
     "against",  # where what the optimizer read points away from the raw gradient
     "uphill",  # whose update does, decay of the weights left out
 )
-SUMS = ("cos_gradient", "cos_gradient_sq", "cos_step", "cos_shadow", "log_ratio", "log_ratio_sq")
+SUMS = ("cos_against", "cos_step", "cos_shadow", "log_ratio", "log_ratio_sq")
 EFFECTS = ("turned", "off")  # each with the first and the last such step, and the counted steps since the first
 COLUMNS = (*COUNTS, *SUMS, *(f"{e}{part}" for e in EFFECTS for part in ("", "_first", "_last", "_since")))
 
@@ -114,10 +114,10 @@ class Tally:
         v["rounded"] += seen & (dd == 0) & (rate > 0) & (rate * ii.sqrt() < 1e-7 * ww.sqrt())
         v["rate_zero"] += seen & torch.tensor([rate == 0 for rate in rates])
         v["not_held"] += seen & torch.tensor([rate is None for rate in rates])
-        v["against"] += read & (cos_gradient < 0) & (not elsewhere)
+        against = read & (cos_gradient < 0) & (not elsewhere)
+        v["against"] += against
+        v["cos_against"] += torch.where(against, cos_gradient, 0.0)
         v["uphill"] += went & (cos_step < 0)
-        v["cos_gradient"] += cos_gradient
-        v["cos_gradient_sq"] += cos_gradient.square()
         v["cos_step"] += cos_step
         v["cos_shadow"] += torch.where(seen & (ss > 0), -rs / (rr * ss).sqrt(), 0.0)
         v["log_ratio"] += ratio

@@ -99,15 +99,21 @@ def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
     if e.reached:
         longer = f"{numbers['lr_ratio'] or 0.0:.2f} times as long"
         first = median(e.tally[name][f"{e.effect}_first"] for name in e.reached) or 0.0
+        own = {name.rpartition(".")[0] for name in e.reached}
+        angle = (
+            median(a for r in e.judged if r["step"] >= first for u in own if (a := _angle(r["units"].get(u)))) or angle
+        )
         part = f", in {e.step_share:.0%} of the steps from step {first:.0f} to {e.steps - 1}" if e.claims else ""
         return said(
             EFFECTIVE, "none", f"updates are {angle:.1f}° off plain AdamW's and {longer}, in {tensors}{part}", []
         )
-    reason = (
-        f"updates are plain AdamW's of the gradients that backward computed: within {angle:.1e}°, "
-        f"in all of {len(e.tensors)} tensors"
-    )
+    reason = f"updates are plain AdamW's of the raw gradients: within {angle:.1e}°, in all of {len(e.tensors)} tensors"
     return said(NO_EFFECT, "equals_shadow", reason, [])
+
+
+def _angle(entry: dict[str, Any] | None) -> float | None:
+    known = [entry[key] for key in ("angle", "angle_weights") if entry.get(key) is not None] if entry else []
+    return max(known, default=None)
 
 
 def _numbers(e: Evidence) -> dict[str, float | None]:

@@ -621,6 +621,21 @@ FAULTS = [
         _looped(lambda model, setting: Setup(Noisy(weights_of(model), setting.lr))),
     ),
     # Of another name
+    Fault(
+        "so large that its square overflows",
+        "gradient_overflow",
+        in_loop(kfac.then(lambda g, step: [x.mul_(1e25) for x in g])),
+    ),
+    Fault(
+        "noise in every third step",
+        "unrelated_to_gradient",
+        in_loop(kfac.then(lambda g, step: kfac.noise(g, step) if step % 3 == 0 else None)),
+    ),
+    Fault(
+        "every 10th step negated",
+        "uphill",
+        in_loop(kfac.then(lambda g, step: kfac.negate(g, step) if step % 10 == 0 else None), steps=60),
+    ),
     Fault("one layer alone", "modules_missing", in_loop(kfac.OneLayer)),
     Fault(
         "a number drawn anew", "scalar_preconditioner", in_loop(kfac.then(kfac.by_one_number(0.1, 3.0), kfac.Untouched))
