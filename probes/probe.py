@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from probes.measure import Provider, Record, Snapshot, find_units, measure, numbers, read, tensors
 from probes.shadow import Shadow, clipping, shadow_options
-from probes.tally import OFF, OFF_16_BIT, Tally, common_factor, dots
+from probes.tally import OFF, OFF_16_BIT, Matrices, Tally, common_factor, difference
 
 WARM_UP = 200  # steps that the shadow's moments need after a start beside those of an optimizer that are warm
 
@@ -153,9 +153,10 @@ class TrainedTensors:
         self.parameters = [p for _, _, p in self.all]
         self.names = [f"{unit.name}.{side}" for unit, side, _ in self.all]
         self.lines = [OFF if p.element_size() >= 4 else OFF_16_BIT for p in self.parameters]
-        self.raw = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
-        self.before = [torch.zeros_like(raw) for raw in self.raw]
         self.shadow = Shadow(self.parameters)
+        self.layout = self.shadow.layout
+        self.raws, self.befores = self.layout.zeros(), self.layout.zeros()
+        self.raw, self.before = self.layout.views(self.raws), self.layout.views(self.befores)
         self.next_step()
         self._ids = {id(p) for p in self.parameters}
         # Where they stand: walking the model at every step would take long.
@@ -259,7 +260,7 @@ class StepNotes:
     after: Snapshot = ()
     door: Snapshot = ()
     inner: Snapshot = ()
-    raw: list[Tensor | None] = field(default_factory=list)  # of all ranks, the loss's scale divided out
+    averaged: bool = False  # whether raw gradients are those of all ranks by now
     read: Tensor | None = None  # ⟨raw, raw⟩, ⟨raw, read⟩, ⟨read, read⟩ of what the optimizer reads: [3, tensors]
     versions: list[int] = field(default_factory=list)  # of the gradients then
     read_in_step: bool = False  # found in `.grad` after it
@@ -276,7 +277,7 @@ class StepNotes:
 
     def gradient_arrived(self, i: int) -> None:
         self.hits[i] += 1
-        self.raw = []
+        self.averaged = False
         self.from_closure |= bool(self.inside)
         self.late[i] |= self.changed[i] > 0
 
@@ -329,15 +330,12 @@ def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def of_all_ranks(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Mean over the ranks of a distributed run: hooks see a rank's own gradients, before they are averaged."""
-    if not _distributed():
-        return list(gradients)
-    averaged = [g.clone() for g in gradients]
-    for gradient in averaged:
-        torch.distributed.all_reduce(gradient)
-        gradient /= torch.distributed.get_world_size()
-    return averaged
+def average_over_ranks(gradients: Matrices) -> None:
+    """In a distributed run: hooks see a rank's own gradients, before they are averaged."""
+    if _distributed():
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+            gradient /= torch.distributed.get_world_size()
 
 
 class Probe:
@@ -431,7 +429,7 @@ class Probe:
         return self
 
     def close(self) -> None:
-        self._settle()
+        self._settle(self.tensors.layout.stack(self.tensors.parameters))
         self.tensors.close()
         self._attached.close()
         self._open = False
@@ -476,7 +474,7 @@ class Probe:
         before = self.tensors.names
         if not self.tensors.follow():
             return False
-        self._settle(known=False)
+        self._settle(None)
         if self.tensors.names != before:
             self.tally = Tally(self.tensors.names, self.tensors.lines, self.tally)
         return True
@@ -536,22 +534,24 @@ class Probe:
                 self._now = StepNotes(len(self.tensors.parameters))
             elif self.sampling:
                 self._now.sampled, self._now.door = True, self.tensors.gradients()
-            self._settle()
-            torch._foreach_copy_(self.tensors.before, [p.detach() for p in self.tensors.parameters])
+            weights = self.tensors.layout.stack(self.tensors.parameters)
+            self._settle(weights)
+            for kept, now in zip(self.tensors.befores, weights, strict=True):
+                kept.copy_(now)
             self._now.entered, self.tensors.stepping = optimizer, True
         self._now.inside.append((optimizer, sum(self._now.hits)))
 
-    def _settle(self, known: bool = True) -> None:
+    def _settle(self, weights: Matrices | None) -> None:
         """Take the last step into the tally: where its weights are by now shows whether they were put back."""
         if self._unsettled is None:
             return
-        step, gradient, update, rates, in_step = self._unsettled
+        step, gradient, update, rates, elsewhere = self._unsettled
         self._unsettled = None
-        moved = torch.full((len(rates),), math.nan, dtype=torch.float64)
-        if known:
-            way = torch._foreach_sub([p.detach() for p in self.tensors.parameters], self.tensors.before)
-            moved = torch.stack([norm.to(update.device) for norm in torch._foreach_norm(way)]).double().cpu()
-        self.tally.add(step, gradient, update.double().cpu().view(8, -1), moved, rates, in_step)
+        moved = torch.full((len(rates),), math.nan, device=update.device)
+        if weights is not None:
+            way = difference(weights, self.tensors.befores)
+            moved = self.tensors.layout.dots([(way, way)])[0]
+        self.tally.add(step, gradient, update, moved, rates, elsewhere)
 
     @property
     def _scale(self) -> float:
@@ -561,17 +561,15 @@ class Probe:
         """What stands in `.grad` now is what the optimizer computes with, unless this is called again."""
         if not self._now.inside:
             return
-        now, scale = self._now, self._scale
-        gradients = [p.grad for p in self.tensors.parameters]
-        if not now.raw:
-            for i, gradient in enumerate(gradients):  # of autograd.grad, put there by hand
-                now.hits[i] += self.tensors.computed[i] and not now.hits[i] and gradient is not None
-            unscaled = [g / scale if scale != 1.0 else g for g in self.tensors.raw]
-            now.raw = [g if hits else None for g, hits in zip(of_all_ranks(unscaled), now.hits, strict=True)]
-        with torch.no_grad():
-            own = [(g, g) for g in now.raw]
-            across = list(zip(now.raw, gradients, strict=True))
-            now.read = dots([*own, *across, *((g, g) for g in gradients)])
+        now, tensors = self._now, self.tensors
+        gradients = [p.grad for p in tensors.parameters]
+        for i, gradient in enumerate(gradients):  # of autograd.grad, put there by hand
+            now.hits[i] += tensors.computed[i] and not now.hits[i] and gradient is not None
+        if not now.averaged:
+            average_over_ranks(tensors.raws)
+            now.averaged = True
+        read = tensors.layout.stack([None if g is None else _dense(g) for g in gradients])
+        now.read = tensors.layout.dots([(tensors.raws, tensors.raws), (tensors.raws, read), (read, read)])
         now.versions = [-1 if g is None else g._version for g in gradients]
         if now.sampled:
             now.inner = self.tensors.gradients()
@@ -593,27 +591,33 @@ class Probe:
                 self._end()
 
     def _end(self) -> None:
-        now, tensors = self._now, self.tensors
+        now, tensors, scale = self._now, self.tensors, self._scale
         if now.from_closure:  # gradients came after the door: what stood there was empty or old
             now.door = now.inner
-        gradient = torch.zeros(3, len(tensors.names), dtype=torch.float64)
+        known = [hits > 0 for hits in now.hits]
+        gradient = torch.zeros(3, len(known), dtype=torch.float64)
         if now.read is not None:
-            gradient = now.read.double().cpu().view(3, -1)
+            gradient = now.read.double().cpu() / torch.tensor([[scale**2], [scale], [1.0]])
+            gradient[:2] *= torch.tensor(known)
         options = shadow_options(self.optimizer, tensors.parameters)
         finite = bool(torch.isfinite(gradient[0]).all())
         self.events["nonfinite_gradients"] += not finite
+        known = known if finite else [False] * len(known)
+        raw = [g if there else None for g, there in zip(tensors.raw, known, strict=True)]
         # One number for all gradients is no preconditioning: plain AdamW would have it too.
-        factor, common = clipping(now.raw, self.max_grad_norm), common_factor(*gradient)
+        factor = clipping([g for g in raw if g is not None], float(gradient[0].sum().sqrt()), self.max_grad_norm)
+        common = common_factor(*gradient)
         if common is not None and abs(common - factor) > 0.01 * factor:
             factor = common
-        shadow = tensors.shadow.update(now.raw if finite else [], options, tensors.before, factor)
-        if finite and now.raw:
-            pairs = list(zip(now.raw, tensors.parameters, tensors.before, shadow, strict=True))
-            update = [(raw, p.detach().float() - before.float(), change, before) for raw, p, before, change in pairs]
+        shadow = tensors.shadow.update(tensors.raws, known, options, tensors.befores, factor / scale)
+        if any(known):
+            delta = difference(tensors.layout.stack(tensors.parameters), tensors.befores)
+            columns = (tensors.raws, delta, shadow, tensors.befores)
             forms = ((0, 1), (1, 1), (0, 2), (1, 2), (2, 2), (3, 3), (0, 3), (1, 3))
-            products = dots([(entry[i], entry[j]) for i, j in forms for entry in update])
+            products = tensors.layout.dots([(columns[i], columns[j]) for i, j in forms])
+            products[[0, 2, 6]] *= torch.tensor(known, device=products.device) / scale
             if self.step < self._cold_until:
-                products[2 * len(pairs) : 5 * len(pairs)] = 0.0  # its shadow is no yardstick yet
+                products[2:5] = 0.0  # its shadow is no yardstick yet
             elsewhere = now.read_in_step or tensors.tried_others
             self._unsettled = (self.step, gradient, products, options["rates"], elsewhere)
         self.events["steps"] += 1
@@ -621,7 +625,8 @@ class Probe:
         self.events["steps_called"] += now.calls > 0
         self.events["inner_called_directly"] += now.entered is not self._chain[0]
         if now.sampled:
-            record = self._record(now.raw, shadow, options)
+            own = [g if g is None or scale == 1.0 else g / scale for g in raw]
+            record = self._record(own, tensors.layout.views(shadow), options)
             self.events["nonfinite_losses"] += bool(now.losses) and record["loss"] is None
             self.records.append(record)
             if self.on_record is not None:
@@ -675,7 +680,7 @@ class Probe:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: `tensors` (the shadow's) and `plain` (what JSON can hold)."""
         self._follow()  # ranks may have shrunk in the step that is saved
-        self._settle()
+        self._settle(self.tensors.layout.stack(self.tensors.parameters))
         plain = {"step": self.step, "records": self.records, "events": self.events, "cold_until": self._cold_until}
         plain["tally"] = self.tally.table()
         return {"tensors": self.tensors.shadow.state_dict(), "plain": plain}

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from probes.tally import Layout, Matrices, difference
+
 
 class Shadow:
     """AdamW (Loshchilov & Hutter 2019) that never touches a weight.
@@ -19,55 +21,60 @@ class Shadow:
     """
 
     def __init__(self, parameters: list[nn.Parameter]):
-        self.m = [torch.zeros_like(p, requires_grad=False) for p in parameters]
-        self.v = [torch.zeros_like(m) for m in self.m]
+        self.layout = Layout(parameters)
+        self._m, self._v = self.layout.zeros(), self.layout.zeros()
+        self.m, self.v = self.layout.views(self._m), self.layout.views(self._v)
         self.steps = [0] * len(parameters)
 
     def update(
         self,
-        gradients: Sequence[Tensor | None],
+        gradients: Matrices,
+        known: Sequence[bool],
         options: dict[str, Any],
-        weights: Sequence[Tensor],
+        weights: Matrices,
         factor: float = 1.0,
-    ) -> list[Tensor]:
-        """Take one step's gradients, times `factor`, into the moments; none of them: a step that is left out.
+    ) -> Matrices:
+        """Take one step's gradients, times `factor`, into the moments, of the tensors that have one.
 
-        `weights` are those before the step. Returns Δθ of each parameter in float32; zeros where there is no gradient.
+        `weights` are those before the step. Returns Δθ in float32; zeros where there is no gradient.
         """
-        changes = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
-        used = {i: g.to(self.m[i].dtype) for i, g in enumerate(gradients) if g is not None}
-        if factor != 1.0:
-            used = {i: g * factor for i, g in used.items()}
-        after = {i: weights[i].clone() for i in used}
-        alike: dict[tuple[Any, ...], list[int]] = {}
-        for i in used:
-            alike.setdefault(options["each"][i], []).append(i)
-        for (betas, eps, weight_decay, fused, foreach), chosen in alike.items():
-            adamw(
-                [after[i] for i in chosen],
-                [used[i] for i in chosen],
-                [self.m[i] for i in chosen],
-                [self.v[i] for i in chosen],
-                [],
+        after = [w.clone() for w in weights]
+        for place, rows in enumerate(self.layout.places):
+            gradient = gradients[place] if factor == 1.0 else gradients[place] * factor
+            alike: dict[tuple[Any, ...], list[int]] = {}
+            for row, i in enumerate(rows):
+                if known[i]:
+                    alike.setdefault((*options["each"][i], self.steps[i]), []).append(row)
+                    self.steps[i] += 1
+            for (betas, eps, weight_decay, fused, foreach, steps), chosen in alike.items():
+                matrices = after[place], gradient, self._m[place], self._v[place]
+                whole = len(chosen) == len(rows)
+                weight, grad, m, v = ([x] if whole else [x[row] for row in chosen] for x in matrices)
                 # Counted up inside; fused kernels want it beside the weights.
-                [torch.tensor(float(self.steps[i]), device=self.m[i].device if fused else None) for i in chosen],
-                fused=fused,
-                foreach=foreach,
-                amsgrad=False,
-                beta1=betas[0],
-                beta2=betas[1],
-                lr=options["lr"],
-                weight_decay=weight_decay,
-                eps=eps,
-                maximize=False,
-            )
-        for i, moved in after.items():
-            self.steps[i] += 1
-            changes[i] = moved.float() - weights[i].float()
-        return changes
+                counts = [torch.tensor(float(steps), device=gradient.device if fused else None) for _ in weight]
+                adamw(
+                    weight,
+                    grad,
+                    m,
+                    v,
+                    [],
+                    counts,
+                    fused=fused,
+                    foreach=foreach,
+                    amsgrad=False,
+                    beta1=betas[0],
+                    beta2=betas[1],
+                    lr=options["lr"],
+                    weight_decay=weight_decay,
+                    eps=eps,
+                    maximize=False,
+                )
+        return difference(after, weights)
 
     def take(self, i: int, other: "Shadow", j: int) -> None:
-        self.m[i], self.v[i], self.steps[i] = other.m[j], other.v[j], other.steps[j]
+        self.m[i].copy_(other.m[j])
+        self.v[i].copy_(other.v[j])
+        self.steps[i] = other.steps[j]
 
     def state_dict(self) -> dict[str, Tensor]:
         moments = {f"{name}.{i}": t for name in ("m", "v") for i, t in enumerate(getattr(self, name))}
@@ -84,13 +91,14 @@ class Shadow:
         self.steps = steps
 
 
-def clipping(gradients: Sequence[Tensor | None], max_norm: float) -> float:
-    """What `torch.nn.utils.clip_grad_norm_` would multiply the gradients by, with its roundings; `max_norm` 0: 1."""
-    known = [g for g in gradients if g is not None]
-    if max_norm <= 0 or not known:
+def clipping(gradients: Sequence[Tensor], total: float, max_norm: float) -> float:
+    """What `torch.nn.utils.clip_grad_norm_` multiplies gradients of that total norm by; 1 where `max_norm` is 0."""
+    if max_norm <= 0 or not gradients or not math.isfinite(total):
         return 1.0
-    factor = float(torch.clamp(max_norm / (torch.nn.utils.get_total_norm(known) + 1e-6), max=1.0))
-    return factor if math.isfinite(factor) else 1.0
+    if any(g.element_size() < 4 for g in gradients):  # with its very roundings
+        factor = float(torch.clamp(max_norm / (torch.nn.utils.get_total_norm(gradients) + 1e-6), max=1.0))
+        return factor if math.isfinite(factor) else 1.0
+    return min(1.0, max_norm / (total + 1e-6))
 
 
 def shadow_options(optimizer: Any, parameters: list[nn.Parameter]) -> dict[str, Any]:
@@ -101,16 +109,22 @@ def shadow_options(optimizer: Any, parameters: list[nn.Parameter]) -> dict[str, 
     and whether a group has betas of its own.
     """
     every = list(getattr(optimizer, "param_groups", ()))
-    group_of = {id(p): group for group in every for p in group["params"]}
-    groups = [group_of.get(id(p), every[0] if every else {}) for p in parameters]
+    group_of = {id(p): place for place, group in enumerate(every) for p in group["params"]}
+    places = [group_of.get(id(p), 0) for p in parameters]
+    groups = every or [{}]
     # A rate that is no number is the optimizer's own business (Adafactor's); the direction does not hang on it.
     rates = [_number(group.get("lr"), 1e-3) for group in groups]
+    own = {kind: _own(groups[kind[0]], kind[1]) for kind in {*zip(places, (p.dtype for p in parameters), strict=True)}}
+    used = [groups[place] for place in {*places}]
     return {
-        "rates": [rate if not every or id(p) in group_of else None for rate, p in zip(rates, parameters, strict=True)],
-        "lr": min((rate for rate in rates if rate > 0), default=0.0),
-        "each": [_own(group, p.dtype) for group, p in zip(groups, parameters, strict=True)],
-        "eps": max((_number(group.get("eps"), 1e-8) for group in groups), default=1e-8),
-        "adam": any("betas" in group or "beta1" in group for group in groups),
+        "rates": [
+            rates[place] if not every or id(p) in group_of else None
+            for place, p in zip(places, parameters, strict=True)
+        ],
+        "lr": min((rates[place] for place in {*places} if rates[place] > 0), default=0.0),
+        "each": [own[place, p.dtype] for place, p in zip(places, parameters, strict=True)],
+        "eps": max((_number(group.get("eps"), 1e-8) for group in used), default=1e-8),
+        "adam": any("betas" in group or "beta1" in group for group in used),
     }
 
 

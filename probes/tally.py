@@ -6,6 +6,7 @@ that a preconditioner which works on every tenth step is not taken for one that 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,17 +35,52 @@ EFFECTS = ("turned", "off")  # each with the first and the last such step, and t
 COLUMNS = (*COUNTS, *SUMS, *(f"{e}{part}" for e in EFFECTS for part in ("", "_first", "_last", "_since")))
 
 
-def dots(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> Tensor:
-    """Inner products, in float32 at least and on the first tensor's device; zero where one is missing."""
-    device = next((t.device for pair in pairs for t in pair if t is not None), torch.device("cpu"))
-    zero = torch.zeros((), device=device)
-    return torch.stack(
-        [zero if x is None or y is None else torch.dot(_flat(x), _flat(y)).to(device).float() for x, y in pairs]
-    )
+Matrices = list[Tensor]
+"""A number for every entry of some tensors, in the order of a `Layout`."""
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().flatten().float()
+class Layout:
+    """Tensors alike in size, dtype and device are rows of one matrix: few operations instead of some for each."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for i, tensor in enumerate(tensors):
+            groups.setdefault((tensor.numel(), tensor.dtype, tensor.device), []).append(i)
+        self.places = list(groups.values())
+        self._tensors = [(t.shape, t.dtype, t.device) for t in tensors]
+        self._back = torch.tensor([i for places in self.places for i in places]).argsort()
+
+    def zeros(self) -> Matrices:
+        kinds = [(len(places), *self._tensors[places[0]]) for places in self.places]
+        return [torch.zeros(n, shape.numel(), dtype=dtype, device=device) for n, shape, dtype, device in kinds]
+
+    def stack(self, tensors: Sequence[Tensor | None]) -> Matrices:
+        """Copies; zeros where there is none."""
+        rows = [
+            torch.zeros(kind[0], dtype=kind[1], device=kind[2]) if t is None else t.detach()
+            for t, kind in zip(tensors, self._tensors, strict=True)
+        ]
+        return [torch.stack([rows[i].flatten() for i in places]) for places in self.places]
+
+    def views(self, matrices: Matrices) -> list[Tensor]:
+        found = {
+            i: row
+            for places, matrix in zip(self.places, matrices, strict=True)
+            for i, row in zip(places, matrix, strict=True)
+        }
+        return [found[i].view(shape) for i, (shape, *_) in enumerate(self._tensors)]
+
+    def dots(self, pairs: Sequence[tuple[Matrices, Matrices]]) -> Tensor:
+        """Inner products in float32, [pairs, tensors], on the first tensor's device."""
+        device = pairs[0][0][0].device
+        sums = [
+            torch.cat([(a.float() * b.float()).sum(1).to(device) for a, b in zip(x, y, strict=True)]) for x, y in pairs
+        ]
+        return torch.stack(sums)[:, self._back.to(device)]
+
+
+def difference(one: Matrices, other: Matrices) -> Matrices:
+    return [a.float() - b.float() for a, b in zip(one, other, strict=True)]
 
 
 def common_factor(rr: Tensor, ri: Tensor, ii: Tensor) -> float | None:
@@ -67,11 +103,12 @@ class Tally:
         for effect in EFFECTS:
             self.values[f"{effect}_first"] -= 1
             self.values[f"{effect}_last"] -= 1
+        self._waiting: list[tuple[Any, ...]] = []
         places = {name: place for place, name in enumerate(other.names)} if other is not None else {}
-        for i, name in enumerate(self.names):
-            if other is not None and name in places:
-                for column, values in self.values.items():
-                    values[i] = other.values[column][places[name]]
+        for column, old in other.columns().items() if other is not None else ():
+            for i, name in enumerate(self.names):
+                if name in places:
+                    self.values[column][i] = old[places[name]]
 
     def add(
         self,
@@ -82,19 +119,29 @@ class Tally:
         rates: Sequence[float | None],
         elsewhere: bool,
     ) -> None:
-        """One step's inner products, float64 on the CPU.
+        """One step's inner products.
 
         Args:
             gradient: [3, tensors], ⟨raw, raw⟩, ⟨raw, read⟩ and ⟨read, read⟩ of what the optimizer read.
             update: [8, tensors], ⟨raw, Δθ⟩, ⟨Δθ, Δθ⟩, ⟨raw, shadow⟩, ⟨Δθ, shadow⟩, ⟨shadow, shadow⟩, ⟨θ, θ⟩,
                 ⟨raw, θ⟩, ⟨Δθ, θ⟩.
-            moved: [tensors], length of the way from before this step to before the next; not finite = not known.
+            moved: [tensors], squared way from before this step to before the next; not finite = not known.
             rates: the learning rates; None where no group has the tensor.
             elsewhere: whether what was read is another gradient: found in `.grad` after the step, where it may be the
                 update itself, or computed at other weights (SAM, a line search).
         """
-        rr, ri, ii = gradient
-        rd, dd, rs, ds, ss, ww, rw, dw = update
+        self._waiting.append((step, gradient, update, moved, rates, elsewhere))
+        if len(self._waiting) >= 32:  # counting costs as much for many steps as for one
+            self.columns()
+
+    def columns(self) -> dict[str, Tensor]:
+        """Column → [tensors], all steps counted."""
+        if not self._waiting:
+            return self.values
+        steps, *products, rates, elsewhere = zip(*self._waiting, strict=True)
+        self._waiting = []
+        gradient, update, moved = (torch.stack(p).double().cpu() for p in products)
+        (rr, ri, ii), (rd, dd, rs, ds, ss, ww, rw, dw) = gradient.unbind(1), update.unbind(1)
         v = self.values
         seen = torch.isfinite(rr) & (rr > 0)
         read = seen & torch.isfinite(ii) & (ii > 0)
@@ -104,37 +151,45 @@ class Tally:
         along = torch.where(ww > 0, dw / ww, 0.0)
         down, length = along * rw - rd, (dd - along * dw).clamp_min(0)
         cos_step = torch.where(went & (length > 1e-6 * dd), down / (rr * length).sqrt(), 0.0)
-        ratio = torch.where(read, 0.5 * (ii / rr).log(), 0.0)
-        v["steps"] += seen
-        v["lost"] += seen & (ii == 0)
-        v["overflow"] += seen & ~torch.isfinite(ii)
-        v["still"] += seen & (dd == 0)
-        v["put_back"] += went & (moved < BACK * dd.sqrt())
-        rate = torch.tensor([rate or 0.0 for rate in rates], dtype=torch.float64)
-        v["rounded"] += seen & (dd == 0) & (rate > 0) & (rate * ii.sqrt() < 1e-7 * ww.sqrt())
-        v["rate_zero"] += seen & torch.tensor([rate == 0 for rate in rates])
-        v["not_held"] += seen & torch.tensor([rate is None for rate in rates])
-        against = read & (cos_gradient < 0) & (not elsewhere)
-        v["against"] += against
-        v["cos_against"] += torch.where(against, cos_gradient, 0.0)
-        v["uphill"] += went & (cos_step < 0)
-        v["cos_step"] += cos_step
-        v["cos_shadow"] += torch.where(seen & (ss > 0), -rs / (rr * ss).sqrt(), 0.0)
-        v["log_ratio"] += ratio
-        v["log_ratio_sq"] += ratio.square()
-        turned = read & (cos_gradient < math.cos(math.radians(TURNED)))
-        off = went & (ss > 0) & (ds < self.lines.deg2rad().cos() * (dd * ss).sqrt())
-        for name, hit in (("turned", turned), ("off", off)):
-            v[name] += hit
-            v[f"{name}_first"][hit & (v[f"{name}_first"] < 0)] = step
-            v[f"{name}_last"][hit] = step
-            v[f"{name}_since"] += seen & (v[f"{name}_first"] >= 0)
+        log_ratio = torch.where(read, 0.5 * (ii / rr).log(), 0.0)
+        against = read & (cos_gradient < 0) & ~torch.tensor(elsewhere).unsqueeze(1)
+        rate = torch.tensor([[r or 0.0 for r in row] for row in rates], dtype=torch.float64)
+        held = torch.tensor([[r is not None for r in row] for row in rates])
+        new = {
+            "steps": seen,
+            "lost": seen & (ii == 0),
+            "overflow": seen & ~torch.isfinite(ii),
+            "still": seen & (dd == 0),
+            "rounded": seen & (dd == 0) & (rate > 0) & (rate * ii.sqrt() < 1e-7 * ww.sqrt()),
+            "put_back": went & (moved < BACK**2 * dd),
+            "rate_zero": seen & held & (rate == 0),
+            "not_held": seen & ~held,
+            "against": against,
+            "uphill": went & (cos_step < 0),
+            "cos_against": torch.where(against, cos_gradient, 0.0),
+            "cos_step": cos_step,
+            "cos_shadow": torch.where(seen & (ss > 0), -rs / (rr * ss).sqrt(), 0.0),
+            "log_ratio": log_ratio,
+            "log_ratio_sq": log_ratio.square(),
+            "turned": read & (cos_gradient < math.cos(math.radians(TURNED))),
+            "off": went & (ss > 0) & (ds < self.lines.deg2rad().cos() * (dd * ss).sqrt()),
+        }
+        number = torch.tensor(steps, dtype=torch.float64).unsqueeze(1)
+        for effect in EFFECTS:
+            hit, first = new[effect], v[f"{effect}_first"]
+            v[f"{effect}_since"] += (seen & ((first >= 0) | hit.cumsum(0).bool())).sum(0)
+            v[f"{effect}_last"] = torch.maximum(v[f"{effect}_last"], torch.where(hit, number, -1.0).amax(0))
+            earliest = torch.where(hit, number, math.inf).amin(0)
+            v[f"{effect}_first"] = torch.where((first < 0) & earliest.isfinite(), earliest, first)
+        for column, values in new.items():
+            v[column] += values.sum(0)
+        return v
 
     def table(self) -> dict[str, dict[str, float]]:
-        columns = {column: values.tolist() for column, values in self.values.items()}
+        columns = {column: values.tolist() for column, values in self.columns().items()}
         return {name: {column: columns[column][i] for column in COLUMNS} for i, name in enumerate(self.names)}
 
     def load(self, table: dict[str, dict[str, float]]) -> None:
         """KeyError: a table of other tensors, or of another version."""
         values = {c: torch.tensor([table[name][c] for name in self.names], dtype=torch.float64) for c in COLUMNS}
-        self.values = values
+        self.values, self._waiting = values, []
