@@ -16,6 +16,8 @@ DATA = Path("data")
 BASE = Path("models/base")
 SPLITS = ("train", "valid", "test", "retention")
 BASE_ARM = "base"
+SPEED_LOCK = Path("checkpoints/scores/speed.lock")
+"""Held while models are timed or verified on a server, which has the base once and unloads it to time its loading."""
 
 
 class VerdictError(RuntimeError):
