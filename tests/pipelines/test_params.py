@@ -85,6 +85,7 @@ def changed(raw, path, value):
         ("prepare_base.hidden_size", 100, r"prepare_base: hidden_size: expected a multiple of"),
         ("compare.database", "postgresql://u:p@h/d", r"compare\.database: expected a file below the project's folder"),
         ("evaluate.backend", "vllm", r"evaluate\.backend: .*'llama_cpp'.*got 'vllm'"),
+        ("verify.control_scale", 1.0, r"verify\.control_scale: .*expected another factor than 1"),
     ],
 )  # fmt: skip
 def test_each_error(raw, path, value, message):

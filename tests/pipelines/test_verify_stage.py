@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from gguf import GGUFReader
 
 from db.files import OutputError, exclusive
 from export import ExportError
+from export.gguf import quantize
 from export.register import register
 from export.served import served_in
 from pipelines import profile, verify
@@ -114,6 +116,32 @@ def test_nobody_times_models_on_a_server_meanwhile(params, monkeypatch):
     with OllamaDouble() as server, pytest.raises(ExportError, match="held"):
         monkeypatch.setenv("OLLAMA_HOST", server.url)
         verify.run(params, "base", 0)
+
+
+def test_a_quantized_model_must_answer_as_llama_cpp_does_and_not_gibberish(params, tree, monkeypatch):
+    file, model = tree / "pure_grit/0/serving.json", tree / "pure_grit/0/model.gguf"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization": "q8_0"}))
+    quantize(model.rename(tree / "f16.gguf"), model, "q8_0")
+    verify.run(params, "pure_grit", 0)
+    lax = params.model_copy(update={"verify": params.verify.model_copy(update={"min_answers_equal_quantized": 0.0})})
+    with OllamaDouble() as server, monkeypatch.context() as patched:
+        patched.setenv("OLLAMA_HOST", server.url)
+        whole = server.generate
+
+        def other(body):
+            merged = server.model(body).adapter is None
+            return ({**p, "response": "?" if merged and p["response"] else p["response"]} for p in whole(body))
+
+        server.generate = other
+        with pytest.raises(ExportError, match=r"llama\.cpp's of the same files: expected 90%, got 0%"):
+            verify.run(lax, "pure_grit", 0)
+    reader = GGUFReader(model, "r+")
+    for tensor in reader.tensors:
+        if "ffn_down" in tensor.name or "attn_output" in tensor.name:
+            tensor.data[..., 1] = 0x7B  # the high byte of each row's first scale
+    reader.data.flush()
+    with pytest.raises(ExportError, match="answers equal to Hugging Face's: expected 25%"):
+        verify.run(params, "pure_grit", 0)
 
 
 def test_a_mismatch_fails_and_keeps_what_was_there(params, tree):
