@@ -54,6 +54,7 @@ RUNS = "runs"
 _CURRENT = "current.json"
 _LINES_SHOWN = 5
 _KEY = re.compile(r"[0-9a-f]{64}")
+_NOTHING = "expected runs that were archived, came nothing; run `dvc repro` or `python -m db.cli ingest`"
 _NO_SCORES = ScoresRecord.model_construct(metrics=[])  # while the other files of a faulty run are read
 AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
 
@@ -453,10 +454,9 @@ def archive(root: Path, bundles: list[Bundle]) -> int:
 
 
 def require_archive(root: Path) -> None:
-    """Make sure that something was archived, or an empty database would take the place of a full one."""
+    """Make sure that there is an archive, or a wrong folder would get one."""
     if not (root / RUNS).is_dir():
-        words = "expected runs that were archived, came nothing; run `dvc repro` or `python -m db.cli ingest`"
-        raise IngestError([Problem(RUNS if root.is_dir() else str(root), "", words)])
+        raise IngestError([Problem(RUNS if root.is_dir() else str(root), "", _NOTHING)])
 
 
 def read_archive(root: Path) -> tuple[dict[str, Bundle], set[str]]:
@@ -472,6 +472,8 @@ def read_archive(root: Path) -> tuple[dict[str, Bundle], set[str]]:
     except OSError as error:
         reader.unreadable(error)
         folders = []
+    if not folders and not reader.problems:  # an empty database would take the place of a full one
+        reader.problem(runs, "", _NOTHING)
     for reader.place in folders:
         inside = [path for path in reader.place.glob("scores/*/*") if _seed(path.name)]
         before, bundle = len(reader.problems), None

@@ -18,8 +18,6 @@ BUSY_TIMEOUT_S = 30.0
 """Seconds to wait for another writer; a rebuild takes a few."""
 
 _MAGIC = b"SQLite format 3\0"
-_GONE_VIEWS = "v_attempts v_probe_summary v_parity v_verification v_quantization task_quantization".split()
-_GONE = ("attempt", "alembic_version")  # tables of versions 1 to 4
 _OURS = frozenset({"environment", "run", "metric", "metric_def", "sample", "probe", "artifact", "speed"})
 _ENOUGH = len(_OURS) // 2  # a damaged database of ours may have lost some
 # Any fixed number: it names the lock that makes writers of one PostgreSQL database take turns.
@@ -72,7 +70,7 @@ def open_session(url_or_path: str | Path | URL) -> Iterator[Session]:
                 yield session
         finally:
             engine.dispose()
-    except (SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
+    except (SQLAlchemyError, sqlite3.Error, OSError) as error:
         raise _explain(error, place) from error
 
 
@@ -81,16 +79,25 @@ def _reader(url: URL, path: Path | None) -> Engine:
         # as_uri escapes `?`, `#` and `%` in names. A file that is only ever replaced needs no transaction.
         uri = path.absolute().as_uri() + "?mode=ro"
         return create_engine(url, poolclass=NullPool, creator=lambda: sqlite3.connect(uri, BUSY_TIMEOUT_S, uri=True))
-    engine = create_engine(url, poolclass=NullPool)
+    engine = _server(url)
     if url.get_backend_name() == "postgresql":
         # A server's default is one moment for each question.
         return engine.execution_options(postgresql_readonly=True, isolation_level="REPEATABLE READ")
     return engine
 
 
+def _server(url: URL) -> Engine:
+    try:
+        return create_engine(url, poolclass=NullPool)
+    except ImportError as error:
+        do = "install the driver, for PostgreSQL: psycopg"
+        raise DatabaseError(f"the driver for {_shown(url)}", str(error), do) from error
+
+
 def _check_schema(connection: Connection, place: str) -> None:
     tables = inspect(connection).get_table_names()
-    _refuse_others(tables, place, alone=connection.dialect.name == "sqlite")
+    if connection.dialect.name == "sqlite":  # on a server other tables may stand beside ours
+        _refuse_others(tables, place)
     if "run" not in tables:
         raise DatabaseMissingError(
             f"a database with results at {place}", "a database without tables", "run `dvc repro`"
@@ -111,9 +118,8 @@ def _schema_of(connection: Connection) -> int:
     return int(number) if number.isdigit() else 0
 
 
-def _refuse_others(tables: Collection[str], place: str, *, alone: bool) -> None:
-    """On a server other tables may stand beside ours."""
-    if alone and tables and len(_OURS & set(tables)) < _ENOUGH:
+def _refuse_others(tables: Collection[str], place: str) -> None:
+    if tables and len(_OURS & set(tables)) < _ENOUGH:
         raise DatabaseError(
             f"a database of this project, or none, at {place}",
             f"a database with other tables ({', '.join(sorted(tables)[:5])})",
@@ -135,11 +141,10 @@ def replaced(url_or_path: str | Path | URL) -> Iterator[Session]:
     place, path = _shown(url), _sqlite_file(url)
     try:
         if path is None:
-            engine = create_engine(url, poolclass=NullPool)
-            with engine.begin() as connection:
+            with _server(url).begin() as connection:
                 if connection.dialect.name == "postgresql":
                     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_POSTGRES_LOCK})")
-                _empty(connection)
+                _empty(connection, place)
                 yield from _filled(connection)
         else:
             path = path.resolve()
@@ -148,7 +153,7 @@ def replaced(url_or_path: str | Path | URL) -> Iterator[Session]:
                 yield from _made(engine)
     except OutputError as error:
         raise DatabaseError(f"a file that can be written at {place}", str(error), "name another with --db") from error
-    except (SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
+    except (SQLAlchemyError, sqlite3.Error, OSError) as error:
         raise _explain(error, place) from error
 
 
@@ -187,19 +192,27 @@ def _create(connection: Connection) -> None:
         connection.exec_driver_sql(statement)
 
 
-def _empty(connection: Connection) -> None:
-    """Rows go; tables of another version go too, so that others' rights and views survive where they can."""
-    there = inspect(connection).get_table_names()
-    if "run" in there and _schema_of(connection) == SCHEMA:
+def _empty(connection: Connection, place: str) -> None:
+    """Rows go; tables of another schema number go too, so that others' rights and views survive where they can.
+
+    Tables with our names and without our mark are somebody else's, or, of versions 1 to 4, the only copy of their runs.
+    """
+    there = set(inspect(connection).get_table_names())
+    found = _schema_of(connection) if "run" in there else 0
+    if found == SCHEMA:
         for table in reversed(Base.metadata.sorted_tables):
             connection.execute(table.delete())
         return
-    for view in inspect(connection).get_view_names():
-        if view in VIEWS or view in _GONE_VIEWS:
+    if found:
+        for view in VIEWS:
             connection.exec_driver_sql(f"DROP VIEW IF EXISTS {view} CASCADE")
-    Base.metadata.drop_all(connection)
-    for name in _GONE:
-        connection.exec_driver_sql(f"DROP TABLE IF EXISTS {name}")
+        Base.metadata.drop_all(connection)
+    elif taken := there & Base.metadata.tables.keys():
+        raise DatabaseError(
+            f"a database without tables of our names, or with those of this version, at {place}",
+            f"tables of somebody else, or of versions 1 to 4 ({', '.join(sorted(taken))})",
+            "name another database with --db, or move those tables away (ALTER TABLE … SET SCHEMA …)",
+        )
     _create(connection)
 
 
@@ -223,7 +236,7 @@ def _old_file(path: Path) -> Iterator[None]:
     with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as old:
         try:
             tables = [row[0] for row in old.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-            _refuse_others(tables, str(path), alone=True)
+            _refuse_others(tables, str(path))
             old.execute("PRAGMA journal_mode=DELETE")
             old.execute("BEGIN IMMEDIATE")
             kept = path.with_name(path.name + ".old")
@@ -254,8 +267,6 @@ def _explain(error: Exception, place: str) -> DatabaseError:
     if isinstance(error, ArgumentError | NoSuchModuleError):
         do = f"correct the database's address (it was: {place})"
         return DatabaseError("a path or an SQLAlchemy URL such as postgresql+psycopg://user@host/name", came, do)
-    if isinstance(error, ImportError):
-        return DatabaseError(f"the driver for {place}", came, "install the driver, for PostgreSQL: psycopg")
     for phrase, (expected, do) in _PHRASES.items():
         if phrase in came.lower():
             return DatabaseError(f"{expected} ({place})", came, do)

@@ -70,6 +70,8 @@ class ModalityConfig:
 
     def problems(self) -> list[str]:
         found = complaints(type(self), vars(self))
+        if "layer_patterns" not in found and "" in self.layer_patterns:  # which matches nothing, in no model
+            found["layer_patterns"] = f"layer_patterns: expected a list of names, got {self.layer_patterns!r}"
         if not found and (problem := self._strategy_problem()):
             return [problem]
         return list(found.values())

@@ -83,16 +83,36 @@ def test_others_tables_views_and_rights_survive(tree, postgres):
     assert ask_one(postgres, "SELECT runs FROM mine") == (4,) and ask(postgres, "SELECT * FROM recipes") == []
 
 
-def test_another_schema_is_refused_to_readers_and_made_anew(tree, postgres):
-    with raw(postgres) as connection:  # as versions 1 to 4 left it
-        for name in ("alembic_version", "attempt", "run", "metric"):
+@pytest.mark.parametrize(
+    "tables", [("alembic_version", "attempt", "run", "metric"), ("run", "recipes"), ("environment",)]
+)
+def test_what_is_not_ours_and_what_older_versions_left_stays(tree, postgres, tables):
+    """Versions 1 to 4 had no runs/: their tables are the only copy."""
+    with raw(postgres) as connection:
+        for name in tables:
             connection.execute(text(f"CREATE TABLE {name} (id INTEGER)"))
-        connection.execute(text("CREATE VIEW v_attempts AS SELECT id FROM attempt"))
-    with pytest.raises(SchemaVersionError, match=rf"schema {SCHEMA} in .*older version"), open_session(postgres):
-        pass
+        connection.execute(text("CREATE VIEW task_results AS SELECT 1 AS mine"))
+    for work in (ingest, rebuild):
+        with pytest.raises(DatabaseError, match="tables of somebody else, or of versions 1 to 4.*another database"):
+            work(tree, postgres)
+    with raw(postgres) as connection:
+        there = connection.scalars(text("SELECT tablename FROM pg_tables WHERE schemaname = 'public'"))
+        assert {*there} == {*tables} and connection.scalar(text("SELECT mine FROM task_results")) == 1
+    if "run" in tables:
+        with pytest.raises(SchemaVersionError, match=rf"schema {SCHEMA} in .*older version"), open_session(postgres):
+            pass
+
+
+def test_another_schema_number_is_refused_to_readers_and_made_anew(tree, postgres):
     ingest(tree, postgres)
-    assert ask_one(postgres, "SELECT count(*) FROM run") == (3,)
-    assert ask_one(postgres, "SELECT to_regclass('attempt') IS NULL AND to_regclass('v_attempts') IS NULL") == (True,)
+    before = comparable(content(postgres))
+    with raw(postgres) as connection:
+        connection.execute(text(f"COMMENT ON TABLE run IS 'schema {SCHEMA + 1}'"))
+        connection.execute(text("ALTER TABLE sample DROP COLUMN credit CASCADE"))
+    with pytest.raises(SchemaVersionError, match=f"schema {SCHEMA + 1}, which another version"), open_session(postgres):
+        pass
+    rebuild(tree, postgres)
+    assert comparable(content(postgres)) == before
 
 
 def test_two_processes_at_once_and_a_killed_one(tree, path, postgres):

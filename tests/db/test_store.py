@@ -91,14 +91,20 @@ def test_faults_of_the_archive_are_named_at_once_and_the_database_stands(tree, p
     assert content(path) == before
 
 
-def test_nothing_archived_is_refused_and_nothing_scored_is_an_empty_database(tmp_path, path):
-    with pytest.raises(IngestError, match=r"runs: expected runs that were archived.*db\.cli ingest"):
+def test_nothing_archived_and_nothing_scored_replace_no_database(tmp_path, tree, path):
+    nothing = r"runs: expected runs that were archived.*db\.cli ingest"
+    with pytest.raises(IngestError, match=nothing):
         rebuild(tmp_path, path)
     with pytest.raises(IngestError, match="expected the project's folder"):
         ingest(tmp_path / "none", path)
     assert not path.exists() and not (tmp_path / "runs").exists()
-    summary = ingest(tmp_path, path)
-    assert (summary.runs, summary.notes) == (0, ("base: no scores yet",))
+    (tmp_path / "empty").mkdir()
+    ingest(tree, path)
+    before = content(path)
+    for work in (ingest, rebuild, ingest):  # runs/ is there once a first one has run
+        with pytest.raises(IngestError, match=nothing):
+            work(tmp_path / "empty", path)
+    assert content(path) == before
 
 
 def test_a_run_whose_replacement_was_killed_between_two_renames_comes_back(tree, path):
@@ -327,6 +333,8 @@ def test_missing_files_and_bad_addresses_are_named(tmp_path, tree):
     with pytest.raises(DatabaseMissingError, match="without tables"), open_session(tmp_path / "empty.db"):
         pass
     assert ingest(tree, tmp_path / "empty.db").runs == 3
+    with pytest.raises(ModuleNotFoundError, match="mine"), open_session(tmp_path / "empty.db"):
+        raise ModuleNotFoundError("mine")
     for address in ("nonsense://x", "sqlite:://"):
         with pytest.raises(DatabaseError, match="correct the database's address"), open_session(address):
             pass

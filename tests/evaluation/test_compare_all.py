@@ -222,8 +222,8 @@ def test_unknown_names_are_told_with_those_that_exist(path, arguments, words):
 
 
 def test_nothing_to_compare_names_the_command(tmp_path):
-    (tmp_path / "project").mkdir()
-    for database in (tmp_path / "none.db", stored(tmp_path / "project")):
+    (tmp_path / "empty.db").touch()
+    for database in (tmp_path / "none.db", tmp_path / "empty.db"):
         done = run(database)
         assert done.exit_code == 2 and "dvc repro" in done.output
     (tmp_path / "text.db").write_text("hello " * 500, encoding="utf-8")

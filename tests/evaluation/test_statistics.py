@@ -61,18 +61,18 @@ def test_answers_are_aligned_by_the_items_that_all_have():
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("values", "within"),
     [
-        np.array([1.0] * 60 + [0.0] * 100 + [-1.0] * 40),
-        np.random.default_rng(4).beta(1, 2, 400),
-        np.round(np.random.default_rng(4).beta(1, 2, 400), 1),  # few values, drawn as counts
+        (np.array([1.0] * 60 + [0.0] * 100 + [-1.0] * 40), 0.008),
+        (np.random.default_rng(4).beta(1, 2, 400), 0.002),
+        (np.round(np.random.default_rng(4).beta(1, 2, 400), 1), 0.002),  # few values, drawn as counts
     ],
 )
-def test_the_bootstrap_is_scipys(values: Array):
+def test_the_bootstrap_is_scipys(values: Array, within: float):
     ours = bootstrap_mean(values)
     theirs = stats.bootstrap((values,), np.mean, method="percentile", rng=1).confidence_interval
     assert ours.estimate == pytest.approx(values.mean())
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.008)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=within)
     assert bootstrap_mean(values) == ours, "the same data give the same interval"
     assert bootstrap_mean(values, level=0.5).low > ours.low
     with pytest.raises(ValueError, match="at least one item"):
@@ -268,8 +268,9 @@ def differences(rng, *, simulations, seeds, items, points, seed_sd, against_base
 
 
 SEVERAL = [(False, 3, 0, 0, 200), (False, 5, 0, 1, 500), (False, 3, 2, 2, 350), (False, 5, 10, 1, 200),
-           (True, 3, 0, 1, 300), (True, 5, 5, 1, 100)]  # fmt: skip
-FEW = [(False, 2, 0, 1, 200), (False, 1, 0, 0, 300), (False, 1, 5, 0, 500)]
+           (True, 3, 0, 1, 300), (True, 5, 5, 1, 100), (False, 2, 0, 1, 200), (False, 2, 0, 3, 500),
+           (False, 2, 2, 2, 350), (False, 2, 10, 3, 200)]  # fmt: skip
+FEW = [(False, 1, 0, 0, 300), (False, 1, 5, 0, 500)]
 
 
 @pytest.mark.parametrize(
@@ -288,8 +289,18 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(credit, seeds, points,
         found = [(bootstrap_mean(one, resamples=2000), test(one)) for one in d[:, 0]]
     share = np.mean([interval.low <= points / 100 <= interval.high for interval, _ in found])
     assert 0.93 <= share <= (1.0 if seeds == 2 else 0.975), "two seeds are told less, not more"
+    if seeds == 2:  # nor far less: Student's t of the two means alone would be 4.4 times as wide as the right interval
+        width = np.median([interval.high - interval.low for interval, _ in found])
+        assert width / (2 * 1.96 * d.mean(axis=(1, 2)).std()) < (1.45 if against_base else 2.6)
     if points == 0:
         assert np.mean([judge(interval, p_value) != "undecided" for interval, p_value in found]) <= 0.07
+
+
+@pytest.mark.parametrize(("against_base", "least"), [(True, 0.92), (False, 0.7)])
+def test_two_seeds_tell_a_large_difference(against_base, least):
+    rng = np.random.default_rng([2, 200, 20, against_base])
+    d = differences(rng, simulations=1000, seeds=2, items=200, points=20, seed_sd=1, against_base=against_base)
+    assert np.mean([judge(*crossed_interval(one)) != "undecided" for one in d]) >= least
 
 
 # Power

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from evaluation.tasks import general, render
@@ -18,8 +19,8 @@ from export.engines.llama_cpp import LlamaCppEngine
 from tests.conftest import TEMPLATE
 from tests.export.verify_runs import add_adapter, logits_apart, without_prefix
 
-# Logits, whose standard deviation is above 1. Measured on the 6 prompts: at most 0.011 for merged weights (which are
-# rounded to f16) and 0.009 for base + adapter; for Gemma-2 0.020 and 0.022. Without the adapter: 2.5 to 4.2.
+# Logits, whose standard deviation is above 1. Measured after each token of the 6 prompts: at most 0.022 for merged
+# weights (rounded to f16) and 0.013 for base + adapter; for Gemma-2 0.036 and 0.036. Without the adapter: 3.9 to 5.9.
 TOLERANCE = 0.05
 COMMON = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -84,7 +85,23 @@ def test_export_says_what_hugging_face_says(architecture, base_dir, tmp_path):
     base, merged, adapter = built.export("base"), built.export("merged", built.adapter), tmp_path / "adapter.gguf"
     gguf.convert_adapter(built.adapter, built.base, adapter)
     assert built.distance(merged) < TOLERANCE and built.distance(base, adapter) < TOLERANCE
-    assert built.distance(base) > 0.5, "the adapter changes nothing, so nothing is shown"
+    assert built.distance(base) > 2, "the adapter changes nothing, so nothing is shown"
+    if architecture == "llama":  # a tenth too little of one B is noticed
+        wrong, name = tmp_path / "wrong", "base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"
+        shutil.copytree(built.adapter, wrong)
+        weights = load_file(built.adapter / "adapter_model.safetensors")
+        save_file({**weights, name: 0.9 * weights[name]}, wrong / "adapter_model.safetensors")
+        gguf.convert_adapter(wrong, built.base, tmp_path / "wrong.gguf")
+        assert built.distance(base, tmp_path / "wrong.gguf") > 3 * TOLERANCE
+
+
+def test_uneven_ranks_and_rslora_in_fused_layers(base_dir, tmp_path):
+    ranks, alphas = {"qkv_proj": 2, "layers.1.mlp.down_proj": 6}, {"gate_up_proj": 3, "layers.0.self_attn.o_proj": 20}
+    built = Built("phi3", base_dir, tmp_path, use_rslora=True, rank_pattern=ranks, alpha_pattern=alphas)
+    assert gguf.losses(built.adapter) == []
+    gguf.convert_adapter(built.adapter, built.base, tmp_path / "adapter.gguf")
+    assert built.distance(built.export("base"), tmp_path / "adapter.gguf") < TOLERANCE
+    assert built.distance(built.export("merged", built.adapter)) < TOLERANCE
 
 
 @pytest.mark.parametrize(

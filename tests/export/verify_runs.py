@@ -118,14 +118,21 @@ def add_adapter(base, out, kind=AutoModelForCausalLM, **settings):
 
 
 def logits_apart(hf, engine, prompts):
-    """Largest difference of the logits after each rendered prompt, of equal ids; both engines are closed."""
+    """Largest difference of the logits after each rendered prompt, of equal ids, in one go, and after each token of it,
+    one by one; both engines are closed."""
     worst = 0.0
     with hf, engine:
         for prompt in prompts:
             ids = hf.tokenize(prompt)
             assert engine.tokenize(prompt) == ids
             with torch.inference_mode():
-                expected = hf._model(input_ids=torch.tensor([ids])).logits[0, -1].float().numpy()
+                rows = hf._model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
             engine.prefill(ids)
-            worst = max(worst, float(np.abs(engine.logits() - expected).max()))
+            apart = [np.abs(engine.logits() - rows[-1]).max()]
+            engine.prefill(ids[:1])
+            for token, expected in zip([*ids[1:], None], rows, strict=True):
+                apart.append(np.abs(engine.logits() - expected).max())
+                if token is not None:
+                    engine.feed(token)
+            worst = max(worst, float(max(apart)))
     return worst

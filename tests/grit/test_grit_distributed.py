@@ -112,12 +112,11 @@ def work(names, rank, world, folder):
     }
 
 
-def assert_close(got, want):
-    """To the rounding of Hugging Face's loss, which is in float32 whatever the model is in."""
+def assert_close(got, want, relative):
     assert set(got) == set(want)
     for name, value in want.items():
         error = float((got[name].double() - value.double()).norm())
-        assert error <= 1e-6 * max(float(value.double().norm()), 1e-300), f"{name}: {error:.2e}"
+        assert error <= relative * max(float(value.double().norm()), 1e-300), f"{name}: {error:.2e}"
 
 
 QUICK = ["hooks, eigen_adamw", "hooks, not finite on one rank at step 2"]
@@ -142,10 +141,12 @@ def test_two_ranks_equal_one_process_with_the_joint_batch(names, tmp_path):
             continue
         # The trainer: two ranks × batch 2 × accumulation 2 against batch 4 × accumulation 2, all token counts unequal.
         (want,) = work([name], 0, 1, tmp_path / "alone").values()
-        assert_close(one["weights"], want["weights"])
+        # Where losses are weighted, to the rounding of Hugging Face's, which is in float32 whatever the model is in.
+        relative = 1e-6 if "unequal" in name or name == "trainer" else 1e-8
+        assert_close(one["weights"], want["weights"], relative)
         assert len(one["layers"]) == LAYERS
         for layer, tensors in want["layers"].items():
-            assert_close(one["layers"][layer], tensors)
+            assert_close(one["layers"][layer], tensors, relative)
         assert one.get("steps") == want.get("steps") and one.get("factor") == want.get("factor")
         start = lora_weights(small_llama())
         assert all(float((want["weights"][n] - w).norm() / w.norm()) > 1e-3 for n, w in start.items())

@@ -74,6 +74,21 @@ def test_factors_that_are_not_ready_change_nothing_and_it_is_said(mode, caplog):
     assert not said(caplog, "applied")
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_before_the_warmup_is_over_training_is_plain_to_the_bit_and_it_is_said(mode, caplog):
+    model, plain = lora(), lora()
+    optimizer, reference = wrapped(model, quick(mode=mode, ng_warmup_steps=5)), inner_for(mode, trainable(plain))
+    for i in range(6):
+        ours, theirs = train(model, optimizer, 1, i), train(plain, reference, 1, i)
+        if i == 5:
+            assert worst(ours, theirs) > 1e-4
+        else:
+            assert worst(ours, theirs) < 1e-6 if mode == "eigen_adamw" else same(ours, theirs)
+    assert [r["effective"] for r in of_kind(optimizer.manager.history, "effect")] == [False] * 5 + [True]
+    assert len(said(caplog, "no effective change: natural-gradient warm-up until step 5")) == 5
+    assert len(said(caplog, "preconditioning applied")) == 1
+
+
 def test_diagonal_factors_have_no_effect_on_adam_and_it_is_said(caplog):
     """Eigenbases that only reorder and flip axes: Adam does not see them."""
     model = lora()
@@ -147,6 +162,24 @@ def test_other_weights_are_stepped_by_the_inner_optimizer_as_plain_adamw_would(r
 
 
 # Clipping
+
+
+@pytest.mark.parametrize("mode", ["adamw", "sgd"])
+def test_what_the_config_says_is_the_limit_else_what_the_optimizer_is_given(mode):
+    """Raw norms are below the limit of 3, natural ones far above: clipping before would let them through."""
+    for of_config, given, limit in ((3.0, 7.0, 3), (None, 3.0, 3), (0.0, 3.0, 0), (1e9, 3.0, 0), (None, None, 0)):
+        model, seen = lora(), []
+        config = quick(mode=mode, grafting=False, kl_clip=0.0, max_grad_norm=of_config)
+        inner = inner_for(mode, trainable(model))
+        inner.register_step_pre_hook(
+            lambda *_, m=model, s=seen: s.append(float(torch.nn.utils.get_total_norm([p.grad for p in trainable(m)])))
+        )
+        optimizer = GritOptimizer(inner, GRITManager(model, config), max_grad_norm=given)
+        for i in range(4 if limit else 1):
+            train(model, optimizer, 1, i)
+            metrics = optimizer.manager.metrics()
+            assert metrics["grit/gradient_norm_raw"] < 3 < 30 < metrics["grit/gradient_norm_natural"]
+            assert seen[i] == pytest.approx(min(limit or math.inf, metrics["grit/gradient_norm_natural"]), rel=1e-5)
 
 
 @pytest.mark.parametrize("regularised", [False, True])

@@ -2,14 +2,16 @@
 
 import copy
 import json
+from collections import OrderedDict
 
 import pytest
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
+from torch import nn
 
 from grit import GRITConfig, GRITManager, GritOptimizer
-from grit.layers import fit_to_checkpoint
+from grit.layers import fit_to_checkpoint, resize, write_patterns
 from tests.grit.nets import PREFIX, inner_for, llama, lora_on, of_kind, trainable
 
 R = 6
@@ -221,6 +223,73 @@ def test_peft_reloads_what_was_shrunk(tmp_path, changes):
     size = [(tmp_path / when / "adapter_model.safetensors").stat().st_size for when in ("before", "after")]
     expected = sum(t.numel() for t in load_peft_weights(str(tmp_path / "after"), device="cpu").values()) * 4
     assert expected < size[1] < size[0] * 0.8
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_merging_what_was_shrunk(tmp_path, rslora):
+    run = Run(lora_model(torch.float64, use_rslora=rslora)).train(5).done()
+    assert check_shapes(run) >= 3
+    expected = logits(run.model)
+    saved(run.model, tmp_path)
+    merged = run.model.merge_and_unload()
+    assert not any("lora" in name for name, _ in merged.named_parameters()) and worst(logits(merged), expected) < 1e-9
+    loaded = PeftModel.from_pretrained(base_model(torch.float64), tmp_path).merge_and_unload()
+    assert worst(logits(loaded), expected) < 1e-6
+
+
+def test_each_of_two_adapters_keeps_its_own_ranks(tmp_path):
+    model = lora_model()
+    model.add_adapter("other", LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.set_adapter("default")  # PEFT freezes the other one
+    run = Run(model).train(5).done()
+    assert sum(k < R for k in run.ranks().values()) >= 3
+    assert not model.peft_config["other"].rank_pattern and not model.peft_config["other"].alpha_pattern
+    saved(model, tmp_path)
+    assert worst(logits(PeftModel.from_pretrained(base_model(), tmp_path)), logits(model)) < 1e-6
+    assert PeftModel.from_pretrained(base_model(), tmp_path / "other").peft_config["default"].r == 4
+
+
+@pytest.mark.parametrize("shrunk", ["lin", "part.lin"])
+def test_names_that_end_in_other_names_are_told_apart(tmp_path, shrunk):
+    def fresh():
+        torch.manual_seed(0)
+        inner = nn.Sequential(OrderedDict(lin=nn.Linear(6, 6)))
+        return nn.Sequential(OrderedDict(lin=nn.Linear(6, 6), part=inner))
+
+    model = get_peft_model(fresh(), LoraConfig(r=4, lora_alpha=8, target_modules=["lin"], init_lora_weights=False))
+    pair = next(p for p in GRITManager(model, GRITConfig(min_lora_rank=1)).pairs() if p.name == f"{PREFIX}{shrunk}")
+    resize(pair, pair.a.detach()[:2], pair.b.detach()[:, :2])
+    write_patterns(model, [pair])
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 6)
+    assert torch.equal(PeftModel.from_pretrained(fresh(), tmp_path)(x), model(x))
+
+
+class Wrapper(nn.Module):
+    """As DistributedDataParallel: the PeftModel is an attribute of what GRIT is given."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs):
+        return self.module(**inputs)
+
+
+def test_a_wrapped_model_is_written_too():
+    run = Run(Wrapper(model := lora_model())).train(5).done()
+    ranks = {name.removeprefix(f"module.{PREFIX}"): k for name, k in run.ranks().items()}
+    assert model.peft_config["default"].rank_pattern == {f"^{n}": k for n, k in ranks.items() if k < R} != {}
+
+
+def test_ranks_that_nobody_can_write_down_are_told(caplog):
+    """They still shrink; the work of the run is not thrown away."""
+    model = inject_adapter_in_model(LoraConfig(r=R, target_modules=["q_proj", "v_proj"]), base_model())
+    del model.peft_config  # as versions of PEFT before 0.14 leave a model
+    run = Run(model).train(5).done()
+    assert sum(k < R for k in run.ranks().values()) >= 2
+    assert bool(torch.isfinite(logits(model)).all())
+    assert "ranks have shrunk, but no peft_config knows" in caplog.text
 
 
 # Going on from a checkpoint

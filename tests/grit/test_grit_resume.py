@@ -59,18 +59,23 @@ def test_killed_and_resumed_equals_undisturbed(case, tmp_path):
 
     assert killed.grit_manager.history[-1]["step"] > 4  # what came after the checkpoint does not stay in the log
 
-    resumed = make_trainer(case, tmp_path / "b")
-    seen = []
-    resumed.add_callback(Watch("on_train_begin", lambda **_: seen.append(resumed.grit_manager.step)))
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert seen == [4]
-    one, manager = resumed.grit_manager, undisturbed.grit_manager
-    assert one.step == manager.step == STEPS
-    assert same(one.history, manager.history) and same(one.state_dict(), manager.state_dict())
-    assert same(lora_weights(resumed.model), lora_weights(undisturbed.model))
-    assert same(resumed.optimizer.state_dict(), undisturbed.optimizer.state_dict())
-    assert one.log_file.read_bytes() == manager.log_file.read_bytes()
-    assert logged_by(resumed) == logged_by(undisturbed) and len(logged_by(resumed)) == STEPS
+    manager, seen = undisturbed.grit_manager, []
+    undisturbed.save_model(str(tmp_path / "undisturbed"))
+    for start in (4, STEPS):  # from the last one nothing is left to do
+        resumed = make_trainer(case, tmp_path / "b")
+        resumed.add_callback(Watch("on_train_begin", lambda one=resumed, **_: seen.append(one.grit_manager.step)))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{start}"))
+        assert seen[-1] == start
+        one = resumed.grit_manager
+        assert one.step == manager.step == STEPS
+        assert same(one.history, manager.history) and same(one.state_dict(), manager.state_dict())
+        assert same(lora_weights(resumed.model), lora_weights(undisturbed.model))
+        assert same(resumed.optimizer.state_dict(), undisturbed.optimizer.state_dict())
+        assert one.log_file.read_bytes() == manager.log_file.read_bytes()
+        assert logged_by(resumed) == logged_by(undisturbed) and len(logged_by(resumed)) == STEPS
+        resumed.save_model(str(tmp_path / "resumed"))
+        for file in (WEIGHTS, "adapter_config.json"):
+            assert (tmp_path / "resumed" / file).read_bytes() == (tmp_path / "undisturbed" / file).read_bytes(), file
 
     # And the run was one worth resuming.
     assert manager.history[-1]["effect"]["effective"] and manager.curvature.ready_layers() == 6

@@ -289,6 +289,26 @@ def test_clipping_comes_once_and_after_preconditioning(damping, limit, tmp_path)
     assert moves == pytest.approx([0.1 * min(norm, limit) for norm in natural], rel=1e-3)
 
 
+def test_the_trainers_limit_is_for_where_the_config_says_none(tmp_path):
+    """And in mode sgd for where no trust region limits the step."""
+    for mode, kappa, of_config, expected in (
+        *(("adamw", 1e-3, None, 0.3), ("adamw", 1e-3, 0.7, 0.7), ("adamw", 1e-3, 0.0, 0.0)),
+        *(("sgd", 1e-3, None, 0.0), ("sgd", 0.0, None, 0.3), ("sgd", 1e-3, 0.7, 0.7)),
+    ):
+        config = settings(mode=mode, kl_clip=kappa, max_grad_norm=of_config)
+        trainer = grit_trainer(tmp_path, config, max_grad_norm=0.3)
+        assert [trainer.create_optimizer().max_grad_norm for _ in range(2)] == [expected] * 2
+
+
+def test_a_grit_optimizer_that_is_passed_gets_the_trainers_limit_unless_it_has_its_own(tmp_path):
+    for own, expected in ((None, 0.3), (0.7, 0.7)):
+        manager = GRITManager(model := tiny_model(), settings())
+        optimizer = GritOptimizer(torch.optim.AdamW(trainable(model)), manager, max_grad_norm=own)
+        given = {"optimizers": (optimizer, None), "grit_manager": manager}
+        trainer = GritTrainer(model=model, args=arguments(tmp_path, max_grad_norm=0.3), **given)
+        assert trainer.create_optimizer() is optimizer and optimizer.max_grad_norm == expected
+
+
 @pytest.mark.parametrize("mode", ["eigen_adamw", "adamw"])
 def test_schedules_work_on_both_learning_rates(mode, tmp_path):
     """Adam's first step is as long as the learning rate, B's four times A's."""
@@ -322,6 +342,28 @@ def test_mode_sgd_brings_its_own_optimizer(tmp_path):
     losses = logged_by(trainer)
     assert sum(losses[-4:]) < sum(losses[:4]) - 0.15  # an epoch has four steps
     assert 0 < trainer.grit_manager.metrics()["grit/trust_region_factor"] < 1  # so high a rate is held back
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("adamw_torch_fused", "adamw"), ("adamw_8bit", "adamw"), ("adamw_8bit", "eigen_adamw")]
+)
+def test_inner_optimizers_agree_with_torchs_adamw(name, mode, tmp_path):
+    """Through reprojections, with which their moments go, and shrinking ranks. bitsandbytes keeps tensors below 4096
+    numbers in float32, so the result is the same here."""
+    changes = {"reprojection": "balanced", "reprojection_freq": 3, "rank_adaptation_threshold": 0.9}
+    results = []
+    for optim in ("adamw_torch", name):
+        given = {"optim": optim, "max_steps": 12, "lr_scheduler_type": "linear"}
+        trainer = grit_trainer(tmp_path, settings(mode=mode, **changes), tiny_model(rank=8), **given)
+        trainer.train()
+        assert len(of_kind(trainer.grit_manager.history, "reprojection")) >= 4
+        assert max(pair.rank for pair in trainer.grit_manager.pairs()) < 8
+        assert isinstance(trainer.optimizer.optimizer, GritOptimizer)
+        results.append(lora_weights(trainer.model))
+    inner = type(trainer.optimizer.optimizer.optimizer).__module__
+    assert inner.startswith("bitsandbytes" if "8bit" in name else "torch.optim")
+    for key, w in results[0].items():
+        assert w.isfinite().all() and torch.allclose(results[1][key], w, atol=1e-4), key
 
 
 def test_moments_in_8_bit_start_anew_at_a_reprojection(tmp_path, caplog):

@@ -64,6 +64,7 @@ def test_every_field_is_checked_and_all_mistakes_are_named():
 def test_what_is_said_of_mistakes():
     for settings, message in (
         ({"layer_patterns": "model.*"}, "layer_patterns: expected a list of names, got 'model.*'"),
+        ({"layer_patterns": ["a.*", ""]}, "layer_patterns: expected a list of names, got ['a.*', '']"),
         ({"strategy": "first_n"}, "strategy: expected a LayerSelectionStrategy, got 'first_n'"),
         ({"strategy": S.LAST_N}, "n_layers: LAST_N wants a whole number from 1 on, got None"),
         ({"strategy": S.SPECIFIC, "specific_indices": []}, "specific_indices: SPECIFIC wants a list of whole numbers"),

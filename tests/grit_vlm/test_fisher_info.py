@@ -64,7 +64,10 @@ def test_blocks_are_those_of_the_exact_matrix(pair, size):
 
 
 def test_kfac_is_exact_where_its_assumptions_hold():
-    """Inputs of A white and independent of δ: E[(δxᵀ)(δxᵀ)ᵀ] = Σ_g ⊗ I, up to the sampling of 200,000 tokens."""
+    """Inputs of A white and independent of δ: E[(δxᵀ)(δxᵀ)ᵀ] = Σ_g ⊗ I, up to the sampling of 200,000 tokens.
+
+    The estimate itself is that product of the tokens' own moments, whatever they are.
+    """
     torch.manual_seed(0)
     n = 200_000
     x = torch.randn(n, 3, dtype=torch.float64)
@@ -72,6 +75,9 @@ def test_kfac_is_exact_where_its_assumptions_hold():
     h, e = torch.randn(n, 2, dtype=torch.float64) * torch.tensor([1.0, 3.0]), torch.randn(n, 4, dtype=torch.float64)
     found = FisherInformationMatrix("kfac")
     found.observe(x, h, delta, e)
+    eye = torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(found.dense("A"), torch.kron(delta.mT @ delta / n, x.square().mean() * eye[:3, :3]))
+    torch.testing.assert_close(found.dense("B"), torch.kron(e.square().mean() * eye, h.mT @ h / n))
     for name, g in (("A", torch.einsum("tr,td->trd", delta, x)), ("B", torch.einsum("to,tr->tor", e, h))):
         flat = g.reshape(n, -1)
         truth = flat.mT @ flat / n

@@ -10,6 +10,8 @@ import time
 import pytest
 import yaml
 
+from db.files import process_runs
+from pipelines import repro as repro_module
 from tests.project_clone import ROOT
 
 STAGES = {
@@ -69,3 +71,35 @@ def test_interrupted_and_started_twice(repro, tmp_path):
     assert first.returncode == 130 and "repro: interrupted; run the same command again" in said
     running = subprocess.run(["pgrep", "-f", "sleep 60"], capture_output=True, text=True, check=False).stdout.split()
     assert not [pid for pid in running if os.path.realpath(f"/proc/{pid}/cwd") == str(tmp_path)]
+
+
+def test_an_interruption_while_a_stage_starts_reaches_it(tmp_path, monkeypatch):
+    sent = []
+
+    class Starting:
+        def __init__(self, name):
+            signal.raise_signal(signal.SIGINT)  # when its process is there and nobody knows it yet
+            self.process = subprocess.Popen(["true"])
+
+        def send(self, number):
+            sent.append(number)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(repro_module, "Running", Starting)
+    with pytest.raises(KeyboardInterrupt):
+        repro_module.run({"train": set()}, 1)
+    assert sent == [signal.SIGINT]
+
+
+def test_what_a_dead_dvc_left_running_is_stopped(tmp_path):
+    stage = object.__new__(repro_module.Running)
+    stage.process = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!"], stdout=subprocess.PIPE, start_new_session=True)
+    child = int(stage.process.stdout.readline())
+    assert stage.process.wait() == 0 and process_runs(child, time.time())
+    stage.send(signal.SIGKILL)
+    began = time.monotonic()
+    while process_runs(child, time.time()):
+        assert time.monotonic() < began + 10
+        time.sleep(0.05)
+    stage.process.stdout.close()
+    stage.send(signal.SIGINT)  # nobody is there
