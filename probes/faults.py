@@ -221,7 +221,10 @@ def _uphill(e: Evidence) -> Finding | None:
 
 
 def _unrelated(e: Evidence) -> Finding | None:
-    noise = [name for name, by_chance in _against(e).items() if by_chance and e.tally[name]["steps"] >= 5]
+    against = _against(e)
+    noise = [name for name, by_chance in against.items() if by_chance and e.tally[name]["steps"] >= 5]
+    if noise and len(noise) < len(against) / 2:
+        return None  # a direction that is wrong in most of them is no chance: uphill
     if noise:
         share = sum(e.share(name, "against") for name in noise) / len(noise)
         what = (
@@ -230,7 +233,7 @@ def _unrelated(e: Evidence) -> Finding | None:
         what += " would"
     else:
         rows = [row for name, row in e.tally.items() if row["steps"] >= 5 and e.sizes.get(name, 0) >= 16]
-        if len(rows) < 2 or _against(e):
+        if len(rows) < 2 or against:
             return None
         step, shadow = (sum(row[key] / row["steps"] for row in rows) / len(rows) for key in ("cos_step", "cos_shadow"))
         if abs(step) >= min(0.05, 0.15 * shadow):

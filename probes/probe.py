@@ -602,8 +602,8 @@ class Probe:
         options = shadow_options(self.optimizer, tensors.parameters)
         finite = bool(torch.isfinite(gradient[0]).all())
         self.events["nonfinite_gradients"] += not finite
-        known = known if finite else [False] * len(known)
         raw = [g if there else None for g, there in zip(tensors.raw, known, strict=True)]
+        known = known if finite else [False] * len(known)
         # One number for all gradients is no preconditioning: plain AdamW would have it too.
         factor = clipping([g for g in raw if g is not None], float(gradient[0].sum().sqrt()), self.max_grad_norm)
         common = common_factor(*gradient)

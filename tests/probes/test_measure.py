@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from probes.measure import WEIGHTS, as_lists, checksum, derived, products, weight_products, zero_share
-from probes.shadow import Shadow, shadow_options
+from probes.shadow import Shadow, clipping, shadow_options
 
 
 def pair(generator, r, d_in, d_out, scale=1.0):
@@ -144,8 +144,11 @@ def both(dtype=torch.float32, clip=0.0, accumulation=1, schedule=None, skip=(), 
         if step in skip:  # one tensor gets no gradient
             model[0].weight.grad = mine[0].weight.grad = None
         told = shadow_options(optimizer, list(model.parameters()))
-        raw = [p.grad for p in parameters]
-        changes = shadow.update(raw, told, clip, [p.detach() for p in parameters])
+        known = [p.grad is not None for p in parameters]
+        own = [p.grad for p in parameters if p.grad is not None]
+        factor = clipping(own, float(torch.nn.utils.get_total_norm(own)), clip)
+        raw, weights = (shadow.layout.stack(x) for x in ([p.grad for p in parameters], parameters))
+        changes = shadow.layout.views(shadow.update(raw, known, told, weights, factor))
         with torch.no_grad():
             for p, change in zip(parameters, changes, strict=True):
                 p.copy_((p.float() + change).to(dtype))
@@ -187,25 +190,20 @@ def test_in_bfloat16_to_the_bit(case, kernel):
     assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
 
 
-def test_moments_go_on_between_samples_past_what_is_not_finite_and_from_a_state():
+def test_moments_go_on_from_a_state_and_a_step_without_gradients_changes_none():
     parameters = list(net().parameters())
-    options, weights = (
-        shadow_options(torch.optim.AdamW(parameters, lr=0.1), parameters),
-        [p.detach() for p in parameters],
-    )
-    one, other = Shadow(parameters), Shadow(parameters)
+    options = shadow_options(torch.optim.AdamW(parameters, lr=0.1), parameters)
+    shadow, resumed = Shadow(parameters), Shadow(parameters)
+    weights = shadow.layout.stack(parameters)
     for i in range(4):
         model = net()
         backward(model, i)
-        raw = [p.grad for p in model.parameters()]
-        assert one.update(raw, options, 0.0) == []  # nobody asks for a change
-        other.update(raw, options, 0.0, weights)
-    bad = [raw[0].clone().fill_(float("nan")), *raw[1:]]
-    assert not any(bool(c.any()) for c in other.update(bad, options, 0.0, weights))
-    resumed = Shadow(parameters)
-    resumed.load_state_dict(copy.deepcopy(other.state_dict()))
-    for changes in zip(*(shadow.update(raw, options, 0.0, weights) for shadow in (one, other, resumed)), strict=True):
-        assert all(torch.equal(changes[0], change) for change in changes)
+        raw = shadow.layout.stack([p.grad for p in model.parameters()])
+        shadow.update(raw, [True] * 4, options, weights)
+    assert not any(bool(c.any()) for c in shadow.update(raw, [False] * 4, options, weights))
+    resumed.load_state_dict(copy.deepcopy(shadow.state_dict()))
+    both = [s.update(raw, [True] * 4, options, weights) for s in (shadow, resumed)]
+    assert all(torch.equal(*changes) and bool(changes[0].any()) for changes in zip(*both, strict=True))
     for others in (parameters[:3], [nn.Parameter(w[:1]) for w in weights]):
         with pytest.raises(ValueError, match="same 4 tensors"):
             Shadow(parameters).load_state_dict(Shadow(others).state_dict())
