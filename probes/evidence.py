@@ -10,7 +10,7 @@ from typing import Any
 
 from probes.measure import Record
 from probes.probe import EVENTS, Probe
-from probes.tally import COLUMNS, OFF, OFF_16_BIT, TURNED
+from probes.tally import COLUMNS, OFF, ROUNDING, TURNED
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Thresholds:
     # shadow to the bit on bfloat16 weights and within 1e-4 on float32 ones; every layer of the fault catalogue's
     # effective runs is above 5.
     min_angle: float = OFF
-    min_gradient_angle: float = TURNED  # between raw and preconditioned gradient, likewise
+    min_gradient_angle: float = 5 * TURNED  # between raw and preconditioned gradient, where one may be a copy
     min_coverage: float = 0.9  # share of the tensors that an effect must reach
     min_steps: float = 0.95  # share of the steps, from the first that it reaches
     late: float = 0.75  # share of the run by which preconditioning must have begun
@@ -138,7 +138,7 @@ class Evidence:
         for unit in self.units:
             if self.claims and not all(claimed is not False for claimed in self.values(unit, "claimed")):
                 continue
-            rounding = OFF_16_BIT / OFF if (median(self.values(unit, "bits")) or 32) < 32 else 1.0
+            rounding = ROUNDING if (median(self.values(unit, "bits")) or 32) < 32 else 1.0
             turned_away = (self.angles[unit] or 0.0) > self.thresholds.min_angle * rounding
             for side in self.sides(unit):
                 name = f"{unit}.{side}"
@@ -163,9 +163,14 @@ class Evidence:
     @cached_property
     def step_share(self) -> float:
         """Share of the steps in which the reached tensors see the effect, from the first that does."""
-        rows = [self.tally[name] for name in self.reached]
-        shares = [row[self.effect] / row[f"{self.effect}_since"] for row in rows if row[f"{self.effect}_since"]]
-        return sum(shares) / len(shares) if shares else float(bool(rows))
+        return sum(self.step_shares.values()) / len(self.step_shares) if self.step_shares else float(bool(self.reached))
+
+    @cached_property
+    def step_shares(self) -> dict[str, float]:
+        """The same of each of these tensors."""
+        rows = {name: self.tally[name] for name in self.reached}
+        since = f"{self.effect}_since"
+        return {name: row[self.effect] / row[since] for name, row in rows.items() if row[since]}
 
     def sides(self, unit: str) -> list[str]:
         entries = (r["units"][unit] for r in self.judged if "norm_raw" in r["units"].get(unit, {}))

@@ -455,7 +455,8 @@ def _steps_missing(e: Evidence) -> Finding | None:
     total = sum(e.share(name, e.effect) for name in e.reached) / len(rows)
     called = e.events["steps_called"]
     numbers = {"share_since_first": e.step_share, "share_of_all": total, "first": first, "last": last}
-    if e.step_share >= e.thresholds.min_steps:
+    often = [share >= e.thresholds.min_steps for share in e.step_shares.values()]
+    if sum(often) >= e.thresholds.min_coverage * len(often):
         if first <= e.thresholds.late * e.steps:
             return None
         told = f"it begins at step {first:.0f} only"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from probes.measure import Provider, Record, Snapshot, find_units, measure, numbers, read, tensors
 from probes.shadow import Shadow, clipping, shadow_options
-from probes.tally import OFF, OFF_16_BIT, Matrices, Tally, common_factor, difference
+from probes.tally import ROUNDING, Matrices, Tally, common_factor, difference
 
 WARM_UP = 200  # steps that the shadow's moments need after a start beside those of an optimizer that are warm
 
@@ -152,7 +152,7 @@ class TrainedTensors:
         self.all = tensors(self.units)
         self.parameters = [p for _, _, p in self.all]
         self.names = [f"{unit.name}.{side}" for unit, side, _ in self.all]
-        self.lines = [OFF if p.element_size() >= 4 else OFF_16_BIT for p in self.parameters]
+        self.roundings = [1.0 if p.element_size() >= 4 else ROUNDING for p in self.parameters]
         self.shadow = Shadow(self.parameters)
         self.layout = self.shadow.layout
         self.raws, self.befores = self.layout.zeros(), self.layout.zeros()
@@ -401,7 +401,7 @@ class Probe:
         self.events: dict[str, int] = dict.fromkeys(EVENTS, 0)
         self._told_of_calls = False  # by `preconditioning`
         self.tensors = TrainedTensors(model)
-        self.tally = Tally(self.tensors.names, self.tensors.lines)
+        self.tally = Tally(self.tensors.names, self.tensors.roundings)
         self._unsettled: tuple[Any, ...] | None = None  # the last step, until it is known where the weights went
         self._attached = Attachments()
         self._in_order: list[Callable[[], None]] = []
@@ -476,7 +476,7 @@ class Probe:
             return False
         self._settle(None)
         if self.tensors.names != before:
-            self.tally = Tally(self.tensors.names, self.tensors.lines, self.tally)
+            self.tally = Tally(self.tensors.names, self.tensors.roundings, self.tally)
         return True
 
     def _on_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

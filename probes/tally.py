@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Degrees above which a gradient was turned on its way to the optimizer (in bfloat16, rounding alone turns one that was
-# scaled and clipped by 0.15), and above which an update is off plain AdamW's (in float32, AdamW is within 0.01).
-TURNED, OFF = 0.5, 1.0
-OFF_16_BIT = 5.0  # on 16-bit weights, where another order of roundings alone turns an update by degrees
+# Degrees above which a gradient was turned on its way to the optimizer, and above which an update is off plain AdamW's
+# (which is within 0.01 of its shadow).
+TURNED, OFF = 0.1, 1.0
+# On 16-bit weights rounding alone turns a gradient that was scaled and clipped by 0.15, an update by degrees.
+ROUNDING = 5.0
 # Share of an update's length below which a weight is back where it was when the next step begins.
 BACK = 0.05
 
@@ -96,9 +97,9 @@ def common_factor(rr: Tensor, ri: Tensor, ii: Tensor) -> float | None:
 class Tally:
     """A table of `COLUMNS` by tensors."""
 
-    def __init__(self, names: Sequence[str], lines: Sequence[float], other: "Tally | None" = None):
-        """`lines`: degrees above which an update is off. `other`: the table of before parameters were replaced."""
-        self.names, self.lines = list(names), torch.tensor(lines, dtype=torch.float64)
+    def __init__(self, names: Sequence[str], roundings: Sequence[float], other: "Tally | None" = None):
+        """`roundings`: factors of the lines above. `other`: the table of before parameters were replaced."""
+        self.names, self._roundings = list(names), torch.tensor(roundings, dtype=torch.float64)
         self.values = {c: torch.zeros(len(self.names), dtype=torch.float64) for c in COLUMNS}
         for effect in EFFECTS:
             self.values[f"{effect}_first"] -= 1
@@ -171,8 +172,8 @@ class Tally:
             "cos_shadow": torch.where(seen & (ss > 0), -rs / (rr * ss).sqrt(), 0.0),
             "log_ratio": log_ratio,
             "log_ratio_sq": log_ratio.square(),
-            "turned": read & (cos_gradient < math.cos(math.radians(TURNED))),
-            "off": went & (ss > 0) & (ds < self.lines.deg2rad().cos() * (dd * ss).sqrt()),
+            "turned": read & (cos_gradient < (TURNED * self._roundings).deg2rad().cos()),
+            "off": went & (ss > 0) & (ds < (OFF * self._roundings).deg2rad().cos() * (dd * ss).sqrt()),
         }
         number = torch.tensor(steps, dtype=torch.float64).unsqueeze(1)
         for effect in EFFECTS:

@@ -78,7 +78,7 @@ def test_2_pure_grit_is_effective_and_its_curve_is_that_of_its_run(here):
     assert sum(said["twin"]["arm"][:5]) / 5 == pytest.approx(logged[0], abs=1e-4), "as the Trainer logs the mean"
     assert said["twin"]["arm"][0] == pytest.approx(said["twin"]["baseline"][0], rel=1e-5), "same start, same batch"
     steps = {r["step"] for r in said["readings"] if r["name"] == "layer_angle" and r["step"] >= 0}
-    assert steps >= {10, 15, 20, 25}
+    assert steps >= {8, 11, 19, 22, 25}
 
 
 def test_3_asked_again_nothing_is_trained_again(here, monkeypatch):
