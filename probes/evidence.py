@@ -135,9 +135,8 @@ class Evidence:
         tensor, of those that it is claimed for.
         """
         found = {}
-        for unit in self.units:
-            if self.claims and not all(claimed is not False for claimed in self.values(unit, "claimed")):
-                continue
+        left_to_adamw = {u for u in self.units if self.claims and any(c is False for c in self.values(u, "claimed"))}
+        for unit in [u for u in self.units if u not in left_to_adamw] or self.units:
             rounding = ROUNDING if (median(self.values(unit, "bits")) or 32) < 32 else 1.0
             turned_away = (self.angles[unit] or 0.0) > self.thresholds.min_angle * rounding
             for side in self.sides(unit):

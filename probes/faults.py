@@ -75,6 +75,18 @@ def _not_moving(e: Evidence) -> Finding | None:
     return Finding("not_moving", told, {"tensors": len(causes), "of": len(e.tally), "share_of_steps": median(shares)})
 
 
+def _steps_unseen(e: Evidence) -> Finding | None:
+    unseen = e.events["dropped_since"]
+    if unseen < 5 or unseen < e.thresholds.often * e.steps:
+        return None
+    return Finding(
+        "steps_unseen",
+        f"after the last of {e.steps} steps that the probe saw, gradients came and were cleared {unseen} times: "
+        "another optimizer took over, or none steps any more",
+        {"steps": e.steps, "unseen": unseen},
+    )
+
+
 def _no_gradient(e: Evidence) -> Finding | None:
     without = [name for name, row in e.tally.items() if not row["steps"]]
     if e.steps < 3 or e.events["nonfinite_gradients"] > e.steps / 2 or len(without) <= 0.1 * len(e.tally):
@@ -104,7 +116,7 @@ def _wrapper_bypassed(e: Evidence) -> Finding | None:
 
 def _never_called(e: Evidence) -> Finding | None:
     called = e.events["calls"] + e.events["calls_after_step"] + e.events["calls_before_backward"]
-    if not e.watched or called or not e.steps:
+    if not e.watched or called or not e.steps or e.reached:  # it may be called by a name that was bound before
         return None
     return Finding(
         "never_called",
@@ -182,18 +194,23 @@ def _gradient_restored(e: Evidence) -> Finding | None:
 # The preconditioner, and what it makes of gradients
 
 
-def _by_chance(e: Evidence, name: str, cosine: float) -> bool:
-    """Whether a cosine is of the size that random directions have in so many dimensions."""
-    return abs(cosine) <= 3 / math.sqrt(max(e.sizes.get(name, 0), 1))
-
-
 def _against(e: Evidence) -> dict[str, bool]:
-    """Tensors that are read against their gradient more than once or twice → whether by chance, as noise would be.
+    """Tensors that are read against their gradient more than now and then → whether by chance, as noise would be.
 
-    A positive definite matrix never turns a gradient by 90° or more.
+    A positive definite matrix never turns a gradient by 90° or more; a running mean of gradients may for some steps,
+    but points along them in the mean. In a few dimensions every cosine may be chance.
     """
-    rows = {n: row for n, row in e.tally.items() if row["against"] >= 2 and e.share(n, "against") > 0.02}
-    return {name: _by_chance(e, name, row["cos_against"] / row["against"]) for name, row in rows.items()}
+    found = {}
+    for name, row in e.tally.items():
+        count, size = row["against"], e.sizes.get(name, 0)
+        if not count or e.share(name, "against") <= 0.02 or (count < 2 and row["steps"] > 25):
+            continue
+        by_chance = abs(row["cos_against"] / count) <= 3 / math.sqrt(max(size, 1))
+        if e.share(name, "against") > 0.75:
+            found[name] = by_chance and size >= 32
+        elif size >= 32 and not (by_chance and row["cos_gradient"] / row["steps"] > 0.15):
+            found[name] = by_chance
+    return found
 
 
 def _uphill(e: Evidence) -> Finding | None:
@@ -204,7 +221,7 @@ def _uphill(e: Evidence) -> Finding | None:
         for name, row in e.tally.items()
         if row["steps"] >= 5
         and e.share(name, "uphill") > 0.75
-        and not _by_chance(e, name, row["cos_step"] / row["steps"])
+        and row["cos_step"] / row["steps"] < -3 / math.sqrt(max(e.sizes.get(name, 0), 1))
     ]
     wrong = list(dict.fromkeys((*against, *steps)))
     if not wrong:
@@ -222,7 +239,7 @@ def _uphill(e: Evidence) -> Finding | None:
 
 def _unrelated(e: Evidence) -> Finding | None:
     against = _against(e)
-    noise = [name for name, by_chance in against.items() if by_chance and e.tally[name]["steps"] >= 5]
+    noise = [name for name, by_chance in against.items() if by_chance]
     if noise and len(noise) < len(against) / 2:
         return None  # a direction that is wrong in most of them is no chance: uphill
     if noise:
@@ -334,8 +351,8 @@ def _gradient_lost(e: Evidence) -> Finding | None:
         return None
     return Finding(
         "nan_to_zero",
-        f"in {share:.0%} of the samples gradients that were not zero became exactly zero on the way: a NaN or infinity "
-        "was replaced by 0 (nan_to_num) instead of being looked at",
+        f"in {share:.0%} of the samples entries of gradients that were not zero became exactly zero on the way: was a "
+        "NaN or infinity replaced by 0 (nan_to_num) instead of being looked at, or are they masked?",
         {"share_of_samples": share},
     )
 
@@ -347,7 +364,7 @@ def _clipped_to_nothing(e: Evidence) -> Finding | None:
             made = entry.get("norm_after") or entry.get("norm_raw")
             if not made or entry.get("norm_inner") is None:
                 continue
-            kept.append(entry["norm_inner"] / made)
+            kept.append(entry["norm_inner"] / max(made, entry.get("norm_raw") or 0.0))
             typical = entry["norm_inner"] / entry["size"] ** 0.5
             below_eps = record["eps"] is not None and typical < 10 * record["eps"]
             still.append(below_eps or entry["norm_delta"] < 1e-7 * entry["norm_weights"])
@@ -357,7 +374,7 @@ def _clipped_to_nothing(e: Evidence) -> Finding | None:
     ratio = median(v for u in e.units for v in e.values(u, "lr_ratio"))
     return Finding(
         "clipped_to_nothing",
-        f"clipping left {left:.1e} of the preconditioned gradient's length, below Adam's ε: the weights hardly "
+        f"what the optimizer reads is {left:.1e} of the gradient's length, below Adam's ε: the weights hardly "
         f"move ({ratio or 0.0:.1e} times as far as plain AdamW's); graft the raw norm back, or clip before "
         "preconditioning",
         {"kept": left, "lr_ratio": ratio},
@@ -393,7 +410,7 @@ def _scalar_preconditioner(e: Evidence) -> Finding | None:
     ratio = math.exp(median(mean for mean, _ in logs) or 0.0)
     spread = median(math.sqrt(max(0.0, square - mean**2)) for mean, square in logs) or 0.0
     anisotropy = e.reading_median("anisotropy")
-    changed = any(n for u in e.units for n in e.values(u, "times_changed"))
+    changed = any(n for name in e.tensors for n in e.values(name.rpartition(".")[0], "times_changed"))
     scalar = (anisotropy is not None and anisotropy < e.thresholds.scalar) or changed
     if not scalar and not (e.claims and (spread > 0.02 or abs(math.log(ratio)) > 0.02)):
         return None
@@ -436,7 +453,8 @@ def _turned_in_vain(e: Evidence) -> Finding | None:
 
 
 def _modules_missing(e: Evidence) -> Finding | None:
-    if not 0 < e.coverage < e.thresholds.min_coverage:
+    elsewhere = any(row["turned"] for name, row in e.tally.items() if name not in e.tensors)  # biases alone
+    if e.coverage >= e.thresholds.min_coverage or not (e.coverage or elsewhere):
         return None
     left_out = [name for name, reached in e.tensors.items() if not reached]
     return Finding(
@@ -566,7 +584,7 @@ def _diverging(e: Evidence) -> Finding | None:
 Fault = Callable[[Evidence], Finding | None]
 
 # fmt: off
-FIRST: tuple[Fault, ...] = (_clipped_to_nothing, _not_moving, _no_gradient)
+FIRST: tuple[Fault, ...] = (_steps_unseen, _clipped_to_nothing, _not_moving, _no_gradient)
 OF_A_CLAIM: tuple[Fault, ...] = (
     _wrapper_bypassed, _never_called, _preconditioned_after_step, _applied_repeatedly, _gradient_recomputed,
     _gradient_restored, _no_statistics, _zero_factors, _empty_inverse, _nothing_changed, _gradient_lost,

@@ -32,6 +32,7 @@ EVENTS = (
     "gradients_changed_after_step",
     "nonfinite_gradients",
     "nonfinite_losses",  # among the sampled ones
+    "dropped_since",  # gradients that were cleared without a step, since the last step
 )
 
 TOKENS = ("all", "attended", "labelled")
@@ -265,6 +266,7 @@ class StepNotes:
     versions: list[int] = field(default_factory=list)  # of the gradients then
     read_in_step: bool = False  # found in `.grad` after it
     sampled: bool = False
+    dropped: "StepNotes | None" = None  # of gradients that were cleared since the last step
     samples: dict[str, float | None] = field(default_factory=dict)  # tokens seen before it, layer by layer
     losses: list[Tensor] = field(default_factory=list)  # of each forward pass
 
@@ -416,6 +418,7 @@ class Probe:
     def open(self) -> "Probe":
         if not self._open:
             self._open = True
+            self._catch_up()
             self.tensors.open(self._on_gradient)
             self._attached.callback(self.model.register_forward_pre_hook(self._on_forward, with_kwargs=True).remove)
             self._attached.callback(self.model.register_forward_hook(self._on_output).remove)
@@ -427,6 +430,16 @@ class Probe:
             if self.preconditioner is not None:
                 self._attached.replace(*self.preconditioner, self._watching)
         return self
+
+    def _catch_up(self) -> None:
+        """Where the optimizer has stepped without the probe, the shadow goes on from its moments if they are Adam's."""
+        states = [getattr(chain_of(self.optimizer)[-1], "state", {}).get(p) for p in self.tensors.parameters]
+        for i, state in enumerate(states):
+            own = self.tensors.shadow.steps[i]
+            if not state or int(state.get("step", own)) == own > 0:
+                continue
+            if not self.tensors.shadow.adopt(i, state):
+                self._cold_until = max(self._cold_until, self.step + WARM_UP)
 
     def close(self) -> None:
         self._settle(self.tensors.layout.stack(self.tensors.parameters))
@@ -483,21 +496,19 @@ class Probe:
         if torch.compiler.is_compiling():
             return  # no part of the graph: the step begins with its first gradient
         if torch.is_grad_enabled() and module.training:
-            if self._left_out():
-                self._phase = "left out"
+            if self._dropped():
+                dropped, self._phase = self._now, "dropped"
+                self.events["dropped_since"] += 1
+                self._begin()
+                self._now.dropped = dropped
             self._begin()
             if self.sampling:
                 self._now.count_tokens(kwargs)
 
-    def _left_out(self) -> bool:
-        """Whether a GradScaler saw a gradient that is not finite: there was no step, and the gradients are gone."""
-        if (
-            self._phase != "running"
-            or not any(self._now.hits)
-            or any(p.grad is not None for p in self.tensors.parameters)
-        ):
-            return False
-        return not all(bool(torch.isfinite(raw).all()) for raw in self.tensors.raw)
+    def _dropped(self) -> bool:
+        """Whether gradients came and were cleared without a step: a GradScaler's overflow, a batch that is left out."""
+        held = any(p.grad is not None for p in self.tensors.parameters)
+        return self._phase == "running" and not self._now.inside and any(self._now.hits) and not held
 
     def _on_output(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -594,6 +605,11 @@ class Probe:
         now, tensors, scale = self._now, self.tensors, self._scale
         if now.from_closure:  # gradients came after the door: what stood there was empty or old
             now.door = now.inner
+        if now.dropped and now.dropped.calls and not now.calls:
+            # What was preconditioned is gone, and this was computed after it.
+            now.calls, now.before, now.after = now.dropped.calls, now.dropped.before, now.dropped.after
+            now.changed, now.late = now.dropped.changed, [times > 0 for times in now.dropped.changed]
+        self.events["dropped_since"] = 0
         known = [hits > 0 for hits in now.hits]
         gradient = torch.zeros(3, len(known), dtype=torch.float64)
         if now.read is not None:
@@ -659,7 +675,7 @@ class Probe:
                 entry["late_gradients"] = entry.get("late_gradients", False) or now.late[i]
         for unit in units:
             if unit.name in entries:  # biases and norms are left to AdamW as a rule
-                entries[unit.name]["claimed"] = all(p.dim() >= 2 for p in unit.sides.values())
+                entries[unit.name]["claimed"] = all(p.dim() >= 2 and p.numel() > 1 for p in unit.sides.values())
         for reading in read(self.readings) if self.readings is not None else ():
             said = numbers(reading)
             before = now.samples.get(reading.layer)

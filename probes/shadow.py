@@ -76,6 +76,15 @@ class Shadow:
         self.v[i].copy_(other.v[j])
         self.steps[i] = other.steps[j]
 
+    def adopt(self, i: int, state: dict[str, Any]) -> bool:
+        """Go on from an optimizer's state of a tensor; False if it is not Adam's."""
+        for mine, theirs in ((self.m[i], state.get("exp_avg")), (self.v[i], state.get("exp_avg_sq"))):
+            if not isinstance(theirs, Tensor) or theirs.shape != mine.shape:
+                return False
+            mine.copy_(theirs)
+        self.steps[i] = int(state["step"])
+        return True
+
     def state_dict(self) -> dict[str, Tensor]:
         moments = {f"{name}.{i}": t for name in ("m", "v") for i, t in enumerate(getattr(self, name))}
         return {**moments, "steps": torch.tensor(self.steps)}

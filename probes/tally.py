@@ -23,7 +23,7 @@ COUNTS = (
     "steps",  # with a raw gradient: finite, not zero
     "lost",  # where the optimizer read none, or zeros
     "overflow",  # where what it read is not finite, or its square is not
-    "still",  # that did not move the tensor
+    "still",  # that did not move the tensor, and nothing else did
     "rounded",  # of those: the learning rate times what was read is below the rounding of float32
     "put_back",  # that moved it, and it was back before the next step
     "rate_zero",  # with a learning rate of 0
@@ -31,7 +31,7 @@ COUNTS = (
     "against",  # where what the optimizer read points away from the raw gradient
     "uphill",  # whose update does, decay of the weights left out
 )
-SUMS = ("cos_against", "cos_step", "cos_shadow", "log_ratio", "log_ratio_sq")
+SUMS = ("cos_gradient", "cos_against", "cos_step", "cos_shadow", "log_ratio", "log_ratio_sq")
 EFFECTS = ("turned", "off")  # each with the first and the last such step, and the counted steps since the first
 COLUMNS = (*COUNTS, *SUMS, *(f"{e}{part}" for e in EFFECTS for part in ("", "_first", "_last", "_since")))
 
@@ -156,17 +156,19 @@ class Tally:
         against = read & (cos_gradient < 0) & ~torch.tensor(elsewhere).unsqueeze(1)
         rate = torch.tensor([[r or 0.0 for r in row] for row in rates], dtype=torch.float64)
         held = torch.tensor([[r is not None for r in row] for row in rates])
+        still = seen & (dd == 0) & ~(moved > 0)
         new = {
             "steps": seen,
             "lost": seen & (ii == 0),
             "overflow": seen & ~torch.isfinite(ii),
-            "still": seen & (dd == 0),
-            "rounded": seen & (dd == 0) & (rate > 0) & (rate * ii.sqrt() < 1e-7 * ww.sqrt()),
+            "still": still,
+            "rounded": still & (rate > 0) & (rate * ii.sqrt() < 1e-7 * ww.sqrt()),
             "put_back": went & (moved < BACK**2 * dd),
             "rate_zero": seen & held & (rate == 0),
             "not_held": seen & ~held,
             "against": against,
             "uphill": went & (cos_step < 0),
+            "cos_gradient": cos_gradient,
             "cos_against": torch.where(against, cos_gradient, 0.0),
             "cos_step": cos_step,
             "cos_shadow": torch.where(seen & (ss > 0), -rs / (rr * ss).sqrt(), 0.0),

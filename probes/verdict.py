@@ -5,7 +5,7 @@ from typing import Any
 
 from probes.evidence import Evidence, median
 from probes.faults import FIRST, OF_A_CLAIM, OF_ANY, Finding
-from probes.probe import Probe
+from probes.probe import WARM_UP, Probe
 from probes.twin import Twin
 
 EFFECTIVE, NO_EFFECT, UNSTABLE = "effective", "no_effect", "unstable"
@@ -78,7 +78,9 @@ def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
 
     if not e.units:
         reason = (
-            f"the probe saw {e.steps} optimizer steps and no sample with gradients of a whole layer: was it given the "
+            f"the shadow has not caught up yet: the optimizer was warm when the probe came, and {WARM_UP} steps are not judged"
+            if e.records and all(r.get("cold") for r in e.records)
+            else f"the probe saw {e.steps} optimizer steps and no sample with gradients of a whole layer: was it given the "
             "optimizer that steps these weights, and open while it did?"
         )
         return said(NO_EFFECT, "no_samples", reason, [Finding("no_samples", reason)])

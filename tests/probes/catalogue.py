@@ -382,6 +382,23 @@ def by_hand(model: Any, setting: Setting) -> Setup:
     return Setup(adamw(model, setting), kfac.watch(), after_backward=model.zero_grad, before_step=before)
 
 
+def another_takes_over(model: Any, setting: Setting) -> Setup:
+    """After half of the run."""
+    kfac, first, second = NotebookKFAC(model), adamw(model, setting), adamw(model, setting)
+
+    class Both:
+        param_groups, steps = first.param_groups, 0
+
+        def step(self) -> None:
+            self.steps += 1
+            (first if self.steps <= 12 else second).step()
+
+        def zero_grad(self) -> None:
+            first.zero_grad()
+
+    return Setup(Both(), kfac.watch(), watched=first, before_step=kfac.apply)
+
+
 # Faults of GRIT: called in the wrong place, bypassed, repeated, or cut off from its statistics
 
 
@@ -627,11 +644,6 @@ FAULTS = [
         in_loop(kfac.then(lambda g, step: [x.mul_(1e25) for x in g if step > 8])),
     ),
     Fault(
-        "noise in every third step",
-        "unrelated_to_gradient",
-        in_loop(kfac.then(lambda g, step: kfac.noise(g, step) if step % 3 == 0 else None)),
-    ),
-    Fault(
         "every 10th step negated",
         "uphill",
         in_loop(kfac.then(lambda g, step: kfac.negate(g, step) if step % 10 == 0 else None), steps=60),
@@ -675,6 +687,7 @@ FAULTS = [
         "not_finite",
         _looped(plain, loss_factor=lambda step: float("nan") if step % 3 == 0 else 1.0),
     ),
+    Fault("another optimizer takes over", "steps_unseen", _looped(another_takes_over)),
     Fault("another optimizer is watched", "no_samples", _looped(of_other_weights)),
 ]
 

@@ -149,7 +149,7 @@ def lost(layers):
 
 
 def clipped(kept=0.009, norm=0.99e-6):
-    return calls(norm_after=norm / kept, norm_inner=norm)
+    return calls(norm_raw=norm / kept, norm_after=norm / kept, norm_inner=norm)
 
 
 def counted(tokens, passes=1):
