@@ -42,8 +42,8 @@ def _not_moving(e: Evidence) -> Finding | None:
     for name, row in e.tally.items():
         unit = name.rpartition(".")[0]
         stuck = e.share(name, "still") + e.share(name, "put_back")
-        rounded = e.share(name, "rounded") if (bits.get(unit) or 32) >= 32 else 0.0  # as of SGD that has converged
-        vanished = max(e.share(name, "overflow"), rounded if stuck < 0.9 else 0.0) > stuck / 2
+        rounded = e.share(name, "rounded") if (bits.get(unit) or 32) >= 32 else 0.0
+        vanished = max(e.share(name, "overflow"), rounded) > stuck / 2
         if stuck <= e.thresholds.stuck or vanished:
             continue
         half = stuck / 2 * row["steps"]
@@ -59,10 +59,11 @@ def _not_moving(e: Evidence) -> Finding | None:
             cause += "before step()?)"
         elif (bits.get(unit) or 32) < 32:
             cause = "a step is smaller than the rounding of 16-bit weights: keep them in float32, or raise the rate"
-        elif row["rounded"] >= half:
-            cause = "a step is smaller than the rounding of the weights: raise the learning rate"
         else:
-            cause = "whatever the step computes does not arrive in the weights"
+            cause = (
+                "a step is less than the rounding of the weights (a learning rate that is far too low), or it computes "
+            )
+            cause += "nothing, or elsewhere"
         causes[name] = cause
     if not causes:
         return None
@@ -208,7 +209,9 @@ def _against(e: Evidence) -> dict[str, bool]:
         by_chance = abs(row["cos_against"] / count) <= 3 / math.sqrt(max(size, 1))
         if e.share(name, "against") > 0.75:
             found[name] = by_chance and size >= 32
-        elif size >= 32 and not (by_chance and row["cos_gradient"] / row["steps"] > 0.15):
+        elif size >= 32 and not (
+            by_chance and e.share(name, "against") < 0.2 and row["cos_gradient"] / row["steps"] > 0.15
+        ):
             found[name] = by_chance
     return found
 
@@ -560,16 +563,20 @@ def _stale_factors(e: Evidence) -> Finding | None:
     )
 
 
+def _not_finite(e: Evidence) -> Finding | None:
+    bad, gradients = e.events["nonfinite_losses"], e.events["nonfinite_gradients"]
+    if bad <= e.thresholds.often * len(e.records) and gradients <= e.thresholds.often * e.steps:
+        return None
+    return Finding(
+        "not_finite",
+        f"{bad} sampled losses and the gradients of {gradients} steps are NaN or infinite: lower the learning rate, "
+        "look at the data",
+        {"losses": bad, "nonfinite_gradients": gradients},
+    )
+
+
 def _diverging(e: Evidence) -> Finding | None:
     losses = [r["loss"] for r in e.records if r.get("loss") is not None]
-    bad = e.events["nonfinite_losses"]
-    if bad > e.thresholds.often * len(e.records) or e.events["nonfinite_gradients"] > e.thresholds.often * e.steps:
-        return Finding(
-            "not_finite",
-            f"{bad} sampled losses and the gradients of {e.events['nonfinite_gradients']} steps are NaN or infinite: "
-            "lower the learning rate, look at the data",
-            {"losses": bad, "nonfinite_gradients": e.events["nonfinite_gradients"]},
-        )
     part = max(3, len(losses) // 5)
     if len(losses) < 2 * part:
         return None  # too few samples to tell a rise from a hard batch
@@ -584,7 +591,7 @@ def _diverging(e: Evidence) -> Finding | None:
 Fault = Callable[[Evidence], Finding | None]
 
 # fmt: off
-FIRST: tuple[Fault, ...] = (_steps_unseen, _clipped_to_nothing, _not_moving, _no_gradient)
+FIRST: tuple[Fault, ...] = (_steps_unseen, _clipped_to_nothing, _not_moving, _not_finite, _no_gradient)
 OF_A_CLAIM: tuple[Fault, ...] = (
     _wrapper_bypassed, _never_called, _preconditioned_after_step, _applied_repeatedly, _gradient_recomputed,
     _gradient_restored, _no_statistics, _zero_factors, _empty_inverse, _nothing_changed, _gradient_lost,

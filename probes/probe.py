@@ -174,6 +174,7 @@ class TrainedTensors:
         self.stepping = False  # inside an optimizer's step, which may try other weights
         self._elsewhere: set[int] = set()  # gradients at such weights, until they arrive
         self.tried_others = False
+        self.cleared: dict[int, Tensor] = {}  # raw gradients that were cleared since the last step
         self._more: dict[int, tuple[Tensor, bool]] = {}  # to be added; whether it starts anew
         self._seen: list[tuple[Tensor | None, int]] = [(None, 0)] * count  # gradients as they arrived, their versions
 
@@ -196,6 +197,8 @@ class TrainedTensors:
             self._elsewhere.add(i)
             self.tried_others = True
         elif held is None or self._seen[i][0] is None:  # the first of this step, or after zero_grad()
+            if self._seen[i][0] is not None and not self.stepping:
+                self.cleared[i] = self.raw[i].clone()
             self.raw[i].copy_(gradient)
             if held is not None:
                 self.raw[i].add_(_dense(held))  # zeros, or what nobody cleared
@@ -239,6 +242,22 @@ class TrainedTensors:
         if on_gradient is not None:
             self.open(on_gradient)
         return True
+
+    def choose(self) -> None:
+        """Of gradients that were cleared and others computed after them, take those nearest to what is there now.
+
+        The others were for something else, a Fisher matrix of sampled labels for instance.
+        """
+        for i, earlier in self.cleared.items():
+            gradient = self.parameters[i].grad
+            if gradient is not None:
+                now = _dense(gradient.detach()).flatten().float()
+                near = [
+                    float(torch.cosine_similarity(g.flatten().float(), now, 0).abs()) for g in (self.raw[i], earlier)
+                ]
+                if near[1] > near[0]:
+                    self.raw[i].copy_(earlier)
+        self.cleared = {}
 
     def gradients(self) -> list[Tensor | None]:
         return [None if p.grad is None else _dense(p.grad.detach()).clone() for p in self.parameters]
@@ -436,9 +455,9 @@ class Probe:
         states = [getattr(chain_of(self.optimizer)[-1], "state", {}).get(p) for p in self.tensors.parameters]
         for i, state in enumerate(states):
             own = self.tensors.shadow.steps[i]
-            if not state or int(state.get("step", own)) == own > 0:
+            if not state or (int(state.get("step", own)) == own and (own or "step" in state)):
                 continue
-            if not self.tensors.shadow.adopt(i, state):
+            if self.claims or not self.tensors.shadow.adopt(i, state):  # moments of changed gradients are no start
                 self._cold_until = max(self._cold_until, self.step + WARM_UP)
 
     def close(self) -> None:
@@ -499,8 +518,9 @@ class Probe:
             if self._dropped():
                 dropped, self._phase = self._now, "dropped"
                 self.events["dropped_since"] += 1
+                cleared = {i: self.tensors.raw[i].clone() for i, hits in enumerate(dropped.hits) if hits}
                 self._begin()
-                self._now.dropped = dropped
+                self._now.dropped, self.tensors.cleared = dropped, cleared
             self._begin()
             if self.sampling:
                 self._now.count_tokens(kwargs)
@@ -576,6 +596,7 @@ class Probe:
         gradients = [p.grad for p in tensors.parameters]
         for i, gradient in enumerate(gradients):  # of autograd.grad, put there by hand
             now.hits[i] += tensors.computed[i] and not now.hits[i] and gradient is not None
+        tensors.choose()
         if not now.averaged:
             average_over_ranks(tensors.raws)
             now.averaged = True

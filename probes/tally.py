@@ -24,7 +24,7 @@ COUNTS = (
     "lost",  # where the optimizer read none, or zeros
     "overflow",  # where what it read is not finite, or its square is not
     "still",  # that did not move the tensor, and nothing else did
-    "rounded",  # of those: the learning rate times what was read is below the rounding of float32
+    "rounded",  # of those: as of SGD that has converged, or of weights that are huge, it was less than float32 can add
     "put_back",  # that moved it, and it was back before the next step
     "rate_zero",  # with a learning rate of 0
     "not_held",  # in which no group of the optimizer had it
@@ -162,7 +162,7 @@ class Tally:
             "lost": seen & (ii == 0),
             "overflow": seen & ~torch.isfinite(ii),
             "still": still,
-            "rounded": still & (rate > 0) & (rate * ii.sqrt() < 1e-7 * ww.sqrt()),
+            "rounded": still & (ii > 0) & (rate * ii.sqrt() < 1e-7 * ww.sqrt()) & (rate > 0) & ((ss > 0) | (ww > 1e6)),
             "put_back": went & (moved < BACK**2 * dd),
             "rate_zero": seen & held & (rate == 0),
             "not_held": seen & ~held,

@@ -78,10 +78,10 @@ def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
 
     if not e.units:
         reason = (
-            f"the shadow has not caught up yet: the optimizer was warm when the probe came, and {WARM_UP} steps are not judged"
+            f"the optimizer was warm when the probe came, so its first {WARM_UP} steps are not judged"
             if e.records and all(r.get("cold") for r in e.records)
-            else f"the probe saw {e.steps} optimizer steps and no sample with gradients of a whole layer: was it given the "
-            "optimizer that steps these weights, and open while it did?"
+            else f"the probe saw {e.steps} optimizer steps and no sample with gradients of a whole layer: was it given "
+            "the optimizer that steps these weights, and open while it did?"
         )
         return said(NO_EFFECT, "no_samples", reason, [Finding("no_samples", reason)])
     causes = dict.fromkeys((*FIRST, *OF_A_CLAIM, *OF_ANY) if e.claims else (*FIRST, *OF_ANY))
