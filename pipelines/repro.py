@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from db.files import exclusive, write_json
-from pipelines.params import PARAMS_FILE, load_yaml, stages_at_once
+from pipelines import forks
+from pipelines.params import PARAMS_FILE, load_yaml, stages_at_once, threads_for
 from pipelines.stage import clear_errors, cli
 
 LOGS = Path("logs/stages")
@@ -46,17 +47,11 @@ class Running:
     def __init__(self, name: str) -> None:
         self.log = LOGS / f"{name}.log"
         self.started = time.monotonic()
-        with self.log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [*DVC, "--wait-for-lock", "repro", "--single-item", name],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches it through `send`, once
-            )
+        self.process = forks.start(name, self.log)  # Ctrl-C reaches it through `send`, once
 
     def outcome(self, seconds: float) -> str:
         said = self.log.read_text(encoding="utf-8", errors="replace")
-        if self.process.returncode:
+        if self.process.exitcode:
             tail = "\n".join(said.splitlines()[-30:])
             return f"FAILED after {clock(seconds)}; the whole output is in {self.log}\n{tail}"
         if UNCHANGED in said:
@@ -64,8 +59,8 @@ class Running:
         return f"from DVC's cache, {clock(seconds)}" if RESTORED in said else clock(seconds)
 
     def send(self, number: int) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, number)
+        if self.process.exitcode is None:
+            os.killpg(self.process.pid or 0, number)
 
 
 def clock(seconds: float) -> str:
@@ -91,13 +86,13 @@ def run(waits: dict[str, set[str]], at_once: int) -> list[str]:
                 print(f"[{started}/{total}] {name}", flush=True)
             time.sleep(0.05)
             for name, stage in list(running.items()):
-                if stage.process.poll() is None:
+                if stage.process.exitcode is None:
                     continue
                 seconds = time.monotonic() - stage.started
                 outcome = stage.outcome(seconds)
                 print(f"{' ' * len(f'[{total}/{total}]')} {name}: {outcome}", flush=True)
                 del running[name]
-                if stage.process.returncode:
+                if stage.process.exitcode:
                     failed.append(name)
                     continue
                 if outcome == clock(seconds):  # it really ran
@@ -110,7 +105,7 @@ def run(waits: dict[str, set[str]], at_once: int) -> list[str]:
             stage.send(signal.SIGINT)
         try:
             for stage in running.values():
-                stage.process.wait()
+                stage.process.join()
         except KeyboardInterrupt:  # a second one
             for stage in running.values():
                 stage.send(signal.SIGKILL)
@@ -133,17 +128,23 @@ def main(
         # First and alone: it refuses bad settings, and writes what the others depend on.
         if code := subprocess.run([*DVC, "repro", "--quiet", "--single-item", CHECK], check=False).returncode:
             raise SystemExit(code)
+        os.environ.setdefault("TQDM_MININTERVAL", "60")  # what a stage says goes into a file
         from dvc.repo import Repo
+        from tqdm import tqdm
 
+        tqdm.monitor_interval = 0  # a thread, which forks would lack
         with Repo() as repo:
             waits = stale(repo)
         if not waits:
             print("everything is up to date")
-        elif failed := run(waits, at_once or stages_at_once(load_yaml(PARAMS_FILE))):
+            return
+        settings = load_yaml(PARAMS_FILE)
+        if len(waits) > 2 and stages_at_once(settings) > 1:
+            forks.preload(threads_for(settings)[0])
+        if failed := run(waits, at_once or stages_at_once(settings)):
             print(f"failed: {', '.join(failed)}", file=sys.stderr)
             raise SystemExit(1)
-        else:
-            print(f"done in {clock(time.monotonic() - began)}")
+        print(f"done in {clock(time.monotonic() - began)}")
 
 
 if __name__ == "__main__":
