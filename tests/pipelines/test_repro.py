@@ -44,7 +44,7 @@ def repro(tmp_path):
     shutil.copy(ROOT / "params.yaml", tmp_path)
     subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet", "--no-scm"], cwd=tmp_path, check=True)
     command = [sys.executable, "-m", "pipelines.repro", "--workers", "2"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_NO_ANALYTICS": "1"}  # else a daemon of its own
 
     def start():
         return subprocess.Popen(
@@ -91,4 +91,5 @@ def test_interrupted_and_started_twice(repro, tmp_path, number):
     said, _ = first.communicate(timeout=30)
     assert first.returncode == 130 and "repro: interrupted; run the same command again" in said
     assert not (tmp_path / "right").exists()
-    assert not [p.pid for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(tmp_path)]
+    left = [p.info for p in psutil.process_iter(["cwd", "cmdline"]) if p.info["cwd"] == str(tmp_path)]
+    assert not left
