@@ -42,9 +42,11 @@ IN_FORK = re.compile(r"python -m (?!pipelines\.train )[\w.]+( [\w.-]+)*")
 
 def stale(repo: Any) -> dict[str, set[str]]:
     """Stages that have changed or come after one that has, in an order that works → those of them to wait for."""
+    from dvc.repo import lock_repo
     from dvc.repo.reproduce import get_active_graph, plan_repro
 
-    graph, changed = get_active_graph(repo.index.graph), repo.status()
+    with lock_repo(repo):  # else its files are read twice
+        graph, changed = get_active_graph(repo.index.graph), repo.status()
     waits: dict[str, set[str]] = {}
     for stage in plan_repro(graph):
         before = {other.addressing for other in graph.successors(stage)} & waits.keys()
