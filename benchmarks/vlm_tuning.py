@@ -50,9 +50,9 @@ def train(arm_name: str, rate: float) -> dict[str, Any]:
     return {
         "arm": arm_name,
         "learning_rate": rate,
-        "validation_loss": result.summary["final_eval_loss"],
-        "seconds": result.summary["train_seconds"],
-        "trainable_parameters": result.summary["trainable_parameters"],
+        "validation_loss": result["final_eval_loss"],
+        "seconds": result["train_seconds"],
+        "trainable_parameters": result["trainable_parameters"],
     }
 
 

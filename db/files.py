@@ -273,7 +273,7 @@ def start_run(
     """Start the clock of a stage; the device is torch's unless another is given."""
     told = {"stage": stage, "arm": arm, "seed": seed, "params": params, "inputs": inputs}
     found = {"git": git_state(), "packages": package_versions(), "device": device or torch_device()}
-    state = {"schema": 1, "status": "running", "started": now(), "ended": None, "artifacts": []}
+    state = {"schema": 1, "status": "running", "started": datetime.now(UTC).isoformat(), "ended": None, "artifacts": []}
     return RunRecord.of({**told, **found, **state, "prompt_template": prompt_template})
 
 
@@ -283,11 +283,6 @@ def finish_run(record: RunRecord, folder: Path) -> None:
     ended = max(record.started, datetime.now(UTC))
     done = record.model_copy(update={"status": "finished", "ended": ended})
     write_record(folder / "run.json", RunRecord.of(done.content()))
-
-
-def now() -> str:
-    """This moment in UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat()
 
 
 def key_of(value: Any) -> str:

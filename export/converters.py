@@ -46,10 +46,10 @@ def run(script: str, arguments: list[str], made: Path) -> None:
     child = _PROCESSES.Process(target=_run, args=(require() / script, arguments, log))
     child.start()
     child.join()
-    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+    said = log.read_text(encoding="utf-8", errors="replace").strip() if log.is_file() else "it left no log"
     log.unlink(missing_ok=True)
     if child.exitcode or not made.is_file() or made.stat().st_size == 0:
-        raise ExportError(f"llama.cpp's {script} failed (exit {child.exitcode}):\n" + "\n".join(said[-8:]))
+        raise ExportError(f"llama.cpp's {script} failed (exit {child.exitcode}):\n" + "\n".join(said.splitlines()[-8:]))
 
 
 def _run(script: Path, arguments: list[str], log: Path) -> None:

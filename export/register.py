@@ -18,11 +18,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from db.files import OutputError, process_runs, sha256, write_json
+from db.files import process_runs, sha256, write_json
 from export import ExportError
 from export.engines.llama_cpp import Vocabulary
 from export.engines.ollama import (
@@ -42,7 +42,7 @@ from export.engines.ollama import (
 )
 from export.gguf import scaled_copy
 from export.modelfile import Serving
-from export.served import ADAPTER_GGUF, MODES, SERVED_GGUF, Served
+from export.served import ADAPTER_GGUF, SERVED_GGUF, Served
 
 if TYPE_CHECKING:
     from ollama import Client
@@ -52,13 +52,7 @@ _TEMPORARY = re.compile(r"grit-verify-([0-9a-f]{8})-([0-9]+)-([0-9]+)-[0-9a-f]{1
 
 @dataclass(frozen=True)
 class Registered:
-    host: str
-    name: str  # as given, without a tag
     digest: str  # the server's, of the whole model (its manifest)
-    gguf_sha256: str  # of the exported file
-    adapter_sha256: str | None
-    stored_sha256: str | None  # of the weights as stored, for creating rewrites them; None: not told
-    server_version: str
     created: bool  # False when the server had it already
 
 
@@ -88,7 +82,7 @@ def register(
     for path in files.values():
         if not path.is_file():
             raise ExportError(f"expected a GGUF file at {path}, found none; run the export stage first")
-    version = require_server(url)
+    require_server(url)
     hashes = {label: sha256(path) for label, path in files.items()}
     inputs = [hashes, serving.go_template, serving.parameters, serving.license, serving.system]
     fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -97,7 +91,7 @@ def register(
     digest = list_models(url).get(full_name(name))
     if digest is not None and record.get("fingerprint") == fingerprint and record.get("digest") == digest:
         say(f"{name}: the server has it already")
-        return Registered(**{**record["registered"], "server_version": version, "created": False})
+        return Registered(digest, created=False)
 
     with connect(url, LOAD_S) as client:
         for label, path in files.items():
@@ -108,10 +102,8 @@ def register(
         raise OllamaError(f"Ollama at {url} reported success, but does not list {name!r}; see its log")
     if problems := stored.differences(serving):  # /api/create checks none of them
         raise OllamaError(f"Ollama at {url} stored other settings for {name!r}: " + "; ".join(problems))
-    own, adapters = hashes[SERVED_GGUF], hashes.get(ADAPTER_GGUF)
-    made = Registered(url, name, stored.digest, own, adapters, stored.stored_sha256, version, True)
-    write_json(record_path, {"fingerprint": fingerprint, "digest": made.digest, "registered": asdict(made)})
-    return made
+    write_json(record_path, {"fingerprint": fingerprint, "digest": stored.digest})
+    return Registered(stored.digest, created=True)
 
 
 def _record_path(url: str, name: str, records: Path | None) -> Path:
@@ -163,24 +155,8 @@ def _create(client: "Client", name: str, serving: Serving, hashes: dict[str, str
 
 
 def register_served(host: str | None, served: Served, progress: Callable[[str], None] | None = None) -> Registered:
-    """`register` a model in its mode; what the server made of it goes to outputs/ollama beside the stage's folder.
-
-    Raises OllamaError, ExportError: see `register`; or what was made cannot be written down.
-    """
-    made = register(host, served.name, served.gguf, served.serving, served.adapter, progress)
-    outputs, name = served.folder.parents[1].resolve().parent / "outputs", re.sub(r"[^A-Za-z0-9._-]", "-", served.name)
-    files = {mode: outputs / "ollama" / f"{name}-{mode}.json" for mode in MODES}
-    file = files.pop(served.mode)
-    try:
-        write_json(file, {**asdict(made), "mode": served.mode})
-        for other in files.values():  # the server has it in one mode
-            other.unlink(missing_ok=True)
-    except (OSError, OutputError) as error:
-        raise ExportError(
-            f"{file}: the model {served.name!r} is registered, which could not be written down; make room or give the "
-            f"rights, then run the same command again ({error})"
-        ) from error
-    return made
+    """`register` a model in its mode."""
+    return register(host, served.name, served.gguf, served.serving, served.adapter, progress)
 
 
 def keep_registered(host: str | None, served: Served, progress: Callable[[str], None] | None = None) -> Served:

@@ -1,7 +1,8 @@
 """What a run needs, tried on this machine: `python -m pipelines.dry_run [--arm ARM]`, after `dvc repro prepare_base`.
 
 Every arm takes two real optimizer steps with the longest items of the training data: the first one makes the
-optimizer's state, the second one is timed. Exit code 0: it fits, 1: it does not, 2: it cannot be tried.
+optimizer's state, the second one is timed. The probe looks on, and the longest
+validation items are evaluated. Exit code 0: it fits, 1: it does not, 2: it cannot be tried.
 """
 
 import json
@@ -53,14 +54,16 @@ def tried(params: Params, name: str) -> dict[str, Any]:
             checkpoints=Path(folder),
             images=DATA,
         )
-        trainer, train, _ = build(arm, job, max_steps=STEPS, save_strategy="no", eval_strategy="no")
-        lengths = [len(train.dataset[i]["input_ids"]) for i in range(len(train.dataset))]
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        order = order[: STEPS * settings.batch_size * settings.gradient_accumulation]
-        select = getattr(train.dataset, "select", lambda places: torch.utils.data.Subset(train.dataset, places))
-        trainer.train_dataset = select(order)
+        trainer, train, valid = build(arm, job, max_steps=STEPS, save_strategy="no", eval_strategy="no")
         from transformers import TrainerCallback
 
+        from probes import ProbeCallback
+
+        def longest(data: Any, count: int) -> Any:
+            order = sorted(range(len(data)), key=lambda i: -len(data[i]["input_ids"]))[:count]
+            return data.select(order) if hasattr(data, "select") else torch.utils.data.Subset(data, order)
+
+        trainer.train_dataset = longest(train.dataset, STEPS * settings.batch_size * settings.gradient_accumulation)
         ends: list[float] = []
 
         class Clock(TrainerCallback):
@@ -68,15 +71,17 @@ def tried(params: Params, name: str) -> dict[str, Any]:
                 ends.append(time.perf_counter())
 
         trainer.add_callback(Clock())
+        trainer.add_callback(ProbeCallback(every=STEPS))  # its memory from the first step, its sample not in the second
         trainer.train()
+        trainer.evaluate(longest(valid.dataset, settings.batch_size))
     return {
         "arm": name,
         "device": torch.cuda.get_device_name(0) if cuda else "CPU",
-        "longest": lengths[order[0]],
+        "longest": len(trainer.train_dataset[0]["input_ids"]),
         "peak": torch.cuda.max_memory_reserved() if cuda else peak_memory_bytes(),
         "memory": torch.cuda.get_device_properties(0).total_memory if cuda else free,
         "seconds": ends[-1] - ends[-2],
-        "steps": settings.steps_for(len(lengths)) + TWINS * params.probe.twin_steps,
+        "steps": settings.steps_for(len(train.dataset)) + TWINS * params.probe.twin_steps,
         "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "base": int(trainer.model.get_base_model().num_parameters()),
     }

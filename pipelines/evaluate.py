@@ -39,6 +39,7 @@ from pipelines.stage import (
     BASE,
     BASE_ARM,
     DATA,
+    SPEED_LOCK,
     adapter_dir,
     command,
     gguf_dir,
@@ -264,7 +265,7 @@ def run(params: Params, arm: str, seed: int) -> None:
                 "device_class": mine.device_class,
                 "mode": mine.mode,
             }
-        with exclusive(CHECKPOINTS / "speed.lock"):  # a server has the base once, and unloads it to time its loading
+        with exclusive(SPEED_LOCK):
             rows = measure_speed(section, models, {arm: seed, BASE_ARM: 0}, splits["test"])
         task = answers.task_of(splits["test"][0], "test")
         table = answers.metrics(

@@ -17,7 +17,7 @@ from pydantic import Field
 from db.files import artifact, finish_run, hash_inputs, read_jsonl, sha256, staged, start_run, write_json, write_record
 from db.records import ParityRecord
 from evaluation.tasks import Item
-from export import ExportError, gguf, parity
+from export import ExportError, converters, gguf, parity
 from export.engines.base import LocalEngine, fill
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
@@ -35,11 +35,11 @@ from export.served import (
     write_references,
 )
 from pipelines.base_model import load_reference
-from pipelines.params import Evaluate, Positive, Share, StageParams, check_arm
+from pipelines.params import Evaluate, Share, StageParams, check_arm
 from pipelines.prompt import CHAT, Prompt, chat_facts, prompt_text
 from pipelines.stage import BASE, BASE_ARM, DATA, adapter_dir, command, gguf_dir, model_name
 from trainers.models import load_tokenizer
-from trainers.settings import BaseReference, Section
+from trainers.settings import BaseReference, Positive, Section
 
 GGUF = Path("gguf")
 UNPACKED = "model-f32.gguf"
@@ -177,6 +177,7 @@ def run(params: Params, arm: str, seed: int) -> None:
         merged = folder / "merged" / "model"  # a fixed name: the converter writes it into the file
         gguf.save_merged(reference.merge_from, adapter, merged, dict(reference.merge_kwargs))
         lost = gguf.losses(adapter) if adapter else []
+        converters.require()  # before two ask for them at once
         with ThreadPoolExecutor(1) as pool:  # each converter is a process of its own, most of its time imports
             converted = pool.submit(gguf.convert_model, merged, folder / F16_GGUF, f"{arm}-{seed}")
             if adapter and not lost:

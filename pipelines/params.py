@@ -16,8 +16,6 @@ from db.files import omp_threads
 from trainers import arms as own_arms
 from trainers.settings import Positive, Section, Seed, suggest
 
-__all__ = ["ConfigError", "Positive", "Section", "Seed", "Share", "StageParams", "load_params", "suggest"]
-
 PARAMS_FILE = Path("params.yaml")
 DEFAULTS = "profiles/tiny.yaml"
 VARIANT_OF = "variant_of"
@@ -82,9 +80,17 @@ class StageParams(Section):
         return self.matrix.seeds[0]
 
 
+def own_threads() -> int:
+    """OMP_NUM_THREADS; 0: not set."""
+    try:
+        return omp_threads()
+    except ValueError as error:
+        raise ConfigError(f"OMP_NUM_THREADS: expected a whole number of threads ({error})") from error
+
+
 def threads_for(raw: Any, alone: bool = False) -> tuple[int, str]:
     """CPU threads of a stage for the content of params.yaml, and why so many; `alone`: no stage can run beside it."""
-    if own := omp_threads():
+    if own := own_threads():
         return own, "OMP_NUM_THREADS"
     asked = parse(raw, StageParams, str(PARAMS_FILE)).threads
     if asked != "auto":
@@ -96,7 +102,9 @@ def threads_for(raw: Any, alone: bool = False) -> tuple[int, str]:
 
 def stages_at_once(raw: Any) -> int:
     """How many stages to run side by side: as many as there are cores for where the base is small, one on a GPU."""
-    base, threads = raw.get("prepare_base") or {}, raw.get("threads")
+    base, threads = raw.get("prepare_base") or {}, own_threads() or raw.get("threads")
+    if not isinstance(base, dict):
+        raise ConfigError(f"{PARAMS_FILE}: prepare_base: expected keys and values, got {base!r}")
     width, each = base.get("hidden_size"), threads if isinstance(threads, int) else 1
     if base.get("source") != "embedded" or not isinstance(width, int) or width > SMALL:
         return 1
@@ -104,10 +112,11 @@ def stages_at_once(raw: Any) -> int:
 
 
 def check_arm(name: str, params: StageParams) -> None:
-    """Refuse an arm that does not exist with a ConfigError that lists those that do."""
-    there = list(dict.fromkeys([*own_arms.names(), *params.arms]))
-    if name not in there:
-        raise ConfigError(f"unknown arm {name!r}{suggest(name, there)}")
+    """Refuse an arm that does not exist, or is a variant of none, with a ConfigError that lists those that do."""
+    own = own_arms.names()
+    for word, there in ((name, list(dict.fromkeys([*own, *params.arms]))), (params.code_of(name), own)):
+        if word not in there:
+            raise ConfigError(f"unknown arm {word!r}{suggest(word, there)}")
 
 
 def load_params(schema: type[P], path: Path = PARAMS_FILE) -> P:

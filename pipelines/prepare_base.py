@@ -72,6 +72,7 @@ def _trained(section: PrepareBase, template: str, folder: Path) -> dict[str, Any
     parts = [settings.model_dump(), examples, hash_inputs(PICTURES), package_versions(), code_hash("trainers.base")]
     facts = train_base(settings, examples, folder, CHECKPOINTS / key_of(parts)[:16], PICTURES)
     shutil.rmtree(PICTURES)
+    shutil.rmtree(CHECKPOINTS, ignore_errors=True)  # what other settings left there, too
     content = {
         "kind": "embedded",
         "pictures": settings.vision is not None,

@@ -18,6 +18,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +28,7 @@ import typer
 from db.files import exclusive, write_json
 from pipelines.params import PARAMS_FILE, load_yaml, stages_at_once
 from pipelines.stage import clear_errors, cli, quiet_libraries, set_threads
+from trainers.callbacks import duration
 
 LOGS = Path("logs/stages")
 TIMES = LOGS / "seconds.json"
@@ -38,6 +41,7 @@ NEEDED = """dvc.cli.parser dvc.repo.reproduce dvc.stage.run scmrepo.git llama_cp
     transformers.models.llama.modeling_llama trl.trainer.sft_trainer"""
 # Not train: Unsloth wants to be imported before what it patches.
 IN_FORK = re.compile(r"python -m (?!pipelines\.train )[\w.]+( [\w.-]+)*")
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 def stale(repo: Any) -> dict[str, set[str]]:
@@ -72,6 +76,9 @@ def preload() -> None:
 def dvc(name: str, log: Path) -> None:
     """What the process of a stage does."""
     os.setsid()  # Ctrl-C reaches it through `Running.send`, once
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     with log.open("wb") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -109,35 +116,46 @@ class Running:
         self.started = time.monotonic()
         self.process = FORK.Process(target=dvc, args=(name, self.log))
         self.process.start()
-        self.pid = self.process.pid or 0
-        while self.process.is_alive() and os.getsid(self.pid) != self.pid:
+        while self.process.is_alive() and os.getsid(self.process.pid or 0) != self.process.pid:
             time.sleep(0.001)  # until `send` reaches it
 
     def outcome(self, seconds: float) -> str:
         said = self.log.read_text(encoding="utf-8", errors="replace")
         if self.process.exitcode:
             tail = "\n".join(said.splitlines()[-30:])
-            return f"FAILED after {clock(seconds)}; the whole output is in {self.log}\n{tail}"
+            return f"FAILED after {duration(seconds)}; the whole output is in {self.log}\n{tail}"
         if UNCHANGED in said:
             return "unchanged"
-        return f"from DVC's cache, {clock(seconds)}" if RESTORED in said else clock(seconds)
+        return f"from DVC's cache, {duration(seconds)}" if RESTORED in said else duration(seconds)
 
     def send(self, number: int) -> None:
-        if self.process.exitcode is None:
-            os.killpg(self.pid, number)
+        with suppress(ProcessLookupError):  # DVC may be dead while the stage lives
+            os.killpg(self.process.pid, number)  # type: ignore[arg-type]  # it was started
 
 
-def clock(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Signals that interrupt do so when the block has ended."""
+    came: list[int] = []
+    numbers = [number for number in SIGNALS if signal.getsignal(number) is signal.default_int_handler]
+    for number in numbers:
+        signal.signal(number, lambda got, _: came.append(got))
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def run(waits: dict[str, set[str]], at_once: int) -> list[str]:
-    """Run stages, each after those it waits for; returns those that failed or could not be started."""
+    """Run stages, each after those it waits for; returns those that failed."""
     LOGS.mkdir(parents=True, exist_ok=True)
     took = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.is_file() else {}
     total, started, failed = len(waits), 0, []
     known = [took[name] for name in waits if name in took]
-    guess = f", about {clock(sum(known) / at_once)} when they last ran" if len(known) == total else ""
+    guess = f", about {duration(sum(known) / at_once)} when they last ran" if len(known) == total else ""
     print(f"{total} stages to run, {at_once} at a time{guess}", flush=True)
     waiting = dict(waits)
     running: dict[str, Running] = {}
@@ -145,7 +163,8 @@ def run(waits: dict[str, set[str]], at_once: int) -> list[str]:
         while running or any(not before for before in waiting.values()):
             for name in [n for n, before in waiting.items() if not before][: at_once - len(running)]:
                 del waiting[name]
-                running[name] = Running(name)
+                with held_back():  # one that is not known would outlive us
+                    running[name] = Running(name)
                 started += 1
                 print(f"[{started}/{total}] {name}", flush=True)
             time.sleep(0.05)
@@ -159,15 +178,15 @@ def run(waits: dict[str, set[str]], at_once: int) -> list[str]:
                 if stage.process.exitcode:
                     failed.append(name)
                     continue
-                if outcome == clock(seconds):  # it really ran
+                if outcome == duration(seconds):  # it really ran
                     took[name] = round(seconds, 1)
                     write_json(TIMES, took)
                 for before in waiting.values():
                     before.discard(name)
     finally:
-        for stage in running.values():
-            stage.send(signal.SIGINT)
         try:
+            for stage in running.values():
+                stage.send(signal.SIGINT)
             for stage in running.values():
                 stage.process.join()
         except KeyboardInterrupt:  # a second one
@@ -183,7 +202,7 @@ def main(
     at_once: Annotated[int, typer.Option("--workers", min=0, help="stages at a time; 0: by cores and threads")] = 0,
 ) -> None:
     """Bring everything up to date, stages that do not wait for each other side by side."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         # A shell may have left SIGINT ignored, and stages would then ignore it too; SIGHUP is ignored on purpose.
         if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
@@ -208,7 +227,7 @@ def main(
         if failed := run(waits, at_once or stages_at_once(settings)):
             print(f"failed: {', '.join(failed)}", file=sys.stderr)
             raise SystemExit(1)
-        print(f"done in {clock(time.monotonic() - began)}")
+        print(f"done in {duration(time.monotonic() - began)}")
 
 
 if __name__ == "__main__":

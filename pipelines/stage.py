@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from threadpoolctl import threadpool_limits
 
 from pipelines.params import PARAMS_FILE, P, load_params, load_yaml, threads_for
 
@@ -16,6 +17,8 @@ DATA = Path("data")
 BASE = Path("models/base")
 SPLITS = ("train", "valid", "test", "retention")
 BASE_ARM = "base"
+SPEED_LOCK = Path("checkpoints/scores/speed.lock")
+"""Held while models are timed or verified on a server, which has the base once and unloads it to time its loading."""
 
 
 class VerdictError(RuntimeError):
@@ -94,6 +97,7 @@ def set_threads(alone: bool) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # as fast as spinning for long, and kind to a busy machine
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(count)
+    threadpool_limits(count, "blas")  # numpy's, where it has read the variable already
     print(f"CPU threads: {count} ({why})")
 
 

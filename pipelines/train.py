@@ -69,7 +69,7 @@ def run(params: Params, arm_name: str, seed: int) -> None:
     out = adapter_dir(arm_name, seed)
     with exclusive(kept.with_name(f"{seed}.lock"), f"train {arm_name} seed {seed}"), staged(out) as folder:
         record = start_run("train", params=shown, inputs=inputs, arm=arm_name, seed=seed, prompt_template=template)
-        result = train(
+        summary = train(
             arm,
             TrainingJob(
                 base=reference,
@@ -86,10 +86,10 @@ def run(params: Params, arm_name: str, seed: int) -> None:
         weights, own = folder / "adapter_model.safetensors", BASE / "model.safetensors"
         parent = sha256(own) if own.is_file() else base_fingerprint
         record.artifacts.append(artifact("adapter", weights, out / weights.name, parent=parent))
-        record.extra = {**result.summary, "base": asdict(reference)}
+        record.extra = {**summary, "base": asdict(reference)}
         finish_run(record, folder)
     shutil.rmtree(kept, ignore_errors=True)
-    print(json.dumps(result.summary))
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

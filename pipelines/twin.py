@@ -1,9 +1,12 @@
 """The first losses of the baseline with the settings of an arm, which the probe holds the arm's own against."""
 
+import gc
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import torch
 
 from db.files import exclusive, hash_inputs, key_of, package_versions, read_json, torch_device, write_json
 from pipelines.base_model import load_reference
@@ -14,10 +17,6 @@ from trainers import BASELINE
 from trainers.run import TrainingJob, first_losses
 
 KEPT = Path("checkpoints/twins")  # curves by everything that decides them: they serve every arm with these settings
-
-
-class TwinError(RuntimeError):
-    """A twin that did not come to its end."""
 
 
 def curves(params: Params, arm: str, seed: int, steps: int, perturbed: Sequence[bool]) -> list[list[float]]:
@@ -42,13 +41,12 @@ def curves(params: Params, arm: str, seed: int, steps: int, perturbed: Sequence[
                 checkpoints=Path(folder),
                 images=DATA,
             )
-            return first_losses(load_arm(BASELINE, params), job, steps, off)
+            losses = first_losses(load_arm(BASELINE, params), job, steps, off)
+        gc.collect()  # cycles keep a Trainer alive, and two models need not fit a GPU
+        torch.cuda.empty_cache()
+        return losses
 
     with exclusive(kept.with_suffix(".lock")):  # the probe of another arm may need the same ones
         if not kept.is_file():
-            try:
-                losses = [train(off) for off in perturbed]
-            except Exception as error:
-                raise TwinError(f"the twin run of {arm} seed {seed} failed: {error}") from error
-            write_json(kept, {"arm": arm, "seed": seed, "losses": losses})
+            write_json(kept, {"arm": arm, "seed": seed, "losses": [train(off) for off in perturbed]})
     return [[float(v) for v in curve] for curve in read_json(kept)["losses"]]

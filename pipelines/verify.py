@@ -11,18 +11,18 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from db.files import finish_run, hash_inputs, llama_cpp_device, staged, start_run, write_record
+from db.files import exclusive, finish_run, hash_inputs, llama_cpp_device, staged, start_run, write_record
 from db.records import VerificationRecord, VerifyRecord
 from export import ExportError
 from export.engines.llama_cpp import open_in_process
 from export.engines.ollama import resolve_host, server_version
 from export.register import keep_registered, open_on_server
-from export.served import MODES, Served, base_file, served_in
-from export.verify import Checked, Opener, against, show
+from export.served import MODES, base_file, served_in
+from export.verify import against, show
 from export.verify import verify as verify_model
-from pipelines.params import Positive, Share, StageParams, check_arm
-from pipelines.stage import BASE_ARM, command, gguf_dir, model_name, verified_dir
-from trainers.settings import Section
+from pipelines.params import Share, StageParams, check_arm
+from pipelines.stage import BASE_ARM, SPEED_LOCK, command, gguf_dir, model_name, verified_dir
+from trainers.settings import Positive, Section
 
 GGUF = Path("gguf")
 
@@ -45,18 +45,6 @@ class Params(StageParams):
     verify: Verify
 
 
-def openers(served: Served) -> list[Opener]:
-    """llama.cpp, and the Ollama server at OLLAMA_HOST where one answers, with the model registered there.
-
-    A model that the server has as base and adapter stays so; any other is registered merged.
-    """
-    host = resolve_host()
-    if server_version(host) is None:
-        return [open_in_process]
-    keep_registered(host, served, progress=print)
-    return [open_in_process, partial(open_on_server, host)]
-
-
 def run(params: Params, arm: str, seed: int) -> None:
     """Raises ExportError: an answer, token or rendered prompt differs from training's; earlier results stay."""
     if arm != BASE_ARM:
@@ -77,9 +65,13 @@ def run(params: Params, arm: str, seed: int) -> None:
             prompt_template=served.serving.template,
             device=llama_cpp_device(),
         )
-        rows: list[Checked] = []
-        for opener in openers(served):
-            rows += against(verify_model(opener, served, MODES, section.prompts, section.control_scale), rows)
+        how, host = (served, MODES, section.prompts, section.control_scale), resolve_host()
+        rows = verify_model(open_in_process, *how)
+        if server_version(host) is not None:
+            with exclusive(SPEED_LOCK):
+                # A model that the server has as base and adapter stays so; any other is registered merged.
+                keep_registered(host, served, progress=print)
+                rows += against(verify_model(partial(open_on_server, host), *how), rows)
         kept = [row.model_dump(include=set(VerificationRecord.model_fields)) for row in rows]
         content = VerifyRecord.of({"schema": 1, "arm": arm, "seed": seed, "model_name": name, "rows": kept})
         show(rows)

@@ -8,7 +8,6 @@ refused.
 
 import json
 import random
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -307,5 +306,4 @@ def train_base(
         model.config.use_cache = True  # the Trainer turned it off
     model.generation_config.do_sample = False
     model.to(torch.float16).save_pretrained(output)
-    shutil.rmtree(checkpoints, ignore_errors=True)
     return facts

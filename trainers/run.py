@@ -81,13 +81,6 @@ class Arm:
     report: Callable[[Any, TrainingJob], dict[str, Any]] | None = None
 
 
-@dataclass(frozen=True)
-class TrainingResult:
-    history: list[dict[str, Any]]  # an entry a logged step: loss, eval_loss, learning rate, gradient norm
-    resumed_from: int | None  # step of the checkpoint it went on from
-    summary: dict[str, Any]  # numbers for run.json
-
-
 # The Trainer's arguments
 
 
@@ -236,7 +229,7 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
 
 
 def _add_callbacks(trainer: Any, arm: Arm, job: TrainingJob, resumed_from: int | None) -> None:
-    """Progress, curves, early stopping and, as the last, the probe, so that it sees what the others do to gradients."""
+    """Progress, curves, early stopping, and behind these the probe, so that it sees what they do to gradients."""
     from transformers import EarlyStoppingCallback
 
     from probes import ProbeCallback
@@ -259,17 +252,21 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def run(arm: Arm, job: TrainingJob) -> TrainingResult:
-    """Train one arm; write adapter, tokenizer, loss history and the probe's ledger to `job.output`.
+def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
+    """Train one arm; write adapter, tokenizer, losses and ledger to `job.output`; return numbers for run.json.
 
     Same job on the same machine and thread count → same adapter bytes on a CPU, resumed or not.
     """
     check_reporters(job.settings, job.logs)
     trainer, train, valid = build(arm, job, **_lasting_arguments(job, f"{arm.name}-{job.seed}"))
+    from torch.random import fork_rng
+
     checkpoint = to_resume(job.checkpoints)
     resumed_from = _step(checkpoint) if checkpoint else None
     _add_callbacks(trainer, arm, job, resumed_from)
     _note_losses(trainer)
+    # An evaluation draws random numbers, and a twin run, which has none, would have another dropout after it.
+    trainer.evaluate = fork_rng(devices=[])(trainer.evaluate)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started  # of this process's share of the training
@@ -287,29 +284,25 @@ def run(arm: Arm, job: TrainingJob) -> TrainingResult:
     state = trainer.state
     if job.settings.keeps_best and state.best_model_checkpoint is None:
         print("no evaluation loss was finite: the adapter is that of the last step", file=sys.stderr, flush=True)
-    return TrainingResult(
-        history=history,
-        resumed_from=resumed_from,
-        summary={
-            "steps": state.global_step,
-            "epochs": state.epoch,
-            "stopped_early": state.global_step < state.max_steps,
-            "train_items": len(train.dataset),
-            "train_left_out": train.left_out,
-            "valid_left_out": valid.left_out,
-            "longest": max(train.longest, valid.longest),
-            "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-            "final_loss": losses[-1] if losses else None,
-            # Of the adapter that is saved: the best one, and after ranks have shrunk.
-            "final_eval_loss": trainer.evaluate()["eval_loss"],
-            "best_step": best.get("step"),
-            "best_eval_loss": best.get("eval_loss"),
-            "train_seconds": seconds,
-            "resumed_from_step": resumed_from,
-            "peak_memory_bytes": peak_memory_bytes(),
-            **said,
-        },
-    )
+    return {
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "stopped_early": state.global_step < state.max_steps,
+        "train_items": len(train.dataset),
+        "train_left_out": train.left_out,
+        "valid_left_out": valid.left_out,
+        "longest": max(train.longest, valid.longest),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "final_loss": losses[-1] if losses else None,
+        # Of the adapter that is saved: the best one, and after ranks have shrunk.
+        "final_eval_loss": trainer.evaluate()["eval_loss"],
+        "best_step": best.get("step"),
+        "best_eval_loss": best.get("eval_loss"),
+        "train_seconds": seconds,
+        "resumed_from_step": resumed_from,
+        "peak_memory_bytes": peak_memory_bytes(),
+        **said,
+    }
 
 
 def _note_losses(trainer: Any) -> None:

@@ -38,9 +38,6 @@ class Journal:
         write_text(path, "".join(_line(row) for row in self._rows.values()))
         self._file = path.open("a", encoding="utf-8")
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def get(self, split: str, item_id: str) -> dict[str, Any] | None:
         """The answer {split, item_id, answer, prompt_tokens, answer_tokens}; None where there is none yet."""
         return self._rows.get((split, item_id))

@@ -3,7 +3,6 @@
 Renderers only lay out what stands here.
 """
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from evaluation.report.serving import PhaseRow, PrecisionRow, ServedRow, phase_r
 from evaluation.statistics.differences import Difference
 from evaluation.statistics.intervals import ALPHA, Interval
 from evaluation.statistics.power import PowerRow, power_rows
+from trainers.settings import suggest
 
 
 class ChoiceError(ValueError):
@@ -187,9 +187,7 @@ def _unknown(kind: str, names: Iterable[str], known: Iterable[str]) -> Iterable[
     known = sorted(known) if isinstance(known, set) else list(known)
     for name in dict.fromkeys(names):
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            meant = f"did you mean {close[0]!r}? " if close else ""
-            yield f"expected the {kind} of a finished run; came: {name!r}. {meant}Available: {', '.join(known)}"
+            yield f"expected the {kind} of a finished run; came: {name!r}{suggest(name, known)}"
 
 
 def _filters(choice: Choice, baseline: str) -> str:
@@ -402,7 +400,7 @@ def _left_out(task: str, counts: Mapping[str, int]) -> list[str]:
         return []
     told = ", ".join(f"{count} of {arm}" for arm, count in counts.items())
     return [
-        f"Finished runs of {task} that are left out: {told}. They have another base (models/base.json: the model, its "
-        "place, its prompt template) than the newest run, or other settings or data of training than the newest run of "
-        "their arm, so they are no seeds of one arm."
+        f"Finished runs of {task} that are left out: {told}. They have another base (models/base/base.json: the model, "
+        "its place, its prompt template) than the newest run, or other settings or data of training than the newest "
+        "run of their arm, so they are no seeds of one arm."
     ]

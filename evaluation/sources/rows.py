@@ -293,7 +293,7 @@ class _Split:
             more = [f"… and {len(self.rejected) - 5} more"] if len(self.rejected) > 5 else []
             where = f"split {self.split!r}: " if several else ""
             said = f"{where}no row is left, all {len(self.rejected)} were rejected."
-            raise SourceError(self.where.source, [said, *shown, *more], self.rejected)
+            raise SourceError(self.where.source, [said, *shown, *more])
 
     def _item(self, raw: RawRow, named: Mapping[str, list[str]], seen: dict[str, tuple[int, str]]) -> Item:
         if raw.problem is not None:

@@ -32,10 +32,10 @@ class Rejection:
 
 
 class SourceError(Exception):
-    """The source as a whole cannot be used; `rejected` holds the refused rows where none was left."""
+    """The source as a whole cannot be used."""
 
-    def __init__(self, source: str, problems: Sequence[str], rejected: Sequence[Rejection] = ()) -> None:
-        self.problems, self.rejected = list(problems), list(rejected)
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
         super().__init__("\n  - ".join([f"{source} cannot be used:", *self.problems]))
 
 

@@ -97,11 +97,11 @@ def test_what_is_done_is_not_asked_again_and_rows_are_in_the_items_order(tmp_pat
         ask(Told(gives_up_after=4), journal)
     rest = Told()
     with Journal(path) as journal:
-        assert (journal.resumed, len(journal)) == (4, 4)
+        assert journal.resumed == 4
         resumed = ask(rest, journal)
         other = Told()
         ask(other, journal, "retention")
-        assert len(other.asked) == 10 and len(journal) == 20, "two splits may share ids"
+        assert len(other.asked) == 10 and len(path.read_text().splitlines()) == 20, "two splits may share ids"
     assert rest.asked == [i.prompt for i in reversed(ITEMS[:6])]
     assert [row["item_id"] for row, _ in resumed] == [i.id for i in ITEMS]
     assert all(score.correct and row["answer"] == row["truth"] for row, score in resumed)

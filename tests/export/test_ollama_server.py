@@ -1,8 +1,6 @@
 """`python -m export.ollama` and verification on a server: the double, and the real one at OLLAMA_HOST if it answers."""
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +13,7 @@ from export.engines.ollama import OllamaEngine, list_models, stored_model
 from export.register import register, remove_abandoned, temporary_name
 from export.served import find_served, read_references
 from export.verify import verify
-from tests.export.verify_runs import ARM, LATEST, edit, model, one, opened, rewrite, run
+from tests.export.verify_runs import ARM, LATEST, model, one, opened, rewrite, run
 from tests.ollama_double import OllamaDouble
 
 pytestmark = pytest.mark.usefixtures("own_records")
@@ -78,9 +76,6 @@ def test_two_that_create_at_once_agree_and_what_is_unchanged_is_not_sent(server,
     assert list_models(server.url) == before
     if server.double:
         assert {path for _, path, _ in server.double.requests} <= {"/api/version", "/api/tags"}
-    facts = json.loads((tmp_path / f"outputs/ollama/{server.prefix}-pure_grit-merged.json").read_text())
-    assert (facts["mode"], facts["server_version"], facts["created"]) == ("merged", server.version, False)
-    assert facts["stored_sha256"] not in (None, facts["gguf_sha256"]), "creating rewrites the file; both are kept"
 
 
 # --- the command ---------------------------------------------------------------------------------------------
@@ -118,24 +113,6 @@ def test_what_can_only_be_served_merged_has_no_adapter_row(tree):
     assert done.exit_code == 0 and done.output.count("100%") == 6, done.output
     refused = run("verify", "--gguf", tree, "--mode", "adapter", "--backend", "llama_cpp")
     assert refused.exit_code == 1 and "can be served merged only" in refused.output
-
-
-def test_what_was_registered_is_written_beside_the_folder_and_not_where_one_stands(tree, tmp_path, monkeypatch):
-    edit(tree / "pure_grit/0", model_name="team/pure grit:v2")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    with OllamaDouble() as double:
-        done = run("create", "--gguf", "../gguf", "--host", double.url)
-        assert done.exit_code == 0, done.output
-        assert not list((tmp_path / "elsewhere").iterdir())
-        files = sorted(f.name for f in (tmp_path / "outputs/ollama").iterdir())
-        assert files == ["base_model-merged.json", "team-pure-grit-v2-merged.json"]
-        assert json.loads((tmp_path / "outputs/ollama" / files[1]).read_text())["name"] == "team/pure grit:v2"
-        shutil.rmtree(tmp_path / "outputs")
-        (tmp_path / "outputs").write_text("in the way")
-        done = run("create", "base_model", "--gguf", tree, "--host", double.url)
-    assert done.exit_code == 1 and "Traceback" not in done.output and not isinstance(done.exception, OSError)
-    assert "outputs/ollama/base_model-merged.json: the model 'base_model' is registered" in done.output
 
 
 # --- an older release ----------------------------------------------------------------------------------------

@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from pipelines import check, evaluate, measure, profile, train
 from pipelines.check import load_params, parse_params
-from pipelines.params import ConfigError, stages_at_once, threads_for
+from pipelines.params import ConfigError, parse, stages_at_once, threads_for
 from pipelines.params import load_params as load_view
+from pipelines.stage import set_threads
 from pipelines.train import load_arm
 from tests.project_clone import ROOT
 
@@ -204,5 +207,31 @@ def test_threads_and_stages_at_once_follow_the_base_and_what_is_asked(raw, monke
     assert (threads_for(raw)[0], stages_at_once(raw)) == (8, 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
     assert threads_for(raw) == (4, "OMP_NUM_THREADS")
+    devices.clear()
+    assert stages_at_once(raw) == 2, "not more threads than cores"
     with pytest.raises(ConfigError, match="threads"):
         parse_params(changed(raw, "threads", "many"))
+
+
+def test_what_a_stage_run_by_hand_is_told(raw, monkeypatch):
+    misspelt = changed(raw, "arms.mine", {"variant_of": "pure_grti"})
+    with pytest.raises(ConfigError, match=r"unknown arm 'pure_grti'; did you mean 'pure_grit'\?"):
+        load_arm("mine", parse(misspelt, train.Params, "params.yaml"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with pytest.raises(ConfigError, match="prepare_base: expected keys and values, got 'embedded'"):
+        threads_for(changed(raw, "prepare_base", "embedded"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "all")
+    for ask in (threads_for, stages_at_once):
+        with pytest.raises(ConfigError, match="OMP_NUM_THREADS: expected a whole number of threads .*'all'"):
+            ask(raw)
+
+
+def test_numpy_computes_with_the_threads_of_a_stage_though_it_was_there_before(raw, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(yaml.safe_dump(changed(raw, "threads", 1)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "")  # put back afterwards
+    before = torch.get_num_threads()
+    with threadpool_limits(2, "blas"):
+        set_threads(alone=False)
+        assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {1}
+    torch.set_num_threads(before)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import yaml
 from db.files import FileError, write_json
 from pipelines import prepare_data, probe, profile, train, twin
 from pipelines.check import parse_params
+from trainers import run
+from trainers.models import ModelError
 from trainers.run import LEDGER
 
 SMOKE = profile.compose("smoke")
@@ -116,12 +119,21 @@ def test_5_a_ledger_that_is_cut_or_missing_is_named(here):
     file.write_text(whole, encoding="utf-8")
 
 
-def test_6_a_twin_that_fails_says_why(here):
+def test_6_a_twin_that_fails_says_why_and_holds_no_model_beside_the_next(here, monkeypatch):
     raw = make_params()[1]
     raw["train"]["target_modules"] = ["q_prof"]
-    with pytest.raises(twin.TwinError, match=r"twin run of baseline_lora seed 0 failed") as failed:
+    with pytest.raises(ModelError, match="q_proj"):
         twin.curves(parse_params(raw), "baseline_lora", 0, 5, (False,))
-    assert "q_proj" in str(failed.value)
+    build, alive = run.build, weakref.WeakSet()
+
+    def built(*args, **kwargs):
+        assert not alive
+        made = build(*args, **kwargs)
+        alive.add(made[0].model)
+        return made
+
+    monkeypatch.setattr(run, "build", built)
+    assert len(twin.curves(make_params()[0], "baseline_lora", 0, 5, (False, True))) == 2
 
 
 def test_7_the_twin_of_an_arm_differs_in_nothing_but_the_arm():

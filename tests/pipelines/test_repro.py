@@ -12,6 +12,8 @@ import psutil
 import pytest
 import yaml
 
+from db.files import process_runs
+from pipelines import repro as repro_module
 from tests.project_clone import ROOT
 
 STAGES = {
@@ -93,3 +95,36 @@ def test_interrupted_and_started_twice(repro, tmp_path, number):
     assert not (tmp_path / "right").exists()
     left = [p.info for p in psutil.process_iter(["cwd", "cmdline"]) if p.info["cwd"] == str(tmp_path)]
     assert not left
+
+
+def test_an_interruption_while_a_stage_starts_reaches_it(tmp_path, monkeypatch):
+    sent = []
+
+    class Starting:
+        def __init__(self, name):
+            signal.raise_signal(signal.SIGINT)  # when its process is there and nobody knows it yet
+            self.process = repro_module.FORK.Process(target=int)
+            self.process.start()
+
+        def send(self, number):
+            sent.append(number)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(repro_module, "Running", Starting)
+    with pytest.raises(KeyboardInterrupt):
+        repro_module.run({"train": set()}, 1)
+    assert sent == [signal.SIGINT]
+
+
+def test_what_a_dead_dvc_left_running_is_stopped(tmp_path):
+    stage = object.__new__(repro_module.Running)
+    stage.process = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!"], stdout=subprocess.PIPE, start_new_session=True)
+    child = int(stage.process.stdout.readline())
+    assert stage.process.wait() == 0 and process_runs(child, time.time())
+    stage.send(signal.SIGKILL)
+    began = time.monotonic()
+    while process_runs(child, time.time()):
+        assert time.monotonic() < began + 10
+        time.sleep(0.05)
+    stage.process.stdout.close()
+    stage.send(signal.SIGINT)  # nobody is there

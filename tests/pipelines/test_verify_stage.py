@@ -10,12 +10,14 @@ import pytest
 import yaml
 from gguf import GGUFReader
 
+from db.files import OutputError, exclusive
 from export import ExportError
 from export.gguf import quantize
 from export.register import register
 from export.served import served_in
 from pipelines import profile, verify
 from pipelines.check import parse_params
+from pipelines.stage import SPEED_LOCK
 from tests.export.verify_runs import substitute
 from tests.ollama_double import OllamaDouble
 
@@ -77,8 +79,6 @@ def test_a_server_that_answers_is_verified_as_well(params, monkeypatch):
     assert all(r["answered"] == 1.0 for r in rows) and rows[3]["perturbed_noticed"] is True
     assert (rows[2]["server_digest"], rows[2]["stored_sha256"]) == (model.digest, model.stored)
     assert rows[2]["backend_version"] == "0.32.0"
-    facts = json.loads(Path("outputs/ollama/pure_grit_model-merged.json").read_text())
-    assert (facts["digest"], facts["created"]) == (model.digest, True)
 
 
 def test_a_model_that_is_served_as_base_and_adapter_stays_so(params, tree, monkeypatch):
@@ -93,8 +93,6 @@ def test_a_model_that_is_served_as_base_and_adapter_stays_so(params, tree, monke
         assert len(created) == 2 and all(name.startswith("grit-verify-") for name in created), "merged, and the control"
         assert server.models == {"pure_grit_model:latest": model} and model.adapter
         assert written("pure_grit")[3]["server_digest"] == model.digest
-        facts = json.loads(Path("outputs/ollama/pure_grit_model-adapter.json").read_text())
-        assert (facts["digest"], facts["created"], facts["mode"]) == (model.digest, False, "adapter")
 
         model.parameters["temperature"] = 0.7  # of somebody else: another digest, so the model is stale
         model.digest = "0" * 64
@@ -106,6 +104,18 @@ def test_a_model_that_is_served_as_base_and_adapter_stays_so(params, tree, monke
         anew.digest = "1" * 64
         verify.run(params, "pure_grit", 0)
         assert not server.models["pure_grit_model:latest"].adapter, "this release takes none, so it is served merged"
+
+
+def test_nobody_times_models_on_a_server_meanwhile(params, monkeypatch):
+    def registered(*_, **__):
+        with pytest.raises(OutputError, match="timing is already running"), exclusive(SPEED_LOCK, "timing"):
+            pass
+        raise ExportError("held")
+
+    monkeypatch.setattr(verify, "keep_registered", registered)
+    with OllamaDouble() as server, pytest.raises(ExportError, match="held"):
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        verify.run(params, "base", 0)
 
 
 def test_a_quantized_model_must_answer_as_llama_cpp_does_and_not_gibberish(params, tree, monkeypatch):

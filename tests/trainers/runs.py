@@ -5,6 +5,7 @@ process gets a SIGKILL. hybrid FILE: FILE holds [(name, job, whether Unsloth's g
 losses, event, step as above)]; FILE.seen gets what was seen.
 """
 
+import json
 import logging
 import os
 import pickle
@@ -97,6 +98,10 @@ def killed(arm, job, losses, event, step):
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
 
 
+def history(job):
+    return json.loads((job.output / "loss_history.json").read_text())
+
+
 def curves(folder):
     """Tag → (step, value) of what TensorBoard shows."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -179,7 +184,7 @@ def run_hybrid(file):
         log.clear()
         seen = {"network": network}
         result = run(scripted(watched(seen, fused), *told, die=kill), job)
-        results[name] = {**seen, "summary": result.summary, "history": result.history, "log": list(log)}
+        results[name] = {**seen, "summary": result, "history": history(job), "log": list(log)}
     file.with_suffix(".seen").write_bytes(pickle.dumps(results))
 
 

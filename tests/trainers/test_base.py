@@ -101,7 +101,6 @@ def test_the_folder_is_a_whole_16_bit_model_that_answers(trained):
     assert config["architectures"] == ["Idefics3ForConditionalGeneration"] and config["dtype"] == "float16"
     assert config["use_cache"] is True
     assert facts["steps"] == 160 and facts["image_tokens"] == 4 and facts["vocabulary"] <= 321
-    assert not (folder / "checkpoints").exists()
     processor = load_processor(BaseReference(str(base)), folder / "pictures")
     assert isinstance(processor, EmbeddedProcessor)
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)

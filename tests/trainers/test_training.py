@@ -14,12 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.trainers.runs import ROOT, curves, interrupted, killed, scripted
+from tests.trainers.runs import ROOT, curves, history, interrupted, killed, scripted
 from trainers import arms
 from trainers.arms import baseline_lora, pure_grit
 from trainers.encode import encode_example
 from trainers.models import ModelError, load_base_model, load_tokenizer, reason_of
-from trainers.run import first_losses, latest_complete, run
+from trainers.run import STEP_LOSSES, first_losses, latest_complete, run
 from trainers.settings import BaseReference
 
 WEIGHTS = "adapter_model.safetensors"
@@ -81,7 +81,7 @@ def test_4_bit_base_trains(make_job):
     job = make_job(quantize_base="nf4", max_steps=4, eval_steps=4)
     model = load_base_model(job.base, job.settings)
     assert sum(type(m).__name__ == "Linear4bit" for m in model.modules()) == 14
-    assert run(ARM, job).summary["steps"] == 4
+    assert run(ARM, job)["steps"] == 4
     assert all(w.isfinite().all() for w in load_file(job.output / WEIGHTS).values())
 
 
@@ -122,24 +122,32 @@ def loss_of(job):
     return sum(batches) / len(batches)
 
 
-def timeless(history):
-    """Without times; and without the closing train_loss, which transformers 5.17 takes from the last process alone."""
+def timeless(job):
+    """Its history save times and the closing train_loss, which transformers 5.17 takes from the last process alone."""
     left_out = ("runtime", "per_second", "train_loss")
-    return [{k: v for k, v in e.items() if not any(word in k for word in left_out)} for e in history]
+    return [{k: v for k, v in e.items() if not any(word in k for word in left_out)} for e in history(job)]
 
 
 def test_epochs_are_steps_of_all_items(make_job):
     job = make_job(max_steps=None, epochs=1.5, gradient_accumulation=3)
     # 64 items in batches of 4, three a step: 6 steps an epoch, the last one of one batch.
-    assert run(ARM, job).summary["steps"] == 9
+    assert run(ARM, job)["steps"] == 9
     assert len(first_losses(ARM, make_job(max_steps=None, epochs=1.5, gradient_accumulation=3), 50)) == 9
+
+
+def test_a_twin_drops_out_what_the_run_does_though_it_evaluates_nothing(make_job):
+    settings = {"dropout": 0.3, "max_steps": 8, "eval_steps": 2}
+    job = make_job(**settings)
+    run(ARM, job)
+    losses = json.loads((job.output / STEP_LOSSES).read_text())
+    assert losses == first_losses(ARM, make_job(**settings), 8) != first_losses(ARM, make_job(max_steps=8), 8)
 
 
 def test_what_is_too_long_is_left_out_and_nothing_else_changes(make_job, capsys):
     plain, long = make_job(max_steps=6), ("What?\n", "1" * 300)
     train, valid = [*plain.train[:5], long, *plain.train[5:], long], [long, *plain.valid]
     filled = replace(make_job(max_steps=6, overlong="leave_out"), train=train, valid=valid)
-    said, expected = run(ARM, filled).summary, run(ARM, plain).summary
+    said, expected = run(ARM, filled), run(ARM, plain)
     assert weights(filled) == weights(plain)
     longest = len(encode_example(load_tokenizer(plain.base), *long)[0])
     assert (said["train_left_out"], said["valid_left_out"], said["longest"]) == (2, 1, longest)
@@ -159,7 +167,7 @@ def test_the_best_adapter_is_saved_as_if_training_had_ended_there(make_job, grit
     """
     module = "pure_grit" if grit else "baseline_lora"
     job, short = make_job(**BEST, grit=grit), make_job(**{**BEST, "keep_best": False, "max_steps": 6}, grit=grit)
-    said = run(scripted(module, CURVE), job).summary
+    said = run(scripted(module, CURVE), job)
     run(scripted(module, {}), short)
     assert (said["best_step"], said["best_eval_loss"]) == (6, 2.0)
     assert said["steps"] == 12 and not said["stopped_early"]
@@ -178,7 +186,7 @@ def test_the_best_adapter_is_saved_as_if_training_had_ended_there(make_job, grit
 
 def test_the_last_one_is_saved_where_no_loss_is_finite(make_job, capsys):
     job = make_job(**BEST)
-    said = run(scripted("baseline_lora", dict.fromkeys(CURVE, math.nan)), job).summary
+    said = run(scripted("baseline_lora", dict.fromkeys(CURVE, math.nan)), job)
     last = load_file(job.checkpoints / "checkpoint-12" / WEIGHTS)
     assert all(torch.equal(w, last[n]) for n, w in load_file(job.output / WEIGHTS).items())
     assert said["best_step"] is None and "no evaluation loss was finite" in capsys.readouterr().err
@@ -196,8 +204,8 @@ def test_it_stops_early_and_goes_on_to_the_same_bits(make_job, tmp_path, module,
     settings = {**STOPS, "early_stopping_min_delta": 0.05, "grit": GRIT if module == "pure_grit" else None}
     undisturbed = make_job(**settings)
     whole = run(scripted(module, STALE), undisturbed)
-    assert whole.summary["stopped_early"] and whole.summary["steps"] == 12
-    assert (whole.summary["best_step"], whole.summary["best_eval_loss"]) == (10, 1.97)
+    assert whole["stopped_early"] and whole["steps"] == 12
+    assert (whole["best_step"], whole["best_eval_loss"]) == (10, 1.97)
     if module == "baseline_lora":  # GRIT shrinks ranks before it saves
         saved = load_file(undisturbed.output / WEIGHTS)
         best, last = (load_file(undisturbed.checkpoints / f"checkpoint-{step}" / WEIGHTS) for step in (10, 12))
@@ -209,10 +217,10 @@ def test_it_stops_early_and_goes_on_to_the_same_bits(make_job, tmp_path, module,
         ends(module, job, STALE, "on_save", step)
         assert not (job.output / WEIGHTS).exists()
         result = run(scripted(module, STALE), job)
-        assert result.resumed_from == resumed_from
+        assert result["resumed_from_step"] == resumed_from
         assert weights(job) == weights(undisturbed)
-        assert timeless(result.history) == timeless(whole.history)
-        differ = {k for k, v in result.summary.items() if v != whole.summary[k]}
+        assert timeless(job) == timeless(undisturbed)
+        differ = {k for k, v in result.items() if v != whole[k]}
         assert differ <= {"train_seconds", "resumed_from_step", "peak_memory_bytes"}
         ledger = "probe_ledger.jsonl"
         assert (job.output / ledger).read_bytes() == (undisturbed.output / ledger).read_bytes()
@@ -228,7 +236,7 @@ def test_the_best_checkpoint_outlives_rotation_and_an_interruption(make_job, tmp
     interrupted("baseline_lora", job, losses, "on_step_end", 13)
     assert sorted(p.name for p in job.checkpoints.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (10, 12, 4)]
     result = run(scripted("baseline_lora", losses), job)
-    assert result.resumed_from == 12 and result.summary["best_step"] == 4
+    assert result["resumed_from_step"] == 12 and result["best_step"] == 4
     assert weights(job) == weights(undisturbed)
 
 
@@ -236,14 +244,14 @@ def test_the_best_checkpoint_outlives_rotation_and_an_interruption(make_job, tmp
 def test_an_end_after_the_last_checkpoint_changes_no_bit(make_job, tmp_path, steps):
     """From the checkpoint of the last step the Trainer would go on for a step too many."""
     undisturbed = make_job(max_steps=steps)
-    whole = run(ARM, undisturbed)
+    run(ARM, undisturbed)
     job = make_job(max_steps=steps, checkpoints=tmp_path / "checkpoints")
     interrupted("baseline_lora", job, {}, "on_save", steps)
     assert (job.checkpoints / f"checkpoint-{steps}" / "trainer_state.json").is_file()
     result = run(ARM, job)
-    assert result.resumed_from == 12 and result.summary["steps"] == steps
+    assert result["resumed_from_step"] == 12 and result["steps"] == steps
     assert weights(job) == weights(undisturbed)
-    assert timeless(result.history) == timeless(whole.history)
+    assert timeless(job) == timeless(undisturbed)
 
 
 # Pure GRIT
@@ -259,10 +267,10 @@ def with_grit(make_job, tmp_path_factory):
 def test_it_differs_from_the_baseline_in_the_optimizer_only(with_grit, adapter_dir):
     job, result = with_grit
     plain = json.loads((adapter_dir / "loss_history.json").read_text())
-    first, other = (next(e["loss"] for e in history if "loss" in e) for history in (result.history, plain))
+    first, other = (next(e["loss"] for e in entries if "loss" in e) for entries in (history(job), plain))
     # Two steps in, of which the first saw the same weights and the same items.
     assert first == pytest.approx(other, rel=0.05)
-    said = result.summary["grit"]
+    said = result["grit"]
     assert said["effective"] and set(said["capture"].values()) == {"hooks"} and said["inversions"] > 3
     for name in ("fisher_spectra.png", "ranks.png"):
         assert (job.output / name).read_bytes()[:4] == b"\x89PNG"
@@ -272,10 +280,10 @@ def test_it_differs_from_the_baseline_in_the_optimizer_only(with_grit, adapter_d
 
 
 def test_loss_evaluation_and_grit_are_in_the_event_file(with_grit):
-    job, result = with_grit
+    job, _ = with_grit
     found = curves(job.logs)
     for tag, name in (("train/loss", "loss"), ("eval/loss", "eval_loss")):
-        expected = [(e["step"], e[name]) for e in result.history if name in e]
+        expected = [(e["step"], e[name]) for e in history(job) if name in e]
         assert found[tag] == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
     assert [step for step, _ in found["train/grit/gradient_norm_raw"]] == [2, 4, 6, 8, 10, 12]
     assert found["train/grit/ready_layers"][-1] == (12, 6.0)
@@ -285,6 +293,6 @@ def test_loss_evaluation_and_grit_are_in_the_event_file(with_grit):
 
 def test_a_run_too_short_for_any_factor_keeps_its_adapter_and_says_so(make_job):
     job = make_job(max_steps=2, grit={**GRIT, "kfac_min_samples": 10**9, "log_fisher_spectrum": False})
-    said = run(pure_grit.ARM, job).summary["grit"]
+    said = run(pure_grit.ARM, job)["grit"]
     assert said["effective"] is False and "no factor is ready" in said["effect"]["reason"]
     assert (job.output / WEIGHTS).is_file()
