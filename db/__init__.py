@@ -1,6 +1,5 @@
 """Records of results, their archive in runs/, and the database that is derived from it and rebuilt by one command."""
 
 from db.errors import DatabaseError, DatabaseMissingError, IngestError, Problem, SchemaVersionError
-from db.store import open_session
 
-__all__ = ["DatabaseError", "DatabaseMissingError", "IngestError", "Problem", "SchemaVersionError", "open_session"]
+__all__ = ["DatabaseError", "DatabaseMissingError", "IngestError", "Problem", "SchemaVersionError"]

@@ -6,7 +6,8 @@ closer than that, either may come out. Such ties are counted and named, so that 
 count as differences all the same.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 from export.engines.base import Generation, LocalEngine
@@ -28,11 +29,12 @@ def compare(
 
     `prompts` are rendered. token_ids_equal and greedy_equal are shares, of the worst pair; greedy_tied is the share of
     prompts that part at a tie, of the worst pair; pairs, token_id_pairs and tied_pairs each pair's shares. Greedy
-    answers are asked for with the reference's ids, so that a tokenizer's fault is counted once.
+    answers are asked for with the reference's ids, so that a tokenizer's fault is counted once. The first of the others
+    is asked before the reference, which then only looks whether it would say the same.
     """
-    with engines[reference]() as base:
-        ids, right = _ask(base, prompts, max_tokens, None)
-        texts = {tuple(x): base.detokenize(x) for x in [*ids, *map(_ids, right)]}
+    first = next(name for name in engines if name != reference)
+    guessed = _ask(engines[first], prompts, max_tokens)
+    ids, right, texts = _ask(engines[reference], prompts, max_tokens, map(_ids, guessed[1]))
     greedy_pairs: dict[str, float] = {}
     id_pairs: dict[str, float] = {}
     tied: dict[str, float] = {}
@@ -41,38 +43,36 @@ def compare(
         if name == reference:
             continue
         pair = f"{reference}/{name}"
-        with opened() as engine:
-            own_ids, got = _ask(engine, prompts, max_tokens, ids)
-            for kind, expected, came, shares in (
-                ("token_ids", ids, own_ids, id_pairs),
-                ("greedy", [_ids(g) for g in right], [_ids(g) for g in got], greedy_pairs),
-            ):
-                parted = [None if a == b else parting(a, b) for a, b in zip(expected, came, strict=True)]
-                leads = [_lead(g, p) if kind == "greedy" else None for g, p in zip(right, parted, strict=True)]
-                ties = [lead is not None and lead < TIE for lead in leads]
-                shares[pair] = parted.count(None) / len(prompts)
-                if kind == "greedy":
-                    tied[pair] = sum(ties) / len(prompts)
-                number = next((i for i, p in enumerate(parted) if p is not None), None)
-                if number is None or (at := parted[number]) is None:
-                    continue
-                a, b = expected[number], came[number]
-                found = {
-                    "engine": name,
-                    "kind": kind,
-                    "prompt_number": number,
-                    "prompt": prompts[number],
-                    "position": at,
-                    "expected_token": a[at] if at < len(a) else None,
-                    "got_token": b[at] if at < len(b) else None,
-                    "expected_text": texts[tuple(a)],
-                    "got_text": engine.detokenize(b),
-                    "gap": leads[number],
-                    "likely_cause": (
-                        "rounding: the best two tokens are a tie" if ties[number] else _cause(kind, a, b, at)
-                    ),
-                }
-                differences.append((number, found))
+        known = guessed if name == first and guessed[0] == ids else None
+        own_ids, got, said = known or _ask(opened, prompts, max_tokens, given=ids)
+        for kind, expected, came, shares in (
+            ("token_ids", ids, own_ids, id_pairs),
+            ("greedy", [_ids(g) for g in right], [_ids(g) for g in got], greedy_pairs),
+        ):
+            parted = [None if a == b else parting(a, b) for a, b in zip(expected, came, strict=True)]
+            leads = [_lead(g, p) if kind == "greedy" else None for g, p in zip(right, parted, strict=True)]
+            ties = [lead is not None and lead < TIE for lead in leads]
+            shares[pair] = parted.count(None) / len(prompts)
+            if kind == "greedy":
+                tied[pair] = sum(ties) / len(prompts)
+            number = next((i for i, p in enumerate(parted) if p is not None), None)
+            if number is None or (at := parted[number]) is None:
+                continue
+            a, b = expected[number], came[number]
+            found = {
+                "engine": name,
+                "kind": kind,
+                "prompt_number": number,
+                "prompt": prompts[number],
+                "position": at,
+                "expected_token": a[at] if at < len(a) else None,
+                "got_token": b[at] if at < len(b) else None,
+                "expected_text": texts[tuple(a)],
+                "got_text": said[tuple(b)],
+                "gap": leads[number],
+                "likely_cause": ("rounding: the best two tokens are a tie" if ties[number] else _cause(kind, a, b, at)),
+            }
+            differences.append((number, found))
     return {
         "prompts": len(prompts),
         "max_tokens": max_tokens,
@@ -89,10 +89,17 @@ def compare(
 
 
 def _ask(
-    engine: LocalEngine, prompts: Sequence[str], max_tokens: int, given: Sequence[list[int]] | None
-) -> tuple[list[list[int]], list[Generation]]:
-    ids = [list(engine.tokenize(prompt)) for prompt in prompts]
-    return ids, [engine.answer(x, max_tokens) for x in given or ids]
+    opened: Callable[[], LocalEngine],
+    prompts: Sequence[str],
+    max_tokens: int,
+    guesses: Iterable[Sequence[int]] = repeat(()),
+    given: Sequence[list[int]] | None = None,
+) -> tuple[list[list[int]], list[Generation], dict[tuple[int, ...], str]]:
+    """An engine's own ids of prompts; its answers to these or to `given`; the text of all."""
+    with opened() as engine:
+        ids = [list(engine.tokenize(prompt)) for prompt in prompts]
+        made = [engine.answer(x, max_tokens, guess=guess) for x, guess in zip(given or ids, guesses, strict=False)]
+        return ids, made, {tuple(x): engine.detokenize(x) for x in [*ids, *map(_ids, made)]}
 
 
 def _ids(made: Generation) -> list[int]:

@@ -124,8 +124,8 @@ class LocalEngine(Engine):
         """Text of ids."""
 
     @abstractmethod
-    def prefill(self, ids: Sequence[int]) -> None:
-        """Evaluate a prompt from an empty cache."""
+    def prefill(self, ids: Sequence[int], guess: Sequence[int] = ()) -> None:
+        """Evaluate a prompt from an empty cache; along with it an answer, where that makes checking it faster."""
 
     @abstractmethod
     def next_token(self) -> int:
@@ -158,11 +158,13 @@ class LocalEngine(Engine):
             self.feed(token)
         return ids, "length"
 
-    def answer(self, ids: list[int], max_tokens: int, stop: Sequence[str] = ()) -> Generation:
+    def answer(
+        self, ids: list[int], max_tokens: int, stop: Sequence[str] = (), guess: Sequence[int] = ()
+    ) -> Generation:
         self.check_room(len(ids), max_tokens)
         self.leads = []
         t0 = time.perf_counter_ns()
-        self.prefill(ids)
+        self.prefill(ids, guess)
         t1 = time.perf_counter_ns()
         made, reason = self.decode(max_tokens, stop=stop)
         t2 = time.perf_counter_ns()

@@ -4,7 +4,7 @@ import multiprocessing
 
 from sqlalchemy import select, text
 
-from db import open_session
+from db.store import open_session
 from db.tables import VIEWS, Base
 
 

@@ -6,8 +6,9 @@ import math
 import pytest
 from sqlalchemy import select
 
-from db import IngestError, open_session
+from db import IngestError
 from db.ingest import check, ingest, layer_name
+from db.store import open_session
 from db.tables import Environment, Probe, Run, Sample, Spectrum, Verification
 from tests.db.asking import ask, ask_one, content, shown
 from tests.db.conftest import F16, to_alpaca, to_gsm8k, without_rights

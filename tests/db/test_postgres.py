@@ -10,10 +10,11 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 from typer.testing import CliRunner
 
-from db import DatabaseError, SchemaVersionError, open_session
+from db import DatabaseError, SchemaVersionError
 from db.cli import app
 from db.export import export
 from db.ingest import ingest, rebuild
+from db.store import open_session
 from db.tables import SCHEMA
 from tests.db.asking import ask, ask_one, content, forked
 from tests.db.result_tree import make_arm, write

@@ -14,9 +14,10 @@ import pytest
 from sqlalchemy import text
 from typer.testing import CliRunner
 
-from db import DatabaseError, DatabaseMissingError, IngestError, SchemaVersionError, open_session
+from db import DatabaseError, DatabaseMissingError, IngestError, SchemaVersionError
 from db.cli import app
 from db.ingest import ingest, rebuild
+from db.store import open_session
 from db.tables import SCHEMA
 from tests.db.asking import ask, ask_one, content, forked
 from tests.db.conftest import without_rights

@@ -49,6 +49,30 @@ def test_leads_are_the_logits_own(pair, exported):
     assert also.ids == made.ids and also.leads == pytest.approx(made.leads[: len(also.leads)], abs=0.05)
 
 
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_a_guess_changes_no_answer_and_a_right_one_takes_one_pass(base_dir, monkeypatch, reason):
+    engine, tokens = HfEngine(str(base_dir), TEMPLATE), 8
+    torch.manual_seed(0)
+    for weights in engine._model.parameters():  # a base of a few steps says one token again and again
+        weights.data += 0.2 * torch.randn_like(weights)
+    ids = engine.tokenize(engine.render("Repeat: apple"))
+    free = engine.answer(ids, tokens).ids
+    assert len(set(free)) == tokens
+    monkeypatch.setattr(engine, "_end", {free[5]} if reason == "stop" else set())
+    plain = engine.answer(ids, tokens)
+    right, other = plain.ids, [token + 1 for token in plain.ids]
+    assert plain.finish_reason == reason
+    passes, forward = [], engine._model.forward
+    monkeypatch.setattr(engine._model, "forward", lambda **inputs: passes.append(1) or forward(**inputs))
+    ended = [*right, *engine._end, 7]
+    for guess in ([], right, ended, other, right[:1], [*right[:1], *other[1:]], [*right[:-1], *other[-1:], 7, 8]):
+        passes.clear()
+        made = engine.answer(ids, tokens, guess=guess)
+        assert (made.ids, made.finish_reason, made.text) == (right, reason, plain.text)
+        assert made.leads == pytest.approx(plain.leads, abs=1e-3)
+        assert (len(passes) == 1) is (guess in (right, ended))
+
+
 def test_in_float32_llama_cpp_computes_what_transformers_does(pair, exported, tmp_path):
     """What is left of the differences as served is rounding in the engine, and not in the file."""
     gguf.quantize(exported / "base.gguf", tmp_path / "base-f32.gguf", "f32")

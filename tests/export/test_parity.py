@@ -17,7 +17,7 @@ class Told(LocalEngine):
     def tokenize(self, text):
         return ([1] if self.bos else []) + [ord(c) for c in text]
 
-    def answer(self, ids, max_tokens, stop=()):
+    def answer(self, ids, max_tokens, stop=(), guess=()):
         answer = self.answers["".join(map(chr, ids)).lstrip("\x01")][:max_tokens]
         leads = [self.lead] * (len(answer) + 1)
         return Generation("", len(ids), len(answer), 0, 0, 0, "stop", ids=answer, leads=leads)
