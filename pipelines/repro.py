@@ -14,7 +14,6 @@ import os
 import re
 import runpy
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -208,15 +207,17 @@ def main(
             signal.signal(number, signal.default_int_handler)
     with clear_errors("repro"), exclusive(Path("checkpoints/repro.lock"), "repro"):
         began = time.monotonic()
-        # First and alone: it refuses bad settings, and writes what the others depend on.
-        if code := subprocess.run([*DVC, "repro", "--quiet", "--single-item", CHECK], check=False).returncode:
-            raise SystemExit(code)
         os.environ.setdefault("TQDM_MININTERVAL", "60")  # what a stage says goes into a file
+        from dvc.exceptions import ReproductionError
         from dvc.repo import Repo
         from tqdm import tqdm
 
         tqdm.monitor_interval = 0  # a thread, which forks would lack
         with Repo() as repo:
+            try:  # first and alone: it refuses bad settings, and writes what the others depend on
+                repo.reproduce(CHECK, single_item=True)
+            except ReproductionError:
+                raise SystemExit(1) from None
             waits = stale(repo)
         if not waits:
             print("everything is up to date")

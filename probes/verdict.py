@@ -106,9 +106,11 @@ def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
             median(a for r in e.judged if r["step"] >= first for u in own if (a := _angle(r["units"].get(u)))) or angle
         )
         part = f", in {e.step_share:.0%} of the steps from step {first:.0f} to {e.steps - 1}" if e.claims else ""
-        return said(
-            EFFECTIVE, "none", f"updates are {angle:.1f}° off plain AdamW's and {longer}, in {tensors}{part}", []
-        )
+        told = f"updates are {angle:.1f}° off plain AdamW's and {longer}, in {tensors}{part}"
+        if angle <= e.thresholds.min_angle:
+            often = sum(e.share(name, "off") for name in e.reached) / len(e.reached)
+            told = f"updates are off plain AdamW's in {often:.0%} of the steps, in {tensors}; in the others they are its own"
+        return said(EFFECTIVE, "none", told, [])
     reason = f"updates are plain AdamW's of the raw gradients: within {angle:.1e}°, in all of {len(e.tensors)} tensors"
     return said(NO_EFFECT, "equals_shadow", reason, [])
 

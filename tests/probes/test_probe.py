@@ -425,3 +425,84 @@ def test_under_a_gradient_scaler(precondition):
     assert probe.step == 15 and probe.events["nonfinite_gradients"] == 0
     assert verdict.verdict == ("effective" if precondition else "no_effect"), verdict.table()
     assert all(0 < e["norm_raw"] < 10 for r in probe.records for e in r["units"].values())
+
+
+# What is common, and not wrong
+
+
+def loop(each, optimizer=None, claims=False, count=40, opened_at=0):
+    """`each(model, step)` stands between backward and step; a step it returns False for is left out. Judged."""
+    model = mlp()
+    optimizer = optimizer(model) if optimizer else torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizers = optimizer if isinstance(optimizer, tuple) else (optimizer,)
+    probe = Probe(model, optimizers[0], every=5, claims=claims)
+    for i in range(count):
+        if i == opened_at:
+            probe.open()
+        backward(model, i)
+        if each(model, i) is not False:
+            for one in optimizers:
+                one.step()
+        model.zero_grad()
+    probe.close()
+    return judge(probe)
+
+
+def a_fisher_pass_between(model, step):
+    """Its gradients are thrown away, those of the loss are put back."""
+    saved = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    backward(model, 1000 + step)
+    for p, gradient in zip(model.parameters(), saved, strict=True):
+        p.grad = gradient
+
+
+def a_running_mean(decay):
+    mean = {}
+
+    def each(model, step):
+        for p in model.parameters():
+            mean[p] = decay * mean.get(p, torch.zeros_like(p)) + (1 - decay) * p.grad
+            p.grad.copy_(mean[p])
+
+    return each
+
+
+def preconditioned_then_left_out(model, step):
+    Mixing(model).precondition()
+    return step % 3 != 1
+
+
+def two_optimizers(model):
+    weights = [p for p in model.parameters() if p.dim() == 2]
+    biases = [p for p in model.parameters() if p.dim() == 1]
+    return torch.optim.AdamW(weights, lr=1e-2), torch.optim.AdamW(biases, lr=1e-2)
+
+
+def nothing(model, step):
+    return None
+
+
+COMMON = {
+    "Fisher pass between": ("no_effect", lambda: loop(a_fisher_pass_between)),
+    "batches left out after preconditioning": ("effective", lambda: loop(preconditioned_then_left_out, claims=True)),
+    "running mean": ("effective", lambda: loop(a_running_mean(0.9), claims=True)),
+    "running mean, nothing claimed": ("effective", lambda: loop(a_running_mean(0.9))),
+    "two optimizers": ("no_effect", lambda: loop(nothing, two_optimizers)),
+    "opened late": ("no_effect", lambda: loop(nothing, opened_at=20)),
+    "SGD with decay": (
+        "effective",
+        lambda: loop(nothing, lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9, weight_decay=0.3)),
+    ),
+    "weights clamped after the step": (
+        "no_effect",
+        lambda: loop(lambda m, i: [p.data.clamp_(-0.5, 0.5) for p in m.parameters()] and None),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", COMMON)
+def test_what_is_common_is_not_blamed(what):
+    expected, run = COMMON[what]
+    verdict = run()
+    assert (verdict.verdict, verdict.findings) == (expected, []), verdict.table()

@@ -58,6 +58,8 @@ def test_the_catalogue_is_what_it_says():
     assert names - NOT_IN_THE_CATALOGUE == {fault.expected for fault in FAULTS} and len(names) > 20
     assert all(len(set(causes)) == len(causes) for causes in (FIRST, OF_A_CLAIM, OF_ANY))
     assert len(FAULTS) >= 100
+    page = (Path(probes.__file__).parents[1] / "docs/probe.md").read_text(encoding="utf-8")
+    assert not [name for name in names | {"none", "equals_shadow"} if f"`{name}`" not in page]
 
 
 # Ledgers made by hand: the same everywhere, or make(sample, layer)
