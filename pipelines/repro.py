@@ -33,7 +33,6 @@ LOGS = Path("logs/stages")
 TIMES = LOGS / "seconds.json"
 """Seconds that each stage took when it last ran."""
 CHECK = "check"
-DVC = [sys.executable, "-m", "dvc"]
 UNCHANGED, RESTORED = "didn't change, skipping", "skipping run, checking out outputs"
 FORK = multiprocessing.get_context("fork")
 NEEDED = """dvc.cli.parser dvc.repo.reproduce dvc.stage.run scmrepo.git llama_cpp transformers.trainer
@@ -209,13 +208,15 @@ def main(
         began = time.monotonic()
         os.environ.setdefault("TQDM_MININTERVAL", "60")  # what a stage says goes into a file
         from dvc.exceptions import ReproductionError
+        from dvc.logger import set_loggers_level
         from dvc.repo import Repo
         from tqdm import tqdm
 
         tqdm.monitor_interval = 0  # a thread, which forks would lack
         with Repo() as repo:
             try:  # first and alone: it refuses bad settings, and writes what the others depend on
-                repo.reproduce(CHECK, single_item=True)
+                with set_loggers_level(logging.CRITICAL):  # it says what is wrong itself
+                    repo.reproduce(CHECK, single_item=True)
             except ReproductionError:
                 raise SystemExit(1) from None
             waits = stale(repo)

@@ -109,7 +109,7 @@ def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
         told = f"updates are {angle:.1f}° off plain AdamW's and {longer}, in {tensors}{part}"
         if angle <= e.thresholds.min_angle:
             often = sum(e.share(name, "off") for name in e.reached) / len(e.reached)
-            told = f"updates are off plain AdamW's in {often:.0%} of the steps, in {tensors}; in the others they are its own"
+            told = f"updates are off plain AdamW's in {often:.0%} of the steps only, in {tensors}"
         return said(EFFECTIVE, "none", told, [])
     reason = f"updates are plain AdamW's of the raw gradients: within {angle:.1e}°, in all of {len(e.tensors)} tensors"
     return said(NO_EFFECT, "equals_shadow", reason, [])
