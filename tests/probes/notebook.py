@@ -418,4 +418,6 @@ def _indefinite(self: Any, sigma: Tensor, damping: float, side: str) -> Tensor:
 
 
 Indefinite = spoiled(inverse=_indefinite)
-NegativeInverse = spoiled(inverse=lambda self, *given: -NotebookKFAC.inverse(self, *given))
+NegativeInverse = spoiled(
+    inverse=lambda self, sigma, damping, side: -torch.linalg.inv(sigma + damping * torch.eye(len(sigma)))
+)
