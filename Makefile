@@ -9,7 +9,7 @@ BIN  := $(VENV)/bin
 DONE := $(VENV)/.installed
 RUN  := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: setup repro serve test test-all check format bench probe-faults clean lock
+.PHONY: setup repro serve test test-all check format bench probe-faults foreign clean lock
 
 setup: $(DONE)
 
@@ -61,9 +61,12 @@ bench: setup
 	done
 
 # Every fault of the catalogue must be named, no clean run blamed, others' optimizers told; about 5 minutes.
-probe-faults: setup
-	@$(BIN)/python -c "import optimi, pytorch_optimizer, schedulefree" 2>/dev/null || $(BIN)/python -m pip install -qq --no-build-isolation --editable ".[foreign]"
+probe-faults: foreign
 	$(RUN) python -m benchmarks.probe_faults
+
+# Packages with optimizers that the probe is tried on; without them those tests are skipped.
+foreign: setup
+	@$(BIN)/python -c "import optimi, pytorch_optimizer, schedulefree" 2>/dev/null || $(BIN)/python -m pip install -qq --no-build-isolation --editable ".[foreign]"
 
 # What the stages made. DVC's cache and the environment stay, and so do the results of all runs: runs/ and databases.
 clean:

@@ -95,7 +95,10 @@ def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
         findings.append(Finding("unexplained", reason, {"coverage": e.coverage}))
     angle = numbers["angle_to_shadow"] or 0.0
     if findings:
-        verdict = UNSTABLE if reaches or not e.claims else NO_EFFECT
+        if findings[0].numbers.get("tensors") == len(e.tally) and findings[0].name == "not_moving":
+            findings = findings[:1]  # whatever else is seen says nothing about updates that there are not
+        off = sum(e.share(name, "off") for name in e.tally) / max(len(e.tally), 1) >= e.thresholds.traces
+        verdict = UNSTABLE if reaches or off or not e.claims else NO_EFFECT
         return said(verdict, findings[0].name, findings[0].reason, findings)
     tensors = f"{len(e.reached)} of {len(e.tensors)} tensors"
     if e.reached:
