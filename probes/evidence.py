@@ -148,7 +148,12 @@ class Evidence:
     def _often_off(self, tensor: str) -> bool:
         """Not at the very start alone, where another place of ε is enough."""
         row = self.tally[tensor]
-        return self.share(tensor, "off") > 0.02 and max(row["off"], row["off_last"]) >= 5
+        return self.counts_off and self.share(tensor, "off") > 0.02 and max(row["off"], row["off_last"]) >= 5
+
+    @property
+    def counts_off(self) -> bool:
+        """Whether the tally's line is the one asked for; where that is higher, the samples decide alone."""
+        return self.thresholds.min_angle <= OFF
 
     def share(self, tensor: str, column: str) -> float:
         """Of the tensor's counted steps."""

@@ -98,7 +98,7 @@ def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
         if findings[0].numbers.get("tensors") == len(e.tally) and findings[0].name == "not_moving":
             findings = findings[:1]  # whatever else is seen says nothing about updates that there are not
         off = sum(e.share(name, "off") for name in e.tally) / max(len(e.tally), 1) >= e.thresholds.traces
-        verdict = UNSTABLE if reaches or off or not e.claims else NO_EFFECT
+        verdict = UNSTABLE if reaches or (off and e.counts_off) or not e.claims else NO_EFFECT
         return said(verdict, findings[0].name, findings[0].reason, findings)
     tensors = f"{len(e.reached)} of {len(e.tensors)} tensors"
     if e.reached:

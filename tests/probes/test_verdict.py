@@ -12,7 +12,7 @@ import pytest
 
 import probes
 from probes import Evidence, Twin, judge
-from probes.evidence import median
+from probes.evidence import Thresholds, median
 from probes.faults import FIRST, OF_A_CLAIM, OF_ANY
 from probes.probe import EVENTS
 from probes.tally import COLUMNS, OFF, TURNED
@@ -189,6 +189,9 @@ def test_min_angle(angle, verdict):
     assert (claimed.verdict, claimed.diagnosis) == (verdict, "none" if verdict == "effective" else "gradient_not_used")
     weights = judge(ledger(entry(angle=0.1, angle_weights=angle), claims=False))
     assert weights.verdict == verdict  # whichever says more
+    evidence = ledger(entry(angle=8 * angle, angle_w=8 * angle), claims=False)  # of 8-bit moments, say
+    evidence.thresholds = Thresholds(min_angle=8.0)
+    assert judge(evidence).verdict == verdict, "a higher line holds for what is counted at every step too"
 
 
 @pytest.mark.parametrize(
