@@ -36,41 +36,34 @@ def _listed(names: Collection[str], most: int = 4) -> str:
 # Weights that stay where they are
 
 
+_WHY_STILL = {  # a count of the tally, or what else there is → the cause
+    "put_back": "a step moves them, but they are back before the next one: something restores the weights",
+    "not_held": "no group of the optimizer has them: it was made with other tensors (before the model was wrapped, "
+    "moved, or given its adapter)",
+    "rate_zero": "their learning rate is 0",
+    "lost": "backward had computed a gradient, and the optimizer found none, or zeros (is zero_grad() called before "
+    "step()?)",
+    "16 bit": "a step is smaller than the rounding of 16-bit weights: keep them in float32, or raise the rate",
+    "": "a step is less than the rounding of the weights (a learning rate that is far too low), or it computes "
+    "nothing, or elsewhere",
+}
+
+
 def _not_moving(e: Evidence) -> Finding | None:
-    bits = {unit: median(e.values(unit, "bits")) for unit in e.units}
     causes: dict[str, str] = {}
-    for name, row in e.tally.items():
-        unit = name.rpartition(".")[0]
+    for name in e.tally:
+        short = (median(e.values(name.rpartition(".")[0], "bits")) or 32) < 32
         stuck = e.share(name, "still") + e.share(name, "put_back")
-        rounded = e.share(name, "rounded") if (bits.get(unit) or 32) >= 32 else 0.0
-        vanished = max(e.share(name, "overflow"), rounded) > stuck / 2
-        if stuck <= e.thresholds.stuck or vanished:
-            continue
-        half = stuck / 2 * row["steps"]
-        if row["put_back"] >= half:
-            cause = "a step moves them, but they are back before the next one: something restores the weights"
-        elif row["not_held"] >= half:
-            cause = "no group of the optimizer has them: it was made with other tensors (before the model was wrapped, "
-            cause += "moved, or given its adapter)"
-        elif row["rate_zero"] >= half:
-            cause = "their learning rate is 0"
-        elif row["lost"] >= half:
-            cause = "backward had computed a gradient, and the optimizer found none, or zeros (is zero_grad() called "
-            cause += "before step()?)"
-        elif (bits.get(unit) or 32) < 32:
-            cause = "a step is smaller than the rounding of 16-bit weights: keep them in float32, or raise the rate"
-        else:
-            cause = (
-                "a step is less than the rounding of the weights (a learning rate that is far too low), or it computes "
-            )
-            cause += "nothing, or elsewhere"
-        causes[name] = cause
+        vanished = max(e.share(name, "overflow"), 0.0 if short else e.share(name, "rounded")) > stuck / 2
+        if stuck > e.thresholds.stuck and not vanished:
+            counted = (c for c in ("put_back", "not_held", "rate_zero", "lost") if e.share(name, c) >= stuck / 2)
+            causes[name] = next(counted, "16 bit" if short else "")
     if not causes:
         return None
     shares = [e.share(name, "still") + e.share(name, "put_back") for name in causes]
     told = "; ".join(
         f"{count} of {len(e.tally)} tensors do not move in {sum(shares) / len(shares):.0%} of the steps "
-        f"({_listed([name for name, own in causes.items() if own == cause], 2)}): {cause}"
+        f"({_listed([name for name, own in causes.items() if own == cause], 2)}): {_WHY_STILL[cause]}"
         for cause, count in Counter(causes.values()).most_common()
     )
     return Finding("not_moving", told, {"tensors": len(causes), "of": len(e.tally), "share_of_steps": median(shares)})
@@ -247,10 +240,7 @@ def _unrelated(e: Evidence) -> Finding | None:
         return None  # a direction that is wrong in most of them is no chance: uphill
     if noise:
         share = sum(e.share(name, "against") for name in noise) / len(noise)
-        what = (
-            f"what the optimizer reads points away from the gradient in {share:.0%} of the steps, as a random direction"
-        )
-        what += " would"
+        what = f"what is read points away from the gradient in {share:.0%} of the steps, as a random direction would"
     else:
         rows = [row for name, row in e.tally.items() if row["steps"] >= 5 and e.sizes.get(name, 0) >= 16]
         if len(rows) < 2 or against:
@@ -415,7 +405,7 @@ def _scalar_preconditioner(e: Evidence) -> Finding | None:
     anisotropy = e.reading_median("anisotropy")
     changed = any(n for name in e.tensors for n in e.values(name.rpartition(".")[0], "times_changed"))
     scalar = (anisotropy is not None and anisotropy < e.thresholds.scalar) or changed
-    if not scalar and not (e.claims and (spread > 0.02 or abs(math.log(ratio)) > 0.02)):
+    if not scalar and spread <= 0.02 and abs(math.log(ratio)) <= 0.02:
         return None
     numbers = {"norm_ratio": ratio, "log_spread": spread, "anisotropy": anisotropy}
     if spread > 0.2:

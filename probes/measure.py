@@ -75,6 +75,54 @@ def tensors(units: list[Unit]) -> list[tuple[Unit, str, nn.Parameter]]:
 # Geometry
 
 
+Matrices = list[Tensor]
+"""A number for every entry of some tensors, in the order of a `Layout`."""
+
+
+class Layout:
+    """Tensors alike in size, dtype and device are rows of one matrix: few operations instead of some for each."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for i, tensor in enumerate(tensors):
+            groups.setdefault((tensor.numel(), tensor.dtype, tensor.device), []).append(i)
+        self.places = list(groups.values())
+        self._tensors = [(t.shape, t.dtype, t.device) for t in tensors]
+        self._back = torch.tensor([i for places in self.places for i in places]).argsort()
+
+    def zeros(self) -> Matrices:
+        kinds = [(len(places), *self._tensors[places[0]]) for places in self.places]
+        return [torch.zeros(n, shape.numel(), dtype=dtype, device=device) for n, shape, dtype, device in kinds]
+
+    def stack(self, tensors: Sequence[Tensor | None]) -> Matrices:
+        """Copies; zeros where there is none."""
+        rows = [
+            torch.zeros(kind[0], dtype=kind[1], device=kind[2]) if t is None else t.detach()
+            for t, kind in zip(tensors, self._tensors, strict=True)
+        ]
+        return [torch.stack([rows[i].flatten() for i in places]) for places in self.places]
+
+    def views(self, matrices: Matrices) -> list[Tensor]:
+        found = {
+            i: row
+            for places, matrix in zip(self.places, matrices, strict=True)
+            for i, row in zip(places, matrix, strict=True)
+        }
+        return [found[i].view(shape) for i, (shape, *_) in enumerate(self._tensors)]
+
+    def dots(self, pairs: Sequence[tuple[Matrices, Matrices]]) -> Tensor:
+        """Inner products in float32, [pairs, tensors], on the first tensor's device."""
+        device = pairs[0][0][0].device
+        sums = [
+            torch.cat([(a.float() * b.float()).sum(1).to(device) for a, b in zip(x, y, strict=True)]) for x, y in pairs
+        ]
+        return torch.stack(sums)[:, self._back.to(device)]
+
+
+def difference(one: Matrices, other: Matrices) -> Matrices:
+    return [a.float() - b.float() for a, b in zip(one, other, strict=True)]
+
+
 def products(vectors: list[Tensor]) -> Tensor:
     """All inner products of k tensors of one shape: [k, k], float64.
 

@@ -16,9 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probes.measure import Provider, Record, Snapshot, find_units, measure, numbers, read, tensors
+from probes.measure import (
+    Matrices,
+    Provider,
+    Record,
+    Snapshot,
+    difference,
+    find_units,
+    measure,
+    numbers,
+    read,
+    tensors,
+)
 from probes.shadow import Shadow, clipping, shadow_options
-from probes.tally import ROUNDING, Matrices, Tally, common_factor, difference
+from probes.tally import ROUNDING, Tally, common_factor
 
 WARM_UP = 200  # steps that the shadow's moments need after a start beside those of an optimizer that are warm
 
@@ -373,7 +384,7 @@ class Probe:
         print(judge(probe).table())
 
     Weights, gradients and random numbers stay as they are. It keeps four numbers a trainable parameter (the raw
-    gradient, the weight before the step, the shadow's moments), two more while a step ends and up to eight more in a
+    gradient, the weight before the step, the shadow's moments), up to three more while a step ends and eight more in a
     sampled one.
     """
 
@@ -393,8 +404,8 @@ class Probe:
         """`optimizer` is the outermost one; nothing is attached before `open` (or the `with` block).
 
         Args:
-            every: Of so many steps one is looked at closely (of the first ones the first, then here and there: what
-                happens every tenth step shall not always or never be met). Some things are counted in all.
+            every: One step of so many is looked at closely: the first, and then not always the same of them, so that
+                no period hides. What the tally counts, it counts in all.
             max_grad_norm: What plain training would clip to; the shadow does it too. 0 = no clipping, unless all
                 gradients are seen to be multiplied by one number.
             preconditioner: (object, name of its method that changes the gradients), to see when it is called. Code

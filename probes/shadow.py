@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from probes.tally import Layout, Matrices, difference
+from probes.measure import Layout, Matrices, difference
 
 
 class Shadow:

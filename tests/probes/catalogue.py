@@ -112,31 +112,43 @@ def grit_with(config: GRITConfig, prepare: Callable[[Any], None] = lambda model:
 # Faults around the step: a right preconditioner whose work is undone, repeated or never asked for
 
 
-def recomputed(model: Any, setting: Setting) -> Setup:
-    """A second backward pass overwrites what was preconditioned."""
-    kfac = NotebookKFAC(model)
+def cleared(again: bool) -> Arrange:
+    """zero_grad() comes after preconditioning; `again`: a second backward pass, too."""
 
-    def before() -> None:
-        kfac.apply()
-        model.zero_grad()
-        model(**kfac.batch).loss.backward()
+    def arrange(model: Any, setting: Setting) -> Setup:
+        kfac = NotebookKFAC(model)
 
-    return Setup(adamw(model, setting), kfac.watch(), before_step=before)
+        def before() -> None:
+            kfac.apply()
+            model.zero_grad()
+            if again:
+                model(**kfac.batch).loss.backward()
+
+        return Setup(adamw(model, setting), kfac.watch(), before_step=before)
+
+    return arrange
 
 
-def recomputed_in_closure(model: Any, setting: Setting) -> Setup:
-    """The optimizer's own closure computes gradients again."""
-    kfac, optimizer = NotebookKFAC(model), adamw(model, setting)
-    step = optimizer.step
+def by_closure(inside: bool) -> Arrange:
+    """The optimizer's own closure computes gradients (again, where they are preconditioned outside of it)."""
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss: Tensor = model(**kfac.batch).loss
-        loss.backward()
-        return loss
+    def arrange(model: Any, setting: Setting) -> Setup:
+        kfac, optimizer = NotebookKFAC(model), adamw(model, setting)
+        step = optimizer.step
 
-    optimizer.step = lambda: step(closure)  # type: ignore[method-assign, assignment, misc]
-    return Setup(optimizer, kfac.watch(), before_step=kfac.apply)
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss: Tensor = model(**kfac.batch).loss
+            loss.backward()
+            if inside:
+                kfac.apply()
+            return loss
+
+        optimizer.step = lambda: step(closure)  # type: ignore[method-assign, assignment, misc]
+        around: dict[str, Any] = {"after_backward": model.zero_grad} if inside else {"before_step": kfac.apply}
+        return Setup(optimizer, kfac.watch(), **around)
+
+    return arrange
 
 
 def called_twice(model: Any, setting: Setting) -> Setup:
@@ -234,17 +246,6 @@ def put_back(wanted: Callable[[str], bool], preconditioned: bool = True, in_hook
     return arrange
 
 
-def cleared_before(model: Any, setting: Setting) -> Setup:
-    """zero_grad() comes before step()."""
-    kfac = NotebookKFAC(model)
-
-    def before() -> None:
-        kfac.apply()
-        model.zero_grad()
-
-    return Setup(adamw(model, setting), kfac.watch(), before_step=before)
-
-
 def step_that_does_nothing(model: Any, setting: Setting) -> Setup:
     kfac = NotebookKFAC(model)
 
@@ -332,22 +333,6 @@ def in_backward(place: str, make: Make = NotebookKFAC) -> Arrange:
         )
 
     return arrange
-
-
-def in_closure(model: Any, setting: Setting) -> Setup:
-    """All of a step happens in the closure that the optimizer calls."""
-    kfac, optimizer = NotebookKFAC(model), adamw(model, setting)
-    step = optimizer.step
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss: Tensor = model(**kfac.batch).loss
-        loss.backward()
-        kfac.apply()
-        return loss
-
-    optimizer.step = lambda: step(closure)  # type: ignore[method-assign, assignment, misc]
-    return Setup(optimizer, kfac.watch(), after_backward=model.zero_grad)
 
 
 def in_pre_hook(model: Any, setting: Setting) -> Setup:
@@ -484,8 +469,8 @@ FAULTS = [
     Fault("in on_step_end", "preconditioned_after_step", in_trainer(NotebookKFAC, ["on_step_end"])),
     *in_both("copy put back", "gradient_restored", kfac.Restores),
     Fault("copy put back and clipped", "gradient_restored", _looped(placed(kfac.Restores, clip=0.01))),
-    Fault("second backward pass", "gradient_recomputed", _looped(recomputed)),
-    Fault("closure runs backward again", "gradient_recomputed", _looped(recomputed_in_closure)),
+    Fault("second backward pass", "gradient_recomputed", _looped(cleared(again=True))),
+    Fault("closure runs backward again", "gradient_recomputed", _looped(by_closure(inside=False))),
     Fault(
         "first micro-batch only, in a Trainer",
         "gradient_recomputed",
@@ -598,7 +583,7 @@ FAULTS = [
     Fault("weights put back by a hook", "not_moving", _looped(put_back(lambda name: True, in_hook=True))),
     Fault("weights put back, nothing claimed", "not_moving", _looped(put_back(lambda name: True, False))),
     Fault("one layer's weights put back", "not_moving", _looped(put_back(lambda name: "layers.1.self" in name))),
-    Fault("cleared before the step", "not_moving", _looped(cleared_before)),
+    Fault("cleared before the step", "not_moving", _looped(cleared(again=False))),
     Fault("a step that does nothing", "not_moving", _looped(step_that_does_nothing)),
     Fault(
         "bf16 weights, rate too small",
@@ -758,7 +743,7 @@ CLEAN = [
     Clean("NotebookKFAC, in hooks of the parameters", _looped(in_backward("register_hook"))),
     Clean("NotebookKFAC, in hooks after accumulation", _looped(in_backward("register_post_accumulate_grad_hook"), B)),
     Clean("NotebookKFAC, in hooks of the parameters, other seed and rate", _looped(in_backward("register_hook"), C)),
-    Clean("NotebookKFAC, in the closure", _looped(in_closure)),
+    Clean("NotebookKFAC, in the closure", _looped(by_closure(inside=True))),
     Clean("NotebookKFAC, in a hook before the step", _looped(in_pre_hook, B)),
     Clean("NotebookKFAC, in a subclass's step", _looped(in_subclass)),
     Clean("NotebookKFAC, gradients put in by hand", _looped(by_hand)),
