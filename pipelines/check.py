@@ -11,7 +11,18 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from db.files import write_text
-from pipelines import compare, evaluate, export, measure, prepare_base, prepare_data, quantize, train, verify
+from pipelines import (
+    base_texts,
+    compare,
+    evaluate,
+    export,
+    measure,
+    prepare_base,
+    prepare_data,
+    quantize,
+    train,
+    verify,
+)
 from pipelines.code import code_hash
 from pipelines.params import NAME, PARAMS_FILE, VARIANT_OF, ConfigError, Probe, explain, listed, load_yaml
 from pipelines.prompt import CHAT
@@ -27,6 +38,7 @@ SMOLVLM_FORM = "<|im_start|>User:{prompt}<end_of_utterance>\nAssistant: "
 class Params(
     prepare_data.Params,
     prepare_base.Params,
+    base_texts.Params,
     train.Params,
     export.Params,
     quantize.Params,

@@ -15,6 +15,7 @@ from pipelines.params import PARAMS_FILE, P, load_params, load_yaml, threads_for
 
 DATA = Path("data")
 BASE = Path("models/base")
+TEXTS = Path("texts")
 SPLITS = ("train", "valid", "test", "retention")
 BASE_ARM = "base"
 SPEED_LOCK = Path("checkpoints/scores/speed.lock")

@@ -22,7 +22,7 @@ from pipelines.base_model import load_reference
 from pipelines.code import code_hash
 from pipelines.params import VARIANT_OF, StageParams, check_arm
 from pipelines.prompt import Prompt, literal, prompt_text
-from pipelines.stage import BASE, DATA, adapter_dir, command, split_files
+from pipelines.stage import BASE, DATA, TEXTS, adapter_dir, command, split_files
 from trainers import arms
 from trainers.run import Arm, TrainingJob
 from trainers.run import run as train
@@ -57,10 +57,15 @@ def examples(split: str, template: str) -> list[tuple[str, str]]:
     return [(render(text, item.prompt), item.completion) for item in items]
 
 
+def base_texts() -> list[tuple[str, bool]]:
+    """(text, whether it came to an end) of stage base_texts."""
+    return [(row["text"], row["ended"]) for row in read_jsonl(TEXTS / "texts.jsonl")]
+
+
 def run(params: Params, arm_name: str, seed: int) -> None:
     arm, settings, template = load_arm(arm_name, params), params.train_for(arm_name), prompt_text(params.prompt)
     reference, base_fingerprint = load_reference()
-    inputs = hash_inputs(*split_files("train", "valid"), BASE / "base.json")
+    inputs = hash_inputs(*split_files("train", "valid"), BASE / "base.json", TEXTS / "texts.jsonl")
     shown = {"train": settings.model_dump(), "prompt": params.prompt.model_dump()}
     # A checkpoint is used only by the very run that it belongs to.
     code = training_code(params.code_of(arm_name))
@@ -79,6 +84,7 @@ def run(params: Params, arm_name: str, seed: int) -> None:
                 valid=examples("valid", template),
                 output=folder,
                 checkpoints=kept / key[:16],
+                texts=base_texts(),
                 logs=Path("logs") / arm_name / str(seed),
                 images=DATA,
             ),

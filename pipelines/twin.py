@@ -10,8 +10,8 @@ import torch
 
 from db.files import exclusive, hash_inputs, key_of, package_versions, read_json, torch_device, write_json
 from pipelines.base_model import load_reference
-from pipelines.stage import BASE, DATA, split_files
-from pipelines.train import Params, examples, load_arm, training_code
+from pipelines.stage import BASE, DATA, TEXTS, split_files
+from pipelines.train import Params, base_texts, examples, load_arm, training_code
 from probes.twin import perturb
 from trainers import BASELINE
 from trainers.run import TrainingJob, first_losses
@@ -23,7 +23,7 @@ def curves(params: Params, arm: str, seed: int, steps: int, perturbed: Sequence[
     """The baseline's first losses with an arm's settings, once for each of `perturbed`: a start off by a rounding."""
     settings, template = params.train_for(arm).shared(), params.prompt.template
     reference, base_fingerprint = load_reference()
-    inputs = hash_inputs(*split_files("train", "valid"), BASE / "base.json")
+    inputs = hash_inputs(*split_files("train", "valid"), BASE / "base.json", TEXTS / "texts.jsonl")
     code = [training_code(params.code_of(BASELINE)), inspect.getsource(perturb)]
     machine = [torch_device()[name] for name in ("class", "name", "threads")]  # other threads, other roundings
     parts = [seed, steps, list(perturbed), settings.model_dump(), params.prompt.model_dump()]
@@ -39,6 +39,7 @@ def curves(params: Params, arm: str, seed: int, steps: int, perturbed: Sequence[
                 valid=examples("valid", template),  # not evaluated; the Trainer wants a data set
                 output=Path(folder),
                 checkpoints=Path(folder),
+                texts=base_texts(),
                 images=DATA,
             )
             losses = first_losses(load_arm(BASELINE, params), job, steps, off)

@@ -7,14 +7,13 @@ refused.
 """
 
 import json
-import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from trainers.encode import EncodingError, encode_example
+from trainers.encode import EncodingError, batched_order, encode_example
 from trainers.pictures import IMAGE_TOKEN, EmbeddedProcessor, text_tensors, without_references
 from trainers.run import latest_complete
 from trainers.settings import Positive, Section, Seed
@@ -203,27 +202,6 @@ def weighted_loss(logits: Any, input_ids: Any, weights: Any) -> Any:
     losses = cross_entropy(scores, input_ids[:, 1:].reshape(-1), reduction="none")
     w = weights[:, 1:].reshape(-1)
     return (losses * w).sum() / w.sum()
-
-
-def batched_order(lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:
-    """An order of examples in which consecutive batches hold examples of like length; only the last may be short.
-
-    Batches are formed within random chunks of 50 batches and then shuffled. (transformers' `group_by_length` leaves
-    them sorted from long to short within each chunk; lengths go with tasks, and training on the tasks in waves left
-    2 of 14 tasks above 80% where this order reached 9. LOG.md, 2026-11-21.)
-    """
-    rng = random.Random(seed)
-    order = list(range(len(lengths)))
-    rng.shuffle(order)
-    full = len(order) // batch_size * batch_size
-    rest = order[full:]
-    batches: list[list[int]] = []
-    for start in range(0, full, 50 * batch_size):
-        chunk = sorted(order[start : min(start + 50 * batch_size, full)], key=lambda i: lengths[i])
-        cut = [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
-        rng.shuffle(cut)
-        batches += cut
-    return [i for batch in batches for i in batch] + rest
 
 
 def train_base(

@@ -10,14 +10,16 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainers.callbacks import check_reporters, progress_lines, remove_reporters, report_arguments, tensorboard
-from trainers.encode import Encoded, encode_examples
+from trainers.encode import Encoded, encode_examples, encode_texts
 from trainers.models import add_lora, load_base_model, load_tokenizer
 from trainers.pictures import encode_items
+from trainers.preserve import attach
 from trainers.settings import BaseReference, TrainSettings
 
 LEDGER = "probe_ledger.jsonl"
@@ -34,6 +36,7 @@ class TrainingJob:
     output: Path  # for the adapter; exists and is empty
     checkpoints: Path  # outlives a kill; a complete checkpoint found there is resumed from
     logs: Path | None = None  # for what `report_to` writes; outlives the training
+    texts: Sequence[tuple[str, bool]] = ()  # the base's own, and whether they came to an end
     images: Path = Path()  # where references to pictures in prompts start from
 
 
@@ -77,6 +80,8 @@ class Arm:
     load_model: Callable[[BaseReference, TrainSettings], Any] = load_base_model  # → the frozen base
     add_adapter: Callable[[Any, TrainSettings], Any] = add_lora  # → the model with trainable LoRA
     make_trainer: Callable[..., Any] = _trainer  # of the settings and SFTTrainer's keyword arguments
+    # Has every LoRA module of a model called while it is open, where a fused kernel reads their weights otherwise.
+    unfused: Callable[[Any], AbstractContextManager[Any]] = nullcontext
     # After training: further numbers for run.json; may write files to `job.output`.
     report: Callable[[Any, TrainingJob], dict[str, Any]] | None = None
 
@@ -225,6 +230,9 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL puts adapters on a 4-bit base into bf16; the optimizer wants float32
             parameter.data = parameter.data.float()
+    if job.texts:
+        ids = encode_texts(tokenizer, job.texts, job.settings.max_length)
+        attach(trainer, job.settings, ids, job.seed, arm.unfused)
     return trainer, train, valid
 
 

@@ -94,6 +94,16 @@ class Layers(Section):
         return self
 
 
+class Preserve(Section):
+    """What holds a tuned model to its base, on texts of the base's own."""
+
+    method: Literal["none", "activations", "kfac", "distill", "ewc", "l2"] = "none"
+    strength: Annotated[float, Field(ge=0, description="λ: nats of loss for a nat of KL")] = 1.0
+    kl: Annotated[float, Field(gt=0, description="nats a token, which the strength is adapted to keep")] | None = None
+    rows: Annotated[int, Field(ge=1, description="texts a step, of distill")] = 4
+    rank: Annotated[int, Field(ge=1, description="directions told apart, of activations and kfac")] = 64
+
+
 class TrainSettings(Section):
     """Section train, which all arms share; an arm with sections of its own adds them in a subclass."""
 
@@ -124,6 +134,7 @@ class TrainSettings(Section):
     keep_best: bool
     early_stopping_patience: Positive | None
     early_stopping_min_delta: Annotated[float, Field(ge=0, description="of the evaluation loss")]
+    preserve: Preserve = Preserve()
     report_to: list[Literal["tensorboard", "wandb"]]
     probe_every: Annotated[int, Field(ge=1, description="steps between two entries of the probe's ledger")]
 

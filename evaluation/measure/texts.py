@@ -35,40 +35,49 @@ def spread(values: Sequence[T], most: int) -> list[T]:
     return list(values) if n <= most else [values[i * n // most] for i in range(most)]
 
 
-def read_texts(source: str, *, column: str = "text", split: str = "train", subset: str | None = None) -> list[str]:
+def read_texts(
+    source: str,
+    *,
+    column: str = "text",
+    split: str = "train",
+    subset: str | None = None,
+    section: str = "measure",
+    own: str = "retention",
+) -> list[str]:
     """All texts of a .txt file (a text ends at an empty line), of a column of a table, or of `hub:org/name`.
 
-    SourceError where the source cannot be read at all; TextError for the rest.
+    Errors name the keys of `section`, whose `text` may be the word `own` too. SourceError where the source cannot be
+    read at all; TextError for the rest.
     """
     kind, on_hub = Path(source).suffix.lower(), source.startswith(HUB)
     if not on_hub and kind not in (".txt", *_TABLES):
         raise TextError(
-            f"measure.text: expected `retention`, a file ending in {', '.join(('.txt', *_TABLES))}, or {HUB}org/name, "
+            f"{section}.text: expected `{own}`, a file ending in {', '.join(('.txt', *_TABLES))}, or {HUB}org/name, "
             f"got {source!r}"
         )
     if kind == ".txt" and not on_hub:
         try:
             whole = Path(source).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise TextError(f"measure.text: expected a text file in UTF-8 at {source}: {error}") from error
+            raise TextError(f"{section}.text: expected a text file in UTF-8 at {source}: {error}") from error
         lines = [line if line.strip() else "" for line in whole.splitlines()]
         found = [text.strip() for text in "\n".join(lines).split("\n\n")]
     else:
-        found = _column(source, column, split, subset)
+        found = _column(source, column, split, subset, section)
     texts = [text for text in found if text]
     if not texts:
-        raise TextError(f"measure.text: expected texts in {source}, found none")
+        raise TextError(f"{section}.text: expected texts in {source}, found none")
     return texts
 
 
-def _column(source: str, column: str, split: str, subset: str | None) -> list[str]:
+def _column(source: str, column: str, split: str, subset: str | None, section: str) -> list[str]:
     table = read_table(source, split=split, subset=subset)
     if column not in table.columns:
         meant = suggest(column, table.columns)
-        raise TextError(f"measure.text: {source} has no column {column!r}{meant}; set measure.text_column")
+        raise TextError(f"{section}.text: {source} has no column {column!r}{meant}; set {section}.text_column")
     broken = [f"row {row.row}: {row.problem}" for row in table.rows if row.problem]
     if broken:
-        raise TextError(f"measure.text: {source}: {len(broken)} rows cannot be read: {'; '.join(broken[:3])}")
+        raise TextError(f"{section}.text: {source}: {len(broken)} rows cannot be read: {'; '.join(broken[:3])}")
     found = []
     for row in table.rows:
         value = row.values.get(column)
@@ -76,8 +85,8 @@ def _column(source: str, column: str, split: str, subset: str | None) -> list[st
             continue
         if not isinstance(value, str):  # its repr would be scored
             raise TextError(
-                f"measure.text: {source}: row {row.row}: {column}: expected a text, got {type(value).__name__}; name a "
-                "column of texts in measure.text_column"
+                f"{section}.text: {source}: row {row.row}: {column}: expected a text, got {type(value).__name__}; "
+                f"name a column of texts in {section}.text_column"
             )
         found.append(value.strip())
     return found

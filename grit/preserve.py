@@ -1,0 +1,240 @@
+"""Keeping what the base can do: a penalty on ΔW = s·B·A whose curvature is the base's own, taken before training.
+
+x [tokens, d_in] and y [tokens, d_out] are what a LoRA layer reads and puts out where the base reads its own texts, and
+g = ∂ log p(ŷ)/∂y with ŷ sampled from the base (so that this is the true Fisher). C = E[x xᵀ], G = E[g gᵀ]. Forms of P:
+
+    kfac         ½ Σ s² tr[(Bᵀ G B)(A C Aᵀ)], about KL(base ‖ tuned) in nats per token (Ritter et al. 2018)
+    activations  ½ mean over layers of s² tr[(Bᵀ B)(A C Aᵀ)] / E‖y‖²: the relative change of what layers put out
+    ewc          ½ Σ s² ‖F^½ ∘ BA‖², F = E[(g²)(x²)ᵀ], the Fisher's diagonal (Kirkpatrick et al. 2017)
+    l2           ½ Σ s² ‖BA‖²
+
+All but the last two hold C and G as `rank` leading directions and the mean of the rest: without the rest ΔW escapes
+into it. Weights are all that is read in training, so fused kernels, 4-bit bases, accumulation, checkpointing and DDP
+are the same to it; and P does not change under A → SA, B → BS⁻¹.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from grit.layers import GritLayerError, LayerGroup, find_pairs, group_pairs
+
+Form = Literal["activations", "kfac", "ewc", "l2"]
+_WHOLE = 512  # width up to which a second moment is added up whole
+
+
+class Moment:
+    """E[z zᵀ] of rows z in one pass, as `rank` leading directions and the mean of the rest.
+
+    Wide ones are sketched: Y = E[z zᵀ] Ω with a random Ω [d, 2·rank + 32], of which Nyström's approximation is made
+    (Tropp et al. 2017, algorithm 3). The trace is exact.
+    """
+
+    def __init__(self, width: int, rank: int, device: torch.device):
+        self.rank, self.rows, self.trace = min(rank, width), 0, 0.0
+        self.omega: Tensor | None = None
+        size = 2 * rank + 32
+        if width > max(_WHOLE, size):
+            generator = torch.Generator().manual_seed(width)
+            self.omega = torch.randn(width, size, generator=generator).to(device)
+        self.product = torch.zeros(width, width if self.omega is None else size, device=device)
+
+    def add(self, z: Tensor) -> None:
+        """Rows [n, d], float32."""
+        self.product.addmm_(z.mT, z if self.omega is None else z @ self.omega)
+        self.trace += float(z.square().sum())
+        self.rows += z.shape[0]
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U [d, rank] orthonormal, w [rank] and ρ [] with E[z zᵀ] ≈ ρ I + U diag(w) Uᵀ, float32."""
+        product = self.product.double() / max(self.rows, 1)
+        if self.omega is None:
+            values, vectors = torch.linalg.eigh(0.5 * (product + product.mT))
+            values, vectors = values.flip(0), vectors.flip(1)
+        else:
+            omega = self.omega.double()
+            shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(product)
+            product = product + shift * omega
+            core = omega.mT @ product
+            factor = torch.linalg.cholesky(0.5 * (core + core.mT))
+            root = torch.linalg.solve_triangular(factor, product.mT, upper=False).mT
+            vectors, singular, _ = torch.linalg.svd(root, full_matrices=False)
+            values = singular.square() - shift
+        values, vectors = values[: self.rank].clamp_min(0), vectors[:, : self.rank]
+        left = product.shape[0] - self.rank
+        rest = (self.trace / max(self.rows, 1) - values.sum()).clamp_min(0) / max(left, 1)
+        return vectors.float(), (values - rest).float(), rest.float()
+
+
+class _Product:
+    """Multiplies stacks by the ρ I + U diag(w) Uᵀ of n layers."""
+
+    def __init__(self, moments: list[Moment]):
+        u, w, rho = zip(*(moment.result() for moment in moments), strict=True)
+        self.u, self.w, self.rho = torch.stack(u), torch.stack(w)[:, None, :], torch.stack(rho)[:, None, None]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[n, r, d] → [n, r, d]."""
+        found: Tensor = self.rho * rows + (rows @ self.u * self.w) @ self.u.mT
+        return found
+
+
+class Preserve:
+    """λ·P over all trainable LoRA pairs of a model.
+
+    In a loop of your own::
+
+        keep = Preserve(model, batches, "kfac", strength=10.0)  # before training; what the model is called with
+        for batch in loader:
+            model(**batch).loss.backward()
+            keep.add_gradients()
+            optimizer.step()
+
+    or, whatever the training loop, ``optimizer.register_step_pre_hook(keep.add_gradients)``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, Any]],
+        form: Form = "activations",
+        strength: float = 1.0,
+        rank: int = 64,
+        seed: int = 0,
+    ):
+        """Take the curvature; the adapters must change nothing yet (B = 0), the model is put back as it was.
+
+        `batches` have input_ids and attention_mask [texts, tokens]; `seed` is that of ŷ. ValueError for settings that
+        make no sense or no texts, GritLayerError for layers that see other tokens than the batch has.
+        """
+        if form not in get_args(Form):
+            raise ValueError(f"form: expected one of {', '.join(get_args(Form))}, got {form!r}")
+        if not strength >= 0 or rank < 1:
+            raise ValueError(f"expected a strength of at least 0 and a rank of at least 1, got {strength} and {rank}")
+        self.form, self.strength = form, strength
+        self.groups = group_pairs(find_pairs(model))
+        pairs = [pair for group in self.groups for pair in group.pairs]
+        if any(bool(pair.b.any()) for pair in pairs):
+            raise ValueError("expected adapters that change nothing yet (B = 0): take the curvature before training")
+        self.inputs: list[_Product | None] = [None] * len(self.groups)
+        self.outputs: list[_Product | None] = [None] * len(self.groups)
+        self.diagonal: list[Tensor] = []
+        self.weights = [torch.ones(len(group), 1, 1, device=group.device) for group in self.groups]
+        if form != "l2":
+            self._take(_Look(model, self.groups, form, rank, seed), batches)
+
+    def _take(self, look: "_Look", batches: Iterable[Mapping[str, Any]]) -> None:
+        look.read(batches)
+        place, layers = 0, sum(map(len, self.groups))
+        for i, group in enumerate(self.groups):
+            here = slice(place, place + len(group))
+            place += len(group)
+            if self.form == "ewc":
+                self.diagonal.append(torch.stack(look.fisher[here]) / look.tokens)
+                continue
+            self.inputs[i] = _Product(look.x[here])
+            if self.form == "kfac":
+                self.outputs[i] = _Product(look.g[here])
+            else:
+                energy = torch.tensor(look.energy[here], device=group.device)[:, None, None] / look.tokens
+                self.weights[i] = 1.0 / (layers * energy)
+
+    @torch.no_grad()
+    def value(self) -> float:
+        """P, without λ."""
+        return sum(float(self._of(i)[0]) for i in range(len(self.groups)))
+
+    @torch.no_grad()
+    def add_gradients(self, *_: Any) -> float:
+        """Add λ ∂P/∂A and λ ∂P/∂B to the gradients; returns P."""
+        found = torch.zeros((), device=self.groups[0].device)
+        for i, group in enumerate(self.groups):
+            value, to_a, to_b = self._of(i)
+            found += value.to(found.device)
+            for pair, *changes in zip(group.pairs, self.strength * to_a, self.strength * to_b, strict=True):
+                for p, change in zip((pair.a, pair.b), changes, strict=True):
+                    p.grad = change.to(p.dtype) if p.grad is None else p.grad.add_(change)
+        return float(found)
+
+    def _of(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """P of a group, ∂P/∂A [n, r, d_in], ∂P/∂B [n, d_out, r]."""
+        group = self.groups[i]
+        a, b = (torch.stack(weights).float() for weights in zip(*((p.a, p.b) for p in group.pairs), strict=True))
+        scale = torch.tensor([pair.scale**2 for pair in group.pairs], device=a.device)[:, None, None]
+        if self.diagonal:
+            change = b @ a
+            pull = scale * self.diagonal[i] * change
+            return 0.5 * (pull * change).sum(), b.mT @ pull, pull @ a.mT
+        inputs, outputs = self.inputs[i], self.outputs[i]
+        ac = a if inputs is None else inputs(a)
+        gb = b if outputs is None else outputs(b.mT).mT
+        seen, moved = ac @ a.mT, gb.mT @ b  # A C Aᵀ and Bᵀ G B, [n, r, r]
+        weight = scale * self.weights[i]
+        return 0.5 * (weight * seen * moved).sum(), weight * (moved @ ac), weight * (gb @ seen)
+
+
+class _Look:
+    """Hooks on LoRA layers while the base reads."""
+
+    def __init__(self, model: nn.Module, groups: list[LayerGroup], form: Form, rank: int, seed: int):
+        self.model, self.form, self.seed, self.tokens = model, form, seed, 0
+        self.pairs = [pair for group in groups for pair in group.pairs]
+        sizes = [(pair.a.shape[1], pair.b.shape[0], pair.a.device) for pair in self.pairs]
+        moments = form in ("activations", "kfac")
+        self.x = [Moment(d, rank, device) for d, _, device in sizes] if moments else []
+        self.g = [Moment(d, rank, device) for _, d, device in sizes] if form == "kfac" else []
+        self.fisher = [torch.zeros(out, into, device=d) for into, out, d in sizes] if form == "ewc" else []
+        self.energy = [0.0] * len(self.pairs)
+        self.kept: Tensor | None = None
+
+    def read(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        handles = [pair.layer.register_forward_hook(self._hook(i)) for i, pair in enumerate(self.pairs)]
+        training = self.model.training
+        self.model.eval()  # no dropout, and no second forward pass of checkpointing
+        generator: torch.Generator | None = None
+        try:
+            for batch in batches:
+                mask = batch["attention_mask"].bool()
+                self.kept = mask
+                self.tokens += int(mask.sum())
+                with torch.set_grad_enabled(self.form != "activations"):
+                    logits = self.model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits[mask].float()
+                if self.form == "activations":
+                    continue
+                generator = generator or torch.Generator(logits.device).manual_seed(self.seed)
+                said = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                loss = nn.functional.cross_entropy(logits, said, reduction="sum")
+                torch.autograd.grad(loss, [pair.b for pair in self.pairs])  # on whose way lie all y
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.model.train(training)
+        if not self.tokens:
+            raise ValueError("batches: expected texts for the base to read, got none")
+        if silent := [p.name for p, e in zip(self.pairs, self.energy, strict=True) if not e]:
+            raise GritLayerError(
+                f"expected every LoRA layer to be called, {len(silent)} were not ({', '.join(silent[:4])}): where a "
+                "fused kernel reads their weights, take the curvature with the kernel off"
+            )
+
+    def _hook(self, i: int) -> Any:
+        def see(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+            kept = self.kept
+            if kept is None or y.shape[:-1] != kept.shape:
+                raise GritLayerError(
+                    f"{self.pairs[i].name}: expected to see every token of the batch, got {tuple(y.shape[:-1])} (an "
+                    "expert, a vision tower); leave it out of target_modules"
+                )
+            x = args[0].detach()[kept].float()
+            self.energy[i] += float(y.detach()[kept].float().square().sum())
+            if self.x:
+                self.x[i].add(x)
+            if self.form == "kfac":
+                y.register_hook(lambda g: self.g[i].add(g[kept].float()))  # type: ignore[no-untyped-call]
+            elif self.form == "ewc":
+                square = x.square()
+                y.register_hook(lambda g: self.fisher[i].addmm_(g[kept].float().square().mT, square))  # type: ignore[no-untyped-call]
+
+        return see
