@@ -13,6 +13,7 @@ into it. Weights are all that is read in training, so fused kernels, 4-bit bases
 are the same to it; and P does not change under A → SA, B → BS⁻¹.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
@@ -55,7 +56,8 @@ class Moment:
             values, vectors = values.flip(0), vectors.flip(1)
         else:
             omega = self.omega.double()
-            shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(product)
+            limits = torch.finfo(torch.float32)
+            shift = (limits.eps * torch.linalg.matrix_norm(product)).clamp_min(limits.tiny)  # where no gradient came
             product = product + shift * omega
             core = omega.mT @ product
             factor = torch.linalg.cholesky(0.5 * (core + core.mT))
@@ -111,8 +113,10 @@ class Preserve:
         """
         if form not in get_args(Form):
             raise ValueError(f"form: expected one of {', '.join(get_args(Form))}, got {form!r}")
-        if not strength >= 0 or rank < 1:
-            raise ValueError(f"expected a strength of at least 0 and a rank of at least 1, got {strength} and {rank}")
+        if not 0 <= strength < math.inf or rank < 1:
+            raise ValueError(
+                f"expected a finite strength of at least 0 and a rank of at least 1, got {strength} and {rank}"
+            )
         self.form, self.strength = form, strength
         self.groups = group_pairs(find_pairs(model))
         pairs = [pair for group in self.groups for pair in group.pairs]
@@ -147,16 +151,13 @@ class Preserve:
         return sum(float(self._of(i)[0]) for i in range(len(self.groups)))
 
     @torch.no_grad()
-    def add_gradients(self, *_: Any) -> float:
-        """Add λ ∂P/∂A and λ ∂P/∂B to the gradients; returns P."""
-        found = torch.zeros((), device=self.groups[0].device)
+    def add_gradients(self, *_: Any) -> None:
+        """Add λ ∂P/∂A and λ ∂P/∂B to the gradients."""
         for i, group in enumerate(self.groups):
-            value, to_a, to_b = self._of(i)
-            found += value.to(found.device)
+            _, to_a, to_b = self._of(i)
             for pair, *changes in zip(group.pairs, self.strength * to_a, self.strength * to_b, strict=True):
                 for p, change in zip((pair.a, pair.b), changes, strict=True):
                     p.grad = change.to(p.dtype) if p.grad is None else p.grad.add_(change)
-        return float(found)
 
     def _of(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         """P of a group, ∂P/∂A [n, r, d_in], ∂P/∂B [n, d_out, r]."""
@@ -191,7 +192,7 @@ class _Look:
 
     def read(self, batches: Iterable[Mapping[str, Any]]) -> None:
         handles = [pair.layer.register_forward_hook(self._hook(i)) for i, pair in enumerate(self.pairs)]
-        training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()  # no dropout, and no second forward pass of checkpointing
         generator: torch.Generator | None = None
         try:
@@ -206,11 +207,13 @@ class _Look:
                 generator = generator or torch.Generator(logits.device).manual_seed(self.seed)
                 said = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
                 loss = nn.functional.cross_entropy(logits, said, reduction="sum")
-                torch.autograd.grad(loss, [pair.b for pair in self.pairs])  # on whose way lie all y
+                # All y lie on the way to B.
+                torch.autograd.grad(loss, [pair.b for pair in self.pairs], allow_unused=True)
         finally:
             for handle in handles:
                 handle.remove()
-            self.model.train(training)
+            for module, training in modes:
+                module.training = training
         if not self.tokens:
             raise ValueError("batches: expected texts for the base to read, got none")
         if silent := [p.name for p, e in zip(self.pairs, self.energy, strict=True) if not e]:
@@ -231,10 +234,14 @@ class _Look:
             self.energy[i] += float(y.detach()[kept].float().square().sum())
             if self.x:
                 self.x[i].add(x)
-            if self.form == "kfac":
-                y.register_hook(lambda g: self.g[i].add(g[kept].float()))  # type: ignore[no-untyped-call]
-            elif self.form == "ewc":
-                square = x.square()
-                y.register_hook(lambda g: self.fisher[i].addmm_(g[kept].float().square().mT, square))  # type: ignore[no-untyped-call]
+            if self.g or self.fisher:
+                y.register_hook(lambda g: self._see_gradient(i, x, g[kept].float()))  # type: ignore[no-untyped-call]
 
         return see
+
+    def _see_gradient(self, i: int, x: Tensor, g: Tensor) -> None:
+        """Returns nothing: what a hook returns takes the gradient's place."""
+        if self.g:
+            self.g[i].add(g)
+        else:
+            self.fisher[i].addmm_(g.square().mT, x.square())

@@ -103,7 +103,18 @@ def load_base_model(base: BaseReference, settings: TrainSettings) -> Any:
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.gradient_checkpointing)
+        keep_gradients(model)
     return model
+
+
+def keep_gradients(model: Any) -> None:
+    """Keep bitsandbytes (0.50) from repacking 4-bit weights at the first evaluation, on a CPU with AVX-512 BF16.
+
+    Its kernel for those has no gradient, and training went on with it: layers below got none, without a word.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_target_modules(model: Any, wanted: Sequence[str]) -> None:

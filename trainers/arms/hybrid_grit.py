@@ -14,7 +14,7 @@ from typing import Any
 
 from trainers.arms import pure_grit
 from trainers.arms.pure_grit import grit_report, grit_trainer
-from trainers.models import ModelError, check_target_modules, reason_of, training_dtype
+from trainers.models import ModelError, check_target_modules, keep_gradients, reason_of, training_dtype
 from trainers.run import TrainingJob
 from trainers.settings import BaseReference, TrainSettings
 
@@ -68,6 +68,7 @@ def _load_model(base: BaseReference, settings: TrainSettings) -> Any:
             f"train.quantize_base: expected Unsloth to load {words[0]}, it loaded {words[1]}; set quantize_base to "
             "what this machine and these weights can do"
         )
+    keep_gradients(model)
     return model
 
 
