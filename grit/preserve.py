@@ -155,7 +155,7 @@ class Preserve:
         weights: list[Tensor] = []
         changes: list[Tensor] = []
         for i, group in enumerate(self.groups):
-            _, to_a, to_b = self._of(i)
+            to_a, to_b = self._of(i)[1:]
             weights += [pair.a for pair in group.pairs] + [pair.b for pair in group.pairs]
             changes += [*(self.strength * to_a).unbind(0), *(self.strength * to_b).unbind(0)]
         torch.autograd.backward(weights, [g.to(w.dtype) for w, g in zip(weights, changes, strict=True)])
