@@ -107,8 +107,8 @@ class Preserve(Section):
     def _fit_together(self) -> Self:
         if self.kl is not None and (self.method == "none" or self.strength == 0):
             raise ValueError(
-                f"kl: {self.kl} has no effect with method {self.method} and strength {self.strength}; expected a method "
-                "and a strength above 0, from which it is adapted, or null here"
+                f"kl: {self.kl} has no effect with method {self.method} and strength {self.strength}; expected a "
+                "method and a strength above 0, from which it is adapted, or null here"
             )
         return self
 
