@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from grit import GritLayerError, GRITManager, GritOptimizer
 from grit.layers import find_pairs
@@ -29,6 +30,7 @@ from tests.grit.nets import (
     trainable,
 )
 from tests.trainers.runs import fuse_mlps
+from tests.two_ranks import on_two_ranks
 from trainers.models import load_base_model
 from trainers.settings import BaseReference
 
@@ -250,6 +252,36 @@ def test_grit_steps_by_what_the_hook_adds():
     assert manager.last_metrics["grit/gradient_norm_raw"] == pytest.approx(norm)
 
 
+def step_on(rank, world, folder):
+    """Weights after a step on this rank's half of a batch, the penalty before the task's backward pass or after it."""
+    found = {}
+    for first in (True, False):
+        model = lora_on(llama().double())
+        keep = Preserve(model, BATCHES, "kfac", STRENGTH, rank=5)
+        randomize(model)
+        trained = DistributedDataParallel(model) if world > 1 else model
+        optimizer = torch.optim.SGD(trainable(model), lr=1.0)
+        if first:
+            keep.add_gradients()
+        else:
+            optimizer.register_step_pre_hook(keep.add_gradients)
+        size = 4 // world
+        batch = {name: part[rank * size : (rank + 1) * size] for name, part in collate(make_items([9] * 4)).items()}
+        trained(**batch).loss.backward()
+        optimizer.step()
+        found[first] = lora_weights(model)
+    return found
+
+
+@pytest.mark.full
+def test_two_ranks_step_as_one_process_does(tmp_path):
+    one, other = on_two_ranks(step_on, tmp_path)
+    alone = step_on(0, 1, tmp_path)
+    for first in (True, False):
+        assert same(one[first], other[first])
+        assert_close(one[first], alone[first], 1e-6)
+
+
 def held(keep):
     """All that the penalty knows of the base."""
     products = [product for product in (*keep.inputs, *keep.outputs) if product is not None]
@@ -324,7 +356,7 @@ def test_settings_that_make_no_sense(settings, said):
 def test_models_that_cannot_be_held():
     with pytest.raises(GritLayerError, match="expected a model with LoRA layers"):
         Preserve(llama(), BATCHES)
-    with pytest.raises(ValueError, match="adapters that change nothing yet .* before training"):
+    with pytest.raises(GritLayerError, match=r"adapters that change nothing yet .*take it before training"):
         Preserve(randomize(lora_on(llama())), BATCHES)
 
 
