@@ -35,7 +35,9 @@ REFERENCE = "f16"
 
 _STEPS = 2**53  # from here on a float skips whole numbers
 ValueKind = Literal["finite", "nan", "inf", "-inf"]
-Stage = Literal["train", "probe", "export", "quantize", "verify", "measure", "evaluate", "prepare_base", "prepare_data"]
+Stage = Literal[
+    "train", "probe", "export", "quantize", "verify", "measure", "evaluate", "prepare_base", "prepare_data", "base_texts"
+]  # fmt: skip
 
 
 def split_value(number: float | None) -> tuple[float | None, ValueKind]:

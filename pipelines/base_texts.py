@@ -46,42 +46,68 @@ class Params(StageParams):
 
 
 def sampled(
-    model: Any, tokenizer: Any, section: BaseTexts, opening: str | None, after: str
-) -> Iterator[dict[str, Any]]:
-    """Rows sampled at temperature 1, endlessly; `opening` and `after` stand round the user's turn of a chat model."""
+    model: Any, tokenizer: Any, section: BaseTexts, chat: tuple[str, str, Sequence[str]] | None
+) -> Iterator[dict[str, Any] | None]:
+    """Rows sampled at temperature 1, endlessly; `chat`: what stands before and behind a user's turn, and stop words.
+
+    None where the user's turn is empty or comes to no end.
+    """
     from transformers import set_seed
 
-    from trainers.preserve import batches
+    opening, after, stop = chat or ("", "", ())
+    eos = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos]), *tokenizer.convert_tokens_to_ids(stop)}
+    behind = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+    turn_ends = ends.union(token for token in behind if token in tokenizer.added_tokens_decoder)
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
-    ends = model.generation_config.eos_token_id
-    end = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-
-    def go_on(texts: list[str]) -> Iterator[tuple[str, bool]]:
+    def go_on(texts: list[str], ends: set[int | None]) -> Iterator[tuple[str, bool]]:
         """What the model says to each, and whether it came to an end."""
-        ids = [tokenizer(text)["input_ids"] or [tokenizer.bos_token_id or tokenizer.eos_token_id] for text in texts]
-        (batch,) = batches(ids, tokenizer.pad_token_id, model.device, len(ids), left=True)
+        (batch,) = batches(
+            [tokenizer(text)["input_ids"] or [start] for text in texts],
+            tokenizer.pad_token_id, model.device, len(texts), left=True,
+        )  # fmt: skip
         made = model.generate(
-            **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=section.max_tokens,
-            pad_token_id=tokenizer.pad_token_id, use_cache=True,
+            **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, use_cache=True,
+            max_new_tokens=section.max_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends - {None}),
         )  # fmt: skip
         for row in made[:, batch["input_ids"].shape[1] :].tolist():
-            length = next((i for i, token in enumerate(row) if token in end), None)
+            length = next((i for i, token in enumerate(row) if token in ends), None)
             yield tokenizer.decode(row[:length], skip_special_tokens=True), length is not None
 
     set_seed(section.seed)
     while True:
-        said = list(go_on([opening or ""] * _BATCH))
-        if opening is not None:
-            asked = [f"{opening}{text.strip()}{after}" for text, ended in said if ended and text.strip()]
-            said = [(prompt + text, ended) for prompt, (text, ended) in zip(asked, go_on(asked), strict=True)]
-        yield from ({"text": text, "ended": ended} for text, ended in said)
+        said = go_on([opening] * _BATCH, turn_ends)
+        if chat is None:
+            yield from ({"text": text, "ended": ended} for text, ended in said)
+            continue
+        asked = []
+        for text, ended in said:
+            turn, mark, _ = text.partition(after.strip() or "\0")  # of templates that have no token there
+            if turn.strip() and (ended or mark):
+                asked.append(f"{opening}{turn.strip()}{after}")
+        yield from [None] * (_BATCH - len(asked))
+        answers = go_on(asked, ends) if asked else ()
+        yield from (
+            {"text": prompt + text, "ended": ended} for prompt, (text, ended) in zip(asked, answers, strict=True)
+        )
 
 
-def question_in(text: str, template: str) -> str | None:
-    """What stands in the place of {prompt} where a text has the template's form."""
+def questions_in(text: str, template: str) -> list[str]:
+    """What stands in the place of {prompt} wherever a text has the template's form."""
     head, tail = template.split("{prompt}")
-    found = re.match(re.escape(head) + "(.*?)" + (re.escape(tail) or "$"), text, re.DOTALL)
-    return found[1] if found else None
+    return re.findall(re.escape(head) + "(.*?)" + (re.escape(tail) or "$"), text, re.DOTALL)
+
+
+def turn_of(template: str, tokenizer: Any) -> tuple[str, str, Sequence[str]]:
+    """What stands before and behind a user's turn in the base's chat template, and its stop words."""
+    opening, after = template.split("{prompt}")
+    if not opening.removeprefix(tokenizer.bos_token or "").strip():
+        raise ConfigError(
+            "base_texts.text: base: expected the base's chat template to open a user's turn, it has nothing before "
+            f"{{prompt}}: {template!r}; name texts of your own (a .txt or .jsonl file, hub:org/name)"
+        )
+    return opening, after, chat_facts()["stop"]
 
 
 def run(params: Params) -> None:
@@ -112,28 +138,26 @@ def run(params: Params) -> None:
     print(json.dumps(record.extra))
 
 
-def _of_base(params: Params, template: str, asked: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+def _of_base(section: BaseTexts, params: Params, template: str, asked: Sequence[str]) -> tuple[list[Row], int]:
     """Texts of the base without questions that the retention suite asks or might ask, and how many these were."""
-    section = params.base_texts
     reference, _ = load_reference()
+    tokenizer = load_tokenizer(reference)
+    chat = turn_of(template, tokenizer) if params.prompt.template == CHAT else None
     model = load_base_model(reference, params.train.model_copy(update={"gradient_checkpointing": False})).eval()
-    opening, after = template.split("{prompt}") if params.prompt.template == CHAT else (None, "")
-    rows: list[dict[str, Any]] = []
-    tries = 0
-    for row in sampled(model, load_tokenizer(reference), section, opening, after):
-        tries += 1
-        question = question_in(row["text"], template)
-        held_out = question is not None and general.is_held_out(question)
-        if row["text"].strip() and not held_out and not any(prompt in row["text"] for prompt in asked):
-            rows.append(row)
-        if len(rows) == section.number:
-            break
-        if tries == _TRIES * section.number:
-            raise TextError(
-                f"base_texts: expected {section.number} texts, the base said {len(rows)} usable ones in {tries} tries; "
-                "lower base_texts.number, or name texts of your own in base_texts.text"
-            )
-    return rows, tries - len(rows)
+    rows: list[Row] = []
+    with tqdm(total=section.number, desc="base_texts") as bar:
+        for tries, row in enumerate(sampled(model, tokenizer, section, chat)):
+            if len(rows) == section.number:
+                return rows, tries - len(rows)
+            if tries == _TRIES * section.number:
+                break
+            if row and row["text"].strip() and not held_out(row["text"], template, asked):
+                rows.append(row)
+                bar.update()
+    raise TextError(
+        f"base_texts.number: expected {section.number} texts, the base said {len(rows)} usable ones in {tries} tries; "
+        "lower it, raise base_texts.max_tokens, or name texts of your own in base_texts.text"
+    )
 
 
 def _of_user(section: BaseTexts, asked: Sequence[str]) -> list[dict[str, Any]]:
