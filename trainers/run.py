@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.callbacks import check_reporters, progress_lines, remove_reporters, report_arguments, tensorboard
-from trainers.encode import Encoded, encode_examples, encode_texts
+from trainers.encode import Encoded, EncodingError, encode_examples, encode_texts
 from trainers.models import add_lora, load_base_model, load_tokenizer
 from trainers.pictures import encode_items
 from trainers.preserve import KL, STEP_KL, attach
@@ -230,6 +230,8 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL puts adapters on a 4-bit base into bf16; the optimizer wants float32
             parameter.data = parameter.data.float()
+    if job.settings.preserve.method != "none" and not job.texts:
+        raise EncodingError("train.preserve: expected texts of the base, got none; run stage base_texts")
     if job.texts:
         ids = encode_texts(tokenizer, job.texts, job.settings.max_length)
         attach(trainer, job.settings, ids, job.seed, arm.unfused)
