@@ -36,7 +36,8 @@ REFERENCE = "f16"
 _STEPS = 2**53  # from here on a float skips whole numbers
 ValueKind = Literal["finite", "nan", "inf", "-inf"]
 Stage = Literal[
-    "train", "probe", "export", "quantize", "verify", "measure", "evaluate", "prepare_base", "prepare_data", "base_texts"
+    "prepare_data", "prepare_base", "base_texts", "train", "probe", "export", "quantize", "verify", "measure",
+    "evaluate",
 ]  # fmt: skip
 
 

@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
+from tqdm import tqdm
 
 from db.files import artifact, finish_run, hash_inputs, read_jsonl, staged, start_run, write_jsonl
 from evaluation.measure.texts import TextError, read_texts, spread
 from evaluation.tasks import Item, general
 from pipelines.base_model import load_reference
-from pipelines.params import StageParams, load_params
-from pipelines.prompt import CHAT, Prompt, prompt_text
+from pipelines.params import ConfigError, StageParams, load_params
+from pipelines.prompt import CHAT, Prompt, chat_facts, prompt_text
 from pipelines.stage import BASE, DATA, TEXTS, main_for, sees_pictures
 from trainers.models import load_base_model, load_tokenizer
+from trainers.preserve import batches
 from trainers.settings import Section, Seed, TrainSettings
 
+Row = dict[str, Any]
 OWN = "base"
 LEAST = 8
 _BATCH = 64
@@ -47,7 +50,7 @@ class Params(StageParams):
 
 def sampled(
     model: Any, tokenizer: Any, section: BaseTexts, chat: tuple[str, str, Sequence[str]] | None
-) -> Iterator[dict[str, Any] | None]:
+) -> Iterator[Row | None]:
     """Rows sampled at temperature 1, endlessly; `chat`: what stands before and behind a user's turn, and stop words.
 
     None where the user's turn is empty or comes to no end.
@@ -56,12 +59,14 @@ def sampled(
 
     opening, after, stop = chat or ("", "", ())
     eos = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos]), *tokenizer.convert_tokens_to_ids(stop)}
-    behind = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+    known = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
+    ends = {token for token in [*known, *tokenizer.convert_tokens_to_ids(list(stop))] if token is not None}
+    # A user's turn ends too where the model goes on with what is behind it, a token of its own or plain text.
+    behind, mark = tokenizer(after, add_special_tokens=False)["input_ids"][:1], after.strip()
     turn_ends = ends.union(token for token in behind if token in tokenizer.added_tokens_decoder)
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
-    def go_on(texts: list[str], ends: set[int | None]) -> Iterator[tuple[str, bool]]:
+    def go_on(texts: list[str], ends: set[int]) -> Iterator[tuple[str, bool]]:
         """What the model says to each, and whether it came to an end."""
         (batch,) = batches(
             [tokenizer(text)["input_ids"] or [start] for text in texts],
@@ -69,7 +74,7 @@ def sampled(
         )  # fmt: skip
         made = model.generate(
             **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, use_cache=True,
-            max_new_tokens=section.max_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends - {None}),
+            max_new_tokens=section.max_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends),
         )  # fmt: skip
         for row in made[:, batch["input_ids"].shape[1] :].tolist():
             length = next((i for i, token in enumerate(row) if token in ends), None)
@@ -83,20 +88,19 @@ def sampled(
             continue
         asked = []
         for text, ended in said:
-            turn, mark, _ = text.partition(after.strip() or "\0")  # of templates that have no token there
-            if turn.strip() and (ended or mark):
+            turn, closed, _ = text.partition(mark) if mark else (text, "", "")
+            if turn.strip() and (ended or closed):
                 asked.append(f"{opening}{turn.strip()}{after}")
+        for prompt, (text, ended) in zip(asked, go_on(asked, ends) if asked else (), strict=True):
+            yield {"text": prompt + text, "ended": ended}
         yield from [None] * (_BATCH - len(asked))
-        answers = go_on(asked, ends) if asked else ()
-        yield from (
-            {"text": prompt + text, "ended": ended} for prompt, (text, ended) in zip(asked, answers, strict=True)
-        )
 
 
-def questions_in(text: str, template: str) -> list[str]:
-    """What stands in the place of {prompt} wherever a text has the template's form."""
+def of_retention(text: str, template: str, asked: Sequence[str]) -> bool:
+    """Whether a text holds a question that the retention suite asks, or has the template's form and might be asked."""
     head, tail = template.split("{prompt}")
-    return re.findall(re.escape(head) + "(.*?)" + (re.escape(tail) or "$"), text, re.DOTALL)
+    questions = re.findall(re.escape(head) + "(.*?)" + (re.escape(tail) or "$"), text, re.DOTALL)
+    return any(map(general.is_held_out, questions)) or any(prompt in text for prompt in asked)
 
 
 def turn_of(template: str, tokenizer: Any) -> tuple[str, str, Sequence[str]]:
@@ -124,10 +128,10 @@ def run(params: Params) -> None:
             prompt_template=template,
         )
         if sees_pictures():
-            rows: list[dict[str, Any]] = []
+            rows: list[Row] = []
             record.extra = {"left_out": "the base takes pictures; texts alone hold it to nothing that it sees"}
         elif section.text == OWN:
-            rows, unused = _of_base(params, template, asked)
+            rows, unused = _of_base(section, params, template, asked)
             record.extra = {"texts": len(rows), "unused": unused}
         else:
             rows = _of_user(section, asked)
@@ -146,21 +150,21 @@ def _of_base(section: BaseTexts, params: Params, template: str, asked: Sequence[
     model = load_base_model(reference, params.train.model_copy(update={"gradient_checkpointing": False})).eval()
     rows: list[Row] = []
     with tqdm(total=section.number, desc="base_texts") as bar:
-        for tries, row in enumerate(sampled(model, tokenizer, section, chat)):
+        for tries, row in enumerate(sampled(model, tokenizer, section, chat), 1):
+            if row and row["text"].strip() and not of_retention(row["text"], template, asked):
+                rows.append(row)
+                bar.update()
             if len(rows) == section.number:
                 return rows, tries - len(rows)
             if tries == _TRIES * section.number:
                 break
-            if row and row["text"].strip() and not held_out(row["text"], template, asked):
-                rows.append(row)
-                bar.update()
     raise TextError(
         f"base_texts.number: expected {section.number} texts, the base said {len(rows)} usable ones in {tries} tries; "
         "lower it, raise base_texts.max_tokens, or name texts of your own in base_texts.text"
     )
 
 
-def _of_user(section: BaseTexts, asked: Sequence[str]) -> list[dict[str, Any]]:
+def _of_user(section: BaseTexts, asked: Sequence[str]) -> list[Row]:
     texts = read_texts(
         section.text,
         column=section.text_column,

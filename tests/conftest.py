@@ -59,6 +59,27 @@ def base_dir(once, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def chat_base_dir(base_dir, once):
+    """The same with a chat template, whose marks are tokens beyond those of the SentencePiece model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests.export import chat_templates
+    from tests.export.verify_runs import without_prefix
+
+    def make(folder):
+        base = without_prefix(base_dir, folder / "base")
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        tokenizer.chat_template = "{{ bos_token }}" + chat_templates.CHATML
+        tokenizer.save_pretrained(base)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        model.resize_token_embeddings(len(tokenizer))
+        model.save_pretrained(base)
+
+    return once("chat", make) / "base"
+
+
+@pytest.fixture(scope="session")
 def train_settings():
     from trainers.settings import TrainSettings
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from export.modelfile import RESPONSE, ModelfileError, Serving, check_bos
@@ -244,24 +244,12 @@ def test_tokenizers_that_cannot_serve_their_template_are_refused(load, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def finished(base_dir, tmp_path_factory):
-    """The folder and settings of a smoke run up to the base's export, its base one with a chat template.
-
-    Its marks are tokens beyond those of the SentencePiece model.
-    """
-    from pipelines import export, prepare_base, prepare_data, profile
-
-    base = without_prefix(base_dir, tmp_path_factory.mktemp("chat") / "base")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = "{{ bos_token }}" + published.CHATML
-    tokenizer.save_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.resize_token_embeddings(len(tokenizer))
-    model.save_pretrained(base)
+def finished(chat_base_dir, tmp_path_factory):
+    """The folder and settings of a smoke run up to the base's export, its base one with a chat template."""
+    from pipelines import base_texts, export, prepare_base, prepare_data, profile
 
     raw = yaml.safe_load(profile.compose("smoke"))
-    raw["prepare_base"]["source"] = str(base)
+    raw["prepare_base"]["source"] = str(chat_base_dir)
     raw["prompt"] = {"template": "chat", "system": "Answer the question."}
     raw["export"]["license"] = "MIT"
     raw["train"]["max_steps"] = 4
@@ -274,6 +262,7 @@ def finished(base_dir, tmp_path_factory):
         with pytest.raises(ConfigError, match="chat template there, found none; run `dvc repro prepare_base`"):
             train.run(params, "baseline_lora", 0)
         prepare_base.run(params)
+        base_texts.run(params)
         export.run(params, "base", 0)
     return work, raw
 

@@ -1,0 +1,204 @@
+"""Stage base_texts: what a base says by itself, without what it will be asked; texts of the user's own."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from evaluation.measure.texts import TextError
+from evaluation.tasks import general
+from pipelines import base_texts, prepare_base, prepare_data, train
+from pipelines.check import parse_params
+from pipelines.params import ConfigError
+from tests.conftest import TEMPLATE
+from trainers.models import load_tokenizer
+from trainers.settings import BaseReference
+
+
+@pytest.fixture(scope="module")
+def raw(smoke_raw):
+    return {**smoke_raw, "base_texts": {**smoke_raw["base_texts"], "number": 20, "max_tokens": 24}}
+
+
+@pytest.fixture(scope="module")
+def project(raw, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        params = parse_params(raw)
+        prepare_data.run(params)
+        prepare_base.run(params)
+    return folder
+
+
+def run(raw, **keys):
+    """The stage's texts, with changes to its section."""
+    base_texts.run(parse_params({**raw, "base_texts": {**raw["base_texts"], **keys}}))
+    return [json.loads(line) for line in open("texts/texts.jsonl", encoding="utf-8")]
+
+
+def record():
+    return json.loads(Path("texts/run.json").read_text(encoding="utf-8"))
+
+
+def asked():
+    return [json.loads(line)["prompt"] for line in open("data/retention.jsonl", encoding="utf-8")]
+
+
+def test_a_base_says_the_same_again_and_something_else_with_another_seed(here, raw):
+    rows = run(raw)
+    assert len(rows) == 20 and all(row["text"].strip() and type(row["ended"]) is bool for row in rows)
+    assert train.base_texts() == [(row["text"], row["ended"]) for row in rows]
+    written = Path("texts/texts.jsonl").read_bytes()
+    said = record()
+    assert (said["stage"], said["status"], said["prompt_template"]) == ("base_texts", "finished", TEMPLATE)
+    assert set(said["inputs"]) == {"models/base/base.json", "data/retention.jsonl"}
+    assert said["extra"]["texts"] == 20 and said["artifacts"][0]["path"] == "texts/texts.jsonl"
+    torch.rand(1)
+    run(raw)
+    assert Path("texts/texts.jsonl").read_bytes() == written
+    assert run(raw, seed=1) != rows
+
+
+def says(monkeypatch, *texts):
+    """Has the base say these, again and again."""
+
+    def sampled(*_):
+        while True:
+            yield from (text and {"text": text, "ended": True} for text in texts)
+
+    monkeypatch.setattr(base_texts, "sampled", sampled)
+
+
+def test_what_the_retention_suite_asks_or_might_ask_is_left_out(here, raw, monkeypatch):
+    known = asked()[0]
+    _, might, _ = next(general.questions(99, held_out=True))
+    _, never, _ = next(general.questions(99, held_out=False))
+    form = TEMPLATE.format(prompt=never) + "yes"
+    left_out = [
+        f"As the teacher said: {known}",
+        TEMPLATE.format(prompt=might) + "2",
+        f"{form}\n\n{TEMPLATE.format(prompt=might)}2",
+        " \n",
+    ]
+    says(monkeypatch, *left_out, form, "Good morning.")
+    assert {row["text"] for row in run(raw, number=8)} == {form, "Good morning."}
+    assert record()["extra"] == {"texts": 8, "unused": 4 * len(left_out)}
+
+
+def test_a_base_that_says_too_little(here, raw, monkeypatch):
+    says(monkeypatch, "A text.", *[None] * 4)
+    with pytest.raises(TextError, match=r"number: expected 20 texts, the base said 16 usable ones in 80 tries; lower"):
+        run(raw)
+    assert not Path("texts").exists()
+
+
+# Chat models
+
+
+@pytest.fixture(scope="module")
+def chat_raw(raw, chat_base_dir):
+    prompt = {"template": "chat", "system": "Answer the question."}
+    return {**raw, "prompt": prompt, "prepare_base": {**raw["prepare_base"], "source": str(chat_base_dir)}}
+
+
+def test_a_chat_model_plays_the_user_and_answers(here, chat_raw):
+    prepare_base.run(parse_params(chat_raw))
+    rows = run(chat_raw, number=8, max_tokens=60)
+    opening, after = json.loads(Path("models/base/base.json").read_text())["chat"]["text"].split("{prompt}")
+    assert opening.endswith("<|im_start|>user\n") and after.startswith("<|im_end|>")
+    for row in rows:
+        turn, _, _ = row["text"].removeprefix(opening).partition(after)
+        assert row["text"].startswith(opening) and turn.strip() == turn != "" and row["text"].count(after) == 1
+
+
+class Scripted:
+    """A model that goes on with the next of some texts, whatever it reads."""
+
+    device, generation_config = "cpu", SimpleNamespace(eos_token_id=[2])
+
+    def __init__(self, tokenizer, *texts):
+        self.tokenizer, self.texts, self.read = tokenizer, texts, []
+
+    def generate(self, input_ids, attention_mask, pad_token_id, max_new_tokens, **_):
+        said = [self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in self.texts]
+        said = [(said[i % len(said)] + max_new_tokens * [pad_token_id])[:max_new_tokens] for i in range(len(input_ids))]
+        self.read += [self.tokenizer.decode(i[m.bool()]) for i, m in zip(input_ids, attention_mask, strict=True)]
+        self.texts = ["Fine.</s>"]
+        return torch.cat([input_ids, torch.tensor(said)], 1)
+
+
+@pytest.mark.parametrize(
+    ("opening", "after", "said"),
+    [
+        (
+            "<|im_start|>user\n",
+            "<|im_end|>\n<|im_start|>assistant\n",
+            ["Hi!<|im_end|>\nHm", "no end"],
+        ),
+        ("[INST] ", " [/INST]", ["Hi! [/INST] Hm", "Hi!</s>", " [/INST]", "no end"]),
+        ("Ask: ", "\n", ["Hi!</s>", "</s>", "Hi!\n"]),
+    ],
+)
+def test_where_a_user_s_turn_ends(chat_base_dir, raw, opening, after, said):
+    """At a token of its own, where plain text goes on with the answer, or where the text ends; else it is no turn."""
+    tokenizer = load_tokenizer(BaseReference(str(chat_base_dir)))
+    section = parse_params({**raw, "base_texts": {**raw["base_texts"], "max_tokens": 200}}).base_texts
+    model = Scripted(tokenizer, *said)
+    rows = base_texts.sampled(model, tokenizer, section, (opening, after, ["<|im_end|>"]))
+    batch = [next(rows) for _ in range(64)]
+    good = sum(said[i % len(said)].startswith("Hi!") and said[i % len(said)] != "Hi!\n" for i in range(64))
+    assert [row for row in batch if row] == good * [{"text": f"{opening}Hi!{after}Fine.", "ended": True}]
+    assert model.read[0].endswith(opening) and model.read[64].endswith(f"{opening}Hi!{after}")
+
+
+def test_a_chat_template_that_opens_nothing(here, chat_raw):
+    prepare_base.run(parse_params(chat_raw))
+    file = Path("models/base/base.json")
+    content = json.loads(file.read_text())
+    content["chat"]["text"] = "<s>{prompt}\n"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"chat template to open a user's turn, .*'<s>\{prompt\}.*texts of your own"):
+        run(chat_raw)
+
+
+def test_a_base_that_takes_pictures_has_a_note_instead(here, raw):
+    file = Path("models/base/base.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pictures": True}))
+    assert run(raw) == [] and "takes pictures" in record()["extra"]["left_out"]
+
+
+# The user's own
+
+
+def own(texts):
+    """Of a text with some texts, one paragraph each; and as a table."""
+    Path("inputs").mkdir(exist_ok=True)
+    Path("inputs/own.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    lines = [json.dumps({"body": text, "n": 1}) for text in texts]
+    Path("inputs/own.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_texts_of_one_s_own(here, raw):
+    texts = [f"The {i}th text." for i in range(30)]
+    own(texts)
+    rows = run(raw, text="inputs/own.txt", number=15)
+    assert sorted(row["text"] for row in rows) == sorted(texts[::2]) and all(row["ended"] for row in rows)
+    assert [row["text"] for row in rows] != texts[::2], "the first are for measuring, and books have chapters"
+    assert "inputs/own.txt" in record()["inputs"]
+    assert {row["text"] for row in run(raw, text="inputs/own.jsonl", text_column="body", number=99)} == set(texts)
+
+
+def test_texts_that_are_no_use_are_refused(here, raw):
+    own([f"Text {i}." for i in range(30)] + [f"Remember: {asked()[3]} is easy.", asked()[5]])
+    with pytest.raises(TextError, match=r"2 of 32 texts of inputs/own\.txt hold questions of the retention suite"):
+        run(raw, text="inputs/own.txt")
+    with pytest.raises(TextError, match=r"base_texts\.text: .*no column 'bodi'; did you mean 'body'.*text_column"):
+        run(raw, text="inputs/own.jsonl", text_column="bodi")
+    with pytest.raises(TextError, match=r"base_texts\.text: expected `base`, a file ending in"):
+        run(raw, text="bases")
+    own(["One.", "Two."])
+    with pytest.raises(TextError, match=r"expected at least 8 texts in inputs/own\.txt, got 2"):
+        run(raw, text="inputs/own.txt")
