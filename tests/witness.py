@@ -51,7 +51,9 @@ def parsed(file: Path) -> Any:
 def collect(folder: Path) -> dict[str, Any]:
     """File and field -> value; long files and weights as hashes."""
     found: dict[str, Any] = {}
-    for file in sorted([*folder.glob("data/*.jsonl"), *folder.glob("models/base/*.safetensors")]):
+    for file in sorted(
+        [p for name in ("data/*.jsonl", "models/base/*.safetensors", "texts/*.jsonl") for p in folder.glob(name)]
+    ):
         found[str(file.relative_to(folder))] = digest(file.read_bytes())
     for top in FOLDERS:
         for file in sorted((folder / top).rglob("*")):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from db.files import FileError, write_json
-from pipelines import prepare_data, probe, profile, train, twin
+from pipelines import base_texts, prepare_data, probe, profile, train, twin
 from pipelines.check import parse_params
 from trainers import run
 from trainers.models import ModelError
@@ -42,6 +42,7 @@ def project(tmp_path_factory, base_dir):
         reference = {"revision": None, "merge_location": None, "merge_revision": None, "trust_remote_code": False}
         base = {"kind": "embedded", "location": "models/base", "fingerprint": "x", **reference}
         write_json(folder / "models/base/base.json", base)
+        base_texts.run(params)
         for arm in ("baseline_lora", "pure_grit"):
             train.run(params, arm, 0)
     return folder

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from typing import Any, Self
+from typing import Any
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
@@ -27,11 +27,12 @@ class GritSettings(TrainSettings):
             GRITConfig.from_dict({"lora_rank": info.data.get("rank", 1024), **values})
         return values
 
-    @model_validator(mode="after")
-    def _text_only(self) -> Self:
-        if self.layers is not None:
+    @model_validator(mode="before")  # before what else does not fit `layers`
+    @classmethod
+    def _text_only(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("layers") is not None:
             raise ValueError("layers: expected null, since this arm trains on text; grit_vlm is the arm for pictures")
-        return self
+        return values
 
     @property
     def method_warmup_steps(self) -> int:
