@@ -34,11 +34,11 @@ def _numbers(form: type[Record]) -> dict[str, tuple[str, str, str]]:
 
 
 _LAST = {
-    "eval_loss": ("evaluation_loss", "Loss on the held-out items"),
-    "eval_kl": ("kl_to_base", "KL(base ‖ tuned) on texts of the base that no loss sees"),
+    "evaluation_loss": ("final_eval_loss", "eval_loss", "Loss on the held-out items"),
+    "kl_to_base": ("final_kl", "eval_kl", "KL(base ‖ tuned) on texts of the base that no loss sees"),
 }
-"""What an evaluation logs -> name and meaning of the finished run's."""
-_LOWER = {"relative_change", *(name for name, _ in _LAST.values())}
+"""Name in the tables -> names in what stage train says and in its curves, and meaning."""
+_LOWER = {"relative_change", *_LAST}
 """Of what logs hold, the numbers of which less is better."""
 
 PROBE_NUMBERS, GRIT_NUMBERS = _numbers(records.UnitRecord), _numbers(records.GritLayer)
@@ -271,15 +271,15 @@ def _metrics(bundle: Bundle) -> Iterator[Row]:
         yield from _curves(bundle.history)
 
 
-def _last_evaluation(bundle: Bundle) -> Iterator[tuple[str, str, float | None, None]]:
+def _last_evaluation(bundle: Bundle) -> Iterator[tuple[str, str, float, None]]:
     """Of the adapter that is saved, as stage train read them; where it does not say, the last ones of the curves."""
     entries = bundle.history.root if bundle.history else []
-    told: dict[str, Any] = {name: number for entry in entries for name, number in entry.items()}
-    trained = bundle.stages.get("train")
-    told |= {name.removeprefix("final_"): number for name, number in (trained.extra if trained else {}).items()}
-    for key, (name, _) in _LAST.items():
-        if key in told:
-            yield name, "eval", None if told[key] is None else float(told[key]), None
+    logged = {name: number for entry in entries for name, number in entry.items()}
+    told = bundle.stages["train"].extra if "train" in bundle.stages else {}
+    for name, (own, curve, _) in _LAST.items():
+        number = logged.get(curve) if told.get(own) is None else told[own]
+        if number is not None:
+            yield name, "eval", float(number), None
 
 
 def _curves(history: HistoryRecord) -> Iterator[Row]:
@@ -311,7 +311,7 @@ def _meanings(bundle: Bundle) -> dict[str, Row]:
 
 
 def _log_meanings(bundle: Bundle) -> dict[str, Row]:
-    last = [(name, "nats per token", words) for name, words in _LAST.values() if bundle.history]
+    last = [(name, "nats per token", words) for name, (*_, words) in _LAST.items() if bundle.history]
     kept = [*last, *(PROBE_NUMBERS.values() if bundle.ledger else ()), *(GRIT_NUMBERS.values() if bundle.grit else ())]
     return {
         name: {

@@ -186,10 +186,12 @@ def test_the_last_evaluation_is_that_of_the_saved_adapter_else_the_last_of_the_c
     write(tree / "adapters/baseline_lora/0/loss_history.json", curve)
     query = "SELECT metric.name, value FROM metric JOIN run ON run.id = run_id WHERE is_current AND step = -1 "
     query += "AND split = 'eval' ORDER BY metric.id"
-    for extra, loss in (({}, 2.0), ({"final_eval_loss": 1.5}, 1.5), ({"final_eval_loss": "nan"}, None)):
+    for loss, kl in ((1.5, 0.125), ("nan", "inf"), (None, None)):
+        extra = {"final_eval_loss": loss, "final_kl": kl}
         edit(tree / "adapters/baseline_lora/0/run.json", extra=extra)
         ingest(tree, path, seeds=[0])
-        assert ask(path, query) == [("evaluation_loss", loss), ("kl_to_base", 0.25)]
+        expected = {1.5: [1.5, 0.125], "nan": [None, None], None: [2.0, 0.25]}[loss]
+        assert ask(path, query) == list(zip(("evaluation_loss", "kl_to_base"), expected, strict=True))
 
 
 def test_strange_text_and_an_answer_without_a_number_are_stored(tree, path):
