@@ -153,10 +153,11 @@ def pareto(panel: Panel, x_title: str, y_title: str, marks: Mapping[str, float])
         for row in own
     ]
     lines: list[dict[str, Any]] = [{"y": value, "arm": name} for name, value in marks.items()]
-    written = [(0.0, _HIGH * (up[1] - line["y"]) / (up[1] - up[0]) - 9, line["arm"]) for line in lines]
+    written = [(0.0, _HIGH * (up[1] - line["y"]) / (up[1] - up[0]) - 9, 0.56 * len(line["arm"])) for line in lines]
+    wide = [(0.62 if row["front"] == "front" else 0.56) * len(row["arm"]) for row in own]  # by the size of letters
     named = [
         {key: row[key] for key in ("arm", "front", "x", "y")} | spot
-        for row, spot in zip(own, _spots([row["arm"] for row in own], points, written), strict=True)
+        for row, spot in zip(own, _spots(points, wide, written), strict=True)
     ]
     at: dict[str, Any] = {"x": x("x:Q"), "y": y("y:Q")}
     colour, means = _colour(panel), _rows("mean")
@@ -188,32 +189,30 @@ def pareto(panel: Panel, x_title: str, y_title: str, marks: Mapping[str, float])
 
 
 def _spots(
-    names: Sequence[str], points: Sequence[tuple[float, float]], written: Iterable[tuple[float, float, str]]
+    points: Sequence[tuple[float, float]], wide: Sequence[float], written: Iterable[tuple[float, float, float]]
 ) -> list[dict[str, Any]]:
     """Where the names of points stand, px from them, and which end of the name is there.
 
-    Each takes a near place with few points and names beneath it, those `written` at (left end, middle) among them.
-    Names that are apart on a phone's screen are so on a wider one, where the points are farther from each other.
+    Each takes the nearest place that is free of other names, of what is `written` at (left end, middle, width) and, if
+    possible, of points. Names that are apart on a phone are so on a wider screen, where points are farther apart.
     """
 
-    def box(start: float, middle: float, name: str, side: int = 1) -> tuple[float, float, float, float]:
-        end = start + 0.62 * side * _LETTER * len(name)
+    def box(start: float, middle: float, width: float, side: int = 1) -> tuple[float, float, float, float]:
+        end = start + side * _LETTER * width
         return min(start, end), max(start, end), middle - 7, middle + 7
 
-    taken = [(x - 6, x + 6, y - 6, y + 6) for x, y in points] + [box(*one) for one in written]
+    taken = [((x - 6, x + 6, y - 6, y + 6), 40) for x, y in points] + [(box(*one), 300) for one in written]
     spots: list[dict[str, Any]] = []
-    for name, (x, y) in zip(names, points, strict=True):
+    for width, (x, y) in zip(wide, points, strict=True):
         found = []
         for dy in range(-_HIGH // 3, _HIGH // 3, 4):
             for align, side in (("left", 1), ("right", -1)):
-                left, right, top, bottom = own = box(x + 8 * side, y + dy, name, side)
-                beneath = sum(left < b[1] and b[0] < right and top < b[3] and b[2] < bottom for b in taken)
-                outside = max(0, -left, right - _NARROW) + max(0, -top, bottom - _HIGH)
-                found.append(
-                    (40 * beneath + 10 * outside + abs(dy + 9), own, {"dx": 8 * side, "dy": dy, "align": align})
-                )
+                left, right, top, bottom = own = box(x + 8 * side, y + dy, width, side)
+                cost = abs(dy + 9) + 30 * (max(0, -left, right - _NARROW) + max(0, -top, bottom - _HIGH))
+                cost += sum(n for b, n in taken if left < b[1] and b[0] < right and top < b[3] and b[2] < bottom)
+                found.append((cost, own, {"dx": 8 * side, "dy": dy, "align": align}))
         _, own, spot = min(found, key=lambda one: one[0])
-        taken.append(own)
+        taken.append((own, 300))
         spots.append(spot)
     return spots
 
