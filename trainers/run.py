@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import Any
 
 from trainers.callbacks import check_reporters, progress_lines, remove_reporters, report_arguments, tensorboard
 from trainers.encode import Encoded, encode_examples, encode_texts
-from trainers.models import add_lora, load_base_model, load_tokenizer
+from trainers.models import add_lora, load_base_model, load_tokenizer, scale_update
 from trainers.pictures import encode_items
-from trainers.preserve import attach
+from trainers.preserve import attach, batches
 from trainers.settings import BaseReference, TrainSettings
 
 LEDGER = "probe_ledger.jsonl"
@@ -80,6 +80,8 @@ class Arm:
     load_model: Callable[[BaseReference, TrainSettings], Any] = load_base_model  # → the frozen base
     add_adapter: Callable[[Any, TrainSettings], Any] = add_lora  # → the model with trainable LoRA
     make_trainer: Callable[..., Any] = _trainer  # of the settings and SFTTrainer's keyword arguments
+    # Before training: of the trainer, its settings and batches of the base's own texts, where there are any.
+    start: Callable[[Any, Any, Iterable[Mapping[str, Any]]], None] | None = None
     # Has every LoRA module of a model called while it is open, where a fused kernel reads their weights otherwise.
     unfused: Callable[[Any], AbstractContextManager[Any]] = nullcontext
     # After training: further numbers for run.json; may write files to `job.output`.
@@ -232,6 +234,8 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
             parameter.data = parameter.data.float()
     if job.texts:
         ids = encode_texts(tokenizer, job.texts, job.settings.max_length)
+        if arm.start:  # the first texts are for measuring
+            arm.start(trainer, job.settings, batches(ids[len(ids) // 4 :], tokenizer.pad_token_id, trainer.args.device))
         attach(trainer, job.settings, ids, job.seed, arm.unfused)
     return trainer, train, valid
 
@@ -279,6 +283,7 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started  # of this process's share of the training
 
+    scale_update(trainer.model, job.settings.scale_update)
     trainer.model.save_pretrained(job.output, safe_serialization=True)
     trainer.processing_class.save_pretrained(job.output)
     history = [dict(entry) for entry in trainer.state.log_history if STEP_LOSS not in entry]
