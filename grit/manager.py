@@ -4,6 +4,8 @@ import dataclasses
 import json
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -166,6 +168,16 @@ class Manager:
     def _advance(self) -> None:
         self.step += 1
         self._switch_capture()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forward and backward passes that are no part of the statistics."""
+        capture, active = self.capture, self.capture is not None and self.capture.active
+        if capture is not None:
+            capture.active = False
+        yield
+        if capture is not None:
+            capture.active = active
 
     def _switch_capture(self) -> None:
         if self.capture is not None:

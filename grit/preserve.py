@@ -125,7 +125,10 @@ class Preserve:
         self.groups = group_pairs(find_pairs(model))
         pairs = [pair for group in self.groups for pair in group.pairs]
         if any(bool(pair.b.any()) for pair in pairs):
-            raise ValueError("expected adapters that change nothing yet (B = 0): take the curvature before training")
+            raise GritLayerError(
+                "preserve: expected adapters that change nothing yet (B = 0), since the curvature is the base's; take "
+                "it before training, with another initialisation, or hold the model by distillation"
+            )
         self.inputs: list[_Product | None] = [None] * len(self.groups)
         self.outputs: list[_Product | None] = [None] * len(self.groups)
         self.diagonal: list[Tensor] = []
@@ -155,16 +158,15 @@ class Preserve:
         return sum(float(self._of(i)[0]) for i in range(len(self.groups)))
 
     @torch.no_grad()
-    def add_gradients(self, *_: Any) -> float:
-        """Add λ ∂P/∂A and λ ∂P/∂B to the gradients; returns P."""
-        found = torch.zeros((), device=self.groups[0].device)
+    def add_gradients(self, *_: Any) -> None:
+        """Add λ ∂P/∂A and λ ∂P/∂B, by a backward pass, so that whoever watches gradients takes them for the loss's."""
+        weights: list[Tensor] = []
+        changes: list[Tensor] = []
         for i, group in enumerate(self.groups):
-            value, to_a, to_b = self._of(i)
-            found += value.to(found.device)
-            for pair, *changes in zip(group.pairs, self.strength * to_a, self.strength * to_b, strict=True):
-                for p, change in zip((pair.a, pair.b), changes, strict=True):
-                    p.grad = change.to(p.dtype) if p.grad is None else p.grad.add_(change)
-        return float(found)
+            to_a, to_b = self._of(i)[1:]
+            weights += [pair.a for pair in group.pairs] + [pair.b for pair in group.pairs]
+            changes += [*(self.strength * to_a).unbind(0), *(self.strength * to_b).unbind(0)]
+        torch.autograd.backward(weights, [g.to(w.dtype) for w, g in zip(weights, changes, strict=True)])
 
     def _of(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         """P of a group, ∂P/∂A [n, r, d_in], ∂P/∂B [n, d_out, r]."""

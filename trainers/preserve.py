@@ -1,6 +1,6 @@
 """Holding a tuned model to its base, on texts that the base wrote itself: in the loss, or by a penalty on ΔW.
 
-The divergence is KL(base ‖ tuned) in nats, the mean over the tokens of texts that no loss sees; every run measures it,
+The divergence is KL(base ‖ tuned) in nats, the mean over the tokens of texts that no loss sees. Every run measures it,
 preserved or not.
 """
 
@@ -13,14 +13,12 @@ from trainers.encode import batched_order
 from trainers.settings import TrainSettings
 
 KL, STRENGTH, STEP_KL = "eval_kl", "preserve_strength", "step_kl"
-_HELD = 64  # texts for measuring
-_MOST_BYTES = 2**28  # of the base's log-probabilities kept in memory; beyond, the base is asked at every step
+_HELD = 64  # texts for measuring, or a quarter of fewer
 _BATCH = 16  # texts a forward pass, where nothing is trained
-_PACE = 0.1  # of the strength's logarithm, for each measurement and unit of log(KL / target)
-_MEMORY = 0.9  # weight of the past in the KL that the strength follows
+_BYTES = 2**28  # of the base's log-probabilities, asked for ahead of some steps at once
+# A strength that follows a target: by so much of its logarithm over a whole run, at most; KL is far off at first.
+_REACH, _MEMORY = 5.0, 0.95
 
-EVERY = 1
-CE = False
 Rows = Sequence[Sequence[int]]
 
 
@@ -43,82 +41,119 @@ class Keeper:
 
     def __init__(self, trainer: Any, settings: TrainSettings, texts: Rows, seed: int):
         self.trainer, self.settings, self.seed = trainer, settings.preserve, seed
-        self.held, self.texts = texts[:_HELD], texts[_HELD:]
+        held = min(_HELD, len(texts) // 4)
+        self.held, self.texts = texts[:held], texts[held:]
+        self.rows = min(self.settings.rows, len(self.texts))
         self.pad = trainer.processing_class.pad_token_id
-        self.strength, self.kl = self.settings.strength, 0.0
+        self.strength = self.settings.strength
+        self.kl: float | None = None  # running mean of what steps measure
         self.penalty: Any = None
-        self.known: dict[int, Any] = {}
         self.order: tuple[int, list[int]] = (-1, [])
-        self.read_at = -1  # the step whose texts have been read
+        self.asked: tuple[int, Any] = (-1, ())
 
     # The base and the tuned model on some texts
 
     def log_probs(self, model: Any, batch: dict[str, Any]) -> Any:
-        """Of all next tokens, the texts one behind the other: [tokens, vocabulary], float32."""
-        logits = model(**batch).logits[:, :-1][batch["attention_mask"][:, 1:].bool()]
-        return logits.float().log_softmax(-1)
+        """Of all next tokens, the texts one behind the other: [tokens, vocabulary], float32.
 
-    def base(self, model: Any, batch: dict[str, Any]) -> Any:
+        Where a fused loss hides the logits: of the texts' own tokens alone, as one mean [1, 1]. Texts sampled from the
+        base make its difference an unbiased estimate of KL (Cheng et al. 2025, arXiv 2505.13811).
+        """
+        import torch
+
+        seen = batch["attention_mask"][:, 1:].bool()
+        logits = model(**batch).logits
+        if isinstance(logits, torch.Tensor) and logits.shape[:2] == batch["input_ids"].shape:
+            return logits[:, :-1][seen].float().log_softmax(-1)
+        labels = batch["input_ids"].masked_fill(~batch["attention_mask"].bool(), -100)
+        return -model(**batch, labels=labels).loss.float().reshape(1, 1)
+
+    def of_base(self, model: Any, batch: dict[str, Any]) -> Any:
         import torch
 
         inner = self.trainer.accelerator.unwrap_model(model)
-        with torch.no_grad(), inner.disable_adapter():
+        with torch.no_grad(), inner.disable_adapter(), self.trainer.compute_loss_context_manager():
             return self.log_probs(inner, batch)
 
-    def divergence(self, model: Any, batch: dict[str, Any], base: Any = None) -> Any:
+    def divergence(self, model: Any, batch: dict[str, Any], base: Any) -> Any:
         """KL(base ‖ tuned) in nats, mean over the batch's tokens; with its gradient."""
         from torch.nn.functional import kl_div
 
-        if CE and model.training:
-            mask = batch["attention_mask"][:, 1:].bool()
-            logp = self.log_probs(model, batch)
-            return -logp.gather(1, batch["input_ids"][:, 1:][mask][:, None]).mean()
-        base = self.base(model, batch) if base is None else base
-        return kl_div(self.log_probs(model, batch), base, log_target=True, reduction="sum") / base.shape[0]
+        with self.trainer.compute_loss_context_manager():
+            tuned = self.log_probs(model, batch)
+        if tuned.shape[-1] == 1:
+            return (base - tuned).sum()
+        return kl_div(tuned, base, log_target=True, reduction="sum") / base.shape[0]
 
     def measured(self) -> float:
+        """On the texts that no loss sees."""
         import torch
 
         model, total, count = self.trainer.model, 0.0, 0
         training = model.training
         model.eval()
-        with torch.no_grad(), self.trainer.compute_loss_context_manager():
+        with torch.no_grad():
             for batch in batches(self.held, self.pad, self.trainer.args.device):
                 tokens = int(batch["attention_mask"][:, 1:].sum())
-                total += float(self.divergence(model, batch)) * tokens
+                total += float(self.divergence(model, batch, self.of_base(model, batch))) * tokens
                 count += tokens
         model.train(training)
         return total / count
 
     # Steps
 
-    def places(self, step: int) -> list[int]:
-        """Places of the texts of a step, of like length: every text once before one comes again."""
-        rows = self.settings.rows
-        each = max(1, len(self.texts) // rows)  # batches
+    def rows_of(self, step: int) -> Rows:
+        """This rank's texts of a step, of like length: over all ranks each once before one comes again."""
         number = step * self.trainer.args.world_size + self.trainer.args.process_index
-        turn, place = divmod(number, each)
+        turn, place = divmod(number, len(self.texts) // self.rows)
         if self.order[0] != turn:
-            lengths = [len(text) for text in self.texts]
-            self.order = (turn, batched_order(lengths, rows, self.seed + turn))
-        return self.order[1][place * rows : (place + 1) * rows]
+            self.order = (turn, batched_order([len(text) for text in self.texts], self.rows, self.seed + turn))
+        return [self.texts[p] for p in self.order[1][place * self.rows : (place + 1) * self.rows]]
 
-    def read(self, model: Any) -> None:
-        """Add the gradient of strength · KL on a few texts."""
-        places = self.places(self.trainer.state.global_step // EVERY)
-        (batch,) = batches([self.texts[p] for p in places], self.pad, self.trainer.args.device)
-        with self.trainer.accelerator.no_sync(model):
-            with self.trainer.compute_loss_context_manager():
-                loss = self.divergence(model, batch)
-            self.trainer.accelerator.backward(EVERY * self.strength * loss)
-        self.follow(float(loss.detach()))
+    def base_at(self, model: Any, step: int, batch: dict[str, Any]) -> Any:
+        """What `of_base` says of a step's texts; it is asked about several steps at once, as small batches are slow."""
+        vocabulary = self.trainer.accelerator.unwrap_model(model).config.get_text_config().vocab_size
+        size = 4 * vocabulary * self.rows * max(map(len, self.texts))
+        at_once = max(1, min(16, _BYTES // size))
+        first = step - step % at_once
+        if self.asked[0] != first:
+            steps = [self.rows_of(n) for n in range(first, first + at_once)]
+            texts = [text for rows in steps for text in rows]
+            (whole,) = batches(texts, self.pad, self.trainer.args.device, len(texts))
+            found = self.of_base(model, whole)
+            self.asked = (
+                first,
+                found.split([sum(map(len, rows)) - len(rows) for rows in steps]) if len(found) > 1 else (),
+            )
+        return self.asked[1][step - first] if self.asked[1] else self.of_base(model, batch)
+
+    def hold(self, model: Any) -> None:
+        """Add the gradient of strength · KL on this step's texts, or that of the penalty."""
+        import torch
+
+        step, accelerator = self.trainer.state.global_step, self.trainer.accelerator
+        penalty = self.penalty
+        if penalty is not None:
+            penalty.strength = self.strength
+            penalty.add_gradients()
+            if self.settings.kl is None:
+                return
+        (batch,) = batches(self.rows_of(step), self.pad, self.trainer.args.device, self.rows)
+        base = self.base_at(model, step, batch)
+        with accelerator.no_sync(model):  # the task's backward pass brings the ranks' gradients together
+            with torch.set_grad_enabled(penalty is None):
+                loss = self.divergence(model, batch, base)
+            if penalty is None:
+                accelerator.backward(self.strength * loss)
+        self.follow(float(accelerator.gather(loss.detach()).mean()))
 
     def follow(self, kl: float) -> None:
-        """Have the strength follow the target, if there is one."""
-        self.kl = kl if self.kl == 0.0 else _MEMORY * self.kl + (1 - _MEMORY) * kl
-        if self.settings.kl is not None and self.kl > 0:
-            off = math.log(self.kl / self.settings.kl)
-            self.strength *= math.exp(_PACE * max(-1.0, min(1.0, off)))
+        """Move the strength towards what keeps KL at the target, if there is one."""
+        own = self.settings
+        self.kl = kl if self.kl is None else _MEMORY * self.kl + (1 - _MEMORY) * kl
+        if own.kl is not None and own.strength > 0:
+            off = math.log(max(self.kl, 1e-9) / own.kl)
+            self.strength *= math.exp(_REACH / self.trainer.state.max_steps * max(-1.0, min(1.0, off)))
 
 
 def attach(
@@ -126,46 +161,52 @@ def attach(
     settings: TrainSettings,
     texts: Rows,
     seed: int,
-    unfused: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
-) -> Keeper:
+    unfused: Callable[[Any], AbstractContextManager[Any]],
+) -> None:
     """Have a Trainer hold its model to the base as `settings.preserve` says, and measure KL at every evaluation.
 
-    `texts` are token ids; `unfused` makes every LoRA module of a model be called for as long as it is open.
+    `texts` are token ids; every LoRA module of a model is called while `unfused` of it is open.
     """
-    keeper = Keeper(trainer, settings, texts, seed)
-    own, method = settings.preserve, settings.preserve.method
-    if method in ("activations", "kfac", "ewc", "l2"):
+    from transformers import TrainerCallback
+
+    keeper, own = Keeper(trainer, settings, texts, seed), settings.preserve
+    if own.method in ("activations", "kfac", "ewc", "l2"):
         from grit.preserve import Preserve
 
         with unfused(trainer.model):
             read = batches(keeper.texts, keeper.pad, trainer.args.device)
-            keeper.penalty = Preserve(trainer.model, read, method, own.strength, own.rank, seed)
+            keeper.penalty = Preserve(trainer.model, read, own.method, own.strength, own.rank, seed)
     step, evaluate = trainer.training_step, trainer.evaluate
     manager = getattr(trainer, "grit_manager", None)
+    seen = -1  # the last step whose texts were read
 
     def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        at = trainer.state.global_step
-        if method == "distill" and keeper.read_at != at and at % EVERY == 0:
-            capture = manager.capture if manager is not None else None
-            active = capture.active if capture else False
-            if capture:
-                capture.active = False
-            keeper.read_at = at
+        nonlocal seen
+        now = trainer.state.global_step
+        if now != seen and own.method != "none":
             model.train()
-            keeper.read(model)
-            if capture:
-                capture.active = active
-        loss = step(model, inputs, num_items_in_batch)
-        if keeper.penalty is not None and trainer.accelerator.sync_gradients:
-            keeper.penalty.strength = keeper.strength
-            keeper.penalty.add_gradients()
-        return loss
+            with nullcontext() if manager is None else manager.paused():  # GRIT's statistics are of the task
+                keeper.hold(model)
+        seen = now
+        return step(model, inputs, num_items_in_batch)
 
     def evaluated(*args: Any, **kwargs: Any) -> Any:
         metrics = evaluate(*args, **kwargs)
         metrics[KL] = keeper.measured()
-        trainer.log({KL: metrics[KL], STRENGTH: keeper.strength})
+        trainer.log({KL: metrics[KL], **({STRENGTH: keeper.strength} if own.method != "none" else {})})
         return metrics
 
+    class Remember(TrainerCallback):
+        """Keeps what the strength follows in the Trainer's state, which checkpoints hold."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for entry in state.log_history:
+                if STEP_KL in entry:
+                    keeper.kl, keeper.strength = entry[STEP_KL], entry[STRENGTH]
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if own.kl is not None:
+                state.log_history.append({"step": state.global_step, STEP_KL: keeper.kl, STRENGTH: keeper.strength})
+
     trainer.training_step, trainer.evaluate = training_step, evaluated
-    return keeper
+    trainer.add_callback(Remember())

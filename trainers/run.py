@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from trainers.callbacks import check_reporters, progress_lines, remove_reporters, report_arguments, tensorboard
-from trainers.encode import Encoded, encode_examples, encode_texts
+from trainers.encode import Encoded, EncodingError, encode_examples, encode_texts
 from trainers.models import add_lora, load_base_model, load_tokenizer, scale_update
 from trainers.pictures import encode_items
-from trainers.preserve import attach, batches
+from trainers.preserve import KL, STEP_KL, attach, batches
 from trainers.settings import BaseReference, TrainSettings
 
 LEDGER = "probe_ledger.jsonl"
@@ -232,6 +232,8 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL puts adapters on a 4-bit base into bf16; the optimizer wants float32
             parameter.data = parameter.data.float()
+    if not job.texts and (arm.start or job.settings.preserve.method != "none"):
+        raise EncodingError(f"{arm.name}: expected texts of the base, got none; run stage base_texts")
     if job.texts:
         ids = encode_texts(tokenizer, job.texts, job.settings.max_length)
         if arm.start:  # the first texts are for measuring
@@ -286,7 +288,7 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     scale_update(trainer.model, job.settings.scale_update)
     trainer.model.save_pretrained(job.output, safe_serialization=True)
     trainer.processing_class.save_pretrained(job.output)
-    history = [dict(entry) for entry in trainer.state.log_history if STEP_LOSS not in entry]
+    history = [dict(entry) for entry in trainer.state.log_history if not entry.keys() & {STEP_LOSS, STEP_KL}]
     remove_reporters(trainer)  # closed by now: the evaluation below would open them anew, or stand at the wrong step
     said = arm.report(trainer, job) if arm.report else {}
     (job.output / "loss_history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
@@ -294,7 +296,7 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluated = [entry for entry in history if math.isfinite(entry.get("eval_loss", math.nan))]
     best = min(evaluated, key=lambda entry: entry["eval_loss"], default={})  # the first of equal ones, as the Trainer
-    state = trainer.state
+    state, final = trainer.state, trainer.evaluate()
     if job.settings.keeps_best and state.best_model_checkpoint is None:
         print("no evaluation loss was finite: the adapter is that of the last step", file=sys.stderr, flush=True)
     return {
@@ -308,7 +310,8 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "final_loss": losses[-1] if losses else None,
         # Of the adapter that is saved: the best one, and after ranks have shrunk.
-        "final_eval_loss": trainer.evaluate()["eval_loss"],
+        "final_eval_loss": final["eval_loss"],
+        "final_kl": final.get(KL),
         "best_step": best.get("step"),
         "best_eval_loss": best.get("eval_loss"),
         "train_seconds": seconds,

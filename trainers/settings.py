@@ -103,6 +103,15 @@ class Preserve(Section):
     rows: Annotated[int, Field(ge=1, description="texts a step, of distill")] = 4
     rank: Annotated[int, Field(ge=1, description="directions told apart, of activations and kfac")] = 64
 
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.kl is not None and (self.method == "none" or self.strength == 0):
+            raise ValueError(
+                f"kl: {self.kl} has no effect with method {self.method} and strength {self.strength}; expected a "
+                "method and a strength above 0, from which it is adapted, or null here"
+            )
+        return self
+
 
 class TrainSettings(Section):
     """Section train, which all arms share; an arm with sections of its own adds them in a subclass."""
@@ -159,6 +168,11 @@ class TrainSettings(Section):
             )
         if len(set(self.report_to)) != len(self.report_to):
             problems.append(f"report_to: expected each once, got {self.report_to}")
+        if self.layers is not None and self.preserve.method != "none":
+            problems.append(
+                f"preserve.method: expected none beside layers, got {self.preserve.method}: texts alone hold a base "
+                "that takes pictures to nothing that it sees"
+            )
         if self.layers is None and not self.target_modules:
             problems.append("target_modules: expected at least one name, got none")
         if self.layers is not None:

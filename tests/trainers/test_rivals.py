@@ -23,6 +23,7 @@ from tests.trainers.runs import history, interrupted
 from tests.trainers.test_training import WEIGHTS, loss_of, weights
 from trainers.arms import baseline_lora, residual_lora
 from trainers.arms.residual_lora import ResidualSettings, corda, lora_null
+from trainers.encode import EncodingError
 from trainers.models import ModelError
 from trainers.run import LEDGER, STEP_LOSSES, run
 
@@ -116,7 +117,9 @@ def test_it_goes_on_to_the_same_bits(residual_job, tmp_path, start):
     assert apart.diverges and verdict.as_claimed and verdict.diagnosis == "equals_shadow"
 
 
-def test_a_rank_wider_than_a_layer(residual_job):
+def test_what_it_cannot_start_from(residual_job):
+    with pytest.raises(EncodingError, match="residual_lora: expected texts of the base, got none"):
+        run(ARM, replace(residual_job(), texts=()))
     with pytest.raises(ModelError, match=r"train\.rank: expected at most 64, as wide as .*, got 65"):
         run(ARM, residual_job(rank=65))
 
@@ -159,7 +162,7 @@ def test_replay_is_a_share_of_questions_that_the_suite_cannot_ask(raw, tmp_path,
         ("wise_ft", {"scale_update": 0.0}, r"arms\.wise_ft\.scale_update: input should be greater than 0"),
         ("corda", {"start": "pissa"}, r"arms\.corda\.start: input should be 'corda' or 'lora_null'"),
         ("corda", {"preserve": {"method": "l2"}}, r"preserve\.method: expected none or distill, got l2: it holds B·A"),
-        ("lora_distill", {"start": "corda"}, r"arms\.lora_distill\.start: unknown key"),
+        ("preserved_kfac", {"start": "corda"}, r"arms\.preserved_kfac\.start: unknown key"),
     ],
 )
 def test_what_a_rival_cannot_be(raw, arm, changes, message):

@@ -8,6 +8,7 @@ import functools
 import importlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,15 @@ def unfuse_lora(model: Any) -> int:
     return len(found)
 
 
+@contextmanager
+def _unfused(model: Any) -> Iterator[None]:
+    found = [(module, attribute, vars(module)[attribute]) for _, module, attribute in fused_lora(model)]
+    unfuse_lora(model)
+    yield
+    for module, attribute, kernel in found:
+        setattr(module, attribute, kernel)
+
+
 def _trainer(settings: TrainSettings, **kwargs: Any) -> Any:
     from trl import SFTTrainer  # Unsloth's: it has replaced TRL's by now, on a CPU too
 
@@ -180,5 +190,6 @@ ARM = replace(
     load_model=_load_model,
     add_adapter=_add_adapter,
     make_trainer=_trainer,
+    unfused=_unfused,
     report=_report,
 )

@@ -1,0 +1,144 @@
+"""What holding a model to its base costs: a training step with each form of `train.preserve` and without, in turn.
+
+The Trainer's own steps, as stage train takes them, on AQI items and general questions in the place of the base's texts
+(a random base would say nothing of the right length), 50 steps a block. Memory is the peak of all tensors from the
+building of the trainer to the end of 12 steps. Run as `python -m benchmarks.preserve`, on an idle machine.
+"""
+
+import gc
+import statistics
+import time
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks._harness import peak_tensor_bytes, write
+from evaluation.splits import PrepareData, make_splits
+from evaluation.tasks import general, render
+from pipelines.profile import merged
+from pipelines.train import Params
+from trainers import arms
+from trainers.base import EmbeddedSettings, build_model, train_tokenizer
+from trainers.run import TrainingJob, build
+from trainers.settings import BaseReference
+
+SHAPES = {128: (384, 4, 4, 6), 512: (1408, 4, 8, 3)}  # hidden size: MLP size, layers, heads, blocks
+FORMS = ("distill", "activations", "kfac")
+BLOCK, WARM_UP, MEMORY_STEPS = 50, 5, 12
+
+
+class Loop:
+    """One contender: a Trainer that takes single steps."""
+
+    def __init__(self, job: TrainingJob, arm: str):
+        self.trainer, *_ = build(arms.load(arm), job)
+        self.trainer.create_optimizer_and_scheduler(10_000)
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.batches = iter(self.trainer.get_train_dataloader())
+        self.weights = [p for p in self.trainer.model.parameters() if p.requires_grad]
+
+    def step(self) -> float:
+        inputs = next(self.batches)
+        started = time.perf_counter()
+        self.trainer.training_step(self.trainer.model, inputs)
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.trainer.optimizer.step()
+        self.trainer.optimizer.zero_grad()
+        self.trainer.state.global_step += 1
+        return time.perf_counter() - started
+
+
+def job_of(hidden: int, folder: Path, method: str, raw: dict[str, Any], arm: str) -> TrainingJob:
+    """A job of the tiny profile on a random base of that width, which is made where it is not there yet."""
+    template, own = raw["prompt"]["template"], raw["arms"][arm]
+    asked = [
+        (render(template, prompt), answer) for _, prompt, answer in islice(general.questions(0, held_out=False), 3000)
+    ]
+    base = folder / str(hidden)
+    if not base.is_dir():
+        base.mkdir()
+        mlp, layers, heads, _ = SHAPES[hidden]
+        shape = {"hidden_size": hidden, "intermediate_size": mlp, "layers": layers, "heads": heads}
+        known = {name: raw["prepare_base"][name] for name in EmbeddedSettings.model_fields}
+        settings = EmbeddedSettings(**{**known, **shape})
+        tokenizer = train_tokenizer([text for pair in asked for text in pair], settings.vocab_size, base)
+        build_model(settings, tokenizer).save_pretrained(base)
+    data = PrepareData(**{**raw["prepare_data"], "test_items": 20})
+    items = make_splits(data, folder)[0]["train"]
+    settings_of = Params.model_validate({**raw, "arms": {arm: {**own, "preserve": {"method": method}}}}).train_for(arm)
+    return TrainingJob(
+        base=BaseReference(str(base)),
+        settings=settings_of,
+        seed=0,
+        train=[(render(template, item.prompt), item.completion) for item in items],
+        valid=[(render(template, item.prompt), item.completion) for item in items[:8]],
+        output=folder,
+        checkpoints=folder,
+        texts=[(prompt + answer, True) for prompt, answer in asked],
+    )
+
+
+def peak_bytes(job: TrainingJob, arm: str) -> int:
+    def work() -> None:
+        loop = Loop(job, arm)
+        for _ in range(MEMORY_STEPS):
+            loop.step()
+
+    gc.collect()
+    return peak_tensor_bytes(work)
+
+
+def main() -> None:
+    raw, _ = merged("tiny")
+    rows = []
+    table = Table("hidden", "arm", "preserve", "step time / without [min, max]", "ms without", "memory / without")
+    with TemporaryDirectory() as name:
+        for hidden, (*_, blocks) in SHAPES.items():
+            for arm in ("baseline_lora", "pure_grit"):
+                jobs = {form: job_of(hidden, Path(name), form, raw, arm) for form in ("none", *FORMS)}
+                loops = {form: Loop(job, arm) for form, job in jobs.items()}
+                seconds: dict[str, list[float]] = {form: [] for form in loops}
+                for block in range(-1, blocks):
+                    total = dict.fromkeys(loops, 0.0)
+                    for number in range(BLOCK if block >= 0 else WARM_UP):
+                        names = [*loops]
+                        shift = number % len(names)
+                        for form in names[shift:] + names[:shift]:
+                            total[form] += loops[form].step()
+                    for form, own in total.items() if block >= 0 else ():
+                        seconds[form].append(own)
+                memory = {form: peak_bytes(job, arm) for form, job in jobs.items()}
+                plain = sum(seconds["none"]) / (BLOCK * blocks)
+                for form in FORMS:
+                    ratios = [a / b for a, b in zip(seconds[form], seconds["none"], strict=True)]
+                    middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+                    rows.append(
+                        {
+                            "hidden_size": hidden,
+                            "arm": arm,
+                            "preserve": form,
+                            "step_time_ratio": middle,
+                            "step_time_ratio_low": low,
+                            "step_time_ratio_high": high,
+                            "blocks": ratios,
+                            "plain_ms_per_step": 1000 * plain,
+                            "memory_ratio": memory[form] / memory["none"],
+                        }
+                    )
+                    spread = f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+                    table.add_row(
+                        str(hidden), arm, form, spread, f"{1000 * plain:.1f}", f"{rows[-1]['memory_ratio']:.3f}"
+                    )
+    Console().print(table)
+    write(
+        "preserve", "Step time and memory with train.preserve over without", rows=rows, threads=torch.get_num_threads()
+    )
+
+
+if __name__ == "__main__":
+    main()
