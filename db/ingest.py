@@ -33,6 +33,14 @@ def _numbers(form: type[Record]) -> dict[str, tuple[str, str, str]]:
     }
 
 
+_LAST = {
+    "evaluation_loss": ("final_eval_loss", "eval_loss", "Loss on the held-out items"),
+    "kl_to_base": ("final_kl", "eval_kl", "KL(base ‖ tuned) on texts of the base that no loss sees"),
+}
+"""Name in the tables -> names in what stage train says and in its curves, and meaning."""
+_LOWER = {"relative_change", *_LAST}
+"""Of what logs hold, the numbers of which less is better."""
+
 PROBE_NUMBERS, GRIT_NUMBERS = _numbers(records.UnitRecord), _numbers(records.GritLayer)
 """Those of GRIT's kind final, field `ranks`, have step -1."""
 
@@ -254,12 +262,24 @@ def _metrics(bundle: Bundle) -> Iterator[Row]:
         pairs = {f"pair/{pair}": share for pair, share in parity.pairs.items()}
         shares = {"token_ids_equal": parity.token_ids_equal, "greedy_equal": parity.greedy_equal, **pairs}
         numbers += [(name, "parity", share, parity.prompts) for name, share in shares.items()]
+    numbers += _last_evaluation(bundle)
     # By their cleaned names, which may be the same; then the later one stays.
     final = {(clean_text(name), clean_text(split)): (number, n) for name, split, number, n in numbers}
     for (name, split), (number, n) in final.items():
         yield {"name": name, "split": split, "step": FINAL_STEP, **_number(number), "n": n}
     if bundle.history:
         yield from _curves(bundle.history)
+
+
+def _last_evaluation(bundle: Bundle) -> Iterator[tuple[str, str, float, None]]:
+    """Of the adapter that is saved, as stage train read them; where it does not say, the last ones of the curves."""
+    entries = bundle.history.root if bundle.history else []
+    logged = {name: number for entry in entries for name, number in entry.items()}
+    told = bundle.stages["train"].extra if "train" in bundle.stages else {}
+    for name, (own, curve, _) in _LAST.items():
+        number = logged.get(curve) if told.get(own) is None else told[own]
+        if number is not None:
+            yield name, "eval", float(number), None
 
 
 def _curves(history: HistoryRecord) -> Iterator[Row]:
@@ -291,10 +311,11 @@ def _meanings(bundle: Bundle) -> dict[str, Row]:
 
 
 def _log_meanings(bundle: Bundle) -> dict[str, Row]:
-    kept = [*(PROBE_NUMBERS.values() if bundle.ledger else ()), *(GRIT_NUMBERS.values() if bundle.grit else ())]
+    last = [(name, "nats per token", words) for name, (*_, words) in _LAST.items() if bundle.history]
+    kept = [*last, *(PROBE_NUMBERS.values() if bundle.ledger else ()), *(GRIT_NUMBERS.values() if bundle.grit else ())]
     return {
         name: {
-            "name": name, "unit": unit, "direction": "lower" if name == "relative_change" else "none",
+            "name": name, "unit": unit, "direction": "lower" if name in _LOWER else "none",
             "description": words,
         }
         for name, unit, words in kept

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from grit.layers import GritLayerError, LayerGroup, find_pairs, group_pairs
+from grit.layers import GritLayerError, LayerGroup, LoraPair, find_pairs, group_pairs
 
 Form = Literal["activations", "kfac", "ewc", "l2"]
 _WHOLE = 512  # width up to which a second moment is added up whole
@@ -68,6 +68,14 @@ class Moment:
         left = product.shape[0] - self.rank
         rest = (self.trace / max(self.rows, 1) - values.sum()).clamp_min(0) / max(left, 1)
         return vectors.float(), (values - rest).float(), rest.float()
+
+
+def input_moments(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[tuple[LoraPair, Tensor]]:
+    """C = E[x xᵀ] [d_in, d_in], whole, of what every trainable LoRA layer reads; batches as for `Preserve`."""
+    groups = group_pairs(find_pairs(model))
+    look = _Look(model, groups, "activations", max(group.params_a[0].shape[1] for group in groups), 0)
+    look.read(batches)
+    return [(pair, moment.product / moment.rows) for pair, moment in zip(look.pairs, look.x, strict=True)]
 
 
 class _Product:

@@ -24,7 +24,7 @@ from pipelines.base_model import load_reference
 from pipelines.check import Params, load_params
 from pipelines.prompt import prompt_text
 from pipelines.stage import DATA, clear_errors, cli, quiet_libraries, sees_pictures, set_threads
-from pipelines.train import base_texts, examples, load_arm
+from pipelines.train import base_texts, examples, load_arm, training_items
 
 STEPS, TWINS = 2, 2
 """Optimizer steps that are tried; curves of a twin run, at most."""
@@ -48,7 +48,7 @@ def tried(params: Params, name: str) -> dict[str, Any]:
             base=load_reference()[0],
             settings=settings,
             seed=params.first_seed,
-            train=examples("train", template),
+            train=training_items(settings, template, params.first_seed),
             valid=examples("valid", template),
             output=Path(folder),
             checkpoints=Path(folder),

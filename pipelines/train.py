@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 from db.files import (
@@ -17,7 +18,7 @@ from db.files import (
     staged,
     start_run,
 )
-from evaluation.tasks import Item, render
+from evaluation.tasks import Item, general, render
 from pipelines.base_model import load_reference
 from pipelines.code import code_hash
 from pipelines.params import VARIANT_OF, StageParams, check_arm
@@ -57,6 +58,14 @@ def examples(split: str, template: str) -> list[tuple[str, str]]:
     return [(render(text, item.prompt), item.completion) for item in items]
 
 
+def training_items(settings: TrainSettings, template: str, seed: int) -> list[tuple[str, str]]:
+    """Those of the data, and general questions as `replay` says, of a seed that no base is trained with."""
+    own = examples("train", template)
+    more = round(len(own) * settings.replay / (1 - settings.replay))
+    drawn = islice(general.questions(-1 - seed, held_out=False), more)
+    return own + [(render(literal(template), prompt), answer) for _, prompt, answer in drawn]
+
+
 def base_texts() -> list[tuple[str, bool]]:
     """(text, whether it came to an end) of stage base_texts."""
     return [(row["text"], row["ended"]) for row in read_jsonl(TEXTS / "texts.jsonl")]
@@ -80,7 +89,7 @@ def run(params: Params, arm_name: str, seed: int) -> None:
                 base=reference,
                 settings=settings,
                 seed=seed,
-                train=examples("train", template),
+                train=training_items(settings, template, seed),
                 valid=examples("valid", template),
                 output=folder,
                 checkpoints=kept / key[:16],

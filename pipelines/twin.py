@@ -11,7 +11,7 @@ import torch
 from db.files import exclusive, hash_inputs, key_of, package_versions, read_json, torch_device, write_json
 from pipelines.base_model import load_reference
 from pipelines.stage import BASE, DATA, TEXTS, split_files
-from pipelines.train import Params, base_texts, examples, load_arm, training_code
+from pipelines.train import Params, base_texts, examples, load_arm, training_code, training_items
 from probes.twin import perturb
 from trainers import BASELINE
 from trainers.run import TrainingJob, first_losses
@@ -35,7 +35,7 @@ def curves(params: Params, arm: str, seed: int, steps: int, perturbed: Sequence[
                 base=reference,
                 settings=settings,
                 seed=seed,
-                train=examples("train", template),
+                train=training_items(settings, template, seed),
                 valid=examples("valid", template),  # not evaluated; the Trainer wants a data set
                 output=Path(folder),
                 checkpoints=Path(folder),

@@ -208,7 +208,8 @@ def test_9_a_killed_training_ends_as_if_undisturbed(clone):
 
     What is changed before is the learning rate: training and what follows must run, data and base must not.
     """
-    untouched = [json.loads((clone.folder / f / "run.json").read_text()) for f in ("data", "models/base", "texts")]
+    prepared = [clone.folder / f / "run.json" for f in ("data", "models/base", "texts")]
+    untouched = [file.read_text() for file in prepared]
     old = (clone.folder / ADAPTER).read_bytes()
     clone.change("train", learning_rate=0.004)
     process = subprocess.Popen(
@@ -232,9 +233,7 @@ def test_9_a_killed_training_ends_as_if_undisturbed(clone):
     ran = set(re.findall(r"Running stage '([^']+)'", clone.run("dvc", "repro")))
     assert {f"{stage}@baseline_lora-0" for stage in ("train", "probe", "export", "evaluate")} | {"compare"} <= ran
     assert not ran & {"prepare_data", "prepare_base", "base_texts", "export_base", "evaluate_base"}
-    assert untouched == [
-        json.loads((clone.folder / f / "run.json").read_text()) for f in ("data", "models/base", "texts")
-    ]
+    assert untouched == [file.read_text() for file in prepared]
     resumed = json.loads((clone.folder / "adapters/baseline_lora/0/run.json").read_text())["extra"]
     assert resumed["steps"] == 80 and resumed["resumed_from_step"] >= 10
     adapter, ledger = (clone.folder / ADAPTER).read_bytes(), (clone.folder / LEDGER).read_bytes()

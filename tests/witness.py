@@ -51,9 +51,8 @@ def parsed(file: Path) -> Any:
 def collect(folder: Path) -> dict[str, Any]:
     """File and field -> value; long files and weights as hashes."""
     found: dict[str, Any] = {}
-    for file in sorted(
-        [p for name in ("data/*.jsonl", "models/base/*.safetensors", "texts/*.jsonl") for p in folder.glob(name)]
-    ):
+    whole = ("data/*.jsonl", "models/base/*.safetensors", "texts/*.jsonl")
+    for file in sorted(file for pattern in whole for file in folder.glob(pattern)):
         found[str(file.relative_to(folder))] = digest(file.read_bytes())
     for top in FOLDERS:
         for file in sorted((folder / top).rglob("*")):

@@ -167,3 +167,10 @@ def add_lora(model: Any, settings: TrainSettings) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         return get_peft_model(model, config)
+
+
+def scale_update(model: Any, factor: float) -> None:
+    """Multiply every ΔW = s·B·A (WiSE-FT's way from the base to the tuned weights: Wortsman et al. 2022)."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_B." in name:
+            parameter.data.mul_(factor)

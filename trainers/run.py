@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import Any
 
 from trainers.callbacks import check_reporters, progress_lines, remove_reporters, report_arguments, tensorboard
 from trainers.encode import Encoded, EncodingError, encode_examples, encode_texts
-from trainers.models import add_lora, load_base_model, load_tokenizer
+from trainers.models import add_lora, load_base_model, load_tokenizer, scale_update
 from trainers.pictures import encode_items
-from trainers.preserve import KL, STEP_KL, attach
+from trainers.preserve import KL, STEP_KL, attach, batches
 from trainers.settings import BaseReference, TrainSettings
 
 LEDGER = "probe_ledger.jsonl"
@@ -80,6 +80,8 @@ class Arm:
     load_model: Callable[[BaseReference, TrainSettings], Any] = load_base_model  # → the frozen base
     add_adapter: Callable[[Any, TrainSettings], Any] = add_lora  # → the model with trainable LoRA
     make_trainer: Callable[..., Any] = _trainer  # of the settings and SFTTrainer's keyword arguments
+    # Before training: of the trainer, its settings and batches of the base's own texts, where there are any.
+    start: Callable[[Any, Any, Iterable[Mapping[str, Any]]], None] | None = None
     # Has every LoRA module of a model called while it is open, where a fused kernel reads their weights otherwise.
     unfused: Callable[[Any], AbstractContextManager[Any]] = nullcontext
     # After training: further numbers for run.json; may write files to `job.output`.
@@ -230,10 +232,12 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL puts adapters on a 4-bit base into bf16; the optimizer wants float32
             parameter.data = parameter.data.float()
-    if job.settings.preserve.method != "none" and not job.texts:
-        raise EncodingError("train.preserve: expected texts of the base, got none; run stage base_texts")
+    if not job.texts and (arm.start or job.settings.preserve.method != "none"):
+        raise EncodingError(f"{arm.name}: expected texts of the base, got none; run stage base_texts")
     if job.texts:
         ids = encode_texts(tokenizer, job.texts, job.settings.max_length)
+        if arm.start:  # the first texts are for measuring
+            arm.start(trainer, job.settings, batches(ids[len(ids) // 4 :], tokenizer.pad_token_id, trainer.args.device))
         attach(trainer, job.settings, ids, job.seed, arm.unfused)
     return trainer, train, valid
 
@@ -281,6 +285,7 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started  # of this process's share of the training
 
+    scale_update(trainer.model, job.settings.scale_update)
     trainer.model.save_pretrained(job.output, safe_serialization=True)
     trainer.processing_class.save_pretrained(job.output)
     history = [dict(entry) for entry in trainer.state.log_history if not entry.keys() & {STEP_LOSS, STEP_KL}]

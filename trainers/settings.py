@@ -144,6 +144,8 @@ class TrainSettings(Section):
     early_stopping_patience: Positive | None
     early_stopping_min_delta: Annotated[float, Field(ge=0, description="of the evaluation loss")]
     preserve: Preserve = Preserve()
+    replay: Annotated[float, Field(ge=0, lt=1, description="share of general questions among what is learnt")] = 0.0
+    scale_update: Annotated[float, Field(gt=0, le=10, description="of s·B·A once training is over")] = 1.0
     report_to: list[Literal["tensorboard", "wandb"]]
     probe_every: Annotated[int, Field(ge=1, description="steps between two entries of the probe's ledger")]
 
@@ -185,6 +187,8 @@ class TrainSettings(Section):
         problems = []
         if self.target_modules:
             problems.append(f"target_modules: expected [] beside layers, got {self.target_modules}")
+        if self.replay:
+            problems.append(f"replay: expected 0 beside layers, since general questions show none, got {self.replay}")
         if self.unsloth_fused_lora:
             problems.append("unsloth_fused_lora: expected false beside layers, since Unsloth's kernels are for text")
         try:

@@ -1,7 +1,8 @@
 """One row for each arm of a task: its numbers over the seeds, with intervals and differences from other arms."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from evaluation.statistics.seeds import crossed_interval
 
 BASELINE = "baseline_lora"
 RETENTION = ("retention", "retention_accuracy")
+LOSS, KL = ("eval", "evaluation_loss"), ("eval", "kl_to_base")
 CLUSTER_INDICES = ("calinski_harabasz", "xie_beni", "silhouette", "davies_bouldin", "dunn")
 
 
@@ -62,7 +64,7 @@ class ArmRow:
     # with fewer than six, which reach no 95% confidence
     delta_speed: float | None
     parity: float | None  # share of prompts on which all ways to run the model answer alike, worst seed
-    differences: tuple[Difference, ...]  # from the base, then from the baseline
+    differences: tuple[Difference, ...]  # from the base, then from the baseline, then from `like`
     metrics: dict[Key, float]  # mean over seeds, in the metric's own unit
     accuracy_interval: Interval | None = None
     retention_interval: Interval | None = None
@@ -73,6 +75,19 @@ class ArmRow:
     alignment: tuple[AlignmentRow, ...] = ()
     # smallest and largest of the seeds that have the metric, where several have it
     ranges: dict[Key, tuple[float, float]] = field(default_factory=dict)
+    kept_by_seed: dict[int, float] = field(default_factory=dict)  # `retention_share` of each seed
+    preserve: str = ""  # method and strength of what holds it to its base; empty: nothing does
+    # Where a difference from the baseline has two causes, since this arm is preserved and the baseline is not so: the
+    # arm with the baseline's code that is; empty where there is none. None where the difference has one cause
+    like: str | None = None
+    # arm → evaluation loss minus that arm's of the same seed, for each seed that both have, nats per token
+    losses: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def place(self) -> tuple[float, float] | None:
+        """What was learnt and what was kept: accuracy and retention_share; None where one is not known."""
+        x, y = self.accuracy, self.retention_share
+        return (x, y) if x is not None and y is not None and math.isfinite(x) else None
 
     @property
     def updates(self) -> str:
@@ -108,21 +123,57 @@ def side_by_side(results: Results, runs: Sequence[RunFacts], baseline: str) -> S
     for run in runs:
         by_arm.setdefault(run.arm, []).append(run)
     arms = sorted(by_arm, key=lambda arm: (arm != BASE, arm != baseline, arm))
+    settings = {arm: results.settings[own[0].id] for arm, own in by_arm.items()}
+    likes = {arm: like_with_like(arm, settings, baseline) for arm in arms}
+    compared = [
+        (arm, against)
+        for against in dict.fromkeys((BASE, baseline, *filter(None, likes.values())))
+        for arm in arms
+        if arm not in (BASE, against) and against in (BASE, baseline, likes[arm])
+    ]
     pairs = {
         (arm, against): found
-        for against in dict.fromkeys((BASE, baseline))
-        for arm in arms
-        if arm not in (BASE, against)
-        and (found := pair(by_arm[arm], against, by_arm.get(against, ()), results.answers)) is not None
+        for arm, against in compared
+        if (found := pair(by_arm[arm], against, by_arm.get(against, ()), results.answers)) is not None
     }
+    loss = {run_id: metrics[LOSS] for run_id, metrics in results.metrics.items() if LOSS in metrics}
+    losses: dict[str, dict[str, tuple[float, ...]]] = {arm: {} for arm in arms}
+    for arm, against in compared:
+        if both := _partners(by_arm[arm], against, by_arm.get(against, ()), loss):
+            losses[arm][against] = tuple(loss[own] - loss[other] for _, own, other in both)
     differences = compare_pairs(pairs)
     changes = {BASE: speed_change(())}
     for arm in (arm for arm in arms if arm != BASE):
         timings = (results.timings.get(run.id, ()) for run in by_arm[arm])
         changes[arm] = speed_change([change for own in timings for change in speed_changes(arm, own)])
     base = by_arm.get(BASE, ())
-    rows = tuple(_row(by_arm[arm], base, results, differences.get(arm, ()), changes[arm]) for arm in arms)
-    return SideBySide(rows, pairs, changes)
+    rows = (_row(by_arm[arm], base, results, differences.get(arm, ()), changes[arm]) for arm in arms)
+    told = tuple(
+        replace(row, preserve=preserved(settings[row.arm]), like=likes[row.arm], losses=losses[row.arm]) for row in rows
+    )
+    return SideBySide(told, pairs, changes)
+
+
+def preserved(settings: Mapping[str, Any]) -> str:
+    """What holds an arm to its base, by its section train; empty: nothing does."""
+    own = settings.get("preserve") or {}
+    if own.get("method", "none") == "none":
+        return ""
+    return f"{own['method']}, " + (f"strength {own['strength']:g}" if own["kl"] is None else f"KL {own['kl']:g}")
+
+
+def like_with_like(arm: str, settings: Mapping[str, Mapping[str, Any]], baseline: str) -> str | None:
+    """See `ArmRow.like`; arms whose settings have the same names run the same code."""
+    own, other = settings[arm], settings.get(baseline, {})
+    if preserved(own) in ("", preserved(other)) or own.keys() == other.keys():
+        return None
+    method = own["preserve"]["method"]
+    found = [
+        name
+        for name, theirs in settings.items()
+        if theirs.keys() == other.keys() and (theirs.get("preserve") or {}).get("method") == method
+    ]
+    return min(found, key=lambda name: preserved(settings[name]) != preserved(own), default="")
 
 
 def pair(
@@ -134,19 +185,26 @@ def pair(
     are paired, since equal seeds share the order of the data and the first weights. None where no run with answers has
     a partner with answers, or the pairs share no item.
     """
+    found = _partners(runs, against, others, answers)
+    if not found:
+        return None
+    seeds, own, other = zip(*found, strict=True)
+    credit = aligned([answers[run_id] for run_id in (*own, *other)])
+    return Pairs(against, seeds, credit[: len(own)], credit[len(own) :]) if credit.size else None
+
+
+def _partners(
+    runs: Sequence[RunFacts], against: str, others: Sequence[RunFacts], known: Collection[int]
+) -> list[tuple[int, int, int]]:
+    """(seed, run, partner) of the runs that are known and have a partner that is."""
 
     def key(run: RunFacts, *, partner: bool = False) -> object:
         if against == BASE:
             return run.id if partner else run.reference_run_id
         return run.seed, run.test_items_sha256, run.backend_name
 
-    partners = {key(other, partner=True): other.id for other in others if answers.get(other.id)}
-    found = [(run.seed, run.id, partners[key(run)]) for run in runs if answers.get(run.id) and key(run) in partners]
-    if not found:
-        return None
-    seeds, own, other = zip(*found, strict=True)
-    credit = aligned([answers[run_id] for run_id in (*own, *other)])
-    return Pairs(against, seeds, credit[: len(own)], credit[len(own) :]) if credit.size else None
+    partners = {key(other, partner=True): other.id for other in others if other.id in known}
+    return [(run.seed, run.id, partners[key(run)]) for run in runs if run.id in known and key(run) in partners]
 
 
 def _row(
@@ -161,6 +219,10 @@ def _row(
     retained = None if arm == BASE else pair(runs, BASE, base, results.retained)
     share = kept_share(retained) if retained else None
     kept = share.scaled(100) if share else None
+    by_seed: dict[int, float] = {}
+    if retained and share:
+        shares = 100 * retained.own.mean(axis=1) / retained.other.mean()
+        by_seed = dict(zip(retained.seeds, shares.tolist(), strict=True))
     values: dict[Key, list[float]] = {}
     for metrics in own:
         for key, value in metrics.items():
@@ -187,6 +249,7 @@ def _row(
         ),
         alignment=tuple(found for run, m in zip(runs, own, strict=True) if (found := _alignment(run.seed, m))),
         ranges={key: (min(found), max(found)) for key, found in values.items() if len(found) > 1},
+        kept_by_seed=by_seed,
     )
 
 

@@ -114,7 +114,7 @@ class Chart:
     title: str  # shown above it, with the unit
     label: str  # what a screen reader says of it
     # function of `evaluation.report.charts` that draws it, with its options besides the arms
-    draw: Literal["intervals", "lines", "scatter", "dots"]
+    draw: Literal["intervals", "lines", "scatter", "dots", "pareto"]
     options: Mapping[str, Any]
     where: Mapping[str, str] = field(default_factory=dict)
 

@@ -131,6 +131,19 @@ class Comparison:
     def references(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((BASE, self.baseline)))
 
+    @property
+    def pareto(self) -> dict[str, tuple[str, ...]]:
+        """Arm → the arms of the Pareto front that have at least its accuracy and retention, and more of one of them.
+
+        By the means alone; of an arm of the front there are none.
+        """
+        places = {row.arm: row.place for row in self.rows if row.place}
+        above = {
+            arm: [name for name, (x, y) in places.items() if x >= own[0] and y >= own[1] and (x, y) != own]
+            for arm, own in places.items()
+        }
+        return {arm: tuple(name for name in names if not above[name]) for arm, names in above.items()}
+
     def has(self, split: str, name: str) -> bool:
         return any((split, name) in row.metrics for row in self.rows)
 
@@ -282,7 +295,10 @@ def outcome_line(row: ArmRow, baseline: str) -> str:
 
 
 def clauses(row: ArmRow, baseline: str) -> list[tuple[Difference | None, str]]:
-    found: list[tuple[Difference | None, str]] = [(one, in_words(one)) for one in row.differences]
+    mixed = "" if row.like is None else f", with two causes: {row.arm} is preserved ({row.preserve}), {baseline} not so"
+    found: list[tuple[Difference | None, str]] = [
+        (one, in_words(one) + (mixed if one.against == baseline else "")) for one in row.differences
+    ]
     if row.against(BASE) is None:
         found.insert(0, (None, "not comparable with base: no base run with the same items and backend"))
     if row.against(baseline) is None and baseline not in (row.arm, BASE):

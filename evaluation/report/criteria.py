@@ -4,23 +4,29 @@ Passed only when the whole 95% interval lies on the right side of the threshold,
 wrong side, else undecided. For accuracies the p-value, corrected for several arms, must agree.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from db.queries import BASE
 from evaluation.report.arms import ArmRow, SpeedChange
 from evaluation.statistics.differences import Difference
 from evaluation.statistics.intervals import LEVEL, Interval
+from evaluation.statistics.seeds import mean_interval
 
 Outcome = Literal["pass", "fail", "undecided"]
 
 GAIN = "accuracy gain"
 """Of the primary metric, whatever it is called: CSV has a column of this name for every task."""
 LEAD = "above the baseline"
+LOSS = "evaluation loss"
 SPEED = "speed loss"
 KEPT = "retention kept"
-NAMES = (GAIN, LEAD, SPEED, KEPT)
+NAMES = (GAIN, LEAD, LOSS, SPEED, KEPT)
+NATS = "nats per token"
 
 SPEED_THRESHOLD = -10.0
 """Percent; decoding may lose less than a tenth of the base's speed."""
@@ -33,20 +39,22 @@ class Criterion:
     name: str
     arm: str
     threshold: str
-    estimate: Interval | None  # in `unit`, points (percentage points) or percent; None where it was not measured
+    # in `unit`: points (percentage points), percent or nats per token; None where it was not measured
+    estimate: Interval | None
     unit: str
     outcome: Outcome
     why: str
-    # of the interval, percent; below 95 where too few repetitions were timed, 0 of a single one
+    # of the interval, percent; below 95 where too few repetitions were timed, 0 of a single one and of a single seed
     confidence: float = 100 * LEVEL
 
 
 def judge_arm(row: ArmRow, baseline: str, change: SpeedChange, *, short: str, title: str) -> list[Criterion]:
     """Judge all criteria of an arm; `short` and `title` name the task's primary metric."""
     found = [by_difference(GAIN, row.arm, f"Δ{short} > 0 against base", BASE, row.against(BASE))]
-    if baseline not in (BASE, row.arm):
-        asked = f"{title} above {baseline}"
-        found.append(by_difference(LEAD, row.arm, asked, baseline, row.against(baseline)))
+    for other in dict.fromkeys((baseline, row.like)):
+        if other and other not in (BASE, row.arm):
+            found.append(by_difference(LEAD, row.arm, f"{title} above {other}", other, row.against(other)))
+            found.append(by_loss(row.arm, other, row.losses.get(other, ())))
     return [*found, by_speed(row.arm, change), by_retention(row.arm, row.retention_share_interval, row.retention)]
 
 
@@ -67,6 +75,24 @@ def by_difference(name: str, arm: str, threshold: str, against: str, difference:
         why += " One seed: other seeds may differ."
     outcomes: dict[str, Outcome] = {"better": "pass", "worse": "fail", "undecided": "undecided"}
     return Criterion(name, arm, threshold, points, "points", outcomes[difference.outcome], why)
+
+
+def by_loss(arm: str, against: str, differences: Sequence[float]) -> Criterion:
+    """The evaluation loss is lower; `differences` are seed by seed, and not corrected for several arms."""
+    threshold = f"loss below that of {against}"
+    if not differences:
+        return _missing(LOSS, arm, threshold, NATS, f"No run of {against} with the same seed has an evaluation loss.")
+    seeds = len(differences)
+    with np.errstate(invalid="ignore"):  # a run that diverged
+        found = mean_interval(np.array(differences))
+    if not math.isfinite(found.estimate):
+        return Criterion(LOSS, arm, threshold, found, NATS, "undecided", "Not finite for every seed.")
+    if seeds == 1:
+        return Criterion(LOSS, arm, threshold, found, NATS, "undecided", "One seed: other seeds may differ.", 0)
+    outcome: Outcome = "undecided" if found.crosses_zero else "pass" if found.high < 0 else "fail"
+    where = {"pass": "is below", "fail": "is above", "undecided": "contains"}[outcome]
+    why = f"The {'whole ' if outcome != 'undecided' else ''}interval {where} zero. {seeds} seeds."
+    return Criterion(LOSS, arm, threshold, found, NATS, outcome, why)
 
 
 def by_speed(arm: str, change: SpeedChange) -> Criterion:

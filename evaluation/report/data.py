@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from db.queries import BASE
-from evaluation.report.arms import ArmRow
+from evaluation.report.arms import KL, LOSS, ArmRow
 from evaluation.report.comparison import Comparison, Primary, Report, TaskRow
 from evaluation.report.criteria import NAMES, for_arm
 from evaluation.statistics.differences import Difference
@@ -86,7 +86,17 @@ def _record(comparison: Comparison, row: ArmRow) -> dict[str, object]:
     for name in NAMES:
         found = for_arm(comparison.criteria, row.arm, name)
         record[f"criterion_{name.replace(' ', '_')}"] = found.outcome if found else None
-    return record | {"task": primary.task, "primary_metric": primary.metric, "updates": row.updates}
+    above = comparison.pareto.get(row.arm)
+    return record | {
+        "task": primary.task,
+        "primary_metric": primary.metric,
+        "updates": row.updates,
+        "preserve": row.preserve,
+        "evaluation_loss": row.metrics.get(LOSS),
+        "kl_to_base": row.metrics.get(KL),
+        "pareto_front": None if above is None else not above,
+        "dominated_by": " ".join(above or ()),
+    }
 
 
 def _difference(difference: Difference | None, stem: str, missing: float | None) -> dict[str, object]:
@@ -160,6 +170,9 @@ def _numbers(row: ArmRow, primary: Primary) -> dict[str, float | str]:
         "update_norm": row.metrics.get(("weights", "update_norm")),
         "alignment_index": row.metrics.get(("alignment", "alignment_index")),
         "updates": row.updates or None,
+        "evaluation_loss": row.metrics.get(LOSS),
+        "kl_to_base": row.metrics.get(KL),
+        "preserve": row.preserve or None,
     }
     for d in row.differences:
         name = primary.difference_key(d.against)

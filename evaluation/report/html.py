@@ -26,7 +26,7 @@ _SENTENCE = 32
 """Characters of a cell beyond which its column wraps."""
 _SLOTS = {BASE: 0, "baseline_lora": 1, "hybrid_grit": 2, "pure_grit": 3}
 """Colours of the known arms, as numbered in style.css; others take the rest in turn."""
-_OTHER_SLOTS = range(4, 12)
+_OTHER_SLOTS = range(4, 16)
 
 
 def write_page(path: str | Path, report: Report) -> None:

@@ -43,6 +43,7 @@
       },
       axisY: { labelColor: ink },
       text: { color: ink },
+      style: { halo: { stroke: colour("--paper"), strokeWidth: 3, strokeJoin: "round" } },
     };
   }
 

@@ -49,6 +49,7 @@ class Results:
     # task → arm → number of runs of another base model, or other settings or data of training
     left_out: Mapping[str, Mapping[str, int]]
     metrics: Mapping[int, Mapping[Key, float]]  # numbers of the finished run, parity shares included (split `parity`)
+    settings: Mapping[int, Mapping[str, Any]]  # section train of the arm's parameters; empty for the base
     answers: Mapping[int, Mapping[str, float]]  # item id → credit of the test items, from 0 to 1
     retained: Mapping[int, Mapping[str, float]]  # the same of the retention items
     timings: Rows  # phases of the run's own arm and of the base beside it that were timed
@@ -58,8 +59,8 @@ class Results:
     verifications: Rows
     environments: Mapping[int, Environment]
     units: Mapping[str, tuple[str, str, str]]  # metric name → (unit, better direction, description)
-    # (run id, split train or eval) → (optimizer step, loss in nats per token). This and what follows are there for the
-    # long reports alone, and of the task that is compared
+    # (run id, part) → (optimizer step, nats per token): the loss of parts train and eval, and kl, which is that to the
+    # base. This and what follows are there for the long reports alone, and of the task that is compared
     curves: Mapping[tuple[int, str], Sequence[tuple[int, float]]]
     layers: Rows
     spectra: Rows
@@ -88,12 +89,15 @@ def read(session: Session, runs: Sequence[RunFacts], choice: Choice, *, detail: 
         for row in rows:
             quantized.setdefault(run_id, {}).setdefault(row.type, {})[row.item_id] = row.credit
     curves: dict[tuple[int, str], list[tuple[int, float]]] = {}
-    for run_id, rows in of_runs(session, Metric, long, Metric.step != FINAL_STEP, Metric.name == "loss").items():
+    logged = Metric.name.in_(("loss", "kl"))
+    for run_id, rows in of_runs(session, Metric, long, Metric.step != FINAL_STEP, logged).items():
         for row in sorted(rows, key=lambda row: int(row.step)):
-            curves.setdefault((run_id, row.split), []).append((row.step, join_value(row.value, row.value_kind)))
+            part = row.split if row.name == "loss" else row.name
+            curves.setdefault((run_id, part), []).append((row.step, join_value(row.value, row.value_kind)))
     drawn = (and_(LayerMetric.split == split, LayerMetric.name.in_(names)) for split, names in _LAYER_NUMBERS.items())
     first = select(Run.id, Run.parity_first_difference).where(Run.id.in_(long))
     meanings = session.scalars(select(MetricDef))
+    params = session.execute(select(Run.id, Run.params).where(Run.id.in_(ids)))
     return Results(
         task=task,
         tasks=tuple(tasks),
@@ -104,6 +108,7 @@ def read(session: Session, runs: Sequence[RunFacts], choice: Choice, *, detail: 
             run_id: {(row.split, row.name): join_value(row.value, row.value_kind) for row in rows}
             for run_id, rows in metrics.items()
         },
+        settings={run_id: stages.get("train", {}).get("train", {}) for run_id, stages in params},
         answers=_credit(credit, "test"),
         retained=_credit(credit, "retention"),
         timings=of_runs(session, Speed, ids, Speed.nanoseconds.is_not(None)),

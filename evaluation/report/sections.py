@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from db.queries import BASE
-from evaluation.report.arms import CLUSTER_INDICES, RETENTION, ArmRow, ProbeRow
+from evaluation.report.arms import CLUSTER_INDICES, KL, LOSS, RETENTION, ArmRow, ProbeRow
 from evaluation.report.blocks import (
     TONES,
     Block,
@@ -23,7 +23,7 @@ from evaluation.report.blocks import (
 )
 from evaluation.report.browser import samples
 from evaluation.report.comparison import Comparison, Report, TaskRow, clauses
-from evaluation.report.criteria import GAIN, KEPT, Criterion
+from evaluation.report.criteria import GAIN, KEPT, KEPT_THRESHOLD, NAMES, NATS, Criterion
 from evaluation.report.results import Key
 from evaluation.report.serving import PHASES, PhaseRow, PrecisionRow, ServedRow
 from evaluation.report.text import interval, listed, number, percent, seeds_text, significant
@@ -39,6 +39,8 @@ _METHOD = ("Δ speed:", "Differences over several seeds:")
 """How notes begin that explain a method; all others limit what these data show."""
 _SHORT = 12
 """Characters of a hash that are shown."""
+_MOST_COLUMNS = 6
+"""Arms beside each other in the table of criteria; more stand one below the other."""
 _ROUNDS_TO_ZERO = 0.05
 """Points below which a change is written as 0.0, which says no more than no change."""
 
@@ -103,7 +105,7 @@ def findings(comparison: Comparison) -> Section:
     told = {f"{row.arm} seed {probe.seed}: {probe.verdict}: " for row in comparison.rows for probe in row.probes}
     notes = [note for note in comparison.notes if ": ".join([*note.split(": ")[:2], ""]) not in told]
     blocks: list[Block] = [Text(part, "lead") for part in headline(comparison)]
-    blocks += [Text(note, "note") for note in notes if not note.startswith(_METHOD)]
+    blocks += [Text(note, "note") for note in (*_front(comparison), *notes) if not note.startswith(_METHOD)]
     blocks += [Cards({row.arm: _facts(row, comparison.baseline) for row in comparison.trained})]
     blocks += _criteria(comparison)
     if methods := tuple(Text(note, "note") for note in notes if note.startswith(_METHOD)):
@@ -114,7 +116,11 @@ def findings(comparison: Comparison) -> Section:
 def headline(comparison: Comparison) -> list[str]:
     """Paragraphs: what holds against the baseline, what against the base, and what speaks against the arms."""
     title, found = comparison.primary.title, []
-    for against in reversed(comparison.references):
+    causes: dict[str, list[ArmRow]] = {}
+    for row in comparison.trained:
+        if row.like is not None:
+            causes.setdefault(row.like, []).append(row)
+    for against in dict.fromkeys((*reversed(comparison.references), *causes)):
         groups: dict[tuple[str, bool, int, int], list[tuple[str, Difference]]] = {}
         for row in comparison.trained:
             if d := row.against(against):
@@ -122,10 +128,31 @@ def headline(comparison: Comparison) -> list[str]:
                 groups.setdefault(key, []).append((row.arm, d))
         order = ["better", "worse", "undecided"]
         ordered = sorted(groups.items(), key=lambda item: order.index(item[0][0]))
-        found.append(" ".join(_sentence(group, against, title) for _, group in ordered))
+        mixed = [_two_causes(comparison, causes[against])] if against in causes else []
+        found.append(" ".join((*mixed, *(_sentence(group, against, title) for _, group in ordered))))
     found.append(" ".join(_not_compared(comparison)))
     found.append(" ".join(filter(None, map(_unclaimed, comparison.trained))))
     return [paragraph for paragraph in found if paragraph]
+
+
+def _two_causes(comparison: Comparison, rows: Sequence[ArmRow]) -> str:
+    """What is mixed where these arms, which have one `like`, are held against the baseline, and where it is not."""
+    ways: dict[str, list[str]] = {}
+    for row in rows:
+        ways.setdefault(row.preserve, []).append(row.arm)
+    names = listed(f"{listed(arms)} ({way})" for way, arms in ways.items())
+    verb, baseline = "is" if len(rows) == 1 else "are", comparison.baseline
+    told = f"{names} {verb} preserved as {baseline} is not, so a difference from {baseline} has two causes."
+    like = next((row for row in comparison.rows if row.arm == rows[0].like), None)
+    if like is None:
+        return f"{told} No arm here is {baseline} preserved likewise."
+    return f"{told} Like with like is the comparison with {like.arm} ({like.preserve})."
+
+
+def _front(comparison: Comparison) -> Iterable[str]:
+    if front := [arm for arm, above in comparison.pareto.items() if not above]:
+        names = f"{listed(front)} {'is' if len(front) == 1 else 'are'}"
+        yield f"By the means {names} on the Pareto front of {comparison.primary.title} and retention."
 
 
 def _sentence(group: Sequence[tuple[str, Difference]], against: str, title: str) -> str:
@@ -196,20 +223,32 @@ def _criteria(comparison: Comparison) -> list[Block]:
     def named(name: str) -> str:  # not every task's primary metric is an accuracy
         return name if comparison.primary.air or name != GAIN else "gain"
 
-    rows = [
-        (
-            Cell(named(name), hint=threshold + (", points" if unit == "points" else "")),
-            *(_outcome(judged.get((name, threshold, arm))) for arm in arms),
-        )
-        for name, threshold, unit in dict.fromkeys((c.name, c.threshold, c.unit) for c in comparison.criteria)
+    found = dict.fromkeys((c.name, c.threshold, c.unit) for c in comparison.criteria)
+    asked = [
+        (name, threshold, threshold + (f", {unit}" if unit != "percent" else ""))
+        for name, threshold, unit in sorted(found, key=lambda one: NAMES.index(one[0]))
     ]
+    headers, wide = ["Criterion", *arms], frozenset[int]()
+    rows: list[tuple[Cell, ...]] = [
+        (Cell(named(name), hint=hint), *(_outcome(judged.get((name, threshold, arm))) for arm in arms))
+        for name, threshold, hint in asked
+    ]
+    if len(arms) > _MOST_COLUMNS:
+        wide = frozenset(at for at in range(2, len(asked) + 1) if asked[at - 1][0] == asked[at - 2][0])
+        headers = ["Arm", *(f"{named(name)}: {hint}" for name, _, hint in asked)]
+        rows = [(arm_cell(arm), *(row[at] for row in rows)) for at, arm in enumerate(arms, start=1)]
     reasons = [
         (named(c.name), arm_cell(c.arm), Cell(c.outcome, tone=TONES[c.outcome]), c.why) for c in comparison.criteria
     ]
     why = "Why each criterion was judged so"
     return [
+        Text(
+            "Three outcomes were named before the run: accuracy above the baseline's, evaluation loss below the "
+            "baseline's and retention. The loss is compared seed by seed, with Student's t over seeds and without "
+            "correction for several arms: one seed decides nothing.", "note"
+        ),
         Table("Success criteria: pass or fail only where the whole 95% interval is on one side",
-              ("Criterion", *arms), rows, frozenset(range(1, len(arms) + 1))),
+              headers, rows, frozenset(range(1, len(headers))), wide),
         Details(why, (Table(why, ("Criterion", "Arm", "Outcome", "Why"), reasons, frozenset({1, 2, 3})),)),
     ]  # fmt: skip
 
@@ -221,7 +260,7 @@ def _outcome(criterion: Criterion | None) -> Cell:
     if estimate is None:
         hint = "not comparable" if criterion.unit == "points" else "not measured"
     else:  # a share of what the base knows is no change, so it has no sign
-        hint = interval(estimate, sign=criterion.name != KEPT)
+        hint = interval(estimate, sign=criterion.name != KEPT, digits=4 if criterion.unit == NATS else 1)
         if criterion.confidence < 100 * LEVEL:
             hint += f"\n{_confidence(criterion.confidence)}"
     return Cell(criterion.outcome, tone=TONES[criterion.outcome], hint=hint)
@@ -258,13 +297,17 @@ def _line(row: ArmRow, references: Iterable[str]) -> tuple[object, ...]:
     seeds = f"{len(row.seeds)} seed{'s' if len(row.seeds) > 1 else ''}"
     share = row.retention_share_interval
     return (
-        Cell(row.arm, arm=row.arm, hint=f"{row.model_name}\n{seeds}"),
+        Cell(row.arm, arm=row.arm, hint="\n".join(filter(None, (row.model_name, seeds, _preserved(row))))),
         _score(row.accuracy, row.accuracy_interval),
         *(_against(row.against(arm)) for arm in references),
         Cell(_score(row.retention, row.retention_interval), hint=f"keeps {number(share.estimate)} %" if share else ""),
         Cell(number(row.decode_speed), hint="" if row.arm == BASE or row.delta_speed is None else change),
         Cell(row.updates or "–", tone="bad" if wrong else "", hint="not as claimed" if wrong else ""),
     )
+
+
+def _preserved(row: ArmRow) -> str:
+    return f"preserved: {row.preserve}" if row.preserve else ""
 
 
 def _score(value: float | None, bounds: Interval | None) -> str:
@@ -441,7 +484,8 @@ _UPDATES: Mapping[Key, str] = {
 
 def retention(report: Report) -> Section | None:
     comparison = report.comparison
-    blocks = [block for block in (_scatters(report), _retained(comparison), _updates(comparison)) if block]
+    found = (_pareto(report), _front_table(comparison), _scatters(report), _retained(comparison), _updates(comparison))
+    blocks = [block for block in found if block]
     if not blocks:
         return None
     lead = "Retention is the accuracy on general tasks that no arm was trained on."
@@ -453,11 +497,70 @@ def retention(report: Report) -> Section | None:
     return Section("Retention and forgetting", (Text(lead), *blocks))
 
 
+def _pareto(report: Report) -> Panel | None:
+    comparison, key = report.comparison, ("test", report.comparison.primary.metric)
+    data = Dataset(("kind", "arm", "seed", "front", "low", "x", "high", "kept_low", "y", "kept_high"))
+    for row in comparison.rows:
+        across, up = row.accuracy_interval, row.retention_share_interval
+        if row.arm not in comparison.pareto or not across or not up:
+            continue
+        front = "dominated" if comparison.pareto[row.arm] else "front"
+        data.add(
+            "mean", row.arm, "", front, across.low, row.accuracy, across.high, up.low, row.retention_share, up.high
+        )
+        for run in report.results.runs:
+            x = report.results.metrics.get(run.id, {}).get(key)
+            if run.arm == row.arm and len(row.seeds) > 1 and x is not None and run.seed in row.kept_by_seed:
+                y = row.kept_by_seed[run.seed]
+                data.add("seed", row.arm, str(run.seed), front, None, 100 * x, None, None, y, None)
+    if not data.rows:
+        return None
+    title = f"{comparison.primary.title}, %"
+    drawn = Chart(
+        "pareto",
+        "What was learnt, what was kept",
+        f"Accuracy and retention of each arm with 95% intervals; across {title}, up retention in percent of the base's",
+        "pareto",
+        {"x_title": title, "y_title": "retention, % of the base's",
+         "marks": {"the base": 100.0, "the criterion": KEPT_THRESHOLD}},
+    )  # fmt: skip
+    note = (
+        "Means over seeds with 95% intervals in both directions; small points are single seeds. Filled and joined: the "
+        "Pareto front, arms that no other one equals or exceeds in both. It goes by the means: where intervals "
+        "overlap, another run may have another front."
+    )
+    return Panel("pareto", data, (drawn,), tuple(data.levels("arm")), note=note, wide=True, legend=False)
+
+
+def _front_table(comparison: Comparison) -> Table | None:
+    above = comparison.pareto
+    if not above:
+        return None
+    told = {arm: f"dominated by {listed(names)}" if names else "on the front" for arm, names in above.items()}
+    rows = sorted(comparison.rows, key=lambda row: (row.arm != BASE, bool(above.get(row.arm)), -(row.accuracy or 0)))
+    lines = [
+        (
+            Cell(row.arm, arm=row.arm, hint=_preserved(row)),
+            _score(row.accuracy, row.accuracy_interval),
+            _score(row.retention, row.retention_interval),
+            "100.0" if row.arm == BASE else interval(row.retention_share_interval),
+            *(significant(row.metrics.get(key)) for key in (LOSS, KL)),
+            told.get(row.arm, "–"),
+        )
+        for row in rows
+    ]
+    headers = ("Arm", f"{comparison.primary.title}, %", "Retention, %", "Kept of the base's, %",
+               "Evaluation loss", "KL to the base", "Pareto front")  # fmt: skip
+    caption = (
+        "What was learnt and what was kept: means over seeds, in brackets 95% intervals; loss and KL in nats per token"
+    )
+    return Table(caption, headers, lines, frozenset({len(headers) - 1}))
+
+
 def _scatters(report: Report) -> Panel | None:
     comparison, primary = report.comparison, report.comparison.primary
     learnt: Axis = (("test", primary.metric), f"{primary.title}, %", 100)
     pictures = {
-        "kept": ("What was learnt, what was kept", learnt, _KEPT),
         "gain": ("Size of the update and what was learnt", _NORM, learnt),
         "norm": ("Size of the update and retention", _NORM, _KEPT),
         "rank": ("Effective rank of the update and retention", _EFFECTIVE, _KEPT),

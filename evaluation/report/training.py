@@ -59,20 +59,24 @@ _PROBE_COLUMNS = {
     "cos_raw_step": "cos(raw, step)",
     "twin_divergence": "Loss curves apart, A/A floors",
 }
-_PARTS = {"train": ("Training loss", "training loss"), "eval": ("Loss on held-out items", "loss on held-out items")}
+_PARTS = {
+    "train": ("Training loss", "training loss"),
+    "eval": ("Loss on held-out items", "loss on held-out items"),
+    "kl": ("KL to the base", "KL to the base"),
+}
 
 
 def loss(report: Report) -> Section | None:
     curves = report.results.curves
     if not curves:
         return None
-    data = Dataset(("arm", "seed", "part", "step", "low", "loss", "high"))
+    data = Dataset(("arm", "seed", "part", "step", "low", "nats", "high"))
     lost: dict[tuple[str, str], list[int]] = defaultdict(list)
     for run in report.results.runs:
         for part, (_, name) in _PARTS.items():
             own = curves.get((run.id, part), ())
             finite = [(step, value) for step, value in own if math.isfinite(value)]
-            for step, *values in thin(finite, MOST_POINTS):
+            for step, *values in thin([point for point in finite if part != "kl" or point[1] > 0], MOST_POINTS):
                 data.add(run.arm, str(run.seed), part, step, *values)
             if gone := [step for step, value in own if not math.isfinite(value)]:
                 lasting = not finite or finite[-1][0] < gone[0]
@@ -90,8 +94,9 @@ def loss(report: Report) -> Section | None:
             title=f"{title}, nats per token",
             label=f"{title} over optimizer steps, one line for each arm and seed: {', '.join(arms)}",
             draw="lines",
-            options={"x": "step", "x_title": "optimizer step", "y": "loss", "y_title": "nats per token",
-                     "detail": ["seed"], "band": part in thinned, "points": part == "eval"},
+            options={"x": "step", "x_title": "optimizer step", "y": "nats", "detail": ["seed"], "log": part == "kl",
+                     "y_title": "nats per token (log)" if part == "kl" else "nats per token",
+                     "band": part in thinned, "points": part != "train"},
             where={"part": part},
         )
         for part, (title, _) in _PARTS.items()
@@ -100,6 +105,8 @@ def loss(report: Report) -> Section | None:
     note = "One line for each seed."
     if thinned:
         note += f" Of longer runs {MOST_POINTS} points are drawn: means of stretches, in a band of all their values."
+    if "kl" in data.levels("part"):
+        note += " KL(base ‖ tuned) is measured in every arm, preserved or not, on texts of the base that no loss sees."
     blocks: list[Block] = [
         Text(f"{arm}: {'; '.join(words)}. No curve can show that.") for arm, words in sentences.items()
     ]

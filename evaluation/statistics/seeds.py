@@ -115,6 +115,14 @@ def items_interval(d: Array, level: float = LEVEL) -> Interval:
     return Interval(mean, max(-1.0, mean - half), min(1.0, mean + half))
 
 
+def mean_interval(values: Array, level: float = LEVEL) -> Interval:
+    """Interval of the mean of one number for each seed, by Student's t; without width for a single seed."""
+    mean, half = float(values.mean()), 0.0
+    if values.size > 1:
+        half = quantile(values.size - 1, level) * float(values.std(ddof=1)) / values.size**0.5
+    return Interval(mean, mean - half, mean + half)
+
+
 @dataclass(frozen=True)
 class Components:
     """Standard deviations σ_seed, σ_item and σ_res in the unit of d; 0 where one cannot be told from chance."""

@@ -25,6 +25,7 @@ BUILDERS = {
     "base": lambda root: page_tree.add_arm(root, "base", 0, page_tree.RIGHT["base"]),
     "odd": page_tree.make_odd_tree,
     "tasks": make_three_tasks,
+    "preserved": page_tree.make_preserved_tree,
 }
 
 

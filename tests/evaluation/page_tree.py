@@ -164,3 +164,35 @@ def make_evil_tree(root: Path) -> Path:
     write(verdict, content)
     make_verified(root, EVIL_ARM, rows=[verification("llama_cpp", "merged", first_difference=EVIL[3], answered=0.5)])
     return root
+
+
+PLAIN = {"rank": 16, "preserve": {"method": "none", "strength": 1.0, "kl": None}}
+DISTILL = {"preserve": {"method": "distill", "strength": 1.0, "kl": None}}
+FOUR = {
+    "baseline_lora": (70, 2, 0.43, 3.0, {}),
+    "baseline_lora_preserved": (66, 30, 0.435, 0.04, {"preserve": {"method": "distill", "strength": 1.0, "kl": 0.05}}),
+    "hybrid_grit": (75, 27, 0.41, 0.06, {**DISTILL, "grit": {}}),
+    "pure_grit": (74, 26, 0.415, 0.07, {**DISTILL, "grit": {}}),
+}
+"""Arm → right of `ITEMS`, right of `KEPT_ITEMS`, evaluation loss, KL to the base, and what it sets differently."""
+
+
+def make_preserved_tree(root: Path, arms: dict[str, Any] = FOUR) -> Path:
+    """Three seeds of arms of which some are preserved; the base has 32 of its retention items right."""
+    for arm, (right, kept, loss, kl, own) in {"base": (40, 32, 0, 0, {}), **arms}.items():
+        for seed in (0,) if arm == "base" else (0, 1, 2):
+            add_arm(root, arm, seed, right + 2 * seed)
+            place = root / "scores" / arm / str(seed) / "samples.jsonl"
+            lines = [json.loads(line) for line in place.read_text(encoding="utf-8").splitlines()]
+            for i, line in enumerate(line for line in lines if line["split"] == "retention"):
+                line["correct"] = i < kept - seed
+            write_lines(place, lines)
+            if arm != "base":
+                curve = [{"step": s, "loss": loss + math.exp(-s / 100)} for s in range(10, 501, 10)]
+                for step in (125, 250, 375, 500):
+                    curve.append({"step": step, "eval_loss": loss + math.exp(-step / 90) + seed * len(arm) % 3 * 0.003})
+                    curve.append({"step": step, "eval_kl": kl * (step / 500) ** 0.3, "preserve_strength": 1.0})
+                folder = root / "adapters" / arm / str(seed)
+                write(folder / "loss_history.json", curve)
+                edit(folder / "run.json", params={"train": PLAIN | own})
+    return root

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from evaluation.report.arms import SpeedChange, speed_change, speed_changes
 from evaluation.report.comparison import in_words
-from evaluation.report.criteria import Criterion, by_difference, by_retention, by_speed
+from evaluation.report.criteria import Criterion, by_difference, by_loss, by_retention, by_speed
 from evaluation.statistics.differences import Difference, Pairs, compare_pairs
 from evaluation.statistics.intervals import Interval
 
@@ -26,6 +28,26 @@ def test_retention_and_speed_are_judged_by_the_whole_interval() -> None:
         few = by_speed("pure_grit", SpeedChange(Interval(-5, low, high), 0.9375, 5))
         assert few.outcome == "undecided" and "5 paired repetitions" in few.why and few.confidence == 93.75
     assert by_speed("pure_grit", SpeedChange(None, 0.0, 0)).outcome == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("losses", "outcome", "why"),
+    [
+        ((-0.02, -0.015, -0.018), "pass", "whole interval is below zero. 3 seeds"),
+        ((0.02, 0.015, 0.018), "fail", "above zero"),
+        ((-0.02, 0.015, -0.018), "undecided", "contains zero"),
+        ((-0.02,), "undecided", "One seed"),
+        ((-0.02, math.inf, -0.018), "undecided", "Not finite for every seed"),
+        ((), "undecided", "No run of lora"),
+    ],
+)
+def test_the_evaluation_loss_is_judged_over_seeds(losses: tuple[float, ...], outcome: str, why: str) -> None:
+    found = by_loss("pure_grit", "lora", losses)
+    assert found.outcome == outcome and why in found.why and found.unit == "nats per token"
+    if len(losses) == 3 and found.estimate and math.isfinite(sum(losses)):
+        theirs = ttest_1samp(losses, 0).confidence_interval(0.95)
+        assert (found.estimate.low, found.estimate.high) == pytest.approx(tuple(theirs))
+    assert found.confidence == (0 if len(losses) == 1 else 95)
 
 
 def pairs(own: list[float], other: list[float], against: str = "base") -> Pairs:

@@ -52,8 +52,9 @@ def test_charts_draw_known_columns_and_intervals_where_they_lie(full):
         assert {*re.findall(r"'field': '(\w+)'", str(chart["spec"]))} - {"zero"} <= columns, chart["id"]
         assert set(chart["where"]) <= columns
         ranges = [one["encoding"] for one in chart["spec"].get("layer", ()) if "x2" in one["encoding"]]
-        assert {(one["x"]["field"], one["x2"]["field"]) for one in ranges} <= {("low", "high")}
-        assert bool(ranges) == chart["id"].startswith(("difference", "alignment", "speed", "precisions"))
+        ends = {(one["x"]["field"], one["x2"]["field"]) for one in ranges}
+        assert ends - {("x", "x")} <= {("low", "high")}  # the other is the line to a name
+        assert bool(ranges) == chart["id"].startswith(("difference", "alignment", "speed", "precisions", "pareto"))
 
 
 def test_differences_are_those_of_the_comparison(full):
@@ -178,6 +179,45 @@ def test_no_number_says_what_it_would_take():
     section = sections.power(Comparison(rows=(), outcomes=(), notes=(), units={}, runs=(), power=rows))
     (line,) = section.blocks[1].rows
     assert [cell.hint or cell.text for cell in line[4:]] == ["needs more seeds", "9 seeds would", "1,200"]
+
+
+# What was learnt and what was kept
+
+
+def test_the_pareto_front_and_like_with_like_are_those_of_the_numbers():
+    made = report("preserved")
+    rows = {row.arm: row for row in made.comparison.rows}
+    assert made.comparison.pareto == {
+        "baseline_lora": ("hybrid_grit",), "baseline_lora_preserved": (), "hybrid_grit": (),
+        "pure_grit": ("hybrid_grit",)}  # fmt: skip
+    assert rows["hybrid_grit"].kept_by_seed == pytest.approx({0: 100 * 27 / 32, 1: 100 * 26 / 32, 2: 100 * 25 / 32})
+    assert [rows[arm].like for arm in rows] == [None, None, None, *["baseline_lora_preserved"] * 2]
+    assert rows["pure_grit"].losses["baseline_lora"] == pytest.approx((-0.015, -0.018, -0.021))
+
+    told = words(part(made, "findings"))
+    assert "hybrid_grit and pure_grit (distill, strength 1) are preserved as baseline_lora is not, so" in told
+    assert "Like with like is the comparison with baseline_lora_preserved (distill, KL 0.05)." in told
+    assert "hybrid_grit and pure_grit are better or worse than baseline_lora_preserved is undecided" in told
+    criteria = table(made.text, "success-criteria")
+    assert [" ".join(row[0].split()[:2]) for row in criteria[4:6]] == ["evaluation loss"] * 2
+    assert criteria[4][2:] == ["undecided +0.0050 [-0.0025, +0.0125]", "pass -0.0200 [-0.0275, -0.0125]",
+                               "pass -0.0180 [-0.0255, -0.0105]"]  # fmt: skip
+
+    lines = table(part(made, "retention-and-forgetting"), "what-was-learnt")[1:]
+    assert [row[0].split()[0] for row in lines] == [
+        "base", "hybrid_grit", "baseline_lora_preserved", "pure_grit", "baseline_lora"]  # fmt: skip
+    share = rows["hybrid_grit"].retention_share_interval
+    assert lines[1][0].endswith("preserved: distill, strength 1") and lines[1][-1] == "on the front"
+    assert lines[1][3] == f"{share.estimate:.1f} [{share.low:.1f}, {share.high:.1f}]"
+    assert lines[-1][4:] == ["0.4369", "3", "dominated by hybrid_grit"]
+
+    drawn = rows_of(made.data["datasets"]["pareto"])
+    assert [(r["arm"], r["front"]) for r in drawn if r["kind"] == "mean"] == [
+        (arm, "dominated" if above else "front") for arm, above in made.comparison.pareto.items()
+    ]
+    assert sum(r["kind"] == "seed" for r in drawn) == 12
+    curve = [r["nats"] for r in rows_of(made.data["datasets"]["loss"]) if (r["arm"], r["part"]) == ("pure_grit", "kl")]
+    assert len(curve) == 3 * 4 and curve[3] == 0.07
 
 
 # What is there and what is not

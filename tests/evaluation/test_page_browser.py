@@ -155,7 +155,7 @@ def test_a_choice_redraws_its_charts_only(browser: Any) -> None:
     places = "all => all.map((m) => m.ariaLabel || m.getAttribute('transform'))"
     with opened(browser, "full") as page:
         draw_all(page)
-        kept, before = drawing(page, "scatter-kept"), page.eval_on_selector_all(points, places)
+        kept, before = drawing(page, "scatter-gain"), page.eval_on_selector_all(points, places)
         assert len(before) == 2 * len(page_tree.SEEDS) * 8  # arms, seeds, eigenvalues
         panel = page.locator("[data-panel='spectra']")
         panel.locator("[data-column='layer']").select_option(page_tree.LAYERS[0])
@@ -164,7 +164,7 @@ def test_a_choice_redraws_its_charts_only(browser: Any) -> None:
         assert len(after) == len(before) and after != before
         panel.locator("[data-column='seed']").select_option("1")
         page.wait_for_function(f"() => document.querySelectorAll({json.dumps(points)}).length === {len(before) // 2}")
-        assert drawing(page, "scatter-kept") == kept and page.deeds == []
+        assert drawing(page, "scatter-gain") == kept and page.deeds == []
 
 
 def test_nothing_of_what_a_model_says_runs(browser: Any) -> None:

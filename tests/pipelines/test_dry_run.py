@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines import base_texts, dry_run, prepare_base, prepare_data
+from db.files import write_jsonl
+from pipelines import dry_run, prepare_base, prepare_data
 from pipelines.check import parse_params
 from tests.project_clone import ROOT
 
@@ -20,7 +21,7 @@ def params(smoke_raw, tmp_path, monkeypatch):
     params = parse_params(smoke_raw)
     prepare_data.run(params)
     prepare_base.run(params)
-    base_texts.run(params)
+    write_jsonl(tmp_path / "texts/texts.jsonl", [{"text": f"What is {n} + 1?", "ended": True} for n in range(12)])
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(smoke_raw))
     return params
 

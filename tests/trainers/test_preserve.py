@@ -185,7 +185,7 @@ def test_the_added_gradient_is_part_of_the_loss_for_the_probe(held, method):
 
 
 def test_what_does_not_fit_is_named(make_job, held):
-    with pytest.raises(EncodingError, match="preserve: expected texts of the base, got none; run stage base_texts"):
+    with pytest.raises(EncodingError, match="expected texts of the base, got none; run stage base_texts"):
         build(arms.load("baseline_lora"), make_job(preserve={"method": "distill"}))
     for wrong, said in (
         ({"strength": -1.0}, "greater than or equal to 0"),

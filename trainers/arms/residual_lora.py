@@ -1,0 +1,102 @@
+"""LoRA that starts as a part of W: the part that the base's own texts need least, while the rest stays frozen.
+
+    corda      the last r of the SVD of W C, C = E[x xᵀ] (CorDA, knowledge-preserved mode: Yang et al. 2024, arXiv
+               2406.05223; PEFT's init_lora_weights="corda")
+    lora_null  W on the r directions that C has least of (LoRA-Null: Tang et al. 2025, arXiv 2503.02659; the form that
+               trains A and B both)
+
+W stays as it is, a hook takes the start s·B₀·A₀ off what the layer puts out: with the adapter off this is the base. At
+the end of training the start becomes part of the adapter, [B, −B₀] [A; A₀] of rank 2r, which fits the untouched base.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from trainers.models import ModelError
+from trainers.run import Arm, TrainingJob
+from trainers.settings import TrainSettings
+
+
+class ResidualSettings(TrainSettings):
+    """Section train, and which part of W is trained."""
+
+    start: Literal["corda", "lora_null"] = "corda"
+
+    @model_validator(mode="after")
+    def _plain(self) -> Self:
+        problems = []
+        if self.layers is not None:
+            problems.append("layers: expected null, since this arm starts from texts")
+        if self.preserve.method not in ("none", "distill"):
+            problems.append(
+                f"preserve.method: expected none or distill, got {self.preserve.method}: it holds B·A to zero, which "
+                "is not where this arm starts"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def corda(w: Any, c: Any, r: int) -> tuple[Any, Any]:
+    """B [d_out, r], A [r, d_in] from W [d_out, d_in] and C [d_in, d_in]."""
+    import torch
+
+    c = c + 0.01 * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype, device=c.device)  # as PEFT
+    u, s, vh = torch.linalg.svd(w @ c, full_matrices=False)
+    a = torch.linalg.solve(c, vh[-r:].mT).mT
+    return u[:, -r:] * s[-r:].sqrt(), s[-r:, None].sqrt() * a
+
+
+def lora_null(w: Any, c: Any, r: int) -> tuple[Any, Any]:
+    """B [d_out, r], A [r, d_in] from W [d_out, d_in] and C [d_in, d_in]."""
+    import torch
+
+    null = torch.linalg.eigh(c).eigenvectors[:, :r]  # of the smallest eigenvalues
+    u, s, vh = torch.linalg.svd(w @ null, full_matrices=False)
+    return u * s.sqrt(), s[:, None].sqrt() * (vh @ null.mT)
+
+
+def start(trainer: Any, settings: Any, texts: Iterable[Mapping[str, Any]]) -> None:
+    """Put A and B at their start, and take it off again in each layer until the end of training."""
+    import torch
+    from peft.utils.integrations import dequantize_module_weight
+    from torch.nn.functional import linear
+    from transformers import TrainerCallback
+
+    from grit.layers import resize, write_patterns
+    from grit.preserve import input_moments
+
+    part, taken = {"corda": corda, "lora_null": lora_null}[settings.start], []
+    for pair, c in input_moments(trainer.model, texts):
+        w = dequantize_module_weight(pair.layer.get_base_layer()).detach().double()
+        if min(w.shape) < pair.rank:
+            raise ModelError(f"train.rank: expected at most {min(w.shape)}, as wide as {pair.name}, got {pair.rank}")
+        b, a = part(w, c.double(), pair.rank)
+        pair.a.data.copy_(a / pair.scale**0.5)
+        pair.b.data.copy_(b / pair.scale**0.5)
+        a, b, scale = pair.a.detach().clone(), pair.b.detach().clone(), pair.scale
+
+        def take(layer: Any, args: Any, y: Any, a: Any = a, b: Any = b, scale: float = scale) -> Any:
+            if layer.disable_adapters:
+                return y
+            return y - (scale * linear(linear(args[0].to(a.dtype), a), b)).to(y.dtype)
+
+        taken.append((pair, a, b, pair.layer.register_forward_hook(take)))
+
+    class PartOfTheAdapter(TrainerCallback):
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            for pair, a, b, hook in taken:
+                hook.remove()
+                resize(pair, torch.cat([pair.a.detach(), a]), torch.cat([pair.b.detach(), -b], dim=1))
+            write_patterns(trainer.model, [pair for pair, *_ in taken])
+
+    trainer.add_callback(PartOfTheAdapter())
+
+
+def _report(trainer: Any, job: TrainingJob) -> dict[str, Any]:
+    return {"trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) // 2}
+
+
+ARM = Arm(name="residual_lora", title="Residual LoRA", settings=ResidualSettings, start=start, report=_report)
