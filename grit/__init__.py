@@ -21,6 +21,7 @@ _HOMES = {
     "GritTrainer": "grit.trainer",
     "NonFiniteGradientsError": "grit.manager",
     "NotAppliedError": "grit.manager",
+    "Preserve": "grit.preserve",
     "grit_trainer_class": "grit.trainer",
 }
 

@@ -112,6 +112,8 @@ class Keeper:
 
     def base_at(self, model: Any, step: int, batch: dict[str, Any]) -> Any:
         """What `of_base` says of a step's texts; it is asked about several steps at once, as small batches are slow."""
+        import torch
+
         vocabulary = self.trainer.accelerator.unwrap_model(model).config.get_text_config().vocab_size
         size = 4 * vocabulary * self.rows * max(map(len, self.texts))
         at_once = max(1, min(16, _BYTES // size))
@@ -119,13 +121,19 @@ class Keeper:
         if self.asked[0] != first:
             steps = [self.rows_of(n) for n in range(first, first + at_once)]
             texts = [text for rows in steps for text in rows]
-            (whole,) = batches(texts, self.pad, self.trainer.args.device, len(texts))
-            found = self.of_base(model, whole)
-            self.asked = (
-                first,
-                found.split([sum(map(len, rows)) - len(rows) for rows in steps]) if len(found) > 1 else (),
-            )
-        return self.asked[1][step - first] if self.asked[1] else self.of_base(model, batch)
+            order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+            said: list[Any] = [None] * len(texts)
+            ordered = iter(order)
+            for part in batches([texts[i] for i in order], self.pad, self.trainer.args.device, 2 * _BATCH):
+                found = self.of_base(model, part)
+                lengths = (part["attention_mask"].sum(1) - 1).tolist()
+                if len(found) > 1:
+                    for own in found.split(lengths):
+                        said[next(ordered)] = own
+            known = iter(said)
+            self.asked = (first, [[next(known) for _ in rows] for rows in steps])
+        own = self.asked[1][step - first]
+        return self.of_base(model, batch) if own[0] is None else torch.cat(own)
 
     def hold(self, model: Any) -> None:
         """Add the gradient of strength · KL on this step's texts, or that of the penalty."""
