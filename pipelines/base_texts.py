@@ -148,14 +148,14 @@ def _of_base(section: BaseTexts, params: Params, template: str, asked: Sequence[
     tokenizer = load_tokenizer(reference)
     chat = turn_of(template, tokenizer) if params.prompt.template == CHAT else None
     model = load_base_model(reference, params.train.model_copy(update={"gradient_checkpointing": False})).eval()
-    rows: list[Row] = []
+    rows: dict[str, Row] = {}  # each text once, so that none is both learnt from and measured on
     with tqdm(total=section.number, desc="base_texts") as bar:
         for tries, row in enumerate(sampled(model, tokenizer, section, chat), 1):
             if row and row["text"].strip() and not of_retention(row["text"], template, asked):
-                rows.append(row)
-                bar.update()
+                rows[row["text"]] = row
+                bar.update(len(rows) - bar.n)
             if len(rows) == section.number:
-                return rows, tries - len(rows)
+                return [*rows.values()], tries - len(rows)
             if tries == _TRIES * section.number:
                 break
     raise TextError(
@@ -181,7 +181,7 @@ def _of_user(section: BaseTexts, asked: Sequence[str]) -> list[Row]:
         )
     if len(texts) < LEAST:
         raise TextError(f"base_texts.text: expected at least {LEAST} texts in {section.text}, got {len(texts)}")
-    chosen = spread(texts, section.number)
+    chosen = spread([*dict.fromkeys(texts)], section.number)
     random.Random(section.seed).shuffle(chosen)  # the first are kept for measuring
     return [{"text": text, "ended": True} for text in chosen]
 
