@@ -179,9 +179,12 @@ def _of_user(section: BaseTexts, asked: Sequence[str]) -> list[Row]:
             f"base_texts.text: {len(known)} of {len(texts)} texts of {section.text} hold questions of the "
             f"retention suite ({known[0][:60]!r} …), so retention would measure what was learnt; take them out"
         )
-    if len(texts) < LEAST:
-        raise TextError(f"base_texts.text: expected at least {LEAST} texts in {section.text}, got {len(texts)}")
-    chosen = spread([*dict.fromkeys(texts)], section.number)
+    different = [*dict.fromkeys(texts)]
+    if len(different) < LEAST:
+        raise TextError(
+            f"base_texts.text: expected at least {LEAST} different texts in {section.text}, got {len(different)}"
+        )
+    chosen = spread(different, section.number)
     random.Random(section.seed).shuffle(chosen)  # the first are kept for measuring
     return [{"text": text, "ended": True} for text in chosen]
 

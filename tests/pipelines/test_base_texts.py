@@ -200,6 +200,6 @@ def test_texts_that_are_no_use_are_refused(here, raw):
         run(raw, text="inputs/own.jsonl", text_column="bodi")
     with pytest.raises(TextError, match=r"base_texts\.text: expected `base`, a file ending in"):
         run(raw, text="bases")
-    own(["One.", "Two."])
-    with pytest.raises(TextError, match=r"expected at least 8 texts in inputs/own\.txt, got 2"):
+    own(["One.", "Two."] * 9)
+    with pytest.raises(TextError, match=r"expected at least 8 different texts in inputs/own\.txt, got 2"):
         run(raw, text="inputs/own.txt")
