@@ -175,9 +175,11 @@ class Manager:
         capture, active = self.capture, self.capture is not None and self.capture.active
         if capture is not None:
             capture.active = False
-        yield
-        if capture is not None:
-            capture.active = active
+        try:
+            yield
+        finally:
+            if capture is not None:
+                capture.active = active
 
     def _switch_capture(self) -> None:
         if self.capture is not None:

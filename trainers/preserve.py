@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from trainers.encode import batched_order
+from trainers.encode import EncodingError, batched_order
 from trainers.settings import TrainSettings
 
 KL, STRENGTH, STEP_KL = "eval_kl", "preserve_strength", "step_kl"
@@ -41,6 +41,8 @@ class Keeper:
 
     def __init__(self, trainer: Any, settings: TrainSettings, texts: Rows, seed: int):
         self.trainer, self.settings, self.seed = trainer, settings.preserve, seed
+        if len(texts) < 4:
+            raise EncodingError(f"base_texts: expected at least 4 texts of two tokens or more, got {len(texts)}")
         held = min(_HELD, len(texts) // 4)
         self.held, self.texts = texts[:held], texts[held:]
         self.rows = min(self.settings.rows, len(self.texts))
@@ -153,15 +155,14 @@ class Keeper:
                 loss = self.divergence(model, batch, base)
             if penalty is None:
                 accelerator.backward(self.strength * loss)
-        self.follow(float(accelerator.gather(loss.detach()).mean()))
+        if self.settings.kl is not None:
+            self.follow(float(accelerator.gather(loss.detach()).mean()), self.settings.kl)
 
-    def follow(self, kl: float) -> None:
-        """Move the strength towards what keeps KL at the target, if there is one."""
-        own = self.settings
+    def follow(self, kl: float, target: float) -> None:
+        """Move the strength towards what keeps KL at the target."""
         self.kl = kl if self.kl is None else _MEMORY * self.kl + (1 - _MEMORY) * kl
-        if own.kl is not None and own.strength > 0:
-            off = math.log(max(self.kl, 1e-9) / own.kl)
-            self.strength *= math.exp(_REACH / self.trainer.state.max_steps * max(-1.0, min(1.0, off)))
+        off = math.log(max(self.kl, 1e-9) / target)
+        self.strength *= math.exp(_REACH / self.trainer.state.max_steps * max(-1.0, min(1.0, off)))
 
 
 def attach(

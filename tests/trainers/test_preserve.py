@@ -138,7 +138,7 @@ def test_the_base_is_asked_about_several_steps_at_once_with_the_same_answers(hel
     for step in (*range(20), 3):
         (batch,) = batches(keeper.rows_of(step), keeper.pad, "cpu", 3)
         torch.testing.assert_close(keeper.base_at(model, step, batch), of_base(model, batch), atol=1e-4, rtol=1e-4)
-    assert len(asked) == 3
+    assert len(asked) == 6  # 48 texts of 16 steps, 32 at once, three times
 
 
 def test_where_logits_are_hidden_the_gradient_is_that_of_the_texts_cross_entropy(held):
@@ -162,17 +162,16 @@ def test_where_logits_are_hidden_the_gradient_is_that_of_the_texts_cross_entropy
         torch.testing.assert_close(p.grad, want)
 
 
-def test_the_strength_follows_a_target_and_stays_without_one(held):
+def test_the_strength_follows_a_target(held):
     keeper = keeper_of(held("distill"))
     keeper.trainer.state.max_steps = 100
     for kl, way in ((1.0, 1), (1e-6, -1)):
         before, keeper.kl = keeper.strength, None
-        keeper.follow(kl)
+        keeper.follow(kl, 0.02)
         assert (keeper.strength - before) * way > 0
-    keeper.settings = keeper.settings.model_copy(update={"kl": None})
-    before = keeper.strength
-    keeper.follow(1.0)
-    assert keeper.strength == before
+    fixed = held("activations")
+    run(arms.load("baseline_lora"), fixed)
+    assert {entry[STRENGTH] for entry in history(fixed) if STRENGTH in entry} == {30.0}
 
 
 @pytest.mark.parametrize("method", ["distill", "kfac"])

@@ -144,9 +144,11 @@ def unfuse_lora(model: Any) -> int:
 def _unfused(model: Any) -> Iterator[None]:
     found = [(module, attribute, vars(module)[attribute]) for _, module, attribute in fused_lora(model)]
     unfuse_lora(model)
-    yield
-    for module, attribute, kernel in found:
-        setattr(module, attribute, kernel)
+    try:
+        yield
+    finally:
+        for module, attribute, kernel in found:
+            setattr(module, attribute, kernel)
 
 
 def _trainer(settings: TrainSettings, **kwargs: Any) -> Any:
