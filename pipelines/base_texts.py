@@ -60,9 +60,10 @@ def sampled(
     opening, after, stop = chat or ("", "", ())
     eos = model.generation_config.eos_token_id
     known = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
-    ends = {token for token in [*known, *tokenizer.convert_tokens_to_ids(list(stop))] if token is not None}
+    ends = {*known, *tokenizer.convert_tokens_to_ids(list(stop))} - {None, tokenizer.unk_token_id}
     # A user's turn ends too where the model goes on with what is behind it, a token of its own or plain text.
-    behind, mark = tokenizer(after, add_special_tokens=False)["input_ids"][:1], after.strip()
+    mark = after.strip()
+    behind = tokenizer(mark, add_special_tokens=False)["input_ids"][:1]
     turn_ends = ends.union(token for token in behind if token in tokenizer.added_tokens_decoder)
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
@@ -159,7 +160,7 @@ def _of_base(section: BaseTexts, params: Params, template: str, asked: Sequence[
             if tries == _TRIES * section.number:
                 break
     raise TextError(
-        f"base_texts.number: expected {section.number} texts, the base said {len(rows)} usable ones in {tries} tries; "
+        f"base_texts.number: expected {section.number} texts, the base wrote {len(rows)} usable in {tries} tries; "
         "lower it, raise base_texts.max_tokens, or name texts of your own in base_texts.text"
     )
 

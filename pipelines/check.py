@@ -24,7 +24,7 @@ from pipelines import (
     verify,
 )
 from pipelines.code import code_hash
-from pipelines.params import NAME, PARAMS_FILE, VARIANT_OF, ConfigError, Probe, explain, listed, load_yaml
+from pipelines.params import NAME, PARAMS_FILE, VARIANT_OF, ConfigError, Probe, explain, listed, load_yaml, overridden
 from pipelines.prompt import CHAT
 from pipelines.stage import BASE_ARM, clear_errors, cli
 from trainers import arms
@@ -136,10 +136,9 @@ def _check_arms(raw: dict[str, Any]) -> list[str]:
         else:
             usable.append(arm)
         settings = arms.load(code).settings if code in own_arms else TrainSettings
-        overrides = {name: value for name, value in own.items() if name != VARIANT_OF}
-        for error in _errors(settings, {**train, **overrides}):
+        for error in _errors(settings, overridden(train, own)):
             # What does not fit together is the arm's fault only where it is trained, and section train alone does fit.
-            if error["loc"][0] in overrides if error["loc"] else arm in wanted and not _errors(TrainSettings, train):
+            if error["loc"][0] in own if error["loc"] else arm in wanted and not _errors(TrainSettings, train):
                 lines += explain([error], settings, "arms", str(arm))
     lines += [f"matrix.arms: unknown arm {a!r}{suggest(str(a), usable)}" for a in wanted if a not in usable]
     lines += [

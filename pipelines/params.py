@@ -111,6 +111,15 @@ def stages_at_once(raw: Any) -> int:
     return 1 if list(Path("/dev").glob("nvidia[0-9]*")) else max(1, len(os.sched_getaffinity(0)) // each)
 
 
+def overridden(train: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Section train with an arm's entry over it, and key by key over `preserve`."""
+    found = {**train, **{name: value for name, value in own.items() if name != VARIANT_OF}}
+    both = (train.get("preserve"), own.get("preserve"))
+    if all(isinstance(part, dict) for part in both):
+        found["preserve"] = {**train["preserve"], **own["preserve"]}
+    return found
+
+
 def check_arm(name: str, params: StageParams) -> None:
     """Refuse an arm that does not exist, or is a variant of none, with a ConfigError that lists those that do."""
     own = own_arms.names()

@@ -21,7 +21,7 @@ from db.files import (
 from evaluation.tasks import Item, general, render
 from pipelines.base_model import load_reference
 from pipelines.code import code_hash
-from pipelines.params import VARIANT_OF, StageParams, check_arm
+from pipelines.params import StageParams, check_arm, overridden
 from pipelines.prompt import Prompt, literal, prompt_text
 from pipelines.stage import BASE, DATA, TEXTS, adapter_dir, command, split_files
 from trainers import arms
@@ -35,9 +35,8 @@ class Params(StageParams):
     prompt: Prompt
 
     def train_for(self, arm: str) -> TrainSettings:
-        own = {name: value for name, value in self.arms.get(arm, {}).items() if name != VARIANT_OF}
         settings: type[TrainSettings] = arms.load(self.code_of(arm)).settings
-        return settings(**{**self.train.model_dump(), **own})
+        return settings(**overridden(self.train.model_dump(), self.arms.get(arm, {})))
 
 
 def load_arm(name: str, params: Params) -> Arm:

@@ -14,7 +14,7 @@ from trainers.settings import TrainSettings
 
 KL, STRENGTH, STEP_KL = "eval_kl", "preserve_strength", "step_kl"
 _HELD = 64  # texts for measuring, or a quarter of fewer
-_BATCH = 16  # texts a forward pass, where nothing is trained
+_BATCH = 16  # texts a forward pass where nothing is trained, or as many as a batch of the task's if that is less
 _BYTES = 2**28  # of the base's log-probabilities, asked for ahead of some steps at once
 # A strength that follows a target: by so much of its logarithm over a whole run, at most; KL is far off at first.
 _REACH, _MEMORY = 5.0, 0.95
@@ -47,6 +47,7 @@ class Keeper:
         self.held, self.texts = texts[:held], texts[held:]
         self.rows = min(self.settings.rows, len(self.texts))
         self.pad = trainer.processing_class.pad_token_id
+        self.size = min(_BATCH, trainer.args.per_device_train_batch_size)
         self.strength = self.settings.strength
         self.kl: float | None = None  # running mean of what steps measure
         self.penalty: Any = None
@@ -74,8 +75,12 @@ class Keeper:
         import torch
 
         inner = self.trainer.accelerator.unwrap_model(model)
+        training = inner.training
+        inner.eval()
         with torch.no_grad(), inner.disable_adapter(), self.trainer.compute_loss_context_manager():
-            return self.log_probs(inner, batch)
+            found = self.log_probs(inner, batch)
+        inner.train(training)
+        return found
 
     def divergence(self, model: Any, batch: dict[str, Any], base: Any) -> Any:
         """KL(base ‖ tuned) in nats, mean over the batch's tokens; with its gradient."""
@@ -95,7 +100,7 @@ class Keeper:
         training = model.training
         model.eval()
         with torch.no_grad():
-            for batch in batches(self.held, self.pad, self.trainer.args.device):
+            for batch in batches(self.held, self.pad, self.trainer.args.device, self.size):
                 tokens = int(batch["attention_mask"][:, 1:].sum())
                 total += float(self.divergence(model, batch, self.of_base(model, batch))) * tokens
                 count += tokens
@@ -129,7 +134,7 @@ class Keeper:
             for part in batches([texts[i] for i in order], self.pad, self.trainer.args.device, 2 * _BATCH):
                 found = self.of_base(model, part)
                 lengths = (part["attention_mask"].sum(1) - 1).tolist()
-                if len(found) > 1:
+                if found.shape[-1] > 1:
                     for own in found.split(lengths):
                         said[next(ordered)] = own
             known = iter(said)
@@ -160,6 +165,8 @@ class Keeper:
 
     def follow(self, kl: float, target: float) -> None:
         """Move the strength towards what keeps KL at the target."""
+        if not math.isfinite(kl):
+            return
         self.kl = kl if self.kl is None else _MEMORY * self.kl + (1 - _MEMORY) * kl
         off = math.log(max(self.kl, 1e-9) / target)
         self.strength *= math.exp(_REACH / self.trainer.state.max_steps * max(-1.0, min(1.0, off)))
@@ -178,12 +185,13 @@ def attach(
     """
     from transformers import TrainerCallback
 
+    texts = [*dict.fromkeys(map(tuple, texts))]  # which may be equal where they were cut
     keeper, own = Keeper(trainer, settings, texts, seed), settings.preserve
     if own.method in ("activations", "kfac", "ewc", "l2"):
         from grit.preserve import Preserve
 
         with unfused(trainer.model):
-            read = batches(keeper.texts, keeper.pad, trainer.args.device)
+            read = batches(keeper.texts, keeper.pad, trainer.args.device, keeper.size)
             keeper.penalty = Preserve(trainer.model, read, own.method, own.strength, own.rank, seed)
     step, evaluate = trainer.training_step, trainer.evaluate
     manager = getattr(trainer, "grit_manager", None)
@@ -194,7 +202,7 @@ def attach(
         now = trainer.state.global_step
         if now != seen and own.method != "none":
             model.train()
-            with nullcontext() if manager is None else manager.paused():  # GRIT's statistics are of the task
+            with nullcontext() if manager is None else manager.paused():  # GRIT's hooks see the task alone
                 keeper.hold(model)
         seen = now
         return step(model, inputs, num_items_in_batch)

@@ -164,7 +164,9 @@ def preserved(settings: Mapping[str, Any]) -> str:
 
 def like_with_like(arm: str, settings: Mapping[str, Mapping[str, Any]], baseline: str) -> str | None:
     """See `ArmRow.like`; arms whose settings have the same names run the same code."""
-    own, other = settings[arm], settings.get(baseline, {})
+    if baseline not in settings:
+        return None
+    own, other = settings[arm], settings[baseline]
     if preserved(own) in ("", preserved(other)) or own.keys() == other.keys():
         return None
     method = own["preserve"]["method"]

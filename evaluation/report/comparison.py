@@ -295,7 +295,11 @@ def outcome_line(row: ArmRow, baseline: str) -> str:
 
 
 def clauses(row: ArmRow, baseline: str) -> list[tuple[Difference | None, str]]:
-    mixed = "" if row.like is None else f", with two causes: {row.arm} is preserved ({row.preserve}), {baseline} not so"
+    mixed = (
+        ""
+        if row.like is None
+        else f", with two causes: {row.arm} is held to the base ({row.preserve}), {baseline} is not"
+    )
     found: list[tuple[Difference | None, str]] = [
         (one, in_words(one) + (mixed if one.against == baseline else "")) for one in row.differences
     ]

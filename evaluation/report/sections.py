@@ -130,9 +130,20 @@ def headline(comparison: Comparison) -> list[str]:
         ordered = sorted(groups.items(), key=lambda item: order.index(item[0][0]))
         mixed = [_two_causes(comparison, causes[against])] if against in causes else []
         found.append(" ".join((*mixed, *(_sentence(group, against, title) for _, group in ordered))))
+    found.append(_kept(comparison))
     found.append(" ".join(_not_compared(comparison)))
     found.append(" ".join(filter(None, map(_unclaimed, comparison.trained))))
     return [paragraph for paragraph in found if paragraph]
+
+
+def _kept(comparison: Comparison) -> str:
+    shares = [(row.arm, row.retention_share_interval) for row in comparison.trained if row.retention_share_interval]
+    if not shares:
+        return ""
+    told = listed(
+        f"{number(share.estimate)} [{number(share.low)}, {number(share.high)}] ({arm})" for arm, share in shares
+    )
+    return f"Of the base's accuracy on the retention tasks, percent with 95% intervals are kept: {told}."
 
 
 def _two_causes(comparison: Comparison, rows: Sequence[ArmRow]) -> str:
@@ -142,17 +153,17 @@ def _two_causes(comparison: Comparison, rows: Sequence[ArmRow]) -> str:
         ways.setdefault(row.preserve, []).append(row.arm)
     names = listed(f"{listed(arms)} ({way})" for way, arms in ways.items())
     verb, baseline = "is" if len(rows) == 1 else "are", comparison.baseline
-    told = f"{names} {verb} preserved as {baseline} is not, so a difference from {baseline} has two causes."
+    told = f"{names} {verb} held to the base, {baseline} is not, so a difference from {baseline} has two causes."
     like = next((row for row in comparison.rows if row.arm == rows[0].like), None)
     if like is None:
-        return f"{told} No arm here is {baseline} preserved likewise."
+        return f"{told} No arm here is {baseline} with the same preserve method."
     return f"{told} Like with like is the comparison with {like.arm} ({like.preserve})."
 
 
 def _front(comparison: Comparison) -> Iterable[str]:
     if front := [arm for arm, above in comparison.pareto.items() if not above]:
         names = f"{listed(front)} {'is' if len(front) == 1 else 'are'}"
-        yield f"By the means {names} on the Pareto front of {comparison.primary.title} and retention."
+        yield f"Judged by the means, {names} on the Pareto front of {comparison.primary.title} and retention."
 
 
 def _sentence(group: Sequence[tuple[str, Difference]], against: str, title: str) -> str:

@@ -265,7 +265,7 @@ def test_in_a_pipe_tables_fit_a_hundred_columns_and_nothing_heavy_is_loaded(path
     first = next(line for line in lines if line.startswith(" baseline_lora"))
     assert first.split() == ["baseline_lora", "70.0", "+30.0", "80.0", "100.0", "plain", "AdamW"]
     sentences = ("baseline_lora: ", "hybrid_grit: ", "pure_grit: ", "With ", "Differences ", "3 arms", "Δ speed ",
-                     "By the means ", "Three outcomes ")  # fmt: skip
+                     "Judged by the means, ", "Three outcomes ")  # fmt: skip
     assert max(len(line.rstrip()) for line in lines if not line.startswith(sentences)) <= 100
     assert "\x1b" not in done.stdout and "…" not in done.stdout
     assert any(line.startswith("hybrid_grit: ▲ significantly better than base (") for line in lines)

@@ -195,7 +195,7 @@ def test_the_pareto_front_and_like_with_like_are_those_of_the_numbers():
     assert rows["pure_grit"].losses["baseline_lora"] == pytest.approx((-0.015, -0.018, -0.021))
 
     told = words(part(made, "findings"))
-    assert "hybrid_grit and pure_grit (distill, strength 1) are preserved as baseline_lora is not, so" in told
+    assert "hybrid_grit and pure_grit (distill, strength 1) are held to the base, baseline_lora is not, so" in told
     assert "Like with like is the comparison with baseline_lora_preserved (distill, KL 0.05)." in told
     assert "hybrid_grit and pure_grit are better or worse than baseline_lora_preserved is undecided" in told
     criteria = table(made.text, "success-criteria")

@@ -91,7 +91,7 @@ def test_what_the_retention_suite_asks_or_might_ask_is_left_out(here, raw, monke
 
 def test_a_base_that_says_too_little(here, raw, monkeypatch):
     says(monkeypatch, "A text.", *[None] * 4)
-    with pytest.raises(TextError, match=r"number: expected 20 texts, the base said 1 usable ones in 80 tries; lower"):
+    with pytest.raises(TextError, match=r"number: expected 20 texts, the base wrote 1 usable in 80 tries; lower"):
         run(raw)
     assert not Path("texts").exists()
 

@@ -7,7 +7,7 @@ each arm runs in a process of its own.
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from trainers.run import TrainingJob
 from trainers.settings import BaseReference, TrainSettings
 
 _KERNELS = "unsloth.kernels.fast_lora"
+_KNOWN = ("apply_qkv", "apply_o", "forward", "_unsloth_forward")
 
 
 def _prepare(job: TrainingJob) -> None:
@@ -117,8 +118,7 @@ def unfuse_lora(model: Any) -> int:
     how many methods were put back; 0 on a CPU, where Unsloth fuses nothing.
     """
     found = list(fused_lora(model))
-    known = ("apply_qkv", "apply_o", "forward", "_unsloth_forward")
-    strange = [f"{name}.{attribute}" for name, _, attribute in found if attribute not in known]
+    strange = [f"{name}.{attribute}" for name, _, attribute in found if attribute not in _KNOWN]
     for name, module in model.named_modules():  # fused for all modules of a class, by unsloth_zoo's compiler
         forward = type(module).forward
         if _is_fused(forward) or (hasattr(module, "lora_A") and forward.__name__ == "unsloth_forward"):
@@ -129,6 +129,12 @@ def unfuse_lora(model: Any) -> int:
             f"found them in {len(strange)} other places: {', '.join(strange[:4])}; set unsloth_fused_lora to true and "
             "GRIT's capture to auto or gradients"
         )
+    _swap(found)
+    return len(found)
+
+
+def _swap(found: Iterable[tuple[str, Any, str]]) -> None:
+    """Put back what Unsloth had there before it fused."""
     for _, module, attribute in found:
         if attribute == "forward":
             del module.forward  # the class's own comes back
@@ -137,17 +143,17 @@ def unfuse_lora(model: Any) -> int:
         else:
             llama = importlib.import_module("unsloth.models.llama")
             setattr(module, attribute, getattr(llama, f"original_{attribute}"))
-    return len(found)
 
 
 @contextmanager
 def _unfused(model: Any) -> Iterator[None]:
-    found = [(module, attribute, vars(module)[attribute]) for _, module, attribute in fused_lora(model)]
-    unfuse_lora(model)
+    found = [place for place in fused_lora(model) if place[2] in _KNOWN]
+    kernels = [vars(module)[attribute] for _, module, attribute in found]
+    _swap(found)
     try:
         yield
     finally:
-        for module, attribute, kernel in found:
+        for (_, module, attribute), kernel in zip(found, kernels, strict=True):
             setattr(module, attribute, kernel)
 
 
