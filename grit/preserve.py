@@ -96,7 +96,7 @@ class Preserve:
 
     In a loop of your own::
 
-        keep = Preserve(model, batches, "kfac", strength=10.0)  # before training; what the model is called with
+        keep = Preserve(model, batches, "kfac", strength=30.0)  # before training; what the model is called with
         for batch in loader:
             model(**batch).loss.backward()
             keep.add_gradients()
