@@ -149,7 +149,7 @@ def test_replay_is_a_share_of_questions_that_the_suite_cannot_ask(raw, tmp_path,
     items = training_items(settings, template, 0)
     own, replayed = items[:40], items[40:]
     assert own == training_items(params.train_for("baseline_lora"), template, 0)
-    assert len(replayed) == 10 and replayed != training_items(settings, template, 1)[40:]
+    assert len(replayed) == 20 and replayed != training_items(settings, template, 1)[40:]
     head, tail = template.split("{prompt}")
     for prompt, answer in replayed:
         assert answer and not general.is_held_out(prompt.removeprefix(head).removesuffix(tail))
