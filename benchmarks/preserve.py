@@ -1,8 +1,8 @@
 """What holding a model to its base costs: a training step with each form of `train.preserve` and without, in turn.
 
 The Trainer's own steps, as stage train takes them, on AQI items and general questions in the place of the base's texts
-(a random base would say nothing of the right length), 50 steps a block. Memory is the peak of all tensors from the
-building of the trainer to the end of 12 steps. Run as `python -m benchmarks.preserve`, on an idle machine.
+(a random base would say nothing of the right length), 32 steps a block. Memory is the peak of all tensors from the
+building of the trainer to the end of 4 steps. Run as `python -m benchmarks.preserve`, on an idle machine.
 """
 
 import gc
@@ -27,9 +27,9 @@ from trainers.base import EmbeddedSettings, build_model, train_tokenizer
 from trainers.run import TrainingJob, build
 from trainers.settings import BaseReference
 
-SHAPES = {128: (384, 4, 4, 6), 512: (1408, 4, 8, 3)}  # hidden size: MLP size, layers, heads, blocks
+SHAPES = {128: (384, 4, 4, 5), 512: (1408, 4, 8, 2)}  # hidden size: MLP size, layers, heads, blocks
 FORMS = ("distill", "activations", "kfac")
-BLOCK, WARM_UP, MEMORY_STEPS = 50, 5, 12
+BLOCK, WARM_UP, MEMORY_STEPS, TEXTS = 32, 4, 4, 640
 
 
 class Loop:
@@ -57,7 +57,7 @@ def job_of(hidden: int, folder: Path, method: str, raw: dict[str, Any], arm: str
     """A job of the tiny profile on a random base of that width, which is made where it is not there yet."""
     template, own = raw["prompt"]["template"], raw["arms"][arm]
     asked = [
-        (render(template, prompt), answer) for _, prompt, answer in islice(general.questions(0, held_out=False), 3000)
+        (render(template, prompt), answer) for _, prompt, answer in islice(general.questions(0, held_out=False), TEXTS)
     ]
     base = folder / str(hidden)
     if not base.is_dir():
