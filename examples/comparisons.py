@@ -7,23 +7,22 @@ params.yaml `prepare_data.source: inputs/comparisons.jsonl`.
 import json
 import random
 
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 NAMES = ("Ann", "Ben", "Eva", "Ida", "Leo", "Max", "Mia", "Tom")
 THINGS = ("apples", "coins", "cups", "keys", "pens", "shells")
 
 
 def main(count: int = 6000) -> None:
-    """Write so many lines {question, passage, answer}, every passage once, half of the answers yes."""
+    """Write so many lines {question, passage, answer}, every passage once, about half of the answers yes."""
     rng, seen = random.Random(0), set[str]()
     while len(seen) < count:
-        names, thing = rng.sample(NAMES, 3), rng.choice(THINGS)
-        numbers = rng.sample(range(1, 100), 3)
-        passage = " ".join(f"{name} has {n} {thing}." for name, n in zip(names, numbers, strict=True))
-        if passage in seen:
+        name, thing, many, line = rng.choice(NAMES), rng.choice(THINGS), rng.randint(1, 99), rng.randint(1, 99)
+        passage = f"On {rng.choice(DAYS)} {name} has {many} {thing}."
+        if passage in seen or many == line:
             continue
         seen.add(passage)
-        (first, many), (second, few) = rng.sample(list(zip(names, numbers, strict=True)), 2)
-        question = f"does {first} have more {thing} than {second}"
-        print(json.dumps({"question": question, "passage": passage, "answer": many > few}))
+        question = f"does {name} have more than {line} {thing}"
+        print(json.dumps({"question": question, "passage": passage, "answer": many > line}))
 
 
 if __name__ == "__main__":
