@@ -27,7 +27,7 @@ from trainers.base import EmbeddedSettings, build_model, train_tokenizer
 from trainers.run import TrainingJob, build
 from trainers.settings import BaseReference
 
-SHAPES = {128: (384, 4, 4, 5), 512: (1408, 4, 8, 2)}  # hidden size: MLP size, layers, heads, blocks
+SHAPES = {128: (384, 4, 4, 4)}  # hidden size: MLP size, layers, heads, blocks
 FORMS = ("distill", "activations", "kfac")
 BLOCK, WARM_UP, MEMORY_STEPS, TEXTS = 32, 4, 4, 640
 
