@@ -34,10 +34,10 @@ def _numbers(form: type[Record]) -> dict[str, tuple[str, str, str]]:
 
 
 _LAST = {
-    "evaluation_loss": ("final_eval_loss", "eval_loss", "Loss on the held-out items"),
-    "kl_to_base": ("final_kl", "eval_kl", "KL(base ‖ tuned) on texts of the base that no loss sees"),
+    "evaluation_loss": ("final_eval_loss", "Loss on the held-out items"),
+    "kl_to_base": ("final_kl", "KL(base ‖ tuned) on texts of the base that no loss sees"),
 }
-"""Name in the tables -> names in what stage train says and in its curves, and meaning."""
+"""Name in the tables -> name in what stage train says of the adapter that is saved, and meaning."""
 _LOWER = {"relative_change", *_LAST}
 """Of what logs hold, the numbers of which less is better."""
 
@@ -262,24 +262,15 @@ def _metrics(bundle: Bundle) -> Iterator[Row]:
         pairs = {f"pair/{pair}": share for pair, share in parity.pairs.items()}
         shares = {"token_ids_equal": parity.token_ids_equal, "greedy_equal": parity.greedy_equal, **pairs}
         numbers += [(name, "parity", share, parity.prompts) for name, share in shares.items()]
-    numbers += _last_evaluation(bundle)
+    told = bundle.stages["train"].extra if "train" in bundle.stages else {}
+    last = ((name, told.get(own)) for name, (own, _) in _LAST.items())
+    numbers += [(name, "eval", float(number), None) for name, number in last if number is not None]
     # By their cleaned names, which may be the same; then the later one stays.
     final = {(clean_text(name), clean_text(split)): (number, n) for name, split, number, n in numbers}
     for (name, split), (number, n) in final.items():
         yield {"name": name, "split": split, "step": FINAL_STEP, **_number(number), "n": n}
     if bundle.history:
         yield from _curves(bundle.history)
-
-
-def _last_evaluation(bundle: Bundle) -> Iterator[tuple[str, str, float, None]]:
-    """Of the adapter that is saved, as stage train read them; where it does not say, the last ones of the curves."""
-    entries = bundle.history.root if bundle.history else []
-    logged = {name: number for entry in entries for name, number in entry.items()}
-    told = bundle.stages["train"].extra if "train" in bundle.stages else {}
-    for name, (own, curve, _) in _LAST.items():
-        number = logged.get(curve) if told.get(own) is None else told[own]
-        if number is not None:
-            yield name, "eval", float(number), None
 
 
 def _curves(history: HistoryRecord) -> Iterator[Row]:
@@ -311,7 +302,7 @@ def _meanings(bundle: Bundle) -> dict[str, Row]:
 
 
 def _log_meanings(bundle: Bundle) -> dict[str, Row]:
-    last = [(name, "nats per token", words) for name, (*_, words) in _LAST.items() if bundle.history]
+    last = [(name, "nats per token", words) for name, (_, words) in _LAST.items() if bundle.history]
     kept = [*last, *(PROBE_NUMBERS.values() if bundle.ledger else ()), *(GRIT_NUMBERS.values() if bundle.grit else ())]
     return {
         name: {

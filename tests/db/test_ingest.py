@@ -181,8 +181,8 @@ def test_nan_and_infinity_survive_and_of_a_name_logged_twice_the_later_number(tr
     assert rows == [("train", 1, 3.0), ("eval", 2, 5.0)]
 
 
-def test_the_last_evaluation_is_that_of_the_saved_adapter_else_the_last_of_the_curve(tree, path):
-    curve = [{"step": 5, "eval_loss": 2.0}, {"step": 5, "eval_kl": 0.5}, {"step": 9, "eval_kl": 0.25}]
+def test_the_last_evaluation_is_that_of_the_saved_adapter_not_the_last_of_the_curve(tree, path):
+    curve = [{"step": 5, "eval_loss": 2.0}, {"step": 5, "eval_kl": 0.5}]
     write(tree / "adapters/baseline_lora/0/loss_history.json", curve)
     query = "SELECT metric.name, value FROM metric JOIN run ON run.id = run_id WHERE is_current AND step = -1 "
     query += "AND split = 'eval' ORDER BY metric.id"
@@ -190,8 +190,8 @@ def test_the_last_evaluation_is_that_of_the_saved_adapter_else_the_last_of_the_c
         extra = {"final_eval_loss": loss, "final_kl": kl}
         edit(tree / "adapters/baseline_lora/0/run.json", extra=extra)
         ingest(tree, path, seeds=[0])
-        expected = {1.5: [1.5, 0.125], "nan": [None, None], None: [2.0, 0.25]}[loss]
-        assert ask(path, query) == list(zip(("evaluation_loss", "kl_to_base"), expected, strict=True))
+        expected = {1.5: [1.5, 0.125], "nan": [None, None], None: []}[loss]
+        assert ask(path, query) == list(zip(("evaluation_loss", "kl_to_base"), expected, strict=bool(expected)))
 
 
 def test_strange_text_and_an_answer_without_a_number_are_stored(tree, path):

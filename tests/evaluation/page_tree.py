@@ -194,5 +194,7 @@ def make_preserved_tree(root: Path, arms: dict[str, Any] = FOUR) -> Path:
                     curve.append({"step": step, "eval_kl": kl * (step / 500) ** 0.3, "preserve_strength": 1.0})
                 folder = root / "adapters" / arm / str(seed)
                 write(folder / "loss_history.json", curve)
-                edit(folder / "run.json", params={"train": PLAIN | own})
+                last = {name: next(e[name] for e in reversed(curve) if name in e) for name in ("eval_loss", "eval_kl")}
+                said = {"final_eval_loss": last["eval_loss"], "final_kl": last["eval_kl"]}
+                edit(folder / "run.json", params={"train": PLAIN | own}, extra=said)
     return root
