@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
+from evaluation import paraphrase
 from evaluation.epa import POLLUTANTS
 from evaluation.sources.hub import HUB
 from evaluation.sources.rows import OWN, RecipeRows, RowSource, read_recipe, write_rejected
@@ -34,6 +35,8 @@ class PrepareData(RowSource):
     pollutants: list[str] = Field(min_length=1)
     max_pollutants: Positive
     image_size: Annotated[int, Field(ge=16, le=512, description="width and height, pixels")] | None
+    vary: Annotated[float, Field(ge=0, le=1)]
+    paraphrased_items: Annotated[int, Field(ge=0)]
     retention_items_per_task: Positive
 
     @field_validator("task")
@@ -106,7 +109,7 @@ class PrepareData(RowSource):
 
 
 def make_splits(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item]], dict[str, Any]]:
-    """Items of train, valid, test and retention, and what run.json says of them.
+    """Items of train, valid, test, retention and paraphrased, and what run.json says of them.
 
     Pictures go to `folder`/images, refused rows to `folder`/rejected.jsonl. SourceError or ItemError.
     """
@@ -125,6 +128,12 @@ def make_splits(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item
         splits["retention"] = task.retention_items(section.retention_items_per_task, seed=0, folder=folder, **drawing)
     else:
         splits["retention"] = general.retention_items(section.retention_items_per_task, seed=0)
+    splits["train"] = paraphrase.varied(splits["train"], task, section.vary, section.seed)
+    splits[paraphrase.SPLIT] = [
+        again
+        for split, own in (("test", task), ("retention", general))
+        for again in paraphrase.asked_again(splits[split], own, section.paraphrased_items, section.seed)
+    ]
     return splits, facts
 
 

@@ -25,6 +25,7 @@ from db.tables import (
     Speed,
     Verification,
 )
+from evaluation import paraphrase
 
 Key = tuple[str, str]
 """Split and name of a metric."""
@@ -52,6 +53,7 @@ class Results:
     settings: Mapping[int, Mapping[str, Any]]  # section train of the arm's parameters; empty for the base
     answers: Mapping[int, Mapping[str, float]]  # item id → credit of the test items, from 0 to 1
     retained: Mapping[int, Mapping[str, float]]  # the same of the retention items
+    asked_again: Mapping[int, Mapping[str, float]]  # and of both, typed as other people would
     timings: Rows  # phases of the run's own arm and of the base beside it that were timed
     readings: Mapping[int, Mapping[str, Row[Any]]]  # name → what the probe read over the whole run
     quantizations: Rows
@@ -111,6 +113,7 @@ def read(session: Session, runs: Sequence[RunFacts], choice: Choice, *, detail: 
         settings={run_id: stages.get("train", {}).get("train", {}) for run_id, stages in params},
         answers=_credit(credit, "test"),
         retained=_credit(credit, "retention"),
+        asked_again=_credit(credit, paraphrase.SPLIT),
         timings=of_runs(session, Speed, ids, Speed.nanoseconds.is_not(None)),
         readings={run_id: {row.name: row for row in rows} for run_id, rows in readings.items()},
         quantizations=of_runs(session, Quantization, own),

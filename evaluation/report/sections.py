@@ -25,6 +25,7 @@ from evaluation.report.browser import samples
 from evaluation.report.comparison import Comparison, Report, TaskRow, clauses
 from evaluation.report.criteria import GAIN, KEPT, KEPT_THRESHOLD, NAMES, NATS, Criterion
 from evaluation.report.results import Key
+from evaluation.report.robustness import robustness
 from evaluation.report.serving import PHASES, PhaseRow, PrecisionRow, ServedRow
 from evaluation.report.text import interval, listed, number, percent, seeds_text, significant
 from evaluation.report.training import loss, probes, spectra
@@ -55,6 +56,7 @@ def sections(report: Report) -> tuple[Section, ...]:
         probes(report),
         spectra(report),
         retention(report),
+        robustness(report),
         alignment(comparison),
         speed(comparison),
         parity(report),
