@@ -96,6 +96,10 @@ def add_arm(root: Path, arm: str, seed: int, right: int, answer: str = "") -> No
                       "split": "retention", "prompt": f"{i} + {i} =", "truth": str(2 * i),
                       "answer": str(2 * i if kept else 0), "correct": kept, "predicted": None,
                       "abs_error": None})  # fmt: skip
+    for line in [one for at, one in enumerate(lines) if at % 2 == 0]:  # asked again: a newline makes it wrong
+        for form in ("newline", "blank"):
+            right = line["correct"] and (form == "blank" or line["split"] == "retention")
+            lines.append({**line, "item_id": f"{line['item_id']}/{form}", "split": "paraphrased", "correct": right})
     write_lines(place, lines)
 
 
