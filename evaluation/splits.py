@@ -129,9 +129,11 @@ def make_splits(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item
     else:
         splits["retention"] = general.retention_items(section.retention_items_per_task, seed=0)
     splits["train"] = paraphrase.varied(splits["train"], task, section.vary, section.seed)
+    # A suite of the task's own shows pictures, and so do its test items: they stand for both.
+    suites = [("test", task), *([] if hasattr(task, "retention_items") else [("retention", general)])]
     splits[paraphrase.SPLIT] = [
         again
-        for split, own in (("test", task), ("retention", general))
+        for split, own in suites
         for again in paraphrase.asked_again(splits[split], own, section.paraphrased_items, section.seed)
     ]
     return splits, facts
