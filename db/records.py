@@ -286,7 +286,8 @@ class SampleRecord(_Answered):
     predicted: FiniteOrNone = None
     abs_error: ErrorOrNone = None
     prompt_tokens: Measured = None
-    answer_tokens: Measured = None
+    answer_tokens: Measured = None  # the end token included
+    finish_reason: Literal["stop", "length"] | None = None  # "length": cut at evaluate.max_tokens; None: not told
 
 
 class LayerRecord(Record):

@@ -158,7 +158,7 @@ class Sample(WithRest, Base):
     correct: Mapped[bool]
     abs_error: Mapped[float | None]  # |predicted - truth|; NULL: not a number task
     prompt_tokens: Mapped[int | None]
-    answer_tokens: Mapped[int | None]
+    answer_tokens: Mapped[int | None]  # generated, the end token included
     credit: Mapped[float]  # 0 to 1; between them where a task gives credit for parts
 
 

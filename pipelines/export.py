@@ -91,7 +91,7 @@ def serving_facts(params: Params, reference: BaseReference, name: str) -> Servin
         bos_token=tokenizer.bos_token,
     )
     serving.check()
-    check_bos(serving.go_template, serving.adds_bos, serving.bos_token)
+    check_bos(serving.template, serving.adds_bos, serving.bos_token)
     return serving
 
 

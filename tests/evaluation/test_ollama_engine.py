@@ -95,16 +95,16 @@ def test_a_greedy_answer_with_counts_and_times(double):
         assert (engine.name, engine.version, engine.mode) == ("ollama", "0.32.0", "merged")
         first = engine.generate("pm25 9", 16, ["###", "\n"])
         n = len(ids("pm25 9"))
-        assert first == Generation(f"{n - 1} ", n, 3, LOAD_COLD_NS, 1000 * n, 5000 * 3, "stop")
+        assert first == Generation(f"{n - 1} ", n, 4, LOAD_COLD_NS, 1000 * n, 5000 * 4, "stop")
         assert engine.generate("pm25 9", 16, ["###"]).load_ns == LOAD_WARM_NS
         cut = engine.generate("x", 1, ["###"])
         assert (cut.text, cut.answer_tokens, cut.finish_reason) == ("8", 1, "length")
         assert "###" not in engine.generate("x", 16, []).text, "without stop words those of the model count"
         assert "###" in engine.generate("x", 16, ["never"]).text
-        double.reply = lambda rendered: ""  # what is left out is zero and not unknown
+        double.reply = lambda rendered: ""  # the end token alone
         got = engine.generate("x", 4, ["###"])
-        assert (got.text, got.answer_tokens, got.decode_ns, got.finish_reason) == ("", 0, 0, "stop")
-        assert engine.phases("9", "1 + 1", 4)["decode"] == (0, 0) and not engine.missing
+        assert (got.text, got.answer_tokens, got.decode_ns, got.finish_reason) == ("", 1, 5000, "stop")
+        assert engine.phases("9", "1 + 1", 4)["decode"] == (1, 5000) and not engine.missing
     body = requests(double)[0]
     assert body["prompt"] == "pm25 9" and not body.get("raw") and not body["stream"], "the server puts the template"
     want = {"temperature": 0.0, "top_k": 1, "seed": 0, "num_predict": 16, "num_ctx": 128,
@@ -154,7 +154,7 @@ def test_phases_of_a_streamed_request_and_loads_of_a_model_that_nobody_else_hold
         assert engine.load_cold() == first == LOAD_COLD_NS
         assert len([body for body in requests(double) if body.get("keep_alive") == 0]) == 2
         n = len(ids("1 + 1"))
-        assert phases["prefill"] == (n, 1000 * n) and phases["decode"] == (1, 5000)
+        assert phases["prefill"] == (n, 1000 * n) and phases["decode"] == (2, 10000)
         count, ns = phases["ttft"]
         assert count == 1 and 0 <= ns < 60e9
         monkeypatch.setattr(ollama, "UNLOAD_S", 0.1)
