@@ -50,7 +50,8 @@ class GoTemplateError(ExportError):
 @cache
 def _jinja(go: str) -> jinja2.Template:
     """The same template in Jinja. Raises GoTemplateError: an action that is not known, or not at such a place."""
-    pieces, source, blocks = _ACTION.split(go), ["{% set ns = namespace() %}"], []
+    blocks: list[str] = []
+    pieces, source = _ACTION.split(go), ["{% set ns = namespace() %}"]
     for number, piece in enumerate(pieces):
         known = _WITHIN if "for" in blocks else _OUTSIDE
         if number % 2 == 0:
