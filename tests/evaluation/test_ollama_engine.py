@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,7 @@ from evaluation.measure import answers
 from evaluation.measure.answers import Journal
 from evaluation.tasks import Item
 from export.engines import ollama
-from export.engines.base import EngineError, Generation, fill
+from export.engines.base import EngineError, Generation, conversation, fill
 from export.engines.ollama import OllamaEngine, PassingError, Retry
 from export.modelfile import Serving
 from export.register import register
@@ -20,8 +21,8 @@ SERVING = Serving(template=TEMPLATE, stop=["###"], num_ctx=128)
 ITEMS = [Item(f"i{n}", "addition", f"{n} + 1", f"{n + 1}", {"answer": f"{n + 1}"}) for n in range(24)]
 
 
-def ids(item: str) -> list[int]:
-    return [1, *fill(TEMPLATE, item).encode()]
+def ids(asked) -> list[int]:
+    return [1, *fill(TEMPLATE, asked).encode()]
 
 
 def reply(rendered: str) -> str:
@@ -110,6 +111,20 @@ def test_a_greedy_answer_with_counts_and_times(double):
     want = {"temperature": 0.0, "top_k": 1, "seed": 0, "num_predict": 16, "num_ctx": 128,
             "stop": ["###", "\n"], "repeat_penalty": 1.0}  # fmt: skip
     assert want.items() <= body["options"].items()
+
+
+def test_a_conversation_is_asked_as_one_with_the_checks_of_a_prompt(double, clock):
+    talk = conversation("2 + 1", turns=[("1 + 1", "2")])
+    with make(double, clock) as engine:
+        plain = engine.generate("2 + 1", 4, ["###"])
+        double.misbehave, double.times = "missing_response", 2
+        assert engine.generate(talk, 4, ["###"]) == replace(plain, load_ns=LOAD_WARM_NS)
+        assert len(clock.pauses) == 2 and engine.render(talk) == engine.render("2 + 1") == "Q: 2 + 1\nA: "
+        with pytest.raises(EngineError, match="within num_ctx 128"):
+            engine.generate(conversation("x" * 120), 4)
+    bodies = [body for _, path, body in double.requests if path == "/api/chat"]
+    assert [body["messages"] for body in bodies] == [talk] * 4
+    assert bodies[0]["options"]["temperature"] == 0 and bodies[3]["_debug_render_only"]
 
 
 @pytest.mark.parametrize(("shift", "said"), [(1, "BOS comes twice"), (-1, "does not add"), (-5, "cached tokens")])

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
-from export.engines.ollama import OllamaEngine, list_models, stored_model
+from export.engines.base import conversation
+from export.engines.ollama import OllamaEngine, connect, list_models, stored_model
 from export.register import register, remove_abandoned, temporary_name
 from export.served import find_served, read_references
 from export.verify import problems, verify
@@ -36,6 +38,21 @@ def creates(folder, *arguments):
     return said
 
 
+def complete(url, name, reference):
+    """As OpenAI's clients ask, who name no temperature."""
+    body = {"model": name, "messages": conversation(reference.prompt), "max_tokens": reference.max_tokens}
+    said = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60, trust_env=False).json()
+    return said["choices"][0]["message"]["content"]
+
+
+def stream(url, name, reference):
+    """As an interactive `ollama run` asks, with the model's own settings."""
+    with connect(url, 60) as client:
+        options = {"num_predict": reference.max_tokens}
+        parts = client.chat(name, conversation(reference.prompt), stream=True, options=options)
+        return "".join(part.message.content for part in parts)
+
+
 # --- on both servers -----------------------------------------------------------------------------------------
 
 
@@ -59,8 +76,13 @@ def test_created_verified_in_both_modes_scored_and_removed(server, tree, where):
     for served in find_served(tree):
         with OllamaEngine(server.url, served.name, 256) as engine:
             for reference in read_references(served.folder):
-                scored = engine.generate(reference.prompt, reference.max_tokens)
+                scored = engine.generate(reference.asked, reference.max_tokens)
                 assert (scored.text, scored.prompt_tokens) == (reference.answer, len(reference.ids))
+                if reference.form == "plain":
+                    chat = engine.generate(conversation(reference.prompt), reference.max_tokens)
+                    assert (chat.text, chat.answer_tokens) == (scored.text, scored.answer_tokens)
+                    assert complete(server.url, served.name, reference) == scored.text
+                    assert stream(server.url, served.name, reference) == scored.text
     assert run("remove", *where).output.count("removed") == 2
     assert run("remove", *where).output.count("was not there") == 2
     assert not [name for name in list_models(server.url) if name.startswith(server.prefix)]
@@ -76,6 +98,17 @@ def test_two_that_create_at_once_agree_and_what_is_unchanged_is_not_sent(server,
     assert list_models(server.url) == before
     if server.double:
         assert {path for _, path, _ in server.double.requests} <= {"/api/version", "/api/tags"}
+
+
+def test_without_top_k_a_completion_would_be_sampled(tree):
+    served = model(tree)
+    first = read_references(served.folder)[0]
+    with OllamaDouble() as double:
+        register(double.url, ARM, served.gguf, served.serving)
+        assert {complete(double.url, ARM, first) for _ in range(4)} == {first.answer}
+        del double.models[LATEST].parameters["top_k"]
+        assert stream(double.url, ARM, first) == first.answer, "the model's own temperature is 0"
+        assert len({complete(double.url, ARM, first) for _ in range(20)}) > 1
 
 
 # --- the command ---------------------------------------------------------------------------------------------

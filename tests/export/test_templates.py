@@ -16,6 +16,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from export.engines.base import conversation
 from export.go import CONTENT, END, LAST, MESSAGES, PROMPT, SYSTEM, GoTemplateError, go_template, render_go
 from export.modelfile import ModelfileError, Serving, check_bos
+from export.served import read_references
 from export.template import TemplateError, convert, from_tokenizer
 from pipelines import train
 from pipelines.check import parse_params
@@ -294,11 +295,11 @@ def project(finished, tmp_path, monkeypatch):
 
 
 def test_all_stages_read_the_same_text(project):
-    from pipelines import evaluate, export
+    from pipelines import evaluate, export, verify
 
     work, raw = project
     params = parse_params(raw)
-    for stage in (train, export, evaluate):
+    for stage in (train, export, evaluate, verify):
         stage.run(params, "baseline_lora", 0)
     text = (
         "<|im_start|>system\nAnswer the question.<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n"
@@ -310,6 +311,10 @@ def test_all_stages_read_the_same_text(project):
     out = work / "gguf/baseline_lora/0"
     assert json.loads((out / "parity.json").read_text())["token_ids_equal"] == 1.0
     serving = Serving.read(out / "serving.json")
+    second = read_references(out)[-1]
+    [[question, answer]] = second.turns
+    told = f"{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n<|im_start|>user\n{second.prompt}"
+    assert second.rendered == text.replace("{prompt}", told)
     assert (serving.go_template, serving.system, serving.license) == (CHATML, "Answer the question.", "MIT")
     assert serving.stop == ["<|im_end|>", "</s>"]
 
