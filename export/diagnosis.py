@@ -132,10 +132,8 @@ def gaps(
         return [None] * len(parted)
     try:
         with _local(engine, served) as local, Vocabulary(served.gguf) as vocabulary:
-            return [
-                _gap(local, vocabulary, r, s.text) if p else None
-                for p, r, s in zip(parted, references, seen, strict=True)
-            ]
+            pairs = zip(parted, references, seen, strict=True)
+            return [_gap(local, vocabulary, r, s.text) if p else None for p, r, s in pairs]
     except ExportError:  # the diagnosis says which file is missing or damaged
         return [None] * len(parted)
 
@@ -185,17 +183,15 @@ def _template(served: Served, reference: Reference, rendered: str) -> str:
         a, b = (vocabulary.ids(text) for text in (reference.rendered, rendered))
         at = parting(a, b)
         expected, got = vocabulary.word(a, at), vocabulary.word(b, at)
-    cause = "the model's TEMPLATE or SYSTEM are not those of training"
-    before = [text.count(reference.turns[-1][0]) if reference.turns else 0 for text in (reference.rendered, rendered)]
-    if before[0] != before[1]:
-        more = before[0] < before[1]
-        cause = (
-            "TEMPLATE renders what was said before, and the model was trained on single questions"
-            if more
-            else "TEMPLATE leaves out what was said before"
-        )
+    shown, wanted = (sum(text.count(turn[0]) for turn in reference.turns) for text in (rendered, reference.rendered))
+    if shown > wanted:
+        cause = "TEMPLATE renders what was said before, and the model was trained on single questions"
+    elif shown < wanted:
+        cause = "TEMPLATE leaves out what was said before"
     elif reference.turns and expected in served.serving.stop:
         cause = f"TEMPLATE writes no {expected!r} behind an answer, so that turns run together"
+    else:
+        cause = "the model's TEMPLATE or SYSTEM are not those of training"
     return (
         f"token {at} of the rendered prompt is {got!r}, expected {expected!r} (rendered {rendered!r}, training "
         f"had {reference.rendered!r}). Likely cause: template; {cause}"
