@@ -170,7 +170,8 @@ def metrics(
 ) -> list[dict[str, Any]]:
     """Rows {name, split, value, n} over the test items of `task`, the retention suite and each of its tasks.
 
-    Of split paraphrased there is one for the test items and one for those of the retention suite, and one a form. With `finish_reasons` there is a row more, the share of answers that were cut among those of which it is known why
+    Of split paraphrased there is one for the test items and one for those of the retention suite, and one a form.
+    With `finish_reasons` there is a row more, the share of answers that were cut among those of which it is known why
     they ended, unless it is of none.
     """
     rows = [

@@ -230,8 +230,8 @@ def test_the_same_database_gives_the_same_file(full, tmp_path):
 def test_a_part_that_was_not_measured_has_no_section():
     base = report("base").text
     assert re.findall(r"<h2[^>]*>(.*?)</h2>", base.split("<script")[0]) == [
-        "Findings", "Arms compared", "Retention and forgetting", "Robustness", "Speed by phase", "Files", "Sample browser",
-        "Where the numbers come from"]  # fmt: skip
+        "Findings", "Arms compared", "Retention and forgetting", "Robustness", "Speed by phase", "Files",
+        "Sample browser", "Where the numbers come from"]  # fmt: skip
     assert "nothing to compare" in base
 
 
