@@ -5,6 +5,7 @@ conversation, rendered by the Modelfile's TEMPLATE. Greedy, by llama.cpp; needs 
 `python -m benchmarks.forms`.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -59,20 +60,15 @@ def main() -> None:
     by_arm: dict[str, dict[int, dict[str, list[float]]]] = {}
     for served in tqdm(models, desc="models"):
         by_arm.setdefault(served.arm, {})[served.seed] = credits(served, items, params.evaluate.max_tokens)
-    rows = []
+    table = Table("arm", "form", "seeds", "right, %", "Δ to plain, points", title=f"{len(items)} test items")
+    rows: list[dict[str, object]] = []
     for arm, of_seeds in by_arm.items():
         seeds = tuple(of_seeds)
         credit = {form: np.array([of_seeds[seed][form] for seed in seeds]) for form in of_seeds[seeds[0]]}
         for form, own in credit.items():
-            points = difference(Pairs("plain", seeds, own, credit["plain"])).points
-            found = {"percent": 100 * float(own.mean()), "low": points.low, "high": points.high}
-            rows.append({"arm": arm, "form": form, "seeds": len(seeds), "change": points.estimate, **found})
-    table = Table("arm", "form", "seeds", "right, %", "Δ to plain, points", title=f"{len(items)} test items")
-    for row in rows:
-        change = (
-            f"{number(row['change'], sign=True)} [{number(row['low'], sign=True)}, {number(row['high'], sign=True)}]"
-        )
-        table.add_row(row["arm"], row["form"], str(row["seeds"]), number(row["percent"]), change)
+            percent, points = 100 * float(own.mean()), difference(Pairs("plain", seeds, own, credit["plain"])).points
+            table.add_row(arm, form, str(len(seeds)), number(percent), interval(points, sign=True))
+            rows.append({"arm": arm, "form": form, "seeds": seeds, "percent": percent, "change": asdict(points)})
     Console(width=100).print(table)
     write("forms", "questions typed in several forms", items=len(items), rows=rows)
 
