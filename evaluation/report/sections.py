@@ -29,6 +29,7 @@ from evaluation.report.robustness import robustness
 from evaluation.report.serving import PHASES, PhaseRow, PrecisionRow, ServedRow
 from evaluation.report.text import interval, listed, number, percent, seeds_text, significant
 from evaluation.report.training import loss, probes, spectra
+from evaluation.report.tuning import tuning
 from evaluation.statistics.differences import Difference
 from evaluation.statistics.intervals import LEVEL, MOST_EXACT, Interval
 from evaluation.statistics.power import PowerRow
@@ -52,6 +53,7 @@ def sections(report: Report) -> tuple[Section, ...]:
         findings(comparison),
         arms_compared(comparison),
         power(comparison),
+        tuning(report),
         loss(report),
         probes(report),
         spectra(report),

@@ -200,5 +200,20 @@ def make_preserved_tree(root: Path, arms: dict[str, Any] = FOUR) -> Path:
                 write(folder / "loss_history.json", curve)
                 last = {name: next(e[name] for e in reversed(curve) if name in e) for name in ("eval_loss", "eval_kl")}
                 said = {"final_eval_loss": last["eval_loss"], "final_kl": last["eval_kl"]}
-                edit(folder / "run.json", params={"train": PLAIN | own}, extra=said)
+                tuned = {} if arm == "baseline_lora_preserved" else {"tuned": tuning(arm)}
+                edit(folder / "run.json", params={"train": PLAIN | own, **tuned}, extra=said)
     return root
+
+
+def tuning(arm: str) -> dict[str, Any]:
+    """What stage tune found: the lowest loss at the middle rate, for hybrid_grit at the highest; one try diverged."""
+    best = 4e-3 if arm == "hybrid_grit" else 2e-3
+    grid = {"learning_rate": [1e-3, 2e-3, 4e-3], "alpha": [16, 32]}
+    runs = [
+        {"settings": {"learning_rate": rate, "alpha": alpha}, "seconds": 10.0,
+         "evaluation_loss": None if (rate, alpha) == (1e-3, 16) else 0.4 + 10 * abs(rate - best) + alpha / 1e4}
+        for rate in grid["learning_rate"] for alpha in grid["alpha"]
+    ]  # fmt: skip
+    chosen = {"learning_rate": best, "alpha": 16}
+    borders = ["alpha"] if arm != "hybrid_grit" else ["learning_rate", "alpha"]
+    return {"arm": arm, "grid": grid, "seed": 100, "steps": 75, "runs": runs, "chosen": chosen, "at_border": borders}
