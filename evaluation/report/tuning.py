@@ -14,7 +14,7 @@ def tuning(report: Report) -> Section | None:
     if not found:
         return None
     blocks: list[Block] = [Text(_lead(found))]
-    blocks += [Text(warning, "lead") for warning in _warnings(report, found)]
+    blocks += [Text(warning) for warning in _warnings(report, found)]
     if panel := _curves(report, found):
         blocks.append(panel)
     rows = [
