@@ -25,9 +25,9 @@ def robustness(report: Report) -> Section | None:
     if not blocks:
         return None
     lead = (
-        "The same questions typed as other people would: with a newline behind, as `echo` leaves one, with a blank, "
-        "another mark or in other words; new wordings were never trained on. A model that lost more than the interval "
-        "allows learnt a form, not a task."
+        "The same questions typed as other people would: with a newline behind, as echo leaves one, with a blank, "
+        "another mark or in other words; new wordings were never trained on. Where the whole interval lies below "
+        "zero, an arm has learnt a form."
     )
     return Section("Robustness", (Text(lead), *blocks))
 
