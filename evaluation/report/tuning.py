@@ -42,7 +42,8 @@ def _lead(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _warnings(report: Report, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     said = [
-        f"{arm}: the best {listed(one['at_border'])} lies at the border of what was tried, a better one may lie beyond."
+        f"{arm}: the best value of {listed(one['at_border'])} lies at the border of what was tried; a better one may "
+        "lie beyond."
         for arm, one in found.items()
         if one["at_border"]
     ]
@@ -74,7 +75,7 @@ def _curves(report: Report, found: Mapping[str, Mapping[str, Any]]) -> Panel | N
         "tuning", f"Evaluation loss over {title}", f"The lowest evaluation loss at each {title}, one line for each arm",
         "lines",
         {"x": "value", "x_title": f"{title} (log)", "y": "nats", "y_title": "nats per token", "detail": [],
-         "points": True, "log_x": True},
+         "points": True, "log_x": sorted({row[1] for row in data.rows})},
     )  # fmt: skip
     arms = tuple(arm for arm in report.comparison.arms if arm in found)
     return Panel("tuning", data, (drawn,), arms, note="At each value the best of all other settings.", wide=True)

@@ -240,7 +240,7 @@ def test_what_every_arm_tried_is_said_and_what_was_not_enough():
     text = part(made, "tuning")
     told = words(text)
     assert "6 runs of 75 steps on seed 100, which is not compared" in told
-    assert "hybrid_grit: the best learning_rate and alpha lies at the border" in told
+    assert "hybrid_grit: the best value of learning_rate and alpha lies at the border" in told
     assert "Not tuned here: baseline_lora_preserved." in told
     lines = {row[0]: row for row in table(text, "what-each-arm-was-tuned-over")[1:]}
     assert lines["pure_grit"][1:] == ["6", "60", "learning_rate 0.002, alpha 16", "0.4016", "alpha"]
