@@ -13,7 +13,7 @@ from tests.trainers.runs import history, interrupted
 from trainers import arms
 from trainers.encode import EncodingError, encode_texts
 from trainers.models import load_tokenizer
-from trainers.preserve import KL, STRENGTH, Keeper, batches
+from trainers.preserve import KL, STRENGTH, Keeper, batches, divided
 from trainers.run import LEDGER, build, run
 
 WORDS = ("river stone", "apple", "maple window garden", "7 and 8", "candle", "a forest of bridges", "silver 12.5 kg")
@@ -37,7 +37,7 @@ def held(make_job):
 def keeper_of(job):
     trainer, *_ = build(arms.load("baseline_lora"), job)
     ids = encode_texts(load_tokenizer(job.base), job.texts, job.settings.max_length)
-    return Keeper(trainer, job.settings, ids, job.seed)
+    return Keeper(trainer, job.settings, *divided(ids), job.seed)
 
 
 def by_hand(trainer, texts):
