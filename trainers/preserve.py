@@ -64,7 +64,7 @@ class Keeper:
         self.kl: float | None = None  # running mean of what steps measure
         self.penalty: Any = None
         self.order: tuple[int, list[int]] = (-1, [])
-        self.asked: tuple[int, Any] = (-1, ())
+        self.asked: tuple[int, dict[tuple[int, ...], Any]] = (-1, {})
 
     # The base and the tuned model on some texts
 
@@ -138,21 +138,14 @@ class Keeper:
         at_once = max(1, min(16, _BYTES // size))
         first = step - step % at_once
         if self.asked[0] != first:
-            steps = [self.rows_of(n) for n in range(first, first + at_once)]
-            texts = [text for rows in steps for text in rows]
-            order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-            said: list[Any] = [None] * len(texts)
-            ordered = iter(order)
-            for part in batches([texts[i] for i in order], self.pad, self.trainer.args.device, 2 * _BATCH):
-                found = self.of_base(model, part)
-                lengths = (part["attention_mask"].sum(1) - 1).tolist()
-                if found.shape[-1] > 1:
-                    for own in found.split(lengths):
-                        said[next(ordered)] = own
-            known = iter(said)
-            self.asked = (first, [[next(known) for _ in rows] for rows in steps])
-        own = self.asked[1][step - first]
-        return self.of_base(model, batch) if own[0] is None else torch.cat(own)
+            texts = sorted((text for n in range(first, first + at_once) for text in self.rows_of(n)), key=len)
+            parts = batches(texts, self.pad, self.trainer.args.device, 2 * _BATCH)
+            found = [self.of_base(model, part) for part in parts]
+            lengths = [len(text) - 1 for text in texts]
+            hidden = found[0].shape[-1] == 1
+            self.asked = (first, {} if hidden else dict(zip(texts, torch.cat(found).split(lengths), strict=True)))
+        known = self.asked[1]
+        return torch.cat([known[text] for text in self.rows_of(step)]) if known else self.of_base(model, batch)
 
     def hold(self, model: Any) -> None:
         """Add the gradient of strength · KL on this step's texts, or that of the penalty."""
