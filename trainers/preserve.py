@@ -158,6 +158,7 @@ class Keeper:
             penalty.add_gradients()
             if self.settings.kl is None:
                 return
+        model.train()
         (batch,) = batches(self.rows_of(step), self.pad, self.trainer.args.device, self.rows)
         base = self.base_at(model, step, batch)
         with accelerator.no_sync(model):  # the task's backward pass brings the ranks' gradients together
@@ -205,7 +206,6 @@ def attach(
         nonlocal seen
         now = trainer.state.global_step
         if now != seen and own.method != "none":
-            model.train()
             with nullcontext() if manager is None else manager.paused():  # GRIT's hooks see the task alone
                 keeper.hold(model)
         seen = now
