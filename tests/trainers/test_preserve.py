@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from probes import Evidence, judge
 from tests.conftest import TEMPLATE
@@ -140,13 +141,16 @@ def test_the_base_is_asked_about_several_steps_at_once_with_the_same_answers(hel
     assert len(asked) == 6  # 48 texts of 16 steps, 32 at once, three times
 
 
-def test_where_logits_are_hidden_the_gradient_is_that_of_the_texts_cross_entropy(held):
+def test_where_logits_are_hidden_the_texts_cross_entropy_over_the_bases_is_the_loss(held):
     keeper = keeper_of(held("distill"))
     model = keeper.trainer.model
     move(keeper.trainer)
     (batch,) = batches(keeper.rows_of(0), keeper.pad, "cpu", 3)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    model(**batch, labels=labels).loss.backward()
+    tuned = cross_entropy(model(**batch).logits[:, :-1].mT, labels[:, 1:])
+    tuned.backward()
+    with torch.no_grad(), model.disable_adapter():
+        base = cross_entropy(model(**batch).logits[:, :-1].mT, labels[:, 1:])
     expected = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()
 
@@ -156,7 +160,8 @@ def test_where_logits_are_hidden_the_gradient_is_that_of_the_texts_cross_entropy
     with model.register_forward_hook(hide, with_kwargs=True):
         loss = keeper.divergence(model, batch, keeper.base_at(model, 0, batch))
         loss.backward()
-    assert abs(float(loss)) < 5.0
+    assert abs(tuned - base) > 0.01
+    torch.testing.assert_close(loss.detach(), (tuned - base).detach(), atol=1e-5, rtol=1e-4)
     for want, p in zip(expected, (p for p in model.parameters() if p.requires_grad), strict=True):
         torch.testing.assert_close(p.grad, want)
 
