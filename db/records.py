@@ -286,7 +286,8 @@ class SampleRecord(_Answered):
     predicted: FiniteOrNone = None
     abs_error: ErrorOrNone = None
     prompt_tokens: Measured = None
-    answer_tokens: Measured = None
+    answer_tokens: Measured = None  # the end token included
+    finish_reason: Literal["stop", "length"] | None = None  # "length": cut at evaluate.max_tokens; None: not told
 
 
 class LayerRecord(Record):
@@ -375,7 +376,7 @@ class QuantizedSampleRecord(_Answered):
 
 
 class VerificationRecord(Record):
-    """One backend in one mode; shares are of the prompts.
+    """One backend in one mode, asked in one form; shares are of the prompts.
 
     Without prompts the backend does not support the mode, and there are no shares. An older server answers but does
     not tell what text or how many tokens it read: then `rendered` or `counted` is null.
@@ -384,10 +385,12 @@ class VerificationRecord(Record):
     backend: Name
     backend_version: Name
     mode: Literal["merged", "adapter"]
+    form: Literal["plain", "newline", "second"] = "plain"
     prompts: Count
     rendered: Share | None
     counted: Share | None
     answered: Share | None
+    tied: Share | None = None
     equal_to_merged: Share | None
     perturbed_noticed: bool | None
     first_difference: str | None
@@ -413,7 +416,7 @@ class VerifyRecord(OfArm):
 
     @model_validator(mode="after")
     def _consistent(self) -> VerifyRecord:
-        refuse_repeats("rows of", ((row.backend, row.mode) for row in self.rows))
+        refuse_repeats("rows of", ((row.backend, row.mode, row.form) for row in self.rows))
         return self
 
 

@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedColumn, declared_attr, mapped_column
 
-SCHEMA = 5
+SCHEMA = 6
 """Of tables and views. A database with another number is made anew from runs/. (1 to 4 were Alembic's.)"""
 
 
@@ -158,7 +158,7 @@ class Sample(WithRest, Base):
     correct: Mapped[bool]
     abs_error: Mapped[float | None]  # |predicted - truth|; NULL: not a number task
     prompt_tokens: Mapped[int | None]
-    answer_tokens: Mapped[int | None]
+    answer_tokens: Mapped[int | None]  # generated, the end token included
     credit: Mapped[float]  # 0 to 1; between them where a task gives credit for parts
 
 
@@ -262,17 +262,19 @@ class QuantizedSample(WithRest, Base):
 
 
 class Verification(WithRest, Base):
-    """Whether one backend in one mode answers as the trained model does; shares are of the prompts."""
+    """Whether one backend in one mode answers as the trained model does; shares are of the prompts of a form."""
 
-    __table_args__ = (UniqueConstraint("run_id", "backend", "mode"),)
+    __table_args__ = (UniqueConstraint("run_id", "backend", "mode", "form"),)
 
     backend: Mapped[str]  # llama_cpp or ollama
     backend_version: Mapped[str]
     mode: Mapped[str]  # merged GGUF, or base with GGUF adapter
+    form: Mapped[str]  # plain, newline behind the prompt, or second question of a conversation
     prompts: Mapped[int]  # 0: this backend does not support the mode
     rendered: Mapped[float | None]  # as in training; NULL: the server does not tell
     counted: Mapped[float | None]  # read as the same tokens; NULL: the server does not tell
     answered: Mapped[float | None]  # greedily as by Hugging Face
+    tied: Mapped[float | None]  # otherwise, at a token that all but ties with the other; NULL: not looked at
     equal_to_merged: Mapped[float | None]  # answered as in mode merged; NULL: not compared
     perturbed_noticed: Mapped[bool | None]  # another adapter scale changed an answer; NULL: not tried
     first_difference: Mapped[str | None]  # where and why the first prompt differs

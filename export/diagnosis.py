@@ -4,9 +4,11 @@ Each cause has evidence of its own:
     template       the rendered text differs;
     BOS            the text is equal, and the tokens are once the first one is put in front or taken away;
     stop           the answer is right with the stop words of training, or goes on behind the end token;
+    rounding       llama.cpp, given the answer up to there, has both tokens at the top, all but equally likely;
     scale          base + adapter at another scale answers just so, for all prompts that were tried;
     quantization   none of these, and the weights have fewer than 16 bits.
-What is left lies in the weights themselves (a damaged file, a merge gone wrong), or is rounding where two tokens tie.
+What is left lies in the weights themselves (a damaged file, a merge gone wrong), or in the server where llama.cpp
+answers from the same files as training did.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +18,7 @@ from pathlib import Path
 
 from export import ExportError
 from export.engines.base import Engine, Generation
-from export.engines.llama_cpp import Vocabulary, open_in_process
+from export.engines.llama_cpp import LlamaCppEngine, Vocabulary, open_in_process
 from export.gguf import scale_of
 from export.parity import TIE, parting
 from export.served import Reference, Served
@@ -25,6 +27,8 @@ SCALE_PROMPTS = 8
 """Prompts on which other scales are tried; those that differ come first."""
 SCALE_AGREES = 0.85
 """Share of them that must come out just so."""
+NEAR = 16
+"""Best tokens among which those of two answers are looked for; one that ties is among the first few."""
 _SIXTEEN_BITS = (None, "F32", "F16", "BF16")
 
 
@@ -36,12 +40,17 @@ class Case:
     served: Served
     references: Sequence[Reference]
     seen: Sequence[Generation]
+    gaps: Sequence[float | None]  # see `gaps`
+
+    @property
+    def ties(self) -> list[bool]:
+        return [gap is not None and gap < TIE for gap in self.gaps]
 
 
 def ask(engine: Engine, reference: Reference, stop: Sequence[str] | None = None) -> Generation:
     """What an engine makes of one prompt, as Hugging Face would have decoded it; `rendered` None: it does not tell."""
-    made = engine.generate(reference.prompt, reference.max_tokens, stop)
-    return replace(made, text=as_decoded(made.text, reference.answer), rendered=engine.render(reference.prompt))
+    made = engine.generate(reference.asked, reference.max_tokens, stop)
+    return replace(made, text=as_decoded(made.text, reference.answer), rendered=engine.render(reference.asked))
 
 
 def as_decoded(text: str, answer: str) -> str:
@@ -64,10 +73,10 @@ def same_tokens(reference: Reference, seen: Generation) -> bool | None:
 
 
 def explain(case: Case) -> str | None:
-    """Where the first prompt that differs does so, and the likely cause."""
-    for number, (reference, seen) in enumerate(zip(case.references, case.seen, strict=True)):
+    """Where the first prompt that differs does so, and the likely cause; a tie only where nothing else differs."""
+    for number in sorted(range(len(case.seen)), key=lambda number: case.ties[number]):
         try:
-            difference = _difference(case, reference, seen)
+            difference = _difference(case, number)
         except ExportError as error:  # a file or a server that the diagnosis needs; what differs is known all the same
             difference = f"it is rendered, read or answered otherwise than in training. Cause not found: {error}"
         if difference is not None:
@@ -75,18 +84,25 @@ def explain(case: Case) -> str | None:
     return None
 
 
-def _difference(case: Case, reference: Reference, seen: Generation) -> str | None:
-    gguf = case.served.gguf
+def _same_prompt(reference: Reference, seen: Generation) -> bool:
+    return seen.rendered in (None, reference.rendered) and same_tokens(reference, seen) is not False
+
+
+def _difference(case: Case, number: int) -> str | None:
+    reference, seen = case.references[number], case.seen[number]
     if seen.rendered is not None and seen.rendered != reference.rendered:
-        return _template(gguf, reference, seen.rendered)
+        return _template(case.served, reference, seen.rendered)
     if same_tokens(reference, seen) is False:
-        return _tokens(gguf, reference, seen)
-    return _answer(case, reference, seen) if seen.text != reference.answer else None
+        return _tokens(case.served.gguf, reference, seen)
+    return _answer(case, number) if seen.text != reference.answer else None
 
 
-def _answer(case: Case, reference: Reference, seen: Generation) -> str:
+def _answer(case: Case, number: int) -> str:
+    reference, seen = case.references[number], case.seen[number]
     at, expected, got = first_token(case.served.gguf, reference.answer, seen.text)
     where = f"token {at} of the answer is {got!r}, expected {expected!r}"
+    if case.ties[number]:
+        return f"{where}. Likely cause: rounding; the two are a tie there ({case.gaps[number]:.3f} logits apart)"
     try:
         cause = _stop(case, reference, seen) or _scale(case) or _weights(case, reference)
     except ExportError as error:
@@ -95,13 +111,63 @@ def _answer(case: Case, reference: Reference, seen: Generation) -> str:
 
 
 @contextmanager
-def _local(case: Case) -> Iterator[Engine]:
-    """llama.cpp on the case's files; the case's own engine where it is that."""
-    if case.seen and case.seen[0].ids is not None:
-        yield case.engine
+def _local(engine: Engine, served: Served) -> Iterator[LlamaCppEngine]:
+    """llama.cpp on the model's files; the engine that was asked where it is that."""
+    if isinstance(engine, LlamaCppEngine):
+        yield engine
     else:
-        with open_in_process(case.served) as local:
+        with open_in_process(served) as local:
             yield local
+
+
+def gaps(
+    engine: Engine, served: Served, references: Sequence[Reference], seen: Sequence[Generation]
+) -> list[float | None]:
+    """How near a tie every answer parts from the reference's; None where it does not, or was asked something else.
+
+    None as well where the weights have fewer bits than training's: what those move is no matter of rounding.
+    """
+    parted = [_same_prompt(r, s) and s.text != r.answer for r, s in zip(references, seen, strict=True)]
+    if not any(parted) or engine.precision not in _SIXTEEN_BITS:
+        return [None] * len(parted)
+    try:
+        with _local(engine, served) as local, Vocabulary(served.gguf) as vocabulary:
+            pairs = zip(parted, references, seen, strict=True)
+            return [_gap(local, vocabulary, r, s.text) if p else None for p, r, s in pairs]
+    except ExportError:  # the diagnosis says which file is missing or damaged
+        return [None] * len(parted)
+
+
+def _gap(local: LlamaCppEngine, vocabulary: Vocabulary, reference: Reference, text: str) -> float | None:
+    """By how much the worse of the two tokens at which a text parts from the reference's falls short of the best.
+
+    llama.cpp is given what both have in common, so a server's departure is measured where llama.cpp has none. Two
+    tokens that are equally unlikely are no tie. None: one of them is not among the best.
+    """
+    local.prefill(reference.ids)
+    ids: list[int] = []
+    while len(ids) < reference.max_tokens:
+        logits = local.logits()
+        best = logits.argsort()[::-1][:NEAR].tolist()
+        expected, got = (
+            next((token for token in best if _begins(vocabulary, [*ids, token], answer)), None)
+            for answer in (reference.answer, text)
+        )
+        if expected is None or got is None:
+            return None
+        if expected != got:
+            return float(logits[best[0]] - min(logits[expected], logits[got]))
+        ids.append(got)
+        local.feed(got)
+    return None
+
+
+def _begins(vocabulary: Vocabulary, ids: Sequence[int], answer: str) -> bool:
+    """Whether an answer begins with these tokens; an end token must stand at its end."""
+    whole = vocabulary.is_end(ids[-1])
+    text = vocabulary.text(ids[:-1] if whole else ids)
+    both = (text, text.removeprefix(" "))  # see `as_decoded`
+    return answer in both if whole else answer.startswith(both)
 
 
 def first_token(gguf: Path, expected: str, got: str) -> tuple[int, str, str]:
@@ -112,14 +178,23 @@ def first_token(gguf: Path, expected: str, got: str) -> tuple[int, str, str]:
         return at, vocabulary.word(a, at), vocabulary.word(b, at)
 
 
-def _template(gguf: Path, reference: Reference, rendered: str) -> str:
-    with Vocabulary(gguf) as vocabulary:
+def _template(served: Served, reference: Reference, rendered: str) -> str:
+    with Vocabulary(served.gguf) as vocabulary:
         a, b = (vocabulary.ids(text) for text in (reference.rendered, rendered))
         at = parting(a, b)
         expected, got = vocabulary.word(a, at), vocabulary.word(b, at)
+    shown, wanted = (sum(text.count(turn[0]) for turn in reference.turns) for text in (rendered, reference.rendered))
+    if shown > wanted:
+        cause = "TEMPLATE renders what was said before, and the model was trained on single questions"
+    elif shown < wanted:
+        cause = "TEMPLATE leaves out what was said before"
+    elif reference.turns and expected in served.serving.stop:
+        cause = f"TEMPLATE writes no {expected!r} behind an answer, so that turns run together"
+    else:
+        cause = "the model's TEMPLATE or SYSTEM are not those of training"
     return (
         f"token {at} of the rendered prompt is {got!r}, expected {expected!r} (rendered {rendered!r}, training "
-        f"had {reference.rendered!r}). Likely cause: template; the model's TEMPLATE or SYSTEM are not those of training"
+        f"had {reference.rendered!r}). Likely cause: template; {cause}"
     )
 
 
@@ -168,8 +243,10 @@ def _stop(case: Case, reference: Reference, seen: Generation) -> str | None:
     if ask(case.engine, reference, trained).text == reference.answer:
         words = [w for w in case.engine.stop if reference.answer[len(seen.text) :].startswith(w)]
         cut = f"{words[0]!r} is a stop word on the server and inside of answers" if words else "stop words differ"
+        if whole := [w for w in trained if words and w != words[0] and w.strip() == words[0]]:
+            cut += f" (it is {whole[0]!r} with its blanks taken off)"
         return f"stop; {cut}: it has {list(case.engine.stop)}, training {trained}"
-    with _local(case) as local, Vocabulary(case.served.gguf) as vocabulary:
+    with _local(case.engine, case.served) as local, Vocabulary(case.served.gguf) as vocabulary:
         answer = ask(local, reference).ids or []
         if seen.text.startswith(reference.answer):
             ends = {ids[0]: w for w in trained if len(ids := vocabulary.ids(w)) == 1}
@@ -219,17 +296,9 @@ def _scale(case: Case) -> str | None:
 def _weights(case: Case, reference: Reference) -> str:
     if case.engine.precision not in _SIXTEEN_BITS:
         return f"quantization; the weights are {case.engine.precision}, training had 16 bits or more"
-    if (lead := _lead(case, reference)) is not None and lead < TIE:
-        return f"rounding; the best two tokens are a tie there (logits {lead:.3f} apart)"
+    if not isinstance(case.engine, LlamaCppEngine):
+        with open_in_process(case.served) as local:
+            if ask(local, reference).text == reference.answer:
+                return "the server; llama.cpp answers from the same files as training did, and it is no tie"
     what = "weights of the adapter" if case.served.adapter else "merge or weights of the file"
     return f"{what}; template, BOS, stop words, scale and precision are as they should be"
-
-
-def _lead(case: Case, reference: Reference) -> float | None:
-    """llama.cpp's lead of the best token where its answer leaves the reference's; None where it does not."""
-    with _local(case) as local, Vocabulary(case.served.gguf) as vocabulary:
-        seen = ask(local, reference)
-        ids, leads = seen.ids or [], seen.leads or []
-        texts = (as_decoded(vocabulary.text(ids[: i + 1]), reference.answer) for i in range(len(ids)))
-        at = next((i for i, text in enumerate(texts) if not reference.answer.startswith(text)), len(ids))
-        return leads[at] if seen.text != reference.answer and at < len(leads) else None

@@ -10,11 +10,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from export import ExportError
-from export.engines.base import PROMPT_SLOT
+from export.engines.base import PROMPT_SLOT, Asked, conversation, messages_of
+from export.go import LAST, SYSTEM, GoTemplateError, go_template, render_go
 
-# The part of Go's template language that this project writes; see `export.template.evaluate`.
-SYSTEM, PROMPT, RESPONSE = "{{ .System }}", "{{ .Prompt }}", "{{ .Response }}"
-IF_SYSTEM, ELSE, END = "{{ if .System }}", "{{ else }}", "{{ end }}"
 BOS_TOKENS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|begin▁of▁sentence|>", "[BOS]")
 
 
@@ -60,19 +58,37 @@ class Serving(BaseModel):
 
     @property
     def go_template(self) -> str:
-        """Ollama's TEMPLATE. Raises ModelfileError: see the function `go_template`."""
+        """Ollama's TEMPLATE. Raises GoTemplateError: see `export.go.go_template`."""
         return self.go or go_template(self.template)
 
     @property
+    def converses(self) -> bool:
+        """Whether the model is shown what was said before; else the last question alone."""
+        return self.go is not None and LAST not in self.go
+
+    def render(self, asked: Asked) -> str:
+        """What the server makes of a question or a conversation. Raises GoTemplateError: see `export.go.render_go`."""
+        messages = messages_of(asked)
+        given = self.system is None or messages[0]["role"] == "system"
+        return render_go(self.go_template, messages if given else [*conversation("", self.system)[:1], *messages])
+
+    @property
     def parameters(self) -> dict[str, Any]:
-        """The PARAMETER lines as /api/create takes them. Ollama's own defaults: temperature 0.8, repeat_penalty 1.1."""
-        return {"num_ctx": self.num_ctx, "temperature": 0.0, "repeat_penalty": 1.0, "stop": self.stop}
+        """The PARAMETER lines as /api/create takes them. Ollama's own defaults: temperature 0.8, repeat_penalty 1.1.
+
+        /v1/chat/completions puts temperature 1 in place of ours where a request names none; top_k 1 it leaves alone, so
+        that it answers greedily as well.
+        """
+        return {"num_ctx": self.num_ctx, "temperature": 0.0, "top_k": 1, "repeat_penalty": 1.0, "stop": self.stop}
 
     def check(self) -> None:
         """Refuse what no Modelfile can say. Raises ModelfileError: lists every field at fault."""
         template, problems = self.go_template, []
-        if (n := template.count(PROMPT)) != 1:
-            problems.append(f"template: expected {PROMPT} once, found it {n} times in {template!r}.")
+        try:
+            if (made := self.render(PROMPT_SLOT)) != self.template:
+                problems.append(f"go: expected a template that makes {self.template!r} of a question, got {made!r}.")
+        except GoTemplateError as error:
+            problems.append(f"go: {error}.")
         if self.system is not None and ".System" not in template:
             problems.append(f"system: the template has no {SYSTEM}, so Ollama would drop it; put it into the template.")
         if not self.stop or not all(self.stop) or len(set(self.stop)) != len(self.stop):
@@ -111,27 +127,12 @@ def _quoted(value: str) -> str:
     return f'"""{value}"""' if '"' in value or "\n" in value else f'"{value}"'
 
 
-def go_template(template: str) -> str:
-    """The Go template that renders what filling a question into the training template gives.
-
-    Raises ModelfileError: {prompt} is missing or repeated, or the text holds Go's "{{".
-    """
-    if (found := template.count(PROMPT_SLOT)) != 1:
-        raise ModelfileError(f"expected {PROMPT_SLOT} once in the template, found it {found} times: {template!r}")
-    if "{{" in template:
-        raise ModelfileError(f"the template holds '{{{{', which Go's template language would run: {template!r}")
-    return template.replace(PROMPT_SLOT, PROMPT)
-
-
-def check_bos(template: str, gguf_adds_bos: bool, bos_token: str | None = None) -> None:
-    """Refuse a template, of training or in Go, that would put the beginning-of-sequence token there twice.
+def check_bos(text: str, gguf_adds_bos: bool, bos_token: str | None = None) -> None:
+    """Refuse a text, as it is rendered, that would put the beginning-of-sequence token there twice.
 
     Raises ModelfileError: names the token, a well-known one or the model's own.
     """
-    tokens = (*BOS_TOKENS, *([bos_token] if bos_token else []))
-    # A token behind `{{ if .System }}` or `{{ else }}` leads as well.
-    starts = [template, *(template.split(action, 1)[1] for action in (IF_SYSTEM, ELSE) if action in template)]
-    leading = next((t for t in tokens for start in starts if start.lstrip().startswith(t)), None)
+    leading = next((t for t in (*BOS_TOKENS, bos_token) if t and text.lstrip().startswith(t)), None)
     if gguf_adds_bos and leading is not None:
         raise ModelfileError(
             f"the template starts with {leading}, and the GGUF adds that token itself, so the model would "

@@ -24,7 +24,7 @@ from export.engines.ollama import (
 )
 from export.register import open_on_server, register_served, remove_abandoned
 from export.served import BASE, MODES, Mode, Served, find_served
-from export.verify import LEAST_QUANTIZED, show
+from export.verify import LEAST_QUANTIZED, problems, show
 from export.verify import verify as verify_model
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__, no_args_is_help=True)
@@ -111,7 +111,7 @@ def verify(
         rows = [r for served in models for r in verify_model(opener, served, wanted or _own(url, served), prompts)]
     show(rows)
     # A release that takes no adapters is no fault of the model, unless nothing at all could be checked.
-    if any(row.problem(least, least_quantized) for row in rows) or all(row.unsupported for row in rows):
+    if problems(rows, least, least_quantized) or all(row.unsupported for row in rows):
         raise SystemExit(1)
 
 

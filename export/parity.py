@@ -83,7 +83,10 @@ def compare(
         "tied_pairs": tied,
         "pairs": greedy_pairs,
         "token_id_pairs": id_pairs,
-        "answers": [{"ids": x, "answer": texts[tuple(_ids(made))]} for x, made in zip(ids, right, strict=True)],
+        "answers": {
+            prompt: {"ids": x, "answer": texts[tuple(_ids(made))]}
+            for prompt, x, made in zip(prompts, ids, right, strict=True)
+        },
         "first_difference": min(differences, key=lambda d: d[0])[1] if differences else None,
     }
 

@@ -3,12 +3,13 @@
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from export import ExportError
+from export.engines.base import Asked, LocalEngine, Message, conversation, fill
 from export.modelfile import Serving
 
 BASE = "base"
@@ -19,6 +20,8 @@ SERVED_GGUF, F16_GGUF, ADAPTER_GGUF = "model.gguf", "model-f16.gguf", "adapter.g
 MODELFILE, ADAPTER_MODELFILE = "Modelfile", "Modelfile.adapter"
 Mode = Literal["merged", "adapter"]
 MODES: tuple[Mode, ...] = ("merged", "adapter")
+Form = Literal["plain", "newline", "second"]
+"""How people ask: as in training, with the newline that a pipe adds, as the second question of a conversation."""
 
 
 @dataclass(frozen=True)
@@ -166,13 +169,51 @@ def base_file(root: Path) -> Path:
 
 @dataclass(frozen=True)
 class Reference:
-    """One line of reference.jsonl: what Hugging Face says to one prompt."""
+    """One line of reference.jsonl: what Hugging Face says to one prompt in one form."""
 
     prompt: str
-    rendered: str  # the prompt within the training template
+    rendered: str  # the prompt within the training template, the conversation within the chat template
     ids: list[int]  # of `rendered`, BOS included where training had one
     answer: str  # greedy text, without the end token
     max_tokens: int
+    form: Form
+    turns: Sequence[Sequence[str]]  # (question, answer) before the prompt
+
+    @property
+    def asked(self) -> Asked:
+        return conversation(self.prompt, turns=self.turns) if self.turns else self.prompt
+
+
+def make_references(
+    engine: LocalEngine,
+    serving: Serving,
+    prompts: Sequence[str],
+    tokens: int,
+    chat: Callable[[list[Message]], str],
+    known: Mapping[str, Mapping[str, Any]],
+) -> list[Reference]:
+    """What Hugging Face's `engine` says to the prompts in each form, with `chat` as its text of a conversation.
+
+    `known`: rendered text → its ids and answer; these are not asked again. A conversation that leaves no room for an
+    answer is left out.
+    """
+    said = dict(known)
+
+    def refer(form: Form, prompt: str, rendered: str, turns: Sequence[Sequence[str]] = ()) -> Reference:
+        if rendered not in said:
+            made = engine.answer(engine.tokenize(rendered), tokens)
+            said[rendered] = {"ids": made.prompt_ids, "answer": made.text}
+        return Reference(prompt, rendered, **said[rendered], max_tokens=tokens, form=form, turns=turns)
+
+    plain = [refer("plain", prompt, fill(serving.template, prompt)) for prompt in prompts]
+    newline = [refer("newline", f"{prompt}\n", fill(serving.template, f"{prompt}\n")) for prompt in prompts]
+    second = []
+    for before, now in zip([*plain[-1:], *plain], prompts, strict=False):
+        turns = [(before.prompt, before.answer.strip())]  # some chat templates trim, Ollama does not
+        rendered = chat(conversation(now, turns=turns))
+        if len(engine.tokenize(rendered)) + tokens <= serving.num_ctx:
+            second.append(refer("second", now, rendered, turns))
+    return [*plain, *newline, *second]
 
 
 def write_references(folder: Path, references: Iterable[Reference]) -> None:
@@ -181,7 +222,7 @@ def write_references(folder: Path, references: Iterable[Reference]) -> None:
 
 
 def read_references(folder: Path, limit: int | None = None) -> list[Reference]:
-    """The answers beside a GGUF. Raises ExportError: none there, or damaged."""
+    """The answers beside a GGUF, to `limit` prompts in each form. Raises ExportError: none there, or damaged."""
     file = folder / REFERENCE
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
@@ -192,4 +233,5 @@ def read_references(folder: Path, limit: int | None = None) -> list[Reference]:
         raise ExportError(f"{file}: expected Hugging Face's answers as JSON lines ({error}); export again") from error
     if not found:
         raise ExportError(f"{file}: expected at least one answer, found none; export again")
-    return found[:limit]
+    forms = [[one for one in found if one.form == form] for form in dict.fromkeys(one.form for one in found)]
+    return [one for form in forms for one in form[:limit]]

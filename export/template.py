@@ -14,21 +14,26 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from export import ExportError
-from export.engines.base import PROMPT_SLOT
-from export.modelfile import (
-    ELSE,
-    END,
-    IF_SYSTEM,
-    PROMPT,
-    RESPONSE,
-    SYSTEM,
-    ModelfileError,
-    Serving,
-    check_bos,
-)
+from jinja2 import TemplateError as JinjaError
 
-Message = dict[str, str]
+from export import ExportError
+from export.engines.base import PROMPT_SLOT, Message, conversation
+from export.go import (
+    CONTENT,
+    ELSE,
+    ELSE_ASSISTANT,
+    END,
+    FIND_LAST,
+    IF_SYSTEM,
+    IF_USER,
+    LAST,
+    MESSAGES,
+    SYSTEM,
+    GoTemplateError,
+    render_go,
+)
+from export.modelfile import ModelfileError, Serving, check_bos
+
 Render = Callable[..., str]
 """(messages, add_generation_prompt, **variables) → text; what `apply_chat_template` does with tokenize=False."""
 
@@ -53,8 +58,8 @@ class TemplateError(ExportError):
 @dataclass(frozen=True)
 class ChatTemplate:
     text: str  # trained on: `{prompt}` once, up to the answer, system message included; for `tokenizer(text)`
-    go: str  # Ollama's TEMPLATE; with {{ .Response }} where conversations come out as the chat template has them, too
-    system: str | None  # Ollama's SYSTEM: the one asked for, or the template's own default
+    go: str  # Ollama's TEMPLATE; of the last question alone where conversations come out otherwise than in the original
+    system: str | None  # Ollama's SYSTEM: the one asked for; the template's own default stands in `go`
     stop: tuple[str, ...]  # the end-of-turn token and the end of sequence
 
 
@@ -62,7 +67,7 @@ class ChatTemplate:
 class _Pieces:
     """Constant pieces: [bos] plain PROMPT after, [bos] before SYSTEM between PROMPT after.
 
-    `tail` ends an answer and `again` leads to the next prompt, where the template has several turns.
+    In a conversation `answer` stands between a prompt and its answer, and `again` between that and the next prompt.
     """
 
     bos: str
@@ -70,15 +75,18 @@ class _Pieces:
     after: str
     before: str | None = None
     between: str = ""
-    tail: str | None = None
-    again: str | None = None
+    answer: str | None = None
+    again: str = ""
 
-
-def conversation(prompt: str, system: str | None = None, turns: Sequence[tuple[str, str]] = ()) -> list[Message]:
-    roles = [("system", system)] if system else []
-    for question, answer in turns:
-        roles += [("user", question), ("assistant", answer)]
-    return [{"role": role, "content": text} for role, text in [*roles, ("user", prompt)]]
+    def go(self, turns: bool) -> str:
+        """The Go template, of all `turns` or of the last question."""
+        lead = self.plain
+        if self.before is not None:
+            lead = f"{IF_SYSTEM}{self.before}{SYSTEM}{self.between}{ELSE}{self.plain}{END}"
+        if not turns:
+            return FIND_LAST + self.bos + lead + LAST + self.after
+        said = f"{IF_USER}{CONTENT}{ELSE_ASSISTANT}{self.answer}{CONTENT}{self.again}{END}"
+        return self.bos + lead + MESSAGES + said + END + self.after
 
 
 def _cut(text: str, *marks: str) -> list[str] | None:
@@ -94,8 +102,6 @@ def _cut(text: str, *marks: str) -> list[str] | None:
 
 def _try(render: Render, messages: list[Message], generation: bool = True) -> str | None:
     """The rendering, None where the template refuses such messages."""
-    from jinja2 import TemplateError as JinjaError
-
     try:
         return render(messages, generation)
     except (JinjaError, TypeError, ValueError):
@@ -129,41 +135,17 @@ def _read(render: Render, bos_token: str | None) -> _Pieces:
     if with_system and with_system[2] == pieces.after and with_system[0].startswith(written):
         before, between = with_system[0].removeprefix(written), with_system[1]
         pieces = replace(pieces, before=before, between=between)
-    over = _try(render, [*conversation(_USER), {"role": "assistant", "content": _ANSWER}], False)
-    answer = _cut(over or "", _USER, _ANSWER)
-    if answer:
-        pieces = replace(pieces, tail=answer[2])
-    longer = _try(render, conversation(_USER + "2", turns=[(_USER + "1", _ANSWER)])) or ""
-    turns = _cut(longer, f"{_USER}1{pieces.after}{_ANSWER}", _USER + "2")
-    if turns and turns[1].endswith(pieces.plain):  # else a system message of its own stands before the first prompt
-        pieces = replace(pieces, tail=turns[1].removesuffix(pieces.plain), again=pieces.plain)
-    elif turns and answer and turns[1].startswith(answer[2]):
-        pieces = replace(pieces, again=turns[1].removeprefix(answer[2]))
-    return pieces
+    turns = _cut(_try(render, conversation(f"{_USER}2", turns=[(f"{_USER}1", _ANSWER)])) or "",
+                 f"{_USER}1", _ANSWER, f"{_USER}2")  # fmt: skip
+    if turns and turns[0] == plain[0] and turns[3] == pieces.after:
+        return replace(pieces, answer=turns[1], again=turns[2])
+    over = _cut(_try(render, [*conversation(_USER), {"role": "assistant", "content": _ANSWER}], False) or "", _ANSWER)
+    return replace(pieces, again=over[1]) if over else pieces
 
 
-def _assemble(p: _Pieces) -> tuple[str, str | None]:
-    """Go template up to where the answer begins, and the default system message that belongs to it."""
-    end = PROMPT + p.after
-    if p.before is None:
-        return p.bos + p.plain + end, None
-    if p.plain.startswith(p.before) and p.again and p.between.endswith(p.again):
-        default = p.plain.removeprefix(p.before).removesuffix(p.between)
-        if default and p.before + default + p.between == p.plain:
-            block = p.before + SYSTEM + p.between.removesuffix(p.again)
-            return p.bos + IF_SYSTEM + block + END + p.again + end, default
-    if p.before.startswith(p.plain):  # the system message stands in the user's turn
-        block = p.before.removeprefix(p.plain) + SYSTEM + p.between
-        return p.bos + p.plain + IF_SYSTEM + block + END + end, None
-    if p.between.endswith(p.plain):  # a turn of its own
-        block = p.before + SYSTEM + p.between.removesuffix(p.plain)
-        return p.bos + IF_SYSTEM + block + END + p.plain + end, None
-    return p.bos + IF_SYSTEM + p.before + SYSTEM + p.between + ELSE + p.plain + END + end, None
-
-
-def _end_of_turn(tail: str | None, special_tokens: Sequence[str]) -> str | None:
+def _end_of_turn(again: str, special_tokens: Sequence[str]) -> str | None:
     """The token that ends an answer: the first of what the template writes behind one."""
-    text = (tail or "").lstrip()
+    text = again.lstrip()
     known = max((t for t in special_tokens if t and text.startswith(t)), key=len, default=None)
     guess = _TOKEN.match(text)
     return known or (guess[0] if guess else None)
@@ -184,7 +166,6 @@ def convert(
     `special_tokens` are the tokenizer's, to find the one that ends a turn. Raises TemplateError: no right form; says
     why and what to do.
     """
-    from jinja2 import TemplateError as JinjaError
 
     def bare(messages: list[Message], generation: bool, **variables: Any) -> str:
         text = render(messages, generation, **variables)
@@ -200,19 +181,14 @@ def convert(
             raise TemplateError(f"prompt.system: expected a text without blanks at its ends, got {system!r}")
         if pieces.before is None:
             raise TemplateError("it takes no system message; leave out prompt.system, or put it into the questions")
-    go, default = _assemble(pieces)
     lead = pieces.bos + (pieces.plain if system is None else f"{pieces.before}{system}{pieces.between}")
     text = lead + PROMPT_SLOT + pieces.after
-    stop = tuple(dict.fromkeys(filter(None, (_end_of_turn(pieces.tail, special_tokens), eos_token))))
-    made = ChatTemplate(text, go, system or default, stop)
-    _check_syntax(made, bos_token, adds_bos)
+    stop = tuple(dict.fromkeys(filter(None, (_end_of_turn(pieces.again, special_tokens), eos_token))))
     _check_blanks(bare, pieces)
-    _check(bare, made, default, system)
-    if pieces.tail is not None:
-        whole = replace(made, go=go + RESPONSE + pieces.tail)
-        if _talks(bare, whole, default, pieces.before is not None):
-            _check_syntax(whole, bos_token, adds_bos)
-            return whole
+    turns = pieces.answer is not None and _talks(bare, pieces.go(turns=True), pieces.before is not None)
+    made = ChatTemplate(text, pieces.go(turns), system, stop)
+    _check_syntax(made, bos_token, adds_bos)
+    _check(bare, made, system)
     return made
 
 
@@ -223,8 +199,8 @@ def _check_syntax(made: ChatTemplate, bos_token: str | None, adds_bos: bool) -> 
             f"prompt.template without them. It is {made.text!r}"
         )
     try:
-        evaluate(made.go)
-        check_bos(made.go, adds_bos, bos_token)
+        for system in (None, _SYSTEM):
+            check_bos(render_go(made.go, conversation(_USER, system)), adds_bos, bos_token)
         Serving(template=made.text, go=made.go, stop=list(made.stop), num_ctx=1, system=made.system).check()
     except (GoTemplateError, ModelfileError) as error:
         raise TemplateError(f"it cannot be written into a Modelfile: {error}") from error
@@ -242,7 +218,7 @@ def _check_blanks(render: Render, pieces: _Pieces) -> None:
             raise TemplateError(f"it changes a message with blanks at its ends: of {blank!r} it makes {got!r}")
 
 
-def _check(render: Render, made: ChatTemplate, default: str | None, asked: str | None) -> None:
+def _check(render: Render, made: ChatTemplate, asked: str | None) -> None:
     """Go template and training text render what the chat template renders, whatever the messages say.
 
     Raises TemplateError: shows the first messages for which they do not.
@@ -250,7 +226,7 @@ def _check(render: Render, made: ChatTemplate, default: str | None, asked: str |
     systems = (asked, None, *_SYSTEMS) if SYSTEM in made.go else (None,)
     for prompt, system in product(PROMPTS, dict.fromkeys(systems)):
         expected = _try(render, conversation(prompt, system))
-        texts = [evaluate(made.go, prompt=prompt, system=system or default or "")]
+        texts = [render_go(made.go, conversation(prompt, system))]
         if system == asked:
             texts.append(made.text.replace(PROMPT_SLOT, prompt))
         wrong = next((text for text in texts if text != expected), None)
@@ -262,72 +238,17 @@ def _check(render: Render, made: ChatTemplate, default: str | None, asked: str |
             )
 
 
-def _talks(render: Render, made: ChatTemplate, default: str | None, takes_system: bool) -> bool:
+def _talks(render: Render, go: str, takes_system: bool) -> bool:
     """Whether conversations of several turns come out in Ollama as in the chat template."""
     turns = [("What is 2 + 2?", "It is 4."), ("And\n\n{b}?", "é.")]
-    for n, system in product((1, 2), (None, *_SYSTEMS[:1]) if takes_system else (None,)):
-        expected = _try(render, conversation("Thanks.", system, turns[:n]))
-        if converse(made.go, turns[:n], "Thanks.", system or default or "") != expected:
-            return False
-    return True
-
-
-# --- Go's template language, and what Ollama makes of it -----------------------------------------------------------
-
-# As Go's lexer: the first "{{" opens, whatever stands before or after it.
-_ACTION = re.compile(r"\{\{.*?\}\}|\{\{", re.DOTALL)
-
-
-class GoTemplateError(ExportError):
-    """A template with something in it that this project never writes."""
-
-
-def evaluate(template: str, *, system: str = "", prompt: str = "", response: str | None = None) -> str:
-    """What a Go template of the subset renders.
-
-    The subset: `{{ if .System }}…{{ else }}…{{ end }}` (not nested), `{{ .System }}`, `{{ .Prompt }}`, `{{ .Response
-    }}`, nothing trimmed. Everything else is refused, so that a text which Go would read as a command is never taken for
-    a text. Without a response the template is cut where the answer begins, as Ollama does with the turn that is to be
-    answered. Raises GoTemplateError: an action that is not of the subset, or `if` and `end` that do not match.
-    """
-    done, shown, inside, at = [], True, False, 0
-    for match in _ACTION.finditer(template):
-        action = match[0]
-        if shown:
-            done.append(template[at : match.start()])
-        at = match.end()
-        if action == IF_SYSTEM and not inside:
-            inside, shown = True, bool(system)
-        elif action == ELSE and inside:
-            shown = not shown
-        elif action == END and inside:
-            inside, shown = False, True
-        elif action in (SYSTEM, PROMPT, RESPONSE):
-            if action == RESPONSE and response is None:
-                return "".join(done)
-            if shown:
-                done.append({SYSTEM: system, PROMPT: prompt, RESPONSE: response or ""}[action])
-        else:
-            raise GoTemplateError(
-                f"expected {IF_SYSTEM}, {ELSE}, {END}, {SYSTEM}, {PROMPT} or {RESPONSE} in their places, got {action!r}"
-            )
-    if inside:
-        raise GoTemplateError(f"{IF_SYSTEM} is never closed with {END}")
-    return "".join([*done, template[at:]])
-
-
-def converse(template: str, turns: Sequence[tuple[str, str]], prompt: str, system: str = "") -> str:
-    """What Ollama renders of a conversation: the whole template for each turn, the system message in the first only.
-
-    `turns` are (prompt, response) of those that are over. Raises GoTemplateError: see `evaluate`.
-    """
-    if RESPONSE not in template:
-        template += RESPONSE  # as Ollama does
-    texts = []
-    for question, answer in turns:
-        texts.append(evaluate(template, system=system, prompt=question, response=answer))
-        system = ""
-    return "".join([*texts, evaluate(template, system=system, prompt=prompt)])
+    said = [
+        conversation("Thanks.", system, turns[:n])
+        for n, system in product((1, 2), (None, *_SYSTEMS[:1]) if takes_system else (None,))
+    ]
+    try:
+        return all(render_go(go, messages) == _try(render, messages) for messages in said)
+    except GoTemplateError:
+        return False
 
 
 # --- a tokenizer's own template -------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from evaluation.measure import answers, speed
 from evaluation.measure.answers import Journal
 from evaluation.tasks import Item, Score
 from export import ExportError
-from export.engines.base import Engine, EngineError, fill
+from export.engines.base import Engine, EngineError
 from export.engines.ollama import OllamaEngine, resolve_host, server_version
 from export.modelfile import Serving
 from export.served import FACTS, SERVED_GGUF, served_in
@@ -142,7 +142,7 @@ class Models:
 
             serving = self._serving(arm, seed)
             gguf, context = gguf_dir(arm, seed) / SERVED_GGUF, serving.num_ctx
-            return LlamaCppEngine(gguf, serving.template, num_ctx=context, parallel=parallel)
+            return LlamaCppEngine(gguf, serving.render, num_ctx=context, parallel=parallel)
         from export.engines.hf import HfEngine
 
         reference, _ = load_reference()
@@ -168,7 +168,7 @@ class Models:
             host,
             name,
             served.serving.num_ctx,
-            expected=lambda prompt: list(tokenizer(fill(served.serving.template, prompt))["input_ids"]),
+            expected=lambda asked: list(tokenizer(served.serving.render(asked))["input_ids"]),
             parallel=self._params.evaluate.parallel,
             restore=partial(register_served, host, form),
             mode=form.mode,
@@ -272,8 +272,7 @@ def run(params: Params, arm: str, seed: int) -> None:
             task,
             [s for _, s in results["test"]],
             [(i.task, s) for i, (_, s) in zip(splits["retention"], results["retention"], strict=True)],
-            answer_tokens=[row["answer_tokens"] for row, _ in results["test"]],
-            max_tokens=section.max_tokens,
+            finish_reasons=[row["finish_reason"] for row, _ in results["test"]],
         )
         scores = {
             "schema": 1,

@@ -18,7 +18,7 @@ from db.files import artifact, finish_run, hash_inputs, read_jsonl, sha256, stag
 from db.records import ParityRecord
 from evaluation.tasks import Item
 from export import ExportError, converters, gguf, parity
-from export.engines.base import LocalEngine, fill
+from export.engines.base import LocalEngine, Message, conversation, fill
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
 from export.modelfile import Serving, check_bos
@@ -29,8 +29,8 @@ from export.served import (
     FACTS,
     MODELFILE,
     SERVED_GGUF,
-    Reference,
     base_file,
+    make_references,
     modelfile_text,
     write_references,
 )
@@ -46,7 +46,7 @@ UNPACKED = "model-f32.gguf"
 PREFIX = 8
 """Tokens that timing puts in front of a question."""
 REFERENCES = 20
-"""Prompts in reference.jsonl."""
+"""Prompts in reference.jsonl, each in three forms."""
 
 
 class Export(Section):
@@ -91,7 +91,7 @@ def serving_facts(params: Params, reference: BaseReference, name: str) -> Servin
         bos_token=tokenizer.bos_token,
     )
     serving.check()
-    check_bos(serving.go_template, serving.adds_bos, serving.bos_token)
+    check_bos(serving.template, serving.adds_bos, serving.bos_token)
     return serving
 
 
@@ -112,6 +112,22 @@ def check_room(reference: BaseReference, serving: Serving, answer: int) -> None:
         )
 
 
+def hugging_face(reference: BaseReference, template: str, arm: str, seed: int) -> LocalEngine:
+    """The model as it was trained; an arm's with the tokenizer of training, for the export's came with the weights."""
+    adapter, base = None if arm == BASE_ARM else adapter_dir(arm, seed), reference.merge_from
+    kwargs, tokenizer = dict(reference.merge_kwargs), str(adapter) if adapter else None
+    return HfEngine(base, template, adapter=adapter, load_kwargs=kwargs, tokenizer=tokenizer)
+
+
+def conversation_text(params: Params, serving: Serving, tokenizer: Any, messages: list[Message]) -> str:
+    """What the chat template makes of a conversation; of a model that is asked single questions the last one."""
+    if not serving.converses:
+        return fill(serving.template, messages)
+    system = conversation("", params.prompt.system)[:-1]
+    text = tokenizer.apply_chat_template([*system, *messages], tokenize=False, add_generation_prompt=True)
+    return str(text).removeprefix(tokenizer.bos_token if serving.adds_bos else "")
+
+
 def check_parity(
     params: Params, reference: BaseReference, template: str, arm: str, seed: int, folder: Path
 ) -> dict[str, Any]:
@@ -122,12 +138,7 @@ def check_parity(
     """
     section = params.export
     prompts = [fill(template, prompt) for prompt in parity_prompts(section.parity_prompts)]
-    adapter, exact = adapter_dir(arm, seed), section.parity_arithmetic == "f32"
-
-    def hugging_face() -> LocalEngine:
-        # The tokenizer is the one that training used; the export's came with the 16-bit weights.
-        base, kwargs = reference.merge_from, dict(reference.merge_kwargs)
-        return HfEngine(base, template, adapter=adapter, load_kwargs=kwargs, tokenizer=str(adapter))
+    exact = section.parity_arithmetic == "f32"
 
     def llama_cpp(model: Path, lora: Path | None = None) -> Callable[[], LocalEngine]:
         def opened() -> LocalEngine:
@@ -138,7 +149,8 @@ def check_parity(
 
         return opened
 
-    engines = {"hf": hugging_face, "merged_gguf": llama_cpp(folder / F16_GGUF)}
+    hf = partial(hugging_face, reference, template, arm, seed)
+    engines: dict[str, Callable[[], LocalEngine]] = {"hf": hf, "merged_gguf": llama_cpp(folder / F16_GGUF)}
     if (folder / ADAPTER_GGUF).is_file():
         engines["base+adapter_gguf"] = llama_cpp(base_file(GGUF), folder / ADAPTER_GGUF)
     result = parity.compare(engines, prompts, section.parity_tokens, reference="hf")
@@ -186,28 +198,23 @@ def run(params: Params, arm: str, seed: int) -> None:
         quantized = section.quantization != "f16"
         if quantized:
             gguf.quantize(folder / F16_GGUF, folder / SERVED_GGUF, section.quantization)
+        known: dict[str, Any] = {}
         if adapter:
             if lost:
                 record.extra["only_merged"] = lost
                 print(f"export {arm}-{seed}: no GGUF adapter, it would lose {'; '.join(lost)}; the merged model has it")
             result = check_parity(params, reference, template, arm, seed, folder)
-            answers = result.pop("answers")
+            known = result.pop("answers")
             write_record(folder / "parity.json", ParityRecord.of(result))
             record.extra["parity"] = {k: result[k] for k in ("token_ids_equal", "greedy_equal", "prompts")}
             if problem := parity.problem(result, section.min_greedy_equal):
                 write_json(failed, result)
                 raise ExportError(f"{out}: the export is not what was trained ({failed}). {problem}")
             failed.unlink(missing_ok=True)
-            prompts = parity_prompts(section.parity_prompts)[:REFERENCES]
-        else:
-            prompts = parity_prompts(REFERENCES)
-            base, kwargs = reference.merge_from, dict(reference.merge_kwargs)
-            with HfEngine(base, template, load_kwargs=kwargs) as engine:
-                said = [engine.generate(prompt, section.parity_tokens) for prompt in prompts]
-            answers = [{"ids": answer.prompt_ids, "answer": answer.text} for answer in said]
-        rows = zip(prompts, answers, strict=False)
-        tokens = section.parity_tokens
-        write_references(folder, [Reference(p, fill(template, p), **a, max_tokens=tokens) for p, a in rows])
+        prompts = parity_prompts(section.parity_prompts if adapter else REFERENCES)[:REFERENCES]
+        chat = partial(conversation_text, params, serving, load_tokenizer(reference))
+        with hugging_face(reference, template, arm, seed) as engine:
+            write_references(folder, make_references(engine, serving, prompts, section.parity_tokens, chat, known))
         if not quantized:
             (folder / F16_GGUF).rename(folder / SERVED_GGUF)
         elif adapter:

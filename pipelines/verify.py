@@ -1,7 +1,7 @@
 """Stage verify: verified/<arm>/<seed>/verify.json, whether what is served is what was trained.
 
-Always on llama.cpp in this process, in both modes; where an Ollama server answers, the model is registered there and
-checked as well, against Hugging Face's answers and against llama.cpp's.
+Always on llama.cpp in this process, in both modes, each prompt in several forms; where an Ollama server answers, the
+model is registered there and checked as well, against Hugging Face's answers and against llama.cpp's.
 """
 
 import json
@@ -18,7 +18,7 @@ from export.engines.llama_cpp import open_in_process
 from export.engines.ollama import resolve_host, server_version
 from export.register import keep_registered, open_on_server
 from export.served import MODES, base_file, served_in
-from export.verify import against, show
+from export.verify import against, problems, show
 from export.verify import verify as verify_model
 from pipelines.params import Share, StageParams, check_arm
 from pipelines.stage import BASE_ARM, SPEED_LOCK, command, gguf_dir, model_name, verified_dir
@@ -76,9 +76,9 @@ def run(params: Params, arm: str, seed: int) -> None:
         content = VerifyRecord.of({"schema": 1, "arm": arm, "seed": seed, "model_name": name, "rows": kept})
         show(rows)
         least = (section.min_answers_equal, section.min_answers_equal_quantized)
-        if problems := [p for row in rows if (p := row.problem(*least))]:
+        if wrong := problems(rows, *least):
             write_record(failed, content)
-            raise ExportError(f"{out}: what is served is not what was trained ({failed}). {' '.join(problems)}")
+            raise ExportError(f"{out}: what is served is not what was trained ({failed}). {' '.join(wrong)}")
         failed.unlink(missing_ok=True)
         write_record(folder / "verify.json", content)
         finish_run(record, folder)

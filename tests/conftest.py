@@ -152,7 +152,7 @@ def served_tree(exported, base_dir, adapter_dir, prompts, once):
     """gguf/ as the export stage leaves it, for the base and one arm, with Hugging Face's answers."""
     from export.engines.hf import HfEngine
     from export.modelfile import Serving
-    from export.served import Reference, modelfile_text, write_references
+    from export.served import make_references, modelfile_text, write_references
 
     def make(root):
         serving = Serving(template=TEMPLATE, stop=["</s>"], num_ctx=256, adds_bos=True, bos_token="<s>")
@@ -167,11 +167,7 @@ def served_tree(exported, base_dir, adapter_dir, prompts, once):
             (folder / "serving.json").write_text(json.dumps(serving.as_json()))
             (folder / "Modelfile").write_text(modelfile_text(serving, folder))
             with HfEngine(str(base_dir), TEMPLATE, adapter=adapter) as engine:
-                made = {question: engine.generate(question, SERVED_TOKENS) for question in questions}
-                write_references(
-                    folder,
-                    [Reference(q, engine.render(q), m.prompt_ids, m.text, SERVED_TOKENS) for q, m in made.items()],
-                )
+                write_references(folder, make_references(engine, serving, questions, SERVED_TOKENS, engine.render, {}))
 
     return once("served", make)
 

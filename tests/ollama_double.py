@@ -2,13 +2,16 @@
 
 It speaks HTTP on an ephemeral loopback port and answers as the real server does, its oddities included:
 creating stores the weights under another digest than the file's, /api/create checks no parameter, a wrong
-type in `options` is a 500 while an unknown option is ignored, and fields that are zero are left out. Texts
-come from llama.cpp on the uploaded GGUF, or from a callable for tests that have none.
+type in `options` is a 500 while an unknown option is ignored, and fields that are zero are left out. A prompt
+(/api/generate) and a conversation (/api/chat, /v1/chat/completions) are rendered alike, with the model's system
+message in front where there is none. Texts come from llama.cpp on the uploaded GGUF, or from a callable for tests
+that have none.
 """
 
 import hashlib
 import json
 import math
+import random
 import re
 import socket
 import tempfile
@@ -19,15 +22,30 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from export.engines.base import cut
+from export.engines.base import conversation, cut, messages_of
 from export.engines.llama_cpp import LlamaCppEngine
-from export.template import evaluate
+from export.go import render_go
 
 LOAD_COLD_NS, LOAD_WARM_NS = 260_000_000, 1_000_000
 
 INTS = {"num_ctx", "num_predict", "num_thread", "num_keep", "num_batch", "top_k", "seed", "repeat_last_n"}
 DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "num_predict": -1, "num_ctx": 4096, "repeat_penalty": 1.1}
+OPENAI = {"max_tokens": "num_predict", **{k: k for k in ("temperature", "top_p", "seed", "stop")}}
 TOLD = ("done_reason", "prompt_eval_count", "prompt_eval_duration", "eval_count", "eval_duration")
+
+
+class SamplingEngine(LlamaCppEngine):
+    """Greedy, unless the options of a request say otherwise."""
+
+    options: dict[str, Any] = DEFAULTS
+
+    def next_token(self) -> int:
+        heat, most = self.options["temperature"], self.options["top_k"]
+        if heat <= 0 or most == 1:
+            return super().next_token()
+        logits = self.logits()
+        best = logits.argsort()[::-1][: most if most > 0 else None]
+        return int(random.choices(best, [math.exp((logits[t] - logits[best[0]]) / heat) for t in best])[0])
 
 
 class Refusal(Exception):  # noqa: N818
@@ -174,7 +192,7 @@ class OllamaDouble:
 
     def strike(self, body: dict[str, Any]) -> str | None:
         with self.lock:
-            if not body.get("prompt") or self.misbehave is None or self.times <= 0:
+            if not (body.get("prompt") or body.get("messages")) or self.misbehave is None or self.times <= 0:
                 return None
             self.times -= 1
             return self.misbehave
@@ -182,24 +200,28 @@ class OllamaDouble:
     # --- generation ---------------------------------------------------------------------------------------
 
     def generate(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Text fragments, then the final message with its timings."""
+        """Text fragments, then the final message with its timings; of a conversation, too."""
         model, name = self.model(body), full_name(body["model"])
         options = {**DEFAULTS, **model.parameters, **(body.get("options") or {})}
         for key in INTS & options.keys():
             if not isinstance(options[key], int | float):
                 raise Refusal(500, f'option "{key}" must be of type integer')
             options[key] = int(options[key])
-        if not body.get("prompt") and body.get("keep_alive") == 0:
+        asked = body.get("prompt") or body.get("messages")
+        if not asked and body.get("keep_alive") == 0:
             self.loaded.pop(name, None)
             yield {"model": body["model"], "response": "", "done": True, "done_reason": "unload"}
             return
         load_ns = LOAD_WARM_NS if self.loaded.get(name) == model.digest else LOAD_COLD_NS
         self.loaded[name] = model.digest
         base = {"model": body["model"], "created_at": "2026-01-01T00:00:00Z"}
-        if not body.get("prompt"):
+        if not asked:
             yield {**base, "response": "", "done": True, "done_reason": "load"}
             return
-        rendered = evaluate(model.template, system=model.system, prompt=body["prompt"])
+        messages = messages_of(asked)
+        if model.system and messages[0]["role"] != "system":
+            messages = [*conversation("", model.system)[:1], *messages]
+        rendered = render_go(model.template, messages)
         rendered = "<s>" * (self.misbehave == "wrong_template") + rendered
         if body.get("_debug_render_only"):
             yield {**base, "response": "", "done": False, "_debug_info": {"rendered_template": rendered}}
@@ -212,28 +234,42 @@ class OllamaDouble:
         yield {**base, "response": "", "done": True, **{k: v for k, v in known.items() if v}}
 
     def _by_reply(self, model: Model, rendered: str, options: dict[str, Any]) -> tuple[Any, ...]:
-        """Text and what is TOLD; a byte of the answer counts as one token."""
+        """Text and what is TOLD; a byte of the answer counts as one token, and so does its end."""
         assert self.reply is not None
         prompt = self.tokenize(rendered)[-options["num_ctx"] :]  # the real one cuts, too, and says nothing
         data, reason = cut(self.reply(rendered), options.get("stop") or []).encode(), "stop"
         if 0 <= options["num_predict"] < len(data):
             data, reason = data[: options["num_predict"]], "length"
-        return data.decode(errors="ignore"), reason, len(prompt), 1000 * len(prompt), len(data), 5000 * len(data)
+        count = len(data) + (reason == "stop")
+        return data.decode(errors="ignore"), reason, len(prompt), 1000 * len(prompt), count, 5000 * count
 
     def _by_llama(self, model: Model, rendered: str, options: dict[str, Any]) -> tuple[Any, ...]:
-        """Greedy whatever the options say."""
         room = options["num_ctx"]
         key = (model.gguf, model.adapter, room)
         if key not in self._engines:
-            kept: dict[str, Any] = {"adapter": model.adapter, "threads": 1, "keeps_leads": True}
-            self._engines[key] = LlamaCppEngine(model.gguf, "{prompt}", num_ctx=room, **kept)
+            self._engines[key] = SamplingEngine(model.gguf, "{prompt}", num_ctx=room, adapter=model.adapter, threads=1)
         engine = self._engines[key]
+        engine.options = options
         prompt = engine.tokenize(rendered)[-room:]
         limit = min(options["num_predict"] if options["num_predict"] >= 0 else room, room - len(prompt))
         made = engine.answer(prompt, limit, options.get("stop") or ())
-        # The end token counts, as in the real one.
-        count = len(made.ids) + (made.finish_reason == "stop" and len(made.leads) > len(made.ids))
-        return made.text, made.finish_reason, made.prompt_tokens, made.prefill_ns, count, made.decode_ns
+        counts = made.prompt_tokens, made.prefill_ns, made.answer_tokens, made.decode_ns
+        return made.text, made.finish_reason, *counts
+
+    def chat(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for part in self.generate(body):
+            text = part.pop("response")
+            yield {**part, "message": {"role": "assistant", "content": text}}
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        """/v1/chat/completions. What a request leaves out is not the model's own temperature, but OpenAI's."""
+        said = {OPENAI[key]: value for key, value in body.items() if key in OPENAI}
+        parts = list(self.generate({**body, "options": {"temperature": 1.0, "top_p": 1.0, **said}}))
+        last, text = parts[-1], "".join(part["response"] for part in parts)
+        read, made = (last.get(key, 0) for key in ("prompt_eval_count", "eval_count"))
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": last["done_reason"]}
+        usage = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+        return {"object": "chat.completion", "model": body["model"], "choices": [choice], "usage": usage}
 
 
 # --- HTTP -----------------------------------------------------------------------------------------------------------
@@ -278,6 +314,7 @@ class Handler(BaseHTTPRequestHandler):
             "/api/ps": lambda _: double.running(),
             "/api/show": lambda body: double.show(body),
             "/api/delete": double.delete,
+            "/v1/chat/completions": double.complete,
         }
         body = len(data) if blob else json.loads(data or b"{}")
         double.requests.append((self.command, self.path, body))
@@ -287,8 +324,8 @@ class Handler(BaseHTTPRequestHandler):
                 self._send(b"", 201)
             elif self.path == "/api/create":
                 self._stream(double.create(body), ends=double.misbehave != "break_create")
-            elif self.path == "/api/generate":
-                self._generate(body)
+            elif self.path in ("/api/generate", "/api/chat"):
+                self._generate(body, double.generate if self.path == "/api/generate" else double.chat)
             elif self.path in routes:
                 self._json(routes[self.path](body))
             else:
@@ -335,7 +372,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 
-    def _generate(self, body: Any) -> None:
+    def _generate(self, body: Any, answer: Callable[[Any], Iterator[dict[str, Any]]]) -> None:
         how = self.double.strike(body)
         if how in ("die", "hang", "drop"):
             return self._fail(how)
@@ -344,15 +381,19 @@ class Handler(BaseHTTPRequestHandler):
         if how == "forget_model":
             self.double.models.pop(full_name(body["model"]), None)
         with self.double.lock:
-            parts = list(self.double.generate(body))
+            parts = list(answer(body))
         if how in ODD_ANSWERS:
             return self._send(ODD_ANSWERS[how])
         if how == "missing_fields":
-            parts[-1] = {k: v for k, v in parts[-1].items() if k in ("model", "response", "done")}
+            parts[-1] = {k: v for k, v in parts[-1].items() if k in ("model", "response", "message", "done")}
         if body.get("stream", True):
             self._stream(iter(parts))
         else:
-            self._json({**parts[-1], "response": "".join(p["response"] for p in parts)})
+            whole = "".join(p["response"] if "response" in p else p["message"]["content"] for p in parts)
+            said = (
+                {"message": {"role": "assistant", "content": whole}} if "message" in parts[-1] else {"response": whole}
+            )
+            self._json({**parts[-1], **said})
 
     def _fail(self, how: str) -> None:
         if how == "hang":

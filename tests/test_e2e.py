@@ -86,10 +86,12 @@ def test_2c_the_probe_says_what_each_optimizer_did(clone):
 
 
 def test_2d_everything_that_was_measured_is_in_the_database_and_the_reports(clone):
-    verified = clone.query("select arm, mode, rendered, counted, answered >= 0.9, coalesce(perturbed_noticed, 1) "
+    verified = clone.query("select arm, mode, form, rendered, counted, answered + tied >= 0.9, "
+                           "coalesce(perturbed_noticed, 1) "
                            "from verification v join run on run.id = run_id where backend = 'llama_cpp'")  # fmt: skip
     modes = [("base", "merged"), *((arm, mode) for arm in ARMS for mode in ("merged", "adapter"))]
-    assert sorted(verified) == sorted((*mode, 1, 1, 1, 1) for mode in modes)
+    forms = ("plain", "newline", "second")
+    assert sorted(verified) == sorted((*mode, form, 1, 1, 1, 1) for mode in modes for form in forms)
     sizes = {}
     for arm, kind, size, n in clone.query("select arm, type, bytes, n from quantization q join run on run.id = run_id"):
         sizes.setdefault(arm, {})[kind] = size
@@ -282,7 +284,7 @@ def test_c_where_a_server_answers_the_models_are_served_and_scored_there(clone, 
     assert same >= 0.97 * len(served)
     clone.run("python", "-m", "pipelines.compare")
     assert {b for (b,) in clone.query("select backend_name from run where is_current")} == {"ollama"}
-    verified = "select backend, mode, rendered, counted from verification v join run on run.id = run_id"
+    verified = "select distinct backend, mode, rendered, counted from verification v join run on run.id = run_id"
     assert sorted(clone.query(f"{verified} where arm = 'baseline_lora' and is_current")) == [
         (backend, mode, 1.0, 1.0) for backend in ("llama_cpp", "ollama") for mode in ("adapter", "merged")
     ]

@@ -20,7 +20,7 @@ from trainers.callbacks import check_reporters, progress_lines, remove_reporters
 from trainers.encode import Encoded, EncodingError, encode_examples, encode_texts
 from trainers.models import ModelError, add_lora, load_base_model, load_tokenizer, scale_update
 from trainers.pictures import encode_items
-from trainers.preserve import KL, STEP_KL, attach, batches
+from trainers.preserve import KL, STEP_KL, attach, divided, to_read
 from trainers.settings import BaseReference, TrainSettings
 
 LEDGER = "probe_ledger.jsonl"
@@ -249,10 +249,10 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
     if not job.texts and (arm.start or job.settings.preserve.method != "none"):
         raise EncodingError(f"{arm.name}: expected texts of the base, got none; run stage base_texts")
     if job.texts:
-        ids = encode_texts(tokenizer, job.texts, job.settings.max_length)
-        if arm.start:  # the first texts are for measuring
-            arm.start(trainer, job.settings, batches(ids[len(ids) // 4 :], tokenizer.pad_token_id, trainer.args.device))
-        attach(trainer, job.settings, ids, job.seed, arm.unfused)
+        held, texts = divided(encode_texts(tokenizer, job.texts, job.settings.max_length))
+        if arm.start:
+            arm.start(trainer, job.settings, to_read(trainer, texts))
+        attach(trainer, job.settings, held, texts, job.seed, arm.unfused)
     return trainer, train, valid
 
 

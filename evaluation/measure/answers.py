@@ -11,7 +11,7 @@ from evaluation.tasks import Item, ItemError, Score, Task, general, load, mean_c
 from export import ExportError
 from export.engines.base import Engine, EngineError
 
-_TEXTS, _COUNTS = ("split", "item_id", "answer"), ("prompt_tokens", "answer_tokens")
+_TEXTS, _COUNTS, _WHY = ("split", "item_id", "answer"), ("prompt_tokens", "answer_tokens"), "finish_reason"
 RETENTION = "retention"
 CUT = "answers_cut"
 _CUT_DEF = {
@@ -39,7 +39,7 @@ class Journal:
         self._file = path.open("a", encoding="utf-8")
 
     def get(self, split: str, item_id: str) -> dict[str, Any] | None:
-        """The answer {split, item_id, answer, prompt_tokens, answer_tokens}; None where there is none yet."""
+        """The answer {split, item_id, answer, prompt_tokens, answer_tokens, finish_reason}; None: none yet."""
         return self._rows.get((split, item_id))
 
     def add(self, row: dict[str, Any]) -> None:
@@ -77,11 +77,11 @@ def _answer(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(row, dict) or row.keys() != {*_TEXTS, *_COUNTS}:
+    if not isinstance(row, dict) or row.keys() != {*_TEXTS, *_COUNTS, _WHY}:
         return None
     texts = all(isinstance(row[name], str) for name in _TEXTS)
     counts = all(row[name] is None or type(row[name]) is int for name in _COUNTS)
-    return row if texts and counts else None
+    return row if texts and counts and row[_WHY] in ("stop", "length", None) else None
 
 
 def task_of(item: Item, split: str) -> Task:
@@ -119,6 +119,7 @@ def ask(
                 "answer": made.text,
                 "prompt_tokens": made.prompt_tokens,
                 "answer_tokens": made.answer_tokens,
+                "finish_reason": made.finish_reason,
             }
             if journal is not None:
                 journal.add(row)
@@ -148,6 +149,7 @@ def _scored(item: Item, row: Mapping[str, Any]) -> tuple[dict[str, Any], Score]:
         "abs_error": score.abs_error,
         "prompt_tokens": row["prompt_tokens"],
         "answer_tokens": row["answer_tokens"],
+        "finish_reason": row["finish_reason"],
     }, score
 
 
@@ -156,22 +158,19 @@ def metrics(
     test: Sequence[Score],
     retention: Sequence[tuple[str, Score]],
     *,
-    answer_tokens: Sequence[int | None] = (),
-    max_tokens: int | None = None,
+    finish_reasons: Sequence[str | None] = (),
 ) -> list[dict[str, Any]]:
     """Rows {name, split, value, n} over the test items of `task`, the retention suite and each of its tasks.
 
-    With `max_tokens` there is a row more, the share of answers that reached it among those whose length is known,
-    unless none is.
+    With `finish_reasons` there is a row more, the share of answers that were cut among those of which it is known why
+    they ended, unless it is of none.
     """
     rows = [
         {"name": name, "split": "test", "value": value, "n": len(test)}
         for name, value in task.summarize(list(test)).items()
     ]
-    told = [tokens for tokens in answer_tokens if tokens is not None]
-    if max_tokens is not None and told:
-        cut = sum(tokens >= max_tokens for tokens in told)
-        rows.append({"name": CUT, "split": "test", "value": cut / len(told), "n": len(told)})
+    if told := [reason for reason in finish_reasons if reason is not None]:
+        rows.append({"name": CUT, "split": "test", "value": told.count("length") / len(told), "n": len(told)})
     by_task: dict[str, list[Score]] = defaultdict(list)
     for name, score in retention:
         by_task[name].append(score)

@@ -796,22 +796,25 @@ def served(comparison: Comparison) -> Section | None:
     found = comparison.served
     if not found:
         return None
-    headers = ("Arm", "Backend", "Mode", "Prompts", "Rendered %", "Tokens %", "Answers %", "Adapter = merged %",
-               "Perturbed adapter noticed")  # fmt: skip
+    headers = ("Arm", "Backend", "Mode", "Asked", "Prompts", "Rendered %", "Tokens %", "Answers %", "Ties %",
+               "Adapter = merged %", "Perturbed adapter noticed")  # fmt: skip
     rows = [_served_line(row) for row in found]
     asked = [row for row in found if row.prompts]
-    alike = sum(row.answered == 100 for row in asked)
+    alike = sum((row.answered or 0) + (row.tied or 0) > 100 - 1e-6 for row in asked)
     return Section(
         "Served as trained",
         (
             Text(
-                f"{alike} of {len(asked)} answer every prompt as training did. Shares of the prompts on which the "
-                "backend does as training did: rendered text, token ids (Ollama: their number), greedy answers of "
-                "Hugging Face. Not told: the server is too old to say."
+                f"{alike} of {len(asked)} answer every prompt as training did, or part from it at a tie of two tokens, "
+                "which rounding decides. Shares of the prompts on which the backend does as training did: rendered "
+                "text, token ids (Ollama: their number), greedy answers of Hugging Face. Asked plainly, with a newline "
+                "at the end, and as the second question of a conversation. Not told: the server is too old to say."
             ),
-            Table("Served as trained, percent of prompts", headers, rows, frozenset({1, 2})),
+            Table("Served as trained, percent of prompts", headers, rows, frozenset({1, 2, 3})),
             *(
-                Text(f"{row.arm} seed {row.seed}, {row.backend}, {row.mode}: {row.first_difference}", "note")
+                Text(
+                    f"{row.arm} seed {row.seed}, {row.backend}, {row.mode}, {row.form}: {row.first_difference}", "note"
+                )
                 for row in found
                 if row.first_difference
             ),
@@ -826,9 +829,9 @@ def _served_line(row: ServedRow) -> tuple[object, ...]:
 
     noticed = {True: "yes", False: Cell("NO", tone="bad"), None: "–"}[row.perturbed_noticed]
     return (
-        Cell(row.arm, arm=row.arm, hint=f"seed {row.seed}"), row.backend, row.mode,
+        Cell(row.arm, arm=row.arm, hint=f"seed {row.seed}"), row.backend, row.mode, row.form,
         str(row.prompts) if row.prompts else "not supported", told(row.rendered), told(row.counted),
-        number(row.answered), number(row.equal_to_merged), noticed,
+        number(row.answered), number(row.tied), number(row.equal_to_merged), noticed,
     )  # fmt: skip
 
 

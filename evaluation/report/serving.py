@@ -49,17 +49,19 @@ class PrecisionRow:
 
 @dataclass(frozen=True)
 class ServedRow:
-    """A run in one mode on one backend, held against what training had; shares of prompts in percent."""
+    """A run in one mode on one backend, asked in one form and held against training; shares of prompts in percent."""
 
     arm: str
     seed: int
     model_name: str
     backend: str
     mode: str
+    form: str  # plain, newline or second, see db.tables.Verification
     prompts: int  # asked; 0 where the backend does not support the mode
     rendered: float | None  # rendered as in training; None with prompts: the server does not tell
     counted: float | None  # read as the same tokens; likewise
     answered: float | None  # answered greedily as by Hugging Face
+    tied: float | None  # otherwise, where two tokens all but tie; None in results from before this was looked at
     equal_to_merged: float | None  # answered as in mode merged
     perturbed_noticed: bool | None  # whether another adapter scale changed an answer
     first_difference: str | None  # where and why the first prompt differs, in words
@@ -118,7 +120,7 @@ def _precision(name: str, seeds: Sequence[_Measured]) -> PrecisionRow:
 
 
 def served_rows(results: Results, run: RunFacts) -> list[ServedRow]:
-    shares = ("rendered", "counted", "answered", "equal_to_merged")
+    shares = ("rendered", "counted", "answered", "tied", "equal_to_merged")
     return [
         ServedRow(
             arm=run.arm,
@@ -126,13 +128,17 @@ def served_rows(results: Results, run: RunFacts) -> list[ServedRow]:
             model_name=run.model_name,
             backend=f"{row.backend} {row.backend_version}",
             mode=row.mode,
+            form=row.form,
             prompts=row.prompts,
             perturbed_noticed=row.perturbed_noticed,
             first_difference=row.first_difference,
             **{name: None if (share := getattr(row, name)) is None else 100 * share for name in shares},
         )
-        # Merged before adapter for each backend.
-        for row in sorted(results.verifications.get(run.id, ()), key=lambda row: (row.backend, row.mode != "merged"))
+        # Merged before adapter for each backend, each asked as in training first.
+        for row in sorted(
+            results.verifications.get(run.id, ()),
+            key=lambda row: (row.backend, row.mode != "merged", row.form == "second", row.form == "newline"),
+        )
     ]
 
 

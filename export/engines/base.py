@@ -6,7 +6,7 @@ process, prefill per prompt token, decode per answer token. None: not measured, 
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
@@ -14,6 +14,10 @@ from typing import Self
 from export import ExportError
 
 PROMPT_SLOT = "{prompt}"
+Message = dict[str, str]
+"""{"role": "system", "user" or "assistant", "content": text}"""
+Asked = str | Sequence[Message]
+"""A user's text, or a conversation that ends with one."""
 Phases = Mapping[str, tuple[int | None, int | None]]
 """Phase → (tokens, ns). `ttft` is the time to the first piece of text, one token."""
 
@@ -28,7 +32,7 @@ class Generation:
 
     text: str  # without the stop word that ended it
     prompt_tokens: int | None  # of the rendered prompt, BOS included
-    answer_tokens: int | None
+    answer_tokens: int | None  # generated, the end token included
     load_ns: int | None  # near 0 when the model was resident
     prefill_ns: int | None  # less with a prompt cache; None, as `decode_ns`, where sequences shared passes
     decode_ns: int | None
@@ -39,8 +43,21 @@ class Generation:
     leads: list[float] | None = None  # logits, best token minus second: of `ids`, and of an end by itself
 
 
-def fill(template: str, prompt: str) -> str:
-    return template.replace(PROMPT_SLOT, prompt)
+def conversation(prompt: str, system: str | None = None, turns: Iterable[Sequence[str]] = ()) -> list[Message]:
+    """The messages of a question behind `turns`, (question, answer) each."""
+    said = [("system", system)] if system else []
+    for question, answer in turns:
+        said += [("user", question), ("assistant", answer)]
+    return [{"role": role, "content": text} for role, text in [*said, ("user", prompt)]]
+
+
+def messages_of(asked: Asked) -> list[Message]:
+    return conversation(asked) if isinstance(asked, str) else list(asked)
+
+
+def fill(template: str, asked: Asked) -> str:
+    """The text that a model trained on single turns is asked: the last question in the template."""
+    return template.replace(PROMPT_SLOT, messages_of(asked)[-1]["content"])
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
@@ -65,18 +82,18 @@ class Engine(ABC):
         """Where the weights lie: "cpu", "gpu" or "cpu+gpu"."""
 
     @abstractmethod
-    def render(self, prompt: str) -> str | None:
-        """The prompt within the model's template; None where a server does not tell."""
+    def render(self, asked: Asked) -> str | None:
+        """What is asked within the model's template; None where a server does not tell."""
 
     @abstractmethod
-    def generate(self, prompt: str, max_tokens: int, stop: Sequence[str] | None = None) -> Generation:
-        """The answer to a user's text; `stop` in place of `self.stop`.
+    def generate(self, asked: Asked, max_tokens: int, stop: Sequence[str] | None = None) -> Generation:
+        """The answer to a user's text, or the next one in a conversation; `stop` in place of `self.stop`.
 
         Raises EngineError: no answer, or one that must not be scored.
         """
 
     def generate_many(
-        self, prompts: Sequence[str], max_tokens: int, stop: Sequence[str] | None = None
+        self, prompts: Sequence[Asked], max_tokens: int, stop: Sequence[str] | None = None
     ) -> Iterator[tuple[int, Generation]]:
         """(place in `prompts`, answer), each place once, in the order in which they are finished.
 
@@ -105,15 +122,19 @@ class Engine(ABC):
 
 
 class LocalEngine(Engine):
-    """An engine in this process: prefill, then the greedy loop, token by token."""
+    """An engine in this process: prefill, then the greedy loop, token by token.
 
-    def __init__(self, template: str | Callable[[str], str]) -> None:
+    A template of one `{prompt}` is that of a model trained on single turns: of a conversation it takes the last
+    question. `Serving.render` takes all that the model is to be shown.
+    """
+
+    def __init__(self, template: str | Callable[[Asked], str]) -> None:
         super().__init__()
         self._render = partial(fill, template) if isinstance(template, str) else template
         self.leads: list[float] = []  # of the last answer, see `Generation`
 
-    def render(self, prompt: str) -> str:
-        return self._render(prompt)
+    def render(self, asked: Asked) -> str:
+        return self._render(asked)
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
@@ -142,8 +163,10 @@ class LocalEngine(Engine):
     def check_room(self, prompt: int, answer: int) -> None:
         """Refuse what the context would cut: such an answer would look like one that the model ended."""
 
-    def decode(self, max_tokens: int, *, ignore_end: bool = False, stop: Sequence[str] = ()) -> tuple[list[int], str]:
-        """Greedy continuation of what was evaluated: ids without the end token, and "stop" or "length".
+    def decode(
+        self, max_tokens: int, *, ignore_end: bool = False, stop: Sequence[str] = ()
+    ) -> tuple[list[int], int, str]:
+        """Greedy continuation of what was evaluated: ids without the end token, tokens with it, and "stop" or "length".
 
         `ignore_end` goes on after an end token, for timing.
         """
@@ -151,12 +174,12 @@ class LocalEngine(Engine):
         while len(ids) < max_tokens:
             token = self.next_token()
             if not ignore_end and self.is_end(token):
-                return ids, "stop"
+                return ids, len(ids) + 1, "stop"
             ids.append(token)
             if stop and any(word in self.detokenize(ids) for word in stop):
-                return ids, "stop"
+                return ids, len(ids), "stop"
             self.feed(token)
-        return ids, "length"
+        return ids, len(ids), "length"
 
     def answer(
         self, ids: list[int], max_tokens: int, stop: Sequence[str] = (), guess: Sequence[int] = ()
@@ -166,13 +189,13 @@ class LocalEngine(Engine):
         t0 = time.perf_counter_ns()
         self.prefill(ids, guess)
         t1 = time.perf_counter_ns()
-        made, reason = self.decode(max_tokens, stop=stop)
+        made, count, reason = self.decode(max_tokens, stop=stop)
         t2 = time.perf_counter_ns()
         text, more = cut(self.detokenize(made), stop), {"prompt_ids": ids, "ids": made, "leads": self.leads}
-        return Generation(text, len(ids), len(made), self.load_ns, t1 - t0, t2 - t1, reason, **more)  # type: ignore[arg-type]
+        return Generation(text, len(ids), count, self.load_ns, t1 - t0, t2 - t1, reason, **more)  # type: ignore[arg-type]
 
-    def generate(self, prompt: str, max_tokens: int, stop: Sequence[str] | None = None) -> Generation:
-        return self.answer(self.tokenize(self.render(prompt)), max_tokens, self.stop if stop is None else stop)
+    def generate(self, asked: Asked, max_tokens: int, stop: Sequence[str] | None = None) -> Generation:
+        return self.answer(self.tokenize(self.render(asked)), max_tokens, self.stop if stop is None else stop)
 
     def phases(self, prefix: str, prompt: str, tokens: int) -> Phases:
         """`ttft`: tokenizing, prefill, choice of the token; an end token does not end the answer."""
@@ -185,6 +208,6 @@ class LocalEngine(Engine):
         t2 = time.perf_counter_ns()
         self.detokenize([self.next_token()])
         t3 = time.perf_counter_ns()
-        made, _ = self.decode(tokens, ignore_end=True)
+        made, _, _ = self.decode(tokens, ignore_end=True)
         t4 = time.perf_counter_ns()
         return {"ttft": (1, t3 - t0), "prefill": (len(ids), t2 - t1), "decode": (len(made), t4 - t3)}

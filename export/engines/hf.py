@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from export.engines.base import EngineError, Generation, LocalEngine, cut
+from export.engines.base import Asked, EngineError, Generation, LocalEngine, cut
 
 
 class ShownPrompt(list[int]):
@@ -133,7 +133,7 @@ class HfEngine(LocalEngine):
         return token in self._end
 
     def generate_many(
-        self, prompts: Sequence[str], max_tokens: int, stop: Sequence[str] | None = None
+        self, prompts: Sequence[Asked], max_tokens: int, stop: Sequence[str] | None = None
     ) -> Iterator[tuple[int, Generation]]:
         """Prompts of like length share a batch, so that little is padded, and pictures are read late."""
         if self._parallel == 1:
@@ -149,9 +149,9 @@ class HfEngine(LocalEngine):
                 continue
             asked = [self.tokenize(self.render(prompts[place])) for place in batch]
             for place, ids, made in zip(batch, asked, self.generate_ids(asked, max_tokens), strict=True):
-                answer, reason = self._cut(made, max_tokens, stop)
+                answer, count, reason = self._cut(made, max_tokens, stop)
                 text = cut(self.detokenize(answer), stop)
-                yield place, Generation(text, len(ids), len(answer), self.load_ns, None, None, reason, ids=answer)
+                yield place, Generation(text, len(ids), count, self.load_ns, None, None, reason, ids=answer)
 
     def generate_ids(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """Greedy continuations by transformers' own `generate`; ids after an end token mean nothing."""
@@ -193,15 +193,15 @@ class HfEngine(LocalEngine):
             "attention_mask": self._torch.tensor(mask, device=self._device),
         }
 
-    def _cut(self, ids: Sequence[int], max_tokens: int, stop: Sequence[str]) -> tuple[list[int], str]:
-        """What `decode` would have made of these ids, and why it would have ended."""
+    def _cut(self, ids: Sequence[int], max_tokens: int, stop: Sequence[str]) -> tuple[list[int], int, str]:
+        """What `decode` would have made of these ids."""
         end = next((n for n, token in enumerate(ids) if token in self._end), None)
         answer = list(ids if end is None else ids[:end])
         if any(word in self.detokenize(answer) for word in stop):
             for n in range(1, len(answer) + 1):
                 if any(word in self.detokenize(answer[:n]) for word in stop):
-                    return answer[:n], "stop"
-        return answer, "length" if end is None and len(answer) >= max_tokens else "stop"
+                    return answer[:n], n, "stop"
+        return answer, len(answer) + (end is not None), "stop" if end is not None else "length"
 
     def close(self) -> None:
         self._model = self._cache = None

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from db.files import omp_threads
 from export import ExportError
-from export.engines.base import EngineError, Generation, LocalEngine, cut
+from export.engines.base import Asked, EngineError, Generation, LocalEngine, cut
 from export.served import Served
-from export.template import evaluate
 
 N_BATCH = 512  # tokens in one call, as in llama.cpp's own default
 _END = b"<end>"  # stands for the end tokens among the pieces, known by its identity
@@ -33,7 +32,6 @@ class LlamaCppEngine(LocalEngine):
     `threads` 0: OMP_NUM_THREADS, or where it is not set half of the cores, all of them for prompts. `scale`: factor on
     the adapter's own, llama.cpp's `--lora-scaled`. `parallel` sequences at once in `generate_many`, each with `num_ctx`
     tokens. `exact_cache`: keys and values in float32; llama.cpp rounds them to float16 by default, as servers do.
-    `keeps_leads` costs a partial sort a token.
     """
 
     name = "llama_cpp"
@@ -41,7 +39,7 @@ class LlamaCppEngine(LocalEngine):
     def __init__(
         self,
         gguf: Path,
-        template: str | Callable[[str], str],
+        template: str | Callable[[Asked], str],
         *,
         num_ctx: int,
         threads: int = 0,
@@ -50,7 +48,6 @@ class LlamaCppEngine(LocalEngine):
         parallel: int = 1,
         exact_cache: bool = False,
         stop: Sequence[str] = (),
-        keeps_leads: bool = False,
     ) -> None:
         import llama_cpp
 
@@ -85,7 +82,7 @@ class LlamaCppEngine(LocalEngine):
         self.precision = _precision_of(self._llm.metadata)
         self._vocab: Any = llama_cpp.llama_model_get_vocab(self._llm.model)
         self._adapter = (str(adapter), scale) if adapter else None
-        self._parallel, self._keeps_leads = parallel, keeps_leads
+        self._parallel = parallel
         self._pieces: dict[int, bytes] = {}  # token → its text, as far as met
 
     @property
@@ -118,11 +115,7 @@ class LlamaCppEngine(LocalEngine):
         return np.ctypeslib.as_array(raw, shape=(self._llm.n_vocab(),))
 
     def next_token(self) -> int:
-        logits = self.logits()
-        token = int(np.argmax(logits))
-        if self._keeps_leads:
-            self.leads.append(float(logits[token] - np.partition(logits, -2)[-2]))
-        return token
+        return int(np.argmax(self.logits()))
 
     def feed(self, token: int) -> None:
         self._llm.eval([token])
@@ -130,13 +123,15 @@ class LlamaCppEngine(LocalEngine):
     def is_end(self, token: int) -> bool:
         return bool(self._api.llama_vocab_is_eog(self._vocab, token))
 
-    def decode(self, max_tokens: int, *, ignore_end: bool = False, stop: Sequence[str] = ()) -> tuple[list[int], str]:
+    def decode(
+        self, max_tokens: int, *, ignore_end: bool = False, stop: Sequence[str] = ()
+    ) -> tuple[list[int], int, str]:
         made = super().decode(max_tokens, ignore_end=ignore_end, stop=stop)
         self._api.llama_synchronize(self._llm.ctx)
         return made
 
     def generate_many(
-        self, prompts: Sequence[str], max_tokens: int, stop: Sequence[str] | None = None
+        self, prompts: Sequence[Asked], max_tokens: int, stop: Sequence[str] | None = None
     ) -> Iterator[tuple[int, Generation]]:
         sequences = min(self._parallel, len(prompts))
         if sequences <= 1:
@@ -156,7 +151,7 @@ class LlamaCppEngine(LocalEngine):
         with closing(together) as context:
             for done, reason in decode_all(context, requests, sequences, lambda r, token: self._judge(r, token, words)):
                 text = cut(done.text.decode("utf-8", errors="replace"), stop)
-                counts = len(done.prompt), len(done.answer)
+                counts = len(done.prompt), len(done.answer) + done.ended
                 yield done.index, Generation(text, *counts, self.load_ns, None, None, reason, ids=done.answer)
 
     def _may_share(self, sequences: int) -> bool:
@@ -168,8 +163,8 @@ class LlamaCppEngine(LocalEngine):
         originals = (v for k, v in self._llm.metadata.items() if k.endswith("rope.scaling.original_context_length"))
         return all(sequences * self._llm.n_ctx() <= int(length) for length in originals)
 
-    def _request(self, place: int, prompt: str, max_tokens: int) -> "Request":
-        ids = self.tokenize(self.render(prompt))
+    def _request(self, place: int, asked: Asked, max_tokens: int) -> "Request":
+        ids = self.tokenize(self.render(asked))
         self.check_room(len(ids), max_tokens)
         return Request(place, ids, max_tokens)
 
@@ -179,6 +174,7 @@ class LlamaCppEngine(LocalEngine):
         if piece is None:
             piece = self._pieces[token] = _END if self.is_end(token) else self._llm.detokenize([token])
         if piece is _END:
+            request.ended = True
             return "stop"
         request.answer.append(token)
         request.text += piece
@@ -192,7 +188,7 @@ class LlamaCppEngine(LocalEngine):
 
 @contextmanager
 def open_in_process(served: Served, scale: float = 1.0) -> Iterator[LlamaCppEngine]:
-    """An exported model as Ollama is to serve it: template and stop words of serving.json, and answers with leads.
+    """An exported model as Ollama is to serve it: template and stop words of serving.json.
 
     Raises ExportError: llama.cpp cannot load a file, or the Modelfile is not this model's.
     """
@@ -200,12 +196,11 @@ def open_in_process(served: Served, scale: float = 1.0) -> Iterator[LlamaCppEngi
     serving = served.serving
     with LlamaCppEngine(
         served.gguf,
-        lambda prompt: evaluate(serving.go_template, system=serving.system or "", prompt=prompt),
+        serving.render,
         num_ctx=serving.num_ctx,
         adapter=served.adapter,
         scale=scale,
         stop=serving.stop,
-        keeps_leads=True,
     ) as engine:
         yield engine
 
@@ -328,6 +323,7 @@ class Request:
     limit: int
     answer: list[int] = field(default_factory=list)
     text: bytearray = field(default_factory=bytearray)
+    ended: bool = False  # by an end token
 
 
 def decode_all(

@@ -21,7 +21,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from export.engines.base import Engine, EngineError, Generation, Phases
+from export.engines.base import Asked, Engine, EngineError, Generation, Phases
 from export.modelfile import Serving
 from export.served import Mode
 
@@ -279,15 +279,16 @@ def parse_parameters(text: str) -> dict[str, list[object]]:
     return found
 
 
-def render_prompt(host: str | None, name: str, prompt: str) -> str | None:
-    """What the server makes of a user's prompt with the model's template; None where the release does not tell.
+def render_asked(host: str | None, name: str, asked: Asked) -> str | None:
+    """What the server makes of a prompt or a conversation with the model's template; None: the release does not tell.
 
     Raises OllamaError: the server cannot be asked, or has no such model.
     """
     url = resolve_host(host)
-    body = {"model": name, "prompt": prompt, "stream": False, "_debug_render_only": True}
-    # A release that does not know _debug_render_only answers the prompt: with one token, then.
-    content = _post(url, "/api/generate", {**body, "options": {"num_predict": 1}}, LOAD_S)
+    path, what = ("/api/generate", "prompt") if isinstance(asked, str) else ("/api/chat", "messages")
+    body = {"model": name, what: asked, "stream": False, "_debug_render_only": True}
+    # A release that does not know _debug_render_only answers: with one token, then.
+    content = _post(url, path, {**body, "options": {"num_predict": 1}}, LOAD_S)
     if "_debug_info" not in content:
         return None
     try:
@@ -354,9 +355,9 @@ class Retry:
 
 
 class OllamaEngine(Engine):
-    """One model on one server, which puts the model's own TEMPLATE round the prompt. Safe to use from several threads.
+    """One model on one server, which puts what is asked into the model's own TEMPLATE. Safe for several threads.
 
-    With `expected` (prompt → Hugging Face ids of the rendered prompt) every request is checked: the server must have
+    With `expected` (what is asked → Hugging Face ids of it as rendered) every request is checked: the server must have
     seen as many tokens. `timeout_s` is its longest silence. `parallel` requests are in flight in `generate_many`; how
     many of them the server works on at once is its own OLLAMA_NUM_PARALLEL. `restore` registers the model anew; without
     it a model that is gone is an error. `say` gets a line for each further try and each figure that the server leaves
@@ -370,7 +371,7 @@ class OllamaEngine(Engine):
         host: str | None,
         model: str,
         num_ctx: int,
-        expected: Callable[[str], list[int]] | None = None,
+        expected: Callable[[Asked], list[int]] | None = None,
         *,
         timeout_s: float = LOAD_S,
         parallel: int = 1,
@@ -414,34 +415,34 @@ class OllamaEngine(Engine):
             self._device = "cpu" if in_vram == 0 else "gpu" if in_vram >= size else "cpu+gpu"
         return self._device
 
-    def render(self, prompt: str) -> str | None:
-        return render_prompt(self.host, self.model, prompt)
+    def render(self, asked: Asked) -> str | None:
+        return render_asked(self.host, self.model, asked)
 
-    def generate(self, prompt: str, max_tokens: int, stop: Sequence[str] | None = None) -> Generation:
-        """Without stop words those that the model was registered with count.
+    def generate(self, asked: Asked, max_tokens: int, stop: Sequence[str] | None = None) -> Generation:
+        """A prompt goes to /api/generate, a conversation to /api/chat. Without stop words the registered ones count.
 
         Raises OllamaError: the connection broke, the server refused, or it saw another number of tokens than Hugging
         Face's tokenizer gives.
         """
-        if not prompt or max_tokens < 1:
+        if not asked or max_tokens < 1:
             raise OllamaError(
-                f"expected a prompt and max_tokens ≥ 1, got {prompt!r} and {max_tokens}; Ollama would "
+                f"expected a prompt and max_tokens ≥ 1, got {asked!r} and {max_tokens}; Ollama would "
                 "load the model and answer nothing"
             )
-        ids = self._fitting(prompt, max_tokens)
-        answer = self._ask(prompt, self._options(max_tokens, stop))
+        ids = self._fitting(asked, max_tokens)
+        answer = self._ask(asked, self._options(max_tokens, stop))
         reason = self._given(answer, "done_reason")
         if reason not in ("stop", "length", None):
             raise OllamaError(f"expected Ollama at {self.host} to end with 'stop' or 'length', got {reason!r}")
         seen = self._seen(answer, ids)
-        tokens, decode_ns = self._decoded(answer, bool(answer.response))
+        tokens, decode_ns = self._decoded(answer)
         load_ns, prefill_ns = self._given(answer, "load_duration"), self._given(answer, "prompt_eval_duration")
-        return Generation(answer.response, seen, tokens, load_ns, prefill_ns, decode_ns, reason)
+        return Generation(str(_text(answer)), seen, tokens, load_ns, prefill_ns, decode_ns, reason)
 
     def generate_many(
-        self, prompts: Sequence[str], max_tokens: int, stop: Sequence[str] | None = None
+        self, prompts: Sequence[Asked], max_tokens: int, stop: Sequence[str] | None = None
     ) -> Iterator[tuple[int, Generation]]:
-        return _as_finished(lambda prompt: self.generate(prompt, max_tokens, stop), prompts, self._parallel)
+        return _as_finished(lambda asked: self.generate(asked, max_tokens, stop), prompts, self._parallel)
 
     def phases(self, prefix: str, prompt: str, tokens: int) -> Phases:
         """One streamed request, which the server ends earlier where the model ends its answer.
@@ -452,20 +453,19 @@ class OllamaEngine(Engine):
         prompt = f"{prefix} {prompt}"
         ids = self._fitting(prompt, tokens)
 
-        def stream(client: Any) -> tuple[Any, int, bool]:
-            started, first, part, text = time.perf_counter_ns(), None, None, False
+        def stream(client: Any) -> tuple[Any, int]:
+            started, first, part = time.perf_counter_ns(), None, None
             for part in client.generate(self.model, prompt, options=self._options(tokens), stream=True):
-                text |= bool(part.response)
                 if first is None and (part.response or part.done):
                     first = time.perf_counter_ns() - started
-            return part, first or 0, text
+            return part, first or 0
 
-        last, first, text = self._call(stream, lambda made: self._finished(made[0]))
+        last, first = self._call(stream, lambda made: self._finished(made[0]))
         seen, load = self._seen(last, ids), self._given(last, "load_duration")
         return {
             "ttft": (1, None if load is None else max(first - load, 0)),  # two clocks
             "prefill": (seen, self._given(last, "prompt_eval_duration")),
-            "decode": self._decoded(last, text),
+            "decode": self._decoded(last),
         }
 
     def load_cold(self) -> int | None:
@@ -486,12 +486,12 @@ class OllamaEngine(Engine):
         ns: int | None = self._given(self._ask("x", self._options(1)), "load_duration")
         return ns
 
-    def _fitting(self, prompt: str, max_tokens: int) -> int | None:
-        """Tokens of the rendered prompt, where the tokenizer is known; refused where they and the answer do not fit."""
+    def _fitting(self, asked: Asked, max_tokens: int) -> int | None:
+        """Tokens of what is asked, where the tokenizer is known; refused where they and the answer do not fit."""
         if self._expected is None:
             return None
         with self._lock:  # tokenizers in Rust refuse two threads at once
-            ids = len(self._expected(prompt))
+            ids = len(self._expected(asked))
         if ids + max_tokens > self._num_ctx:
             raise OllamaError(
                 f"expected prompt and answer within num_ctx {self._num_ctx}, got {ids} + {max_tokens} "
@@ -513,13 +513,11 @@ class OllamaEngine(Engine):
             causes += "; releases from 0.30.0 to the fix of ollama#16428 left out cached tokens here, then upgrade"
         raise OllamaError(
             f"Ollama {self.version} at {self.host} read {seen} prompt tokens for {self.model!r}, expected "
-            f"{ids}: {causes}. Compare export.engines.ollama.render_prompt with the training template"
+            f"{ids}: {causes}. Compare export.engines.ollama.render_asked with the training template"
         )
 
-    def _decoded(self, answer: Any, text: bool) -> tuple[int | None, int | None]:
-        """Tokens and time of decoding. The server leaves out what is zero: nothing decoded counts nothing."""
-        if not text and answer.eval_count is None:
-            return 0, 0
+    def _decoded(self, answer: Any) -> tuple[int | None, int | None]:
+        """Tokens, with the end token, and time of decoding."""
         return self._given(answer, "eval_count"), self._given(answer, "eval_duration")
 
     def _given(self, answer: Any, name: str) -> Any:
@@ -536,16 +534,17 @@ class OllamaEngine(Engine):
             options["stop"] = list(stop)
         return options
 
-    def _ask(self, prompt: str, options: dict[str, Any], keep_alive: float | None = None) -> Any:
-        return self._call(
-            lambda client: client.generate(self.model, prompt, options=options, stream=False, keep_alive=keep_alive),
-            self._finished,
-        )
+    def _ask(self, asked: Asked, options: dict[str, Any], keep_alive: float | None = None) -> Any:
+        def request(client: Any) -> Any:
+            ask = client.generate if isinstance(asked, str) else client.chat
+            return ask(self.model, asked, options=options, stream=False, keep_alive=keep_alive)
+
+        return self._call(request, self._finished)
 
     def _finished(self, answer: Any) -> None:
-        if answer is None or not answer.done or answer.response is None:
+        if answer is None or not answer.done or _text(answer) is None:
             raise PassingError(
-                f"expected a finished answer from Ollama at {self.host}, got one without 'response' or not 'done': "
+                f"expected a finished answer from Ollama at {self.host}, got one without text or not 'done': "
                 f"{str(answer)[:200]}"
             )
 
@@ -600,6 +599,12 @@ class OllamaEngine(Engine):
 
     def close(self) -> None:
         self._client.close()
+
+
+def _text(answer: Any) -> str | None:
+    """Of an answer to /api/generate, or to /api/chat."""
+    text: str | None = answer.message.content if hasattr(answer, "message") else answer.response
+    return text
 
 
 def _as_finished(function: Callable[[A], B], inputs: Sequence[A], workers: int) -> Iterator[tuple[int, B]]:

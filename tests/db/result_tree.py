@@ -168,7 +168,8 @@ def verification(backend, mode, **changes):
     adapter, ollama = mode == "adapter", backend == "ollama"
     return {
         "backend": backend, "backend_version": "0.32.0" if ollama else "0.3.36", "mode": mode,
-        "prompts": 20, "rendered": 1.0, "counted": 1.0, "answered": 0.95 if adapter else 1.0,
+        "form": "plain", "prompts": 20, "rendered": 1.0, "counted": 1.0, "answered": 0.95 if adapter else 1.0,
+        "tied": 0.0,
         "equal_to_merged": 0.95 if adapter else None, "perturbed_noticed": True if adapter else None,
         "first_difference": "prompt 3: token 2 | differs\nLikely cause: scale" if adapter else None,
         "gguf_sha256": sha("gguf"), "adapter_sha256": sha("adapter") if adapter else None,

@@ -380,7 +380,7 @@ SPEED = {"arm": "baseline_lora", "phase": "decode", "repetition": 0, "tokens": 1
         (QUANTIZED, {"rows": [{**GOOD[0], "fallbacks": 21}]}, "21 fallbacks among 20 tensors"),
         (QUANTIZED, {"rows": GOOD[:1]}, "expected the types of quantized.json, came 'q8_0' besides"),
         (QUANTIZED, {"rows": [*GOOD, {**GOOD[0], "type": "bf16"}]}, "came 0 items of type bf16"),
-        (VERIFIED, {"rows": [*CHECKED, CHECKED[1]]}, "rows of ('llama_cpp', 'adapter') given more than once"),
+        (VERIFIED, {"rows": [*CHECKED, CHECKED[1]]}, "rows of ('llama_cpp', 'adapter', 'plain') given more than once"),
         (VERIFIED, {"rows": [{**CHECKED[0], "answered": None}]}, "answered: expected a share exactly where prompts"),
         (VERIFIED, {"rows": [{**CHECKED[0], "prompts": 0, "answered": None}]}, "rendered: expected no share"),
         (MEASURED, {"metrics": [{**METRIC, "name": "aqi_mae", "split": "test"}]}, "numbers that scores.json has not"),

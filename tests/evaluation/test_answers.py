@@ -66,15 +66,15 @@ def test_the_retention_suite_is_scored_by_its_own_module_whatever_its_tasks_are_
         answers.task_of(Item("x", "gone", "", ""), "test")
 
 
-def test_answers_that_reached_the_limit_are_counted():
-    def rows(tokens, limit):
-        made = answers.metrics(aqi, [], [], answer_tokens=tokens, max_tokens=limit)
+def test_answers_that_were_cut_are_counted():
+    def rows(*reasons):
+        made = answers.metrics(aqi, [], [], finish_reasons=reasons)
         return [m for m in made if m["name"] == "answers_cut"]
 
-    assert rows([8, 9, 10, None], 9) == [{"name": "answers_cut", "split": "test", "value": 2 / 3, "n": 3}]
-    assert rows([8, 8], 9)[0]["value"] == 0
-    assert rows([None, None], 9) == rows([], 9) == rows([9], None) == []
-    meaning = answers.metric_defs(aqi, rows([9], 9))["answers_cut"]
+    assert rows("stop", "length", "length", None) == [{"name": "answers_cut", "split": "test", "value": 2 / 3, "n": 3}]
+    assert rows("stop", "stop")[0]["value"] == 0
+    assert rows(None, None) == rows() == []
+    meaning = answers.metric_defs(aqi, rows("length"))["answers_cut"]
     assert (meaning["unit"], meaning["direction"]) == ("share", "lower") and "max_tokens" in meaning["description"]
 
 
@@ -112,7 +112,8 @@ def test_what_is_done_is_not_asked_again_and_rows_are_in_the_items_order(tmp_pat
 
 @pytest.mark.parametrize("broken", [b'{"split": "test", "item_id": "i', b"\x00\x00\x00\n", b'{"item_id": "i2"}\n',
                                     b'{"split": "test", "item_id": "i1", "answer": 3, "prompt_tokens": 1, '
-                                    b'"answer_tokens": 1}\n', b"\xff\xfe\n", b"[1]\n"])  # fmt: skip
+                                    b'"answer_tokens": 1, "finish_reason": "stop"}\n',
+                                    b"\xff\xfe\n", b"[1]\n"])  # fmt: skip
 def test_a_broken_line_costs_its_own_item_only(tmp_path, broken):
     path = tmp_path / "j.jsonl"
     with Journal(path) as journal:
@@ -129,7 +130,8 @@ def test_a_broken_line_costs_its_own_item_only(tmp_path, broken):
 
 
 def test_an_answer_cannot_be_kept_twice(tmp_path):
-    row = {"split": "s", "item_id": "i", "answer": "\ud800 \n\u2028", "prompt_tokens": None, "answer_tokens": None}
+    row = {"split": "s", "item_id": "i", "answer": "\ud800 \n\u2028"}
+    row |= dict.fromkeys(("prompt_tokens", "answer_tokens", "finish_reason"))
     with Journal(tmp_path / "j.jsonl") as journal:
         journal.add(row)
         with pytest.raises(ValueError, match="one answer for each item"):

@@ -398,12 +398,15 @@ def served(tmp_path_factory) -> Path:
     quantized = tree / "quantized/baseline_lora/1/quantized.json"
     content = json.loads(quantized.read_text(encoding="utf-8"))["rows"]
     edit(quantized, rows=[*content[:2], {**content[2], "fallbacks": 13}])
-    lost = {"rendered": None, "counted": None, "answered": None, "equal_to_merged": None, "perturbed_noticed": None}
+    lost = {"rendered": None, "counted": None, "answered": None, "equal_to_merged": None, "perturbed_noticed": None,
+            "tied": None}  # fmt: skip
     refused = verification("ollama", "adapter", prompts=0, **lost, first_difference="not supported by this server")
     blind = verification("llama_cpp", "adapter", perturbed_noticed=False)
     old = verification("ollama", "merged", rendered=None, counted=None)
     make_verified(tree, "baseline_lora", rows=[verification("llama_cpp", "merged"), blind, old, refused])
-    make_verified(tree, "base", rows=[verification("llama_cpp", "merged")])
+    second = verification("llama_cpp", "merged", form="second", answered=0.9, tied=0.1)
+    plain, newline = (verification("llama_cpp", "merged", form=form) for form in ("plain", "newline"))
+    make_verified(tree, "base", rows=[second, newline, plain])
     scores = tree / "scores/baseline_lora/0/scores.json"
     speed = [row for row in json.loads(scores.read_text(encoding="utf-8"))["speed"] if row["phase"] == "decode"]
     timed = [("load", None, (200, 300, 250)), ("ttft", 4, (80, 40, 60)), ("prefill", 1000, (500, 250, 125))]
@@ -454,12 +457,14 @@ def test_the_report_shows_what_is_served(served):
     assert q4[5].startswith("-20.0 [-2") and q4[-1] == "13 of 20"
     assert "Fallback tensors have rows" in text and "different seeds" not in text
 
-    _, base, merged, blind, old, refused = table(text, "Served as trained")
-    assert base == ["base (seed 0)", "llama_cpp 0.3.36", "merged", "20", "100.0", "100.0", "100.0", "–", "–"]
-    assert merged[2] == "merged" and merged[7:9] == ["–", "–"] and blind[6:9] == ["95.0", "95.0", "NO"]
+    _, base, newline, second, merged, blind, old, refused = table(text, "Served as trained")
+    shares = ["20", "100.0", "100.0", "100.0", "0.0", "–", "–"]
+    assert base == ["base (seed 0)", "llama_cpp 0.3.36", "merged", "plain", *shares] and newline[3] == "newline"
+    assert second[3:5] == ["second", "20"] and second[7:9] == ["90.0", "10.0"] and "5 of 6 answer every prompt" in text
+    assert merged[2] == "merged" and merged[9:11] == ["–", "–"] and blind[7:11] == ["95.0", "0.0", "95.0", "NO"]
     assert "prompt 3: token 2 \\| differs Likely cause: scale" in text, "a model's words cannot end a cell"
-    assert old[3:7] == ["20", "not told", "not told", "100.0"]
-    assert refused[1:5] == ["ollama 0.32.0", "adapter", "not supported", "–"] and "by this server" in text
+    assert old[4:9] == ["20", "not told", "not told", "100.0", "0.0"]
+    assert refused[1:6] == ["ollama 0.32.0", "adapter", "plain", "not supported", "–"] and "by this server" in text
 
     phases = {(row[0], row[2]): row[3:] for row in table(text, "Speed by phase")[1:]}
     # load has no tokens: one for each repetition (the other seed took 1 s); ttft is a sum over 4 requests.
@@ -470,7 +475,7 @@ def test_the_report_shows_what_is_served(served):
     shown = run(served).output
     assert "q4_K_M" in shown and " NO" in shown and "not supported by this server" in shown and "…" not in shown
     content = printed(served)
-    assert [row["type"] for row in content["precisions"]] == ["f16", "q8_0", "q4_K_M"] and len(content["served"]) == 5
+    assert [row["type"] for row in content["precisions"]] == ["f16", "q8_0", "q4_K_M"] and len(content["served"]) == 7
     assert {row["phase"] for row in content["phases"]} == {"load", "ttft", "prefill", "decode"}
 
 

@@ -37,16 +37,14 @@ def test_both_answer_alike_whatever_was_asked_before(pair):
         assert engine.generate("Repeat: apple", 8).text == answer.text
 
 
-def test_leads_are_the_logits_own(pair, exported):
+def test_leads_are_the_logits_own(pair):
     ids = pair[0].tokenize("Sort: 3 1 2")
-    keeps = LlamaCppEngine(exported / "base.gguf", TEMPLATE, num_ctx=256, keeps_leads=True)
-    made, also = pair[0].answer(ids, 5), keeps.answer(ids, 5)
+    made = pair[0].answer(ids, 5)
     logits = pair[0]._model(input_ids=torch.tensor([ids + made.ids])).logits[0].detach()
     for step, token in enumerate(made.ids):
         best = logits[len(ids) - 1 + step].topk(2)
         assert best.indices[0] == token
         assert made.leads[step] == pytest.approx(float(best.values[0] - best.values[1]), abs=1e-3)
-    assert also.ids == made.ids and also.leads == pytest.approx(made.leads[: len(also.leads)], abs=0.05)
 
 
 @pytest.mark.parametrize("reason", ["stop", "length"])

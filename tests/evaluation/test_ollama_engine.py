@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,7 @@ from evaluation.measure import answers
 from evaluation.measure.answers import Journal
 from evaluation.tasks import Item
 from export.engines import ollama
-from export.engines.base import EngineError, Generation, fill
+from export.engines.base import EngineError, Generation, conversation, fill
 from export.engines.ollama import OllamaEngine, PassingError, Retry
 from export.modelfile import Serving
 from export.register import register
@@ -20,8 +21,8 @@ SERVING = Serving(template=TEMPLATE, stop=["###"], num_ctx=128)
 ITEMS = [Item(f"i{n}", "addition", f"{n} + 1", f"{n + 1}", {"answer": f"{n + 1}"}) for n in range(24)]
 
 
-def ids(item: str) -> list[int]:
-    return [1, *fill(TEMPLATE, item).encode()]
+def ids(asked) -> list[int]:
+    return [1, *fill(TEMPLATE, asked).encode()]
 
 
 def reply(rendered: str) -> str:
@@ -95,21 +96,35 @@ def test_a_greedy_answer_with_counts_and_times(double):
         assert (engine.name, engine.version, engine.mode) == ("ollama", "0.32.0", "merged")
         first = engine.generate("pm25 9", 16, ["###", "\n"])
         n = len(ids("pm25 9"))
-        assert first == Generation(f"{n - 1} ", n, 3, LOAD_COLD_NS, 1000 * n, 5000 * 3, "stop")
+        assert first == Generation(f"{n - 1} ", n, 4, LOAD_COLD_NS, 1000 * n, 5000 * 4, "stop")
         assert engine.generate("pm25 9", 16, ["###"]).load_ns == LOAD_WARM_NS
         cut = engine.generate("x", 1, ["###"])
         assert (cut.text, cut.answer_tokens, cut.finish_reason) == ("8", 1, "length")
         assert "###" not in engine.generate("x", 16, []).text, "without stop words those of the model count"
         assert "###" in engine.generate("x", 16, ["never"]).text
-        double.reply = lambda rendered: ""  # what is left out is zero and not unknown
+        double.reply = lambda rendered: ""  # the end token alone
         got = engine.generate("x", 4, ["###"])
-        assert (got.text, got.answer_tokens, got.decode_ns, got.finish_reason) == ("", 0, 0, "stop")
-        assert engine.phases("9", "1 + 1", 4)["decode"] == (0, 0) and not engine.missing
+        assert (got.text, got.answer_tokens, got.decode_ns, got.finish_reason) == ("", 1, 5000, "stop")
+        assert engine.phases("9", "1 + 1", 4)["decode"] == (1, 5000) and not engine.missing
     body = requests(double)[0]
     assert body["prompt"] == "pm25 9" and not body.get("raw") and not body["stream"], "the server puts the template"
     want = {"temperature": 0.0, "top_k": 1, "seed": 0, "num_predict": 16, "num_ctx": 128,
             "stop": ["###", "\n"], "repeat_penalty": 1.0}  # fmt: skip
     assert want.items() <= body["options"].items()
+
+
+def test_a_conversation_is_asked_as_one_with_the_checks_of_a_prompt(double, clock):
+    talk = conversation("2 + 1", turns=[("1 + 1", "2")])
+    with make(double, clock) as engine:
+        plain = engine.generate("2 + 1", 4, ["###"])
+        double.misbehave, double.times = "missing_response", 2
+        assert engine.generate(talk, 4, ["###"]) == replace(plain, load_ns=LOAD_WARM_NS)
+        assert len(clock.pauses) == 2 and engine.render(talk) == engine.render("2 + 1") == "Q: 2 + 1\nA: "
+        with pytest.raises(EngineError, match="within num_ctx 128"):
+            engine.generate(conversation("x" * 120), 4)
+    bodies = [body for _, path, body in double.requests if path == "/api/chat"]
+    assert [body["messages"] for body in bodies] == [talk] * 4
+    assert bodies[0]["options"]["temperature"] == 0 and bodies[3]["_debug_render_only"]
 
 
 @pytest.mark.parametrize(("shift", "said"), [(1, "BOS comes twice"), (-1, "does not add"), (-5, "cached tokens")])
@@ -154,7 +169,7 @@ def test_phases_of_a_streamed_request_and_loads_of_a_model_that_nobody_else_hold
         assert engine.load_cold() == first == LOAD_COLD_NS
         assert len([body for body in requests(double) if body.get("keep_alive") == 0]) == 2
         n = len(ids("1 + 1"))
-        assert phases["prefill"] == (n, 1000 * n) and phases["decode"] == (1, 5000)
+        assert phases["prefill"] == (n, 1000 * n) and phases["decode"] == (2, 10000)
         count, ns = phases["ttft"]
         assert count == 1 and 0 <= ns < 60e9
         monkeypatch.setattr(ollama, "UNLOAD_S", 0.1)

@@ -12,16 +12,17 @@ from export.engines.ollama import (
     list_models,
     parse_parameters,
     remove,
-    render_prompt,
+    render_asked,
     resolve_host,
     server_version,
 )
+from export.go import go_template
 from export.modelfile import Serving
 from export.register import register
 from tests.ollama_double import OllamaDouble
 
 TEMPLATE = '### Say "x":\n{prompt}\n\n### Response:\n'
-GO = TEMPLATE.replace("{prompt}", "{{ .Prompt }}")
+GO = go_template(TEMPLATE)
 
 
 @pytest.fixture
@@ -85,9 +86,9 @@ def test_what_the_server_holds_is_what_was_given(double, gguf, tmp_path):
     assert model.template == GO
     assert ("license", "MIT") in sent(double, "/api/create")[0].items()
     assert model.digest == made.digest
-    assert model.parameters == {"num_ctx": 512, "temperature": 0.0, "repeat_penalty": 1.0, "stop": ["###", '\n"é']}
+    assert model.parameters == serving().parameters and model.parameters["top_k"] == 1
     assert lines[-1] == "pure_grit_model: success" and any("uploading 0.0 MB" in line for line in lines)
-    assert render_prompt(double.url, "pure_grit_model", "Hi") == TEMPLATE.replace("{prompt}", "Hi")
+    assert render_asked(double.url, "pure_grit_model", "Hi") == TEMPLATE.replace("{prompt}", "Hi")
 
 
 def test_the_second_time_nothing_is_sent(double, gguf, tmp_path):
@@ -175,7 +176,7 @@ def test_list_and_remove(double, gguf, tmp_path):
     assert list_models(double.url) == {}
 
 
-@pytest.mark.parametrize("ask", [list_models, lambda url: render_prompt(url, "m", "Hi")])
+@pytest.mark.parametrize("ask", [list_models, lambda url: render_asked(url, "m", "Hi")])
 def test_a_server_that_says_nothing_is_not_waited_for_for_ever(double, gguf, tmp_path, ask, monkeypatch):
     monkeypatch.setattr(ollama, "ANSWER_S", 0.3)
     monkeypatch.setattr(ollama, "LOAD_S", 0.3)

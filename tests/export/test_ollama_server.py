@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
-from export.engines.ollama import OllamaEngine, list_models, stored_model
+from export.engines.base import conversation
+from export.engines.ollama import OllamaEngine, connect, list_models, stored_model
 from export.register import register, remove_abandoned, temporary_name
 from export.served import find_served, read_references
-from export.verify import verify
+from export.verify import problems, verify
 from tests.export.verify_runs import ARM, LATEST, model, one, opened, rewrite, run
 from tests.ollama_double import OllamaDouble
 
@@ -36,6 +38,21 @@ def creates(folder, *arguments):
     return said
 
 
+def complete(url, name, reference):
+    """As OpenAI's clients ask, who name no temperature."""
+    body = {"model": name, "messages": conversation(reference.prompt), "max_tokens": reference.max_tokens}
+    said = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60, trust_env=False).json()
+    return said["choices"][0]["message"]["content"]
+
+
+def stream(url, name, reference):
+    """As an interactive `ollama run` asks, with the model's own settings."""
+    with connect(url, 60) as client:
+        options = {"num_predict": reference.max_tokens}
+        parts = client.chat(name, conversation(reference.prompt), stream=True, options=options)
+        return "".join(part.message.content for part in parts)
+
+
 # --- on both servers -----------------------------------------------------------------------------------------
 
 
@@ -53,14 +70,19 @@ def test_created_verified_in_both_modes_scored_and_removed(server, tree, where):
     checked = run("verify", *where, "--mode", "both")
     assert checked.exit_code == 0, checked.output
     rows = [line for line in checked.output.splitlines() if server.prefix in line and "│" in line]
-    assert len(rows) == 3 and all(row.count("100%") == 3 for row in rows[:2])
-    assert (rows[2].count("100%") == 4 and "yes" in rows[2]) or "not supported" in rows[2]
+    assert len(rows) in (7, 9) and all(row.count("100%") == 3 for row in rows[:6])
+    assert (all(row.count("100%") == 4 for row in rows[6:]) and "yes" in rows[6]) or "not supported" in rows[6]
 
     for served in find_served(tree):
         with OllamaEngine(server.url, served.name, 256) as engine:
             for reference in read_references(served.folder):
-                scored = engine.generate(reference.prompt, reference.max_tokens)
+                scored = engine.generate(reference.asked, reference.max_tokens)
                 assert (scored.text, scored.prompt_tokens) == (reference.answer, len(reference.ids))
+                if reference.form == "plain":
+                    chat = engine.generate(conversation(reference.prompt), reference.max_tokens)
+                    assert (chat.text, chat.answer_tokens) == (scored.text, scored.answer_tokens)
+                    assert complete(server.url, served.name, reference) == scored.text
+                    assert stream(server.url, served.name, reference) == scored.text
     assert run("remove", *where).output.count("removed") == 2
     assert run("remove", *where).output.count("was not there") == 2
     assert not [name for name in list_models(server.url) if name.startswith(server.prefix)]
@@ -76,6 +98,17 @@ def test_two_that_create_at_once_agree_and_what_is_unchanged_is_not_sent(server,
     assert list_models(server.url) == before
     if server.double:
         assert {path for _, path, _ in server.double.requests} <= {"/api/version", "/api/tags"}
+
+
+def test_without_top_k_a_completion_would_be_sampled(tree):
+    served = model(tree)
+    first = read_references(served.folder)[0]
+    with OllamaDouble() as double:
+        register(double.url, ARM, served.gguf, served.serving)
+        assert {complete(double.url, ARM, first) for _ in range(4)} == {first.answer}
+        del double.models[LATEST].parameters["top_k"]
+        assert stream(double.url, ARM, first) == first.answer, "the model's own temperature is 0"
+        assert len({complete(double.url, ARM, first) for _ in range(20)}) > 1
 
 
 # --- the command ---------------------------------------------------------------------------------------------
@@ -97,7 +130,7 @@ def test_names_modes_backends_and_servers_that_do_not_exist(tree, monkeypatch):
 def test_without_a_server_llama_cpp_verifies_and_with_one_it_is_the_server(tree, monkeypatch):
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     done = run("verify", "--gguf", tree, "--mode", "both")
-    assert done.exit_code == 0 and done.output.count("100%") == 10 and "llama_cpp" in done.output, done.output
+    assert done.exit_code == 0 and done.output.count("100%") == 30 and "llama_cpp" in done.output, done.output
     with OllamaDouble() as server:
         monkeypatch.setenv("OLLAMA_HOST", server.url)
         assert run("create", "--gguf", tree).exit_code == 0
@@ -110,7 +143,7 @@ def test_without_a_server_llama_cpp_verifies_and_with_one_it_is_the_server(tree,
 def test_what_can_only_be_served_merged_has_no_adapter_row(tree):
     (tree / "pure_grit/0/adapter.gguf").unlink()
     done = run("verify", "--gguf", tree, "--mode", "both", "--backend", "llama_cpp")
-    assert done.exit_code == 0 and done.output.count("100%") == 6, done.output
+    assert done.exit_code == 0 and done.output.count("100%") == 18, done.output
     refused = run("verify", "--gguf", tree, "--mode", "adapter", "--backend", "llama_cpp")
     assert refused.exit_code == 1 and "can be served merged only" in refused.output
 
@@ -127,7 +160,7 @@ def test_what_an_older_release_does_not_tell_is_no_difference_and_no_cause(tree)
         bodies = [b for _, path, b in double.requests if path == "/api/generate" and "_debug_render_only" in b]
         done = run("verify", ARM, "--gguf", tree, "--host", double.url)
         assert (row.rendered, row.counted, row.answered) == (None, None, 1.0)
-        assert row.first_difference is None and row.problem(1.0) is None
+        assert row.first_difference is None and problems([row], 1.0) == []
         assert row.note.count("ollama 0.32.0 does not tell how") == 2
         assert "'rendered'" in row.note and "'counted'" in row.note
         assert bodies and all(b["options"]["num_predict"] == 1 for b in bodies), "such a server answers the prompt"
@@ -184,7 +217,7 @@ def test_other_settings_than_were_exported_are_a_problem_even_where_all_answers_
         row = one(verify(opener, served, ["merged"]))
         done = run("verify", ARM, "--gguf", tree, "--host", double.url)
     assert row.answered == row.rendered == row.counted == 1 and row.differences == said
-    assert f"stored other settings than were exported ({said}); register it again" in row.problem(0.0)
+    assert f"stored other settings than were exported ({said}); register it again" in str(problems([row], 0.0))
     assert done.exit_code == 1 and said in done.output
 
 
@@ -204,7 +237,7 @@ def test_the_mode_that_is_checked_is_the_one_that_the_server_has(tree):
         other = run("verify", ARM, *where, "--mode", "merged").output
         copied = "asked of a temporary copy in mode merged, for the server has this model in mode adapter"
         assert f"{ARM} (merged): {copied}" in other
-        merged, adapter = verify(opener, model(tree))
+        merged, _, _, adapter, _, _ = verify(opener, model(tree))
         assert adapter.server_digest == digest and adapter.note is None
         assert merged.server_digest != digest and merged.note == copied
         (tree / "pure_grit/0/adapter.gguf").unlink()

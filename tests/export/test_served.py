@@ -6,12 +6,13 @@ import pytest
 
 from export import ExportError
 from export.engines.llama_cpp import Vocabulary
-from export.modelfile import ModelfileError, Serving, check_bos, go_template
+from export.go import FIND_LAST, GoTemplateError, go_template
+from export.modelfile import ModelfileError, Serving, check_bos
 from export.served import FACTS, REFERENCE, find_served, modelfile_text, read_references, served_in
 from tests.export.verify_runs import edit
 
 TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
-GO = "### Instruction:\n{{ .Prompt }}\n\n### Response:\n"
+GO = FIND_LAST + "### Instruction:\n{{ $last }}\n\n### Response:\n"
 
 
 def serving(**changes) -> Serving:
@@ -20,10 +21,10 @@ def serving(**changes) -> Serving:
 
 def test_go_template_keeps_every_other_character_or_refuses():
     assert go_template(TEMPLATE) == GO
-    assert go_template("a } b { {prompt} %s \n") == "a } b { {{ .Prompt }} %s \n"
+    assert go_template("a } b { {prompt} %s \n") == FIND_LAST + "a } b { {{ $last }} %s \n"
     twice = {"no slot": "found it 0 times", "{prompt}{prompt}": "found it 2 times"}
     for template, said in {**twice, "{{ .System }}{prompt}": "'{{'", "{{prompt}}": "'{{'"}.items():
-        with pytest.raises(ModelfileError, match=said):
+        with pytest.raises(GoTemplateError, match=said):
             go_template(template)
 
 
@@ -36,6 +37,7 @@ def test_the_text_is_what_ollama_documents(tmp_path):
         'SYSTEM """Be "brief"."""\n'
         "PARAMETER num_ctx 512\n"
         "PARAMETER temperature 0.0\n"
+        "PARAMETER top_k 1\n"
         "PARAMETER repeat_penalty 1.0\n"
         'PARAMETER stop "###"\n'
         'PARAMETER stop """say "x""""\n'
@@ -48,7 +50,8 @@ def test_the_text_is_what_ollama_documents(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"go": "no slot"}, "found it 0 times"),
+        ({"go": "no slot"}, "go: expected a template that makes .*Instruction.* of a question, got 'no slot'"),
+        ({"go": "{{ .Tools }}"}, r"go: .*got '\{\{ .Tools"),
         ({"stop": []}, "at least one word"),
         ({"stop": ["a", ""]}, "none empty"),
         ({"stop": ["a", "a"]}, "twice"),
@@ -73,9 +76,9 @@ def test_all_faults_are_listed_at_once():
 def test_bos_must_not_come_twice():
     for token in ("<|begin_of_text|>", "<s>", "<bos>"):
         with pytest.raises(ModelfileError, match="twice") as caught:
-            check_bos(token + GO, gguf_adds_bos=True)
+            check_bos(token + TEMPLATE, gguf_adds_bos=True)
         assert token in str(caught.value)
-        check_bos(token + GO, gguf_adds_bos=False)  # the template's own BOS is the only one
+        check_bos(token + TEMPLATE, gguf_adds_bos=False)  # the template's own BOS is the only one
         check_bos("a " + token, gguf_adds_bos=True)  # not leading
     with pytest.raises(ModelfileError, match="«bos»"):
         check_bos("«bos»{prompt}", gguf_adds_bos=True, bos_token="«bos»")

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from export.modelfile import RESPONSE, ModelfileError, Serving, check_bos
-from export.template import GoTemplateError, TemplateError, conversation, converse, convert, evaluate, from_tokenizer
+from export.engines.base import conversation
+from export.go import CONTENT, END, LAST, MESSAGES, PROMPT, SYSTEM, GoTemplateError, go_template, render_go
+from export.modelfile import ModelfileError, Serving, check_bos
+from export.served import read_references
+from export.template import TemplateError, convert, from_tokenizer
 from pipelines import train
 from pipelines.check import parse_params
 from pipelines.params import ConfigError
@@ -22,24 +25,22 @@ from tests.export import chat_templates as published
 from tests.export.verify_runs import add_adapter, without_prefix
 
 CHATML = (
-    "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}"
-    "<|im_start|>user\n{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n{{ .Response }}<|im_end|>\n"
+    "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n<|im_start|>user\n{{ else }}<|im_start|>user\n"
+    '{{ end }}{{ range .Messages }}{{ if eq .Role "user" }}{{ .Content }}{{ else if eq .Role "assistant" }}<|im_end|>\n'
+    "<|im_start|>assistant\n{{ .Content }}<|im_end|>\n<|im_start|>user\n{{ end }}{{ end }}<|im_end|>\n"
+    "<|im_start|>assistant\n"
 )
-INSTRUCTED = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-# Name → (BOS, EOS, stop words, SYSTEM, what holds of it: it trims messages, several turns come out right in Ollama as
-# well, it takes a system message, it writes BOS).
-# LLAMA31's system turn is always there, so Ollama would repeat it in each turn; LLAMA2's history has blanks round
-# answers that the prompt of an answer has not.
+# Name → (BOS, EOS, stop words, what holds of it: it trims messages, it takes a system message, it writes BOS).
 SHAPES = {
-    "LLAMA3": ("<|begin_of_text|>", "<|eot_id|>", ["<|eot_id|>"], None, "trims turns system bos"),
-    "LLAMA31": ("<|begin_of_text|>", "<|eot_id|>", ["<|eot_id|>"], None, "trims system bos"),
-    "CHATML": (None, "<|endoftext|>", ["<|im_end|>", "<|endoftext|>"], None, "turns system"),
-    "QWEN2": (None, "<|im_end|>", ["<|im_end|>"], "You are a helpful assistant.", "turns system"),
-    "MISTRAL": ("<s>", "</s>", ["</s>"], None, "turns bos"),
-    "LLAMA2": ("<s>", "</s>", ["</s>"], None, "trims system bos"),
-    "GEMMA2": ("<bos>", "<eos>", ["<end_of_turn>", "<eos>"], None, "trims turns bos"),
-    "PHI3": ("<s>", "<|endoftext|>", ["<|end|>", "<|endoftext|>"], None, "turns system"),
-    "ALPACA": ("<s>", "</s>", ["</s>"], INSTRUCTED, "turns system"),
+    "LLAMA3": ("<|begin_of_text|>", "<|eot_id|>", ["<|eot_id|>"], "trims system bos"),
+    "LLAMA31": ("<|begin_of_text|>", "<|eot_id|>", ["<|eot_id|>"], "trims system bos"),
+    "CHATML": (None, "<|endoftext|>", ["<|im_end|>", "<|endoftext|>"], "system"),
+    "QWEN2": (None, "<|im_end|>", ["<|im_end|>"], "system"),
+    "MISTRAL": ("<s>", "</s>", ["</s>"], "bos"),
+    "LLAMA2": ("<s>", "</s>", ["</s>"], "trims system bos"),
+    "GEMMA2": ("<bos>", "<eos>", ["<end_of_turn>", "<eos>"], "trims bos"),
+    "PHI3": ("<s>", "<|endoftext|>", ["<|end|>", "<|endoftext|>"], "system"),
+    "ALPACA": ("<s>", "</s>", ["</s>"], "system"),
 }
 
 
@@ -70,13 +71,12 @@ def rendered(name, system, prompt, turns=()):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_published_templates(name):
-    (_, _, stop, default, _), asked = SHAPES[name], "Answer with a number."
+    stop, asked = SHAPES[name][2], "Answer with a number."
     for system in (None, asked) if name in named("system") else (None,):
         got = made(name, system=system)
-        assert (list(got.stop), got.system) == (stop, system or default)
-        assert (RESPONSE in got.go) is (name in named("turns"))
-        assert got.text == evaluate(got.go, system=got.system or "", prompt="{prompt}") and "{prompt}" in got.text
-        assert got.go == CHATML or name not in ("CHATML", "QWEN2")
+        assert (list(got.stop), got.system) == (stop, system)
+        assert got.text == render_go(got.go, conversation("{prompt}", system)) and "{prompt}" in got.text
+        assert got.go == CHATML or name != "CHATML"
         Serving(template=got.text, go=got.go, stop=stop, num_ctx=8, system=got.system).check()
 
 
@@ -88,26 +88,41 @@ def test_whatever_the_user_says(name, prompt, system):
     if not prompt.strip() or (system and name not in named("system")):
         return
     said = prompt.strip() if name in named("trims") else prompt
-    assert evaluate(got.go, system=system or got.system or "", prompt=said) == rendered(name, system, said)
+    assert render_go(got.go, conversation(said, system)) == rendered(name, system, said)
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if SHAPES[name][0]])
 def test_bos_comes_once_whoever_writes_it(name):
     bos, writes = SHAPES[name][0], name in named("bos")
     added, written = made(name, adds_bos=True), made(name, adds_bos=False)
-    assert bos not in added.go and bos not in added.text
+    assert bos not in added.text
     assert written.text == bos * writes + added.text
-    assert evaluate(written.go, system="s", prompt="p").count(bos) == writes
-    check_bos(added.go, True, bos)
+    assert render_go(written.go, conversation("p", "s")).count(bos) == writes
+    check_bos(added.text, True, bos)
     if writes:
         with pytest.raises(ModelfileError, match="twice"):
-            check_bos(written.go, True, bos)
+            check_bos(written.text, True, bos)
 
 
-@pytest.mark.parametrize("name", named("turns"))
-def test_several_turns(name):
-    got, turns = made(name), [("One?", "1."), ("Two\n\nlines?", "2 {{.}}"), ("Three?", "3")]
-    assert converse(got.go, turns, "Last?", got.system or "") == rendered(name, None, "Last?", turns)
+def test_several_turns():
+    turns = [("One?", "1."), ("Two\n\nlines?", "2 {{.}} {% x %}"), ("Three?", "3")]
+    for name in SHAPES:
+        for system in (None, "Be {{brief}}.") if name in named("system") else (None,):
+            expected = rendered(name, system, "Last?", turns)
+            assert render_go(made(name).go, conversation("Last?", system, turns)) == expected, name
+
+
+def test_where_conversations_would_come_out_otherwise_the_last_question_is_asked_alone():
+    """This one writes the system message into the last user's turn, as newer ones of Mistral."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST]{% if loop.last and messages[0].role == 'system' %}"
+        "{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]{% elif m.role == 'assistant' %}"
+        "{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    got = convert(renderer(template), bos_token=None, eos_token="</s>", adds_bos=False, system="Be brief.")
+    assert render_go(got.go, conversation("b", "S", [("a", "1")])) == "[INST]S\n\nb[/INST]"
+    assert render_go(got.go, conversation("b", None, [("a", "1")])) == "[INST]b[/INST]"
+    assert got.stop == ("</s>",)
 
 
 def said_about(template, **changes):
@@ -157,24 +172,30 @@ def test_a_system_message_with_blanks_at_its_ends_is_refused():
         assert "prompt.system" in said_about(published.CHATML, system=system)
 
 
-def test_the_evaluator_is_ollamas_reading():
-    go = "a{{ if .System }}[{{ .System }}]{{ else }}-{{ end }}{{ .Prompt }}:{{ .Response }};"
-    assert evaluate(go, prompt="p") == "a-p:" == evaluate(go, prompt="p", system="")
-    assert evaluate(go, system="s", prompt="{{ .System }}", response="r") == "a[s]{{ .System }}:r;"
-    assert converse(go, [("p", "r"), ("q", "")], "z", "s") == "a[s]p:r;a-q:;a-z:"
-    assert converse("{{ .Prompt }}!", [("p", "r")], "q") == "p!rq!"  # Ollama adds {{ .Response }} at the end
+def test_go_is_read_as_ollama_reads_it():
+    """What Go's text/template made of them behind Ollama's own preparations."""
+    asked = [*conversation("{{ .System }}", "s1"), *conversation("u2", "s2", [("{% q %}", 'a"')])]
+    go = "a{{ if .System }}[{{ .System }}]{{ else }}-{{ end }}"
+    last = go + go_template("Q: {prompt} ")
+    assert render_go(last, asked) == "a[s1\n\ns2]Q: u2 " and render_go(last, asked[:1]) == "a[s1]Q:  "
+    assert render_go(last, conversation("a") * 2) == "a-Q: a\n\na "
+    whole = go + '{{ range .Messages }}{{ if eq .Role "user" }}<{{ .Content }}>{{ else if eq .Role "assistant" }}'
+    whole += "{{ .Content }}{{ end }}{{ end }}"
+    assert render_go(whole, asked) == 'a[s1\n\ns2]<{{ .System }}><{% q %}>a"<u2>'
+
+    # Without .Messages it is the whole template for each turn, the system message in its own alone.
+    old, turns = "{{ if .System }}[{{ .System }}]{{ end }}{{ .Prompt }}:{{ .Response }};", [("p", "r"), ("q", "t")]
+    assert render_go(old, conversation("p")) == "p:" and render_go(old, conversation("p", "s")) == "[s]p:"
+    assert render_go(old, conversation("z", "s", turns)) == "[s]p:r;q:t;z:"
+    assert render_go("{{ .Prompt }}!", conversation("z", None, turns)) == "p!rq!tz!", "Ollama adds {{ .Response }}"
 
 
-def test_the_evaluator_refuses_what_it_does_not_know():
-    single = ("{{.Prompt}}", "{{- .Prompt }}", "{{ .Messages }}", "{{{ .Prompt }}", "{{ .Prompt", "{{ end }}")
-    for go in (
-        *single,
-        "{{ else }}",
-        "{{ if .System }}{{ .Prompt }}",
-        "{{ if .System }}{{ if .System }}{{ end }}{{ end }}",
-    ):
+def test_go_that_this_project_never_writes_is_refused():
+    single = ("{{.Prompt}}", "{{- .Prompt }}", "{{{ .Prompt }}", "{{ .Prompt", "{{ end }}", "{{ else }}", LAST)
+    blocks = ("{{ if .System }}{{ .Prompt }}", "{{ if .System }}{{ else }}{{ else }}{{ end }}", CONTENT)
+    for go in (*single, *blocks, MESSAGES, MESSAGES + SYSTEM + END, MESSAGES + END + PROMPT):
         with pytest.raises(GoTemplateError):
-            evaluate(go, prompt="p")
+            render_go(go, conversation("p", "s"))
 
 
 # --- a tokenizer's own -----------------------------------------------------------------------------------------------
@@ -274,11 +295,11 @@ def project(finished, tmp_path, monkeypatch):
 
 
 def test_all_stages_read_the_same_text(project):
-    from pipelines import evaluate, export
+    from pipelines import evaluate, export, verify
 
     work, raw = project
     params = parse_params(raw)
-    for stage in (train, export, evaluate):
+    for stage in (train, export, evaluate, verify):
         stage.run(params, "baseline_lora", 0)
     text = (
         "<|im_start|>system\nAnswer the question.<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n"
@@ -290,6 +311,10 @@ def test_all_stages_read_the_same_text(project):
     out = work / "gguf/baseline_lora/0"
     assert json.loads((out / "parity.json").read_text())["token_ids_equal"] == 1.0
     serving = Serving.read(out / "serving.json")
+    second = read_references(out)[-1]
+    [[question, answer]] = second.turns
+    told = f"{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n<|im_start|>user\n{second.prompt}"
+    assert second.rendered == text.replace("{prompt}", told)
     assert (serving.go_template, serving.system, serving.license) == (CHATML, "Answer the question.", "MIT")
     assert serving.stop == ["<|im_end|>", "</s>"]
 

@@ -12,7 +12,7 @@ from export.engines.llama_cpp import open_in_process
 from export.gguf import changes_nothing, quantize, scale_of, scaled_copy
 from export.register import open_on_server
 from export.served import find_served
-from export.verify import against, verify
+from export.verify import against, problems, verify
 from tests.export.verify_runs import ARM, answers, model, one, opened, rewrite
 from tests.ollama_double import OllamaDouble
 
@@ -23,21 +23,28 @@ def test_all_models_in_both_modes(tree, kind):
     with opened(kind) as (opener, double):
         rows = [row for served in find_served(tree) for row in verify(opener, served)]
         assert double is None or double.models == {}, "what was registered for the check is gone"
-    assert [(r.name, r.mode) for r in rows] == [("base_model", "merged"), (ARM, "merged"), (ARM, "adapter")]
+        asked = [(path, body) for _, path, body in double.requests] if double else []
+    modes = [("base_model", "merged"), (ARM, "merged"), (ARM, "adapter")]
+    assert [(r.name, r.mode, r.form) for r in rows] == [(*m, f) for m in modes for f in ("plain", "newline", "second")]
     for row in rows:
         assert (row.rendered, row.counted, row.answered, row.first_difference) == (1.0, 1.0, 1.0, None), row
-        assert (row.backend, row.prompts, row.problem(1.0)) == (kind, 6, None)
+        assert (row.backend, row.prompts, row.tied) == (kind, 6, 0)
         assert (row.server_digest is None) is (row.stored_sha256 is None) is (kind == "llama_cpp")
-    assert [(r.equal_to_merged, r.perturbed_noticed) for r in rows] == [(None, None), (None, None), (1.0, True)]
-    assert rows[0].gguf_sha256 == rows[2].gguf_sha256 and rows[2].adapter_sha256 and not rows[1].adapter_sha256
+    assert problems(rows, 1.0) == []
+    assert [r.equal_to_merged for r in rows] == [None] * 6 + [1.0] * 3
+    assert [r.perturbed_noticed for r in rows] == [None] * 6 + [True, None, None]
+    assert rows[0].gguf_sha256 == rows[6].gguf_sha256 and rows[6].adapter_sha256 and not rows[3].adapter_sha256
+    said = [body["messages"] for path, body in asked if path == "/api/chat"]
+    assert not asked or {len(messages) for messages in said} == {3}
+    assert not asked or any(path == "/api/generate" and body["prompt"].endswith("\n") for path, body in asked)
 
 
 def test_a_release_without_adapters_is_no_fault_of_the_model(tree):
     with OllamaDouble(version="0.34.1") as double:
-        merged, adapter = verify(partial(open_on_server, double.url), model(tree))
+        *merged, adapter = verify(partial(open_on_server, double.url), model(tree))
         assert double.models == {}
-    assert merged.problem(1.0) is None and merged.answered == 1.0
-    assert adapter.unsupported and adapter.problem(1.0) is None and adapter.prompts == 0 and adapter.rendered is None
+    assert problems(merged, 1.0) == [] and [row.answered for row in merged] == [1.0] * 3
+    assert adapter.unsupported and problems([adapter], 1.0) == [] and adapter.prompts == 0 and adapter.rendered is None
     assert "0.34.1" in adapter.first_difference and "no longer supported" in adapter.first_difference
 
 
@@ -72,12 +79,12 @@ def test_an_adapter_that_changes_nothing_is_named(tree, kind):
     reader.data.flush()
     assert changes_nothing(adapter)
     base = answers(model(tree, "base_model"))
-    rewrite(served.folder, answer=lambda row: base[row["prompt"]])
+    rewrite(served.folder, answer=lambda row: base[row["rendered"]])
     with opened(kind) as (opener, _):
         row = one(verify(opener, served, ["adapter"]))
     assert row.answered == 1 and row.perturbed_noticed is False
     assert "The adapter changes nothing: all its B (or all its A) are zero" in row.first_difference
-    assert "a perturbed adapter is not noticed" in row.problem(0.0)
+    assert "a perturbed adapter is not noticed" in str(problems([row], 0.0))
 
 
 def test_a_control_that_changes_nothing_makes_the_check_worthless(tree):
@@ -85,7 +92,7 @@ def test_a_control_that_changes_nothing_makes_the_check_worthless(tree):
     assert not changes_nothing(served.folder / "adapter.gguf")
     row = one(verify(open_in_process, served, ["adapter"], control_scale=1.0 + 1e-6))
     assert row.answered == 1 and row.perturbed_noticed is False
-    assert "none of 6 answers differs" in row.first_difference and row.problem(0.0) is not None
+    assert "none of 6 answers differs" in row.first_difference and problems([row], 0.0)
 
 
 def test_the_first_blank():
@@ -109,14 +116,14 @@ def test_a_quantized_model_must_not_talk_gibberish(tree):
     file = served.gguf.rename(tree / "f16.gguf")
     quantize(file, served.gguf, "q8_0")
     row = one(verify(open_in_process, served, ["merged"])).model_copy(update={"quantization": "q8_0"})
-    assert row.answered > 0.5 and row.problem(1.0, 0.5) is None
+    assert row.answered > 0.5 and problems([row], 1.0, 0.5) == []
     gibberish = row.model_copy(update={"answered": 1 / 6})
-    assert "answers equal to Hugging Face's: expected 25%, got 17%" in gibberish.problem(0.0)
-    assert gibberish.problem(1.0, 0.1) is None
+    assert "answers equal to Hugging Face's: expected 25%, got 17%" in str(problems([gibberish], 0.0))
+    assert problems([gibberish], 1.0, 0.1) == []
     alone = row.model_copy(update={"mode": "adapter", "answered": 0.5})  # the base, where only this mode was asked for
-    assert alone.problem(1.0, 0.4) is None
+    assert problems([alone], 1.0, 0.4) == []
     adapted = alone.model_copy(update={"adapter_sha256": row.gguf_sha256})
-    assert adapted.problem(1.0, 0.4) is not None, "an adapter lies on the f16 base"
+    assert problems([adapted], 1.0, 0.4), "an adapter lies on the f16 base"
 
 
 def test_two_engines_must_agree_on_the_same_files(tree):
@@ -124,13 +131,16 @@ def test_two_engines_must_agree_on_the_same_files(tree):
     local = verify(open_in_process, served)
     with opened("ollama") as (opener, double):
         rows = against(verify(opener, served), local)
-        assert [r.equal_to_llama_cpp for r in rows] == [1.0, 1.0]
+        assert [(r.equal_to_llama_cpp, r.tokens_as_llama_cpp) for r in rows] == [(1.0, 1.0)] * 6
         whole = double.generate
         double.generate = lambda body: ({**p, "response": p["response"].upper() + "?"} for p in whole(body))
         wrong = one(verify(opener, served, ["merged"])).model_copy(update={"quantization": "q8_0"})
     compared = one(against([wrong], local))
     assert compared.equal_to_llama_cpp == 0.0
-    assert "answers equal to llama.cpp's of the same files: expected 90%, got 0%" in compared.problem(0.9, 0.0)
+    assert "answers equal to llama.cpp's of the same files: expected 90%, got 0%" in str(problems([compared], 0.9, 0.0))
+    more = rows[0].model_copy(update={"answer_tokens": tuple(n + 1 for n in rows[0].answer_tokens)})
+    said = "equal answers with as many tokens as in llama.cpp: expected 90%, got 0%"
+    assert said in str(problems(against([more], local), 0.9))
     other = wrong.model_copy(update={"gguf_sha256": "0" * 64})
     assert one(against([other], local)).equal_to_llama_cpp is None
     assert against(local, [])[0].equal_to_llama_cpp is None
@@ -146,7 +156,7 @@ def test_a_modelfile_that_is_not_this_models(tree):
     right = file.read_text()
     for old, new, said in (
         ("FROM ./model.gguf", "FROM ../../base/0/model.gguf", "line 1: expected 'FROM ./mod"),
-        ("### Instruction", "### Question", 'line 2: .*got \'TEMPLATE """### Question'),
+        ("### Instruction", "### Question", 'line 2: .*got \'TEMPLATE """.*### Question'),
         (serve, serve + 'PARAMETER stop "12"\n', "expected 'nothing', .*got 'PARAMETER stop \"12\"'; export again"),
         (serve, "", "got 'nothing'; export again"),
     ):

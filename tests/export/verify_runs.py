@@ -17,7 +17,7 @@ from export.diagnosis import ask
 from export.engines.llama_cpp import open_in_process
 from export.ollama import app
 from export.register import open_on_server
-from export.served import REFERENCE, find_served, read_references
+from export.served import REFERENCE, find_served, modelfile_text, read_references, served_in
 from tests.ollama_double import OllamaDouble
 
 ARM = "pure_grit_model"
@@ -49,6 +49,15 @@ def edit(folder, **changes):
     file.write_text(json.dumps({k: v for k, v in facts.items() if v is not None}))
 
 
+def serve(folder, **changes):
+    """As if the model had been exported with other settings."""
+    edit(folder, **changes)
+    served = served_in(folder)
+    (folder / "Modelfile").write_text(modelfile_text(served.serving, folder))
+    base = served.adapter_form().gguf
+    (folder / "Modelfile.adapter").write_text(modelfile_text(served.serving, folder, base))
+
+
 def substitute(folder, old, new):
     for file in (folder / "serving.json", folder / "Modelfile", folder / "Modelfile.adapter"):
         if file.is_file():
@@ -72,18 +81,18 @@ def rewrite(folder, **changes):
 def answers(served, scale=1.0, tokens=None):
     with open_in_process(served, scale) as engine:
         asked = [r if tokens is None else replace(r, max_tokens=tokens) for r in read_references(served.folder)]
-        return {r.prompt: ask(engine, r).text for r in asked}
+        return {r.rendered: ask(engine, r).text for r in asked}
 
 
-def one(rows):
-    assert len(rows) == 1
-    return rows[0]
+def one(rows, form="plain"):
+    [row] = [row for row in rows if row.form == form]
+    return row
 
 
 def longer(served, tokens):
     """Lets the references go on for more tokens, as Hugging Face does: llama.cpp's answers are equal."""
     long = answers(served, tokens=tokens)
-    rewrite(served.folder, answer=lambda row: long[row["prompt"]], max_tokens=lambda row: tokens)
+    rewrite(served.folder, answer=lambda row: long[row["rendered"]], max_tokens=lambda row: tokens)
 
 
 def without_prefix(source, out):

@@ -1,0 +1,120 @@
+"""Go's template language as far as this project writes it, and what Ollama makes of a TEMPLATE.
+
+Every TEMPLATE that is written here goes over `.Messages`, so that Ollama renders a conversation in one go. With a
+template of `.Prompt` and `.Response` it renders the whole of it for each turn, and so shows a model that was trained on
+single turns a history that it has never seen.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import cache
+
+import jinja2
+
+from export import ExportError
+from export.engines.base import PROMPT_SLOT, Message
+
+IF_SYSTEM, SYSTEM, ELSE, END = "{{ if .System }}", "{{ .System }}", "{{ else }}", "{{ end }}"
+MESSAGES, CONTENT = "{{ range .Messages }}", "{{ .Content }}"
+IF_USER, ELSE_ASSISTANT = '{{ if eq .Role "user" }}', '{{ else if eq .Role "assistant" }}'
+LAST = "{{ $last }}"
+_NO_LAST, _SET_LAST = '{{ $last := "" }}', "{{ $last = .Content }}"
+FIND_LAST = _NO_LAST + MESSAGES + IF_USER + _SET_LAST + END + END
+"""Stands in front of a template that has the user's last message alone, as `LAST`."""
+PROMPT, RESPONSE = "{{ .Prompt }}", "{{ .Response }}"  # of older templates
+
+# Action → the same in Jinja, outside of `range` and in it.
+_OUTSIDE = {
+    IF_SYSTEM: "{% if system %}",
+    SYSTEM: "{{ system }}",
+    MESSAGES: "{% for message in messages %}",
+    _NO_LAST: "{% set ns.last = '' %}",
+    LAST: "{{ ns.last }}",
+    PROMPT: "{{ prompt }}",
+    RESPONSE: "{{ response }}",
+}
+_WITHIN = {
+    IF_USER: "{% if message.role == 'user' %}",
+    ELSE_ASSISTANT: "{% elif message.role == 'assistant' %}",
+    CONTENT: "{{ message.content }}",
+    _SET_LAST: "{% set ns.last = message.content %}",
+}
+# As Go's lexer: the first "{{" opens, whatever stands before or after it.
+_ACTION = re.compile(r"(\{\{.*?\}\}|\{\{)", re.DOTALL)
+
+
+class GoTemplateError(ExportError):
+    """A template with something in it that this project never writes."""
+
+
+@cache
+def _jinja(go: str) -> jinja2.Template:
+    """The same template in Jinja. Raises GoTemplateError: an action that is not known, or not at such a place."""
+    blocks: list[str] = []
+    pieces, source = _ACTION.split(go), ["{% set ns = namespace() %}"]
+    for number, piece in enumerate(pieces):
+        known = _WITHIN if "for" in blocks else _OUTSIDE
+        if number % 2 == 0:
+            source.append(f"{{{{ pieces[{number}] }}}}")  # a text, which must not be read as Jinja
+        elif piece == END and blocks:
+            source.append(f"{{% end{blocks.pop()} %}}")
+        elif piece == ELSE and blocks:
+            source.append("{% else %}")
+        elif piece in known:
+            source.append(known[piece])
+            blocks += [word for word in ("if", "for") if known[piece].startswith(f"{{% {word} ")]
+        else:
+            raise GoTemplateError(f"expected {', '.join([*known, ELSE, END])} in their places, got {piece!r}")
+    try:
+        return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(  # noqa: S701  (no HTML)
+            "".join(source), globals={"pieces": pieces}
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise GoTemplateError(f"{go!r}: {error}") from error
+
+
+def render_go(go: str, messages: Sequence[Message]) -> str:
+    """What Ollama makes of a conversation, up to where the answer begins.
+
+    System messages are joined, and so are several messages of one role in a row. A template without `.Messages` is
+    rendered as a whole for each turn, the last time without what stands behind `.Response`. Raises GoTemplateError: an
+    action that is none of those above, so that a text which Go would run is never taken for a text.
+    """
+    joined: list[Message] = []
+    for message in messages:
+        if joined and joined[-1]["role"] == message["role"]:
+            joined[-1] = {**message, "content": f"{joined[-1]['content']}\n\n{message['content']}"}
+        else:
+            joined.append(message)
+    try:
+        if MESSAGES in go:
+            system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
+            return _jinja(go).render(system=system, messages=joined)
+        return _turns(go if RESPONSE in go else go + RESPONSE, joined)  # as Ollama does
+    except jinja2.UndefinedError as error:
+        raise GoTemplateError(f"{go!r}: {error}, for Ollama sets it only in templates of the other kind") from error
+
+
+def _turns(go: str, messages: Sequence[Message]) -> str:
+    whole, last = _jinja(go), _jinja(go.partition(RESPONSE)[0] + RESPONSE)
+    empty = {"system": "", "prompt": "", "response": ""}
+    done, turn = [], empty
+    for message in messages:
+        role = message["role"]
+        if (turn["response"] and role != "assistant") or (turn["prompt"] and role == "system"):
+            done.append(whole.render(turn))
+            turn = empty
+        turn = {**turn, {"user": "prompt", "assistant": "response"}.get(role, role): message["content"]}
+    return "".join([*done, last.render(turn)])
+
+
+def go_template(template: str) -> str:
+    """The Go template that renders the last question in the training template, whatever was said before.
+
+    Raises GoTemplateError: {prompt} is missing or repeated, or the text holds Go's "{{".
+    """
+    if (found := template.count(PROMPT_SLOT)) != 1:
+        raise GoTemplateError(f"expected {PROMPT_SLOT} once in the template, found it {found} times: {template!r}")
+    if "{{" in template:
+        raise GoTemplateError(f"the template holds '{{{{', which Go's template language would run: {template!r}")
+    return FIND_LAST + template.replace(PROMPT_SLOT, LAST)
