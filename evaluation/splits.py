@@ -18,7 +18,8 @@ from evaluation.sources.hub import HUB
 from evaluation.sources.rows import OWN, RecipeRows, RowSource, read_recipe, write_rejected
 from evaluation.sources.tables import FILES
 from evaluation.tasks import Item, ItemError, general, load, names
-from trainers.settings import Positive, Seed, suggest
+from trainers.settings import Positive, Seed
+from trainers.words import suggest
 
 GENERATED = "generated"
 REJECTED = "rejected.jsonl"

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from export import ExportError, converters
+from trainers.adapters import MERGED, takes_part_of_w
 
 
 def adapter_config(adapter: Path) -> dict[str, Any]:
@@ -25,19 +26,26 @@ def adapter_config(adapter: Path) -> dict[str, Any]:
 
 
 def losses(adapter: Path) -> list[str]:
-    """What a GGUF adapter would lose of a LoRA adapter; such an adapter can only be served merged.
+    """What a GGUF adapter would lose of an adapter; such an adapter can only be served merged.
 
     A GGUF adapter holds one alpha and the tensors A and B. Scales of single modules are no hindrance, see
-    `scale_factors`. Raises ExportError: no LoRA adapter: it can be neither merged here nor converted.
+    `scale_factors`. Raises ExportError: PEFT has no way to merge it, so that there is no form to serve.
     """
     config = adapter_config(adapter)
-    if config.get("peft_type") != "LORA":
-        raise ExportError(f"{adapter}: expected an adapter of peft_type 'LORA', got {config.get('peft_type')!r}")
+    method = config.get("peft_type")
+    if method not in MERGED:
+        raise ExportError(f"{adapter}: expected an adapter that PEFT can merge into the base, got peft_type {method!r}")
+    if method != "LORA":
+        return [f"peft_type {method} (a GGUF adapter holds LoRA's A and B alone)"]
     lost = []
     if config.get("use_dora"):
         lost.append("use_dora (magnitudes have no GGUF form)")
     if config.get("modules_to_save"):
         lost.append(f"modules_to_save {config['modules_to_save']} (whole modules have no GGUF adapter form)")
+    if config.get("bias", "none") != "none":
+        lost.append(f"bias {config['bias']} (biases have no GGUF adapter form)")
+    if takes_part_of_w(start := config.get("init_lora_weights")):
+        lost.append(f"init_lora_weights {start} (it is for a base without the adapter's start)")
     return lost
 
 
@@ -128,7 +136,7 @@ def save_merged(base: str, adapter: Path | None, out: Path, load_kwargs: dict[st
     if adapter is not None:
         from peft import PeftModel
 
-        losses(adapter)  # another kind of adapter would be unloaded, not merged
+        losses(adapter)  # refuses what would be unloaded, not merged
         try:
             model = _merge(PeftModel.from_pretrained(model, str(adapter)))
         except (RuntimeError, ValueError) as error:
@@ -143,15 +151,15 @@ def _merge(model: Any) -> Any:
     (PEFT alone rounds s·B·A to 16 bit before it adds it.)
     """
     import torch
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     ends = model.get_base_model()
     first, last = ends.get_input_embeddings(), ends.get_output_embeddings()
-    if last is not None and last.weight is first.weight and any(isinstance(m, LoraLayer) for m in (first, last)):
-        layer = last.get_base_layer() if isinstance(last, LoraLayer) else last
+    if last is not None and last.weight is first.weight and any(isinstance(m, BaseTunerLayer) for m in (first, last)):
+        layer = last.get_base_layer() if isinstance(last, BaseTunerLayer) else last
         layer.weight = torch.nn.Parameter(layer.weight.detach().clone())  # else both ends would get the update of one
     for module in model.modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, BaseTunerLayer):
             base = module.get_base_layer()
             dtype = base.weight.dtype
             base.to(torch.float32)

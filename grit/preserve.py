@@ -87,8 +87,7 @@ class _Product:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[n, r, d] → [n, r, d]."""
-        found: Tensor = self.rho * rows + (rows @ self.u * self.w) @ self.u.mT
-        return found
+        return torch.baddbmm(self.rho * rows, rows @ self.u * self.w, self.u.mT)
 
 
 class Preserve:
@@ -167,16 +166,16 @@ class Preserve:
         weights: list[Tensor] = []
         changes: list[Tensor] = []
         for i, group in enumerate(self.groups):
-            to_a, to_b = self._of(i)[1:]
+            to_a, to_b = self._of(i, self.strength)[1:]
             weights += [pair.a for pair in group.pairs] + [pair.b for pair in group.pairs]
-            changes += [*(self.strength * to_a).unbind(0), *(self.strength * to_b).unbind(0)]
+            changes += [*to_a.unbind(0), *to_b.unbind(0)]
         torch.autograd.backward(weights, [g.to(w.dtype) for w, g in zip(weights, changes, strict=True)])
 
-    def _of(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """P of a group, ∂P/∂A [n, r, d_in], ∂P/∂B [n, d_out, r]."""
+    def _of(self, i: int, strength: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """λP of a group, λ ∂P/∂A [n, r, d_in], λ ∂P/∂B [n, d_out, r]."""
         group = self.groups[i]
         a, b = (torch.stack(weights).float() for weights in zip(*((p.a, p.b) for p in group.pairs), strict=True))
-        scale = torch.tensor([pair.scale**2 for pair in group.pairs], device=a.device)[:, None, None]
+        scale = torch.tensor([strength * pair.scale**2 for pair in group.pairs], device=a.device)[:, None, None]
         if self.diagonal:
             change = b @ a
             pull = scale * self.diagonal[i] * change
@@ -184,9 +183,9 @@ class Preserve:
         inputs, outputs = self.inputs[i], self.outputs[i]
         ac = a if inputs is None else inputs(a)
         gb = b if outputs is None else outputs(b.mT).mT
-        seen, moved = ac @ a.mT, gb.mT @ b  # A C Aᵀ and Bᵀ G B, [n, r, r]
         weight = scale * self.weights[i]
-        return 0.5 * (weight * seen * moved).sum(), weight * (moved @ ac), weight * (gb @ seen)
+        seen, moved = weight * (ac @ a.mT), gb.mT @ b  # A C Aᵀ and Bᵀ G B, [n, r, r]
+        return 0.5 * (seen * moved).sum(), (weight * moved) @ ac, gb @ seen
 
 
 class _Look:

@@ -28,7 +28,8 @@ from pipelines.params import NAME, PARAMS_FILE, VARIANT_OF, ConfigError, Probe, 
 from pipelines.prompt import CHAT
 from pipelines.stage import BASE_ARM, clear_errors, cli
 from trainers import arms
-from trainers.settings import TrainSettings, suggest
+from trainers.settings import TrainSettings
+from trainers.words import suggest
 
 CODE = Path("outputs/code")
 SMOLVLM_FORM = "<|im_start|>User:{prompt}<end_of_utterance>\nAssistant: "

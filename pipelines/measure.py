@@ -191,6 +191,9 @@ def add_general(found: Found, read: states.TextFigures, resamples: int) -> None:
 
 def add_weights(found: Found, model: Any) -> None:
     updates = list(drift.updates(model))
+    if not updates:
+        found.notes.append("the adapter's update cannot be told from the rounding of a base in 4 bit")
+        return
     found.add("weights", drift.summarize(updates), len(updates))
     broken = [update.name for update in updates if math.isnan(update.norm)]
     if broken:

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from db.files import omp_threads
 from trainers import arms as own_arms
-from trainers.settings import Positive, Section, Seed, suggest
+from trainers.settings import Positive, Section, Seed
+from trainers.words import suggest
 
 PARAMS_FILE = Path("params.yaml")
 DEFAULTS = "profiles/tiny.yaml"

@@ -27,7 +27,7 @@ from db.files import write_text
 from pipelines.check import parse_params
 from pipelines.params import PARAMS_FILE, VARIANT_OF, ConfigError, load_yaml
 from pipelines.stage import clear_errors, cli
-from trainers.settings import suggest
+from trainers.words import suggest
 
 PROFILES = Path("profiles")
 BOTTOM, RECIPE, SIZE_OF_TASKS = "tiny", "recipe", "llama3_2_3b"

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainers.settings import BaseReference, TrainSettings, nearest
+from trainers.settings import BaseReference, TrainSettings
+from trainers.words import nearest
 
 
 class ModelError(ValueError):
@@ -136,7 +137,7 @@ def check_target_modules(model: Any, wanted: Sequence[str]) -> None:
 
 
 def add_lora(model: Any, settings: TrainSettings) -> Any:
-    """The model with LoRA on its chosen layers; A starts random from the global seed, B at zero."""
+    """The model with LoRA, or what else `peft` says, on its chosen layers; plain LoRA starts with B at zero."""
     if settings.layers is not None:
         from grit_vlm.config.families import adapted_modules
         from grit_vlm.config.model_configs import GRITLoRAConfig
@@ -153,20 +154,17 @@ def add_lora(model: Any, settings: TrainSettings) -> Any:
             )
             of |= dict.fromkeys(names, shape)
         return add_to(model, of)
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
+
+    from trainers.adapters import peft_config
 
     check_target_modules(model, settings.target_modules)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=sorted(settings.target_modules),
-        bias="none",
-    )
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, peft_config(settings))
+        except ValueError as error:
+            raise ModelError(f"train.peft: PEFT cannot put {settings.peft or 'LoRA'} on this model: {error}") from error
 
 
 def scale_update(model: Any, factor: float) -> None:

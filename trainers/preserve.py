@@ -20,6 +20,16 @@ _BYTES = 2**28  # of the base's log-probabilities, asked for ahead of some steps
 _REACH, _MEMORY = 5.0, 0.95
 
 Rows = Sequence[Sequence[int]]
+Texts = Sequence[tuple[int, ...]]  # token ids
+
+
+def divided(texts: Rows) -> tuple[Texts, Texts]:
+    """Texts that KL alone is measured on, and all others; what is equal (texts may be cut) stands once."""
+    different = [*dict.fromkeys(map(tuple, texts))]
+    if len(different) < 4:
+        raise EncodingError(f"base_texts: expected at least 4 texts of two tokens or more, got {len(different)}")
+    held = min(_HELD, len(different) // 4)
+    return different[:held], different[held:]
 
 
 def batches(texts: Rows, pad: int, device: Any, size: int = _BATCH, left: bool = False) -> Iterator[dict[str, Any]]:
@@ -36,23 +46,25 @@ def batches(texts: Rows, pad: int, device: Any, size: int = _BATCH, left: bool =
         yield {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
+def to_read(trainer: Any, texts: Texts) -> Iterator[dict[str, Any]]:
+    """Batches for passes that train nothing."""
+    size = min(_BATCH, trainer.args.per_device_train_batch_size)
+    return batches(texts, trainer.processing_class.pad_token_id, trainer.args.device, size)
+
+
 class Keeper:
     """What a Trainer's steps and evaluations do beside the task; `attach` puts it there."""
 
-    def __init__(self, trainer: Any, settings: TrainSettings, texts: Rows, seed: int):
+    def __init__(self, trainer: Any, settings: TrainSettings, held: Texts, texts: Texts, seed: int):
         self.trainer, self.settings, self.seed = trainer, settings.preserve, seed
-        if len(texts) < 4:
-            raise EncodingError(f"base_texts: expected at least 4 texts of two tokens or more, got {len(texts)}")
-        held = min(_HELD, len(texts) // 4)
-        self.held, self.texts = texts[:held], texts[held:]
+        self.held, self.texts = held, texts
         self.rows = min(self.settings.rows, len(self.texts))
         self.pad = trainer.processing_class.pad_token_id
-        self.size = min(_BATCH, trainer.args.per_device_train_batch_size)
         self.strength = self.settings.strength
         self.kl: float | None = None  # running mean of what steps measure
         self.penalty: Any = None
         self.order: tuple[int, list[int]] = (-1, [])
-        self.asked: tuple[int, Any] = (-1, ())
+        self.asked: tuple[int, dict[tuple[int, ...], Any]] = (-1, {})
 
     # The base and the tuned model on some texts
 
@@ -100,7 +112,7 @@ class Keeper:
         training = model.training
         model.eval()
         with torch.no_grad():
-            for batch in batches(self.held, self.pad, self.trainer.args.device, self.size):
+            for batch in to_read(self.trainer, self.held):
                 tokens = int(batch["attention_mask"][:, 1:].sum())
                 total += float(self.divergence(model, batch, self.of_base(model, batch))) * tokens
                 count += tokens
@@ -109,7 +121,7 @@ class Keeper:
 
     # Steps
 
-    def rows_of(self, step: int) -> Rows:
+    def rows_of(self, step: int) -> Texts:
         """This rank's texts of a step, of like length: over all ranks each once before one comes again."""
         number = step * self.trainer.args.world_size + self.trainer.args.process_index
         turn, place = divmod(number, len(self.texts) // self.rows)
@@ -126,21 +138,14 @@ class Keeper:
         at_once = max(1, min(16, _BYTES // size))
         first = step - step % at_once
         if self.asked[0] != first:
-            steps = [self.rows_of(n) for n in range(first, first + at_once)]
-            texts = [text for rows in steps for text in rows]
-            order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-            said: list[Any] = [None] * len(texts)
-            ordered = iter(order)
-            for part in batches([texts[i] for i in order], self.pad, self.trainer.args.device, 2 * _BATCH):
-                found = self.of_base(model, part)
-                lengths = (part["attention_mask"].sum(1) - 1).tolist()
-                if found.shape[-1] > 1:
-                    for own in found.split(lengths):
-                        said[next(ordered)] = own
-            known = iter(said)
-            self.asked = (first, [[next(known) for _ in rows] for rows in steps])
-        own = self.asked[1][step - first]
-        return self.of_base(model, batch) if own[0] is None else torch.cat(own)
+            texts = sorted((text for n in range(first, first + at_once) for text in self.rows_of(n)), key=len)
+            parts = batches(texts, self.pad, self.trainer.args.device, 2 * _BATCH)
+            found = [self.of_base(model, part) for part in parts]
+            lengths = [len(text) - 1 for text in texts]
+            hidden = found[0].shape[-1] == 1
+            self.asked = (first, {} if hidden else dict(zip(texts, torch.cat(found).split(lengths), strict=True)))
+        known = self.asked[1]
+        return torch.cat([known[text] for text in self.rows_of(step)]) if known else self.of_base(model, batch)
 
     def hold(self, model: Any) -> None:
         """Add the gradient of strength · KL on this step's texts, or that of the penalty."""
@@ -153,6 +158,7 @@ class Keeper:
             penalty.add_gradients()
             if self.settings.kl is None:
                 return
+        model.train()
         (batch,) = batches(self.rows_of(step), self.pad, self.trainer.args.device, self.rows)
         base = self.base_at(model, step, batch)
         with accelerator.no_sync(model):  # the task's backward pass brings the ranks' gradients together
@@ -175,24 +181,23 @@ class Keeper:
 def attach(
     trainer: Any,
     settings: TrainSettings,
-    texts: Rows,
+    held: Texts,
+    texts: Texts,
     seed: int,
     unfused: Callable[[Any], AbstractContextManager[Any]],
 ) -> None:
     """Have a Trainer hold its model to the base as `settings.preserve` says, and measure KL at every evaluation.
 
-    `texts` are token ids; every LoRA module of a model is called while `unfused` of it is open.
+    `held` and `texts` as `divided` has them; every LoRA module of a model is called while `unfused` of it is open.
     """
     from transformers import TrainerCallback
 
-    texts = [*dict.fromkeys(map(tuple, texts))]  # which may be equal where they were cut
-    keeper, own = Keeper(trainer, settings, texts, seed), settings.preserve
+    keeper, own = Keeper(trainer, settings, held, texts, seed), settings.preserve
     if own.method in ("activations", "kfac", "ewc", "l2"):
         from grit.preserve import Preserve
 
         with unfused(trainer.model):
-            read = batches(keeper.texts, keeper.pad, trainer.args.device, keeper.size)
-            keeper.penalty = Preserve(trainer.model, read, own.method, own.strength, own.rank, seed)
+            keeper.penalty = Preserve(trainer.model, to_read(trainer, texts), own.method, own.strength, own.rank, seed)
     step, evaluate = trainer.training_step, trainer.evaluate
     manager = getattr(trainer, "grit_manager", None)
     seen = -1  # the last step whose texts were read
@@ -201,7 +206,6 @@ def attach(
         nonlocal seen
         now = trainer.state.global_step
         if now != seen and own.method != "none":
-            model.train()
             with nullcontext() if manager is None else manager.paused():  # GRIT's hooks see the task alone
                 keeper.hold(model)
         seen = now

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainers import adapters, optimizers
 from trainers.callbacks import check_reporters, progress_lines, remove_reporters, report_arguments, tensorboard
 from trainers.encode import Encoded, EncodingError, encode_examples, encode_texts
-from trainers.models import add_lora, load_base_model, load_tokenizer, scale_update
+from trainers.models import ModelError, add_lora, load_base_model, load_tokenizer, scale_update
 from trainers.pictures import encode_items
-from trainers.preserve import KL, STEP_KL, attach, batches
+from trainers.preserve import KL, STEP_KL, attach, divided, to_read
 from trainers.settings import BaseReference, TrainSettings
 
 LEDGER = "probe_ledger.jsonl"
@@ -126,7 +127,11 @@ def training_arguments(job: TrainingJob, **changes: Any) -> Any:
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),  # `progress_lines` there
     )
-    return SFTConfig(**{**values, **changes})
+    args = SFTConfig(**{**values, **changes})
+    if args.n_gpu > 1:  # else the Trainer would wrap the model in DataParallel, and the batch be so many times as large
+        print(f"{args.n_gpu} GPUs are visible; one is taken, {args.device}; CUDA_VISIBLE_DEVICES chooses", flush=True)
+        args._n_gpu = 1
+    return args
 
 
 def _lasting_arguments(job: TrainingJob, name: str) -> dict[str, Any]:
@@ -218,6 +223,8 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
     train = _encode(job, tokenizer, job.train, "training")
     valid = _encode(job, tokenizer, job.valid, "validation")
     model = arm.load_model(job.base, job.settings)
+    named = bool(job.settings.peft) and job.settings.layers is None
+    read = adapters.before(model, job.settings, train.dataset, tokenizer.pad_token_id) if named else []
     set_seed(job.seed)
     model = arm.add_adapter(model, job.settings)
     trainer = arm.make_trainer(
@@ -228,6 +235,13 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
         eval_dataset=valid.dataset,
         processing_class=tokenizer,
     )
+    if named:
+        adapters.after(trainer, read)
+    if job.settings.optim_args:
+        if trainer.optimizer_cls_and_kwargs is not None:
+            raise ModelError(f"train.optim_args: expected {{}}, since {arm.name} has an optimizer of its own")
+        kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        trainer.optimizer_cls_and_kwargs = kind, {**options, **optimizers.arguments(job.settings.optim_args)}
     trainer.remove_callback(PrinterCallback)  # the Trainer's own choice where there is no bar
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL puts adapters on a 4-bit base into bf16; the optimizer wants float32
@@ -235,10 +249,10 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
     if not job.texts and (arm.start or job.settings.preserve.method != "none"):
         raise EncodingError(f"{arm.name}: expected texts of the base, got none; run stage base_texts")
     if job.texts:
-        ids = encode_texts(tokenizer, job.texts, job.settings.max_length)
-        if arm.start:  # the first texts are for measuring
-            arm.start(trainer, job.settings, batches(ids[len(ids) // 4 :], tokenizer.pad_token_id, trainer.args.device))
-        attach(trainer, job.settings, ids, job.seed, arm.unfused)
+        held, texts = divided(encode_texts(tokenizer, job.texts, job.settings.max_length))
+        if arm.start:
+            arm.start(trainer, job.settings, to_read(trainer, texts))
+        attach(trainer, job.settings, held, texts, job.seed, arm.unfused)
     return trainer, train, valid
 
 
@@ -279,6 +293,7 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     resumed_from = _step(checkpoint) if checkpoint else None
     _add_callbacks(trainer, arm, job, resumed_from)
     _note_losses(trainer)
+    trained = _trainable(trainer.model)
     # An evaluation draws random numbers, and a twin run, which has none, would have another dropout after it.
     trainer.evaluate = fork_rng(devices=[])(trainer.evaluate)
     started = time.perf_counter()
@@ -307,7 +322,8 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
         "train_left_out": train.left_out,
         "valid_left_out": valid.left_out,
         "longest": max(train.longest, valid.longest),
-        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        # Fewer by now where ranks have shrunk, more where the start has become part of the adapter.
+        "trainable_parameters": min(trained, _trainable(trainer.model)),
         "final_loss": losses[-1] if losses else None,
         # Of the adapter that is saved: the best one, and after ranks have shrunk.
         "final_eval_loss": final["eval_loss"],
@@ -319,6 +335,10 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(),
         **said,
     }
+
+
+def _trainable(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _note_losses(trainer: Any) -> None:

@@ -1,30 +1,17 @@
 """What a training run is given: section `train` of params.yaml, and where the base model is."""
 
-import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trainers import optimizers
+from trainers.adapters import PeftError, is_plain, peft_config
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Estimate = Literal["diagonal", "kfac", "block_diagonal"]
-
-
-def nearest(word: str, known: Iterable[Any]) -> str | None:
-    """Which of the known names may have been meant, whatever the capitals."""
-    names = {str(name).lower(): str(name) for name in known}
-    close = difflib.get_close_matches(word.lower(), names, n=1)
-    return names[close[0]] if close else None
-
-
-def suggest(word: str, known: Iterable[Any]) -> str:
-    """The end of an error message: what may have been meant, and what there is."""
-    names = [str(name) for name in known]
-    meant = nearest(word, names)
-    return (f"; did you mean {meant!r}?" if meant else ".") + f" Available: {', '.join(names)}"
 
 
 class Section(BaseModel):
@@ -116,6 +103,8 @@ class Preserve(Section):
 class TrainSettings(Section):
     """Section train, which all arms share; an arm with sections of its own adds them in a subclass."""
 
+    plain_lora: ClassVar[str] = ""  # why the arm's method needs an update s·B·A that starts at zero, where it does
+
     rank: Annotated[int, Field(ge=1, le=1024, description="r")]
     alpha: Annotated[float, Field(gt=0, description="α; the update is scaled by α/r")]
     dropout: Annotated[float, Field(ge=0, lt=1)]
@@ -131,7 +120,9 @@ class TrainSettings(Section):
     warmup_steps: Annotated[int, Field(ge=0)]
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(ge=0, description="0 = no clipping")]
-    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "sgd"]
+    optimizer: str  # any name of transformers'
+    optim_args: dict[str, Any] = {}  # of its class
+    peft: dict[str, Any] | str = {}  # a PEFT configuration's fields, or the path of an adapter_config.json
     precision: Literal["fp32", "bf16"]
     max_length: Annotated[int, Field(ge=8, description="tokens of prompt and completion")]
     overlong: Literal["refuse", "leave_out"]
@@ -177,9 +168,36 @@ class TrainSettings(Section):
             problems.append("target_modules: expected at least one name, got none")
         if self.layers is not None:
             problems += self._of_pictures(self.layers)
+        problems += optimizers.problems(self.optimizer, self.optim_args)
+        problems += self._of_peft() if self.peft else []
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _of_peft(self) -> list[str]:
+        if self.layers is not None:
+            return ["peft: expected {} beside layers, since a vision-language model gets LoRA"]
+        problems = []
+        if not is_plain(self.peft):
+            if self.plain_lora:
+                problems.append(
+                    f"peft: expected use_rslora, and init_lora_weights true or gaussian, since {self.plain_lora}; got "
+                    f"{self.peft}"
+                )
+            if self.preserve.method not in ("none", "distill"):
+                problems.append(
+                    f"preserve.method: expected none or distill beside this peft, got {self.preserve.method}: it holds "
+                    "B·A to zero"
+                )
+            if self.scale_update != 1:
+                problems.append(
+                    f"scale_update: expected 1.0 beside this peft, since it is a factor on B·A, got {self.scale_update}"
+                )
+        try:
+            peft_config(self)
+        except PeftError as error:
+            problems += str(error).splitlines()
+        return problems
 
     def _of_pictures(self, layers: Layers) -> list[str]:
         from grit_vlm.config.model_configs import ModelConfigError

@@ -1,9 +1,11 @@
-"""How large a LoRA update is: norms and ranks of ΔW = s·B·A, module by module (notation of the README of `grit`).
+"""How large an adapter's update is: norms and ranks of ΔW = s·B·A, module by module (notation of the README of `grit`).
 
-ΔW is never formed. With the reduced QR decompositions Aᵀ = Q_A·R_A and B = Q_B·R_B, ΔW = Q_B·(s·R_B·R_Aᵀ)·Q_Aᵀ, and
-since Q_A and Q_B have orthonormal columns, the singular values of ΔW are those of the r×r matrix in the middle.
+LoRA's ΔW is never formed. With the reduced QR decompositions Aᵀ = Q_A·R_A and B = Q_B·R_B, ΔW =
+Q_B·(s·R_B·R_Aᵀ)·Q_Aᵀ, and since Q_A and Q_B have orthonormal columns, the singular values of ΔW are those of the r×r
+matrix in the middle.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,11 @@ METRICS = {
     "update_norm_relative": ("1", "none", "‖ΔW‖_F / ‖W‖_F, all target modules together"),
     "effective_rank": ("directions", "none", f"{_ENTROPY} (Roy & Vetterli 2007), mean over modules"),
     "stable_rank": ("directions", "none", "‖ΔW‖_F² / ‖ΔW‖₂², mean over modules"),
-    "rank": ("directions", "none", "Rank allotted to the adapter, mean over modules"),
+    "rank": (
+        "directions",
+        "none",
+        "Rank allotted to the adapter, of other methods than LoRA that of ΔW, mean over modules",
+    ),
     "drift_relative": ("1", "none", f"‖h − h₀‖/‖h₀‖ {_DRIFT}"),
     "drift_cosine": ("1", "none", f"1 − cos(h, h₀) {_DRIFT}"),
 }
@@ -74,21 +80,40 @@ def singular_values(a: Any, b: Any, scale: float) -> list[float]:
 
 
 def updates(model: Any) -> Iterator[Update]:
-    """The update of every LoRA module of a PEFT model with one adapter, in the model's order, scaled as PEFT does."""
+    """The update of every adapted matrix of a PEFT model with one adapter, in the model's order, scaled as PEFT does.
+
+    What is not s·B·A alone (DoRA, other methods than LoRA) is merged into a copy of the layer, and W taken off again;
+    not where W is in 4 bit, whose rounding would be most of the difference.
+    """
+    import torch
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.integrations import dequantize_module_weight
 
     for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
+        if not isinstance(module, BaseTunerLayer):
             continue
-        adapter = next(iter(module.lora_A))
-        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-        weight = dequantize_module_weight(module.get_base_layer())
+        base = module.get_base_layer()
+        weight = dequantize_module_weight(base).detach()
+        adapter = module.active_adapters[0]
+        if isinstance(module, LoraLayer) and adapter in module.lora_A and adapter not in module.lora_variant:
+            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            values, rank = singular_values(a, b, float(module.scaling[adapter])), int(a.shape[0])
+        elif weight.dim() == 2 and weight.shape == base.weight.shape:
+            merged: Any = copy.deepcopy(module)
+            merged.merge()
+            change = (merged.get_base_layer().weight.detach() - weight).double()
+            values = [math.nan] * min(change.shape)
+            if change.isfinite().all():
+                values = [float(value) for value in torch.linalg.svdvals(change)]
+            rank = sum(value > 1e-6 * values[0] for value in values)
+        else:
+            continue
         yield Update(
             name=name.removeprefix("base_model.model.").removeprefix("model."),
-            singular_values=singular_values(a, b, float(module.scaling[adapter])),
-            weight_norm=float(weight.detach().double().norm()),
-            rank=int(a.shape[0]),
+            singular_values=values,
+            weight_norm=float(weight.double().norm()),
+            rank=rank,
         )
 
 

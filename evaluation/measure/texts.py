@@ -14,7 +14,7 @@ from typing import TypeVar
 from evaluation.sources import read_table
 from evaluation.sources.hub import HUB
 from evaluation.sources.tables import RawRow
-from trainers.settings import suggest
+from trainers.words import suggest
 
 T = TypeVar("T")
 SHIPPED = "shipped"

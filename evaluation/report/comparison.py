@@ -21,7 +21,7 @@ from evaluation.report.serving import PhaseRow, PrecisionRow, ServedRow, phase_r
 from evaluation.statistics.differences import Difference
 from evaluation.statistics.intervals import ALPHA, Interval
 from evaluation.statistics.power import PowerRow, power_rows
-from trainers.settings import suggest
+from trainers.words import suggest
 
 
 class ChoiceError(ValueError):

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from evaluation.sources.tables import SourceError, Table, raw_rows
-from trainers.settings import suggest
+from trainers.words import suggest
 
 HUB = "hub:"
 _COMMIT = re.compile(r"[0-9a-f]{40}")

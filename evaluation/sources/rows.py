@@ -14,7 +14,8 @@ from pydantic import Field as Key
 from evaluation.sources.hub import HUB, DataSet, open_data_set
 from evaluation.sources.tables import RawRow, Rejection, SourceError, Table, read_file
 from evaluation.tasks import Field, Item, RowError, Source, Task, number
-from trainers.settings import Positive, Section, nearest, suggest
+from trainers.settings import Positive, Section
+from trainers.words import nearest, suggest
 
 OWN = "hub"  # as the source: the task's own data set
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from evaluation import epa
 from evaluation.tasks import Field, Item, ItemError, RowError, Score, is_missing, marked, mean, metric, number, share
-from trainers.settings import nearest
+from trainers.words import nearest
 
 NAME = "aqi"
 TITLE = "AQI accuracy"

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from trainers.arms.pure_grit import grit_report
+from trainers.arms.pure_grit import grit_report, only_adamw
 from trainers.run import Arm
 from trainers.settings import Estimate, Section, TrainSettings
 
@@ -47,6 +47,7 @@ class VlmSettings(TrainSettings):
     def _pictures_only(self) -> Self:
         if self.layers is None:
             raise ValueError("layers: expected those of a vision-language model, which this arm trains; got null")
+        only_adamw(self, sgd=self.method.optimizer.endswith("sgd"))
         return self
 
     @property

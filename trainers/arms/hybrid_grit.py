@@ -86,6 +86,7 @@ def _add_adapter(model: Any, settings: TrainSettings) -> Any:
         lora_dropout=settings.dropout,
         target_modules=sorted(settings.target_modules),
         bias="none",
+        **(settings.peft if isinstance(settings.peft, dict) else {}),
         use_gradient_checkpointing=_checkpointing(settings),
         # It seeds anew before A is drawn: with the seed that `build` has just set, A starts as in the other arms.
         random_state=torch.initial_seed(),

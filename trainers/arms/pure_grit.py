@@ -2,17 +2,37 @@
 
 import shutil
 import sys
-from typing import Any
+from typing import Any, Self
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
 from grit.config import GRITConfig
+from trainers.optimizers import ADAMW
 from trainers.run import Arm, TrainingJob, sft_trainer_class
 from trainers.settings import TrainSettings
 
 
+def only_adamw(settings: TrainSettings, sgd: bool) -> None:
+    """Refuse what GRIT would not follow: it takes AdamW's step, or SGD's, in axes of its own."""
+    problems = []
+    if settings.optimizer not in ADAMW and not (sgd and settings.optimizer == "sgd"):
+        problems.append(
+            f"optimizer: expected one of {', '.join(ADAMW)}, since GRIT takes AdamW's step in axes of its own, got "
+            f"{settings.optimizer}"
+        )
+    if strange := sorted(settings.optim_args.keys() - (() if sgd else {"betas", "eps"})):
+        problems.append(
+            f"optim_args: expected {'none beside SGD' if sgd else 'betas and eps alone'}, since GRIT takes the step "
+            f"itself, got {', '.join(strange)}"
+        )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
 class GritSettings(TrainSettings):
     """Section train, and `grit:` with fields of `grit.GRITConfig`."""
+
+    plain_lora = "GRIT's factors are those of s·B·A"
 
     grit: dict[str, Any] | None = None
 
@@ -33,6 +53,11 @@ class GritSettings(TrainSettings):
         if values.get("layers") is not None:
             raise ValueError("layers: expected null, since this arm trains on text; grit_vlm is the arm for pictures")
         return values
+
+    @model_validator(mode="after")
+    def _adamw(self) -> Self:
+        only_adamw(self, sgd=(self.grit or {}).get("mode") == "sgd")
+        return self
 
     @property
     def method_warmup_steps(self) -> int:

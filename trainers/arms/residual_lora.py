@@ -14,13 +14,16 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
+from trainers.adapters import part_of_the_adapter
 from trainers.models import ModelError
-from trainers.run import Arm, TrainingJob
+from trainers.run import Arm
 from trainers.settings import TrainSettings
 
 
 class ResidualSettings(TrainSettings):
     """Section train, and which part of W is trained."""
+
+    plain_lora = "this arm has a start of its own"
 
     start: Literal["corda", "lora_null"] = "corda"
 
@@ -29,6 +32,8 @@ class ResidualSettings(TrainSettings):
         problems = []
         if self.layers is not None:
             problems.append("layers: expected null, since this arm starts from texts")
+        if "init_lora_weights" in self.peft:
+            problems.append("peft.init_lora_weights: expected none, since `start` is this arm's")
         if self.preserve.method not in ("none", "distill"):
             problems.append(
                 f"preserve.method: expected none or distill, got {self.preserve.method}: it holds B·A to zero, which "
@@ -60,12 +65,9 @@ def lora_null(w: Any, c: Any, r: int) -> tuple[Any, Any]:
 
 def start(trainer: Any, settings: Any, texts: Iterable[Mapping[str, Any]]) -> None:
     """Put A and B at their start, and take it off again in each layer until the end of training."""
-    import torch
     from peft.utils.integrations import dequantize_module_weight
     from torch.nn.functional import linear
-    from transformers import TrainerCallback
 
-    from grit.layers import resize, write_patterns
     from grit.preserve import input_moments
 
     part, taken = {"corda": corda, "lora_null": lora_null}[settings.start], []
@@ -85,18 +87,7 @@ def start(trainer: Any, settings: Any, texts: Iterable[Mapping[str, Any]]) -> No
 
         taken.append((pair, a, b, pair.layer.register_forward_hook(take)))
 
-    class PartOfTheAdapter(TrainerCallback):
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            for pair, a, b, hook in taken:
-                hook.remove()
-                resize(pair, torch.cat([pair.a.detach(), a]), torch.cat([pair.b.detach(), -b], dim=1))
-            write_patterns(trainer.model, [pair for pair, *_ in taken])
-
-    trainer.add_callback(PartOfTheAdapter())
+    part_of_the_adapter(trainer, taken)
 
 
-def _report(trainer: Any, job: TrainingJob) -> dict[str, Any]:
-    return {"trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) // 2}
-
-
-ARM = Arm(name="residual_lora", title="Residual LoRA", settings=ResidualSettings, start=start, report=_report)
+ARM = Arm(name="residual_lora", title="Residual LoRA", settings=ResidualSettings, start=start)

@@ -1,0 +1,170 @@
+"""Arms from YAML: optimizers by transformers' names, PEFT's methods and starts, and what is said of those that fail."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from export import gguf
+from pipelines import profile
+from pipelines.check import parse_params
+from pipelines.params import ConfigError
+from tests.trainers.runs import interrupted
+from tests.trainers.test_training import WEIGHTS, weights
+from trainers.adapters import TRAINED
+from trainers.arms import baseline_lora, pure_grit
+from trainers.models import add_lora, load_base_model
+from trainers.run import build, run, training_arguments
+
+ARM = baseline_lora.ARM
+IDS = torch.arange(3, 43)[None]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def watched(seen):
+    """The baseline; remembers what the model said at the start and after every step, with the adapter and without."""
+
+    def make_trainer(settings, **kwargs):
+        trainer = ARM.make_trainer(settings, **kwargs)
+        model = trainer.model
+
+        def look(when):
+            seen[when] = logits(model)
+            with model.disable_adapter():
+                seen["off"] = logits(model)
+            model.train()
+
+        class Look(TrainerCallback):
+            def on_train_begin(self, *_, **__):
+                look("start")
+
+            def on_step_end(self, *_, **__):
+                look("end")
+
+        trainer.add_callback(Look())
+        return trainer
+
+    return replace(ARM, make_trainer=make_trainer)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "corda", "lora_ga", "eva"])
+def test_an_adapter_with_a_start_fits_the_untouched_base(make_job, start):
+    """Whatever PEFT takes off the base's weights while it trains, and the base answers as ever with the adapter off."""
+    job, seen = make_job(max_steps=4, peft={"init_lora_weights": start, "use_rslora": start == "pissa"}), {}
+    said = run(watched(seen), job)
+    base = AutoModelForCausalLM.from_pretrained(job.base.location, dtype=torch.float32)
+    plain = logits(base)
+    adapted = PeftModel.from_pretrained(base, str(job.output))
+    loaded = logits(adapted)
+    for one, other in ((seen["start"], plain), (seen["off"], plain), (loaded, seen["end"])):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    assert (loaded - plain).abs().max() > 0.1
+    torch.testing.assert_close(logits(adapted.merge_and_unload()), seen["end"], rtol=0, atol=1e-4)
+    saved = sum(w.numel() for w in load_file(job.output / WEIGHTS).values())
+    assert said["trainable_parameters"] == (saved if start == "eva" else saved / 2)
+    assert gguf.losses(job.output) == []
+
+
+def test_a_start_is_gone_on_from_to_the_same_bits(make_job, tmp_path):
+    settings = {"max_steps": 8, "peft": {"init_lora_weights": "pissa"}}
+    undisturbed, job = make_job(**settings), make_job(**settings, checkpoints=tmp_path / "checkpoints")
+    run(ARM, undisturbed)
+    interrupted("baseline_lora", job, {}, "on_step_end", 6)
+    assert run(ARM, job)["resumed_from_step"] == 4
+    assert weights(job) == weights(undisturbed)
+
+
+def test_every_method_that_is_trained_here_can_be_merged(make_job, tmp_path):
+    needs = {"VBLORA": {"vector_length": 16}, "C3A": {"block_size": 16}}
+    said = {}
+    for method in TRAINED:
+        job = make_job(peft={"peft_type": method, **needs.get(method, {})})
+        model = add_lora(load_base_model(job.base, job.settings), job.settings)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        for _ in range(3):
+            model(IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        folder, merged = tmp_path / method, tmp_path / f"{method}.merged"
+        model.save_pretrained(folder)
+        gguf.save_merged(job.base.location, folder, merged, {})
+        base = AutoModelForCausalLM.from_pretrained(job.base.location, dtype=torch.float16).float()
+        plain = logits(base)
+        adapted = logits(PeftModel.from_pretrained(base, str(folder)))
+        found = logits(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32))
+        said[method] = float((found - adapted).abs().max() / (adapted - plain).abs().max())
+        assert (gguf.losses(folder) == []) == (method == "LORA")
+    assert max(said.values()) < 0.05, said
+
+
+# Optimizers
+
+
+def test_an_optimizer_of_transformers_gets_its_arguments(make_job):
+    def groups(arm=ARM, **settings):
+        trainer = build(arm, make_job(**settings))[0]
+        return type(trainer.create_optimizer()).__name__, trainer.optimizer.param_groups[0]
+
+    name, group = groups(optimizer="lion_32bit", optim_args={"betas": [0.95, 0.98]})
+    assert (name, tuple(group["betas"])) == ("Lion", (0.95, 0.98))
+    name, group = groups(optim_args={"betas": [0.8, 0.95], "eps": 1e-6})
+    assert (name, tuple(group["betas"]), group["eps"]) == ("AdamW", (0.8, 0.95), 1e-6)
+    name, group = groups(pure_grit.ARM, grit={}, optim_args={"betas": [0.8, 0.95]})
+    assert (name, tuple(group["betas"])) == ("GritOptimizer", (0.8, 0.95))
+
+
+def test_of_several_gpus_one_is_taken_and_said(make_job, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    args = training_arguments(make_job(batch_size=4), use_cpu=False)
+    assert (args.n_gpu, args.train_batch_size) == (1, 4)
+    assert capsys.readouterr().out.startswith("8 GPUs are visible; one is taken")
+
+
+# What is refused
+
+
+@pytest.fixture(scope="module")
+def raw():
+    return yaml.safe_load(profile.compose("tiny"))
+
+
+LORA, GRIT = "baseline_lora", "pure_grit"
+REFUSED = [
+    (LORA, {"optimizer": "lion_32bits"}, r"optimizer: unknown name 'lion_32bits'; did you mean 'lion_32bit'\?"),
+    (LORA, {"optimizer": "galore_adamw"}, r"galore_adamw cannot be used: .*install `galore_torch`"),
+    (LORA, {"optim_args": {"beta": 0.9}}, r"optim_args\.beta: unknown key of adamw_torch; did you mean 'betas'"),
+    (LORA, {"optim_args": {"lr": 0.9}}, r"optim_args\.lr: expected learning_rate of section train"),
+    (LORA, {"optim_args": {"betas": [2, 0.9]}}, r"optim_args: adamw_torch refuses .*Invalid beta"),
+    (GRIT, {"optimizer": "lion_32bit"}, r"optimizer: expected one of adamw_torch, .*GRIT takes AdamW's step"),
+    (GRIT, {"optim_args": {"amsgrad": True}}, r"optim_args: expected betas and eps alone, .*got amsgrad"),
+    ("hybrid_grit", {"peft": {"use_dora": True}}, r"peft: expected use_rslora, and init_lora_weights true or gaussian"),
+    (LORA, {"peft": {"use_dore": True}}, r"peft\.use_dore: unknown key of LORA; did you mean 'use_dora'\?"),
+    (LORA, {"peft": {"r": 8}}, r"peft\.r: expected 16, as rank says, got 8; set rank to it, or leave it out"),
+    (LORA, {"peft": {"init_lora_weights": "piss"}}, r"unknown start 'piss'; did you mean 'pissa'\?"),
+    (LORA, {"peft": {"peft_type": "VERRA"}}, r"peft\.peft_type: unknown method 'VERRA'; did you mean 'VERA'"),
+    (LORA, {"peft": {"peft_type": "ADALORA"}}, r"ADALORA cannot be used: PEFT adds its penalty to every loss"),
+    (LORA, {"peft": {"peft_type": "PREFIX_TUNING"}}, r"PREFIX_TUNING cannot be used: PEFT cannot merge it"),
+    (LORA, {"peft": {"peft_type": "IA3"}, "dropout": 0.1}, r"dropout: expected 0\.0, since IA3 has none"),
+    (LORA, {"peft": {"use_dora": True}, "scale_update": 0.5}, r"scale_update: expected 1\.0 beside this peft"),
+    (LORA, {"peft": {"use_dora": True, "init_lora_weights": "pissa"}}, r"use_dora: expected false beside pissa"),
+    (
+        LORA,
+        {"peft": {"init_lora_weights": "olora"}, "quantize_base": "nf4", "preserve": {"method": "kfac"}},
+        r"preserve\.method: expected none or distill beside this peft(.|\n)*expected quantize_base: none",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arm", "changes", "message"), REFUSED)
+def test_what_an_arm_cannot_be(raw, arm, changes, message):
+    own = {**raw, "arms": {**raw["arms"], arm: {**raw["arms"][arm], **changes}}}
+    with pytest.raises(ConfigError, match=message):
+        parse_params(own)

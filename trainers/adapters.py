@@ -1,0 +1,229 @@
+"""PEFT's methods by their own names: `train.peft` as a configuration, and starts from a part of W or from data."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainers.words import suggest
+
+MERGED = frozenset(
+    "ADALORA ADAMSS BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA LOKR LORA MISS OFT "
+    "OSF PEANUT PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA VERA WAVEFT".split()
+)
+"""Methods whose result PEFT 0.21 adds to the base's weights; the others have no form that could be served."""
+_REFUSED = {
+    "ADALORA": "PEFT adds its penalty to every loss, the evaluation's too, and no checkpoint holds the scores by which "
+    "it cuts ranks, so that a resumed training would end elsewhere",
+    "LN_TUNING": "it trains norms, and target_modules are linear layers here",
+}
+"""Those among them that are not trained here, and why."""
+TRAINED = sorted(MERGED - _REFUSED.keys())
+_NO_FIELD = {
+    "alora_invocation_tokens": "it acts on a part of the tokens, so that it cannot be merged",
+    "arrow_config": "it chooses among adapters for every token, so that it cannot be merged",
+    "lora_bias": "PEFT cannot merge it into layers that have no bias",
+    "kasa_config": "it cuts off a part of the base's weights, and no adapter gives it back",
+    "layer_replication": "it makes another model of the base",
+    "monteclora_config": "it adds a penalty to the loss that the Trainer does not ask for",
+    "trainable_token_indices": "PEFT does not merge the tokens with the rest",
+    "use_bdlora": "its A and B are blocks, which only its own kernels put together",
+    "use_qalora": "it needs a base in GPTQ",
+}
+"""Fields of LoraConfig that stay out, and why."""
+_OF_DATA = {"eva": "EvaConfig", "corda": "CordaConfig", "lora_ga": "LoraGAConfig"}
+STARTS = ("gaussian", "orthogonal", "pissa", "olora", "mica", *_OF_DATA)
+"""Of LoRA, by `init_lora_weights`, beside true and false."""
+START_ITEMS = 64
+"""Training items that a start is taken from."""
+_FROM_ELSEWHERE = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
+
+
+class PeftError(ValueError):
+    """Settings of `train.peft` that cannot be used; a line for each."""
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """An adapter_config.json."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise PeftError(f"peft: expected the path of an adapter_config.json, {file} cannot be read: {error}") from None
+
+
+def is_plain(given: Any) -> bool:
+    """Whether this leaves LoRA as it is: an update s·B·A that starts at zero."""
+    return isinstance(given, Mapping) and (
+        given.keys() <= {"use_rslora", "init_lora_weights"}
+        and given.get("init_lora_weights", True) in (True, "gaussian")
+    )
+
+
+def takes_part_of_w(start: Any) -> bool:
+    """Whether PEFT takes a start, by its name in `init_lora_weights`, off the base's weights."""
+    return isinstance(start, str) and (start.startswith("pissa") or start in ("olora", "corda", "lora_ga"))
+
+
+def peft_config(settings: Any) -> Any:
+    """The PEFT configuration of `settings.peft`, with our rank, α, dropout and target modules where it says none.
+
+    Raises PeftError: a method, a field or a start that there is not, one that says something else than section train,
+    or one that could not be exported.
+    """
+    from peft import tuners
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if isinstance(settings.peft, str):
+        own = {k: v for k, v in read_config(Path(settings.peft)).items() if k not in _FROM_ELSEWHERE}
+    else:
+        own = dict(settings.peft)
+    method = str(own.pop("peft_type", "LORA")).upper()
+    kinds = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if method not in kinds:
+        raise PeftError(f"peft.peft_type: unknown method {method!r}{suggest(method, TRAINED)}")
+    if method not in TRAINED:
+        why = _REFUSED.get(method, "PEFT cannot merge it into the base, and no other form of it can be served")
+        raise PeftError(f"peft.peft_type: {method} cannot be used: {why}. Available: {', '.join(TRAINED)}")
+    fields = {field.name for field in dataclasses.fields(kinds[method]) if field.init}
+    modules = sorted(settings.target_modules)
+    shape = {
+        "r": ("rank", settings.rank),
+        "lora_alpha": ("alpha", settings.alpha),
+        "alpha": ("alpha", settings.alpha),
+        "lora_dropout": ("dropout", settings.dropout),
+        f"{method.lower()}_dropout": ("dropout", settings.dropout),
+        "target_modules": ("target_modules", modules),
+    }
+    shape = {name: value for name, value in shape.items() if name in fields and (name, method) != ("r", "OFT")}
+    problems = [
+        f"peft.{key}: unknown key of {method}{suggest(key, sorted(fields))}" for key in own if key not in fields
+    ]
+    for key, (ours, value) in shape.items():
+        said = sorted(own[key]) if key == "target_modules" and isinstance(own.get(key), list) else own.get(key, value)
+        if said != value:
+            problems.append(
+                f"peft.{key}: expected {value!r}, as {ours} says, got {said!r}; set {ours} to it, or leave it out here"
+            )
+    if settings.dropout and not any(ours == "dropout" for ours, _ in shape.values()):
+        problems.append(f"dropout: expected 0.0, since {method} has none, got {settings.dropout}")
+    start = own.get("init_lora_weights", True) if method == "LORA" else True
+    if method == "LORA":
+        problems += [f"peft.{key}: cannot be used: {why}" for key, why in _NO_FIELD.items() if own.get(key)]
+        if isinstance(start, str) and start not in STARTS and not re.fullmatch(r"pissa_niter_\d+", start):
+            problems.append(f"peft.init_lora_weights: unknown start {start!r}{suggest(start, STARTS)}")
+        if takes_part_of_w(start) and own.get("use_dora"):
+            problems.append(f"peft.use_dora: expected false beside {start}, which is taken off the adapter at the end")
+        if settings.quantize_base != "none" and takes_part_of_w(start):
+            problems.append(
+                f"peft.init_lora_weights: {start} is taken off the base's weights, which those of a base in 4 bit "
+                "cannot follow; expected quantize_base: none"
+            )
+    if not problems:
+        try:
+            for name, kind in _OF_DATA.items():
+                if start == name or own.get(f"{name}_config"):
+                    own[f"{name}_config"] = getattr(tuners.lora.config, kind)(**(own.get(f"{name}_config") or {}))
+            filled = {key: value for key, (_, value) in shape.items()}
+            return kinds[method](**{"task_type": "CAUSAL_LM", **filled, **own})
+        except (TypeError, ValueError) as error:
+            problems.append(f"peft: {method} refuses it: {error}")
+    raise PeftError("\n".join(problems))
+
+
+# Starts
+
+
+def before(model: Any, settings: Any, items: Any, pad: int) -> list[dict[str, Any]]:
+    """Batches of the first training items for a start that is taken from data; the base tells PEFT what it wants."""
+    config = peft_config(settings)
+    start = getattr(config, "init_lora_weights", True)
+    if start not in _OF_DATA:
+        return []
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    size = settings.batch_size if start == "eva" else 1  # CorDA reads one text at a time
+    rows = []
+    for i in range(min(START_ITEMS, len(items))):
+        ids, mask = items[i]["input_ids"], items[i]["completion_mask"]
+        rows.append({"input_ids": ids, "labels": [t if own else -100 for t, own in zip(ids, mask, strict=True)]})
+    collate = DataCollatorForLanguageModeling(pad)
+    cut = (collate(rows[i : i + size]) for i in range(0, len(rows), size))
+    batches = [{key: value.to(model.device) for key, value in batch.items()} for batch in cut]
+
+    def read() -> None:
+        for batch in batches:
+            loss = model(**batch).loss
+            if start == "lora_ga":
+                loss.backward()
+
+    if start == "corda":
+        from peft.tuners.lora.corda import preprocess_corda
+
+        preprocess_corda(model, config, read)
+    elif start == "lora_ga":
+        from peft.tuners.lora.loraga import preprocess_loraga
+
+        preprocess_loraga(model, config, read)
+    return batches
+
+
+def after(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> None:
+    """EVA's start, and the base's own answers where PEFT has put W − s·B₀·A₀ in the place of W.
+
+    As long as it trains, a hook adds s·B₀·A₀ wherever the adapter is off, so that this is the base; at the end W is
+    whole again, and the adapter [B, −B₀] [A; A₀].
+    """
+    from peft import initialize_lora_eva_weights
+    from torch.nn.functional import linear
+
+    from grit.layers import find_pairs
+
+    config = trainer.model.peft_config["default"]
+    start = getattr(config, "init_lora_weights", True)
+    if start == "eva":
+        initialize_lora_eva_weights(trainer.model, batches, show_progress_bar=False)
+    taken = []
+    for pair in find_pairs(trainer.model) if takes_part_of_w(start) else ():
+        a, b, scale = pair.a.detach().clone(), pair.b.detach().clone(), pair.scale
+
+        def give(layer: Any, args: Any, y: Any, a: Any = a, b: Any = b, scale: float = scale) -> Any:
+            if not layer.disable_adapters:
+                return y
+            return y + (scale * linear(linear(args[0].to(a.dtype), a), b)).to(y.dtype)
+
+        taken.append((pair, a, b, pair.layer.register_forward_hook(give)))
+
+    def whole() -> None:
+        for pair, a, b, _ in taken:
+            weight = pair.layer.get_base_layer().weight
+            weight.data += (pair.scale * (b.double() @ a.double())).to(weight.dtype)
+
+    if taken:
+        part_of_the_adapter(trainer, taken, whole)
+    if hasattr(config, "init_lora_weights"):  # what is saved is loaded as it is
+        config.init_lora_weights = True
+        vars(config).update(dict.fromkeys((f"{name}_config" for name in _OF_DATA), None))
+
+
+def part_of_the_adapter(trainer: Any, taken: Sequence[tuple[Any, Any, Any, Any]], first: Any = None) -> None:
+    """At the end of training make the start a part of the adapter: [B, −B₀] [A; A₀], which fits the untouched base.
+
+    `taken`: LoRA pair, A₀, B₀, and the hook that stood for them until then; `first` is called before.
+    """
+    import torch
+    from transformers import TrainerCallback
+
+    from grit.layers import resize, write_patterns
+
+    class PartOfTheAdapter(TrainerCallback):
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            if first:
+                first()
+            for pair, a, b, hook in taken:
+                hook.remove()
+                resize(pair, torch.cat([pair.a.detach(), a]), torch.cat([pair.b.detach(), -b], dim=1))
+            write_patterns(trainer.model, [pair for pair, *_ in taken])
+
+    trainer.add_callback(PartOfTheAdapter())

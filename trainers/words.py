@@ -1,0 +1,19 @@
+"""Words of error messages: what may have been meant."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+def nearest(word: str, known: Iterable[Any]) -> str | None:
+    """Which of the known names may have been meant, whatever the capitals."""
+    names = {str(name).lower(): str(name) for name in known}
+    close = difflib.get_close_matches(word.lower(), names, n=1)
+    return names[close[0]] if close else None
+
+
+def suggest(word: str, known: Iterable[Any]) -> str:
+    """The end of an error message: what may have been meant, and what there is."""
+    names = [str(name) for name in known]
+    meant = nearest(word, names)
+    return (f"; did you mean {meant!r}?" if meant else ".") + f" Available: {', '.join(names)}"
