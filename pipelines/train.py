@@ -28,6 +28,7 @@ from trainers import arms
 from trainers.run import Arm, TrainingJob
 from trainers.run import run as train
 from trainers.settings import TrainSettings
+from trainers.theirs import CONFIG, WEIGHTS, adopt
 
 
 class Params(StageParams):
@@ -37,6 +38,13 @@ class Params(StageParams):
     def train_for(self, arm: str) -> TrainSettings:
         settings: type[TrainSettings] = arms.load(self.code_of(arm)).settings
         return settings(**overridden(self.train.model_dump(), self.arms.get(arm, {})))
+
+    def files_of(self, arm: str, seed: int) -> list[Path]:
+        """What the arm takes from theirs/: an adapter, or a PEFT configuration."""
+        adapter, peft = self.adapter_of(arm, seed), self.train_for(arm).peft
+        if adapter:
+            return [adapter / CONFIG, adapter / WEIGHTS]
+        return [Path(peft)] if isinstance(peft, str) else []
 
 
 def load_arm(name: str, params: Params) -> Arm:
@@ -73,8 +81,11 @@ def base_texts() -> list[tuple[str, bool]]:
 def run(params: Params, arm_name: str, seed: int) -> None:
     arm, settings, template = load_arm(arm_name, params), params.train_for(arm_name), prompt_text(params.prompt)
     reference, base_fingerprint = load_reference()
-    inputs = hash_inputs(*split_files("train", "valid"), BASE / "base.json", TEXTS / "texts.jsonl")
-    shown = {"train": settings.model_dump(), "prompt": params.prompt.model_dump()}
+    theirs = params.adapter_of(arm_name, seed)
+    files = [*split_files("train", "valid"), BASE / "base.json", TEXTS / "texts.jsonl"]
+    inputs = hash_inputs(*files, *params.files_of(arm_name, seed))
+    trained = {"adapter": str(theirs)} if theirs else settings.model_dump()
+    shown = {"train": trained, "prompt": params.prompt.model_dump()}
     # A checkpoint is used only by the very run that it belongs to.
     code = training_code(params.code_of(arm_name))
     key = key_of([arm_name, seed, shown, inputs, base_fingerprint, package_versions(), code])
@@ -82,21 +93,19 @@ def run(params: Params, arm_name: str, seed: int) -> None:
     out = adapter_dir(arm_name, seed)
     with exclusive(kept.with_name(f"{seed}.lock"), f"train {arm_name} seed {seed}"), staged(out) as folder:
         record = start_run("train", params=shown, inputs=inputs, arm=arm_name, seed=seed, prompt_template=template)
-        summary = train(
-            arm,
-            TrainingJob(
-                base=reference,
-                settings=settings,
-                seed=seed,
-                train=training_items(settings, template, seed),
-                valid=examples("valid", template),
-                output=folder,
-                checkpoints=kept / key[:16],
-                texts=base_texts(),
-                logs=Path("logs") / arm_name / str(seed),
-                images=DATA,
-            ),
+        job = TrainingJob(
+            base=reference,
+            settings=settings,
+            seed=seed,
+            train=training_items(settings, template, seed),
+            valid=examples("valid", template),
+            output=folder,
+            checkpoints=kept / key[:16],
+            texts=base_texts(),
+            logs=Path("logs") / arm_name / str(seed),
+            images=DATA,
         )
+        summary = adopt(arm, job, theirs) if theirs else train(arm, job)
         weights, own = folder / "adapter_model.safetensors", BASE / "model.safetensors"
         parent = sha256(own) if own.is_file() else base_fingerprint
         record.artifacts.append(artifact("adapter", weights, out / weights.name, parent=parent))
