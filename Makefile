@@ -70,7 +70,7 @@ foreign: setup
 
 # What the stages made. DVC's cache and the environment stay, and so do the results of all runs: runs/ and databases.
 clean:
-	rm -rf data models texts adapters verdicts gguf verified quantized measured scores checkpoints logs
+	rm -rf data models texts tuned adapters verdicts gguf verified quantized measured scores checkpoints logs
 	if [ -d outputs ]; then find outputs -mindepth 1 -maxdepth 1 ! -name "*.db" ! -name "*.db-*" ! -name "*.sqlite*" -exec rm -rf {} +; fi
 
 lock: setup

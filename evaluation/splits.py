@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
+from evaluation import paraphrase
 from evaluation.epa import POLLUTANTS
 from evaluation.sources.hub import HUB
 from evaluation.sources.rows import OWN, RecipeRows, RowSource, read_recipe, write_rejected
@@ -35,6 +36,8 @@ class PrepareData(RowSource):
     pollutants: list[str] = Field(min_length=1)
     max_pollutants: Positive
     image_size: Annotated[int, Field(ge=16, le=512, description="width and height, pixels")] | None
+    vary: Annotated[float, Field(ge=0, le=1)]
+    paraphrased_items: Annotated[int, Field(ge=0)]
     retention_items_per_task: Positive
 
     @field_validator("task")
@@ -107,7 +110,7 @@ class PrepareData(RowSource):
 
 
 def make_splits(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item]], dict[str, Any]]:
-    """Items of train, valid, test and retention, and what run.json says of them.
+    """Items of train, valid, test, retention and paraphrased, and what run.json says of them.
 
     Pictures go to `folder`/images, refused rows to `folder`/rejected.jsonl. SourceError or ItemError.
     """
@@ -126,6 +129,14 @@ def make_splits(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item
         splits["retention"] = task.retention_items(section.retention_items_per_task, seed=0, folder=folder, **drawing)
     else:
         splits["retention"] = general.retention_items(section.retention_items_per_task, seed=0)
+    splits["train"] = paraphrase.varied(splits["train"], task, section.vary, section.seed)
+    # A suite of the task's own shows pictures, and so do its test items: they stand for both.
+    suites = [("test", task), *([] if hasattr(task, "retention_items") else [("retention", general)])]
+    splits[paraphrase.SPLIT] = [
+        again
+        for split, own in suites
+        for again in paraphrase.asked_again(splits[split], own, section.paraphrased_items, section.seed)
+    ]
     return splits, facts
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from db.files import key_of, read_json, sha256
-from pipelines.params import ConfigError
+from pipelines.params import ConfigError, Share
 from pipelines.stage import BASE
 from trainers.base import EmbeddedSettings
 from trainers.models import hub_reason
@@ -26,6 +26,7 @@ class PrepareBase(EmbeddedSettings):
     revision: str | None
     merge_source: str | None
     trust_remote_code: bool
+    vary: Share
     min_tasks_above_80: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")

@@ -69,6 +69,23 @@ class Params(
     probe: Probe
 
     @model_validator(mode="after")
+    def _tries(self) -> "Params":
+        """Every arm can be trained with every try of section tune."""
+        lines: dict[str, None] = {}
+        for arm, own in ((arm, own) for arm in self.matrix.arms for own in self.tune.tries):
+            schema: type[BaseModel] = arms.load(self.code_of(arm)).settings
+            if unknown := [key for key in own if key not in schema.model_fields]:
+                lines |= {
+                    f"tune.grid.{key}: unknown key of {arm}{suggest(key, schema.model_fields)}": None for key in unknown
+                }
+                continue
+            entry = overridden(self.train.model_dump(), self.arms.get(arm, {}))
+            lines |= dict.fromkeys(explain(_errors(schema, overridden(entry, own)), schema, "tune.grid"))
+        if lines:
+            raise ValueError("\n".join(lines))
+        return self
+
+    @model_validator(mode="after")
     def _pictures(self) -> "Params":
         """Items, base and training have pictures, or none of them has."""
         tower, drawn = self.prepare_base.vision, self.prepare_data.image_size

@@ -24,6 +24,7 @@ from db.files import (
     write_records,
 )
 from db.records import SampleRecord, ScoresRecord
+from evaluation import paraphrase
 from evaluation.measure import answers, speed
 from evaluation.measure.answers import Journal
 from evaluation.tasks import Item, Score
@@ -246,11 +247,10 @@ def run(params: Params, arm: str, seed: int) -> None:
     models = Models(params, arm)
     facts = models.facts(arm, seed)
     out = scores_dir(arm, seed)
-    splits = {
-        split: [Item.from_json(row) for row in read_jsonl(DATA / f"{split}.jsonl")] for split in ("test", "retention")
-    }
+    asked = ("test", "retention", paraphrase.SPLIT)
+    splits = {split: [Item.from_json(row) for row in read_jsonl(DATA / f"{split}.jsonl")] for split in asked}
     shown = {"evaluate": section.model_dump(), "prompt": params.prompt.model_dump()}
-    inputs = hash_inputs(*split_files("test", "retention"), *models.made_of(arm, seed))
+    inputs = hash_inputs(*split_files(*asked), *models.made_of(arm, seed))
     kept = CHECKPOINTS / arm / str(seed)
     lock = kept.with_name(f"{seed}.lock")
     with exclusive(lock, f"evaluate {arm} seed {seed}"), _removed_in_the_end(kept), staged(out) as folder:
@@ -272,6 +272,7 @@ def run(params: Params, arm: str, seed: int) -> None:
             task,
             [s for _, s in results["test"]],
             [(i.task, s) for i, (_, s) in zip(splits["retention"], results["retention"], strict=True)],
+            [(i, s) for i, (_, s) in zip(splits[paraphrase.SPLIT], results[paraphrase.SPLIT], strict=True)],
             finish_reasons=[row["finish_reason"] for row, _ in results["test"]],
         )
         scores = {

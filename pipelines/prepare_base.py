@@ -21,6 +21,7 @@ from db.files import (
     write_json,
 )
 from evaluation import vision as visual
+from evaluation.paraphrase import varied
 from evaluation.tasks import Item, general, render
 from export.engines.base import Engine
 from export.engines.hf import HfEngine
@@ -68,7 +69,9 @@ def _trained(section: PrepareBase, template: str, folder: Path) -> dict[str, Any
         asked = [(prompt, answer) for _, prompt, answer in islice(questions, section.examples)]
     else:
         asked = visual.training_examples(section.examples, section.seed, settings.vision.image_size, PICTURES)
-    examples = [(render(template, prompt), answer) for prompt, answer in asked]
+    items = [Item(str(number), general.NAME, *pair) for number, pair in enumerate(asked)]
+    items = varied(items, general, section.vary, section.seed)
+    examples = [(render(template, item.prompt), item.completion) for item in items]
     parts = [settings.model_dump(), examples, hash_inputs(PICTURES), package_versions(), code_hash("trainers.base")]
     facts = train_base(settings, examples, folder, CHECKPOINTS / key_of(parts)[:16], PICTURES)
     shutil.rmtree(PICTURES)

@@ -1,4 +1,4 @@
-"""Stage prepare_data: data/{train,valid,test,retention}.jsonl, with their pictures, and data/rejected.jsonl."""
+"""Stage prepare_data: data/{train,valid,test,retention,paraphrased}.jsonl, their pictures, data/rejected.jsonl."""
 
 import json
 from collections.abc import Sequence

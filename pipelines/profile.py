@@ -109,15 +109,19 @@ _Representer.add_representer(float, _float)
 
 
 def compose(name: str, folder: Path = PROFILES) -> str:
-    """The text of params.yaml for a profile, with the comments of tiny.yaml; ConfigError where there is none."""
+    """The text of params.yaml for a profile, with the comments of tiny.yaml; ConfigError where there is none.
+
+    A value that another file sets has that file's comment, where it has one; what tiny.yaml says of its own value by
+    pointing to LOG.md goes.
+    """
     settings, files = merged(name, folder)
     sources = ", ".join(map(str, files))
     parse_params(settings, sources)
     yaml = YAML()
     yaml.Representer = _Representer
     yaml.width = 200
-    content = yaml.load(files[0].read_text(encoding="utf-8"))
-    _fill(content, settings)
+    content, *others = (yaml.load(file.read_text(encoding="utf-8")) for file in files)
+    _fill(content, settings, others)
     text = io.StringIO()
     yaml.dump(content, text)
     header = textwrap.wrap(
@@ -126,12 +130,32 @@ def compose(name: str, folder: Path = PROFILES) -> str:
     return "".join(f"# {line}\n" for line in header) + text.getvalue()[text.getvalue().index("profile:") :]
 
 
-def _fill(content: Any, settings: dict[str, Any]) -> None:
+def _fill(content: Any, settings: dict[str, Any], others: list[Any]) -> None:
     for key, value in settings.items():
+        setters = [other for other in others if key in other]
         if isinstance(value, dict) and value and isinstance(content.get(key), dict):
-            _fill(content[key], value)
+            _fill(content[key], value, [other[key] for other in setters if isinstance(other[key], dict)])
         elif key not in content or content[key] != value:
             content[key] = value
+            _say(content, key, _said(setters[-1], key) if setters else "")
+
+
+def _said(content: Any, key: str) -> str:
+    """The comment behind a key, without what stands in the lines below it."""
+    token = (content.ca.items.get(key) or [None] * 3)[2]
+    return token.value.partition("\n")[0].lstrip("# ") if token else ""
+
+
+def _say(content: Any, key: str, text: str) -> None:
+    old = _said(content, key)
+    if not text and "LOG.md" not in old:
+        return
+    if not old:
+        content.yaml_add_eol_comment(text, key)
+        return
+    token = content.ca.items[key][2]
+    _, line, below = token.value.partition("\n")
+    token.value = (f"# {text}" if text else "") + line + below
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -37,8 +37,8 @@ UNCHANGED, RESTORED = "didn't change, skipping", "skipping run, checking out out
 FORK = multiprocessing.get_context("fork")
 NEEDED = """dvc.cli.parser dvc.repo.reproduce dvc.stage.run scmrepo.git llama_cpp transformers.trainer
     transformers.models.llama.modeling_llama trl.trainer.sft_trainer"""
-# Not train: Unsloth wants to be imported before what it patches.
-IN_FORK = re.compile(r"python -m (?!pipelines\.train )[\w.]+( [\w.-]+)*")
+# Not what trains: Unsloth wants to be imported before what it patches.
+IN_FORK = re.compile(r"python -m (?!pipelines\.(?:train|tune) )[\w.]+( [\w.-]+)*")
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 

@@ -16,7 +16,7 @@ from pipelines.params import PARAMS_FILE, P, load_params, load_yaml, threads_for
 DATA = Path("data")
 BASE = Path("models/base")
 TEXTS = Path("texts")
-SPLITS = ("train", "valid", "test", "retention")
+SPLITS = ("train", "valid", "test", "retention", "paraphrased")
 BASE_ARM = "base"
 SPEED_LOCK = Path("checkpoints/scores/speed.lock")
 """Held while models are timed or verified on a server, which has the base once and unloads it to time its loading."""

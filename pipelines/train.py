@@ -2,9 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, field_validator, model_validator
 
 from db.files import (
     artifact,
@@ -13,6 +17,7 @@ from db.files import (
     hash_inputs,
     key_of,
     package_versions,
+    read_json,
     read_jsonl,
     sha256,
     staged,
@@ -21,27 +26,67 @@ from db.files import (
 from evaluation.tasks import Item, general, render
 from pipelines.base_model import load_reference
 from pipelines.code import code_hash
-from pipelines.params import StageParams, check_arm, overridden
+from pipelines.params import ADAPTER, ConfigError, StageParams, check_arm, overridden
 from pipelines.prompt import Prompt, literal, prompt_text
 from pipelines.stage import BASE, DATA, TEXTS, adapter_dir, command, split_files
 from trainers import arms
 from trainers.run import Arm, TrainingJob
 from trainers.run import run as train
-from trainers.settings import TrainSettings
+from trainers.settings import Section, Seed, TrainSettings
 from trainers.theirs import CONFIG, WEIGHTS, adopt
+
+TUNED = Path("tuned")
+
+
+class Tune(Section):
+    """Section tune: what every arm tries before it is trained, the same for each."""
+
+    grid: dict[str, list[Any]]  # key of section train → values; {} = off
+    seed: Seed
+    steps: Annotated[int, Field(ge=1, description="optimizer steps")] | None  # of one try; null = as section train says
+
+    @field_validator("grid")
+    @classmethod
+    def _worth_it(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        if wrong := [key for key, values in grid.items() if not values or any(values.count(v) > 1 for v in values)]:
+            raise ValueError("\n".join(f"{key}: expected values, each once, got {grid[key]}" for key in wrong))
+        return grid
+
+    @property
+    def tries(self) -> list[dict[str, Any]]:
+        return (
+            [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())] if self.grid else []
+        )
 
 
 class Params(StageParams):
     train: TrainSettings
     prompt: Prompt
+    tune: Tune
 
-    def train_for(self, arm: str) -> TrainSettings:
+    @model_validator(mode="after")
+    def _tuned_elsewhere(self) -> Self:
+        if self.tune.grid and self.tune.seed in self.matrix.seeds:
+            raise ValueError(
+                f"tune.seed: expected one that is not compared ({self.matrix.seeds}), got {self.tune.seed}"
+            )
+        return self
+
+    def train_for(self, arm: str, own: Mapping[str, Any] | None = None) -> TrainSettings:
+        """An arm's settings; `own` in the place of what stage tune chose for it."""
         settings: type[TrainSettings] = arms.load(self.code_of(arm)).settings
-        return settings(**overridden(self.train.model_dump(), self.arms.get(arm, {})))
+        entry = overridden(self.train.model_dump(), self.arms.get(arm, {}))
+        return settings(**overridden(entry, dict(self.tuned(arm).get("chosen", {}) if own is None else own)))
+
+    def tuned(self, arm: str) -> dict[str, Any]:
+        """What stage tune found; empty where it is off, or has not run."""
+        file = TUNED / arm / "tuned.json"
+        own = self.arms.get(arm, {})
+        return dict(read_json(file)) if self.tune.grid and ADAPTER not in own and file.is_file() else {}
 
     def files_of(self, arm: str, seed: int) -> list[Path]:
         """What the arm takes from theirs/: an adapter, or a PEFT configuration."""
-        adapter, peft = self.adapter_of(arm, seed), self.train_for(arm).peft
+        adapter, peft = self.adapter_of(arm, seed), self.train_for(arm, {}).peft
         if adapter:
             return [adapter / CONFIG, adapter / WEIGHTS]
         return [Path(peft)] if isinstance(peft, str) else []
@@ -78,33 +123,51 @@ def base_texts() -> list[tuple[str, bool]]:
     return [(row["text"], row["ended"]) for row in read_jsonl(TEXTS / "texts.jsonl")]
 
 
-def run(params: Params, arm_name: str, seed: int) -> None:
-    arm, settings, template = load_arm(arm_name, params), params.train_for(arm_name), prompt_text(params.prompt)
-    reference, base_fingerprint = load_reference()
-    theirs = params.adapter_of(arm_name, seed)
+def inputs_of_training(params: Params, arm: str, seed: int) -> dict[str, str]:
     files = [*split_files("train", "valid"), BASE / "base.json", TEXTS / "texts.jsonl"]
-    inputs = hash_inputs(*files, *params.files_of(arm_name, seed))
-    trained = {"adapter": str(theirs)} if theirs else settings.model_dump()
-    shown = {"train": trained, "prompt": params.prompt.model_dump()}
-    # A checkpoint is used only by the very run that it belongs to.
-    code = training_code(params.code_of(arm_name))
-    key = key_of([arm_name, seed, shown, inputs, base_fingerprint, package_versions(), code])
+    return hash_inputs(*files, *params.files_of(arm, seed))
+
+
+def key_of_run(params: Params, arm: str, seed: int, shown: Mapping[str, Any]) -> str:
+    """A checkpoint is used only by the very run that it belongs to."""
+    code = training_code(params.code_of(arm))
+    inputs = inputs_of_training(params, arm, seed)
+    return key_of([arm, seed, shown, inputs, load_reference()[1], package_versions(), code])
+
+
+def job_of(params: Params, settings: TrainSettings, seed: int, output: Path, checkpoints: Path) -> TrainingJob:
+    template = prompt_text(params.prompt)
+    return TrainingJob(
+        base=load_reference()[0],
+        settings=settings,
+        seed=seed,
+        train=training_items(settings, template, seed),
+        valid=examples("valid", template),
+        output=output,
+        checkpoints=checkpoints,
+        texts=base_texts(),
+        images=DATA,
+    )
+
+
+def run(params: Params, arm_name: str, seed: int) -> None:
+    arm, tuned, template = load_arm(arm_name, params), params.tuned(arm_name), prompt_text(params.prompt)
+    theirs = params.adapter_of(arm_name, seed)
+    if params.tune.grid and not tuned and not theirs:
+        raise ConfigError(f"{TUNED / arm_name}: expected what stage tune chose, found nothing; run `dvc repro tune`")
+    settings, (reference, base_fingerprint) = params.train_for(arm_name), load_reference()
+    shown = {
+        "train": {"adapter": str(theirs)} if theirs else settings.model_dump(),
+        "prompt": params.prompt.model_dump(),
+        **({"tuned": tuned} if tuned else {}),
+    }
+    key, inputs = key_of_run(params, arm_name, seed, shown), inputs_of_training(params, arm_name, seed)
     kept = Path("checkpoints") / arm_name / str(seed)
     out = adapter_dir(arm_name, seed)
     with exclusive(kept.with_name(f"{seed}.lock"), f"train {arm_name} seed {seed}"), staged(out) as folder:
         record = start_run("train", params=shown, inputs=inputs, arm=arm_name, seed=seed, prompt_template=template)
-        job = TrainingJob(
-            base=reference,
-            settings=settings,
-            seed=seed,
-            train=training_items(settings, template, seed),
-            valid=examples("valid", template),
-            output=folder,
-            checkpoints=kept / key[:16],
-            texts=base_texts(),
-            logs=Path("logs") / arm_name / str(seed),
-            images=DATA,
-        )
+        job = job_of(params, settings, seed, folder, kept / key[:16])
+        job = replace(job, logs=Path("logs") / arm_name / str(seed))
         summary = adopt(arm, job, theirs) if theirs else train(arm, job)
         weights, own = folder / "adapter_model.safetensors", BASE / "model.safetensors"
         parent = sha256(own) if own.is_file() else base_fingerprint

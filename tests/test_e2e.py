@@ -39,7 +39,7 @@ def test_1_everything_is_recorded(clone):
     assert arm[1] == pytest.approx(100 * sum(test) / 40)
     assert arm[2] == pytest.approx(arm[1] - base[1])
     assert base[3] > 0 and arm[3] > 0 and all(row[3] > 0 for row in others)
-    assert clone.query("select count(*) from sample") == [(4 * (40 + 11 * 3),)]
+    assert clone.query("select count(*) from sample") == [(4 * (40 + 11 * 3 + 2 * 10),)]
 
 
 def test_2_the_artefacts_are_real(clone):

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from db.files import write_text
-from evaluation.tasks import Item, ItemError, Score, Task, general, load, mean_credit
+from evaluation import paraphrase
+from evaluation.tasks import Item, ItemError, Score, Task, general, load, mean_credit, share
 from export import ExportError
 from export.engines.base import Engine, EngineError
 
@@ -18,6 +19,12 @@ _CUT_DEF = {
     "unit": "share",
     "direction": "lower",
     "description": "Share of answers that reached evaluate.max_tokens, where an answer is cut; its end may be missing",
+}
+
+
+_AGAIN = {
+    paraphrase.SPLIT: "Mean credit on test items",
+    f"{paraphrase.SPLIT}_{RETENTION}": "Share of right answers to items of the retention suite",
 }
 
 
@@ -157,11 +164,13 @@ def metrics(
     task: Task,
     test: Sequence[Score],
     retention: Sequence[tuple[str, Score]],
+    paraphrased: Sequence[tuple[Item, Score]] = (),
     *,
     finish_reasons: Sequence[str | None] = (),
 ) -> list[dict[str, Any]]:
     """Rows {name, split, value, n} over the test items of `task`, the retention suite and each of its tasks.
 
+    Of split paraphrased there is one for the test items and one for those of the retention suite, and one a form.
     With `finish_reasons` there is a row more, the share of answers that were cut among those of which it is known why
     they ended, unless it is of none.
     """
@@ -178,6 +187,15 @@ def metrics(
         rows.append({"name": name, "split": RETENTION, "value": value, "n": len(retention)})
     for name, scores in by_task.items():
         rows.append({"name": f"{RETENTION}/{name}", "split": RETENTION, "value": mean_credit(scores), "n": len(scores)})
+    forms: dict[str, list[Score]] = defaultdict(list)
+    for item, score in paraphrased:
+        of = paraphrase.SPLIT if item.task == task.NAME else f"{paraphrase.SPLIT}_{RETENTION}"
+        forms[of].append(score)
+        forms[f"{of}/{paraphrase.plain(item.id)[1]}"].append(score)
+    rows += [
+        {"name": name, "split": paraphrase.SPLIT, "value": mean_credit(scores), "n": len(scores)}
+        for name, scores in forms.items()
+    ]
     return rows
 
 
@@ -189,8 +207,11 @@ def metric_defs(task: Task, rows: Sequence[dict[str, Any]]) -> dict[str, dict[st
     known: dict[str, Mapping[str, str]] = {**task.METRICS, **general.METRICS, CUT: _CUT_DEF}
     for name in (row["name"] for row in rows if row["name"] not in known):
         prefix, _, of = name.partition("/")
-        if prefix != RETENTION or not of:
+        if prefix == RETENTION and of:
+            told = f"Share of right answers in the general task {of}"
+        elif prefix in _AGAIN:
+            told = f"{_AGAIN[prefix]}, typed as other people would{f' ({of})' if of else ''}"
+        else:
             raise ItemError(f"{task.NAME}: expected every metric of summarize in METRICS, got {name!r}, not there")
-        told = f"Share of right answers in the general task {of}"
-        known[name] = {"unit": "share", "direction": "higher", "description": told}
+        known[name] = share(told)
     return {row["name"]: dict(known[row["name"]]) for row in rows}

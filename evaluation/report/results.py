@@ -25,6 +25,7 @@ from db.tables import (
     Speed,
     Verification,
 )
+from evaluation import paraphrase
 
 Key = tuple[str, str]
 """Split and name of a metric."""
@@ -50,8 +51,10 @@ class Results:
     left_out: Mapping[str, Mapping[str, int]]
     metrics: Mapping[int, Mapping[Key, float]]  # numbers of the finished run, parity shares included (split `parity`)
     settings: Mapping[int, Mapping[str, Any]]  # section train of the arm's parameters; empty for the base
+    tuned: Mapping[int, Mapping[str, Any]]  # what stage tune found for the arm; empty where it was off
     answers: Mapping[int, Mapping[str, float]]  # item id → credit of the test items, from 0 to 1
     retained: Mapping[int, Mapping[str, float]]  # the same of the retention items
+    asked_again: Mapping[int, Mapping[str, float]]  # and of both, typed as other people would
     timings: Rows  # phases of the run's own arm and of the base beside it that were timed
     readings: Mapping[int, Mapping[str, Row[Any]]]  # name → what the probe read over the whole run
     quantizations: Rows
@@ -97,7 +100,7 @@ def read(session: Session, runs: Sequence[RunFacts], choice: Choice, *, detail: 
     drawn = (and_(LayerMetric.split == split, LayerMetric.name.in_(names)) for split, names in _LAYER_NUMBERS.items())
     first = select(Run.id, Run.parity_first_difference).where(Run.id.in_(long))
     meanings = session.scalars(select(MetricDef))
-    params = session.execute(select(Run.id, Run.params).where(Run.id.in_(ids)))
+    params = session.execute(select(Run.id, Run.params).where(Run.id.in_(ids))).all()
     return Results(
         task=task,
         tasks=tuple(tasks),
@@ -109,8 +112,10 @@ def read(session: Session, runs: Sequence[RunFacts], choice: Choice, *, detail: 
             for run_id, rows in metrics.items()
         },
         settings={run_id: stages.get("train", {}).get("train", {}) for run_id, stages in params},
+        tuned={run_id: found for run_id, stages in params if (found := stages.get("train", {}).get("tuned"))},
         answers=_credit(credit, "test"),
         retained=_credit(credit, "retention"),
+        asked_again=_credit(credit, paraphrase.SPLIT),
         timings=of_runs(session, Speed, ids, Speed.nanoseconds.is_not(None)),
         readings={run_id: {row.name: row for row in rows} for run_id, rows in readings.items()},
         quantizations=of_runs(session, Quantization, own),

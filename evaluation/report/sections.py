@@ -25,9 +25,11 @@ from evaluation.report.browser import samples
 from evaluation.report.comparison import Comparison, Report, TaskRow, clauses
 from evaluation.report.criteria import GAIN, KEPT, KEPT_THRESHOLD, NAMES, NATS, Criterion
 from evaluation.report.results import Key
+from evaluation.report.robustness import robustness
 from evaluation.report.serving import PHASES, PhaseRow, PrecisionRow, ServedRow
 from evaluation.report.text import interval, listed, number, percent, seeds_text, significant
 from evaluation.report.training import loss, probes, spectra
+from evaluation.report.tuning import tuning
 from evaluation.statistics.differences import Difference
 from evaluation.statistics.intervals import LEVEL, MOST_EXACT, Interval
 from evaluation.statistics.power import PowerRow
@@ -51,10 +53,12 @@ def sections(report: Report) -> tuple[Section, ...]:
         findings(comparison),
         arms_compared(comparison),
         power(comparison),
+        tuning(report),
         loss(report),
         probes(report),
         spectra(report),
         retention(report),
+        robustness(report),
         alignment(comparison),
         speed(comparison),
         parity(report),

@@ -8,9 +8,10 @@ tables and the database are shared by all.
 import hashlib
 import importlib
 import math
+import random
 import re
 import reprlib
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -57,6 +58,10 @@ class Score:
         return float(self.correct) if self.partial is None else self.partial
 
 
+Rewording = Callable[[Item, random.Random], str]
+"""The prompt of an item as somebody else would put it; as it is where nothing else is known to ask the same."""
+
+
 class RowError(ValueError):
     """A row that no item can be made of; problems: (field, or None for the whole row; what was expected and came)."""
 
@@ -87,7 +92,8 @@ class Task(Protocol):
     Optional: SOURCE, the data set on the hub; SETTINGS and ROW_SETTINGS, keys of section prepare_data that `generate`
     and `retention_items` get as keywords, and that every row holds beside its fields; facts(test items), for run.json;
     check_mapping(fields), what is wrong with the choice of mapped fields; retention_items(per_task, seed=, folder=,
-    **settings), in the place of the suite in `general`.
+    **settings), in the place of the suite in `general`; REWORDINGS, what evaluation.paraphrase trains and asks with
+    beside white space, NEW_WORDINGS, what it only asks with.
     """
 
     NAME: str  # the module's name, and prepare_data.task in params.yaml
@@ -184,6 +190,12 @@ def mean_credit(scores: Iterable[Score]) -> float:
 
 def render(template: str, prompt: str) -> str:
     return template.replace("{prompt}", prompt)
+
+
+def marked(item: Item, rng: random.Random) -> str:
+    """The prompt with another mark at its end, or none."""
+    bare = item.prompt.rstrip("?.! ")
+    return rng.choice([text for mark in ("", "?", ".", "!") if (text := bare + mark) != item.prompt])
 
 
 # --- cells of rows, checked before an item is made of them ---

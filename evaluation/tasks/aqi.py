@@ -11,11 +11,12 @@ import zlib
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evaluation import epa
-from evaluation.tasks import Field, Item, ItemError, RowError, Score, is_missing, mean, metric, number, share
+from evaluation.tasks import Field, Item, ItemError, RowError, Score, is_missing, marked, mean, metric, number, share
 from trainers.words import nearest
 
 NAME = "aqi"
@@ -57,6 +58,16 @@ WORDINGS = (
     "Predict AQI given: in the air {readings}",
 )
 READINGS = ("{label} {value} {unit}", "{label}: {value} {unit}", "{label} = {value} {unit}")
+# As other people put it: what training items are varied with, and what is kept for split `paraphrased` alone.
+OTHER_WORDINGS = (
+    *WORDINGS, "Predict the AQI for {readings}", "Predict the AQI given {readings}", "predict aqi given: {readings}",
+    "What is the AQI for {readings}", "What is the AQI with {readings}", "AQI for {readings}",
+)  # fmt: skip
+UNTRAINED_WORDINGS = ("How high is the AQI at {readings}", "AQI of {readings}", "Tell me the AQI for {readings}")
+OTHER_READINGS = (
+    *READINGS, "{label} {value}{unit}", "{label}: {value}{unit}", "{label}={value}{unit}", "{label} of {value} {unit}",
+)  # fmt: skip
+BETWEEN = (", ", " and ", "; ", ",")
 
 Key = tuple[tuple[str, str], ...]
 
@@ -76,10 +87,12 @@ def completion(index: int) -> str:
 
 
 def prompt(readings: Mapping[str, float | str | Decimal], wording: str, style: str, order: Sequence[str]) -> str:
-    parts = [
-        style.format(label=(p := epa.POLLUTANTS[k]).label, value=p.truncate(readings[k]), unit=p.unit) for k in order
-    ]
-    return wording.format(readings=", ".join(parts))
+    return wording.format(readings=", ".join(_reading(key, readings[key], style) for key in order))
+
+
+def _reading(key: str, value: float | str | Decimal, style: str) -> str:
+    pollutant = epa.POLLUTANTS[key]
+    return style.format(label=pollutant.label, value=pollutant.truncate(value), unit=pollutant.unit)
 
 
 def item_of(item_id: str, readings: Mapping[str, float | str | Decimal], rng: random.Random) -> Item:
@@ -89,6 +102,21 @@ def item_of(item_id: str, readings: Mapping[str, float | str | Decimal], rng: ra
     index = epa.aqi(readings)
     asked = prompt(readings, rng.choice(WORDINGS), rng.choice(READINGS), order)
     return Item(item_id, NAME, asked, completion(index), _truth(index, readings))
+
+
+def reworded(item: Item, rng: random.Random, wordings: Sequence[str] = OTHER_WORDINGS) -> str:
+    """The same readings in another wording, order and form; a prompt of the user's own stays as it is."""
+    readings, (opening, _) = item.truth.get("readings"), WORDINGS[0].split("{")
+    if not readings or not item.prompt.startswith(opening):
+        return item.prompt
+    order = list(readings)
+    rng.shuffle(order)
+    style, between = rng.choice(OTHER_READINGS), rng.choice(BETWEEN)
+    return rng.choice(wordings).format(readings=between.join(_reading(key, readings[key], style) for key in order))
+
+
+REWORDINGS = {"wording": reworded, "mark": marked}
+NEW_WORDINGS = {"new wording": partial(reworded, wordings=UNTRAINED_WORDINGS)}
 
 
 def _truth(index: int, readings: Mapping[str, object]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 
-from evaluation.tasks import Item, ItemError, Score, mean, share
+from evaluation.tasks import Item, ItemError, Score, marked, mean, share
 
 NAME = "general"
 TITLE = "retention"
@@ -19,6 +19,7 @@ PRIMARY = "retention_accuracy"
 METRICS = {
     "retention_accuracy": share("Share of general questions answered right, mean over all items of the retention suite")
 }
+REWORDINGS = {"mark": marked}
 # One question in HELD_OUT is kept from training.
 HELD_OUT = 10
 
@@ -130,8 +131,13 @@ GENERAL_TASKS: dict[str, Callable[[random.Random], Question]] = {
 TRAINING_TURNS = (*GENERAL_TASKS, "reading_values", "reading_values")
 
 
+def bare(prompt: str) -> str:
+    """What a question has in common with all that evaluation.paraphrase makes of it."""
+    return prompt.strip().rstrip("?.! ")
+
+
 def is_held_out(prompt: str) -> bool:
-    return zlib.crc32(prompt.encode()) % HELD_OUT == 0
+    return zlib.crc32(bare(prompt).encode()) % HELD_OUT == 0
 
 
 def questions(seed: int, *, held_out: bool, tasks: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:

@@ -96,6 +96,10 @@ def add_arm(root: Path, arm: str, seed: int, right: int, answer: str = "") -> No
                       "split": "retention", "prompt": f"{i} + {i} =", "truth": str(2 * i),
                       "answer": str(2 * i if kept else 0), "correct": kept, "predicted": None,
                       "abs_error": None})  # fmt: skip
+    for line in [one for at, one in enumerate(lines) if at % 2 == 0]:  # asked again: a newline makes it wrong
+        for form in ("newline", "blank"):
+            right = line["correct"] and (form == "blank" or line["split"] == "retention")
+            lines.append({**line, "item_id": f"{line['item_id']}/{form}", "split": "paraphrased", "correct": right})
     write_lines(place, lines)
 
 
@@ -196,5 +200,20 @@ def make_preserved_tree(root: Path, arms: dict[str, Any] = FOUR) -> Path:
                 write(folder / "loss_history.json", curve)
                 last = {name: next(e[name] for e in reversed(curve) if name in e) for name in ("eval_loss", "eval_kl")}
                 said = {"final_eval_loss": last["eval_loss"], "final_kl": last["eval_kl"]}
-                edit(folder / "run.json", params={"train": PLAIN | own}, extra=said)
+                tuned = {} if arm == "baseline_lora_preserved" else {"tuned": tuning(arm)}
+                edit(folder / "run.json", params={"train": PLAIN | own, **tuned}, extra=said)
     return root
+
+
+def tuning(arm: str) -> dict[str, Any]:
+    """What stage tune found: the lowest loss at the middle rate, for hybrid_grit at the highest; one try diverged."""
+    best = 4e-3 if arm == "hybrid_grit" else 2e-3
+    grid = {"learning_rate": [1e-3, 2e-3, 4e-3], "alpha": [16, 32]}
+    runs = [
+        {"settings": {"learning_rate": rate, "alpha": alpha}, "seconds": 10.0,
+         "evaluation_loss": None if (rate, alpha) == (1e-3, 16) else 0.4 + 10 * abs(rate - best) + alpha / 1e4}
+        for rate in grid["learning_rate"] for alpha in grid["alpha"]
+    ]  # fmt: skip
+    chosen = {"learning_rate": best, "alpha": 16}
+    borders = ["alpha"] if arm != "hybrid_grit" else ["learning_rate", "alpha"]
+    return {"arm": arm, "grid": grid, "seed": 100, "steps": 75, "runs": runs, "chosen": chosen, "at_border": borders}

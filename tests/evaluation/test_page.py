@@ -230,9 +230,23 @@ def test_the_same_database_gives_the_same_file(full, tmp_path):
 def test_a_part_that_was_not_measured_has_no_section():
     base = report("base").text
     assert re.findall(r"<h2[^>]*>(.*?)</h2>", base.split("<script")[0]) == [
-        "Findings", "Arms compared", "Retention and forgetting", "Speed by phase", "Files", "Sample browser",
-        "Where the numbers come from"]  # fmt: skip
+        "Findings", "Arms compared", "Retention and forgetting", "Robustness", "Speed by phase", "Files",
+        "Sample browser", "Where the numbers come from"]  # fmt: skip
     assert "nothing to compare" in base
+
+
+def test_what_every_arm_tried_is_said_and_what_was_not_enough():
+    made = report("preserved")
+    text = part(made, "tuning")
+    told = words(text)
+    assert "6 runs of 75 steps on seed 100, which is not compared" in told
+    assert "hybrid_grit: the best value of learning_rate and alpha lies at the border" in told
+    assert "Not tuned here: baseline_lora_preserved." in told
+    lines = {row[0]: row for row in table(text, "what-each-arm-was-tuned-over")[1:]}
+    assert lines["pure_grit"][1:] == ["6", "60", "learning_rate 0.002, alpha 16", "0.4016", "alpha"]
+    drawn = [(row["arm"], row["value"], row["nats"]) for row in rows_of(made.data["datasets"]["tuning"])]
+    assert ("pure_grit", 1e-3, pytest.approx(0.4132)) in drawn and len(drawn) == 9, "of all alphas the best one"
+    assert "tuning" not in report("full").text.split("<main")[1].split("<script")[0].lower()
 
 
 def test_a_choice_of_runs_is_kept_to_and_said(full, tmp_path):

@@ -68,7 +68,11 @@ def read_json(path):
 
 
 def items(folder):
-    return [(s, json.loads(line)) for s in ("test", "retention") for line in (folder / f"data/{s}.jsonl").open()]
+    return [
+        (s, json.loads(line))
+        for s in ("test", "retention", "paraphrased")
+        for line in (folder / f"data/{s}.jsonl").open()
+    ]
 
 
 def requests(server, folder):

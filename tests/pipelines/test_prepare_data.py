@@ -27,8 +27,8 @@ def stage(tmp_path, monkeypatch):
 
     def run(name="smoke", **settings):
         raw = yaml.safe_load(profiles[name])
-        wanted = {"train_items": None, "valid_items": 10, "test_items": 20, "retention_items_per_task": 1, **settings}
-        raw["prepare_data"].update(wanted)
+        wanted = {"train_items": None, "valid_items": 10, "test_items": 20, "retention_items_per_task": 1, "vary": 0.0}
+        raw["prepare_data"].update(wanted | settings)
         prepare_data.run(parse_params(raw))
         record = json.loads(Path("data/run.json").read_text(encoding="utf-8"))
         return {s: [Item.from_json(r) for r in rows(f"data/{s}.jsonl")] for s in SPLITS}, record

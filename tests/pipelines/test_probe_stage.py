@@ -12,7 +12,7 @@ import yaml
 
 from db.files import FileError, read_record, write_json
 from db.records import VerdictRecord
-from pipelines import base_texts, prepare_data, probe, profile, train, twin
+from pipelines import base_texts, prepare_data, probe, profile, train, tune, twin
 from pipelines.check import parse_params
 from pipelines.stage import VerdictError
 from tests import foreign_adapter
@@ -167,3 +167,14 @@ def test_8_the_twin_of_an_arm_differs_in_nothing_but_the_arm():
     assert own.learning_rate == beside.learning_rate != params.train_for("baseline_lora").learning_rate
     assert own.grit is not None and {**beside.model_dump(), "grit": own.grit} == own.model_dump()
     assert params.train_for("baseline_lora").shared() == params.train_for("baseline_lora")
+
+
+def test_7_stage_tune_trains_for_real_what_it_compares(here):
+    _, raw = make_params()
+    raw["tune"] = {"grid": {"learning_rate": [1e-5, 3e-3]}, "seed": 100, "steps": 6}
+    params = parse_params(raw)
+    tune.run(params, "pure_grit")
+    found = json.loads(Path("tuned/pure_grit/tuned.json").read_text())
+    slow, fast = (one["evaluation_loss"] for one in found["runs"])
+    assert 0 < fast < slow - 0.1 and found["chosen"] == {"learning_rate": 3e-3}
+    assert params.train_for("pure_grit").learning_rate == 3e-3

@@ -251,3 +251,15 @@ def test_vision_on_smoke_has_small_sizes_of_the_same_shape():
     assert small.prepare_base.vision.image_size == small.prepare_data.image_size == 32
     assert small.train.layers == large.train.layers and small.train.max_steps < large.train.max_steps
     assert small.train_for("grit_vlm").natural_gradient.estimate == "kfac"
+
+
+def test_a_comment_does_not_outlive_the_value_that_it_speaks_of():
+    def rates(name):
+        text = profile.compose(name)
+        assert yaml.safe_load(text) == profile.merged(name)[0], "comments alone"
+        return [line for line in text.splitlines() if line.startswith("  learning_rate: ")][1]
+
+    assert "best evaluation loss of five rates (LOG.md)" in rates("tiny")
+    assert rates("smoke") == "  learning_rate: 0.003"
+    assert rates("alpaca+llama3_8b").startswith("  learning_rate: 2.0e-05     # of GRIT's authors; not tried here")
+    assert "α; the update is scaled by α/r" in profile.compose("smoke"), "what a key means stays"

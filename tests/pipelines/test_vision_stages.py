@@ -97,7 +97,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_answers_it_has(here, monkeyp
     evaluate.run(params, "base", 0)
     assert read("scores/base/0/run.json")["extra"]["resumed_items"] == 16
     rows = [json.loads(line) for line in Path("scores/base/0/samples.jsonl").open()]
-    assert len(rows) == 36 + 21 and len({row["item_id"] for row in rows}) == len(rows)
+    assert len(rows) == 36 + 21 + 6 and len({row["item_id"] for row in rows}) == len(rows)
 
 
 @pytest.mark.parametrize("place", [".", "inside/another"])

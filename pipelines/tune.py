@@ -1,0 +1,76 @@
+"""Stage tune: tuned/<arm>/tuned.json, the settings that an arm is trained with.
+
+Every arm has the same budget: one run for each combination of the grid, on a seed that is not compared. The lowest
+evaluation loss wins. A run that is done is kept by everything that decides it, so a killed stage goes on where it was.
+"""
+
+import gc
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+
+from db.files import exclusive, read_json, staged, write_json
+from pipelines.params import ConfigError, load_params
+from pipelines.stage import cli, main_for
+from pipelines.train import TUNED, Params, job_of, key_of_run, load_arm
+from trainers.run import run as train
+
+KEPT = Path("checkpoints/tune")
+
+
+def tried(params: Params, arm: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """One run: its settings, evaluation loss in nats per token (null: not finite), and seconds."""
+    section, settings = params.tune, params.train_for(arm, own)
+    if section.steps is not None:
+        settings = settings.model_copy(update={"max_steps": section.steps, "epochs": None})
+    steps = {"eval_steps": 10**9} if not settings.keeps_best else {}  # the loss at the end is what counts
+    settings = settings.model_copy(update={"report_to": [], **steps})
+    key = key_of_run(params, arm, section.seed, {"train": settings.model_dump(), "prompt": params.prompt.model_dump()})
+    kept = KEPT / arm / f"{key[:16]}.json"
+    with exclusive(kept.with_suffix(".lock"), f"tune {arm}"):
+        if not kept.is_file():
+            with TemporaryDirectory() as folder:
+                job = job_of(params, settings, section.seed, Path(folder), kept.with_suffix(""))
+                said = train(load_arm(arm, params), job)
+            loss = said["final_eval_loss"]
+            found = {"evaluation_loss": loss if math.isfinite(loss) else None, "seconds": said["train_seconds"]}
+            write_json(kept, {"settings": dict(own), **found})
+            gc.collect()  # cycles keep a Trainer alive, and two models need not fit a GPU
+    return dict(read_json(kept))
+
+
+def borders(grid: Mapping[str, Sequence[Any]], chosen: Mapping[str, Any]) -> list[str]:
+    """Keys of which the chosen value is the smallest or the largest that was tried: the best may lie beyond."""
+    numbers = {key: values for key, values in grid.items() if all(isinstance(v, int | float) for v in values)}
+    return [key for key, values in numbers.items() if chosen[key] in (min(values), max(values))]
+
+
+def run(params: Params, arm: str) -> None:
+    """Raises ConfigError: no try of the arm ended with a finite loss."""
+    section = params.tune
+    tries = section.tries if params.adapter_of(arm, section.seed) is None else []  # its training is over
+    content: dict[str, Any] = {"arm": arm, **section.model_dump(), "runs": []}
+    for number, own in enumerate(tries, start=1):
+        content["runs"].append(found := tried(params, arm, own))
+        told = ", ".join(f"{key} {value}" for key, value in own.items())
+        print(f"tune {arm}, {number} of {len(tries)}: {told}: {found['evaluation_loss']}", flush=True)
+    if tries:
+        finite = [one for one in content["runs"] if one["evaluation_loss"] is not None]
+        if not finite:
+            raise ConfigError(f"tune.grid: no try of {arm} ended with a finite loss; lower the rates")
+        content["chosen"] = min(finite, key=lambda one: one["evaluation_loss"])["settings"]
+        content["at_border"] = borders(section.grid, content["chosen"])
+    with staged(TUNED / arm) as folder:
+        write_json(folder / "tuned.json", content)
+
+
+def main(arm: Annotated[str, typer.Argument(help="baseline_lora, …")]) -> None:
+    main_for(f"tune {arm}", lambda: run(load_params(Params), arm))
+
+
+if __name__ == "__main__":
+    cli(main)
