@@ -434,8 +434,8 @@ class ReadingRecord(Record):
 
 
 class VerdictRecord(OfArm):
-    as_claimed: bool
-    verdict: Literal["effective", "no_effect", "unstable"]
+    as_claimed: bool | None  # None: nobody watched
+    verdict: Literal["effective", "no_effect", "unstable", "not_watched"]
     diagnosis: Name
     reason: str
     readings: list[ReadingRecord]

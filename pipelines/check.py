@@ -1,7 +1,8 @@
 """Stage check: refuses a params.yaml that cannot be used, before any work, and writes outputs/code/<stage>.
 
 The whole of params.yaml is what all stages read of it. outputs/code/<stage> is a hash of the code that the stage can
-reach, for train one file an arm: the stages depend on these files in place of source files.
+reach, for train one file an arm, with what the arm takes from theirs/: the stages depend on these files in place of
+source files.
 """
 
 import re
@@ -10,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from db.files import write_text
+from db.files import hash_inputs, key_of, write_text
 from pipelines import (
     base_texts,
     compare,
@@ -24,10 +25,22 @@ from pipelines import (
     verify,
 )
 from pipelines.code import code_hash
-from pipelines.params import NAME, PARAMS_FILE, VARIANT_OF, ConfigError, Probe, explain, listed, load_yaml, overridden
+from pipelines.params import (
+    ADAPTER,
+    NAME,
+    PARAMS_FILE,
+    THEIRS,
+    VARIANT_OF,
+    ConfigError,
+    Probe,
+    explain,
+    listed,
+    load_yaml,
+    overridden,
+)
 from pipelines.prompt import CHAT
 from pipelines.stage import BASE_ARM, clear_errors, cli
-from trainers import arms
+from trainers import BASELINE, arms, theirs
 from trainers.settings import TrainSettings
 from trainers.words import suggest
 
@@ -141,6 +154,14 @@ def _check_arms(raw: dict[str, Any]) -> list[str]:
         if not isinstance(own, dict):
             lines.append(f"arms.{arm}: expected keys of train: (or {{}}), got {own!r}")
             continue
+        if ADAPTER in own:
+            more = [f"arms.{arm}.{key}: expected nothing beside {ADAPTER}, whose training is over" for key in own]
+            lines += [line for line, key in zip(more, own, strict=True) if key != ADAPTER]
+            lines += _theirs(str(arm), own[ADAPTER], (matrix or {}).get("seeds")) if arm in wanted else []
+            own = {VARIANT_OF: BASELINE}
+        whole = overridden(train, own)
+        if isinstance(file := whole.get("peft"), str) and not _watched(file) and arm in wanted:
+            lines.append(f"arms.{arm}.peft: expected a file in {THEIRS}/, which DVC watches, got {file!r}")
         of = own.get(VARIANT_OF)
         code = arm if of is None else of
         if of is None and arm not in own_arms:
@@ -154,7 +175,7 @@ def _check_arms(raw: dict[str, Any]) -> list[str]:
         else:
             usable.append(arm)
         settings = arms.load(code).settings if code in own_arms else TrainSettings
-        for error in _errors(settings, overridden(train, own)):
+        for error in _errors(settings, whole):
             # What does not fit together is the arm's fault only where it is trained, and section train alone does fit.
             if error["loc"][0] in own if error["loc"] else arm in wanted and not _errors(TrainSettings, train):
                 lines += explain([error], settings, "arms", str(arm))
@@ -165,6 +186,19 @@ def _check_arms(raw: dict[str, Any]) -> list[str]:
         if a in own_arms and a not in entries
     ]
     return lines
+
+
+def _theirs(arm: str, given: Any, seeds: Any) -> list[str]:
+    """What speaks against the adapters of an arm that was trained elsewhere."""
+    where = f"arms.{arm}.{ADAPTER}"
+    if not _watched(given):
+        return [f"{where}: expected a folder in {THEIRS}/, which DVC watches, got {given!r}; copy it there"]
+    folders = dict.fromkeys(given.replace("{seed}", str(seed)) for seed in (seeds if isinstance(seeds, list) else []))
+    return [f"{where}: {line}" for folder in folders for line in theirs.problems(Path(folder))]
+
+
+def _watched(given: Any) -> bool:
+    return isinstance(given, str) and Path(given).resolve().is_relative_to(THEIRS.resolve())
 
 
 def _errors(schema: type[BaseModel], content: dict[str, Any]) -> list[Any]:
@@ -182,7 +216,9 @@ def write_code_hashes(params: Params, pipeline: Path = Path("dvc.yaml"), folder:
     hashes = {stage: code_hash(f"pipelines.{stage}", plugins=used) for stage in stages}
     for arm in params.matrix.arms:
         module = f"trainers.arms.{params.code_of(arm)}"
-        hashes[f"train.{arm}"] = code_hash("pipelines.train", module, plugins={**used, "evaluation.tasks": ()})
+        code = code_hash("pipelines.train", module, plugins={**used, "evaluation.tasks": ()})
+        files = [file for seed in params.matrix.seeds for file in params.files_of(arm, seed)]
+        hashes[f"train.{arm}"] = key_of([code, hash_inputs(*files)]) if files else code
     for name, value in hashes.items():
         write_text(folder / name, f"{value}\n")
 

@@ -153,8 +153,10 @@ def main(
                 if type(error).__name__ != "OutOfMemoryError":
                     raise
                 raise typer.Exit(NO_MEMORY) from error
-        elif not show(params, [in_its_own_process(name) for name in ([arm] if arm else params.matrix.arms)]):
-            raise typer.Exit(1)
+        else:
+            trained = [name for name in params.matrix.arms if params.adapter_of(name, params.first_seed) is None]
+            if not show(params, [in_its_own_process(name) for name in ([arm] if arm else trained)]):
+                raise typer.Exit(1)
 
 
 if __name__ == "__main__":

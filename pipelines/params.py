@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from db.files import omp_threads
+from trainers import BASELINE
 from trainers import arms as own_arms
 from trainers.settings import Positive, Section, Seed
 from trainers.words import suggest
@@ -21,6 +22,10 @@ PARAMS_FILE = Path("params.yaml")
 DEFAULTS = "profiles/tiny.yaml"
 VARIANT_OF = "variant_of"
 """In an entry of arms: the arm whose code it runs, with settings of its own."""
+ADAPTER = "adapter"
+"""In an entry of arms: the folder of an adapter that was trained elsewhere; {seed} stands for each of the matrix."""
+THEIRS = Path("theirs")
+"""Where such folders lie: DVC watches it."""
 SMALL = 256
 """Width of hidden layers up to which two stages with one thread each beat one with two (benchmarks/threads.py)."""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -73,7 +78,13 @@ class StageParams(Section):
 
     def code_of(self, arm: str) -> str:
         """The arm whose code runs: that which `arm` is a variant of, or itself."""
-        return str(self.arms.get(arm, {}).get(VARIANT_OF) or arm)
+        own = self.arms.get(arm, {})
+        return str(own.get(VARIANT_OF) or (BASELINE if ADAPTER in own else arm))
+
+    def adapter_of(self, arm: str, seed: int) -> Path | None:
+        """Where the adapter lies that this arm is; None: it is trained here."""
+        path = self.arms.get(arm, {}).get(ADAPTER)
+        return None if path is None else Path(str(path).replace("{seed}", str(seed)))
 
     @property
     def first_seed(self) -> int:
@@ -114,7 +125,7 @@ def stages_at_once(raw: Any) -> int:
 
 def overridden(train: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Section train with an arm's entry over it, and key by key over `preserve`."""
-    found = {**train, **{name: value for name, value in own.items() if name != VARIANT_OF}}
+    found = {**train, **{name: value for name, value in own.items() if name not in (VARIANT_OF, ADAPTER)}}
     both = (train.get("preserve"), own.get("preserve"))
     if all(isinstance(part, dict) for part in both):
         found["preserve"] = {**train["preserve"], **own["preserve"]}

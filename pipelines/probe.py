@@ -1,5 +1,6 @@
 """Stage probe: verdicts/<arm>/<seed>/, whether the optimizer did what the arm says."""
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,14 @@ from typing import Any
 from db.files import FileError, exclusive, finish_run, hash_inputs, read_json, staged, start_run, write_record
 from db.records import VerdictRecord
 from pipelines import train, twin
-from pipelines.params import Probe
+from pipelines.params import ADAPTER, Probe
 from pipelines.stage import VerdictError, adapter_dir, command, verdict_dir
 from pipelines.train import load_arm
 from probes import Evidence, Thresholds, Twin, Verdict, judge
 from probes.twin import DIVERGES
 from trainers import BASELINE
 from trainers.run import LEDGER, STEP_LOSSES
+from trainers.theirs import WEIGHTS, moved
 
 
 class Params(train.Params):
@@ -21,6 +23,7 @@ class Params(train.Params):
 
 
 DEGREES, RATIO, SHARE, COSINE = "degrees", "ratio", "share", "cosine"
+UNITS = "1 effective, 0 no_effect, -1 unstable"
 
 
 def twins(params: Params, arm: str, seed: int, warmup: int) -> Twin:
@@ -30,7 +33,7 @@ def twins(params: Params, arm: str, seed: int, warmup: int) -> Twin:
     """
     steps = params.probe.twin_steps + warmup  # a twin ends where the real run would
     own = [float(loss) for loss in read_json(adapter_dir(arm, seed) / STEP_LOSSES)[:steps]]
-    known = [own] if arm == BASELINE else []
+    known = [own] if params.code_of(arm) == BASELINE else []
     baseline, again = known + twin.curves(params, arm, seed, len(own), (False, True)[len(known) :])
     return Twin(baseline, again, own, perturbed=True)
 
@@ -47,8 +50,7 @@ def readings(verdict: Verdict, evidence: Evidence, pair: Twin) -> list[dict[str,
 
     meaning = {"effective": 1.0, "no_effect": 0.0, "unstable": -1.0}
     told = f"{verdict.verdict}: {verdict.diagnosis}: {verdict.reason}"
-    units = "1 effective, 0 no_effect, -1 unstable"
-    add("verdict", meaning[verdict.verdict], units, verdict="pass" if verdict.as_claimed else "fail", diagnosis=told)
+    add("verdict", meaning[verdict.verdict], UNITS, verdict="pass" if verdict.as_claimed else "fail", diagnosis=told)
     n = verdict.numbers
     reached = [(n["angle_to_shadow"] or 0.0) > t.min_angle, (n["coverage"] or 0.0) >= t.min_coverage, pair.diverges]
     if not verdict.claims:  # of plain AdamW the opposite is right
@@ -77,8 +79,35 @@ def readings(verdict: Verdict, evidence: Evidence, pair: Twin) -> list[dict[str,
     return rows
 
 
-def run(params: Params, arm_name: str, seed: int) -> Verdict:
-    """Reach a verdict on one trained arm and write it down, whatever it is."""
+def not_watched(params: Params, arm: str, seed: int, theirs: Path) -> None:
+    """What can still be said of an adapter that was trained elsewhere: whether it changes anything."""
+    file, out = adapter_dir(arm, seed) / WEIGHTS, verdict_dir(arm, seed)
+    share = moved(file.parent)
+    word, diagnosis, reason = "not_watched", "trained_elsewhere", f"no optimizer of {theirs} was watched"
+    if params.arms[arm][ADAPTER] == str(theirs) and len(params.matrix.seeds) > 1:
+        reason += ", and it is the same adapter with every seed"
+    if not share:
+        word, diagnosis, reason = "no_effect", "no_update", f"every update of {theirs} is zero: this is the base"
+    with staged(out) as folder:
+        record = start_run("probe", params={}, inputs=hash_inputs(file), arm=arm, seed=seed)
+        row = {"layer": "", "step": -1, "threshold": None, "diagnosis": "", "verdict": "skipped" if share else "fail"}
+        told = {"name": "verdict", "value": math.nan, "unit": UNITS, "diagnosis": f"{word}: {diagnosis}: {reason}"}
+        rows = [{**row, **told}, {**row, "name": "moved", "value": share, "unit": SHARE}]
+        said = {"schema": 1, "arm": arm, "seed": seed, "as_claimed": None if share else False, "verdict": word}
+        said |= {"diagnosis": diagnosis, "reason": reason, "readings": rows}
+        write_record(folder / "verdict.json", VerdictRecord.of(said))
+        record.extra = {"verdict": word, "diagnosis": diagnosis, "numbers": {"moved": share}}
+        finish_run(record, folder)
+    print(f"verdict    {word}\ndiagnosis  {diagnosis}: {reason}")
+    if not share:
+        raise VerdictError(f"{arm}: {reason}. Evidence: {out / 'verdict.json'}")
+
+
+def run(params: Params, arm_name: str, seed: int) -> Verdict | None:
+    """Reach a verdict on one trained arm and write it down, whatever it is; None: it was trained elsewhere."""
+    if theirs := params.adapter_of(arm_name, seed):
+        not_watched(params, arm_name, seed, theirs)
+        return None
     from probes import plots
 
     arm, settings, out = load_arm(arm_name, params), params.train_for(arm_name), verdict_dir(arm_name, seed)
@@ -87,7 +116,7 @@ def run(params: Params, arm_name: str, seed: int) -> Verdict:
     shown = {"probe": params.probe.model_dump()}
     lock = Path(f"checkpoints/verdicts/{arm_name}-{seed}.lock")
     with exclusive(lock, f"probe {arm_name} seed {seed}"), staged(out) as folder:
-        inputs = hash_inputs(ledger, ledger.with_name("adapter_model.safetensors"))
+        inputs = hash_inputs(ledger, ledger.with_name(WEIGHTS))
         record = start_run("probe", params=shown, inputs=inputs, arm=arm_name, seed=seed)
         try:
             evidence = Evidence.read(ledger, limits)

@@ -26,13 +26,14 @@ from db.files import (
 from evaluation.tasks import Item, general, render
 from pipelines.base_model import load_reference
 from pipelines.code import code_hash
-from pipelines.params import ConfigError, StageParams, check_arm, overridden
+from pipelines.params import ADAPTER, ConfigError, StageParams, check_arm, overridden
 from pipelines.prompt import Prompt, literal, prompt_text
 from pipelines.stage import BASE, DATA, TEXTS, adapter_dir, command, split_files
 from trainers import arms
 from trainers.run import Arm, TrainingJob
 from trainers.run import run as train
 from trainers.settings import Section, Seed, TrainSettings
+from trainers.theirs import CONFIG, WEIGHTS, adopt
 
 TUNED = Path("tuned")
 
@@ -80,7 +81,15 @@ class Params(StageParams):
     def tuned(self, arm: str) -> dict[str, Any]:
         """What stage tune found; empty where it is off, or has not run."""
         file = TUNED / arm / "tuned.json"
-        return dict(read_json(file)) if self.tune.grid and file.is_file() else {}
+        own = self.arms.get(arm, {})
+        return dict(read_json(file)) if self.tune.grid and ADAPTER not in own and file.is_file() else {}
+
+    def files_of(self, arm: str, seed: int) -> list[Path]:
+        """What the arm takes from theirs/: an adapter, or a PEFT configuration."""
+        adapter, peft = self.adapter_of(arm, seed), self.train_for(arm, {}).peft
+        if adapter:
+            return [adapter / CONFIG, adapter / WEIGHTS]
+        return [Path(peft)] if isinstance(peft, str) else []
 
 
 def load_arm(name: str, params: Params) -> Arm:
@@ -114,14 +123,16 @@ def base_texts() -> list[tuple[str, bool]]:
     return [(row["text"], row["ended"]) for row in read_jsonl(TEXTS / "texts.jsonl")]
 
 
-def inputs_of_training() -> dict[str, str]:
-    return hash_inputs(*split_files("train", "valid"), BASE / "base.json", TEXTS / "texts.jsonl")
+def inputs_of_training(params: Params, arm: str, seed: int) -> dict[str, str]:
+    files = [*split_files("train", "valid"), BASE / "base.json", TEXTS / "texts.jsonl"]
+    return hash_inputs(*files, *params.files_of(arm, seed))
 
 
 def key_of_run(params: Params, arm: str, seed: int, shown: Mapping[str, Any]) -> str:
     """A checkpoint is used only by the very run that it belongs to."""
     code = training_code(params.code_of(arm))
-    return key_of([arm, seed, shown, inputs_of_training(), load_reference()[1], package_versions(), code])
+    inputs = inputs_of_training(params, arm, seed)
+    return key_of([arm, seed, shown, inputs, load_reference()[1], package_versions(), code])
 
 
 def job_of(params: Params, settings: TrainSettings, seed: int, output: Path, checkpoints: Path) -> TrainingJob:
@@ -141,21 +152,23 @@ def job_of(params: Params, settings: TrainSettings, seed: int, output: Path, che
 
 def run(params: Params, arm_name: str, seed: int) -> None:
     arm, tuned, template = load_arm(arm_name, params), params.tuned(arm_name), prompt_text(params.prompt)
-    if params.tune.grid and not tuned:
+    theirs = params.adapter_of(arm_name, seed)
+    if params.tune.grid and not tuned and not theirs:
         raise ConfigError(f"{TUNED / arm_name}: expected what stage tune chose, found nothing; run `dvc repro tune`")
     settings, (reference, base_fingerprint) = params.train_for(arm_name), load_reference()
     shown = {
-        "train": settings.model_dump(),
+        "train": {"adapter": str(theirs)} if theirs else settings.model_dump(),
         "prompt": params.prompt.model_dump(),
         **({"tuned": tuned} if tuned else {}),
     }
-    key, inputs = key_of_run(params, arm_name, seed, shown), inputs_of_training()
+    key, inputs = key_of_run(params, arm_name, seed, shown), inputs_of_training(params, arm_name, seed)
     kept = Path("checkpoints") / arm_name / str(seed)
     out = adapter_dir(arm_name, seed)
     with exclusive(kept.with_name(f"{seed}.lock"), f"train {arm_name} seed {seed}"), staged(out) as folder:
         record = start_run("train", params=shown, inputs=inputs, arm=arm_name, seed=seed, prompt_template=template)
         job = job_of(params, settings, seed, folder, kept / key[:16])
-        summary = train(arm, replace(job, logs=Path("logs") / arm_name / str(seed)))
+        job = replace(job, logs=Path("logs") / arm_name / str(seed))
+        summary = adopt(arm, job, theirs) if theirs else train(arm, job)
         weights, own = folder / "adapter_model.safetensors", BASE / "model.safetensors"
         parent = sha256(own) if own.is_file() else base_fingerprint
         record.artifacts.append(artifact("adapter", weights, out / weights.name, parent=parent))

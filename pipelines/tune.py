@@ -52,12 +52,13 @@ def borders(grid: Mapping[str, Sequence[Any]], chosen: Mapping[str, Any]) -> lis
 def run(params: Params, arm: str) -> None:
     """Raises ConfigError: no try of the arm ended with a finite loss."""
     section = params.tune
+    tries = section.tries if params.adapter_of(arm, section.seed) is None else []  # its training is over
     content: dict[str, Any] = {"arm": arm, **section.model_dump(), "runs": []}
-    for number, own in enumerate(section.tries, start=1):
+    for number, own in enumerate(tries, start=1):
         content["runs"].append(found := tried(params, arm, own))
         told = ", ".join(f"{key} {value}" for key, value in own.items())
-        print(f"tune {arm}, {number} of {len(section.tries)}: {told}: {found['evaluation_loss']}", flush=True)
-    if section.grid:
+        print(f"tune {arm}, {number} of {len(tries)}: {told}: {found['evaluation_loss']}", flush=True)
+    if tries:
         finite = [one for one in content["runs"] if one["evaluation_loss"] is not None]
         if not finite:
             raise ConfigError(f"tune.grid: no try of {arm} ended with a finite loss; lower the rates")

@@ -23,7 +23,8 @@ def curves(params: Params, arm: str, seed: int, steps: int, perturbed: Sequence[
     """The baseline's first losses with an arm's settings, once for each of `perturbed`: a start off by a rounding."""
     settings, template = params.train_for(arm).shared(), params.prompt.template
     reference, base_fingerprint = load_reference()
-    inputs = hash_inputs(*split_files("train", "valid"), BASE / "base.json", TEXTS / "texts.jsonl")
+    files = [*split_files("train", "valid"), BASE / "base.json", TEXTS / "texts.jsonl"]
+    inputs = hash_inputs(*files, *params.files_of(arm, seed))
     code = [training_code(params.code_of(BASELINE)), inspect.getsource(perturb)]
     machine = [torch_device()[name] for name in ("class", "name", "threads")]  # other threads, other roundings
     parts = [seed, steps, list(perturbed), settings.model_dump(), params.prompt.model_dump()]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import foreign_adapter
 from tests.project_clone import make_clone
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -295,3 +296,38 @@ def test_c_where_a_server_answers_the_models_are_served_and_scored_there(clone, 
         ("hybrid_grit", 1),
         ("pure_grit", 1),
     ]
+
+
+@pytest.mark.full
+def test_d_arms_of_yaml_and_of_another_trainer_stand_in_one_report(clone):
+    rows = [json.loads(line) for line in (clone.folder / "data/train.jsonl").open()][:120]
+    texts = [f"### Instruction:\n{row['prompt']}\n\n### Response:\n{row['completion']}" for row in rows]
+    adapter = clone.folder / "theirs/plain"
+    foreign_adapter.make(clone.folder / "models/base", adapter, texts)
+    own = {"variant_of": "baseline_lora"}
+    arms = {
+        "dora": own | {"peft": {"use_dora": True}},
+        "lion": own | {"optimizer": "lion_32bit", "learning_rate": 5.0e-4},
+        "theirs": {"adapter": "theirs/plain"},
+    }
+    clone.change("arms", **arms)
+    clone.change("matrix", arms=["baseline_lora", *arms])
+    clone.run("python", "-m", "pipelines.repro")
+    scored = clone.query("select arm, aqi_accuracy is not null from evaluation_results e join run on run.model_name = "
+                         "e.model_name where is_current and arm != 'base' order by arm")  # fmt: skip
+    assert scored == [(arm, 1) for arm in ("baseline_lora", *arms)]
+    said = clone.query("select arm, probe.verdict, probe.diagnosis from probe join run on run.id = run_id "
+                       "where probe.name = 'verdict' and is_current order by arm")  # fmt: skip
+    verdicts = {arm: (verdict, diagnosis.split(": ")[0]) for arm, verdict, diagnosis in said}
+    assert verdicts["dora"] == verdicts["baseline_lora"] == ("pass", "no_effect")
+    assert verdicts["lion"] == ("pass", "effective") and verdicts["theirs"] == ("skipped", "not_watched")
+    served = {arm: (clone.folder / f"gguf/{arm}/0/adapter.gguf").is_file() for arm in arms}
+    assert served == {"dora": False, "lion": True, "theirs": True}
+    report = (clone.folder / "outputs/grit_evaluation.md").read_text()
+    assert "| theirs | 0 | not_watched | not watched |" in report and "| lion | 0 | effective | yes |" in report
+
+    file = adapter / "adapter_config.json"  # another α: the arm starts anew, and no other
+    file.write_text(file.read_text().replace('"lora_alpha": 5', '"lora_alpha": 6'))
+    clone.run("python", "-m", "pipelines.check")
+    changed = set(re.findall(r"^(\S+):$", clone.run("dvc", "status"), re.MULTILINE)) - {"check"}
+    assert changed == {"train@theirs-0", "probe@theirs-0"}

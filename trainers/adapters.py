@@ -21,7 +21,7 @@ _REFUSED = {
 }
 """Those among them that are not trained here, and why."""
 TRAINED = sorted(MERGED - _REFUSED.keys())
-_NO_FIELD = {
+NO_FIELD = {
     "alora_invocation_tokens": "it acts on a part of the tokens, so that it cannot be merged",
     "arrow_config": "it chooses among adapters for every token, so that it cannot be merged",
     "lora_bias": "PEFT cannot merge it into layers that have no bias",
@@ -110,7 +110,7 @@ def peft_config(settings: Any) -> Any:
         problems.append(f"dropout: expected 0.0, since {method} has none, got {settings.dropout}")
     start = own.get("init_lora_weights", True) if method == "LORA" else True
     if method == "LORA":
-        problems += [f"peft.{key}: cannot be used: {why}" for key, why in _NO_FIELD.items() if own.get(key)]
+        problems += [f"peft.{key}: cannot be used: {why}" for key, why in NO_FIELD.items() if own.get(key)]
         if isinstance(start, str) and start not in STARTS and not re.fullmatch(r"pissa_niter_\d+", start):
             problems.append(f"peft.init_lora_weights: unknown start {start!r}{suggest(start, STARTS)}")
         if takes_part_of_w(start) and own.get("use_dora"):
@@ -135,8 +135,8 @@ def peft_config(settings: Any) -> Any:
 # Starts
 
 
-def before(model: Any, settings: Any, items: Any, pad: int) -> list[dict[str, Any]]:
-    """Batches of the first training items for a start that is taken from data; the base tells PEFT what it wants."""
+def learn_start(model: Any, settings: Any, items: Any, pad: int) -> list[dict[str, Any]]:
+    """Batches of the first training items where a start is taken from data; PEFT learns by them what it needs."""
     config = peft_config(settings)
     start = getattr(config, "init_lora_weights", True)
     if start not in _OF_DATA:
@@ -169,7 +169,7 @@ def before(model: Any, settings: Any, items: Any, pad: int) -> list[dict[str, An
     return batches
 
 
-def after(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> None:
+def finish_start(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> None:
     """EVA's start, and the base's own answers where PEFT has put W − s·B₀·A₀ in the place of W.
 
     As long as it trains, a hook adds s·B₀·A₀ wherever the adapter is off, so that this is the base; at the end W is
@@ -195,22 +195,17 @@ def after(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> None:
 
         taken.append((pair, a, b, pair.layer.register_forward_hook(give)))
 
-    def whole() -> None:
-        for pair, a, b, _ in taken:
-            weight = pair.layer.get_base_layer().weight
-            weight.data += (pair.scale * (b.double() @ a.double())).to(weight.dtype)
-
     if taken:
-        part_of_the_adapter(trainer, taken, whole)
+        part_of_the_adapter(trainer, taken, off_w=True)
     if hasattr(config, "init_lora_weights"):  # what is saved is loaded as it is
         config.init_lora_weights = True
         vars(config).update(dict.fromkeys((f"{name}_config" for name in _OF_DATA), None))
 
 
-def part_of_the_adapter(trainer: Any, taken: Sequence[tuple[Any, Any, Any, Any]], first: Any = None) -> None:
+def part_of_the_adapter(trainer: Any, taken: Sequence[tuple[Any, Any, Any, Any]], off_w: bool = False) -> None:
     """At the end of training make the start a part of the adapter: [B, −B₀] [A; A₀], which fits the untouched base.
 
-    `taken`: LoRA pair, A₀, B₀, and the hook that stood for them until then; `first` is called before.
+    `taken`: LoRA pair, A₀, B₀, and the hook that stood for them until then; `off_w`: W gets them back.
     """
     import torch
     from transformers import TrainerCallback
@@ -219,10 +214,11 @@ def part_of_the_adapter(trainer: Any, taken: Sequence[tuple[Any, Any, Any, Any]]
 
     class PartOfTheAdapter(TrainerCallback):
         def on_train_end(self, *_: Any, **__: Any) -> None:
-            if first:
-                first()
             for pair, a, b, hook in taken:
                 hook.remove()
+                if off_w:
+                    weight = pair.layer.get_base_layer().weight
+                    weight.data += (pair.scale * (b.double() @ a.double())).to(weight.dtype)
                 resize(pair, torch.cat([pair.a.detach(), a]), torch.cat([pair.b.detach(), -b], dim=1))
             write_patterns(trainer.model, [pair for pair, *_ in taken])
 

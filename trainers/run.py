@@ -223,8 +223,8 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
     train = _encode(job, tokenizer, job.train, "training")
     valid = _encode(job, tokenizer, job.valid, "validation")
     model = arm.load_model(job.base, job.settings)
-    named = bool(job.settings.peft) and job.settings.layers is None
-    read = adapters.before(model, job.settings, train.dataset, tokenizer.pad_token_id) if named else []
+    named = bool(job.settings.peft)
+    read = adapters.learn_start(model, job.settings, train.dataset, tokenizer.pad_token_id) if named else []
     set_seed(job.seed)
     model = arm.add_adapter(model, job.settings)
     trainer = arm.make_trainer(
@@ -236,7 +236,7 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
         processing_class=tokenizer,
     )
     if named:
-        adapters.after(trainer, read)
+        adapters.finish_start(trainer, read)
     if job.settings.optim_args:
         if trainer.optimizer_cls_and_kwargs is not None:
             raise ModelError(f"train.optim_args: expected {{}}, since {arm.name} has an optimizer of its own")

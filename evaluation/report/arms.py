@@ -25,8 +25,8 @@ CLUSTER_INDICES = ("calinski_harabasz", "xie_beni", "silhouette", "davies_bouldi
 @dataclass(frozen=True)
 class ProbeRow:
     seed: int
-    verdict: str  # effective, no_effect or unstable
-    as_claimed: bool  # whether the arm's updates are what it claims
+    verdict: str  # effective, no_effect, unstable or not_watched
+    as_claimed: bool | None  # whether the arm's updates are what it claims; None: nobody watched
     reason: str
     numbers: dict[str, float]  # reading → value: angle_to_shadow in degrees, twin_divergence in A/A floors, …
 
@@ -92,10 +92,10 @@ class ArmRow:
     @property
     def updates(self) -> str:
         """The probe's verdicts in a word, a wrong one before all others; empty where there is none."""
-        wrong = next((p.verdict for p in self.probes if not p.as_claimed), "")
+        wrong = next((p.verdict for p in self.probes if p.as_claimed is False), "")
         if wrong or not self.probes:
             return f"{wrong}!" if wrong else ""
-        words = {"no_effect": "plain AdamW"}
+        words = {"no_effect": "plain AdamW", "not_watched": "not watched"}
         return ", ".join(dict.fromkeys(words.get(p.verdict, p.verdict) for p in self.probes))
 
     def against(self, arm: str) -> Difference | None:
@@ -298,7 +298,7 @@ def _probe(seed: int, readings: Mapping[str, Row[Any]]) -> ProbeRow:
     verdict = readings["verdict"]
     word, _, reason = verdict.diagnosis.partition(": ")
     numbers = {n: join_value(row.value, row.value_kind) for n, row in readings.items() if n != "verdict"}
-    return ProbeRow(seed, word, verdict.verdict == "pass", reason, numbers)
+    return ProbeRow(seed, word, {"pass": True, "fail": False}.get(verdict.verdict), reason, numbers)
 
 
 def _alignment(seed: int, metrics: Mapping[Key, float]) -> AlignmentRow | None:

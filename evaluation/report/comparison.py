@@ -376,7 +376,7 @@ def _notes(rows: Sequence[ArmRow], results: Results, shown: Primary) -> Iterable
         yield "Δ speed without an interval: fewer than six paired repetitions give none of 95%."
     yield from _of_differences([difference for row in rows for difference in row.differences])
     for row in rows:
-        yield from (f"{row.arm} seed {p.seed}: {p.verdict}: {p.reason}" for p in row.probes if not p.as_claimed)
+        yield from (f"{row.arm} seed {p.seed}: {p.verdict}: {p.reason}" for p in row.probes if p.as_claimed is False)
     if any(run.git_dirty for run in results.runs):
         yield "Some stages ran on changed files (dirty): those numbers have no commit of their own."
     bad = [row.arm for row in rows if any(not math.isfinite(value) for value in row.metrics.values())]

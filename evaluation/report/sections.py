@@ -207,7 +207,7 @@ def _wrong(row: ArmRow) -> dict[str, list[ProbeRow]]:
     """Verdict → the probes that speak against the arm's claim."""
     found: dict[str, list[ProbeRow]] = {}
     for probe in row.probes:
-        if not probe.as_claimed:
+        if probe.as_claimed is False:
             found.setdefault(probe.verdict, []).append(probe)
     return found
 
@@ -308,7 +308,7 @@ def arms_compared(comparison: Comparison) -> Section:
 def _line(row: ArmRow, references: Iterable[str]) -> tuple[object, ...]:
     speed = row.delta_speed_interval
     change = f"Δ {interval(speed, sign=True) if speed else number(row.delta_speed, sign=True)} %"
-    wrong = any(not probe.as_claimed for probe in row.probes)
+    wrong = any(probe.as_claimed is False for probe in row.probes)
     seeds = f"{len(row.seeds)} seed{'s' if len(row.seeds) > 1 else ''}"
     share = row.retention_share_interval
     return (

@@ -51,6 +51,7 @@ _RANKS = {
     "rank": ("Rank of the tensors", "rank"),
 }
 _FACTORS = {"a": "Σ_a: activations behind A", "g": "Σ_g: gradients that reach A's output"}
+_CLAIMED = {True: Cell("yes", tone="good"), False: Cell("NO", tone="bad"), None: Cell("not watched")}
 _PROBE_COLUMNS = {
     "angle_to_shadow": "Off AdamW, degrees",
     "lr_ratio": "Length over AdamW's",
@@ -123,7 +124,7 @@ def probes(report: Report) -> Section | None:
     }
     rows = [
         (arm_cell(arm), str(probe.seed), Cell(probe.verdict, tone=TONES.get(probe.verdict, "")),
-         Cell("yes" if probe.as_claimed else "NO", tone="good" if probe.as_claimed else "bad"),
+         _CLAIMED[probe.as_claimed],
          *(significant(probe.numbers.get(name), 3) for name in columns), probe.reason)
         for arm, probe in found
     ]  # fmt: skip

@@ -72,6 +72,17 @@ def test_the_update_is_what_peft_adds_to_the_weight(changes):
     assert ({u.rank for u in found} == {4}) == ("rank_pattern" not in changes)
 
 
+def test_an_update_that_is_not_that_of_a_and_b_alone_is_what_merging_adds():
+    model = trained(small_model(use_dora=True))
+    found = {update.name: update for update in updates(model)}
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    weight = layer.get_base_layer().weight.detach().clone()
+    layer.merge()
+    change = (layer.get_base_layer().weight.detach() - weight).double()
+    assert len(found) == 9
+    assert found["layers.0.self_attn.q_proj"].norm == pytest.approx(float(change.norm()), rel=1e-5)
+
+
 def test_ranks_of_known_spectra():
     def update(*values):
         return Update("x", values, 2.0, 4)

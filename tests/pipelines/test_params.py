@@ -1,6 +1,7 @@
 """params.yaml: everything wrong with it is said at once, and by name."""
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipelines.params import load_params as load_view
 from pipelines.stage import set_threads
 from pipelines.train import load_arm
 from tests.project_clone import ROOT
+from trainers.adapters import peft_config
 
 
 @pytest.fixture
@@ -168,6 +170,39 @@ def test_a_variant_runs_another_arms_code_with_settings_of_its_own(raw):
     assert arm.name == "mine" and arm.preconditions and "mine" in arm.title
     with pytest.raises(ConfigError, match=r"unknown arm 'mne'; did you mean 'mine'\?"):
         load_arm("mne", params)
+
+
+def test_an_adapter_from_elsewhere_is_an_arm_by_its_folder(raw, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    raw["arms"]["mine"] = {"adapter": "theirs/mine-{seed}", "rank": 8}
+    raw["matrix"] = {"arms": ["mine"], "seeds": [0, 1]}
+    with pytest.raises(ConfigError) as caught:
+        parse_params(raw)
+    said = str(caught.value)
+    assert "arms.mine.rank: expected nothing beside adapter, whose training is over" in said
+    assert all(f"theirs/mine-{seed}/adapter_config.json cannot be read" in said for seed in (0, 1))
+    raw["arms"]["mine"] = {"adapter": "../mine"}
+    with pytest.raises(ConfigError, match=r"arms\.mine\.adapter: expected a folder in theirs/, which DVC watches"):
+        parse_params(raw)
+    raw["arms"]["mine"] = {"variant_of": "baseline_lora", "peft": "mine.json"}
+    with pytest.raises(ConfigError, match=r"arms\.mine\.peft: expected a file in theirs/, which DVC watches"):
+        parse_params(raw)
+    raw["arms"]["mine"]["peft"] = "theirs/mine.json"
+    file = tmp_path / "theirs/mine.json"
+    file.parent.mkdir()
+    whole = {"peft_type": "LORA", "base_model_name_or_path": "x", "r": 16, "lora_alpha": 32, "use_rslora": True}
+
+    def hashed(**changes):
+        file.write_text(json.dumps(whole | changes))
+        params = parse_params(raw)
+        check.write_code_hashes(params, ROOT / "dvc.yaml", tmp_path / "code")
+        return params, (tmp_path / "code/train.mine").read_text()
+
+    params, first = hashed()
+    assert params.code_of("mine") == "baseline_lora" and params.files_of("mine", 0) == [Path("theirs/mine.json")]
+    config = peft_config(params.train_for("mine"))
+    assert (config.r, config.use_rslora, config.base_model_name_or_path) == (16, True, None)
+    assert hashed(use_dora=True)[1] != first == hashed()[1]
 
 
 def test_the_baseline_beside_an_arm_has_the_arms_settings_and_its_own_optimizer(vision):

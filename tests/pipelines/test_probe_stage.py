@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from db.files import FileError, write_json
+from db.files import FileError, read_record, write_json
+from db.records import VerdictRecord
 from pipelines import base_texts, prepare_data, probe, profile, train, tune, twin
 from pipelines.check import parse_params
+from pipelines.stage import VerdictError
+from tests import foreign_adapter
 from trainers import run
 from trainers.models import ModelError
 from trainers.run import LEDGER
@@ -137,7 +140,28 @@ def test_6_a_twin_that_fails_says_why_and_holds_no_model_beside_the_next(here, m
     assert len(twin.curves(make_params()[0], "baseline_lora", 0, 5, (False, True))) == 2
 
 
-def test_7_the_twin_of_an_arm_differs_in_nothing_but_the_arm():
+def test_7_of_an_adapter_from_elsewhere_is_said_whether_it_changes_anything(here, monkeypatch):
+    raw = make_params()[1]
+    raw["arms"]["theirs"] = {"adapter": "theirs/{seed}"}
+    raw["matrix"] = {"arms": ["theirs"], "seeds": [0, 1]}
+    for seed in (0, 1):  # the second as it was before its training
+        foreign_adapter.make("models/base", f"theirs/{seed}", ["PM2.5 9.0 is good."] * (4 - 4 * seed))
+    params = parse_params(raw)
+    for seed in (0, 1):
+        train.run(params, "theirs", seed)
+    assert probe.run(params, "theirs", 0) is None
+    said = read_record(Path("verdicts/theirs/0/verdict.json"), VerdictRecord)
+    assert (said.verdict, said.as_claimed, said.diagnosis) == ("not_watched", None, "trained_elsewhere")
+    assert {r.name: r.verdict for r in said.readings} == {"verdict": "skipped", "moved": "skipped"}
+    with pytest.raises(VerdictError, match="every update of theirs/1 is zero: this is the base"):
+        probe.run(params, "theirs", 1)
+    assert read_record(Path("verdicts/theirs/1/verdict.json"), VerdictRecord).as_claimed is False
+    trained = json.loads(Path("adapters/theirs/0/run.json").read_text())
+    assert trained["params"]["train"] == {"adapter": "theirs/0"} and trained["extra"]["final_kl"] > 0
+    assert {"theirs/0/adapter_config.json", "theirs/0/adapter_model.safetensors"} <= trained["inputs"].keys()
+
+
+def test_8_the_twin_of_an_arm_differs_in_nothing_but_the_arm():
     params = parse_params(yaml.safe_load(SMOKE))
     own, beside = params.train_for("pure_grit"), params.train_for("pure_grit").shared()
     assert own.learning_rate == beside.learning_rate != params.train_for("baseline_lora").learning_rate

@@ -13,7 +13,9 @@ from trainers.settings import TrainSettings
 
 @pytest.fixture
 def raw():
-    return yaml.safe_load(profile.compose("tiny"))
+    raw = yaml.safe_load(profile.compose("tiny"))
+    raw["train"] |= {"max_steps": 500, "eval_steps": 125}
+    return raw
 
 
 BOTH = r"expected either max_steps or epochs, got both \(max_steps 500, epochs 2\.0\); set one of them"
