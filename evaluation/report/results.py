@@ -112,7 +112,11 @@ def read(session: Session, runs: Sequence[RunFacts], choice: Choice, *, detail: 
             for run_id, rows in metrics.items()
         },
         settings={run_id: stages.get("train", {}).get("train", {}) for run_id, stages in params},
-        tuned={run_id: found for run_id, stages in params if (found := stages.get("train", {}).get("tuned"))},
+        tuned={
+            run_id: found
+            for run_id, stages in params
+            if (found := stages.get("train", {}).get("tuned", {})).get("runs")
+        },
         answers=_credit(credit, "test"),
         retained=_credit(credit, "retention"),
         asked_again=_credit(credit, paraphrase.SPLIT),

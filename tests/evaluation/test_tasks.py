@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -344,3 +345,13 @@ def test_the_suite_is_kept_from_training_and_from_aqi(splits):
     assert not suite & {p for p, _ in trained} and not suite & {it.prompt for it in splits["train"]}
     text = " ".join(p + a for p, a in trained)
     assert not re.search(r"AQI|PM2|PM10|O3|SO2|NO2|\bCO\b|ozone|pollut|Predict", text)
+
+
+def test_the_example_in_the_readme_is_right():
+    """The number of the served model may be another one on another processor; its category is EPA's."""
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    truth = epa.aqi({"pm25": "35.9"})
+    assert text.count("Predict AQI given: PM2.5 35.9 µg/m³") == 2
+    assert f'the right answer is "{aqi.completion(truth)}"' in text
+    served = re.search(r"The answer is `(.+?)`: the category is right", text)[1]
+    assert aqi.named_category(served) == epa.category(truth) == epa.category(aqi.parse(served))
