@@ -330,4 +330,4 @@ def test_d_arms_of_yaml_and_of_another_trainer_stand_in_one_report(clone):
     file.write_text(file.read_text().replace('"lora_alpha": 5', '"lora_alpha": 6'))
     clone.run("python", "-m", "pipelines.check")
     changed = set(re.findall(r"^(\S+):$", clone.run("dvc", "status"), re.MULTILINE)) - {"check"}
-    assert changed == {"train@theirs-0", "probe@theirs-0"}
+    assert changed == {"tune@theirs", "train@theirs-0", "probe@theirs-0"}
