@@ -1,8 +1,8 @@
 """Whether an answer depends on how a question is typed: every exported model, every test item in every form.
 
 Plain, with a newline as `echo` leaves one, with a blank, with a question mark, and as the second question of a
-conversation, rendered by the Modelfile's TEMPLATE. Greedy, by llama.cpp; needs what `make repro` leaves. Run as
-`python -m benchmarks.forms`.
+conversation, rendered by the Modelfile's TEMPLATE: where that has the last question alone, the same text as plain.
+Greedy, by llama.cpp; needs what `make repro` leaves. Run as `python -m benchmarks.forms`.
 """
 
 from dataclasses import asdict

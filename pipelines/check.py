@@ -45,6 +45,7 @@ from trainers.settings import TrainSettings
 from trainers.words import suggest
 
 CODE = Path("outputs/code")
+_NOT_TRIED = {"max_steps", "epochs", "max_length", "overlong", "eval_steps", "save_steps", "report_to"}
 SMOLVLM_FORM = "<|im_start|>User:{prompt}<end_of_utterance>\nAssistant: "
 """Turn of the user and start of the answer, as the chat template of SmolVLM writes them."""
 
@@ -71,16 +72,25 @@ class Params(
     @model_validator(mode="after")
     def _tries(self) -> "Params":
         """Every arm can be trained with every try of section tune."""
-        lines: dict[str, None] = {}
-        for arm, own in ((arm, own) for arm in self.matrix.arms for own in self.tune.tries):
+        lines = dict.fromkeys(
+            f"tune.grid.{key}: expected no such key, since tries would not be alike, or not be what is trained"
+            for key in self.tune.grid
+            if key in _NOT_TRIED
+        )
+        if any(isinstance(value, str) for value in self.tune.grid.get("peft", [])):
+            lines["tune.grid.peft: expected mappings, since nobody watches files that are tried"] = None
+        known = [arm for arm in self.matrix.arms if self.code_of(arm) in arms.names()]  # `_check_arms` names the others
+        for arm, own in ((arm, own) for arm in known for own in self.tune.tries):
             schema: type[BaseModel] = arms.load(self.code_of(arm)).settings
             if unknown := [key for key in own if key not in schema.model_fields]:
                 lines |= {
                     f"tune.grid.{key}: unknown key of {arm}{suggest(key, schema.model_fields)}": None for key in unknown
                 }
                 continue
-            entry = overridden(self.train.model_dump(), self.arms.get(arm, {}))
-            lines |= dict.fromkeys(explain(_errors(schema, overridden(entry, own)), schema, "tune.grid"))
+            entry = overridden(overridden(self.train.model_dump(), self.arms.get(arm, {})), own)
+            lines |= dict.fromkeys(explain(_errors(schema, entry), schema, "tune.grid"))
+            if self.tune.steps is not None and self.tune.steps <= entry["warmup_steps"]:
+                lines[f"tune.steps: expected more than {arm}'s warm-up of {entry['warmup_steps']}"] = None
         if lines:
             raise ValueError("\n".join(lines))
         return self

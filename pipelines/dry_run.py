@@ -1,7 +1,7 @@
 """What a run needs, tried on this machine: `python -m pipelines.dry_run [--arm ARM]`, after `dvc repro base_texts`.
 
 Every arm takes two real optimizer steps with the longest items of the training data: the first one makes the
-optimizer's state, the second one is timed. The probe looks on, and the longest
+optimizer's state, the second one is timed. What stage tune tries is not counted. The probe looks on, and the longest
 validation items are evaluated. Exit code 0: it fits, 1: it does not, 2: it cannot be tried.
 """
 

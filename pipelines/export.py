@@ -16,6 +16,7 @@ from pydantic import Field
 
 from db.files import artifact, finish_run, hash_inputs, read_jsonl, sha256, staged, start_run, write_json, write_record
 from db.records import ParityRecord
+from evaluation.paraphrase import SPLIT
 from evaluation.tasks import Item
 from export import ExportError, converters, gguf, parity
 from export.engines.base import LocalEngine, Message, conversation, fill
@@ -101,7 +102,7 @@ def check_room(reference: BaseReference, serving: Serving, answer: int) -> None:
     Raises ExportError: some do not fit the context; says how many and how long the longest is.
     """
     tokenizer, most = load_tokenizer(reference), serving.num_ctx
-    items = [row for split in ("test", "retention") for row in read_jsonl(DATA / f"{split}.jsonl")]
+    items = [row for split in ("test", "retention", SPLIT) for row in read_jsonl(DATA / f"{split}.jsonl")]
     lengths = [len(tokenizer(fill(serving.template, item["prompt"]))["input_ids"]) for item in items]
     over = [length for length in lengths if length + answer + PREFIX > most]
     if over:

@@ -6,6 +6,7 @@ evaluation loss wins. A run that is done is kept by everything that decides it, 
 
 import gc
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,13 +14,15 @@ from typing import Annotated, Any
 
 import typer
 
-from db.files import exclusive, read_json, staged, write_json
+from db.files import exclusive, key_of, read_json, staged, write_json
+from pipelines.code import code_hash
 from pipelines.params import ConfigError, load_params
 from pipelines.stage import cli, main_for
 from pipelines.train import TUNED, Params, job_of, key_of_run, load_arm
 from trainers.run import run as train
 
 KEPT = Path("checkpoints/tune")
+_PLUGINS = ("trainers.arms", "evaluation.tasks")
 
 
 def tried(params: Params, arm: str, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,8 +32,10 @@ def tried(params: Params, arm: str, own: Mapping[str, Any]) -> dict[str, Any]:
         settings = settings.model_copy(update={"max_steps": section.steps, "epochs": None})
     steps = {"eval_steps": 10**9} if not settings.keeps_best else {}  # the loss at the end is what counts
     settings = settings.model_copy(update={"report_to": [], **steps})
-    key = key_of_run(params, arm, section.seed, {"train": settings.model_dump(), "prompt": params.prompt.model_dump()})
-    kept = KEPT / arm / f"{key[:16]}.json"
+    shown = {"train": settings.model_dump(), "prompt": params.prompt.model_dump()}
+    # Unlike a checkpoint it stays, so all code that decides it counts.
+    code = code_hash("pipelines.train", f"trainers.arms.{params.code_of(arm)}", plugins=dict.fromkeys(_PLUGINS, ()))
+    kept = KEPT / arm / f"{key_of([key_of_run(params, arm, section.seed, shown), code])[:16]}.json"
     with exclusive(kept.with_suffix(".lock"), f"tune {arm}"):
         if not kept.is_file():
             with TemporaryDirectory() as folder:
@@ -39,13 +44,16 @@ def tried(params: Params, arm: str, own: Mapping[str, Any]) -> dict[str, Any]:
             loss = said["final_eval_loss"]
             found = {"evaluation_loss": loss if math.isfinite(loss) else None, "seconds": said["train_seconds"]}
             write_json(kept, {"settings": dict(own), **found})
+            shutil.rmtree(kept.with_suffix(""), ignore_errors=True)  # its checkpoints
             gc.collect()  # cycles keep a Trainer alive, and two models need not fit a GPU
     return dict(read_json(kept))
 
 
 def borders(grid: Mapping[str, Sequence[Any]], chosen: Mapping[str, Any]) -> list[str]:
-    """Keys of which the chosen value is the smallest or the largest that was tried: the best may lie beyond."""
-    numbers = {key: values for key, values in grid.items() if all(isinstance(v, int | float) for v in values)}
+    """Keys of which the chosen value is the smallest or the largest of three or more: the best may lie beyond."""
+    numbers = {
+        key: values for key, values in grid.items() if len(values) > 2 and all(type(v) in (int, float) for v in values)
+    }
     return [key for key, values in numbers.items() if chosen[key] in (min(values), max(values))]
 
 
@@ -53,7 +61,7 @@ def run(params: Params, arm: str) -> None:
     """Raises ConfigError: no try of the arm ended with a finite loss."""
     section = params.tune
     tries = section.tries if params.adapter_of(arm, section.seed) is None else []  # its training is over
-    content: dict[str, Any] = {"arm": arm, **section.model_dump(), "runs": []}
+    content: dict[str, Any] = {"arm": arm, "runs": []}
     for number, own in enumerate(tries, start=1):
         content["runs"].append(found := tried(params, arm, own))
         told = ", ".join(f"{key} {value}" for key, value in own.items())
@@ -62,6 +70,7 @@ def run(params: Params, arm: str) -> None:
         finite = [one for one in content["runs"] if one["evaluation_loss"] is not None]
         if not finite:
             raise ConfigError(f"tune.grid: no try of {arm} ended with a finite loss; lower the rates")
+        content |= section.model_dump()
         content["chosen"] = min(finite, key=lambda one: one["evaluation_loss"])["settings"]
         content["at_border"] = borders(section.grid, content["chosen"])
     with staged(TUNED / arm) as folder:

@@ -167,7 +167,9 @@ def test_5_a_second_run_changes_nothing_and_comments_rerun_nothing(clone):
         return changed
 
     assert reruns("# A comment.\n") == set()
-    grit = {f"{stage}@{arm}-0" for stage in ("train", "probe") for arm in ARMS[1:]} | {f"tune@{arm}" for arm in ARMS[1:]}
+    grit = {f"{stage}@{arm}-0" for stage in ("train", "probe") for arm in ARMS[1:]} | {
+        f"tune@{arm}" for arm in ARMS[1:]
+    }
     assert reruns("A_CONSTANT = 1\n") == grit
 
 

@@ -65,8 +65,8 @@ def its_base(folder: Path, base: BaseReference) -> str:
     """
     name = read_config(folder / CONFIG).get("base_model_name_or_path")
     ours = [place for place in (base.location, base.merge_location) if place]
-    if not name or name in ours:
-        return "name" if name else "unknown"
+    if not name or name in ours:  # one folder may have held other weights
+        return "unknown" if not name or Path(name).is_dir() else "name"
     theirs, own = (Path(place) / "model.safetensors" for place in (name, base.location))
     if theirs.is_file() and own.is_file():
         if sha256(theirs) == sha256(own):
@@ -109,6 +109,6 @@ def moved(folder: Path) -> float:
     layers: dict[str, list[bool]] = {}
     lora = read_config(folder / CONFIG)["peft_type"] == "LORA"
     for name, tensor in load_file(folder / WEIGHTS).items():
-        if not lora or ".lora_A" in name or ".lora_B" in name:
+        if not lora or ".lora_A" in name or ".lora_B" in name or ".lora_embedding_" in name:
             layers.setdefault(name.split(".lora_")[0], []).append(bool(tensor.any()))
     return sum(all(own) for own in layers.values()) / max(len(layers), 1)

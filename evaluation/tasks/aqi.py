@@ -106,13 +106,20 @@ def item_of(item_id: str, readings: Mapping[str, float | str | Decimal], rng: ra
 
 def reworded(item: Item, rng: random.Random, wordings: Sequence[str] = OTHER_WORDINGS) -> str:
     """The same readings in another wording, order and form; a prompt of the user's own stays as it is."""
-    readings, (opening, _) = item.truth.get("readings"), WORDINGS[0].split("{")
-    if not readings or not item.prompt.startswith(opening):
+    readings = item.truth.get("readings")
+    if not readings or not _ours(item.prompt, readings):
         return item.prompt
     order = list(readings)
     rng.shuffle(order)
     style, between = rng.choice(OTHER_READINGS), rng.choice(BETWEEN)
     return rng.choice(wordings).format(readings=between.join(_reading(key, readings[key], style) for key in order))
+
+
+def _ours(asked: str, readings: Mapping[str, str]) -> bool:
+    """Whether a prompt is one that `prompt` makes of these readings."""
+    openings = [wording.removesuffix("{readings}") for wording in WORDINGS]
+    said = [sorted(asked.removeprefix(opening).split(", ")) for opening in openings if asked.startswith(opening)]
+    return any(sorted(_reading(key, readings[key], style) for key in readings) in said for style in READINGS)
 
 
 REWORDINGS = {"wording": reworded, "mark": marked}

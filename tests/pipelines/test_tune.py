@@ -53,7 +53,7 @@ def test_every_arm_gets_the_same_tries_and_is_trained_with_the_best(tries):
     assert len(of) == 3 and all(own == of["baseline_lora"] for own in of.values())
     assert of["baseline_lora"] == [(rate, alpha, 7, 100) for rate in RATES for alpha in ALPHAS]
     said = found("pure_grit")
-    assert said["chosen"] == {"learning_rate": 2e-3, "alpha": 16.0} and said["at_border"] == ["alpha"]
+    assert said["chosen"] == {"learning_rate": 2e-3, "alpha": 16.0} and said["at_border"] == []
     assert [one["evaluation_loss"] is None for one in said["runs"]] == [False] * 4 + [True, False]
     settings = given.train_for("pure_grit")
     assert (settings.learning_rate, settings.alpha, settings.max_steps) == (2e-3, 16.0, given.train.max_steps)
@@ -92,6 +92,9 @@ def test_what_cannot_be_tried_is_refused_before_anything_is(tries, monkeypatch):
         ({"grid": {"learning_rate": [1e-3, 1e-3]}}, r"learning_rate: expected values, each once"),
         ({"grid": {"learning_rat": [1e-3]}}, r"tune\.grid\.learning_rat: unknown key.*did you mean 'learning_rate'"),
         ({"grid": {"learning_rate": [-1.0]}}, r"tune\.grid\.learning_rate: .*greater than 0, got -1\.0"),
+        ({"grid": {"max_steps": [5, 10]}}, r"tune\.grid\.max_steps: expected no such key"),
+        ({"grid": {"peft": ["theirs/a.json"]}}, r"tune\.grid\.peft: expected mappings"),
+        ({"steps": 2}, r"tune\.steps: expected more than baseline_lora's warm-up of 2"),
     ):
         with pytest.raises(ConfigError, match=said):
             params(**changes)

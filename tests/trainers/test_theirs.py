@@ -37,7 +37,7 @@ def test_one_that_fits_is_copied_and_measured(made, make_job):
     for name in (CONFIG, WEIGHTS):
         assert (job.output / name).read_bytes() == (made / name).read_bytes()
     assert said["final_eval_loss"] == pytest.approx(loss_of(job), rel=1e-4) and said["final_kl"] > 0
-    assert (said["trained"], said["base_compared_by"]) == ("elsewhere", "name")
+    assert (said["trained"], said["base_compared_by"]) == ("elsewhere", "unknown")
     assert not said.keys() & {"steps", "train_seconds", "final_loss"}
     assert json.loads((job.output / "loss_history.json").read_text()) == []
     assert problems(made) == [] and moved(made) == 1.0
