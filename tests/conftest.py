@@ -4,7 +4,8 @@ import json
 import os
 import random
 import shutil
-from itertools import islice
+import zlib
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,17 @@ def base_dir(once, tmp_path_factory):
         seed=0, vocab_size=512, hidden_size=64, intermediate_size=128, layers=2, heads=2, context=256,
         examples=1600, batch_size=32, learning_rate=3e-3, precision="fp32",
     )  # fmt: skip
-    questions = islice(general.questions(0, held_out=False), settings.examples)
-    examples = [(render(TEMPLATE, p), a) for _, p, a in questions]
+    # Drawn here and not by general.questions: tests lean on what so small a base happens to say, which must not change
+    # with the rule of what is held out.
+    rng = random.Random("general-0-False")
+    examples = []
+    for name in cycle(general.TRAINING_TURNS):
+        prompt, answer = general.GENERAL_TASKS[name](rng)
+        while zlib.crc32(prompt.encode()) % 10 == 0:
+            prompt, answer = general.GENERAL_TASKS[name](rng)
+        examples.append((render(TEMPLATE, prompt), answer))
+        if len(examples) == settings.examples:
+            break
 
     def make(folder):
         train_base(settings, examples, folder, tmp_path_factory.mktemp("checkpoints"), folder)

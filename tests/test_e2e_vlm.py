@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.project_clone import make_clone
-from tests.vision_sizes import ARMS, RETENTION_ITEMS, TEST_ITEMS
+from tests.vision_sizes import ARMS, ASKED_AGAIN, RETENTION_ITEMS, TEST_ITEMS
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def test_1_the_database_has_verdicts_scores_and_every_answer(clone):
     said = clone.query("select arm, probe.value, probe.verdict from probe join run on run.id = run_id "
                        "where probe.name = 'verdict' order by arm")  # fmt: skip
     assert said == [("baseline_lora", 0.0, "pass"), ("grit_vlm", 1.0, "pass")]
-    assert clone.query("select count(*) from sample") == [(3 * (TEST_ITEMS + RETENTION_ITEMS),)]
+    assert clone.query("select count(*) from sample") == [(3 * (TEST_ITEMS + RETENTION_ITEMS + ASKED_AGAIN),)]
     names = {name for (name,) in clone.query("select distinct name from metric where split = 'test'")}
     assert names >= {"aqi_vision_accuracy", *(f"aqi_vision_{kind}_accuracy" for kind in ("colour", "bars", "gauge"))}
     shown = clone.query("select distinct substr(prompt, 1, 18) from sample where split = 'test'")
@@ -43,7 +43,7 @@ def test_2_what_was_scored_is_what_was_trained(clone):
         adapter = trained["artifacts"][0]
         assert adapter["path"] == f"adapters/{arm}/0/adapter_model.safetensors"
         assert scored["inputs"][adapter["path"]] == adapter["sha256"]
-        for record, splits in ((trained, {"train", "valid"}), (scored, {"test", "retention"})):
+        for record, splits in ((trained, {"train", "valid"}), (scored, {"test", "retention", "paraphrased"})):
             assert {name.split(".")[1] for name in record["inputs"] if name.startswith("data/images.")} == splits
             assert "models/base/base.json" in record["inputs"]
         assert scored["git"]["commit"] == trained["git"]["commit"] is not None

@@ -50,7 +50,7 @@ def test_leads_are_the_logits_own(pair):
 @pytest.mark.parametrize("reason", ["stop", "length"])
 def test_a_guess_changes_no_answer_and_a_right_one_takes_one_pass(base_dir, monkeypatch, reason):
     engine, tokens = HfEngine(str(base_dir), TEMPLATE), 8
-    torch.manual_seed(1)
+    torch.manual_seed(0)
     for weights in engine._model.parameters():  # a base of a few steps says one token again and again
         weights.data += 0.2 * torch.randn_like(weights)
     ids = engine.tokenize(engine.render("Repeat: apple"))

@@ -179,7 +179,7 @@ def test_questions_that_do_not_fit_the_context_are_refused_before_the_work(tmp_p
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    for split, prompts in {"test": ["1 + 1", "apple " * 60], "retention": ["2 + 2"]}.items():
+    for split, prompts in {"test": ["1 + 1", "apple " * 60], "retention": ["2 + 2"], "paraphrased": []}.items():
         lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
         (tmp_path / f"data/{split}.jsonl").write_text("\n".join(lines) + "\n")
     reference = BaseReference(location=str(base_dir))
