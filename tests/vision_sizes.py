@@ -8,7 +8,7 @@ from pipelines.profile import PROFILES, merged
 from tests.project_clone import ROOT
 
 ARMS = ("baseline_lora", "grit_vlm")
-TEST_ITEMS, RETENTION_ITEMS = 36, 7 * 3
+TEST_ITEMS, RETENTION_ITEMS, ASKED_AGAIN = 36, 7 * 3, 6
 
 
 def small(**more: dict[str, Any]) -> dict[str, Any]:
