@@ -57,7 +57,7 @@ def test_2_what_was_scored_is_what_was_trained(clone):
     )
     assert checked.returncode == 0
     pictures = {path.name for path in (clone.folder / "data/images").iterdir()}
-    assert len(pictures) == sum(len(file.read_text().splitlines()) for file in manifests)
+    assert len(pictures) == len({line for file in manifests for line in file.read_text().splitlines()})
 
 
 def test_3_the_reports_are_about_this_task_and_nothing_exported(clone):

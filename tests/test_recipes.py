@@ -47,9 +47,10 @@ def test_data_come_from_the_local_files_and_do_not_leak(recipe):
     assert made["inputs"] == written and written, "each file that was written was read, and no other"
     assert made["extra"]["items"]["test"] == TEST_ITEMS and made["extra"]["items"]["train"] > 200
     some = [load(TASK).make_item("", row) for row in recipe_data.rows(TASK, ROWS + TEST_ROWS)]
-    pairs = {(i["prompt"], i["completion"]) for split in ("test", "train") for i in items(recipe, split)}
+    pairs = {(i["prompt"].strip(), i["completion"]) for split in ("test", "train") for i in items(recipe, split)}
     assert pairs <= {(one.prompt, one.completion) for one in some}
-    assert not {i["prompt"] for i in items(recipe, "test")} & {i["prompt"] for i in items(recipe, "train")}
+    tested, trained = ({i["prompt"].strip() for i in items(recipe, split)} for split in ("test", "train"))
+    assert not tested & trained
 
 
 def test_every_arm_is_trained_judged_exported_and_scored(recipe):
