@@ -1,9 +1,10 @@
-"""Optimizers by the names that transformers has for them, with arguments of their own."""
+"""Optimizers by the names that transformers has for them, or by a dotted path, with arguments of their own."""
 
 import inspect
 import json
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -13,11 +14,58 @@ PLAIN = "adamw_torch"
 """Needs no looking up."""
 ADAMW = (PLAIN, "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
 _OURS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+_OF_FUNCTIONS = {"r": "rank", "lora_alpha": "alpha"}
 
 
 def arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of an optimizer's class; YAML has no tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def is_path(name: str) -> bool:
+    return "." in name
+
+
+def _of_path(path: str, ours: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A class of torch's kind, or a function of a model, and those of our arguments that it takes.
+
+    Raises ValueError: there is no such thing, or it makes no optimizer.
+    """
+    import torch
+
+    module, _, name = path.rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"there is no module {error.name}; install the package that has it") from None
+    parameters = inspect.signature(kind).parameters if callable(kind) else {}
+    if not _is_class(kind) and "model" not in parameters:
+        raise ValueError("expected a class of torch's optimizers, or a function of a model")
+    ours = {**ours, "optimizer_cls": torch.optim.AdamW}
+    return kind, {name: value for name, value in ours.items() if name in parameters or (name in _OURS and _open(kind))}
+
+
+def for_trainer(trainer: Any, settings: Any) -> tuple[Any, dict[str, Any]]:
+    """Its `optimizer_cls_and_kwargs`; what is no class there is called before the result gets the model."""
+    s, own = settings, arguments(settings.optim_args)
+    if not is_path(s.optimizer):
+        kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        return kind, {**options, **own}
+    ours = {"lr": s.learning_rate, "weight_decay": s.weight_decay, "r": s.rank, "lora_alpha": s.alpha}
+    kind, options = _of_path(s.optimizer, ours)
+    return kind if _is_class(kind) else lambda: kind, {**options, **own}
+
+
+def _is_class(kind: Any) -> bool:
+    import torch
+
+    return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+
+
+def _open(kind: Any) -> bool:
+    """Whether a function hands on arguments that it does not name."""
+    variadic = inspect.Parameter.VAR_KEYWORD
+    return not _is_class(kind) and any(p.kind is variadic for p in inspect.signature(kind).parameters.values())
 
 
 def problems(name: str, given: Mapping[str, Any]) -> list[str]:
@@ -32,26 +80,39 @@ def _problems(name: str, given: str) -> list[str]:
     from transformers.training_args import OptimizerNames
 
     known = [known.value for known in OptimizerNames]
-    if name not in known:
-        return [f"optimizer: unknown name {name!r}{suggest(name, known)}"]
-    with TemporaryDirectory() as folder:
-        try:
-            args = TrainingArguments(folder, optim=name, use_cpu=True, report_to="none")
-            kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
-        except (ImportError, ValueError) as error:
-            return [f"optimizer: {name} cannot be used: {error}"]
+    if name not in known and not is_path(name):
+        return [f"optimizer: unknown name {name!r}{suggest(name, known)} A dotted path is another's class or function."]
+    ours = dict(_OURS)
+    try:
+        if is_path(name):
+            kind, options = _of_path(name, {"lr": 1e-3, "weight_decay": 0.0, **dict.fromkeys(_OF_FUNCTIONS, 2)})
+            ours |= {} if _is_class(kind) else _OF_FUNCTIONS
+        else:
+            with TemporaryDirectory() as folder:
+                args = TrainingArguments(folder, optim=name, use_cpu=True, report_to="none")
+                kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    except (AttributeError, ImportError, ValueError) as error:
+        return [f"optimizer: {name} cannot be used: {error}"]
     own = json.loads(given)
-    found = [f"optim_args.{key}: expected {_OURS[key]} of section train in its place" for key in own if key in _OURS]
-    taken = [key for key in inspect.signature(kind).parameters if key not in ("params", "args", *_OURS)]
+    found = [f"optim_args.{key}: expected {ours[key]} of section train in its place" for key in own if key in ours]
+    taken = [key for key in inspect.signature(kind).parameters if key not in ("params", "args", "model", *ours)]
     found += [
-        f"optim_args.{key}: unknown key of {name}{suggest(key, taken)}" for key in own if key not in (*taken, *_OURS)
+        f"optim_args.{key}: unknown key of {name}{suggest(key, taken)}"
+        for key in own
+        if key not in (*taken, *ours) and not _open(kind)
     ]
     if found:
         return found
     try:
-        weight = torch.nn.Parameter(torch.ones(2, 2))
-        weight.grad = torch.ones(2, 2)
-        kind([weight], **{**options, **arguments(own)}).step()
-    except (AssertionError, AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
+        if not _is_class(kind):
+            from peft import LoraConfig, get_peft_model
+
+            model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+        model(torch.ones(1, 2)).sum().backward()
+        made = kind(model.parameters() if _is_class(kind) else model, **{**options, **arguments(own)})
+        getattr(made, "train", dict)()  # of schedule-free ones
+        made.step()
+    except (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         return [f"optim_args: {name} refuses {own}: {error}" if own else f"optimizer: {name} cannot be used: {error}"]
     return []

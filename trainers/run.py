@@ -108,7 +108,7 @@ def training_arguments(job: TrainingJob, **changes: Any) -> Any:
         warmup_steps=s.warmup_steps,
         weight_decay=s.weight_decay,
         max_grad_norm=s.max_grad_norm,
-        optim=s.optimizer,
+        optim=optimizers.PLAIN if optimizers.is_path(s.optimizer) else s.optimizer,
         bf16=s.precision == "bf16",
         gradient_checkpointing=s.gradient_checkpointing,
         max_length=None,  # what is too long was refused or left out
@@ -237,11 +237,10 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
     )
     if named:
         adapters.finish_start(trainer, read)
-    if job.settings.optim_args:
+    if job.settings.optim_args or optimizers.is_path(job.settings.optimizer):
         if trainer.optimizer_cls_and_kwargs is not None:
             raise ModelError(f"train.optim_args: expected {{}}, since {arm.name} has an optimizer of its own")
-        kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-        trainer.optimizer_cls_and_kwargs = kind, {**options, **optimizers.arguments(job.settings.optim_args)}
+        trainer.optimizer_cls_and_kwargs = optimizers.for_trainer(trainer, job.settings)
     trainer.remove_callback(PrinterCallback)  # the Trainer's own choice where there is no bar
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL puts adapters on a 4-bit base into bf16; the optimizer wants float32
@@ -300,6 +299,7 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started  # of this process's share of the training
 
+    getattr(trainer.optimizer, "eval", dict)()  # a schedule-free one has its averaged weights saved, as evaluated
     scale_update(trainer.model, job.settings.scale_update)
     trainer.model.save_pretrained(job.output, safe_serialization=True)
     trainer.processing_class.save_pretrained(job.output)

@@ -120,8 +120,8 @@ class TrainSettings(Section):
     warmup_steps: Annotated[int, Field(ge=0)]
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(ge=0, description="0 = no clipping")]
-    optimizer: str  # any name of transformers'
-    optim_args: dict[str, Any] = {}  # of its class
+    optimizer: str  # any name of transformers', or the dotted path of a class or of a function of a model
+    optim_args: dict[str, Any] = {}  # of that class or function
     peft: dict[str, Any] | str = {}  # a PEFT configuration's fields, or the path of an adapter_config.json
     precision: Literal["fp32", "bf16"]
     max_length: Annotated[int, Field(ge=8, description="tokens of prompt and completion")]

@@ -1,4 +1,4 @@
-"""Arms from YAML: optimizers by transformers' names, PEFT's methods and starts, and what is said of those that fail."""
+"""Arms from YAML: optimizers by name and by path, PEFT's methods and starts, and what is said of those that fail."""
 
 from dataclasses import replace
 
@@ -22,6 +22,7 @@ from trainers.run import build, run, training_arguments
 
 ARM = baseline_lora.ARM
 IDS = torch.arange(3, 43)[None]
+LORA_PLUS, LORA_FA = "peft.optimizers.create_loraplus_optimizer", "peft.optimizers.create_lorafa_optimizer"
 
 
 def logits(model):
@@ -121,6 +122,20 @@ def test_an_optimizer_of_transformers_gets_its_arguments(make_job):
     assert (name, tuple(group["betas"])) == ("GritOptimizer", (0.8, 0.95))
 
 
+def test_an_optimizer_by_its_path_gets_its_arguments(make_job):
+    def made(optimizer, **own):
+        return build(ARM, make_job(optimizer=optimizer, weight_decay=0.1, optim_args=own))[0].create_optimizer()
+
+    group = made("torch.optim.Muon", momentum=0.8).param_groups[0]
+    assert (group["momentum"], group["lr"], group["weight_decay"], len(group["params"])) == (0.8, 0.01, 0.1, 12)
+    a, *_, b, _ = made(LORA_PLUS, loraplus_lr_ratio=4, betas=[0.8, 0.999]).param_groups
+    assert (a["lr"], b["lr"], b["betas"]) == (0.01, 0.04, (0.8, 0.999))
+    group = made(LORA_FA).param_groups[0]
+    assert (group["scaling_factor"], group["weight_decay"], group["params"][0].requires_grad) == (2.0, 0.1, False)
+    preconditioned = made("peft.optimizers.create_riemannian_optimizer", reg=0.1)
+    assert isinstance(preconditioned, torch.optim.AdamW) and preconditioned.param_groups[0]["weight_decay"] == 0.1
+
+
 def test_of_several_gpus_one_is_taken_and_said(make_job, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     args = training_arguments(make_job(batch_size=4), use_cpu=False)
@@ -140,6 +155,14 @@ LORA, GRIT = "baseline_lora", "pure_grit"
 REFUSED = [
     (LORA, {"optimizer": "lion_32bits"}, r"optimizer: unknown name 'lion_32bits'; did you mean 'lion_32bit'\?"),
     (LORA, {"optimizer": "galore_adamw"}, r"galore_adamw cannot be used: .*install `galore_torch`"),
+    (LORA, {"optimizer": "not_there.Lion"}, r"there is no module not_there; install the package that has it"),
+    (LORA, {"optimizer": "torch.optim.Lion"}, r"cannot be used: .*no attribute 'Lion'"),
+    (LORA, {"optimizer": "torch.nn.Linear"}, r"expected a class of torch's optimizers, or a function of a model"),
+    (LORA, {"optimizer": LORA_PLUS}, r"cannot be used: .*missing 1 required .*'loraplus_lr_ratio'"),
+    (LORA, {"optimizer": LORA_PLUS, "optim_args": {"loraplus_lr_ratio": 4, "x": 1}}, r"refuses .*unexpected .* 'x'"),
+    (LORA, {"optimizer": "torch.optim.Muon", "optim_args": {"beta": 0}}, r"optim_args\.beta: unknown key of torch"),
+    (LORA, {"optimizer": LORA_FA, "optim_args": {"r": 4}}, r"optim_args\.r: expected rank of section train"),
+    (GRIT, {"optimizer": "torch.optim.Muon"}, r"optimizer: expected one of adamw_torch, .*GRIT takes AdamW's step"),
     (LORA, {"optim_args": {"beta": 0.9}}, r"optim_args\.beta: unknown key of adamw_torch; did you mean 'betas'"),
     (LORA, {"optim_args": {"lr": 0.9}}, r"optim_args\.lr: expected learning_rate of section train"),
     (LORA, {"optim_args": {"betas": [2, 0.9]}}, r"optim_args: adamw_torch refuses .*Invalid beta"),
