@@ -1,0 +1,478 @@
+"""How many steps LoRA's optimizers and starts need, each tuned with the same budget, against AdamW that is tuned too.
+
+Every run is one of the pipeline's arms, by `trainers.run.run`, on the data and the base of the default profile: rank
+16, batches of 16, a linear schedule that ends at the horizon, nothing preserved. Batches that a start reads count as
+steps. A row a run goes to results/frontier_runs.jsonl; a run whose row is there is not repeated, so the bench goes on
+after a kill, and several processes share the work (each with one thread). Seconds are those of a shared machine, for
+the table's time ratio alone; benchmarks/grit_overhead.py times in turn.
+
+Tuning, the same for every method, on seed 100 and split valid:
+  150  4 pairs of α and β₁ × 3 rates; the best without warm-up; a rate beyond, where the best rate is the last of three
+  300  the best two of 150, × rate 1 and 0.6
+  600  the best of 300 × rate 1 and 0.6, the second × 0.6
+   75  the best of 150, × rate 1 and 1.5 (AdamW and ours)
+A run is given up where at a third of its steps it is more than 15% above the best so far, of its method and horizon.
+
+Comparing: seeds 0 to 4 on split test. What is tuned to no better than 8% above AdamW at 150 is compared there alone.
+
+rsLoRA is AdamW with α·√r in the place of α, a point of the grid, and has no runs of its own. A new method is an entry
+of METHODS; one that has been changed is run anew, since its entry is part of a row's key. A new centre of rates keeps
+the rows that both grids share.
+
+  python -m benchmarks.frontier --plan                # runs, steps and hours that are left
+  python -m benchmarks.frontier --horizons 150 300    # run them, then write results/frontier.json
+  python -m benchmarks.frontier --report              # that alone, from the rows
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks._harness import RESULTS, write
+from db.files import git_state, torch_device
+
+FOLDER = Path(__file__).resolve().parents[1]
+RUNS = RESULTS / "frontier_runs.jsonl"
+HORIZONS = (75, 150, 300, 600)
+SEEDS, TUNING_SEED = range(5), 100
+STEPS_BETWEEN = {112: 150, 225: 300, 450: 600}
+"""Where the curve of our own method is measured too → the horizon that its settings are of."""
+FARTHER, FEWER = 1.7, 0.6
+GIVE_UP, TOO_FAR = 1.15, 1.08
+
+POINTS = ((64, 0.8), (128, 0.8), (128, 0.7), (32, 0.9))
+SLOWER = ((64, 0.9), (128, 0.9), (128, 0.8), (32, 0.95))
+"""(α, β₁) where the package's own β₁ is above AdamW's."""
+
+
+@dataclass(frozen=True)
+class Method:
+    rate: float  # the middle one of three
+    train: Mapping[str, Any] = field(default_factory=dict)  # of section train, and of the arm
+    arm: str = "baseline_lora"
+    points: Sequence[tuple[int, float]] = POINTS
+    momentum: str | None = "betas"  # argument that takes β₁; None: it has none
+    beta2: float = 0.999
+    start: int = 0  # steps that the batches of its start would have made
+    ours: bool = False
+
+
+def _peft(**values: Any) -> dict[str, Any]:
+    return {"peft": values}
+
+
+def _optimizer(path: str, **own: Any) -> dict[str, Any]:
+    return {"optimizer": path, "optim_args": own}
+
+
+METHODS: dict[str, Method] = {
+    "adamw": Method(3e-3),
+    "grit": Method(2e-3, {"grit": {"enable_rank_adaptation": False}}, arm="pure_grit", ours=True),
+    "lora_plus": Method(1.5e-3, _optimizer("peft.optimizers.create_loraplus_optimizer", loraplus_lr_ratio=4)),
+    "dora": Method(3e-3, _peft(use_dora=True)),
+    "pissa": Method(1e-3, _peft(init_lora_weights="pissa")),
+    "olora": Method(1e-3, _peft(init_lora_weights="olora")),
+    "eva": Method(3e-3, _peft(init_lora_weights="eva"), start=4),
+    "lora_ga": Method(1e-3, _peft(init_lora_weights="lora_ga"), start=4),
+    "corda": Method(1e-3, _peft(init_lora_weights="corda"), start=4),
+    "lora_one": Method(3e-3, arm="lora_one", start=1),
+    "riemannian": Method(3e-3, _optimizer("peft.optimizers.create_riemannian_optimizer")),
+    "lora_fa": Method(
+        5e-3,
+        _optimizer("peft.optimizers.create_lorafa_optimizer"),
+        points=((32, 0), (64, 0), (128, 0), (256, 0)),
+        momentum=None,
+    ),
+    "lora_rite": Method(3e-3, _optimizer("pytorch_optimizer.LoRARite") | {"max_grad_norm": 0.0}),  # it clips itself
+    "muon": Method(
+        1e-2, _optimizer("torch.optim.Muon", adjust_lr_fn="match_rms_adamw"), points=SLOWER, momentum="momentum"
+    ),
+    "soap": Method(3e-3, _optimizer("pytorch_optimizer.SOAP", precondition_frequency=5), beta2=0.95),
+    "shampoo": Method(
+        3e-3,
+        _optimizer(
+            "pytorch_optimizer.ScalableShampoo",
+            graft_type=3,  # RMSProp's length of step
+            moving_average_for_momentum=True,
+            start_preconditioning_step=5,
+            preconditioning_compute_steps=5,
+        ),
+        beta2=0.99,
+    ),
+    "prodigy": Method(1.0, _optimizer("pytorch_optimizer.Prodigy", bias_correction=True, safeguard_warmup=True)),
+    "schedule_free": Method(6e-3, _optimizer("schedule_free_adamw") | {"lr_scheduler": "constant"}, points=SLOWER),
+}
+
+# Rows
+
+
+def key(run: Mapping[str, Any]) -> str:
+    return json.dumps(
+        [run[name] for name in ("method", "entry", "settings", "horizon", "seed", "kind")], sort_keys=True
+    )
+
+
+def read_rows() -> dict[str, dict[str, Any]]:
+    if not RUNS.is_file():
+        return {}
+    # The last line may have been cut short.
+    lines = [line for line in RUNS.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return {key(row): row for row in map(json.loads, lines)}
+
+
+def append(row: Mapping[str, Any]) -> None:
+    with RUNS.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# What there is to run
+
+Rows = Mapping[str, Mapping[str, Any]]
+
+
+def _run(name: str, horizon: int, settings: Mapping[str, Any], kind: str = "tune", seed: int = TUNING_SEED) -> Any:
+    entry = {k: v for k, v in asdict(METHODS[name]).items() if k not in ("rate", "points", "ours")}
+    return {
+        "method": name, "entry": entry, "settings": dict(settings), "horizon": horizon, "seed": seed, "kind": kind,
+    }  # fmt: skip
+
+
+def _loss(row: Mapping[str, Any]) -> float:
+    return math.inf if row["loss"] is None else float(row["loss"])
+
+
+def _times(settings: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    return {**settings, "rate": float(f"{settings['rate'] * factor:.3g}")}
+
+
+def tries(name: str, horizon: int, rows: Rows) -> list[Any]:
+    """The tuning runs of a method at a horizon, as far as they can be told from the rows; the first ones first."""
+    if horizon != 150:
+        first = ranked(name, {300: 150, 600: 300, 75: 150}[horizon], rows)
+        if not first:
+            return []
+        best, second = (row["settings"] for row in first[:2])
+        found = {
+            300: [best, _times(best, FEWER), second, _times(second, FEWER)],
+            600: [best, _times(best, FEWER), _times(second, FEWER)],
+            75: [best, _times(best, 1.5)],
+        }[horizon]
+        return [_run(name, horizon, own) for number, own in enumerate(found) if own not in found[:number]]
+    middle = METHODS[name].rate
+    rates = [float(f"{middle * factor:.3g}") for factor in (1, FEWER, FARTHER)]
+    grid = [
+        _run(name, 150, {"alpha": alpha, "beta1": beta1, "warmup": 0.13, "rate": rate})
+        for rate in rates
+        for alpha, beta1 in METHODS[name].points
+    ]
+    if any(key(run) not in rows for run in grid):
+        return grid
+    best = min((rows[key(run)] for run in grid), key=_loss)["settings"]
+    beyond = {rates[1]: FEWER, rates[2]: FARTHER}.get(best["rate"])
+    more = [{**best, "warmup": 0.0}] + ([_times(best, beyond)] if beyond else [])
+    return grid + [_run(name, 150, own) for own in more]
+
+
+def ranked(name: str, horizon: int, rows: Rows) -> list[Mapping[str, Any]]:
+    """The tuning runs of a method at a horizon, the best first; empty as long as some are to come."""
+    planned = [key(run) for run in tries(name, horizon, rows)]
+    return sorted((rows[k] for k in planned), key=_loss) if all(k in rows for k in planned) else []
+
+
+def compared(name: str, horizon: int, rows: Rows) -> list[Any]:
+    best = ranked(name, STEPS_BETWEEN.get(horizon, horizon), rows)
+    if not best or best[0]["loss"] is None:
+        return []
+    return [_run(name, horizon, best[0]["settings"], "compare", seed) for seed in SEEDS]
+
+
+def too_far(name: str, rows: Rows) -> bool:
+    own, adamw = ranked(name, 150, rows), ranked("adamw", 150, rows)
+    return bool(own and adamw) and _loss(own[0]) > TOO_FAR * _loss(adamw[0])
+
+
+def runs(horizons: Sequence[int], methods: Sequence[str], rows: Rows) -> Iterator[Any]:
+    """What can be run by now and has no row, in order."""
+    first = [name for name in methods if name == "adamw" or METHODS[name].ours]
+    stages = [(150, first), (75, first), (150, methods), (300, methods), (600, methods)]
+    for horizon, names in stages:
+        for name in names if horizon in horizons else ():
+            if horizon != 150 and too_far(name, rows):
+                continue
+            ours = [h for h, of in STEPS_BETWEEN.items() if of == horizon and METHODS[name].ours]
+            wanted = tries(name, horizon, rows)
+            for h in [horizon, *ours]:
+                wanted += compared(name, h, rows)
+            yield from (run for run in wanted if key(run) not in rows)
+
+
+def plan(horizons: Sequence[int], methods: Sequence[str], rows: Rows) -> None:
+    """Print what is left at most; how far it is from AdamW is not known before."""
+    table = Table("method", "runs", "steps", "hours", title="At most, on one core", title_justify="left")
+    own = [row for row in rows.values() if row["seconds_a_step"]]
+    whole = [0, 0, 0.0]
+    for name in methods:
+        known = [row["seconds_a_step"] for row in own if row["method"] == name]
+        second = statistics.median(known) if known else 0.1
+        count = steps = 0
+        for horizon in horizons:
+            curve = [h for h, of in STEPS_BETWEEN.items() if of == horizon and METHODS[name].ours]
+            if horizon != 75 or name == "adamw" or METHODS[name].ours:
+                tunes = {75: 2, 150: 14, 300: 4, 600: 3}[horizon]
+                left = [horizon] * tunes + [h for h in (horizon, *curve) for _ in SEEDS]
+                count, steps = count + len(left), steps + sum(left)
+        entry = _run(name, 0, {})["entry"]
+        done = [r["horizon"] for r in rows.values() if r["method"] == name and r["entry"] == entry]
+        count, steps = count - len(done), steps - sum(done)
+        hours = (steps * second + 4 * count) / 3600
+        table.add_row(name, str(count), str(steps), f"{hours:.2f}")
+        whole = [a + b for a, b in zip(whole, (count, steps, hours), strict=True)]
+    table.add_row("all", f"{whole[0]}", f"{whole[1]}", f"{whole[2]:.2f}")
+    Console().print(table)
+
+
+# A run
+
+
+def _arm(name: str) -> Any:
+    from benchmarks import rivals
+    from trainers import arms
+
+    return replace(rivals.LORA_ONE if name == "lora_one" else arms.load(name), report=None)
+
+
+def train(run: Mapping[str, Any], limit: float) -> dict[str, Any]:
+    """The row of a run; `limit`: validation loss at a third of its steps above which it is given up."""
+    from transformers import TrainerCallback
+
+    from pipelines.base_model import load_reference
+    from pipelines.params import load_params
+    from pipelines.prompt import prompt_text
+    from pipelines.train import Params, examples
+    from trainers.run import TrainingJob
+    from trainers.run import run as train_arm
+
+    params = load_params(Params)
+    own, entry, arm = run["settings"], run["entry"], _arm(run["entry"]["arm"])
+    steps = run["horizon"] - entry["start"]
+    optim_args = dict(entry["train"].get("optim_args", {}))
+    if entry["momentum"]:
+        betas = {"betas": [own["beta1"], entry["beta2"]]}
+        optim_args |= betas if entry["momentum"] == "betas" else {entry["momentum"]: own["beta1"]}
+    never = dict.fromkeys(("logging_steps", "eval_steps", "save_steps", "probe_every"), 10**9)
+    settings = arm.settings(
+        **{
+            **params.train.model_dump(),
+            **entry["train"],
+            **never,
+            "max_steps": steps,
+            "epochs": None,
+            "learning_rate": own["rate"],
+            "alpha": float(own["alpha"]),
+            "warmup_steps": round(own["warmup"] * run["horizon"]),
+            "optim_args": optim_args,
+        }
+    )
+    third: dict[str, float] = {}
+
+    class GiveUp(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_evaluate = run["kind"] == "tune" and state.global_step == steps // 3
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+            if state.global_step == steps // 3:
+                third["loss"] = metrics["eval_loss"]
+                control.should_training_stop = not metrics["eval_loss"] <= limit
+
+    def make_trainer(settings: Any, **kwargs: Any) -> Any:
+        trainer = arm.make_trainer(settings, **kwargs)
+        trainer.add_callback(GiveUp())
+        return trainer
+
+    template = prompt_text(params.prompt)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "adapter").mkdir()
+        job = TrainingJob(
+            base=load_reference()[0],
+            settings=settings,
+            seed=run["seed"],
+            train=examples("train", template),
+            valid=examples("valid" if run["kind"] == "tune" else "test", template),
+            output=folder / "adapter",
+            checkpoints=folder / "checkpoints",
+        )
+        said = train_arm(replace(arm, make_trainer=make_trainer), job)
+    loss, at_third = said["final_eval_loss"], third.get("loss", math.nan)
+    pruned = said["steps"] < steps
+    return {
+        **run,
+        "loss": loss if math.isfinite(loss) and not pruned else None,  # nats a token
+        "pruned": pruned,
+        "loss_at_a_third": at_third if math.isfinite(at_third) else None,
+        "steps": said["steps"],
+        "start_steps": entry["start"],
+        "train_seconds": said["train_seconds"],
+        "seconds_a_step": said["train_seconds"] / said["steps"],
+        "peak_memory_bytes": said["peak_memory_bytes"],  # of the whole process
+        "device": torch_device(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": git_state(),
+    }
+
+
+def work(horizons: Sequence[int], methods: Sequence[str]) -> None:
+    """Run whatever is to be run, together with other processes that do the same."""
+    import peft.optimizers  # noqa: F401
+    import trl  # noqa: F401
+
+    claims = Path(tempfile.gettempdir()) / "frontier_claims"
+    claims.mkdir(exist_ok=True)
+    while waiting := list(runs(horizons, methods, read_rows())):
+        for run in waiting:
+            try:
+                with FileLock(claims / hashlib.sha256(key(run).encode()).hexdigest()[:16], timeout=0):
+                    if key(run) in (rows := read_rows()):
+                        continue
+                    alike = [r for r in rows.values() if all(r[k] == run[k] for k in ("method", "entry", "horizon"))]
+                    best = min((r["loss_at_a_third"] for r in alike if r["loss_at_a_third"]), default=math.inf)
+                    # A process of its own: memory is that of the run.
+                    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+                        row = pool.submit(train, run, GIVE_UP * best).result()
+                    append(row)
+                    said = "given up" if row["pruned"] else row["loss"]
+                    print(run["method"], run["kind"], run["horizon"], run["seed"], run["settings"], said, flush=True)
+                break
+            except Timeout:
+                continue
+        else:
+            time.sleep(5)
+
+
+# The table
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95% t-interval."""
+    from scipy.stats import t
+
+    mean = statistics.fmean(values)
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def steps_to(loss: float, curve: Mapping[int, float]) -> float:
+    """Log of the steps at which a curve, linear between its points in log steps, has a loss; beyond them as there."""
+    points = sorted((math.log(steps), own) for steps, own in curve.items())
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if y1 <= loss or (x1, y1) == points[-1]:
+            return x0 + (loss - y0) * (x1 - x0) / (y1 - y0) if y1 < y0 else math.nan
+    return math.nan
+
+
+def sensitivity(name: str, rows: Rows) -> float | None:
+    """Largest over smallest rate of the tuning runs at 150 within 2% of the best."""
+    found = ranked(name, 150, rows)
+    rates = [row["settings"]["rate"] for row in found if _loss(row) <= 1.02 * _loss(found[0])]
+    return max(rates) / min(rates) if rates else None
+
+
+def report(ours: str, rows: Rows) -> None:
+    losses: dict[str, dict[int, dict[int, float]]] = {}  # method → seed → horizon → loss
+    seconds: dict[tuple[str, int], float] = {}
+    kept: list[Mapping[str, Any]] = []
+    for name in METHODS:
+        for horizon in sorted({*HORIZONS, *STEPS_BETWEEN}):
+            done = [rows[key(run)] for run in compared(name, horizon, rows) if key(run) in rows]
+            kept += done
+            if len(done) == len(SEEDS):
+                seconds[name, horizon] = statistics.median(row["seconds_a_step"] for row in done)
+                for row in done:
+                    losses.setdefault(name, {}).setdefault(row["seed"], {})[horizon] = _loss(row)
+    adamw = losses["adamw"]
+    lines: list[dict[str, Any]] = []
+    for name, own in losses.items():
+        for horizon in (h for h in HORIZONS if h in own[0] and h in adamw[0]):
+            line = {"method": name, "horizon": horizon, "settings": compared(name, horizon, rows)[0]["settings"]}
+            line["loss"] = interval([own[seed][horizon] for seed in SEEDS])
+            line["to_adamw"] = interval([own[seed][horizon] - adamw[seed][horizon] for seed in SEEDS])
+            logs = [steps_to(adamw[seed][horizon], own[seed]) - math.log(horizon) for seed in SEEDS]
+            if all(map(math.isfinite, logs)):
+                line["steps_ratio"] = [math.exp(value) for value in interval(logs)]
+                share = seconds[name, horizon] / seconds["adamw", horizon]
+                line["time_ratio"] = [share * value for value in line["steps_ratio"]]
+            line["sensitivity"] = sensitivity(name, rows)
+            line["compared_at_150_alone"] = too_far(name, rows)
+            lines.append(line)
+    table = Table(
+        "method", "steps", "loss", "− AdamW's", "steps ratio", "time ratio", "rates within 2%",
+        title=f"{len(SEEDS)} seeds, 95% t-intervals; *: too far at 150 to be compared elsewhere", title_justify="left",
+    )  # fmt: skip
+    for line in sorted(lines, key=lambda line: (line["horizon"], line["loss"][0])):
+        shown = [line["method"] + "*" * line["compared_at_150_alone"], str(line["horizon"])]
+        for kind in ("loss", "to_adamw", "steps_ratio", "time_ratio"):
+            digits = 2 if "ratio" in kind else 4
+            shown.append("{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*line[kind], d=digits) if kind in line else "")
+        table.add_row(*shown, f"{line['sensitivity']:.2f}×" if line["sensitivity"] else "")
+    Console(width=140).print(table)
+    mean = {(line["method"], line["horizon"]): line["loss"][0] for line in lines}
+    ahead: dict[str, dict[int, float]] = {}
+    for (name, horizon), loss in mean.items():
+        if not METHODS[name].ours and loss < mean.get((ours, horizon), -math.inf):
+            ahead.setdefault(name, {})[horizon] = mean[ours, horizon] - loss
+    write(
+        "frontier",
+        "Loss at equal steps, and steps to tuned AdamW's loss",
+        ours=ours,
+        seeds=list(SEEDS),
+        steps_ratio={line["horizon"]: line.get("steps_ratio") for line in lines if line["method"] == ours},
+        rivals_ahead=ahead,  # name → horizon → nats
+        table=lines,
+        rows=list(rows.values()),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--horizons", nargs="+", type=int, choices=HORIZONS, default=HORIZONS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--ours", choices=METHODS, default="grit", help="whose ratio and rivals are told")
+    parser.add_argument("--plan", action="store_true", help="print what is to be run")
+    parser.add_argument("--report", action="store_true", help="the table alone")
+    given = parser.parse_args()
+    os.chdir(FOLDER)
+    from pipelines.stage import quiet_libraries
+
+    quiet_libraries()
+    if given.plan:
+        plan(given.horizons, given.methods, read_rows())
+        return
+    if not given.report:
+        work(given.horizons, given.methods)
+    report(given.ours, read_rows())
+
+
+if __name__ == "__main__":
+    main()
