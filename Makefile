@@ -50,7 +50,7 @@ format: setup
 # Those of GRIT-VLM need what `make repro PROFILE=vision` leaves; without it they are skipped.
 NEED_VISION := vlm_claims vlm_tuning
 
-bench: setup
+bench: foreign
 	@for script in benchmarks/[a-z]*.py; do \
 		name=$$(basename $$script .py); \
 		case " $(NEED_VISION) " in *" $$name "*) \
@@ -64,9 +64,9 @@ bench: setup
 probe-faults: foreign
 	$(RUN) python -m benchmarks.probe_faults
 
-# Packages with optimizers that the probe is tried on; without them those tests are skipped.
+# Packages with optimizers that the probe is tried on and GRIT compared with; without them those tests are skipped.
 foreign: setup
-	@$(BIN)/python -c "import optimi, pytorch_optimizer, schedulefree" 2>/dev/null || $(BIN)/python -m pip install -qq --no-build-isolation --editable ".[foreign]"
+	@$(BIN)/python -c "import optimi, prodigyopt, pytorch_optimizer, schedulefree" 2>/dev/null || $(BIN)/python -m pip install -qq --no-build-isolation --editable ".[foreign]"
 
 # What the stages made. DVC's cache and the environment stay, and so do the results of all runs: runs/ and databases.
 clean:

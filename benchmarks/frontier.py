@@ -88,8 +88,8 @@ def _optimizer(path: str, **own: Any) -> dict[str, Any]:
     return {"optimizer": path, "optim_args": own}
 
 
-# Centres: AdamW's and GRIT's from earlier trials, the others' from a scan at 48 steps, α 64, β₁ 0.8 (0.9 of SLOWER), rates
-# a factor of 3 apart.
+# Centres: AdamW's and GRIT's from earlier trials, the others' from a scan at 48 steps with α 64 and β₁ 0.8 (0.9 of
+# SLOWER), rates a factor of 3 apart.
 METHODS: dict[str, Method] = {
     "adamw": Method(3e-3),
     "grit": Method(2e-3, {"grit": {"enable_rank_adaptation": False}}, arm="pure_grit", ours=True),
@@ -278,10 +278,10 @@ def plan(horizons: Sequence[int], methods: Sequence[str], rows: Rows) -> None:
 
 
 def _arm(name: str) -> Any:
-    from benchmarks import rivals
+    from benchmarks import _rivals
     from trainers import arms
 
-    return replace(rivals.LORA_ONE if name == "lora_one" else arms.load(name), report=None)
+    return replace(_rivals.LORA_ONE if name == "lora_one" else arms.load(name), report=None)
 
 
 def train(run: Mapping[str, Any], limit: float) -> dict[str, Any]:
@@ -446,14 +446,18 @@ def report(ours: str, rows: Rows) -> None:
                 share = seconds[name, horizon] / seconds["adamw", horizon]
                 line["time_ratio"] = [share * value for value in line["steps_ratio"]]
             line["sensitivity"] = sensitivity(name, rows)
+            rates = [own["rate"] for own in tried(name, 150, rows)]
+            line["at_border"] = horizon == 150 and line["settings"]["rate"] in (min(rates), max(rates))
             line["compared_at_150_alone"] = too_far(name, rows)
             lines.append(line)
     table = Table(
         "method", "steps", "loss", "− AdamW's", "steps ratio", "time ratio", "rates within 2%",
-        title=f"{len(SEEDS)} seeds, 95% t-intervals; *: too far at 150 to be compared elsewhere", title_justify="left",
+        title=f"{len(SEEDS)} seeds, 95% t-intervals; *: too far at 150 to be compared beyond; !: best rate at border",
+        title_justify="left",
     )  # fmt: skip
     for line in sorted(lines, key=lambda line: (line["horizon"], line["loss"][0])):
-        shown = [line["method"] + "*" * line["compared_at_150_alone"], str(line["horizon"])]
+        marks = "*" * line["compared_at_150_alone"] + "!" * line["at_border"]
+        shown = [line["method"] + marks, str(line["horizon"])]
         for kind in ("loss", "to_adamw", "steps_ratio", "time_ratio"):
             digits = 2 if "ratio" in kind else 4
             shown.append("{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*line[kind], d=digits) if kind in line else "")

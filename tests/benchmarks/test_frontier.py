@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from benchmarks import frontier, rivals
+from benchmarks import _rivals, frontier
 from trainers.models import add_lora, load_base_model
 
 
@@ -117,7 +117,7 @@ def test_lora_one_starts_down_the_gradient(make_job):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.zeros_(parameter)
-        rivals.spectral_start(model, batch, gamma)
+        _rivals.spectral_start(model, batch, gamma)
         falls.append(before - model(**batch).loss.item())
     assert falls[1] > 0 and falls[0] == pytest.approx(2 * falls[1], rel=0.1)  # to first order
     assert torch.equal(weight, kept) and not weight.requires_grad
