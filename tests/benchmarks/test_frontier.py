@@ -35,12 +35,12 @@ def test_every_method_has_the_same_budget():
         what = row["method"], row["kind"], row["horizon"]
         count[what] = count.get(what, 0) + 1
     for name in methods:
-        assert 16 <= count[name, "tune", 150] <= 17 and count[name, "compare", 150] == 5
-        for horizon, tunes in ((300, 6), (600, 5)):
+        assert 23 <= count[name, "tune", 150] <= 24 and count[name, "compare", 150] == 5
+        for horizon, tunes in ((300, 8), (600, 7)):
             assert (count.get((name, "tune", horizon), 0) in (tunes, tunes - 1)) == (name != "muon")
             assert count.get((name, "compare", horizon), 0) == (0 if name == "muon" else 5)
     assert [count[what] for what in count if what[2] in (112, 225, 450)] == [5, 5, 5]
-    assert {row["seed"] for row in rows if row["kind"] == "tune"} == {100, 101}
+    assert {row["seed"] for row in rows if row["kind"] == "tune"} == {100, 101, 102}
     best = [row for row in rows if row["method"] == "adamw" and row["kind"] == "compare" and row["horizon"] == 150]
     assert all(row["settings"] == {"alpha": 128, "beta1": 0.7, "warmup": 0.0, "rate": 5.1e-3} for row in best)
 
@@ -80,7 +80,7 @@ def test_runs_that_are_there_are_not_repeated(tmp_path, monkeypatch):
         file.write('{"method": "ada')  # cut short by the kill
     monkeypatch.setattr(frontier, "train", die_after(-1))
     frontier.work([150], ["adamw"])
-    assert len(made) == len(set(made)) == len(frontier.read_rows()) == 22
+    assert len(made) == len(set(made)) == len(frontier.read_rows()) == 29
 
 
 def test_steps_are_read_off_the_curve():
