@@ -434,6 +434,8 @@ def report(ours: str, rows: Rows) -> None:
                 seconds[name, horizon] = statistics.median(row["seconds_a_step"] for row in done)
                 for row in done:
                     losses.setdefault(name, {}).setdefault(row["seed"], {})[horizon] = _loss(row)
+    if "adamw" not in losses:
+        raise SystemExit("no table yet: AdamW has not been compared")
     adamw = losses["adamw"]
     lines: list[dict[str, Any]] = []
     for name, own in losses.items():
