@@ -93,7 +93,7 @@ def natural_by_kron(cov, lam, gradient, acts_on_rows):
 
 def settings(**changes):
     values = {"mode": "sgd", "capture": "hooks", "kl_clip": 0.0, "kfac_damping": 0.05, "log_freq": 50}
-    return quick(**{**values, "eigen_power": 1.0, **changes})
+    return quick(**{**values, "eigen_power": 1.0, "nesterov": True, "cautious": True, **changes})
 
 
 def backward(model, manager, x, target):
