@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from grit.config import GRITConfig
 from grit.curvature import Turned
 from grit.manager import Manager
 
@@ -147,6 +148,7 @@ class GritOptimizer(torch.optim.Optimizer):
         stacks = curvature.turned(self.param_groups, step)
         changes = _directions(stacks)
         for i, t in enumerate(stacks):
+            changes[i] = _ahead(t, changes[i], self.manager.config)
             changes[i] = t.back(changes[i])  # one by one, so that directions are freed
         changes, metrics, factor = curvature.limit(stacks, changes, step)
         self.manager.last_metrics |= metrics
@@ -208,3 +210,26 @@ def _directions(stacks: list[Turned]) -> list[Tensor]:
         for t, m, v in picked:  # what was picked is a copy
             t.m[t.rows], t.v[t.rows] = m, v
     return found
+
+
+def _ahead(t: Turned, direction: Tensor, config: GRITConfig) -> Tensor:
+    """Adam's direction m̂/(√v̂ + ε), corrected by what this gradient alone says, where curvature is known.
+
+    Nesterov (Dozat 2016): (β₁ m/(1 − β₁ᵗ⁺¹) + (1 − β₁) g/(1 − β₁ᵗ))/(√v̂ + ε). Cautious (Liang et al. 2024, arXiv
+    2411.16085): entries against the sign of the gradient are left out, and the others raised by the share that is left.
+    """
+    if not (config.nesterov or config.cautious) or not bool(t.ready.any()):
+        return direction
+    shape = (-1, *[1] * (direction.dim() - 1))
+    found = direction
+    if config.nesterov:
+        (beta1, beta2), eps = map(float, t.options["betas"]), float(t.options["eps"])
+        steps = t.steps.to(direction.device, direction.dtype).view(shape)
+        v = t.v if t.rows is None else t.v[t.rows]
+        now = t.gradient / (v / (1 - beta2**steps)).sqrt_().add_(eps)
+        found = beta1 * (1 - beta1**steps) / (1 - beta1 ** (steps + 1)) * direction
+        found += (1 - beta1) / (1 - beta1**steps) * now
+    if config.cautious:
+        agrees = (found * t.gradient > 0).to(direction.dtype)
+        found = found * (agrees / agrees.flatten(1).mean(1).clamp_min(1e-3).view(shape))
+    return found if bool(t.ready.all()) else torch.where(t.ready.view(shape), found, direction)

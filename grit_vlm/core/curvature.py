@@ -84,7 +84,10 @@ class FisherCurvature(Curvature):
     """Raises GritLayerError for trainable LoRA that is not among the layers, or several fisher_update_freq."""
 
     def __init__(self, model: nn.Module, grit_layers: Mapping[str, GRITLoRALinear]):
-        config = GRITConfig(capture="hooks", reprojection="none", min_lora_rank=1, enable_rank_adaptation=False)
+        plain = {"nesterov": False, "cautious": False}  # not measured with pictures
+        config = GRITConfig(
+            capture="hooks", reprojection="none", min_lora_rank=1, enable_rank_adaptation=False, **plain
+        )
         super().__init__(model, config)
         self._grouped = [pair for group in group_pairs(super().pairs()) for pair in group.pairs]
         self.grit_layers = dict(grit_layers)
@@ -258,7 +261,8 @@ class FisherCurvature(Curvature):
 
         gradient = moments.coordinates(side, gradients[side], fisher)[None]
         steps = torch.tensor([moments.steps])
-        return Turned([parameter], group, gradient, moments.m[side][None], moments.v[side][None], steps, back)
+        known = torch.tensor([layer.ready])
+        return Turned([parameter], group, gradient, moments.m[side][None], moments.v[side][None], steps, back, known)
 
     def limit(
         self, turned: list[Turned], changes: list[Tensor], step: int
