@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from grit.layers import find_pairs
 from trainers.arms import baseline_lora
 
@@ -13,8 +15,6 @@ def spectral_start(model: Any, batch: Mapping[str, Any], gamma: float = 128.0) -
 
     B₀ = k U √(S/S₁), A₀ = k √(S/S₁) Vᵀ of the SVD of −∇W, k² = √d_out/γ: the authors' scale and γ.
     """
-    import torch
-
     pairs = find_pairs(model)
     weights = [pair.layer.get_base_layer().weight.requires_grad_() for pair in pairs]
     gradients = torch.autograd.grad(model(**batch).loss, weights)
@@ -34,3 +34,28 @@ def _trainer(settings: Any, **kwargs: Any) -> Any:
 
 
 LORA_ONE = replace(baseline_lora.ARM, name="lora_one", title="LoRA-One", make_trainer=_trainer)
+
+
+class AheadAdamW(torch.optim.Optimizer):
+    """AdamW with what mode eigen_adamw has beside its axes: Nesterov's step, and none against the gradient's sign."""
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):  # fmt: skip
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            (one, two), lr = group["betas"], group["lr"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                g, state = p.grad, self.state[p]
+                if not state:
+                    state |= {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+                state["step"] += 1
+                t, m, v = state["step"], state["m"].lerp_(g, 1 - one), state["v"].lerp_(g * g, 1 - two)
+                ahead = one * m / (1 - one ** (t + 1)) + (1 - one) * g / (1 - one**t)
+                step = ahead / ((v / (1 - two**t)).sqrt() + group["eps"])
+                agrees = (step * g > 0).to(step.dtype)
+                p.mul_(1 - lr * group["weight_decay"]).sub_(lr * step * agrees / agrees.mean().clamp_min(1e-3))

@@ -95,6 +95,21 @@ def _optimizer(path: str, **own: Any) -> dict[str, Any]:
 METHODS: dict[str, Method] = {
     "adamw": Method(3e-3),
     "grit": Method(2e-3, {"grit": {"enable_rank_adaptation": False}}, arm="pure_grit", ours=True),
+    "grit_ahead": Method(
+        2.8e-3,
+        {
+            "grit": {
+                "enable_rank_adaptation": False,
+                "nesterov": True,
+                "cautious": True,
+                "kfac_damping": 0.1,
+            }
+        },
+        arm="pure_grit",
+        ours=True,
+        points=((64, 0.8), (128, 0.8), (128, 0.9), (64, 0.9)),
+    ),
+    "adamw_ahead": Method(3e-3, _optimizer("benchmarks._rivals.AheadAdamW")),
     "lora_plus": Method(4e-3, _optimizer("peft.optimizers.create_loraplus_optimizer", loraplus_lr_ratio=4)),
     "dora": Method(3e-3, _peft(use_dora=True)),
     "pissa": Method(3e-3, _peft(init_lora_weights="pissa")),
