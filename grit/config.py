@@ -60,8 +60,10 @@ class GRITConfig:
     lr_ratio_b: Positive = 1.0  # learning rate of B over that of A (LoRA+), > 0
     # p in [0, 1] of mode eigen_adamw: the step along direction i is ∝ (λ_i/mean λ + damping)^(−p/2)
     eigen_power: Annotated[float, (0, 1, "[]")] = 1.0
-    nesterov: bool = False  # of mode eigen_adamw: Adam's step looks a gradient ahead (Dozat 2016)
-    cautious: bool = False  # of mode eigen_adamw: no step along axes where this gradient disagrees (Liang et al. 2024)
+    # Of mode eigen_adamw: a step that looks a gradient ahead (Dozat 2016), and one without entries against its sign
+    # (Liang et al. 2024)
+    nesterov: bool = False
+    cautious: bool = False
     kl_clip: NotNegative = 1e-3  # κ of mode sgd: trust region, (step)ᵀ F (step) ≤ κ; 0 = none
     sgd_momentum: BelowOne = 0.9  # [0, 1), of the SGD that GritTrainer makes in mode sgd
 

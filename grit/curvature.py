@@ -42,7 +42,6 @@ class Turned:
     v: Tensor
     steps: Tensor  # Adam's step count [n], from 1, on the CPU
     back: Callable[[Tensor], Tensor]  # Adam's directions [n, …] → changes in the weights' own coordinates, [n, *shape]
-    ready: Tensor  # whose curvature is known [n], bool; others are stepped as AdamW would
     rows: Tensor | None = None
 
 
@@ -400,7 +399,6 @@ class RankSpace(Curvature):
             v=state[f"v_{side}"],
             steps=state["steps"][among],
             back=lambda direction: weighted @ direction if is_a else direction @ weighted.mT,
-            ready=pick(state["ready_g" if is_a else "ready_a"]),
             rows=rows,
         )
 

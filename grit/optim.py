@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from grit.config import GRITConfig
 from grit.curvature import Turned
 from grit.manager import Manager
 
@@ -55,6 +54,9 @@ class GritOptimizer(torch.optim.Optimizer):
         if config.lr_ratio_b != 1.0 and any("initial_lr" in group for group in optimizer.param_groups):
             raise ValueError("lr_ratio_b: wrap the optimizer first, then make its learning-rate schedule; got it made")
         self._split_off_b(config.lr_ratio_b)
+        if config.mode == "eigen_adamw":  # so that the probe takes them for AdamW's, and the axes alone for an effect
+            for group in optimizer.param_groups:
+                group["ahead"] = (config.nesterov, config.cautious)
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups, self.state = optimizer.param_groups, optimizer.state
         self.gradient_norm: float | None = None
@@ -144,11 +146,11 @@ class GritOptimizer(torch.optim.Optimizer):
                 torch._foreach_mul_(gradients, nu)
 
     def _eigen_step(self) -> None:
-        curvature, step = self.manager.curvature, self.manager.step
+        curvature, step, config = self.manager.curvature, self.manager.step, self.manager.config
         stacks = curvature.turned(self.param_groups, step)
         changes = _directions(stacks)
         for i, t in enumerate(stacks):
-            changes[i] = _ahead(t, changes[i], self.manager.config)
+            changes[i] = _ahead(t, changes[i], config.nesterov, config.cautious)
             changes[i] = t.back(changes[i])  # one by one, so that directions are freed
         changes, metrics, factor = curvature.limit(stacks, changes, step)
         self.manager.last_metrics |= metrics
@@ -212,24 +214,21 @@ def _directions(stacks: list[Turned]) -> list[Tensor]:
     return found
 
 
-def _ahead(t: Turned, direction: Tensor, config: GRITConfig) -> Tensor:
-    """Adam's direction m̂/(√v̂ + ε), corrected by what this gradient alone says, where curvature is known.
+def _ahead(t: Turned, direction: Tensor, nesterov: bool, cautious: bool) -> Tensor:
+    """Adam's direction m̂/(√v̂ + ε), corrected by what this gradient alone says.
 
     Nesterov (Dozat 2016): (β₁ m/(1 − β₁ᵗ⁺¹) + (1 − β₁) g/(1 − β₁ᵗ))/(√v̂ + ε). Cautious (Liang et al. 2024, arXiv
     2411.16085): entries against the sign of the gradient are left out, and the others raised by the share that is left.
     """
-    if not (config.nesterov or config.cautious) or not bool(t.ready.any()):
-        return direction
     shape = (-1, *[1] * (direction.dim() - 1))
-    found = direction
-    if config.nesterov:
+    if nesterov:
         (beta1, beta2), eps = map(float, t.options["betas"]), float(t.options["eps"])
         steps = t.steps.to(direction.device, direction.dtype).view(shape)
         v = t.v if t.rows is None else t.v[t.rows]
         now = t.gradient / (v / (1 - beta2**steps)).sqrt_().add_(eps)
-        found = beta1 * (1 - beta1**steps) / (1 - beta1 ** (steps + 1)) * direction
-        found += (1 - beta1) / (1 - beta1**steps) * now
-    if config.cautious:
-        agrees = (found * t.gradient > 0).to(direction.dtype)
-        found = found * (agrees / agrees.flatten(1).mean(1).clamp_min(1e-3).view(shape))
-    return found if bool(t.ready.all()) else torch.where(t.ready.view(shape), found, direction)
+        direction = beta1 * (1 - beta1**steps) / (1 - beta1 ** (steps + 1)) * direction
+        direction += (1 - beta1) / (1 - beta1**steps) * now
+    if cautious:
+        agrees = (direction * t.gradient > 0).to(direction.dtype)
+        direction = direction * (agrees / agrees.flatten(1).mean(1).clamp_min(1e-3).view(shape))
+    return direction

@@ -17,7 +17,8 @@ class Shadow:
     Its gradients are the raw ones, clipped as plain training would clip them. It has one learning rate for all
     tensors, the lowest of the optimizer's groups: a rate of its own for B (LoRA+) is part of what is examined. It
     rounds as torch's AdamW does, with moments in the weights' own dtype: in bfloat16 another order of roundings
-    alone turns an update by degrees.
+    alone turns an update by degrees. Where a group of the optimizer has `ahead`, a pair of booleans, the step is
+    Nesterov's (Dozat 2016), or cautious (Liang et al. 2024), so that neither counts as preconditioning.
     """
 
     def __init__(self, parameters: list[nn.Parameter]):
@@ -46,7 +47,7 @@ class Shadow:
                 if known[i]:
                     alike.setdefault((*options["each"][i], self.steps[i]), []).append(row)
                     self.steps[i] += 1
-            for (betas, eps, weight_decay, fused, foreach, steps), chosen in alike.items():
+            for (betas, eps, weight_decay, fused, foreach, ahead, steps), chosen in alike.items():
                 matrices = after[place], gradient, self._m[place], self._v[place]
                 whole = len(chosen) == len(rows)
                 weight, grad, m, v = ([x] if whole else [x[row] for row in chosen] for x in matrices)
@@ -69,6 +70,11 @@ class Shadow:
                     eps=eps,
                     maximize=False,
                 )
+                if any(ahead):
+                    own = gradient[chosen], self._m[place][chosen], self._v[place][chosen]
+                    step = _ahead(*own, steps + 1, betas, eps, *ahead)
+                    lr = options["lr"]
+                    after[place][chosen] = weights[place][chosen] * (1 - lr * weight_decay) - lr * step
         return difference(after, weights)
 
     def take(self, i: int, other: "Shadow", j: int) -> None:
@@ -114,8 +120,8 @@ def shadow_options(optimizer: Any, parameters: list[nn.Parameter]) -> dict[str, 
     """What plain AdamW would step with here; torch's defaults where the optimizer has none, or none that are numbers.
 
     `rates` of the parameters, None where no group has one; `lr`, the lowest that is not zero, for all tensors; `each`:
-    (betas, eps, weight_decay, fused, foreach) of every parameter, from its own group; `eps` and `adam`: the largest ε,
-    and whether a group has betas of its own.
+    (betas, eps, weight_decay, fused, foreach, ahead) of every parameter, from its own group; `eps` and `adam`: the
+    largest ε, and whether a group has betas of its own.
     """
     every = list(getattr(optimizer, "param_groups", ()))
     group_of = {id(p): place for place, group in enumerate(every) for p in group["params"]}
@@ -156,4 +162,19 @@ def _own(group: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
         _number(group.get("weight_decay"), 0.0),
         True if exact else group.get("fused"),
         False if exact else group.get("foreach"),
+        tuple(group.get("ahead", (False, False))),
     )
+
+
+def _ahead(
+    g: Tensor, m: Tensor, v: Tensor, t: int, betas: tuple[float, float], eps: float, nesterov: bool, cautious: bool
+) -> Tensor:
+    one, two = betas
+    mean = m / (1 - one**t)
+    if nesterov:
+        mean = one * m / (1 - one ** (t + 1)) + (1 - one) * g / (1 - one**t)
+    step = mean / ((v / (1 - two**t)).sqrt() + eps)
+    if cautious:
+        agrees = (step * g > 0).to(step.dtype)
+        step = step * agrees / agrees.mean(-1, keepdim=True).clamp_min(1e-3)
+    return step

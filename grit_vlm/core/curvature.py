@@ -261,8 +261,7 @@ class FisherCurvature(Curvature):
 
         gradient = moments.coordinates(side, gradients[side], fisher)[None]
         steps = torch.tensor([moments.steps])
-        known = torch.tensor([layer.ready])
-        return Turned([parameter], group, gradient, moments.m[side][None], moments.v[side][None], steps, back, known)
+        return Turned([parameter], group, gradient, moments.m[side][None], moments.v[side][None], steps, back)
 
     def limit(
         self, turned: list[Turned], changes: list[Tensor], step: int

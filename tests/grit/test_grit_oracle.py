@@ -318,15 +318,13 @@ def test_adamw_mode_equals_preconditioning_by_hand_and_torch_adamw(grafting):
 ADAM = {"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
 
 
-def numpy_adam(memory, gradient, ahead):
-    """Kingma & Ba's algorithm 1, one step of length 1; `memory` holds m, v, t. `ahead`: Nesterov's and cautious."""
+def numpy_adam(memory, gradient):
+    """Kingma & Ba's algorithm 1, one step of length 1, Nesterov's and cautious; `memory` holds m, v, t."""
     one, two = ADAM["betas"]
     memory["t"] += 1
     memory["m"] = one * memory["m"] + (1 - one) * gradient
     memory["v"] = two * memory["v"] + (1 - two) * gradient * gradient
-    m_hat, v_hat = memory["m"] / (1 - one ** memory["t"]), memory["v"] / (1 - two ** memory["t"])
-    if not ahead:
-        return m_hat / (np.sqrt(v_hat) + ADAM["eps"])
+    v_hat = memory["v"] / (1 - two ** memory["t"])
     m_next = one * memory["m"] / (1 - one ** (memory["t"] + 1)) + (1 - one) * gradient / (1 - one ** memory["t"])
     step = m_next / (np.sqrt(v_hat) + ADAM["eps"])
     return np.where(step * gradient > 0, step, 0) / np.mean(step * gradient > 0)
@@ -369,7 +367,7 @@ def own_eigen_adamw(batches, cov_freq, freq, min_samples, power):
             _, _, grad_a, grad_b = gradients[name]
             for side, (gradient, lr) in enumerate(((grad_a.numpy().T, 0.02), (grad_b.numpy(), 0.06))):
                 q, weight = basis[name][side], current[name][side]
-                change = (numpy_adam(memory[name][side], gradient @ q, ready) * stretch[name][side]) @ q.T
+                change = (numpy_adam(memory[name][side], gradient @ q) * stretch[name][side]) @ q.T
                 current[name][side] = weight * (1 - lr * ADAM["weight_decay"]) - lr * change
     return current
 
