@@ -35,7 +35,8 @@ def test_every_method_has_the_same_budget():
         what = row["method"], row["kind"], row["horizon"]
         count[what] = count.get(what, 0) + 1
     for name in methods:
-        assert 23 <= count[name, "tune", 150] <= 24 and count[name, "compare", 150] == 5
+        tunes = (15, 16) if name == "muon" else (23, 24)  # too far for more than its best on further seeds
+        assert count[name, "tune", 150] in tunes and count[name, "compare", 150] == 5
         for horizon, tunes in ((300, 8), (600, 7)):
             assert (count.get((name, "tune", horizon), 0) in (tunes, tunes - 1)) == (name != "muon")
             assert count.get((name, "compare", horizon), 0) == (0 if name == "muon" else 5)
