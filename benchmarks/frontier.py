@@ -224,7 +224,7 @@ def tried(name: str, horizon: int, rows: Rows) -> list[dict[str, Any]]:
 def tries(name: str, horizon: int, rows: Rows) -> list[Any]:
     """The tuning runs of a method at a horizon, as far as they can be told from the rows."""
     first = [_run(name, horizon, own) for own in tried(name, horizon, rows)]
-    if any(key(run) not in rows for run in first):
+    if not first or any(key(run) not in rows for run in first):
         return first
     best = sorted(first, key=lambda run: _loss(rows[key(run)]))
     adamw = [_loss(rows[k]) for own in tried("adamw", horizon, rows) if (k := key(_run("adamw", horizon, own))) in rows]
