@@ -26,6 +26,8 @@ the rows that both grids share.
   python -m benchmarks.frontier --plan                # runs, steps and hours that are left
   python -m benchmarks.frontier --horizons 150 300    # run them, then write results/frontier.json
   python -m benchmarks.frontier --report              # that alone, from the rows
+  python -m benchmarks.frontier --world rank4 --rank 4 --horizons 150 --methods adamw grit
+  python -m benchmarks.frontier --world yes_no --project ../another-clone --horizons 150 --methods adamw grit
 """
 
 import argparse
@@ -56,7 +58,7 @@ from benchmarks._harness import RESULTS, write
 from db.files import git_state, torch_device
 
 FOLDER = Path(__file__).resolve().parents[1]
-RUNS = RESULTS / "frontier_runs.jsonl"
+RUNS, RANK = RESULTS / "frontier_runs.jsonl", 16
 HORIZONS = (75, 150, 300, 600)
 SEEDS, TUNING_SEEDS = range(5), (100, 101, 102)
 AGAIN = {75: 2, 150: 5, 300: 2, 600: 2}
@@ -302,11 +304,14 @@ def _arm(name: str) -> Any:
     from benchmarks import _rivals
     from trainers import arms
 
-    return replace(_rivals.LORA_ONE if name == "lora_one" else arms.load(name), report=None)
+    return _rivals.LORA_ONE if name == "lora_one" else arms.load(name)
 
 
-def train(run: Mapping[str, Any], limit: float) -> dict[str, Any]:
-    """The row of a run; `limit`: validation loss at a third of its steps above which it is given up."""
+def train(run: Mapping[str, Any], limit: float = math.inf, report: Any = None) -> dict[str, Any]:
+    """The row of a run; `limit`: validation loss at a third of its steps above which it is given up.
+
+    `report`: as an arm's.
+    """
     from transformers import TrainerCallback
 
     from pipelines.base_model import load_reference
@@ -331,8 +336,9 @@ def train(run: Mapping[str, Any], limit: float) -> dict[str, Any]:
             **never,
             "max_steps": steps,
             "epochs": None,
+            "rank": RANK,
             "learning_rate": own["rate"],
-            "alpha": float(own["alpha"]),
+            "alpha": own["alpha"] * RANK / 16,  # as for rank 16, so that s is the same
             "warmup_steps": round(own["warmup"] * run["horizon"]),
             "optim_args": optim_args,
         }
@@ -366,7 +372,7 @@ def train(run: Mapping[str, Any], limit: float) -> dict[str, Any]:
             output=folder / "adapter",
             checkpoints=folder / "checkpoints",
         )
-        said = train_arm(replace(arm, make_trainer=make_trainer), job)
+        said = train_arm(replace(arm, make_trainer=make_trainer, report=report), job)
     loss, at_third = said["final_eval_loss"], third.get("loss", math.nan)
     pruned = said["steps"] < steps
     return {
@@ -378,6 +384,7 @@ def train(run: Mapping[str, Any], limit: float) -> dict[str, Any]:
         "start_steps": entry["start"],
         "train_seconds": said["train_seconds"],
         "seconds_a_step": said["train_seconds"] / said["steps"],
+        "parameters": said["trainable_parameters"],
         "peak_memory_bytes": said["peak_memory_bytes"],  # of the whole process
         "device": torch_device(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -395,7 +402,7 @@ def work(horizons: Sequence[int], methods: Sequence[str]) -> None:
     while waiting := list(runs(horizons, methods, read_rows())):
         for run in waiting:
             try:
-                with FileLock(claims / hashlib.sha256(key(run).encode()).hexdigest()[:16], timeout=0):
+                with FileLock(claims / hashlib.sha256(f"{RUNS.stem} {key(run)}".encode()).hexdigest()[:16], timeout=0):
                     if key(run) in (rows := read_rows()):
                         continue
                     limit = math.inf
@@ -495,7 +502,7 @@ def report(ours: str, rows: Rows) -> None:
         if not METHODS[name].ours and loss < mean.get((ours, horizon), -math.inf):
             ahead.setdefault(name, {})[horizon] = mean[ours, horizon] - loss
     write(
-        "frontier",
+        RUNS.stem.replace("_runs", ""),
         "Loss at equal steps, and steps to tuned AdamW's loss",
         ours=ours,
         seeds=list(SEEDS),
@@ -507,14 +514,26 @@ def report(ours: str, rows: Rows) -> None:
 
 
 def main() -> None:
+    global RUNS, RANK
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--horizons", nargs="+", type=int, choices=HORIZONS, default=HORIZONS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--ours", choices=METHODS, default="grit", help="whose ratio and rivals are told")
+    parser.add_argument("--rank", type=int, default=RANK)
+    parser.add_argument(
+        "--world", default="", help="a name for rows and results of their own: another task, base, rank"
+    )
+    parser.add_argument(
+        "--project", type=Path, default=FOLDER, help="folder with its params.yaml, data/ and models/base"
+    )
     parser.add_argument("--plan", action="store_true", help="print what is to be run")
     parser.add_argument("--report", action="store_true", help="the table alone")
     given = parser.parse_args()
-    os.chdir(FOLDER)
+    if given.world == "" and (given.rank != RANK or given.project != FOLDER):
+        parser.error("--world: expected a name beside --rank or --project, so that their rows stand apart")
+    if given.world:
+        RUNS, RANK = RESULTS / f"frontier_{given.world}_runs.jsonl", given.rank
+    os.chdir(given.project)
     from pipelines.stage import quiet_libraries
 
     quiet_libraries()

@@ -1,0 +1,116 @@
+"""The smallest adapter that is as good as one of full rank: GRIT's shrinking at the end, against training at that rank.
+
+One training of rank 16 for each seed; then every threshold τ shrinks a copy of it. Beside it: plain LoRA, and GRIT,
+from the start at smaller ranks, with s = α/r as at rank 16. Settings are those that benchmarks/frontier.py found at 300
+steps, losses those of split test, seeds 0 to 4. Rows go to results/rank_runs.jsonl, and none that is there is repeated.
+Run as `python -m benchmarks.rank`.
+"""
+
+import json
+import os
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import frontier
+from benchmarks._harness import RESULTS, write
+
+ROWS = RESULTS / "rank_runs.jsonl"
+STEPS, RANKS, THRESHOLDS = 300, (16, 12, 8, 6, 4), (0.9999, 0.999, 0.997, 0.99, 0.97, 0.95, 0.9)
+METHODS = ("adamw", "grit")
+
+
+def shrunk(trainer: Any, job: Any) -> dict[str, Any]:
+    """Parameters and loss after shrinking by each threshold, in a copy of this process."""
+    manager, context = trainer.grit_manager, get_context("fork")
+    found = []
+
+    def shrink(threshold: float, out: Any) -> None:
+        manager.config.enable_rank_adaptation, manager.config.rank_adaptation_threshold = True, threshold
+        manager.neural_reprojection(trainer.optimizer, shrink=True)
+        parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        out.put({"threshold": threshold, "parameters": parameters, "loss": trainer.evaluate()["eval_loss"]})
+
+    for threshold in THRESHOLDS:
+        out = context.Queue()
+        process = context.Process(target=shrink, args=(threshold, out))
+        process.start()
+        found.append(out.get(timeout=600))
+        process.join()
+    return {"shrunk": found}
+
+
+def train(name: str, rank: int, seed: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    frontier.RANK = rank
+    run = frontier._run(name, STEPS, settings, "compare", seed)
+    said: list[dict[str, Any]] = []
+
+    def report(trainer: Any, job: Any) -> dict[str, Any]:
+        said.extend(shrunk(trainer, job)["shrunk"] if rank == RANKS[0] and name != "adamw" else ())
+        return {}
+
+    row = frontier.train(run, report=report)
+    whole = {"threshold": None, "parameters": row["parameters"], "loss": row["loss"]}
+    return [{"method": name, "rank": rank, "seed": seed, "settings": settings, **one} for one in (whole, *said)]
+
+
+def rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.is_file() else []
+
+
+def main() -> None:
+    os.chdir(frontier.FOLDER)
+    from pipelines.stage import quiet_libraries
+
+    quiet_libraries()
+    best = {name: frontier.ranked(name, STEPS, frontier.read_rows()) for name in METHODS}
+    for name, found in best.items():
+        if not found:
+            raise SystemExit(
+                f"{name} is not tuned at {STEPS} steps: run python -m benchmarks.frontier --horizons 150 300"
+            )
+    done = {(row["method"], row["rank"], row["seed"]) for row in rows()}
+    for seed in frontier.SEEDS:
+        for name in METHODS:
+            for rank in RANKS:
+                if (name, rank, seed) not in done:
+                    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+                        made = pool.submit(train, name, rank, seed, best[name][0][1]).result()
+                    with ROWS.open("a", encoding="utf-8") as file:
+                        file.writelines(json.dumps(row) + "\n" for row in made)
+    report()
+
+
+def report() -> None:
+    at: dict[tuple[str, int, float | None], dict[int, dict[str, Any]]] = {}
+    for row in rows():
+        at.setdefault((row["method"], row["rank"], row["threshold"]), {})[row["seed"]] = row
+    table = Table(
+        "method", "rank", "τ", "parameters", "share", "loss", "− full rank's", title=f"{STEPS} steps, split test"
+    )
+    lines = []
+    for (name, rank, threshold), own in at.items():
+        full = at[name, RANKS[0], None]
+        seeds = sorted(own.keys() & full.keys())
+        parameters = statistics.fmean(own[s]["parameters"] for s in seeds)
+        line: dict[str, Any] = {"method": name, "rank": rank, "threshold": threshold, "parameters": parameters}
+        line["share"] = parameters / statistics.fmean(full[s]["parameters"] for s in seeds)
+        line["loss"] = frontier.interval([own[s]["loss"] for s in seeds])
+        line["to_full"] = frontier.interval([own[s]["loss"] - full[s]["loss"] for s in seeds])
+        lines.append(line)
+    for line in sorted(lines, key=lambda line: (line["method"], -line["parameters"])):
+        said = [f"{line['parameters']:.0f}", f"{line['share']:.2f}"]
+        said += ["{:.4f} [{:.4f}, {:.4f}]".format(*line[kind]) for kind in ("loss", "to_full")]
+        table.add_row(line["method"], str(line["rank"]), str(line["threshold"] or ""), *said)
+    Console(width=140).print(table)
+    write(
+        "rank", "Parameters that can be spared", seeds=sorted({row["seed"] for row in rows()}), table=lines, rows=rows()
+    )
+
+
+if __name__ == "__main__":
+    main()
