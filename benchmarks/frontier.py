@@ -3,8 +3,8 @@
 Every run is one of the pipeline's arms, by `trainers.run.run`, on the data and the base of the default profile: rank
 16, batches of 16, a linear schedule that ends at the horizon, nothing preserved. Batches that a start reads count as
 steps. A row a run goes to results/frontier_runs.jsonl; a run whose row is there is not repeated, so the bench goes on
-after a kill, and several processes share the work (each with one thread). Seconds are those of a shared machine, for
-the table's time ratio alone; benchmarks/grit_overhead.py times in turn.
+after a kill, and several processes share the work (each with one thread). Seconds in rows are those of a shared
+machine; the table's time ratio comes from `--time`, which takes the methods in turn.
 
 Tuning, the same for every method, on split valid and seed 100; the best five (two after 150) are run on seeds 101 and
 102 too, and the mean decides, since single runs differ by 0.01 nats between seeds: with one seed more for three, AdamW
@@ -54,7 +54,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._harness import RESULTS, write
+from benchmarks._harness import RESULTS, ratios, write
 from db.files import git_state, torch_device
 
 FOLDER = Path(__file__).resolve().parents[1]
@@ -426,6 +426,20 @@ def work(horizons: Sequence[int], methods: Sequence[str]) -> None:
 # The table
 
 
+def time_steps(methods: Sequence[str], rounds: int = 3, steps: int = 40) -> None:
+    """Seconds a step, the methods in turn, on a machine that does nothing else: results/frontier_time.json."""
+    own = {"alpha": 64, "beta1": 0.8, "warmup": 0.13}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for number in range(rounds):
+        for name in (*methods[number:], *methods[:number]):
+            start = METHODS[name].start
+            run = _run(name, steps + start, {**own, "rate": METHODS[name].rate / 10}, "compare")
+            with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+                seconds[name].append(pool.submit(train, run).result()["seconds_a_step"])
+            print(name, seconds[name], flush=True)
+    write("frontier_time", "Time of a step", seconds=seconds, ratios=ratios(seconds, "adamw"))
+
+
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean, and the ends of its 95% t-interval."""
     from scipy.stats import t
@@ -454,14 +468,14 @@ def sensitivity(name: str, rows: Rows) -> float | None:
 
 def report(ours: str, rows: Rows) -> None:
     losses: dict[str, dict[int, dict[int, float]]] = {}  # method → seed → horizon → loss
-    seconds: dict[tuple[str, int], float] = {}
+    timed = RESULTS / "frontier_time.json"
+    share = json.loads(timed.read_text(encoding="utf-8"))["ratios"] if timed.is_file() else {}
     kept: list[Mapping[str, Any]] = []
     for name in METHODS:
         for horizon in sorted({*HORIZONS, *STEPS_BETWEEN}):
             done = [rows[key(run)] for run in compared(name, horizon, rows) if key(run) in rows]
             kept += done
             if len(done) == len(SEEDS):
-                seconds[name, horizon] = statistics.median(row["seconds_a_step"] for row in done)
                 for row in done:
                     losses.setdefault(name, {}).setdefault(row["seed"], {})[horizon] = _loss(row)
     if "adamw" not in losses:
@@ -476,8 +490,8 @@ def report(ours: str, rows: Rows) -> None:
             logs = [steps_to(adamw[seed][horizon], own[seed]) - math.log(horizon) for seed in SEEDS]
             if all(map(math.isfinite, logs)):
                 line["steps_ratio"] = [math.exp(value) for value in interval(logs)]
-                share = seconds[name, horizon] / seconds["adamw", horizon]
-                line["time_ratio"] = [share * value for value in line["steps_ratio"]]
+                if name in share:
+                    line["time_ratio"] = [share[name]["median"] * value for value in line["steps_ratio"]]
             line["sensitivity"] = sensitivity(name, rows)
             rates = [own["rate"] for own in tried(name, 150, rows)]
             line["at_border"] = horizon == 150 and line["settings"]["rate"] in (min(rates), max(rates))
@@ -496,6 +510,7 @@ def report(ours: str, rows: Rows) -> None:
             shown.append("{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*line[kind], d=digits) if kind in line else "")
         table.add_row(*shown, f"{line['sensitivity']:.2f}×" if line["sensitivity"] else "")
     Console(width=140).print(table)
+    plot(losses, share, ours, FOLDER / "docs" / f"{RUNS.stem.replace('_runs', '')}.png")
     mean = {(line["method"], line["horizon"]): line["loss"][0] for line in lines}
     ahead: dict[str, dict[int, float]] = {}
     for (name, horizon), loss in mean.items():
@@ -513,6 +528,42 @@ def report(ours: str, rows: Rows) -> None:
     )
 
 
+def plot(losses: Mapping[str, Any], share: Mapping[str, Any], ours: str, file: Path) -> None:
+    """Loss at the end of a schedule over its steps, and over its time in AdamW's steps; means and 95% t-intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    colours = {"adamw": "#555555", ours: "#0b6fb8"}
+    for name, own in sorted(losses.items(), key=lambda pair: pair[0] in colours):
+        horizons = sorted(own[0])
+        points = [interval([own[seed][h] for seed in SEEDS]) for h in horizons]
+        mean = [point[0] for point in points]
+        spread = [[m - low for m, low, _ in points], [high - m for m, _, high in points]]
+        for panel, scale in zip(panels, (1.0, share.get(name, {}).get("median")), strict=True):
+            if scale is None:  # not timed
+                continue
+            style = {"color": colours.get(name, "#d9a441"), "linewidth": 2.0 if name in colours else 0.8}
+            label = {"adamw": "AdamW", ours: "GRIT"}.get(name)
+            panel.errorbar([h * scale for h in horizons], mean, yerr=spread, capsize=2, label=label, **style)
+            if name not in colours:
+                panel.annotate(
+                    name, (horizons[-1] * scale, mean[-1]), xytext=(4, 0), textcoords="offset points", size=6
+                )
+    for panel, title in zip(panels, ("steps", "time, in steps of AdamW"), strict=True):
+        panel.set_xscale("log")
+        ticks = [75, 150, 300, 600]
+        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.minorticks_off()
+        panel.set_xlabel(title)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("loss on split test, nats a token")
+    panels[0].legend(frameon=False)
+    figure.savefig(file, dpi=150)
+
+
 def main() -> None:
     global RUNS, RANK
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -528,6 +579,7 @@ def main() -> None:
     )
     parser.add_argument("--plan", action="store_true", help="print what is to be run")
     parser.add_argument("--report", action="store_true", help="the table alone")
+    parser.add_argument("--time", action="store_true", help="time a step of each method, on an idle machine")
     given = parser.parse_args()
     if given.world == "" and (given.rank != RANK or given.project != FOLDER):
         parser.error("--world: expected a name beside --rank or --project, so that their rows stand apart")
@@ -540,7 +592,9 @@ def main() -> None:
     if given.plan:
         plan(given.horizons, given.methods, read_rows())
         return
-    if not given.report:
+    if given.time:
+        time_steps(given.methods)
+    elif not given.report:
         work(given.horizons, given.methods)
     report(given.ours, read_rows())
 
