@@ -12,7 +12,7 @@ had been given a setting 0.006 nats worse than another of its grid.
   150  4 pairs of α and β₁ × 3 rates; the best without warm-up; a rate beyond, where the best rate is the last of three
   300  the best two of 150, × rate 1 and 0.6
   600  the best of 300 × rate 1 and 0.6, the second × 0.6
-   75  the best of 150, × rate 1 and 1.5 (AdamW and ours)
+   75  the best of 150, × rate 1 and 1.5 (AdamW and ours); 112, 225, 450 likewise, × 1 and 1.3 (ours)
 Of a method whose best on seed 100 is more than 8% above AdamW's, that one alone is run on the other two seeds.
 A run on seed 100 is given up where at a third of its steps it is more than 15% above the best so far, of its method and
 horizon.
@@ -64,7 +64,7 @@ SEEDS, TUNING_SEEDS = range(5), (100, 101, 102)
 AGAIN = {75: 2, 150: 5, 300: 2, 600: 2}
 """Horizon → how many of the best are run on the other tuning seeds too."""
 STEPS_BETWEEN = {112: 150, 225: 300, 450: 600}
-"""Where the curve of our own method is measured too → the horizon that its settings are of."""
+"""Where the curve of our own method is measured too → the horizon that its tuning starts from."""
 FARTHER, FEWER = 1.7, 0.6
 GIVE_UP, TOO_FAR = 1.15, 1.08
 
@@ -108,6 +108,13 @@ METHODS: dict[str, Method] = {
                 "kfac_damping": 0.1,
             }
         },
+        arm="pure_grit",
+        ours=True,
+        points=((64, 0.8), (128, 0.8), (128, 0.9), (64, 0.9)),
+    ),
+    "grit_mild": Method(
+        2.8e-3,
+        {"grit": {"enable_rank_adaptation": False, "nesterov": True, "cautious": True, "eigen_power": 0.6}},
         arm="pure_grit",
         ours=True,
         points=((64, 0.8), (128, 0.8), (128, 0.9), (64, 0.9)),
@@ -199,7 +206,7 @@ def _times(settings: Mapping[str, Any], factor: float) -> dict[str, Any]:
 def tried(name: str, horizon: int, rows: Rows) -> list[dict[str, Any]]:
     """Settings that a method is tuned over at a horizon, as far as they can be told from the rows."""
     if horizon != 150:
-        first = ranked(name, {300: 150, 600: 300, 75: 150}[horizon], rows)
+        first = ranked(name, {300: 150, 600: 300, 75: 150, **STEPS_BETWEEN}[horizon], rows)
         if not first:
             return []
         best, second = (settings for _, settings in first[:2])
@@ -207,7 +214,7 @@ def tried(name: str, horizon: int, rows: Rows) -> list[dict[str, Any]]:
             300: [best, _times(best, FEWER), second, _times(second, FEWER)],
             600: [best, _times(best, FEWER), _times(second, FEWER)],
             75: [best, _times(best, 1.5)],
-        }[horizon]
+        }.get(horizon, [best, _times(best, 1.3)])
         return [own for number, own in enumerate(found) if own not in found[:number]]
     rates = [float(f"{METHODS[name].rate * factor:.3g}") for factor in (1, FEWER, FARTHER)]
     grid: list[dict[str, Any]] = [
@@ -231,7 +238,7 @@ def tries(name: str, horizon: int, rows: Rows) -> list[Any]:
     best = sorted(first, key=lambda run: _loss(rows[key(run)]))
     adamw = [_loss(rows[k]) for own in tried("adamw", horizon, rows) if (k := key(_run("adamw", horizon, own))) in rows]
     far = adamw and _loss(rows[key(best[0])]) > TOO_FAR * min(adamw)
-    again = best[: 1 if far else AGAIN[horizon]]
+    again = best[: 1 if far else AGAIN.get(horizon, 2)]
     return first + [{**run, "seed": seed} for run in again for seed in TUNING_SEEDS[1:]]
 
 
@@ -246,7 +253,7 @@ def ranked(name: str, horizon: int, rows: Rows) -> list[tuple[float, dict[str, A
 
 
 def compared(name: str, horizon: int, rows: Rows) -> list[Any]:
-    best = ranked(name, STEPS_BETWEEN.get(horizon, horizon), rows)
+    best = ranked(name, horizon, rows)
     if not best or math.isinf(best[0][0]):
         return []
     return [_run(name, horizon, best[0][1], "compare", seed) for seed in SEEDS]
@@ -266,9 +273,9 @@ def runs(horizons: Sequence[int], methods: Sequence[str], rows: Rows) -> Iterato
             if horizon != 150 and too_far(name, rows):
                 continue
             ours = [h for h, of in STEPS_BETWEEN.items() if of == horizon and METHODS[name].ours]
-            wanted = tries(name, horizon, rows)
+            wanted = []
             for h in [horizon, *ours]:
-                wanted += compared(name, h, rows)
+                wanted += tries(name, h, rows) + compared(name, h, rows)
             yield from (run for run in wanted if key(run) not in rows)
 
 
@@ -285,7 +292,7 @@ def plan(horizons: Sequence[int], methods: Sequence[str], rows: Rows) -> None:
             curve = [h for h, of in STEPS_BETWEEN.items() if of == horizon and METHODS[name].ours]
             if horizon != 75 or name == "adamw" or METHODS[name].ours:
                 tunes = {75: 2, 150: 14, 300: 4, 600: 3}[horizon] + 2 * AGAIN[horizon]
-                left = [horizon] * tunes + [h for h in (horizon, *curve) for _ in SEEDS]
+                left = [horizon] * tunes + [h for h in (horizon, *curve) for _ in SEEDS] + 6 * curve
                 count, steps = count + len(left), steps + sum(left)
         entry = _run(name, 0, {})["entry"]
         done = [r["horizon"] for r in rows.values() if r["method"] == name and r["entry"] == entry]
