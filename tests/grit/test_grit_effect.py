@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from grit import GRITManager, GritOptimizer, NonFiniteGradientsError
+from probes import Probe, judge
 from tests.grit.nets import MODES, backward, inner_for, lora, of_kind, quick, same, train, trainable, wrapped
 
 
@@ -252,3 +253,14 @@ def test_on_an_ill_conditioned_problem_grit_ends_lower_than_its_rival_at_any_rat
     ours = [excess_loss(0, inner_class, lr, mode) for lr in rates]
     assert min(theirs) not in (theirs[0], theirs[-1])  # the rival's best rate is inside the grid
     assert min(ours) < factor * min(theirs)
+
+
+@pytest.mark.parametrize("warm_up", [0, 1000])
+def test_nesterov_and_caution_alone_are_no_effect_to_the_probe(warm_up):
+    """What the probe holds a step against is AdamW's with both, so that nothing but the axes is an effect."""
+    model = lora()
+    optimizer = wrapped(model, quick(nesterov=True, cautious=True, ng_warmup_steps=warm_up))
+    with Probe(model, optimizer, claims=True) as probe:
+        train(model, optimizer, 24)
+    verdict = judge(probe)
+    assert verdict.verdict == ("effective" if warm_up == 0 else "no_effect"), verdict.reason
