@@ -9,7 +9,7 @@ machine; the table's time ratio comes from `--time`, which takes the methods in 
 Tuning, the same for every method, on split valid and seed 100; the best five (two after 150) are run on seeds 101 and
 102 too, and the mean decides, since single runs differ by 0.01 nats between seeds: with one seed more for three, AdamW
 had been given a setting 0.006 nats worse than another of its grid.
-  150  4 pairs of α and β₁ × 3 rates; the best without warm-up; a rate beyond, where the best rate is the last of three
+  150  4 pairs of α and β₁ × 3 rates; then the best without warm-up, and a rate beyond where its rate is the last
   300  the best two of 150, × rate 1 and 0.6
   600  the best of 300 × rate 1 and 0.6, the second × 0.6
    75  the best of 150, × rate 1 and 1.5 (AdamW and ours); 112, 225, 450 likewise, × 1 and 1.3 (ours)
@@ -18,6 +18,9 @@ A run on seed 100 is given up where at a third of its steps it is more than 15% 
 horizon.
 
 Comparing: seeds 0 to 4 on split test. What is tuned to no better than 8% above AdamW at 150 is compared there alone.
+
+Ours has several entries, each with the whole budget, and what is in them was found in earlier trials (LOG.md): that is
+more than any rival had. `--ours` is one of them, by default the one that tuning finds best at 150.
 
 rsLoRA is AdamW with α·√r in the place of α, a point of the grid, and has no runs of its own. A new method is an entry
 of METHODS; one that has been changed is run anew, since its entry is part of a row's key. A new centre of rates keeps
@@ -65,6 +68,7 @@ AGAIN = {75: 2, 150: 5, 300: 2, 600: 2}
 """Horizon → how many of the best are run on the other tuning seeds too."""
 STEPS_BETWEEN = {112: 150, 225: 300, 450: 600}
 """Where the curve of our own method is measured too → the horizon that its tuning starts from."""
+KEPT = ("method", "horizon", "seed", "kind", "settings", "loss", "pruned", "seconds_a_step")
 FARTHER, FEWER = 1.7, 0.6
 GIVE_UP, TOO_FAR = 1.15, 1.08
 
@@ -190,6 +194,8 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 def _run(name: str, horizon: int, settings: Mapping[str, Any], kind: str = "tune", seed: int = TUNING_SEEDS[0]) -> Any:
     entry = {k: v for k, v in asdict(METHODS[name]).items() if k not in ("rate", "points", "ours")}
+    if RANK != 16:
+        entry["rank"] = RANK
     return {
         "method": name, "entry": entry, "settings": dict(settings), "horizon": horizon, "seed": seed, "kind": kind,
     }  # fmt: skip
@@ -209,7 +215,7 @@ def tried(name: str, horizon: int, rows: Rows) -> list[dict[str, Any]]:
         first = ranked(name, {300: 150, 600: 300, 75: 150, **STEPS_BETWEEN}[horizon], rows)
         if not first:
             return []
-        best, second = (settings for _, settings in first[:2])
+        best, second = first[0][1], first[min(1, len(first) - 1)][1]
         found = {
             300: [best, _times(best, FEWER), second, _times(second, FEWER)],
             600: [best, _times(best, FEWER), _times(second, FEWER)],
@@ -222,12 +228,7 @@ def tried(name: str, horizon: int, rows: Rows) -> list[dict[str, Any]]:
         for rate in rates
         for alpha, beta1 in METHODS[name].points
     ]
-    done = [rows.get(key(_run(name, 150, own))) for own in grid]
-    if None in done:
-        return grid
-    best = min((row for row in done if row), key=_loss)["settings"]
-    beyond = {rates[1]: FEWER, rates[2]: FARTHER}.get(best["rate"])
-    return [*grid, {**best, "warmup": 0.0}, *([_times(best, beyond)] if beyond else [])]
+    return grid
 
 
 def tries(name: str, horizon: int, rows: Rows) -> list[Any]:
@@ -239,7 +240,23 @@ def tries(name: str, horizon: int, rows: Rows) -> list[Any]:
     adamw = [_loss(rows[k]) for own in tried("adamw", horizon, rows) if (k := key(_run("adamw", horizon, own))) in rows]
     far = adamw and _loss(rows[key(best[0])]) > TOO_FAR * min(adamw)
     again = best[: 1 if far else AGAIN.get(horizon, 2)]
-    return first + [{**run, "seed": seed} for run in again for seed in TUNING_SEEDS[1:]]
+    found = first + _on_all_seeds(again)
+    if horizon != 150 or far or any(key(run) not in rows for run in found):
+        return found
+    chosen = min(again, key=lambda run: _mean_loss(run, rows))["settings"]
+    rates = sorted({run["settings"]["rate"] for run in first})
+    beyond = {rates[0]: FEWER, rates[-1]: FARTHER}.get(chosen["rate"])
+    more = [{**chosen, "warmup": 0.0}, *([_times(chosen, beyond)] if beyond else [])]
+    extra = [_run(name, horizon, own) for own in more]
+    return found + extra + _on_all_seeds(extra)
+
+
+def _on_all_seeds(tuned: Sequence[Any]) -> list[Any]:
+    return [{**run, "seed": seed} for run in tuned for seed in TUNING_SEEDS[1:]]
+
+
+def _mean_loss(run: Mapping[str, Any], rows: Rows) -> float:
+    return statistics.fmean(_loss(rows[key({**run, "seed": seed})]) for seed in TUNING_SEEDS)
 
 
 def ranked(name: str, horizon: int, rows: Rows) -> list[tuple[float, dict[str, Any]]]:
@@ -248,8 +265,7 @@ def ranked(name: str, horizon: int, rows: Rows) -> list[tuple[float, dict[str, A
     if any(key(run) not in rows for run in planned):
         return []
     again = [run for run in planned if run["seed"] == TUNING_SEEDS[1]]
-    losses = [statistics.fmean(_loss(rows[key({**run, "seed": seed})]) for seed in TUNING_SEEDS) for run in again]
-    return sorted(((loss, run["settings"]) for loss, run in zip(losses, again, strict=True)), key=lambda pair: pair[0])
+    return sorted(((_mean_loss(run, rows), run["settings"]) for run in again), key=lambda pair: pair[0])
 
 
 def compared(name: str, horizon: int, rows: Rows) -> list[Any]:
@@ -296,6 +312,7 @@ def plan(horizons: Sequence[int], methods: Sequence[str], rows: Rows) -> None:
                 count, steps = count + len(left), steps + sum(left)
         entry = _run(name, 0, {})["entry"]
         done = [r["horizon"] for r in rows.values() if r["method"] == name and r["entry"] == entry]
+        done = [h for h in done if STEPS_BETWEEN.get(h, h) in horizons]
         count, steps = count - len(done), steps - sum(done)
         hours = (steps * second + 4 * count) / 3600
         table.add_row(name, str(count), str(steps), f"{hours:.2f}")
@@ -319,6 +336,7 @@ def train(run: Mapping[str, Any], limit: float = math.inf, report: Any = None) -
 
     `report`: as an arm's.
     """
+    import torch
     from transformers import TrainerCallback
 
     from pipelines.base_model import load_reference
@@ -328,6 +346,7 @@ def train(run: Mapping[str, Any], limit: float = math.inf, report: Any = None) -
     from trainers.run import TrainingJob
     from trainers.run import run as train_arm
 
+    torch.set_num_threads(1)
     params = load_params(Params)
     own, entry, arm = run["settings"], run["entry"], _arm(run["entry"]["arm"])
     steps = run["horizon"] - entry["start"]
@@ -354,7 +373,7 @@ def train(run: Mapping[str, Any], limit: float = math.inf, report: Any = None) -
 
     class GiveUp(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_evaluate = run["kind"] == "tune" and state.global_step == steps // 3
+            control.should_evaluate |= run["kind"] == "tune" and state.global_step == steps // 3
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
             if state.global_step == steps // 3:
@@ -434,7 +453,10 @@ def work(horizons: Sequence[int], methods: Sequence[str]) -> None:
 
 
 def time_steps(methods: Sequence[str], rounds: int = 3, steps: int = 40) -> None:
-    """Seconds a step, the methods in turn, on a machine that does nothing else: results/frontier_time.json."""
+    """Seconds a step, the methods in turn, on a machine that does nothing else: results/frontier_time.json.
+
+    What a start computes before the first step is not in it.
+    """
     own = {"alpha": 64, "beta1": 0.8, "warmup": 0.13}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for number in range(rounds):
@@ -457,29 +479,39 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def steps_to(loss: float, curve: Mapping[int, float]) -> float:
-    """Log of the steps at which a curve, linear between its points in log steps, has a loss; beyond them as there."""
+    """Log of the steps at which a curve, linear between its points in log steps, has a loss.
+
+    Beyond its ends it goes on as there, for a factor of two at most; NaN where it is not reached.
+    """
     points = sorted((math.log(steps), own) for steps, own in curve.items())
     for (x0, y0), (x1, y1) in pairwise(points):
         if y1 <= loss or (x1, y1) == points[-1]:
-            return x0 + (loss - y0) * (x1 - x0) / (y1 - y0) if y1 < y0 else math.nan
+            found = x0 + (loss - y0) * (x1 - x0) / (y1 - y0) if y1 < y0 else math.nan
+            return found if points[0][0] - math.log(2) <= found <= points[-1][0] + math.log(2) else math.nan
     return math.nan
 
 
 def sensitivity(name: str, rows: Rows) -> float | None:
     """Largest over smallest rate of the tuning runs at 150 within 2% of the best."""
-    found = [rows[k] for own in tried(name, 150, rows) if (k := key(_run(name, 150, own))) in rows]
+    found = [rows[k] for run in tries(name, 150, rows) if run["seed"] == TUNING_SEEDS[0] and (k := key(run)) in rows]
     best = min(map(_loss, found), default=0.0)
     rates = [row["settings"]["rate"] for row in found if _loss(row) <= 1.02 * best]
     return max(rates) / min(rates) if rates else None
 
 
-def report(ours: str, rows: Rows) -> None:
+def report(ours: str | None, rows: Rows) -> None:
+    if ours is None:  # by what tuning saw, not by what is compared
+        tuned = {name: found[0][0] for name in METHODS if METHODS[name].ours and (found := ranked(name, 150, rows))}
+        ours = min(tuned, key=lambda name: tuned[name], default="grit")
+        print(f"ours: {ours}, the best of {len(tuned)} on split valid at 150 steps")
     losses: dict[str, dict[int, dict[int, float]]] = {}  # method → seed → horizon → loss
     timed = RESULTS / "frontier_time.json"
     share = json.loads(timed.read_text(encoding="utf-8"))["ratios"] if timed.is_file() else {}
     kept: list[Mapping[str, Any]] = []
     for name in METHODS:
         for horizon in sorted({*HORIZONS, *STEPS_BETWEEN}):
+            if horizon != 150 and too_far(name, rows):
+                continue
             done = [rows[key(run)] for run in compared(name, horizon, rows) if key(run) in rows]
             kept += done
             if len(done) == len(SEEDS):
@@ -494,19 +526,24 @@ def report(ours: str, rows: Rows) -> None:
             line = {"method": name, "horizon": horizon, "settings": compared(name, horizon, rows)[0]["settings"]}
             line["loss"] = interval([own[seed][horizon] for seed in SEEDS])
             line["to_adamw"] = interval([own[seed][horizon] - adamw[seed][horizon] for seed in SEEDS])
-            logs = [steps_to(adamw[seed][horizon], own[seed]) - math.log(horizon) for seed in SEEDS]
+            # The method's mean curve, moved to where this seed has it at the horizon, meets this seed's AdamW.
+            mean = {h: statistics.fmean(own[seed][h] for seed in SEEDS) for h in own[0]}
+            moved = {seed: own[seed][horizon] - mean[horizon] for seed in SEEDS}
+            logs = [steps_to(adamw[seed][horizon] - moved[seed], mean) - math.log(horizon) for seed in SEEDS]
             if all(map(math.isfinite, logs)):
+                beyond = math.exp(min(logs)) * horizon < min(mean) or math.exp(max(logs)) * horizon > max(mean)
+                line["extrapolated"] = beyond
                 line["steps_ratio"] = [math.exp(value) for value in interval(logs)]
                 if name in share:
                     line["time_ratio"] = [share[name]["median"] * value for value in line["steps_ratio"]]
             line["sensitivity"] = sensitivity(name, rows)
-            rates = [own["rate"] for own in tried(name, 150, rows)]
+            rates = [run["settings"]["rate"] for run in tries(name, 150, rows)]
             line["at_border"] = horizon == 150 and line["settings"]["rate"] in (min(rates), max(rates))
             line["compared_at_150_alone"] = too_far(name, rows)
             lines.append(line)
     table = Table(
         "method", "steps", "loss", "− AdamW's", "steps ratio", "time ratio", "rates within 2%",
-        title=f"{len(SEEDS)} seeds, 95% t-intervals; *: too far at 150 to be compared beyond; !: best rate at border",
+        title=f"{len(SEEDS)} seeds, 95% t-intervals; *: too far to go on; !: best rate at border; ~: beyond the curve",
         title_justify="left",
     )  # fmt: skip
     for line in sorted(lines, key=lambda line: (line["horizon"], line["loss"][0])):
@@ -514,15 +551,16 @@ def report(ours: str, rows: Rows) -> None:
         shown = [line["method"] + marks, str(line["horizon"])]
         for kind in ("loss", "to_adamw", "steps_ratio", "time_ratio"):
             digits = 2 if "ratio" in kind else 4
-            shown.append("{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*line[kind], d=digits) if kind in line else "")
+            text = "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*line[kind], d=digits) if kind in line else ""
+            shown.append(text + "~" * (kind == "steps_ratio" and line.get("extrapolated", False)))
         table.add_row(*shown, f"{line['sensitivity']:.2f}×" if line["sensitivity"] else "")
     Console(width=140).print(table)
     plot(losses, share, ours, FOLDER / "docs" / f"{RUNS.stem.replace('_runs', '')}.png")
-    mean = {(line["method"], line["horizon"]): line["loss"][0] for line in lines}
+    means = {(line["method"], line["horizon"]): line["loss"][0] for line in lines}
     ahead: dict[str, dict[int, float]] = {}
-    for (name, horizon), loss in mean.items():
-        if not METHODS[name].ours and loss < mean.get((ours, horizon), -math.inf):
-            ahead.setdefault(name, {})[horizon] = mean[ours, horizon] - loss
+    for (name, horizon), loss in means.items():
+        if not METHODS[name].ours and loss < means.get((ours, horizon), -math.inf):
+            ahead.setdefault(name, {})[horizon] = means[ours, horizon] - loss
     write(
         RUNS.stem.replace("_runs", ""),
         "Loss at equal steps, and steps to tuned AdamW's loss",
@@ -531,7 +569,7 @@ def report(ours: str, rows: Rows) -> None:
         steps_ratio={line["horizon"]: line.get("steps_ratio") for line in lines if line["method"] == ours},
         rivals_ahead=ahead,  # name → horizon → nats
         table=lines,
-        rows=list(rows.values()),
+        rows=[{name: row[name] for name in KEPT} for row in rows.values()],
     )
 
 
@@ -576,7 +614,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--horizons", nargs="+", type=int, choices=HORIZONS, default=HORIZONS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--ours", choices=METHODS, default="grit", help="whose ratio and rivals are told")
+    parser.add_argument("--ours", choices=METHODS, help="whose ratio and rivals are told; else tuning's best of ours")
     parser.add_argument("--rank", type=int, default=RANK)
     parser.add_argument(
         "--world", default="", help="a name for rows and results of their own: another task, base, rank"
@@ -600,7 +638,7 @@ def main() -> None:
         plan(given.horizons, given.methods, read_rows())
         return
     if given.time:
-        time_steps(given.methods)
+        time_steps(list(dict.fromkeys(["adamw", *given.methods])))
     elif not given.report:
         work(given.horizons, given.methods)
     report(given.ours, read_rows())

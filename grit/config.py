@@ -140,6 +140,11 @@ class GRITConfig:
                 "pi_correction: has no effect in mode 'eigen_adamw', which inverts no factor; expected false, or mode "
                 "'adamw' or 'sgd'; got true"
             )
+        for name in ("nesterov", "cautious"):
+            if getattr(self, name) is True and self.mode != "eigen_adamw":
+                others.append(
+                    f"{name}: has no effect in mode {self.mode!r}; expected false, or mode 'eigen_adamw'; got true"
+                )
         if self.mode == "sgd" and self.grafting is True:
             others.append("grafting: mode 'sgd' measures its trust region in natural lengths; expected false, got true")
         if not wrong & {"min_lora_rank", "lora_rank"} and self.min_lora_rank > self.lora_rank:

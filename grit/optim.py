@@ -54,9 +54,6 @@ class GritOptimizer(torch.optim.Optimizer):
         if config.lr_ratio_b != 1.0 and any("initial_lr" in group for group in optimizer.param_groups):
             raise ValueError("lr_ratio_b: wrap the optimizer first, then make its learning-rate schedule; got it made")
         self._split_off_b(config.lr_ratio_b)
-        if config.mode == "eigen_adamw":  # so that the probe takes them for AdamW's, and the axes alone for an effect
-            for group in optimizer.param_groups:
-                group["ahead"] = (config.nesterov, config.cautious)
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups, self.state = optimizer.param_groups, optimizer.state
         self.gradient_norm: float | None = None
@@ -151,6 +148,8 @@ class GritOptimizer(torch.optim.Optimizer):
         changes = _directions(stacks)
         for i, t in enumerate(stacks):
             changes[i] = _ahead(t, changes[i], config.nesterov, config.cautious)
+            for p in t.parameters:  # so that the probe takes both for AdamW's, and the axes alone for an effect
+                p.ahead = (config.nesterov, config.cautious)  # type: ignore[attr-defined]
             changes[i] = t.back(changes[i])  # one by one, so that directions are freed
         changes, metrics, factor = curvature.limit(stacks, changes, step)
         self.manager.last_metrics |= metrics

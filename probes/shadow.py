@@ -17,8 +17,8 @@ class Shadow:
     Its gradients are the raw ones, clipped as plain training would clip them. It has one learning rate for all
     tensors, the lowest of the optimizer's groups: a rate of its own for B (LoRA+) is part of what is examined. It
     rounds as torch's AdamW does, with moments in the weights' own dtype: in bfloat16 another order of roundings
-    alone turns an update by degrees. Where a group of the optimizer has `ahead`, a pair of booleans, the step is
-    Nesterov's (Dozat 2016), or cautious (Liang et al. 2024), so that neither counts as preconditioning.
+    alone turns an update by degrees. Where a parameter has `ahead`, a pair of booleans, its step is Nesterov's (Dozat
+    2016), or cautious (Liang et al. 2024), so that neither counts as preconditioning.
     """
 
     def __init__(self, parameters: list[nn.Parameter]):
@@ -70,7 +70,7 @@ class Shadow:
                     eps=eps,
                     maximize=False,
                 )
-                if any(ahead):
+                if ahead is not None:
                     own = gradient[chosen], self._m[place][chosen], self._v[place][chosen]
                     step = _ahead(*own, steps + 1, betas, eps, *ahead)
                     lr = options["lr"]
@@ -120,8 +120,8 @@ def shadow_options(optimizer: Any, parameters: list[nn.Parameter]) -> dict[str, 
     """What plain AdamW would step with here; torch's defaults where the optimizer has none, or none that are numbers.
 
     `rates` of the parameters, None where no group has one; `lr`, the lowest that is not zero, for all tensors; `each`:
-    (betas, eps, weight_decay, fused, foreach, ahead) of every parameter, from its own group; `eps` and `adam`: the
-    largest ε, and whether a group has betas of its own.
+    (betas, eps, weight_decay, fused, foreach, ahead) of every parameter; `eps` and `adam`: the largest ε, and whether a
+    group has betas of its own.
     """
     every = list(getattr(optimizer, "param_groups", ()))
     group_of = {id(p): place for place, group in enumerate(every) for p in group["params"]}
@@ -129,7 +129,8 @@ def shadow_options(optimizer: Any, parameters: list[nn.Parameter]) -> dict[str, 
     groups = every or [{}]
     # A rate that is no number is the optimizer's own business (Adafactor's); the direction does not hang on it.
     rates = [_number(group.get("lr"), 1e-3) for group in groups]
-    own = {kind: _own(groups[kind[0]], kind[1]) for kind in {*zip(places, (p.dtype for p in parameters), strict=True)}}
+    kinds = [(place, p.dtype, getattr(p, "ahead", None)) for place, p in zip(places, parameters, strict=True)]
+    own = {kind: (*_own(groups[kind[0]], kind[1]), kind[2]) for kind in {*kinds}}
     used = [groups[place] for place in {*places}]
     return {
         "rates": [
@@ -137,7 +138,7 @@ def shadow_options(optimizer: Any, parameters: list[nn.Parameter]) -> dict[str, 
             for place, p in zip(places, parameters, strict=True)
         ],
         "lr": min((rates[place] for place in {*places} if rates[place] > 0), default=0.0),
-        "each": [own[place, p.dtype] for place, p in zip(places, parameters, strict=True)],
+        "each": [own[kind] for kind in kinds],
         "eps": max((_number(group.get("eps"), 1e-8) for group in used), default=1e-8),
         "adam": any("betas" in group or "beta1" in group for group in used),
     }
@@ -162,7 +163,6 @@ def _own(group: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
         _number(group.get("weight_decay"), 0.0),
         True if exact else group.get("fused"),
         False if exact else group.get("foreach"),
-        tuple(group.get("ahead", (False, False))),
     )
 
 

@@ -41,6 +41,8 @@ def _of_path(path: str, ours: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     parameters = inspect.signature(kind).parameters if callable(kind) else {}
     if not _is_class(kind) and "model" not in parameters:
         raise ValueError("expected a class of torch's optimizers, or a function of a model")
+    if "lr" not in parameters and not _open(kind):
+        raise ValueError("it takes no learning rate `lr`")
     ours = {**ours, "optimizer_cls": torch.optim.AdamW}
     return kind, {name: value for name, value in ours.items() if name in parameters or (name in _OURS and _open(kind))}
 
@@ -63,9 +65,8 @@ def _is_class(kind: Any) -> bool:
 
 
 def _open(kind: Any) -> bool:
-    """Whether a function hands on arguments that it does not name."""
-    variadic = inspect.Parameter.VAR_KEYWORD
-    return not _is_class(kind) and any(p.kind is variadic for p in inspect.signature(kind).parameters.values())
+    """Whether it hands on arguments that it does not name."""
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(kind).parameters.values())
 
 
 def problems(name: str, given: Mapping[str, Any]) -> list[str]:
@@ -81,7 +82,7 @@ def _problems(name: str, given: str) -> list[str]:
 
     known = [known.value for known in OptimizerNames]
     if name not in known and not is_path(name):
-        return [f"optimizer: unknown name {name!r}{suggest(name, known)} A dotted path is another's class or function."]
+        return [f"optimizer: unknown name {name!r}{suggest(name, known)}, or a dotted path"]
     ours = dict(_OURS)
     try:
         if is_path(name):
@@ -91,7 +92,7 @@ def _problems(name: str, given: str) -> list[str]:
             with TemporaryDirectory() as folder:
                 args = TrainingArguments(folder, optim=name, use_cpu=True, report_to="none")
                 kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
-    except (AttributeError, ImportError, ValueError) as error:
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
         return [f"optimizer: {name} cannot be used: {error}"]
     own = json.loads(given)
     found = [f"optim_args.{key}: expected {ours[key]} of section train in its place" for key in own if key in ours]
@@ -99,7 +100,7 @@ def _problems(name: str, given: str) -> list[str]:
     found += [
         f"optim_args.{key}: unknown key of {name}{suggest(key, taken)}"
         for key in own
-        if key not in (*taken, *ours) and not _open(kind)
+        if key not in (*taken, *ours) and (_is_class(kind) or not _open(kind))
     ]
     if found:
         return found

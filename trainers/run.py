@@ -299,7 +299,6 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started  # of this process's share of the training
 
-    getattr(trainer.optimizer, "eval", dict)()  # a schedule-free one has its averaged weights saved, as evaluated
     scale_update(trainer.model, job.settings.scale_update)
     trainer.model.save_pretrained(job.output, safe_serialization=True)
     trainer.processing_class.save_pretrained(job.output)
