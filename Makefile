@@ -49,10 +49,13 @@ format: setup
 
 # Those of GRIT-VLM need what `make repro PROFILE=vision` leaves; without it they are skipped.
 NEED_VISION := vlm_claims vlm_tuning
+# Hours of training, and the data and base that `make repro` leaves; run by name: `python -m benchmarks.frontier`.
+NEED_HOURS := frontier rank
 
 bench: foreign
 	@for script in benchmarks/[a-z]*.py; do \
 		name=$$(basename $$script .py); \
+		case " $(NEED_HOURS) " in *" $$name "*) echo "$$name: skipped, it takes hours"; continue;; esac; \
 		case " $(NEED_VISION) " in *" $$name "*) \
 			if ! grep -qs '"pictures": true' models/base/base.json; then \
 				echo "$$name: skipped, it needs what \`make repro PROFILE=vision\` makes"; continue; fi;; \

@@ -41,9 +41,10 @@ class AheadAdamW(torch.optim.Optimizer):
 
     def __init__(
         self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float = 0.0, nesterov: bool = True, cautious: bool = True,
     ):  # fmt: skip
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.nesterov, self.cautious = nesterov, cautious
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -55,7 +56,10 @@ class AheadAdamW(torch.optim.Optimizer):
                     state |= {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
                 state["step"] += 1
                 t, m, v = state["step"], state["m"].lerp_(g, 1 - one), state["v"].lerp_(g * g, 1 - two)
-                ahead = one * m / (1 - one ** (t + 1)) + (1 - one) * g / (1 - one**t)
+                ahead = (
+                    one * m / (1 - one ** (t + 1)) + (1 - one) * g / (1 - one**t) if self.nesterov else m / (1 - one**t)
+                )
                 step = ahead / ((v / (1 - two**t)).sqrt() + group["eps"])
-                agrees = (step * g > 0).to(step.dtype)
-                p.mul_(1 - lr * group["weight_decay"]).sub_(lr * step * agrees / agrees.mean().clamp_min(1e-3))
+                if self.cautious:
+                    step *= (agrees := (step * g > 0).to(step.dtype)) / agrees.mean().clamp_min(1e-3)
+                p.mul_(1 - lr * group["weight_decay"]).sub_(lr * step)

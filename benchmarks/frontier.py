@@ -169,16 +169,20 @@ def key(run: Mapping[str, Any]) -> str:
     )
 
 
-def read_rows() -> dict[str, dict[str, Any]]:
+def rows_of(file: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in RUNS.read_text(encoding="utf-8").splitlines() if RUNS.is_file() else []:
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         with suppress(ValueError):  # cut short by a kill
             rows.append(json.loads(line))
-    return {key(row): row for row in rows}
+    return rows
 
 
-def append(row: Mapping[str, Any]) -> None:
-    with RUNS.open("a+b") as file:
+def read_rows() -> dict[str, dict[str, Any]]:
+    return {key(row): row for row in rows_of(RUNS)}
+
+
+def append(row: Mapping[str, Any], to: Path) -> None:
+    with to.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(max(0, file.tell() - 1))
         cut = file.read(1) not in (b"\n", b"")
@@ -439,7 +443,7 @@ def work(horizons: Sequence[int], methods: Sequence[str]) -> None:
                     # A process of its own: memory is that of the run.
                     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
                         row = pool.submit(train, run, limit).result()
-                    append(row)
+                    append(row, RUNS)
                     said = "given up" if row["pruned"] else row["loss"]
                     print(run["method"], run["kind"], run["horizon"], run["seed"], run["settings"], said, flush=True)
                 break

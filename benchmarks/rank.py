@@ -6,7 +6,6 @@ steps, losses those of split test, seeds 0 to 4. Rows go to results/rank_runs.js
 Run as `python -m benchmarks.rank`.
 """
 
-import json
 import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor
@@ -44,7 +43,7 @@ def shrunk(trainer: Any, job: Any) -> dict[str, Any]:
     return {"shrunk": found}
 
 
-def train(name: str, rank: int, seed: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def train(name: str, rank: int, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     frontier.RANK = rank
     run = frontier._run(name, STEPS, settings, "compare", seed)
     said: list[dict[str, Any]] = []
@@ -55,11 +54,91 @@ def train(name: str, rank: int, seed: int, settings: dict[str, Any]) -> list[dic
 
     row = frontier.train(run, report=report)
     whole = {"threshold": None, "parameters": row["parameters"], "loss": row["loss"]}
-    return [{"method": name, "rank": rank, "seed": seed, "settings": settings, **one} for one in (whole, *said)]
+    return {"method": name, "rank": rank, "seed": seed, "settings": settings, "after": [whole, *said]}
 
 
-def rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.is_file() else []
+def read_rows(best: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of the settings that are the best by now."""
+    return [row for row in frontier.rows_of(ROWS) if row["settings"] == best[row["method"]]]
+
+
+def main() -> None:
+    os.chdir(frontier.FOLDER)
+    from pipelines.stage import quiet_libraries
+
+    quiet_libraries()
+    rows = frontier.read_rows()
+    tuned = {name: frontier.ranked(name, STEPS, rows) for name in METHODS}
+    if untuned := [name for name, found in tuned.items() if not found]:
+        raise SystemExit(f"not tuned at {STEPS} steps: {', '.join(untuned)}; run python -m benchmarks.frontier first")
+    best = {name: found[0][1] for name, found in tuned.items()}
+    done = {(row["method"], row["rank"], row["seed"]) for row in read_rows(best)}
+    for seed in frontier.SEEDS:
+        for name in METHODS:
+            for rank in RANKS:
+                if (name, rank, seed) not in done:
+                    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+                        made = pool.submit(train, name, rank, seed, best[name]).result()
+                    frontier.append(made, ROWS)
+    report(read_rows(best))
+
+
+def report(trainer: Any, job: Any) -> dict[str, Any]:
+        said.extend(shrunk(trainer, job)["shrunk"] if rank == RANKS[0] and name != "adamw" else ())
+        return {}
+
+    row = frontier.train(run, report=report)
+    whole = {"threshold": None, "parameters": row["parameters"], "loss": row["loss"]}
+    return {"method": name, "rank": rank, "seed": seed, "settings": settings, "after": [whole, *said]}
+
+
+def read_rows(best: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of the settings that are the best by now."""
+    return [row for row in frontier.rows_of(ROWS) if row["settings"] == best[row["method"]]]
+
+
+def main() -> None:
+    os.chdir(frontier.FOLDER)
+    from pipelines.stage import quiet_libraries
+
+    quiet_libraries()
+    rows = frontier.read_rows()
+    tuned = {name: frontier.ranked(name, STEPS, rows) for name in METHODS}
+    if untuned := [name for name, found in tuned.items() if not found]:
+        raise SystemExit(f"not tuned at {STEPS} steps: {', '.join(untuned)}; run python -m benchmarks.frontier first")
+    best = {name: found[0][1] for name, found in tuned.items()}
+    done = {(row["method"], row["rank"], row["seed"]) for row in read_rows(best)}
+    for seed in frontier.SEEDS:
+        for name in METHODS:
+            for rank in RANKS:
+                if (name, rank, seed) not in done:
+                    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+                        made = pool.submit(train, name, rank, seed, best[name]).result()
+                    frontier.append(made, ROWS)
+    report(read_rows(best))
+
+
+def cut_short() -> bool:
+    return ROWS.is_file() and not ROWS.read_text(encoding="utf-8").endswith(("\n", ""))
+
+
+def report(trainer: Any, job: Any) -> dict[str, Any]:
+        said.extend(shrunk(trainer, job)["shrunk"] if rank == RANKS[0] and name != "adamw" else ())
+        return {}
+
+    row = frontier.train(run, report=report)
+    whole = {"threshold": None, "parameters": row["parameters"], "loss": row["loss"]}
+    return {"method": name, "rank": rank, "seed": seed, "settings": settings, "after": [whole, *said]}
+
+
+def read_rows(best: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of the settings that are the best by now."""
+    found = []
+    for line in ROWS.read_text(encoding="utf-8").splitlines() if ROWS.is_file() else []:
+        with suppress(ValueError):  # cut short by a kill
+            row = json.loads(line)
+            found += [row] if row["settings"] == best[row["method"]] else []
+    return found
 
 
 def main() -> None:
@@ -85,10 +164,11 @@ def main() -> None:
     report()
 
 
-def report() -> None:
+def report(rows: list[dict[str, Any]]) -> None:
     at: dict[tuple[str, int, float | None], dict[int, dict[str, Any]]] = {}
-    for row in rows():
-        at.setdefault((row["method"], row["rank"], row["threshold"]), {})[row["seed"]] = row
+    for row in rows:
+        for one in row["after"]:
+            at.setdefault((row["method"], row["rank"], one["threshold"]), {})[row["seed"]] = one
     table = Table(
         "method", "rank", "τ", "parameters", "share", "loss", "− full rank's", title=f"{STEPS} steps, split test"
     )
@@ -108,7 +188,7 @@ def report() -> None:
         table.add_row(line["method"], str(line["rank"]), str(line["threshold"] or ""), *said)
     Console(width=140).print(table)
     write(
-        "rank", "Parameters that can be spared", seeds=sorted({row["seed"] for row in rows()}), table=lines, rows=rows()
+        "rank", "Parameters that can be spared", seeds=sorted({row["seed"] for row in rows}), table=lines, rows=rows()
     )
 
 

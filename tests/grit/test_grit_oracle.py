@@ -93,7 +93,7 @@ def natural_by_kron(cov, lam, gradient, acts_on_rows):
 
 def settings(**changes):
     values = {"mode": "sgd", "capture": "hooks", "kl_clip": 0.0, "kfac_damping": 0.05, "log_freq": 50}
-    return quick(**{**values, "eigen_power": 1.0, "nesterov": True, "cautious": True, **changes})
+    return quick(**{**values, "eigen_power": 1.0, **changes})
 
 
 def backward(model, manager, x, target):
@@ -318,19 +318,21 @@ def test_adamw_mode_equals_preconditioning_by_hand_and_torch_adamw(grafting):
 ADAM = {"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
 
 
-def numpy_adam(memory, gradient):
-    """Kingma & Ba's algorithm 1, one step of length 1, Nesterov's and cautious; `memory` holds m, v, t."""
+def numpy_adam(memory, gradient, nesterov, cautious):
+    """Kingma & Ba's algorithm 1, one step of length 1; `memory` holds m, v, t."""
     one, two = ADAM["betas"]
     memory["t"] += 1
     memory["m"] = one * memory["m"] + (1 - one) * gradient
     memory["v"] = two * memory["v"] + (1 - two) * gradient * gradient
     v_hat = memory["v"] / (1 - two ** memory["t"])
-    m_next = one * memory["m"] / (1 - one ** (memory["t"] + 1)) + (1 - one) * gradient / (1 - one ** memory["t"])
-    step = m_next / (np.sqrt(v_hat) + ADAM["eps"])
-    return np.where(step * gradient > 0, step, 0) / np.mean(step * gradient > 0)
+    mean = memory["m"] / (1 - one ** memory["t"])
+    if nesterov:
+        mean = one * memory["m"] / (1 - one ** (memory["t"] + 1)) + (1 - one) * gradient / (1 - one ** memory["t"])
+    step = mean / (np.sqrt(v_hat) + ADAM["eps"])
+    return np.where(step * gradient > 0, step, 0) / np.mean(step * gradient > 0) if cautious else step
 
 
-def own_eigen_adamw(batches, cov_freq, freq, min_samples, power):
+def own_eigen_adamw(batches, cov_freq, freq, min_samples, power, ahead=(False, False)):
     """Adam in the eigenbases, in NumPy; returns (Aᵀ, B) of every layer, B three times as fast.
 
     A is worked on as Aᵀ [d_in, r], so that bases act from the right on both. A basis change R takes a coordinate i to
@@ -367,26 +369,36 @@ def own_eigen_adamw(batches, cov_freq, freq, min_samples, power):
             _, _, grad_a, grad_b = gradients[name]
             for side, (gradient, lr) in enumerate(((grad_a.numpy().T, 0.02), (grad_b.numpy(), 0.06))):
                 q, weight = basis[name][side], current[name][side]
-                change = (numpy_adam(memory[name][side], gradient @ q) * stretch[name][side]) @ q.T
+                change = (numpy_adam(memory[name][side], gradient @ q, *ahead) * stretch[name][side]) @ q.T
                 current[name][side] = weight * (1 - lr * ADAM["weight_decay"]) - lr * change
     return current
 
 
-@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize(("cov_freq", "freq", "min_samples"), [(1, 1, 1), (2, 3, 1), (1, 4, 60)])
-def test_eigen_adamw_equals_an_independent_adam_in_the_eigenbasis(cov_freq, freq, min_samples, power):
+@pytest.mark.parametrize(
+    ("cov_freq", "freq", "min_samples", "power", "ahead"),
+    [
+        (1, 1, 1, 0.0, (False, False)),
+        (2, 3, 1, 0.5, (False, False)),
+        (1, 4, 60, 1.0, (False, False)),
+        (1, 4, 60, 1.0, (True, False)),
+        (2, 3, 1, 0.5, (False, True)),
+        (1, 4, 60, 0.5, (True, True)),
+    ],
+)
+def test_eigen_adamw_equals_an_independent_adam_in_the_eigenbasis(cov_freq, freq, min_samples, power, ahead):
     """Twelve steps; the third case takes up its first basis at step 2, when moments are there to be turned."""
     batches = [make_batch(i) for i in range(12)]
     intervals = {"grit_cov_update_freq": cov_freq, "kfac_update_freq": freq, "kfac_min_samples": min_samples}
+    intervals |= {"nesterov": ahead[0], "cautious": ahead[1]}
     config = settings(mode="eigen_adamw", **intervals, cov_decay=0.6, lr_ratio_b=3.0, eigen_power=power)
     got, manager = trained_by_grit(config, lambda m: torch.optim.AdamW(trainable(m), **ADAM), batches)
-    want = own_eigen_adamw(batches, cov_freq, freq, min_samples, power)
+    want = own_eigen_adamw(batches, cov_freq, freq, min_samples, power, ahead)
     for name in NAMES:
         assert_same(got[name][0].mT, want[name][0], rel=1e-9)
         assert_same(got[name][1], want[name][1], rel=1e-9)
     assert manager.curvature.ready_layers() == 3
     # Adam without the basis ends up elsewhere.
-    plain = torch.from_numpy(own_eigen_adamw(batches, cov_freq, freq, 1e9, power)["first"][1])
+    plain = torch.from_numpy(own_eigen_adamw(batches, cov_freq, freq, 1e9, power, ahead)["first"][1])
     assert float((plain - got["first"][1]).norm() / got["first"][1].norm()) > 1e-3
 
 
