@@ -23,7 +23,7 @@ STEPS, RANKS, THRESHOLDS = 300, (16, 12, 8, 6, 4), (0.9999, 0.999, 0.997, 0.99, 
 METHODS = ("adamw", "grit")
 
 
-def shrunk(trainer: Any, job: Any) -> dict[str, Any]:
+def shrunk(trainer: Any) -> list[dict[str, Any]]:
     """Parameters and loss after shrinking by each threshold, in a copy of this process."""
     manager, context = trainer.grit_manager, get_context("fork")
     found = []
@@ -40,7 +40,7 @@ def shrunk(trainer: Any, job: Any) -> dict[str, Any]:
         process.start()
         found.append(out.get(timeout=600))
         process.join()
-    return {"shrunk": found}
+    return found
 
 
 def train(name: str, rank: int, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -48,11 +48,11 @@ def train(name: str, rank: int, seed: int, settings: dict[str, Any]) -> dict[str
     run = frontier._run(name, STEPS, settings, "compare", seed)
     said: list[dict[str, Any]] = []
 
-    def report(trainer: Any, job: Any) -> dict[str, Any]:
-        said.extend(shrunk(trainer, job)["shrunk"] if rank == RANKS[0] and name != "adamw" else ())
+    def after(trainer: Any, job: Any) -> dict[str, Any]:
+        said.extend(shrunk(trainer) if rank == RANKS[0] and name != "adamw" else ())
         return {}
 
-    row = frontier.train(run, report=report)
+    row = frontier.train(run, report=after)
     whole = {"threshold": None, "parameters": row["parameters"], "loss": row["loss"]}
     return {"method": name, "rank": rank, "seed": seed, "settings": settings, "after": [whole, *said]}
 
@@ -81,87 +81,6 @@ def main() -> None:
                         made = pool.submit(train, name, rank, seed, best[name]).result()
                     frontier.append(made, ROWS)
     report(read_rows(best))
-
-
-def report(trainer: Any, job: Any) -> dict[str, Any]:
-        said.extend(shrunk(trainer, job)["shrunk"] if rank == RANKS[0] and name != "adamw" else ())
-        return {}
-
-    row = frontier.train(run, report=report)
-    whole = {"threshold": None, "parameters": row["parameters"], "loss": row["loss"]}
-    return {"method": name, "rank": rank, "seed": seed, "settings": settings, "after": [whole, *said]}
-
-
-def read_rows(best: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of the settings that are the best by now."""
-    return [row for row in frontier.rows_of(ROWS) if row["settings"] == best[row["method"]]]
-
-
-def main() -> None:
-    os.chdir(frontier.FOLDER)
-    from pipelines.stage import quiet_libraries
-
-    quiet_libraries()
-    rows = frontier.read_rows()
-    tuned = {name: frontier.ranked(name, STEPS, rows) for name in METHODS}
-    if untuned := [name for name, found in tuned.items() if not found]:
-        raise SystemExit(f"not tuned at {STEPS} steps: {', '.join(untuned)}; run python -m benchmarks.frontier first")
-    best = {name: found[0][1] for name, found in tuned.items()}
-    done = {(row["method"], row["rank"], row["seed"]) for row in read_rows(best)}
-    for seed in frontier.SEEDS:
-        for name in METHODS:
-            for rank in RANKS:
-                if (name, rank, seed) not in done:
-                    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-                        made = pool.submit(train, name, rank, seed, best[name]).result()
-                    frontier.append(made, ROWS)
-    report(read_rows(best))
-
-
-def cut_short() -> bool:
-    return ROWS.is_file() and not ROWS.read_text(encoding="utf-8").endswith(("\n", ""))
-
-
-def report(trainer: Any, job: Any) -> dict[str, Any]:
-        said.extend(shrunk(trainer, job)["shrunk"] if rank == RANKS[0] and name != "adamw" else ())
-        return {}
-
-    row = frontier.train(run, report=report)
-    whole = {"threshold": None, "parameters": row["parameters"], "loss": row["loss"]}
-    return {"method": name, "rank": rank, "seed": seed, "settings": settings, "after": [whole, *said]}
-
-
-def read_rows(best: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of the settings that are the best by now."""
-    found = []
-    for line in ROWS.read_text(encoding="utf-8").splitlines() if ROWS.is_file() else []:
-        with suppress(ValueError):  # cut short by a kill
-            row = json.loads(line)
-            found += [row] if row["settings"] == best[row["method"]] else []
-    return found
-
-
-def main() -> None:
-    os.chdir(frontier.FOLDER)
-    from pipelines.stage import quiet_libraries
-
-    quiet_libraries()
-    best = {name: frontier.ranked(name, STEPS, frontier.read_rows()) for name in METHODS}
-    for name, found in best.items():
-        if not found:
-            raise SystemExit(
-                f"{name} is not tuned at {STEPS} steps: run python -m benchmarks.frontier --horizons 150 300"
-            )
-    done = {(row["method"], row["rank"], row["seed"]) for row in rows()}
-    for seed in frontier.SEEDS:
-        for name in METHODS:
-            for rank in RANKS:
-                if (name, rank, seed) not in done:
-                    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-                        made = pool.submit(train, name, rank, seed, best[name][0][1]).result()
-                    with ROWS.open("a", encoding="utf-8") as file:
-                        file.writelines(json.dumps(row) + "\n" for row in made)
-    report()
 
 
 def report(rows: list[dict[str, Any]]) -> None:
