@@ -107,7 +107,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         table.add_row(line["method"], str(line["rank"]), str(line["threshold"] or ""), *said)
     Console(width=140).print(table)
     write(
-        "rank", "Parameters that can be spared", seeds=sorted({row["seed"] for row in rows}), table=lines, rows=rows()
+        "rank", "Parameters that can be spared", seeds=sorted({row["seed"] for row in rows}), table=lines, rows=rows
     )
 
 
