@@ -106,9 +106,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         said += ["{:.4f} [{:.4f}, {:.4f}]".format(*line[kind]) for kind in ("loss", "to_full")]
         table.add_row(line["method"], str(line["rank"]), str(line["threshold"] or ""), *said)
     Console(width=140).print(table)
-    write(
-        "rank", "Parameters that can be spared", seeds=sorted({row["seed"] for row in rows}), table=lines, rows=rows
-    )
+    write("rank", "Parameters that can be spared", seeds=sorted({row["seed"] for row in rows}), table=lines, rows=rows)
 
 
 if __name__ == "__main__":
