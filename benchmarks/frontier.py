@@ -582,24 +582,29 @@ def plot(losses: Mapping[str, Any], share: Mapping[str, Any], ours: str, file: P
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    titles = ("steps", "time, in steps of AdamW") if share else ("steps",)
+    figure, axes = plt.subplots(
+        1, len(titles), figsize=(5 * len(titles), 4.2), sharey=True, layout="constrained", squeeze=False
+    )
+    panels = axes[0]
     colours = {"adamw": "#555555", ours: "#0b6fb8"}
     for name, own in sorted(losses.items(), key=lambda pair: pair[0] in colours):
         horizons = sorted(own[0])
         points = [interval([own[seed][h] for seed in SEEDS]) for h in horizons]
         mean = [point[0] for point in points]
         spread = [[m - low for m, low, _ in points], [high - m for m, _, high in points]]
-        for panel, scale in zip(panels, (1.0, share.get(name, {}).get("median")), strict=True):
+        for panel, scale in zip(panels, (1.0, share.get(name, {}).get("median")), strict=False):
             if scale is None:  # not timed
                 continue
             style = {"color": colours.get(name, "#d9a441"), "linewidth": 2.0 if name in colours else 0.8}
             label = {"adamw": "AdamW", ours: "GRIT"}.get(name)
-            panel.errorbar([h * scale for h in horizons], mean, yerr=spread, capsize=2, label=label, **style)
+            bars = spread if name in colours else None
+            panel.errorbar([h * scale for h in horizons], mean, yerr=bars, capsize=2, marker=".", label=label, **style)
             if name not in colours:
                 panel.annotate(
                     name, (horizons[-1] * scale, mean[-1]), xytext=(4, 0), textcoords="offset points", size=6
                 )
-    for panel, title in zip(panels, ("steps", "time, in steps of AdamW"), strict=True):
+    for panel, title in zip(panels, titles, strict=True):
         panel.set_xscale("log")
         ticks = [75, 150, 300, 600]
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
