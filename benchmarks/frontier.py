@@ -19,8 +19,8 @@ horizon.
 
 Comparing: seeds 0 to 4 on split test. What is tuned to no better than 8% above AdamW at 150 is compared there alone.
 
-Ours has several entries, each with the whole budget, and what is in them was found in earlier trials (LOG.md): that is
-more than any rival had. `--ours` is one of them, by default the one that tuning finds best at 150.
+What is in our own entry was found in earlier trials, two other entries with the whole budget among them (LOG.md): that
+is more than any rival had.
 
 rsLoRA is AdamW with α·√r in the place of α, a point of the grid, and has no runs of its own. A new method is an entry
 of METHODS; one that has been changed is run anew, since its entry is part of a row's key. A new centre of rates keeps
@@ -61,7 +61,7 @@ from benchmarks._harness import RESULTS, ratios, write
 from db.files import git_state, torch_device
 
 FOLDER = Path(__file__).resolve().parents[1]
-RUNS, RANK = RESULTS / "frontier_runs.jsonl", 16
+NAME, RANK, OURS = "frontier", 16, "grit"
 HORIZONS = (75, 150, 300, 600)
 SEEDS, TUNING_SEEDS = range(5), (100, 101, 102)
 AGAIN = {75: 2, 150: 5, 300: 2, 600: 2}
@@ -86,7 +86,6 @@ class Method:
     momentum: str | None = "betas"  # argument that takes β₁; None: it has none
     beta2: float = 0.999
     start: int = 0  # steps that the batches of its start would have made
-    ours: bool = False
 
 
 def _peft(**values: Any) -> dict[str, Any]:
@@ -101,25 +100,10 @@ def _optimizer(path: str, **own: Any) -> dict[str, Any]:
 # SLOWER), rates a factor of 3 apart.
 METHODS: dict[str, Method] = {
     "adamw": Method(3e-3),
-    "grit": Method(2e-3, {"grit": {"enable_rank_adaptation": False}}, arm="pure_grit", ours=True),
-    "grit_ahead": Method(
-        2.8e-3,
-        {
-            "grit": {
-                "enable_rank_adaptation": False,
-                "nesterov": True,
-                "cautious": True,
-                "kfac_damping": 0.1,
-            }
-        },
-        arm="pure_grit",
-        ours=True,
-    ),
-    "grit_mild": Method(
+    OURS: Method(
         2.8e-3,
         {"grit": {"enable_rank_adaptation": False, "nesterov": True, "cautious": True, "eigen_power": 0.6}},
         arm="pure_grit",
-        ours=True,
     ),
     "adamw_ahead": Method(3e-3, _optimizer("benchmarks._rivals.AheadAdamW")),
     "lora_plus": Method(4e-3, _optimizer("peft.optimizers.create_loraplus_optimizer", loraplus_lr_ratio=4)),
@@ -176,7 +160,11 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 
 def read_rows() -> dict[str, dict[str, Any]]:
-    return {key(row): row for row in rows_of(RUNS)}
+    return {key(row): row for row in rows_of(_file())}
+
+
+def _file() -> Path:
+    return RESULTS / f"{NAME}_runs.jsonl"
 
 
 def append(row: Mapping[str, Any], to: Path) -> None:
@@ -195,7 +183,7 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 
 def _run(name: str, horizon: int, settings: Mapping[str, Any], kind: str = "tune", seed: int = TUNING_SEEDS[0]) -> Any:
-    entry = {k: v for k, v in asdict(METHODS[name]).items() if k not in ("rate", "points", "ours")}
+    entry = {k: v for k, v in asdict(METHODS[name]).items() if k not in ("rate", "points")}
     if RANK != 16:
         entry["rank"] = RANK
     return {
@@ -284,13 +272,13 @@ def too_far(name: str, rows: Rows) -> bool:
 
 def runs(horizons: Sequence[int], methods: Sequence[str], rows: Rows) -> Iterator[Any]:
     """What can be run by now and has no row, in order."""
-    first = [name for name in methods if name == "adamw" or METHODS[name].ours]
+    first = [name for name in methods if name in ("adamw", OURS)]
     stages = [(150, first), (75, first), (150, methods), (300, methods), (600, methods)]
     for horizon, names in stages:
         for name in names if horizon in horizons else ():
             if horizon != 150 and too_far(name, rows):
                 continue
-            ours = [h for h, of in STEPS_BETWEEN.items() if of == horizon and METHODS[name].ours]
+            ours = [h for h, of in STEPS_BETWEEN.items() if of == horizon and name == OURS]
             wanted = []
             for h in [horizon, *ours]:
                 wanted += tries(name, h, rows) + compared(name, h, rows)
@@ -307,15 +295,15 @@ def plan(horizons: Sequence[int], methods: Sequence[str], rows: Rows) -> None:
         second = statistics.median(known) if known else 0.1
         count = steps = 0
         for horizon in horizons:
-            curve = [h for h, of in STEPS_BETWEEN.items() if of == horizon and METHODS[name].ours]
-            if horizon != 75 or name == "adamw" or METHODS[name].ours:
+            curve = [h for h, of in STEPS_BETWEEN.items() if of == horizon and name == OURS]
+            if horizon != 75 or name in ("adamw", OURS):
                 tunes = {75: 2, 150: 21, 300: 4, 600: 3}[horizon] + 2 * AGAIN[horizon]
                 left = [horizon] * tunes + [h for h in (horizon, *curve) for _ in SEEDS] + 6 * curve
                 count, steps = count + len(left), steps + sum(left)
         entry = _run(name, 0, {})["entry"]
         done = [r["horizon"] for r in rows.values() if r["method"] == name and r["entry"] == entry]
         done = [h for h in done if STEPS_BETWEEN.get(h, h) in horizons]
-        count, steps = count - len(done), steps - sum(done)
+        count, steps = max(0, count - len(done)), max(0, steps - sum(done))
         hours = (steps * second + 4 * count) / 3600
         table.add_row(name, str(count), str(steps), f"{hours:.2f}")
         whole = [a + b for a, b in zip(whole, (count, steps, hours), strict=True)]
@@ -341,11 +329,9 @@ def train(run: Mapping[str, Any], limit: float = math.inf, report: Any = None) -
     import torch
     from transformers import TrainerCallback
 
-    from pipelines.base_model import load_reference
     from pipelines.params import load_params
     from pipelines.prompt import prompt_text
-    from pipelines.train import Params, examples
-    from trainers.run import TrainingJob
+    from pipelines.train import Params, examples, job_of
     from trainers.run import run as train_arm
 
     torch.set_num_threads(1)
@@ -387,20 +373,13 @@ def train(run: Mapping[str, Any], limit: float = math.inf, report: Any = None) -
         trainer.add_callback(GiveUp())
         return trainer
 
-    template = prompt_text(params.prompt)
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "adapter").mkdir()
-        job = TrainingJob(
-            base=load_reference()[0],
-            settings=settings,
-            seed=run["seed"],
-            train=examples("train", template),
-            valid=examples("valid" if run["kind"] == "tune" else "test", template),
-            output=folder / "adapter",
-            checkpoints=folder / "checkpoints",
-        )
-        said = train_arm(replace(arm, make_trainer=make_trainer, report=report), job)
+        job = job_of(params, settings, run["seed"], folder / "adapter", folder / "checkpoints")
+        if run["kind"] == "compare":
+            job = replace(job, valid=examples("test", prompt_text(params.prompt)))
+        said = train_arm(replace(arm, make_trainer=make_trainer, report=report), replace(job, texts=[]))
     loss, at_third = said["final_eval_loss"], third.get("loss", math.nan)
     pruned = said["steps"] < steps
     return {
@@ -430,7 +409,7 @@ def work(horizons: Sequence[int], methods: Sequence[str]) -> None:
     while waiting := list(runs(horizons, methods, read_rows())):
         for run in waiting:
             try:
-                with FileLock(claims / hashlib.sha256(f"{RUNS.stem} {key(run)}".encode()).hexdigest()[:16], timeout=0):
+                with FileLock(claims / hashlib.sha256(f"{NAME} {key(run)}".encode()).hexdigest()[:16], timeout=0):
                     if key(run) in (rows := read_rows()):
                         continue
                     limit = math.inf
@@ -441,7 +420,7 @@ def work(horizons: Sequence[int], methods: Sequence[str]) -> None:
                     # A process of its own: memory is that of the run.
                     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
                         row = pool.submit(train, run, limit).result()
-                    append(row, RUNS)
+                    append(row, _file())
                     said = "given up" if row["pruned"] else row["loss"]
                     print(run["method"], run["kind"], run["horizon"], run["seed"], run["settings"], said, flush=True)
                 break
@@ -455,7 +434,7 @@ def work(horizons: Sequence[int], methods: Sequence[str]) -> None:
 
 
 def time_steps(methods: Sequence[str], rounds: int = 3, steps: int = 40) -> None:
-    """Seconds a step, the methods in turn, on a machine that does nothing else: results/frontier_time.json.
+    """Seconds a step, the methods in turn, on a machine that does nothing else.
 
     What a start computes before the first step is not in it.
     """
@@ -468,7 +447,7 @@ def time_steps(methods: Sequence[str], rounds: int = 3, steps: int = 40) -> None
             with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
                 seconds[name].append(pool.submit(train, run).result()["seconds_a_step"])
             print(name, seconds[name], flush=True)
-    write("frontier_time", "Time of a step", seconds=seconds, ratios=ratios(seconds, "adamw"))
+    write(f"{NAME}_time", "Time of a step", seconds=seconds, ratios=ratios(seconds, "adamw"))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -501,21 +480,15 @@ def sensitivity(name: str, rows: Rows) -> float | None:
     return max(rates) / min(rates) if rates else None
 
 
-def report(ours: str | None, rows: Rows) -> None:
-    if ours is None:  # by what tuning saw, not by what is compared
-        tuned = {name: found[0][0] for name in METHODS if METHODS[name].ours and (found := ranked(name, 150, rows))}
-        ours = min(tuned, key=lambda name: tuned[name], default="grit")
-        print(f"ours: {ours}, the best of {len(tuned)} on split valid at 150 steps")
+def report(rows: Rows) -> None:
     losses: dict[str, dict[int, dict[int, float]]] = {}  # method → seed → horizon → loss
-    timed = RESULTS / "frontier_time.json"
+    timed = RESULTS / f"{NAME}_time.json"
     share = json.loads(timed.read_text(encoding="utf-8"))["ratios"] if timed.is_file() else {}
-    kept: list[Mapping[str, Any]] = []
     for name in METHODS:
         for horizon in sorted({*HORIZONS, *STEPS_BETWEEN}):
             if horizon != 150 and too_far(name, rows):
                 continue
             done = [rows[key(run)] for run in compared(name, horizon, rows) if key(run) in rows]
-            kept += done
             if len(done) == len(SEEDS):
                 for row in done:
                     losses.setdefault(name, {}).setdefault(row["seed"], {})[horizon] = _loss(row)
@@ -557,25 +530,25 @@ def report(ours: str | None, rows: Rows) -> None:
             shown.append(text + "~" * (kind == "steps_ratio" and line.get("extrapolated", False)))
         table.add_row(*shown, f"{line['sensitivity']:.2f}×" if line["sensitivity"] else "")
     Console(width=140).print(table)
-    plot(losses, share, ours, FOLDER / "docs" / f"{RUNS.stem.replace('_runs', '')}.png")
+    plot(losses, share, FOLDER / "docs" / f"{NAME}.png")
     means = {(line["method"], line["horizon"]): line["loss"][0] for line in lines}
     ahead: dict[str, dict[int, float]] = {}
     for (name, horizon), loss in means.items():
-        if not METHODS[name].ours and loss < means.get((ours, horizon), -math.inf):
-            ahead.setdefault(name, {})[horizon] = means[ours, horizon] - loss
+        if loss < means.get((OURS, horizon), -math.inf):
+            ahead.setdefault(name, {})[horizon] = means[OURS, horizon] - loss
     write(
-        RUNS.stem.replace("_runs", ""),
+        NAME,
         "Loss at equal steps, and steps to tuned AdamW's loss",
-        ours=ours,
+        ours=OURS,
         seeds=list(SEEDS),
-        steps_ratio={line["horizon"]: line.get("steps_ratio") for line in lines if line["method"] == ours},
+        steps_ratio={line["horizon"]: line.get("steps_ratio") for line in lines if line["method"] == OURS},
         rivals_ahead=ahead,  # name → horizon → nats
         table=lines,
         rows=[{name: row[name] for name in KEPT} for row in rows.values()],
     )
 
 
-def plot(losses: Mapping[str, Any], share: Mapping[str, Any], ours: str, file: Path) -> None:
+def plot(losses: Mapping[str, Any], share: Mapping[str, Any], file: Path) -> None:
     """Loss at the end of a schedule over its steps, and over its time in AdamW's steps; means and 95% t-intervals."""
     import matplotlib
 
@@ -587,7 +560,7 @@ def plot(losses: Mapping[str, Any], share: Mapping[str, Any], ours: str, file: P
         1, len(titles), figsize=(5 * len(titles), 4.2), sharey=True, layout="constrained", squeeze=False
     )
     panels = axes[0]
-    colours = {"adamw": "#555555", ours: "#0b6fb8"}
+    colours = {"adamw": "#555555", OURS: "#0b6fb8"}
     for name, own in sorted(losses.items(), key=lambda pair: pair[0] in colours):
         horizons = sorted(own[0])
         points = [interval([own[seed][h] for seed in SEEDS]) for h in horizons]
@@ -597,7 +570,7 @@ def plot(losses: Mapping[str, Any], share: Mapping[str, Any], ours: str, file: P
             if scale is None:  # not timed
                 continue
             style = {"color": colours.get(name, "#d9a441"), "linewidth": 2.0 if name in colours else 0.8}
-            label = {"adamw": "AdamW", ours: "GRIT"}.get(name)
+            label = {"adamw": "AdamW", OURS: "GRIT"}.get(name)
             bars = spread if name in colours else None
             panel.errorbar([h * scale for h in horizons], mean, yerr=bars, capsize=2, marker=".", label=label, **style)
             if name not in colours:
@@ -617,11 +590,10 @@ def plot(losses: Mapping[str, Any], share: Mapping[str, Any], ours: str, file: P
 
 
 def main() -> None:
-    global RUNS, RANK
+    global NAME, RANK
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--horizons", nargs="+", type=int, choices=HORIZONS, default=HORIZONS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--ours", choices=METHODS, help="whose ratio and rivals are told; else tuning's best of ours")
     parser.add_argument("--rank", type=int, default=RANK)
     parser.add_argument(
         "--world", default="", help="a name for rows and results of their own: another task, base, rank"
@@ -636,7 +608,7 @@ def main() -> None:
     if given.world == "" and (given.rank != RANK or given.project != FOLDER):
         parser.error("--world: expected a name beside --rank or --project, so that their rows stand apart")
     if given.world:
-        RUNS, RANK = RESULTS / f"frontier_{given.world}_runs.jsonl", given.rank
+        NAME, RANK = f"frontier_{given.world}", given.rank
     os.chdir(given.project)
     from pipelines.stage import quiet_libraries
 
@@ -648,7 +620,7 @@ def main() -> None:
         time_steps(list(dict.fromkeys(["adamw", *given.methods])))
     elif not given.report:
         work(given.horizons, given.methods)
-    report(given.ours, read_rows())
+    report(read_rows())
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import frontier
-from benchmarks._harness import RESULTS, write
+from benchmarks._harness import RESULTS, command, write
 
 ROWS = RESULTS / "rank_runs.jsonl"
 STEPS, RANKS, THRESHOLDS = 300, (16, 12, 8, 6, 4), (0.9999, 0.999, 0.997, 0.99, 0.97, 0.95, 0.9)
-METHODS = ("adamw", "grit")
+METHODS = ("adamw", frontier.OURS)
 
 
 def shrunk(trainer: Any) -> list[dict[str, Any]]:
@@ -110,4 +110,4 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -48,7 +48,7 @@ def test_every_method_has_the_same_budget():
 
 
 def test_runs_that_are_there_are_not_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr(frontier, "RUNS", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(frontier, "RESULTS", tmp_path)
     monkeypatch.setattr(frontier.tempfile, "gettempdir", lambda: str(tmp_path))
     made = []
 
@@ -78,7 +78,7 @@ def test_runs_that_are_there_are_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(frontier, "train", die_after(7))
     with pytest.raises(KeyboardInterrupt):
         frontier.work([150], ["adamw"])
-    with frontier.RUNS.open("a") as file:
+    with frontier._file().open("a") as file:
         file.write('{"method": "ada')  # cut short by the kill
     monkeypatch.setattr(frontier, "train", die_after(-1))
     frontier.work([150], ["adamw"])
@@ -98,7 +98,7 @@ def test_the_report_has_ratios_and_who_is_ahead(monkeypatch):
     monkeypatch.setattr(frontier, "plot", lambda *_: None)
     found = {}
     monkeypatch.setattr(frontier, "write", lambda name, title, **facts: found.update(json.loads(json.dumps(facts))))
-    frontier.report("grit", rows)
+    frontier.report(rows)
     mean = {(line["method"], line["horizon"]): line["loss"][0] for line in found["table"]}
     assert set(found["steps_ratio"]) == {"75", "150", "300"} and found["seeds"] == [0, 1, 2, 3, 4]
     expected = {h: mean["grit", h] - mean["adamw", h] for h in (75, 150, 300) if mean["adamw", h] < mean["grit", h]}
