@@ -193,8 +193,11 @@ def convert_adapter(adapter: Path, base: Path, out: Path) -> None:
         raise ExportError(f"{adapter}: a GGUF adapter would lose {'; '.join(lost)}")
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / adapter.absolute().name  # the converter writes the folder's name into the file
-        source = copy if fold_scales(adapter, copy) else adapter
-        arguments = ["--base", str(base), "--outfile", str(out), "--outtype", "f32", str(source)]
+        if not fold_scales(adapter, copy):
+            shutil.copytree(adapter, copy)
+        if Path(str(adapter_config(adapter).get("base_model_name_or_path"))).is_dir():
+            (copy / "README.md").unlink(missing_ok=True)  # which names it; the file would call it a place on the hub
+        arguments = ["--base", str(base), "--outfile", str(out), "--outtype", "f32", str(copy)]
         converters.run("convert_lora_to_gguf.py", arguments, out)
 
 

@@ -1,0 +1,46 @@
+"""The middle of an arm's model card: its results beside the arms that it is held against, settings, cost, the probe."""
+
+from dataclasses import replace
+
+from db.queries import BASE
+from evaluation.report.arms import ArmRow
+from evaluation.report.blocks import Section, Table, Text
+from evaluation.report.comparison import Report, outcome_line
+from evaluation.report.cost import training
+from evaluation.report.markdown import laid_out
+from evaluation.report.sections import arms_compared
+from evaluation.report.text import interval, percent
+from evaluation.report.training import probes
+
+
+def as_card(report: Report, row: ArmRow) -> str:
+    """Markdown from `## Results` on; it names the sha256 of each seed's adapter. `report` is one with detail."""
+    comparison, results = report.comparison, report.results
+    beside = {row.arm, row.like, *comparison.references}
+    few = replace(comparison, rows=tuple(one for one in comparison.rows if one.arm in beside))
+    runs = tuple(run for run in results.runs if run.arm in beside)
+    narrow = Report(few, replace(results, chosen={results.task or "": runs}))
+    title, base = comparison.primary.title, next((run for run in runs if run.arm == BASE), runs[0])
+    items = len(results.answers.get(base.id, ()))
+    told = [f"Task {base.task}: {title} on {items} test items (sha256 {base.test_items_sha256})."]
+    if kept := row.retention_share_interval:
+        told.append(f"Of the base's accuracy on general tasks {row.arm} keeps {interval(kept)} % (95% interval).")
+    seeds = [
+        (run.seed, percent(results.metrics.get(run.id, {}).get(("test", run.primary_metric))),
+         next((made.sha256 for made in results.artifacts.get(run.id, ()) if made.kind == "adapter"), "–"))
+        for run in runs if run.arm == row.arm
+    ]  # fmt: skip
+    shown = (
+        Section(
+            "Results",
+            (
+                *map(Text, told),
+                arms_compared(few),
+                *(Text(sentence, "note") for sentence in (outcome_line(row, comparison.baseline), *comparison.notes)),
+                Table("Seed by seed", ("Seed", f"{title}, %", "sha256 of the adapter"), seeds),
+            ),
+        ),
+        training(narrow),
+        probes(narrow),
+    )
+    return "\n\n".join(laid_out(filter(None, shown))) + "\n"

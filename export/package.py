@@ -1,0 +1,233 @@
+"""A trained arm as a folder to give away: adapter, GGUF files, Modelfile, model card."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from db.files import FileError, OutputError, read_record, sha256, staged
+from db.records import RunRecord
+from export import ExportError, gguf
+from export.served import ADAPTER_GGUF, BASE, MODELFILE, SERVED_GGUF, Served, find_served, read_references
+from trainers.settings import BaseReference
+from trainers.words import suggest
+
+# What the stages make, and what is made here.
+ADAPTERS, GGUF, DATA, CARDS, PACKAGES = map(Path, ("adapters", "gguf", "data", "outputs/cards", "packages"))
+EMBEDDED = Path("models/base")
+CONFIG, WEIGHTS, TRAIN = "adapter_config.json", "adapter_model.safetensors", "data/train.jsonl"
+TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+"""Its files, as transformers names them."""
+LICENSES = ("mit", "apache-2.0", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "openrail")
+"""Licences by the hub's own names; every other is `other` there, with a name and a file."""
+
+
+def package(arm: str, seed: int | None = None, *, merged: bool = False) -> Path:
+    """Make the arm's folder below packages/, which holds no link, no absolute path and no pickle; return it.
+
+    Raises ExportError or FileError: the arm is not trained, exported or scored, or one of these is of another adapter.
+    """
+    served = _find(arm, seed)
+    adapter = ADAPTERS / arm / str(served.seed)
+    trained = read_record(adapter / "run.json", RunRecord)
+    base = BaseReference(**trained.extra["base"])
+    results = _results(served, sha256(adapter / WEIGHTS))
+    license, out = served.serving.license, PACKAGES / (arm if seed is None else f"{arm}-{seed}")
+    with staged(out) as folder:
+        shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)
+        here = {"base_model_name_or_path": _base_name(base), "revision": base.revision}
+        config = json.dumps({**gguf.adapter_config(adapter), **here}, indent=2)
+        (folder / CONFIG).write_text(config + "\n", encoding="utf-8")
+        gave = [served.folder / name for name in (SERVED_GGUF, ADAPTER_GGUF, MODELFILE)]
+        for file in (*gave, *(file for pattern in TOKENIZER for file in adapter.glob(pattern))):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+        if Path(base.location) == EMBEDDED:
+            (folder / BASE).mkdir()
+            for file in sorted(EMBEDDED.iterdir()):
+                if file.name not in ("base.json", "run.json"):
+                    shutil.copyfile(file, folder / BASE / file.name)
+        if merged:
+            gguf.save_merged(base.merge_from, adapter, folder / "merged", dict(base.merge_kwargs))
+        if license is not None:
+            (folder / "LICENSE").write_text(f"{license.rstrip()}\n", encoding="utf-8")
+        (folder / "README.md").write_text(_card(served, trained, base, results, merged=merged), encoding="utf-8")
+    return out
+
+
+def _find(arm: str, seed: int | None) -> Served:
+    """The arm's exported model, of the seed that has its name in Ollama alone where none is asked for."""
+    found = [served for served in find_served(GGUF) if served.arm != BASE]
+    own = {served.seed: served for served in found if served.arm == arm}
+    if not own:
+        arms = dict.fromkeys(served.arm for served in found)
+        raise ExportError(f"expected an exported arm, got {arm!r}{suggest(arm, arms)}; `dvc repro export` makes more")
+    wanted = next((n for n, served in own.items() if ":" not in served.name), None) if seed is None else seed
+    if wanted not in own:
+        raise ExportError(f"expected a seed of {arm} in {GGUF}/, {', '.join(map(str, own))}, got {wanted}; "
+                          "name one with --seed, or run `dvc repro export`")  # fmt: skip
+    own[wanted].check_modelfile()
+    return own[wanted]
+
+
+def _results(served: Served, adapter: str) -> str:
+    """The card that stage compare wrote; it and the GGUF files must be of the adapter with this sha256."""
+    made = read_record(served.folder / "run.json", RunRecord).artifacts
+    if {file.parent for file in made if file.path.endswith(".gguf")} != {adapter}:
+        raise ExportError(f"{served.folder}: is of another adapter than {ADAPTERS} has now; run `dvc repro export`")
+    file = CARDS / f"{served.arm}.md"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if adapter not in text:
+        came = f"those of another one than {ADAPTERS} has now" if text else "none"
+        raise ExportError(f"{file}: expected results of {served.arm} seed {served.seed}, found {came}; run `dvc repro`")
+    return text
+
+
+def _is_folder(base: BaseReference) -> bool:
+    return Path(base.location).expanduser().is_dir()
+
+
+def _base_name(base: BaseReference) -> str:
+    """The hub's id, or the folder that a stranger has or puts in the package."""
+    return BASE if _is_folder(base) else base.location
+
+
+# --- the card ---------------------------------------------------------------------------------------------------------
+
+
+def _card(served: Served, trained: RunRecord, base: BaseReference, results: str, *, merged: bool) -> str:
+    from huggingface_hub import ModelCardData
+
+    source, data = _data(trained)
+    license = served.serving.license
+    known = (license or "").strip().lower()
+    own = known in LICENSES
+    name = re.sub(r"[^a-z0-9.]+", "-", known.partition("\n")[0])[:60].strip("-")
+    front = ModelCardData(
+        base_model=None if _is_folder(base) else base.location,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "gguf", "ollama", *(["grit"] if "grit" in trained.params["train"] else [])],
+        license=None if license is None else known if own else "other",
+        license_name=None if license is None or own else name or "custom",
+        license_link=None if license is None or own else "LICENSE",
+        datasets=[source.removeprefix("hub:").partition("@")[0]] if source.startswith("hub:") else None,
+    )
+    paper = "[GRIT](https://arxiv.org/abs/2601.00231), " if "grit" in trained.params["train"] else ""
+    commit = f", commit {trained.git.commit}" if trained.git.commit else ""
+    parts = [
+        f"# {served.name}",
+        f"An adapter, arm {_code(served.arm)}, seed {served.seed}. Base: {_base(base)}. Made with {paper}transformers "
+        f"{trained.packages.get('transformers')} and PEFT {trained.packages.get('peft')}{commit}.",
+        data,
+        "Licence: see LICENSE." if license else "No licence was named. Mind that of the base.",
+        results.strip(),
+        "## Files",
+        "\n".join(f"- {line}" for line in _files(served, base, merged=merged)),
+        "## How to run",
+        *_usage(served, base),
+    ]
+    return f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _code(text: str) -> str:
+    """A name as it is, whatever Markdown would make of it."""
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
+
+
+def _base(base: BaseReference) -> str:
+    if Path(base.location) == EMBEDDED:
+        return f"a small Llama that was trained from nothing; it lies in {_code(f'{BASE}/')}"
+    if _is_folder(base):
+        return f"{_code(Path(base.location).name)}, a folder that is not on the hub; put it here as {_code(f'{BASE}/')}"
+    return _code(base.location) + (f", revision {base.revision}" if base.revision else "")
+
+
+def _data(trained: RunRecord) -> tuple[str, str]:
+    """(source, a sentence about it)."""
+    if trained.extra.get("trained") == "elsewhere":
+        return "", "Another trainer made it; what it was trained on is not known here."
+    made = read_record(DATA / "run.json", RunRecord)
+    if trained.inputs.get(TRAIN) not in [file.sha256 for file in made.artifacts if file.path == TRAIN]:
+        raise ExportError(f"{DATA}/: is not what the adapter was trained on; run `dvc repro`")
+    source = str(made.extra.get("source", ""))
+    shown = source if source.startswith("hub:") else Path(source).name
+    words = "drawn at random from a rule" if source == "generated" else f"from {_code(shown)}"
+    task, count = _code(str(made.extra["task"])), made.extra["items"]["train"]
+    return source, f"Data: {count:,} training items of task {task}, {words} (sha256 {trained.inputs[TRAIN]})."
+
+
+def _files(served: Served, base: BaseReference, *, merged: bool) -> list[str]:
+    precision = served.serving.quantization
+    found = [
+        f"{_code(WEIGHTS)}, {_code(CONFIG)} and the tokenizer: for PEFT",
+        f"{_code(SERVED_GGUF)}: base and adapter in one, {precision}, for llama.cpp and Ollama; {_code(MODELFILE)}: "
+        "how Ollama asks it",
+    ]
+    if (served.folder / ADAPTER_GGUF).is_file():
+        found.append(f"{_code(ADAPTER_GGUF)}: the adapter alone, for `--lora` of llama.cpp beside a GGUF of the base")
+    if Path(base.location) == EMBEDDED:
+        found.append(f"{_code(f'{BASE}/')}: the base")
+    return found + (["`merged/`: base and adapter in one, for transformers"] if merged else [])
+
+
+def _usage(served: Served, base: BaseReference) -> list[str]:
+    """Each way with a question, and the answer that it gives."""
+    serving, asked = served.serving, read_references(served.folder, 1)[0]
+    trust = ", trust_remote_code=True" if base.trust_remote_code else ""
+    return [
+        "Run this in the folder. Every question goes into the template that training had:",
+        f'```python\nprompt = {serving.template!r}.replace(\n    "{{prompt}}", {asked.prompt!r}\n)\n```',
+        "PEFT (`pip install peft`):",
+        f"""```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("."{trust})
+model = AutoPeftModelForCausalLM.from_pretrained("."{trust})
+ids = tokenizer(prompt, return_tensors="pt")
+said = model.generate(
+    **ids, max_new_tokens={asked.max_tokens}, do_sample=False, stop_strings={serving.stop!r}, tokenizer=tokenizer
+)
+print(tokenizer.decode(said[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+# {asked.answer!r}
+```""",
+        "llama.cpp (`pip install llama-cpp-python`):",
+        f"""```python
+from llama_cpp import Llama
+
+model = Llama("{SERVED_GGUF}", n_ctx={serving.num_ctx}, verbose=False)
+said = model(prompt, max_tokens={asked.max_tokens}, temperature=0, stop={serving.stop!r})
+print(said["choices"][0]["text"])
+```""",
+        "Ollama, which needs no template from you:",
+        f"```\nollama create {served.name} -f {MODELFILE}\nollama run {served.name}\n```",
+    ]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=__doc__)
+def main(
+    arm: Annotated[str, typer.Argument(help="baseline_lora, pure_grit, …")],
+    seed: Annotated[int | None, typer.Option(help="of the training run", show_default="the one that is served")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="also the merged model, for transformers")] = False,
+) -> None:
+    try:
+        made = package(arm, seed, merged=merged)
+    except (ExportError, FileError, OutputError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    size = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
+    print(f"{made}: {size / 1e6:.1f} MB; to give it away: hf upload NAME {made}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,30 @@
+"""The script for whoever has a GPU: on a CPU at a tiny shape, every contender takes real steps and leaves nothing."""
+
+import json
+import sys
+
+import torch
+
+from benchmarks import gpu
+
+
+def test_every_contender_takes_its_turns_and_the_file_says_so(tmp_path, monkeypatch):
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu", "--shape=tiny", "--device=cpu", "--rounds=1", "--steps=1", f"--out={out}"])
+    gpu.main()
+    found = json.loads(out.read_text())
+    assert [row["contender"] for row in found["rows"]] == list(gpu.CONTENDERS) and found["shape"] == "tiny"
+    assert all(len(row["seconds_a_step"]) == 1 and row["peak_bytes"] is None for row in found["rows"])
+
+
+def test_a_contender_moves_the_adapter_and_leaves_no_hook():
+    model = gpu.base_of("tiny", "cpu", four_bit=False)
+    hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())  # noqa: E731
+    before = hooks()
+    for name in gpu.CONTENDERS:
+        with gpu.contender(name, model, "tiny", "cpu") as step:
+            b = [p for n, p in model.named_parameters() if "lora_B" in n]
+            assert not any(p.any() for p in b), "it starts anew"
+            step()
+            assert all(p.any() and torch.isfinite(p).all() for p in b), name
+        assert hooks() == before, name
