@@ -56,6 +56,7 @@ bench: foreign
 	@for script in benchmarks/[a-z]*.py; do \
 		name=$$(basename $$script .py); \
 		case " $(NEED_HOURS) " in *" $$name "*) echo "$$name: skipped, it takes hours"; continue;; esac; \
+		if [ $$name = gpu ] && ! $(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then echo "gpu: skipped, there is none"; continue; fi; \
 		case " $(NEED_VISION) " in *" $$name "*) \
 			if ! grep -qs '"pictures": true' models/base/base.json; then \
 				echo "$$name: skipped, it needs what \`make repro PROFILE=vision\` makes"; continue; fi;; \

@@ -5,8 +5,10 @@ A benchmark is a script `benchmarks/<name>.py` that prints a table and writes `b
 there.
 """
 
+import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -19,6 +21,13 @@ from rich.table import Table
 from db.files import git_state, package_versions, torch_device
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def command(main: Callable[[], Any]) -> None:
+    """Run a script that takes no options, or with --help say what it measures."""
+    form = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, formatter_class=form).parse_args()
+    sys.exit(main())
 
 
 def alternate(contenders: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks._harness import write
+from benchmarks._harness import command, write
 from db.files import read_jsonl
 from evaluation.report.text import interval, number
 from evaluation.statistics.differences import Pairs, difference
@@ -74,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._harness import peak_tensor_bytes, write
+from benchmarks._harness import command, peak_tensor_bytes, write
 from benchmarks._steps import SHAPES, Loop, block_ratios
 from grit import GRITConfig
 
@@ -62,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

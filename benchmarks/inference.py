@@ -5,7 +5,7 @@ Needs what `make repro` leaves. Run as `python -m benchmarks.inference`.
 
 from pathlib import Path
 
-from benchmarks._harness import alternate, report
+from benchmarks._harness import alternate, command, report
 from db.files import read_json, read_jsonl
 from evaluation.tasks import Item
 from export.engines.base import LocalEngine
@@ -47,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

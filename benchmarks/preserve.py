@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._harness import peak_tensor_bytes, write
+from benchmarks._harness import command, peak_tensor_bytes, write
 from evaluation.splits import PrepareData, make_splits
 from evaluation.tasks import general, render
 from pipelines.profile import merged
@@ -141,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

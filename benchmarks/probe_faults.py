@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks._harness import write
+from benchmarks._harness import command, write
 from probes import Verdict
 from tests.probes.catalogue import CLEAN, FAULTS, SETTINGS, Clean
 from tests.probes.foreign import FOREIGN, installed, version
@@ -112,4 +112,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._harness import write
+from benchmarks._harness import command, write
 from benchmarks._steps import SHAPES, Loop, block_ratios
 from grit import GRITConfig
 
@@ -47,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -17,7 +17,7 @@ from unittest import mock
 import llama_cpp
 import torch
 
-from benchmarks._harness import alternate, report
+from benchmarks._harness import alternate, command, report
 from db.files import read_json, read_jsonl
 from evaluation.measure import answers
 from evaluation.tasks import Item
@@ -160,4 +160,4 @@ def _differ(one: list[Any], other: list[Any]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

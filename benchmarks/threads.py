@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._harness import alternate, ratios, write
+from benchmarks._harness import alternate, command, ratios, write
 
 WIDTHS = (64, 128, 256)
 CORES = len(os.sched_getaffinity(0))
@@ -89,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from benchmarks._harness import RESULTS, write
+from benchmarks._harness import RESULTS, command, write
 
 FOLDER = Path(__file__).resolve().parents[1]
 BASELINE = "baseline_lora"
@@ -141,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._harness import peak_tensor_bytes, write
+from benchmarks._harness import command, peak_tensor_bytes, write
 from benchmarks.vlm_overhead import ESTIMATES, Loop
 
 IMAGE = 512
@@ -59,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

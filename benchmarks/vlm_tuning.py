@@ -6,6 +6,7 @@ The rates of profiles/sizes/vision.yaml come from here. Run as `python -m benchm
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,31 +23,18 @@ FOLDER = Path(__file__).resolve().parents[1]
 
 def train(arm_name: str, rate: float) -> dict[str, Any]:
     """One row of the table: an arm trained with a learning rate, the working directory being the project's."""
-    from pipelines.base_model import load_reference
     from pipelines.params import load_params
-    from pipelines.prompt import prompt_text
-    from pipelines.stage import DATA
-    from pipelines.train import Params, examples, load_arm
-    from trainers.run import TrainingJob, run
+    from pipelines.train import Params, job_of, load_arm
+    from trainers.run import run
 
     params = load_params(Params)
-    template = prompt_text(params.prompt)
     settings = params.train_for(arm_name)
     settings = settings.model_copy(update={"learning_rate": rate, "eval_steps": settings.max_steps or 10**6})
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "adapter").mkdir()
-        job = TrainingJob(
-            base=load_reference()[0],
-            settings=settings,
-            seed=SEED,
-            train=examples("train", template),
-            valid=examples("valid", template),
-            output=folder / "adapter",
-            checkpoints=folder / "checkpoints",
-            images=DATA,
-        )
-        result = run(load_arm(arm_name, params), job)
+        job = job_of(params, settings, SEED, folder / "adapter", folder / "checkpoints")
+        result = run(load_arm(arm_name, params), replace(job, texts=[]))
     return {
         "arm": arm_name,
         "learning_rate": rate,

@@ -26,8 +26,8 @@ Columns = dict[str, TypeEngine[Any]]
 # SQLite does not know the types of a view's columns. Equal names have equal types everywhere; others are fractions.
 _TYPES: Columns = {
     **{c.name: c.type for own in Base.metadata.sorted_tables for c in own.columns},
-    **dict.fromkeys(("timestamp", "pair", "probe", "metric"), Text()),
-    **dict.fromkeys(("readings", "layers", "passed", "failed", "not_finite"), BigInteger()),
+    **dict.fromkeys(("timestamp", "metric"), Text()),
+    **dict.fromkeys(("adapter_bytes", "adapter_gguf_bytes", "model_gguf_bytes"), BigInteger()),
 }
 
 

@@ -338,8 +338,8 @@ def git_state() -> dict[str, Any]:
         done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
         return done.stdout.strip()
 
-    # The whole project, save what DVC writes.
-    where = [".", ":(exclude)dvc.lock"]
+    # The whole project, save what profiles and runs rewrite: settings stand in every record, so they are no code.
+    where = [".", ":(exclude)dvc.lock", ":(exclude)params.yaml"]
     try:
         commit = git("rev-parse", "HEAD")
         return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", *where))}

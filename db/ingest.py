@@ -199,6 +199,7 @@ def run_row(bundle: Bundle) -> Row:
     dirty = [record.git.dirty for record in ran]
     templates = [r.prompt_template for r in reversed(ran) if r.prompt_template is not None]
     trained = bundle.stages.get("train")
+    told = trained.extra if trained else {}
     # Results that do not say it: transformers had the adapter beside the model, others had it merged.
     mode = "adapter" if scores.backend.name == "hf" and bundle.arm != BASE else "merged"
     row = plain(
@@ -225,6 +226,10 @@ def run_row(bundle: Bundle) -> Row:
             "base_key": bundle.stages.get("export", evaluate).inputs.get(_BASE_FILE) or "",
             # Runs of an arm with equal keys differ by the seed, which is not among the settings.
             "train_key": "" if trained is None else digest_of([trained.params, trained.inputs]),
+            **{name: told.get(name) for name in ("steps", "trained_parameters")},
+            "peak_memory_bytes": None if "trained" in told else told.get("peak_memory_bytes"),
+            "train_seconds": told.get("train_seconds") if told.get("resumed_from_step") is None else None,
+            "saved_parameters": told.get("saved_parameters", told.get("trainable_parameters")),
             "rest": _rest(bundle),
         }
     )

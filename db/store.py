@@ -204,7 +204,7 @@ def _empty(connection: Connection, place: str) -> None:
             connection.execute(table.delete())
         return
     if found:
-        for view in VIEWS:
+        for view in ("v_leaderboard", *VIEWS):  # the first one until schema 6
             connection.exec_driver_sql(f"DROP VIEW IF EXISTS {view} CASCADE")
         Base.metadata.drop_all(connection)
     elif taken := there & Base.metadata.tables.keys():

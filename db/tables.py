@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedColumn, declared_attr, mapped_column
 
-SCHEMA = 6
+SCHEMA = 7
 """Of tables and views. A database with another number is made anew from runs/. (1 to 4 were Alembic's.)"""
 
 
@@ -122,6 +122,12 @@ class Run(Base):
     primary_metric: Mapped[str]  # name in metric, split test, by which arms are compared
     base_key: Mapped[str]  # sha256 of base.json: model, place and prompt template; '': not known
     train_key: Mapped[str]  # sha256 of params and inputs of stage train; '': nothing was trained
+    # What training took, as it said itself; NULL: not told, as of the base and of adapters trained elsewhere
+    steps: Mapped[int | None]  # optimizer steps
+    train_seconds: Mapped[float | None]  # NULL also where a killed run went on: it knows its own share alone
+    peak_memory_bytes: Mapped[int | None]  # of the process; what a GPU holds is not in it
+    trained_parameters: Mapped[int | None]
+    saved_parameters: Mapped[int | None]  # fewer where ranks have shrunk
     rest: Mapped[dict[str, Any]]  # per file: fields of its record that no table has
 
 
@@ -284,25 +290,48 @@ class Verification(WithRest, Base):
     stored_sha256: Mapped[str | None]  # of the weights as the server keeps them
 
 
-# Views, in SQL that SQLite and PostgreSQL both read. Accuracies and shares are percent, their differences percentage
-# points, sizes millions of bytes, speeds decode tokens per second. A rate is the sum of tokens over the sum of time:
-# means of rates would let short repetitions count as much as long ones.
+# Views, in SQL that SQLite and PostgreSQL both read; docs/database.md explains their columns. What has no unit in its
+# name is percent, with `delta_` a difference from the base in percentage points. Two are not: `inference_speed` is
+# decode tokens per second, the sum of tokens over the sum of time, since means of rates would let short repetitions
+# count as much as long ones; `delta_speed` is percent of the base's, the median over the repetitions, each against the
+# base that was timed beside it, as in evaluation.report.arms.
 
-_SHARED = """
+_TASK_RESULTS = """
 WITH decode AS (
-    SELECT run_id, arm, 1e9 * CAST(SUM(tokens) AS DOUBLE PRECISION) / NULLIF(SUM(nanoseconds), 0) AS rate
-    FROM speed WHERE phase = 'decode' AND tokens IS NOT NULL AND nanoseconds IS NOT NULL GROUP BY run_id, arm
+    SELECT run_id, arm, repetition, CAST(tokens AS DOUBLE PRECISION) AS tokens, nanoseconds
+    FROM speed WHERE phase = 'decode' AND tokens > 0 AND nanoseconds > 0
 ),
-final AS (SELECT run_id, name, split, value, n FROM metric WHERE step = -1)"""
-
-_RETENTION = """
+own_speed AS (SELECT run_id, arm, 1e9 * SUM(tokens) / SUM(nanoseconds) AS rate FROM decode GROUP BY run_id, arm),
+change AS (
+    SELECT own.run_id, own.arm, 100.0 * (own.tokens / own.nanoseconds / (base.tokens / base.nanoseconds) - 1) AS change
+    FROM decode AS own JOIN decode AS base
+        ON base.run_id = own.run_id AND base.repetition = own.repetition AND base.arm = 'base'
+),
+ranked AS (
+    SELECT run_id, arm, change, ROW_NUMBER() OVER (PARTITION BY run_id, arm ORDER BY change) AS place,
+        COUNT(*) OVER (PARTITION BY run_id, arm) AS n
+    FROM change
+),
+middle AS (
+    SELECT run_id, arm, AVG(change) AS change FROM ranked WHERE place IN ((n + 1) / 2, (n + 2) / 2)
+    GROUP BY run_id, arm
+),
+final AS (SELECT run_id, name, split, value, n FROM metric WHERE step = -1)
+SELECT run.id AS run_id, run.task, run.task_title, run.primary_metric AS metric, metric_def.direction,
+    run.model_name, run.arm, run.seed,
+    100.0 * own.value AS score,
+    CASE WHEN run.arm = 'base' THEN 0.0 ELSE 100.0 * (own.value - base.value) END AS delta_score,
+    own.n,
     100.0 * retention.value AS retention_accuracy,
     CASE WHEN run.arm = 'base' THEN 0.0 ELSE 100.0 * (retention.value - base_retention.value) END AS delta_retention,
     own_speed.rate AS inference_speed,
-    CASE WHEN run.arm = 'base' THEN 0.0 ELSE own_speed.rate - beside.rate END AS delta_speed,"""
-
-_JOINS = """
+    middle.change AS delta_speed,
+    100.0 * token_ids.value AS token_ids_equal,
+    100.0 * greedy.value AS greedy_equal,
+    run.backend_name, run.device_class, run.git_commit, run.git_dirty,
+    run.is_current, run.is_latest, run.test_items_sha256, {timestamp} AS timestamp
 FROM run
+LEFT JOIN metric_def ON metric_def.name = run.primary_metric
 LEFT JOIN final AS own ON own.run_id = run.id AND own.name = run.primary_metric AND own.split = 'test'
 LEFT JOIN final AS base
     ON base.run_id = run.reference_run_id AND base.name = run.primary_metric AND base.split = 'test'
@@ -310,46 +339,42 @@ LEFT JOIN final AS retention
     ON retention.run_id = run.id AND retention.name = 'retention_accuracy' AND retention.split = 'retention'
 LEFT JOIN final AS base_retention ON base_retention.run_id = run.reference_run_id
     AND base_retention.name = 'retention_accuracy' AND base_retention.split = 'retention'
-LEFT JOIN decode AS own_speed ON own_speed.run_id = run.id AND own_speed.arm = run.arm
-LEFT JOIN decode AS beside ON beside.run_id = run.id AND beside.arm = 'base'"""
-
-# Document 004's columns are about AQI: runs of other tasks have none of it, not even the base's difference of zero.
-_LEADERBOARD = f"""{_SHARED}
-SELECT run.id AS run_id, run.arm, run.seed, run.model_name,
-    CASE WHEN run.task = 'aqi' THEN 100.0 * own.value END AS aqi_accuracy,
-    CASE WHEN run.task <> 'aqi' THEN NULL WHEN run.arm = 'base' THEN 0.0
-        ELSE 100.0 * (own.value - base.value) END AS delta_aqi,{_RETENTION}
-    100.0 * token_ids.value AS token_ids_equal,
-    100.0 * greedy.value AS greedy_equal,
-    run.backend_name, run.device_class, run.git_commit, run.git_dirty, run.started, run.ended{_JOINS}
 LEFT JOIN final AS token_ids
     ON token_ids.run_id = run.id AND token_ids.name = 'token_ids_equal' AND token_ids.split = 'parity'
 LEFT JOIN final AS greedy
     ON greedy.run_id = run.id AND greedy.name = 'greedy_equal' AND greedy.split = 'parity'
-WHERE run.is_current AND run.status = 'finished'
+LEFT JOIN own_speed ON own_speed.run_id = run.id AND own_speed.arm = run.arm
+LEFT JOIN middle ON middle.run_id = run.id AND middle.arm = run.arm
+WHERE run.status = 'finished'
 """
 
-# The six columns that document 004 names, one row for each current run.
+# One row for each current run; those of other tasks than air quality have no aqi_accuracy and delta_aqi.
 _EVALUATION_RESULTS = """
-SELECT model_name, aqi_accuracy, delta_aqi, inference_speed, delta_speed, {timestamp} AS timestamp FROM v_leaderboard
+SELECT model_name, task, arm, seed, score, delta_score,
+    CASE WHEN task = 'aqi' THEN score END AS aqi_accuracy, CASE WHEN task = 'aqi' THEN delta_score END AS delta_aqi,
+    inference_speed, delta_speed, timestamp
+FROM task_results WHERE is_current
 """
 
-# One row for each finished run of any task.
-_TASK_RESULTS = f"""{_SHARED}
-SELECT run.id AS run_id, run.task, run.task_title, run.primary_metric AS metric, metric_def.direction,
-    run.model_name, run.arm, run.seed,
-    100.0 * own.value AS value,
-    CASE WHEN run.arm = 'base' THEN 0.0 ELSE 100.0 * (own.value - base.value) END AS delta_base,
-    own.n,{_RETENTION}
-    run.is_current, run.is_latest, run.test_items_sha256, {{timestamp}} AS timestamp{_JOINS}
-LEFT JOIN metric_def ON metric_def.name = run.primary_metric
+_COSTS = """
+WITH made AS (
+    SELECT run_id, MAX(CASE WHEN kind = 'adapter' THEN bytes END) AS adapter_bytes,
+        MAX(CASE WHEN kind = 'adapter_gguf' THEN bytes END) AS adapter_gguf_bytes,
+        MAX(CASE WHEN kind IN ('merged_gguf', 'base_gguf') THEN bytes END) AS model_gguf_bytes
+    FROM artifact GROUP BY run_id
+)
+SELECT run.id AS run_id, run.task, run.arm, run.seed, run.steps, run.train_seconds,
+    run.train_seconds / NULLIF(run.steps, 0) AS seconds_a_step, run.peak_memory_bytes,
+    run.trained_parameters, run.saved_parameters,
+    made.adapter_bytes, made.adapter_gguf_bytes, made.model_gguf_bytes, run.is_current, run.is_latest
+FROM run LEFT JOIN made ON made.run_id = run.id
 WHERE run.status = 'finished'
 """
 
 VIEWS: dict[str, str] = {
-    "v_leaderboard": _LEADERBOARD,
-    "evaluation_results": _EVALUATION_RESULTS,
     "task_results": _TASK_RESULTS,
+    "evaluation_results": _EVALUATION_RESULTS,
+    "costs": _COSTS,
 }
 """Name to query, in the order in which they can be made."""
 

@@ -147,6 +147,7 @@ class Manager:
         self.add_record(*self.curvature.reproject(self.step, optimizer, shrink))
 
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        spectra = self.curvature.spectra()  # those of the training: the shrink below rescales A and B
         if self.curvature.final_shrink_due(self.step):
             self.neural_reprojection(optimizer, shrink=True)
         self.add_record(
@@ -158,7 +159,7 @@ class Manager:
                 "inversions": self.curvature.inversions,
                 "failed_inversions": self.curvature.failed_inversions,
                 "effect": self._effect(),
-                "spectra": self.curvature.spectra(),
+                "spectra": spectra,
             }
         )
 

@@ -20,7 +20,7 @@ from evaluation.tasks import Item, general
 from pipelines.base_model import load_reference
 from pipelines.params import ConfigError, StageParams, load_params
 from pipelines.prompt import CHAT, Prompt, chat_facts, prompt_text
-from pipelines.stage import BASE, DATA, TEXTS, main_for, sees_pictures
+from pipelines.stage import BASE, DATA, TEXTS, cli, main_for, sees_pictures
 from trainers.models import load_base_model, load_tokenizer
 from trainers.preserve import batches
 from trainers.settings import Section, Seed, TrainSettings
@@ -191,4 +191,4 @@ def _of_user(section: BaseTexts, asked: Sequence[str]) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main_for("base_texts", lambda: run(load_params(Params)))
+    cli(lambda: main_for("base_texts", lambda: run(load_params(Params))))

@@ -1,4 +1,4 @@
-"""Stage compare: the database, the two reports, and the numbers that DVC shows; the only writer of the database."""
+"""Stage compare: the database, the reports, each arm's model card, what DVC shows; the database's only writer."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from pydantic import field_validator
 
 from db.files import explain_os_error, staged
 from pipelines.params import StageParams, load_params
-from pipelines.stage import BASE_ARM, main_for
+from pipelines.stage import BASE_ARM, cli, main_for
 from trainers.settings import Section
 
 OUTPUTS = Path("outputs")
@@ -34,6 +34,7 @@ class Params(StageParams):
 
 def run(params: Params) -> None:
     from db.ingest import ingest
+    from evaluation.report.card import as_card
     from evaluation.report.comparison import load_report
     from evaluation.report.data import write_tracked
     from evaluation.report.html import write_page
@@ -49,9 +50,12 @@ def run(params: Params) -> None:
         write_page(PAGE, report)
         with staged(OUTPUTS / "plots") as plots:
             write_tracked(OUTPUTS / "metrics.json", plots, report)
+        with staged(OUTPUTS / "cards") as cards:
+            for row in report.comparison.trained:
+                (cards / f"{row.arm}.md").write_text(as_card(report, row), encoding="utf-8")
     except OSError as error:
         raise explain_os_error(error, OUTPUTS) or error from error
 
 
 if __name__ == "__main__":
-    main_for("compare", lambda: run(load_params(Params)))
+    cli(lambda: main_for("compare", lambda: run(load_params(Params))))

@@ -30,7 +30,7 @@ from pipelines.base_model import PrepareBase, fingerprint, load_reference, refer
 from pipelines.code import code_hash
 from pipelines.params import ConfigError, StageParams, load_params
 from pipelines.prompt import CHAT, Prompt
-from pipelines.stage import BASE, DATA, main_for, split_files
+from pipelines.stage import BASE, DATA, cli, main_for, split_files
 from trainers.base import EmbeddedSettings, train_base
 from trainers.models import load_tokenizer
 from trainers.pictures import load_processor
@@ -132,4 +132,4 @@ def run(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    main_for("prepare_base", lambda: run(load_params(Params)))
+    cli(lambda: main_for("prepare_base", lambda: run(load_params(Params))))

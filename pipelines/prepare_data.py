@@ -11,7 +11,7 @@ from evaluation.sources.rows import OWN
 from evaluation.splits import GENERATED, PrepareData, make_splits
 from evaluation.tasks import Item
 from pipelines.params import StageParams, load_params
-from pipelines.stage import DATA, SPLITS, main_for, manifest
+from pipelines.stage import DATA, SPLITS, cli, main_for, manifest
 
 WATCHED = Path("inputs")
 
@@ -91,4 +91,4 @@ def _say(section: PrepareData, facts: dict[str, Any], watched_by_dvc: bool) -> N
 
 
 if __name__ == "__main__":
-    main_for("prepare_data", lambda: run(load_params(Params)))
+    cli(lambda: main_for("prepare_data", lambda: run(load_params(Params))))

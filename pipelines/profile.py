@@ -199,10 +199,15 @@ def choose(name: str, *, force: bool = False, params_file: Path = PARAMS_FILE, f
 
 
 def main(
-    name: Annotated[str, typer.Argument(help="a file of profiles/, or several: gsm8k+llama3_8b")],
+    name: Annotated[str, typer.Argument(help="a file of profiles/, or several: gsm8k+llama3_8b; none: list them")] = "",
     force: Annotated[bool, typer.Option(help="overwrite changes made by hand in params.yaml")] = False,
 ) -> None:
     """Choose a profile: rewrites params.yaml."""
+    if not name:
+        for known, file in available().items():
+            first = file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+            typer.echo(f"{known:14}{first}")
+        return
     with clear_errors("profile", code=2):
         changed = choose(name, force=force)
     typer.echo(f"params.yaml: profile {name}" + ("" if changed else " (chosen already)"))

@@ -144,7 +144,10 @@ def _leave_out(stage: str, arm: str, seed: int) -> None:
 
 
 def cli(command: Callable[..., None]) -> None:
-    """Run a function as a command with its annotated options; tracebacks stay plain, for logs."""
+    """Run a function as a command with its annotated options; tracebacks stay plain, for logs.
+
+    A function without a docstring of its own has its module's for --help.
+    """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
+    app.command(help=command.__doc__ or sys.modules["__main__"].__doc__)(command)
     app()

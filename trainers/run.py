@@ -284,6 +284,8 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
 
     Same job on the same machine and thread count → same adapter bytes on a CPU, resumed or not.
     """
+    from safetensors.torch import load_file
+
     check_reporters(job.settings, job.logs)
     trainer, train, valid = build(arm, job, **_lasting_arguments(job, f"{arm.name}-{job.seed}"))
     from torch.random import fork_rng
@@ -302,6 +304,7 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     scale_update(trainer.model, job.settings.scale_update)
     trainer.model.save_pretrained(job.output, safe_serialization=True)
     trainer.processing_class.save_pretrained(job.output)
+    saved = job.output / "adapter_model.safetensors"
     history = [dict(entry) for entry in trainer.state.log_history if not entry.keys() & {STEP_LOSS, STEP_KL}]
     remove_reporters(trainer)  # closed by now: the evaluation below would open them anew, or stand at the wrong step
     said = arm.report(trainer, job) if arm.report else {}
@@ -322,6 +325,8 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
         "valid_left_out": valid.left_out,
         "longest": max(train.longest, valid.longest),
         # Fewer by now where ranks have shrunk, more where the start has become part of the adapter.
+        "trained_parameters": trained,
+        "saved_parameters": sum(tensor.numel() for tensor in load_file(saved).values()),
         "trainable_parameters": min(trained, _trainable(trainer.model)),
         "final_loss": losses[-1] if losses else None,
         # Of the adapter that is saved: the best one, and after ranks have shrunk.

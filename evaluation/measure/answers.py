@@ -154,6 +154,7 @@ def _scored(item: Item, row: Mapping[str, Any]) -> tuple[dict[str, Any], Score]:
         "correct": score.correct,
         "credit": score.credit,
         "abs_error": score.abs_error,
+        **({"remark": score.remark} if score.remark else {}),
         "prompt_tokens": row["prompt_tokens"],
         "answer_tokens": row["answer_tokens"],
         "finish_reason": row["finish_reason"],

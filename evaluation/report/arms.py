@@ -82,6 +82,7 @@ class ArmRow:
     like: str | None = None
     # arm → evaluation loss minus that arm's of the same seed, for each seed that both have, nats per token
     losses: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)  # of training, mean over seeds: `COSTS` and seconds_a_step
 
     @property
     def place(self) -> tuple[float, float] | None:
@@ -225,6 +226,12 @@ def _row(
     if retained and share:
         shares = 100 * retained.own.mean(axis=1) / retained.other.mean()
         by_seed = dict(zip(retained.seeds, shares.tolist(), strict=True))
+    spent: dict[str, list[float]] = {}
+    for told in (results.costs.get(run.id, {}) for run in runs):
+        for name, value in told.items():
+            spent.setdefault(name, []).append(value)
+        if told.get("train_seconds") and told.get("steps"):
+            spent.setdefault("seconds_a_step", []).append(told["train_seconds"] / told["steps"])
     values: dict[Key, list[float]] = {}
     for metrics in own:
         for key, value in metrics.items():
@@ -252,6 +259,7 @@ def _row(
         alignment=tuple(found for run, m in zip(runs, own, strict=True) if (found := _alignment(run.seed, m))),
         ranges={key: (min(found), max(found)) for key, found in values.items() if len(found) > 1},
         kept_by_seed=by_seed,
+        costs={name: fmean(found) for name, found in spent.items()},
     )
 
 

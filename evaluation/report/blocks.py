@@ -61,21 +61,6 @@ class Text:
     kind: str = "text"
 
 
-@dataclass(frozen=True)
-class Fact:
-    """What may be said about an arm: a sign, its colour, and a sentence."""
-
-    mark: str
-    tone: Tone
-    sentence: str
-
-
-@dataclass(frozen=True)
-class Cards:
-    cards: Mapping[str, tuple[Fact, ...]]
-    kind: str = "cards"
-
-
 @dataclass
 class Dataset:
     """Rows of charts; a column holds texts, or numbers and None."""
@@ -114,7 +99,7 @@ class Chart:
     title: str  # shown above it, with the unit
     label: str  # what a screen reader says of it
     # function of `evaluation.report.charts` that draws it, with its options besides the arms
-    draw: Literal["intervals", "lines", "scatter", "dots", "pareto"]
+    draw: Literal["intervals", "lines", "scatter", "dots", "places"]
     options: Mapping[str, Any]
     where: Mapping[str, str] = field(default_factory=dict)
 
@@ -169,7 +154,7 @@ class Browser:
     kind: str = "browser"
 
 
-Block = Table | Text | Cards | Panel | Details | Browser
+Block = Table | Text | Panel | Details | Browser
 
 
 @dataclass(frozen=True)
@@ -177,6 +162,7 @@ class Section:
     title: str
     blocks: tuple[Block, ...]
     brief: int = 0  # place among the sections that a terminal shows; 0: it does not
+    folded: bool = False  # on the page: its title alone, until somebody opens it
 
     @property
     def id(self) -> str:

@@ -28,16 +28,18 @@ class _Item:
     truth: str
     answers: list[str | None]
     credit: list[float | None]
+    remarks: list[str]  # of each answer, see `evaluation.tasks.Score`
 
     @property
     def packed(self) -> dict[str, Any]:
         right = "".join("-" if c is None else {0.0: "0", 1.0: "1"}.get(c, "p") for c in self.credit)
         found = {**vars(self), "right": right, "credit": [None if c is None else round(c, 3) for c in self.credit]}
-        return found if "p" in right else {key: value for key, value in found.items() if key != "credit"}
+        absent = {*(() if "p" in right else ("credit",)), *(() if any(self.remarks) else ("remarks",))}
+        return {key: value for key, value in found.items() if key not in absent}
 
     @property
     def characters(self) -> int:
-        return len(self.prompt) + len(self.truth) + sum(len(a) for a in self.answers if a)
+        return len(self.prompt) + len(self.truth) + sum(len(a) for a in (*self.answers, *self.remarks) if a)
 
     @property
     def disputed(self) -> bool:
@@ -60,9 +62,10 @@ def samples(report: Report) -> Section | None:
         key = (s.split, s.item_id, s.prompt, s.truth)
         if key not in items:
             texts = (s.split, s.task, s.item_id, _cut(s.prompt), _cut(s.truth))
-            items[key] = _Item(*texts, [None] * len(runs), [None] * len(runs))
+            items[key] = _Item(*texts, [None] * len(runs), [None] * len(runs), [""] * len(runs))
         items[key].answers[places[s.run_id]] = _cut(s.answer)
         items[key].credit[places[s.run_id]] = s.credit
+        items[key].remarks[places[s.run_id]] = s.rest.get("remark", "")
     kept = _fitting(list(items.values()))
     trained = [run for run in runs if run.arm != BASE]
     seeds = tuple(dict.fromkeys(str(run.seed) for run in trained or runs))

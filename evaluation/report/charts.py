@@ -21,7 +21,7 @@ _SHAPES = ("diamond", "circle", "square", "triangle-up", "cross", "triangle-down
 """Of points that may hide each other: of two in one place, both are seen."""
 ROW = 30
 """Height of one line of an interval chart, px."""
-_NARROW, _HIGH, _LETTER = 290, 420, 12
+_NARROW, _HIGH, _LETTER = 290, 340, 12
 """Of the picture with names: its width on a phone, its height, and the size of its letters, px."""
 
 
@@ -53,9 +53,9 @@ def intervals(
 ) -> Spec:
     """Estimates with their intervals, `lines` of them; `title` is the axis's, with the unit.
 
-    Rows: kind, label, arm, low, value, high. The kind `interval` is a point with a thin bar, `weak` one with a dashed
-    bar (less than 95% confidence), `inner` a broad pale bar, `seed` a tick, `band` a grey range that belongs to no arm
-    and is called `band` in its tooltip. A layer of a kind that has no rows would make Vega warn. `zero` draws a line.
+    Rows: kind, label, arm, low, value, high. The kind `interval` is a point with a thin bar, `inner` a broad pale bar,
+    `seed` a tick, `band` a grey range that belongs to no arm and is called `band` in its tooltip. A layer of a kind
+    that has no rows would make Vega warn. `zero` draws a line.
     """
     scale, axis = alt.Scale(zero=False, nice=False, padding=14), alt.Axis(tickCount=6, labelSeparation=6)
     x = alt.X("value:Q", title=title, scale=scale, axis=axis)
@@ -73,13 +73,11 @@ def intervals(
         .encode(**ends, tooltip=of_band),
         "inner": _rows("inner").mark_bar(opacity=0.3, height=9, cornerRadius=2).encode(**ends, **own),
         "interval": _rows("interval").mark_rule(strokeWidth=2).encode(**ends, **own),
-        "weak": _rows("weak").mark_rule(strokeWidth=2, strokeDash=[2, 3], opacity=0.7).encode(**ends, **own),
         "seed": _rows("seed").mark_tick(thickness=1.5, height=12, opacity=0.75)
         .encode(x=x, y=y, color=own["color"], tooltip=of_seed),
     }  # fmt: skip
     chosen: list[Any] = [layer for kind, layer in layers.items() if kind in kinds]
-    points = _rows().transform_filter("datum.kind === 'interval' || datum.kind === 'weak'")
-    chosen.append(points.mark_point(filled=True, size=75, opacity=1).encode(x=x, y=y, **own))
+    chosen.append(_rows("interval").mark_point(filled=True, size=75, opacity=1).encode(x=x, y=y, **own))
     if zero:
         line = alt.Chart(alt.InlineData(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 3], color="gray")
         chosen.insert(0, line.encode(x=alt.X("zero:Q", title=title, scale=scale, axis=axis)))
@@ -120,12 +118,13 @@ def lines(
     return _finished(alt.layer(*layers), height)
 
 
-def scatter(panel: Panel, x_title: str, y_title: str) -> Spec:
+def scatter(panel: Panel, x_title: str, y_title: str, *, log_x: bool = False) -> Spec:
     """One point for each arm and seed: columns x, y, arm, seed; the first arm is a diamond, the others follow."""
     scale = alt.Scale(zero=False, nice=False, padding=16)
+    across = alt.Scale(type="log", nice=False, padding=16) if log_x else scale
     shapes = [_SHAPES[place % len(_SHAPES)] for place in range(len(panel.arms))]
     encoded = _rows().mark_point(filled=True, size=95, opacity=0.85).encode(
-        x=alt.X("x:Q", title=x_title, scale=scale, axis=alt.Axis(tickCount=5, labelSeparation=6)),
+        x=alt.X("x:Q", title=x_title, scale=across, axis=alt.Axis(tickCount=5, labelSeparation=6, format="~g")),
         y=alt.Y("y:Q", title=y_title, scale=scale, axis=alt.Axis(tickCount=5)),
         color=_colour(panel),
         shape=alt.Shape("arm:N", scale=alt.Scale(domain=list(panel.arms), range=shapes), legend=None),
@@ -134,20 +133,21 @@ def scatter(panel: Panel, x_title: str, y_title: str) -> Spec:
     return _finished(encoded, 240)
 
 
-def pareto(panel: Panel, x_title: str, y_title: str, marks: Mapping[str, float]) -> Spec:
+def places(panel: Panel, chart: str, x_title: str, y_title: str, marks: Mapping[str, float]) -> Spec:
     """A point for each arm with its name and its intervals in both directions; those of the front are joined.
 
-    Rows: kind (mean or seed), arm, seed, front (front or dominated), x, low, high, y, kept_low, kept_high. `marks`
-    names lines across.
+    Rows: chart, kind (mean or seed), arm, seed, front (front, dominated or plain), low, x, high, below, y, above.
+    `marks` names lines across; without any the axis upwards starts at zero.
     """
-    rows: list[dict[str, Any]] = [dict(zip(panel.data.names, row, strict=True)) for row in panel.data.rows]
+    every: Iterable[dict[str, Any]] = (dict(zip(panel.data.names, row, strict=True)) for row in panel.data.rows)
+    rows = [row for row in every if row["chart"] == chart]
 
     def ends(columns: Sequence[str], more: Collection[float] = ()) -> tuple[float, float]:
         known = [*more, *(row[column] for row in rows for column in columns if row[column] is not None)]
         room = 0.04 * (max(known) - min(known)) or 1.0
         return min(known) - room, max(known) + room
 
-    across, up = ends(("low", "x", "high")), ends(("kept_low", "y", "kept_high"), marks.values())
+    across, up = ends(("low", "x", "high")), ends(("below", "y", "above"), marks.values() or (0.0,))
     axis = alt.Axis(tickCount=5, labelSeparation=6)
     x = partial(alt.X, title=x_title, scale=alt.Scale(domain=across, nice=False), axis=axis)
     y = partial(alt.Y, title=y_title, scale=alt.Scale(domain=up, nice=False), axis=axis)
@@ -171,24 +171,31 @@ def pareto(panel: Panel, x_title: str, y_title: str, marks: Mapping[str, float])
     weight = alt.ExprRef("datum.front === 'front' ? 600 : 400")
     text: dict[str, Any] = {**moved, "baseline": "middle", "fontSize": _LETTER, "fontWeight": weight}
     tooltip = _tooltip(arm="arm:N", **{x_title: "x:Q", "from": "low:Q", "to": "high:Q"},
-                       **{y_title: "y:Q", "kept from": "kept_low:Q", "kept to": "kept_high:Q"})  # fmt: skip
+                       **{y_title: "y:Q", "up from": "below:Q", "up to": "above:Q"})  # fmt: skip
     layers = [
-        marked.mark_rule(strokeDash=[4, 3], color="gray").encode(y=at["y"]),
-        marked.mark_text(align="left", dx=3, dy=-9, fontSize=_LETTER, fill="gray")
-        .encode(x=alt.value(0), y=at["y"], text="arm:N"),
         front.mark_line(color="gray", strokeWidth=1).encode(**at),
         means.mark_rule(opacity=0.5).encode(x=x("low:Q"), x2="high:Q", y=at["y"], color=colour),
-        means.mark_rule(opacity=0.5).encode(y=y("kept_low:Q"), y2="kept_high:Q", x=at["x"], color=colour),
+        means.mark_rule(opacity=0.5).encode(y=y("below:Q"), y2="above:Q", x=at["x"], color=colour),
         _rows("seed").mark_circle(size=16, opacity=0.6)
         .encode(**at, color=colour, tooltip=_tooltip(arm="arm:N", seed="seed:N", x="x:Q", y="y:Q")),
         names.transform_filter("abs(datum.dy) > 16").encode(**at, x2="x:Q", y2="y:Q")
         .mark_rule(x2Offset=moved["dx"], y2Offset=moved["dy"], color="gray", strokeWidth=0.7),
-        means.transform_filter("datum.front !== 'front'").mark_point(size=70, strokeWidth=2, opacity=1)
+        means.transform_filter("datum.front === 'dominated'")
+        .mark_point(size=70, strokeWidth=2, opacity=1)
         .encode(**at, color=colour, tooltip=tooltip),
-        front.mark_point(filled=True, size=110, opacity=1).encode(**at, color=colour, tooltip=tooltip),
+        means.transform_filter("datum.front !== 'dominated'")
+        .mark_point(filled=True, size=110, opacity=1)
+        .encode(**at, color=colour, tooltip=tooltip),
         names.mark_text(**text, style="halo").encode(**at, text="arm:N"),
         names.mark_text(**text).encode(**at, text="arm:N"),
     ]  # fmt: skip
+    if lines:
+        layers = [
+            marked.mark_rule(strokeDash=[4, 3], color="gray").encode(y=at["y"]),
+            marked.mark_text(align="left", dx=3, dy=-9, fontSize=_LETTER, fill="gray")
+            .encode(x=alt.value(0), y=at["y"], text="arm:N"),
+            *layers,
+        ]  # fmt: skip
     return _finished(alt.layer(*layers), _HIGH)
 
 

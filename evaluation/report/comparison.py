@@ -18,7 +18,7 @@ from evaluation.report.arms import BASELINE, ArmRow, SideBySide, side_by_side
 from evaluation.report.criteria import Criterion, judge_arm
 from evaluation.report.results import Results, read
 from evaluation.report.serving import PhaseRow, PrecisionRow, ServedRow, phase_rows, precision_rows, served_rows
-from evaluation.statistics.differences import Difference
+from evaluation.statistics.differences import SEED_MARGIN, Difference
 from evaluation.statistics.intervals import ALPHA, Interval
 from evaluation.statistics.power import PowerRow, power_rows
 from trainers.words import suggest
@@ -291,23 +291,15 @@ def _provenance(results: Results, run: RunFacts) -> dict[str, Any]:
 
 
 def outcome_line(row: ArmRow, baseline: str) -> str:
-    return f"{row.arm}: {'; '.join(clause for _, clause in clauses(row, baseline))}."
-
-
-def clauses(row: ArmRow, baseline: str) -> list[tuple[Difference | None, str]]:
-    mixed = (
-        ""
-        if row.like is None
-        else f", with two causes: {row.arm} is held to the base ({row.preserve}), {baseline} is not"
-    )
-    found: list[tuple[Difference | None, str]] = [
-        (one, in_words(one) + (mixed if one.against == baseline else "")) for one in row.differences
+    mixed = f", with two causes: {row.arm} is held to the base ({row.preserve}), {baseline} is not"
+    clauses = [
+        in_words(one) + (mixed if one.against == baseline and row.like is not None else "") for one in row.differences
     ]
     if row.against(BASE) is None:
-        found.insert(0, (None, "not comparable with base: no base run with the same items and backend"))
+        clauses.insert(0, "not comparable with base: no base run with the same items and backend")
     if row.against(baseline) is None and baseline not in (row.arm, BASE):
-        found.append((None, f"not comparable with {baseline}: no run of it with the same seed, items and backend"))
-    return found
+        clauses.append(f"not comparable with {baseline}: no run of it with the same seed, items and backend")
+    return f"{row.arm}: {'; '.join(clauses)}."
 
 
 def in_words(difference: Difference) -> str:
@@ -318,10 +310,13 @@ def in_words(difference: Difference) -> str:
     numbers = f"{estimate} points, 95% interval [{bounds[0]}, {bounds[1]}], {difference.items} items"
     if difference.seeds > 1:
         numbers += f" and {difference.seeds} seeds; over items alone [{bounds[2]}, {bounds[3]}]"
-    else:
+    elif not difference.on_these_items:
         numbers += ", one seed: others may differ"
     if difference.outcome != "undecided":
         return f"significantly {difference.outcome} than {difference.against} ({numbers}; p = {difference.p_holm:.2g})"
+    if where := difference.on_these_items:
+        told = f"{numbers}; p = {difference.p_holm:.2g}"
+        return f"{where} {difference.against} on these items; one seed: undecided ({told})"
     if points.crosses_zero:
         return f"undecided against {difference.against} ({numbers}; the interval contains zero)"
     if difference.p_value >= ALPHA:
@@ -408,7 +403,11 @@ def _of_differences(differences: Sequence[Difference]) -> Iterable[str]:
     if "items" in levels:
         exact = all(difference.binary for difference in differences if difference.level == "items")
         test = "McNemar's exact test" if exact else "a paired randomization test (signs flipped)"
-        yield f"Differences of one seed: bootstrap over items and {test}; nothing is known of other seeds."
+        yield (
+            f"Differences of one seed: bootstrap over items and {test}; nothing is known of other seeds, so no arm is "
+            "called better or worse than another one, and than the base only where the whole interval is more than "
+            f"{SEED_MARGIN:.0f} points from zero."
+        )
     if not all(difference.binary for difference in differences):
         yield "Answers get credit from 0 to 1, not only right or wrong; the numbers are means of it, in percent."
     if any(difference.seeds == 2 for difference in differences):

@@ -65,6 +65,8 @@ def by_difference(name: str, arm: str, threshold: str, against: str, difference:
     if difference.outcome != "undecided":
         side = "above" if difference.outcome == "better" else "below"
         why = f"The whole interval is {side} zero, and p = {difference.p_holm:.2g} after correction for several arms."
+    elif where := difference.on_these_items:
+        why = f"{where.capitalize()} {against} on these items, p = {difference.p_holm:.2g} after correction: undecided."
     elif points.crosses_zero:
         why = "The interval contains zero."
     else:

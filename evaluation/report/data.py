@@ -110,6 +110,7 @@ def _difference(difference: Difference | None, stem: str, missing: float | None)
         "verdict": d and d.outcome,
         "level": d and d.level,
         **_bounds("items_only", d.items_only if d else None),
+        **_bounds("seeds_only", d.seeds_only if d else None),
         "gained": d and d.gained,
         "lost": d and d.lost,
     }

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from db.files import write_text
-from evaluation.report.blocks import Block, Cards, Cell, Details, Table, Text
+from evaluation.report.blocks import Block, Cell, Details, Section, Table, Text
 from evaluation.report.comparison import Report
 from evaluation.report.sections import TITLE, all_tasks, byline, sections
 
@@ -22,11 +22,13 @@ def write_markdown(path: str | Path, report: Report) -> None:
 
 
 def as_markdown(report: Report) -> str:
-    parts = [f"# {TITLE}", escaped(byline(report))]
-    for section in sections(report):
-        shown = list(_blocks(section.blocks))
-        parts += [f"## {escaped(section.title)}", *shown] if shown else []
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([f"# {TITLE}", escaped(byline(report)), *laid_out(sections(report))]) + "\n"
+
+
+def laid_out(shown: Iterable[Section]) -> Iterable[str]:
+    for section in shown:
+        blocks = list(_blocks(section.blocks))
+        yield from [f"## {escaped(section.title)}", *blocks] if blocks else []
 
 
 def tasks_as_markdown(report: Report) -> str:
@@ -52,9 +54,6 @@ def _blocks(blocks: Iterable[Block]) -> Iterable[str]:
         elif isinstance(block, Table):
             yield f"{escaped(block.caption)}:"
             yield grid(block.headers, [list(map(_words, row)) for row in block.rows])
-        elif isinstance(block, Cards):
-            for arm, facts in block.cards.items():
-                yield "\n".join(f"- {escaped(f'{arm}: {fact.sentence}')}" for fact in facts)
         elif isinstance(block, Details):
             inner = list(_blocks(block.blocks))
             yield from [f"### {escaped(block.summary)}", *inner] if inner else []

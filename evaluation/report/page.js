@@ -124,6 +124,13 @@
     control.addEventListener("change", () => redraw(control.closest("[data-panel]").dataset.panel));
   }
 
+  // A link to a folded section opens it.
+
+  const unfold = (hash) => document.getElementById(hash.slice(1))?.querySelector("details.folded")
+    ?.setAttribute("open", "");
+  for (const link of document.querySelectorAll("nav a")) link.addEventListener("click", () => unfold(link.hash));
+  unfold(location.hash);
+
   // Where the reader is
 
   const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
@@ -228,6 +235,7 @@
       verdict.setAttribute("aria-label", mark === "p" ? `${word}: ${sign}` : word);
       name.append(verdict);
       box.append(name, element("dd", "", item.answers[model.at] ?? "–"));
+      if (item.remarks?.[model.at]) box.append(element("dd", "remark", item.remarks[model.at]));
       answers.append(box);
     }
     made.append(question, answers);

@@ -31,6 +31,8 @@ Key = tuple[str, str]
 """Split and name of a metric."""
 Rows = Mapping[int, Sequence[Row[Any]]]
 """Run id → rows of a table; the columns are explained in `db.tables`."""
+COSTS = ("steps", "train_seconds", "peak_memory_bytes", "saved_parameters")
+"""Columns of `db.tables.Run`."""
 _LAYER_NUMBERS = {
     "probe": ("angle", "cos_raw_step", "cos_raw_inner", "lr_ratio"),
     "grit": ("effective_rank_a", "effective_rank_g", "kept_rank", "rank"),
@@ -51,6 +53,7 @@ class Results:
     left_out: Mapping[str, Mapping[str, int]]
     metrics: Mapping[int, Mapping[Key, float]]  # numbers of the finished run, parity shares included (split `parity`)
     settings: Mapping[int, Mapping[str, Any]]  # section train of the arm's parameters; empty for the base
+    costs: Mapping[int, Mapping[str, float]]  # those of `COSTS` that are known
     tuned: Mapping[int, Mapping[str, Any]]  # what stage tune found for the arm; empty where it was off
     answers: Mapping[int, Mapping[str, float]]  # item id → credit of the test items, from 0 to 1
     retained: Mapping[int, Mapping[str, float]]  # the same of the retention items
@@ -101,6 +104,7 @@ def read(session: Session, runs: Sequence[RunFacts], choice: Choice, *, detail: 
     first = select(Run.id, Run.parity_first_difference).where(Run.id.in_(long))
     meanings = session.scalars(select(MetricDef))
     params = session.execute(select(Run.id, Run.params).where(Run.id.in_(ids))).all()
+    costs = session.execute(select(Run.id, *(getattr(Run, name) for name in COSTS)).where(Run.id.in_(ids))).all()
     return Results(
         task=task,
         tasks=tuple(tasks),
@@ -112,6 +116,10 @@ def read(session: Session, runs: Sequence[RunFacts], choice: Choice, *, detail: 
             for run_id, rows in metrics.items()
         },
         settings={run_id: stages.get("train", {}).get("train", {}) for run_id, stages in params},
+        costs={
+            run_id: {name: float(value) for name, value in zip(COSTS, found, strict=True) if value is not None}
+            for run_id, *found in costs
+        },
         tuned={
             run_id: found
             for run_id, stages in params

@@ -9,12 +9,10 @@ from evaluation.report.arms import CLUSTER_INDICES, KL, LOSS, RETENTION, ArmRow,
 from evaluation.report.blocks import (
     TONES,
     Block,
-    Cards,
     Cell,
     Chart,
     Dataset,
     Details,
-    Fact,
     Panel,
     Section,
     Table,
@@ -22,11 +20,12 @@ from evaluation.report.blocks import (
     arm_cell,
 )
 from evaluation.report.browser import samples
-from evaluation.report.comparison import Comparison, Report, TaskRow, clauses
-from evaluation.report.criteria import GAIN, KEPT, KEPT_THRESHOLD, NAMES, NATS, Criterion
+from evaluation.report.comparison import Comparison, Report, TaskRow
+from evaluation.report.cost import SECONDS, cost, training
+from evaluation.report.criteria import GAIN, KEPT, NAMES, NATS, Criterion
 from evaluation.report.results import Key
 from evaluation.report.robustness import robustness
-from evaluation.report.serving import PHASES, PhaseRow, PrecisionRow, ServedRow
+from evaluation.report.serving import PHASES, PrecisionRow, ServedRow
 from evaluation.report.text import interval, listed, number, percent, seeds_text, significant
 from evaluation.report.training import loss, probes, spectra
 from evaluation.report.tuning import tuning
@@ -49,27 +48,25 @@ _ROUNDS_TO_ZERO = 0.05
 
 def sections(report: Report) -> tuple[Section, ...]:
     comparison = report.comparison
-    found = (
-        findings(comparison),
-        arms_compared(comparison),
+    shown = (findings(comparison), training(report), loss(report), probes(report), retention(report))
+    folded = (
+        criteria(comparison),
+        every_number(comparison),
         power(comparison),
         tuning(report),
-        loss(report),
-        probes(report),
         spectra(report),
-        retention(report),
         robustness(report),
         alignment(comparison),
         speed(comparison),
         parity(report),
         served(comparison),
         precisions(comparison),
-        files(report),
         tasks(comparison),
         samples(report),
+        files(report),
         provenance(report),
     )
-    return tuple(section for section in found if section is not None)
+    return (*filter(None, shown), *(replace(section, folded=True) for section in folded if section is not None))
 
 
 def byline(report: Report) -> str:
@@ -105,38 +102,43 @@ def byline(report: Report) -> str:
 def findings(comparison: Comparison) -> Section:
     if not comparison.trained:
         nothing = Text("No arm besides the base has been scored yet, so there is nothing to compare.")
-        return Section("Findings", (nothing,), brief=2)
+        return Section("Findings", (nothing,), brief=1)
+    first, *others = headline(comparison)
+    kept = _kept(comparison)
+    wrong = [sentence for row in comparison.trained if (sentence := _unclaimed(row))]
     told = {f"{row.arm} seed {probe.seed}: {probe.verdict}: " for row in comparison.rows for probe in row.probes}
     notes = [note for note in comparison.notes if ": ".join([*note.split(": ")[:2], ""]) not in told]
-    blocks: list[Block] = [Text(part, "lead") for part in headline(comparison)]
-    blocks += [Text(note, "note") for note in (*_front(comparison), *notes) if not note.startswith(_METHOD)]
-    blocks += [Cards({row.arm: _facts(row, comparison.baseline) for row in comparison.trained})]
-    blocks += _criteria(comparison)
-    if methods := tuple(Text(note, "note") for note in notes if note.startswith(_METHOD)):
-        blocks.append(Details("How to read the numbers", methods))
-    return Section("Findings", tuple(blocks), brief=2)
+    blocks: list[Block] = [Text(sentence, "lead") for sentence in (first, *wrong, kept) if sentence]
+    causes = len({row.like for row in comparison.trained if row.like is not None})
+    blocks += [Text(text, "note") for text in others[:causes]]
+    blocks += [replace(panel, note="")] if (panel := _pictures(comparison)) else []
+    blocks.append(arms_compared(comparison))
+    blocks += [Text(text, "note") for text in (*others[causes:], *_front(comparison))]
+    blocks += [Text(note, "note") for note in notes if not note.startswith(_METHOD)]
+    methods = [*([panel.note] if panel else []), *(note for note in notes if note.startswith(_METHOD))]
+    if methods:
+        blocks.append(Details("How to read the numbers", tuple(Text(note, "note") for note in methods)))
+    return Section("Findings", tuple(blocks), brief=1)
 
 
 def headline(comparison: Comparison) -> list[str]:
-    """Paragraphs: what holds against the baseline, what against the base, and what speaks against the arms."""
+    """Paragraphs: what holds against the baseline, where that has two causes against each `like`, then the base."""
     title, found = comparison.primary.title, []
     causes: dict[str, list[ArmRow]] = {}
     for row in comparison.trained:
         if row.like is not None:
             causes.setdefault(row.like, []).append(row)
-    for against in dict.fromkeys((*reversed(comparison.references), *causes)):
-        groups: dict[tuple[str, bool, int, int], list[tuple[str, Difference]]] = {}
+    for against in dict.fromkeys((comparison.baseline, *causes, BASE)):
+        groups: dict[tuple[str, str, bool, int, int], list[tuple[str, Difference]]] = {}
         for row in comparison.trained:
             if d := row.against(against):
-                key = (d.outcome, d.points.crosses_zero, d.items, d.seeds)
+                key = (d.outcome, d.on_these_items, d.points.crosses_zero, d.items, d.seeds)
                 groups.setdefault(key, []).append((row.arm, d))
         order = ["better", "worse", "undecided"]
         ordered = sorted(groups.items(), key=lambda item: order.index(item[0][0]))
         mixed = [_two_causes(comparison, causes[against])] if against in causes else []
         found.append(" ".join((*mixed, *(_sentence(group, against, title) for _, group in ordered))))
-    found.append(_kept(comparison))
     found.append(" ".join(_not_compared(comparison)))
-    found.append(" ".join(filter(None, map(_unclaimed, comparison.trained))))
     return [paragraph for paragraph in found if paragraph]
 
 
@@ -147,7 +149,7 @@ def _kept(comparison: Comparison) -> str:
     told = listed(
         f"{number(share.estimate)} [{number(share.low)}, {number(share.high)}] ({arm})" for arm, share in shares
     )
-    return f"Of the base's accuracy on the retention tasks, percent with 95% intervals are kept: {told}."
+    return f"Kept of the base's accuracy on general tasks (retention), percent: {told}."
 
 
 def _two_causes(comparison: Comparison, rows: Sequence[ArmRow]) -> str:
@@ -176,6 +178,11 @@ def _sentence(group: Sequence[tuple[str, Difference]], against: str, title: str)
     seeds = f"{first.seeds} seeds" if first.seeds > 1 else "1 seed, another may differ"
     data = f"({first.items:,} items, {seeds})"
     numbers = listed(interval(d.points, sign=True) for _, d in group)
+    if where := first.on_these_items:
+        start = f"{names} {'is' if one else 'are'} {where} {against} on these items: {numbers} points"
+        return (
+            f"{start} with {'a 95% interval' if one else '95% intervals'} ({first.items:,} items); one seed: undecided."
+        )
     if first.outcome == "undecided":
         if first.points.crosses_zero:
             start = f"Whether {names} {'is' if one else 'are'} better or worse than {against} is undecided:"
@@ -215,23 +222,15 @@ def _wrong(row: ArmRow) -> dict[str, list[ProbeRow]]:
 def _unclaimed(row: ArmRow) -> str:
     wrong = _wrong(row)
     seeds = seeds_text(probe.seed for probes in wrong.values() for probe in probes)
-    return f"{row.arm} did not train as it claims: the probe found {listed(wrong)} ({seeds})." if wrong else ""
+    reasons = "; ".join(probes[0].reason.rstrip(".") for probes in wrong.values())
+    return (
+        f"{row.arm} did not train as it claims: the probe found {listed(wrong)} ({seeds}): {reasons}." if wrong else ""
+    )
 
 
-def _facts(row: ArmRow, baseline: str) -> tuple[Fact, ...]:
-    """What the probes say against the arm, then one fact for each arm that it ought to be compared with."""
-    facts = [
-        Fact("✗", "bad", f"not as claimed: the probe found {verdict}, {seeds_text(p.seed for p in probes)}: "
-             f"{probes[0].reason.rstrip('.')}.")
-        for verdict, probes in _wrong(row).items()
-    ]  # fmt: skip
-    for d, clause in clauses(row, baseline):
-        outcome = d.outcome if d else "undecided"
-        facts.append(Fact({"better": "▲", "worse": "▼", "undecided": "◇"}[outcome], TONES[outcome], f"{clause}."))
-    return tuple(facts)
-
-
-def _criteria(comparison: Comparison) -> list[Block]:
+def criteria(comparison: Comparison) -> Section | None:
+    if not comparison.criteria:
+        return None
     judged = {(c.name, c.threshold, c.arm): c for c in comparison.criteria}
     arms = [row.arm for row in comparison.trained]
 
@@ -256,7 +255,7 @@ def _criteria(comparison: Comparison) -> list[Block]:
         (named(c.name), arm_cell(c.arm), Cell(c.outcome, tone=TONES[c.outcome]), c.why) for c in comparison.criteria
     ]
     why = "Why each criterion was judged so"
-    return [
+    blocks = (
         Text(
             "Three outcomes were named before the run: accuracy above the baseline's, evaluation loss below the "
             "baseline's and retention. The loss is compared seed by seed, with Student's t over seeds and without "
@@ -265,7 +264,8 @@ def _criteria(comparison: Comparison) -> list[Block]:
         Table("Success criteria: pass or fail only where the whole 95% interval is on one side",
               headers, rows, frozenset(range(1, len(headers))), wide),
         Details(why, (Table(why, ("Criterion", "Arm", "Outcome", "Why"), reasons, frozenset({1, 2, 3})),)),
-    ]  # fmt: skip
+    )  # fmt: skip
+    return Section("Success criteria", blocks, brief=2)
 
 
 def _outcome(criterion: Criterion | None) -> Cell:
@@ -288,35 +288,30 @@ def _confidence(confidence: float) -> str:
 # The numbers behind it
 
 
-def arms_compared(comparison: Comparison) -> Section:
+def arms_compared(comparison: Comparison) -> Table:
     title, references = comparison.primary.title, comparison.references
-    against = [f"Δ to {arm}, points" for arm in references]
-    headers = ("Arm", f"{title}, %", *against, "Retention, %", "Decode, tokens/s", "Updates (probe)")
-    last = len(headers) - 1
-    table = Table(
-        "Arms compared with the untouched base: means over seeds, in brackets 95% intervals",
+    headers = ("Arm", f"{title}, %", *(f"Δ to {arm}, points" for arm in references), "Retention, %",
+               "Training", "Updates")  # fmt: skip
+    return Table(
+        "Arms compared with the untouched base: means over seeds, in brackets 95% intervals; "
+        f"×: times {comparison.baseline}'s",
         headers,
-        [_line(row, references) for row in comparison.rows],
-        words=frozenset({last}),
-        wide=frozenset({3}) if len(references) > 1 else frozenset(),
+        [_line(row, comparison) for row in comparison.rows],
+        words=frozenset({len(headers) - 1}),
+        wide=frozenset({2}) if len(references) > 1 else frozenset(),
     )
-    blocks: list[Block] = [panel] if (panel := _pictures(comparison)) else []
-    blocks += [table, *_differences(comparison), *_every_metric(comparison)]
-    return Section("Arms compared", tuple(blocks), brief=1)
 
 
-def _line(row: ArmRow, references: Iterable[str]) -> tuple[object, ...]:
-    speed = row.delta_speed_interval
-    change = f"Δ {interval(speed, sign=True) if speed else number(row.delta_speed, sign=True)} %"
+def _line(row: ArmRow, comparison: Comparison) -> tuple[object, ...]:
     wrong = any(probe.as_claimed is False for probe in row.probes)
     seeds = f"{len(row.seeds)} seed{'s' if len(row.seeds) > 1 else ''}"
     share = row.retention_share_interval
     return (
-        Cell(row.arm, arm=row.arm, hint="\n".join(filter(None, (row.model_name, seeds, _preserved(row))))),
+        Cell(row.arm, arm=row.arm, hint="\n".join(filter(None, (seeds, _preserved(row))))),
         _score(row.accuracy, row.accuracy_interval),
-        *(_against(row.against(arm)) for arm in references),
+        *(_against(row.against(arm)) for arm in comparison.references),
         Cell(_score(row.retention, row.retention_interval), hint=f"keeps {number(share.estimate)} %" if share else ""),
-        Cell(number(row.decode_speed), hint="" if row.arm == BASE or row.delta_speed is None else change),
+        cost(row, comparison, SECONDS),
         Cell(row.updates or "–", tone="bad" if wrong else "", hint="not as claimed" if wrong else ""),
     )
 
@@ -333,7 +328,8 @@ def _against(found: Difference | None) -> Cell:
     if found is None:
         return Cell("–")
     tone = TONES[found.outcome] if found.outcome != "undecided" else ""
-    return Cell(interval(found.points, sign=True), tone=tone, hint=f"{found.outcome}\np = {found.p_holm:.2g}")
+    outcome = f"{'one seed: ' if found.on_these_items else ''}{found.outcome}"
+    return Cell(interval(found.points, sign=True), tone=tone, hint=f"{outcome}\np = {found.p_holm:.2g}")
 
 
 def _pictures(comparison: Comparison) -> Panel | None:
@@ -362,17 +358,22 @@ def _pictures(comparison: Comparison) -> Panel | None:
                      "lines": len({row[3] for row in data.rows if row[1] == against})},
             where={"against": against},
         )
-        for at, against in enumerate(data.levels("against"))
+        for at, against in enumerate(sorted(data.levels("against"), key=lambda arm: arm != comparison.baseline))
     )  # fmt: skip
     notes = []
     if "seeds and items" in levels:
         notes.append("The thin bars hold for other seeds and other items, the broad pale ones for other items only.")
     if "items" in levels:
-        notes.append("With one seed an interval holds for other items only: other seeds may differ by more.")
+        notes.append("With one seed an interval holds for other items only, and tells no arm from another one.")
     if "seed" in kinds:
         notes.append("Ticks are single seeds.")
     notes.append("An interval that contains zero decides nothing.")
     return Panel("differences", data, drawn, arms, note=" ".join(notes), legend=False)
+
+
+def every_number(comparison: Comparison) -> Section | None:
+    blocks = (*_differences(comparison), *_every_metric(comparison))
+    return Section("Every number", blocks) if blocks else None
 
 
 def _differences(comparison: Comparison) -> list[Block]:
@@ -387,22 +388,23 @@ def _differences(comparison: Comparison) -> list[Block]:
             "differ, 10,000 times at random with more; McNemar's exact test where all answers are right or wrong)"
         )
     heads = (
-        "Arm", "Against", "Points [95%]", "Over items alone", "Level", "Items", "Seeds", "Seed by seed",
-        _gained_and_lost(binary), "p", "p (Holm)", "Outcome",
+        "Arm", "Against", "Points [95%]", "Over items alone", "Over seeds alone", "Level", "Items", "Seeds",
+        "Seed by seed", _gained_and_lost(binary), "p", "p (Holm)", "Outcome",
     )  # fmt: skip
     rows = [
         (arm_cell(arm), d.against, interval(d.points, sign=True, digits=2), interval(d.items_only, sign=True, digits=2),
-         d.level, str(d.items), str(d.seeds), _seed_range(d), f"{d.gained}, {d.lost}", f"{d.p_value:.2g}",
-         f"{d.p_holm:.2g}", Cell(d.outcome, tone=TONES[d.outcome]))
+         interval(d.seeds_only, sign=True, digits=2), d.level, str(d.items), str(d.seeds), _seed_range(d),
+         f"{d.gained}, {d.lost}", f"{d.p_value:.2g}", f"{d.p_holm:.2g}", Cell(d.outcome, tone=TONES[d.outcome]))
         for arm, d in found
     ]  # fmt: skip
     words = (
         "The outcome rests on the interval [95%]: over seeds and items where there are several seeds, else over items. "
-        f"An interval over items alone treats these seeds as the only ones. p: {test} with one seed, Student's t over "
-        "seeds and items with several; Holm: corrected for several arms."
+        "An interval over items alone treats these seeds as the only ones, one over seeds alone, a check by plain "
+        f"Student's t, these items. p: {test} with one seed, Student's t over seeds and items with several; Holm: "
+        "corrected for several arms."
     )
     title = f"Paired differences of {comparison.primary.long}"
-    return [Details(title, (Text(words, "note"), Table(title, heads, rows, frozenset({1, 4, 7, 11}))))]
+    return [Table(title, heads, rows, frozenset({1, 5, 8, 12})), Text(words, "note")]
 
 
 def _gained_and_lost(binary: bool) -> str:
@@ -428,7 +430,7 @@ def _every_metric(comparison: Comparison) -> list[Block]:
         lines,
         frozenset({1, 2, 3}),
     )
-    return [Details("Every metric", (table,))] if lines else []
+    return [table] if lines else []
 
 
 def _with_spread(row: ArmRow, key: Key) -> str:
@@ -458,7 +460,8 @@ def power(comparison: Comparison) -> Section | None:
             Text(
                 "Test items that would show a true difference of that size with 80% power at α = 0.05, two-sided and "
                 "without the correction for several arms, with as many seeds as now. The numbers rest on the variation "
-                "seen here; with two or three seeds read them as orders of magnitude."
+                "seen here; with two or three seeds read them as orders of magnitude. With one seed they are about "
+                "being ahead on such items: to call an arm better by so little takes more seeds."
             ),
             Table("Test items needed to see a difference", headers, rows, frozenset({1})),
             Details(why, (Table(why, ("Arm", "Against", "Points", "Why"), reasons, frozenset({1, 3})),)),
@@ -478,12 +481,9 @@ def _needed(row: PowerRow) -> Cell:
 Axis = tuple[Key, str, float]
 """(split, name), title with unit, factor."""
 _KEPT: Axis = (RETENTION, "retention accuracy, %", 100)
-_PERPLEXITY: Axis = (("general", "perplexity"), "perplexity", 1)
-_NORM: Axis = (("weights", "update_norm"), "‖ΔW‖, Frobenius", 1)
-_EFFECTIVE: Axis = (("weights", "effective_rank"), "effective rank of ΔW", 1)
+_KL: Axis = (KL, "KL(base ‖ tuned), nats a token", 1)
 _DRIFT: Axis = (("hidden", "drift_relative"), "drift of hidden states, ‖h − h₀‖ / ‖h₀‖", 1)
-_ZERO_FOR_BASE = {_NORM[0], _DRIFT[0]}
-"""The base has no update, so these are 0 by definition."""
+_NORM: Axis = (("weights", "update_norm"), "‖ΔW‖, Frobenius", 1)
 _UPDATES: Mapping[Key, str] = {
     ("general", "perplexity"): "Perplexity",
     ("general", "loss"): "Loss there, nats per token",
@@ -499,52 +499,22 @@ _UPDATES: Mapping[Key, str] = {
 
 def retention(report: Report) -> Section | None:
     comparison = report.comparison
-    found = (_pareto(report), _front_table(comparison), _scatters(report), _retained(comparison), _updates(comparison))
-    blocks = [block for block in found if block]
-    if not blocks:
+    more = tuple(block for block in (_forgetting(report), _retained(comparison), _updates(comparison)) if block)
+    front = _front_table(comparison)
+    if not front and not more:
         return None
-    lead = "Retention is the accuracy on general tasks that no arm was trained on."
+    lead = (
+        "Retention is the accuracy on general tasks that no arm was trained on." if comparison.has(*RETENTION) else ""
+    )
     if comparison.has("general", "perplexity"):
         lead += (
             " Perplexity is of the texts that measure.text names: of the answers of the retention questions unless it "
             "names others; the base's was measured with the adapter off."
         )
-    return Section("Retention and forgetting", (Text(lead), *blocks))
-
-
-def _pareto(report: Report) -> Panel | None:
-    comparison, key = report.comparison, ("test", report.comparison.primary.metric)
-    data = Dataset(("kind", "arm", "seed", "front", "low", "x", "high", "kept_low", "y", "kept_high"))
-    for row in comparison.rows:
-        across, up = row.accuracy_interval, row.retention_share_interval
-        if row.arm not in comparison.pareto or not across or not up:
-            continue
-        front = "dominated" if comparison.pareto[row.arm] else "front"
-        data.add(
-            "mean", row.arm, "", front, across.low, row.accuracy, across.high, up.low, row.retention_share, up.high
-        )
-        for run in report.results.runs:
-            x = report.results.metrics.get(run.id, {}).get(key)
-            if run.arm == row.arm and len(row.seeds) > 1 and x is not None and run.seed in row.kept_by_seed:
-                y = row.kept_by_seed[run.seed]
-                data.add("seed", row.arm, str(run.seed), front, None, 100 * x, None, None, y, None)
-    if not data.rows:
-        return None
-    title = f"{comparison.primary.title}, %"
-    drawn = Chart(
-        "pareto",
-        "What was learnt, what was kept",
-        f"Accuracy and retention of each arm with 95% intervals; across {title}, up retention in percent of the base's",
-        "pareto",
-        {"x_title": title, "y_title": "retention, % of the base's",
-         "marks": {"the base": 100.0, "the criterion": KEPT_THRESHOLD}},
-    )  # fmt: skip
-    note = (
-        "Means over seeds with 95% intervals in both directions; small points are single seeds. Filled and joined: the "
-        "Pareto front, arms that no other one equals or exceeds in both. It goes by the means: where intervals "
-        "overlap, another run may have another front."
-    )
-    return Panel("pareto", data, (drawn,), tuple(data.levels("arm")), note=note, wide=True, legend=False)
+    blocks: list[Block] = [Text(lead.strip())] if lead else []
+    blocks += [front] if front else []
+    blocks += [Details("Task by task, and what changed in the model", more)] if front and more else more
+    return Section("Retention", tuple(blocks))
 
 
 def _front_table(comparison: Comparison) -> Table | None:
@@ -572,43 +542,27 @@ def _front_table(comparison: Comparison) -> Table | None:
     return Table(caption, headers, lines, frozenset({len(headers) - 1}))
 
 
-def _scatters(report: Report) -> Panel | None:
-    comparison, primary = report.comparison, report.comparison.primary
-    learnt: Axis = (("test", primary.metric), f"{primary.title}, %", 100)
-    pictures = {
-        "gain": ("Size of the update and what was learnt", _NORM, learnt),
-        "norm": ("Size of the update and retention", _NORM, _KEPT),
-        "rank": ("Effective rank of the update and retention", _EFFECTIVE, _KEPT),
-        "drift": ("Drift of hidden states and retention", _DRIFT, _KEPT),
-        "perplexity": ("Drift of hidden states and perplexity", _DRIFT, _PERPLEXITY),
-    }
-    data, drawn = Dataset(("chart", "arm", "seed", "x", "y")), []
-    missing: set[str] = set()
-    for key, (title, across, up) in pictures.items():
-        own: dict[tuple[str, int], tuple[float, float]] = {}
-        for run in report.results.runs:
-            known = report.results.metrics.get(run.id, {})
-            x = known.get(across[0], 0.0 if run.arm == BASE and across[0] in _ZERO_FOR_BASE else math.nan)
-            y = known.get(up[0], math.nan)
-            if math.isfinite(x) and math.isfinite(y):
-                own[run.arm, run.seed] = x * across[2], y * up[2]
-        if {arm for arm, _ in own} <= {BASE}:
-            continue
-        missing |= {*comparison.arms} - {arm for arm, _ in own}
-        for (arm, seed), point in own.items():
-            data.add(key, arm, str(seed), *point)
-        label = f"{title}: one point for each arm and seed; across {across[1]}, up {up[1]}"
-        options = {"x_title": across[1], "y_title": up[1]}
-        drawn.append(Chart(f"scatter-{key}", title, label, "scatter", options, where={"chart": key}))
-    if not drawn:
+def _forgetting(report: Report) -> Panel | None:
+    """How far an arm has gone from the base, by the first measure that there is, and what it kept."""
+    comparison, results = report.comparison, report.results
+    across = next((axis for axis in (_KL, _DRIFT, _NORM) if comparison.has(*axis[0])), _NORM)
+    data = Dataset(("arm", "seed", "x", "y"))
+    for run in results.runs:
+        known = results.metrics.get(run.id, {})
+        x, y = (known.get(axis[0], math.nan) * axis[2] for axis in (across, _KEPT))
+        if run.arm != BASE and math.isfinite(x) and math.isfinite(y) and (across is not _KL or x > 0):
+            data.add(run.arm, str(run.seed), x, y)
+    if not data.rows:
         return None
-    note = (
-        "One point for each arm and seed; its shape says the same as its colour. The update and the drift of the "
-        "untouched base are 0."
-    )
-    if absent := [row.arm for row in comparison.trained if row.arm in missing]:
-        note += f" Not in every picture, since not measured or not finite: {', '.join(absent)}."
-    return Panel("scatter", data, tuple(drawn), comparison.arms, note=note)
+    title = "How far from the base, and what was kept"
+    label = f"{title}: one point for each arm and seed; across {across[1]}, up {_KEPT[1]}"
+    drawn = Chart("forgetting", title, label, "scatter",
+                  {"x_title": across[1], "y_title": _KEPT[1], "log_x": across is _KL})  # fmt: skip
+    note = "One point for each arm and seed; its shape says the same as its colour."
+    arms = tuple(row.arm for row in comparison.trained)
+    if absent := [arm for arm in arms if arm not in data.levels("arm")]:
+        note += f" Not drawn, since not measured or not finite: {', '.join(absent)}."
+    return Panel("forgetting", data, (drawn,), arms, note=note)
 
 
 def _retained(comparison: Comparison) -> Table | None:
@@ -707,17 +661,6 @@ def speed(comparison: Comparison) -> Section | None:
     phases = comparison.phases
     if not phases:
         return None
-    data, drawn = Dataset(("kind", "label", "arm", "phase", "low", "value", "high")), []
-    for phase, title in _PHASE_TITLES.items():
-        own = [row for row in phases if row.phase == phase]
-        kinds = ["weak" if row.confidence < 100 * LEVEL else "interval" for row in own]
-        for kind, row in zip(kinds, own, strict=True):
-            data.add(kind, row.arm, row.arm, phase, row.value.low, row.value.estimate, row.value.high)
-        if own:
-            unit = own[0].unit
-            label = f"{title} of each arm's model in {unit}, median with interval"
-            heading, options = f"{title}, {unit}{_weak(own)}", {"title": unit, "lines": len(own), "kinds": kinds}
-            drawn.append(Chart(f"speed-{phase}", heading, label, "intervals", options, where={"phase": phase}))
     rows = [
         (arm_cell(row.arm), row.backend, _PHASE_TITLES[row.phase],
          f"{interval(row.value, digits=2 if row.unit == 'ms' else 0)} {row.unit}", number(row.confidence),
@@ -726,24 +669,21 @@ def speed(comparison: Comparison) -> Section | None:
     ]  # fmt: skip
     caption = "Medians over the repetitions of all seeds, without the warm-up; intervals from their order"
     headers = ("Arm", "Backend", "Phase", "Median [interval]", "Confidence %", "Repetitions")
-    weak = "Dashed: too few repetitions for 95% confidence; the title says how much the interval has."
-    note = weak if "weak" in data.levels("kind") else ""
-    return Section(
-        "Speed by phase",
-        (
-            Text(f"{modes(comparison)} One request at a time; lower is better in ms, higher in tokens/s.".strip()),
-            Panel("speed", data, tuple(drawn), comparison.arms, note=note, legend=False),
-            Details("The numbers, with their confidence", (Table(caption, headers, rows, frozenset({1, 2})),)),
-        ),
-    )
-
-
-def _weak(rows: Sequence[PhaseRow]) -> str:
-    """What a chart's title says where its intervals have less than the usual confidence."""
-    found = sorted({row.confidence for row in rows if row.confidence < 100 * LEVEL})
-    if len(found) > 1:
-        return f"; intervals of {found[-1]:.0f}% confidence at most"
-    return f"; {_confidence(found[0])}{'s' if found[0] > 0 else ''}" if found else ""
+    blocks: list[Block] = [Text(f"{modes(comparison)} One request at a time.".strip())]
+    data = Dataset(("kind", "label", "arm", "low", "value", "high"))
+    for arm in comparison.trained:
+        if change := arm.delta_speed_interval:
+            data.add("interval", arm.arm, arm.arm, change.low, change.estimate, change.high)
+    if data.rows:
+        label = "Decode speed of each arm against the base timed beside it, percent, with 95% interval"
+        options = {"title": "percent", "zero": True, "lines": len(data.rows)}
+        drawn = Chart("speed", "Decode speed against the base timed beside it, percent", label, "intervals", options)
+        note = (
+            "Paired: the arm and the base in turn, in one process. Medians of two processes are not comparable, so the "
+            "table's intervals are about each process alone."
+        )
+        blocks.append(Panel("speed", data, (drawn,), comparison.arms, note=note, wide=True, legend=False))
+    return Section("Speed by phase", (*blocks, Table(caption, headers, rows, frozenset({1, 2}))))
 
 
 def modes(comparison: Comparison) -> str:
@@ -858,12 +798,13 @@ def precisions(comparison: Comparison) -> Section | None:
     ]
     data = Dataset(("kind", "label", "arm", "low", "value", "high"))
     for row in found:
-        if bounds := row.accuracy:
+        if bounds := row.delta:
             data.add("interval", f"{row.arm} {row.type}", row.arm, bounds.low, bounds.estimate, bounds.high)
     if data.rows:
-        label = f"{title} of every arm's model in every precision, percent, with 95% interval"
-        options = {"title": f"{title}, %", "lines": len(data.rows)}
-        drawn = Chart("precisions", f"{title} by precision, percent", label, "intervals", options)
+        heading = f"{title} minus that of f16 on the same items, points"
+        options = {"title": "points", "zero": True, "lines": len(data.rows)}
+        label = f"{heading}: every arm's model in every precision, with 95% interval"
+        drawn = Chart("precisions", heading, label, "intervals", options)
         blocks.append(Panel("precisions", data, (drawn,), comparison.arms, wide=True, legend=False))
     return Section("Quantization", tuple(blocks), brief=4)
 
@@ -903,7 +844,7 @@ def files(report: Report) -> Section | None:
     table = Table("Files with their hashes; made from: the hash of the file it was made of", headers, rows,
                   frozenset({1, 3, 4, 5}))  # fmt: skip
     kind = "exported files" if any(file.kind not in _TRAINED for _, file in made) else "files"
-    return Section("Files", (Details(f"All {len(rows)} {kind}, their sizes and hashes", (table,)),))
+    return Section("Files", (Text(f"All {len(rows)} {kind}."), table))
 
 
 # Other tasks, and where it all comes from
@@ -924,8 +865,7 @@ def all_tasks(comparison: Comparison) -> tuple[Text, Table]:
     words = (
         "Every task that has finished runs, also those whose results are no longer on the disk: the latest run of each "
         "arm and seed, with the base model and settings of the newest. Intervals and outcomes are as in the table of "
-        "one task; do not compare scores of different tasks. With one seed an outcome is about that training alone: "
-        "another seed may differ."
+        "one task; do not compare scores of different tasks. One seed tells no arm from another one."
     )
     caption = "Every task and arm: means over seeds of the task's primary metric"
     last = len(headers) - 1

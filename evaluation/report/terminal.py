@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table as Grid
 from rich.text import Text as Words
 
-from evaluation.report.blocks import Block, Cards, Cell, Table, Text
+from evaluation.report.blocks import Block, Cell, Table, Text
 from evaluation.report.comparison import Comparison, Report
 from evaluation.report.sections import all_tasks, byline, sections
 
@@ -36,9 +36,9 @@ def print_tasks(comparison: Comparison, console: Console) -> None:
 
 
 def _short(blocks: Sequence[Block]) -> list[Block]:
-    """Tables, facts and notes; a paragraph only where there is no table."""
+    """Tables, what was found, and notes; another paragraph only where there is no table."""
     table = any(isinstance(block, Table) for block in blocks)
-    return [block for block in blocks if not (isinstance(block, Text) and table and block.style != "note")]
+    return [block for block in blocks if not (isinstance(block, Text) and table and not block.style)]
 
 
 def _print(console: Console, blocks: Iterable[Block]) -> None:
@@ -50,12 +50,6 @@ def _print(console: Console, blocks: Iterable[Block]) -> None:
             console.print(_grid(block, console))
         elif isinstance(block, Text):
             console.print(Words(block.text, style="dim" if block.style == "note" else ""), soft_wrap=piped)
-        elif isinstance(block, Cards):
-            for arm, facts in block.cards.items():
-                for fact in facts:
-                    line = Words.assemble(f"{arm}: ", (fact.mark, _COLOURS[fact.tone]), f" {fact.sentence}")
-                    console.print(line, soft_wrap=piped)
-            console.print()
 
 
 def _grid(block: Table, console: Console) -> Grid:

@@ -3,11 +3,13 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
 
+from evaluation.report.arms import ProbeRow
 from evaluation.report.blocks import (
     TONES,
     Block,
@@ -15,11 +17,11 @@ from evaluation.report.blocks import (
     Chart,
     Control,
     Dataset,
+    Details,
     Panel,
     Section,
     Table,
     Text,
-    arm_cell,
     spread,
     thin,
 )
@@ -51,15 +53,14 @@ _RANKS = {
     "rank": ("Rank of the tensors", "rank"),
 }
 _FACTORS = {"a": "Σ_a: activations behind A", "g": "Σ_g: gradients that reach A's output"}
-_CLAIMED = {True: Cell("yes", tone="good"), False: Cell("NO", tone="bad"), None: Cell("not watched")}
 _PROBE_COLUMNS = {
     "angle_to_shadow": "Off AdamW, degrees",
     "lr_ratio": "Length over AdamW's",
     "coverage": "Share of tensors",
-    "cos_raw_preconditioned": "cos(raw, preconditioned)",
-    "cos_raw_step": "cos(raw, step)",
     "twin_divergence": "Loss curves apart, A/A floors",
 }
+_ZERO = 1e-3
+"""Of a probe's reading: what is below is rounding."""
 _PARTS = {
     "train": ("Training loss", "training loss"),
     "eval": ("Loss on held-out items", "loss on held-out items"),
@@ -74,10 +75,15 @@ def loss(report: Report) -> Section | None:
     data = Dataset(("arm", "seed", "part", "step", "low", "nats", "high"))
     lost: dict[tuple[str, str], list[int]] = defaultdict(list)
     for run in report.results.runs:
+        warm = report.results.settings[run.id].get("warmup_steps") or 0
         for part, (_, name) in _PARTS.items():
             own = curves.get((run.id, part), ())
             finite = [(step, value) for step, value in own if math.isfinite(value)]
-            for step, *values in thin([point for point in finite if part != "kl" or point[1] > 0], MOST_POINTS):
+            # The first losses, of an untrained adapter, would take up the whole axis; a logarithmic one has no zero.
+            fit = [
+                (step, nats) for step, nats in finite if (step > warm if part == "train" else part != "kl" or nats > 0)
+            ]
+            for step, *values in thin(fit, MOST_POINTS):
                 data.add(run.arm, str(run.seed), part, step, *values)
             if gone := [step for step, value in own if not math.isfinite(value)]:
                 lasting = not finite or finite[-1][0] < gone[0]
@@ -103,7 +109,7 @@ def loss(report: Report) -> Section | None:
         for part, (title, _) in _PARTS.items()
         if part in data.levels("part")
     )  # fmt: skip
-    note = "One line for each seed."
+    note = "One line for each seed; the training loss from the end of the warm-up on."
     if thinned:
         note += f" Of longer runs {MOST_POINTS} points are drawn: means of stretches, in a band of all their values."
     if "kl" in data.levels("part"):
@@ -122,26 +128,50 @@ def probes(report: Report) -> Section | None:
     columns = {
         name: title for name, title in _PROBE_COLUMNS.items() if any(name in probe.numbers for _, probe in found)
     }
+    alike: dict[tuple[str, str, bool | None], list[ProbeRow]] = defaultdict(list)
+    for arm, probe in found:
+        alike[arm, probe.verdict, probe.as_claimed].append(probe)
     rows = [
-        (arm_cell(arm), str(probe.seed), Cell(probe.verdict, tone=TONES.get(probe.verdict, "")),
-         _CLAIMED[probe.as_claimed],
-         *(significant(probe.numbers.get(name), 3) for name in columns), probe.reason)
-        for arm, probe in found
+        (Cell(arm, arm=arm, hint=seeds_text(probe.seed for probe in own)), _verdict(verdict, claimed),
+         *(_spread(probe.numbers.get(name) for probe in own) for name in columns), _reason(own))
+        for (arm, verdict, claimed), own in alike.items()
     ]  # fmt: skip
     if rows:
-        headers = ("Arm", "Seed", "Verdict", "As claimed", *columns.values(), "Why")
+        headers = ("Arm", "Verdict", *columns.values(), "Why")
         blocks += [
             Text(
                 "A probe follows every gradient to the weights and computes beside it what plain AdamW would have done "
-                "with the same gradients. An arm that claims to precondition and does not is found here. The baseline "
-                "has to be plain AdamW: its verdict no_effect is what it claims."
+                "with the same gradients. An arm that claims to precondition and does not is found here."
             ),
-            Table("What the optimizers did: medians over layers and sampled steps", headers, rows,
-                  frozenset({2, 3, len(headers) - 1})),
+            Table("What the optimizers did: medians over layers and sampled steps, in brackets from seed to seed",
+                  headers, rows, frozenset({1, len(headers) - 1})),
         ]  # fmt: skip
     if panel := _layer_panel(report, "probe", _READINGS):
-        blocks.append(panel)
+        blocks.append(Details("Layer by layer, over the steps", (panel,)))
     return Section("What the optimizers did", tuple(blocks)) if blocks else None
+
+
+def _verdict(verdict: str, as_claimed: bool | None) -> Cell:
+    if verdict == "no_effect" and as_claimed:
+        return Cell("plain AdamW", hint="as it should be")
+    hint = {True: "as claimed", False: "NOT as claimed", None: ""}[as_claimed]
+    return Cell(verdict.replace("_", " "), tone="bad" if as_claimed is False else TONES.get(verdict, ""), hint=hint)
+
+
+def _reason(probes: Sequence[ProbeRow]) -> str:
+    """Of the first seed, where they differ."""
+    first = probes[0]
+    return first.reason if len({probe.reason for probe in probes}) == 1 else f"seed {first.seed}: {first.reason}"
+
+
+def _spread(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    text, *ends = (
+        significant(value if abs(value) > _ZERO else 0.0, 2) for value in (fmean(known), min(known), max(known))
+    )
+    return f"{text} ({ends[0]} to {ends[1]})" if len({*ends}) > 1 else text
 
 
 def spectra(report: Report) -> Section | None:
@@ -182,15 +212,16 @@ def _spectrum_panel(report: Report) -> Panel | None:
     layers = spread(_in_order(layer_name(row.layer) for row in rows), MOST_LAYERS)
     steps = set(spread(sorted({row.step for row in rows}), MOST_SPECTRA))
     newest = {run_id: max(row.step for row in own) for run_id, own in report.results.spectra.items()}
-    data = Dataset(("arm", "seed", "layer", "factor", "step", "number", "eigenvalue"))
+    data = Dataset(("arm", "seed", "layer", "factor", "step", "number", "share"))
     for row in rows:
         names = [str(row.step)] if row.step in steps else []
         names += [LAST] if row.step == newest[row.run_id] else []
         values = [float(v) for v in row.eigenvalues if isinstance(v, int | float) and math.isfinite(v)]
+        most = max(values, default=0.0)
         for name in names if layer_name(row.layer) in layers else ():
             for number, value in enumerate(values, start=1):
-                if value > FAINT * max(values):  # what a logarithmic axis can show
-                    data.add(*runs[row.run_id], layer_name(row.layer), row.factor, name, number, value)
+                if value > FAINT * most:  # what a logarithmic axis can show
+                    data.add(*runs[row.run_id], layer_name(row.layer), row.factor, name, number, value / most)
     if not data.rows:
         return None
     arms = _arms(report, data)
@@ -200,8 +231,8 @@ def _spectrum_panel(report: Report) -> Panel | None:
             title=f"Eigenvalues of {title}",
             label=f"Eigenvalues of {title}, largest first, logarithmic, for each arm: {', '.join(arms)}",
             draw="lines",
-            options={"x": "number", "x_title": "number of the eigenvalue", "y": "eigenvalue",
-                     "y_title": "eigenvalue (log)", "detail": ["seed"], "log": True, "points": True},
+            options={"x": "number", "x_title": "number of the eigenvalue", "y": "share",
+                     "y_title": "share of the largest (log)", "detail": ["seed"], "log": True, "points": True},
             where={"factor": factor},
         )
         for factor, title in _FACTORS.items()
@@ -213,7 +244,7 @@ def _spectrum_panel(report: Report) -> Panel | None:
         Control("step", "Step", tuple((step, step) for step in (LAST, *shown))),
         *_seeds_control(data),
     )
-    note = f"Eigenvalues below {FAINT:g} of the largest one are rounding error and are not drawn."
+    note = f"Shares of the layer's largest one; below {FAINT:g} is rounding error."
     return Panel("spectra", data, drawn, arms, controls, note=note)
 
 

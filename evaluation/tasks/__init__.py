@@ -49,6 +49,7 @@ class Score:
     exact: bool
     abs_error: float | None = None  # |predicted − truth| in the task's unit, None where that has no meaning
     label_agrees: bool = False  # the answer also names, in words, the class that its value belongs to
+    remark: str = ""  # what is right and what is wrong in it, where that is not plain
     partial: float | None = None  # credit from 0 to 1 where an answer can be right in part; None: all or nothing
     extra: Mapping[str, float] = field(default_factory=dict)  # other numbers that the task's `summarize` needs
 

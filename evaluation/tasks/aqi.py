@@ -51,7 +51,7 @@ FIELDS = {
 AQI_TOLERANCE = 1  # index points; other tools round halves to even or use the breakpoints of before May 2024
 LARGEST = 1e6  # in any of EPA's units; every scale ends far below, and decimal arithmetic not far above
 
-# {readings} is a comma-separated list; every wording begins as document 004's prompt does.
+# {readings} is a comma-separated list; every wording begins alike.
 WORDINGS = (
     "Predict AQI given: {readings}",
     "Predict AQI given: measured {readings}",
@@ -362,13 +362,22 @@ def score(item: Item, answer: str) -> Score:
     truth = int(item.truth["aqi"])
     predicted = parse(answer)
     if predicted is None:
-        return Score(correct=False, predicted=None, exact=False)
+        return Score(correct=False, predicted=None, exact=False, remark="no number")
+    own, named, off = epa.category(predicted), named_category(answer), abs(predicted - truth)
+    remarks = [f"number {off} off"] if off else []
+    if own != epa.category(truth):
+        remarks.append(f"{predicted} is {own}")
+    elif off:
+        remarks.insert(0, "category right")
+    if named not in (None, own):
+        remarks.append(f"its label is {named}")
     return Score(
-        correct=epa.category(predicted) == epa.category(truth),
+        correct=own == epa.category(truth),
         predicted=predicted,
         exact=predicted == truth,
-        abs_error=abs(predicted - truth),
-        label_agrees=named_category(answer) == epa.category(predicted),
+        abs_error=off,
+        label_agrees=named == own,
+        remark=", ".join(remarks),
     )
 
 

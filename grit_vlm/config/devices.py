@@ -1,6 +1,7 @@
 """Where a model is loaded, and in which precision: arguments for `from_pretrained`.
 
-Priorities are those of document 003's table, so training runs on the CPU unless `devices` leaves it out.
+Priorities are those of the library's first description (docs/grit_vlm.md): training runs on the CPU unless `devices`
+leaves it out.
 """
 
 from collections.abc import Collection

@@ -1,6 +1,6 @@
 """Module names of known families of vision-language models, as transformers builds them today; ready configurations.
 
-Document 003 lets settings go without `layer_patterns`: a modality then takes the family's own.
+Settings may go without `layer_patterns`: a modality then takes the family's own.
 """
 
 import math

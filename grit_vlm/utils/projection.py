@@ -56,8 +56,8 @@ class AdaptiveSchedule(ProjectionSchedule):
     """More directions where the loss stands still: a tenth of the way whenever a window of steps brings too little.
 
     A window is a twentieth of all steps, at least one. It brings too little where its mean loss is not below the mean
-    of the window before by `MIN_GAIN`. ("Based on training progress" is all that document 001 says; the numbers are
-    ours.)
+    of the window before by `MIN_GAIN`. (The first description says no more than "based on training progress"; the
+    numbers are ours.)
     """
 
     MIN_GAIN, STRIDE = 0.02, 0.1

@@ -77,10 +77,11 @@ def test_parquet_has_every_row_in_the_tables_types(filled, tmp_path):
     assert list(bad["value_kind"]) == ["nan"] and bad["value"].isna().all()
     (hard,) = frame("sample").query("answer == @ANSWER").to_dict("records")
     assert pd.isna(hard["predicted"]) and hard["prompt_tokens"] == 40 and hard["correct"] is True
-    run, board, checked = frame("run"), frame("v_leaderboard"), frame("verification")
-    assert str(run["started"].dtype) == str(board["started"].dtype) == "timestamp[us, tz=UTC][pyarrow]"
+    run, shown, checked = frame("run"), frame("task_results"), frame("verification")
+    assert str(run["started"].dtype) == "timestamp[us, tz=UTC][pyarrow]"
+    assert str(frame("costs")["model_gguf_bytes"].dtype) == "int64[pyarrow]"
     assert str(run["reference_run_id"].dtype) == "int64[pyarrow]" and run["reference_run_id"].isna().sum() == 1
-    assert str(board["delta_aqi"].dtype) == "double[pyarrow]" and str(board["git_dirty"].dtype) == "bool[pyarrow]"
+    assert str(shown["delta_score"].dtype) == "double[pyarrow]" and str(shown["git_dirty"].dtype) == "bool[pyarrow]"
     assert str(checked["perturbed_noticed"].dtype) == "bool[pyarrow]"
     assert json.loads(run["params"][1])["train"]["train"] == {"learning_rate": 0.001, "steps": 100}
 

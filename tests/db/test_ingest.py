@@ -10,6 +10,7 @@ from db import IngestError
 from db.ingest import check, ingest, layer_name
 from db.store import open_session
 from db.tables import Environment, Probe, Run, Sample, Spectrum, Verification
+from evaluation.report.comparison import load_report
 from tests.db.asking import ask, ask_one, content, shown
 from tests.db.conftest import F16, to_alpaca, to_gsm8k, without_rights
 from tests.db.result_tree import (
@@ -152,19 +153,59 @@ def test_what_a_record_has_beyond_the_columns_is_in_rest(tree, path):
 
 
 def test_views_agree_with_numbers_worked_out_by_hand(tree, path):
+    speed = [
+        {"arm": arm, "phase": "decode", "repetition": r, "tokens": 120, "nanoseconds": s * 10**9}
+        for arm, seconds in (("baseline_lora", (2, 4, 6, 8)), ("base", (1, 3, 3, 7)))
+        for r, s in enumerate(seconds)
+    ]
+    unpaired = {**speed[0], "repetition": 9, "nanoseconds": 1}
+    edit(tree / SCORES, speed=[*speed, unpaired, {**unpaired, "repetition": 10, "tokens": None}])
     ingest(tree, path, seeds=[0])
-    base, arm = sorted(shown(path, "evaluation_results"), key=lambda row: row["aqi_accuracy"])
-    # Base: 500 tokens in 4 s. Arm: 600 tokens in 6 s, the base beside it 600 in 5 s, so 100 - 120.
+    base, arm = sorted(shown(path, "evaluation_results"), key=lambda row: row["score"])
+    # 500 tokens in 4 s.
     assert base == {
         "model_name": "base_model",
+        "task": "aqi",
+        "arm": "base",
+        "seed": 0,
+        "score": 40.0,
+        "delta_score": 0.0,
         "aqi_accuracy": 40.0,
         "delta_aqi": 0.0,
         "inference_speed": 125.0,
         "delta_speed": 0.0,
         "timestamp": "2026-11-21T03:30:00.000000+00:00",
     }
-    assert list(arm) == list(base) and arm["aqi_accuracy"] == 70.0 and arm["delta_aqi"] == pytest.approx(30.0)
-    assert arm["inference_speed"] == pytest.approx(100.0) and arm["delta_speed"] == pytest.approx(-20.0)
+    assert list(arm) == list(base) and arm["aqi_accuracy"] == arm["score"] == 70.0
+    assert arm["delta_aqi"] == arm["delta_score"] == pytest.approx(30.0)
+    # 1/2, 3/4, 3/6 and 7/8 of the base's speed in the same repetition: the median of these, and no mean of them.
+    assert arm["delta_speed"] == pytest.approx(100 * ((1 / 2 + 3 / 4) / 2 - 1))
+    assert arm["inference_speed"] == pytest.approx(600e9 / (20e9 + 1))
+    told = load_report(path).comparison.rows[1]
+    assert (told.delta_speed, told.decode_speed) == pytest.approx((arm["delta_speed"], arm["inference_speed"]))
+
+
+def test_costs_are_what_training_said(tree, path):
+    """Results from before costs were written, and a base, have none; a run that went on does not know its time."""
+    told = {"steps": 40, "train_seconds": 10.0, "peak_memory_bytes": 5 * 10**9, "trained_parameters": 900,
+            "trainable_parameters": 800, "resumed_from_step": None}  # fmt: skip
+    edit(tree / "adapters/baseline_lora/0/run.json", extra=told)
+    ingest(tree, path)
+    costs = {(row["arm"], row["seed"]): row for row in shown(path, "costs")}
+    kept = {name: costs["baseline_lora", 0][name] for name in list(told)[:4]}
+    assert kept == {name: told[name] for name in kept}
+    arm, old, base = (costs[key] for key in (("baseline_lora", 0), ("baseline_lora", 1), ("base", 0)))
+    assert (arm["saved_parameters"], arm["seconds_a_step"]) == (800, 0.25)
+    assert (arm["adapter_bytes"], arm["model_gguf_bytes"]) == (
+        len("adapter baseline_lora/0"),
+        len("gguf baseline_lora/0"),
+    )
+    assert base["model_gguf_bytes"] == len("base gguf") and base["adapter_bytes"] is None
+    assert {old[name] for name in ("steps", "train_seconds", "seconds_a_step", "trained_parameters")} == {None}
+    edit(tree / "adapters/baseline_lora/0/run.json", extra=told | {"resumed_from_step": 20})
+    ingest(tree, path)
+    (arm,) = (row for row in shown(path, "costs") if (row["arm"], row["seed"]) == ("baseline_lora", 0))
+    assert (arm["steps"], arm["train_seconds"], arm["seconds_a_step"]) == (40, None, None)
 
 
 def test_nan_and_infinity_survive_and_of_a_name_logged_twice_the_later_number(tree, path):
@@ -441,13 +482,17 @@ def test_views_show_every_task(three):
     aqi, grit = rows["aqi", "baseline_lora", 1], rows["alpaca", "pure_grit", 0]
     assert [aqi[key] for key in ("metric", "task_title", "direction", "n")] == [
         "aqi_category_accuracy", "AQI accuracy", "higher", 100]  # fmt: skip
-    assert (aqi["value"], aqi["delta_base"]) == (pytest.approx(70), pytest.approx(30))
+    assert (aqi["score"], aqi["delta_score"]) == (pytest.approx(70), pytest.approx(30))
     own, base = (100 * sum(c) / len(c) for c in (F16, credits_of("base", 0, 0.0)))
-    assert (grit["value"], grit["delta_base"]) == (pytest.approx(own), pytest.approx(own - base))
+    assert (grit["score"], grit["delta_score"]) == (pytest.approx(own), pytest.approx(own - base))
     assert (aqi["is_current"], grit["is_current"]) == (0, 1) and all(row["is_latest"] for row in rows.values())
-    assert grit["timestamp"] == "2026-11-23T03:30:00.000000+00:00" and rows["alpaca", "base", 0]["delta_base"] == 0
+    assert grit["timestamp"] == "2026-11-23T03:30:00.000000+00:00" and rows["alpaca", "base", 0]["delta_score"] == 0
     results = shown(three, "evaluation_results")
     assert {(row["aqi_accuracy"], row["delta_aqi"]) for row in results} == {(None, None)} and len(results) == 3
+    same = ("task", "arm", "seed", "score", "delta_score")
+    assert next([row[key] for key in same] for row in results if row["arm"] == "pure_grit") == [
+        grit[key] for key in same
+    ]
 
 
 def test_a_task_that_comes_back_is_the_same_runs(tree, path):
@@ -507,4 +552,4 @@ def test_the_same_files_for_another_task_are_another_run(tree, path):
     for scores in tree.glob("scores/*/*/scores.json"):
         edit(scores, task={"name": "mine", "title": "Mine", "primary": "aqi_category_accuracy"})
     assert ingest(tree, path).runs == 6
-    assert math.isclose(sum(r["value"] for r in shown(path, "task_results")), 2 * (40 + 70 + 70))
+    assert math.isclose(sum(r["score"] for r in shown(path, "task_results")), 2 * (40 + 70 + 70))

@@ -122,7 +122,7 @@ def add_logs(root: Path, arm: str, seed: int) -> None:
     log: list[Any] = [
         {"step": step, "kind": "spectra", "layers": {WRAPPED + name: {
             "r": 8, "k": 8 - i, "samples": 900.0, "effective_rank_a": 5.0 - i / 3, "effective_rank_g": 3.0,
-            "eigenvalues_a": [2.0 * 0.4**n * (1 + i) for n in range(8)],
+            "eigenvalues_a": [2.0 * (0.4 + i / 20) ** n for n in range(8)],
             "eigenvalues_g": [1e-3 * 0.1 ** (n + step / 500) for n in range(8)] + [0.0, "inf"],
         } for i, name in enumerate(LAYERS)}}
         for step in (0, 500, 1000)
@@ -170,13 +170,18 @@ def make_evil_tree(root: Path) -> Path:
     return root
 
 
-PLAIN = {"rank": 16, "preserve": {"method": "none", "strength": 1.0, "kl": None}}
+PLAIN = {
+    "rank": 16,
+    "warmup_steps": 20,
+    "optimizer": "adamw_torch",
+    "preserve": {"method": "none", "strength": 1.0, "kl": None},
+}
 DISTILL = {"preserve": {"method": "distill", "strength": 1.0, "kl": None}}
 FOUR = {
     "baseline_lora": (70, 2, 0.43, 3.0, {}),
     "baseline_lora_preserved": (66, 30, 0.435, 0.04, {"preserve": {"method": "distill", "strength": 1.0, "kl": 0.05}}),
-    "hybrid_grit": (75, 27, 0.41, 0.06, {**DISTILL, "grit": {}}),
-    "pure_grit": (74, 26, 0.415, 0.07, {**DISTILL, "grit": {}}),
+    "hybrid_grit": (75, 27, 0.41, 0.06, {**DISTILL, "grit": {"mode": "eigen_adamw"}}),
+    "pure_grit": (74, 26, 0.415, 0.07, {**DISTILL, "grit": {"mode": "eigen_adamw"}}),
 }
 """Arm → right of `ITEMS`, right of `KEPT_ITEMS`, evaluation loss, KL to the base, and what it sets differently."""
 
@@ -199,7 +204,8 @@ def make_preserved_tree(root: Path, arms: dict[str, Any] = FOUR) -> Path:
                 folder = root / "adapters" / arm / str(seed)
                 write(folder / "loss_history.json", curve)
                 last = {name: next(e[name] for e in reversed(curve) if name in e) for name in ("eval_loss", "eval_kl")}
-                said = {"final_eval_loss": last["eval_loss"], "final_kl": last["eval_kl"]}
+                said = {"final_eval_loss": last["eval_loss"], "final_kl": last["eval_kl"], "steps": 500,
+                        "train_seconds": 65 if "grit" in own else 50}  # fmt: skip
                 tuned = {} if arm == "baseline_lora_preserved" else {"tuned": tuning(arm)}
                 edit(folder / "run.json", params={"train": PLAIN | own, **tuned}, extra=said)
     return root

@@ -263,12 +263,10 @@ def test_in_a_pipe_tables_fit_a_hundred_columns_and_nothing_heavy_is_loaded(path
     *lines, loaded = done.stdout.splitlines()
     assert loaded == "[]"
     first = next(line for line in lines if line.startswith(" baseline_lora"))
-    assert first.split() == ["baseline_lora", "70.0", "+30.0", "80.0", "100.0", "plain", "AdamW"]
-    sentences = ("baseline_lora: ", "hybrid_grit: ", "pure_grit: ", "With ", "Differences ", "3 arms", "Δ speed ",
-                     "Judged by the means, ", "Three outcomes ")  # fmt: skip
-    assert max(len(line.rstrip()) for line in lines if not line.startswith(sentences)) <= 100
+    assert [*first.split()[:2], *first.split()[-5:]] == ["baseline_lora", "70.0", "–", "80.0", "–", "plain", "AdamW"]
+    assert max(len(line.rstrip()) for line in lines if not line.endswith(".")) <= 100, "all but sentences"
     assert "\x1b" not in done.stdout and "…" not in done.stdout
-    assert any(line.startswith("hybrid_grit: ▲ significantly better than base (") for line in lines)
+    assert any(line.startswith("That hybrid_grit differs from baseline_lora is not shown") for line in lines)
 
 
 def test_criteria_in_every_format(path):
@@ -292,7 +290,7 @@ def test_criteria_in_every_format(path):
     assert records["hybrid_grit"]["level"] == "seeds and items"
 
     text = run(path, "--format", "md").output
-    rows = {row[0]: row for row in table(text, "Findings")}
+    rows = {row[0]: row for row in table(text, "Success criteria")}
     assert rows["retention kept (retention &gt; 70% of the base's)"][3].startswith("fail (40.0 [")
     assert "| +3.0 (seed 0), +4.0 (seed 1), +5.0 (seed 2) |" in text
     assert rows["speed loss (Δ speed &gt; -10%)"][3].endswith("; 50% interval)")
@@ -337,7 +335,7 @@ def test_the_report_holds_metrics_parity_and_provenance(few, tmp_path):
     head, *rows = table(text, "Parity of the exported models")
     assert head[1:4] == ["Worst seed", "Same token ids", "All ways answer alike"] and rows[0][3] == "99.0"
     assert "| abc123 | no | llama_cpp 0.3.36 | cpu: Some CPU | 2026-11-21 03:30 UTC |" in text
-    assert "torch 2.13.0" in text and "undecided against base" in text
+    assert "torch 2.13.0" in text and "(undecided; p = " in text
     assert run(few, "--format", "md").output == text, "the same results make the same report"
     assert [p.name for p in target.parent.iterdir()] == ["report.md"]
     done = run(few, "--report", str(few / "report.md"))
@@ -349,7 +347,7 @@ def test_the_report_holds_metrics_parity_and_provenance(few, tmp_path):
 
 def test_retention_and_alignment_have_sections_where_measured(path, few):
     text = run(path, "--format", "md").output
-    kept = {row[0]: row[1:] for row in table(text, "Retention and forgetting")}
+    kept = {row[0]: row[1:] for row in table(text, "Task by task, and what changed in the model")}
     assert kept["kept of the base's, same items [95%]"][:3] == ["100.0", "–", "–"]
     assert kept["kept of the base's, same items [95%]"][3].startswith("40.0 [")
     assert kept["addition"][0] == "80.0" and kept["base"][0] == "3.25"

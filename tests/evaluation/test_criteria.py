@@ -69,8 +69,8 @@ def test_accuracy_is_judged_by_interval_and_corrected_p() -> None:
     found = compare_pairs({**of_base, ("a", "lora"): pairs(better, better, "lora")})
     first, lead = found["a"]
     assert judged(first).outcome == "pass" and judged(found["b"][0]).outcome == "fail"
-    # 6 of 6: p = 0.031; it stays so as the largest of three.
-    assert (found["c"][0].p_value, judged(found["c"][0]).outcome) == (pytest.approx(2 / 64), "pass")
+    # 6 of 6: p = 0.031; it stays so as the largest of three. But one seed, and 6 points are no more than seeds do.
+    assert (found["c"][0].p_value, judged(found["c"][0]).outcome) == (pytest.approx(2 / 64), "undecided")
     against = judged(lead)
     assert against.outcome == "undecided" and "contains zero" in against.why and "One seed" in against.why
     assert judged(None).estimate is None
@@ -82,6 +82,21 @@ def test_accuracy_is_judged_by_interval_and_corrected_p() -> None:
     assert "Not shown" in criterion.why and "p = 0.062 after correction" in criterion.why
     assert in_words(found["a"][0]).startswith("not shown to be better than base (+6.0 points")
     assert "p = 0.062" in in_words(found["a"][0])
+
+
+def test_one_seed_tells_no_arm_from_another() -> None:
+    own, other = np.array([[1.0] * 60 + [0.0] * 40]), np.zeros((1, 100))
+    runs = {"one": 1, "three": 3}
+    found = compare_pairs({
+        (arm, against): Pairs(against, tuple(range(n)), np.tile(own, (n, 1)), np.tile(other, (n, 1)))
+        for against in ("base", "lora") for arm, n in runs.items()
+    })  # fmt: skip
+    assert [d.outcome for arm in runs for d in found[arm]] == ["better", "undecided", "better", "better"]
+    alone = found["one"][1]
+    assert in_words(alone).startswith("ahead of lora on these items; one seed: undecided (+60.0 points")
+    lead = by_difference("above the baseline", "one", "above lora", "lora", alone)
+    assert lead.outcome == "undecided" and lead.why.startswith("Ahead of lora on these items")
+    assert alone.seeds_only is None and found["three"][1].seeds_only == Interval(60.0, 60.0, 60.0)
 
 
 def test_speed_is_paired_by_repetition() -> None:

@@ -11,10 +11,13 @@ import pytest
 from markdown_it import MarkdownIt
 
 from db.ingest import ingest
+from evaluation.report.card import as_card
+from evaluation.report.comparison import outcome_line
 from evaluation.report.markdown import escaped, grid
 from evaluation.report.text import interval, number, significant
 from evaluation.statistics.intervals import Interval
-from tests.db.result_tree import edit, make_tree, make_verified, verification
+from tests.db.result_tree import edit, make_tree, make_verified, sha, verification
+from tests.evaluation.page_report import report
 from tests.evaluation.test_compare_all import run
 
 SAID = [
@@ -66,3 +69,13 @@ def test_a_models_words_are_text_in_the_report(tmp_path: Path) -> None:
     page = MarkdownIt("commonmark").enable("table").render(text)
     assert not re.search(r"<(img|a|b|s)\b|</s>", page)
     assert said in html.unescape(page) and "torch <b>1</b>" in html.unescape(page)
+
+
+def test_a_card_has_the_arms_numbers_and_no_markup_of_a_name() -> None:
+    made = report("evil")
+    row = made.comparison.trained[0]
+    card = as_card(made.report, row)
+    page = MarkdownIt("commonmark").enable("table").render(card)
+    assert not re.search(r"<(img|a|b|s|script)\b", page) and row.arm in html.unescape(page)
+    assert sha(f"adapter {row.arm}/0") in card and interval(row.accuracy_interval) in card
+    assert escaped(outcome_line(row, made.comparison.baseline)) in card

@@ -38,6 +38,13 @@ def test_every_profile_can_be_used_and_is_what_its_text_says():
         assert planned(name).profile == name
 
 
+def test_without_a_name_the_profiles_are_listed(capsys):
+    profile.main("")
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert told.keys() == profile.available().keys()
+    assert all(line.endswith(".") for line in told.values()), "a first line is a sentence"
+
+
 def test_params_yaml_as_committed_is_the_tiny_profile(tmp_path):
     committed = subprocess.run(["git", "show", "HEAD:params.yaml"], capture_output=True, check=False)
     if committed.returncode:

@@ -104,7 +104,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_answers_it_has(here, monkeyp
 def test_code_outside_of_the_working_folder_counts_as_changed(tmp_path, monkeypatch, place):
     project = tmp_path / place
     project.mkdir(parents=True, exist_ok=True)
-    written = [project / name for name in ("code.py", "dvc.lock")]
+    written = [project / name for name in ("code.py", "dvc.lock", "params.yaml")]
     for file in (*written, tmp_path / "others.py"):
         file.write_text("as committed")
     monkeypatch.setattr(files, "ROOT", project)
@@ -112,10 +112,13 @@ def test_code_outside_of_the_working_folder_counts_as_changed(tmp_path, monkeypa
     identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
     for command in (["init", "--quiet"], ["add", "--all"], [*identity, "commit", "--quiet", "-m", "first"]):
         subprocess.run(["git", *command], check=True, cwd=tmp_path)
-    written[1].write_text("changed")
+    for file in written[1:]:
+        file.write_text("changed")
     if place != ".":
         (tmp_path / "others.py").write_text("changed")
-    assert git_state()["dirty"] is False, "what DVC writes is no code, nor what lies outside of the project"
+    assert git_state()["dirty"] is False, (
+        "settings and DVC's own file are no code, nor is what lies outside of the project"
+    )
     written[0].write_text("changed")
     assert git_state()["dirty"] is True
 

@@ -1,0 +1,37 @@
+"""`grit-lora COMMAND …`: the commands of this project under one name, each the `python -m` form of its module."""
+
+import os
+import sys
+from pathlib import Path
+
+from trainers.words import suggest
+
+STAGES = "check prepare_data prepare_base base_texts tune train probe export evaluate verify quantize measure".split()
+COMMANDS = {
+    "profile": "pipelines.profile",
+    "dry-run": "pipelines.dry_run",
+    "repro": "pipelines.repro",
+    "compare": "evaluation.compare_all",
+    "serve": "export.ollama",
+    "package": "export.package",
+    "db": "db.cli",
+    **{name: f"pipelines.{name}" for name in STAGES},
+}
+
+
+def main() -> None:
+    """Become `python -m MODULE`, which reads the rest of the line; without a command list them."""
+    name, *words = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: grit-lora COMMAND …, of which `grit-lora COMMAND --help` tells more\n")
+        for command, module in COMMANDS.items():
+            file = Path(__file__).parents[1] / f"{module.replace('.', '/')}.py"
+            print(f"{command:14}{file.read_text(encoding='utf-8').splitlines()[0].strip(chr(34))}")
+        return
+    if name not in COMMANDS:
+        sys.exit(f"grit-lora: expected a command, came {name!r}{suggest(name, COMMANDS)}")
+    os.execv(sys.executable, [sys.executable, "-m", COMMANDS[name], *words])  # noqa: S606  no shell is wanted
+
+
+if __name__ == "__main__":
+    main()
