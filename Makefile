@@ -4,6 +4,8 @@ PYTHON  ?= python3
 PROFILE ?=
 # Where torch comes from, e.g. https://download.pytorch.org/whl/cu126; empty: the CPU build where there is no GPU.
 TORCH_INDEX ?=
+# What not everybody needs, of pyproject.toml's optional dependencies: ray
+EXTRAS  ?=
 
 BIN  := $(VENV)/bin
 DONE := $(VENV)/.installed
@@ -12,6 +14,7 @@ RUN  := PATH="$(abspath $(BIN)):$$PATH"
 .PHONY: setup repro serve test test-all check format bench probe-faults foreign clean lock
 
 setup: $(DONE)
+	@$(if $(EXTRAS),$(BIN)/python -m pip install -qq --no-build-isolation --editable ".[$(EXTRAS)]")
 
 $(DONE): pipelines/setup.sh requirements.lock requirements-unsloth.lock pyproject.toml
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" pipelines/setup.sh $(VENV)

@@ -32,6 +32,7 @@ from pipelines.params import (
     THEIRS,
     VARIANT_OF,
     ConfigError,
+    Distribute,
     Probe,
     explain,
     listed,
@@ -68,6 +69,7 @@ class Params(
 
     profile: str
     probe: Probe
+    distribute: Distribute
 
     @model_validator(mode="after")
     def _tries(self) -> "Params":

@@ -4,13 +4,14 @@ import os
 import sys
 from pathlib import Path
 
+from pipelines import STAGES
 from trainers.words import suggest
 
-STAGES = "check prepare_data prepare_base base_texts tune train probe export evaluate verify quantize measure".split()
 COMMANDS = {
     "profile": "pipelines.profile",
     "dry-run": "pipelines.dry_run",
     "repro": "pipelines.repro",
+    "distribute": "pipelines.distribute",
     "compare": "evaluation.compare_all",
     "serve": "export.ollama",
     "package": "export.package",

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from db.files import omp_threads
+from pipelines import STAGES
 from trainers import BASELINE
 from trainers import arms as own_arms
 from trainers.settings import Positive, Section, Seed
@@ -65,6 +66,42 @@ class Probe(Section):
     twin_steps: Annotated[int, Field(ge=5, description="optimizer steps of each twin")]
     min_angle: Annotated[float, Field(gt=0, le=90, description="degrees")]
     min_coverage: Share
+
+
+class Resources(Section):
+    """What a stage needs of a node, as Ray counts it."""
+
+    cpus: Annotated[float, Field(gt=0)]
+    gpus: Annotated[float, Field(ge=0)]  # 0.5: two stages share one
+    memory: Annotated[float, Field(ge=0, description="GB")]
+    accelerator: str | None  # a name of Ray's, so that arms are compared on one kind of GPU
+
+
+class Distribute(Resources):
+    """Section distribute: what a stage needs on a Ray cluster."""
+
+    stages: dict[str, dict[str, Any]]  # stage → what it needs otherwise
+
+    @model_validator(mode="after")
+    def _known(self) -> "Distribute":
+        lines = [f"stages.{name}: unknown stage{suggest(name, STAGES)}" for name in self.stages if name not in STAGES]
+        for name in self.stages:
+            try:
+                self._of(name)
+            except ValidationError as error:
+                lines += explain(error.errors(), Resources, "stages", name)
+        if lines:
+            raise ValueError("\n".join(lines))
+        return self
+
+    def _of(self, stage: str) -> Resources:
+        return Resources(**{**self.model_dump(exclude={"stages"}), **self.stages.get(stage, {})})
+
+    def of(self, stage: str) -> dict[str, Any]:
+        """Options of a Ray task for a stage, those of an arm for its counterpart of the base."""
+        needs = self._of(stage if stage in STAGES else stage.removesuffix("_base"))
+        given = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "accelerator_type": needs.accelerator}
+        return given | {"memory": int(needs.memory * 1e9) or None}
 
 
 class StageParams(Section):

@@ -7,7 +7,6 @@ what most stages need: 5 s of CPU less for each.
 
 import gc
 import importlib
-import json
 import logging
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ from typing import Annotated, Any
 
 import typer
 
-from db.files import exclusive, write_json
+from db.files import exclusive, read_json, write_json
 from pipelines.params import PARAMS_FILE, load_yaml, stages_at_once
 from pipelines.stage import clear_errors, cli, quiet_libraries, set_threads
 from trainers.callbacks import duration
@@ -147,10 +146,14 @@ def held_back() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def took_before() -> dict[str, float]:
+    return dict(read_json(TIMES)) if TIMES.is_file() else {}
+
+
 def run(waits: dict[str, set[str]], at_once: int) -> list[str]:
     """Run stages, each after those it waits for; returns those that failed."""
     LOGS.mkdir(parents=True, exist_ok=True)
-    took = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.is_file() else {}
+    took = took_before()
     total, started, failed = len(waits), 0, []
     known = [took[name] for name in waits if name in took]
     guess = f", about {duration(sum(known) / at_once)} when they last ran" if len(known) == total else ""

@@ -374,6 +374,15 @@ def _notes(rows: Sequence[ArmRow], results: Results, shown: Primary) -> Iterable
         yield from (f"{row.arm} seed {p.seed}: {p.verdict}: {p.reason}" for p in row.probes if p.as_claimed is False)
     if any(run.git_dirty for run in results.runs):
         yield "Some stages ran on changed files (dirty): those numbers have no commit of their own."
+    devices = {
+        f"{run.device_class} {results.environments[run.environment_id].device_name or ''}".strip()
+        for run in results.runs
+    }
+    if len(devices) > 1:
+        yield (
+            f"Evaluated on different devices: {', '.join(sorted(devices))}. Only what one device ran can be compared in "
+            "speed, and answers may differ by roundings."
+        )
     bad = [row.arm for row in rows if any(not math.isfinite(value) for value in row.metrics.values())]
     if bad:
         yield f"Some metrics of {', '.join(bad)} could not be computed (not finite)."

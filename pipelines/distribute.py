@@ -1,0 +1,458 @@
+"""`python -m pipelines.distribute`: what `make repro` does, with the stages on the nodes of a Ray cluster.
+
+DVC says what has changed, Ray where a stage runs, and a DVC remote carries results. A node keeps clones of the project;
+a stage takes a free one, pulls what it depends on, runs as `dvc repro --single-item` does, and pushes what it made. Its
+entry of dvc.lock comes back to this process, which hands it to those that wait for it; at the end this process pulls
+everything, and runs stage compare itself: no node touches the database.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from db.files import OutputError, exclusive, package_versions, write_json, write_text
+from pipelines.params import PARAMS_FILE, Distribute, StageParams, load_params, load_yaml
+from pipelines.repro import CHECK, LOGS, SIGNALS, TIMES, stale, took_before
+from pipelines.stage import clear_errors, cli
+from trainers.callbacks import duration
+
+LOCK = Path("dvc.lock")
+HERE = Path(".dvc/remote")
+"""DVC remote where none is configured: good for one machine."""
+SCRATCH = Path(".dvc/tmp/distribute")
+HISTORY = Path("logs/distribute.jsonl")
+"""A line a stage, of all runs of this command: where it was, its seconds in all and those of its command."""
+STARTS = 4
+"""How often a stage may start whose worker or node dies under it."""
+
+
+class DistributeError(RuntimeError):
+    """Stages cannot be handed out; the message says why."""
+
+
+class Params(StageParams):
+    distribute: Distribute
+
+
+# What a worker does. It is sent to nodes as it is, so that all of them run the code of this process and of `tree`.
+
+
+@dataclass
+class Task:
+    """What a worker has to know of a stage."""
+
+    name: str
+    before: list[str]  # stages that it takes files of
+    lock: str  # dvc.lock as it is by now
+    remote: str | None  # address; None: the one that DVC's own configuration names
+    scratch: str
+    threads: int
+    versions: dict[str, str]  # of the packages that results depend on, as the head has them
+
+
+@dataclass
+class Outcome:
+    failed: str = ""  # why; empty: it did not
+    ran: bool = False  # else it came from the run cache
+    seconds: float = 0.0  # in all
+    own: float = 0.0  # of these, the command's
+    log: str = ""
+    entry: dict[str, Any] = field(default_factory=dict)  # of dvc.lock
+
+
+def work(task: Task, tree: bytes) -> Iterator[str | Outcome]:
+    """Bring a stage up to date in a clone of this node: first where that is, then what came of it."""
+    began = time.monotonic()
+    logging.getLogger("dvc").setLevel(logging.ERROR)
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with free_clone(Path(task.scratch), tree) as clone:
+        yield clone.name
+        other = {name: package_versions().get(name) for name in task.versions}
+        if wrong := [f"{name} {other[name]} for {want}" for name, want in task.versions.items() if other[name] != want]:
+            yield Outcome(failed=f"{clone.name} has other packages than the head: {', '.join(wrong)}")
+            return
+        write_text(LOCK, task.lock)
+        log = Path(f"logs/stages/{task.name}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        outcome = Outcome()
+        try:
+            with log.open("wb") as output:
+                outcome.own = bring_up_to_date(task, output)
+            outcome.ran = outcome.own > 0
+            outcome.entry = yaml.safe_load(LOCK.read_text(encoding="utf-8"))["stages"][task.name]
+        except Exception as error:  # noqa: BLE001  whatever DVC or its remote raise: the other stages go on
+            outcome.failed = reasons(error)
+        outcome.seconds = time.monotonic() - began
+        outcome.log = log.read_text(encoding="utf-8", errors="replace")
+        yield outcome
+
+
+def reasons(error: BaseException | None) -> str:
+    """What an error and those that it comes from say."""
+    said = []
+    while error is not None:
+        said.append(str(error) or type(error).__name__)
+        error = error.__cause__ or error.__context__
+    return ": ".join(dict.fromkeys(said))
+
+
+def bring_up_to_date(task: Task, output: Any) -> float:
+    """Pull, run, push; returns the seconds that the stage's command took, 0 where it did not run."""
+    from dvc.stage import run
+
+    repo, own = open_repo(task.remote), 0.0
+
+    def command(executable: str, cmd: str, **kwargs: Any) -> None:
+        nonlocal own
+        began = time.monotonic()
+        kwargs["env"]["OMP_NUM_THREADS"] = str(task.threads)
+        usual(executable, cmd, stdout=output, stderr=subprocess.STDOUT, preexec_fn=die_with_parent(), **kwargs)
+        own = time.monotonic() - began
+
+    usual, run._run = run._run, command
+    try:
+        with repo:
+            if task.before:
+                repo.pull(task.before, force=True)
+            copy_run_cache(repo, to_remote=False)
+            repo.stage_cache.pull = lambda remote: []  # just done; this would copy every entry again
+            repo.reproduce(task.name, single_item=True, pull=True)
+            repo.push([task.name])
+            copy_run_cache(repo, to_remote=True)
+    finally:
+        run._run = usual
+    return own
+
+
+def open_repo(remote: str | None) -> Any:
+    from dvc.repo import Repo
+
+    ours = {"core": {"remote": "distribute"}, "remote": {"distribute": {"url": remote}}}
+    return Repo(config=ours if remote else None)
+
+
+def copy_run_cache(repo: Any, to_remote: bool) -> None:
+    """Copy entries whose key the other side lacks: of two results the first one stays."""
+    from dvc.stage.cache import RunCacheNotSupported
+
+    own, there = repo.cache.legacy, repo.cloud.get_remote_odb(None, "distribute", hash_name="md5-dos2unix")
+    with suppress(RunCacheNotSupported):  # over HTTP; a run that is killed then repeats what dvc.lock does not hold
+        repo.stage_cache.transfer(*((own, there) if to_remote else (there, own)), force=False)
+
+
+def die_with_parent() -> Callable[[], object] | None:
+    """What a child calls so that the system kills it when its worker is killed; None: this system cannot."""
+    if sys.platform != "linux":
+        return None
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+@contextmanager
+def free_clone(scratch: Path, tree: bytes) -> Iterator[Path]:
+    """A clone that no other worker of this node has, brought to `tree` and made the working directory."""
+    scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with ExitStack() as held:
+        for number in range(1000):
+            clone = scratch / f"{platform.node()}-{number}"
+            with suppress(OutputError):
+                held.enter_context(exclusive(Path(f"{clone}.lock"), clone.name))
+                break
+        else:
+            raise DistributeError(f"{scratch}: expected a folder to write to, or fewer than 1,000 stages at once")
+        unpack(tree, clone)
+        os.chdir(clone)
+        yield clone
+
+
+def unpack(tree: bytes, clone: Path) -> None:
+    mark, key = clone / ".git/distributed", hashlib.sha256(tree).hexdigest()
+    if mark.is_file() and mark.read_text() == key:
+        return
+    clone.mkdir(exist_ok=True)
+    with tarfile.open(fileobj=BytesIO(tree)) as tar:
+        new = set(tar.getnames())
+        if (clone / ".git").is_dir():
+            for name in set(git(clone, "ls-files", "-co", "--exclude-standard", "-z").split("\0")) - new - {""}:
+                (clone / name).unlink(missing_ok=True)
+        tar.extractall(clone, filter="tar")
+    git(clone, "reset", "--quiet")
+    kept = clone / "checkpoints"  # shared by the clones of a node, or of all where `scratch` lies on a shared disk
+    kept.unlink(missing_ok=True)
+    (clone.parent / kept.name).mkdir(exist_ok=True)
+    kept.symlink_to(clone.parent / kept.name)
+    mark.write_text(key)
+
+
+def git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+# What the head does
+
+
+def pack() -> bytes:
+    """The working tree, ignored files aside, with its last commit and outputs/code."""
+    root, packed = Path.cwd(), BytesIO()
+    listed = git(root, "ls-files", "-co", "--exclude-standard", "-z").split("\0")
+    files = [name for name in listed if name and name != str(LOCK) and Path(name).is_file()]
+    with TemporaryDirectory() as folder, tarfile.open(fileobj=packed, mode="w:gz", compresslevel=1) as tar:
+        git(root, "clone", "--quiet", "--depth", "1", "--no-checkout", f"file://{root}", folder)
+        tar.add(f"{folder}/.git", ".git")
+        for name in [*files, "outputs/code", ".dvc/config.local"]:
+            if Path(name).exists():
+                tar.add(name)
+    return packed.getvalue()
+
+
+@dataclass
+class Running:
+    task: Task
+    generator: Any  # of Ray
+    since: float
+    where: str = "waits for a node"
+    starts: int = 1
+
+
+class Head:
+    """Hands stages to Ray as what they wait for is done."""
+
+    def __init__(self, waits: dict[str, set[str]], before: dict[str, list[str]], options: dict[str, dict[str, Any]],
+                 remote: str | None, scratch: str) -> None:  # fmt: skip
+        import ray
+
+        self.waiting, self.before, self.options = dict(waits), before, options
+        self.remote, self.scratch = remote, scratch
+        self.total, self.running = len(waits), dict[str, Running]()
+        self.done, self.failed = dict[str, Outcome](), dict[str, str]()
+        self.took = took_before()
+        self.lock: Any = load_yaml(LOCK) if LOCK.is_file() else {"schema": "2.0", "stages": {}}
+        self.tree = ray.put(pack())
+        self.versions = package_versions()
+        self.call = ray.remote(max_retries=0, num_returns="streaming")(work)
+
+    def run(self, show: Callable[["Head"], None], say: Callable[[str], None]) -> None:
+        import ray
+
+        while self.running or any(not before for before in self.waiting.values()):
+            for name in [name for name, before in self.waiting.items() if not before]:
+                del self.waiting[name]
+                self.start(name)
+            refs = {running.generator: name for name, running in self.running.items()}
+            ready, _ = ray.wait(list(refs), num_returns=1, timeout=0.5)
+            for generator in ready:
+                self.hear(refs[generator], say)
+            show(self)
+
+    def start(self, name: str, starts: int = 1) -> None:
+        options = self.options[name]
+        lock = yaml.safe_dump(self.lock, sort_keys=False)
+        threads = max(1, int(options["num_cpus"]))
+        task = Task(name, self.before[name], lock, self.remote, self.scratch, threads, self.versions)
+        generator = self.call.options(name=name, **options).remote(task, self.tree)
+        self.running[name] = Running(task, generator, time.monotonic(), starts=starts)
+
+    def hear(self, name: str, say: Callable[[str], None]) -> None:
+        """Take what a stage's worker said."""
+        import ray
+
+        running = self.running[name]
+        try:
+            said = ray.get(next(running.generator))
+        except ray.exceptions.RayTaskError as error:  # the worker could not even begin
+            said = Outcome(failed=str(error.cause or error))
+        except ray.exceptions.RayError as error:
+            reason = type(error).__name__
+            if running.starts < STARTS:
+                say(f"{name}: {running.where}: {reason}; it starts again ({running.starts + 1} of {STARTS})")
+                self.start(name, running.starts + 1)
+                return
+            said = Outcome(failed=f"its worker died {STARTS} times, the last time of {reason}")
+        if isinstance(said, str):
+            running.where, running.since = said, time.monotonic()
+            say(f"[{self.total - len(self.waiting)}/{self.total}] {name} on {said}")
+            return
+        del self.running[name]
+        LOGS.mkdir(parents=True, exist_ok=True)
+        log = LOGS / f"{name}.log"
+        log.write_text(said.log, encoding="utf-8")
+        if said.failed:
+            self.failed[name] = said.failed
+            tail = "\n".join(said.log.splitlines()[-30:])
+            say(f"{name}: FAILED after {duration(said.seconds)}: {said.failed}; the whole output is in {log}\n{tail}")
+            return
+        self.lock["stages"][name] = said.entry
+        write_text(LOCK, yaml.safe_dump(self.lock, sort_keys=False))
+        if said.ran:
+            self.took[name] = round(said.own, 1)
+            write_json(TIMES, self.took)
+        self.done[name] = said
+        with HISTORY.open("a", encoding="utf-8") as file:
+            facts = {"stage": name, "where": running.where, "starts": running.starts, "ran": said.ran}
+            file.write(json.dumps(facts | {"seconds": said.seconds, "own": said.own}) + "\n")
+        for before in self.waiting.values():
+            before.discard(name)
+        say(f"{name}: {duration(said.seconds)}{'' if said.ran else ', from the run cache'}")
+
+
+@contextmanager
+def progress() -> Iterator[tuple[Callable[[Head], None], Callable[[str], None]]]:
+    """A table that lives on a terminal, lines elsewhere."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        yield lambda head: None, lambda line: print(line, flush=True)
+        return
+
+    def table(head: Head) -> Table:
+        left = [head.took[name] for name in head.waiting if name in head.took]
+        ahead = f", {duration(sum(left))} of work ahead" if left else ""
+        counts = f"{len(head.done)} of {head.total} stages done, {len(head.failed)} failed, {len(head.waiting)} wait"
+        table = Table("stage", "where", "since", title=counts + ahead, title_justify="left", box=None)
+        for name, running in head.running.items():
+            table.add_row(name, running.where, duration(time.monotonic() - running.since))
+        return table
+
+    with Live(console=console, refresh_per_second=2) as live:
+        yield lambda head: live.update(table(head)), lambda line: live.console.print(line, markup=False)
+
+
+@contextmanager
+def cluster(address: str | None, workers: int) -> Iterator[Any]:
+    """Ray, connected to a cluster, or to one of this process's own on the loopback interface."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise DistributeError("expected Ray, which is an extra: `make setup EXTRAS=ray`") from None
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    own = {"num_cpus": workers or None, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    try:
+        if address and ":" in address:  # Ray itself would try for minutes
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
+        context = ray.init(address or "local", **(quiet if address else quiet | own))
+    except (OSError, ValueError) as error:
+        raise DistributeError(f"--address {address}: expected a Ray cluster there: {error}") from error
+    for number in SIGNALS:  # Ray has its own for SIGTERM, which leaves workers behind
+        signal.signal(number, signal.default_int_handler)
+    have, nodes = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
+    where = f"; dashboard: http://{context.dashboard_url}" if context.dashboard_url else ""
+    cpus, gpus = (f"{have.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
+    print(f"Ray {ray.__version__}: {nodes} node{'s' if nodes > 1 else ''}, {cpus}, {gpus}{where}", flush=True)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def check_remote(repo: Any) -> None:
+    try:
+        there = repo.cloud.get_remote_odb(None, "distribute")
+        if not there.fs.exists(there.path) and there.fs.protocol == "local":
+            there.fs.makedirs(there.path)
+    except Exception as error:
+        raise DistributeError(f"DVC's remote does not answer: {reasons(error)}; see `dvc remote list`") from error
+
+
+def check_cluster(ray: Any, options: dict[str, dict[str, Any]], own: bool, remote: str | None) -> None:
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    hosts = {node["NodeManagerHostname"] for node in nodes}
+    if remote and hosts != {platform.node()}:
+        raise DistributeError(
+            f"expected a DVC remote that {', '.join(sorted(hosts))} can reach, found none configured: `dvc remote add "
+            "--default shared …` (a folder that all mount, ssh://, s3://, …)"
+        )
+    kinds = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+    for name, wanted in options.items():
+        needs = {kind: wanted[key] for key, kind in kinds.items() if wanted.get(key)}
+        if not any(all(node["Resources"].get(kind, 0) >= much for kind, much in needs.items()) for node in nodes):
+            reason = f"distribute: {name} asks for {needs}, and no node has that"
+            if own:
+                raise DistributeError(reason)
+            print(f"{reason} yet; it waits", file=sys.stderr)
+
+
+def main(
+    address: Annotated[
+        str | None, typer.Option(help="of a Ray cluster, `auto` on one of its nodes; none: one of this machine alone")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="CPUs of this machine to use without --address; 0: all")] = 0,
+    scratch: Annotated[
+        Path, typer.Option(help="of clones and checkpoints; on a shared disk a stage whose node died goes on elsewhere")
+    ] = SCRATCH,
+) -> None:
+    """Bring everything up to date, with stages on the nodes of a Ray cluster."""
+    with clear_errors("distribute"), exclusive(Path("checkpoints/repro.lock"), "repro"):
+        began = time.monotonic()
+        from dvc.exceptions import ReproductionError
+        from dvc.logger import set_loggers_level
+
+        resources = load_params(Params, PARAMS_FILE).distribute
+        with open_repo(None) as repo:
+            remote = None if repo.config["core"].get("remote") else str(HERE.resolve())
+        with open_repo(remote) as repo, set_loggers_level(logging.CRITICAL):
+            try:
+                repo.reproduce(CHECK, single_item=True)
+            except ReproductionError:
+                raise SystemExit(1) from None
+            waits = stale(repo)
+            if not waits:
+                print("everything is up to date")
+                return
+            check_remote(repo)
+            graph = {stage.addressing: stage for stage in repo.index.graph}
+            here = [name for name in waits if not all(out.use_cache for out in graph[name].outs)]
+            away = {name: before for name, before in waits.items() if name not in here}
+            before = {
+                name: [s.addressing for s in repo.index.graph.successors(graph[name]) if s.addressing != CHECK]
+                for name in away
+            }
+            options = {name: resources.of(name.split("@")[0]) for name in away}
+            if kept := sorted({name for names in before.values() for name in names} - away.keys()):
+                repo.push(kept)  # what is up to date here already
+            with cluster(address, workers) as ray:
+                check_cluster(ray, options, own=address is None, remote=remote)
+                head = Head(away, before, options, remote, str(scratch.resolve()))
+                try:
+                    with progress() as (show, say):
+                        head.run(show, say)
+                finally:
+                    if head.done:
+                        repo.pull(list(head.done), force=True)
+            for name in here if not head.failed else ():
+                repo.reproduce(name, single_item=True)
+        if head.failed:
+            behind = [*head.waiting, *here]
+            print(f"failed: {', '.join(head.failed)}; not run, since they come after: {len(behind)}", file=sys.stderr)
+            raise SystemExit(1)
+        ran = [outcome.seconds - outcome.own for outcome in head.done.values() if outcome.ran]
+        beside = f"; beside its command a stage took {sum(ran) / len(ran):.1f} s" if ran else ""
+        print(f"done in {duration(time.monotonic() - began)}: {len(ran)} of {head.total} stages ran{beside}")
+
+
+if __name__ == "__main__":
+    cli(main)
