@@ -144,7 +144,17 @@ def main() -> None:
     if not given.no_kills:
         facts |= with_kills(clone(top / "kills", given.seeds, finished), cluster.address, len(rows), wanted)
     cluster.shutdown()
-    _harness.write("distribute", "dvc repro and two Ray nodes of one core each", **facts)
+    file = _harness.RESULTS / "distribute.json"
+    runs = json.loads(file.read_text())["profiles"] if file.is_file() else {}
+    runs |= {facts["profile"]: facts}
+    _harness.write(
+        "distribute",
+        "dvc repro and two Ray nodes of one core each",
+        same_results=all(one["same_results"] for one in runs.values()),
+        same_after_kills=all(one["same_after_kills"] for one in runs.values() if "same_after_kills" in one),
+        overhead_seconds_a_stage=max(one["overhead_seconds_a_stage"] for one in runs.values()),
+        profiles=runs,
+    )
     shutil.rmtree(top)
 
 

@@ -380,7 +380,7 @@ def _notes(rows: Sequence[ArmRow], results: Results, shown: Primary) -> Iterable
     }
     if len(devices) > 1:
         yield (
-            f"Evaluated on different devices: {', '.join(sorted(devices))}. Only what one device ran can be compared in "
+            f"Evaluated on several devices: {', '.join(sorted(devices))}. Only what one device ran can be compared in "
             "speed, and answers may differ by roundings."
         )
     bad = [row.arm for row in rows if any(not math.isfinite(value) for value in row.metrics.values())]

@@ -159,7 +159,7 @@ def test_numbers_are_read_back_in_every_form(value, form, fraction):
 
 
 def test_long_answers_are_read_in_linear_time():
-    """Four times the answer takes four times as long, sixteen where a pattern backtracks; one try in three is enough."""
+    """Four times the answer takes four times as long, sixteen where a pattern backtracks; one of three tries counts."""
     labels = ("no one ", "not ", "not ly ", "n't-", "yes ", "y", "no ", "yes or ", "not very", "_", "a\n", "true ")
     marks = ("1 ", "1,", "1-", "#### ", "the answer is ", r"\boxed{", "=", "9", "1/", ". ", "½", "-", "Q:\n", "####\n")
 
