@@ -227,7 +227,6 @@ def pack() -> bytes:
 
 @dataclass
 class Running:
-    task: Task
     generator: Any  # of Ray
     since: float
     where: str = "waits for a node"
@@ -243,7 +242,7 @@ class Head:
 
         self.waiting, self.before, self.options = dict(waits), before, options
         self.remote, self.scratch = remote, scratch
-        self.total, self.running = len(waits), dict[str, Running]()
+        self.total, self.begun, self.running = len(waits), 0, dict[str, Running]()
         self.done, self.failed = dict[str, Outcome](), dict[str, str]()
         self.took = took_before()
         self.lock: Any = load_yaml(LOCK) if LOCK.is_file() else {"schema": "2.0", "stages": {}}
@@ -270,7 +269,7 @@ class Head:
         threads = max(1, int(options["num_cpus"]))
         task = Task(name, self.before[name], lock, self.remote, self.scratch, threads, self.versions)
         generator = self.call.options(name=name, **options).remote(task, self.tree)
-        self.running[name] = Running(task, generator, time.monotonic(), starts=starts)
+        self.running[name] = Running(generator, time.monotonic(), starts=starts)
 
     def hear(self, name: str, say: Callable[[str], None]) -> None:
         """Take what a stage's worker said."""
@@ -290,7 +289,8 @@ class Head:
             said = Outcome(failed=f"its worker died {STARTS} times, the last time of {reason}")
         if isinstance(said, str):
             running.where, running.since = said, time.monotonic()
-            say(f"[{self.total - len(self.waiting)}/{self.total}] {name} on {said}")
+            self.begun += running.starts == 1
+            say(f"[{self.begun}/{self.total}] {name} on {said}")
             return
         del self.running[name]
         LOGS.mkdir(parents=True, exist_ok=True)
@@ -369,6 +369,19 @@ def cluster(address: str | None, workers: int) -> Iterator[Any]:
         ray.shutdown()
 
 
+@contextmanager
+def said_by_dvc() -> Iterator[None]:
+    """DVC's errors in a line; a stage that fails here, check or compare, has said why."""
+    from dvc.exceptions import DvcException, ReproductionError
+
+    try:
+        yield
+    except ReproductionError:
+        raise SystemExit(1) from None
+    except DvcException as error:
+        raise DistributeError(reasons(error)) from error
+
+
 def check_remote(repo: Any) -> None:
     try:
         there = repo.cloud.get_remote_odb(None, "distribute")
@@ -408,17 +421,13 @@ def main(
     """Bring everything up to date, with stages on the nodes of a Ray cluster."""
     with clear_errors("distribute"), exclusive(Path("checkpoints/repro.lock"), "repro"):
         began = time.monotonic()
-        from dvc.exceptions import ReproductionError
         from dvc.logger import set_loggers_level
 
         resources = load_params(Params, PARAMS_FILE).distribute
         with open_repo(None) as repo:
             remote = None if repo.config["core"].get("remote") else str(HERE.resolve())
-        with open_repo(remote) as repo, set_loggers_level(logging.CRITICAL):
-            try:
-                repo.reproduce(CHECK, single_item=True)
-            except ReproductionError:
-                raise SystemExit(1) from None
+        with open_repo(remote) as repo, set_loggers_level(logging.CRITICAL), said_by_dvc():
+            repo.reproduce(CHECK, single_item=True)
             waits = stale(repo)
             if not waits:
                 print("everything is up to date")
@@ -446,8 +455,9 @@ def main(
             for name in here if not head.failed else ():
                 repo.reproduce(name, single_item=True)
         if head.failed:
-            behind = [*head.waiting, *here]
-            print(f"failed: {', '.join(head.failed)}; not run, since they come after: {len(behind)}", file=sys.stderr)
+            print(f"\nnot run, since they come after what failed: {len(head.waiting) + len(here)}", file=sys.stderr)
+            for name, reason in head.failed.items():
+                print(f"failed: {name}: {reason}", file=sys.stderr)
             raise SystemExit(1)
         ran = [outcome.seconds - outcome.own for outcome in head.done.values() if outcome.ran]
         beside = f"; beside its command a stage took {sum(ran) / len(ran):.1f} s" if ran else ""

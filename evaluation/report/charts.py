@@ -29,6 +29,7 @@ def _finished(chart: Any, height: int) -> Spec:
     spec: dict[str, Any] = chart.properties(width="container", height=height).to_dict()
     spec.pop("config", None)
     spec["autosize"] = {"type": "fit-x", "contains": "padding"}
+    spec["padding"] = {"left": 5, "top": 5, "right": 14, "bottom": 5}  # the last number of an axis sticks out
     return spec
 
 

@@ -169,7 +169,8 @@ def _spread(values: Iterable[float | None]) -> str:
     if not known:
         return "–"
     text, *ends = (
-        significant(value if abs(value) > _ZERO else 0.0, 2) for value in (fmean(known), min(known), max(known))
+        f"{value:,.0f}" if abs(value) >= 100 else significant(value if abs(value) > _ZERO else 0.0, 2)
+        for value in (fmean(known), min(known), max(known))
     )
     return f"{text} ({ends[0]} to {ends[1]})" if len({*ends}) > 1 else text
 
