@@ -53,7 +53,7 @@ format: setup
 # Those of GRIT-VLM need what `make repro PROFILE=vision` leaves; without it they are skipped.
 NEED_VISION := vlm_claims vlm_tuning
 # Hours of training, and the data and base that `make repro` leaves; run by name: `python -m benchmarks.frontier`.
-NEED_HOURS := frontier rank
+NEED_HOURS := frontier rank distribute
 
 bench: foreign
 	@for script in benchmarks/[a-z]*.py; do \
