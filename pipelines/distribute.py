@@ -116,6 +116,7 @@ def reasons(error: BaseException | None) -> str:
 
 def bring_up_to_date(task: Task, output: Any) -> float:
     """Pull, run, push; returns the seconds that the stage's command took, 0 where it did not run."""
+    from dvc.exceptions import UploadError
     from dvc.stage import run
 
     repo, own = open_repo(task.remote), 0.0
@@ -135,7 +136,12 @@ def bring_up_to_date(task: Task, output: Any) -> float:
             copy_run_cache(repo, to_remote=False)
             repo.stage_cache.pull = lambda remote: []  # just done; this would copy every entry again
             repo.reproduce(task.name, single_item=True, pull=True)
-            repo.push([task.name])
+            try:
+                repo.push([task.name])
+            except UploadError as error:
+                raise DistributeError(
+                    "it ran, but DVC's remote did not take what it made: is it full, or away?"
+                ) from error
             copy_run_cache(repo, to_remote=True)
     finally:
         run._run = usual
