@@ -186,6 +186,8 @@ def free_clone(scratch: Path, tree: bytes) -> Iterator[Path]:
                 break
         else:
             raise DistributeError(f"{scratch}: expected a folder to write to, or fewer than 1,000 stages at once")
+        for left in (".dvc/tmp/rwlock", ".git/index.lock"):  # by a worker that was killed while it wrote
+            (clone / left).unlink(missing_ok=True)
         unpack(tree, clone)
         os.chdir(clone)
         yield clone
