@@ -180,7 +180,7 @@ def launch(arm: str, seed: int, devices: int) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    options = {"num_processes": devices, "num_machines": 1, "main_process_port": 0}
+    options: dict[str, Any] = {"num_processes": devices, "num_machines": 1, "main_process_port": 0}
     options |= {"mixed_precision": "no", "dynamo_backend": "no"}  # the Trainer has its own
     options |= {"num_cpu_threads_per_process": max(1, own_threads() // devices)}
     words = ["--multi_gpu", *(f"--{name}={value}" for name, value in options.items())]
@@ -191,7 +191,7 @@ def launch(arm: str, seed: int, devices: int) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         how = f"killed by signal {-failure.exitcode}" if failure.exitcode < 0 else "ended by the error above"
-        raise LaunchError(f"device {rank} of {devices}: {how}; the same command goes on from the checkpoint") from None
+        raise LaunchError(f"device {rank} of {devices}: {how}") from None
 
 
 def rank() -> int | None:
@@ -239,5 +239,5 @@ if __name__ == "__main__":
     if rank() is not None and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive the launch
     if rank():
-        sys.stdout = Path(os.devnull).open("w")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # its words would be those of the first once more
     command("train", Params, run)

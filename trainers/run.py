@@ -132,6 +132,8 @@ def training_arguments(job: TrainingJob, **changes: Any) -> Any:
         disable_tqdm=not sys.stderr.isatty(),  # `progress_lines` there
     )
     args = SFTConfig(**{**values, **changes})
+    if args.device.type == "cpu":
+        args._setup_devices = torch.device("cpu")  # of several processes cpu:0, to which torch loads no checkpoint
     if args.n_gpu > 1:  # else the Trainer would wrap the model in DataParallel, and the batch be so many times as large
         print(f"{args.n_gpu} GPUs are visible; one is taken, {args.device}; train.devices takes more", flush=True)
         args._n_gpu = 1
@@ -399,7 +401,8 @@ def _note_losses(trainer: Any) -> None:
 
     class Note(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            state.log_history.append({"step": state.global_step, STEP_LOSS: float(trainer.accelerator.reduce(sum(shares), "mean"))})
+            loss = trainer.accelerator.reduce(sum(shares), "mean")  # over the ranks
+            state.log_history.append({"step": state.global_step, STEP_LOSS: float(loss)})
             shares.clear()
 
     trainer.training_step = noted
