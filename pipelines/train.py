@@ -1,11 +1,16 @@
-"""Stage train: adapters/<arm>/<seed>/, one LoRA adapter."""
+"""Stage train: adapters/<arm>/<seed>/, one LoRA adapter; on several devices by `accelerate launch`."""
 
+import ctypes
 import json
+import os
 import shutil
+import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import islice, product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -26,7 +31,7 @@ from db.files import (
 from evaluation.tasks import Item, general, render
 from pipelines.base_model import load_reference
 from pipelines.code import code_hash
-from pipelines.params import ADAPTER, ConfigError, StageParams, check_arm, overridden
+from pipelines.params import ADAPTER, ConfigError, StageParams, check_arm, overridden, own_threads
 from pipelines.prompt import Prompt, literal, prompt_text
 from pipelines.stage import BASE, DATA, TEXTS, adapter_dir, command, split_files
 from trainers import arms
@@ -36,6 +41,10 @@ from trainers.settings import Section, Seed, TrainSettings
 from trainers.theirs import CONFIG, WEIGHTS, adopt
 
 TUNED = Path("tuned")
+
+
+class LaunchError(RuntimeError):
+    """A training on several devices that failed on one of them."""
 
 
 class Tune(Section):
@@ -150,12 +159,55 @@ def job_of(params: Params, settings: TrainSettings, seed: int, output: Path, che
     )
 
 
+def devices_for(settings: TrainSettings) -> int:
+    """How many devices of this machine a run is trained on; where it has no GPU, as many processes on the CPU."""
+    if settings.devices == 1:
+        return 1
+    import torch
+
+    there = torch.cuda.device_count()
+    count = max(1, there) if settings.devices == "all" else settings.devices
+    if 0 < there < count:
+        raise ConfigError(f"train.devices: expected at most {there}, the GPUs that are visible, got {count}")
+    if settings.batch_size % count:
+        raise ConfigError(f"train.batch_size: expected a multiple of the {count} devices, got {settings.batch_size}")
+    return count
+
+
+def launch(arm: str, seed: int, devices: int) -> None:
+    """Run this stage in a process a device, each with its share of the CPU threads."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    options: dict[str, Any] = {"num_processes": devices, "num_machines": 1, "main_process_port": 0}
+    options |= {"mixed_precision": "no", "dynamo_backend": "no"}  # the Trainer has its own
+    options |= {"num_cpu_threads_per_process": max(1, own_threads() // devices)}
+    words = ["--multi_gpu", *(f"--{name}={value}" for name, value in options.items())]
+    try:
+        launch_command(launch_command_parser().parse_args([*words, "--module", "pipelines.train", arm, str(seed)]))
+    except SignalException:
+        raise KeyboardInterrupt from None
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        how = f"killed by signal {-failure.exitcode}" if failure.exitcode < 0 else "ended by the error above"
+        raise LaunchError(f"device {rank} of {devices}: {how}") from None
+
+
+def rank() -> int | None:
+    """The number of this process in a launch; None outside of one."""
+    return int(os.environ["RANK"]) if "RANK" in os.environ else None
+
+
 def run(params: Params, arm_name: str, seed: int) -> None:
     arm, tuned, template = load_arm(arm_name, params), params.tuned(arm_name), prompt_text(params.prompt)
     theirs = params.adapter_of(arm_name, seed)
     if params.tune.grid and not tuned and not theirs:
         raise ConfigError(f"{TUNED / arm_name}: expected what stage tune chose, found nothing; run `dvc repro tune`")
     settings, (reference, base_fingerprint) = params.train_for(arm_name), load_reference()
+    if not theirs and rank() is None and (devices := devices_for(settings)) > 1:
+        launch(arm_name, seed, devices)
+        return
     shown = {
         "train": {"adapter": str(theirs)} if theirs else settings.model_dump(),
         "prompt": params.prompt.model_dump(),
@@ -164,6 +216,11 @@ def run(params: Params, arm_name: str, seed: int) -> None:
     key, inputs = key_of_run(params, arm_name, seed, shown), inputs_of_training(params, arm_name, seed)
     kept = Path("checkpoints") / arm_name / str(seed)
     out = adapter_dir(arm_name, seed)
+    if rank():  # the first one alone writes anything that stays
+        with TemporaryDirectory() as folder:
+            job = job_of(params, settings.model_copy(update={"report_to": []}), seed, Path(folder), kept / key[:16])
+            train(arm, job)
+        return
     with exclusive(kept.with_name(f"{seed}.lock"), f"train {arm_name} seed {seed}"), staged(out) as folder:
         record = start_run("train", params=shown, inputs=inputs, arm=arm_name, seed=seed, prompt_template=template)
         job = job_of(params, settings, seed, folder, kept / key[:16])
@@ -179,4 +236,8 @@ def run(params: Params, arm_name: str, seed: int) -> None:
 
 
 if __name__ == "__main__":
+    if rank() is not None and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive the launch
+    if rank():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # its words would be those of the first once more
     command("train", Params, run)

@@ -1,5 +1,6 @@
 """Loading base models and tokenizers, and finding the modules that LoRA goes on."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def load_base_model(base: BaseReference, settings: TrainSettings) -> Any:
 
     kwargs: dict[str, Any] = {"dtype": training_dtype(settings), **base.load_kwargs}
     if torch.cuda.is_available():
-        kwargs["device_map"] = {"": 0}
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     if settings.quantize_base == "nf4":
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

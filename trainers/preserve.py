@@ -122,12 +122,18 @@ class Keeper:
     # Steps
 
     def rows_of(self, step: int) -> Texts:
-        """This rank's texts of a step, of like length: over all ranks each once before one comes again."""
-        number = step * self.trainer.args.world_size + self.trainer.args.process_index
-        turn, place = divmod(number, len(self.texts) // self.rows)
+        """The texts of a step, of all ranks together and of like length; each comes once before one comes again."""
+        turn, place = divmod(step, len(self.texts) // self.rows)
         if self.order[0] != turn:
             self.order = (turn, batched_order([len(text) for text in self.texts], self.rows, self.seed + turn))
         return [self.texts[p] for p in self.order[1][place * self.rows : (place + 1) * self.rows]]
+
+    def share_of(self, step: int) -> tuple[Texts, float]:
+        """This rank's texts among them, and a factor: times it, the ranks' means have the mean over all tokens."""
+        texts, args = self.rows_of(step), self.trainer.args
+        own = texts[args.process_index :: args.world_size]
+        tokens, of_all = (sum(len(text) - 1 for text in some) for some in (own, texts))
+        return own or texts[:1], args.world_size * tokens / of_all  # where there are too few, one that counts for 0
 
     def base_at(self, model: Any, step: int, batch: dict[str, Any]) -> Any:
         """What `of_base` says of a step's texts; it is asked about several steps at once, as small batches are slow."""
@@ -138,14 +144,14 @@ class Keeper:
         at_once = max(1, min(16, _BYTES // size))
         first = step - step % at_once
         if self.asked[0] != first:
-            texts = sorted((text for n in range(first, first + at_once) for text in self.rows_of(n)), key=len)
+            texts = sorted((text for n in range(first, first + at_once) for text in self.share_of(n)[0]), key=len)
             parts = batches(texts, self.pad, self.trainer.args.device, 2 * _BATCH)
             found = [self.of_base(model, part) for part in parts]
             lengths = [len(text) - 1 for text in texts]
             hidden = found[0].shape[-1] == 1
             self.asked = (first, {} if hidden else dict(zip(texts, torch.cat(found).split(lengths), strict=True)))
         known = self.asked[1]
-        return torch.cat([known[text] for text in self.rows_of(step)]) if known else self.of_base(model, batch)
+        return torch.cat([known[text] for text in self.share_of(step)[0]]) if known else self.of_base(model, batch)
 
     def hold(self, model: Any) -> None:
         """Add the gradient of strength · KL on this step's texts, or that of the penalty."""
@@ -159,11 +165,12 @@ class Keeper:
             if self.settings.kl is None:
                 return
         model.train()
-        (batch,) = batches(self.rows_of(step), self.pad, self.trainer.args.device, self.rows)
+        texts, share = self.share_of(step)
+        (batch,) = batches(texts, self.pad, self.trainer.args.device, self.rows)
         base = self.base_at(model, step, batch)
         with accelerator.no_sync(model):  # the task's backward pass brings the ranks' gradients together
             with torch.set_grad_enabled(penalty is None):
-                loss = self.divergence(model, batch, base)
+                loss = share * self.divergence(model, batch, base)
             if penalty is None:
                 accelerator.backward(self.strength * loss)
         if self.settings.kl is not None:

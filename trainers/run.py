@@ -5,6 +5,7 @@ Heavy packages load inside functions: params.yaml is checked without them, and U
 
 import json
 import math
+import os
 import resource
 import shutil
 import sys
@@ -96,12 +97,12 @@ def training_arguments(job: TrainingJob, **changes: Any) -> Any:
     import torch
     from trl import SFTConfig
 
-    s = job.settings
+    s, ranks = job.settings, int(os.environ.get("WORLD_SIZE", 1))
     values: dict[str, Any] = dict(
         output_dir=str(job.checkpoints),
         **({"num_train_epochs": s.epochs} if s.max_steps is None else {"max_steps": s.max_steps}),
-        per_device_train_batch_size=s.batch_size,
-        per_device_eval_batch_size=s.batch_size,
+        per_device_train_batch_size=s.batch_size // ranks,
+        per_device_eval_batch_size=s.batch_size // ranks,
         gradient_accumulation_steps=s.gradient_accumulation,
         learning_rate=s.learning_rate,
         lr_scheduler_type=s.lr_scheduler,
@@ -122,14 +123,19 @@ def training_arguments(job: TrainingJob, **changes: Any) -> Any:
         seed=job.seed,
         data_seed=job.seed,
         use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # they are the same on all ranks
+        accelerator_config={"even_batches": False},  # see `_share_batches`
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=s.layers is None,  # pictures are a column of their own until they are collated
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),  # `progress_lines` there
     )
     args = SFTConfig(**{**values, **changes})
+    if args.device.type == "cpu":
+        args._setup_devices = torch.device("cpu")  # of several processes cpu:0, to which torch loads no checkpoint
     if args.n_gpu > 1:  # else the Trainer would wrap the model in DataParallel, and the batch be so many times as large
-        print(f"{args.n_gpu} GPUs are visible; one is taken, {args.device}; CUDA_VISIBLE_DEVICES chooses", flush=True)
+        print(f"{args.n_gpu} GPUs are visible; one is taken, {args.device}; train.devices takes more", flush=True)
         args._n_gpu = 1
     return args
 
@@ -213,6 +219,38 @@ def _encode(job: TrainingJob, tokenizer: Any, examples: Sequence[tuple[str, str]
     return encoded
 
 
+def _share_batches(trainer: Any) -> None:
+    """Have each rank take its rows of the very batches that one process alone would take, the short last ones too.
+
+    As in training, where it sees to that itself, an evaluation's loss is then the mean over the tokens of all ranks.
+    """
+    import torch
+
+    rank, ranks = trainer.args.process_index, trainer.args.world_size
+    collate, load, predict = trainer.data_collator, trainer._get_dataloader, trainer.prediction_step
+
+    def share(rows: list[Any]) -> Any:
+        own = rows[rank::ranks]
+        fill = rows[: len(rows[::ranks]) - len(own)]  # as many as rank 0 has, since ranks gather losses row by row
+        batch = collate(own + fill)
+        batch["labels"][len(own) :], batch["attention_mask"][len(own) :] = -100, 0  # which count for nothing
+        return batch
+
+    def loader(*args: Any, batch_size: int, **kwargs: Any) -> Any:
+        found = load(*args, batch_size=batch_size * ranks, **kwargs)
+        # As transformers does where batches know their rank: accelerate hands every one on.
+        found.batch_sampler.num_processes, found.batch_sampler.process_index = 1, 0
+        return found
+
+    def predicted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss, *rest = predict(model, inputs, *args, **kwargs)  # the mean over this rank's tokens
+        tokens = inputs["labels"][:, 1:].ne(-100).sum()
+        total, count = trainer.accelerator.reduce(torch.stack([torch.where(tokens > 0, loss * tokens, 0), tokens]))
+        return total / count, *rest
+
+    trainer.data_collator, trainer._get_dataloader, trainer.prediction_step = share, loader, predicted
+
+
 def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Encoded]:
     """The arm's trainer, ready to train, and its encoded items; `changes`: arguments of SFTConfig."""
     if arm.prepare:
@@ -235,6 +273,8 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
         eval_dataset=valid.dataset,
         processing_class=tokenizer,
     )
+    if trainer.args.world_size > 1:
+        _share_batches(trainer)
     if named:
         adapters.finish_start(trainer, read)
     if job.settings.optim_args or optimizers.is_path(job.settings.optimizer):
@@ -282,6 +322,7 @@ def peak_memory_bytes() -> int:
 def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     """Train one arm; write adapter, tokenizer, losses and ledger to `job.output`; return numbers for run.json.
 
+    Under `accelerate launch` every rank does so, to an output of its own, with checkpoints that they share.
     Same job on the same machine and thread count → same adapter bytes on a CPU, resumed or not.
     """
     from safetensors.torch import load_file
@@ -290,7 +331,8 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     trainer, train, valid = build(arm, job, **_lasting_arguments(job, f"{arm.name}-{job.seed}"))
     from torch.random import fork_rng
 
-    checkpoint = to_resume(job.checkpoints)
+    with trainer.args.main_process_first():  # which removes what is broken
+        checkpoint = to_resume(job.checkpoints)
     resumed_from = _step(checkpoint) if checkpoint else None
     _add_callbacks(trainer, arm, job, resumed_from)
     _note_losses(trainer)
@@ -307,7 +349,7 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     saved = job.output / "adapter_model.safetensors"
     history = [dict(entry) for entry in trainer.state.log_history if not entry.keys() & {STEP_LOSS, STEP_KL}]
     remove_reporters(trainer)  # closed by now: the evaluation below would open them anew, or stand at the wrong step
-    said = arm.report(trainer, job) if arm.report else {}
+    said = arm.report(trainer, job) if arm.report and trainer.is_world_process_zero() else {}
     (job.output / "loss_history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
     (job.output / STEP_LOSSES).write_text(json.dumps(_step_losses(trainer)) + "\n", encoding="utf-8")
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -317,6 +359,7 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     if job.settings.keeps_best and state.best_model_checkpoint is None:
         print("no evaluation loss was finite: the adapter is that of the last step", file=sys.stderr, flush=True)
     return {
+        "devices": trainer.args.world_size,
         "steps": state.global_step,
         "epochs": state.epoch,
         "stopped_early": state.global_step < state.max_steps,
@@ -358,7 +401,8 @@ def _note_losses(trainer: Any) -> None:
 
     class Note(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            state.log_history.append({"step": state.global_step, STEP_LOSS: float(sum(shares))})
+            loss = trainer.accelerator.reduce(sum(shares), "mean")  # over the ranks
+            state.log_history.append({"step": state.global_step, STEP_LOSS: float(loss)})
             shares.clear()
 
     trainer.training_step = noted

@@ -113,7 +113,7 @@ class TrainSettings(Section):
     quantize_base: Literal["none", "nf4"]
     max_steps: Annotated[int, Field(ge=1, description="optimizer steps")] | None
     epochs: Annotated[float, Field(gt=0, description="passes over the training items")] | None
-    batch_size: Annotated[int, Field(ge=1, description="items a device and forward pass")]
+    batch_size: Annotated[int, Field(ge=1, description="items a forward pass, of all devices together")]
     gradient_accumulation: Annotated[int, Field(ge=1, description="forward passes an optimizer step")]
     learning_rate: Annotated[float, Field(gt=0, le=10)]
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"]
@@ -122,6 +122,7 @@ class TrainSettings(Section):
     max_grad_norm: Annotated[float, Field(ge=0, description="0 = no clipping")]
     optimizer: str  # any name of transformers', or the dotted path of a class or of a function of a model
     optim_args: dict[str, Any] = {}  # of that class or function
+    devices: Literal["all"] | Positive = 1  # that share every batch; all = the GPUs that are visible
     peft: dict[str, Any] | str = {}  # a PEFT configuration's fields, or the path of an adapter_config.json
     precision: Literal["fp32", "bf16"]
     max_length: Annotated[int, Field(ge=8, description="tokens of prompt and completion")]
@@ -156,6 +157,10 @@ class TrainSettings(Section):
             problems.append(
                 f"early_stopping_min_delta: {self.early_stopping_min_delta} has no effect without "
                 "early_stopping_patience; set that too, or 0.0 here"
+            )
+        if self.devices != "all" and self.batch_size % self.devices:
+            problems.append(
+                f"batch_size: expected a multiple of devices = {self.devices}, which share it, got {self.batch_size}"
             )
         if len(set(self.report_to)) != len(self.report_to):
             problems.append(f"report_to: expected each once, got {self.report_to}")
@@ -203,6 +208,11 @@ class TrainSettings(Section):
         from grit_vlm.config.model_configs import ModelConfigError
 
         problems = []
+        if self.devices != 1:
+            problems.append(
+                f"devices: expected 1 beside layers, since Fisher estimates of pictures are not summed over devices, "
+                f"got {self.devices}"
+            )
         if self.target_modules:
             problems.append(f"target_modules: expected [] beside layers, got {self.target_modules}")
         if self.replay:
@@ -244,11 +254,11 @@ class TrainSettings(Section):
         config.global_rank, config.global_alpha, config.global_dropout = self.rank, self.alpha, self.dropout
         return config
 
-    def steps_for(self, items: int, devices: int = 1) -> int:
+    def steps_for(self, items: int) -> int:
         """Optimizer steps of a run over so many items, as the Trainer counts them (`set_initial_training_values`)."""
         if self.max_steps is not None:
             return self.max_steps
-        batches = math.ceil(items / (self.batch_size * devices))
+        batches = math.ceil(items / self.batch_size)
         return math.ceil((self.epochs or 0) * max(1, math.ceil(batches / self.gradient_accumulation)))
 
 

@@ -26,6 +26,7 @@ CASES = [
     ({"early_stopping_patience": 3}, r"early_stopping_patience: expected save_steps .* = 125, got save_steps = 100"),
     ({"early_stopping_min_delta": 0.1}, r"early_stopping_min_delta: 0\.1 has no effect without"),
     ({"report_to": ["wandb", "wandb"]}, r"report_to: expected each once"),
+    ({"devices": 3}, r"batch_size: expected a multiple of devices = 3, which share it, got 16"),
 ]
 
 
@@ -68,5 +69,3 @@ def test_steps_are_those_of_the_trainer(raw, tmp_path):
             counted = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
             assert TrainSettings(**raw["train"] | changes).steps_for(items) == counted
     assert TrainSettings(**raw["train"]).steps_for(7) == 500
-    by_epochs = TrainSettings(**raw["train"] | {"max_steps": None, "epochs": 1.0})
-    assert (by_epochs.steps_for(64, devices=2), by_epochs.steps_for(65, devices=2)) == (2, 3)  # 16 items a device

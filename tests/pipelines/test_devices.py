@@ -1,0 +1,70 @@
+"""One run on two gloo processes, by the stage's own command: what one process with the joint batch gives."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from db.files import read_json
+from pipelines import base_texts, prepare_base, prepare_data, probe
+from pipelines.check import parse_params
+from pipelines.params import ConfigError
+from pipelines.train import devices_for
+from trainers.theirs import WEIGHTS
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = {"max_steps": 10, "eval_steps": 5, "save_steps": 4, "logging_steps": 2, "probe_every": 4, "learning_rate": 5e-4}
+HELD = {"method": "distill", "strength": 0.75, "rows": 3, "kl": 0.01}
+
+
+def test_devices_are_there_and_share_a_batch(smoke_raw, monkeypatch):
+    settings = parse_params(smoke_raw).train_for("baseline_lora")  # of 8 questions
+    for asked, there, expected in ((1, 4, 1), ("all", 0, 1), ("all", 4, 4), (2, 0, 2), (2, 4, 2)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda there=there: there)
+        assert devices_for(settings.model_copy(update={"devices": asked})) == expected
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    for asked, message in ((4, r"train\.devices: expected at most 3"), ("all", r"multiple of the 3 devices, got 8")):
+        with pytest.raises(ConfigError, match=message):
+            devices_for(settings.model_copy(update={"devices": asked}))
+
+
+@pytest.mark.full
+def test_two_processes_train_what_one_does_with_the_joint_batch(smoke_raw, tmp_path, monkeypatch):
+    """Over the end of an epoch, of 61 questions: its last batch of 5, and texts of `preserve`, are shared too."""
+    monkeypatch.chdir(tmp_path)
+    raw = smoke_raw | {"prepare_data": smoke_raw["prepare_data"] | {"train_items": 61, "valid_items": 21}}
+    raw |= {"train": raw["train"] | SHORT, "arms": {k: dict(v) for k, v in raw["arms"].items()}}
+    raw["arms"]["pure_grit"] |= {"preserve": HELD, "learning_rate": SHORT["learning_rate"]}
+    params = parse_params(raw)
+    for stage in (prepare_data, prepare_base, base_texts):
+        stage.run(params)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for arm in ("baseline_lora", "pure_grit"):
+        found, verdicts = [], []
+        for devices in (1, 2):
+            raw["train"]["devices"] = devices
+            Path("params.yaml").write_text(yaml.safe_dump(raw))
+            command = [sys.executable, "-m", "pipelines.train", arm, "0"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert done.stdout.count('{"devices": ') == 1  # the first process alone speaks
+            verdicts.append(probe.run(parse_params(raw), arm, 0))
+            found.append(tmp_path / f"{arm}-{devices}")
+            shutil.move(tmp_path / "adapters" / arm / "0", found[-1])
+        one, two = (load_file(folder / WEIGHTS) for folder in found)
+        assert one.keys() == two.keys()
+        assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
+        losses = [read_json(folder / "step_losses.json") for folder in found]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-6) and len(losses[0]) == 10
+        told = [read_json(folder / "run.json")["extra"] for folder in found]
+        assert [record["devices"] for record in told] == [1, 2]
+        assert told[1]["final_eval_loss"] == pytest.approx(told[0]["final_eval_loss"], rel=1e-6)
+        assert told[1]["final_kl"] == pytest.approx(told[0]["final_kl"], rel=1e-4)
+        assert [(v.verdict, v.diagnosis, v.as_claimed) for v in verdicts[1:]] == [
+            (v.verdict, v.diagnosis, v.as_claimed) for v in verdicts[:1]
+        ]
