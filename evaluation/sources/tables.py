@@ -132,12 +132,15 @@ def _recognised(source: str, data: bytes) -> str:
     if max(even, odd) > 0.7 and min(even, odd) < 0.1:  # every other byte of plain letters in UTF-16 is zero
         return "utf-16-le" if odd > even else "utf-16-be"
     bad = _not_utf8(data, 0)
-    if bad is None or not data.decode(errors="ignore").isascii():  # a few broken bytes among sound ones
+    sound = sum(not character.isascii() for character in data.decode(errors="ignore"))
+    if bad is None or sound > data.decode(errors="replace").count("\ufffd"):  # a few broken bytes among sound ones
         return "utf-8"
     from charset_normalizer import from_bytes
 
     # In µg/m³ the last sign alone would leave it open.
     lines = [line for line in data.replace(b"/m\xb3", b"/m3").splitlines() if not line.isascii()][:200]
+    if not lines:
+        return "cp1252"
     found = from_bytes(b"\n".join(lines), cp_isolation=_CANDIDATES)
     ranks = {(m.chaos, -m.coherence): m for m in found if not _MIXED.search(str(m))}
     best = [m for m in found if not _MIXED.search(str(m)) and (m.chaos, -m.coherence) == min(ranks)]
@@ -145,9 +148,9 @@ def _recognised(source: str, data: bytes) -> str:
     def named(match: Any) -> str:
         return "cp1252" if "cp1252" in match.could_be_from_charset else str(match.encoding)
 
-    if lines and len(best) == 1:
+    if len(best) == 1:
         return named(best[0])
-    texts = {named(m): str(m).splitlines() for m in best}
+    texts = {named(m): str(m).split("\n") for m in best}
     place = next((n for n, same in enumerate(zip(*texts.values(), strict=False)) if len(set(same)) > 1), 0)
     readings = " or ".join(f"{name} ({text[place].strip()[:40]!r})" for name, text in sorted(texts.items()))
     which = f"whether it is {readings}" if readings else "which encoding it is"
