@@ -31,6 +31,12 @@ class Pollutant:
     decimals: int  # kept when a concentration is truncated
     bands: tuple[Band | None, ...]  # (C_lo, C_hi) per category; None where EPA defines none
 
+    @property
+    def typical(self) -> tuple[float, float]:
+        """Where the median of any place's concentrations lies: above a hundredth of the first band, on the scale."""
+        tops = [float(band[1]) for band in self.bands if band]
+        return tops[0] / 100, tops[-1]
+
     def truncate(self, value: float | str | Decimal) -> Decimal:
         """`value` cut to this pollutant's precision; ValueError where it is no finite number."""
         try:

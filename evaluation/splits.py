@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from evaluation import paraphrase
 from evaluation.epa import POLLUTANTS
 from evaluation.sources.hub import HUB
-from evaluation.sources.rows import OWN, RecipeRows, RowSource, read_recipe, write_rejected
+from evaluation.sources.rows import OWN, RecipeRows, RowSource, commonest, read_recipe, write_rejected
 from evaluation.sources.tables import FILES
 from evaluation.tasks import Item, ItemError, general, load, names
 from trainers.settings import Positive, Seed
@@ -238,15 +238,10 @@ def _wanted(rows: int, held: dict[str, int], train: int | None) -> dict[str, int
 def _notes(rows: RecipeRows, division: Division, section: PrepareData, untested: int) -> list[str]:
     notes = []
     for split, share in rows.most_refused.items():
-        kinds: dict[str, list[str]] = {}
-        for rejection in rows.rejected:
-            if rejection.split == split:  # "expected at most 400 characters, got 512" is the same as "…, got 640"
-                kind = re.sub("[0-9]+", "#", rejection.reason.partition(", got ")[0])
-                kinds.setdefault(kind, []).append(rejection.reason)
-        most = max(kinds.values(), key=len)
+        most = commonest([rejection for rejection in rows.rejected if rejection.split == split])[0]
         notes.append(
             f"WARNING: {share:.0%} of the rows of split {split!r} were refused, more than half; check columns and "
-            f"max_chars. Most often ({len(most)}): {most[0]}"
+            f"max_chars. Most often ({len(most)}): {most[0].reason}"
         )
     for split in ("valid", "test"):
         asked, got = getattr(section, f"{split}_items"), len(division.splits[split])

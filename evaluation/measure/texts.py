@@ -71,7 +71,7 @@ def read_texts(
 
 
 def _column(source: str, column: str, split: str, subset: str | None, section: str) -> list[str]:
-    table = read_table(source, split=split, subset=subset)
+    table = read_table(source, split=split, subset=subset, names=[column])
     if column not in table.columns:
         meant = suggest(column, table.columns)
         raise TextError(f"{section}.text: {source} has no column {column!r}{meant}; set {section}.text_column")
@@ -130,7 +130,7 @@ def read_prompts(
     labels = {safe_label.strip().lower(): False, unsafe_label.strip().lower(): True}
     if shipped:
         labels = {"safe": False, "unsafe": True}
-    table = read_table(str(SHIPPED_FILE) if shipped else source, split=split, subset=subset)
+    table = read_table(str(SHIPPED_FILE) if shipped else source, split=split, subset=subset, names=names.values())
     problems = [
         f"there is no column {name!r}{suggest(name, table.columns)}. Say which it is in measure.columns, e.g. "
         f"{{{field}: {table.columns[0] if table.columns else 'x'}}}"

@@ -1,13 +1,20 @@
 """Rows of data from CSV, JSON and Parquet files, folders or the Hugging Face hub, with nothing dropped silently."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from evaluation.sources.hub import HUB, read_split
 from evaluation.sources.tables import Table, read_file
 
 
-def read_table(source: str, *, split: str = "train", subset: str | None = None) -> Table:
-    """Columns and raw rows of a file, or of one split of a folder or hub data set; SourceError where there are none."""
+def read_table(source: str, *, split: str = "train", subset: str | None = None, names: Iterable[str] = ()) -> Table:
+    """Columns and raw rows of a file, or of one split of a folder or hub data set; SourceError where there are none.
+
+    `names`: the columns that are looked for.
+    """
     if source.startswith(HUB) or Path(source).is_dir():
         return read_split(source, split, subset)
-    return read_file(source)
+    table = read_file(source, names=names)
+    if table.note:
+        print(table.note)
+    return table

@@ -2,18 +2,21 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 from pydantic import Field as Key
+from pydantic import field_validator
 
 from evaluation.sources.hub import HUB, DataSet, open_data_set
-from evaluation.sources.tables import RawRow, Rejection, SourceError, Table, read_file
-from evaluation.tasks import Field, Item, RowError, Source, Task, number
+from evaluation.sources.tables import AUTO, RawRow, Rejection, SourceError, Table, read_file
+from evaluation.tasks import Field, Item, RowError, Source, Task, decimal_commas, number, with_point
 from trainers.settings import Positive, Section
 from trainers.words import nearest, suggest
 
@@ -40,8 +43,27 @@ class RowSource(Section):
     hub_split: str | None  # for training and validation; null: the task's own
     hub_test_split: str | None  # null: the task's own, if the data set has it; like hub_split: drawn from that
     hub_subset: str | None  # configuration; null: the task's own, if the data set has it
-    delimiter: Annotated[str, Key(min_length=1, max_length=1)]  # of CSV files
+    delimiter: str  # of CSV files: auto, or a character
+    encoding: str  # of text files: auto, or its name
     max_chars: Positive | None  # of prompt and completion together; longer rows are refused
+    max_refused: Annotated[float, Key(ge=0, le=1)]  # share of a split's rows; duplicates and too long ones apart
+
+    @field_validator("delimiter")
+    @classmethod
+    def _delimiter(cls, delimiter: str) -> str:
+        if delimiter != AUTO and (len(delimiter) != 1 or delimiter in '"\r\n'):
+            raise ValueError(f"expected auto or one character, got {delimiter!r}")
+        return delimiter
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding(cls, encoding: str) -> str:
+        try:
+            if encoding != AUTO:
+                "".encode(encoding)
+        except LookupError:
+            raise ValueError(f"expected auto, or a name such as utf-8, cp1252 or utf-16, got {encoding!r}") from None
+        return encoding
 
 
 @dataclass(frozen=True)
@@ -71,6 +93,14 @@ def _plain(value: object) -> object:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
+def commonest(rejections: Sequence[Rejection]) -> list[list[Rejection]]:
+    """Rows refused for one reason, the most first; "at most 400, got 512" is the same as "at most 400, got 640"."""
+    kinds: dict[str, list[Rejection]] = {}
+    for rejection in rejections:
+        kinds.setdefault(re.sub("[0-9]+", "#", rejection.reason.partition(", got ")[0]), []).append(rejection)
+    return sorted(kinds.values(), key=len, reverse=True)
+
+
 def read_recipe(task: Task, where: RowSource) -> RecipeRows:
     """Every row ends as an item or among the rejected; SourceError, with every problem, where no row of a split can."""
     own = getattr(task, "SOURCE", Source(""))
@@ -84,7 +114,8 @@ def read_recipe(task: Task, where: RowSource) -> RecipeRows:
             }
         )
     try:
-        tables, facts, notes = _tables(task.NAME, own, where)
+        names = [asked.get(name, field.column) for name, field in task.FIELDS.items()]
+        tables, facts, notes = _tables(task.NAME, own, where, [name for name in names if name])
     except SourceError as error:
         raise SourceError(where.source, [*problems, *error.problems]) from error.__cause__
     missing, near = _left_out(task, asked, next(iter(tables.values())))  # all splits have the same columns
@@ -100,8 +131,10 @@ def read_recipe(task: Task, where: RowSource) -> RecipeRows:
     if problems:
         raise SourceError(where.source, list(dict.fromkeys(problems)))
     for made in splits:
-        made.read(several=len(tables) > 1)
+        problems += [*made.doubted_units(), *made.read(several=len(tables) > 1)]
         notes += made.notes
+    if problems:
+        raise SourceError(where.source, problems)
     train, test = splits[0], splits[1] if len(splits) > 1 else None
     return RecipeRows(
         train=train.items,
@@ -218,13 +251,16 @@ def _check_columns(task: Task, columns: Mapping[str, str], table: Table) -> list
 # --- splits ---
 
 
-def _tables(name: str, own: Source, where: RowSource) -> tuple[dict[str, Table], dict[str, object], list[str]]:
+def _tables(
+    name: str, own: Source, where: RowSource, columns: Sequence[str]
+) -> tuple[dict[str, Table], dict[str, object], list[str]]:
     """(split → its rows, the training split first; where they come from; notes)."""
     facts: dict[str, object] = dict.fromkeys(("subset", "test_split", "revision"))
     facts |= {"source": where.source, "train_split": own.train}
     if not where.source.startswith(HUB) and not Path(where.source).is_dir():
-        table = read_file(where.source, where.delimiter)
-        return {own.train: table}, facts, ["A file has no split for tests: test items are drawn from its rows."]
+        table = read_file(where.source, where.delimiter, where.encoding, columns)
+        notes = ["A file has no split for tests: test items are drawn from its rows."]
+        return {own.train: table}, facts, [table.note, *notes] if table.note else notes
     with open_data_set(where.source, where.hub_subset, own.subset) as data:
         train = where.hub_split or own.train
         test, notes = _test_split(name, own, where, data, train)
@@ -276,9 +312,43 @@ class _Split:
     notes: list[str] = field(default_factory=list)
     too_long: int = 0
     duplicates: int = 0
+    commas: set[str] = field(default_factory=set)  # columns of numbers with decimal commas
 
-    def read(self, several: bool) -> None:
-        """Fill `items` and `rejected`; SourceError, with the split's name if there are several, if no row is left."""
+    def __post_init__(self) -> None:
+        numbers = [column for name, column in self.columns.items() if self.task.FIELDS[name].typical]
+        self.commas = {c for c in numbers if decimal_commas(raw.values.get(c) for raw in self.table.rows)}
+        if self.commas:
+            columns = ", ".join(column for column in numbers if column in self.commas)
+            self.notes.append(f"Decimal commas are read as points in {columns}.")
+
+    def doubted_units(self) -> list[str]:
+        """Questions about columns without a unit whose values would fit the field's other one."""
+        found = []
+        for name, column in self.columns.items():
+            own, said = self.task.FIELDS[name], self.where.columns.get(name)
+            if own.unit is None or own.typical is None or (isinstance(said, Column) and said.unit):
+                continue
+            values = []
+            for raw in self.table.rows:
+                cell = raw.values.get(column)
+                with suppress(ValueError):
+                    values.append(number(with_point(cell) if column in self.commas else cell))
+            typical = median([value for value in values if value] or [0.0])
+            family = _VOLUME if own.unit in _VOLUME else _MASS
+            other = next(unit for unit in family if unit != own.unit.replace("³", "3"))
+            low, high = own.typical
+            if typical and not low <= typical <= high and low <= typical * float(_factor(name, own, other)) <= high:
+                size = "large" if typical > high else "small"
+                found.append(
+                    f"{name}: expected {own.unit}, got a median of {typical:g} in column {column!r}, which is too "
+                    f"{size} for that and would fit {other}. Write in params.yaml, under columns, "
+                    f"{name}: {{column: {column}, unit: {other}}} if it is, or unit: {own.unit} "
+                    "if it is right as it is."
+                )
+        return found
+
+    def read(self, several: bool) -> list[str]:
+        """Fill `items` and `rejected`; what is wrong if none is left, or more are refused than may be."""
         named = self._named()
         seen: dict[str, tuple[int, str]] = {}
         for raw in self.table.rows:
@@ -289,12 +359,27 @@ class _Split:
             else:
                 self.ids[item.id] = raw.row
                 self.items.append(item)
+        where = f"split {self.split!r}: " if several else ""
         if not self.items:
             shown = [f"row {r.row}{f' (line {r.line})' if r.line else ''}: {r.reason}" for r in self.rejected[:5]]
             more = [f"… and {len(self.rejected) - 5} more"] if len(self.rejected) > 5 else []
-            where = f"split {self.split!r}: " if several else ""
-            said = f"{where}no row is left, all {len(self.rejected)} were rejected."
-            raise SourceError(self.where.source, [said, *shown, *more])
+            return [f"{where}no row is left, all {len(self.rejected)} were rejected.", *shown, *more]
+        lost = sum(raw.lost for raw in self.table.rows)
+        if lost:
+            self.notes.append(f"{lost} more rows are lost in quotes left open; data/rejected.jsonl says where.")
+        faults = [r for r in self.rejected if not r.reason.startswith(("duplicate: ", "too long: "))]
+        rows, refused = len(self.table.rows) + lost, len(faults) + lost
+        if refused <= self.where.max_refused * rows:
+            return []
+        return [
+            f"{where}{refused} of {rows} rows ({refused / rows:.0%}) were refused, more than prepare_data.max_refused "
+            f"({self.where.max_refused:.0%}) allows; mend the file or columns, or raise it. Most often:",
+            *(
+                f"{len(same)} times, first in row {same[0].row}{f' (line {same[0].line})' if same[0].line else ''}: "
+                f"{same[0].reason}"
+                for same in commonest(faults)[:3]
+            ),
+        ]
 
     def _item(self, raw: RawRow, named: Mapping[str, list[str]], seen: dict[str, tuple[int, str]]) -> Item:
         if raw.problem is not None:
@@ -324,6 +409,8 @@ class _Split:
         values: dict[str, object] = {name: getattr(self.where, name) for name in getattr(self.task, "ROW_SETTINGS", ())}
         for name, column in self.columns.items():
             value, factor = raw.values.get(column), self.factors.get(name, 1)
+            if column in self.commas:
+                value = with_point(value)
             if factor != 1:
                 # Decimal: 70 ppb are 0.07 ppm, and EPA truncates, so 0.06999… would fall below the breakpoint.
                 with suppress(ValueError):  # the task says what is wrong with the cell

@@ -3,10 +3,12 @@
 A row number counts data rows from 1, a line number counts the lines of the file from 1. Blank lines are no rows.
 """
 
+import codecs
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,18 @@ _OTHER_BOMS = {b"\xff\xfe\x00\x00": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff"
 _ESCAPE = b"\\ud"  # how an escape of half a character begins
 _BATCH = 10_000  # rows turned into Python values at once: QNLI's 105,000 take less than a second
 _UNREADABLE = (ValueError, OverflowError)  # text that is not UTF-8, or a point in time that Python cannot hold
-FILES = (".csv", ".jsonl", ".ndjson", ".json", ".parquet")
+_CANDIDATES = [
+    "cp1252",
+    "cp1250",
+    "cp1251",
+    "cp1253",
+]  # western with Latin-1, central, Cyrillic, Greek
+_MIXED = re.compile("[A-Za-z][\u0370-\u04ff]|[\u0370-\u04ff][A-Za-z]")  # two alphabets in one word: a wrong reading
+_SEPARATORS = ",;\t|"
+_SEP = re.compile('"?sep=(.)"?', re.IGNORECASE)  # Excel's own first line
+_TOP = 50  # lines in which a header is looked for
+AUTO = "auto"
+FILES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,7 @@ class RawRow:
     line: int | None
     values: dict[str, object]
     problem: str | None = None
+    lost: int = 0  # further rows that an open quote took in
 
 
 @dataclass(frozen=True)
@@ -57,10 +71,14 @@ class Table:
     repeated: frozenset[str] = frozenset()  # columns that stand in the header more than once
     revision: str | None = None  # commit of a hub data set
     labels: dict[str, list[str]] = field(default_factory=dict)  # column of numbered classes → their names
+    note: str = ""  # what was recognised of a file that is not plain UTF-8, commas and a header on top
 
 
-def read_file(source: str, delimiter: str = ",") -> Table:
-    """The table of a file; SourceError where it is missing, empty, of an unknown kind or unreadable."""
+def read_file(source: str, delimiter: str = AUTO, encoding: str = AUTO, names: Iterable[str] = ()) -> Table:
+    """The table of a file; SourceError where it is missing, empty, of an unknown kind or unreadable.
+
+    `names` are columns that are looked for: they tell a CSV file's header and delimiter.
+    """
     path = Path(source)
     kind = path.suffix.lower()
     problems = []
@@ -78,15 +96,66 @@ def read_file(source: str, delimiter: str = ",") -> Table:
         raise SourceError(source, [f"cannot be read: {error.strerror}."]) from error
     if kind == ".parquet":
         return _read_parquet(source, data)
-    encoding = next((name for bom, name in _OTHER_BOMS.items() if data.startswith(bom)), None)
-    if encoding is not None:
-        raise SourceError(source, [f"expected UTF-8, got {encoding}; save the file as UTF-8."])
-    start = len(_UTF8_BOM) if data.startswith(_UTF8_BOM) else 0
-    if not data[start:].strip():
+    plain, start, recognised = _utf8(source, data, encoding)
+    if not plain.strip():
         raise SourceError(source, [f"is empty ({len(data)} bytes); expected a header and rows, or JSON lines."])
-    if kind == ".csv":
-        return _read_csv(source, data[start:], start, delimiter)
-    return _read_json(source, data[start:], start)
+    said = [f"as {recognised}"] if recognised else []
+    if kind in (".csv", ".tsv"):
+        table = _read_csv(source, plain, start, delimiter, {name.casefold() for name in names}, said)
+    else:
+        table = _read_json(source, plain, start)
+    return replace(table, note=f"{path.name} is read {', '.join(said)}." if said else "")
+
+
+def _utf8(source: str, data: bytes, encoding: str) -> tuple[bytes, int, str]:
+    """(the data in UTF-8, the bytes left out before it, the encoding where it was recognised and is another)."""
+    name = _recognised(source, data) if encoding == AUTO else codecs.lookup(encoding).name
+    if name in ("utf-8", "utf-8-sig"):  # bytes that are not are reported with the row that holds them
+        start = len(_UTF8_BOM) if data.startswith(_UTF8_BOM) else 0
+        return data[start:], start, ""
+    try:
+        text = data.decode(name).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        got = f"got byte 0x{data[error.start]:02x} at offset {error.start} of the file"
+        problem = f"expected {name}, {got}; save the file as UTF-8, or set prepare_data.encoding to what it is."
+        raise SourceError(source, [problem]) from error
+    return text.encode(errors="backslashreplace"), 0, name if encoding == AUTO else ""
+
+
+def _recognised(source: str, data: bytes) -> str:
+    """The encoding of a text file; SourceError where it cannot be told."""
+    if data.startswith(_UTF8_BOM):
+        return "utf-8"
+    if bom := next((name for bom, name in _OTHER_BOMS.items() if data.startswith(bom)), None):
+        return bom
+    even, odd = (data[parity:4000:2].count(0) / 2000 * max(1.0, 4000 / len(data or b"0")) for parity in (0, 1))
+    if max(even, odd) > 0.7 and min(even, odd) < 0.1:  # every other byte of plain letters in UTF-16 is zero
+        return "utf-16-le" if odd > even else "utf-16-be"
+    bad = _not_utf8(data, 0)
+    sound = sum(not character.isascii() for character in data.decode(errors="ignore"))
+    if bad is None or sound > data.decode(errors="replace").count("\ufffd"):  # a few broken bytes among sound ones
+        return "utf-8"
+    from charset_normalizer import from_bytes
+
+    # In µg/m³ the last sign alone would leave it open.
+    lines = [line for line in data.replace(b"/m\xb3", b"/m3").splitlines() if not line.isascii()][:200]
+    if not lines:
+        return "cp1252"
+    found = from_bytes(b"\n".join(lines), cp_isolation=_CANDIDATES)
+    ranks = {(m.chaos, -m.coherence): m for m in found if not _MIXED.search(str(m))}
+    best = [m for m in found if not _MIXED.search(str(m)) and (m.chaos, -m.coherence) == min(ranks)]
+
+    def named(match: Any) -> str:
+        return "cp1252" if "cp1252" in match.could_be_from_charset else str(match.encoding)
+
+    if len(best) == 1:
+        return named(best[0])
+    texts = {named(m): str(m).split("\n") for m in best}
+    place = next((n for n, same in enumerate(zip(*texts.values(), strict=False)) if len(set(same)) > 1), 0)
+    readings = " or ".join(f"{name} ({text[place].strip()[:40]!r})" for name, text in sorted(texts.items()))
+    which = f"whether it is {readings}" if readings else "which encoding it is"
+    ask = f"set prepare_data.encoding to {'the one that reads right' if readings else 'its name, e.g. shift_jis'}"
+    raise SourceError(source, [f"{bad}; {which} cannot be told: save the file as UTF-8, or {ask}."])
 
 
 def _not_utf8(line: bytes, offset: int) -> str | None:
@@ -98,14 +167,20 @@ def _not_utf8(line: bytes, offset: int) -> str | None:
     return None
 
 
-def _read_csv(source: str, data: bytes, start: int, delimiter: str) -> Table:
+def _read_csv(source: str, data: bytes, start: int, delimiter: str, names: Collection[str], said: list[str]) -> Table:
+    """`said` gets what was recognised."""
     lines = data.splitlines(keepends=True)
     offsets = list(accumulate((len(line) for line in lines), initial=start))
     # Bad bytes pass through the parser as visible \xNN and are reported with the row that holds them.
-    text = (line.decode(errors="backslashreplace") for line in lines)
+    text = [line.decode(errors="backslashreplace") for line in lines]
+    separator, top = _layout(text, delimiter, names)
+    if delimiter == AUTO and separator != ",":
+        said.append(f"with cells separated by {separator!r}")
+    if above := [line.strip() for line in text[:top] if line.strip() and not _SEP.fullmatch(line.strip())]:
+        said.append(f"from the header on line {top + 1}, without what stands above it ({above[0][:40]!r})")
     header: list[str] | None = None
     rows: list[RawRow] = []
-    for first, last, cells, error in _csv_rows(text, delimiter):
+    for first, last, cells, error in _csv_rows(text, separator, top):
         bad = next((p for i in range(first, last) if (p := _not_utf8(lines[i], offsets[i]))), None)
         problem = bad or error
         if header is None:
@@ -113,25 +188,48 @@ def _read_csv(source: str, data: bytes, start: int, delimiter: str) -> Table:
                 raise SourceError(source, [f"line {first + 1}, the header: {problem}."])
             header = [name.strip() for name in cells]
             continue
+        lost = sum(bool(line.strip()) for line in lines[first + 1 : last]) if error else 0
+        if lost:
+            problem = f"{problem}: {lost + 1} rows are lost"
         if problem is None and len(cells) != len(header):
             problem = f"expected {len(header)} cells, as in the header, got {len(cells)}"
         values: dict[str, object] = dict(zip(header, cells, strict=False))
         if len(cells) > len(header):
             values["(beyond the header)"] = cells[len(header) :]
-        rows.append(RawRow(len(rows) + 1, first + 1, values, problem))
+        rows.append(RawRow(len(rows) + 1, first + 1, values, problem, lost))
     columns = header or []
-    hint = ""
-    if len(columns) == 1 and delimiter == ",":
-        other = next((d for d in (";", "\t", "|") if d in columns[0]), None)
-        hint = f" The header holds {other!r}: set delimiter to it." if other else ""
+    other = next((d for d in _SEPARATORS if len(columns) == 1 and d in columns[0]), None)
+    hint = f" The header holds {other!r}: set delimiter to it, or to auto." if other else ""
     return Table(columns, rows, hint, frozenset(c for c in columns if columns.count(c) > 1))
 
 
-def _csv_rows(text: Iterator[str], delimiter: str) -> Iterator[tuple[int, int, list[str], str | None]]:
-    """Yields (first line, line after the last, cells, problem) per row that is not blank; lines from 0."""
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+def _layout(text: list[str], delimiter: str, names: Collection[str]) -> tuple[str, int]:
+    """(delimiter, line of the header from 0): such that most columns that are looked for are found."""
+    own = _SEP.fullmatch(text[0].strip())
+    top = next((n for n, line in enumerate(text) if line.strip() and not (own and n == 0)), 0)
+    if delimiter == AUTO and own:
+        delimiter = own[1]
+    tries = [
+        (len({cell.strip().casefold() for cell in cells}.intersection(names)), separator, first)
+        for separator in (_SEPARATORS if delimiter == AUTO else delimiter)
+        for first, _, cells, _ in _csv_rows(text[:_TOP], separator, top)
+    ]
+    most, separator, first = max(tries, key=lambda found: found[0], default=(0, ",", top))
+    if most:
+        return separator, first
+    if delimiter == AUTO:
+        try:
+            delimiter = csv.Sniffer().sniff(text[top], _SEPARATORS).delimiter
+        except csv.Error:
+            delimiter = ","
+    return delimiter, top
+
+
+def _csv_rows(text: list[str], delimiter: str, top: int) -> Iterator[tuple[int, int, list[str], str | None]]:
+    """Yields (first line, line after the last, cells, problem) per row from line `top` that is not blank; from 0."""
+    reader = csv.reader(text[top:], delimiter=delimiter, strict=True)
     while True:
-        first = reader.line_num
+        first = top + reader.line_num
         try:
             cells, error = next(reader), None
         except StopIteration:
@@ -140,9 +238,9 @@ def _csv_rows(text: Iterator[str], delimiter: str) -> Iterator[tuple[int, int, l
             cells, error = [], f"expected a CSV row, got broken quoting ({exc})"
             if "end of data" in str(exc):
                 error += f": a quote opened on line {first + 1} or later is never closed, so all lines up to "
-                error += f"{reader.line_num} are in this row"
+                error += f"{top + reader.line_num} are in this row"
         if cells or error:
-            yield first, reader.line_num, cells, error
+            yield first, top + reader.line_num, cells, error
 
 
 def _read_json(source: str, data: bytes, start: int) -> Table:

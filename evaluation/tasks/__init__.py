@@ -85,6 +85,7 @@ class Field:
     required: bool
     about: str  # what it holds, for error messages
     unit: str | None = None  # of numbers: the unit that `make_item` gets them in; columns may have another
+    typical: tuple[float, float] | None = None  # of numbers: between what their median lies
 
 
 class Task(Protocol):
@@ -204,6 +205,8 @@ def marked(item: Item, rng: random.Random) -> str:
 _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none"})
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
+_THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2},[0-9]{3}")
+_DECIMAL_POINT = re.compile(r"[+-]?[0-9]*\.[0-9]+")
 
 
 def shown(value: object) -> str:
@@ -258,6 +261,8 @@ def number(value: object) -> float:
         plain = value.strip()
         if not _NUMBER.fullmatch(plain):
             comma = "; write the decimal comma as a point" if _DECIMAL_COMMA.fullmatch(plain) else ""
+            if _THOUSANDS.fullmatch(plain):
+                comma = f"; is it {plain.replace(',', '.')} or {plain.replace(',', '')}? Write it without the comma"
             raise ValueError(f"expected a number, got {value!r}{comma}")
         result = float(plain)
     elif isinstance(value, bool) or not isinstance(value, int | float):
@@ -272,6 +277,17 @@ def number(value: object) -> float:
     if result < 0:
         raise ValueError(f"expected a number ≥ 0, got {value}")
     return result + 0.0  # -0.0 becomes 0.0
+
+
+def decimal_commas(cells: Iterable[object]) -> bool:
+    """Whether a column certainly writes 12.5 as "12,5"; one with points too, or with 1,234 alone, leaves it open."""
+    texts = [cell.strip() for cell in cells if isinstance(cell, str)]
+    commas = [text for text in texts if _DECIMAL_COMMA.fullmatch(text)]
+    return not all(map(_THOUSANDS.fullmatch, commas)) and not any(map(_DECIMAL_POINT.fullmatch, texts))
+
+
+def with_point(value: object) -> object:
+    return value.replace(",", ".") if isinstance(value, str) and _DECIMAL_COMMA.fullmatch(value.strip()) else value
 
 
 def digest(value: str) -> str:

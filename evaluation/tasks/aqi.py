@@ -39,10 +39,10 @@ SETTINGS = ("pollutants", "max_pollutants")
 ROW_SETTINGS = ("trust_given_aqi",)  # take the file's index where it disagrees with EPA's calculation
 FIELDS = {
     **{
-        key: Field(None, False, f"concentration of {pollutant.label}", pollutant.unit)
+        key: Field(None, False, f"concentration of {pollutant.label}", pollutant.unit, pollutant.typical)
         for key, pollutant in epa.POLLUTANTS.items()
     },
-    "aqi": Field(None, False, "the index"),
+    "aqi": Field(None, False, "the index", typical=(0, epa.AQI_MAX)),
     "category": Field(None, False, "EPA's name of the category"),
     "id": Field(None, False, "a name of the row"),
     "prompt": Field(None, False, "a question as it is to be asked"),

@@ -34,8 +34,10 @@ class Where(RowSource):
     hub_split: str | None = None
     hub_test_split: str | None = None
     hub_subset: str | None = None
-    delimiter: str = ","
+    delimiter: str = "auto"
+    encoding: str = "auto"
     max_chars: int | None = None
+    max_refused: float = 1.0
     trust_given_aqi: bool = False
 
 
@@ -97,7 +99,7 @@ def test_units_convert_without_binary_fractions_or_not_at_all(tmp_path):
 def test_bad_cells_name_file_row_line_column_and_value(tmp_path):
     for cell, said in (
         ("abc", "expected a number, got 'abc'"), ("-3", "expected a number ≥ 0, got -3"), ("٣", "expected a number"),
-        ('"12,5"', "expected a number, got '12,5'; write the decimal comma as a point"),
+        ('"1,250"', "expected a number, got '1,250'; is it 1.250 or 1250? Write it without the comma"),
         ("1_0", "expected a number, got '1_0'"), ("1e999", "expected a finite number"),
         ("1e27", "far off EPA's scale, got 1e27"), ("325.5", "0.0 to 325.4 µg/m³, got 325.5"),
     ):  # fmt: skip
@@ -222,7 +224,8 @@ def test_bytes_that_are_not_utf8_give_their_offset(tmp_path):
     assert reasons(result) == {1: f"expected UTF-8, got byte 0xfc at offset {at} of the file"}
     assert result.rejected[0].raw["site"] == "Z\\xfcrich"
     content = b'{"PM25": 1, "site": 1, "ozone": 0, "CO": 0, "AQI": 6}\n{"PM25": 2, "site": "\xe9"}\n'
-    assert f"offset {content.index(0xE9)} " in read(tmp_path, content, "d.jsonl").rejected[0].reason
+    found = read(tmp_path, content, "d.jsonl", encoding="utf-8")
+    assert f"offset {content.index(0xE9)} " in found.rejected[0].reason
 
 
 def test_problems_of_a_whole_file_are_named_at_once(tmp_path):
@@ -232,17 +235,67 @@ def test_problems_of_a_whole_file_are_named_at_once(tmp_path):
         ('[\n{"PM25": 1},\n', "d.json", "expected a JSON array of objects, got broken JSON"),
         ("[1]\n[2]\n", "d.jsonl", "all 2 were rejected"),  # lines that are arrays are rows that are no objects
         ("a,b", "d.xlsx", "expected a name ending in .csv"), ("PAR1", "d.parquet", "expected a Parquet file"),
-        ("site,PM25".encode("utf-16"), "d.csv", "got UTF-16"),
-        (b"si\xffte,PM25\n1,2\n", "d.csv", "line 1, the header: expected UTF-8"),
+        (b"\xef\xbb\xbfsi\xffte,PM25\n1,2\n", "d.csv", "line 1, the header: expected UTF-8"),
         ("site,PM25,PM25,ozone,CO,AQI\n1,2,3,4,5,6\n", "d.csv", "'PM25' more than once"),
-        ("site;PM25;ozone;CO;AQI\n1;2;3;4;5\n", "d.csv", "set delimiter"),
     ):  # fmt: skip
         assert said in str(failure(read, tmp_path, content, name))
     assert read(tmp_path, HEADER.replace(",", ";") + "A;9;;;\n", delimiter=";").train[0].id == "A"
+    assert "set delimiter to it, or to auto" in str(failure(read, tmp_path, "site;PM25\n1;2\n", delimiter=","))
     found = problems(read_recipe, aqi, Where(source=str(tmp_path / "no.csv"), columns={"aqi": "AQI"}))
     assert len(found) == 2 and str(tmp_path / "no.csv") in found[1]
     error = failure(read, tmp_path, HEADER + "a,x,,,\n" * 7)
     assert "all 7 were rejected" in str(error) and "row 5 (line 6): PM25" in str(error) and "2 more" in str(error)
+
+
+def test_a_file_as_a_european_excel_saves_it_is_read_and_what_was_recognised_is_said(tmp_path):
+    columns = {"pm25": "PM2,5 µg/m³", "co": "CO"}
+    text = "Messstation: Zürich\n\nOrt;PM2,5 µg/m³;CO\nZürich;35,9;1,250\nBern;8;0,4\n"
+    for encoding, said in (("utf-8", ""), ("utf-8-sig", ""), ("cp1252", "as cp1252, "), ("utf-16", "as UTF-16, "),
+                           ("utf-16-le", "as utf-16-le, ")):  # fmt: skip
+        result = read(tmp_path, text.encode(encoding), columns=columns)
+        assert [readings(i) for i in result.train] == [{"pm25": 35.9, "co": 1.25}, {"pm25": 8, "co": 0.4}]
+        assert result.notes[0] == (
+            f"data.csv is read {said}with cells separated by ';', from the header on line 3, without what stands above "
+            "it ('Messstation: Zürich')."
+        )
+        assert "Decimal commas are read as points in PM2,5 µg/m³, CO." in result.notes
+    result = read(tmp_path, "sep=;\n" + HEADER.replace(",", ";") + "A;9;;x;\nB;9,5;;;\n")
+    assert (result.train[0].id, result.rejected[0].line) == ("B", 3)
+
+
+def test_an_encoding_that_cannot_be_told_is_asked_for(tmp_path):
+    text = HEADER + "Kovač,9,,,\n"
+    (said,) = problems(read, tmp_path, text.encode("cp1250"))
+    assert "whether it is cp1250 ('Kovač,9,,,') or" in said and "or cp1252 ('Kovaè,9,,,') cannot be told" in said
+    assert read(tmp_path, text.encode("cp1250"), encoding="cp1250").train[0].id == "Kovač"
+    (said,) = problems(read, tmp_path, (HEADER + "東京はどこ,9,,,\n").encode("cp932"))
+    assert "cannot be told: save the file as UTF-8, or set prepare_data.encoding to" in said
+    (said,) = problems(read, tmp_path, b"\x81" + text.encode("cp1250"), encoding="cp1252")
+    assert said.startswith("expected cp1252, got byte 0x81 at offset 0 of the file; save the file as UTF-8, or")
+
+
+def test_rows_lost_in_an_open_quote_count_and_too_many_refused_stop_with_the_commonest_reasons(tmp_path):
+    rows = "".join(f"r{n},{n}.5,,,\n" for n in range(8))
+    content = HEADER + rows + 'x,abc,,,\ny,"5,,,\n' + "z,4,,,\n" * 10
+    result = read(tmp_path, content)
+    assert "never closed, so all lines up to 21 are in this row: 11 rows are lost" in result.rejected[1].reason
+    assert "10 more rows are lost in quotes left open; data/rejected.jsonl says where." in result.notes
+    head, *reasons = problems(read, tmp_path, content, max_refused=0.2)
+    assert head.startswith("12 of 20 rows (60%) were refused, more than prepare_data.max_refused (20%) allows")
+    assert reasons[0] == "1 times, first in row 9 (line 10): PM25: expected a number, got 'abc'" and len(reasons) == 2
+
+
+def test_a_unit_that_is_a_thousand_off_is_asked_about_until_it_is_named(tmp_path):
+    content = "o,n\n41,0.02\n38,0.03\n"
+    columns = {"o3_8h": "o", "no2": "n"}
+    said = problems(read, tmp_path, content, columns=columns)
+    assert said[0] == (
+        "o3_8h: expected ppm, got a median of 39.5 in column 'o', which is too large for that and would fit ppb. Write "
+        "in params.yaml, under columns, o3_8h: {column: o, unit: ppb} if it is, or unit: ppm if it is right as it is."
+    )
+    assert "no2: expected ppb" in said[1] and "too small for that and would fit ppm" in said[1]
+    units = {"o3_8h": {"column": "o", "unit": "ppb"}, "no2": {"column": "n", "unit": "ppb"}}
+    assert readings(read(tmp_path, content, columns=units).train[0]) == {"o3_8h": 0.041, "no2": 0.02}
 
 
 # --- every row ends in exactly one place ---
@@ -265,7 +318,7 @@ fuzz = settings(max_examples=80, deadline=None, suppress_health_check=[HealthChe
 
 def assert_accounted(rows, *arguments):
     try:
-        result = read(*arguments)
+        result = read(*arguments, encoding="utf-8")
         made, rejected = len(result.train), [r.row for r in result.rejected]
     except SourceError as error:
         made, rejected = 0, [*range(int(re.search(r"all (\d+) were rejected", str(error))[1]))]

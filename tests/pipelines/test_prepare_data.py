@@ -133,7 +133,7 @@ def test_what_is_refused_is_counted_listed_and_said(stage, capsys):
     Path("mine").mkdir()
     lines = [*some, some[0], {**some[1], "answer": "1+1\n#### 2"}, *bad, {"question": "y" * 500, "answer": "#### 1"}]
     Path("mine/d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    _, record = stage(task="gsm8k", source="mine/d.jsonl", max_chars=400, valid_items=3, test_items=4)
+    _, record = stage(task="gsm8k", source="mine/d.jsonl", max_refused=1.0, max_chars=400, valid_items=3, test_items=4)
     extra = record["extra"]
     assert (extra["accepted_rows"], extra["rejected_rows"]) == (30, 43)
     assert (extra["duplicate_rows"], extra["too_long_rows"]) == (2, 1)
