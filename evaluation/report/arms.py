@@ -306,7 +306,9 @@ def _probe(seed: int, readings: Mapping[str, Row[Any]]) -> ProbeRow:
     verdict = readings["verdict"]
     word, _, reason = verdict.diagnosis.partition(": ")
     numbers = {n: join_value(row.value, row.value_kind) for n, row in readings.items() if n != "verdict"}
-    return ProbeRow(seed, word, {"pass": True, "fail": False}.get(verdict.verdict), reason.removeprefix("none: "), numbers)
+    return ProbeRow(
+        seed, word, {"pass": True, "fail": False}.get(verdict.verdict), reason.removeprefix("none: "), numbers
+    )
 
 
 def _alignment(seed: int, metrics: Mapping[Key, float]) -> AlignmentRow | None:

@@ -127,7 +127,12 @@ def test_a_failure_stops_what_comes_after_it_alone(project):
     folder, marks = project
     (marks / "left.fails").touch()
     said, code = finish(start(project))
-    assert code == 1 and "left was told to fail" in said and "they come after what failed: 2" in said and "failed: left: " in said
+    assert (
+        code == 1
+        and "left was told to fail" in said
+        and "they come after what failed: 2" in said
+        and "failed: left: " in said
+    )
     assert (folder / "right").is_file() and order(marks) == ["left", "right"]
     (marks / "left.fails").unlink()
     shutil.rmtree(folder / ".dvc/tmp/distribute")  # other nodes: what is done comes from the remote
