@@ -14,7 +14,7 @@ RUN  := PATH="$(abspath $(BIN)):$$PATH"
 .PHONY: setup repro serve test test-all check format bench probe-faults foreign clean lock
 
 setup: $(DONE)
-	@$(if $(EXTRAS),$(BIN)/python -m pip install -qq --no-build-isolation --editable ".[$(EXTRAS)]")
+	@$(if $(EXTRAS),$(BIN)/python -m pip install -qq --no-build-isolation --constraint requirements.lock --editable ".[$(EXTRAS)]")
 
 $(DONE): pipelines/setup.sh requirements.lock requirements-unsloth.lock pyproject.toml
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" pipelines/setup.sh $(VENV)

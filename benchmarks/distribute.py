@@ -156,7 +156,9 @@ def main() -> None:
         "distribute",
         "dvc repro and two Ray nodes of one core each",
         same_results=all(one["same_results"] for one in runs.values()),
-        same_after_kills=all(one["same_after_kills"] for one in runs.values() if "same_after_kills" in one),
+        same_after_kills=all(kills)
+        if (kills := [one["same_after_kills"] for one in runs.values() if "killed" in one])
+        else None,
         overhead_seconds_a_stage=max(one["overhead_seconds_a_stage"] for one in runs.values()),
         profiles=runs,
     )

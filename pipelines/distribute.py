@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import platform
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,11 +28,10 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from db.files import OutputError, exclusive, package_versions, write_json, write_text
-from pipelines.params import PARAMS_FILE, Distribute, StageParams, load_params, load_yaml
-from pipelines.repro import CHECK, LOGS, SIGNALS, TIMES, stale, took_before
+from pipelines.params import PARAMS_FILE, Distribute, StageParams, load_params
+from pipelines.repro import CHECK, LOGS, TIMES, stale, take_signals, took_before
 from pipelines.stage import clear_errors, cli
 from trainers.callbacks import duration
 
@@ -40,6 +41,10 @@ HERE = Path(".dvc/remote")
 SCRATCH = Path(".dvc/tmp/distribute")
 HISTORY = Path("logs/distribute.jsonl")
 """A line a stage, of all runs of this command: where it was, its seconds in all and those of its command."""
+MARK = Path(".git/distributed")
+"""In a clone: the hash of the tree that it was made of."""
+USERS = ("inputs", "theirs")
+"""What users put into the project; it travels whatever git ignores, and links as what they point to."""
 STARTS = 4
 """How often a stage may start whose worker or node dies under it."""
 
@@ -65,7 +70,9 @@ class Task:
     remote: str | None  # address; None: the one that DVC's own configuration names
     scratch: str
     threads: int
+    gpus: float
     versions: dict[str, str]  # of the packages that results depend on, as the head has them
+    tree: str  # hash of the packed tree
 
 
 @dataclass
@@ -82,12 +89,13 @@ def work(task: Task, tree: bytes) -> Iterator[str | Outcome]:
     """Bring a stage up to date in a clone of this node: first where that is, then what came of it."""
     began = time.monotonic()
     logging.getLogger("dvc").setLevel(logging.ERROR)
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with free_clone(Path(task.scratch), tree) as clone:
+    own = str(Path(sys.executable).parent)
+    if own not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = f"{own}{os.pathsep}{os.environ['PATH']}"
+    with free_clone(Path(task.scratch), tree, task.tree) as clone:
         yield clone.name
-        other = {name: package_versions().get(name) for name in task.versions}
-        if wrong := [f"{name} {other[name]} for {want}" for name, want in task.versions.items() if other[name] != want]:
-            yield Outcome(failed=f"{clone.name} has other packages than the head: {', '.join(wrong)}")
+        if wrong := other_packages(task.versions):  # of a node that joined late
+            yield Outcome(failed=f"{clone.name} has other packages than the head: {wrong}")
             return
         write_text(LOCK, task.lock)
         log = Path(f"logs/stages/{task.name}.log")
@@ -97,12 +105,26 @@ def work(task: Task, tree: bytes) -> Iterator[str | Outcome]:
             with log.open("wb") as output:
                 outcome.own = bring_up_to_date(task, output)
             outcome.ran = outcome.own > 0
-            outcome.entry = yaml.safe_load(LOCK.read_text(encoding="utf-8"))["stages"][task.name]
+            outcome.entry = read_lock()["stages"][task.name]
         except Exception as error:  # noqa: BLE001  whatever DVC or its remote raise: the other stages go on
             outcome.failed = reasons(error)
         outcome.seconds = time.monotonic() - began
         outcome.log = log.read_text(encoding="utf-8", errors="replace")
         yield outcome
+
+
+def other_packages(versions: dict[str, str]) -> str:
+    """What differs here from these versions, builds such as +cpu aside; empty: nothing."""
+    own = package_versions()
+    pairs = [(name, own.get(name, "none"), wanted) for name, wanted in versions.items()]
+    return ", ".join(f"{n} {is_} for {to}" for n, is_, to in pairs if is_.partition("+")[0] != to.partition("+")[0])
+
+
+def read_lock() -> dict[str, Any]:
+    """dvc.lock by DVC's own reader: YAML 1.2, where `no` is a text."""
+    from dvc.utils.serialize import load_yaml
+
+    return dict(load_yaml(LOCK)) if LOCK.is_file() else {"schema": "2.0", "stages": {}}
 
 
 def reasons(error: BaseException | None) -> str:
@@ -118,6 +140,7 @@ def bring_up_to_date(task: Task, output: Any) -> float:
     """Pull, run, push; returns the seconds that the stage's command took, 0 where it did not run."""
     from dvc.exceptions import UploadError
     from dvc.stage import run
+    from dvc.stage.cache import _get_stage_hash
 
     repo, own = open_repo(task.remote), 0.0
 
@@ -125,7 +148,12 @@ def bring_up_to_date(task: Task, output: Any) -> float:
         nonlocal own
         began = time.monotonic()
         kwargs["env"]["OMP_NUM_THREADS"] = str(task.threads)
-        usual(executable, cmd, stdout=output, stderr=subprocess.STDOUT, preexec_fn=die_with_parent(), **kwargs)
+        if not task.gpus:
+            kwargs["env"]["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves them all visible
+        # exec, or some shells would stand between the stage and the signal that it dies with its worker
+        usual(
+            executable, f"exec {cmd}", stdout=output, stderr=subprocess.STDOUT, preexec_fn=die_with_parent(), **kwargs
+        )
         own = time.monotonic() - began
 
     usual, run._run = run._run, command
@@ -133,8 +161,11 @@ def bring_up_to_date(task: Task, output: Any) -> float:
         with repo:
             if task.before:
                 repo.pull(task.before, force=True)
-            copy_run_cache(repo, to_remote=False)
-            repo.stage_cache.pull = lambda remote: []  # just done; this would copy every entry again
+            (stage,) = repo.stage.collect(task.name)
+            stage.save_deps()
+            key = _get_stage_hash(stage)
+            copy_run_cache(repo, key, to_remote=False)
+            repo.stage_cache.pull = lambda remote: []  # it would copy the entries of all stages
             repo.reproduce(task.name, single_item=True, pull=True)
             try:
                 repo.push([task.name])
@@ -142,7 +173,7 @@ def bring_up_to_date(task: Task, output: Any) -> float:
                 raise DistributeError(
                     "it ran, but DVC's remote did not take what it made: is it full, or away?"
                 ) from error
-            copy_run_cache(repo, to_remote=True)
+            copy_run_cache(repo, key, to_remote=True)
     finally:
         run._run = usual
     return own
@@ -155,13 +186,18 @@ def open_repo(remote: str | None) -> Any:
     return Repo(config=ours if remote else None)
 
 
-def copy_run_cache(repo: Any, to_remote: bool) -> None:
-    """Copy entries whose key the other side lacks: of two results the first one stays."""
-    from dvc.stage.cache import RunCacheNotSupported
+def copy_run_cache(repo: Any, key: str, to_remote: bool) -> None:
+    """Copy a stage's entry unless the other side has one: of two results the first one stays."""
+    from dvc.fs import HTTPFileSystem, generic
 
     own, there = repo.cache.legacy, repo.cloud.get_remote_odb(None, "distribute", hash_name="md5-dos2unix")
-    with suppress(RunCacheNotSupported):  # over HTTP; a run that is killed then repeats what dvc.lock does not hold
-        repo.stage_cache.transfer(*((own, there) if to_remote else (there, own)), force=False)
+    source, target = (own, there) if to_remote else (there, own)
+    if isinstance(there.fs, HTTPFileSystem):  # which cannot; a run that is killed then repeats what dvc.lock lacks
+        return
+    places = [odb.fs.join(odb.path, "runs", key[:2], key) for odb in (source, target)]
+    if source.fs.exists(places[0]) and not target.fs.exists(places[1]):
+        for file in source.fs.find(places[0]):
+            generic.copy(source.fs, file, target.fs, target.fs.join(places[1], source.fs.name(file)))
 
 
 def die_with_parent() -> Callable[[], object] | None:
@@ -175,7 +211,7 @@ def die_with_parent() -> Callable[[], object] | None:
 
 
 @contextmanager
-def free_clone(scratch: Path, tree: bytes) -> Iterator[Path]:
+def free_clone(scratch: Path, tree: bytes, key: str) -> Iterator[Path]:
     """A clone that no other worker of this node has, brought to `tree` and made the working directory."""
     scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
     with ExitStack() as held:
@@ -186,34 +222,39 @@ def free_clone(scratch: Path, tree: bytes) -> Iterator[Path]:
                 break
         else:
             raise DistributeError(f"{scratch}: expected a folder to write to, or fewer than 1,000 stages at once")
-        for left in (".dvc/tmp/rwlock", ".git/index.lock"):  # by a worker that was killed while it wrote
-            (clone / left).unlink(missing_ok=True)
-        unpack(tree, clone)
+        if not (clone / MARK).is_file() or (clone / MARK).read_text() != key:
+            unpack(tree, clone)
+            (clone / MARK).write_text(key)
+        (clone / ".dvc/tmp/rwlock").unlink(missing_ok=True)  # of a worker that was killed while it wrote that
         os.chdir(clone)
         yield clone
 
 
 def unpack(tree: bytes, clone: Path) -> None:
-    mark, key = clone / ".git/distributed", hashlib.sha256(tree).hexdigest()
-    if mark.is_file() and mark.read_text() == key:
-        return
-    clone.mkdir(exist_ok=True)
-    with tarfile.open(fileobj=BytesIO(tree)) as tar:
-        new = set(tar.getnames())
-        if (clone / ".git").is_dir():
-            for name in set(git(clone, "ls-files", "-co", "--exclude-standard", "-z").split("\0")) - new - {""}:
+    """Make a clone out of a packed tree; what is ignored, DVC's cache among it, stays."""
+    if not (clone / MARK).is_file():  # none, or not whole
+        shutil.rmtree(clone, ignore_errors=True)
+        clone.mkdir(mode=0o700)
+    else:
+        for name in git(clone, "ls-files", "-co", "--exclude-standard", "-z").split("\0"):
+            if name:
                 (clone / name).unlink(missing_ok=True)
+        for folder in (".git", *USERS):
+            shutil.rmtree(clone / folder, ignore_errors=True)
+    with tarfile.open(fileobj=BytesIO(tree)) as tar:
         tar.extractall(clone, filter="tar")
     git(clone, "reset", "--quiet")
     kept = clone / "checkpoints"  # shared by the clones of a node, or of all where `scratch` lies on a shared disk
     kept.unlink(missing_ok=True)
     (clone.parent / kept.name).mkdir(exist_ok=True)
     kept.symlink_to(clone.parent / kept.name)
-    mark.write_text(key)
 
 
 def git(folder: Path, *words: str) -> str:
-    return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(["git", *words], cwd=folder, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise DistributeError(f"git {words[0]} in {folder} on {platform.node()}: {done.stderr.strip()}")
+    return done.stdout
 
 
 # What the head does
@@ -223,13 +264,16 @@ def pack() -> bytes:
     """The working tree, ignored files aside, with its last commit and outputs/code."""
     root, packed = Path.cwd(), BytesIO()
     listed = git(root, "ls-files", "-co", "--exclude-standard", "-z").split("\0")
-    files = [name for name in listed if name and name != str(LOCK) and Path(name).is_file()]
-    with TemporaryDirectory() as folder, tarfile.open(fileobj=packed, mode="w:gz", compresslevel=1) as tar:
+    files = [name for name in listed if name and name != str(LOCK) and name.split("/")[0] not in USERS]
+    with (
+        TemporaryDirectory() as folder,
+        tarfile.open(fileobj=packed, mode="w:gz", compresslevel=1, dereference=True) as tar,
+    ):
         git(root, "clone", "--quiet", "--depth", "1", "--no-checkout", f"file://{root}", folder)
         tar.add(f"{folder}/.git", ".git")
-        for name in [*files, "outputs/code", ".dvc/config.local"]:
+        for name in [name for name in files if Path(name).is_file()] + ["outputs/code", ".dvc/config.local", *USERS]:
             if Path(name).exists():
-                tar.add(name)
+                tar.add(name, filter=lambda info: None if "/.cache" in info.name else info)
     return packed.getvalue()
 
 
@@ -253,8 +297,9 @@ class Head:
         self.total, self.begun, self.running = len(waits), 0, dict[str, Running]()
         self.done, self.failed = dict[str, Outcome](), dict[str, str]()
         self.took = took_before()
-        self.lock: Any = load_yaml(LOCK) if LOCK.is_file() else {"schema": "2.0", "stages": {}}
-        self.tree = ray.put(pack())
+        self.lock = read_lock()
+        tree = pack()
+        self.key, self.tree = hashlib.sha256(tree).hexdigest(), ray.put(tree)
         self.versions = package_versions()
         self.call = ray.remote(max_retries=0, num_returns="streaming")(work)
 
@@ -272,16 +317,21 @@ class Head:
             show(self)
 
     def start(self, name: str, starts: int = 1) -> None:
+        from dvc.utils.serialize import dumps_yaml
+
         options = self.options[name]
-        lock = yaml.safe_dump(self.lock, sort_keys=False)
-        threads = max(1, int(options["num_cpus"]))
-        task = Task(name, self.before[name], lock, self.remote, self.scratch, threads, self.versions)
+        threads, gpus = max(1, int(options["num_cpus"])), options["num_gpus"]
+        task = Task(
+            name, self.before[name], dumps_yaml(self.lock), self.remote, self.scratch, threads, gpus, self.versions,
+            self.key,
+        )  # fmt: skip
         generator = self.call.options(name=name, **options).remote(task, self.tree)
         self.running[name] = Running(generator, time.monotonic(), starts=starts)
 
     def hear(self, name: str, say: Callable[[str], None]) -> None:
         """Take what a stage's worker said."""
         import ray
+        from dvc.utils.serialize import dumps_yaml
 
         running = self.running[name]
         try:
@@ -310,7 +360,7 @@ class Head:
             say(f"{name}: FAILED after {duration(said.seconds)}: {said.failed}; the whole output is in {log}\n{tail}")
             return
         self.lock["stages"][name] = said.entry
-        write_text(LOCK, yaml.safe_dump(self.lock, sort_keys=False))
+        write_text(LOCK, dumps_yaml(self.lock))
         if said.ran:
             self.took[name] = round(said.own, 1)
             write_json(TIMES, self.took)
@@ -352,6 +402,8 @@ def progress() -> Iterator[tuple[Callable[[Head], None], Callable[[str], None]]]
 def cluster(address: str | None, workers: int) -> Iterator[Any]:
     """Ray, connected to a cluster, or to one of this process's own on the loopback interface."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not address:  # nobody else on this machine is to run code here
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     try:
         import ray
     except ImportError:
@@ -359,14 +411,15 @@ def cluster(address: str | None, workers: int) -> Iterator[Any]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     own = {"num_cpus": workers or None, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     try:
+        if address and "://" in address:
+            raise ValueError("Ray's client knows no streaming tasks; run this on a node of the cluster, with auto")
         if address and ":" in address:  # Ray itself would try for minutes
-            host, _, port = address.removeprefix("ray://").rpartition(":")
+            host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), timeout=10).close()
         context = ray.init(address or "local", **(quiet if address else quiet | own))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise DistributeError(f"--address {address}: expected a Ray cluster there: {error}") from error
-    for number in SIGNALS:  # Ray has its own for SIGTERM, which leaves workers behind
-        signal.signal(number, signal.default_int_handler)
+    take_signals()  # Ray has its own for SIGTERM, which leaves workers behind
     have, nodes = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
     where = f"; dashboard: http://{context.dashboard_url}" if context.dashboard_url else ""
     cpus, gpus = (f"{have.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
@@ -381,11 +434,14 @@ def cluster(address: str | None, workers: int) -> Iterator[Any]:
 def said_by_dvc() -> Iterator[None]:
     """DVC's errors in a line; a stage that fails here, check or compare, has said why."""
     from dvc.exceptions import DvcException, ReproductionError
+    from dvc.stage.exceptions import StageCmdFailedError
 
     try:
         yield
-    except ReproductionError:
-        raise SystemExit(1) from None
+    except ReproductionError as error:
+        if isinstance(error.__cause__, StageCmdFailedError):
+            raise SystemExit(1) from None
+        raise DistributeError(reasons(error)) from error
     except DvcException as error:
         raise DistributeError(reasons(error)) from error
 
@@ -400,6 +456,8 @@ def check_remote(repo: Any) -> None:
 
 
 def check_cluster(ray: Any, options: dict[str, dict[str, Any]], own: bool, remote: str | None) -> None:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     nodes = [node for node in ray.nodes() if node["Alive"]]
     hosts = {node["NodeManagerHostname"] for node in nodes}
     if remote and hosts != {platform.node()}:
@@ -407,14 +465,26 @@ def check_cluster(ray: Any, options: dict[str, dict[str, Any]], own: bool, remot
             f"expected a DVC remote that {', '.join(sorted(hosts))} can reach, found none configured: `dvc remote add "
             "--default shared …` (a folder that all mount, ssh://, s3://, …)"
         )
-    kinds = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
     for name, wanted in options.items():
-        needs = {kind: wanted[key] for key, kind in kinds.items() if wanted.get(key)}
-        if not any(all(node["Resources"].get(kind, 0) >= much for kind, much in needs.items()) for node in nodes):
-            reason = f"distribute: {name} asks for {needs}, and no node has that"
+        needs = {"CPU": wanted["num_cpus"], "GPU": wanted["num_gpus"], "memory": wanted["memory"]}
+        needs |= {f"accelerator_type:{wanted['accelerator_type']}": 0.001} if wanted["accelerator_type"] else {}
+        asked = {kind: much for kind, much in needs.items() if much}
+        if not any(all(node["Resources"].get(kind, 0) >= much for kind, much in asked.items()) for node in nodes):
+            reason = f"distribute: {name} asks for {asked}, and no node has that"
             if own:
                 raise DistributeError(reason)
             print(f"{reason} yet; it waits", file=sys.stderr)
+    if any(node["Resources"].get("GPU") for node in nodes) and not any(one["num_gpus"] for one in options.values()):
+        print("no stage asks for a GPU (distribute.gpus), so all of them run on CPUs", file=sys.stderr)
+    ask = ray.remote(num_cpus=0, max_retries=0)(other_packages)
+    asked_of = {
+        node["NodeManagerHostname"]: ask.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(package_versions())
+        for node in nodes
+    }
+    if wrong := [f"{host}: {found}" for host, answer in asked_of.items() if (found := ray.get(answer))]:
+        raise DistributeError("nodes have other packages than this one: " + "; ".join(wrong))
 
 
 def main(
@@ -427,6 +497,7 @@ def main(
     ] = SCRATCH,
 ) -> None:
     """Bring everything up to date, with stages on the nodes of a Ray cluster."""
+    take_signals()
     with clear_errors("distribute"), exclusive(Path("checkpoints/repro.lock"), "repro"):
         began = time.monotonic()
         from dvc.logger import set_loggers_level

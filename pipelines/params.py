@@ -71,7 +71,7 @@ class Probe(Section):
 class Resources(Section):
     """What a stage needs of a node, as Ray counts it."""
 
-    cpus: Annotated[float, Field(gt=0)]
+    cpus: Annotated[float, Field(ge=0.01)]
     gpus: Annotated[float, Field(ge=0)]  # 0.5: two stages share one
     memory: Annotated[float, Field(ge=0, description="GB")]
     accelerator: str | None  # a name of Ray's, so that arms are compared on one kind of GPU
@@ -100,7 +100,11 @@ class Distribute(Resources):
     def of(self, stage: str) -> dict[str, Any]:
         """Options of a Ray task for a stage, those of an arm for its counterpart of the base."""
         needs = self._of(stage if stage in STAGES else stage.removesuffix("_base"))
-        given = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "accelerator_type": needs.accelerator}
+        given = {
+            "num_cpus": needs.cpus,
+            "num_gpus": needs.gpus,
+            "accelerator_type": needs.accelerator if needs.gpus else None,
+        }
         return given | {"memory": int(needs.memory * 1e9) or None}
 
 

@@ -146,6 +146,14 @@ def held_back() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def take_signals() -> None:
+    """Have signals that end a program interrupt it."""
+    for number in SIGNALS:
+        # A shell may have left SIGINT ignored, and stages would then ignore it too; SIGHUP is ignored on purpose.
+        if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+
+
 def took_before() -> dict[str, float]:
     return dict(read_json(TIMES)) if TIMES.is_file() else {}
 
@@ -203,10 +211,7 @@ def main(
     at_once: Annotated[int, typer.Option("--workers", min=0, help="stages at a time; 0: by cores and threads")] = 0,
 ) -> None:
     """Bring everything up to date, stages that do not wait for each other side by side."""
-    for number in SIGNALS:
-        # A shell may have left SIGINT ignored, and stages would then ignore it too; SIGHUP is ignored on purpose.
-        if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
+    take_signals()
     with clear_errors("repro"), exclusive(Path("checkpoints/repro.lock"), "repro"):
         began = time.monotonic()
         os.environ.setdefault("TQDM_MININTERVAL", "60")  # what a stage says goes into a file

@@ -35,7 +35,7 @@ from pipelines.params import ADAPTER, ConfigError, StageParams, check_arm, overr
 from pipelines.prompt import Prompt, literal, prompt_text
 from pipelines.stage import BASE, DATA, TEXTS, adapter_dir, command, split_files
 from trainers import arms
-from trainers.run import Arm, TrainingJob
+from trainers.run import RANKS, Arm, TrainingJob
 from trainers.run import run as train
 from trainers.settings import Section, Seed, TrainSettings
 from trainers.theirs import CONFIG, WEIGHTS, adopt
@@ -183,6 +183,8 @@ def launch(arm: str, seed: int, devices: int) -> None:
     options: dict[str, Any] = {"num_processes": devices, "num_machines": 1, "main_process_port": 0}
     options |= {"mixed_precision": "no", "dynamo_backend": "no"}  # the Trainer has its own
     options |= {"num_cpu_threads_per_process": max(1, own_threads() // devices)}
+    options |= {"gpu_ids": "all"}  # those that are visible, and not those of accelerate's own configuration
+    os.environ[RANKS] = str(devices)
     words = ["--multi_gpu", *(f"--{name}={value}" for name, value in options.items())]
     try:
         launch_command(launch_command_parser().parse_args([*words, "--module", "pipelines.train", arm, str(seed)]))
@@ -196,7 +198,7 @@ def launch(arm: str, seed: int, devices: int) -> None:
 
 def rank() -> int | None:
     """The number of this process in a launch; None outside of one."""
-    return int(os.environ["RANK"]) if "RANK" in os.environ else None
+    return int(os.environ["RANK"]) if RANKS in os.environ else None
 
 
 def run(params: Params, arm_name: str, seed: int) -> None:

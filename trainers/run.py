@@ -25,6 +25,8 @@ from trainers.preserve import KL, STEP_KL, attach, divided, to_read
 from trainers.settings import BaseReference, TrainSettings
 
 LEDGER = "probe_ledger.jsonl"
+RANKS = "GRIT_RANKS"
+"""Variable of the environment: devices of a launch that is ours. Clusters set WORLD_SIZE for purposes of their own."""
 STEP_LOSS, STEP_LOSSES = "step_loss", "step_losses.json"
 
 
@@ -97,7 +99,7 @@ def training_arguments(job: TrainingJob, **changes: Any) -> Any:
     import torch
     from trl import SFTConfig
 
-    s, ranks = job.settings, int(os.environ.get("WORLD_SIZE", 1))
+    s, ranks = job.settings, int(os.environ.get(RANKS, 1))
     values: dict[str, Any] = dict(
         output_dir=str(job.checkpoints),
         **({"num_train_epochs": s.epochs} if s.max_steps is None else {"max_steps": s.max_steps}),

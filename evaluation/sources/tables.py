@@ -132,8 +132,10 @@ def _recognised(source: str, data: bytes) -> str:
     if max(even, odd) > 0.7 and min(even, odd) < 0.1:  # every other byte of plain letters in UTF-16 is zero
         return "utf-16-le" if odd > even else "utf-16-be"
     bad = _not_utf8(data, 0)
+    if bad is None:
+        return "utf-8"
     sound = sum(not character.isascii() for character in data.decode(errors="ignore"))
-    if bad is None or sound > data.decode(errors="replace").count("\ufffd"):  # a few broken bytes among sound ones
+    if sound > data.decode(errors="replace").count("\ufffd"):  # a few broken bytes among sound ones
         return "utf-8"
     from charset_normalizer import from_bytes
 

@@ -40,8 +40,6 @@ while os.path.exists(f"{marks}/{made}.waits"):
 open(made, "w").write(open(read).read() + made + os.environ["OMP_NUM_THREADS"])
 """
 
-pytestmark = pytest.mark.full
-
 
 @pytest.fixture
 def project(tmp_path):
@@ -94,6 +92,7 @@ def order(marks):
     return sorted((marks / "order").read_text().split())
 
 
+@pytest.mark.full
 def test_a_worker_and_the_head_die_and_no_finished_stage_runs_twice(project):
     folder, marks = project
     (marks / "left.waits").touch()
@@ -123,6 +122,7 @@ def test_a_worker_and_the_head_die_and_no_finished_stage_runs_twice(project):
     assert {row["stage"] for row in rows} == {"left", "right", "after_left"}
 
 
+@pytest.mark.full
 def test_a_failure_stops_what_comes_after_it_alone(project):
     folder, marks = project
     (marks / "left.fails").touch()
@@ -144,6 +144,7 @@ def test_a_failure_stops_what_comes_after_it_alone(project):
     assert code == 0 and "right: " in said and order(marks).count("right") == 2, said
 
 
+@pytest.mark.full
 def test_what_cannot_be_handed_out_is_said_before_anything_runs(project):
     folder, marks = project
     said, code = finish(start(project, "--address", "127.0.0.1:1"))
