@@ -18,7 +18,8 @@ from pipelines.train import devices_for
 from trainers.theirs import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT = {"max_steps": 10, "eval_steps": 5, "save_steps": 4, "logging_steps": 2, "probe_every": 4, "learning_rate": 5e-4}
+# So low since Adam divides: where a gradient is near zero, rounding alone makes some percent of a step.
+SHORT = {"max_steps": 10, "eval_steps": 5, "save_steps": 4, "logging_steps": 2, "probe_every": 4, "learning_rate": 1e-4}
 HELD = {"method": "distill", "strength": 0.75, "rows": 3, "kl": 0.01}
 
 
@@ -65,7 +66,7 @@ def test_two_processes_train_what_one_does_with_the_joint_batch(smoke_raw, tmp_p
         told = [read_json(folder / "run.json")["extra"] for folder in found]
         assert [record["devices"] for record in told] == [1, 2]
         assert told[1]["final_eval_loss"] == pytest.approx(told[0]["final_eval_loss"], rel=1e-6)
-        assert told[1]["final_kl"] == pytest.approx(told[0]["final_kl"], rel=1e-4)
+        assert told[1]["final_kl"] == pytest.approx(told[0]["final_kl"], rel=1e-4, abs=1e-7)
         assert [(v.verdict, v.diagnosis, v.as_claimed) for v in verdicts[1:]] == [
             (v.verdict, v.diagnosis, v.as_claimed) for v in verdicts[:1]
         ]
