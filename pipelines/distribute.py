@@ -418,7 +418,8 @@ def cluster(address: str | None, workers: int) -> Iterator[Any]:
             socket.create_connection((host, int(port)), timeout=10).close()
         context = ray.init(address or "local", **(quiet if address else quiet | own))
     except (OSError, ValueError, RuntimeError) as error:
-        raise DistributeError(f"--address {address}: expected a Ray cluster there: {error}") from error
+        where = f"--address {address}: expected a Ray cluster there" if address else "Ray could not be started"
+        raise DistributeError(f"{where}: {error}") from error
     take_signals()  # Ray has its own for SIGTERM, which leaves workers behind
     have, nodes = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
     where = f"; dashboard: http://{context.dashboard_url}" if context.dashboard_url else ""

@@ -59,8 +59,7 @@ def test_two_processes_train_what_one_does_with_the_joint_batch(smoke_raw, tmp_p
             shutil.move(tmp_path / "adapters" / arm / "0", found[-1])
         one, two = (load_file(folder / WEIGHTS) for folder in found)
         assert one.keys() == two.keys()
-        most = max(float((one[name] - two[name]).abs().max()) for name in one)
-        assert most < {"baseline_lora": 1e-6, "pure_grit": 1e-5}[arm]  # of float32; in float64 it is 1e-15
+        assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
         losses = [read_json(folder / "step_losses.json") for folder in found]
         assert losses[1] == pytest.approx(losses[0], rel=1e-6) and len(losses[0]) == 10
         told = [read_json(folder / "run.json")["extra"] for folder in found]
