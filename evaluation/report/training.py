@@ -169,7 +169,7 @@ def _spread(values: Iterable[float | None]) -> str:
     if not known:
         return "–"
     text, *ends = (
-        f"{value:,.0f}" if abs(value) >= 100 else significant(value if abs(value) > _ZERO else 0.0, 2)
+        f"{value:,.0f}" if 100 <= abs(value) < math.inf else significant(value if abs(value) > _ZERO else 0.0, 2)
         for value in (fmean(known), min(known), max(known))
     )
     return f"{text} ({ends[0]} to {ends[1]})" if len({*ends}) > 1 else text

@@ -178,6 +178,7 @@ def test_a_kill_at_any_moment_leaves_the_old_database_or_the_new(tree, path):
         left = content(path)
         assert left in (old, new)
         found["old" if left == old else "new"] += 1
+        seconds *= 1.0 if left == old else 0.9  # the first time may have met a busy machine
         rebuild(tree, path)
         keys = {row["run_key"] for row in content(path)["run"]}
         assert keys == {row["run_key"] for row in (new if added.exists() else old)["run"]}
