@@ -151,7 +151,7 @@ def main() -> None:
     cluster.shutdown()
     file = _harness.RESULTS / "distribute.json"
     runs = json.loads(file.read_text())["profiles"] if file.is_file() else {}
-    runs |= {facts["profile"]: facts}
+    runs[facts["profile"]] = runs.get(facts["profile"], {}) | facts  # what --no-kills leaves out stays
     _harness.write(
         "distribute",
         "dvc repro and two Ray nodes of one core each",
