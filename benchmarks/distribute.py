@@ -135,7 +135,7 @@ def main() -> None:
     Distributed(folder, cluster.address).wait()
     wall = time.monotonic() - started
     differences = differ(results(folder), wanted)
-    rows = [row for row in read_jsonl(folder / HISTORY) if row["ran"]]
+    rows = [row for row in read_jsonl(folder / HISTORY) if row["own"]]
     overheads = [row["seconds"] - row["own"] for row in rows]
     again = run(folder, sys.executable, "-m", "pipelines.distribute", "--address", cluster.address)
     print(f"distribute: {wall:.0f} s, {len(rows)} stages, beside its command one took {median(overheads):.2f} s; "

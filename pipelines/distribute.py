@@ -13,7 +13,6 @@ import os
 import platform
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -32,7 +31,7 @@ import typer
 from db.files import OutputError, exclusive, package_versions, write_json, write_text
 from pipelines.params import PARAMS_FILE, Distribute, StageParams, load_params
 from pipelines.repro import CHECK, LOGS, TIMES, stale, take_signals, took_before
-from pipelines.stage import clear_errors, cli
+from pipelines.stage import clear_errors, cli, die_with_parent
 from trainers.callbacks import duration
 
 LOCK = Path("dvc.lock")
@@ -78,9 +77,8 @@ class Task:
 @dataclass
 class Outcome:
     failed: str = ""  # why; empty: it did not
-    ran: bool = False  # else it came from the run cache
     seconds: float = 0.0  # in all
-    own: float = 0.0  # of these, the command's
+    own: float = 0.0  # of these, the command's; 0: it came from the run cache
     log: str = ""
     entry: dict[str, Any] = field(default_factory=dict)  # of dvc.lock
 
@@ -104,7 +102,6 @@ def work(task: Task, tree: bytes) -> Iterator[str | Outcome]:
         try:
             with log.open("wb") as output:
                 outcome.own = bring_up_to_date(task, output)
-            outcome.ran = outcome.own > 0
             outcome.entry = read_lock()["stages"][task.name]
         except Exception as error:  # noqa: BLE001  whatever DVC or its remote raise: the other stages go on
             outcome.failed = reasons(error)
@@ -151,9 +148,7 @@ def bring_up_to_date(task: Task, output: Any) -> float:
         if not task.gpus:
             kwargs["env"]["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves them all visible
         # exec, or some shells would stand between the stage and the signal that it dies with its worker
-        usual(
-            executable, f"exec {cmd}", stdout=output, stderr=subprocess.STDOUT, preexec_fn=die_with_parent(), **kwargs
-        )
+        usual(executable, f"exec {cmd}", stdout=output, stderr=subprocess.STDOUT, preexec_fn=die_with_parent, **kwargs)
         own = time.monotonic() - began
 
     usual, run._run = run._run, command
@@ -198,16 +193,6 @@ def copy_run_cache(repo: Any, key: str, to_remote: bool) -> None:
     if source.fs.exists(places[0]) and not target.fs.exists(places[1]):
         for file in source.fs.find(places[0]):
             generic.copy(source.fs, file, target.fs, target.fs.join(places[1], source.fs.name(file)))
-
-
-def die_with_parent() -> Callable[[], object] | None:
-    """What a child calls so that the system kills it when its worker is killed; None: this system cannot."""
-    if sys.platform != "linux":
-        return None
-    import ctypes
-
-    libc = ctypes.CDLL(None)
-    return lambda: libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @contextmanager
@@ -290,22 +275,20 @@ class Head:
 
     def __init__(self, waits: dict[str, set[str]], before: dict[str, list[str]], options: dict[str, dict[str, Any]],
                  remote: str | None, scratch: str) -> None:  # fmt: skip
-        import ray
-
         self.waiting, self.before, self.options = dict(waits), before, options
         self.remote, self.scratch = remote, scratch
         self.total, self.begun, self.running = len(waits), 0, dict[str, Running]()
         self.done, self.failed = dict[str, Outcome](), dict[str, str]()
         self.took = took_before()
         self.lock = read_lock()
-        tree = pack()
-        self.key, self.tree = hashlib.sha256(tree).hexdigest(), ray.put(tree)
         self.versions = package_versions()
-        self.call = ray.remote(max_retries=0, num_returns="streaming")(work)
 
     def run(self, show: Callable[["Head"], None], say: Callable[[str], None]) -> None:
         import ray
 
+        tree = pack()
+        self.key, self.tree = hashlib.sha256(tree).hexdigest(), ray.put(tree)
+        self.call = ray.remote(max_retries=0, num_returns="streaming")(work)
         while self.running or any(not before for before in self.waiting.values()):
             for name in [name for name, before in self.waiting.items() if not before]:
                 del self.waiting[name]
@@ -361,16 +344,16 @@ class Head:
             return
         self.lock["stages"][name] = said.entry
         write_text(LOCK, dumps_yaml(self.lock))
-        if said.ran:
+        if said.own:
             self.took[name] = round(said.own, 1)
             write_json(TIMES, self.took)
         self.done[name] = said
         with HISTORY.open("a", encoding="utf-8") as file:
-            facts = {"stage": name, "where": running.where, "starts": running.starts, "ran": said.ran}
+            facts = {"stage": name, "where": running.where, "starts": running.starts}
             file.write(json.dumps(facts | {"seconds": said.seconds, "own": said.own}) + "\n")
         for before in self.waiting.values():
             before.discard(name)
-        say(f"{name}: {duration(said.seconds)}{'' if said.ran else ', from the run cache'}")
+        say(f"{name}: {duration(said.seconds)}{'' if said.own else ', from the run cache'}")
 
 
 @contextmanager
@@ -478,14 +461,18 @@ def check_cluster(ray: Any, options: dict[str, dict[str, Any]], own: bool, remot
     if any(node["Resources"].get("GPU") for node in nodes) and not any(one["num_gpus"] for one in options.values()):
         print("no stage asks for a GPU (distribute.gpus), so all of them run on CPUs", file=sys.stderr)
     ask = ray.remote(num_cpus=0, max_retries=0)(other_packages)
-    asked_of = {
-        node["NodeManagerHostname"]: ask.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(package_versions())
-        for node in nodes
-    }
-    if wrong := [f"{host}: {found}" for host, answer in asked_of.items() if (found := ray.get(answer))]:
-        raise DistributeError("nodes have other packages than this one: " + "; ".join(wrong))
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    answers = [ask.options(scheduling_strategy=place).remote(package_versions()) for place in places]
+    wrong = []
+    for node, answer in zip(nodes, answers, strict=True):
+        try:
+            found = ray.get(answer)
+        except ray.exceptions.RayError as error:  # the project is not there, for one
+            found = str(getattr(error, "cause", error))
+        if found:
+            wrong.append(f"{node['NodeManagerHostname']}: {found}")
+    if wrong:
+        raise DistributeError("nodes are not set up as this one is: " + "; ".join(wrong))
 
 
 def main(
@@ -523,15 +510,16 @@ def main(
             options = {name: resources.of(name.split("@")[0]) for name in away}
             if kept := sorted({name for names in before.values() for name in names} - away.keys()):
                 repo.push(kept)  # what is up to date here already
-            with cluster(address, workers) as ray:
-                check_cluster(ray, options, own=address is None, remote=remote)
-                head = Head(away, before, options, remote, str(scratch.resolve()))
-                try:
-                    with progress() as (show, say):
-                        head.run(show, say)
-                finally:
-                    if head.done:
-                        repo.pull(list(head.done), force=True)
+            head = Head(away, before, options, remote, str(scratch.resolve()))
+            if away:
+                with cluster(address, workers) as ray:
+                    check_cluster(ray, options, own=address is None, remote=remote)
+                    try:
+                        with progress() as (show, say):
+                            head.run(show, say)
+                    finally:
+                        if head.done:
+                            repo.pull(list(head.done), force=True)
             for name in here if not head.failed else ():
                 repo.reproduce(name, single_item=True)
         if head.failed:
@@ -539,7 +527,7 @@ def main(
             for name, reason in head.failed.items():
                 print(f"failed: {name}: {reason}", file=sys.stderr)
             raise SystemExit(1)
-        ran = [outcome.seconds - outcome.own for outcome in head.done.values() if outcome.ran]
+        ran = [outcome.seconds - outcome.own for outcome in head.done.values() if outcome.own]
         beside = f"; beside its command a stage took {sum(ran) / len(ran):.1f} s" if ran else ""
         print(f"done in {duration(time.monotonic() - began)}: {len(ran)} of {head.total} stages ran{beside}")
 

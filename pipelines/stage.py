@@ -1,6 +1,8 @@
 """What all stages share: paths, arguments, and errors that a user can act on."""
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ BASE = Path("models/base")
 TEXTS = Path("texts")
 SPLITS = ("train", "valid", "test", "retention", "paraphrased")
 BASE_ARM = "base"
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: it is also called between fork and exec
 SPEED_LOCK = Path("checkpoints/scores/speed.lock")
 """Held while models are timed or verified on a server, which has the base once and unloads it to time its loading."""
 
@@ -74,6 +77,12 @@ def split_files(*splits: str) -> list[Path]:
 
 # Exceptions defined in these packages, or in the module that runs as a command, are meant for the user.
 _OURS = ("__main__", "pipelines", "trainers", "export", "evaluation", "db", "grit", "grit_vlm", "probes")
+
+
+def die_with_parent() -> None:
+    """Have Linux kill this process when the one that started it dies; other systems cannot."""
+    if _LIBC is not None:
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @contextmanager

@@ -1,11 +1,8 @@
 """Stage train: adapters/<arm>/<seed>/, one LoRA adapter; on several devices by `accelerate launch`."""
 
-import ctypes
 import json
 import os
 import shutil
-import signal
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import islice, product
@@ -33,7 +30,7 @@ from pipelines.base_model import load_reference
 from pipelines.code import code_hash
 from pipelines.params import ADAPTER, ConfigError, StageParams, check_arm, overridden, own_threads
 from pipelines.prompt import Prompt, literal, prompt_text
-from pipelines.stage import BASE, DATA, TEXTS, adapter_dir, command, split_files
+from pipelines.stage import BASE, DATA, TEXTS, adapter_dir, command, die_with_parent, split_files
 from trainers import arms
 from trainers.run import RANKS, Arm, TrainingJob
 from trainers.run import run as train
@@ -238,8 +235,8 @@ def run(params: Params, arm_name: str, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    if rank() is not None and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive the launch
+    if rank() is not None:
+        die_with_parent()  # it does not outlive the launch
     if rank():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # its words would be those of the first once more
     command("train", Params, run)

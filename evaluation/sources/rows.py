@@ -93,6 +93,11 @@ def _plain(value: object) -> object:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
+def _said(rejection: Rejection) -> str:
+    line = f" (line {rejection.line})" if rejection.line else ""
+    return f"row {rejection.row}{line}: {rejection.reason}"
+
+
 def commonest(rejections: Sequence[Rejection]) -> list[list[Rejection]]:
     """Rows refused for one reason, the most first; "at most 400, got 512" is the same as "at most 400, got 640"."""
     kinds: dict[str, list[Rejection]] = {}
@@ -361,7 +366,7 @@ class _Split:
                 self.items.append(item)
         where = f"split {self.split!r}: " if several else ""
         if not self.items:
-            shown = [f"row {r.row}{f' (line {r.line})' if r.line else ''}: {r.reason}" for r in self.rejected[:5]]
+            shown = [_said(rejection) for rejection in self.rejected[:5]]
             more = [f"… and {len(self.rejected) - 5} more"] if len(self.rejected) > 5 else []
             return [f"{where}no row is left, all {len(self.rejected)} were rejected.", *shown, *more]
         lost = sum(raw.lost for raw in self.table.rows)
@@ -374,11 +379,7 @@ class _Split:
         return [
             f"{where}{refused} of {rows} rows ({refused / rows:.0%}) were refused, more than prepare_data.max_refused "
             f"({self.where.max_refused:.0%}) allows; mend the file or columns, or raise it. Most often:",
-            *(
-                f"{len(same)} times, first in row {same[0].row}{f' (line {same[0].line})' if same[0].line else ''}: "
-                f"{same[0].reason}"
-                for same in commonest(faults)[:3]
-            ),
+            *(f"{len(same)} times, first in {_said(same[0])}" for same in commonest(faults)[:3]),
         ]
 
     def _item(self, raw: RawRow, named: Mapping[str, list[str]], seen: dict[str, tuple[int, str]]) -> Item:

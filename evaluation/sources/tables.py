@@ -18,12 +18,7 @@ _OTHER_BOMS = {b"\xff\xfe\x00\x00": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff"
 _ESCAPE = b"\\ud"  # how an escape of half a character begins
 _BATCH = 10_000  # rows turned into Python values at once: QNLI's 105,000 take less than a second
 _UNREADABLE = (ValueError, OverflowError)  # text that is not UTF-8, or a point in time that Python cannot hold
-_CANDIDATES = [
-    "cp1252",
-    "cp1250",
-    "cp1251",
-    "cp1253",
-]  # western with Latin-1, central, Cyrillic, Greek
+_CANDIDATES = ["cp1252", "cp1250", "cp1251", "cp1253", "mac_roman"]  # western, central, Cyrillic, Greek, of a Mac
 _MIXED = re.compile("[A-Za-z][\u0370-\u04ff]|[\u0370-\u04ff][A-Za-z]")  # two alphabets in one word: a wrong reading
 _SEPARATORS = ",;\t|"
 _SEP = re.compile('"?sep=(.)"?', re.IGNORECASE)  # Excel's own first line
@@ -143,9 +138,9 @@ def _recognised(source: str, data: bytes) -> str:
     lines = [line for line in data.replace(b"/m\xb3", b"/m3").splitlines() if not line.isascii()][:200]
     if not lines:
         return "cp1252"
-    found = from_bytes(b"\n".join(lines), cp_isolation=_CANDIDATES)
-    ranks = {(m.chaos, -m.coherence): m for m in found if not _MIXED.search(str(m))}
-    best = [m for m in found if not _MIXED.search(str(m)) and (m.chaos, -m.coherence) == min(ranks)]
+    found = [m for m in from_bytes(b"\n".join(lines), cp_isolation=_CANDIDATES) if not _MIXED.search(str(m))]
+    least = min(((m.chaos, -m.coherence) for m in found), default=None)
+    best = [m for m in found if (m.chaos, -m.coherence) == least]
 
     def named(match: Any) -> str:
         return "cp1252" if "cp1252" in match.could_be_from_charset else str(match.encoding)
@@ -211,11 +206,13 @@ def _layout(text: list[str], delimiter: str, names: Collection[str]) -> tuple[st
     top = next((n for n, line in enumerate(text) if line.strip() and not (own and n == 0)), 0)
     if delimiter == AUTO and own:
         delimiter = own[1]
-    tries = [
-        (len({cell.strip().casefold() for cell in cells}.intersection(names)), separator, first)
-        for separator in (_SEPARATORS if delimiter == AUTO else delimiter)
-        for first, _, cells, _ in _csv_rows(text[:_TOP], separator, top)
-    ]
+    tries = []
+    for separator in _SEPARATORS if delimiter == AUTO else delimiter:
+        width = 0  # of the first line: what stands above a header is narrower, and a row that says one name is not
+        for first, _, cells, _ in _csv_rows(text[:_TOP], separator, top):
+            known = len({cell.strip().casefold() for cell in cells}.intersection(names))
+            tries.append((known if known > 1 or len(cells) > width else 0, separator, first))
+            width = width or len(cells)
     most, separator, first = max(tries, key=lambda found: found[0], default=(0, ",", top))
     if most:
         return separator, first

@@ -261,6 +261,9 @@ def test_a_file_as_a_european_excel_saves_it_is_read_and_what_was_recognised_is_
         assert "Decimal commas are read as points in PM2,5 µg/m³, CO." in result.notes
     result = read(tmp_path, "sep=;\n" + HEADER.replace(",", ";") + "A;9;;x;\nB;9,5;;;\n")
     assert (result.train[0].id, result.rejected[0].line) == ("B", 3)
+    assert read(tmp_path, (HEADER + "Genève,9,,,\nZürich,8,,,\n").encode("mac_roman")).train[1].id == "Zürich"
+    long = "place,parameter,value\nX,pm25,12\nY,pm25,14\n"  # a row that names a column is no header
+    assert "there is no column 'pm25'" in str(failure(read, tmp_path, long, columns={"pm25": "pm25"}))
 
 
 def test_an_encoding_that_cannot_be_told_is_asked_for(tmp_path):
@@ -317,8 +320,9 @@ fuzz = settings(max_examples=80, deadline=None, suppress_health_check=[HealthChe
 
 
 def assert_accounted(rows, *arguments):
+    units = {name: {"column": own, "unit": aqi.FIELDS[name].unit} for name, own in COLUMNS.items()}  # none is doubted
     try:
-        result = read(*arguments, encoding="utf-8")
+        result = read(*arguments, columns=units, encoding="utf-8")
         made, rejected = len(result.train), [r.row for r in result.rejected]
     except SourceError as error:
         made, rejected = 0, [*range(int(re.search(r"all (\d+) were rejected", str(error))[1]))]
