@@ -46,7 +46,7 @@ from trainers.settings import TrainSettings
 from trainers.words import suggest
 
 CODE = Path("outputs/code")
-_NOT_TRIED = {"max_steps", "epochs", "max_length", "overlong", "eval_steps", "save_steps", "report_to"}
+_NOT_TRIED = {"max_steps", "epochs", "max_length", "overlong", "eval_steps", "save_steps", "devices"}
 SMOLVLM_FORM = "<|im_start|>User:{prompt}<end_of_utterance>\nAssistant: "
 """Turn of the user and start of the answer, as the chat template of SmolVLM writes them."""
 

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from itertools import islice, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,10 +33,12 @@ from pipelines.params import ADAPTER, ConfigError, StageParams, check_arm, overr
 from pipelines.prompt import Prompt, literal, prompt_text
 from pipelines.stage import BASE, DATA, TEXTS, adapter_dir, command, die_with_parent, split_files
 from trainers import arms
+from trainers.callbacks import TRACKERS
 from trainers.run import RANKS, Arm, TrainingJob
 from trainers.run import run as train
 from trainers.settings import Section, Seed, TrainSettings
 from trainers.theirs import CONFIG, WEIGHTS, adopt
+from trainers.words import suggest
 
 TUNED = Path("tuned")
 
@@ -66,9 +69,21 @@ class Tune(Section):
 
 
 class Params(StageParams):
+    report_to: list[str]  # no stage depends on it: it changes no adapter
     train: TrainSettings
     prompt: Prompt
     tune: Tune
+
+    @field_validator("report_to")
+    @classmethod
+    def _trackers(cls, names: list[str]) -> list[str]:
+        lines = [f"unknown tracker {name!r}{suggest(name, TRACKERS)}" for name in names if name not in TRACKERS]
+        missing = [TRACKERS[name] for name in names if name in TRACKERS and find_spec(name) is None]
+        if missing:
+            lines.append(f"expected {', '.join(missing)} to be installed; run `pip install {' '.join(missing)}`")
+        if lines:
+            raise ValueError("\n".join(lines))
+        return list(dict.fromkeys(names))
 
     @model_validator(mode="after")
     def _tuned_elsewhere(self) -> Self:
@@ -217,13 +232,13 @@ def run(params: Params, arm_name: str, seed: int) -> None:
     out = adapter_dir(arm_name, seed)
     if rank():  # the first one alone writes anything that stays
         with TemporaryDirectory() as folder:
-            job = job_of(params, settings.model_copy(update={"report_to": []}), seed, Path(folder), kept / key[:16])
+            job = job_of(params, settings, seed, Path(folder), kept / key[:16])
             train(arm, job)
         return
     with exclusive(kept.with_name(f"{seed}.lock"), f"train {arm_name} seed {seed}"), staged(out) as folder:
         record = start_run("train", params=shown, inputs=inputs, arm=arm_name, seed=seed, prompt_template=template)
         job = job_of(params, settings, seed, folder, kept / key[:16])
-        job = replace(job, logs=Path("logs") / arm_name / str(seed))
+        job = replace(job, report_to=params.report_to, logs=Path("logs") / arm_name / str(seed))
         summary = adopt(arm, job, theirs) if theirs else train(arm, job)
         weights, own = folder / "adapter_model.safetensors", BASE / "model.safetensors"
         parent = sha256(own) if own.is_file() else base_fingerprint

@@ -30,8 +30,8 @@ def tried(params: Params, arm: str, own: Mapping[str, Any]) -> dict[str, Any]:
     section, settings = params.tune, params.train_for(arm, own)
     if section.steps is not None:
         settings = settings.model_copy(update={"max_steps": section.steps, "epochs": None})
-    steps = {"eval_steps": 10**9} if not settings.keeps_best else {}  # the loss at the end is what counts
-    settings = settings.model_copy(update={"report_to": [], **steps})
+    if not settings.keeps_best:
+        settings = settings.model_copy(update={"eval_steps": 10**9})  # the loss at the end is what counts
     shown = {"train": settings.model_dump(), "prompt": params.prompt.model_dump()}
     # Unlike a checkpoint it stays, so all code that decides it counts.
     code = code_hash("pipelines.train", f"trainers.arms.{params.code_of(arm)}", plugins=dict.fromkeys(_PLUGINS, ()))

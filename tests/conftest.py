@@ -99,7 +99,7 @@ def train_settings():
         warmup_steps=1, weight_decay=0.0, max_grad_norm=1.0, optimizer="adamw_torch", precision="fp32",
         max_length=128, overlong="refuse", gradient_checkpointing=False, unsloth_fused_lora=True,
         logging_steps=2, eval_steps=6, save_steps=4, keep_best=False, early_stopping_patience=None,
-        early_stopping_min_delta=0.0, report_to=[], probe_every=4,
+        early_stopping_min_delta=0.0, probe_every=4,
     )  # fmt: skip
 
 

@@ -1,18 +1,14 @@
-"""How a training shows itself: lines of progress for logs, TensorBoard's event files, Weights & Biases."""
+"""How a training shows itself: lines of progress for logs, and curves in TensorBoard, W&B, MLflow or DVCLive."""
 
-import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainers.settings import TrainSettings
-
-
-class ReporterError(ValueError):
-    """Curves cannot be written where the settings ask for them."""
+PROJECT = "grit-pipeline"
+"""Of W&B, and MLflow's experiment, where the environment says nothing else."""
 
 
 def duration(seconds: float) -> str:
@@ -86,37 +82,53 @@ def progress_lines(
     return ProgressLines()
 
 
-def check_reporters(settings: TrainSettings, folder: Path | None) -> None:
-    missing = [name for name in settings.report_to if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ReporterError(
-            f"train.report_to: expected the package {' and '.join(missing)} to be installed, found none: run "
-            f"`python -m pip install {' '.join(missing)}`, or take it out of report_to"
-        )
-    if settings.report_to and folder is None:
-        raise ReporterError(f"train.report_to: expected a folder for {settings.report_to}, got none")
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny", "dvclive": "dvclive"}
+"""Name in `report_to`, which is that of the module → the package to install."""
 
 
-def report_arguments(settings: TrainSettings, name: str, folder: Path | None) -> dict[str, Any]:
-    """TrainingArguments for W&B (TensorBoard's callback is made by `tensorboard`).
+def tracker_arguments(names: Sequence[str], logs: Path, run: str) -> dict[str, Any]:
+    """TrainingArguments for W&B and MLflow; the other callbacks are made by `tracker_callbacks`.
 
-    Project, mode (online, offline, disabled) and folder are W&B's own environment variables; those that are set stay.
-    The folder is made here, since W&B takes another one where it does not exist.
+    Where curves go is said by their own environment variables; those that are set stay. The folder is made here, since
+    W&B takes another one where it does not exist.
     """
-    if "wandb" not in settings.report_to or folder is None:
-        return {"report_to": "none"}
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("WANDB_PROJECT", "grit-pipeline")
-    os.environ.setdefault("WANDB_DIR", str(folder))
-    return {"report_to": ["wandb"], "run_name": name}
+    theirs = [name for name in names if name in ("wandb", "mlflow")]
+    if "wandb" in theirs:
+        logs.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("WANDB_PROJECT", PROJECT)
+        os.environ.setdefault("WANDB_DIR", str(logs))
+    if "mlflow" in theirs:
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            os.environ["MLFLOW_TRACKING_URI"] = (logs.parents[1] / "mlruns").absolute().as_uri()
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", PROJECT)
+    return {"report_to": theirs or "none", "run_name": run}
 
 
-def remove_reporters(trainer: Any) -> None:
+def tracker_callbacks(names: Sequence[str], logs: Path, resumed_from: int | None) -> list[Any]:
+    made = {"tensorboard": lambda: tensorboard(logs, resumed_from), "dvclive": lambda: dvclive(logs, resumed_from)}
+    return [make() for name, make in made.items() if name in names]
+
+
+def remove_trackers(trainer: Any) -> None:
     """Let nothing of what a Trainer still does appear in any curve."""
-    from transformers.integrations import TensorBoardCallback, WandbCallback
+    from transformers import integrations
 
-    for kind in (TensorBoardCallback, WandbCallback):
-        trainer.remove_callback(kind)
+    for kind in ("TensorBoardCallback", "WandbCallback", "MLflowCallback", "DVCLiveCallback"):
+        trainer.remove_callback(getattr(integrations, kind))
+
+
+def dvclive(folder: Path, resumed_from: int | None) -> Any:
+    """DVCLive's callback, with the Trainer's steps, and without an experiment of DVC's: the stage is one already."""
+    from dvclive import Live
+    from transformers.integrations import DVCLiveCallback
+
+    class Curves(DVCLiveCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.live.step = state.global_step  # else that of the next log
+            super().on_log(args, state, control, **kwargs)
+
+    return Curves(Live(str(folder / "dvclive"), resume=resumed_from is not None, save_dvc_exp=False, dvcyaml=None))
 
 
 def tensorboard(folder: Path, resumed_from: int | None) -> Any:

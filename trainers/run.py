@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers import adapters, optimizers
-from trainers.callbacks import check_reporters, progress_lines, remove_reporters, report_arguments, tensorboard
+from trainers.callbacks import progress_lines, remove_trackers, tracker_arguments, tracker_callbacks
 from trainers.encode import Encoded, EncodingError, encode_examples, encode_texts
 from trainers.models import ModelError, add_lora, load_base_model, load_tokenizer, scale_update
 from trainers.pictures import encode_items
@@ -39,7 +39,8 @@ class TrainingJob:
     valid: Sequence[tuple[str, str]]  # the same, for the evaluation loss
     output: Path  # for the adapter; exists and is empty
     checkpoints: Path  # outlives a kill; a complete checkpoint found there is resumed from
-    logs: Path | None = None  # for what `report_to` writes; outlives the training
+    report_to: Sequence[str] = ()  # names of `trainers.callbacks.TRACKERS`
+    logs: Path = Path("logs/arm/seed")  # for what they write; outlives the training
     texts: Sequence[tuple[str, bool]] = ()  # the base's own, and whether they came to an end
     images: Path = Path()  # where references to pictures in prompts start from
 
@@ -143,9 +144,9 @@ def training_arguments(job: TrainingJob, **changes: Any) -> Any:
 
 
 def _lasting_arguments(job: TrainingJob, name: str) -> dict[str, Any]:
-    """What a real run has beyond that, and a twin has no use for: reporters, and which checkpoint comes back."""
+    """What a real run has beyond that, and a twin has no use for: trackers, and which checkpoint comes back."""
     s = job.settings
-    values = report_arguments(s, name, job.logs)
+    values = tracker_arguments(job.report_to, job.logs, name)
     if s.keeps_best:
         values |= {
             "load_best_model_at_end": True,
@@ -306,8 +307,8 @@ def _add_callbacks(trainer: Any, arm: Arm, job: TrainingJob, resumed_from: int |
     s = job.settings
     if trainer.args.disable_tqdm:
         trainer.add_callback(progress_lines(f"train {arm.name}-{job.seed}"))
-    if "tensorboard" in s.report_to and job.logs is not None:
-        trainer.add_callback(tensorboard(job.logs, resumed_from))
+    for tracker in tracker_callbacks(job.report_to, job.logs, resumed_from):
+        trainer.add_callback(tracker)
     if s.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(s.early_stopping_patience, s.early_stopping_min_delta))
     manager = getattr(trainer, "grit_manager", None)
@@ -329,7 +330,6 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     """
     from safetensors.torch import load_file
 
-    check_reporters(job.settings, job.logs)
     trainer, train, valid = build(arm, job, **_lasting_arguments(job, f"{arm.name}-{job.seed}"))
     from torch.random import fork_rng
 
@@ -350,7 +350,7 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     trainer.processing_class.save_pretrained(job.output)
     saved = job.output / "adapter_model.safetensors"
     history = [dict(entry) for entry in trainer.state.log_history if not entry.keys() & {STEP_LOSS, STEP_KL}]
-    remove_reporters(trainer)  # closed by now: the evaluation below would open them anew, or stand at the wrong step
+    remove_trackers(trainer)  # closed by now: the evaluation below would open them anew, or stand at the wrong step
     said = arm.report(trainer, job) if arm.report and trainer.is_world_process_zero() else {}
     (job.output / "loss_history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
     (job.output / STEP_LOSSES).write_text(json.dumps(_step_losses(trainer)) + "\n", encoding="utf-8")

@@ -138,7 +138,6 @@ class TrainSettings(Section):
     preserve: Preserve = Preserve()
     replay: Annotated[float, Field(ge=0, lt=1, description="share of general questions among what is learnt")] = 0.0
     scale_update: Annotated[float, Field(gt=0, le=10, description="of s·B·A once training is over")] = 1.0
-    report_to: list[Literal["tensorboard", "wandb"]]
     probe_every: Annotated[int, Field(ge=1, description="steps between two entries of the probe's ledger")]
 
     @model_validator(mode="after")
@@ -162,8 +161,6 @@ class TrainSettings(Section):
             problems.append(
                 f"batch_size: expected a multiple of devices = {self.devices}, which share it, got {self.batch_size}"
             )
-        if len(set(self.report_to)) != len(self.report_to):
-            problems.append(f"report_to: expected each once, got {self.report_to}")
         if self.layers is not None and self.preserve.method != "none":
             problems.append(
                 f"preserve.method: expected none beside layers, got {self.preserve.method}: texts alone hold a base "

@@ -62,6 +62,7 @@ def changed(raw, path, value):
         ("matrix.arms", [["mine"]], r"matrix\.arms\.0: .*string, got \['mine'\]"),
         ("matrix.arms", ["mine"], r"matrix\.arms: unknown arm 'mine'\. Available: baseline_lora"),
         ("matrix.arms", ["grit_vlm"], r"arms\.grit_vlm: missing"),
+        ("report_to", ["wanbd"], r"report_to: unknown tracker 'wanbd'; did you mean 'wandb'\?"),
         ("matrix.seeds", [0, 0], r"matrix\.seeds: expected each once"),
         ("matrix.seeds", [-1], r"matrix\.seeds\.0: .*got -1"),
         ("arms", {}, r"arms\.baseline_lora: missing"),
@@ -227,6 +228,12 @@ def test_as_a_command(tmp_path, raw):
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(changed(raw, "train.rank", -1)))
     refused = run()
     assert (refused.returncode, "train.rank" in refused.stderr) == (2, True) and "Traceback" not in refused.stderr
+
+
+def test_a_tracker_that_is_not_installed_is_named(raw, monkeypatch):
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="expected mlflow-skinny to be installed; run `pip install mlflow-skinny`"):
+        parse_params(changed(raw, "report_to", ["mlflow"]))
 
 
 def test_threads_and_stages_at_once_follow_the_base_and_what_is_asked(raw, monkeypatch):

@@ -1,6 +1,5 @@
 """Lines of progress in logs; curves: TensorBoard's files read back, W&B by a stand-in, missing packages named."""
 
-import importlib.util
 import os
 import sys
 import types
@@ -13,9 +12,8 @@ from tests.trainers.runs import curves, history, interrupted
 from tests.trainers.test_training import GRIT
 from trainers import callbacks
 from trainers.arms import baseline_lora, pure_grit
-from trainers.callbacks import ReporterError, duration, progress_lines
+from trainers.callbacks import TRACKERS, duration, progress_lines
 from trainers.run import first_losses, run
-from trainers.settings import BaseReference
 
 
 def test_durations():
@@ -79,11 +77,11 @@ def test_lines_in_a_log_and_a_bar_on_a_terminal(make_job, monkeypatch, capsys, t
 
 
 def test_a_resumed_run_goes_on_and_a_new_one_starts_anew(make_job, tmp_path):
-    settings = {"report_to": ["tensorboard"], "max_steps": 14}
-    job = replace(make_job(**settings, checkpoints=tmp_path / "checkpoints"), logs=tmp_path / "logs")
+    shown = {"report_to": ["tensorboard"], "logs": tmp_path / "logs"}
+    job = replace(make_job(max_steps=14, checkpoints=tmp_path / "checkpoints"), **shown)
     interrupted("baseline_lora", job, {}, "on_step_end", 11)
     assert [step for step, _ in curves(job.logs)["train/loss"]] == [2, 4, 6, 8, 10]
-    other = replace(make_job(report_to=["tensorboard"], max_steps=6, seed=1), logs=job.logs)
+    other = replace(make_job(max_steps=6, seed=1), **shown)
     for again, resumed_from, entries in ((job, 8, 7), (other, None, 3)):
         result = run(baseline_lora.ARM, again)
         assert result["resumed_from_step"] == resumed_from
@@ -103,20 +101,28 @@ def test_event_files_are_named_in_the_order_of_their_making(tmp_path):
 
 
 def test_a_twin_reports_nothing(make_job, tmp_path):
-    job = replace(make_job(report_to=["tensorboard", "wandb"], keep_best=True, eval_steps=2), logs=tmp_path / "logs")
+    job = replace(make_job(keep_best=True, eval_steps=2), report_to=list(TRACKERS), logs=tmp_path / "logs")
     assert len(first_losses(baseline_lora.ARM, job, 2)) == 2
     assert not job.logs.exists()
 
 
-def test_a_missing_package_is_named_before_anything_is_loaded(make_job, tmp_path, monkeypatch):
-    there = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else there(name, *a))
-    job = replace(make_job(report_to=["tensorboard", "wandb"]), base=BaseReference("nowhere"), logs=tmp_path)
-    with pytest.raises(ReporterError, match=r"expected the package wandb .*: run `python -m pip install wandb`"):
-        run(baseline_lora.ARM, job)
-    assert ReporterError.__module__.split(".")[0] == "trainers"  # pipelines.stage shows it without a traceback
-    with pytest.raises(ReporterError, match="expected a folder"):
-        run(baseline_lora.ARM, replace(make_job(report_to=["tensorboard"]), logs=None))
+def test_mlflow_and_dvclive_have_the_curves(make_job, tmp_path, monkeypatch):
+    """The real packages, with files of their own below logs/."""
+    mlflow, _ = pytest.importorskip("mlflow"), pytest.importorskip("dvclive")
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_ALLOW_FILE_STORE"):
+        monkeypatch.setenv(name, "")  # so that what the run sets goes afterwards
+        monkeypatch.delenv(name)
+    logs = tmp_path / "logs/baseline_lora/0"
+    job = replace(make_job(max_steps=4, eval_steps=3), report_to=["mlflow", "dvclive"], logs=logs)
+    run(baseline_lora.ARM, job)
+    client = mlflow.MlflowClient((tmp_path / "logs/mlruns").as_uri())
+    (found,) = client.search_runs([client.get_experiment_by_name("grit-pipeline").experiment_id])
+    assert (found.info.run_name, found.info.status) == ("baseline_lora-0", "FINISHED")
+    expected = [(entry["step"], pytest.approx(entry["loss"])) for entry in history(job) if "loss" in entry]
+    assert [(m.step, m.value) for m in client.get_metric_history(found.info.run_id, "loss")] == expected
+    rows = (logs / "dvclive/plots/metrics/loss.tsv").read_text().splitlines()[1:]
+    assert [(int(step), float(value)) for step, value in (row.split("\t") for row in rows)] == expected
+    assert not (logs / "dvclive/dvc.yaml").exists(), "the stage is an experiment already"
 
 
 @pytest.fixture
@@ -150,8 +156,8 @@ def wandb(monkeypatch):
 def test_wandb_is_told_project_name_and_folder(make_job, tmp_path, monkeypatch, wandb, chosen):
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
-    settings = {"grit": GRIT, "max_steps": 6, "eval_steps": 5}
-    job = replace(make_job(**settings, report_to=["wandb"], seed=3), logs=tmp_path / "logs")
+    job = make_job(grit=GRIT, max_steps=6, eval_steps=5, seed=3)
+    job = replace(job, report_to=["wandb"], logs=tmp_path / "logs")
     run(pure_grit.ARM, job)
     (init,) = [call for call in wandb if call[0] == "init"]
     assert init[1] == {"project": chosen.get("WANDB_PROJECT", "grit-pipeline"), "name": "pure_grit-3"}

@@ -50,7 +50,7 @@ def jobs(make_job):
     # Nothing after the first evaluation is better by so much: it stops after the fourth.
     lasting = make_job(
         grit=GRIT, max_steps=None, epochs=2.0, early_stopping_min_delta=100.0, overlong="leave_out",
-        eval_steps=2, save_steps=4, early_stopping_patience=3, report_to=["tensorboard"],
+        eval_steps=2, save_steps=4, early_stopping_patience=3,
     )  # fmt: skip
     longer = [*lasting.train, ("What?\n", "1" * 300)]
     return {
@@ -60,7 +60,11 @@ def jobs(make_job):
         "unfused": (make_job(unsloth_fused_lora=False, **mlp), True, {}),
         "never fused": (make_job(**mlp), False, {}),
         "nf4": (make_job(grit=GRIT, quantize_base="nf4", **few), False, {}),
-        "lasting": (replace(lasting, train=longer, logs=lasting.output.with_name("lasting-logs")), False, CURVE),
+        "lasting": (
+            replace(lasting, train=longer, report_to=["tensorboard"], logs=lasting.output.with_name("lasting-logs")),
+            False,
+            CURVE,
+        ),
     }
 
 

@@ -260,7 +260,7 @@ def test_an_end_after_the_last_checkpoint_changes_no_bit(make_job, tmp_path, ste
 @pytest.fixture(scope="module")
 def with_grit(make_job, tmp_path_factory):
     logs = tmp_path_factory.mktemp("with_grit") / "logs/pure_grit/0"
-    job = replace(make_job(grit=GRIT, report_to=["tensorboard"]), logs=logs)
+    job = replace(make_job(grit=GRIT), report_to=["tensorboard"], logs=logs)
     return job, run(pure_grit.ARM, job)
 
 
