@@ -3,7 +3,7 @@
 import re
 import sys
 import unicodedata
-from collections.abc import Mapping
+import zlib
 from fractions import Fraction
 
 from evaluation.tasks import Item, Score, mean, mean_credit, metric, share
@@ -86,25 +86,29 @@ def label_metrics(name: str) -> dict[str, dict[str, str]]:
         f"{name}_f1": metric(
             "F1", "higher", "Mean F1 over the labels that are right for some item; an answer without a label is wrong"
         ),
-        f"{name}_unparseable": share("Share of items whose answer says neither yes nor no, or both", "lower"),
+        f"{name}_unparseable": share("Share of items whose answer names no label, or several", "lower"),
     }
 
 
-def score_label(item: Item, said: bool | None, labels: tuple[str, str]) -> Score:
-    """Right when what was said (by `read_yes_no`) is truth["label"]; `labels` are those for no and for yes."""
+def score_label(item: Item, predicted: str | None) -> Score:
+    """Right when the label that was said, None where none or several were, is truth["label"]."""
     truth = item.truth["label"]
-    predicted = None if said is None else labels[said]
     right = predicted == truth
-    return Score(correct=right, predicted=predicted, exact=right, extra={"truth": float(labels.index(truth))})
+    return Score(correct=right, predicted=predicted, exact=right, extra={"truth": _number_of(truth)})
 
 
-def summarize_labels(scores: list[Score], defs: Mapping[str, object], labels: tuple[str, str]) -> dict[str, float]:
+def _number_of(label: str) -> float:
+    return float(zlib.crc32(label.encode()))
+
+
+def summarize_labels(scores: list[Score], name: str) -> dict[str, float]:
+    defs = label_metrics(name)
     if not scores:
         return dict.fromkeys(defs, float("nan"))
     from sklearn.metrics import f1_score
 
     truth = [int(s.extra["truth"]) for s in scores]
-    predicted = [-1 if s.predicted is None else labels.index(str(s.predicted)) for s in scores]
+    predicted = [-1 if s.predicted is None else int(_number_of(str(s.predicted))) for s in scores]
     f1 = f1_score(truth, predicted, labels=sorted(set(truth)), average="macro", zero_division=0)
     unread = mean(s.predicted is None for s in scores)
     return dict(zip(defs, (mean_credit(scores), float(f1), unread), strict=True))

@@ -144,6 +144,8 @@ def _from_rows(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item]
     task = load(section.task)
     rows = read_recipe(task, section)
     write_rejected(folder / REJECTED, rows.rejected)
+    if hasattr(task, "complete"):
+        task.complete([*rows.train, *(rows.test or ())])
     sizes = {"train": section.train_items, "valid": section.valid_items, "test": section.test_items}
     division = divide(rows.train, rows.test, task.group, sizes, section.seed)
     drawn = {item.id for item in division.splits["test"]}

@@ -93,7 +93,8 @@ class Task(Protocol):
 
     Optional: SOURCE, the data set on the hub; SETTINGS and ROW_SETTINGS, keys of section prepare_data that `generate`
     and `retention_items` get as keywords, and that every row holds beside its fields; facts(test items), for run.json;
-    check_mapping(fields), what is wrong with the choice of mapped fields; retention_items(per_task, seed=, folder=,
+    check_mapping(fields), what is wrong with the choice of mapped fields; complete(items of all rows), which adds to
+    their truths what they must know of each other; retention_items(per_task, seed=, folder=,
     **settings), in the place of the suite in `general`; REWORDINGS, what evaluation.paraphrase trains and asks with
     beside white space, NEW_WORDINGS, what it only asks with.
     """
@@ -148,9 +149,8 @@ def _misnamed_or_missing(name: str, module: ModuleType) -> list[str]:
         problems.append(f"{name} is a task of the retention suite; rename the file")
     if hasattr(module, "NAME") and name != module.NAME:
         problems.append(f"expected NAME = {name!r}, as the file is called, got {module.NAME!r}")
-    draws = callable(getattr(module, "generate", None))
     recipe = any(hasattr(module, part) for part in ("SOURCE", "FIELDS", "group"))
-    values = ["NAME", "TITLE", "METRICS", "PRIMARY", *(["SOURCE"] if recipe and not draws else [])]
+    values = ["NAME", "TITLE", "METRICS", "PRIMARY"]
     functions = ["score", "summarize"]
     if recipe:
         values, functions = [*values, "FIELDS"], [*functions, "make_item", "group"]

@@ -6,10 +6,11 @@ passage, answer (bool). The test items are its validation split; the authors kee
 """
 
 from collections.abc import Hashable, Mapping
+from functools import partial
 from typing import Any
 
 from evaluation.parsing import label_metrics, read_yes_no, score_label, summarize_labels
-from evaluation.tasks import Field, Item, Score, Source, choice, digest, text
+from evaluation.tasks import Field, Item, Score, Source, choice, classify, digest, text
 
 NAME = "boolq"
 TITLE = "BoolQ accuracy"
@@ -30,7 +31,7 @@ def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
     label = choice(row, "answer", _ANSWERS)
     asked = f"{question[0].upper()}{question[1:].rstrip('?. ')}?"
     prompt = f"{passage}\n\nQuestion: {asked}\nAnswer Yes or No."
-    return Item(item_id, NAME, prompt, label, {"label": label, "passage": digest(passage)})
+    return classify.item_of(NAME, item_id, prompt, label, label, passage=digest(passage))
 
 
 def group(item: Item) -> Hashable:
@@ -38,8 +39,8 @@ def group(item: Item) -> Hashable:
 
 
 def score(item: Item, answer: str) -> Score:
-    return score_label(item, read_yes_no(answer), LABELS)
+    said = read_yes_no(answer)
+    return score_label(item, None if said is None else LABELS[said])
 
 
-def summarize(scores: list[Score]) -> dict[str, float]:
-    return summarize_labels(scores, METRICS, LABELS)
+summarize = partial(summarize_labels, name=NAME)

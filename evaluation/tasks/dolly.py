@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from evaluation.parsing import score_text, summarize_texts, text_metrics
-from evaluation.tasks import Field, Item, Source, digest, optional_text, text
+from evaluation.tasks import Field, Item, Source, digest, instruct, optional_text, text
 
 NAME = "dolly"
 TITLE = "Dolly ROUGE-L"
@@ -27,9 +27,8 @@ FIELDS = {
 
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
     instruction, context, response = text(row, "instruction"), optional_text(row, "context"), text(row, "response")
-    prompt = f"{instruction}\n\n{context}" if context else instruction
-    truth = {"answer": response, "category": optional_text(row, "category"), "group": digest(context or instruction)}
-    return Item(item_id, NAME, prompt, response, truth)
+    about = {"category": optional_text(row, "category"), "group": digest(context or instruction)}
+    return instruct.item_of(NAME, item_id, instruction, context, response, **about)
 
 
 def group(item: Item) -> Hashable:

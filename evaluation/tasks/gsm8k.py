@@ -5,14 +5,13 @@ licence. Fields: question; answer, a solution with the calculator's notes `<<48/
 The notes are cut out of what is trained on. Answers are compared exactly: 18, 18.00 and $18 are equal, 3/4 is 0.75.
 """
 
-import math
 import re
-from collections.abc import Hashable, Mapping
-from fractions import Fraction
+from collections.abc import Mapping
 from typing import Any
 
-from evaluation.parsing import exact_number, final_number
-from evaluation.tasks import Field, Item, RowError, Score, Source, digest, mean, mean_credit, share, shown, text
+from evaluation.parsing import exact_number
+from evaluation.tasks import Field, Item, RowError, Score, Source, exact, mean, mean_credit, share, shown, text
+from evaluation.tasks.exact import MARKER
 
 NAME = "gsm8k"
 TITLE = "GSM8K exact match"
@@ -27,7 +26,6 @@ FIELDS = {
     "question": Field("question", True, "the word problem"),
     "answer": Field("answer", True, "the worked solution, with the final number after ####"),
 }
-MARKER = "####"
 _NOTE = re.compile(r"<<[^<>\n]*>>")
 
 
@@ -42,19 +40,7 @@ def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
     return Item(item_id, NAME, question, solution, {"answer": str(result)})
 
 
-def group(item: Item) -> Hashable:
-    return digest(item.prompt)
-
-
-def score(item: Item, answer: str) -> Score:
-    truth = Fraction(item.truth["answer"])
-    predicted, marked = final_number(answer, MARKER)
-    extra = {"marker": float(marked)}
-    if predicted is None:
-        return Score(correct=False, predicted=None, exact=False, extra=extra)
-    right = predicted == truth
-    error = abs(float(predicted) - float(truth))
-    return Score(right, float(predicted), right, abs_error=error if math.isfinite(error) else None, extra=extra)
+group, score = exact.group, exact.score
 
 
 def summarize(scores: list[Score]) -> dict[str, float]:

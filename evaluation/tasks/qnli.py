@@ -9,10 +9,11 @@ trained on such data, and "not_entailment" contains it. The names of the labels 
 """
 
 from collections.abc import Hashable, Mapping
+from functools import partial
 from typing import Any
 
 from evaluation.parsing import label_metrics, read_yes_no, score_label, summarize_labels
-from evaluation.tasks import Field, Item, RowError, Score, Source, choice, digest, text
+from evaluation.tasks import Field, Item, RowError, Score, Source, choice, classify, digest, text
 
 NAME = "qnli"
 TITLE = "QNLI accuracy"
@@ -35,7 +36,7 @@ def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
     label = choice(row, "label", _ANSWERS)
     prompt = f"Question: {question}\nSentence: {sentence}\nDoes the sentence answer the question? Answer Yes or No."
     completion = "Yes" if label == "entailment" else "No"
-    return Item(item_id, NAME, prompt, completion, {"label": label, "question": digest(question)})
+    return classify.item_of(NAME, item_id, prompt, label, completion, question=digest(question))
 
 
 def group(item: Item) -> Hashable:
@@ -44,8 +45,7 @@ def group(item: Item) -> Hashable:
 
 def score(item: Item, answer: str) -> Score:
     said = read_yes_no(answer, positive="true|correct|entailment|entailed|entails?")
-    return score_label(item, said, LABELS)
+    return score_label(item, None if said is None else LABELS[said])
 
 
-def summarize(scores: list[Score]) -> dict[str, float]:
-    return summarize_labels(scores, METRICS, LABELS)
+summarize = partial(summarize_labels, name=NAME)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation import epa, tasks
-from evaluation.tasks import Item, ItemError, RowError, alpaca, aqi, boolq, digest, dolly, general, gsm8k, load, qnli
+from evaluation.tasks import (
+    Item,
+    ItemError,
+    RowError,
+    alpaca,
+    aqi,
+    boolq,
+    classify,
+    digest,
+    dolly,
+    exact,
+    general,
+    gsm8k,
+    instruct,
+    load,
+    qnli,
+)
 
 # --- modules ---
 
@@ -68,7 +85,7 @@ def test_loading_the_tasks_loads_no_heavy_package():
 
 
 def test_all_that_is_missing_or_does_not_go_together_is_named(module):
-    for name in ("NAME", "TITLE", "METRICS", "PRIMARY", "SOURCE", "FIELDS"):
+    for name in ("NAME", "TITLE", "METRICS", "PRIMARY", "FIELDS"):
         module(**{**SOUND, **RECIPE, name: ...})
         assert said() == f"{name} is missing"
     for name, value in itertools.product(("score", "summarize", "make_item", "group"), (..., 3)):
@@ -77,7 +94,7 @@ def test_all_that_is_missing_or_does_not_go_together_is_named(module):
     module(NAME="other", group=len, TITLE="t")
     assert said() == (
         "expected NAME = 'mine', as the file is called, got 'other'; METRICS is missing; PRIMARY is missing; "
-        "SOURCE is missing; FIELDS is missing; the function score is missing; the function summarize is missing; "
+        "FIELDS is missing; the function score is missing; the function summarize is missing; "
         "the function make_item is missing"
     )
     for changes, expected in (
@@ -228,6 +245,51 @@ def test_the_items_own_completion_is_right(task, first, second, label, number):
         assert blank or "half a character" in reason or (task is gsm8k and abs(number) > 10**308)
         return
     assert item.completion == item.completion.strip() and task.score(item, item.completion).credit == 1
+
+
+def test_anybodys_labels_are_told_in_answers():
+    labels = ["good", "very good", "bad (returned)", "3"]
+    items = [classify.make_item(str(i), {"text": f"It was {i}.", "label": own}) for i, own in enumerate(labels)]
+    classify.complete(items)
+    answers = {
+        "good": 0, "Very good.": 1, "\n It is VERY GOOD, so\nbad (returned)": 1, "bad (returned)": 2, "3": 3,
+        "good or very good": None, "goodness": None, "35": None, "": None,
+    }  # fmt: skip
+    for answer, right in answers.items():
+        predicted = None if right is None else labels[right]
+        found = [classify.score(item, answer) for item in items]
+        assert {score.predicted for score in found} == {predicted}, answer
+        assert [score.correct for score in found] == [place == right for place in range(4)]
+    said = ("good", "good", "bad (returned)", "nothing")
+    scores = [classify.score(item, answer) for item, answer in zip(items, said, strict=True)]
+    f1 = pytest.approx((2 / 3 + 0 + 1 + 0) / 4)
+    assert list(classify.summarize(scores).values()) == [0.5, f1, 0.25]
+    for labels, got in ((["a"] * 3, "got 1 .'a'"), ([str(i) for i in range(300)], "got 300 .'0', '1', '10', …")):
+        items = [classify.make_item("x", {"text": "It was.", "label": own}) for own in labels]
+        with pytest.raises(ItemError, match=f"expected a column of 2 to 200 different labels, {got}"):
+            classify.complete(items)
+    for label, reason in ((-1, "a split whose labels are kept secret"), (0.5, "expected text"), ("a\nb", "one line")):
+        with pytest.raises(RowError, match=reason):
+            classify.make_item("x", {"text": "It was.", "label": label})
+
+
+def test_anybodys_short_answers_are_numbers_or_words():
+    def right(truth, answer):
+        return exact.score(exact.make_item("x", {"question": "What?", "answer": truth}), answer).correct
+
+    for truth, answer in ((18, "It makes $18.00."), ("1,234", "1234"), (0.75, "#### 3/4"), ("-5", "so -5")):
+        assert right(truth, answer)
+    assert right("Port Louis", " port  louis.")
+    assert not any(right(truth, answer) for truth, answer in ((18, "18 or 19"), ("Paris", "Paris, France"), (2, "two")))
+    scores = [exact.score(exact.make_item("x", {"question": "What?", "answer": 2}), text) for text in ("2", "3", "?")]
+    assert exact.summarize(scores) == {"exact_match": pytest.approx(1 / 3), "exact_unparseable": pytest.approx(1 / 3)}
+
+
+def test_anybodys_instructions_are_alpacas():
+    row = {"instruction": "Name it.", "input": "sky", "output": "Blue."}
+    ours, theirs = instruct.make_item("x", row), alpaca.make_item("x", row)
+    assert (ours.task, replace(ours, task="alpaca")) == ("instruct", theirs)
+    assert instruct.summarize([instruct.score(ours, "Blue")])["instruct_rouge_l"] == 1
 
 
 # --- air quality ---

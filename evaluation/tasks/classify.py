@@ -1,0 +1,74 @@
+"""Anybody's texts with labels: the generic task that boolq and qnli are instances of.
+
+Fields: text, label. The labels are those that the rows have. Say in prompt.template what is asked, e.g. "Is this review
+good or bad? {prompt}". An answer names a label where the first line that names any names one alone.
+"""
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from evaluation.parsing import label_metrics, score_label, summarize_labels
+from evaluation.tasks import Field, Item, ItemError, RowError, Score, digest, shown, text
+
+NAME = "classify"
+TITLE = "accuracy"
+PRIMARY = "classify_accuracy"
+METRICS = label_metrics(NAME)
+FIELDS = {
+    "text": Field("text", True, "what is to be classified"),
+    "label": Field("label", True, "its class, in words or a number"),
+}
+MOST = 200
+"""Labels: with more of them the column is hardly one of labels."""
+
+
+def item_of(name: str, item_id: str, prompt: str, label: str, completion: str, **truth: Any) -> Item:
+    return Item(item_id, name, prompt, completion, {"label": label, **truth})
+
+
+def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
+    label = row.get("label")
+    if isinstance(label, bool | int):  # -1 marks splits whose labels are kept secret
+        if label == -1:
+            raise RowError("label", "expected a label, got -1, which marks a split whose labels are kept secret")
+        label = str(label)
+    label = text({"label": label}, "label")
+    if "\n" in label:
+        raise RowError("label", f"expected one line, got {shown(label)}")
+    return item_of(NAME, item_id, text(row, "text"), label, label)
+
+
+def complete(items: Sequence[Item]) -> None:
+    """Tell every item which labels there are."""
+    labels = sorted({item.truth["label"] for item in items})
+    if not 2 <= len(labels) <= MOST:
+        raise ItemError(
+            f"prepare_data.columns.label: expected a column of 2 to {MOST} different labels, got {len(labels)} "
+            f"({', '.join(map(shown, labels[:3]))}{', …' if len(labels) > 3 else ''})"
+        )
+    for item in items:
+        item.truth["labels"] = labels
+
+
+def group(item: Item) -> Hashable:
+    return digest(item.prompt)
+
+
+def named(answer: str, labels: Sequence[str]) -> str | None:
+    """The label that an answer names; of "very good" and "good" the longer one."""
+    known = {label.casefold(): label for label in labels}
+    longest_first = sorted(map(re.escape, known), key=len, reverse=True)
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
+    for line in answer.splitlines():
+        if found := {known[match] for match in pattern.findall(line.casefold())}:
+            return found.pop() if len(found) == 1 else None
+    return None
+
+
+def score(item: Item, answer: str) -> Score:
+    return score_label(item, named(answer, item.truth["labels"]))
+
+
+summarize = partial(summarize_labels, name=NAME)
