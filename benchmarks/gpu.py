@@ -1,8 +1,9 @@
 """What GRIT, the probe and preserve cost at Llama-3-8B's shapes on a GPU: steps in turn with AdamW LoRA, peak memory.
 
-Needs torch, transformers and PEFT; 4 bit where bitsandbytes is there too. Weights are random: neither time nor memory
-knows what they say. In a round every contender takes its steps on the one base, with a LoRA of r 16 on all linear
-layers, gradient checkpointing, bf16. Under 8 minutes on one GPU with 24 GB or more:
+Needs torch, transformers and PEFT; 4 bit where bitsandbytes is there too, and AdamW and GRIT on Unsloth's kernels, in
+a process of their own, where Unsloth is. Weights are random: neither time nor memory knows what they say. In a round
+every contender takes its steps on the one base, with a LoRA of r 16 on all linear layers, gradient checkpointing, bf16.
+Under 8 minutes on one GPU with 24 GB or more:
 
   python benchmarks/gpu.py                  # writes benchmarks/results/gpu.json
   python benchmarks/gpu.py --shape tiny     # a minute on a CPU; writes nothing unless --out says where
@@ -10,16 +11,20 @@ layers, gradient checkpointing, bf16. Under 8 minutes on one GPU with 24 GB or m
 
 import argparse
 import gc
+import importlib
 import importlib.util
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -33,12 +38,12 @@ from probes import Probe  # noqa: E402
 SHAPES = {"llama3_8b": (4096, 14336, 32, 32, 8, 128256, 2, 512), "tiny": (64, 128, 2, 4, 2, 256, 4, 32)}
 EVERY = 10
 """Steps between two that the probe looks at closely; its default is 50, so its cost is overstated."""
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONTENDERS = ("AdamW", "GRIT", "AdamW + probe", "AdamW + preserve (kfac)")
 
 
-def base_of(shape: str, device: str, *, four_bit: bool) -> Any:
-    """A random Llama in bf16 with LoRA; its linear layers in NF4 where asked for."""
-    from peft import get_peft_model
+def _llama(shape: str, device: str) -> Any:
+    """A random one in bf16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden, mlp, layers, heads, shared, vocabulary, *_ = SHAPES[shape]
@@ -48,7 +53,14 @@ def base_of(shape: str, device: str, *, four_bit: bool) -> Any:
         num_attention_heads=heads, num_key_value_heads=shared, use_cache=False, rope_theta=500000.0,
     )  # fmt: skip
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+
+
+def base_of(shape: str, device: str, *, four_bit: bool) -> Any:
+    """With LoRA; its linear layers in NF4 where asked for."""
+    from peft import get_peft_model
+
+    model = _llama(shape, device)
     if four_bit:
         _quantize(model, device)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -69,6 +81,45 @@ def _quantize(model: Any, device: str) -> None:
             parent, _, last = name.rpartition(".")
             setattr(model.model.get_submodule(parent), last, made.to(device))
     model.is_loaded_in_4bit = True  # what PEFT asks
+
+
+def unsloth_base_of(shape: str, device: str, *, four_bit: bool) -> Any:
+    """The same as Unsloth loads and patches it, which it does for the whole process."""
+    os.environ |= {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_BLOCK_COMPILE": "0", "HF_HUB_OFFLINE": "1"}
+    with TemporaryDirectory() as folder:
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", f"{folder}/unsloth")
+        loader = importlib.import_module("unsloth").FastLanguageModel  # before transformers and PEFT
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
+        made = _llama(shape, device)
+        made.save_pretrained(folder)
+        words = Tokenizer(models.WordLevel({str(i): i for i in range(made.config.vocab_size)}))
+        ends = {"eos_token": "1", "pad_token": "2"}
+        PreTrainedTokenizerFast(tokenizer_object=words, **ends).save_pretrained(folder)  # it loads no model without one
+        del made
+        model, _ = loader.from_pretrained(
+            folder, max_seq_length=SHAPES[shape][-1], dtype=torch.bfloat16, load_in_4bit=four_bit,
+            use_exact_model_name=True,
+        )  # fmt: skip
+        config = GRITConfig().lora_config()
+        return loader.get_peft_model(
+            model, r=config.r, lora_alpha=config.lora_alpha, lora_dropout=0.0, bias="none",
+            target_modules=sorted(LINEAR), use_gradient_checkpointing=True,
+        ).train()  # fmt: skip
+
+
+def on_unsloth(given: argparse.Namespace, *, four_bit: bool) -> list[dict[str, Any]]:
+    """Rows of a process that imports it, none where that fails."""
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        asked = [f"--{name}={getattr(given, name)}" for name in ("shape", "device", "rounds", "steps")]
+        way = "nf4" if four_bit else "bf16"
+        done = subprocess.run([sys.executable, __file__, *asked, f"--unsloth={way}", f"--out={out}"], check=False)
+        if done.returncode:
+            print(f"Unsloth: left out, it ended with exit code {done.returncode}")
+            return []
+        return list(json.loads(out.read_text(encoding="utf-8"))["rows"])
 
 
 @contextmanager
@@ -107,15 +158,16 @@ def contender(name: str, model: Any, shape: str, device: str) -> Iterator[Callab
         yield step
 
 
-def measure(shape: str, device: str, *, four_bit: bool, rounds: int, steps: int) -> list[dict[str, Any]]:
+def measure(model: Any, base: str, names: Sequence[str], given: argparse.Namespace) -> list[dict[str, Any]]:
     """A row a contender: seconds a step and peak bytes, each round's, and the ratios to AdamW's."""
-    model, gpu = base_of(shape, device, four_bit=four_bit), device == "cuda"
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    peaks = dict.fromkeys(CONTENDERS, 0)
+    shape, device, rounds, steps = given.shape, given.device, given.rounds, given.steps
+    gpu = device == "cuda"
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    peaks = dict.fromkeys(names, 0)
     wait = torch.cuda.synchronize if gpu else lambda: None
     for number in range(rounds):
-        first = number % len(CONTENDERS)
-        for name in (*CONTENDERS[first:], *CONTENDERS[:first]):
+        first = number % len(names)
+        for name in (*names[first:], *names[:first]):
             with contender(name, model, shape, device) as step:
                 if gpu:
                     gc.collect()
@@ -131,10 +183,10 @@ def measure(shape: str, device: str, *, four_bit: bool, rounds: int, steps: int)
                 seconds[name].append((time.perf_counter() - started) / steps)
                 peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() if gpu else 0)
     rows = []
-    for name in CONTENDERS:
+    for name in names:
         ratios = [own / plain for own, plain in zip(seconds[name], seconds["AdamW"], strict=True)]
         rows.append({
-            "base": "nf4" if four_bit else "bf16", "contender": name, "seconds_a_step": seconds[name],
+            "base": base, "contender": name, "seconds_a_step": seconds[name],
             "step_time_ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
             "peak_bytes": peaks[name] or None, "memory_ratio": peaks[name] / peaks["AdamW"] if gpu else None,
         })  # fmt: skip
@@ -154,19 +206,31 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="file to write; by default benchmarks/results/gpu.json, of a GPU alone"
     )
+    parser.add_argument(
+        "--unsloth", choices=("bf16", "nf4"), help="its contenders alone, with a base in that precision"
+    )
     given = parser.parse_args()
     if given.device == "cpu" and given.shape != "tiny":
         parser.error("expected a GPU for --shape llama3_8b, found none; --shape tiny runs on a CPU")
-    ways = [False, *([True] if given.device == "cuda" and importlib.util.find_spec("bitsandbytes") else [])]
     rows = []
-    for four_bit in ways:
-        rows += measure(given.shape, given.device, four_bit=four_bit, rounds=given.rounds, steps=given.steps)
+    if given.unsloth:
+        base = unsloth_base_of(given.shape, given.device, four_bit=given.unsloth == "nf4")
+        rows = measure(base, f"{given.unsloth}, Unsloth", CONTENDERS[:2], given)
+    else:
+        ways = [False, *([True] if given.device == "cuda" and importlib.util.find_spec("bitsandbytes") else [])]
+        for four_bit in ways:
+            base = base_of(given.shape, given.device, four_bit=four_bit)
+            rows += measure(base, "nf4" if four_bit else "bf16", CONTENDERS, given)
+            del base
+            gc.collect()
+            torch.cuda.empty_cache()
+        if given.device == "cuda" and importlib.util.find_spec("unsloth"):
+            rows += on_unsloth(given, four_bit=ways[-1])
     for row in rows:
         memory = f"{row['peak_bytes'] / 1e9:6.1f} GB, {row['memory_ratio']:.3f} ×" if row["peak_bytes"] else ""
         spread = f"{row['step_time_ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-        print(
-            f"{row['base']:5}{row['contender']:26}{statistics.median(row['seconds_a_step']):8.4f} s  {spread}  {memory}"
-        )
+        seconds = statistics.median(row["seconds_a_step"])
+        print(f"{row['base']:15}{row['contender']:26}{seconds:8.4f} s  {spread}  {memory}")
     out = given.out or (FOLDER / "benchmarks/results/gpu.json" if given.device == "cuda" else None)
     if out is not None:
         name = torch.cuda.get_device_name() if given.device == "cuda" else platform.processor() or platform.machine()
