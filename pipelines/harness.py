@@ -34,7 +34,7 @@ def problems(tasks: list[str]) -> list[str]:
 
 
 def own_files(task: str) -> list[Path]:
-    """The files of OWN, where one of them defines the task."""
+    """What of OWN a task depends on."""
     return harness.own_files(task, OWN)
 
 

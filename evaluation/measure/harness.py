@@ -57,10 +57,11 @@ def problems(names: Sequence[str], folder: Path) -> list[str]:
 
 
 def own_files(name: str, folder: Path) -> list[Path]:
-    """The files in `folder`, where one of them defines this benchmark."""
-    if not folder.is_dir() or name not in _manager([], folder).all_tasks:
+    """The files beside the one in `folder` that defines this benchmark, and below; none where none does."""
+    if not folder.is_dir() or (entry := _manager([], folder).task_index.get(name)) is None:
         return []
-    return sorted(file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    place = Path(entry.yaml_path).parent if entry.yaml_path else folder  # a tag has no file of its own
+    return sorted(file for file in place.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
 
 
 def _manager(names: Iterable[str], folder: Path) -> Any:
