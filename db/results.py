@@ -318,16 +318,16 @@ class Reader:
         }
         for stage, record in list(stages.items()):
             known = {**made, **(self.files_of_base(stage, record) if self.arm != BASE else {})}
-            if stage.startswith("harness/"):  # may have left params.yaml, and then nobody makes it anew
-                known = {**read, **made}
+            asked = stage.startswith("harness/")  # may have left params.yaml, and then nobody makes it anew
+            known = {**read, **made} if asked else known
             for path, used in record.inputs.items():
                 maker, now = known.get(path, (stage, used))
                 if maker != stage and now != used:
-                    why = f"its stage {stage} used an older {path} than {maker} {'made' if path in made else 'did'}"
-                    why += "; run `dvc repro`"
+                    verb = "did" if asked and path not in made else "made"
+                    why = f"its stage {stage} used an older {path} than {maker} {verb}; run `dvc repro`"
                     if not _optional(stage):
                         return why
-                    gone = f", or remove {BENCHMARKS}/{stage.removeprefix('harness/')}" if stage not in FOLDERS else ""
+                    gone = f", or remove {BENCHMARKS}/{stage.removeprefix('harness/')}" if asked else ""
                     self.note(f"without its stage {stage}, {why}{gone}")
                     del stages[stage]
                     break

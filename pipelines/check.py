@@ -100,12 +100,6 @@ class Params(
         return self
 
     @model_validator(mode="after")
-    def _benchmarks(self) -> "Params":
-        if lines := harness.problems(self.evaluate.harness):
-            raise ValueError("\n".join(f"evaluate.harness: {line}" for line in lines))
-        return self
-
-    @model_validator(mode="after")
     def _pictures(self) -> "Params":
         """Items, base and training have pictures, or none of them has."""
         tower, drawn = self.prepare_base.vision, self.prepare_data.image_size
@@ -144,6 +138,12 @@ class Params(
                 )
         if problems:
             raise ValueError("\n".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _benchmarks(self) -> "Params":
+        if lines := harness.problems(self.evaluate.harness):
+            raise ValueError("\n".join(f"evaluate.harness: {line}" for line in lines))
         return self
 
 

@@ -87,6 +87,8 @@ def ask(model: Any, tokenizer: Any, name: str, folder: Path, *, limit: int | Non
     """Ask a benchmark as lm-eval does by default: no chat template, the task's own few-shot examples and seeds."""
     manager = _manager([name], folder)
     loaded = _load(manager, name)
+    if unsafe := [task for task, found in loaded["tasks"].items() if getattr(found, "UNSAFE_CODE", False)]:
+        raise HarnessError(f"{name}: {', '.join(unsafe)} would run code that a model writes, which is not done here")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 

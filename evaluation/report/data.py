@@ -87,20 +87,17 @@ def _record(comparison: Comparison, row: ArmRow) -> dict[str, object]:
         found = for_arm(comparison.criteria, row.arm, name)
         record[f"criterion_{name.replace(' ', '_')}"] = found.outcome if found else None
     above = comparison.pareto.get(row.arm)
-    return (
-        record
-        | {
-            "task": primary.task,
-            "primary_metric": primary.metric,
-            "updates": row.updates,
-            "preserve": row.preserve,
-            "evaluation_loss": row.metrics.get(LOSS),
-            "kl_to_base": row.metrics.get(KL),
-            "pareto_front": None if above is None else not above,
-            "dominated_by": " ".join(above or ()),
-        }
-        | _benchmarks(comparison, row.arm)
-    )
+    record |= {
+        "task": primary.task,
+        "primary_metric": primary.metric,
+        "updates": row.updates,
+        "preserve": row.preserve,
+        "evaluation_loss": row.metrics.get(LOSS),
+        "kl_to_base": row.metrics.get(KL),
+        "pareto_front": None if above is None else not above,
+        "dominated_by": " ".join(above or ()),
+    }
+    return record | _benchmarks(comparison, row.arm)
 
 
 def _benchmarks(comparison: Comparison, arm: str) -> dict[str, object]:

@@ -213,6 +213,11 @@ def test_groups_filters_and_what_is_no_share(here, raw):
 
 @pytest.mark.full
 def test_a_limit_and_what_cannot_be_asked(here, raw, capsys):
+    (harness.OWN / "unsafe.yaml").write_text(
+        yaml.safe_dump({**TASKS["own_choice"], "task": "own_code", "unsafe_code": True})
+    )
+    with pytest.raises(measure.HarnessError, match="own_code would run code that a model writes"):
+        harness.run(changed(raw), "base", 0, "own_code")
     harness.run(changed(raw, harness_limit=5), "base", 0, "own_choice")
     assert len(lines("own_choice", "base")) == 5
     file = harness.OWN / "own_answer.yaml"
