@@ -4,7 +4,7 @@ PYTHON  ?= python3
 PROFILE ?=
 # Where torch comes from, e.g. https://download.pytorch.org/whl/cu126; empty: the CPU build where there is no GPU.
 TORCH_INDEX ?=
-# What not everybody needs, of pyproject.toml's optional dependencies: ray
+# What not everybody needs, of pyproject.toml's optional dependencies: ray, trackers, harness
 EXTRAS  ?=
 
 BIN  := $(VENV)/bin

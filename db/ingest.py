@@ -114,6 +114,8 @@ def fill(session: Session, runs: Mapping[str, Bundle], current: set[str]) -> lis
         rows.append({**mine, **run_row(bundle)})
         for table, make in _CHILDREN:
             children[table] += [{"run_id": number, **_row(table, made)} for made in make(bundle)]
+        for benchmark, _ in bundle.benchmarks.values():  # where lm-eval has a name of ours, ours stays
+            meanings = _defined(benchmark.metric_defs) | meanings
         meanings |= _log_meanings(bundle)
         meanings |= _meanings(bundle)
     _link(rows)
@@ -241,7 +243,9 @@ def _rest(bundle: Bundle) -> Row:
     files = {
         "scores": bundle.scores, "parity": bundle.parity, "verdict": bundle.verdict, "measured": bundle.measured,
     }  # fmt: skip
-    return {name: record.model_dump(exclude=tables) for name, record in files.items() if record is not None}
+    found: Row = {name: record.model_dump(exclude=tables) for name, record in files.items() if record is not None}
+    asked = {task: record.model_dump(exclude=tables) for task, (record, _) in bundle.benchmarks.items()}
+    return found | ({"benchmarks": asked} if asked else {})
 
 
 def _stage(record: RunRecord) -> Row:
@@ -263,6 +267,7 @@ def _number(number: float | None) -> Row:
 def _metrics(bundle: Bundle) -> Iterator[Row]:
     numbers = [(m.name, m.split, m.value, m.n) for m in bundle.scores.metrics]
     numbers += [(m.name, m.split, m.value, m.n) for m in (bundle.measured.metrics if bundle.measured else [])]
+    numbers += [(m.name, m.split, m.value, m.n) for record, _ in bundle.benchmarks.values() for m in record.metrics]
     if parity := bundle.parity:
         pairs = {f"pair/{pair}": share for pair, share in parity.pairs.items()}
         shares = {"token_ids_equal": parity.token_ids_equal, "greedy_equal": parity.greedy_equal, **pairs}
@@ -298,11 +303,14 @@ def _curves(history: HistoryRecord) -> Iterator[Row]:
 
 def _meanings(bundle: Bundle) -> dict[str, Row]:
     """By metric name; newer words replace older ones, measurements' those of scores."""
+    sources = (bundle.scores, bundle.measured)
+    return {k: row for source in sources if source is not None for k, row in _defined(source.metric_defs).items()}
+
+
+def _defined(found: Mapping[str, records.MetricDefRecord]) -> dict[str, Row]:
     return {
         clean_text(name): plain({"name": name, **meaning.model_dump(include=set(records.MetricDefRecord.model_fields))})
-        for source in (bundle.scores, bundle.measured)
-        if source is not None
-        for name, meaning in source.metric_defs.items()
+        for name, meaning in found.items()
     }
 
 
@@ -381,7 +389,7 @@ def _grit_layers(bundle: Bundle) -> Iterator[tuple[int, str, records.GritLayer]]
 
 _CHILDREN: tuple[tuple[type[Base], Callable[[Bundle], Iterable[Row | Record]]], ...] = (
     (tables.Metric, _metrics),
-    (tables.Sample, lambda b: b.samples),
+    (tables.Sample, lambda b: [*b.samples, *(item for _, items in b.benchmarks.values() for item in items)]),
     (tables.Speed, lambda b: b.scores.speed),
     (tables.Artifact, _artifacts),
     (tables.Probe, lambda b: b.verdict.readings if b.verdict else []),

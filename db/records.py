@@ -37,7 +37,7 @@ _STEPS = 2**53  # from here on a float skips whole numbers
 ValueKind = Literal["finite", "nan", "inf", "-inf"]
 Stage = Literal[
     "prepare_data", "prepare_base", "base_texts", "train", "probe", "export", "quantize", "verify", "measure",
-    "evaluate",
+    "harness", "evaluate",
 ]  # fmt: skip
 
 
@@ -318,6 +318,31 @@ class MeasuredRecord(OfArm):
         refuse_repeats("metrics", ((metric.name, metric.split) for metric in self.metrics))
         refuse_repeats("layers", ((row.name, row.split, row.layer) for row in self.layers))
         refuse_strange_shares([*self.metrics, *self.layers], self.metric_defs)
+        return self
+
+
+class BenchmarkTask(Record):
+    """A task of lm-evaluation-harness; a group of its has several."""
+
+    version: str
+    shots: Count  # examples before each question
+    items: Count
+    metric: str | None  # whose value is an item's credit; None: no metric is a share of an item
+
+
+class HarnessRecord(OfArm):
+    """`harness.json`: a benchmark's figures; samples.jsonl beside it has its items."""
+
+    benchmark: Name
+    lm_eval: Name  # version
+    tasks: dict[Name, BenchmarkTask]
+    metrics: list[MetricRecord]
+    metric_defs: dict[Name, MetricDefRecord]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> HarnessRecord:
+        refuse_repeats("metrics", ((metric.name, metric.split) for metric in self.metrics))
+        refuse_strange_shares(self.metrics, self.metric_defs)
         return self
 
 

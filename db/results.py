@@ -22,6 +22,7 @@ from db.records import (
     AQI,
     SAME_MEAN,
     GritRecord,
+    HarnessRecord,
     HistoryRecord,
     LedgerRecord,
     MeasuredRecord,
@@ -48,6 +49,9 @@ FOLDERS = {
 
 OPTIONAL_STAGES = {"quantize": "quantized.json", "verify": "verify.json", "measure": "measured.json"}
 """Stages that measure a finished model, and their results. A run is the same run with, without or with others."""
+
+BENCHMARKS = "measured/lm-eval"
+"""Folder of what stage harness makes: <task>/<arm>/<seed>. Its runs are the stages harness/<task> of an arm's run."""
 
 LEDGER, GRIT_LOG = "probe_ledger.jsonl", "grit_log.jsonl"
 RUNS = "runs"
@@ -81,6 +85,7 @@ class Bundle:
     quantized: QuantizedRecord | None = None
     quantized_samples: list[QuantizedSampleRecord] = field(default_factory=list)
     verified: VerifyRecord | None = None
+    benchmarks: dict[str, tuple[HarnessRecord, list[SampleRecord]]] = field(default_factory=dict)
     ledger: list[LedgerRecord] = field(default_factory=list)  # the probe's sampled steps
     grit: list[GritRecord] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
@@ -93,7 +98,7 @@ class Bundle:
     def key(self) -> str:
         """Identity of the experiment: equal keys mean that the same thing was run again."""
         backend, task = self.scores.backend, self.scores.task.name
-        stages = {stage: record for stage, record in self.stages.items() if stage not in OPTIONAL_STAGES}
+        stages = {stage: record for stage, record in self.stages.items() if not _optional(stage)}
         return digest_of(
             {
                 **({} if task == AQI.name else {"task": task}),  # results from before there were tasks keep theirs
@@ -177,8 +182,10 @@ class Reader:
         return None
 
     def own(self, stage: str, name: str, form: type[AnyRecord], *, required: bool = True) -> AnyRecord | None:
-        """A stage's file as a record, which must name the arm and seed of its folder: a copied folder is no other."""
-        path = self.path(stage, name)
+        return self.of_run(self.path(stage, name), form, required=required)
+
+    def of_run(self, path: Path, form: type[AnyRecord], *, required: bool = True) -> AnyRecord | None:
+        """A file as a record, which must name the arm and seed of its folder: a copied folder is no other."""
         record = self.record(path, form, required=required)
         came = (getattr(record, "arm", self.arm), getattr(record, "seed", self.seed))
         if record is not None and came != (self.arm, self.seed):
@@ -247,7 +254,8 @@ class Reader:
         self.optional(bundle)
         if len(self.problems) > before:
             return None
-        left_out = tuple(f"{FOLDERS[stage]}/" for stage in OPTIONAL_STAGES if stage not in stages)
+        left_out = tuple(f"{FOLDERS[stage]}/{self.arm}/" for stage in OPTIONAL_STAGES if stage not in stages)
+        left_out += tuple(f"{BENCHMARKS}/{task}/" for task in self.benchmarks() if f"harness/{task}" not in stages)
         bundle.files = {name: text for name, text in self.files.items() if not name.startswith(left_out)}
         if bundle.disagreement:
             self.notes.append(bundle.disagreement)
@@ -275,7 +283,17 @@ class Reader:
             self.note(f"{words} is {record.status}" + (f": {record.error}" if record.error else ""))
             if not made:
                 return None
+        for task, place in self.benchmarks().items():
+            record = self.of_run(place / "run.json", RunRecord, required=False)
+            if record is not None and record.status == "finished":
+                found[f"harness/{task}"] = record
+            else:
+                self.note(f"without its stage harness/{task}, which has not finished")
         return found
+
+    def benchmarks(self) -> dict[str, Path]:
+        """Task → folder of each benchmark that the run was asked."""
+        return {place.parts[-3]: place for place in sorted((self.place / BENCHMARKS).glob(f"*/{self.arm}/{self.seed}"))}
 
     def training(self, bundle: Bundle, exported: bool) -> None:
         bundle.history = self.record(self.path("train", "loss_history.json"), HistoryRecord)
@@ -292,15 +310,25 @@ class Reader:
     def stale(self, stages: dict[str, RunRecord]) -> str | None:
         """Drop optional stages that used other files than those that now lie there; why, where another stage did."""
         made = {a.path: (stage, a.sha256) for stage, record in stages.items() for a in record.artifacts}
+        read = {
+            path: (stage, used or "")
+            for stage in ("export", "evaluate")
+            if stage in stages
+            for path, used in stages[stage].inputs.items()
+        }
         for stage, record in list(stages.items()):
             known = {**made, **(self.files_of_base(stage, record) if self.arm != BASE else {})}
+            asked = stage.startswith("harness/")  # may have left params.yaml, and then nobody makes it anew
+            known = {**read, **made} if asked else known
             for path, used in record.inputs.items():
                 maker, now = known.get(path, (stage, used))
                 if maker != stage and now != used:
-                    why = f"its stage {stage} used an older {path} than {maker} made; run `dvc repro`"
-                    if stage not in OPTIONAL_STAGES:
+                    verb = "did" if asked and path not in made else "made"
+                    why = f"its stage {stage} used an older {path} than {maker} {verb}; run `dvc repro`"
+                    if not _optional(stage):
                         return why
-                    self.note(f"without its stage {stage}, {why}")
+                    gone = f", or remove {BENCHMARKS}/{stage.removeprefix('harness/')}" if asked else ""
+                    self.note(f"without its stage {stage}, {why}{gone}")
                     del stages[stage]
                     break
         return None
@@ -336,6 +364,20 @@ class Reader:
                     self.problem(path, "", words)
         if "verify" in bundle.stages:
             bundle.verified = self.own("verify", "verify.json", VerifyRecord)
+        for task, place in self.benchmarks().items():
+            if f"harness/{task}" in bundle.stages:
+                record = self.of_run(place / "harness.json", HarnessRecord)
+                samples = self.lines(place / "samples.jsonl", SampleRecord, ("split", "item_id"))
+                came = {f"harness/{record.benchmark}" if record else "", *(sample.split for sample in samples)}
+                if record is not None and came != {f"harness/{task}"}:
+                    words = f"expected items of harness/{task} as in the path, came {', '.join(sorted(came))}"
+                    self.problem(place / "harness.json", "benchmark", words)
+                elif record is not None:
+                    bundle.benchmarks[task] = record, samples
+
+
+def _optional(stage: str) -> bool:
+    return stage in OPTIONAL_STAGES or stage.startswith("harness/")
 
 
 def _disagreements(quantized: QuantizedRecord, samples: list[QuantizedSampleRecord]) -> Iterator[str]:

@@ -135,7 +135,9 @@ class Metric(OfRun, Base):
     __table_args__ = (UniqueConstraint("run_id", "name", "split", "step"),)
 
     name: Mapped[str]  # see metric_def
-    split: Mapped[str]  # test, retention, parity, general, weights, hidden, alignment, eval; of curves train and eval
+    # test, retention, parity, general, weights, hidden, alignment, eval; of curves train and eval; of a task of lm-eval
+    # harness/ and its name
+    split: Mapped[str]
     step: Mapped[int]  # optimizer step; -1: of the finished run
     value: Mapped[float | None]
     value_kind: Mapped[str]

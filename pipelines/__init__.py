@@ -2,4 +2,6 @@
 
 import db as db  # which says what to do where there is no environment
 
-STAGES = "check prepare_data prepare_base base_texts tune train probe export evaluate verify quantize measure".split()
+STAGES = (
+    "check prepare_data prepare_base base_texts tune train probe export evaluate verify quantize measure harness"
+).split()

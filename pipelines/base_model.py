@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 
 from db.files import key_of, read_json, sha256
 from pipelines.params import ConfigError, Share
-from pipelines.stage import BASE
+from pipelines.stage import BASE, BASE_ARM, adapter_dir
 from trainers.base import EmbeddedSettings
-from trainers.models import hub_reason
-from trainers.settings import BaseReference
+from trainers.models import hub_reason, load_base_model, load_tokenizer
+from trainers.settings import BaseReference, TrainSettings
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _BIG = 64 * 2**20
@@ -134,3 +134,19 @@ def load_reference(folder: Path = BASE) -> tuple[BaseReference, str]:
             )
     own = {field.name: content[field.name] for field in fields(BaseReference)}
     return BaseReference(**{**own, "location": location}), content["fingerprint"]
+
+
+def load_model(train: TrainSettings, arm: str, seed: int) -> tuple[Any, Any, str]:
+    """Model in eval mode, with the arm's adapter; its tokenizer; the base's fingerprint."""
+    reference, base_fingerprint = load_reference()
+    # Nothing is trained here, so checkpointing would only warn.
+    model = load_base_model(reference, train.model_copy(update={"gradient_checkpointing": False}))
+    if arm != BASE_ARM:
+        from peft import PeftModel
+
+        place = adapter_dir(arm, seed)
+        try:
+            model = PeftModel.from_pretrained(model, str(place))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{place}: PEFT cannot load this adapter: {error}; run `dvc repro train`") from error
+    return model.eval(), load_tokenizer(reference), base_fingerprint

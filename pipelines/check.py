@@ -1,8 +1,8 @@
 """Stage check: refuses a params.yaml that cannot be used, before any work, and writes outputs/code/<stage>.
 
 The whole of params.yaml is what all stages read of it. outputs/code/<stage> is a hash of the code that the stage can
-reach, for train one file an arm, with what the arm takes from theirs/: the stages depend on these files in place of
-source files.
+reach, for train one file an arm and for harness one a task, with what these take from theirs/: the stages depend on
+these files in place of source files.
 """
 
 import re
@@ -17,6 +17,7 @@ from pipelines import (
     compare,
     evaluate,
     export,
+    harness,
     measure,
     prepare_base,
     prepare_data,
@@ -61,6 +62,7 @@ class Params(
     verify.Params,
     evaluate.Params,
     measure.Params,
+    harness.Params,
     compare.Params,
 ):
     """The whole of params.yaml."""
@@ -113,6 +115,11 @@ class Params(
                 f"prepare_base.vision says"
             )
         if tower is not None:
+            if self.evaluate.harness:
+                problems.append(
+                    "evaluate.harness: expected [] with a base that takes pictures, since lm-eval asks here in text "
+                    f"alone, got {self.evaluate.harness}"
+                )
             if self.prepare_base.source == "embedded" and tower.image_size != drawn:
                 problems.append(
                     f"prepare_base.vision.image_size: expected prepare_data.image_size = {drawn}, as pictures are "
@@ -131,6 +138,12 @@ class Params(
                 )
         if problems:
             raise ValueError("\n".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _benchmarks(self) -> "Params":
+        if lines := harness.problems(self.evaluate.harness):
+            raise ValueError("\n".join(f"evaluate.harness: {line}" for line in lines))
         return self
 
 
@@ -222,8 +235,9 @@ def _errors(schema: type[BaseModel], content: dict[str, Any]) -> list[Any]:
 
 
 def write_code_hashes(params: Params, pipeline: Path = Path("dvc.yaml"), folder: Path = CODE) -> None:
-    """One file for each stage of dvc.yaml, and for train one for each arm, with the hash of its code."""
-    stages = set(re.findall(r"python -m pipelines\.(\w+)", pipeline.read_text(encoding="utf-8"))) - {"check", "train"}
+    """One file for each stage of dvc.yaml, for train one for each arm, for harness for each task: its code's hash."""
+    named = re.findall(r"python -m pipelines\.(\w+)", pipeline.read_text(encoding="utf-8"))
+    stages = set(named) - {"check", "train", "harness"}
     used = {"trainers.arms": (), "evaluation.tasks": (params.prepare_data.task,)}
     hashes = {stage: code_hash(f"pipelines.{stage}", plugins=used) for stage in stages}
     for arm in params.matrix.arms:
@@ -231,6 +245,9 @@ def write_code_hashes(params: Params, pipeline: Path = Path("dvc.yaml"), folder:
         code = code_hash("pipelines.train", module, plugins={**used, "evaluation.tasks": ()})
         files = [file for seed in params.matrix.seeds for file in params.files_of(arm, seed)]
         hashes[f"train.{arm}"] = key_of([code, hash_inputs(*files)]) if files else code
+    for task in params.evaluate.harness:
+        code = code_hash("pipelines.harness", plugins={**used, "evaluation.tasks": ()})
+        hashes[f"harness.{task}"] = key_of([code, hash_inputs(*harness.own_files(task))])
     for name, value in hashes.items():
         write_text(folder / name, f"{value}\n")
 

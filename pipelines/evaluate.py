@@ -249,7 +249,8 @@ def run(params: Params, arm: str, seed: int) -> None:
     out = scores_dir(arm, seed)
     asked = ("test", "retention", paraphrase.SPLIT)
     splits = {split: [Item.from_json(row) for row in read_jsonl(DATA / f"{split}.jsonl")] for split in asked}
-    shown = {"evaluate": section.model_dump(), "prompt": params.prompt.model_dump()}
+    asking = section.model_dump(exclude={"harness", "harness_limit"})
+    shown = {"evaluate": asking, "prompt": params.prompt.model_dump()}
     inputs = hash_inputs(*split_files(*asked), *models.made_of(arm, seed))
     kept = CHECKPOINTS / arm / str(seed)
     lock = kept.with_name(f"{seed}.lock")

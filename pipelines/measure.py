@@ -20,12 +20,11 @@ from db.records import MeasuredRecord
 from evaluation.measure import drift, separation, states, texts
 from evaluation.measure.states import Encoded
 from evaluation.tasks import Item, render
-from pipelines.base_model import load_reference
+from pipelines.base_model import load_model
 from pipelines.params import ConfigError, StageParams, check_arm
 from pipelines.prompt import Prompt, prompt_text
 from pipelines.stage import BASE, BASE_ARM, DATA, adapter_dir, command, measured_dir
 from trainers.encode import encode_example, encode_prompt
-from trainers.models import load_base_model, load_tokenizer
 from trainers.settings import Positive, Section, TrainSettings
 
 WATCHED, TEST = Path("inputs"), DATA / "test.jsonl"
@@ -239,22 +238,6 @@ def add_separation(
     return layers
 
 
-def load_model(params: Params, arm: str, seed: int) -> tuple[Any, Any, str]:
-    """Model in eval mode, with the arm's adapter; its tokenizer; the base's fingerprint."""
-    reference, base_fingerprint = load_reference()
-    # Nothing is trained here, so checkpointing would only warn.
-    model = load_base_model(reference, params.train.model_copy(update={"gradient_checkpointing": False}))
-    if arm != BASE_ARM:
-        from peft import PeftModel
-
-        place = adapter_dir(arm, seed)
-        try:
-            model = PeftModel.from_pretrained(model, str(place))
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"{place}: PEFT cannot load this adapter: {error}; run `dvc repro train`") from error
-    return model.eval(), load_tokenizer(reference), base_fingerprint
-
-
 def run(params: Params, arm: str, seed: int) -> None:
     section, template, is_base = params.measure, prompt_text(params.prompt), arm == BASE_ARM
     if not is_base:
@@ -272,7 +255,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     shown = {"measure": section.model_dump(), "prompt": params.prompt.model_dump(), "train": trained_on}
     with staged(measured_dir(arm, seed)) as folder:
         record = start_run("measure", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=template)
-        model, tokenizer, mark = load_model(params, arm, seed)
+        model, tokenizer, mark = load_model(params.train, arm, seed)
         config, found = model.config.get_text_config(), Found(GENERAL[section.text != RETENTION])
         most = min(section.max_tokens, getattr(config, "max_position_embeddings", section.max_tokens))
 

@@ -37,20 +37,21 @@ class ConfigError(ValueError):
     """params.yaml cannot be used; the message lists everything that is wrong with it."""
 
 
+def _unique(values: list[Any]) -> list[Any]:
+    if len(set(values)) != len(values):
+        raise ValueError(f"expected each once, got {values}")
+    return values
+
+
 class Matrix(Section):
     arms: list[str] = Field(min_length=1)
     seeds: list[Seed] = Field(min_length=1)
 
-    @field_validator("arms", "seeds")
-    @classmethod
-    def _unique(cls, values: list[Any]) -> list[Any]:
-        if len(set(values)) != len(values):
-            raise ValueError(f"expected each once, got {values}")
-        return values
+    _each_once = field_validator("arms", "seeds")(_unique)
 
 
 class Evaluate(Section):
-    """Section evaluate, of which export and quantize read some keys too."""
+    """Section evaluate, of which export and quantize read some keys too; those of stage harness begin with its name."""
 
     backend: Literal["auto", "ollama", "llama_cpp", "hf"]
     max_tokens: Positive
@@ -58,6 +59,10 @@ class Evaluate(Section):
     speed_repetitions: Positive
     speed_prompts: Positive
     speed_tokens: Positive
+    harness: list[Annotated[str, Field(pattern=r"^\w[\w.-]*$", description="a name in folders and commands")]]
+    harness_limit: Positive | None
+
+    _each_once = field_validator("harness")(_unique)
 
 
 class Probe(Section):

@@ -41,6 +41,11 @@ quantized_dir = partial(run_dir, "quantized")
 measured_dir = partial(run_dir, "measured")
 scores_dir = partial(run_dir, "scores")
 
+
+def benchmark_dir(task: str, arm: str, seed: int) -> Path:
+    return run_dir(f"measured/lm-eval/{task}", arm, seed)  # no arm has a name with -
+
+
 LEFT_OUT = {
     "export": ("gguf", "llama.cpp puts no adapter on a vision tower, so nothing it loads answers as trained"),
     "verify": ("verified", "nothing is exported, so nothing is served"),

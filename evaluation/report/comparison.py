@@ -14,11 +14,11 @@ from db import queries
 from db.errors import DatabaseMissingError
 from db.queries import BASE, Choice, RunFacts
 from db.store import open_session
-from evaluation.report.arms import BASELINE, ArmRow, SideBySide, side_by_side
+from evaluation.report.arms import BASELINE, ArmRow, SideBySide, credit_interval, pair, side_by_side
 from evaluation.report.criteria import Criterion, judge_arm
 from evaluation.report.results import Results, read
 from evaluation.report.serving import PhaseRow, PrecisionRow, ServedRow, phase_rows, precision_rows, served_rows
-from evaluation.statistics.differences import SEED_MARGIN, Difference
+from evaluation.statistics.differences import SEED_MARGIN, Difference, compare_pairs
 from evaluation.statistics.intervals import ALPHA, Interval
 from evaluation.statistics.power import PowerRow, power_rows
 from trainers.words import suggest
@@ -68,7 +68,7 @@ FIRST = Primary("aqi", "AQI accuracy", "aqi_category_accuracy")
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One arm on one of the tasks that were ever scored; score in percent."""
+    """One arm on one of the tasks that were ever scored, or on a benchmark; score in percent."""
 
     task: str
     title: str
@@ -116,6 +116,7 @@ class Comparison:
     primary: Primary = FIRST
     tasks: tuple[TaskRow, ...] = ()  # all tasks in the database, arm by arm; the newest task first
     task_notes: tuple[str, ...] = ()  # which runs of them are left out, and why
+    benchmarks: tuple[TaskRow, ...] = ()  # of lm-evaluation-harness, arm by arm; those with credit for each item
     # whether an arm's separation index differs from the base's, a sentence for each arm with a difference
     alignment: tuple[str, ...] = ()
 
@@ -244,6 +245,7 @@ def compare(results: Results, baseline: str = BASELINE, filters: str = "") -> Co
         primary=primary,
         tasks=tuple(_task_rows(results, sides, baseline)),
         task_notes=tuple(note for notes in left_out.values() for note in notes),
+        benchmarks=tuple(_benchmark_rows(results, list(by_arm.values()), baseline)),
         alignment=tuple(sentence for row in own.rows if (sentence := alignment_line(row))),
     )
 
@@ -265,6 +267,39 @@ def _task_rows(results: Results, sides: Mapping[str, SideBySide], baseline: str)
                 ended=max(run.ended for run in results.chosen[task.name] if run.arm == row.arm),
                 current=task.current,
             )
+
+
+def _benchmark_rows(results: Results, arms: Sequence[Sequence[RunFacts]], baseline: str) -> Iterable[TaskRow]:
+    """Each benchmark's arms on the items that they share, with Holm's correction over the arms, as of the task."""
+    of = {runs[0].arm: runs for runs in arms}
+    for name, benchmark in results.benchmarks.items():
+        pairs = {
+            (arm, against): found
+            for against in dict.fromkeys((BASE, baseline))
+            for arm in of
+            if arm not in (BASE, against)
+            and (found := pair(of[arm], against, of.get(against, ()), benchmark.answers)) is not None
+        }
+        judged = compare_pairs(pairs)
+        for arm, runs in of.items():
+            asked = [run for run in runs if run.id in benchmark.answers]
+            against = {d.against: d for d in judged.get(arm, ())}
+            score = credit_interval([benchmark.answers[run.id] for run in asked])
+            if score is not None:
+                yield TaskRow(
+                    task=name,
+                    title=f"{benchmark.metric} of lm-evaluation-harness",
+                    metric=benchmark.metric,
+                    arm=arm,
+                    seeds=tuple(run.seed for run in asked),
+                    score=score.estimate,
+                    interval=score,
+                    to_base=against.get(BASE),
+                    to_baseline=against.get(baseline) if baseline != BASE else None,
+                    baseline=baseline,
+                    ended=max(run.ended for run in asked),
+                    current=all(run.is_current for run in asked),
+                )
 
 
 def _provenance(results: Results, run: RunFacts) -> dict[str, Any]:

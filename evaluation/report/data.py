@@ -87,7 +87,7 @@ def _record(comparison: Comparison, row: ArmRow) -> dict[str, object]:
         found = for_arm(comparison.criteria, row.arm, name)
         record[f"criterion_{name.replace(' ', '_')}"] = found.outcome if found else None
     above = comparison.pareto.get(row.arm)
-    return record | {
+    record |= {
         "task": primary.task,
         "primary_metric": primary.metric,
         "updates": row.updates,
@@ -97,6 +97,17 @@ def _record(comparison: Comparison, row: ArmRow) -> dict[str, object]:
         "pareto_front": None if above is None else not above,
         "dominated_by": " ".join(above or ()),
     }
+    return record | _benchmarks(comparison, row.arm)
+
+
+def _benchmarks(comparison: Comparison, arm: str) -> dict[str, object]:
+    """Score, differences and outcomes of each benchmark, in columns that begin with its name; the same of all arms."""
+    found: dict[str, object] = {}
+    for row in comparison.benchmarks:
+        own = task_record(row)
+        for key in (key for key in own if key.startswith(("score", "delta_score", "lead"))):
+            found[f"{row.task}_{key}"] = own[key] if row.arm == arm else found.get(f"{row.task}_{key}")
+    return found
 
 
 def _difference(difference: Difference | None, stem: str, missing: float | None) -> dict[str, object]:

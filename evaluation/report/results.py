@@ -26,6 +26,7 @@ from db.tables import (
     Verification,
 )
 from evaluation import paraphrase
+from evaluation.measure.harness import SPLIT
 
 Key = tuple[str, str]
 """Split and name of a metric."""
@@ -39,6 +40,12 @@ _LAYER_NUMBERS = {
     "weights": ("rank",),
 }
 """Split → names of the numbers of layers that are drawn."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    metric: str  # lm-eval's name of what an item's credit is; of a group that has several all of them
+    answers: Mapping[int, Mapping[str, float]]  # run id → item id → credit; empty: no metric is a share of an item
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Results:
     answers: Mapping[int, Mapping[str, float]]  # item id → credit of the test items, from 0 to 1
     retained: Mapping[int, Mapping[str, float]]  # the same of the retention items
     asked_again: Mapping[int, Mapping[str, float]]  # and of both, typed as other people would
+    benchmarks: Mapping[str, Benchmark]  # of lm-evaluation-harness, by name
     timings: Rows  # phases of the run's own arm and of the base beside it that were timed
     readings: Mapping[int, Mapping[str, Row[Any]]]  # name → what the probe read over the whole run
     quantizations: Rows
@@ -128,6 +136,7 @@ def read(session: Session, runs: Sequence[RunFacts], choice: Choice, *, detail: 
         answers=_credit(credit, "test"),
         retained=_credit(credit, "retention"),
         asked_again=_credit(credit, paraphrase.SPLIT),
+        benchmarks=_benchmarks(session, own, credit),
         timings=of_runs(session, Speed, ids, Speed.nanoseconds.is_not(None)),
         readings={run_id: {row.name: row for row in rows} for run_id, rows in readings.items()},
         quantizations=of_runs(session, Quantization, own),
@@ -142,6 +151,16 @@ def read(session: Session, runs: Sequence[RunFacts], choice: Choice, *, detail: 
         samples=of_runs(session, Sample, long),
         first_differences={run_id: found for run_id, found in session.execute(first) if found},
     )
+
+
+def _benchmarks(session: Session, ids: Sequence[int], credit: Rows) -> dict[str, Benchmark]:
+    metrics: dict[str, dict[str, None]] = {}
+    for rest in session.scalars(select(Run.rest).where(Run.id.in_(ids))):
+        for name, record in rest.get("benchmarks", {}).items():
+            asked = (task["metric"] for task in record["tasks"].values())
+            metrics.setdefault(name, {}).update(dict.fromkeys(filter(None, asked)))
+    own = {run_id: credit[run_id] for run_id in ids if run_id in credit}
+    return {name: Benchmark(", ".join(metrics[name]), _credit(own, f"{SPLIT}{name}")) for name in sorted(metrics)}
 
 
 def _credit(rows: Rows, split: str) -> dict[int, dict[str, float]]:

@@ -48,7 +48,9 @@ _ROUNDS_TO_ZERO = 0.05
 
 def sections(report: Report) -> tuple[Section, ...]:
     comparison = report.comparison
-    shown = (findings(comparison), training(report), loss(report), probes(report), retention(report))
+    shown = (
+        findings(comparison), training(report), loss(report), probes(report), retention(report), benchmarks(report)
+    )  # fmt: skip
     folded = (
         criteria(comparison),
         every_number(comparison),
@@ -883,6 +885,34 @@ def _task_line(row: TaskRow, references: Sequence[str]) -> tuple[object, ...]:
         row.outcome or "–",
         Cell(f"{row.ended:%Y-%m-%d}", hint=f"{row.ended:%H:%M} UTC"),
     )
+
+
+def benchmarks(report: Report) -> Section | None:
+    comparison, asked = report.comparison, report.results.benchmarks
+    if not asked:
+        return None
+    headers = ("Benchmark", "Arm", "Score, % [95%]", *(f"Δ to {arm}, points [95%]" for arm in comparison.references),
+               "Outcome")  # fmt: skip
+    items = {name: len(set().union(*found.answers.values())) for name, found in asked.items()}
+    rows = [
+        (Cell(row.task, hint=f"{row.metric}\n{items[row.task]:,} items"), *_task_line(row, comparison.references)[1:-1])
+        for row in comparison.benchmarks
+    ]
+    words = (
+        "Benchmarks of lm-evaluation-harness, asked as it does by default: no prompt template of ours, the task's own "
+        "few-shot examples. A score is the mean over items of the first metric that a task names; the items of a group "
+        "are those of all its tasks. Differences are taken item by item; intervals and Holm's correction over the arms "
+        "are as for the test items, and nothing corrects for several benchmarks. lm-eval's own figures are in Every "
+        "number."
+    )
+    last = len(headers) - 1
+    caption = "Standard benchmarks: means over seeds, in brackets 95% intervals"
+    table = Table(caption, headers, rows, frozenset({1, last}), wide=frozenset({last}))
+    blocks: list[Block] = [Text(words), *([table] if rows else [])]
+    if plain := [name for name, found in asked.items() if not found.answers]:
+        told = f"No metric of {listed(plain)} is a share of each item: see Every number, where nothing is judged."
+        blocks.append(Text(told, "note"))
+    return Section("Standard benchmarks", tuple(blocks), brief=6)
 
 
 def provenance(report: Report) -> Section:

@@ -221,6 +221,27 @@ def make_measured(root, arm, seed=0, **changes):
     write(place / "measured.json", content)
 
 
+def make_benchmark(root, arm, seed=0, *, right, task="own_sums"):
+    """Write what stage harness leaves; `right` for each item, or the value of a metric that is no share of an item."""
+    place, used = root / "measured/lm-eval" / task / arm / str(seed), {}
+    if arm != "base":
+        used[f"adapters/{arm}/{seed}/adapter_model.safetensors"] = sha(f"adapter {arm}/{seed}")
+    listed = isinstance(right, list)
+    name, value = ("acc", sum(right) / len(right)) if listed else ("word_perplexity", right)
+    told = {"version": "1.0", "shots": 0, "items": 3, "metric": "acc" if listed else None}
+    meaning = {"unit": "share" if listed else "", "direction": "higher", "description": f"{name} as lm-eval has it"}
+    metric = {"name": name, "split": f"harness/{task}", "value": value, "n": 3}
+    content = {"benchmark": task, "lm_eval": "0.4.13", "tasks": {task: told}, "metrics": [metric]}
+    write(place / "run.json", run_json("harness", arm, seed, inputs=used))
+    write(place / "harness.json", {**head(arm, seed), **content, "metric_defs": {name: meaning}})
+    lines = [
+        {"item_id": f"{task}/{i}-0a1b2c3d", "task": task, "split": f"harness/{task}", "prompt": f"{i} + 1 =",
+         "truth": str(i + 1), "answer": str(i + yes), "correct": yes, "credit": float(yes), "metrics": {"acc": yes}}
+        for i, yes in enumerate(right if listed else [])
+    ]  # fmt: skip
+    write_lines(place / "samples.jsonl", lines)
+
+
 def ledger_line(step, **units):
     """A sampled step: module -> numbers; q and v stand for the two modules."""
     names = {"q": WRAPPED + Q, "v": WRAPPED + V}

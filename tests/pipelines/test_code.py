@@ -8,6 +8,7 @@ import yaml
 
 from pipelines import check, code, profile
 from pipelines.check import parse_params
+from pipelines.params import Evaluate
 from pipelines.stage import LEFT_OUT
 from tests.project_clone import ROOT
 
@@ -90,7 +91,7 @@ def test_imports_are_found_where_they_hide(tmp_path, monkeypatch):
 def test_a_stage_depends_on_its_code_and_on_the_params_that_it_reads(name):
     stage = STAGES[name]
     module = re.match(r"python -m pipelines\.(\w+)", stage["cmd"])[1]
-    wanted = f"outputs/code/{module}" + (".${item.arm}" if module == "train" else "")
+    wanted = f"outputs/code/{module}" + {"train": ".${item.arm}", "harness": ".${item.task}"}.get(module, "")
     assert wanted in stage["deps"]
     assert not [dep for dep in stage["deps"] if dep.endswith(".py")]
     view = vars(getattr(check, module, None) or __import__(f"pipelines.{module}", fromlist=["x"]))["Params"]
@@ -103,6 +104,16 @@ def test_a_stage_depends_on_its_code_and_on_the_params_that_it_reads(name):
     if module in ("train", "probe", "evaluate", "prepare_base"):
         splits = {dep.split("/")[1].removesuffix(".jsonl") for dep in stage["deps"] if re.match(r"data/.*jsonl", dep)}
         assert splits == {dep.split(".")[1] for dep in stage["deps"] if dep.startswith("data/images.")}
+
+
+def test_a_benchmark_more_asks_no_arm_anything_else_again():
+    asked = {f"evaluate.{key}" for key in Evaluate.model_fields}
+    own = {key for key in asked if "harness" in key}
+    for name in ("evaluate", "evaluate_base"):
+        assert {param for param in STAGES[name]["params"] if "evaluate." in param} == asked - own
+    readers = {name: own.intersection(stage.get("params", ())) for name, stage in STAGES.items() if name != "check"}
+    assert {name: found for name, found in readers.items() if found} == {
+        "harness": {"evaluate.harness_limit"}, "harness_base": {"evaluate.harness_limit"}}  # fmt: skip
 
 
 def test_stages_that_pictures_leave_out_are_stages_with_that_output():

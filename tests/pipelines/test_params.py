@@ -104,6 +104,7 @@ def test_each_error(raw, path, value, message):
         ("prepare_base.vision", None, r"prepare_base\.vision: expected the shape of a vision tower, since items of"),
         ("prepare_base.vision.patch_size", 5, r"vision: image_size: expected a multiple of patch_size 5"),
         ("prepare_base.vision.haeds", 2, r"prepare_base\.vision\.haeds: unknown key; did you mean 'heads'\?"),
+        ("evaluate.harness", ["arc_easy"], r"evaluate\.harness: expected \[\] with a base that takes pictures"),
         ("prepare_base.merge_source", "x", r"prepare_base: merge_source: expected null beside vision"),
         ("prompt.template", "chat", r"prompt\.template: chat is for text; .*for SmolVLM '<\|im_start"),
         ("evaluate.backend", "ollama", r"evaluate\.backend: expected 'hf', .*got 'ollama'"),

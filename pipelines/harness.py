@@ -1,0 +1,71 @@
+"""Stage harness: measured/lm-eval/<task>/<arm>/<seed>/, a benchmark of lm-evaluation-harness, item by item.
+
+The model is asked by transformers, as it was trained (4 bit where training was), with the adapter beside it.
+"""
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from db.files import finish_run, hash_inputs, staged, start_run, write_record, write_records
+from db.records import HarnessRecord, SampleRecord
+from evaluation.measure import harness
+from pipelines.base_model import load_model
+from pipelines.params import THEIRS, Evaluate, StageParams, check_arm, load_params
+from pipelines.stage import BASE, BASE_ARM, adapter_dir, benchmark_dir, cli, main_for
+from trainers.settings import TrainSettings
+
+OWN = THEIRS / "harness"
+"""Task files of the user's own, and the Python and data files that they name."""
+RECORD = "harness.json"
+
+
+class Params(StageParams):
+    evaluate: Evaluate
+    train: TrainSettings
+
+
+def problems(tasks: list[str]) -> list[str]:
+    """What speaks against evaluate.harness, one sentence each."""
+    return harness.problems(tasks, OWN)
+
+
+def own_files(task: str) -> list[Path]:
+    """What of OWN a task depends on."""
+    return harness.own_files(task, OWN)
+
+
+def run(params: Params, arm: str, seed: int, task: str) -> None:
+    if arm != BASE_ARM:
+        check_arm(arm, params)
+    section = params.evaluate
+    asked = {"harness": task, "harness_limit": section.harness_limit, "parallel": section.parallel}
+    shown = {"evaluate": asked, "train": params.train.model_dump(include={"quantize_base", "precision"})}
+    inputs = hash_inputs(BASE, *([] if arm == BASE_ARM else [adapter_dir(arm, seed)]), *own_files(task))
+    with staged(benchmark_dir(task, arm, seed)) as folder:
+        record = start_run("harness", params=shown, inputs=inputs, arm=arm, seed=seed)
+        model, tokenizer, _ = load_model(params.train, arm, seed)
+        found = harness.ask(model, tokenizer, task, OWN, limit=section.harness_limit, batch_size=section.parallel)
+        told = {"lm_eval": metadata.version("lm-eval"), "tasks": found.tasks}
+        content = {"schema": 1, "arm": arm, "seed": seed, "benchmark": task, **told}
+        content |= {"metrics": found.metrics, "metric_defs": found.metric_defs}
+        write_records(folder / "samples.jsonl", [SampleRecord.of(row) for row in found.samples])
+        write_record(folder / RECORD, HarnessRecord.of(content))
+        finish_run(record, folder)
+    print(json.dumps({f"{m['split']} {m['name']}": m["value"] and round(m["value"], 4) for m in found.metrics}))
+
+
+def main(
+    arm: Annotated[str, typer.Argument(help="base, baseline_lora, …")],
+    seed: Annotated[int, typer.Argument(help="of the training run; 0 for base")],
+    task: Annotated[str, typer.Argument(help="arc_easy, …, or a task of theirs/harness/")],
+) -> None:
+    """Ask an arm a benchmark of lm-evaluation-harness."""
+    main_for("harness", lambda: run(load_params(Params), arm, seed, task), arm, seed)
+
+
+if __name__ == "__main__":
+    cli(main)
