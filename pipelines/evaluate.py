@@ -150,7 +150,7 @@ class Models:
         location, kwargs = reference.merge_from, reference.merge_kwargs
         return HfEngine(
             location if self.exported else reference.location,
-            str(self.facts(arm, seed)["template"]),
+            self._serving(arm, seed).render if self.exported else str(self.facts(arm, seed)["template"]),
             adapter=None if arm == BASE_ARM else adapter_dir(arm, seed),
             load_kwargs=dict(kwargs if self.exported else reference.load_kwargs),
             parallel=parallel,

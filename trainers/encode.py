@@ -16,25 +16,45 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def encode_example(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int]:
-    """Ids of prompt, completion and end of sequence, and how many of them are the prompt.
+    """Ids of prompt, completion and end of sequence, and how many of them are the prompt: see `encode_turns`."""
+    ids, (start, _) = encode_turns(tokenizer, (prompt, completion))
+    return ids, start
 
-    Prompt and completion are tokenized together, as a reader of the finished text would, and the prompt's ids must
-    come out as they do alone: else the model would be asked with other tokens than it was trained on.
+
+def encode_turns(tokenizer: Any, texts: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Ids of prompts and answers in turn and an end of sequence, and where each of the texts ends.
+
+    They are tokenized together, as a reader of the finished text would, and what stands before an answer must come out
+    as it does alone: else the model would be asked with other tokens than it was trained on.
     """
-    if tokenizer.eos_token_id is None:
+    eos = tokenizer.eos_token_id
+    if eos is None:
         raise EncodingError("expected a tokenizer with an end-of-sequence token, got one without")
-    head = encode_prompt(tokenizer, prompt)
-    ids = encode_prompt(tokenizer, prompt + completion)
-    if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text themselves
-        ids = ids[:-1]
-        head = head[:-1] if head[-1] == tokenizer.eos_token_id else head
-    if ids[: len(head)] != head:
-        first = next((i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), len(ids))
-        raise EncodingError(
-            f"the prompt's tokens change when the completion follows (from token {first} of {len(head)} on): "
-            f"{prompt[-20:]!r} + {completion[:20]!r}; end prompt.template on a line break or another token boundary"
-        )
-    return [*ids, tokenizer.eos_token_id], len(head)
+    ids = encode_prompt(tokenizer, "".join(texts))
+    closes = ids[-1:] == [eos]  # some tokenizers close every text themselves
+    ids = ids[:-1] if closes else ids
+    ends = []
+    for n in range(1, len(texts)):
+        head = encode_prompt(tokenizer, "".join(texts[:n]))
+        head = head[:-1] if closes and head[-1:] == [eos] else head
+        if ids[: len(head)] != head:
+            first = next((i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), len(ids))
+            what = (
+                "prompt's tokens change when the completion" if n % 2 else "answer's tokens change when the next turn"
+            )
+            raise EncodingError(
+                f"the {what} follows (from token {first} of {len(head)} on): {texts[n - 1][-20:]!r} + "
+                f"{texts[n][:20]!r}; end prompt.template on a line break or another token boundary"
+            )
+        ends.append(len(head))
+    return [*ids, eos], [*ends, len(ids) + 1]
+
+
+def learnt(ends: Sequence[int]) -> list[int]:
+    """1 for each token of an answer, 0 for those of prompts and for the first token, which nothing predicts."""
+    bounds = zip([0, *ends[:-1]], ends, strict=True)
+    mask = [n % 2 for n, (start, end) in enumerate(bounds) for _ in range(start, end)]
+    return [0, *mask[1:]]
 
 
 def encode_texts(tokenizer: Any, texts: Iterable[tuple[str, bool]], max_length: int) -> list[list[int]]:
@@ -55,18 +75,18 @@ class Encoded:
 
 
 def encode_examples(
-    tokenizer: Any, examples: Iterable[tuple[str, str]], max_length: int, *, leave_out: bool = False
+    tokenizer: Any, examples: Iterable[Sequence[str]], max_length: int, *, leave_out: bool = False
 ) -> Encoded:
-    """Tokenize (rendered prompt, completion) pairs, with the loss on the completion only.
+    """Tokenize prompts and answers in turn, with the loss on the answers only.
 
     Nothing is cut: what is longer than `max_length` tokens is refused, or left out.
     """
     from datasets import Dataset
 
-    encoded = [encode_example(tokenizer, prompt, completion) for prompt, completion in examples]
+    encoded = [encode_turns(tokenizer, texts) for texts in examples]
     kept, left_out, longest = short_enough([len(ids) for ids, _ in encoded], max_length, leave_out=leave_out)
-    ids, lengths = zip(*(encoded[place] for place in kept), strict=True)
-    mask = [[0] * n + [1] * (len(own) - n) for own, n in zip(ids, lengths, strict=True)]
+    ids, ends = zip(*(encoded[place] for place in kept), strict=True)
+    mask = [learnt(own) for own in ends]
     return Encoded(Dataset.from_dict({"input_ids": ids, "completion_mask": mask}), left_out, longest)
 
 

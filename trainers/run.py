@@ -35,8 +35,8 @@ class TrainingJob:
     base: BaseReference
     settings: TrainSettings
     seed: int  # of LoRA's start and of the order of the items
-    train: Sequence[tuple[str, str]]  # (rendered prompt, completion) to learn from
-    valid: Sequence[tuple[str, str]]  # the same, for the evaluation loss
+    train: Sequence[tuple[str, ...]]  # rendered prompts, and the answers to learn, in turn
+    valid: Sequence[tuple[str, ...]]  # the same, for the evaluation loss
     output: Path  # for the adapter; exists and is empty
     checkpoints: Path  # outlives a kill; a complete checkpoint found there is resumed from
     report_to: Sequence[str] = ()  # names of `trainers.callbacks.TRACKERS`
@@ -207,7 +207,7 @@ def to_resume(folder: Path) -> Path | None:
 # A run
 
 
-def _encode(job: TrainingJob, tokenizer: Any, examples: Sequence[tuple[str, str]], kind: str) -> Encoded:
+def _encode(job: TrainingJob, tokenizer: Any, examples: Sequence[tuple[str, ...]], kind: str) -> Encoded:
     settings, leave_out = job.settings, job.settings.overlong == "leave_out"
     if settings.layers is None:
         encoded = encode_examples(tokenizer, examples, settings.max_length, leave_out=leave_out)

@@ -1,7 +1,7 @@
 """Hugging Face transformers, the reference that exports are held against: text models, and models that see pictures."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class HfEngine(LocalEngine):
     def __init__(
         self,
         model: str,
-        template: str,
+        template: str | Callable[[Asked], str],
         *,
         adapter: Path | None = None,
         load_kwargs: dict[str, Any] | None = None,

@@ -68,7 +68,7 @@ def test_loading_the_tasks_loads_no_heavy_package():
 
 
 def test_all_that_is_missing_or_does_not_go_together_is_named(module):
-    for name in ("NAME", "TITLE", "METRICS", "PRIMARY", "SOURCE", "FIELDS"):
+    for name in ("NAME", "TITLE", "METRICS", "PRIMARY", "FIELDS"):
         module(**{**SOUND, **RECIPE, name: ...})
         assert said() == f"{name} is missing"
     for name, value in itertools.product(("score", "summarize", "make_item", "group"), (..., 3)):
@@ -77,7 +77,7 @@ def test_all_that_is_missing_or_does_not_go_together_is_named(module):
     module(NAME="other", group=len, TITLE="t")
     assert said() == (
         "expected NAME = 'mine', as the file is called, got 'other'; METRICS is missing; PRIMARY is missing; "
-        "SOURCE is missing; FIELDS is missing; the function score is missing; the function summarize is missing; "
+        "FIELDS is missing; the function score is missing; the function summarize is missing; "
         "the function make_item is missing"
     )
     for changes, expected in (
