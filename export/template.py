@@ -33,6 +33,7 @@ from export.go import (
     render_go,
 )
 from export.modelfile import ModelfileError, Serving, check_bos
+from trainers.encode import encode_prompt
 
 Render = Callable[..., str]
 """(messages, add_generation_prompt, **variables) → text; what `apply_chat_template` does with tokenize=False."""
@@ -300,7 +301,7 @@ def _check_ids(tokenizer: Any, made: ChatTemplate, system: str | None) -> None:
     for prompt in PROMPTS:
         chat = tokenizer.apply_chat_template(conversation(prompt, system), add_generation_prompt=True)
         expected = list(chat["input_ids"])
-        got = list(tokenizer(made.text.replace(PROMPT_SLOT, prompt))["input_ids"])
+        got = encode_prompt(tokenizer, made.text.replace(PROMPT_SLOT, prompt))
         if got == expected:
             continue
         if got == [tokenizer.bos_token_id, *expected]:

@@ -40,6 +40,7 @@ from pipelines.base_model import load_reference
 from pipelines.params import Evaluate, Share, StageParams, check_arm
 from pipelines.prompt import CHAT, Form, Prompt, chat_facts, prompt_text
 from pipelines.stage import BASE, BASE_ARM, DATA, adapter_dir, command, gguf_dir, model_name
+from trainers.encode import encode_prompt
 from trainers.models import load_tokenizer
 from trainers.settings import BaseReference, Positive, Section
 
@@ -120,7 +121,7 @@ def check_room(reference: BaseReference, serving: Serving, answer: int) -> None:
     """
     tokenizer, most = load_tokenizer(reference), serving.num_ctx
     items = asked_items()
-    lengths = [len(tokenizer(serving.render(asked_for(item)))["input_ids"]) for item in items]
+    lengths = [len(encode_prompt(tokenizer, serving.render(asked_for(item)))) for item in items]
     over = [length for length in lengths if length + answer + PREFIX > most]
     if over:
         raise ExportError(

@@ -1,7 +1,7 @@
 """Token ids: the same for training, scoring and serving."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,18 @@ class EncodingError(ValueError):
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Ids that a model is asked with: BOS as the tokenizer's own configuration says."""
-    return list(tokenizer(prompt)["input_ids"])
+    """Ids that a model is asked with: BOS as the tokenizer's own configuration says.
+
+    Behind an end of sequence, as between the turns of a conversation, the text begins anew, as it does for llama.cpp:
+    where a tokenizer puts a blank in front of a text, there is one too. (Hugging Face's has none there.)
+    """
+    first, *more = prompt.split(tokenizer.eos_token) if tokenizer.eos_token else [prompt]
+    ids, end = list(tokenizer(first)["input_ids"]), tokenizer.eos_token_id
+    if first and more and ids[-1] == end:  # some tokenizers close every text themselves
+        ids.pop()
+    for text in more:
+        ids += [end, *(tokenizer(text, add_special_tokens=False)["input_ids"] if text else ())]
+    return ids
 
 
 def encode_example(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int]:
@@ -88,6 +98,62 @@ def encode_examples(
     ids, ends = zip(*(encoded[place] for place in kept), strict=True)
     mask = [learnt(own) for own in ends]
     return Encoded(Dataset.from_dict({"input_ids": ids, "completion_mask": mask}), left_out, longest)
+
+
+# Packing: several items a row, each with positions from 0 on. Where a batch has such positions and no attention mask,
+# transformers lets no item see another (`find_packed_sequence_indices`); padding is a row's last items, of one token.
+
+
+def pack(dataset: Any, max_length: int) -> Any:
+    """The items of `encode_examples` in rows of at most `max_length` tokens; column seq_lengths says where they end."""
+    from trl import pack_dataset
+
+    return pack_dataset(dataset, max_length, "bfd")
+
+
+def collate_packed(pad: int) -> Callable[[Any], dict[str, Any]]:
+    """Makes batches of such rows, and of items that are a row each: input_ids, position_ids, labels [rows, tokens]."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    plain = DataCollatorForLanguageModeling(pad, return_position_ids=True)
+
+    def collate(rows: Any) -> dict[str, Any]:
+        batch = dict(plain(rows))
+        del batch["attention_mask"]
+        batch["labels"][batch["position_ids"] == 0] = -100  # else it would be predicted from the item before
+        return batch
+
+    return collate
+
+
+def check_packing(model: Any, rows: Any) -> None:
+    """Refuse a model whose items in one row see each other, tried with the first row that has two.
+
+    Raises EncodingError: an item's logits change with the item before it, by more than 1% of what they do where both
+    are one item.
+    """
+    import torch
+
+    row = next((row for row in rows if len(row["seq_lengths"]) > 1), None)
+    if row is None:
+        return
+    first, second = row["seq_lengths"][:2]
+    ids = torch.tensor([row["input_ids"][: first + second]], device=model.device)
+    other = torch.cat([ids[:, :first].flip(1), ids[:, first:]], 1)
+
+    def change(positions: list[int]) -> float:
+        given = torch.tensor([positions], device=model.device)
+        one, two = (model(input_ids=i, position_ids=given).logits[0, first:].float() for i in (ids, other))
+        return float((one - two).abs().max())
+
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        apart, as_one = change([*range(first), *range(second)]), change([*range(first + second)])
+    model.train(training)
+    if apart > 0.01 * as_one:
+        kind = type(getattr(model, "get_base_model", lambda: model)()).__name__
+        raise EncodingError(f"train.packing: expected false, since {kind} lets items of one row see each other")
 
 
 def short_enough(

@@ -18,7 +18,7 @@ from typing import Any
 
 from trainers import adapters, optimizers
 from trainers.callbacks import progress_lines, remove_trackers, tracker_arguments, tracker_callbacks
-from trainers.encode import Encoded, EncodingError, encode_examples, encode_texts
+from trainers.encode import Encoded, EncodingError, check_packing, collate_packed, encode_examples, encode_texts, pack
 from trainers.models import ModelError, add_lora, load_base_model, load_tokenizer, scale_update
 from trainers.pictures import encode_items
 from trainers.preserve import KL, STEP_KL, attach, divided, to_read
@@ -236,7 +236,8 @@ def _share_batches(trainer: Any) -> None:
         own = rows[rank::ranks]
         fill = rows[: len(rows[::ranks]) - len(own)]  # as many as rank 0 has, since ranks gather losses row by row
         batch = collate(own + fill)
-        batch["labels"][len(own) :], batch["attention_mask"][len(own) :] = -100, 0  # which count for nothing
+        seen = "attention_mask" if "attention_mask" in batch else "position_ids"
+        batch["labels"][len(own) :], batch[seen][len(own) :] = -100, 0  # which count for nothing
         return batch
 
     def loader(*args: Any, batch_size: int, **kwargs: Any) -> Any:
@@ -268,13 +269,19 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
     read = adapters.learn_start(model, job.settings, train.dataset, tokenizer.pad_token_id) if named else []
     set_seed(job.seed)
     model = arm.add_adapter(model, job.settings)
+    rows, more = train.dataset, {}
+    if job.settings.packing:
+        rows = pack(train.dataset, job.settings.max_length)
+        more = {"data_collator": collate_packed(tokenizer.pad_token_id)}
+        check_packing(model, rows)
     trainer = arm.make_trainer(
         job.settings,
         model=model,
         args=training_arguments(job, **changes),
-        train_dataset=train.dataset,
+        train_dataset=rows,
         eval_dataset=valid.dataset,
         processing_class=tokenizer,
+        **more,
     )
     if trainer.args.world_size > 1:
         _share_batches(trainer)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from export.engines.base import Asked, EngineError, Generation, LocalEngine, cut
+from trainers.encode import encode_prompt
 
 
 class ShownPrompt(list[int]):
@@ -87,7 +88,7 @@ class HfEngine(LocalEngine):
         """
         if self._processor:
             return ShownPrompt(self._processor.encode(text, None))
-        return list(self._tokenizer(text)["input_ids"])
+        return encode_prompt(self._tokenizer, text)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))

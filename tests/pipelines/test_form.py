@@ -7,6 +7,7 @@ import pytest
 
 from evaluation.tasks import Item
 from export.engines.base import asked_for
+from export.engines.llama_cpp import LlamaCppEngine
 from export.go import go_of_turns
 from export.modelfile import Serving
 from export.template import from_tokenizer
@@ -61,11 +62,13 @@ def test_the_answers_of_all_turns_and_their_ends_are_learnt_and_nothing_else(bas
 
 
 @pytest.mark.parametrize("base", [TEMPLATE], indirect=True, ids=["literal"])
-def test_a_literal_template_is_filled_anew_in_every_turn_and_a_text_is_put_into_none(base):
+def test_a_literal_template_is_filled_anew_in_every_turn_and_a_text_is_put_into_none(base, exported):
     template, tokenizer, serving = base
     form, turn = Form(template), "### Instruction:\n{}\n\n### Response:\n{}"
     said = [turn.format(question, f"{answer}</s>") for question, answer in TALK.turns]
     assert form.asked(TALK) == "".join(["Count the apples.\n\n", *said, turn.format("And 4 + 4?", "")])
+    with LlamaCppEngine(exported / "base.gguf", serving.render, num_ctx=256) as engine:
+        assert engine.tokenize(engine.render(asked_for(TALK))) == encode_prompt(tokenizer, form.asked(TALK))
     text = Item("2", "chat", "The lake", " is wide.", {}, whole=True)
     assert form.parts(text) == ("", "The lake is wide.")
     ids, ends = encode_turns(tokenizer, form.parts(text))
