@@ -20,7 +20,7 @@ _AROUND = (("", "\n"), ("", " "), ("", "\n\n"), ("", "  "), (" ", ""), ("\n", ""
 def varied(items: Sequence[Item], task: Any, share: float, seed: int) -> list[Item]:
     """The items, a share of them in other words where the task knows any, and with white space round them."""
     rng = random.Random(f"varied-{seed}")
-    return [_varied(item, task, rng) if rng.random() < share else item for item in items]
+    return [_varied(item, task, rng) if rng.random() < share and not item.whole else item for item in items]
 
 
 def _varied(item: Item, task: Any, rng: random.Random) -> Item:
@@ -37,7 +37,8 @@ def asked_again(items: Sequence[Item], task: Any, most: int, seed: int) -> list[
     rewordings = {**getattr(task, "REWORDINGS", {}), **getattr(task, "NEW_WORDINGS", {})}
     forms = [*_BEHIND, *rewordings]
     found = []
-    for number, item in enumerate(rng.sample(list(items), min(most, len(items)))):
+    questions = [item for item in items if not item.whole]  # a text that goes on has no other form
+    for number, item in enumerate(rng.sample(questions, min(most, len(questions)))):
         form = forms[number % len(forms)]
         prompt = rewordings[form](item, rng) if form in rewordings else item.prompt + _BEHIND[form]
         if prompt != item.prompt:  # a prompt of the user's own, for which the task has no other words

@@ -144,8 +144,7 @@ def _from_rows(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item]
     task = load(section.task)
     rows = read_recipe(task, section)
     write_rejected(folder / REJECTED, rows.rejected)
-    if hasattr(task, "complete"):
-        task.complete([*rows.train, *(rows.test or ())])
+    told = task.complete([*rows.train, *(rows.test or ())]) if hasattr(task, "complete") else []
     sizes = {"train": section.train_items, "valid": section.valid_items, "test": section.test_items}
     division = divide(rows.train, rows.test, task.group, sizes, section.seed)
     drawn = {item.id for item in division.splits["test"]}
@@ -162,7 +161,7 @@ def _from_rows(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item]
         "unused_rows": len(division.left),
         "first_unused": [item.id for item in division.left[:5]],
         "first_rejections": [f"{r.split} row {r.row}, column {r.column}: {r.reason}" for r in rows.rejected[:5]],
-        "notes": [*rows.notes, *_notes(rows, division, section, untested)],
+        "notes": [*rows.notes, *told, *_notes(rows, division, section, untested)],
     }
 
 
@@ -226,7 +225,7 @@ def divide(
 
 
 def _keys(item: Item, group: Callable[[Item], Hashable]) -> set[tuple[str, Hashable]]:
-    return {("group", group(item)), ("prompt", item.prompt)}
+    return {("group", group(item)), ("prompt", item.asked)}
 
 
 def _wanted(rows: int, held: dict[str, int], train: int | None) -> dict[str, int]:

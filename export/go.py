@@ -108,6 +108,17 @@ def _turns(go: str, messages: Sequence[Message]) -> str:
     return "".join([*done, last.render(turn)])
 
 
+def go_of_turns(template: str, end: str) -> str:
+    """The Go template that fills the training template anew in every turn, and closes each answer with `end`.
+
+    A system message stands in front of all, with an empty line behind it. Raises GoTemplateError: as `go_template`.
+    """
+    go_template(template)
+    head, tail = template.split(PROMPT_SLOT)
+    said = f"{IF_USER}{head}{CONTENT}{tail}{ELSE_ASSISTANT}{CONTENT}{end}{END}"
+    return f"{IF_SYSTEM}{SYSTEM}\n\n{END}{MESSAGES}{said}{END}"
+
+
 def go_template(template: str) -> str:
     """The Go template that renders the last question in the training template, whatever was said before.
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from export import ExportError
-from export.engines.base import PROMPT_SLOT, Asked, conversation, messages_of
+from export.engines.base import PROMPT_SLOT, Asked, Raw, conversation, messages_of
 from export.go import LAST, SYSTEM, GoTemplateError, go_template, render_go
 
 BOS_TOKENS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|begin▁of▁sentence|>", "[BOS]")
@@ -68,6 +68,8 @@ class Serving(BaseModel):
 
     def render(self, asked: Asked) -> str:
         """What the server makes of a question or a conversation. Raises GoTemplateError: see `export.go.render_go`."""
+        if isinstance(asked, Raw):
+            return asked
         messages = messages_of(asked)
         given = self.system is None or messages[0]["role"] == "system"
         return render_go(self.go_template, messages if given else [*conversation("", self.system)[:1], *messages])

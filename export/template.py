@@ -33,6 +33,7 @@ from export.go import (
     render_go,
 )
 from export.modelfile import ModelfileError, Serving, check_bos
+from trainers.encode import encode_prompt
 
 Render = Callable[..., str]
 """(messages, add_generation_prompt, **variables) → text; what `apply_chat_template` does with tokenize=False."""
@@ -61,6 +62,13 @@ class ChatTemplate:
     go: str  # Ollama's TEMPLATE; of the last question alone where conversations come out otherwise than in the original
     system: str | None  # Ollama's SYSTEM: the one asked for; the template's own default stands in `go`
     stop: tuple[str, ...]  # the end-of-turn token and the end of sequence
+    # Of a conversation: before, SYSTEM, between, PROMPT … where it has a system message; round earlier answers `start`
+    # and `end`, which are learnt with it, and then `then`, with `{prompt}` once. None: no system message, no turns.
+    before: str | None = None
+    between: str = ""
+    start: str = ""
+    end: str | None = None
+    then: str = ""
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,13 @@ def convert(
     stop = tuple(dict.fromkeys(filter(None, (_end_of_turn(pieces.again, special_tokens), eos_token))))
     _check_blanks(bare, pieces)
     turns = pieces.answer is not None and _talks(bare, pieces.go(turns=True), pieces.before is not None)
-    made = ChatTemplate(text, pieces.go(turns), system, stop)
+    before = None if pieces.before is None else pieces.bos + pieces.before
+    made = ChatTemplate(text, pieces.go(turns), system, stop, before, pieces.between)
+    if turns and (pieces.answer or "").startswith(pieces.after):
+        again, token = pieces.again, _end_of_turn(pieces.again, special_tokens) or ""
+        at = again.index(token) + len(token)
+        start = (pieces.answer or "").removeprefix(pieces.after)
+        made = replace(made, start=start, end=again[:at], then=f"{again[at:]}{PROMPT_SLOT}{pieces.after}")
     _check_syntax(made, bos_token, adds_bos)
     _check(bare, made, system)
     return made
@@ -287,7 +301,7 @@ def _check_ids(tokenizer: Any, made: ChatTemplate, system: str | None) -> None:
     for prompt in PROMPTS:
         chat = tokenizer.apply_chat_template(conversation(prompt, system), add_generation_prompt=True)
         expected = list(chat["input_ids"])
-        got = list(tokenizer(made.text.replace(PROMPT_SLOT, prompt))["input_ids"])
+        got = encode_prompt(tokenizer, made.text.replace(PROMPT_SLOT, prompt))
         if got == expected:
             continue
         if got == [tokenizer.bos_token_id, *expected]:

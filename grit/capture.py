@@ -103,6 +103,11 @@ class Capture(ABC):
             return
         mask = kwargs.get("attention_mask")
         self.mask = None
+        positions, ids = kwargs.get("position_ids"), kwargs.get("input_ids")
+        if mask is None and isinstance(positions, Tensor) and isinstance(ids, Tensor) and positions.shape == ids.shape:
+            # Packed items, each with positions from 0 on: padding is what stands alone.
+            starts = positions == 0
+            mask = ~(starts & torch.cat([starts[:, 1:], torch.ones_like(starts[:, :1])], 1))
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self.mask = TokenMask(mask.reshape(-1, 1).float())
         items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")

@@ -22,7 +22,6 @@ from rich.table import Table
 
 from pipelines.base_model import load_reference
 from pipelines.check import Params, load_params
-from pipelines.prompt import prompt_text
 from pipelines.stage import DATA, clear_errors, cli, quiet_libraries, sees_pictures, set_threads
 from pipelines.train import base_texts, examples, load_arm, training_items
 
@@ -40,7 +39,7 @@ def tried(params: Params, name: str) -> dict[str, Any]:
 
     from trainers.run import TrainingJob, build, peak_memory_bytes
 
-    arm, settings, template = load_arm(name, params), params.train_for(name), prompt_text(params.prompt)
+    arm, settings, template = load_arm(name, params), params.train_for(name), params.prompt.template
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     cuda = torch.cuda.is_available()
     with TemporaryDirectory() as folder:
@@ -55,7 +54,7 @@ def tried(params: Params, name: str) -> dict[str, Any]:
             texts=base_texts(),
             images=DATA,
         )
-        trainer, train, valid = build(arm, job, max_steps=STEPS, save_strategy="no", eval_strategy="no")
+        trainer, _, valid = build(arm, job, max_steps=STEPS, save_strategy="no", eval_strategy="no")
         from transformers import TrainerCallback
 
         from probes import ProbeCallback
@@ -64,7 +63,8 @@ def tried(params: Params, name: str) -> dict[str, Any]:
             order = sorted(range(len(data)), key=lambda i: -len(data[i]["input_ids"]))[:count]
             return data.select(order) if hasattr(data, "select") else torch.utils.data.Subset(data, order)
 
-        trainer.train_dataset = longest(train.dataset, STEPS * settings.batch_size * settings.gradient_accumulation)
+        rows = trainer.train_dataset
+        trainer.train_dataset = longest(rows, STEPS * settings.batch_size * settings.gradient_accumulation)
         ends: list[float] = []
 
         class Clock(TrainerCallback):
@@ -82,7 +82,7 @@ def tried(params: Params, name: str) -> dict[str, Any]:
         "peak": torch.cuda.max_memory_reserved() if cuda else peak_memory_bytes(),
         "memory": torch.cuda.get_device_properties(0).total_memory if cuda else free,
         "seconds": ends[-1] - ends[-2],
-        "steps": settings.steps_for(len(train.dataset)) + TWINS * params.probe.twin_steps,
+        "steps": settings.steps_for(len(rows)) + TWINS * params.probe.twin_steps,
         "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "base": int(trainer.model.get_base_model().num_parameters()),
     }

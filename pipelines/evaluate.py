@@ -150,7 +150,7 @@ class Models:
         location, kwargs = reference.merge_from, reference.merge_kwargs
         return HfEngine(
             location if self.exported else reference.location,
-            str(self.facts(arm, seed)["template"]),
+            self._serving(arm, seed).render if self.exported else str(self.facts(arm, seed)["template"]),
             adapter=None if arm == BASE_ARM else adapter_dir(arm, seed),
             load_kwargs=dict(kwargs if self.exported else reference.load_kwargs),
             parallel=parallel,
@@ -159,6 +159,7 @@ class Models:
 
     def _ollama(self, arm: str, seed: int) -> Engine:
         from export.register import keep_registered, register_served
+        from trainers.encode import encode_prompt
         from trainers.models import load_tokenizer
 
         name = model_name(arm, seed, self._params.first_seed)
@@ -169,7 +170,7 @@ class Models:
             host,
             name,
             served.serving.num_ctx,
-            expected=lambda asked: list(tokenizer(served.serving.render(asked))["input_ids"]),
+            expected=lambda asked: encode_prompt(tokenizer, served.serving.render(asked)),
             parallel=self._params.evaluate.parallel,
             restore=partial(register_served, host, form),
             mode=form.mode,

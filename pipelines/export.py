@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,9 +19,10 @@ from db.records import ParityRecord
 from evaluation.paraphrase import SPLIT
 from evaluation.tasks import Item
 from export import ExportError, converters, gguf, parity
-from export.engines.base import LocalEngine, Message, conversation, fill
+from export.engines.base import LocalEngine, Message, asked_for, conversation, fill
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
+from export.go import go_of_turns
 from export.modelfile import Serving, check_bos
 from export.served import (
     ADAPTER_GGUF,
@@ -37,8 +38,9 @@ from export.served import (
 )
 from pipelines.base_model import load_reference
 from pipelines.params import Evaluate, Share, StageParams, check_arm
-from pipelines.prompt import CHAT, Prompt, chat_facts, prompt_text
+from pipelines.prompt import CHAT, Form, Prompt, chat_facts, prompt_text
 from pipelines.stage import BASE, BASE_ARM, DATA, adapter_dir, command, gguf_dir, model_name
+from trainers.encode import encode_prompt
 from trainers.models import load_tokenizer
 from trainers.settings import BaseReference, Positive, Section
 
@@ -66,24 +68,28 @@ class Params(StageParams):
     evaluate: Evaluate  # the length of answers, which must have room beside every question
 
 
-def parity_prompts(count: int) -> list[str]:
-    """Questions, test and retention items in turn."""
+def parity_items(count: int) -> list[Item]:
+    """Test and retention items in turn."""
     test, retention = (read_jsonl(DATA / f"{s}.jsonl") for s in ("test", "retention"))
     step = max(1, len(retention) // max(1, count // 2))  # over all general tasks
     mixed = chain.from_iterable(zip(test, retention[::step], strict=False))
     rows = list(mixed)[:count]
     rows += test[len(rows) // 2 :][: count - len(rows)]
-    return [Item.from_json(row).prompt for row in rows]
+    return [Item.from_json(row) for row in rows]
 
 
 def serving_facts(params: Params, reference: BaseReference, name: str) -> Serving:
     """What a server must know to ask the model as training did. Raises ModelfileError: no Modelfile can say it."""
     tokenizer = load_tokenizer(reference)
     chat = chat_facts() if params.prompt.template == CHAT else {}
+    template, turns = prompt_text(params.prompt), {}
+    if not chat and any("turns" in row or "system" in row for row in read_jsonl(DATA / "test.jsonl")):
+        turns = {"go": go_of_turns(template, tokenizer.eos_token)}  # else the last question alone is shown
     serving = Serving(
-        template=prompt_text(params.prompt),
+        template=template,
         stop=chat.get("stop", [tokenizer.eos_token]),
         **{key: chat[key] for key in ("go", "system") if key in chat},
+        **turns,
         model_name=name,
         quantization=params.export.quantization,
         license=params.export.license,
@@ -96,14 +102,26 @@ def serving_facts(params: Params, reference: BaseReference, name: str) -> Servin
     return serving
 
 
+def asked_items() -> list[Item]:
+    rows = (row for split in ("test", "retention", SPLIT) for row in read_jsonl(DATA / f"{split}.jsonl"))
+    return [Item.from_json(row) for row in rows]
+
+
+def check_texts(serving: Serving, form: Form) -> None:
+    """Refuse to serve an item within another text than it was trained in. Raises ExportError: shows the first one."""
+    for item in asked_items():
+        if (text := serving.render(asked_for(item))) != (trained := form.asked(item)):
+            raise ExportError(f"{item.id}: expected it asked as trained, {trained!r}, the TEMPLATE makes {text!r}")
+
+
 def check_room(reference: BaseReference, serving: Serving, answer: int) -> None:
     """Refuse questions that leave no room for an answer of so many tokens, before anything is made for them.
 
     Raises ExportError: some do not fit the context; says how many and how long the longest is.
     """
     tokenizer, most = load_tokenizer(reference), serving.num_ctx
-    items = [row for split in ("test", "retention", SPLIT) for row in read_jsonl(DATA / f"{split}.jsonl")]
-    lengths = [len(tokenizer(fill(serving.template, item["prompt"]))["input_ids"]) for item in items]
+    items = asked_items()
+    lengths = [len(encode_prompt(tokenizer, serving.render(asked_for(item)))) for item in items]
     over = [length for length in lengths if length + answer + PREFIX > most]
     if over:
         raise ExportError(
@@ -121,9 +139,14 @@ def hugging_face(reference: BaseReference, template: str, arm: str, seed: int) -
 
 
 def conversation_text(params: Params, serving: Serving, tokenizer: Any, messages: list[Message]) -> str:
-    """What the chat template makes of a conversation; of a model that is asked single questions the last one."""
+    """What training made of a conversation; of a model that is asked single questions the last one."""
     if not serving.converses:
         return fill(serving.template, messages)
+    if params.prompt.template != CHAT:
+        *said, last = [message["content"] for message in messages]
+        return Form(serving.template).asked(
+            Item("", "", last, "", turns=tuple(zip(said[::2], said[1::2], strict=True)))
+        )
     system = conversation("", params.prompt.system)[:-1]
     text = tokenizer.apply_chat_template([*system, *messages], tokenize=False, add_generation_prompt=True)
     return str(text).removeprefix(tokenizer.bos_token if serving.adds_bos else "")
@@ -138,7 +161,7 @@ def check_parity(
     unpacked, which is exact. So what is compared is what the files hold, and no rounding of the engine's own.
     """
     section = params.export
-    prompts = [fill(template, prompt) for prompt in parity_prompts(section.parity_prompts)]
+    prompts = list(map(Form(params.prompt.template).asked, parity_items(section.parity_prompts)))
     exact = section.parity_arithmetic == "f32"
 
     def llama_cpp(model: Path, lora: Path | None = None) -> Callable[[], LocalEngine]:
@@ -183,6 +206,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     serving = serving_facts(params, reference, model_name(arm, seed, params.first_seed))
     template = serving.template
     evaluate = params.evaluate  # no part of the result, so these are no params of the stage
+    check_texts(serving, Form(params.prompt.template))
     check_room(reference, serving, max(section.parity_tokens, evaluate.max_tokens, evaluate.speed_tokens))
     failed = out.with_name(f"{out.name}.parity-failed.json")
     with staged(out) as folder:
@@ -212,7 +236,8 @@ def run(params: Params, arm: str, seed: int) -> None:
                 write_json(failed, result)
                 raise ExportError(f"{out}: the export is not what was trained ({failed}). {problem}")
             failed.unlink(missing_ok=True)
-        prompts = parity_prompts(section.parity_prompts if adapter else REFERENCES)[:REFERENCES]
+        questions = (item for item in parity_items(section.parity_prompts if adapter else REFERENCES) if not item.whole)
+        prompts = [item.prompt for item in islice(questions, REFERENCES)]
         chat = partial(conversation_text, params, serving, load_tokenizer(reference))
         with hugging_face(reference, template, arm, seed) as engine:
             write_references(folder, make_references(engine, serving, prompts, section.parity_tokens, chat, known))

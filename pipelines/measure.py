@@ -22,7 +22,7 @@ from evaluation.measure.states import Encoded
 from evaluation.tasks import Item, render
 from pipelines.base_model import load_model
 from pipelines.params import ConfigError, StageParams, check_arm
-from pipelines.prompt import Prompt, prompt_text
+from pipelines.prompt import Form, Prompt, prompt_text
 from pipelines.stage import BASE, BASE_ARM, DATA, adapter_dir, command, measured_dir
 from trainers.encode import encode_example, encode_prompt
 from trainers.settings import Positive, Section, TrainSettings
@@ -149,10 +149,11 @@ def answer_texts(section: Measure, tokenizer: Any, template: str, most: int) -> 
 
 
 def _completions(tokenizer: Any, template: str, file: Path, most: int) -> list[Encoded]:
-    """Questions, answers and ends of sequence of at most so many items; the questions do not count."""
-    items = (Item.from_json(row) for row in texts.spread(read_jsonl(file), most))
-    made = (encode_example(tokenizer, render(template, item.prompt), item.completion) for item in items)
-    return [Encoded(tuple(ids), start) for ids, start in made]
+    """Questions, last answers and ends of sequence of at most so many items; the answers alone count."""
+    form = Form(template)
+    items = (form.parts(Item.from_json(row)) for row in texts.spread(read_jsonl(file), most))
+    made = (encode_example(tokenizer, "".join(before), answer) for *before, answer in items)
+    return [Encoded(tuple(ids), max(1, start)) for ids, start in made]
 
 
 def _cut(made: Sequence[Encoded], most: int, nothing: str) -> tuple[list[Encoded], int]:
@@ -261,12 +262,12 @@ def run(params: Params, arm: str, seed: int) -> None:
 
         if not is_base:
             add_weights(found, model)  # first: on a CPU bitsandbytes packs 4-bit weights anew at the first pass
-        general, cut = general_texts(section, tokenizer, template, most)
+        general, cut = general_texts(section, tokenizer, params.prompt.template, most)
         read = states.score_texts(model, general, batch_size=section.batch_size)
         add_general(found, read, section.bootstrap)
         if not is_base:
             check_base(read, str(model.dtype).removeprefix("torch."))
-        answers, answers_cut = answer_texts(section, tokenizer, template, most)
+        answers, answers_cut = answer_texts(section, tokenizer, params.prompt.template, most)
         if answers_cut:
             found.notes.append(f"{answers_cut} right answers are cut or left out, at {most} tokens with their question")
         if answers:  # the base's own are in its own measured.json

@@ -1,17 +1,25 @@
 """The text round every question: params.yaml's own, or the base's chat template.
 
+In a conversation the chat template stands as the base has it. A text of params.yaml's own is filled anew in every turn;
+each answer is closed with the end-of-sequence token, and a system message stands in front of all, with an empty line
+behind it.
+
 Stage prepare_base turns the chat template into a text once and leaves it in base.json. All later stages read it there,
 so that training, scoring, parity and the Modelfile have the very same.
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import field_validator, model_validator
 
 from db.files import read_json
+from evaluation.tasks import Item
+from pipelines.base_model import load_reference
 from pipelines.params import ConfigError
 from pipelines.stage import BASE
+from trainers.models import load_tokenizer
 from trainers.settings import Section
 
 # As prompt.template: the chat template of the base's own tokenizer.
@@ -64,3 +72,50 @@ def prompt_text(prompt: Prompt) -> str:
             "`dvc repro prepare_base`"
         )
     return literal(prompt.template)
+
+
+class Form:
+    """The texts of items within prompt.template."""
+
+    def __init__(self, template: str) -> None:
+        chat = chat_facts() if template == CHAT else {}
+        self.text = str(chat["text"]) if chat else template
+        head, _ = template.split("{prompt}") if not chat else ("", "")
+        self.before: str | None = chat["before"] if chat else ""
+        self.between = str(chat["between"]) if chat else f"\n\n{head}"
+        self.then = str(chat["then"]) if chat else template
+        self.start = str(chat["start"]) if chat else ""
+        self._end: str | None = chat.get("end")
+        self._chat = bool(chat)
+
+    @cached_property
+    def end(self) -> str | None:
+        """What closes an answer that is not the last; None: the chat template has no form of several turns."""
+        return self._end if self._chat else str(load_tokenizer(load_reference()[0]).eos_token)
+
+    def asked(self, item: Item) -> str:
+        """The text that the item's answer is asked with."""
+        return item.prompt if item.whole else "".join(self.parts(item)[:-1])
+
+    def parts(self, item: Item) -> tuple[str, ...]:
+        """What is read and what is learnt in turn, from the first question to the last answer, without its end."""
+        if item.whole:
+            return ("", item.prompt + item.completion)
+        before, after = self.text.split("{prompt}")
+        if item.system and self.before is None:
+            raise ConfigError(
+                f"prompt.template: the base's chat template takes no system message, and {item.id} has one; put them "
+                "into the first questions, or write the text itself as prompt.template"
+            )
+        if item.turns and self.end is None:
+            raise ConfigError(
+                f"prompt.template: the base's chat template writes an earlier answer otherwise than the one it asks "
+                f"for, and {item.id} has several turns; write the text itself as prompt.template"
+            )
+        if item.system:
+            before = f"{self.before}{item.system}{self.between}"
+        texts: list[str] = []
+        for question, answer in item.turns:
+            texts += [f"{before}{question}{after}", f"{self.start}{answer}{self.end}"]
+            before, after = self.then.split("{prompt}")
+        return (*texts, f"{before}{item.prompt}{after}", item.completion)

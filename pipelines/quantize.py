@@ -83,7 +83,7 @@ def f16_file(arm: str, seed: int, folder: Path) -> Path:
 
 def answer(section: Any, model: Path, serving: Serving, items: list[Item], label: str) -> Answers:
     """Answers of a GGUF file to the test items, scored: {item_id, answer, correct, credit}, in the items' order."""
-    engine = LlamaCppEngine(model, serving.template, num_ctx=serving.num_ctx, parallel=section.parallel)
+    engine = LlamaCppEngine(model, serving.render, num_ctx=serving.num_ctx, parallel=section.parallel)
     with engine, tqdm(total=len(items), desc=label) as bar:
         stop, limit = serving.stop, section.max_tokens
         scored = answers.ask(engine, items, "test", max_tokens=limit, stop=stop, progress=bar.update)

@@ -30,7 +30,7 @@ from evaluation.tasks import Item, general, render
 from pipelines.base_model import load_reference
 from pipelines.code import code_hash
 from pipelines.params import ADAPTER, ConfigError, StageParams, check_arm, overridden, own_threads
-from pipelines.prompt import Prompt, literal, prompt_text
+from pipelines.prompt import Form, Prompt, literal, prompt_text
 from pipelines.stage import BASE, DATA, TEXTS, adapter_dir, command, die_with_parent, split_files
 from trainers import arms
 from trainers.callbacks import TRACKERS
@@ -124,14 +124,13 @@ def training_code(arm: str) -> str:
     return code_hash("trainers.run", f"trainers.arms.{arm}")
 
 
-def examples(split: str, template: str) -> list[tuple[str, str]]:
-    """(rendered prompt, completion) of every item of a split."""
-    items = [Item.from_json(row) for row in read_jsonl(DATA / f"{split}.jsonl")]
-    text = literal(template)
-    return [(render(text, item.prompt), item.completion) for item in items]
+def examples(split: str, template: str) -> list[tuple[str, ...]]:
+    """Rendered prompts and answers, in turn, of every item of a split."""
+    form = Form(template)
+    return [form.parts(Item.from_json(row)) for row in read_jsonl(DATA / f"{split}.jsonl")]
 
 
-def training_items(settings: TrainSettings, template: str, seed: int) -> list[tuple[str, str]]:
+def training_items(settings: TrainSettings, template: str, seed: int) -> list[tuple[str, ...]]:
     """Those of the data, and general questions as `replay` says, of a seed that no base is trained with."""
     own = examples("train", template)
     more = round(len(own) * settings.replay / (1 - settings.replay))
@@ -157,7 +156,8 @@ def key_of_run(params: Params, arm: str, seed: int, shown: Mapping[str, Any]) ->
 
 
 def job_of(params: Params, settings: TrainSettings, seed: int, output: Path, checkpoints: Path) -> TrainingJob:
-    template = prompt_text(params.prompt)
+    prompt_text(params.prompt)  # refuses a system message that prepare_base did not know
+    template = params.prompt.template
     return TrainingJob(
         base=load_reference()[0],
         settings=settings,

@@ -221,7 +221,7 @@ class OllamaDouble:
         messages = messages_of(asked)
         if model.system and messages[0]["role"] != "system":
             messages = [*conversation("", model.system)[:1], *messages]
-        rendered = render_go(model.template, messages)
+        rendered = asked if body.get("raw") else render_go(model.template, messages)
         rendered = "<s>" * (self.misbehave == "wrong_template") + rendered
         if body.get("_debug_render_only"):
             yield {**base, "response": "", "done": False, "_debug_info": {"rendered_template": rendered}}

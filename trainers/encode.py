@@ -1,7 +1,7 @@
 """Token ids: the same for training, scoring and serving."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,30 +11,60 @@ class EncodingError(ValueError):
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Ids that a model is asked with: BOS as the tokenizer's own configuration says."""
-    return list(tokenizer(prompt)["input_ids"])
+    """Ids that a model is asked with: BOS as the tokenizer's own configuration says.
+
+    Behind an end of sequence, as between the turns of a conversation, the text begins anew, as it does for llama.cpp:
+    where a tokenizer puts a blank in front of a text, there is one too. (Hugging Face's has none there.)
+    """
+    first, *more = prompt.split(tokenizer.eos_token) if tokenizer.eos_token else [prompt]
+    ids, end = list(tokenizer(first)["input_ids"]), tokenizer.eos_token_id
+    if first and more and ids[-1] == end:  # some tokenizers close every text themselves
+        ids.pop()
+    for text in more:
+        ids += [end, *(tokenizer(text, add_special_tokens=False)["input_ids"] if text else ())]
+    return ids
 
 
 def encode_example(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int]:
-    """Ids of prompt, completion and end of sequence, and how many of them are the prompt.
+    """Ids of prompt, completion and end of sequence, and how many of them are the prompt: see `encode_turns`."""
+    ids, (start, _) = encode_turns(tokenizer, (prompt, completion))
+    return ids, start
 
-    Prompt and completion are tokenized together, as a reader of the finished text would, and the prompt's ids must
-    come out as they do alone: else the model would be asked with other tokens than it was trained on.
+
+def encode_turns(tokenizer: Any, texts: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Ids of prompts and answers in turn and an end of sequence, and where each of the texts ends.
+
+    They are tokenized together, as a reader of the finished text would, and what stands before an answer must come out
+    as it does alone: else the model would be asked with other tokens than it was trained on.
     """
-    if tokenizer.eos_token_id is None:
+    eos = tokenizer.eos_token_id
+    if eos is None:
         raise EncodingError("expected a tokenizer with an end-of-sequence token, got one without")
-    head = encode_prompt(tokenizer, prompt)
-    ids = encode_prompt(tokenizer, prompt + completion)
-    if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text themselves
-        ids = ids[:-1]
-        head = head[:-1] if head[-1] == tokenizer.eos_token_id else head
-    if ids[: len(head)] != head:
-        first = next((i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), len(ids))
-        raise EncodingError(
-            f"the prompt's tokens change when the completion follows (from token {first} of {len(head)} on): "
-            f"{prompt[-20:]!r} + {completion[:20]!r}; end prompt.template on a line break or another token boundary"
-        )
-    return [*ids, tokenizer.eos_token_id], len(head)
+    ids = encode_prompt(tokenizer, "".join(texts))
+    closes = ids[-1:] == [eos]  # some tokenizers close every text themselves
+    ids = ids[:-1] if closes else ids
+    ends = []
+    for n in range(1, len(texts)):
+        head = encode_prompt(tokenizer, "".join(texts[:n]))
+        head = head[:-1] if closes and head[-1:] == [eos] else head
+        if ids[: len(head)] != head:
+            first = next((i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), len(ids))
+            what = (
+                "prompt's tokens change when the completion" if n % 2 else "answer's tokens change when the next turn"
+            )
+            raise EncodingError(
+                f"the {what} follows (from token {first} of {len(head)} on): {texts[n - 1][-20:]!r} + "
+                f"{texts[n][:20]!r}; end prompt.template on a line break or another token boundary"
+            )
+        ends.append(len(head))
+    return [*ids, eos], [*ends, len(ids) + 1]
+
+
+def learnt(ends: Sequence[int]) -> list[int]:
+    """1 for each token of an answer, 0 for those of prompts and for the first token, which nothing predicts."""
+    bounds = zip([0, *ends[:-1]], ends, strict=True)
+    mask = [n % 2 for n, (start, end) in enumerate(bounds) for _ in range(start, end)]
+    return [0, *mask[1:]]
 
 
 def encode_texts(tokenizer: Any, texts: Iterable[tuple[str, bool]], max_length: int) -> list[list[int]]:
@@ -55,19 +85,75 @@ class Encoded:
 
 
 def encode_examples(
-    tokenizer: Any, examples: Iterable[tuple[str, str]], max_length: int, *, leave_out: bool = False
+    tokenizer: Any, examples: Iterable[Sequence[str]], max_length: int, *, leave_out: bool = False
 ) -> Encoded:
-    """Tokenize (rendered prompt, completion) pairs, with the loss on the completion only.
+    """Tokenize prompts and answers in turn, with the loss on the answers only.
 
     Nothing is cut: what is longer than `max_length` tokens is refused, or left out.
     """
     from datasets import Dataset
 
-    encoded = [encode_example(tokenizer, prompt, completion) for prompt, completion in examples]
+    encoded = [encode_turns(tokenizer, texts) for texts in examples]
     kept, left_out, longest = short_enough([len(ids) for ids, _ in encoded], max_length, leave_out=leave_out)
-    ids, lengths = zip(*(encoded[place] for place in kept), strict=True)
-    mask = [[0] * n + [1] * (len(own) - n) for own, n in zip(ids, lengths, strict=True)]
+    ids, ends = zip(*(encoded[place] for place in kept), strict=True)
+    mask = [learnt(own) for own in ends]
     return Encoded(Dataset.from_dict({"input_ids": ids, "completion_mask": mask}), left_out, longest)
+
+
+# Packing: several items a row, each with positions from 0 on. Where a batch has such positions and no attention mask,
+# transformers lets no item see another (`find_packed_sequence_indices`); padding is a row's last items, of one token.
+
+
+def pack(dataset: Any, max_length: int) -> Any:
+    """The items of `encode_examples` in rows of at most `max_length` tokens; column seq_lengths says where they end."""
+    from trl import pack_dataset
+
+    return pack_dataset(dataset, max_length, "bfd")
+
+
+def collate_packed(pad: int) -> Callable[[Any], dict[str, Any]]:
+    """Makes batches of such rows, and of items that are a row each: input_ids, position_ids, labels [rows, tokens]."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    plain = DataCollatorForLanguageModeling(pad, return_position_ids=True)
+
+    def collate(rows: Any) -> dict[str, Any]:
+        batch = dict(plain(rows))
+        del batch["attention_mask"]
+        batch["labels"][batch["position_ids"] == 0] = -100  # else it would be predicted from the item before
+        return batch
+
+    return collate
+
+
+def check_packing(model: Any, rows: Any) -> None:
+    """Refuse a model whose items in one row see each other, tried with the first row that has two.
+
+    Raises EncodingError: an item's logits change with the item before it, by more than 1% of what they do where both
+    are one item.
+    """
+    import torch
+
+    row = next((row for row in rows if len(row["seq_lengths"]) > 1), None)
+    if row is None:
+        return
+    first, second = row["seq_lengths"][:2]
+    ids = torch.tensor([row["input_ids"][: first + second]], device=model.device)
+    other = torch.cat([ids[:, :first].flip(1), ids[:, first:]], 1)
+
+    def change(positions: list[int]) -> float:
+        given = torch.tensor([positions], device=model.device)
+        one, two = (model(input_ids=i, position_ids=given).logits[0, first:].float() for i in (ids, other))
+        return float((one - two).abs().max())
+
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        apart, as_one = change([*range(first), *range(second)]), change([*range(first + second)])
+    model.train(training)
+    if apart > 0.01 * as_one:
+        kind = type(getattr(model, "get_base_model", lambda: model)()).__name__
+        raise EncodingError(f"train.packing: expected false, since {kind} lets items of one row see each other")
 
 
 def short_enough(

@@ -304,7 +304,7 @@ def load_processor(base: BaseReference, root: Path) -> VisionProcessor:
 class PictureItems:
     """(rendered prompt, answer) pairs as a Trainer's data set; pictures are read when an item is asked for."""
 
-    def __init__(self, processor: VisionProcessor, examples: Sequence[tuple[str, str]]):
+    def __init__(self, processor: VisionProcessor, examples: Sequence[tuple[str, ...]]):
         self.processor, self.examples = processor, examples
 
     def __len__(self) -> int:
@@ -315,7 +315,7 @@ class PictureItems:
 
 
 def encode_items(
-    base: BaseReference, root: Path, examples: Sequence[tuple[str, str]], max_length: int, *, leave_out: bool, kind: str
+    base: BaseReference, root: Path, examples: Sequence[tuple[str, ...]], max_length: int, *, leave_out: bool, kind: str
 ) -> Encoded:
     """`encode_examples` of items with pictures; every picture is read once here, so that none fails later."""
     processor = load_processor(base, root)

@@ -18,7 +18,7 @@ from typing import Any
 
 from trainers import adapters, optimizers
 from trainers.callbacks import progress_lines, remove_trackers, tracker_arguments, tracker_callbacks
-from trainers.encode import Encoded, EncodingError, encode_examples, encode_texts
+from trainers.encode import Encoded, EncodingError, check_packing, collate_packed, encode_examples, encode_texts, pack
 from trainers.models import ModelError, add_lora, load_base_model, load_tokenizer, scale_update
 from trainers.pictures import encode_items
 from trainers.preserve import KL, STEP_KL, attach, divided, to_read
@@ -35,8 +35,8 @@ class TrainingJob:
     base: BaseReference
     settings: TrainSettings
     seed: int  # of LoRA's start and of the order of the items
-    train: Sequence[tuple[str, str]]  # (rendered prompt, completion) to learn from
-    valid: Sequence[tuple[str, str]]  # the same, for the evaluation loss
+    train: Sequence[tuple[str, ...]]  # rendered prompts, and the answers to learn, in turn
+    valid: Sequence[tuple[str, ...]]  # the same, for the evaluation loss
     output: Path  # for the adapter; exists and is empty
     checkpoints: Path  # outlives a kill; a complete checkpoint found there is resumed from
     report_to: Sequence[str] = ()  # names of `trainers.callbacks.TRACKERS`
@@ -207,7 +207,7 @@ def to_resume(folder: Path) -> Path | None:
 # A run
 
 
-def _encode(job: TrainingJob, tokenizer: Any, examples: Sequence[tuple[str, str]], kind: str) -> Encoded:
+def _encode(job: TrainingJob, tokenizer: Any, examples: Sequence[tuple[str, ...]], kind: str) -> Encoded:
     settings, leave_out = job.settings, job.settings.overlong == "leave_out"
     if settings.layers is None:
         encoded = encode_examples(tokenizer, examples, settings.max_length, leave_out=leave_out)
@@ -236,7 +236,8 @@ def _share_batches(trainer: Any) -> None:
         own = rows[rank::ranks]
         fill = rows[: len(rows[::ranks]) - len(own)]  # as many as rank 0 has, since ranks gather losses row by row
         batch = collate(own + fill)
-        batch["labels"][len(own) :], batch["attention_mask"][len(own) :] = -100, 0  # which count for nothing
+        seen = "attention_mask" if "attention_mask" in batch else "position_ids"
+        batch["labels"][len(own) :], batch[seen][len(own) :] = -100, 0  # which count for nothing
         return batch
 
     def loader(*args: Any, batch_size: int, **kwargs: Any) -> Any:
@@ -268,13 +269,19 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
     read = adapters.learn_start(model, job.settings, train.dataset, tokenizer.pad_token_id) if named else []
     set_seed(job.seed)
     model = arm.add_adapter(model, job.settings)
+    rows, more = train.dataset, {}
+    if job.settings.packing:
+        rows = pack(train.dataset, job.settings.max_length)
+        more = {"data_collator": collate_packed(tokenizer.pad_token_id)}
+        check_packing(model, rows)
     trainer = arm.make_trainer(
         job.settings,
         model=model,
         args=training_arguments(job, **changes),
-        train_dataset=train.dataset,
+        train_dataset=rows,
         eval_dataset=valid.dataset,
         processing_class=tokenizer,
+        **more,
     )
     if trainer.args.world_size > 1:
         _share_batches(trainer)

@@ -127,6 +127,7 @@ class TrainSettings(Section):
     precision: Literal["fp32", "bf16"]
     max_length: Annotated[int, Field(ge=8, description="tokens of prompt and completion")]
     overlong: Literal["refuse", "leave_out"]
+    packing: bool = False  # several items a row of max_length, none of which sees another
     gradient_checkpointing: bool
     unsloth_fused_lora: bool
     logging_steps: Positive
@@ -210,6 +211,8 @@ class TrainSettings(Section):
                 f"devices: expected 1 beside layers, since Fisher estimates of pictures are not summed over devices, "
                 f"got {self.devices}"
             )
+        if self.packing:
+            problems.append("packing: expected false beside layers, since rows of pictures are not packed")
         if self.target_modules:
             problems.append(f"target_modules: expected [] beside layers, got {self.target_modules}")
         if self.replay:

@@ -10,7 +10,7 @@ from db.files import write_text
 from evaluation import paraphrase
 from evaluation.tasks import Item, ItemError, Score, Task, general, load, mean_credit, share
 from export import ExportError
-from export.engines.base import Engine, EngineError
+from export.engines.base import Engine, EngineError, asked_for
 
 _TEXTS, _COUNTS, _WHY = ("split", "item_id", "answer"), ("prompt_tokens", "answer_tokens"), "finish_reason"
 RETENTION = "retention"
@@ -99,6 +99,16 @@ def task_of(item: Item, split: str) -> Task:
     return load(general.NAME if split == RETENTION or item.task in general.GENERAL_TASKS else item.task)
 
 
+def transcript(item: Item) -> str:
+    """What the model was shown, for a reader."""
+    if not item.turns and not item.system:
+        return item.prompt
+    said = [("System", item.system)] if item.system else []
+    for question, answer in item.turns:
+        said += [("User", question), ("Assistant", answer)]
+    return "\n\n".join(f"{who}: {text}" for who, text in [*said, ("User", item.prompt)])
+
+
 def ask(
     engine: Engine,
     items: Iterable[Item],
@@ -118,7 +128,7 @@ def ask(
     answers = {item.id: row for item in items if journal and (row := journal.get(split, item.id))}
     left = [item for item in items if item.id not in answers]
     try:
-        for place, made in engine.generate_many([item.prompt for item in left], max_tokens, stop):
+        for place, made in engine.generate_many([asked_for(item) for item in left], max_tokens, stop):
             item = left[place]
             row = {
                 "split": split,
@@ -147,7 +157,7 @@ def _scored(item: Item, row: Mapping[str, Any]) -> tuple[dict[str, Any], Score]:
         "item_id": item.id,
         "task": item.task,
         "split": row["split"],
-        "prompt": item.prompt,
+        "prompt": transcript(item),
         "truth": item.completion,
         "answer": row["answer"],
         "predicted": score.predicted if isinstance(score.predicted, int | float) else None,

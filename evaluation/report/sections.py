@@ -289,10 +289,13 @@ def _confidence(confidence: float) -> str:
 
 # The numbers behind it
 
+_ANSWERS = ("test_answers", "answer_perplexity")
+
 
 def arms_compared(comparison: Comparison) -> Table:
     title, references = comparison.primary.title, comparison.references
-    headers = ("Arm", f"{title}, %", *(f"Δ to {arm}, points" for arm in references), "Retention, %",
+    perplexity = ("Perplexity of right answers",) * _free_text(comparison)
+    headers = ("Arm", f"{title}, %", *perplexity, *(f"Δ to {arm}, points" for arm in references), "Retention, %",
                "Training", "Updates")  # fmt: skip
     return Table(
         "Arms compared with the untouched base: means over seeds, in brackets 95% intervals; "
@@ -300,8 +303,13 @@ def arms_compared(comparison: Comparison) -> Table:
         headers,
         [_line(row, comparison) for row in comparison.rows],
         words=frozenset({len(headers) - 1}),
-        wide=frozenset({2}) if len(references) > 1 else frozenset(),
+        wide=frozenset({2 + len(perplexity)}) if len(references) > 1 else frozenset(),
     )
+
+
+def _free_text(comparison: Comparison) -> bool:
+    """Whether ROUGE judges the answers, whose words may be others and as good: then perplexity stands beside it."""
+    return comparison.primary.metric.endswith("_rouge_l") and comparison.has(*_ANSWERS)
 
 
 def _line(row: ArmRow, comparison: Comparison) -> tuple[object, ...]:
@@ -311,6 +319,7 @@ def _line(row: ArmRow, comparison: Comparison) -> tuple[object, ...]:
     return (
         Cell(row.arm, arm=row.arm, hint="\n".join(filter(None, (seeds, _preserved(row))))),
         _score(row.accuracy, row.accuracy_interval),
+        *((significant(row.metrics.get(_ANSWERS)),) if _free_text(comparison) else ()),
         *(_against(row.against(arm)) for arm in comparison.references),
         Cell(_score(row.retention, row.retention_interval), hint=f"keeps {number(share.estimate)} %" if share else ""),
         cost(row, comparison, SECONDS),

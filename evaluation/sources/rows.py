@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
@@ -16,7 +16,7 @@ from pydantic import field_validator
 
 from evaluation.sources.hub import HUB, DataSet, open_data_set
 from evaluation.sources.tables import AUTO, RawRow, Rejection, SourceError, Table, read_file
-from evaluation.tasks import Field, Item, RowError, Source, Task, decimal_commas, number, with_point
+from evaluation.tasks import Field, Item, ItemError, RowError, Source, Task, decimal_commas, number, with_point
 from trainers.settings import Positive, Section
 from trainers.words import nearest, suggest
 
@@ -123,13 +123,22 @@ def read_recipe(task: Task, where: RowSource) -> RecipeRows:
         tables, facts, notes = _tables(task.NAME, own, where, [name for name in names if name])
     except SourceError as error:
         raise SourceError(where.source, [*problems, *error.problems]) from error.__cause__
-    missing, near = _left_out(task, asked, next(iter(tables.values())))  # all splits have the same columns
-    notes += missing
-    problems += near
+    first = next(iter(tables.values()))  # all splits have the same columns
+    recognised: dict[str, str] | None = None
+    if hasattr(task, "recognise"):
+        try:
+            recognised, said = task.recognise(first.columns, asked)
+        except ItemError as error:
+            raise SourceError(where.source, [*problems, str(error)]) from error
+        notes.append(said)
+    else:
+        missing, near = _left_out(task, asked, first)
+        notes += missing
+        problems += near
     ids: dict[str, int] = {}
     splits = []
     for split, table in tables.items():
-        columns = _columns(task, asked, table)
+        columns = _columns(task, asked, table) if recognised is None else recognised
         found = _check_columns(task, columns, table)
         problems += [f"split {split!r}: {p}" if len(tables) > 1 else p for p in found]
         splits.append(_Split(task, where, split, columns, factors, table, ids))
@@ -355,7 +364,7 @@ class _Split:
     def read(self, several: bool) -> list[str]:
         """Fill `items` and `rejected`; what is wrong if none is left, or more are refused than may be."""
         named = self._named()
-        seen: dict[str, tuple[int, str]] = {}
+        seen: dict[Hashable, tuple[int, str]] = {}
         for raw in self.table.rows:
             try:
                 item = self._item(raw, named, seen)
@@ -382,7 +391,7 @@ class _Split:
             *(f"{len(same)} times, first in {_said(same[0])}" for same in commonest(faults)[:3]),
         ]
 
-    def _item(self, raw: RawRow, named: Mapping[str, list[str]], seen: dict[str, tuple[int, str]]) -> Item:
+    def _item(self, raw: RawRow, named: Mapping[str, list[str]], seen: dict[Hashable, tuple[int, str]]) -> Item:
         if raw.problem is not None:
             raise RowError(None, raw.problem)
         values = self._values(raw)
@@ -391,17 +400,17 @@ class _Split:
             if isinstance(number_of, int) and 0 <= number_of < len(labels):
                 values[name] = labels[number_of]
         item = self.task.make_item(f"{self.task.NAME}-{self.split}-{raw.row}", values)
-        size, most = len(item.prompt) + len(item.completion), self.where.max_chars
+        size, most = item.characters, self.where.max_chars
         if most is not None and size > most:
             self.too_long += 1
             raise RowError(None, f"too long: expected prompt and completion of at most {most} characters, got {size}")
-        row, completion = seen.setdefault(item.prompt, (raw.row, item.completion))
+        row, completion = seen.setdefault(item.asked, (raw.row, item.completion))
         if row != raw.row:
             self.duplicates += 1
             other = "" if completion == item.completion else ", with another answer"
             raise RowError(None, f"duplicate: same prompt as row {row}{other}")
         if item.id in self.ids:
-            del seen[item.prompt]  # a row that is refused has no duplicates
+            del seen[item.asked]  # a row that is refused has no duplicates
             raise RowError("id", f"{item.id!r} is that of row {self.ids[item.id]} too; ids must be unique")
         return item
 

@@ -32,14 +32,31 @@ class Item:
     prompt: str  # what the user says; the prompt template goes round it later
     completion: str  # the answer trained on, without end-of-sequence token
     truth: dict[str, Any] = field(default_factory=dict)  # what scoring needs, e.g. {"aqi": 126}
+    turns: tuple[tuple[str, str], ...] = ()  # (question, answer) before the prompt; the answers are learnt too
+    system: str | None = None  # the conversation's system message
+    whole: bool = False  # prompt and completion are one text, learnt from its first token on, within no template
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without what only conversations and texts have, where an item is neither."""
+        row = asdict(self)
+        return {name: value for name, value in row.items() if value or name not in ("turns", "system", "whole")}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Item":
         """Item from one line of data/*.jsonl; KeyError where a field is missing."""
-        return cls(**{name: row[name] for name in ("id", "task", "prompt", "completion")}, truth=dict(row["truth"]))
+        given = {name: row[name] for name in ("id", "task", "prompt", "completion")} | {"truth": dict(row["truth"])}
+        turns = tuple((question, answer) for question, answer in row.get("turns", ()))
+        return cls(**given, turns=turns, system=row.get("system"), whole=row.get("whole", False))
+
+    @property
+    def asked(self) -> Hashable:
+        """What the answer depends on: the prompt, or all that was said up to it."""
+        return (self.system, self.turns, self.prompt) if self.system or self.turns else self.prompt
+
+    @property
+    def characters(self) -> int:
+        before = [self.system or "", *(text for turn in self.turns for text in turn)]
+        return sum(map(len, (*before, self.prompt, self.completion)))
 
 
 @dataclass(frozen=True)
@@ -93,10 +110,11 @@ class Task(Protocol):
 
     Optional: SOURCE, the data set on the hub; SETTINGS and ROW_SETTINGS, keys of section prepare_data that `generate`
     and `retention_items` get as keywords, and that every row holds beside its fields; facts(test items), for run.json;
-    check_mapping(fields), what is wrong with the choice of mapped fields; complete(items of all rows), which adds to
-    their truths what they must know of each other; retention_items(per_task, seed=, folder=,
-    **settings), in the place of the suite in `general`; REWORDINGS, what evaluation.paraphrase trains and asks with
-    beside white space, NEW_WORDINGS, what it only asks with.
+    check_mapping(fields), what is wrong with the choice of mapped fields; recognise(columns of the table, field →
+    column as mapped), which fields are read (field → column) and a sentence on that, or ItemError; complete(items of
+    all rows), which adds to their truths what they must know of each other, and returns what to say of them;
+    retention_items(per_task, seed=, folder=, **settings), in the place of the suite in `general`; REWORDINGS, what
+    evaluation.paraphrase trains and asks with beside white space, NEW_WORDINGS, what it only asks with.
     """
 
     NAME: str  # the module's name, and prepare_data.task in params.yaml

@@ -40,7 +40,7 @@ def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
     return item_of(NAME, item_id, text(row, "text"), label, label)
 
 
-def complete(items: Sequence[Item]) -> None:
+def complete(items: Sequence[Item]) -> list[str]:
     """Tell every item which labels there are."""
     labels = sorted({item.truth["label"] for item in items})
     if not 2 <= len(labels) <= MOST:
@@ -50,6 +50,7 @@ def complete(items: Sequence[Item]) -> None:
         )
     for item in items:
         item.truth["labels"] = labels
+    return [f"There are {len(labels)} labels: {', '.join(map(shown, labels[:10]))}{', …' * (len(labels) > 10)}."]
 
 
 def group(item: Item) -> Hashable:

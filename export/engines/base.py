@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 from export import ExportError
 
@@ -17,9 +17,15 @@ PROMPT_SLOT = "{prompt}"
 Message = dict[str, str]
 """{"role": "system", "user" or "assistant", "content": text}"""
 Asked = str | Sequence[Message]
-"""A user's text, or a conversation that ends with one."""
+"""A user's text, a conversation that ends with one, or a `Raw` text."""
 Phases = Mapping[str, tuple[int | None, int | None]]
 """Phase → (tokens, ns). `ttft` is the time to the first piece of text, one token."""
+
+
+class Raw(str):
+    """A text that a model goes on with, within no template."""
+
+    __slots__ = ()
 
 
 class EngineError(ExportError):
@@ -51,12 +57,21 @@ def conversation(prompt: str, system: str | None = None, turns: Iterable[Sequenc
     return [{"role": role, "content": text} for role, text in [*said, ("user", prompt)]]
 
 
+def asked_for(item: Any) -> Asked:
+    """What is asked for the answer of an `evaluation.tasks.Item`."""
+    if item.whole:
+        return Raw(item.prompt)
+    return conversation(item.prompt, item.system, item.turns) if item.turns or item.system else str(item.prompt)
+
+
 def messages_of(asked: Asked) -> list[Message]:
     return conversation(asked) if isinstance(asked, str) else list(asked)
 
 
 def fill(template: str, asked: Asked) -> str:
     """The text that a model trained on single turns is asked: the last question in the template."""
+    if isinstance(asked, Raw):
+        return asked
     return template.replace(PROMPT_SLOT, messages_of(asked)[-1]["content"])
 
 

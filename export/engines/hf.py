@@ -1,11 +1,12 @@
 """Hugging Face transformers, the reference that exports are held against: text models, and models that see pictures."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from export.engines.base import Asked, EngineError, Generation, LocalEngine, cut
+from trainers.encode import encode_prompt
 
 
 class ShownPrompt(list[int]):
@@ -29,7 +30,7 @@ class HfEngine(LocalEngine):
     def __init__(
         self,
         model: str,
-        template: str,
+        template: str | Callable[[Asked], str],
         *,
         adapter: Path | None = None,
         load_kwargs: dict[str, Any] | None = None,
@@ -87,7 +88,7 @@ class HfEngine(LocalEngine):
         """
         if self._processor:
             return ShownPrompt(self._processor.encode(text, None))
-        return list(self._tokenizer(text)["input_ids"])
+        return encode_prompt(self._tokenizer, text)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))

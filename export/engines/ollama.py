@@ -21,7 +21,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from export.engines.base import Asked, Engine, EngineError, Generation, Phases
+from export.engines.base import Asked, Engine, EngineError, Generation, Phases, Raw
 from export.modelfile import Serving
 from export.served import Mode
 
@@ -286,6 +286,8 @@ def render_asked(host: str | None, name: str, asked: Asked) -> str | None:
     """
     url = resolve_host(host)
     path, what = ("/api/generate", "prompt") if isinstance(asked, str) else ("/api/chat", "messages")
+    if isinstance(asked, Raw):
+        return asked
     body = {"model": name, what: asked, "stream": False, "_debug_render_only": True}
     # A release that does not know _debug_render_only answers: with one token, then.
     content = _post(url, path, {**body, "options": {"num_predict": 1}}, LOAD_S)
@@ -419,7 +421,7 @@ class OllamaEngine(Engine):
         return render_asked(self.host, self.model, asked)
 
     def generate(self, asked: Asked, max_tokens: int, stop: Sequence[str] | None = None) -> Generation:
-        """A prompt goes to /api/generate, a conversation to /api/chat. Without stop words the registered ones count.
+        """A text goes to /api/generate, a conversation to /api/chat. Without stop words the registered ones count.
 
         Raises OllamaError: the connection broke, the server refused, or it saw another number of tokens than Hugging
         Face's tokenizer gives.
@@ -537,7 +539,8 @@ class OllamaEngine(Engine):
     def _ask(self, asked: Asked, options: dict[str, Any], keep_alive: float | None = None) -> Any:
         def request(client: Any) -> Any:
             ask = client.generate if isinstance(asked, str) else client.chat
-            return ask(self.model, asked, options=options, stream=False, keep_alive=keep_alive)
+            raw = {"raw": True} if isinstance(asked, Raw) else {}
+            return ask(self.model, asked, options=options, stream=False, keep_alive=keep_alive, **raw)
 
         return self._call(request, self._finished)
 

@@ -22,6 +22,7 @@ from evaluation.compare_all import app
 from evaluation.report.comparison import FIRST, Primary, load_report
 from evaluation.report.data import accuracy_table, as_csv, as_json, metrics, write_tracked
 from evaluation.report.markdown import as_markdown
+from evaluation.report.sections import arms_compared
 from evaluation.statistics.seeds import crossed_interval
 from tests.db.result_tree import make_tree
 from tests.evaluation import page_report
@@ -50,6 +51,17 @@ def test_the_task_on_the_disk_is_compared_and_any_other_by_its_name():
     assert [row.seeds for row in of("gsm8k").rows] == [(0,), (0, 1), (0, 1)]
     told = {row.arm: row.accuracy for row in of().rows}
     assert told["pure_grit"] == pytest.approx(100 * sum(credits_of("pure_grit", 0, 0.2)) / 60)
+
+
+def test_perplexity_of_right_answers_stands_beside_rouge_alone():
+    def second(task):
+        plain = of(task)
+        rows = tuple(replace(r, metrics={**r.metrics, ("test_answers", "answer_perplexity"): 2.5}) for r in plain.rows)
+        table = arms_compared(replace(plain, rows=rows))
+        return table.headers[2], {line[2].text for line in table.rows}
+
+    assert second("alpaca") == ("Perplexity of right answers", {"2.5"})
+    assert second("gsm8k")[0] == "Δ to base, points"
 
 
 def test_a_task_that_left_the_disk_is_compared_as_when_it_was_there(tmp_path):

@@ -10,8 +10,9 @@ from evaluation.measure import answers
 from evaluation.measure.answers import Journal
 from evaluation.tasks import Item
 from export.engines import ollama
-from export.engines.base import EngineError, Generation, conversation, fill
-from export.engines.ollama import OllamaEngine, PassingError, Retry
+from export.engines.base import EngineError, Generation, Raw, asked_for, conversation, fill
+from export.engines.ollama import OllamaEngine, PassingError, Retry, render_asked
+from export.go import go_of_turns
 from export.modelfile import Serving
 from export.register import register
 from tests.ollama_double import LOAD_COLD_NS, LOAD_WARM_NS, OllamaDouble, Refusal
@@ -125,6 +126,15 @@ def test_a_conversation_is_asked_as_one_with_the_checks_of_a_prompt(double, cloc
     bodies = [body for _, path, body in double.requests if path == "/api/chat"]
     assert [body["messages"] for body in bodies] == [talk] * 4
     assert bodies[0]["options"]["temperature"] == 0 and bodies[3]["_debug_render_only"]
+
+
+def test_a_text_goes_on_as_it_is_and_turns_are_closed_and_filled_anew(double, tmp_path):
+    assert make(double, expected=None).generate(Raw("It is 7"), 9).text == "7 "  # the length of what was asked
+    item = Item("i", "chat", "2 + 1", "3", {}, (("1 + 1", "2"),), "Count.")
+    serving = SERVING.model_copy(update={"go": go_of_turns(TEMPLATE, "</s>")})
+    register(double.url, "turns", tmp_path / "model.gguf", serving, records=tmp_path)
+    expected = "Count.\n\nQ: 1 + 1\nA: 2</s>Q: 2 + 1\nA: "
+    assert render_asked(double.url, "turns", asked_for(item)) == serving.render(asked_for(item)) == expected
 
 
 @pytest.mark.parametrize(("shift", "said"), [(1, "BOS comes twice"), (-1, "does not add"), (-5, "cached tokens")])

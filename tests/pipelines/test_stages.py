@@ -8,6 +8,7 @@ import shutil
 import pytest
 import yaml
 
+from evaluation.tasks import Item
 from export.engines.base import EngineError
 from pipelines import base_model, evaluate, prepare_data, profile
 from pipelines.check import parse_params
@@ -180,7 +181,7 @@ def test_questions_that_do_not_fit_the_context_are_refused_before_the_work(tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     for split, prompts in {"test": ["1 + 1", "apple " * 60], "retention": ["2 + 2"], "paraphrased": []}.items():
-        lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
+        lines = [json.dumps(Item("", "general", prompt, "").to_json()) for prompt in prompts]
         (tmp_path / f"data/{split}.jsonl").write_text("\n".join(lines) + "\n")
     reference = BaseReference(location=str(base_dir))
     serving = Serving(template="Q: {prompt}\n", stop=["x"], num_ctx=512)

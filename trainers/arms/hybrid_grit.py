@@ -11,16 +11,28 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from pydantic import model_validator
 
 from trainers.arms import pure_grit
-from trainers.arms.pure_grit import grit_report, grit_trainer
+from trainers.arms.pure_grit import GritSettings, grit_report, grit_trainer
 from trainers.models import ModelError, check_target_modules, keep_gradients, reason_of, training_dtype
 from trainers.run import TrainingJob
 from trainers.settings import BaseReference, TrainSettings
 
 _KERNELS = "unsloth.kernels.fast_lora"
 _KNOWN = ("apply_qkv", "apply_o", "forward", "_unsloth_forward")
+
+
+class HybridSettings(GritSettings):
+    @model_validator(mode="after")
+    def _unpacked(self) -> Self:
+        if self.packing:
+            raise ValueError(
+                "packing: expected false for hybrid_grit; Unsloth's attention lets packed items see each other"
+            )
+        return self
 
 
 def _prepare(job: TrainingJob) -> None:
@@ -196,6 +208,7 @@ ARM = replace(
     pure_grit.ARM,
     name="hybrid_grit",
     title="Hybrid GRIT",
+    settings=HybridSettings,
     prepare=_prepare,
     load_model=_load_model,
     add_adapter=_add_adapter,

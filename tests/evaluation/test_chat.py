@@ -1,0 +1,138 @@
+"""Rows as people have them → items of the task chat, and the words about rows that cannot be used."""
+
+import json
+
+import pytest
+
+from evaluation.sources.rows import read_recipe
+from evaluation.sources.tables import SourceError
+from evaluation.splits import PrepareData, make_splits
+from evaluation.tasks import Item, chat
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+TURNS = [
+    {"role": "user", "content": "What is a lake?"},
+    {"role": "assistant", "content": "Water."},
+    {"role": "user", "content": "And a sea?"},
+    {"role": "assistant", "content": "More water."},
+]
+SHARED = [{"from": "human" if n % 2 == 0 else "gpt", "value": turn["content"]} for n, turn in enumerate(TURNS)]
+LONG = Item(
+    "", "chat", "And a sea?", "More water.", {"answer": "More water."}, (("What is a lake?", "Water."),), "Be brief."
+)
+
+
+def section(source, **changes):
+    raw = dict(
+        task="chat", source=str(source), columns={}, hub_split=None, hub_test_split=None, hub_subset=None,
+        delimiter="auto", encoding="auto", max_chars=None, max_refused=1.0, trust_given_aqi=False, seed=0,
+        train_items=None, valid_items=2, test_items=3, pollutants=["pm25"], max_pollutants=1, image_size=None,
+        vary=0.5, paraphrased_items=2, retention_items_per_task=1,
+    )  # fmt: skip
+    return PrepareData(**raw | changes)
+
+
+def read(tmp_path, *rows, name="rows.jsonl", **changes):
+    file = tmp_path / name
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_recipe(chat, section(file, **changes))
+
+
+def plain(item):
+    return {**item.to_json(), "id": "", "truth": item.truth}
+
+
+FORMS = {
+    "messages": ({"messages": [SYSTEM, *TURNS]}, "messages with roles (column messages)"),
+    "sharegpt": ({"conversations": [{"from": "system", "value": "Be brief."}, *SHARED]},
+                 "ShareGPT conversations (column conversations)"),
+    "sharegpt with a system column": ({"conversations": SHARED, "system": "Be brief."},
+                                      "ShareGPT conversations (column conversations), with column system"),
+    "alpaca": ({"instruction": "And a sea?", "input": "", "output": "More water.", "system": "Be brief.",
+                "history": [["What is a lake?", "Water."]]},
+               "instructions with outputs (columns instruction and output), with columns input, history and system"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_conversation_is_the_same_item_in_every_form(tmp_path, name):
+    row, said = FORMS[name]
+    found = read(tmp_path, row)
+    assert [plain(item) for item in found.train] == [plain(LONG)]
+    assert f"Rows are {said}." in found.notes
+
+
+def test_single_questions_have_nothing_that_other_tasks_lack(tmp_path):
+    asked = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+    (item,) = read(tmp_path, asked).train
+    assert (item.prompt, item.completion) == ("Add.\n\n1 and 2", "3")
+    (same,) = read(tmp_path, {"prompt": "Add.\n\n1 and 2", "completion": "3", "id": 7}).train
+    assert same == item and same.to_json().keys() == {"id", "task", "prompt", "completion", "truth"}
+    assert Item.from_json(json.loads(json.dumps(LONG.to_json()))) == LONG
+
+
+def test_a_text_is_learnt_whole_and_asked_with_its_first_half(tmp_path):
+    found = read(tmp_path, {"text": "The lake is wide.\nThe sea is wider."}, {"text": "湖很宽海更宽"})
+    assert [(item.prompt, item.completion) for item in found.train] == [
+        ("The lake is wide.", "\nThe sea is wider."), ("湖很宽", "海更宽")]  # fmt: skip
+    assert all(item.whole for item in found.train) and "Rows are plain texts (column text)." in found.notes
+
+
+def test_a_mapping_names_the_form_and_two_forms_are_asked_about(tmp_path):
+    row = {"dialogue": TURNS[:2], "text": "x y", "instruction": "Add.", "output": "3"}
+    assert read(tmp_path, row, columns={"messages": "dialogue"}).train[0].prompt == "What is a lake?"
+    assert read(tmp_path, {"q": "a", "a": "b"}, columns={"prompt": "q", "completion": "a"}).train[0].completion == "b"
+    for rows, columns, said in (
+        (row, {}, "rows could be instructions with outputs (columns instruction and output) or plain texts (column "
+                  "text); say which is meant in prepare_data.columns, e.g. {instruction: instruction, output: output}"),
+        ({"question": "a", "answer": "b"}, {}, "expected the columns of one form (messages with roles: column mess"),
+        ({"q": "a", "compltion": "b"}, {"prompt": "q"}, "there is no column 'completion'; did you mean 'compltion'?"),
+    ):  # fmt: skip
+        with pytest.raises(SourceError) as caught:
+            read(tmp_path, rows, columns=columns)
+        assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("turns", "said"),
+    [
+        (TURNS[:1], "messages: expected an assistant turn, got none"),
+        ([{"role": "usr", "content": "a"}], "turn 1: expected a role, got 'usr'; did you mean 'user'? Available: "),
+        ([TURNS[0], TURNS[0]], "turn 2: expected an answer, got two user turns in a row"),
+        (TURNS[1:2], "turn 1: expected a user turn first, got an assistant turn"),
+        ([*TURNS[:2], SYSTEM], "turn 3: expected one system message, at the start, got one among the turns"),
+        ([TURNS[0], {"role": "assistant", "content": " "}], "turn 2 (assistant): expected text, got blanks only"),
+        ([TURNS[0], {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}],
+         "turn 2: tool calls are not supported yet"),
+        ([TURNS[0], {"from": "observation", "value": "1"}], "turn 2: tool calls are not supported yet"),
+        ([{"role": "user", "content": [{"type": "image_url"}, {"type": "text", "text": "a"}]}],
+         "turn 1 (user): expected parts of text, got image_url; the task chat is text alone"),
+        ([TURNS[0], {**TURNS[1], "weight": 0}], "turn 2: expected weight 1, since every answer is learnt, got 0"),
+        ("Hello", "messages: expected a list of {role, content}, got 'Hello'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_learnt_is_refused_with_its_place(tmp_path, turns, said):
+    refused = read(tmp_path, {"messages": TURNS}, {"messages": turns}).rejected
+    assert [(one.row, one.column) for one in refused] == [(2, "messages")] and said in refused[0].reason
+
+
+def test_parts_are_joined_cells_are_read_as_json_and_a_last_question_is_left_out(tmp_path):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    cells = read(tmp_path, {"messages": json.dumps([{"role": "user", "content": parts}, TURNS[1]])})
+    assert cells.train[0].prompt == "a\nb"
+    rows = [[{"role": "user", "content": f"Lake {n}?"}, TURNS[1], TURNS[2]] for n in range(9)]
+    read(tmp_path, *({"messages": turns} for turns in [*rows, TURNS]))
+    file = tmp_path / "rows.jsonl"
+    splits, facts = make_splits(section(file), tmp_path)
+    assert "9 conversations end with a question; it is left out, since nobody answers it." in facts["notes"]
+    assert "1 of 10 conversations have several turns; each answer in them is learnt." in facts["notes"]
+    assert {item.completion for split in ("train", "valid", "test") for item in splits[split]} <= {
+        "Water.",
+        "More water.",
+    }
+
+
+def test_conversations_that_share_their_last_question_are_no_duplicates(tmp_path):
+    other = [{"role": "user", "content": "What is a pond?"}, *TURNS[1:]]
+    found = read(tmp_path, {"messages": TURNS}, {"messages": other}, {"messages": TURNS})
+    assert len(found.train) == 2 and found.duplicates == 1
