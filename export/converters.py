@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,8 @@ def _name_splits() -> None:
     It knows byte-level BPE tokenizers by a hash of what their vocabulary makes of a text, so that a new vocabulary is
     unknown even where it splits text as a known one does.
     """
-    from conversion.base import TextModel
-
-    known = TextModel.get_vocab_base_pre
+    model_class = import_module("conversion.base").TextModel
+    known = model_class.get_vocab_base_pre
 
     def named(model: Any, tokenizer: Any) -> str:
         try:
@@ -120,7 +119,7 @@ def _name_splits() -> None:
                 raise
             return name
 
-    TextModel.get_vocab_base_pre = named
+    model_class.get_vocab_base_pre = named
 
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
