@@ -23,7 +23,6 @@ from db.files import (
 from evaluation import vision as visual
 from evaluation.paraphrase import varied
 from evaluation.tasks import Item, general, render
-from export import gguf
 from export.engines.base import Engine
 from export.engines.hf import HfEngine
 from export.template import from_tokenizer
@@ -124,8 +123,6 @@ def run(params: Params) -> None:
             reference, _ = load_reference(folder)
             if section.vision is not None:
                 load_processor(reference, DATA)  # refuses a base that no picture can be shown to
-            else:
-                gguf.check_base(reference.merge_from, dict(reference.merge_kwargs))  # hours before it is exported
             if template == CHAT:
                 content["chat"] = read_chat_template(params.prompt, reference)
                 write_json(folder / "base.json", content)

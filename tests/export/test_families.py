@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -19,6 +20,8 @@ from export import ExportError, MergedOnlyError, gguf, parity
 from export.converters import split_name
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
+from pipelines import check, profile
+from pipelines.params import ConfigError
 from tests.conftest import TEMPLATE
 from tests.export.verify_runs import add_adapter, logits_apart, without_prefix
 
@@ -297,6 +300,12 @@ def test_a_base_that_cannot_be_converted_is_refused_in_a_sentence(family, spoil,
     with pytest.raises(ExportError, match=f"^llama.cpp's converter cannot take {reason}.*; choose a base") as refused:
         gguf.check_base(str(base), {})
     assert "\n" not in str(refused.value)
+    if spoil is None:  # by stage check, before anything is trained
+        section = check.parse_params(yaml.safe_load(profile.compose("smoke"))).prepare_base
+        with pytest.raises(
+            ConfigError, match=f"^prepare_base.source: {base}: llama.cpp's converter cannot take {reason}"
+        ):
+            check.check_base(section.model_copy(update={"source": str(base)}))
 
 
 def test_an_adapter_on_a_module_that_the_converter_does_not_map(base_dir, adapter_dir, tmp_path):
