@@ -4,17 +4,20 @@
 """
 
 import hashlib
+import json
 import multiprocessing
+import re
 import runpy
 import subprocess
 import sys
 import tarfile
 import tempfile
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
 
 from db.files import staged
-from export import ExportError
+from export import ExportError, MergedOnlyError
 
 PACKAGE = "llama-cpp-python"
 # sha256 of the source distributions whose converters were tried out.
@@ -24,7 +27,8 @@ _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(
     ["torch", "transformers.models.auto.configuration_auto", "transformers.models.llama.configuration_llama", __name__]
 )
-_WANTED = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/", "LICENSE")
+MODEL, ADAPTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
+_WANTED = (MODEL, ADAPTER, "conversion/", "gguf-py/", "LICENSE")
 
 
 def folder() -> Path:
@@ -41,7 +45,11 @@ def require() -> Path:
 
 
 def run(script: str, arguments: list[str], made: Path) -> None:
-    """Run a converter, which makes a file. Raises ExportError: it refused, with its last words."""
+    """Run a converter, which makes a file.
+
+    Raises ExportError: it refused; why, or its last words where the reason is new. MergedOnlyError: it can convert only
+    a part of an adapter.
+    """
     log = made.with_name(f"{made.name}.log")
     child = _PROCESSES.Process(target=_run, args=(require() / script, arguments, log))
     child.start()
@@ -49,14 +57,100 @@ def run(script: str, arguments: list[str], made: Path) -> None:
     said = log.read_text(encoding="utf-8", errors="replace").strip() if log.is_file() else "it left no log"
     log.unlink(missing_ok=True)
     if child.exitcode or not made.is_file() or made.stat().st_size == 0:
+        if script == ADAPTER and (reason := _found(_UNMAPPED, said)):
+            raise MergedOnlyError(f"llama.cpp's converter {reason}, so that the adapter can only be served merged")
+        if reason := _found(_REASONS, said):
+            family = re.search(r"[Mm]odel architecture: (\w+)", said)
+            raise ExportError(
+                f"llama.cpp's converter cannot take {family[1] if family else 'this model'}: {reason}; choose a base "
+                "of a family that docs/serving.md names, with its own tokenizer"
+            )
         raise ExportError(f"llama.cpp's {script} failed (exit {child.exitcode}):\n" + "\n".join(said.splitlines()[-8:]))
+
+
+# What a converter says → the reason in a sentence.
+_REASONS = {
+    r"Model \S+ is not supported": "it knows no such architecture",
+    r"in set_gguf_parameters\n(?s:.*)^KeyError: '(\w+)'": "it looks for {0} in the configuration, where transformers "
+    "{transformers} writes none",
+    r"BPE pre-tokenizer was not recognized": "it knows neither the BPE tokenizer nor the way it splits text, so that "
+    "llama.cpp would read other tokens than were trained on",
+    r"^ +assert max\(tokenizer": "the tokenizer has ids beyond the model's vocab_size",
+    r"in (?:_?set|_?create|get)_vocab\w*\n(?s:.*)^([\w.]+(?:Error|Exception)\b.*)": "its vocabulary cannot be loaded "
+    "({0})",
+    r"^ValueError: Can not map tensor '(\S+)'": "it has no place for {0}",
+}
+_UNMAPPED = {
+    r"^ValueError: Can not map tensor '(\S+)'": "has no place for {0}",
+    r"Unexpected name '(\S+)'": "takes LoRA's A and B alone, and found {0}",
+    r"^NotImplementedError": "cannot take the A and B of a fused module apart",
+}
+
+
+def _found(reasons: dict[str, str], said: str) -> str | None:
+    for pattern, reason in reasons.items():
+        if found := re.search(pattern, said, re.MULTILINE):
+            return reason.format(*found.groups(), transformers=metadata.version("transformers"))
+    return None
 
 
 def _run(script: Path, arguments: list[str], log: Path) -> None:
     sys.stdout = sys.stderr = log.open("w", encoding="utf-8", buffering=1)  # multiprocessing writes why it ended, too
     sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(script.parent))
+    sys.path[:0] = [str(script.parent), str(script.parent / "gguf-py")]  # llama.cpp's own gguf, newer than the package
+    _name_splits()
     runpy.run_path(str(script), run_name="__main__")
+
+
+def _name_splits() -> None:
+    """Have the converter go by how a tokenizer splits text where it does not know the vocabulary.
+
+    It knows byte-level BPE tokenizers by a hash of what their vocabulary makes of a text, so that a new vocabulary is
+    unknown even where it splits text as a known one does.
+    """
+    model_class = import_module("conversion.base").TextModel
+    known = model_class.get_vocab_base_pre
+
+    def named(model: Any, tokenizer: Any) -> str:
+        try:
+            return str(known(model, tokenizer))
+        except NotImplementedError:
+            if (name := split_name(json.loads(tokenizer.backend_tokenizer.to_str()))) is None:
+                raise
+            return name
+
+    model_class.get_vocab_base_pre = named
+
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {
+    ("ByteLevel",): "gpt-2",
+    ("Digits", "ByteLevel"): "smollm",
+    (_CONTRACTIONS + _REST % r"\p{N}{1,3}", "bytes"): "llama-bpe",
+    (_CONTRACTIONS + _REST % r"\p{N}", "bytes"): "qwen2",
+}
+"""How a tokenizer.json splits text → llama.cpp's name for it. `bytes`: ByteLevel that does not split any further."""
+
+
+def split_name(tokenizer: dict[str, Any]) -> str | None:
+    """llama.cpp's name for how a tokenizer.json splits text, if it has one that is sure."""
+    given = tokenizer.get("pre_tokenizer") or {}
+    steps = []
+    for step in given.get("pretokenizers", [given]):
+        match step:
+            case {"type": "ByteLevel", "add_prefix_space": False, **rest}:
+                steps.append("ByteLevel" if rest.get("use_regex", True) else "bytes")
+            case {"type": "Digits", "individual_digits": True}:
+                steps.append("Digits")
+            case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}:
+                steps.append(regex)
+            case _:
+                return None
+    name = _SPLITS.get(tuple(steps))
+    if name == "llama-bpe" and not (tokenizer.get("model") or {}).get("ignore_merges"):
+        return "dbrx"  # which splits alike, and does not take a whole word before its merges
+    return name
 
 
 def fetch(place: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from export import ExportError, converters
+from export import ExportError, MergedOnlyError, converters
 from trainers.adapters import MERGED, takes_part_of_w
 
 
@@ -44,6 +44,8 @@ def losses(adapter: Path) -> list[str]:
         lost.append(f"modules_to_save {config['modules_to_save']} (whole modules have no GGUF adapter form)")
     if config.get("bias", "none") != "none":
         lost.append(f"bias {config['bias']} (biases have no GGUF adapter form)")
+    if experts := config.get("target_parameters"):
+        lost.append(f"target_parameters {experts} (experts in one tensor have no GGUF adapter form)")
     if takes_part_of_w(start := config.get("init_lora_weights")):
         lost.append(f"init_lora_weights {start} (it is for a base without the adapter's start)")
     return lost
@@ -91,7 +93,7 @@ def fold_scales(adapter: Path, out: Path) -> bool:
     from peft.utils.save_and_load import load_peft_weights
     from safetensors.torch import save_file
 
-    if not any((adapter / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+    if not (adapter / "adapter_model.safetensors").is_file():
         raise ExportError(f"{adapter}: expected the tensors of a PEFT adapter, found no adapter_model.safetensors")
     config, weights = LoraConfig.from_pretrained(str(adapter)), load_peft_weights(str(adapter), device="cpu")
     factors = scale_factors(config, weights)
@@ -161,7 +163,7 @@ def _merge(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             base = module.get_base_layer()
-            dtype = base.weight.dtype
+            dtype = next(base.parameters()).dtype
             base.to(torch.float32)
             module.merge(safe_merge=True)
             base.to(dtype)
@@ -179,26 +181,77 @@ def convert_model(model: Path, out: Path, name: str) -> None:
     hash in another folder. Raises ExportError: the converter refused, with its last words.
     """
     arguments = [str(model), "--outfile", str(out), "--outtype", "f16", "--model-name", name]
-    converters.run("convert_hf_to_gguf.py", arguments, out)
+    converters.run(converters.MODEL, arguments, out)
 
 
-def convert_adapter(adapter: Path, base: Path, out: Path) -> None:
+def check_base(base: str, load_kwargs: dict[str, Any]) -> None:
+    """Refuse a base whose configuration or vocabulary llama.cpp's converter cannot take; no weights are read.
+
+    Raises ExportError: why, and what to do.
+    """
+    from transformers import AutoConfig
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, out = Path(temporary) / "model", Path(temporary) / "vocabulary.gguf"
+        AutoConfig.from_pretrained(base, **load_kwargs).save_pretrained(folder)
+        copy_tokenizer(base, folder, load_kwargs)
+        converters.run(converters.MODEL, [str(folder), "--vocab-only", "--outfile", str(out)], out)
+
+
+# Whose sliding window llama.cpp does not keep to (tests/export/test_families.py).
+_NO_WINDOW = ("mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3")
+
+
+def check_context(base: str, load_kwargs: dict[str, Any], num_ctx: int) -> None:
+    """Refuse a context in which llama.cpp computes otherwise than Hugging Face.
+
+    Raises ExportError: the longest that is the same, and why.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base, **load_kwargs).to_dict()
+    family, limits = config["model_type"], {}
+    if family in _NO_WINDOW and "sliding_attention" in (config.get("layer_types") or ["sliding_attention"]):
+        limits["looks at all tokens, not at a sliding window"] = config.get("sliding_window")
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") == "longrope":
+        limits["takes longrope's long factors for short texts, too"] = rope["original_max_position_embeddings"]
+    if rope.get("rope_type") == "dynamic":
+        limits["does not scale RoPE with a text's length"] = config["max_position_embeddings"]
+    for why, limit in limits.items():
+        if limit is not None and num_ctx > limit:
+            raise ExportError(
+                f"export.num_ctx: expected at most {limit} for {family}, since llama.cpp {why} in a longer context; "
+                f"got {num_ctx}"
+            )
+
+
+def convert_adapter(adapter: Path, base: str | Path, out: Path, load_kwargs: Mapping[str, Any] | None = None) -> None:
     """A PEFT LoRA folder as GGUF adapter, tensors in f32 (they are small; f16 would round what merging does not).
 
-    Scales that a GGUF adapter has no place for (rsLoRA, alpha_pattern) are multiplied into B on the way. Of the base, a
-    Hugging Face folder, the configuration is read. Raises ExportError: names each setting that would be lost; see
-    `fold_scales`; or the converter refused.
+    Scales that a GGUF adapter has no place for (rsLoRA, alpha_pattern) are multiplied into B on the way. Of the base
+    (folder or hub id) the configuration is read. Raises MergedOnlyError: names each setting that would be lost, or the
+    module that the converter does not map. ExportError: see `fold_scales`; or the converter refused.
     """
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
     if lost := losses(adapter):
-        raise ExportError(f"{adapter}: a GGUF adapter would lose {'; '.join(lost)}")
+        raise MergedOnlyError(f"{adapter}: a GGUF adapter would lose {'; '.join(lost)}")
     with tempfile.TemporaryDirectory() as temporary:
-        copy = Path(temporary) / adapter.absolute().name  # the converter writes the folder's name into the file
+        copy = Path(temporary) / "adapter" / adapter.absolute().name  # the converter writes the folder's name down
         if not fold_scales(adapter, copy):
             shutil.copytree(adapter, copy)
+        of_base = AutoConfig.from_pretrained(base, **(load_kwargs or {}))
+        with safe_open(copy / "adapter_model.safetensors", "pt") as weights:
+            on_head = any(".lm_head." in name for name in weights.keys())  # noqa: SIM118  # no mapping
+        if on_head and of_base.get_text_config().tie_word_embeddings:
+            raise MergedOnlyError(f"{adapter}: a GGUF adapter would lose lm_head (it is the base's embedding, too)")
+        of_base.save_pretrained(Path(temporary) / "base")
         if Path(str(adapter_config(adapter).get("base_model_name_or_path"))).is_dir():
             (copy / "README.md").unlink(missing_ok=True)  # which names it; the file would call it a place on the hub
-        arguments = ["--base", str(base), "--outfile", str(out), "--outtype", "f32", str(copy)]
-        converters.run("convert_lora_to_gguf.py", arguments, out)
+        arguments = ["--base", f"{temporary}/base", "--outfile", str(out), "--outtype", "f32", str(copy)]
+        converters.run(converters.ADAPTER, arguments, out)
 
 
 # --- the tokenizer's files --------------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
 from db.files import FileError, OutputError, read_record, sha256, staged
 from db.records import RunRecord
@@ -22,7 +24,10 @@ EMBEDDED = Path("models/base")
 CONFIG, WEIGHTS, TRAIN = "adapter_config.json", "adapter_model.safetensors", "data/train.jsonl"
 TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 """Its files, as transformers names them."""
-LICENSES = ("mit", "apache-2.0", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "openrail")
+LICENSES = (
+    "mit", "apache-2.0", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "openrail", "gemma",
+    "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3",
+)  # fmt: skip
 """Licences by the hub's own names; every other is `other` there, with a name and a file."""
 
 
@@ -36,7 +41,8 @@ def package(arm: str, seed: int | None = None, *, merged: bool = False) -> Path:
     trained = read_record(adapter / "run.json", RunRecord)
     base = BaseReference(**trained.extra["base"])
     results = _results(served, sha256(adapter / WEIGHTS))
-    license, out = served.serving.license, PACKAGES / (arm if seed is None else f"{arm}-{seed}")
+    license = _named(served.serving.license) if served.serving.license else _of_base(base)
+    out = PACKAGES / (arm if seed is None else f"{arm}-{seed}")
     with staged(out) as folder:
         shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)
         here = {"base_model_name_or_path": _base_name(base), "revision": base.revision}
@@ -53,9 +59,10 @@ def package(arm: str, seed: int | None = None, *, merged: bool = False) -> Path:
                     shutil.copyfile(file, folder / BASE / file.name)
         if merged:
             gguf.save_merged(base.merge_from, adapter, folder / "merged", dict(base.merge_kwargs))
-        if license is not None:
-            (folder / "LICENSE").write_text(f"{license.rstrip()}\n", encoding="utf-8")
-        (folder / "README.md").write_text(_card(served, trained, base, results, merged=merged), encoding="utf-8")
+        if license.text:
+            (folder / "LICENSE").write_text(f"{license.text.rstrip()}\n", encoding="utf-8")
+        card = _card(served, trained, base, results, license, merged=merged)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return out
 
 
@@ -96,25 +103,83 @@ def _base_name(base: BaseReference) -> str:
     return BASE if _is_folder(base) else base.location
 
 
+# --- the licence ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class License:
+    """What LICENSE holds, if anything; what the hub reads of it; a sentence for people."""
+
+    text: str | None
+    front: dict[str, str]
+    said: str
+
+
+def _named(text: str) -> License:
+    known = text.strip().lower()
+    if known in LICENSES:
+        return License(text, {"license": known}, "Licence: see LICENSE.")
+    name = re.sub(r"[^a-z0-9.]+", "-", known.partition("\n")[0])[:60].strip("-")
+    front = {"license": "other", "license_name": name or "custom", "license_link": "LICENSE"}
+    return License(text, front, "Licence: see LICENSE.")
+
+
+def _of_base(base: BaseReference) -> License:
+    """The base's own, by its file and by its model card, as far as they are there or can be downloaded."""
+    from huggingface_hub import ModelCard
+    from transformers.utils import cached_file
+
+    found = {
+        name: cached_file(
+            base.location,
+            name,
+            revision=base.revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        for name in ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
+    }
+    card = found.pop("README.md")
+    text = next((Path(file).read_text(encoding="utf-8") for file in found.values() if file), None)
+    try:
+        told = ModelCard.load(card).data.to_dict() if card else {}
+    except (OSError, ValueError, yaml.YAMLError):  # none that the hub could read
+        told = {}
+    front = {key: str(told[key]) for key in ("license", "license_name", "license_link") if told.get(key)}
+    if "://" not in front.get("license_link", "://") and text is None:  # a file of the base's repository
+        front["license_link"] = f"https://huggingface.co/{base.location}/blob/main/{front['license_link']}"
+    if text:
+        front = front if "license" in front else _named(text).front
+        return License(text, front, "Licence: that of the base, see LICENSE.")
+    if "license" in front:
+        said = front.get("license_name", front["license"])
+        return License(None, front, f"Licence: that of the base, {_code(said)}.")
+    return License(
+        None,
+        {},
+        "No licence is known: none was named in export.license, and the base brings none. Ask who made the base before "
+        "you give this away.",
+    )
+
+
 # --- the card ---------------------------------------------------------------------------------------------------------
 
 
-def _card(served: Served, trained: RunRecord, base: BaseReference, results: str, *, merged: bool) -> str:
+def _card(
+    served: Served, trained: RunRecord, base: BaseReference, results: str, license: License, *, merged: bool
+) -> str:
     from huggingface_hub import ModelCardData
 
     source, data = _data(trained)
-    license = served.serving.license
-    known = (license or "").strip().lower()
-    own = known in LICENSES
-    name = re.sub(r"[^a-z0-9.]+", "-", known.partition("\n")[0])[:60].strip("-")
     front = ModelCardData(
         base_model=None if _is_folder(base) else base.location,
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["lora", "gguf", "ollama", *(["grit"] if "grit" in trained.params["train"] else [])],
-        license=None if license is None else known if own else "other",
-        license_name=None if license is None or own else name or "custom",
-        license_link=None if license is None or own else "LICENSE",
+        license=license.front.get("license"),
+        license_name=license.front.get("license_name"),
+        license_link=license.front.get("license_link"),
         datasets=[source.removeprefix("hub:").partition("@")[0]] if source.startswith("hub:") else None,
     )
     paper = "[GRIT](https://arxiv.org/abs/2601.00231), " if "grit" in trained.params["train"] else ""
@@ -124,7 +189,7 @@ def _card(served: Served, trained: RunRecord, base: BaseReference, results: str,
         f"An adapter, arm {_code(served.arm)}, seed {served.seed}. Base: {_base(base)}. Made with {paper}transformers "
         f"{trained.packages.get('transformers')} and PEFT {trained.packages.get('peft')}{commit}.",
         data,
-        "Licence: see LICENSE." if license else "No licence was named. Mind that of the base.",
+        license.said,
         results.strip(),
         "## Files",
         "\n".join(f"- {line}" for line in _files(served, base, merged=merged)),

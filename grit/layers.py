@@ -98,8 +98,8 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
     pairs: list[LoraPair] = []
     frozen, unsupported = [], []
     for name, layer in layers:
-        for adapter in layer.lora_embedding_A:
-            if layer.lora_embedding_A[adapter].requires_grad:
+        for table in getattr(layer, "lora_embedding_A", {}).values():
+            if table.requires_grad:
                 unsupported.append(f"{name} (LoRA on an embedding)")
             else:
                 frozen.append(name)

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from db.files import hash_inputs, key_of, write_text
+from export import ExportError, gguf
 from pipelines import (
     base_texts,
     compare,
@@ -25,6 +26,7 @@ from pipelines import (
     train,
     verify,
 )
+from pipelines.base_model import PrepareBase, local_folder
 from pipelines.code import code_hash
 from pipelines.params import (
     ADAPTER,
@@ -252,10 +254,30 @@ def write_code_hashes(params: Params, pipeline: Path = Path("dvc.yaml"), folder:
         write_text(folder / name, f"{value}\n")
 
 
+def check_base(section: PrepareBase) -> None:
+    """ConfigError for a base that could not be exported, hours of training later.
+
+    One that cannot be read is left to stage prepare_base, which says why.
+    """
+    if section.source == "embedded" or section.vision is not None:
+        return
+    key = "source" if section.merge_source is None else "merge_source"
+    source, revision = section.merge_source or section.source, section.revision if key == "source" else None
+    kwargs = {"revision": revision, "trust_remote_code": section.trust_remote_code}
+    try:
+        gguf.check_base(str(local_folder(source, key) or source), kwargs)
+    except ExportError as error:
+        raise ConfigError(f"prepare_base.{key}: {source}: {error}") from error
+    except (OSError, ValueError):
+        return
+
+
 def main() -> None:
     """Refuse a params.yaml that cannot be used; write the hashes of the stages' code."""
     with clear_errors("check", code=2):
-        write_code_hashes(load_params())
+        params = load_params()
+        check_base(params.prepare_base)
+        write_code_hashes(params)
 
 
 if __name__ == "__main__":

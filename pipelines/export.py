@@ -18,7 +18,7 @@ from db.files import artifact, finish_run, hash_inputs, read_jsonl, sha256, stag
 from db.records import ParityRecord
 from evaluation.paraphrase import SPLIT
 from evaluation.tasks import Item
-from export import ExportError, converters, gguf, parity
+from export import ExportError, MergedOnlyError, converters, gguf, parity
 from export.engines.base import LocalEngine, Message, asked_for, conversation, fill
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
@@ -207,27 +207,29 @@ def run(params: Params, arm: str, seed: int) -> None:
     template = serving.template
     evaluate = params.evaluate  # no part of the result, so these are no params of the stage
     check_texts(serving, Form(params.prompt.template))
+    kwargs = dict(reference.merge_kwargs)
+    gguf.check_context(reference.merge_from, kwargs, section.num_ctx)
     check_room(reference, serving, max(section.parity_tokens, evaluate.max_tokens, evaluate.speed_tokens))
     failed = out.with_name(f"{out.name}.parity-failed.json")
     with staged(out) as folder:
         record = start_run("export", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=template)
         merged = folder / "merged" / "model"  # a fixed name: the converter writes it into the file
-        gguf.save_merged(reference.merge_from, adapter, merged, dict(reference.merge_kwargs))
-        lost = gguf.losses(adapter) if adapter else []
+        gguf.save_merged(reference.merge_from, adapter, merged, kwargs)
         converters.require()  # before two ask for them at once
         with ThreadPoolExecutor(1) as pool:  # each converter is a process of its own, most of its time imports
             converted = pool.submit(gguf.convert_model, merged, folder / F16_GGUF, f"{arm}-{seed}")
-            if adapter and not lost:
-                gguf.convert_adapter(adapter, merged, folder / ADAPTER_GGUF)
+            if adapter:
+                try:
+                    gguf.convert_adapter(adapter, reference.merge_from, folder / ADAPTER_GGUF, kwargs)
+                except MergedOnlyError as error:
+                    record.extra["only_merged"] = str(error)
+                    print(f"export {arm}-{seed}: no GGUF adapter: {error}; the merged model has all of it")
             converted.result()
         quantized = section.quantization != "f16"
         if quantized:
             gguf.quantize(folder / F16_GGUF, folder / SERVED_GGUF, section.quantization)
         known: dict[str, Any] = {}
         if adapter:
-            if lost:
-                record.extra["only_merged"] = lost
-                print(f"export {arm}-{seed}: no GGUF adapter, it would lose {'; '.join(lost)}; the merged model has it")
             result = check_parity(params, reference, template, arm, seed, folder)
             known = result.pop("answers")
             write_record(folder / "parity.json", ParityRecord.of(result))

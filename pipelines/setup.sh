@@ -40,6 +40,7 @@ if [ -n "$UV" ]; then
   pip install "$UV" 2>/dev/null || { rm -f "$venv/bin/uv"; echo "$UV cannot be had here: pip instead, which takes longer"; }
 fi
 
+gpu() { [ -e /dev/nvidia0 ] || [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]; }
 # torch first: everything else then leaves it as it is. Without a GPU the CPU build, if anyone offers it.
 torch=$(pinned torch)
 offered() { "$python" -m pip index versions torch "$@" 2>/dev/null | grep '^Available' | grep -qF "$torch+cpu"; }
@@ -47,7 +48,7 @@ if [ "$(installed torch)" = "$torch" ]; then
   echo "torch $torch ... there"
 elif [ -n "${TORCH_INDEX:-}" ]; then
   step "torch $torch from $TORCH_INDEX" pip install --index-url "$TORCH_INDEX" "torch==$torch"
-elif [ -e /dev/nvidia0 ] || [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]; then
+elif gpu; then
   echo "a GPU: the registry's build of torch"
 elif [ "$(uname -s)" != Linux ]; then
   echo "not Linux: the registry's build of torch, which needs no CUDA here"
@@ -59,9 +60,15 @@ else
   echo "no GPU, but no CPU build of torch either ($cpu_builds does not answer): the registry's build, several GB"
 fi
 
-# llama.cpp is compiled for this very CPU. The wheel is kept for the next environment, under what the compiler makes of the
+# llama.cpp is compiled for this very machine, for CUDA where a GPU and nvcc are. The wheel is kept for the next environment, under what the compiler makes of the
 # CPU (its predefined macros) and the options: another machine with the same home finds none of its own there.
 llama=$(pinned llama_cpp_python)
+if gpu && nvcc --version >/dev/null 2>&1; then
+  echo "a GPU and nvcc: llama.cpp for CUDA (CMAKE_ARGS=-DGGML_CUDA=off: for the CPU)"
+  CMAKE_ARGS="-DGGML_CUDA=on ${CMAKE_ARGS:-}"
+elif gpu; then
+  echo "a GPU, but no nvcc: llama.cpp runs on the CPU (with the CUDA toolkit: delete $venv and run it again)"
+fi
 target=$({ cc -march=native -dM -E -x c /dev/null || cc -dM -E -x c /dev/null; } 2>/dev/null || true)
 key=$(echo "$target ${CMAKE_ARGS:-} ${CFLAGS:-} ${CXXFLAGS:-}" | cksum | cut -d ' ' -f 1)
 wheels=${XDG_CACHE_HOME:-$HOME/.cache}/grit-pipeline/wheels/$key
@@ -79,7 +86,7 @@ build() {
 if [ "$(installed llama_cpp_python)" = "$llama" ]; then
   echo "llama.cpp $llama ... there"
 else
-  compgen -G "$wheels/llama_cpp_python-$llama-*.whl" >/dev/null || step "llama.cpp compiled for this CPU, some minutes, once" build
+  compgen -G "$wheels/llama_cpp_python-$llama-*.whl" >/dev/null || step "llama.cpp compiled for this machine, some minutes, once" build
   step "llama.cpp $llama from $wheels" pip install --no-deps --no-index --find-links "$wheels" "llama_cpp_python==$llama"
 fi
 

@@ -17,7 +17,7 @@ from export.engines.base import EngineError
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
 from tests.conftest import TEMPLATE
-from tests.export.test_export_architectures import add_adapter
+from tests.export.verify_runs import add_adapter
 from trainers.base import EmbeddedSettings, train_base
 from trainers.pictures import VisionDataError
 

@@ -191,6 +191,8 @@ def test_merging_into_a_quantized_base_is_refused(base_dir, adapter_dir, tmp_pat
 
 def test_what_the_converter_says_reaches_the_user(tmp_path, monkeypatch):
     (tmp_path / "convert_hf_to_gguf.py").write_text("raise SystemExit('no such architecture')")
+    (tmp_path / "conversion").mkdir()
+    (tmp_path / "conversion/base.py").write_text("class TextModel:\n    get_vocab_base_pre = None")
     monkeypatch.setattr(converters, "require", lambda: tmp_path)
     with pytest.raises(ExportError, match=r"convert_hf_to_gguf\.py failed \(exit 1\):\nno such architecture"):
         gguf.convert_model(tmp_path, tmp_path / "out.gguf", "x")

@@ -17,7 +17,6 @@ from export.package import app, package
 from export.served import read_references
 from tests.db.result_tree import edit, run_json, write
 from tests.export.verify_runs import serve
-from tests.ollama_double import OllamaDouble
 
 ARM = "pure_grit"
 
@@ -40,7 +39,7 @@ def project(tree, base_dir, adapter_dir, own_records):
     return Path()
 
 
-def test_it_answers_as_trained_far_from_where_it_was_made(project, base_dir, tmp_path_factory, monkeypatch):
+def test_it_answers_as_trained_far_from_where_it_was_made(project, server, base_dir, tmp_path_factory, monkeypatch):
     first = {file: sha256(file) for file in package(ARM, merged=True).rglob("*") if file.is_file()}
     made = package(ARM, merged=True)
     assert {file: sha256(file) for file in made.rglob("*") if file.is_file()} == first
@@ -62,14 +61,14 @@ def test_it_answers_as_trained_far_from_where_it_was_made(project, base_dir, tmp
         with contextlib.redirect_stdout(io.StringIO()) as said:
             exec(prompt + way, {})
         assert said.getvalue() == f"{asked.answer}\n", way
-    with OllamaDouble() as server:
-        create(server.url, away / "Modelfile")
-        with OllamaEngine(server.url, "given", 256) as engine:
-            assert engine.generate(asked.asked, asked.max_tokens).text == asked.answer
+    name = f"{server.prefix}-given"
+    create(server.url, name, away / "Modelfile")
+    with OllamaEngine(server.url, name, 256) as engine:
+        assert engine.generate(asked.asked, asked.max_tokens).text == asked.answer
 
 
-def create(url, modelfile):
-    """`ollama create given -f Modelfile`, as the command reads the file."""
+def create(url, name, modelfile):
+    """`ollama create NAME -f Modelfile`, as the command reads the file."""
     line = re.compile(r'^(FROM|TEMPLATE|PARAMETER \w+) (?:"""(.*?)"""|"(.*?)"|(\S+))$', re.MULTILINE | re.DOTALL)
     said = {name: long or short or bare for name, long, short, bare in line.findall(modelfile.read_text())}
     assert said["FROM"] == "./model.gguf"
@@ -78,7 +77,7 @@ def create(url, modelfile):
     with connect(url, 60) as client:
         blob = client.create_blob(modelfile.parent / said["FROM"])
         files = {"model.gguf": blob}
-        list(client.create("given", files=files, template=said["TEMPLATE"], parameters=numbers, stream=True))
+        list(client.create(name, files=files, template=said["TEMPLATE"], parameters=numbers, stream=True))
 
 
 def test_the_card_tells_the_hub_base_data_and_licence(project):
@@ -99,6 +98,27 @@ def test_the_card_tells_the_hub_base_data_and_licence(project):
         assert told.items() >= {"base_model": "org/llama", **said}.items()
         config = json.loads((made / "adapter_config.json").read_text())
         assert (config["base_model_name_or_path"], config["revision"]) == ("org/llama", "abc")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "front", "said"),
+    [
+        (
+            "README.md",
+            "---\nlicense: llama3\n---\n# Base",
+            {"license": "llama3"},
+            "Licence: that of the base, `llama3`.",
+        ),
+        ("LICENSE.txt", "MIT", {"license": "mit"}, "Licence: that of the base, see LICENSE."),
+        ("README.md", "---\n: [\n---\n", {}, "No licence is known: none was named in export.license"),
+    ],
+)
+def test_without_a_licence_of_its_own_it_has_the_base_s(project, file, text, front, said):
+    Path("models/base", file).write_text(text)
+    made = package(ARM)
+    card = ModelCard.load(made / "README.md")
+    assert {key: value for key, value in card.data.to_dict().items() if "license" in key} == front
+    assert said in card.text and (made / "LICENSE").is_file() is ("see LICENSE" in said)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`make setup` with a Python that only writes down what it is asked: which torch, and llama.cpp compiled once."""
 
 import os
+import re
 import subprocess
 
 import pytest
@@ -13,7 +14,7 @@ case "$*" in
     if [ "${OFFERED-nowhere}" = "${7-}" ]; then echo "Available versions: 9.0, 2.13.0+cpu"; fi ;;
   *"metadata.version"*) exit 1 ;;
   *"pip -qq install uv"*) exit 1 ;;
-  *"pip -qq wheel"*) [ -z "${BROKEN-}" ] || exit 1; echo "$*" >>"$LOG"
+  *"pip -qq wheel"*) [ -z "${BROKEN-}" ] || exit 1; echo "$* CMAKE_ARGS=$CMAKE_ARGS" >>"$LOG"
     while [ "$1" != --wheel-dir ]; do shift; done; touch "$2/llama_cpp_python-0.3.36-py3-none-any.whl" ;;
   *"pip -qq install"*) echo "$*" >>"$LOG" ;;
 esac
@@ -57,6 +58,26 @@ def test_the_torch_that_fits_the_machine(setup, machine, said, asked):
     assert done.returncode == 0 and said in done.stdout and "cannot be had here: pip instead" in done.stdout
     assert asked in log if asked else "torch==" not in log
     assert "install -r requirements.lock" in log
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="a GPU is here")
+@pytest.mark.parametrize(
+    ("gpu", "nvcc", "given", "said", "cuda"),
+    [
+        ("GPU 0: H100", True, "", "a GPU and nvcc: llama.cpp for CUDA", ["on"]),
+        ("GPU 0: H100", True, "-DGGML_CUDA=off", "llama.cpp for CUDA", ["on", "off"]),  # the last one counts
+        ("GPU 0: H100", False, "", "a GPU, but no nvcc: llama.cpp runs on the CPU", []),
+        ("no devices", True, "", "", []),
+    ],
+)
+def test_llama_cpp_is_compiled_for_cuda_where_it_can_be(setup, tmp_path, gpu, nvcc, given, said, cuda):
+    setup("cpu")
+    (tmp_path / "bin/nvcc").symlink_to("/bin/true" if nvcc else "/bin/false")
+    (tmp_path / "bin/nvidia-smi").write_text(f"#!/bin/sh\necho '{gpu}'\n", encoding="utf-8")
+    done, log = setup("venv", CMAKE_ARGS=given)
+    assert done.returncode == 0 and re.findall(r"-DGGML_CUDA=(\w+)", log) == cuda
+    assert said in done.stdout
+    assert ("pip -qq wheel" in log) is bool(cuda), "a wheel of its own for CUDA"
 
 
 def test_llama_cpp_is_compiled_once_for_a_kind_of_machine_and_never_kept_half(setup, tmp_path):
