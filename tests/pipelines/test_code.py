@@ -99,7 +99,7 @@ def test_a_stage_depends_on_its_code_and_on_the_params_that_it_reads(name):
     # From the training run come the params that the probe's twins share, from tuned/ what stage tune was told; export
     # leaves room for answers, no more.
     aside = {"probe": {"train", "prompt", "tune"}, "train": {"tune"}, "export": {"evaluate"}}.get(module, set())
-    of_none = {"matrix", "arms", "threads"}
+    of_none = {"matrix", "arms", "threads", "report_to"}
     assert said | aside | of_none == {*view.model_fields, *of_none}
     if module in ("train", "probe", "evaluate", "prepare_base"):
         splits = {dep.split("/")[1].removesuffix(".jsonl") for dep in stage["deps"] if re.match(r"data/.*jsonl", dep)}
