@@ -40,13 +40,13 @@ def encode_turns(tokenizer: Any, texts: Sequence[str]) -> tuple[list[int], list[
     eos = tokenizer.eos_token_id
     if eos is None:
         raise EncodingError("expected a tokenizer with an end-of-sequence token, got one without")
-    ids = encode_prompt(tokenizer, "".join(texts))
+    heads = [encode_prompt(tokenizer, "".join(texts[:n])) for n in range(1, len(texts))]
+    ids = encode_prompt(tokenizer, "".join(texts))  # last, see `trainers.pictures`
     closes = ids[-1:] == [eos]  # some tokenizers close every text themselves
     ids = ids[:-1] if closes else ids
     ends = []
-    for n in range(1, len(texts)):
-        head = encode_prompt(tokenizer, "".join(texts[:n]))
-        head = head[:-1] if closes and head[-1:] == [eos] else head
+    for n, read in enumerate(heads, start=1):
+        head = read[:-1] if closes and read[-1:] == [eos] else read
         if ids[: len(head)] != head:
             first = next((i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), len(ids))
             what = (
@@ -138,11 +138,12 @@ def check_packing(model: Any, rows: Any) -> None:
     if row is None:
         return
     first, second = row["seq_lengths"][:2]
-    ids = torch.tensor([row["input_ids"][: first + second]], device=model.device)
+    # Twice: some attention looks for items in batches of one row alone.
+    ids = torch.tensor([row["input_ids"][: first + second]] * 2, device=model.device)
     other = torch.cat([ids[:, :first].flip(1), ids[:, first:]], 1)
 
     def change(positions: list[int]) -> float:
-        given = torch.tensor([positions], device=model.device)
+        given = torch.tensor([positions] * 2, device=model.device)
         one, two = (model(input_ids=i, position_ids=given).logits[0, first:].float() for i in (ids, other))
         return float((one - two).abs().max())
 

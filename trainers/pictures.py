@@ -235,6 +235,7 @@ class _Reader:
     def __init__(self, processor: Any, images: list[Any]) -> None:
         self._processor, self._images = processor, images
         self.eos_token_id = processor.tokenizer.eos_token_id
+        self.eos_token = None  # a text is read as one, with all its pictures
         self.features: dict[str, Any] = {}
         self.width = 0
 

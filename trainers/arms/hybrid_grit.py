@@ -30,7 +30,7 @@ class HybridSettings(GritSettings):
     def _unpacked(self) -> Self:
         if self.packing:
             raise ValueError(
-                "packing: expected false for hybrid_grit; Unsloth's attention lets packed items see each other"
+                "packing: expected false for hybrid_grit; Unsloth looks for packed items in batches of one row alone"
             )
         return self
 
