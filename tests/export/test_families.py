@@ -41,12 +41,15 @@ LONG = {
     **ROPE, "factor": 2.0, "original_max_position_embeddings": 256, "rope_type": "longrope",
     "short_factor": [1.0] * 8, "long_factor": [1 + i / 4 for i in range(8)],
 }  # fmt: skip
+YARN = {**ROPE, "rope_type": "yarn"}
+FULL, SLIDING = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, {"rope_type": "default", "rope_theta": 1e4}
+GEMMA3 = {"num_hidden_layers": 6, "rope_parameters": {"full_attention": FULL, "sliding_attention": SLIDING}}
 GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0}
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 64, **MOE}
 FAMILIES = {  # model_type, tokenizer, what else its configuration says
     "Llama 2": ("llama", "spm", {"num_key_value_heads": 4}),
     "Llama 3": ("llama", "llama-bpe", {"rope_parameters": LLAMA3, "head_dim": 32}),
-    "Llama with biases": ("llama", "spm", {"attention_bias": True, "mlp_bias": True}),
+    "Llama with yarn": ("llama", "spm", {"rope_parameters": YARN, "attention_bias": True, "mlp_bias": True}),
     "Mistral": ("mistral", "spm", {"sliding_window": None, "head_dim": 32}),
     "Mixtral": ("mixtral", "spm", {"num_local_experts": 4, "sliding_window": None, **MOE}),
     "Qwen2": ("qwen2", "qwen2", TIED),
@@ -54,7 +57,7 @@ FAMILIES = {  # model_type, tokenizer, what else its configuration says
     "Qwen2-MoE": ("qwen2_moe", "qwen2", {"shared_expert_intermediate_size": 96, **EXPERTS}),
     "Qwen3-MoE": ("qwen3_moe", "qwen2", {"head_dim": 32, "norm_topk_prob": True, **EXPERTS}),
     "Gemma 2": ("gemma2", "bare", GEMMA),
-    "Gemma 3": ("gemma3_text", "bare", {**GEMMA, "num_hidden_layers": 6}),  # a full layer among those with a window
+    "Gemma 3": ("gemma3_text", "bare", {**GEMMA, **GEMMA3}),  # a full layer among those with a window
     "Phi-3": ("phi3", "spm", {"original_max_position_embeddings": 256, "partial_rotary_factor": 0.75}),
     "SmolLM2": ("llama", "smollm", TIED),
     "SmolLM3": ("smollm3", "llama-bpe", {**TIED, "num_hidden_layers": 4}),  # every fourth layer without positions
