@@ -226,12 +226,13 @@ def main() -> None:
             torch.cuda.empty_cache()
         if given.device == "cuda" and importlib.util.find_spec("unsloth"):
             rows += on_unsloth(given, four_bit=ways[-1])
-    for row in rows:
+    for row in rows if not given.unsloth else ():
         memory = f"{row['peak_bytes'] / 1e9:6.1f} GB, {row['memory_ratio']:.3f} ×" if row["peak_bytes"] else ""
         spread = f"{row['step_time_ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
         seconds = statistics.median(row["seconds_a_step"])
         print(f"{row['base']:15}{row['contender']:26}{seconds:8.4f} s  {spread}  {memory}")
-    out = given.out or (FOLDER / "benchmarks/results/gpu.json" if given.device == "cuda" else None)
+    whole = given.device == "cuda" and not given.unsloth
+    out = given.out or (FOLDER / "benchmarks/results/gpu.json" if whole else None)
     if out is not None:
         name = torch.cuda.get_device_name() if given.device == "cuda" else platform.processor() or platform.machine()
         facts = {

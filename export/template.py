@@ -196,8 +196,9 @@ def convert(
     turns = pieces.answer is not None and _talks(bare, pieces.go(turns=True), pieces.before is not None)
     before = None if pieces.before is None else pieces.bos + pieces.before
     made = ChatTemplate(text, pieces.go(turns), system, stop, before, pieces.between)
-    if turns and (pieces.answer or "").startswith(pieces.after):
-        again, token = pieces.again, _end_of_turn(pieces.again, special_tokens) or ""
+    token = _end_of_turn(pieces.again, special_tokens)
+    if turns and token and (pieces.answer or "").startswith(pieces.after):
+        again = pieces.again
         at = again.index(token) + len(token)
         start = (pieces.answer or "").removeprefix(pieces.after)
         made = replace(made, start=start, end=again[:at], then=f"{again[at:]}{PROMPT_SLOT}{pieces.after}")
@@ -304,6 +305,7 @@ def _check_ids(tokenizer: Any, made: ChatTemplate, system: str | None) -> None:
         got = encode_prompt(tokenizer, made.text.replace(PROMPT_SLOT, prompt))
         if got == expected:
             continue
+        first = next((n for n, pair in enumerate(zip(got, expected, strict=False)) if pair[0] != pair[1]), 0)
         if got == [tokenizer.bos_token_id, *expected]:
             why = (
                 f"it does not write {tokenizer.bos_token}, but the tokenizer puts it in front of every text, and so "
@@ -312,7 +314,8 @@ def _check_ids(tokenizer: Any, made: ChatTemplate, system: str | None) -> None:
             )
         else:
             why = (
-                f"the tokenizer makes other tokens of its text ({got[:8]}… instead of {expected[:8]}…), mostly by a "
-                f"blank that it puts in front of a text. Write the text itself as prompt.template: {made.text!r}"
+                f"the tokenizer makes other tokens of its text (from token {first} on {got[first : first + 8]}…, not "
+                f"{expected[first : first + 8]}…), mostly by a blank that it puts in front of a text. Write the "
+                f"text itself as prompt.template: {made.text!r}"
             )
         raise TemplateError(why)

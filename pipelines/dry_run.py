@@ -22,6 +22,7 @@ from rich.table import Table
 
 from pipelines.base_model import load_reference
 from pipelines.check import Params, load_params
+from pipelines.prompt import prompt_text
 from pipelines.stage import DATA, clear_errors, cli, quiet_libraries, sees_pictures, set_threads
 from pipelines.train import base_texts, examples, load_arm, training_items
 
@@ -39,6 +40,7 @@ def tried(params: Params, name: str) -> dict[str, Any]:
 
     from trainers.run import TrainingJob, build, peak_memory_bytes
 
+    prompt_text(params.prompt)  # refuses a system message that prepare_base did not know
     arm, settings, template = load_arm(name, params), params.train_for(name), params.prompt.template
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     cuda = torch.cuda.is_available()

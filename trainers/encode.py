@@ -40,13 +40,15 @@ def encode_turns(tokenizer: Any, texts: Sequence[str]) -> tuple[list[int], list[
     eos = tokenizer.eos_token_id
     if eos is None:
         raise EncodingError("expected a tokenizer with an end-of-sequence token, got one without")
-    heads = [encode_prompt(tokenizer, "".join(texts[:n])) for n in range(1, len(texts))]
-    ids = encode_prompt(tokenizer, "".join(texts))  # last, see `trainers.pictures`
-    closes = ids[-1:] == [eos]  # some tokenizers close every text themselves
-    ids = ids[:-1] if closes else ids
+
+    def read(text: str) -> list[int]:
+        ids = encode_prompt(tokenizer, text)
+        # Some tokenizers close every text themselves.
+        return ids[:-1] if ids[-1:] == [eos] and not text.endswith(tokenizer.eos_token) else ids
+
+    *heads, ids = [read("".join(texts[:n])) for n in range(1, len(texts) + 1)]  # all last, see `trainers.pictures`
     ends = []
-    for n, read in enumerate(heads, start=1):
-        head = read[:-1] if closes and read[-1:] == [eos] else read
+    for n, head in enumerate(heads, start=1):
         if ids[: len(head)] != head:
             first = next((i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), len(ids))
             what = (

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -43,9 +44,13 @@ def problems(names: Sequence[str], folder: Path) -> list[str]:
         return []
     if find_spec("lm_eval") is None:
         return [f"lm-evaluation-harness is not installed; {_INSTALL}"]
-    known = _manager(names, folder).all_tasks
     files = sorted(folder.rglob("*.yaml"))
-    lines = [f"{file} is no YAML: {why}" for file in files if (why := _no_yaml(file))]
+    try:
+        known = _manager(names, folder).all_tasks
+    except Exception as error:  # noqa: BLE001  # whatever a file of somebody's makes lm-eval raise
+        return [f"lm-eval cannot read the task files below {folder}/: {type(error).__name__}: {error}"]
+    lines = [f"{name!r} is the name of several tasks below {folder}/; rename all but one" for name in _twice(files)]
+    lines += [f"{file} is no YAML: {why}" for file in files if (why := _no_yaml(file))]
     for name in names:
         if name not in known:
             meant = nearest(name, known)
@@ -56,11 +61,23 @@ def problems(names: Sequence[str], folder: Path) -> list[str]:
     return lines
 
 
+def _twice(files: Sequence[Path]) -> list[str]:
+    texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
+    names = [name for text in texts for name in re.findall(r"""^task:\s*["']?([\w.-]+)""", text, re.MULTILINE)]
+    return sorted({name for name in names if names.count(name) > 1})
+
+
 def own_files(name: str, folder: Path) -> list[Path]:
-    """The files beside the one in `folder` that defines this benchmark, and below; none where none does."""
+    """The files beside the one in `folder` that defines this benchmark, and below; none where none does.
+
+    All of `folder` for a tag, which has no file of its own, a group, and a task that includes another file.
+    """
     if not folder.is_dir() or (entry := _manager([], folder).task_index.get(name)) is None:
         return []
-    place = Path(entry.yaml_path).parent if entry.yaml_path else folder  # a tag has no file of its own
+    place = folder
+    if entry.yaml_path:
+        said = Path(entry.yaml_path).read_text(encoding="utf-8")
+        place = folder if re.search(r"^(group|include):", said, re.MULTILINE) else Path(entry.yaml_path).parent
     return sorted(file for file in place.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
 
 
@@ -98,9 +115,12 @@ def ask(model: Any, tokenizer: Any, name: str, folder: Path, *, limit: int | Non
     try:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         found = simple_evaluate(lm, tasks=wanted, task_manager=manager, limit=limit, bootstrap_iters=0)
-    except (ValueError, AssertionError, ImportError) as error:
-        raise HarnessError(f"{name}: lm-eval cannot ask this: {error}") from error
-    return _told(name, found)
+    except Exception as error:
+        raise HarnessError(f"{name}: lm-eval cannot ask this: {error} ({type(error).__name__})") from error
+    told = _told(name, found)
+    if not told.metrics:
+        raise HarnessError(f"{name}: expected figures, lm-eval gave none; does its metric_list name metrics it has?")
+    return told
 
 
 def _load(manager: Any, name: str) -> Any:

@@ -154,13 +154,19 @@ def read(session: Session, runs: Sequence[RunFacts], choice: Choice, *, detail: 
 
 
 def _benchmarks(session: Session, ids: Sequence[int], credit: Rows) -> dict[str, Benchmark]:
-    metrics: dict[str, dict[str, None]] = {}
+    metrics: dict[str, dict[str, set[str]]] = {}  # benchmark → task → what its items were credited by
     for rest in session.scalars(select(Run.rest).where(Run.id.in_(ids))):
         for name, record in rest.get("benchmarks", {}).items():
-            asked = (task["metric"] for task in record["tasks"].values())
-            metrics.setdefault(name, {}).update(dict.fromkeys(filter(None, asked)))
+            asked = metrics.setdefault(name, {})
+            for task, said in record["tasks"].items():
+                asked.setdefault(task, set()).update(filter(None, [said["metric"]]))
     own = {run_id: credit[run_id] for run_id in ids if run_id in credit}
-    return {name: Benchmark(", ".join(metrics[name]), _credit(own, f"{SPLIT}{name}")) for name in sorted(metrics)}
+    found = {}
+    for name, tasks in sorted(metrics.items()):
+        alike = all(len(credited) < 2 for credited in tasks.values())  # else a metric is a share for some runs only
+        named = ", ".join(sorted(set().union(*tasks.values())))
+        found[name] = Benchmark(named, _credit(own, f"{SPLIT}{name}") if alike else {})
+    return found
 
 
 def _credit(rows: Rows, split: str) -> dict[int, dict[str, float]]:

@@ -399,6 +399,8 @@ class _Split:
             number_of = values[name]
             if isinstance(number_of, int) and 0 <= number_of < len(labels):
                 values[name] = labels[number_of]
+            elif number_of == -1:
+                raise RowError(name, f"expected one of {', '.join(labels)}, got -1, as where labels are kept secret")
         item = self.task.make_item(f"{self.task.NAME}-{self.split}-{raw.row}", values)
         size, most = item.characters, self.where.max_chars
         if most is not None and size > most:

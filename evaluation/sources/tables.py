@@ -226,6 +226,7 @@ def _layout(text: list[str], delimiter: str, names: Collection[str]) -> tuple[st
 
 def _csv_rows(text: list[str], delimiter: str, top: int) -> Iterator[tuple[int, int, list[str], str | None]]:
     """Yields (first line, line after the last, cells, problem) per row from line `top` that is not blank; from 0."""
+    csv.field_size_limit(2**31 - 1)  # a conversation in one cell may be longer than the 128 KiB of Python's own
     reader = csv.reader(text[top:], delimiter=delimiter, strict=True)
     while True:
         first = top + reader.line_num

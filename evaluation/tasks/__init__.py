@@ -50,7 +50,9 @@ class Item:
 
     @property
     def asked(self) -> Hashable:
-        """What the answer depends on: the prompt, or all that was said up to it."""
+        """What the answer depends on: the prompt, or all that was said up to it; a whole text stands for itself."""
+        if self.whole:
+            return self.prompt + self.completion
         return (self.system, self.turns, self.prompt) if self.system or self.turns else self.prompt
 
     @property

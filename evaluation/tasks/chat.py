@@ -112,7 +112,7 @@ def _parsed(name: str, value: Any) -> Any:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(name, f"expected a list in JSON, got broken JSON ({error})") from error
     return value
 
@@ -192,8 +192,8 @@ def complete(items: Sequence[Item]) -> list[str]:
 
 
 def group(item: Item) -> Hashable:
-    """What a conversation begins with: parts of one are never in different splits."""
-    return digest(item.turns[0][0] if item.turns else item.prompt)
+    """What a conversation begins with: parts of one are never in different splits. A text stands for itself."""
+    return digest(item.turns[0][0] if item.turns else str(item.asked) if item.whole else item.prompt)
 
 
 score = score_text

@@ -4,6 +4,7 @@ Fields: text, label. The labels are those that the rows have. Say in prompt.temp
 good or bad? {prompt}". An answer names a label where the first line that names any names one alone.
 """
 
+import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
@@ -30,9 +31,9 @@ def item_of(name: str, item_id: str, prompt: str, label: str, completion: str, *
 
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
     label = row.get("label")
-    if isinstance(label, bool | int):  # -1 marks splits whose labels are kept secret
-        if label == -1:
-            raise RowError("label", "expected a label, got -1, which marks a split whose labels are kept secret")
+    if isinstance(label, float) and math.isfinite(label):
+        label = f"{label:.15g}"  # 1.0 is 1: a column of numbers with gaps has floats
+    elif isinstance(label, bool | int):
         label = str(label)
     label = text({"label": label}, "label")
     if "\n" in label:
@@ -43,6 +44,13 @@ def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
 def complete(items: Sequence[Item]) -> list[str]:
     """Tell every item which labels there are."""
     labels = sorted({item.truth["label"] for item in items})
+    spellings: dict[str, str] = {}
+    for label in labels:
+        if (other := spellings.setdefault(label.casefold(), label)) != label:
+            raise ItemError(
+                f"prepare_data.columns.label: expected labels that differ in more than capitals, got {shown(other)} "
+                f"and {shown(label)}; write one of them everywhere"
+            )
     if not 2 <= len(labels) <= MOST:
         raise ItemError(
             f"prepare_data.columns.label: expected a column of 2 to {MOST} different labels, got {len(labels)} "

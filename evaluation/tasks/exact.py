@@ -28,8 +28,10 @@ MARKER = "####"
 
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
     answer = row.get("answer")
-    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
+    if isinstance(answer, float) and math.isfinite(answer):
         answer = f"{answer:.15g}"
+    elif isinstance(answer, int) and not isinstance(answer, bool):
+        answer = str(answer)
     answer = text({"answer": answer}, "answer")
     return Item(item_id, NAME, text(row, "question"), answer, {"answer": answer})
 

@@ -76,6 +76,8 @@ def test_a_text_is_learnt_whole_and_asked_with_its_first_half(tmp_path):
     assert [(item.prompt, item.completion) for item in found.train] == [
         ("The lake is wide.", "\nThe sea is wider."), ("湖很宽", "海更宽")]  # fmt: skip
     assert all(item.whole for item in found.train) and "Rows are plain texts (column text)." in found.notes
+    alike = read(tmp_path, *({"text": f"Below is one and the same long preamble. It ends in {n}."} for n in range(3)))
+    assert len({chat.group(item) for item in alike.train}) == 3, "they begin alike, and are no duplicates"
 
 
 def test_a_mapping_names_the_form_and_two_forms_are_asked_about(tmp_path):

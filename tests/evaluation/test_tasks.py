@@ -268,7 +268,12 @@ def test_anybodys_labels_are_told_in_answers():
         items = [classify.make_item("x", {"text": "It was.", "label": own}) for own in labels]
         with pytest.raises(ItemError, match=f"expected a column of 2 to 200 different labels, {got}"):
             classify.complete(items)
-    for label, reason in ((-1, "a split whose labels are kept secret"), (0.5, "expected text"), ("a\nb", "one line")):
+    items = [classify.make_item("x", {"text": "It was.", "label": own}) for own in (1, 1.0, "1", -1, 4.5, True)]
+    assert [item.completion for item in items] == ["1", "1", "1", "-1", "4.5", "True"]
+    items += [classify.make_item("x", {"text": "It was.", "label": "true"})]
+    with pytest.raises(ItemError, match="differ in more than capitals, got 'True' and 'true'"):
+        classify.complete(items)
+    for label, reason in ((float("nan"), "expected text"), (None, "expected text"), ("a\nb", "one line")):
         with pytest.raises(RowError, match=reason):
             classify.make_item("x", {"text": "It was.", "label": label})
 
@@ -279,7 +284,8 @@ def test_anybodys_short_answers_are_numbers_or_words():
 
     for truth, answer in ((18, "It makes $18.00."), ("1,234", "1234"), (0.75, "#### 3/4"), ("-5", "so -5")):
         assert right(truth, answer)
-    assert right("Port Louis", " port  louis.")
+    assert right("Port Louis", " port  louis.") and right(12345678901234567, "12345678901234567")
+    assert not right(12345678901234567, "12345678901234568") and right(10**400, str(10**400))
     assert not any(right(truth, answer) for truth, answer in ((18, "18 or 19"), ("Paris", "Paris, France"), (2, "two")))
     scores = [exact.score(exact.make_item("x", {"question": "What?", "answer": 2}), text) for text in ("2", "3", "?")]
     assert exact.summarize(scores) == {"exact_match": pytest.approx(1 / 3), "exact_unparseable": pytest.approx(1 / 3)}

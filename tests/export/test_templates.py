@@ -91,6 +91,13 @@ def test_whatever_the_user_says(name, prompt, system):
     assert render_go(got.go, conversation(said, system)) == rendered(name, system, said)
 
 
+def test_earlier_answers_without_an_end_of_turn_are_not_learnt():
+    words = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    words += "{% if add_generation_prompt %}assistant: {% endif %}"
+    found = convert(renderer(words), bos_token=None, eos_token="</s>", adds_bos=False)
+    assert "{{ .Content }}" in found.go and found.end is None, "conversations are served, and none is trained on"
+
+
 @pytest.mark.parametrize("name", [name for name in SHAPES if SHAPES[name][0]])
 def test_bos_comes_once_whoever_writes_it(name):
     bos, writes = SHAPES[name][0], name in named("bos")

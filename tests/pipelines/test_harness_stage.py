@@ -125,6 +125,21 @@ def test_own_files_are_part_of_what_a_stage_depends_on(raw, work):
     check.write_code_hashes(params)
     assert all((work / "outputs/code" / name).read_text() != text for name, text in before.items())
     assert measure.own_files("arc_easy", harness.OWN) == [], "lm-eval's own do not depend on them"
+    for folder, said in (
+        ("group", "group: both\ntask: [own_choice]\n"),
+        ("more", "include: ../own_choice.yaml\ntask: x\n"),
+    ):
+        (harness.OWN / folder).mkdir()
+        (harness.OWN / folder / "t.yaml").write_text(said)
+    for name in ("both", "x"):
+        assert harness.OWN / "sums.jsonl" in measure.own_files(name, harness.OWN), "what they lead to counts as well"
+    (harness.OWN / "more/again.yaml").write_text("task: x\n")
+    assert measure.problems(["x"], harness.OWN) == [
+        f"'x' is the name of several tasks below {harness.OWN}/; rename all but one"
+    ]
+    (harness.OWN / "more/again.yaml").write_text("task: 5\n")
+    (line,) = measure.problems(["x"], harness.OWN)
+    assert line.startswith(f"lm-eval cannot read the task files below {harness.OWN}/: ")
 
 
 @pytest.fixture(scope="module")

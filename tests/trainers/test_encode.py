@@ -3,7 +3,7 @@
 import pytest
 
 from tests.conftest import TEMPLATE
-from trainers.encode import EncodingError, encode_example, encode_examples, encode_prompt
+from trainers.encode import EncodingError, encode_example, encode_examples, encode_prompt, encode_turns
 from trainers.models import load_tokenizer
 from trainers.settings import BaseReference
 
@@ -21,6 +21,19 @@ def test_bos_once_eos_once_and_the_text_comes_back(tokenizer):
     assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(ids[1:-1]) == PROMPT + "102 (Unhealthy for Sensitive Groups)"
     assert ids[:n_prompt] == encode_prompt(tokenizer, PROMPT)
+
+
+def test_a_tokenizer_that_closes_texts_itself_takes_conversations_too(base_dir):
+    from tokenizers.processors import TemplateProcessing
+
+    plain, closing = (load_tokenizer(BaseReference(str(base_dir))) for _ in range(2))
+    ends = [(token, closing.convert_tokens_to_ids(token)) for token in (closing.bos_token, closing.eos_token)]
+    closing.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{closing.bos_token} $A {closing.eos_token}", special_tokens=ends
+    )
+    assert encode_prompt(closing, "a\n")[-1] == closing.eos_token_id, "else nothing is tried"
+    for texts in (("a\n", "1"), ("a\n", f"1{plain.eos_token}", "b\n", "2")):
+        assert encode_turns(closing, texts) == encode_turns(plain, texts)
 
 
 def test_digits_are_tokens_of_their_own(tokenizer):

@@ -79,7 +79,7 @@ def test_grit_has_the_same_statistics_of_packed_items(make_job):
         trainer, train, _ = build(pure_grit.ARM, make_job(grit=GRIT, packing=packing, max_length=256, batch_size=64))
         assert len(train.dataset) == 64
         (batch,) = trainer.get_train_dataloader()
-        assert ("attention_mask" in batch) is not packing and len(batch["input_ids"]) < 64 if packing else 65
+        assert ("attention_mask" in batch) is not packing and len(batch["input_ids"]) < (64 if packing else 65)
         trainer.model.train()
         torch.manual_seed(0)
         for parameter in trainer.model.parameters():  # B starts at zero, where no gradient reaches A
