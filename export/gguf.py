@@ -198,7 +198,7 @@ def check_base(base: str, load_kwargs: dict[str, Any]) -> None:
         converters.run(converters.MODEL, [str(folder), "--vocab-only", "--outfile", str(out)], out)
 
 
-# Whose sliding window llama.cpp does not keep to (tests/export/test_families.py).
+# Whose sliding window llama.cpp does not keep to (tests/export/test_model_families.py).
 _NO_WINDOW = ("mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3")
 
 
