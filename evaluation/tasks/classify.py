@@ -14,7 +14,7 @@ from evaluation.parsing import label_metrics, score_label, summarize_labels
 from evaluation.tasks import Field, Item, ItemError, RowError, Score, digest, shown, text
 
 NAME = "classify"
-TITLE = "accuracy"
+TITLE = "Label accuracy"
 PRIMARY = "classify_accuracy"
 METRICS = label_metrics(NAME)
 FIELDS = {

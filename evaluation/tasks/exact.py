@@ -13,7 +13,7 @@ from evaluation.parsing import exact_number, final_number, same
 from evaluation.tasks import Field, Item, Score, digest, mean, mean_credit, share, text
 
 NAME = "exact"
-TITLE = "exact match"
+TITLE = "Exact match"
 PRIMARY = "exact_match"
 METRICS = {
     "exact_match": share("Share of items answered exactly right (primary)"),
