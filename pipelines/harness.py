@@ -1,6 +1,6 @@
 """Stage harness: measured/lm-eval/<task>/<arm>/<seed>/, a benchmark of lm-evaluation-harness, item by item.
 
-The model is asked by transformers, as it was trained (4 bit where training was), with the adapter beside it.
+The model is asked by transformers, in the precision of section train (4 bit where that is), with the adapter beside it.
 """
 
 import json

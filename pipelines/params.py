@@ -37,7 +37,7 @@ class ConfigError(ValueError):
     """params.yaml cannot be used; the message lists everything that is wrong with it."""
 
 
-def _unique(values: list[Any]) -> list[Any]:
+def unique(values: list[Any]) -> list[Any]:
     if len(set(values)) != len(values):
         raise ValueError(f"expected each once, got {values}")
     return values
@@ -47,7 +47,7 @@ class Matrix(Section):
     arms: list[str] = Field(min_length=1)
     seeds: list[Seed] = Field(min_length=1)
 
-    _each_once = field_validator("arms", "seeds")(_unique)
+    _each_once = field_validator("arms", "seeds")(unique)
 
 
 class Evaluate(Section):
@@ -62,7 +62,7 @@ class Evaluate(Section):
     harness: list[Annotated[str, Field(pattern=r"^\w[\w.-]*$", description="a name in folders and commands")]]
     harness_limit: Positive | None
 
-    _each_once = field_validator("harness")(_unique)
+    _each_once = field_validator("harness")(unique)
 
 
 class Probe(Section):

@@ -60,8 +60,9 @@ else
   echo "no GPU, but no CPU build of torch either ($cpu_builds does not answer): the registry's build, several GB"
 fi
 
-# llama.cpp is compiled for this very machine, for CUDA where a GPU and nvcc are. The wheel is kept for the next environment, under what the compiler makes of the
-# CPU (its predefined macros) and the options: another machine with the same home finds none of its own there.
+# llama.cpp is compiled for this very machine, for CUDA where a GPU and nvcc are. The wheel is kept for the next environment,
+# under what the compiler makes of the CPU (its predefined macros) and the options: another machine with the same home finds
+# none of its own there.
 llama=$(pinned llama_cpp_python)
 if gpu && nvcc --version >/dev/null 2>&1; then
   echo "a GPU and nvcc: llama.cpp for CUDA (CMAKE_ARGS=-DGGML_CUDA=off: for the CPU)"

@@ -29,7 +29,7 @@ from db.files import (
 from evaluation.tasks import Item, general, render
 from pipelines.base_model import load_reference
 from pipelines.code import code_hash
-from pipelines.params import ADAPTER, ConfigError, StageParams, check_arm, overridden, own_threads
+from pipelines.params import ADAPTER, ConfigError, StageParams, check_arm, overridden, own_threads, unique
 from pipelines.prompt import Form, Prompt, literal, prompt_text
 from pipelines.stage import BASE, DATA, TEXTS, adapter_dir, command, die_with_parent, split_files
 from trainers import arms
@@ -83,7 +83,7 @@ class Params(StageParams):
             lines.append(f"expected {', '.join(missing)} to be installed; run `pip install {' '.join(missing)}`")
         if lines:
             raise ValueError("\n".join(lines))
-        return list(dict.fromkeys(names))
+        return unique(names)
 
     @model_validator(mode="after")
     def _tuned_elsewhere(self) -> Self:

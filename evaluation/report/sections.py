@@ -909,10 +909,10 @@ def benchmarks(report: Report) -> Section | None:
     ]
     words = (
         "Benchmarks of lm-evaluation-harness, asked as it does by default: no prompt template of ours, the task's own "
-        "few-shot examples. A score is the mean over items of the first metric that a task names; the items of a group "
-        "are those of all its tasks. Differences are taken item by item; intervals and Holm's correction over the arms "
-        "are as for the test items, and nothing corrects for several benchmarks. lm-eval's own figures are in Every "
-        "number."
+        "few-shot examples. A score is the mean over items of a task's first metric that is a share; the items of a "
+        "group are those of all its tasks. Differences are taken item by item; intervals and Holm's correction over "
+        "the arms are as for the test items, and nothing corrects for several benchmarks. lm-eval's own figures are in "
+        "Every number."
     )
     last = len(headers) - 1
     caption = "Standard benchmarks: means over seeds, in brackets 95% intervals"

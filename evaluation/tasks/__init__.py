@@ -253,6 +253,14 @@ def text(row: Mapping[str, Any], name: str) -> str:
     return value.strip()
 
 
+def written(row: Mapping[str, Any], name: str) -> str:
+    """As `text`, but of a number or a truth value too: 1.0 is 1, since a column of numbers with gaps has floats."""
+    value = row.get(name)
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:.15g}"
+    return str(value) if isinstance(value, int) else text(row, name)
+
+
 def optional_text(row: Mapping[str, Any], name: str) -> str:
     """As `text`, but "" where the field is missing, None or blank."""
     value = row.get(name)
@@ -308,6 +316,11 @@ def decimal_commas(cells: Iterable[object]) -> bool:
 
 def with_point(value: object) -> object:
     return value.replace(",", ".") if isinstance(value, str) and _DECIMAL_COMMA.fullmatch(value.strip()) else value
+
+
+def by_prompt(item: Item) -> Hashable:
+    """A task's `group` where one question is one item."""
+    return digest(item.prompt)
 
 
 def digest(value: str) -> str:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from evaluation.parsing import label_metrics, read_yes_no, score_label, summarize_labels
-from evaluation.tasks import Field, Item, Score, Source, choice, classify, digest, text
+from evaluation.tasks import Field, Item, Score, Source, choice, digest, text
 
 NAME = "boolq"
 TITLE = "BoolQ accuracy"
@@ -31,7 +31,7 @@ def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
     label = choice(row, "answer", _ANSWERS)
     asked = f"{question[0].upper()}{question[1:].rstrip('?. ')}?"
     prompt = f"{passage}\n\nQuestion: {asked}\nAnswer Yes or No."
-    return classify.item_of(NAME, item_id, prompt, label, label, passage=digest(passage))
+    return Item(item_id, NAME, prompt, label, {"label": label, "passage": digest(passage)})
 
 
 def group(item: Item) -> Hashable:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from evaluation.parsing import score_text, summarize_texts, text_metrics
-from evaluation.tasks import Field, Item, ItemError, RowError, digest, optional_text, shown, text
+from evaluation.tasks import Field, Item, ItemError, RowError, digest, instruct, optional_text, shown, text
 from trainers.words import suggest
 
 NAME = "chat"
@@ -83,8 +83,8 @@ def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
         return _of_messages(item_id, listed, row)
     turns: list[tuple[str, str]] = []
     if "instruction" in row:
-        prompt, given, answer = text(row, "instruction"), optional_text(row, "input"), text(row, "output")
-        prompt = f"{prompt}\n\n{given}" if given else prompt
+        prompt = instruct.prompt_of(text(row, "instruction"), optional_text(row, "input"))
+        answer = text(row, "output")
         turns = _history(row.get("history"))
     else:
         prompt, answer = text(row, "prompt"), text(row, "completion")

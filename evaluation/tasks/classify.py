@@ -1,17 +1,16 @@
-"""Anybody's texts with labels: the generic task that boolq and qnli are instances of.
+"""Anybody's texts with labels: scored as boolq and qnli are.
 
 Fields: text, label. The labels are those that the rows have. Say in prompt.template what is asked, e.g. "Is this review
 good or bad? {prompt}". An answer names a label where the first line that names any names one alone.
 """
 
-import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from evaluation.parsing import label_metrics, score_label, summarize_labels
-from evaluation.tasks import Field, Item, ItemError, RowError, Score, digest, shown, text
+from evaluation.tasks import Field, Item, ItemError, RowError, Score, by_prompt, shown, text, written
 
 NAME = "classify"
 TITLE = "Label accuracy"
@@ -25,20 +24,11 @@ MOST = 200
 """Labels: with more of them the column is hardly one of labels."""
 
 
-def item_of(name: str, item_id: str, prompt: str, label: str, completion: str, **truth: Any) -> Item:
-    return Item(item_id, name, prompt, completion, {"label": label, **truth})
-
-
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
-    label = row.get("label")
-    if isinstance(label, float) and math.isfinite(label):
-        label = f"{label:.15g}"  # 1.0 is 1: a column of numbers with gaps has floats
-    elif isinstance(label, bool | int):
-        label = str(label)
-    label = text({"label": label}, "label")
+    label = written(row, "label")
     if "\n" in label:
         raise RowError("label", f"expected one line, got {shown(label)}")
-    return item_of(NAME, item_id, text(row, "text"), label, label)
+    return Item(item_id, NAME, text(row, "text"), label, {"label": label})
 
 
 def complete(items: Sequence[Item]) -> list[str]:
@@ -61,10 +51,6 @@ def complete(items: Sequence[Item]) -> list[str]:
     return [f"There are {len(labels)} labels: {', '.join(map(shown, labels[:10]))}{', …' * (len(labels) > 10)}."]
 
 
-def group(item: Item) -> Hashable:
-    return digest(item.prompt)
-
-
 def named(answer: str, labels: Sequence[str]) -> str | None:
     """The label that an answer names; of "very good" and "good" the longer one."""
     known = {label.casefold(): label for label in labels}
@@ -80,4 +66,5 @@ def score(item: Item, answer: str) -> Score:
     return score_label(item, named(answer, item.truth["labels"]))
 
 
+group = by_prompt
 summarize = partial(summarize_labels, name=NAME)

@@ -27,8 +27,8 @@ FIELDS = {
 
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
     instruction, context, response = text(row, "instruction"), optional_text(row, "context"), text(row, "response")
-    about = {"category": optional_text(row, "category"), "group": digest(context or instruction)}
-    return instruct.item_of(NAME, item_id, instruction, context, response, **about)
+    truth = {"answer": response, "category": optional_text(row, "category"), "group": digest(context or instruction)}
+    return Item(item_id, NAME, instruct.prompt_of(instruction, context), response, truth)
 
 
 def group(item: Item) -> Hashable:

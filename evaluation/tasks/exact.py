@@ -1,4 +1,4 @@
-"""Anybody's questions with short answers that are right or wrong: the generic task that gsm8k is an instance of.
+"""Anybody's questions with short answers that are right or wrong: scored as gsm8k is.
 
 Fields: question, answer. Where the right answer is a number, the number that an answer arrives at must equal it (18,
 18.00 and $18 are equal, 3/4 is 0.75); any other is compared as a text, small letters, white space and a final stop
@@ -6,11 +6,11 @@ aside.
 """
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from evaluation.parsing import exact_number, final_number, same
-from evaluation.tasks import Field, Item, Score, digest, mean, mean_credit, share, text
+from evaluation.tasks import Field, Item, Score, by_prompt, mean, mean_credit, share, text, written
 
 NAME = "exact"
 TITLE = "Exact match"
@@ -27,17 +27,11 @@ MARKER = "####"
 
 
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
-    answer = row.get("answer")
-    if isinstance(answer, float) and math.isfinite(answer):
-        answer = f"{answer:.15g}"
-    elif isinstance(answer, int) and not isinstance(answer, bool):
-        answer = str(answer)
-    answer = text({"answer": answer}, "answer")
+    answer = written(row, "answer")
     return Item(item_id, NAME, text(row, "question"), answer, {"answer": answer})
 
 
-def group(item: Item) -> Hashable:
-    return digest(item.prompt)
+group = by_prompt
 
 
 def score(item: Item, answer: str) -> Score:

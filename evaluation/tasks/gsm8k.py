@@ -10,7 +10,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from evaluation.parsing import exact_number
-from evaluation.tasks import Field, Item, RowError, Score, Source, exact, mean, mean_credit, share, shown, text
+from evaluation.tasks import (
+    Field,
+    Item,
+    RowError,
+    Score,
+    Source,
+    by_prompt,
+    exact,
+    mean,
+    mean_credit,
+    share,
+    shown,
+    text,
+)
 from evaluation.tasks.exact import MARKER
 
 NAME = "gsm8k"
@@ -40,7 +53,7 @@ def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
     return Item(item_id, NAME, question, solution, {"answer": str(result)})
 
 
-group, score = exact.group, exact.score
+group, score = by_prompt, exact.score
 
 
 def summarize(scores: list[Score]) -> dict[str, float]:

@@ -1,14 +1,14 @@
-"""Anybody's instructions with free answers: the generic task that alpaca and dolly are instances of.
+"""Anybody's instructions with free answers: asked and scored as alpaca and dolly are.
 
 Fields: instruction, input (optional, what it is to be done with), output. Answers are compared by ROUGE-L.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from evaluation.parsing import score_text, summarize_texts, text_metrics
-from evaluation.tasks import Field, Item, digest, optional_text, text
+from evaluation.tasks import Field, Item, by_prompt, optional_text, text
 
 NAME = "instruct"
 TITLE = "ROUGE-L"
@@ -21,19 +21,15 @@ FIELDS = {
 }
 
 
-def item_of(name: str, item_id: str, instruction: str, given: str, output: str, **truth: Any) -> Item:
-    prompt = f"{instruction}\n\n{given}" if given else instruction
-    return Item(item_id, name, prompt, output, {"answer": output, **truth})
+def prompt_of(instruction: str, given: str) -> str:
+    return f"{instruction}\n\n{given}" if given else instruction
 
 
 def make_item(item_id: str, row: Mapping[str, Any], name: str = NAME) -> Item:
-    return item_of(name, item_id, text(row, "instruction"), optional_text(row, "input"), text(row, "output"))
+    instruction, given, output = text(row, "instruction"), optional_text(row, "input"), text(row, "output")
+    return Item(item_id, name, prompt_of(instruction, given), output, {"answer": output})
 
 
-def group(item: Item) -> Hashable:
-    """The prompt: one instruction with other inputs is another question."""
-    return digest(item.prompt)
-
-
+group = by_prompt  # one instruction with other inputs is another question
 score = score_text
 summarize = partial(summarize_texts, name=NAME)

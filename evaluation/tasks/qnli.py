@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from evaluation.parsing import label_metrics, read_yes_no, score_label, summarize_labels
-from evaluation.tasks import Field, Item, RowError, Score, Source, choice, classify, digest, text
+from evaluation.tasks import Field, Item, RowError, Score, Source, choice, digest, text
 
 NAME = "qnli"
 TITLE = "QNLI accuracy"
@@ -36,7 +36,7 @@ def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
     label = choice(row, "label", _ANSWERS)
     prompt = f"Question: {question}\nSentence: {sentence}\nDoes the sentence answer the question? Answer Yes or No."
     completion = "Yes" if label == "entailment" else "No"
-    return classify.item_of(NAME, item_id, prompt, label, completion, question=digest(question))
+    return Item(item_id, NAME, prompt, completion, {"label": label, "question": digest(question)})
 
 
 def group(item: Item) -> Hashable:

@@ -285,9 +285,9 @@ def render_asked(host: str | None, name: str, asked: Asked) -> str | None:
     Raises OllamaError: the server cannot be asked, or has no such model.
     """
     url = resolve_host(host)
-    path, what = ("/api/generate", "prompt") if isinstance(asked, str) else ("/api/chat", "messages")
     if isinstance(asked, Raw):
         return asked
+    path, what = ("/api/generate", "prompt") if isinstance(asked, str) else ("/api/chat", "messages")
     body = {"model": name, what: asked, "stream": False, "_debug_render_only": True}
     # A release that does not know _debug_render_only answers: with one token, then.
     content = _post(url, path, {**body, "options": {"num_predict": 1}}, LOAD_S)

@@ -57,6 +57,13 @@ def test_several_seeds_and_the_items_that_all_share(tree):
     assert pure.outcome == "better than base; better than baseline_lora"
 
 
+def test_items_credited_by_different_metrics_are_not_judged(tree):
+    told = {"own_sums": {"version": "1.0", "shots": 0, "items": 3, "metric": "f1"}}
+    edit(tree / "measured/lm-eval/own_sums/pure_grit/0/harness.json", tasks=told)
+    report = report_of(tree)[0]
+    assert report.comparison.benchmarks == () and report.results.benchmarks["own_sums"].metric == "acc, f1"
+
+
 def test_every_format_has_them(tree):
     make_benchmark(tree, "base", right=31.5, task="own_texts")
     report, _ = report_of(tree)

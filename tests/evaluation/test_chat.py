@@ -1,5 +1,6 @@
 """Rows as people have them → items of the task chat, and the words about rows that cannot be used."""
 
+import csv
 import json
 
 import pytest
@@ -78,6 +79,16 @@ def test_a_text_is_learnt_whole_and_asked_with_its_first_half(tmp_path):
     assert all(item.whole for item in found.train) and "Rows are plain texts (column text)." in found.notes
     alike = read(tmp_path, *({"text": f"Below is one and the same long preamble. It ends in {n}."} for n in range(3)))
     assert len({chat.group(item) for item in alike.train}) == 3, "they begin alike, and are no duplicates"
+
+
+def test_a_cell_may_hold_a_long_conversation_and_broken_json_is_refused(tmp_path):
+    long = json.dumps([{"role": "user", "content": "a " * 100_000}, {"role": "assistant", "content": "b"}])
+    file = tmp_path / "rows.csv"
+    with file.open("w", newline="") as out:
+        csv.writer(out).writerows([["messages"], [long], ["[" * 50_000], ['[{"role"']])
+    found = read_recipe(chat, section(file, max_refused=1.0))
+    assert [len(item.prompt) for item in found.train] == [199_999]
+    assert ["broken JSON" in row.reason for row in found.rejected] == [True, True]
 
 
 def test_a_mapping_names_the_form_and_two_forms_are_asked_about(tmp_path):

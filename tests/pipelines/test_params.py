@@ -63,6 +63,7 @@ def changed(raw, path, value):
         ("matrix.arms", ["mine"], r"matrix\.arms: unknown arm 'mine'\. Available: baseline_lora"),
         ("matrix.arms", ["grit_vlm"], r"arms\.grit_vlm: missing"),
         ("report_to", ["wanbd"], r"report_to: unknown tracker 'wanbd'; did you mean 'wandb'\?"),
+        ("report_to", ["tensorboard", "tensorboard"], r"report_to: expected each once"),
         ("matrix.seeds", [0, 0], r"matrix\.seeds: expected each once"),
         ("matrix.seeds", [-1], r"matrix\.seeds\.0: .*got -1"),
         ("arms", {}, r"arms\.baseline_lora: missing"),
