@@ -102,7 +102,7 @@ METHODS: dict[str, Method] = {
     "adamw": Method(3e-3),
     OURS: Method(
         2.8e-3,
-        {"grit": {"enable_rank_adaptation": False, "nesterov": True, "cautious": True, "eigen_power": 0.6}},
+        {"grit": {"enable_rank_adaptation": False, "nesterov": True, "cautious": True, "orthogonal": True}},
         arm="pure_grit",
     ),
     "adamw_ahead": Method(3e-3, _optimizer("benchmarks._rivals.AheadAdamW")),
@@ -321,7 +321,9 @@ def _arm(name: str) -> Any:
     return _rivals.LORA_ONE if name == "lora_one" else arms.load(name)
 
 
-def train(run: Mapping[str, Any], limit: float = math.inf, report: Any = None) -> dict[str, Any]:
+def train(
+    run: Mapping[str, Any], limit: float = math.inf, report: Any = None, callbacks: Sequence[Any] = ()
+) -> dict[str, Any]:
     """The row of a run; `limit`: validation loss at a third of its steps above which it is given up.
 
     `report`: as an arm's.
@@ -370,7 +372,8 @@ def train(run: Mapping[str, Any], limit: float = math.inf, report: Any = None) -
 
     def make_trainer(settings: Any, **kwargs: Any) -> Any:
         trainer = arm.make_trainer(settings, **kwargs)
-        trainer.add_callback(GiveUp())
+        for callback in (GiveUp(), *callbacks):
+            trainer.add_callback(callback)
         return trainer
 
     with TemporaryDirectory() as name:
@@ -433,20 +436,45 @@ def work(horizons: Sequence[int], methods: Sequence[str]) -> None:
 # The table
 
 
-def time_steps(methods: Sequence[str], rounds: int = 3, steps: int = 40) -> None:
-    """Seconds a step, the methods in turn, on a machine that does nothing else.
+def time_steps(methods: Sequence[str], blocks: int = 6, block: int = 10) -> None:
+    """Seconds a step, on a machine that does nothing else: every method in a process of its own, a step each in turn.
 
-    What a start computes before the first step is not in it.
+    A block holds all that GRIT does every few steps; one block goes before, unmeasured. What a start computes before
+    the first step is not in it.
     """
-    own = {"alpha": 64, "beta1": 0.8, "warmup": 0.13}
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for number in range(rounds):
-        for name in (*methods[number:], *methods[:number]):
-            start = METHODS[name].start
-            run = _run(name, steps + start, {**own, "rate": METHODS[name].rate / 10}, "compare")
-            with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-                seconds[name].append(pool.submit(train, run).result()["seconds_a_step"])
-            print(name, seconds[name], flush=True)
+    from transformers import TrainerCallback
+
+    context = get_context("fork")
+    turns = [context.Semaphore(number == 0) for number in range(len(methods))]
+    found = context.SimpleQueue()
+    steps = (blocks + 1) * block + 1  # in the last one others have begun to evaluate
+
+    def work(number: int, name: str) -> None:
+        seconds = []
+
+        class Turn(TrainerCallback):
+            def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if not turns[number].acquire(timeout=600):
+                    raise RuntimeError(f"{name}: expected a turn within 10 minutes, got none: another method has died")
+                self.begun = time.perf_counter()
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                seconds.append(time.perf_counter() - self.begun)
+                turns[(number + 1) % len(methods)].release()
+
+        own = {"alpha": 64, "beta1": 0.8, "warmup": 0.13, "rate": METHODS[name].rate / 10}
+        train(_run(name, steps + METHODS[name].start, own, "compare"), callbacks=[Turn()])
+        found.put((name, [statistics.fmean(seconds[i : i + block]) for i in range(block, steps - 1, block)]))
+
+    processes = [context.Process(target=work, args=pair) for pair in enumerate(methods)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit("not every method ended well: see above")
+    of = dict(found.get() for _ in methods)
+    seconds = {name: of[name] for name in methods}
     write(f"{NAME}_time", "Time of a step", seconds=seconds, ratios=ratios(seconds, "adamw"))
 
 

@@ -60,10 +60,11 @@ class GRITConfig:
     lr_ratio_b: Positive = 1.0  # learning rate of B over that of A (LoRA+), > 0
     # p in [0, 1] of mode eigen_adamw: the step along direction i is ∝ (λ_i/mean λ + damping)^(−p/2)
     eigen_power: Annotated[float, (0, 1, "[]")] = 1.0
-    # Of mode eigen_adamw: a step that looks a gradient ahead (Dozat 2016), and one without entries against its sign
-    # (Liang et al. 2024)
+    # Of mode eigen_adamw: a step that looks a gradient ahead (Dozat 2016), one without entries against its sign (Liang
+    # et al. 2024), and one that goes as far in each of its r directions (Jordan et al. 2024)
     nesterov: bool = False
     cautious: bool = False
+    orthogonal: bool = False
     kl_clip: NotNegative = 1e-3  # κ of mode sgd: trust region, (step)ᵀ F (step) ≤ κ; 0 = none
     sgd_momentum: BelowOne = 0.9  # [0, 1), of the SGD that GritTrainer makes in mode sgd
 
@@ -140,7 +141,7 @@ class GRITConfig:
                 "pi_correction: has no effect in mode 'eigen_adamw', which inverts no factor; expected false, or mode "
                 "'adamw' or 'sgd'; got true"
             )
-        for name in ("nesterov", "cautious"):
+        for name in ("nesterov", "cautious", "orthogonal"):
             if getattr(self, name) is True and self.mode != "eigen_adamw":
                 others.append(
                     f"{name}: has no effect in mode {self.mode!r}; expected false, or mode 'eigen_adamw'; got true"

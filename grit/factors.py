@@ -117,6 +117,22 @@ def step_weights(values: Tensor, strength: float, power: float) -> Tensor:
     return (values / mean + max(strength, 1e-12)) ** (-0.5 * power)
 
 
+def orthogonal(steps: Tensor) -> Tensor:
+    """All singular values made equal, at the same Frobenius norm: [n, p, q] → [n, p, q] (Muon, Jordan et al. 2024).
+
+    (X Xᵀ)^(−1/2) X on the shorter side, of LoRA the rank. Singular values below 0.001 of the largest stay as much
+    smaller than the others: they are rounding as likely as not, and zeros stay zeros.
+    """
+    tall = steps.shape[-2] > steps.shape[-1]
+    norm = torch.linalg.matrix_norm(steps, keepdim=True)
+    x: Tensor = (steps.mT if tall else steps) / norm.clamp_min(_TINY)
+    values, vectors = torch.linalg.eigh(x @ x.mT)
+    root = torch.maximum(values, 1e-6 * values[:, -1:]).clamp_min(_TINY).rsqrt()
+    x = (vectors * root[:, None, :]) @ (vectors.mT @ x)
+    x *= norm / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(_TINY)
+    return x.mT if tall else x
+
+
 def effective_rank(values: Tensor) -> Tensor:
     """Exp of the entropy of the normalised eigenvalues (Roy & Vetterli 2007): [..., r] → [...], between 1 and r."""
     share = values.clamp_min(0) / values.clamp_min(0).sum(-1, keepdim=True).clamp_min(_TINY)

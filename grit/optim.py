@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from grit import factors
 from grit.curvature import Turned
 from grit.manager import Manager
 
@@ -148,9 +149,11 @@ class GritOptimizer(torch.optim.Optimizer):
         changes = _directions(stacks)
         for i, t in enumerate(stacks):
             changes[i] = _ahead(t, changes[i], config.nesterov, config.cautious)
-            for p in t.parameters:  # so that the probe takes both for AdamW's, and the axes alone for an effect
-                p.ahead = (config.nesterov, config.cautious)  # type: ignore[attr-defined]
+            for p in t.parameters:  # so that the probe takes all three for AdamW's, and the axes alone for an effect
+                p.ahead = (config.nesterov, config.cautious, config.orthogonal)  # type: ignore[attr-defined]
             changes[i] = t.back(changes[i])  # one by one, so that directions are freed
+            if config.orthogonal:
+                changes[i] = factors.orthogonal(changes[i])
         changes, metrics, factor = curvature.limit(stacks, changes, step)
         self.manager.last_metrics |= metrics
         for t, change in zip(stacks, changes, strict=True):

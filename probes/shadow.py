@@ -17,8 +17,9 @@ class Shadow:
     Its gradients are the raw ones, clipped as plain training would clip them. It has one learning rate for all
     tensors, the lowest of the optimizer's groups: a rate of its own for B (LoRA+) is part of what is examined. It
     rounds as torch's AdamW does, with moments in the weights' own dtype: in bfloat16 another order of roundings
-    alone turns an update by degrees. Where a parameter has `ahead`, a pair of booleans, its step is Nesterov's (Dozat
-    2016), or cautious (Liang et al. 2024), so that neither counts as preconditioning.
+    alone turns an update by degrees. Where a parameter has `ahead`, three booleans, its step is Nesterov's (Dozat
+    2016), cautious (Liang et al. 2024), orthogonal (Jordan et al. 2024), so that none of them counts as
+    preconditioning.
     """
 
     def __init__(self, parameters: list[nn.Parameter]):
@@ -129,7 +130,8 @@ def shadow_options(optimizer: Any, parameters: list[nn.Parameter]) -> dict[str, 
     groups = every or [{}]
     # A rate that is no number is the optimizer's own business (Adafactor's); the direction does not hang on it.
     rates = [_number(group.get("lr"), 1e-3) for group in groups]
-    kinds = [(place, p.dtype, getattr(p, "ahead", None)) for place, p in zip(places, parameters, strict=True)]
+    ahead = [(*said, p.shape) if (said := getattr(p, "ahead", None)) else None for p in parameters]
+    kinds = [(place, p.dtype, own) for place, p, own in zip(places, parameters, ahead, strict=True)]
     own = {kind: (*_own(groups[kind[0]], kind[1]), kind[2]) for kind in {*kinds}}
     used = [groups[place] for place in {*places}]
     return {
@@ -167,8 +169,9 @@ def _own(group: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def _ahead(
-    g: Tensor, m: Tensor, v: Tensor, t: int, betas: tuple[float, float], eps: float, nesterov: bool, cautious: bool
-) -> Tensor:
+    g: Tensor, m: Tensor, v: Tensor, t: int, betas: tuple[float, float], eps: float,
+    nesterov: bool, cautious: bool, orthogonal: bool, shape: torch.Size,
+) -> Tensor:  # fmt: skip
     one, two = betas
     mean = m / (1 - one**t)
     if nesterov:
@@ -177,4 +180,13 @@ def _ahead(
     if cautious:
         agrees = (step * g > 0).to(step.dtype)
         step = step * agrees / agrees.mean(-1, keepdim=True).clamp_min(1e-3)
+    if orthogonal:
+        x = step.view(-1, *shape)
+        x = x.mT if shape[0] > shape[1] else x
+        values, vectors = torch.linalg.eigh((x @ x.mT).double())
+        root = torch.maximum(values, 1e-6 * values[:, -1:]).clamp_min(1e-60).rsqrt()
+        x = (vectors * root[:, None, :] @ vectors.mT).to(x.dtype) @ x
+        x = x.mT if shape[0] > shape[1] else x
+        turned = x.reshape(step.shape)
+        step = turned * (step.norm(dim=-1, keepdim=True) / turned.norm(dim=-1, keepdim=True).clamp_min(1e-30))
     return step

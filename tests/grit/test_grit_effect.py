@@ -256,10 +256,10 @@ def test_on_an_ill_conditioned_problem_grit_ends_lower_than_its_rival_at_any_rat
 
 
 @pytest.mark.parametrize("warm_up", [0, 1000])
-def test_nesterov_and_caution_alone_are_no_effect_to_the_probe(warm_up):
-    """What the probe holds a step against is AdamW's with both, so that nothing but the axes is an effect."""
+def test_what_grit_does_beside_its_axes_is_no_effect_to_the_probe(warm_up):
+    """What the probe holds a step against is AdamW's with all of it, so that nothing but the axes is an effect."""
     model = lora()
-    optimizer = wrapped(model, quick(nesterov=True, cautious=True, ng_warmup_steps=warm_up))
+    optimizer = wrapped(model, quick(nesterov=True, cautious=True, orthogonal=True, ng_warmup_steps=warm_up))
     with Probe(model, optimizer, claims=True) as probe:
         train(model, optimizer, 24)
     verdict = judge(probe)
