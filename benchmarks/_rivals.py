@@ -37,14 +37,14 @@ LORA_ONE = replace(baseline_lora.ARM, name="lora_one", title="LoRA-One", make_tr
 
 
 class AheadAdamW(torch.optim.Optimizer):
-    """AdamW with what mode eigen_adamw has beside its axes: Nesterov's step, and none against the gradient's sign."""
+    """AdamW with what mode eigen_adamw has beside its axes: Nesterov's, cautious and orthogonal steps."""
 
     def __init__(
         self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, nesterov: bool = True, cautious: bool = True,
+        weight_decay: float = 0.0, nesterov: bool = True, cautious: bool = True, orthogonal: bool = False,
     ):  # fmt: skip
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.nesterov, self.cautious = nesterov, cautious
+        self.nesterov, self.cautious, self.orthogonal = nesterov, cautious, orthogonal
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -62,4 +62,8 @@ class AheadAdamW(torch.optim.Optimizer):
                 step = ahead / ((v / (1 - two**t)).sqrt() + group["eps"])
                 if self.cautious:
                     step *= (agrees := (step * g > 0).to(step.dtype)) / agrees.mean().clamp_min(1e-3)
+                if self.orthogonal:
+                    u, s, vh = torch.linalg.svd(step, full_matrices=False)
+                    s = (s / s[0].clamp_min(1e-30)).clamp_max(1e-3)  # those below stay as small: they are rounding
+                    step = (u * (s * step.norm() / s.norm().clamp_min(1e-30))) @ vh
                 p.mul_(1 - lr * group["weight_decay"]).sub_(lr * step)

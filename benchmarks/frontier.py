@@ -106,6 +106,8 @@ METHODS: dict[str, Method] = {
         arm="pure_grit",
     ),
     "adamw_ahead": Method(3e-3, _optimizer("benchmarks._rivals.AheadAdamW")),
+    # GRIT without its axes:
+    "adamw_orthogonal": Method(2.8e-3, _optimizer("benchmarks._rivals.AheadAdamW", orthogonal=True)),
     "lora_plus": Method(4e-3, _optimizer("peft.optimizers.create_loraplus_optimizer", loraplus_lr_ratio=4)),
     "dora": Method(3e-3, _peft(use_dora=True)),
     "pissa": Method(3e-3, _peft(init_lora_weights="pissa")),
@@ -440,7 +442,7 @@ def time_steps(methods: Sequence[str], blocks: int = 6, block: int = 10) -> None
     """Seconds a step, on a machine that does nothing else: every method in a process of its own, a step each in turn.
 
     A block holds all that GRIT does every few steps; one block goes before, unmeasured. What a start computes before
-    the first step is not in it.
+    the first step is not in it. Beside it the bytes of an optimizer's state over those of the weights it trains.
     """
     from transformers import TrainerCallback
 
@@ -450,7 +452,7 @@ def time_steps(methods: Sequence[str], blocks: int = 6, block: int = 10) -> None
     steps = (blocks + 1) * block + 1  # in the last one others have begun to evaluate
 
     def work(number: int, name: str) -> None:
-        seconds = []
+        seconds, share = [], []
 
         class Turn(TrainerCallback):
             def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -463,8 +465,15 @@ def time_steps(methods: Sequence[str], blocks: int = 6, block: int = 10) -> None
                 turns[(number + 1) % len(methods)].release()
 
         own = {"alpha": 64, "beta1": 0.8, "warmup": 0.13, "rate": METHODS[name].rate / 10}
-        train(_run(name, steps + METHODS[name].start, own, "compare"), callbacks=[Turn()])
-        found.put((name, [statistics.fmean(seconds[i : i + block]) for i in range(block, steps - 1, block)]))
+
+        def report(trainer: Any, job: Any) -> dict[str, Any]:
+            weights = [p for p in trainer.model.parameters() if p.requires_grad]
+            share.append(_bytes(trainer.optimizer.state_dict()) / _bytes(weights))
+            return {}
+
+        train(_run(name, steps + METHODS[name].start, own, "compare"), report=report, callbacks=[Turn()])
+        means = [statistics.fmean(seconds[i : i + block]) for i in range(block, steps - 1, block)]
+        found.put((name, means, share[0]))
 
     processes = [context.Process(target=work, args=pair) for pair in enumerate(methods)]
     for process in processes:
@@ -473,9 +482,18 @@ def time_steps(methods: Sequence[str], blocks: int = 6, block: int = 10) -> None
         process.join()
     if any(process.exitcode for process in processes):
         raise SystemExit("not every method ended well: see above")
-    of = dict(found.get() for _ in methods)
-    seconds = {name: of[name] for name in methods}
-    write(f"{NAME}_time", "Time of a step", seconds=seconds, ratios=ratios(seconds, "adamw"))
+    of = {name: (seconds, share) for name, seconds, share in (found.get() for _ in methods)}
+    seconds, state = ({name: of[name][place] for name in methods} for place in (0, 1))
+    write(f"{NAME}_time", "Time of a step", seconds=seconds, ratios=ratios(seconds, "adamw"), state=state)
+
+
+def _bytes(value: Any) -> int:
+    """Of all tensors in an optimizer's state."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return sum(map(_bytes, value))
+    return value.nbytes if hasattr(value, "nbytes") else 0
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -511,7 +529,8 @@ def sensitivity(name: str, rows: Rows) -> float | None:
 def report(rows: Rows) -> None:
     losses: dict[str, dict[int, dict[int, float]]] = {}  # method → seed → horizon → loss
     timed = RESULTS / f"{NAME}_time.json"
-    share = json.loads(timed.read_text(encoding="utf-8"))["ratios"] if timed.is_file() else {}
+    measured = json.loads(timed.read_text(encoding="utf-8")) if timed.is_file() else {"ratios": {}, "state": {}}
+    share = measured["ratios"]
     for name in METHODS:
         for horizon in sorted({*HORIZONS, *STEPS_BETWEEN}):
             if horizon != 150 and too_far(name, rows):
@@ -540,12 +559,13 @@ def report(rows: Rows) -> None:
                 if name in share:
                     line["time_ratio"] = [share[name]["median"] * value for value in line["steps_ratio"]]
             line["sensitivity"] = sensitivity(name, rows)
+            line["state"] = measured["state"].get(name)
             rates = [run["settings"]["rate"] for run in tries(name, 150, rows)]
             line["at_border"] = horizon == 150 and line["settings"]["rate"] in (min(rates), max(rates))
             line["compared_at_150_alone"] = too_far(name, rows)
             lines.append(line)
     table = Table(
-        "method", "steps", "loss", "− AdamW's", "steps ratio", "time ratio", "rates within 2%",
+        "method", "steps", "loss", "− AdamW's", "steps ratio", "time ratio", "rates within 2%", "state / weights",
         title=f"{len(SEEDS)} seeds, 95% t-intervals; *: too far to go on; !: best rate at border; ~: beyond the curve",
         title_justify="left",
     )  # fmt: skip
@@ -556,7 +576,8 @@ def report(rows: Rows) -> None:
             digits = 2 if "ratio" in kind else 4
             text = "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*line[kind], d=digits) if kind in line else ""
             shown.append(text + "~" * (kind == "steps_ratio" and line.get("extrapolated", False)))
-        table.add_row(*shown, f"{line['sensitivity']:.2f}×" if line["sensitivity"] else "")
+        state = f"{line['state']:.2f}" if line["state"] else ""
+        table.add_row(*shown, f"{line['sensitivity']:.2f}×" if line["sensitivity"] else "", state)
     Console(width=140).print(table)
     plot(losses, share, FOLDER / "docs" / f"{NAME}.png")
     means = {(line["method"], line["horizon"]): line["loss"][0] for line in lines}

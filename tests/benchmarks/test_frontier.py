@@ -146,7 +146,7 @@ def test_lora_rite_steps_the_same_way_from_every_factorization():
     torch.testing.assert_close(*updates, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("ahead", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("ahead", [(True, False, False), (False, True, False), (True, True, False), (True, True, True)])
 def test_the_probes_yardstick_is_adamw_with_the_same_tricks(ahead):
     """The shadow, of two tensors of one size of which one has fewer gradients, against AheadAdamW."""
     torch.manual_seed(0)
