@@ -19,7 +19,7 @@ from benchmarks import frontier
 from benchmarks._harness import RESULTS, command, write
 
 ROWS = RESULTS / "rank_runs.jsonl"
-STEPS, RANKS, THRESHOLDS = 300, (16, 12, 8, 6, 4), (0.9999, 0.999, 0.997, 0.99, 0.97, 0.95, 0.9)
+STEPS, RANKS, THRESHOLDS = 300, (16, 8, 4), (0.9999, 0.999, 0.997, 0.99, 0.97, 0.95, 0.9)
 METHODS = ("adamw", frontier.OURS)
 
 
