@@ -610,6 +610,7 @@ def plot(losses: Mapping[str, Any], share: Mapping[str, Any], file: Path) -> Non
     )
     panels = axes[0]
     colours = {"adamw": "#555555", OURS: "#0b6fb8"}
+    labels: dict[tuple[Any, int], list[tuple[float, float, str]]] = {}
     for name, own in sorted(losses.items(), key=lambda pair: pair[0] in colours):
         horizons = sorted(own[0])
         points = [interval([own[seed][h] for seed in SEEDS]) for h in horizons]
@@ -623,9 +624,17 @@ def plot(losses: Mapping[str, Any], share: Mapping[str, Any], file: Path) -> Non
             bars = spread if name in colours else None
             panel.errorbar([h * scale for h in horizons], mean, yerr=bars, capsize=2, marker=".", label=label, **style)
             if name not in colours:
-                panel.annotate(
-                    name, (horizons[-1] * scale, mean[-1]), xytext=(4, 0), textcoords="offset points", size=6
-                )
+                labels.setdefault((panel, horizons[-1]), []).append((mean[-1], horizons[-1] * scale, name))
+    low, high = panels[0].get_ylim()
+    for (panel, _), own in labels.items():
+        heights = [low]
+        for y, *_ in sorted(own):
+            heights.append(max(y, heights[-1] + (high - low) / 45))  # none on another one
+        lift = statistics.fmean(heights[1:]) - statistics.fmean(y for y, *_ in own)
+        right = max(x for _, x, _ in own) * 1.1
+        for height, (y, x, name) in zip(heights[1:], sorted(own), strict=True):
+            line = {"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.5}
+            panel.annotate(name, (x, y), (right, height - lift), va="center", size=6, arrowprops=line)
     for panel, title in zip(panels, titles, strict=True):
         panel.set_xscale("log")
         ticks = [75, 150, 300, 600]
