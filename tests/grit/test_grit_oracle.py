@@ -332,7 +332,7 @@ def numpy_adam(memory, gradient, nesterov, cautious):
     return np.where(step * gradient > 0, step, 0) / np.mean(step * gradient > 0) if cautious else step
 
 
-def own_eigen_adamw(batches, cov_freq, freq, min_samples, power, ahead=(False, False), orthogonal=False):
+def own_eigen_adamw(batches, cov_freq, freq, min_samples, power, ahead=(False, False, False)):
     """Adam in the eigenbases, in NumPy; returns (Aᵀ, B) of every layer, B three times as fast.
 
     A is worked on as Aᵀ [d_in, r], so that bases act from the right on both. A basis change R takes a coordinate i to
@@ -369,8 +369,8 @@ def own_eigen_adamw(batches, cov_freq, freq, min_samples, power, ahead=(False, F
             _, _, grad_a, grad_b = gradients[name]
             for side, (gradient, lr) in enumerate(((grad_a.numpy().T, 0.02), (grad_b.numpy(), 0.06))):
                 q, weight = basis[name][side], current[name][side]
-                change = (numpy_adam(memory[name][side], gradient @ q, *ahead) * stretch[name][side]) @ q.T
-                if orthogonal and (norm := np.linalg.norm(change)) > 0:
+                change = (numpy_adam(memory[name][side], gradient @ q, *ahead[:2]) * stretch[name][side]) @ q.T
+                if ahead[2] and (norm := np.linalg.norm(change)) > 0:
                     u, values, vh = np.linalg.svd(change, full_matrices=False)
                     values = np.minimum(values / values[0], 1e-3)  # a matrix of signs has no third direction, say
                     change = norm / np.linalg.norm(values) * (u * values @ vh)
@@ -379,33 +379,31 @@ def own_eigen_adamw(batches, cov_freq, freq, min_samples, power, ahead=(False, F
 
 
 @pytest.mark.parametrize(
-    ("cov_freq", "freq", "min_samples", "power", "ahead", "orthogonal"),
+    ("cov_freq", "freq", "min_samples", "power", "ahead"),
     [
-        (1, 1, 1, 0.0, (False, False), False),
-        (2, 3, 1, 0.5, (False, False), False),
-        (1, 4, 60, 1.0, (False, False), False),
-        (1, 4, 60, 1.0, (True, False), False),
-        (2, 3, 1, 0.5, (False, True), False),
-        (1, 4, 60, 0.5, (True, True), False),
-        (1, 4, 60, 0.5, (True, True), True),
+        (1, 1, 1, 0.0, (False, False, False)),
+        (2, 3, 1, 0.5, (False, False, False)),
+        (1, 4, 60, 1.0, (False, False, False)),
+        (1, 4, 60, 1.0, (True, False, False)),
+        (2, 3, 1, 0.5, (False, True, False)),
+        (1, 4, 60, 0.5, (True, True, False)),
+        (1, 4, 60, 0.5, (True, True, True)),
     ],
 )
-def test_eigen_adamw_equals_an_independent_adam_in_the_eigenbasis(
-    cov_freq, freq, min_samples, power, ahead, orthogonal
-):
+def test_eigen_adamw_equals_an_independent_adam_in_the_eigenbasis(cov_freq, freq, min_samples, power, ahead):
     """Twelve steps; the third case takes up its first basis at step 2, when moments are there to be turned."""
     batches = [make_batch(i) for i in range(12)]
     intervals = {"grit_cov_update_freq": cov_freq, "kfac_update_freq": freq, "kfac_min_samples": min_samples}
-    intervals |= {"nesterov": ahead[0], "cautious": ahead[1], "orthogonal": orthogonal}
+    intervals |= dict(zip(("nesterov", "cautious", "orthogonal"), ahead, strict=True))
     config = settings(mode="eigen_adamw", **intervals, cov_decay=0.6, lr_ratio_b=3.0, eigen_power=power)
     got, manager = trained_by_grit(config, lambda m: torch.optim.AdamW(trainable(m), **ADAM), batches)
-    want = own_eigen_adamw(batches, cov_freq, freq, min_samples, power, ahead, orthogonal)
+    want = own_eigen_adamw(batches, cov_freq, freq, min_samples, power, ahead)
     for name in NAMES:
         assert_same(got[name][0].mT, want[name][0], rel=1e-9)
         assert_same(got[name][1], want[name][1], rel=1e-9)
     assert manager.curvature.ready_layers() == 3
     # Adam without the basis ends up elsewhere.
-    plain = torch.from_numpy(own_eigen_adamw(batches, cov_freq, freq, 1e9, power, ahead, orthogonal)["first"][1])
+    plain = torch.from_numpy(own_eigen_adamw(batches, cov_freq, freq, 1e9, power, ahead)["first"][1])
     assert float((plain - got["first"][1]).norm() / got["first"][1].norm()) > 1e-3
 
 
