@@ -60,11 +60,11 @@ class GRITConfig:
     lr_ratio_b: Positive = 1.0  # learning rate of B over that of A (LoRA+), > 0
     # p in [0, 1] of mode eigen_adamw: the step along direction i is ∝ (λ_i/mean λ + damping)^(−p/2)
     eigen_power: Annotated[float, (0, 1, "[]")] = 1.0
-    # Of mode eigen_adamw: a step that looks a gradient ahead (Dozat 2016), one without entries against its sign (Liang
-    # et al. 2024), and one that goes as far in each of its r directions (Jordan et al. 2024)
-    nesterov: bool = False
-    cautious: bool = False
-    orthogonal: bool = False
+    # Of mode eigen_adamw (None: on there): a step that looks a gradient ahead (Dozat 2016), one without entries against
+    # its sign (Liang et al. 2024), and one that goes as far in each of its r directions (Jordan et al. 2024)
+    nesterov: bool | None = None
+    cautious: bool | None = None
+    orthogonal: bool | None = None
     kl_clip: NotNegative = 1e-3  # κ of mode sgd: trust region, (step)ᵀ F (step) ≤ κ; 0 = none
     sgd_momentum: BelowOne = 0.9  # [0, 1), of the SGD that GritTrainer makes in mode sgd
 
@@ -151,6 +151,13 @@ class GRITConfig:
         if not wrong & {"min_lora_rank", "lora_rank"} and self.min_lora_rank > self.lora_rank:
             others.append(f"min_lora_rank: expected at most lora_rank = {self.lora_rank}, got {self.min_lora_rank}")
         return [*found.values(), *others]
+
+    @property
+    def ahead(self) -> tuple[bool, bool, bool]:
+        """Whether steps are Nesterov's, cautious, orthogonal."""
+        given = (self.nesterov, self.cautious, self.orthogonal)
+        nesterov, cautious, orthogonal = (self.mode == "eigen_adamw" if one is None else one for one in given)
+        return nesterov, cautious, orthogonal
 
     @property
     def grafts(self) -> bool:

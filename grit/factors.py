@@ -125,12 +125,12 @@ def orthogonal(steps: Tensor) -> Tensor:
     """
     tall = steps.shape[-2] > steps.shape[-1]
     norm = torch.linalg.matrix_norm(steps, keepdim=True)
-    x: Tensor = (steps.mT if tall else steps) / norm.clamp_min(_TINY)
-    values, vectors = torch.linalg.eigh(x @ x.mT)
+    gram = steps.mT @ steps if tall else steps @ steps.mT
+    values, vectors = torch.linalg.eigh(gram / norm.square().clamp_min(_TINY))
     root = torch.maximum(values, 1e-6 * values[:, -1:]).clamp_min(_TINY).rsqrt()
-    x = (vectors * root[:, None, :]) @ (vectors.mT @ x)
-    x *= norm / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(_TINY)
-    return x.mT if tall else x
+    turn = (vectors * root[:, None, :]) @ vectors.mT
+    x: Tensor = steps @ turn if tall else turn @ steps
+    return x.mul_(norm / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(_TINY))
 
 
 def effective_rank(values: Tensor) -> Tensor:

@@ -144,15 +144,16 @@ class GritOptimizer(torch.optim.Optimizer):
                 torch._foreach_mul_(gradients, nu)
 
     def _eigen_step(self) -> None:
-        curvature, step, config = self.manager.curvature, self.manager.step, self.manager.config
+        curvature, step = self.manager.curvature, self.manager.step
+        nesterov, cautious, orthogonal = self.manager.config.ahead
         stacks = curvature.turned(self.param_groups, step)
         changes = _directions(stacks)
         for i, t in enumerate(stacks):
-            changes[i] = _ahead(t, changes[i], config.nesterov, config.cautious)
+            changes[i] = _ahead(t, changes[i], nesterov, cautious)
             for p in t.parameters:  # so that the probe takes all three for AdamW's, and the axes alone for an effect
-                p.ahead = (config.nesterov, config.cautious, config.orthogonal)  # type: ignore[attr-defined]
+                p.ahead = (nesterov, cautious, orthogonal)  # type: ignore[attr-defined]
             changes[i] = t.back(changes[i])  # one by one, so that directions are freed
-            if config.orthogonal:
+            if orthogonal:
                 changes[i] = factors.orthogonal(changes[i])
         changes, metrics, factor = curvature.limit(stacks, changes, step)
         self.manager.last_metrics |= metrics
@@ -231,6 +232,7 @@ def _ahead(t: Turned, direction: Tensor, nesterov: bool, cautious: bool) -> Tens
         direction = beta1 * (1 - beta1**steps) / (1 - beta1 ** (steps + 1)) * direction
         direction += (1 - beta1) / (1 - beta1**steps) * now
     if cautious:
-        agrees = (direction * t.gradient > 0).to(direction.dtype)
-        direction = direction * (agrees / agrees.flatten(1).mean(1).clamp_min(1e-3).view(shape))
+        agrees = (direction * t.gradient).gt_(0)
+        share = agrees.flatten(1).mean(1).clamp_min(1e-3).view(shape)
+        direction = agrees.mul_(direction).div_(share)
     return direction

@@ -84,7 +84,10 @@ class FisherCurvature(Curvature):
     """Raises GritLayerError for trainable LoRA that is not among the layers, or several fisher_update_freq."""
 
     def __init__(self, model: nn.Module, grit_layers: Mapping[str, GRITLoRALinear]):
-        config = GRITConfig(capture="hooks", reprojection="none", min_lora_rank=1, enable_rank_adaptation=False)
+        config = GRITConfig(
+            capture="hooks", reprojection="none", min_lora_rank=1, enable_rank_adaptation=False,
+            nesterov=False, cautious=False, orthogonal=False,  # not tried here
+        )  # fmt: skip
         super().__init__(model, config)
         self._grouped = [pair for group in group_pairs(super().pairs()) for pair in group.pairs]
         self.grit_layers = dict(grit_layers)

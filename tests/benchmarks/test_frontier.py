@@ -38,7 +38,7 @@ def test_every_method_has_the_same_budget():
     for name in methods:
         tunes = (17,) if name == "muon" else (28, 31)  # too far for more than its best on further seeds
         assert count[name, "tune", 150] in tunes and count[name, "compare", 150] == 5
-        for horizon, tunes in ((300, 8), (600, 7)):
+        for horizon, tunes in ((300, 8), (600, 9)):
             assert (count.get((name, "tune", horizon), 0) in (tunes, tunes - 1)) == (name != "muon")
             assert count.get((name, "compare", horizon), 0) == (0 if name == "muon" else 5)
     assert [count[what] for what in count if what[2] in (112, 225, 450)] == [6, 5, 6, 5, 6, 5]

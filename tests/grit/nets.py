@@ -45,6 +45,7 @@ def quick(**changes):
     """Everything at every step, no reprojection; nothing here hangs on defaults that are tuned."""
     values = {"grit_cov_update_freq": 1, "kfac_update_freq": 1, "kfac_min_samples": 1, "min_lora_rank": 1}
     values |= {"reprojection": "none", "log_freq": 1, "cov_decay": 0.8, "kfac_damping": 1e-3, "eigen_power": 0.0}
+    values |= dict.fromkeys(("nesterov", "cautious", "orthogonal"), False)
     return GRITConfig.from_dict({**values, **changes})
 
 

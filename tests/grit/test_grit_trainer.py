@@ -56,6 +56,7 @@ def grit_trainer(folder, config, model=None, data=None, of_trainer=None, **chang
 def settings(**changes):
     """Statistics at every step, no reprojection unless it is asked for."""
     values = {"grit_cov_update_freq": 1, "kfac_update_freq": 2, "kfac_min_samples": 16, "reprojection": "none"}
+    values |= dict.fromkeys(("nesterov", "cautious", "orthogonal"), False)
     return GRITConfig(**{**values, "min_lora_rank": 2, "log_freq": 2, **changes})
 
 

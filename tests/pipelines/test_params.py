@@ -193,7 +193,7 @@ def test_an_adapter_from_elsewhere_is_an_arm_by_its_folder(raw, tmp_path, monkey
     raw["arms"]["mine"]["peft"] = "theirs/mine.json"
     file = tmp_path / "theirs/mine.json"
     file.parent.mkdir()
-    whole = {"peft_type": "LORA", "base_model_name_or_path": "x", "r": 16, "lora_alpha": 32, "use_rslora": True}
+    whole = {"peft_type": "LORA", "base_model_name_or_path": "x", "r": 16, "lora_alpha": 128, "use_rslora": True}
 
     def hashed(**changes):
         file.write_text(json.dumps(whole | changes))

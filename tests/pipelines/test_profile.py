@@ -266,7 +266,7 @@ def test_a_comment_does_not_outlive_the_value_that_it_speaks_of():
         assert yaml.safe_load(text) == profile.merged(name)[0], "comments alone"
         return [line for line in text.splitlines() if line.startswith("  learning_rate: ")][1]
 
-    assert "best evaluation loss of five rates (LOG.md)" in rates("tiny")
+    assert "best evaluation loss of five tries, α and betas among them (LOG.md)" in rates("tiny")
     assert rates("smoke") == "  learning_rate: 0.003"
     assert rates("alpaca+llama3_8b").startswith("  learning_rate: 2.0e-05     # of GRIT's authors; not tried here")
     assert "α; the update is scaled by α/r" in profile.compose("smoke"), "what a key means stays"

@@ -188,6 +188,6 @@ REFUSED = [
 
 @pytest.mark.parametrize(("arm", "changes", "message"), REFUSED)
 def test_what_an_arm_cannot_be(raw, arm, changes, message):
-    own = {**raw, "arms": {**raw["arms"], arm: {**raw["arms"][arm], **changes}}}
+    own = {**raw, "arms": {**raw["arms"], arm: {**raw["arms"][arm], "optim_args": {}, **changes}}}
     with pytest.raises(ConfigError, match=message):
         parse_params(own)
