@@ -40,6 +40,7 @@ def test_every_default_passes_and_paper_has_the_values_of_the_documents():
     }  # fmt: skip
     assert {name: getattr(paper, name) for name in documents} == documents
     assert GRITConfig.paper(kfac_update_freq=7, damping_mode="relative").kfac_update_freq == 7
+    assert GRITConfig(cautious=False).ahead == (True, False, True) and paper.ahead == (False, False, False)
 
 
 def test_all_mistakes_of_all_kinds_arrive_together():
@@ -118,6 +119,7 @@ def test_ranges_hold_at_their_edges_and_other_types_are_refused(names, good, bad
         ({"pairing": "paper"}, "pairing", "no eigenbasis form"),
         ({"damping_mode": "absolute"}, "damping_mode", "has no effect in mode 'eigen_adamw'"),
         ({"pi_correction": True}, "pi_correction", "has no effect in mode 'eigen_adamw'"),
+        ({"cautious": True, "mode": "adamw"}, "cautious", "has no effect in mode 'adamw'"),
         ({"mode": "sgd", "grafting": True}, "grafting", "natural lengths"),
         ({"min_lora_rank": 17}, "min_lora_rank", "at most lora_rank = 16, got 17"),
         ({"lora_rank": 2}, "min_lora_rank", "at most lora_rank = 2, got 4"),
