@@ -75,7 +75,8 @@ class Shadow:
                     own = gradient[chosen], self._m[place][chosen], self._v[place][chosen]
                     step = _ahead(*own, steps + 1, betas, eps, *ahead)
                     lr = options["lr"]
-                    after[place][chosen] = weights[place][chosen] * (1 - lr * weight_decay) - lr * step
+                    moved = weights[place][chosen] * (1 - lr * weight_decay) - lr * step
+                    after[place][chosen] = moved.to(after[place].dtype)
         return difference(after, weights)
 
     def take(self, i: int, other: "Shadow", j: int) -> None:
@@ -173,6 +174,7 @@ def _ahead(
     nesterov: bool, cautious: bool, orthogonal: bool, shape: torch.Size,
 ) -> Tensor:  # fmt: skip
     one, two = betas
+    g, m, v = (x if x.dtype == torch.float64 else x.float() for x in (g, m, v))
     mean = m / (1 - one**t)
     if nesterov:
         mean = one * m / (1 - one ** (t + 1)) + (1 - one) * g / (1 - one**t)
@@ -181,7 +183,7 @@ def _ahead(
         agrees = (step * g > 0).to(step.dtype)
         step = step * agrees / agrees.mean(-1, keepdim=True).clamp_min(1e-3)
     if orthogonal:
-        x = step.view(-1, *shape)
+        x = step.nan_to_num(0.0, 0.0, 0.0).view(-1, *shape)  # an eigenproblem of NaN would end the training
         x = x.mT if shape[0] > shape[1] else x
         values, vectors = torch.linalg.eigh((x @ x.mT).double())
         root = torch.maximum(values, 1e-6 * values[:, -1:]).clamp_min(1e-60).rsqrt()

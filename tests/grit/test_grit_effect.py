@@ -255,10 +255,13 @@ def test_on_an_ill_conditioned_problem_grit_ends_lower_than_its_rival_at_any_rat
     assert min(ours) < factor * min(theirs)
 
 
-@pytest.mark.parametrize("warm_up", [0, 1000])
-def test_what_grit_does_beside_its_axes_is_no_effect_to_the_probe(warm_up):
+@pytest.mark.parametrize(
+    ("warm_up", "dtype"),
+    [(1000, torch.float32), (0, torch.float32), (0, torch.bfloat16), (0, torch.float16)],  # of the last v underflows
+)
+def test_what_grit_does_beside_its_axes_is_no_effect_to_the_probe(warm_up, dtype):
     """What the probe holds a step against is AdamW's with all of it, so that nothing but the axes is an effect."""
-    model = lora()
+    model = lora(dtype=dtype)
     optimizer = wrapped(model, quick(nesterov=True, cautious=True, orthogonal=True, ng_warmup_steps=warm_up))
     with Probe(model, optimizer, claims=True) as probe:
         train(model, optimizer, 24)
