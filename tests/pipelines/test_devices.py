@@ -40,9 +40,11 @@ def test_two_processes_train_what_one_does_with_the_joint_batch(smoke_raw, tmp_p
     monkeypatch.chdir(tmp_path)
     raw = smoke_raw | {"prepare_data": smoke_raw["prepare_data"] | {"train_items": 61, "valid_items": 21}}
     raw |= {"train": raw["train"] | SHORT, "arms": {k: dict(v) for k, v in raw["arms"].items()}}
+    for arm in ("baseline_lora", "pure_grit"):
+        raw["arms"][arm]["optim_args"] = {"betas": [0.9, 0.999]}  # a lower β₁ averages roundings less
     raw["arms"]["pure_grit"] |= {"preserve": HELD, "learning_rate": SHORT["learning_rate"]}
-    own = raw["arms"]["pure_grit"]["grit"]  # a mask and an inverse root make more of roundings
-    raw["arms"]["pure_grit"]["grit"] = own | dict.fromkeys(("cautious", "orthogonal"), False)
+    own = raw["arms"]["pure_grit"]["grit"]  # what is tested is shared statistics; these three make more of roundings
+    raw["arms"]["pure_grit"]["grit"] = own | dict.fromkeys(("nesterov", "cautious", "orthogonal"), False)
     params = parse_params(raw)
     for stage in (prepare_data, prepare_base, base_texts):
         stage.run(params)
@@ -61,7 +63,7 @@ def test_two_processes_train_what_one_does_with_the_joint_batch(smoke_raw, tmp_p
             shutil.move(tmp_path / "adapters" / arm / "0", found[-1])
         one, two = (load_file(folder / WEIGHTS) for folder in found)
         assert one.keys() == two.keys()
-        assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+        assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
         losses = [read_json(folder / "step_losses.json") for folder in found]
         assert losses[1] == pytest.approx(losses[0], rel=1e-6) and len(losses[0]) == 10
         told = [read_json(folder / "run.json")["extra"] for folder in found]
