@@ -117,20 +117,28 @@ def step_weights(values: Tensor, strength: float, power: float) -> Tensor:
     return (values / mean + max(strength, 1e-12)) ** (-0.5 * power)
 
 
-def orthogonal(steps: Tensor) -> Tensor:
-    """All singular values made equal, at the same Frobenius norm: [n, p, q] → [n, p, q] (Muon, Jordan et al. 2024).
+def orthogonal(steps: list[Tensor]) -> list[Tensor]:
+    """All singular values made equal, at the same Frobenius norm: stacks [n, p, q] (Muon, Jordan et al. 2024).
 
     (X Xᵀ)^(−1/2) X on the shorter side, of LoRA the rank. Singular values below 0.001 of the largest stay as much
     smaller than the others: they are rounding as likely as not, and zeros stay zeros.
     """
-    tall = steps.shape[-2] > steps.shape[-1]
-    norm = torch.linalg.matrix_norm(steps, keepdim=True)
-    gram = steps.mT @ steps if tall else steps @ steps.mT
-    values, vectors = torch.linalg.eigh(gram / norm.square().clamp_min(_TINY))
-    root = torch.maximum(values, 1e-6 * values[:, -1:]).clamp_min(_TINY).rsqrt()
-    turn = (vectors * root[:, None, :]) @ vectors.mT
-    x: Tensor = steps @ turn if tall else turn @ steps
-    return x.mul_(norm / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(_TINY))
+    tall = [x.shape[-2] > x.shape[-1] for x in steps]
+    grams = [x.mT @ x if up else x @ x.mT for x, up in zip(steps, tall, strict=True)]
+    alike: dict[tuple[int, torch.device], list[int]] = {}
+    for i, gram in enumerate(grams):
+        alike.setdefault((gram.shape[-1], gram.device), []).append(i)
+    found = list(steps)
+    for places in alike.values():
+        gram = torch.cat([grams[i] for i in places])
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(_TINY)  # ‖X‖²
+        values, vectors = torch.linalg.eigh(gram / trace[:, None, None])
+        root = torch.maximum(values, 1e-6 * values[:, -1:]).clamp_min(_TINY).rsqrt()
+        root *= (root.square() * values).sum(-1, keepdim=True).clamp_min(_TINY).rsqrt()
+        turns = ((vectors * root[:, None, :]) @ vectors.mT).split([len(grams[i]) for i in places])
+        for i, turn in zip(places, turns, strict=True):
+            found[i] = steps[i] @ turn if tall[i] else turn @ steps[i]
+    return found
 
 
 def effective_rank(values: Tensor) -> Tensor:

@@ -147,14 +147,15 @@ class GritOptimizer(torch.optim.Optimizer):
         curvature, step = self.manager.curvature, self.manager.step
         nesterov, cautious, orthogonal = self.manager.config.ahead
         stacks = curvature.turned(self.param_groups, step)
-        changes = _directions(stacks)
+        changes = _directions(stacks, nesterov)
         for i, t in enumerate(stacks):
-            changes[i] = _ahead(t, changes[i], nesterov, cautious)
             for p in t.parameters:  # so that the probe takes all three for AdamW's, and the axes alone for an effect
                 p.ahead = (nesterov, cautious, orthogonal)  # type: ignore[attr-defined]
+            if cautious:
+                _agree(changes[i], t.gradient)
             changes[i] = t.back(changes[i])  # one by one, so that directions are freed
-            if orthogonal:
-                changes[i] = factors.orthogonal(changes[i])
+        if orthogonal:
+            changes = factors.orthogonal(changes)
         changes, metrics, factor = curvature.limit(stacks, changes, step)
         self.manager.last_metrics |= metrics
         for t, change in zip(stacks, changes, strict=True):
@@ -186,10 +187,11 @@ class GritOptimizer(torch.optim.Optimizer):
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
 
 
-def _directions(stacks: list[Turned]) -> list[Tensor]:
+def _directions(stacks: list[Turned], nesterov: bool) -> list[Tensor]:
     """Adam's bias-corrected directions m̂/(√v̂ + ε) (Kingma & Ba 2015), in each stack's basis; moments in place.
 
-    torch's fused kernel does it, stepping from zero with learning rate −1, for all stacks of one β and ε in one go.
+    Nesterov's m̂ is β₁ m/(1 − β₁ᵗ⁺¹) + (1 − β₁) g/(1 − β₁ᵗ) (Dozat 2016). torch's fused kernel does it, stepping from
+    zero with learning rate −1, for all stacks of one β and ε in one go.
     """
     found = [torch.zeros_like(t.gradient) for t in stacks]
     alike: dict[tuple[float, ...], list[int]] = {}
@@ -208,6 +210,9 @@ def _directions(stacks: list[Turned]) -> list[Tensor]:
             else:  # layers that have not all had the same number of gradients
                 parts += zip(direction, t.gradient, m, v, counts, strict=True)
         directions, gradients, ms, vs, ends = (list(column) for column in zip(*parts, strict=True))
+        if nesterov:  # the kernel takes the gradient into the mean a second time, and divides by 1 − β₁ᵗ
+            torch._foreach_lerp_(ms, gradients, 1 - beta1)
+            ms = list(torch._foreach_mul(ms, [(1 - beta1**end) / (1 - beta1 ** (end + 1)) for end in ends]))
         counters = [torch.tensor(float(end - 1), device=d.device) for end, d in zip(ends, directions, strict=True)]
         options: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False, "lr": -1.0, "weight_decay": 0.0}
         options |= {"beta1": beta1, "beta2": beta2, "eps": eps}
@@ -217,22 +222,11 @@ def _directions(stacks: list[Turned]) -> list[Tensor]:
     return found
 
 
-def _ahead(t: Turned, direction: Tensor, nesterov: bool, cautious: bool) -> Tensor:
-    """Adam's direction m̂/(√v̂ + ε), corrected by what this gradient alone says.
+def _agree(direction: Tensor, gradient: Tensor) -> None:
+    """Leave out a direction's entries against the sign of the gradient, and raise the others by the share that is left.
 
-    Nesterov (Dozat 2016): (β₁ m/(1 − β₁ᵗ⁺¹) + (1 − β₁) g/(1 − β₁ᵗ))/(√v̂ + ε). Cautious (Liang et al. 2024, arXiv
-    2411.16085): entries against the sign of the gradient are left out, and the others raised by the share that is left.
+    [n, …], in place: cautious (Liang et al. 2024, arXiv 2411.16085).
     """
-    shape = (-1, *[1] * (direction.dim() - 1))
-    if nesterov:
-        (beta1, beta2), eps = map(float, t.options["betas"]), float(t.options["eps"])
-        steps = t.steps.to(direction.device, direction.dtype).view(shape)
-        v = t.v if t.rows is None else t.v[t.rows]
-        now = t.gradient / (v / (1 - beta2**steps)).sqrt_().add_(eps)
-        direction = beta1 * (1 - beta1**steps) / (1 - beta1 ** (steps + 1)) * direction
-        direction += (1 - beta1) / (1 - beta1**steps) * now
-    if cautious:
-        agrees = (direction * t.gradient).gt_(0)
-        share = agrees.flatten(1).mean(1).clamp_min(1e-3).view(shape)
-        direction = agrees.mul_(direction).div_(share)
-    return direction
+    agrees = (direction * gradient).gt_(0)
+    share = agrees.flatten(1).mean(1).clamp_min(1e-3).view(-1, *[1] * (direction.dim() - 1))
+    direction.mul_(agrees).div_(share)

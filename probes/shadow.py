@@ -50,6 +50,14 @@ class Shadow:
                     self.steps[i] += 1
             for (betas, eps, weight_decay, fused, foreach, ahead, steps), chosen in alike.items():
                 matrices = after[place], gradient, self._m[place], self._v[place]
+                if ahead is not None:
+                    exact = torch.promote_types(gradient.dtype, torch.float32)
+                    w, g, *moments = (x[chosen].to(exact) for x in matrices)
+                    step = _ahead(g, moments[0], moments[1], steps, betas, eps, *ahead)
+                    w.mul_(1 - options["lr"] * weight_decay).sub_(step, alpha=options["lr"])
+                    for x, now in zip((after[place], *matrices[2:]), (w, *moments), strict=True):
+                        x[chosen] = now.to(x.dtype)
+                    continue
                 whole = len(chosen) == len(rows)
                 weight, grad, m, v = ([x] if whole else [x[row] for row in chosen] for x in matrices)
                 # Counted up inside; fused kernels want it beside the weights.
@@ -71,12 +79,6 @@ class Shadow:
                     eps=eps,
                     maximize=False,
                 )
-                if ahead is not None:
-                    own = gradient[chosen], self._m[place][chosen], self._v[place][chosen]
-                    step = _ahead(*own, steps + 1, betas, eps, *ahead)
-                    lr = options["lr"]
-                    moved = weights[place][chosen] * (1 - lr * weight_decay) - lr * step
-                    after[place][chosen] = moved.to(after[place].dtype)
         return difference(after, weights)
 
     def take(self, i: int, other: "Shadow", j: int) -> None:
@@ -170,25 +172,26 @@ def _own(group: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def _ahead(
-    g: Tensor, m: Tensor, v: Tensor, t: int, betas: tuple[float, float], eps: float,
+    g: Tensor, m: Tensor, v: Tensor, steps: int, betas: tuple[float, float], eps: float,
     nesterov: bool, cautious: bool, orthogonal: bool, shape: torch.Size,
 ) -> Tensor:  # fmt: skip
+    """Adam's direction for gradients [n, numel] after `steps` steps, as they say; moments in place."""
     one, two = betas
-    g, m, v = (x if x.dtype == torch.float64 else x.float() for x in (g, m, v))
-    mean = m / (1 - one**t)
-    if nesterov:
-        mean = one * m / (1 - one ** (t + 1)) + (1 - one) * g / (1 - one**t)
-    step = mean / ((v / (1 - two**t)).sqrt() + eps)
+    mean = m
+    if nesterov:  # Adam's kernel does the rest: it takes the gradient in a second time, and divides by 1 − β₁ᵗ
+        mean = m.lerp_(g, 1 - one) * ((1 - one ** (steps + 1)) / (1 - one ** (steps + 2)))
+    step, count = torch.zeros_like(g), torch.tensor(float(steps), device=g.device)
+    options: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False, "lr": -1.0, "weight_decay": 0.0}
+    adamw([step], [g], [mean], [v], [], [count], beta1=one, beta2=two, eps=eps, **options)
     if cautious:
         agrees = (step * g > 0).to(step.dtype)
-        step = step * agrees / agrees.mean(-1, keepdim=True).clamp_min(1e-3)
+        step.mul_(agrees).div_(agrees.mean(-1, keepdim=True).clamp_min(1e-3))
     if orthogonal:
-        x = step.nan_to_num(0.0, 0.0, 0.0).view(-1, *shape)  # an eigenproblem of NaN would end the training
+        x = step.nan_to_num_(0.0, 0.0, 0.0).view(-1, *shape)  # an eigenproblem of NaN would end the training
         x = x.mT if shape[0] > shape[1] else x
-        values, vectors = torch.linalg.eigh((x @ x.mT).double())
-        root = torch.maximum(values, 1e-6 * values[:, -1:]).clamp_min(1e-60).rsqrt()
-        x = (vectors * root[:, None, :] @ vectors.mT).to(x.dtype) @ x
-        x = x.mT if shape[0] > shape[1] else x
-        turned = x.reshape(step.shape)
-        step = turned * (step.norm(dim=-1, keepdim=True) / turned.norm(dim=-1, keepdim=True).clamp_min(1e-30))
+        values, vectors = torch.linalg.eigh(x @ x.mT)
+        root = torch.maximum(values, 1e-6 * values[:, -1:]).clamp_min(1e-30).rsqrt()
+        root *= (values.sum(-1) / (root.square() * values).sum(-1).clamp_min(1e-30)).clamp_min(0).sqrt()[:, None]
+        x = (vectors * root[:, None, :] @ vectors.mT) @ x
+        step = (x.mT if shape[0] > shape[1] else x).reshape(step.shape)
     return step
