@@ -1,10 +1,12 @@
-"""The same tuning budget for every arm of the vision pipeline: five learning rates each, by the validation loss.
+"""The same tuning budget for every arm of the vision pipeline: learning rates and β₁, by the validation loss.
 
 Data and base are those that `make repro PROFILE=vision` has made; the seed is one that the pipeline does not compare.
-The rates of profiles/sizes/vision.yaml come from here. Run as `python -m benchmarks.vlm_tuning`.
+The rates of profiles/sizes/vision.yaml come from here. Run as `python -m benchmarks.vlm_tuning`; rows of another rate,
+β₁ or arm stay in the result.
 """
 
 import argparse
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -14,22 +16,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._harness import write
+from benchmarks._harness import RESULTS, write
 
 SEED = 1000
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 FOLDER = Path(__file__).resolve().parents[1]
 
 
-def train(arm_name: str, rate: float) -> dict[str, Any]:
-    """One row of the table: an arm trained with a learning rate, the working directory being the project's."""
+def train(arm_name: str, rate: float, beta1: float) -> dict[str, Any]:
+    """One row of the table, the working directory being the project's."""
     from pipelines.params import load_params
     from pipelines.train import Params, job_of, load_arm
     from trainers.run import run
 
     params = load_params(Params)
     settings = params.train_for(arm_name)
-    settings = settings.model_copy(update={"learning_rate": rate, "eval_steps": settings.max_steps or 10**6})
+    adam = {"learning_rate": rate, "optim_args": {"betas": [beta1, 0.999]}}
+    settings = settings.model_copy(update={**adam, "eval_steps": settings.max_steps or 10**6})
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "adapter").mkdir()
@@ -38,6 +41,7 @@ def train(arm_name: str, rate: float) -> dict[str, Any]:
     return {
         "arm": arm_name,
         "learning_rate": rate,
+        "beta1": beta1,
         "validation_loss": result["final_eval_loss"],
         "seconds": result["train_seconds"],
         "trainable_parameters": result["trainable_parameters"],
@@ -49,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arm", action="append", help="only this arm (may be repeated)")
     parser.add_argument("--rate", action="append", type=float, help="only this rate (may be repeated)")
+    parser.add_argument("--beta1", action="append", type=float, help="default: 0.9 (may be repeated)")
     given = parser.parse_args()
     os.chdir(FOLDER)
     from pipelines.params import load_params
@@ -56,12 +61,16 @@ def main() -> None:
     from pipelines.train import Params
 
     quiet_libraries()
-    rows = []
+    file = RESULTS / "vlm_tuning.json"
+    there = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    rows_of = {(row["arm"], row["learning_rate"], row.get("beta1", 0.9)): row for row in there}
     for arm in given.arm or load_params(Params).matrix.arms:
         for rate in given.rate or RATES:
-            rows.append(train(arm, rate))
-            print(rows[-1], flush=True)
-    table = Table("arm", "learning rate", "validation loss", "s", title=f"Learning rates, seed {SEED}")
+            for beta1 in given.beta1 or [0.9]:
+                row = rows_of[arm, rate, beta1] = train(arm, rate, beta1)
+                print(row, flush=True)
+    rows = [{**row, "beta1": beta1} for (_, _, beta1), row in sorted(rows_of.items())]
+    table = Table("arm", "learning rate", "β₁", "validation loss", "s", title=f"Learning rates and β₁, seed {SEED}")
     best = {
         arm: min((r for r in rows if r["arm"] == arm), key=lambda r: r["validation_loss"])
         for arm in {r["arm"] for r in rows}
@@ -69,10 +78,14 @@ def main() -> None:
     for row in rows:
         mark = " *" if row is best[row["arm"]] else ""
         table.add_row(
-            row["arm"], f"{row['learning_rate']:g}", f"{row['validation_loss']:.4f}{mark}", f"{row['seconds']:.0f}"
+            row["arm"],
+            f"{row['learning_rate']:g}",
+            f"{row['beta1']:g}",
+            f"{row['validation_loss']:.4f}{mark}",
+            f"{row['seconds']:.0f}",
         )
     Console().print(table)
-    write("vlm_tuning", "Validation loss by learning rate, vision pipeline", rows=rows, seed=SEED)
+    write("vlm_tuning", "Validation loss by learning rate and β₁, vision pipeline", rows=rows, seed=SEED)
 
 
 if __name__ == "__main__":

@@ -375,8 +375,8 @@ class RankSpace(Curvature):
                 if a.grad is not None and b.grad is not None:
                     members.setdefault((place[id(a)], place[id(b)]), []).append(i)
             for of, among in members.items():
-                state["steps"][among] += 1
                 rows = None if len(among) == len(group) else torch.tensor(among, device=group.device)
+                state["steps"][slice(None) if rows is None else among] += 1
                 for side, of_side in zip("ab", of, strict=True):
                     found.append(self._turn(state, side, param_groups[of_side], among, rows))
         return found
@@ -397,7 +397,7 @@ class RankSpace(Curvature):
             gradient=basis.mT @ gradient if is_a else gradient @ basis,
             m=state[f"m_{side}"],
             v=state[f"v_{side}"],
-            steps=state["steps"][among],
+            steps=state["steps"] if rows is None else state["steps"][among],
             back=lambda direction: weighted @ direction if is_a else direction @ weighted.mT,
             rows=rows,
         )

@@ -164,8 +164,8 @@ class GritOptimizer(torch.optim.Optimizer):
             if decay:
                 torch._foreach_mul_(tensors, 1.0 - lr * decay)  # decoupled (Loshchilov & Hutter 2019)
             torch._foreach_add_(tensors, list(change.to(tensors[0].dtype).unbind(0)), alpha=-lr * factor)
-        lora = [p for pair in self.manager.pairs() for p in (pair.a, pair.b)]
-        if len(lora) < sum(len(group["params"]) for group in self.param_groups):
+        if 2 * len(self.manager.pairs()) < sum(len(group["params"]) for group in self.param_groups):
+            lora = [p for pair in self.manager.pairs() for p in (pair.a, pair.b)]
             gradients = [p.grad for p in lora]
             for p in lora:
                 p.grad = None
