@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from grit import GRITManager, GritOptimizer
+from grit import GRITManager, GritOptimizer, factors
 from tests.grit.nets import factors_of, inner_for, lora, quick, randomize, trainable
 
 RANK, WIDTH, TOKENS = 3, 8, 24
@@ -446,3 +446,13 @@ def test_trust_region_bounds_the_fisher_length_of_every_sgd_step(kappa, ratio):
                 assert taken > kappa / 16 and free > kappa
             shortened += free > kappa
     assert shortened == {1e-4: 5, 1e9: 0}.get(kappa, shortened)
+
+
+def test_orthogonal_steps_of_stacks_of_several_shapes_and_ranks():
+    shapes = [(3, 4, 9), (2, 12, 4), (2, 6, 9), (1, 4, 9)]
+    steps = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    steps[-1].zero_()
+    for before, after in zip(steps, factors.orthogonal(steps), strict=True):
+        u, _, vt = np.linalg.svd(before.numpy(), full_matrices=False)
+        length = torch.linalg.matrix_norm(before)[:, None, None] / min(before.shape[1:]) ** 0.5
+        torch.testing.assert_close(after, torch.from_numpy(u @ vt) * length, atol=1e-5, rtol=1e-4)
