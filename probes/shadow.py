@@ -175,7 +175,7 @@ def _ahead(
     g: Tensor, m: Tensor, v: Tensor, steps: int, betas: tuple[float, float], eps: float,
     nesterov: bool, cautious: bool, orthogonal: bool, shape: torch.Size,
 ) -> Tensor:  # fmt: skip
-    """Adam's direction for gradients [n, numel] after `steps` steps, as they say; moments in place."""
+    """Adam's direction for gradients [n, numel], `steps` steps having been taken; moments change in place."""
     one, two = betas
     mean = m
     if nesterov:  # Adam's kernel does the rest: it takes the gradient in a second time, and divides by 1 − β₁ᵗ
