@@ -589,11 +589,13 @@ def report(rows: Rows) -> None:
         table.add_row(*shown, f"{line['sensitivity']:.2f}×" if line["sensitivity"] else "", state)
     Console(width=180).print(table)
     plot(losses, share, FOLDER / "docs" / f"{NAME}.png")
-    means = {(line["method"], line["horizon"]): line["loss"][0] for line in lines}
     ahead: dict[str, dict[int, float]] = {}
-    for (name, horizon), loss in means.items():
-        if loss < means.get((OURS, horizon), -math.inf):
-            ahead.setdefault(name, {})[horizon] = means[OURS, horizon] - loss
+    for name, own in losses.items():
+        for horizon, theirs in own.items():
+            ours = losses.get(OURS, {}).get(horizon, {})
+            gain = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+            if gain and statistics.fmean(gain) > 0:
+                ahead.setdefault(name, {})[horizon] = statistics.fmean(gain)
     write(
         NAME,
         "Loss at equal steps, and steps to tuned AdamW's loss",
