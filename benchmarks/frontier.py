@@ -408,7 +408,7 @@ def train(
     }
 
 
-def work(horizons: Sequence[int], methods: Sequence[str], seeds: Sequence[int]) -> None:
+def work(horizons: Sequence[int], methods: Sequence[str], seeds: Sequence[int] = SEEDS) -> None:
     """Run whatever is to be run, together with other processes that do the same."""
     import peft.optimizers  # noqa: F401
     import trl  # noqa: F401

@@ -22,8 +22,8 @@ def row_of(run, limit=None):
     return {**run, "loss": loss_of(run), "pruned": False, "loss_at_a_third": 1.0, "seconds_a_step": 0.1}
 
 
-def finish(horizons, methods, rows):
-    while waiting := list(frontier.runs(horizons, methods, rows)):
+def finish(horizons, methods, rows, seeds=frontier.SEEDS):
+    while waiting := list(frontier.runs(horizons, methods, rows, seeds)):
         rows |= {frontier.key(run): row_of(run) for run in waiting}
     return list(rows.values())
 
@@ -95,11 +95,15 @@ def test_steps_are_read_off_the_curve():
 def test_the_report_has_ratios_and_who_is_ahead(monkeypatch):
     rows = {}
     finish([75, 150, 300], ["adamw", "grit", "soap", "muon"], rows)
+    finish([75, 150, 300], ["adamw", "grit"], rows, frontier.MORE_SEEDS)
     monkeypatch.setattr(frontier, "plot", lambda *_: None)
     found = {}
     monkeypatch.setattr(frontier, "write", lambda name, title, **facts: found.update(json.loads(json.dumps(facts))))
     frontier.report(rows)
     mean = {(line["method"], line["horizon"]): line["loss"][0] for line in found["table"]}
+    assert {line["seeds"] for line in found["table"] if line["method"] in ("adamw", "grit")} == {10}
+    soap = next(line for line in found["table"] if (line["method"], line["horizon"]) == ("soap", 150))
+    assert soap["seeds"] == 5 and soap["to_adamw"][1] == pytest.approx(soap["to_adamw"][2])  # seed by seed
     assert set(found["steps_ratio"]) == {"75", "150", "300"} and found["seeds"] == [0, 1, 2, 3, 4]
     expected = {h: mean["grit", h] - mean["adamw", h] for h in (75, 150, 300) if mean["adamw", h] < mean["grit", h]}
     assert found["rivals_ahead"].get("adamw", {}) == {str(h): pytest.approx(by) for h, by in expected.items()}
