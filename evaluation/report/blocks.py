@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -15,6 +15,10 @@ TONES: Mapping[str, Tone] = {
     "better": "good", "worse": "bad", "undecided": "open", "pass": "good", "fail": "bad", "effective": "good",
     "unstable": "bad",
 }  # fmt: skip
+
+_SENTENCE = 32
+"""Characters of a cell beyond which its column wraps."""
+_NUMBER = re.compile(r"[-+]?\d")
 
 
 def slug(text: str) -> str:
@@ -37,19 +41,30 @@ def arm_cell(arm: str, seed: int | str | None = None) -> Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Lines under headers; the first cell of a line is its header. A text alone is a plain cell."""
+    """Lines under headers; the first cell of a line is its header. A plain string is a cell."""
 
     caption: str
     headers: Sequence[str]
     lines: Iterable[Sequence[object]]
-    # positions of further columns that hold words, set left; all others hold numbers, set right
-    words: frozenset[int] = frozenset()
-    wide: frozenset[int] = frozenset()  # positions of columns that a terminal leaves out
+    page_only: Collection[str] = ()  # headers of the columns that a terminal leaves out
     kind: str = "table"
 
     @cached_property
     def rows(self) -> list[list[Cell]]:
         return [[cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in line] for line in self.lines]
+
+    @cached_property
+    def styles(self) -> list[str]:
+        """How each column is set: numbers right (empty), `words` left; `long` words wrap."""
+
+        def style(column: int) -> str:
+            texts = [row[column].text for row in self.rows]
+            long = any(len(text) > _SENTENCE for text in texts)
+            if column and not long and (any(map(_NUMBER.match, texts)) or not any(text.strip("–") for text in texts)):
+                return ""
+            return "words long" if long and column else "words"
+
+        return list(map(style, range(len(self.headers))))
 
 
 @dataclass(frozen=True)

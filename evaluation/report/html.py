@@ -15,15 +15,13 @@ from markupsafe import Markup
 from db.files import write_text
 from db.queries import BASE
 from evaluation.report import charts
-from evaluation.report.blocks import Browser, Dataset, Panel, Table, slug, walk
+from evaluation.report.blocks import Browser, Dataset, Panel, slug, walk
 from evaluation.report.comparison import Report
 from evaluation.report.sections import TITLE, byline, sections
 
 DIGITS = 5
 """Significant ones of a chart's numbers; a picture shows fewer."""
 _HERE = Path(__file__).parent
-_SENTENCE = 32
-"""Characters of a cell beyond which its column wraps."""
 _SLOTS = {BASE: 0, "baseline_lora": 1, "hybrid_grit": 2, "pure_grit": 3}
 """Colours of the known arms, as numbered in style.css; others take the rest in turn."""
 _OTHER_SLOTS = range(4, 16)
@@ -60,7 +58,6 @@ def write_page(path: str | Path, report: Report) -> None:
         byline=byline(report),
         sections=shown,
         slots=slots,
-        styles=_styles,
         slug=slug,
         policy=_policy([library, script], style),
         style=_code(style, "style"),
@@ -98,18 +95,6 @@ def rounded(value: float | None) -> float | int | None:
         return value
     short = float(f"{value:.{DIGITS}g}")
     return int(short) if short.is_integer() and abs(short) < 1e15 else short
-
-
-def _styles(table: Table) -> list[str]:
-    """How each column is set: numbers right, words left; sentences wrap and get room."""
-
-    def style(column: int) -> str:
-        if column != 0 and column not in table.words:
-            return ""
-        longest = max((len(row[column].text) for row in table.rows), default=0)
-        return "words long" if longest > _SENTENCE and column else "words"
-
-    return list(map(style, range(len(table.headers))))
 
 
 @cache

@@ -25,7 +25,7 @@ from evaluation.report.cost import SECONDS, cost, training
 from evaluation.report.criteria import GAIN, KEPT, NAMES, NATS, Criterion
 from evaluation.report.results import Key
 from evaluation.report.robustness import robustness
-from evaluation.report.serving import PHASES, PrecisionRow, ServedRow
+from evaluation.report.serving import parity, precisions, served, speed
 from evaluation.report.text import interval, listed, number, percent, seeds_text, significant
 from evaluation.report.training import loss, probes, spectra
 from evaluation.report.tuning import tuning
@@ -51,6 +51,7 @@ def sections(report: Report) -> tuple[Section, ...]:
     shown = (
         findings(comparison), training(report), loss(report), probes(report), retention(report), benchmarks(report)
     )  # fmt: skip
+    modes = {run.arm: run.serving_mode for run in report.results.runs if run.arm != BASE}
     folded = (
         criteria(comparison),
         every_number(comparison),
@@ -59,10 +60,10 @@ def sections(report: Report) -> tuple[Section, ...]:
         spectra(report),
         robustness(report),
         alignment(comparison),
-        speed(comparison),
-        parity(report),
-        served(comparison),
-        precisions(comparison),
+        speed(comparison.phases, comparison.rows, modes),
+        parity(comparison.trained, report.results.runs, report.results.first_differences),
+        served(comparison.served),
+        precisions(comparison.precisions, comparison.primary.title),
         tasks(comparison),
         samples(report),
         files(report),
@@ -244,14 +245,14 @@ def criteria(comparison: Comparison) -> Section | None:
         (name, threshold, threshold + (f", {unit}" if unit != "percent" else ""))
         for name, threshold, unit in sorted(found, key=lambda one: NAMES.index(one[0]))
     ]
-    headers, wide = ["Criterion", *arms], frozenset[int]()
+    headers, page_only = ["Criterion", *arms], list[str]()
     rows: list[tuple[Cell, ...]] = [
         (Cell(named(name), hint=hint), *(_outcome(judged.get((name, threshold, arm))) for arm in arms))
         for name, threshold, hint in asked
     ]
     if len(arms) > _MOST_COLUMNS:
-        wide = frozenset(at for at in range(2, len(asked) + 1) if asked[at - 1][0] == asked[at - 2][0])
         headers = ["Arm", *(f"{named(name)}: {hint}" for name, _, hint in asked)]
+        page_only = [headers[at] for at in range(2, len(headers)) if asked[at - 1][0] == asked[at - 2][0]]
         rows = [(arm_cell(arm), *(row[at] for row in rows)) for at, arm in enumerate(arms, start=1)]
     reasons = [
         (named(c.name), arm_cell(c.arm), Cell(c.outcome, tone=TONES[c.outcome]), c.why) for c in comparison.criteria
@@ -264,8 +265,8 @@ def criteria(comparison: Comparison) -> Section | None:
             "correction for several arms: one seed decides nothing.", "note"
         ),
         Table("Success criteria: pass or fail only where the whole 95% interval is on one side",
-              headers, rows, frozenset(range(1, len(headers))), wide),
-        Details(why, (Table(why, ("Criterion", "Arm", "Outcome", "Why"), reasons, frozenset({1, 2, 3})),)),
+              headers, rows, page_only),
+        Details(why, (Table(why, ("Criterion", "Arm", "Outcome", "Why"), reasons),)),
     )  # fmt: skip
     return Section("Success criteria", blocks, brief=2)
 
@@ -302,8 +303,7 @@ def arms_compared(comparison: Comparison) -> Table:
         f"×: times {comparison.baseline}'s",
         headers,
         [_line(row, comparison) for row in comparison.rows],
-        words=frozenset({len(headers) - 1}),
-        wide=frozenset({2 + len(perplexity)}) if len(references) > 1 else frozenset(),
+        page_only=[f"Δ to {BASE}, points"] if len(references) > 1 else (),
     )
 
 
@@ -415,7 +415,7 @@ def _differences(comparison: Comparison) -> list[Block]:
         "corrected for several arms."
     )
     title = f"Paired differences of {comparison.primary.long}"
-    return [Table(title, heads, rows, frozenset({1, 5, 8, 12})), Text(words, "note")]
+    return [Table(title, heads, rows), Text(words, "note")]
 
 
 def _gained_and_lost(binary: bool) -> str:
@@ -439,7 +439,6 @@ def _every_metric(comparison: Comparison) -> list[Block]:
         "Every metric in its own unit: mean over seeds, in brackets the smallest and the largest of them",
         ("Metric", "Split", "Unit", "Better", *comparison.arms),
         lines,
-        frozenset({1, 2, 3}),
     )
     return [table] if lines else []
 
@@ -474,8 +473,8 @@ def power(comparison: Comparison) -> Section | None:
                 "seen here; with two or three seeds read them as orders of magnitude. With one seed they are about "
                 "being ahead on such items: to call an arm better by so little takes more seeds."
             ),
-            Table("Test items needed to see a difference", headers, rows, frozenset({1})),
-            Details(why, (Table(why, ("Arm", "Against", "Points", "Why"), reasons, frozenset({1, 3})),)),
+            Table("Test items needed to see a difference", headers, rows),
+            Details(why, (Table(why, ("Arm", "Against", "Points", "Why"), reasons),)),
         ),
         brief=3,
     )
@@ -550,7 +549,7 @@ def _front_table(comparison: Comparison) -> Table | None:
     caption = (
         "What was learnt and what was kept: means over seeds, in brackets 95% intervals; loss and KL in nats per token"
     )
-    return Table(caption, headers, lines, frozenset({len(headers) - 1}))
+    return Table(caption, headers, lines)
 
 
 def _forgetting(report: Report) -> Panel | None:
@@ -661,185 +660,8 @@ def alignment(comparison: Comparison) -> Section | None:
     return Section("Alignment Quality Index", (Text(words), *lines, panel, table))
 
 
-# What is served
-
-_PHASE_TITLES = dict(zip(PHASES, ("Load", "Time to first token", "Prefill", "Decode"), strict=True))
 _TRAINED = ("adapter", "base_model", "dataset")
 """Kinds of files that no export makes."""
-
-
-def speed(comparison: Comparison) -> Section | None:
-    phases = comparison.phases
-    if not phases:
-        return None
-    rows = [
-        (arm_cell(row.arm), row.backend, _PHASE_TITLES[row.phase],
-         f"{interval(row.value, digits=2 if row.unit == 'ms' else 0)} {row.unit}", number(row.confidence),
-         str(row.repetitions))
-        for row in phases
-    ]  # fmt: skip
-    caption = "Medians over the repetitions of all seeds, without the warm-up; intervals from their order"
-    headers = ("Arm", "Backend", "Phase", "Median [interval]", "Confidence %", "Repetitions")
-    blocks: list[Block] = [Text(f"{modes(comparison)} One request at a time.".strip())]
-    data = Dataset(("kind", "label", "arm", "low", "value", "high"))
-    for arm in comparison.trained:
-        if change := arm.delta_speed_interval:
-            data.add("interval", arm.arm, arm.arm, change.low, change.estimate, change.high)
-    if data.rows:
-        label = "Decode speed of each arm against the base timed beside it, percent, with 95% interval"
-        options = {"title": "percent", "zero": True, "lines": len(data.rows)}
-        drawn = Chart("speed", "Decode speed against the base timed beside it, percent", label, "intervals", options)
-        note = (
-            "Paired: the arm and the base in turn, in one process. Medians of two processes are not comparable, so the "
-            "table's intervals are about each process alone."
-        )
-        blocks.append(Panel("speed", data, (drawn,), comparison.arms, note=note, wide=True, legend=False))
-    return Section("Speed by phase", (*blocks, Table(caption, headers, rows, frozenset({1, 2}))))
-
-
-def modes(comparison: Comparison) -> str:
-    """How the models were served, and what that means for their speed."""
-    found: dict[str, list[str]] = {}
-    for run in comparison.runs:
-        if run["arm"] != BASE and run["arm"] not in found.setdefault(run["serving_mode"], []):
-            found[run["serving_mode"]].append(run["arm"])
-    told = []
-    if "merged" in found:
-        told.append(
-            f"Merged into the base: {', '.join(found['merged'])}. Merged models of one shape decode equally fast, "
-            "since they run the same arithmetic: a difference there is noise of the machine."
-        )
-    if "adapter" in found:
-        told.append(
-            f"With an adapter beside the base: {', '.join(found['adapter'])}. An adapter is arithmetic of its own at "
-            "every token, which costs time."
-        )
-    return " ".join(told)
-
-
-def parity(report: Report) -> Section | None:
-    rows = report.comparison.rows
-    keys = list(dict.fromkeys(key for row in rows for key in row.metrics if key[0] == "parity"))
-    if not keys:
-        return None
-    names = {"token_ids_equal": "Same token ids", "greedy_equal": "All ways answer alike"}
-    lines = [
-        (arm_cell(row.arm), number(row.parity), *(percent(row.metrics.get(key)) for key in keys))
-        for row in report.comparison.trained
-    ]
-    headers = ("Arm", "Worst seed", *(names.get(key[1], key[1].removeprefix("pair/")) for key in keys))
-    blocks: list[Block] = [
-        Table("Percent of prompts on which all ways to run a model answer alike, mean over seeds", headers, lines),
-        Text(
-            "With export.parity_arithmetic: f32 what the exported files hold is compared, without the rounding of the "
-            "engine that serves them; what is served stands under Served as trained.",
-            "note",
-        ),
-    ]
-    first = report.results.first_differences
-    told = tuple(
-        Text(f"{run.arm} seed {run.seed}: " + "; ".join(f"{k}: {v!r}" for k, v in first[run.id].items()), "note")
-        for run in report.results.runs
-        if run.id in first
-    )
-    if told:
-        blocks.append(Details("First prompts on which an export differed from the trained model", told))
-    return Section("Parity of the exported models", tuple(blocks))
-
-
-def served(comparison: Comparison) -> Section | None:
-    found = comparison.served
-    if not found:
-        return None
-    headers = ("Arm", "Backend", "Mode", "Asked", "Prompts", "Rendered %", "Tokens %", "Answers %", "Ties %",
-               "Adapter = merged %", "Perturbed adapter noticed")  # fmt: skip
-    rows = [_served_line(row) for row in found]
-    asked = [row for row in found if row.prompts]
-    alike = sum((row.answered or 0) + (row.tied or 0) > 100 - 1e-6 for row in asked)
-    return Section(
-        "Served as trained",
-        (
-            Text(
-                f"{alike} of {len(asked)} answer every prompt as training did, or part from it at a tie of two tokens, "
-                "which rounding decides. Shares of the prompts on which the backend does as training did: rendered "
-                "text, token ids (Ollama: their number), greedy answers of Hugging Face. Asked plainly, with a newline "
-                "at the end, and as the second question of a conversation. Not told: the server is too old to say."
-            ),
-            Table("Served as trained, percent of prompts", headers, rows, frozenset({1, 2, 3})),
-            *(
-                Text(
-                    f"{row.arm} seed {row.seed}, {row.backend}, {row.mode}, {row.form}: {row.first_difference}", "note"
-                )
-                for row in found
-                if row.first_difference
-            ),
-        ),
-        brief=5,
-    )
-
-
-def _served_line(row: ServedRow) -> tuple[object, ...]:
-    def told(share: float | None) -> str:
-        return "not told" if row.prompts and share is None else number(share)
-
-    noticed = {True: "yes", False: Cell("NO", tone="bad"), None: "–"}[row.perturbed_noticed]
-    return (
-        Cell(row.arm, arm=row.arm, hint=f"seed {row.seed}"), row.backend, row.mode, row.form,
-        str(row.prompts) if row.prompts else "not supported", told(row.rendered), told(row.counted),
-        number(row.answered), number(row.tied), number(row.equal_to_merged), noticed,
-    )  # fmt: skip
-
-
-def precisions(comparison: Comparison) -> Section | None:
-    found, title = comparison.precisions, comparison.primary.title
-    if not found:
-        return None
-    headers = ("Arm", "Type", "Size, MB", "Bits per weight", f"{title}, % [95%]", "Δ to f16, points [95%]",
-               _gained_and_lost(all(row.binary for row in found)), "Answers as f16, %", "Fallback tensors")  # fmt: skip
-    rows = [
-        (Cell(row.arm, arm=row.arm, hint=seeds_text(row.seeds)), row.type, number(row.megabytes, digits=2),
-         number(row.bits_per_weight, digits=2), interval(row.accuracy), interval(row.delta, sign=True),
-         "–" if row.delta is None else f"{row.gained}, {row.lost}", number(row.answers_equal),
-         f"{row.fallbacks} of {row.tensors}")
-        for row in found
-    ]  # fmt: skip
-    blocks: list[Block] = [
-        Text(_precision_words(found)),
-        Table("Other precisions on the same test items", headers, rows, frozenset({1})),
-    ]
-    data = Dataset(("kind", "label", "arm", "low", "value", "high"))
-    for row in found:
-        if bounds := row.delta:
-            data.add("interval", f"{row.arm} {row.type}", row.arm, bounds.low, bounds.estimate, bounds.high)
-    if data.rows:
-        heading = f"{title} minus that of f16 on the same items, points"
-        options = {"title": "points", "zero": True, "lines": len(data.rows)}
-        label = f"{heading}: every arm's model in every precision, with 95% interval"
-        drawn = Chart("precisions", heading, label, "intervals", options)
-        blocks.append(Panel("precisions", data, (drawn,), comparison.arms, wide=True, legend=False))
-    return Section("Quantization", tuple(blocks), brief=4)
-
-
-def _precision_words(rows: Sequence[PrecisionRow]) -> str:
-    items = ", ".join(str(n) for n in sorted({row.items for row in rows}))
-    binary = all(row.binary for row in rows)
-    counts, turned = ("Gained and lost", "turn right or wrong") if binary else ("Better and worse", "get more or less")
-    words = [
-        f"Each model in other precisions, on the same {items} test items through llama.cpp. Size is that of the file, "
-        f"bits per weight that of the tensors. {counts} are items that {turned} against f16; the difference's interval "
-        "pairs items, and one of no width means that none turned, not that none could."
-    ]
-    if any(len({row.seeds for row in rows if row.arm == arm}) > 1 for arm in {row.arm for row in rows}):
-        words.append(
-            "A line is about its own seeds alone, and its difference is to f16 with the same seeds: do not compare "
-            "lines with different seeds."
-        )
-    if any(row.fallbacks for row in rows):
-        words.append(
-            "Fallback tensors have rows that are no multiple of the format's block, and llama.cpp stored them in a "
-            "larger one: the size says less than the name of the type."
-        )
-    return " ".join(words)
 
 
 def files(report: Report) -> Section | None:
@@ -852,8 +674,7 @@ def files(report: Report) -> Section | None:
     if not rows:
         return None
     headers = ("Run", "Kind", "Bytes", "sha256", "Made from", "File")
-    table = Table("Files with their hashes; made from: the hash of the file it was made of", headers, rows,
-                  frozenset({1, 3, 4, 5}))  # fmt: skip
+    table = Table("Files with their hashes; made from: the hash of the file it was made of", headers, rows)
     kind = "exported files" if any(file.kind not in _TRAINED for _, file in made) else "files"
     return Section("Files", (Text(f"All {len(rows)} {kind}."), table))
 
@@ -879,8 +700,7 @@ def all_tasks(comparison: Comparison) -> tuple[Text, Table]:
         "one task; do not compare scores of different tasks. One seed tells no arm from another one."
     )
     caption = "Every task and arm: means over seeds of the task's primary metric"
-    last = len(headers) - 1
-    table = Table(caption, headers, rows, frozenset({1, last - 1, last}), wide=frozenset({last}))
+    table = Table(caption, headers, rows, page_only=headers[-1:])
     return Text(words), table
 
 
@@ -914,9 +734,8 @@ def benchmarks(report: Report) -> Section | None:
         "the arms are as for the test items, and nothing corrects for several benchmarks. lm-eval's own figures are in "
         "Every number."
     )
-    last = len(headers) - 1
     caption = "Standard benchmarks: means over seeds, in brackets 95% intervals"
-    table = Table(caption, headers, rows, frozenset({1, last}), wide=frozenset({last}))
+    table = Table(caption, headers, rows, page_only=headers[-1:])
     blocks: list[Block] = [Text(words), *([table] if rows else [])]
     if plain := [name for name, found in asked.items() if not found.answers]:
         told = f"No metric of {listed(plain)} is a share of each item: see Every number, where nothing is judged."
@@ -949,8 +768,7 @@ def provenance(report: Report) -> Section:
     return Section(
         "Where the numbers come from",
         (
-            Table("Runs; the run key is a hash of settings, inputs and backend", headers, rows,
-                  frozenset(range(1, len(headers)))),
+            Table("Runs; the run key is a hash of settings, inputs and backend", headers, rows),
             Text(f"Test items: {kinds}sha256 {', '.join(items)}.", "note"),
             Details("Packages", listed_packages),
         ),

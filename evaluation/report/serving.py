@@ -1,4 +1,4 @@
-"""What is served: the models in other precisions, servers against training, phases of a request."""
+"""What is served: parity of the exports, servers compared with training, speed by phase, other precisions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Row
 
-from db.queries import RunFacts
-from evaluation.measure import speed
+from db.queries import BASE, RunFacts
+from evaluation.measure.speed import summary
+from evaluation.report.arms import ArmRow
+from evaluation.report.blocks import Block, Cell, Chart, Dataset, Details, Panel, Section, Table, Text, arm_cell
 from evaluation.report.results import Results, Rows
+from evaluation.report.text import interval, number, percent, seeds_text
 from evaluation.statistics.intervals import Interval, aligned, bootstrap_mean, is_binary, mean_test, share_interval
 
 REFERENCE = "f16"
@@ -156,5 +159,164 @@ def phase_rows(runs: Sequence[RunFacts], timings: Rows) -> list[PhaseRow]:
             confidence=100 * row["confidence"],
             repetitions=row["repetitions"],
         )
-        for row in sorted(speed.summary(own), key=lambda row: PHASES.index(row["phase"]))
+        for row in sorted(summary(own), key=lambda row: PHASES.index(row["phase"]))
     ]
+
+
+# Chapters
+
+_PHASE_TITLES = dict(zip(PHASES, ("Load", "Time to first token", "Prefill", "Decode"), strict=True))
+
+
+def parity(rows: Sequence[ArmRow], runs: Sequence[RunFacts], first: Mapping[int, Mapping[str, Any]]) -> Section | None:
+    """Whether every way to run a model answers alike; `first` has the first prompt of a run on which one did not."""
+    keys = list(dict.fromkeys(key for row in rows for key in row.metrics if key[0] == "parity"))
+    if not keys:
+        return None
+    names = {"token_ids_equal": "Same token ids", "greedy_equal": "All ways answer alike"}
+    lines = [(arm_cell(row.arm), number(row.parity), *(percent(row.metrics.get(key)) for key in keys)) for row in rows]
+    headers = ("Arm", "Worst seed", *(names.get(key[1], key[1].removeprefix("pair/")) for key in keys))
+    blocks: list[Block] = [
+        Table("Percent of prompts on which all ways to run a model answer alike, mean over seeds", headers, lines),
+        Text(
+            "With export.parity_arithmetic: f32, this compares what the exported files hold, without the rounding of "
+            "the engine that serves them. Served as trained shows what is really served.",
+            "note",
+        ),
+    ]
+    differences = tuple(
+        Text(f"{run.arm} seed {run.seed}: " + "; ".join(f"{k}: {v!r}" for k, v in first[run.id].items()), "note")
+        for run in runs
+        if run.id in first
+    )
+    if differences:
+        blocks.append(Details("First prompts on which an export differs from the trained model", differences))
+    return Section("Parity of the exported models", tuple(blocks))
+
+
+def served(rows: Sequence[ServedRow]) -> Section | None:
+    if not rows:
+        return None
+    headers = ("Arm", "Backend", "Mode", "Asked", "Prompts", "Rendered %", "Tokens %", "Answers %", "Ties %",
+               "Adapter = merged %", "Perturbed adapter noticed")  # fmt: skip
+    asked = [row for row in rows if row.prompts]
+    alike = sum((row.answered or 0) + (row.tied or 0) > 100 - 1e-6 for row in asked)
+    words = (
+        f"{alike} of {len(asked)} give the trained model's answer to every prompt, or differ only where two tokens tie "
+        "and rounding decides. Shares of prompts on which the backend matches training: the rendered text, the token "
+        "ids (Ollama: their number), and the greedy answer of Hugging Face. Prompts are asked plainly, with a trailing "
+        "newline, and as the second question of a conversation. Not reported: the server is too old to say."
+    )
+    notes = (
+        Text(f"{row.arm} seed {row.seed}, {row.backend}, {row.mode}, {row.form}: {row.first_difference}", "note")
+        for row in rows
+        if row.first_difference
+    )
+    table = Table("Served as trained, percent of prompts", headers, map(_served_line, rows))
+    return Section("Served as trained", (Text(words), table, *notes), brief=5)
+
+
+def _served_line(row: ServedRow) -> tuple[object, ...]:
+    def reported(share: float | None) -> str:
+        return "not reported" if row.prompts and share is None else number(share)
+
+    return (
+        Cell(row.arm, arm=row.arm, hint=f"seed {row.seed}"), row.backend, row.mode, row.form,
+        str(row.prompts) if row.prompts else "not supported", reported(row.rendered), reported(row.counted),
+        number(row.answered), number(row.tied), number(row.equal_to_merged),
+        {True: "yes", False: Cell("NO", tone="bad"), None: "–"}[row.perturbed_noticed],
+    )  # fmt: skip
+
+
+def speed(phases: Sequence[PhaseRow], rows: Sequence[ArmRow], modes: Mapping[str, str]) -> Section | None:
+    """Speed by phase; `modes` has the serving mode of each trained arm."""
+    if not phases:
+        return None
+    blocks: list[Block] = [Text(f"{modes_in_words(modes)} Requests run one at a time.".strip())]
+    data = Dataset(("kind", "label", "arm", "low", "value", "high"))
+    for row in rows:
+        if row.arm != BASE and (change := row.delta_speed_interval):
+            data.add("interval", row.arm, row.arm, change.low, change.estimate, change.high)
+    if data.rows:
+        title = "Decoding speed relative to the base timed beside it, percent"
+        options = {"title": "percent", "zero": True, "lines": len(data.rows)}
+        chart = Chart("speed", title, f"{title}, with 95% intervals", "intervals", options)
+        note = (
+            "Paired: arm and base take turns in one process. The intervals in the table describe one process each, so "
+            "medians of two processes cannot be compared."
+        )
+        arms = tuple(row.arm for row in rows)
+        blocks.append(Panel("speed", data, (chart,), arms, note=note, wide=True, legend=False))
+    lines = [
+        (arm_cell(row.arm), row.backend, _PHASE_TITLES[row.phase],
+         f"{interval(row.value, digits=2 if row.unit == 'ms' else 0)} {row.unit}", number(row.confidence),
+         str(row.repetitions))
+        for row in phases
+    ]  # fmt: skip
+    caption = "Medians over the repetitions of all seeds, without the warm-up, with intervals from order statistics"
+    headers = ("Arm", "Backend", "Phase", "Median [interval]", "Confidence %", "Repetitions")
+    return Section("Speed by phase", (*blocks, Table(caption, headers, lines)))
+
+
+def modes_in_words(modes: Mapping[str, str]) -> str:
+    """How the models were served, and what that means for their speed; `modes` has each trained arm's."""
+    merged, adapter = (", ".join(arm for arm, mode in modes.items() if mode == one) for one in ("merged", "adapter"))
+    sentences = (
+        f"Merged into the base: {merged}. Merged models of one shape run the same arithmetic, so any difference in "
+        "their decoding speed is noise." if merged else "",
+        f"With a separate adapter: {adapter}. An adapter adds arithmetic to every token, which costs time."
+        if adapter else "",
+    )  # fmt: skip
+    return " ".join(filter(None, sentences))
+
+
+def precisions(rows: Sequence[PrecisionRow], title: str) -> Section | None:
+    """The models in other precisions; `title` names the primary metric."""
+    if not rows:
+        return None
+    counts, change = _counts(rows)
+    headers = ("Arm", "Type", "Size, MB", "Bits per weight", f"{title}, % [95%]", "Δ to f16, points [95%]",
+               counts, "Same answer as f16, %", "Fallback tensors")  # fmt: skip
+    lines = [
+        (Cell(row.arm, arm=row.arm, hint=seeds_text(row.seeds)), row.type, number(row.megabytes, digits=2),
+         number(row.bits_per_weight, digits=2), interval(row.accuracy), interval(row.delta, sign=True),
+         "–" if row.delta is None else f"{row.gained}, {row.lost}", number(row.answers_equal),
+         f"{row.fallbacks} of {row.tensors}")
+        for row in rows
+    ]  # fmt: skip
+    items = ", ".join(str(n) for n in sorted({row.items for row in rows}))
+    words = [
+        f"Each model in other precisions, on the same {items} test items, served by llama.cpp. Size is the file's, "
+        f"bits per weight the tensors'. {counts} counts items that {change} compared with f16. The difference is "
+        "paired by item; an interval of zero width means that no item changed, not that none could."
+    ]
+    if any(len({row.seeds for row in rows if row.arm == arm}) > 1 for arm in {row.arm for row in rows}):
+        words.append(
+            "Each line covers its own seeds, and its difference is to f16 with the same seeds: do not compare lines "
+            "with different seeds."
+        )
+    if any(row.fallbacks for row in rows):
+        words.append(
+            "Fallback tensors have rows that are not a multiple of the format's block, so llama.cpp stored them in a "
+            "larger type: the file is larger than the type's name suggests."
+        )
+    blocks: list[Block] = [Text(" ".join(words)), Table("Other precisions on the same test items", headers, lines)]
+    data = Dataset(("kind", "label", "arm", "low", "value", "high"))
+    for row in rows:
+        if bounds := row.delta:
+            data.add("interval", f"{row.arm} {row.type}", row.arm, bounds.low, bounds.estimate, bounds.high)
+    if data.rows:
+        heading = f"{title} minus that of f16 on the same items, points"
+        options = {"title": "points", "zero": True, "lines": len(data.rows)}
+        label = f"{heading}: every model in every precision, with 95% intervals"
+        chart = Chart("precisions", heading, label, "intervals", options)
+        arms = tuple(dict.fromkeys(row.arm for row in rows))
+        blocks.append(Panel("precisions", data, (chart,), arms, wide=True, legend=False))
+    return Section("Quantization", tuple(blocks), brief=4)
+
+
+def _counts(rows: Sequence[PrecisionRow]) -> tuple[str, str]:
+    """What the counts of changed items are called, and what these items do."""
+    if all(row.binary for row in rows):
+        return "Gained, lost", "turned right or wrong"
+    return "Items better, worse", "got more or less credit"

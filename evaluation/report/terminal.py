@@ -54,13 +54,13 @@ def _print(console: Console, blocks: Iterable[Block]) -> None:
 
 def _grid(block: Table, console: Console) -> Grid:
     """A table that fits: its cells are broken into ever shorter lines, between words and before bounds; none is cut."""
-    columns = [at for at in range(len(block.headers)) if at not in block.wide]
+    columns = [at for at, header in enumerate(block.headers) if header not in block.page_only]
     for width in (1000, 40, 28, 20, 14, 10):
         grid = Grid(
             title=Words(block.caption), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
         )
         for at in columns:
-            justify: Literal["left", "right"] = "left" if at == 0 or at in block.words else "right"
+            justify: Literal["left", "right"] = "left" if block.styles[at] else "right"
             grid.add_column(Words(_broken(block.headers[at], width)), justify=justify, overflow="fold")
         for row in block.rows:
             grid.add_row(*(_words(row[at], width if at else max(width, _NAME)) for at in columns))

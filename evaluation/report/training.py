@@ -144,7 +144,7 @@ def probes(report: Report) -> Section | None:
                 "with the same gradients. An arm that claims to precondition and does not is found here."
             ),
             Table("What the optimizers did: medians over layers and sampled steps, in brackets from seed to seed",
-                  headers, rows, frozenset({1, len(headers) - 1})),
+                  headers, rows),
         ]  # fmt: skip
     if panel := _layer_panel(report, "probe", _READINGS):
         blocks.append(Details("Layer by layer, over the steps", (panel,)))

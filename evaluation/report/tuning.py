@@ -26,7 +26,7 @@ def tuning(report: Report) -> Section | None:
         for arm, one in found.items()
     ]  # fmt: skip
     headers = ("Arm", "Tries", "Seconds, all", "Chosen", "Evaluation loss", "At the border")
-    blocks.append(Table("What each arm was tuned over", headers, rows, words=frozenset({3, 5})))
+    blocks.append(Table("What each arm was tuned over", headers, rows))
     return Section("Tuning", tuple(blocks))
 
 

@@ -462,10 +462,10 @@ def test_the_report_shows_what_is_served(served):
     _, base, newline, second, merged, blind, old, refused = table(text, "Served as trained")
     shares = ["20", "100.0", "100.0", "100.0", "0.0", "–", "–"]
     assert base == ["base (seed 0)", "llama_cpp 0.3.36", "merged", "plain", *shares] and newline[3] == "newline"
-    assert second[3:5] == ["second", "20"] and second[7:9] == ["90.0", "10.0"] and "5 of 6 answer every prompt" in text
+    assert second[3:5] == ["second", "20"] and second[7:9] == ["90.0", "10.0"] and "5 of 6" in text
     assert merged[2] == "merged" and merged[9:11] == ["–", "–"] and blind[7:11] == ["95.0", "0.0", "95.0", "NO"]
     assert "prompt 3: token 2 \\| differs Likely cause: scale" in text, "a model's words cannot end a cell"
-    assert old[4:9] == ["20", "not told", "not told", "100.0", "0.0"]
+    assert old[4:9] == ["20", "not reported", "not reported", "100.0", "0.0"]
     assert refused[1:6] == ["ollama 0.32.0", "adapter", "plain", "not supported", "–"] and "by this server" in text
 
     phases = {(row[0], row[2]): row[3:] for row in table(text, "Speed by phase")[1:]}

@@ -6,7 +6,6 @@ import html
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from evaluation.report import html as page_module
 from evaluation.report.arms import ArmRow
 from evaluation.report.blocks import Dataset, slug, spread, thin
 from evaluation.report.comparison import Comparison, load_report
+from evaluation.report.serving import modes_in_words
 from evaluation.report.text import seeds_text
 from evaluation.statistics.differences import Difference
 from evaluation.statistics.intervals import Interval
@@ -166,11 +166,8 @@ def test_seeds_are_named_and_not_counted(odd, full):
 
 
 def test_only_merged_models_are_said_to_be_equally_fast():
-    def told(**modes):
-        return sections.modes(SimpleNamespace(runs=[{"arm": a, "serving_mode": m} for a, m in modes.items()]))
-
-    assert "equally fast" in told(base="merged", x="merged") and "beside" not in told(x="merged")
-    assert "equally fast" not in told(base="merged", x="adapter") and "beside the base: x." in told(x="adapter")
+    assert modes_in_words({"x": "merged"}).count("x") == 1 and "noise" in modes_in_words({"x": "merged"})
+    assert "noise" not in modes_in_words({"x": "adapter"}) and modes_in_words({}) == ""
 
 
 def test_no_number_says_what_it_would_take():
