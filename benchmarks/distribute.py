@@ -25,7 +25,8 @@ import yaml
 
 from benchmarks import _harness
 from db.files import read_jsonl
-from pipelines.distribute import HISTORY, LOCK
+from pipelines.distribute import HISTORY
+from pipelines.dvc_internals import LOCK
 from pipelines.repro import TIMES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,7 +178,7 @@ def with_kills(folder: Path, address: str, stages: int, wanted: dict[str, list[A
     Distributed(folder, address).wait()
     said = head.said.read_text()
     starts = re.findall(r"^\[\d+/\d+\] (\S+) on ", said, re.MULTILINE)
-    restored = re.findall(r"^(\S+): .*from the run cache$", said, re.MULTILINE)
+    restored = re.findall(r"^ *(\S+): .*from the cache$", said, re.MULTILINE)
     runs = {name: starts.count(name) - restored.count(name) for name in starts}
     twice = sorted(name for name, count in runs.items() if count > 1)
     differences = differ(results(folder), wanted)

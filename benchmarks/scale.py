@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._harness import RESULTS, command, write
-from pipelines.distribute import LOCK
-from pipelines.repro import CHECK, TIMES
+from pipelines.dvc_internals import CHECK, LOCK
+from pipelines.repro import TIMES
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1000)
 SEEDS = (1, 3, 10, 25, 100)

@@ -37,6 +37,10 @@ class ConfigError(ValueError):
     """params.yaml cannot be used; the message lists everything that is wrong with it."""
 
 
+class PipelineError(RuntimeError):
+    """Work that failed, or results that are refused, although params.yaml is fine; the message gives the reason."""
+
+
 def unique(values: list[Any]) -> list[Any]:
     if len(set(values)) != len(values):
         raise ValueError(f"expected each once, got {values}")

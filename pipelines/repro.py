@@ -1,8 +1,8 @@
-"""`python -m pipelines.repro`: what `dvc repro` does, with stages that do not wait for each other side by side.
+"""`python -m pipelines.repro`: what `dvc repro` does, with independent stages side by side.
 
-DVC decides what has changed and runs every stage, as `dvc repro --single-item` in a process of its own; here is only
-the order. A stage that fails stops what depends on it and nothing else. Processes are forks of this one, which imports
-what most stages need: 5 s of CPU less for each.
+DVC decides what has changed and runs every stage; here is only the order, one walk for two executors. `Processes` runs
+stages in forks of this process, which has imported what most of them need: that saves each 5 s of CPU time. The other
+executor is pipelines.distribute, on a Ray cluster.
 """
 
 import gc
@@ -13,231 +13,265 @@ import os
 import re
 import runpy
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 
 from db.files import exclusive, read_json, write_json
+from pipelines.dvc_internals import CHECK, commands_started_by, open_repo, short_errors, stale
 from pipelines.params import PARAMS_FILE, load_yaml, stages_at_once
 from pipelines.stage import clear_errors, cli, quiet_libraries, set_threads
 from trainers.callbacks import duration
 
 LOGS = Path("logs/stages")
 TIMES = LOGS / "seconds.json"
-"""Seconds that each stage took when it last ran."""
-CHECK = "check"
-UNCHANGED, RESTORED = "didn't change, skipping", "skipping run, checking out outputs"
-FORK = multiprocessing.get_context("fork")
-NEEDED = """dvc.cli.parser dvc.repo.reproduce dvc.stage.run scmrepo.git llama_cpp transformers.trainer
-    transformers.models.llama.modeling_llama trl.trainer.sft_trainer"""
-# Not what trains: Unsloth wants to be imported before what it patches.
-IN_FORK = re.compile(r"python -m (?!pipelines\.(?:train|tune) )[\w.]+( [\w.-]+)*")
+"""Seconds that each stage's command took when it last ran."""
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+FORK = multiprocessing.get_context("fork")
+PRELOADED = """dvc.cli.parser dvc.repo.reproduce dvc.stage.run scmrepo.git llama_cpp transformers.trainer
+    transformers.models.llama.modeling_llama trl.trainer.sft_trainer"""
+# Training is left out: Unsloth has to be imported before the libraries that it patches.
+FORKABLE = re.compile(r"python -m (?!pipelines\.(?:train|tune) )[\w.]+( [\w.-]+)*")
 
 
-def stale(repo: Any) -> dict[str, set[str]]:
-    """Stages that have changed or come after one that has, in an order that works → those of them to wait for."""
-    from dvc.repo import lock_repo
-    from dvc.repo.reproduce import get_active_graph, plan_repro
+@dataclass
+class Outcome:
+    """How a stage ended."""
 
-    with lock_repo(repo):  # else its files are read twice
-        graph, changed = get_active_graph(repo.index.graph), repo.status()
-    waits: dict[str, set[str]] = {}
-    for stage in plan_repro(graph):
-        before = {other.addressing for other in graph.successors(stage)} & waits.keys()
-        if before or stage.addressing in changed:
-            waits[stage.addressing] = before
-    return waits
+    failed: str = ""  # the reason; empty if it did not fail
+    command_seconds: float = 0.0  # 0 if DVC had the result already
+
+
+class Executor(Protocol):
+    slots: int  # stages at a time
+
+    def start(self, name: str) -> bool:
+        """Start a stage, which leaves its output in LOGS/<name>.log; returns whether it runs already."""
+
+    def poll(self) -> Iterator[tuple[str, str | Outcome]]:
+        """Wait a moment; yields stages that began later than `start`, with their place, and those that ended."""
+
+
+@dataclass
+class Progress:
+    done: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)  # stage → reason
+
+
+def walk(waits: dict[str, set[str]], executor: Executor, progress: Progress) -> None:
+    """Run stages, each after those it waits for. A failure stops what depends on it and nothing else."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = read_json(TIMES) if TIMES.is_file() else {}
+    known = [seconds[name] for name in waits if name in seconds]
+    at_a_time = f", {executor.slots} at a time" if executor.slots < sys.maxsize else ""
+    guess = (
+        f", about {duration(sum(known) / executor.slots)} last time" if at_a_time and len(known) == len(waits) else ""
+    )
+    print(f"{len(waits)} stages to run{at_a_time}{guess}", flush=True)
+    waiting = {name: set(before) for name, before in waits.items()}
+    running, began = set[str](), dict[str, float]()
+
+    def announce(name: str, place: str = "") -> None:
+        began[name] = time.monotonic()  # again where its worker died
+        print(f"[{len(began)}/{len(waits)}] {name}{place}", flush=True)
+
+    while running or any(not before for before in waiting.values()):
+        free = [name for name, before in waiting.items() if not before]
+        for name in free[: executor.slots - len(running)]:
+            del waiting[name]
+            running.add(name)
+            if executor.start(name):
+                announce(name)
+        for name, event in executor.poll():
+            if isinstance(event, str):
+                announce(name, f" on {event}")
+                continue
+            running.remove(name)
+            line = " " * len(f"[{len(waits)}/{len(waits)}] ") + f"{name}: "
+            took = duration(time.monotonic() - began.get(name, time.monotonic()))
+            if event.failed:
+                progress.failed[name] = event.failed
+                log = LOGS / f"{name}.log"
+                tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:] if log.is_file() else []
+                print(f"{line}FAILED after {took}; full output: {log}", *tail, sep="\n", flush=True)
+                continue
+            progress.done.append(name)
+            print(f"{line}{took}{'' if event.command_seconds else ', from the cache'}", flush=True)
+            if event.command_seconds:
+                seconds[name] = round(event.command_seconds, 1)
+                write_json(TIMES, seconds)
+            for before in waiting.values():
+                before.discard(name)
 
 
 def preload() -> None:
-    """Import what stages need. Nothing is computed, since a fork has only one of its parent's threads."""
-    own = os.environ.get("OMP_NUM_THREADS")
+    """Import what stages need. Nothing is computed yet, because a fork keeps only one of its parent's threads."""
+    threads = os.environ.get("OMP_NUM_THREADS")
     quiet_libraries()
     set_threads(alone=False)
     logging.disable(logging.WARNING)
-    for name in NEEDED.split():
+    for name in PRELOADED.split():
         importlib.import_module(name)
     logging.disable(logging.NOTSET)
-    if own is None:
-        del os.environ["OMP_NUM_THREADS"]  # stages would take it for the user's
-    gc.freeze()  # so that collecting garbage in a fork copies no page of all this
+    if threads is None:
+        del os.environ["OMP_NUM_THREADS"]  # stages would take it for the user's choice
+    gc.freeze()  # so that garbage collection in a fork copies none of these pages
 
 
-def dvc(name: str, log: Path) -> None:
-    """What the process of a stage does."""
-    os.setsid()  # Ctrl-C reaches it through `Running.send`, once
+class Forked:
+    """A module that runs as __main__ in a fork of this process."""
+
+    def __init__(self, words: list[str], env: dict[str, str]) -> None:
+        def run() -> None:
+            os.environ.update(env)
+            sys.argv = words
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+        self.process = FORK.Process(target=run)
+        self.process.start()
+
+    def wait(self) -> int:
+        self.process.join()
+        return self.process.exitcode or 0
+
+
+def start_command(cmd: str, **kwargs: Any) -> Any:
+    if "torch" in sys.modules and FORKABLE.fullmatch(cmd) and threading.active_count() == 1:
+        return Forked(cmd.split()[2:], kwargs["env"])
+    return subprocess.Popen(["/bin/sh", "-c", cmd], **kwargs)
+
+
+def run_stage(name: str, seconds: Any) -> None:
+    """What the process of a stage does; `seconds`: shared memory for how long its command took."""
+    with suppress(PermissionError):
+        os.setpgid(0, 0)  # Ctrl-C reaches it through `Processes.send`, once
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
-    with log.open("wb") as output:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    with (LOGS / f"{name}.log").open("wb") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     from dvc.cli import main
-    from dvc.stage import run
 
-    usual = run._run
-
-    def command(executable: str, cmd: str, **kwargs: Any) -> None:
-        if "torch" not in sys.modules or not IN_FORK.fullmatch(cmd) or threading.active_count() > 1:
-            usual(executable, cmd, **kwargs)
-            return
-        process = FORK.Process(target=module, args=(cmd.split()[2:], kwargs["env"]))
-        process.start()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as there: the stage gets it too, and DVC waits
-        process.join()
-        if process.exitcode:
-            raise run.StageCmdFailedError(cmd, process.exitcode)
-
-    run._run = command
-    sys.exit(main(["--wait-for-lock", "repro", "--single-item", name]))
+    with commands_started_by(start_command) as took:
+        code = main(["--wait-for-lock", "repro", "--single-item", name])
+    seconds.value = sum(took)
+    sys.exit(code)
 
 
-def module(words: list[str], env: dict[str, str]) -> None:
-    os.environ.update(env)
-    sys.argv = words
-    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+class Processes:
+    """Runs stages in forks of this process."""
 
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.processes: dict[str, tuple[Any, Any]] = {}  # stage → process, seconds of its command
 
-class Running:
-    """A stage in its process, its output in a file."""
+    def start(self, name: str) -> bool:
+        seconds = FORK.Value("d", 0.0)
+        process = FORK.Process(target=run_stage, args=(name, seconds))
+        # An interruption between the fork and its entry here would leave a process behind that nobody stops.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            process.start()
+            self.processes[name] = process, seconds
+            with suppress(ProcessLookupError, PermissionError):  # whichever of the two comes first
+                os.setpgid(process.pid, process.pid)  # type: ignore[arg-type]  # it was started
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return True
 
-    def __init__(self, name: str) -> None:
-        self.log = LOGS / f"{name}.log"
-        self.started = time.monotonic()
-        self.process = FORK.Process(target=dvc, args=(name, self.log))
-        self.process.start()
-        while self.process.is_alive() and os.getsid(self.process.pid or 0) != self.process.pid:
-            time.sleep(0.001)  # until `send` reaches it
-
-    def outcome(self, seconds: float) -> str:
-        said = self.log.read_text(encoding="utf-8", errors="replace")
-        if self.process.exitcode:
-            tail = "\n".join(said.splitlines()[-30:])
-            return f"FAILED after {duration(seconds)}; the whole output is in {self.log}\n{tail}"
-        if UNCHANGED in said:
-            return "unchanged"
-        return f"from DVC's cache, {duration(seconds)}" if RESTORED in said else duration(seconds)
+    def poll(self) -> Iterator[tuple[str, str | Outcome]]:
+        time.sleep(0.05)
+        for name, (process, seconds) in list(self.processes.items()):
+            if process.exitcode is not None:
+                del self.processes[name]
+                yield name, Outcome(f"see {LOGS / name}.log" if process.exitcode else "", seconds.value)
 
     def send(self, number: int) -> None:
-        with suppress(ProcessLookupError):  # DVC may be dead while the stage lives
-            os.killpg(self.process.pid, number)  # type: ignore[arg-type]  # it was started
+        for process, _ in self.processes.values():
+            with suppress(ProcessLookupError):  # DVC may be dead while its stage lives
+                os.killpg(process.pid, number)
+
+    def stop(self) -> None:
+        try:
+            self.send(signal.SIGINT)
+            for process, _ in self.processes.values():
+                process.join()
+        except KeyboardInterrupt:  # a second one
+            self.send(signal.SIGKILL)
+            raise
 
 
-@contextmanager
-def held_back() -> Iterator[None]:
-    """Signals that interrupt do so when the block has ended."""
-    came: list[int] = []
-    numbers = [number for number in SIGNALS if signal.getsignal(number) is signal.default_int_handler]
-    for number in numbers:
-        signal.signal(number, lambda got, _: came.append(got))
+def run_here(waits: dict[str, set[str]], slots: int, progress: Progress) -> None:
+    processes = Processes(slots)
     try:
-        yield
+        walk(waits, processes, progress)
     finally:
-        for number in numbers:
-            signal.signal(number, signal.default_int_handler)
-    if came:
-        raise KeyboardInterrupt
+        processes.stop()
 
 
 def take_signals() -> None:
-    """Have signals that end a program interrupt it."""
+    """Have the signals that end a program raise KeyboardInterrupt."""
     for number in SIGNALS:
         # A shell may have left SIGINT ignored, and stages would then ignore it too; SIGHUP is ignored on purpose.
         if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
 
 
-def took_before() -> dict[str, float]:
-    return dict(read_json(TIMES)) if TIMES.is_file() else {}
-
-
-def run(waits: dict[str, set[str]], at_once: int) -> list[str]:
-    """Run stages, each after those it waits for; returns those that failed."""
-    LOGS.mkdir(parents=True, exist_ok=True)
-    took = took_before()
-    total, started, failed = len(waits), 0, []
-    known = [took[name] for name in waits if name in took]
-    guess = f", about {duration(sum(known) / at_once)} when they last ran" if len(known) == total else ""
-    print(f"{total} stages to run, {at_once} at a time{guess}", flush=True)
-    waiting = dict(waits)
-    running: dict[str, Running] = {}
-    try:
-        while running or any(not before for before in waiting.values()):
-            for name in [n for n, before in waiting.items() if not before][: at_once - len(running)]:
-                del waiting[name]
-                with held_back():  # one that is not known would outlive us
-                    running[name] = Running(name)
-                started += 1
-                print(f"[{started}/{total}] {name}", flush=True)
-            time.sleep(0.05)
-            for name, stage in list(running.items()):
-                if stage.process.exitcode is None:
-                    continue
-                seconds = time.monotonic() - stage.started
-                outcome = stage.outcome(seconds)
-                print(f"{' ' * len(f'[{total}/{total}]')} {name}: {outcome}", flush=True)
-                del running[name]
-                if stage.process.exitcode:
-                    failed.append(name)
-                    continue
-                if outcome == duration(seconds):  # it really ran
-                    took[name] = round(seconds, 1)
-                    write_json(TIMES, took)
-                for before in waiting.values():
-                    before.discard(name)
-    finally:
-        try:
-            for stage in running.values():
-                stage.send(signal.SIGINT)
-            for stage in running.values():
-                stage.process.join()
-        except KeyboardInterrupt:  # a second one
-            for stage in running.values():
-                stage.send(signal.SIGKILL)
-            raise
-    if failed and waiting:
-        print(f"not run, since they come after what failed: {len(waiting)}")
-    return failed
-
-
-def main(
-    at_once: Annotated[int, typer.Option("--workers", min=0, help="stages at a time; 0: by cores and threads")] = 0,
+def bring_up_to_date(
+    command: str, run: Callable[[dict[str, set[str]], Progress], None], remote: Callable[[], str | None] = lambda: None
 ) -> None:
-    """Bring everything up to date, stages that do not wait for each other side by side."""
-    take_signals()
-    with clear_errors("repro"), exclusive(Path("checkpoints/repro.lock"), "repro"):
-        began = time.monotonic()
-        os.environ.setdefault("TQDM_MININTERVAL", "60")  # what a stage says goes into a file
-        from dvc.exceptions import ReproductionError
-        from dvc.logger import set_loggers_level
-        from dvc.repo import Repo
-        from tqdm import tqdm
+    """What both commands do around the walk; exit code 1 if a stage failed.
 
-        tqdm.monitor_interval = 0  # a thread, which forks would lack
-        with Repo() as repo:
-            try:  # first and alone: it refuses bad settings, and writes what the others depend on
-                with set_loggers_level(logging.CRITICAL):  # it says what is wrong itself
-                    repo.reproduce(CHECK, single_item=True)
-            except ReproductionError:
-                raise SystemExit(1) from None
+    Args:
+        command: its name in messages.
+        run: walks over the stages that have changed.
+        remote: gives the address of DVC's remote in place of the configured one.
+    """
+    take_signals()
+    with clear_errors(command), exclusive(Path("checkpoints/repro.lock"), "repro"):
+        began, progress = time.monotonic(), Progress()
+        os.environ.setdefault("TQDM_MININTERVAL", "60")  # stages write to files
+        with short_errors(), open_repo(remote()) as repo:
+            repo.reproduce(CHECK, single_item=True)  # first: refuses bad settings, writes what the others depend on
             waits = stale(repo)
         if not waits:
             print("everything is up to date")
             return
-        settings = load_yaml(PARAMS_FILE)
-        if len(waits) > 2 and stages_at_once(settings) > 1:
-            preload()
-        if failed := run(waits, at_once or stages_at_once(settings)):
-            print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        run(waits, progress)
+        if progress.failed:
+            skipped = len(waits) - len(progress.done) - len(progress.failed)
+            print(f"\nnot run, because they depend on a failed stage: {skipped}", file=sys.stderr)
+            for name, reason in progress.failed.items():
+                print(f"failed: {name}: {reason}", file=sys.stderr)
             raise SystemExit(1)
         print(f"done in {duration(time.monotonic() - began)}")
+
+
+def main(
+    workers: Annotated[int, typer.Option(min=0, help="stages at a time; 0: by cores and threads")] = 0,
+) -> None:
+    """Bring everything up to date, with independent stages side by side."""
+
+    def run(waits: dict[str, set[str]], progress: Progress) -> None:
+        slots = stages_at_once(load_yaml(PARAMS_FILE))
+        if len(waits) > 2 and slots > 1:
+            preload()
+        run_here(waits, workers or slots, progress)
+
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # a thread, which forks would lack
+    bring_up_to_date("repro", run)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def test_a_failure_stops_what_comes_after_it_alone(project):
     assert (
         code == 1
         and "left was told to fail" in said
-        and "they come after what failed: 2" in said
+        and "depend on a failed stage: 2" in said
         and "failed: left: " in said
     )
     assert (folder / "right").is_file() and order(marks) == ["left", "right"]

@@ -1,4 +1,4 @@
-"""Stages side by side: in DVC's order, and a failure stops no more than what depends on it."""
+"""Stages side by side: in DVC's order; a failure stops only what depends on it."""
 
 import os
 import re
@@ -12,8 +12,8 @@ import psutil
 import pytest
 import yaml
 
+import pipelines.repro
 from db.files import process_runs
-from pipelines import repro as repro_module
 from tests.project_clone import ROOT
 
 STAGES = {
@@ -35,7 +35,7 @@ if __name__ == "__main__":
         time.sleep(60)
     shutil.copy(sys.argv[1], "right")
 """
-"""A stage of its own module: where several are to run, in a fork that finds libraries imported."""
+"""A stage that is a module: it runs in a preloaded fork where more than two stages are to run."""
 
 
 @pytest.fixture
@@ -59,18 +59,16 @@ def repro(tmp_path):
 def test_a_failure_stops_what_depends_on_it_and_the_rest_runs_once(repro, tmp_path):
     (tmp_path / "stop").touch()
     failing = repro()
-    said, _ = failing.communicate(timeout=120)
-    assert failing.returncode == 1 and "4 stages to run, 2 at a time" in said
-    assert (
-        "right: FAILED" in said and "torch was there: True" in said and "python -m right code, exited with -9" in said
-    )
-    assert "come after what failed: 1" in said and said.endswith("failed: right\n")
+    output, _ = failing.communicate(timeout=120)
+    assert failing.returncode == 1 and "4 stages to run, 2 at a time" in output
+    assert "right: FAILED" in output and "torch was there: True" in output and "exited with -9" in output
+    assert "depend on a failed stage: 1\nfailed: right: see logs/stages/right.log" in output
     ran = (tmp_path / "order").read_text().split()
     assert sorted(ran) == ["after_left", "left", "right"] and ran.index("left") < ran.index("after_left")
 
     (tmp_path / "stop").unlink()
-    said, _ = repro().communicate(timeout=120)
-    assert re.search(r"2 stages to run.*\n\[1/2\] right\n.*right: \d.*\n\[2/2\] end\n", said), said
+    output, _ = repro().communicate(timeout=120)
+    assert re.search(r"2 stages to run.*\n\[1/2\] right\n.*right: \d.*\n\[2/2\] end\n", output), output
     assert "torch was there: False" in (tmp_path / "logs/stages/right.log").read_text()
     assert (tmp_path / "order").read_text().split()[3:] == ["right", "end"] and (tmp_path / "e").read_text() == "1\n1\n"
     assert repro().communicate(timeout=120)[0] == "everything is up to date\n"
@@ -88,47 +86,47 @@ def test_interrupted_and_started_twice(repro, tmp_path, number):
         time.sleep(0.05)
     time.sleep(0.5)  # a shell between two commands may miss the signal
     second = repro()
-    assert "repro is already running in another process" in second.communicate(timeout=60)[0] and second.returncode == 1
+    assert "already running" in second.communicate(timeout=60)[0] and second.returncode == 1
     first.send_signal(number)
-    said, _ = first.communicate(timeout=30)
-    assert first.returncode == 130 and "repro: interrupted; run the same command again" in said
+    output, _ = first.communicate(timeout=30)
+    assert first.returncode == 130 and "repro: interrupted" in output
     assert not (tmp_path / "right").exists()
-    left = [p.info for p in psutil.process_iter(["cwd", "cmdline"]) if p.info["cwd"] == str(tmp_path)]
-    assert not left
+    assert not [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(tmp_path)]
 
 
 def test_an_interruption_while_a_stage_starts_reaches_it(tmp_path, monkeypatch):
-    sent = []
-
-    class Starting:
-        def __init__(self, name):
-            signal.raise_signal(signal.SIGINT)  # when its process is there and nobody knows it yet
-            self.process = repro_module.FORK.Process(target=int)
-            self.process.start()
-
-        def send(self, number):
-            sent.append(number)
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(repro_module, "Running", Starting)
+    processes, fork = pipelines.repro.Processes(1), pipelines.repro.FORK.Process
+
+    def interrupted(target, args):
+        process = fork(target=time.sleep, args=(60,))
+        start = process.start
+        process.start = lambda: (start(), os.kill(os.getpid(), signal.SIGINT))  # it exists, and nobody knows it yet
+        return process
+
+    monkeypatch.setattr(pipelines.repro.FORK, "Process", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
     try:
         with pytest.raises(KeyboardInterrupt):
-            repro_module.run({"train": set()}, 1)
+            processes.start("train")
     finally:
         signal.signal(signal.SIGINT, before)
-    assert sent == [signal.SIGINT]
+    ((process, _),) = processes.processes.values()
+    processes.send(signal.SIGKILL)
+    process.join(10)
+    assert process.exitcode == -signal.SIGKILL
 
 
-def test_what_a_dead_dvc_left_running_is_stopped(tmp_path):
-    stage = object.__new__(repro_module.Running)
-    stage.process = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!"], stdout=subprocess.PIPE, start_new_session=True)
-    child = int(stage.process.stdout.readline())
-    assert stage.process.wait() == 0 and process_runs(child, time.time())
-    stage.send(signal.SIGKILL)
+def test_a_stage_whose_dvc_died_is_stopped(monkeypatch):
+    dead = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!"], stdout=subprocess.PIPE, start_new_session=True)
+    child = int(dead.stdout.readline())
+    assert dead.wait() == 0 and process_runs(child, time.time())
+    processes = pipelines.repro.Processes(1)
+    processes.processes["train"] = dead, None
+    processes.send(signal.SIGKILL)
     began = time.monotonic()
     while process_runs(child, time.time()):
         assert time.monotonic() < began + 10
         time.sleep(0.05)
-    stage.process.stdout.close()
-    stage.send(signal.SIGINT)  # nobody is there
+    dead.stdout.close()
+    processes.send(signal.SIGINT)  # nothing is left to receive it
