@@ -1,14 +1,14 @@
-"""The middle of an arm's model card: its results beside the arms that it is held against, settings, cost, the probe."""
+"""The middle of a model card: the arm's results beside those it is compared with, settings, cost, and the probe."""
 
 from dataclasses import replace
 
 from db.queries import BASE
 from evaluation.report.arms import ArmRow
 from evaluation.report.blocks import Section, Table, Text
-from evaluation.report.comparison import Report, outcome_line
+from evaluation.report.comparison import Report
 from evaluation.report.cost import training
+from evaluation.report.findings import arms_compared
 from evaluation.report.markdown import laid_out
-from evaluation.report.sections import arms_compared
 from evaluation.report.text import interval, percent
 from evaluation.report.training import probes
 
@@ -30,13 +30,14 @@ def as_card(report: Report, row: ArmRow) -> str:
          next((made.sha256 for made in results.artifacts.get(run.id, ()) if made.kind == "adapter"), "–"))
         for run in runs if run.arm == row.arm
     ]  # fmt: skip
+    outcome = comparison.outcomes[comparison.trained.index(row)]
     shown = (
         Section(
             "Results",
             (
                 *map(Text, told),
                 arms_compared(few),
-                *(Text(sentence, "note") for sentence in (outcome_line(row, comparison.baseline), *comparison.notes)),
+                *(Text(sentence, "note") for sentence in (outcome, *comparison.notes, *comparison.methods)),
                 Table("Seed by seed", ("Seed", f"{title}, %", "sha256 of the adapter"), seeds),
             ),
         ),

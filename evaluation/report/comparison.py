@@ -14,12 +14,14 @@ from db import queries
 from db.errors import DatabaseMissingError
 from db.queries import BASE, Choice, RunFacts
 from db.store import open_session
+from evaluation.report.alignment import in_words as alignment_in_words
 from evaluation.report.arms import BASELINE, ArmRow, SideBySide, credit_interval, pair, side_by_side
 from evaluation.report.criteria import Criterion, judge_arm
+from evaluation.report.judgement import compared, contradiction, like_with_like, not_compared
 from evaluation.report.results import Results, read
 from evaluation.report.serving import PhaseRow, PrecisionRow, ServedRow, phase_rows, precision_rows, served_rows
 from evaluation.statistics.differences import SEED_MARGIN, Difference, compare_pairs
-from evaluation.statistics.intervals import ALPHA, Interval
+from evaluation.statistics.intervals import Interval
 from evaluation.statistics.power import PowerRow, power_rows
 from trainers.words import suggest
 
@@ -101,7 +103,7 @@ class TaskRow:
 @dataclass(frozen=True)
 class Comparison:
     rows: tuple[ArmRow, ...]  # base first, the baseline next
-    outcomes: tuple[str, ...]  # a sentence for each arm but the base
+    outcomes: tuple[str, ...]  # what may be said of each arm but the base
     notes: tuple[str, ...]  # what limits the reading
     units: Mapping[str, tuple[str, str, str]]  # metric name → (unit, better direction, description)
     runs: tuple[dict[str, Any], ...]  # where each number comes from, one mapping for each run
@@ -119,6 +121,7 @@ class Comparison:
     benchmarks: tuple[TaskRow, ...] = ()  # of lm-evaluation-harness, arm by arm; those with credit for each item
     # whether an arm's separation index differs from the base's, a sentence for each arm with a difference
     alignment: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()  # how to read the numbers
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -223,11 +226,13 @@ def compare(results: Results, baseline: str = BASELINE, filters: str = "") -> Co
     by_arm = {row.arm: [run for run in results.runs if run.arm == row.arm] for row in own.rows}
     first = results.runs[0]
     primary = Primary(first.task, first.task_title, first.primary_metric)
+    preserve = {row.arm: row.preserve for row in own.rows}
     left_out = {name: _left_out(name, counts) for name, counts in results.left_out.items()}
     return Comparison(
         rows=own.rows,
-        outcomes=tuple(outcome_line(row, baseline) for row in own.rows if row.arm != BASE),
+        outcomes=tuple(_in_words(row, baseline, primary.title, preserve) for row in own.rows if row.arm != BASE),
         notes=(*_notes(own.rows, results, primary), *left_out[primary.task]),
+        methods=tuple(_methods(own.rows, results)),
         units=results.units,
         runs=tuple(_provenance(results, run) for runs in by_arm.values() for run in runs),
         precisions=tuple(row for runs in by_arm.values() for row in precision_rows(results, runs)),
@@ -245,61 +250,58 @@ def compare(results: Results, baseline: str = BASELINE, filters: str = "") -> Co
         primary=primary,
         tasks=tuple(_task_rows(results, sides, baseline)),
         task_notes=tuple(note for notes in left_out.values() for note in notes),
-        benchmarks=tuple(_benchmark_rows(results, list(by_arm.values()), baseline)),
-        alignment=tuple(sentence for row in own.rows if (sentence := alignment_line(row))),
+        benchmarks=tuple(_benchmark_rows(results, by_arm, baseline)),
+        alignment=tuple(sentence for row in own.rows if (sentence := alignment_in_words(row))),
     )
+
+
+def _in_words(row: ArmRow, baseline: str, title: str, preserve: Mapping[str, str]) -> str:
+    references = dict.fromkeys((BASE, baseline))
+    words = [compared([row], against, title) for against in references]
+    words += [*like_with_like([row], preserve, baseline, title), *not_compared([row], references, preserve)]
+    return " ".join(filter(None, words))
 
 
 def _task_rows(results: Results, sides: Mapping[str, SideBySide], baseline: str) -> Iterable[TaskRow]:
     for task in results.tasks:
-        for row in sides[task.name].rows:
-            yield TaskRow(
-                task=task.name,
-                title=task.title,
-                metric=task.primary_metric,
-                arm=row.arm,
-                seeds=row.seeds,
-                score=row.accuracy,
-                interval=row.accuracy_interval,
-                to_base=row.against(BASE),
-                to_baseline=row.against(baseline) if baseline != BASE else None,
-                baseline=baseline,
-                ended=max(run.ended for run in results.chosen[task.name] if run.arm == row.arm),
-                current=task.current,
-            )
+        name, title, metric = task.name, task.title, task.primary_metric
+        for row in sides[name].rows:
+            runs = [run for run in results.chosen[name] if run.arm == row.arm]
+            score, bounds = row.accuracy, row.accuracy_interval
+            yield _task_row(name, title, metric, runs, score, bounds, row.differences, baseline, task.current)
 
 
-def _benchmark_rows(results: Results, arms: Sequence[Sequence[RunFacts]], baseline: str) -> Iterable[TaskRow]:
-    """Each benchmark's arms on the items that they share, with Holm's correction over the arms, as of the task."""
-    of = {runs[0].arm: runs for runs in arms}
+def _benchmark_rows(results: Results, arms: Mapping[str, Sequence[RunFacts]], baseline: str) -> Iterable[TaskRow]:
+    """Each benchmark's arms on the items that they share, with Holm's correction over the arms, as for the task."""
     for name, benchmark in results.benchmarks.items():
+        title = f"{benchmark.metric} of lm-evaluation-harness"
         pairs = {
-            (arm, against): found
+            (arm, against): paired
             for against in dict.fromkeys((BASE, baseline))
-            for arm in of
+            for arm, runs in arms.items()
             if arm not in (BASE, against)
-            and (found := pair(of[arm], against, of.get(against, ()), benchmark.answers)) is not None
+            and (paired := pair(runs, against, arms.get(against, ()), benchmark.answers)) is not None
         }
         judged = compare_pairs(pairs)
-        for arm, runs in of.items():
+        for arm, runs in arms.items():
             asked = [run for run in runs if run.id in benchmark.answers]
-            against = {d.against: d for d in judged.get(arm, ())}
-            score = credit_interval([benchmark.answers[run.id] for run in asked])
-            if score is not None:
-                yield TaskRow(
-                    task=name,
-                    title=f"{benchmark.metric} of lm-evaluation-harness",
-                    metric=benchmark.metric,
-                    arm=arm,
-                    seeds=tuple(run.seed for run in asked),
-                    score=score.estimate,
-                    interval=score,
-                    to_base=against.get(BASE),
-                    to_baseline=against.get(baseline) if baseline != BASE else None,
-                    baseline=baseline,
-                    ended=max(run.ended for run in asked),
-                    current=all(run.is_current for run in asked),
-                )
+            if bounds := credit_interval([benchmark.answers[run.id] for run in asked]):
+                current = all(run.is_current for run in asked)
+                score, differences = bounds.estimate, judged.get(arm, ())
+                yield _task_row(name, title, benchmark.metric, asked, score, bounds, differences, baseline, current)
+
+
+def _task_row(
+    task: str, title: str, metric: str, runs: Sequence[RunFacts], score: float | None, bounds: Interval | None,
+    differences: Sequence[Difference], baseline: str, current: bool,
+) -> TaskRow:  # fmt: skip
+    against = {difference.against: difference for difference in differences}
+    to_baseline = against.get(baseline) if baseline != BASE else None
+    seeds, ended = tuple(run.seed for run in runs), max(run.ended for run in runs)
+    to_base = against.get(BASE)
+    return TaskRow(
+        task, title, metric, runs[0].arm, seeds, score, bounds, to_base, to_baseline, baseline, ended, current
+    )
 
 
 def _provenance(results: Results, run: RunFacts) -> dict[str, Any]:
@@ -322,148 +324,78 @@ def _provenance(results: Results, run: RunFacts) -> dict[str, Any]:
     }
 
 
-# Outcomes in words
-
-
-def outcome_line(row: ArmRow, baseline: str) -> str:
-    mixed = f", with two causes: {row.arm} is held to the base ({row.preserve}), {baseline} is not"
-    clauses = [
-        in_words(one) + (mixed if one.against == baseline and row.like is not None else "") for one in row.differences
-    ]
-    if row.against(BASE) is None:
-        clauses.insert(0, "not comparable with base: no base run with the same items and backend")
-    if row.against(baseline) is None and baseline not in (row.arm, BASE):
-        clauses.append(f"not comparable with {baseline}: no run of it with the same seed, items and backend")
-    return f"{row.arm}: {'; '.join(clauses)}."
-
-
-def in_words(difference: Difference) -> str:
-    points, alone = difference.points, difference.items_only
-    estimate, *bounds = (
-        f"{value:+z.1f}" for value in (points.estimate, points.low, points.high, alone.low, alone.high)
-    )
-    numbers = f"{estimate} points, 95% interval [{bounds[0]}, {bounds[1]}], {difference.items} items"
-    if difference.seeds > 1:
-        numbers += f" and {difference.seeds} seeds; over items alone [{bounds[2]}, {bounds[3]}]"
-    elif not difference.on_these_items:
-        numbers += ", one seed: others may differ"
-    if difference.outcome != "undecided":
-        return f"significantly {difference.outcome} than {difference.against} ({numbers}; p = {difference.p_holm:.2g})"
-    if where := difference.on_these_items:
-        told = f"{numbers}; p = {difference.p_holm:.2g}"
-        return f"{where} {difference.against} on these items; one seed: undecided ({told})"
-    if points.crosses_zero:
-        return f"undecided against {difference.against} ({numbers}; the interval contains zero)"
-    if difference.p_value >= ALPHA:
-        why = f"too few items differ: p = {difference.p_value:.2g}"
-    else:
-        why = f"not after the correction for several arms: p = {difference.p_holm:.2g}"
-    side = "better" if points.low > 0 else "worse"
-    return f"not shown to be {side} than {difference.against} ({numbers}; {why})"
-
-
-def alignment_line(row: ArmRow) -> str:
-    """Whether an arm's separation index differs from the base's; empty where no difference was measured.
-
-    Seeds share prompts and base, so their p-values depend on each other: twice their mean is a p-value whatever the
-    dependence is (Rüschendorf 1982; Vovk & Wang 2020).
-    """
-    seeds = sum(measured.delta is not None for measured in row.alignment)
-    delta, mean_p = (row.metrics.get(("alignment", f"delta_alignment_{name}")) for name in ("index", "p_value"))
-    if not seeds or delta is None:
-        return ""
-    several = f"{seeds} seeds" if seeds > 1 else "1 seed"
-    if mean_p is None or not math.isfinite(mean_p):
-        why = "no p-value was measured, see stage measure" if mean_p is None else "not finite for every seed"
-        return f"{row.arm}: not judged against base: {why} ({several})."
-    p_value = mean_p if seeds == 1 else min(1.0, 2 * mean_p)
-    if p_value > ALPHA:
-        outcome = "undecided against base"
-    elif len({measured.delta.estimate > 0 for measured in row.alignment if measured.delta is not None}) > 1:
-        outcome = "changed against base, but the seeds disagree about the direction"
-    else:
-        outcome = f"significantly {'further apart' if delta > 0 else 'closer together'} than in base"
-    return f"{row.arm}: {outcome}, p = {p_value:.2g} ({several}, over prompts alone)."
-
-
 # Notes
 
 
 def _notes(rows: Sequence[ArmRow], results: Results, shown: Primary) -> Iterable[str]:
-    yield from _of_tasks(shown, results.on_disk)
-    trained = [row for row in rows if row.arm != BASE]
-    if trained:
-        told = {
-            "": "Δ speed: median over the paired repetitions of all seeds, against the base timed in the same process, "
-            "not against the base's own row.",
-            "merged": "Merged LoRA models of one shape decode equally fast, so differences between them are noise of "
-            "the machine.",
-            "adapter": "An adapter beside the base is arithmetic of its own at every token, which costs time.",
-        }
-        modes = {"", *(run.serving_mode for run in results.runs if run.arm != BASE)}
-        yield " ".join(text for mode, text in told.items() if mode in modes)
-    if any(row.delta_speed is not None and row.delta_speed_interval is None for row in trained):
-        yield "Δ speed without an interval: fewer than six paired repetitions give none of 95%."
-    yield from _of_differences([difference for row in rows for difference in row.differences])
-    for row in rows:
-        yield from (f"{row.arm} seed {p.seed}: {p.verdict}: {p.reason}" for p in row.probes if p.as_claimed is False)
+    """What limits the reading of these data."""
+    if shown.task not in results.on_disk:
+        where = f"which are of {' and '.join(results.on_disk)}" if results.on_disk else "of which none is finished"
+        yield (
+            f"This is not about the results on the disk, {where}: it shows the latest finished run of each arm and "
+            f"seed of {shown.task} in the database."
+        )
+    elif len(results.on_disk) > 1:
+        yield (
+            f"The results on the disk are of several tasks ({', '.join(results.on_disk)}), as while one replaces "
+            f"another: only {shown.task} is shown."
+        )
+    if any(row.delta_speed is not None and row.delta_speed_interval is None for row in rows if row.arm != BASE):
+        yield "Δ speed has no interval: 95% confidence needs at least six paired repetitions."
+    differences = [difference for row in rows for difference in row.differences]
+    of_one_seed = [difference for difference in differences if difference.level == "items"]
+    if of_one_seed:
+        exact = all(difference.binary for difference in of_one_seed)
+        test = "McNemar's exact test" if exact else "a paired randomization test (signs flipped)"
+        yield (
+            f"Differences of one seed rest on a bootstrap over items and on {test}. They say nothing about other "
+            "seeds, so no arm is called better or worse than another arm, and better or worse than the base only where "
+            f"the whole interval is more than {SEED_MARGIN:.0f} points from zero."
+        )
+    if not all(difference.binary for difference in differences):
+        yield "Answers get credit from 0 to 1 instead of right or wrong; scores are mean credit in percent."
+    if any(difference.seeds == 2 for difference in differences):
+        yield "Two seeds barely constrain how much seeds vary, so intervals are wide."
+    yield from filter(None, map(contradiction, rows))
     if any(run.git_dirty for run in results.runs):
-        yield "Some stages ran on changed files (dirty): those numbers have no commit of their own."
+        yield "Some stages ran with uncommitted changes (dirty), so no commit reproduces their numbers."
     devices = {
         f"{run.device_class} {results.environments[run.environment_id].device_name or ''}".strip()
         for run in results.runs
     }
     if len(devices) > 1:
         yield (
-            f"Evaluated on several devices: {', '.join(sorted(devices))}. Only what one device ran can be compared in "
-            "speed, and answers may differ by roundings."
+            f"Evaluated on several devices: {', '.join(sorted(devices))}. Speeds are only comparable on one device, "
+            "and rounding may change an answer."
         )
     bad = [row.arm for row in rows if any(not math.isfinite(value) for value in row.metrics.values())]
     if bad:
         yield f"Some metrics of {', '.join(bad)} could not be computed (not finite)."
 
 
-def _of_tasks(shown: Primary, on_disk: Sequence[str]) -> Iterable[str]:
-    if shown.task not in on_disk:
-        there = f"which are of {' and '.join(on_disk)}" if on_disk else "of which none is finished"
+def _methods(rows: Sequence[ArmRow], results: Results) -> Iterable[str]:
+    """How to read the numbers."""
+    modes = {run.serving_mode for run in results.runs if run.arm != BASE}
+    if modes:
+        words = "Δ speed: median over the paired repetitions of all seeds, relative to the base in the same process."
+        if "merged" in modes:
+            words += " Merged models of one shape decode equally fast, so differences between them are noise."
+        if "adapter" in modes:
+            words += " A separate adapter adds arithmetic to every token, which costs time."
+        yield words
+    if any(difference.level == "seeds and items" for row in rows for difference in row.differences):
         yield (
-            f"Not the results on the disk, {there}: shown is, from the database, the latest finished run of each arm "
-            f"and seed of {shown.task}."
+            "Differences over several seeds: interval and p-value allow for other seeds and other items (crossed "
+            "random effects, Student's t). The interval over items alone takes these seeds as the only ones."
         )
-    elif len(on_disk) > 1:
-        yield (
-            f"The results on the disk are of several tasks ({', '.join(on_disk)}), as while one replaces another: "
-            f"shown are those of {shown.task} alone."
-        )
-
-
-def _of_differences(differences: Sequence[Difference]) -> Iterable[str]:
-    levels = {difference.level for difference in differences}
-    if "seeds and items" in levels:
-        yield (
-            "Differences over several seeds: the interval and the p-value are about other seeds and other items "
-            "(crossed random effects, Student's t); the interval over items alone treats these seeds as the only ones."
-        )
-    if "items" in levels:
-        exact = all(difference.binary for difference in differences if difference.level == "items")
-        test = "McNemar's exact test" if exact else "a paired randomization test (signs flipped)"
-        yield (
-            f"Differences of one seed: bootstrap over items and {test}; nothing is known of other seeds, so no arm is "
-            "called better or worse than another one, and than the base only where the whole interval is more than "
-            f"{SEED_MARGIN:.0f} points from zero."
-        )
-    if not all(difference.binary for difference in differences):
-        yield "Answers get credit from 0 to 1, not only right or wrong; the numbers are means of it, in percent."
-    if any(difference.seeds == 2 for difference in differences):
-        yield "With two seeds intervals are wider than need be: two hardly tell how much seeds vary."
 
 
 def _left_out(task: str, counts: Mapping[str, int]) -> list[str]:
     if not counts:
         return []
-    told = ", ".join(f"{count} of {arm}" for arm, count in counts.items())
+    numbers = ", ".join(f"{count} of {arm}" for arm, count in counts.items())
     return [
-        f"Finished runs of {task} that are left out: {told}. They have another base (models/base/base.json: the model, "
-        "its place, its prompt template) than the newest run, or other settings or data of training than the newest "
-        "run of their arm, so they are no seeds of one arm."
+        f"Finished runs of {task} left out: {numbers}. Their base model (models/base/base.json: model, place, prompt "
+        "template) differs from the newest run's, or their training settings or data from those of the newest run of "
+        "their arm, so they are not further seeds of it."
     ]

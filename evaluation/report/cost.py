@@ -10,32 +10,24 @@ from evaluation.report.arms import ArmRow
 from evaluation.report.blocks import Block, Cell, Chart, Dataset, Details, Panel, Section, Table, Text
 from evaluation.report.comparison import Comparison, Report
 from evaluation.report.criteria import KEPT_THRESHOLD
-from evaluation.report.text import interval, number, significant
+from evaluation.report.text import duration, interval, number, significant
 
 TITLE = "What was trained, and what it cost"
 SECONDS = "train_seconds"
 _COLUMNS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "saved_parameters": ("Parameters", lambda n: f"{n:,.0f}"),
     "seconds_a_step": ("s a step", lambda n: significant(n, 3)),
-    SECONDS: ("Training", lambda n: duration(n)),
+    SECONDS: ("Training", duration),
     "peak_memory_bytes": ("Memory, MB", lambda n: f"{n / 1e6:,.0f}"),
 }
 """Name of a cost in `ArmRow.costs` → title, and how it is written."""
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42 s, 3.5 min, 2.1 h."""
-    for unit, name in ((3600.0, "h"), (60.0, "min")):
-        if seconds >= 1.5 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def cost(row: ArmRow, comparison: Comparison, name: str) -> Cell:
     """A cost, mean over seeds, and beside it how much that is of the baseline's."""
     baseline = next((one for one in comparison.rows if one.arm == comparison.baseline), None)
     own, other = row.costs.get(name), baseline.costs.get(name) if baseline else None
-    ratio = f"{significant(own / other, 3)} ×" if own and other and own != other else ""
+    ratio = f"{significant(own / other, 3)}×" if own and other and own != other else ""
     return Cell("–" if own is None else _COLUMNS[name][1](own), hint=ratio)
 
 

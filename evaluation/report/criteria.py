@@ -1,11 +1,11 @@
-"""The success criteria that the experiment was planned with, each judged by a whole interval.
+"""The success criteria that the experiment was planned with, each judged by a whole interval, and their chapter.
 
-Passed only when the whole 95% interval lies on the right side of the threshold, failed when all of it lies on the
-wrong side, else undecided. For accuracies the p-value, corrected for several arms, must agree.
+A criterion passes only where the whole 95% interval lies on the right side of the threshold, fails where all of it
+lies on the wrong side, and is undecided otherwise. For accuracies the p-value, corrected for several arms, must agree.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,12 +13,13 @@ import numpy as np
 
 from db.queries import BASE
 from evaluation.report.arms import ArmRow, SpeedChange
-from evaluation.statistics.differences import Difference
+from evaluation.report.blocks import TONES, Cell, Details, Section, Table, Text, arm_cell
+from evaluation.report.judgement import Judgement, by_difference, by_interval
+from evaluation.report.text import interval
 from evaluation.statistics.intervals import LEVEL, Interval
 from evaluation.statistics.seeds import mean_interval
 
-Outcome = Literal["pass", "fail", "undecided"]
-
+Passed = Literal["pass", "fail", "undecided"]
 GAIN = "accuracy gain"
 """Of the primary metric, whatever it is called: CSV has a column of this name for every task."""
 LEAD = "above the baseline"
@@ -28,6 +29,7 @@ KEPT = "retention kept"
 NAMES = (GAIN, LEAD, LOSS, SPEED, KEPT)
 NATS = "nats per token"
 
+_OUTCOMES: Mapping[str, Passed] = {"better": "pass", "worse": "fail", "undecided": "undecided"}
 SPEED_THRESHOLD = -10.0
 """Percent; decoding may lose less than a tenth of the base's speed."""
 KEPT_THRESHOLD = 70.0
@@ -42,95 +44,132 @@ class Criterion:
     # in `unit`: points (percentage points), percent or nats per token; None where it was not measured
     estimate: Interval | None
     unit: str
-    outcome: Outcome
+    outcome: Passed
     why: str
-    # of the interval, percent; below 95 where too few repetitions were timed, 0 of a single one and of a single seed
+    # of the interval, percent; below 95 where too few repetitions were timed, 0 for a single value
     confidence: float = 100 * LEVEL
+
+
+def _criterion(
+    name: str, arm: str, threshold: str, estimate: Interval | None, unit: str, judged: Judgement | str,
+    confidence: float = 100 * LEVEL,
+) -> Criterion:  # fmt: skip
+    """`judged` as a string is the reason why nothing can be decided."""
+    judgement = Judgement("undecided", judged) if isinstance(judged, str) else judged
+    why = f"{judgement.reason[0].upper()}{judgement.reason[1:]}."
+    return Criterion(name, arm, threshold, estimate, unit, _OUTCOMES[judgement.outcome], why, confidence)
 
 
 def judge_arm(row: ArmRow, baseline: str, change: SpeedChange, *, short: str, title: str) -> list[Criterion]:
     """Judge all criteria of an arm; `short` and `title` name the task's primary metric."""
-    found = [by_difference(GAIN, row.arm, f"Δ{short} > 0 against base", BASE, row.against(BASE))]
+    judged = [_accuracy(row, GAIN, f"Δ{short} > 0 against base", BASE)]
     for other in dict.fromkeys((baseline, row.like)):
         if other and other not in (BASE, row.arm):
-            found.append(by_difference(LEAD, row.arm, f"{title} above {other}", other, row.against(other)))
-            found.append(by_loss(row.arm, other, row.losses.get(other, ())))
-    return [*found, by_speed(row.arm, change), by_retention(row.arm, row.retention_share_interval, row.retention)]
+            judged.append(_accuracy(row, LEAD, f"{title} above {other}", other))
+            judged.append(by_loss(row.arm, other, row.losses.get(other, ())))
+    return [*judged, by_speed(row.arm, change), by_retention(row.arm, row.retention_share_interval, row.retention)]
 
 
-def by_difference(name: str, arm: str, threshold: str, against: str, difference: Difference | None) -> Criterion:
+def _accuracy(row: ArmRow, name: str, threshold: str, against: str) -> Criterion:
+    difference = row.against(against)
     if difference is None:
-        return _missing(name, arm, threshold, "points", f"No run of {against} with the same items, backend and seed.")
-    points = difference.points
-    if difference.outcome != "undecided":
-        side = "above" if difference.outcome == "better" else "below"
-        why = f"The whole interval is {side} zero, and p = {difference.p_holm:.2g} after correction for several arms."
-    elif where := difference.on_these_items:
-        why = f"{where.capitalize()} {against} on these items, p = {difference.p_holm:.2g} after correction: undecided."
-    elif points.crosses_zero:
-        why = "The interval contains zero."
-    else:
-        why = (
-            f"Not shown: the interval excludes zero, but p = {difference.p_holm:.2g} after correction for several arms."
-        )
-    if difference.seeds == 1:
-        why += " One seed: other seeds may differ."
-    outcomes: dict[str, Outcome] = {"better": "pass", "worse": "fail", "undecided": "undecided"}
-    return Criterion(name, arm, threshold, points, "points", outcomes[difference.outcome], why)
+        why = f"no run of {against} has the same items, backend and seed"
+        return _criterion(name, row.arm, threshold, None, "points", why)
+    judged = by_difference(difference)
+    if difference.seeds == 1 and not difference.on_these_items:
+        judged = judged.noting("and another seed may differ")
+    return _criterion(name, row.arm, threshold, difference.points, "points", judged)
 
 
 def by_loss(arm: str, against: str, differences: Sequence[float]) -> Criterion:
     """The evaluation loss is lower; `differences` are seed by seed, and not corrected for several arms."""
-    threshold = f"loss below that of {against}"
+    threshold, seeds = f"loss below that of {against}", len(differences)
     if not differences:
-        return _missing(LOSS, arm, threshold, NATS, f"No run of {against} with the same seed has an evaluation loss.")
-    seeds = len(differences)
+        why = f"no run of {against} with the same seed has an evaluation loss"
+        return _criterion(LOSS, arm, threshold, None, NATS, why)
     with np.errstate(invalid="ignore"):  # a run that diverged
-        found = mean_interval(np.array(differences))
-    if not math.isfinite(found.estimate):
-        return Criterion(LOSS, arm, threshold, found, NATS, "undecided", "Not finite for every seed.")
+        mean = mean_interval(np.array(differences))
+    if not math.isfinite(mean.estimate):
+        return _criterion(LOSS, arm, threshold, mean, NATS, "not finite for every seed")
     if seeds == 1:
-        return Criterion(LOSS, arm, threshold, found, NATS, "undecided", "One seed: other seeds may differ.", 0)
-    outcome: Outcome = "undecided" if found.crosses_zero else "pass" if found.high < 0 else "fail"
-    where = {"pass": "is below", "fail": "is above", "undecided": "contains"}[outcome]
-    why = f"The {'whole ' if outcome != 'undecided' else ''}interval {where} zero. {seeds} seeds."
-    return Criterion(LOSS, arm, threshold, found, NATS, outcome, why)
+        return _criterion(LOSS, arm, threshold, mean, NATS, "one seed decides nothing", 0)
+    judged = by_interval(mean, lower_is_better=True)
+    return _criterion(LOSS, arm, threshold, mean, NATS, judged.noting(f"over {seeds} seeds"))
 
 
 def by_speed(arm: str, change: SpeedChange) -> Criterion:
     """Decoding loses less than 10% against the base timed beside it."""
     threshold = f"Δ speed > {SPEED_THRESHOLD:.0f}%"
     if change.interval is None:
-        return _missing(SPEED, arm, threshold, "percent", "Decoding was not timed beside the base.")
+        return _criterion(SPEED, arm, threshold, None, "percent", "decoding was not timed beside the base")
     if change.confidence < LEVEL:
         why = (
-            f"{change.repetitions} paired repetitions give an interval of {100 * change.confidence:.0f}% confidence at "
-            "most; six or more are needed for 95%."
+            f"{change.repetitions} paired repetitions give at most a {100 * change.confidence:.0f}% interval; "
+            "95% needs six or more"
         )
-        return Criterion(SPEED, arm, threshold, change.interval, "percent", "undecided", why, 100 * change.confidence)
-    rest = f"{change.repetitions} paired repetitions."
-    return _by_threshold(SPEED, arm, threshold, change.interval, SPEED_THRESHOLD, rest)
+        return _criterion(SPEED, arm, threshold, change.interval, "percent", why, 100 * change.confidence)
+    judged = by_interval(change.interval, SPEED_THRESHOLD, "%")
+    judged = judged.noting(f"over {change.repetitions} paired repetitions")
+    return _criterion(SPEED, arm, threshold, change.interval, "percent", judged)
 
 
 def by_retention(arm: str, share: Interval | None, accuracy: float | None) -> Criterion:
     """Keeps more than 70% of the base's accuracy on the retention items; both in percent."""
     threshold = f"retention > {KEPT_THRESHOLD:.0f}% of the base's"
     if share is None:
-        return _missing(KEPT, arm, threshold, "percent", "Not measured on the same items as the base.")
-    plain = "" if accuracy is None else f"Plain accuracy {accuracy:.1f}%."
-    return _by_threshold(KEPT, arm, threshold, share, KEPT_THRESHOLD, plain)
-
-
-def _by_threshold(name: str, arm: str, threshold: str, interval: Interval, limit: float, rest: str) -> Criterion:
-    outcome: Outcome = "pass" if interval.low > limit else "fail" if interval.high < limit else "undecided"
-    where = {"pass": "above", "fail": "below", "undecided": "on both sides of"}[outcome]
-    why = f"The {'whole ' if outcome != 'undecided' else ''}interval is {where} {limit:.0f}%. {rest}".strip()
-    return Criterion(name, arm, threshold, interval, "percent", outcome, why)
-
-
-def _missing(name: str, arm: str, threshold: str, unit: str, why: str) -> Criterion:
-    return Criterion(name, arm, threshold, None, unit, "undecided", why)
+        return _criterion(KEPT, arm, threshold, None, "percent", "not measured on the same items as the base")
+    judged = by_interval(share, KEPT_THRESHOLD, "%")
+    if accuracy is not None:
+        judged = judged.noting(f"plain accuracy {accuracy:.1f}%")
+    return _criterion(KEPT, arm, threshold, share, "percent", judged)
 
 
 def for_arm(criteria: Sequence[Criterion], arm: str, name: str) -> Criterion | None:
     return next((c for c in criteria if c.arm == arm and c.name == name), None)
+
+
+# The chapter
+
+
+def criteria(judged: Sequence[Criterion], gain: str = GAIN) -> Section | None:
+    """What passed and failed; `gain` names the first criterion, since not every primary metric is an accuracy."""
+    if not judged:
+        return None
+    cells = {(c.arm, c.name, c.threshold): c for c in judged}
+    asked = sorted(dict.fromkeys((c.name, c.threshold, c.unit) for c in judged), key=lambda one: NAMES.index(one[0]))
+    headers = ["Arm"]
+    for name, threshold, unit in asked:
+        headers.append(f"{gain if name == GAIN else name}: {threshold}" + f", {unit}" * (unit != "percent"))
+    lines = [
+        (arm_cell(arm), *(_outcome(cells.get((arm, name, threshold))) for name, threshold, _ in asked))
+        for arm in dict.fromkeys(c.arm for c in judged)
+    ]
+    again = [headers[at + 1] for at, one in enumerate(asked) if at and one[0] == asked[at - 1][0]]
+    reasons = [
+        (gain if c.name == GAIN else c.name, arm_cell(c.arm), Cell(c.outcome, tone=TONES[c.outcome]), c.why)
+        for c in judged
+    ]
+    why = "Why each criterion was judged so"
+    blocks = (
+        Text(
+            "Three goals were set before the run: accuracy above the baseline's, evaluation loss below the baseline's, "
+            "and retention. Loss is compared seed by seed with Student's t and without correction for several arms; "
+            "one seed decides nothing.",
+            "note",
+        ),
+        Table("Success criteria: pass or fail only where the whole 95% interval is on one side", headers, lines, again),
+        Details(why, (Table(why, ("Criterion", "Arm", "Outcome", "Why"), reasons),)),
+    )
+    return Section("Success criteria", blocks, brief=2)
+
+
+def _outcome(criterion: Criterion | None) -> Cell:
+    if criterion is None:
+        return Cell("–")
+    if criterion.estimate is None:
+        hint = "not comparable" if criterion.unit == "points" else "not measured"
+    else:  # the share kept of the base's accuracy is no change, so it has no sign
+        hint = interval(criterion.estimate, sign=criterion.name != KEPT, digits=4 if criterion.unit == NATS else 1)
+        if criterion.confidence < 100 * LEVEL:
+            hint += f"\n{criterion.confidence:.0f}% interval" if criterion.confidence > 0 else "\na single value"
+    return Cell(criterion.outcome, tone=TONES[criterion.outcome], hint=hint)

@@ -17,7 +17,8 @@ from db.queries import BASE
 from evaluation.report import charts
 from evaluation.report.blocks import Browser, Dataset, Panel, slug, walk
 from evaluation.report.comparison import Report
-from evaluation.report.sections import TITLE, byline, sections
+from evaluation.report.provenance import byline
+from evaluation.report.sections import TITLE, sections
 
 DIGITS = 5
 """Significant ones of a chart's numbers; a picture shows fewer."""

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from db.files import write_text
+from evaluation.report.all_tasks import all_tasks
 from evaluation.report.blocks import Block, Cell, Details, Section, Table, Text
 from evaluation.report.comparison import Report
-from evaluation.report.sections import TITLE, all_tasks, byline, sections
+from evaluation.report.provenance import byline
+from evaluation.report.sections import TITLE, sections
 
 _BOUNDS = r"\[[-+\d., %]+\](?![(\[:])"
 """Numbers in brackets that no link follows, such as an interval."""

@@ -11,9 +11,11 @@ from rich.measure import Measurement
 from rich.table import Table as Grid
 from rich.text import Text as Words
 
+from evaluation.report.all_tasks import all_tasks
 from evaluation.report.blocks import Block, Cell, Table, Text
 from evaluation.report.comparison import Comparison, Report
-from evaluation.report.sections import all_tasks, byline, sections
+from evaluation.report.provenance import byline
+from evaluation.report.sections import sections
 
 WIDTH = 100
 """Columns of a pipe."""

@@ -1,4 +1,4 @@
-"""Numbers and names as they stand in sentences and tables."""
+"""Numbers and names as sentences and tables show them."""
 
 import math
 from collections.abc import Iterable
@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from evaluation.statistics.intervals import Interval
 
 NOT_FINITE = "not finite"
-"""NaN or infinite: it was measured, and could not be computed."""
+"""NaN or infinite: measured, but not computable."""
 _MOST_SEEDS = 6
 """Seeds that are listed one by one."""
 
 
 def number(value: float | None, *, sign: bool = False, digits: int = 1) -> str:
-    """A number without a negative zero, or a dash where it does not exist."""
+    """Format a number without a negative zero; a dash where there is none."""
     if value is None:
         return "–"
     return f"{value:{'+' if sign else ''}z.{digits}f}" if math.isfinite(value) else NOT_FINITE
@@ -23,17 +23,29 @@ def percent(share: float | None) -> str:
 
 
 def significant(value: float | None, digits: int = 4) -> str:
-    """A number with so many significant digits, or a dash where it does not exist."""
+    """Format a number with that many significant digits; a dash where there is none."""
     if value is None:
         return "–"
     return f"{value:.{digits}g}" if math.isfinite(value) else NOT_FINITE
 
 
-def interval(value: Interval | None, *, sign: bool = False, digits: int = 1) -> str:
+def interval(value: Interval | None, *, sign: bool = False, digits: int = 1, unit: str = "") -> str:
     if value is None or not math.isfinite(value.estimate):
         return number(value.estimate if value else None)
     estimate, low, high = (number(part, sign=sign, digits=digits) for part in (value.estimate, value.low, value.high))
-    return f"{estimate} [{low}, {high}]"
+    return f"{estimate}{unit} [{low}, {high}]"
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as a person would say them: 42 s, 3.5 min, 2.1 h."""
+    for unit, name in ((3600.0, "h"), (60.0, "min")):
+        if seconds >= 1.5 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def listed(names: Iterable[str]) -> str:
@@ -43,8 +55,10 @@ def listed(names: Iterable[str]) -> str:
 
 def seeds_text(seeds: Iterable[int]) -> str:
     """Seeds by number; many as a range or a count."""
-    found = sorted(set(seeds))
-    if len(found) <= _MOST_SEEDS:
-        return f"seed{'s' if len(found) > 1 else ''} {', '.join(map(str, found))}"
-    unbroken = found[-1] - found[0] == len(found) - 1
-    return f"seeds {found[0]} to {found[-1]}" if unbroken else f"{len(found)} seeds from {found[0]} to {found[-1]}"
+    ordered = sorted(set(seeds))
+    if len(ordered) <= _MOST_SEEDS:
+        return f"seed{'s' if len(ordered) > 1 else ''} {', '.join(map(str, ordered))}"
+    unbroken = ordered[-1] - ordered[0] == len(ordered) - 1
+    return (
+        f"seeds {ordered[0]} to {ordered[-1]}" if unbroken else f"{len(ordered)} seeds, {ordered[0]} to {ordered[-1]}"
+    )

@@ -12,7 +12,6 @@ from markdown_it import MarkdownIt
 
 from db.ingest import ingest
 from evaluation.report.card import as_card
-from evaluation.report.comparison import outcome_line
 from evaluation.report.markdown import escaped, grid
 from evaluation.report.text import interval, number, significant
 from evaluation.statistics.intervals import Interval
@@ -78,4 +77,4 @@ def test_a_card_has_the_arms_numbers_and_no_markup_of_a_name() -> None:
     page = MarkdownIt("commonmark").enable("table").render(card)
     assert not re.search(r"<(img|a|b|s|script)\b", page) and row.arm in html.unescape(page)
     assert sha(f"adapter {row.arm}/0") in card and interval(row.accuracy_interval) in card
-    assert escaped(outcome_line(row, made.comparison.baseline)) in card
+    assert escaped(made.comparison.outcomes[0]) in card

@@ -1,0 +1,175 @@
+"""The first screen: the story in words, the arms beside each other, and what limits the reading."""
+
+from collections.abc import Iterable
+
+from db.queries import BASE
+from evaluation.report.arms import ArmRow
+from evaluation.report.blocks import TONES, Block, Cell, Chart, Dataset, Details, Panel, Section, Table, Text
+from evaluation.report.comparison import Comparison
+from evaluation.report.cost import SECONDS, cost
+from evaluation.report.judgement import compared, contradiction, like_with_like, not_compared
+from evaluation.report.text import counted, interval, listed, number, significant
+from evaluation.statistics.differences import Difference
+from evaluation.statistics.intervals import Interval
+
+ANSWERS = ("test_answers", "answer_perplexity")
+_POINTS = 3
+"""Difference for which the story says how many items it would take."""
+
+
+def story(comparison: Comparison) -> list[str]:
+    """What was gained, what was kept, at what cost, and how sure that is: a paragraph for each."""
+    if not comparison.trained:
+        return ["Only the base has been scored so far, so there is nothing to compare."]
+    rows, title, baseline = comparison.trained, comparison.primary.title, comparison.baseline
+    preserve = {row.arm: row.preserve for row in comparison.rows}
+    gained = [compared(rows, baseline, title), *like_with_like(rows, preserve, baseline, title)]
+    gained += [compared(rows, BASE, title)] if baseline != BASE else []
+    rest = (*map(contradiction, rows), _kept(comparison), _training_time(comparison), _certainty(comparison))
+    return [paragraph for paragraph in (*gained, *rest) if paragraph]
+
+
+def _kept(comparison: Comparison) -> str:
+    shares = [(row.arm, row.retention_share_interval) for row in comparison.trained if row.retention_share_interval]
+    if not shares:
+        return ""
+    (arm, share), *others = shares
+    kept = [
+        f"{arm} keeps {interval(share, unit='%')}",
+        *(f"{arm} {interval(share, unit='%')}" for arm, share in others),
+    ]
+    return f"Of the base's accuracy on general tasks, {listed(kept)}."
+
+
+def _training_time(comparison: Comparison) -> str:
+    times = []
+    for row in comparison.trained:
+        cell = cost(row, comparison, SECONDS)
+        if SECONDS in row.costs:
+            times.append(f"{cell.text} for {row.arm}" + f" ({cell.hint})" * bool(cell.hint))
+    return f"Training took {listed(times)}." if times else ""
+
+
+def _certainty(comparison: Comparison) -> str:
+    differences = [d for row in comparison.trained for d in row.differences]
+    if not differences:
+        return ""
+    alone = [row.arm for row in comparison.trained if any(d.seeds == 1 for d in row.differences)]
+    words = "The intervals allow for other seeds and other test items."
+    if alone:
+        subject = "This is" if len(alone) == len(comparison.trained) else f"{listed(alone)}:"
+        words = f"{subject} one seed, and one seed cannot show that an arm is better than another."
+    power = [row for row in comparison.power if row.against == comparison.baseline and row.points == _POINTS]
+    if power and all(row.items for row in power):
+        most = max(row.items or 0 for row in power)
+        words += f" Detecting a true difference of {_POINTS} points from {comparison.baseline} reliably would take "
+        words += f"about {most:,} test items; there are {power[0].items_now:,}."
+    elif power:
+        words += f" With so few seeds, no number of test items would reliably detect a difference of {_POINTS} points."
+    return words
+
+
+def findings(comparison: Comparison) -> Section:
+    told = story(comparison)
+    blocks: list[Block] = [Text(paragraph, "lead") for paragraph in told]
+    if not comparison.trained:
+        return Section("Findings", tuple(blocks), brief=1)
+    if panel := _differences(comparison):
+        blocks.append(panel)
+    blocks.append(arms_compared(comparison))
+    missing = not_compared(comparison.trained, comparison.references, comparison.arms)
+    notes = (*missing, *_front(comparison), *comparison.notes)
+    blocks += [Text(note, "note") for note in notes if note not in told]
+    if comparison.methods:
+        blocks.append(Details("How to read the numbers", tuple(Text(note, "note") for note in comparison.methods)))
+    return Section("Findings", tuple(blocks), brief=1)
+
+
+def _front(comparison: Comparison) -> Iterable[str]:
+    if front := [arm for arm, above in comparison.pareto.items() if not above]:
+        be = "is" if len(front) == 1 else "are"
+        yield f"By their means, {listed(front)} {be} on the Pareto front of {comparison.primary.title} and retention."
+
+
+# The arms beside each other
+
+
+def arms_compared(comparison: Comparison) -> Table:
+    references = comparison.references
+    # ROUGE marks an answer down for other words that say the same; perplexity does not.
+    free_text = comparison.primary.metric.endswith("_rouge_l") and comparison.has(*ANSWERS)
+    headers = ("Arm", f"{comparison.primary.title}, %", *("Perplexity of right answers",) * free_text,
+               *(f"Δ to {arm}, points" for arm in references), "Retention, %", "Training", "Updates")  # fmt: skip
+    lines = [
+        (
+            Cell(row.arm, arm=row.arm, hint="\n".join(filter(None, (counted(len(row.seeds), "seed"), preserved(row))))),
+            score(row.accuracy, row.accuracy_interval),
+            *(significant(row.metrics.get(ANSWERS)),) * free_text,
+            *(against_cell(row.against(arm)) for arm in references),
+            Cell(score(row.retention, row.retention_interval), hint=_share(row)),
+            cost(row, comparison, SECONDS),
+            Cell(row.updates or "–", tone="bad" if contradiction(row) else "",
+                 hint="not as claimed" if contradiction(row) else ""),
+        )
+        for row in comparison.rows
+    ]  # fmt: skip
+    caption = f"Arms compared: means over seeds with 95% intervals in brackets; × is relative to {comparison.baseline}"
+    return Table(caption, headers, lines, [f"Δ to {BASE}, points"] if len(references) > 1 else ())
+
+
+def _share(row: ArmRow) -> str:
+    share = row.retention_share_interval
+    return f"keeps {number(share.estimate)}%" if share else ""
+
+
+def preserved(row: ArmRow) -> str:
+    return f"preserved: {row.preserve}" if row.preserve else ""
+
+
+def score(value: float | None, bounds: Interval | None) -> str:
+    return number(value) if bounds is None else interval(bounds)
+
+
+def against_cell(difference: Difference | None, *, hint: bool = True) -> Cell:
+    if difference is None:
+        return Cell("–")
+    tone = TONES[difference.outcome] if difference.outcome != "undecided" else ""
+    outcome = f"{'one seed: ' if difference.on_these_items else ''}{difference.outcome}"
+    points = interval(difference.points, sign=True)
+    return Cell(points, tone=tone, hint=f"{outcome}\np = {difference.p_holm:.2g}" if hint else "")
+
+
+def _differences(comparison: Comparison) -> Panel | None:
+    data = Dataset(("kind", "against", "label", "arm", "seed", "low", "value", "high"))
+    for row in comparison.rows:
+        for d in row.differences:
+            start = (d.against, row.arm, row.arm)
+            data.add("interval", *start, "", d.points.low, d.points.estimate, d.points.high)
+            if d.level == "seeds and items":
+                data.add("inner", *start, "", d.items_only.low, d.items_only.estimate, d.items_only.high)
+            for seed, point in zip(d.seed_numbers, d.by_seed, strict=True) if len(d.by_seed) > 1 else ():
+                data.add("seed", *start, str(seed), None, point, None)
+    if not data.rows:
+        return None
+    title, kinds = comparison.primary.title, data.levels("kind")
+    charts = tuple(
+        Chart(
+            id=f"difference-{at}",
+            title=f"{title} minus that of {against}, points",
+            label=f"Difference of {title} from {against} in percentage points with 95% intervals, one line per arm",
+            draw="intervals",
+            options={"title": "points", "zero": True, "kinds": kinds,
+                     "lines": len({row[3] for row in data.rows if row[1] == against})},
+            where={"against": against},
+        )
+        for at, against in enumerate(sorted(data.levels("against"), key=lambda arm: arm != comparison.baseline))
+    )  # fmt: skip
+    note = "Bars are 95% intervals; one that contains zero decides nothing."
+    if "inner" in kinds:
+        note += " The thin bars allow for other seeds and other items, the broad pale ones for other items only."
+    if any(d.level == "items" for row in comparison.rows for d in row.differences):
+        note += " With one seed, a bar allows for other items only."
+    if "seed" in kinds:
+        note += " Ticks are single seeds."
+    arms = tuple(row.arm for row in comparison.trained)
+    return Panel("differences", data, charts, arms, note=note, legend=False)

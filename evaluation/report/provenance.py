@@ -1,0 +1,83 @@
+"""Where the numbers come from: the line below the title, and the chapters about files, runs and packages."""
+
+from db.queries import BASE
+from evaluation.report.blocks import Cell, Details, Section, Table, Text, arm_cell
+from evaluation.report.comparison import Report
+from evaluation.report.text import counted, seeds_text
+
+_SHORT = 12
+"""Characters of a hash that are shown."""
+_TRAINED = ("adapter", "base_model", "dataset")
+"""Kinds of files that no export makes."""
+
+
+def byline(report: Report) -> str:
+    comparison, runs = report.comparison, report.results.runs
+    seeds: dict[str, list[int]] = {}
+    for run in runs:
+        if run.arm != BASE:
+            seeds.setdefault(run.arm, []).append(run.seed)
+    arms = counted(len(seeds), "arm")
+    if len({tuple(sorted(numbers)) for numbers in seeds.values()}) > 1:
+        arms += f": {', '.join(f'{arm} ({seeds_text(numbers)})' for arm, numbers in seeds.items())}"
+    elif seeds:
+        arms += f" with {seeds_text(next(iter(seeds.values())))}"
+    base = " and the untouched base" if BASE in comparison.arms else ""
+    parts = [
+        f"{arms}{base}, evaluated until {max(run.ended for run in runs):%Y-%m-%d %H:%M} UTC.",
+        f"Task: {comparison.primary.task}, judged by {comparison.primary.long}.",
+    ]
+    if comparison.filters:
+        parts.append(f"{comparison.filters}; corrections for several arms count only these.")
+    if commits := sorted({run.git_commit[:10] for run in runs if run.git_commit}):
+        parts.append(f"Commit {', '.join(commits)}.")
+    if any(run.git_dirty for run in runs):
+        parts.append("Some stages ran with uncommitted changes.")
+    return " ".join(parts)
+
+
+def files(report: Report) -> Section | None:
+    artifacts = [(run, file) for run in report.results.runs for file in report.results.artifacts.get(run.id, ())]
+    if not artifacts:
+        return None
+    lines = [
+        (arm_cell(run.arm, run.seed), file.kind, f"{file.bytes:,}", Cell(file.sha256[:_SHORT], title=file.sha256),
+         Cell((file.parent_sha256 or "–")[:_SHORT], title=file.parent_sha256 or ""), file.path)
+        for run, file in artifacts
+    ]  # fmt: skip
+    headers = ("Run", "Kind", "Bytes", "sha256", "Made from", "File")
+    table = Table("Files and their hashes; made from is the hash of the file that it was made from", headers, lines)
+    kind = "exported file" if any(file.kind not in _TRAINED for _, file in artifacts) else "file"
+    return Section("Files", (Text(f"All {counted(len(lines), kind)}."), table))
+
+
+def provenance(report: Report) -> Section:
+    dirty = {True: Cell("yes", tone="bad"), False: "no", None: "unknown"}
+    packages: dict[str, dict[str, list[int]]] = {}
+    lines = []
+    for run in report.comparison.runs:
+        commit = run["git_commit"] or "unknown"
+        lines.append(
+            (arm_cell(run["arm"], run["seed"]), Cell(run["run_key"][:_SHORT], title=run["run_key"]),
+             Cell(commit[:_SHORT], title=commit), dirty[run["git_dirty"]],
+             Cell(run["backend"], hint="" if run["arm"] == BASE else run["serving_mode"]), run["device"],
+             run["ended"][:16].replace("T", " ") + " UTC")
+        )  # fmt: skip
+        versions = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
+        system = f"Python {run['python'] or 'unknown'} on {run['platform'] or 'unknown'}: {versions}"
+        packages.setdefault(system, {}).setdefault(run["arm"], []).append(run["seed"])
+    headers = ("Run", "Run key", "Commit", "Dirty", "Backend", "Device", "Evaluated")
+    systems = tuple(
+        Text(f"{', '.join(f'{arm} {seeds_text(seeds)}' for arm, seeds in runs.items())}: {system}", "note")
+        for system, runs in packages.items()
+    )
+    items = sorted({run["test_items_sha256"] for run in report.comparison.runs})
+    kinds = "" if len(items) == 1 else f"{len(items)} different sets, "
+    return Section(
+        "Where the numbers come from",
+        (
+            Table("Runs; the run key is a hash of settings, inputs and backend", headers, lines),
+            Text(f"Test items: {kinds}sha256 {', '.join(items)}.", "note"),
+            Details("Packages", systems),
+        ),
+    )
