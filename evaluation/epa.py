@@ -5,9 +5,9 @@ Source: EPA, "Technical Assistance Document for the Reporting of Daily Air Quali
 
     I = (I_hi − I_lo) / (C_hi − C_lo) · (C − C_lo) + I_lo
 
-C is truncated (not rounded) to the pollutant's precision first, I is rounded to the nearest integer, halves
-up; the overall index is the largest sub-index. All arithmetic is decimal, so no binary fraction moves a value
-across a breakpoint.
+C is truncated (not rounded) to the pollutant's precision first, I is rounded to the nearest integer, halves up; the
+overall index is the largest sub-index. All arithmetic is decimal, so no binary fraction moves a value across a
+breakpoint. Readings that have no index raise ValueError, whose text names the pollutant and what was expected.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ CATEGORIES = ("Good", "Moderate", "Unhealthy for Sensitive Groups", "Unhealthy",
 INDEX_RANGES = ((0, 50), (51, 100), (101, 150), (151, 200), (201, 300), (301, 500))
 AQI_MAX = INDEX_RANGES[-1][1]
 
-
 Band = tuple[Decimal, Decimal]
+Value = float | str | Decimal
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class Pollutant:
     key: str  # in data files and code
     label: str  # in prompts
     unit: str  # of the concentrations
-    decimals: int  # kept when a concentration is truncated
+    decimals: int  # precision to which a concentration is truncated
     bands: tuple[Band | None, ...]  # (C_lo, C_hi) per category; None where EPA defines none
 
     @property
     def typical(self) -> tuple[float, float]:
-        """Where the median of any place's concentrations lies: above a hundredth of the first band, on the scale."""
+        """Range of plausible medians: from a hundredth of the first band's top to the end of the scale."""
         tops = [float(band[1]) for band in self.bands if band]
         return tops[0] / 100, tops[-1]
 
-    def truncate(self, value: float | str | Decimal) -> Decimal:
-        """`value` cut to this pollutant's precision; ValueError where it is no finite number."""
+    def truncate(self, value: Value) -> Decimal:
+        """`value` cut to this pollutant's precision; ValueError if it is not a finite number."""
         try:
             number = value if isinstance(value, Decimal) else Decimal(str(value))
         except InvalidOperation:
@@ -70,52 +70,57 @@ def _bands(text: str) -> tuple[Band | None, ...]:
 POLLUTANTS: dict[str, Pollutant] = {row[0]: Pollutant(*row[:4], _bands(row[4])) for row in _TABLE}
 
 
-class OffScaleError(ValueError):
-    """A concentration for which EPA defines no index."""
+def sub_index(key: str, value: Value) -> int:
+    """The index, 0 to 500, of one pollutant (a key of POLLUTANTS) at a concentration ≥ 0 in its unit."""
+    index = _index_on_scale(key, value)
+    if index is None:
+        raise ValueError(_off_scale(key, value))
+    return index
 
 
-def sub_index(key: str, value: float | str | Decimal) -> int:
-    """The index of one pollutant (a key of POLLUTANTS) at a concentration ≥ 0 in its unit: 0 to 500.
-
-    OffScaleError outside the range EPA defines (1 h ozone below 0.125 ppm is); ValueError for what is no number ≥ 0.
-    """
+def _index_on_scale(key: str, value: Value) -> int | None:
+    """None where EPA defines no index: beyond the scale, and below 0.125 ppm of 1 h ozone."""
     pollutant = POLLUTANTS[key]
     c = pollutant.truncate(value)
-    # The sign is read before truncation: -0.04 ppm would otherwise be cut to an innocent -0.0.
+    # The sign is read before truncation, which would turn -0.04 ppm into a harmless -0.0.
     if Decimal(str(value)) < 0:
         raise ValueError(f"{pollutant.label}: expected a concentration ≥ 0 {pollutant.unit}, got {value}")
     for edges, (i_lo, i_hi) in zip(pollutant.bands, INDEX_RANGES, strict=True):
         if edges is not None and edges[0] <= c <= edges[1]:
             index = Decimal(i_hi - i_lo) * (c - edges[0]) / (edges[1] - edges[0]) + i_lo
             return int(index.quantize(Decimal(1), rounding=ROUND_HALF_UP))
-    defined = [edges for edges in pollutant.bands if edges is not None]
-    raise OffScaleError(
-        f"{pollutant.label}: EPA defines an index for {defined[0][0]} to {defined[-1][1]} {pollutant.unit}, got {value}"
-    )
+    return None
 
 
-def aqi(readings: Mapping[str, float | str | Decimal]) -> int:
+def _off_scale(key: str, value: Value) -> str:
+    pollutant = POLLUTANTS[key]
+    bands = [band for band in pollutant.bands if band is not None]
+    scale = f"{bands[0][0]} to {bands[-1][1]} {pollutant.unit}"
+    return f"{pollutant.label}: EPA defines an index for {scale}, got {value}"
+
+
+def aqi(readings: Mapping[str, Value]) -> int:
     """The overall index: the largest sub-index.
 
-    Ozone may come as 8 h and 1 h average. As EPA prescribes, a 1 h value below 0.125 ppm has no index and an 8 h
-    value above 0.200 ppm is answered by the 1 h one; either is passed over when another reading has an index. Other
-    readings off their scale raise OffScaleError; none at all, or what is no number, ValueError.
+    Ozone may come as 8 h and 1 h averages. As EPA prescribes, a 1 h value below 0.125 ppm has no index, and for an 8 h
+    value above 0.200 ppm the 1 h one is used; either is skipped if another reading has an index.
     """
     if not readings:
         raise ValueError("expected at least one reading, got none")
     indices: list[int] = []
-    passed_over: list[OffScaleError] = []
+    skipped: list[str] = []
     for key, value in readings.items():
-        try:
-            indices.append(sub_index(key, value))
-        except OffScaleError as error:
-            below_1h = key == "o3_1h" and POLLUTANTS[key].truncate(value) < Decimal("0.125")
-            above_8h = key == "o3_8h" and "o3_1h" in readings
-            if not (below_1h or above_8h):
-                raise
-            passed_over.append(error)
+        index = _index_on_scale(key, value)
+        below_1h = key == "o3_1h" and POLLUTANTS[key].truncate(value) < Decimal("0.125")
+        above_8h = key == "o3_8h" and "o3_1h" in readings
+        if index is not None:
+            indices.append(index)
+        elif below_1h or above_8h:
+            skipped.append(_off_scale(key, value))
+        else:
+            raise ValueError(_off_scale(key, value))
     if not indices:
-        raise passed_over[0]
+        raise ValueError(skipped[0])
     return max(indices)
 
 

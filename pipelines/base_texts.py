@@ -15,7 +15,8 @@ from pydantic import Field
 from tqdm import tqdm
 
 from db.files import artifact, finish_run, hash_inputs, read_jsonl, staged, start_run, write_jsonl
-from evaluation.measure.texts import TextError, read_texts, spread
+from evaluation import EvaluationError
+from evaluation.measure.texts import read_texts, spread
 from evaluation.tasks import Item, general
 from pipelines.base_model import load_reference
 from pipelines.params import ConfigError, StageParams, load_params
@@ -159,7 +160,7 @@ def _of_base(section: BaseTexts, params: Params, template: str, asked: Sequence[
                 return [*rows.values()], tries - len(rows)
             if tries == _TRIES * section.number:
                 break
-    raise TextError(
+    raise EvaluationError(
         f"base_texts.number: expected {section.number} texts, the base wrote {len(rows)} usable in {tries} tries; "
         "lower it, raise base_texts.max_tokens, or name texts of your own in base_texts.text"
     )
@@ -176,13 +177,13 @@ def _of_user(section: BaseTexts, asked: Sequence[str]) -> list[Row]:
     )
     known = [text for text in texts if any(prompt in text for prompt in asked)]
     if known:
-        raise TextError(
+        raise EvaluationError(
             f"base_texts.text: {len(known)} of {len(texts)} texts of {section.text} hold questions of the "
             f"retention suite ({known[0][:60]!r} …), so retention would measure what was learnt; take them out"
         )
     different = [*dict.fromkeys(texts)]
     if len(different) < LEAST:
-        raise TextError(
+        raise EvaluationError(
             f"base_texts.text: expected at least {LEAST} different texts in {section.text}, got {len(different)}"
         )
     chosen = spread(different, section.number)

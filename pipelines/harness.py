@@ -12,7 +12,7 @@ import typer
 
 from db.files import finish_run, hash_inputs, staged, start_run, write_record, write_records
 from db.records import HarnessRecord, SampleRecord
-from evaluation.measure import harness
+from evaluation.measure import lm_harness
 from pipelines.base_model import load_model
 from pipelines.params import THEIRS, Evaluate, StageParams, check_arm, load_params
 from pipelines.stage import BASE, BASE_ARM, adapter_dir, benchmark_dir, cli, main_for
@@ -30,12 +30,12 @@ class Params(StageParams):
 
 def problems(tasks: list[str]) -> list[str]:
     """What speaks against evaluate.harness, one sentence each."""
-    return harness.problems(tasks, OWN)
+    return lm_harness.problems(tasks, OWN)
 
 
 def own_files(task: str) -> list[Path]:
     """What of OWN a task depends on."""
-    return harness.own_files(task, OWN)
+    return lm_harness.own_files(task, OWN)
 
 
 def run(params: Params, arm: str, seed: int, task: str) -> None:
@@ -48,7 +48,7 @@ def run(params: Params, arm: str, seed: int, task: str) -> None:
     with staged(benchmark_dir(task, arm, seed)) as folder:
         record = start_run("harness", params=shown, inputs=inputs, arm=arm, seed=seed)
         model, tokenizer, _ = load_model(params.train, arm, seed)
-        found = harness.ask(model, tokenizer, task, OWN, limit=section.harness_limit, batch_size=section.parallel)
+        found = lm_harness.ask(model, tokenizer, task, OWN, limit=section.harness_limit, batch_size=section.parallel)
         told = {"lm_eval": metadata.version("lm-eval"), "tasks": found.tasks}
         content = {"schema": 1, "arm": arm, "seed": seed, "benchmark": task, **told}
         content |= {"metrics": found.metrics, "metric_defs": found.metric_defs}

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from db.files import finish_run, hash_inputs, key_of, read_jsonl, read_record, staged, start_run, write_record
 from db.records import MeasuredRecord
+from evaluation import EvaluationError
 from evaluation.measure import drift, separation, states, texts
 from evaluation.measure.states import Encoded
 from evaluation.tasks import Item, render
@@ -110,7 +111,7 @@ def finite(value: float) -> float | None:
 
 
 def safety_prompts(section: Measure) -> texts.PromptSet:
-    """The prompts of the separation index that are asked; TextError or SourceError where they cannot be used."""
+    """The prompts of the separation index that are asked; EvaluationError if they cannot be used."""
     found = texts.read_prompts(
         section.prompts,
         columns={str(name): column for name, column in section.columns.items()},
@@ -157,10 +158,10 @@ def _completions(tokenizer: Any, template: str, file: Path, most: int) -> list[E
 
 
 def _cut(made: Sequence[Encoded], most: int, nothing: str) -> tuple[list[Encoded], int]:
-    """What of the texts is within so many tokens, and of how many something is not; TextError where nothing is."""
+    """What of the texts is within so many tokens, and of how many something is not; EvaluationError if nothing is."""
     kept = [Encoded(text.ids[:most], text.scored_from) for text in made if text.scored_from < min(len(text.ids), most)]
     if not kept:
-        raise texts.TextError(nothing)
+        raise EvaluationError(nothing)
     return kept, sum(len(text.ids) > most or text.scored_from >= len(text.ids) for text in made)
 
 

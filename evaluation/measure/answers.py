@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from db.files import write_text
-from evaluation import paraphrase
-from evaluation.tasks import Item, ItemError, Score, Task, general, load, mean_credit, share
+from evaluation import EvaluationError, paraphrase
+from evaluation.tasks import Item, Score, Task, general, load, mean_credit, share
 from export import ExportError
 from export.engines.base import Engine, EngineError, asked_for
 
@@ -94,7 +94,7 @@ def _answer(line: bytes) -> dict[str, Any] | None:
 def task_of(item: Item, split: str) -> Task:
     """The module that scores an item of a split: in the retention suite, whose items name general tasks, `general`.
 
-    Raises ItemError: there is no such task.
+    Raises EvaluationError: there is no such task.
     """
     return load(general.NAME if split == RETENTION or item.task in general.GENERAL_TASKS else item.task)
 
@@ -213,7 +213,7 @@ def metrics(
 def metric_defs(task: Task, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """Unit, direction and meaning of every metric in `rows`.
 
-    Raises ItemError: the task summarizes by a metric that it does not describe.
+    Raises EvaluationError: the task summarizes by a metric that it does not describe.
     """
     known: dict[str, Mapping[str, str]] = {**task.METRICS, **general.METRICS, CUT: _CUT_DEF}
     for name in (row["name"] for row in rows if row["name"] not in known):
@@ -223,6 +223,6 @@ def metric_defs(task: Task, rows: Sequence[dict[str, Any]]) -> dict[str, dict[st
         elif prefix in _AGAIN:
             told = f"{_AGAIN[prefix]}, typed as other people would{f' ({of})' if of else ''}"
         else:
-            raise ItemError(f"{task.NAME}: expected every metric of summarize in METRICS, got {name!r}, not there")
+            raise EvaluationError(f"{task.NAME}: expected every metric of summarize in METRICS, got {name!r}")
         known[name] = share(told)
     return {row["name"]: dict(known[row["name"]]) for row in rows}

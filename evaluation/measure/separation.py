@@ -52,6 +52,8 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation import EvaluationError
+
 Array = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Places = NDArray[np.intp]
@@ -88,10 +90,6 @@ METRICS = {  # name → (unit, direction, description); the base has all but del
     "delta_alignment_null_high": ("1", "none", f"{_PERMUTED}, 97.5% quantile"),
     "delta_alignment_p_value": ("1", "none", _P_VALUE),
 }
-
-
-class SeparationError(ValueError):
-    """Hidden states that no index can be computed from, or that do not fit the base's."""
 
 
 # --- two clusters ---
@@ -138,11 +136,11 @@ def separation(grams: Array, first: Array, second: Array) -> Separation:
     """D and W for many labellings or resamplings.
 
     `grams` (L, N, N) are of the same points in L spaces; `first` and `second` (R, N) say how often each point counts in
-    the two clusters. SeparationError where rows differ in size, or a cluster is empty.
+    the two clusters. EvaluationError where rows differ in size, or a cluster is empty.
     """
     sizes = [np.unique(counts.sum(axis=1)) for counts in (first, second)]
     if any(len(size) != 1 or size[0] < 1 for size in sizes):
-        raise SeparationError("expected two clusters that are not empty, of the same sizes in every row")
+        raise EvaluationError("expected two clusters that are not empty, of the same sizes in every row")
     n_first, n_second = (int(size[0]) for size in sizes)
     a, b = first / n_first, second / n_second
     # Per space: aᵀKa = ‖μ₁‖², bᵀKb = ‖μ₂‖², aᵀKb = μ₁ᵀμ₂; the diagonal of K holds ‖x_i‖².
@@ -307,12 +305,12 @@ class Reference:
     key: str = ""  # stands for prompts, layers and everything else that an arm must share with the base
 
     def normalise(self, states: Array) -> Array:
-        """States (L, N, d) in the base's units; SeparationError where they have another shape, or are not finite."""
+        """States (L, N, d) in the base's units; EvaluationError where they have another shape, or are not finite."""
         expected = (self.gram.shape[0], self.gram.shape[1], self.centre.shape[1])
         if states.shape != expected:
-            raise SeparationError(f"expected states of shape {expected} (layers, prompts, size), got {states.shape}")
+            raise EvaluationError(f"expected states of shape {expected} (layers, prompts, size), got {states.shape}")
         if not np.isfinite(states).all():
-            raise SeparationError("hidden states hold NaN or infinity; the model is broken, or too large for its dtype")
+            raise EvaluationError("hidden states hold NaN or infinity; the model is broken, or too large for its dtype")
         return np.asarray((states - self.centre[:, None]) / self.scale[:, None], dtype=np.float64)
 
     def save(self, file: Path) -> None:
@@ -321,17 +319,17 @@ class Reference:
 
     @classmethod
     def load(cls, file: Path, key: str) -> "Reference":
-        """Read what `save` wrote; SeparationError where it is missing, damaged, or for other prompts or layers."""
+        """Read what `save` wrote; EvaluationError where it is missing, damaged, or for other prompts or layers."""
         try:
             with np.load(file, allow_pickle=False) as content:
                 arrays = {name: content[name] for name in ("centre", "scale", "chance", "gram")}
                 made = cls(**arrays, key=str(content["key"]))
         except FileNotFoundError:
-            raise SeparationError(f"{file}: no such file; run `dvc repro measure_base`") from None
+            raise EvaluationError(f"{file}: no such file; run `dvc repro measure_base`") from None
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise SeparationError(f"{file}: damaged ({error}); run `dvc repro --force measure_base`") from error
+            raise EvaluationError(f"{file}: damaged ({error}); run `dvc repro --force measure_base`") from error
         if made.key != key:
-            raise SeparationError(
+            raise EvaluationError(
                 f"{file}: the base was measured with other prompts, layers or settings; run `dvc repro measure_base`"
             )
         return made
@@ -340,19 +338,19 @@ class Reference:
 def fix_reference(states: Array, plan: Design, key: str = "") -> Reference:
     """What later models are normalised with, from the base's own states (L, N, d) and permuted labels.
 
-    SeparationError where states do not differ between prompts, or are not finite.
+    EvaluationError where states do not differ between prompts, or are not finite.
     """
     if not np.isfinite(states).all():
-        raise SeparationError("hidden states hold NaN or infinity; the model is broken, or too large for its dtype")
+        raise EvaluationError("hidden states hold NaN or infinity; the model is broken, or too large for its dtype")
     centre, spread = states.mean(axis=1), states.std(axis=1)
     typical = np.median(spread, axis=1, keepdims=True)
     if not (typical > 0).all():
-        raise SeparationError("expected hidden states that differ between prompts, got equal ones in most coordinates")
+        raise EvaluationError("expected hidden states that differ between prompts, got equal ones in most coordinates")
     scale = np.maximum(spread, SCALE_FLOOR * typical)
     grams = gram((states - centre[:, None]) / scale[:, None])
     chance = _of_labels(grams, plan.permuted).calinski_harabasz.mean(axis=1)
     if not ((chance > 0) & np.isfinite(chance)).all():
-        raise SeparationError(
+        raise EvaluationError(
             f"expected a finite CHI above 0 for permuted labels in every layer, got {chance.tolist()}"
         )
     return Reference(centre, scale, chance, grams, key)

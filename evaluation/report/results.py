@@ -26,7 +26,7 @@ from db.tables import (
     Verification,
 )
 from evaluation import paraphrase
-from evaluation.measure.harness import SPLIT
+from evaluation.measure.lm_harness import SPLIT
 
 Key = tuple[str, str]
 """Split and name of a metric."""

@@ -11,40 +11,36 @@ from typing import Any
 
 import yaml
 
-from evaluation.sources.tables import SourceError, Table, raw_rows
+from evaluation import EvaluationError
+from evaluation.sources.tabular import Table, raw_rows
 from trainers.words import suggest
 
 HUB = "hub:"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)  # of a hub data set: to write into the cache
 
 
 @dataclass(frozen=True)
 class DataSet:
-    source: str  # as the user named it
     subset: str | None  # the configuration that was opened; None: it has only one
     splits: Mapping[str, Any]  # name → datasets.Dataset
 
     def table(self, split: str) -> Table:
-        """All rows of a split; SourceError, with those that exist, where there is no such split."""
+        """All rows of a split; EvaluationError, with the existing ones, if there is no such split."""
         if split not in self.splits:
             where = f" of subset {self.subset!r}" if self.subset else ""
-            raise SourceError(self.source, [f"there is no split {split!r}{where}{suggest(split, self.splits)}."])
+            raise EvaluationError(f"there is no split {split!r}{where}{suggest(split, self.splits)}.")
         return _table(self.splits[split])
 
 
 def _table(data: Any) -> Table:
     labels = {name: list(kind.names) for name, kind in data.features.items() if getattr(kind, "names", None)}
-    # datasets keeps what it downloaded in a folder named for the commit.
-    files = [Path(file["filename"]).parent.name for file in data.cache_files]
-    revision = files[0] if files and _COMMIT.fullmatch(files[0]) else None
-    return Table(
-        list(data.column_names),
-        raw_rows(lambda start, end: data[start:end], data.num_rows),
-        revision=revision,
-        labels=labels,
-    )
+    # datasets caches downloads in a folder named after the commit.
+    folders = [Path(file["filename"]).parent.name for file in data.cache_files]
+    revision = folders[0] if folders and _COMMIT.fullmatch(folders[0]) else None
+    rows = raw_rows(lambda start, end: data[start:end], data.num_rows)
+    return Table(list(data.column_names), rows, revision=revision, labels=labels)
 
 
 def read_split(source: str, split: str, subset: str | None) -> Table:
@@ -55,14 +51,16 @@ def read_split(source: str, split: str, subset: str | None) -> Table:
 
 @contextmanager
 def open_data_set(source: str, subset: str | None = None, usual: str | None = None) -> Iterator[DataSet]:
-    """All splits, to be read inside the block; the subset `usual` if none is asked for and it is there; SourceError."""
+    """All splits, to be read inside the block; without `subset`, the subset `usual` if it exists."""
     with _opened(source, subset, usual, None) as (data, opened):
-        yield DataSet(source, opened, data)
+        yield DataSet(opened, data)
 
 
 @contextmanager
 def _opened(source: str, subset: str | None, usual: str | None, split: str | None) -> Iterator[tuple[Any, str | None]]:
-    """(what load_dataset returns, the subset opened)."""
+    """(what load_dataset returns, the opened subset)."""
+    import datasets
+
     if source.startswith(HUB):
         name, revision = source.removeprefix(HUB), None
         if "@" in name and not Path(name).exists():
@@ -70,30 +68,26 @@ def _opened(source: str, subset: str | None, usual: str | None, split: str | Non
         with _explained(source, name, subset, split, revision):
             if subset is None and usual is not None and usual in _subsets(name, revision):
                 subset = usual
-            data = _load(name, subset, split=split, revision=revision)
+            data = datasets.load_dataset(name, subset, split=split, revision=revision)
         yield data, subset
         return
-    tries = _places(source, Path(source), subset, usual)
-    # The library tells folders apart by times of files and would keep a copy of each for ever.
+    # The library tells folders apart by file times and would keep a copy of each forever.
     with TemporaryDirectory(prefix="data-set-") as cache:
-        for place, (folder, inner, shown) in enumerate(tries):
-            opened = shown
-            with _explained(source, str(folder), inner, split, None):
+        *earlier, last = _places(Path(source), subset, usual)
+        for place in (*earlier, last):
+            folder, configuration, opened = place
+            with _explained(source, str(folder), configuration, split, None):
                 try:
-                    # A folder may hold a part of what its README counts.
-                    data = _load(str(folder), inner, split=split, cache_dir=cache, verification_mode="no_checks")
+                    # no_checks, because a folder may have only some of the files that its README counts.
+                    data = datasets.load_dataset(
+                        str(folder), configuration, split=split, cache_dir=cache, verification_mode="no_checks"
+                    )
                 except FileNotFoundError:
-                    if place + 1 < len(tries):
-                        continue
-                    raise
+                    if place == last:
+                        raise
+                    continue
                 break
         yield data, opened
-
-
-def _load(name: str, subset: str | None, **options: Any) -> Any:
-    import datasets
-
-    return datasets.load_dataset(name, subset, **options)
 
 
 def _subsets(name: str, revision: str | None) -> list[str]:
@@ -105,100 +99,94 @@ def _subsets(name: str, revision: str | None) -> list[str]:
 _Place = tuple[Path, str | None, str | None]
 
 
-def _places(source: str, folder: Path, subset: str | None, usual: str | None) -> list[_Place]:
-    """What to try one after the other: (folder to open, configuration to ask for, subset that this is).
+def _places(folder: Path, subset: str | None, usual: str | None) -> list[_Place]:
+    """What to try in this order: (folder to open, configuration to ask for, subset that this is).
 
-    A data set with several subsets names them in its README, or has a folder for each. Where one alone was
-    downloaded, the README names files that are not there.
+    A data set with several subsets names them in its README, or has a folder for each. If only one was downloaded, the
+    README names files that are not there.
     """
     from datasets.exceptions import DatasetsError
 
     try:
         names = _subsets(str(folder), None)
     except (DatasetsError, OSError, ValueError, RuntimeError, yaml.YAMLError):
-        names = []  # opening the folder says why, if it comes to that
-    found: list[_Place] = []
-    for wanted in (subset, usual):
-        if wanted is not None and not found:
-            found = [(folder, wanted, wanted)] if wanted in names else []
-            found += [(folder / wanted, None, wanted)] if (folder / wanted).is_dir() else []
-    if subset is not None and not found:
+        names = []  # opening the folder will explain why
+    for wanted in filter(None, (subset, usual)):
+        places: list[_Place] = [(folder, wanted, wanted)] if wanted in names else []
+        places += [(folder / wanted, None, wanted)] if (folder / wanted).is_dir() else []
+        if places:
+            return places
+    if subset is not None:
         known = names if names not in ([], ["default"]) else sorted(f.name for f in folder.iterdir() if f.is_dir())
-        # In data/ lie the files of a data set without subsets.
+        # data/ has the files of a data set without subsets.
         known = [n for n in known if not n.startswith(".") and n != "data"]
-        raise SourceError(source, [f"there is no subset {subset!r}{suggest(subset, known) if known else ''}."])
-    return found or [(folder, None, None)]
+        raise EvaluationError(f"there is no subset {subset!r}{suggest(subset, known) if known else ''}.")
+    return [(folder, None, None)]
 
 
 @contextmanager
 def _explained(source: str, name: str, subset: str | None, split: str | None, revision: str | None) -> Iterator[None]:
+    """Turns what a user can fix into one sentence; a bug of ours keeps its traceback."""
     try:
         yield
     except Exception as error:
-        problem = _explain(error, source, name, subset, split, revision)
+        local = not source.startswith(HUB)
+        problem = _explain(error, local, name, subset, f" (split {split!r})" if split else "", revision)
         if problem is None:
             raise
-        raise SourceError(source, [problem]) from error
+        raise EvaluationError(problem) from error
 
 
 def _explain(
-    error: Exception, source: str, name: str, subset: str | None, split: str | None, revision: str | None
+    error: Exception, local: bool, name: str, subset: str | None, of_split: str, revision: str | None
 ) -> str | None:
-    """One sentence on why a data set could not be opened; None for what no user can mend."""
     import httpx
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
+    from huggingface_hub import constants
 
     text = " ".join(str(error).split())
-    at = f" --revision {revision}" if revision else ""
-    folder = f"inputs/{name.rsplit('/', 1)[-1]}"
-    elsewhere = f"download it elsewhere with `hf download {name} --repo-type dataset{at} --local-dir {folder}` and set "
-    elsewhere += "source to that folder, or save the data set as CSV or JSONL and set source to that path."
-    login = "`hf auth login`, or set HF_TOKEN"
-    local = not source.startswith(HUB)
-    of = f" (split {split!r})" if split else ""
+    login = "log in with `hf auth login`, or set HF_TOKEN"
+    at, folder = f" --revision {revision}" if revision else "", f"inputs/{name.rsplit('/', 1)[-1]}"
+    elsewhere = (
+        f"download it elsewhere with `hf download {name} --repo-type dataset{at} --local-dir {folder}` and set source "
+        "to that folder, or save the data set as CSV or JSONL and set source to that path."
+    )
     match error:
         case EmptyDatasetError() | DataFilesNotFoundError():
             return (
-                "there is no data file; expected the hub's format: Parquet, JSON or CSV files whose names have the "
-                "split, e.g. train-00000-of-00001.parquet, and all that its README.md names."
+                "there is no data file; expected the hub's format: Parquet, JSON or CSV files with the split in their "
+                "names, e.g. train-00000-of-00001.parquet, and everything that its README.md names."
             )
-        case OSError() if error.errno in (_FULL if local else (*_FULL, *_FORBIDDEN)):
-            return f"the data set could not be kept on the disk: {text}"
+        case OSError() if error.errno in (_DISK_FULL if local else (*_DISK_FULL, *_FORBIDDEN)):
+            return f"the data set could not be stored on the disk: {text}"
         case DatasetNotFoundError() | OSError() | httpx.HTTPError() if local:
             return (
                 f"the folder could not be read ({type(error).__name__}: {text}); expected all files that its README.md "
-                "names, and the right to read them."
+                "names, and permission to read them."
             )
         case DatasetNotFoundError() if "gated" in text:
-            return (
-                f"the hub data set {name} is gated: ask for access on its page, https://huggingface.co/datasets/{name},"
-                f" then log in with {login}; or {elsewhere}"
-            )
+            page = f"https://huggingface.co/datasets/{name}"
+            return f"the hub data set {name} is gated: ask for access on {page}, then {login}; or {elsewhere}"
         case DatasetNotFoundError() if text.startswith("Revision"):
             return f"the hub data set {name} has no revision {revision!r}; expected a branch, a tag or a commit."
         case DatasetNotFoundError():
-            return (
-                f"the hub has no data set {name}, or a private one: expected org/name as on its page; for one of your "
-                f"own log in with {login}."
-            )
+            return f"the hub has no data set {name}, or it is private: expected org/name; for one of your own {login}."
         case RuntimeError() if "scripts are no longer supported" in text:
             return "its rows come from a script, which is not run; expected Parquet, JSON or CSV files."
         case DatasetsError():
             cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
-            hint = " The file named alone as source has its rows judged one by one." if local else ""
-            return f"the data set{of} could not be read: {text}{cause}.{hint}"
+            hint = " With the file itself as source, its rows are judged one by one." if local else ""
+            return f"the data set{of_split} could not be read: {text}{cause}.{hint}"
         case ValueError() if "BuilderConfig" in text or "Config name is missing" in text:
             names = re.findall(r"'([^']*)'", text[text.find("[") :].partition("]")[0])
-            got = f"there is no subset {subset!r}" if subset else "it has several subsets, of which one is to be named"
+            got = f"there is no subset {subset!r}" if subset else "it has several subsets; name one of them"
             return f"{got}{suggest(subset or '', names)}."
         case yaml.YAMLError():
-            return f"its README.md begins with settings that are no YAML: {text}"
+            return f"the settings at the top of its README.md are not YAML: {text}"
         case ValueError():
-            return f"the {'folder' if local else 'hub data set'}{of} could not be opened: {text}"
+            return f"the {'folder' if local else 'hub data set'}{of_split} could not be opened: {text}"
         case OSError() | httpx.HTTPError():
-            from huggingface_hub import constants
-
             offline = ", HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
             return f"the Hugging Face hub cannot be reached ({type(error).__name__}: {text}{offline}); {elsewhere}"
     return None

@@ -1,8 +1,8 @@
 """Tasks: where items come from, what their prompts say and how an answer is scored.
 
-An item is one question with its right answer. Every module of this package is a task, but for `general`, the retention
-suite. A task makes its items of a data set's rows, or draws them itself, or can do both; splits, files, engines, metric
-tables and the database are shared by all.
+An item is one question with its correct answer. Every module of this package is a task, except `general`, the retention
+suite. A task makes items from the rows of a data set, or generates them, or both. Splits, files, engines, metric tables
+and the database are shared by all tasks.
 """
 
 import hashlib
@@ -18,39 +18,37 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
 
+from evaluation import EvaluationError
+
 RETENTION = "general"
-
-
-class ItemError(ValueError):
-    """Items that cannot be made as asked."""
 
 
 @dataclass(frozen=True)
 class Item:
     id: str  # unique within a data set, the same in every run
-    task: str  # of the retention suite: the general task
-    prompt: str  # what the user says; the prompt template goes round it later
-    completion: str  # the answer trained on, without end-of-sequence token
+    task: str  # for the retention suite: the general task
+    prompt: str  # what the user says; the prompt template is applied later
+    completion: str  # the answer to train on, without end-of-sequence token
     truth: dict[str, Any] = field(default_factory=dict)  # what scoring needs, e.g. {"aqi": 126}
-    turns: tuple[tuple[str, str], ...] = ()  # (question, answer) before the prompt; the answers are learnt too
+    turns: tuple[tuple[str, str], ...] = ()  # (question, answer) before the prompt; these answers are learned too
     system: str | None = None  # the conversation's system message
-    whole: bool = False  # prompt and completion are one text, learnt from its first token on, within no template
+    whole: bool = False  # prompt and completion are one text, learned from its first token, without a template
 
     def to_json(self) -> dict[str, Any]:
-        """Without what only conversations and texts have, where an item is neither."""
+        """One line of data/*.jsonl; fields that only conversations and texts have are left out where they are empty."""
         row = asdict(self)
         return {name: value for name, value in row.items() if value or name not in ("turns", "system", "whole")}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Item":
-        """Item from one line of data/*.jsonl; KeyError where a field is missing."""
-        given = {name: row[name] for name in ("id", "task", "prompt", "completion")} | {"truth": dict(row["truth"])}
+        """Item from one line of data/*.jsonl; KeyError if a field is missing."""
+        fields = {name: row[name] for name in ("id", "task", "prompt", "completion")} | {"truth": dict(row["truth"])}
         turns = tuple((question, answer) for question, answer in row.get("turns", ()))
-        return cls(**given, turns=turns, system=row.get("system"), whole=row.get("whole", False))
+        return cls(**fields, turns=turns, system=row.get("system"), whole=row.get("whole", False))
 
     @property
-    def asked(self) -> Hashable:
-        """What the answer depends on: the prompt, or all that was said up to it; a whole text stands for itself."""
+    def context(self) -> Hashable:
+        """What the answer depends on: the prompt and everything said before it. A whole text is its own context."""
         if self.whole:
             return self.prompt + self.completion
         return (self.system, self.turns, self.prompt) if self.system or self.turns else self.prompt
@@ -64,12 +62,12 @@ class Item:
 @dataclass(frozen=True)
 class Score:
     correct: bool
-    predicted: float | str | None  # the value read from the answer, None where nothing could be read
+    predicted: float | str | None  # the value read from the answer, None if nothing could be read
     exact: bool
-    abs_error: float | None = None  # |predicted − truth| in the task's unit, None where that has no meaning
+    abs_error: float | None = None  # |predicted − truth| in the task's unit, None if that has no meaning
     label_agrees: bool = False  # the answer also names, in words, the class that its value belongs to
-    remark: str = ""  # what is right and what is wrong in it, where that is not plain
-    partial: float | None = None  # credit from 0 to 1 where an answer can be right in part; None: all or nothing
+    remark: str = ""  # what is right and what is wrong about the answer, if that is not obvious
+    partial: float | None = None  # credit from 0 to 1 for answers that can be partly right; None: all or nothing
     extra: Mapping[str, float] = field(default_factory=dict)  # other numbers that the task's `summarize` needs
 
     @property
@@ -79,11 +77,11 @@ class Score:
 
 
 Rewording = Callable[[Item, random.Random], str]
-"""The prompt of an item as somebody else would put it; as it is where nothing else is known to ask the same."""
+"""Returns an item's prompt as somebody else would put it, or unchanged if no equivalent wording is known."""
 
 
 class RowError(ValueError):
-    """A row that no item can be made of; problems: (field, or None for the whole row; what was expected and came)."""
+    """A row that cannot become an item; `problems` holds (field, or None for the whole row; what is wrong)."""
 
     def __init__(self, name: str | None, reason: str, *more: tuple[str | None, str]) -> None:
         self.problems = [(name, reason), *more]
@@ -93,30 +91,35 @@ class RowError(ValueError):
 @dataclass(frozen=True)
 class Source:
     hub: str  # org/name
-    subset: str | None = None  # configuration, where it has several
+    subset: str | None = None  # configuration, if it has several
     train: str = "train"  # split for training and validation
     test: str | None = None  # split for test items; None: they are drawn from `train`
 
 
 @dataclass(frozen=True)
 class Field:
-    column: str | None  # the data set's own name of it, unless params.yaml says another; None: read only where it does
+    column: str | None  # the data set's name for it, unless params.yaml maps another; None: read only if mapped
     required: bool
     about: str  # what it holds, for error messages
-    unit: str | None = None  # of numbers: the unit that `make_item` gets them in; columns may have another
-    typical: tuple[float, float] | None = None  # of numbers: between what their median lies
+    unit: str | None = None  # of numbers: the unit that `make_item` expects; the column may be in another
+    typical: tuple[float, float] | None = None  # of numbers: the range in which their median lies
 
 
 class Task(Protocol):
-    """What a task module provides: the first block always, the second to make items of rows, the third to draw them.
+    """What a task module provides: the first block always, the second to read rows, the third to generate items.
 
-    Optional: SOURCE, the data set on the hub; SETTINGS and ROW_SETTINGS, keys of section prepare_data that `generate`
-    and `retention_items` get as keywords, and that every row holds beside its fields; facts(test items), for run.json;
-    check_mapping(fields), what is wrong with the choice of mapped fields; recognise(columns of the table, field →
-    column as mapped), which fields are read (field → column) and a sentence on that, or ItemError; complete(items of
-    all rows), which adds to their truths what they must know of each other, and returns what to say of them;
-    retention_items(per_task, seed=, folder=, **settings), in the place of the suite in `general`; REWORDINGS, what
-    evaluation.paraphrase trains and asks with beside white space, NEW_WORDINGS, what it only asks with.
+    Optional:
+    SOURCE: the data set on the hub.
+    SETTINGS, ROW_SETTINGS: keys of section prepare_data, passed as keywords to `generate` and `retention_items`, and
+        added to every row beside its fields.
+    facts(test items): added to run.json.
+    check_mapping(fields): what is wrong with this choice of mapped fields.
+    recognize(columns of the table, field → column as mapped): field → column to read, and a sentence about that;
+        EvaluationError if it cannot tell.
+    complete(items of all rows): adds to their truths what they need to know about each other; returns notes.
+    retention_items(per_task, seed=, folder=, **settings): replaces the suite in `general`.
+    REWORDINGS: what evaluation.paraphrase trains and asks with, besides white space.
+    NEW_WORDINGS: what it only asks with.
     """
 
     NAME: str  # the module's name, and prepare_data.task in params.yaml
@@ -130,7 +133,7 @@ class Task(Protocol):
     FIELDS: Mapping[str, Field]
 
     def make_item(self, item_id: str, row: Mapping[str, Any]) -> Item:
-        """An item of a row (field → value; optional fields may be missing or None); RowError where there is none."""
+        """The item of a row (field → value; optional fields may be missing or None); RowError if there is none."""
         ...
 
     def group(self, item: Item) -> Hashable:
@@ -145,50 +148,44 @@ class Task(Protocol):
 @cache
 def names() -> tuple[str, ...]:
     """Names of the tasks, which are the modules of this package."""
-    found = {path.stem for path in Path(__file__).parent.glob("*.py")}
-    return tuple(sorted(found - {RETENTION, "__init__"}))
+    modules = {path.stem for path in Path(__file__).parent.glob("*.py")}
+    return tuple(sorted(modules - {RETENTION, "__init__"}))
 
 
 def load(name: str) -> Task:
-    """The task of that name; ItemError where there is none, or its module lacks what a task has."""
+    """The task of that name; EvaluationError if there is none, or its module is incomplete."""
     if name not in (*names(), RETENTION):
-        raise ItemError(f"expected a task ({', '.join(names())}), got {name!r}")
-    module = _module(name)
-    if problems := _misnamed_or_missing(name, module) or _unsound(module):
-        raise ItemError(f"evaluation/tasks/{name}.py is no task: {'; '.join(problems)}")
+        raise EvaluationError(f"expected a task ({', '.join(names())}), got {name!r}")
+    module = importlib.import_module(f"evaluation.tasks.{name}")
+    if problems := _module_problems(name, module) or _metric_problems(module):
+        raise EvaluationError(f"evaluation/tasks/{name}.py is not a task: {'; '.join(problems)}")
     return cast(Task, module)
 
 
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"evaluation.tasks.{name}")
-
-
-def _misnamed_or_missing(name: str, module: ModuleType) -> list[str]:
+def _module_problems(name: str, module: ModuleType) -> list[str]:
     problems = []
-    if name in _module(RETENTION).GENERAL_TASKS:  # their items would be mixed up
+    if name in importlib.import_module(f"evaluation.tasks.{RETENTION}").GENERAL_TASKS:  # their items would be mixed up
         problems.append(f"{name} is a task of the retention suite; rename the file")
     if hasattr(module, "NAME") and name != module.NAME:
-        problems.append(f"expected NAME = {name!r}, as the file is called, got {module.NAME!r}")
-    recipe = any(hasattr(module, part) for part in ("SOURCE", "FIELDS", "group"))
-    values = ["NAME", "TITLE", "METRICS", "PRIMARY"]
-    functions = ["score", "summarize"]
-    if recipe:
+        problems.append(f"expected NAME = {name!r}, like the file, got {module.NAME!r}")
+    values, functions = ["NAME", "TITLE", "METRICS", "PRIMARY"], ["score", "summarize"]
+    if any(hasattr(module, part) for part in ("SOURCE", "FIELDS", "group")):  # it reads rows
         values, functions = [*values, "FIELDS"], [*functions, "make_item", "group"]
     problems += [f"{part} is missing" for part in values if not hasattr(module, part)]
     return problems + [f"the function {f} is missing" for f in functions if not callable(getattr(module, f, None))]
 
 
-def _unsound(module: ModuleType) -> list[str]:
-    wanted = {"unit", "direction", "description"}
+def _metric_problems(module: ModuleType) -> list[str]:
+    keys = {"unit", "direction", "description"}
     problems = [
-        f"METRICS: expected {', '.join(sorted(wanted))} of {metric}, got {', '.join(sorted(meaning)) or 'nothing'}"
+        f"METRICS: expected {', '.join(sorted(keys))} for {metric}, got {', '.join(sorted(meaning)) or 'nothing'}"
         for metric, meaning in module.METRICS.items()
-        if set(meaning) != wanted
+        if set(meaning) != keys
     ]
     if module.PRIMARY not in module.METRICS:
         problems.append(f"PRIMARY: expected one of METRICS ({', '.join(module.METRICS)}), got {module.PRIMARY!r}")
     elif module.METRICS[module.PRIMARY].get("direction", "higher") != "higher":
-        problems.append(f"PRIMARY: expected a metric of which more is better, as of credit, got {module.PRIMARY}")
+        problems.append(f"PRIMARY: expected a metric for which higher is better, like credit, got {module.PRIMARY}")
     return problems
 
 
@@ -201,9 +198,9 @@ def share(description: str, direction: str = "higher") -> dict[str, str]:
 
 
 def mean(values: Iterable[float]) -> float:
-    """NaN of none."""
-    found = list(values)
-    return sum(found) / len(found) if found else float("nan")
+    """NaN if there are none."""
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else float("nan")
 
 
 def mean_credit(scores: Iterable[Score]) -> float:
@@ -214,8 +211,8 @@ def render(template: str, prompt: str) -> str:
     return template.replace("{prompt}", prompt)
 
 
-def marked(item: Item, rng: random.Random) -> str:
-    """The prompt with another mark at its end, or none."""
+def repunctuate(item: Item, rng: random.Random) -> str:
+    """The prompt with another punctuation mark at its end, or none."""
     bare = item.prompt.rstrip("?.! ")
     return rng.choice([text for mark in ("", "?", ".", "!") if (text := bare + mark) != item.prompt])
 
@@ -229,32 +226,32 @@ _THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2},[0-9]{3}")
 _DECIMAL_POINT = re.compile(r"[+-]?[0-9]*\.[0-9]+")
 
 
-def shown(value: object) -> str:
-    """A value as errors show it: cut where it is long."""
+def brief(value: object) -> str:
+    """A value as error messages show it: cut if it is long."""
     return reprlib.repr(value)
 
 
 def _blank(text: str) -> bool:
-    """Whether a reader would see nothing: white space, or marks without width such as U+200B."""
+    """Whether a reader would see nothing: white space, or zero-width characters such as U+200B."""
     return not any(c.isprintable() and not c.isspace() for c in text)
 
 
 def text(row: Mapping[str, Any], name: str) -> str:
-    """The text of a field, without white space at its ends; RowError where there is none, or UTF-8 cannot hold it."""
+    """The text of a field, stripped; RowError if there is none, or UTF-8 cannot encode it."""
     value = row.get(name)
     if not isinstance(value, str):
-        raise RowError(name, f"expected text, got {'nothing' if value is None else shown(value)}")
+        raise RowError(name, f"expected text, got {'nothing' if value is None else brief(value)}")
     if _blank(value):
-        raise RowError(name, "expected text, got blanks only" if value else "expected text, got an empty one")
+        raise RowError(name, f"expected text, got {'only blanks' if value else 'an empty string'}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise RowError(name, f"expected text that UTF-8 can hold, got half a character: {error}") from error
+        raise RowError(name, f"expected text that UTF-8 can encode, got half a character: {error}") from error
     return value.strip()
 
 
-def written(row: Mapping[str, Any], name: str) -> str:
-    """As `text`, but of a number or a truth value too: 1.0 is 1, since a column of numbers with gaps has floats."""
+def text_or_number(row: Mapping[str, Any], name: str) -> str:
+    """Like `text`, but also of a number or truth value: 1.0 is 1, since a column of integers with gaps has floats."""
     value = row.get(name)
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:.15g}"
@@ -262,17 +259,17 @@ def written(row: Mapping[str, Any], name: str) -> str:
 
 
 def optional_text(row: Mapping[str, Any], name: str) -> str:
-    """As `text`, but "" where the field is missing, None or blank."""
+    """Like `text`, but "" if the field is missing, None or blank."""
     value = row.get(name)
     return "" if value is None or (isinstance(value, str) and _blank(value)) else text(row, name)
 
 
 def choice(row: Mapping[str, Any], name: str, names: Mapping[str, str]) -> str:
-    """The label of a field: `names` maps what it may hold (text, bool, number; in small letters) to labels."""
+    """The label of a field: `names` maps its possible values (text, bool, number; in lower case) to labels."""
     value = row.get(name)
     label = names.get(str(value).strip().casefold())
     if label is None:
-        raise RowError(name, f"expected one of {', '.join(names)}, got {'nothing' if value is None else shown(value)}")
+        raise RowError(name, f"expected one of {', '.join(names)}, got {'nothing' if value is None else brief(value)}")
     return label
 
 
@@ -284,14 +281,14 @@ def is_missing(value: object) -> bool:
 
 
 def number(value: object) -> float:
-    """A finite number ≥ 0 from a cell; ValueError says what was expected instead."""
+    """A finite number ≥ 0 from a cell; the ValueError says what was expected instead."""
     if isinstance(value, str):
         plain = value.strip()
         if not _NUMBER.fullmatch(plain):
-            comma = "; write the decimal comma as a point" if _DECIMAL_COMMA.fullmatch(plain) else ""
+            hint = "; write the decimal comma as a point" if _DECIMAL_COMMA.fullmatch(plain) else ""
             if _THOUSANDS.fullmatch(plain):
-                comma = f"; is it {plain.replace(',', '.')} or {plain.replace(',', '')}? Write it without the comma"
-            raise ValueError(f"expected a number, got {value!r}{comma}")
+                hint = f"; is it {plain.replace(',', '.')} or {plain.replace(',', '')}? Write it without the comma"
+            raise ValueError(f"expected a number, got {value!r}{hint}")
         result = float(plain)
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"expected a number, got {type(value).__name__} {value!r}")
@@ -308,7 +305,7 @@ def number(value: object) -> float:
 
 
 def decimal_commas(cells: Iterable[object]) -> bool:
-    """Whether a column certainly writes 12.5 as "12,5"; one with points too, or with 1,234 alone, leaves it open."""
+    """Whether a column clearly writes 12.5 as "12,5"; points among its values, or only values like 1,234, mean no."""
     texts = [cell.strip() for cell in cells if isinstance(cell, str)]
     commas = [text for text in texts if _DECIMAL_COMMA.fullmatch(text)]
     return not all(map(_THOUSANDS.fullmatch, commas)) and not any(map(_DECIMAL_POINT.fullmatch, texts))
@@ -319,10 +316,10 @@ def with_point(value: object) -> object:
 
 
 def by_prompt(item: Item) -> Hashable:
-    """A task's `group` where one question is one item."""
+    """A task's `group` when every question is its own item."""
     return digest(item.prompt)
 
 
 def digest(value: str) -> str:
-    """A short name of a text, the same for texts that differ in case or white space alone."""
+    """A short name for a text, the same for texts that differ only in case or white space."""
     return hashlib.sha256(" ".join(value.casefold().split()).encode()).hexdigest()[:16]

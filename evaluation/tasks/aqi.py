@@ -1,24 +1,25 @@
 """Air quality: "Predict AQI given: …", scored against the US EPA index.
 
-Drawn items have the six categories equally often, over one to several pollutants and in several wordings. Two items
-with the same readings never land in different splits, however they are worded or ordered. Rows of a user's own data may
-hold readings, the index, or questions and answers as they are.
+Generated items cover the six categories equally often, with one to several pollutants and several wordings. Two items
+with the same readings never land in different splits, however they are worded or ordered. Rows of your own data may
+contain readings, the index, or questions and answers to be used verbatim.
 """
 
 import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from evaluation import epa
-from evaluation.tasks import Field, Item, ItemError, RowError, Score, is_missing, marked, mean, metric, number, share
+from evaluation import EvaluationError, epa
+from evaluation.tasks import Field, Item, RowError, Score, is_missing, mean, metric, number, repunctuate, share
 from trainers.words import nearest
 
+T = TypeVar("T")
 NAME = "aqi"
 TITLE = "AQI accuracy"
 PRIMARY = "aqi_category_accuracy"
@@ -27,38 +28,36 @@ METRICS = {
     "aqi_exact": share("Share of items whose predicted number equals the true index"),
     "aqi_within_10": share("Share of items predicted within 10 index points"),
     "aqi_mae": metric(
-        "index points",
-        "lower",
-        "Mean absolute error over the items from which a number could be read; NaN where none could",
+        "index points", "lower", "Mean absolute error over the items whose answer has a number; NaN if none has"
     ),
-    "aqi_unparseable": share("Share of items whose answer holds no index from 0 to 500", "lower"),
+    "aqi_unparseable": share("Share of items whose answer has no index from 0 to 500", "lower"),
     "aqi_label_agrees": share("Share of items whose answer names the category that its own number lies in"),
 }
 
 SETTINGS = ("pollutants", "max_pollutants")
-ROW_SETTINGS = ("trust_given_aqi",)  # take the file's index where it disagrees with EPA's calculation
+ROW_SETTINGS = ("trust_given_aqi",)  # use the file's index even if it disagrees with EPA's calculation
 FIELDS = {
     **{
         key: Field(None, False, f"concentration of {pollutant.label}", pollutant.unit, pollutant.typical)
         for key, pollutant in epa.POLLUTANTS.items()
     },
     "aqi": Field(None, False, "the index", typical=(0, epa.AQI_MAX)),
-    "category": Field(None, False, "EPA's name of the category"),
-    "id": Field(None, False, "a name of the row"),
-    "prompt": Field(None, False, "a question as it is to be asked"),
+    "category": Field(None, False, "EPA's name for the category"),
+    "id": Field(None, False, "a name for the row"),
+    "prompt": Field(None, False, "a question to be asked verbatim"),
     "completion": Field(None, False, "its answer"),
 }
-AQI_TOLERANCE = 1  # index points; other tools round halves to even or use the breakpoints of before May 2024
-LARGEST = 1e6  # in any of EPA's units; every scale ends far below, and decimal arithmetic not far above
+AQI_TOLERANCE = 1  # index points; other tools round halves to even, or use the breakpoints from before May 2024
+LARGEST = 1e6  # in any of EPA's units; every scale ends far below it, and decimal arithmetic not far above
 
-# {readings} is a comma-separated list; every wording begins alike.
+# {readings} is a comma-separated list; every wording begins the same way.
 WORDINGS = (
     "Predict AQI given: {readings}",
     "Predict AQI given: measured {readings}",
     "Predict AQI given: in the air {readings}",
 )
 READINGS = ("{label} {value} {unit}", "{label}: {value} {unit}", "{label} = {value} {unit}")
-# As other people put it: what training items are varied with, and what is kept for split `paraphrased` alone.
+# What other people would type: variations for training items, and wordings reserved for split `paraphrased`.
 OTHER_WORDINGS = (
     *WORDINGS, "Predict the AQI for {readings}", "Predict the AQI given {readings}", "predict aqi given: {readings}",
     "What is the AQI for {readings}", "What is the AQI with {readings}", "AQI for {readings}",
@@ -67,116 +66,126 @@ UNTRAINED_WORDINGS = ("How high is the AQI at {readings}", "AQI of {readings}", 
 OTHER_READINGS = (
     *READINGS, "{label} {value}{unit}", "{label}: {value}{unit}", "{label}={value}{unit}", "{label} of {value} {unit}",
 )  # fmt: skip
-BETWEEN = (", ", " and ", "; ", ",")
+SEPARATORS = (", ", " and ", "; ", ",")
 
 Key = tuple[tuple[str, str], ...]
+Readings = Mapping[str, epa.Value]
 
 
-def item_key(readings: Mapping[str, float | str | Decimal]) -> Key:
-    """Readings in one canonical form: sorted, each cut to the precision that EPA looks at."""
+def item_key(readings: Readings) -> Key:
+    """Readings in a canonical form: sorted, each truncated to EPA's precision."""
     return tuple(sorted((k, str(epa.POLLUTANTS[k].truncate(v))) for k, v in readings.items()))
 
 
 def completion(index: int) -> str:
-    """The answer trained on: category and number.
+    """The answer to train on: category and number.
 
-    The category comes first because its first token already is a class, where a number's first digit is not (1 begins
-    12 and 126): small models learn this order faster (LOG.md, 2026-11-21).
+    The category comes first because its first token already decides the class, while a number's first digit does not
+    (1 begins 12 and 126): small models learn this order faster (docs/log/2026-11-21.md).
     """
     return f"{epa.category(index)}: {index}"
 
 
-def prompt(readings: Mapping[str, float | str | Decimal], wording: str, style: str, order: Sequence[str]) -> str:
-    return wording.format(readings=", ".join(_reading(key, readings[key], style) for key in order))
-
-
-def _reading(key: str, value: float | str | Decimal, style: str) -> str:
+def _reading(key: str, value: epa.Value, style: str) -> str:
     pollutant = epa.POLLUTANTS[key]
     return style.format(label=pollutant.label, value=pollutant.truncate(value), unit=pollutant.unit)
 
 
-def item_of(item_id: str, readings: Mapping[str, float | str | Decimal], rng: random.Random) -> Item:
+def item_of(item_id: str, readings: Readings, rng: random.Random) -> Item:
     """An item with its exact EPA truth and a wording drawn from `rng`."""
     order = list(readings)
     rng.shuffle(order)
     index = epa.aqi(readings)
-    asked = prompt(readings, rng.choice(WORDINGS), rng.choice(READINGS), order)
-    return Item(item_id, NAME, asked, completion(index), _truth(index, readings))
+    wording, style = rng.choice(WORDINGS), rng.choice(READINGS)
+    prompt = wording.format(readings=", ".join(_reading(key, readings[key], style) for key in order))
+    return Item(item_id, NAME, prompt, completion(index), _truth(index, readings))
 
 
-def reworded(item: Item, rng: random.Random, wordings: Sequence[str] = OTHER_WORDINGS) -> str:
-    """The same readings in another wording, order and form; a prompt of the user's own stays as it is."""
+def reword(item: Item, rng: random.Random, wordings: Sequence[str] = OTHER_WORDINGS) -> str:
+    """The same readings in another wording, order and format; a prompt of the user's own stays unchanged."""
     readings = item.truth.get("readings")
-    if not readings or not _ours(item.prompt, readings):
+    if not readings or not _is_generated(item.prompt, readings):
         return item.prompt
     order = list(readings)
     rng.shuffle(order)
-    style, between = rng.choice(OTHER_READINGS), rng.choice(BETWEEN)
-    return rng.choice(wordings).format(readings=between.join(_reading(key, readings[key], style) for key in order))
+    style, separator = rng.choice(OTHER_READINGS), rng.choice(SEPARATORS)
+    return rng.choice(wordings).format(readings=separator.join(_reading(key, readings[key], style) for key in order))
 
 
-def _ours(asked: str, readings: Mapping[str, str]) -> bool:
-    """Whether a prompt is one that `prompt` makes of these readings."""
+def _is_generated(prompt: str, readings: Mapping[str, str]) -> bool:
+    """Whether `item_of` could have made this prompt of these readings."""
     openings = [wording.removesuffix("{readings}") for wording in WORDINGS]
-    said = [sorted(asked.removeprefix(opening).split(", ")) for opening in openings if asked.startswith(opening)]
-    return any(sorted(_reading(key, readings[key], style) for key in readings) in said for style in READINGS)
+    lists = [sorted(prompt.removeprefix(opening).split(", ")) for opening in openings if prompt.startswith(opening)]
+    return any(sorted(_reading(key, readings[key], style) for key in readings) in lists for style in READINGS)
 
 
-REWORDINGS = {"wording": reworded, "mark": marked}
-NEW_WORDINGS = {"new wording": partial(reworded, wordings=UNTRAINED_WORDINGS)}
+REWORDINGS = {"wording": reword, "mark": repunctuate}
+NEW_WORDINGS = {"new wording": partial(reword, wordings=UNTRAINED_WORDINGS)}
 
 
 def _truth(index: int, readings: Mapping[str, object]) -> dict[str, Any]:
     return {"aqi": index, "category": epa.category(index), "readings": {k: str(v) for k, v in readings.items()}}
 
 
-# --- rows of a user's own data ---
-
-_Problems = list[tuple[str | None, str]]
+# --- rows of the user's own data ---
 
 
 def check_mapping(fields: Collection[str]) -> list[str]:
     texts = sorted({"prompt", "completion"}.intersection(fields))
     if len(texts) == 1:
-        return [f"{texts[0]!r} is mapped alone; prompt and completion come together."]
+        return [f"only {texts[0]!r} is mapped; prompt and completion come together."]
     if texts and "aqi" not in fields:
-        return ["prompt and completion are mapped without 'aqi'; map the column that holds the true index."]
+        return ["prompt and completion are mapped without 'aqi'; map the column with the true index."]
     if not texts and not epa.POLLUTANTS.keys() & set(fields):
-        known = ", ".join(epa.POLLUTANTS)
-        return [f"columns maps no pollutant; map at least one of {known}, or prompt, completion and aqi."]
+        pollutants = ", ".join(epa.POLLUTANTS)
+        return [f"columns maps no pollutant; map at least one of {pollutants}, or prompt, completion and aqi."]
     return []
 
 
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
-    """An item of a row's readings (equal ones, as EPA cuts them, give one prompt), or of its own texts and index."""
-    problems: _Problems = []
-    cells = {key: _number_in(row, key, LARGEST, "is far off EPA's scale", problems) for key in epa.POLLUTANTS}
+    """An item of a row's readings (equal ones, as EPA truncates them, give one prompt), or of its texts and index."""
+    problems: list[tuple[str | None, str]] = []
+
+    def read(name: str, parse: Callable[[Any], T]) -> T | None:
+        """The field's value; None if it is missing, or if it is unusable, which is added to `problems`."""
+        try:
+            return None if is_missing(row.get(name)) else parse(row[name])
+        except ValueError as error:
+            problems.append((name, str(error)))
+            return None
+
+    cells = {key: read(key, partial(_number, most=LARGEST, beyond="is far off EPA's scale")) for key in epa.POLLUTANTS}
     readings = {key: value for key, value in cells.items() if value is not None}
-    index = _number_in(row, "aqi", epa.AQI_MAX, f"expected an index in 0..{epa.AQI_MAX}", problems)
-    given = None if index is None else int(Decimal(repr(index)).quantize(Decimal(1), rounding=ROUND_HALF_UP))
-    computed = _computed(readings, problems) if readings and not problems else None
-    trusted = row.get("trust_given_aqi")
-    if not trusted and computed is not None and given is not None and abs(computed - given) > AQI_TOLERANCE:
-        problems.append(("aqi", f"the given AQI is {given}, EPA's calculation of the readings gives {computed}"))
-    _check_category(row, {i for i in (given, computed) if i is not None}, problems)
-    own = {name: _own_text(row, name, problems) for name in ("prompt", "completion") if name in row}
-    if not problems and own and given is None:
-        problems.append(("aqi", "is missing; it is the truth that an answer is scored by"))
-    elif not problems and not own and not readings:
-        named = ", ".join(key for key in epa.POLLUTANTS if key in row)
-        problems.append((None, f"no reading: all of {named} are missing"))
+    given = read("aqi", _index)
+    computed = None
+    if readings and not problems:
+        problems += _reading_problems(readings)
+        computed = None if problems else epa.aqi(readings)
+    indices = [index for index in (given, computed) if index is not None]
+    if not row.get("trust_given_aqi") and len(indices) == 2 and abs(indices[0] - indices[1]) > AQI_TOLERANCE:
+        problems.append(("aqi", f"the given AQI is {given}, EPA's calculation from the readings gives {computed}"))
+    category = read("category", _category)
+    if category and indices and category not in map(epa.category, indices):
+        numbers = " or ".join(map(str, sorted(set(indices))))
+        right = epa.category(max(indices))
+        problems.append(("category", f"the given category is {category}, an AQI of {numbers} is {right}"))
+    texts = {name: row[name] for name in ("prompt", "completion") if name in row}
+    for name, text in texts.items():
+        if not isinstance(text, str) or not text.strip():
+            problems.append((name, f"expected a text, got {'nothing' if text is None or text == '' else repr(text)}"))
+    if not problems and texts and given is None:
+        problems.append(("aqi", "is missing; answers are scored against it"))
+    elif not problems and not texts and not readings:
+        names = ", ".join(key for key in epa.POLLUTANTS if key in row)
+        problems.append((None, f"no reading: all of {names} are missing"))
     if problems:
         raise RowError(*problems[0], *problems[1:])
-    truth_index = given if given is not None else computed
-    if truth_index is None:
-        raise RowError("aqi", "neither readings nor an index to score against")
-    name = None if is_missing(row.get("id")) else str(row["id"]).strip()
-    made = item_of(item_id, readings, random.Random(repr(item_key(readings)))) if readings else None
-    truth = _truth(truth_index, readings)
+    name = item_id if is_missing(row.get("id")) else str(row["id"]).strip() or item_id
+    prompt = item_of(item_id, readings, random.Random(repr(item_key(readings)))).prompt if readings else ""
+    truth = _truth(indices[0], readings)
     if not readings:
         del truth["readings"]
-    asked = own.get("prompt") or (made.prompt if made else "")
-    return Item(name or item_id, NAME, asked, own.get("completion") or completion(truth_index), truth)
+    return Item(name, NAME, texts.get("prompt", prompt), texts.get("completion", completion(indices[0])), truth)
 
 
 def group(item: Item) -> Hashable:
@@ -184,66 +193,46 @@ def group(item: Item) -> Hashable:
     return item_key(readings) if readings else item.prompt
 
 
-def _number_in(row: Mapping[str, Any], name: str, most: float, beyond: str, problems: _Problems) -> float | None:
-    """The number of a field; None where it is missing or, with a problem noted, none that can be used."""
-    value = row.get(name)
-    if is_missing(value):
-        return None
-    try:
-        found = number(value)
-    except ValueError as error:
-        problems.append((name, str(error)))
-        return None
-    if found > most:
-        problems.append((name, f"{beyond}, got {value}"))
-        return None
-    return found
+def _number(value: object, *, most: float, beyond: str) -> float:
+    result = number(value)
+    if result > most:
+        raise ValueError(f"{beyond}, got {value}")
+    return result
 
 
-def _fault(readings: Mapping[str, float]) -> str | None:
-    try:
-        epa.aqi(readings)
-    except ValueError as error:
-        return str(error)
-    return None
+def _index(value: object) -> int:
+    index = _number(value, most=epa.AQI_MAX, beyond=f"expected an index in 0..{epa.AQI_MAX}")
+    return int(Decimal(repr(index)).quantize(Decimal(1), rounding=ROUND_HALF_UP))
 
 
-def _computed(readings: dict[str, float], problems: _Problems) -> int | None:
-    """EPA's index; where there is none, the readings at fault are named."""
-    fault = _fault(readings)
-    if fault is None:
-        return epa.aqi(readings)
-    sound = {key: value for key, value in readings.items() if _fault({key: value}) is None}
-    # EPA passes some ozone values over when another one counts.
-    beside = {key: _fault({**sound, key: value}) for key, value in readings.items() if key not in sound}
-    problems += [(key, said) for key, said in beside.items() if said] or [(None, fault)]
-    return None
-
-
-def _check_category(row: Mapping[str, Any], indices: set[int], problems: _Problems) -> None:
-    value = row.get("category")
-    if is_missing(value):
-        return
-    label = {c.lower(): c for c in epa.CATEGORIES}.get(str(value).strip().lower())
-    if label is None:
+def _category(value: object) -> str:
+    category = {c.lower(): c for c in epa.CATEGORIES}.get(str(value).strip().lower())
+    if category is None:
         near = nearest(str(value), epa.CATEGORIES)
         hint = f"; did you mean {near!r}?" if near else ""
-        problems.append(("category", f"expected one of {', '.join(epa.CATEGORIES)}, got {value!r}{hint}"))
-    elif indices and label not in {epa.category(i) for i in indices}:
-        numbers = " or ".join(map(str, sorted(indices)))
-        reason = f"the given category is {label}, an AQI of {numbers} is {epa.category(max(indices))}"
-        problems.append(("category", reason))
+        raise ValueError(f"expected one of {', '.join(epa.CATEGORIES)}, got {value!r}{hint}")
+    return category
 
 
-def _own_text(row: Mapping[str, Any], name: str, problems: _Problems) -> str:
-    value = row.get(name)
-    if isinstance(value, str) and value.strip():
-        return value
-    problems.append((name, f"expected a text, got {'nothing' if value is None or value == '' else repr(value)}"))
-    return ""
+def _reading_problems(readings: Readings) -> list[tuple[str | None, str]]:
+    """Why readings have no index, blamed on the ones at fault; empty if they have one."""
+
+    def problem(of: Readings) -> str:
+        try:
+            epa.aqi(of)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    if not (whole := problem(readings)):
+        return []
+    good = {key: value for key, value in readings.items() if not problem({key: value})}
+    # With the good ones beside it, because EPA skips some ozone values if another reading counts.
+    others = {key: problem({**good, key: value}) for key, value in readings.items() if key not in good}
+    return [(key, why) for key, why in others.items() if why] or [(None, whole)]
 
 
-# --- items drawn ---
+# --- generated items ---
 
 
 def _draw_value(rng: random.Random, key: str, band: int) -> Decimal:
@@ -256,7 +245,7 @@ def _draw_value(rng: random.Random, key: str, band: int) -> Decimal:
 
 
 def _draw_readings(rng: random.Random, category: int, pollutants: Sequence[str], size: int) -> dict[str, Decimal]:
-    """Readings of `size` pollutants whose overall category is number `category`."""
+    """Readings of `size` pollutants whose overall category has number `category`."""
     leader = rng.choice([k for k in pollutants if epa.POLLUTANTS[k].bands[category] is not None])
     readings = {leader: _draw_value(rng, leader, category)}
     others = [k for k in pollutants if k != leader]
@@ -271,14 +260,14 @@ def _draw_readings(rng: random.Random, category: int, pollutants: Sequence[str],
 
 
 def ends(held: Mapping[str, int]) -> list[float]:
-    """Upper end of each split's share, of 1 for all together."""
+    """Upper end of each split's share, where all together are 1."""
     return [sum(list(held.values())[: number + 1]) / sum(held.values()) for number in range(len(held))]
 
 
 def pools_of(sizes: Mapping[str, int]) -> list[tuple[str, float]]:
     """Split → upper end of its share of the hashes.
 
-    The splits other than train take a fifth together: several times their size, or they would use up what is simple.
+    The splits other than train share a fifth. That is several times their size, or they would use up the simple items.
     """
     held = {split: n for split, n in sizes.items() if split != "train"}
     share = 0.2 if "train" in sizes else 1.0
@@ -295,9 +284,9 @@ def generate(
 ) -> dict[str, list[Item]]:
     """Items of each split (name → how many) over one to `max_pollutants` pollutants; the same seed, the same items.
 
-    The categories are equally frequent as far as the pollutants allow; each further pollutant makes a question a third
-    as frequent. Readings belong to one split, and occur once in it, but in "train" again in other words. ItemError if
-    the pollutants do not offer enough different questions.
+    Categories are equally frequent as far as the pollutants allow; each further pollutant makes a question a third as
+    frequent. Readings belong to one split and occur once in it, except in "train", where the wordings differ.
+    EvaluationError if the pollutants do not offer enough different questions.
     """
     rng = random.Random(f"aqi-{seed}")
     pools = pools_of(sizes)
@@ -320,9 +309,9 @@ def generate(
             if mark in seen:
                 misses += 1
                 if misses > 20 * n + 1000:
-                    raise ItemError(
-                        f"expected {n} different {split} items, found {len(items)} with pollutants "
-                        f"{', '.join(pollutants)}: ask for fewer items, more pollutants or a larger max_pollutants"
+                    raise EvaluationError(
+                        f"expected {n} different {split} items, got {len(items)} with pollutants "
+                        f"{', '.join(pollutants)}. Ask for fewer items, more pollutants or a larger max_pollutants"
                     )
                 continue
             seen.add(mark)
@@ -332,15 +321,17 @@ def generate(
     return splits
 
 
-# A whole number from 0 to 999 that is no part of a decimal, a longer number or a name such as PM10 or "8h".
+# --- scoring ---
+
+# A whole number from 0 to 999 that is not part of a decimal, a longer number or a name such as PM10 or "8h".
 _NUMBER = re.compile(r"(?<![\w.,-])([0-9]{1,3})(?![\w]|[.,]\d)")
 
 
 def parse(answer: str) -> int | None:
     """The predicted index: the first whole number from 0 to 500 in the answer, or None.
 
-    Where the answer says "AQI" (or "index") before a number, the numbers after its last mention are looked at first,
-    so that a model which repeats the readings before it answers is read right.
+    If the answer says "AQI" or "index", numbers after the last mention take precedence, so that a model which repeats
+    the readings before it answers is read correctly.
     """
     mention = max(answer.upper().rfind("AQI"), answer.lower().rfind("index"))
     for text in (answer[mention:] if mention >= 0 else "", answer):
@@ -363,20 +354,21 @@ def score(item: Item, answer: str) -> Score:
     predicted = parse(answer)
     if predicted is None:
         return Score(correct=False, predicted=None, exact=False, remark="no number")
-    own, named, off = epa.category(predicted), named_category(answer), abs(predicted - truth)
+    category, named, off = epa.category(predicted), named_category(answer), abs(predicted - truth)
+    correct = category == epa.category(truth)
     remarks = [f"number {off} off"] if off else []
-    if own != epa.category(truth):
-        remarks.append(f"{predicted} is {own}")
+    if not correct:
+        remarks.append(f"{predicted} is {category}")
     elif off:
         remarks.insert(0, "category right")
-    if named not in (None, own):
+    if named not in (None, category):
         remarks.append(f"its label is {named}")
     return Score(
-        correct=own == epa.category(truth),
+        correct=correct,
         predicted=predicted,
         exact=predicted == truth,
         abs_error=off,
-        label_agrees=named == own,
+        label_agrees=named == category,
         remark=", ".join(remarks),
     )
 

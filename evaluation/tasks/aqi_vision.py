@@ -14,8 +14,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from evaluation import epa, vision
-from evaluation.tasks import Item, ItemError, Score, mean, mean_credit, metric, share
+from evaluation import EvaluationError, epa, vision
+from evaluation.tasks import Item, Score, mean, mean_credit, metric, share
 from evaluation.tasks.aqi import LONGEST_FIRST, ends, pools_of, split_of
 from evaluation.vision import BLACK, GREY, Canvas, Colour, bar_chart, dial, paper, save, shaded
 
@@ -150,7 +150,7 @@ def deal_indices(sizes: Mapping[str, int], seed: int) -> dict[str, dict[int, lis
         left = [index for index in range(low, high + 1) if _readable(index)]
         rng.shuffle(left)
         if len(left) < len(sizes):
-            raise ItemError(f"expected at most {len(left)} splits, got {len(sizes)}")
+            raise EvaluationError(f"expected at most {len(left)} splits, got {len(sizes)}")
         share = max(len(held), int(len(left) * HELD_GAUGES)) if "train" in sizes else len(left)
         start = 0
         for number, end in enumerate(ends(held)):
@@ -173,7 +173,7 @@ def _concentration(rng: random.Random, key: str, category: int, margin: float) -
     pollutant = epa.POLLUTANTS[key]
     edges = pollutant.bands[category]
     if edges is None:
-        raise ItemError(f"{pollutant.label} has no band of {epa.CATEGORIES[category]}")
+        raise EvaluationError(f"{pollutant.label} has no band of {epa.CATEGORIES[category]}")
     low, high = edges
     return pollutant.truncate(low + (high - low) * Decimal(str(rng.uniform(margin, 1.0 - margin))))
 
@@ -196,7 +196,7 @@ def _readings_of(
         readings = _draw_readings(rng, category)
         if split_of(bar_key(readings), pools) == split:
             return readings
-    raise ItemError(
+    raise EvaluationError(
         f"expected bars of the category {epa.CATEGORIES[category]} for the split {split}, found none: "
         "make the split larger"
     )
@@ -210,8 +210,8 @@ def _deck(rng: random.Random, indices: Sequence[int]) -> Iterator[int]:
 def generate(sizes: Mapping[str, int], *, seed: int, folder: Path, image_size: int) -> dict[str, list[Item]]:
     """Items of each split (name → how many), their pictures in `folder`/images; the same seed gives the same items.
 
-    Categories and kinds are equally frequent: every 18 items hold each pair once. ItemError where a split gets no bars
-    of a category.
+    Categories and kinds are equally frequent: every 18 items hold each pair once. EvaluationError where a
+    split gets no bars of a category.
     """
     rng = random.Random(f"aqi-vision-{seed}")
     pools, indices = pools_of(sizes), deal_indices(sizes, seed)

@@ -1,11 +1,11 @@
-"""Anybody's conversations, instructions and texts: what language models are commonly trained on.
+"""Your own conversations, instructions and texts, in the formats that language models are commonly trained on.
 
-Rows have one of these forms, told by their columns: messages (role, content), ShareGPT's conversations (from, value),
-instruction with input and output, prompt and completion, or plain text. A row with several turns is one item: every
-answer in it is learnt, given what was said before; the last one is asked for when the model is scored.
+The columns tell which form the rows have: messages (role, content), ShareGPT's conversations (from, value), instruction
+with input and output, prompt and completion, or plain text. A row with several turns is one item: every answer in it is
+learned, given what was said before; scoring asks for the last one.
 
-A plain text is learnt as a whole, from its first token to its end, and put through no template. It is scored by how a
-model goes on from its first half, again without a template.
+A plain text is learned as a whole, from its first token to its end, without a template. It is scored by how a model
+continues its first half, again without a template.
 """
 
 import json
@@ -14,19 +14,19 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from evaluation.parsing import score_text, summarize_texts, text_metrics
-from evaluation.tasks import Field, Item, ItemError, RowError, digest, instruct, optional_text, shown, text
+from evaluation import EvaluationError
+from evaluation.tasks import Field, Item, RowError, brief, digest, instruct, optional_text, text
 from trainers.words import suggest
 
 NAME = "chat"
 TITLE = "Chat ROUGE-L"
 PRIMARY = "chat_rouge_l"
-METRICS = text_metrics(NAME)
+METRICS = instruct.text_metrics(NAME)
 FIELDS = {
     "messages": Field("messages", False, "a list of {role, content}"),
     "conversations": Field("conversations", False, "a list of {from, value}"),
-    "instruction": Field("instruction", False, "what is to be done"),
-    "input": Field("input", False, "what it is to be done with, may be empty"),
+    "instruction": Field("instruction", False, "the instruction"),
+    "input": Field("input", False, "what the instruction is about, may be empty"),
     "output": Field("output", False, "the answer"),
     "history": Field("history", False, "a list of [question, answer] before the instruction"),
     "prompt": Field("prompt", False, "the question"),
@@ -34,7 +34,7 @@ FIELDS = {
     "text": Field("text", False, "a text"),
     "system": Field("system", False, "the system message, may be empty"),
 }
-_FORMS = {  # name → fields that make it, fields that it may have
+_FORMS = {  # name → required fields, optional fields
     "messages with roles": (("messages",), ("system",)),
     "ShareGPT conversations": (("conversations",), ("system",)),
     "instructions with outputs": (("instruction", "output"), ("input", "history", "system")),
@@ -46,28 +46,29 @@ _TOOLS = ("tool", "function", "function_call", "observation", "ipython")
 _NO_TOOLS = "tool calls are not supported yet"
 
 
-def recognise(columns: Sequence[str], asked: Mapping[str, str | None]) -> tuple[dict[str, str], str]:
-    """The fields of the one form that the rows have, and which that is."""
-    named = {name: column for name, column in asked.items() if column is not None}
-    here = {name: named.get(name, own.column) for name, own in FIELDS.items() if asked.get(name, "") is not None}
-    told = [form for form, (needed, _) in _FORMS.items() if not named.keys().isdisjoint(needed)]
-    found = told or [form for form, (needed, _) in _FORMS.items() if all(here.get(name) in columns for name in needed)]
-    words = {form: f"{form} ({_listed(here.get(name) or name for name in _FORMS[form][0])})" for form in found}
-    if len(found) != 1:
-        ask = "say which is meant in prepare_data.columns, e.g."
-        if found:
-            shown_as = ", ".join(f"{name}: {here.get(name) or name}" for name in _FORMS[found[0]][0])
-            raise ItemError(f"rows could be {' or '.join(words.values())}; {ask} {{{shown_as}}}.")
-        forms = "; ".join(f"{form}: {_listed(needed)}" for form, (needed, _) in _FORMS.items())
-        raise ItemError(
-            f"expected the columns of one form ({forms}), got {', '.join(columns) or 'none'}; {ask} "
+def recognize(columns: Sequence[str], mapping: Mapping[str, str | None]) -> tuple[dict[str, str], str]:
+    """Field → column of the one form that the rows have, and a sentence that names the form."""
+    mapped = {name: column for name, column in mapping.items() if column is not None}
+    column_of = {n: mapped.get(n, field.column) or n for n, field in FIELDS.items() if mapping.get(n, "") is not None}
+    forms = [form for form, (required, _) in _FORMS.items() if not mapped.keys().isdisjoint(required)] or [
+        form for form, (required, _) in _FORMS.items() if all(column_of.get(name) in columns for name in required)
+    ]
+    described = {form: f"{form} ({_listed(column_of.get(name, name) for name in _FORMS[form][0])})" for form in forms}
+    advice = "say which is meant in prepare_data.columns, e.g."
+    if len(forms) > 1:
+        example = ", ".join(f"{name}: {column_of.get(name, name)}" for name in _FORMS[forms[0]][0])
+        raise EvaluationError(f"rows could be {' or '.join(described.values())}; {advice} {{{example}}}.")
+    if not forms:
+        known = "; ".join(f"{form}: {_listed(required)}" for form, (required, _) in _FORMS.items())
+        raise EvaluationError(
+            f"expected the columns of one form ({known}), got {', '.join(columns) or 'none'}; {advice} "
             "{messages: dialogue} or {prompt: question, completion: answer}."
         )
-    own, more = _FORMS[found[0]]
-    used = {name: here.get(name) or name for name in own}
-    used |= {name: str(here[name]) for name in more if name in named or here.get(name) in columns}
-    beside = [column for name, column in used.items() if name not in own]
-    return used, f"Rows are {words[found[0]]}{f', with {_listed(beside)}' if beside else ''}."
+    required, optional = _FORMS[forms[0]]
+    fields = {name: column_of.get(name, name) for name in required}
+    fields |= {name: column_of[name] for name in optional if name in mapped or column_of.get(name) in columns}
+    more = [column for name, column in fields.items() if name not in required]
+    return fields, f"Rows are {described[forms[0]]}{f', with {_listed(more)}' if more else ''}."
 
 
 def _listed(columns: Iterable[str]) -> str:
@@ -78,12 +79,12 @@ def _listed(columns: Iterable[str]) -> str:
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
     if "text" in row:
         return _of_text(item_id, text(row, "text"))
-    listed = next((name for name in ("messages", "conversations") if name in row), None)
-    if listed:
-        return _of_messages(item_id, listed, row)
+    for name in ("messages", "conversations"):
+        if name in row:
+            return _of_messages(item_id, name, row)
     turns: list[tuple[str, str]] = []
     if "instruction" in row:
-        prompt = instruct.prompt_of(text(row, "instruction"), optional_text(row, "input"))
+        prompt = instruct.join_input(text(row, "instruction"), optional_text(row, "input"))
         answer = text(row, "output")
         turns = _history(row.get("history"))
     else:
@@ -98,17 +99,17 @@ def _item(item_id: str, system: str, turns: Sequence[tuple[str, str]], unanswere
 
 
 def _of_text(item_id: str, whole: str) -> Item:
-    """Divided at the blank that is nearest to the middle."""
+    """Split at the blank nearest to the middle."""
     if len(whole) < 2:
-        raise RowError("text", f"expected a text of two characters or more, got {whole!r}")
+        raise RowError("text", f"expected at least two characters, got {whole!r}")
     middle = len(whole) // 2
-    blanks = [found.start() for found in re.finditer(r"(?<=\S)\s", whole)]
-    at = min(blanks, key=lambda place: abs(place - middle), default=middle)
-    return Item(item_id, NAME, whole[:at], whole[at:], {"answer": whole[at:].strip()}, whole=True)
+    blanks = [match.start() for match in re.finditer(r"(?<=\S)\s", whole)]
+    cut = min(blanks, key=lambda place: abs(place - middle), default=middle)
+    return Item(item_id, NAME, whole[:cut], whole[cut:], {"answer": whole[cut:].strip()}, whole=True)
 
 
 def _parsed(name: str, value: Any) -> Any:
-    """A list as it is, or as JSON in a cell of a CSV file."""
+    """A list, which in a cell of a CSV file is JSON."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
@@ -120,7 +121,7 @@ def _parsed(name: str, value: Any) -> Any:
 def _history(value: Any) -> list[tuple[str, str]]:
     pairs = _parsed("history", value) or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise RowError("history", f"expected a list of [question, answer], got {shown(pairs)}")
+        raise RowError("history", f"expected a list of [question, answer], got {brief(pairs)}")
     return [
         (_content("history", f"question {n}", question), _content("history", f"answer {n}", answer))
         for n, (question, answer) in enumerate(pairs, start=1)
@@ -130,53 +131,51 @@ def _history(value: Any) -> list[tuple[str, str]]:
 def _of_messages(item_id: str, name: str, row: Mapping[str, Any]) -> Item:
     messages = _parsed(name, row[name])
     if not isinstance(messages, list) or not messages:
-        came = "nothing" if messages in (None, []) else shown(messages)
-        raise RowError(name, f"expected {FIELDS[name].about}, got {came}")
-    system, said = optional_text(row, "system"), list[tuple[str, str]]()
+        got = "nothing" if messages in (None, []) else brief(messages)
+        raise RowError(name, f"expected {FIELDS[name].about}, got {got}")
+    system, spoken = optional_text(row, "system"), list[tuple[str, str]]()
     for number, message in enumerate(messages, start=1):
         role, content = _message(name, f"turn {number}", message)
         if role == "system":
             if number > 1 or (system and content):
-                there = "among the turns" if number > 1 else "beside that of field system"
-                raise RowError(name, f"turn {number}: expected one system message, at the start, got one {there}")
+                where = "among the turns" if number > 1 else "in addition to field system"
+                raise RowError(name, f"turn {number}: expected one system message, at the start, got one {where}")
             system = system or content
-        elif said and said[-1][0] == role:
+        elif spoken and spoken[-1][0] == role:
             other = "an answer" if role == "user" else "a question"
             raise RowError(name, f"turn {number}: expected {other}, got two {role} turns in a row")
-        elif not said and role == "assistant":
+        elif not spoken and role == "assistant":
             raise RowError(name, f"turn {number}: expected a user turn first, got an assistant turn")
         else:
-            said.append((role, content))
-    unanswered = said.pop()[1] if said and said[-1][0] == "user" else ""
-    if not said:
+            spoken.append((role, content))
+    unanswered = spoken.pop()[1] if spoken and spoken[-1][0] == "user" else ""
+    if not spoken:
         raise RowError(name, "expected an assistant turn, got none")
-    turns = [(said[n][1], said[n + 1][1]) for n in range(0, len(said), 2)]
+    turns = [(spoken[n][1], spoken[n + 1][1]) for n in range(0, len(spoken), 2)]
     return _item(item_id, system, turns, unanswered)
 
 
 def _message(name: str, where: str, message: Any) -> tuple[str, str]:
-    """Its role (system, user or assistant) and what it says."""
+    """Role (system, user or assistant) and content."""
     if not isinstance(message, dict):
-        raise RowError(name, f"{where}: expected {{role, content}} or {{from, value}}, got {shown(message)}")
+        raise RowError(name, f"{where}: expected {{role, content}} or {{from, value}}, got {brief(message)}")
     role, content = (next((message[key] for key in keys if message.get(key) is not None), None)
                      for keys in (("role", "from"), ("content", "value")))  # fmt: skip
     if role in _TOOLS or any(message.get(key) for key in ("tool_calls", "function_call")):
         raise RowError(name, f"{where}: {_NO_TOOLS}")
-    plain = _ROLES.get(str(role).casefold())
-    if plain is None:
-        raise RowError(name, f"{where}: expected a role, got {shown(role)}{suggest(str(role), _ROLES)}")
+    plain_role = _ROLES.get(str(role).casefold())
+    if plain_role is None:
+        raise RowError(name, f"{where}: expected a role, got {brief(role)}{suggest(str(role), _ROLES)}")
     if message.get("weight") not in (None, 1):
-        raise RowError(name, f"{where}: expected weight 1, since every answer is learnt, got {message['weight']!r}")
-    return plain, _content(name, f"{where} ({role})", content, empty=plain == "system")
+        raise RowError(name, f"{where}: expected weight 1, since every answer is learned, got {message['weight']!r}")
+    return plain_role, _content(name, f"{where} ({role})", content, empty=plain_role == "system")
 
 
 def _content(name: str, where: str, content: Any, empty: bool = False) -> str:
     if isinstance(content, list):
         parts = [part if isinstance(part, dict) else {} for part in content]
-        if other := [str(part.get("type")) for part in parts if part.get("type") != "text"]:
-            raise RowError(
-                name, f"{where}: expected parts of text, got {', '.join(other)}; the task {NAME} is text alone"
-            )
+        if others := [str(part.get("type")) for part in parts if part.get("type") != "text"]:
+            raise RowError(name, f"{where}: expected parts of text, got {', '.join(others)}; task {NAME} is text only")
         content = "\n".join(str(part.get("text") or "") for part in parts)
     try:
         return (optional_text if empty else text)({"content": content}, "content")
@@ -185,16 +184,16 @@ def _content(name: str, where: str, content: Any, empty: bool = False) -> str:
 
 
 def complete(items: Sequence[Item]) -> list[str]:
-    lost = sum("unanswered" in item.truth for item in items)
-    longer = sum(bool(item.turns) for item in items)
-    said = [f"{longer} of {len(items)} conversations have several turns; each answer in them is learnt."] * (longer > 0)
-    return said + [f"{lost} conversations end with a question; it is left out, since nobody answers it."] * (lost > 0)
+    unanswered = sum("unanswered" in item.truth for item in items)
+    several = sum(bool(item.turns) for item in items)
+    notes = [f"{several} of {len(items)} conversations have several turns; each answer is learned."] * (several > 0)
+    return notes + [f"{unanswered} conversations end with an unanswered question, which is dropped."] * (unanswered > 0)
 
 
 def group(item: Item) -> Hashable:
-    """What a conversation begins with: parts of one are never in different splits. A text stands for itself."""
-    return digest(item.turns[0][0] if item.turns else str(item.asked) if item.whole else item.prompt)
+    """How a conversation begins, so that parts of one are never in different splits. A text is its own group."""
+    return digest(item.turns[0][0] if item.turns else str(item.context) if item.whole else item.prompt)
 
 
-score = score_text
-summarize = partial(summarize_texts, name=NAME)
+score = instruct.score_text
+summarize = partial(instruct.summarize_texts, name=NAME)

@@ -1,33 +1,83 @@
-"""Anybody's texts with labels: scored as boolq and qnli are.
+"""Your own texts with labels; and how all tasks with labels (boolq, qnli) are scored.
 
-Fields: text, label. The labels are those that the rows have. Say in prompt.template what is asked, e.g. "Is this review
-good or bad? {prompt}". An answer names a label where the first line that names any names one alone.
+Fields: text, label. The labels are those that occur in the rows. Put the question into prompt.template, e.g. "Is this
+review good or bad? {prompt}". The first line of an answer that names a label decides; if it names several, none counts.
 """
 
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from evaluation.parsing import label_metrics, score_label, summarize_labels
-from evaluation.tasks import Field, Item, ItemError, RowError, Score, by_prompt, shown, text, written
+from evaluation import EvaluationError
+from evaluation.tasks import (
+    Field,
+    Item,
+    RowError,
+    Score,
+    brief,
+    by_prompt,
+    mean,
+    mean_credit,
+    metric,
+    share,
+    text,
+    text_or_number,
+)
+
+
+def label_metrics(name: str) -> dict[str, dict[str, str]]:
+    """The metrics of the task of that name; the first is the primary one."""
+    return {
+        f"{name}_accuracy": share("Share of items answered with the right label (primary)"),
+        f"{name}_f1": metric(
+            "F1", "higher", "Mean F1 over the labels that are right for some item; an answer without a label is wrong"
+        ),
+        f"{name}_unparseable": share("Share of items whose answer names no label, or several", "lower"),
+    }
+
+
+def score_label(item: Item, predicted: str | None) -> Score:
+    """Correct if the predicted label (None: no label, or several) is truth["label"]."""
+    truth = item.truth["label"]
+    right = predicted == truth
+    return Score(correct=right, predicted=predicted, exact=right, extra={"truth": _number_of(truth)})
+
+
+def _number_of(label: str) -> float:
+    return float(zlib.crc32(label.encode()))
+
+
+def summarize_labels(scores: list[Score], name: str) -> dict[str, float]:
+    metrics = label_metrics(name)
+    if not scores:
+        return dict.fromkeys(metrics, float("nan"))
+    from sklearn.metrics import f1_score
+
+    truth = [int(s.extra["truth"]) for s in scores]
+    predicted = [-1 if s.predicted is None else int(_number_of(str(s.predicted))) for s in scores]
+    f1 = f1_score(truth, predicted, labels=sorted(set(truth)), average="macro", zero_division=0)
+    unparseable = mean(s.predicted is None for s in scores)
+    return dict(zip(metrics, (mean_credit(scores), float(f1), unparseable), strict=True))
+
 
 NAME = "classify"
 TITLE = "Label accuracy"
 PRIMARY = "classify_accuracy"
 METRICS = label_metrics(NAME)
 FIELDS = {
-    "text": Field("text", True, "what is to be classified"),
+    "text": Field("text", True, "the text to classify"),
     "label": Field("label", True, "its class, in words or a number"),
 }
 MOST = 200
-"""Labels: with more of them the column is hardly one of labels."""
+"""A column with more labels than this is probably not a column of labels."""
 
 
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
-    label = written(row, "label")
+    label = text_or_number(row, "label")
     if "\n" in label:
-        raise RowError("label", f"expected one line, got {shown(label)}")
+        raise RowError("label", f"expected one line, got {brief(label)}")
     return Item(item_id, NAME, text(row, "text"), label, {"label": label})
 
 
@@ -37,33 +87,33 @@ def complete(items: Sequence[Item]) -> list[str]:
     spellings: dict[str, str] = {}
     for label in labels:
         if (other := spellings.setdefault(label.casefold(), label)) != label:
-            raise ItemError(
-                f"prepare_data.columns.label: expected labels that differ in more than capitals, got {shown(other)} "
-                f"and {shown(label)}; write one of them everywhere"
+            raise EvaluationError(
+                f"prepare_data.columns.label: expected labels that differ in more than capitals, got {brief(other)} "
+                f"and {brief(label)}; write one of them everywhere"
             )
     if not 2 <= len(labels) <= MOST:
-        raise ItemError(
+        raise EvaluationError(
             f"prepare_data.columns.label: expected a column of 2 to {MOST} different labels, got {len(labels)} "
-            f"({', '.join(map(shown, labels[:3]))}{', …' if len(labels) > 3 else ''})"
+            f"({', '.join(map(brief, labels[:3]))}{', …' if len(labels) > 3 else ''})"
         )
     for item in items:
         item.truth["labels"] = labels
-    return [f"There are {len(labels)} labels: {', '.join(map(shown, labels[:10]))}{', …' * (len(labels) > 10)}."]
+    return [f"There are {len(labels)} labels: {', '.join(map(brief, labels[:10]))}{', …' * (len(labels) > 10)}."]
 
 
-def named(answer: str, labels: Sequence[str]) -> str | None:
-    """The label that an answer names; of "very good" and "good" the longer one."""
-    known = {label.casefold(): label for label in labels}
-    longest_first = sorted(map(re.escape, known), key=len, reverse=True)
+def read_label(answer: str, labels: Sequence[str]) -> str | None:
+    """The label that an answer names; "very good" is preferred to "good"."""
+    by_lower_case = {label.casefold(): label for label in labels}
+    longest_first = sorted(map(re.escape, by_lower_case), key=len, reverse=True)
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
     for line in answer.splitlines():
-        if found := {known[match] for match in pattern.findall(line.casefold())}:
-            return found.pop() if len(found) == 1 else None
+        if matches := {by_lower_case[match] for match in pattern.findall(line.casefold())}:
+            return matches.pop() if len(matches) == 1 else None
     return None
 
 
 def score(item: Item, answer: str) -> Score:
-    return score_label(item, named(answer, item.truth["labels"]))
+    return score_label(item, read_label(answer, item.truth["labels"]))
 
 
 group = by_prompt

@@ -1,8 +1,8 @@
 """General tasks: what the embedded base model is trained on, and the retention suite that tests it.
 
-Each task is a function of a random generator that returns a question and its only right answer. None of them
-mentions air, pollutants or an index. A question belongs to the held-out part or to the training part by a hash
-of its text, so the suite holds no question that the base was trained on.
+Each task is a function of a random generator that returns a question and its only right answer. None of them mentions
+air, pollutants or an index. A hash of its text puts a question into the held-out or the training part, so the suite
+never contains a question that the base was trained on.
 """
 
 import random
@@ -11,16 +11,17 @@ import zlib
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 
-from evaluation.tasks import Item, ItemError, Score, marked, mean, share
+from evaluation import EvaluationError
+from evaluation.tasks import Item, Score, mean, repunctuate, share
 
 NAME = "general"
 TITLE = "retention"
 PRIMARY = "retention_accuracy"
 METRICS = {
-    "retention_accuracy": share("Share of general questions answered right, mean over all items of the retention suite")
+    "retention_accuracy": share("Share of general questions answered correctly, over all items of the retention suite")
 }
-REWORDINGS = {"mark": marked}
-# One question in HELD_OUT is kept from training.
+REWORDINGS = {"mark": repunctuate}
+# One question in HELD_OUT is never trained on.
 HELD_OUT = 10
 
 WORDS = tuple(
@@ -33,8 +34,8 @@ WORDS = tuple(
 )
 
 UNITS = ("kg", "km", "cm", "%", "°C", "µg", "µg/m³", "m³", "ppm", "ppb", "W", "mg")
-# Names of the AQI task, which codes drawn at random must not hit.
-_TAKEN = ("PM", "O3", "CO", "SO", "NO")
+# Names that the AQI task uses, which random codes must avoid.
+_RESERVED = ("PM", "O3", "CO", "SO", "NO")
 
 Question = tuple[str, str]
 
@@ -51,7 +52,7 @@ def _code(rng: random.Random) -> str:
     while True:
         letters = "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=rng.randint(1, 2)))
         digits = rng.choice(("", str(rng.randint(1, 9)), "10", f"{rng.randint(1, 9)}.{rng.randint(1, 9)}"))
-        if not any(taken in letters + digits for taken in _TAKEN):
+        if not any(name in letters + digits for name in _RESERVED):
             return letters + digits
 
 
@@ -127,12 +128,12 @@ GENERAL_TASKS: dict[str, Callable[[random.Random], Question]] = {
     f.__name__: f for f in (addition, larger, sorting, copying, copying_numbers, reading_values, rounding, truncating,
                             even_or_odd, within_range, last_word)
 }  # fmt: skip
-# Looking a value up is the hardest to learn and is asked more often in training.
+# Looking up a value is the hardest to learn, so training asks it more often.
 TRAINING_TURNS = (*GENERAL_TASKS, "reading_values", "reading_values")
 
 
 def bare(prompt: str) -> str:
-    """What a question has in common with all that evaluation.paraphrase makes of it."""
+    """The part of a question that evaluation.paraphrase never changes."""
     return prompt.strip().rstrip("?.! ")
 
 
@@ -141,7 +142,7 @@ def is_held_out(prompt: str) -> bool:
 
 
 def questions(seed: int, *, held_out: bool, tasks: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
-    """Endless (task, prompt, answer), the tasks (default: TRAINING_TURNS) in turn, from one side of the line."""
+    """Endless (task, prompt, answer), held out or not, cycling through the tasks (default: TRAINING_TURNS)."""
     rng = random.Random(f"general-{seed}-{held_out}")
     for name in cycle(tasks or TRAINING_TURNS):
         while is_held_out((question := GENERAL_TASKS[name](rng))[0]) is not held_out:
@@ -150,23 +151,22 @@ def questions(seed: int, *, held_out: bool, tasks: tuple[str, ...] = ()) -> Iter
 
 
 def retention_items(per_task: int, seed: int) -> list[Item]:
-    """The retention suite: `per_task` different held-out questions of every task; ItemError if there are fewer."""
+    """The retention suite: `per_task` different held-out questions per task; EvaluationError if there are fewer."""
     items: list[Item] = []
     for name in GENERAL_TASKS:
-        seen: dict[str, str] = {}
-        drawn = islice(questions(seed, held_out=True, tasks=(name,)), 100 * per_task + 1000)
-        for _, prompt, answer in drawn:
-            seen[prompt] = answer
-            if len(seen) == per_task:
+        answers: dict[str, str] = {}
+        for _, prompt, answer in islice(questions(seed, held_out=True, tasks=(name,)), 100 * per_task + 1000):
+            answers[prompt] = answer
+            if len(answers) == per_task:
                 break
         else:
-            raise ItemError(
-                f"expected {per_task} different held-out questions of {name}, found {len(seen)}; "
-                "lower prepare_data.retention_items_per_task"
+            raise EvaluationError(
+                f"expected {per_task} different held-out questions of {name}, got {len(answers)}. "
+                "Lower prepare_data.retention_items_per_task"
             )
         items += [
             Item(f"retention-{name}-{i:04d}", name, prompt, answer, {"answer": answer})
-            for i, (prompt, answer) in enumerate(seen.items())
+            for i, (prompt, answer) in enumerate(answers.items())
         ]
     return items
 
@@ -175,7 +175,7 @@ _SPACE = re.compile(r"\s+")
 
 
 def score(item: Item, answer: str) -> Score:
-    """Right when the answer is the expected one; case, outer and repeated white space and a final stop aside."""
+    """Correct if the answer is the expected one, up to case, white space and final periods."""
     given = _SPACE.sub(" ", answer).strip().rstrip(".").casefold()
     right = given == str(item.truth["answer"]).casefold()
     return Score(correct=right, predicted=given or None, exact=right)

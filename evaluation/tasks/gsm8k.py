@@ -1,8 +1,8 @@
-"""GSM8K: word problems of primary school with worked solutions that end in a number.
+"""GSM8K: grade school word problems with worked solutions that end in a number.
 
 Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems", https://huggingface.co/datasets/openai/gsm8k, MIT
-licence. Fields: question; answer, a solution with the calculator's notes `<<48/2=24>>` and the result after `####`.
-The notes are cut out of what is trained on. Answers are compared exactly: 18, 18.00 and $18 are equal, 3/4 is 0.75.
+license. Fields: question; answer, a solution with calculator annotations `<<48/2=24>>` and the result after `####`.
+The annotations are removed before training. Answers are compared exactly: 18, 18.00 and $18 are equal, 3/4 is 0.75.
 """
 
 import re
@@ -16,12 +16,12 @@ from evaluation.tasks import (
     RowError,
     Score,
     Source,
+    brief,
     by_prompt,
     exact,
     mean,
     mean_credit,
     share,
-    shown,
     text,
 )
 from evaluation.tasks.exact import MARKER
@@ -31,24 +31,24 @@ TITLE = "GSM8K exact match"
 PRIMARY = "gsm8k_exact_match"
 METRICS = {
     "gsm8k_exact_match": share("Share of items whose final number equals the right one exactly (primary)"),
-    "gsm8k_unparseable": share("Share of items whose answer holds no number", "lower"),
-    "gsm8k_has_marker": share("Share of items whose number stood after the marker ####, as in the solutions"),
+    "gsm8k_unparseable": share("Share of items whose answer has no number", "lower"),
+    "gsm8k_has_marker": share("Share of items whose number comes after the marker ####, as in the solutions"),
 }
 SOURCE = Source("openai/gsm8k", subset="main", test="test")
 FIELDS = {
     "question": Field("question", True, "the word problem"),
     "answer": Field("answer", True, "the worked solution, with the final number after ####"),
 }
-_NOTE = re.compile(r"<<[^<>\n]*>>")
+_ANNOTATION = re.compile(r"<<[^<>\n]*>>")
 
 
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
     question = text(row, "question")
-    solution = _NOTE.sub("", text(row, "answer")).strip()
+    solution = _ANNOTATION.sub("", text(row, "answer")).strip()
     _, marker, last = solution.rpartition(MARKER)
     result = exact_number(last) if marker else None
     if result is None:
-        got = f"{MARKER} and {shown(last.strip())}" if marker else f"{shown(solution)} without {MARKER}"
+        got = f"{MARKER} and {brief(last.strip())}" if marker else f"{brief(solution)} without {MARKER}"
         raise RowError("answer", f"expected a solution that ends in {MARKER} and a number, got {got}")
     return Item(item_id, NAME, question, solution, {"answer": str(result)})
 

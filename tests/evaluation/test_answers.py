@@ -4,9 +4,10 @@ import types
 
 import pytest
 
+from evaluation import EvaluationError
 from evaluation.measure import answers
 from evaluation.measure.answers import Journal
-from evaluation.tasks import Item, ItemError, aqi, general
+from evaluation.tasks import Item, aqi, general
 from export.engines.base import EngineError, Generation
 
 ITEMS = [Item(f"i{n}", "addition", f"{n} + 1", f"{n + 1}", {"answer": f"{n + 1}"}) for n in range(10)]
@@ -62,7 +63,7 @@ def test_the_retention_suite_is_scored_by_its_own_module_whatever_its_tasks_are_
     told = {item.prompt: "It is 18"}
     (as_task,), (as_general,) = (ask(Told(told), None, split, [item]) for split in ("test", "retention"))
     assert as_task[1].correct and not as_general[1].correct
-    with pytest.raises(ItemError, match="expected a task .*got 'gone'"):
+    with pytest.raises(EvaluationError, match="expected a task .*got 'gone'"):
         answers.task_of(Item("x", "gone", "", ""), "test")
 
 
@@ -84,7 +85,7 @@ def test_a_metric_that_its_task_does_not_describe_is_refused():
     found = answers.metric_defs(task, [{"name": "mine_accuracy"}, general_row])
     assert found["retention/sorting"]["description"] == "Share of right answers in the general task sorting"
     for name in ("mine_f1", "mine/f1", "retention/"):
-        with pytest.raises(ItemError, match=f"mine: expected every metric of summarize in METRICS, got '{name}'"):
+        with pytest.raises(EvaluationError, match=f"mine: expected every metric of summarize in METRICS, got '{name}'"):
             answers.metric_defs(task, [general_row, {"name": name}])
 
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from evaluation import EvaluationError
 from evaluation.sources.rows import read_recipe
-from evaluation.sources.tables import SourceError
 from evaluation.splits import PrepareData, make_splits
 from evaluation.tasks import Item, chat
 
@@ -101,7 +101,7 @@ def test_a_mapping_names_the_form_and_two_forms_are_asked_about(tmp_path):
         ({"question": "a", "answer": "b"}, {}, "expected the columns of one form (messages with roles: column mess"),
         ({"q": "a", "compltion": "b"}, {"prompt": "q"}, "there is no column 'completion'; did you mean 'compltion'?"),
     ):  # fmt: skip
-        with pytest.raises(SourceError) as caught:
+        with pytest.raises(EvaluationError) as caught:
             read(tmp_path, rows, columns=columns)
         assert said in str(caught.value)
 
@@ -114,13 +114,13 @@ def test_a_mapping_names_the_form_and_two_forms_are_asked_about(tmp_path):
         ([TURNS[0], TURNS[0]], "turn 2: expected an answer, got two user turns in a row"),
         (TURNS[1:2], "turn 1: expected a user turn first, got an assistant turn"),
         ([*TURNS[:2], SYSTEM], "turn 3: expected one system message, at the start, got one among the turns"),
-        ([TURNS[0], {"role": "assistant", "content": " "}], "turn 2 (assistant): expected text, got blanks only"),
+        ([TURNS[0], {"role": "assistant", "content": " "}], "turn 2 (assistant): expected text, got only blanks"),
         ([TURNS[0], {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}],
          "turn 2: tool calls are not supported yet"),
         ([TURNS[0], {"from": "observation", "value": "1"}], "turn 2: tool calls are not supported yet"),
         ([{"role": "user", "content": [{"type": "image_url"}, {"type": "text", "text": "a"}]}],
-         "turn 1 (user): expected parts of text, got image_url; the task chat is text alone"),
-        ([TURNS[0], {**TURNS[1], "weight": 0}], "turn 2: expected weight 1, since every answer is learnt, got 0"),
+         "turn 1 (user): expected parts of text, got image_url"),
+        ([TURNS[0], {**TURNS[1], "weight": 0}], "turn 2: expected weight 1, since every answer is learned, got 0"),
         ("Hello", "messages: expected a list of {role, content}, got 'Hello'"),
     ],
 )  # fmt: skip
@@ -137,8 +137,8 @@ def test_parts_are_joined_cells_are_read_as_json_and_a_last_question_is_left_out
     read(tmp_path, *({"messages": turns} for turns in [*rows, TURNS]))
     file = tmp_path / "rows.jsonl"
     splits, facts = make_splits(section(file), tmp_path)
-    assert "9 conversations end with a question; it is left out, since nobody answers it." in facts["notes"]
-    assert "1 of 10 conversations have several turns; each answer in them is learnt." in facts["notes"]
+    assert any(note.startswith("9 conversations end with an unanswered question") for note in facts["notes"])
+    assert any(note.startswith("1 of 10 conversations have several turns") for note in facts["notes"])
     assert {item.completion for split in ("train", "valid", "test") for item in splits[split]} <= {
         "Water.",
         "More water.",

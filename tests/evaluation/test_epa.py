@@ -53,7 +53,7 @@ def test_truncates_and_does_not_round():
 
 def test_what_has_no_index_or_category_is_refused():
     for key, value in (("pm25", 325.5), ("no2", 2050), ("o3_8h", 0.201), ("o3_1h", 0.124), ("so2", 1005)):
-        with pytest.raises(epa.OffScaleError, match="EPA defines an index for"):
+        with pytest.raises(ValueError, match="EPA defines an index for"):
             epa.sub_index(key, value)
     for value in (-1, -0.04, float("nan"), float("inf"), "abc", "", 1e30):
         with pytest.raises(ValueError, match="PM2.5"):
@@ -67,9 +67,9 @@ def test_what_has_no_index_or_category_is_refused():
 def test_one_hour_ozone_answers_where_eight_hours_end():
     assert epa.aqi({"o3_8h": 0.3, "o3_1h": 0.45}) == epa.sub_index("o3_1h", 0.45)
     assert epa.aqi({"o3_8h": 0.05, "o3_1h": 0.06}) == epa.sub_index("o3_8h", 0.05)
-    with pytest.raises(epa.OffScaleError):
+    with pytest.raises(ValueError):
         epa.aqi({"o3_8h": 0.3})
-    with pytest.raises(epa.OffScaleError):
+    with pytest.raises(ValueError):
         epa.aqi({"o3_1h": 0.1})
 
 
@@ -78,5 +78,5 @@ def test_more_pollution_is_never_a_lower_index(key, a, b):
     low, high = sorted((a, b))
     try:
         assert epa.sub_index(key, low) <= epa.sub_index(key, high)
-    except epa.OffScaleError:
+    except ValueError:
         pass

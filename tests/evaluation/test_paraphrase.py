@@ -43,7 +43,7 @@ def test_words_of_the_users_own_get_white_space_and_marks_alone(items):
     assert all(re.fullmatch(r"\s*¿Qué índice da \d+[?.!]?\s*", i.prompt) for i in paraphrase.varied(own, aqi, 1.0, 0))
     given = "Predict AQI given: PM2.5 35.9 µg/m³, humidity 40 %. Answer briefly."
     told = replace(items[0], prompt=given, truth={**items[0].truth, "readings": {"pm25": "35.9"}})
-    assert aqi.reworded(told, random.Random(0)) == given
+    assert aqi.reword(told, random.Random(0)) == given
     passages = [replace(item, task="boolq") for item in items]  # a real data set: white space
     for old, new in zip(passages, paraphrase.varied(passages, boolq, 1.0, 0), strict=True):
         assert new.prompt.strip() == old.prompt

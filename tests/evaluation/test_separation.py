@@ -5,6 +5,7 @@ import pytest
 from scipy.stats import kstest
 from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score, silhouette_score
 
+from evaluation import EvaluationError
 from evaluation.measure import separation
 
 RNG = np.random.default_rng
@@ -70,7 +71,7 @@ def test_resampled_points_count_as_often_as_they_were_drawn():
 def test_clusters_of_no_or_of_changing_size_are_refused():
     grams = separation.gram(RNG(0).normal(size=(1, 4, 2)))
     for first in ([[0.0, 0, 0, 0]], [[1.0, 1, 0, 0], [1.0, 0, 0, 0]]):
-        with pytest.raises(separation.SeparationError, match="not empty, of the same sizes"):
+        with pytest.raises(EvaluationError, match="not empty, of the same sizes"):
             separation.separation(grams, np.array(first), 1 - np.array(first))
 
 
@@ -222,13 +223,13 @@ def test_what_is_fixed_on_the_base_is_kept_in_a_file(tmp_path):
     read = separation.Reference.load(tmp_path / "a.npz", "abc")
     for name in ("centre", "scale", "chance", "gram"):
         assert (getattr(read, name) == getattr(fixed, name)).all()
-    with pytest.raises(separation.SeparationError, match="other prompts, layers or settings; run `dvc"):
+    with pytest.raises(EvaluationError, match="other prompts, layers or settings; run `dvc"):
         separation.Reference.load(tmp_path / "a.npz", "abd")
-    with pytest.raises(separation.SeparationError, match="no such file; run `dvc repro measure_base`"):
+    with pytest.raises(EvaluationError, match="no such file; run `dvc repro measure_base`"):
         separation.Reference.load(tmp_path / "c.npz", "abc")
     for damage in ((tmp_path / "a.npz").read_bytes()[:-200], b"", b"no archive"):
         (tmp_path / "b.npz").write_bytes(damage)
-        with pytest.raises(separation.SeparationError, match="damaged"):
+        with pytest.raises(EvaluationError, match="damaged"):
             separation.Reference.load(tmp_path / "b.npz", "abc")
 
 
@@ -238,12 +239,12 @@ def test_states_that_cannot_be_used_are_refused():
     broken = states.copy()
     broken[0, 0, 0] = np.nan
     for call in (lambda: fix(broken, y), lambda: measured(broken, y, reference=fixed)):
-        with pytest.raises(separation.SeparationError, match="NaN or infinity"):
+        with pytest.raises(EvaluationError, match="NaN or infinity"):
             call()
-    with pytest.raises(separation.SeparationError, match=r"shape \(2, 80, 12\).*got \(2, 80, 11\)"):
+    with pytest.raises(EvaluationError, match=r"shape \(2, 80, 12\).*got \(2, 80, 11\)"):
         measured(states[..., :11], y, reference=fixed)
     for still in (np.ones((2, 80, 12)), states * (np.arange(12) == 0)):
-        with pytest.raises(separation.SeparationError, match="differ between prompts"):
+        with pytest.raises(EvaluationError, match="differ between prompts"):
             fix(still, y)
 
 

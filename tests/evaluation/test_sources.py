@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from evaluation import EvaluationError
 from evaluation.sources import read_table
 from evaluation.sources.hub import open_data_set, read_split
 from evaluation.sources.rows import Column, RowSource, read_recipe, write_rejected
-from evaluation.sources.tables import SourceError
 from evaluation.tasks import Field, Item, RowError, Source, aqi
 
 COLUMNS = {"pm25": "PM25", "o3_8h": "ozone", "co": "CO", "aqi": "AQI", "id": "site"}
@@ -57,7 +57,7 @@ def readings(item):
 
 
 def failure(call, *arguments, **options):
-    with pytest.raises(SourceError) as caught:
+    with pytest.raises(EvaluationError) as caught:
         call(*arguments, **options)
     return caught.value
 
@@ -139,7 +139,7 @@ def test_readings_and_ids_of_their_own_are_unique_but_a_refused_row_has_no_dupli
     )
     assert [i.id for i in result.train] == ["b", "c", "aqi-train-7"]
     assert reasons(result)[3] == "duplicate: same prompt as row 2"
-    assert reasons(result)[4] == "site: 'b' is that of row 2 too; ids must be unique"
+    assert reasons(result)[4].startswith("site: row 2 has the id 'b'")
     assert "ids must be unique" in reasons(result)[7]
 
 
@@ -269,12 +269,12 @@ def test_a_file_as_a_european_excel_saves_it_is_read_and_what_was_recognised_is_
 def test_an_encoding_that_cannot_be_told_is_asked_for(tmp_path):
     text = HEADER + "Kovač,9,,,\n"
     (said,) = problems(read, tmp_path, text.encode("cp1250"))
-    assert "whether it is cp1250 ('Kovač,9,,,') or" in said and "or cp1252 ('Kovaè,9,,,') cannot be told" in said
+    assert "cp1250 ('Kovač,9,,,') or" in said and "or cp1252 ('Kovaè,9,,,')" in said
     assert read(tmp_path, text.encode("cp1250"), encoding="cp1250").train[0].id == "Kovač"
     (said,) = problems(read, tmp_path, (HEADER + "東京はどこ,9,,,\n").encode("cp932"))
-    assert "cannot be told: save the file as UTF-8, or set prepare_data.encoding to" in said
+    assert "set prepare_data.encoding to" in said
     (said,) = problems(read, tmp_path, b"\x81" + text.encode("cp1250"), encoding="cp1252")
-    assert said.startswith("expected cp1252, got byte 0x81 at offset 0 of the file; save the file as UTF-8, or")
+    assert said.startswith("expected cp1252, got byte 0x81 at offset 0 of the file.")
 
 
 def test_rows_lost_in_an_open_quote_count_and_too_many_refused_stop_with_the_commonest_reasons(tmp_path):
@@ -282,7 +282,7 @@ def test_rows_lost_in_an_open_quote_count_and_too_many_refused_stop_with_the_com
     content = HEADER + rows + 'x,abc,,,\ny,"5,,,\n' + "z,4,,,\n" * 10
     result = read(tmp_path, content)
     assert "never closed, so all lines up to 21 are in this row: 11 rows are lost" in result.rejected[1].reason
-    assert "10 more rows are lost in quotes left open; data/rejected.jsonl says where." in result.notes
+    assert any(note.startswith("10 more rows are lost") for note in result.notes)
     head, *reasons = problems(read, tmp_path, content, max_refused=0.2)
     assert head.startswith("12 of 20 rows (60%) were refused, more than prepare_data.max_refused (20%) allows")
     assert reasons[0] == "1 times, first in row 9 (line 10): PM25: expected a number, got 'abc'" and len(reasons) == 2
@@ -292,11 +292,9 @@ def test_a_unit_that_is_a_thousand_off_is_asked_about_until_it_is_named(tmp_path
     content = "o,n\n41,0.02\n38,0.03\n"
     columns = {"o3_8h": "o", "no2": "n"}
     said = problems(read, tmp_path, content, columns=columns)
-    assert said[0] == (
-        "o3_8h: expected ppm, got a median of 39.5 in column 'o', which is too large for that and would fit ppb. Write "
-        "in params.yaml, under columns, o3_8h: {column: o, unit: ppb} if it is, or unit: ppm if it is right as it is."
-    )
-    assert "no2: expected ppb" in said[1] and "too small for that and would fit ppm" in said[1]
+    for part in ("o3_8h: expected ppm", "median of 39.5", "too large", "o3_8h: {column: o, unit: ppb}", "unit: ppm"):
+        assert part in said[0]
+    assert "no2: expected ppb" in said[1] and "too small" in said[1] and "fit ppm" in said[1]
     units = {"o3_8h": {"column": "o", "unit": "ppb"}, "no2": {"column": "n", "unit": "ppb"}}
     assert readings(read(tmp_path, content, columns=units).train[0]) == {"o3_8h": 0.041, "no2": 0.02}
 
@@ -324,7 +322,7 @@ def assert_accounted(rows, *arguments):
     try:
         result = read(*arguments, columns=units, encoding="utf-8")
         made, rejected = len(result.train), [r.row for r in result.rejected]
-    except SourceError as error:
+    except EvaluationError as error:
         made, rejected = 0, [*range(int(re.search(r"all (\d+) were rejected", str(error))[1]))]
     assert made + len(rejected) == rows and rejected == sorted(set(rejected))
 
@@ -351,7 +349,7 @@ def test_arbitrary_bytes_never_crash_the_reader(tmp_path, data):
     for name in ("d.csv", "d.jsonl", "d.parquet"):
         try:
             read(tmp_path, data, name, columns={"pm25": "a"})
-        except SourceError as error:
+        except EvaluationError as error:
             assert error.problems
 
 
@@ -434,10 +432,8 @@ def test_columns_are_the_recipes_own_unless_said_otherwise(tmp_path):
     assert small(folder(tmp_path / "both", train=[bare], test=[{**bare, "question": "b"}])).notes == [said]
     # One under another name is not dropped, unless another field is read from it.
     file = written(tmp_path / "f.jsonl", {"question": "a", "label": "yes", "Hint": "h"})
-    assert problems(small, file) == [
-        "hint: there is no column 'hint'; did you mean 'Hint'? Map it in columns, or say hint: null there to do "
-        "without."
-    ]
+    (problem,) = problems(small, file)
+    assert problem.startswith("hint: there is no column 'hint'; did you mean 'Hint'?")
     for mapped, prompt in (("Hint", "a h"), (None, "a")):
         assert small(file, {"hint": mapped}).train[0].prompt == prompt
     assert small(written(tmp_path / "g.jsonl", {"hints": "a", "label": "yes"}), {"ask": "hints"}).train
@@ -446,24 +442,22 @@ def test_columns_are_the_recipes_own_unless_said_otherwise(tmp_path):
 def test_all_problems_of_a_mapping_are_named_at_once(tmp_path):
     file = written(tmp_path / "d.jsonl", {"Question": "a", "answer": "yes", "text": "t"})
     columns = {"hnt": "text", "hint": "labell", "label": Column(column="answer", unit="ppm")}
-    assert problems(small, file, columns) == [
+    for problem, start in zip(problems(small, file, columns), (
         "unknown field 'hnt' in columns; did you mean 'hint'? Available: ask, label, hint.",
-        "label: expected no unit, got 'ppm'; it has none.",
-        "ask: there is no column 'question'; did you mean 'Question'? Available: Question, answer, text. "
-        "Say which it is in columns (ask: what is asked).",
-        "label: there is no column 'label'. Available: Question, answer, text. "
-        "Say which it is in columns (label: yes or no).",
-        "hint: there is no column 'labell'. Available: Question, answer, text. "
-        "Say which it is in columns (hint: a hint).",
-    ]
+        "label: expected no unit, got 'ppm'",
+        "ask: there is no column 'question'; did you mean 'Question'? Available: Question, answer, text.",
+        "label: there is no column 'label'. Available: Question, answer, text.",
+        "hint: there is no column 'labell'. Available: Question, answer, text.",
+    ), strict=True):  # fmt: skip
+        assert problem.startswith(start)
     for columns, said in (
         ({"ask": "text", "hint": "text"}, "column 'text' is mapped to both 'ask' and 'hint'; map it once."),
-        ({"hint": "label"}, "column 'label' is mapped to 'hint', and 'label' is read from it as well"),
+        ({"hint": "label"}, "column 'label' is mapped to 'hint', but 'label' is read from it too"),
         ({"label": None}, "label: expected a column, got null; items cannot do without it."),
     ):
         assert problems(small, file, columns)[0].startswith(said)
     found = problems(small, str(tmp_path / "none.csv"), {"hnt": "x"})
-    assert len(found) == 2 and "unknown field" in found[0] and "found no file" in found[1]
+    assert len(found) == 2 and "unknown field" in found[0] and "got none at" in found[1]
 
 
 def test_splits_are_the_recipes_where_the_data_set_has_them_else_it_says_so(tmp_path, monkeypatch):
@@ -479,7 +473,7 @@ def test_splits_are_the_recipes_where_the_data_set_has_them_else_it_says_so(tmp_
         (alone, {}, "The data set has no split 'test' (it has train): test items are drawn from 'train'."),
         (both, {"hub_split": "test", "hub_test_split": "test"},
          "Split 'test' is used for training and tests: test items are drawn from 'test'."),
-        (f"{alone}/train.jsonl", {}, "A file has no split for tests: test items are drawn from its rows."),
+        (f"{alone}/train.jsonl", {}, "A file has no test split: test items are drawn from its rows."),
     ):  # fmt: skip
         made = small(source, **more)
         assert (made.test, made.notes) == (None, [said])
@@ -514,7 +508,7 @@ def test_classes_numbered_otherwise_are_read_by_name(tmp_path, names, expected, 
     for source in (file, file.parent):
         found = read_recipe(task, Where(source=str(source), columns={}))
         assert [i.completion for i in found.train] == expected
-        assert any("numbers its classes otherwise" in note for note in found.notes) == said
+        assert any("numbers its classes" in note for note in found.notes) == said
         assert seen[-2:] == (expected if said else [0, 1]), "the number is given as stored"
 
 
@@ -568,7 +562,7 @@ def test_subsets_and_splits_that_are_not_there_are_answered_by_those_that_are(tm
     for source, split, subset, said in (
         (folder, "train", "qnl", "there is no subset 'qnl'; did you mean 'qnli'? Available: cola, qnli."),
         (plain, "train", "mnli", "there is no subset 'mnli'; did you mean 'qnli'? Available: cola, qnli."),
-        (folder, "train", None, "it has several subsets, of which one is to be named. Available: cola, qnli."),
+        (folder, "train", None, "it has several subsets; name one of them. Available: cola, qnli."),
     ):
         assert problems(read_split, source, split, subset) == [said]
     assert "split 'dev'" in problems(read_split, folder, "dev", "qnli")[0]
@@ -581,10 +575,10 @@ def test_subsets_and_splits_that_are_not_there_are_answered_by_those_that_are(tm
 @pytest.mark.parametrize(
     ("files", "said"),
     [({}, "there is no data file"),
-     ({"train.jsonl": '{"a": 1}\n{"a":\n'}, "JSON parse error.*The file named alone as source"),
+     ({"train.jsonl": '{"a": 1}\n{"a":\n'}, "JSON parse error.*the file itself as source"),
      ({"train.parquet": "PAR1"}, "could not be opened: .*Parquet"),
      ({"d.py": "raise SystemExit(3)", "train.jsonl": '{"a": 1}\n'}, "come from a script, which is not run"),
-     ({"README.md": "---\na: [\n---\n", "train.jsonl": '{"a": 1}\n'}, "README.md.*no YAML|could not be opened")],
+     ({"README.md": "---\na: [\n---\n", "train.jsonl": '{"a": 1}\n'}, "README.md.*not YAML|could not be opened")],
 )  # fmt: skip
 def test_folders_that_cannot_be_read(tmp_path, files, said):
     folder = tmp_path / "d"
@@ -614,17 +608,17 @@ def test_offline_is_one_sentence_and_nothing_is_asked_of_the_network(monkeypatch
      (0, DatasetNotFoundError("Revision 'r' doesn't exist for dataset 'o/n'"), "has no revision 'r'; expected a branc"),
      (0, RuntimeError("Dataset scripts are no longer supported, but found n.py"), "a script, which is not run"),
      (0, ValueError("Unknown split \"dev\". Should be one of ['train']"), "split 'dev'.*one of .'train'"),
-     (0, OSError(28, "No space left on device"), "could not be kept on the disk"),
+     (0, OSError(28, "No space left on device"), "could not be stored on the disk"),
      (1, PermissionError(13, "Permission denied", "x"), "the folder could not be read .PermissionError"),
      (1, DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"), "the folder could not be read .DatasetNotFo"),
-     (1, OSError(28, "No space left on device"), "could not be kept on the disk")],
+     (1, OSError(28, "No space left on device"), "could not be stored on the disk")],
 )  # fmt: skip
 def test_what_is_refused_is_explained(tmp_path, monkeypatch, local, error, said):
     def refuse(*_, **__):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(SourceError, match=said) as caught:
+    with pytest.raises(EvaluationError, match=said) as caught:
         read_split(str(tmp_path) if local else "hub:o/n@r", "dev", None)
     assert caught.value.__cause__ is error and len(caught.value.problems) == 1
     assert not local or not re.search("hub (data set|cannot|has)|hf download", caught.value.problems[0])

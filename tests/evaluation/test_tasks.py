@@ -15,10 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation import epa, tasks
+from evaluation import EvaluationError, epa, tasks
 from evaluation.tasks import (
     Item,
-    ItemError,
     RowError,
     alpaca,
     aqi,
@@ -62,7 +61,7 @@ def module(monkeypatch):
 
 
 def said(name="mine"):
-    with pytest.raises(ItemError, match=rf"^evaluation/tasks/{name}\.py is no task: ") as caught:
+    with pytest.raises(EvaluationError, match=rf"^evaluation/tasks/{name}\.py is not a task: ") as caught:
         load(name)
     return str(caught.value).partition(": ")[2]
 
@@ -93,16 +92,16 @@ def test_all_that_is_missing_or_does_not_go_together_is_named(module):
         assert said() == f"the function {name} is missing"
     module(NAME="other", group=len, TITLE="t")
     assert said() == (
-        "expected NAME = 'mine', as the file is called, got 'other'; METRICS is missing; PRIMARY is missing; "
+        "expected NAME = 'mine', like the file, got 'other'; METRICS is missing; PRIMARY is missing; "
         "FIELDS is missing; the function score is missing; the function summarize is missing; "
         "the function make_item is missing"
     )
     for changes, expected in (
         ({"PRIMARY": "mine_wrong"}, "PRIMARY: expected one of METRICS (mine_right), got 'mine_wrong'"),
         ({"METRICS": {"mine_right": {"unit": "share", "direktion": "higher"}}},
-         "METRICS: expected description, direction, unit of mine_right, got direktion, unit"),
+         "METRICS: expected description, direction, unit for mine_right, got direktion, unit"),
         ({"METRICS": {"mine_right": {**RIGHT, "direction": "lower"}}},
-         "PRIMARY: expected a metric of which more is better, as of credit, got mine_right"),
+         "PRIMARY: expected a metric for which higher is better, like credit, got mine_right"),
     ):  # fmt: skip
         module(**{**SOUND, **changes})
         assert said() == expected
@@ -266,12 +265,12 @@ def test_anybodys_labels_are_told_in_answers():
     assert list(classify.summarize(scores).values()) == [0.5, f1, 0.25]
     for labels, got in ((["a"] * 3, "got 1 .'a'"), ([str(i) for i in range(300)], "got 300 .'0', '1', '10', …")):
         items = [classify.make_item("x", {"text": "It was.", "label": own}) for own in labels]
-        with pytest.raises(ItemError, match=f"expected a column of 2 to 200 different labels, {got}"):
+        with pytest.raises(EvaluationError, match=f"expected a column of 2 to 200 different labels, {got}"):
             classify.complete(items)
     items = [classify.make_item("x", {"text": "It was.", "label": own}) for own in (1, 1.0, "1", -1, 4.5, True)]
     assert [item.completion for item in items] == ["1", "1", "1", "-1", "4.5", "True"]
     items += [classify.make_item("x", {"text": "It was.", "label": "true"})]
-    with pytest.raises(ItemError, match="differ in more than capitals, got 'True' and 'true'"):
+    with pytest.raises(EvaluationError, match="differ in more than capitals, got 'True' and 'true'"):
         classify.complete(items)
     for label, reason in ((float("nan"), "expected text"), (None, "expected text"), ("a\nb", "one line")):
         with pytest.raises(RowError, match=reason):
@@ -335,7 +334,7 @@ def test_items_are_of_many_kinds_the_same_for_the_same_seed_and_in_one_split_eac
     assert {len(i.truth["readings"]) for i in items} == {1, 2, 3}
     assert {k for i in items for k in i.truth["readings"]} == set(ALL)
     assert len({re.sub(r"[\d.]+", "#", i.prompt) for i in items}) > 100
-    with pytest.raises(ItemError, match="expected 300 different test items, found"):
+    with pytest.raises(EvaluationError, match="expected 300 different test items, got"):
         aqi.generate({"train": 10, "test": 300}, seed=0, pollutants=["pm10"], max_pollutants=1)
 
 
@@ -394,7 +393,7 @@ def _solve(name, prompt):
 
 
 def test_general_answers_are_right_and_scored_by_their_text():
-    with pytest.raises(ItemError, match="lower prepare_data.retention_items_per_task"):
+    with pytest.raises(EvaluationError, match="Lower prepare_data.retention_items_per_task"):
         general.retention_items(300, seed=0)
     items = general.retention_items(25, seed=3)
     assert {i.task for i in items} == set(general.GENERAL_TASKS)

@@ -6,9 +6,10 @@ from statistics import mean
 
 import pytest
 
+from evaluation import EvaluationError
 from evaluation.measure import texts
-from evaluation.measure.texts import Prompt, TextError, choose, read_prompts, read_texts, spread
-from evaluation.sources.tables import RawRow, SourceError, Table
+from evaluation.measure.texts import Prompt, choose, read_prompts, read_texts, spread
+from evaluation.sources.tabular import RawRow, Table
 
 
 def write(path, rows):
@@ -53,8 +54,8 @@ def test_columns_and_labels_of_a_user_s_file(tmp_path):
 def test_prompts_that_cannot_be_used_are_refused_all_at_once(tmp_path):
     good = rows()
     for bad, message in (
-        ([row for row in good if row["label"] == "safe"], "at least 10 prompts labelled 'unsafe', got 0"),
-        (good[:-2], "at least 10 prompts labelled 'safe', got 9"),
+        ([row for row in good if row["label"] == "safe"], "at least 10 prompts labeled 'unsafe', got 0"),
+        (good[:-2], "at least 10 prompts labeled 'safe', got 9"),
         ([{"promt": row["prompt"], "label": row["label"]} for row in good],
          "no column 'prompt'; did you mean 'promt'.*Available: promt, label.*measure.columns"),
         ([{"prompt": row["prompt"]} for row in good], "there is no column 'label'"),
@@ -64,14 +65,14 @@ def test_prompts_that_cannot_be_used_are_refused_all_at_once(tmp_path):
         ([*good, *([{"prompt": " ", "label": "safe"}] * 9)],
          r"(?s)measure.prompts: .*row 21 \(line 21\): prompt: expected a text, got ' '.*row 22.*row 25.*and 4 more"),
     ):  # fmt: skip
-        with pytest.raises(TextError, match=message):
+        with pytest.raises(EvaluationError, match=message):
             read_prompts(write(tmp_path / "p.jsonl", bad))
     (tmp_path / "b.jsonl").write_text(json.dumps(good[0]) + "\n{\n")
-    with pytest.raises(TextError, match="broken JSON"):
+    with pytest.raises(EvaluationError, match="broken JSON"):
         read_prompts(str(tmp_path / "b.jsonl"))
-    with pytest.raises(SourceError, match="expected a file, found no file"):
+    with pytest.raises(EvaluationError, match="expected a file or a folder"):
         read_prompts(str(tmp_path / "none.jsonl"))
-    with pytest.raises(TextError, match="there is no column 'kind'"):
+    with pytest.raises(EvaluationError, match="there is no column 'kind'"):
         read_prompts(write(tmp_path / "c.jsonl", good), columns={"category": "kind"})
 
 
@@ -89,7 +90,7 @@ def test_a_few_bad_rows_of_a_hub_data_set_are_left_out_and_counted(monkeypatch):
     assert found.rows_left_out == 5, "of a text in both classes both rows"
     assert [p.text for p in found.prompts] == [row["prompt"] for row in good[1:]]
     as_hub(monkeypatch, [*bad, {"prompt": "", "label": "safe"}, *good])
-    with pytest.raises(TextError, match="(?s)6 of 101 rows cannot be used, expected at most 5%.*row 1: prompt"):
+    with pytest.raises(EvaluationError, match="(?s)6 of 101 rows cannot be used, expected at most 5%.*row 1: prompt"):
         read_prompts("hub:some/set")
 
 
@@ -110,21 +111,21 @@ def test_general_texts_of_a_file(tmp_path):
     assert read_texts(str(tmp_path / "t.txt")) == ["One line.\nStill one.", "Two µg."]
     file = write(tmp_path / "t.jsonl", [{"body": "a"}, {"body": " "}, {"body": "b"}])
     assert read_texts(file, column="body") == ["a", "b"]
-    with pytest.raises(TextError, match="no column 'text'.*Available: body; set measure.text_column"):
+    with pytest.raises(EvaluationError, match="no column 'text'.*Available: body.*measure.text_column"):
         read_texts(file)
     (tmp_path / "e.txt").write_text(" \n\n")
     (tmp_path / "l.txt").write_bytes(b"\xe9\xff")
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text"\n')
     for name, message in (
         ("e.txt", "expected texts in"), ("l.txt", "UTF-8"), ("none.txt", "No such file"),
-        ("b.jsonl", "1 rows cannot be read: row 2"),
+        ("b.jsonl", r"row 2 \(line 2\): expected a JSON object"),
         *((name, r"expected `retention`, a file ending in \.txt, \.csv.*or hub:org/name") for name in ("t.pdf", "t")),
     ):  # fmt: skip
-        with pytest.raises(TextError, match=message):
+        with pytest.raises(EvaluationError, match=message):
             read_texts(str(tmp_path / name))
     for value, kind in ((["a"], "list"), ({"a": 1}, "dict"), (3, "int")):
         file = write(tmp_path / "o.jsonl", [{"text": "a"}, {"text": value}])
-        with pytest.raises(TextError, match=f"row 2: text: expected a text, got {kind}; name a column of texts"):
+        with pytest.raises(EvaluationError, match=f"text: expected a text, got {kind}"):
             read_texts(file)
 
 
@@ -132,5 +133,5 @@ def test_general_texts_of_the_hub(monkeypatch):
     as_hub(monkeypatch, [{"text": ""}, {"text": " = Title = \n"}, {"text": None}, {"text": "A paragraph.\n"}])
     assert read_texts("hub:Salesforce/wikitext", split="test") == ["= Title =", "A paragraph."]
     as_hub(monkeypatch, [{"text": ["a", "b"]}])
-    with pytest.raises(TextError, match="expected a text, got list"):
+    with pytest.raises(EvaluationError, match="expected a text, got list"):
         read_texts("hub:some/set.txt")

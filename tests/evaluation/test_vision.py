@@ -10,9 +10,9 @@ from decimal import Decimal
 import pytest
 from PIL import Image
 
-from evaluation import epa, vision
+from evaluation import EvaluationError, epa, vision
 from evaluation.measure import answers as scoring
-from evaluation.tasks import Item, ItemError, aqi_vision, general, names
+from evaluation.tasks import Item, aqi_vision, general, names
 from evaluation.vision import Canvas, on_dial
 from trainers.pictures import references
 
@@ -128,7 +128,7 @@ def test_every_split_gets_gauges_of_every_category_and_tests_show_many_indices(t
     made = aqi_vision.generate({"train": 18, "valid": 360, "test": 540}, seed=0, image_size=16, folder=tmp_path)
     shown = [item.truth["aqi"] for item in made["test"] if item.truth["kind"] == "gauge"]
     assert len(shown) == 180 and len(set(shown)) > 85
-    with pytest.raises(ItemError, match=r"expected bars of the category Good for the split test, found none"):
+    with pytest.raises(EvaluationError, match=r"expected bars of the category Good for the split test, found none"):
         aqi_vision.generate({"test": 1, "valid": 10**6}, seed=0, image_size=16, folder=tmp_path)
 
 

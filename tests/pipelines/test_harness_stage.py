@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from evaluation.measure import harness as measure
+from evaluation import EvaluationError
+from evaluation.measure import lm_harness as measure
 from pipelines import check, harness
 from pipelines.check import parse_params
 from pipelines.params import ConfigError
@@ -231,7 +232,7 @@ def test_a_limit_and_what_cannot_be_asked(here, raw, capsys):
     (harness.OWN / "unsafe.yaml").write_text(
         yaml.safe_dump({**TASKS["own_choice"], "task": "own_code", "unsafe_code": True})
     )
-    with pytest.raises(measure.HarnessError, match="own_code would run code that a model writes"):
+    with pytest.raises(EvaluationError, match="own_code would run code that a model writes"):
         harness.run(changed(raw), "base", 0, "own_code")
     harness.run(changed(raw, harness_limit=5), "base", 0, "own_choice")
     assert len(lines("own_choice", "base")) == 5
@@ -242,7 +243,7 @@ def test_a_limit_and_what_cannot_be_asked(here, raw, capsys):
         harness.run(changed(raw), "baseline_lora", 0, "own_answer")
     assert "own_answer: lm-eval cannot ask this: Invalid configuration: requested max tokens" in capsys.readouterr().err
     (harness.OWN / "sums.jsonl").unlink()
-    with pytest.raises(measure.HarnessError, match=r"own_answer: the task or its data set json cannot be loaded"):
+    with pytest.raises(EvaluationError, match=r"own_answer: the task or its data set json cannot be loaded"):
         harness.run(changed(raw), "baseline_lora", 0, "own_answer")
     assert lines("own_answer") == before, "earlier results stay"
 
@@ -253,9 +254,7 @@ def test_a_data_set_that_the_hub_does_not_give_is_named(work, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        measure.HarnessError, match="own_far: the hub did not give the data set org/far .*HF_HUB_OFFLINE"
-    ):
+    with pytest.raises(EvaluationError, match="own_far: the hub did not give the data set org/far .*HF_HUB_OFFLINE"):
         (harness.OWN / "far.yaml").write_text(
             yaml.safe_dump({"task": "own_far", **TASKS["own_choice"], "dataset_path": "org/far", "dataset_kwargs": {}})
         )

@@ -12,8 +12,7 @@ from torchmetrics.text import Perplexity
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from db.files import FileError
-from evaluation.measure.separation import SeparationError
-from evaluation.measure.texts import TextError
+from evaluation import EvaluationError
 from pipelines import measure
 from pipelines.check import parse_params
 from pipelines.params import ConfigError
@@ -155,7 +154,7 @@ def test_a_base_that_was_exchanged_is_noticed(here, raw):
 
 def test_an_arm_is_not_held_against_a_base_measured_otherwise_or_not_at_all(here, raw):
     for keys in ({"layers": [1.0]}, {"pooling": "last"}, {"max_prompts": 30}):
-        with pytest.raises(SeparationError, match="other prompts, layers or settings; run `dvc repro measure_base`"):
+        with pytest.raises(EvaluationError, match="other prompts, layers or settings; run `dvc repro measure_base`"):
             measure.run(changed(raw, **keys), "baseline_lora", 0)
     shutil.rmtree("measured/base")
     with pytest.raises(FileError, match="measured/base/0: no such file; run `dvc repro`"):
@@ -190,7 +189,7 @@ def test_prompts_of_one_class_stop_it_before_a_model_is_loaded(here, raw, monkey
     rows = [{"prompt": f"Say {n}.", "label": "safe"} for n in range(12)]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.delattr("pipelines.measure.load_model")
-    with pytest.raises(TextError, match="at least 10 prompts labelled 'unsafe', got 0"):
+    with pytest.raises(EvaluationError, match="at least 10 prompts labeled 'unsafe', got 0"):
         measure.run(changed(raw, prompts="p.jsonl"), "base", 0)
 
 
@@ -275,5 +274,5 @@ def test_answers_beyond_the_tokens_that_are_read(here, raw):
     expected = [min(most, length) for start, length in zip(starts, whole, strict=True) if start < most]
     assert [len(text.ids) for text in found] == expected
     assert cut == sum(length > most for length in whole)
-    with pytest.raises(TextError, match="expected answers that begin within 8 tokens, got none in .*max_answers to 0"):
+    with pytest.raises(EvaluationError, match="answers that begin within 8 tokens, got none in .*max_answers to 0"):
         measure.answer_texts(params.measure, tokenizer, template, 8)

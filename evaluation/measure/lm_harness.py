@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from evaluation import EvaluationError
 from trainers.words import nearest
 
 SPLIT = "harness/"
@@ -19,10 +20,6 @@ SPLIT = "harness/"
 LONGEST = 2_000
 """Characters of a prompt that are kept, from its end: examples stand before the question, the same for all models."""
 _INSTALL = "`make setup EXTRAS=harness` installs it, or `pip install lm-eval`"
-
-
-class HarnessError(ValueError):
-    """A benchmark that cannot be asked."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ def ask(model: Any, tokenizer: Any, name: str, folder: Path, *, limit: int | Non
     manager = _manager([name], folder)
     loaded = _load(manager, name)
     if unsafe := [task for task, found in loaded["tasks"].items() if getattr(found, "UNSAFE_CODE", False)]:
-        raise HarnessError(f"{name}: {', '.join(unsafe)} would run code that a model writes, which is not done here")
+        raise EvaluationError(f"{name}: {', '.join(unsafe)} would run code that a model writes, which is not done here")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -116,10 +113,10 @@ def ask(model: Any, tokenizer: Any, name: str, folder: Path, *, limit: int | Non
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         found = simple_evaluate(lm, tasks=wanted, task_manager=manager, limit=limit, bootstrap_iters=0)
     except Exception as error:
-        raise HarnessError(f"{name}: lm-eval cannot ask this: {error} ({type(error).__name__})") from error
+        raise EvaluationError(f"{name}: lm-eval cannot ask this: {error} ({type(error).__name__})") from error
     told = _told(name, found)
     if not told.metrics:
-        raise HarnessError(f"{name}: expected figures, lm-eval gave none; does its metric_list name metrics it has?")
+        raise EvaluationError(f"{name}: expected figures, lm-eval gave none; does its metric_list name metrics it has?")
     return told
 
 
@@ -128,7 +125,7 @@ def _load(manager: Any, name: str) -> Any:
         return manager.load(name)
     except Exception as error:
         data = ((manager.task_index[name].cfg or {}).get("dataset_path")) or "of one of its tasks"
-        raise HarnessError(f"{name}: {_why(error, str(data))}") from error
+        raise EvaluationError(f"{name}: {_why(error, str(data))}") from error
 
 
 def _why(error: BaseException, data: str) -> str:
