@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,7 +113,7 @@ class Chart:
     title: str  # shown above it, with the unit
     label: str  # what a screen reader says of it
     # function of `evaluation.report.charts` that draws it, with its options besides the arms
-    draw: Literal["intervals", "lines", "scatter", "dots", "places"]
+    draw: Literal["intervals", "lines", "scatter", "dots"]
     options: Mapping[str, Any]
     where: Mapping[str, str] = field(default_factory=dict)
 
@@ -189,30 +188,3 @@ def walk(blocks: Iterable[Block]) -> Iterable[Block]:
         yield block
         if isinstance(block, Details):
             yield from walk(block.blocks)
-
-
-# Fewer points, where all could not be told apart
-
-
-def thin(line: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float | None, float, float | None]]:
-    """A line of (step, finite value) by step as at most `most` points (step, low, value, high).
-
-    A longer line is cut into stretches, each drawn as its mean at its middle step with its smallest and largest value,
-    so that no peak is lost; a short one stays, without bounds.
-    """
-    if len(line) <= most:
-        return [(step, None, value, None) for step, value in line]
-    found: list[tuple[int, float | None, float, float | None]] = []
-    for part in range(most):
-        stretch = line[part * len(line) // most : (part + 1) * len(line) // most]
-        values = [value for _, value in stretch]
-        found.append((stretch[len(stretch) // 2][0], min(values), math.fsum(values) / len(values), max(values)))
-    return found
-
-
-def spread(values: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of the values, at least two, evenly spaced, the first and the last among them."""
-    if len(values) <= most:
-        return list(values)
-    places = sorted({round(at * (len(values) - 1) / (most - 1)) for at in range(most)})
-    return [values[at] for at in places]

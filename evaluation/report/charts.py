@@ -3,7 +3,7 @@
 The page's script puts the colours in, so that dark mode has its own.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,8 +21,6 @@ _SHAPES = ("diamond", "circle", "square", "triangle-up", "cross", "triangle-down
 """Of points that may hide each other: of two in one place, both are seen."""
 ROW = 30
 """Height of one line of an interval chart, px."""
-_NARROW, _HIGH, _LETTER = 290, 340, 12
-"""Of the picture with names: its width on a phone, its height, and the size of its letters, px."""
 
 
 def _finished(chart: Any, height: int) -> Spec:
@@ -119,114 +117,51 @@ def lines(
     return _finished(alt.layer(*layers), height)
 
 
-def scatter(panel: Panel, x_title: str, y_title: str, *, log_x: bool = False) -> Spec:
-    """One point for each arm and seed: columns x, y, arm, seed; the first arm is a diamond, the others follow."""
-    scale = alt.Scale(zero=False, nice=False, padding=16)
-    across = alt.Scale(type="log", nice=False, padding=16) if log_x else scale
+def scatter(
+    panel: Panel, x_title: str, y_title: str, *, log_x: bool = False, bars: bool = False,
+    marks: Mapping[str, float] | None = None,
+) -> Spec:  # fmt: skip
+    """Points of arms, whose shape and colour both mark the arm; those of the Pareto front are filled and joined.
+
+    Rows: kind (mean or seed), arm, seed, front (front, dominated or plain), low, x, high, below, y, above. `bars` draws
+    the intervals of means in both directions; then the axis upwards starts at zero, unless `marks` names lines across.
+    """
+    scale = alt.Scale(type="log" if log_x else "linear", zero=False, nice=False, padding=16)
+    x_axis = alt.Axis(tickCount=5, labelSeparation=6, format="~g")
+    x = partial(alt.X, title=x_title, axis=x_axis, scale=scale)
+    y = partial(alt.Y, title=y_title, axis=alt.Axis(tickCount=5),
+                scale=alt.Scale(zero=bars and not marks, nice=False, padding=16))  # fmt: skip
     shapes = [_SHAPES[place % len(_SHAPES)] for place in range(len(panel.arms))]
-    encoded = _rows().mark_point(filled=True, size=95, opacity=0.85).encode(
-        x=alt.X("x:Q", title=x_title, scale=across, axis=alt.Axis(tickCount=5, labelSeparation=6, format="~g")),
-        y=alt.Y("y:Q", title=y_title, scale=scale, axis=alt.Axis(tickCount=5)),
-        color=_colour(panel),
-        shape=alt.Shape("arm:N", scale=alt.Scale(domain=list(panel.arms), range=shapes), legend=None),
-        tooltip=_tooltip(arm="arm:N", seed="seed:N", x="x:Q", y="y:Q"),
-    )  # fmt: skip
-    return _finished(encoded, 240)
-
-
-def places(panel: Panel, chart: str, x_title: str, y_title: str, marks: Mapping[str, float]) -> Spec:
-    """A point for each arm with its name and its intervals in both directions; those of the front are joined.
-
-    Rows: chart, kind (mean or seed), arm, seed, front (front, dominated or plain), low, x, high, below, y, above.
-    `marks` names lines across; without any the axis upwards starts at zero.
-    """
-    every: Iterable[dict[str, Any]] = (dict(zip(panel.data.names, row, strict=True)) for row in panel.data.rows)
-    rows = [row for row in every if row["chart"] == chart]
-
-    def ends(columns: Sequence[str], more: Collection[float] = ()) -> tuple[float, float]:
-        known = [*more, *(row[column] for row in rows for column in columns if row[column] is not None)]
-        room = 0.04 * (max(known) - min(known)) or 1.0
-        return min(known) - room, max(known) + room
-
-    across, up = ends(("low", "x", "high")), ends(("below", "y", "above"), marks.values() or (0.0,))
-    axis = alt.Axis(tickCount=5, labelSeparation=6)
-    x = partial(alt.X, title=x_title, scale=alt.Scale(domain=across, nice=False), axis=axis)
-    y = partial(alt.Y, title=y_title, scale=alt.Scale(domain=up, nice=False), axis=axis)
-    own = [row for row in rows if row["kind"] == "mean"]
-    points = [
-        (_NARROW * (row["x"] - across[0]) / (across[1] - across[0]), _HIGH * (up[1] - row["y"]) / (up[1] - up[0]))
-        for row in own
-    ]
-    lines: list[dict[str, Any]] = [{"y": value, "arm": name} for name, value in marks.items()]
-    written = [(0.0, _HIGH * (up[1] - line["y"]) / (up[1] - up[0]) - 9, 0.56 * len(line["arm"])) for line in lines]
-    wide = [(0.62 if row["front"] == "front" else 0.56) * len(row["arm"]) for row in own]  # by the size of letters
-    named = [
-        {key: row[key] for key in ("arm", "front", "x", "y")} | spot
-        for row, spot in zip(own, _spots(points, wide, written), strict=True)
-    ]
-    at: dict[str, Any] = {"x": x("x:Q"), "y": y("y:Q")}
-    colour, means = _colour(panel), _rows("mean")
-    front, marked = means.transform_filter("datum.front === 'front'"), alt.Chart(alt.InlineData(values=lines))
-    names = alt.Chart(alt.InlineData(values=named))
-    moved = {key: alt.ExprRef(f"datum.{key}") for key in ("dx", "dy", "align")}
-    weight = alt.ExprRef("datum.front === 'front' ? 600 : 400")
-    text: dict[str, Any] = {**moved, "baseline": "middle", "fontSize": _LETTER, "fontWeight": weight}
-    tooltip = _tooltip(arm="arm:N", **{x_title: "x:Q", "from": "low:Q", "to": "high:Q"},
-                       **{y_title: "y:Q", "up from": "below:Q", "up to": "above:Q"})  # fmt: skip
-    layers = [
-        front.mark_line(color="gray", strokeWidth=1).encode(**at),
-        means.mark_rule(opacity=0.5).encode(x=x("low:Q"), x2="high:Q", y=at["y"], color=colour),
-        means.mark_rule(opacity=0.5).encode(y=y("below:Q"), y2="above:Q", x=at["x"], color=colour),
-        _rows("seed").mark_circle(size=16, opacity=0.6)
-        .encode(**at, color=colour, tooltip=_tooltip(arm="arm:N", seed="seed:N", x="x:Q", y="y:Q")),
-        names.transform_filter("abs(datum.dy) > 16").encode(**at, x2="x:Q", y2="y:Q")
-        .mark_rule(x2Offset=moved["dx"], y2Offset=moved["dy"], color="gray", strokeWidth=0.7),
-        means.transform_filter("datum.front === 'dominated'")
-        .mark_point(size=70, strokeWidth=2, opacity=1)
-        .encode(**at, color=colour, tooltip=tooltip),
-        means.transform_filter("datum.front !== 'dominated'")
-        .mark_point(filled=True, size=110, opacity=1)
-        .encode(**at, color=colour, tooltip=tooltip),
-        names.mark_text(**text, style="halo").encode(**at, text="arm:N"),
-        names.mark_text(**text).encode(**at, text="arm:N"),
-    ]  # fmt: skip
-    if lines:
+    colour, at = _colour(panel), {"x": x("x:Q"), "y": y("y:Q")}
+    shape = alt.Shape("arm:N", scale=alt.Scale(domain=list(panel.arms), range=shapes), legend=None)
+    seed = _tooltip(arm="arm:N", seed="seed:N", **{x_title: "x:Q", y_title: "y:Q"})
+    means = _rows("mean")
+    layers: list[Any] = []
+    if bars:
+        tooltip = _tooltip(arm="arm:N", **{x_title: "x:Q", "from": "low:Q", "to": "high:Q"},
+                           **{y_title: "y:Q", "up from": "below:Q", "up to": "above:Q"})  # fmt: skip
         layers = [
-            marked.mark_rule(strokeDash=[4, 3], color="gray").encode(y=at["y"]),
-            marked.mark_text(align="left", dx=3, dy=-9, fontSize=_LETTER, fill="gray")
-            .encode(x=alt.value(0), y=at["y"], text="arm:N"),
+            means.transform_filter("datum.front === 'front'").mark_line(color="gray", strokeWidth=1).encode(**at),
+            means.mark_rule(opacity=0.5).encode(x=x("low:Q"), x2="high:Q", y=at["y"], color=colour),
+            means.mark_rule(opacity=0.5).encode(y=y("below:Q"), y2="above:Q", x=at["x"], color=colour),
+            *(
+                means.transform_filter(f"(datum.front === 'dominated') === {str(not filled).lower()}")
+                .mark_point(filled=filled, size=110, strokeWidth=2, opacity=1)
+                .encode(**at, color=colour, shape=shape, tooltip=tooltip)
+                for filled in (False, True)
+            ),
+        ]
+    size, opacity = (16, 0.6) if bars else (95, 0.85)
+    seeds = _rows("seed").mark_point(filled=True, size=size, opacity=opacity)
+    layers.insert(-2, seeds.encode(**at, color=colour, shape=shape, tooltip=seed))
+    if marks:
+        lines = alt.Chart(alt.InlineData(values=[{"y": value, "arm": name} for name, value in marks.items()]))
+        layers = [
+            lines.mark_rule(strokeDash=[4, 3], color="gray").encode(y=at["y"]),
+            lines.mark_text(align="left", dx=3, dy=-9, fill="gray").encode(x=alt.value(0), y=at["y"], text="arm:N"),
             *layers,
-        ]  # fmt: skip
-    return _finished(alt.layer(*layers), _HIGH)
-
-
-def _spots(
-    points: Sequence[tuple[float, float]], wide: Sequence[float], written: Iterable[tuple[float, float, float]]
-) -> list[dict[str, Any]]:
-    """Where the names of points stand, px from them, and which end of the name is there.
-
-    Each takes the nearest place that is free of other names, of what is `written` at (left end, middle, width) and, if
-    possible, of points. Names that are apart on a phone are so on a wider screen, where points are farther apart.
-    """
-
-    def box(start: float, middle: float, width: float, side: int = 1) -> tuple[float, float, float, float]:
-        end = start + side * _LETTER * width
-        return min(start, end), max(start, end), middle - 7, middle + 7
-
-    taken = [((x - 6, x + 6, y - 6, y + 6), 40) for x, y in points] + [(box(*one), 300) for one in written]
-    spots: list[dict[str, Any]] = []
-    for width, (x, y) in zip(wide, points, strict=True):
-        found = []
-        for dy in range(-_HIGH // 3, _HIGH // 3, 4):
-            for align, side in (("left", 1), ("right", -1)):
-                left, right, top, bottom = own = box(x + 8 * side, y + dy, width, side)
-                cost = abs(dy + 9) + 30 * (max(0, -left, right - _NARROW) + max(0, -top, bottom - _HIGH))
-                cost += sum(n for b, n in taken if left < b[1] and b[0] < right and top < b[3] and b[2] < bottom)
-                found.append((cost, own, {"dx": 8 * side, "dy": dy, "align": align}))
-        _, own, spot = min(found, key=lambda one: one[0])
-        taken.append((own, 300))
-        spots.append(spot)
-    return spots
+        ]
+    return _finished(alt.layer(*layers), 340 if bars else 240)
 
 
 def dots(panel: Panel, x_title: str, labels: Sequence[str], ticks: Sequence[int]) -> Spec:

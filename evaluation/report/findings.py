@@ -8,7 +8,7 @@ from evaluation.report.blocks import TONES, Block, Cell, Chart, Dataset, Details
 from evaluation.report.comparison import Comparison
 from evaluation.report.cost import SECONDS, cost
 from evaluation.report.judgement import compared, contradiction, like_with_like, not_compared
-from evaluation.report.text import counted, interval, listed, number, significant
+from evaluation.report.text import arms_in_words, counted, interval, listed, number, significant
 from evaluation.statistics.differences import Difference
 from evaluation.statistics.intervals import Interval
 
@@ -30,15 +30,11 @@ def story(comparison: Comparison) -> list[str]:
 
 
 def _kept(comparison: Comparison) -> str:
-    shares = [(row.arm, row.retention_share_interval) for row in comparison.trained if row.retention_share_interval]
+    shares = {row.arm: share for row in comparison.trained if (share := row.retention_share_interval)}
     if not shares:
         return ""
-    (arm, share), *others = shares
-    kept = [
-        f"{arm} keeps {interval(share, unit='%')}",
-        *(f"{arm} {interval(share, unit='%')}" for arm, share in others),
-    ]
-    return f"Of the base's accuracy on general tasks, {listed(kept)}."
+    bounds = " (95% intervals)" if len(shares) < 3 else ""
+    return f"Kept of the base's accuracy on general tasks: {arms_in_words(shares, unit='%')}{bounds}."
 
 
 def _training_time(comparison: Comparison) -> str:
@@ -57,8 +53,8 @@ def _certainty(comparison: Comparison) -> str:
     alone = [row.arm for row in comparison.trained if any(d.seeds == 1 for d in row.differences)]
     words = "The intervals allow for other seeds and other test items."
     if alone:
-        subject = "This is" if len(alone) == len(comparison.trained) else f"{listed(alone)}:"
-        words = f"{subject} one seed, and one seed cannot show that an arm is better than another."
+        who = "Every arm has" if len(alone) == len(comparison.trained) > 1 else f"{listed(alone)} ran with"
+        words = f"{who} one seed, which cannot show that one arm is better than another."
     power = [row for row in comparison.power if row.against == comparison.baseline and row.points == _POINTS]
     if power and all(row.items for row in power):
         most = max(row.items or 0 for row in power)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from db.queries import BASE
 from evaluation.report.arms import ArmRow, ProbeRow
-from evaluation.report.text import counted, interval, listed, seeds_text
+from evaluation.report.text import arms_in_words, counted, interval, listed, seeds_text
 from evaluation.statistics.differences import Difference
 from evaluation.statistics.intervals import ALPHA, Interval, Outcome
 
@@ -63,7 +63,8 @@ def _sentence(group: Sequence[tuple[str, Difference]], against: str, title: str,
     first, one = group[0][1], len(group) == 1 or every
     subject, is_ = "Every arm" if every else listed(arm for arm, _ in group), "is" if one else "are"
     other = "the base" if against == BASE else against
-    data = f"(95% interval{'' if len(group) == 1 else 's'}, {first.items:,} items, {counted(first.seeds, 'seed')})"
+    intervals = {1: "95% interval, ", 2: "95% intervals, "}.get(len(group), "")
+    data = f"({intervals}{first.items:,} items, {counted(first.seeds, 'seed')})"
     if first.outcome == "better":
         claim = f"{subject} beat{'s' if one else ''} {other}"
     elif first.outcome == "worse":
@@ -76,7 +77,10 @@ def _sentence(group: Sequence[tuple[str, Difference]], against: str, title: str,
     else:
         chance = listed(f"{d.p_holm:.2g}" for _, d in group)
         claim = f"{subject} may differ from {other} by chance alone (p = {chance})"
-    numbers = listed(f"{arm} " * every + interval(d.points, sign=True) for arm, d in group)
+    if len(group) == 1:
+        numbers = interval(first.points, sign=True)
+    else:
+        numbers = arms_in_words({arm: d.points for arm, d in group}, sign=True)
     return f"{claim}: {numbers} points of {title} {data}."
 
 

@@ -43,7 +43,6 @@
       },
       axisY: { labelColor: ink },
       text: { color: ink },
-      style: { halo: { stroke: colour("--paper"), strokeWidth: 3, strokeJoin: "round" } },
     };
   }
 

@@ -80,12 +80,12 @@ def _distance(report: Report) -> Panel | None:
     """How far each run has moved from the base, and its retention."""
     comparison, results = report.comparison, report.results
     across = next((key for key in _DISTANCES if comparison.has(*key)), KL)
-    data = Dataset(("arm", "seed", "x", "y"))
+    data = Dataset(("kind", "arm", "seed", "x", "y"))
     for run in results.runs:
         metrics = results.metrics.get(run.id, {})
         x, y = metrics.get(across, math.nan), 100 * metrics.get(RETENTION, math.nan)
         if run.arm != BASE and math.isfinite(x) and math.isfinite(y) and (across != KL or x > 0):
-            data.add(run.arm, str(run.seed), x, y)
+            data.add("seed", run.arm, str(run.seed), x, y)
     if not data.rows:
         return None
     title, up = "Distance from the base, and what was kept", "retention accuracy, %"

@@ -1,7 +1,7 @@
 """Numbers and names as sentences and tables show them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from evaluation.statistics.intervals import Interval
 
@@ -34,6 +34,16 @@ def interval(value: Interval | None, *, sign: bool = False, digits: int = 1, uni
         return number(value.estimate if value else None)
     estimate, low, high = (number(part, sign=sign, digits=digits) for part in (value.estimate, value.low, value.high))
     return f"{estimate}{unit} [{low}, {high}]"
+
+
+def arms_in_words(values: Mapping[str, Interval], *, sign: bool = False, unit: str = "") -> str:
+    """Arms with their estimates, the largest first; no more than two also have their intervals."""
+
+    def written(value: Interval) -> str:
+        return interval(value, sign=sign, unit=unit) if len(values) < 3 else number(value.estimate, sign=sign) + unit
+
+    ordered = sorted(values.items(), key=lambda item: -item[1].estimate)
+    return listed(f"{arm} {written(value)}" for arm, value in ordered)
 
 
 def duration(seconds: float) -> str:

@@ -1,11 +1,11 @@
-"""Sections about what happened while the arms were trained: loss curves, updates, Fisher spectra, ranks."""
+"""Chapters about what happened during training: loss curves, what the optimizers did, Fisher spectra and ranks."""
 
 import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,28 +22,24 @@ from evaluation.report.blocks import (
     Section,
     Table,
     Text,
-    spread,
-    thin,
 )
 from evaluation.report.comparison import Report
 from evaluation.report.text import seeds_text, significant
 
 MOST_POINTS = 300
-"""Of one line; more cannot be told apart on a screen."""
+"""Of one line; a screen cannot show more."""
 MOST_LAYERS = 40
-"""Drawn one by one; medians are over all of them."""
-MOST_STEPS = 40
-"""Of a single layer's line; the medians have `MOST_POINTS`."""
+"""Layers drawn one by one, and steps of a single layer's line; medians are over all layers."""
 MOST_SPECTRA = 8
-"""Steps of which a layer's spectrum is drawn, besides the last."""
+"""Steps whose spectra are drawn, besides the last."""
 FAINT = 1e-9
-"""Share of the largest eigenvalue below which one is rounding error of float32, and is not drawn."""
+"""Share of the largest eigenvalue below which one is float32 rounding error, and is not drawn."""
 ALL = "all layers"
 LAST = "last"
 _READINGS = {
     "angle": ("Angle between the update and plain AdamW's, degrees", "angle, degrees"),
     "cos_raw_step": ("Cosine of the raw gradient and the update", "cosine"),
-    "cos_raw_inner": ("Cosine of the raw gradient and what the inner optimizer got", "cosine"),
+    "cos_raw_inner": ("Cosine of the raw gradient and the inner optimizer's input", "cosine"),
     "lr_ratio": ("Length of the update over plain AdamW's", "ratio"),
 }
 _RANKS = {
@@ -60,12 +56,11 @@ _PROBE_COLUMNS = {
     "twin_divergence": "Loss curves apart, A/A floors",
 }
 _ZERO = 1e-3
-"""Of a probe's reading: what is below is rounding."""
-_PARTS = {
-    "train": ("Training loss", "training loss"),
-    "eval": ("Loss on held-out items", "loss on held-out items"),
-    "kl": ("KL to the base", "KL to the base"),
-}
+"""A probe's reading below this is rounding."""
+_PARTS = {"train": "Training loss", "eval": "Loss on held-out items", "kl": "KL to the base"}
+
+
+# Loss curves
 
 
 def loss(report: Report) -> Section | None:
@@ -75,77 +70,91 @@ def loss(report: Report) -> Section | None:
     data = Dataset(("arm", "seed", "part", "step", "low", "nats", "high"))
     lost: dict[tuple[str, str], list[int]] = defaultdict(list)
     for run in report.results.runs:
-        warm = report.results.settings[run.id].get("warmup_steps") or 0
-        for part, (_, name) in _PARTS.items():
-            own = curves.get((run.id, part), ())
-            finite = [(step, value) for step, value in own if math.isfinite(value)]
-            # The first losses, of an untrained adapter, would take up the whole axis; a logarithmic one has no zero.
-            fit = [
-                (step, nats) for step, nats in finite if (step > warm if part == "train" else part != "kl" or nats > 0)
-            ]
-            for step, *values in thin(fit, MOST_POINTS):
+        warmup = report.results.settings[run.id].get("warmup_steps") or 0
+        for part, title in _PARTS.items():
+            curve = curves.get((run.id, part), ())
+            finite = [(step, nats) for step, nats in curve if math.isfinite(nats)]
+            # The first losses, of an untrained adapter, would fill the whole axis; a logarithmic axis has no zero.
+            shown = [(s, nats) for s, nats in finite if (s > warmup if part == "train" else part != "kl" or nats > 0)]
+            for step, *values in thin(shown, MOST_POINTS):
                 data.add(run.arm, str(run.seed), part, step, *values)
-            if gone := [step for step, value in own if not math.isfinite(value)]:
+            if gone := [step for step, nats in curve if not math.isfinite(nats)]:
                 lasting = not finite or finite[-1][0] < gone[0]
                 since = f"from step {gone[0]}" if lasting else f"first at step {gone[0]}, later finite again"
-                lost[run.arm, f"{name} not finite {since}"].append(run.seed)
+                lost[run.arm, f"{title[0].lower()}{title[1:]} not finite {since}"].append(run.seed)
     sentences: dict[str, list[str]] = defaultdict(list)
     for (arm, words), seeds in lost.items():
         sentences[arm].append(f"{words} ({seeds_text(seeds)})")
-    present = {*data.levels("arm"), *sentences}
-    arms = tuple(arm for arm in report.comparison.arms if arm in present)
-    thinned = {row[2] for row in data.rows if row[4] is not None}
-    drawn = tuple(
-        Chart(
-            id=f"loss-{part}",
-            title=f"{title}, nats per token",
-            label=f"{title} over optimizer steps, one line for each arm and seed: {', '.join(arms)}",
-            draw="lines",
-            options={"x": "step", "x_title": "optimizer step", "y": "nats", "detail": ["seed"], "log": part == "kl",
-                     "y_title": "nats per token (log)" if part == "kl" else "nats per token",
-                     "band": part in thinned, "points": part != "train"},
-            where={"part": part},
-        )
-        for part, (title, _) in _PARTS.items()
-        if part in data.levels("part")
-    )  # fmt: skip
-    note = "One line for each seed; the training loss from the end of the warm-up on."
-    if thinned:
-        note += f" Of longer runs {MOST_POINTS} points are drawn: means of stretches, in a band of all their values."
-    if "kl" in data.levels("part"):
-        note += " KL(base ‖ tuned) is measured in every arm, preserved or not, on texts of the base that no loss sees."
     blocks: list[Block] = [
         Text(f"{arm}: {'; '.join(words)}. No curve can show that.") for arm, words in sentences.items()
     ]
-    if drawn:
-        blocks.append(Panel("loss", data, drawn, arms, _seeds_control(data), note=note))
+    present, parts = {*data.levels("arm"), *sentences}, data.levels("part")
+    arms = tuple(arm for arm in report.comparison.arms if arm in present)
+    thinned = {row[2] for row in data.rows if row[4] is not None}
+    charts = []
+    for part in (part for part in _PARTS if part in parts):
+        log = part == "kl"
+        options = {"detail": ["seed"], "log": log, "band": part in thinned, "points": part != "train"}
+        axes = ("step", "optimizer step", "nats", f"nats per token{' (log)' * log}")
+        heading = f"{_PARTS[part]}, nats per token"
+        charts.append(_lines(f"loss-{part}", heading, arms, axes, {"part": part}, **options))
+    note = "One line per seed; the training loss starts after the warm-up."
+    if thinned:
+        note += f" Longer runs are drawn as {MOST_POINTS} means of stretches, in a band from smallest to largest."
+    if "kl" in parts:
+        note += " KL(base ‖ tuned) is measured for every arm, preserved or not, on base texts that no loss sees."
+    if charts:
+        blocks.append(Panel("loss", data, tuple(charts), arms, _seeds_control(data), note=note))
     return Section("Loss curves", tuple(blocks))
 
 
+def thin(line: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float | None, float, float | None]]:
+    """A line of (step, finite value) by step as at most `most` points (step, low, value, high).
+
+    A longer line is cut into stretches, each drawn as its mean at its middle step with its smallest and largest value,
+    so that no peak is lost; a short one stays, without bounds.
+    """
+    if len(line) <= most:
+        return [(step, None, value, None) for step, value in line]
+    points: list[tuple[int, float | None, float, float | None]] = []
+    for part in range(most):
+        stretch = line[part * len(line) // most : (part + 1) * len(line) // most]
+        values = [value for _, value in stretch]
+        points.append((stretch[len(stretch) // 2][0], min(values), math.fsum(values) / len(values), max(values)))
+    return points
+
+
+def spread(values: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of the values, at least two, evenly spaced, including the first and the last."""
+    if len(values) <= most:
+        return list(values)
+    places = sorted({round(at * (len(values) - 1) / (most - 1)) for at in range(most)})
+    return [values[at] for at in places]
+
+
+# What the optimizers did
+
+
 def probes(report: Report) -> Section | None:
-    blocks: list[Block] = []
-    found = [(row.arm, probe) for row in report.comparison.rows for probe in row.probes]
-    columns = {
-        name: title for name, title in _PROBE_COLUMNS.items() if any(name in probe.numbers for _, probe in found)
-    }
     alike: dict[tuple[str, str, bool | None], list[ProbeRow]] = defaultdict(list)
-    for arm, probe in found:
-        alike[arm, probe.verdict, probe.as_claimed].append(probe)
-    rows = [
-        (Cell(arm, arm=arm, hint=seeds_text(probe.seed for probe in own)), _verdict(verdict, claimed),
-         *(_spread(probe.numbers.get(name) for probe in own) for name in columns), _reason(own))
-        for (arm, verdict, claimed), own in alike.items()
+    for row in report.comparison.rows:
+        for probe in row.probes:
+            alike[row.arm, probe.verdict, probe.as_claimed].append(probe)
+    measured = {name for group in alike.values() for probe in group for name in probe.numbers}
+    columns = {name: title for name, title in _PROBE_COLUMNS.items() if name in measured}
+    lines = [
+        (Cell(arm, arm=arm, hint=seeds_text(probe.seed for probe in group)), _verdict(verdict, claimed),
+         *(_range(probe.numbers.get(name) for probe in group) for name in columns), _reason(group))
+        for (arm, verdict, claimed), group in alike.items()
     ]  # fmt: skip
-    if rows:
-        headers = ("Arm", "Verdict", *columns.values(), "Why")
-        blocks += [
-            Text(
-                "A probe follows every gradient to the weights and computes beside it what plain AdamW would have done "
-                "with the same gradients. An arm that claims to precondition and does not is found here."
-            ),
-            Table("What the optimizers did: medians over layers and sampled steps, in brackets from seed to seed",
-                  headers, rows),
-        ]  # fmt: skip
+    blocks: list[Block] = []
+    if lines:
+        words = (
+            "A probe follows every gradient to the weights and computes what plain AdamW would have done with the same "
+            "gradients. It exposes an arm that claims to precondition and does not."
+        )
+        caption = "What the optimizers did: medians over layers and sampled steps, with the range of seeds in brackets"
+        blocks = [Text(words), Table(caption, ("Arm", "Verdict", *columns.values(), "Why"), lines)]
     if panel := _layer_panel(report, "probe", _READINGS):
         blocks.append(Details("Layer by layer, over the steps", (panel,)))
     return Section("What the optimizers did", tuple(blocks)) if blocks else None
@@ -159,20 +168,23 @@ def _verdict(verdict: str, as_claimed: bool | None) -> Cell:
 
 
 def _reason(probes: Sequence[ProbeRow]) -> str:
-    """Of the first seed, where they differ."""
+    """The reason of the first seed, where seeds differ."""
     first = probes[0]
     return first.reason if len({probe.reason for probe in probes}) == 1 else f"seed {first.seed}: {first.reason}"
 
 
-def _spread(values: Iterable[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
+def _range(values: Iterable[float | None]) -> str:
+    numbers = [value for value in values if value is not None]
+    if not numbers:
         return "–"
     text, *ends = (
         f"{value:,.0f}" if 100 <= abs(value) < math.inf else significant(value if abs(value) > _ZERO else 0.0, 2)
-        for value in (fmean(known), min(known), max(known))
+        for value in (fmean(numbers), min(numbers), max(numbers))
     )
     return f"{text} ({ends[0]} to {ends[1]})" if len({*ends}) > 1 else text
+
+
+# Fisher spectra and ranks
 
 
 def spectra(report: Report) -> Section | None:
@@ -180,15 +192,15 @@ def spectra(report: Report) -> Section | None:
     blocks: list[Block] = [panel for panel in panels if panel]
     if panels[0]:
         words = (
-            "The two r×r factors of K-FAC, of which the natural gradient is made. The faster the eigenvalues fall, the "
-            "more the preconditioner turns the gradient, and the fewer directions the adapter needs."
+            "The two r×r factors of K-FAC from which the natural gradient is made. The faster the eigenvalues fall, "
+            "the more the preconditioner turns the gradient, and the fewer directions the adapter needs."
         )
         blocks.insert(0, Text(words))
     return Section("Fisher spectra and ranks", tuple(blocks)) if blocks else None
 
 
 def layer_name(text: str) -> str:
-    """A module's name without what PEFT and the model put before it, the same for every source."""
+    """A module's name without PEFT's and the model's prefixes, the same for every source."""
     return re.sub(r"^(base_model\.)?(model\.)*", "", text) or text
 
 
@@ -207,12 +219,28 @@ def _arms(report: Report, data: Dataset) -> tuple[str, ...]:
     return tuple(arm for arm in report.comparison.arms if arm in present)
 
 
+def _lines(
+    name: str,
+    title: str,
+    arms: Sequence[str],
+    axes: tuple[str, str, str, str],
+    where: Mapping[str, str],
+    **options: Any,
+) -> Chart:
+    """A chart of lines; `axes` are column and title across, then up."""
+    x, x_title, y, y_title = axes
+    label = f"{title}, by {x_title}, for each arm: {', '.join(arms)}"
+    return Chart(
+        name, title, label, "lines", {"x": x, "x_title": x_title, "y": y, "y_title": y_title, **options}, where
+    )
+
+
 def _spectrum_panel(report: Report) -> Panel | None:
     runs = {run.id: (run.arm, str(run.seed)) for run in report.results.runs}
     rows = [row for run_id in runs for row in report.results.spectra.get(run_id, ())]
     layers = spread(_in_order(layer_name(row.layer) for row in rows), MOST_LAYERS)
     steps = set(spread(sorted({row.step for row in rows}), MOST_SPECTRA))
-    newest = {run_id: max(row.step for row in own) for run_id, own in report.results.spectra.items()}
+    newest = {run_id: max(row.step for row in of_run) for run_id, of_run in report.results.spectra.items()}
     data = Dataset(("arm", "seed", "layer", "factor", "step", "number", "share"))
     for row in rows:
         names = [str(row.step)] if row.step in steps else []
@@ -225,17 +253,10 @@ def _spectrum_panel(report: Report) -> Panel | None:
                     data.add(*runs[row.run_id], layer_name(row.layer), row.factor, name, number, value / most)
     if not data.rows:
         return None
-    arms = _arms(report, data)
-    drawn = tuple(
-        Chart(
-            id=f"spectrum-{factor}",
-            title=f"Eigenvalues of {title}",
-            label=f"Eigenvalues of {title}, largest first, logarithmic, for each arm: {', '.join(arms)}",
-            draw="lines",
-            options={"x": "number", "x_title": "number of the eigenvalue", "y": "share",
-                     "y_title": "share of the largest (log)", "detail": ["seed"], "log": True, "points": True},
-            where={"factor": factor},
-        )
+    arms, axes = _arms(report, data), ("number", "number of the eigenvalue", "share", "share of the largest (log)")
+    charts = tuple(
+        _lines(f"spectrum-{factor}", f"Eigenvalues of {title}", arms, axes, {"factor": factor}, detail=["seed"],
+               log=True, points=True)
         for factor, title in _FACTORS.items()
         if factor in data.levels("factor")
     )  # fmt: skip
@@ -245,8 +266,8 @@ def _spectrum_panel(report: Report) -> Panel | None:
         Control("step", "Step", tuple((step, step) for step in (LAST, *shown))),
         *_seeds_control(data),
     )
-    note = f"Shares of the layer's largest one; below {FAINT:g} is rounding error."
-    return Panel("spectra", data, drawn, arms, controls, note=note)
+    note = f"Shares of the layer's largest eigenvalue; below {FAINT:g} is rounding error."
+    return Panel("spectra", data, charts, arms, controls, note=note)
 
 
 class _Number(NamedTuple):
@@ -270,48 +291,40 @@ def _numbers(report: Report, split: str, names: Iterable[str], *, final: bool) -
 
 
 def _layer_panel(report: Report, split: str, readings: Mapping[str, tuple[str, str]]) -> Panel | None:
-    """Numbers over the steps, of one layer or of all as a band, one chart for each reading."""
+    """Numbers over the steps, of one layer or of all as a band; one chart for each reading."""
     rows = _numbers(report, split, readings, final=False)
     if not rows:
         return None
     pooled: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     for row in rows:
         pooled[row.arm, row.name, row.step].append(row.value)
-    names = spread(_in_order(row.layer for row in rows), MOST_LAYERS)
+    layers = spread(_in_order(row.layer for row in rows), MOST_LAYERS)
     steps = sorted({row.step for row in rows})
-    of_all, of_one = set(spread(steps, MOST_POINTS)), set(spread(steps, MOST_STEPS))
+    of_all, of_one = set(spread(steps, MOST_POINTS)), set(spread(steps, MOST_LAYERS))
     data = Dataset(("arm", "seed", "name", "layer", "step", "low", "value", "high"))
     for (arm, name, step), values in pooled.items():
         if step in of_all:
             data.add(arm, "all", name, ALL, step, *map(float, np.quantile(values, (0.1, 0.5, 0.9))))
     for row in rows:
-        if row.layer in names and row.step in of_one:
+        if row.layer in layers and row.step in of_one:
             data.add(*row[:5], None, row.value, None)
-    arms = _arms(report, data)
-    found = {name for name in readings if name in data.levels("name")}
-    note = "All layers: the line is the median over layers and seeds, the band holds the middle 80% of them."
-    if "cos_raw_inner" in found and all(abs(row.value - 1) < 1e-6 for row in rows if row.name == "cos_raw_inner"):
-        found.remove("cos_raw_inner")
-        note += " The inner optimizers got the raw gradient itself (cosine 1 everywhere)."
-    if len(steps) > MOST_STEPS:
-        note += f" The lines of single layers have {MOST_STEPS} steps, evenly spaced."
-    if len(names) == MOST_LAYERS:
-        note += f" {MOST_LAYERS} of all layers can be chosen, evenly spaced; the median is over all."
-    drawn = tuple(
-        Chart(
-            id=f"{split}-{name}".replace("_", "-"),
-            title=title,
-            label=f"{title}, over optimizer steps, for each arm: {', '.join(arms)}",
-            draw="lines",
-            options={"x": "step", "x_title": "optimizer step", "y": "value", "y_title": unit,
-                     "detail": ["seed", "layer"], "band": True, "height": 220},
-            where={"name": name},
-        )
+    arms, names = _arms(report, data), set(data.levels("name"))
+    note = "All layers: the line is the median over layers and seeds, the band holds the middle 80%."
+    if "cos_raw_inner" in names and all(abs(row.value - 1) < 1e-6 for row in rows if row.name == "cos_raw_inner"):
+        names.remove("cos_raw_inner")
+        note += " The inner optimizers received the raw gradient (cosine 1 everywhere)."
+    if len(steps) > MOST_LAYERS:
+        note += f" Lines of single layers have {MOST_LAYERS} steps, evenly spaced."
+    if len(layers) == MOST_LAYERS:
+        note += f" {MOST_LAYERS} layers can be chosen, evenly spaced; the median is over all."
+    charts = tuple(
+        _lines(f"{split}-{name}".replace("_", "-"), title, arms, ("step", "optimizer step", "value", unit),
+               {"name": name}, detail=["seed", "layer"], band=True, height=220)
         for name, (title, unit) in readings.items()
-        if name in found
+        if name in names
     )  # fmt: skip
-    control = Control("layer", "Layer", ((ALL, f"{ALL}: median, 10% to 90%"), *((name, name) for name in names)))
-    return Panel(f"layers-{split}", data, drawn, arms, (control,), note=note)
+    control = Control("layer", "Layer", ((ALL, f"{ALL}: median, 10% to 90%"), *((name, name) for name in layers)))
+    return Panel(f"layers-{split}", data, charts, arms, (control,), note=note)
 
 
 def _final_ranks(report: Report) -> Panel | None:
@@ -323,12 +336,7 @@ def _final_ranks(report: Report) -> Panel | None:
     for row in rows:
         if row.layer in labels:
             data.add(row.arm, row.seed, row.layer, row.value)
-    arms = _arms(report, data)
-    chart = Chart(
-        id="final-ranks",
-        title="Rank of every layer after training",
-        label=f"Rank of every layer's adapter after training, for each arm: {', '.join(arms)}",
-        draw="dots",
-        options={"x_title": "rank", "labels": labels, "ticks": sorted({int(row.value) for row in rows})},
-    )
+    arms, title = _arms(report, data), "Rank of every layer after training"
+    options = {"x_title": "rank", "labels": labels, "ticks": sorted({int(row.value) for row in rows})}
+    chart = Chart("final-ranks", title, f"{title}, for each arm: {', '.join(arms)}", "dots", options)
     return Panel("ranks", data, (chart,), arms, _seeds_control(data), wide=True)
