@@ -103,13 +103,11 @@ def test_precisions_of_credit():
 def test_words_are_the_tasks_own():
     for name, title, short in (("gsm8k", "GSM8K exact match", "GSM8K"), ("alpaca", "ROUGE-L", "ROUGE-L")):
         text = as_markdown(report(name))
-        assert f"| {title}, % |" in text and f"Paired differences of {title}:" in text
-        assert f"Δ{short} &gt; 0 against base" in text and f"{title} above baseline_lora" in text
-        assert f"Task: {name}, judged by {title}." in text
+        assert f"| {title}, % |" in text and f"Δ{short} &gt; 0 against base" in text
+        assert f"{title} above baseline_lora" in text and f"Task: {name}, judged by {title}." in text
         assert "AQI" not in text.replace("aqi (AQI accuracy)", ""), "only the table of all tasks has the other's name"
-    assert "Task: aqi, judged by AQI category accuracy." in as_markdown(report("aqi"))
+    assert "AQI category accuracy" in as_markdown(report("aqi"))
     assert "| Items better, worse |" in as_markdown(report()) and "| Gained, lost |" in as_markdown(report("gsm8k"))
-    assert "exact" in run("--task", "gsm8k")[1]
 
 
 def test_keys_for_other_programs(tmp_path):
