@@ -32,56 +32,53 @@ def main(
     db: Annotated[str, typer.Option(help="File or SQLAlchemy URL.")] = "outputs/centralized.db",
     format: Annotated[
         Format,
-        typer.Option(
-            help="What to print. csv has one line for each arm; the success criteria are its columns criterion_…"
-        ),
+        typer.Option(help="What to print. csv has one line per arm, with success criteria in columns criterion_…"),
     ] = Format.TABLE,
     arm: Annotated[
         list[str] | None,
-        typer.Option(help="Only this arm, the base and the baseline; may be repeated. Corrections count these alone."),
+        typer.Option(help="Only this arm, base and baseline; repeatable. Corrections count only the arms shown."),
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Only this seed of the trained arms; may be repeated.")] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="Only runs scored by it; may be repeated.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only this seed of the trained arms; repeatable.")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Only runs scored by this backend; repeatable.")] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Arm to compare with besides the base.", show_default=BASELINE)
     ] = None,
     task: Annotated[
         str | None,
         typer.Option(
-            help="Task to compare; of one that is not on the disk, the latest run of each arm and seed.",
-            show_default="the task on the disk",
+            help="Task to compare; if it is not on disk, the latest run of each arm and seed.",
+            show_default="the task on disk",
         ),
     ] = None,
     all_tasks: Annotated[
-        bool, typer.Option("--all-tasks", help="Print one table of all tasks instead, with one line for each arm.")
+        bool, typer.Option("--all-tasks", help="Print one table of all tasks instead, with one line per arm.")
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Also write the Markdown report here.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the HTML report, one file, here.")] = None,
 ) -> None:
     """Compare all arms that were scored on a task.
 
-    Exit codes: 0 done, 1 reading or writing failed, 2 nothing to compare yet, or no run of the name asked for.
+    Exit codes: 0 done, 1 reading or writing failed, 2 nothing to compare yet, or no run of that name.
     """
     try:
         if all_tasks and task is not None:
-            raise ChoiceError(f"expected one of --task and --all-tasks; came: both. Do: leave out --task {task}")
+            raise ChoiceError(f"expected --task or --all-tasks, got both. Leave out --task {task}")
         detail = format is Format.MD or report is not None or html is not None
-        found = load_report(db, Choice(arm or (), seed or (), backend or (), task), baseline, detail=detail)
-        _show(found, format, all_tasks=all_tasks)
-        if report or html:
-            _write(found, markdown=report, html=html)
+        loaded = load_report(db, Choice(arm or (), seed or (), backend or (), task), baseline, detail=detail)
     except (DatabaseError, ChoiceError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, DatabaseMissingError | ChoiceError) else 1) from error
+    _show(loaded, format, all_tasks=all_tasks)
+    if report or html:
+        _write(loaded, markdown=report, html=html)
 
 
 def _show(report: Report, format: Format, *, all_tasks: bool) -> None:
     comparison = report.comparison
-    if all_tasks:  # beside the table: it is the same in every format
-        if comparison.filters:
-            typer.echo(f"{comparison.filters}; corrections for several arms count these alone.", err=True)
-        for note in comparison.task_notes:
-            typer.echo(f"Note: {note}", err=True)
+    if all_tasks:  # on standard error, so that it is the same in every format
+        filters = [f"{comparison.filters}; corrections for several arms count only these."] * bool(comparison.filters)
+        for line in (*filters, *(f"Note: {note}" for note in comparison.task_notes)):
+            typer.echo(line, err=True)
     if format is Format.JSON:
         typer.echo(as_json(comparison.tasks if all_tasks else comparison))
     elif format is Format.CSV:
@@ -93,14 +90,11 @@ def _show(report: Report, format: Format, *, all_tasks: bool) -> None:
     else:
         from evaluation.report.terminal import print_report, print_tasks
 
-        if all_tasks:
-            print_tasks(comparison, Console())
-        else:
-            print_report(report, Console())
+        (print_tasks if all_tasks else print_report)(report, Console())
 
 
 def _write(report: Report, *, markdown: Path | None, html: Path | None) -> None:
-    from db.files import OutputError  # these take a second, which only those wait for who want a file
+    from db.files import OutputError  # these take a second to import, which only writing a file is worth
     from evaluation.report.html import write_page
     from evaluation.report.markdown import write_markdown
 
@@ -110,7 +104,7 @@ def _write(report: Report, *, markdown: Path | None, html: Path | None) -> None:
         if html is not None:
             write_page(html, report)
     except (OSError, OutputError) as error:
-        typer.echo(f"error: expected a place that can be written; came: {error}. Do: name another", err=True)
+        typer.echo(f"error: expected a writable place, got {error}. Name another one", err=True)
         raise typer.Exit(1) from error
 
 

@@ -54,17 +54,11 @@ def alignment(rows: Sequence[ArmRow], conclusions: Sequence[str], *, air: bool) 
         for kind, value in (("band", measured.null), ("interval", measured.index)):
             if value and math.isfinite(measured.index.estimate):
                 data.add(kind, label, row.arm, str(measured.seed), value.low, value.estimate, value.high)
-    chart = Chart(
-        "alignment",
-        "Alignment Quality Index with 95% intervals; grey: range under shuffled labels",
-        "Alignment Quality Index of each arm and seed, with its interval and the range under shuffled labels",
-        "intervals",
-        {"title": "index", "lines": len(data.levels("label")), "kinds": ("band", "interval"),
-         "band": "95% under shuffled labels"},
-    )  # fmt: skip
-    arms = tuple(row.arm for row in rows)
-    note = missing_note(arms, data)
-    panel = Panel("alignment", data, (chart,), arms, note=note, wide=True)
+    title = "Alignment Quality Index with 95% intervals; grey: range under shuffled labels"
+    options = {"x_title": "index", "lines": len(data.levels("label")), "kinds": ("band", "interval"),
+               "band": "95% under shuffled labels"}  # fmt: skip
+    note = missing_note([row.arm for row in rows], data)
+    panel = Panel("alignment", data, (Chart("alignment", title, "intervals", options),), note=note)
     others = [name for name in CLUSTER_INDICES if any(name in measured.others for _, measured in runs)]
     table = Table(
         "Alignment Quality Index by run; bootstrap intervals over prompts",

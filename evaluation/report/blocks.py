@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from evaluation.statistics.intervals import Interval
+
 Tone = Literal["", "good", "bad", "open"]
 """How a word is coloured: good and bad are settled, open is undecided; the word itself says the same."""
 TONES: Mapping[str, Tone] = {
@@ -111,39 +113,62 @@ class Chart:
 
     id: str
     title: str  # shown above it, with the unit
-    label: str  # what a screen reader says of it
     # function of `evaluation.report.charts` that draws it, with its options besides the arms
     draw: Literal["intervals", "lines", "scatter", "dots"]
     options: Mapping[str, Any]
     where: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        """What a screen reader says of it."""
+        axes = [f"{self.options[name]} {way}" for name, way in (("x_title", "across"), ("y_title", "up"))
+                if name in self.options]  # fmt: skip
+        return ", ".join((f"{self.title}: {self.draw} for each arm", *axes))
+
 
 @dataclass(frozen=True)
 class Panel:
-    """Charts that share their data, their arms in the order of their colours, and their controls."""
+    """Charts that share their data, their arms, and their controls."""
 
     id: str
     data: Dataset
     charts: tuple[Chart, ...]
-    arms: tuple[str, ...]
     controls: tuple[Control, ...] = ()
     note: str = ""
-    wide: bool = False
-    legend: bool = True  # whether to name the arms above the charts
     kind: str = "panel"
+
+    @cached_property
+    def arms(self) -> list[str]:
+        """In the order of their colours, shapes and dashes."""
+        return self.data.levels("arm")
 
     @property
     def columns(self) -> int:
-        """Charts beside each other where there is room, so that no row has a single one."""
-        if self.wide:
-            return 1
-        return 2 if len(self.charts) in (1, 2, 4) else 3
+        """Charts side by side where there is room, so that none stands alone in a row."""
+        return {1: 1, 2: 2, 4: 2}.get(len(self.charts), 3)
+
+    @property
+    def legend(self) -> bool:
+        """Whether to name the arms above the charts; intervals have names beside them."""
+        return any(chart.draw != "intervals" for chart in self.charts)
 
     @property
     def dashed(self) -> Mapping[str, bool]:
-        """Of lines every other arm's are dashed, the last one's among them: of two that coincide, both are seen."""
+        """Every other arm's line is dashed, so that lines which coincide stay visible."""
         lines = all(chart.draw == "lines" for chart in self.charts)
         return {arm: (len(self.arms) - at) % 2 == 1 for at, arm in enumerate(self.arms)} if lines else {}
+
+
+def interval_panel(
+    name: str, title: str, rows: Iterable[tuple[str, str, Interval | None]], unit: str, note: str = ""
+) -> list[Panel]:
+    """A panel of (label, arm, interval) with a line at zero; none where nothing was measured."""
+    data = Dataset(("kind", "label", "arm", "low", "value", "high"))
+    for label, arm, measured in rows:
+        if measured is not None:
+            data.add("interval", label, arm, measured.low, measured.estimate, measured.high)
+    options = {"x_title": unit, "zero": True, "lines": len(data.rows)}
+    return [Panel(name, data, (Chart(name, title, "intervals", options),), note=note)] if data.rows else []
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def _rows(kind: str = "") -> alt.Chart:
 
 
 def _colour(panel: Panel) -> alt.Color:
-    return alt.Color("arm:N", scale=alt.Scale(domain=list(panel.arms)), legend=None)
+    return alt.Color("arm:N", scale=alt.Scale(domain=panel.arms), legend=None)
 
 
 def _tooltip(**fields: str) -> list[alt.Tooltip]:
@@ -48,19 +48,25 @@ def _tooltip(**fields: str) -> list[alt.Tooltip]:
 
 
 def intervals(
-    panel: Panel, title: str, *, lines: int, kinds: Collection[str] = ("interval",), zero: bool = False, band: str = ""
+    panel: Panel,
+    x_title: str,
+    *,
+    lines: int,
+    kinds: Collection[str] = ("interval",),
+    zero: bool = False,
+    band: str = "",
 ) -> Spec:
-    """Estimates with their intervals, `lines` of them; `title` is the axis's, with the unit.
+    """Estimates with their intervals, `lines` of them; `x_title` is the axis's, with the unit.
 
     Rows: kind, label, arm, low, value, high. The kind `interval` is a point with a thin bar, `inner` a broad pale bar,
     `seed` a tick, `band` a grey range that belongs to no arm and is called `band` in its tooltip. A layer of a kind
     that has no rows would make Vega warn. `zero` draws a line.
     """
     scale, axis = alt.Scale(zero=False, nice=False, padding=14), alt.Axis(tickCount=6, labelSeparation=6)
-    x = alt.X("value:Q", title=title, scale=scale, axis=axis)
+    x = alt.X("value:Q", title=x_title, scale=scale, axis=axis)
     labels = alt.Axis(domain=False, ticks=False, labelLimit=150, labelPadding=8, grid=False)
     y = alt.Y("label:N", title=None, sort=None, axis=labels)
-    ends = {"x": alt.X("low:Q", title=title, scale=scale, axis=axis), "x2": alt.X2("high:Q"), "y": y}
+    ends = {"x": alt.X("low:Q", title=x_title, scale=scale, axis=axis), "x2": alt.X2("high:Q"), "y": y}
     own = {
         "color": _colour(panel),
         "tooltip": _tooltip(what="label:N", low="low:Q", estimate="value:Q", high="high:Q"),
@@ -79,7 +85,7 @@ def intervals(
     chosen.append(_rows("interval").mark_point(filled=True, size=75, opacity=1).encode(x=x, y=y, **own))
     if zero:
         line = alt.Chart(alt.InlineData(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 3], color="gray")
-        chosen.insert(0, line.encode(x=alt.X("zero:Q", title=title, scale=scale, axis=axis)))
+        chosen.insert(0, line.encode(x=alt.X("zero:Q", title=x_title, scale=scale, axis=axis)))
     return _finished(alt.layer(*chosen), ROW * max(lines, 1) + 10)
 
 
@@ -103,7 +109,7 @@ def lines(
     up = alt.Y(f"{y}:Q", title=y_title, scale=scale, axis=axis)
     tooltip = _tooltip(arm="arm:N", **{column: f"{column}:N" for column in detail}, **{x: f"{x}:Q", y: f"{y}:Q"})
     dashes = [[6, 4] if dash else [1, 0] for dash in panel.dashed.values()]
-    dash = alt.StrokeDash("arm:N", scale=alt.Scale(domain=list(panel.arms), range=dashes), legend=None)
+    dash = alt.StrokeDash("arm:N", scale=alt.Scale(domain=panel.arms, range=dashes), legend=None)
     colour = _colour(panel)
     layers: list[Any] = []
     if band:
@@ -133,7 +139,7 @@ def scatter(
                 scale=alt.Scale(zero=bars and not marks, nice=False, padding=16))  # fmt: skip
     shapes = [_SHAPES[place % len(_SHAPES)] for place in range(len(panel.arms))]
     colour, at = _colour(panel), {"x": x("x:Q"), "y": y("y:Q")}
-    shape = alt.Shape("arm:N", scale=alt.Scale(domain=list(panel.arms), range=shapes), legend=None)
+    shape = alt.Shape("arm:N", scale=alt.Scale(domain=panel.arms, range=shapes), legend=None)
     seed = _tooltip(arm="arm:N", seed="seed:N", **{x_title: "x:Q", y_title: "y:Q"})
     means = _rows("mean")
     layers: list[Any] = []
@@ -171,7 +177,7 @@ def dots(panel: Panel, x_title: str, labels: Sequence[str], ticks: Sequence[int]
         x=alt.X("value:Q", title=x_title, scale=alt.Scale(zero=False, nice=False, padding=14),
                 axis=alt.Axis(values=list(ticks), format="d", labelSeparation=6)),
         y=alt.Y("layer:N", title=None, sort=list(labels), scale=alt.Scale(domain=list(labels)), axis=lines),
-        yOffset=alt.YOffset("arm:N", sort=list(panel.arms)),
+        yOffset=alt.YOffset("arm:N", sort=panel.arms),
         color=_colour(panel),
         tooltip=_tooltip(arm="arm:N", seed="seed:N", layer="layer:N", value="value:Q"),
     )  # fmt: skip

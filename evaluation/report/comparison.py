@@ -88,16 +88,16 @@ class TaskRow:
     @property
     def outcome(self) -> str:
         """What may be said against the base and against the baseline; empty for the base itself."""
-
-        def word(against: str, found: Difference | None) -> str:
-            if found is None:
-                return f"not comparable with {against}"
-            return f"undecided against {against}" if found.outcome == "undecided" else f"{found.outcome} than {against}"
-
         if self.arm == BASE:
             return ""
-        other = [(self.baseline, self.to_baseline)] if self.baseline not in (BASE, self.arm) else []
-        return "; ".join(word(against, found) for against, found in [(BASE, self.to_base), *other])
+        against = {BASE: self.to_base} | (
+            {} if self.baseline in (BASE, self.arm) else {self.baseline: self.to_baseline}
+        )
+        return "; ".join(
+            f"not comparable with {name}" if d is None
+            else f"{d.outcome} {'against' if d.outcome == 'undecided' else 'than'} {name}"
+            for name, d in against.items()
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -185,26 +185,27 @@ def load_report(
 
 
 def _check(runs: Sequence[RunFacts], choice: Choice, baseline: str | None) -> None:
+    """Refuse names that no finished run has."""
     tasks = [task.name for task in queries.tasks_of(runs)]
-    if tasks and choice.task is not None and choice.task not in tasks:  # of a task that nobody has, no arm is known
-        raise ChoiceError(next(iter(_unknown("task", [choice.task], tasks))))
-    known, _ = queries.choose(runs, Choice(task=choice.task))
-    if not known:
+    of_task, _ = queries.choose(runs, Choice(task=choice.task))
+    names: dict[str, tuple[Iterable[str], Iterable[str]]] = {
+        "arm": ([*choice.arms, *filter(None, [baseline])], sorted({run.arm for run in of_task})),
+        "seed": (map(str, choice.seeds), map(str, sorted({run.seed for run in of_task}))),
+        "backend": (choice.backends, sorted({run.backend_name for run in of_task})),
+    }
+    if tasks and choice.task is not None and choice.task not in tasks:  # then no arm is known either
+        names = {"task": ([choice.task], tasks)}
+    elif not of_task:
         return
     problems = [
-        *_unknown("arm", [*choice.arms, *([] if baseline is None else [baseline])], {run.arm for run in known}),
-        *_unknown("seed", map(str, choice.seeds), map(str, sorted({run.seed for run in known}))),
-        *_unknown("backend", choice.backends, {run.backend_name for run in known}),
+        f"expected the {kind} of a finished run, got {name!r}{suggest(name, known)}"
+        for kind, (asked, available) in names.items()
+        for known in [list(available)]
+        for name in dict.fromkeys(asked)
+        if name not in known
     ]
     if problems:
         raise ChoiceError("\n".join(problems))
-
-
-def _unknown(kind: str, names: Iterable[str], known: Iterable[str]) -> Iterable[str]:
-    known = sorted(known) if isinstance(known, set) else list(known)
-    for name in dict.fromkeys(names):
-        if name not in known:
-            yield f"expected the {kind} of a finished run; came: {name!r}{suggest(name, known)}"
 
 
 def _filters(choice: Choice, baseline: str) -> str:

@@ -155,11 +155,10 @@ def _pictures(report: Report) -> Panel | None:
         Chart(
             id=f"place-{name}",
             title=heading,
-            label=f"{heading}: each arm with its interval; across {title}, up {up_title}",
             draw="scatter",
             options={"x_title": title, "y_title": up_title, "bars": True, "marks": marks},
             where={"chart": name},
         )
         for name, heading, up_title, marks in charts
     )
-    return Panel("places", data, drawn, tuple(data.levels("arm")), note=note)
+    return Panel("places", data, drawn, note=note)

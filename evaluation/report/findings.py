@@ -152,9 +152,8 @@ def _differences(comparison: Comparison) -> Panel | None:
         Chart(
             id=f"difference-{at}",
             title=f"{title} minus that of {against}, points",
-            label=f"Difference of {title} from {against} in percentage points with 95% intervals, one line per arm",
             draw="intervals",
-            options={"title": "points", "zero": True, "kinds": kinds,
+            options={"x_title": "points", "zero": True, "kinds": kinds,
                      "lines": len({row[3] for row in data.rows if row[1] == against})},
             where={"against": against},
         )
@@ -167,5 +166,4 @@ def _differences(comparison: Comparison) -> Panel | None:
         note += " With one seed, a bar allows for other items only."
     if "seed" in kinds:
         note += " Ticks are single seeds."
-    arms = tuple(row.arm for row in comparison.trained)
-    return Panel("differences", data, charts, arms, note=note, legend=False)
+    return Panel("differences", data, charts, note=note)

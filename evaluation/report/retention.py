@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from db.queries import BASE
 from evaluation.report.alignment import missing_note
 from evaluation.report.arms import KL, LOSS, RETENTION
-from evaluation.report.blocks import Block, Cell, Chart, Dataset, Details, Panel, Section, Table, Text, arm_cell
+from evaluation.report.blocks import Block, Cell, Chart, Dataset, Details, Panel, Section, Table, Text
 from evaluation.report.comparison import Comparison, Report
 from evaluation.report.findings import preserved, score
 from evaluation.report.results import Key
@@ -18,37 +18,19 @@ _DISTANCES: Mapping[Key, str] = {
     ("weights", "update_norm"): "‖ΔW‖, Frobenius",
 }
 """Measures of the distance from the base → title with unit; the first one that was measured is drawn."""
-_UPDATES: Mapping[Key, str] = {
-    ("general", "perplexity"): "Perplexity",
-    ("general", "loss"): "Its loss, nats per token",
-    ("weights", "update_norm"): "‖ΔW‖",
-    ("weights", "update_norm_relative"): "‖ΔW‖ / ‖W‖",
-    ("weights", "effective_rank"): "Effective rank",
-    ("weights", "stable_rank"): "Stable rank",
-    ("weights", "rank"): "Rank",
-    ("hidden", "drift_relative"): "Drift",
-    ("hidden", "drift_cosine"): "1 − cosine",
-}
 _ROUNDS_TO_ZERO = 0.05
 """Points below which a change would be written as 0.0."""
 
 
 def retention(report: Report) -> Section | None:
     comparison = report.comparison
-    more = tuple(block for block in (_distance(report), _by_task(comparison), _updates(comparison)) if block)
+    more = tuple(block for block in (_distance(report), _by_task(comparison)) if block)
     front = _front(comparison)
     if not front and not more:
         return None
-    words = []
-    if comparison.has(*RETENTION):
-        words.append("Retention is accuracy on general tasks that no arm was trained on.")
-    if comparison.has("general", "perplexity"):
-        words.append(
-            "Perplexity is measured on the texts of measure.text, by default the answers to the retention questions; "
-            "the base's with the adapter off."
-        )
-    blocks: list[Block] = [*([Text(" ".join(words))] if words else []), *([front] if front else [])]
-    blocks += [Details("Task by task, and what changed in the model", more)] if front and more else more
+    words = "Retention is accuracy on general tasks that no arm was trained on."
+    blocks: list[Block] = [*([Text(words)] if comparison.has(*RETENTION) else []), *([front] if front else [])]
+    blocks += [Details("Task by task, and the distance from the base", more)] if front and more else more
     return Section("Retention", tuple(blocks))
 
 
@@ -89,11 +71,10 @@ def _distance(report: Report) -> Panel | None:
     if not data.rows:
         return None
     title, up = "Distance from the base, and what was kept", "retention accuracy, %"
-    label = f"{title}: one point per arm and seed; across {_DISTANCES[across]}, up {up}"
     options = {"x_title": _DISTANCES[across], "y_title": up, "log_x": across == KL}
-    arms = tuple(row.arm for row in comparison.trained)
-    note = f"One point per arm and seed; shape and colour both mark the arm. {missing_note(arms, data)}".strip()
-    return Panel("forgetting", data, (Chart("forgetting", title, label, "scatter", options),), arms, note=note)
+    missing = missing_note([row.arm for row in comparison.trained], data)
+    note = f"One point per arm and seed; shape and colour both mark the arm. {missing}".strip()
+    return Panel("forgetting", data, (Chart("forgetting", title, "scatter", options),), note=note)
 
 
 def _by_task(comparison: Comparison) -> Table | None:
@@ -114,10 +95,3 @@ def _by_task(comparison: Comparison) -> Table | None:
     lines.append(["kept of the base's, same items [95%]", *shares])
     caption = "Accuracy on the retention tasks, percent, mean over seeds (change from the base in points)"
     return Table(caption, ("Task", *comparison.arms), lines)
-
-
-def _updates(comparison: Comparison) -> Table | None:
-    columns = {key: title for key, title in _UPDATES.items() if comparison.has(*key)}
-    lines = [(arm_cell(row.arm), *(significant(row.metrics.get(key)) for key in columns)) for row in comparison.rows]
-    caption = "Size of the updates, mean over seeds: Frobenius norms, mean ranks over modules, drift of hidden states"
-    return Table(caption, ("Arm", *columns.values()), lines) if columns else None

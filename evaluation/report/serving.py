@@ -12,7 +12,7 @@ from sqlalchemy import Row
 from db.queries import BASE, RunFacts
 from evaluation.measure.speed import summary
 from evaluation.report.arms import ArmRow
-from evaluation.report.blocks import Block, Cell, Chart, Dataset, Details, Panel, Section, Table, Text, arm_cell
+from evaluation.report.blocks import Block, Cell, Details, Section, Table, Text, arm_cell, interval_panel
 from evaluation.report.results import Results, Rows
 from evaluation.report.text import interval, number, percent, seeds_text
 from evaluation.statistics.intervals import Interval, aligned, bootstrap_mean, is_binary, mean_test, share_interval
@@ -233,20 +233,13 @@ def speed(phases: Sequence[PhaseRow], rows: Sequence[ArmRow], modes: Mapping[str
     if not phases:
         return None
     blocks: list[Block] = [Text(f"{modes_in_words(modes)} Requests run one at a time.".strip())]
-    data = Dataset(("kind", "label", "arm", "low", "value", "high"))
-    for row in rows:
-        if row.arm != BASE and (change := row.delta_speed_interval):
-            data.add("interval", row.arm, row.arm, change.low, change.estimate, change.high)
-    if data.rows:
-        title = "Decoding speed relative to the base timed beside it, percent"
-        options = {"title": "percent", "zero": True, "lines": len(data.rows)}
-        chart = Chart("speed", title, f"{title}, with 95% intervals", "intervals", options)
-        note = (
-            "Paired: arm and base take turns in one process. The intervals in the table describe one process each, so "
-            "medians of two processes cannot be compared."
-        )
-        arms = tuple(row.arm for row in rows)
-        blocks.append(Panel("speed", data, (chart,), arms, note=note, wide=True, legend=False))
+    title = "Decoding speed relative to the base timed beside it, percent"
+    note = (
+        "Paired: arm and base take turns in one process. The intervals in the table describe one process each, so "
+        "medians of two processes cannot be compared."
+    )
+    changes = ((row.arm, row.arm, row.delta_speed_interval) for row in rows if row.arm != BASE)
+    blocks += interval_panel("speed", title, changes, "percent", note)
     lines = [
         (arm_cell(row.arm), row.backend, _PHASE_TITLES[row.phase],
          f"{interval(row.value, digits=2 if row.unit == 'ms' else 0)} {row.unit}", number(row.confidence),
@@ -301,17 +294,9 @@ def precisions(rows: Sequence[PrecisionRow], title: str) -> Section | None:
             "larger type: the file is larger than the type's name suggests."
         )
     blocks: list[Block] = [Text(" ".join(words)), Table("Other precisions on the same test items", headers, lines)]
-    data = Dataset(("kind", "label", "arm", "low", "value", "high"))
-    for row in rows:
-        if bounds := row.delta:
-            data.add("interval", f"{row.arm} {row.type}", row.arm, bounds.low, bounds.estimate, bounds.high)
-    if data.rows:
-        heading = f"{title} minus that of f16 on the same items, points"
-        options = {"title": "points", "zero": True, "lines": len(data.rows)}
-        label = f"{heading}: every model in every precision, with 95% intervals"
-        chart = Chart("precisions", heading, label, "intervals", options)
-        arms = tuple(dict.fromkeys(row.arm for row in rows))
-        blocks.append(Panel("precisions", data, (chart,), arms, wide=True, legend=False))
+    heading = f"{title} minus that of f16 on the same items, points"
+    deltas = ((f"{row.arm} {row.type}", row.arm, row.delta) for row in rows)
+    blocks += interval_panel("precisions", heading, deltas, "points")
     return Section("Quantization", tuple(blocks), brief=4)
 
 

@@ -13,7 +13,7 @@ from rich.text import Text as Words
 
 from evaluation.report.all_tasks import all_tasks
 from evaluation.report.blocks import Block, Cell, Table, Text
-from evaluation.report.comparison import Comparison, Report
+from evaluation.report.comparison import Report
 from evaluation.report.provenance import byline
 from evaluation.report.sections import sections
 
@@ -33,8 +33,8 @@ def print_report(report: Report, console: Console) -> None:
         _print(console, [Text(f"Other data sets in this database: {others}; --all-tasks shows all.")])
 
 
-def print_tasks(comparison: Comparison, console: Console) -> None:
-    _print(console, _short(all_tasks(comparison)))
+def print_tasks(report: Report, console: Console) -> None:
+    _print(console, _short(all_tasks(report.comparison)))
 
 
 def _short(blocks: Sequence[Block]) -> list[Block]:

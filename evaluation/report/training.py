@@ -88,8 +88,7 @@ def loss(report: Report) -> Section | None:
     blocks: list[Block] = [
         Text(f"{arm}: {'; '.join(words)}. No curve can show that.") for arm, words in sentences.items()
     ]
-    present, parts = {*data.levels("arm"), *sentences}, data.levels("part")
-    arms = tuple(arm for arm in report.comparison.arms if arm in present)
+    parts = data.levels("part")
     thinned = {row[2] for row in data.rows if row[4] is not None}
     charts = []
     for part in (part for part in _PARTS if part in parts):
@@ -97,14 +96,14 @@ def loss(report: Report) -> Section | None:
         options = {"detail": ["seed"], "log": log, "band": part in thinned, "points": part != "train"}
         axes = ("step", "optimizer step", "nats", f"nats per token{' (log)' * log}")
         heading = f"{_PARTS[part]}, nats per token"
-        charts.append(_lines(f"loss-{part}", heading, arms, axes, {"part": part}, **options))
+        charts.append(_lines(f"loss-{part}", heading, axes, {"part": part}, **options))
     note = "One line per seed; the training loss starts after the warm-up."
     if thinned:
         note += f" Longer runs are drawn as {MOST_POINTS} means of stretches, in a band from smallest to largest."
     if "kl" in parts:
         note += " KL(base ‖ tuned) is measured for every arm, preserved or not, on base texts that no loss sees."
     if charts:
-        blocks.append(Panel("loss", data, tuple(charts), arms, _seeds_control(data), note=note))
+        blocks.append(Panel("loss", data, tuple(charts), _seeds_control(data), note=note))
     return Section("Loss curves", tuple(blocks))
 
 
@@ -214,25 +213,10 @@ def _seeds_control(data: Dataset) -> tuple[Control, ...]:
     return (Control("seed", "Seed", (("", "all"), *((s, s) for s in seeds))),) if len(seeds) > 1 else ()
 
 
-def _arms(report: Report, data: Dataset) -> tuple[str, ...]:
-    present = set(data.levels("arm"))
-    return tuple(arm for arm in report.comparison.arms if arm in present)
-
-
-def _lines(
-    name: str,
-    title: str,
-    arms: Sequence[str],
-    axes: tuple[str, str, str, str],
-    where: Mapping[str, str],
-    **options: Any,
-) -> Chart:
+def _lines(name: str, title: str, axes: tuple[str, str, str, str], where: Mapping[str, str], **options: Any) -> Chart:
     """A chart of lines; `axes` are column and title across, then up."""
-    x, x_title, y, y_title = axes
-    label = f"{title}, by {x_title}, for each arm: {', '.join(arms)}"
-    return Chart(
-        name, title, label, "lines", {"x": x, "x_title": x_title, "y": y, "y_title": y_title, **options}, where
-    )
+    titles = dict(zip(("x", "x_title", "y", "y_title"), axes, strict=True))
+    return Chart(name, title, "lines", titles | options, where)
 
 
 def _spectrum_panel(report: Report) -> Panel | None:
@@ -253,9 +237,9 @@ def _spectrum_panel(report: Report) -> Panel | None:
                     data.add(*runs[row.run_id], layer_name(row.layer), row.factor, name, number, value / most)
     if not data.rows:
         return None
-    arms, axes = _arms(report, data), ("number", "number of the eigenvalue", "share", "share of the largest (log)")
+    axes = ("number", "number of the eigenvalue", "share", "share of the largest (log)")
     charts = tuple(
-        _lines(f"spectrum-{factor}", f"Eigenvalues of {title}", arms, axes, {"factor": factor}, detail=["seed"],
+        _lines(f"spectrum-{factor}", f"Eigenvalues of {title}", axes, {"factor": factor}, detail=["seed"],
                log=True, points=True)
         for factor, title in _FACTORS.items()
         if factor in data.levels("factor")
@@ -267,7 +251,7 @@ def _spectrum_panel(report: Report) -> Panel | None:
         *_seeds_control(data),
     )
     note = f"Shares of the layer's largest eigenvalue; below {FAINT:g} is rounding error."
-    return Panel("spectra", data, charts, arms, controls, note=note)
+    return Panel("spectra", data, charts, controls, note=note)
 
 
 class _Number(NamedTuple):
@@ -308,7 +292,7 @@ def _layer_panel(report: Report, split: str, readings: Mapping[str, tuple[str, s
     for row in rows:
         if row.layer in layers and row.step in of_one:
             data.add(*row[:5], None, row.value, None)
-    arms, names = _arms(report, data), set(data.levels("name"))
+    names = set(data.levels("name"))
     note = "All layers: the line is the median over layers and seeds, the band holds the middle 80%."
     if "cos_raw_inner" in names and all(abs(row.value - 1) < 1e-6 for row in rows if row.name == "cos_raw_inner"):
         names.remove("cos_raw_inner")
@@ -318,13 +302,13 @@ def _layer_panel(report: Report, split: str, readings: Mapping[str, tuple[str, s
     if len(layers) == MOST_LAYERS:
         note += f" {MOST_LAYERS} layers can be chosen, evenly spaced; the median is over all."
     charts = tuple(
-        _lines(f"{split}-{name}".replace("_", "-"), title, arms, ("step", "optimizer step", "value", unit),
+        _lines(f"{split}-{name}".replace("_", "-"), title, ("step", "optimizer step", "value", unit),
                {"name": name}, detail=["seed", "layer"], band=True, height=220)
         for name, (title, unit) in readings.items()
         if name in names
     )  # fmt: skip
     control = Control("layer", "Layer", ((ALL, f"{ALL}: median, 10% to 90%"), *((name, name) for name in layers)))
-    return Panel(f"layers-{split}", data, charts, arms, (control,), note=note)
+    return Panel(f"layers-{split}", data, charts, (control,), note=note)
 
 
 def _final_ranks(report: Report) -> Panel | None:
@@ -336,7 +320,7 @@ def _final_ranks(report: Report) -> Panel | None:
     for row in rows:
         if row.layer in labels:
             data.add(row.arm, row.seed, row.layer, row.value)
-    arms, title = _arms(report, data), "Rank of every layer after training"
+    title = "Rank of every layer after training"
     options = {"x_title": "rank", "labels": labels, "ticks": sorted({int(row.value) for row in rows})}
-    chart = Chart("final-ranks", title, f"{title}, for each arm: {', '.join(arms)}", "dots", options)
-    return Panel("ranks", data, (chart,), arms, _seeds_control(data), wide=True)
+    chart = Chart("final-ranks", title, "dots", options)
+    return Panel("ranks", data, (chart,), _seeds_control(data))
