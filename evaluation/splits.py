@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from evaluation import EvaluationError, paraphrase
 from evaluation.epa import POLLUTANTS
 from evaluation.sources.hub import HUB
-from evaluation.sources.rows import OWN, RecipeRows, RowSource, by_reason, read_recipe, write_rejected
+from evaluation.sources.rows import OWN, RowSource, read_recipe, write_rejected
 from evaluation.sources.tabular import FILES
 from evaluation.tasks import Item, general, load, names
 from trainers.settings import Positive, Seed
@@ -148,17 +148,12 @@ def _from_rows(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item]
     untested = sum(item.id not in test_ids for item in rows.test or ())
     return division.splits, {
         **rows.facts,
-        "accepted_rows": len(rows.train) + len(rows.test or ()),
-        "rejected_rows": len(rows.rejected),
-        "duplicate_rows": rows.duplicates,
-        "too_long_rows": rows.too_long,
         "apart_rows": len(division.apart),
         "first_apart": [item.id for item in division.apart[:5]],
         "untested_rows": untested,
         "unused_rows": len(division.unused),
         "first_unused": [item.id for item in division.unused[:5]],
-        "first_rejections": [f"{r.split} row {r.row}, column {r.column}: {r.reason}" for r in rows.rejected[:5]],
-        "notes": [*rows.notes, *task_notes, *_notes(rows, division, section, untested)],
+        "notes": [*rows.notes, *task_notes, *_notes(division, section, untested)],
     }
 
 
@@ -233,14 +228,8 @@ def _targets(rows: int, held_out: dict[str, int], train: int | None) -> dict[str
     return {split: max(1, int(n * share)) for split, n in held_out.items()}
 
 
-def _notes(rows: RecipeRows, division: Division, section: PrepareData, untested: int) -> list[str]:
+def _notes(division: Division, section: PrepareData, untested: int) -> list[str]:
     notes = []
-    for split, share in rows.most_refused.items():
-        commonest = by_reason([rejection for rejection in rows.rejected if rejection.split == split])[0]
-        notes.append(
-            f"WARNING: {share:.0%} of the rows of split {split!r} were refused, more than half; check columns and "
-            f"max_chars. Most frequent reason ({len(commonest)} rows): {commonest[0].reason}"
-        )
     for split in ("valid", "test"):
         requested, got = getattr(section, f"{split}_items"), len(division.splits[split])
         if got != requested:

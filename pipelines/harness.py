@@ -48,14 +48,14 @@ def run(params: Params, arm: str, seed: int, task: str) -> None:
     with staged(benchmark_dir(task, arm, seed)) as folder:
         record = start_run("harness", params=shown, inputs=inputs, arm=arm, seed=seed)
         model, tokenizer, _ = load_model(params.train, arm, seed)
-        found = lm_harness.ask(model, tokenizer, task, OWN, limit=section.harness_limit, batch_size=section.parallel)
-        told = {"lm_eval": metadata.version("lm-eval"), "tasks": found.tasks}
-        content = {"schema": 1, "arm": arm, "seed": seed, "benchmark": task, **told}
-        content |= {"metrics": found.metrics, "metric_defs": found.metric_defs}
-        write_records(folder / "samples.jsonl", [SampleRecord.of(row) for row in found.samples])
+        results = lm_harness.ask(model, tokenizer, task, OWN, limit=section.harness_limit, batch_size=section.parallel)
+        facts = {"lm_eval": metadata.version("lm-eval"), "tasks": results.tasks}
+        content = {"schema": 1, "arm": arm, "seed": seed, "benchmark": task, **facts}
+        content |= {"metrics": results.metrics, "metric_defs": results.metric_defs}
+        write_records(folder / "samples.jsonl", [SampleRecord.of(row) for row in results.samples])
         write_record(folder / RECORD, HarnessRecord.of(content))
         finish_run(record, folder)
-    print(json.dumps({f"{m['split']} {m['name']}": m["value"] and round(m["value"], 4) for m in found.metrics}))
+    print(json.dumps({f"{m['split']} {m['name']}": m["value"] and round(m["value"], 4) for m in results.metrics}))
 
 
 def main(

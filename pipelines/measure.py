@@ -229,11 +229,9 @@ def add_separation(
         reference.save(folder / REFERENCE)
     else:
         reference = separation.Reference.load(measured_dir(BASE_ARM, 0) / REFERENCE, key)
-    if is_base or np.isfinite(pooled).all():
-        measured = separation.measure(pooled, plan, reference, weight=section.index_weight, is_base=is_base)
-    else:  # a result like others: the report shows that nothing could be computed
-        found.notes.append("hidden states of prompts hold NaN or infinity; there is no Alignment Quality Index")
-        measured = separation.unknown(len(layers))
+    measured = separation.measure(pooled, plan, reference, weight=section.index_weight, is_base=is_base)
+    if not np.isfinite(pooled).all():  # a result like any other: the report shows that nothing could be computed
+        found.notes.append("hidden states of prompts contain NaN or infinity; there is no Alignment Quality Index")
     found.add("alignment", measured.overall, len(asked))
     for number, values in zip(layers, measured.layers, strict=True):
         found.add_layer("alignment", f"layer {number}", values)

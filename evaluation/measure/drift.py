@@ -1,4 +1,4 @@
-"""How large an adapter's update is: norms and ranks of ΔW = s·B·A, module by module (notation of the README of `grit`).
+"""Size of an adapter's update: norms and ranks of ΔW = s·B·A, module by module (notation of `grit`'s README).
 
 LoRA's ΔW is never formed. With the reduced QR decompositions Aᵀ = Q_A·R_A and B = Q_B·R_B, ΔW =
 Q_B·(s·R_B·R_Aᵀ)·Q_Aᵀ, and since Q_A and Q_B have orthonormal columns, the singular values of ΔW are those of the r×r
@@ -11,18 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_DRIFT = "of the hidden states on the texts of the perplexity, adapter on against off, mean over tokens and layers"
+_DRIFT = "of the hidden states on the perplexity texts, adapter on versus off, mean over tokens and layers"
 _ENTROPY = "exp of the entropy of ΔW's normalised singular values"
 METRICS = {
     "update_norm": ("1", "none", "‖ΔW‖_F: Frobenius norm of the update, all target modules together"),
     "update_norm_relative": ("1", "none", "‖ΔW‖_F / ‖W‖_F, all target modules together"),
     "effective_rank": ("directions", "none", f"{_ENTROPY} (Roy & Vetterli 2007), mean over modules"),
     "stable_rank": ("directions", "none", "‖ΔW‖_F² / ‖ΔW‖₂², mean over modules"),
-    "rank": (
-        "directions",
-        "none",
-        "Rank allotted to the adapter, of other methods than LoRA that of ΔW, mean over modules",
-    ),
+    "rank": ("directions", "none", "Rank of the adapter (for methods other than LoRA, of ΔW), mean over modules"),
     "drift_relative": ("1", "none", f"‖h − h₀‖/‖h₀‖ {_DRIFT}"),
     "drift_cosine": ("1", "none", f"1 − cos(h, h₀) {_DRIFT}"),
 }
@@ -32,9 +28,9 @@ METRICS = {
 @dataclass(frozen=True)
 class Update:
     name: str  # of the module in the base model, without the outer `model.`
-    singular_values: Sequence[float]  # of ΔW, descending, at most r of them; all nan where A or B is not finite
+    singular_values: Sequence[float]  # of ΔW, descending, at most r of them; all nan if A or B is not finite
     weight_norm: float  # ‖W‖_F of the frozen weight
-    rank: int  # allotted, r
+    rank: int  # r
 
     @property
     def norm(self) -> float:
@@ -42,7 +38,7 @@ class Update:
 
     @property
     def effective_rank(self) -> float:
-        """exp(−Σ p ln p) with p = σ/Σσ; nan where ΔW is zero or not finite."""
+        """exp(−Σ p ln p) with p = σ/Σσ; nan if ΔW is zero or not finite."""
         total = math.fsum(self.singular_values)
         if total == 0.0 or not math.isfinite(total):
             return math.nan
@@ -51,7 +47,7 @@ class Update:
 
     @property
     def stable_rank(self) -> float:
-        """‖ΔW‖_F²/σ₁²; nan where ΔW is zero or not finite."""
+        """‖ΔW‖_F²/σ₁²; nan if ΔW is zero or not finite."""
         largest = max(self.singular_values)
         return math.fsum((value / largest) ** 2 for value in self.singular_values) if largest > 0.0 else math.nan
 
@@ -68,12 +64,12 @@ class Update:
 def singular_values(a: Any, b: Any, scale: float) -> list[float]:
     """The min(r, d_in, d_out) singular values of scale·b·a, descending, in float64; a [r, d_in], b [d_out, r].
 
-    All are nan where a or b holds NaN or infinity, as a diverged adapter does.
+    All are nan if a or b contains NaN or infinity, as in a diverged adapter.
     """
     from torch.linalg import qr, svdvals
 
     if not (a.isfinite().all() and b.isfinite().all()):
-        return [math.nan] * min(*a.shape, b.shape[0])  # LAPACK stops with an error, and not always at once
+        return [math.nan] * min(*a.shape, b.shape[0])  # LAPACK fails on them, sometimes only after a long time
     r_a = qr(a.detach().double().T, mode="r").R
     r_b = qr(b.detach().double(), mode="r").R
     return [float(value) for value in svdvals(abs(scale) * (r_b @ r_a.T))]
@@ -82,8 +78,8 @@ def singular_values(a: Any, b: Any, scale: float) -> list[float]:
 def updates(model: Any) -> Iterator[Update]:
     """The update of every adapted matrix of a PEFT model with one adapter, in the model's order, scaled as PEFT does.
 
-    What is not s·B·A alone (DoRA, other methods than LoRA) is merged into a copy of the layer, and W taken off again;
-    not where W is in 4 bit, whose rounding would be most of the difference.
+    An update that is not just s·B·A (DoRA, methods other than LoRA) is merged into a copy of the layer, and W is
+    subtracted; not if W is in 4 bit, where rounding would be most of the difference.
     """
     import torch
     from peft.tuners.lora import LoraLayer
@@ -118,23 +114,23 @@ def updates(model: Any) -> Iterator[Update]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Mean over the modules that have a rank; nan over nothing."""
+    """Mean over the modules that have a rank; nan if none has."""
     known = [value for value in values if not math.isnan(value)]
     return math.fsum(known) / len(known) if known else math.nan
 
 
-def summarize(found: Sequence[Update]) -> dict[str, float]:
+def summarize(updates: Sequence[Update]) -> dict[str, float]:
     """The whole adapter's figures: norms over all modules together, ranks as means over modules.
 
-    An update of zero has no rank and is left out. Where one is not finite, all but the allotted rank is nan.
+    An update of zero has no rank and is skipped. If any is not finite, everything but `rank` is nan.
     """
-    broken = any(math.isnan(update.norm) for update in found)
-    norm = math.sqrt(math.fsum(update.norm**2 for update in found))
-    weight = math.sqrt(math.fsum(update.weight_norm**2 for update in found))
+    broken = any(math.isnan(update.norm) for update in updates)
+    norm = math.sqrt(math.fsum(update.norm**2 for update in updates))
+    weight = math.sqrt(math.fsum(update.weight_norm**2 for update in updates))
     return {
         "update_norm": norm,
         "update_norm_relative": norm / weight if weight > 0.0 else math.nan,
-        "effective_rank": math.nan if broken else _mean([update.effective_rank for update in found]),
-        "stable_rank": math.nan if broken else _mean([update.stable_rank for update in found]),
-        "rank": _mean([float(update.rank) for update in found]),
+        "effective_rank": math.nan if broken else _mean([update.effective_rank for update in updates]),
+        "stable_rank": math.nan if broken else _mean([update.stable_rank for update in updates]),
+        "rank": _mean([float(update.rank) for update in updates]),
     }

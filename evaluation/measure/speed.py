@@ -1,12 +1,12 @@
 """Speed, measured so that two models can be compared: load, time to first token, prefill, decode.
 
-One request at a time, fixed numbers of tokens (on Ollama at most that many: an end token ends its answer), the models
-in turn within one process, a warm-up thrown away, and every prompt with a prefix of its own, so that a prompt cache
-finds no more than what the template has in front of it. Merged LoRA models of one shape run the same arithmetic: a
-difference between them is noise, and this is how large the noise is.
+One request at a time with a fixed number of tokens (on Ollama at most that many: an end token ends its answer), the
+models taking turns within one process, after a discarded warm-up. Every prompt gets a unique prefix, so that a prompt
+cache finds no more than the part of the template before it. Merged LoRA models of one shape run the same arithmetic:
+the difference between them is noise, and this shows how large the noise is.
 
-What a row's tokens are: in `prefill` those of the prompts, in `decode` those of the answers, in `ttft` the first
-ones, one for each request; `load` has none. None is a figure that a server did not give.
+Tokens of a row: in `prefill` those of the prompts, in `decode` those of the answers, in `ttft` the first ones, one per
+request; `load` has none. None marks a figure that a server did not give.
 """
 
 import statistics
@@ -21,47 +21,51 @@ Request = Callable[[str, str, int], Phases]
 """(prefix, question, tokens) → times; `Engine.phases`."""
 
 
-def loads(contenders: Mapping[str, Callable[[], int | None]], *, repetitions: int) -> list[dict[str, Any]]:
-    """Time loading the contenders, in turn, from a file that the system has in memory since the load thrown away.
+def _rotated(names: list[str], turn: int) -> list[str]:
+    """Another contender goes first in every turn, so that drift affects all alike."""
+    return names[turn % len(names) :] + names[: turn % len(names)]
 
-    Where the file is mapped, its pages come with the first pass, and are not part of the figure. A contender loads the
-    model, which must not be loaded, and gives the time, ns. Rows as of `alternate`.
+
+def _row(arm: str, phase: str, repetition: int, tokens: int | None, nanoseconds: int | None) -> dict[str, Any]:
+    return {"arm": arm, "phase": phase, "repetition": repetition, "tokens": tokens, "nanoseconds": nanoseconds}
+
+
+def loads(contenders: Mapping[str, Callable[[], int | None]], *, repetitions: int) -> list[dict[str, Any]]:
+    """Time the loading of each contender, in turn, from a file that the discarded first load left in the page cache.
+
+    If the file is memory-mapped, its pages are read in the first pass and are not part of the figure. A contender loads
+    its model, which must not be loaded yet, and returns the time, ns. Rows as in `alternate`.
     """
-    names = list(contenders)
     rows = []
     for repetition in range(WARM_UP, repetitions):
-        shift = repetition % len(names)
-        for arm in names[shift:] + names[:shift]:
+        for arm in _rotated(list(contenders), repetition):
             ns = contenders[arm]()
             if repetition != WARM_UP:
-                rows.append({"arm": arm, "phase": "load", "repetition": repetition, "tokens": None, "nanoseconds": ns})
+                rows.append(_row(arm, "load", repetition, None, ns))
     return rows
 
 
 def alternate(
     contenders: Mapping[str, Request], prompts: Sequence[str], *, repetitions: int, tokens: int
 ) -> list[dict[str, Any]]:
-    """Time the contenders in turn; one repetition more comes first and is thrown away.
+    """Time the contenders in turn, after a discarded repetition.
 
-    Each is asked every prompt in each repetition and decodes so many tokens. Rows {arm, phase, repetition, tokens,
-    nanoseconds} are a sum over the prompts each; None where a figure of one of them is.
+    In each repetition, each contender gets every prompt and decodes `tokens` tokens. Rows {arm, phase, repetition,
+    tokens, nanoseconds} are sums over the prompts; None if a figure of any prompt is.
     """
     rows: list[dict[str, Any]] = []
     names = list(contenders)
     for repetition in range(WARM_UP, repetitions):
         parts: dict[tuple[str, str], list[tuple[int | None, int | None]]] = {}
         for number, prompt in enumerate(prompts):
-            # Who goes first changes from prompt to prompt, so that drift meets all alike.
-            shift = (number + repetition) % len(names)
-            for arm in names[shift:] + names[:shift]:
-                # The prefix is new for every request: a prompt cache finds nothing.
-                prefix = f"{repetition + 2}{number}{names.index(arm)}"
+            for arm in _rotated(names, number + repetition):
+                prefix = f"{repetition + 2}{number}{names.index(arm)}"  # unique, so that a prompt cache is no help
                 for phase, figures in contenders[arm](prefix, prompt, tokens).items():
                     parts.setdefault((arm, phase), []).append(figures)
         if repetition != WARM_UP:
             for (arm, phase), figures_of_all in parts.items():
                 n, ns = (_total(column) for column in zip(*figures_of_all, strict=True))
-                rows.append({"arm": arm, "phase": phase, "repetition": repetition, "tokens": n, "nanoseconds": ns})
+                rows.append(_row(arm, phase, repetition, n, ns))
     return rows
 
 
@@ -71,17 +75,16 @@ def _total(values: Sequence[int | None]) -> int | None:
 
 
 def tokens_per_second(rows: Sequence[Mapping[str, Any]], arm: str, phase: str) -> float:
-    """Σtokens / Σtime of an arm in a phase; NaN where nothing was measured."""
-    mine = [row for row in rows if row["arm"] == arm and row["phase"] == phase and None not in row.values()]
-    seconds = sum(row["nanoseconds"] for row in mine) / 1e9
-    return float(sum(row["tokens"] for row in mine) / seconds) if seconds else float("nan")
+    """Σtokens / Σtime of an arm in a phase; NaN if nothing was measured."""
+    complete = [row for row in rows if row["arm"] == arm and row["phase"] == phase and None not in row.values()]
+    seconds = sum(row["nanoseconds"] for row in complete) / 1e9
+    return float(sum(row["tokens"] for row in complete) / seconds) if seconds else float("nan")
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Median and interval over the repetitions, of each arm and phase.
+    """{arm, phase, unit, median, low, high, confidence, repetitions} over the repetitions that have a figure.
 
-    {arm, phase, unit, median, low, high, confidence, repetitions}; ms are for each request. Repetitions without a
-    figure are left out.
+    Milliseconds are per request.
     """
     values: dict[tuple[str, str], list[float]] = {}
     for row in rows:
@@ -93,10 +96,10 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "arm": arm,
             "phase": phase,
             "unit": "ms" if phase in ("load", "ttft") else "tokens/s",
-            **median_interval(found),
-            "repetitions": len(found),
+            **median_interval(figures),
+            "repetitions": len(figures),
         }
-        for (arm, phase), found in values.items()
+        for (arm, phase), figures in values.items()
     ]
 
 
@@ -110,11 +113,11 @@ def _figure(row: Mapping[str, Any]) -> float | None:
 
 
 def median_interval(values: Sequence[float], level: float = 0.95) -> dict[str, float]:
-    """{median, low, high, confidence}: the narrowest pair of order statistics that holds the median so surely.
+    """{median, low, high, confidence}: the narrowest pair of order statistics that covers the median at this level.
 
     Whatever the distribution, the k-th smallest and k-th largest of n values miss the median with probability
-    2·P(Bin(n, ½) < k). With fewer than six values none reaches 95%; then it is smallest and largest, and the
-    confidence says how much that is.
+    2·P(Bin(n, ½) < k). With fewer than six values no pair reaches 95%; then it is the smallest and the largest, and
+    `confidence` is what they do reach.
     """
     ordered, n = sorted(values), len(values)
     best, confidence = _rank(n, level)
@@ -126,9 +129,9 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> dict[str, f
     }
 
 
-@cache  # the numbers are as long as there are repetitions
+@cache  # exact integers with as many bits as there are repetitions
 def _rank(n: int, level: float) -> tuple[int, float]:
-    """Return k of the pair of order statistics, and its confidence."""
+    """(k of the pair of order statistics, its confidence)."""
     best, confidence = 1, 0.0
     missed, ways = 0, 1  # of 2ⁿ equally likely sign patterns: those with fewer than k, and with exactly k, below
     for k in range(1, n // 2 + 1):

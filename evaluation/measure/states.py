@@ -1,8 +1,8 @@
 """Loss, perplexity, pooled hidden states and drift of a transformers model.
 
-Layers are numbered as in transformers' `hidden_states`: 0 the embeddings, l the output of block l; the last one comes
-after the final norm. Perplexity is exp of the mean negative log-likelihood over tokens, not over texts or batches; its
-interval resamples whole texts, since tokens of one text are no independent draws.
+Layers are numbered as in transformers' `hidden_states`: 0 the embeddings, l the output of block l; the last one is
+taken after the final norm. Perplexity is exp of the mean negative log-likelihood over tokens, not over texts or batches; its
+interval resamples whole texts, since tokens of one text are not independent.
 """
 
 import math
@@ -20,7 +20,7 @@ _AT_ONCE = 100
 
 
 def perplexity_metrics(of: str, prefix: str = "") -> dict[str, tuple[str, str, str]]:
-    """Name → (unit, direction, description) of the perplexity of some texts, named in words."""
+    """Name → (unit, direction, description) of the perplexity of `of`."""
     exp, end = f"exp of the loss on {of}", "end of the 95% bootstrap interval over texts"
     return {
         f"{prefix}perplexity": ("1", "lower", exp),
@@ -32,13 +32,13 @@ def perplexity_metrics(of: str, prefix: str = "") -> dict[str, tuple[str, str, s
 
 @dataclass(frozen=True)
 class Encoded:
-    ids: tuple[int, ...]  # BOS included where the tokenizer sets one; at least two
-    scored_from: int = 1  # place of the first token that counts in the loss, ≥ 1
+    ids: tuple[int, ...]  # with BOS if the tokenizer sets one; at least two
+    scored_from: int = 1  # position of the first token that counts in the loss, ≥ 1
 
 
 @dataclass(frozen=True)
 class LossSum:
-    """Negative log-likelihood over some tokens: the sum in nats, and how many."""
+    """Negative log-likelihood summed over tokens, in nats, and their number."""
 
     nats: float = 0.0
     tokens: int = 0
@@ -48,12 +48,12 @@ class LossSum:
 
     @property
     def mean(self) -> float:
-        """Nats per token; nan over nothing."""
+        """Nats per token; nan without tokens."""
         return self.nats / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
-        """Exp of the mean; inf where that is too large for a float."""
+        """Exp of the mean; inf if that is too large for a float."""
         return _exp(self.mean)
 
 
@@ -65,11 +65,11 @@ def _exp(value: float) -> float:
 
 
 def perplexity_interval(by_text: Sequence[LossSum], *, resamples: int, seed: int = 0) -> tuple[float, float]:
-    """95% bootstrap interval of the perplexity over texts; nan with fewer than two, or a loss that is not finite.
+    """95% bootstrap interval of the perplexity over texts; nan with fewer than two, or if a loss is not finite.
 
-    Percentiles, so that the interval of the perplexity is exp of that of the loss. It says how much other texts of the
-    same kind would change the figure, as far as texts do not depend on each other; paragraphs of one book do. The same
-    seed gives the base and all arms the same draws.
+    Percentiles, so that the interval of the perplexity is exp of that of the loss. It shows how much other texts of the
+    same kind would change the figure, if texts are independent; paragraphs of one book are not. The same seed gives the
+    base and all arms the same draws.
     """
     n = len(by_text)
     nats, tokens = (
@@ -86,28 +86,28 @@ def perplexity_interval(by_text: Sequence[LossSum], *, resamples: int, seed: int
 
 
 def token_losses(logits: Any, ids: Any, mask: Any, scored_from: Sequence[int]) -> list[LossSum]:
-    """Loss of each text of a batch, over its tokens from `scored_from` (≥ 1: the one at 0 follows nothing) to its end.
+    """Loss of each text of a batch, over its tokens from `scored_from` (≥ 1: nothing predicts token 0) to its end.
 
     Shapes: logits (B, T, vocabulary); ids and mask (B, T), padded on the right.
     """
     from torch.nn.functional import cross_entropy
 
-    found = []
-    # Text by text, so that no copy of all logits in float32 is held.
+    sums = []
+    # Text by text, to avoid a float32 copy of all logits.
     for row, first in enumerate(scored_from):
         end = int(mask[row].sum())
         losses = cross_entropy(logits[row, first - 1 : end - 1].float(), ids[row, first:end], reduction="none")
-        found.append(LossSum(float(losses.double().sum()), end - first))
-    return found
+        sums.append(LossSum(float(losses.double().sum()), end - first))
+    return sums
 
 
 def layer_numbers(depths: Sequence[float], layers: int) -> list[int]:
-    """Numbers of the layers at these depths, shares of the model's `layers` blocks; each once, ascending."""
+    """Layers at these depths (shares of the model's `layers` blocks), without repeats, ascending."""
     return sorted({max(1, round(depth * layers)) for depth in depths})
 
 
 def _batches(texts: Sequence[Encoded], size: int, model: Any) -> Iterator[tuple[list[int], Any, Any]]:
-    """Yields (places, ids [B, T], attention mask [B, T]); texts of like length together, padded on the right."""
+    """Yields (places, ids [B, T], attention mask [B, T]), padded on the right; texts of similar length come together."""
     import torch
 
     device = next(model.parameters()).device
@@ -131,8 +131,8 @@ def pooled_states(
     import torch
 
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    body = whole.base_model  # without the head: no logits are made. PEFT's layers lie inside.
-    made: list[Any] = [None] * len(prompts)
+    body = whole.base_model  # without the head, so no logits are computed; PEFT's layers are inside
+    result: list[Any] = [None] * len(prompts)
     with torch.inference_mode():
         for places, ids, mask in _batches(prompts, batch_size, model):
             out = body(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
@@ -144,17 +144,17 @@ def pooled_states(
                 weights = (mask / mask.sum(dim=1, keepdim=True)).to(states.dtype)
                 pooled = torch.einsum("bltd,bt->bld", states * mask[:, None, :, None], weights)
             for place, row in zip(places, pooled.cpu().numpy(), strict=True):
-                made[place] = row
-    return np.stack(made, axis=1).astype(np.float64)
+                result[place] = row
+    return np.stack(result, axis=1).astype(np.float64)
 
 
 @dataclass(frozen=True)
 class TextFigures:
-    by_text: list[LossSum]  # with the adapter, or of a model that has none
-    base_loss: LossSum | None  # with the adapter off; None where there is none, or it was not asked for
-    relative: list[float]  # layer 1 and up: mean over the tokens of ‖h − h₀‖/‖h₀‖; empty where base_loss is None
-    cosine: list[float]  # likewise of 1 − cos(h, h₀)
-    tokens: int  # all tokens of the texts, which the means are over
+    by_text: list[LossSum]  # with the adapter, if the model has one
+    base_loss: LossSum | None  # with the adapter off; None if there is none, or `against_base` was False
+    relative: list[float]  # from layer 1 on: mean over the tokens of ‖h − h₀‖/‖h₀‖; empty if base_loss is None
+    cosine: list[float]  # the same for 1 − cos(h, h₀)
+    tokens: int  # all tokens of the texts, which the means are taken over
 
     @property
     def loss(self) -> LossSum:
@@ -162,9 +162,9 @@ class TextFigures:
 
 
 def score_texts(model: Any, texts: Sequence[Encoded], *, batch_size: int, against_base: bool = True) -> TextFigures:
-    """Loss over texts and drift of the hidden states, adapter on against off.
+    """Loss over texts, and drift of the hidden states between adapter off and on.
 
-    Every batch is read twice where the model has PEFT's `disable_adapter`, unless `against_base` is False.
+    Every batch is read twice if the model has PEFT's `disable_adapter`, unless `against_base` is False.
     """
     import torch
 
@@ -173,27 +173,26 @@ def score_texts(model: Any, texts: Sequence[Encoded], *, batch_size: int, agains
     relative: Any = 0.0
     cosine: Any = 0.0
 
-    def read(without: AbstractContextManager[Any], ids: Any, mask: Any, starts: list[int]) -> tuple[list[LossSum], Any]:
-        with without:
+    def read(context: AbstractContextManager[Any], ids: Any, mask: Any, places: list[int]) -> tuple[list[LossSum], Any]:
+        with context:
             out = model(input_ids=ids, attention_mask=mask, output_hidden_states=adapted, use_cache=False)
-        return token_losses(out.logits, ids, mask, starts), out.hidden_states
+        return token_losses(out.logits, ids, mask, [texts[place].scored_from for place in places]), out.hidden_states
 
     with torch.inference_mode():
         for places, ids, mask in _batches(texts, batch_size, model):
-            starts = [texts[place].scored_from for place in places]
-            mine, states = read(nullcontext(), ids, mask, starts)
+            batch, states = read(nullcontext(), ids, mask, places)
             tokens += int(mask.sum())
-            for place, of_text in zip(places, mine, strict=True):
-                losses[place] = of_text
+            for place, loss in zip(places, batch, strict=True):
+                losses[place] = loss
             if not adapted:
                 continue
-            theirs, base_states = read(model.disable_adapter(), ids, mask, starts)
-            for place, of_text in zip(places, theirs, strict=True):
-                base_losses[place] = of_text
+            base_batch, base_states = read(model.disable_adapter(), ids, mask, places)
+            for place, loss in zip(places, base_batch, strict=True):
+                base_losses[place] = loss
             real = mask.bool()
             drifts = [_drift(h[real], h0[real]) for h, h0 in zip(states[1:], base_states[1:], strict=True)]
-            relative = relative + np.array([far for far, _ in drifts])
-            cosine = cosine + np.array([turned for _, turned in drifts])
+            relative = relative + np.array([distance for distance, _ in drifts])
+            cosine = cosine + np.array([angle for _, angle in drifts])
     if not adapted:
         return TextFigures(losses, None, [], [], tokens)
     return TextFigures(losses, sum(base_losses, LossSum()), list(relative / tokens), list(cosine / tokens), tokens)

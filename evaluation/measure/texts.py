@@ -14,7 +14,7 @@ from typing import TypeVar
 from evaluation import EvaluationError
 from evaluation.sources import read_table
 from evaluation.sources.hub import HUB
-from evaluation.sources.rows import check_columns, choose_columns, first_few, read_rows
+from evaluation.sources.rows import first_few, match_columns, read_rows
 from evaluation.sources.tabular import RawRow
 from evaluation.tasks import Field, RowError
 
@@ -74,7 +74,8 @@ def read_texts(
 
 def _column(source: str, column: str, split: str, subset: str | None, section: str) -> list[str]:
     table = read_table(source, split=split, subset=subset, names=[column])
-    columns = {"text": column}
+    fields = {"text": Field(column, True, "a text")}
+    columns, problems, _ = match_columns(fields, {}, table, f"{section}.text_column")
 
     def text(raw: RawRow) -> str:
         value = raw.values.get(column)
@@ -82,8 +83,6 @@ def _column(source: str, column: str, split: str, subset: str | None, section: s
             raise RowError("text", f"expected a text, got {type(value).__name__}; set {section}.text_column")
         return (value or "").strip()
 
-    fields = {"text": Field("text", True, "a text")}
-    problems = check_columns(fields, columns, table, f"{section}.text_column")
     texts, rejected = read_rows(table, columns, text, source=source)
     if problems or rejected:
         raise EvaluationError(problems or first_few(rejected), f"{section}.text: {source} cannot be used:")
@@ -128,7 +127,7 @@ def read_prompts(
     labels = {safe_label.strip().lower(): False, unsafe_label.strip().lower(): True}
     names = [mapping.get(name, name) for name in PROMPT_FIELDS]
     table = read_table(path, split=split, subset=subset, names=names)
-    chosen = choose_columns(PROMPT_FIELDS, mapping, table)
+    chosen, problems, _ = match_columns(PROMPT_FIELDS, mapping, table, "measure.columns")
 
     def prompt(raw: RawRow) -> Prompt:
         text, label, category, pair = (raw.values.get(chosen.get(name, "")) for name in PROMPT_FIELDS)
@@ -141,7 +140,6 @@ def read_prompts(
             raise RowError("label", f"expected {expected}, got {label!r}; {advice}")
         return Prompt(text.strip(), labels[key], str(category or ""), None if pair in (None, "") else str(pair))
 
-    problems = check_columns(PROMPT_FIELDS, chosen, table, "measure.columns")
     prompts, lost = list[Prompt](), 0
     if not problems:
         prompts, rejected = read_rows(table, chosen, prompt, source=source)

@@ -118,7 +118,7 @@ def first_few(problems: Iterable[object], most: int = 5) -> list[str]:
     return [*lines[:most], *([f"… and {len(lines) - most} more"] if len(lines) > most else [])]
 
 
-def by_reason(rejections: Sequence[Rejection]) -> list[list[Rejection]]:
+def _by_reason(rejections: Sequence[Rejection]) -> list[list[Rejection]]:
     """Groups with one reason, largest first; "at most 400, got 512" counts as the same as "at most 400, got 640"."""
     groups: dict[str, list[Rejection]] = {}
     for rejection in rejections:
@@ -198,52 +198,40 @@ def _factor(name: str, known: Field, unit: str | None) -> Decimal:
     raise ValueError(f"{name}: expected the unit {' or '.join(family)}, got {unit!r}.")
 
 
-def choose_columns(fields: Mapping[str, Field], mapping: Mapping[str, str | None], table: Table) -> dict[str, str]:
-    """Field → column. An unmapped optional field is left out if its column is missing or mapped to another field."""
-    columns = {}
+def match_columns(
+    fields: Mapping[str, Field], mapping: Mapping[str, str | None], table: Table, setting: str = "columns"
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """(field → column, problems, notes). An unmapped optional field does without a column that is missing or taken."""
+    columns: dict[str, str] = {}
+    problems: list[str] = []
+    notes: list[str] = []
+    in_use = {*mapping.values(), *(known.column for known in fields.values())}
     for name, known in fields.items():
         column = mapping.get(name, known.column)
-        if column is None:
+        optional = name not in mapping and not known.required
+        if column is None or (optional and column in mapping.values()):
             continue
-        if name in mapping or known.required or (column in table.columns and column not in mapping.values()):
-            columns[name] = column
-    return columns
-
-
-def check_columns(
-    fields: Mapping[str, Field], columns: Mapping[str, str], table: Table, setting: str = "columns"
-) -> list[str]:
-    problems = []
-    for name, column in columns.items():
+        missing = column not in table.columns
+        if optional and missing:
+            if table.columns:
+                notes.append(f"There is no column {column!r}: items have none.")
+            if near := nearest(column, [other for other in table.columns if other not in in_use]):
+                problems.append(
+                    f"{name}: there is no column {column!r}; did you mean {near!r}? Map it in {setting}, or set "
+                    f"{name}: null there to do without."
+                )
+            continue
+        columns[name] = column
         if column in table.repeated:
             problems.append(f"{name}: the header has {column!r} more than once; rename one.")
-        elif table.columns and column not in table.columns:
+        elif missing and table.columns:
             problems.append(
                 f"{name}: there is no column {column!r}{suggest(column, table.columns)}.{table.hint} Name it in "
-                f"{setting} ({name}: {fields[name].about})."
+                f"{setting} ({name}: {known.about})."
             )
     if not table.rows:
         problems.append("has a header, but no data row.")
-    return problems
-
-
-def _absent_fields(task: Task, mapping: Mapping[str, str | None], table: Table) -> tuple[list[str], list[str]]:
-    """Notes on optional fields whose column is not there, and problems where one with a similar name is."""
-    notes: list[str] = []
-    problems: list[str] = []
-    in_use = {*mapping.values(), *(known.column for known in task.FIELDS.values())}
-    for name, known in task.FIELDS.items():
-        if known.required or known.column is None or name in mapping or not table.columns:
-            continue
-        if known.column in table.columns:
-            continue
-        notes.append(f"There is no column {known.column!r}: items have none.")
-        if near := nearest(known.column, [column for column in table.columns if column not in in_use]):
-            problems.append(
-                f"{name}: there is no column {known.column!r}; did you mean {near!r}? Map it in columns, or set "
-                f"{name}: null there to do without."
-            )
-    return notes, problems
+    return columns, problems, notes
 
 
 # --- a task's rows ---
@@ -254,24 +242,14 @@ class RecipeRows:
     train: list[Item]  # in the split's order; ids are <task>-<split>-<row>, unless the rows have their own
     test: list[Item] | None  # of the test split; None if test items are to be drawn from `train`
     rejected: list[Rejection]
-    most_refused: dict[str, float]  # split → share of its rows that were refused, if that is more than half
     notes: list[str]  # what a user should know, one sentence each
-    facts: dict[str, object]  # for run.json: where the rows come from
-
-    @property
-    def too_long(self) -> int:
-        """Rows refused because of max_chars."""
-        return sum(r.reason.startswith(_TOO_LONG) for r in self.rejected)
-
-    @property
-    def duplicates(self) -> int:
-        """Rows refused because an earlier row of the split has the same prompt."""
-        return sum(r.reason.startswith(_DUPLICATE) for r in self.rejected)
+    facts: dict[str, object]  # for run.json: where the rows come from, and how many are usable
 
 
 def read_recipe(task: Task, where: RowSource) -> RecipeRows:
     """Every row as an item or a rejection; EvaluationError, with every problem, if a split has no usable row."""
     own = getattr(task, "SOURCE", Source(""))
+    fields = task.FIELDS
     mapping, factors, problems = _checked_mapping(task, where.columns)
     if where.source == OWN:
         where = where.model_copy(
@@ -281,46 +259,39 @@ def read_recipe(task: Task, where: RowSource) -> RecipeRows:
                 "hub_test_split": where.hub_test_split or own.test,
             }
         )
-    heading = f"{where.source} cannot be used:"
-    names = [mapping.get(name, known.column) for name, known in task.FIELDS.items()]
+    names = [mapping.get(name, known.column) for name, known in fields.items()]
     try:
         tables, facts, notes = _tables(task.NAME, own, where, [name for name in names if name])
+        if hasattr(task, "recognize"):
+            found, note = task.recognize(next(iter(tables.values())).columns, mapping)  # all splits have the same
+            mapping, fields = dict(found), {name: fields[name] for name in found}
+            notes.append(note)
     except EvaluationError as error:
-        raise EvaluationError([*problems, *error.problems], heading) from error.__cause__
-    first = next(iter(tables.values()))  # all splits have the same columns
-    recognized: dict[str, str] | None = None
-    if hasattr(task, "recognize"):
-        try:
-            recognized, note = task.recognize(first.columns, mapping)
-        except EvaluationError as error:
-            raise EvaluationError([*problems, str(error)], heading) from error
-        notes.append(note)
-    else:
-        absent, similar = _absent_fields(task, mapping, first)
-        notes += absent
-        problems += similar
+        raise EvaluationError([*problems, *error.problems], f"{where.source} cannot be used:") from error.__cause__
     ids: dict[str, int] = {}
     splits = []
     for split, table in tables.items():
-        columns = choose_columns(task.FIELDS, mapping, table) if recognized is None else recognized
-        faults = check_columns(task.FIELDS, columns, table)
+        columns, faults, absent = match_columns(fields, mapping, table)
         problems += [f"split {split!r}: {fault}" if len(tables) > 1 else fault for fault in faults]
+        notes += [note for note in absent if note not in notes]
         splits.append(_Split(task, where, split, columns, factors, table, ids))
-    if problems:
-        raise EvaluationError(list(dict.fromkeys(problems)), heading)
-    for reader in splits:
+    for reader in splits if not problems else ():
         problems += [*reader.doubtful_units(), *reader.read(several=len(tables) > 1)]
         notes += reader.notes
     if problems:
-        raise EvaluationError(problems, heading)
-    return RecipeRows(
-        train=splits[0].items,
-        test=splits[1].items if len(splits) > 1 else None,
-        rejected=[r for s in splits for r in s.rejected],
-        most_refused={s.split: share for s in splits if (share := len(s.rejected) / len(s.table.rows)) > 0.5},
-        notes=notes,
-        facts={**facts, "columns": splits[0].columns, "rows": {s.split: len(s.table.rows) for s in splits}},
-    )
+        raise EvaluationError(list(dict.fromkeys(problems)), f"{where.source} cannot be used:")
+    train, test = splits[0].items, splits[1].items if len(splits) > 1 else None
+    rejected = [r for s in splits for r in s.rejected]
+    facts |= {
+        "columns": splits[0].columns,
+        "rows": {s.split: len(s.table.rows) for s in splits},
+        "accepted_rows": len(train) + len(test or ()),
+        "rejected_rows": len(rejected),
+        "duplicate_rows": sum(r.reason.startswith(_DUPLICATE) for r in rejected),
+        "too_long_rows": sum(r.reason.startswith(_TOO_LONG) for r in rejected),
+        "first_rejections": [f"{r.split} row {r.row}, column {r.column}: {r.reason}" for r in rejected[:5]],
+    }
+    return RecipeRows(train, test, rejected, notes, facts)
 
 
 def _tables(
@@ -432,6 +403,12 @@ class _Split:
         lost = sum(raw.lost for raw in self.table.rows)
         if lost:
             self.notes.append(f"{lost} more rows are lost in unclosed quotes; data/rejected.jsonl shows where.")
+        if (part := len(self.rejected) / len(self.table.rows)) > 0.5:
+            commonest = _by_reason(self.rejected)[0]
+            self.notes.append(
+                f"WARNING: {part:.0%} of the rows of split {self.split!r} were refused, more than half; check columns "
+                f"and max_chars. Most frequent reason ({len(commonest)} rows): {commonest[0].reason}"
+            )
         faults = [r for r in self.rejected if not r.reason.startswith((_DUPLICATE, _TOO_LONG))]
         rows, refused = len(self.table.rows) + lost, len(faults) + lost
         if refused <= self.where.max_refused * rows:
@@ -439,7 +416,7 @@ class _Split:
         return [
             f"{where}{refused} of {rows} rows ({refused / rows:.0%}) were refused, more than prepare_data.max_refused "
             f"({self.where.max_refused:.0%}) allows. Fix the file or columns, or raise it. Most frequent reasons:",
-            *(f"{len(same)} times, first in {same[0]}" for same in by_reason(faults)[:3]),
+            *(f"{len(same)} times, first in {same[0]}" for same in _by_reason(faults)[:3]),
         ]
 
     def _item(self, raw: RawRow, labels: Mapping[str, list[str]], first: dict[Hashable, tuple[int, str]]) -> Item:

@@ -148,4 +148,4 @@ def test_parts_are_joined_cells_are_read_as_json_and_a_last_question_is_left_out
 def test_conversations_that_share_their_last_question_are_no_duplicates(tmp_path):
     other = [{"role": "user", "content": "What is a pond?"}, *TURNS[1:]]
     found = read(tmp_path, {"messages": TURNS}, {"messages": other}, {"messages": TURNS})
-    assert len(found.train) == 2 and found.duplicates == 1
+    assert len(found.train) == 2 and found.facts["duplicate_rows"] == 1

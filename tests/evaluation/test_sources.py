@@ -401,8 +401,8 @@ def test_every_row_is_an_item_or_refused_with_row_column_and_reason(tmp_path):
     made = small(str(file), max_chars=30)
     assert [(i.id, i.prompt, i.completion) for i in made.train] == [
         ("small-train-1", "a", "yes"), ("small-train-6", "b", "no"), ("small-train-8", "x" * 27, "yes")]  # fmt: skip
-    assert made.test is None and (made.duplicates, made.too_long) == (2, 1)
-    assert made.most_refused == {"train": 0.7} and made.facts["rows"] == {"train": 10}
+    assert made.test is None and (made.facts["duplicate_rows"], made.facts["too_long_rows"]) == (2, 1)
+    assert any("70% of the rows" in note for note in made.notes) and made.facts["rows"] == {"train": 10}
     assert [(r.row, r.line, r.column, r.reason.split(" (")[0]) for r in made.rejected] == [
         (2, 2, "question", "question: expected text, got 3"),
         (3, 3, "label", "label: expected yes or no, got 'maybe'"),
