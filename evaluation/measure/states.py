@@ -1,7 +1,7 @@
 """Loss, perplexity, pooled hidden states and drift of a transformers model.
 
 Layers are numbered as in transformers' `hidden_states`: 0 the embeddings, l the output of block l; the last one is
-taken after the final norm. Perplexity is exp of the mean negative log-likelihood over tokens, not over texts or batches; its
+taken after the final norm. Perplexity is exp of the mean negative log-likelihood over tokens, not texts or batches; its
 interval resamples whole texts, since tokens of one text are not independent.
 """
 
@@ -107,7 +107,7 @@ def layer_numbers(depths: Sequence[float], layers: int) -> list[int]:
 
 
 def _batches(texts: Sequence[Encoded], size: int, model: Any) -> Iterator[tuple[list[int], Any, Any]]:
-    """Yields (places, ids [B, T], attention mask [B, T]), padded on the right; texts of similar length come together."""
+    """Yields (places, ids [B, T], attention mask [B, T]), padded on the right; texts of similar length together."""
     import torch
 
     device = next(model.parameters()).device
