@@ -1,4 +1,4 @@
-"""The answers of all models to all items, as the browser of the page reads them."""
+"""Chapter: the answers of all models to all items, as the browser on the page reads them."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from evaluation.report.comparison import Report
 MOST_CHARACTERS = 3_000_000
 """Of prompts, truths and answers together."""
 LONGEST = 4_000
-"""Characters of one text; what is cut off is said in its place."""
+"""Characters of one text; the rest is replaced by its length."""
 DISPUTED = 0.5
 """Credit between the best and the worst answer from which on models disagree."""
 
@@ -28,14 +28,14 @@ class _Item:
     truth: str
     answers: list[str | None]
     credit: list[float | None]
-    remarks: list[str]  # of each answer, see `evaluation.tasks.Score`
+    remarks: list[str]  # on each answer, see `evaluation.tasks.Score`
 
     @property
     def packed(self) -> dict[str, Any]:
         right = "".join("-" if c is None else {0.0: "0", 1.0: "1"}.get(c, "p") for c in self.credit)
-        found = {**vars(self), "right": right, "credit": [None if c is None else round(c, 3) for c in self.credit]}
+        packed = {**vars(self), "right": right, "credit": [None if c is None else round(c, 3) for c in self.credit]}
         absent = {*(() if "p" in right else ("credit",)), *(() if any(self.remarks) else ("remarks",))}
-        return {key: value for key, value in found.items() if key not in absent}
+        return {key: value for key, value in packed.items() if key not in absent}
 
     @property
     def characters(self) -> int:
@@ -43,56 +43,52 @@ class _Item:
 
     @property
     def disputed(self) -> bool:
-        known = [credit for credit in self.credit if credit is not None]
-        return bool(known) and max(known) - min(known) >= DISPUTED
+        credits = [credit for credit in self.credit if credit is not None]
+        return bool(credits) and max(credits) - min(credits) >= DISPUTED
 
 
 def samples(report: Report) -> Section | None:
     """The browser of answers; where they are too many, those on which models disagree stay."""
     runs = report.results.runs
     places = {run.id: at for at, run in enumerate(runs)}
-    found = sorted(
-        (row for run in runs for row in report.results.samples.get(run.id, ())),
-        key=lambda row: (row.split != "test", row.split, row.item_id),
-    )
-    if not found:
-        return None
+    rows = [row for run in runs for row in report.results.samples.get(run.id, ())]
     items: dict[tuple[str, str, str, str], _Item] = {}
-    for s in found:
-        key = (s.split, s.item_id, s.prompt, s.truth)
-        if key not in items:
-            texts = (s.split, s.task, s.item_id, _cut(s.prompt), _cut(s.truth))
-            items[key] = _Item(*texts, [None] * len(runs), [None] * len(runs), [""] * len(runs))
-        items[key].answers[places[s.run_id]] = _cut(s.answer)
-        items[key].credit[places[s.run_id]] = s.credit
-        items[key].remarks[places[s.run_id]] = s.rest.get("remark", "")
-    kept = _fitting(list(items.values()))
+    for row in sorted(rows, key=lambda row: (row.split != "test", row.split, row.item_id)):
+        texts = (row.split, row.task, row.item_id, _cut(row.prompt), _cut(row.truth))
+        item = items.setdefault(
+            (row.split, row.item_id, row.prompt, row.truth),
+            _Item(*texts, [None] * len(runs), [None] * len(runs), [""] * len(runs)),
+        )
+        at = places[row.run_id]
+        item.answers[at], item.credit[at], item.remarks[at] = _cut(row.answer), row.credit, row.rest.get("remark", "")
+    if not items:
+        return None
+    shown = _fitting(list(items.values()))
+    packed = [item.packed for item in shown]
     trained = [run for run in runs if run.arm != BASE]
     seeds = tuple(dict.fromkeys(str(run.seed) for run in trained or runs))
-    rows = [item.packed for item in kept]
     browser = Browser(
-        splits=tuple(dict.fromkeys(item.split for item in kept)),
-        tasks=tuple(sorted({item.task for item in kept})),
+        splits=tuple(dict.fromkeys(item.split for item in shown)),
+        tasks=tuple(sorted({item.task for item in shown})),
         seeds=seeds,
         one_seed={run.arm for run in trained} == {run.arm for run in trained if str(run.seed) == seeds[0]},
         packed={
             "models": [{"arm": run.arm, "seed": str(run.seed)} for run in runs],
-            "items": rows,
+            "items": packed,
             "disputed": DISPUTED,
         },
     )
     words: list[Block] = [
-        Text("Prompt, truth, and what each model answered. Models disagree where some are right and some wrong.")
+        Text("Prompt, truth, and each model's answer. Models disagree where some are right and some are wrong.")
     ]
-    if any("credit" in row for row in rows):
-        told = (
-            "An answer that is right in part shows its credit, from 0 to 1. Models disagree on it too where the best "
-            f"and the worst answer are {DISPUTED} or more apart."
-        )
-        words.append(Text(told, "note"))
-    if len(kept) < len(items):
-        told = f"{len(kept)} of {len(items)} items are in this file, those with disagreements first"
-        words.append(Text(f"{told}; the database has all.", "note"))
+    if any("credit" in item for item in packed):
+        words.append(Text(
+            "A partly right answer shows its credit, from 0 to 1. Models also disagree where the best and the worst "
+            f"answer are {DISPUTED} or more apart.", "note"
+        ))  # fmt: skip
+    if len(shown) < len(items):
+        count = f"{len(shown)} of {len(items)} items are in this file, disagreements first; the database has all."
+        words.append(Text(count, "note"))
     return Section("Sample browser", (*words, browser))
 
 
@@ -118,4 +114,4 @@ def _fitting(items: Sequence[_Item]) -> Sequence[_Item]:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST} characters more)"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST} more characters)"

@@ -22,9 +22,11 @@ def as_card(report: Report, row: ArmRow) -> str:
     narrow = Report(few, replace(results, chosen={results.task or "": runs}))
     title, base = comparison.primary.title, next((run for run in runs if run.arm == BASE), runs[0])
     items = len(results.answers.get(base.id, ()))
-    told = [f"Task {base.task}: {title} on {items} test items (sha256 {base.test_items_sha256})."]
+    words = [f"Task {base.task}: {title} on {items} test items (sha256 {base.test_items_sha256})."]
     if kept := row.retention_share_interval:
-        told.append(f"Of the base's accuracy on general tasks {row.arm} keeps {interval(kept)} % (95% interval).")
+        words.append(
+            f"Of the base's accuracy on general tasks, {row.arm} keeps {interval(kept, unit='%')} (95% interval)."
+        )
     seeds = [
         (run.seed, percent(results.metrics.get(run.id, {}).get(("test", run.primary_metric))),
          next((made.sha256 for made in results.artifacts.get(run.id, ()) if made.kind == "adapter"), "–"))
@@ -35,7 +37,7 @@ def as_card(report: Report, row: ArmRow) -> str:
         Section(
             "Results",
             (
-                *map(Text, told),
+                *map(Text, words),
                 arms_compared(few),
                 *(Text(sentence, "note") for sentence in (outcome, *comparison.notes, *comparison.methods)),
                 Table("Seed by seed", ("Seed", f"{title}, %", "sha256 of the adapter"), seeds),

@@ -1,4 +1,4 @@
-"""How much an arm loses where the same questions are typed as other people would type them."""
+"""Chapter: how much an arm loses where the same questions are typed as other people would type them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,68 +6,58 @@ import numpy as np
 
 from db.queries import RunFacts
 from evaluation.paraphrase import plain
-from evaluation.report.blocks import Block, Section, Table, Text, arm_cell
+from evaluation.report.blocks import Section, Table, Text, arm_cell
 from evaluation.report.comparison import Report
 from evaluation.report.text import interval, number
 from evaluation.statistics.differences import Pairs, difference
 from evaluation.statistics.intervals import aligned
 
 Credits = Mapping[int, Mapping[str, float]]
+"""Run id → item id → credit."""
 
 
 def robustness(report: Report) -> Section | None:
-    comparison, results = report.comparison, report.results
-    tables = (
-        _table(report, results.answers, f"{comparison.primary.title} on test items"),
-        _table(report, results.retained, "Retention items"),
+    results = report.results
+    asked = {f"{report.comparison.primary.title} on test items": results.answers, "Retention items": results.retained}
+    tables = [table for what, answers in asked.items() if (table := _table(report, answers, what))]
+    words = (
+        "The same questions as other people would type them: with a trailing newline (as echo leaves one), with a "
+        "blank, another mark or other words. New wordings were never trained on. Where the whole interval lies below "
+        "zero, the arm has learned a form instead of a task."
     )
-    blocks: list[Block] = [table for table in tables if table]
-    if not blocks:
-        return None
-    lead = (
-        "The same questions typed as other people would: with a newline behind, as echo leaves one, with a blank, "
-        "another mark or in other words; new wordings were never trained on. Where the whole interval lies below "
-        "zero, an arm has learnt a form."
-    )
-    return Section("Robustness", (Text(lead), *blocks))
+    return Section("Robustness", (Text(words), *tables)) if tables else None
 
 
 def _table(report: Report, asked: Credits, what: str) -> Table | None:
-    """Plain and otherwise typed questions, pair by pair."""
-    again, rows, forms = report.results.asked_again, [], list[str]()
+    """Plain and retyped questions, pair by pair, and the mean change of each form."""
+    again, lines, forms = report.results.asked_again, [], list[str]()
     for arm in report.comparison.arms:
         runs = [run for run in report.results.runs if run.arm == arm and run.id in again and run.id in asked]
+        changes: dict[str, list[float]] = {}
+        for run in runs:
+            for key, credit in again[run.id].items():
+                item, form = plain(key)
+                if item in asked[run.id]:
+                    changes.setdefault(form, []).append(credit - asked[run.id][item])
         if pairs := _pairs(runs, asked, again):
-            by_form = _by_form(runs, asked, again)
-            forms = forms or list(by_form)
-            own, other = 100 * pairs.own.mean(), 100 * pairs.other.mean()
-            lost = interval(difference(pairs).points, sign=True)
-            changes = (number(by_form.get(form), sign=True) for form in forms)
-            rows.append((arm_cell(arm), number(float(other)), number(float(own)), lost, *changes))
-    if not rows:
-        return None
-    headers = ("Arm", "As asked, %", "Typed otherwise, %", "Δ, points", *(f"Δ {form}" for form in forms))
-    return Table(f"{what}, typed otherwise: means over seeds, in brackets 95% intervals", headers, rows)
+            forms = forms or list(changes)
+            means = (
+                number(float(100 * np.mean(changes[form])) if form in changes else None, sign=True) for form in forms
+            )
+            plainly, retyped = (number(float(100 * credit.mean())) for credit in (pairs.other, pairs.own))
+            lines.append((arm_cell(arm), plainly, retyped, interval(difference(pairs).points, sign=True), *means))
+    headers = ("Arm", "As asked, %", "Retyped, %", "Δ, points", *(f"Δ {form}" for form in forms))
+    caption = f"{what}, retyped: means over seeds with 95% intervals in brackets"
+    return Table(caption, headers, lines) if lines else None
 
 
 def _pairs(runs: Sequence[RunFacts], asked: Credits, again: Credits) -> Pairs | None:
-    found = [
-        {key: (credit, own[plain(key)[0]]) for key, credit in again[run.id].items() if plain(key)[0] in own}
+    credits = [
+        {key: (credit, plainly[plain(key)[0]]) for key, credit in again[run.id].items() if plain(key)[0] in plainly}
         for run in runs
-        for own in [asked[run.id]]
+        for plainly in [asked[run.id]]
     ]
-    if not found or not all(found):
+    if not credits or not all(credits):
         return None
-    own, other = (aligned([{key: pair[side] for key, pair in one.items()} for one in found]) for side in (0, 1))
+    own, other = (aligned([{key: pair[side] for key, pair in one.items()} for one in credits]) for side in (0, 1))
     return Pairs("plain", tuple(run.seed for run in runs), own, other) if own.size else None
-
-
-def _by_form(runs: Sequence[RunFacts], asked: Credits, again: Credits) -> dict[str, float]:
-    """Mean change of each form, points."""
-    changes: dict[str, list[float]] = {}
-    for run in runs:
-        for key, credit in again[run.id].items():
-            item, form = plain(key)
-            if item in asked[run.id]:
-                changes.setdefault(form, []).append(credit - asked[run.id][item])
-    return {form: float(100 * np.mean(own)) for form, own in changes.items()}

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Sequence
 from textwrap import wrap
-from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -38,7 +37,7 @@ def print_tasks(report: Report, console: Console) -> None:
 
 
 def _short(blocks: Sequence[Block]) -> list[Block]:
-    """Tables, what was found, and notes; another paragraph only where there is no table."""
+    """Tables, the story, and notes; another paragraph only where there is no table."""
     table = any(isinstance(block, Table) for block in blocks)
     return [block for block in blocks if not (isinstance(block, Text) and table and not block.style)]
 
@@ -55,15 +54,14 @@ def _print(console: Console, blocks: Iterable[Block]) -> None:
 
 
 def _grid(block: Table, console: Console) -> Grid:
-    """A table that fits: its cells are broken into ever shorter lines, between words and before bounds; none is cut."""
+    """A table that fits: cells are broken into ever shorter lines, between words and before bounds; none is cut."""
     columns = [at for at, header in enumerate(block.headers) if header not in block.page_only]
     for width in (1000, 40, 28, 20, 14, 10):
-        grid = Grid(
-            title=Words(block.caption), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-        )
+        title = Words(block.caption)
+        grid = Grid(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for at in columns:
-            justify: Literal["left", "right"] = "left" if block.styles[at] else "right"
-            grid.add_column(Words(_broken(block.headers[at], width)), justify=justify, overflow="fold")
+            header = Words(_broken(block.headers[at], width))
+            grid.add_column(header, justify="left" if block.styles[at] else "right", overflow="fold")
         for row in block.rows:
             grid.add_row(*(_words(row[at], width if at else max(width, _NAME)) for at in columns))
         if Measurement.get(console, console.options.update(max_width=1000), grid).maximum <= console.width:
