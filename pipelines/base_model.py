@@ -15,8 +15,8 @@ from trainers.models import hub_reason, load_base_model, load_tokenizer
 from trainers.settings import BaseReference, TrainSettings
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-_BIG = 64 * 2**20
-_KINDS = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
+_LARGE = 64 * 2**20  # bytes
+_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 
 
 class PrepareBase(EmbeddedSettings):
@@ -30,7 +30,7 @@ class PrepareBase(EmbeddedSettings):
     min_tasks_above_80: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
-    def _adapters_stay(self) -> Self:
+    def _vision_is_not_merged(self) -> Self:
         if self.vision is not None and self.merge_source is not None:
             raise ValueError(f"merge_source: expected null beside vision, got {self.merge_source!r}; adapters of a "
                              "vision-language model are not merged")  # fmt: skip
@@ -38,11 +38,11 @@ class PrepareBase(EmbeddedSettings):
 
 
 def local_folder(source: str, key: str = "source") -> Path | None:
-    """The folder that `source` names, or None where it is a hub id."""
+    """The folder that `source` names, or None for a hub id."""
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"prepare_base.{key}: {source} is a folder without config.json, no model")
+            raise ConfigError(f"prepare_base.{key}: {source} is not a model folder: it has no config.json")
         return path
     if path.exists():
         raise ConfigError(f"prepare_base.{key}: expected a model folder, {source} is a file")
@@ -56,13 +56,14 @@ def local_folder(source: str, key: str = "source") -> Path | None:
 def fingerprint(folder: Path) -> str:
     """Hash of a model folder: small files by content, large ones by name, size and modification time."""
     rows = []
-    for file in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in _KINDS):
+    for file in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in _SUFFIXES):
         stat = file.stat()
-        rows.append([file.name, stat.st_size, stat.st_mtime_ns if stat.st_size > _BIG else sha256(file)])
+        rows.append([file.name, stat.st_size, stat.st_mtime_ns if stat.st_size > _LARGE else sha256(file)])
     return key_of(rows)
 
 
 def hub_model(source: str, revision: str | None, key: str = "source") -> tuple[str, dict[str, Any]]:
+    """Commit and config.json of a model on the hub; offline, of the copy in HF_HOME."""
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     try:
@@ -74,9 +75,24 @@ def hub_model(source: str, revision: str | None, key: str = "source") -> tuple[s
             f"{type(error).__name__}: {error}. Check the name and the network, or set a local model folder"
         )
         raise ConfigError(
-            f"prepare_base.{key}: {source!r} is no folder here, and the model hub did not give it: {reason}"
+            f"prepare_base.{key}: {source!r} is not a folder, and could not be read from the model hub: {reason}"
         ) from error
     return config.parent.name, read_json(config)
+
+
+def base_json(
+    *,
+    kind: str,
+    pictures: bool,
+    location: str,
+    revision: str | None = None,
+    fingerprint: str,
+    merge_location: str | None = None,
+    merge_revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Content of base.json. `kind`: embedded, local or hub; the rest as in BaseReference."""
+    return dict(locals())
 
 
 def reference_for(section: PrepareBase) -> dict[str, Any]:
@@ -92,33 +108,28 @@ def reference_for(section: PrepareBase) -> dict[str, Any]:
     kind, revision, mark, config = look_up(section.source, section.revision, "source")
     if "quantization_config" in config and section.vision is not None:
         raise ConfigError(
-            f"prepare_base.source: {section.source} is quantized, which is not trained on with pictures; name a "
-            "model with 16-bit weights (folder or hub id)"
+            f"prepare_base.source: {section.source} is quantized; training with pictures needs a model with 16-bit "
+            "weights (folder or hub id)"
         )
     if "quantization_config" in config and section.merge_source is None:
         raise ConfigError(
             f"prepare_base.merge_source: missing; {section.source} is quantized, and adapters are merged into 16-bit "
             "weights of the same model. Name them (folder or hub id)"
         )
-    content: dict[str, Any] = {
-        "kind": kind,
-        "pictures": section.vision is not None,
-        "location": str(local_folder(section.source) or section.source),
-        "revision": revision,
-        "fingerprint": mark,
-        "merge_location": section.merge_source,
-        "merge_revision": None,
-        "trust_remote_code": section.trust_remote_code,
-    }
+    merge_revision, own_fingerprint = None, {}
     if section.merge_source is not None:
-        _, content["merge_revision"], merge_mark, _ = look_up(section.merge_source, None, "merge_source")
-        content["fingerprint"] = key_of([mark, merge_mark])
-        content["own_fingerprint"] = mark
-    return content
+        _, merge_revision, merge_mark, _ = look_up(section.merge_source, None, "merge_source")
+        mark, own_fingerprint = key_of([mark, merge_mark]), {"own_fingerprint": mark}
+    content = base_json(
+        kind=kind, pictures=section.vision is not None, location=str(local_folder(section.source) or section.source),
+        revision=revision, fingerprint=mark, merge_location=section.merge_source, merge_revision=merge_revision,
+        trust_remote_code=section.trust_remote_code,
+    )  # fmt: skip
+    return content | own_fingerprint
 
 
 def load_reference(folder: Path = BASE) -> tuple[BaseReference, str]:
-    """The base that stage prepare_base left, and its fingerprint; ConfigError if a local one has changed since."""
+    """The base of stage prepare_base and its fingerprint; ConfigError if a local base has changed since."""
     file = folder / "base.json"
     if not file.is_file():
         raise ConfigError(f"{file}: no such file; run `dvc repro prepare_base`")
@@ -129,24 +140,24 @@ def load_reference(folder: Path = BASE) -> tuple[BaseReference, str]:
         now = fingerprint(path) if path.is_dir() else "nothing"
         if now != content.get("own_fingerprint", content["fingerprint"]):
             raise ConfigError(
-                f"the base model in {location} is not what it was when prepare_base ran; run "
-                "`dvc repro --force prepare_base` to take it as it is now"
+                f"the base model in {location} has changed since prepare_base ran; to use it as it is now, run "
+                "`dvc repro --force prepare_base`"
             )
-    own = {field.name: content[field.name] for field in fields(BaseReference)}
-    return BaseReference(**{**own, "location": location}), content["fingerprint"]
+    settings = {field.name: content[field.name] for field in fields(BaseReference)}
+    return BaseReference(**{**settings, "location": location}), content["fingerprint"]
 
 
 def load_model(train: TrainSettings, arm: str, seed: int) -> tuple[Any, Any, str]:
-    """Model in eval mode, with the arm's adapter; its tokenizer; the base's fingerprint."""
+    """Model in eval mode with the arm's adapter, its tokenizer, and the base's fingerprint."""
     reference, base_fingerprint = load_reference()
-    # Nothing is trained here, so checkpointing would only warn.
+    # Checkpointing would only warn, because nothing is trained here.
     model = load_base_model(reference, train.model_copy(update={"gradient_checkpointing": False}))
     if arm != BASE_ARM:
         from peft import PeftModel
 
-        place = adapter_dir(arm, seed)
+        folder = adapter_dir(arm, seed)
         try:
-            model = PeftModel.from_pretrained(model, str(place))
+            model = PeftModel.from_pretrained(model, str(folder))
         except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"{place}: PEFT cannot load this adapter: {error}; run `dvc repro train`") from error
+            raise ConfigError(f"{folder}: PEFT cannot load this adapter: {error}; run `dvc repro train`") from error
     return model.eval(), load_tokenizer(reference), base_fingerprint

@@ -1,7 +1,7 @@
-"""Stage base_texts: texts/texts.jsonl, what the base says by itself; arms are held to it, and KL is measured on it.
+"""Stage base_texts: texts/texts.jsonl, samples of the base, which arms are held to and KL is measured on.
 
-A base model writes from its first token on; one with a chat template from the opening of a user's turn, and then the
-answer to that (Magpie, Xu et al. 2024). Questions that the retention suite might ask are left out.
+A base model writes from its first token on. A chat model first writes a user's turn and then answers it (Magpie, Xu et
+al. 2024). Texts with questions that the retention suite might ask are left out.
 """
 
 import json
@@ -27,10 +27,11 @@ from trainers.preserve import batches
 from trainers.settings import Section, Seed, TrainSettings
 
 Row = dict[str, Any]
-OWN = "base"
-LEAST = 8
+FROM_BASE = "base"
+"""As base_texts.text: sample the base."""
+MIN_TEXTS = 8
 _BATCH = 64
-_TRIES = 4  # times as many texts as are wanted are sampled before the stage gives up
+_TRIES = 4  # samples per wanted text before the stage gives up
 
 
 class BaseTexts(Section):
@@ -38,8 +39,8 @@ class BaseTexts(Section):
     text_split: str
     text_subset: str | None
     text_column: str
-    number: Annotated[int, Field(ge=LEAST, description="texts")]
-    max_tokens: Annotated[int, Field(ge=8, description="tokens of a turn that the base writes")]
+    number: Annotated[int, Field(ge=MIN_TEXTS, description="texts")]
+    max_tokens: Annotated[int, Field(ge=8, description="tokens per turn that the base writes")]
     seed: Seed
 
 
@@ -52,91 +53,91 @@ class Params(StageParams):
 def sampled(
     model: Any, tokenizer: Any, section: BaseTexts, chat: tuple[str, str, Sequence[str]] | None
 ) -> Iterator[Row | None]:
-    """Rows sampled at temperature 1, endlessly; `chat`: what stands before and behind a user's turn, and stop words.
+    """Endless samples at temperature 1; None for a user's turn that is empty or does not end.
 
-    None where the user's turn is empty or comes to no end.
+    Args:
+        chat: text before a user's turn, text after it, and stop words; None for a base model.
     """
     from transformers import set_seed
 
     opening, after, stop = chat or ("", "", ())
     eos = model.generation_config.eos_token_id
-    known = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
-    ends = {*known, *tokenizer.convert_tokens_to_ids(list(stop))} - {None, tokenizer.unk_token_id}
-    # A user's turn ends too where the model goes on with what is behind it, a token of its own or plain text.
+    eos_ids = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
+    ends = {*eos_ids, *tokenizer.convert_tokens_to_ids(list(stop))} - {None, tokenizer.unk_token_id}
+    # A user's turn also ends where the model goes on with the text after it, be that a special token or plain text.
     mark = after.strip()
-    behind = tokenizer(mark, add_special_tokens=False)["input_ids"][:1]
-    turn_ends = ends.union(token for token in behind if token in tokenizer.added_tokens_decoder)
+    first = tokenizer(mark, add_special_tokens=False)["input_ids"][:1]
+    turn_ends = ends.union(token for token in first if token in tokenizer.added_tokens_decoder)
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
-    def go_on(texts: list[str], ends: set[int]) -> Iterator[tuple[str, bool]]:
-        """What the model says to each, and whether it came to an end."""
+    def complete(texts: list[str], ends: set[int]) -> Iterator[tuple[str, bool]]:
+        """The model's continuation of each text, and whether it ended."""
         (batch,) = batches(
             [tokenizer(text)["input_ids"] or [start] for text in texts],
             tokenizer.pad_token_id, model.device, len(texts), left=True,
         )  # fmt: skip
-        made = model.generate(
+        generated = model.generate(
             **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, use_cache=True,
             max_new_tokens=section.max_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends),
         )  # fmt: skip
-        for row in made[:, batch["input_ids"].shape[1] :].tolist():
+        for row in generated[:, batch["input_ids"].shape[1] :].tolist():
             length = next((i for i, token in enumerate(row) if token in ends), None)
             yield tokenizer.decode(row[:length], skip_special_tokens=True), length is not None
 
     set_seed(section.seed)
     while True:
-        said = go_on([opening] * _BATCH, turn_ends)
+        texts = complete([opening] * _BATCH, turn_ends)
         if chat is None:
-            yield from ({"text": text, "ended": ended} for text, ended in said)
+            yield from ({"text": text, "ended": ended} for text, ended in texts)
             continue
-        asked = []
-        for text, ended in said:
+        prompts = []
+        for text, ended in texts:
             turn, closed, _ = text.partition(mark) if mark else (text, "", "")
             if turn.strip() and (ended or closed):
-                asked.append(f"{opening}{turn.strip()}{after}")
-        for prompt, (text, ended) in zip(asked, go_on(asked, ends) if asked else (), strict=True):
+                prompts.append(f"{opening}{turn.strip()}{after}")
+        for prompt, (text, ended) in zip(prompts, complete(prompts, ends) if prompts else (), strict=True):
             yield {"text": prompt + text, "ended": ended}
-        yield from [None] * (_BATCH - len(asked))
+        yield from [None] * (_BATCH - len(prompts))
 
 
-def of_retention(text: str, template: str, asked: Sequence[str]) -> bool:
-    """Whether a text holds a question that the retention suite asks, or has the template's form and might be asked."""
+def touches_retention(text: str, template: str, prompts: Sequence[str]) -> bool:
+    """Whether a text holds a prompt of the retention suite, or one in the template's form that it might ask."""
     head, tail = template.split("{prompt}")
     questions = re.findall(re.escape(head) + "(.*?)" + (re.escape(tail) or "$"), text, re.DOTALL)
-    return any(map(general.is_held_out, questions)) or any(prompt in text for prompt in asked)
+    return any(map(general.is_held_out, questions)) or any(prompt in text for prompt in prompts)
 
 
 def turn_of(template: str, tokenizer: Any) -> tuple[str, str, Sequence[str]]:
-    """What stands before and behind a user's turn in the base's chat template, and its stop words."""
+    """Text before and after a user's turn in the base's chat template, and its stop words."""
     opening, after = template.split("{prompt}")
     if not opening.removeprefix(tokenizer.bos_token or "").strip():
         raise ConfigError(
-            "base_texts.text: base: expected the base's chat template to open a user's turn, it has nothing before "
-            f"{{prompt}}: {template!r}; name texts of your own (a .txt or .jsonl file, hub:org/name)"
+            "base_texts.text: base: expected a chat template that opens a user's turn, got nothing before {prompt} in "
+            f"{template!r}; use your own texts (a .txt or .jsonl file, hub:org/name)"
         )
     return opening, after, chat_facts()["stop"]
 
 
 def run(params: Params) -> None:
     section = params.base_texts
-    own = Path(section.text)
     template = prompt_text(params.prompt)
-    asked = [Item.from_json(row).prompt for row in read_jsonl(DATA / "retention.jsonl")]
-    files = [own] if own.is_file() else []
+    prompts = [Item.from_json(row).prompt for row in read_jsonl(DATA / "retention.jsonl")]
+    user_files = [file] if (file := Path(section.text)).is_file() else []
     with staged(TEXTS) as folder:
         record = start_run(
             "base_texts",
             params={"base_texts": section.model_dump(), "prompt": params.prompt.model_dump()},
-            inputs=hash_inputs(BASE / "base.json", DATA / "retention.jsonl", *files),
+            inputs=hash_inputs(BASE / "base.json", DATA / "retention.jsonl", *user_files),
             prompt_template=template,
         )
         if sees_pictures():
             rows: list[Row] = []
             record.extra = {"left_out": "the base takes pictures; texts alone hold it to nothing that it sees"}
-        elif section.text == OWN:
-            rows, unused = _of_base(section, params, template, asked)
+        elif section.text == FROM_BASE:
+            rows, unused = _sample_base(section, params, template, prompts)
             record.extra = {"texts": len(rows), "unused": unused}
         else:
-            rows = _of_user(section, asked)
+            rows = _read_user_texts(section, prompts)
             record.extra = {"texts": len(rows)}
         write_jsonl(folder / "texts.jsonl", rows)
         record.artifacts.append(artifact("dataset", folder / "texts.jsonl", TEXTS / "texts.jsonl"))
@@ -144,16 +145,16 @@ def run(params: Params) -> None:
     print(json.dumps(record.extra))
 
 
-def _of_base(section: BaseTexts, params: Params, template: str, asked: Sequence[str]) -> tuple[list[Row], int]:
-    """Texts of the base without questions that the retention suite asks or might ask, and how many these were."""
+def _sample_base(section: BaseTexts, params: Params, template: str, prompts: Sequence[str]) -> tuple[list[Row], int]:
+    """Different texts of the base without retention questions, and how many samples were unused."""
     reference, _ = load_reference()
     tokenizer = load_tokenizer(reference)
     chat = turn_of(template, tokenizer) if params.prompt.template == CHAT else None
     model = load_base_model(reference, params.train.model_copy(update={"gradient_checkpointing": False})).eval()
-    rows: dict[str, Row] = {}  # each text once, so that none is both learnt from and measured on
+    rows: dict[str, Row] = {}  # by text: none may be both trained and measured on
     with tqdm(total=section.number, desc="base_texts") as bar:
         for tries, row in enumerate(sampled(model, tokenizer, section, chat), 1):
-            if row and row["text"].strip() and not of_retention(row["text"], template, asked):
+            if row and row["text"].strip() and not touches_retention(row["text"], template, prompts):
                 rows[row["text"]] = row
                 bar.update(len(rows) - bar.n)
             if len(rows) == section.number:
@@ -161,33 +162,33 @@ def _of_base(section: BaseTexts, params: Params, template: str, asked: Sequence[
             if tries == _TRIES * section.number:
                 break
     raise EvaluationError(
-        f"base_texts.number: expected {section.number} texts, the base wrote {len(rows)} usable in {tries} tries; "
-        "lower it, raise base_texts.max_tokens, or name texts of your own in base_texts.text"
+        f"base_texts.number: expected {section.number} texts, got {len(rows)} usable ones in {tries} samples of the "
+        "base; lower it, raise base_texts.max_tokens, or name your own texts in base_texts.text"
     )
 
 
-def _of_user(section: BaseTexts, asked: Sequence[str]) -> list[Row]:
+def _read_user_texts(section: BaseTexts, prompts: Sequence[str]) -> list[Row]:
     texts = read_texts(
         section.text,
         column=section.text_column,
         split=section.text_split,
         subset=section.text_subset,
         section="base_texts",
-        own=OWN,
+        own=FROM_BASE,
     )
-    known = [text for text in texts if any(prompt in text for prompt in asked)]
-    if known:
+    leaks = [text for text in texts if any(prompt in text for prompt in prompts)]
+    if leaks:
         raise EvaluationError(
-            f"base_texts.text: {len(known)} of {len(texts)} texts of {section.text} hold questions of the "
-            f"retention suite ({known[0][:60]!r} …), so retention would measure what was learnt; take them out"
+            f"base_texts.text: {len(leaks)} of {len(texts)} texts of {section.text} contain questions of the retention "
+            f"suite ({leaks[0][:60]!r} …), which would then measure what was trained on; take them out"
         )
     different = [*dict.fromkeys(texts)]
-    if len(different) < LEAST:
+    if len(different) < MIN_TEXTS:
         raise EvaluationError(
-            f"base_texts.text: expected at least {LEAST} different texts in {section.text}, got {len(different)}"
+            f"base_texts.text: expected at least {MIN_TEXTS} different texts in {section.text}, got {len(different)}"
         )
     chosen = spread(different, section.number)
-    random.Random(section.seed).shuffle(chosen)  # the first are kept for measuring
+    random.Random(section.seed).shuffle(chosen)  # the first ones are kept for measuring
     return [{"text": text, "ended": True} for text in chosen]
 
 

@@ -3,7 +3,7 @@
 The code of a module is its import closure within the project, imports inside functions included, read from the source
 without running it. Comments, docstrings and layout leave the hash as it is. A package's `__init__` counts only where a
 name is defined in it: `from probes import judge` leads to probes/verdict.py and nowhere else. A text that is a module's
-name counts as an import of it ("-m", "pipelines.twin"); an f-string such as f"evaluation.tasks.{name}" as one of every
+name counts as an import of it ("-m", "pipelines.train"); an f-string such as f"evaluation.tasks.{name}" as one of every
 module there, unless `plugins` names those that are used.
 """
 

@@ -1,16 +1,17 @@
-"""What a stage reads of params.yaml. Unknown keys get a "did you mean", and every mistake is listed at once.
+"""How a stage reads params.yaml. Unknown keys get a "did you mean", and all mistakes are listed at once.
 
-Each stage's module has the section that belongs to it and a view `Params` of all that it reads; `pipelines.check` puts
-the views together into the whole file. This module imports no stage: what a stage imports decides when DVC reruns it.
+Each stage's module defines its own section and a view `Params` of everything that it reads; `pipelines.check` combines
+the views into the whole file. This module imports no stage, because a stage reruns when code that it imports changes.
 """
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from db.files import omp_threads
 from pipelines import STAGES
@@ -22,13 +23,15 @@ from trainers.words import suggest
 PARAMS_FILE = Path("params.yaml")
 DEFAULTS = "profiles/tiny.yaml"
 VARIANT_OF = "variant_of"
-"""In an entry of arms: the arm whose code it runs, with settings of its own."""
+"""In an entry of `arms`: the arm whose code it runs, with its own settings."""
 ADAPTER = "adapter"
-"""In an entry of arms: the folder of an adapter that was trained elsewhere; {seed} stands for each of the matrix."""
+"""In an entry of `arms`: the folder of an adapter that was trained elsewhere; {seed} is replaced by the seed."""
 THEIRS = Path("theirs")
-"""Where such folders lie: DVC watches it."""
+"""Where such folders belong, because DVC watches it."""
+INPUTS = Path("inputs")
+"""Where files of the user's belong, because DVC watches it."""
 SMALL = 256
-"""Width of hidden layers up to which two stages with one thread each beat one with two (benchmarks/threads.py)."""
+"""Largest hidden size at which two stages with one thread each beat one with two (benchmarks/threads.py)."""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 P = TypeVar("P", bound=BaseModel)
 
@@ -43,7 +46,7 @@ class PipelineError(RuntimeError):
 
 def unique(values: list[Any]) -> list[Any]:
     if len(set(values)) != len(values):
-        raise ValueError(f"expected each once, got {values}")
+        raise ValueError(f"expected no duplicates, got {values}")
     return values
 
 
@@ -55,7 +58,7 @@ class Matrix(Section):
 
 
 class Evaluate(Section):
-    """Section evaluate, of which export and quantize read some keys too; those of stage harness begin with its name."""
+    """Section evaluate. Stages export and quantize read some of its keys; `harness*` belong to stage harness."""
 
     backend: Literal["auto", "ollama", "llama_cpp", "hf"]
     max_tokens: Positive
@@ -70,80 +73,84 @@ class Evaluate(Section):
 
 
 class Probe(Section):
-    """Section probe: how a verdict on an arm's updates is reached."""
+    """Section probe: thresholds for the verdict on an arm's updates."""
 
     twin_steps: Annotated[int, Field(ge=5, description="optimizer steps of each twin")]
     min_angle: Annotated[float, Field(gt=0, le=90, description="degrees")]
     min_coverage: Share
 
 
+Cpus = Annotated[float, Field(ge=0.01)]
+Amount = Annotated[float, Field(ge=0)]
+
+
 class Resources(Section):
     """What a stage needs of a node, as Ray counts it."""
 
-    cpus: Annotated[float, Field(ge=0.01)]
-    gpus: Annotated[float, Field(ge=0)]  # 0.5: two stages share one
-    memory: Annotated[float, Field(ge=0, description="GB")]
-    accelerator: str | None  # a name of Ray's, so that arms are compared on one kind of GPU
+    cpus: Cpus
+    gpus: Amount  # 0.5: two stages share one
+    memory: Amount  # GB
+    accelerator: str | None  # Ray's name for a kind of GPU, so that arms are compared on the same kind
+
+
+class StageResources(Resources):
+    cpus: Cpus = 1
+    gpus: Amount = 0
+    memory: Amount = 0
+    accelerator: str | None = None
 
 
 class Distribute(Resources):
-    """Section distribute: what a stage needs on a Ray cluster."""
+    """Section distribute: what stages need on a Ray cluster."""
 
-    stages: dict[str, dict[str, Any]]  # stage → what it needs otherwise
+    stages: dict[str, StageResources]  # only the keys in which a stage differs
 
-    @model_validator(mode="after")
-    def _known(self) -> "Distribute":
-        lines = [f"stages.{name}: unknown stage{suggest(name, STAGES)}" for name in self.stages if name not in STAGES]
-        for name in self.stages:
-            try:
-                self._of(name)
-            except ValidationError as error:
-                lines += explain(error.errors(), Resources, "stages", name)
-        if lines:
+    @field_validator("stages")
+    @classmethod
+    def _stages_exist(cls, stages: dict[str, StageResources]) -> dict[str, StageResources]:
+        if lines := [f"{name}: unknown stage{suggest(name, STAGES)}" for name in stages if name not in STAGES]:
             raise ValueError("\n".join(lines))
-        return self
-
-    def _of(self, stage: str) -> Resources:
-        return Resources(**{**self.model_dump(exclude={"stages"}), **self.stages.get(stage, {})})
+        return stages
 
     def of(self, stage: str) -> dict[str, Any]:
-        """Options of a Ray task for a stage, those of an arm for its counterpart of the base."""
-        needs = self._of(stage if stage in STAGES else stage.removesuffix("_base"))
-        given = {
+        """Options of a Ray task for a stage; one for the base, such as evaluate_base, needs what the arms' one does."""
+        different = self.stages.get(stage if stage in STAGES else stage.removesuffix("_base"))
+        needs = self.model_copy(update=different.model_dump(exclude_unset=True) if different else {})
+        return {
             "num_cpus": needs.cpus,
             "num_gpus": needs.gpus,
             "accelerator_type": needs.accelerator if needs.gpus else None,
+            "memory": int(needs.memory * 1e9) or None,
         }
-        return given | {"memory": int(needs.memory * 1e9) or None}
 
 
 class StageParams(Section):
-    """What every stage may read; a stage adds its sections and ignores the others."""
+    """What every stage may read. A stage adds its sections and ignores the others."""
 
     model_config = ConfigDict(extra="ignore")
 
-    threads: Literal["auto"] | Positive  # no stage depends on it: it changes no more than roundings
+    threads: Literal["auto"] | Positive  # no stage depends on it: it only changes rounding
     matrix: Matrix
     arms: dict[str, dict[str, Any]]
 
     def code_of(self, arm: str) -> str:
-        """The arm whose code runs: that which `arm` is a variant of, or itself."""
-        own = self.arms.get(arm, {})
-        return str(own.get(VARIANT_OF) or (BASELINE if ADAPTER in own else arm))
+        """The arm whose code runs: the one that `arm` is a variant of, or `arm` itself."""
+        entry = self.arms.get(arm, {})
+        return str(entry.get(VARIANT_OF) or (BASELINE if ADAPTER in entry else arm))
 
     def adapter_of(self, arm: str, seed: int) -> Path | None:
-        """Where the adapter lies that this arm is; None: it is trained here."""
+        """Folder of the adapter if this arm was trained elsewhere, otherwise None."""
         path = self.arms.get(arm, {}).get(ADAPTER)
         return None if path is None else Path(str(path).replace("{seed}", str(seed)))
 
     @property
     def first_seed(self) -> int:
-        """The seed whose models get names without a tag."""
+        """The seed whose models have names without a tag."""
         return self.matrix.seeds[0]
 
 
-def own_threads() -> int:
-    """OMP_NUM_THREADS; 0: not set."""
+def env_threads() -> int:
+    """OMP_NUM_THREADS, or 0 if it is not set."""
     try:
         return omp_threads()
     except ValueError as error:
@@ -151,20 +158,20 @@ def own_threads() -> int:
 
 
 def threads_for(raw: Any, alone: bool = False) -> tuple[int, str]:
-    """CPU threads of a stage for the content of params.yaml, and why so many; `alone`: no stage can run beside it."""
-    if own := own_threads():
-        return own, "OMP_NUM_THREADS"
-    asked = parse(raw, StageParams, str(PARAMS_FILE)).threads
-    if asked != "auto":
-        return asked, "threads"
+    """CPU threads of a stage and the reason, for the content of params.yaml; `alone`: no stage can run beside it."""
+    if threads := env_threads():
+        return threads, "OMP_NUM_THREADS"
+    setting = parse(raw, StageParams, str(PARAMS_FILE)).threads
+    if setting != "auto":
+        return setting, "threads"
     if stages_at_once(raw) > 1 and not alone:
-        return 1, "auto: narrow layers gain more from stages side by side"
-    return len(os.sched_getaffinity(0)), "auto: one a core"
+        return 1, "auto: narrow layers gain more from parallel stages"
+    return len(os.sched_getaffinity(0)), "auto: one per core"
 
 
 def stages_at_once(raw: Any) -> int:
-    """How many stages to run side by side: as many as there are cores for where the base is small, one on a GPU."""
-    base, threads = raw.get("prepare_base") or {}, own_threads() or raw.get("threads")
+    """How many stages to run at a time: as many as there are cores for if the base is small, one on a GPU."""
+    base, threads = raw.get("prepare_base") or {}, env_threads() or raw.get("threads")
     if not isinstance(base, dict):
         raise ConfigError(f"{PARAMS_FILE}: prepare_base: expected keys and values, got {base!r}")
     width, each = base.get("hidden_size"), threads if isinstance(threads, int) else 1
@@ -173,25 +180,31 @@ def stages_at_once(raw: Any) -> int:
     return 1 if list(Path("/dev").glob("nvidia[0-9]*")) else max(1, len(os.sched_getaffinity(0)) // each)
 
 
-def overridden(train: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Section train with an arm's entry over it, and key by key over `preserve`."""
-    found = {**train, **{name: value for name, value in own.items() if name not in (VARIANT_OF, ADAPTER)}}
-    both = (train.get("preserve"), own.get("preserve"))
-    if all(isinstance(part, dict) for part in both):
-        found["preserve"] = {**train["preserve"], **own["preserve"]}
-    return found
+def overridden(train: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """Section train updated with an arm's entry; `preserve` is updated key by key."""
+    merged = {**train, **{name: value for name, value in entry.items() if name not in (VARIANT_OF, ADAPTER)}}
+    if isinstance(train.get("preserve"), dict) and isinstance(entry.get("preserve"), dict):
+        merged["preserve"] = {**train["preserve"], **entry["preserve"]}
+    return merged
 
 
 def check_arm(name: str, params: StageParams) -> None:
-    """Refuse an arm that does not exist, or is a variant of none, with a ConfigError that lists those that do."""
-    own = own_arms.names()
-    for word, there in ((name, list(dict.fromkeys([*own, *params.arms]))), (params.code_of(name), own)):
-        if word not in there:
-            raise ConfigError(f"unknown arm {word!r}{suggest(word, there)}")
+    """Raises ConfigError for an arm that does not exist or is a variant of one that does not."""
+    names = own_arms.names()
+    for arm, known in ((name, list(dict.fromkeys([*names, *params.arms]))), (params.code_of(name), names)):
+        if arm not in known:
+            raise ConfigError(f"unknown arm {arm!r}{suggest(arm, known)}")
+
+
+def unwatched(files: Iterable[Path], stage: str) -> list[str]:
+    """A warning for every file that DVC does not watch."""
+    advice = f"after a change, run `dvc repro -f {stage}`"
+    outside = [file for file in files if not file.resolve().is_relative_to(INPUTS.resolve())]
+    return [f"{file} lies outside {INPUTS}/, where DVC would notice a change; {advice}" for file in outside]
 
 
 def load_params(schema: type[P], path: Path = PARAMS_FILE) -> P:
-    """The part of a parameter file that a schema asks for; ConfigError with every error of it."""
+    """The part of a settings file that a schema asks for."""
     return parse(load_yaml(path), schema, str(path))
 
 
@@ -199,20 +212,20 @@ def load_yaml(path: Path) -> Any:
     """The content of a YAML file.
 
     Raises:
-        ConfigError: no such file, or no YAML.
+        ConfigError: the file is missing or is not YAML.
     """
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"{path}: no such file; run from the project's folder, or `python -m pipelines.profile tiny`"
+            f"{path}: no such file; run this in the project's folder, or `python -m pipelines.profile tiny`"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
 
 
 def parse(raw: Any, schema: type[P], source: str) -> P:
-    """Checked settings; ConfigError lists every error of `source`, with its key, what was expected and what came."""
+    """Validated settings; ConfigError lists every mistake in `source` with its key, what was expected and the value."""
     if not isinstance(raw, dict):
         raise ConfigError(f"{source}: expected sections, got {type(raw).__name__}")
     try:
@@ -222,23 +235,23 @@ def parse(raw: Any, schema: type[P], source: str) -> P:
 
 
 def listed(lines: list[str], source: str) -> ConfigError:
-    """One error with a line for each mistake."""
+    """One error with a line per mistake."""
     count = f"{len(lines)} error{'s' if len(lines) != 1 else ''}"
     return ConfigError(f"{source}: {count}\n" + "\n".join(f"  {line}" for line in lines))
 
 
 def explain(errors: list[Any], schema: type[BaseModel], *prefix: str) -> list[str]:
-    """One line or more for each pydantic error; `prefix` is where the schema's own keys stand in the file."""
+    """At least one line per pydantic error; `prefix` is where the schema's keys are in the file."""
     lines = []
     for error in errors:
-        where = ".".join(map(str, (*prefix, *error["loc"]))) or str(PARAMS_FILE)
+        where = ".".join(map(str, (*prefix, *error["loc"])))
         match error["type"]:
             case "extra_forbidden":
                 lines.append(f"{where}: unknown key{suggest(str(error['loc'][-1]), _keys_at(error['loc'], schema))}")
             case "missing":
                 lines.append(f"{where}: missing; {DEFAULTS} shows every key with its default")
             case "value_error":
-                lines += [f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines()]
+                lines += [f"{where}: {line}".removeprefix(": ") for line in str(error["ctx"]["error"]).splitlines()]
             case _:
                 message = error["msg"][0].lower() + error["msg"][1:]
                 lines.append(f"{where}: {message}, got {error['input']!r}")
@@ -246,19 +259,19 @@ def explain(errors: list[Any], schema: type[BaseModel], *prefix: str) -> list[st
 
 
 def _keys_at(location: tuple[int | str, ...], schema: type[BaseModel]) -> list[str]:
-    """The keys that are allowed beside the unknown one at `location`."""
+    """The keys that are allowed where the unknown one at `location` is."""
     for part in location[:-1]:
-        field = schema.model_fields.get(str(part))  # else an index or the tag of a union's member
+        field = schema.model_fields.get(str(part))  # None for an index or the tag of a union's member
         schema = (_section(field.annotation) if field else None) or schema
     return list(schema.model_fields)
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The schema within an annotation such as `Section | None` or `dict[str, str | Section]`."""
+    """The schema inside an annotation such as `Section | None` or `dict[str, str | Section]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _section(part))), None)
+    return next((section for part in get_args(annotation) if (section := _section(part))), None)
 
 
 NAME = re.compile("[a-z][a-z0-9_]{0,39}")
-"""Names of arms are names of folders and of models in Ollama."""
+"""Arms name folders, and models in Ollama."""

@@ -1,4 +1,4 @@
-"""Stage prepare_base: models/base/, the embedded model or a reference to one that lies elsewhere."""
+"""Stage prepare_base: models/base/, the embedded model or a reference to a model elsewhere."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ from evaluation.tasks import Item, general, render
 from export.engines.base import Engine
 from export.engines.hf import HfEngine
 from export.template import from_tokenizer
-from pipelines.base_model import PrepareBase, fingerprint, load_reference, reference_for
+from pipelines.base_model import PrepareBase, base_json, fingerprint, load_reference, reference_for
 from pipelines.code import code_hash
 from pipelines.params import ConfigError, StageParams, load_params
 from pipelines.prompt import CHAT, Prompt
@@ -37,7 +37,7 @@ from trainers.pictures import load_processor
 from trainers.settings import BaseReference
 
 CHECKPOINTS = Path("checkpoints/base")
-PICTURES = Path("checkpoints/base-pictures")  # drawn anew by every start, so that they need not outlive a kill
+PICTURES = Path("checkpoints/base-pictures")  # drawn anew by every start, so they need not survive a kill
 _ANSWER_TOKENS = 24
 
 
@@ -47,45 +47,36 @@ class Params(StageParams):
 
 
 def read_chat_template(prompt: Prompt, reference: BaseReference) -> dict[str, Any]:
-    """What base.json keeps of the base's chat template; TemplateError if it cannot be served as it is."""
+    """What base.json stores of the base's chat template; TemplateError if it cannot be served."""
     return {**asdict(from_tokenizer(load_tokenizer(reference), prompt.system)), "asked_system": prompt.system}
 
 
 def retention_accuracy(engine: Engine, items: list[Item]) -> dict[str, float]:
-    """Share of right answers per general task, the model asked greedily; it is closed afterwards."""
+    """Fraction of right greedy answers per general task."""
     right: dict[str, list[bool]] = defaultdict(list)
     for item in items:
         right[item.task].append(general.score(item, engine.generate(item.prompt, _ANSWER_TOKENS).text).correct)
-    engine.close()
     return {task: sum(r) / len(r) for task, r in right.items()}
 
 
-def _trained(section: PrepareBase, template: str, folder: Path) -> dict[str, Any]:
+def _train(section: PrepareBase, template: str, folder: Path) -> dict[str, Any]:
     settings = EmbeddedSettings(**section.model_dump(include=set(EmbeddedSettings.model_fields)))
     shutil.rmtree(PICTURES, ignore_errors=True)
     PICTURES.mkdir(parents=True)
     if settings.vision is None:
         questions = general.questions(section.seed, held_out=False)
-        asked = [(prompt, answer) for _, prompt, answer in islice(questions, section.examples)]
+        pairs = [(prompt, answer) for _, prompt, answer in islice(questions, section.examples)]
     else:
-        asked = visual.training_examples(section.examples, section.seed, settings.vision.image_size, PICTURES)
-    items = [Item(str(number), general.NAME, *pair) for number, pair in enumerate(asked)]
+        pairs = visual.training_examples(section.examples, section.seed, settings.vision.image_size, PICTURES)
+    items = [Item(str(number), general.NAME, *pair) for number, pair in enumerate(pairs)]
     items = varied(items, general, section.vary, section.seed)
     examples = [(render(template, item.prompt), item.completion) for item in items]
     parts = [settings.model_dump(), examples, hash_inputs(PICTURES), package_versions(), code_hash("trainers.base")]
     facts = train_base(settings, examples, folder, CHECKPOINTS / key_of(parts)[:16], PICTURES)
     shutil.rmtree(PICTURES)
-    shutil.rmtree(CHECKPOINTS, ignore_errors=True)  # what other settings left there, too
-    content = {
-        "kind": "embedded",
-        "pictures": settings.vision is not None,
-        "location": BASE.as_posix(),
-        "revision": None,
-        "fingerprint": fingerprint(folder),
-        "merge_location": None,
-        "merge_revision": None,
-        "trust_remote_code": False,
-    }
+    shutil.rmtree(CHECKPOINTS, ignore_errors=True)  # including what other settings left there
+    pictures = settings.vision is not None
+    content = base_json(kind="embedded", pictures=pictures, location=BASE.as_posix(), fingerprint=fingerprint(folder))
     write_json(folder / "base.json", content)
     return facts
 
@@ -94,26 +85,26 @@ def run(params: Params) -> None:
     section, template = params.prepare_base, params.prompt.template
     if template == CHAT and section.source == "embedded":
         raise ConfigError(
-            "prompt.template: the embedded base has no chat template; expected a text with {prompt}, or another "
+            "prompt.template: the embedded base has no chat template. Expected a text with {prompt}, or another "
             "prepare_base.source"
         )
-    shown = {"prepare_base": section.model_dump(), "prompt": params.prompt.model_dump()}
+    used = {"prepare_base": section.model_dump(), "prompt": params.prompt.model_dump()}
     with exclusive(Path("checkpoints/base.lock"), "prepare_base"), staged(BASE) as folder:
         record = start_run(
-            "prepare_base", params=shown, inputs=hash_inputs(*split_files("retention")), prompt_template=template
+            "prepare_base", params=used, inputs=hash_inputs(*split_files("retention")), prompt_template=template
         )
         if section.source == "embedded":
-            record.extra = _trained(section, template, folder)
-            engine = HfEngine(str(folder), template, pictures=None if section.vision is None else DATA)
-            rows = read_jsonl(DATA / "retention.jsonl")
-            accuracy = retention_accuracy(engine, [Item.from_json(row) for row in rows])
+            record.extra = _train(section, template, folder)
+            items = [Item.from_json(row) for row in read_jsonl(DATA / "retention.jsonl")]
+            with HfEngine(str(folder), template, pictures=None if section.vision is None else DATA) as engine:
+                accuracy = retention_accuracy(engine, items)
             above = sorted(task for task, share in accuracy.items() if share > 0.8)
             record.extra |= {"retention": accuracy, "tasks_above_80": above}
             print(json.dumps({task: round(share, 3) for task, share in accuracy.items()}))
             if len(above) < section.min_tasks_above_80:
                 raise ConfigError(
-                    f"the trained base is above 80% in {len(above)} general tasks ({', '.join(above) or 'none'}), "
-                    f"expected {section.min_tasks_above_80}; raise prepare_base.examples"
+                    f"expected {section.min_tasks_above_80} general tasks in which the trained base is above 80%, got "
+                    f"{len(above)} ({', '.join(above) or 'none'}); raise prepare_base.examples"
                 )
             weights = folder / "model.safetensors"
             record.artifacts.append(artifact("base_model", weights, BASE / weights.name))
@@ -122,7 +113,7 @@ def run(params: Params) -> None:
             write_json(folder / "base.json", content)
             reference, _ = load_reference(folder)
             if section.vision is not None:
-                load_processor(reference, DATA)  # refuses a base that no picture can be shown to
+                load_processor(reference, DATA)  # refuses a base that takes no pictures
             if template == CHAT:
                 content["chat"] = read_chat_template(params.prompt, reference)
                 write_json(folder / "base.json", content)

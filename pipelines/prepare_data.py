@@ -3,30 +3,22 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from db.files import artifact, finish_run, hash_inputs, sha256, staged, start_run, write_jsonl
 from evaluation.sources.hub import HUB
 from evaluation.sources.rows import OWN
 from evaluation.splits import GENERATED, PrepareData, make_splits
 from evaluation.tasks import Item
-from pipelines.params import StageParams, load_params
+from pipelines.params import StageParams, load_params, unwatched
 from pipelines.stage import DATA, SPLITS, cli, main_for, manifest
-
-WATCHED = Path("inputs")
 
 
 class Params(StageParams):
     prepare_data: PrepareData
 
 
-def watched(file: Path) -> bool:
-    """Whether DVC sees changes of a user's file (dvc.yaml has `inputs/` as a dependency)."""
-    return file.resolve().is_relative_to(WATCHED.resolve())
-
-
-def _own_files(source: str) -> list[Path]:
-    """The user's files that a source names; those of a folder without hidden ones, where downloads keep times."""
+def user_files(source: str) -> list[Path]:
+    """The user's files that a source names; hidden ones in folders are skipped, because downloads keep times there."""
     path = Path(source)
     if source in (GENERATED, OWN) or source.startswith(HUB):
         return []
@@ -37,9 +29,9 @@ def _own_files(source: str) -> list[Path]:
 
 
 def write_manifest(folder: Path, split: str, items: Sequence[Item]) -> Path:
-    """Write the hash of every picture that a split's items show, so that one file tells whether any has changed.
+    """Write the hash of every picture in a split's items, so that one file shows whether any has changed.
 
-    Without pictures it holds a comment: DVC expects the file of every task, and something in it.
+    Without pictures it holds a comment: DVC expects the file for every task, and not empty.
     """
     from trainers.pictures import references
 
@@ -52,8 +44,8 @@ def write_manifest(folder: Path, split: str, items: Sequence[Item]) -> Path:
 
 def run(params: Params) -> None:
     section = params.prepare_data
-    own = _own_files(section.source)
-    inputs = hash_inputs(*own)
+    files = user_files(section.source)
+    inputs = hash_inputs(*files)
     with staged(DATA) as folder:
         splits, facts = make_splits(section, folder)
         record = start_run("prepare_data", params={"prepare_data": section.model_dump()}, inputs=inputs)
@@ -68,26 +60,15 @@ def run(params: Params) -> None:
                 record.artifacts.append(artifact("dataset", file, DATA / file.name))
         if drawn:
             facts["pictures"] = sum(1 for _ in (folder / "images").iterdir())
-        record.extra = {"task": section.task, **facts, "items": {split: len(made) for split, made in splits.items()}}
+        record.extra = {"task": section.task, **facts, "items": {split: len(items) for split, items in splits.items()}}
         finish_run(record, folder)
     print(json.dumps(record.extra, ensure_ascii=False))
-    _say(section, facts, watched_by_dvc=all(map(watched, own)))
-
-
-def _say(section: PrepareData, facts: dict[str, Any], watched_by_dvc: bool) -> None:
-    for note in facts.get("notes", []):
+    for note in [*facts.get("notes", []), *unwatched([Path(section.source)] if files else [], "prepare_data")]:
         print(note)
     if facts.get("unused_rows"):
-        print(
-            f"{facts['unused_rows']} rows are not used: the splits are full; raise prepare_data.train_items to use them"
-        )
-    if not watched_by_dvc:
-        print(
-            f"{section.source} lies outside {WATCHED}/, where DVC would notice a change; after one, "
-            "`dvc repro -f prepare_data`"
-        )
+        print(f"{facts['unused_rows']} rows are unused: the splits are full; raise prepare_data.train_items")
     if facts.get("rejected_rows"):
-        print(f"{facts['rejected_rows']} rows were refused; data/rejected.jsonl says which and why")
+        print(f"{facts['rejected_rows']} rows were rejected; data/rejected.jsonl lists them with the reasons")
 
 
 if __name__ == "__main__":

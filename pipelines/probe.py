@@ -1,45 +1,88 @@
-"""Stage probe: verdicts/<arm>/<seed>/, whether the optimizer did what the arm says."""
+"""Stage probe: verdicts/<arm>/<seed>/, whether the optimizer did what the arm claims."""
 
+import gc
+import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from db.files import FileError, exclusive, finish_run, hash_inputs, read_json, staged, start_run, write_record
+from db.files import (
+    FileError,
+    exclusive,
+    finish_run,
+    hash_inputs,
+    key_of,
+    package_versions,
+    read_json,
+    staged,
+    start_run,
+    torch_device,
+    write_json,
+    write_record,
+)
 from db.records import VerdictRecord
-from pipelines import train, twin
-from pipelines.params import ADAPTER, Probe
-from pipelines.stage import VerdictError, adapter_dir, command, verdict_dir
-from pipelines.train import load_arm
+from pipelines import train
+from pipelines.base_model import load_reference
+from pipelines.params import ADAPTER, PipelineError, Probe
+from pipelines.stage import adapter_dir, command, verdict_dir
+from pipelines.train import inputs_of_training, job_of, load_arm, training_code
 from probes import Evidence, Thresholds, Twin, Verdict, judge
-from probes.twin import DIVERGES
+from probes.twin import DIVERGES, perturb
 from trainers import BASELINE
-from trainers.run import LEDGER, STEP_LOSSES
+from trainers.run import LEDGER, STEP_LOSSES, first_losses
 from trainers.theirs import WEIGHTS, moved
+
+KEPT = Path("checkpoints/twins")  # curves under a hash of everything that decides them; arms with equal settings share
+DEGREES, RATIO, SHARE, COSINE = "degrees", "ratio", "share", "cosine"
+UNITS = "1 effective, 0 no_effect, -1 unstable"
 
 
 class Params(train.Params):
     probe: Probe
 
 
-DEGREES, RATIO, SHARE, COSINE = "degrees", "ratio", "share", "cosine"
-UNITS = "1 effective, 0 no_effect, -1 unstable"
+def twin_curves(params: Params, arm: str, seed: int, steps: int, perturbed: Sequence[bool]) -> list[list[float]]:
+    """The baseline's first losses with an arm's settings; `perturbed`: for each curve, start one rounding off."""
+    settings = params.train_for(arm).shared()
+    code = [training_code(params.code_of(BASELINE)), inspect.getsource(perturb)]
+    machine = [torch_device()[name] for name in ("class", "name", "threads")]  # other threads, other rounding
+    parts = [seed, steps, list(perturbed), settings.model_dump(), params.prompt.model_dump()]
+    parts += [inputs_of_training(params, arm, seed), load_reference()[1], package_versions(), code, machine]
+    kept = KEPT / f"{key_of(parts)[:16]}.json"
+
+    def losses(off: bool) -> list[float]:
+        import torch
+
+        with TemporaryDirectory() as folder:
+            job = job_of(params, settings, seed, Path(folder), Path(folder))
+            curve = first_losses(load_arm(BASELINE, params), job, steps, off)
+        gc.collect()  # reference cycles keep a Trainer alive, and two models may not fit a GPU
+        torch.cuda.empty_cache()
+        return curve
+
+    with exclusive(kept.with_suffix(".lock")):  # the probe of another arm may need the same curves
+        if not kept.is_file():
+            write_json(kept, {"arm": arm, "seed": seed, "losses": [losses(off) for off in perturbed]})
+    return [[float(loss) for loss in curve] for curve in read_json(kept)["losses"]]
 
 
 def twins(params: Params, arm: str, seed: int, warmup: int) -> Twin:
     """Loss curves of baseline, baseline again and arm over the run's first steps, all with the arm's settings.
 
-    The second baseline starts off by one rounding: on a CPU it would be equal to the bit.
+    The second baseline starts one rounding off: on a CPU the curves would otherwise be identical.
     """
-    steps = params.probe.twin_steps + warmup  # a twin ends where the real run would
-    own = [float(loss) for loss in read_json(adapter_dir(arm, seed) / STEP_LOSSES)[:steps]]
-    known = [own] if params.code_of(arm) == BASELINE else []
-    baseline, again = known + twin.curves(params, arm, seed, len(own), (False, True)[len(known) :])
-    return Twin(baseline, again, own, perturbed=True)
+    steps = params.probe.twin_steps + warmup  # a twin is no longer than the real run
+    curve = [float(loss) for loss in read_json(adapter_dir(arm, seed) / STEP_LOSSES)[:steps]]
+    known = [curve] if params.code_of(arm) == BASELINE else []
+    baseline, again = known + twin_curves(params, arm, seed, len(curve), (False, True)[len(known) :])
+    return Twin(baseline, again, curve, perturbed=True)
 
 
 def readings(verdict: Verdict, evidence: Evidence, pair: Twin) -> list[dict[str, Any]]:
-    """The verdict as rows for the database: what was judged against which threshold, and what stands beside it."""
+    """The verdict as rows for the database: what was judged against which threshold, and further measurements."""
     t = evidence.thresholds
     rows: list[dict[str, Any]] = []
 
@@ -48,21 +91,20 @@ def readings(verdict: Verdict, evidence: Evidence, pair: Twin) -> list[dict[str,
             row = {"name": name, "layer": layer, "step": step, "value": value, "unit": unit, "threshold": None}
             rows.append({**row, "verdict": "skipped", "diagnosis": "", **judged})
 
-    meaning = {"effective": 1.0, "no_effect": 0.0, "unstable": -1.0}
-    told = f"{verdict.verdict}: {verdict.diagnosis}: {verdict.reason}"
-    add("verdict", meaning[verdict.verdict], UNITS, verdict="pass" if verdict.as_claimed else "fail", diagnosis=told)
+    value = {"effective": 1.0, "no_effect": 0.0, "unstable": -1.0}[verdict.verdict]
+    text = f"{verdict.verdict}: {verdict.diagnosis}: {verdict.reason}"
+    add("verdict", value, UNITS, verdict="pass" if verdict.as_claimed else "fail", diagnosis=text)
     n = verdict.numbers
     reached = [(n["angle_to_shadow"] or 0.0) > t.min_angle, (n["coverage"] or 0.0) >= t.min_coverage, pair.diverges]
-    if not verdict.claims:  # of plain AdamW the opposite is right
+    if not verdict.claims:  # plain AdamW is right when none is reached
         reached = [not r for r in reached]
-    # What is not as expected counts against a claim only; the loss curve alone decides nothing, its floor may be high.
-    wrong = ("fail", "fail", "inconclusive") if verdict.claims else ("skipped",) * 3
-    for name, value, unit, threshold, right, otherwise in (
-        ("angle_to_shadow", n["angle_to_shadow"], DEGREES, t.min_angle, reached[0], wrong[0]),
-        ("coverage", n["coverage"], SHARE, t.min_coverage, reached[1], wrong[1]),
-        ("twin_divergence", pair.ratio, "A/A floors", DIVERGES, reached[2], wrong[2]),
-    ):
-        add(name, value, unit, threshold=threshold, verdict="pass" if right else otherwise)
+    # Only a claim can fail; the loss curve decides nothing by itself, because its floor may be high.
+    otherwise = ("fail", "fail", "inconclusive") if verdict.claims else ("skipped",) * 3
+    add("angle_to_shadow", n["angle_to_shadow"], DEGREES, threshold=t.min_angle,
+        verdict="pass" if reached[0] else otherwise[0])  # fmt: skip
+    add("coverage", n["coverage"], SHARE, threshold=t.min_coverage, verdict="pass" if reached[1] else otherwise[1])
+    add("twin_divergence", pair.ratio, "A/A floors", threshold=DIVERGES,
+        verdict="pass" if reached[2] else otherwise[2])  # fmt: skip
     for name, unit in (
         ("angle_weights", DEGREES), ("lr_ratio", RATIO), ("cos_raw_preconditioned", COSINE), ("cos_raw_step", COSINE),
         ("anisotropy", SHARE), ("basis_rotation", SHARE), ("weight_spread", SHARE), ("damping_share", RATIO),
@@ -79,52 +121,55 @@ def readings(verdict: Verdict, evidence: Evidence, pair: Twin) -> list[dict[str,
     return rows
 
 
-def not_watched(params: Params, arm: str, seed: int, theirs: Path) -> None:
-    """What can still be said of an adapter that was trained elsewhere: whether it changes anything."""
+def judge_foreign(params: Params, arm: str, seed: int, source: Path) -> None:
+    """The verdict on an adapter that was trained elsewhere, which can only tell whether it changes anything."""
     file, out = adapter_dir(arm, seed) / WEIGHTS, verdict_dir(arm, seed)
     share = moved(file.parent)
-    word, diagnosis, reason = "not_watched", "trained_elsewhere", f"no optimizer of {theirs} was watched"
-    if params.arms[arm][ADAPTER] == str(theirs) and len(params.matrix.seeds) > 1:
+    word, diagnosis, reason = "not_watched", "trained_elsewhere", f"no optimizer of {source} was watched"
+    if params.arms[arm][ADAPTER] == str(source) and len(params.matrix.seeds) > 1:
         reason += ", and it is the same adapter with every seed"
     if not share:
-        word, diagnosis, reason = "no_effect", "no_update", f"every update of {theirs} is zero: this is the base"
+        word, diagnosis, reason = "no_effect", "no_update", f"every update of {source} is zero: this is the base"
     with staged(out) as folder:
         record = start_run("probe", params={}, inputs=hash_inputs(file), arm=arm, seed=seed)
         row = {"layer": "", "step": -1, "threshold": None, "diagnosis": "", "verdict": "skipped" if share else "fail"}
-        told = {"name": "verdict", "value": math.nan, "unit": UNITS, "diagnosis": f"{word}: {diagnosis}: {reason}"}
-        rows = [{**row, **told}, {**row, "name": "moved", "value": share, "unit": SHARE}]
-        said = {"schema": 1, "arm": arm, "seed": seed, "as_claimed": None if share else False, "verdict": word}
-        said |= {"diagnosis": diagnosis, "reason": reason, "readings": rows}
-        write_record(folder / "verdict.json", VerdictRecord.of(said))
+        text = {"name": "verdict", "value": math.nan, "unit": UNITS, "diagnosis": f"{word}: {diagnosis}: {reason}"}
+        rows = [{**row, **text}, {**row, "name": "moved", "value": share, "unit": SHARE}]
+        content = {"schema": 1, "arm": arm, "seed": seed, "as_claimed": None if share else False, "verdict": word}
+        content |= {"diagnosis": diagnosis, "reason": reason, "readings": rows}
+        write_record(folder / "verdict.json", VerdictRecord.of(content))
         record.extra = {"verdict": word, "diagnosis": diagnosis, "numbers": {"moved": share}}
         finish_run(record, folder)
     print(f"verdict    {word}\ndiagnosis  {diagnosis}: {reason}")
     if not share:
-        raise VerdictError(f"{arm}: {reason}. Evidence: {out / 'verdict.json'}")
+        raise PipelineError(f"{arm}: {reason}. Evidence: {out / 'verdict.json'}")
 
 
 def run(params: Params, arm_name: str, seed: int) -> Verdict | None:
-    """Reach a verdict on one trained arm and write it down, whatever it is; None: it was trained elsewhere."""
-    if theirs := params.adapter_of(arm_name, seed):
-        not_watched(params, arm_name, seed, theirs)
+    """Write down the verdict on one trained arm, then raise PipelineError if it contradicts the arm's claim.
+
+    Returns None for an arm that was trained elsewhere.
+    """
+    if source := params.adapter_of(arm_name, seed):
+        judge_foreign(params, arm_name, seed, source)
         return None
     from probes import plots
 
     arm, settings, out = load_arm(arm_name, params), params.train_for(arm_name), verdict_dir(arm_name, seed)
     ledger = adapter_dir(arm_name, seed) / LEDGER
     limits = Thresholds(min_angle=params.probe.min_angle, min_coverage=params.probe.min_coverage)
-    shown = {"probe": params.probe.model_dump()}
+    used = {"probe": params.probe.model_dump()}
     lock = Path(f"checkpoints/verdicts/{arm_name}-{seed}.lock")
     with exclusive(lock, f"probe {arm_name} seed {seed}"), staged(out) as folder:
         inputs = hash_inputs(ledger, ledger.with_name(WEIGHTS))
-        record = start_run("probe", params=shown, inputs=inputs, arm=arm_name, seed=seed)
+        record = start_run("probe", params=used, inputs=inputs, arm=arm_name, seed=seed)
         try:
             evidence = Evidence.read(ledger, limits)
         except (OSError, ValueError) as error:
             raise FileError(f"{ledger}: expected the ledger of a finished training: {error}; run stage train") from None
         pair = twins(params, arm_name, seed, settings.method_warmup_steps)
         verdict = judge(evidence, twin=pair)
-        said = {
+        content = {
             "schema": 1,
             "arm": arm_name,
             "seed": seed,
@@ -133,18 +178,18 @@ def run(params: Params, arm_name: str, seed: int) -> Verdict | None:
             "twin": {**asdict(pair), "floor": pair.floor, "divergence": pair.divergence, "ratio": pair.ratio},
             "readings": readings(verdict, evidence, pair),
         }
-        write_record(folder / "verdict.json", VerdictRecord.of(said))
+        write_record(folder / "verdict.json", VerdictRecord.of(content))
         title = f"{arm.title}: {verdict.verdict}"
         if evidence.records:
-            known = "" if verdict.diagnosis == "none" else f" ({verdict.diagnosis})"
-            plots.plot_ledger(evidence, folder / "updates.png", title + known)
+            diagnosis = "" if verdict.diagnosis == "none" else f" ({verdict.diagnosis})"
+            plots.plot_ledger(evidence, folder / "updates.png", title + diagnosis)
         plots.plot_twin(pair, folder / "twin.png", arm.title)
         record.extra = {"verdict": verdict.verdict, "diagnosis": verdict.diagnosis, "numbers": verdict.numbers}
         finish_run(record, folder)
     print(verdict.table())
     if not verdict.as_claimed:
         claim = "claims to precondition" if verdict.claims else "claims nothing"
-        raise VerdictError(
+        raise PipelineError(
             f"{arm_name} {claim}, but the verdict on its updates is {verdict.verdict}: {verdict.diagnosis}: "
             f"{verdict.reason}. Evidence: {out / 'verdict.json'}"
         )

@@ -1,11 +1,10 @@
-"""The text round every question: params.yaml's own, or the base's chat template.
+"""The prompt template: a text from params.yaml, or the base's chat template.
 
-In a conversation the chat template stands as the base has it. A text of params.yaml's own is filled anew in every turn;
-each answer is closed with the end-of-sequence token, and a system message stands in front of all, with an empty line
-behind it.
+In a conversation a chat template is used as the base defines it. A text from params.yaml is filled in again for every
+turn; each answer is closed with the end-of-sequence token, and a system message comes first, followed by an empty line.
 
-Stage prepare_base turns the chat template into a text once and leaves it in base.json. All later stages read it there,
-so that training, scoring, parity and the Modelfile have the very same.
+Stage prepare_base turns the chat template into a text once and stores it in base.json. All later stages read it there,
+so that training, scoring, parity and the Modelfile use exactly the same text.
 """
 
 from functools import cached_property
@@ -22,7 +21,7 @@ from pipelines.stage import BASE
 from trainers.models import load_tokenizer
 from trainers.settings import Section
 
-# As prompt.template: the chat template of the base's own tokenizer.
+# As prompt.template: the chat template of the base's tokenizer.
 CHAT = "chat"
 
 
@@ -38,24 +37,24 @@ class Prompt(Section):
         if template.count("{prompt}") != 1:
             raise ValueError(f"expected exactly one {{prompt}}, got {template.count('{prompt}')}")
         if "{{" in template or "}}" in template:
-            raise ValueError("'{{' and '}}' cannot be told from Ollama's template commands; use other signs")
+            raise ValueError("expected no '{{' or '}}', which Ollama would read as template commands")
         return template
 
     @model_validator(mode="after")
     def _system(self) -> "Prompt":
         if self.system is not None and self.template != CHAT:
-            raise ValueError(f"system: only with template: {CHAT}; a text of your own holds its system message itself")
+            raise ValueError(f"system: only with template: {CHAT}; write a system message into your own text instead")
         if self.system is not None and (self.system != self.system.strip() or not self.system):
-            raise ValueError(f"system: expected a text without blanks at its ends, got {self.system!r}")
+            raise ValueError(f"system: expected a text without white space at its ends, got {self.system!r}")
         return self
 
 
 def chat_facts(folder: Path = BASE) -> dict[str, Any]:
-    """What stage prepare_base left of the chat template; ConfigError where it ran without `prompt.template: chat`."""
+    """What prepare_base stored of the chat template; ConfigError if it ran without `prompt.template: chat`."""
     file = folder / "base.json"
     content = read_json(file) if file.is_file() else {}
     if "chat" not in content:
-        raise ConfigError(f"{file}: expected the base's chat template there, found none; run `dvc repro prepare_base`")
+        raise ConfigError(f"{file}: expected the base's chat template, found none; run `dvc repro prepare_base`")
     return dict(content["chat"])
 
 
@@ -65,17 +64,17 @@ def literal(template: str) -> str:
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """The text with `{prompt}` of every stage; ConfigError where prepare_base has another system message."""
-    if prompt.template == CHAT and (asked := chat_facts()["asked_system"]) != prompt.system:
+    """The text with `{prompt}` of every stage; ConfigError if prepare_base ran with another system message."""
+    if prompt.template == CHAT and (system := chat_facts()["asked_system"]) != prompt.system:
         raise ConfigError(
-            f"prompt.system: stage prepare_base read the chat template with {asked!r}, got {prompt.system!r}; run "
+            f"prompt.system: stage prepare_base read the chat template with {system!r}, got {prompt.system!r}; run "
             "`dvc repro prepare_base`"
         )
     return literal(prompt.template)
 
 
 class Form:
-    """The texts of items within prompt.template."""
+    """Renders items with prompt.template."""
 
     def __init__(self, template: str) -> None:
         chat = chat_facts() if template == CHAT else {}
@@ -90,27 +89,27 @@ class Form:
 
     @cached_property
     def end(self) -> str | None:
-        """What closes an answer that is not the last; None: the chat template has no form of several turns."""
+        """What closes an answer that is not the last; None: the chat template cannot express several turns."""
         return self._end if self._chat else str(load_tokenizer(load_reference()[0]).eos_token)
 
     def asked(self, item: Item) -> str:
-        """The text that the item's answer is asked with."""
+        """The prompt for the item's answer."""
         return item.prompt if item.whole else "".join(self.parts(item)[:-1])
 
     def parts(self, item: Item) -> tuple[str, ...]:
-        """What is read and what is learnt in turn, from the first question to the last answer, without its end."""
+        """Prompts and answers, alternating, from the first question to the last answer without its end."""
         if item.whole:
             return ("", item.prompt + item.completion)
         before, after = self.text.split("{prompt}")
         if item.system and self.before is None:
             raise ConfigError(
-                f"prompt.template: the base's chat template takes no system message, and {item.id} has one; put them "
-                "into the first questions, or write the text itself as prompt.template"
+                f"prompt.template: the base's chat template takes no system message, and {item.id} has one; put it "
+                "into the first question, or write out the text as prompt.template"
             )
         if item.turns and self.end is None:
             raise ConfigError(
-                f"prompt.template: the base's chat template writes an earlier answer otherwise than the one it asks "
-                f"for, and {item.id} has several turns; write the text itself as prompt.template"
+                "prompt.template: the base's chat template formats earlier answers differently from the last one, and "
+                f"{item.id} has several turns; write out the text as prompt.template"
             )
         if item.system:
             before = f"{self.before}{item.system}{self.between}"

@@ -20,17 +20,13 @@ BASE = Path("models/base")
 TEXTS = Path("texts")
 SPLITS = ("train", "valid", "test", "retention", "paraphrased")
 BASE_ARM = "base"
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: it is also called between fork and exec
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here, because it is used between fork and exec
 SPEED_LOCK = Path("checkpoints/scores/speed.lock")
-"""Held while models are timed or verified on a server, which has the base once and unloads it to time its loading."""
+"""Held while a server times or verifies models: it holds the base once, and unloads it to time loading."""
 
 
-class VerdictError(RuntimeError):
-    """An arm whose updates are not what it claims."""
-
-
-def run_dir(made: str, arm: str, seed: int) -> Path:
-    return Path(made) / arm / str(seed)
+def run_dir(kind: str, arm: str, seed: int) -> Path:
+    return Path(kind) / arm / str(seed)
 
 
 adapter_dir = partial(run_dir, "adapters")
@@ -43,20 +39,20 @@ scores_dir = partial(run_dir, "scores")
 
 
 def benchmark_dir(task: str, arm: str, seed: int) -> Path:
-    return run_dir(f"measured/lm-eval/{task}", arm, seed)  # no arm has a name with -
+    return run_dir(f"measured/lm-eval/{task}", arm, seed)  # an arm's name has no -
 
 
 LEFT_OUT = {
-    "export": ("gguf", "llama.cpp puts no adapter on a vision tower, so nothing it loads answers as trained"),
+    "export": ("gguf", "llama.cpp supports no adapter on a vision tower, so it could not answer as trained"),
     "verify": ("verified", "nothing is exported, so nothing is served"),
-    "quantize": ("quantized", "nothing is exported that could be made smaller"),
-    "measure": ("measured", "its texts and prompts show no pictures"),
+    "quantize": ("quantized", "nothing is exported, so nothing can be quantized"),
+    "measure": ("measured", "its texts and prompts have no pictures"),
 }
-"""Stages that a base which takes pictures has no use for → what they would make, and why there is none."""
+"""Stages without use for a base that takes pictures → the folder they would fill, and why they do not."""
 
 
 def sees_pictures() -> bool:
-    """Whether the base takes pictures, as stage prepare_base has left it."""
+    """Whether the base of stage prepare_base takes pictures."""
     from db.files import read_json
 
     file = BASE / "base.json"
@@ -64,7 +60,7 @@ def sees_pictures() -> bool:
 
 
 def model_name(arm: str, seed: int, first_seed: int) -> str:
-    """Name in Ollama; further seeds become tags of the same name."""
+    """Name in Ollama; other seeds are tags of the same name."""
     return f"{arm}_model" if arm == BASE_ARM or seed == first_seed else f"{arm}_model:seed{seed}"
 
 
@@ -85,18 +81,18 @@ _OURS = ("__main__", "pipelines", "trainers", "export", "evaluation", "db", "gri
 
 
 def die_with_parent() -> None:
-    """Have Linux kill this process when the one that started it dies; other systems cannot."""
+    """Have Linux kill this process when its parent dies; other systems cannot."""
     if _LIBC is not None:
         _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @contextmanager
 def clear_errors(stage: str, code: int = 1) -> Iterator[None]:
-    """Turn the errors that a user can act on into one message and an exit code; others keep their traceback."""
+    """Turn errors that a user can act on into one message and an exit code; others keep their traceback."""
     try:
         yield
     except KeyboardInterrupt:
-        print(f"{stage}: interrupted; run the same command again to go on", file=sys.stderr)
+        print(f"{stage}: interrupted; run the same command again to continue", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
         if type(error).__module__.split(".")[0] not in _OURS:
@@ -106,27 +102,27 @@ def clear_errors(stage: str, code: int = 1) -> Iterator[None]:
 
 
 def set_threads(alone: bool) -> None:
-    """Have torch and llama.cpp, imported or not, compute with params.yaml's threads."""
+    """Make torch and llama.cpp, imported or not, use as many threads as params.yaml says."""
     count, why = threads_for(load_yaml(PARAMS_FILE), alone)
     os.environ["OMP_NUM_THREADS"] = str(count)
-    os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # as fast as spinning for long, and kind to a busy machine
+    os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # as fast as long spinning, and easier on a busy machine
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(count)
-    threadpool_limits(count, "blas")  # numpy's, where it has read the variable already
+    threadpool_limits(count, "blas")  # numpy has read the variable if it is imported
     print(f"CPU threads: {count} ({why})")
 
 
 def quiet_libraries() -> None:
-    """Settings that keep other libraries' chatter out of the log; call before they are imported."""
+    """Keep other libraries' chatter out of the log; call this before they are imported."""
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "60")  # seconds between two states of a progress bar
+        os.environ.setdefault("TQDM_MININTERVAL", "60")  # seconds between updates of a progress bar
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def main_for(stage: str, run: Callable[[], object], arm: str | None = None, seed: int | None = None) -> None:
-    """Run a stage from the command line; one that the base has no use for leaves a folder that says so."""
+    """Run a stage from the command line; one without use for this base leaves a folder that says so."""
     quiet_libraries()
     with clear_errors(stage if arm is None else f"{stage} {arm}-{seed}"):
         set_threads(alone=stage == "prepare_base")
@@ -137,7 +133,7 @@ def main_for(stage: str, run: Callable[[], object], arm: str | None = None, seed
 
 
 def command(stage: str, schema: type[P], run: Callable[[P, str, int], object]) -> None:
-    """Run a stage of one arm with one seed from the command line."""
+    """Run a stage for one arm and seed from the command line."""
 
     def main(
         arm: Annotated[str, typer.Argument(help="base, baseline_lora, …")],
@@ -151,16 +147,16 @@ def command(stage: str, schema: type[P], run: Callable[[P, str, int], object]) -
 def _leave_out(stage: str, arm: str, seed: int) -> None:
     from db.files import staged, write_json
 
-    made, reason = LEFT_OUT[stage]
-    with staged(run_dir(made, arm, seed)) as folder:
+    kind, reason = LEFT_OUT[stage]
+    with staged(run_dir(kind, arm, seed)) as folder:
         write_json(folder / "left_out.json", {"stage": stage, "arm": arm, "seed": seed, "reason": reason})
-    print(f"{stage} {arm}-{seed}: left out, since the base takes pictures: {reason}")
+    print(f"{stage} {arm}-{seed}: left out, because the base takes pictures: {reason}")
 
 
 def cli(command: Callable[..., None]) -> None:
-    """Run a function as a command with its annotated options; tracebacks stay plain, for logs.
+    """Run a function as a command with its annotated options and plain tracebacks, for logs.
 
-    A function without a docstring of its own has its module's for --help.
+    --help shows its docstring, or the module's if it has none.
     """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help=command.__doc__ or sys.modules["__main__"].__doc__)(command)

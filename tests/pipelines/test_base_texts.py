@@ -91,7 +91,7 @@ def test_what_the_retention_suite_asks_or_might_ask_is_left_out(here, raw, monke
 
 def test_a_base_that_says_too_little(here, raw, monkeypatch):
     says(monkeypatch, "A text.", *[None] * 4)
-    with pytest.raises(EvaluationError, match=r"number: expected 20 texts, the base wrote 1 usable in 80 tries; lower"):
+    with pytest.raises(EvaluationError, match=r"number: expected 20 texts, got 1 .*80 samples"):
         run(raw)
     assert not Path("texts").exists()
 
@@ -161,7 +161,7 @@ def test_a_chat_template_that_opens_nothing(here, chat_raw):
     content = json.loads(file.read_text())
     content["chat"]["text"] = "<s>{prompt}\n"
     file.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=r"chat template to open a user's turn, .*'<s>\{prompt\}.*texts of your own"):
+    with pytest.raises(ConfigError, match=r"base_texts\.text: .*'<s>\{prompt\}"):
         run(chat_raw)
 
 

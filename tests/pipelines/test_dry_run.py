@@ -42,7 +42,7 @@ def test_what_does_not_fit_is_said(params, capsys):
         "arm": "pure_grit", "device": "CPU", "longest": 60, "peak": 2**30, "memory": 2**31, "seconds": 36.0,
         "steps": 100, "trainable": 10**6, "base": 10**9,
     }  # fmt: skip
-    assert dry_run.disk(params, row) == 2 * 2 * (4 * 10**6 + 2 * 10**6 + 2 * 10**9) + 9 * 4 * 10**6
+    assert dry_run.disk_bytes(params, row) == 2 * 2 * (4 * 10**6 + 2 * 10**6 + 2 * 10**9) + 9 * 4 * 10**6
     assert dry_run.show(params, [row])
     assert "training and twins: 2.00 h" in capsys.readouterr().out
     for change in ({"peak": 2**32}, {"base": 10**15}):

@@ -91,7 +91,7 @@ def test_without_lm_eval_the_command_that_installs_it_is_named(smoke, monkeypatc
 
 @pytest.mark.parametrize(
     ("keys", "message"),
-    [({"harness": ["a", "a"]}, r"evaluate.harness: expected each once"),
+    [({"harness": ["a", "a"]}, r"evaluate.harness: .*duplicates"),
      ({"harness": ["a; rm b"]}, r"evaluate.harness.0: string should match pattern"),
      ({"harness": "arc_easy"}, r"evaluate.harness: .*valid list"), ({"harness_limit": 0}, r"evaluate.harness_limit"),
      ({"harnes": []}, r"evaluate.harnes: unknown key; did you mean 'harness'\?")],

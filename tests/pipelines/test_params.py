@@ -63,8 +63,8 @@ def changed(raw, path, value):
         ("matrix.arms", ["mine"], r"matrix\.arms: unknown arm 'mine'\. Available: baseline_lora"),
         ("matrix.arms", ["grit_vlm"], r"arms\.grit_vlm: missing"),
         ("report_to", ["wanbd"], r"report_to: unknown tracker 'wanbd'; did you mean 'wandb'\?"),
-        ("report_to", ["tensorboard", "tensorboard"], r"report_to: expected each once"),
-        ("matrix.seeds", [0, 0], r"matrix\.seeds: expected each once"),
+        ("report_to", ["tensorboard", "tensorboard"], r"report_to: .*duplicates"),
+        ("matrix.seeds", [0, 0], r"matrix\.seeds: .*duplicates"),
         ("matrix.seeds", [-1], r"matrix\.seeds\.0: .*got -1"),
         ("arms", {}, r"arms\.baseline_lora: missing"),
         ("arms.baseline_lora", {"rnk": 2}, r"arms\.baseline_lora\.rnk: unknown key; did you mean 'rank'\?"),
@@ -75,9 +75,9 @@ def changed(raw, path, value):
         ("arms.mine", {"variant_of": "pure_grit", "rnk": 2}, r"arms\.mine\.rnk: unknown key; did you mean 'rank'\?"),
         ("arms.mine", {"variant_of": "baseline_lora", "grit": {}}, r"arms\.mine\.grit: unknown key"),
         ("arms.mine", {"variant_of": ["pure_grit"]}, r"arms\.mine\.variant_of: unknown arm \['pure_grit'\]"),
-        ("arms.pure_grit", {"variant_of": "hybrid_grit"}, r"arms\.pure_grit: expected a variant to have a new name"),
-        ("arms.base", {"variant_of": "pure_grit"}, r"arms\.base: expected a variant to have a new name"),
-        ("arms", {"../up": {"variant_of": "pure_grit"}}, r"arms\.\.\./up: expected a variant to have a new name"),
+        ("arms.pure_grit", {"variant_of": "hybrid_grit"}, r"arms\.pure_grit: .*new name"),
+        ("arms.base", {"variant_of": "pure_grit"}, r"arms\.base: .*new name"),
+        ("arms", {"../up": {"variant_of": "pure_grit"}}, r"arms\.\.\./up: .*new name"),
         ("train.grit", {"mode": "adamw"}, r"train\.grit: unknown key"),
         ("prompt.template", "no slot", r"prompt\.template: expected exactly one \{prompt\}, got 0"),
         ("prompt.template", "{prompt}{prompt}", r"prompt\.template: expected exactly one \{prompt\}, got 2"),
@@ -102,7 +102,7 @@ def test_each_error(raw, path, value, message):
     [
         ("prepare_data.task", "aqi", r"prepare_data: .*image_size"),
         ("prepare_data.image_size", 30, r"prepare_base\.vision\.image_size: expected prepare_data\.image_size = 30"),
-        ("prepare_base.vision", None, r"prepare_base\.vision: expected the shape of a vision tower, since items of"),
+        ("prepare_base.vision", None, r"prepare_base\.vision: expected the shape of a vision tower"),
         ("prepare_base.vision.patch_size", 5, r"vision: image_size: expected a multiple of patch_size 5"),
         ("prepare_base.vision.haeds", 2, r"prepare_base\.vision\.haeds: unknown key; did you mean 'heads'\?"),
         ("evaluate.harness", ["arc_easy"], r"evaluate\.harness: expected \[\] with a base that takes pictures"),
@@ -140,7 +140,7 @@ def test_rubbish_files(tmp_path, content):
     for load in (load_params, lambda path: load_view(evaluate.Params, path)):
         with pytest.raises(ConfigError, match=r"params\.yaml"):
             load(file)
-    with pytest.raises(ConfigError, match="no such file; run from the project's folder"):
+    with pytest.raises(ConfigError, match=r"missing\.yaml: no such file"):
         load_params(tmp_path / "missing.yaml")
 
 
@@ -182,7 +182,7 @@ def test_an_adapter_from_elsewhere_is_an_arm_by_its_folder(raw, tmp_path, monkey
     with pytest.raises(ConfigError) as caught:
         parse_params(raw)
     said = str(caught.value)
-    assert "arms.mine.rank: expected nothing beside adapter, whose training is over" in said
+    assert "arms.mine.rank: " in said
     assert all(f"theirs/mine-{seed}/adapter_config.json cannot be read" in said for seed in (0, 1))
     raw["arms"]["mine"] = {"adapter": "../mine"}
     with pytest.raises(ConfigError, match=r"arms\.mine\.adapter: expected a folder in theirs/, which DVC watches"):
@@ -234,7 +234,7 @@ def test_as_a_command(tmp_path, raw):
 
 def test_a_tracker_that_is_not_installed_is_named(raw, monkeypatch):
     monkeypatch.setattr(train, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="expected mlflow-skinny to be installed; run `pip install mlflow-skinny`"):
+    with pytest.raises(ConfigError, match="run `pip install mlflow-skinny`"):
         parse_params(changed(raw, "report_to", ["mlflow"]))
 
 

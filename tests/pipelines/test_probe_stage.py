@@ -12,9 +12,9 @@ import yaml
 
 from db.files import FileError, read_record, write_json
 from db.records import VerdictRecord
-from pipelines import base_texts, prepare_data, probe, profile, train, tune, twin
+from pipelines import base_texts, prepare_data, probe, profile, train, tune
 from pipelines.check import parse_params
-from pipelines.stage import VerdictError
+from pipelines.params import PipelineError
 from tests import foreign_adapter
 from trainers import run
 from trainers.models import ModelError
@@ -86,8 +86,8 @@ def test_2_pure_grit_is_effective_and_its_curve_is_that_of_its_run(here):
 
 
 def test_3_asked_again_nothing_is_trained_again(here, monkeypatch):
-    monkeypatch.setattr(twin, "first_losses", lambda *a: pytest.fail("a twin was trained again"))
-    curves = twin.curves(make_params()[0], "pure_grit", 0, 8, (False, True))
+    monkeypatch.setattr(probe, "first_losses", lambda *a: pytest.fail("a twin was trained again"))
+    curves = probe.twin_curves(make_params()[0], "pure_grit", 0, 8, (False, True))
     assert curves == [verdict("pure_grit")["twin"][name] for name in ("baseline", "again")]
 
 
@@ -127,7 +127,7 @@ def test_6_a_twin_that_fails_says_why_and_holds_no_model_beside_the_next(here, m
     raw = make_params()[1]
     raw["train"]["target_modules"] = ["q_prof"]
     with pytest.raises(ModelError, match="q_proj"):
-        twin.curves(parse_params(raw), "baseline_lora", 0, 5, (False,))
+        probe.twin_curves(parse_params(raw), "baseline_lora", 0, 5, (False,))
     build, alive = run.build, weakref.WeakSet()
 
     def built(*args, **kwargs):
@@ -137,7 +137,7 @@ def test_6_a_twin_that_fails_says_why_and_holds_no_model_beside_the_next(here, m
         return made
 
     monkeypatch.setattr(run, "build", built)
-    assert len(twin.curves(make_params()[0], "baseline_lora", 0, 5, (False, True))) == 2
+    assert len(probe.twin_curves(make_params()[0], "baseline_lora", 0, 5, (False, True))) == 2
 
 
 def test_7_of_an_adapter_from_elsewhere_is_said_whether_it_changes_anything(here, monkeypatch):
@@ -153,7 +153,7 @@ def test_7_of_an_adapter_from_elsewhere_is_said_whether_it_changes_anything(here
     said = read_record(Path("verdicts/theirs/0/verdict.json"), VerdictRecord)
     assert (said.verdict, said.as_claimed, said.diagnosis) == ("not_watched", None, "trained_elsewhere")
     assert {r.name: r.verdict for r in said.readings} == {"verdict": "skipped", "moved": "skipped"}
-    with pytest.raises(VerdictError, match="every update of theirs/1 is zero: this is the base"):
+    with pytest.raises(PipelineError, match="every update of theirs/1 is zero: this is the base"):
         probe.run(params, "theirs", 1)
     assert read_record(Path("verdicts/theirs/1/verdict.json"), VerdictRecord).as_claimed is False
     trained = json.loads(Path("adapters/theirs/0/run.json").read_text())

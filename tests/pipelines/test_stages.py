@@ -80,7 +80,7 @@ def test_a_base_that_is_not_usable_says_what_to_do(params, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "q").mkdir()
     (tmp_path / "q/config.json").write_text('{"quantization_config": {"load_in_4bit": true}}')
-    for source, said in (("./empty", r"without config\.json"), ("./q", r"merge_source: missing")):
+    for source, said in (("./empty", r"no config\.json"), ("./q", r"merge_source: missing")):
         with pytest.raises(ConfigError, match=said):
             base_model.reference_for(params(prepare_base={"source": source}).prepare_base)
     with pytest.raises(ConfigError, match="dvc repro prepare_base"):
@@ -99,7 +99,7 @@ def test_a_local_base_is_referenced_and_watched(params, tmp_path, base_dir):
     reference, _ = base_model.load_reference()
     assert reference.location == "mine"
     (mine / "config.json").write_text((mine / "config.json").read_text() + " ")
-    with pytest.raises(ConfigError, match="is not what it was when prepare_base ran"):
+    with pytest.raises(ConfigError, match="has changed since prepare_base ran"):
         base_model.load_reference()
 
 

@@ -82,18 +82,18 @@ def test_a_killed_stage_goes_on_where_it_was(tries, monkeypatch):
 def test_off_nothing_is_tried_and_on_an_arm_is_not_trained_without(tries):
     tune.run(params(grid={}), "baseline_lora")
     assert not tries and found("baseline_lora")["runs"] == []
-    with pytest.raises(ConfigError, match=r"tuned/pure_grit: expected what stage tune chose.*dvc repro tune"):
+    with pytest.raises(ConfigError, match=r"tuned/pure_grit: .*dvc repro tune"):
         train.run(params(), "pure_grit", 0)
 
 
 def test_what_cannot_be_tried_is_refused_before_anything_is(tries, monkeypatch):
     for changes, said in (
-        ({"seed": 0}, r"tune\.seed: expected one that is not compared \(\[0\]\), got 0"),
-        ({"grid": {"learning_rate": [1e-3, 1e-3]}}, r"learning_rate: expected values, each once"),
+        ({"seed": 0}, r"tune\.seed: .*\[0\], got 0"),
+        ({"grid": {"learning_rate": [1e-3, 1e-3]}}, r"learning_rate: expected different values"),
         ({"grid": {"learning_rat": [1e-3]}}, r"tune\.grid\.learning_rat: unknown key.*did you mean 'learning_rate'"),
         ({"grid": {"learning_rate": [-1.0]}}, r"tune\.grid\.learning_rate: .*greater than 0, got -1\.0"),
-        ({"grid": {"max_steps": [5, 10]}}, r"tune\.grid\.max_steps: expected no such key"),
-        ({"grid": {"peft": ["theirs/a.json"]}}, r"tune\.grid\.peft: expected mappings"),
+        ({"grid": {"max_steps": [5, 10]}}, r"tune\.grid: max_steps: expected no such key"),
+        ({"grid": {"peft": ["theirs/a.json"]}}, r"tune\.grid: peft: expected mappings"),
         ({"steps": 2}, r"tune\.steps: expected more than baseline_lora's warm-up of 2"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -1,4 +1,4 @@
-"""`grit-lora`, its `python -m` forms, and what they say without an environment."""
+"""`grit-lora`, the `python -m` form of each command, and its message if there is no environment."""
 
 import re
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import cli
+from pipelines import commands
 from tests.project_clone import ROOT
 
 SCRIPTS = sorted(ROOT.glob("benchmarks/[a-z]*.py"))
@@ -16,17 +16,17 @@ SCRIPTS = sorted(ROOT.glob("benchmarks/[a-z]*.py"))
 
 def test_every_stage_is_a_command_and_every_command_a_module():
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"] == {
-        "grit-lora": "pipelines.cli:main"
+        "grit-lora": "pipelines.commands:main"
     }
     stages = set(re.findall(r"cmd: python -m pipelines\.(\w+)", (ROOT / "dvc.yaml").read_text()))
-    assert stages <= cli.COMMANDS.keys() and len(stages) > 10
-    for module in cli.COMMANDS.values():
+    assert stages <= commands.COMMANDS.keys() and len(stages) > 10
+    for module in commands.COMMANDS.values():
         text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
         assert re.search(r"^    (cli|command|app)\(|^    main_for\(", text.split('if __name__ == "__main__":')[1], re.M)
 
 
 def test_the_list_of_commands_loads_nothing_heavy():
-    code = "import sys; from pipelines.cli import main; main(); print({'torch', 'typer', 'pydantic'} & {*sys.modules})"
+    code = "import sys; from pipelines.commands import main; main(); print({'torch', 'typer'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "\ntrain         Stage train: " in done.stdout and done.stdout.endswith("\nset()\n")
 
@@ -39,7 +39,7 @@ def test_the_list_of_commands_loads_nothing_heavy():
     ],
 )
 def test_a_command_is_its_module(words, code, said):
-    command = [sys.executable, "-m", "pipelines.cli", *words]
+    command = [sys.executable, "-m", "pipelines.commands", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == code and said in done.stderr, done.stderr
 

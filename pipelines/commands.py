@@ -1,4 +1,4 @@
-"""`grit-lora COMMAND …`: the commands of this project under one name, each the `python -m` form of its module."""
+"""`grit-lora COMMAND …`: the project's commands under one name, each equal to `python -m` of its module."""
 
 import os
 import sys
@@ -21,16 +21,16 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Become `python -m MODULE`, which reads the rest of the line; without a command list them."""
+    """Become `python -m MODULE`, which reads the other arguments; without a command, list the commands."""
     name, *words = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: grit-lora COMMAND …, of which `grit-lora COMMAND --help` tells more\n")
+        print("usage: grit-lora COMMAND …   (more: grit-lora COMMAND --help)\n")
         for command, module in COMMANDS.items():
             file = Path(__file__).parents[1] / f"{module.replace('.', '/')}.py"
             print(f"{command:14}{file.read_text(encoding='utf-8').splitlines()[0].strip(chr(34))}")
         return
     if name not in COMMANDS:
-        sys.exit(f"grit-lora: expected a command, came {name!r}{suggest(name, COMMANDS)}")
+        sys.exit(f"grit-lora: unknown command {name!r}{suggest(name, COMMANDS)}")
     os.execv(sys.executable, [sys.executable, "-m", COMMANDS[name], *words])  # noqa: S606  no shell is wanted
 
 
