@@ -224,7 +224,7 @@ def _row(
     kept = share.scaled(100) if share else None
     by_seed: dict[int, float] = {}
     if retained and share:
-        shares = 100 * retained.own.mean(axis=1) / retained.other.mean()
+        shares = 100 * retained.credit.mean(axis=1) / retained.reference.mean()
         by_seed = dict(zip(retained.seeds, shares.tolist(), strict=True))
     spent: dict[str, list[float]] = {}
     for told in (results.costs.get(run.id, {}) for run in runs):

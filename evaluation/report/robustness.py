@@ -44,7 +44,7 @@ def _table(report: Report, asked: Credits, what: str) -> Table | None:
             means = (
                 number(float(100 * np.mean(changes[form])) if form in changes else None, sign=True) for form in forms
             )
-            plainly, retyped = (number(float(100 * credit.mean())) for credit in (pairs.other, pairs.own))
+            plainly, retyped = (number(float(100 * credit.mean())) for credit in (pairs.reference, pairs.credit))
             lines.append((arm_cell(arm), plainly, retyped, interval(difference(pairs).points, sign=True), *means))
     headers = ("Arm", "As asked, %", "Retyped, %", "Δ, points", *(f"Δ {form}" for form in forms))
     caption = f"{what}, retyped: means over seeds with 95% intervals in brackets"

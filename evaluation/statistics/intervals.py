@@ -1,7 +1,7 @@
 """Intervals and tests on items that several models answered.
 
-The unit is the item: models answered the same items, so differences are taken item by item, which removes
-the items' own difficulty from the noise. A difference is a share, from -1 to 1.
+The unit is the item: all models answered the same items, so differences are taken item by item, which removes the
+difficulty of the items from the noise. A difference is a share, from -1 to 1.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ Array = NDArray[np.float64]
 LEVEL = 0.95
 ALPHA = 0.05
 MOST_EXACT = 12
-"""Differences up to which all their signs are flipped in every way; 4,096 ways, 2^-12 is far below any level."""
+"""Up to this many differences, all sign combinations are tried; 2^-12 is far below any significance level."""
 FLIPS = 10_000
 RESAMPLES = 10_000
 AT_ONCE = 4_000_000
-"""Numbers drawn at once, so that no resampling of many items asks for gigabytes."""
+"""Random numbers drawn at once, so that resampling many items does not take gigabytes."""
 _MOST_DISTINCT = 256
-"""Values up to which a resample is drawn as counts; sums of right and wrong over a hundred seeds have fewer."""
+"""With up to this many distinct values, a resample is drawn as counts; sums of 0 and 1 over 100 seeds have fewer."""
 Outcome = Literal["better", "worse", "undecided"]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with the bounds of its confidence interval, all in one unit."""
+    """An estimate with the bounds of its confidence interval, all in the same unit."""
 
     estimate: float
     low: float
@@ -45,68 +45,65 @@ class Interval:
 
 
 def aligned(answers: Sequence[Mapping[str, float]]) -> Array:
-    """Credit on the items that all of them have, ordered by item id; shape [answers, items]."""
+    """Credit on the items that all answers have in common, ordered by item id; shape [answers, items]."""
     if not answers:
         return np.zeros((0, 0))
     items = sorted(set.intersection(*map(set, answers)))
-    return np.array([[own[item] for item in items] for own in answers], dtype=np.float64)
+    return np.array([[credit[item] for item in items] for credit in answers], dtype=np.float64)
 
 
 def bootstrap_mean(values: Array, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """Percentile bootstrap interval of a mean, items resampled with replacement (Efron 1979).
 
-    Where few distinct values occur, a resample is drawn as counts of each (multinomial): the same distribution, and
-    quicker. The same data give the same interval.
+    With few distinct values, a resample is drawn as counts of each (multinomial): the same distribution, but faster.
+    The same data give the same interval.
     """
     if values.size == 0:
-        raise ValueError("expected at least one item, came none")
+        raise ValueError("expected at least one item, got none")
     distinct, counts = np.unique(values, return_counts=True)
     rng = np.random.default_rng(seed)
     if distinct.size <= _MOST_DISTINCT:
         means = rng.multinomial(values.size, counts / values.size, size=resamples) @ distinct / values.size
     else:
         parts = in_parts(resamples, values.size)
-        drawn = [values[rng.integers(values.size, size=(some, values.size))].mean(axis=1) for some in parts]
+        drawn = [values[rng.integers(values.size, size=(part, values.size))].mean(axis=1) for part in parts]
         means = np.concatenate(drawn)
-    # Rounded, so that a mean of exactly zero cannot come out as 1e-17 and count as a gain.
+    # Rounded, so that a mean of exactly zero does not become 1e-17 and count as a gain.
     means = np.round(means, 12)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.mean()), float(low), float(high))
 
 
 def wilson(share: float, items: int, *, z: float = 1.959964) -> Interval:
-    """Score interval of a share of right answers (Wilson 1927), which does not shrink to nothing at 0 and 1.
+    """Score interval of a share of right answers (Wilson 1927), which keeps its width at 0 and 1.
 
-    For shares averaged over seeds it is wide enough: they vary less than single answers. The default `z` covers 95%.
+    It is conservative for shares averaged over seeds, which vary less than single answers. The default `z` covers 95%.
     """
     spread = 1 + z * z / items
-    middle = (share + z * z / (2 * items)) / spread
+    center = (share + z * z / (2 * items)) / spread
     half = z * math.sqrt(share * (1 - share) / items + z * z / (4 * items * items)) / spread
-    # Rounding must not lead beyond what a share can be.
-    return Interval(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)))
+    # Rounding must not lead outside 0 to 1.
+    return Interval(share, max(0.0, min(share, center - half)), min(1.0, max(share, center + half)))
 
 
 def share_interval(values: Array, *, binary: bool) -> Interval:
-    """Interval of a mean credit, shape (items,) or (seeds, items).
-
-    Wilson's where answers are right or wrong and nothing in between (`binary`), else by bootstrap over items.
-    """
+    """Interval of a mean credit, shape (items,) or (seeds, items): Wilson's if `binary`, else by bootstrap."""
     if binary:
         return wilson(float(values.mean()), values.shape[-1])
     by_item = values.reshape(-1, values.shape[-1]).mean(axis=0)
-    # A single credit says nothing of others, and resampled it has no width.
+    # A single credit says nothing about others, and its bootstrap interval has no width.
     return bootstrap_mean(by_item) if by_item.size > 1 else Interval(float(by_item[0]), 0.0, 1.0)
 
 
 def is_binary(*values: Array) -> bool:
-    """Whether every credit is 0 or 1, so that answers are right or wrong and nothing in between."""
-    return all(bool(((found == 0) | (found == 1)).all()) for found in values)
+    """Whether every credit is 0 or 1: answers are right or wrong, nothing in between."""
+    return all(bool(((credit == 0) | (credit == 1)).all()) for credit in values)
 
 
 def sign_test(differences: Array) -> float:
     """Exact two-sided p-value that gains and losses among the differing items are equally likely.
 
-    With one seed McNemar's exact test (1947). It guards the interval, too narrow where only a handful of items differ.
+    With one seed this is McNemar's exact test (1947). It backs up the interval, too narrow if only a few items differ.
     """
     gains, losses = int((differences > 0).sum()), int((differences < 0).sum())
     total = gains + losses
@@ -115,28 +112,28 @@ def sign_test(differences: Array) -> float:
 
 
 def sign_flip_test(differences: Array, *, flips: int = FLIPS, seed: int = 0) -> float:
-    """Two-sided p-value that each item's difference might as well have the other sign (Fisher 1935).
+    """Two-sided p-value for each item's difference having either sign with equal probability (Fisher 1935).
 
-    Exact where at most `MOST_EXACT` items differ (of right and wrong answers: McNemar's test), else from random flips,
+    Exact if at most `MOST_EXACT` items differ (for right and wrong answers: McNemar's test), else from random flips,
     with one added to both counts (Phipson & Smyth 2010), so that p is never 0.
     """
     values = differences[differences != 0]
     items = values.size
-    # What is equal differs by rounding, and has to count as equal.
-    least = abs(float(values.sum())) - 1e-9
+    # Equal sums may differ by rounding, and must count as equal.
+    threshold = abs(float(values.sum())) - 1e-9
     if items <= MOST_EXACT:
         ways = (np.arange(2**items)[:, None] >> np.arange(items)) & 1
-        return float((np.abs((1 - 2 * ways) @ values) >= least).mean())
+        return float((np.abs((1 - 2 * ways) @ values) >= threshold).mean())
     rng = np.random.default_rng(seed)
-    beyond = 0
-    for some in in_parts(flips, items):
-        signs = rng.integers(2, size=(some, items), dtype=np.int8)
-        beyond += int((np.abs(values.sum() - 2 * (signs @ values)) >= least).sum())
-    return (1 + beyond) / (1 + flips)
+    extreme = 0
+    for part in in_parts(flips, items):
+        signs = rng.integers(2, size=(part, items), dtype=np.int8)
+        extreme += int((np.abs(values.sum() - 2 * (signs @ values)) >= threshold).sum())
+    return (1 + extreme) / (1 + flips)
 
 
 def in_parts(rows: int, width: int) -> list[int]:
-    """Split a number of rows into parts that are small enough to be drawn at once."""
+    """Split `rows` into parts small enough to be drawn at once."""
     most = max(1, AT_ONCE // max(1, width))
     return [min(most, rows - start) for start in range(0, rows, most)]
 
@@ -157,7 +154,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def judge(interval: Interval, p_value: float) -> Outcome:
-    """Name a direction only when the interval excludes zero and the exact test agrees."""
+    """Name a direction only if the interval excludes zero and the exact test agrees."""
     if interval.crosses_zero or p_value >= ALPHA:
         return "undecided"
     return "better" if interval.low > 0 else "worse"

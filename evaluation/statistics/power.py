@@ -1,13 +1,13 @@
-"""How many items it would take to see a difference of 1, 2 or 3 points, with 80% power at α = 0.05, two-sided.
+"""Items needed to see a difference of 1, 2 or 3 points with 80% power at α = 0.05, two-sided.
 
-One seed: McNemar's test, from the share of items on which the two arms differ now (Connor 1987, Biometrics 43:207);
-where credits lie between 0 and 1, Student's t over items, from the variance of the items' differences now.
-Several seeds: Student's t over seeds and items, from the variance components seen (module `seeds`), by the
-non-central t distribution. More items do not make few seeds agree: where the seeds alone differ too much, no number of
-items is enough, and the answer is a number of seeds.
+One seed: McNemar's test, from the share of items on which the two arms differ now (Connor 1987, Biometrics 43:207); for
+credits between 0 and 1, Student's t over items, from the variance of the items' differences now. Several seeds:
+Student's t over seeds and items, from the estimated variance components (module `seeds`), by the non-central t
+distribution. More items cannot make up for seeds that disagree: if seeds alone differ too much, no number of items is
+enough, and the answer is a number of seeds.
 
-Both answers rest on estimates from the data at hand. With two or three seeds the part of the seeds is known to within
-a factor of a few only, so read the answer as an order of magnitude.
+Both answers rest on estimates from the data at hand. Two or three seeds determine the seeds' part only to within a
+factor of a few, so read the answer as an order of magnitude.
 """
 
 import math
@@ -22,33 +22,33 @@ from evaluation.statistics.intervals import ALPHA
 from evaluation.statistics.seeds import Components, MeanSquares, components, quantile, variance_of_mean
 
 POINTS = (1, 2, 3)
-WANTED = 0.8
+TARGET = 0.8
 MOST_ITEMS = 10_000_000
 MOST_SEEDS = 1000
 _LEAST_ITEMS = 6
-"""With fewer no test that flips signs reads p below 0.05: 2·2⁻⁵ is 0.06."""
-_LEAST_SHIFT = ndtri(1 - ALPHA / 2) + ndtri(WANTED) - 1e-3
-"""Standard errors that a difference needs at least, even where these are known."""
+"""With fewer items, no sign-flip test reaches p < 0.05: 2·2⁻⁵ is 0.06."""
+_LEAST_SHIFT = ndtri(1 - ALPHA / 2) + ndtri(TARGET) - 1e-3
+"""The standard errors that a difference needs at least, even if they are known exactly."""
 
 
 def power(shift: float, df: float) -> float:
-    """Probability that a two-sided t-test sees a shift of its mean, given in standard errors: the non-central t."""
+    """Probability that a two-sided t-test detects a shift of its mean, in standard errors: the non-central t."""
     critical = quantile(df)
     return float(1 - nctdtr(df, shift, critical) + nctdtr(df, shift, -critical))
 
 
 @dataclass(frozen=True)
 class PowerRow:
-    """What it would take to see a true difference of so many percentage points."""
+    """What it takes to detect a true difference of `points` percentage points."""
 
     arm: str
     against: str
     points: int
-    items: int | None  # items needed with `seeds_now` paired seeds; None: no number of them is enough
+    items: int | None  # needed with `seeds_now` paired seeds; None: no number is enough
     items_now: int
     seeds_now: int
-    why: str  # what the number rests on, or why there is none
-    # seeds needed with `items_now` items; None: not known from one seed, or no number is enough
+    why: str  # what the number is based on, or why there is none
+    # needed with `items_now` items; None: unknown from one seed, or no number is enough
     seeds: int | None = None
 
 
@@ -79,19 +79,19 @@ def _one(points: int, differing: float) -> tuple[int, str]:
 def _one_of_credits(delta: float, deviation: float) -> tuple[int | None, str]:
     def enough(n: int) -> bool:
         shift = delta * math.sqrt(n) / deviation
-        return shift >= _LEAST_SHIFT and power(shift, n - 1) >= WANTED
+        return shift >= _LEAST_SHIFT and power(shift, n - 1) >= TARGET
 
     varying = f"the difference varies by {100 * deviation:.1f} points from item to item (standard deviation)"
     return _smallest(enough, _LEAST_ITEMS, MOST_ITEMS), f"{varying}; one seed, so other seeds may differ"
 
 
-def mcnemar_items(delta: float, differing: float, wanted: float = WANTED) -> int:
-    """Items that McNemar's exact test needs (Connor 1987, with the exact test's correction as by Fleiss 1981).
+def mcnemar_items(delta: float, differing: float, target: float = TARGET) -> int:
+    """Items that McNemar's exact test needs (Connor 1987, with Fleiss' 1981 correction for the exact test).
 
-    `delta` is the share of gained minus that of lost items, not 0; `differing` the share of items on which the arms
-    differ, at least |delta|.
+    `delta` ≠ 0 is the share of gained minus that of lost items; `differing` ≥ |delta| the share of items on which the
+    arms differ.
     """
-    z_alpha, z_beta = ndtri(1 - ALPHA / 2), ndtri(wanted)
+    z_alpha, z_beta = ndtri(1 - ALPHA / 2), ndtri(target)
     root = z_alpha * math.sqrt(differing) + z_beta * math.sqrt(max(differing - delta * delta, 0.0))
     plain = (root / delta) ** 2
     corrected = plain / 4 * (1 + math.sqrt(1 + 4 / (plain * abs(delta)))) ** 2
@@ -101,8 +101,8 @@ def mcnemar_items(delta: float, differing: float, wanted: float = WANTED) -> int
 def _several(delta: float, parts: Components, seeds: int, items: int) -> tuple[int | None, int | None, str]:
     def enough(n_seeds: int, n_items: int) -> bool:
         shift, df = shift_of(delta, parts, n_seeds, n_items)
-        # The first condition is quick and cannot mislead: no t-test sees more than one that knows the standard error.
-        return shift >= _LEAST_SHIFT and power(shift, df) >= WANTED
+        # The first condition is fast and safe: no t-test beats one with a known standard error.
+        return shift >= _LEAST_SHIFT and power(shift, df) >= TARGET
 
     more_items = _smallest(lambda n: enough(seeds, n), 2, MOST_ITEMS)
     more_seeds = _smallest(lambda n: enough(n, items), 2, MOST_SEEDS)
@@ -110,16 +110,16 @@ def _several(delta: float, parts: Components, seeds: int, items: int) -> tuple[i
     if more_items is not None:
         why = f"{varying}; with {seeds} seeds as now"
     elif more_seeds is not None:
-        why = f"{varying}: no number of items does it with {seeds} seeds; with {items} items {more_seeds} seeds would"
+        why = f"{varying}: no number of items is enough with {seeds} seeds; with {items} items {more_seeds} seeds are"
     else:
         least = _smallest(lambda n: enough(n, MOST_ITEMS), 2, MOST_SEEDS)
-        told = f"at least {least} seeds and more items" if least else f"more than {MOST_SEEDS} seeds"
-        why = f"{varying}: no number of items does it with {seeds} seeds; it takes {told}"
+        needed = f"at least {least} seeds and more items" if least else f"more than {MOST_SEEDS} seeds"
+        why = f"{varying}: no number of items is enough with {seeds} seeds; it takes {needed}"
     return more_items, more_seeds, why
 
 
 def shift_of(delta: float, parts: Components, seeds: int, items: int) -> tuple[float, float]:
-    """A difference in standard errors of its estimate, and their degrees of freedom; from expected mean squares."""
+    """(`delta` in standard errors of its estimate, their degrees of freedom), from expected mean squares."""
     rest = parts.residual**2
     expected = (delta, items * parts.seed**2 + rest, seeds * parts.item**2 + rest, rest)
     mean, of_seeds, of_items, residual = map(np.asarray, expected)

@@ -1,28 +1,28 @@
-"""Seeds and items as two crossed levels: the same items are answered by the model of every seed.
+"""Seeds and items as two crossed random effects: the model of every seed answers the same items.
 
-Notation, the same in all functions: d[s, i] is a number for seed s of S and item i of I, for example right (1) minus
-wrong (0) of two arms. The model is d = mean + seed + item + residual, all three random, so that a statement holds for
-other seeds and other items of the same kind. The mean squares of the two-way layout without replication (Scheffé 1959,
-chapter 4) have the expectations
+Notation: d[s, i] is a number for seed s of S and item i of I, for example right (1) minus wrong (0) of two arms. The
+model is d = mean + seed + item + residual, all three random, so that results generalize to other seeds and other items
+of the same kind. The mean squares of the two-way layout without replication (Scheffé 1959, chapter 4) have the
+expectations
 
     seeds: I·σ_seed² + σ_res²      items: S·σ_item² + σ_res²      residual: σ_res²
 
 so Var(mean) = (MS_seed + MS_item - MS_res) / (S·I) is unbiased, with degrees of freedom by Satterthwaite (1946).
 
-With three seeds MS_seed has two degrees of freedom and is often near zero by luck alone, which would call the mean too
-sure. Two floors, chosen by simulation, mend that: in the variance MS_seed counts at least as `VARIANCE_FLOOR` of
-MS_res, in the degrees of freedom at least as `FREEDOM_FLOOR` of it; and the items never lower the variance.
+With three seeds, MS_seed has two degrees of freedom and is often near zero by luck alone, which would make the mean
+look too certain. Two floors, chosen by simulation, prevent that: MS_seed counts at least as `VARIANCE_FLOOR` of MS_res
+in the variance, and as `FREEDOM_FLOOR` of it in the degrees of freedom; and the items never lower the variance.
 
 Coverage of the 95% interval in simulation (binary answers; 200 to 500 items; true differences of 0 and 10 points; runs
-that vary by 0 to 3 points from seed to seed; against one base and against an arm of the same seeds; 2,000 experiments
-in each case): 3 seeds 92.5 to 97.7%, 5 seeds 93.2 to 97.4%, 10 seeds 94 to 96%; lowest with three seeds that vary by 3
-points, highest where seeds do not vary. With three seeds that vary by 5 points (0.3 logits, what of an item suits one
-arm 1 logit) 92.8%, by 8 points (0.5 logits, against one base) 91.8%, in 8,000 experiments each; with five that vary by
-5 points 94.3%. Counting MS_seed as at least half of MS_item in the degrees of freedom would gain 0.6 to 1.4 points
-there, and make intervals of seeds that do not vary 12 to 15% wider. Without the floors three seeds get 91 to 99%. Two
-seeds, which hardly tell how much seeds vary, have higher floors: 94 to 100%, wider than need be in most cases. Credits
-between 0 and 1, as of free text, need no others: 92.4 to 97.1% with 3 seeds, 93.4 to 96.4% with 5. The bootstrap over
-one seed's items gets 94.3% with 100 and 300 items, 93.9% with 50.
+that vary by 0 to 3 points between seeds; against one base and against an arm with the same seeds; 2,000 experiments per
+case): 3 seeds 92.5 to 97.7%, 5 seeds 93.2 to 97.4%, 10 seeds 94 to 96%; lowest with three seeds that vary by 3 points,
+highest if seeds do not vary. Three seeds that vary by 5 points (0.3 logits; an item's affinity to one arm 1 logit) get
+92.8%, by 8 points (0.5 logits, against one base) 91.8%, in 8,000 experiments each; five that vary by 5 points 94.3%.
+Counting MS_seed as at least half of MS_item in the degrees of freedom would gain 0.6 to 1.4 points there, but widen the
+intervals of seeds that do not vary by 12 to 15%. Without the floors, three seeds get 91 to 99%. Two seeds barely
+constrain the variance and have higher floors: 94 to 100%, usually wider than necessary. Credits between 0 and 1, as of
+free text, need no others: 92.4 to 97.1% with 3 seeds, 93.4 to 96.4% with 5. The bootstrap over one seed's items gets
+94.3% with 100 and 300 items, 93.9% with 50.
 """
 
 from dataclasses import dataclass
@@ -35,9 +35,9 @@ from evaluation.statistics.intervals import LEVEL, Array, Interval
 VARIANCE_FLOOR = 0.5
 FREEDOM_FLOOR = 0.25
 FLOORS_OF_TWO_SEEDS = (2.0, 1.0)
-"""Both, where there are two seeds."""
+"""Both floors, with two seeds."""
 _ROUNDING = 1e-12
-"""Sums of hundreds of ones and zeros are exact to far more digits than this."""
+"""Sums of hundreds of ones and zeros are exact to many more digits than this."""
 
 
 def quantile(df: float, level: float = LEVEL) -> float:
@@ -52,7 +52,7 @@ def two_sided(t: float, df: float) -> float:
 
 @dataclass(frozen=True)
 class MeanSquares:
-    """MS_seed, MS_item and MS_res of one two-way layout, or of many at once with the leading shape of `d`."""
+    """MS_seed, MS_item and MS_res of one two-way layout, or of many, with the leading shape of `d`."""
 
     mean: Array
     seeds: Array
@@ -63,10 +63,10 @@ class MeanSquares:
 
 
 def mean_squares(d: Array) -> MeanSquares:
-    """Split the variation of d, shape [..., S, I] with S ≥ 2 and I ≥ 2, among seeds, items and the rest."""
+    """Split the variation of d, shape [..., S, I] with S ≥ 2 and I ≥ 2, into seeds, items and residual."""
     s, i = d.shape[-2:]
     if s < 2 or i < 2:
-        raise ValueError(f"expected at least two seeds and two items, came {s} and {i}")
+        raise ValueError(f"expected at least two seeds and two items, got {s} and {i}")
     mean = d.mean(axis=(-2, -1))
     between_seeds = i * np.square(d.mean(axis=-1) - mean[..., None]).sum(axis=-1)
     between_items = s * np.square(d.mean(axis=-2) - mean[..., None]).sum(axis=-1)
@@ -77,26 +77,26 @@ def mean_squares(d: Array) -> MeanSquares:
 
 
 def variance_of_mean(squares: MeanSquares) -> tuple[Array, Array]:
-    """Variance of the mean and its degrees of freedom, which are infinite where nothing varies."""
+    """(variance of the mean, its degrees of freedom, which are infinite if nothing varies)."""
     s, i = squares.n_seeds, squares.n_items
     variance_floor, freedom_floor = FLOORS_OF_TWO_SEEDS if s == 2 else (VARIANCE_FLOOR, FREEDOM_FLOOR)
     seeds = np.maximum(squares.seeds, variance_floor * squares.residual)
     total = seeds + np.maximum(squares.items - squares.residual, 0.0)
-    doubt = (
+    uncertainty = (
         np.square(np.maximum(squares.seeds, freedom_floor * squares.residual)) / (s - 1)
         + np.square(squares.items) / (i - 1)
         + np.square(squares.residual) / ((s - 1) * (i - 1))
     )
-    df = np.divide(np.square(total), doubt, out=np.full_like(total, np.inf), where=doubt > 0)
+    df = np.divide(np.square(total), uncertainty, out=np.full_like(total, np.inf), where=uncertainty > 0)
     return total / (s * i), np.maximum(df, s - 1)
 
 
 def crossed_interval(d: Array, level: float = LEVEL) -> tuple[Interval, float]:
-    """Interval of the mean for other seeds and other items, and the two-sided p-value of a mean of zero.
+    """(interval of the mean for other seeds and other items, two-sided p-value of a mean of zero), by Student's t.
 
-    By Student's t, for d of shape [S, I] with S ≥ 2 and values from -1 to 1. With a single item nothing is known: the
-    whole range and 1. The p-value is never below 2^(1-k) with k items that are not zero on average: no test that flips
-    their signs could say more, and it guards against a handful of items that happen to agree.
+    d has shape [S, I] with S ≥ 2 and values from -1 to 1. A single item tells nothing: the whole range and 1. The
+    p-value is at least 2^(1-k) with k items that are not zero on average: no sign-flip test could go below, and it
+    guards against a handful of items that happen to agree.
     """
     if d.shape[-1] < 2:
         return Interval(float(d.mean()), -1.0, 1.0), 1.0
@@ -105,13 +105,13 @@ def crossed_interval(d: Array, level: float = LEVEL) -> tuple[Interval, float]:
     mean, error = float(squares.mean), float(np.sqrt(variance))
     half = quantile(df, level) * error
     p_value = two_sided(mean / error, df) if error > 0 else float(abs(mean) <= _ROUNDING)
-    telling = int((np.abs(d.mean(axis=-2)) > _ROUNDING).sum())
-    smallest = 2.0 ** (1 - telling) if telling else 1.0
+    nonzero = int((np.abs(d.mean(axis=-2)) > _ROUNDING).sum())
+    smallest = 2.0 ** (1 - nonzero) if nonzero else 1.0
     return Interval(mean, max(-1.0, mean - half), min(1.0, mean + half)), max(p_value, min(1.0, smallest))
 
 
 def items_interval(d: Array, level: float = LEVEL) -> Interval:
-    """Interval of the mean for other items and these seeds alone: Student's t of the items' means, I ≥ 2."""
+    """Interval of the mean for other items and only these seeds: Student's t of the items' means, I ≥ 2."""
     by_item = d.mean(axis=0)
     mean, items = float(by_item.mean()), by_item.size
     half = quantile(items - 1, level) * float(by_item.std(ddof=1)) / items**0.5
@@ -119,7 +119,7 @@ def items_interval(d: Array, level: float = LEVEL) -> Interval:
 
 
 def mean_interval(values: Array, level: float = LEVEL) -> Interval:
-    """Interval of the mean of one number for each seed, by Student's t; without width for a single seed."""
+    """Interval of the mean of one number per seed, by Student's t; a single seed gives no width."""
     mean, half = float(values.mean()), 0.0
     if values.size > 1:
         half = quantile(values.size - 1, level) * float(values.std(ddof=1)) / values.size**0.5
@@ -128,7 +128,7 @@ def mean_interval(values: Array, level: float = LEVEL) -> Interval:
 
 @dataclass(frozen=True)
 class Components:
-    """Standard deviations σ_seed, σ_item and σ_res in the unit of d; 0 where one cannot be told from chance."""
+    """Standard deviations σ_seed, σ_item and σ_res in the unit of d; 0 if indistinguishable from chance."""
 
     seed: float
     item: float
@@ -136,7 +136,7 @@ class Components:
 
 
 def components(d: Array) -> Components:
-    """Estimate the parts by equating mean squares with their expectations; negative ones are 0."""
+    """Estimates by equating mean squares with their expectations; negative ones become 0."""
     squares = mean_squares(d)
     rest = float(squares.residual)
     seed = max(0.0, float(squares.seeds) - rest) / squares.n_items
