@@ -86,7 +86,7 @@ def test_the_report_says_what_is_lost_pair_by_pair():
     """The tree's arm has every other item wrong once it is typed otherwise, and all retention items right."""
     section = part(report("full"), "robustness")
     (head, *rows), (_, *kept) = (table(section, name) for name in ("aqi-accuracy-on-test-items", "retention-items"))
-    assert head[0:4] == ["Arm", "As asked, %", "Typed otherwise, %", "Δ, points"]
+    assert head[0:4] == ["Arm", "As asked, %", "Retyped, %", "Δ, points"]
     for row, right in zip(rows, kept, strict=True):
         plain, again, change = (float(cell.split(" ")[0].replace("−", "-")) for cell in row[1:4])
         assert again < plain and change == pytest.approx(again - plain, abs=0.11)
