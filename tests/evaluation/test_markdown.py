@@ -5,19 +5,17 @@ from __future__ import annotations
 import html
 import math
 import re
-from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
 
-from db.ingest import ingest
 from evaluation.report.card import as_card
-from evaluation.report.markdown import escaped, grid
+from evaluation.report.markdown import as_markdown, escaped, grid
 from evaluation.report.text import interval, number, significant
 from evaluation.statistics.intervals import Interval
-from tests.db.result_tree import edit, make_tree, make_verified, sha, verification
+from tests.db.result_tree import sha
 from tests.evaluation.page_report import report
-from tests.evaluation.test_compare_all import run
+from tests.evaluation.page_tree import EVIL
 
 SAID = [
     "</s>", "<img onerror=alert(1) src=x>", "[l](javascript:1)", "![l](x)", "[l](https://example.org)",
@@ -58,23 +56,13 @@ def test_an_interval_that_could_not_be_computed_is_words() -> None:
     assert (significant(math.nan), significant(None), significant(0.00123456)) == ("not finite", "–", "0.001235")
 
 
-def test_a_models_words_are_text_in_the_report(tmp_path: Path) -> None:
-    tree = make_tree(tmp_path / "project")
-    said = "prompt 1: expected '</s>', came '<img onerror=x> [l](https://example.org) a\\|b'"
-    make_verified(tree, "base", rows=[verification("llama_cpp", "merged", first_difference=said)])
-    edit(tree / "scores/base/0/run.json", packages={"torch": "<b>1</b>"})
-    ingest(tree, tmp_path / "c.db")
-    text = run(tmp_path / "c.db", "--format", "md").output
-    page = MarkdownIt("commonmark").enable("table").render(text)
-    assert not re.search(r"<(img|a|b|s)\b|</s>", page)
-    assert said in html.unescape(page) and "torch <b>1</b>" in html.unescape(page)
-
-
-def test_a_card_has_the_arms_numbers_and_no_markup_of_a_name() -> None:
+def test_no_name_and_no_word_of_a_model_is_markup_in_report_and_card() -> None:
     made = report("evil")
     row = made.comparison.trained[0]
     card = as_card(made.report, row)
-    page = MarkdownIt("commonmark").enable("table").render(card)
-    assert not re.search(r"<(img|a|b|s|script)\b", page) and row.arm in html.unescape(page)
+    for text in (card, as_markdown(made.report)):
+        page = MarkdownIt("commonmark").enable("table").render(text)
+        assert not re.search(r"<(img|a|b|s|script)\b", page) and row.arm in html.unescape(page)
+    assert EVIL[3] in html.unescape(page), "where the first prompt differs"
     assert sha(f"adapter {row.arm}/0") in card and interval(row.accuracy_interval) in card
     assert escaped(made.comparison.outcomes[0]) in card

@@ -84,8 +84,7 @@ def test_differences_are_those_of_the_comparison(full):
 def test_speed_is_drawn_as_the_paired_ratio_where_that_has_its_confidence(full):
     made = report("preserved")
     drawn = {row["arm"]: row["value"] for row in rows_of(made.data["datasets"]["speed"])}
-    rows = {row.arm: row.delta_speed for row in made.comparison.trained if row.delta_speed_interval}
-    assert rows and drawn == pytest.approx(rows, rel=1e-4)
+    assert drawn == pytest.approx({row.arm: row.delta_speed for row in made.comparison.trained}, rel=1e-4)
     assert "speed" not in full.data["datasets"], "too few repetitions"
 
 
@@ -270,10 +269,9 @@ def test_what_every_arm_tried_is_said_and_what_was_not_enough():
     assert "tuning" not in report("full").text.split("<main")[1].split("<script")[0].lower()
 
 
-def test_a_choice_of_runs_is_kept_to_and_said(full, tmp_path):
+def test_a_choice_of_runs_is_kept_to(full, tmp_path):
     text = page_of(full, tmp_path, Choice(arms=("base", "baseline_lora"), seeds=(0,)))
     assert page_data(text)["samples"]["models"] == [{"arm": "base", "seed": "0"}, {"arm": "baseline_lora", "seed": "0"}]
-    assert "Only arms base, baseline_lora; seeds 0" in text and "Only arms" not in full.text
     assert "pure_grit" not in text.split("application/json")[0]
     text = page_of(full, tmp_path, baseline="base")
     assert text.count("Δ to base, points</th>") == 1 == full.text.count("Δ to base, points</th>")
