@@ -93,18 +93,6 @@ def test_archive_and_database_have_the_items(tree):
     assert ask(path, "SELECT unit FROM metric_def WHERE name = 'acc'") == [("share",)]
 
 
-def test_a_run_is_the_same_with_and_without_benchmarks(tree, tmp_path_factory):
-    plain = tmp_path_factory.mktemp("plain")
-    for arm, right in RIGHT.items():
-        make_arm(plain, arm, correct=[i < right for i in range(100)])
-    report, _ = report_of(plain)
-    assert "Standard benchmarks" not in [section.title for section in sections(report)]
-    assert report.comparison.benchmarks == ()
-    assert [run["run_key"] for run in report_of(tree)[0].comparison.runs] == [
-        run["run_key"] for run in report.comparison.runs
-    ]
-
-
 def test_a_result_of_an_older_adapter_or_base_is_left_out(tree):
     make_arm(tree, "pure_grit", correct=[True] * 100)
     place = tree / "measured/lm-eval/own_sums"
