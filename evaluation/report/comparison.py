@@ -90,9 +90,9 @@ class TaskRow:
         """What may be said against the base and against the baseline; empty for the base itself."""
         if self.arm == BASE:
             return ""
-        against = {BASE: self.to_base} | (
-            {} if self.baseline in (BASE, self.arm) else {self.baseline: self.to_baseline}
-        )
+        against = {BASE: self.to_base}
+        if self.baseline not in (BASE, self.arm):
+            against[self.baseline] = self.to_baseline
         return "; ".join(
             f"not comparable with {name}" if d is None
             else f"{d.outcome} {'against' if d.outcome == 'undecided' else 'than'} {name}"
@@ -333,13 +333,13 @@ def _notes(rows: Sequence[ArmRow], results: Results, shown: Primary) -> Iterable
     if shown.task not in results.on_disk:
         where = f"which are of {' and '.join(results.on_disk)}" if results.on_disk else "of which none is finished"
         yield (
-            f"This is not about the results on the disk, {where}: it shows the latest finished run of each arm and "
-            f"seed of {shown.task} in the database."
+            f"These are not the results on disk, {where}, but the latest finished run of each arm and seed of "
+            f"{shown.task} in the database."
         )
     elif len(results.on_disk) > 1:
         yield (
-            f"The results on the disk are of several tasks ({', '.join(results.on_disk)}), as while one replaces "
-            f"another: only {shown.task} is shown."
+            f"The results on disk are of several tasks ({', '.join(results.on_disk)}), as happens while one replaces "
+            f"another; only {shown.task} is shown."
         )
     if any(row.delta_speed is not None and row.delta_speed_interval is None for row in rows if row.arm != BASE):
         yield "Δ speed has no interval: 95% confidence needs at least six paired repetitions."
@@ -350,8 +350,8 @@ def _notes(rows: Sequence[ArmRow], results: Results, shown: Primary) -> Iterable
         test = "McNemar's exact test" if exact else "a paired randomization test (signs flipped)"
         yield (
             f"Differences of one seed rest on a bootstrap over items and on {test}. They say nothing about other "
-            "seeds, so no arm is called better or worse than another arm, and better or worse than the base only where "
-            f"the whole interval is more than {SEED_MARGIN:.0f} points from zero."
+            "seeds. No arm is therefore called better or worse than another arm, nor than the base unless the whole "
+            f"interval is more than {SEED_MARGIN:.0f} points from zero."
         )
     if not all(difference.binary for difference in differences):
         yield "Answers get credit from 0 to 1 instead of right or wrong; scores are mean credit in percent."

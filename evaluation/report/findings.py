@@ -33,8 +33,8 @@ def _kept(comparison: Comparison) -> str:
     shares = {row.arm: share for row in comparison.trained if (share := row.retention_share_interval)}
     if not shares:
         return ""
-    bounds = " (95% intervals)" if len(shares) < 3 else ""
-    return f"Kept of the base's accuracy on general tasks: {arms_in_words(shares, unit='%')}{bounds}."
+    who = f" by {next(iter(shares))}" if len(shares) == 1 else ""
+    return f"Kept of the base's accuracy on general tasks{who}: {arms_in_words(shares, unit='%')}."
 
 
 def _training_time(comparison: Comparison) -> str:
@@ -47,8 +47,7 @@ def _training_time(comparison: Comparison) -> str:
 
 
 def _certainty(comparison: Comparison) -> str:
-    differences = [d for row in comparison.trained for d in row.differences]
-    if not differences:
+    if not any(row.differences for row in comparison.trained):
         return ""
     alone = [row.arm for row in comparison.trained if any(d.seeds == 1 for d in row.differences)]
     words = "The intervals allow for other seeds and other test items."
@@ -84,7 +83,7 @@ def findings(comparison: Comparison) -> Section:
 def _front(comparison: Comparison) -> Iterable[str]:
     if front := [arm for arm, above in comparison.pareto.items() if not above]:
         be = "is" if len(front) == 1 else "are"
-        yield f"By their means, {listed(front)} {be} on the Pareto front of {comparison.primary.title} and retention."
+        yield f"Judged by their means, {listed(front)} {be} on the Pareto front of {comparison.primary.title} and retention."
 
 
 # The arms beside each other
@@ -102,7 +101,8 @@ def arms_compared(comparison: Comparison) -> Table:
             score(row.accuracy, row.accuracy_interval),
             *(significant(row.metrics.get(ANSWERS)),) * free_text,
             *(against_cell(row.against(arm)) for arm in references),
-            Cell(score(row.retention, row.retention_interval), hint=_share(row)),
+            Cell(score(row.retention, row.retention_interval),
+                 hint="" if row.retention_share is None else f"keeps {number(row.retention_share)}%"),
             cost(row, comparison, SECONDS),
             Cell(row.updates or "–", tone="bad" if contradiction(row) else "",
                  hint="not as claimed" if contradiction(row) else ""),
@@ -111,11 +111,6 @@ def arms_compared(comparison: Comparison) -> Table:
     ]  # fmt: skip
     caption = f"Arms compared: means over seeds with 95% intervals in brackets; × is relative to {comparison.baseline}"
     return Table(caption, headers, lines, [f"Δ to {BASE}, points"] if len(references) > 1 else ())
-
-
-def _share(row: ArmRow) -> str:
-    share = row.retention_share_interval
-    return f"keeps {number(share.estimate)}%" if share else ""
 
 
 def preserved(row: ArmRow) -> str:

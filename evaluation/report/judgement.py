@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from db.queries import BASE
-from evaluation.report.arms import ArmRow, ProbeRow
-from evaluation.report.text import arms_in_words, counted, interval, listed, seeds_text
+from evaluation.report.arms import ArmRow
+from evaluation.report.text import arms_in_words, counted, listed, seeds_text
 from evaluation.statistics.differences import Difference
 from evaluation.statistics.intervals import ALPHA, Interval, Outcome
 
@@ -77,10 +77,7 @@ def _sentence(group: Sequence[tuple[str, Difference]], against: str, title: str,
     else:
         chance = listed(f"{d.p_holm:.2g}" for _, d in group)
         claim = f"{subject} may differ from {other} by chance alone (p = {chance})"
-    if len(group) == 1:
-        numbers = interval(first.points, sign=True)
-    else:
-        numbers = arms_in_words({arm: d.points for arm, d in group}, sign=True)
+    numbers = arms_in_words({arm: d.points for arm, d in group}, sign=True)
     return f"{claim}: {numbers} points of {title} {data}."
 
 
@@ -94,10 +91,9 @@ def like_with_like(rows: Iterable[ArmRow], preserve: Mapping[str, str], baseline
         if row.like is not None:
             groups.setdefault(row.like, []).append(row)
     for like, group in groups.items():
-        methods = {
-            method: [row.arm for row in group if row.preserve == method] for method in {r.preserve for r in group}
-        }
-        names = listed(f"{listed(arms)} ({method})" for method, arms in sorted(methods.items()))
+        methods = sorted({row.preserve for row in group})
+        arms = ((method, listed(row.arm for row in group if row.preserve == method)) for method in methods)
+        names = listed(f"{of_method} ({method})" for method, of_method in arms)
         verb = "preserves" if len(group) == 1 else "preserve"
         words = f"{names} {verb} the base and {baseline} does not, so a difference from {baseline} has two causes."
         if like in preserve:
@@ -117,12 +113,9 @@ def not_compared(rows: Sequence[ArmRow], references: Iterable[str], present: Col
 
 def contradiction(row: ArmRow) -> str:
     """What the probe found that contradicts the arm's claim; empty where nothing does."""
-    verdicts: dict[str, list[ProbeRow]] = {}
-    for probe in row.probes:
-        if probe.as_claimed is False:
-            verdicts.setdefault(probe.verdict, []).append(probe)
-    if not verdicts:
+    wrong = [probe for probe in row.probes if probe.as_claimed is False]
+    if not wrong:
         return ""
-    seeds = seeds_text(probe.seed for probes in verdicts.values() for probe in probes)
-    reasons = "; ".join(probes[0].reason.rstrip(".") for probes in verdicts.values())
-    return f"{row.arm} did not train as it claims: the probe says {listed(verdicts)} ({seeds}): {reasons}."
+    reasons = {probe.verdict: probe.reason.rstrip(".") for probe in reversed(wrong)}  # of the first seed
+    verdicts, seeds = listed(dict.fromkeys(probe.verdict for probe in wrong)), seeds_text(probe.seed for probe in wrong)
+    return f"{row.arm} did not train as it claims: the probe says {verdicts} ({seeds}): {'; '.join(reasons.values())}."

@@ -37,13 +37,13 @@ def interval(value: Interval | None, *, sign: bool = False, digits: int = 1, uni
 
 
 def arms_in_words(values: Mapping[str, Interval], *, sign: bool = False, unit: str = "") -> str:
-    """Arms with their estimates, the largest first; no more than two also have their intervals."""
+    """Arms with their estimates, the largest first; up to two have their intervals, and one needs no name."""
 
     def written(value: Interval) -> str:
         return interval(value, sign=sign, unit=unit) if len(values) < 3 else number(value.estimate, sign=sign) + unit
 
     ordered = sorted(values.items(), key=lambda item: -item[1].estimate)
-    return listed(f"{arm} {written(value)}" for arm, value in ordered)
+    return listed(f"{arm} " * (len(values) > 1) + written(value) for arm, value in ordered)
 
 
 def duration(seconds: float) -> str:

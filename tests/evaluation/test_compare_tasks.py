@@ -72,7 +72,7 @@ def test_a_task_that_left_the_disk_is_compared_as_when_it_was_there(tmp_path):
     assert before.criteria == after.criteria and len(before.runs) == len(after.runs)
     new = [note for note in after.notes if note not in before.notes]
     assert len(new) == 1 and "alpaca" in new[0]
-    assert not any("on the disk" in note for note in (*before.notes, *of().notes))
+    assert not any("on disk" in note for note in (*before.notes, *of().notes))
 
 
 def test_credit_of_one_seed_is_judged_by_flipped_signs():
