@@ -82,8 +82,8 @@ def findings(comparison: Comparison) -> Section:
 
 def _front(comparison: Comparison) -> Iterable[str]:
     if front := [arm for arm, above in comparison.pareto.items() if not above]:
-        be = "is" if len(front) == 1 else "are"
-        yield f"Judged by their means, {listed(front)} {be} on the Pareto front of {comparison.primary.title} and retention."
+        names, title = f"{listed(front)} {'is' if len(front) == 1 else 'are'}", comparison.primary.title
+        yield f"Judged by their means, {names} on the Pareto front of {title} and retention."
 
 
 # The arms beside each other

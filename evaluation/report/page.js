@@ -1,6 +1,6 @@
 "use strict";
-/* Draws the charts when they come into view and runs the sample browser. Data are in #page-data; texts go into the
-   page as text only, never as markup. */
+/* Draws charts when they come into view, and runs the sample browser. Data are in #page-data; texts enter the page as
+   text only, never as markup. */
 (() => {
   const page = JSON.parse(document.getElementById("page-data").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -8,14 +8,14 @@
 
   // Charts
 
-  /* The rows of a dataset that have the wanted texts; an empty wish allows all. */
-  function rowsOf(dataset, wishes) {
+  /* The rows of a dataset that have the chosen texts; an empty choice allows all. */
+  function rowsOf(dataset, choices) {
     const columns = Object.entries(dataset);
     const tests = [];
-    for (const [name, wish] of Object.entries(wishes)) {
+    for (const [name, choice] of Object.entries(choices)) {
       const column = dataset[name];
-      if (wish === "" || column === undefined) continue;
-      const code = column.levels.indexOf(wish);
+      if (choice === "" || column === undefined) continue;
+      const code = column.levels.indexOf(choice);
       tests.push((at) => column.codes[at] === code);
     }
     const first = columns[0][1];
@@ -48,10 +48,10 @@
 
   const drawn = new Map();
   const charts = new Map(page.charts.map((chart) => [chart.id, chart]));
-  /* The most that titles, labels and padding add to a chart's height, px. */
+  /* The most that titles, labels and padding add to the height of a chart, px. */
   const AXES = 56;
 
-  function wishes(chart) {
+  function choicesOf(chart) {
     const chosen = { ...chart.where };
     for (const control of document.querySelectorAll(`[data-panel="${chart.panel}"] select[data-column]`)) {
       chosen[control.dataset.column] = control.value;
@@ -66,7 +66,7 @@
 
   async function draw(place) {
     const chart = charts.get(place.dataset.chart);
-    const rows = rowsOf(page.datasets[chart.panel], wishes(chart));
+    const rows = rowsOf(page.datasets[chart.panel], choicesOf(chart));
     note(place, rows);
     if (rows.length === 0) {
       drawn.get(place)?.finalize();
@@ -76,7 +76,7 @@
       return;
     }
     drawn.get(place)?.finalize();
-    // `ast` with the interpreter: no code is made from text, so the page's policy need not allow that.
+    // `ast` with the interpreter: no code is made from text, so the page's policy need not allow it.
     const result = await vegaEmbed(place, { ...chart.spec, datasets: { ...chart.spec.datasets, rows } }, {
       actions: false, ast: true, defaultStyle: false, renderer: chart.canvas ? "canvas" : "svg",
       config: theme(chart), tooltip: { disableDefaultStyle: true },
@@ -94,7 +94,7 @@
     }
   }, { rootMargin: "400px 0px" });
   const places = [...document.querySelectorAll("[data-chart]")];
-  // Room for the chart before it is drawn, and while it is drawn anew: what lies below must not move under a click.
+  // Reserve the room before a chart is drawn and while it is redrawn: what lies below must not move under a click.
   for (const place of places) {
     place.style.minHeight = `${charts.get(place.dataset.chart).spec.height + AXES}px`;
   }
@@ -154,33 +154,33 @@
   let number = 0;
 
   function element(tag, name, text) {
-    const made = document.createElement(tag);
-    if (name) made.className = name;
-    if (text !== undefined) made.textContent = text;
-    return made;
+    const node = document.createElement(tag);
+    if (name) node.className = name;
+    if (text !== undefined) node.textContent = text;
+    return node;
   }
 
-  /* Columns of answers on show: the base, and every arm with the chosen seed. */
+  /* Models whose answers are shown: the base, and every arm with the chosen seed. */
   const columns = () => models.map((model, at) => ({ ...model, at }))
     .filter((model) => model.arm === "base" || input.seed.value === "" || model.seed === input.seed.value);
 
   const labelOf = (model) => (model.arm === "base" ? "base"
     : input.seed.value === "" ? `${model.arm} · seed ${model.seed}` : model.arm);
 
-  const WORDS = { 1: "right", 0: "wrong", p: "right in part", "-": "not asked" };
+  const WORDS = { 1: "right", 0: "wrong", p: "partly right", "-": "not asked" };
   const kinds = ["1", "0", ...(items.some((item) => item.right.includes("p")) ? ["p"] : [])];
-  /* From this distance of credits on models disagree; an answer without a credit of its own is right or wrong. */
+  /* Models disagree from this distance of credits on; an answer without credit is right or wrong. */
   const { disputed: APART } = page.samples;
   const credit = (item, at) => (item.credit ? item.credit[at] : { 1: 1, 0: 0, "-": null }[item.right[at]]);
 
   function apart(item, shown) {
-    const known = shown.map((model) => credit(item, model.at)).filter((value) => value !== null);
-    return known.length > 0 && Math.max(...known) - Math.min(...known) >= APART;
+    const credits = shown.map((model) => credit(item, model.at)).filter((value) => value !== null);
+    return credits.length > 0 && Math.max(...credits) - Math.min(...credits) >= APART;
   }
 
-  /* One choice for each model: any answer, right ones, wrong ones, and where there are any those right in part. */
+  /* One choice per model: any answer, right ones, wrong ones, and partly right ones where there are any. */
   const outcomes = part("outcomes");
-  const wanted = new Map();
+  const chosenOutcome = new Map();
   function offerOutcomes() {
     outcomes.replaceChildren();
     for (const model of columns()) {
@@ -193,29 +193,29 @@
         option.value = value;
         choice.append(option);
       }
-      choice.value = wanted.get(model.at) || "";
-      choice.addEventListener("change", () => { wanted.set(model.at, choice.value); show(0); });
+      choice.value = chosenOutcome.get(model.at) || "";
+      choice.addEventListener("change", () => { chosenOutcome.set(model.at, choice.value); show(0); });
       label.append(name, choice);
       outcomes.append(label);
     }
   }
 
-  function found(shown) {
+  function matching(shown) {
     const text = input.search.value.trim().toLowerCase();
     return items.filter((item) => {
       const marks = shown.map((model) => item.right[model.at]);
       if (input.split.value && item.split !== input.split.value) return false;
       if (input.task.value && item.task !== input.task.value) return false;
       if (disputed.checked && !apart(item, shown)) return false;
-      if (shown.some((model, at) => wanted.get(model.at) && wanted.get(model.at) !== marks[at])) return false;
+      if (shown.some((model, at) => chosenOutcome.get(model.at) && chosenOutcome.get(model.at) !== marks[at])) return false;
       return !text || [item.prompt, item.truth, ...shown.map((model) => item.answers[model.at] || "")]
         .some((field) => field.toLowerCase().includes(text));
     });
   }
 
   function card(item, shown) {
-    const made = element("article", "sample");
-    made.append(element("p", "place", `${item.split} · ${item.task} · ${item.id}`));
+    const article = element("article", "sample");
+    article.append(element("p", "place", `${item.split} · ${item.task} · ${item.id}`));
     const question = element("div", "question");
     question.append(element("pre", "", item.prompt));
     const truth = element("p", "truth");
@@ -237,24 +237,24 @@
       if (item.remarks?.[model.at]) box.append(element("dd", "remark", item.remarks[model.at]));
       answers.append(box);
     }
-    made.append(question, answers);
-    return made;
+    article.append(question, answers);
+    return article;
   }
 
-  function show(wish) {
+  function show(page) {
     const shown = columns();
-    const rows = found(shown);
+    const rows = matching(shown);
     const last = Math.max(0, Math.ceil(rows.length / SIZE) - 1);
-    number = Math.min(Math.max(wish, 0), last);
+    number = Math.min(Math.max(page, 0), last);
     list.replaceChildren(...rows.slice(number * SIZE, (number + 1) * SIZE).map((item) => card(item, shown)));
     count.textContent = `${rows.length} of ${items.length} items`;
     pages.textContent = rows.length ? `Page ${number + 1} of ${last + 1}` : "No item matches";
-    // Not `disabled`: a button that has the focus would lose it on the last page.
+    // Not `disabled`: the focused button would lose its focus on the last page.
     part("back").setAttribute("aria-disabled", number === 0);
     part("on").setAttribute("aria-disabled", number === last);
   }
 
-  input.seed.addEventListener("change", () => { wanted.clear(); offerOutcomes(); show(0); });
+  input.seed.addEventListener("change", () => { chosenOutcome.clear(); offerOutcomes(); show(0); });
   input.split.addEventListener("change", () => show(0));
   input.task.addEventListener("change", () => show(0));
   input.search.addEventListener("input", () => show(0));

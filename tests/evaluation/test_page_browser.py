@@ -251,8 +251,8 @@ def test_the_browser_of_answers_shows_credit_and_finds_by_it(browser: Any) -> No
         for at, credit in enumerate(given):
             sign = {0.0: "✗", 1.0: "✓"}.get(credit[0], f"{credit[0]:.2f}")
             assert first.nth(at).locator(".mark").inner_text() == sign
-        mark = page.locator(".mark-right-in-part .mark").first
-        assert mark.get_attribute("aria-label") == f"right in part: {mark.inner_text()}"
+        mark = page.locator(".mark-partly-right .mark").first
+        assert mark.get_attribute("aria-label") == f"partly right: {mark.inner_text()}"
         page.locator("[data-part='outcomes'] select").nth(2).select_option("p")
         assert counted(page) == in_part
         page.locator("[data-part='outcomes'] select").nth(2).select_option("")
