@@ -13,8 +13,9 @@ from typing import TypeVar
 
 from evaluation import EvaluationError
 from evaluation.sources import read_table
+from evaluation.sources.columns import match_columns
 from evaluation.sources.hub import HUB
-from evaluation.sources.rows import first_few, match_columns, read_rows
+from evaluation.sources.rows import first_few, read_rows
 from evaluation.sources.tabular import RawRow
 from evaluation.tasks import Field, RowError
 

@@ -1,41 +1,27 @@
-"""Rows → fields → items: every row of a table becomes an item, or is refused with row, column and reason."""
+"""Items from a task's rows: each row becomes an item, or is refused with row, column and reason."""
 
 import json
 import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from decimal import Decimal
 from pathlib import Path
-from statistics import median
 from typing import Annotated, TypeVar
 
 from pydantic import Field as Key
 from pydantic import field_validator
 
 from evaluation import EvaluationError
+from evaluation.sources.columns import Column, FieldMap, FieldReader, match_columns
 from evaluation.sources.hub import HUB, DataSet, open_data_set
 from evaluation.sources.tabular import AUTO, RawRow, Table, read_file
-from evaluation.tasks import Field, Item, RowError, Source, Task, decimal_commas, number, with_point
+from evaluation.tasks import Item, RowError, Source, Task
 from trainers.settings import Positive, Section
-from trainers.words import nearest, suggest
 
 T = TypeVar("T")
 OWN = "hub"  # as the source: the task's own data set
 
-# Units of one family differ by powers of ten; converting between the families takes temperature and pressure.
-_MASS = {"µg/m3": Decimal(1), "mg/m3": Decimal(1000)}
-_VOLUME = {"ppb": Decimal(1), "ppm": Decimal(1000)}
-_SPELLINGS = {"ug/m3": "µg/m3", "mcg/m3": "µg/m3", "ppmv": "ppm", "ppbv": "ppb"}
 _DUPLICATE, _TOO_LONG = "duplicate: ", "too long: "  # reasons that are no fault of the row
-
-
-class Column(Section):
-    """A column of the user's data and its unit; None: the field's own unit."""
-
-    column: str
-    unit: str | None = None
 
 
 class RowSource(Section):
@@ -141,99 +127,6 @@ def _plain(value: object) -> object:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-# --- which column each field is read from ---
-
-
-def _checked_mapping(
-    task: Task, columns: Mapping[str, str | Column | None]
-) -> tuple[dict[str, str | None], dict[str, Decimal], list[str]]:
-    """(field → column, None to leave it out; field → factor to its own unit; what is wrong with the mapping)."""
-    mapping: dict[str, str | None] = {}
-    factors: dict[str, Decimal] = {}
-    problems: list[str] = []
-    for name, entry in columns.items():
-        column = Column(column=entry) if isinstance(entry, str) else entry
-        known = task.FIELDS.get(name)
-        if known is None:
-            problems.append(f"unknown field {name!r} in columns{suggest(name, task.FIELDS)}.")
-        elif column is None and known.required:
-            problems.append(f"{name}: expected a column, got null; items cannot do without it.")
-        elif column is None:
-            mapping[name] = None
-        elif (twin := next((f for f in mapping if mapping[f] == column.column), None)) is not None:
-            problems.append(f"column {column.column!r} is mapped to both {twin!r} and {name!r}; map it once.")
-        else:
-            try:
-                factors[name] = _factor(name, known, column.unit)
-                mapping[name] = column.column
-            except ValueError as error:
-                problems.append(str(error))
-    for name, column_name in mapping.items():
-        for other, field_ in task.FIELDS.items():
-            if field_.required and field_.column == column_name and other not in mapping:
-                problems.append(
-                    f"column {column_name!r} is mapped to {name!r}, but {other!r} is read from it too; map {other!r} "
-                    "to another one."
-                )
-    check = getattr(task, "check_mapping", None)
-    return mapping, factors, [*problems, *(check(columns) if check else ())]
-
-
-def _factor(name: str, known: Field, unit: str | None) -> Decimal:
-    """What a value in `unit` is multiplied by to be in the field's own; ValueError if that is impossible."""
-    if unit is None:
-        return Decimal(1)
-    if known.unit is None:
-        raise ValueError(f"{name}: expected no unit, got {unit!r}; this field has none.")
-    family, other = (_VOLUME, _MASS) if known.unit in _VOLUME else (_MASS, _VOLUME)
-    plain = unit.strip().lower().replace(" ", "").replace("μ", "µ").replace("^3", "3").replace("³", "3")
-    plain = _SPELLINGS.get(plain, plain)
-    if plain in family:
-        return family[plain] / family[known.unit.replace("³", "3")]
-    if plain in other:
-        raise ValueError(
-            f"{name}: cannot turn {unit} into {known.unit}: that takes temperature and pressure, which the file does "
-            f"not give. Convert the column to {' or '.join(family)} first."
-        )
-    raise ValueError(f"{name}: expected the unit {' or '.join(family)}, got {unit!r}.")
-
-
-def match_columns(
-    fields: Mapping[str, Field], mapping: Mapping[str, str | None], table: Table, setting: str = "columns"
-) -> tuple[dict[str, str], list[str], list[str]]:
-    """(field → column, problems, notes). An unmapped optional field does without a column that is missing or taken."""
-    columns: dict[str, str] = {}
-    problems: list[str] = []
-    notes: list[str] = []
-    in_use = {*mapping.values(), *(known.column for known in fields.values())}
-    for name, known in fields.items():
-        column = mapping.get(name, known.column)
-        optional = name not in mapping and not known.required
-        if column is None or (optional and column in mapping.values()):
-            continue
-        missing = column not in table.columns
-        if optional and missing:
-            if table.columns:
-                notes.append(f"There is no column {column!r}: items have none.")
-            if near := nearest(column, [other for other in table.columns if other not in in_use]):
-                problems.append(
-                    f"{name}: there is no column {column!r}; did you mean {near!r}? Map it in {setting}, or set "
-                    f"{name}: null there to do without."
-                )
-            continue
-        columns[name] = column
-        if column in table.repeated:
-            problems.append(f"{name}: the header has {column!r} more than once; rename one.")
-        elif missing and table.columns:
-            problems.append(
-                f"{name}: there is no column {column!r}{suggest(column, table.columns)}.{table.hint} Name it in "
-                f"{setting} ({name}: {known.about})."
-            )
-    if not table.rows:
-        problems.append("has a header, but no data row.")
-    return columns, problems, notes
-
-
 # --- a task's rows ---
 
 
@@ -248,23 +141,23 @@ class RecipeRows:
 
 def read_recipe(task: Task, where: RowSource) -> RecipeRows:
     """Every row as an item or a rejection; EvaluationError, with every problem, if a split has no usable row."""
-    own = getattr(task, "SOURCE", Source(""))
-    fields = task.FIELDS
-    mapping, factors, problems = _checked_mapping(task, where.columns)
+    defaults, fields = getattr(task, "SOURCE", Source("")), task.FIELDS
+    fieldmap, problems = FieldMap.checked(task, where.columns)
+    mapping = fieldmap.columns
     if where.source == OWN:
         where = where.model_copy(
             update={
-                "source": f"{HUB}{own.hub}",
-                "hub_subset": where.hub_subset or own.subset,
-                "hub_test_split": where.hub_test_split or own.test,
+                "source": f"{HUB}{defaults.hub}",
+                "hub_subset": where.hub_subset or defaults.subset,
+                "hub_test_split": where.hub_test_split or defaults.test,
             }
         )
-    names = [mapping.get(name, known.column) for name, known in fields.items()]
+    names = [mapping.get(name, spec.column) for name, spec in fields.items()]
     try:
-        tables, facts, notes = _tables(task.NAME, own, where, [name for name in names if name])
+        tables, facts, notes = _tables(task.NAME, defaults, where, [name for name in names if name])
         if hasattr(task, "recognize"):
-            found, note = task.recognize(next(iter(tables.values())).columns, mapping)  # all splits have the same
-            mapping, fields = dict(found), {name: fields[name] for name in found}
+            recognized, note = task.recognize(next(iter(tables.values())).columns, mapping)  # all splits have the same
+            mapping, fields = dict(recognized), {name: fields[name] for name in recognized}
             notes.append(note)
     except EvaluationError as error:
         raise EvaluationError([*problems, *error.problems], f"{where.source} cannot be used:") from error.__cause__
@@ -274,17 +167,17 @@ def read_recipe(task: Task, where: RowSource) -> RecipeRows:
         columns, faults, absent = match_columns(fields, mapping, table)
         problems += [f"split {split!r}: {fault}" if len(tables) > 1 else fault for fault in faults]
         notes += [note for note in absent if note not in notes]
-        splits.append(_Split(task, where, split, columns, factors, table, ids))
+        splits.append(_Split(task, where, split, FieldReader(fields, columns, fieldmap.units, table), ids))
     for reader in splits if not problems else ():
-        problems += [*reader.doubtful_units(), *reader.read(several=len(tables) > 1)]
+        problems += [*reader.fields.doubtful_units(), *reader.read(several=len(tables) > 1)]
         notes += reader.notes
     if problems:
         raise EvaluationError(list(dict.fromkeys(problems)), f"{where.source} cannot be used:")
     train, test = splits[0].items, splits[1].items if len(splits) > 1 else None
     rejected = [r for s in splits for r in s.rejected]
     facts |= {
-        "columns": splits[0].columns,
-        "rows": {s.split: len(s.table.rows) for s in splits},
+        "columns": splits[0].fields.columns,
+        "rows": {split: len(table.rows) for split, table in tables.items()},
         "accepted_rows": len(train) + len(test or ()),
         "rejected_rows": len(rejected),
         "duplicate_rows": sum(r.reason.startswith(_DUPLICATE) for r in rejected),
@@ -295,18 +188,18 @@ def read_recipe(task: Task, where: RowSource) -> RecipeRows:
 
 
 def _tables(
-    name: str, own: Source, where: RowSource, columns: Sequence[str]
+    name: str, defaults: Source, where: RowSource, columns: Sequence[str]
 ) -> tuple[dict[str, Table], dict[str, object], list[str]]:
     """(split → its rows, the training split first; where they come from; notes)."""
     facts: dict[str, object] = dict.fromkeys(("subset", "test_split", "revision"))
-    facts |= {"source": where.source, "train_split": own.train}
+    facts |= {"source": where.source, "train_split": defaults.train}
     if not where.source.startswith(HUB) and not Path(where.source).is_dir():
         table = read_file(where.source, where.delimiter, where.encoding, columns)
         notes = ["A file has no test split: test items are drawn from its rows."]
-        return {own.train: table}, facts, [table.note, *notes] if table.note else notes
-    with open_data_set(where.source, where.hub_subset, own.subset) as data:
-        train = where.hub_split or own.train
-        test, notes = _test_split(name, own, where, data, train)
+        return {defaults.train: table}, facts, [table.note, *notes] if table.note else notes
+    with open_data_set(where.source, where.hub_subset, defaults.subset) as data:
+        train = where.hub_split or defaults.train
+        test, notes = _test_split(name, defaults, where, data, train)
         tables: dict[str, Table] = {}
         problems = []
         for split in [train] if test is None else [train, test]:
@@ -326,9 +219,11 @@ def _tables(
     return tables, facts, notes
 
 
-def _test_split(name: str, own: Source, where: RowSource, data: DataSet, train: str) -> tuple[str | None, list[str]]:
+def _test_split(
+    name: str, defaults: Source, where: RowSource, data: DataSet, train: str
+) -> tuple[str | None, list[str]]:
     """The split of the test items, None if they are drawn from `train`; and a note on that."""
-    test = where.hub_test_split or own.test
+    test = where.hub_test_split or defaults.test
     if test is not None and test != train and (where.hub_test_split or test in data.splits):
         return test, []
     why = f"The data set has no split {test!r} (it has {', '.join(data.splits)})"
@@ -346,53 +241,22 @@ class _Split:
     task: Task
     where: RowSource
     split: str
-    columns: dict[str, str]
-    factors: Mapping[str, Decimal]
-    table: Table
+    fields: FieldReader
     ids: dict[str, int]  # of the items of all splits, with their rows
     items: list[Item] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    commas: set[str] = field(default_factory=set)  # columns of numbers with decimal commas
-
-    def __post_init__(self) -> None:
-        numeric = [column for name, column in self.columns.items() if self.task.FIELDS[name].typical]
-        self.commas = {c for c in numeric if decimal_commas(raw.values.get(c) for raw in self.table.rows)}
-        if self.commas:
-            columns = ", ".join(column for column in numeric if column in self.commas)
-            self.notes.append(f"Decimal commas are read as points in {columns}.")
-
-    def doubtful_units(self) -> list[str]:
-        """Questions about columns without a unit whose values would fit the field's other one."""
-        problems = []
-        for name, column in self.columns.items():
-            known, entry = self.task.FIELDS[name], self.where.columns.get(name)
-            if known.unit is None or known.typical is None or (isinstance(entry, Column) and entry.unit):
-                continue
-            values = []
-            for raw in self.table.rows:
-                with suppress(ValueError):
-                    values.append(number(self._cell(raw, column)))
-            middle = median([value for value in values if value] or [0.0])
-            family = _VOLUME if known.unit in _VOLUME else _MASS
-            other = next(unit for unit in family if unit != known.unit.replace("³", "3"))
-            low, high = known.typical
-            if middle and not low <= middle <= high and low <= middle * float(_factor(name, known, other)) <= high:
-                size = "large" if middle > high else "small"
-                problems.append(
-                    f"{name}: expected {known.unit}, got a median of {middle:g} in column {column!r}, which is too "
-                    f"{size} for that and would fit {other}. If it is {other}, write {name}: {{column: {column}, unit: "
-                    f"{other}}} under columns in params.yaml; if it is right as it is, write unit: {known.unit} there."
-                )
-        return problems
 
     def read(self, several: bool) -> list[str]:
         """Fill `items` and `rejected`; the problems if none is left, or too many are refused."""
+        table = self.fields.table
+        if self.fields.commas:
+            self.notes.append(f"Decimal commas are read as points in {', '.join(self.fields.commas)}.")
         labels = self._labels_by_name()
         first: dict[Hashable, tuple[int, str]] = {}  # context → first row that has it, and its completion
         self.items, self.rejected = read_rows(
-            self.table,
-            self.columns,
+            table,
+            self.fields.columns,
             lambda raw: self._item(raw, labels, first),
             source=self.where.source,
             split=self.split,
@@ -400,17 +264,17 @@ class _Split:
         where = f"split {self.split!r}: " if several else ""
         if not self.items:
             return [f"{where}no row is left, all {len(self.rejected)} were rejected.", *first_few(self.rejected)]
-        lost = sum(raw.lost for raw in self.table.rows)
+        lost = sum(raw.lost for raw in table.rows)
         if lost:
             self.notes.append(f"{lost} more rows are lost in unclosed quotes; data/rejected.jsonl shows where.")
-        if (part := len(self.rejected) / len(self.table.rows)) > 0.5:
+        if (part := len(self.rejected) / len(table.rows)) > 0.5:
             commonest = _by_reason(self.rejected)[0]
             self.notes.append(
                 f"WARNING: {part:.0%} of the rows of split {self.split!r} were refused, more than half; check columns "
                 f"and max_chars. Most frequent reason ({len(commonest)} rows): {commonest[0].reason}"
             )
         faults = [r for r in self.rejected if not r.reason.startswith((_DUPLICATE, _TOO_LONG))]
-        rows, refused = len(self.table.rows) + lost, len(faults) + lost
+        rows, refused = len(table.rows) + lost, len(faults) + lost
         if refused <= self.where.max_refused * rows:
             return []
         return [
@@ -441,40 +305,30 @@ class _Split:
         self.ids[item.id] = raw.row
         return item
 
-    def _cell(self, raw: RawRow, column: str) -> object:
-        cell = raw.values.get(column)
-        return with_point(cell) if column in self.commas else cell
-
     def _values(self, raw: RawRow) -> dict[str, object]:
-        """Field → value, numbers in the field's own unit; plus the task's settings for rows."""
-        values: dict[str, object] = {name: getattr(self.where, name) for name in getattr(self.task, "ROW_SETTINGS", ())}
-        for name, column in self.columns.items():
-            value, factor = self._cell(raw, column), self.factors.get(name, 1)
-            if factor != 1:
-                # Decimal: 70 ppb are 0.07 ppm, and EPA truncates, so 0.06999… would fall below the breakpoint.
-                with suppress(ValueError):  # the task explains what is wrong with the cell
-                    value = float(Decimal(repr(number(value))) * factor)
-            values[name] = value
-        return values
+        """Field → value, plus the task's settings for rows."""
+        settings = {name: getattr(self.where, name) for name in getattr(self.task, "ROW_SETTINGS", ())}
+        return settings | self.fields.values(raw)
 
     def _labels_by_name(self) -> dict[str, list[str]]:
         """Field → class names, if this data set numbers its classes differently from the task; names are read then."""
         by_name: dict[str, list[str]] = {}
-        for name, names in ((n, self.table.labels[c]) for n, c in self.columns.items() if c in self.table.labels):
+        for name, column in self.fields.columns.items():
+            names = self.fields.table.labels.get(column, [])
             answers = [
                 (self._answer(name, position), self._answer(name, label)) for position, label in enumerate(names)
             ]
             if any(of_name is not None and of_name != of_number for of_number, of_name in answers):
                 by_name[name] = names
                 self.notes.append(
-                    f"Split {self.split!r}: {self.columns[name]} numbers its classes differently from "
+                    f"Split {self.split!r}: {column} numbers its classes differently from "
                     f"{self.task.NAME}; they are read by name ({', '.join(names)})."
                 )
         return by_name
 
     def _answer(self, name: str, value: object) -> str | None:
         """The completion of the first usable row, with another value in one field."""
-        for raw in self.table.rows[:100]:
+        for raw in self.fields.table.rows[:100]:
             try:
                 return self.task.make_item("", {**self._values(raw), name: value}).completion
             except RowError:

@@ -22,8 +22,9 @@ from pyarrow import parquet
 
 from evaluation import EvaluationError
 from evaluation.sources import read_table
+from evaluation.sources.columns import Column
 from evaluation.sources.hub import open_data_set, read_split
-from evaluation.sources.rows import Column, RowSource, read_recipe, write_rejected
+from evaluation.sources.rows import RowSource, read_recipe, write_rejected
 from evaluation.tasks import Field, Item, RowError, Source, aqi
 
 COLUMNS = {"pm25": "PM25", "o3_8h": "ozone", "co": "CO", "aqi": "AQI", "id": "site"}
