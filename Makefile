@@ -2,9 +2,9 @@
 VENV    ?= .venv
 PYTHON  ?= python3
 PROFILE ?=
-# Where torch comes from, e.g. https://download.pytorch.org/whl/cu126; empty: the CPU build where there is no GPU.
+# Index to install torch from, e.g. https://download.pytorch.org/whl/cu126; empty: the CPU build if there is no GPU.
 TORCH_INDEX ?=
-# What not everybody needs, of pyproject.toml's optional dependencies: ray, trackers, harness
+# Optional dependencies of pyproject.toml: ray, trackers, harness
 EXTRAS  ?=
 
 BIN  := $(VENV)/bin
@@ -26,13 +26,13 @@ repro: setup
 	$(RUN) python -m evaluation.compare_all --db "$$($(BIN)/python -c 'import yaml; print(yaml.safe_load(open("params.yaml"))["compare"]["database"])')"
 	@echo "report: outputs/report.html (and outputs/grit_evaluation.md)"
 
-# Exported models onto the Ollama server at OLLAMA_HOST, each checked prompt by prompt in both modes.
+# Put the exported models onto the Ollama server at OLLAMA_HOST, and check each prompt by prompt in both modes.
 serve: setup
 	$(RUN) python -m export.ollama create
 	$(RUN) python -m export.ollama verify --backend ollama --mode both
 
-# One process a core, one thread each. test: after a change. test-all: also the fault catalogue, kills, simulations, recipes,
-# a browser and PostgreSQL.
+# One process per core, one thread each. test: after a change. test-all: also the fault catalogue, kills, simulations,
+# recipes, a browser and PostgreSQL.
 TESTS := python -m pytest -n $(or $(WORKERS),auto)
 
 test: setup
@@ -50,32 +50,32 @@ format: setup
 	$(RUN) ruff format .
 	$(RUN) ruff check --fix .
 
-# Those of GRIT-VLM need what `make repro PROFILE=vision` leaves; without it they are skipped.
+# Benchmarks of GRIT-VLM need the results of `make repro PROFILE=vision`; without them they are skipped.
 NEED_VISION := vlm_claims vlm_tuning
-# Hours of training, and the data and base that `make repro` leaves; run by name: `python -m benchmarks.frontier`.
+# Hours of training, on the data and base of `make repro`; run them by name: `python -m benchmarks.frontier`.
 NEED_HOURS := frontier rank distribute
 
 bench: foreign
 	@for script in benchmarks/[a-z]*.py; do \
 		name=$$(basename $$script .py); \
-		case " $(NEED_HOURS) " in *" $$name "*) echo "$$name: skipped, it takes hours"; continue;; esac; \
-		if [ $$name = gpu ] && ! $(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then echo "gpu: skipped, there is none"; continue; fi; \
+		case " $(NEED_HOURS) " in *" $$name "*) echo "$$name: skipped: takes hours"; continue;; esac; \
+		if [ $$name = gpu ] && ! $(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then echo "gpu: skipped: no GPU"; continue; fi; \
 		case " $(NEED_VISION) " in *" $$name "*) \
 			if ! grep -qs '"pictures": true' models/base/base.json; then \
-				echo "$$name: skipped, it needs what \`make repro PROFILE=vision\` makes"; continue; fi;; \
+				echo "$$name: skipped: needs \`make repro PROFILE=vision\`"; continue; fi;; \
 		esac; \
 		$(RUN) python -m benchmarks.$$name || exit 1; \
 	done
 
-# Every fault of the catalogue must be named, no clean run blamed, others' optimizers told; about 5 minutes.
+# Every fault of the catalogue must be named, no clean run blamed, foreign optimizers recognized; about 5 minutes.
 probe-faults: foreign
 	$(RUN) python -m benchmarks.probe_faults
 
-# Packages with optimizers that the probe is tried on and GRIT compared with; without them those tests are skipped.
+# Packages whose optimizers test the probe and are compared with GRIT; without them those tests are skipped.
 foreign: setup
 	@$(BIN)/python -c "import optimi, prodigyopt, pytorch_optimizer, schedulefree" 2>/dev/null || $(BIN)/python -m pip install -qq --no-build-isolation --editable ".[foreign]"
 
-# What the stages made. DVC's cache and the environment stay, and so do the results of all runs: runs/ and databases.
+# Remove what the stages wrote. DVC's cache, the environment and the results of all runs (runs/, databases) stay.
 clean:
 	rm -rf data models texts tuned adapters verdicts gguf verified quantized measured scores checkpoints logs
 	if [ -d outputs ]; then find outputs -mindepth 1 -maxdepth 1 ! -name "*.db" ! -name "*.db-*" ! -name "*.sqlite*" -exec rm -rf {} +; fi

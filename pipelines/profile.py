@@ -1,19 +1,19 @@
-"""Choosing a profile: `python -m pipelines.profile NAME` rewrites params.yaml, which is what DVC looks at.
+"""Choosing a profile: `python -m pipelines.profile NAME` rewrites params.yaml, which DVC watches.
 
-profiles/tiny.yaml holds every key. Every other file holds only what differs, and names are put together with +, in any
-order (gsm8k, gsm8k+smoke, gsm8k+llama3_8b+ablation). The files are merged left to right:
+profiles/tiny.yaml holds every key. Every other file holds only what differs, and names are combined with + in any order
+(gsm8k, gsm8k+smoke, gsm8k+llama3_8b+ablation). Files are merged in this order:
 
 1. tiny;
-2. sizes/NAME: a base model and how it is trained; for a task without one, llama3_2_3b;
-3. tasks/recipe, tasks/NAME: what is asked, and where the base is not the embedded one, tasks/full/recipe and
-   tasks/full/NAME;
-4. NAME, of the folder itself: further changes, in the order in which they are named.
+2. sizes/NAME: a base model and how it is trained; llama3_2_3b for a task without a size;
+3. tasks/recipe, tasks/NAME: what is asked; unless the base is embedded, also tasks/full/recipe, tasks/full/NAME;
+4. NAME in the folder itself: further changes, in the order of their names.
 
-A file sizes/A+B is for both together, which are otherwise refused. Changes made by hand in params.yaml are not thrown
-away: they stop the switch, by name, unless --force is given.
+Two sizes A and B combine only if there is a file sizes/A+B. A switch never discards manual changes in params.yaml:
+it lists them and stops, unless --force is given.
 """
 
 import io
+import re
 import textwrap
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +33,7 @@ PROFILES = Path("profiles")
 BOTTOM, RECIPE, SIZE_OF_TASKS = "tiny", "recipe", "llama3_2_3b"
 _HEADER = (
     "Written by `python -m pipelines.profile {name}` from {files}. Change what you like: DVC reruns what depends on "
-    "it. All keys and their meaning stand in profiles/tiny.yaml."
+    "it. profiles/tiny.yaml explains every key."
 )
 
 
@@ -43,15 +43,15 @@ def available(folder: Path = PROFILES) -> dict[str, Path]:
 
 
 def merged(name: str, folder: Path = PROFILES) -> tuple[dict[str, Any], list[Path]]:
-    """The settings of a name like gsm8k+llama3_8b, and their files; ConfigError names what cannot be merged."""
+    """The settings of a name like gsm8k+llama3_8b, and their files; ConfigError if they cannot be combined."""
     known, names = available(folder), [part.strip() for part in name.split("+")]
     problems = [f"no profile {n!r} in {folder}/{suggest(n, known)}" for n in names if n not in known]
     problems += [
-        f"expected each once, got {n} more than once" for n in sorted({n for n in names if names.count(n) > 1})
+        f"expected no duplicates, got {n} more than once" for n in sorted({n for n in names if names.count(n) > 1})
     ]
-    found = {n: known[n] for n in names if n in known}
-    sizes = [n for n, file in found.items() if n == BOTTOM or file.parent.name == "sizes"]
-    tasks = [n for n, file in found.items() if file.parent.name == "tasks"]
+    chosen = {n: known[n] for n in names if n in known}
+    sizes = [n for n, file in chosen.items() if n == BOTTOM or file.parent.name == "sizes"]
+    tasks = [n for n, file in chosen.items() if file.parent.name == "tasks"]
     pair = folder / f"sizes/{'+'.join(sizes)}.yaml"
     problems += [f"expected one task, got {', '.join(tasks)}"] if len(tasks) > 1 else []
     problems += [f"expected one size, got {', '.join(sizes)}"] if len(sizes) > 1 and not pair.is_file() else []
@@ -65,12 +65,12 @@ def merged(name: str, folder: Path = PROFILES) -> tuple[dict[str, Any], list[Pat
         if settings["prepare_base"]["source"] != "embedded":
             of_task += [folder / f"tasks/full/{RECIPE}.yaml", folder / f"tasks/full/{task}.yaml"]
         files += [file for file in of_task if file.is_file()]
-    files += [file for n, file in found.items() if n not in (*sizes, *tasks)]
+    files += [file for n, file in chosen.items() if n not in (*sizes, *tasks)]
     return {**_merge(files), "profile": name}, files
 
 
 def _merge(files: list[Path]) -> dict[str, Any]:
-    """Deep-merged; every variant of an arm has the settings of that arm where it has none of its own."""
+    """Deep-merge the files; a variant inherits the settings of its arm."""
     parts = [load_yaml(file) for file in files]
     for file, part in zip(files, parts, strict=True):
         wrong = [] if isinstance(part, dict) else [f"expected sections, got {type(part).__name__}"]
@@ -81,38 +81,37 @@ def _merge(files: list[Path]) -> dict[str, Any]:
             raise ConfigError("\n".join(f"{file}: {problem}" for problem in wrong))
     whole: Any = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.create, parts)))
     arms = whole["arms"]
-    for name, own in arms.items():
-        of = own.get(VARIANT_OF) if isinstance(own, dict) else None
-        if of is None:
+    for name, entry in arms.items():
+        original = entry.get(VARIANT_OF) if isinstance(entry, dict) else None
+        if original is None:
             continue
-        arm = arms.get(of) if isinstance(of, str) else None
+        arm = arms.get(original) if isinstance(original, str) else None
         if not isinstance(arm, dict) or arm.get(VARIANT_OF) is not None:
             where = ", ".join(map(str, files))
             raise ConfigError(
-                f"{where}: arms.{name}.{VARIANT_OF}: expected an arm that is no variant itself, got {of!r}"
+                f"{where}: arms.{name}.{VARIANT_OF}: expected an arm that is not a variant, got {original!r}"
             )
-        arms[name] = OmegaConf.to_container(OmegaConf.merge(arm, own))
+        arms[name] = OmegaConf.to_container(OmegaConf.merge(arm, entry))
     return dict(whole)
 
 
 class _Representer(RoundTripRepresenter):
-    """Writes floats so that every reader of YAML takes them as such: to PyYAML, and so to DVC, 2e-05 is a text."""
+    """Writes 2e-05 as 2.0e-05, because PyYAML, and so DVC, would read the former as a string."""
 
 
-def _float(representer: RoundTripRepresenter, value: float) -> Any:
-    whole, e, exponent = repr(value).partition("e")
-    text = f"{whole}.0e{exponent}" if e and "." not in whole else repr(value)
-    return representer.represent_scalar("tag:yaml.org,2002:float", text)
-
-
-_Representer.add_representer(float, _float)
+_Representer.add_representer(
+    float,
+    lambda representer, value: representer.represent_scalar(
+        "tag:yaml.org,2002:float", re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))
+    ),
+)
 
 
 def compose(name: str, folder: Path = PROFILES) -> str:
-    """The text of params.yaml for a profile, with the comments of tiny.yaml; ConfigError where there is none.
+    """The text of params.yaml for a profile, with the comments of tiny.yaml or of the file that changed the value.
 
-    A value that another file sets has that file's comment, where it has one; what tiny.yaml says of its own value by
-    pointing to LOG.md goes.
+    Raises:
+        ConfigError: there is no such profile, or its settings are invalid.
     """
     settings, files = merged(name, folder)
     sources = ", ".join(map(str, files))
@@ -137,29 +136,21 @@ def _fill(content: Any, settings: dict[str, Any], others: list[Any]) -> None:
             _fill(content[key], value, [other[key] for other in setters if isinstance(other[key], dict)])
         elif key not in content or content[key] != value:
             content[key] = value
-            _say(content, key, _said(setters[-1], key) if setters else "")
+            theirs, ours = _comment(setters[-1] if setters else None, key), _comment(content, key)
+            text = theirs.value.partition("\n")[0].lstrip("# ") if theirs else ""
+            if text and ours:
+                ours.value = f"# {text}{''.join(ours.value.partition(chr(10))[1:])}"  # the lines below stay
+            elif text:
+                content.yaml_add_eol_comment(text, key)
 
 
-def _said(content: Any, key: str) -> str:
-    """The comment behind a key, without what stands in the lines below it."""
-    token = (content.ca.items.get(key) or [None] * 3)[2]
-    return token.value.partition("\n")[0].lstrip("# ") if token else ""
-
-
-def _say(content: Any, key: str, text: str) -> None:
-    old = _said(content, key)
-    if not text and "LOG.md" not in old:
-        return
-    if not old:
-        content.yaml_add_eol_comment(text, key)
-        return
-    token = content.ca.items[key][2]
-    _, line, below = token.value.partition("\n")
-    token.value = (f"# {text}" if text else "") + line + below
+def _comment(content: Any, key: str) -> Any:
+    """Ruamel's token of the comment behind a key, with the lines below it, or None."""
+    return (content.ca.items.get(key) or [None] * 3)[2] if content else None
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Keys in which two contents differ, as "key: old value → new value"."""
+    """The keys that differ, as "key: old value → new value"."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [f"{prefix}: {old!r} → {new!r}"]
     lines = []
@@ -175,22 +166,22 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def choose(name: str, *, force: bool = False, params_file: Path = PARAMS_FILE, folder: Path = PROFILES) -> bool:
-    """Write params.yaml for a profile; whether the file changed. ConfigError: changes made by hand would be lost."""
+    """Write params.yaml for a profile; returns whether it changed. ConfigError if changes by hand would be lost."""
     text = compose(name, folder)
     if params_file.exists() and not force:
         current = load_yaml(params_file)
         before = current.get("profile") if isinstance(current, dict) else None
         if before == name:
-            return False  # chosen already; what was changed since is what the user wants
+            return False  # later changes are what the user wants
         try:
             edits = differences(merged(str(before), folder)[0], current)
         except ConfigError as error:
             edits = [f"profile: {before!r}: {error}"]
         if edits:
             raise ConfigError(
-                f"{params_file} holds changes that a switch to {name!r} would lose:\n"
+                f"{params_file} has changes that a switch to {name!r} would lose:\n"
                 + "\n".join(f"  {line}" for line in edits)
-                + f"\nKeep them in a profile of your own in {folder}/, or add --force"
+                + f"\nKeep them in your own profile in {folder}/, or add --force"
             )
     changed = not params_file.exists() or params_file.read_text(encoding="utf-8") != text
     if changed:
@@ -199,7 +190,7 @@ def choose(name: str, *, force: bool = False, params_file: Path = PARAMS_FILE, f
 
 
 def main(
-    name: Annotated[str, typer.Argument(help="a file of profiles/, or several: gsm8k+llama3_8b; none: list them")] = "",
+    name: Annotated[str, typer.Argument(help="a profile, or several as in gsm8k+llama3_8b; empty: list them")] = "",
     force: Annotated[bool, typer.Option(help="overwrite changes made by hand in params.yaml")] = False,
 ) -> None:
     """Choose a profile: rewrites params.yaml."""

@@ -48,14 +48,14 @@ def setup(tmp_path):
     [
         ({"OFFERED": ""}, "no GPU: torch 2.13.0, CPU build", "--no-deps torch==2.13.0+cpu"),
         ({"OFFERED": OFFICIAL}, "no GPU: torch 2.13.0, CPU build", f"--index-url {OFFICIAL} torch==2.13.0+cpu"),
-        ({}, "no CPU build of torch either", None),
-        ({"GPU": "GPU 0: H100", "OFFERED": ""}, "a GPU: the registry's build", None),
+        ({}, "no CPU build of torch available", None),
+        ({"GPU": "GPU 0: H100", "OFFERED": ""}, "GPU found: default build", None),
         ({"GPU": "GPU 0: H100", "TORCH_INDEX": "file:///mine"}, "from file:///mine", "file:///mine torch==2.13.0\n"),
     ],
 )
 def test_the_torch_that_fits_the_machine(setup, machine, said, asked):
     done, log = setup("venv", **machine)
-    assert done.returncode == 0 and said in done.stdout and "cannot be had here: pip instead" in done.stdout
+    assert done.returncode == 0 and said in done.stdout and "not available here: using pip" in done.stdout
     assert asked in log if asked else "torch==" not in log
     assert "install -r requirements.lock" in log
 
@@ -64,9 +64,9 @@ def test_the_torch_that_fits_the_machine(setup, machine, said, asked):
 @pytest.mark.parametrize(
     ("gpu", "nvcc", "given", "said", "cuda"),
     [
-        ("GPU 0: H100", True, "", "a GPU and nvcc: llama.cpp for CUDA", ["on"]),
-        ("GPU 0: H100", True, "-DGGML_CUDA=off", "llama.cpp for CUDA", ["on", "off"]),  # the last one counts
-        ("GPU 0: H100", False, "", "a GPU, but no nvcc: llama.cpp runs on the CPU", []),
+        ("GPU 0: H100", True, "", "GPU and nvcc found: llama.cpp with CUDA", ["on"]),
+        ("GPU 0: H100", True, "-DGGML_CUDA=off", "llama.cpp with CUDA", ["on", "off"]),  # the last one counts
+        ("GPU 0: H100", False, "", "GPU but no nvcc: llama.cpp runs on the CPU", []),
         ("no devices", True, "", "", []),
     ],
 )
