@@ -1,5 +1,6 @@
 """What the results say.
 
-`results` reads the database once, `comparison` judges, `sections` says what is shown in neutral blocks, `html`,
-`markdown` and `terminal` lay those out, and `data` writes JSON, CSV and what DVC shows.
+`results` reads the database once, `comparison` compares and judges, `judgement` puts outcomes into words, `sections`
+lists the chapters, each of which is a file and returns neutral blocks. `html`, `markdown` and `terminal` lay those out;
+`data` writes JSON, CSV and what DVC shows.
 """

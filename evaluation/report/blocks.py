@@ -1,4 +1,4 @@
-"""What a section of a report is made of: plain data that each renderer lays out in its own way."""
+"""The blocks that sections are made of: plain data, which page, Markdown and terminal lay out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from evaluation.statistics.intervals import Interval
 
 Tone = Literal["", "good", "bad", "open"]
-"""How a word is coloured: good and bad are settled, open is undecided; the word itself says the same."""
+"""How a word is coloured: good and bad are settled, open is undecided. The word alone says the same."""
 TONES: Mapping[str, Tone] = {
     "better": "good", "worse": "bad", "undecided": "open", "pass": "good", "fail": "bad", "effective": "good",
     "unstable": "bad",
@@ -31,13 +31,12 @@ class Cell:
     text: str
     tone: Tone = ""
     arm: str = ""  # draws this arm's colour before the text; empty: none
-    title: str = ""  # the whole of a shortened text, such as a hash; shown when pointed at
+    title: str = ""  # the full text where it is shortened, such as a hash; shown on hover
     hint: str = ""  # smaller lines below
 
 
-def arm_cell(arm: str, seed: int | str | None = None) -> Cell:
-    told = seed if isinstance(seed, str) else f"seed {seed}"
-    return Cell(arm if seed is None else f"{arm} · {told}", arm=arm)
+def arm_cell(arm: str, seed: int | None = None) -> Cell:
+    return Cell(arm if seed is None else f"{arm} · seed {seed}", arm=arm)
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Dataset:
 
     def add(self, *row: str | float | None) -> None:
         if len(row) != len(self.names):
-            raise ValueError(f"expected {len(self.names)} values ({', '.join(self.names)}), came {len(row)}")
+            raise ValueError(f"expected {len(self.names)} values ({', '.join(self.names)}), got {len(row)}")
         self.rows.append(row)
 
     def column(self, name: str) -> list[str | float | None]:

@@ -29,11 +29,11 @@ def as_card(report: Report, row: ArmRow) -> str:
         )
     seeds = [
         (run.seed, percent(results.metrics.get(run.id, {}).get(("test", run.primary_metric))),
-         next((made.sha256 for made in results.artifacts.get(run.id, ()) if made.kind == "adapter"), "–"))
+         next((file.sha256 for file in results.artifacts.get(run.id, ()) if file.kind == "adapter"), "–"))
         for run in runs if run.arm == row.arm
     ]  # fmt: skip
     outcome = comparison.outcomes[comparison.trained.index(row)]
-    shown = (
+    chapters = (
         Section(
             "Results",
             (
@@ -46,4 +46,4 @@ def as_card(report: Report, row: ArmRow) -> str:
         training(narrow),
         probes(narrow),
     )
-    return "\n\n".join(laid_out(filter(None, shown))) + "\n"
+    return "\n\n".join(laid_out(filter(None, chapters))) + "\n"

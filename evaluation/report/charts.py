@@ -1,6 +1,6 @@
-"""Vega-Lite charts by altair. Every one draws the named data "rows", is as wide as its place, and has no legend.
+"""Vega-Lite charts made with altair. Each draws the named data "rows", fills the width of its place, and has no legend.
 
-The page's script puts the colours in, so that dark mode has its own.
+The page's script adds the colours, so that dark mode has its own.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -18,7 +18,7 @@ _SHORT = (
 )
 """Label of a logarithmic axis: 1, 2, 5, 10, …; powers only where the number is far from 1."""
 _SHAPES = ("diamond", "circle", "square", "triangle-up", "cross", "triangle-down")
-"""Of points that may hide each other: of two in one place, both are seen."""
+"""Arms have different shapes, so that two points in one place stay visible."""
 ROW = 30
 """Height of one line of an interval chart, px."""
 
@@ -48,41 +48,36 @@ def _tooltip(**fields: str) -> list[alt.Tooltip]:
 
 
 def intervals(
-    panel: Panel,
-    x_title: str,
-    *,
-    lines: int,
-    kinds: Collection[str] = ("interval",),
-    zero: bool = False,
+    panel: Panel, x_title: str, *, lines: int, kinds: Collection[str] = ("interval",), zero: bool = False,
     band: str = "",
-) -> Spec:
+) -> Spec:  # fmt: skip
     """Estimates with their intervals, `lines` of them; `x_title` is the axis's, with the unit.
 
     Rows: kind, label, arm, low, value, high. The kind `interval` is a point with a thin bar, `inner` a broad pale bar,
-    `seed` a tick, `band` a grey range that belongs to no arm and is called `band` in its tooltip. A layer of a kind
-    that has no rows would make Vega warn. `zero` draws a line.
+    `seed` a tick, `band` a grey range that belongs to no arm and is called `band` in its tooltip. `kinds`
+    are those that have rows, since Vega warns of empty layers. `zero` draws a line.
     """
     scale, axis = alt.Scale(zero=False, nice=False, padding=14), alt.Axis(tickCount=6, labelSeparation=6)
     x = alt.X("value:Q", title=x_title, scale=scale, axis=axis)
     labels = alt.Axis(domain=False, ticks=False, labelLimit=150, labelPadding=8, grid=False)
     y = alt.Y("label:N", title=None, sort=None, axis=labels)
     ends = {"x": alt.X("low:Q", title=x_title, scale=scale, axis=axis), "x2": alt.X2("high:Q"), "y": y}
-    own = {
-        "color": _colour(panel),
-        "tooltip": _tooltip(what="label:N", low="low:Q", estimate="value:Q", high="high:Q"),
-    }
+    colour = _colour(panel)
+    tooltip = _tooltip(what="label:N", low="low:Q", estimate="value:Q", high="high:Q")
     of_band = _tooltip(**{band or "range": "label:N", "low": "low:Q", "high": "high:Q"})
     of_seed = _tooltip(what="label:N", seed="seed:N", value="value:Q")
     layers = {
         "band": _rows("band").mark_bar(color="gray", opacity=0.28, height=18, cornerRadius=2)
         .encode(**ends, tooltip=of_band),
-        "inner": _rows("inner").mark_bar(opacity=0.3, height=9, cornerRadius=2).encode(**ends, **own),
-        "interval": _rows("interval").mark_rule(strokeWidth=2).encode(**ends, **own),
+        "inner": _rows("inner").mark_bar(opacity=0.3, height=9, cornerRadius=2).encode(**ends, color=colour, tooltip=tooltip),
+        "interval": _rows("interval").mark_rule(strokeWidth=2).encode(**ends, color=colour, tooltip=tooltip),
         "seed": _rows("seed").mark_tick(thickness=1.5, height=12, opacity=0.75)
-        .encode(x=x, y=y, color=own["color"], tooltip=of_seed),
+        .encode(x=x, y=y, color=colour, tooltip=of_seed),
     }  # fmt: skip
     chosen: list[Any] = [layer for kind, layer in layers.items() if kind in kinds]
-    chosen.append(_rows("interval").mark_point(filled=True, size=75, opacity=1).encode(x=x, y=y, **own))
+    chosen.append(
+        _rows("interval").mark_point(filled=True, size=75, opacity=1).encode(x=x, y=y, color=colour, tooltip=tooltip)
+    )
     if zero:
         line = alt.Chart(alt.InlineData(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 3], color="gray")
         chosen.insert(0, line.encode(x=alt.X("zero:Q", title=x_title, scale=scale, axis=axis)))

@@ -1,6 +1,6 @@
-"""All arms side by side, and everything that is judged about them: outcomes, criteria, power, what limits the reading.
+"""All arms side by side with everything that is judged about them: outcomes, criteria, power, and limits.
 
-Renderers only lay out what stands here.
+Chapters and renderers only show what is computed here.
 """
 
 import math
@@ -34,8 +34,8 @@ class ChoiceError(ValueError):
 class Primary:
     """A task and the metric by which its arms are compared: the mean credit over its test items.
 
-    In words it is the task's title, such as "GSM8K exact match", where there is little room its first word: Δ GSM8K.
-    Keys of files that programs read say `score` and `delta_score`; only the air quality task keeps its older ones.
+    In words it is the task's title, such as "GSM8K exact match", or its first word where there is little room: Δ GSM8K.
+    Keys for programs are `score` and `delta_score`; only the air quality task keeps its older ones.
     """
 
     task: str
@@ -44,7 +44,7 @@ class Primary:
 
     @property
     def air(self) -> bool:
-        """Whether this is the air quality task, whose index shares its letters with another one."""
+        """Whether this is the air quality task, whose index shares its initials with the alignment index."""
         return self.task == FIRST.task
 
     @property
@@ -65,12 +65,12 @@ class Primary:
 
 
 FIRST = Primary("aqi", "AQI accuracy", "aqi_category_accuracy")
-"""The air quality task's; as db.records has it, which takes pydantic's time to import."""
+"""Of the air quality task; the same as in db.records, which is slow to import."""
 
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One arm on one of the tasks that were ever scored, or on a benchmark; score in percent."""
+    """One arm on a task that was ever scored, or on a benchmark; score in percent."""
 
     task: str
     title: str
@@ -80,7 +80,7 @@ class TaskRow:
     score: float | None
     interval: Interval | None
     to_base: Difference | None  # difference from the base; None for the base, and where they cannot be compared
-    to_baseline: Difference | None  # difference from the arm in `baseline`, likewise
+    to_baseline: Difference | None  # the same from the arm in `baseline`
     baseline: str
     ended: datetime  # end of the last evaluation, UTC
     current: bool
@@ -139,12 +139,12 @@ class Comparison:
     def pareto(self) -> dict[str, tuple[str, ...]]:
         """Arm → the arms of the Pareto front that have at least its accuracy and retention, and more of one of them.
 
-        By the means alone; of an arm of the front there are none.
+        By the means alone; an arm on the front has none.
         """
         places = {row.arm: row.place for row in self.rows if row.place}
         above = {
-            arm: [name for name, (x, y) in places.items() if x >= own[0] and y >= own[1] and (x, y) != own]
-            for arm, own in places.items()
+            arm: [name for name, (x, y) in places.items() if x >= own_x and y >= own_y and (x, y) != (own_x, own_y)]
+            for arm, (own_x, own_y) in places.items()
         }
         return {arm: tuple(name for name in names if not above[name]) for arm, names in above.items()}
 
@@ -161,12 +161,12 @@ class Report:
 def load_report(
     url_or_path: str | Path, choice: Choice | None = None, baseline: str | None = None, *, detail: bool = False
 ) -> Report:
-    """Compare the arms in a database, by default all runs of the task on the disk, with base and baseline_lora.
+    """Compare the arms in a database with base and baseline_lora, by default all runs of the task on disk.
 
-    `detail` reads what the long reports show besides: curves, layers, files, answers.
+    `detail` also reads what only the long reports show: curves, layers, files, answers.
 
     Raises:
-        DatabaseMissingError: No database, or no finished run in it that was chosen.
+        DatabaseMissingError: No database, or no finished run that was chosen.
         DatabaseError: The database cannot be read.
         ChoiceError: No run has a name that was chosen.
     """
@@ -175,12 +175,12 @@ def load_report(
         runs = queries.finished_runs(session)
         _check(runs, choice, baseline)
         against = baseline or BASELINE
-        # What is compared with stays.
-        wanted = replace(choice, arms={*choice.arms, against}) if choice.arms else choice
-        results = read(session, runs, wanted, detail=detail)
+        if choice.arms:  # the baseline always stays
+            choice = replace(choice, arms={*choice.arms, against})
+        results = read(session, runs, choice, detail=detail)
     if not results.runs:
-        came = "a database without any" if choice == Choice() else "none that fits all filters"
-        raise DatabaseMissingError(f"finished runs in {url_or_path}", came, "run `dvc repro`, which makes them")
+        got = "a database without any" if choice == Choice() else "none that fits all filters"
+        raise DatabaseMissingError(f"finished runs in {url_or_path}", got, "run `dvc repro`, which makes them")
     return Report(compare(results, against, _filters(choice, against)), results)
 
 
@@ -221,19 +221,19 @@ def _filters(choice: Choice, baseline: str) -> str:
 
 
 def compare(results: Results, baseline: str = BASELINE, filters: str = "") -> Comparison:
-    """Judge the runs of the task in question, and score the arms of all others beside it."""
+    """Judge the runs of the chosen task, and score the arms of all other tasks."""
     sides = {task.name: side_by_side(results, results.chosen[task.name], baseline) for task in results.tasks}
-    own = sides[results.task or ""]
-    by_arm = {row.arm: [run for run in results.runs if run.arm == row.arm] for row in own.rows}
+    side = sides[results.task or ""]
+    by_arm = {row.arm: [run for run in results.runs if run.arm == row.arm] for row in side.rows}
     first = results.runs[0]
     primary = Primary(first.task, first.task_title, first.primary_metric)
-    preserve = {row.arm: row.preserve for row in own.rows}
+    preserve = {row.arm: row.preserve for row in side.rows}
     left_out = {name: _left_out(name, counts) for name, counts in results.left_out.items()}
     return Comparison(
-        rows=own.rows,
-        outcomes=tuple(_in_words(row, baseline, primary.title, preserve) for row in own.rows if row.arm != BASE),
-        notes=(*_notes(own.rows, results, primary), *left_out[primary.task]),
-        methods=tuple(_methods(own.rows, results)),
+        rows=side.rows,
+        outcomes=tuple(_in_words(row, baseline, primary.title, preserve) for row in side.rows if row.arm != BASE),
+        notes=(*_notes(side.rows, results, primary), *left_out[primary.task]),
+        methods=tuple(_methods(side.rows, results)),
         units=results.units,
         runs=tuple(_provenance(results, run) for runs in by_arm.values() for run in runs),
         precisions=tuple(row for runs in by_arm.values() for row in precision_rows(results, runs)),
@@ -241,18 +241,18 @@ def compare(results: Results, baseline: str = BASELINE, filters: str = "") -> Co
         phases=tuple(row for runs in by_arm.values() for row in phase_rows(runs, results.timings)),
         criteria=tuple(
             criterion
-            for row in own.rows
+            for row in side.rows
             if row.arm != BASE
-            for criterion in judge_arm(row, baseline, own.changes[row.arm], short=primary.short, title=primary.title)
+            for criterion in judge_arm(row, baseline, side.changes[row.arm], short=primary.short, title=primary.title)
         ),
-        power=tuple(row for (arm, _), pairs in own.pairs.items() for row in power_rows(arm, pairs)),
+        power=tuple(row for (arm, _), pairs in side.pairs.items() for row in power_rows(arm, pairs)),
         baseline=baseline,
         filters=filters,
         primary=primary,
         tasks=tuple(_task_rows(results, sides, baseline)),
         task_notes=tuple(note for notes in left_out.values() for note in notes),
         benchmarks=tuple(_benchmark_rows(results, by_arm, baseline)),
-        alignment=tuple(sentence for row in own.rows if (sentence := alignment_in_words(row))),
+        alignment=tuple(sentence for row in side.rows if (sentence := alignment_in_words(row))),
     )
 
 

@@ -151,7 +151,7 @@ def _pictures(report: Report) -> Panel | None:
     if "cost" in data.levels("chart"):
         charts.append(("cost", "What was learned, at what cost", "training time, minutes", {}))
         note += " Bars of training time span the shortest and the longest run."
-    drawn = tuple(
+    panel_charts = tuple(
         Chart(
             id=f"place-{name}",
             title=heading,
@@ -161,4 +161,4 @@ def _pictures(report: Report) -> Panel | None:
         )
         for name, heading, up_title, marks in charts
     )
-    return Panel("places", data, drawn, note=note)
+    return Panel("places", data, panel_charts, note=note)

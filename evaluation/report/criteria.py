@@ -136,15 +136,15 @@ def criteria(judged: Sequence[Criterion], gain: str = GAIN) -> Section | None:
     if not judged:
         return None
     cells = {(c.arm, c.name, c.threshold): c for c in judged}
-    asked = sorted(dict.fromkeys((c.name, c.threshold, c.unit) for c in judged), key=lambda one: NAMES.index(one[0]))
+    columns = sorted(dict.fromkeys((c.name, c.threshold, c.unit) for c in judged), key=lambda one: NAMES.index(one[0]))
     headers = ["Arm"]
-    for name, threshold, unit in asked:
+    for name, threshold, unit in columns:
         headers.append(f"{gain if name == GAIN else name}: {threshold}" + f", {unit}" * (unit != "percent"))
     lines = [
-        (arm_cell(arm), *(_outcome(cells.get((arm, name, threshold))) for name, threshold, _ in asked))
+        (arm_cell(arm), *(_outcome(cells.get((arm, name, threshold))) for name, threshold, _ in columns))
         for arm in dict.fromkeys(c.arm for c in judged)
     ]
-    again = [headers[at + 1] for at, one in enumerate(asked) if at and one[0] == asked[at - 1][0]]
+    again = [headers[at + 1] for at, one in enumerate(columns) if at and one[0] == columns[at - 1][0]]
     reasons = [
         (gain if c.name == GAIN else c.name, arm_cell(c.arm), Cell(c.outcome, tone=TONES[c.outcome]), c.why)
         for c in judged

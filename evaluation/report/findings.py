@@ -65,8 +65,8 @@ def _certainty(comparison: Comparison) -> str:
 
 
 def findings(comparison: Comparison) -> Section:
-    told = story(comparison)
-    blocks: list[Block] = [Text(paragraph, "lead") for paragraph in told]
+    paragraphs = story(comparison)
+    blocks: list[Block] = [Text(paragraph, "lead") for paragraph in paragraphs]
     if not comparison.trained:
         return Section("Findings", tuple(blocks), brief=1)
     if panel := _differences(comparison):
@@ -74,7 +74,7 @@ def findings(comparison: Comparison) -> Section:
     blocks.append(arms_compared(comparison))
     missing = not_compared(comparison.trained, comparison.references, comparison.arms)
     notes = (*missing, *_front(comparison), *comparison.notes)
-    blocks += [Text(note, "note") for note in notes if note not in told]
+    blocks += [Text(note, "note") for note in notes if note not in paragraphs]
     if comparison.methods:
         blocks.append(Details("How to read the numbers", tuple(Text(note, "note") for note in comparison.methods)))
     return Section("Findings", tuple(blocks), brief=1)

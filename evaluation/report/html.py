@@ -30,8 +30,8 @@ _OTHER_SLOTS = range(4, 16)
 
 def write_page(path: str | Path, report: Report) -> None:
     """Write the page; the same database gives the same text."""
-    shown = sections(report)
-    blocks = [block for section in shown for block in walk(section.blocks)]
+    chapters = sections(report)
+    blocks = [block for section in chapters for block in walk(section.blocks)]
     panels = [block for block in blocks if isinstance(block, Panel)]
     slots = slots_of(tuple(dict.fromkeys((*report.comparison.arms, *(row.arm for row in report.comparison.tasks)))))
     content = {
@@ -57,7 +57,7 @@ def write_page(path: str | Path, report: Report) -> None:
     text = environment.get_template("template.html.j2").render(
         title=TITLE,
         byline=byline(report),
-        sections=shown,
+        sections=chapters,
         slots=slots,
         slug=slug,
         policy=_policy([library, script], style),

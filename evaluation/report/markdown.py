@@ -27,8 +27,8 @@ def as_markdown(report: Report) -> str:
     return "\n\n".join([f"# {TITLE}", escaped(byline(report)), *laid_out(sections(report))]) + "\n"
 
 
-def laid_out(shown: Iterable[Section]) -> Iterable[str]:
-    for section in shown:
+def laid_out(chapters: Iterable[Section]) -> Iterable[str]:
+    for section in chapters:
         blocks = list(_blocks(section.blocks))
         yield from [f"## {escaped(section.title)}", *blocks] if blocks else []
 
@@ -40,7 +40,7 @@ def tasks_as_markdown(report: Report) -> str:
 def escaped(text: object) -> str:
     """One line that shows the text as it is: no markup, no HTML, no link, no end of its cell."""
     line = html.escape(" ".join(str(text).split()), quote=False)
-    return _SPECIAL.sub(lambda found: f"\\{found[0]}" if found["escaped"] else found[0], line)
+    return _SPECIAL.sub(lambda match: f"\\{match[0]}" if match["escaped"] else match[0], line)
 
 
 def grid(headers: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

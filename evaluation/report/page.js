@@ -241,11 +241,11 @@
     return article;
   }
 
-  function show(page) {
+  function show(target) {
     const shown = columns();
     const rows = matching(shown);
     const last = Math.max(0, Math.ceil(rows.length / SIZE) - 1);
-    number = Math.min(Math.max(page, 0), last);
+    number = Math.min(Math.max(target, 0), last);
     list.replaceChildren(...rows.slice(number * SIZE, (number + 1) * SIZE).map((item) => card(item, shown)));
     count.textContent = `${rows.length} of ${items.length} items`;
     pages.textContent = rows.length ? `Page ${number + 1} of ${last + 1}` : "No item matches";

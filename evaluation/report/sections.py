@@ -26,7 +26,7 @@ def sections(report: Report) -> tuple[Section, ...]:
     comparison, results = report.comparison, report.results
     primary = comparison.primary
     modes = {run.arm: run.serving_mode for run in results.runs if run.arm != BASE}
-    shown = (
+    open_chapters = (
         findings(comparison), training(report), loss(report), probes(report), retention(report), benchmarks(report)
     )  # fmt: skip
     folded = (
@@ -46,4 +46,4 @@ def sections(report: Report) -> tuple[Section, ...]:
         files(report),
         provenance(report),
     )
-    return (*filter(None, shown), *(replace(section, folded=True) for section in folded if section is not None))
+    return (*filter(None, open_chapters), *(replace(section, folded=True) for section in folded if section is not None))

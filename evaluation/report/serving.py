@@ -52,7 +52,7 @@ class PrecisionRow:
 
 @dataclass(frozen=True)
 class ServedRow:
-    """A run in one mode on one backend, asked in one form and held against training; shares of prompts in percent."""
+    """A run in one mode on one backend, asked in one form and compared with training; shares of prompts in percent."""
 
     arm: str
     seed: int
@@ -62,7 +62,7 @@ class ServedRow:
     form: str  # plain, newline or second, see db.tables.Verification
     prompts: int  # asked; 0 where the backend does not support the mode
     rendered: float | None  # rendered as in training; None with prompts: the server does not tell
-    counted: float | None  # read as the same tokens; likewise
+    counted: float | None  # read as the same tokens; None as above
     answered: float | None  # answered greedily as by Hugging Face
     tied: float | None  # otherwise, where two tokens all but tie; None in results from before this was looked at
     equal_to_merged: float | None  # answered as in mode merged
@@ -147,7 +147,7 @@ def served_rows(results: Results, run: RunFacts) -> list[ServedRow]:
 
 def phase_rows(runs: Sequence[RunFacts], timings: Rows) -> list[PhaseRow]:
     first = runs[0]
-    own = [dict(t._mapping) for run in runs for t in timings.get(run.id, ()) if t.arm == run.arm]
+    measured = [dict(t._mapping) for run in runs for t in timings.get(run.id, ()) if t.arm == run.arm]
     return [
         PhaseRow(
             arm=first.arm,
@@ -159,7 +159,7 @@ def phase_rows(runs: Sequence[RunFacts], timings: Rows) -> list[PhaseRow]:
             confidence=100 * row["confidence"],
             repetitions=row["repetitions"],
         )
-        for row in sorted(summary(own), key=lambda row: PHASES.index(row["phase"]))
+        for row in sorted(summary(measured), key=lambda row: PHASES.index(row["phase"]))
     ]
 
 

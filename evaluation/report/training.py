@@ -244,10 +244,10 @@ def _spectrum_panel(report: Report) -> Panel | None:
         for factor, title in _FACTORS.items()
         if factor in data.levels("factor")
     )  # fmt: skip
-    shown = sorted({*data.levels("step")} - {LAST}, key=int)
+    steps_drawn = sorted({*data.levels("step")} - {LAST}, key=int)
     controls = (
         Control("layer", "Layer", tuple((name, name) for name in layers)),
-        Control("step", "Step", tuple((step, step) for step in (LAST, *shown))),
+        Control("step", "Step", tuple((step, step) for step in (LAST, *steps_drawn))),
         *_seeds_control(data),
     )
     note = f"Shares of the layer's largest eigenvalue; below {FAINT:g} is rounding error."
