@@ -61,23 +61,21 @@ def intervals(
     x = alt.X("value:Q", title=x_title, scale=scale, axis=axis)
     labels = alt.Axis(domain=False, ticks=False, labelLimit=150, labelPadding=8, grid=False)
     y = alt.Y("label:N", title=None, sort=None, axis=labels)
-    ends = {"x": alt.X("low:Q", title=x_title, scale=scale, axis=axis), "x2": alt.X2("high:Q"), "y": y}
-    colour = _colour(panel)
+    ends = {"x": alt.X("low:Q", title=x_title, scale=scale, axis=axis), "x2": alt.X2("high:Q")}
     tooltip = _tooltip(what="label:N", low="low:Q", estimate="value:Q", high="high:Q")
+    of_arm = {"y": y, "color": _colour(panel), "tooltip": tooltip}
     of_band = _tooltip(**{band or "range": "label:N", "low": "low:Q", "high": "high:Q"})
     of_seed = _tooltip(what="label:N", seed="seed:N", value="value:Q")
     layers = {
         "band": _rows("band").mark_bar(color="gray", opacity=0.28, height=18, cornerRadius=2)
-        .encode(**ends, tooltip=of_band),
-        "inner": _rows("inner").mark_bar(opacity=0.3, height=9, cornerRadius=2).encode(**ends, color=colour, tooltip=tooltip),
-        "interval": _rows("interval").mark_rule(strokeWidth=2).encode(**ends, color=colour, tooltip=tooltip),
+        .encode(**ends, y=y, tooltip=of_band),
+        "inner": _rows("inner").mark_bar(opacity=0.3, height=9, cornerRadius=2).encode(**ends, **of_arm),
+        "interval": _rows("interval").mark_rule(strokeWidth=2).encode(**ends, **of_arm),
         "seed": _rows("seed").mark_tick(thickness=1.5, height=12, opacity=0.75)
-        .encode(x=x, y=y, color=colour, tooltip=of_seed),
+        .encode(x=x, **of_arm | {"tooltip": of_seed}),
     }  # fmt: skip
     chosen: list[Any] = [layer for kind, layer in layers.items() if kind in kinds]
-    chosen.append(
-        _rows("interval").mark_point(filled=True, size=75, opacity=1).encode(x=x, y=y, color=colour, tooltip=tooltip)
-    )
+    chosen.append(_rows("interval").mark_point(filled=True, size=75, opacity=1).encode(x=x, **of_arm))
     if zero:
         line = alt.Chart(alt.InlineData(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 3], color="gray")
         chosen.insert(0, line.encode(x=alt.X("zero:Q", title=x_title, scale=scale, axis=axis)))
