@@ -112,14 +112,12 @@ def crossed_interval(d: Array, level: float = LEVEL) -> tuple[Interval, float]:
 
 def items_interval(d: Array, level: float = LEVEL) -> Interval:
     """Interval of the mean for other items and only these seeds: Student's t of the items' means, I ≥ 2."""
-    by_item = d.mean(axis=0)
-    mean, items = float(by_item.mean()), by_item.size
-    half = quantile(items - 1, level) * float(by_item.std(ddof=1)) / items**0.5
-    return Interval(mean, max(-1.0, mean - half), min(1.0, mean + half))
+    interval = mean_interval(d.mean(axis=0), level)
+    return Interval(interval.estimate, max(-1.0, interval.low), min(1.0, interval.high))
 
 
 def mean_interval(values: Array, level: float = LEVEL) -> Interval:
-    """Interval of the mean of one number per seed, by Student's t; a single seed gives no width."""
+    """Student's t interval of the mean of independent numbers; a single one gives no width."""
     mean, half = float(values.mean()), 0.0
     if values.size > 1:
         half = quantile(values.size - 1, level) * float(values.std(ddof=1)) / values.size**0.5

@@ -92,7 +92,7 @@ def test_a_metric_that_its_task_does_not_describe_is_refused():
 # --- the journal ---------------------------------------------------------------------------------------------
 
 
-def test_what_is_done_is_not_asked_again_and_rows_are_in_the_items_order(tmp_path):
+def test_answered_items_are_not_asked_again_and_rows_keep_their_order(tmp_path):
     path = tmp_path / "a/j.jsonl"
     with Journal(path) as journal, pytest.raises(EngineError, match="gone. 4 of 10 items of test are done and"):
         ask(Told(gives_up_after=4), journal)
@@ -130,7 +130,7 @@ def test_a_broken_line_costs_its_own_item_only(tmp_path, broken):
         assert journal.resumed == 10  # the file is whole again
 
 
-def test_an_answer_cannot_be_kept_twice(tmp_path):
+def test_an_answer_cannot_be_added_twice(tmp_path):
     row = {"split": "s", "item_id": "i", "answer": "\ud800 \n\u2028"}
     row |= dict.fromkeys(("prompt_tokens", "answer_tokens", "finish_reason"))
     with Journal(tmp_path / "j.jsonl") as journal:
@@ -141,7 +141,7 @@ def test_an_answer_cannot_be_kept_twice(tmp_path):
         assert journal.get("s", "i") == row
 
 
-def test_an_engine_that_leaves_items_out_is_found():
+def test_an_engine_that_skips_items_is_noticed():
     class Lazy(Told):
         def generate_many(self, *args):
             yield from list(super().generate_many(*args))[:-2]

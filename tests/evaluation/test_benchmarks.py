@@ -107,7 +107,7 @@ def test_a_result_of_an_older_adapter_or_base_is_left_out(tree):
     assert "`dvc repro`, or remove measured/lm-eval/own_sums" in notes
 
 
-def test_a_copied_folder_is_no_other_benchmark(tree):
+def test_a_copied_folder_is_not_another_benchmark(tree):
     (tree / "measured/lm-eval/own_sums").rename(tree / "measured/lm-eval/others")
     with pytest.raises(IngestError, match="expected items of harness/others as in the path, came harness/own_sums"):
         ingest(tree, tree / "c.db")

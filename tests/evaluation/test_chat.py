@@ -63,7 +63,7 @@ def test_a_conversation_is_the_same_item_in_every_form(tmp_path, name):
     assert f"Rows are {said}." in found.notes
 
 
-def test_single_questions_have_nothing_that_other_tasks_lack(tmp_path):
+def test_single_questions_add_no_fields(tmp_path):
     asked = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
     (item,) = read(tmp_path, asked).train
     assert (item.prompt, item.completion) == ("Add.\n\n1 and 2", "3")
@@ -72,7 +72,7 @@ def test_single_questions_have_nothing_that_other_tasks_lack(tmp_path):
     assert Item.from_json(json.loads(json.dumps(LONG.to_json()))) == LONG
 
 
-def test_a_text_is_learnt_whole_and_asked_with_its_first_half(tmp_path):
+def test_a_text_is_learned_whole_and_scored_from_its_first_half(tmp_path):
     found = read(tmp_path, {"text": "The lake is wide.\nThe sea is wider."}, {"text": "湖很宽海更宽"})
     assert [(item.prompt, item.completion) for item in found.train] == [
         ("The lake is wide.", "\nThe sea is wider."), ("湖很宽", "海更宽")]  # fmt: skip
@@ -124,12 +124,12 @@ def test_a_mapping_names_the_form_and_two_forms_are_asked_about(tmp_path):
         ("Hello", "messages: expected a list of {role, content}, got 'Hello'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_learnt_is_refused_with_its_place(tmp_path, turns, said):
+def test_an_unusable_conversation_is_refused_with_the_turn(tmp_path, turns, said):
     refused = read(tmp_path, {"messages": TURNS}, {"messages": turns}).rejected
     assert [(one.row, one.column) for one in refused] == [(2, "messages")] and said in refused[0].reason
 
 
-def test_parts_are_joined_cells_are_read_as_json_and_a_last_question_is_left_out(tmp_path):
+def test_parts_are_joined_cells_are_json_and_a_last_question_is_dropped(tmp_path):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     cells = read(tmp_path, {"messages": json.dumps([{"role": "user", "content": parts}, TURNS[1]])})
     assert cells.train[0].prompt == "a\nb"

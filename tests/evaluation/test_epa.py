@@ -51,7 +51,7 @@ def test_truncates_and_does_not_round():
         assert epa.sub_index(key, value) == epa.sub_index(key, same_as)
 
 
-def test_what_has_no_index_or_category_is_refused():
+def test_values_without_an_index_or_category_are_refused():
     for key, value in (("pm25", 325.5), ("no2", 2050), ("o3_8h", 0.201), ("o3_1h", 0.124), ("so2", 1005)):
         with pytest.raises(ValueError, match="EPA defines an index for"):
             epa.sub_index(key, value)
@@ -64,7 +64,7 @@ def test_what_has_no_index_or_category_is_refused():
         epa.category(-1)
 
 
-def test_one_hour_ozone_answers_where_eight_hours_end():
+def test_one_hour_ozone_takes_over_where_eight_hours_end():
     assert epa.aqi({"o3_8h": 0.3, "o3_1h": 0.45}) == epa.sub_index("o3_1h", 0.45)
     assert epa.aqi({"o3_8h": 0.05, "o3_1h": 0.06}) == epa.sub_index("o3_8h", 0.05)
     with pytest.raises(ValueError):

@@ -21,7 +21,7 @@ def numbers(text):
     return sorted(re.findall(r"\d+\.?\d*", text.replace("PM2.5", "").replace("NO2", "").replace("O3 8h", "")))
 
 
-def test_what_is_varied_asks_the_same(items):
+def test_varied_items_ask_the_same(items):
     assert paraphrase.varied(items, aqi, 0.0, seed=0) == items
     made = paraphrase.varied(items, aqi, 1.0, seed=0)
     assert made == paraphrase.varied(items, aqi, 1.0, seed=0) != paraphrase.varied(items, aqi, 1.0, seed=1)
@@ -38,7 +38,7 @@ def test_what_is_varied_asks_the_same(items):
     assert 60 < sum(map(Item.__ne__, half, items)) < 150
 
 
-def test_words_of_the_users_own_get_white_space_and_marks_alone(items):
+def test_prompts_of_the_user_get_only_white_space_and_punctuation(items):
     own = [replace(item, prompt=f"¿Qué índice da {n}?") for n, item in enumerate(items)]
     assert all(re.fullmatch(r"\s*¿Qué índice da \d+[?.!]?\s*", i.prompt) for i in paraphrase.varied(own, aqi, 1.0, 0))
     given = "Predict AQI given: PM2.5 35.9 µg/m³, humidity 40 %. Answer briefly."

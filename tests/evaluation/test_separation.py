@@ -46,7 +46,7 @@ def overall(name, found):
 
 
 @pytest.mark.parametrize(("safe", "unsafe", "d"), [(10, 10, 3), (10, 37, 5), (25, 11, 60), (60, 60, 128)])
-def test_chi_is_scikit_learn_s_and_chi_times_xbi_is_a_constant(safe, unsafe, d):
+def test_chi_equals_scikit_learn_and_chi_times_xbi_is_constant(safe, unsafe, d):
     y, n = labels(safe, unsafe), safe + unsafe
     for seed in range(20):
         x = RNG(seed).normal(size=(n, d)) * RNG(seed).uniform(0.1, 10, d) + 100 + 2 * y[:, None]
@@ -115,7 +115,7 @@ def test_what_the_index_does_not_see():
     assert measured(stretched, y, reference=fixed).overall["alignment_index"] > 1.5 * same
 
 
-def test_a_coordinate_that_is_huge_on_the_base_or_hardly_moves_does_not_decide_alone():
+def test_a_huge_or_constant_coordinate_does_not_dominate():
     y, states = labels(40, 40), planted(1.5)
     huge = states.copy()
     huge[..., 5] *= 1e4
@@ -214,7 +214,7 @@ def test_draws_keep_the_classes_and_the_pairs():
     assert not separation.design(y, ["0"] * 24, bootstrap=2, permutations=2).paired, "a name stands twice in a class"
 
 
-def test_what_is_fixed_on_the_base_is_kept_in_a_file(tmp_path):
+def test_the_reference_survives_a_file(tmp_path):
     y = labels(40, 40)
     fixed = fix(planted(1.0), y, key="abc")
     fixed.save(tmp_path / "a.npz")

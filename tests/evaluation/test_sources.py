@@ -91,14 +91,14 @@ def test_units_convert_without_binary_fractions_or_not_at_all(tmp_path):
     ):  # fmt: skip
         assert readings(convert(key, unit, cell)) == {key: expected}
     for key, unit in (("o3_8h", "µg/m³"), ("no2", "mg/m3"), ("pm25", "ppm")):
-        (said,) = problems(convert, key, unit)
-        assert key in said and unit in said and "temperature" in said
+        (message,) = problems(convert, key, unit)
+        assert key in message and unit in message and "temperature" in message
     assert "ppb or ppm, got 'furlong'" in problems(convert, "co", "furlong")[0]
     assert problems(convert, "aqi", "ppm")[0].startswith("aqi: expected no unit")
 
 
 def test_bad_cells_name_file_row_line_column_and_value(tmp_path):
-    for cell, said in (
+    for cell, message in (
         ("abc", "expected a number, got 'abc'"), ("-3", "expected a number ≥ 0, got -3"), ("٣", "expected a number"),
         ('"1,250"', "expected a number, got '1,250'; is it 1.250 or 1250? Write it without the comma"),
         ("1_0", "expected a number, got '1_0'"), ("1e999", "expected a finite number"),
@@ -108,7 +108,7 @@ def test_bad_cells_name_file_row_line_column_and_value(tmp_path):
         (r,) = result.rejected
         assert (r.row, r.line, r.column) == (2, 3, "PM25") and r.file.endswith("data.csv")
         assert r.value == cell.strip('"') and r.raw["site"] == "bad"
-        assert r.reason.startswith("PM25: ") and said in r.reason and len(result.train) == 1
+        assert r.reason.startswith("PM25: ") and message in r.reason and len(result.train) == 1
     several = read(tmp_path, HEADER + "ok,9,,,\nx,abc,-1,4,700\n").rejected[0].reason
     assert all(part in several for part in ("PM25: ", "ozone: ", "AQI: expected an index in 0..500"))
     for hole in ("", "NA", "null", "NaN", " n/a ", "None"):
@@ -144,7 +144,7 @@ def test_readings_and_ids_of_their_own_are_unique_but_a_refused_row_has_no_dupli
     assert "ids must be unique" in reasons(result)[7]
 
 
-def test_own_texts_are_taken_as_they_are(tmp_path):
+def test_texts_of_the_user_are_used_verbatim(tmp_path):
     rows = [(" What is it?\n", "126 ", 126), ("And now?", "", 3), ("And then?", "4", None), (" What is it?\n", "1", 1)]
     content = "\n".join(json.dumps(dict(zip("qan", row, strict=True))) for row in rows)
     columns = {"prompt": "q", "completion": "a", "aqi": "n"}
@@ -154,26 +154,28 @@ def test_own_texts_are_taken_as_they_are(tmp_path):
     assert item.truth == {"aqi": 126, "category": "Unhealthy for Sensitive Groups"}
     assert reasons(result)[2] == "a: expected a text, got nothing"
     assert reasons(result)[3].startswith("n: is missing") and "same prompt as row 1" in reasons(result)[4]
-    (said,) = problems(read, tmp_path, content, "d.jsonl", columns={"prompt": "q", "aqi": "n"})
-    assert "prompt and completion come together" in said
+    (message,) = problems(read, tmp_path, content, "d.jsonl", columns={"prompt": "q", "aqi": "n"})
+    assert "prompt and completion come together" in message
 
 
 # --- files ---
 
 
-def test_json_lines_that_are_no_objects(tmp_path):
+def test_json_lines_that_are_not_objects(tmp_path):
     content = '{"PM25": 9, "site": 7, "ozone": 0.01, "CO": 1, "AQI": 50}\n\n[1]\n{"PM25": \nnull\n{"PM25": true}\n'
     content += '{"PM25": NaN, "CO": Infinity}\r\n{"PM25": "8.5"}\n{"PM25": 8, "site": "\\udc00"}'
     result = read(tmp_path, content, "d.jsonl")
     assert [i.id for i in result.train] == ["7", "aqi-train-7"]
     assert [(r.row, r.line) for r in result.rejected] == [(2, 3), (3, 4), (4, 5), (5, 6), (6, 7), (8, 9)]
-    said = reasons(result)
-    assert "got list" in said[2] and "broken JSON" in said[3] and "got NoneType" in said[4]
-    assert said[5] == "PM25: expected a number, got bool True" and said[6] == "CO: expected a finite number, got inf"
-    assert said[8] == "site: expected UTF-8, got half a character (\\udc00)"
+    message = reasons(result)
+    assert "got list" in message[2] and "broken JSON" in message[3] and "got NoneType" in message[4]
+    assert (
+        message[5] == "PM25: expected a number, got bool True" and message[6] == "CO: expected a finite number, got inf"
+    )
+    assert message[8] == "site: expected UTF-8, got half a character (\\udc00)"
 
 
-def test_json_array_file_is_read_and_what_is_rejected_is_written_as_plain_json(tmp_path):
+def test_a_json_array_is_read_and_rejections_are_written_as_plain_json(tmp_path):
     content = (
         b'[\n {"PM25": 9, "site": "Z\xc3\xbcrich", "ozone": null, "CO": null, "AQI": 50},\n [1],\n'
         b' {"PM25": 8, "site": "Z\xfcrich"}, {"PM25": 7, "site": "\\ud83d"}, {"PM25": 6, "site": "\\ud83d\\ude00"},'
@@ -211,13 +213,13 @@ def test_ragged_rows_and_broken_quotes(tmp_path):
     result = read(tmp_path, content)
     assert [i.id for i in result.train] == ["c\nc", "e"]
     assert [(r.row, r.line) for r in result.rejected] == [(1, 2), (2, 3), (4, 6), (6, 8)]
-    said = reasons(result)
-    assert said[1] == "expected 5 cells, as in the header, got 2" and "got 6" in said[2]
+    message = reasons(result)
+    assert message[1] == "expected 5 cells, as in the header, got 2" and "got 6" in message[2]
     assert result.rejected[1].raw["(beyond the header)"] == ["extra"]
-    assert "broken quoting" in said[4] and "line 8" in said[6] and "up to 9" in said[6]
+    assert "broken quoting" in message[4] and "line 8" in message[6] and "up to 9" in message[6]
 
 
-def test_bytes_that_are_not_utf8_give_their_offset(tmp_path):
+def test_invalid_utf8_is_reported_with_its_offset(tmp_path):
     content = b"\xef\xbb\xbf" + HEADER.encode() + b"Z\xfcrich,9,,,\nBern,8,,,\n"  # a BOM is no part of the header
     result = read(tmp_path, content)
     assert [i.id for i in result.train] == ["Bern"]
@@ -230,7 +232,7 @@ def test_bytes_that_are_not_utf8_give_their_offset(tmp_path):
 
 
 def test_problems_of_a_whole_file_are_named_at_once(tmp_path):
-    for content, name, said in (
+    for content, name, message in (
         (b"", "d.csv", "is empty (0 bytes)"), (b"\xef\xbb\xbf\n \n", "d.jsonl", "is empty"),
         (HEADER, "d.csv", "no data row"), ("[]", "d.json", "no data row"),
         ('[\n{"PM25": 1},\n', "d.json", "expected a JSON array of objects, got broken JSON"),
@@ -239,7 +241,7 @@ def test_problems_of_a_whole_file_are_named_at_once(tmp_path):
         (b"\xef\xbb\xbfsi\xffte,PM25\n1,2\n", "d.csv", "line 1, the header: expected UTF-8"),
         ("site,PM25,PM25,ozone,CO,AQI\n1,2,3,4,5,6\n", "d.csv", "'PM25' more than once"),
     ):  # fmt: skip
-        assert said in str(failure(read, tmp_path, content, name))
+        assert message in str(failure(read, tmp_path, content, name))
     assert read(tmp_path, HEADER.replace(",", ";") + "A;9;;;\n", delimiter=";").train[0].id == "A"
     assert "set delimiter to it, or to auto" in str(failure(read, tmp_path, "site;PM25\n1;2\n", delimiter=","))
     found = problems(read_recipe, aqi, Where(source=str(tmp_path / "no.csv"), columns={"aqi": "AQI"}))
@@ -248,17 +250,16 @@ def test_problems_of_a_whole_file_are_named_at_once(tmp_path):
     assert "all 7 were rejected" in str(error) and "row 5 (line 6): PM25" in str(error) and "2 more" in str(error)
 
 
-def test_a_file_as_a_european_excel_saves_it_is_read_and_what_was_recognised_is_said(tmp_path):
+def test_a_european_excel_file_is_read_and_its_layout_reported(tmp_path):
     columns = {"pm25": "PM2,5 µg/m³", "co": "CO"}
     text = "Messstation: Zürich\n\nOrt;PM2,5 µg/m³;CO\nZürich;35,9;1,250\nBern;8;0,4\n"
-    for encoding, said in (("utf-8", ""), ("utf-8-sig", ""), ("cp1252", "as cp1252, "), ("utf-16", "as UTF-16, "),
+    for encoding, message in (("utf-8", ""), ("utf-8-sig", ""), ("cp1252", "as cp1252, "), ("utf-16", "as UTF-16, "),
                            ("utf-16-le", "as utf-16-le, ")):  # fmt: skip
         result = read(tmp_path, text.encode(encoding), columns=columns)
         assert [readings(i) for i in result.train] == [{"pm25": 35.9, "co": 1.25}, {"pm25": 8, "co": 0.4}]
-        assert result.notes[0] == (
-            f"data.csv is read {said}with cells separated by ';', from the header on line 3, without what stands above "
-            "it ('Messstation: Zürich')."
-        )
+        note = result.notes[0]
+        assert note.startswith(f"data.csv is read {message}with cells separated by ';', from the header on line 3")
+        assert "'Messstation: Zürich'" in note
         assert "Decimal commas are read as points in PM2,5 µg/m³, CO." in result.notes
     result = read(tmp_path, "sep=;\n" + HEADER.replace(",", ";") + "A;9;;x;\nB;9,5;;;\n")
     assert (result.train[0].id, result.rejected[0].line) == ("B", 3)
@@ -267,18 +268,18 @@ def test_a_file_as_a_european_excel_saves_it_is_read_and_what_was_recognised_is_
     assert "there is no column 'pm25'" in str(failure(read, tmp_path, long, columns={"pm25": "pm25"}))
 
 
-def test_an_encoding_that_cannot_be_told_is_asked_for(tmp_path):
+def test_an_ambiguous_encoding_is_asked_for(tmp_path):
     text = HEADER + "Kovač,9,,,\n"
-    (said,) = problems(read, tmp_path, text.encode("cp1250"))
-    assert "cp1250 ('Kovač,9,,,') or" in said and "or cp1252 ('Kovaè,9,,,')" in said
+    (message,) = problems(read, tmp_path, text.encode("cp1250"))
+    assert "cp1250 ('Kovač,9,,,') or" in message and "or cp1252 ('Kovaè,9,,,')" in message
     assert read(tmp_path, text.encode("cp1250"), encoding="cp1250").train[0].id == "Kovač"
-    (said,) = problems(read, tmp_path, (HEADER + "東京はどこ,9,,,\n").encode("cp932"))
-    assert "set prepare_data.encoding to" in said
-    (said,) = problems(read, tmp_path, b"\x81" + text.encode("cp1250"), encoding="cp1252")
-    assert said.startswith("expected cp1252, got byte 0x81 at offset 0 of the file.")
+    (message,) = problems(read, tmp_path, (HEADER + "東京はどこ,9,,,\n").encode("cp932"))
+    assert "set prepare_data.encoding to" in message
+    (message,) = problems(read, tmp_path, b"\x81" + text.encode("cp1250"), encoding="cp1252")
+    assert message.startswith("expected cp1252, got byte 0x81 at offset 0 of the file.")
 
 
-def test_rows_lost_in_an_open_quote_count_and_too_many_refused_stop_with_the_commonest_reasons(tmp_path):
+def test_rows_lost_in_an_unclosed_quote_count_as_refused(tmp_path):
     rows = "".join(f"r{n},{n}.5,,,\n" for n in range(8))
     content = HEADER + rows + 'x,abc,,,\ny,"5,,,\n' + "z,4,,,\n" * 10
     result = read(tmp_path, content)
@@ -289,13 +290,13 @@ def test_rows_lost_in_an_open_quote_count_and_too_many_refused_stop_with_the_com
     assert reasons[0] == "1 times, first in row 9 (line 10): PM25: expected a number, got 'abc'" and len(reasons) == 2
 
 
-def test_a_unit_that_is_a_thousand_off_is_asked_about_until_it_is_named(tmp_path):
+def test_a_unit_that_seems_a_thousand_off_is_asked_about(tmp_path):
     content = "o,n\n41,0.02\n38,0.03\n"
     columns = {"o3_8h": "o", "no2": "n"}
-    said = problems(read, tmp_path, content, columns=columns)
+    message = problems(read, tmp_path, content, columns=columns)
     for part in ("o3_8h: expected ppm", "median of 39.5", "too large", "o3_8h: {column: o, unit: ppb}", "unit: ppm"):
-        assert part in said[0]
-    assert "no2: expected ppb" in said[1] and "too small" in said[1] and "fit ppm" in said[1]
+        assert part in message[0]
+    assert "no2: expected ppb" in message[1] and "too small" in message[1] and "fit ppm" in message[1]
     units = {"o3_8h": {"column": "o", "unit": "ppb"}, "no2": {"column": "n", "unit": "ppb"}}
     assert readings(read(tmp_path, content, columns=units).train[0]) == {"o3_8h": 0.041, "no2": 0.02}
 
@@ -450,17 +451,17 @@ def test_all_problems_of_a_mapping_are_named_at_once(tmp_path):
         "hint: there is no column 'labell'. Available: Question, answer, text.",
     ), strict=True):  # fmt: skip
         assert problem.startswith(start)
-    for columns, said in (
+    for columns, message in (
         ({"ask": "text", "hint": "text"}, "column 'text' is mapped to both 'ask' and 'hint'; map it once."),
         ({"hint": "label"}, "column 'label' is mapped to 'hint', but 'label' is read from it too"),
         ({"label": None}, "label: expected a column, got null; items cannot do without it."),
     ):
-        assert problems(small, file, columns)[0].startswith(said)
+        assert problems(small, file, columns)[0].startswith(message)
     found = problems(small, str(tmp_path / "none.csv"), {"hnt": "x"})
     assert len(found) == 2 and "unknown field" in found[0] and "got none at" in found[1]
 
 
-def test_splits_are_the_recipes_where_the_data_set_has_them_else_it_says_so(tmp_path, monkeypatch):
+def test_splits_are_the_tasks_if_the_data_set_has_them(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     both = folder(tmp_path / "both", train=rows_of(3), test=rows_of(2, "no"), dev=rows_of(1))
     for source in (both, f"hub:{both}"):
@@ -469,14 +470,14 @@ def test_splits_are_the_recipes_where_the_data_set_has_them_else_it_says_so(tmp_
         assert (made.facts["train_split"], made.facts["test_split"], made.notes) == ("train", "test", [])
     assert [i.id for i in small(both, hub_test_split="validation").test] == ["small-validation-1"]
     alone = folder(tmp_path / "alone", train=rows_of(3))
-    for source, more, said in (
+    for source, more, message in (
         (alone, {}, "The data set has no split 'test' (it has train): test items are drawn from 'train'."),
         (both, {"hub_split": "test", "hub_test_split": "test"},
          "Split 'test' is used for training and tests: test items are drawn from 'test'."),
         (f"{alone}/train.jsonl", {}, "A file has no test split: test items are drawn from its rows."),
     ):  # fmt: skip
         made = small(source, **more)
-        assert (made.test, made.notes) == (None, [said])
+        assert (made.test, made.notes) == (None, [message])
 
 
 def test_splits_that_do_not_exist_or_have_no_usable_row_are_named(tmp_path):
@@ -488,10 +489,10 @@ def test_splits_that_do_not_exist_or_have_no_usable_row_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "expected", "said"),  # of names that the recipe does not know its own numbers count
+    ("names", "expected", "message"),  # of names that the recipe does not know its own numbers count
     [(["yes", "no"], ["yes", "no"], False), (["Y", "N"], ["yes", "no"], False), (["no", "yes"], ["no", "yes"], True)],
 )
-def test_classes_numbered_otherwise_are_read_by_name(tmp_path, names, expected, said):
+def test_classes_numbered_differently_are_read_by_name(tmp_path, names, expected, message):
     """A number alone would turn every label round."""
     seen = []
     task = types.SimpleNamespace(
@@ -504,8 +505,8 @@ def test_classes_numbered_otherwise_are_read_by_name(tmp_path, names, expected, 
     for source in (file, file.parent):
         found = read_recipe(task, Where(source=str(source), columns={}))
         assert [i.completion for i in found.train] == expected
-        assert any("numbers its classes" in note for note in found.notes) == said
-        assert seen[-2:] == (expected if said else [0, 1]), "the number is given as stored"
+        assert any("numbers its classes" in note for note in found.notes) == message
+        assert seen[-2:] == (expected if message else [0, 1]), "the number is given as stored"
 
 
 # --- the hub, and folders in its format ---
@@ -543,7 +544,7 @@ def test_a_subset_is_found_by_the_readme_or_by_its_folder(tmp_path, parts, readm
     assert table.revision is None
 
 
-def test_a_folder_is_read_anew_where_its_files_changed(tmp_path):
+def test_a_folder_is_read_again_after_its_files_change(tmp_path):
     file = tmp_path / "d" / "train.jsonl"
     file.parent.mkdir()
     for text in ("one", "two"):
@@ -566,30 +567,30 @@ def test_a_missing_subset_is_answered_with_the_existing_ones(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [({}, "there is no data file"),
      ({"train.jsonl": '{"a": 1}\n{"a":\n'}, "JSON parse error.*the file itself as source"),
      ({"train.parquet": "PAR1"}, "could not be opened: .*Parquet"),
      ({"d.py": "raise SystemExit(3)", "train.jsonl": '{"a": 1}\n'}, "come from a script, which is not run"),
      ({"README.md": "---\na: [\n---\n", "train.jsonl": '{"a": 1}\n'}, "README.md.*not YAML|could not be opened")],
 )  # fmt: skip
-def test_folders_that_cannot_be_read(tmp_path, files, said):
+def test_folders_that_cannot_be_read(tmp_path, files, message):
     folder = tmp_path / "d"
     folder.mkdir()
     for name, text in files.items():
         (folder / name).write_text(text)
     (only,) = problems(read_split, str(folder), "train", None)
-    assert re.search(said, only)
+    assert re.search(message, only)
 
 
-def test_offline_is_one_sentence_and_nothing_is_asked_of_the_network(monkeypatch):
+def test_offline_gives_one_sentence_and_no_network_request(monkeypatch):
     asked = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host) or [])
     for source, revision in (("hub:openai/gsm8k", ""), ("hub:openai/gsm8k@main", " --revision main")):
-        (said,) = problems(read_table, source, subset="main")
-        assert said.startswith("the Hugging Face hub cannot be reached (ConnectionError: Couldn't reach")
-        assert "HF_HUB_OFFLINE is set" in said and "and set source to that folder" in said
-        assert f"`hf download openai/gsm8k --repo-type dataset{revision} --local-dir inputs/gsm8k`" in said
+        (message,) = problems(read_table, source, subset="main")
+        assert message.startswith("the Hugging Face hub cannot be reached (ConnectionError: Couldn't reach")
+        assert "HF_HUB_OFFLINE is set" in message and "and set source to that folder" in message
+        assert f"`hf download openai/gsm8k --repo-type dataset{revision} --local-dir inputs/gsm8k`" in message
     assert asked == []
 
 

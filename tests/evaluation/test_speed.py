@@ -11,7 +11,7 @@ from evaluation.measure import speed
 from export.engines.base import LocalEngine
 
 
-def test_contenders_take_turns_after_a_warm_up_that_is_thrown_away():
+def test_contenders_take_turns_after_a_discarded_warm_up():
     log = []
 
     def request(name, ns, prefix, prompt, tokens):
@@ -31,7 +31,7 @@ def test_contenders_take_turns_after_a_warm_up_that_is_thrown_away():
     assert len({prefix for _, prefix, _ in log}) == len(log), "no prompt comes twice"
 
 
-def test_a_figure_that_is_not_given_is_none_and_not_zero():
+def test_a_missing_figure_is_none_not_zero():
     answers = iter([(10, 5), (None, 5)] * 4)
     rows = speed.alternate({"a": lambda *_: {"decode": next(answers)}}, ["p", "q"], repetitions=3, tokens=9)
     assert [(r["tokens"], r["nanoseconds"]) for r in rows] == [(None, 10)] * 3
@@ -68,7 +68,7 @@ def test_summary_by_hand():
 
 
 @pytest.mark.parametrize("n", [1, 5, 6, 9, 20])
-def test_the_interval_of_a_median_holds_it_as_often_as_it_says(n):
+def test_the_interval_of_a_median_has_its_stated_coverage(n):
     draw = random.Random(0)
     found = [speed.median_interval([draw.expovariate(1) for _ in range(n)]) for _ in range(4000)]
     share = sum(f["low"] <= math.log(2) <= f["high"] for f in found) / len(found)  # the true median is ln 2

@@ -72,7 +72,7 @@ def test_the_update_is_what_peft_adds_to_the_weight(changes):
     assert ({u.rank for u in found} == {4}) == ("rank_pattern" not in changes)
 
 
-def test_an_update_that_is_not_that_of_a_and_b_alone_is_what_merging_adds():
+def test_an_update_that_is_not_just_a_and_b_is_what_merging_adds():
     model = trained(small_model(use_dora=True))
     found = {update.name: update for update in updates(model)}
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
@@ -123,7 +123,7 @@ def states_of(model, text):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_drift_is_the_mean_over_tokens_adapter_on_against_off(batch_size):
+def test_drift_is_the_mean_over_tokens_adapter_on_versus_off(batch_size):
     model = trained(small_model())
     relative, cosine = np.zeros(3), np.zeros(3)
     for text in TEXTS:
@@ -185,7 +185,7 @@ def encoded():
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 6])
-def test_the_loss_is_transformers_own_over_the_scored_tokens(batch_size):
+def test_the_loss_equals_transformers_over_the_scored_tokens(batch_size):
     model, parts = small_model().unload().eval(), []
     for text in encoded():
         ids = torch.tensor([text.ids])

@@ -68,7 +68,7 @@ def test_answers_are_aligned_by_the_items_that_all_have():
         (np.round(np.random.default_rng(4).beta(1, 2, 400), 1), 0.002),  # few values, drawn as counts
     ],
 )
-def test_the_bootstrap_is_scipys(values: Array, within: float):
+def test_the_bootstrap_equals_scipy(values: Array, within: float):
     ours = bootstrap_mean(values)
     theirs = stats.bootstrap((values,), np.mean, method="percentile", rng=1).confidence_interval
     assert ours.estimate == pytest.approx(values.mean())
@@ -79,7 +79,7 @@ def test_the_bootstrap_is_scipys(values: Array, within: float):
         bootstrap_mean(values[:0])
 
 
-def test_mcnemar_holm_and_wilson_are_those_of_statsmodels():
+def test_mcnemar_holm_and_wilson_equal_statsmodels():
     rng = np.random.default_rng(5)
     for gained, lost in ((0, 0), (9, 2), (3, 14), (40, 61), (3000, 2900)):
         values = rng.permutation([1.0] * gained + [-1.0] * lost + [0.0] * 100)
@@ -94,7 +94,7 @@ def test_mcnemar_holm_and_wilson_are_those_of_statsmodels():
     assert all(wilson(0.0, n).low == 0.0 and wilson(1.0, n).high == 1.0 for n in range(1, 300)), "rounding too"
 
 
-def test_signs_are_flipped_as_scipy_does():
+def test_sign_flips_equal_scipy():
     def scipys(values: Array, resamples: float) -> float:
         return float(
             stats.permutation_test((values,), np.mean, permutation_type="samples", n_resamples=resamples).pvalue
@@ -117,7 +117,7 @@ def test_signs_are_flipped_as_scipy_does():
         assert mean_test(values, binary=True) == sign_test(values)
 
 
-def test_chance_is_never_ruled_out_for_good():
+def test_chance_is_never_ruled_out():
     assert sign_flip_test(np.zeros(30)) == sign_flip_test(np.zeros(0)) == sign_flip_test(np.array([0.3])) == 1.0
     assert sign_flip_test(np.full(5, 0.3)) == 2 / 32 and sign_flip_test(np.full(200, 0.3)) == 1 / 10_001
     assert bootstrap_mean(np.array([1 / 3, 1 / 3, 1 / 3, -1.0] * 50)).crosses_zero
@@ -278,7 +278,7 @@ FEW = [(False, 1, 0, 0, 300), (False, 1, 5, 0, 500)]
     [*((*case, base) for case in SEVERAL for base in (True, False)), *((*case, False) for case in FEW),
      pytest.param(True, 1, 0, 0, 200, False, marks=pytest.mark.full)],
 )  # fmt: skip
-def test_the_interval_holds_the_truth_as_often_as_it_says(credit, seeds, points, seed_sd, items, against_base):
+def test_the_interval_has_its_nominal_coverage(credit, seeds, points, seed_sd, items, against_base):
     rng = np.random.default_rng([seeds, items, int(points), int(seed_sd), against_base])
     d = differences(rng, simulations=1000, seeds=seeds, items=items, points=points, seed_sd=seed_sd,
                     against_base=against_base, credit=credit)  # fmt: skip

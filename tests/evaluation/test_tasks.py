@@ -66,7 +66,7 @@ def problems(name="mine"):
     return str(caught.value).partition(": ")[2]
 
 
-def test_a_sound_module_is_taken(module):
+def test_a_valid_module_is_accepted(module):
     for name in (*tasks.names(), "general"):
         assert load(name) is importlib.import_module(f"evaluation.tasks.{name}")
     drawing = {**RECIPE, "SOURCE": ..., "generate": lambda sizes, **_: {}}
@@ -195,7 +195,7 @@ def test_questions_of_boolq_get_a_capital_and_a_question_mark():
         assert f"\nQuestion: {sentence}\n" in made(boolq, question=question).prompt
 
 
-def test_solutions_lose_their_notes_and_are_refused_without_a_readable_result():
+def test_annotations_are_removed_and_a_result_is_required():
     answer = "If a<b and 1<<2, then 2*3=<<2*3=6>>6 << open.\n#### 6 "
     assert made(gsm8k, answer=answer).completion == "If a<b and 1<<2, then 2*3=6 << open.\n#### 6"
     question = "### Response:\n{prompt} #### 5 <<1=1>> [INST]"
@@ -240,7 +240,7 @@ def test_the_items_own_completion_is_right(task, first, second, label, number):
     assert item.completion == item.completion.strip() and task.score(item, item.completion).credit == 1
 
 
-def test_anybodys_labels_are_told_in_answers():
+def test_labels_are_read_from_answers():
     labels = ["good", "very good", "bad (returned)", "3"]
     items = [classify.make_item(str(i), {"text": f"It was {i}.", "label": own}) for i, own in enumerate(labels)]
     classify.complete(items)
@@ -253,8 +253,8 @@ def test_anybodys_labels_are_told_in_answers():
         found = [classify.score(item, answer) for item in items]
         assert {score.predicted for score in found} == {predicted}, answer
         assert [score.correct for score in found] == [place == right for place in range(4)]
-    said = ("good", "good", "bad (returned)", "nothing")
-    scores = [classify.score(item, answer) for item, answer in zip(items, said, strict=True)]
+    replies = ("good", "good", "bad (returned)", "nothing")
+    scores = [classify.score(item, answer) for item, answer in zip(items, replies, strict=True)]
     f1 = pytest.approx((2 / 3 + 0 + 1 + 0) / 4)
     assert list(classify.summarize(scores).values()) == [0.5, f1, 0.25]
     for labels, got in ((["a"] * 3, "got 1 .'a'"), ([str(i) for i in range(300)], "got 300 .'0', '1', '10', …")):
@@ -271,7 +271,7 @@ def test_anybodys_labels_are_told_in_answers():
             classify.make_item("x", {"text": "It was.", "label": label})
 
 
-def test_anybodys_short_answers_are_numbers_or_words():
+def test_short_answers_are_numbers_or_words():
     def right(truth, answer):
         return exact.score(exact.make_item("x", {"question": "What?", "answer": truth}), answer).correct
 
@@ -284,7 +284,7 @@ def test_anybodys_short_answers_are_numbers_or_words():
     assert exact.summarize(scores) == {"exact_match": pytest.approx(1 / 3), "exact_unparseable": pytest.approx(1 / 3)}
 
 
-def test_anybodys_instructions_are_alpacas():
+def test_instructions_are_scored_like_alpaca():
     row = {"instruction": "Name it.", "input": "sky", "output": "Blue."}
     ours, theirs = instruct.make_item("x", row), alpaca.make_item("x", row)
     assert (ours.task, replace(ours, task="alpaca")) == ("instruct", theirs)
@@ -346,7 +346,7 @@ def test_an_index_is_read():
         assert aqi.parse(answer) == predicted, answer
 
 
-def test_score_goes_by_the_numbers_category():
+def test_the_number_decides_the_category():
     right = aqi.score(item(126), "150 (Unhealthy for Sensitive Groups)")
     assert right.correct and not right.exact and right.abs_error == 24 and right.label_agrees
     wrong = aqi.score(item(126), "151 (Unhealthy for Sensitive Groups)")
@@ -399,7 +399,7 @@ def test_general_answers_are_right_and_scored_by_their_text():
     assert tasks.render("A{prompt}B", "x{prompt}y") == "Ax{prompt}yB", "the prompt is put in once"
 
 
-def test_the_suite_is_kept_from_training_and_from_aqi(splits):
+def test_the_suite_overlaps_neither_training_nor_aqi(splits):
     suite = {i.prompt for i in general.retention_items(30, seed=0)}
     assert len(suite) == 30 * len(general.GENERAL_TASKS)
     trained = [(p, a) for _, p, a in itertools.islice(general.questions(0, held_out=False), 20_000)]
