@@ -16,7 +16,7 @@ from evaluation.sources import read_table
 from evaluation.sources.columns import match_columns
 from evaluation.sources.hub import HUB
 from evaluation.sources.rows import first_few, read_rows
-from evaluation.sources.tabular import RawRow
+from evaluation.sources.tabular import TEXT, RawRow
 from evaluation.tasks import Field, RowError
 
 T = TypeVar("T")
@@ -30,7 +30,6 @@ PROMPT_FIELDS = {
 }
 LEAST = 10  # prompts of each class
 MOST_LEFT_OUT = 0.05  # share of a hub data set's rows, which a user cannot fix as the owner of a file can
-_TABLES = (".csv", ".jsonl", ".ndjson", ".json")
 
 
 def spread(values: Sequence[T], most: int) -> list[T]:
@@ -48,35 +47,11 @@ def read_texts(
     section: str = "measure",
     own: str = "retention",
 ) -> list[str]:
-    """All texts of a .txt file (an empty line separates texts), of a column of a table, or of `hub:org/name`.
+    """All texts of a .txt file (separated by empty lines), of a column of a table, or of `hub:org/name`.
 
     Errors name the keys of `section`, whose `text` may also be the word `own`.
     """
-    kind, on_hub = Path(source).suffix.lower(), source.startswith(HUB)
-    if not on_hub and kind not in (".txt", *_TABLES):
-        raise EvaluationError(
-            f"{section}.text: expected `{own}`, a file ending in {', '.join(('.txt', *_TABLES))}, or {HUB}org/name, "
-            f"got {source!r}"
-        )
-    if kind == ".txt" and not on_hub:
-        try:
-            whole = Path(source).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise EvaluationError(f"{section}.text: expected a text file in UTF-8 at {source}: {error}") from error
-        lines = [line if line.strip() else "" for line in whole.splitlines()]
-        texts = [text.strip() for text in "\n".join(lines).split("\n\n")]
-    else:
-        texts = _column(source, column, split, subset, section)
-    texts = [text for text in texts if text]
-    if not texts:
-        raise EvaluationError(f"{section}.text: expected texts in {source}, got none")
-    return texts
-
-
-def _column(source: str, column: str, split: str, subset: str | None, section: str) -> list[str]:
-    table = read_table(source, split=split, subset=subset, names=[column])
-    fields = {"text": Field(column, True, "a text")}
-    columns, problems, _ = match_columns(fields, {}, table, f"{section}.text_column")
+    column = TEXT if source.lower().endswith(".txt") else column
 
     def text(raw: RawRow) -> str:
         value = raw.values.get(column)
@@ -84,9 +59,20 @@ def _column(source: str, column: str, split: str, subset: str | None, section: s
             raise RowError("text", f"expected a text, got {type(value).__name__}; set {section}.text_column")
         return (value or "").strip()
 
-    texts, rejected = read_rows(table, columns, text, source=source)
-    if problems or rejected:
-        raise EvaluationError(problems or first_few(rejected), f"{section}.text: {source} cannot be used:")
+    texts = list[str]()
+    try:
+        table = read_table(source, split=split, subset=subset, names=[column])
+        fields = {"text": Field(column, True, "a text")}
+        columns, problems, _ = match_columns(fields, {}, table, f"{section}.text_column")
+        if not problems:
+            texts, rejected = read_rows(table, columns, text, source=source)
+            problems = first_few(rejected)
+    except EvaluationError as error:
+        problems = error.problems
+    texts = [text for text in texts if text]
+    if problems or not texts:
+        heading = f"{section}.text: {source} cannot be used (expected `{own}`, a file, a folder or {HUB}org/name):"
+        raise EvaluationError(problems or "expected texts, got only empty ones", heading)
     return texts
 
 

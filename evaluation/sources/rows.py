@@ -27,7 +27,7 @@ _DUPLICATE, _TOO_LONG = "duplicate: ", "too long: "  # reasons that are no fault
 class RowSource(Section):
     """Where rows are and what their columns mean: the part of section prepare_data that all tasks with rows share."""
 
-    source: str  # hub | hub:org/name[@revision] | .csv .jsonl .ndjson .json .parquet file | folder in the hub's format
+    source: str  # hub | hub:org/name[@revision] | a file of a kind in FILES | a folder in the hub's format
     columns: dict[str, str | Column | None]  # field → column, in addition to the task's; null: do without the field
     hub_split: str | None  # for training and validation; null: the task's own
     hub_test_split: str | None  # null: the task's own if the data set has it; like hub_split: drawn from that

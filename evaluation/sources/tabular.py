@@ -1,4 +1,4 @@
-"""Tables from CSV, JSON and Parquet files, exactly as written: these readers judge bytes and shape, never values.
+"""Tables from CSV, JSON, Parquet and text files, exactly as written: readers judge bytes and shape, never values.
 
 A row number counts data rows from 1, a line number counts the lines of the file from 1. Blank lines are not rows.
 """
@@ -26,7 +26,8 @@ _SEPARATORS = ",;\t|"
 _SEP = re.compile('"?sep=(.)"?', re.IGNORECASE)  # a first line that only Excel understands
 _TOP = 50  # lines in which the header is looked for
 AUTO = "auto"
-FILES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
+FILES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
+TEXT = "text"  # the only column of a .txt file
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,13 @@ def read_file(source: str, delimiter: str = AUTO, encoding: str = AUTO, names: I
         return _read_parquet(data)
     plain, start, recognized = _as_utf8(data, encoding)
     if not plain.strip():
-        raise EvaluationError(f"is empty ({len(data)} bytes); expected a header and rows, or JSON lines.")
+        raise EvaluationError(f"is empty ({len(data)} bytes); expected a header and rows, JSON lines, or texts.")
     notes = [f"as {recognized}"] if recognized else []
     if kind in (".csv", ".tsv"):
         table, layout = _read_csv(plain, start, delimiter, {name.casefold() for name in names})
         notes += layout
+    elif kind == ".txt":
+        table = _read_text(plain, start)
     else:
         table = _read_json(plain, start)
     return replace(table, note=f"{path.name} is read {', '.join(notes)}." if notes else "")
@@ -226,7 +229,16 @@ def _csv_rows(text: list[str], delimiter: str, top: int) -> Iterator[tuple[int, 
             yield first, top + reader.line_num, cells, error
 
 
-# --- JSON and Parquet ---
+# --- text, JSON and Parquet ---
+
+
+def _read_text(data: bytes, start: int) -> Table:
+    """Texts separated by empty lines."""
+    if invalid := _not_utf8(data, start):
+        raise EvaluationError(f"{invalid}.")
+    lines = [line if line.strip() else "" for line in data.decode().splitlines()]
+    texts = filter(None, (text.strip() for text in "\n".join(lines).split("\n\n")))
+    return Table([TEXT], [RawRow(n, None, {TEXT: text}) for n, text in enumerate(texts, start=1)])
 
 
 def _read_json(data: bytes, start: int) -> Table:

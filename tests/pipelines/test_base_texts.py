@@ -200,7 +200,7 @@ def test_texts_that_are_no_use_are_refused(here, raw):
         EvaluationError, match=r"(?s)base_texts\.text: .*no column 'bodi'; did you mean 'body'.*text_column"
     ):
         run(raw, text="inputs/own.jsonl", text_column="bodi")
-    with pytest.raises(EvaluationError, match=r"base_texts\.text: expected `base`, a file ending in"):
+    with pytest.raises(EvaluationError, match=r"base_texts\.text: bases cannot be used \(expected `base`, a file"):
         run(raw, text="bases")
     own(["One.", "Two."] * 9)
     with pytest.raises(EvaluationError, match=r"expected at least 8 different texts in inputs/own\.txt, got 2"):
