@@ -1,7 +1,7 @@
 """models/base/base.json: what the base model is, and whether it is still the same."""
 
 import re
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -80,21 +80,6 @@ def hub_model(source: str, revision: str | None, key: str = "source") -> tuple[s
     return config.parent.name, read_json(config)
 
 
-def base_json(
-    *,
-    kind: str,
-    pictures: bool,
-    location: str,
-    revision: str | None = None,
-    fingerprint: str,
-    merge_location: str | None = None,
-    merge_revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Content of base.json. `kind`: embedded, local or hub; the rest as in BaseReference."""
-    return dict(locals())
-
-
 def reference_for(section: PrepareBase) -> dict[str, Any]:
     """Content of base.json for a base that is referenced, not copied."""
 
@@ -116,16 +101,13 @@ def reference_for(section: PrepareBase) -> dict[str, Any]:
             f"prepare_base.merge_source: missing; {section.source} is quantized, and adapters are merged into 16-bit "
             "weights of the same model. Name them (folder or hub id)"
         )
-    merge_revision, own_fingerprint = None, {}
+    merge_revision, marks = None, {"fingerprint": mark}
     if section.merge_source is not None:
         _, merge_revision, merge_mark, _ = look_up(section.merge_source, None, "merge_source")
-        mark, own_fingerprint = key_of([mark, merge_mark]), {"own_fingerprint": mark}
-    content = base_json(
-        kind=kind, pictures=section.vision is not None, location=str(local_folder(section.source) or section.source),
-        revision=revision, fingerprint=mark, merge_location=section.merge_source, merge_revision=merge_revision,
-        trust_remote_code=section.trust_remote_code,
-    )  # fmt: skip
-    return content | own_fingerprint
+        marks = {"fingerprint": key_of([mark, merge_mark]), "own_fingerprint": mark}
+    location = str(local_folder(section.source) or section.source)
+    reference = BaseReference(location, revision, section.merge_source, merge_revision, section.trust_remote_code)
+    return {"kind": kind, "pictures": section.vision is not None, **marks, **asdict(reference)}
 
 
 def load_reference(folder: Path = BASE) -> tuple[BaseReference, str]:

@@ -77,41 +77,32 @@ class Params(
     @model_validator(mode="after")
     def _pictures(self) -> "Params":
         """Items, base and training all have pictures, or none of them has."""
-        tower, size = self.prepare_base.vision, self.prepare_data.image_size
-        problems = []
-        if (tower is None) != (size is None):
-            problems.append(
-                f"prepare_base.vision: expected {'null' if size is None else 'the shape of a vision tower'}, because "
-                f"items of task {self.prepare_data.task} have {'no ' if size is None else ''}pictures"
-            )
-        if (tower is None) != (self.train.layers is None):
-            problems.append(
-                f"train.layers: expected {'null' if tower is None else 'those of a vision-language model'}, to match "
-                "prepare_base.vision"
-            )
+        tower, size, task = self.prepare_base.vision, self.prepare_data.image_size, self.prepare_data.task
+        have, shape = ("no pictures", "null") if size is None else ("pictures", "the shape of a vision tower")
+        layers = "null" if tower is None else "those of a vision-language model"
+        embedded = self.prepare_base.source == "embedded"
+        rules = {
+            f"prepare_base.vision: expected {shape}, because items of task {task} have {have}": (
+                (tower is None) == (size is None)
+            ),
+            f"train.layers: expected {layers}, to match prepare_base.vision": (
+                (tower is None) == (self.train.layers is None)
+            ),
+        }
         if tower is not None:
-            if self.evaluate.harness:
-                problems.append(
-                    "evaluate.harness: expected [] with a base that takes pictures, because lm-eval asks in text "
-                    f"alone here, got {self.evaluate.harness}"
-                )
-            if self.prepare_base.source == "embedded" and tower.image_size != size:
-                problems.append(
-                    f"prepare_base.vision.image_size: expected prepare_data.image_size = {size}, the size of the "
-                    f"pictures, got {tower.image_size}"
-                )
-            if self.prompt.template == CHAT:
-                problems.append(
-                    "prompt.template: chat is for text; a chat template puts pictures and the answer in places that "
-                    "no text with {prompt} can express. Write out the base's form, e.g. for SmolVLM "
-                    f"{SMOLVLM_FORM!r}"
-                )
-            if self.evaluate.backend != "hf":
-                problems.append(
-                    "evaluate.backend: expected 'hf', the one that supports adapters of vision-language models, got "
-                    f"{self.evaluate.backend!r}"
-                )
-        if problems:
+            rules |= {
+                "evaluate.harness: expected [] with a base that takes pictures, because lm-eval asks in text alone "
+                f"here, got {self.evaluate.harness}": not self.evaluate.harness,
+                f"prepare_base.vision.image_size: expected prepare_data.image_size = {size}, the size of the pictures, "
+                f"got {tower.image_size}": not embedded or tower.image_size == size,
+                "prompt.template: chat is for text; a chat template puts pictures and the answer in places that no "
+                f"text with {{prompt}} can express. Write out the base's form, e.g. for SmolVLM {SMOLVLM_FORM!r}": (
+                    self.prompt.template != CHAT
+                ),
+                "evaluate.backend: expected 'hf', the one that supports adapters of vision-language models, got "
+                f"{self.evaluate.backend!r}": self.evaluate.backend == "hf",
+            }
+        if problems := [problem for problem, is_fine in rules.items() if not is_fine]:
             raise ValueError("\n".join(problems))
         return self
 

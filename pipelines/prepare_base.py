@@ -26,7 +26,7 @@ from evaluation.tasks import Item, general, render
 from export.engines.base import Engine
 from export.engines.hf import HfEngine
 from export.template import from_tokenizer
-from pipelines.base_model import PrepareBase, base_json, fingerprint, load_reference, reference_for
+from pipelines.base_model import PrepareBase, fingerprint, load_reference, reference_for
 from pipelines.code import code_hash
 from pipelines.params import ConfigError, StageParams, load_params
 from pipelines.prompt import CHAT, Prompt
@@ -76,8 +76,8 @@ def _train(section: PrepareBase, template: str, folder: Path) -> dict[str, Any]:
     shutil.rmtree(PICTURES)
     shutil.rmtree(CHECKPOINTS, ignore_errors=True)  # including what other settings left there
     pictures = settings.vision is not None
-    content = base_json(kind="embedded", pictures=pictures, location=BASE.as_posix(), fingerprint=fingerprint(folder))
-    write_json(folder / "base.json", content)
+    content = {"kind": "embedded", "pictures": pictures, "fingerprint": fingerprint(folder)}
+    write_json(folder / "base.json", content | asdict(BaseReference(BASE.as_posix())))
     return facts
 
 

@@ -28,7 +28,7 @@ import typer
 from db.files import exclusive, read_json, write_json
 from pipelines.dvc_internals import CHECK, commands_started_by, open_repo, short_errors, stale
 from pipelines.params import PARAMS_FILE, load_yaml, stages_at_once
-from pipelines.stage import clear_errors, cli, quiet_libraries, set_threads
+from pipelines.stage import clear_errors, cli, die_with_parent, quiet_libraries, set_threads
 from trainers.callbacks import duration
 
 LOGS = Path("logs/stages")
@@ -131,6 +131,7 @@ class Forked:
 
     def __init__(self, words: list[str], env: dict[str, str]) -> None:
         def run() -> None:
+            die_with_parent()
             os.environ.update(env)
             sys.argv = words
             runpy.run_module(words[0], run_name="__main__", alter_sys=True)
@@ -146,11 +147,12 @@ class Forked:
 def start_command(cmd: str, **kwargs: Any) -> Any:
     if "torch" in sys.modules and FORKABLE.fullmatch(cmd) and threading.active_count() == 1:
         return Forked(cmd.split()[2:], kwargs["env"])
-    return subprocess.Popen(["/bin/sh", "-c", cmd], **kwargs)
+    return subprocess.Popen(["/bin/sh", "-c", cmd], preexec_fn=die_with_parent, **kwargs)
 
 
 def run_stage(name: str, seconds: Any) -> None:
     """What the process of a stage does; `seconds`: shared memory for how long its command took."""
+    die_with_parent()  # an orphan would hold DVC's lock when the command is started again after kill -9
     with suppress(PermissionError):
         os.setpgid(0, 0)  # Ctrl-C reaches it through `Processes.send`, once
     for number in SIGNALS:
