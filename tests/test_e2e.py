@@ -202,24 +202,13 @@ def test_7_an_ollama_that_is_down_fails_when_asked_for(clone):
 
 
 @pytest.mark.full
-def test_8_bad_params_stop_before_any_work(clone):
-    clone.change("train", rank=-1)
-    output = clone.run("dvc", "repro", ok=False)
-    assert "train.rank: input should be greater than or equal to 1, got -1" in output
-    clone.change("train", rank=4)
-    clone.change("matrix", arms=["basline_lora"])
-    output = clone.run("dvc", "repro", ok=False)
-    assert "matrix.arms: unknown arm 'basline_lora'; did you mean 'baseline_lora'?" in output
-    clone.change("matrix", arms=["baseline_lora"])
-    clone.run("dvc", "repro")
-
-
-@pytest.mark.full
 def test_9_a_killed_training_ends_as_if_undisturbed(clone):
     """kill -9 in the middle, then `dvc repro`; the adapter equals one that was trained in one go.
 
     What is changed before is the learning rate: training and what follows must run, data and base must not.
     """
+    clone.change("matrix", arms=["baseline_lora"])
+    clone.run("dvc", "repro")
     prepared = [clone.folder / f / "run.json" for f in ("data", "models/base", "texts")]
     untouched = [file.read_text() for file in prepared]
     old = (clone.folder / ADAPTER).read_bytes()

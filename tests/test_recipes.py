@@ -84,13 +84,6 @@ def test_every_answer_is_in_the_database_and_the_comparison_is_of_this_metric(re
     }
 
 
-def test_a_hub_out_of_reach_ends_in_one_sentence_that_names_the_local_way(recipe):
-    recipe.change("prepare_data", source="hub")
-    said = recipe.run("dvc", "repro", "prepare_data", ok=False)
-    recipe.change("prepare_data", source=f"inputs/{TASK}")
-    assert "hf download openai/gsm8k" in said and "set source to that folder" in said and "Traceback" not in said
-
-
 def test_a_task_of_your_own_is_one_file_and_one_profile_as_the_docs_say(recipe):
     blocks = re.findall(r"```(python|yaml)\n(.*?)```", (ROOT / "docs/tasks.md").read_text(), re.DOTALL)
     code, profile = (

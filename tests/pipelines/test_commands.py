@@ -50,12 +50,6 @@ def test_a_benchmark_reads_its_options_before_it_starts(file):
     assert text.endswith("    command(main)\n") or "parse_args()" in text
 
 
-def test_help_of_a_benchmark_says_what_it_measures():
-    command = [sys.executable, "-m", "benchmarks.threads", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "How many threads a training step wants" in done.stdout
-
-
 @pytest.mark.parametrize("module", ["pipelines.profile", "evaluation.compare_all", "export.ollama", "db.cli"])
 def test_without_the_environment_one_line_says_what_to_do(module):
     bare = Path(sys.base_prefix, "bin/python3")

@@ -199,18 +199,6 @@ def test_a_damaged_adapter_is_named(here, raw):
         measure.run(parse_params(raw), "baseline_lora", 0)
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [({"safe_label": "x", "unsafe_label": "X "}, "expected two labels"),
-     ({"layers": [0.0]}, "layers.0: input should be greater than 0"),
-     ({"columns": {"promt": "q"}}, "measure.columns.promt"), ({"bootstrap": 10}, "greater than or equal to 100"),
-     ({"poling": "mean"}, "did you mean 'pooling'")],
-)  # fmt: skip
-def test_settings_that_cannot_be_used(raw, keys, message):
-    with pytest.raises(ConfigError, match=message):
-        changed(raw, **keys)
-
-
 # --- perplexity of the right answers ---
 
 

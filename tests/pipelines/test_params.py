@@ -89,6 +89,24 @@ def changed(raw, path, value):
         ("prepare_base.hidden_size", 100, r"prepare_base: hidden_size: expected a multiple of"),
         ("compare.database", "postgresql://u:p@h/d", r"compare\.database: expected a file below the project's folder"),
         ("evaluate.backend", "vllm", r"evaluate\.backend: .*'llama_cpp'.*got 'vllm'"),
+        ("measure.unsafe_label", "SAFE ", "expected two labels"),
+        ("measure.layers", [0.0], r"measure\.layers\.0: input should be greater than 0"),
+        ("measure.columns", {"promt": "q"}, r"measure\.columns\.promt"),
+        ("measure.bootstrap", 10, r"measure\.bootstrap: .*greater than or equal to 100"),
+        ("evaluate.harness", ["a", "a"], r"evaluate\.harness: .*duplicates"),
+        ("evaluate.harness", ["a; rm b"], r"evaluate\.harness\.0: string should match pattern"),
+        ("evaluate.harness", "arc_easy", r"evaluate\.harness: .*valid list"),
+        ("evaluate.harness_limit", 0, r"evaluate\.harness_limit"),
+        ("tune.grid", {"learning_rate": [1e-3, 1e-3]}, r"tune\.grid: learning_rate: expected different values"),
+        ("tune.grid", {"learning_rat": [1e-3]}, r"tune\.grid\.learning_rat: unknown key; did you mean 'learning_rate'"),
+        ("tune.grid", {"learning_rate": [-1.0]}, r"tune\.grid\.learning_rate: .*greater than 0, got -1\.0"),
+        ("tune.grid", {"max_steps": [5, 10]}, r"tune\.grid: max_steps: expected no such key"),
+        ("tune.grid", {"peft": ["theirs/a.json"]}, r"tune\.grid: peft: expected mappings"),
+        ("tune", {"grid": {"alpha": [1.0, 2.0]}, "seed": 0, "steps": None}, r"tune\.seed: .*got 0"),
+        ("tune", {"grid": {"alpha": [1.0]}, "seed": 9, "steps": 2}, r"tune\.steps: .*baseline_lora's warm-up of 20"),
+        ("distribute.stages", {"trian": {}}, r"distribute\.stages: trian: unknown stage; did you mean 'train'"),
+        ("distribute.stages", {"train": {"gpus": -1}}, r"distribute\.stages\.train\.gpus"),
+        ("distribute.stages", {"train": {"cores": 2}}, r"distribute\.stages\.train\.cores: unknown key"),
         ("verify.control_scale", 1.0, r"verify\.control_scale: .*expected another factor than 1"),
     ],
 )  # fmt: skip
@@ -150,16 +168,6 @@ def test_a_stage_reads_its_own_sections_and_lists_their_mistakes(tmp_path, raw):
     assert load_view(evaluate.Params, file).evaluate == parse_params(raw).evaluate
     with pytest.raises(ConfigError, match=r"2 errors\n.*laers: unknown key; did you mean 'layers'(.|\n)*train\.rank"):
         load_view(measure.Params, file)
-
-
-def test_the_settings_of_a_run_come_back_from_a_file(raw, tmp_path):
-    """As a twin gets them; rates below 1e-4 among them, which YAML takes for a text where they are written as JSON."""
-    params = parse_params(changed(raw, "train.learning_rate", 2e-5))
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params.model_dump()))
-    assert load_params(tmp_path / "params.yaml") == params
-    view = load_view(train.Params, tmp_path / "params.yaml")
-    (tmp_path / "view.yaml").write_text(yaml.safe_dump(view.model_dump()))
-    assert load_view(train.Params, tmp_path / "view.yaml") == view
 
 
 def test_a_variant_runs_another_arms_code_with_settings_of_its_own(raw):

@@ -212,12 +212,6 @@ def test_a_task_on_a_small_size_keeps_how_that_is_trained(task):
     assert found["train"] == {**small["train"], "max_length": 512, "overlong": "leave_out"}
 
 
-def test_qlora_is_one_switch():
-    large, quantized = settings("gsm8k+llama3_1_8b"), settings("gsm8k+llama3_1_8b+qlora")
-    assert large["prepare_base"]["source"] == "meta-llama/Llama-3.1-8B"
-    assert quantized["train"] == {**large["train"], "quantize_base": "nf4"}
-
-
 @pytest.mark.parametrize("arm", ["pure_grit", "hybrid_grit"])
 @pytest.mark.parametrize(
     ("name", "own"),
@@ -249,15 +243,6 @@ def test_ablations_are_arms_that_differ_in_one_thing_each(name):
     assert one == {**two, "use_two_sided_reprojection": False}
     assert fixed == {**two, "enable_rank_adaptation": False, "reprojection_k": 8}
     assert p.train_for("grit_1s").learning_rate == p.train_for("pure_grit").learning_rate
-
-
-def test_vision_on_smoke_has_small_sizes_of_the_same_shape():
-    large, small = planned("vision"), planned("vision+smoke")
-    assert set(small.matrix.arms) < set(large.matrix.arms) and small.matrix.seeds == [0]
-    assert small.prepare_base.vision and large.prepare_base.vision
-    assert small.prepare_base.vision.image_size == small.prepare_data.image_size == 32
-    assert small.train.layers == large.train.layers and small.train.max_steps < large.train.max_steps
-    assert small.train_for("grit_vlm").natural_gradient.estimate == "kfac"
 
 
 def test_a_changed_value_has_the_comment_of_the_file_that_changed_it_or_of_tiny():

@@ -47,7 +47,7 @@ def test_the_embedded_base_is_asked_and_leaves_no_pictures_behind(here):
     assert read("models/base/base.json")["kind"] == "embedded"
     assert not Path("checkpoints/base-pictures").exists() and not Path("checkpoints/base").exists()
     raised = parse_params(small(prepare_base={"examples": 64, "min_tasks_above_80": 7}))
-    with pytest.raises(ConfigError, match="expected 7; raise prepare_base.examples"):
+    with pytest.raises(ConfigError, match="expected 7 general tasks"):
         prepare_base.run(raised)
     assert read("models/base/run.json")["extra"] == said, "the base before it stands"
 
@@ -63,7 +63,7 @@ def test_a_base_of_ones_own_is_referenced(here, tmp_path):
     assert read("scores/base/0/scores.json")["exported"] is False
     config = read(own / "config.json")
     (own / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))
-    with pytest.raises(ConfigError, match="is quantized, which is not trained on with pictures"):
+    with pytest.raises(ConfigError, match="is quantized"):
         prepare_base.run(params)
 
 
@@ -91,7 +91,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_answers_it_has(here, monkeyp
         return answer(self, prompts, max_tokens)
 
     monkeypatch.setattr(HfEngine, "generate_ids", fails_later)
-    with pytest.raises(EngineError, match=r"no more\. 16 of 36 items of test are done and kept"):
+    with pytest.raises(EngineError, match=r"no more\. 16 of 36 items"):
         evaluate.run(params, "base", 0)
     monkeypatch.setattr(HfEngine, "generate_ids", answer)
     evaluate.run(params, "base", 0)
