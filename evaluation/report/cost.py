@@ -45,7 +45,7 @@ def training(report: Report) -> Section | None:
         flat = {arm: dict(_flat(train)) for arm, train in settings.items()}
         names = dict.fromkeys(name for values in flat.values() for name in values)
         lines = [(name, *(_value(values.get(name)) for values in flat.values())) for name in names]
-        table = Table("Section train of each arm", ("Setting", *flat), lines)
+        table = Table("Training settings of each arm", ("Setting", *flat), lines)
         blocks.append(Details("Every setting", (table,)))
     return Section("What was trained, and what it cost", tuple(blocks))
 

@@ -149,7 +149,7 @@ def criteria(judged: Sequence[Criterion], gain: str = GAIN) -> Section | None:
         (gain if c.name == GAIN else c.name, arm_cell(c.arm), Cell(c.outcome, tone=TONES[c.outcome]), c.why)
         for c in judged
     ]
-    why = "Why each criterion was judged so"
+    why = "The reason for each outcome"
     blocks = (
         Text(
             "Three goals were set before the run: accuracy above the baseline's, evaluation loss below the baseline's, "

@@ -24,7 +24,7 @@ def byline(report: Report) -> str:
         arms += f" with {seeds_text(next(iter(seeds.values())))}"
     base = " and the untouched base" if BASE in comparison.arms else ""
     parts = [
-        f"{arms}{base}, evaluated until {max(run.ended for run in runs):%Y-%m-%d %H:%M} UTC.",
+        f"{arms}{base}, last evaluated {max(run.ended for run in runs):%Y-%m-%d %H:%M} UTC.",
         f"Task: {comparison.primary.task}, judged by {comparison.primary.long}.",
     ]
     if comparison.filters:

@@ -280,7 +280,7 @@ def precisions(rows: Sequence[PrecisionRow], title: str) -> Section | None:
     items = ", ".join(str(n) for n in sorted({row.items for row in rows}))
     words = [
         f"Each model in other precisions, on the same {items} test items, served by llama.cpp. Size is the file's, "
-        f"bits per weight the tensors'. {counts} counts items that {change} compared with f16. The difference is "
+        f"bits per weight the tensors'. {counts}: items that {change} compared with f16. The difference is "
         "paired by item; an interval of zero width means that no item changed, not that none could."
     ]
     if any(len({row.seeds for row in rows if row.arm == arm}) > 1 for arm in {row.arm for row in rows}):

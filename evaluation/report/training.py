@@ -10,19 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evaluation.report.arms import ProbeRow
-from evaluation.report.blocks import (
-    TONES,
-    Block,
-    Cell,
-    Chart,
-    Control,
-    Dataset,
-    Details,
-    Panel,
-    Section,
-    Table,
-    Text,
-)
+from evaluation.report.blocks import TONES, Block, Cell, Chart, Control, Dataset, Details, Panel, Section, Table, Text
 from evaluation.report.comparison import Report
 from evaluation.report.text import seeds_text, significant
 
@@ -50,10 +38,10 @@ _RANKS = {
 }
 _FACTORS = {"a": "Σ_a: activations behind A", "g": "Σ_g: gradients that reach A's output"}
 _PROBE_COLUMNS = {
-    "angle_to_shadow": "Off AdamW, degrees",
-    "lr_ratio": "Length over AdamW's",
+    "angle_to_shadow": "Angle to AdamW, degrees",
+    "lr_ratio": "Length vs AdamW's",
     "coverage": "Share of tensors",
-    "twin_divergence": "Loss curves apart, A/A floors",
+    "twin_divergence": "Loss gap, A/A floors",
 }
 _ZERO = 1e-3
 """A probe's reading below this is rounding."""
