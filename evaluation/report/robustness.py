@@ -22,8 +22,8 @@ def robustness(report: Report) -> Section | None:
     tables = [table for what, answers in asked.items() if (table := _table(report, answers, what))]
     words = (
         "The same questions as other people would type them: with a trailing newline (as echo leaves one), with a "
-        "space, different punctuation or other words. New wordings were never trained on. Where the whole interval lies below "
-        "zero, the arm has learned a form instead of a task."
+        "space, different punctuation or other words. New wordings were never trained on. Where the whole interval "
+        "lies below zero, the arm has learned a form instead of a task."
     )
     return Section("Robustness", (Text(words), *tables)) if tables else None
 
