@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from evaluation import EvaluationError
-from evaluation.sources.hub import HUB, read_split
+from evaluation.sources.hub import HUB, open_data_set
 from evaluation.sources.tabular import Table, read_file
 
 
@@ -15,7 +15,8 @@ def read_table(source: str, *, split: str = "train", subset: str | None = None, 
     """
     try:
         if source.startswith(HUB) or Path(source).is_dir():
-            return read_split(source, split, subset)
+            with open_data_set(source, subset, split=split) as data:
+                return data.table(split)
         table = read_file(source, names=names)
     except EvaluationError as error:
         raise EvaluationError(error.problems, f"{source} cannot be used:") from error.__cause__

@@ -31,34 +31,24 @@ class DataSet:
         if split not in self.splits:
             where = f" of subset {self.subset!r}" if self.subset else ""
             raise EvaluationError(f"there is no split {split!r}{where}{suggest(split, self.splits)}.")
-        return _table(self.splits[split])
-
-
-def _table(data: Any) -> Table:
-    labels = {name: list(kind.names) for name, kind in data.features.items() if getattr(kind, "names", None)}
-    # datasets caches downloads in a folder named after the commit.
-    folders = [Path(file["filename"]).parent.name for file in data.cache_files]
-    revision = folders[0] if folders and _COMMIT.fullmatch(folders[0]) else None
-    rows = raw_rows(lambda start, end: data[start:end], data.num_rows)
-    return Table(list(data.column_names), rows, revision=revision, labels=labels)
-
-
-def read_split(source: str, split: str, subset: str | None) -> Table:
-    """One split, or a part such as "train[:10%]", of `hub:org/name[@revision]` or a folder in its format."""
-    with _opened(source, subset, None, split) as (data, _):
-        return _table(data)
+        data = self.splits[split]
+        labels = {name: list(kind.names) for name, kind in data.features.items() if getattr(kind, "names", None)}
+        # datasets caches downloads in a folder named after the commit.
+        folders = [Path(file["filename"]).parent.name for file in data.cache_files]
+        revision = folders[0] if folders and _COMMIT.fullmatch(folders[0]) else None
+        rows = raw_rows(lambda start, end: data[start:end], data.num_rows)
+        return Table(list(data.column_names), rows, revision=revision, labels=labels)
 
 
 @contextmanager
-def open_data_set(source: str, subset: str | None = None, usual: str | None = None) -> Iterator[DataSet]:
-    """All splits, to be read inside the block; without `subset`, the subset `usual` if it exists."""
-    with _opened(source, subset, usual, None) as (data, opened):
-        yield DataSet(opened, data)
+def open_data_set(
+    source: str, subset: str | None = None, *, usual: str | None = None, split: str | None = None
+) -> Iterator[DataSet]:
+    """The splits of `hub:org/name[@revision]` or a folder in its format, to be read inside the block.
 
-
-@contextmanager
-def _opened(source: str, subset: str | None, usual: str | None, split: str | None) -> Iterator[tuple[Any, str | None]]:
-    """(what load_dataset returns, the opened subset)."""
+    Without `subset`, `usual` is opened if it exists. With `split`, which may be a part such as "train[:10%]",
+    nothing else is loaded.
+    """
     import datasets
 
     if source.startswith(HUB):
@@ -69,7 +59,7 @@ def _opened(source: str, subset: str | None, usual: str | None, split: str | Non
             if subset is None and usual is not None and usual in _subsets(name, revision):
                 subset = usual
             data = datasets.load_dataset(name, subset, split=split, revision=revision)
-        yield data, subset
+        yield DataSet(subset, {split: data} if split else data)
         return
     # The library tells folders apart by file times and would keep a copy of each forever.
     with TemporaryDirectory(prefix="data-set-") as cache:
@@ -87,7 +77,7 @@ def _opened(source: str, subset: str | None, usual: str | None, split: str | Non
                         raise
                     continue
                 break
-        yield data, opened
+        yield DataSet(opened, {split: data} if split else data)
 
 
 def _subsets(name: str, revision: str | None) -> list[str]:

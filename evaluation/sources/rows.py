@@ -197,7 +197,7 @@ def _tables(
         table = read_file(where.source, where.delimiter, where.encoding, columns)
         notes = ["A file has no test split: test items are drawn from its rows."]
         return {defaults.train: table}, facts, [table.note, *notes] if table.note else notes
-    with open_data_set(where.source, where.hub_subset, defaults.subset) as data:
+    with open_data_set(where.source, where.hub_subset, usual=defaults.subset) as data:
         train = where.hub_split or defaults.train
         test, notes = _test_split(name, defaults, where, data, train)
         tables: dict[str, Table] = {}

@@ -157,16 +157,16 @@ def load(name: str) -> Task:
     if name not in (*names(), RETENTION):
         raise EvaluationError(f"expected a task ({', '.join(names())}), got {name!r}")
     module = importlib.import_module(f"evaluation.tasks.{name}")
-    if problems := _module_problems(name, module) or _metric_problems(module):
+    if problems := _missing_parts(name, module) or _metric_problems(module):
         raise EvaluationError(f"evaluation/tasks/{name}.py is not a task: {'; '.join(problems)}")
     return cast(Task, module)
 
 
-def _module_problems(name: str, module: ModuleType) -> list[str]:
+def _missing_parts(name: str, module: ModuleType) -> list[str]:
     problems = []
     if name in importlib.import_module(f"evaluation.tasks.{RETENTION}").GENERAL_TASKS:  # their items would be mixed up
         problems.append(f"{name} is a task of the retention suite; rename the file")
-    if hasattr(module, "NAME") and name != module.NAME:
+    if name != getattr(module, "NAME", name):
         problems.append(f"expected NAME = {name!r}, like the file, got {module.NAME!r}")
     values, functions = ["NAME", "TITLE", "METRICS", "PRIMARY"], ["score", "summarize"]
     if any(hasattr(module, part) for part in ("SOURCE", "FIELDS", "group")):  # it reads rows
@@ -182,10 +182,10 @@ def _metric_problems(module: ModuleType) -> list[str]:
         for metric, meaning in module.METRICS.items()
         if set(meaning) != keys
     ]
+    if module.METRICS.get(module.PRIMARY, {}).get("direction", "higher") != "higher":
+        problems.append(f"PRIMARY: expected a metric for which higher is better, like credit, got {module.PRIMARY}")
     if module.PRIMARY not in module.METRICS:
         problems.append(f"PRIMARY: expected one of METRICS ({', '.join(module.METRICS)}), got {module.PRIMARY!r}")
-    elif module.METRICS[module.PRIMARY].get("direction", "higher") != "higher":
-        problems.append(f"PRIMARY: expected a metric for which higher is better, like credit, got {module.PRIMARY}")
     return problems
 
 

@@ -23,7 +23,7 @@ from pyarrow import parquet
 from evaluation import EvaluationError
 from evaluation.sources import read_table
 from evaluation.sources.columns import Column
-from evaluation.sources.hub import open_data_set, read_split
+from evaluation.sources.hub import open_data_set
 from evaluation.sources.rows import RowSource, read_recipe, write_rejected
 from evaluation.tasks import Field, Item, RowError, Source, aqi
 
@@ -510,6 +510,11 @@ def test_classes_numbered_differently_are_read_by_name(tmp_path, names, expected
 
 
 # --- the hub, and folders in its format ---
+
+
+def read_split(source, split, subset):
+    with open_data_set(source, subset, split=split) as data:
+        return data.table(split)
 
 
 SPLITS = ("train", "validation", "test")
