@@ -77,8 +77,10 @@ class ArmRow:
     ranges: dict[Key, tuple[float, float]] = field(default_factory=dict)
     kept_by_seed: dict[int, float] = field(default_factory=dict)  # `retention_share` of each seed
     preserve: str = ""  # method and strength of what holds it to its base; empty: nothing does
-    # Where a difference from the baseline has two causes, since this arm is preserved and the baseline is not so: the
-    # arm with the baseline's code that is; empty where there is none. None where the difference has one cause
+    library: str = ""  # see `library`
+    # Where a difference from the baseline has several causes, since this arm has another library, or is preserved and
+    # the baseline is not: the arm with the baseline's method that leaves the fewest causes; empty where there is none.
+    # None where the difference has one cause
     like: str | None = None
     # arm → evaluation loss minus that arm's of the same seed, for each seed that both have, nats per token
     losses: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -150,7 +152,8 @@ def side_by_side(results: Results, runs: Sequence[RunFacts], baseline: str) -> S
     base = by_arm.get(BASE, ())
     rows = (_row(by_arm[arm], base, results, differences.get(arm, ()), changes[arm]) for arm in arms)
     told = tuple(
-        replace(row, preserve=preserved(settings[row.arm]), like=likes[row.arm], losses=losses[row.arm]) for row in rows
+        replace(row, preserve=preserved(own), library=library(own), like=likes[row.arm], losses=losses[row.arm])
+        for row, own in ((row, settings[row.arm]) for row in rows)
     )
     return SideBySide(told, pairs, changes)
 
@@ -163,20 +166,35 @@ def preserved(settings: Mapping[str, Any]) -> str:
     return f"{own['method']}, " + (f"strength {own['strength']:g}" if own["kl"] is None else f"KL {own['kl']:g}")
 
 
+def library(settings: Mapping[str, Any]) -> str:
+    """What an arm trains on beside PEFT and TRL ("unsloth"); empty: nothing else."""
+    return str(settings.get("library", ""))
+
+
+def causes(settings: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
+    """What an arm has that could explain a difference from another: its method, its library, its preserve method.
+
+    Arms whose settings have the same names run the same method.
+    """
+    method, other = (own.keys() - {"library"} for own in (settings, reference))
+    kept = (settings.get("preserve") or {}).get("method", "none")
+    return [
+        *(["method"] if method != other else []),
+        *(["library"] if library(settings) not in ("", library(reference)) else []),
+        *(["preserve"] if kept not in ("none", (reference.get("preserve") or {}).get("method", "none")) else []),
+    ]
+
+
 def like_with_like(arm: str, settings: Mapping[str, Mapping[str, Any]], baseline: str) -> str | None:
-    """See `ArmRow.like`; arms whose settings have the same names run the same code."""
+    """See `ArmRow.like`."""
     if baseline not in settings:
         return None
-    own, other = settings[arm], settings[baseline]
-    if preserved(own) in ("", preserved(other)) or own.keys() == other.keys():
+    own, method = settings[arm], settings[baseline].keys() - {"library"}
+    if len(causes(own, settings[baseline])) < 2 or own.keys() - {"library"} == method:
         return None
-    method = own["preserve"]["method"]
-    found = [
-        name
-        for name, theirs in settings.items()
-        if theirs.keys() == other.keys() and (theirs.get("preserve") or {}).get("method") == method
-    ]
-    return min(found, key=lambda name: preserved(settings[name]) != preserved(own), default="")
+    controls = {name: causes(own, theirs) for name, theirs in settings.items() if theirs.keys() - {"library"} == method}
+    best = min(controls, key=lambda name: (len(controls[name]), preserved(settings[name]) != preserved(own)))
+    return "" if best == baseline else best
 
 
 def pair(

@@ -227,11 +227,11 @@ def compare(results: Results, baseline: str = BASELINE, filters: str = "") -> Co
     by_arm = {row.arm: [run for run in results.runs if run.arm == row.arm] for row in side.rows}
     first = results.runs[0]
     primary = Primary(first.task, first.task_title, first.primary_metric)
-    preserve = {row.arm: row.preserve for row in side.rows}
+    arms = {row.arm: row for row in side.rows}
     left_out = {name: _left_out(name, counts) for name, counts in results.left_out.items()}
     return Comparison(
         rows=side.rows,
-        outcomes=tuple(_in_words(row, baseline, primary.title, preserve) for row in side.rows if row.arm != BASE),
+        outcomes=tuple(_in_words(row, baseline, primary.title, arms) for row in side.rows if row.arm != BASE),
         notes=(*_notes(side.rows, results, primary), *left_out[primary.task]),
         methods=tuple(_methods(side.rows, results)),
         units=results.units,
@@ -256,10 +256,10 @@ def compare(results: Results, baseline: str = BASELINE, filters: str = "") -> Co
     )
 
 
-def _in_words(row: ArmRow, baseline: str, title: str, preserve: Mapping[str, str]) -> str:
+def _in_words(row: ArmRow, baseline: str, title: str, arms: Mapping[str, ArmRow]) -> str:
     references = dict.fromkeys((BASE, baseline))
     words = [compared([row], against, title) for against in references]
-    words += [*like_with_like([row], preserve, baseline, title), *not_compared([row], references, preserve)]
+    words += [*like_with_like([row], arms, baseline, title), *not_compared([row], references, arms)]
     return " ".join(filter(None, words))
 
 

@@ -22,8 +22,8 @@ def story(comparison: Comparison) -> list[str]:
     if not comparison.trained:
         return ["Only the base has been scored so far, so there is nothing to compare."]
     rows, title, baseline = comparison.trained, comparison.primary.title, comparison.baseline
-    preserve = {row.arm: row.preserve for row in comparison.rows}
-    gained = [compared(rows, baseline, title), *like_with_like(rows, preserve, baseline, title)]
+    arms = {row.arm: row for row in comparison.rows}
+    gained = [compared(rows, baseline, title), *like_with_like(rows, arms, baseline, title)]
     gained += [compared(rows, BASE, title)] if baseline != BASE else []
     rest = (*map(contradiction, rows), _kept(comparison), _training_time(comparison), _certainty(comparison))
     return [paragraph for paragraph in (*gained, *rest) if paragraph]

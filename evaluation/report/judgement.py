@@ -81,26 +81,40 @@ def _sentence(group: Sequence[tuple[str, Difference]], against: str, title: str,
     return f"{claim}: {numbers} points of {title} {data}."
 
 
-def like_with_like(rows: Iterable[ArmRow], preserve: Mapping[str, str], baseline: str, title: str) -> Iterable[str]:
-    """Where a difference from the baseline has two causes, and what the comparison with one cause says.
+def like_with_like(rows: Iterable[ArmRow], arms: Mapping[str, ArmRow], baseline: str, title: str) -> Iterable[str]:
+    """Where a difference from the baseline has several causes, and what the comparison with the fewest causes says.
 
-    `preserve` has the preserve method of every arm in the report.
+    `arms` has every arm in the report.
     """
     groups: dict[str, list[ArmRow]] = {}
     for row in rows:
         if row.like is not None:
             groups.setdefault(row.like, []).append(row)
     for like, group in groups.items():
-        methods = sorted({row.preserve for row in group})
-        arms = ((method, listed(row.arm for row in group if row.preserve == method)) for method in methods)
-        names = listed(f"{of_method} ({method})" for method, of_method in arms)
-        verb = "preserves" if len(group) == 1 else "preserve"
-        words = f"{names} {verb} the base and {baseline} does not, so a difference from {baseline} has two causes."
-        if like in preserve:
-            words += f" The like-with-like comparison is with {like} ({preserve[like]}). {compared(group, like, title)}"
+        words = f"{_set_apart(group, arms[baseline])}, so a difference from {baseline} has more than one cause."
+        if control := arms.get(like):
+            named = f"{like} ({control.preserve})" if control.preserve else like
+            words += f" The like-with-like comparison is with {named}. {compared(group, like, title)}"
+            if left := _set_apart(group, control):
+                words += f" Yet {left}, which may also explain a difference."
         else:
-            words += f" No arm here is {baseline} with the same preserve method."
+            words += (
+                f" No arm here has the method of {baseline} and the rest in common with {listed(r.arm for r in group)}."
+            )
         yield words.strip()
+
+
+def _set_apart(rows: Sequence[ArmRow], reference: ArmRow) -> str:
+    """What arms have beside their method that another has not: "a and b preserve the base and c does not"."""
+    held: dict[str, list[str]] = {}
+    for row in rows:
+        if row.preserve and not reference.preserve:
+            held.setdefault(row.preserve, []).append(row.arm)
+    names = listed(f"{listed(arms)} ({how})" for how, arms in sorted(held.items()))
+    libraries = [row.arm for row in rows if row.library not in ("", reference.library)]
+    parts = [f"{names} {'preserves' if sum(map(len, held.values())) == 1 else 'preserve'} the base"] if held else []
+    parts += [f"{listed(libraries)} {'trains' if len(libraries) == 1 else 'train'} on Unsloth"] if libraries else []
+    return f"{listed([*parts, f'{reference.arm} does not'])}" if parts else ""
 
 
 def not_compared(rows: Sequence[ArmRow], references: Iterable[str], present: Collection[str]) -> Iterable[str]:

@@ -136,8 +136,8 @@ def fuse_mlps(model):
     return model
 
 
-def watched(seen, fused):
-    arm = arms.load("hybrid_grit")
+def watched(seen, fused, name):
+    arm = arms.load(name)
 
     def add_adapter(model, settings):
         from unsloth import FastLanguageModel
@@ -157,15 +157,16 @@ def watched(seen, fused):
 
     def make_trainer(settings, **kwargs):
         trainer = arm.make_trainer(settings, **kwargs)
-        curvature = trainer.grit_manager.curvature
-        gather, seen["tokens"] = curvature.gather, []  # of each step, as GRIT's hooks on the first layer counted them
+        if name == "hybrid_grit":
+            curvature = trainer.grit_manager.curvature
+            gather, seen["tokens"] = curvature.gather, []  # per step, as GRIT's hooks on the first layer counted them
 
-        def looked_at(step):
-            if curvature.capture is not None:
-                seen["tokens"].append(float(curvature.capture.sums[0].tokens[0]))
-            return gather(step)
+            def looked_at(step):
+                if curvature.capture is not None:
+                    seen["tokens"].append(float(curvature.capture.sums[0].tokens[0]))
+                return gather(step)
 
-        curvature.gather = looked_at
+            curvature.gather = looked_at
         seen["classes"] = [f"{c.__module__}.{c.__qualname__}" for c in type(trainer).__mro__]
         seen["optimizer"] = str(trainer.args.optim.value)
         return trainer
@@ -183,7 +184,8 @@ def run_hybrid(file):
     for name, job, fused, *told in pickle.loads(file.read_bytes()):
         log.clear()
         seen = {"network": network}
-        result = run(scripted(watched(seen, fused), *told, die=kill), job)
+        arm = "hybrid_grit" if hasattr(job.settings, "grit") else "unsloth_lora"
+        result = run(scripted(watched(seen, fused, arm), *told, die=kill), job)
         results[name] = {**seen, "summary": result, "history": history(job), "log": list(log)}
     file.with_suffix(".seen").write_bytes(pickle.dumps(results))
 

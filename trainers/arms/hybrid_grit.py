@@ -1,218 +1,32 @@
-"""Hybrid GRIT: Unsloth's model, LoRA and SFTTrainer, with GRIT inside the optimizer's step.
+"""Hybrid GRIT: the arm unsloth_lora with GRIT inside the optimizer's step."""
 
-Unsloth patches TRL, transformers and PEFT for the whole process, so it is imported when this arm runs and not before;
-each arm runs in a process of its own.
-"""
-
-import functools
-import importlib
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from pydantic import model_validator
-
-from trainers.arms import pure_grit
+from trainers.arms import unsloth_lora
 from trainers.arms.pure_grit import GritSettings, grit_report, grit_trainer
-from trainers.models import ModelError, check_target_modules, keep_gradients, reason_of, training_dtype
+from trainers.arms.unsloth_lora import UnslothSettings
 from trainers.run import TrainingJob
-from trainers.settings import BaseReference, TrainSettings
-
-_KERNELS = "unsloth.kernels.fast_lora"
-_KNOWN = ("apply_qkv", "apply_o", "forward", "_unsloth_forward")
 
 
-class HybridSettings(GritSettings):
-    @model_validator(mode="after")
-    def _unpacked(self) -> Self:
-        if self.packing:
-            raise ValueError(
-                "packing: expected false for hybrid_grit; Unsloth looks for packed items in batches of one row alone"
-            )
-        return self
+class HybridSettings(GritSettings, UnslothSettings):
+    pass
 
 
-def _prepare(job: TrainingJob) -> None:
-    """Import Unsloth, before transformers and TRL where possible, and keep it off the network and out of the way."""
-    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    # Python that Unsloth generates; goes with the checkpoints. By default it lands in the working directory.
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(job.checkpoints.absolute() / "unsloth"))
-    # From torch 2.11 on Unsloth compiles every decoder layer; GRIT's hooks add up in Python, inside of that region.
-    os.environ.setdefault("UNSLOTH_BLOCK_COMPILE", "0")
-    if Path(job.base.location).is_dir():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        importlib.import_module("unsloth")
-    except (ImportError, RuntimeError, AttributeError, OSError) as error:
-        raise ModelError(
-            f"the arm hybrid_grit needs Unsloth, which cannot be imported ({error}): run `make setup`, or "
-            "`python -m pip install --no-deps -r requirements-unsloth.lock`"
-        ) from error
-
-
-def _checkpointing(settings: TrainSettings) -> str | bool:
-    return "unsloth" if settings.gradient_checkpointing else False  # the first moves activations to host memory
-
-
-def _load_model(base: BaseReference, settings: TrainSettings) -> Any:
-    from unsloth import FastLanguageModel
-
-    in_4_bit = settings.quantize_base == "nf4"
-    try:
-        model, _ = FastLanguageModel.from_pretrained(
-            base.location,
-            max_seq_length=settings.max_length,
-            dtype=training_dtype(settings),
-            load_in_4bit=in_4_bit,
-            use_gradient_checkpointing=_checkpointing(settings),
-            use_exact_model_name=True,  # else other weights than those asked for may be downloaded
-            **base.load_kwargs,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"Unsloth could not load a model from {base.location!r}: {reason_of(error, base)}") from error
-    # Where 4 bit does not work, and for names with -bnb-4bit, Unsloth may load something else and go on.
-    loaded = (model.config.name_or_path, any(type(m).__name__ == "Linear4bit" for m in model.modules()))
-    wanted = (base.location, in_4_bit)
-    if loaded[0] != wanted[0] or loaded[1] < wanted[1]:
-        words = [f"{name!r} in {'4' if quantized else '16 or 32'} bit" for name, quantized in (wanted, loaded)]
-        raise ModelError(
-            f"train.quantize_base: expected Unsloth to load {words[0]}, it loaded {words[1]}; set quantize_base to "
-            "what this machine and these weights can do"
-        )
-    keep_gradients(model)
-    return model
-
-
-def _add_adapter(model: Any, settings: TrainSettings) -> Any:
-    import torch
-    from unsloth import FastLanguageModel
-
-    check_target_modules(model, settings.target_modules)
-    model = FastLanguageModel.get_peft_model(
-        model,
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=sorted(settings.target_modules),
-        bias="none",
-        **(settings.peft if isinstance(settings.peft, dict) else {}),
-        use_gradient_checkpointing=_checkpointing(settings),
-        # It seeds anew before A is drawn: with the seed that `build` has just set, A starts as in the other arms.
-        random_state=torch.initial_seed(),
-    )
-    if not settings.unsloth_fused_lora:
-        unfuse_lora(model)
-    return model
-
-
-def _is_fused(value: Any) -> bool:
-    function = getattr(value, "__func__", value)
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__module__", None) == _KERNELS
-
-
-def fused_lora(model: Any) -> Iterator[tuple[str, Any, str]]:
-    """(module's name, module, attribute) wherever Unsloth has put one of its LoRA kernels in place of a method."""
-    for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if _is_fused(value):
-                yield name, module, attribute
-
-
-def unfuse_lora(model: Any) -> int:
-    """Have every LoRA module called again, as PEFT does; norms, rotary embeddings and the loss stay Unsloth's.
-
-    Unsloth (models/llama.py, patch_peft_model) puts `apply_qkv` and `apply_o` on attention modules and `forward` on
-    MLPs, or `_unsloth_forward` where the MLP is tiled. What it had there before, or falls back to, comes back. Returns
-    how many methods were put back; 0 on a CPU, where Unsloth fuses nothing.
-    """
-    found = list(fused_lora(model))
-    strange = [f"{name}.{attribute}" for name, _, attribute in found if attribute not in _KNOWN]
-    for name, module in model.named_modules():  # fused for all modules of a class, by unsloth_zoo's compiler
-        forward = type(module).forward
-        if _is_fused(forward) or (hasattr(module, "lora_A") and forward.__name__ == "unsloth_forward"):
-            strange.append(f"{name} ({type(module).__name__}.forward)")
-    if strange:
-        raise ModelError(
-            "train.unsloth_fused_lora: false: expected Unsloth's kernels in apply_qkv, apply_o and an MLP's forward, "
-            f"found them in {len(strange)} other places: {', '.join(strange[:4])}; set unsloth_fused_lora to true and "
-            "GRIT's capture to auto or gradients"
-        )
-    _swap(found)
-    return len(found)
-
-
-def _swap(found: Iterable[tuple[str, Any, str]]) -> None:
-    """Put back what Unsloth had there before it fused."""
-    for _, module, attribute in found:
-        if attribute == "forward":
-            del module.forward  # the class's own comes back
-        elif attribute == "_unsloth_forward":
-            module._unsloth_forward = type(module).forward  # unbound: tiling binds it
-        else:
-            llama = importlib.import_module("unsloth.models.llama")
-            setattr(module, attribute, getattr(llama, f"original_{attribute}"))
-
-
-@contextmanager
-def _unfused(model: Any) -> Iterator[None]:
-    found = [place for place in fused_lora(model) if place[2] in _KNOWN]
-    kernels = [vars(module)[attribute] for _, module, attribute in found]
-    _swap(found)
-    try:
-        yield
-    finally:
-        for (_, module, attribute), kernel in zip(found, kernels, strict=True):
-            setattr(module, attribute, kernel)
-
-
-def _trainer(settings: TrainSettings, **kwargs: Any) -> Any:
-    from trl import SFTTrainer  # Unsloth's: it has replaced TRL's by now, on a CPU too
-
-    args = kwargs["args"]
-    if settings.optimizer in ("adamw_torch", "adamw_torch_fused"):
-        args.optim = type(args.optim)(settings.optimizer)  # on a CPU Unsloth chooses the fused one
-    if args.bf16 != (settings.precision == "bf16"):
-        print("hybrid_grit: this CPU has no bf16 of its own, Unsloth trains in fp32", flush=True)
-    trainer = grit_trainer(SFTTrainer, settings, **kwargs)
-    example = kwargs["train_dataset"][0]
-    expected = sum(example["completion_mask"])
-    labels = trainer.data_collator([trainer.train_dataset[0]]).get("labels")
-    counted = None if labels is None else int((labels != -100).sum())
-    if counted != expected:
-        raise ModelError(
-            f"expected Unsloth's trainer to put the loss on the completion's {expected} tokens of the first example, "
-            f"it puts it on {counted}; use the versions in requirements-unsloth.lock and requirements.lock"
-        )
-    return trainer
+def _trainer(settings: HybridSettings, **kwargs: Any) -> Any:
+    return unsloth_lora.make_trainer(settings, grit_trainer, **kwargs)
 
 
 def _report(trainer: Any, job: TrainingJob) -> dict[str, Any]:
-    import unsloth
-
-    return {
-        **grit_report(trainer, job),
-        "unsloth": {
-            "version": unsloth.__version__,
-            "device": getattr(unsloth, "DEVICE_TYPE", None),
-            "fused_methods": sum(1 for _ in fused_lora(trainer.model)),
-        },
-    }
+    return {**grit_report(trainer, job), **unsloth_lora.report(trainer, job)}
 
 
 ARM = replace(
-    pure_grit.ARM,
+    unsloth_lora.ARM,
     name="hybrid_grit",
     title="Hybrid GRIT",
     settings=HybridSettings,
-    prepare=_prepare,
-    load_model=_load_model,
-    add_adapter=_add_adapter,
+    preconditions=True,
     make_trainer=_trainer,
-    unfused=_unfused,
     report=_report,
 )

@@ -1,9 +1,10 @@
-"""The arm hybrid_grit: Unsloth for real, on its CPU backend; a double stands in for its kernels on a GPU.
+"""The arms on Unsloth, real on its CPU backend; a double plays its kernels on a GPU.
 
 Unsloth patches TRL for the whole process and takes 10 s to import, so all jobs share few subprocesses.
 """
 
 import functools
+import json
 import os
 import pickle
 import signal
@@ -18,12 +19,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
+from probes import Evidence, judge
 from tests.trainers import runs
 from tests.trainers.runs import ROOT, curves
 from tests.trainers.test_training import WEIGHTS, loss_of
-from trainers.arms import hybrid_grit
+from trainers.arms import hybrid_grit, unsloth_lora
 from trainers.models import ModelError, add_lora, load_base_model
-from trainers.run import run
+from trainers.run import LEDGER, run
 
 GRIT = {"min_lora_rank": 1, "kfac_min_samples": 1, "grit_cov_update_freq": 1, "kfac_update_freq": 2, "log_freq": 4}
 MLP = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
@@ -54,6 +56,7 @@ def jobs(make_job):
     )  # fmt: skip
     longer = [*lasting.train, ("What?\n", "1" * 300)]
     return {
+        "lora": (make_job(), False, {}),
         "plain": (make_job(grit=GRIT), False, {}),
         "checkpointing": (make_job(grit=GRIT, gradient_checkpointing=True, **few), False, {}),
         "fused": (make_job(**mlp), True, {}),
@@ -89,6 +92,16 @@ def test_it_trains_with_unsloths_trainer_and_grit(seen):
     assert losses[-1] < losses[0]
     assert plain["optimizer"] == "adamw_torch"  # as the settings say; Unsloth alone would take another
     assert seen["litter"] == [] and plain["network"] == []
+
+
+def test_without_grit_it_trains_as_the_baseline_does(seen, jobs, adapter_dir):
+    """On a CPU, where Unsloth fuses nothing: an arm of plain AdamW, of which the probe says so."""
+    lora, baseline = seen["lora"], json.loads((adapter_dir / "loss_history.json").read_text())
+    assert "_make_cpu_sft_trainer" in lora["classes"][0] and lora["summary"]["unsloth"]["fused_methods"] == 0
+    curves = [[e["loss"] for e in entries if "loss" in e] for entries in (lora["history"], baseline)]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+    verdict = judge(Evidence.read(jobs["lora"][0].output / LEDGER))
+    assert verdict.verdict == "no_effect" and verdict.as_claimed, verdict.reason
 
 
 def test_a_and_b_start_as_in_the_other_arms(seen, jobs):
@@ -190,11 +203,11 @@ def test_undoing_reaches_every_place_that_unsloth_fuses(monkeypatch):
     torch.testing.assert_close(model(ids).logits, expected)  # the double computes the same
     assert not [c for c in calls if "mlp" in c]
     calls.clear()
-    assert hybrid_grit.unfuse_lora(model) == 4
+    assert unsloth_lora.unfuse_lora(model) == 4
     assert (attention.apply_qkv, attention.apply_o) == (llama.original_apply_qkv, llama.original_apply_o)
     assert torch.equal(model(ids).logits, expected)
     assert len([c for c in calls if "mlp" in c]) == 6 and "forward" in vars(tiled)  # tiling stays
-    assert hybrid_grit.unfuse_lora(model) == 0
+    assert unsloth_lora.unfuse_lora(model) == 0
 
 
 def test_a_place_that_is_not_known_is_named(monkeypatch):
@@ -202,7 +215,7 @@ def test_a_place_that_is_not_known_is_named(monkeypatch):
     layer = model.base_model.model.model.layers[1]
     layer.mlp.apply_new = runs.apply_lora_mlp
     with pytest.raises(ModelError, match=r"found them in 1 other places: .*layers\.1\.mlp\.apply_new; set unsloth_fus"):
-        hybrid_grit.unfuse_lora(model)
+        unsloth_lora.unfuse_lora(model)
     del layer.mlp.apply_new
 
     def unsloth_forward(self, x):
@@ -210,7 +223,7 @@ def test_a_place_that_is_not_known_is_named(monkeypatch):
 
     monkeypatch.setattr(type(layer.mlp.up_proj), "forward", unsloth_forward)  # as unsloth_zoo's compiler does
     with pytest.raises(ModelError, match=r"in 10 other places: .*q_proj \(Linear\.forward\)"):
-        hybrid_grit.unfuse_lora(model)
+        unsloth_lora.unfuse_lora(model)
 
 
 def test_without_unsloth_it_says_how_to_install_it(make_job, monkeypatch):
@@ -231,7 +244,9 @@ def test_labels_that_do_not_fit_the_completion_are_refused(make_job, monkeypatch
             train_dataset=kwargs["train_dataset"],
         )
 
-    monkeypatch.setattr(hybrid_grit, "grit_trainer", forgetful)
-    arm = replace(hybrid_grit.ARM, prepare=None, load_model=load_base_model, add_adapter=add_lora)
-    with pytest.raises(ModelError, match=r"loss on the completion's \d+ tokens of the first example, it puts it on"):
+    arm = replace(
+        unsloth_lora.ARM, prepare=None, load_model=load_base_model, add_adapter=add_lora,
+        make_trainer=lambda settings, **kwargs: unsloth_lora.make_trainer(settings, forgetful, **kwargs),
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=r"loss on the completion's \d+ tokens of the first example, got it on"):
         run(arm, job)
