@@ -110,11 +110,12 @@ def _set_apart(rows: Sequence[ArmRow], reference: ArmRow) -> str:
     for row in rows:
         if row.preserve and not reference.preserve:
             held.setdefault(row.preserve, []).append(row.arm)
-    names = listed(f"{listed(arms)} ({how})" for how, arms in sorted(held.items()))
-    libraries = [row.arm for row in rows if row.library not in ("", reference.library)]
-    parts = [f"{names} {'preserves' if sum(map(len, held.values())) == 1 else 'preserve'} the base"] if held else []
-    parts += [f"{listed(libraries)} {'trains' if len(libraries) == 1 else 'train'} on Unsloth"] if libraries else []
-    return f"{listed([*parts, f'{reference.arm} does not'])}" if parts else ""
+    parts, preserve = [], "preserves" if sum(map(len, held.values())) == 1 else "preserve"
+    if held:
+        parts.append(f"{listed(f'{listed(arms)} ({how})' for how, arms in sorted(held.items()))} {preserve} the base")
+    if libraries := [row.arm for row in rows if row.library not in ("", reference.library)]:
+        parts.append(f"{listed(libraries)} {'trains' if len(libraries) == 1 else 'train'} on Unsloth")
+    return listed([*parts, f"{reference.arm} does not"]) if parts else ""
 
 
 def not_compared(rows: Sequence[ArmRow], references: Iterable[str], present: Collection[str]) -> Iterable[str]:
