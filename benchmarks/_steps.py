@@ -69,19 +69,3 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return time.perf_counter() - started
-
-
-def block_ratios(plain: Loop, other: Loop, blocks: int) -> tuple[list[float], float]:
-    """Time of `other` over `plain` in each block of 50 steps of each, taken in turn; and plain's seconds a step."""
-    for _ in range(WARM_UP):
-        plain.step(), other.step()
-    ratios, seconds = [], 0.0
-    for _ in range(blocks):
-        total = [0.0, 0.0]
-        for number in range(BLOCK):
-            order = ((0, plain), (1, other)) if number % 2 else ((1, other), (0, plain))
-            for place, loop in order:
-                total[place] += loop.step()
-        ratios.append(total[1] / total[0])
-        seconds += total[0]
-    return ratios, seconds / (BLOCK * blocks)

@@ -8,11 +8,9 @@ process to the end of 12 steps. Run as `python -m benchmarks.grit_overhead`, on 
 import statistics
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks._harness import command, peak_tensor_bytes, write
-from benchmarks._steps import SHAPES, Loop, block_ratios
+from benchmarks._harness import blocks_in_turn, command, peak_tensor_bytes, show, step_time, step_time_text, write
+from benchmarks._steps import BLOCK, SHAPES, WARM_UP, Loop
 from grit import GRITConfig
 
 MEMORY_STEPS = 12
@@ -30,29 +28,24 @@ def peak_bytes(hidden: int, config: GRITConfig | None) -> int:
 
 
 def main() -> None:
-    """Measure and write the result."""
     rows = []
-    table = Table("hidden", "step time / plain [min, max]", "plain ms", "memory / plain", title="GRIT")
     for hidden in SHAPES:
-        ratios, plain = block_ratios(Loop(hidden, None), Loop(hidden, GRITConfig()), SHAPES[hidden][-1])
-        memory = peak_bytes(hidden, GRITConfig()) / peak_bytes(hidden, None)
-        rows.append(
-            {
-                "hidden_size": hidden,
-                "step_time_ratio": statistics.median(ratios),
-                "step_time_ratio_low": min(ratios),
-                "step_time_ratio_high": max(ratios),
-                "blocks": ratios,
-                "plain_ms_per_step": 1000 * plain,
-                "memory_ratio": memory,
-            }
-        )
-        spread = f"{statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"
-        table.add_row(str(hidden), spread, f"{1000 * plain:.1f}", f"{memory:.4f}")
-    Console().print(table)
-    write(
-        "grit_overhead", "Step time and memory with GRIT over AdamW alone", rows=rows, threads=torch.get_num_threads()
-    )
+        steps = {"plain": Loop(hidden, None).step, "GRIT": Loop(hidden, GRITConfig()).step}
+        seconds = blocks_in_turn(steps, SHAPES[hidden][-1], BLOCK, WARM_UP)
+        rows.append({
+            "hidden_size": hidden, **step_time(seconds, "GRIT", "plain"),
+            "plain_ms_per_step": 1000 * statistics.fmean(seconds["plain"]),
+            "memory_ratio": peak_bytes(hidden, GRITConfig()) / peak_bytes(hidden, None),
+        })  # fmt: skip
+    columns = {
+        "hidden": lambda row: row["hidden_size"],
+        "step time / plain [min, max]": step_time_text,
+        "plain ms": lambda row: f"{row['plain_ms_per_step']:.1f}",
+        "memory / plain": lambda row: f"{row['memory_ratio']:.4f}",
+    }
+    show("GRIT", columns, rows)
+    title = "Step time and memory with GRIT over AdamW alone"
+    write("grit_overhead", title, rows=rows, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ A block is 50 steps of each, so that sampled steps fall into it in their proport
 import statistics
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks._harness import command, write
-from benchmarks._steps import SHAPES, Loop, block_ratios
+from benchmarks._harness import blocks_in_turn, command, show, step_time, step_time_text, write
+from benchmarks._steps import BLOCK, SHAPES, WARM_UP, Loop
 from grit import GRITConfig
 
 EVERY = 50
@@ -19,30 +17,23 @@ EVERY = 50
 
 
 def main() -> None:
-    """Measure and write the result."""
-    table = Table(
-        "hidden", "optimizer", "a sample every", "step time / without [min, max]", "ms without", title="Probe"
-    )
     rows = []
     for hidden in SHAPES:
         for name, config in (("AdamW", None), ("GRIT", GRITConfig())):
-            ratios, plain = block_ratios(Loop(hidden, config), Loop(hidden, config, EVERY), SHAPES[hidden][-1])
-            middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
-            rows.append(
-                {
-                    "hidden_size": hidden,
-                    "optimizer": name,
-                    "every": EVERY,
-                    "step_time_ratio": middle,
-                    "step_time_ratio_low": low,
-                    "step_time_ratio_high": high,
-                    "blocks": ratios,
-                    "plain_ms_per_step": 1000 * plain,
-                }
-            )
-            spread = f"{middle:.3f} [{low:.3f}, {high:.3f}]"
-            table.add_row(str(hidden), name, f"{EVERY} steps", spread, f"{1000 * plain:.1f}")
-    Console().print(table)
+            steps = {"without": Loop(hidden, config).step, "with": Loop(hidden, config, EVERY).step}
+            seconds = blocks_in_turn(steps, SHAPES[hidden][-1], BLOCK, WARM_UP)
+            rows.append({
+                "hidden_size": hidden, "optimizer": name, "every": EVERY, **step_time(seconds, "with", "without"),
+                "plain_ms_per_step": 1000 * statistics.fmean(seconds["without"]),
+            })  # fmt: skip
+    columns = {
+        "hidden": lambda row: row["hidden_size"],
+        "optimizer": lambda row: row["optimizer"],
+        "a sample every": lambda row: f"{row['every']} steps",
+        "step time / without [min, max]": step_time_text,
+        "ms without": lambda row: f"{row['plain_ms_per_step']:.1f}",
+    }
+    show("Probe", columns, rows)
     write("probe_overhead", "Step time with the probe over without", rows=rows, threads=torch.get_num_threads())
 
 
