@@ -66,13 +66,20 @@ def singular_values(a: Any, b: Any, scale: float) -> list[float]:
 
     All are nan if a or b contains NaN or infinity, as in a diverged adapter.
     """
-    from torch.linalg import qr, svdvals
+    from torch.linalg import qr
 
     if not (a.isfinite().all() and b.isfinite().all()):
-        return [math.nan] * min(*a.shape, b.shape[0])  # LAPACK fails on them, sometimes only after a long time
+        return [math.nan] * min(*a.shape, b.shape[0])
     r_a = qr(a.detach().double().T, mode="r").R
     r_b = qr(b.detach().double(), mode="r").R
-    return [float(value) for value in svdvals(abs(scale) * (r_b @ r_a.T))]
+    return _spectrum(abs(scale) * (r_b @ r_a.T))
+
+
+def _spectrum(matrix: Any) -> list[float]:
+    """Singular values of a matrix; nan if it is not finite, where LAPACK fails, sometimes only after a long time."""
+    from torch.linalg import svdvals
+
+    return svdvals(matrix).tolist() if matrix.isfinite().all() else [math.nan] * min(matrix.shape)
 
 
 def updates(model: Any) -> Iterator[Update]:
@@ -81,7 +88,6 @@ def updates(model: Any) -> Iterator[Update]:
     An update that is not just s·B·A (DoRA, methods other than LoRA) is merged into a copy of the layer, and W is
     subtracted; not if W is in 4 bit, where rounding would be most of the difference.
     """
-    import torch
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.integrations import dequantize_module_weight
@@ -99,9 +105,7 @@ def updates(model: Any) -> Iterator[Update]:
             merged: Any = copy.deepcopy(module)
             merged.merge()
             change = (merged.get_base_layer().weight.detach() - weight).double()
-            values = [math.nan] * min(change.shape)
-            if change.isfinite().all():
-                values = [float(value) for value in torch.linalg.svdvals(change)]
+            values = _spectrum(change)
             rank = sum(value > 1e-6 * values[0] for value in values)
         else:
             continue

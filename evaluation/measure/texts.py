@@ -51,7 +51,7 @@ def read_texts(
 
     Errors name the keys of `section`, whose `text` may also be the word `own`.
     """
-    column = TEXT if source.lower().endswith(".txt") else column
+    column = TEXT if Path(source).suffix.lower() == ".txt" and not source.startswith(HUB) else column
 
     def text(raw: RawRow) -> str:
         value = raw.values.get(column)

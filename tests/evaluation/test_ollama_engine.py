@@ -316,7 +316,7 @@ def test_a_server_that_dies_midway_leaves_what_it_answered(double, clock, tmp_pa
     double.reply = answer_some
     path = tmp_path / "j.jsonl"
     with make(double, clock, parallel=parallel) as engine, Journal(path) as journal:
-        with pytest.raises(EngineError, match=r"ollama serve.*the same command goes on from there") as no:
+        with pytest.raises(EngineError, match=r"ollama serve.*the same command resumes") as no:
             score(engine, journal)
         done = len(path.read_text().splitlines())
         assert f"{done} of 24 items of test are done and kept" in str(no.value) and 5 < done < 24
