@@ -98,21 +98,20 @@ def like_with_like(rows: Iterable[ArmRow], arms: Mapping[str, ArmRow], baseline:
             if left := _set_apart(group, control):
                 words += f" Yet {left}, which may also explain a difference."
         else:
-            words += (
-                f" No arm here has the method of {baseline} and the rest in common with {listed(r.arm for r in group)}."
-            )
+            words += f" No arm here is {baseline} with everything else as in {listed(row.arm for row in group)}."
         yield words.strip()
 
 
 def _set_apart(rows: Sequence[ArmRow], reference: ArmRow) -> str:
-    """What arms have beside their method that another has not: "a and b preserve the base and c does not"."""
-    held: dict[str, list[str]] = {}
+    """What sets arms apart besides their method: "a and b preserve the base and c does not"."""
+    methods: dict[str, list[str]] = {}
     for row in rows:
         if row.preserve and not reference.preserve:
-            held.setdefault(row.preserve, []).append(row.arm)
-    parts, preserve = [], "preserves" if sum(map(len, held.values())) == 1 else "preserve"
-    if held:
-        parts.append(f"{listed(f'{listed(arms)} ({how})' for how, arms in sorted(held.items()))} {preserve} the base")
+            methods.setdefault(row.preserve, []).append(row.arm)
+    parts, verb = [], "preserves" if sum(map(len, methods.values())) == 1 else "preserve"
+    if methods:
+        names = listed(f"{listed(arms)} ({method})" for method, arms in sorted(methods.items()))
+        parts.append(f"{names} {verb} the base")
     if libraries := [row.arm for row in rows if row.library not in ("", reference.library)]:
         parts.append(f"{listed(libraries)} {'trains' if len(libraries) == 1 else 'train'} on Unsloth")
     return listed([*parts, f"{reference.arm} does not"]) if parts else ""
