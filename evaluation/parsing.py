@@ -38,13 +38,13 @@ def _clear(line: str) -> set[bool]:
     return verdicts
 
 
-def _words(line: str, positive: str, negative: str) -> set[bool]:
+def _words(line: str, positive: str) -> set[bool]:
     """Verdicts given by words such as true and false; "not true" means false.
 
     If a negation stands earlier in the same clause ("I do not know if it is true"), or the line begins with a "no" that
     is not an answer ("No source says that it is true"), the word may mean either.
     """
-    pattern = rf"(?:(?P<negated>{_NOT})|(?<!\w)(?<!\w-))(?:(?P<yes>{positive})|(?:{negative}))(?!\w|-\w)"
+    pattern = rf"(?:(?P<negated>{_NOT})|(?<!\w)(?<!\w-))(?:(?P<yes>{positive})|(?:false|incorrect))(?!\w|-\w)"
     unclear = _BEGINS_WITH_NO.match(line)
     verdicts = set()
     for clause in _CLAUSE_END.split(line):
@@ -59,18 +59,18 @@ def _words(line: str, positive: str, negative: str) -> set[bool]:
     return verdicts
 
 
-def read_yes_no(answer: str, positive: str = "true|correct", negative: str = "false|incorrect") -> bool | None:
+def read_yes_no(answer: str, positive: str = "true|correct") -> bool | None:
     """Whether an answer says yes (True) or no (False); None if it says neither or both.
 
     The first line with a verdict counts, whatever the model writes below it. Within it, yes, yeah, yep, yup, no, nope
-    and nah take precedence over `positive` and `negative`, other words for them (lower case, alternatives of a regular
-    expression). A word right after a negation means the opposite; if the negation is further away in its clause, the
-    word means neither. "Yes or no" says nothing; a single letter (y, n) must be the whole line. Digits are not labels.
+    and nah take precedence over `positive` (lower case, alternatives of a regular expression), false and incorrect. A
+    word right after a negation means the opposite; if the negation is further away in its clause, the word means
+    neither. "Yes or no" says nothing; a single letter (y, n) must be the whole line. Digits are not labels.
     """
     for line in _MARKDOWN.sub(" ", answer).casefold().splitlines():
         plain = _ECHO.sub(" ", line).strip()
         letter = _LETTERS.get(plain.strip(" .:()'\""))
-        verdicts = {letter} if letter is not None else _clear(plain) or _words(plain, positive, negative)
+        verdicts = {letter} if letter is not None else _clear(plain) or _words(plain, positive)
         if verdicts:
             return verdicts.pop() if len(verdicts) == 1 else None
     return None

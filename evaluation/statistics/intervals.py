@@ -52,7 +52,7 @@ def aligned(answers: Sequence[Mapping[str, float]]) -> Array:
     return np.array([[credit[item] for item in items] for credit in answers], dtype=np.float64)
 
 
-def bootstrap_mean(values: Array, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+def bootstrap_mean(values: Array, *, resamples: int = RESAMPLES) -> Interval:
     """Percentile bootstrap interval of a mean, items resampled with replacement (Efron 1979).
 
     With few distinct values, a resample is drawn as counts of each (multinomial): the same distribution, but faster.
@@ -61,7 +61,7 @@ def bootstrap_mean(values: Array, *, level: float = LEVEL, resamples: int = RESA
     if values.size == 0:
         raise ValueError("expected at least one item, got none")
     distinct, counts = np.unique(values, return_counts=True)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     if distinct.size <= _MOST_DISTINCT:
         means = rng.multinomial(values.size, counts / values.size, size=resamples) @ distinct / values.size
     else:
@@ -70,15 +70,16 @@ def bootstrap_mean(values: Array, *, level: float = LEVEL, resamples: int = RESA
         means = np.concatenate(drawn)
     # Rounded, so that a mean of exactly zero does not become 1e-17 and count as a gain.
     means = np.round(means, 12)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(values.mean()), float(low), float(high))
 
 
-def wilson(share: float, items: int, *, z: float = 1.959964) -> Interval:
+def wilson(share: float, items: int) -> Interval:
     """Score interval of a share of right answers (Wilson 1927), which keeps its width at 0 and 1.
 
-    It is conservative for shares averaged over seeds, which vary less than single answers. The default `z` covers 95%.
+    It is conservative for shares averaged over seeds, which vary less than single answers.
     """
+    z = 1.959964  # 95%
     spread = 1 + z * z / items
     center = (share + z * z / (2 * items)) / spread
     half = z * math.sqrt(share * (1 - share) / items + z * z / (4 * items * items)) / spread
@@ -111,7 +112,7 @@ def sign_test(differences: Array) -> float:
     return min(1.0, 2 * tail / 2**total)
 
 
-def sign_flip_test(differences: Array, *, flips: int = FLIPS, seed: int = 0) -> float:
+def sign_flip_test(differences: Array, *, flips: int = FLIPS) -> float:
     """Two-sided p-value for each item's difference having either sign with equal probability (Fisher 1935).
 
     Exact if at most `MOST_EXACT` items differ (for right and wrong answers: McNemar's test), else from random flips,
@@ -124,7 +125,7 @@ def sign_flip_test(differences: Array, *, flips: int = FLIPS, seed: int = 0) -> 
     if items <= MOST_EXACT:
         ways = (np.arange(2**items)[:, None] >> np.arange(items)) & 1
         return float((np.abs((1 - 2 * ways) @ values) >= threshold).mean())
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     extreme = 0
     for part in in_parts(flips, items):
         signs = rng.integers(2, size=(part, items), dtype=np.int8)

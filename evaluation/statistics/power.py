@@ -85,13 +85,13 @@ def _one_of_credits(delta: float, deviation: float) -> tuple[int | None, str]:
     return _smallest(enough, _LEAST_ITEMS, MOST_ITEMS), f"{varying}; one seed, so other seeds may differ"
 
 
-def mcnemar_items(delta: float, differing: float, target: float = TARGET) -> int:
+def mcnemar_items(delta: float, differing: float) -> int:
     """Items that McNemar's exact test needs (Connor 1987, with Fleiss' 1981 correction for the exact test).
 
     `delta` ≠ 0 is the share of gained minus that of lost items; `differing` ≥ |delta| the share of items on which the
     arms differ.
     """
-    z_alpha, z_beta = ndtri(1 - ALPHA / 2), ndtri(target)
+    z_alpha, z_beta = ndtri(1 - ALPHA / 2), ndtri(TARGET)
     root = z_alpha * math.sqrt(differing) + z_beta * math.sqrt(max(differing - delta * delta, 0.0))
     plain = (root / delta) ** 2
     corrected = plain / 4 * (1 + math.sqrt(1 + 4 / (plain * abs(delta)))) ** 2

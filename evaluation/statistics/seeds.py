@@ -40,9 +40,9 @@ _ROUNDING = 1e-12
 """Sums of hundreds of ones and zeros are exact to many more digits than this."""
 
 
-def quantile(df: float, level: float = LEVEL) -> float:
-    """The t with P(|T| ≤ t) = `level`; `df` may be a fraction."""
-    return float(stdtrit(df, (1 + level) / 2))
+def quantile(df: float) -> float:
+    """The t with P(|T| ≤ t) = LEVEL; `df` may be a fraction."""
+    return float(stdtrit(df, (1 + LEVEL) / 2))
 
 
 def two_sided(t: float, df: float) -> float:
@@ -91,7 +91,7 @@ def variance_of_mean(squares: MeanSquares) -> tuple[Array, Array]:
     return total / (s * i), np.maximum(df, s - 1)
 
 
-def crossed_interval(d: Array, level: float = LEVEL) -> tuple[Interval, float]:
+def crossed_interval(d: Array) -> tuple[Interval, float]:
     """(interval of the mean for other seeds and other items, two-sided p-value of a mean of zero), by Student's t.
 
     d has shape [S, I] with S ≥ 2 and values from -1 to 1. A single item tells nothing: the whole range and 1. The
@@ -103,24 +103,24 @@ def crossed_interval(d: Array, level: float = LEVEL) -> tuple[Interval, float]:
     squares = mean_squares(d)
     variance, df = (float(value) for value in variance_of_mean(squares))
     mean, error = float(squares.mean), float(np.sqrt(variance))
-    half = quantile(df, level) * error
+    half = quantile(df) * error
     p_value = two_sided(mean / error, df) if error > 0 else float(abs(mean) <= _ROUNDING)
     nonzero = int((np.abs(d.mean(axis=-2)) > _ROUNDING).sum())
     smallest = 2.0 ** (1 - nonzero) if nonzero else 1.0
     return Interval(mean, max(-1.0, mean - half), min(1.0, mean + half)), max(p_value, min(1.0, smallest))
 
 
-def items_interval(d: Array, level: float = LEVEL) -> Interval:
+def items_interval(d: Array) -> Interval:
     """Interval of the mean for other items and only these seeds: Student's t of the items' means, I ≥ 2."""
-    interval = mean_interval(d.mean(axis=0), level)
+    interval = mean_interval(d.mean(axis=0))
     return Interval(interval.estimate, max(-1.0, interval.low), min(1.0, interval.high))
 
 
-def mean_interval(values: Array, level: float = LEVEL) -> Interval:
+def mean_interval(values: Array) -> Interval:
     """Student's t interval of the mean of independent numbers; a single one gives no width."""
     mean, half = float(values.mean()), 0.0
     if values.size > 1:
-        half = quantile(values.size - 1, level) * float(values.std(ddof=1)) / values.size**0.5
+        half = quantile(values.size - 1) * float(values.std(ddof=1)) / values.size**0.5
     return Interval(mean, mean - half, mean + half)
 
 

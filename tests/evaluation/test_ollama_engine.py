@@ -319,7 +319,7 @@ def test_a_server_that_dies_midway_leaves_what_it_answered(double, clock, tmp_pa
         with pytest.raises(EngineError, match=r"ollama serve.*the same command resumes") as no:
             score(engine, journal)
         done = len(path.read_text().splitlines())
-        assert f"{done} of 24 items of test are done and kept" in str(no.value) and 5 < done < 24
+        assert f"{done} of 24 items of test are done and stored" in str(no.value) and 5 < done < 24
         kept = {item.prompt for item in ITEMS if journal.get("test", item.id)}
     with OllamaDouble(reply=reply) as second:
         put(second, tmp_path / "two")

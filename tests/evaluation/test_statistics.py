@@ -74,7 +74,6 @@ def test_the_bootstrap_equals_scipy(values: Array, within: float):
     assert ours.estimate == pytest.approx(values.mean())
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=within)
     assert bootstrap_mean(values) == ours, "the same data give the same interval"
-    assert bootstrap_mean(values, level=0.5).low > ours.low
     with pytest.raises(ValueError, match="at least one item"):
         bootstrap_mean(values[:0])
 
