@@ -33,12 +33,15 @@ def _numbers(form: type[Record]) -> dict[str, tuple[str, str, str]]:
     }
 
 
-_LAST = {
-    "evaluation_loss": ("final_eval_loss", "Loss on the held-out items"),
-    "kl_to_base": ("final_kl", "KL(base ‖ tuned) on texts of the base that no loss sees"),
+_FINAL = {
+    "evaluation_loss": ("final_eval_loss", "eval", "nats per token", "Loss on the held-out items"),
+    "kl_to_base": ("final_kl", "eval", "nats per token", "KL(base ‖ tuned) on texts of the base that no loss sees"),
+    "training_loss": ("final_loss", "train", "nats per token", "Last training loss that was logged"),
+    "inversions": ("grit.inversions", "train", "count", "Times that GRIT has refreshed its curvature"),
+    "gpu_memory_bytes": ("peak_gpu_memory_bytes", "train", "bytes", "Peak of what torch had allocated on the GPU"),
 }
-"""Name in the tables -> name in what stage train says of the adapter that is saved, and meaning."""
-_LOWER = {"relative_change", *_LAST}
+"""Name in the tables -> where the record of stage train has it, split, unit, meaning."""
+_LOWER = {"relative_change", *_FINAL} - {"inversions"}
 """Of what logs hold, the numbers of which less is better."""
 
 PROBE_NUMBERS, GRIT_NUMBERS = _numbers(records.UnitRecord), _numbers(records.GritLayer)
@@ -273,8 +276,10 @@ def _metrics(bundle: Bundle) -> Iterator[Row]:
         shares = {"token_ids_equal": parity.token_ids_equal, "greedy_equal": parity.greedy_equal, **pairs}
         numbers += [(name, "parity", share, parity.prompts) for name, share in shares.items()]
     told = bundle.stages["train"].extra if "train" in bundle.stages else {}
-    last = ((name, told.get(own)) for name, (own, _) in _LAST.items())
-    numbers += [(name, "eval", float(number), None) for name, number in last if number is not None]
+    for name, (place, split, *_) in _FINAL.items():
+        outer, _, inner = place.partition(".")
+        number = (told.get(outer) or {}).get(inner) if inner else told.get(outer)
+        numbers += [] if number is None else [(name, split, float(number), None)]
     # By their cleaned names, which may be the same; then the later one stays.
     final = {(clean_text(name), clean_text(split)): (number, n) for name, split, number, n in numbers}
     for (name, split), (number, n) in final.items():
@@ -315,7 +320,7 @@ def _defined(found: Mapping[str, records.MetricDefRecord]) -> dict[str, Row]:
 
 
 def _log_meanings(bundle: Bundle) -> dict[str, Row]:
-    last = [(name, "nats per token", words) for name, (_, words) in _LAST.items() if bundle.history]
+    last = [(name, unit, words) for name, (_, _, unit, words) in _FINAL.items() if bundle.history]
     kept = [*last, *(PROBE_NUMBERS.values() if bundle.ledger else ()), *(GRIT_NUMBERS.values() if bundle.grit else ())]
     return {
         name: {

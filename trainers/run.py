@@ -335,6 +335,7 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     Under `accelerate launch` every rank does so, to an output of its own, with checkpoints that they share.
     Same job on the same machine and thread count → same adapter bytes on a CPU, resumed or not.
     """
+    import torch
     from safetensors.torch import load_file
 
     trainer, train, valid = build(arm, job, **_lasting_arguments(job, f"{arm.name}-{job.seed}"))
@@ -389,6 +390,7 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
         "train_seconds": seconds,
         "resumed_from_step": resumed_from,
         "peak_memory_bytes": peak_memory_bytes(),
+        **({"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}),
         **said,
     }
 

@@ -19,6 +19,8 @@ from evaluation.statistics.seeds import crossed_interval
 BASELINE = "baseline_lora"
 RETENTION = ("retention", "retention_accuracy")
 LOSS, KL = ("eval", "evaluation_loss"), ("eval", "kl_to_base")
+OF_TRAINING = ("training_loss", "inversions", "gpu_memory_bytes")
+"""Metrics of split train that say how a training went, as stage train recorded them at its end."""
 CLUSTER_INDICES = ("calinski_harabasz", "xie_beni", "silhouette", "davies_bouldin", "dunn")
 
 

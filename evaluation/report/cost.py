@@ -18,14 +18,20 @@ _COSTS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "seconds_a_step": ("s per step", lambda n: significant(n, 3)),
     SECONDS: ("Training", duration),
     "peak_memory_bytes": ("Memory, MB", lambda n: f"{n / 1e6:,.0f}"),
+    "gpu_memory_bytes": ("GPU memory, MB", lambda n: f"{n / 1e6:,.0f}"),
+    "training_loss": ("Last training loss", lambda n: significant(n, 4)),
+    "inversions": ("Inversions", lambda n: f"{n:,.0f}"),
 }
-"""Name of a cost in `ArmRow.costs` → title, and how it is written."""
+"""Name of a cost in `ArmRow.costs`, or of a metric of split train → title, and how it is written."""
 
 
 def cost(row: ArmRow, comparison: Comparison, name: str) -> Cell:
     """A cost, mean over seeds, and how many times the baseline's it is."""
-    baseline = next((one.costs.get(name) for one in comparison.rows if one.arm == comparison.baseline), None)
-    value = row.costs.get(name)
+
+    def of(arm: ArmRow) -> float | None:
+        return arm.costs.get(name, arm.metrics.get(("train", name)))
+
+    baseline, value = next((of(arm) for arm in comparison.rows if arm.arm == comparison.baseline), None), of(row)
     ratio = f"{significant(value / baseline, 3)}×" if value and baseline and value != baseline else ""
     return Cell("–" if value is None else _COSTS[name][1](value), hint=ratio)
 
@@ -36,8 +42,8 @@ def training(report: Report) -> Section | None:
         return None
     note = (
         "Times include evaluations and checkpoints, and runs may have shared the machine; benchmarks/ compares costs "
-        "one at a time. Memory is the peak of the process, without what a GPU holds. Parameters are those of the saved "
-        "adapter, whose ranks may have shrunk."
+        "one at a time. Memory is the peak of the process; GPU memory is the peak of what torch had allocated there. "
+        "Parameters are those of the saved adapter, whose ranks may have shrunk."
     )
     blocks: list[Block] = [_arms(report.comparison, settings), Text(note, "note")]
     blocks += [panel] if (panel := _pictures(report)) else []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from db.queries import BASE
-from evaluation.report.arms import KL, LOSS, ArmRow
+from evaluation.report.arms import KL, LOSS, OF_TRAINING, ArmRow
 from evaluation.report.comparison import Comparison, Primary, Report, TaskRow
 from evaluation.report.criteria import NAMES, for_arm
 from evaluation.statistics.differences import Difference
@@ -94,6 +94,7 @@ def _record(comparison: Comparison, row: ArmRow) -> dict[str, object]:
         "preserve": row.preserve,
         "evaluation_loss": row.metrics.get(LOSS),
         "kl_to_base": row.metrics.get(KL),
+        **{name: row.metrics.get(("train", name)) for name in OF_TRAINING},
         "pareto_front": None if above is None else not above,
         "dominated_by": " ".join(above or ()),
     }
@@ -184,6 +185,7 @@ def _numbers(row: ArmRow, primary: Primary) -> dict[str, float | str]:
         "updates": row.updates or None,
         "evaluation_loss": row.metrics.get(LOSS),
         "kl_to_base": row.metrics.get(KL),
+        **{name: row.metrics.get(("train", name)) for name in OF_TRAINING},
         "preserve": row.preserve or None,
     }
     for d in row.differences:
