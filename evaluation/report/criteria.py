@@ -120,7 +120,7 @@ def by_retention(arm: str, share: Interval | None, accuracy: float | None) -> Cr
         return _criterion(KEPT, arm, threshold, None, "percent", "not measured on the same items as the base")
     judged = by_interval(share, KEPT_THRESHOLD, "%")
     if accuracy is not None:
-        judged = judged.noting(f"plain accuracy {accuracy:.1f}%")
+        judged = judged.noting(f"with a plain accuracy of {accuracy:.1f}%")
     return _criterion(KEPT, arm, threshold, share, "percent", judged)
 
 

@@ -21,10 +21,10 @@ from evaluation.report.provenance import byline
 from evaluation.report.sections import TITLE, sections
 
 DIGITS = 5
-"""Significant ones of a chart's numbers; a picture shows fewer."""
+"""Significant digits of a number in a chart; a picture shows fewer."""
 _HERE = Path(__file__).parent
 _SLOTS = {BASE: 0, "baseline_lora": 1, "hybrid_grit": 2, "pure_grit": 3}
-"""Colours of the known arms, as numbered in style.css; others take the rest in turn."""
+"""Colours of the known arms, as numbered in style.css; other arms take the rest in turn."""
 _OTHER_SLOTS = range(4, 16)
 
 
@@ -108,7 +108,7 @@ def _library() -> str:
 
 
 def _policy(scripts: list[str], style: str) -> str:
-    """A policy under which only these scripts run, and nothing is loaded, whatever text got in as markup.
+    """A policy under which only these scripts run and nothing is loaded, whatever markup got in.
 
     No 'unsafe-eval': charts are drawn by Vega's interpreter.
     """

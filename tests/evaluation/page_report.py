@@ -1,4 +1,4 @@
-"""A report with the database behind it, made once for all test modules, and what tests read in it."""
+"""Reports with their databases, made once for all test modules, and helpers that read them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Report:
 
 @cache
 def report(name: str) -> Report:
-    """The report of one of `BUILDERS`; readers share it, so nobody may change its files."""
+    """The report of one of `BUILDERS`; tests share it, so none may change its files."""
     folder = TemporaryDirectory(prefix="page-")
     BUILDERS[name](Path(folder.name))
     made = Report(Path(folder.name))
@@ -65,7 +65,7 @@ def rows_of(dataset: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def words(text: str) -> str:
-    """What a reader sees of a part of the page."""
+    """The visible text of a part of the page."""
     shown = re.sub(r"<(script|style)\b.*?</\1>", "", text, flags=re.DOTALL)
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", shown))).strip()
 

@@ -52,11 +52,11 @@ def make_page_tree(root: Path) -> Path:
 
 
 ODD_SEEDS = {"baseline_lora": (3, 5, 7), "hybrid_grit": (2,), "pure_grit": (3, 5, 7)}
-"""Seeds that are no positions; the second arm has none in common with the others."""
+"""Seeds that are not positions; the second arm shares none with the others."""
 
 
 def make_odd_tree(root: Path) -> Path:
-    """Arms that made the base worse; one has no partner, one diverged and did not do what it claims."""
+    """Arms that are worse than the base; one has no partner, one diverged and did not train as it claims."""
     add_arm(root, "base", 0, 110)
     for arm, right in (("baseline_lora", 20), ("hybrid_grit", 60), ("pure_grit", 70)):
         for seed in ODD_SEEDS[arm]:

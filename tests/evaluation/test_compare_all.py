@@ -1,4 +1,4 @@
-"""compare_all: numbers worked out by hand, which runs are compared with what, and every format."""
+"""compare_all: numbers computed by hand, which runs are compared with which, and every format."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def path(tree: Path) -> Path:
 # Numbers
 
 
-def test_numbers_worked_out_by_hand(few):
+def test_numbers_computed_by_hand(few):
     comparison = compared(few)
     base, lora, hybrid, pure = comparison.rows
     assert comparison.arms == ("base", "baseline_lora", "hybrid_grit", "pure_grit")
@@ -213,7 +213,7 @@ def test_another_baseline(path):
         (["--all-tasks", "--task", "aqi"], ["--task", "--all-tasks"]),
     ],
 )
-def test_unknown_names_are_told_with_those_that_exist(path, arguments, words):
+def test_unknown_names_are_refused_with_the_available_ones(path, arguments, words):
     done = run(path, *arguments)
     assert done.exit_code == 2 and all(word in done.output for word in words), done.output
 
@@ -301,7 +301,7 @@ def test_every_format_says_the_same(path):
     assert cells["speed loss: Δ speed &gt; -10%"].endswith("; 50% interval)")
 
 
-def test_what_could_not_be_computed_is_said_and_a_word_in_json(few, tmp_path):
+def test_numbers_that_could_not_be_computed_are_words(few, tmp_path):
     tree = make_tree(tmp_path / "project")
     scores = tree / "scores/baseline_lora/0/scores.json"
     known = json.loads(scores.read_text(encoding="utf-8"))["metrics"]
@@ -363,7 +363,7 @@ def test_retention_and_alignment_have_sections_where_measured(path, few):
         (math.nan, (0.4, 0.4), "not finite for every seed (2 seeds"),
     ],
 )
-def test_whether_the_alignment_index_differs_rests_on_p_values(path, p_value, deltas, words):
+def test_alignment_outcomes_rest_on_p_values(path, p_value, deltas, words):
     """Of several seeds the p-value is twice the mean."""
     metrics = {("alignment", "delta_alignment_index"): sum(deltas) / 2 or 0.1,
                ("alignment", "delta_alignment_p_value"): p_value}  # fmt: skip
@@ -408,7 +408,7 @@ def served(tmp_path_factory) -> Path:
     return stored(tree)
 
 
-def test_precisions_worked_out_by_hand(served):
+def test_precisions_computed_by_hand(served):
     f16, q8, q4 = compared(served).precisions
     assert [row.type for row in (f16, q8, q4)] == ["f16", "q8_0", "q4_K_M"] and q8.seeds == (0, 1)
     theirs = binomtest(70, 100).proportion_ci(method="wilson")

@@ -1,4 +1,4 @@
-"""Several tasks in one database: each is compared by its own metric, and none is forgotten when another comes."""
+"""Several tasks in one database: each is compared by its own metric, and a new one replaces none."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(*args, database=None):
     return done.exit_code, done.stdout, done.stderr
 
 
-def test_the_task_on_the_disk_is_compared_and_any_other_by_its_name():
+def test_the_task_on_disk_is_compared_and_any_other_by_name():
     assert of().primary == Primary("alpaca", "ROUGE-L", "alpaca_rouge_l") == of("alpaca").primary
     assert of("gsm8k").primary.title == "GSM8K exact match" and of("aqi").primary == FIRST
     assert (AQI.name, AQI.title, AQI.primary) == (FIRST.task, FIRST.title, FIRST.metric)
@@ -111,7 +111,7 @@ def test_words_are_the_tasks_own():
 
 
 def test_keys_for_other_programs(tmp_path):
-    """Only the air quality task keeps the names that it had before there were others."""
+    """Only the air quality task keeps its older names."""
     _, _, arm = csv.DictReader(io.StringIO(as_csv(of())))
     assert (arm["task"], arm["primary_metric"]) == ("alpaca", "alpaca_rouge_l")
     assert float(arm["score_low"]) < float(arm["score_percent"]) < float(arm["score_high"])
@@ -167,7 +167,7 @@ def test_an_unknown_task_is_refused_with_those_there_are():
     assert code == 2 and "Available: base, baseline_lora" in error, "arms are those of the task"
 
 
-def test_results_of_two_tasks_on_the_disk_are_told_apart(tmp_path):
+def test_results_of_two_tasks_on_disk_are_kept_apart(tmp_path):
     root = tmp_path / "project"
     add_task(root, GSM8K, binary=True)
     add_task_arm(root, ALPACA, "base", 0, credits_of("base", 0, 0.0), day=23)
@@ -201,7 +201,7 @@ def test_a_tasks_title_is_text_wherever_it_stands(tmp_path):
     assert "[red]match[/red] | of *all*" in run(database=tmp_path / "c.db")[1]
 
 
-def test_another_size_or_other_settings_are_left_out_and_said_so(tmp_path):
+def test_runs_of_another_size_or_other_settings_are_left_out_with_a_note(tmp_path):
     root, file = tmp_path / "project", tmp_path / "c.db"
     add_task(root, GSM8K, binary=True, day=20, base="small")
     ingest(root, file)

@@ -1,4 +1,4 @@
-"""Success criteria: passed or failed only by a whole interval."""
+"""Judgements and success criteria: better, worse, pass or fail only by a whole interval."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_accuracy_is_judged_by_interval_and_corrected_p() -> None:
     assert "p = 0.062" in by_difference(alike).reason
 
 
-def test_one_seed_tells_no_arm_from_another() -> None:
+def test_one_seed_cannot_distinguish_two_arms() -> None:
     own, other = np.array([[1.0] * 60 + [0.0] * 40]), np.zeros((1, 100))
     runs = {"one": 1, "three": 3}
     found = compare_pairs({

@@ -1,4 +1,4 @@
-"""The report as one HTML file: what stands in it is what the comparison says. `test_page_browser` opens it."""
+"""The report as one HTML file shows what the comparison says. `test_page_browser` opens it in a browser."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def page_of(made: Report, folder: Path, choice: Choice | None = None, baseline: 
 # Numbers
 
 
-def test_charts_draw_known_columns_and_intervals_where_they_lie(full):
+def test_charts_draw_existing_columns_and_true_intervals(full):
     data = full.data
     assert len(data["charts"]) >= 15
     for chart in data["charts"]:
@@ -113,8 +113,8 @@ def test_the_story_says_what_the_intervals_allow(differences, words):
     assert all(word in text for word in words) and bool(text) == bool(words)
 
 
-def test_what_speaks_against_an_arm_is_said(odd):
-    """Worse than the base; without a partner; not what it claims."""
+def test_reasons_against_an_arm_are_stated(odd):
+    """Worse than the base, without a partner, not training as it claims."""
     told = words(part(odd, "findings"))
     lead, against_base, claim, *_ = story(odd.comparison)
     assert "pure_grit" in lead and "+41.7" in lead and against_base.count(" worse ") == 2 and "3 seeds" in against_base
@@ -133,7 +133,7 @@ def test_what_limits_the_data_is_not_folded_away(full):
     assert len(full.comparison.methods) == 2 and not any(note in open_text for note in full.comparison.methods)
 
 
-def test_losses_that_were_lost_and_numbers_that_are_none_are_words(odd, full):
+def test_lost_losses_and_missing_numbers_are_put_into_words(odd, full):
     told = words(part(odd, "loss-curves"))
     assert "pure_grit: training loss not finite from step 4 (seeds 3, 5, 7); loss on held-out items not finite" in told
     assert "hybrid_grit:" not in told
@@ -153,7 +153,7 @@ def test_seeds_are_named_and_not_counted(odd, full):
     assert seeds_text(range(0, 20, 2)) == "10 seeds, 0 to 18" and seeds_text([2]) == "seed 2"
 
 
-def test_no_number_says_what_it_would_take():
+def test_where_no_number_of_items_is_enough_seeds_are_named():
     row = PowerRow("x", "base", 1, None, 500, 3, "why")
     (line,) = power([row, replace(row, points=2, seeds=9), replace(row, points=3, items=1200)]).blocks[1].rows
     assert [cell.hint or cell.text for cell in line[4:]] == ["needs more seeds", "9 seeds would", "1,200"]
@@ -227,7 +227,7 @@ def test_every_arm_has_its_method_its_settings_and_its_cost():
         ({}, "LoRA", "–"),
     ],
 )
-def test_a_method_is_told_in_a_few_words(own, method, betas):
+def test_a_method_in_a_few_words(own, method, betas):
     assert (cost.method(own), cost.betas(own)) == (method, betas)
 
 
@@ -246,7 +246,7 @@ def test_a_part_that_was_not_measured_has_no_section():
     assert "nothing to compare" in base
 
 
-def test_what_every_arm_tried_is_said_and_what_was_not_enough():
+def test_tuning_shows_every_try_and_its_limits():
     made = report("preserved")
     text = part(made, "tuning")
     assert "6 runs of 75 steps on seed 100" in words(text) and "baseline_lora_preserved" in words(text)
@@ -329,7 +329,7 @@ def luminance(colour: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_can_be_told_from_their_background(scheme):
+def test_colours_contrast_with_their_background(scheme):
     colours = palette(scheme)
     least = {name: 3 if name.startswith("--arm-") else 4.5 for name in colours}
     texts = ("--ink", "--muted", "--accent", "--good", "--bad", "--open")

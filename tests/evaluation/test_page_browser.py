@@ -166,7 +166,7 @@ def test_a_choice_redraws_its_charts_only(browser: Any) -> None:
         assert drawing(page, "forgetting") == kept and page.deeds == []
 
 
-def test_nothing_of_what_a_model_says_runs(browser: Any) -> None:
+def test_no_text_of_a_model_is_executed(browser: Any) -> None:
     with opened(browser, "evil") as page:
         draw_all(page)
         page.get_by_role("searchbox").fill("script")
@@ -189,7 +189,7 @@ def test_nothing_of_what_a_model_says_runs(browser: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "width"), [("full", 390), ("evil", 320)])
-def test_a_phone_need_not_scroll_sideways(browser: Any, name: str, width: int) -> None:
+def test_a_phone_does_not_scroll_sideways(browser: Any, name: str, width: int) -> None:
     with opened(browser, name, width=width) as page:
         draw_all(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -199,7 +199,7 @@ def test_a_phone_need_not_scroll_sideways(browser: Any, name: str, width: int) -
 
 
 def test_dark_mode_redraws_in_its_own_colours(browser: Any) -> None:
-    """`test_page` says that these can be told apart."""
+    """`test_page` checks their contrast."""
     with opened(browser, "full", scheme="dark") as page:
         for scheme in ("dark", "light"):
             page.emulate_media(color_scheme=scheme)
@@ -213,7 +213,7 @@ def test_dark_mode_redraws_in_its_own_colours(browser: Any) -> None:
             assert ground == f"rgb({', '.join(str(int(paper[at : at + 2], 16)) for at in (1, 3, 5))})"
 
 
-def test_it_can_be_used_without_seeing_it(browser: Any) -> None:
+def test_it_works_with_keyboard_and_screen_reader(browser: Any) -> None:
     with opened(browser, "full") as page:
         levels = page.eval_on_selector_all("h1, h2, h3", "all => all.map((h) => Number(h.tagName[1]))")
         assert levels[0] == 1 and levels.count(1) == 1
@@ -246,7 +246,7 @@ def test_the_browser_of_answers_shows_credit_and_finds_by_it(browser: Any) -> No
         assert counted(page) == apart and page.deeds == []
 
 
-def test_a_sheet_of_paper_has_everything(browser: Any) -> None:
+def test_print_shows_everything(browser: Any) -> None:
     with opened(browser, "full", width=680) as page:
         draw_all(page)
         page.evaluate("document.querySelectorAll('details').forEach((d, i) => { d.open = i === 0; })")
