@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from evaluation.report.arms import CLUSTER_INDICES, ArmRow
-from evaluation.report.blocks import Chart, Dataset, Panel, Section, Table, Text, arm_cell
+from evaluation.report.blocks import Chart, Dataset, Panel, Section, Table, Text, arm_cell, missing_note
 from evaluation.report.text import counted, interval, significant
 from evaluation.statistics.intervals import ALPHA
 
@@ -69,9 +69,3 @@ def alignment(rows: Sequence[ArmRow], conclusions: Sequence[str], *, air: bool) 
           *(significant(m.others.get(name), 3) for name in others)) for row, m in runs],
     )  # fmt: skip
     return Section("Alignment Quality Index", (Text(words), *map(Text, conclusions), panel, table))
-
-
-def missing_note(arms: Sequence[str], data: Dataset) -> str:
-    """Name the arms that a chart does not show."""
-    missing = [arm for arm in arms if arm not in data.levels("arm")]
-    return f"Not shown, because not measured or not finite: {', '.join(missing)}." if missing else ""

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from evaluation.report.blocks import Block, Cell, Section, Table, Text
 from evaluation.report.comparison import Comparison, Report, TaskRow
-from evaluation.report.findings import against_cell, score
-from evaluation.report.text import listed, seeds_text
+from evaluation.report.findings import against_cell
+from evaluation.report.text import listed, score, seeds_text
 
 
 def tasks(comparison: Comparison) -> Section | None:

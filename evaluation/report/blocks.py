@@ -158,6 +158,12 @@ class Panel:
         return {arm: (len(self.arms) - at) % 2 == 1 for at, arm in enumerate(self.arms)} if lines else {}
 
 
+def missing_note(arms: Iterable[str], data: Dataset) -> str:
+    """Name the arms that a chart does not show."""
+    missing = [arm for arm in arms if arm not in data.levels("arm")]
+    return f"Not shown, because not measured or not finite: {', '.join(missing)}." if missing else ""
+
+
 def interval_panel(
     name: str, title: str, rows: Iterable[tuple[str, str, Interval | None]], unit: str, note: str = ""
 ) -> list[Panel]:

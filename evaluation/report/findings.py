@@ -8,9 +8,8 @@ from evaluation.report.blocks import TONES, Block, Cell, Chart, Dataset, Details
 from evaluation.report.comparison import Comparison
 from evaluation.report.cost import SECONDS, cost
 from evaluation.report.judgement import compared, contradiction, like_with_like, not_compared
-from evaluation.report.text import arms_in_words, counted, interval, listed, number, significant
+from evaluation.report.text import arms_in_words, counted, interval, listed, number, score, significant
 from evaluation.statistics.differences import Difference
-from evaluation.statistics.intervals import Interval
 
 ANSWERS = ("test_answers", "answer_perplexity")
 _POINTS = 3
@@ -115,10 +114,6 @@ def arms_compared(comparison: Comparison) -> Table:
 
 def preserved(row: ArmRow) -> str:
     return f"preserved: {row.preserve}" if row.preserve else ""
-
-
-def score(value: float | None, bounds: Interval | None) -> str:
-    return number(value) if bounds is None else interval(bounds)
 
 
 def against_cell(difference: Difference | None, *, hint: bool = True) -> Cell:

@@ -4,13 +4,12 @@ import math
 from collections.abc import Mapping
 
 from db.queries import BASE
-from evaluation.report.alignment import missing_note
 from evaluation.report.arms import KL, LOSS, RETENTION
-from evaluation.report.blocks import Block, Cell, Chart, Dataset, Details, Panel, Section, Table, Text
+from evaluation.report.blocks import Block, Cell, Chart, Dataset, Details, Panel, Section, Table, Text, missing_note
 from evaluation.report.comparison import Comparison, Report
-from evaluation.report.findings import preserved, score
+from evaluation.report.findings import preserved
 from evaluation.report.results import Key
-from evaluation.report.text import interval, listed, number, percent, significant
+from evaluation.report.text import interval, listed, number, percent, score, significant
 
 _DISTANCES: Mapping[Key, str] = {
     KL: "KL(base ‖ tuned), nats per token",

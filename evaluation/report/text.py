@@ -36,6 +36,10 @@ def interval(value: Interval | None, *, sign: bool = False, digits: int = 1, uni
     return f"{estimate}{unit} [{low}, {high}]"
 
 
+def score(value: float | None, bounds: Interval | None) -> str:
+    return number(value) if bounds is None else interval(bounds)
+
+
 def arms_in_words(values: Mapping[str, Interval], *, sign: bool = False, unit: str = "") -> str:
     """Arms with their estimates, the largest first; up to two have their intervals, and one needs no name."""
 
