@@ -43,7 +43,6 @@ _FORMS = {  # name → required fields, optional fields
 }
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _TOOLS = ("tool", "function", "function_call", "observation", "ipython")
-_NO_TOOLS = "tool calls are not supported yet"
 
 
 def recognize(columns: Sequence[str], mapping: Mapping[str, str | None]) -> tuple[dict[str, str], str]:
@@ -79,20 +78,19 @@ def _listed(columns: Iterable[str]) -> str:
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
     if "text" in row:
         return _of_text(item_id, text(row, "text"))
-    for name in ("messages", "conversations"):
-        if name in row:
-            return _of_messages(item_id, name, row)
-    turns: list[tuple[str, str]] = []
+    system, unanswered, turns = optional_text(row, "system"), "", list[tuple[str, str]]()
+    if field := next((name for name in ("messages", "conversations", "history") if name in row), None):
+        try:
+            if field == "history":
+                turns = _history(row["history"])
+            else:
+                system, turns, unanswered = _conversation(row[field], FIELDS[field].about, system)
+        except ValueError as error:
+            raise RowError(field, str(error)) from error
     if "instruction" in row:
-        prompt = instruct.join_input(text(row, "instruction"), optional_text(row, "input"))
-        answer = text(row, "output")
-        turns = _history(row.get("history"))
-    else:
-        prompt, answer = text(row, "prompt"), text(row, "completion")
-    return _item(item_id, optional_text(row, "system"), [*turns, (prompt, answer)])
-
-
-def _item(item_id: str, system: str, turns: Sequence[tuple[str, str]], unanswered: str = "") -> Item:
+        turns.append((instruct.join_input(text(row, "instruction"), optional_text(row, "input")), text(row, "output")))
+    elif "prompt" in row:
+        turns.append((text(row, "prompt"), text(row, "completion")))
     *before, (prompt, answer) = turns
     truth = {"answer": answer, **({"unanswered": unanswered} if unanswered else {})}
     return Item(item_id, NAME, prompt, answer, truth, turns=tuple(before), system=system or None)
@@ -108,79 +106,79 @@ def _of_text(item_id: str, whole: str) -> Item:
     return Item(item_id, NAME, whole[:cut], whole[cut:], {"answer": whole[cut:].strip()}, whole=True)
 
 
-def _parsed(name: str, value: Any) -> Any:
+def _parsed(value: Any) -> Any:
     """A list, which in a cell of a CSV file is JSON."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise RowError(name, f"expected a list in JSON, got broken JSON ({error})") from error
+            raise ValueError(f"expected a list in JSON, got broken JSON ({error})") from error
     return value
 
 
 def _history(value: Any) -> list[tuple[str, str]]:
-    pairs = _parsed("history", value) or []
+    pairs = _parsed(value) or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise RowError("history", f"expected a list of [question, answer], got {brief(pairs)}")
+        raise ValueError(f"expected a list of [question, answer], got {brief(pairs)}")
     return [
-        (_content("history", f"question {n}", question), _content("history", f"answer {n}", answer))
+        (_content(f"question {n}", question), _content(f"answer {n}", answer))
         for n, (question, answer) in enumerate(pairs, start=1)
     ]
 
 
-def _of_messages(item_id: str, name: str, row: Mapping[str, Any]) -> Item:
-    messages = _parsed(name, row[name])
+def _conversation(value: Any, about: str, system: str) -> tuple[str, list[tuple[str, str]], str]:
+    """(system message, turns of question and answer, a last question without an answer)."""
+    messages = _parsed(value)
     if not isinstance(messages, list) or not messages:
-        got = "nothing" if messages in (None, []) else brief(messages)
-        raise RowError(name, f"expected {FIELDS[name].about}, got {got}")
-    system, spoken = optional_text(row, "system"), list[tuple[str, str]]()
+        raise ValueError(f"expected {about}, got {'nothing' if messages in (None, []) else brief(messages)}")
+    spoken: list[tuple[str, str]] = []
     for number, message in enumerate(messages, start=1):
-        role, content = _message(name, f"turn {number}", message)
+        where = f"turn {number}"
+        role, content = _message(where, message)
         if role == "system":
             if number > 1 or (system and content):
-                where = "among the turns" if number > 1 else "in addition to field system"
-                raise RowError(name, f"turn {number}: expected one system message, at the start, got one {where}")
+                place = "among the turns" if number > 1 else "in addition to field system"
+                raise ValueError(f"{where}: expected one system message, at the start, got one {place}")
             system = system or content
         elif spoken and spoken[-1][0] == role:
             other = "an answer" if role == "user" else "a question"
-            raise RowError(name, f"turn {number}: expected {other}, got two {role} turns in a row")
+            raise ValueError(f"{where}: expected {other}, got two {role} turns in a row")
         elif not spoken and role == "assistant":
-            raise RowError(name, f"turn {number}: expected a user turn first, got an assistant turn")
+            raise ValueError(f"{where}: expected a user turn first, got an assistant turn")
         else:
             spoken.append((role, content))
     unanswered = spoken.pop()[1] if spoken and spoken[-1][0] == "user" else ""
     if not spoken:
-        raise RowError(name, "expected an assistant turn, got none")
-    turns = [(spoken[n][1], spoken[n + 1][1]) for n in range(0, len(spoken), 2)]
-    return _item(item_id, system, turns, unanswered)
+        raise ValueError("expected an assistant turn, got none")
+    return system, [(spoken[n][1], spoken[n + 1][1]) for n in range(0, len(spoken), 2)], unanswered
 
 
-def _message(name: str, where: str, message: Any) -> tuple[str, str]:
+def _message(where: str, message: Any) -> tuple[str, str]:
     """Role (system, user or assistant) and content."""
     if not isinstance(message, dict):
-        raise RowError(name, f"{where}: expected {{role, content}} or {{from, value}}, got {brief(message)}")
+        raise ValueError(f"{where}: expected {{role, content}} or {{from, value}}, got {brief(message)}")
     role, content = (next((message[key] for key in keys if message.get(key) is not None), None)
                      for keys in (("role", "from"), ("content", "value")))  # fmt: skip
     if role in _TOOLS or any(message.get(key) for key in ("tool_calls", "function_call")):
-        raise RowError(name, f"{where}: {_NO_TOOLS}")
+        raise ValueError(f"{where}: tool calls are not supported yet")
     plain_role = _ROLES.get(str(role).casefold())
     if plain_role is None:
-        raise RowError(name, f"{where}: expected a role, got {brief(role)}{suggest(str(role), _ROLES)}")
+        raise ValueError(f"{where}: expected a role, got {brief(role)}{suggest(str(role), _ROLES)}")
     if message.get("weight") not in (None, 1):
-        raise RowError(name, f"{where}: expected weight 1, since every answer is learned, got {message['weight']!r}")
-    return plain_role, _content(name, f"{where} ({role})", content, empty=plain_role == "system")
+        raise ValueError(f"{where}: expected weight 1, since every answer is learned, got {message['weight']!r}")
+    return plain_role, _content(f"{where} ({role})", content, empty=plain_role == "system")
 
 
-def _content(name: str, where: str, content: Any, empty: bool = False) -> str:
+def _content(where: str, content: Any, empty: bool = False) -> str:
     if isinstance(content, list):
         parts = [part if isinstance(part, dict) else {} for part in content]
         if others := [str(part.get("type")) for part in parts if part.get("type") != "text"]:
-            raise RowError(name, f"{where}: expected parts of text, got {', '.join(others)}; task {NAME} is text only")
+            raise ValueError(f"{where}: expected parts of text, got {', '.join(others)}; task {NAME} is text only")
         content = "\n".join(str(part.get("text") or "") for part in parts)
     try:
         return (optional_text if empty else text)({"content": content}, "content")
     except RowError as error:
-        raise RowError(name, f"{where}: {error.problems[0][1]}") from error
+        raise ValueError(f"{where}: {error.problems[0][1]}") from error
 
 
 def complete(items: Sequence[Item]) -> list[str]:
