@@ -1,6 +1,6 @@
-"""Small data sets in the format that each of the five has on the hub, written with `datasets` itself.
+"""Small versions of the five data sets, in their hub format, written by `datasets` itself.
 
-The questions are simple and of the words that the embedded base knows, so that a small model can learn them.
+The questions are simple and use only words that the embedded base knows, so that a small model can learn them.
 """
 
 from __future__ import annotations
@@ -78,35 +78,33 @@ MAKERS: dict[str, Callable[[random.Random], Row]] = {
 def rows(task: str, n: int, seed: int = 0) -> list[Row]:
     """Different rows with the hub's field names and types."""
     rng = random.Random(f"{task}-{seed}")
-    found: dict[str, Row] = {}
-    while len(found) < n:
+    unique: dict[str, Row] = {}
+    while len(unique) < n:
         row = MAKERS[task](rng)
-        found.setdefault(repr({k: v for k, v in row.items() if k != "idx"}), row)
-    return list(found.values())
+        unique.setdefault(repr({k: v for k, v in row.items() if k != "idx"}), row)
+    return list(unique.values())
 
 
-def data_set(task: str, some: list[Row]) -> Any:
+def data_set(task: str, rows: list[Row]) -> Any:
     from datasets import ClassLabel, Dataset
 
-    made = Dataset.from_list(some)
-    if task == "qnli":
-        made = made.cast_column("label", ClassLabel(names=["entailment", "not_entailment"]))
-    return made
+    data = Dataset.from_list(rows)
+    return data.cast_column("label", ClassLabel(names=["entailment", "not_entailment"])) if task == "qnli" else data
 
 
 def write(folder: Path, task: str, n: int, n_test: int = 0) -> Path:
-    """A data set in a new folder as the hub has it: Parquet files, or JSON lines in Dolly's case.
+    """A data set in a new folder as on the hub: Parquet files, or JSON lines for Dolly.
 
-    `n_test` rows are of the split that the data set tests with; Alpaca and Dolly have none.
+    `n_test` rows go to the split that the data set tests with; Alpaca and Dolly have none.
     """
-    some = rows(task, n + n_test)
+    every = rows(task, n + n_test)
     (folder if task == "dolly" else folder / "data").mkdir(parents=True)
     if task == "dolly":
-        data_set(task, some).to_json(folder / "databricks-dolly-15k.jsonl")
+        data_set(task, every).to_json(folder / "databricks-dolly-15k.jsonl")
         return folder
-    parts = {"train": some[:n]}
+    splits = {"train": every[:n]}
     if task != "alpaca":
-        parts["test" if task == "gsm8k" else "validation"] = some[n:]
-    for split, found in parts.items():
-        data_set(task, found).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+        splits["test" if task == "gsm8k" else "validation"] = every[n:]
+    for split, part in splits.items():
+        data_set(task, part).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
     return folder
