@@ -137,7 +137,7 @@ def _problems_of_arms(raw: dict[str, Any]) -> list[str]:
     matrix = matrix if isinstance(matrix, dict) else {}
     train_section = train_section if isinstance(train_section, dict) else {}
     selected = names if isinstance(names := matrix.get("arms"), list) else []
-    known, problems, usable = arms.names(), list[str](), list(arms.names())
+    arm_names, problems, usable = arms.names(), list[str](), list(arms.names())
     for arm, entry in entries.items():
         where = f"arms.{arm}"
         if not isinstance(entry, dict):
@@ -154,17 +154,17 @@ def _problems_of_arms(raw: dict[str, Any]) -> list[str]:
             problems.append(f"{where}.peft: expected a file in {THEIRS}/, which DVC watches, got {file!r}")
         original = entry.get(VARIANT_OF)
         code = arm if original is None else original
-        if original is None and arm not in known:
+        if original is None and arm not in arm_names:
             problems.append(
-                f"{where}: unknown arm{suggest(str(arm), known)}. A variant names its arm with {VARIANT_OF}:"
+                f"{where}: unknown arm{suggest(str(arm), arm_names)}. A variant names its arm with {VARIANT_OF}:"
             )
-        elif original is not None and (arm in known or arm == BASE_ARM or not NAME.fullmatch(str(arm))):
+        elif original is not None and (arm in arm_names or arm == BASE_ARM or not NAME.fullmatch(str(arm))):
             problems.append(f"{where}: expected a new name of lower-case letters, digits and _ for a variant")
-        elif code not in known:
-            problems.append(f"{where}.{VARIANT_OF}: unknown arm {original!r}{suggest(str(original), known)}")
+        elif code not in arm_names:
+            problems.append(f"{where}.{VARIANT_OF}: unknown arm {original!r}{suggest(str(original), arm_names)}")
         else:
             usable.append(arm)
-        schema = arms.load(code).settings if code in known else TrainSettings
+        schema = arms.load(code).settings if code in arm_names else TrainSettings
         for error in train.setting_errors(schema, settings):
             # A combination is the arm's fault only if the arm is trained and section train is fine without it.
             key_of_arm = error["loc"] and error["loc"][0] in entry
@@ -176,7 +176,7 @@ def _problems_of_arms(raw: dict[str, Any]) -> list[str]:
     return problems + [
         f"arms.{a}: missing, but the matrix names this arm; write `{a}: {{}}` if it needs no settings"
         for a in selected
-        if a in known and a not in entries
+        if a in arm_names and a not in entries
     ]
 
 

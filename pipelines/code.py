@@ -1,10 +1,11 @@
-"""One hash for all the code that a module can reach, so that DVC reruns a stage when its code changes and only then.
+"""One hash of all the code that a module can reach, so that DVC reruns a stage exactly when its code changes.
 
-The code of a module is its import closure within the project, imports inside functions included, read from the source
-without running it. Comments, docstrings and layout leave the hash as it is. A package's `__init__` counts only where a
-name is defined in it: `from probes import judge` leads to probes/verdict.py and nowhere else. A text that is a module's
-name counts as an import of it ("-m", "pipelines.train"); an f-string such as f"evaluation.tasks.{name}" as one of every
-module there, unless `plugins` names those that are used.
+The code of a module is its import closure within the project, including imports inside functions, read from the source
+without running it. Comments, docstrings and layout do not affect the hash. A package's `__init__` counts only for names
+that it defines: `from probes import judge` leads to probes/verdict.py alone. A string that is a module's name counts as
+an import of it ("-m", "pipelines.train"), and an f-string such as f"evaluation.tasks.{name}" as an import of all the
+modules there, unless `plugins` names the ones in use. grimp sees neither kind of string and follows every `__init__`:
+with it, a change of probes/verdict.py would retrain every arm.
 """
 
 import ast
@@ -18,7 +19,7 @@ Plugins = Mapping[str, Sequence[str]]
 
 
 def code_hash(*modules: str, plugins: Plugins | None = None) -> str:
-    """Hash of the code that some modules can reach; plugins: package → those of its modules that are used."""
+    """Hash of the code that the modules can reach; plugins: package → its modules in use."""
     digest = hashlib.sha256()
     files = closure(*modules, plugins=plugins)
     beside = {f for folder in {file.parent for file in files} for f in folder.iterdir() if f.is_file()}
@@ -29,26 +30,26 @@ def code_hash(*modules: str, plugins: Plugins | None = None) -> str:
 
 
 def closure(*modules: str, plugins: Plugins | None = None) -> set[Path]:
-    """The source files of some modules and of all that they import."""
-    found: set[Path] = set()
+    """The source files of the modules and of everything that they import."""
+    files: set[Path] = set()
     seen, waiting = set[str](), set(modules)
     while waiting:
         seen.add(module := waiting.pop())
         file = file_of(module)
-        if file is not None and file not in found:
-            found.add(file)
+        if file is not None and file not in files:
+            files.add(file)
             waiting.update(set(imports(file, plugins or {})) - seen)
-    return found
+    return files
 
 
 def file_of(module: str) -> Path | None:
-    """The source file of a module of this project."""
+    """The source file of a module; None if it is not one of this project."""
     stem = ROOT.joinpath(*module.split("."))
     return next((file for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.is_file()), None)
 
 
 def imports(file: Path, plugins: Plugins) -> Iterator[str]:
-    """The modules, also of other projects, that a source file may import."""
+    """The modules, including those of other packages, that a source file may import."""
     for node in _importing(file.read_text(encoding="utf-8")):
         match node:
             case ast.Import(names=names):
@@ -64,10 +65,10 @@ def imports(file: Path, plugins: Plugins) -> Iterator[str]:
 
 
 def _plugins(package: str, plugins: Plugins) -> list[str]:
-    """The modules of a package that are imported by name."""
+    """The modules of a package that may be imported by a computed name."""
     folder = ROOT.joinpath(*package.split("."))
-    there = [file.stem for file in sorted(folder.glob("*.py"))] if package.replace(".", "").isidentifier() else []
-    return [f"{package}.{name}" for name in (plugins.get(package, there) if there else ())]
+    names = [file.stem for file in sorted(folder.glob("*.py"))] if package.replace(".", "").isidentifier() else []
+    return [f"{package}.{name}" for name in (plugins.get(package, names) if names else ())]
 
 
 def _home(module: str, name: str) -> str:
@@ -79,21 +80,21 @@ def _home(module: str, name: str) -> str:
     for node in ast.walk(inside) if inside else ():
         match node:
             case ast.ImportFrom(module=str(source), names=names, level=0):
-                if found := next((alias.name for alias in names if (alias.asname or alias.name) == name), None):
-                    return _home(source, found)
-            case ast.Dict(keys=keys, values=values):  # name → module, or module → names, of a lazy __getattr__
+                if original := next((alias.name for alias in names if (alias.asname or alias.name) == name), None):
+                    return _home(source, original)
+            case ast.Dict(keys=keys, values=values):  # of a lazy __getattr__: name → module, or module → names
                 for key, value in zip(keys, values, strict=True):
                     match key, value:
                         case ast.Constant(value=str(one)), ast.Constant(value=str(other)):
-                            for source, there in ((one, other), (other, one)):
-                                if name in there.split() and file_of(source):
+                            for source, exports in ((one, other), (other, one)):
+                                if name in exports.split() and file_of(source):
                                     return _home(source, name)
     return module
 
 
 @cache
 def _importing(source: str) -> list[ast.AST]:
-    """The nodes that may stand for an import: import statements, f-strings, texts like a module's name."""
+    """The nodes that may be imports: import statements, f-strings, strings like a module's name."""
 
     def may(node: ast.AST) -> bool:
         match node:

@@ -97,10 +97,10 @@ class Rows:
         self.layers += [{"name": k, "split": split, "layer": layer, "value": finite(v)} for k, v in values.items()]
 
     def definitions(self) -> dict[str, dict[str, str]]:
-        known = {**states.perplexity_metrics(self.texts), **states.perplexity_metrics(ANSWERS, "answer_")}
-        known |= {**drift.METRICS, **separation.METRICS}
+        definitions = {**states.perplexity_metrics(self.texts), **states.perplexity_metrics(ANSWERS, "answer_")}
+        definitions |= {**drift.METRICS, **separation.METRICS}
         names = dict.fromkeys(row["name"] for row in [*self.metrics, *self.layers])
-        return {n: dict(zip(("unit", "direction", "description"), known[n], strict=True)) for n in names}
+        return {n: dict(zip(("unit", "direction", "description"), definitions[n], strict=True)) for n in names}
 
 
 def finite(value: float) -> float | None:

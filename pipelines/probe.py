@@ -76,8 +76,8 @@ def twins(params: Params, arm: str, seed: int, warmup: int) -> Twin:
     """
     steps = params.probe.twin_steps + warmup  # a twin is no longer than the real run
     curve = [float(loss) for loss in read_json(adapter_dir(arm, seed) / STEP_LOSSES)[:steps]]
-    known = [curve] if params.code_of(arm) == BASELINE else []
-    baseline, again = known + twin_curves(params, arm, seed, len(curve), (False, True)[len(known) :])
+    first = [curve] if params.code_of(arm) == BASELINE else []
+    baseline, again = first + twin_curves(params, arm, seed, len(curve), (False, True)[len(first) :])
     return Twin(baseline, again, curve, perturbed=True)
 
 

@@ -44,12 +44,12 @@ def available(folder: Path = PROFILES) -> dict[str, Path]:
 
 def merged(name: str, folder: Path = PROFILES) -> tuple[dict[str, Any], list[Path]]:
     """The settings of a name like gsm8k+llama3_8b, and their files; ConfigError if they cannot be combined."""
-    known, names = available(folder), [part.strip() for part in name.split("+")]
-    problems = [f"no profile {n!r} in {folder}/{suggest(n, known)}" for n in names if n not in known]
+    profiles, names = available(folder), [part.strip() for part in name.split("+")]
+    problems = [f"no profile {n!r} in {folder}/{suggest(n, profiles)}" for n in names if n not in profiles]
     problems += [
         f"expected no duplicates, got {n} more than once" for n in sorted({n for n in names if names.count(n) > 1})
     ]
-    chosen = {n: known[n] for n in names if n in known}
+    chosen = {n: profiles[n] for n in names if n in profiles}
     sizes = [n for n, file in chosen.items() if n == BOTTOM or file.parent.name == "sizes"]
     tasks = [n for n, file in chosen.items() if file.parent.name == "tasks"]
     pair = folder / f"sizes/{'+'.join(sizes)}.yaml"
@@ -57,11 +57,11 @@ def merged(name: str, folder: Path = PROFILES) -> tuple[dict[str, Any], list[Pat
     problems += [f"expected one size, got {', '.join(sizes)}"] if len(sizes) > 1 and not pair.is_file() else []
     if problems:
         raise ConfigError("\n".join(problems))
-    files = [known[n] for n in dict.fromkeys([BOTTOM, *(sizes or [SIZE_OF_TASKS] * len(tasks))])]
+    files = [profiles[n] for n in dict.fromkeys([BOTTOM, *(sizes or [SIZE_OF_TASKS] * len(tasks))])]
     files += [pair] if len(sizes) > 1 else []
     settings = _merge(files)
     for task in tasks:
-        of_task = [folder / f"tasks/{RECIPE}.yaml", known[task]]
+        of_task = [folder / f"tasks/{RECIPE}.yaml", profiles[task]]
         if settings["prepare_base"]["source"] != "embedded":
             of_task += [folder / f"tasks/full/{RECIPE}.yaml", folder / f"tasks/full/{task}.yaml"]
         files += [file for file in of_task if file.is_file()]
@@ -195,9 +195,9 @@ def main(
 ) -> None:
     """Choose a profile: rewrites params.yaml."""
     if not name:
-        for known, file in available().items():
+        for profile, file in available().items():
             first = file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-            typer.echo(f"{known:14}{first}")
+            typer.echo(f"{profile:14}{first}")
         return
     with clear_errors("profile", code=2):
         changed = choose(name, force=force)

@@ -54,10 +54,10 @@ class Executor(Protocol):
     slots: int  # stages at a time
 
     def start(self, name: str) -> bool:
-        """Start a stage, which leaves its output in LOGS/<name>.log; returns whether it runs already."""
+        """Start a stage, which writes its output to LOGS/<name>.log; returns False if it is only queued."""
 
     def poll(self) -> Iterator[tuple[str, str | Outcome]]:
-        """Wait a moment; yields stages that began later than `start`, with their place, and those that ended."""
+        """Wait a moment; yields queued stages that began, with the place where, and stages that ended."""
 
 
 @dataclass
@@ -70,10 +70,12 @@ def walk(waits: dict[str, set[str]], executor: Executor, progress: Progress) -> 
     """Run stages, each after those it waits for. A failure stops what depends on it and nothing else."""
     LOGS.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = read_json(TIMES) if TIMES.is_file() else {}
-    known = [seconds[name] for name in waits if name in seconds]
+    earlier = [seconds[name] for name in waits if name in seconds]
     at_a_time = f", {executor.slots} at a time" if executor.slots < sys.maxsize else ""
     guess = (
-        f", about {duration(sum(known) / executor.slots)} last time" if at_a_time and len(known) == len(waits) else ""
+        f", about {duration(sum(earlier) / executor.slots)} last time"
+        if at_a_time and len(earlier) == len(waits)
+        else ""
     )
     print(f"{len(waits)} stages to run{at_a_time}{guess}", flush=True)
     waiting = {name: set(before) for name, before in waits.items()}

@@ -118,8 +118,10 @@ class Params(StageParams):
         lines: list[str] = []
         if self.tune.grid and self.tune.seed in self.matrix.seeds:
             lines.append(f"tune.seed: expected a seed outside of the matrix {self.matrix.seeds}, got {self.tune.seed}")
-        known = [arm for arm in self.matrix.arms if self.code_of(arm) in arms.names()]  # stage check names the others
-        for arm, values in product(known, self.tune.tries):
+        existing = [
+            arm for arm in self.matrix.arms if self.code_of(arm) in arms.names()
+        ]  # stage check names the others
+        for arm, values in product(existing, self.tune.tries):
             schema: type[TrainSettings] = arms.load(self.code_of(arm)).settings
             settings = overridden(overridden(self.train.model_dump(), self.arms.get(arm, {})), values)
             lines += explain(setting_errors(schema, settings), schema, "tune.grid")

@@ -119,11 +119,11 @@ def make_job(base_dir, train_settings, aqi_examples, tmp_path_factory):
     from trainers.settings import BaseReference, TrainSettings
 
     def make(seed=0, checkpoints: Path | None = None, grit=None, output: Path | None = None, **changes):
-        own = {} if grit is None else {"grit": grit}
-        kind = GritSettings if own else TrainSettings
+        custom = {} if grit is None else {"grit": grit}
+        kind = GritSettings if custom else TrainSettings
         return TrainingJob(
             base=BaseReference(str(base_dir)),
-            settings=kind(**{**train_settings.model_dump(), **changes, **own}),
+            settings=kind(**{**train_settings.model_dump(), **changes, **custom}),
             seed=seed,
             train=aqi_examples[:64],
             valid=aqi_examples[64:],

@@ -91,13 +91,13 @@ def test_it_is_installed_and_runs_with_torch_alone(package, installed):
     snippet = {"probes": PROBES, "grit": GRIT}[package]
     script = f"import sys; sys.path.insert(0, {str(installed)!r}); PACKAGE = {package!r}{ALONE}{snippet}"
     script += f"\nimport {package}; assert {package}.__file__.startswith({str(installed)!r}), {package}.__file__"
-    said = subprocess.run([sys.executable, "-c", script], cwd=installed, capture_output=True, text=True, check=False)
-    assert said.returncode == 0, said.stderr
-    assert said.stdout.startswith(
+    output = subprocess.run([sys.executable, "-c", script], cwd=installed, capture_output=True, text=True, check=False)
+    assert output.returncode == 0, output.stderr
+    assert output.stdout.startswith(
         {"probes": "verdict    no_effect\ndiagnosis  equals_shadow", "grit": "12 1.0 True"}[package]
     )
-    own = {file.relative_to(ROOT / package).as_posix() for file in (ROOT / package).glob("*.py")}
-    assert {file.relative_to(installed / package).as_posix() for file in (installed / package).glob("*.py")} == own
+    custom = {file.relative_to(ROOT / package).as_posix() for file in (ROOT / package).glob("*.py")}
+    assert {file.relative_to(installed / package).as_posix() for file in (installed / package).glob("*.py")} == custom
 
 
 def test_it_asks_for_torch_alone_in_a_range_that_holds_the_tested_one(package):

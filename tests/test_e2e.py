@@ -61,24 +61,26 @@ def test_2b_grit_s_smaller_ranks_are_exported(clone):
     from safetensors.torch import load_file
 
     for arm in ("hybrid_grit", "pure_grit"):
-        said = json.loads((clone.folder / f"adapters/{arm}/0/run.json").read_text())["extra"]["grit"]
-        assert said["effective"] is True and set(said["capture"].values()) == {"hooks"}
+        summary = json.loads((clone.folder / f"adapters/{arm}/0/run.json").read_text())["extra"]["grit"]
+        assert summary["effective"] is True and set(summary["capture"].values()) == {"hooks"}
         weights = load_file(clone.folder / f"adapters/{arm}/0/adapter_model.safetensors")
         ranks = [w.shape[0] for name, w in weights.items() if "lora_A" in name]
-        assert min(ranks) < 4 and sum(ranks) / len(ranks) == pytest.approx(said["mean_rank"])
+        assert min(ranks) < 4 and sum(ranks) / len(ranks) == pytest.approx(summary["mean_rank"])
         exported = GGUFReader(clone.folder / f"gguf/{arm}/0/adapter.gguf").tensors
         assert sorted(int(min(t.shape)) for t in exported if t.name.endswith("lora_a")) == sorted(ranks)
 
 
 def test_2c_the_probe_says_what_each_optimizer_did(clone):
-    said = clone.query("select arm, probe.value, probe.verdict, probe.diagnosis from probe join run on run.id = run_id "
-                       "where probe.name = 'verdict' order by arm")  # fmt: skip
-    assert [row[:3] for row in said] == [
+    verdict_rows = clone.query(
+        "select arm, probe.value, probe.verdict, probe.diagnosis from probe join run on run.id = run_id "
+        "where probe.name = 'verdict' order by arm"
+    )
+    assert [row[:3] for row in verdict_rows] == [
         ("baseline_lora", 0.0, "pass"),
         ("hybrid_grit", 1.0, "pass"),
         ("pure_grit", 1.0, "pass"),
     ]
-    assert said[0][3].startswith("no_effect: equals_shadow: ")
+    assert verdict_rows[0][3].startswith("no_effect: equals_shadow: ")
     angles = dict(clone.query("select arm, probe.value from probe join run on run.id = run_id "
                               "where probe.name = 'angle_to_shadow'"))  # fmt: skip
     assert angles["baseline_lora"] < 0.01 and min(angles["hybrid_grit"], angles["pure_grit"]) > 5
@@ -98,12 +100,12 @@ def test_2d_everything_that_was_measured_is_in_the_database_and_the_reports(clon
         sizes.setdefault(arm, {})[kind] = size
         assert n == 40
     assert sizes.keys() == {"base", *ARMS} and all(s["q8_0"] < s["f16"] for s in sizes.values())
-    found = {}
+    result = {}
     for arm, name, value in clone.query("select arm, name, value from metric join run on run.id = run_id "
                                         "where split in ('general', 'weights', 'hidden', 'alignment')"):  # fmt: skip
-        found.setdefault(arm, {})[name] = value
+        result.setdefault(arm, {})[name] = value
     names = ("perplexity", "update_norm", "effective_rank", "drift_relative", "alignment_index")
-    assert all(found[arm][name] > 0 for arm in ARMS for name in names) and "update_norm" not in found["base"]
+    assert all(result[arm][name] > 0 for arm in ARMS for name in names) and "update_norm" not in result["base"]
     assert clone.query("select count(distinct arm) from spectrum join run on run.id = run_id") == [(2,)]
     report = (clone.folder / "outputs/grit_evaluation.md").read_text()
     assert "## Quantization" in report and "## Served as trained" in report
@@ -113,16 +115,16 @@ def test_2d_everything_that_was_measured_is_in_the_database_and_the_reports(clon
 
 
 def test_2g_dvc_shows_the_numbers_of_the_comparison(clone):
-    told = json.loads(clone.run("dvc", "metrics", "show", "--json"))[""]["data"]["outputs/metrics.json"]["data"]
+    facts = json.loads(clone.run("dvc", "metrics", "show", "--json"))[""]["data"]["outputs/metrics.json"]["data"]
     rows = {
         r["arm"]: r for r in json.loads(clone.run("python", "-m", "evaluation.compare_all", "--format", "json"))["rows"]
     }
-    assert told.keys() == rows.keys()
+    assert facts.keys() == rows.keys()
     for arm, row in rows.items():
-        assert told[arm]["aqi_accuracy"] == row["accuracy"] and told[arm]["decode_speed"] == row["decode_speed"]
+        assert facts[arm]["aqi_accuracy"] == row["accuracy"] and facts[arm]["decode_speed"] == row["decode_speed"]
         for d in row["differences"]:
             name = "delta_aqi" if d["against"] == "base" else f"aqi_against_{d['against']}"
-            bounds = [told[arm][name], told[arm][f"{name}_low"], told[arm][f"{name}_high"]]
+            bounds = [facts[arm][name], facts[arm][f"{name}_low"], facts[arm][f"{name}_high"]]
             assert bounds == [d["points"]["estimate"], d["points"]["low"], d["points"]["high"]]
     output = clone.run("dvc", "plots", "show")
     page = (clone.folder / "dvc_plots/index.html").read_text()
@@ -302,10 +304,10 @@ def test_d_arms_of_yaml_and_of_another_trainer_stand_in_one_report(clone):
     texts = [f"### Instruction:\n{row['prompt']}\n\n### Response:\n{row['completion']}" for row in rows]
     adapter = clone.folder / "theirs/plain"
     foreign_adapter.make(clone.folder / "models/base", adapter, texts)
-    own = {"variant_of": "baseline_lora"}
+    custom = {"variant_of": "baseline_lora"}
     arms = {
-        "dora": own | {"peft": {"use_dora": True}},
-        "lion": own | {"optimizer": "lion_32bit", "learning_rate": 5.0e-4},
+        "dora": custom | {"peft": {"use_dora": True}},
+        "lion": custom | {"optimizer": "lion_32bit", "learning_rate": 5.0e-4},
         "theirs": {"adapter": "theirs/plain"},
     }
     clone.change("arms", **arms)
@@ -314,9 +316,9 @@ def test_d_arms_of_yaml_and_of_another_trainer_stand_in_one_report(clone):
     scored = clone.query("select arm, aqi_accuracy is not null from evaluation_results "
                          "where arm != 'base' order by arm")  # fmt: skip
     assert scored == [(arm, 1) for arm in ("baseline_lora", *arms)]
-    said = clone.query("select arm, probe.verdict, probe.diagnosis from probe join run on run.id = run_id "
+    verdict_rows = clone.query("select arm, probe.verdict, probe.diagnosis from probe join run on run.id = run_id "
                        "where probe.name = 'verdict' and is_current order by arm")  # fmt: skip
-    verdicts = {arm: (verdict, diagnosis.split(": ")[0]) for arm, verdict, diagnosis in said}
+    verdicts = {arm: (verdict, diagnosis.split(": ")[0]) for arm, verdict, diagnosis in verdict_rows}
     assert verdicts["dora"] == verdicts["baseline_lora"] == ("pass", "no_effect")
     assert verdicts["lion"] == ("pass", "effective") and verdicts["theirs"] == ("skipped", "not_watched")
     served = {arm: (clone.folder / f"gguf/{arm}/0/adapter.gguf").is_file() for arm in arms}

@@ -38,14 +38,14 @@ def items(recipe, split):
 
 
 def test_data_come_from_the_local_files_and_do_not_leak(recipe):
-    made = read(recipe, "data/run.json")
+    created = read(recipe, "data/run.json")
     written = {
         p.relative_to(recipe.folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in (recipe.folder / "inputs" / TASK).rglob("*")
         if p.is_file()
     }
-    assert made["inputs"] == written and written, "each file that was written was read, and no other"
-    assert made["extra"]["items"]["test"] == TEST_ITEMS and made["extra"]["items"]["train"] > 200
+    assert created["inputs"] == written and written, "each file that was written was read, and no other"
+    assert created["extra"]["items"]["test"] == TEST_ITEMS and created["extra"]["items"]["train"] > 200
     some = [load(TASK).make_item("", row) for row in recipe_data.rows(TASK, ROWS + TEST_ROWS)]
     pairs = {(i["prompt"].strip(), i["completion"]) for split in ("test", "train") for i in items(recipe, split)}
     assert pairs <= {(one.prompt, one.completion) for one in some}
@@ -56,17 +56,17 @@ def test_data_come_from_the_local_files_and_do_not_leak(recipe):
 def test_every_arm_is_trained_judged_exported_and_scored(recipe):
     for arm in ARMS:
         history = read(recipe, f"adapters/{arm}/0/loss_history.json")
-        losses, told = ([e[k] for e in history if k in e] for k in ("loss", "eval_loss"))
-        assert losses[-1] < 0.95 * losses[0] and told[-1] < told[0], arm
+        losses, facts = ([e[k] for e in history if k in e] for k in ("loss", "eval_loss"))
+        assert losses[-1] < 0.95 * losses[0] and facts[-1] < facts[0], arm
         assert read(recipe, f"gguf/{arm}/0/parity.json")["token_ids_equal"] == 1.0
         scores = read(recipe, f"scores/{arm}/0/scores.json")
         assert (scores["task"]["name"], scores["task"]["primary"]) == (TASK, PRIMARY)
         values = {m["name"]: m["value"] for m in scores["metrics"] if m["split"] == "test"}
         assert 0 <= values[PRIMARY] <= 1 and values["gsm8k_unparseable"] < 1
-    said = dict(
+    output = dict(
         recipe.query("select r.arm, p.value from probe p join run r on r.id = p.run_id where p.name = 'verdict'")
     )
-    assert said == {"baseline_lora": 0.0, "hybrid_grit": 1.0, "pure_grit": 1.0}
+    assert output == {"baseline_lora": 0.0, "hybrid_grit": 1.0, "pure_grit": 1.0}
 
 
 def test_every_answer_is_in_the_database_and_the_comparison_is_of_this_metric(recipe):
@@ -95,8 +95,8 @@ def test_a_task_of_your_own_is_one_file_and_one_profile_as_the_docs_say(recipe):
         rows = [(f"Land {i}", f"Town {i}") for i in range(30)]
         csv.writer(file).writerows([("country", "capital"), *rows, ("Nil", "")])
     recipe.run("python", "-m", "pipelines.profile", "--force", "capitals+smoke")
-    said = recipe.run("dvc", "repro", "prepare_data")
-    made = items(recipe, "test")
-    assert made and all(item["prompt"].startswith("What is the capital of Land ") for item in made)
-    assert all(item["completion"] == item["truth"]["capital"] for item in made)
-    assert read(recipe, "data/run.json")["extra"]["rejected_rows"] == 1 and "rejected.jsonl" in said
+    output = recipe.run("dvc", "repro", "prepare_data")
+    created = items(recipe, "test")
+    assert created and all(item["prompt"].startswith("What is the capital of Land ") for item in created)
+    assert all(item["completion"] == item["truth"]["capital"] for item in created)
+    assert read(recipe, "data/run.json")["extra"]["rejected_rows"] == 1 and "rejected.jsonl" in output

@@ -1,7 +1,7 @@
-"""What a finished pipeline run left, without clocks and hosts, so that two versions of the code can be compared.
+"""The results of a finished pipeline run, without clocks and hosts, to compare two versions of the code.
 
 `python -m tests.witness FOLDER > before.json`; after a change: `python -m tests.witness FOLDER --against before.json`.
-Adapters are compared to the bit, so run both with the same number of threads on the same machine.
+Adapters are compared to the bit, so run both versions with the same number of threads on the same machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDERS = ("adapters", "verdicts", "gguf", "verified", "quantized", "measured", "scores")
-# Clocks, machines and commits; what a file is called by its hash follows from what is in it.
+# Clocks, machines and commits; names that contain a hash follow from the content.
 CHANGING = re.compile(
     r"seconds|runtime|per_second|nanoseconds|speed|started|ended|timestamp|memory|commit|dirty|provenance|environment"
     r"|version|run_key|criteria|notes|load_duration|sha256|host|path|loads\b|phases|evaluated|target_modules"
@@ -50,41 +50,41 @@ def parsed(file: Path) -> Any:
 
 def collect(folder: Path) -> dict[str, Any]:
     """File and field -> value; long files and weights as hashes."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     whole = ("data/*.jsonl", "models/base/*.safetensors", "texts/*.jsonl")
     for file in sorted(file for pattern in whole for file in folder.glob(pattern)):
-        found[str(file.relative_to(folder))] = digest(file.read_bytes())
+        values[str(file.relative_to(folder))] = digest(file.read_bytes())
     for top in FOLDERS:
         for file in sorted((folder / top).rglob("*")):
             name = str(file.relative_to(folder))
             if file.suffix in (".safetensors", ".gguf"):
-                found[name] = digest(file.read_bytes())
+                values[name] = digest(file.read_bytes())
             elif file.suffix == ".json" and "tokenizer" not in file.name and file.name != "run.json":
-                found |= {f"{name}:{key}": value for key, value in flat(parsed(file)) if not CHANGING.search(key)}
+                values |= {f"{name}:{key}": value for key, value in flat(parsed(file)) if not CHANGING.search(key)}
             elif file.name in ("samples.jsonl", "probe_ledger.jsonl", "grit_log.jsonl", "quantized_samples.jsonl"):
                 lines = [{key: v for key, v in flat(row) if not CHANGING.search(key)} for row in parsed(file)]
-                found |= {
+                values |= {
                     f"{name}:{at}": digest(json.dumps(row, sort_keys=True).encode()) for at, row in enumerate(lines)
                 }
     command = [sys.executable, "-m", "evaluation.compare_all", "--format", "json"]
-    said = json.loads(subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout)
-    return found | {f"compare:{key}": value for key, value in flat(said) if not CHANGING.search(key)}
+    comparison = json.loads(subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout)
+    return values | {f"compare:{key}": value for key, value in flat(comparison) if not CHANGING.search(key)}
 
 
 def main() -> int:
-    """Print what a run left, or how it differs from what another one left."""
+    """Print the results of a run, or how they differ from another run's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--against", type=Path)
     options = parser.parse_args()
-    found = collect(options.folder)
+    values = collect(options.folder)
     if options.against is None:
-        print(json.dumps(found, indent=0, ensure_ascii=False))
+        print(json.dumps(values, indent=0, ensure_ascii=False))
         return 0
     before = json.loads(options.against.read_text(encoding="utf-8"))
-    differing = [name for name in sorted(before.keys() | found.keys()) if before.get(name) != found.get(name)]
+    differing = [name for name in sorted(before.keys() | values.keys()) if before.get(name) != values.get(name)]
     for name in differing:
-        print(f"{name}: {before.get(name, 'missing')!r} -> {found.get(name, 'missing')!r}")
+        print(f"{name}: {before.get(name, 'missing')!r} -> {values.get(name, 'missing')!r}")
     print(f"{len(differing)} of {len(before)} values differ", file=sys.stderr)
     return bool(differing)
 

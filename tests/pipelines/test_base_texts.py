@@ -43,7 +43,7 @@ def record():
     return json.loads(Path("texts/run.json").read_text(encoding="utf-8"))
 
 
-def asked():
+def prompts():
     return [json.loads(line)["prompt"] for line in open("data/retention.jsonl", encoding="utf-8")]
 
 
@@ -52,10 +52,10 @@ def test_a_base_says_the_same_again_and_something_else_with_another_seed(here, r
     assert len(rows) == 20 and all(row["text"].strip() and type(row["ended"]) is bool for row in rows)
     assert train.base_texts() == [(row["text"], row["ended"]) for row in rows]
     written = Path("texts/texts.jsonl").read_bytes()
-    said = record()
-    assert (said["stage"], said["status"], said["prompt_template"]) == ("base_texts", "finished", TEMPLATE)
-    assert set(said["inputs"]) == {"models/base/base.json", "data/retention.jsonl"}
-    assert said["extra"]["texts"] == 20 and said["artifacts"][0]["path"] == "texts/texts.jsonl"
+    output = record()
+    assert (output["stage"], output["status"], output["prompt_template"]) == ("base_texts", "finished", TEMPLATE)
+    assert set(output["inputs"]) == {"models/base/base.json", "data/retention.jsonl"}
+    assert output["extra"]["texts"] == 20 and output["artifacts"][0]["path"] == "texts/texts.jsonl"
     torch.rand(1)
     run(raw)
     assert Path("texts/texts.jsonl").read_bytes() == written
@@ -73,7 +73,7 @@ def says(monkeypatch, *texts):
 
 
 def test_what_the_retention_suite_asks_or_might_ask_is_left_out(here, raw, monkeypatch):
-    known = asked()[0]
+    known = prompts()[0]
     _, might, _ = next(general.questions(99, held_out=True))
     _, never, _ = next(general.questions(99, held_out=False))
     form = TEMPLATE.format(prompt=never) + "yes"
@@ -124,15 +124,17 @@ class Scripted:
         self.tokenizer, self.texts, self.read = tokenizer, texts, []
 
     def generate(self, input_ids, attention_mask, pad_token_id, max_new_tokens, **_):
-        said = [self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in self.texts]
-        said = [(said[i % len(said)] + max_new_tokens * [pad_token_id])[:max_new_tokens] for i in range(len(input_ids))]
+        output = [self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in self.texts]
+        output = [
+            (output[i % len(output)] + max_new_tokens * [pad_token_id])[:max_new_tokens] for i in range(len(input_ids))
+        ]
         self.read += [self.tokenizer.decode(i[m.bool()]) for i, m in zip(input_ids, attention_mask, strict=True)]
         self.texts = ["Fine.</s>"]
-        return torch.cat([input_ids, torch.tensor(said)], 1)
+        return torch.cat([input_ids, torch.tensor(output)], 1)
 
 
 @pytest.mark.parametrize(
-    ("opening", "after", "said"),
+    ("opening", "after", "output"),
     [
         (
             "<|im_start|>user\n",
@@ -143,14 +145,14 @@ class Scripted:
         ("Ask: ", "\n", ["Hi!</s>", "</s>", "Hi!\n"]),
     ],
 )
-def test_where_a_user_s_turn_ends(chat_base_dir, raw, opening, after, said):
+def test_where_a_user_s_turn_ends(chat_base_dir, raw, opening, after, output):
     """At a token of its own, where plain text goes on with the answer, or where the text ends; else it is no turn."""
     tokenizer = load_tokenizer(BaseReference(str(chat_base_dir)))
     section = parse_params({**raw, "base_texts": {**raw["base_texts"], "max_tokens": 200}}).base_texts
-    model = Scripted(tokenizer, *said)
+    model = Scripted(tokenizer, *output)
     rows = base_texts.sampled(model, tokenizer, section, (opening, after, ["<|im_end|>"]))
     batch = [next(rows) for _ in range(64)]
-    good = sum(said[i % len(said)].startswith("Hi!") and said[i % len(said)] != "Hi!\n" for i in range(64))
+    good = sum(output[i % len(output)].startswith("Hi!") and output[i % len(output)] != "Hi!\n" for i in range(64))
     assert [row for row in batch if row] == good * [{"text": f"{opening}Hi!{after}Fine.", "ended": True}]
     assert model.read[0].endswith(opening) and model.read[64].endswith(f"{opening}Hi!{after}")
 
@@ -174,7 +176,7 @@ def test_a_base_that_takes_pictures_has_a_note_instead(here, raw):
 # The user's own
 
 
-def own(texts):
+def write_texts(texts):
     """Of a text with some texts, one paragraph each; and as a table."""
     Path("inputs").mkdir(exist_ok=True)
     Path("inputs/own.txt").write_text("\n\n".join(texts), encoding="utf-8")
@@ -184,7 +186,7 @@ def own(texts):
 
 def test_texts_of_one_s_own(here, raw):
     texts = [f"The {i}th text." for i in range(30)]
-    own(texts)
+    write_texts(texts)
     rows = run(raw, text="inputs/own.txt", number=15)
     assert sorted(row["text"] for row in rows) == sorted(texts[::2]) and all(row["ended"] for row in rows)
     assert [row["text"] for row in rows] != texts[::2], "the first are for measuring, and books have chapters"
@@ -193,7 +195,7 @@ def test_texts_of_one_s_own(here, raw):
 
 
 def test_texts_that_are_no_use_are_refused(here, raw):
-    own([f"Text {i}." for i in range(30)] + [f"Remember: {asked()[3]} is easy.", asked()[5]])
+    write_texts([f"Text {i}." for i in range(30)] + [f"Remember: {prompts()[3]} is easy.", prompts()[5]])
     with pytest.raises(EvaluationError, match=r"2 of 32 texts of inputs/own\.txt"):
         run(raw, text="inputs/own.txt")
     with pytest.raises(
@@ -202,6 +204,6 @@ def test_texts_that_are_no_use_are_refused(here, raw):
         run(raw, text="inputs/own.jsonl", text_column="bodi")
     with pytest.raises(EvaluationError, match=r"base_texts\.text: bases cannot be used \(expected `base`, a file"):
         run(raw, text="bases")
-    own(["One.", "Two."] * 9)
+    write_texts(["One.", "Two."] * 9)
     with pytest.raises(EvaluationError, match=r"expected at least 8 different texts in inputs/own\.txt, got 2"):
         run(raw, text="inputs/own.txt")

@@ -23,13 +23,13 @@ WORDS = ("apple", "lake", "river", "lamp", "stone", "bird")
 
 def turns(n):
     first, second = WORDS[n % 6], WORDS[n // 6 % 6]
-    asked = [(f"No. {n}: remember {first} {second}.", "Yes."), ("In reverse order?", f"{second} {first}")]
-    return asked[: 1 + n % 3]
+    prompts = [(f"No. {n}: remember {first} {second}.", "Yes."), ("In reverse order?", f"{second} {first}")]
+    return prompts[: 1 + n % 3]
 
 
 def messages(n, role="role", content="content", names=("user", "assistant")):
-    said = [text for turn in turns(n) for text in turn]
-    return [{role: names[at % 2], content: text} for at, text in enumerate(said)]
+    output = [text for turn in turns(n) for text in turn]
+    return [{role: names[at % 2], content: text} for at, text in enumerate(output)]
 
 
 def lines(file, rows):
@@ -97,9 +97,9 @@ def test_a_file_of_every_form_is_trained_exported_and_scored(name, smoke_raw, tm
     with LlamaCppEngine(out / "model.gguf", serving.render, num_ctx=serving.num_ctx) as engine:
         for item, parts in zip(items, train.examples("test", params.prompt.template), strict=True):
             ids, ends = encode_turns(tokenizer, parts)
-            asked = engine.tokenize(engine.render(asked_for(item)))
-            assert samples[item.id]["prompt_tokens"] == len(asked)
-            assert asked == ids[: len(asked)] and (item.whole or len(asked) == ends[-2])
+            prompts = engine.tokenize(engine.render(asked_for(item)))
+            assert samples[item.id]["prompt_tokens"] == len(prompts)
+            assert prompts == ids[: len(prompts)] and (item.whole or len(prompts) == ends[-2])
             if item.turns:
                 assert samples[item.id]["prompt"].endswith(f"\n\nAssistant: Yes.\n\nUser: {item.prompt}")
     measured = json.loads((tmp_path / "measured/baseline_lora/0/measured.json").read_text())

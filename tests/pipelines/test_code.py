@@ -80,43 +80,43 @@ def test_imports_are_found_where_they_hide(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.setattr(code, "ROOT", tmp_path)
 
-    def found(**options):
+    def result(**options):
         return {file.relative_to(tmp_path).as_posix() for file in code.closure("pipelines.stage_a", **options)}
 
-    assert found() == files.keys() - {"pack/__init__.py", "pack/other.py", "deep/__init__.py"}
-    assert found() - found(plugins={"plugins": ("two",)}) == {"plugins/one.py"}
+    assert result() == files.keys() - {"pack/__init__.py", "pack/other.py", "deep/__init__.py"}
+    assert result() - result(plugins={"plugins": ("two",)}) == {"plugins/one.py"}
 
 
 @pytest.mark.parametrize("name", sorted(STAGES.keys() - {"check"}))
 def test_a_stage_depends_on_its_code_and_on_the_params_that_it_reads(name):
     stage = STAGES[name]
     module = re.match(r"python -m pipelines\.(\w+)", stage["cmd"])[1]
-    wanted = f"outputs/code/{module}" + {"train": ".${item.arm}", "harness": ".${item.task}"}.get(module, "")
-    assert wanted in stage["deps"]
+    expected = f"outputs/code/{module}" + {"train": ".${item.arm}", "harness": ".${item.task}"}.get(module, "")
+    assert expected in stage["deps"]
     assert not [dep for dep in stage["deps"] if dep.endswith(".py")]
     view = vars(getattr(check, module, None) or __import__(f"pipelines.{module}", fromlist=["x"]))["Params"]
-    said = {param.split(".")[0] for param in stage["params"]}
+    output = {param.split(".")[0] for param in stage["params"]}
     # From the training run come the params that the probe's twins share, from tuned/ what stage tune was told; export
     # leaves room for answers, no more.
     aside = {"probe": {"train", "prompt", "tune"}, "train": {"tune"}, "export": {"evaluate"}}.get(module, set())
     of_none = {"matrix", "arms", "threads", "report_to"}
-    assert said | aside | of_none == {*view.model_fields, *of_none}
+    assert output | aside | of_none == {*view.model_fields, *of_none}
     if module in ("train", "probe", "evaluate", "prepare_base"):
         splits = {dep.split("/")[1].removesuffix(".jsonl") for dep in stage["deps"] if re.match(r"data/.*jsonl", dep)}
         assert splits == {dep.split(".")[1] for dep in stage["deps"] if dep.startswith("data/images.")}
 
 
 def test_a_benchmark_more_asks_no_arm_anything_else_again():
-    asked = {f"evaluate.{key}" for key in Evaluate.model_fields}
-    own = {key for key in asked if "harness" in key}
+    prompts = {f"evaluate.{key}" for key in Evaluate.model_fields}
+    custom = {key for key in prompts if "harness" in key}
     for name in ("evaluate", "evaluate_base"):
-        assert {param for param in STAGES[name]["params"] if "evaluate." in param} == asked - own
-    readers = {name: own.intersection(stage.get("params", ())) for name, stage in STAGES.items() if name != "check"}
-    assert {name: found for name, found in readers.items() if found} == {
+        assert {param for param in STAGES[name]["params"] if "evaluate." in param} == prompts - custom
+    readers = {name: custom.intersection(stage.get("params", ())) for name, stage in STAGES.items() if name != "check"}
+    assert {name: result for name, result in readers.items() if result} == {
         "harness": {"evaluate.harness_limit"}, "harness_base": {"evaluate.harness_limit"}}  # fmt: skip
 
 
 def test_stages_that_pictures_leave_out_are_stages_with_that_output():
-    for stage, (made, _) in LEFT_OUT.items():
-        assert STAGES[stage]["outs"] == [f"{made}/${{item.arm}}/${{item.seed}}"]
-        assert STAGES[f"{stage}_base"]["outs"] == [f"{made}/base/0"]
+    for stage, (kind, _) in LEFT_OUT.items():
+        assert STAGES[stage]["outs"] == [f"{kind}/${{item.arm}}/${{item.seed}}"]
+        assert STAGES[f"{stage}_base"]["outs"] == [f"{kind}/base/0"]

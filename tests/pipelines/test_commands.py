@@ -32,16 +32,16 @@ def test_the_list_of_commands_loads_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "output"),
     [
         (["dbs"], 1, "did you mean 'db'? Available: profile, "),
         (["compare", "--db", "none.db"], 2, "error: expected a database at none.db"),
     ],
 )
-def test_a_command_is_its_module(words, code, said):
+def test_a_command_is_its_module(words, code, output):
     command = [sys.executable, "-m", "pipelines.commands", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == code and said in done.stderr, done.stderr
+    assert done.returncode == code and output in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)

@@ -25,13 +25,13 @@ HELD = {"method": "distill", "strength": 0.75, "rows": 3, "kl": 0.01}
 
 def test_devices_are_there_and_share_a_batch(smoke_raw, monkeypatch):
     settings = parse_params(smoke_raw).train_for("baseline_lora")  # of 8 questions
-    for asked, there, expected in ((1, 4, 1), ("all", 0, 1), ("all", 4, 4), (2, 0, 2), (2, 4, 2)):
+    for prompts, there, expected in ((1, 4, 1), ("all", 0, 1), ("all", 4, 4), (2, 0, 2), (2, 4, 2)):
         monkeypatch.setattr("torch.cuda.device_count", lambda there=there: there)
-        assert devices_for(settings.model_copy(update={"devices": asked})) == expected
+        assert devices_for(settings.model_copy(update={"devices": prompts})) == expected
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    for asked, message in ((4, r"train\.devices: expected at most 3"), ("all", r"multiple of the 3 devices, got 8")):
+    for prompts, message in ((4, r"train\.devices: expected at most 3"), ("all", r"multiple of the 3 devices, got 8")):
         with pytest.raises(ConfigError, match=message):
-            devices_for(settings.model_copy(update={"devices": asked}))
+            devices_for(settings.model_copy(update={"devices": prompts}))
 
 
 @pytest.mark.full
@@ -43,14 +43,14 @@ def test_two_processes_train_what_one_does_with_the_joint_batch(smoke_raw, tmp_p
     for arm in ("baseline_lora", "pure_grit"):
         raw["arms"][arm]["optim_args"] = {"betas": [0.9, 0.999]}  # a lower β₁ averages roundings less
     raw["arms"]["pure_grit"] |= {"preserve": HELD, "learning_rate": SHORT["learning_rate"]}
-    own = raw["arms"]["pure_grit"]["grit"]  # what is tested is shared statistics; these three make more of roundings
-    raw["arms"]["pure_grit"]["grit"] = own | dict.fromkeys(("nesterov", "cautious", "orthogonal"), False)
+    custom = raw["arms"]["pure_grit"]["grit"]  # what is tested is shared statistics; these three make more of roundings
+    raw["arms"]["pure_grit"]["grit"] = custom | dict.fromkeys(("nesterov", "cautious", "orthogonal"), False)
     params = parse_params(raw)
     for stage in (prepare_data, prepare_base, base_texts):
         stage.run(params)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for arm in ("baseline_lora", "pure_grit"):
-        found, verdicts = [], []
+        result, verdicts = [], []
         for devices in (1, 2):
             raw["train"]["devices"] = devices
             Path("params.yaml").write_text(yaml.safe_dump(raw))
@@ -59,17 +59,17 @@ def test_two_processes_train_what_one_does_with_the_joint_batch(smoke_raw, tmp_p
             assert done.returncode == 0, done.stderr[-3000:]
             assert done.stdout.count('{"devices": ') == 1  # the first process alone speaks
             verdicts.append(probe.run(parse_params(raw), arm, 0))
-            found.append(tmp_path / f"{arm}-{devices}")
-            shutil.move(tmp_path / "adapters" / arm / "0", found[-1])
-        one, two = (load_file(folder / WEIGHTS) for folder in found)
+            result.append(tmp_path / f"{arm}-{devices}")
+            shutil.move(tmp_path / "adapters" / arm / "0", result[-1])
+        one, two = (load_file(folder / WEIGHTS) for folder in result)
         assert one.keys() == two.keys()
         assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
-        losses = [read_json(folder / "step_losses.json") for folder in found]
+        losses = [read_json(folder / "step_losses.json") for folder in result]
         assert losses[1] == pytest.approx(losses[0], rel=1e-6) and len(losses[0]) == 10
-        told = [read_json(folder / "run.json")["extra"] for folder in found]
-        assert [record["devices"] for record in told] == [1, 2]
-        assert told[1]["final_eval_loss"] == pytest.approx(told[0]["final_eval_loss"], rel=1e-6)
-        assert told[1]["final_kl"] == pytest.approx(told[0]["final_kl"], rel=1e-4, abs=1e-7)
+        facts = [read_json(folder / "run.json")["extra"] for folder in result]
+        assert [record["devices"] for record in facts] == [1, 2]
+        assert facts[1]["final_eval_loss"] == pytest.approx(facts[0]["final_eval_loss"], rel=1e-6)
+        assert facts[1]["final_kl"] == pytest.approx(facts[0]["final_kl"], rel=1e-4, abs=1e-7)
         assert [(v.verdict, v.diagnosis, v.as_claimed) for v in verdicts[1:]] == [
             (v.verdict, v.diagnosis, v.as_claimed) for v in verdicts[:1]
         ]

@@ -34,7 +34,7 @@ def test_two_steps_of_every_arm_say_whether_the_matrix_fits(params):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "baseline_lora" in done.stdout and "pure_grit" in done.stdout and done.stdout.endswith("\nfits\n")
-    assert not any(Path(made).exists() for made in ("adapters", "checkpoints"))
+    assert not any(Path(created).exists() for created in ("adapters", "checkpoints"))
 
 
 def test_what_does_not_fit_is_said(params, capsys):

@@ -50,9 +50,9 @@ def test_the_answers_of_all_turns_and_their_ends_are_learnt_and_nothing_else(bas
         ids, ends = encode_turns(tokenizer, Form(template).parts(item))
         mask = learnt(ends)
         starts = [n for n in range(len(ids)) if mask[n] and not mask[n - 1]]
-        said = [ids[n : mask.index(0, n) if 0 in mask[n:] else None] for n in starts]
+        output = [ids[n : mask.index(0, n) if 0 in mask[n:] else None] for n in starts]
         answers = [answer for _, answer in item.turns]
-        assert [tokenizer.decode(one) for one in said] == [*(a + end for a in answers), item.completion + "</s>"]
+        assert [tokenizer.decode(one) for one in output] == [*(a + end for a in answers), item.completion + "</s>"]
         # Asked for any of the answers, it is shown the very tokens that stood before that one in training.
         for n, start in enumerate(starts):
             part = replace(item, turns=item.turns[:n], prompt=[*item.turns, (item.prompt, "")][n][0])
@@ -65,8 +65,8 @@ def test_the_answers_of_all_turns_and_their_ends_are_learnt_and_nothing_else(bas
 def test_a_literal_template_is_filled_anew_in_every_turn_and_a_text_is_put_into_none(base, exported):
     template, tokenizer, serving = base
     form, turn = Form(template), "### Instruction:\n{}\n\n### Response:\n{}"
-    said = [turn.format(question, f"{answer}</s>") for question, answer in TALK.turns]
-    assert form.asked(TALK) == "".join(["Count the apples.\n\n", *said, turn.format("And 4 + 4?", "")])
+    output = [turn.format(question, f"{answer}</s>") for question, answer in TALK.turns]
+    assert form.asked(TALK) == "".join(["Count the apples.\n\n", *output, turn.format("And 4 + 4?", "")])
     with LlamaCppEngine(exported / "base.gguf", serving.render, num_ctx=256) as engine:
         assert engine.tokenize(engine.render(asked_for(TALK))) == encode_prompt(tokenizer, form.asked(TALK))
     text = Item("2", "chat", "The lake", " is wide.", {}, whole=True)

@@ -53,37 +53,37 @@ def value(arm, name):
 
 
 def test_the_base_s_figures(here):
-    found = content("base")
-    assert (found["schema"], found["arm"], found["seed"]) == (1, "base", 0)
-    assert {row["split"] for row in found["metrics"]} == {"general", "test_answers", "alignment"}
-    assert names(found["metrics"], "general") == GENERAL
+    result = content("base")
+    assert (result["schema"], result["arm"], result["seed"]) == (1, "base", 0)
+    assert {row["split"] for row in result["metrics"]} == {"general", "test_answers", "alignment"}
+    assert names(result["metrics"], "general") == GENERAL
     assert value("base", "perplexity_low") < value("base", "perplexity") < value("base", "perplexity_high")
-    assert found["notes"] == []
-    described = [found["metric_defs"][name]["description"] for name in GENERAL]
+    assert result["notes"] == []
+    described = [result["metric_defs"][name]["description"] for name in GENERAL]
     assert all("answers of the retention questions" in words for words in described)
-    assert names(found["metrics"], "test_answers") == ANSWERS
-    assert all("right answers of test items" in found["metric_defs"][name]["description"] for name in ANSWERS)
-    assert names(found["metrics"], "alignment") == sorted(INDEX + CLUSTERS)
-    assert {row["layer"] for row in found["layers"]} == {"layer 1", "layer 2"}
+    assert names(result["metrics"], "test_answers") == ANSWERS
+    assert all("right answers of test items" in result["metric_defs"][name]["description"] for name in ANSWERS)
+    assert names(result["metrics"], "alignment") == sorted(INDEX + CLUSTERS)
+    assert {row["layer"] for row in result["layers"]} == {"layer 1", "layer 2"}
     assert math.log(value("base", "perplexity")) == pytest.approx(value("base", "loss"))
-    assert {row["n"] for row in found["metrics"] if row["split"] == "alignment"} == {120}
+    assert {row["n"] for row in result["metrics"] if row["split"] == "alignment"} == {120}
     assert sorted(f.name for f in Path("measured/base/0").iterdir()) == ["alignment.npz", "measured.json", "run.json"]
 
 
 def test_an_arm_s_figures(here):
-    found = content()
+    result = content()
     by_split = {"general": GENERAL, "test_answers": ANSWERS, "weights": WEIGHTS, "hidden": DRIFT,
                 "alignment": INDEX + CLUSTERS + DELTA}  # fmt: skip
     for split, expected in by_split.items():
-        assert names(found["metrics"], split) == sorted(expected)
+        assert names(result["metrics"], split) == sorted(expected)
         if split not in ("general", "test_answers"):
-            assert names(found["layers"], split) == sorted(expected), "the same names for each layer"
-    assert len(found["metrics"]) == sum(map(len, by_split.values())), "each once"
-    modules = {row["layer"] for row in found["layers"] if row["split"] == "weights"}
+            assert names(result["layers"], split) == sorted(expected), "the same names for each layer"
+    assert len(result["metrics"]) == sum(map(len, by_split.values())), "each once"
+    modules = {row["layer"] for row in result["layers"] if row["split"] == "weights"}
     assert modules == {f"layers.{i}.{m}" for i in (0, 1) for m in
                        ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")}  # fmt: skip
-    assert set(found["metric_defs"]) == {row["name"] for row in found["metrics"]}
-    assert all(set(d) == {"unit", "direction", "description"} for d in found["metric_defs"].values())
+    assert set(result["metric_defs"]) == {row["name"] for row in result["metrics"]}
+    assert all(set(d) == {"unit", "direction", "description"} for d in result["metric_defs"].values())
     rank = json.loads(Path("adapters/baseline_lora/0/adapter_config.json").read_text())["r"]
     assert value("baseline_lora", "rank") == rank and 1 <= value("baseline_lora", "effective_rank") <= rank
     arm, base = (value(arm, "alignment_index") - value(arm, "alignment_null_mean") for arm in ("baseline_lora", "base"))
@@ -116,17 +116,17 @@ def test_a_diverged_adapter_is_measured_as_far_as_it_can_be(here, raw, capsys, b
     tensors[name][0, 0] = bad
     save_file(tensors, file, metadata={"format": "pt"})
     measure.run(parse_params(raw), "baseline_lora", 0)
-    found = content()
-    known = {row["name"] for row in found["metrics"] if row["value"] is not None}
+    result = content()
+    known = {row["name"] for row in result["metrics"] if row["value"] is not None}
     assert known == {"rank"}
-    assert len(found["metrics"]) == len(GENERAL + ANSWERS + WEIGHTS + DRIFT + INDEX + CLUSTERS + DELTA)
-    kept = {row["layer"] for row in found["layers"] if row["name"] == "update_norm" and row["value"] is not None}
+    assert len(result["metrics"]) == len(GENERAL + ANSWERS + WEIGHTS + DRIFT + INDEX + CLUSTERS + DELTA)
+    kept = {row["layer"] for row in result["layers"] if row["name"] == "update_norm" and row["value"] is not None}
     assert len(kept) == 5 and "layers.1.mlp.down_proj" not in kept
-    assert "training diverged; modules layers.1.mlp.down_proj" in found["notes"][0]
-    assert sum("not finite" in note for note in found["notes"]) == 2 and len(found["notes"]) == 4
-    assert found["notes"][0] in capsys.readouterr().out
+    assert "training diverged; modules layers.1.mlp.down_proj" in result["notes"][0]
+    assert sum("not finite" in note for note in result["notes"]) == 2 and len(result["notes"]) == 4
+    assert result["notes"][0] in capsys.readouterr().out
     record = json.loads(Path("measured/baseline_lora/0/run.json").read_text())
-    assert record["status"] == "finished" and record["extra"]["notes"] == found["notes"]
+    assert record["status"] == "finished" and record["extra"]["notes"] == result["notes"]
 
 
 def test_a_base_in_4_bit(here, raw):
@@ -141,12 +141,12 @@ def test_a_base_in_4_bit(here, raw):
 
 
 def test_a_base_that_was_exchanged_is_noticed(here, raw):
-    found = content("base")
-    for row in found["metrics"]:
+    result = content("base")
+    for row in result["metrics"]:
         if row["name"] == "loss":
             row["value"] *= 1.001
     before = Path("measured/baseline_lora/0/measured.json").read_bytes()
-    Path("measured/base/0/measured.json").write_text(json.dumps(found))
+    Path("measured/base/0/measured.json").write_text(json.dumps(result))
     with pytest.raises(ConfigError, match="not the base that was measured; run `dvc repro measure_base`"):
         measure.run(parse_params(raw), "baseline_lora", 0)
     assert Path("measured/baseline_lora/0/measured.json").read_bytes() == before, "earlier results stay"
@@ -223,9 +223,9 @@ def test_the_right_answers_perplexity(here, raw, arm):
         question = raw["prompt"]["template"].replace("{prompt}", item["prompt"])
         ids = tokenizer(question + item["completion"])["input_ids"] + [tokenizer.eos_token_id]
         start = len(tokenizer(question)["input_ids"])
-        wanted = torch.tensor([[-100] * start + ids[start:]])
+        targets = torch.tensor([[-100] * start + ids[start:]])
         with torch.no_grad():
-            metric.update(model(input_ids=torch.tensor([ids])).logits[:, :-1], wanted[:, 1:])
+            metric.update(model(input_ids=torch.tensor([ids])).logits[:, :-1], targets[:, 1:])
         tokens += len(ids) - start
     assert value(arm, "answer_perplexity") == pytest.approx(float(metric.compute()), rel=1e-4)
     assert value(arm, "answer_perplexity_low") < value(arm, "answer_perplexity") < value(arm, "answer_perplexity_high")
@@ -257,10 +257,10 @@ def test_answers_beyond_the_tokens_that_are_read(here, raw):
     whole = [len(tokenizer(text)["input_ids"]) + 1 for text in answered]
     most = sorted(starts)[len(starts) // 2]
     params = changed(raw)
-    found, cut = measure.answer_texts(params.measure, tokenizer, template, most)
-    assert len(found) == sum(start < most for start in starts) and 0 < len(found) < len(items())
+    result, cut = measure.answer_texts(params.measure, tokenizer, template, most)
+    assert len(result) == sum(start < most for start in starts) and 0 < len(result) < len(items())
     expected = [min(most, length) for start, length in zip(starts, whole, strict=True) if start < most]
-    assert [len(text.ids) for text in found] == expected
+    assert [len(text.ids) for text in result] == expected
     assert cut == sum(length > most for length in whole)
     with pytest.raises(EvaluationError, match="answers that begin within 8 tokens, got none in .*max_answers to 0"):
         measure.answer_texts(params.measure, tokenizer, template, 8)

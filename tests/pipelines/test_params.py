@@ -142,13 +142,13 @@ def test_each_error_of_settings_with_pictures(vision, path, value, message):
 
 
 def test_all_errors_at_once(raw):
-    wanted = [("train.rank", -4), ("evaluate.backend", "vllm"), ("trian", {}), ("arms.baseline_lora", {"rnk": 2})]
-    for path, value in wanted:
+    expected = [("train.rank", -4), ("evaluate.backend", "vllm"), ("trian", {}), ("arms.baseline_lora", {"rnk": 2})]
+    for path, value in expected:
         raw = changed(raw, path, value)
     with pytest.raises(ConfigError) as caught:
         parse_params(raw)
-    said = str(caught.value)
-    assert said.startswith("params.yaml: 4 errors") and all(f"\n  {path}" in said for path, _ in wanted)
+    output = str(caught.value)
+    assert output.startswith("params.yaml: 4 errors") and all(f"\n  {path}" in output for path, _ in expected)
 
 
 @pytest.mark.parametrize("content", ["", "- 1\n- 2\n", "a: [", "\x80"])
@@ -189,9 +189,9 @@ def test_an_adapter_from_elsewhere_is_an_arm_by_its_folder(raw, tmp_path, monkey
     raw["matrix"] = {"arms": ["mine"], "seeds": [0, 1]}
     with pytest.raises(ConfigError) as caught:
         parse_params(raw)
-    said = str(caught.value)
-    assert "arms.mine.rank: " in said
-    assert all(f"theirs/mine-{seed}/adapter_config.json cannot be read" in said for seed in (0, 1))
+    output = str(caught.value)
+    assert "arms.mine.rank: " in output
+    assert all(f"theirs/mine-{seed}/adapter_config.json cannot be read" in output for seed in (0, 1))
     raw["arms"]["mine"] = {"adapter": "../mine"}
     with pytest.raises(ConfigError, match=r"arms\.mine\.adapter: expected a folder in theirs/, which DVC watches"):
         parse_params(raw)
@@ -218,8 +218,8 @@ def test_an_adapter_from_elsewhere_is_an_arm_by_its_folder(raw, tmp_path, monkey
 
 def test_the_baseline_beside_an_arm_has_the_arms_settings_and_its_own_optimizer(vision):
     params = parse_params(changed(vision, "arms.grit_vlm.rank", 3))
-    own, beside = params.train_for("grit_vlm"), params.train_for("grit_vlm").shared()
-    assert beside.model_dump() == {k: v for k, v in own.model_dump().items() if k != "natural_gradient"}
+    custom, beside = params.train_for("grit_vlm"), params.train_for("grit_vlm").shared()
+    assert beside.model_dump() == {k: v for k, v in custom.model_dump().items() if k != "natural_gradient"}
 
 
 def test_as_a_command(tmp_path, raw):

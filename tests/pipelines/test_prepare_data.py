@@ -27,8 +27,8 @@ def stage(tmp_path, monkeypatch):
 
     def run(name="smoke", **settings):
         raw = yaml.safe_load(profiles[name])
-        wanted = {"train_items": None, "valid_items": 10, "test_items": 20, "retention_items_per_task": 1, "vary": 0.0}
-        raw["prepare_data"].update(wanted | settings)
+        targets = {"train_items": None, "valid_items": 10, "test_items": 20, "retention_items_per_task": 1, "vary": 0.0}
+        raw["prepare_data"].update(targets | settings)
         prepare_data.run(parse_params(raw))
         record = json.loads(Path("data/run.json").read_text(encoding="utf-8"))
         return {s: [Item.from_json(r) for r in rows(f"data/{s}.jsonl")] for s in SPLITS}, record
@@ -76,8 +76,8 @@ def test_each_data_set_in_the_hubs_format(stage, task, capsys):
     assert used == extra["accepted_rows"]
     assert len(rows("data/rejected.jsonl")) == extra["rejected_rows"]
     assert record["inputs"] and all(f.startswith(f"inputs/{task}/") for f in record["inputs"])
-    said = capsys.readouterr().out
-    assert ("test items are drawn from" in said) == (held is None) and "lies outside" not in said
+    output = capsys.readouterr().out
+    assert ("test items are drawn from" in output) == (held is None) and "lies outside" not in output
 
     stage(task=task, source=f"inputs/{task}")
     assert Path("data/test.jsonl").read_bytes() == text, "same seed, same items"
@@ -92,17 +92,17 @@ def test_each_data_set_in_the_hubs_format(stage, task, capsys):
 @pytest.mark.parametrize("task", recipe_data.MAKERS)
 def test_each_data_set_as_a_file_of_any_kind(stage, task, suffix):
     some = recipe_data.rows(task, 60)
-    made = recipe_data.data_set(task, some)
+    created = recipe_data.data_set(task, some)
     file = Path("inputs") / f"d.{suffix}"
     file.parent.mkdir()
     if suffix == "json":
         file.write_text(json.dumps(some))
     else:
-        getattr(made, {"csv": "to_csv", "jsonl": "to_json", "parquet": "to_parquet"}[suffix])(file)
-    found, record = stage(task=task, source=str(file), valid_items=5, test_items=10)
+        getattr(created, {"csv": "to_csv", "jsonl": "to_json", "parquet": "to_parquet"}[suffix])(file)
+    result, record = stage(task=task, source=str(file), valid_items=5, test_items=10)
     recipe = load(task)
     expected = {f"{task}-train-{n}": recipe.make_item("", row) for n, row in enumerate(some, start=1)}
-    items = [item for split in SPLITS for item in found[split]]
+    items = [item for split in SPLITS for item in result[split]]
     assert len(items) == 60 - record["extra"]["duplicate_rows"] and record["extra"]["test_split"] is None
     for item in items:
         want = expected[item.id]
@@ -118,13 +118,13 @@ def test_rows_that_share_a_group_with_a_test_item_are_not_trained_on(stage, caps
     folder.mkdir(parents=True)
     recipe_data.data_set("boolq", train).to_parquet(folder / "train-00000-of-00001.parquet")
     recipe_data.data_set("boolq", held).to_parquet(folder / "validation-00000-of-00001.parquet")
-    found, record = stage(task="boolq", source="inputs/boolq", valid_items=4, test_items=5)
+    result, record = stage(task="boolq", source="inputs/boolq", valid_items=4, test_items=5)
     assert record["extra"]["apart_rows"] == 3
     assert record["extra"]["first_apart"] == ["boolq-train-21", "boolq-train-22", "boolq-train-23"]
-    assert [len(found[s]) for s in SPLITS] == [16, 4, 1]
-    said = capsys.readouterr().out
-    assert "3 rows share a group or a prompt with a test item" in said
-    assert "prepare_data.test_items: 1 instead of 5" in said
+    assert [len(result[s]) for s in SPLITS] == [16, 4, 1]
+    output = capsys.readouterr().out
+    assert "3 rows share a group or a prompt with a test item" in output
+    assert "prepare_data.test_items: 1 instead of 5" in output
 
 
 def test_what_is_refused_is_counted_listed_and_said(stage, capsys):
@@ -139,10 +139,10 @@ def test_what_is_refused_is_counted_listed_and_said(stage, capsys):
     assert (extra["duplicate_rows"], extra["too_long_rows"]) == (2, 1)
     assert [r["row"] for r in rows("data/rejected.jsonl")] == list(range(31, 74))
     assert len(extra["first_rejections"]) == 5 and extra["first_rejections"][0].startswith("train row 31, column None:")
-    said = capsys.readouterr().out
-    assert "WARNING: 59% of the rows of split 'train' were refused, more than half" in said
-    assert "(40 rows): answer: expected a solution that ends in #### and a number, got" in said
-    assert "43 rows were rejected; data/rejected.jsonl" in said and "mine/d.jsonl lies outside inputs/" in said
+    output = capsys.readouterr().out
+    assert "WARNING: 59% of the rows of split 'train' were refused, more than half" in output
+    assert "(40 rows): answer: expected a solution that ends in #### and a number, got" in output
+    assert "43 rows were rejected; data/rejected.jsonl" in output and "mine/d.jsonl lies outside inputs/" in output
 
 
 def test_no_row_left_and_too_few_leave_nothing_behind(stage):
@@ -160,17 +160,17 @@ def test_train_items_limits_and_null_takes_all(stage, capsys):
     # Hidden files hold times of a download: a second one would look like another data set.
     (folder / ".cache/huggingface").mkdir(parents=True)
     (folder / ".cache/huggingface/x.metadata").write_text("1700000000")
-    found, record = stage(task="gsm8k", source="inputs/g", train_items=30, test_items=5)
+    result, record = stage(task="gsm8k", source="inputs/g", train_items=30, test_items=5)
     assert sorted(record["inputs"]) == [f"inputs/g/data/{s}-00000-of-00001.parquet" for s in ("test", "train")]
-    assert [len(found[s]) for s in SPLITS] == [30, 10, 5]
+    assert [len(result[s]) for s in SPLITS] == [30, 10, 5]
     assert (record["extra"]["unused_rows"], record["extra"]["untested_rows"]) == (60, 5)
     assert "60 rows are unused" in capsys.readouterr().out
-    found, record = stage(task="gsm8k", source="inputs/g", train_items=None, test_items=500)
-    assert [len(found[s]) for s in SPLITS] == [90, 10, 10] and record["extra"]["unused_rows"] == 0
+    result, record = stage(task="gsm8k", source="inputs/g", train_items=None, test_items=500)
+    assert [len(result[s]) for s in SPLITS] == [90, 10, 10] and record["extra"]["unused_rows"] == 0
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "output"),
     [
         ({"task": "gsm8k"}, ["source: expected hub, hub:org/name, a file or a folder, got 'generated'"]),
         ({"task": "gsm9k"}, ["prepare_data.task: unknown task 'gsm9k'; did you mean 'gsm8k'"]),
@@ -186,12 +186,12 @@ def test_train_items_limits_and_null_takes_all(stage, capsys):
         ({"train_items": None}, ["train_items: expected a number, got null"]),
     ],
 )  # fmt: skip
-def test_settings_that_do_not_fit_are_refused_at_once(stage, settings, said):
+def test_settings_that_do_not_fit_are_refused_at_once(stage, settings, output):
     with pytest.raises(ConfigError) as caught:
         stage(**{"train_items": 300, **settings})
     text = str(caught.value)
-    assert text.startswith(f"params.yaml: {len(said)} error")
-    for part in said:
+    assert text.startswith(f"params.yaml: {len(output)} error")
+    for part in output:
         assert re.search(part, text), part
 
 
@@ -217,32 +217,34 @@ def test_every_item_is_in_one_place_and_every_group_in_one_split(sizes, share, p
     test = [item(1000 + n, f"g{n}") for n in range(tests)] or None
     if test and per_group == 40:
         test = test[:1]  # more would take every group
-    wanted = dict(zip(SPLITS, sizes, strict=True))
-    made = divide(pool, test, by_group, wanted, seed=0)
+    targets = dict(zip(SPLITS, sizes, strict=True))
+    created = divide(pool, test, by_group, targets, seed=0)
     # Whole groups of the pool, one at least; rows of their own one by one.
-    n = min(len(test), wanted["test"]) if test else per_group * max(1, share // per_group)
-    assert len(made.splits["test"]) == n
-    placed = [i.id for items in (*made.splits.values(), made.apart, made.unused) for i in items]
+    n = min(len(test), targets["test"]) if test else per_group * max(1, share // per_group)
+    assert len(created.splits["test"]) == n
+    placed = [i.id for items in (*created.splits.values(), created.apart, created.unused) for i in items]
     assert len(placed) == len(set(placed)) == 120 + (n if test else 0)
-    where = {split: {by_group(i) for i in items} for split, items in made.splits.items()}
+    where = {split: {by_group(i) for i in items} for split, items in created.splits.items()}
     assert all(where.values()) and not where["train"] & where["valid"]
     assert not where["test"] & (where["train"] | where["valid"])
-    assert {by_group(i) for i in made.apart} <= where["test"]
-    for split, most in wanted.items():
+    assert {by_group(i) for i in created.apart} <= where["test"]
+    for split, most in targets.items():
         smallest = per_group if split != "train" else 0
-        assert most is None or len(made.splits[split]) <= max(most, smallest)
-    assert divide(pool, test, by_group, wanted, seed=0) == made
-    assert not made.unused or len(made.splits["train"]) == wanted["train"]
+        assert most is None or len(created.splits[split]) <= max(most, smallest)
+    assert divide(pool, test, by_group, targets, seed=0) == created
+    assert not created.unused or len(created.splits["train"]) == targets["train"]
 
 
 def test_one_huge_group_is_trained_on_and_a_tested_prompt_is_not_whatever_its_group():
     pool = [item(n, "all") for n in range(900)] + [item(1000 + n, f"g{n}") for n in range(5)]
-    made = divide(pool, None, by_group, {"train": None, "valid": 100, "test": 100}, seed=0)
-    assert len(made.splits["train"]) >= 900 and len(made.splits["valid"]) + len(made.splits["test"]) >= 2
+    created = divide(pool, None, by_group, {"train": None, "valid": 100, "test": 100}, seed=0)
+    assert len(created.splits["train"]) >= 900 and len(created.splits["valid"]) + len(created.splits["test"]) >= 2
 
     pool = [Item(f"i{n}", "t", f"p{n}", "a") for n in range(10)]
-    made = divide(pool, [Item("x", "t", "p3", "b")], lambda one: one.id, {"train": None, "valid": 2, "test": 5}, seed=0)
-    assert [i.id for i in made.apart] == ["i3"]
+    created = divide(
+        pool, [Item("x", "t", "p3", "b")], lambda one: one.id, {"train": None, "valid": 2, "test": 5}, seed=0
+    )
+    assert [i.id for i in created.apart] == ["i3"]
 
 
 # --- the section ---
@@ -253,10 +255,10 @@ def test_sources_that_name_nothing_are_refused(section, task):
     for source in ("", "  ", "hub:", "hub:gsm8k", "hub:/gsm8k", "hub:o/", "hub:o/n@", "hub:o/n/m"):
         with pytest.raises(ConfigError) as caught:
             section(task=task, source=source, columns={"pm25": "pm"}, train_items=None)
-        said = str(caught.value)
-        assert said.startswith("params.yaml: 1 error") and "prepare_data.source: " in said
-        wanted = "expected hub:org/name or hub:org/name@revision" if source.strip() else "or a folder, got nothing"
-        assert wanted in said
+        output = str(caught.value)
+        assert output.startswith("params.yaml: 1 error") and "prepare_data.source: " in output
+        targets = "expected hub:org/name or hub:org/name@revision" if source.strip() else "or a folder, got nothing"
+        assert targets in output
     assert section(task="alpaca", source="a.csv", columns={"input": None}).columns == {"input": None}
     with pytest.raises(ConfigError, match=r"columns\.o3_8h: expected a column, got null; leave o3_8h out"):
         section(task="aqi", source="a.csv", columns={"pm25": "pm", "o3_8h": None})

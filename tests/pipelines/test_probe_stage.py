@@ -62,26 +62,26 @@ def verdict(arm):
 
 
 def test_1_the_baseline_equals_its_shadow(here):
-    found = probe.run(make_params()[0], "baseline_lora", 0)
-    assert (found.verdict, found.diagnosis, found.as_claimed) == ("no_effect", "equals_shadow", True)
-    said = verdict("baseline_lora")
-    assert said["numbers"]["angle_to_shadow"] < 0.01
-    assert said["twin"]["perturbed"] and 0 < said["twin"]["floor"] < 1e-3 and said["twin"]["ratio"] == 0.0
-    assert [r["verdict"] for r in said["readings"] if r["verdict"] != "skipped"] == ["pass"] * 4
+    result = probe.run(make_params()[0], "baseline_lora", 0)
+    assert (result.verdict, result.diagnosis, result.as_claimed) == ("no_effect", "equals_shadow", True)
+    output = verdict("baseline_lora")
+    assert output["numbers"]["angle_to_shadow"] < 0.01
+    assert output["twin"]["perturbed"] and 0 < output["twin"]["floor"] < 1e-3 and output["twin"]["ratio"] == 0.0
+    assert [r["verdict"] for r in output["readings"] if r["verdict"] != "skipped"] == ["pass"] * 4
     assert {p.name for p in (here / "verdicts/baseline_lora/0").iterdir()} == {
         "verdict.json", "run.json", "updates.png", "twin.png"}  # fmt: skip
     assert json.loads(Path("verdicts/baseline_lora/0/run.json").read_text())["stage"] == "probe"
 
 
 def test_2_pure_grit_is_effective_and_its_curve_is_that_of_its_run(here):
-    found = probe.run(make_params()[0], "pure_grit", 0)
-    assert (found.verdict, found.diagnosis) == ("effective", "none")
-    said = verdict("pure_grit")
-    assert said["numbers"]["angle_to_shadow"] > 5 and said["twin"]["ratio"] > 10
+    result = probe.run(make_params()[0], "pure_grit", 0)
+    assert (result.verdict, result.diagnosis) == ("effective", "none")
+    output = verdict("pure_grit")
+    assert output["numbers"]["angle_to_shadow"] > 5 and output["twin"]["ratio"] > 10
     logged = [entry["loss"] for entry in json.loads((here / "adapters/pure_grit/0/loss_history.json").read_text())[:1]]
-    assert sum(said["twin"]["arm"][:5]) / 5 == pytest.approx(logged[0], abs=1e-4), "as the Trainer logs the mean"
-    assert said["twin"]["arm"][0] == pytest.approx(said["twin"]["baseline"][0], rel=1e-5), "same start, same batch"
-    steps = {r["step"] for r in said["readings"] if r["name"] == "layer_angle" and r["step"] >= 0}
+    assert sum(output["twin"]["arm"][:5]) / 5 == pytest.approx(logged[0], abs=1e-4), "as the Trainer logs the mean"
+    assert output["twin"]["arm"][0] == pytest.approx(output["twin"]["baseline"][0], rel=1e-5), "same start, same batch"
+    steps = {r["step"] for r in output["readings"] if r["name"] == "layer_angle" and r["step"] >= 0}
     assert steps >= {8, 11, 19, 22, 25}
 
 
@@ -103,9 +103,9 @@ def test_4_a_silent_no_op_fails_with_the_reason_and_leaves_its_verdict(here, mon
     assert done.returncode == 1 and "Traceback" not in printed
     assert "pure_grit claims to precondition, but the verdict on its updates is no_effect" in printed
     assert "damping_swamps_factors" in printed and "verdicts/pure_grit/0/verdict.json" in printed
-    said = verdict("pure_grit")
-    assert (said["verdict"], said["as_claimed"], said["numbers"]["coverage"]) == ("no_effect", False, 0.0)
-    assert {f["name"] for f in said["findings"]} >= {"damping_swamps_factors"}
+    output = verdict("pure_grit")
+    assert (output["verdict"], output["as_claimed"], output["numbers"]["coverage"]) == ("no_effect", False, 0.0)
+    assert {f["name"] for f in output["findings"]} >= {"damping_swamps_factors"}
 
 
 def test_5_a_ledger_that_is_cut_or_missing_is_named(here):
@@ -132,9 +132,9 @@ def test_6_a_twin_that_fails_says_why_and_holds_no_model_beside_the_next(here, m
 
     def built(*args, **kwargs):
         assert not alive
-        made = build(*args, **kwargs)
-        alive.add(made[0].model)
-        return made
+        created = build(*args, **kwargs)
+        alive.add(created[0].model)
+        return created
 
     monkeypatch.setattr(run, "build", built)
     assert len(probe.twin_curves(make_params()[0], "baseline_lora", 0, 5, (False, True))) == 2
@@ -150,9 +150,9 @@ def test_7_of_an_adapter_from_elsewhere_is_said_whether_it_changes_anything(here
     for seed in (0, 1):
         train.run(params, "theirs", seed)
     assert probe.run(params, "theirs", 0) is None
-    said = read_record(Path("verdicts/theirs/0/verdict.json"), VerdictRecord)
-    assert (said.verdict, said.as_claimed, said.diagnosis) == ("not_watched", None, "trained_elsewhere")
-    assert {r.name: r.verdict for r in said.readings} == {"verdict": "skipped", "moved": "skipped"}
+    output = read_record(Path("verdicts/theirs/0/verdict.json"), VerdictRecord)
+    assert (output.verdict, output.as_claimed, output.diagnosis) == ("not_watched", None, "trained_elsewhere")
+    assert {r.name: r.verdict for r in output.readings} == {"verdict": "skipped", "moved": "skipped"}
     with pytest.raises(PipelineError, match="every update of theirs/1 is zero: this is the base"):
         probe.run(params, "theirs", 1)
     assert read_record(Path("verdicts/theirs/1/verdict.json"), VerdictRecord).as_claimed is False
@@ -163,9 +163,9 @@ def test_7_of_an_adapter_from_elsewhere_is_said_whether_it_changes_anything(here
 
 def test_8_the_twin_of_an_arm_differs_in_nothing_but_the_arm():
     params = parse_params(yaml.safe_load(SMOKE))
-    own, beside = params.train_for("pure_grit"), params.train_for("pure_grit").shared()
-    assert own.learning_rate == beside.learning_rate != params.train_for("baseline_lora").learning_rate
-    assert own.grit is not None and {**beside.model_dump(), "grit": own.grit} == own.model_dump()
+    custom, beside = params.train_for("pure_grit"), params.train_for("pure_grit").shared()
+    assert custom.learning_rate == beside.learning_rate != params.train_for("baseline_lora").learning_rate
+    assert custom.grit is not None and {**beside.model_dump(), "grit": custom.grit} == custom.model_dump()
     assert params.train_for("baseline_lora").shared() == params.train_for("baseline_lora")
 
 
@@ -174,7 +174,7 @@ def test_7_stage_tune_trains_for_real_what_it_compares(here):
     raw["tune"] = {"grid": {"learning_rate": [1e-5, 3e-3]}, "seed": 100, "steps": 6}
     params = parse_params(raw)
     tune.run(params, "pure_grit")
-    found = json.loads(Path("tuned/pure_grit/tuned.json").read_text())
-    slow, fast = (one["evaluation_loss"] for one in found["runs"])
-    assert 0 < fast < slow - 0.1 and found["chosen"] == {"learning_rate": 3e-3}
+    result = json.loads(Path("tuned/pure_grit/tuned.json").read_text())
+    slow, fast = (one["evaluation_loss"] for one in result["runs"])
+    assert 0 < fast < slow - 0.1 and result["chosen"] == {"learning_rate": 3e-3}
     assert params.train_for("pure_grit").learning_rate == 3e-3

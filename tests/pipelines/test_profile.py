@@ -40,9 +40,9 @@ def test_every_profile_can_be_used_and_is_what_its_text_says():
 
 def test_without_a_name_the_profiles_are_listed(capsys):
     profile.main("")
-    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert told.keys() == profile.available().keys()
-    assert all(line.endswith(".") for line in told.values()), "a first line is a sentence"
+    facts = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert facts.keys() == profile.available().keys()
+    assert all(line.endswith(".") for line in facts.values()), "a first line is a sentence"
 
 
 def test_params_yaml_as_committed_is_the_tiny_profile(tmp_path):
@@ -137,15 +137,15 @@ def test_files_are_merged_from_size_to_task_to_what_is_named_last(tmp_path):
         two="train: {save_steps: 2}\n",
     )
 
-    def found(name):
+    def result(name):
         train = profile.merged(name, tmp_path)[0]["train"]
         return tuple(train[key] for key in ("rank", "alpha", "eval_steps", "save_steps"))
 
-    basis = found("tiny")
-    assert found("large") == (3, *basis[1:]) and found("one+two") == (*basis[:3], 2) and found("two+one")[3] == 1
-    assert found("asks+small") == found("small+asks") == (4, 5, *basis[2:])
-    assert found("asks+tiny") == (basis[0], 5, *basis[2:])
-    assert found("two+asks+one+large") == (6, 5, 71, 1)
+    basis = result("tiny")
+    assert result("large") == (3, *basis[1:]) and result("one+two") == (*basis[:3], 2) and result("two+one")[3] == 1
+    assert result("asks+small") == result("small+asks") == (4, 5, *basis[2:])
+    assert result("asks+tiny") == (basis[0], 5, *basis[2:])
+    assert result("two+asks+one+large") == (6, 5, 71, 1)
     assert profile.merged("asks+small", tmp_path)[0]["evaluate"]["max_tokens"] == 7
 
 
@@ -162,10 +162,10 @@ def test_a_variant_of_an_arm_has_that_arms_settings_where_it_has_none_of_its_own
 
 
 def test_the_header_names_all_files_in_the_order_in_which_they_are_merged():
-    said = profile.compose("paper+qnli").split("\nprofile:")[0].replace("\n# ", " ")
+    output = profile.compose("paper+qnli").split("\nprofile:")[0].replace("\n# ", " ")
     names = ("tiny", "sizes/llama3_2_3b", "tasks/recipe", "tasks/qnli", "tasks/full/recipe", "tasks/full/qnli", "paper")
     files = ", ".join(f"profiles/{name}.yaml" for name in names)
-    assert f"`python -m pipelines.profile paper+qnli` from {files}. " in said
+    assert f"`python -m pipelines.profile paper+qnli` from {files}. " in output
 
 
 # What the profiles promise
@@ -205,16 +205,16 @@ def test_a_task_alone_runs_on_its_size_with_the_settings_of_document_002(task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_on_a_small_size_keeps_how_that_is_trained(task):
-    small, found = settings("smoke"), settings(f"{task}+smoke")
-    assert found["prepare_data"]["task"] == task
-    assert found["prepare_base"] == {**small["prepare_base"], "context": 512}
-    assert found["arms"] == small["arms"] and found["matrix"] == small["matrix"]
-    assert found["train"] == {**small["train"], "max_length": 512, "overlong": "leave_out"}
+    small, result = settings("smoke"), settings(f"{task}+smoke")
+    assert result["prepare_data"]["task"] == task
+    assert result["prepare_base"] == {**small["prepare_base"], "context": 512}
+    assert result["arms"] == small["arms"] and result["matrix"] == small["matrix"]
+    assert result["train"] == {**small["train"], "max_length": 512, "overlong": "leave_out"}
 
 
 @pytest.mark.parametrize("arm", ["pure_grit", "hybrid_grit"])
 @pytest.mark.parametrize(
-    ("name", "own"),
+    ("name", "custom"),
     [
         ("tiny+paper", {}),
         ("gsm8k+tiny+paper", {}),
@@ -227,10 +227,10 @@ def test_a_task_on_a_small_size_keeps_how_that_is_trained(task):
         ),
     ],
 )  # fmt: skip
-def test_paper_is_the_authors_settings_but_for_a_recipes_warm_up_and_the_smallest_size(name, own, arm):
+def test_paper_is_the_authors_settings_but_for_a_recipes_warm_up_and_the_smallest_size(name, custom, arm):
     of = planned(name).train_for(arm)
-    found, wanted = asdict(GRITConfig.from_dict({"lora_rank": of.rank, **of.grit})), asdict(GRITConfig.paper())
-    assert {key: value for key, value in found.items() if value != wanted[key]} == own
+    result, expected = asdict(GRITConfig.from_dict({"lora_rank": of.rank, **of.grit})), asdict(GRITConfig.paper())
+    assert {key: value for key, value in result.items() if value != expected[key]} == custom
 
 
 @pytest.mark.parametrize("name", ["gsm8k+ablation", "tiny+ablation", "gsm8k+smoke+ablation"])

@@ -44,7 +44,7 @@ def setup(tmp_path):
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="a GPU is here")
 @pytest.mark.parametrize(
-    ("machine", "said", "asked"),
+    ("machine", "output", "prompts"),
     [
         ({"OFFERED": ""}, "no GPU: torch 2.13.0, CPU build", "--no-deps torch==2.13.0+cpu"),
         ({"OFFERED": OFFICIAL}, "no GPU: torch 2.13.0, CPU build", f"--index-url {OFFICIAL} torch==2.13.0+cpu"),
@@ -53,16 +53,16 @@ def setup(tmp_path):
         ({"GPU": "GPU 0: H100", "TORCH_INDEX": "file:///mine"}, "from file:///mine", "file:///mine torch==2.13.0\n"),
     ],
 )
-def test_the_torch_that_fits_the_machine(setup, machine, said, asked):
+def test_the_torch_that_fits_the_machine(setup, machine, output, prompts):
     done, log = setup("venv", **machine)
-    assert done.returncode == 0 and said in done.stdout and "not available here: using pip" in done.stdout
-    assert asked in log if asked else "torch==" not in log
+    assert done.returncode == 0 and output in done.stdout and "not available here: using pip" in done.stdout
+    assert prompts in log if prompts else "torch==" not in log
     assert "install -r requirements.lock" in log
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="a GPU is here")
 @pytest.mark.parametrize(
-    ("gpu", "nvcc", "given", "said", "cuda"),
+    ("gpu", "nvcc", "options", "output", "cuda"),
     [
         ("GPU 0: H100", True, "", "GPU and nvcc found: llama.cpp with CUDA", ["on"]),
         ("GPU 0: H100", True, "-DGGML_CUDA=off", "llama.cpp with CUDA", ["on", "off"]),  # the last one counts
@@ -70,13 +70,13 @@ def test_the_torch_that_fits_the_machine(setup, machine, said, asked):
         ("no devices", True, "", "", []),
     ],
 )
-def test_llama_cpp_is_compiled_for_cuda_where_it_can_be(setup, tmp_path, gpu, nvcc, given, said, cuda):
+def test_llama_cpp_is_compiled_for_cuda_where_it_can_be(setup, tmp_path, gpu, nvcc, options, output, cuda):
     setup("cpu")
     (tmp_path / "bin/nvcc").symlink_to("/bin/true" if nvcc else "/bin/false")
     (tmp_path / "bin/nvidia-smi").write_text(f"#!/bin/sh\necho '{gpu}'\n", encoding="utf-8")
-    done, log = setup("venv", CMAKE_ARGS=given)
+    done, log = setup("venv", CMAKE_ARGS=options)
     assert done.returncode == 0 and re.findall(r"-DGGML_CUDA=(\w+)", log) == cuda
-    assert said in done.stdout
+    assert output in done.stdout
     assert ("pip -qq wheel" in log) is bool(cuda), "a wheel of its own for CUDA"
 
 

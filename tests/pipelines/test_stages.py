@@ -80,8 +80,8 @@ def test_a_base_that_is_not_usable_says_what_to_do(params, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "q").mkdir()
     (tmp_path / "q/config.json").write_text('{"quantization_config": {"load_in_4bit": true}}')
-    for source, said in (("./empty", r"no config\.json"), ("./q", r"merge_source: missing")):
-        with pytest.raises(ConfigError, match=said):
+    for source, output in (("./empty", r"no config\.json"), ("./q", r"merge_source: missing")):
+        with pytest.raises(ConfigError, match=output):
             base_model.reference_for(params(prepare_base={"source": source}).prepare_base)
     with pytest.raises(ConfigError, match="dvc repro prepare_base"):
         base_model.load_reference()
@@ -119,14 +119,14 @@ def test_a_base_that_the_hub_does_not_give_names_the_local_way():
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "output"),
     [
         ("GatedRepoError", "is gated: ask for access on its page.*`hf auth login` or set HF_TOKEN"),
         ("RepositoryNotFoundError", "the hub has no model org/name, or a private one"),
         ("RevisionNotFoundError", r"has no such revision; set prepare_base\.revision"),
     ],
 )
-def test_what_the_hub_says_of_a_base_is_explained(kind, said):
+def test_what_the_hub_says_of_a_base_is_explained(kind, output):
     """As transformers hands it on: inside an OSError."""
     import httpx
     from huggingface_hub import errors
@@ -140,7 +140,7 @@ def test_what_the_hub_says_of_a_base_is_explained(kind, said):
         except errors.HfHubHTTPError as error:
             raise OSError("a long text\nof many lines") from error
     except OSError as error:
-        assert re.search(said, hub_reason(error, "org/name") or "")
+        assert re.search(output, hub_reason(error, "org/name") or "")
     assert hub_reason(OSError("a broken file"), "org/name") is None
 
 

@@ -42,51 +42,51 @@ def test_without_pictures_the_files_of_a_split_are_what_they_were(tmp_path, monk
 
 
 def test_the_embedded_base_is_asked_and_leaves_no_pictures_behind(here):
-    said = read("models/base/run.json")["extra"]
-    assert len(said["retention"]) == 7 and said["image_tokens"] == 4 and said["steps"] == 4
+    output = read("models/base/run.json")["extra"]
+    assert len(output["retention"]) == 7 and output["image_tokens"] == 4 and output["steps"] == 4
     assert read("models/base/base.json")["kind"] == "embedded"
     assert not Path("checkpoints/base-pictures").exists() and not Path("checkpoints/base").exists()
     raised = parse_params(small(prepare_base={"examples": 64, "min_tasks_above_80": 7}))
     with pytest.raises(ConfigError, match="expected 7 general tasks"):
         prepare_base.run(raised)
-    assert read("models/base/run.json")["extra"] == said, "the base before it stands"
+    assert read("models/base/run.json")["extra"] == output, "the base before it stands"
 
 
 def test_a_base_of_ones_own_is_referenced(here, tmp_path):
-    own = shutil.copytree(here / "models/base", tmp_path / "own")
-    (own / "base.json").unlink()
-    (own / "run.json").unlink()
-    params = parse_params(small(prepare_base={"source": str(own)}))
+    custom = shutil.copytree(here / "models/base", tmp_path / "own")
+    (custom / "base.json").unlink()
+    (custom / "run.json").unlink()
+    params = parse_params(small(prepare_base={"source": str(custom)}))
     prepare_base.run(params)
     assert {p.name for p in Path("models/base").iterdir()} == {"base.json", "run.json"}
     evaluate.run(params, "base", 0)
     assert read("scores/base/0/scores.json")["exported"] is False
-    config = read(own / "config.json")
-    (own / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))
+    config = read(custom / "config.json")
+    (custom / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))
     with pytest.raises(ConfigError, match="is quantized"):
         prepare_base.run(params)
 
 
 def test_a_base_that_no_picture_can_be_shown_to_is_refused_before_training(here, tmp_path):
-    own = tmp_path / "text"
-    own.mkdir()
+    custom = tmp_path / "text"
+    custom.mkdir()
     for file in Path("models/base").glob("*token*"):
-        shutil.copy(file, own)
-    LlamaConfig().save_pretrained(own)
+        shutil.copy(file, custom)
+    LlamaConfig().save_pretrained(custom)
     before = read("models/base/base.json")
     with pytest.raises(VisionDataError, match=r"expected a processor of texts and pictures, got \w+: the base is no"):
-        prepare_base.run(parse_params(small(prepare_base={"source": str(own)})))
+        prepare_base.run(parse_params(small(prepare_base={"source": str(custom)})))
     assert read("models/base/base.json") == before, "the base before it stands"
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_answers_it_has(here, monkeypatch):
     params = parse_params(small())
     answer = HfEngine.generate_ids
-    asked = []
+    requested = []
 
     def fails_later(self, prompts, max_tokens):
-        asked.append(len(prompts))
-        if len(asked) > 2:
+        requested.append(len(prompts))
+        if len(requested) > 2:
             raise EngineError("no more")
         return answer(self, prompts, max_tokens)
 
