@@ -22,10 +22,16 @@ def story(comparison: Comparison) -> list[str]:
         return ["Only the base has been scored so far, so there is nothing to compare."]
     rows, title, baseline = comparison.trained, comparison.primary.title, comparison.baseline
     arms = {row.arm: row for row in comparison.rows}
-    gained = [compared(rows, baseline, title), *like_with_like(rows, arms, baseline, title)]
-    gained += [compared(rows, BASE, title)] if baseline != BASE else []
-    rest = (*map(contradiction, rows), _kept(comparison), _training_time(comparison), _certainty(comparison))
-    return [paragraph for paragraph in (*gained, *rest) if paragraph]
+    paragraphs = [
+        compared(rows, baseline, title),
+        *map(contradiction, rows),  # an arm that did not train as it claims puts all that follows in doubt
+        *like_with_like(rows, arms, baseline, title),
+        compared(rows, BASE, title) if baseline != BASE else "",
+        _kept(comparison),
+        _training_time(comparison),
+        _certainty(comparison),
+    ]
+    return [paragraph for paragraph in paragraphs if paragraph]
 
 
 def _kept(comparison: Comparison) -> str:

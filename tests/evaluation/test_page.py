@@ -116,7 +116,7 @@ def test_the_story_says_what_the_intervals_allow(differences, words):
 def test_reasons_against_an_arm_are_stated(odd):
     """Worse than the base, without a partner, not training as it claims."""
     told = words(part(odd, "findings"))
-    lead, against_base, claim, *_ = story(odd.comparison)
+    lead, claim, against_base, *_ = story(odd.comparison)
     assert "pure_grit" in lead and "+41.7" in lead and against_base.count(" worse ") == 2 and "3 seeds" in against_base
     assert "hybrid_grit cannot be compared with baseline_lora" in told
     row = next(row for row in table(odd.text, "success-criteria") if row[0] == "hybrid_grit")
