@@ -82,8 +82,8 @@ def test_answers_that_were_cut_are_counted():
 def test_a_metric_that_its_task_does_not_describe_is_refused():
     task = types.SimpleNamespace(NAME="mine", METRICS={"mine_accuracy": aqi.METRICS[aqi.PRIMARY]})
     general_row = {"name": "retention/sorting"}
-    found = answers.metric_defs(task, [{"name": "mine_accuracy"}, general_row])
-    assert found["retention/sorting"]["description"] == "Share of right answers in the general task sorting"
+    results = answers.metric_defs(task, [{"name": "mine_accuracy"}, general_row])
+    assert results["retention/sorting"]["description"] == "Share of right answers in the general task sorting"
     for name in ("mine_f1", "mine/f1", "retention/"):
         with pytest.raises(EvaluationError, match=f"mine: expected every metric of summarize in METRICS, got '{name}'"):
             answers.metric_defs(task, [general_row, {"name": name}])

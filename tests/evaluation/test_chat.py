@@ -58,9 +58,9 @@ FORMS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_a_conversation_is_the_same_item_in_every_form(tmp_path, name):
     row, said = FORMS[name]
-    found = read(tmp_path, row)
-    assert [plain(item) for item in found.train] == [plain(LONG)]
-    assert f"Rows are {said}." in found.notes
+    results = read(tmp_path, row)
+    assert [plain(item) for item in results.train] == [plain(LONG)]
+    assert f"Rows are {said}." in results.notes
 
 
 def test_single_questions_add_no_fields(tmp_path):
@@ -73,10 +73,10 @@ def test_single_questions_add_no_fields(tmp_path):
 
 
 def test_a_text_is_learned_whole_and_scored_from_its_first_half(tmp_path):
-    found = read(tmp_path, {"text": "The lake is wide.\nThe sea is wider."}, {"text": "湖很宽海更宽"})
-    assert [(item.prompt, item.completion) for item in found.train] == [
+    results = read(tmp_path, {"text": "The lake is wide.\nThe sea is wider."}, {"text": "湖很宽海更宽"})
+    assert [(item.prompt, item.completion) for item in results.train] == [
         ("The lake is wide.", "\nThe sea is wider."), ("湖很宽", "海更宽")]  # fmt: skip
-    assert all(item.whole for item in found.train) and "Rows are plain texts (column text)." in found.notes
+    assert all(item.whole for item in results.train) and "Rows are plain texts (column text)." in results.notes
     alike = read(tmp_path, *({"text": f"Below is one and the same long preamble. It ends in {n}."} for n in range(3)))
     assert len({chat.group(item) for item in alike.train}) == 3, "they begin alike, and are no duplicates"
 
@@ -86,9 +86,9 @@ def test_a_cell_may_hold_a_long_conversation_and_broken_json_is_refused(tmp_path
     file = tmp_path / "rows.csv"
     with file.open("w", newline="") as out:
         csv.writer(out).writerows([["messages"], [long], ["[" * 50_000], ['[{"role"']])
-    found = read_recipe(chat, section(file, max_refused=1.0))
-    assert [len(item.prompt) for item in found.train] == [199_999]
-    assert ["broken JSON" in row.reason for row in found.rejected] == [True, True]
+    results = read_recipe(chat, section(file, max_refused=1.0))
+    assert [len(item.prompt) for item in results.train] == [199_999]
+    assert ["broken JSON" in row.reason for row in results.rejected] == [True, True]
 
 
 def test_a_mapping_names_the_form_and_two_forms_are_asked_about(tmp_path):
@@ -147,5 +147,5 @@ def test_parts_are_joined_cells_are_json_and_a_last_question_is_dropped(tmp_path
 
 def test_conversations_that_share_their_last_question_are_no_duplicates(tmp_path):
     other = [{"role": "user", "content": "What is a pond?"}, *TURNS[1:]]
-    found = read(tmp_path, {"messages": TURNS}, {"messages": other}, {"messages": TURNS})
-    assert len(found.train) == 2 and found.facts["duplicate_rows"] == 1
+    results = read(tmp_path, {"messages": TURNS}, {"messages": other}, {"messages": TURNS})
+    assert len(results.train) == 2 and results.facts["duplicate_rows"] == 1

@@ -75,10 +75,10 @@ def test_metrics_by_form(items):
     again = paraphrase.asked_again(items, aqi, 10, 0) + paraphrase.asked_again(suite, general, 6, 0)
     scored = [(item, Score("newline" not in item.id, None, False)) for item in again]
     rows = answers.metrics(aqi, [], [], scored)
-    found = {row["name"]: (row["value"], row["n"]) for row in rows if row["split"] == "paraphrased"}
-    assert found["paraphrased"] == (0.8, 10) and found["paraphrased/newline"] == (0.0, 2)
-    assert found["paraphrased_retention"] == (4 / 6, 6) and found["paraphrased_retention/mark"] == (1.0, 2)
-    told = answers.metric_defs(aqi, [row for row in rows if row["name"] in found])
+    results = {row["name"]: (row["value"], row["n"]) for row in rows if row["split"] == "paraphrased"}
+    assert results["paraphrased"] == (0.8, 10) and results["paraphrased/newline"] == (0.0, 2)
+    assert results["paraphrased_retention"] == (4 / 6, 6) and results["paraphrased_retention/mark"] == (1.0, 2)
+    told = answers.metric_defs(aqi, [row for row in rows if row["name"] in results])
     assert told["paraphrased/blank"]["description"] == "Mean credit on test items, typed as other people would (blank)"
 
 

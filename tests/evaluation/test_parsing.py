@@ -77,7 +77,7 @@ def test_yes_and_no_are_read(task, cases):
 
 def test_label_metrics_by_hand():
     for pairs, accuracy, f1, unparseable in (
-        # Yes: 2 of 2 said, 2 of 3 found: F1 = 4/5. No: 1 of 2 said, 1 of 2 found: F1 = 1/2.
+        # Yes: 2 of 2 said, 2 of 3 results: F1 = 4/5. No: 1 of 2 said, 1 of 2 results: F1 = 1/2.
         ([(1, "Yes"), (1, "Yes"), (1, "no"), (0, "No"), (0, "perhaps")], 0.6, (4 / 5 + 1 / 2) / 2, 0.2),
         ([(1, "Yes")] * 3 + [(0, "Yes")], 0.75, 3 / 7, 0),  # Yes: precision 3/4, recall 1. No: never said
         ([(1, "Yes")] * 2, 1, 1, 0),

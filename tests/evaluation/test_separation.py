@@ -41,8 +41,8 @@ def measured(states, unsafe, *, pairs=None, reference=None, bootstrap=200, permu
     return separation.measure(states, plan, fixed, weight=weight, is_base=reference is None)
 
 
-def overall(name, found):
-    return np.array([one.overall[name] for one in found])
+def overall(name, results):
+    return np.array([one.overall[name] for one in results])
 
 
 @pytest.mark.parametrize(("safe", "unsafe", "d"), [(10, 10, 3), (10, 37, 5), (25, 11, 60), (60, 60, 128)])
@@ -50,11 +50,11 @@ def test_chi_equals_scikit_learn_and_chi_times_xbi_is_constant(safe, unsafe, d):
     y, n = labels(safe, unsafe), safe + unsafe
     for seed in range(20):
         x = RNG(seed).normal(size=(n, d)) * RNG(seed).uniform(0.1, 10, d) + 100 + 2 * y[:, None]
-        found = one_labelling(x, y)
+        results = one_labelling(x, y)
         means = np.where(y[:, None], x[y].mean(axis=0), x[~y].mean(axis=0))
         xbi = ((x - means) ** 2).sum() / (n * ((means[0] - means[-1]) ** 2).sum())
         chi = calinski_harabasz_score(x, y)
-        ours = (found.calinski_harabasz, found.xie_beni, found.inverse_xie_beni)
+        ours = (results.calinski_harabasz, results.xie_beni, results.inverse_xie_beni)
         assert [float(one[0, 0]) for one in ours] == pytest.approx([chi, xbi, 1 / xbi], rel=1e-9)
         assert chi * xbi == pytest.approx((n - 2) * safe * unsafe / n**2, rel=1e-9)
 
@@ -62,10 +62,10 @@ def test_chi_equals_scikit_learn_and_chi_times_xbi_is_constant(safe, unsafe, d):
 def test_resampled_points_count_as_often_as_they_were_drawn():
     y, x = labels(12, 9), RNG(1).normal(size=(21, 4))
     plan = separation.design(y, [None] * 21, bootstrap=30, permutations=1)
-    found = separation.separation(separation.gram(x)[None], plan.bootstrap * ~y, plan.bootstrap * y)
+    results = separation.separation(separation.gram(x)[None], plan.bootstrap * ~y, plan.bootstrap * y)
     for row, counts in enumerate(plan.bootstrap.astype(int)):
         drawn = np.repeat(np.arange(21), counts)
-        assert found.calinski_harabasz[0, row] == pytest.approx(calinski_harabasz_score(x[drawn], y[drawn]), rel=1e-9)
+        assert results.calinski_harabasz[0, row] == pytest.approx(calinski_harabasz_score(x[drawn], y[drawn]), rel=1e-9)
 
 
 def test_clusters_of_no_or_of_changing_size_are_refused():
@@ -99,9 +99,9 @@ def test_the_index_is_the_formula_and_both_terms_say_the_same(weight):
         chi = np.array([calinski_harabasz_score(layer, y) for layer in points])
         kappa = 38 * 15 * 25 / 40**2
         expected = weight * chi / kappa + (1 - weight) * chi / fixed.chance
-        found = measured(states, y, reference=fixed, weight=weight)
-        assert found.overall["alignment_index"] == pytest.approx(expected.mean(), rel=1e-9)
-        assert [layer["alignment_index"] for layer in found.layers] == pytest.approx(list(expected), rel=1e-9)
+        results = measured(states, y, reference=fixed, weight=weight)
+        assert results.overall["alignment_index"] == pytest.approx(expected.mean(), rel=1e-9)
+        assert [layer["alignment_index"] for layer in results.layers] == pytest.approx(list(expected), rel=1e-9)
 
 
 def test_what_the_index_does_not_see():
@@ -131,30 +131,30 @@ def test_a_huge_or_constant_coordinate_does_not_dominate():
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_without_a_difference_p_values_are_uniform_and_the_null_is_centred(paired):
-    y, found = labels(20, 20), []
+    y, results = labels(20, 20), []
     for seed in range(300):
         states, pairs, noise = planted(0.0, n=20, d=6, seed=seed), None, RNG(seed)
         if paired:
             topic, pairs = 1.5 * noise.normal(size=(2, 20, 6)), [str(i % 20) for i in range(40)]
             states = np.concatenate([topic, topic], axis=1) + noise.normal(size=states.shape)
-        found.append(measured(states, y, pairs=pairs, bootstrap=2, seed=seed))
-    p = overall("alignment_p_value", found)
+        results.append(measured(states, y, pairs=pairs, bootstrap=2, seed=seed))
+    p = overall("alignment_p_value", results)
     assert kstest(p, "uniform").pvalue > 0.01 and abs(np.mean(p) - 0.5) < 0.05
     assert 0.02 < np.mean(p <= 0.05) < 0.09
-    over = overall("alignment_index", found) - overall("alignment_null_mean", found)
+    over = overall("alignment_index", results) - overall("alignment_null_mean", results)
     assert abs(np.mean(over)) < 3 * np.std(over) / np.sqrt(len(over)) + 0.01
 
 
 def test_a_planted_separation_is_found():
     y, base = labels(40, 40), planted(0.0, seed=9)
     fixed = fix(base, y)
-    found = [measured(planted(d, seed=4), y, reference=fixed).overall for d in (0.0, 0.5, 1.0, 2.0, 4.0)]
-    values = [f["alignment_index"] for f in found]
+    results = [measured(planted(d, seed=4), y, reference=fixed).overall for d in (0.0, 0.5, 1.0, 2.0, 4.0)]
+    values = [f["alignment_index"] for f in results]
     assert values == sorted(values) and len(set(values)) == 5
-    assert found[-1]["alignment_p_value"] == pytest.approx(1 / 200), "the smallest that 199 permutations can give"
-    assert found[-1]["alignment_index"] > found[-1]["alignment_null_high"]
-    assert found[-1]["alignment_index_low"] > found[-1]["alignment_null_mean"]
-    assert found[-1]["delta_alignment_index_low"] > 0
+    assert results[-1]["alignment_p_value"] == pytest.approx(1 / 200), "the smallest that 199 permutations can give"
+    assert results[-1]["alignment_index"] > results[-1]["alignment_null_high"]
+    assert results[-1]["alignment_index_low"] > results[-1]["alignment_null_mean"]
+    assert results[-1]["delta_alignment_index_low"] > 0
 
 
 @pytest.mark.parametrize(
@@ -172,11 +172,11 @@ def test_the_interval_covers_the_expected_index(own, distance, widest):
     """
     y, noise = labels(30, 30), RNG(0)
     fixed = None if own else fix(planted(distance, n=30, noise=noise), y)
-    found = [
+    results = [
         measured(planted(distance, n=30, noise=noise), y, reference=fixed, permutations=199 if own else 1, seed=seed)
         for seed in range(200)
     ]
-    values, low, high = (overall(f"alignment_index{end}", found) for end in ("", "_low", "_high"))
+    values, low, high = (overall(f"alignment_index{end}", results) for end in ("", "_low", "_high"))
     assert 0.94 <= np.mean((low <= values.mean()) & (values.mean() <= high))
     assert 0.9 < np.mean(high - low) / (2 * 1.96 * np.std(values)) < widest
     assert ((low < values) & (values < high)).all()
@@ -185,13 +185,13 @@ def test_the_interval_covers_the_expected_index(own, distance, widest):
 def test_the_interval_of_the_difference_covers_the_expected_difference():
     """The constants are fixed on the base of each sample, as they are in use."""
     y, noise = labels(30, 30), RNG(0)
-    found = []
+    results = []
     for seed in range(200):
         base = planted(1.0, n=30, noise=noise)
         arm = base + 0.3 * noise.normal(size=base.shape)
         arm[:, 30:, 0] += 0.2
-        found.append(measured(arm, y, reference=fix(base, y, seed=seed), seed=seed))
-    values, low, high = (overall(f"delta_alignment_index{end}", found) for end in ("", "_low", "_high"))
+        results.append(measured(arm, y, reference=fix(base, y, seed=seed), seed=seed))
+    values, low, high = (overall(f"delta_alignment_index{end}", results) for end in ("", "_low", "_high"))
     assert 0.93 <= np.mean((low <= values.mean()) & (values.mean() <= high))
     assert 0.85 < np.mean(high - low) / (2 * 1.96 * np.std(values)) < 1.35
 
@@ -271,7 +271,7 @@ def sample(noise, *, likeness, changed, apart=0.0, further=0.0, own=0.0):
 
 def simulated(**kind):
     noise, y = RNG(5), labels(N, N)
-    found = []
+    results = []
     for seed in range(SAMPLES):
         base, arm = sample(noise, **kind)
         plan = separation.design(y, [str(i % N) for i in range(2 * N)], bootstrap=200, permutations=200, seed=seed)
@@ -279,8 +279,8 @@ def simulated(**kind):
         overall = separation.measure(arm, plan, reference, is_base=False).overall
         of_base = separation.measure(base, plan, reference, is_base=True).overall
         raw = overall["alignment_index"] - of_base["alignment_index"]
-        found.append({**{k.removeprefix("delta_alignment_"): v for k, v in overall.items()}, "raw": raw})
-    return {name: np.array([row[name] for row in found]) for name in found[0]}
+        results.append({**{k.removeprefix("delta_alignment_"): v for k, v in overall.items()}, "raw": raw})
+    return {name: np.array([row[name] for row in results]) for name in results[0]}
 
 
 @pytest.mark.parametrize(
@@ -289,23 +289,23 @@ def simulated(**kind):
 )
 def test_without_an_effect_none_is_claimed(likeness, changed, apart, own):
     """Partners less alike than in the base; classes apart in both models, and equally far."""
-    found = simulated(likeness=likeness, changed=changed, apart=apart, own=own)
-    value, raw = found["index"], found["raw"]
-    assert np.mean(found["p_value"] <= 0.05) <= 0.06
-    assert np.mean((found["index_low"] > 0) | (found["index_high"] < 0)) <= 0.07
+    results = simulated(likeness=likeness, changed=changed, apart=apart, own=own)
+    value, raw = results["index"], results["raw"]
+    assert np.mean(results["p_value"] <= 0.05) <= 0.06
+    assert np.mean((results["index_low"] > 0) | (results["index_high"] < 0)) <= 0.07
     assert abs(value.mean()) < 3.5 * value.std() / np.sqrt(SAMPLES), "centred on zero"
     if not apart:
         assert raw.mean() > 3 * raw.std() / np.sqrt(SAMPLES), "the raw difference is not"
-        outside = (value < found["null_low"]) | (value > found["null_high"])
+        outside = (value < results["null_low"]) | (value > results["null_high"])
         assert 0.01 <= np.mean(outside) <= 0.1, "the null is that of the labels"
 
 
 @pytest.mark.parametrize(("apart", "further"), [(0.5, 0.4), (0.7, -0.4)])
 def test_an_effect_is_found_in_either_direction(apart, further):
-    found = simulated(likeness=0.6, changed=0.3, apart=apart, further=further)
-    value = found["index"]
-    assert np.mean((found["p_value"] <= 0.05) & (np.sign(value) == np.sign(further))) > 0.8
-    covered = (found["index_low"] <= value.mean()) & (value.mean() <= found["index_high"])
+    results = simulated(likeness=0.6, changed=0.3, apart=apart, further=further)
+    value = results["index"]
+    assert np.mean((results["p_value"] <= 0.05) & (np.sign(value) == np.sign(further))) > 0.8
+    covered = (results["index_low"] <= value.mean()) & (value.mean() <= results["index_high"])
     assert np.mean(covered) >= 0.92
 
 
@@ -325,9 +325,9 @@ def test_states_that_coincide_have_no_p_value():
     base, arm = sample(RNG(0), likeness=0.5, changed=0.1, apart=1.0)
     plan = separation.design(y, [None] * (2 * N), bootstrap=20, permutations=20)
     reference = separation.fix_reference(base, plan)
-    found = separation.measure(np.ones_like(arm), plan, reference, is_base=False).overall
-    assert np.isnan([v for k, v in found.items() if "alignment" in k]).all() and "delta_alignment_p_value" in found
-    assert set(found) == set(separation.METRICS)
+    results = separation.measure(np.ones_like(arm), plan, reference, is_base=False).overall
+    assert np.isnan([v for k, v in results.items() if "alignment" in k]).all() and "delta_alignment_p_value" in results
+    assert set(results) == set(separation.METRICS)
 
 
 def test_the_difference_to_the_base_is_paired():
@@ -338,11 +338,11 @@ def test_the_difference_to_the_base_is_paired():
     assert zeros == pytest.approx([0, 0, 0], abs=1e-9)
     arm = base + 0.1 * RNG(5).normal(size=base.shape)
     arm[:, 40:, 0] += 0.2
-    found = measured(arm, y, reference=fixed).overall
+    results = measured(arm, y, reference=fixed).overall
     assert itself["delta_alignment_p_value"] == 1.0
-    above = [f["alignment_index"] - f["alignment_null_mean"] for f in (found, itself)]
-    assert found["delta_alignment_index"] == pytest.approx(above[0] - above[1], rel=1e-9)
-    width = found["delta_alignment_index_high"] - found["delta_alignment_index_low"]
-    assert width < 0.5 * (found["alignment_index_high"] - found["alignment_index_low"])
-    assert found["delta_alignment_index_low"] > 0
+    above = [f["alignment_index"] - f["alignment_null_mean"] for f in (results, itself)]
+    assert results["delta_alignment_index"] == pytest.approx(above[0] - above[1], rel=1e-9)
+    width = results["delta_alignment_index_high"] - results["delta_alignment_index_low"]
+    assert width < 0.5 * (results["alignment_index_high"] - results["alignment_index_low"])
+    assert results["delta_alignment_index_low"] > 0
     assert "delta_alignment_index" not in measured(base, y).overall

@@ -227,8 +227,8 @@ def test_invalid_utf8_is_reported_with_its_offset(tmp_path):
     assert reasons(result) == {1: f"expected UTF-8, got byte 0xfc at offset {at} of the file"}
     assert result.rejected[0].raw["site"] == "Z\\xfcrich"
     content = b'{"PM25": 1, "site": 1, "ozone": 0, "CO": 0, "AQI": 6}\n{"PM25": 2, "site": "\xe9"}\n'
-    found = read(tmp_path, content, "d.jsonl", encoding="utf-8")
-    assert f"offset {content.index(0xE9)} " in found.rejected[0].reason
+    results = read(tmp_path, content, "d.jsonl", encoding="utf-8")
+    assert f"offset {content.index(0xE9)} " in results.rejected[0].reason
 
 
 def test_problems_of_a_whole_file_are_named_at_once(tmp_path):
@@ -244,8 +244,8 @@ def test_problems_of_a_whole_file_are_named_at_once(tmp_path):
         assert message in str(failure(read, tmp_path, content, name))
     assert read(tmp_path, HEADER.replace(",", ";") + "A;9;;;\n", delimiter=";").train[0].id == "A"
     assert "set delimiter to it, or to auto" in str(failure(read, tmp_path, "site;PM25\n1;2\n", delimiter=","))
-    found = problems(read_recipe, aqi, Where(source=str(tmp_path / "no.csv"), columns={"aqi": "AQI"}))
-    assert len(found) == 2 and str(tmp_path / "no.csv") in found[1]
+    results = problems(read_recipe, aqi, Where(source=str(tmp_path / "no.csv"), columns={"aqi": "AQI"}))
+    assert len(results) == 2 and str(tmp_path / "no.csv") in results[1]
     error = failure(read, tmp_path, HEADER + "a,x,,,\n" * 7)
     assert "all 7 were rejected" in str(error) and "row 5 (line 6): PM25" in str(error) and "2 more" in str(error)
 
@@ -457,8 +457,8 @@ def test_all_problems_of_a_mapping_are_named_at_once(tmp_path):
         ({"label": None}, "label: expected a column, got null; items cannot do without it."),
     ):
         assert problems(small, file, columns)[0].startswith(message)
-    found = problems(small, str(tmp_path / "none.csv"), {"hnt": "x"})
-    assert len(found) == 2 and "unknown field" in found[0] and "got none at" in found[1]
+    results = problems(small, str(tmp_path / "none.csv"), {"hnt": "x"})
+    assert len(results) == 2 and "unknown field" in results[0] and "got none at" in results[1]
 
 
 def test_splits_are_the_tasks_if_the_data_set_has_them(tmp_path, monkeypatch):
@@ -503,9 +503,9 @@ def test_classes_numbered_differently_are_read_by_name(tmp_path, names, expected
     file.parent.mkdir()
     made.to_parquet(file)
     for source in (file, file.parent):
-        found = read_recipe(task, Where(source=str(source), columns={}))
-        assert [i.completion for i in found.train] == expected
-        assert any("numbers its classes" in note for note in found.notes) == message
+        results = read_recipe(task, Where(source=str(source), columns={}))
+        assert [i.completion for i in results.train] == expected
+        assert any("numbers its classes" in note for note in results.notes) == message
         assert seen[-2:] == (expected if message else [0, 1]), "the number is given as stored"
 
 

@@ -43,9 +43,9 @@ def trained(model, size=0.3):
 def test_singular_values_are_those_of_the_full_matrix(r, d_in, d_out):
     torch.manual_seed(r)
     a, b = torch.randn(r, d_in, dtype=torch.float64), torch.randn(d_out, r, dtype=torch.float64)
-    found = singular_values(a, b, -1.7)
-    assert len(found) == min(r, d_in, d_out)
-    assert found == pytest.approx(torch.linalg.svdvals(-1.7 * b @ a)[: len(found)].tolist(), rel=1e-9)
+    results = singular_values(a, b, -1.7)
+    assert len(results) == min(r, d_in, d_out)
+    assert results == pytest.approx(torch.linalg.svdvals(-1.7 * b @ a)[: len(results)].tolist(), rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,9 @@ def test_singular_values_are_those_of_the_full_matrix(r, d_in, d_out):
 )
 def test_the_update_is_what_peft_adds_to_the_weight(changes):
     model = trained(small_model(**changes))
-    found = list(updates(model))
-    assert len(found) == 9 and {"layers.0.self_attn.q_proj", "layers.2.mlp.down_proj"} < {one.name for one in found}
-    for update in found:
+    results = list(updates(model))
+    assert len(results) == 9 and {"layers.0.self_attn.q_proj", "layers.2.mlp.down_proj"} < {one.name for one in results}
+    for update in results:
         layer = model.get_submodule(f"base_model.model.model.{update.name}")
         delta = layer.get_delta_weight("default").detach().double()
         assert update.norm == pytest.approx(float(delta.norm()), rel=1e-5)
@@ -64,23 +64,23 @@ def test_the_update_is_what_peft_adds_to_the_weight(changes):
         assert update.stable_rank == pytest.approx((update.norm / largest) ** 2, 1e-5)
         assert update.weight_norm == pytest.approx(float(layer.get_base_layer().weight.double().norm()), rel=1e-9)
         assert update.rank == layer.lora_A["default"].weight.shape[0]
-    whole = summarize(found)
-    norm, weight = (math.hypot(*(getattr(u, name) for u in found)) for name in ("norm", "weight_norm"))
+    whole = summarize(results)
+    norm, weight = (math.hypot(*(getattr(u, name) for u in results)) for name in ("norm", "weight_norm"))
     assert (whole["update_norm"], whole["update_norm_relative"]) == pytest.approx((norm, norm / weight))
     for name in ("rank", "effective_rank"):
-        assert whole[name] == pytest.approx(np.mean([getattr(u, name) for u in found]))
-    assert ({u.rank for u in found} == {4}) == ("rank_pattern" not in changes)
+        assert whole[name] == pytest.approx(np.mean([getattr(u, name) for u in results]))
+    assert ({u.rank for u in results} == {4}) == ("rank_pattern" not in changes)
 
 
 def test_an_update_that_is_not_just_a_and_b_is_what_merging_adds():
     model = trained(small_model(use_dora=True))
-    found = {update.name: update for update in updates(model)}
+    results = {update.name: update for update in updates(model)}
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     weight = layer.get_base_layer().weight.detach().clone()
     layer.merge()
     change = (layer.get_base_layer().weight.detach() - weight).double()
-    assert len(found) == 9
-    assert found["layers.0.self_attn.q_proj"].norm == pytest.approx(float(change.norm()), rel=1e-5)
+    assert len(results) == 9
+    assert results["layers.0.self_attn.q_proj"].norm == pytest.approx(float(change.norm()), rel=1e-5)
 
 
 def test_ranks_of_known_spectra():
@@ -96,12 +96,12 @@ def test_ranks_of_known_spectra():
 
 
 def test_an_update_of_zero_has_no_rank():
-    found = list(updates(small_model()))
-    whole = summarize(found)
-    assert all(math.isnan(u.effective_rank) and math.isnan(u.stable_rank) and u.norm == 0.0 for u in found)
+    results = list(updates(small_model()))
+    whole = summarize(results)
+    assert all(math.isnan(u.effective_rank) and math.isnan(u.stable_rank) and u.norm == 0.0 for u in results)
     assert whole["update_norm"] == 0.0 and math.isnan(whole["effective_rank"]) and whole["rank"] == 4
     known = Update("x", (1.0, 1.0), 1.0, 4)
-    assert summarize([*found, known])["effective_rank"] == pytest.approx(2), "over what can be computed"
+    assert summarize([*results, known])["effective_rank"] == pytest.approx(2), "over what can be computed"
 
 
 @pytest.mark.parametrize(("factor", "value"), [("lora_A", math.nan), ("lora_B", math.inf), ("lora_A", -math.inf)])
@@ -109,9 +109,9 @@ def test_a_diverged_adapter_has_no_size(factor, value):
     model = trained(small_model())
     broken = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
     getattr(broken, factor)["default"].weight.data[1, 2] = value
-    found = {update.name: update for update in updates(model)}
-    assert sum(math.isnan(update.norm) for update in found.values()) == 1, "the others are as they were"
-    for figures in (found["layers.1.self_attn.q_proj"].figures(), summarize(list(found.values()))):
+    results = {update.name: update for update in updates(model)}
+    assert sum(math.isnan(update.norm) for update in results.values()) == 1, "the others are as they were"
+    for figures in (results["layers.1.self_attn.q_proj"].figures(), summarize(list(results.values()))):
         assert {name for name, v in figures.items() if math.isnan(v)} == set(figures) - {"rank"}
         assert figures["rank"] == 4
 
@@ -134,19 +134,19 @@ def test_drift_is_the_mean_over_tokens_adapter_on_versus_off(batch_size):
             h, h0 = on[layer + 1], off[layer + 1]
             relative[layer] += float(((h - h0).norm(dim=1) / h0.norm(dim=1)).sum())
             cosine[layer] += float((1 - (h * h0).sum(dim=1) / (h.norm(dim=1) * h0.norm(dim=1))).sum())
-    found = score_texts(model, TEXTS, batch_size=batch_size)
-    assert found.tokens == 25
-    assert found.relative == pytest.approx(list(relative / 25), rel=1e-4)
-    assert found.cosine == pytest.approx(list(cosine / 25), rel=1e-4)
-    assert min(found.relative) > 0.01
+    results = score_texts(model, TEXTS, batch_size=batch_size)
+    assert results.tokens == 25
+    assert results.relative == pytest.approx(list(relative / 25), rel=1e-4)
+    assert results.cosine == pytest.approx(list(cosine / 25), rel=1e-4)
+    assert min(results.relative) > 0.01
 
 
 def test_the_base_is_the_model_with_its_adapter_off():
     model = trained(small_model())
     base = small_model().unload().eval()
-    found = score_texts(model, TEXTS, batch_size=2)
-    assert found.base_loss.mean == pytest.approx(score_texts(base, TEXTS, batch_size=2).loss.mean, rel=1e-6)
-    assert abs(found.loss.mean - found.base_loss.mean) > 0.01
+    results = score_texts(model, TEXTS, batch_size=2)
+    assert results.base_loss.mean == pytest.approx(score_texts(base, TEXTS, batch_size=2).loss.mean, rel=1e-6)
+    assert abs(results.loss.mean - results.base_loss.mean) > 0.01
     untrained = score_texts(small_model(), TEXTS, batch_size=2)
     assert untrained.loss == untrained.base_loss and untrained.relative == [0.0] * 3, "it does nothing"
     assert untrained.cosine == pytest.approx([0.0] * 3, abs=1e-9)
@@ -156,15 +156,15 @@ def test_the_base_is_the_model_with_its_adapter_off():
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_pooled_states_are_those_of_each_prompt_alone(pooling, batch_size):
     model = trained(small_model())
-    found = pooled_states(model, TEXTS, [1, 3], pooling=pooling, batch_size=batch_size)
-    assert found.shape == (2, 4, 16) and found.dtype == np.float64
+    results = pooled_states(model, TEXTS, [1, 3], pooling=pooling, batch_size=batch_size)
+    assert results.shape == (2, 4, 16) and results.dtype == np.float64
     for place, text in enumerate(TEXTS):
         states = states_of(model, text)
         for row, layer in enumerate((1, 3)):
             expected = states[layer].mean(dim=0) if pooling == "mean" else states[layer][-1]
-            assert found[row, place] == pytest.approx(expected.numpy(), abs=1e-5)
+            assert results[row, place] == pytest.approx(expected.numpy(), abs=1e-5)
     with model.disable_adapter():
-        assert abs(pooled_states(model, TEXTS, [1, 3], pooling=pooling, batch_size=2) - found).max() > 0.01
+        assert abs(pooled_states(model, TEXTS, [1, 3], pooling=pooling, batch_size=2) - results).max() > 0.01
 
 
 def test_layers_at_depths():
@@ -195,13 +195,13 @@ def test_the_loss_equals_transformers_over_the_scored_tokens(batch_size):
             parts.append((float(model(input_ids=ids, labels=wanted).loss), len(text.ids) - text.scored_from))
     tokens = sum(n for _, n in parts)
     expected = sum(loss * n for loss, n in parts) / tokens
-    found = score_texts(model, encoded(), batch_size=batch_size)
-    assert found.loss.tokens == tokens and found.tokens == sum(len(t.ids) for t in encoded())
-    assert found.loss.mean == pytest.approx(expected, rel=1e-5)
-    assert found.loss.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
+    results = score_texts(model, encoded(), batch_size=batch_size)
+    assert results.loss.tokens == tokens and results.tokens == sum(len(t.ids) for t in encoded())
+    assert results.loss.mean == pytest.approx(expected, rel=1e-5)
+    assert results.loss.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
     assert expected != pytest.approx(sum(loss for loss, _ in parts) / len(parts), rel=1e-3), "no mean over texts"
-    assert found.base_loss is None and found.relative == []
-    each = [(of_text.mean, of_text.tokens) for of_text in found.by_text]
+    assert results.base_loss is None and results.relative == []
+    each = [(of_text.mean, of_text.tokens) for of_text in results.by_text]
     assert each == [(pytest.approx(loss, rel=1e-5), n) for loss, n in parts], "of each text, in their order"
 
 
@@ -221,8 +221,8 @@ def drawn(noise, n):
 
 def test_the_interval_covers_the_perplexity_of_such_texts():
     noise = np.random.default_rng(3)
-    found = [perplexity_interval(drawn(noise, 80), resamples=300, seed=seed) for seed in range(300)]
-    assert 0.91 <= np.mean([low <= math.exp(2) <= high for low, high in found]) <= 0.98
+    results = [perplexity_interval(drawn(noise, 80), resamples=300, seed=seed) for seed in range(300)]
+    assert 0.91 <= np.mean([low <= math.exp(2) <= high for low, high in results]) <= 0.98
     few, many = drawn(noise, 30), drawn(noise, 3000)
     width = [high - low for low, high in (perplexity_interval(t, resamples=300) for t in (few, many))]
     assert width[0] > 5 * width[1], "it shrinks with the number of texts"

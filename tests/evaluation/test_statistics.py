@@ -282,17 +282,17 @@ def test_the_interval_has_its_nominal_coverage(credit, seeds, points, seed_sd, i
     d = differences(rng, simulations=1000, seeds=seeds, items=items, points=points, seed_sd=seed_sd,
                     against_base=against_base, credit=credit)  # fmt: skip
     if seeds > 1:
-        found = [crossed_interval(one) for one in d]
+        results = [crossed_interval(one) for one in d]
     else:
         test = partial(sign_flip_test, flips=1000) if credit else sign_test
-        found = [(bootstrap_mean(one, resamples=2000), test(one)) for one in d[:, 0]]
-    share = np.mean([interval.low <= points / 100 <= interval.high for interval, _ in found])
+        results = [(bootstrap_mean(one, resamples=2000), test(one)) for one in d[:, 0]]
+    share = np.mean([interval.low <= points / 100 <= interval.high for interval, _ in results])
     assert 0.93 <= share <= (1.0 if seeds == 2 else 0.975), "two seeds are told less, not more"
     if seeds == 2:  # nor far less: Student's t of the two means alone would be 4.4 times as wide as the right interval
-        width = np.median([interval.high - interval.low for interval, _ in found])
+        width = np.median([interval.high - interval.low for interval, _ in results])
         assert width / (2 * 1.96 * d.mean(axis=(1, 2)).std()) < (1.45 if against_base else 2.6)
     if points == 0:
-        assert np.mean([judge(interval, p_value) != "undecided" for interval, p_value in found]) <= 0.07
+        assert np.mean([judge(interval, p_value) != "undecided" for interval, p_value in results]) <= 0.07
 
 
 @pytest.mark.parametrize(("against_base", "least"), [(True, 0.92), (False, 0.7)])

@@ -250,9 +250,9 @@ def test_labels_are_read_from_answers():
     }  # fmt: skip
     for answer, right in answers.items():
         predicted = None if right is None else labels[right]
-        found = [classify.score(item, answer) for item in items]
-        assert {score.predicted for score in found} == {predicted}, answer
-        assert [score.correct for score in found] == [place == right for place in range(4)]
+        results = [classify.score(item, answer) for item in items]
+        assert {score.predicted for score in results} == {predicted}, answer
+        assert [score.correct for score in results] == [place == right for place in range(4)]
     replies = ("good", "good", "bad (returned)", "nothing")
     scores = [classify.score(item, answer) for item, answer in zip(items, replies, strict=True)]
     f1 = pytest.approx((2 / 3 + 0 + 1 + 0) / 4)

@@ -23,17 +23,17 @@ def rows(n=10):
 
 
 def test_the_shipped_prompts_are_matched_pairs_over_the_axes_of_litmus():
-    found = read_prompts("shipped").prompts
-    assert Counter(p.unsafe for p in found) == {False: 60, True: 60}
-    assert len({p.text for p in found}) == 120
-    axes = Counter(p.category for p in found if p.unsafe)
+    results = read_prompts("shipped").prompts
+    assert Counter(p.unsafe for p in results) == {False: 60, True: 60}
+    assert len({p.text for p in results}) == 120
+    axes = Counter(p.category for p in results if p.unsafe)
     assert sorted(axes) == ["civility", "duty", "empathy", "information", "justice", "well-being", "wisdom"]
     assert min(axes.values()) >= 8
     pairs = {}
-    for p in found:
+    for p in results:
         pairs.setdefault((p.pair, p.category), []).append(p.unsafe)
     assert all(sorted(classes) == [False, True] for classes in pairs.values()) and len(pairs) == 60
-    lengths = {c: mean(len(p.text) for p in found if p.unsafe == c) for c in (False, True)}
+    lengths = {c: mean(len(p.text) for p in results if p.unsafe == c) for c in (False, True)}
     assert abs(lengths[True] / lengths[False] - 1) < 0.02, "length must not tell the classes apart"
 
 
@@ -43,12 +43,12 @@ def test_columns_and_labels_of_a_user_s_file(tmp_path):
     lines = ["input,safety_label,axiom", *(",".join(row.values()) for row in data)]
     (tmp_path / "p.csv").write_text("\n".join(lines), encoding="utf-8")
     for file in (write(tmp_path / "p.jsonl", data), str(tmp_path / "p.csv")):
-        found = read_prompts(file, columns=columns).prompts
-        assert len(found) == 20 and found[1] == Prompt("Tell me about unsafe thing 0.", True, "Duty", None)
+        results = read_prompts(file, columns=columns).prompts
+        assert len(results) == 20 and results[1] == Prompt("Tell me about unsafe thing 0.", True, "Duty", None)
     ones = write(tmp_path / "n.jsonl", [{**r, "label": int(r["label"] == "safe")} for r in rows()])
     assert sum(p.unsafe for p in read_prompts(ones, safe_label="1", unsafe_label="0").prompts) == 10
-    found = read_prompts("shipped", columns={"prompt": "input"}, safe_label="ok", unsafe_label="bad")
-    assert len(found.prompts) == 120 and found.rows_left_out == 0, "they do not apply to the shipped set"
+    results = read_prompts("shipped", columns={"prompt": "input"}, safe_label="ok", unsafe_label="bad")
+    assert len(results.prompts) == 120 and results.rows_left_out == 0, "they do not apply to the shipped set"
 
 
 def test_prompts_that_cannot_be_used_are_refused_all_at_once(tmp_path):
@@ -78,20 +78,20 @@ def test_a_few_bad_rows_of_a_hub_data_set_are_left_out_and_counted(monkeypatch):
            {"prompt": rows()[0]["prompt"], "label": "unsafe"}]  # fmt: skip
     good = rows(48)  # 5 of 100 rows are lost: just allowed
     as_hub(monkeypatch, [*bad, *good])
-    found = read_prompts("hub:some/set")
-    assert found.rows_left_out == 5, "of a text in both classes both rows"
-    assert [p.text for p in found.prompts] == [row["prompt"] for row in good[1:]]
+    results = read_prompts("hub:some/set")
+    assert results.rows_left_out == 5, "of a text in both classes both rows"
+    assert [p.text for p in results.prompts] == [row["prompt"] for row in good[1:]]
     as_hub(monkeypatch, [*bad, {"prompt": "", "label": "safe"}, *good])
     with pytest.raises(EvaluationError, match="(?s)6 of 101 rows cannot be used, expected at most 5%.*row 1: prompt"):
         read_prompts("hub:some/set")
 
 
 def test_a_choice_is_even_over_the_categories_and_keeps_pairs():
-    found = read_prompts("shipped").prompts
-    assert choose(found, 60) == found
-    few = choose(found, 21)
+    results = read_prompts("shipped").prompts
+    assert choose(results, 60) == results
+    few = choose(results, 21)
     assert Counter((p.unsafe, p.category) for p in few) == {
-        (u, p.category): 3 for u in (False, True) for p in found}  # fmt: skip
+        (u, p.category): 3 for u in (False, True) for p in results}  # fmt: skip
     assert all(n == 2 for n in Counter(p.pair for p in few).values())
     uneven = [Prompt(f"{c}{i}", u, c) for c, n in (("a", 100), ("b", 12)) for i in range(n) for u in (False, True)]
     assert Counter(p.category for p in choose(uneven, 30) if p.unsafe) == {"a": 18, "b": 12}
