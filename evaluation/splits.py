@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from evaluation import EvaluationError, paraphrase
 from evaluation.epa import POLLUTANTS
 from evaluation.sources.hub import HUB
-from evaluation.sources.rows import OWN, RowSource, read_recipe, write_rejected
+from evaluation.sources.rows import TASK_SOURCE, RowSource, read_recipe, write_rejected
 from evaluation.sources.tabular import FILES
 from evaluation.tasks import Item, general, load, names
 from trainers.settings import Positive, Seed
@@ -69,7 +69,7 @@ class PrepareData(RowSource):
         generated, fields = self.source == GENERATED, getattr(task, "FIELDS", {})
         sources = {
             GENERATED: hasattr(task, "generate"),
-            OWN: hasattr(task, "SOURCE"),
+            TASK_SOURCE: hasattr(task, "SOURCE"),
             "hub:org/name, a file or a folder": bool(fields),
         }
         problems = []
@@ -82,7 +82,7 @@ class PrepareData(RowSource):
             if column is None and name in fields and fields[name].column is None
         ]
         unnamed = fields and all(known.column is None for known in fields.values())
-        if unnamed and not (generated or self.source == OWN or self.columns):
+        if unnamed and not (generated or self.source == TASK_SOURCE or self.columns):
             problems.append("columns: a source of your own needs a mapping, e.g. {pm25: PM2.5_ugm3}")
         if generated and self.train_items is None:
             problems.append("train_items: expected a number, got null; generated items never run out")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from db.files import artifact, finish_run, hash_inputs, sha256, staged, start_run, write_jsonl
 from evaluation.sources.hub import HUB
-from evaluation.sources.rows import OWN
+from evaluation.sources.rows import TASK_SOURCE
 from evaluation.splits import GENERATED, PrepareData, make_splits
 from evaluation.tasks import Item
 from pipelines.params import StageParams, load_params, unwatched
@@ -20,7 +20,7 @@ class Params(StageParams):
 def user_files(source: str) -> list[Path]:
     """The user's files that a source names; hidden ones in folders are skipped, because downloads keep times there."""
     path = Path(source)
-    if source in (GENERATED, OWN) or source.startswith(HUB):
+    if source in (GENERATED, TASK_SOURCE) or source.startswith(HUB):
         return []
     if path.is_dir():
         inside = (f for f in sorted(path.rglob("*")) if f.is_file())

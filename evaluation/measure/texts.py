@@ -61,6 +61,8 @@ def read_texts(
 
     texts = list[str]()
     try:
+        if Path(source).is_dir():  # changes in it would not be noticed
+            raise EvaluationError("expected a file, got a folder")
         table = read_table(source, split=split, subset=subset, names=[column])
         fields = {"text": Field(column, True, "a text")}
         columns, problems, _ = match_columns(fields, {}, table, f"{section}.text_column")
@@ -71,7 +73,7 @@ def read_texts(
         problems = error.problems
     texts = [text for text in texts if text]
     if problems or not texts:
-        heading = f"{section}.text: {source} cannot be used (expected `{own}`, a file, a folder or {HUB}org/name):"
+        heading = f"{section}.text: {source} cannot be used (expected `{own}`, a file or {HUB}org/name):"
         raise EvaluationError(problems or "expected texts, got only empty ones", heading)
     return texts
 

@@ -19,7 +19,7 @@ from evaluation.tasks import Item, RowError, Source, Task
 from trainers.settings import Positive, Section
 
 T = TypeVar("T")
-OWN = "hub"  # as the source: the task's own data set
+TASK_SOURCE = "hub"  # as the source: the task's own data set
 
 _DUPLICATE, _TOO_LONG = "duplicate: ", "too long: "  # reasons that are no fault of the row
 
@@ -144,7 +144,7 @@ def read_recipe(task: Task, where: RowSource) -> RecipeRows:
     defaults, fields = getattr(task, "SOURCE", Source("")), task.FIELDS
     fieldmap, problems = FieldMap.checked(task, where.columns)
     mapping = fieldmap.columns
-    if where.source == OWN:
+    if where.source == TASK_SOURCE:
         where = where.model_copy(
             update={
                 "source": f"{HUB}{defaults.hub}",

@@ -110,7 +110,8 @@ def test_general_texts_of_a_file(tmp_path):
     for name, message in (
         ("t.jsonl", "no column 'text'.*Available: body.*measure.text_column"), ("e.txt", "is empty"),
         ("l.txt", "UTF-8"), ("none.txt", "expected a file or a folder, got none"), ("b.jsonl", r"row 2 \(line 2\)"),
-        ("o.jsonl", "text: expected a text, got int"), ("t.pdf", r"expected `retention`.*name ending in \.csv"),
+        ("o.jsonl", "text: expected a text, got int"), ("", "expected a file, got a folder"),
+        ("t.pdf", r"expected `retention`.*name ending in \.csv"),
     ):  # fmt: skip
         with pytest.raises(EvaluationError, match=f"(?s)measure.text: .*{message}"):
             read_texts(str(tmp_path / name))
