@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from grit import StepRule
 from grit.layers import find_pairs
 from trainers.arms import baseline_lora
 
@@ -37,33 +38,23 @@ LORA_ONE = replace(baseline_lora.ARM, name="lora_one", title="LoRA-One", make_tr
 
 
 class AheadAdamW(torch.optim.Optimizer):
-    """AdamW with what mode eigen_adamw has beside its axes: Nesterov's, cautious and orthogonal steps."""
+    """GRIT without its axes: AdamW with the step rule of mode eigen_adamw, in the weights' own coordinates."""
 
     def __init__(
         self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0.0, nesterov: bool = True, cautious: bool = True, orthogonal: bool = False,
     ):  # fmt: skip
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.nesterov, self.cautious, self.orthogonal = nesterov, cautious, orthogonal
+        self.rule = StepRule(nesterov, cautious, orthogonal)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            (one, two), lr = group["betas"], group["lr"]
             for p in (p for p in group["params"] if p.grad is not None):
-                g, state = p.grad, self.state[p]
+                state = self.state[p]
                 if not state:
                     state |= {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
                 state["step"] += 1
-                t, m, v = state["step"], state["m"].lerp_(g, 1 - one), state["v"].lerp_(g * g, 1 - two)
-                ahead = (
-                    one * m / (1 - one ** (t + 1)) + (1 - one) * g / (1 - one**t) if self.nesterov else m / (1 - one**t)
-                )
-                step = ahead / ((v / (1 - two**t)).sqrt() + group["eps"])
-                if self.cautious:
-                    step *= (agrees := (step * g > 0).to(step.dtype)) / agrees.mean().clamp_min(1e-3)
-                if self.orthogonal:
-                    u, s, vh = torch.linalg.svd(step, full_matrices=False)
-                    s = (s / s[0].clamp_min(1e-30)).clamp_max(1e-3)  # those below stay as small: they are rounding
-                    step = (u * (s * step.norm() / s.norm().clamp_min(1e-30))) @ vh
-                p.mul_(1 - lr * group["weight_decay"]).sub_(lr * step)
+                stacks = (x[None] for x in (p.grad, state["m"], state["v"]))
+                direction = self.rule(*stacks, state["step"], group["betas"], group["eps"])[0]
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])

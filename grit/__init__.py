@@ -9,24 +9,23 @@ Natural gradient (kfac pairing): ∇A ← (Σ_g + λ_g I)⁻¹ ∇A, ∇B ← �
 from importlib import import_module
 from typing import Any
 
-from grit.config import GRITConfig, GRITConfigError
+from grit.config import GRITConfig, GRITConfigError, GRITError
 
 # torch and transformers load when they are needed: settings can be checked in milliseconds.
 _HOMES = {
-    "CaptureError": "grit.capture",
     "GRITManager": "grit.manager",
     "GritCallback": "grit.trainer",
-    "GritLayerError": "grit.layers",
     "GritOptimizer": "grit.optim",
     "GritTrainer": "grit.trainer",
     "NonFiniteGradientsError": "grit.manager",
-    "NotAppliedError": "grit.manager",
     "Preserve": "grit.preserve",
+    "StepRule": "grit.eigen_adamw",
     "grit_trainer_class": "grit.trainer",
 }
+# The same classes by the names that documents 002 and 004 use.
+_ALIASES = {"GRITCallback": "GritCallback", "GRITOptimizer": "GritOptimizer", "GRITTrainer": "GritTrainer"}
 
-
-__all__ = ["GRITConfig", "GRITConfigError", *_HOMES]
+__all__ = ["GRITConfig", "GRITConfigError", "GRITError", *_HOMES, *_ALIASES]
 
 
 def __dir__() -> list[str]:
@@ -34,6 +33,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'grit' has no attribute {name!r}")
+    home = _HOMES.get(_ALIASES.get(name, name))
+    if home is None:
+        raise AttributeError(f"module 'grit' has no attribute {name!r}")
+    return getattr(import_module(home), _ALIASES.get(name, name))

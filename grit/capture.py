@@ -11,16 +11,13 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grit.layers import LayerGroup
 
 logger = logging.getLogger("grit")
-
-
-class CaptureError(RuntimeError):
-    """Layers that get gradients but whose hooks report nothing."""
 
 
 class GroupSums:
@@ -175,3 +172,21 @@ class HookCapture(Capture):
             z *= mask.weights(z, scale)
             sums.tokens[i] += mask.count
         sums.gram[i].addmm_(z.mT, z)
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_reduce_sum(tensors: list[Tensor]) -> None:
+    """Sum every tensor over the ranks, in place; one message per dtype and device."""
+    if world_size() == 1 or not tensors:
+        return
+    buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        buckets.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for members in buckets.values():
+        flat = torch.cat([t.reshape(-1) for t in members])
+        dist.all_reduce(flat)
+        for target, part in zip(members, torch.split(flat, [t.numel() for t in members]), strict=True):
+            target.copy_(part.view_as(target))

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grit.config import GRITError
+
 logger = logging.getLogger("grit")
-
-
-class GritLayerError(ValueError):
-    """A model that GRIT cannot work on; names the layers."""
 
 
 @dataclass(eq=False)
@@ -85,14 +83,14 @@ class LayerGroup:
 
 
 def find_pairs(model: nn.Module) -> list[LoraPair]:
-    """Every trainable LoRA pair of linear layers, in the model's order; GritLayerError names what is not covered."""
+    """Every trainable LoRA pair of linear layers, in the model's order; GRITError names what is not covered."""
     layers: list[tuple[str, Any]] = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "scaling")
     ]
     if not layers:
-        raise GritLayerError(
+        raise GRITError(
             f"expected a model with LoRA layers (peft.get_peft_model), got a {type(model).__name__} without any"
         )
     pairs: list[LoraPair] = []
@@ -124,13 +122,13 @@ def find_pairs(model: nn.Module) -> list[LoraPair]:
                 several = len(layer.lora_A) > 1
                 pairs.append(LoraPair(f"{name}[{adapter}]" if several else name, adapter, layer))
     if unsupported:
-        raise GritLayerError(
+        raise GRITError(
             f"expected plain LoRA on linear layers, got {len(unsupported)} of another kind: "
             f"{', '.join(unsupported[:8])}{' …' if len(unsupported) > 8 else ''}; "
             "train these without GRIT or leave them out of target_modules"
         )
     if not pairs:
-        raise GritLayerError(
+        raise GRITError(
             f"expected trainable LoRA weights, got {len(frozen)} frozen ones ({', '.join(frozen[:4])} …); "
             "load the adapter with is_trainable=True, or activate it"
         )

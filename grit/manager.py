@@ -1,4 +1,4 @@
-"""`Manager`: life cycle and order of a step; `GRITManager`: one with the rank-space factors of GRIT."""
+"""`Manager`: the life cycle and the order of a step; `GRITManager`: the one with GRIT's rank-space factors."""
 
 import dataclasses
 import json
@@ -13,35 +13,32 @@ import torch
 from torch import Tensor, nn
 
 from grit.capture import Capture
-from grit.config import GRITConfig
-from grit.curvature import Curvature, RankSpace
+from grit.config import GRITConfig, GRITError
+from grit.curvature import Curvature
 from grit.layers import LoraPair
+from grit.rank_space import RankSpace
 
 logger = logging.getLogger("grit")
 
 
-class NotAppliedError(RuntimeError):
-    """Backward passes were seen, but no step went through a `GritOptimizer`."""
-
-
-class NonFiniteGradientsError(RuntimeError):
+class NonFiniteGradientsError(GRITError):
     """Too many steps in a row had NaN or infinite gradients."""
 
 
 class Manager:
-    """Steps with a `Curvature`, in an order that `GritOptimizer` keeps, and writes the log."""
+    """What `GritOptimizer` calls, step by step, of a `Curvature`; writes the log."""
 
     def __init__(self, curvature: Curvature, log_file: str | Path | None = None):
         """Hooks are attached by `open` (a `with` block, or the GritOptimizer); `log_file` is JSON Lines."""
         self.curvature = curvature
         self.log_file = Path(log_file) if log_file is not None else None
         if self.log_file is not None and self.log_file.exists():
-            self._write([], anew=True)  # of a run that was cut short before its first checkpoint
+            self._write([], anew=True)  # left by a run that was killed before its first checkpoint
         self.history: list[dict[str, Any]] = []  # records of spectra, ranks, effects and events, ready for JSON
         # `step` = `applied_steps` + `skipped`, those with NaN or infinite gradients.
         self.step = self.skipped = self.applied_steps = self._skipped_in_a_row = 0
         self.last_metrics: dict[str, float] = {}  # for a Trainer's log
-        self.measured: dict[str, Any] = {}  # how far natural gradients are from raw ones, as `_measure` says
+        self.measured: dict[str, Any] = {}  # how far natural gradients are from raw ones, see `_measure`
 
     @property
     def config(self) -> GRITConfig:
@@ -63,17 +60,17 @@ class Manager:
         return self
 
     def close(self, check: bool = True) -> None:
-        """Take the hooks off, and name layers that never reported.
+        """Remove the hooks, and name the layers that never reported.
 
-        NotAppliedError where hooks saw backward passes but no step came through a GritOptimizer. `check` is False where
-        an error is on its way already, which must not be covered up.
+        GRITError if the hooks saw backward passes but no step went through a GritOptimizer. `check` is False if another
+        error is already on its way, which must not be hidden.
         """
         saw_something = self.capture is not None and self.capture.saw_tokens()
         self.curvature.close()
         if not check:
             return
         if saw_something and not self.applied_steps:
-            raise NotAppliedError(
+            raise GRITError(
                 "GRIT saw backward passes, but no optimizer step went through GRIT, so nothing was preconditioned; "
                 "wrap the optimizer: GritOptimizer(optimizer, manager), or train with GritTrainer"
             )
@@ -90,7 +87,7 @@ class Manager:
     # One step, in the order in which GritOptimizer calls
 
     def begin_step(self, gradient_norm: float) -> bool:
-        """Whether the step may go on: not where `gradient_norm`, of all raw gradients, is not finite."""
+        """Whether to go on with the step: not if `gradient_norm`, over all raw gradients, is not finite."""
         if math.isfinite(gradient_norm):
             self._skipped_in_a_row = 0
             self.last_metrics["grit/gradient_norm_raw"] = gradient_norm
@@ -104,7 +101,7 @@ class Manager:
         if self._skipped_in_a_row >= self.config.max_nonfinite_steps:
             raise NonFiniteGradientsError(
                 f"{self._skipped_in_a_row} steps in a row had NaN or infinite gradients (up to step {self.step}); "
-                "lower the learning rate or look at the data; max_nonfinite_steps sets how many are borne"
+                "lower the learning rate or look at the data; max_nonfinite_steps sets how many are tolerated"
             )
         return False
 
@@ -121,7 +118,7 @@ class Manager:
         self.add_record(*self.curvature.refresh(self.step))
 
     def precondition_gradients(self) -> float:
-        """In place, in modes adamw and sgd; returns Σ ⟨∇, natural ∇⟩, which the trust region limits (0 in adamw)."""
+        """Modes adamw and sgd, in place; returns Σ ⟨∇, natural ∇⟩, which the trust region limits (0 in adamw)."""
         if not self.curvature.preconditions(self.step):
             return 0.0
         measure = self.curvature.last_refresh == self.step or self.step % self.config.log_freq == 0
@@ -131,7 +128,7 @@ class Manager:
         return length
 
     def end_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """After the weights have moved: write records, prepare the next step, reproject if it is time."""
+        """After the weights have changed: write records, prepare the next step, reproject if due."""
         self.applied_steps += 1
         if self.step % self.config.log_freq == 0:
             self.add_record(self._effect())
@@ -147,7 +144,7 @@ class Manager:
         self.add_record(*self.curvature.reproject(self.step, optimizer, shrink))
 
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        spectra = self.curvature.spectra()  # those of the training: the shrink below rescales A and B
+        spectra = self.curvature.spectra()  # before the shrink, which rescales A and B
         if self.curvature.final_shrink_due(self.step):
             self.neural_reprojection(optimizer, shrink=True)
         self.add_record(
@@ -172,7 +169,7 @@ class Manager:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Forward and backward passes that are no part of the statistics."""
+        """Forward and backward passes in here do not count in the statistics."""
         capture, active = self.capture, self.capture is not None and self.capture.active
         if capture is not None:
             capture.active = False
@@ -201,7 +198,7 @@ class Manager:
 
     def _effect(self) -> dict[str, Any]:
         counts = {"ready_layers": self.curvature.ready_layers(), "layers": len(self.pairs())}
-        metrics = self.last_metrics.items()  # norms are those before clipping, as last taken
+        metrics = self.last_metrics.items()  # norms before clipping, as of the last step that took them
         norms = {name.removeprefix("grit/"): value for name, value in metrics if "gradient_norm" in name}
         evidence = self.curvature.effect(self.step, self.measured)
         record: dict[str, Any] = {"kind": "effect", **counts, **self.measured, **norms, **evidence}
@@ -220,13 +217,13 @@ class Manager:
         return record
 
     def _summary(self) -> dict[str, float]:
-        found = {
+        numbers = {
             **self.curvature.summary(),
             "grit/ready_layers": float(self.curvature.ready_layers()),
             "grit/skipped_steps": float(self.skipped),
             "grit/cosine_raw_natural": self.measured.get("cosine_median", math.nan),
         }
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+        return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
     def metrics(self) -> dict[str, float]:
         return dict(self.last_metrics)
@@ -245,7 +242,7 @@ class Manager:
         }
 
     def load_state_dict(self, state: dict[str, Any], keep_history: bool = False) -> None:
-        """The log file is rewritten to hold what led there; with `keep_history` it goes on as it is."""
+        """Rewrite the log file to end where this state was saved; with `keep_history` leave it as it is."""
         self.curvature.load_state_dict(state["curvature"])
         for name in _NUMBERS:
             setattr(self, name, state["numbers"][name])
@@ -260,7 +257,7 @@ _NUMBERS = ("step", "skipped", "applied_steps", "_skipped_in_a_row")
 
 
 def _plain(value: Any) -> Any:
-    """The same with NaN and infinities as "nan", "inf", "-inf", so that every JSON reader takes it."""
+    """NaN and infinities as "nan", "inf", "-inf", so that every JSON reader accepts the value."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -269,7 +266,7 @@ def _plain(value: Any) -> Any:
 
 
 def _measure(cosines: list[Tensor]) -> dict[str, Any]:
-    """Over all tensors: median and smallest cosine of raw and preconditioned gradient, largest 1 − cos."""
+    """Median and smallest cosine of raw and preconditioned gradients over all tensors, and the largest 1 − cos."""
     values = torch.cat(cosines)
     values = values[torch.isfinite(values) & (values != 0)]  # a zero gradient has no direction
     if not values.numel():
@@ -282,7 +279,7 @@ def _measure(cosines: list[Tensor]) -> dict[str, Any]:
 
 
 class GRITManager(Manager):
-    """Keeps the r×r factors of every trainable LoRA pair of a model and applies them.
+    """Estimates the r×r factors of every trainable LoRA pair of a model and applies them.
 
     A plain loop::
 
@@ -303,7 +300,7 @@ class GRITManager(Manager):
         device: torch.device | str | None = None,
         log_file: str | Path | None = None,
     ):
-        """`device` is that of the inversions. GRITConfigError and GritLayerError name every mistake."""
+        """`device` is where factors are inverted. GRITConfigError and GRITError name every mistake."""
         config = config or GRITConfig()
         if device is not None and config.kfac_inversion_device == "auto":
             config = dataclasses.replace(config, kfac_inversion_device=str(device))

@@ -1,35 +1,34 @@
-"""`GritOptimizer`: any torch optimizer, with GRIT inside its step, where nothing can come between."""
+"""`GritOptimizer`: any torch optimizer with GRIT inside its step, where nothing can come between the two."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
-from grit import factors
-from grit.curvature import Turned
+from grit import eigen_adamw, paper
+from grit.eigen_adamw import StepRule, step_rule
 from grit.manager import Manager
 
 
 class GritOptimizer(torch.optim.Optimizer):
-    """Statistics, preconditioning, clipping, the wrapped optimizer's step, reprojection: one `step()`.
+    """One `step()`: statistics, preconditioning, clipping, the wrapped optimizer's step, reprojection.
 
     It shares `param_groups` and `state` with the optimizer it wraps, so learning-rate schedules work on it. In mode
-    eigen_adamw the LoRA weights are stepped here, with the wrapped optimizer's learning rate, betas, ε and weight
-    decay; other trainable weights are left to the wrapped one.
+    eigen_adamw it steps the LoRA weights itself, with the wrapped optimizer's learning rate, betas, ε and weight
+    decay; the wrapped optimizer steps all other trainable weights.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, manager: Manager, max_grad_norm: float | None = None):
-        """Wrap `optimizer`, before any learning-rate schedule is made from it; the manager is opened.
+        """Wrap `optimizer` before a learning-rate schedule is made from it; opens the manager.
 
-        `max_grad_norm` is what gradients are clipped to after preconditioning where the config leaves it open.
+        Gradients are clipped to `max_grad_norm` after preconditioning unless the config sets its own.
         """
         self.optimizer, self.manager = optimizer, manager
         config = manager.config
         self.max_grad_norm = self.limit(max_grad_norm)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [pair.name for pair in manager.pairs() if id(pair.a) not in held or id(pair.b) not in held]
+        parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [pair.name for pair in manager.pairs() if not {id(pair.a), id(pair.b)} <= parameters]
         if missing:
             raise ValueError(
                 f"expected an optimizer over all LoRA weights, got one without those of {missing[:4]}"
@@ -43,7 +42,7 @@ class GritOptimizer(torch.optim.Optimizer):
                 f"mode {config.mode!r}: expected an optimizer of the Adam family (with betas), got "
                 f"{type(optimizer).__name__}; for SGD set mode to 'sgd'"
             )
-        # torch's Adam says so in its groups; weight decay in its gradient would not be the decoupled one of here.
+        # torch's Adam marks these in its groups; it adds weight decay to the gradient, GRIT decouples it.
         refused: dict[str, Callable[[dict[str, Any]], Any]] = {
             "an optimizer without amsgrad": lambda g: g.get("amsgrad"),
             "an optimizer without maximize": lambda g: g.get("maximize"),
@@ -53,7 +52,10 @@ class GritOptimizer(torch.optim.Optimizer):
             if any(wrong(group) for group in optimizer.param_groups):
                 raise ValueError(f"mode 'eigen_adamw': expected {expected}, as torch.optim.AdamW has it by default")
         if config.lr_ratio_b != 1.0 and any("initial_lr" in group for group in optimizer.param_groups):
-            raise ValueError("lr_ratio_b: wrap the optimizer first, then make its learning-rate schedule; got it made")
+            raise ValueError(
+                "lr_ratio_b: expected an optimizer without a learning-rate schedule, got one with it. Wrap the "
+                "optimizer first, then make its schedule"
+            )
         self._split_off_b(config.lr_ratio_b)
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups, self.state = optimizer.param_groups, optimizer.state
@@ -61,12 +63,12 @@ class GritOptimizer(torch.optim.Optimizer):
         manager.open()
 
     def limit(self, offered: float | None) -> float:
-        """What gradients are clipped to: what the config says, else what is offered; 0 = never."""
+        """The norm to clip gradients to: the config's, else the one offered; 0 = never."""
         config = self.manager.config
         if config.max_grad_norm is not None:
             return config.max_grad_norm
         if config.mode == "sgd" and config.kl_clip > 0:
-            return 0.0  # the trust region limits the step; natural gradients have other lengths than raw
+            return 0.0  # the trust region limits the step; natural gradients have other lengths than raw ones
         return offered or 0.0
 
     def _split_off_b(self, ratio: float) -> None:
@@ -85,7 +87,7 @@ class GritOptimizer(torch.optim.Optimizer):
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Left out, counted and logged where gradients are not finite."""
+        """One step; skipped, counted and logged if gradients are not finite."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -110,7 +112,7 @@ class GritOptimizer(torch.optim.Optimizer):
             self._eigen_step()
         else:
             length = manager.precondition_gradients()
-            if mode == "sgd":  # before clipping, which would shorten a second time what is measured here
+            if mode == "sgd":  # before clipping, which would shorten the gradients a second time
                 self._trust_region(length)
             natural = self._clip()
             if natural is not None:
@@ -119,13 +121,13 @@ class GritOptimizer(torch.optim.Optimizer):
         manager.end_step(self.optimizer)
 
     def _clip(self) -> float | None:
-        """Scale all gradients to `max_grad_norm` at most; returns their norm before, if it was taken."""
+        """Scale all gradients down to `max_grad_norm`; returns their norm before, if it was computed."""
         config = self.manager.config
         if self.max_grad_norm > 0:
-            known = self.manager.last_metrics["grit/gradient_norm_raw"]
+            raw_norm = self.manager.last_metrics["grit/gradient_norm_raw"]
             untouched = config.mode == "eigen_adamw" and not (config.lambda_kfac or config.lambda_reproj)
-            if untouched and known <= self.max_grad_norm:
-                return known
+            if untouched and raw_norm <= self.max_grad_norm:
+                return raw_norm
             weights = [p for group in self.param_groups for p in group["params"]]
             return float(torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm))
         if self.manager.step % config.log_freq == 0:
@@ -133,45 +135,41 @@ class GritOptimizer(torch.optim.Optimizer):
         return None
 
     def _trust_region(self, length: float) -> None:
-        """Shorten natural gradients so that the step's length in the Fisher metric, lr²·⟨∇, F⁻¹∇⟩, is at most κ."""
-        kappa = self.manager.config.kl_clip
         rate = max(float(group["lr"]) for group in self.param_groups)
-        if kappa > 0 and length > 0 and rate > 0:
-            nu = min(1.0, (kappa / (rate * rate * length)) ** 0.5)
-            self.manager.last_metrics["grit/trust_region_factor"] = nu
-            if nu < 1.0:
-                gradients = [p.grad for pair in self.manager.pairs() for p in (pair.a, pair.b) if p.grad is not None]
-                torch._foreach_mul_(gradients, nu)
+        nu = paper.trust_region_factor(length, rate, self.manager.config.kl_clip)
+        if nu is None:
+            return
+        self.manager.last_metrics["grit/trust_region_factor"] = nu
+        if nu < 1.0:
+            gradients = [p.grad for pair in self.manager.pairs() for p in (pair.a, pair.b) if p.grad is not None]
+            torch._foreach_mul_(gradients, nu)
 
     def _eigen_step(self) -> None:
         curvature, step = self.manager.curvature, self.manager.step
-        nesterov, cautious, orthogonal = self.manager.config.ahead
-        stacks = curvature.turned(self.param_groups, step)
-        changes = _directions(stacks, nesterov)
-        for i, t in enumerate(stacks):
-            for p in t.parameters:  # so that the probe takes all three for AdamW's, and the axes alone for an effect
-                p.ahead = (nesterov, cautious, orthogonal)  # type: ignore[attr-defined]
-            if cautious:
-                _agree(changes[i], t.gradient)
-            changes[i] = t.back(changes[i])  # one by one, so that directions are freed
-        if orthogonal:
-            changes = factors.orthogonal(changes)
-        changes, metrics, factor = curvature.limit(stacks, changes, step)
-        self.manager.last_metrics |= metrics
-        for t, change in zip(stacks, changes, strict=True):
-            tensors, lr = [p.data for p in t.parameters], float(t.options["lr"])
-            decay = float(t.options.get("weight_decay", 0.0))
-            if decay:
-                torch._foreach_mul_(tensors, 1.0 - lr * decay)  # decoupled (Loshchilov & Hutter 2019)
-            torch._foreach_add_(tensors, list(change.to(tensors[0].dtype).unbind(0)), alpha=-lr * factor)
-        if 2 * len(self.manager.pairs()) < sum(len(group["params"]) for group in self.param_groups):
-            lora = [p for pair in self.manager.pairs() for p in (pair.a, pair.b)]
+        stacks = curvature.rotated(self.param_groups, step)
+        self.manager.last_metrics |= eigen_adamw.step(
+            stacks, step_rule(self.manager.config), lambda changes: curvature.limit(stacks, changes, step)
+        )
+        lora = [p for pair in self.manager.pairs() for p in (pair.a, pair.b)]
+        if len(lora) < sum(len(group["params"]) for group in self.param_groups):  # the wrapped one steps the others
             gradients = [p.grad for p in lora]
             for p in lora:
                 p.grad = None
             self.optimizer.step()
             for p, gradient in zip(lora, gradients, strict=True):
                 p.grad = gradient
+
+    def step_rules(self, parameters: Sequence[torch.nn.Parameter]) -> list[StepRule | None]:
+        """How each weight is stepped besides AdamW's moments; None: in no other way.
+
+        Any optimizer can have this method. `probes.Probe` asks it for its yardstick, so that only preconditioning
+        counts as an effect.
+        """
+        rule = step_rule(self.manager.config)
+        if self.manager.config.mode != "eigen_adamw" or not (rule.nesterov or rule.cautious or rule.orthogonal):
+            return [None] * len(parameters)
+        lora = {id(p) for pair in self.manager.pairs() for p in (pair.a, pair.b)}
+        return [rule if id(p) in lora else None for p in parameters]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)
@@ -181,52 +179,7 @@ class GritOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "grit" not in state_dict:
-            raise ValueError("expected an optimizer state with GRIT's part ('grit'), got one of another optimizer")
+            raise ValueError("expected an optimizer state with key 'grit', got that of another optimizer")
         self.manager.load_state_dict(state_dict["grit"])  # first: it refuses what does not fit
         self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "grit"})
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
-
-
-def _directions(stacks: list[Turned], nesterov: bool) -> list[Tensor]:
-    """Adam's bias-corrected directions m̂/(√v̂ + ε) (Kingma & Ba 2015), in each stack's basis; moments in place.
-
-    Nesterov's m̂ is β₁ m/(1 − β₁ᵗ⁺¹) + (1 − β₁) g/(1 − β₁ᵗ) (Dozat 2016). torch's fused kernel does it, stepping from
-    zero with learning rate −1, for all stacks of one β and ε in one go.
-    """
-    found = [torch.zeros_like(t.gradient) for t in stacks]
-    alike: dict[tuple[float, ...], list[int]] = {}
-    for i, t in enumerate(stacks):
-        alike.setdefault((*map(float, t.options["betas"]), float(t.options["eps"])), []).append(i)
-    for (beta1, beta2, eps), places in alike.items():
-        parts: list[tuple[Tensor, Tensor, Tensor, Tensor, int]] = []
-        picked = []
-        for t, direction in ((stacks[i], found[i]) for i in places):
-            m, v = (t.m, t.v) if t.rows is None else (t.m[t.rows], t.v[t.rows])
-            if t.rows is not None:
-                picked.append((t, m, v))
-            counts = t.steps.tolist()
-            if min(counts) == max(counts):
-                parts.append((direction, t.gradient, m, v, counts[0]))
-            else:  # layers that have not all had the same number of gradients
-                parts += zip(direction, t.gradient, m, v, counts, strict=True)
-        directions, gradients, ms, vs, ends = (list(column) for column in zip(*parts, strict=True))
-        if nesterov:  # the kernel takes the gradient into the mean a second time, and divides by 1 − β₁ᵗ
-            torch._foreach_lerp_(ms, gradients, 1 - beta1)
-            ms = list(torch._foreach_mul(ms, [(1 - beta1**end) / (1 - beta1 ** (end + 1)) for end in ends]))
-        counters = [torch.tensor(float(end - 1), device=d.device) for end, d in zip(ends, directions, strict=True)]
-        options: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False, "lr": -1.0, "weight_decay": 0.0}
-        options |= {"beta1": beta1, "beta2": beta2, "eps": eps}
-        adamw(directions, gradients, ms, vs, [], counters, **options)  # which counts the steps up
-        for t, m, v in picked:  # what was picked is a copy
-            t.m[t.rows], t.v[t.rows] = m, v
-    return found
-
-
-def _agree(direction: Tensor, gradient: Tensor) -> None:
-    """Leave out a direction's entries against the sign of the gradient, and raise the others by the share that is left.
-
-    [n, …], in place: cautious (Liang et al. 2024, arXiv 2411.16085).
-    """
-    agrees = (direction * gradient).gt_(0)
-    share = agrees.flatten(1).mean(1).clamp_min(1e-3).view(-1, *[1] * (direction.dim() - 1))
-    direction.mul_(agrees).div_(share)

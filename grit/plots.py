@@ -1,20 +1,22 @@
 """Pictures of a finished `grit_log.jsonl`: spectra, factors, ranks. PNG files; needs matplotlib.
 
 Each `plot_…(log, out)` takes the file or its records (`Manager.history`), writes `out` and returns it; a ValueError
-says what the log lacks. matplotlib is imported where it is used, and by its objects (no pyplot), so that nothing global
-changes.
+names what the log lacks. matplotlib is imported where it is used, without pyplot, so that no global state changes.
 """
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from grit.config import GRITConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours of Okabe & Ito (2008), which colour-blind readers tell apart; line styles say the same once more.
+# Colours of Okabe & Ito (2008), which colour-blind readers can distinguish; line styles repeat the distinction.
 BLUE, ORANGE, GREEN, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#999999"
 
 Log = Path | str | list[dict[str, Any]]
@@ -25,6 +27,10 @@ _MOST_HEATMAPS = 8
 
 
 def plot_spectra(log: Log, out: Path) -> Path:
+    return save(spectra_figure(log), out)
+
+
+def spectra_figure(log: Log) -> "Figure":
     """Eigenvalues of Σ_a and Σ_g in the first and the last record, and effective ranks over the steps."""
     places = {"spectra": "layers", "final": "spectra"}
     records = [(r["step"], r[places[r["kind"]]]) for r in _read(log) if r.get(places.get(r["kind"], ""))]
@@ -50,7 +56,36 @@ def plot_spectra(log: Log, out: Path) -> Path:
         _whole_numbers(axis)
         axis.legend(title="median of layers (thin: each layer)", loc="lower left")
     _effective_ranks(axes[2], known)
-    return save(figure, out)
+    return figure
+
+
+def eigenvalue_bars(log: Log) -> "Figure":
+    """The leading eigenvalues of every layer in the last record, relative to the largest, as bars."""
+    records = [r for r in _read(log) if r["kind"] == "final" and r.get("spectra")]
+    if not records:
+        raise ValueError("expected a final record with spectra, found none: training did not end")
+    figure, axes = _new_figure(12.0, 4.4, 2)
+    for axis, (side, title) in zip(axes, SIDES.items(), strict=True):
+        rows = _eigenvalues(records[-1]["spectra"], side)
+        for i, row in enumerate(rows):
+            width = 0.8 / len(rows)
+            axis.bar([n + i * width for n in range(1, len(row) + 1)], [v / row[0] for v in row], width, color=BLUE)
+        axis.set(title=f"Eigenvalues of {title}, each layer", xlabel="eigenvalue (1 = largest)", ylabel="λᵢ / λ₁")
+        _whole_numbers(axis)
+    return figure
+
+
+def tracked(log: Log, config: GRITConfig) -> dict[str, "Figure"]:
+    """The figures that the configuration wants trackers to show; none for what a short log lacks."""
+    wanted = {"grit/spectra": spectra_figure if config.log_fisher_spectrum else None,
+              "grit/eigenvalues": eigenvalue_bars if config.log_eigs_bar else None,
+              "grit/factors": heatmaps_figure if config.log_eig_heatmaps else None}  # fmt: skip
+    figures = {}
+    for name, draw in wanted.items():
+        with suppress(ValueError):
+            if draw is not None:
+                figures[name] = draw(log)
+    return figures
 
 
 def _spectrum(axis: "Axes", values: list[list[float]], colour: str, style: str, label: str) -> None:
@@ -84,6 +119,10 @@ def _effective_ranks(axis: "Axes", known: dict[str, list[tuple[int, dict[str, An
 
 
 def plot_heatmaps(log: Log, out: Path) -> Path:
+    return save(heatmaps_figure(log), out)
+
+
+def heatmaps_figure(log: Log) -> "Figure":
     """Σ_a and Σ_g of the layers whose factors are in the last record, as correlations Σ_ij / √(Σ_ii Σ_jj)."""
     import numpy as np
 
@@ -117,7 +156,7 @@ def plot_heatmaps(log: Log, out: Path) -> Path:
         if column == 0:
             axis.set_ylabel(f"{SIDES[side]}\ncoordinate")
     figure.colorbar(image, ax=axes, label="correlation (grey: no variance)", shrink=0.85)
-    return save(figure, out)
+    return figure
 
 
 def plot_ranks(log: Log, out: Path) -> Path:

@@ -20,7 +20,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from grit.layers import GritLayerError, LayerGroup, LoraPair, find_pairs, group_pairs
+from grit.config import GRITError
+from grit.layers import LayerGroup, LoraPair, find_pairs, group_pairs
 
 Form = Literal["activations", "kfac", "ewc", "l2"]
 _WHOLE = 512  # width up to which a second moment is added up whole
@@ -116,7 +117,7 @@ class Preserve:
         """Take the curvature; the adapters must change nothing yet (B = 0), the model is put back as it was.
 
         `batches` have input_ids and attention_mask [texts, tokens]; `seed` is that of ŷ. ValueError for settings that
-        make no sense or no texts, GritLayerError for layers that see other tokens than the batch has.
+        make no sense or no texts, GRITError for layers that see other tokens than the batch has.
         """
         if form not in get_args(Form):
             raise ValueError(f"form: expected one of {', '.join(get_args(Form))}, got {form!r}")
@@ -128,7 +129,7 @@ class Preserve:
         self.groups = group_pairs(find_pairs(model))
         pairs = [pair for group in self.groups for pair in group.pairs]
         if any(bool(pair.b.any()) for pair in pairs):
-            raise GritLayerError(
+            raise GRITError(
                 "preserve: expected adapters that change nothing yet (B = 0), since the curvature is the base's; take "
                 "it before training, with another initialisation, or hold the model by distillation"
             )
@@ -229,7 +230,7 @@ class _Look:
         if not self.tokens:
             raise ValueError("batches: expected texts for the base to read, got none")
         if silent := [p.name for p, e in zip(self.pairs, self.energy, strict=True) if not e]:
-            raise GritLayerError(
+            raise GRITError(
                 f"expected every LoRA layer to be called, {len(silent)} were not ({', '.join(silent[:4])}): where a "
                 "fused kernel reads their weights, take the curvature with the kernel off"
             )
@@ -238,7 +239,7 @@ class _Look:
         def see(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
             kept = self.kept
             if kept is None or y.shape[:-1] != kept.shape:
-                raise GritLayerError(
+                raise GRITError(
                     f"{self.pairs[i].name}: expected to see every token of the batch, got {tuple(y.shape[:-1])} (an "
                     "expert, a vision tower); leave it out of target_modules"
                 )

@@ -91,52 +91,20 @@ class GroupState:
         self.t["weight"] = self.t["weight"] + share * (1.0 - self.t["weight"])
         self.t["samples"] = self.t["samples"] + torch.where(use, samples, torch.zeros_like(samples))
 
-    def invert(self, config: GRITConfig) -> Tensor:
-        """Refresh inverses or eigenbases; returns which layers failed on a side although it had samples: [n] bool."""
-        cov_a, cov_g = self.covariances()
-        home = cov_a.device
-        where = home if config.kfac_inversion_device == "auto" else torch.device(config.kfac_inversion_device)
-        cov_a, cov_g = cov_a.to(where), cov_g.to(where)
-        enough = (self.t["samples"] >= config.kfac_min_samples).to(where)
-        usable_a, usable_g = enough & factors.informative(cov_a), enough & factors.informative(cov_g)
-        lam_a, lam_g = factors.damping(cov_a, cov_g, config.kfac_damping, config.damping_mode, config.pi_correction)
-        for side, cov, lam, usable in (("a", cov_a, lam_a, usable_a), ("g", cov_g, lam_g, usable_g)):
-            if config.mode == "eigen_adamw":  # nothing is inverted: kfac_damping bounds the weights of the steps
-                values, vectors, good = factors.eigh(cov)
-                ready = usable & good
-                weight = factors.step_weights(values, config.kfac_damping, config.eigen_power)
-                self.t[f"w_{side}"] = torch.where(ready[:, None], weight, torch.ones_like(weight)).to(home)
-                self._turn(side, torch.where(ready[:, None, None], vectors, self.t[f"q_{side}"].to(where)).to(home))
-            else:
-                gradient_kind = (self.t["kind"] == GRADIENTS).to(where)
-                inverse, good = factors.damped_inverse(cov, lam)
-                if bool(gradient_kind.any()):
-                    root, fine = factors.damped_inverse_root(cov, lam)
-                    inverse = torch.where(gradient_kind[:, None, None], root, inverse)
-                    good = torch.where(gradient_kind, fine, good)
-                ready = usable & good
-                eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=where)
-                self.t[f"inv_{side}"] = torch.where(ready[:, None, None], inverse, eye).to(home)
-                self.t[f"lam_{side}"] = lam.to(home)
-            self.t[f"ready_{side}"] = ready.to(home)
-        # Eigenvectors come column by column in memory; products round otherwise there than after a checkpoint.
-        self.t = {name: tensor.contiguous() for name, tensor in self.t.items()}
-        return (usable_a.to(home) & ~self.t["ready_a"]) | (usable_g.to(home) & ~self.t["ready_g"])
+    @property
+    def device(self) -> torch.device:
+        return self.group.device
 
-    def _turn(self, side: str, basis: Tensor) -> None:
-        """Take up a new eigenbasis; the moments of the gradient it acts on are turned along.
+    def trusted(self, config: GRITConfig) -> list[tuple[str, Tensor, Tensor]]:
+        """(side, Σ [n, r, r], which layers' Σ has seen enough tokens and holds information: [n] bool), a then g.
 
-        The first moment turns exactly. The second is that of coordinates taken as uncorrelated: v'_i = Σ_j R_ij² v_j
-        (exact for permutations and sign changes). Side g acts on A from the left, side a on B from the right.
+        They are on the device where factors are inverted.
         """
-        turn = basis.mT @ self.t[f"q_{side}"]
-        if side == "g":
-            self.t["m_a"] = turn @ self.t["m_a"]
-            self.t["v_a"] = turn.square() @ self.t["v_a"]
-        else:
-            self.t["m_b"] = self.t["m_b"] @ turn.mT
-            self.t["v_b"] = self.t["v_b"] @ turn.square().mT
-        self.t[f"q_{side}"] = basis
+        automatic = config.kfac_inversion_device == "auto"
+        where = self.device if automatic else torch.device(config.kfac_inversion_device)
+        enough = (self.t["samples"] >= config.kfac_min_samples).to(where)
+        sides = zip("ag", (cov.to(where) for cov in self.covariances()), strict=True)
+        return [(side, cov, enough & factors.informative(cov)) for side, cov in sides]
 
 
 def transformed(layer: dict[str, Tensor], left: Tensor, right: Tensor) -> dict[str, Tensor]:

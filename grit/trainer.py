@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from grit.config import GRITConfig
+from grit import plots
+from grit.config import GRITConfig, GRITError
 from grit.manager import GRITManager, Manager
 from grit.optim import GritOptimizer
 
@@ -18,18 +19,35 @@ LOG_FILE = "grit_log.jsonl"
 
 
 class GritCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells the manager when a Trainer starts, logs and ends; decides nothing.
+    """Opens and closes the manager, hands its numbers to the Trainer's log, and puts GRIT into a plain Trainer's step.
 
-    GritTrainer brings its own. With a plain Trainer: ``Trainer(…, optimizers=(GritOptimizer(adamw, manager), None),
-    callbacks=[GritCallback(manager)])``; there the Trainer's reporters run first and do not get GRIT's numbers, which
-    `grit_log.jsonl` has all the same if the manager was given that file.
+    A GritTrainer brings its own. Added to a plain Trainer, ``SFTTrainer(…, callbacks=[GritCallback(manager)])``, it
+    wraps the optimizer before the first step, so that gradients are preconditioned inside of it; the Trainer then
+    clips before GRIT, not after, its reporters do not get GRIT's numbers (`grit_log.jsonl` has them if the manager
+    was given that file), and a checkpoint cannot be resumed. It refuses with the reason where it would have no effect.
     """
 
-    def __init__(self, manager: Manager):
+    def __init__(self, manager: Manager, config: GRITConfig | None = None):
+        if config is not None and config != manager.config:
+            raise ValueError("config: expected the manager's own configuration, got another one. Leave it out")
         self.manager = manager
+        self.trackers: list[TrainerCallback] = []  # who gets pictures at the end of training
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer: Any = kwargs.get("optimizer")
+        wrapped: Any = getattr(optimizer, "optimizer", optimizer)
+        if optimizer is not None and not isinstance(wrapped, GritOptimizer):
+            if state.global_step:
+                raise GRITError("GritCallback cannot resume from a checkpoint of a plain Trainer: use a GritTrainer")
+            if wrapped is optimizer or args.deepspeed or args.fsdp:
+                raise GRITError(
+                    f"GritCallback expected an optimizer prepared by accelerate, without DeepSpeed and FSDP, got "
+                    f"{type(optimizer).__name__}: nothing would be preconditioned. Use a GritTrainer"
+                )
+            optimizer.optimizer = GritOptimizer(wrapped, self.manager)
         self.manager.open()
+        if self.manager.capture is not None:
+            self.manager.capture.accumulation = args.gradient_accumulation_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs:
@@ -38,7 +56,24 @@ class GritCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.manager.finish(kwargs.get("optimizer"))
+        if self.trackers:
+            final_ranks = self.manager.history[-1]["ranks"]
+            numbers = {f"Fisher/{name}/{key}": k for name, ranks in final_ranks.items() for key, k in ranks.items()}
+            for tracker in self.trackers:
+                _send(tracker, numbers, plots.tracked(self.manager.history, self.manager.config), state.global_step)
         self.manager.close()
+
+
+def _send(tracker: Any, numbers: dict[str, int], figures: dict[str, Any], step: int) -> None:
+    """Final numbers and matplotlib figures to transformers' TensorBoard or W&B callback; others take no pictures."""
+    if getattr(tracker, "tb_writer", None) is not None:
+        for name, value in numbers.items():
+            tracker.tb_writer.add_scalar(name, value, step)
+        for name, figure in figures.items():
+            tracker.tb_writer.add_figure(name, figure, step)
+    elif getattr(tracker, "_wandb", None) is not None:
+        pictures = {name: tracker._wandb.Image(figure) for name, figure in figures.items()}
+        tracker._wandb.log({**numbers, **pictures})
 
 
 class GritMixin:
@@ -53,9 +88,9 @@ class GritMixin:
     def __init__(
         self, *args: Any, grit_config: GRITConfig | None = None, grit_manager: Manager | None = None, **kwargs: Any
     ):
-        """As the Trainer's, and either a configuration or a manager for the very model that is trained."""
-        if grit_config is not None and grit_manager is not None:
-            raise ValueError("expected grit_config or grit_manager, got both")
+        """The Trainer's arguments, and a configuration, or a manager of the model that is trained."""
+        if grit_config is not None and grit_manager is not None and grit_config != grit_manager.config:
+            raise ValueError("grit_config: expected that of grit_manager, got another one. Leave one of the two out")
         super().__init__(*args, **kwargs)
         if isinstance(self.optimizer, GritOptimizer) and self.optimizer.manager is not grit_manager:
             raise ValueError("grit_manager: expected the manager of the GritOptimizer in optimizers")
@@ -68,10 +103,12 @@ class GritMixin:
             grit_manager.log_file = log_file
         self.grit_manager = grit_manager
         self._loss_of_step = 0.0
-        # First in line: what it adds to the logs reaches TensorBoard, W&B and whoever else reports. One is enough.
+        # First in line, so that TensorBoard, W&B and other reporters get the numbers that it adds. One is enough.
         handler = self.callback_handler  # type: ignore[attr-defined]
         others = [callback for callback in handler.callbacks if not isinstance(callback, GritCallback)]
-        handler.callbacks = [GritCallback(grit_manager), *others]
+        own = GritCallback(grit_manager)
+        own.trackers = others
+        handler.callbacks = [own, *others]
 
     def create_optimizer(self, model: Any = None) -> Any:
         config = self.grit_manager.config

@@ -1,7 +1,7 @@
-"""What plain AdamW would have done with the same raw gradients: own moments, the real weights and learning rate."""
+"""What plain AdamW would have done with the same raw gradients, with its own moments and the real learning rate."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,16 +10,21 @@ from torch.optim.adamw import adamw
 
 from probes.measure import Layout, Matrices, difference
 
+StepRule = Callable[[Tensor, Tensor, Tensor, int, tuple[float, float], float], Tensor]
+"""(gradient, m, v [n, rows, columns], step count from 1, betas, ε) → the direction to step against, [n, rows, columns].
+
+A rule is hashable, and changes both moments in place.
+"""
+
 
 class Shadow:
     """AdamW (Loshchilov & Hutter 2019) that never touches a weight.
 
     Its gradients are the raw ones, clipped as plain training would clip them. It has one learning rate for all
-    tensors, the lowest of the optimizer's groups: a rate of its own for B (LoRA+) is part of what is examined. It
-    rounds as torch's AdamW does, with moments in the weights' own dtype: in bfloat16 another order of roundings
-    alone turns an update by degrees. Where a parameter has `ahead`, three booleans, its step is Nesterov's (Dozat
-    2016), cautious (Liang et al. 2024), orthogonal (Jordan et al. 2024), so that none of them counts as
-    preconditioning.
+    tensors, the lowest of the optimizer's groups: a separate rate for B (LoRA+) is part of what is examined. It
+    rounds as torch's AdamW does, with moments in the weights' own dtype: in bfloat16 a different order of roundings
+    alone turns an update by degrees. If the optimizer declares a step rule for a weight (`step_rules_of`), the shadow
+    follows it, so that only what happens to the gradient before the rule counts as preconditioning.
     """
 
     def __init__(self, parameters: list[nn.Parameter]):
@@ -48,15 +53,16 @@ class Shadow:
                 if known[i]:
                     alike.setdefault((*options["each"][i], self.steps[i]), []).append(row)
                     self.steps[i] += 1
-            for (betas, eps, weight_decay, fused, foreach, ahead, steps), chosen in alike.items():
+            for (betas, eps, weight_decay, fused, foreach, rule, shape, steps), chosen in alike.items():
                 matrices = after[place], gradient, self._m[place], self._v[place]
-                if ahead is not None:
+                if rule is not None:
                     exact = torch.promote_types(gradient.dtype, torch.float32)
-                    w, g, *moments = (x[chosen].to(exact) for x in matrices)
-                    step = _ahead(g, moments[0], moments[1], steps, betas, eps, *ahead)
-                    w.mul_(1 - options["lr"] * weight_decay).sub_(step, alpha=options["lr"])
-                    for x, now in zip((after[place], *matrices[2:]), (w, *moments), strict=True):
-                        x[chosen] = now.to(x.dtype)
+                    theta, g, *moments = (x[chosen].to(exact).view(-1, *shape) for x in matrices)
+                    # Where gradients are not finite there is no direction, and none must come out.
+                    direction = rule(g.nan_to_num(0.0, 0.0, 0.0), moments[0], moments[1], steps + 1, betas, eps)
+                    theta.mul_(1 - options["lr"] * weight_decay).sub_(direction, alpha=options["lr"])
+                    for x, new in zip((after[place], *matrices[2:]), (theta, *moments), strict=True):
+                        x[chosen] = new.flatten(1).to(x.dtype)
                     continue
                 whole = len(chosen) == len(rows)
                 weight, grad, m, v = ([x] if whole else [x[row] for row in chosen] for x in matrices)
@@ -87,7 +93,7 @@ class Shadow:
         self.steps[i] = other.steps[j]
 
     def adopt(self, i: int, state: dict[str, Any]) -> bool:
-        """Go on from an optimizer's state of a tensor; False if it is not Adam's."""
+        """Continue from an optimizer's state of a tensor; False if it is not Adam's."""
         for mine, theirs in ((self.m[i], state.get("exp_avg")), (self.v[i], state.get("exp_avg_sq"))):
             if not isinstance(theirs, Tensor) or theirs.shape != mine.shape:
                 return False
@@ -124,18 +130,18 @@ def shadow_options(optimizer: Any, parameters: list[nn.Parameter]) -> dict[str, 
     """What plain AdamW would step with here; torch's defaults where the optimizer has none, or none that are numbers.
 
     `rates` of the parameters, None where no group has one; `lr`, the lowest that is not zero, for all tensors; `each`:
-    (betas, eps, weight_decay, fused, foreach, ahead) of every parameter; `eps` and `adam`: the largest ε, and whether a
-    group has betas of its own.
+    (betas, eps, weight_decay, fused, foreach, step rule, shape) of every parameter; `eps` and `adam`: the largest ε,
+    and whether a group has its own betas.
     """
     every = list(getattr(optimizer, "param_groups", ()))
     group_of = {id(p): place for place, group in enumerate(every) for p in group["params"]}
     places = [group_of.get(id(p), 0) for p in parameters]
     groups = every or [{}]
-    # A rate that is no number is the optimizer's own business (Adafactor's); the direction does not hang on it.
+    # A rate that is not a number (Adafactor's) does not matter here: the direction does not depend on it.
     rates = [_number(group.get("lr"), 1e-3) for group in groups]
-    ahead = [(*said, p.shape) if (said := getattr(p, "ahead", None)) else None for p in parameters]
-    kinds = [(place, p.dtype, own) for place, p, own in zip(places, parameters, ahead, strict=True)]
-    own = {kind: (*_own(groups[kind[0]], kind[1]), kind[2]) for kind in {*kinds}}
+    rules = step_rules_of(optimizer, parameters)
+    kinds = [(place, p.dtype, rule, p.shape) for place, p, rule in zip(places, parameters, rules, strict=True)]
+    settings = {kind: (*_adam_settings(groups[kind[0]], kind[1]), *kind[2:]) for kind in {*kinds}}
     used = [groups[place] for place in {*places}]
     return {
         "rates": [
@@ -143,10 +149,19 @@ def shadow_options(optimizer: Any, parameters: list[nn.Parameter]) -> dict[str, 
             for place, p in zip(places, parameters, strict=True)
         ],
         "lr": min((rates[place] for place in {*places} if rates[place] > 0), default=0.0),
-        "each": [own[kind] for kind in kinds],
+        "each": [settings[kind] for kind in kinds],
         "eps": max((_number(group.get("eps"), 1e-8) for group in used), default=1e-8),
         "adam": any("betas" in group or "beta1" in group for group in used),
     }
+
+
+def step_rules_of(optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[StepRule | None]:
+    """What `optimizer.step_rules(parameters)` declares, through wrappers; None for each weight without a rule."""
+    while optimizer is not None:
+        if declare := getattr(optimizer, "step_rules", None):
+            return list(declare(parameters))
+        optimizer = getattr(optimizer, "optimizer", None)
+    return [None] * len(parameters)
 
 
 def _number(value: Any, default: float) -> float:
@@ -156,7 +171,7 @@ def _number(value: Any, default: float) -> float:
     return float(value) if known else default
 
 
-def _own(group: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
+def _adam_settings(group: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
     betas = group.get("betas") or (group.get("beta1"), group.get("beta2"))
     betas = tuple(betas[:2]) if isinstance(betas, tuple | list) and len(betas) >= 2 else ()
     first, second = (_number(b, d) for b, d in zip(betas or (None, None), (0.9, 0.999), strict=True))
@@ -169,29 +184,3 @@ def _own(group: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
         True if exact else group.get("fused"),
         False if exact else group.get("foreach"),
     )
-
-
-def _ahead(
-    g: Tensor, m: Tensor, v: Tensor, steps: int, betas: tuple[float, float], eps: float,
-    nesterov: bool, cautious: bool, orthogonal: bool, shape: torch.Size,
-) -> Tensor:  # fmt: skip
-    """Adam's direction for gradients [n, numel], `steps` steps having been taken; moments change in place."""
-    one, two = betas
-    mean = m
-    if nesterov:  # Adam's kernel does the rest: it takes the gradient in a second time, and divides by 1 − β₁ᵗ
-        mean = m.lerp_(g, 1 - one) * ((1 - one ** (steps + 1)) / (1 - one ** (steps + 2)))
-    step, count = torch.zeros_like(g), torch.tensor(float(steps), device=g.device)
-    options: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False, "lr": -1.0, "weight_decay": 0.0}
-    adamw([step], [g], [mean], [v], [], [count], beta1=one, beta2=two, eps=eps, **options)
-    if cautious:
-        agrees = (step * g > 0).to(step.dtype)
-        step.mul_(agrees).div_(agrees.mean(-1, keepdim=True).clamp_min(1e-3))
-    if orthogonal:
-        x = step.nan_to_num_(0.0, 0.0, 0.0).view(-1, *shape)  # an eigenproblem of NaN would end the training
-        x = x.mT if shape[0] > shape[1] else x
-        values, vectors = torch.linalg.eigh(x @ x.mT)
-        root = torch.maximum(values, 1e-6 * values[:, -1:]).clamp_min(1e-30).rsqrt()
-        root *= (values.sum(-1) / (root.square() * values).sum(-1).clamp_min(1e-30)).clamp_min(0).sqrt()[:, None]
-        x = (vectors * root[:, None, :] @ vectors.mT) @ x
-        step = (x.mT if shape[0] > shape[1] else x).reshape(step.shape)
-    return step

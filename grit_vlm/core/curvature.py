@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from grit import GRITConfig, factors
-from grit.capture import CaptureError
-from grit.curvature import NO_EFFECT_COSINE, Curvature, Turned
-from grit.layers import GritLayerError, LoraPair, group_pairs
+from grit.capture import world_size
+from grit.config import GRITError
+from grit.curvature import NO_EFFECT_COSINE, Curvature
+from grit.eigen_adamw import Rotated
+from grit.layers import LoraPair, group_pairs
 from grit.manager import Manager
-from grit.schedule import world_size
 from grit_vlm.core.fisher_info import SIDES, FisherInformationMatrix, Gradients, Side, rotate
 from grit_vlm.core.grit_lora import GRITLoRALinear, TokenCapture
 from grit_vlm.utils.projection import AdaptiveSchedule, MultiModalProjector, ProjectionSchedule, create_scheduler
@@ -81,7 +82,7 @@ class EigenMoments:
 
 
 class FisherCurvature(Curvature):
-    """Raises GritLayerError for trainable LoRA that is not among the layers, or several fisher_update_freq."""
+    """Raises GRITError for trainable LoRA that is not among the layers, or several fisher_update_freq."""
 
     def __init__(self, model: nn.Module, grit_layers: Mapping[str, GRITLoRALinear]):
         config = GRITConfig(
@@ -93,12 +94,12 @@ class FisherCurvature(Curvature):
         self.grit_layers = dict(grit_layers)
         views = {(id(layer.lora), layer.adapter_name): layer for layer in self.grit_layers.values()}
         if foreign := [pair.name for pair in self._grouped if (id(pair.layer), pair.adapter) not in views]:
-            raise GritLayerError(f"expected every trainable LoRA layer among grit_layers, got others: {foreign[:6]}")
+            raise GRITError(f"expected every trainable LoRA layer among grit_layers, got others: {foreign[:6]}")
         # By the names that the probe and the log have.
         self.by_pair = {pair.name: views[id(pair.layer), pair.adapter] for pair in self._grouped}
         frequencies = {layer.config.fisher_update_freq for layer in self.grit_layers.values()}
         if len(frequencies) > 1:
-            raise GritLayerError(f"fisher_update_freq: expected one for all layers, got {sorted(frequencies)}")
+            raise GRITError(f"fisher_update_freq: expected one for all layers, got {sorted(frequencies)}")
         self.moments: dict[str, EigenMoments] = {}
         self.schedules: dict[str, ProjectionSchedule] = {}
         self.adaptive = False  # whether mode eigen_adamw shortens steps to the trust region too, as mode sgd does
@@ -158,7 +159,7 @@ class FisherCurvature(Curvature):
             if layer.gradients() is not None and not layer.activation_buffer and not layer.fisher_matrix.samples
         ]
         if silent:
-            raise CaptureError(
+            raise GRITError(
                 f"{len(silent)} layers have gradients but their hooks reported nothing (fused kernels read the weights "
                 f"without calling the modules): {', '.join(silent[:6])}; switch the fused kernels off"
             )
@@ -220,7 +221,7 @@ class FisherCurvature(Curvature):
                 parameter.grad.copy_(new[side])
         return length, cosines
 
-    def turned(self, param_groups: list[dict[str, Any]], step: int) -> list[Turned]:
+    def rotated(self, param_groups: list[dict[str, Any]], step: int) -> list[Rotated]:
         """A and B of every layer with gradients, in the coordinates of its moments.
 
         Adam's own until the warm-up is over and an estimate is ready, then along the estimate's eigenvectors, where the
@@ -243,11 +244,11 @@ class FisherCurvature(Curvature):
             self._stepped.append(layer)
             for side in SIDES:
                 parameter = layer.lora_A if side == "A" else layer.lora_B
-                found.append(self._turned(layer, moments, side, parameter, groups[id(parameter)], gradients, step))
+                found.append(self._rotated(layer, moments, side, parameter, groups[id(parameter)], gradients, step))
         return found
 
-    def _turned(self, layer: GRITLoRALinear, moments: EigenMoments, side: Side, parameter: nn.Parameter,
-                group: dict[str, Any], gradients: Gradients, step: int) -> Turned:  # fmt: skip
+    def _rotated(self, layer: GRITLoRALinear, moments: EigenMoments, side: Side, parameter: nn.Parameter,
+                group: dict[str, Any], gradients: Gradients, step: int) -> Rotated:  # fmt: skip
         fisher = layer.fisher_matrix
 
         def back(direction: Tensor) -> Tensor:
@@ -261,10 +262,10 @@ class FisherCurvature(Curvature):
 
         gradient = moments.coordinates(side, gradients[side], fisher)[None]
         steps = torch.tensor([moments.steps])
-        return Turned([parameter], group, gradient, moments.m[side][None], moments.v[side][None], steps, back)
+        return Rotated([parameter], group, gradient, moments.m[side][None], moments.v[side][None], steps, back)
 
     def limit(
-        self, turned: list[Turned], changes: list[Tensor], step: int
+        self, stacks: list[Rotated], changes: list[Tensor], step: int
     ) -> tuple[list[Tensor], dict[str, float], float]:
         """Project the changes of each layer, and in the adaptive types shorten all to the trust region."""
         length = 0.0
@@ -274,7 +275,7 @@ class FisherCurvature(Curvature):
             if layer.acts and self.preconditions(step):
                 own = layer.project_gradients(own)
                 if self.adaptive:
-                    rates = {"A": float(turned[2 * i].options["lr"]), "B": float(turned[2 * i + 1].options["lr"])}
+                    rates = {"A": float(stacks[2 * i].options["lr"]), "B": float(stacks[2 * i + 1].options["lr"])}
                     length += layer.fisher_matrix.squared_length({side: rates[side] * own[side] for side in SIDES})
             found += [own["A"][None], own["B"][None]]
         if not self.adaptive:

@@ -42,11 +42,16 @@ def factors_of(model, name):
 
 
 def quick(**changes):
-    """Everything at every step, no reprojection; nothing here hangs on defaults that are tuned."""
+    """Everything at every step, no reprojection; independent of tuned defaults."""
     values = {"grit_cov_update_freq": 1, "kfac_update_freq": 1, "kfac_min_samples": 1, "min_lora_rank": 1}
-    values |= {"reprojection": "none", "log_freq": 1, "cov_decay": 0.8, "kfac_damping": 1e-3, "eigen_power": 0.0}
+    values |= {"reprojection": "none", "log_freq": 1, "cov_decay": 0.8, "eigen_power": 0.0}
     values |= dict.fromkeys(("nesterov", "cautious", "orthogonal"), False)
-    return GRITConfig.from_dict({**values, **changes})
+    values |= {"kfac_damping": 1e-3, **changes}
+    if values.get("mode", "eigen_adamw") == "eigen_adamw" and not values["eigen_power"]:
+        del values["kfac_damping"]  # refused where it has no effect
+    if not values.get("adaptive_schedule"):
+        values.pop("adaptive_window", None)
+    return GRITConfig.from_dict(values)
 
 
 def trainable(model):

@@ -11,6 +11,7 @@ import pytest
 
 import grit
 from grit.config import GRITConfig, GRITConfigError
+from grit.eigen_adamw import StepRule, step_rule
 
 ROOT = Path(__file__).parents[2]
 NAMES = [f.name for f in fields(GRITConfig)]
@@ -40,7 +41,8 @@ def test_every_default_passes_and_paper_has_the_values_of_the_documents():
     }  # fmt: skip
     assert {name: getattr(paper, name) for name in documents} == documents
     assert GRITConfig.paper(kfac_update_freq=7, damping_mode="relative").kfac_update_freq == 7
-    assert GRITConfig(cautious=False).ahead == (True, False, True) and paper.ahead == (False, False, False)
+    assert step_rule(GRITConfig(cautious=False)) == StepRule(True, False, True)
+    assert step_rule(paper) == StepRule(False, False, False)
 
 
 def test_all_mistakes_of_all_kinds_arrive_together():
@@ -60,8 +62,10 @@ def test_all_mistakes_of_all_kinds_arrive_together():
     assert found["lora_rank"] == "lora_rank: expected a whole number, got True"
 
 
-def test_setting_a_field_later_is_checked_by_validate():
+def test_setting_a_field_later_is_checked_by_validate_and_an_unknown_one_is_refused_at_once():
     config = GRITConfig()
+    with pytest.raises(AttributeError, match="'kfac_min_sample'; did you mean 'kfac_min_samples'"):
+        config.kfac_min_sample = 192
     config.kfac_update_freq, config.mode = 0, "adam"
     with pytest.raises(GRITConfigError, match="did you mean 'adamw'"):
         config.validate()
@@ -103,11 +107,14 @@ ACCEPTED = [
 ]
 
 
+NEEDS = {"regularizer_warmup_steps": {"lambda_kfac": 1.0}, "adaptive_window": {"adaptive_schedule": True}}
+
+
 @pytest.mark.parametrize(("names", "good", "bad"), ACCEPTED)
 def test_ranges_hold_at_their_edges_and_other_types_are_refused(names, good, bad):
     for name in names.split():
         for value in good:
-            assert getattr(GRITConfig.from_dict({name: value}), name) == value
+            assert getattr(GRITConfig.from_dict({**NEEDS.get(name, {}), name: value}), name) == value
         for value in bad:
             assert name in complaints(**{name: value}), (name, value)
 
@@ -119,6 +126,8 @@ def test_ranges_hold_at_their_edges_and_other_types_are_refused(names, good, bad
         ({"pairing": "paper"}, "pairing", "no eigenbasis form"),
         ({"damping_mode": "absolute"}, "damping_mode", "has no effect in mode 'eigen_adamw'"),
         ({"pi_correction": True}, "pi_correction", "has no effect in mode 'eigen_adamw'"),
+        ({"kfac_damping": 0.1, "eigen_power": 0.0}, "kfac_damping", "has no effect in mode 'eigen_adamw' with eigen_po"),
+        ({"adaptive_window": 10}, "adaptive_window", "has no effect without adaptive_schedule"),
         ({"cautious": True, "mode": "adamw"}, "cautious", "has no effect in mode 'adamw'"),
         ({"mode": "sgd", "grafting": True}, "grafting", "natural lengths"),
         ({"min_lora_rank": 17}, "min_lora_rank", "at most lora_rank = 16, got 17"),
@@ -164,6 +173,6 @@ def test_config_imports_without_torch_and_the_other_names_load_it_late():
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [[], True, False]
     for name in grit.__all__:
-        assert getattr(grit, name).__name__ == name and name in dir(grit)
+        assert getattr(grit, name).__name__.lower() == name.lower() and name in dir(grit)
     with pytest.raises(AttributeError, match="has no attribute 'GRITManger'"):
         grit.GRITManger  # noqa: B018

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from grit import GritLayerError, GRITManager, GritOptimizer
+from grit import GRITError, GRITManager, GritOptimizer
 from grit.layers import find_pairs
 from grit.preserve import Moment, Preserve
 from tests.grit.nets import (
@@ -354,9 +354,9 @@ def test_settings_that_make_no_sense(settings, said):
 
 
 def test_models_that_cannot_be_held():
-    with pytest.raises(GritLayerError, match="expected a model with LoRA layers"):
+    with pytest.raises(GRITError, match="expected a model with LoRA layers"):
         Preserve(llama(), BATCHES)
-    with pytest.raises(GritLayerError, match=r"adapters that change nothing yet .*take it before training"):
+    with pytest.raises(GRITError, match=r"adapters that change nothing yet .*take it before training"):
         Preserve(randomize(lora_on(llama())), BATCHES)
 
 
@@ -375,7 +375,7 @@ class Skipped(nn.Module):
 def test_layers_that_do_not_see_every_token(form):
     """Fused kernels, which read weights and call nothing; layers that nobody asks; experts."""
     targets = ["gate_proj", "up_proj", "down_proj"]
-    with pytest.raises(GritLayerError, match=r"6 were not \(.*layers\.0\.mlp\.gate_proj, .*with the kernel off"):
+    with pytest.raises(GRITError, match=r"6 were not \(.*layers\.0\.mlp\.gate_proj, .*with the kernel off"):
         Preserve(fuse_mlps(lora_on(llama(), target_modules=targets)), BATCHES, form)
     for first, said in ((False, r"1 were not \(.*layers\.1\.mlp"), (True, r"every token of the batch, got \(4, 1\)")):
         model = lora_on(llama())
@@ -383,6 +383,6 @@ def test_layers_that_do_not_see_every_token(form):
         down = block.mlp.down_proj
         block.mlp = Skipped(nn.Sequential(nn.Linear(16, 24), down), first)
         hooks = hooks_on(model)
-        with pytest.raises(GritLayerError, match=said):
+        with pytest.raises(GRITError, match=said):
             Preserve(model, BATCHES, form)
         assert hooks_on(model) == hooks

@@ -15,17 +15,17 @@ WEIGHTS = "adapter_model.safetensors"
 SHRINKING = {"reprojection": "balanced", "reprojection_freq": 2, "rank_adaptation_threshold": 0.9}
 
 CASES = {
-    "eigen-gradients-adaptive": {"mode": "eigen_adamw", "capture": "gradients", "adaptive_schedule": True},
+    "eigen-gradients-adaptive": {"mode": "eigen_adamw", "capture": "gradients", "adaptive_schedule": True, "adaptive_window": 3},
     "eigen-throttled": {"mode": "eigen_adamw", "grit_cov_update_freq": 3},
     "eigen-projected": {"mode": "eigen_adamw", **SHRINKING},
-    "adamw-projected-adaptive": {"mode": "adamw", "adaptive_schedule": True, "lr_ratio_b": 2.0, **SHRINKING},
+    "adamw-projected-adaptive": {"mode": "adamw", "adaptive_schedule": True, "adaptive_window": 3, "lr_ratio_b": 2.0, **SHRINKING},
     "sgd-projected-gradients": {"mode": "sgd", "capture": "gradients", **SHRINKING},
 }
 
 
 def make_trainer(case, folder):
     """Inversions and records at steps that do not coincide with checkpoints; a trend that moves the intervals."""
-    config = settings(**{"kfac_update_freq": 3, "log_freq": 3, "adaptive_window": 3, **CASES[case]})
+    config = settings(**{"kfac_update_freq": 3, "log_freq": 3, **CASES[case]})
     changes = {"max_steps": STEPS, "lr_scheduler_type": "linear", "save_strategy": "steps", "save_steps": 4}
     changes |= {"max_grad_norm": 0.5, "eval_strategy": "steps", "eval_steps": 3}
     given = {"eval_dataset": tiny_data(8, seed=9)}

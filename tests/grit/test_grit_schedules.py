@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grit import GRITManager, GritOptimizer
-from grit.schedule import LossTrend
+from grit.paper import LossTrend
 from tests.grit import nets
 from tests.grit.nets import backward, covariances, of_kind, quick, train, trainable
 

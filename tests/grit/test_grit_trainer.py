@@ -123,8 +123,8 @@ def test_hooks_come_off_when_training_raises(tmp_path):
 def test_config_and_manager_that_contradict_each_other(tmp_path):
     model, args = tiny_model(), arguments(tmp_path)
     manager, stranger = GRITManager(model, settings()), GRITManager(tiny_model(), settings())
-    with pytest.raises(ValueError, match="expected grit_config or grit_manager, got both"):
-        GritTrainer(model=model, args=args, grit_config=settings(), grit_manager=manager)
+    with pytest.raises(ValueError, match="grit_config: expected that of grit_manager"):
+        GritTrainer(model=model, args=args, grit_config=settings(log_freq=7), grit_manager=manager)
     with pytest.raises(ValueError, match="grit_manager: expected a manager of the model that is trained, got one of"):
         GritTrainer(model=model, args=args, grit_manager=stranger)
     optimizer = GritOptimizer(torch.optim.AdamW(trainable(model)), manager)

@@ -8,8 +8,7 @@ from peft import LoraConfig, get_peft_model
 from small_net import Net, optimizer_of, train
 from torch import nn
 
-from grit.capture import CaptureError
-from grit.layers import GritLayerError
+from grit import GRITError
 from grit_vlm import FisherInformationMatrix, GRITLoRAConfig, GRITLoRALinear
 from grit_vlm.core.curvature import FisherManager
 from grit_vlm.core.grit_lora import Tokens
@@ -131,7 +130,7 @@ def test_layers_that_never_report_are_named():
     optimizer = optimizer_of(net)
     for p in net.lora:
         p.grad = torch.ones_like(p)
-    with pytest.raises(CaptureError, match="2 layers have gradients but their hooks reported nothing"):
+    with pytest.raises(GRITError, match="2 layers have gradients but their hooks reported nothing"):
         optimizer.step()
 
 
@@ -155,10 +154,10 @@ def test_layers_that_do_not_belong_together_are_refused():
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     layer = GRITLoRALinear(model.base_model.model[0], GRITLoRAConfig(r=2), "a")
-    with pytest.raises(GritLayerError, match=r"every trainable LoRA layer among grit_layers, got others: .*\[b\]"):
+    with pytest.raises(GRITError, match=r"every trainable LoRA layer among grit_layers, got others: .*\[b\]"):
         FisherManager(model, {"0": layer})
     layers = {str(n): GRITLoRALinear(nn.Linear(3, 3), GRITLoRAConfig(r=2, fisher_update_freq=n)) for n in (2, 50)}
-    with pytest.raises(GritLayerError, match=r"expected one for all layers, got \[2, 50\]"):
+    with pytest.raises(GRITError, match=r"expected one for all layers, got \[2, 50\]"):
         FisherManager(nn.ModuleList(layers.values()), layers)
 
 
