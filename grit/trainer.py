@@ -189,3 +189,6 @@ def grit_trainer_class(base: type = Trainer) -> Any:
 
 class GritTrainer(GritMixin, Trainer):  # type: ignore[misc]
     """transformers' Trainer with GRIT: ``GritTrainer(model=…, args=…, train_dataset=…, grit_config=GRITConfig())``."""
+
+
+GRITTrainer, GRITCallback = GritTrainer, GritCallback  # as the source documents spell them

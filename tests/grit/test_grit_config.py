@@ -126,7 +126,11 @@ def test_ranges_hold_at_their_edges_and_other_types_are_refused(names, good, bad
         ({"pairing": "paper"}, "pairing", "no eigenbasis form"),
         ({"damping_mode": "absolute"}, "damping_mode", "has no effect in mode 'eigen_adamw'"),
         ({"pi_correction": True}, "pi_correction", "has no effect in mode 'eigen_adamw'"),
-        ({"kfac_damping": 0.1, "eigen_power": 0.0}, "kfac_damping", "has no effect in mode 'eigen_adamw' with eigen_po"),
+        (
+            {"kfac_damping": 0.1, "eigen_power": 0.0},
+            "kfac_damping",
+            "with eigen_power 0",
+        ),
         ({"adaptive_window": 10}, "adaptive_window", "has no effect without adaptive_schedule"),
         ({"cautious": True, "mode": "adamw"}, "cautious", "has no effect in mode 'adamw'"),
         ({"mode": "sgd", "grafting": True}, "grafting", "natural lengths"),

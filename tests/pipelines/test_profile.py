@@ -238,7 +238,7 @@ def test_ablations_are_arms_that_differ_in_one_thing_each(name):
     p = planned(name)
     assert {p.code_of(arm) for arm in ABLATIONS} == {"pure_grit"}
     two, one, fixed = (p.train_for(arm).grit for arm in ABLATIONS)
-    whole = {**p.train_for("pure_grit").grit, "reprojection_freq": 50}
+    whole = {**(p.train_for("pure_grit").grit or {}), "reprojection_freq": 50}
     assert two == {**whole, "reprojection": "paper", "use_two_sided_reprojection": True}
     assert one == {**two, "use_two_sided_reprojection": False}
     assert fixed == {**two, "enable_rank_adaptation": False, "reprojection_k": 8}
