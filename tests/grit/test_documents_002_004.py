@@ -11,16 +11,11 @@ from tests.grit.test_grit_trainer import arguments, settings, tiny_data, tiny_mo
 
 
 def test_every_name_is_where_the_documents_have_it():
-    from grit.config import GRITConfig as of_config
-    from grit.manager import GRITManager as of_manager
+    from grit import config, manager, trainer
 
-    assert (of_config, of_manager) == (grit.GRITConfig, grit.GRITManager)
-    for alias, name in (
-        ("GRITTrainer", "GritTrainer"),
-        ("GRITOptimizer", "GritOptimizer"),
-        ("GRITCallback", "GritCallback"),
-    ):
-        assert getattr(grit, alias) is getattr(grit, name)
+    assert (config.GRITConfig, manager.GRITManager) == (grit.GRITConfig, grit.GRITManager)
+    assert trainer.GRITTrainer is grit.GRITTrainer is grit.GritTrainer
+    assert grit.GRITOptimizer is grit.GritOptimizer and grit.GRITCallback is grit.GritCallback
     for method in ("update_and_invert_factors", "precondition_gradients", "neural_reprojection"):
         assert callable(getattr(GRITManager, method))
 
