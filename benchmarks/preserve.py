@@ -23,7 +23,7 @@ from evaluation.tasks import general, render
 from pipelines.profile import merged
 from pipelines.train import Params
 from trainers import arms
-from trainers.base import EmbeddedSettings, build_model, train_tokenizer
+from trainers.embedded_base import EmbeddedSettings, build_model, train_tokenizer
 from trainers.run import TrainingJob, build
 from trainers.settings import BaseReference
 

@@ -15,7 +15,7 @@ if str(ROOT) not in sys.path:  # so that `python examples/….py` works from any
 
 from evaluation.tasks import Item, aqi_vision, render  # noqa: E402
 from evaluation.vision import training_examples  # noqa: E402
-from trainers.base import EmbeddedSettings, VisionTower, train_base  # noqa: E402
+from trainers.embedded_base import EmbeddedSettings, VisionTower, train_base  # noqa: E402
 from trainers.pictures import VisionProcessor, load_processor  # noqa: E402
 from trainers.settings import BaseReference  # noqa: E402
 

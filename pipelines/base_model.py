@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from db.files import key_of, read_json, sha256
 from pipelines.params import ConfigError, Share
 from pipelines.stage import BASE, BASE_ARM, adapter_dir
-from trainers.base import EmbeddedSettings
+from trainers.embedded_base import EmbeddedSettings
 from trainers.models import hub_reason, load_base_model, load_tokenizer
 from trainers.settings import BaseReference, TrainSettings
 

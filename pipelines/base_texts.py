@@ -22,8 +22,8 @@ from pipelines.base_model import load_reference
 from pipelines.params import ConfigError, StageParams, load_params
 from pipelines.prompt import CHAT, Prompt, chat_facts, prompt_text
 from pipelines.stage import BASE, DATA, TEXTS, cli, main_for, sees_pictures
+from trainers.keeper import batches
 from trainers.models import load_base_model, load_tokenizer
-from trainers.preserve import batches
 from trainers.settings import Section, Seed, TrainSettings
 
 Row = dict[str, Any]

@@ -31,7 +31,7 @@ from pipelines.code import code_hash
 from pipelines.params import ConfigError, StageParams, load_params
 from pipelines.prompt import CHAT, Prompt
 from pipelines.stage import BASE, DATA, cli, main_for, split_files
-from trainers.base import EmbeddedSettings, train_base
+from trainers.embedded_base import EmbeddedSettings, train_base
 from trainers.models import load_tokenizer
 from trainers.pictures import load_processor
 from trainers.settings import BaseReference
@@ -71,7 +71,13 @@ def _train(section: PrepareBase, template: str, folder: Path) -> dict[str, Any]:
     items = [Item(str(number), general.NAME, *pair) for number, pair in enumerate(pairs)]
     items = varied(items, general, section.vary, section.seed)
     examples = [(render(template, item.prompt), item.completion) for item in items]
-    parts = [settings.model_dump(), examples, hash_inputs(PICTURES), package_versions(), code_hash("trainers.base")]
+    parts = [
+        settings.model_dump(),
+        examples,
+        hash_inputs(PICTURES),
+        package_versions(),
+        code_hash("trainers.embedded_base"),
+    ]
     facts = train_base(settings, examples, folder, CHECKPOINTS / key_of(parts)[:16], PICTURES)
     shutil.rmtree(PICTURES)
     shutil.rmtree(CHECKPOINTS, ignore_errors=True)  # including what other settings left there

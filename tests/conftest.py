@@ -44,7 +44,7 @@ def once(tmp_path_factory):
 def base_dir(once, tmp_path_factory):
     """A Llama with a SentencePiece tokenizer, trained for some steps on general questions."""
     from evaluation.tasks import general, render
-    from trainers.base import EmbeddedSettings, train_base
+    from trainers.embedded_base import EmbeddedSettings, train_base
 
     settings = EmbeddedSettings(
         seed=0, vocab_size=512, hidden_size=64, intermediate_size=128, layers=2, heads=2, context=256,

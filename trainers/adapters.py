@@ -1,4 +1,4 @@
-"""PEFT's methods by their own names: `train.peft` as a configuration, and starts from a part of W or from data."""
+"""PEFT's methods by name: `train.peft` as a configuration, and initializations from part of W or from data."""
 
 import dataclasses
 import json
@@ -7,42 +7,39 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainers import TrainingError
 from trainers.words import suggest
 
 MERGED = frozenset(
     "ADALORA ADAMSS BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA LOKR LORA MISS OFT "
     "OSF PEANUT PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA VERA WAVEFT".split()
 )
-"""Methods whose result PEFT 0.21 adds to the base's weights; the others have no form that could be served."""
+"""Methods that PEFT 0.21 can merge into the base's weights; no other form can be served."""
 _REFUSED = {
-    "ADALORA": "PEFT adds its penalty to every loss, the evaluation's too, and no checkpoint holds the scores by which "
-    "it cuts ranks, so that a resumed training would end elsewhere",
-    "LN_TUNING": "it trains norms, and target_modules are linear layers here",
+    "ADALORA": "PEFT adds its penalty to every loss, the evaluation loss included, and checkpoints lack the scores by "
+    "which it prunes ranks, so a resumed training would end elsewhere",
+    "LN_TUNING": "it trains norms, but target_modules are linear layers here",
 }
-"""Those among them that are not trained here, and why."""
+"""Mergeable methods that are not trained here, and why."""
 TRAINED = sorted(MERGED - _REFUSED.keys())
 NO_FIELD = {
-    "alora_invocation_tokens": "it acts on a part of the tokens, so that it cannot be merged",
-    "arrow_config": "it chooses among adapters for every token, so that it cannot be merged",
-    "lora_bias": "PEFT cannot merge it into layers that have no bias",
-    "kasa_config": "it cuts off a part of the base's weights, and no adapter gives it back",
-    "layer_replication": "it makes another model of the base",
-    "monteclora_config": "it adds a penalty to the loss that the Trainer does not ask for",
-    "trainable_token_indices": "PEFT does not merge the tokens with the rest",
-    "use_bdlora": "its A and B are blocks, which only its own kernels put together",
-    "use_qalora": "it needs a base in GPTQ",
+    "alora_invocation_tokens": "it acts on some of the tokens only, so it cannot be merged",
+    "arrow_config": "it picks an adapter for every token, so it cannot be merged",
+    "lora_bias": "PEFT cannot merge it into layers without a bias",
+    "kasa_config": "it truncates the base's weights, and no adapter can restore them",
+    "layer_replication": "it changes the architecture of the base",
+    "monteclora_config": "it needs a penalty in the loss, which the Trainer does not add",
+    "trainable_token_indices": "PEFT does not merge the trained tokens",
+    "use_bdlora": "its A and B are block-diagonal, which only its own kernels support",
+    "use_qalora": "it needs a GPTQ base",
 }
-"""Fields of LoraConfig that stay out, and why."""
+"""Fields of LoraConfig that are refused, and why."""
 _OF_DATA = {"eva": "EvaConfig", "corda": "CordaConfig", "lora_ga": "LoraGAConfig"}
 STARTS = ("gaussian", "orthogonal", "pissa", "olora", "mica", *_OF_DATA)
-"""Of LoRA, by `init_lora_weights`, beside true and false."""
+"""Values of `init_lora_weights` beside true and false."""
 START_ITEMS = 64
-"""Training items that a start is taken from."""
+"""Training items that an initialization is computed from."""
 _FROM_ELSEWHERE = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
-
-
-class PeftError(ValueError):
-    """Settings of `train.peft` that cannot be used; a line for each."""
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -50,11 +47,13 @@ def read_config(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise PeftError(f"peft: expected the path of an adapter_config.json, {file} cannot be read: {error}") from None
+        raise TrainingError(
+            f"peft: expected the path of an adapter_config.json, {file} cannot be read: {error}"
+        ) from None
 
 
 def is_plain(given: Any) -> bool:
-    """Whether this leaves LoRA as it is: an update s·B·A that starts at zero."""
+    """Whether this is plain LoRA: an update s·B·A that starts at zero."""
     return isinstance(given, Mapping) and (
         given.keys() <= {"use_rslora", "init_lora_weights"}
         and given.get("init_lora_weights", True) in (True, "gaussian")
@@ -62,15 +61,15 @@ def is_plain(given: Any) -> bool:
 
 
 def takes_part_of_w(start: Any) -> bool:
-    """Whether PEFT takes a start, by its name in `init_lora_weights`, off the base's weights."""
+    """Whether PEFT subtracts this initialization (a value of `init_lora_weights`) from the base's weights."""
     return isinstance(start, str) and (start.startswith("pissa") or start in ("olora", "corda", "lora_ga"))
 
 
 def peft_config(settings: Any) -> Any:
-    """The PEFT configuration of `settings.peft`, with our rank, α, dropout and target modules where it says none.
+    """The PEFT configuration of `settings.peft`; rank, α, dropout and target modules come from section train.
 
-    Raises PeftError: a method, a field or a start that there is not, one that says something else than section train,
-    or one that could not be exported.
+    Raises TrainingError for an unknown method, field or start, for a value that contradicts section train, and for what
+    could not be exported.
     """
     from peft import tuners
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -82,10 +81,10 @@ def peft_config(settings: Any) -> Any:
     method = str(own.pop("peft_type", "LORA")).upper()
     kinds = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if method not in kinds:
-        raise PeftError(f"peft.peft_type: unknown method {method!r}{suggest(method, TRAINED)}")
+        raise TrainingError(f"peft.peft_type: unknown method {method!r}{suggest(method, TRAINED)}")
     if method not in TRAINED:
         why = _REFUSED.get(method, "PEFT cannot merge it into the base, and no other form of it can be served")
-        raise PeftError(f"peft.peft_type: {method} cannot be used: {why}. Available: {', '.join(TRAINED)}")
+        raise TrainingError(f"peft.peft_type: {method} cannot be used: {why}. Available: {', '.join(TRAINED)}")
     fields = {field.name for field in dataclasses.fields(kinds[method]) if field.init}
     modules = sorted(settings.target_modules)
     shape = {
@@ -101,24 +100,24 @@ def peft_config(settings: Any) -> Any:
         f"peft.{key}: unknown key of {method}{suggest(key, sorted(fields))}" for key in own if key not in fields
     ]
     for key, (ours, value) in shape.items():
-        said = sorted(own[key]) if key == "target_modules" and isinstance(own.get(key), list) else own.get(key, value)
-        if said != value:
-            problems.append(
-                f"peft.{key}: expected {value!r}, as {ours} says, got {said!r}; set {ours} to it, or leave it out here"
-            )
+        given = sorted(own[key]) if key == "target_modules" and isinstance(own.get(key), list) else own.get(key, value)
+        if given != value:
+            problems.append(f"peft.{key}: expected {value!r}, the value of {ours}, got {given!r}; set {ours} instead")
     if settings.dropout and not any(ours == "dropout" for ours, _ in shape.values()):
-        problems.append(f"dropout: expected 0.0, since {method} has none, got {settings.dropout}")
+        problems.append(f"dropout: expected 0.0, got {settings.dropout}; {method} has no dropout")
     start = own.get("init_lora_weights", True) if method == "LORA" else True
     if method == "LORA":
         problems += [f"peft.{key}: cannot be used: {why}" for key, why in NO_FIELD.items() if own.get(key)]
         if isinstance(start, str) and start not in STARTS and not re.fullmatch(r"pissa_niter_\d+", start):
             problems.append(f"peft.init_lora_weights: unknown start {start!r}{suggest(start, STARTS)}")
         if takes_part_of_w(start) and own.get("use_dora"):
-            problems.append(f"peft.use_dora: expected false beside {start}, which is taken off the adapter at the end")
+            problems.append(
+                f"peft.use_dora: expected false with {start}, which is subtracted from the adapter at the end"
+            )
         if settings.quantize_base != "none" and takes_part_of_w(start):
             problems.append(
-                f"peft.init_lora_weights: {start} is taken off the base's weights, which those of a base in 4 bit "
-                "cannot follow; expected quantize_base: none"
+                f"peft.init_lora_weights: {start} is subtracted from the base's weights, which 4-bit weights cannot "
+                "represent; expected quantize_base: none"
             )
     if not problems:
         try:
@@ -129,14 +128,14 @@ def peft_config(settings: Any) -> Any:
             return kinds[method](**{"task_type": "CAUSAL_LM", **filled, **own})
         except (TypeError, ValueError) as error:
             problems.append(f"peft: {method} refuses it: {error}")
-    raise PeftError("\n".join(problems))
+    raise TrainingError("\n".join(problems))
 
 
 # Starts
 
 
 def learn_start(model: Any, settings: Any, items: Any, pad: int) -> list[dict[str, Any]]:
-    """Batches of the first training items where a start is taken from data; PEFT learns by them what it needs."""
+    """Batches of the first training items for an initialization from data; CorDA and LoRA-GA read them at once."""
     config = peft_config(settings)
     start = getattr(config, "init_lora_weights", True)
     if start not in _OF_DATA:
@@ -170,10 +169,10 @@ def learn_start(model: Any, settings: Any, items: Any, pad: int) -> list[dict[st
 
 
 def finish_start(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> None:
-    """EVA's start, and the base's own answers where PEFT has put W − s·B₀·A₀ in the place of W.
+    """Initialize EVA, and keep the base available where PEFT has replaced W by W − s·B₀·A₀.
 
-    As long as it trains, a hook adds s·B₀·A₀ wherever the adapter is off, so that this is the base; at the end W is
-    whole again, and the adapter [B, −B₀] [A; A₀].
+    During training a hook adds s·B₀·A₀ while the adapter is off, so that the model is the base then. At the end W is
+    restored and the adapter becomes [B, −B₀] [A; A₀].
     """
     from peft import initialize_lora_eva_weights
     from torch.nn.functional import linear
@@ -203,9 +202,11 @@ def finish_start(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> None:
 
 
 def part_of_the_adapter(trainer: Any, taken: Sequence[tuple[Any, Any, Any, Any]], off_w: bool = False) -> None:
-    """At the end of training make the start a part of the adapter: [B, −B₀] [A; A₀], which fits the untouched base.
+    """At the end of training fold the start into the adapter: [B, −B₀] [A; A₀], which fits the untouched base.
 
-    `taken`: LoRA pair, A₀, B₀, and the hook that stood for them until then; `off_w`: W gets them back.
+    Args:
+        taken: LoRA pair, A₀, B₀, and the hook that accounts for them during training.
+        off_w: Whether they were subtracted from W, which then gets them back.
     """
     import torch
     from transformers import TrainerCallback

@@ -1,4 +1,4 @@
-"""How a training shows itself: lines of progress for logs, and curves in TensorBoard, W&B, MLflow or DVCLive."""
+"""Progress lines for logs, and curves in TensorBoard, W&B, MLflow or DVCLive."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = "grit-pipeline"
-"""Of W&B, and MLflow's experiment, where the environment says nothing else."""
+"""Project in W&B and experiment in MLflow, unless the environment sets another."""
 
 
 def duration(seconds: float) -> str:
@@ -29,11 +29,11 @@ def to_stderr(line: str) -> None:
 def progress_lines(
     name: str, write: Callable[[str], Any] = to_stderr, clock: Callable[[], float] = time.monotonic
 ) -> Any:
-    """A callback that writes plain lines, for logs, where the Trainer's bar would flood or stay silent.
+    """A callback that writes plain lines to logs, which the Trainer's progress bar would flood.
 
     ``train pure_grit-0: step 120/500, loss 0.1234, 0.085 s/step, 32 s left, evaluation loss 0.2345``
 
-    At most one every half minute. Seconds a step and time left are means since this process began to train,
+    At most one line every 30 seconds. Seconds per step and time left are means since this process began to train,
     evaluations and checkpoints included.
     """
     from transformers import TrainerCallback
@@ -83,35 +83,35 @@ def progress_lines(
 
 
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny", "dvclive": "dvclive"}
-"""Name in `report_to`, which is that of the module → the package to install."""
+"""Name in `report_to`, which is also the module → package to install."""
 
 
 def tracker_arguments(names: Sequence[str], logs: Path, run: str) -> dict[str, Any]:
-    """TrainingArguments for W&B and MLflow; the other callbacks are made by `tracker_callbacks`.
+    """TrainingArguments for W&B and MLflow; `tracker_callbacks` makes the other callbacks.
 
-    Where curves go is said by their own environment variables; those that are set stay. The folder is made here, since
-    W&B takes another one where it does not exist.
+    Their own environment variables decide where curves go; those that are set stay. We create the folder here, because
+    W&B falls back to another one if it does not exist.
     """
-    theirs = [name for name in names if name in ("wandb", "mlflow")]
-    if "wandb" in theirs:
+    builtin = [name for name in names if name in ("wandb", "mlflow")]
+    if "wandb" in builtin:
         logs.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("WANDB_PROJECT", PROJECT)
         os.environ.setdefault("WANDB_DIR", str(logs))
-    if "mlflow" in theirs:
+    if "mlflow" in builtin:
         if "MLFLOW_TRACKING_URI" not in os.environ:
             os.environ["MLFLOW_TRACKING_URI"] = (logs.parents[1] / "mlruns").absolute().as_uri()
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", PROJECT)
-    return {"report_to": theirs or "none", "run_name": run}
+    return {"report_to": builtin or "none", "run_name": run}
 
 
 def tracker_callbacks(names: Sequence[str], logs: Path, resumed_from: int | None) -> list[Any]:
-    made = {"tensorboard": lambda: tensorboard(logs, resumed_from), "dvclive": lambda: dvclive(logs, resumed_from)}
-    return [make() for name, make in made.items() if name in names]
+    makers = {"tensorboard": lambda: tensorboard(logs, resumed_from), "dvclive": lambda: dvclive(logs, resumed_from)}
+    return [make() for name, make in makers.items() if name in names]
 
 
 def remove_trackers(trainer: Any) -> None:
-    """Let nothing of what a Trainer still does appear in any curve."""
+    """Keep what a Trainer still does from appearing in any curve."""
     from transformers import integrations
 
     for kind in ("TensorBoardCallback", "WandbCallback", "MLflowCallback", "DVCLiveCallback"):
@@ -119,24 +119,24 @@ def remove_trackers(trainer: Any) -> None:
 
 
 def dvclive(folder: Path, resumed_from: int | None) -> Any:
-    """DVCLive's callback, with the Trainer's steps, and without an experiment of DVC's: the stage is one already."""
+    """DVCLive's callback, with the Trainer's steps and without a DVC experiment: the stage already is one."""
     from dvclive import Live
     from transformers.integrations import DVCLiveCallback
 
     class Curves(DVCLiveCallback):
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.live.step = state.global_step  # else that of the next log
+            self.live.step = state.global_step  # otherwise that of the next log
             super().on_log(args, state, control, **kwargs)
 
     return Curves(Live(str(folder / "dvclive"), resume=resumed_from is not None, save_dvc_exp=False, dvcyaml=None))
 
 
 def tensorboard(folder: Path, resumed_from: int | None) -> Any:
-    """TensorBoard's callback: events go to `folder`, and those there that no longer count are hidden.
+    """TensorBoard's callback: writes events to `folder` and hides stale ones there.
 
-    They are what an earlier run left, or what came after the checkpoint that a resumed run goes on from. TensorBoard
-    reads event files by name, and a name begins with the second of its making: of two made in the same one, the later
-    might be read first, and what it hides would not be hidden. So this waits for a second of its own.
+    Stale events are those of an earlier run, or those after the checkpoint that a resumed run starts from. TensorBoard
+    reads event files by name, and a name begins with its creation time in seconds: of two files from the same second
+    the later one might be read first and hide nothing. So this waits for the next second.
     """
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback

@@ -5,20 +5,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-
-class EncodingError(ValueError):
-    """Items that cannot be turned into training examples."""
+from trainers import TrainingError
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Ids that a model is asked with: BOS as the tokenizer's own configuration says.
+    """Token ids of a prompt, with BOS where the tokenizer's configuration adds it.
 
-    Behind an end of sequence, as between the turns of a conversation, the text begins anew, as it does for llama.cpp:
-    where a tokenizer puts a blank in front of a text, there is one too. (Hugging Face's has none there.)
+    After an end-of-sequence token, as between the turns of a conversation, the text starts afresh, as in llama.cpp: a
+    tokenizer that prefixes texts with a blank does so there too. (Hugging Face's does not.)
     """
     first, *more = prompt.split(tokenizer.eos_token) if tokenizer.eos_token else [prompt]
     ids, end = list(tokenizer(first)["input_ids"]), tokenizer.eos_token_id
-    if first and more and ids[-1] == end:  # some tokenizers close every text themselves
+    if first and more and ids[-1] == end:  # some tokenizers append EOS to every text
         ids.pop()
     for text in more:
         ids += [end, *(tokenizer(text, add_special_tokens=False)["input_ids"] if text else ())]
@@ -26,27 +24,29 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def encode_example(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int]:
-    """Ids of prompt, completion and end of sequence, and how many of them are the prompt: see `encode_turns`."""
+    """Ids of prompt, completion and EOS, and how many of them are the prompt's; see `encode_turns`."""
     ids, (start, _) = encode_turns(tokenizer, (prompt, completion))
     return ids, start
 
 
 def encode_turns(tokenizer: Any, texts: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Ids of prompts and answers in turn and an end of sequence, and where each of the texts ends.
+    """Ids of alternating prompts and answers plus EOS, and the position at which each text ends.
 
-    They are tokenized together, as a reader of the finished text would, and what stands before an answer must come out
-    as it does alone: else the model would be asked with other tokens than it was trained on.
+    The texts are tokenized together, and everything before an answer has to give the same tokens as it does alone;
+    otherwise the model would be asked with other tokens than it was trained on.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise EncodingError("expected a tokenizer with an end-of-sequence token, got one without")
+        raise TrainingError("expected a tokenizer with an end-of-sequence token, got one without")
 
     def read(text: str) -> list[int]:
         ids = encode_prompt(tokenizer, text)
-        # Some tokenizers close every text themselves.
+        # Some tokenizers append EOS to every text.
         return ids[:-1] if ids[-1:] == [eos] and not text.endswith(tokenizer.eos_token) else ids
 
-    *heads, ids = [read("".join(texts[:n])) for n in range(1, len(texts) + 1)]  # all last, see `trainers.pictures`
+    *heads, ids = [
+        read("".join(texts[:n])) for n in range(1, len(texts) + 1)
+    ]  # everything last, see `trainers.pictures`
     ends = []
     for n, head in enumerate(heads, start=1):
         if ids[: len(head)] != head:
@@ -54,7 +54,7 @@ def encode_turns(tokenizer: Any, texts: Sequence[str]) -> tuple[list[int], list[
             what = (
                 "prompt's tokens change when the completion" if n % 2 else "answer's tokens change when the next turn"
             )
-            raise EncodingError(
+            raise TrainingError(
                 f"the {what} follows (from token {first} of {len(head)} on): {texts[n - 1][-20:]!r} + "
                 f"{texts[n][:20]!r}; end prompt.template on a line break or another token boundary"
             )
@@ -63,58 +63,58 @@ def encode_turns(tokenizer: Any, texts: Sequence[str]) -> tuple[list[int], list[
 
 
 def learnt(ends: Sequence[int]) -> list[int]:
-    """1 for each token of an answer, 0 for those of prompts and for the first token, which nothing predicts."""
+    """1 for each token of an answer, 0 for tokens of prompts and for the first token, which nothing predicts."""
     bounds = zip([0, *ends[:-1]], ends, strict=True)
     mask = [n % 2 for n, (start, end) in enumerate(bounds) for _ in range(start, end)]
     return [0, *mask[1:]]
 
 
 def encode_texts(tokenizer: Any, texts: Iterable[tuple[str, bool]], max_length: int) -> list[list[int]]:
-    """Ids of whole texts, with the end of sequence where (text, ended) says so, cut at `max_length` tokens."""
-    found = []
+    """Ids of whole texts, cut at `max_length` tokens; with EOS where `ended` of (text, ended) is true."""
+    rows = []
     for text, ended in texts:
         ids = encode_prompt(tokenizer, text)
-        closed = ended and ids[-1:] != [tokenizer.eos_token_id]
-        found.append([*ids, *[tokenizer.eos_token_id] * closed][:max_length])
-    return [ids for ids in found if len(ids) > 1]
+        needs_end = ended and ids[-1:] != [tokenizer.eos_token_id]
+        rows.append([*ids, *[tokenizer.eos_token_id] * needs_end][:max_length])
+    return [ids for ids in rows if len(ids) > 1]
 
 
 @dataclass(frozen=True)
 class Encoded:
     dataset: Any  # for a Trainer; of text, columns input_ids and completion_mask (1 = the token carries loss)
     left_out: int  # examples that were too long
-    longest: int  # tokens, of those left out too
+    longest: int  # tokens, over all examples
 
 
 def encode_examples(
     tokenizer: Any, examples: Iterable[Sequence[str]], max_length: int, *, leave_out: bool = False
 ) -> Encoded:
-    """Tokenize prompts and answers in turn, with the loss on the answers only.
+    """Tokenize alternating prompts and answers, with the loss on the answers only.
 
-    Nothing is cut: what is longer than `max_length` tokens is refused, or left out.
+    Nothing is truncated: items longer than `max_length` tokens are refused, or left out.
     """
     from datasets import Dataset
 
     encoded = [encode_turns(tokenizer, texts) for texts in examples]
     kept, left_out, longest = short_enough([len(ids) for ids, _ in encoded], max_length, leave_out=leave_out)
     ids, ends = zip(*(encoded[place] for place in kept), strict=True)
-    mask = [learnt(own) for own in ends]
+    mask = [learnt(positions) for positions in ends]
     return Encoded(Dataset.from_dict({"input_ids": ids, "completion_mask": mask}), left_out, longest)
 
 
-# Packing: several items a row, each with positions from 0 on. Where a batch has such positions and no attention mask,
-# transformers lets no item see another (`find_packed_sequence_indices`); padding is a row's last items, of one token.
+# Packing: several items in a row, each with positions from 0 on. For a batch with such positions and no attention mask,
+# transformers keeps items apart (`find_packed_sequence_indices`); padding becomes items of one token at a row's end.
 
 
 def pack(dataset: Any, max_length: int) -> Any:
-    """The items of `encode_examples` in rows of at most `max_length` tokens; column seq_lengths says where they end."""
+    """The items of `encode_examples` in rows of at most `max_length` tokens; column seq_lengths has their lengths."""
     from trl import pack_dataset
 
     return pack_dataset(dataset, max_length, "bfd")
 
 
 def collate_packed(pad: int) -> Callable[[Any], dict[str, Any]]:
-    """Makes batches of such rows, and of items that are a row each: input_ids, position_ids, labels [rows, tokens]."""
+    """A collator for packed rows and for single items: input_ids, position_ids, labels [rows, tokens]."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     plain = DataCollatorForLanguageModeling(pad, return_position_ids=True)
@@ -122,17 +122,17 @@ def collate_packed(pad: int) -> Callable[[Any], dict[str, Any]]:
     def collate(rows: Any) -> dict[str, Any]:
         batch = dict(plain(rows))
         del batch["attention_mask"]
-        batch["labels"][batch["position_ids"] == 0] = -100  # else it would be predicted from the item before
+        batch["labels"][batch["position_ids"] == 0] = -100  # otherwise predicted from the previous item
         return batch
 
     return collate
 
 
 def check_packing(model: Any, rows: Any) -> None:
-    """Refuse a model whose items in one row see each other, tried with the first row that has two.
+    """Refuse a model that lets items of one row attend to each other, tested on the first row with two items.
 
-    Raises EncodingError: an item's logits change with the item before it, by more than 1% of what they do where both
-    are one item.
+    Raises TrainingError if an item's logits change with the item before it, by more than 1% of the change when both
+    form a single item.
     """
     import torch
 
@@ -140,13 +140,13 @@ def check_packing(model: Any, rows: Any) -> None:
     if row is None:
         return
     first, second = row["seq_lengths"][:2]
-    # Twice: some attention looks for items in batches of one row alone.
+    # Two rows, since some attention implementations look for items only in batches of one.
     ids = torch.tensor([row["input_ids"][: first + second]] * 2, device=model.device)
     other = torch.cat([ids[:, :first].flip(1), ids[:, first:]], 1)
 
     def change(positions: list[int]) -> float:
-        given = torch.tensor([positions] * 2, device=model.device)
-        one, two = (model(input_ids=i, position_ids=given).logits[0, first:].float() for i in (ids, other))
+        position_ids = torch.tensor([positions] * 2, device=model.device)
+        one, two = (model(input_ids=i, position_ids=position_ids).logits[0, first:].float() for i in (ids, other))
         return float((one - two).abs().max())
 
     training = model.training
@@ -156,30 +156,30 @@ def check_packing(model: Any, rows: Any) -> None:
     model.train(training)
     if apart > 0.01 * as_one:
         kind = type(getattr(model, "get_base_model", lambda: model)()).__name__
-        raise EncodingError(f"train.packing: expected false, since {kind} lets items of one row see each other")
+        raise TrainingError(f"train.packing: expected false, since {kind} lets items of one row attend to each other")
 
 
 def short_enough(
     lengths: Sequence[int], max_length: int, *, leave_out: bool, kind: str = "items"
 ) -> tuple[list[int], int, int]:
-    """Places of the examples of at most `max_length` tokens; how many there are besides, and the longest of all.
+    """Indices of the examples of at most `max_length` tokens, the number of longer ones, and the longest length.
 
-    EncodingError if one is too long and may not be left out, or if none is left.
+    Raises TrainingError if an example is too long and may not be left out, or if none remains.
     """
     kept = [place for place, n in enumerate(lengths) if n <= max_length]
     too_long = [(place, n) for place, n in enumerate(lengths) if n > max_length]
     longest = max(lengths, default=0)
     if too_long and not leave_out:
         named = ", ".join(f"item {place}: {n}" for place, n in too_long[:3])
-        raise EncodingError(
+        raise TrainingError(
             f"expected at most max_length = {max_length} tokens, got more in {len(too_long)} {kind} ({named}…); "
             f"set train.max_length to {longest}, or shorten the items, or leave them out with train.overlong: "
             "leave_out, or with prepare_data.max_chars where items are chosen"
         )
     if not kept:
         if not lengths:
-            raise EncodingError("expected at least one example, got none")
-        raise EncodingError(
+            raise TrainingError("expected at least one example, got none")
+        raise TrainingError(
             f"expected at least one example of at most max_length = {max_length} tokens, got {len(too_long)} of "
             f"{min(lengths)} to {longest}; raise train.max_length"
         )
@@ -187,11 +187,11 @@ def short_enough(
 
 
 def batched_order(lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:
-    """An order of examples in which consecutive batches hold examples of like length; only the last may be short.
+    """An order of examples whose consecutive batches hold examples of similar length; only the last may be short.
 
     Batches are formed within random chunks of 50 batches and then shuffled. (transformers' `group_by_length` leaves
-    them sorted from long to short within each chunk; lengths go with tasks, and training on the tasks in waves left
-    2 of 14 tasks above 80% where this order reached 9. LOG.md, 2026-11-21.)
+    them sorted from long to short within each chunk; length correlates with the task, and training on tasks in waves
+    left 2 of 14 tasks above 80% where this order reached 9: docs/log/2026-11-21.md.)
     """
     rng = random.Random(seed)
     order = list(range(len(lengths)))

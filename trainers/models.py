@@ -1,4 +1,4 @@
-"""Loading base models and tokenizers, and finding the modules that LoRA goes on."""
+"""Loading base models and tokenizers, and adding LoRA to them."""
 
 import os
 import warnings
@@ -6,18 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trainers import TrainingError
 from trainers.settings import BaseReference, TrainSettings
 from trainers.words import nearest
 
 
-class ModelError(ValueError):
-    """A model that cannot be loaded or does not fit the settings."""
-
-
 def hub_reason(error: BaseException, source: str, key: str = "source") -> str | None:
-    """One sentence on why the model hub did not give `source`, named by prepare_base.`key`; None if it is not at fault.
+    """One sentence on why the model hub did not deliver `source`, the value of prepare_base.`key`; None: another cause.
 
-    Looks at what was raised and at what it came from.
+    Looks at the error and at everything that it was raised from.
     """
     import httpx
     from huggingface_hub import constants, errors
@@ -28,44 +25,44 @@ def hub_reason(error: BaseException, source: str, key: str = "source") -> str | 
     while at is not None and at not in seen:
         seen.append(at)
         at = at.__cause__ or at.__context__
-    for found in seen:
-        match found:
+    for cause in seen:
+        match cause:
             case errors.GatedRepoError():
                 return (
-                    f"{source} is gated: ask for access on its page, https://huggingface.co/{source}, then log in with "
+                    f"{source} is gated: request access at https://huggingface.co/{source}, then log in with "
                     f"`hf auth login` or set HF_TOKEN; or {here}"
                 )
             case errors.RepositoryNotFoundError():
                 return (
-                    f"the hub has no model {source}, or a private one: expected org/name as on its page; for one of "
-                    "your own log in with `hf auth login`, or set HF_TOKEN"
+                    f"the hub has no model {source}, or it is private: expected org/name as on its page; for a private "
+                    "model log in with `hf auth login`, or set HF_TOKEN"
                 )
             case errors.RevisionNotFoundError():
                 return f"{source} has no such revision; set prepare_base.revision to a branch, a tag or a commit"
-    for found in seen:
-        if isinstance(found, httpx.TransportError | ConnectionError | errors.LocalEntryNotFoundError):
+    for cause in seen:
+        if isinstance(cause, httpx.TransportError | ConnectionError | errors.LocalEntryNotFoundError):
             offline = ", HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
-            return f"the hub cannot be reached ({type(found).__name__}{offline}), and no copy is in the cache; {here}"
-        if isinstance(found, errors.EntryNotFoundError):
-            return f"{source} has no such file: {found}"
+            return f"the hub cannot be reached ({type(cause).__name__}{offline}), and no copy is in the cache; {here}"
+        if isinstance(cause, errors.EntryNotFoundError):
+            return f"{source} has no such file: {cause}"
     return None
 
 
 def reason_of(error: Exception, base: BaseReference) -> str:
-    """Why a base could not be loaded: one sentence where the hub is at fault, else the error's own words."""
+    """Why a base could not be loaded: one sentence if the hub is at fault, otherwise the text of the error."""
     return (None if Path(base.location).is_dir() else hub_reason(error, base.location)) or str(error)
 
 
 def load_tokenizer(base: BaseReference) -> Any:
-    """The base's own tokenizer, with a padding token."""
+    """The base's tokenizer, with a padding token."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.location, **base.load_kwargs)
     except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer could be loaded from {base.location!r}: {reason_of(error, base)}") from error
+        raise TrainingError(f"no tokenizer could be loaded from {base.location!r}: {reason_of(error, base)}") from error
     if tokenizer.pad_token is None:
-        # A padding token of its own where the vocabulary reserves one; labels are masked by position either way.
+        # A separate padding token where the vocabulary reserves one; labels are masked by position either way.
         reserved = ("<|finetune_right_pad_id|>", "<|reserved_special_token_250|>", "<pad>", "<unk>")
         tokenizer.pad_token = next((t for t in reserved if t in tokenizer.get_vocab()), tokenizer.eos_token)
     tokenizer.padding_side = "right"
@@ -73,7 +70,7 @@ def load_tokenizer(base: BaseReference) -> Any:
 
 
 def training_dtype(settings: TrainSettings) -> Any:
-    """Dtype that the frozen base is held in: bf16 on an accelerator, fp32 on a CPU (where bf16 is often slower)."""
+    """Dtype of the frozen base: bf16 on an accelerator, fp32 on a CPU (where bf16 is often slower)."""
     import torch
 
     return torch.bfloat16 if torch.cuda.is_available() and settings.precision == "bf16" else torch.float32
@@ -97,7 +94,7 @@ def load_base_model(base: BaseReference, settings: TrainSettings) -> Any:
     try:
         model = loader.from_pretrained(base.location, use_safetensors=True, **kwargs)
     except (OSError, ValueError) as error:
-        raise ModelError(f"no model could be loaded from {base.location!r}: {reason_of(error, base)}") from error
+        raise TrainingError(f"no model could be loaded from {base.location!r}: {reason_of(error, base)}") from error
     model.config.use_cache = False
     if settings.layers is not None:
         model.config.get_text_config().use_cache = False
@@ -112,33 +109,33 @@ def load_base_model(base: BaseReference, settings: TrainSettings) -> Any:
 def keep_gradients(model: Any) -> None:
     """Keep bitsandbytes (0.50) from repacking 4-bit weights at the first evaluation, on a CPU with AVX-512 BF16.
 
-    Its kernel for those has no gradient, and training went on with it: layers below got none, without a word.
+    Its kernel for repacked weights has no gradient, and training continued silently without one for the layers below.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
-def check_target_modules(model: Any, wanted: Sequence[str]) -> None:
-    """ModelError if one of `wanted`, names of linear modules or their endings as PEFT takes them, matches nothing."""
+def check_target_modules(model: Any, targets: Sequence[str]) -> None:
+    """Refuse names that match no linear module, in full or as an ending (as PEFT matches them)."""
     import torch
 
     # Quantized linears (bitsandbytes) derive from torch.nn.Linear too.
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     problems: list[str] = []
     endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    for want in wanted:
-        if not any(name == want or name.endswith(f".{want}") for name in linear):
-            meant = nearest(want, endings)
-            problems.append(f"{want!r} matches nothing" + (f" (did you mean {meant!r}?)" if meant else ""))
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            meant = nearest(target, endings)
+            problems.append(f"{target!r} matches nothing" + (f" (did you mean {meant!r}?)" if meant else ""))
     if problems:
-        raise ModelError(
+        raise TrainingError(
             f"train.target_modules: {'; '.join(problems)}. Linear modules of this model: {', '.join(endings)}"
         )
 
 
 def add_lora(model: Any, settings: TrainSettings) -> Any:
-    """The model with LoRA, or what else `peft` says, on its chosen layers; plain LoRA starts with B at zero."""
+    """The model with LoRA, or another method of `peft`, on the chosen layers; plain LoRA starts with B at zero."""
     if settings.layers is not None:
         from grit_vlm.config.families import adapted_modules
         from grit_vlm.config.model_configs import GRITLoRAConfig
@@ -165,11 +162,13 @@ def add_lora(model: Any, settings: TrainSettings) -> Any:
         try:
             return get_peft_model(model, peft_config(settings))
         except ValueError as error:
-            raise ModelError(f"train.peft: PEFT cannot put {settings.peft or 'LoRA'} on this model: {error}") from error
+            raise TrainingError(
+                f"train.peft: PEFT cannot put {settings.peft or 'LoRA'} on this model: {error}"
+            ) from error
 
 
 def scale_update(model: Any, factor: float) -> None:
-    """Multiply every ΔW = s·B·A (WiSE-FT's way from the base to the tuned weights: Wortsman et al. 2022)."""
+    """Scale every ΔW = s·B·A: the line between base and tuned weights of WiSE-FT (Wortsman et al. 2022)."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ".lora_B." in name:
             parameter.data.mul_(factor)

@@ -1,4 +1,4 @@
-"""Optimizers by the names that transformers has for them, or by a dotted path, with arguments of their own."""
+"""Optimizers by their names in transformers or by a dotted path, with their own arguments."""
 
 import inspect
 import json
@@ -11,14 +11,14 @@ from typing import Any
 from trainers.words import suggest
 
 PLAIN = "adamw_torch"
-"""Needs no looking up."""
+"""Needs no lookup."""
 ADAMW = (PLAIN, "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
 _OURS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 _OF_FUNCTIONS = {"r": "rank", "lora_alpha": "alpha"}
 
 
 def arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of an optimizer's class; YAML has no tuples."""
+    """Keyword arguments for an optimizer class; YAML has no tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
@@ -27,9 +27,9 @@ def is_path(name: str) -> bool:
 
 
 def _of_path(path: str, ours: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A class of torch's kind, or a function of a model, and those of our arguments that it takes.
+    """A torch optimizer class, or a function of a model, and those of our arguments that it accepts.
 
-    Raises ValueError: there is no such thing, or it makes no optimizer.
+    Raises ValueError if there is no such object, or if it makes no optimizer.
     """
     import torch
 
@@ -37,18 +37,18 @@ def _of_path(path: str, ours: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     try:
         kind = getattr(import_module(module), name)
     except ModuleNotFoundError as error:
-        raise ValueError(f"there is no module {error.name}; install the package that has it") from None
+        raise ValueError(f"there is no module {error.name}; install the package that provides it") from None
     parameters = inspect.signature(kind).parameters if callable(kind) else {}
     if not _is_class(kind) and "model" not in parameters:
-        raise ValueError("expected a class of torch's optimizers, or a function of a model")
+        raise ValueError("expected a torch optimizer class, or a function of a model")
     if "lr" not in parameters and not _open(kind):
-        raise ValueError("it takes no learning rate `lr`")
+        raise ValueError("it accepts no learning rate `lr`")
     ours = {**ours, "optimizer_cls": torch.optim.AdamW}
     return kind, {name: value for name, value in ours.items() if name in parameters or (name in _OURS and _open(kind))}
 
 
 def for_trainer(trainer: Any, settings: Any) -> tuple[Any, dict[str, Any]]:
-    """Its `optimizer_cls_and_kwargs`; what is no class there is called before the result gets the model."""
+    """The trainer's `optimizer_cls_and_kwargs`; it calls what is no class once before it passes the model."""
     s, own = settings, arguments(settings.optim_args)
     if not is_path(s.optimizer):
         kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
@@ -65,12 +65,12 @@ def _is_class(kind: Any) -> bool:
 
 
 def _open(kind: Any) -> bool:
-    """Whether it hands on arguments that it does not name."""
+    """Whether it accepts arguments that it does not name."""
     return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(kind).parameters.values())
 
 
 def problems(name: str, given: Mapping[str, Any]) -> list[str]:
-    """Why an optimizer cannot be had, or not with these arguments: it is made here, and takes one step."""
+    """Why an optimizer cannot be used with these arguments: we construct it and let it take one step."""
     return _problems(name, json.dumps(given, default=str)) if given or name != PLAIN else []
 
 
@@ -95,15 +95,15 @@ def _problems(name: str, given: str) -> list[str]:
     except (AttributeError, ImportError, TypeError, ValueError) as error:
         return [f"optimizer: {name} cannot be used: {error}"]
     own = json.loads(given)
-    found = [f"optim_args.{key}: expected {ours[key]} of section train in its place" for key in own if key in ours]
+    wrong = [f"optim_args.{key}: set {ours[key]} in section train instead" for key in own if key in ours]
     taken = [key for key in inspect.signature(kind).parameters if key not in ("params", "args", "model", *ours)]
-    found += [
+    wrong += [
         f"optim_args.{key}: unknown key of {name}{suggest(key, taken)}"
         for key in own
         if key not in (*taken, *ours) and (_is_class(kind) or not _open(kind))
     ]
-    if found:
-        return found
+    if wrong:
+        return wrong
     try:
         model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
         if not _is_class(kind):

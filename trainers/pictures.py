@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainers.encode import Encoded, EncodingError, encode_example, encode_prompt, short_enough
+from trainers import TrainingError
+from trainers.encode import Encoded, encode_example, encode_prompt, short_enough
 from trainers.models import load_tokenizer, reason_of
 from trainers.settings import BaseReference
 
@@ -28,7 +29,7 @@ _OWN_FORM = ("PaliGemma",)
 Row = dict[str, Any]
 
 
-class VisionDataError(EncodingError):
+class VisionDataError(TrainingError):
     """Prompts or pictures that cannot be turned into a model's input."""
 
 

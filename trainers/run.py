@@ -1,6 +1,6 @@
-"""The training path that all arms share: what an arm is, the Trainer's arguments, checkpoints, and one run.
+"""The training path that all arms share: the definition of an arm, the Trainer's arguments, checkpoints, a run.
 
-Heavy packages load inside functions: params.yaml is checked without them, and Unsloth wants to be imported first.
+Heavy packages load inside functions: params.yaml is checked without them, and Unsloth has to be imported first.
 """
 
 import json
@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainers import adapters, optimizers
+from trainers import TrainingError, adapters, optimizers
 from trainers.callbacks import progress_lines, remove_trackers, tracker_arguments, tracker_callbacks
-from trainers.encode import Encoded, EncodingError, check_packing, collate_packed, encode_examples, encode_texts, pack
-from trainers.models import ModelError, add_lora, load_base_model, load_tokenizer, scale_update
+from trainers.encode import Encoded, check_packing, collate_packed, encode_examples, encode_texts, pack
+from trainers.keeper import KL, STEP_KL, attach, divided, to_read
+from trainers.models import add_lora, load_base_model, load_tokenizer, scale_update
 from trainers.pictures import encode_items
-from trainers.preserve import KL, STEP_KL, attach, divided, to_read
 from trainers.settings import BaseReference, TrainSettings
 
 LEDGER = "probe_ledger.jsonl"
 RANKS = "GRIT_RANKS"
-"""Variable of the environment: devices of a launch that is ours. Clusters set WORLD_SIZE for purposes of their own."""
+"""Environment variable with the number of devices that we launched on; clusters set WORLD_SIZE for other reasons."""
 STEP_LOSS, STEP_LOSSES = "step_loss", "step_losses.json"
 
 
@@ -34,22 +34,22 @@ STEP_LOSS, STEP_LOSSES = "step_loss", "step_losses.json"
 class TrainingJob:
     base: BaseReference
     settings: TrainSettings
-    seed: int  # of LoRA's start and of the order of the items
-    train: Sequence[tuple[str, ...]]  # rendered prompts, and the answers to learn, in turn
+    seed: int  # of LoRA's initialization and the order of the items
+    train: Sequence[tuple[str, ...]]  # rendered prompts and target answers, alternating
     valid: Sequence[tuple[str, ...]]  # the same, for the evaluation loss
-    output: Path  # for the adapter; exists and is empty
-    checkpoints: Path  # outlives a kill; a complete checkpoint found there is resumed from
+    output: Path  # for the adapter; an existing empty folder
+    checkpoints: Path  # survives a kill; training resumes from a complete checkpoint here
     report_to: Sequence[str] = ()  # names of `trainers.callbacks.TRACKERS`
-    logs: Path = Path("logs/arm/seed")  # for what they write; outlives the training
-    texts: Sequence[tuple[str, bool]] = ()  # the base's own, and whether they came to an end
-    images: Path = Path()  # where references to pictures in prompts start from
+    logs: Path = Path("logs/arm/seed")  # for what they write; survives the training
+    texts: Sequence[tuple[str, bool]] = ()  # written by the base, and whether they are complete
+    images: Path = Path()  # folder that references to pictures in prompts are relative to
 
 
 def sft_trainer_class() -> Any:
     """TRL's SFTTrainer, able to run on this machine.
 
     TRL 1.15 computes the loss with Triton kernels, which need a GPU (without one: "'NoneType' object has no attribute
-    'apply'"). On a CPU the model's own cross-entropy takes their place; the value is the same.
+    'apply'"). On a CPU we use the model's own cross-entropy, which has the same value.
     """
     import torch
     from transformers import Trainer
@@ -74,22 +74,22 @@ def _trainer(settings: TrainSettings, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class Arm:
-    """What one way of training does differently from plain LoRA; the hooks' defaults are the baseline's."""
+    """What an arm does differently from plain LoRA; the defaults of its hooks are those of the baseline."""
 
     name: str  # as in params.yaml
     title: str  # for tables and plots
-    settings: type[TrainSettings] = TrainSettings  # section train, and sections of its own
-    preconditions: bool = False  # whether it claims to change the gradient before the optimizer's step
-    # Runs first, before transformers and TRL are loaded where nothing else has done so.
+    settings: type[TrainSettings] = TrainSettings  # section train, and the arm's own sections
+    preconditions: bool = False  # whether it claims to precondition gradients
+    # Runs first, if possible before transformers and TRL are imported.
     prepare: Callable[[TrainingJob], None] | None = None
     load_model: Callable[[BaseReference, TrainSettings], Any] = load_base_model  # → the frozen base
     add_adapter: Callable[[Any, TrainSettings], Any] = add_lora  # → the model with trainable LoRA
-    make_trainer: Callable[..., Any] = _trainer  # of the settings and SFTTrainer's keyword arguments
-    # Before training: of the trainer, its settings and batches of the base's own texts, where there are any.
+    make_trainer: Callable[..., Any] = _trainer  # takes the settings and SFTTrainer's keyword arguments
+    # Before training; takes the trainer, the settings and batches of texts that the base has written.
     start: Callable[[Any, Any, Iterable[Mapping[str, Any]]], None] | None = None
-    # Has every LoRA module of a model called while it is open, where a fused kernel reads their weights otherwise.
+    # While open, every LoRA module of a model is called, even where a fused kernel otherwise reads its weights.
     unfused: Callable[[Any], AbstractContextManager[Any]] = nullcontext
-    # After training: further numbers for run.json; may write files to `job.output`.
+    # After training; returns further numbers for run.json and may write files to `job.output`.
     report: Callable[[Any, TrainingJob], dict[str, Any]] | None = None
 
 
@@ -115,7 +115,7 @@ def training_arguments(job: TrainingJob, **changes: Any) -> Any:
         optim=optimizers.PLAIN if optimizers.is_path(s.optimizer) else s.optimizer,
         bf16=s.precision == "bf16",
         gradient_checkpointing=s.gradient_checkpointing,
-        max_length=None,  # what is too long was refused or left out
+        max_length=None,  # items that are too long were refused or left out
         completion_only_loss=True,
         logging_steps=s.logging_steps,
         eval_strategy="steps",
@@ -127,24 +127,26 @@ def training_arguments(job: TrainingJob, **changes: Any) -> Any:
         data_seed=job.seed,
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # they are the same on all ranks
+        ddp_broadcast_buffers=False,  # identical on all ranks
         accelerator_config={"even_batches": False},  # see `_share_batches`
         dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=s.layers is None,  # pictures are a column of their own until they are collated
+        remove_unused_columns=s.layers is None,  # pictures are in a separate column until they are collated
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),  # `progress_lines` there
     )
     args = SFTConfig(**{**values, **changes})
     if args.device.type == "cpu":
-        args._setup_devices = torch.device("cpu")  # of several processes cpu:0, to which torch loads no checkpoint
-    if args.n_gpu > 1:  # else the Trainer would wrap the model in DataParallel, and the batch be so many times as large
-        print(f"{args.n_gpu} GPUs are visible; one is taken, {args.device}; train.devices takes more", flush=True)
+        args._setup_devices = torch.device(
+            "cpu"
+        )  # several processes get cpu:0, onto which torch cannot load a checkpoint
+    if args.n_gpu > 1:  # the Trainer would wrap the model in DataParallel and multiply the batch size
+        print(f"{args.n_gpu} GPUs are visible; using {args.device}. Set train.devices to use more.", flush=True)
         args._n_gpu = 1
     return args
 
 
 def _lasting_arguments(job: TrainingJob, name: str) -> dict[str, Any]:
-    """What a real run has beyond that, and a twin has no use for: trackers, and which checkpoint comes back."""
+    """Arguments of real runs, which twin runs do without: trackers, and which checkpoint is loaded at the end."""
     s = job.settings
     values = tracker_arguments(job.report_to, job.logs, name)
     if s.keeps_best:
@@ -152,11 +154,11 @@ def _lasting_arguments(job: TrainingJob, name: str) -> dict[str, Any]:
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,
-            # A best one that was not saved cannot come back, so every evaluation is followed by a checkpoint. Three
-            # stay: the best, the last, and the one before, since nothing goes on from the last step (`to_resume`).
+            # The best adapter has to be saved to be loaded, so every evaluation is followed by a checkpoint. Three are
+            # kept: the best, the last, and the one before, since `to_resume` never uses that of the last step.
             "save_steps": s.eval_steps,
             "save_total_limit": 3,
-            # The count of evaluations without improvement.
+            # Restores the count of evaluations without improvement.
             "restore_callback_states_from_checkpoint": s.early_stopping_patience is not None,
         }
     return values
@@ -164,7 +166,7 @@ def _lasting_arguments(job: TrainingJob, name: str) -> dict[str, Any]:
 
 # Checkpoints that survive a kill at any moment
 
-_LAST_FILE = "trainer_state.json"  # a folder without it was cut short
+_LAST_FILE = "trainer_state.json"  # written last
 
 
 def _step(folder: Path) -> int:
@@ -173,7 +175,7 @@ def _step(folder: Path) -> int:
 
 
 def latest_complete(folder: Path) -> Path | None:
-    """The newest checkpoint-<step> that was written whole; broken ones are removed. The folder need not exist."""
+    """The newest complete checkpoint-<step>; incomplete ones are removed. The folder need not exist."""
     best: Path | None = None
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step):
         try:
@@ -189,10 +191,10 @@ def latest_complete(folder: Path) -> Path | None:
 
 
 def to_resume(folder: Path) -> Path | None:
-    """The newest whole checkpoint that training can go on from; broken ones, and that of the end, are removed.
+    """The newest complete checkpoint to resume from; incomplete ones, and that of the last step, are removed.
 
-    From the checkpoint of the last step, or of an early stop, the Trainer would train on for a step (transformers
-    5.17, unless an epoch ends there). So the way from the one before to the end is gone a second time.
+    From the checkpoint of the last step, or of an early stop, the Trainer would train one step too many (transformers
+    5.17, unless an epoch ends there). So we repeat the steps after the checkpoint before it.
     """
     while (checkpoint := latest_complete(folder)) is not None:
         state = json.loads((checkpoint / _LAST_FILE).read_text(encoding="utf-8"))
@@ -216,16 +218,16 @@ def _encode(job: TrainingJob, tokenizer: Any, examples: Sequence[tuple[str, ...]
     if encoded.left_out:
         print(
             f"{encoded.left_out} of {len(examples)} {kind} items are longer than {settings.max_length} tokens and are "
-            f"left out (longest {encoded.longest})",
+            f"left out (longest: {encoded.longest})",
             flush=True,
         )
     return encoded
 
 
 def _share_batches(trainer: Any) -> None:
-    """Have each rank take its rows of the very batches that one process alone would take, the short last ones too.
+    """Split the batches of a single-process run among the ranks, the short last ones included.
 
-    As in training, where it sees to that itself, an evaluation's loss is then the mean over the tokens of all ranks.
+    The loss of an evaluation becomes the mean over the tokens of all ranks, as the Trainer's training loss is already.
     """
     import torch
 
@@ -233,18 +235,19 @@ def _share_batches(trainer: Any) -> None:
     collate, load, predict = trainer.data_collator, trainer._get_dataloader, trainer.prediction_step
 
     def share(rows: list[Any]) -> Any:
-        own = rows[rank::ranks]
-        fill = rows[: len(rows[::ranks]) - len(own)]  # as many as rank 0 has, since ranks gather losses row by row
-        batch = collate(own + fill)
-        seen = "attention_mask" if "attention_mask" in batch else "position_ids"
-        batch["labels"][len(own) :], batch[seen][len(own) :] = -100, 0  # which count for nothing
+        share_of_rank = rows[rank::ranks]
+        count = len(share_of_rank)
+        fill = rows[: len(rows[::ranks]) - count]  # as many rows as rank 0 has, since losses are gathered row by row
+        batch = collate(share_of_rank + fill)
+        positions = "attention_mask" if "attention_mask" in batch else "position_ids"
+        batch["labels"][count:], batch[positions][count:] = -100, 0  # the filled rows carry no loss
         return batch
 
     def loader(*args: Any, batch_size: int, **kwargs: Any) -> Any:
-        found = load(*args, batch_size=batch_size * ranks, **kwargs)
-        # As transformers does where batches know their rank: accelerate hands every one on.
-        found.batch_sampler.num_processes, found.batch_sampler.process_index = 1, 0
-        return found
+        batches = load(*args, batch_size=batch_size * ranks, **kwargs)
+        # Makes accelerate pass every batch to every rank, as transformers does for samplers that know their rank.
+        batches.batch_sampler.num_processes, batches.batch_sampler.process_index = 1, 0
+        return batches
 
     def predicted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         loss, *rest = predict(model, inputs, *args, **kwargs)  # the mean over this rank's tokens
@@ -256,7 +259,7 @@ def _share_batches(trainer: Any) -> None:
 
 
 def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Encoded]:
-    """The arm's trainer, ready to train, and its encoded items; `changes`: arguments of SFTConfig."""
+    """The arm's trainer, ready to train, and its encoded items; `changes` are arguments of SFTConfig."""
     if arm.prepare:
         arm.prepare(job)
     from transformers import PrinterCallback, set_seed
@@ -265,8 +268,8 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
     train = _encode(job, tokenizer, job.train, "training")
     valid = _encode(job, tokenizer, job.valid, "validation")
     model = arm.load_model(job.base, job.settings)
-    named = bool(job.settings.peft)
-    read = adapters.learn_start(model, job.settings, train.dataset, tokenizer.pad_token_id) if named else []
+    peft = bool(job.settings.peft)
+    start_batches = adapters.learn_start(model, job.settings, train.dataset, tokenizer.pad_token_id) if peft else []
     set_seed(job.seed)
     model = arm.add_adapter(model, job.settings)
     rows, more = train.dataset, {}
@@ -285,18 +288,18 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
     )
     if trainer.args.world_size > 1:
         _share_batches(trainer)
-    if named:
-        adapters.finish_start(trainer, read)
+    if peft:
+        adapters.finish_start(trainer, start_batches)
     if job.settings.optim_args or optimizers.is_path(job.settings.optimizer):
         if trainer.optimizer_cls_and_kwargs is not None:
-            raise ModelError(f"train.optim_args: expected {{}}, since {arm.name} has an optimizer of its own")
+            raise TrainingError(f"train.optim_args: expected {{}}, since {arm.name} brings its own optimizer")
         trainer.optimizer_cls_and_kwargs = optimizers.for_trainer(trainer, job.settings)
-    trainer.remove_callback(PrinterCallback)  # the Trainer's own choice where there is no bar
+    trainer.remove_callback(PrinterCallback)  # the Trainer adds it where there is no progress bar
     for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # TRL puts adapters on a 4-bit base into bf16; the optimizer wants float32
+        if parameter.requires_grad:  # TRL casts adapters on a 4-bit base to bf16; the optimizer needs float32
             parameter.data = parameter.data.float()
     if not job.texts and (arm.start or job.settings.preserve.method != "none"):
-        raise EncodingError(f"{arm.name}: expected texts of the base, got none; run stage base_texts")
+        raise TrainingError(f"{arm.name}: expected texts of the base, got none; run stage base_texts")
     if job.texts:
         held, texts = divided(encode_texts(tokenizer, job.texts, job.settings.max_length))
         if arm.start:
@@ -306,7 +309,7 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
 
 
 def _add_callbacks(trainer: Any, arm: Arm, job: TrainingJob, resumed_from: int | None) -> None:
-    """Progress, curves, early stopping, and behind these the probe, so that it sees what they do to gradients."""
+    """Progress, curves, early stopping, and last the probe, so that it sees what the others do to gradients."""
     from transformers import EarlyStoppingCallback
 
     from probes import ProbeCallback
@@ -332,8 +335,8 @@ def peak_memory_bytes() -> int:
 def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     """Train one arm; write adapter, tokenizer, losses and ledger to `job.output`; return numbers for run.json.
 
-    Under `accelerate launch` every rank does so, to an output of its own, with checkpoints that they share.
-    Same job on the same machine and thread count → same adapter bytes on a CPU, resumed or not.
+    Under `accelerate launch` every rank does so, to its own output, with shared checkpoints. The same job on the same
+    machine with the same thread count gives the same adapter bytes on a CPU, resumed or not.
     """
     import torch
     from safetensors.torch import load_file
@@ -341,33 +344,33 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     trainer, train, valid = build(arm, job, **_lasting_arguments(job, f"{arm.name}-{job.seed}"))
     from torch.random import fork_rng
 
-    with trainer.args.main_process_first():  # which removes what is broken
+    with trainer.args.main_process_first():  # it removes incomplete checkpoints
         checkpoint = to_resume(job.checkpoints)
     resumed_from = _step(checkpoint) if checkpoint else None
     _add_callbacks(trainer, arm, job, resumed_from)
     _note_losses(trainer)
     trained = _trainable(trainer.model)
-    # An evaluation draws random numbers, and a twin run, which has none, would have another dropout after it.
+    # Evaluations draw random numbers; without the fork a twin run, which has none, would get different dropout.
     trainer.evaluate = fork_rng(devices=[])(trainer.evaluate)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - started  # of this process's share of the training
+    seconds = time.perf_counter() - started  # in this process; a resumed run has trained before
 
     scale_update(trainer.model, job.settings.scale_update)
     trainer.model.save_pretrained(job.output, safe_serialization=True)
     trainer.processing_class.save_pretrained(job.output)
     saved = job.output / "adapter_model.safetensors"
     history = [dict(entry) for entry in trainer.state.log_history if not entry.keys() & {STEP_LOSS, STEP_KL}]
-    remove_trackers(trainer)  # closed by now: the evaluation below would open them anew, or stand at the wrong step
-    said = arm.report(trainer, job) if arm.report and trainer.is_world_process_zero() else {}
+    remove_trackers(trainer)  # the evaluation below would reopen them, or appear at the wrong step
+    facts = arm.report(trainer, job) if arm.report and trainer.is_world_process_zero() else {}
     (job.output / "loss_history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
     (job.output / STEP_LOSSES).write_text(json.dumps(_step_losses(trainer)) + "\n", encoding="utf-8")
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluated = [entry for entry in history if math.isfinite(entry.get("eval_loss", math.nan))]
-    best = min(evaluated, key=lambda entry: entry["eval_loss"], default={})  # the first of equal ones, as the Trainer
+    best = min(evaluated, key=lambda entry: entry["eval_loss"], default={})  # the first of equals, like the Trainer
     state, final = trainer.state, trainer.evaluate()
     if job.settings.keeps_best and state.best_model_checkpoint is None:
-        print("no evaluation loss was finite: the adapter is that of the last step", file=sys.stderr, flush=True)
+        print("no evaluation loss was finite: saving the adapter of the last step", file=sys.stderr, flush=True)
     return {
         "devices": trainer.args.world_size,
         "steps": state.global_step,
@@ -377,12 +380,12 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
         "train_left_out": train.left_out,
         "valid_left_out": valid.left_out,
         "longest": max(train.longest, valid.longest),
-        # Fewer by now where ranks have shrunk, more where the start has become part of the adapter.
+        # Fewer if ranks have shrunk, more if the start has become part of the adapter.
         "trained_parameters": trained,
         "saved_parameters": sum(tensor.numel() for tensor in load_file(saved).values()),
         "trainable_parameters": min(trained, _trainable(trainer.model)),
         "final_loss": losses[-1] if losses else None,
-        # Of the adapter that is saved: the best one, and after ranks have shrunk.
+        # Of the saved adapter: the best one, after ranks have shrunk.
         "final_eval_loss": final["eval_loss"],
         "final_kl": final.get(KL),
         "best_step": best.get("step"),
@@ -391,7 +394,7 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
         "resumed_from_step": resumed_from,
         "peak_memory_bytes": peak_memory_bytes(),
         **({"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}),
-        **said,
+        **facts,
     }
 
 
@@ -400,7 +403,7 @@ def _trainable(model: Any) -> int:
 
 
 def _note_losses(trainer: Any) -> None:
-    """Have the Trainer's state, which checkpoints hold, keep the training loss of every step."""
+    """Keep the training loss of every step in the Trainer's state, which is part of checkpoints."""
     from transformers import TrainerCallback
 
     train_step, shares = trainer.training_step, list[Any]()
@@ -425,9 +428,9 @@ def _step_losses(trainer: Any) -> list[float]:
 
 
 def first_losses(arm: Arm, job: TrainingJob, steps: int, perturbed: bool = False) -> list[float]:
-    """The training loss of each of the first steps, for the probe's twin run: same start, batches and learning rates.
+    """Training losses of the first steps, for the probe's twin run: same start, batches and learning rates.
 
-    Nothing is written to the job's output. `perturbed`: start from trainable weights that are off by one rounding.
+    Nothing is written to the job's output. `perturbed` starts from trainable weights that are off by one rounding.
     """
     from transformers import TrainerCallback
 

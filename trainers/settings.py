@@ -1,4 +1,4 @@
-"""What a training run is given: section `train` of params.yaml, and where the base model is."""
+"""Section `train` of params.yaml, and the reference to the base model."""
 
 import math
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from trainers import optimizers
-from trainers.adapters import PeftError, is_plain, peft_config
+from trainers import TrainingError, optimizers
+from trainers.adapters import is_plain, peft_config
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -15,13 +15,13 @@ Estimate = Literal["diagonal", "kfac", "block_diagonal"]
 
 
 class Section(BaseModel):
-    """Settings that refuse unknown keys and cannot be changed once made."""
+    """Settings that are immutable and refuse unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Modality(Section):
-    """See `grit_vlm.ModalityConfig`; null: as for all modalities."""
+    """See `grit_vlm.ModalityConfig`; null means as for all modalities."""
 
     patterns: list[str] = []
     strategy: Literal["all", "first_n", "last_n", "every_nth", "specific", "skip_first_last"] = "all"
@@ -55,7 +55,7 @@ MODALITIES = ("vision", "text", "cross_modal", "fusion")
 
 
 class Layers(Section):
-    """Which layers of a vision-language model get LoRA: a ready configuration's, or those of your own modalities."""
+    """Which layers of a vision-language model get LoRA: those of a named configuration, or of custom modalities."""
 
     configuration: str | None = None
     vision: Modality | None = None
@@ -71,7 +71,7 @@ class Layers(Section):
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if self.configuration is not None and self.own:
-            raise ValueError(f"expected configuration or modalities of your own, got both ({', '.join(self.own)})")
+            raise ValueError(f"expected configuration or modalities, got both ({', '.join(self.own)})")
         if self.configuration is None and not self.own:
             raise ValueError(f"expected a configuration, or one of {', '.join(MODALITIES)}; got neither")
         if self.configuration is not None:
@@ -82,28 +82,29 @@ class Layers(Section):
 
 
 class Preserve(Section):
-    """What holds a tuned model to its base, on texts of the base's own."""
+    """How a tuned model is kept close to its base, on texts that the base has written."""
 
     method: Literal["none", "activations", "kfac", "distill", "ewc", "l2"] = "none"
     strength: Annotated[float, Field(ge=0, description="λ: nats of loss for a nat of KL")] = 1.0
-    kl: Annotated[float, Field(gt=0, description="nats a token, which the strength is adapted to keep")] | None = None
-    rows: Annotated[int, Field(ge=1, description="texts a step, of distill")] = 4
-    rank: Annotated[int, Field(ge=1, description="directions told apart, of activations and kfac")] = 64
+    kl: Annotated[float, Field(gt=0, description="nats per token; the strength adapts to keep KL there")] | None = None
+    rows: Annotated[int, Field(ge=1, description="texts per step, of distill")] = 4
+    rank: Annotated[int, Field(ge=1, description="directions resolved, of activations and kfac")] = 64
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         if self.kl is not None and (self.method == "none" or self.strength == 0):
             raise ValueError(
-                f"kl: {self.kl} has no effect with method {self.method} and strength {self.strength}; expected a "
-                "method and a strength above 0, from which it is adapted, or null here"
+                f"kl: {self.kl} has no effect with method {self.method} and strength {self.strength}; set a method and "
+                "a strength above 0 to adapt from, or kl to null"
             )
         return self
 
 
 class TrainSettings(Section):
-    """Section train, which all arms share; an arm with sections of its own adds them in a subclass."""
+    """Section train, which all arms share; an arm adds its own sections in a subclass."""
 
-    plain_lora: ClassVar[str] = ""  # why the arm's method needs an update s·B·A that starts at zero, where it does
+    plain_lora: ClassVar[str] = ""  # why the arm requires an update s·B·A that starts at zero; empty: it does not
+    text_only: ClassVar[bool] = False  # whether the arm refuses vision-language models
 
     rank: Annotated[int, Field(ge=1, le=1024, description="r")]
     alpha: Annotated[float, Field(gt=0, description="α; the update is scaled by α/r")]
@@ -113,8 +114,8 @@ class TrainSettings(Section):
     quantize_base: Literal["none", "nf4"]
     max_steps: Annotated[int, Field(ge=1, description="optimizer steps")] | None
     epochs: Annotated[float, Field(gt=0, description="passes over the training items")] | None
-    batch_size: Annotated[int, Field(ge=1, description="items a forward pass, of all devices together")]
-    gradient_accumulation: Annotated[int, Field(ge=1, description="forward passes an optimizer step")]
+    batch_size: Annotated[int, Field(ge=1, description="items per forward pass, over all devices")]
+    gradient_accumulation: Annotated[int, Field(ge=1, description="forward passes per optimizer step")]
     learning_rate: Annotated[float, Field(gt=0, le=10)]
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"]
     warmup_steps: Annotated[int, Field(ge=0)]
@@ -122,12 +123,12 @@ class TrainSettings(Section):
     max_grad_norm: Annotated[float, Field(ge=0, description="0 = no clipping")]
     optimizer: str  # any name of transformers', or the dotted path of a class or of a function of a model
     optim_args: dict[str, Any] = {}  # of that class or function
-    devices: Literal["all"] | Positive = 1  # that share every batch; all = the GPUs that are visible
+    devices: Literal["all"] | Positive = 1  # share every batch; all = the visible GPUs
     peft: dict[str, Any] | str = {}  # a PEFT configuration's fields, or the path of an adapter_config.json
     precision: Literal["fp32", "bf16"]
     max_length: Annotated[int, Field(ge=8, description="tokens of prompt and completion")]
     overlong: Literal["refuse", "leave_out"]
-    packing: bool = False  # several items a row of max_length, none of which sees another
+    packing: bool = False  # several items in a row of max_length; none attends to another
     gradient_checkpointing: bool
     unsloth_fused_lora: bool
     logging_steps: Positive
@@ -137,16 +138,18 @@ class TrainSettings(Section):
     early_stopping_patience: Positive | None
     early_stopping_min_delta: Annotated[float, Field(ge=0, description="of the evaluation loss")]
     preserve: Preserve = Preserve()
-    replay: Annotated[float, Field(ge=0, lt=1, description="share of general questions among what is learnt")] = 0.0
-    scale_update: Annotated[float, Field(gt=0, le=10, description="of s·B·A once training is over")] = 1.0
+    replay: Annotated[float, Field(ge=0, lt=1, description="share of general questions in the training data")] = 0.0
+    scale_update: Annotated[float, Field(gt=0, le=10, description="factor on s·B·A after training")] = 1.0
     probe_every: Annotated[int, Field(ge=1, description="steps between two entries of the probe's ledger")]
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
+        if self.text_only and self.layers is not None:  # nothing else about pictures matters then
+            raise ValueError("layers: expected null, since this arm trains on text; grit_vlm is the arm for pictures")
         problems = []
         if (self.max_steps is None) == (self.epochs is None):
             got = "neither" if self.epochs is None else f"both (max_steps {self.max_steps}, epochs {self.epochs})"
-            problems.append(f"expected either max_steps or epochs, got {got}; set one of them, and the other to null")
+            problems.append(f"expected either max_steps or epochs, got {got}; set the other to null")
         if self.keeps_best and self.save_steps % self.eval_steps:
             why = "keep_best" if self.keep_best else "early_stopping_patience"
             problems.append(
@@ -159,27 +162,25 @@ class TrainSettings(Section):
                 "early_stopping_patience; set that too, or 0.0 here"
             )
         if self.devices != "all" and self.batch_size % self.devices:
-            problems.append(
-                f"batch_size: expected a multiple of devices = {self.devices}, which share it, got {self.batch_size}"
-            )
+            problems.append(f"batch_size: expected a multiple of devices = {self.devices}, got {self.batch_size}")
         if self.layers is not None and self.preserve.method != "none":
             problems.append(
-                f"preserve.method: expected none beside layers, got {self.preserve.method}: texts alone hold a base "
-                "that takes pictures to nothing that it sees"
+                f"preserve.method: expected none with layers, got {self.preserve.method}; texts say nothing about how "
+                "the base reads pictures"
             )
         if self.layers is None and not self.target_modules:
             problems.append("target_modules: expected at least one name, got none")
         if self.layers is not None:
-            problems += self._of_pictures(self.layers)
+            problems += self._picture_problems(self.layers)
         problems += optimizers.problems(self.optimizer, self.optim_args)
-        problems += self._of_peft() if self.peft else []
+        problems += self._peft_problems() if self.peft else []
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
-    def _of_peft(self) -> list[str]:
+    def _peft_problems(self) -> list[str]:
         if self.layers is not None:
-            return ["peft: expected {} beside layers, since a vision-language model gets LoRA"]
+            return ["peft: expected {} with layers, since a vision-language model gets LoRA"]
         problems = []
         if not is_plain(self.peft):
             if self.plain_lora:
@@ -189,36 +190,36 @@ class TrainSettings(Section):
                 )
             if self.preserve.method not in ("none", "distill"):
                 problems.append(
-                    f"preserve.method: expected none or distill beside this peft, got {self.preserve.method}: it holds "
-                    "B·A to zero"
+                    f"preserve.method: expected none or distill with this peft, got {self.preserve.method}, which "
+                    "pulls B·A to zero"
                 )
             if self.scale_update != 1:
                 problems.append(
-                    f"scale_update: expected 1.0 beside this peft, since it is a factor on B·A, got {self.scale_update}"
+                    f"scale_update: expected 1.0 with this peft, since it is a factor on B·A, got {self.scale_update}"
                 )
         try:
             peft_config(self)
-        except PeftError as error:
+        except TrainingError as error:
             problems += str(error).splitlines()
         return problems
 
-    def _of_pictures(self, layers: Layers) -> list[str]:
+    def _picture_problems(self, layers: Layers) -> list[str]:
         from grit_vlm.config.model_configs import ModelConfigError
 
         problems = []
         if self.devices != 1:
             problems.append(
-                f"devices: expected 1 beside layers, since Fisher estimates of pictures are not summed over devices, "
-                f"got {self.devices}"
+                f"devices: expected 1 with layers, got {self.devices}; Fisher estimates of pictures are not summed "
+                "over devices"
             )
         if self.packing:
-            problems.append("packing: expected false beside layers, since rows of pictures are not packed")
+            problems.append("packing: expected false with layers, since rows of pictures are not packed")
         if self.target_modules:
-            problems.append(f"target_modules: expected [] beside layers, got {self.target_modules}")
+            problems.append(f"target_modules: expected [] with layers, got {self.target_modules}")
         if self.replay:
-            problems.append(f"replay: expected 0 beside layers, since general questions show none, got {self.replay}")
+            problems.append(f"replay: expected 0 with layers, got {self.replay}; general questions show no pictures")
         if self.unsloth_fused_lora:
-            problems.append("unsloth_fused_lora: expected false beside layers, since Unsloth's kernels are for text")
+            problems.append("unsloth_fused_lora: expected false with layers, since Unsloth's kernels are for text")
         try:
             self.layer_config().validate()
         except ModelConfigError as error:
@@ -233,15 +234,15 @@ class TrainSettings(Section):
 
     @property
     def method_warmup_steps(self) -> int:
-        """Steps at the start in which the arm's method does nothing yet."""
+        """First steps, in which the arm's method does nothing yet."""
         return 0
 
     def shared(self) -> "TrainSettings":
-        """What all arms share of these settings: the same schedule and learning rate, nothing of the arm's method."""
+        """These settings without those of the arm's method."""
         return TrainSettings(**self.model_dump(include=set(TrainSettings.model_fields)))
 
     def layer_config(self) -> Any:
-        """`layers` as a `grit_vlm.ModelGRITConfig`, without natural gradients; arms that have them say more."""
+        """`layers` as a `grit_vlm.ModelGRITConfig`, without natural gradients, which arms add."""
         from grit_vlm import ModelGRITConfig, get_model_config
 
         if self.layers is None:
@@ -255,7 +256,7 @@ class TrainSettings(Section):
         return config
 
     def steps_for(self, items: int) -> int:
-        """Optimizer steps of a run over so many items, as the Trainer counts them (`set_initial_training_values`)."""
+        """Optimizer steps of a run over this many items, as the Trainer counts them (`set_initial_training_values`)."""
         if self.max_steps is not None:
             return self.max_steps
         batches = math.ceil(items / self.batch_size)
@@ -264,7 +265,7 @@ class TrainSettings(Section):
 
 @dataclass(frozen=True)
 class BaseReference:
-    """A base model: the folder or hub id that is trained on, and that of the 16-bit weights to merge adapters into."""
+    """A base model: the folder or hub id to train on, and that of the 16-bit weights to merge adapters into."""
 
     location: str
     revision: str | None = None

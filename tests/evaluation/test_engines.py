@@ -18,7 +18,7 @@ from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
 from tests.conftest import TEMPLATE
 from tests.export.verify_runs import add_adapter
-from trainers.base import EmbeddedSettings, train_base
+from trainers.embedded_base import EmbeddedSettings, train_base
 from trainers.pictures import VisionDataError
 
 

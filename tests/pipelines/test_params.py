@@ -128,7 +128,7 @@ def test_each_error(raw, path, value, message):
         ("prompt.template", "chat", r"prompt\.template: chat is for text; .*for SmolVLM '<\|im_start"),
         ("evaluate.backend", "ollama", r"evaluate\.backend: expected 'hf', .*got 'ollama'"),
         ("train.layers", None, r"train: target_modules: expected at least one"),
-        ("train.unsloth_fused_lora", True, r"train: unsloth_fused_lora: expected false beside layers"),
+        ("train.unsloth_fused_lora", True, r"train: unsloth_fused_lora: expected false"),
         ("train.layers", {"vision": {"strategy": "first_n"}}, r"layers\.vision\.n_layers: FIRST_N wants a whole"),
         ("train.layers", {"vision": {"strateg": "all"}}, r"vision\.strateg: unknown key; did you mean 'strategy'"),
         ("train.layers.max_layers_per_modalty", 2, r"unknown key; did you mean 'max_layers_per_modality'\?"),

@@ -16,8 +16,7 @@ from pipelines import base_texts, prepare_data, probe, profile, train, tune
 from pipelines.check import parse_params
 from pipelines.params import PipelineError
 from tests import foreign_adapter
-from trainers import run
-from trainers.models import ModelError
+from trainers import TrainingError, run
 from trainers.run import LEDGER
 
 SMOKE = profile.compose("smoke")
@@ -126,7 +125,7 @@ def test_5_a_ledger_that_is_cut_or_missing_is_named(here):
 def test_6_a_twin_that_fails_says_why_and_holds_no_model_beside_the_next(here, monkeypatch):
     raw = make_params()[1]
     raw["train"]["target_modules"] = ["q_prof"]
-    with pytest.raises(ModelError, match="q_proj"):
+    with pytest.raises(TrainingError, match="q_proj"):
         probe.twin_curves(parse_params(raw), "baseline_lora", 0, 5, (False,))
     build, alive = run.build, weakref.WeakSet()
 

@@ -13,6 +13,7 @@ from export.engines.base import EngineError
 from pipelines import base_model, evaluate, prepare_data, profile
 from pipelines.check import parse_params
 from pipelines.params import ConfigError
+from trainers import TrainingError
 from trainers.settings import BaseReference
 
 
@@ -104,7 +105,7 @@ def test_a_local_base_is_referenced_and_watched(params, tmp_path, base_dir):
 
 
 def test_a_base_that_the_hub_does_not_give_names_the_local_way():
-    from trainers.models import ModelError, load_tokenizer
+    from trainers.models import load_tokenizer
     from trainers.settings import BaseReference
 
     way = "`hf download org/name --local-dir FOLDER` and set prepare_base.source to FOLDER"
@@ -113,7 +114,7 @@ def test_a_base_that_the_hub_does_not_give_names_the_local_way():
     assert "the hub cannot be reached" in str(caught.value) and way in str(caught.value)
     with pytest.raises(ConfigError, match=r"set prepare_base\.merge_source to FOLDER"):
         base_model.hub_model("org/name", None, "merge_source")
-    with pytest.raises(ModelError) as missing:
+    with pytest.raises(TrainingError) as missing:
         load_tokenizer(BaseReference("org/name"))
     assert way in str(missing.value) and "\n" not in str(missing.value)
 

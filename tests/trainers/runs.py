@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from trainers import arms
-from trainers.base import EmbeddedSettings, train_base
+from trainers.embedded_base import EmbeddedSettings, train_base
 from trainers.run import run
 
 ROOT = Path(__file__).resolve().parents[2]

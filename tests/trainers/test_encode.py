@@ -3,7 +3,8 @@
 import pytest
 
 from tests.conftest import TEMPLATE
-from trainers.encode import EncodingError, encode_example, encode_examples, encode_prompt, encode_turns
+from trainers import TrainingError
+from trainers.encode import encode_example, encode_examples, encode_prompt, encode_turns
 from trainers.models import load_tokenizer
 from trainers.settings import BaseReference
 
@@ -48,7 +49,7 @@ def test_a_template_that_ends_inside_a_token_is_refused(base_dir, tokenizer):
     # The vocabulary comes in no fixed order, and some words are cut after two letters anyway.
     words = sorted(t for t in tokenizer.get_vocab() if len(t) > 4 and t.isalpha() and t.isascii())
     word = next(w for w in words if ids(w)[: len(ids(w[:2]))] != ids(w[:2]))
-    with pytest.raises(EncodingError, match="end prompt.template on a line break"):
+    with pytest.raises(TrainingError, match="end prompt.template on a line break"):
         encode_example(tokenizer, word[:2], word[2:])
 
 
@@ -71,5 +72,5 @@ def test_too_long_items_are_left_out_and_counted(tokenizer):
     ],
 )  # fmt: skip
 def test_too_long_items_are_named_and_not_cut(tokenizer, items, leave_out, said):
-    with pytest.raises(EncodingError, match=said):
+    with pytest.raises(TrainingError, match=said):
         encode_examples(tokenizer, items, 100, leave_out=leave_out)

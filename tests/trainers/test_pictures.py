@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from tests.trainers.runs import VISION_BASE
-from trainers.base import build_model, train_vision_tokenizer
-from trainers.encode import EncodingError
+from trainers import TrainingError
+from trainers.embedded_base import build_model, train_vision_tokenizer
 from trainers.pictures import EmbeddedProcessor, HubProcessor, VisionDataError, encode_items, load_processor, references
 from trainers.settings import BaseReference
 
@@ -127,7 +127,7 @@ def test_what_cannot_be_an_input_is_refused(processor, model):
     ):
         with pytest.raises(VisionDataError, match=message):
             attempt()
-    assert issubclass(VisionDataError, EncodingError)
+    assert issubclass(VisionDataError, TrainingError)
 
 
 def test_items_that_are_too_long(folder):
@@ -138,9 +138,9 @@ def test_items_that_are_too_long(folder):
     made = encoded(60, leave_out=True)
     assert made.left_out == 1 and len(made.dataset) == 2 and made.longest > 60
     assert encoded(made.longest).left_out == 0
-    with pytest.raises(EncodingError, match=r"got more in 1 train items .*; set train\.max_length to \d+"):
+    with pytest.raises(TrainingError, match=r"got more in 1 train items .*; set train\.max_length to \d+"):
         encoded(60)
-    with pytest.raises(EncodingError, match=r"at least one example of at most max_length = 3 tokens, got 3 of"):
+    with pytest.raises(TrainingError, match=r"at least one example of at most max_length = 3 tokens, got 3 of"):
         encoded(3, leave_out=True)
 
 

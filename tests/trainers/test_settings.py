@@ -1,7 +1,5 @@
 """Section train: what does not fit together is said, for the section and for an arm; steps are counted as it trains."""
 
-import copy
-
 import pytest
 import yaml
 
@@ -11,41 +9,96 @@ from pipelines.params import ConfigError
 from trainers.settings import TrainSettings
 
 
+@pytest.fixture(scope="module")
+def composed():
+    return profile.compose("tiny")
+
+
 @pytest.fixture
-def raw():
-    raw = yaml.safe_load(profile.compose("tiny"))
+def raw(composed):
+    raw = yaml.safe_load(composed)
     raw["train"] |= {"max_steps": 500, "eval_steps": 125}
     return raw
 
 
-BOTH = r"expected either max_steps or epochs, got both \(max_steps 500, epochs 2\.0\); set one of them"
-CASES = [
-    ({"epochs": 2.0}, BOTH),
-    ({"max_steps": None}, r"expected either max_steps or epochs, got neither"),
-    ({"keep_best": True}, r"keep_best: expected save_steps to be a multiple of eval_steps = 125, got save_steps = 100"),
-    ({"early_stopping_patience": 3}, r"early_stopping_patience: expected save_steps .* = 125, got save_steps = 100"),
-    ({"early_stopping_min_delta": 0.1}, r"early_stopping_min_delta: 0\.1 has no effect without"),
-    ({"devices": 3}, r"batch_size: expected a multiple of devices = 3, which share it, got 16"),
-]
+LORA, GRIT = "baseline_lora", "pure_grit"
+LORA_PLUS, LORA_FA = "peft.optimizers.create_loraplus_optimizer", "peft.optimizers.create_lorafa_optimizer"
+REFUSED = [
+    (LORA, {"epochs": 2.0}, r"max_steps 500, epochs 2\.0"),
+    (LORA, {"max_steps": None}, r"expected either max_steps or epochs"),
+    (LORA, {"keep_best": True}, r"keep_best: .*125, got save_steps = 100"),
+    (LORA, {"early_stopping_patience": 3}, r"early_stopping_patience: .*125, got save_steps = 100"),
+    (LORA, {"early_stopping_min_delta": 0.1}, r"early_stopping_min_delta: 0\.1"),
+    (LORA, {"devices": 3}, r"batch_size: .*devices = 3.*got 16"),
+    ("hybrid_grit", {"packing": True}, r"packing: expected false"),
+    (LORA, {"replay": 1.0}, r"replay: .*less than 1"),
+    (LORA, {"scale_update": 0.0}, r"scale_update: .*greater than 0"),
+    (LORA, {"start": "corda"}, r"start: unknown key"),
+    ("residual_lora", {"start": "pissa"}, r"start: .*'corda' or 'lora_null'"),
+    ("residual_lora", {"preserve": {"method": "l2"}}, r"preserve\.method: .*got l2"),
+    # preserve
+    (LORA, {"preserve": {"strength": -1.0}}, r"strength: .*greater than or equal to 0"),
+    (LORA, {"preserve": {"kl": 0.1}}, r"kl: 0\.1 .*method none"),
+    (LORA, {"preserve": {"method": "distil"}}, r"method: .*'distill'"),
+    # Optimizers
+    (LORA, {"optimizer": "lion_32bits"}, r"optimizer: .*'lion_32bits'; did you mean 'lion_32bit'\?"),
+    (LORA, {"optimizer": "galore_adamw"}, r"galore_adamw .*galore_torch"),
+    (LORA, {"optimizer": "not_there.Lion"}, r"module not_there"),
+    (LORA, {"optimizer": "torch.optim.Lion"}, r"no attribute 'Lion'"),
+    (LORA, {"optimizer": "torch.nn.Linear"}, r"optimizer: torch\.nn\.Linear"),
+    (LORA, {"optimizer": LORA_PLUS}, r"missing 1 required .*'loraplus_lr_ratio'"),
+    (LORA, {"optimizer": LORA_PLUS, "optim_args": {"loraplus_lr_ratio": 4, "x": 1}}, r"unexpected .* 'x'"),
+    (LORA, {"optimizer": "torch.optim.Muon", "optim_args": {"beta": 0}}, r"optim_args\.beta: unknown key of torch"),
+    (LORA, {"optimizer": LORA_FA, "optim_args": {"r": 4}}, r"optim_args\.r: .*rank"),
+    (LORA, {"optim_args": {"beta": 0.9}}, r"optim_args\.beta: .*did you mean 'betas'"),
+    (LORA, {"optim_args": {"lr": 0.9}}, r"optim_args\.lr: .*learning_rate"),
+    (LORA, {"optim_args": {"betas": [2, 0.9]}}, r"optim_args: adamw_torch .*Invalid beta"),
+    (GRIT, {"optimizer": "torch.optim.Muon"}, r"optimizer: .*adamw_torch"),
+    (GRIT, {"optim_args": {"amsgrad": True}}, r"optim_args: .*got amsgrad"),
+    # PEFT
+    ("hybrid_grit", {"peft": {"use_dora": True}}, r"peft: .*use_rslora"),
+    ("unsloth_lora", {"peft": {"use_dora": True}}, r"peft: .*use_rslora"),
+    (LORA, {"peft": {"use_dore": True}}, r"peft\.use_dore: .*did you mean 'use_dora'\?"),
+    (LORA, {"peft": {"r": 8}}, r"peft\.r: expected 16, .*got 8"),
+    (LORA, {"peft": {"init_lora_weights": "piss"}}, r"'piss'; did you mean 'pissa'\?"),
+    (LORA, {"peft": {"peft_type": "VERRA"}}, r"peft\.peft_type: .*'VERRA'; did you mean 'VERA'"),
+    (LORA, {"peft": {"peft_type": "ADALORA"}}, r"ADALORA .*penalty"),
+    (LORA, {"peft": {"peft_type": "PREFIX_TUNING"}}, r"PREFIX_TUNING .*merge"),
+    (LORA, {"peft": {"peft_type": "IA3"}, "dropout": 0.1}, r"dropout: expected 0\.0, .*IA3"),
+    (LORA, {"peft": {"use_dora": True}, "scale_update": 0.5}, r"scale_update: expected 1\.0"),
+    (LORA, {"peft": {"use_dora": True, "init_lora_weights": "pissa"}}, r"use_dora: .*pissa"),
+    (
+        LORA,
+        {"peft": {"init_lora_weights": "olora"}, "quantize_base": "nf4", "preserve": {"method": "kfac"}},
+        r"preserve\.method: .*got kfac(.|\n)*quantize_base: none",
+    ),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "message"), CASES)
-def test_what_does_not_fit_together(raw, changes, message):
-    section, arm = copy.deepcopy(raw), copy.deepcopy(raw)
-    section["train"].update(changes)
-    arm["arms"]["pure_grit"].update(changes)
-    with pytest.raises(ConfigError, match=rf"1 error\n  train: {message}"):  # once, not for every arm again
-        parse_params(section)
-    with pytest.raises(ConfigError, match=rf"1 error\n  arms\.pure_grit: {message}"):
-        parse_params(arm)
-
-
-def test_packing_is_refused_where_items_would_see_each_other(raw):
-    raw["train"]["packing"] = True
-    with pytest.raises(ConfigError, match=r"1 error\n  arms\.hybrid_grit: packing: expected false on Unsloth"):
+@pytest.mark.parametrize(("arm", "changes", "message"), REFUSED)
+def test_what_an_arm_cannot_be(raw, arm, changes, message):
+    raw["arms"][arm] = {**raw["arms"].get(arm, {}), "optim_args": {}, **changes}
+    raw["matrix"]["arms"] = [arm]
+    with pytest.raises(ConfigError, match=rf"arms\.{arm}(.|\n)*{message}"):
         parse_params(raw)
-    raw["arms"]["hybrid_grit"]["packing"] = False
-    assert parse_params(raw).train_for("pure_grit").packing
+
+
+def test_what_is_wrong_in_section_train_is_said_once_and_not_for_every_arm(raw):
+    raw["train"]["epochs"] = 2.0
+    with pytest.raises(ConfigError, match=r"1 error\n  train: "):
+        parse_params(raw)
+
+
+def test_text_arms_refuse_pictures():
+    raw = yaml.safe_load(profile.compose("vision"))
+    raw["train"]["replay"] = 0.2
+    raw["arms"]["corda"] = {"variant_of": "residual_lora"}
+    raw["matrix"]["arms"].append("corda")
+    with pytest.raises(ConfigError, match=r"replay: expected 0"):
+        parse_params(raw)
+    del raw["train"]["replay"]
+    with pytest.raises(ConfigError, match=r"arms\.corda: layers: expected null"):
+        parse_params(raw)
 
 
 def test_an_arm_may_train_by_epochs(raw):

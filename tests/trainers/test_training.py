@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.trainers.runs import ROOT, curves, history, interrupted, killed, scripted
-from trainers import arms
+from trainers import TrainingError, arms
 from trainers.arms import baseline_lora, pure_grit
 from trainers.encode import encode_example
-from trainers.models import ModelError, load_base_model, load_tokenizer, reason_of
+from trainers.models import load_base_model, load_tokenizer, reason_of
 from trainers.run import STEP_LOSSES, first_losses, latest_complete, run
 from trainers.settings import BaseReference
 
@@ -69,7 +69,7 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
 
 
 def test_target_module_that_matches_nothing(make_job):
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(TrainingError) as caught:
         run(ARM, make_job(target_modules=["q_proj", "qq_proj", "fancy"]))
     text = str(caught.value)
     assert "'qq_proj' matches nothing (did you mean 'q_proj'?)" in text and "'fancy' matches nothing" in text
@@ -155,8 +155,8 @@ def test_what_is_too_long_is_left_out_and_nothing_else_changes(make_job, capsys)
     assert said["train_items"] == expected["train_items"] == 64
     assert said["final_eval_loss"] == expected["final_eval_loss"]
     printed = capsys.readouterr().out
-    assert f"2 of 66 training items are longer than 128 tokens and are left out (longest {longest})" in printed
-    assert f"1 of 17 validation items are longer than 128 tokens and are left out (longest {longest})" in printed
+    assert f"2 of 66 training items are longer than 128 tokens and are left out (longest: {longest})" in printed
+    assert f"1 of 17 validation items are longer than 128 tokens and are left out (longest: {longest})" in printed
 
 
 @pytest.mark.parametrize("grit", [None, GRIT | {"reprojection_freq": 4}])

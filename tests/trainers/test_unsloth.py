@@ -23,8 +23,9 @@ from probes import Evidence, judge
 from tests.trainers import runs
 from tests.trainers.runs import ROOT, curves
 from tests.trainers.test_training import WEIGHTS, loss_of
+from trainers import TrainingError
 from trainers.arms import hybrid_grit, unsloth_lora
-from trainers.models import ModelError, add_lora, load_base_model
+from trainers.models import add_lora, load_base_model
 from trainers.run import LEDGER, run
 
 GRIT = {"min_lora_rank": 1, "kfac_min_samples": 1, "grit_cov_update_freq": 1, "kfac_update_freq": 2, "log_freq": 4}
@@ -214,7 +215,7 @@ def test_a_place_that_is_not_known_is_named(monkeypatch):
     model = small_lora()
     layer = model.base_model.model.model.layers[1]
     layer.mlp.apply_new = runs.apply_lora_mlp
-    with pytest.raises(ModelError, match=r"found them in 1 other places: .*layers\.1\.mlp\.apply_new; set unsloth_fus"):
+    with pytest.raises(TrainingError, match=r"found them in 1 other places: .*layers\.1\.mlp\.apply_new"):
         unsloth_lora.unfuse_lora(model)
     del layer.mlp.apply_new
 
@@ -222,7 +223,7 @@ def test_a_place_that_is_not_known_is_named(monkeypatch):
         return x
 
     monkeypatch.setattr(type(layer.mlp.up_proj), "forward", unsloth_forward)  # as unsloth_zoo's compiler does
-    with pytest.raises(ModelError, match=r"in 10 other places: .*q_proj \(Linear\.forward\)"):
+    with pytest.raises(TrainingError, match=r"in 10 other places: .*q_proj \(Linear\.forward\)"):
         unsloth_lora.unfuse_lora(model)
 
 
@@ -230,7 +231,7 @@ def test_without_unsloth_it_says_how_to_install_it(make_job, monkeypatch):
     monkeypatch.setitem(sys.modules, "unsloth", None)
     for name in ("UNSLOTH_DISABLE_STATISTICS", "UNSLOTH_COMPILE_LOCATION", "UNSLOTH_BLOCK_COMPILE"):
         monkeypatch.setenv(name, "1")  # else the arm's own would stay
-    with pytest.raises(ModelError, match=r"needs Unsloth, .*--no-deps -r requirements-unsloth\.lock"):
+    with pytest.raises(TrainingError, match=r"needs Unsloth, .*--no-deps -r requirements-unsloth\.lock"):
         run(hybrid_grit.ARM, make_job(grit=GRIT))
 
 
@@ -248,5 +249,5 @@ def test_labels_that_do_not_fit_the_completion_are_refused(make_job, monkeypatch
         unsloth_lora.ARM, prepare=None, load_model=load_base_model, add_adapter=add_lora,
         make_trainer=lambda settings, **kwargs: unsloth_lora.make_trainer(settings, forgetful, **kwargs),
     )  # fmt: skip
-    with pytest.raises(ModelError, match=r"loss on the completion's \d+ tokens of the first example, got it on"):
+    with pytest.raises(TrainingError, match=r"loss on the completion's \d+ tokens of the first example, got it on"):
         run(arm, job)

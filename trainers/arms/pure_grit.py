@@ -13,16 +13,16 @@ from trainers.settings import TrainSettings
 
 
 def only_adamw(settings: TrainSettings, sgd: bool) -> None:
-    """Refuse what GRIT would not follow: it takes AdamW's step, or SGD's, in axes of its own."""
+    """Refuse optimizers and arguments that GRIT cannot honor: it takes AdamW's step, or SGD's, in its own axes."""
     problems = []
     if settings.optimizer not in ADAMW and not (sgd and settings.optimizer == "sgd"):
         problems.append(
-            f"optimizer: expected one of {', '.join(ADAMW)}, since GRIT takes AdamW's step in axes of its own, got "
+            f"optimizer: expected one of {', '.join(ADAMW)}, since GRIT takes AdamW's step in its own axes, got "
             f"{settings.optimizer}"
         )
     if strange := sorted(settings.optim_args.keys() - (() if sgd else {"betas", "eps"})):
         problems.append(
-            f"optim_args: expected {'none beside SGD' if sgd else 'betas and eps alone'}, since GRIT takes the step "
+            f"optim_args: expected {'none with SGD' if sgd else 'betas and eps only'}, since GRIT takes the step "
             f"itself, got {', '.join(strange)}"
         )
     if problems:
@@ -32,7 +32,7 @@ def only_adamw(settings: TrainSettings, sgd: bool) -> None:
 class GritSettings(TrainSettings):
     """Section train, and `grit:` with fields of `grit.GRITConfig`."""
 
-    plain_lora = "GRIT's factors are those of s·B·A"
+    plain_lora, text_only = "GRIT's factors are those of s·B·A", True
 
     grit: dict[str, Any] | None = None
 
@@ -42,16 +42,9 @@ class GritSettings(TrainSettings):
         if values is not None:
             doubled = sorted(key for key in values if str(key).startswith("lora_"))
             if doubled:
-                raise ValueError(f"{', '.join(doubled)}: LoRA's shape is set by rank, alpha, dropout, target_modules")
-            # Raises with every mistake; the smallest rank is held against this run's.
+                raise ValueError(f"{', '.join(doubled)}: set LoRA's shape by rank, alpha, dropout and target_modules")
+            # Raises with every mistake; min_lora_rank is checked against this run's rank.
             GRITConfig.from_dict({"lora_rank": info.data.get("rank", 1024), **values})
-        return values
-
-    @model_validator(mode="before")  # before what else does not fit `layers`
-    @classmethod
-    def _text_only(cls, values: dict[str, Any]) -> dict[str, Any]:
-        if values.get("layers") is not None:
-            raise ValueError("layers: expected null, since this arm trains on text; grit_vlm is the arm for pictures")
         return values
 
     @model_validator(mode="after")
@@ -67,9 +60,9 @@ class GritSettings(TrainSettings):
 def grit_trainer(base: type, settings: Any, **kwargs: Any) -> Any:
     from grit import grit_trainer_class
 
-    # The model's adapters have their rank and α already; the configuration gets them for completeness.
-    own = {"lora_rank": settings.rank, "lora_alpha": float(settings.alpha), "lora_dropout": settings.dropout}
-    return grit_trainer_class(base)(grit_config=GRITConfig.from_dict({**own, **(settings.grit or {})}), **kwargs)
+    # The adapters exist already; their shape goes into the configuration for the record.
+    shape = {"lora_rank": settings.rank, "lora_alpha": float(settings.alpha), "lora_dropout": settings.dropout}
+    return grit_trainer_class(base)(grit_config=GRITConfig.from_dict({**shape, **(settings.grit or {})}), **kwargs)
 
 
 def _trainer(settings: Any, **kwargs: Any) -> Any:
@@ -92,9 +85,9 @@ def grit_report(trainer: Any, job: TrainingJob) -> dict[str, Any]:
             print(f"GRIT: no {name}: {error}", file=sys.stderr)
     final = manager.history[-1]
     ranks = [entry["r"] for entry in final["ranks"].values()]
-    kept = ("capture", "effect", "skipped_steps", "inversions", "failed_inversions")
-    said = {name: final[name] for name in kept}
-    return {"grit": {**said, "effective": final["effect"]["effective"], "mean_rank": sum(ranks) / len(ranks)}}
+    names = ("capture", "effect", "skipped_steps", "inversions", "failed_inversions")
+    facts = {name: final[name] for name in names}
+    return {"grit": {**facts, "effective": final["effect"]["effective"], "mean_rank": sum(ranks) / len(ranks)}}
 
 
 ARM = Arm(

@@ -1,12 +1,13 @@
-"""LoRA that starts as a part of W: the part that the base's own texts need least, while the rest stays frozen.
+"""LoRA initialized with the part of W that the base's own texts need least; the rest of W stays frozen.
 
     corda      the last r of the SVD of W C, C = E[x xᵀ] (CorDA, knowledge-preserved mode: Yang et al. 2024, arXiv
                2406.05223; PEFT's init_lora_weights="corda")
-    lora_null  W on the r directions that C has least of (LoRA-Null: Tang et al. 2025, arXiv 2503.02659; the form that
-               trains A and B both)
+    lora_null  W on the r directions in which C is smallest (LoRA-Null: Tang et al. 2025, arXiv 2503.02659; the form
+               that trains both A and B)
 
-W stays as it is, a hook takes the start s·B₀·A₀ off what the layer puts out: with the adapter off this is the base. At
-the end of training the start becomes part of the adapter, [B, −B₀] [A; A₀] of rank 2r, which fits the untouched base.
+W stays as it is, and a hook subtracts the start s·B₀·A₀ from the layer's output: with the adapter off this is the base.
+At the end of training the start becomes part of the adapter, [B, −B₀] [A; A₀] of rank 2r, which fits the untouched
+base.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,30 +15,28 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
+from trainers import TrainingError
 from trainers.adapters import part_of_the_adapter
-from trainers.models import ModelError
 from trainers.run import Arm
 from trainers.settings import TrainSettings
 
 
 class ResidualSettings(TrainSettings):
-    """Section train, and which part of W is trained."""
+    """Section train, and the part of W that is trained."""
 
-    plain_lora = "this arm has a start of its own"
+    plain_lora, text_only = "this arm has its own start", True
 
     start: Literal["corda", "lora_null"] = "corda"
 
     @model_validator(mode="after")
     def _plain(self) -> Self:
         problems = []
-        if self.layers is not None:
-            problems.append("layers: expected null, since this arm starts from texts")
         if "init_lora_weights" in self.peft:
-            problems.append("peft.init_lora_weights: expected none, since `start` is this arm's")
+            problems.append("peft.init_lora_weights: expected none, since `start` takes its place")
         if self.preserve.method not in ("none", "distill"):
             problems.append(
-                f"preserve.method: expected none or distill, got {self.preserve.method}: it holds B·A to zero, which "
-                "is not where this arm starts"
+                f"preserve.method: expected none or distill, got {self.preserve.method}, which pulls B·A to zero; this "
+                "arm starts elsewhere"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -64,7 +63,7 @@ def lora_null(w: Any, c: Any, r: int) -> tuple[Any, Any]:
 
 
 def start(trainer: Any, settings: Any, texts: Iterable[Mapping[str, Any]]) -> None:
-    """Put A and B at their start, and take it off again in each layer until the end of training."""
+    """Initialize A and B, and subtract that start again in each layer until the end of training."""
     from peft.utils.integrations import dequantize_module_weight
     from torch.nn.functional import linear
 
@@ -74,7 +73,7 @@ def start(trainer: Any, settings: Any, texts: Iterable[Mapping[str, Any]]) -> No
     for pair, c in input_moments(trainer.model, texts):
         w = dequantize_module_weight(pair.layer.get_base_layer()).detach().double()
         if min(w.shape) < pair.rank:
-            raise ModelError(f"train.rank: expected at most {min(w.shape)}, as wide as {pair.name}, got {pair.rank}")
+            raise TrainingError(f"train.rank: expected at most {min(w.shape)}, as wide as {pair.name}, got {pair.rank}")
         b, a = part(w, c.double(), pair.rank)
         pair.a.data.copy_(a / pair.scale**0.5)
         pair.b.data.copy_(b / pair.scale**0.5)

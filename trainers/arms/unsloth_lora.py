@@ -14,7 +14,8 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from trainers.models import ModelError, check_target_modules, keep_gradients, reason_of, training_dtype
+from trainers import TrainingError
+from trainers.models import check_target_modules, keep_gradients, reason_of, training_dtype
 from trainers.run import Arm, TrainingJob
 from trainers.settings import BaseReference, TrainSettings
 
@@ -23,14 +24,12 @@ _KNOWN = ("apply_qkv", "apply_o", "forward", "_unsloth_forward")
 
 
 class UnslothSettings(TrainSettings):
-    plain_lora = "Unsloth makes the adapter itself"
+    plain_lora, text_only = "Unsloth makes the adapter itself", True
 
     library: Literal["unsloth"] = "unsloth"  # recorded, so that the report can tell this cause of a difference
 
     @model_validator(mode="after")
     def _check_unsloth(self) -> Self:
-        if self.layers is not None:
-            raise ValueError("layers: expected null, since this arm trains on text")
         if self.packing:
             raise ValueError(
                 "packing: expected false on Unsloth, which looks for packed items in batches of a single row only"
@@ -50,7 +49,7 @@ def _prepare(job: TrainingJob) -> None:
     try:
         importlib.import_module("unsloth")
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
-        raise ModelError(
+        raise TrainingError(
             f"this arm needs Unsloth, which cannot be imported ({error}); run `make setup`, or "
             "`python -m pip install --no-deps -r requirements-unsloth.lock`"
         ) from error
@@ -75,13 +74,15 @@ def _load_model(base: BaseReference, settings: TrainSettings) -> Any:
             **base.load_kwargs,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"Unsloth could not load a model from {base.location!r}: {reason_of(error, base)}") from error
+        raise TrainingError(
+            f"Unsloth could not load a model from {base.location!r}: {reason_of(error, base)}"
+        ) from error
     # Where 4 bit does not work, and for names with -bnb-4bit, Unsloth may load something else and go on.
     loaded = (model.config.name_or_path, any(type(m).__name__ == "Linear4bit" for m in model.modules()))
     wanted = (base.location, in_4_bit)
     if loaded[0] != wanted[0] or loaded[1] < wanted[1]:
         words = [f"{name!r} in {'4' if quantized else '16 or 32'} bit" for name, quantized in (wanted, loaded)]
-        raise ModelError(
+        raise TrainingError(
             f"train.quantize_base: expected Unsloth to load {words[0]}, it loaded {words[1]}; set quantize_base to "
             "what this machine and these weights can do"
         )
@@ -140,7 +141,7 @@ def unfuse_lora(model: Any) -> int:
         if _is_fused(forward) or (hasattr(module, "lora_A") and forward.__name__ == "unsloth_forward"):
             strange.append(f"{name} ({type(module).__name__}.forward)")
     if strange:
-        raise ModelError(
+        raise TrainingError(
             "train.unsloth_fused_lora: false: expected Unsloth's kernels in apply_qkv, apply_o and an MLP's forward, "
             f"found them in {len(strange)} other places: {', '.join(strange[:4])}; set unsloth_fused_lora to true and "
             "GRIT's capture to auto or gradients"
@@ -188,7 +189,7 @@ def make_trainer(settings: TrainSettings, construct: Callable[..., Any] | None =
     labels = trainer.data_collator([trainer.train_dataset[0]]).get("labels")
     counted = None if labels is None else int((labels != -100).sum())
     if counted != expected:
-        raise ModelError(
+        raise TrainingError(
             f"expected Unsloth's trainer to put the loss on the completion's {expected} tokens of the first example, "
             f"got it on {counted}; use the versions in requirements-unsloth.lock and requirements.lock"
         )

@@ -1,9 +1,8 @@
-"""The embedded bases, trained from nothing on general questions, and what their training shares.
+"""The embedded bases, trained from scratch on general questions.
 
-Text: a Llama of about 1M parameters. Pictures: an Idefics3 of about half a million, that is a vision tower in SigLIP's
-form, a linear connector and a Llama, as in SmolVLM; only the sizes differ. The tokenizer is a SentencePiece model (BPE,
-byte fallback, digits split), which llama.cpp's converter takes as it is; a byte-pair tokenizer that it does not know is
-refused.
+Text: a Llama of about 1M parameters. Pictures: an Idefics3 of about 0.5M, which is a SigLIP-style vision tower, a
+linear connector and a Llama, as in SmolVLM at another size. The tokenizer is a SentencePiece model (BPE, byte fallback,
+digits split), which llama.cpp's converter accepts; it refuses byte-pair tokenizers that it does not know.
 """
 
 import json
@@ -13,24 +12,25 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from trainers.encode import EncodingError, batched_order, encode_example
+from trainers import TrainingError
+from trainers.encode import batched_order, encode_example
 from trainers.pictures import IMAGE_TOKEN, EmbeddedProcessor, text_tensors, without_references
 from trainers.run import latest_complete
 from trainers.settings import Positive, Section, Seed
 
 SPECIAL = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}  # in the order of their ids
-# Weight of a prompt token's loss beside an answer token's 1. Questions are mostly random numbers, but learning to
-# read them speeds up learning to answer; LOG.md has the figures for this and for INITIALIZER_RANGE.
+# Weight of a prompt token's loss, where an answer token has 1. Questions are mostly random numbers, but learning to
+# read them speeds up learning to answer; docs/log/ has the figures for this and for INITIALIZER_RANGE.
 PROMPT_WEIGHT = 0.1
-# Standard deviation of the first weights. transformers' default of 0.02 is made for wide models; at width 128 it
-# starts close to zero and costs a third of the training time.
+# Standard deviation of the initial weights. transformers' default of 0.02 is meant for wide models; at width 128 the
+# model starts close to zero, which costs a third of the training time.
 INITIALIZER_RANGE = 0.08
-# Questions whose texts train the tokenizer, the first of all.
+# The first questions, which train the tokenizer.
 TOKENIZER_EXAMPLES = 20_000
 
 
 def _require(section: Section, *rules: tuple[str, str, bool]) -> None:
-    """Rules: field, what is expected of it, whether that holds."""
+    """Rules: field, expectation, whether it holds."""
     problems = [f"{name}: expected {want}, got {getattr(section, name)}" for name, want, holds in rules if not holds]
     if problems:
         raise ValueError("\n".join(problems))
@@ -58,12 +58,12 @@ class VisionTower(Section):
 
     @property
     def image_seq_len(self) -> int:
-        """Tokens that a picture stands for."""
+        """Tokens per picture."""
         return (self.image_size // self.patch_size) ** 2 // self.scale_factor**2
 
 
 class EmbeddedSettings(Section):
-    """Shape and training of the embedded base; without `vision` it reads text alone."""
+    """Shape and training of the embedded base; without `vision` it reads text only."""
 
     seed: Seed
     vocab_size: Annotated[int, Field(ge=300, le=32000, description="pieces, byte fallback included, <image> not")]
@@ -101,7 +101,7 @@ class EmbeddedSettings(Section):
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Any:
     """Train a SentencePiece tokenizer and save tokenizer.model and the Hugging Face files in `folder`.
 
-    Prompts and answers are separate texts, so that no piece spans the end of a prompt.
+    Prompts and answers are separate texts, so that no piece crosses the end of a prompt.
     """
     import sentencepiece
     from transformers import LlamaTokenizer
@@ -124,7 +124,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Any:
         minloglevel=2,
     )
     (folder / "tokenizer.vocab").unlink()
-    # A BOS at the start of every text: the converter copies the choice into the GGUF, llama.cpp and Ollama obey it.
+    # BOS at the start of every text: the converter copies the choice into the GGUF, and llama.cpp and Ollama obey it.
     config = {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,
@@ -140,7 +140,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Any:
 
 
 def train_vision_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Any:
-    """The same with `<image>` as a token of its own behind the pieces; paths of pictures are no part of the texts."""
+    """The same with `<image>` as an extra token after the pieces; references to pictures are removed from the texts."""
     tokenizer = train_tokenizer([without_references(text) for text in texts], vocab_size, folder)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     tokenizer.save_pretrained(folder)
@@ -242,7 +242,7 @@ def train_base(
         kind, collate, save_steps = Trainer, processor.collate, 100
     lengths = [len(row["input_ids"]) for row in rows]
     if max(lengths) > settings.context:
-        raise EncodingError(f"prepare_base.context: expected at least {max(lengths)} tokens, got {settings.context}")
+        raise TrainingError(f"prepare_base.context: expected at least {max(lengths)} tokens, got {settings.context}")
     order = batched_order(lengths, settings.batch_size, settings.seed)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -281,7 +281,7 @@ def train_base(
     }
     if settings.vision is not None:
         facts["image_tokens"] = settings.vision.image_seq_len
-        model.config.use_cache = True  # the Trainer turned it off
+        model.config.use_cache = True  # the Trainer disabled it
     model.generation_config.do_sample = False
     model.to(torch.float16).save_pretrained(output)
     return facts

@@ -10,10 +10,10 @@ from torch.nn.functional import cross_entropy
 from probes import Evidence, judge
 from tests.conftest import TEMPLATE
 from tests.trainers.runs import history, interrupted
-from trainers import arms
-from trainers.encode import EncodingError, encode_texts
+from trainers import TrainingError, arms
+from trainers.encode import encode_texts
+from trainers.keeper import KL, STRENGTH, Keeper, batches, divided
 from trainers.models import load_tokenizer
-from trainers.preserve import KL, STRENGTH, Keeper, batches, divided
 from trainers.run import LEDGER, build, run
 
 WORDS = ("river stone", "apple", "maple window garden", "7 and 8", "candle", "a forest of bridges", "silver 12.5 kg")
@@ -190,13 +190,6 @@ def test_the_added_gradient_is_part_of_the_loss_for_the_probe(held, method):
     assert any(STRENGTH in entry for entry in history(job))
 
 
-def test_what_does_not_fit_is_named(make_job, held):
-    with pytest.raises(EncodingError, match="expected texts of the base, got none; run stage base_texts"):
+def test_it_needs_texts_of_the_base(make_job):
+    with pytest.raises(TrainingError, match="base_texts"):
         build(arms.load("baseline_lora"), make_job(preserve={"method": "distill"}))
-    for wrong, said in (
-        ({"strength": -1.0}, "greater than or equal to 0"),
-        ({"kl": 0.1}, "kl: 0.1 has no effect with method none"),
-        ({"method": "distil"}, "'distill'"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            make_job(preserve=wrong)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from tests.trainers import runs
 from tests.trainers.runs import VISION_BASE
-from trainers.base import EmbeddedSettings, batched_order, build_model, train_base, weighted_loss
+from trainers.embedded_base import EmbeddedSettings, batched_order, build_model, train_base, weighted_loss
 from trainers.pictures import EmbeddedProcessor, load_processor
 from trainers.run import latest_complete
 from trainers.settings import BaseReference

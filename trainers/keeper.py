@@ -1,7 +1,7 @@
-"""Holding a tuned model to its base, on texts that the base wrote itself: in the loss, or by a penalty on ΔW.
+"""`train.preserve`: keeps a tuned model close to its base, by a term in the loss or a penalty on ΔW.
 
-The divergence is KL(base ‖ tuned) in nats, the mean over the tokens of texts that no loss sees. Every run measures it,
-preserved or not.
+The divergence is KL(base ‖ tuned) in nats, the mean over the tokens of held-out texts that the base has written. Every
+run measures it, preserved or not.
 """
 
 import math
@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from trainers.encode import EncodingError, batched_order
+from trainers import TrainingError
+from trainers.encode import batched_order
 from trainers.settings import TrainSettings
 
 KL, STRENGTH, STEP_KL = "eval_kl", "preserve_strength", "step_kl"
-_HELD = 64  # texts for measuring, or a quarter of fewer
-_BATCH = 16  # texts a forward pass where nothing is trained, or as many as a batch of the task's if that is less
-_BYTES = 2**28  # of the base's log-probabilities, asked for ahead of some steps at once
-# A strength that follows a target: by so much of its logarithm over a whole run, at most; KL is far off at first.
+_HELD = 64  # held-out texts, or a quarter of all if there are fewer
+_BATCH = 16  # texts per forward pass without training, or the task's batch size if that is smaller
+_BYTES = 2**28  # of the base's log-probabilities, computed for several steps at once
+# A strength that follows a target: largest change of its logarithm over a whole run; memory of the running mean of KL.
 _REACH, _MEMORY = 5.0, 0.95
 
 Rows = Sequence[Sequence[int]]
@@ -24,12 +25,12 @@ Texts = Sequence[tuple[int, ...]]  # token ids
 
 
 def divided(texts: Rows) -> tuple[Texts, Texts]:
-    """Texts that KL alone is measured on, and all others; what is equal (texts may be cut) stands once."""
-    different = [*dict.fromkeys(map(tuple, texts))]
-    if len(different) < 4:
-        raise EncodingError(f"base_texts: expected at least 4 texts of two tokens or more, got {len(different)}")
-    held = min(_HELD, len(different) // 4)
-    return different[:held], different[held:]
+    """Held-out texts, and all others; duplicates (texts may be truncated) are dropped."""
+    distinct = [*dict.fromkeys(map(tuple, texts))]
+    if len(distinct) < 4:
+        raise TrainingError(f"base_texts: expected at least 4 texts of two tokens or more, got {len(distinct)}")
+    held = min(_HELD, len(distinct) // 4)
+    return distinct[:held], distinct[held:]
 
 
 def batches(texts: Rows, pad: int, device: Any, size: int = _BATCH, left: bool = False) -> Iterator[dict[str, Any]]:
@@ -53,7 +54,7 @@ def to_read(trainer: Any, texts: Texts) -> Iterator[dict[str, Any]]:
 
 
 class Keeper:
-    """What a Trainer's steps and evaluations do beside the task; `attach` puts it there."""
+    """What `attach` adds to a Trainer's steps and evaluations."""
 
     def __init__(self, trainer: Any, settings: TrainSettings, held: Texts, texts: Texts, seed: int):
         self.trainer, self.settings, self.seed = trainer, settings.preserve, seed
@@ -61,7 +62,7 @@ class Keeper:
         self.rows = min(self.settings.rows, len(self.texts))
         self.pad = trainer.processing_class.pad_token_id
         self.strength = self.settings.strength
-        self.kl: float | None = None  # running mean of what steps measure
+        self.kl: float | None = None  # running mean over steps
         self.penalty: Any = None
         self.order: tuple[int, list[int]] = (-1, [])
         self.asked: tuple[int, dict[tuple[int, ...], Any]] = (-1, {})
@@ -69,10 +70,10 @@ class Keeper:
     # The base and the tuned model on some texts
 
     def log_probs(self, model: Any, batch: dict[str, Any]) -> Any:
-        """Of all next tokens, the texts one behind the other: [tokens, vocabulary], float32.
+        """Log-probabilities of all next tokens, the texts concatenated: [tokens, vocabulary], float32.
 
-        Where a fused loss hides the logits: of the texts' own tokens alone, as one mean [1, 1]. Texts sampled from the
-        base make its difference an unbiased estimate of KL (Cheng et al. 2025, arXiv 2505.13811).
+        Where a fused loss hides the logits, the mean over the texts' actual tokens: [1, 1]. For texts sampled from the
+        base, the difference of two such means is an unbiased estimate of KL (Cheng et al. 2025, arXiv 2505.13811).
         """
         import torch
 
@@ -90,12 +91,12 @@ class Keeper:
         training = inner.training
         inner.eval()
         with torch.no_grad(), inner.disable_adapter(), self.trainer.compute_loss_context_manager():
-            found = self.log_probs(inner, batch)
+            log_probs = self.log_probs(inner, batch)
         inner.train(training)
-        return found
+        return log_probs
 
     def divergence(self, model: Any, batch: dict[str, Any], base: Any) -> Any:
-        """KL(base ‖ tuned) in nats, mean over the batch's tokens; with its gradient."""
+        """KL(base ‖ tuned) in nats with its gradient, mean over the batch's tokens."""
         from torch.nn.functional import kl_div
 
         with self.trainer.compute_loss_context_manager():
@@ -105,7 +106,7 @@ class Keeper:
         return kl_div(tuned, base, log_target=True, reduction="sum") / base.shape[0]
 
     def measured(self) -> float:
-        """On the texts that no loss sees."""
+        """KL on the held-out texts."""
         import torch
 
         model, total, count = self.trainer.model, 0.0, 0
@@ -122,21 +123,21 @@ class Keeper:
     # Steps
 
     def rows_of(self, step: int) -> Texts:
-        """The texts of a step, of all ranks together and of like length; each comes once before one comes again."""
+        """The texts of a step over all ranks, of similar length; every text is used once before any is used again."""
         turn, place = divmod(step, len(self.texts) // self.rows)
         if self.order[0] != turn:
             self.order = (turn, batched_order([len(text) for text in self.texts], self.rows, self.seed + turn))
         return [self.texts[p] for p in self.order[1][place * self.rows : (place + 1) * self.rows]]
 
     def share_of(self, step: int) -> tuple[Texts, float]:
-        """This rank's texts among them, and a factor: times it, the ranks' means have the mean over all tokens."""
+        """This rank's texts of a step, and the factor that makes the mean over ranks the mean over all tokens."""
         texts, args = self.rows_of(step), self.trainer.args
-        own = texts[args.process_index :: args.world_size]
-        tokens, of_all = (sum(len(text) - 1 for text in some) for some in (own, texts))
-        return own or texts[:1], args.world_size * tokens / of_all  # where there are too few, one that counts for 0
+        share = texts[args.process_index :: args.world_size]
+        tokens, of_all = (sum(len(text) - 1 for text in some) for some in (share, texts))
+        return share or texts[:1], args.world_size * tokens / of_all  # with too few texts, one of weight 0
 
     def base_at(self, model: Any, step: int, batch: dict[str, Any]) -> Any:
-        """What `of_base` says of a step's texts; it is asked about several steps at once, as small batches are slow."""
+        """`of_base` for a step's texts, computed for several steps at once because small batches are slow."""
         import torch
 
         vocabulary = self.trainer.accelerator.unwrap_model(model).config.get_text_config().vocab_size
@@ -154,7 +155,7 @@ class Keeper:
         return torch.cat([known[text] for text in self.share_of(step)[0]]) if known else self.of_base(model, batch)
 
     def hold(self, model: Any) -> None:
-        """Add the gradient of strength · KL on this step's texts, or that of the penalty."""
+        """Add the gradient of strength · KL on this step's texts, or of the penalty."""
         import torch
 
         step, accelerator = self.trainer.state.global_step, self.trainer.accelerator
@@ -168,7 +169,7 @@ class Keeper:
         texts, share = self.share_of(step)
         (batch,) = batches(texts, self.pad, self.trainer.args.device, self.rows)
         base = self.base_at(model, step, batch)
-        with accelerator.no_sync(model):  # the task's backward pass brings the ranks' gradients together
+        with accelerator.no_sync(model):  # the task's backward pass reduces gradients over ranks
             with torch.set_grad_enabled(penalty is None):
                 loss = share * self.divergence(model, batch, base)
             if penalty is None:
@@ -177,7 +178,7 @@ class Keeper:
             self.follow(float(accelerator.gather(loss.detach()).mean()), self.settings.kl)
 
     def follow(self, kl: float, target: float) -> None:
-        """Move the strength towards what keeps KL at the target."""
+        """Move the strength so that KL approaches the target."""
         if not math.isfinite(kl):
             return
         self.kl = kl if self.kl is None else _MEMORY * self.kl + (1 - _MEMORY) * kl
@@ -193,27 +194,29 @@ def attach(
     seed: int,
     unfused: Callable[[Any], AbstractContextManager[Any]],
 ) -> None:
-    """Have a Trainer hold its model to the base as `settings.preserve` says, and measure KL at every evaluation.
+    """Make a Trainer follow `settings.preserve`, and measure KL at every evaluation.
 
-    `held` and `texts` as `divided` has them; every LoRA module of a model is called while `unfused` of it is open.
+    `held` and `texts` come from `divided`; for `unfused` see `trainers.run.Arm`.
     """
     from transformers import TrainerCallback
 
-    keeper, own = Keeper(trainer, settings, held, texts, seed), settings.preserve
-    if own.method in ("activations", "kfac", "ewc", "l2"):
+    keeper, preserve = Keeper(trainer, settings, held, texts, seed), settings.preserve
+    if preserve.method in ("activations", "kfac", "ewc", "l2"):
         from grit.preserve import Preserve
 
         with unfused(trainer.model):
-            keeper.penalty = Preserve(trainer.model, to_read(trainer, texts), own.method, own.strength, own.rank, seed)
+            keeper.penalty = Preserve(
+                trainer.model, to_read(trainer, texts), preserve.method, preserve.strength, preserve.rank, seed
+            )
     step, evaluate = trainer.training_step, trainer.evaluate
     manager = getattr(trainer, "grit_manager", None)
-    seen = -1  # the last step whose texts were read
+    seen = -1  # the last step that was held
 
     def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         nonlocal seen
         now = trainer.state.global_step
-        if now != seen and own.method != "none":
-            with nullcontext() if manager is None else manager.paused():  # GRIT's hooks see the task alone
+        if now != seen and preserve.method != "none":
+            with nullcontext() if manager is None else manager.paused():  # GRIT's hooks must see the task only
                 keeper.hold(model)
         seen = now
         return step(model, inputs, num_items_in_batch)
@@ -221,11 +224,11 @@ def attach(
     def evaluated(*args: Any, **kwargs: Any) -> Any:
         metrics = evaluate(*args, **kwargs)
         metrics[KL] = keeper.measured()
-        trainer.log({KL: metrics[KL], **({STRENGTH: keeper.strength} if own.method != "none" else {})})
+        trainer.log({KL: metrics[KL], **({STRENGTH: keeper.strength} if preserve.method != "none" else {})})
         return metrics
 
     class Remember(TrainerCallback):
-        """Keeps what the strength follows in the Trainer's state, which checkpoints hold."""
+        """Keeps strength and running KL in the Trainer's state, which is part of checkpoints."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             for entry in state.log_history:
@@ -233,7 +236,7 @@ def attach(
                     keeper.kl, keeper.strength = entry[STEP_KL], entry[STRENGTH]
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if own.kl is not None:
+            if preserve.kl is not None:
                 state.log_history.append({"step": state.global_step, STEP_KL: keeper.kl, STRENGTH: keeper.strength})
 
     trainer.training_step, trainer.evaluate = training_step, evaluated
