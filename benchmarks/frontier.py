@@ -60,10 +60,9 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._harness import RESULTS, ratios, write
+from benchmarks._harness import FOLDER, RESULTS, interval, interval_text, ratios, write
 from db.files import git_state, torch_device
 
-FOLDER = Path(__file__).resolve().parents[1]
 NAME, RANK, OURS = "frontier", 16, "grit"
 HORIZONS = (75, 150, 300, 600)
 SEEDS, MORE_SEEDS, TUNING_SEEDS = range(5), range(10), (100, 101, 102)
@@ -501,15 +500,6 @@ def _bytes(value: Any) -> int:
     return value.nbytes if hasattr(value, "nbytes") else 0
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95% t-interval."""
-    from scipy.stats import t
-
-    mean = statistics.fmean(values)
-    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return mean, mean - half, mean + half
-
-
 def steps_to(loss: float, curve: Mapping[int, float]) -> float:
     """Log of the steps at which a curve, linear between its points in log steps, has a loss.
 
@@ -583,7 +573,7 @@ def report(rows: Rows) -> None:
         shown = [line["method"] + marks, str(line["horizon"]), str(line["seeds"])]
         for kind in ("loss", "to_adamw", "steps_ratio", "time_ratio"):
             digits = 2 if "ratio" in kind else 4
-            text = "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*line[kind], d=digits) if kind in line else ""
+            text = interval_text(line[kind], digits) if kind in line else ""
             shown.append(text + "~" * (kind == "steps_ratio" and line.get("extrapolated", False)))
         state = f"{line['state']:.2f}" if line["state"] else ""
         table.add_row(*shown, f"{line['sensitivity']:.2f}×" if line["sensitivity"] else "", state)

@@ -14,10 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks._harness import command, peak_tensor_bytes, write
+from benchmarks._harness import blocks_in_turn, command, peak_tensor_bytes, show, step_time, step_time_text, write
 from evaluation.splits import PrepareData, make_splits
 from evaluation.tasks import general, render
 from pipelines.profile import merged
@@ -96,48 +94,30 @@ def peak_bytes(job: TrainingJob, arm: str) -> int:
 def main() -> None:
     raw, _ = merged("tiny")
     rows = []
-    table = Table("hidden", "arm", "preserve", "step time / without [min, max]", "ms without", "memory / without")
     with TemporaryDirectory() as name:
         for hidden, (*_, blocks) in SHAPES.items():
             for arm in ("baseline_lora", "pure_grit"):
                 jobs = {form: job_of(hidden, Path(name), form, raw, arm) for form in ("none", *FORMS)}
-                loops = {form: Loop(job, arm) for form, job in jobs.items()}
-                seconds: dict[str, list[float]] = {form: [] for form in loops}
-                for block in range(-1, blocks):
-                    total = dict.fromkeys(loops, 0.0)
-                    for number in range(BLOCK if block >= 0 else WARM_UP):
-                        names = [*loops]
-                        shift = number % len(names)
-                        for form in names[shift:] + names[:shift]:
-                            total[form] += loops[form].step()
-                    for form, own in total.items() if block >= 0 else ():
-                        seconds[form].append(own)
+                steps = {form: Loop(job, arm).step for form, job in jobs.items()}
+                seconds = blocks_in_turn(steps, blocks, BLOCK, WARM_UP)
                 memory = {form: peak_bytes(job, arm) for form, job in jobs.items()}
-                plain = sum(seconds["none"]) / (BLOCK * blocks)
                 for form in FORMS:
-                    ratios = [a / b for a, b in zip(seconds[form], seconds["none"], strict=True)]
-                    middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
-                    rows.append(
-                        {
-                            "hidden_size": hidden,
-                            "arm": arm,
-                            "preserve": form,
-                            "step_time_ratio": middle,
-                            "step_time_ratio_low": low,
-                            "step_time_ratio_high": high,
-                            "blocks": ratios,
-                            "plain_ms_per_step": 1000 * plain,
-                            "memory_ratio": memory[form] / memory["none"],
-                        }
-                    )
-                    spread = f"{middle:.3f} [{low:.3f}, {high:.3f}]"
-                    table.add_row(
-                        str(hidden), arm, form, spread, f"{1000 * plain:.1f}", f"{rows[-1]['memory_ratio']:.3f}"
-                    )
-    Console().print(table)
-    write(
-        "preserve", "Step time and memory with train.preserve over without", rows=rows, threads=torch.get_num_threads()
-    )
+                    rows.append({
+                        "hidden_size": hidden, "arm": arm, "preserve": form, **step_time(seconds, form, "none"),
+                        "plain_ms_per_step": 1000 * statistics.fmean(seconds["none"]),
+                        "memory_ratio": memory[form] / memory["none"],
+                    })  # fmt: skip
+    columns = {
+        "hidden": lambda row: row["hidden_size"],
+        "arm": lambda row: row["arm"],
+        "preserve": lambda row: row["preserve"],
+        "step time / without [min, max]": step_time_text,
+        "ms without": lambda row: f"{row['plain_ms_per_step']:.1f}",
+        "memory / without": lambda row: f"{row['memory_ratio']:.3f}",
+    }
+    title = "Step time and memory with train.preserve over without"
+    show(title, columns, rows)
+    write("preserve", title, rows=rows, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ Run as `python -m benchmarks.rank`.
 
 import os
 import statistics
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks import frontier
-from benchmarks._harness import RESULTS, command, write
+from benchmarks._harness import FOLDER, RESULTS, command, interval, interval_text, show, write
 
 ROWS = RESULTS / "rank_runs.jsonl"
 STEPS, RANKS, THRESHOLDS = 300, (16, 8, 4), (0.9999, 0.999, 0.997, 0.99, 0.97, 0.95, 0.9)
@@ -63,7 +61,7 @@ def read_rows(best: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    os.chdir(frontier.FOLDER)
+    os.chdir(FOLDER)
     from pipelines.stage import quiet_libraries
 
     quiet_libraries()
@@ -88,9 +86,6 @@ def report(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         for one in row["after"]:
             at.setdefault((row["method"], row["rank"], one["threshold"]), {})[row["seed"]] = one
-    table = Table(
-        "method", "rank", "τ", "parameters", "share", "loss", "− full rank's", title=f"{STEPS} steps, split test"
-    )
     lines = []
     for (name, rank, threshold), own in at.items():
         full = at[name, RANKS[0], None]
@@ -98,14 +93,20 @@ def report(rows: list[dict[str, Any]]) -> None:
         parameters = statistics.fmean(own[s]["parameters"] for s in seeds)
         line: dict[str, Any] = {"method": name, "rank": rank, "threshold": threshold, "parameters": parameters}
         line["share"] = parameters / statistics.fmean(full[s]["parameters"] for s in seeds)
-        line["loss"] = frontier.interval([own[s]["loss"] for s in seeds])
-        line["to_full"] = frontier.interval([own[s]["loss"] - full[s]["loss"] for s in seeds])
+        line["loss"] = interval([own[s]["loss"] for s in seeds])
+        line["to_full"] = interval([own[s]["loss"] - full[s]["loss"] for s in seeds])
         lines.append(line)
-    for line in sorted(lines, key=lambda line: (line["method"], -line["parameters"])):
-        said = [f"{line['parameters']:.0f}", f"{line['share']:.2f}"]
-        said += ["{:.4f} [{:.4f}, {:.4f}]".format(*line[kind]) for kind in ("loss", "to_full")]
-        table.add_row(line["method"], str(line["rank"]), str(line["threshold"] or ""), *said)
-    Console(width=140).print(table)
+    columns: dict[str, Callable[[Any], object]] = {
+        "method": lambda line: line["method"],
+        "rank": lambda line: line["rank"],
+        "τ": lambda line: line["threshold"] or "",
+        "parameters": lambda line: f"{line['parameters']:.0f}",
+        "share": lambda line: f"{line['share']:.2f}",
+        "loss": lambda line: interval_text(line["loss"], 4),
+        "− full rank's": lambda line: interval_text(line["to_full"], 4),
+    }
+    lines.sort(key=lambda line: (line["method"], -line["parameters"]))
+    show(f"{STEPS} steps, split test", columns, lines, width=140)
     write("rank", "Parameters that can be spared", seeds=sorted({row["seed"] for row in rows}), table=lines, rows=rows)
 
 

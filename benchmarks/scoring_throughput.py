@@ -6,7 +6,6 @@ call; needs what `make repro` leaves (or the stages up to `export@baseline_lora-
 `python -m benchmarks.scoring_throughput`.
 """
 
-import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from unittest import mock
 import llama_cpp
 import torch
 
-from benchmarks._harness import alternate, command, report
+from benchmarks._harness import alternate, command, ratios, report, spread
 from db.files import read_json, read_jsonl
 from evaluation.measure import answers
 from evaluation.tasks import Item
@@ -47,15 +46,9 @@ def recorded(work: Callable[[], Any]) -> tuple[Any, list[Step]]:
     class Recording(BatchContext):
         def decode(self) -> None:
             batch = self.batch.filled()
-            steps.append(
-                Step(
-                    [
-                        (batch.token[i], batch.pos[i], batch.seq_id[i][0], bool(batch.logits[i]))
-                        for i in range(batch.n_tokens)
-                    ],
-                    [],
-                )
-            )
+            places = range(batch.n_tokens)
+            rows = [(batch.token[i], batch.pos[i], batch.seq_id[i][0], bool(batch.logits[i])) for i in places]
+            steps.append(Step(rows, []))
             super().decode()
 
         def forget(self, sequence: int) -> None:
@@ -130,14 +123,11 @@ def main() -> None:
         ROUNDS,
     )
     rates = {name: [len(items) / s for s in values] for name, values in seconds.items()}
-    per_second = {
-        name: {"median": statistics.median(values), "low": min(values), "high": max(values)}
-        for name, values in rates.items()
-    }
+    per_second = {name: spread(values) for name, values in rates.items()}
     for name, rate in per_second.items():
         print(f"{name}: {rate['median']:.0f} [{rate['low']:.0f}, {rate['high']:.0f}] items/s")
-    share = [a / b for a, b in zip(rates[OURS], rates[BARE], strict=True)]
-    print(f"ours / bare: {statistics.median(share):.3f} [{min(share):.3f}, {max(share):.3f}] of its items/s")
+    share = ratios(rates, BARE)[OURS]
+    print("ours / bare: {median:.3f} [{low:.3f}, {high:.3f}] of its items/s".format(**share))
     report(
         "scoring_throughput",
         f"{len(items)} questions, {tokens} tokens evaluated, {sequences} at once",
@@ -150,7 +140,7 @@ def main() -> None:
         threads=THREADS,
         arm=ARM,
         items_per_second=per_second,
-        share_of_bare={"median": statistics.median(share), "low": min(share), "high": max(share)},
+        share_of_bare=share,
         answers_that_differ={"ours and one by one": _differ(several, alone), "transformers": _differ(several, batched)},
     )
 

@@ -1,10 +1,10 @@
-"""What the documents claim of GRIT-VLM, held against what was trained: every arm against vanilla LoRA.
+"""The documents' claims about GRIT-VLM, compared with what was trained: every arm against vanilla LoRA.
 
-Documents 000 and 001 say: 38% fewer parameters, 60% faster convergence, at most 15% more memory, higher accuracy. Each
-is measured per seed, the arm against the baseline of the same seed, and given with the 95% interval of Student's t over
-the seeds (of ratios, over their logarithms). Convergence is the steps until the arm's validation loss is the baseline's
-last one, interpolated between evaluations, over the baseline's steps; memory is what torch's tensors held at most in a
-process of its own, by `benchmarks.vlm_memory`, and beside it the whole process's peak. The accuracy here is over
+Documents 000 and 001 claim 38% fewer parameters, 60% faster convergence, at most 15% more memory and higher accuracy.
+Each is measured per seed, the arm against the baseline of the same seed, with the 95% interval of Student's t over the
+seeds (for ratios over their logarithms). Convergence is the number of steps until the arm reaches the baseline's last
+validation loss, interpolated between evaluations, over the baseline's steps; memory is the peak of torch's tensors in a
+separate process (`benchmarks.vlm_memory`) and the peak of the whole process. The accuracy here is over
 seeds alone; the report's is over seeds and items. Run as `python -m benchmarks.vlm_claims` after
 `make repro PROFILE=vision`.
 """
@@ -12,18 +12,12 @@ seeds alone; the report's is over seeds and items. Run as `python -m benchmarks.
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from scipy import stats
+from benchmarks._harness import FOLDER, RESULTS, Interval, command, interval, interval_text, show, write
 
-from benchmarks._harness import RESULTS, command, write
-
-FOLDER = Path(__file__).resolve().parents[1]
 BASELINE = "baseline_lora"
 
 
@@ -57,17 +51,7 @@ def steps_until(losses: Sequence[tuple[int, float]], target: float) -> float:
     return math.inf
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95% interval of Student's t over the seeds; NaN where one cannot be computed."""
-    n = len(values)
-    mean = math.fsum(values) / n if n else math.nan
-    if n < 2 or not all(math.isfinite(v) for v in values):
-        return mean, math.nan, math.nan
-    half = float(stats.t.ppf(0.975, n - 1)) * float(stats.sem(values))
-    return mean, mean - half, mean + half
-
-
-def ratio_interval(values: Sequence[float]) -> tuple[float, float, float]:
+def ratio_interval(values: Sequence[float]) -> Interval:
     """Geometric mean of ratios, with the interval of their logarithms."""
     if any(not math.isfinite(v) for v in values):
         return math.nan, math.nan, math.nan
@@ -96,12 +80,6 @@ def claims(arm: str, seeds: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def shown(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and interval as text."""
-    mean, low, high = values
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
 def main() -> None:
     """Read, compare, print and write."""
     there = {
@@ -112,22 +90,24 @@ def main() -> None:
     seeds = there[BASELINE]
     rows = [claims(arm, seeds) for arm in sorted(there) if arm != BASELINE and there[arm] == seeds]
     plain = interval([read(BASELINE, seed)["accuracy"] for seed in seeds])
-    title = f"Against vanilla LoRA ({shown(plain)}), {len(seeds)} seeds, 95% intervals"
-    columns = ("steps to vanilla's last loss", "validation loss, difference", "accuracy", "accuracy, difference")
-    table = Table("arm", *columns, "parameters", "seconds a step", "process memory", title=title)
-    for row in rows:
-        reached = sum(math.isfinite(v) for v in row["steps_to_baseline_loss_by_seed"])
-        table.add_row(
-            row["arm"],
-            shown(row["steps_to_baseline_loss"]) if reached == len(seeds) else f"reached by {reached} of {len(seeds)}",
-            shown(row["validation_loss_difference"]),
-            shown(row["accuracy"]),
-            shown(row["accuracy_difference"]),
-            f"{row['parameters_ratio']:.3f}",
-            shown(row["step_time_ratio"], 2),
-            shown(row["process_memory_ratio"]),
-        )
-    Console(width=200).print(table)
+
+    def reached(row: dict[str, Any]) -> str:
+        count = sum(map(math.isfinite, row["steps_to_baseline_loss_by_seed"]))
+        whole = count == len(seeds)
+        return interval_text(row["steps_to_baseline_loss"], 3) if whole else f"reached by {count} of {len(seeds)}"
+
+    columns: dict[str, Callable[[Any], object]] = {
+        "arm": lambda row: row["arm"],
+        "steps to vanilla's last loss": reached,
+        "validation loss, difference": lambda row: interval_text(row["validation_loss_difference"], 3),
+        "accuracy": lambda row: interval_text(row["accuracy"], 3),
+        "accuracy, difference": lambda row: interval_text(row["accuracy_difference"], 3),
+        "parameters": lambda row: f"{row['parameters_ratio']:.3f}",
+        "seconds a step": lambda row: interval_text(row["step_time_ratio"], 2),
+        "process memory": lambda row: interval_text(row["process_memory_ratio"], 3),
+    }
+    title = f"Against vanilla LoRA ({interval_text(plain, 3)}), {len(seeds)} seeds, 95% intervals"
+    show(title, columns, rows, width=200)
     measured = RESULTS / "vlm_memory.json"
     memory = json.loads(measured.read_text(encoding="utf-8"))["rows"] if measured.is_file() else []
     for row in memory:

@@ -7,10 +7,8 @@ steps, all of which update the estimates, model and optimizer included. Run as `
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks._harness import command, peak_tensor_bytes, write
+from benchmarks._harness import command, peak_tensor_bytes, show, write
 from benchmarks.vlm_overhead import ESTIMATES, Loop
 
 IMAGE = 512
@@ -29,33 +27,24 @@ def peak_bytes(configuration: str, estimate: str | None) -> int:
 
 
 def main() -> None:
-    """Measure and write the result."""
     rows: list[dict[str, Any]] = []
     for configuration in CONFIGURATIONS:
         plain = peak_bytes(configuration, None)
         for estimate in ESTIMATES:
             ratio = peak_bytes(configuration, estimate) / plain
-            rows.append(
-                {
-                    "configuration": configuration,
-                    "estimate": estimate,
-                    "memory_ratio": ratio,
-                    "vanilla_peak_bytes": plain,
-                }
-            )
-    table = Table("configuration", "estimate", "memory / vanilla", "vanilla, bytes")
-    for row in rows:
-        table.add_row(
-            row["configuration"], row["estimate"], f"{row['memory_ratio']:.3f}", f"{row['vanilla_peak_bytes']:,}"
-        )
-    Console().print(table)
-    write(
-        "vlm_memory",
-        "Peak memory with GRIT-VLM over vanilla LoRA, SmolVLM-256M's widths",
-        rows=rows,
-        image=IMAGE,
-        threads=torch.get_num_threads(),
-    )
+            rows.append({
+                "configuration": configuration, "estimate": estimate, "memory_ratio": ratio,
+                "vanilla_peak_bytes": plain,
+            })  # fmt: skip
+    columns = {
+        "configuration": lambda row: row["configuration"],
+        "estimate": lambda row: row["estimate"],
+        "memory / vanilla": lambda row: f"{row['memory_ratio']:.3f}",
+        "vanilla, bytes": lambda row: f"{row['vanilla_peak_bytes']:,}",
+    }
+    title = "Peak memory with GRIT-VLM over vanilla LoRA, SmolVLM-256M's widths"
+    show(title, columns, rows)
+    write("vlm_memory", title, rows=rows, image=IMAGE, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ estimate kfac of rank 16 would keep everything, and diagonal 1 to 2 in a thousan
 """
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks._harness import write
+from benchmarks._harness import show, write
 from grit_vlm import GRITLoRAConfig, VLMGRITAdapter, create_grit_optimizer
 from grit_vlm.config.model_configs import ESTIMATES
 from grit_vlm.optimizers.natural_gradient import MODES
@@ -158,19 +158,17 @@ def judge_mode(mode: Mode, steps: int, start_b: float = 0.0) -> tuple[Verdict, d
     return judge(probe), facts
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table."""
-    heads = ("optimizer", "estimate", "switched on", "verdict", "diagnosis", "° to AdamW", "length / AdamW's",
-             "cos(raw, preconditioned)", "loss from", "to", "kept of A")  # fmt: skip
-    keys = ("kind", "estimate", "switched_on", "verdict", "diagnosis", "angle_to_shadow", "lr_ratio",
-            "cos_raw_preconditioned", "loss_first", "loss_last", "kept_of_a")  # fmt: skip
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in rows:
-        cells = [
-            f"{v:.3g}" if isinstance(v := row.get(key), float) else str(v if v is not None else "-") for key in keys
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+COLUMNS = {
+    "kind": "optimizer", "estimate": "estimate", "switched_on": "switched on", "verdict": "verdict",
+    "diagnosis": "diagnosis", "angle_to_shadow": "° to AdamW", "lr_ratio": "length / AdamW's",
+    "cos_raw_preconditioned": "cos(raw, preconditioned)", "loss_first": "loss from", "loss_last": "to",
+    "kept_of_a": "kept of A",
+}  # fmt: skip
+
+
+def cell(key: str, row: dict[str, Any]) -> str:
+    value = row.get(key)
+    return f"{value:.3g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def main() -> None:
@@ -195,7 +193,8 @@ def main() -> None:
                 **facts,
             }
         )
-    print(markdown(rows))
+    columns = {title: partial(cell, key) for key, title in COLUMNS.items()}
+    show("GRIT-VLM", columns, rows, width=200)
     write("vlm_modes", "The probe's verdict on every mode of GRIT-VLM", rows=rows, steps=steps)
 
 

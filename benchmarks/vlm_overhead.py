@@ -12,10 +12,8 @@ import time
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks._harness import write
+from benchmarks._harness import blocks_in_turn, show, step_time, step_time_text, write
 from grit_vlm import GRITLoRAConfig, VLMGRITAdapter, create_grit_optimizer
 
 VISION = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
@@ -99,37 +97,20 @@ def compare(configuration: str, image: int, blocks: int) -> list[dict[str, Any]]
     """Rows of the table for one configuration."""
     loops: dict[str, Loop] = {"vanilla": Loop(configuration, None, image)}
     loops |= {estimate: Loop(configuration, estimate, image) for estimate in ESTIMATES}
-    for loop in loops.values():
-        for _ in range(BLOCK + 1):  # the first steps update at each
-            loop.step()
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for block in range(blocks):
-        order = list(loops) if block % 2 == 0 else list(reversed(loops))
-        sums = dict.fromkeys(loops, 0.0)
-        for _ in range(BLOCK):
-            for name in order:
-                sums[name] += loops[name].step()
-        for name, total in sums.items():
-            seconds[name].append(total / BLOCK)
-    plain = loops["vanilla"]
-    rows = []
-    for estimate in ESTIMATES:
-        ratios = [own / other for own, other in zip(seconds[estimate], seconds["vanilla"], strict=True)]
-        rows.append(
-            {
-                "configuration": configuration,
-                "estimate": estimate,
-                "layers": plain.layers,
-                "trainable_parameters": loops[estimate].parameters,
-                "trainable_parameters_vanilla": plain.parameters,
-                "step_time_ratio": statistics.median(ratios),
-                "step_time_ratio_low": min(ratios),
-                "step_time_ratio_high": max(ratios),
-                "blocks": ratios,
-                "vanilla_ms_per_step": 1000 * statistics.median(seconds["vanilla"]),
-            }
-        )
-    return rows
+    steps = {name: loop.step for name, loop in loops.items()}
+    seconds = blocks_in_turn(steps, blocks, BLOCK, BLOCK + 1)  # the first steps update the estimates every time
+    return [
+        {
+            "configuration": configuration,
+            "estimate": estimate,
+            "layers": loops["vanilla"].layers,
+            "trainable_parameters": loops[estimate].parameters,
+            "trainable_parameters_vanilla": loops["vanilla"].parameters,
+            **step_time(seconds, estimate, "vanilla"),
+            "vanilla_ms_per_step": 1000 * statistics.median(seconds["vanilla"]),
+        }
+        for estimate in ESTIMATES
+    ]
 
 
 def main() -> None:
@@ -139,24 +120,16 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=3, help="blocks of ten steps (default 3)")
     given = parser.parse_args()
     rows = [row for name in ("smolvlm_fast", "smolvlm_256m") for row in compare(name, given.image, given.blocks)]
-    table = Table(
-        "configuration", "estimate", "parameters", "step time / vanilla [min, max]", "vanilla ms",
-        title="GRIT-VLM at SmolVLM-256M's widths",
-    )  # fmt: skip
-    for row in rows:
-        spread = f"{row['step_time_ratio']:.3f} [{row['step_time_ratio_low']:.3f}, {row['step_time_ratio_high']:.3f}]"
-        table.add_row(
-            row["configuration"], row["estimate"], f"{row['trainable_parameters']:,}", spread,
-            f"{row['vanilla_ms_per_step']:.0f}",
-        )  # fmt: skip
-    Console().print(table)
-    write(
-        "vlm_overhead",
-        "Step time with GRIT-VLM over vanilla LoRA, SmolVLM-256M's widths",
-        rows=rows,
-        image=given.image,
-        threads=torch.get_num_threads(),
-    )
+    columns = {
+        "configuration": lambda row: row["configuration"],
+        "estimate": lambda row: row["estimate"],
+        "parameters": lambda row: f"{row['trainable_parameters']:,}",
+        "step time / vanilla [min, max]": step_time_text,
+        "vanilla ms": lambda row: f"{row['vanilla_ms_per_step']:.0f}",
+    }
+    title = "Step time with GRIT-VLM over vanilla LoRA, SmolVLM-256M's widths"
+    show(title, columns, rows)
+    write("vlm_overhead", title, rows=rows, image=given.image, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -8,19 +8,16 @@ The rates of profiles/sizes/vision.yaml come from here. Run as `python -m benchm
 import argparse
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks._harness import RESULTS, write
+from benchmarks._harness import FOLDER, RESULTS, show, write
 
 SEED = 1000
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-FOLDER = Path(__file__).resolve().parents[1]
 
 
 def train(arm_name: str, rate: float, beta1: float) -> dict[str, Any]:
@@ -70,21 +67,18 @@ def main() -> None:
                 row = rows_of[arm, rate, beta1] = train(arm, rate, beta1)
                 print(row, flush=True)
     rows = [{**row, "beta1": beta1} for (_, _, beta1), row in sorted(rows_of.items())]
-    table = Table("arm", "learning rate", "β₁", "validation loss", "s", title=f"Learning rates and β₁, seed {SEED}")
     best = {
         arm: min((r for r in rows if r["arm"] == arm), key=lambda r: r["validation_loss"])
         for arm in {r["arm"] for r in rows}
     }
-    for row in rows:
-        mark = " *" if row is best[row["arm"]] else ""
-        table.add_row(
-            row["arm"],
-            f"{row['learning_rate']:g}",
-            f"{row['beta1']:g}",
-            f"{row['validation_loss']:.4f}{mark}",
-            f"{row['seconds']:.0f}",
-        )
-    Console().print(table)
+    columns: dict[str, Callable[[Any], object]] = {
+        "arm": lambda row: row["arm"],
+        "learning rate": lambda row: f"{row['learning_rate']:g}",
+        "β₁": lambda row: f"{row['beta1']:g}",
+        "validation loss": lambda row: f"{row['validation_loss']:.4f}" + " *" * (row is best[row["arm"]]),
+        "s": lambda row: f"{row['seconds']:.0f}",
+    }
+    show(f"Learning rates and β₁, seed {SEED}", columns, rows)
     write("vlm_tuning", "Validation loss by learning rate and β₁, vision pipeline", rows=rows, seed=SEED)
 
 
