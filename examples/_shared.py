@@ -1,4 +1,4 @@
-"""What both examples need: the packages of this working copy, pictures with questions, and a tiny model to adapt."""
+"""Shared by both examples: imports from this working copy, pictures with questions, and a tiny model to adapt."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ def encode(processor: VisionProcessor, items: list[Item], taught: bool = True) -
 def prepare(
     base: str | None, folder: Path, examples: int, sizes: dict[str, int]
 ) -> tuple[str, VisionProcessor, dict[str, list[Item]]]:
-    """A base model (a tiny one where none is given), its processor, and questions about pictures for each split."""
+    """A base model (a tiny one by default), its processor, and questions about pictures for each split."""
     from transformers.utils import logging as their_logging
 
     warnings.filterwarnings("ignore")
@@ -44,7 +44,7 @@ def prepare(
 
 
 def _tiny_base(folder: Path, examples: int) -> str:
-    """An Idefics3 of a quarter of a million parameters, trained on so many general questions about pictures."""
+    """An Idefics3 of 0.25M parameters, trained on general questions about pictures."""
     settings = EmbeddedSettings(
         seed=0, vocab_size=400, hidden_size=64, intermediate_size=128, layers=2, heads=2, context=128,
         vision=VisionTower(image_size=32, patch_size=4, scale_factor=2, hidden_size=64, layers=2, heads=2),
@@ -53,8 +53,8 @@ def _tiny_base(folder: Path, examples: int) -> str:
     base = folder / "base"
     base.mkdir()
     pairs = training_examples(examples, settings.seed, 32, folder)
-    told = [(render(TEMPLATE, prompt), answer) for prompt, answer in pairs]
+    rendered = [(render(TEMPLATE, prompt), answer) for prompt, answer in pairs]
     print(f"Training a tiny Idefics3 on {examples} general questions about pictures.")
     with contextlib.redirect_stdout(io.StringIO()):  # the Trainer's own numbers
-        train_base(settings, told, base, folder / "checkpoints", folder)
+        train_base(settings, rendered, base, folder / "checkpoints", folder)
     return str(base)

@@ -1,9 +1,9 @@
-"""Adapt a vision-language model with GRIT-VLM, see what the probe says of it, save the adapter and use it with PEFT.
+"""Adapt a vision-language model with GRIT-VLM, check it with the probe, save the adapter and load it with PEFT.
 
     python examples/basic_usage.py                                  # a tiny Idefics3, no network, within a minute
     python examples/basic_usage.py --model HuggingFaceTB/SmolVLM-256M-Instruct --steps 100
 
-The tiny one has hardly been trained: it shows how everything is called; sensible answers want a trained model.
+The tiny model is barely trained and only shows the calls; for sensible answers use a trained one.
 """
 
 import argparse
@@ -43,14 +43,14 @@ def train(base: str, processor: VisionProcessor, items: list[Item], steps: int, 
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"Trained for {steps} steps; loss {' → '.join(f'{loss:.3f}' for loss in losses)}.")
-    print("What the updates were, beside AdamW's on the same gradients:")
+    print("The updates, compared with those of AdamW on the same gradients:")
     if probe.probe is not None:
         print(judge(probe.probe).table())
     return adapter
 
 
 def answer(base: str, adapter: Path, processor: VisionProcessor, item: Item) -> str:
-    """What the saved adapter answers, with plain PEFT on a freshly loaded model."""
+    """The answer of the saved adapter, loaded with plain PEFT on a fresh model."""
     model: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, str(adapter)).eval()
     batch = processor.collate(encode(processor, [item], taught=False), model.device)
@@ -67,8 +67,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"--steps: expected at least 1, got {arguments.steps}")
-    with tempfile.TemporaryDirectory(prefix="grit-vlm-") as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory(prefix="grit-vlm-") as name:
+        folder = Path(name)
         base, processor, items = prepare(arguments.model, folder, 640, {"train": 72, "test": 18})
         first, asked = items["train"][0], items["test"][0]
         print(f"Data: {len(items['train'])} pictures, the first with {first.prompt.splitlines()[-1]!r} → "
@@ -77,8 +77,8 @@ def main() -> None:
         saved = folder / "adapter"
         adapter.save_pretrained(saved)
         print(f"Saved an ordinary PEFT adapter: {', '.join(sorted(file.name for file in saved.iterdir()))}.")
-        said = answer(base, saved, processor, asked)
-        print(f"Loaded with plain PEFT and asked about a new picture: {said!r}; right is {asked.completion!r}.")
+        reply = answer(base, saved, processor, asked)
+        print(f"Loaded with plain PEFT and asked about a new picture: {reply!r}; correct: {asked.completion!r}.")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Vanilla LoRA against GRIT-VLM: the same layers, ranks, steps, items and choice of learning rates, several seeds.
+"""Vanilla LoRA against GRIT-VLM: same layers, ranks, steps, items and tuning of the learning rate, several seeds.
 
     python examples/benchmark_comparison.py                          # a tiny Idefics3, about two minutes
     python examples/benchmark_comparison.py --seeds 5 --steps 400 --learning-rates 1e-3 3e-3 1e-2
 
-Each arm takes the learning rate with the lowest validation loss on a seed of its own, which is not counted. In brackets
-stand the lowest and highest of the seeds; of accuracy the 95% interval for other seeds and items. The full comparison,
+Each arm uses the learning rate with the lowest validation loss on a separate seed. Brackets show the lowest and highest
+seed; for accuracy, the 95% interval over seeds and items. The full comparison,
 with probe, forgetting and report, is `make repro PROFILE=vision`.
 """
 
@@ -33,7 +33,7 @@ TUNING_SEED = 1000
 
 @dataclass
 class Task:
-    """What every run works on; `rows` are encoded items, `test` items to be answered."""
+    """What every run shares; `rows` are encoded items, `test` items to be answered."""
 
     folder: Path
     base: str
@@ -43,12 +43,12 @@ class Task:
     options: argparse.Namespace
 
     def run(self, arm: str, rate: float, seed: int) -> tuple[float, float, int, list[float]]:
-        """Validation loss, seconds a step, trained parameters, and 1 for each test item that is answered rightly."""
+        """Validation loss, seconds per step, trained parameters, and 1 for each correctly answered test item."""
         torch.manual_seed(seed)
         steps = self.options.steps
         config = GRITLoRAConfig(r=8, lora_alpha=16, lora_dropout=0.0, fisher_approximation="kfac")
         model, adapter = create_vlm_grit_adapter(self.base, config)
-        told: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "output_dir": str(self.folder / "run"), "max_steps": steps, "per_device_train_batch_size": 8,
             "learning_rate": rate, "seed": seed, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
             "logging_strategy": "no", "per_device_eval_batch_size": 32, "remove_unused_columns": False,
@@ -56,9 +56,9 @@ class Task:
         data: dict[str, Any] = {"train_dataset": self.rows["train"], "eval_dataset": self.rows["valid"]}
         data["data_collator"] = self.processor.collate
         if arm == "vanilla":
-            trainer = Trainer(model, TrainingArguments(**told), **data)
+            trainer = Trainer(model, TrainingArguments(**arguments), **data)
         else:
-            trainer = GRITTrainer(model, GRITTrainingArguments(**told), grit_adapter=adapter, **data)
+            trainer = GRITTrainer(model, GRITTrainingArguments(**arguments), grit_adapter=adapter, **data)
         trainer.remove_callback(PrinterCallback)
         seconds = trainer.train().metrics["train_runtime"] / steps
         loss = trainer.evaluate()["eval_loss"]
@@ -77,7 +77,7 @@ class Task:
         return credit
 
 
-def said(middle: float, low: float, high: float, digits: int = 3) -> str:
+def shown(middle: float, low: float, high: float, digits: int = 3) -> str:
     return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
@@ -87,7 +87,7 @@ def compare(task: Task, console: Console) -> None:
         tuned = {rate: task.run(arm, rate, TUNING_SEED)[0] for rate in task.options.learning_rates}
         best[arm] = min(tuned, key=lambda rate: tuned[rate])
         tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in tuned.items())
-        text = f"{title}: validation loss by learning rate {tried}; takes {best[arm]:g}."
+        text = f"{title}: validation loss by learning rate {tried}; using {best[arm]:g}."
         console.print(text, highlight=False, soft_wrap=True)
     # Seeds of both arms in turn, so that a machine that slows down slows both.
     seeds = range(task.options.seeds)
@@ -100,13 +100,13 @@ def compare(task: Task, console: Console) -> None:
     losses = {arm: [run[arm][0] for run in runs] for arm in ARMS}
     seconds = {arm: [run[arm][1] for run in runs] for arm in ARMS}
     for name, found, digits in (("validation loss", losses, 3), ("seconds a step", seconds, 4)):
-        table.add_row(name, *(said(sum(v) / len(v), min(v), max(v), digits) for v in found.values()))
+        table.add_row(name, *(shown(sum(v) / len(v), min(v), max(v), digits) for v in found.values()))
     accuracies = [crossed_interval(right[arm])[0] for arm in ARMS]
-    table.add_row("accuracy (by chance 0.167)", *(said(a.estimate, a.low, a.high) for a in accuracies))
+    table.add_row("accuracy (by chance 0.167)", *(shown(a.estimate, a.low, a.high) for a in accuracies))
     table.add_row("trained parameters", *(f"{runs[0][arm][2]:,}" for arm in ARMS))
     console.print(table)
     difference, p_value = crossed_interval(right["grit"] - right["vanilla"])
-    text = said(difference.estimate, difference.low, difference.high)
+    text = shown(difference.estimate, difference.low, difference.high)
     console.print(f"GRIT-VLM minus vanilla LoRA: accuracy {text}, {judge(difference, p_value)}.", highlight=False)
 
 
@@ -122,8 +122,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.seeds < 2:
         parser.error(f"--seeds: expected at least 2, for intervals; got {options.seeds}")
-    with tempfile.TemporaryDirectory(prefix="grit-vlm-") as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory(prefix="grit-vlm-") as name:
+        folder = Path(name)
         sizes = {"train": options.items, "valid": 90, "test": options.test_items}
         base, processor, items = prepare(options.model, folder, options.pretraining, sizes)
         rows = {split: encode(processor, items[split]) for split in ("train", "valid")}

@@ -1,4 +1,4 @@
-"""Questions in BoolQ's form that the embedded base can learn.
+"""Questions in the format of BoolQ that the embedded base can learn.
 
 `python examples/comparisons.py > inputs/comparisons.jsonl`, then `python -m pipelines.profile boolq+tiny`, and in
 params.yaml `prepare_data.source: inputs/comparisons.jsonl`.
@@ -13,7 +13,7 @@ THINGS = ("apples", "coins", "cups", "keys", "pens", "shells")
 
 
 def main(count: int = 6000) -> None:
-    """Write so many lines {question, passage, answer}, every passage once, about half of the answers yes."""
+    """Print lines {question, passage, answer}; passages are distinct, and about half of the answers are yes."""
     rng, seen = random.Random(0), set[str]()
     while len(seen) < count:
         name, thing, many, line = rng.choice(NAMES), rng.choice(THINGS), rng.randint(1, 99), rng.randint(1, 99)

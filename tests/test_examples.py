@@ -37,7 +37,7 @@ def test_basic_usage(tmp_path, monkeypatch, capsys):
     assert losses[-1] < losses[0]
     assert re.search(r"^verdict +effective$", said, re.M)
     assert "README.md, adapter_config.json, adapter_model.safetensors" in said
-    assert re.search(r"asked about a new picture: .*; right is '", said)
+    assert re.search(r"asked about a new picture: .*; correct: '", said)
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""Trainings that are told their losses and end early; in processes of their own: python -m tests.trainers.runs KIND …
+"""Trainings with scripted losses that end early, in separate processes: python -m tests.trainers.runs KIND …
 
 lasting FILE: FILE holds (arm, job, step → evaluation loss to report, event, step); at that event of that step the
 process gets a SIGKILL. hybrid FILE: FILE holds [(name, job, whether Unsloth's get_peft_model fuses MLPs as on a GPU,
@@ -43,7 +43,7 @@ def train_vision_base(folder, checkpoints):
 
 
 def tell(trainer, losses):
-    """As long as it trains, the trainer's evaluations report `losses` (step → evaluation loss), where any are given."""
+    """While it trains, the trainer's evaluations report `losses` (step → evaluation loss) if any are given."""
     loop = trainer.evaluation_loop
 
     def told(*a, **k):
@@ -64,7 +64,7 @@ def kill():
 
 
 def scripted(arm, losses, event=None, step=None, die=interrupt):
-    """The arm, with `losses` (step → evaluation loss, as long as it trains) and an end at (`event`, `step`)."""
+    """The arm, with `losses` (step → evaluation loss) while it trains, which ends at (`event`, `step`)."""
     arm = arms.load(arm) if isinstance(arm, str) else arm
 
     def make_trainer(settings, **kwargs):
@@ -90,7 +90,7 @@ def interrupted(arm, job, losses, event, step):
 
 
 def killed(arm, job, losses, event, step):
-    """Train in a process of its own, which dies there."""
+    """Train in a separate process, which dies at (`event`, `step`)."""
     file = job.checkpoints.with_name("run")
     file.write_bytes(pickle.dumps((arm, job, losses, event, step)))
     command = [sys.executable, "-m", "tests.trainers.runs", "lasting", str(file)]
