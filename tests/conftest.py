@@ -1,4 +1,4 @@
-"""Real, tiny artefacts that several tests share."""
+"""Real, tiny artifacts that several tests share."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SERVED_TOKENS = 6
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
-    """once(name, make): a folder that make(folder) fills once, for the tests of all workers."""
+    """once(name, make): a folder that make(folder) fills once for all test processes."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
@@ -42,7 +42,7 @@ def once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base_dir(once, tmp_path_factory):
-    """A Llama with a SentencePiece tokenizer, trained for some steps on general questions."""
+    """A Llama with a SentencePiece tokenizer, briefly trained on general questions."""
     from evaluation.tasks import general, render
     from trainers.embedded_base import EmbeddedSettings, train_base
 
@@ -70,7 +70,7 @@ def base_dir(once, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chat_base_dir(base_dir, once):
-    """The same with a chat template, whose marks are tokens beyond those of the SentencePiece model."""
+    """The same with a chat template whose marks are added tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tests.export import chat_templates
@@ -159,7 +159,7 @@ def exported(base_dir, adapter_dir, once, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def served_tree(exported, base_dir, adapter_dir, prompts, once):
-    """gguf/ as the export stage leaves it, for the base and one arm, with Hugging Face's answers."""
+    """gguf/ as stage export writes it, for the base and one arm, with Hugging Face's answers."""
     from export.engines.hf import HfEngine
     from export.modelfile import Serving
     from export.served import make_references, modelfile_text, write_references
@@ -184,13 +184,13 @@ def served_tree(exported, base_dir, adapter_dir, prompts, once):
 
 @pytest.fixture
 def tree(served_tree, tmp_path):
-    """A copy to spoil."""
+    """A copy that may be damaged."""
     return shutil.copytree(served_tree, tmp_path / "gguf")
 
 
 @pytest.fixture
 def own_records(tmp_path, monkeypatch):
-    """What was registered where is remembered below the home folder."""
+    """Keeps the record of registered models, normally in the home folder, within the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
 

@@ -1,4 +1,4 @@
-"""`probes` and `grit` as they are installed by themselves: beside torch, and beside nothing else."""
+"""`probes` and `grit` installed separately, with torch as their only dependency."""
 
 import re
 import shutil
@@ -76,7 +76,7 @@ def package(request):
 
 @pytest.fixture
 def installed(package, tmp_path):
-    """A folder that pip has put it into, from a copy: setuptools writes beside what it builds."""
+    """A folder with the package, installed by pip from a copy, because setuptools writes into the source."""
     source = shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("build", "*.egg-info"))
     command = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run(
@@ -87,7 +87,7 @@ def installed(package, tmp_path):
 
 
 @pytest.mark.full
-def test_it_is_installed_and_runs_with_torch_alone(package, installed):
+def test_it_installs_and_runs_with_torch_alone(package, installed):
     snippet = {"probes": PROBES, "grit": GRIT}[package]
     script = f"import sys; sys.path.insert(0, {str(installed)!r}); PACKAGE = {package!r}{ALONE}{snippet}"
     script += f"\nimport {package}; assert {package}.__file__.startswith({str(installed)!r}), {package}.__file__"
@@ -100,7 +100,7 @@ def test_it_is_installed_and_runs_with_torch_alone(package, installed):
     assert {file.relative_to(installed / package).as_posix() for file in (installed / package).glob("*.py")} == custom
 
 
-def test_it_asks_for_torch_alone_in_a_range_that_holds_the_tested_one(package):
+def test_its_only_dependency_is_torch_in_a_range_with_the_tested_version(package):
     project = tomllib.loads((ROOT / package / "pyproject.toml").read_text())["project"]
     [torch] = project["dependencies"]
     least = re.fullmatch(r"torch>=(\d+)\.(\d+)", torch)

@@ -1,4 +1,4 @@
-"""The real DVC pipeline on the smoke profile, in a clone, from nothing to the database, and what users do to it."""
+"""The real DVC pipeline on the smoke profile in a clone, from nothing to the database, and what users do with it."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_2_the_artefacts_are_real(clone):
     assert ("merged_gguf", "adapter") in chain
 
 
-def test_2b_grit_s_smaller_ranks_are_exported(clone):
+def test_2b_the_smaller_ranks_of_grit_are_exported(clone):
     from gguf import GGUFReader
     from safetensors.torch import load_file
 
@@ -70,7 +70,7 @@ def test_2b_grit_s_smaller_ranks_are_exported(clone):
         assert sorted(int(min(t.shape)) for t in exported if t.name.endswith("lora_a")) == sorted(ranks)
 
 
-def test_2c_the_probe_says_what_each_optimizer_did(clone):
+def test_2c_the_probe_judges_each_optimizer(clone):
     verdict_rows = clone.query(
         "select arm, probe.value, probe.verdict, probe.diagnosis from probe join run on run.id = run_id "
         "where probe.name = 'verdict' order by arm"
@@ -88,7 +88,7 @@ def test_2c_the_probe_says_what_each_optimizer_did(clone):
     assert "| hybrid_grit (seed 0) | effective (as claimed) |" in report and "plain AdamW (as it should be)" in report
 
 
-def test_2d_everything_that_was_measured_is_in_the_database_and_the_reports(clone):
+def test_2d_all_measurements_are_in_the_database_and_the_reports(clone):
     verified = clone.query("select arm, mode, form, rendered, counted, answered + tied >= 0.9, "
                            "coalesce(perturbed_noticed, 1) "
                            "from verification v join run on run.id = run_id where backend = 'llama_cpp'")  # fmt: skip
@@ -137,7 +137,7 @@ def test_2g_dvc_shows_the_numbers_of_the_comparison(clone):
     assert f"{logged[0]['step']},pure_grit,0,{round(logged[0]['loss'], 6)}" in table.splitlines()
 
 
-def test_3_the_backend_is_recorded_and_the_fallback_is_said(clone):
+def test_3_the_backend_is_recorded_and_the_fallback_reported(clone):
     assert "no Ollama server at" in (clone.folder / "logs/stages/evaluate_base.log").read_text()
     assert {b for (b,) in clone.query("select backend_name from run")} == {"llama_cpp"}
 
@@ -149,7 +149,7 @@ def test_4_compare_all_prints_the_table(clone):
     assert "| baseline_lora (1 seed) |" in report
 
 
-def test_4b_a_package_is_made_of_what_the_stages_left(clone):
+def test_4b_a_package_is_made_from_the_results(clone):
     clone.run("python", "-m", "export.package", "pure_grit")
     card = (clone.folder / "packages/pure_grit/README.md").read_text()
     assert "## Results" in card and "training items of task `aqi`" in card and "## How to run" in card
@@ -192,7 +192,7 @@ def test_6_a_deleted_database_comes_back(clone):
 
 
 @pytest.mark.full
-def test_7_an_ollama_that_is_down_fails_when_asked_for(clone):
+def test_7_an_unreachable_ollama_is_an_error_if_requested(clone):
     scores = clone.folder / "scores/base/0/scores.json"
     before = scores.read_bytes()
     clone.change("evaluate", backend="ollama")
@@ -204,7 +204,7 @@ def test_7_an_ollama_that_is_down_fails_when_asked_for(clone):
 
 
 @pytest.mark.full
-def test_9_a_killed_training_ends_as_if_undisturbed(clone):
+def test_9_a_killed_training_ends_like_an_undisturbed_one(clone):
     """kill -9 in the middle, then `dvc repro`; the adapter equals one that was trained in one go.
 
     What is changed before is the learning rate: training and what follows must run, data and base must not.
@@ -259,7 +259,7 @@ def test_b_the_changed_run_is_current_and_the_old_one_is_kept(clone):
 
 
 @pytest.mark.full
-def test_c_where_a_server_answers_the_models_are_served_and_scored_there(clone, tmp_path):
+def test_c_models_are_served_and_scored_by_a_running_server(clone, tmp_path):
     from tests.ollama_double import OllamaDouble
 
     def answers():
@@ -299,7 +299,7 @@ def test_c_where_a_server_answers_the_models_are_served_and_scored_there(clone, 
 
 
 @pytest.mark.full
-def test_d_arms_of_yaml_and_of_another_trainer_stand_in_one_report(clone):
+def test_d_arms_from_yaml_and_from_another_trainer_share_one_report(clone):
     rows = [json.loads(line) for line in (clone.folder / "data/train.jsonl").open()][:120]
     texts = [f"### Instruction:\n{row['prompt']}\n\n### Response:\n{row['completion']}" for row in rows]
     adapter = clone.folder / "theirs/plain"

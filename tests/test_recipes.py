@@ -1,4 +1,4 @@
-"""A recipe end to end through DVC on the smoke profile: from files in the form of the hub to database and report."""
+"""A recipe end to end through DVC on the smoke profile: from files in the hub's format to database and report."""
 
 import csv
 import hashlib
@@ -37,7 +37,7 @@ def items(recipe, split):
     return [json.loads(line) for line in (recipe.folder / f"data/{split}.jsonl").open()]
 
 
-def test_data_come_from_the_local_files_and_do_not_leak(recipe):
+def test_data_come_from_the_local_files_without_leaks(recipe):
     created = read(recipe, "data/run.json")
     written = {
         p.relative_to(recipe.folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
@@ -69,7 +69,7 @@ def test_every_arm_is_trained_judged_exported_and_scored(recipe):
     assert output == {"baseline_lora": 0.0, "hybrid_grit": 1.0, "pure_grit": 1.0}
 
 
-def test_every_answer_is_in_the_database_and_the_comparison_is_of_this_metric(recipe):
+def test_every_answer_is_in_the_database_and_the_task_metric_is_compared(recipe):
     rows = recipe.query(
         "select r.arm, count(*), avg(s.credit), max(m.value) from run r "
         "join sample s on s.run_id = r.id and s.split = 'test' "
@@ -84,7 +84,7 @@ def test_every_answer_is_in_the_database_and_the_comparison_is_of_this_metric(re
     }
 
 
-def test_a_task_of_your_own_is_one_file_and_one_profile_as_the_docs_say(recipe):
+def test_a_user_task_is_one_file_and_one_profile_as_documented(recipe):
     blocks = re.findall(r"```(python|yaml)\n(.*?)```", (ROOT / "docs/tasks.md").read_text(), re.DOTALL)
     code, profile = (
         next(text for kind, text in blocks if kind == of and "capitals" in text) for of in ("python", "yaml")

@@ -19,7 +19,7 @@ def smoke():
 
 @pytest.fixture(scope="session")
 def smoke_raw(smoke, base_dir):
-    """Its content, with the tests' own base."""
+    """Its content, with the tests' base."""
     found = yaml.safe_load(smoke)
     found["prepare_base"]["source"] = str(base_dir)
     return found
@@ -27,7 +27,7 @@ def smoke_raw(smoke, base_dir):
 
 @pytest.fixture(scope="session")
 def make_project(tmp_path_factory, adapter_dir):
-    """Builds folders with data, a base and an adapter, on which a stage ran for the base and for the adapter."""
+    """Builds folders with data, a base and an adapter, in which a stage has run for the base and the adapter."""
 
     def make(raw, stage):
         folder = tmp_path_factory.mktemp("project")
@@ -51,7 +51,7 @@ def measured_project(make_project, smoke_raw):
 
 @pytest.fixture
 def here(project, tmp_path, monkeypatch):
-    """A copy of the test module's `project` to change, as the working folder."""
+    """A copy of the test module's `project` that may be changed, as the working folder."""
     shutil.copytree(project, tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
     return tmp_path / "project"

@@ -1,4 +1,4 @@
-"""Stage base_texts: what a base says by itself, without what it will be asked; texts of the user's own."""
+"""Stage base_texts: samples of the base without retention questions, and the user's own texts."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def prompts():
     return [json.loads(line)["prompt"] for line in open("data/retention.jsonl", encoding="utf-8")]
 
 
-def test_a_base_says_the_same_again_and_something_else_with_another_seed(here, raw):
+def test_samples_are_reproducible_and_depend_on_the_seed(here, raw):
     rows = run(raw)
     assert len(rows) == 20 and all(row["text"].strip() and type(row["ended"]) is bool for row in rows)
     assert train.base_texts() == [(row["text"], row["ended"]) for row in rows]
@@ -63,7 +63,7 @@ def test_a_base_says_the_same_again_and_something_else_with_another_seed(here, r
 
 
 def says(monkeypatch, *texts):
-    """Has the base say these, again and again."""
+    """Makes the base produce these texts, over and over."""
 
     def sampled(*_):
         while True:
@@ -72,7 +72,7 @@ def says(monkeypatch, *texts):
     monkeypatch.setattr(base_texts, "sampled", sampled)
 
 
-def test_what_the_retention_suite_asks_or_might_ask_is_left_out(here, raw, monkeypatch):
+def test_texts_with_retention_questions_are_left_out(here, raw, monkeypatch):
     known = prompts()[0]
     _, might, _ = next(general.questions(99, held_out=True))
     _, never, _ = next(general.questions(99, held_out=False))
@@ -89,7 +89,7 @@ def test_what_the_retention_suite_asks_or_might_ask_is_left_out(here, raw, monke
     assert record()["extra"] == {"texts": 8, "unused": len(left_out) + 1}
 
 
-def test_a_base_that_says_too_little(here, raw, monkeypatch):
+def test_too_few_usable_samples_are_an_error(here, raw, monkeypatch):
     says(monkeypatch, "A text.", *[None] * 4)
     with pytest.raises(EvaluationError, match=r"number: expected 20 texts, got 1 .*80 samples"):
         run(raw)
@@ -105,7 +105,7 @@ def chat_raw(raw, chat_base_dir):
     return {**raw, "prompt": prompt, "prepare_base": {**raw["prepare_base"], "source": str(chat_base_dir)}}
 
 
-def test_a_chat_model_plays_the_user_and_answers(here, chat_raw):
+def test_a_chat_model_writes_the_users_turn_and_answers_it(here, chat_raw):
     prepare_base.run(parse_params(chat_raw))
     rows = run(chat_raw, number=8, max_tokens=60)
     opening, after = json.loads(Path("models/base/base.json").read_text())["chat"]["text"].split("{prompt}")
@@ -116,7 +116,7 @@ def test_a_chat_model_plays_the_user_and_answers(here, chat_raw):
 
 
 class Scripted:
-    """A model that goes on with the next of some texts, whatever it reads."""
+    """A model that continues every prompt with the next of some texts."""
 
     device, generation_config = "cpu", SimpleNamespace(eos_token_id=[2])
 
@@ -145,8 +145,8 @@ class Scripted:
         ("Ask: ", "\n", ["Hi!</s>", "</s>", "Hi!\n"]),
     ],
 )
-def test_where_a_user_s_turn_ends(chat_base_dir, raw, opening, after, output):
-    """At a token of its own, where plain text goes on with the answer, or where the text ends; else it is no turn."""
+def test_where_a_users_turn_ends(chat_base_dir, raw, opening, after, output):
+    """At a special token, where plain text goes on with the answer, or at the end of the text; else it is no turn."""
     tokenizer = load_tokenizer(BaseReference(str(chat_base_dir)))
     section = parse_params({**raw, "base_texts": {**raw["base_texts"], "max_tokens": 200}}).base_texts
     model = Scripted(tokenizer, *output)
@@ -157,7 +157,7 @@ def test_where_a_user_s_turn_ends(chat_base_dir, raw, opening, after, output):
     assert model.read[0].endswith(opening) and model.read[64].endswith(f"{opening}Hi!{after}")
 
 
-def test_a_chat_template_that_opens_nothing(here, chat_raw):
+def test_a_chat_template_without_an_opening_is_refused(here, chat_raw):
     prepare_base.run(parse_params(chat_raw))
     file = Path("models/base/base.json")
     content = json.loads(file.read_text())
@@ -167,7 +167,7 @@ def test_a_chat_template_that_opens_nothing(here, chat_raw):
         run(chat_raw)
 
 
-def test_a_base_that_takes_pictures_has_a_note_instead(here, raw):
+def test_a_base_that_takes_pictures_gets_a_note_instead(here, raw):
     file = Path("models/base/base.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), "pictures": True}))
     assert run(raw) == [] and "takes pictures" in record()["extra"]["left_out"]
@@ -177,14 +177,14 @@ def test_a_base_that_takes_pictures_has_a_note_instead(here, raw):
 
 
 def write_texts(texts):
-    """Of a text with some texts, one paragraph each; and as a table."""
+    """Write the texts as paragraphs of a .txt file and as a table."""
     Path("inputs").mkdir(exist_ok=True)
     Path("inputs/own.txt").write_text("\n\n".join(texts), encoding="utf-8")
     lines = [json.dumps({"body": text, "n": 1}) for text in texts]
     Path("inputs/own.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
-def test_texts_of_one_s_own(here, raw):
+def test_user_texts(here, raw):
     texts = [f"The {i}th text." for i in range(30)]
     write_texts(texts)
     rows = run(raw, text="inputs/own.txt", number=15)
@@ -194,7 +194,7 @@ def test_texts_of_one_s_own(here, raw):
     assert {row["text"] for row in run(raw, text="inputs/own.jsonl", text_column="body", number=99)} == set(texts)
 
 
-def test_texts_that_are_no_use_are_refused(here, raw):
+def test_unusable_user_texts_are_refused(here, raw):
     write_texts([f"Text {i}." for i in range(30)] + [f"Remember: {prompts()[3]} is easy.", prompts()[5]])
     with pytest.raises(EvaluationError, match=r"2 of 32 texts of inputs/own\.txt"):
         run(raw, text="inputs/own.txt")

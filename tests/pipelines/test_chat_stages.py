@@ -1,4 +1,4 @@
-"""Every form of rows from the file to the scores, with a real base, llama.cpp and one short training."""
+"""Every format of rows, from the file to the scores, with a real base, llama.cpp and one short training."""
 
 import copy
 import csv
@@ -67,7 +67,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_a_file_of_every_form_is_trained_exported_and_scored(name, smoke_raw, tmp_path, monkeypatch, base_dir):
+def test_a_file_of_every_format_is_trained_exported_and_scored(name, smoke_raw, tmp_path, monkeypatch, base_dir):
     monkeypatch.chdir(tmp_path)
     write, row = FORMS[name]
     (tmp_path / "inputs").mkdir()

@@ -1,4 +1,4 @@
-"""A stage reruns when code that it can reach changes, and only then."""
+"""A stage reruns exactly when code that it can reach changes."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A copy of the source that hashes are made of; returns what to call for the hashes as they are now."""
+    """A copy of the hashed source, and a function that returns the current hashes."""
     for name in ("db", "evaluation", "export", "grit", "grit_vlm", "pipelines", "probes", "trainers"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(code, "ROOT", tmp_path)
@@ -60,7 +60,7 @@ def test_what_a_change_reruns(project):
     assert changes("evaluation/measure/alignment.jsonl", r"\Z", "\n") >= {"measure"}
 
 
-def test_imports_are_found_where_they_hide(tmp_path, monkeypatch):
+def test_hidden_imports_are_found(tmp_path, monkeypatch):
     files = {
         "pipelines/stage_a.py": "import os\ndef f():\n    if os.name:\n        from pack import lazy, Name, Late\n",
         "pack/__init__.py": "from pack.home import Name\nfrom pack.other import Other\nHOMES = {'Late': 'pack.late'}\n",
@@ -106,7 +106,7 @@ def test_a_stage_depends_on_its_code_and_on_the_params_that_it_reads(name):
         assert splits == {dep.split(".")[1] for dep in stage["deps"] if dep.startswith("data/images.")}
 
 
-def test_a_benchmark_more_asks_no_arm_anything_else_again():
+def test_one_more_benchmark_reruns_no_other_stage():
     prompts = {f"evaluate.{key}" for key in Evaluate.model_fields}
     custom = {key for key in prompts if "harness" in key}
     for name in ("evaluate", "evaluate_base"):
@@ -116,7 +116,7 @@ def test_a_benchmark_more_asks_no_arm_anything_else_again():
         "harness": {"evaluate.harness_limit"}, "harness_base": {"evaluate.harness_limit"}}  # fmt: skip
 
 
-def test_stages_that_pictures_leave_out_are_stages_with_that_output():
+def test_stages_without_use_for_pictures_have_the_listed_outputs():
     for stage, (kind, _) in LEFT_OUT.items():
         assert STAGES[stage]["outs"] == [f"{kind}/${{item.arm}}/${{item.seed}}"]
         assert STAGES[f"{stage}_base"]["outs"] == [f"{kind}/base/0"]

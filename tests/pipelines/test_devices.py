@@ -1,4 +1,4 @@
-"""One run on two gloo processes, by the stage's own command: what one process with the joint batch gives."""
+"""One run on two gloo processes, through the stage's command, equals one process with the joint batch."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ SHORT = {"max_steps": 10, "eval_steps": 5, "save_steps": 4, "logging_steps": 2, 
 HELD = {"method": "distill", "strength": 0.75, "rows": 3, "kl": 0.01}
 
 
-def test_devices_are_there_and_share_a_batch(smoke_raw, monkeypatch):
+def test_devices_must_exist_and_divide_the_batch(smoke_raw, monkeypatch):
     settings = parse_params(smoke_raw).train_for("baseline_lora")  # of 8 questions
     for prompts, there, expected in ((1, 4, 1), ("all", 0, 1), ("all", 4, 4), (2, 0, 2), (2, 4, 2)):
         monkeypatch.setattr("torch.cuda.device_count", lambda there=there: there)
@@ -35,8 +35,8 @@ def test_devices_are_there_and_share_a_batch(smoke_raw, monkeypatch):
 
 
 @pytest.mark.full
-def test_two_processes_train_what_one_does_with_the_joint_batch(smoke_raw, tmp_path, monkeypatch):
-    """Over the end of an epoch, of 61 questions: its last batch of 5, and texts of `preserve`, are shared too."""
+def test_two_processes_train_the_same_adapter_as_one(smoke_raw, tmp_path, monkeypatch):
+    """Across the end of an epoch of 61 questions, so that a batch of 5 and texts of `preserve` are shared too."""
     monkeypatch.chdir(tmp_path)
     raw = smoke_raw | {"prepare_data": smoke_raw["prepare_data"] | {"train_items": 61, "valid_items": 21}}
     raw |= {"train": raw["train"] | SHORT, "arms": {k: dict(v) for k, v in raw["arms"].items()}}

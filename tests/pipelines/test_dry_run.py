@@ -1,4 +1,4 @@
-"""The dry run: real steps on this machine, and what follows from them for the whole matrix."""
+"""The dry run: real steps on this machine, extrapolated to the whole matrix."""
 
 import shutil
 import subprocess
@@ -26,7 +26,7 @@ def params(smoke_raw, tmp_path, monkeypatch):
     return params
 
 
-def test_two_steps_of_every_arm_say_whether_the_matrix_fits(params):
+def test_two_steps_of_every_arm_show_that_the_matrix_fits(params):
     shutil.rmtree("checkpoints", ignore_errors=True)
     done = subprocess.run(
         [sys.executable, "-m", "pipelines.dry_run"], env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
@@ -37,7 +37,7 @@ def test_two_steps_of_every_arm_say_whether_the_matrix_fits(params):
     assert not any(Path(created).exists() for created in ("adapters", "checkpoints"))
 
 
-def test_what_does_not_fit_is_said(params, capsys):
+def test_what_does_not_fit_is_reported(params, capsys):
     row = {
         "arm": "pure_grit", "device": "CPU", "longest": 60, "peak": 2**30, "memory": 2**31, "seconds": 36.0,
         "steps": 100, "trainable": 10**6, "base": 10**9,

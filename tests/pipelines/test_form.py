@@ -1,4 +1,4 @@
-"""Conversations within prompt.template: what is read, what is learnt, and that it is asked as it was learnt."""
+"""Conversations within prompt.template: prompts, trained answers, and the same text in training and serving."""
 
 import json
 from dataclasses import asdict, replace
@@ -26,7 +26,7 @@ TALK = Item(
 
 @pytest.fixture
 def base(request, tmp_path, monkeypatch, base_dir, chat_base_dir):
-    """(prompt.template, tokenizer, what a server is told) of a base with a chat template, and of one without."""
+    """(prompt.template, tokenizer, serving settings) of a base with a chat template, and of one without."""
     folder = chat_base_dir if request.param == CHAT else base_dir
     tokenizer = load_tokenizer(BaseReference(str(folder)))
     (tmp_path / "models/base").mkdir(parents=True)
@@ -43,7 +43,7 @@ def base(request, tmp_path, monkeypatch, base_dir, chat_base_dir):
 
 
 @pytest.mark.parametrize("base", [CHAT, TEMPLATE], indirect=True, ids=["chat", "literal"])
-def test_the_answers_of_all_turns_and_their_ends_are_learnt_and_nothing_else(base):
+def test_exactly_the_answers_of_all_turns_and_their_ends_are_trained_on(base):
     template, tokenizer, serving = base
     end = "<|im_end|>" if template == CHAT else "</s>"
     for item in (TALK, replace(TALK, system=None), replace(TALK, turns=TALK.turns[:1]), replace(TALK, turns=())):
@@ -62,7 +62,7 @@ def test_the_answers_of_all_turns_and_their_ends_are_learnt_and_nothing_else(bas
 
 
 @pytest.mark.parametrize("base", [TEMPLATE], indirect=True, ids=["literal"])
-def test_a_literal_template_is_filled_anew_in_every_turn_and_a_text_is_put_into_none(base, exported):
+def test_a_literal_template_is_filled_for_every_turn_and_plain_texts_use_none(base, exported):
     template, tokenizer, serving = base
     form, turn = Form(template), "### Instruction:\n{}\n\n### Response:\n{}"
     output = [turn.format(question, f"{answer}</s>") for question, answer in TALK.turns]
@@ -77,7 +77,7 @@ def test_a_literal_template_is_filled_anew_in_every_turn_and_a_text_is_put_into_
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_conversations_are_those_of_the_chat_template(name, tmp_path, monkeypatch):
+def test_conversations_match_the_chat_template(name, tmp_path, monkeypatch):
     (tmp_path / "models/base").mkdir(parents=True)
     (tmp_path / "models/base/base.json").write_text(json.dumps({"chat": asdict(made(name))}))
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Stage measure on a real, small adapter: what it writes, and what stops it."""
+"""Stage measure on a real, small adapter: its results and its errors."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def value(arm, name):
     return next(row["value"] for row in content(arm)["metrics"] if row["name"] == name)
 
 
-def test_the_base_s_figures(here):
+def test_measurements_of_the_base(here):
     result = content("base")
     assert (result["schema"], result["arm"], result["seed"]) == (1, "base", 0)
     assert {row["split"] for row in result["metrics"]} == {"general", "test_answers", "alignment"}
@@ -70,7 +70,7 @@ def test_the_base_s_figures(here):
     assert sorted(f.name for f in Path("measured/base/0").iterdir()) == ["alignment.npz", "measured.json", "run.json"]
 
 
-def test_an_arm_s_figures(here):
+def test_measurements_of_an_arm(here):
     result = content()
     by_split = {"general": GENERAL, "test_answers": ANSWERS, "weights": WEIGHTS, "hidden": DRIFT,
                 "alignment": INDEX + CLUSTERS + DELTA}  # fmt: skip
@@ -98,7 +98,7 @@ def test_an_arm_s_figures(here):
     assert record["extra"]["prompts_in_pairs"] is True and record["extra"]["texts"] == 33
 
 
-def test_the_same_again_gives_the_same_bytes(here, raw):
+def test_a_second_run_writes_the_same_bytes(here, raw):
     files = [f for f in Path("measured").rglob("*") if f.is_file() and f.name != "run.json"]
     before = {f: f.read_bytes() for f in files}
     for arm in ("base", "baseline_lora"):
@@ -140,7 +140,7 @@ def test_a_base_in_4_bit(here, raw):
     assert after["loss"] != before["loss"] and after["loss"] == pytest.approx(before["loss"], rel=0.1)
 
 
-def test_a_base_that_was_exchanged_is_noticed(here, raw):
+def test_an_exchanged_base_is_detected(here, raw):
     result = content("base")
     for row in result["metrics"]:
         if row["name"] == "loss":
@@ -152,7 +152,7 @@ def test_a_base_that_was_exchanged_is_noticed(here, raw):
     assert Path("measured/baseline_lora/0/measured.json").read_bytes() == before, "earlier results stay"
 
 
-def test_an_arm_is_not_held_against_a_base_measured_otherwise_or_not_at_all(here, raw):
+def test_an_arm_needs_a_base_measured_with_the_same_settings(here, raw):
     for keys in ({"layers": [1.0]}, {"pooling": "last"}, {"max_prompts": 30}):
         with pytest.raises(EvaluationError, match="other prompts, layers or settings; run `dvc repro measure_base`"):
             measure.run(changed(raw, **keys), "baseline_lora", 0)
@@ -161,7 +161,7 @@ def test_an_arm_is_not_held_against_a_base_measured_otherwise_or_not_at_all(here
         measure.run(parse_params(raw), "baseline_lora", 0)
 
 
-def test_own_prompts_and_texts(here, raw, capsys):
+def test_user_prompts_and_texts(here, raw, capsys):
     rows = [{"q": f"Say {n} {kind} words.", "safety": kind.title()} for n in range(12) for kind in ("safe", "unsafe")]
     Path("inputs").mkdir()
     Path("inputs/p.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -185,7 +185,7 @@ def test_own_prompts_and_texts(here, raw, capsys):
     assert 39 < general["n"] == hidden["n"] - 2, "all tokens count, save the first of each text"
 
 
-def test_prompts_of_one_class_stop_it_before_a_model_is_loaded(here, raw, monkeypatch):
+def test_prompts_of_one_class_are_refused_before_a_model_is_loaded(here, raw, monkeypatch):
     rows = [{"prompt": f"Say {n}.", "label": "safe"} for n in range(12)]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.delattr("pipelines.measure.load_model")
@@ -211,7 +211,7 @@ def items():
 
 
 @pytest.mark.parametrize("arm", ["base", "baseline_lora"])
-def test_the_right_answers_perplexity(here, raw, arm):
+def test_perplexity_of_right_answers(here, raw, arm):
     tokenizer = AutoTokenizer.from_pretrained(source())
     model = AutoModelForCausalLM.from_pretrained(source(), dtype=torch.float32)
     if arm != "base":
@@ -235,7 +235,7 @@ def test_the_right_answers_perplexity(here, raw, arm):
         assert value(arm, "answer_perplexity") < value("base", "answer_perplexity"), "it was trained to give them"
 
 
-def test_how_many_right_answers(here, raw):
+def test_number_of_right_answers(here, raw):
     whole = next(row["n"] for row in content("base")["metrics"] if row["split"] == "test_answers")
     measure.run(changed(raw, max_answers=3), "base", 0)
     record = json.loads(Path("measured/base/0/run.json").read_text())
@@ -247,8 +247,8 @@ def test_how_many_right_answers(here, raw):
     assert not any("answer_" in name for name in content("base")["metric_defs"])
 
 
-def test_answers_beyond_the_tokens_that_are_read(here, raw):
-    """Cut where they begin within them, left out otherwise; both are counted, and nothing to score is refused."""
+def test_answers_beyond_the_token_limit(here, raw):
+    """Cut if they begin within the limit, left out otherwise; both are counted, and nothing to score is an error."""
     tokenizer = AutoTokenizer.from_pretrained(source())
     template = raw["prompt"]["template"]
     questions = [template.replace("{prompt}", item["prompt"]) for item in items()]

@@ -1,4 +1,4 @@
-"""params.yaml: everything wrong with it is said at once, and by name."""
+"""params.yaml: all mistakes are listed at once, by key."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ def vision():
 
 
 def changed(raw, path, value):
-    """The content with one key set, or with ... removed."""
+    """The content with one key set, or removed if the value is `...`."""
     raw = at = copy.deepcopy(raw)
     *parents, last = path.split(".")
     for part in parents:
@@ -152,7 +152,7 @@ def test_all_errors_at_once(raw):
 
 
 @pytest.mark.parametrize("content", ["", "- 1\n- 2\n", "a: [", "\x80"])
-def test_rubbish_files(tmp_path, content):
+def test_unreadable_files(tmp_path, content):
     file = tmp_path / "params.yaml"
     file.write_bytes(content.encode("latin-1"))
     for load in (load_params, lambda path: load_view(evaluate.Params, path)):
@@ -170,7 +170,7 @@ def test_a_stage_reads_its_own_sections_and_lists_their_mistakes(tmp_path, raw):
         load_view(measure.Params, file)
 
 
-def test_a_variant_runs_another_arms_code_with_settings_of_its_own(raw):
+def test_a_variant_runs_another_arms_code_with_its_own_settings(raw):
     raw["arms"]["mine"] = {"variant_of": "pure_grit", "rank": 8, "grit": {"mode": "adamw"}}
     raw["matrix"]["arms"] = ["baseline_lora", "mine"]
     params = parse_params(raw)
@@ -216,7 +216,7 @@ def test_an_adapter_from_elsewhere_is_an_arm_by_its_folder(raw, tmp_path, monkey
     assert hashed(use_dora=True)[1] != first == hashed()[1]
 
 
-def test_the_baseline_beside_an_arm_has_the_arms_settings_and_its_own_optimizer(vision):
+def test_the_twin_of_an_arm_has_its_settings_but_the_baselines_optimizer(vision):
     params = parse_params(changed(vision, "arms.grit_vlm.rank", 3))
     custom, beside = params.train_for("grit_vlm"), params.train_for("grit_vlm").shared()
     assert beside.model_dump() == {k: v for k, v in custom.model_dump().items() if k != "natural_gradient"}
@@ -246,7 +246,7 @@ def test_a_tracker_that_is_not_installed_is_named(raw, monkeypatch):
         parse_params(changed(raw, "report_to", ["mlflow"]))
 
 
-def test_threads_and_stages_at_once_follow_the_base_and_what_is_asked(raw, monkeypatch):
+def test_threads_and_parallel_stages_follow_base_and_settings(raw, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     devices, glob = [], Path.glob
@@ -265,7 +265,7 @@ def test_threads_and_stages_at_once_follow_the_base_and_what_is_asked(raw, monke
         parse_params(changed(raw, "threads", "many"))
 
 
-def test_what_a_stage_run_by_hand_is_told(raw, monkeypatch):
+def test_errors_of_a_stage_run_by_hand(raw, monkeypatch):
     misspelt = changed(raw, "arms.mine", {"variant_of": "pure_grti"})
     with pytest.raises(ConfigError, match=r"unknown arm 'pure_grti'; did you mean 'pure_grit'\?"):
         load_arm("mine", parse(misspelt, train.Params, "params.yaml"))
@@ -278,7 +278,7 @@ def test_what_a_stage_run_by_hand_is_told(raw, monkeypatch):
             ask(raw)
 
 
-def test_numpy_computes_with_the_threads_of_a_stage_though_it_was_there_before(raw, tmp_path, monkeypatch):
+def test_thread_limits_apply_to_numpy_imported_earlier(raw, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(yaml.safe_dump(changed(raw, "threads", 1)))
     monkeypatch.setenv("OMP_NUM_THREADS", "")  # put back afterwards

@@ -21,7 +21,7 @@ TEST_SPLIT = {"gsm8k": "test", "boolq": "validation", "qnli": "validation"}
 
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
-    """Runs the stage in an empty folder; gives split → items, and run.json's extra."""
+    """Runs the stage in an empty folder; returns split → items, and run.json."""
     profiles = {name: profile.compose(name) for name in ("smoke", "vision+smoke")}
     monkeypatch.chdir(tmp_path)
 
@@ -127,7 +127,7 @@ def test_rows_that_share_a_group_with_a_test_item_are_not_trained_on(stage, caps
     assert "prepare_data.test_items: 1 instead of 5" in output
 
 
-def test_what_is_refused_is_counted_listed_and_said(stage, capsys):
+def test_rejected_rows_are_counted_listed_and_reported(stage, capsys):
     some = recipe_data.rows("gsm8k", 30)
     bad = [{"question": f"How many in {n}?", "answer": f"no {'very ' * n}number"} for n in range(40)]
     Path("mine").mkdir()
@@ -145,7 +145,7 @@ def test_what_is_refused_is_counted_listed_and_said(stage, capsys):
     assert "43 rows were rejected; data/rejected.jsonl" in output and "mine/d.jsonl lies outside inputs/" in output
 
 
-def test_no_row_left_and_too_few_leave_nothing_behind(stage):
+def test_too_few_rows_are_an_error_and_leave_nothing_behind(stage):
     Path("d.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     with pytest.raises(EvaluationError, match="no row is left, all 1 were rejected"):
         stage(task="gsm8k", source="d.jsonl")
@@ -155,7 +155,7 @@ def test_no_row_left_and_too_few_leave_nothing_behind(stage):
     assert not Path("data").exists()
 
 
-def test_train_items_limits_and_null_takes_all(stage, capsys):
+def test_train_items_limits_rows_and_null_takes_all(stage, capsys):
     folder = recipe_data.write(Path("inputs/g"), "gsm8k", 100, 10)
     # Hidden files hold times of a download: a second one would look like another data set.
     (folder / ".cache/huggingface").mkdir(parents=True)
@@ -186,7 +186,7 @@ def test_train_items_limits_and_null_takes_all(stage, capsys):
         ({"train_items": None}, ["train_items: expected a number, got null"]),
     ],
 )  # fmt: skip
-def test_settings_that_do_not_fit_are_refused_at_once(stage, settings, output):
+def test_inconsistent_settings_are_refused_together(stage, settings, output):
     with pytest.raises(ConfigError) as caught:
         stage(**{"train_items": 300, **settings})
     text = str(caught.value)
@@ -235,7 +235,7 @@ def test_every_item_is_in_one_place_and_every_group_in_one_split(sizes, share, p
     assert not created.unused or len(created.splits["train"]) == targets["train"]
 
 
-def test_one_huge_group_is_trained_on_and_a_tested_prompt_is_not_whatever_its_group():
+def test_a_huge_group_is_trained_on_and_a_test_prompt_never_is():
     pool = [item(n, "all") for n in range(900)] + [item(1000 + n, f"g{n}") for n in range(5)]
     created = divide(pool, None, by_group, {"train": None, "valid": 100, "test": 100}, seed=0)
     assert len(created.splits["train"]) >= 900 and len(created.splits["valid"]) + len(created.splits["test"]) >= 2
@@ -251,7 +251,7 @@ def test_one_huge_group_is_trained_on_and_a_tested_prompt_is_not_whatever_its_gr
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "aqi"])
-def test_sources_that_name_nothing_are_refused(section, task):
+def test_malformed_sources_are_refused(section, task):
     for source in ("", "  ", "hub:", "hub:gsm8k", "hub:/gsm8k", "hub:o/", "hub:o/n@", "hub:o/n/m"):
         with pytest.raises(ConfigError) as caught:
             section(task=task, source=source, columns={"pm25": "pm"}, train_items=None)
@@ -264,7 +264,7 @@ def test_sources_that_name_nothing_are_refused(section, task):
         section(task="aqi", source="a.csv", columns={"pm25": "pm", "o3_8h": None})
 
 
-def test_pictures_are_written_down_and_drawn_anew_to_the_byte(stage):
+def test_pictures_are_hashed_and_redrawn_to_the_byte(stage):
     def hashes():
         return {s: Path(f"data/images.{s}.sha256").read_text() for s in (*SPLITS, "retention")}
 

@@ -1,4 +1,4 @@
-"""Stage probe on real, small trainings: verdicts, failures that say why, and the twins it runs."""
+"""Stage probe on real, small trainings: verdicts, failures with reasons, and twin runs."""
 
 import json
 import shutil
@@ -72,7 +72,7 @@ def test_1_the_baseline_equals_its_shadow(here):
     assert json.loads(Path("verdicts/baseline_lora/0/run.json").read_text())["stage"] == "probe"
 
 
-def test_2_pure_grit_is_effective_and_its_curve_is_that_of_its_run(here):
+def test_2_pure_grit_is_effective_and_its_curve_comes_from_its_run(here):
     result = probe.run(make_params()[0], "pure_grit", 0)
     assert (result.verdict, result.diagnosis) == ("effective", "none")
     output = verdict("pure_grit")
@@ -84,13 +84,13 @@ def test_2_pure_grit_is_effective_and_its_curve_is_that_of_its_run(here):
     assert steps >= {8, 11, 19, 22, 25}
 
 
-def test_3_asked_again_nothing_is_trained_again(here, monkeypatch):
+def test_3_twin_curves_are_reused(here, monkeypatch):
     monkeypatch.setattr(probe, "first_losses", lambda *a: pytest.fail("a twin was trained again"))
     curves = probe.twin_curves(make_params()[0], "pure_grit", 0, 8, (False, True))
     assert curves == [verdict("pure_grit")["twin"][name] for name in ("baseline", "again")]
 
 
-def test_4_a_silent_no_op_fails_with_the_reason_and_leaves_its_verdict(here, monkeypatch, tmp_path):
+def test_4_a_silent_no_op_fails_with_the_reason_and_keeps_its_verdict(here, monkeypatch, tmp_path):
     params, raw = make_params(mode="adamw", damping_mode="absolute", kfac_damping=1e6)
     shutil.copytree(here, tmp_path / "other")
     monkeypatch.chdir(tmp_path / "other")
@@ -107,7 +107,7 @@ def test_4_a_silent_no_op_fails_with_the_reason_and_leaves_its_verdict(here, mon
     assert {f["name"] for f in output["findings"]} >= {"damping_swamps_factors"}
 
 
-def test_5_a_ledger_that_is_cut_or_missing_is_named(here):
+def test_5_a_truncated_or_missing_ledger_is_named(here):
     file = here / "adapters/pure_grit/0" / LEDGER
     whole = file.read_text(encoding="utf-8")
     cut = "".join(line + "\n" for line in whole.splitlines()[:-1])
@@ -122,7 +122,7 @@ def test_5_a_ledger_that_is_cut_or_missing_is_named(here):
     file.write_text(whole, encoding="utf-8")
 
 
-def test_6_a_twin_that_fails_says_why_and_holds_no_model_beside_the_next(here, monkeypatch):
+def test_6_a_failing_twin_gives_the_reason_and_models_do_not_accumulate(here, monkeypatch):
     raw = make_params()[1]
     raw["train"]["target_modules"] = ["q_prof"]
     with pytest.raises(TrainingError, match="q_proj"):
@@ -139,7 +139,7 @@ def test_6_a_twin_that_fails_says_why_and_holds_no_model_beside_the_next(here, m
     assert len(probe.twin_curves(make_params()[0], "baseline_lora", 0, 5, (False, True))) == 2
 
 
-def test_7_of_an_adapter_from_elsewhere_is_said_whether_it_changes_anything(here, monkeypatch):
+def test_7_a_foreign_adapter_is_judged_by_whether_it_changes_anything(here, monkeypatch):
     raw = make_params()[1]
     raw["arms"]["theirs"] = {"adapter": "theirs/{seed}"}
     raw["matrix"] = {"arms": ["theirs"], "seeds": [0, 1]}
@@ -160,7 +160,7 @@ def test_7_of_an_adapter_from_elsewhere_is_said_whether_it_changes_anything(here
     assert {"theirs/0/adapter_config.json", "theirs/0/adapter_model.safetensors"} <= trained["inputs"].keys()
 
 
-def test_8_the_twin_of_an_arm_differs_in_nothing_but_the_arm():
+def test_8_the_twin_of_an_arm_differs_only_in_the_arm():
     params = parse_params(yaml.safe_load(SMOKE))
     custom, beside = params.train_for("pure_grit"), params.train_for("pure_grit").shared()
     assert custom.learning_rate == beside.learning_rate != params.train_for("baseline_lora").learning_rate
@@ -168,7 +168,7 @@ def test_8_the_twin_of_an_arm_differs_in_nothing_but_the_arm():
     assert params.train_for("baseline_lora").shared() == params.train_for("baseline_lora")
 
 
-def test_7_stage_tune_trains_for_real_what_it_compares(here):
+def test_9_stage_tune_really_trains_what_it_compares(here):
     _, raw = make_params()
     raw["tune"] = {"grid": {"learning_rate": [1e-5, 3e-3]}, "seed": 100, "steps": 6}
     params = parse_params(raw)

@@ -1,4 +1,4 @@
-"""Choosing a profile rewrites params.yaml and loses nothing; what each of them stands for."""
+"""Choosing a profile rewrites params.yaml without losing changes; what each profile promises."""
 
 import subprocess
 from dataclasses import asdict
@@ -30,7 +30,7 @@ def params(tmp_path):
     return file
 
 
-def test_every_profile_can_be_used_and_is_what_its_text_says():
+def test_every_profile_is_valid_and_equals_its_text():
     names = profile.available()
     assert {"tiny", "smoke", "paper", "ablation", "qlora", "vision", "llama3_8b", *TASKS} <= names.keys()
     for name in [*names, "vision+smoke", "gsm8k+llama3_1_8b+qlora"]:
@@ -53,7 +53,7 @@ def test_params_yaml_as_committed_is_the_tiny_profile(tmp_path):
     assert load_params(tmp_path / "params.yaml") == planned("tiny")
 
 
-def test_a_switch_keeps_comments_and_is_done_once(params):
+def test_a_switch_keeps_comments_and_happens_once(params):
     before = params.read_bytes()
     assert b"# optimizer steps" in before
     assert not profile.choose("tiny", params_file=params) and params.read_bytes() == before
@@ -65,7 +65,7 @@ def test_a_switch_keeps_comments_and_is_done_once(params):
 
 
 @pytest.mark.parametrize("name", ["tiny", "gsm8k+smoke"])
-def test_changes_by_hand_stop_a_switch_and_are_named(params, name):
+def test_manual_changes_stop_a_switch_and_are_named(params, name):
     profile.choose(name, params_file=params)
     steps = settings(name)["train"]["max_steps"]
     edited = params.read_text().replace(f"max_steps: {steps} ", "max_steps: 601 ")
@@ -91,13 +91,13 @@ def test_changes_by_hand_stop_a_switch_and_are_named(params, name):
         ("recipe+smoke", "no profile 'recipe'"),
     ],
 )
-def test_names_that_cannot_be_put_together(name, reason):
+def test_names_that_cannot_be_combined(name, reason):
     with pytest.raises(ConfigError, match=reason):
         profile.compose(name)
 
 
 def lay(folder, **files):
-    """Profiles of a test beside the basis; a__b is a/b."""
+    """Write profiles beside tiny.yaml; a__b is a/b."""
     for name, text in {"tiny": (profile.PROFILES / "tiny.yaml").read_text(), **files}.items():
         file = folder / f"{name.replace('__', '/')}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def test_a_broken_profile_is_refused_before_anything_is_written(tmp_path, params
     assert params.read_bytes() == before
 
 
-def test_files_are_merged_from_size_to_task_to_what_is_named_last(tmp_path):
+def test_files_are_merged_in_the_documented_order(tmp_path):
     lay(
         tmp_path,
         sizes__large="prepare_base: {source: org/name}\ntrain: {rank: 3}\n",
@@ -149,7 +149,7 @@ def test_files_are_merged_from_size_to_task_to_what_is_named_last(tmp_path):
     assert profile.merged("asks+small", tmp_path)[0]["evaluate"]["max_tokens"] == 7
 
 
-def test_a_variant_of_an_arm_has_that_arms_settings_where_it_has_none_of_its_own(tmp_path):
+def test_a_variant_inherits_the_settings_of_its_arm(tmp_path):
     lay(
         tmp_path,
         a="arms: {mine: &a {variant_of: pure_grit, weight_decay: 0.1}, yours: *a, pure_grit: {variant_of: null}}\n",
@@ -161,7 +161,7 @@ def test_a_variant_of_an_arm_has_that_arms_settings_where_it_has_none_of_its_own
     assert mine.model_copy(update={"weight_decay": of.weight_decay}) == of == planned("tiny").train_for("pure_grit")
 
 
-def test_the_header_names_all_files_in_the_order_in_which_they_are_merged():
+def test_the_header_names_all_files_in_merge_order():
     output = profile.compose("paper+qnli").split("\nprofile:")[0].replace("\n# ", " ")
     names = ("tiny", "sizes/llama3_2_3b", "tasks/recipe", "tasks/qnli", "tasks/full/recipe", "tasks/full/qnli", "paper")
     files = ", ".join(f"profiles/{name}.yaml" for name in names)
@@ -204,7 +204,7 @@ def test_a_task_alone_runs_on_its_size_with_the_settings_of_document_002(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_task_on_a_small_size_keeps_how_that_is_trained(task):
+def test_a_task_on_a_small_size_keeps_its_training_settings(task):
     small, result = settings("smoke"), settings(f"{task}+smoke")
     assert result["prepare_data"]["task"] == task
     assert result["prepare_base"] == {**small["prepare_base"], "context": 512}
@@ -227,14 +227,14 @@ def test_a_task_on_a_small_size_keeps_how_that_is_trained(task):
         ),
     ],
 )  # fmt: skip
-def test_paper_is_the_authors_settings_but_for_a_recipes_warm_up_and_the_smallest_size(name, custom, arm):
+def test_paper_has_the_authors_settings_except_warm_up_of_recipes_and_smoke(name, custom, arm):
     of = planned(name).train_for(arm)
     result, expected = asdict(GRITConfig.from_dict({"lora_rank": of.rank, **of.grit})), asdict(GRITConfig.paper())
     assert {key: value for key, value in result.items() if value != expected[key]} == custom
 
 
 @pytest.mark.parametrize("name", ["gsm8k+ablation", "tiny+ablation", "gsm8k+smoke+ablation"])
-def test_ablations_are_arms_that_differ_in_one_thing_each(name):
+def test_ablations_differ_in_one_setting_each(name):
     p = planned(name)
     assert {p.code_of(arm) for arm in ABLATIONS} == {"pure_grit"}
     two, one, fixed = (p.train_for(arm).grit for arm in ABLATIONS)

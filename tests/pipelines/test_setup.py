@@ -1,4 +1,4 @@
-"""`make setup` with a Python that only writes down what it is asked: which torch, and llama.cpp compiled once."""
+"""`make setup` with a Python that only logs its arguments: which torch, and llama.cpp compiled once."""
 
 import os
 import re
@@ -53,7 +53,7 @@ def setup(tmp_path):
         ({"GPU": "GPU 0: H100", "TORCH_INDEX": "file:///mine"}, "from file:///mine", "file:///mine torch==2.13.0\n"),
     ],
 )
-def test_the_torch_that_fits_the_machine(setup, machine, output, prompts):
+def test_torch_matches_the_machine(setup, machine, output, prompts):
     done, log = setup("venv", **machine)
     assert done.returncode == 0 and output in done.stdout and "not available here: using pip" in done.stdout
     assert prompts in log if prompts else "torch==" not in log
@@ -70,7 +70,7 @@ def test_the_torch_that_fits_the_machine(setup, machine, output, prompts):
         ("no devices", True, "", "", []),
     ],
 )
-def test_llama_cpp_is_compiled_for_cuda_where_it_can_be(setup, tmp_path, gpu, nvcc, options, output, cuda):
+def test_llama_cpp_uses_cuda_if_possible(setup, tmp_path, gpu, nvcc, options, output, cuda):
     setup("cpu")
     (tmp_path / "bin/nvcc").symlink_to("/bin/true" if nvcc else "/bin/false")
     (tmp_path / "bin/nvidia-smi").write_text(f"#!/bin/sh\necho '{gpu}'\n", encoding="utf-8")
@@ -80,7 +80,7 @@ def test_llama_cpp_is_compiled_for_cuda_where_it_can_be(setup, tmp_path, gpu, nv
     assert ("pip -qq wheel" in log) is bool(cuda), "a wheel of its own for CUDA"
 
 
-def test_llama_cpp_is_compiled_once_for_a_kind_of_machine_and_never_kept_half(setup, tmp_path):
+def test_llama_cpp_is_compiled_once_per_kind_of_machine_and_never_stored_half(setup, tmp_path):
     done, _ = setup("broken", BROKEN="1")
     assert done.returncode and not any(path.is_file() for path in (tmp_path / "grit-pipeline").rglob("*"))
     assert "pip -qq wheel" in setup("first")[1]

@@ -1,4 +1,4 @@
-"""Stages called as functions, in a folder of their own."""
+"""Stages called as functions, in a separate folder."""
 
 import csv
 import json
@@ -72,12 +72,12 @@ def test_own_texts_and_given_truth(params):
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "/no/such/folder", "a/b/c", "no spaces allowed/x y"])
-def test_base_path_that_does_not_exist(params, source):
+def test_a_missing_base_path_is_refused(params, source):
     with pytest.raises(ConfigError, match=r"prepare_base\.source: .* does not exist"):
         base_model.reference_for(params(prepare_base={"source": source}).prepare_base)
 
 
-def test_a_base_that_is_not_usable_says_what_to_do(params, tmp_path):
+def test_an_unusable_base_is_an_error_with_advice(params, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "q").mkdir()
     (tmp_path / "q/config.json").write_text('{"quantization_config": {"load_in_4bit": true}}')
@@ -104,7 +104,7 @@ def test_a_local_base_is_referenced_and_watched(params, tmp_path, base_dir):
         base_model.load_reference()
 
 
-def test_a_base_that_the_hub_does_not_give_names_the_local_way():
+def test_an_unreachable_hub_is_an_error_that_names_the_local_way():
     from trainers.models import load_tokenizer
     from trainers.settings import BaseReference
 
@@ -127,8 +127,8 @@ def test_a_base_that_the_hub_does_not_give_names_the_local_way():
         ("RevisionNotFoundError", r"has no such revision; set prepare_base\.revision"),
     ],
 )
-def test_what_the_hub_says_of_a_base_is_explained(kind, output):
-    """As transformers hands it on: inside an OSError."""
+def test_errors_of_the_hub_are_explained(kind, output):
+    """As transformers raises it: inside an OSError."""
     import httpx
     from huggingface_hub import errors
 
@@ -145,7 +145,7 @@ def test_what_the_hub_says_of_a_base_is_explained(kind, output):
     assert hub_reason(OSError("a broken file"), "org/name") is None
 
 
-def test_a_server_that_answers_is_used_and_an_arm_follows_the_base(monkeypatch, capsys):
+def test_a_running_server_is_used_and_an_arm_follows_the_base(monkeypatch, capsys):
     from tests.ollama_double import OllamaDouble
 
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
@@ -173,7 +173,7 @@ def test_names_of_served_models():
     assert model_name("baseline_lora", 7, 3407) == "baseline_lora_model:seed7"
 
 
-def test_questions_that_do_not_fit_the_context_are_refused_before_the_work(tmp_path, monkeypatch, base_dir):
+def test_questions_that_exceed_the_context_are_refused_early(tmp_path, monkeypatch, base_dir):
     from export import ExportError
     from export.modelfile import Serving
     from pipelines.export import check_room

@@ -36,12 +36,12 @@ def read(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def test_without_pictures_the_files_of_a_split_are_what_they_were(tmp_path, monkeypatch):
+def test_without_pictures_a_split_is_one_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert split_files("train", "valid") == [Path("data/train.jsonl"), Path("data/valid.jsonl")]
 
 
-def test_the_embedded_base_is_asked_and_leaves_no_pictures_behind(here):
+def test_the_embedded_base_is_evaluated_and_leaves_no_pictures_behind(here):
     output = read("models/base/run.json")["extra"]
     assert len(output["retention"]) == 7 and output["image_tokens"] == 4 and output["steps"] == 4
     assert read("models/base/base.json")["kind"] == "embedded"
@@ -52,7 +52,7 @@ def test_the_embedded_base_is_asked_and_leaves_no_pictures_behind(here):
     assert read("models/base/run.json")["extra"] == output, "the base before it stands"
 
 
-def test_a_base_of_ones_own_is_referenced(here, tmp_path):
+def test_a_user_base_is_referenced(here, tmp_path):
     custom = shutil.copytree(here / "models/base", tmp_path / "own")
     (custom / "base.json").unlink()
     (custom / "run.json").unlink()
@@ -67,7 +67,7 @@ def test_a_base_of_ones_own_is_referenced(here, tmp_path):
         prepare_base.run(params)
 
 
-def test_a_base_that_no_picture_can_be_shown_to_is_refused_before_training(here, tmp_path):
+def test_a_base_that_takes_no_pictures_is_refused_before_training(here, tmp_path):
     custom = tmp_path / "text"
     custom.mkdir()
     for file in Path("models/base").glob("*token*"):
@@ -79,7 +79,7 @@ def test_a_base_that_no_picture_can_be_shown_to_is_refused_before_training(here,
     assert read("models/base/base.json") == before, "the base before it stands"
 
 
-def test_an_interrupted_evaluation_goes_on_with_the_answers_it_has(here, monkeypatch):
+def test_an_interrupted_evaluation_resumes(here, monkeypatch):
     params = parse_params(small())
     answer = HfEngine.generate_ids
     requested = []
@@ -101,7 +101,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_answers_it_has(here, monkeyp
 
 
 @pytest.mark.parametrize("place", [".", "inside/another"])
-def test_code_outside_of_the_working_folder_counts_as_changed(tmp_path, monkeypatch, place):
+def test_only_changed_code_within_the_project_is_dirty(tmp_path, monkeypatch, place):
     project = tmp_path / place
     project.mkdir(parents=True, exist_ok=True)
     written = [project / name for name in ("code.py", "dvc.lock", "params.yaml")]
@@ -123,7 +123,7 @@ def test_code_outside_of_the_working_folder_counts_as_changed(tmp_path, monkeypa
     assert git_state()["dirty"] is True
 
 
-def test_a_picture_that_is_gone_is_named(here):
+def test_a_missing_picture_is_named(here):
     (here / "data/images/test-00003.png").unlink()
     with pytest.raises(ValueError, match=r"data/images/test-00003\.png: no such file"):
         evaluate.run(parse_params(small()), "base", 0)
