@@ -75,10 +75,10 @@ def peft_config(settings: Any) -> Any:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     if isinstance(settings.peft, str):
-        own = {k: v for k, v in read_config(Path(settings.peft)).items() if k not in _FROM_ELSEWHERE}
+        entries = {k: v for k, v in read_config(Path(settings.peft)).items() if k not in _FROM_ELSEWHERE}
     else:
-        own = dict(settings.peft)
-    method = str(own.pop("peft_type", "LORA")).upper()
+        entries = dict(settings.peft)
+    method = str(entries.pop("peft_type", "LORA")).upper()
     kinds = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if method not in kinds:
         raise TrainingError(f"peft.peft_type: unknown method {method!r}{suggest(method, TRAINED)}")
@@ -97,20 +97,21 @@ def peft_config(settings: Any) -> Any:
     }
     shape = {name: value for name, value in shape.items() if name in fields and (name, method) != ("r", "OFT")}
     problems = [
-        f"peft.{key}: unknown key of {method}{suggest(key, sorted(fields))}" for key in own if key not in fields
+        f"peft.{key}: unknown key of {method}{suggest(key, sorted(fields))}" for key in entries if key not in fields
     ]
     for key, (ours, value) in shape.items():
-        given = sorted(own[key]) if key == "target_modules" and isinstance(own.get(key), list) else own.get(key, value)
-        if given != value:
-            problems.append(f"peft.{key}: expected {value!r}, the value of {ours}, got {given!r}; set {ours} instead")
+        entry = entries.get(key, value)
+        entry = sorted(entry) if key == "target_modules" and isinstance(entry, list) else entry
+        if entry != value:
+            problems.append(f"peft.{key}: expected {value!r}, the value of {ours}, got {entry!r}; set {ours} instead")
     if settings.dropout and not any(ours == "dropout" for ours, _ in shape.values()):
         problems.append(f"dropout: expected 0.0, got {settings.dropout}; {method} has no dropout")
-    start = own.get("init_lora_weights", True) if method == "LORA" else True
+    start = entries.get("init_lora_weights", True) if method == "LORA" else True
     if method == "LORA":
-        problems += [f"peft.{key}: cannot be used: {why}" for key, why in NO_FIELD.items() if own.get(key)]
+        problems += [f"peft.{key}: cannot be used: {why}" for key, why in NO_FIELD.items() if entries.get(key)]
         if isinstance(start, str) and start not in STARTS and not re.fullmatch(r"pissa_niter_\d+", start):
             problems.append(f"peft.init_lora_weights: unknown start {start!r}{suggest(start, STARTS)}")
-        if takes_part_of_w(start) and own.get("use_dora"):
+        if takes_part_of_w(start) and entries.get("use_dora"):
             problems.append(
                 f"peft.use_dora: expected false with {start}, which is subtracted from the adapter at the end"
             )
@@ -122,10 +123,11 @@ def peft_config(settings: Any) -> Any:
     if not problems:
         try:
             for name, kind in _OF_DATA.items():
-                if start == name or own.get(f"{name}_config"):
-                    own[f"{name}_config"] = getattr(tuners.lora.config, kind)(**(own.get(f"{name}_config") or {}))
+                if start == name or entries.get(f"{name}_config"):
+                    values = entries.get(f"{name}_config") or {}
+                    entries[f"{name}_config"] = getattr(tuners.lora.config, kind)(**values)
             filled = {key: value for key, (_, value) in shape.items()}
-            return kinds[method](**{"task_type": "CAUSAL_LM", **filled, **own})
+            return kinds[method](**{"task_type": "CAUSAL_LM", **filled, **entries})
         except (TypeError, ValueError) as error:
             problems.append(f"peft: {method} refuses it: {error}")
     raise TrainingError("\n".join(problems))

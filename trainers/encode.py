@@ -96,8 +96,8 @@ def encode_examples(
     from datasets import Dataset
 
     encoded = [encode_turns(tokenizer, texts) for texts in examples]
-    kept, left_out, longest = short_enough([len(ids) for ids, _ in encoded], max_length, leave_out=leave_out)
-    ids, ends = zip(*(encoded[place] for place in kept), strict=True)
+    places, left_out, longest = short_enough([len(ids) for ids, _ in encoded], max_length, leave_out=leave_out)
+    ids, ends = zip(*(encoded[place] for place in places), strict=True)
     mask = [learnt(positions) for positions in ends]
     return Encoded(Dataset.from_dict({"input_ids": ids, "completion_mask": mask}), left_out, longest)
 
@@ -166,7 +166,7 @@ def short_enough(
 
     Raises TrainingError if an example is too long and may not be left out, or if none remains.
     """
-    kept = [place for place, n in enumerate(lengths) if n <= max_length]
+    short = [place for place, n in enumerate(lengths) if n <= max_length]
     too_long = [(place, n) for place, n in enumerate(lengths) if n > max_length]
     longest = max(lengths, default=0)
     if too_long and not leave_out:
@@ -176,14 +176,14 @@ def short_enough(
             f"set train.max_length to {longest}, or shorten the items, or leave them out with train.overlong: "
             "leave_out, or with prepare_data.max_chars where items are chosen"
         )
-    if not kept:
+    if not short:
         if not lengths:
             raise TrainingError("expected at least one example, got none")
         raise TrainingError(
             f"expected at least one example of at most max_length = {max_length} tokens, got {len(too_long)} of "
             f"{min(lengths)} to {longest}; raise train.max_length"
         )
-    return kept, len(too_long), longest
+    return short, len(too_long), longest
 
 
 def batched_order(lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:

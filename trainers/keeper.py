@@ -147,12 +147,14 @@ class Keeper:
         if self.asked[0] != first:
             texts = sorted((text for n in range(first, first + at_once) for text in self.share_of(n)[0]), key=len)
             parts = batches(texts, self.pad, self.trainer.args.device, 2 * _BATCH)
-            found = [self.of_base(model, part) for part in parts]
+            log_probs = [self.of_base(model, part) for part in parts]
             lengths = [len(text) - 1 for text in texts]
-            hidden = found[0].shape[-1] == 1
-            self.asked = (first, {} if hidden else dict(zip(texts, torch.cat(found).split(lengths), strict=True)))
-        known = self.asked[1]
-        return torch.cat([known[text] for text in self.share_of(step)[0]]) if known else self.of_base(model, batch)
+            hidden = log_probs[0].shape[-1] == 1
+            self.asked = (first, {} if hidden else dict(zip(texts, torch.cat(log_probs).split(lengths), strict=True)))
+        by_text = self.asked[1]
+        if not by_text:
+            return self.of_base(model, batch)
+        return torch.cat([by_text[text] for text in self.share_of(step)[0]])
 
     def hold(self, model: Any) -> None:
         """Add the gradient of strength · KL on this step's texts, or of the penalty."""

@@ -144,11 +144,11 @@ def add_lora(model: Any, settings: TrainSettings) -> Any:
         layers = settings.layer_config()
         of: dict[str, GRITLoRAConfig] = {}
         for modality, names in adapted_modules(model, layers)[0].items():
-            own = layers.modalities[modality]
+            config = layers.modalities[modality]
             shape = GRITLoRAConfig(
-                r=own.rank or layers.global_rank,
-                lora_alpha=own.alpha or layers.global_alpha,
-                lora_dropout=layers.global_dropout if own.dropout is None else own.dropout,
+                r=config.rank or layers.global_rank,
+                lora_alpha=config.alpha or layers.global_alpha,
+                lora_dropout=layers.global_dropout if config.dropout is None else config.dropout,
             )
             of |= dict.fromkeys(names, shape)
         return add_to(model, of)

@@ -49,13 +49,13 @@ def _of_path(path: str, ours: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 def for_trainer(trainer: Any, settings: Any) -> tuple[Any, dict[str, Any]]:
     """The trainer's `optimizer_cls_and_kwargs`; it calls what is no class once before it passes the model."""
-    s, own = settings, arguments(settings.optim_args)
+    s, given = settings, arguments(settings.optim_args)
     if not is_path(s.optimizer):
         kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-        return kind, {**options, **own}
+        return kind, {**options, **given}
     ours = {"lr": s.learning_rate, "weight_decay": s.weight_decay, "r": s.rank, "lora_alpha": s.alpha}
     kind, options = _of_path(s.optimizer, ours)
-    return kind if _is_class(kind) else lambda: kind, {**options, **own}
+    return kind if _is_class(kind) else lambda: kind, {**options, **given}
 
 
 def _is_class(kind: Any) -> bool:
@@ -80,9 +80,9 @@ def _problems(name: str, given: str) -> list[str]:
     from transformers import Trainer, TrainingArguments
     from transformers.training_args import OptimizerNames
 
-    known = [known.value for known in OptimizerNames]
-    if name not in known and not is_path(name):
-        return [f"optimizer: unknown name {name!r}{suggest(name, known)}, or a dotted path"]
+    names = [optimizer.value for optimizer in OptimizerNames]
+    if name not in names and not is_path(name):
+        return [f"optimizer: unknown name {name!r}{suggest(name, names)}, or a dotted path"]
     ours = dict(_OURS)
     try:
         if is_path(name):
@@ -94,12 +94,12 @@ def _problems(name: str, given: str) -> list[str]:
                 kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
     except (AttributeError, ImportError, TypeError, ValueError) as error:
         return [f"optimizer: {name} cannot be used: {error}"]
-    own = json.loads(given)
-    wrong = [f"optim_args.{key}: set {ours[key]} in section train instead" for key in own if key in ours]
+    values = json.loads(given)
+    wrong = [f"optim_args.{key}: set {ours[key]} in section train instead" for key in values if key in ours]
     taken = [key for key in inspect.signature(kind).parameters if key not in ("params", "args", "model", *ours)]
     wrong += [
         f"optim_args.{key}: unknown key of {name}{suggest(key, taken)}"
-        for key in own
+        for key in values
         if key not in (*taken, *ours) and (_is_class(kind) or not _open(kind))
     ]
     if wrong:
@@ -111,9 +111,10 @@ def _problems(name: str, given: str) -> list[str]:
 
             model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
         model(torch.ones(1, 2)).sum().backward()
-        made = kind(model.parameters() if _is_class(kind) else model, **{**options, **arguments(own)})
-        getattr(made, "train", dict)()  # of schedule-free ones
-        made.step()
+        optimizer = kind(model.parameters() if _is_class(kind) else model, **{**options, **arguments(values)})
+        getattr(optimizer, "train", dict)()  # of schedule-free ones
+        optimizer.step()
     except (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        return [f"optim_args: {name} refuses {own}: {error}" if own else f"optimizer: {name} cannot be used: {error}"]
+        what = f"optim_args: {name} refuses {values}" if values else f"optimizer: {name} cannot be used"
+        return [f"{what}: {error}"]
     return []

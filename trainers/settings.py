@@ -223,8 +223,8 @@ class TrainSettings(Section):
         try:
             self.layer_config().validate()
         except ModelConfigError as error:
-            own = tuple(f"{modality}." for modality in MODALITIES)
-            problems += [f"layers.{line}" if line.startswith(own) else line for line in str(error).splitlines()]
+            prefixes = tuple(f"{modality}." for modality in MODALITIES)
+            problems += [f"layers.{line}" if line.startswith(prefixes) else line for line in str(error).splitlines()]
         return problems
 
     @property

@@ -45,11 +45,11 @@ def load(model: Any, folder: Path) -> Any:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (KeyError, RuntimeError, ValueError) as error:
         raise TrainingError(f"{folder}: does not fit the base: {error}") from error
-    known = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    if strange := sorted(known.keys() ^ saved.keys()):
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if strange := sorted(expected.keys() ^ saved.keys()):
         sides = ("the base has no place for", "misses")
-        examples = "; ".join(f"{sides[name in known]} {name}" for name in strange[:4])
-        raise TrainingError(f"{folder}: does not fit the base: {len(strange)} tensors of {len(known)}: {examples}")
+        examples = "; ".join(f"{sides[name in expected]} {name}" for name in strange[:4])
+        raise TrainingError(f"{folder}: does not fit the base: {len(strange)} tensors of {len(expected)}: {examples}")
     return adapted
 
 
@@ -62,9 +62,9 @@ def its_base(folder: Path, base: BaseReference) -> str:
     ours = [place for place in (base.location, base.merge_location) if place]
     if not name or name in ours:  # the weights in a folder may have changed
         return "unknown" if not name or Path(name).is_dir() else "name"
-    theirs, own = (Path(place) / "model.safetensors" for place in (name, base.location))
-    if theirs.is_file() and own.is_file():
-        if sha256(theirs) == sha256(own):
+    foreign, base_file = (Path(place) / "model.safetensors" for place in (name, base.location))
+    if foreign.is_file() and base_file.is_file():
+        if sha256(foreign) == sha256(base_file):
             return "weights"
     elif Path(name).is_absolute() or any(Path(place).is_dir() for place in ours):
         return "unknown"

@@ -1,7 +1,7 @@
-"""One file an arm. A new one is a file here with an `ARM = Arm(...)`, and its entry in params.yaml.
+"""One file per arm. To add one, put a file with `ARM = Arm(...)` here and an entry into params.yaml.
 
-`ARM.settings` is the class of what the arm can set: section `train` and, if it has any, sections of its own. Heavy
-packages load in the hooks, so that params.yaml is checked without them.
+`ARM.settings` is the class of the arm's settings: section `train` plus the arm's own sections, if any. Heavy packages
+load in the hooks, so that params.yaml is checked without them.
 """
 
 import importlib
@@ -12,9 +12,9 @@ from trainers import BASELINE
 
 
 def names() -> list[str]:
-    """Every arm that has code of its own, the baseline first."""
-    found = (file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("_"))
-    return sorted(found, key=lambda name: (name != BASELINE, name))
+    """Every arm with its own code, the baseline first."""
+    stems = (file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("_"))
+    return sorted(stems, key=lambda name: (name != BASELINE, name))
 
 
 def load(name: str) -> Any:

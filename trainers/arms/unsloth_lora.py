@@ -79,9 +79,9 @@ def _load_model(base: BaseReference, settings: TrainSettings) -> Any:
         ) from error
     # Where 4 bit does not work, and for names with -bnb-4bit, Unsloth may load something else and go on.
     loaded = (model.config.name_or_path, any(type(m).__name__ == "Linear4bit" for m in model.modules()))
-    wanted = (base.location, in_4_bit)
-    if loaded[0] != wanted[0] or loaded[1] < wanted[1]:
-        words = [f"{name!r} in {'4' if quantized else '16 or 32'} bit" for name, quantized in (wanted, loaded)]
+    expected = (base.location, in_4_bit)
+    if loaded[0] != expected[0] or loaded[1] < expected[1]:
+        words = [f"{name!r} in {'4' if quantized else '16 or 32'} bit" for name, quantized in (expected, loaded)]
         raise TrainingError(
             f"train.quantize_base: expected Unsloth to load {words[0]}, it loaded {words[1]}; set quantize_base to "
             "what this machine and these weights can do"
@@ -134,8 +134,8 @@ def unfuse_lora(model: Any) -> int:
     MLPs, or `_unsloth_forward` where the MLP is tiled. What it had there before, or falls back to, comes back. Returns
     how many methods were put back; 0 on a CPU, where Unsloth fuses nothing.
     """
-    found = list(fused_lora(model))
-    strange = [f"{name}.{attribute}" for name, _, attribute in found if attribute not in _KNOWN]
+    places = list(fused_lora(model))
+    strange = [f"{name}.{attribute}" for name, _, attribute in places if attribute not in _KNOWN]
     for name, module in model.named_modules():  # fused for all modules of a class, by unsloth_zoo's compiler
         forward = type(module).forward
         if _is_fused(forward) or (hasattr(module, "lora_A") and forward.__name__ == "unsloth_forward"):
@@ -146,13 +146,13 @@ def unfuse_lora(model: Any) -> int:
             f"found them in {len(strange)} other places: {', '.join(strange[:4])}; set unsloth_fused_lora to true and "
             "GRIT's capture to auto or gradients"
         )
-    _swap(found)
-    return len(found)
+    _swap(places)
+    return len(places)
 
 
-def _swap(found: Iterable[tuple[str, Any, str]]) -> None:
+def _swap(places: Iterable[tuple[str, Any, str]]) -> None:
     """Put back what Unsloth had there before it fused."""
-    for _, module, attribute in found:
+    for _, module, attribute in places:
         if attribute == "forward":
             del module.forward  # the class's own comes back
         elif attribute == "_unsloth_forward":
@@ -164,13 +164,13 @@ def _swap(found: Iterable[tuple[str, Any, str]]) -> None:
 
 @contextmanager
 def _unfused(model: Any) -> Iterator[None]:
-    found = [place for place in fused_lora(model) if place[2] in _KNOWN]
-    kernels = [vars(module)[attribute] for _, module, attribute in found]
-    _swap(found)
+    places = [place for place in fused_lora(model) if place[2] in _KNOWN]
+    kernels = [vars(module)[attribute] for _, module, attribute in places]
+    _swap(places)
     try:
         yield
     finally:
-        for (_, module, attribute), kernel in zip(found, kernels, strict=True):
+        for (_, module, attribute), kernel in zip(places, kernels, strict=True):
             setattr(module, attribute, kernel)
 
 
