@@ -1,4 +1,4 @@
-"""Methods of LoRA that no package has, as arms of benchmarks/frontier.py."""
+"""LoRA methods without a package, as arms of benchmarks/frontier.py."""
 
 from collections.abc import Mapping
 from dataclasses import replace

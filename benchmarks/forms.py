@@ -1,8 +1,8 @@
-"""Whether an answer depends on how a question is typed: every exported model, every test item in every form.
+"""Does an answer depend on how a question is typed? Every exported model, every test item in every form.
 
-Plain, with a newline as `echo` leaves one, with a blank, with a question mark, and as the second question of a
-conversation, rendered by the Modelfile's TEMPLATE: where that has the last question alone, the same text as plain.
-Greedy, by llama.cpp; needs what `make repro` leaves. Run as `python -m benchmarks.forms`.
+The forms: plain, with a trailing newline (as from `echo`), blank or question mark, and as the second question of a
+conversation, rendered by the Modelfile's TEMPLATE (identical to plain if that renders the last question only). Greedy
+decoding by llama.cpp; needs what `make repro` leaves. Run as `python -m benchmarks.forms`.
 """
 
 from dataclasses import asdict
@@ -28,7 +28,7 @@ PARALLEL = 16
 
 
 def forms(items: list[Item], first: str) -> dict[str, list[Asked]]:
-    """`first`: what the model answers to the first item, whose question stands before all others."""
+    """`first` is the model's answer to the first item, whose question precedes all others."""
     said = [(items[0].prompt, first)]
     return {
         "plain": [item.prompt for item in items],

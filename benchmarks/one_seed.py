@@ -1,7 +1,7 @@
-"""How often two arms that are alike are told apart, by one, three and five seeds, and how often an interval is right.
+"""How often two identical arms are distinguished with one, three and five seeds, and how often intervals are right.
 
-Simulated answers, right or wrong, by a logistic model: an item's difficulty (standard deviation 1.5 logits), what of it
-suits one arm alone (1.0), and a run's luck (`luck`); 60% right in the mean. The base has one run and no luck. Judged
+Simulated answers, right or wrong, by a logistic model: an item's difficulty (standard deviation 1.5 logits), how it
+suits a single arm (1.0), and a run's luck (`luck`); 60% right on average. The base has one run and no luck. Judged
 by the report's own `compare_pairs`; "before" is the outcome by interval and p-value alone, which one seed had until
 2026-11-23. A minute of CPU; run as `python -m benchmarks.one_seed`.
 """

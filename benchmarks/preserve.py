@@ -1,7 +1,7 @@
-"""What holding a model to its base costs: a training step with each form of `train.preserve` and without, in turn.
+"""What `train.preserve` costs: training steps with each method and without, in turn.
 
-The Trainer's own steps, as stage train takes them, on AQI items and general questions in the place of the base's texts
-(a random base would say nothing of the right length), 32 steps a block. Memory is the peak of all tensors from the
+The Trainer's own steps, as in stage train, on AQI items, with general questions in place of the base's texts (a random
+base writes nothing of a realistic length), in blocks of 32 steps. Memory is the peak of all tensors from the
 building of the trainer to the end of 4 steps. Run as `python -m benchmarks.preserve`, on an idle machine.
 """
 
@@ -52,7 +52,7 @@ class Loop:
 
 
 def job_of(hidden: int, folder: Path, method: str, raw: dict[str, Any], arm: str) -> TrainingJob:
-    """A job of the tiny profile on a random base of that width, which is made where it is not there yet."""
+    """A job of the tiny profile on a random base of that width, created on first use."""
     template, own = raw["prompt"]["template"], raw["arms"][arm]
     asked = [
         (render(template, prompt), answer) for _, prompt, answer in islice(general.questions(0, held_out=False), TEXTS)

@@ -1,7 +1,7 @@
-"""Every fault of the catalogue must be named, no clean run blamed, others' optimizers told: `make probe-faults`.
+"""The probe on the fault catalogue, on clean runs and on third-party optimizers: `make probe-faults`.
 
-Exit code 1 if a fault is missed (its verdict is `effective`, or the first diagnosis is another than the one that it was
-made for) or a clean run, our own or of somebody's optimizer, raises a false alarm.
+Exit code 1 if a fault is missed (its verdict is `effective`, or its first diagnosis is not the expected one), or if a
+clean run, ours or of a third-party optimizer, raises a false alarm.
 """
 
 import logging
@@ -84,7 +84,7 @@ def main() -> int:
     foreign = [{**row, "version": version(run)} for run, row in zip(known, run_clean(known, "foreign"), strict=True)]
     show("Faults", faults)
     show("Clean runs (length: of the real update over plain AdamW's)", clean)
-    show("Optimizers that others wrote", foreign)
+    show("Third-party optimizers", foreign)
     diagnosed = sum(entry["right"] for entry in faults)
     false_alarms = sum(not entry["right"] for entry in clean)
     misjudged = sum(not entry["right"] for entry in foreign)
@@ -92,7 +92,7 @@ def main() -> int:
     same = [entry["numbers"]["angle_to_shadow"] for entry in clean if entry["expected"] == "equals_shadow"]
     lowest, highest = min(effective), max(same)
     print(f"{diagnosed} of {len(faults)} faults diagnosed, {false_alarms} false alarms in {len(clean)} clean runs")
-    print(f"{len(foreign) - misjudged} of {len(foreign)} runs of others' optimizers judged rightly")
+    print(f"{len(foreign) - misjudged} of {len(foreign)} runs of third-party optimizers judged correctly")
     print(f"smallest angle of any layer of an effective run {lowest:.1f}°, largest of plain AdamW {highest:.1e}°")
     write(
         "probe_faults",

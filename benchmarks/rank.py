@@ -1,7 +1,7 @@
-"""The smallest adapter that is as good as one of full rank: GRIT's shrinking at the end, against training at that rank.
+"""The smallest adapter as good as one of full rank: shrinking by GRIT at the end, or training at that rank.
 
-One training of rank 16 for each seed; then every threshold τ shrinks a copy of it. Beside it: plain LoRA, and GRIT,
-from the start at smaller ranks, with s = α/r as at rank 16. Settings are those that benchmarks/frontier.py found at 300
+One training at rank 16 per seed; then every threshold τ shrinks a copy of it. For comparison: plain LoRA and GRIT at
+smaller ranks from the start, with s = α/r as at rank 16. Settings are those that benchmarks/frontier.py found at 300
 steps, losses those of split test, seeds 0 to 4. Rows go to results/rank_runs.jsonl, and none that is there is repeated.
 Run as `python -m benchmarks.rank`.
 """
@@ -56,7 +56,7 @@ def train(name: str, rank: int, seed: int, settings: dict[str, Any]) -> dict[str
 
 
 def read_rows(best: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of the settings that are the best by now."""
+    """Rows with the currently best settings."""
     return [row for row in frontier.rows_of(ROWS) if row["settings"] == best[row["method"]]]
 
 

@@ -1,4 +1,4 @@
-"""The schedule of `python -m pipelines.distribute` on machines that we do not have, simulated.
+"""A simulation of `python -m pipelines.distribute` on clusters that we do not have.
 
 The graph of stages is DVC's, the seconds of each kind of stage those that it took here when it last ran
 (logs/stages/seconds.json), the bytes those of dvc.lock. A worker takes the next stage that is ready, pulls what it
@@ -45,7 +45,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def matrix(kinds: dict[str, set[str]], which: set[Stage], seeds: int) -> dict[Stage, set[Stage]]:
-    """The graph for so many seeds: a stage waits for those of its own arm and seed, and for those that have none."""
+    """The graph for a number of seeds: a stage waits for those of its arm and seed, and for those that have neither."""
     with_arm, with_seed = {kind for kind, arm, _ in which if arm}, {kind for kind, _, seed in which if seed}
     arms = sorted({arm for _, arm, _ in which if arm})
 
@@ -62,7 +62,7 @@ def matrix(kinds: dict[str, set[str]], which: set[Stage], seeds: int) -> dict[St
 
 def simulate(stages: dict[Stage, set[Stage]], seconds: dict[str, float], sizes: dict[str, float], workers: int,
              link: float, overhead: float) -> tuple[float, float]:  # fmt: skip
-    """Makespan in seconds, and the share of it in which the link is busy."""
+    """Makespan in seconds, and the share of it during which the link is busy."""
     after = defaultdict(list)
     waits = {stage: len(before) for stage, before in stages.items()}
     for stage, before in stages.items():

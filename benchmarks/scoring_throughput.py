@@ -1,7 +1,7 @@
 """Scoring questions: several at once against one by one, Hugging Face in batches, and bare llama.cpp.
 
-The bare loop decodes the very batches that ours decoded, recorded beforehand: no text, no choice of tokens, no
-scores. Its time is the model's; ours over it is what the harness adds. One thread everywhere. `PROMPTS` questions a
+The bare loop decodes the same batches as ours, recorded beforehand, without text, sampling or scores. Its time is that
+of the model; the ratio to ours is what the harness adds. One thread everywhere. `PROMPTS` questions a
 call; needs what `make repro` leaves (or the stages up to `export@baseline_lora-0`). Run as
 `python -m benchmarks.scoring_throughput`.
 """
@@ -40,7 +40,7 @@ class Step:
 
 
 def recorded(work: Callable[[], Any]) -> tuple[Any, list[Step]]:
-    """What a call returns, and every batch that it decoded."""
+    """The result of a call, and every batch that it decoded."""
     steps: list[Step] = []
 
     class Recording(BatchContext):
@@ -60,7 +60,7 @@ def recorded(work: Callable[[], Any]) -> tuple[Any, list[Step]]:
 
 
 def bare(llm: llama_cpp.Llama, num_ctx: int, sequences: int, steps: list[Step]) -> Callable[[], None]:
-    """A call that decodes recorded batches through llama.cpp's own functions, and does nothing else.
+    """A function that decodes recorded batches with llama.cpp's own functions, and does nothing else.
 
     Model, context and batches are made beforehand and are not timed.
     """

@@ -1,8 +1,8 @@
-"""How many threads a training step wants, by the width of the layers, on an idle machine and on a busy one.
+"""The best number of threads for a training step, by layer width, on an idle and on a busy machine.
 
-The contenders are processes: one thread, one a core that spins for a while before it sleeps (OpenMP's default), that
-spins for a moment (as the stages do), that sleeps at once. Busy: beside twice as many endless loops as cores. Run as
-`python -m benchmarks.threads`, with nothing else running.
+The contenders are processes: with one thread; with one per core that spins for a while before it sleeps (OpenMP's
+default), spins briefly (as the stages do), or sleeps at once. Busy means next to twice as many endless loops as cores.
+Run as `python -m benchmarks.threads`, with nothing else running.
 """
 
 import multiprocessing
@@ -28,7 +28,7 @@ ROUNDS, STEPS = 5, 3
 
 
 def _serve(connection: Connection) -> None:
-    """Take steps of a width for every width that comes, until None does."""
+    """Take steps for every width received, until None."""
     from benchmarks import _steps
 
     loops: dict[int, _steps.Loop] = {}
