@@ -122,8 +122,8 @@ def test_an_unreachable_hub_is_an_error_that_names_the_local_way():
 @pytest.mark.parametrize(
     ("kind", "output"),
     [
-        ("GatedRepoError", "is gated: ask for access on its page.*`hf auth login` or set HF_TOKEN"),
-        ("RepositoryNotFoundError", "the hub has no model org/name, or a private one"),
+        ("GatedRepoError", "is gated.*`hf auth login` or set HF_TOKEN"),
+        ("RepositoryNotFoundError", "the hub has no model org/name"),
         ("RevisionNotFoundError", r"has no such revision; set prepare_base\.revision"),
     ],
 )
