@@ -18,7 +18,7 @@ from db.files import read_jsonl
 from evaluation.report.text import interval, number
 from evaluation.statistics.differences import Pairs, difference
 from evaluation.tasks import Item, load
-from export.engines.base import Asked, conversation
+from export.engines.engine import Asked, conversation
 from export.engines.llama_cpp import LlamaCppEngine
 from export.served import BASE, Served, find_served
 from pipelines.check import load_params

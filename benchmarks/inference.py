@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks._harness import alternate, command, report
 from db.files import read_json, read_jsonl
 from evaluation.tasks import Item
-from export.engines.base import LocalEngine
+from export.engines.engine import LocalEngine
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
 from pipelines.base_model import load_reference

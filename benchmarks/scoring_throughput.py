@@ -20,7 +20,7 @@ from benchmarks._harness import alternate, command, ratios, report, spread
 from db.files import read_json, read_jsonl
 from evaluation.measure import answers
 from evaluation.tasks import Item
-from export.engines.base import Engine
+from export.engines.engine import Engine
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import N_BATCH, BatchContext, LlamaCppEngine
 from export.gguf import save_merged

@@ -8,4 +8,4 @@ class ExportError(RuntimeError):
 
 
 class MergedOnlyError(ExportError):
-    """An adapter that llama.cpp can only have merged into its base."""
+    """An adapter that llama.cpp, or this release of Ollama, can only serve merged into its base."""

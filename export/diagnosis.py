@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from export import ExportError
-from export.engines.base import Engine, Generation
+from export.engines.engine import Engine, Generation
 from export.engines.llama_cpp import LlamaCppEngine, Vocabulary, open_in_process
 from export.gguf import scale_of
 from export.parity import TIE, parting

@@ -12,7 +12,7 @@ from functools import cache
 import jinja2
 
 from export import ExportError
-from export.engines.base import PROMPT_SLOT, Message
+from export.engines.engine import PROMPT_SLOT, Message
 
 IF_SYSTEM, SYSTEM, ELSE, END = "{{ if .System }}", "{{ .System }}", "{{ else }}", "{{ end }}"
 MESSAGES, CONTENT = "{{ range .Messages }}", "{{ .Content }}"
@@ -43,13 +43,9 @@ _WITHIN = {
 _ACTION = re.compile(r"(\{\{.*?\}\}|\{\{)", re.DOTALL)
 
 
-class GoTemplateError(ExportError):
-    """A template with something in it that this project never writes."""
-
-
 @cache
 def _jinja(go: str) -> jinja2.Template:
-    """The same template in Jinja. Raises GoTemplateError: an action that is not known, or not at such a place."""
+    """The same template in Jinja. Raises ExportError: an action that is not known, or not at such a place."""
     blocks: list[str] = []
     pieces, source = _ACTION.split(go), ["{% set ns = namespace() %}"]
     for number, piece in enumerate(pieces):
@@ -64,20 +60,20 @@ def _jinja(go: str) -> jinja2.Template:
             source.append(known[piece])
             blocks += [word for word in ("if", "for") if known[piece].startswith(f"{{% {word} ")]
         else:
-            raise GoTemplateError(f"expected {', '.join([*known, ELSE, END])} in their places, got {piece!r}")
+            raise ExportError(f"expected {', '.join([*known, ELSE, END])} in their places, got {piece!r}")
     try:
         return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(  # noqa: S701  (no HTML)
             "".join(source), globals={"pieces": pieces}
         )
     except jinja2.TemplateSyntaxError as error:
-        raise GoTemplateError(f"{go!r}: {error}") from error
+        raise ExportError(f"{go!r}: {error}") from error
 
 
 def render_go(go: str, messages: Sequence[Message]) -> str:
     """What Ollama makes of a conversation, up to where the answer begins.
 
     System messages are joined, and so are several messages of one role in a row. A template without `.Messages` is
-    rendered as a whole for each turn, the last time without what stands behind `.Response`. Raises GoTemplateError: an
+    rendered as a whole for each turn, the last time without what stands behind `.Response`. Raises ExportError: an
     action that is none of those above, so that a text which Go would run is never taken for a text.
     """
     joined: list[Message] = []
@@ -92,7 +88,7 @@ def render_go(go: str, messages: Sequence[Message]) -> str:
             return _jinja(go).render(system=system, messages=joined)
         return _turns(go if RESPONSE in go else go + RESPONSE, joined)  # as Ollama does
     except jinja2.UndefinedError as error:
-        raise GoTemplateError(f"{go!r}: {error}, for Ollama sets it only in templates of the other kind") from error
+        raise ExportError(f"{go!r}: {error}, for Ollama sets it only in templates of the other kind") from error
 
 
 def _turns(go: str, messages: Sequence[Message]) -> str:
@@ -111,7 +107,7 @@ def _turns(go: str, messages: Sequence[Message]) -> str:
 def go_of_turns(template: str, end: str) -> str:
     """The Go template that fills the training template anew in every turn, and closes each answer with `end`.
 
-    A system message stands in front of all, with an empty line behind it. Raises GoTemplateError: as `go_template`.
+    A system message stands in front of all, with an empty line behind it. Raises ExportError: as `go_template`.
     """
     go_template(template)
     head, tail = template.split(PROMPT_SLOT)
@@ -122,10 +118,10 @@ def go_of_turns(template: str, end: str) -> str:
 def go_template(template: str) -> str:
     """The Go template that renders the last question in the training template, whatever was said before.
 
-    Raises GoTemplateError: {prompt} is missing or repeated, or the text holds Go's "{{".
+    Raises ExportError: {prompt} is missing or repeated, or the text holds Go's "{{".
     """
     if (found := template.count(PROMPT_SLOT)) != 1:
-        raise GoTemplateError(f"expected {PROMPT_SLOT} once in the template, found it {found} times: {template!r}")
+        raise ExportError(f"expected {PROMPT_SLOT} once in the template, found it {found} times: {template!r}")
     if "{{" in template:
-        raise GoTemplateError(f"the template holds '{{{{', which Go's template language would run: {template!r}")
+        raise ExportError(f"the template holds '{{{{', which Go's template language would run: {template!r}")
     return FIND_LAST + template.replace(PROMPT_SLOT, LAST)

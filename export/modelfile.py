@@ -10,14 +10,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from export import ExportError
-from export.engines.base import PROMPT_SLOT, Asked, Raw, conversation, messages_of
-from export.go import LAST, SYSTEM, GoTemplateError, go_template, render_go
+from export.engines.engine import PROMPT_SLOT, Asked, Raw, conversation, messages_of
+from export.go import LAST, SYSTEM, go_template, render_go
 
 BOS_TOKENS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|begin▁of▁sentence|>", "[BOS]")
-
-
-class ModelfileError(ExportError):
-    """A Modelfile that Ollama would refuse or, worse, read as something else."""
 
 
 class Serving(BaseModel):
@@ -58,7 +54,7 @@ class Serving(BaseModel):
 
     @property
     def go_template(self) -> str:
-        """Ollama's TEMPLATE. Raises GoTemplateError: see `export.go.go_template`."""
+        """Ollama's TEMPLATE. Raises ExportError: see `export.go.go_template`."""
         return self.go or go_template(self.template)
 
     @property
@@ -67,7 +63,7 @@ class Serving(BaseModel):
         return self.go is not None and LAST not in self.go
 
     def render(self, asked: Asked) -> str:
-        """What the server makes of a question or a conversation. Raises GoTemplateError: see `export.go.render_go`."""
+        """What the server makes of a question or a conversation. Raises ExportError: see `export.go.render_go`."""
         if isinstance(asked, Raw):
             return asked
         messages = messages_of(asked)
@@ -84,12 +80,12 @@ class Serving(BaseModel):
         return {"num_ctx": self.num_ctx, "temperature": 0.0, "top_k": 1, "repeat_penalty": 1.0, "stop": self.stop}
 
     def check(self) -> None:
-        """Refuse what no Modelfile can say. Raises ModelfileError: lists every field at fault."""
+        """Refuse what no Modelfile can say. Raises ExportError: lists every field at fault."""
         template, problems = self.go_template, []
         try:
             if (made := self.render(PROMPT_SLOT)) != self.template:
                 problems.append(f"go: expected a template that makes {self.template!r} of a question, got {made!r}.")
-        except GoTemplateError as error:
+        except ExportError as error:
             problems.append(f"go: {error}.")
         if self.system is not None and ".System" not in template:
             problems.append(f"system: the template has no {SYSTEM}, so Ollama would drop it; put it into the template.")
@@ -110,7 +106,7 @@ class Serving(BaseModel):
                 names = ", ".join(f"U+{ord(c):04X}" for c in lost)
                 problems.append(f"{name}: holds {names}, which Ollama's Modelfile parser drops; remove it.")
         if problems:
-            raise ModelfileError("The Modelfile cannot be written:\n  - " + "\n  - ".join(problems))
+            raise ExportError("The Modelfile cannot be written:\n  - " + "\n  - ".join(problems))
 
     def modelfile(self, gguf: str = "./model.gguf", adapter: str | None = None) -> str:
         """The Modelfile's text; paths are relative to it. Ollama 0.34.1 and later refuse adapters."""
@@ -132,11 +128,11 @@ def _quoted(value: str) -> str:
 def check_bos(text: str, gguf_adds_bos: bool, bos_token: str | None = None) -> None:
     """Refuse a text, as it is rendered, that would put the beginning-of-sequence token there twice.
 
-    Raises ModelfileError: names the token, a well-known one or the model's own.
+    Raises ExportError: names the token, a well-known one or the model's own.
     """
     leading = next((t for t in (*BOS_TOKENS, bos_token) if t and text.lstrip().startswith(t)), None)
     if gguf_adds_bos and leading is not None:
-        raise ModelfileError(
+        raise ExportError(
             f"the template starts with {leading}, and the GGUF adds that token itself, so the model would "
             "see it twice; take it out of the template."
         )

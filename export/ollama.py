@@ -13,7 +13,7 @@ from rich.table import Table
 
 from export import ExportError
 from export.engines.llama_cpp import open_in_process
-from export.engines.ollama import (
+from export.engines.ollama_engine import (
     full_name,
     list_models,
     remove,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
-from export.engines.base import Generation, LocalEngine
+from export.engines.engine import Generation, LocalEngine
 
 # Logits. The lead of the best token over the second differed by at most 0.022 between Hugging Face (float32, adapter
 # not merged) and the two f16 GGUF forms, over 1017 tokens of the tiny profile (LOG.md, 2026-11-21).

@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from db.files import process_runs, sha256, write_json
-from export import ExportError
+from export import ExportError, MergedOnlyError
+from export.engines.engine import EngineError
 from export.engines.llama_cpp import Vocabulary
-from export.engines.ollama import (
+from export.engines.ollama_engine import (
     LOAD_S,
-    AdaptersUnsupportedError,
     OllamaEngine,
-    OllamaError,
     Retry,
     connect,
     full_name,
@@ -71,8 +70,8 @@ def register(
     `gguf` is the merged model, or the base when `adapter` is given; `records` the folder of the local records, None:
     ~/.cache/grit-pipeline/ollama (below XDG_CACHE_HOME if set).
 
-    Raises OllamaUnavailable: no server, or the connection broke. AdaptersUnsupportedError: the server takes no
-    adapters. OllamaError: the server refused, did not end in "success", or stored other settings than it was given.
+    Raises EngineError: no server, a broken connection, a refusal, a creation that did not end in "success", or other
+    settings stored than were given. MergedOnlyError: the server takes no adapters.
     ExportError: a file is missing, or settings that no Modelfile can say.
     """
     say = progress or (lambda line: None)
@@ -99,9 +98,9 @@ def register(
         _create(client, name, serving, hashes, say)
     stored = stored_model(url, name)
     if stored is None:
-        raise OllamaError(f"Ollama at {url} reported success, but does not list {name!r}; see its log")
+        raise EngineError(f"Ollama at {url} reported success, but does not list {name!r}; see its log")
     if problems := stored.differences(serving):  # /api/create checks none of them
-        raise OllamaError(f"Ollama at {url} stored other settings for {name!r}: " + "; ".join(problems))
+        raise EngineError(f"Ollama at {url} stored other settings for {name!r}: " + "; ".join(problems))
     write_json(record_path, {"fingerprint": fingerprint, "digest": stored.digest})
     return Registered(stored.digest, created=True)
 
@@ -129,7 +128,7 @@ def _upload(client: "Client", url: str, path: Path, sha256: str, say: Callable[[
     say(f"{path.name}: uploading {path.stat().st_size / 1e6:.1f} MB")
     sent = client.create_blob(path)
     if sent != f"sha256:{sha256}":
-        raise OllamaError(f"{path} changed while it was uploaded (sha256 {sha256}, then {sent}); export it again")
+        raise EngineError(f"{path} changed while it was uploaded (sha256 {sha256}, then {sent}); export it again")
 
 
 def _create(client: "Client", name: str, serving: Serving, hashes: dict[str, str], say: Callable[[str], None]) -> None:
@@ -148,7 +147,7 @@ def _create(client: "Client", name: str, serving: Serving, hashes: dict[str, str
         status = step.status or status
         say(f"{name}: {step.status}")
     if status != "success":
-        raise OllamaError(f"expected the creation of {name!r} to end in 'success', it ended in {status!r}")
+        raise EngineError(f"expected the creation of {name!r} to end in 'success', it ended in {status!r}")
 
 
 # --- what the export stage left -----------------------------------------------------------------------------------
@@ -167,7 +166,7 @@ def keep_registered(host: str | None, served: Served, progress: Callable[[str], 
     stored = stored_model(host, served.name)
     form = served.adapter_form() if stored is not None and stored.mode == "adapter" else None
     if form is not None:
-        with suppress(AdaptersUnsupportedError):
+        with suppress(MergedOnlyError):
             register_served(host, form, progress)
             return form
     register_served(host, served, progress)
@@ -182,8 +181,8 @@ def open_on_server(host: str | None, served: Served, scale: float = 1.0) -> Iter
     """An exported model as the server has it, whoever made it; else a temporary copy under a name of its own.
 
     The copy is for a model that the server has in the other mode or not at all, and for controls with another adapter
-    scale. What killed checks of this machine left on the server is deleted. Raises AdaptersUnsupportedError: the server
-    takes no adapters. OllamaError: it cannot be asked.
+    scale. What killed checks of this machine left on the server is deleted. Raises MergedOnlyError: the server
+    takes no adapters. EngineError: it cannot be asked.
     """
     url = resolve_host(host)
     remove_abandoned(url)
@@ -205,7 +204,7 @@ def open_on_server(host: str | None, served: Served, scale: float = 1.0) -> Iter
             engine.note = f"asked of a temporary copy in mode {served.mode}, for the server {has}"
             yield engine
     except BaseException:
-        with suppress(OllamaError):  # which would hide what really went wrong
+        with suppress(EngineError):  # which would hide what really went wrong
             remove(url, name)
         raise
     remove(url, name)
@@ -214,7 +213,7 @@ def open_on_server(host: str | None, served: Served, scale: float = 1.0) -> Iter
 def _engine(url: str, name: str, served: Served) -> OllamaEngine:
     stored = stored_model(url, name)
     if stored is None:
-        raise OllamaError(f"Ollama at {url} had {name!r} and does not have it now; who removed it?")
+        raise EngineError(f"Ollama at {url} had {name!r} and does not have it now; who removed it?")
     engine = OllamaEngine(
         url,
         name,
@@ -238,7 +237,7 @@ def temporary_name() -> str:
 def remove_abandoned(host: str | None) -> list[str]:
     """Deletes what checks of this machine registered whose process is gone, and names it; other machines' stay.
 
-    Raises OllamaError: the server cannot be asked.
+    Raises EngineError: the server cannot be asked.
     """
     matches = [found for name in list_models(host) if (found := _TEMPORARY.fullmatch(name))]
     left = [found[0] for found in matches if found[1] == _machine() and not process_runs(int(found[2]), int(found[3]))]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from export import ExportError
-from export.engines.base import Asked, LocalEngine, Message, conversation, fill
+from export.engines.engine import Asked, LocalEngine, Message, conversation, fill
 from export.modelfile import Serving
 
 BASE = "base"

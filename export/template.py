@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import TemplateError as JinjaError
 
 from export import ExportError
-from export.engines.base import PROMPT_SLOT, Message, conversation
+from export.engines.engine import PROMPT_SLOT, Message, conversation
 from export.go import (
     CONTENT,
     ELSE,
@@ -29,10 +29,9 @@ from export.go import (
     LAST,
     MESSAGES,
     SYSTEM,
-    GoTemplateError,
     render_go,
 )
-from export.modelfile import ModelfileError, Serving, check_bos
+from export.modelfile import Serving, check_bos
 from trainers.encode import encode_prompt
 
 Render = Callable[..., str]
@@ -50,10 +49,6 @@ PROMPTS = (
     "1",
 )
 _SYSTEMS = ("Be brief.", 'Answer "so" {and} {{so}}.\n\nSecond part: é 漢字 🙂', "x " * 200 + "end")
-
-
-class TemplateError(ExportError):
-    """A chat template that has no right form as a Go template, with the reason and what to do."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +117,7 @@ def _refuse_dates(render: Render) -> None:
 
     if at("Date7f3Q") != at("Date8g4R"):
         text = at("26 Jul 2024").replace(_USER, PROMPT_SLOT)
-        raise TemplateError(
+        raise ExportError(
             "it writes the date of the day, so that training and serving would read different texts. Fix the date: "
             f"write the text itself as prompt.template, e.g. {text!r} (without the token that the tokenizer puts in "
             "front of every text)"
@@ -132,11 +127,11 @@ def _refuse_dates(render: Render) -> None:
 def _read(render: Render, bos_token: str | None) -> _Pieces:
     """The pieces of the template as far as it has them.
 
-    Raises TemplateError: the user's text is not in the rendering as it was given.
+    Raises ExportError: the user's text is not in the rendering as it was given.
     """
     plain = _cut(render(conversation(_USER), True), _USER)
     if plain is None:
-        raise TemplateError("it changes the user's text, leaves it out or repeats it")
+        raise ExportError("it changes the user's text, leaves it out or repeats it")
     written = bos_token if bos_token and plain[0].startswith(bos_token) else ""
     pieces = _Pieces(written, plain[0].removeprefix(written), plain[1])
     with_system = _cut(_try(render, conversation(_USER, _SYSTEM)) or "", _SYSTEM, _USER)
@@ -171,7 +166,7 @@ def convert(
     """The forms of a chat template that training and serving need.
 
     With `adds_bos` tokenizer and GGUF put BOS in front of every text, and it is taken out of the template;
-    `special_tokens` are the tokenizer's, to find the one that ends a turn. Raises TemplateError: no right form; says
+    `special_tokens` are the tokenizer's, to find the one that ends a turn. Raises ExportError: no right form; says
     why and what to do.
     """
 
@@ -183,12 +178,12 @@ def convert(
         _refuse_dates(bare)
         pieces = _read(bare, bos_token)
     except (JinjaError, TypeError, ValueError) as error:
-        raise TemplateError(f"it does not render a single user message: {error}") from error
+        raise ExportError(f"it does not render a single user message: {error}") from error
     if system is not None:
         if system != system.strip() or not system:
-            raise TemplateError(f"prompt.system: expected a text without blanks at its ends, got {system!r}")
+            raise ExportError(f"prompt.system: expected a text without blanks at its ends, got {system!r}")
         if pieces.before is None:
-            raise TemplateError("it takes no system message; leave out prompt.system, or put it into the questions")
+            raise ExportError("it takes no system message; leave out prompt.system, or put it into the questions")
     lead = pieces.bos + (pieces.plain if system is None else f"{pieces.before}{system}{pieces.between}")
     text = lead + PROMPT_SLOT + pieces.after
     stop = tuple(dict.fromkeys(filter(None, (_end_of_turn(pieces.again, special_tokens), eos_token))))
@@ -209,7 +204,7 @@ def convert(
 
 def _check_syntax(made: ChatTemplate, bos_token: str | None, adds_bos: bool) -> None:
     if made.text.count(PROMPT_SLOT) != 1 or "{{" in made.text or "}}" in made.text:
-        raise TemplateError(
+        raise ExportError(
             f"its own text holds {PROMPT_SLOT}, '{{{{' or '}}}}', which Ollama's template language would run; write a "
             f"prompt.template without them. It is {made.text!r}"
         )
@@ -217,12 +212,12 @@ def _check_syntax(made: ChatTemplate, bos_token: str | None, adds_bos: bool) -> 
         for system in (None, _SYSTEM):
             check_bos(render_go(made.go, conversation(_USER, system)), adds_bos, bos_token)
         Serving(template=made.text, go=made.go, stop=list(made.stop), num_ctx=1, system=made.system).check()
-    except (GoTemplateError, ModelfileError) as error:
-        raise TemplateError(f"it cannot be written into a Modelfile: {error}") from error
+    except ExportError as error:
+        raise ExportError(f"it cannot be written into a Modelfile: {error}") from error
 
 
 def _check_blanks(render: Render, pieces: _Pieces) -> None:
-    """Blanks at the ends of the user's text may be taken off. Raises TemplateError: they are changed in another way."""
+    """Blanks at the ends of the user's text may be taken off. Raises ExportError: they are changed in another way."""
     blank = f" \n{_USER}\n\t "
     leads: dict[str | None, str] = {None: pieces.plain}
     if pieces.before is not None:
@@ -230,13 +225,13 @@ def _check_blanks(render: Render, pieces: _Pieces) -> None:
     for system, lead in leads.items():
         got = _try(render, conversation(blank, system))
         if got not in [pieces.bos + lead + text + pieces.after for text in (blank, blank.strip(), blank.rstrip())]:
-            raise TemplateError(f"it changes a message with blanks at its ends: of {blank!r} it makes {got!r}")
+            raise ExportError(f"it changes a message with blanks at its ends: of {blank!r} it makes {got!r}")
 
 
 def _check(render: Render, made: ChatTemplate, asked: str | None) -> None:
     """Go template and training text render what the chat template renders, whatever the messages say.
 
-    Raises TemplateError: shows the first messages for which they do not.
+    Raises ExportError: shows the first messages for which they do not.
     """
     systems = (asked, None, *_SYSTEMS) if SYSTEM in made.go else (None,)
     for prompt, system in product(PROMPTS, dict.fromkeys(systems)):
@@ -246,7 +241,7 @@ def _check(render: Render, made: ChatTemplate, asked: str | None) -> None:
             texts.append(made.text.replace(PROMPT_SLOT, prompt))
         wrong = next((text for text in texts if text != expected), None)
         if wrong is not None:
-            raise TemplateError(
+            raise ExportError(
                 "what it writes round a message depends on what the message says: of system message "
                 f"{system and system[:60]!r} and prompt {prompt[:60]!r} it makes {expected!r:.400}, expected "
                 f"{wrong!r:.400}; write the text itself as prompt.template"
@@ -262,7 +257,7 @@ def _talks(render: Render, go: str, takes_system: bool) -> bool:
     ]
     try:
         return all(render_go(go, messages) == _try(render, messages) for messages in said)
-    except GoTemplateError:
+    except ExportError:
         return False
 
 
@@ -272,11 +267,11 @@ def _talks(render: Render, go: str, takes_system: bool) -> bool:
 def from_tokenizer(tokenizer: Any, system: str | None = None) -> ChatTemplate:
     """The forms of a tokenizer's own chat template; `tokenizer(text)` gives the very ids of `apply_chat_template`.
 
-    Raises TemplateError: no chat template, or one without a right form; says why and what to do.
+    Raises ExportError: no chat template, or one without a right form; says why and what to do.
     """
     name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
     if not getattr(tokenizer, "chat_template", None):
-        raise TemplateError(f"{name} has no chat template; write the text as prompt.template instead of `chat`")
+        raise ExportError(f"{name} has no chat template; write the text as prompt.template instead of `chat`")
 
     def render(messages: list[Message], generation: bool, **variables: Any) -> str:
         made = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **variables)
@@ -293,8 +288,8 @@ def from_tokenizer(tokenizer: Any, system: str | None = None) -> ChatTemplate:
             special_tokens=[*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()],
         )
         _check_ids(tokenizer, made, system)
-    except TemplateError as error:
-        raise TemplateError(f"the chat template of {name} cannot be used: {error}") from error
+    except ExportError as error:
+        raise ExportError(f"the chat template of {name} cannot be used: {error}") from error
     return made
 
 
@@ -318,4 +313,4 @@ def _check_ids(tokenizer: Any, made: ChatTemplate, system: str | None) -> None:
                 f"{expected[first : first + 8]}…), mostly by a blank that it puts in front of a text. Write the "
                 f"text itself as prompt.template: {made.text!r}"
             )
-        raise TemplateError(why)
+        raise ExportError(why)

@@ -15,9 +15,10 @@ from rich.table import Table
 
 from db.files import sha256
 from db.records import VerificationRecord
+from export import MergedOnlyError
 from export.diagnosis import Case, ask, explain, gaps, same_tokens
-from export.engines.base import Engine, Generation
-from export.engines.ollama import AdaptersUnsupportedError, OllamaEngine
+from export.engines.engine import Engine, Generation
+from export.engines.ollama_engine import OllamaEngine
 from export.gguf import changes_nothing
 from export.served import MODES, Mode, Reference, Served, read_references
 
@@ -197,7 +198,7 @@ def _adapter_rows(
         first, *others = _ask(opener, adapted, references, "adapter")
         with opener(adapted, control_scale) as engine:
             perturbed = tuple(ask(engine, one).text for one in references if one.form == first.form)
-    except AdaptersUnsupportedError as error:
+    except MergedOnlyError as error:
         untold = ("rendered", "counted", "answered", "tied", "server_digest", "stored_sha256", "differences", "note")
         nothing: dict[str, None] = dict.fromkeys(untold)
         files = {"gguf_sha256": sha256(adapted.gguf), "adapter_sha256": adapted.adapter and sha256(adapted.adapter)}

@@ -29,8 +29,8 @@ from evaluation.measure import answers, speed
 from evaluation.measure.answers import Journal
 from evaluation.tasks import Item, Score
 from export import ExportError
-from export.engines.base import Engine, EngineError
-from export.engines.ollama import OllamaEngine, resolve_host, server_version
+from export.engines.engine import Engine, EngineError
+from export.engines.ollama_engine import OllamaEngine, resolve_host, server_version
 from export.modelfile import Serving
 from export.served import FACTS, SERVED_GGUF, served_in
 from pipelines.base_model import load_reference

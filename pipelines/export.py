@@ -19,7 +19,7 @@ from db.records import ParityRecord
 from evaluation.paraphrase import SPLIT
 from evaluation.tasks import Item
 from export import ExportError, MergedOnlyError, converters, gguf, parity
-from export.engines.base import LocalEngine, Message, asked_for, conversation, fill
+from export.engines.engine import LocalEngine, Message, asked_for, conversation, fill
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
 from export.go import go_of_turns
@@ -79,7 +79,7 @@ def parity_items(count: int) -> list[Item]:
 
 
 def serving_facts(params: Params, reference: BaseReference, name: str) -> Serving:
-    """What a server must know to ask the model as training did. Raises ModelfileError: no Modelfile can say it."""
+    """What a server must know to ask the model as training did. Raises ExportError: no Modelfile can say it."""
     tokenizer = load_tokenizer(reference)
     chat = chat_facts() if params.prompt.template == CHAT else {}
     template, turns = prompt_text(params.prompt), {}

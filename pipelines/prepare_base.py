@@ -23,7 +23,7 @@ from db.files import (
 from evaluation import vision as visual
 from evaluation.paraphrase import varied
 from evaluation.tasks import Item, general, render
-from export.engines.base import Engine
+from export.engines.engine import Engine
 from export.engines.hf import HfEngine
 from export.template import from_tokenizer
 from pipelines.base_model import PrepareBase, fingerprint, load_reference, reference_for
@@ -47,7 +47,7 @@ class Params(StageParams):
 
 
 def read_chat_template(prompt: Prompt, reference: BaseReference) -> dict[str, Any]:
-    """What base.json stores of the base's chat template; TemplateError if it cannot be served."""
+    """What base.json stores of the base's chat template; ExportError if it cannot be served."""
     return {**asdict(from_tokenizer(load_tokenizer(reference), prompt.system)), "asked_system": prompt.system}
 
 

@@ -15,7 +15,7 @@ from db.files import exclusive, finish_run, hash_inputs, llama_cpp_device, stage
 from db.records import VerificationRecord, VerifyRecord
 from export import ExportError
 from export.engines.llama_cpp import open_in_process
-from export.engines.ollama import resolve_host, server_version
+from export.engines.ollama_engine import resolve_host, server_version
 from export.register import keep_registered, open_on_server
 from export.served import MODES, base_file, served_in
 from export.verify import against, problems, show

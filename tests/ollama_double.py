@@ -22,7 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from export.engines.base import conversation, cut, messages_of
+from export.engines.engine import conversation, cut, messages_of
 from export.engines.llama_cpp import LlamaCppEngine
 from export.go import render_go
 

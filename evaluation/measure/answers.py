@@ -10,7 +10,7 @@ from db.files import write_text
 from evaluation import EvaluationError, paraphrase
 from evaluation.tasks import Item, Score, Task, general, load, mean_credit, metric, share
 from export import ExportError
-from export.engines.base import Engine, EngineError, asked_for
+from export.engines.engine import Engine, EngineError, asked_for
 
 RETENTION = "retention"
 CUT = "answers_cut"

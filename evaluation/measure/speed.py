@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from export.engines.base import Phases
+from export.engines.engine import Phases
 
 WARM_UP = -1
 Request = Callable[[str, str, int], Phases]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from export.engines.base import Asked, EngineError, Generation, LocalEngine, cut
+from export.engines.engine import Asked, EngineError, Generation, LocalEngine, cut
 from trainers.encode import encode_prompt
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from db.files import omp_threads
 from export import ExportError
-from export.engines.base import Asked, EngineError, Generation, LocalEngine, cut
+from export.engines.engine import Asked, EngineError, Generation, LocalEngine, cut
 from export.served import Served
 
 N_BATCH = 512  # tokens in one call, as in llama.cpp's own default

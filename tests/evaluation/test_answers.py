@@ -8,7 +8,7 @@ from evaluation import EvaluationError
 from evaluation.measure import answers
 from evaluation.measure.answers import Journal
 from evaluation.tasks import Item, aqi, general
-from export.engines.base import EngineError, Generation
+from export.engines.engine import EngineError, Generation
 
 ITEMS = [Item(f"i{n}", "addition", f"{n} + 1", f"{n + 1}", {"answer": f"{n + 1}"}) for n in range(10)]
 

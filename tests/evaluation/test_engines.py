@@ -13,7 +13,7 @@ from evaluation.measure import speed
 from evaluation.tasks import aqi, general, render
 from export import gguf
 from export.engines import llama_cpp as engine_module
-from export.engines.base import EngineError
+from export.engines.engine import EngineError
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
 from tests.conftest import TEMPLATE

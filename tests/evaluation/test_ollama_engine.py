@@ -9,9 +9,9 @@ import pytest
 from evaluation.measure import answers
 from evaluation.measure.answers import Journal
 from evaluation.tasks import Item
-from export.engines import ollama
-from export.engines.base import EngineError, Generation, Raw, asked_for, conversation, fill
-from export.engines.ollama import OllamaEngine, PassingError, Retry, render_asked
+from export.engines import ollama_engine as ollama
+from export.engines.engine import EngineError, Generation, Raw, asked_for, conversation, fill
+from export.engines.ollama_engine import OllamaEngine, Retry, render_asked
 from export.go import go_of_turns
 from export.modelfile import Serving
 from export.register import register
@@ -46,7 +46,7 @@ class Clock:
 def refused_for(clock, takes_s=0, **settings):
     def ask():
         clock.now += takes_s
-        raise PassingError("no")
+        raise EngineError("no", passing=True)
 
     with pytest.raises(EngineError):
         clock.retry(**settings).call(ask, lambda line: None)

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from evaluation.measure import speed
-from export.engines.base import LocalEngine
+from export.engines.engine import LocalEngine
 
 
 def test_contenders_take_turns_after_a_discarded_warm_up():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from export.engines.ollama import list_models, remove, resolve_host, server_version
+from export.engines.ollama_engine import list_models, remove, resolve_host, server_version
 from tests.ollama_double import OllamaDouble
 
 

@@ -4,11 +4,10 @@ import hashlib
 
 import pytest
 
-from export import ExportError
-from export.engines import ollama
-from export.engines.ollama import (
-    OllamaError,
-    OllamaUnavailable,
+from export import ExportError, MergedOnlyError
+from export.engines import ollama_engine as ollama
+from export.engines.engine import EngineError
+from export.engines.ollama_engine import (
     list_models,
     parse_parameters,
     remove,
@@ -64,7 +63,7 @@ def test_hosts_resolve_as_in_the_client(host, monkeypatch):
 def test_version_of_a_server_of_none_and_of_something_else(double):
     assert server_version(double.url) == "0.32.0"
     assert server_version(double.url.removeprefix("http://")) == "0.32.0"
-    with pytest.raises(OllamaError, match="expected an Ollama server"):
+    with pytest.raises(EngineError, match="expected an Ollama server"):
         server_version(double.url + "/elsewhere")
     double.die()
     assert server_version(double.url) is None
@@ -135,20 +134,20 @@ def test_adapter_goes_along_and_new_releases_refuse_it(double, gguf, tmp_path):
     assert double.models["m:latest"].adapter.read_bytes() == b"GGUF adapter"
     assert register(double.url, "m", gguf, serving(), None, records=tmp_path).created
     double.version = "0.34.1"
-    with pytest.raises(OllamaError, match=r"from 0\.34\.1 on .*register the merged GGUF"):
+    with pytest.raises(MergedOnlyError, match=r"from 0\.34\.1 on .*register the merged GGUF"):
         register(double.url, "m", gguf, serving(), adapter, records=tmp_path)
 
 
 def test_creation_must_end_in_success_with_the_settings_that_were_given(double, gguf, tmp_path):
     double.misbehave = "no_success"
-    with pytest.raises(OllamaError, match="end in 'success', it ended in 'creating new layer"):
+    with pytest.raises(EngineError, match="end in 'success', it ended in 'creating new layer"):
         register(double.url, "m", gguf, serving(), records=tmp_path)
     double.misbehave = "break_create"
-    with pytest.raises(OllamaUnavailable, match="ollama serve"):
+    with pytest.raises(EngineError, match="ollama serve"):
         register(double.url, "m", gguf, serving(), records=tmp_path)
     assert list_models(double.url) == {}
     double.misbehave = "forget_settings"
-    with pytest.raises(OllamaError, match=r"num_ctx: expected \[512\], got None"):
+    with pytest.raises(EngineError, match=r"num_ctx: expected \[512\], got None"):
         register(double.url, "m", gguf, serving(), records=tmp_path)
     assert not list(tmp_path.glob("*.json"))
 
@@ -159,9 +158,9 @@ def test_no_server_and_no_file(double, gguf, tmp_path):
     with pytest.raises(ExportError, match="at least one word"):
         register(double.url, "m", gguf, serving(stop=[]), records=tmp_path)
     double.die()
-    with pytest.raises(OllamaUnavailable, match=double.url):
+    with pytest.raises(EngineError, match=double.url):
         register(double.url, "m", gguf, serving(), records=tmp_path)
-    with pytest.raises(OllamaUnavailable, match=double.url):
+    with pytest.raises(EngineError, match=double.url):
         list_models(double.url)
 
 
@@ -169,7 +168,7 @@ def test_list_and_remove(double, gguf, tmp_path):
     made = register(double.url, "m", gguf, serving(), records=tmp_path)
     assert list_models(double.url) == {"m:latest": made.digest}
     double.misbehave = "bare_list"
-    with pytest.raises(OllamaError, match="name and digest of every model .* 'm:latest' with digest None"):
+    with pytest.raises(EngineError, match="name and digest of every model .* 'm:latest' with digest None"):
         list_models(double.url)
     double.misbehave = None
     assert not remove(double.url, "m:other") and remove(double.url, "m") and not remove(double.url, "m")
@@ -182,7 +181,7 @@ def test_a_server_that_says_nothing_is_not_waited_for_for_ever(double, gguf, tmp
     monkeypatch.setattr(ollama, "LOAD_S", 0.3)
     register(double.url, "m", gguf, serving(), records=tmp_path)
     double.misbehave = "hang_all"
-    with pytest.raises(OllamaUnavailable, match=r"said nothing for 0\.3 s"):
+    with pytest.raises(EngineError, match=r"said nothing for 0\.3 s"):
         ask(double.url)
 
 

@@ -10,8 +10,8 @@ import httpx
 import psutil
 import pytest
 
-from export.engines.base import conversation
-from export.engines.ollama import OllamaEngine, connect, list_models, stored_model
+from export.engines.engine import conversation
+from export.engines.ollama_engine import OllamaEngine, connect, list_models, stored_model
 from export.register import register, remove_abandoned, temporary_name
 from export.served import find_served, read_references
 from export.verify import problems, verify

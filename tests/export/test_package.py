@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from db.files import sha256
-from export.engines.ollama import OllamaEngine, connect
+from export.engines.ollama_engine import OllamaEngine, connect
 from export.package import app, package
 from export.served import read_references
 from tests.db.result_tree import edit, run_json, write

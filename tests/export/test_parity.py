@@ -1,7 +1,7 @@
 """Parity's own arithmetic, with engines whose answers are known."""
 
 from export import parity
-from export.engines.base import Generation, LocalEngine
+from export.engines.engine import Generation, LocalEngine
 
 
 class Told(LocalEngine):

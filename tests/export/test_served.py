@@ -6,8 +6,8 @@ import pytest
 
 from export import ExportError
 from export.engines.llama_cpp import Vocabulary
-from export.go import FIND_LAST, GoTemplateError, go_template
-from export.modelfile import ModelfileError, Serving, check_bos
+from export.go import FIND_LAST, go_template
+from export.modelfile import Serving, check_bos
 from export.served import FACTS, REFERENCE, find_served, modelfile_text, read_references, served_in
 from tests.export.verify_runs import edit
 
@@ -24,7 +24,7 @@ def test_go_template_keeps_every_other_character_or_refuses():
     assert go_template("a } b { {prompt} %s \n") == FIND_LAST + "a } b { {{ $last }} %s \n"
     twice = {"no slot": "found it 0 times", "{prompt}{prompt}": "found it 2 times"}
     for template, said in {**twice, "{{ .System }}{prompt}": "'{{'", "{{prompt}}": "'{{'"}.items():
-        with pytest.raises(GoTemplateError, match=said):
+        with pytest.raises(ExportError, match=said):
             go_template(template)
 
 
@@ -63,24 +63,24 @@ def test_the_text_is_what_ollama_documents(tmp_path):
     ],
 )
 def test_what_no_modelfile_can_say_is_refused_by_name(changes, said):
-    with pytest.raises(ModelfileError, match=said):
+    with pytest.raises(ExportError, match=said):
         serving(**changes).check()
 
 
 def test_all_faults_are_listed_at_once():
-    with pytest.raises(ModelfileError) as caught:
+    with pytest.raises(ExportError) as caught:
         serving(num_ctx=0, stop=[], license="").check()
     assert str(caught.value).count("\n  - ") == 3
 
 
 def test_bos_must_not_come_twice():
     for token in ("<|begin_of_text|>", "<s>", "<bos>"):
-        with pytest.raises(ModelfileError, match="twice") as caught:
+        with pytest.raises(ExportError, match="twice") as caught:
             check_bos(token + TEMPLATE, gguf_adds_bos=True)
         assert token in str(caught.value)
         check_bos(token + TEMPLATE, gguf_adds_bos=False)  # the template's own BOS is the only one
         check_bos("a " + token, gguf_adds_bos=True)  # not leading
-    with pytest.raises(ModelfileError, match="«bos»"):
+    with pytest.raises(ExportError, match="«bos»"):
         check_bos("«bos»{prompt}", gguf_adds_bos=True, bos_token="«bos»")
 
 

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from export.engines.base import conversation
-from export.go import CONTENT, END, LAST, MESSAGES, PROMPT, SYSTEM, GoTemplateError, go_template, render_go
-from export.modelfile import ModelfileError, Serving, check_bos
+from export import ExportError
+from export.engines.engine import conversation
+from export.go import CONTENT, END, LAST, MESSAGES, PROMPT, SYSTEM, go_template, render_go
+from export.modelfile import Serving, check_bos
 from export.served import read_references
-from export.template import TemplateError, convert, from_tokenizer
+from export.template import convert, from_tokenizer
 from pipelines import train
 from pipelines.check import parse_params
 from pipelines.params import ConfigError
@@ -107,7 +108,7 @@ def test_bos_comes_once_whoever_writes_it(name):
     assert render_go(written.go, conversation("p", "s")).count(bos) == writes
     check_bos(added.text, True, bos)
     if writes:
-        with pytest.raises(ModelfileError, match="twice"):
+        with pytest.raises(ExportError, match="twice"):
             check_bos(written.text, True, bos)
 
 
@@ -134,7 +135,7 @@ def test_where_conversations_would_come_out_otherwise_the_last_question_is_asked
 
 def said_about(template, **changes):
     settings = {"bos_token": "<s>", "eos_token": "</s>", "adds_bos": True, **changes}
-    with pytest.raises(TemplateError) as caught:
+    with pytest.raises(ExportError) as caught:
         convert(renderer(template, "<s>"), **settings)
     return str(caught.value)
 
@@ -201,7 +202,7 @@ def test_go_that_this_project_never_writes_is_refused():
     single = ("{{.Prompt}}", "{{- .Prompt }}", "{{{ .Prompt }}", "{{ .Prompt", "{{ end }}", "{{ else }}", LAST)
     blocks = ("{{ if .System }}{{ .Prompt }}", "{{ if .System }}{{ else }}{{ else }}{{ end }}", CONTENT)
     for go in (*single, *blocks, MESSAGES, MESSAGES + SYSTEM + END, MESSAGES + END + PROMPT):
-        with pytest.raises(GoTemplateError):
+        with pytest.raises(ExportError):
             render_go(go, conversation("p", "s"))
 
 
@@ -261,7 +262,7 @@ def test_tokenizers_that_cannot_serve_their_template_are_refused(load, tmp_path)
         "no chat template; write the text as prompt.template": {"template": None},
     }  # fmt: skip
     for said, settings in refused.items():
-        with pytest.raises(TemplateError, match=said):
+        with pytest.raises(ExportError, match=said):
             from_tokenizer(load(**settings))
         shutil.rmtree(tmp_path / "tokenizer")
     tokenizer = load(published.CHATML, adds_bos=False)

@@ -10,7 +10,7 @@ from gguf import GGUFReader
 
 from export import gguf
 from export.diagnosis import ask, first_token
-from export.engines.base import conversation
+from export.engines.engine import conversation
 from export.engines.llama_cpp import open_in_process
 from export.gguf import quantize, scaled_copy
 from export.go import CONTENT, ELSE_ASSISTANT, END, IF_USER, MESSAGES, PROMPT

@@ -8,7 +8,7 @@ import pytest
 
 from db.files import read_jsonl
 from evaluation.tasks import Item
-from export.engines.base import asked_for
+from export.engines.engine import asked_for
 from export.engines.llama_cpp import LlamaCppEngine
 from export.modelfile import Serving
 from pipelines import base_texts, evaluate, export, measure, prepare_base, prepare_data, train

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from evaluation.tasks import Item
-from export.engines.base import asked_for
+from export.engines.engine import asked_for
 from export.engines.llama_cpp import LlamaCppEngine
 from export.go import go_of_turns
 from export.modelfile import Serving

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from evaluation.tasks import Item
-from export.engines.base import EngineError
+from export.engines.engine import EngineError
 from pipelines import base_model, evaluate, prepare_data, profile
 from pipelines.check import parse_params
 from pipelines.params import ConfigError

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from db import files
 from db.files import git_state
-from export.engines.base import EngineError
+from export.engines.engine import EngineError
 from export.engines.hf import HfEngine
 from pipelines import evaluate, prepare_base, prepare_data
 from pipelines.check import parse_params

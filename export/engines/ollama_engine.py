@@ -21,7 +21,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from export.engines.base import Asked, Engine, EngineError, Generation, Phases, Raw
+from export import MergedOnlyError
+from export.engines.engine import Asked, Engine, EngineError, Generation, Phases, Raw
 from export.modelfile import Serving
 from export.served import Mode
 
@@ -46,30 +47,6 @@ GREEDY: dict[str, Any] = {
 }  # fmt: skip
 """Options of a greedy answer. Penalties are named: the server's defaults, repeat_penalty 1.1 among them, change it."""
 DECIDES_ANSWERS = {*GREEDY, "num_predict", "repeat_last_n", "mirostat", "typical_p", "stop", "num_ctx"}
-
-
-class OllamaError(EngineError):
-    """The server refused, or made something else than it was asked for."""
-
-
-class OllamaRefused(OllamaError):  # noqa: N818  (named as OllamaUnavailable is)
-    """The server answered with an HTTP error; status -1 for one that came in the middle of a stream."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class AdaptersUnsupportedError(OllamaError):
-    """This release of Ollama takes no LoRA adapters; merged models can be served."""
-
-
-class OllamaUnavailable(OllamaError):  # noqa: N818  (a state of the world, named as such)
-    """No server answers, or the connection broke."""
-
-
-class PassingError(OllamaError):
-    """A failure that may be over in a moment: a server that restarts, is overloaded, or answered rubbish."""
 
 
 # --- the server -----------------------------------------------------------------------------------------------------
@@ -118,7 +95,8 @@ def _open_client(url: str, timeout_s: float) -> "Client":
 def _explained(url: str, timeout_s: float) -> Iterator[None]:
     """Turns what the client raises into errors that name the server and say what to do.
 
-    Raises OllamaUnavailable: no connection, or it broke. OllamaRefused: the server answered with an error.
+    Raises EngineError: no connection, a broken one, or an error from the server. MergedOnlyError: this release
+    of Ollama takes no adapters.
     """
     import httpx
     from ollama import ResponseError
@@ -129,17 +107,23 @@ def _explained(url: str, timeout_s: float) -> Iterator[None]:
         said = f"Ollama at {url} answered {error.status_code}: {error.error}"
         if "adapters are no longer supported" in error.error:
             hint = "releases from 0.34.1 on take no LoRA adapters: register the merged GGUF without one"
-            raise AdaptersUnsupportedError(f"{said}; {hint}") from error
-        raise OllamaRefused(said, error.status_code) from error
+            raise MergedOnlyError(f"{said}; {hint}") from error
+        raise _refusal(said, error.status_code) from error
     except httpx.TimeoutException as error:
-        raise OllamaUnavailable(
-            f"Ollama at {url} said nothing for {timeout_s} s; see its log, or raise the time allowed"
+        raise EngineError(
+            f"Ollama at {url} said nothing for {timeout_s} s; see its log, or raise the time allowed",
+            passing=True,
         ) from error
     except (ConnectionError, httpx.TransportError) as error:
-        raise OllamaUnavailable(
+        raise EngineError(
             f"the connection to Ollama at {url} failed ({type(error).__name__}: {error}); start it with "
-            "`ollama serve`, or set OLLAMA_HOST to where it runs"
+            "`ollama serve`, or set OLLAMA_HOST to where it runs",
+            passing=True,
         ) from error
+
+
+def _refusal(message: str, status: int) -> EngineError:
+    return EngineError(message, status=status, passing=not 400 <= status < 500 or status in PASSING)
 
 
 @contextmanager
@@ -153,7 +137,7 @@ def connect(host: str | None, timeout_s: float) -> Iterator["Client"]:
 def server_version(host: str | None = None) -> str | None:
     """The server's version; None when nothing answers within 2 s.
 
-    Raises OllamaError: something answers there that is not Ollama.
+    Raises EngineError: something answers there that is not Ollama.
     """
     import httpx
 
@@ -165,17 +149,18 @@ def server_version(host: str | None = None) -> str | None:
     try:
         return str(answer.raise_for_status().json()["version"])
     except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
-        raise OllamaError(
+        raise EngineError(
             f"expected an Ollama server at {url}, but /api/version answered {answer.status_code}: {answer.text[:100]!r}"
         ) from error
 
 
 def require_server(host: str | None = None) -> str:
-    """Its version. Raises OllamaUnavailable: none answers."""
+    """Its version. Raises EngineError: none answers."""
     version = server_version(host)
     if version is None:
-        raise OllamaUnavailable(
-            f"no Ollama answers at {resolve_host(host)}; start it with `ollama serve`, or set OLLAMA_HOST"
+        raise EngineError(
+            f"no Ollama answers at {resolve_host(host)}; start it with `ollama serve`, or set OLLAMA_HOST",
+            passing=True,
         )
     return version
 
@@ -187,19 +172,19 @@ def full_name(name: str) -> str:
 def list_models(host: str | None = None) -> dict[str, str]:
     """Every model of the server: full name with tag → digest.
 
-    Raises OllamaError: the server cannot be asked, or answers with something else than such a list.
+    Raises EngineError: the server cannot be asked, or answers with something else than such a list.
     """
     url = resolve_host(host)
     with connect(url, ANSWER_S) as client:
         try:
             rows = client.list().models
         except ValueError as error:
-            raise OllamaError(
+            raise EngineError(
                 f"expected the list of models from Ollama at {url}, got something else: {str(error)[:200]}; see its log"
             ) from error
     for row in rows:
         if not row.model or not row.digest:
-            raise OllamaError(
+            raise EngineError(
                 f"expected name and digest of every model from Ollama at {url}, got name {row.model!r} with digest "
                 f"{row.digest!r}; upgrade the server"
             )
@@ -211,7 +196,7 @@ def remove(host: str | None, name: str) -> bool:
     try:
         with connect(host, ANSWER_S) as client:
             client.delete(name)
-    except OllamaRefused as error:
+    except EngineError as error:
         if error.status != 404:
             raise
         return False
@@ -246,7 +231,7 @@ class Stored:
 
 
 def stored_model(host: str | None, name: str) -> Stored | None:
-    """What the server has under a name; None when nothing. Raises OllamaError: the server cannot be asked."""
+    """What the server has under a name; None when nothing. Raises EngineError: the server cannot be asked."""
     digest = list_models(host).get(full_name(name))
     if digest is None:
         return None
@@ -282,7 +267,7 @@ def parse_parameters(text: str) -> dict[str, list[object]]:
 def render_asked(host: str | None, name: str, asked: Asked) -> str | None:
     """What the server makes of a prompt or a conversation with the model's template; None: the release does not tell.
 
-    Raises OllamaError: the server cannot be asked, or has no such model.
+    Raises EngineError: the server cannot be asked, or has no such model.
     """
     url = resolve_host(host)
     if isinstance(asked, Raw):
@@ -296,7 +281,7 @@ def render_asked(host: str | None, name: str, asked: Asked) -> str | None:
     try:
         return str(content["_debug_info"]["rendered_template"])
     except (KeyError, TypeError) as error:
-        raise OllamaError(
+        raise EngineError(
             f"expected _debug_info.rendered_template from Ollama at {url} for {name!r}, got "
             f"{str(content['_debug_info'])[:200]}; see its log"
         ) from error
@@ -309,13 +294,13 @@ def _post(url: str, path: str, body: dict[str, Any], timeout_s: float) -> dict[s
         answer = httpx.post(f"{url}{path}", json=body, timeout=timeout_s, **http_options(url))
     if answer.is_error:
         said = f"Ollama at {url} answered {answer.status_code} to {path}: {answer.text[:200]}"
-        raise OllamaRefused(said, answer.status_code)
+        raise _refusal(said, answer.status_code)
     try:
         content = answer.json()
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise OllamaError(f"expected a JSON object from {path} of Ollama at {url}, got {answer.text[:100]!r}")
+        raise EngineError(f"expected a JSON object from {path} of Ollama at {url}, got {answer.text[:100]!r}")
     return content
 
 
@@ -336,7 +321,7 @@ class Retry:
     clock: Callable[[], float] = time.monotonic
 
     def call(self, ask: Callable[[], A], say: Callable[[str], None]) -> A:
-        """What `ask` returns, asked again while it raises `PassingError`; `say` gets one line before each pause.
+        """What `ask` returns, asked again while its EngineError is `passing`; `say` gets one line before each pause.
 
         Raises EngineError: it failed for longer than `patience_s`, or in a way that does not pass.
         """
@@ -344,14 +329,16 @@ class Retry:
         while True:
             try:
                 return ask()
-            except PassingError as error:
+            except EngineError as error:
+                if not error.passing:
+                    raise
                 now, tries = self.clock(), tries + 1
                 began = now if began is None else began
                 # Half of the pause is left to chance, so that several requests do not come back all at once.
                 pause = min(self.longest_s, self.first_s * 2 ** (tries - 1)) * random.uniform(0.5, 1.0)
                 if now + pause - began > self.patience_s:
                     said = f"{error} ({tries} tries in {now - began:.0f} s)" if tries > 1 else str(error)
-                    raise OllamaError(said) from error
+                    raise EngineError(said) from error
                 say(f"{error}; trying again in {pause:.1f} s")
                 self.wait(pause)
 
@@ -363,7 +350,7 @@ class OllamaEngine(Engine):
     seen as many tokens. `timeout_s` is its longest silence. `parallel` requests are in flight in `generate_many`; how
     many of them the server works on at once is its own OLLAMA_NUM_PARALLEL. `restore` registers the model anew; without
     it a model that is gone is an error. `say` gets a line for each further try and each figure that the server leaves
-    out. Raises OllamaError: no server, or it does not have the model.
+    out. Raises EngineError: no server, or it does not have the model.
     """
 
     name = "ollama"
@@ -398,7 +385,7 @@ class OllamaEngine(Engine):
         known = list_models(self.host)
         if full_name(model) not in known:
             have = ", ".join(sorted(known)) or "none"
-            raise OllamaError(
+            raise EngineError(
                 f"Ollama at {self.host} has no model {model!r} (it has: {have}); run the export stage with this host"
             )
         self._client = _open_client(self.host, timeout_s)
@@ -412,7 +399,7 @@ class OllamaEngine(Engine):
                 self._ask("", self._options(1))  # an empty prompt loads and generates nothing
                 running = self._resident()
             if running is None:
-                raise OllamaError(f"Ollama at {self.host} did not keep {self.model!r} loaded; see its log")
+                raise EngineError(f"Ollama at {self.host} did not keep {self.model!r} loaded; see its log")
             size, in_vram = int(running.size or 0), int(running.size_vram or 0)
             self._device = "cpu" if in_vram == 0 else "gpu" if in_vram >= size else "cpu+gpu"
         return self._device
@@ -423,11 +410,11 @@ class OllamaEngine(Engine):
     def generate(self, asked: Asked, max_tokens: int, stop: Sequence[str] | None = None) -> Generation:
         """A text goes to /api/generate, a conversation to /api/chat. Without stop words the registered ones count.
 
-        Raises OllamaError: the connection broke, the server refused, or it saw another number of tokens than Hugging
+        Raises EngineError: the connection broke, the server refused, or it saw another number of tokens than Hugging
         Face's tokenizer gives.
         """
         if not asked or max_tokens < 1:
-            raise OllamaError(
+            raise EngineError(
                 f"expected a prompt and max_tokens ≥ 1, got {asked!r} and {max_tokens}; Ollama would "
                 "load the model and answer nothing"
             )
@@ -435,7 +422,7 @@ class OllamaEngine(Engine):
         answer = self._ask(asked, self._options(max_tokens, stop))
         reason = self._given(answer, "done_reason")
         if reason not in ("stop", "length", None):
-            raise OllamaError(f"expected Ollama at {self.host} to end with 'stop' or 'length', got {reason!r}")
+            raise EngineError(f"expected Ollama at {self.host} to end with 'stop' or 'length', got {reason!r}")
         seen = self._seen(answer, ids)
         tokens, decode_ns = self._decoded(answer)
         load_ns, prefill_ns = self._given(answer, "load_duration"), self._given(answer, "prompt_eval_duration")
@@ -473,13 +460,13 @@ class OllamaEngine(Engine):
     def load_cold(self) -> int | None:
         """Time that the server takes to load the model after unloading it, ns by its own figure.
 
-        Raises OllamaError: as `generate`, or the server does not let go of the model.
+        Raises EngineError: as `generate`, or the server does not let go of the model.
         """
         self._ask("", self._options(1), keep_alive=0)
         given_up = time.monotonic() + UNLOAD_S
         while self._resident() is not None:
             if time.monotonic() > given_up:
-                raise OllamaError(
+                raise EngineError(
                     f"Ollama at {self.host} still holds {self.model!r} {UNLOAD_S:.0f} s after it was told to unload "
                     "it; does somebody else use it? Loading cannot be timed then"
                 )
@@ -495,7 +482,7 @@ class OllamaEngine(Engine):
         with self._lock:  # tokenizers in Rust refuse two threads at once
             ids = len(self._expected(asked))
         if ids + max_tokens > self._num_ctx:
-            raise OllamaError(
+            raise EngineError(
                 f"expected prompt and answer within num_ctx {self._num_ctx}, got {ids} + {max_tokens} "
                 "tokens; Ollama would cut the prompt and say nothing. Raise num_ctx"
             )
@@ -513,9 +500,9 @@ class OllamaEngine(Engine):
             causes += " (one less: training had a BOS that the GGUF does not add)"
         elif seen < ids:
             causes += "; releases from 0.30.0 to the fix of ollama#16428 left out cached tokens here, then upgrade"
-        raise OllamaError(
+        raise EngineError(
             f"Ollama {self.version} at {self.host} read {seen} prompt tokens for {self.model!r}, expected "
-            f"{ids}: {causes}. Compare export.engines.ollama.render_asked with the training template"
+            f"{ids}: {causes}. Compare export.engines.ollama_engine.render_asked with the training template"
         )
 
     def _decoded(self, answer: Any) -> tuple[int | None, int | None]:
@@ -546,9 +533,10 @@ class OllamaEngine(Engine):
 
     def _finished(self, answer: Any) -> None:
         if answer is None or not answer.done or _text(answer) is None:
-            raise PassingError(
+            raise EngineError(
                 f"expected a finished answer from Ollama at {self.host}, got one without text or not 'done': "
-                f"{str(answer)[:200]}"
+                f"{str(answer)[:200]}",
+                passing=True,
             )
 
     def _resident(self) -> Any | None:
@@ -558,7 +546,7 @@ class OllamaEngine(Engine):
     def _call(self, request: Callable[[Any], A], check: Callable[[A], None] = lambda made: None) -> A:
         """What a request returns, repeated while its failure, or one that `check` finds in the answer, may pass.
 
-        Raises OllamaError: the server refused, or failed for too long.
+        Raises EngineError: the server refused, or failed for too long.
         """
         return self._retry.call(lambda: self._try(request, check), self._say)
 
@@ -567,29 +555,27 @@ class OllamaEngine(Engine):
         try:
             try:
                 return self._once(request, check)
-            except OllamaRefused as error:
+            except EngineError as error:
                 if self._restore is None or error.status != 404 or "model" not in str(error):
                     raise
                 self._register_again(self._restore, restored, error)
                 return self._once(request, check)
-        except OllamaRefused as error:
-            final = 400 <= error.status < 500 and error.status not in PASSING
-            raise (OllamaError if final else PassingError)(f"{error} (model {self.model!r})") from error
-        except OllamaUnavailable as error:
-            raise PassingError(f"{error} (model {self.model!r})") from error
+        except EngineError as error:
+            raise EngineError(f"{error} (model {self.model!r})", status=error.status, passing=error.passing) from error
 
     def _once(self, request: Callable[[Any], A], check: Callable[[A], None]) -> A:
         try:
             with _explained(self.host, self._timeout_s):
                 made = request(self._client)
         except (ValueError, TypeError) as error:
-            raise PassingError(
-                f"expected the JSON of an answer from Ollama at {self.host}, got something else: {str(error)[:200]}"
+            raise EngineError(
+                f"expected the JSON of an answer from Ollama at {self.host}, got something else: {str(error)[:200]}",
+                passing=True,
             ) from error
         check(made)
         return made
 
-    def _register_again(self, restore: Callable[[], object], restored: int, error: OllamaError) -> None:
+    def _register_again(self, restore: Callable[[], object], restored: int, error: EngineError) -> None:
         """Once for all threads whose request began when it had been done `restored` times."""
         with self._lock:
             if self._restored == restored:
@@ -597,7 +583,8 @@ class OllamaEngine(Engine):
                 try:
                     restore()
                 except (ValueError, TypeError) as broken:
-                    raise PassingError(f"Ollama at {self.host} answered rubbish: {str(broken)[:200]}") from broken
+                    said = f"Ollama at {self.host} answered rubbish: {str(broken)[:200]}"
+                    raise EngineError(said, passing=True) from broken
                 self._restored += 1
 
     def close(self) -> None:
