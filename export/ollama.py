@@ -22,10 +22,10 @@ from export.engines.ollama_engine import (
     server_version,
     stored_model,
 )
+from export.proof import LEAST_QUANTIZED, problems, show
+from export.proof import verify as verify_model
 from export.register import open_on_server, register_served, remove_abandoned
 from export.served import BASE, MODES, Mode, Served, find_served
-from export.verify import LEAST_QUANTIZED, problems, show
-from export.verify import verify as verify_model
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__, no_args_is_help=True)
 

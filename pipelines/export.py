@@ -18,12 +18,13 @@ from db.files import artifact, finish_run, hash_inputs, read_jsonl, sha256, stag
 from db.records import ParityRecord
 from evaluation.paraphrase import SPLIT
 from evaluation.tasks import Item
-from export import ExportError, MergedOnlyError, converters, gguf, parity
+from export import ExportError, MergedOnlyError, converters, gguf
 from export.engines.engine import LocalEngine, Message, asked_for, conversation, fill
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
 from export.go import go_of_turns
 from export.modelfile import Serving, check_bos
+from export.proof import export_problem, prove
 from export.served import (
     ADAPTER_GGUF,
     ADAPTER_MODELFILE,
@@ -173,23 +174,11 @@ def check_parity(
 
         return opened
 
-    hf = partial(hugging_face, reference, template, arm, seed)
-    engines: dict[str, Callable[[], LocalEngine]] = {"hf": hf, "merged_gguf": llama_cpp(folder / F16_GGUF)}
+    engines = {"merged_gguf": llama_cpp(folder / F16_GGUF)}
     if (folder / ADAPTER_GGUF).is_file():
         engines["base+adapter_gguf"] = llama_cpp(base_file(GGUF), folder / ADAPTER_GGUF)
-    result = parity.compare(engines, prompts, section.parity_tokens, reference="hf")
+    result = prove(partial(hugging_face, reference, template, arm, seed), engines, prompts, section.parity_tokens)
     (folder / UNPACKED).unlink(missing_ok=True)
-    if section.quantization != "f16":  # how often the served precision answers as f16 does: reported, not gated
-        files = {"f16": F16_GGUF, section.quantization: SERVED_GGUF}
-        plain: dict[str, Callable[[], LocalEngine]] = {
-            name: partial(LlamaCppEngine, folder / file, template, num_ctx=section.num_ctx)
-            for name, file in files.items()
-        }
-        served = parity.compare(plain, prompts, section.parity_tokens, reference="f16")
-        result["served"] = {
-            "quantization": section.quantization,
-            "greedy_equal_to_f16": served["greedy_equal"],
-        }
     shown = {"quantization": "f16", "arithmetic": section.parity_arithmetic}
     return {"schema": 1, "arm": arm, "seed": seed, **shown, **result}
 
@@ -234,7 +223,7 @@ def run(params: Params, arm: str, seed: int) -> None:
             known = result.pop("answers")
             write_record(folder / "parity.json", ParityRecord.of(result))
             record.extra["parity"] = {k: result[k] for k in ("token_ids_equal", "greedy_equal", "prompts")}
-            if problem := parity.problem(result, section.min_greedy_equal):
+            if problem := export_problem(result, section.min_greedy_equal):
                 write_json(failed, result)
                 raise ExportError(f"{out}: the export is not what was trained ({failed}). {problem}")
             failed.unlink(missing_ok=True)

@@ -16,10 +16,10 @@ from db.records import VerificationRecord, VerifyRecord
 from export import ExportError
 from export.engines.llama_cpp import open_in_process
 from export.engines.ollama_engine import resolve_host, server_version
+from export.proof import against, problems, show
+from export.proof import verify as verify_model
 from export.register import keep_registered, open_on_server
 from export.served import MODES, base_file, served_in
-from export.verify import against, problems, show
-from export.verify import verify as verify_model
 from pipelines.params import Share, StageParams, check_arm
 from pipelines.stage import BASE_ARM, SPEED_LOCK, command, gguf_dir, model_name, verified_dir
 from trainers.settings import Positive, Section

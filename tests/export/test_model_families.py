@@ -16,10 +16,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from evaluation.tasks import general, render
-from export import ExportError, MergedOnlyError, gguf, parity
+from export import ExportError, MergedOnlyError, gguf
 from export.converters import split_name
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
+from export.proof import prove
 from pipelines import check, profile
 from pipelines.params import ConfigError
 from tests.conftest import TEMPLATE
@@ -191,10 +192,12 @@ def test_export_says_what_hugging_face_says(family, base_dir, tmp_path):
     assert built.distance(merged) < TOLERANCE and built.distance(base, adapter) < TOLERANCE
     assert built.distance(base) > 1, "the adapter changes nothing, so nothing is shown"
     forms = {"merged": (merged,), "base+adapter": (base, adapter)}
-    engines = {"hf": built.hugging_face, **{name: partial(in_process, *files) for name, files in forms.items()}}
-    said = parity.compare(engines, prompts(), 12, reference="hf")
-    assert said["token_ids_equal"] == 1
-    assert all(said["pairs"][pair] + tied == 1 for pair, tied in said["tied_pairs"].items()), said["first_difference"]
+    engines = {name: partial(in_process, *files) for name, files in forms.items()}
+    proof = prove(built.hugging_face, engines, prompts(), 12)
+    assert proof["token_ids_equal"] == 1
+    assert all(proof["pairs"][pair] + tied == 1 for pair, tied in proof["tied_pairs"].items()), proof[
+        "first_difference"
+    ]
 
 
 def test_a_wrong_adapter_is_noticed(base_dir, tmp_path):

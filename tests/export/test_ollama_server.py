@@ -12,9 +12,9 @@ import pytest
 
 from export.engines.engine import conversation
 from export.engines.ollama_engine import OllamaEngine, connect, list_models, stored_model
+from export.proof import problems, verify
 from export.register import register, remove_abandoned, temporary_name
 from export.served import find_served, read_references
-from export.verify import problems, verify
 from tests.export.verify_runs import ARM, LATEST, model, one, opened, rewrite, run
 from tests.ollama_double import OllamaDouble
 

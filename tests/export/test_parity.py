@@ -1,7 +1,7 @@
 """Parity's own arithmetic, with engines whose answers are known."""
 
-from export import parity
 from export.engines.engine import Generation, LocalEngine
+from export.proof import export_problem, prove
 
 
 class Told(LocalEngine):
@@ -33,10 +33,10 @@ RIGHT = {"a": [65, 66], "b": [67], "c": [68, 69], "d": [70]}
 
 
 def compare(other, lead=5.0, **kwargs):
-    engines = {"hf": Told(RIGHT, lead=lead), "x": other, **kwargs}
+    reference, engines = Told(RIGHT, lead=lead), {"x": other, **kwargs}
     opened = {name: lambda engine=engine: engine for name, engine in engines.items()}
-    result = parity.compare(opened, list("abcd"), 8, reference="hf")
-    assert all(engine.closed for engine in engines.values())
+    result = prove(lambda: reference, opened, list("abcd"), 8)
+    assert reference.closed and all(engine.closed for engine in engines.values())
     return result
 
 
@@ -44,7 +44,7 @@ def test_all_equal():
     result = compare(Told(RIGHT))
     assert (result["token_ids_equal"], result["greedy_equal"], result["first_difference"]) == (1.0, 1.0, None)
     assert list(result["answers"].values())[0] == {"ids": [1, 97], "answer": "AB"}
-    assert parity.problem(result, 1.0) is None
+    assert export_problem(result, 1.0) is None
 
 
 def test_shares_and_first_difference():
@@ -52,9 +52,9 @@ def test_shares_and_first_difference():
     assert result["greedy_equal"] == 0.75 and result["token_ids_equal"] == 1.0
     d = result["first_difference"]
     assert (d["prompt_number"], d["position"], d["expected_token"], d["got_token"]) == (2, 1, 69, 70)
-    assert parity.problem(result, 0.75) is None
-    message = parity.problem(result, 0.76)
-    assert "greedy answers are equal for 75.0% of prompts, expected 76.0%" in message
+    assert export_problem(result, 0.75) is None
+    message = export_problem(result, 0.76)
+    assert "76.0% of prompts, got 75.0%" in message
     assert "adapter scale, merge or quantization" in message
 
 
@@ -64,10 +64,10 @@ def test_ties_are_named_and_count_as_differences():
     assert (result["greedy_equal"], result["greedy_tied"]) == (0.75, 0.25)
     assert result["first_difference"]["likely_cause"].startswith("rounding")
     assert result["first_difference"]["gap"] == 0.01
-    assert "25.0% part at a tie" in parity.problem(result, 0.76)
+    assert "25.0% diverge at a tie" in export_problem(result, 0.76)
     clear = compare(parted, lead=0.03)
     assert clear["greedy_tied"] == 0.0
-    assert parity.problem(clear, 0.76) is not None
+    assert export_problem(clear, 0.76) is not None
 
 
 def test_one_side_stops_early():
@@ -79,8 +79,8 @@ def test_one_side_stops_early():
 def test_a_missing_bos_is_counted_once():
     result = compare(Told(RIGHT, bos=False))
     assert result["token_ids_equal"] == 0.0 and result["greedy_equal"] == 1.0
-    assert "leaves out the first token" in result["first_difference"]["likely_cause"]
-    assert parity.problem(result, 0.0) is not None
+    assert "BOS; it is missing" in result["first_difference"]["likely_cause"]
+    assert export_problem(result, 0.0) is not None
 
 
 def test_the_worst_engine_counts():

@@ -10,9 +10,9 @@ from export import ExportError
 from export.diagnosis import as_decoded
 from export.engines.llama_cpp import open_in_process
 from export.gguf import changes_nothing, quantize, scale_of, scaled_copy
+from export.proof import against, problems, verify
 from export.register import open_on_server
 from export.served import find_served
-from export.verify import against, problems, verify
 from tests.export.verify_runs import ARM, answers, model, one, opened, rewrite
 from tests.ollama_double import OllamaDouble
 

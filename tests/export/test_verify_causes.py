@@ -14,9 +14,9 @@ from export.engines.engine import conversation
 from export.engines.llama_cpp import open_in_process
 from export.gguf import quantize, scaled_copy
 from export.go import CONTENT, ELSE_ASSISTANT, END, IF_USER, MESSAGES, PROMPT
+from export.proof import problems, verify
 from export.register import register
 from export.served import read_references
-from export.verify import problems, verify
 from tests.export.verify_runs import (
     ARM,
     LATEST,
@@ -237,7 +237,7 @@ def test_cause_rounding_a_tie_on_the_server_alone(tree, monkeypatch):
 
 def test_a_model_whose_answers_all_part_at_ties_is_damaged(tree):
     rows = verify(open_in_process, model(tree, "base_model"))
-    for answered, said in ((5 / 6, "[]"), (0.5, "part at a tie: expected at most 25%, got 50%; are weights lost?")):
+    for answered, said in ((5 / 6, "[]"), (0.5, "diverge at a tie: expected at most 25%, got 50%; are weights lost?")):
         spoilt = [row.model_copy(update={"answered": answered, "tied": 1 - answered}) for row in rows]
         assert said in str(problems(spoilt, 1.0))
 
