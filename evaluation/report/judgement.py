@@ -114,7 +114,7 @@ def _set_apart(rows: Sequence[ArmRow], reference: ArmRow) -> str:
         parts.append(f"{names} {verb} the base")
     if libraries := [row.arm for row in rows if row.library not in ("", reference.library)]:
         parts.append(f"{listed(libraries)} {'trains' if len(libraries) == 1 else 'train'} on Unsloth")
-    return listed([*parts, f"{reference.arm} does not"]) if parts else ""
+    return listed([*parts, f"{reference.arm} does {('not', 'neither')[len(parts) > 1]}"]) if parts else ""
 
 
 def not_compared(rows: Sequence[ArmRow], references: Iterable[str], present: Collection[str]) -> Iterable[str]:
