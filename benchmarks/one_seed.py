@@ -17,7 +17,7 @@ from scipy.special import expit
 from tqdm import tqdm
 
 from benchmarks._harness import command, write
-from db.queries import BASE
+from db.runs import BASE
 from evaluation.statistics.differences import Difference, Pairs, compare_pairs
 from evaluation.statistics.intervals import Array, judge
 

@@ -7,9 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from db.errors import DatabaseError, IngestError
-from db.export import export as write_files
-from db.files import OutputError
+from db.dump import export as write_files
+from db.errors import DatabaseError, FileError, OutputError
 from db.ingest import check as check_database
 from db.ingest import ingest as ingest_results
 from db.ingest import rebuild as rebuild_database
@@ -25,9 +24,9 @@ DEFAULT_DB = "outputs/centralized.db"
 def _exit_codes() -> Iterator[None]:
     try:
         yield
-    except (DatabaseError, OutputError, IngestError) as error:
+    except (DatabaseError, OutputError, FileError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, IngestError) else 1) from error
+        raise typer.Exit(2 if isinstance(error, FileError) else 1) from error
 
 
 @app.command()
@@ -37,7 +36,7 @@ def ingest(
     arm: Annotated[list[str] | None, typer.Option("--arm", help="Only this arm; may be repeated.")] = None,
     seed: Annotated[list[int] | None, typer.Option("--seed", help="Only this seed; may be repeated.")] = None,
 ) -> None:
-    """Archive the results of the working copy in runs/ and make the database anew.
+    """Archive the results of the working copy in runs/ and rebuild the database.
 
     Exit codes: 0 done, 1 the database cannot be written, 2 the result files cannot be read.
     """
@@ -47,14 +46,14 @@ def ingest(
 
 @app.command()
 def rebuild(db: Db = DEFAULT_DB, root: Root = Path()) -> None:
-    """Make the database anew from runs/, earlier tasks and settings included. Exit codes as `ingest`."""
+    """Rebuild the database from runs/, including earlier tasks and settings. Exit codes as for `ingest`."""
     with _exit_codes():
         typer.echo(rebuild_database(root, db))
 
 
 @app.command()
 def check(db: Db = DEFAULT_DB, root: Root = Path()) -> None:
-    """Check that the database is whole and says what runs/ says; count the rows. Exit codes: 0 sound, 1 not."""
+    """Check that the database is intact and agrees with runs/, and count its rows. Exit codes: 0 sound, 1 not."""
     with _exit_codes():
         counts, faults = check_database(db, root)
     for name, rows in counts.items():
@@ -63,8 +62,8 @@ def check(db: Db = DEFAULT_DB, root: Root = Path()) -> None:
         typer.echo(f"fault: {fault}", err=True)
     if faults:
         typer.echo(
-            "Do: run `python -m db.cli rebuild`. A fault that comes back stands in the files: remove the named run's "
-            "folder under scores/ and run `dvc repro`.",
+            "Run `python -m db.cli rebuild`. If a fault comes back, it is in the files: remove the named run's folder "
+            "under scores/ and run `dvc repro`.",
             err=True,
         )
         raise typer.Exit(1)
@@ -73,14 +72,14 @@ def check(db: Db = DEFAULT_DB, root: Root = Path()) -> None:
 
 @app.command()
 def export(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the files; made when absent.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the files; created if missing.")],
     db: Db = DEFAULT_DB,
     form: Annotated[Literal["csv", "parquet"], typer.Option("--format", help="Of the files.")] = "csv",
     table: Annotated[
         list[str] | None, typer.Option("--table", help="Only this table or view; may be repeated.")
     ] = None,
 ) -> None:
-    """Write every table and view to a file of its own. Exit codes: 0 done, 1 not; then old files stand."""
+    """Write each table and view to a separate file. Exit codes: 0 done, 1 failed, and the old files are unchanged."""
     with _exit_codes():
         for name, rows in write_files(db, out, form, table or None).items():
             typer.echo(f"{out / name}.{form}: {rows} rows")

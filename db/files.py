@@ -1,6 +1,6 @@
-"""Files that are whole or not there, run.json, and reading and writing of the records.
+"""Writing files and folders as a whole, reading and writing records, and the run.json of a stage.
 
-Everything is written beside its place and put there by a rename: an exception or a kill leaves what was there before.
+Everything is written beside its place and then renamed: an exception or a kill leaves what was there before.
 """
 
 import errno
@@ -23,6 +23,7 @@ import psutil
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from db.errors import FileError, OutputError
 from db.records import ArtifactRecord, Record, RunRecord
 
 PACKAGES = (
@@ -31,17 +32,9 @@ PACKAGES = (
 ).split()
 
 ROOT = Path(__file__).resolve().parents[1]
-"""The project's folder, which code runs from."""
+"""The folder that the code runs from."""
 
 AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
-
-
-class OutputError(RuntimeError):
-    """A file or folder that cannot be written; what stood there before is untouched."""
-
-
-class FileError(RuntimeError):
-    """A file of an earlier stage that is missing or damaged."""
 
 
 _ADVICE = {
@@ -51,8 +44,8 @@ _ADVICE = {
     errno.EROFS: "the file system is read-only: choose a writable folder",
     errno.EACCES: "this user may not write there: check the folder's owner and rights",
     errno.EPERM: "this user may not write there: check the folder's owner and rights",
-    errno.ENOTDIR: "a file stands where a folder is needed: move it away",
-    errno.EEXIST: "a file stands where a folder is needed: move it away",
+    errno.ENOTDIR: "a file is where a folder is needed: move it away",
+    errno.EEXIST: "a file is where a folder is needed: move it away",
 }
 
 
@@ -66,7 +59,7 @@ def explain_os_error(error: OSError, target: Path) -> OutputError | None:
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `target` when the block ends well, or an OutputError."""
+    """A new folder that replaces `target` when the block ends without an exception; OutputError if it cannot."""
     with _beside(target) as partial:
         partial.mkdir()
         yield partial
@@ -75,7 +68,7 @@ def staged(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
-    """A path for a new file that takes the place of `target` when the block ends well; errors as of `staged`."""
+    """A path for a new file that replaces `target` when the block ends without an exception; errors as for `staged`."""
     with _beside(target) as partial:
         yield partial
         partial.replace(target)
@@ -95,7 +88,7 @@ def _beside(target: Path) -> Iterator[Path]:
                 raise
             raise clear from error
         except Exception as error:
-            # safetensors, torch and llama.cpp report a full disk in words and types of their own
+            # safetensors, torch and llama.cpp report a full disk in their own words and types
             if not _full_disk(error, target.parent):
                 raise
             cause = OSError(errno.ENOSPC, str(error))
@@ -116,7 +109,7 @@ def clear_leftovers(target: Path) -> None:
 
 
 def _ours(error: OSError, target: Path) -> bool:
-    """Whether the error is about the output's place, and not, say, an unreadable input."""
+    """Whether the error is about the output, and not, say, an unreadable input."""
     if error.filename is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     place, about = target.parent.absolute(), Path(os.fsdecode(error.filename)).absolute()
@@ -148,7 +141,7 @@ def _alive(partial: Path) -> bool:
 def process_runs(pid: int, since: float) -> bool:
     """Whether a process runs and began before a moment (seconds since the epoch).
 
-    A dead one that nobody has reaped does not run, nor does one that has got its number since.
+    A zombie does not count, nor does a later process that was given the same number.
     """
     try:
         process = psutil.Process(pid)
@@ -215,7 +208,7 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file; FileError where it is missing or damaged."""
+    """Content of a JSON file; FileError if it is missing or damaged."""
     try:
         return json.loads(_content(path))
     except ValueError as error:
@@ -223,7 +216,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All objects of a JSON-lines file; errors as of `read_json`."""
+    """All objects of a JSON-lines file; errors as for `read_json`."""
     try:
         return [json.loads(line) for line in _content(path).splitlines() if line.strip()]
     except ValueError as error:
@@ -231,7 +224,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_record(path: Path, form: type[AnyRecord]) -> AnyRecord:
-    """A JSON file as a record; FileError where it is missing or damaged, with everything that is wrong."""
+    """A JSON file as a record; FileError if it is missing or damaged, naming everything that is wrong."""
     try:
         return form.model_validate_json(_content(path))
     except ValidationError as error:
@@ -247,7 +240,7 @@ def _content(path: Path) -> bytes:
 
 
 def reasons(error: ValidationError) -> list[tuple[str, str]]:
-    """(Dotted key, what was expected and what came) for everything that is wrong in a file."""
+    """(Dotted key, what was expected and what was there) for everything that is wrong in a file."""
     return [(".".join(map(str, detail["loc"])), _words(detail)) for detail in error.errors(include_url=False)]
 
 
@@ -255,9 +248,9 @@ def _words(detail: ErrorDetails) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] in ("missing", "value_error", "json_invalid"):
         return message
-    came = detail["input"]
-    shown = came if isinstance(came, str) else json.dumps(came, default=str)
-    return f"{message}, came {shown[:80]!r}" if isinstance(came, str) else f"{message}, came {shown[:80]}"
+    value = detail["input"]
+    shown = repr(value[:80]) if isinstance(value, str) else json.dumps(value, default=str)[:80]
+    return f"{message}, got {shown}"
 
 
 def start_run(
@@ -270,11 +263,11 @@ def start_run(
     prompt_template: str | None = None,
     device: dict[str, Any] | None = None,
 ) -> RunRecord:
-    """Start the clock of a stage; the device is torch's unless another is given."""
-    told = {"stage": stage, "arm": arm, "seed": seed, "params": params, "inputs": inputs}
-    found = {"git": git_state(), "packages": package_versions(), "device": device or torch_device()}
+    """Start the clock of a stage. The device is torch's unless another is given."""
+    task = {"stage": stage, "arm": arm, "seed": seed, "params": params, "inputs": inputs}
+    place = {"git": git_state(), "packages": package_versions(), "device": device or torch_device()}
     state = {"schema": 1, "status": "running", "started": datetime.now(UTC).isoformat(), "ended": None, "artifacts": []}
-    return RunRecord.of({**told, **found, **state, "prompt_template": prompt_template})
+    return RunRecord.of({**task, **place, **state, "prompt_template": prompt_template})
 
 
 def finish_run(record: RunRecord, folder: Path) -> None:
@@ -296,7 +289,7 @@ def sha256(path: Path) -> str:
 
 
 def hash_inputs(*paths: Path) -> dict[str, str]:
-    """Hash of every file; folders count with all files below them, save run.json (it holds times)."""
+    """Hash of every file; folders count with all files below them except run.json, which holds times."""
     hashes: dict[str, str] = {}
     for path in paths:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -331,14 +324,14 @@ def package_versions() -> dict[str, str]:
 def git_state() -> dict[str, Any]:
     """Commit and whether tracked files of the code differ from it; None for both outside a git checkout.
 
-    Asked from the project's folder, wherever a command runs and whatever other repository the project lies in.
+    Asks about the folder of the code, wherever a command runs and whatever repository surrounds it.
     """
 
     def git(*command: str) -> str:
         done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
         return done.stdout.strip()
 
-    # The whole project, save what profiles and runs rewrite: settings stand in every record, so they are no code.
+    # The whole project except what profiles and runs rewrite: settings are in every record, so they are not code.
     where = [".", ":(exclude)dvc.lock", ":(exclude)params.yaml"]
     try:
         commit = git("rev-parse", "HEAD")
@@ -348,7 +341,7 @@ def git_state() -> dict[str, Any]:
 
 
 def torch_device() -> dict[str, Any]:
-    """The device that torch would use here, and the machine round it."""
+    """The device that torch would use here, and the machine around it."""
     import torch
 
     name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
@@ -356,7 +349,7 @@ def torch_device() -> dict[str, Any]:
 
 
 def llama_cpp_device() -> dict[str, Any]:
-    """The device that llama.cpp uses here, without loading torch; unless told otherwise it takes half of the cores."""
+    """The device that llama.cpp uses here, without loading torch; by default it takes half of the cores."""
     import llama_cpp
 
     gpu = "GPU of llama.cpp" if llama_cpp.llama_supports_gpu_offload() else None
@@ -364,12 +357,12 @@ def llama_cpp_device() -> dict[str, Any]:
 
 
 def omp_threads() -> int:
-    """OMP_NUM_THREADS, of a list the first one; 0: not set."""
+    """OMP_NUM_THREADS, or the first number if it is a list; 0: not set."""
     return int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or 0)
 
 
 def machine(gpu: str | None, threads: int) -> dict[str, Any]:
-    """What run.json says of the device; no name of a GPU means that the CPU is used."""
+    """What run.json says about the device; without the name of a GPU the CPU is used."""
     return {
         "class": "cpu" if gpu is None else "cuda",
         "name": gpu or _cpu_name(),

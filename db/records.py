@@ -1,7 +1,9 @@
-"""What the stages write and ingest reads: one record a file, with the same strict rules on both ways.
+"""What the stages write and the database stores: one record per file, checked in the same way on writing and reading.
 
-Types are strict: "3" is not a number, 1 is not true. A number that may be NaN or infinite is written as a word, since
-JSON has no such numbers. Keys that a record does not name are kept, so that a stage may add some.
+The columns of the tables are made from these fields (`db.tables`), so a new field is a new column.
+
+Types are strict: "3" is not a number, 1 is not true. NaN and infinity are written as words, since JSON has no such
+numbers. Keys that a record does not name are kept, so that a stage may add some.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
+    AliasPath,
     AwareDatetime,
     BaseModel,
     BeforeValidator,
@@ -21,19 +24,21 @@ from pydantic import (
     Field,
     RootModel,
     StringConstraints,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
 FINAL_STEP = -1
-"""The `step` of a number that belongs to the finished run and not to a moment of training."""
+"""The `step` of a number that describes the finished run rather than a moment of training."""
 
 SAME_MEAN = 1e-9
-"""How far two means of the same numbers from 0 to 1 may lie apart, added up in different orders."""
+"""Tolerance for two means of the same numbers from 0 to 1, summed in different orders."""
 
 REFERENCE = "f16"
-"""The precision that the others are held against."""
+"""The precision that the others are compared with."""
 
-_STEPS = 2**53  # from here on a float skips whole numbers
+_STEPS = 2**53  # above this, floats skip whole numbers
 ValueKind = Literal["finite", "nan", "inf", "-inf"]
 Stage = Literal[
     "prepare_data", "prepare_base", "base_texts", "train", "probe", "export", "quantize", "verify", "measure",
@@ -42,9 +47,9 @@ Stage = Literal[
 
 
 def split_value(number: float | None) -> tuple[float | None, ValueKind]:
-    """A float as the pair that the database stores; a missing number (JSON null) counts as NaN.
+    """Split a float into the pair that the database stores; a missing number (JSON null) counts as NaN.
 
-    SQLite turns NaN into NULL, and a loss that diverged is a finding, not a gap.
+    SQLite turns NaN into NULL, and a loss that diverged is a result, not a gap.
     """
     if number is None or math.isnan(number):
         return None, "nan"
@@ -58,14 +63,14 @@ def join_value(value: float | None, kind: str) -> float:
 
 
 def clean_text(text: str) -> str:
-    """Replace what no database stores: NUL (PostgreSQL) and lone surrogates (any UTF-8 column)."""
+    """Replace characters that databases refuse: NUL (PostgreSQL) and lone surrogates (any UTF-8 column)."""
     if text.isascii() and "\x00" not in text:
         return text
     return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
 def plain(value: Any) -> Any:
-    """A copy that any JSON file or column takes: clean text, words for NaN and the infinities, ISO 8601 times."""
+    """Copy a value into what JSON can hold: clean text, words for NaN and infinity, ISO 8601 times."""
     if isinstance(value, float):
         return value if math.isfinite(value) else split_value(value)[1]
     if isinstance(value, str):
@@ -87,13 +92,13 @@ def _finite_or_none(value: Any) -> Any:
 
 
 def _whole_or_none(value: Any) -> Any:
-    """Measured counts may be missing, written as null or NaN; 640.0 is the count 640."""
+    """A count may be missing (null or NaN), and 640.0 is the count 640."""
     value = _finite_or_none(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _object_or_none(value: Any) -> Any:
-    """Records of other kinds have a count or a list of names under the same key."""
+    """Other kinds of records have a count or a list of names under the same key."""
     return value if isinstance(value, dict) else None
 
 
@@ -135,27 +140,27 @@ class Git(Record):
 class Device(Record):
     """Where a stage ran; memory in bytes."""
 
-    device_class: Name = Field(alias="class")
-    name: str | None = None
-    cores: Count | None = None
-    threads: Count | None = None
+    device_class: Name = Field(alias="class")  # cpu, cuda or mps
+    device_name: str | None = Field(None, alias="name")
+    cores: Count | None = None  # of the machine
+    threads: Count | None = None  # used
     memory_bytes: Count | None = None
     platform: str | None = None
     python: str | None = None
 
 
 class ArtifactRecord(Record):
-    """One file that a stage made; `parent` is the sha256 of what it was made from."""
+    """One file that a stage made."""
 
     kind: Literal["adapter", "merged_gguf", "adapter_gguf", "base_gguf", "modelfile", "base_model", "dataset"]
-    path: Name
+    path: Name  # relative to the project's folder
     sha256: Sha256
     bytes: Count
-    parent: Sha256 | None = None
+    parent_sha256: Sha256 | None = Field(None, alias="parent")  # what it was made from, perhaps by another run
 
 
 class RunRecord(Record):
-    """`run.json`: how one stage ran. While it runs, `artifacts` and `extra` (numbers of its own) are filled."""
+    """`run.json`: how one stage ran. The stage fills `artifacts` and `extra` (its own numbers) as it goes."""
 
     model_config = ConfigDict(frozen=False)
 
@@ -186,31 +191,38 @@ class RunRecord(Record):
         return self
 
 
-class OfArm(Record):
+class ArmRecord(Record):
     form: Literal[1] = Field(alias="schema")
     arm: Name
     seed: Count
 
 
 class MetricRecord(Record):
-    """One final number; a null value means that it could not be computed."""
+    """One final number; a null value means that it could not be computed.
 
-    name: Name
+    Splits: test, retention, parity, general, weights, hidden, alignment, eval, train; harness/TASK of lm-eval.
+    """
+
+    name: Name  # explained by its MetricDefRecord
     split: Name
     value: Number | None
-    n: Count | None = None
+    n: Count | None = None  # items behind the number
 
 
 class MetricDefRecord(Record):
-    unit: str
-    direction: Literal["higher", "lower", "none"]
+    unit: str  # share: a number from 0 to 1
+    direction: Literal["higher", "lower", "none"]  # which is better
     description: str
 
 
 class SpeedRecord(Record):
-    """One timed phase, in tokens and nanoseconds."""
+    """One timed phase. An arm's run also times the base, in turn in the same process, because machines drift.
 
-    arm: Name
+    load: until the model is ready; ttft: from the request to its first token; prefill: evaluating the prompt; decode:
+    generating the answer token by token.
+    """
+
+    arm: Name  # the run's arm, or base
     phase: Literal["load", "ttft", "prefill", "decode"]
     repetition: Count
     tokens: Measured
@@ -225,23 +237,21 @@ class Backend(Record):
 
 
 class TaskRecord(Record):
-    """What was asked; `primary` names the metric of split test by which arms are compared, `title` is its title."""
-
     name: Name
-    title: Name
-    primary: Name
+    title: Name  # of the primary metric, as tables show it
+    primary: Name  # metric of split test by which arms are compared
 
 
 AQI = TaskRecord(name="aqi", title="AQI accuracy", primary="aqi_category_accuracy")
-"""The task of results from before there were others."""
+"""The task of results that name none, since they are older than the other tasks."""
 
 
-class ScoresRecord(OfArm):
+class ScoresRecord(ArmRecord):
     """`scores.json`: the numbers of one arm with one seed."""
 
     model_name: Name
     backend: Backend
-    exported: bool = True  # False: what was scored is base and adapter as training left them, and no file was made
+    exported: bool = True  # False: base and adapter were scored as training left them, without an exported file
     test_items_sha256: Sha256
     metrics: list[MetricRecord]
     task: TaskRecord = AQI
@@ -252,62 +262,69 @@ class ScoresRecord(OfArm):
     def _consistent(self) -> ScoresRecord:
         known = sorted(metric.name for metric in self.metrics if metric.split == "test")
         if "task" in self.model_fields_set and self.task.primary not in known:
-            words = f"expected the primary metric {self.task.primary} among those of split test, came"
-            raise ValueError(f"{words} {', '.join(known) or 'none'}")
+            names = ", ".join(known) or "none"
+            raise ValueError(f"expected the primary metric {self.task.primary} in split test, got {names}")
         refuse_repeats("metrics", ((metric.name, metric.split) for metric in self.metrics))
         refuse_repeats("speed rows", ((row.arm, row.phase, row.repetition) for row in self.speed))
-        strange = sorted({row.arm for row in self.speed} - {self.arm, "base"})
-        if strange:
-            raise ValueError(f"speed rows of the arms {self.arm} and base expected, came {strange}")
-        refuse_strange_shares(self.metrics, self.metric_defs)
+        others = sorted({row.arm for row in self.speed} - {self.arm, "base"})
+        if others:
+            raise ValueError(f"expected speed rows of {self.arm} and base, got {others}")
+        refuse_impossible_shares(self.metrics, self.metric_defs)
         return self
 
 
-class _Answered(Record):
-    """Credit is from 0 to 1; results from before there was any have right and wrong answers only."""
+_CREDIT: Any = Field(None, validate_default=True)
+
+
+class _Credited(Record):
+    """Credit is from 0 to 1. Older results have none, only right and wrong answers."""
+
+    @field_validator("credit", mode="before", check_fields=False)
+    @classmethod
+    def _of_older_results(cls, credit: Any, info: ValidationInfo) -> Any:
+        if credit is not None:
+            return credit
+        return float(info.data.get("category_accuracy", info.data.get("correct", 0)))
+
+
+class SampleRecord(_Credited):
+    """One line of `samples.jsonl`: one answered item."""
 
     item_id: Name
-    correct: bool
-    answer: str
-    credit: Share | None = None
-
-    @property
-    def worth(self) -> float:
-        return float(self.correct) if self.credit is None else self.credit
-
-
-class SampleRecord(_Answered):
-    """One line of `samples.jsonl`: one answered item; `abs_error` is of tasks that ask for a number."""
-
     task: Name
     split: Name
     prompt: str
     truth: str
-    predicted: FiniteOrNone = None
-    abs_error: ErrorOrNone = None
+    answer: str  # unshortened
+    correct: bool
+    credit: Share = _CREDIT
+    predicted: FiniteOrNone = None  # number in the answer; None: there is none
+    abs_error: ErrorOrNone = None  # |predicted - truth|; None: the task asks for no number
     prompt_tokens: Measured = None
     answer_tokens: Measured = None  # the end token included
-    finish_reason: Literal["stop", "length"] | None = None  # "length": cut at evaluate.max_tokens; None: not told
+    finish_reason: Literal["stop", "length"] | None = None  # "length": cut at evaluate.max_tokens; None: unknown
 
 
 class LayerRecord(Record):
+    """One number of one layer. Splits: weights, hidden, alignment (measured); probe, grit (logged in training)."""
+
     name: Name
     split: Name
-    layer: Name
+    layer: Name  # module (layers.0.self_attn.q_proj) or hidden layer (layer 2)
     value: Number | None
 
 
-def refuse_strange_shares(
+def refuse_impossible_shares(
     numbers: Iterable[MetricRecord | LayerRecord], meanings: Mapping[str, MetricDefRecord]
 ) -> None:
     """Raise a ValueError that names the first number whose unit is share and which is not from 0 to 1."""
     for number in numbers:
         meaning = meanings.get(number.name)
         if meaning is not None and meaning.unit == "share" and not 0 <= (number.value or 0) <= 1:
-            raise ValueError(f"{number.name} is a share from 0 to 1, came {number.value}")
+            raise ValueError(f"{number.name}: expected a share from 0 to 1, got {number.value}")
 
 
-class MeasuredRecord(OfArm):
+class MeasuredRecord(ArmRecord):
     metrics: list[MetricRecord]
     metric_defs: dict[Name, MetricDefRecord]
     layers: list[LayerRecord]
@@ -317,21 +334,21 @@ class MeasuredRecord(OfArm):
     def _consistent(self) -> MeasuredRecord:
         refuse_repeats("metrics", ((metric.name, metric.split) for metric in self.metrics))
         refuse_repeats("layers", ((row.name, row.split, row.layer) for row in self.layers))
-        refuse_strange_shares([*self.metrics, *self.layers], self.metric_defs)
+        refuse_impossible_shares([*self.metrics, *self.layers], self.metric_defs)
         return self
 
 
 class BenchmarkTask(Record):
-    """A task of lm-evaluation-harness; a group of its has several."""
+    """A task of lm-evaluation-harness; its groups have several."""
 
     version: str
     shots: Count  # examples before each question
     items: Count
-    metric: str | None  # whose value is an item's credit; None: no metric is a share of an item
+    metric: str | None  # which is an item's credit; None: no metric is a share of an item
 
 
-class HarnessRecord(OfArm):
-    """`harness.json`: a benchmark's figures; samples.jsonl beside it has its items."""
+class HarnessRecord(ArmRecord):
+    """`harness.json`: a benchmark's numbers; samples.jsonl beside it has its items."""
 
     benchmark: Name
     lm_eval: Name  # version
@@ -342,11 +359,11 @@ class HarnessRecord(OfArm):
     @model_validator(mode="after")
     def _consistent(self) -> HarnessRecord:
         refuse_repeats("metrics", ((metric.name, metric.split) for metric in self.metrics))
-        refuse_strange_shares(self.metrics, self.metric_defs)
+        refuse_impossible_shares(self.metrics, self.metric_defs)
         return self
 
 
-class ParityRecord(OfArm):
+class ParityRecord(ArmRecord):
     prompts: Count
     token_ids_equal: Share
     greedy_equal: Share
@@ -354,24 +371,19 @@ class ParityRecord(OfArm):
     first_difference: dict[str, Any] | None = None
 
 
-class PrecisionRecord(Record):
-    """A model in one precision; size in bytes, shares from 0 to 1, credit the mean of the test items."""
+class PrecisionRecord(_Credited):
+    """A run's merged model in one precision; all but the sizes are of the test items."""
 
-    type: Name
-    bytes: Count
-    bits_per_weight: Annotated[float, Field(gt=0, le=64)]
-    tensor_types: dict[Name, Count]
+    type: Name  # llama.cpp's name: f16, bf16, q8_0, q4_K_M, …
+    bytes: Count  # of the whole file
+    bits_per_weight: Annotated[float, Field(gt=0, le=64)]  # of the tensors alone
+    tensor_types: dict[Name, Count]  # type of a tensor to number of tensors, read back
     category_accuracy: Share
     correct: Count
     n: Annotated[Count, Field(ge=1)]
-    answers_equal_to_f16: Share
-    fallbacks: Count
-    credit: Share | None = None
-
-    @property
-    def worth(self) -> float:
-        """Results from before there was credit have right and wrong answers only."""
-        return self.category_accuracy if self.credit is None else self.credit
+    answers_equal_to_f16: Share  # answered with the same text
+    fallbacks: Count  # tensors in another format, because their rows are no multiple of its block
+    credit: Share = _CREDIT
 
     @model_validator(mode="after")
     def _consistent(self) -> PrecisionRecord:
@@ -382,7 +394,7 @@ class PrecisionRecord(Record):
         return self
 
 
-class QuantizedRecord(OfArm):
+class QuantizedRecord(ArmRecord):
     rows: list[PrecisionRecord]
 
     @model_validator(mode="after")
@@ -390,14 +402,20 @@ class QuantizedRecord(OfArm):
         refuse_repeats("rows of the type", (row.type for row in self.rows))
         first = self.rows[0].type if self.rows else "nothing"
         if first != REFERENCE:
-            raise ValueError(f"rows: expected {REFERENCE} first, which the others are held against, came {first}")
+            raise ValueError(f"rows: expected {REFERENCE} first, the reference of the others, got {first}")
         if self.rows[0].answers_equal_to_f16 != 1:
-            raise ValueError(f"rows: {REFERENCE} must equal itself, came {self.rows[0].answers_equal_to_f16}")
+            raise ValueError(f"rows: {REFERENCE} must equal itself, got {self.rows[0].answers_equal_to_f16}")
         return self
 
 
-class QuantizedSampleRecord(_Answered):
+class QuantizedSampleRecord(_Credited):
+    """One test item answered by the model in one precision."""
+
     type: Name
+    item_id: Name
+    correct: bool
+    answer: str
+    credit: Share = _CREDIT
 
 
 class VerificationRecord(Record):
@@ -407,35 +425,35 @@ class VerificationRecord(Record):
     not tell what text or how many tokens it read: then `rendered` or `counted` is null.
     """
 
-    backend: Name
+    backend: Name  # llama_cpp or ollama
     backend_version: Name
-    mode: Literal["merged", "adapter"]
-    form: Literal["plain", "newline", "second"] = "plain"
+    mode: Literal["merged", "adapter"]  # merged GGUF, or base with GGUF adapter
+    form: Literal["plain", "newline", "second"] = "plain"  # newline behind the prompt; second question of a chat
     prompts: Count
-    rendered: Share | None
-    counted: Share | None
-    answered: Share | None
-    tied: Share | None = None
-    equal_to_merged: Share | None
-    perturbed_noticed: bool | None
-    first_difference: str | None
-    gguf_sha256: Sha256
+    rendered: Share | None  # as in training
+    counted: Share | None  # read as the same tokens
+    answered: Share | None  # greedily as by Hugging Face
+    tied: Share | None = None  # otherwise, at a token that all but ties with the other; None: not looked at
+    equal_to_merged: Share | None  # answered as in mode merged; None: not compared
+    perturbed_noticed: bool | None  # another adapter scale changed an answer; None: not tried
+    first_difference: str | None  # where and why the first prompt differs
+    gguf_sha256: Sha256  # of the exported model or base
     adapter_sha256: Sha256 | None
-    server_digest: str | None
-    stored_sha256: str | None
+    server_digest: str | None  # the server's digest of the model
+    stored_sha256: str | None  # of the weights as the server keeps them
 
     @model_validator(mode="after")
     def _consistent(self) -> VerificationRecord:
         if (self.answered is None) != (self.prompts == 0):
-            raise ValueError(f"answered: expected a share exactly where prompts were asked, came "
+            raise ValueError(f"answered: expected a share if and only if prompts were asked, got "
                              f"{self.answered} of {self.prompts} prompts")  # fmt: skip
         for name in ("rendered", "counted"):
             if (share := getattr(self, name)) is not None and self.prompts == 0:
-                raise ValueError(f"{name}: expected no share where no prompt was asked, came {share}")
+                raise ValueError(f"{name}: expected no share where no prompt was asked, got {share}")
         return self
 
 
-class VerifyRecord(OfArm):
+class VerifyRecord(ArmRecord):
     model_name: Name
     rows: list[VerificationRecord]
 
@@ -446,19 +464,19 @@ class VerifyRecord(OfArm):
 
 
 class ReadingRecord(Record):
-    """One number of a verdict; layer '': the whole model, step -1: the whole run."""
+    """One reading behind the verdict on whether the optimizer really moved differently."""
 
     name: Name
-    layer: str
-    step: Annotated[int, Field(ge=FINAL_STEP, lt=2**63)]
+    layer: str  # '': the whole model
+    step: Annotated[int, Field(ge=FINAL_STEP, lt=2**63)]  # -1: over the whole run
     value: Number
     unit: str
-    threshold: float | None
+    threshold: float | None  # what it was judged against
     verdict: Literal["pass", "fail", "inconclusive", "skipped"]
     diagnosis: str
 
 
-class VerdictRecord(OfArm):
+class VerdictRecord(ArmRecord):
     as_claimed: bool | None  # None: nobody watched
     verdict: Literal["effective", "no_effect", "unstable", "not_watched"]
     diagnosis: Name
@@ -481,22 +499,65 @@ class HistoryRecord(RootModel[list[dict[str, Number | None]]]):
         for position, entry in enumerate(self.root):
             step = entry.get("step")
             if step is None or not 0 <= step < _STEPS or step != int(step):
-                raise ValueError(f"entry {position} needs a `step`, a whole number from 0 up, came {step}")
+                raise ValueError(f"entry {position}: expected a `step`, a whole number from 0 up, got {step}")
         for names in {tuple(entry) for entry in self.root}:
             if "" in names or "eval_" in names:
-                raise ValueError(f"expected a name for each number, came one without: {', '.join(map(repr, names))}")
+                raise ValueError(f"expected a name for each number, got one without: {', '.join(map(repr, names))}")
         return self
 
 
 class _Logged(Record):
-    """Of the logs of training only the fields that reach a table are read; their writers need nothing of this file."""
+    """What training writes down as it runs. Only the fields that reach the database are read; others are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
 
-def _number_of(unit: str, description: str, name: str = "") -> Any:
-    """A number that reaches the database, under the field's name or another; None: there is none."""
-    return Field(None, title=name, description=description, json_schema_extra={"unit": unit})
+class Meaning(NamedTuple):
+    """How a logged number appears in the database: its name there, its MetricDefRecord, and its split."""
+
+    name: str
+    unit: str
+    description: str
+    direction: str = "none"
+    split: str = ""
+
+
+def _number_of(unit: str, description: str, name: str = "", *, path: str = "", **more: str) -> Any:
+    """A logged number that reaches the database, under the field's name or another; None: there is none."""
+    alias = AliasPath(*path.split(".")) if path else None
+    return Field(
+        None,
+        validation_alias=alias,
+        json_schema_extra={"meaning": {"name": name, "unit": unit, "description": description, **more}},
+    )
+
+
+def meanings_of(form: type[Record]) -> dict[str, Meaning]:
+    """Field → meaning, for each of a record's numbers that reach the database."""
+    extras = {key: field.json_schema_extra for key, field in form.model_fields.items()}
+    meanings: dict[str, Any] = {key: extra["meaning"] for key, extra in extras.items() if isinstance(extra, dict)}
+    return {key: Meaning(**{**meaning, "name": meaning["name"] or key}) for key, meaning in meanings.items()}
+
+
+class FinalRecord(_Logged):
+    """What stage train says at its end, in its run.json under `extra`, about the adapter that it saved."""
+
+    final_eval_loss: Number | None = _number_of(
+        "nats per token", "Loss on the held-out items", "evaluation_loss", direction="lower", split="eval"
+    )
+    final_kl: Number | None = _number_of(
+        "nats per token", "KL(base ‖ tuned) on texts of the base that no loss sees", "kl_to_base",
+        direction="lower", split="eval",
+    )  # fmt: skip
+    final_loss: Number | None = _number_of(
+        "nats per token", "Last training loss that was logged", "training_loss", direction="lower", split="train"
+    )
+    inversions: Number | None = _number_of(
+        "count", "Times that GRIT has refreshed its curvature", path="grit.inversions", split="train"
+    )
+    peak_gpu_memory_bytes: Number | None = _number_of(
+        "bytes", "Peak of what torch had allocated on the GPU", "gpu_memory_bytes", direction="lower", split="train"
+    )
 
 
 class UnitRecord(_Logged):
@@ -505,9 +566,9 @@ class UnitRecord(_Logged):
     angle: Number | None = _number_of(
         "degrees", "between the step made and the step of plain AdamW, 0: the same direction"
     )
-    cos_raw_step: Number | None = _number_of("cosine", "of the raw gradient and the step made, sign turned")
+    cos_raw_step: Number | None = _number_of("cosine", "of the raw gradient and the step made, sign flipped")
     cos_raw_inner: Number | None = _number_of("cosine", "of the raw gradient and the one that the optimizer got")
-    lr_ratio: Number | None = _number_of("ratio", "length of the step made over that of plain AdamW's step")
+    lr_ratio: Number | None = _number_of("ratio", "length of the step made, relative to plain AdamW's")
 
 
 class LedgerRecord(_Logged):
@@ -543,7 +604,7 @@ class GritLayer(_Logged):
     final_k_a: Count | None = _KEPT_A
     final_k_b: Count | None = _KEPT_B
     samples: Number | None = _number_of("tokens", "tokens that a layer's statistics have seen")
-    relative_change: Number | None = _number_of("ratio", "by a reprojection: ‖ΔW' − ΔW‖ over ‖ΔW‖")
+    relative_change: Number | None = _number_of("ratio", "by a reprojection: ‖ΔW' − ΔW‖ over ‖ΔW‖", direction="lower")
     effective_rank_a: Number | None = _number_of(_RANK, f"{_ENTROPY} {_A}")
     effective_rank_g: Number | None = _number_of(_RANK, f"{_ENTROPY} {_G}")
     condition_a: Number | None = _number_of("ratio", f"{_CONDITION} {_A}")
@@ -565,3 +626,65 @@ class GritRecord(_Logged):
     layers: _GritLayers = None
     ranks: _GritLayers = None
     spectra: _GritLayers = None
+
+
+class Costs(_Logged):
+    """What training took, as stage train wrote it; None: unknown, as for the base and adapters trained elsewhere."""
+
+    steps: Measured = None  # optimizer steps
+    train_seconds: FiniteOrNone = None  # None also where a killed run was resumed: it knows only its own share
+    peak_memory_bytes: Measured = None  # of the process, without what a GPU holds
+    trained_parameters: Measured = None
+    saved_parameters: Measured = None  # fewer where ranks have shrunk
+
+
+class Run(Costs):
+    """One arm with one seed, trained, exported and scored; a changed setting makes a new run."""
+
+    id: int
+    run_key: str  # hash of what it is; its folder in runs/
+    arm: str  # the way of training; base is the untouched model
+    seed: int
+    model_name: str  # in Ollama
+    is_current: bool  # whether the last compare found it on disk
+    is_latest: bool = False  # the task's newest of this arm and seed, with the newest base, settings and data
+    reference_run_id: int | None = None  # its base; None: there is no fair one
+    started: datetime  # of the evaluation, UTC
+    ended: datetime
+    status: str  # finished: others are not archived
+    task: str  # what was asked: aqi, gsm8k, …
+    task_title: str  # of the primary metric, as tables show it
+    primary_metric: str  # name in metric, split test, by which arms are compared
+    test_items_sha256: str  # only runs with equal items compare
+    backend_name: str  # llama_cpp, ollama or hf
+    backend_version: str
+    serving_mode: str  # at evaluation: adapter merged into the model, or beside it
+    device_class: str  # of the evaluation
+    environment_id: int  # where it was evaluated
+    git_commit: str | None  # at evaluation
+    git_dirty: bool | None  # true when any stage ran on changed files
+    prompt_template: str | None
+    base_key: str  # sha256 of base.json: model, place and prompt template; '': unknown
+    train_key: str  # sha256 of params and inputs of stage train; '': nothing was trained
+    parity_first_difference: dict[str, Any] | None  # first prompt on which export and training disagree
+    params: dict[str, Any]  # per stage
+    inputs: dict[str, Any]  # per stage: file to sha256
+    stages: dict[str, Any]  # per stage: start, end, git, environment key, extra
+    rest: dict[str, Any]  # per file: fields of its record that no table has
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Section train of the arm's parameters; empty for the base."""
+        settings: dict[str, Any] = self.params.get("train", {}).get("train", {})
+        return settings
+
+    @property
+    def tuned(self) -> dict[str, Any]:
+        """What stage tune found for the arm; empty where it was off."""
+        tuned: dict[str, Any] = self.params.get("train", {}).get("tuned", {})
+        return tuned if tuned.get("runs") else {}
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """The known ones of `Costs`."""
+        return {name: float(value) for name in Costs.model_fields if (value := getattr(self, name)) is not None}

@@ -1,4 +1,4 @@
-"""The doors to the database: opened for reading as it is, written only as a whole."""
+"""Opening the database: read as it is, written only as a whole."""
 
 import sqlite3
 from collections.abc import Collection, Iterator
@@ -10,9 +10,9 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool, StaticPool
 
-from db.errors import DatabaseError, DatabaseMissingError, SchemaVersionError
-from db.files import OutputError, staged_file
-from db.tables import SCHEMA, VIEWS, Base, view_statements
+from db.errors import DatabaseError, OutputError
+from db.files import staged_file
+from db.tables import METADATA, SCHEMA, VIEWS, view_statements
 
 BUSY_TIMEOUT_S = 30.0
 """Seconds to wait for another writer; a rebuild takes a few."""
@@ -20,7 +20,7 @@ BUSY_TIMEOUT_S = 30.0
 _MAGIC = b"SQLite format 3\0"
 _OURS = frozenset({"environment", "run", "metric", "metric_def", "sample", "probe", "artifact", "speed"})
 _ENOUGH = len(_OURS) // 2  # a damaged database of ours may have lost some
-# Any fixed number: it names the lock that makes writers of one PostgreSQL database take turns.
+# Any fixed number: the name of the lock by which writers of one PostgreSQL database take turns.
 _POSTGRES_LOCK = 0x67726974
 
 
@@ -47,22 +47,19 @@ def _shown(url: URL) -> str:
 
 @contextmanager
 def open_session(url_or_path: str | Path | URL) -> Iterator[Session]:
-    """Open the database for reading; all that the block reads is of one moment, whatever is written meanwhile.
+    """Open the database for reading; the block sees one moment of it, whatever is written meanwhile.
 
     Raises:
-        DatabaseMissingError: there is nothing to read.
-        SchemaVersionError: another version of this project made it.
-        DatabaseError: anything else that keeps it from being read, in words.
+        DatabaseError: it is missing, another version of this project wrote it, or it cannot be read.
     """
     url = resolve_url(url_or_path)
     place = _shown(url)
     try:
         path = _sqlite_file(url)
         if path is not None and not path.is_file():
-            came = "a folder" if path.is_dir() else "no such file"
-            raise DatabaseMissingError(
-                f"a database at {place}", came, "run `dvc repro`, or `python -m db.cli ingest` if results exist"
-            )
+            got = "a folder" if path.is_dir() else "no such file"
+            advice = "run `dvc repro`, or `python -m db.cli ingest` if results exist"
+            raise DatabaseError(f"a database at {place}", got, advice, missing=True)
         engine = _reader(url, path)
         try:
             with engine.connect() as connection, Session(connection, expire_on_commit=False) as session:
@@ -90,22 +87,21 @@ def _server(url: URL) -> Engine:
     try:
         return create_engine(url, poolclass=NullPool)
     except ImportError as error:
-        do = "install the driver, for PostgreSQL: psycopg"
-        raise DatabaseError(f"the driver for {_shown(url)}", str(error), do) from error
+        advice = "install the driver, for PostgreSQL: psycopg"
+        raise DatabaseError(f"the driver for {_shown(url)}", str(error), advice) from error
 
 
 def _check_schema(connection: Connection, place: str) -> None:
     tables = inspect(connection).get_table_names()
-    if connection.dialect.name == "sqlite":  # on a server other tables may stand beside ours
+    if connection.dialect.name == "sqlite":  # on a server there may be other tables beside ours
         _refuse_others(tables, place)
     if "run" not in tables:
-        raise DatabaseMissingError(
-            f"a database with results at {place}", "a database without tables", "run `dvc repro`"
-        )
-    if (found := _schema_of(connection)) != SCHEMA:
-        raise SchemaVersionError(
+        got = "a database without tables"
+        raise DatabaseError(f"a database with results at {place}", got, "run `dvc repro`", missing=True)
+    if (schema := _schema_of(connection)) != SCHEMA:
+        raise DatabaseError(
             f"schema {SCHEMA} in {place}",
-            f"schema {found}, which another version of this project wrote" if found else "one of an older version",
+            f"schema {schema}, which another version of this project wrote" if schema else "one of an older version",
             "run `python -m db.cli rebuild`, or `python -m db.cli ingest` if there is no folder runs/ yet",
         )
 
@@ -120,22 +116,19 @@ def _schema_of(connection: Connection) -> int:
 
 def _refuse_others(tables: Collection[str], place: str) -> None:
     if tables and len(_OURS & set(tables)) < _ENOUGH:
-        raise DatabaseError(
-            f"a database of this project, or none, at {place}",
-            f"a database with other tables ({', '.join(sorted(tables)[:5])})",
-            "name another path with --db",
-        )
+        got = f"a database with other tables ({', '.join(sorted(tables)[:5])})"
+        raise DatabaseError(f"a database of this project, or none, at {place}", got, "name another path with --db")
 
 
 @contextmanager
 def replaced(url_or_path: str | Path | URL) -> Iterator[Session]:
-    """An empty database that takes the place of the old one, whole, when the block ends well.
+    """An empty database that replaces the old one as a whole when the block ends without an exception.
 
     A file is made beside the old one and renamed; on a server everything happens in one transaction. After an
-    exception or a kill the old content stands, and readers see the old or the new.
+    exception or a kill the old content is intact, and readers see either the old or the new.
 
     Raises:
-        DatabaseError: it cannot be written, another process writes to it, or what is there is not of this project.
+        DatabaseError: it cannot be written, another process writes to it, or what is there belongs to something else.
     """
     url = resolve_url(url_or_path)
     place, path = _shown(url), _sqlite_file(url)
@@ -159,13 +152,13 @@ def replaced(url_or_path: str | Path | URL) -> Iterator[Session]:
 
 @contextmanager
 def in_memory() -> Iterator[Session]:
-    """An empty database that nobody else sees, gone when the block ends."""
+    """An empty database in memory, gone when the block ends."""
     yield from _made(create_engine("sqlite://", poolclass=StaticPool))
 
 
 def _made(engine: Engine) -> Iterator[Session]:
     def on_connect(connection: sqlite3.Connection, _record: object) -> None:
-        connection.isolation_level = None  # the driver would leave table changes outside of the transaction
+        connection.isolation_level = None  # else the driver leaves table changes outside the transaction
         connection.execute("PRAGMA foreign_keys=ON")
         connection.execute("PRAGMA journal_mode=MEMORY")
 
@@ -187,30 +180,30 @@ def _filled(connection: Connection) -> Iterator[Session]:
 
 
 def _create(connection: Connection) -> None:
-    Base.metadata.create_all(connection)
+    METADATA.create_all(connection)
     for statement in view_statements(connection.dialect.name):
         connection.exec_driver_sql(statement)
 
 
 def _empty(connection: Connection, place: str) -> None:
-    """Rows go; tables of another schema number go too, so that others' rights and views survive where they can.
+    """Remove rows, and tables only if their schema number differs, so that other people's rights and views survive.
 
-    Tables with our names and without our mark are somebody else's, or, of versions 1 to 4, the only copy of their runs.
+    Tables with our names but without our mark belong to somebody else, or to versions 1 to 4, which had no runs/.
     """
-    there = set(inspect(connection).get_table_names())
-    found = _schema_of(connection) if "run" in there else 0
-    if found == SCHEMA:
-        for table in reversed(Base.metadata.sorted_tables):
+    existing = set(inspect(connection).get_table_names())
+    schema = _schema_of(connection) if "run" in existing else 0
+    if schema == SCHEMA:
+        for table in reversed(METADATA.sorted_tables):
             connection.execute(table.delete())
         return
-    if found:
+    if schema:
         for view in ("v_leaderboard", *VIEWS):  # the first one until schema 6
             connection.exec_driver_sql(f"DROP VIEW IF EXISTS {view} CASCADE")
-        Base.metadata.drop_all(connection)
-    elif taken := there & Base.metadata.tables.keys():
+        METADATA.drop_all(connection)
+    elif taken := existing & METADATA.tables.keys():
         raise DatabaseError(
-            f"a database without tables of our names, or with those of this version, at {place}",
-            f"tables of somebody else, or of versions 1 to 4 ({', '.join(sorted(taken))})",
+            f"a database of this version, or one without tables of our names, at {place}",
+            f"tables of something else, or of versions 1 to 4 ({', '.join(sorted(taken))})",
             "name another database with --db, or move those tables away (ALTER TABLE … SET SCHEMA …)",
         )
     _create(connection)
@@ -218,9 +211,9 @@ def _empty(connection: Connection, place: str) -> None:
 
 @contextmanager
 def _old_file(path: Path) -> Iterator[None]:
-    """Refuse what is not ours, keep other writers out until the new file is in place, fold in an old version's log.
+    """Refuse a file that is not ours, and keep other writers out until the new file is in place.
 
-    SQLite finds logs by name: one that stayed would be replayed into the new file.
+    The old file's log is folded in: SQLite finds logs by name, and one that stayed would be replayed into the new file.
     """
     if not path.exists() or not path.stat().st_size:
         yield
@@ -228,22 +221,20 @@ def _old_file(path: Path) -> Iterator[None]:
     with path.open("rb") as file:
         header = file.read(len(_MAGIC))
     if header != _MAGIC:
-        raise DatabaseError(
-            f"an SQLite database of this project, or no file, at {path}",
-            f"another kind of file, which begins with {header!r}",
-            "name another path with --db, or move the file away",
-        )
+        got = f"another kind of file, which begins with {header!r}"
+        advice = "name another path with --db, or move the file away"
+        raise DatabaseError(f"an SQLite database of this project, or no file, at {path}", got, advice)
     with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as old:
         try:
             tables = [row[0] for row in old.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
             _refuse_others(tables, str(path))
             old.execute("PRAGMA journal_mode=DELETE")
             old.execute("BEGIN IMMEDIATE")
-            kept = path.with_name(path.name + ".old")
-            if "alembic_version" in tables and not kept.exists():
-                kept.hardlink_to(path)  # versions 1 to 4 had no runs/: this file alone has the runs of earlier tasks
+            if "alembic_version" in tables:  # versions 1 to 4 had no runs/, so this file is the only copy of its runs
+                got = f"one of versions 1 to 4 at {path}"
+                raise DatabaseError("a database of this version", got, "move the file away to keep its runs")
         except sqlite3.DatabaseError as error:
-            # The lowest byte is the kind of error. A damaged file helps nobody, nor do its logs.
+            # The lowest byte is the kind of error. A damaged file is of no use, nor are its logs.
             if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
                 raise
             for suffix in ("-wal", "-shm", "-journal"):
@@ -251,7 +242,7 @@ def _old_file(path: Path) -> Iterator[None]:
         yield
 
 
-# What a driver says (lower case) -> what was expected and what to do; what it says is shown beside.
+# Part of a driver's message (lower case) → what was expected, and what to do.
 _PHRASES = {
     "is locked": ("a free database within the waiting time", "wait until the other process ends, then run it again"),
     "not a database": ("an SQLite database file", "move it away and run `python -m db.cli rebuild`"),
@@ -263,11 +254,11 @@ _PHRASES = {
 
 
 def _explain(error: Exception, place: str) -> DatabaseError:
-    came = " ".join(str(getattr(error, "orig", None) or error).split())
+    got = " ".join(str(getattr(error, "orig", None) or error).split())
     if isinstance(error, ArgumentError | NoSuchModuleError):
-        do = f"correct the database's address (it was: {place})"
-        return DatabaseError("a path or an SQLAlchemy URL such as postgresql+psycopg://user@host/name", came, do)
-    for phrase, (expected, do) in _PHRASES.items():
-        if phrase in came.lower():
-            return DatabaseError(f"{expected} ({place})", came, do)
-    return DatabaseError(f"a database that this user may use at {place}", came, "check its address, rights and disk")
+        advice = f"correct the database's address, {place}"
+        return DatabaseError("a path or an SQLAlchemy URL such as postgresql+psycopg://user@host/name", got, advice)
+    for phrase, (expected, advice) in _PHRASES.items():
+        if phrase in got.lower():
+            return DatabaseError(f"{expected} ({place})", got, advice)
+    return DatabaseError(f"a database that this user may use at {place}", got, "check its address, rights and disk")

@@ -1,30 +1,39 @@
-"""The tables and views. Columns stand here only where SQL asks for them; what else a record has is in `rest`.
+"""The tables and views. A table's columns are the fields of its record in `db.records`: a new field is a new column.
 
-A float that may be NaN is a pair `value`, `value_kind` (`records.split_value`). A key that may be absent is a value
-that cannot occur otherwise (`step` -1, `layer` ''), never NULL: unique constraints take NULLs for different.
+A float `value` that may be NaN is a pair `value`, `value_kind` (`records.split_value`). A key that may be absent is a
+value that cannot occur otherwise (`step` -1, `layer` ''), never NULL, because unique constraints take NULLs for
+different. Keys that a record does not name are in the JSON column `rest`.
 """
 
-import re
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
+    Column,
     DateTime,
     Dialect,
     Double,
     ForeignKey,
     Integer,
     MetaData,
+    Table,
     Text,
     TypeDecorator,
     UniqueConstraint,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, MappedColumn, declared_attr, mapped_column
 
-SCHEMA = 7
-"""Of tables and views. A database with another number is made anew from runs/. (1 to 4 were Alembic's.)"""
+from db import records
+from db.records import Record, plain, split_value
+
+SCHEMA = 8
+"""Of tables and views. A database with another number is rebuilt from runs/. (1 to 4 were Alembic's.)"""
+
+Row = dict[str, Any]
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -42,261 +51,104 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
-class Base(DeclarativeBase):
-    metadata = MetaData(naming_convention={"uq": "uq_%(table_name)s_%(column_0_N_name)s"})
-    type_annotation_map = {  # noqa: RUF012  SQLAlchemy reads this as a plain class attribute
-        str: Text,
-        int: BigInteger,
-        float: Double,
-        datetime: UtcDateTime,
-        dict[str, Any]: JSON(none_as_null=True),
-        list[float]: JSON(none_as_null=True),
-    }
-
-    @declared_attr.directive
-    def __tablename__(cls) -> str:  # noqa: N805  MetricDef is metric_def
-        return re.sub(r"\B(?=[A-Z])", "_", cls.__name__).lower()
+_JSON = JSON(none_as_null=True)
+_TYPES: dict[Any, Any] = {
+    str: Text(), int: BigInteger(), float: Double(), bool: Boolean(), datetime: UtcDateTime(), dict: _JSON, list: _JSON,
+}  # fmt: skip
 
 
-def _key() -> MappedColumn[int]:
-    # On SQLite it must be called INTEGER to be the row's own id.
-    return mapped_column(BigInteger().with_variant(Integer(), "sqlite"), primary_key=True, sort_order=-10)
+def _python_type(annotation: Any) -> tuple[Any, bool]:
+    """The plain type behind an annotation, and whether it may be None."""
+    origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _python_type(inside[0])
+    if origin in (Union, UnionType):
+        return _python_type(next(part for part in inside if part is not NoneType))[0], NoneType in inside
+    return (type(inside[0]) if origin is Literal else origin or annotation), False
 
 
-class OfRun:
-    id: Mapped[int] = _key()
-    run_id: Mapped[int] = mapped_column(ForeignKey("run.id", ondelete="CASCADE"), sort_order=-9)
+def _columns(record: type[Record], **others: Column[Any]) -> Iterator[Column[Any]]:
+    """A column for each field, or the one that is given under the field's name."""
+    for name, field in record.model_fields.items():
+        kind, optional = _python_type(field.annotation)
+        yield others.pop(name, Column(name, _TYPES[kind], nullable=optional or name == "value"))
+        if name == "value":
+            yield Column("value_kind", Text, nullable=False)
+    yield from others.values()
 
 
-class WithRest(OfRun):
-    rest: Mapped[dict[str, Any]] = mapped_column(sort_order=10)  # fields of the record without a column
+def row_of(record: Record, **more: Any) -> Row:
+    """A record as a row of its table."""
+    row: Row = plain(record.model_dump())
+    row["rest"] = {name: row.pop(name) for name in record.model_extra or ()}
+    if "value" in row:
+        row |= number(getattr(record, "value"))  # noqa: B009
+    return row | more
 
 
-class Environment(Base):
-    """A machine with its installed packages; speeds compare only within one."""
-
-    id: Mapped[int] = _key()
-    key: Mapped[str] = mapped_column(unique=True)  # sha256 of all other columns as JSON
-    device_class: Mapped[str]  # cpu, cuda or mps
-    device_name: Mapped[str | None]
-    cores: Mapped[int | None]  # of the machine
-    threads: Mapped[int | None]  # used
-    memory_bytes: Mapped[int | None]
-    platform: Mapped[str | None]
-    python: Mapped[str | None]
-    packages: Mapped[dict[str, Any]]  # name to version
+def number(value: float | None) -> Row:
+    return dict(zip(("value", "value_kind"), split_value(value), strict=True))
 
 
-class Run(Base):
-    """One arm with one seed, trained, exported and scored; a changed parameter makes a new row."""
-
-    # Where SQLite has PRAGMA user_version, servers have this comment.
-    __table_args__ = ({"comment": f"schema {SCHEMA}"},)
-
-    id: Mapped[int] = _key()
-    run_key: Mapped[str] = mapped_column(unique=True)  # of what it is; its folder in runs/
-    arm: Mapped[str]  # the way of training; base is the untouched model
-    seed: Mapped[int]
-    model_name: Mapped[str]  # in Ollama
-    status: Mapped[str]  # finished: others are not archived
-    is_current: Mapped[bool]  # whether the last compare found it on disk
-    is_latest: Mapped[bool]  # the task's newest of this arm and seed, with the newest base, settings and data
-    started: Mapped[datetime]  # of the evaluation, UTC
-    ended: Mapped[datetime]
-    stages: Mapped[dict[str, Any]]  # per stage: start, end, git, environment key, extra
-    params: Mapped[dict[str, Any]]  # per stage
-    inputs: Mapped[dict[str, Any]]  # per stage: file to sha256
-    git_commit: Mapped[str | None]  # at evaluation
-    git_dirty: Mapped[bool | None]  # true when any stage ran on changed files
-    prompt_template: Mapped[str | None]
-    backend_name: Mapped[str]  # llama_cpp, ollama or hf
-    backend_version: Mapped[str]
-    serving_mode: Mapped[str]  # at evaluation: adapter merged into the model, or beside it
-    device_class: Mapped[str]  # of the evaluation
-    environment_id: Mapped[int] = mapped_column(ForeignKey("environment.id"))  # where it was evaluated
-    test_items_sha256: Mapped[str]  # only equal ones compare
-    reference_run_id: Mapped[int | None] = mapped_column(ForeignKey("run.id"))  # its base; NULL: there is no fair one
-    parity_first_difference: Mapped[dict[str, Any] | None]  # first prompt on which export and training disagree
-    task: Mapped[str]  # what is asked: aqi, gsm8k, …
-    task_title: Mapped[str]  # of the primary metric, as tables show it
-    primary_metric: Mapped[str]  # name in metric, split test, by which arms are compared
-    base_key: Mapped[str]  # sha256 of base.json: model, place and prompt template; '': not known
-    train_key: Mapped[str]  # sha256 of params and inputs of stage train; '': nothing was trained
-    # What training took, as it said itself; NULL: not told, as of the base and of adapters trained elsewhere
-    steps: Mapped[int | None]  # optimizer steps
-    train_seconds: Mapped[float | None]  # NULL also where a killed run went on: it knows its own share alone
-    peak_memory_bytes: Mapped[int | None]  # of the process; what a GPU holds is not in it
-    trained_parameters: Mapped[int | None]
-    saved_parameters: Mapped[int | None]  # fewer where ranks have shrunk
-    rest: Mapped[dict[str, Any]]  # per file: fields of its record that no table has
+METADATA = MetaData(naming_convention={"uq": "uq_%(table_name)s_%(column_0_N_name)s"})
 
 
-class Metric(OfRun, Base):
-    __table_args__ = (UniqueConstraint("run_id", "name", "split", "step"),)
-
-    name: Mapped[str]  # see metric_def
-    # test, retention, parity, general, weights, hidden, alignment, eval; of curves train and eval; of a task of lm-eval
-    # harness/ and its name
-    split: Mapped[str]
-    step: Mapped[int]  # optimizer step; -1: of the finished run
-    value: Mapped[float | None]
-    value_kind: Mapped[str]
-    n: Mapped[int | None]  # items behind the number
+def _key() -> Column[int]:
+    # SQLite makes a column the row's own id only if its type is called INTEGER.
+    return Column("id", BigInteger().with_variant(Integer(), "sqlite"), primary_key=True)
 
 
-class MetricDef(Base):
-    name: Mapped[str] = mapped_column(primary_key=True)
-    unit: Mapped[str]  # share: a number from 0 to 1
-    direction: Mapped[str]  # which way is better: higher, lower or none
-    description: Mapped[str]
+def _of_runs(name: str, unique: str, record: type[Record] | None, *more: Column[Any], rest: bool = True) -> Table:
+    """A table with rows of runs, each of them unique in these columns within its run."""
+    run_id: Column[int] = Column("run_id", ForeignKey("run.id", ondelete="CASCADE"), nullable=False)
+    columns = [*(_columns(record) if record else ()), *more]
+    columns += [Column("rest", _JSON, nullable=False)] if rest else []
+    return Table(name, METADATA, _key(), run_id, *columns, UniqueConstraint("run_id", *unique.split()))
 
 
-class Sample(WithRest, Base):
-    """One answered test item; paired tests need the items, not the means."""
-
-    __table_args__ = (UniqueConstraint("run_id", "split", "item_id"),)
-
-    item_id: Mapped[str]
-    task: Mapped[str]
-    split: Mapped[str]
-    prompt: Mapped[str]
-    truth: Mapped[str]
-    answer: Mapped[str]  # the model's text, unshortened
-    predicted: Mapped[float | None]  # number read from the answer; NULL: none found
-    correct: Mapped[bool]
-    abs_error: Mapped[float | None]  # |predicted - truth|; NULL: not a number task
-    prompt_tokens: Mapped[int | None]
-    answer_tokens: Mapped[int | None]  # generated, the end token included
-    credit: Mapped[float]  # 0 to 1; between them where a task gives credit for parts
+def _step() -> Column[int]:
+    return Column("step", BigInteger, nullable=False)  # optimizer step; -1: of the finished run
 
 
-class Probe(WithRest, Base):
-    """One reading of a verdict: did the optimizer really move differently."""
-
-    __table_args__ = (UniqueConstraint("run_id", "name", "layer", "step"),)
-
-    name: Mapped[str]
-    layer: Mapped[str]  # '': the whole model
-    step: Mapped[int]  # optimizer step; -1: over the whole run
-    value: Mapped[float | None]
-    value_kind: Mapped[str]
-    threshold: Mapped[float | None]  # what it was judged against
-    unit: Mapped[str]
-    verdict: Mapped[str]  # pass, fail, inconclusive or skipped
-    diagnosis: Mapped[str]  # in words
-
-
-class LayerMetric(OfRun, Base):
-    """One number of one layer: measured after training, or sampled while it ran."""
-
-    __table_args__ = (UniqueConstraint("run_id", "name", "split", "layer", "step"),)
-
-    name: Mapped[str]  # see metric_def
-    split: Mapped[str]  # measured: weights, hidden, alignment; logged while training: probe, grit
-    layer: Mapped[str]  # module (layers.0.self_attn.q_proj) or hidden layer (layer 2)
-    step: Mapped[int]  # optimizer step; -1: of the finished run
-    value: Mapped[float | None]
-    value_kind: Mapped[str]
-
-
-class Spectrum(OfRun, Base):
-    """Eigenvalues of one Fisher factor of one layer at one step, largest first, perhaps only the largest ones.
-
-    Squares of activations (factor a: of A's outputs, preconditions B) or of gradients there (g, for A) a token.
-    """
-
-    __table_args__ = (UniqueConstraint("run_id", "layer", "factor", "step"),)
-
-    layer: Mapped[str]
-    factor: Mapped[str]
-    step: Mapped[int]
-    eigenvalues: Mapped[list[float]]
+environment = Table(
+    "environment", METADATA, _key(),
+    Column("key", Text, unique=True, nullable=False),  # sha256 of all other columns as JSON
+    *_columns(records.Device), Column("packages", _JSON, nullable=False),  # name to version
+)  # fmt: skip
+run = Table(
+    "run", METADATA,
+    *_columns(
+        records.Run,
+        id=_key(),
+        run_key=Column("run_key", Text, unique=True, nullable=False),
+        environment_id=Column("environment_id", ForeignKey("environment.id"), nullable=False),
+        reference_run_id=Column("reference_run_id", ForeignKey("run.id", deferrable=True, initially="DEFERRED")),
+    ),
+    comment=f"schema {SCHEMA}",  # for servers, which have no PRAGMA user_version
+)  # fmt: skip
+metric_def = Table("metric_def", METADATA, Column("name", Text, primary_key=True), *_columns(records.MetricDefRecord))
+metric = _of_runs("metric", "name split step", records.MetricRecord, _step(), rest=False)
+layer_metric = _of_runs("layer_metric", "name split layer step", records.LayerRecord, _step(), rest=False)
+sample = _of_runs("sample", "split item_id", records.SampleRecord)
+probe = _of_runs("probe", "name layer step", records.ReadingRecord)
+speed = _of_runs("speed", "arm phase repetition", records.SpeedRecord)
+quantization = _of_runs("quantization", "type", records.PrecisionRecord)
+quantized_sample = _of_runs("quantized_sample", "type item_id", records.QuantizedSampleRecord)
+verification = _of_runs("verification", "backend mode form", records.VerificationRecord)
+artifact = _of_runs("artifact", "stage path", records.ArtifactRecord, Column("stage", Text, nullable=False), rest=False)
+# Eigenvalues of one Fisher factor of one layer, largest first, perhaps only the largest ones: per token, squares of
+# activations (factor a: of A's outputs, preconditions B) or of gradients there (g, for A).
+spectrum = _of_runs(
+    "spectrum", "layer factor step", None, Column("layer", Text, nullable=False),
+    Column("factor", Text, nullable=False), _step(), Column("eigenvalues", _JSON, nullable=False), rest=False,
+)  # fmt: skip
 
 
-class Artifact(OfRun, Base):
-    __table_args__ = (UniqueConstraint("run_id", "stage", "path"),)
-
-    stage: Mapped[str]
-    kind: Mapped[str]
-    path: Mapped[str]  # relative to the project's root
-    sha256: Mapped[str]
-    bytes: Mapped[int]
-    parent_sha256: Mapped[str | None]  # content, not row: it may belong to the base run or stand outside
-
-
-class Speed(WithRest, Base):
-    """One timed phase. An arm's run also times the base, alternately in the same process: machines drift.
-
-    load: until the model is ready; ttft: from a request to its first token; prefill: evaluating prompts; decode:
-    answers, token by token.
-    """
-
-    __table_args__ = (UniqueConstraint("run_id", "arm", "phase", "repetition"),)
-
-    arm: Mapped[str]  # the run's own, or base
-    phase: Mapped[str]
-    repetition: Mapped[int]
-    tokens: Mapped[int | None]  # NULL: not measured
-    nanoseconds: Mapped[int | None]
-
-
-class Quantization(WithRest, Base):
-    """A run's merged model in one precision; f16 is what the others are held against."""
-
-    __table_args__ = (UniqueConstraint("run_id", "type"),)
-
-    type: Mapped[str]  # llama.cpp's name: f16, bf16, q8_0, q4_K_M, …
-    bytes: Mapped[int]  # of the whole file
-    bits_per_weight: Mapped[float]  # of the tensors alone
-    tensor_types: Mapped[dict[str, Any]]  # type of a tensor to number of tensors, read back
-    category_accuracy: Mapped[float]  # share of the test items answered correctly
-    correct: Mapped[int]  # of n test items
-    n: Mapped[int]
-    answers_equal_to_f16: Mapped[float]  # share of the test items answered with the same text
-    fallbacks: Mapped[int]  # tensors in another format, their rows being no multiple of its block
-    credit: Mapped[float]  # mean of the test items
-
-
-class QuantizedSample(WithRest, Base):
-    """One test item answered by the model in one precision; paired intervals need the items."""
-
-    __table_args__ = (UniqueConstraint("run_id", "type", "item_id"),)
-
-    type: Mapped[str]  # as in quantization
-    item_id: Mapped[str]
-    correct: Mapped[bool]
-    answer: Mapped[str]
-    credit: Mapped[float]
-
-
-class Verification(WithRest, Base):
-    """Whether one backend in one mode answers as the trained model does; shares are of the prompts of a form."""
-
-    __table_args__ = (UniqueConstraint("run_id", "backend", "mode", "form"),)
-
-    backend: Mapped[str]  # llama_cpp or ollama
-    backend_version: Mapped[str]
-    mode: Mapped[str]  # merged GGUF, or base with GGUF adapter
-    form: Mapped[str]  # plain, newline behind the prompt, or second question of a conversation
-    prompts: Mapped[int]  # 0: this backend does not support the mode
-    rendered: Mapped[float | None]  # as in training; NULL: the server does not tell
-    counted: Mapped[float | None]  # read as the same tokens; NULL: the server does not tell
-    answered: Mapped[float | None]  # greedily as by Hugging Face
-    tied: Mapped[float | None]  # otherwise, at a token that all but ties with the other; NULL: not looked at
-    equal_to_merged: Mapped[float | None]  # answered as in mode merged; NULL: not compared
-    perturbed_noticed: Mapped[bool | None]  # another adapter scale changed an answer; NULL: not tried
-    first_difference: Mapped[str | None]  # where and why the first prompt differs
-    gguf_sha256: Mapped[str]  # of the exported model or base
-    adapter_sha256: Mapped[str | None]
-    server_digest: Mapped[str | None]  # the server's digest of the model
-    stored_sha256: Mapped[str | None]  # of the weights as the server keeps them
-
-
-# Views, in SQL that SQLite and PostgreSQL both read; docs/database.md explains their columns. What has no unit in its
-# name is percent, with `delta_` a difference from the base in percentage points. Two are not: `inference_speed` is
-# decode tokens per second, the sum of tokens over the sum of time, since means of rates would let short repetitions
-# count as much as long ones; `delta_speed` is percent of the base's, the median over the repetitions, each against the
-# base that was timed beside it, as in evaluation.report.arms.
+# Views, in SQL that SQLite and PostgreSQL both read; docs/database.md explains their columns. A column without a unit
+# in its name is in percent, and `delta_` is a difference from the base in percentage points. Two exceptions:
+# `inference_speed` is decode tokens per second, the sum of tokens over the sum of time, because a mean of rates would
+# give short repetitions the weight of long ones; `delta_speed` is the percentage change from the base's speed, the
+# median over repetitions, each compared with the base that was timed beside it, as in evaluation.report.arms.
 
 _TASK_RESULTS = """
 WITH decode AS (
@@ -350,7 +202,7 @@ LEFT JOIN middle ON middle.run_id = run.id AND middle.arm = run.arm
 WHERE run.status = 'finished'
 """
 
-# One row for each current run; those of other tasks than air quality have no aqi_accuracy and delta_aqi.
+# One row per current run; only the air quality task has aqi_accuracy and delta_aqi.
 _EVALUATION_RESULTS = """
 SELECT model_name, task, arm, seed, score, delta_score,
     CASE WHEN task = 'aqi' THEN score END AS aqi_accuracy, CASE WHEN task = 'aqi' THEN delta_score END AS delta_aqi,
@@ -378,7 +230,7 @@ VIEWS: dict[str, str] = {
     "evaluation_results": _EVALUATION_RESULTS,
     "costs": _COSTS,
 }
-"""Name to query, in the order in which they can be made."""
+"""Name → query, in the order in which they can be created."""
 
 _TIMESTAMPS = {
     "sqlite": "replace(ended, ' ', 'T') || '+00:00'",
@@ -387,6 +239,6 @@ _TIMESTAMPS = {
 
 
 def view_statements(dialect: str) -> list[str]:
-    """CREATE VIEW for each of `VIEWS`; other dialects get PostgreSQL's."""
+    """CREATE VIEW for each of `VIEWS`, with PostgreSQL's timestamps for other dialects."""
     time = _TIMESTAMPS.get(dialect, _TIMESTAMPS["postgresql"])
     return [f"CREATE VIEW {name} AS{query.replace('{timestamp}', time)}" for name, query in VIEWS.items()]

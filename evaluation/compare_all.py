@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from db.errors import DatabaseError, DatabaseMissingError
-from db.queries import Choice
+from db.errors import DatabaseError, OutputError
+from db.runs import Choice
 from evaluation.report.arms import BASELINE
 from evaluation.report.comparison import ChoiceError, Report, load_report
 from evaluation.report.data import as_csv, as_json, tasks_as_csv
@@ -67,7 +67,8 @@ def main(
         loaded = load_report(db, Choice(arm or (), seed or (), backend or (), task), baseline, detail=detail)
     except (DatabaseError, ChoiceError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, DatabaseMissingError | ChoiceError) else 1) from error
+        nothing = isinstance(error, ChoiceError) or error.missing
+        raise typer.Exit(2 if nothing else 1) from error
     _show(loaded, format, all_tasks=all_tasks)
     if report or html:
         _write(loaded, markdown=report, html=html)
@@ -94,7 +95,6 @@ def _show(report: Report, format: Format, *, all_tasks: bool) -> None:
 
 
 def _write(report: Report, *, markdown: Path | None, html: Path | None) -> None:
-    from db.files import OutputError  # these take a second to import, which only writing a file is worth
     from evaluation.report.html import write_page
     from evaluation.report.markdown import write_markdown
 

@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 import yaml
 
-from db.files import FileError, OutputError, read_record, sha256, staged
+from db.errors import FileError, OutputError
+from db.files import read_record, sha256, staged
 from db.records import RunRecord
 from export import ExportError, gguf
 from export.served import ADAPTER_GGUF, BASE, MODELFILE, SERVED_GGUF, Served, find_served, read_references
@@ -84,7 +85,7 @@ def _find(arm: str, seed: int | None) -> Served:
 def _results(served: Served, adapter: str) -> str:
     """The card that stage compare wrote; it and the GGUF files must be of the adapter with this sha256."""
     made = read_record(served.folder / "run.json", RunRecord).artifacts
-    if {file.parent for file in made if file.path.endswith(".gguf")} != {adapter}:
+    if {file.parent_sha256 for file in made if file.path.endswith(".gguf")} != {adapter}:
         raise ExportError(f"{served.folder}: is of another adapter than {ADAPTERS} has now; run `dvc repro export`")
     file = CARDS / f"{served.arm}.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""

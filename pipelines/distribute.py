@@ -28,7 +28,8 @@ from typing import Annotated, Any
 
 import typer
 
-from db.files import OutputError, exclusive, package_versions, write_text
+from db.errors import OutputError
+from db.files import exclusive, package_versions, write_text
 from pipelines import dvc_internals
 from pipelines.dvc_internals import (
     CHECK,

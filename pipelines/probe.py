@@ -9,8 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from db.errors import FileError
 from db.files import (
-    FileError,
     exclusive,
     finish_run,
     hash_inputs,

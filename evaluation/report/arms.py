@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Row
 
-from db.queries import BASE, RunFacts
-from db.records import join_value
+from db.records import Run, join_value
+from db.runs import BASE
 from evaluation.measure.speed import median_interval
 from evaluation.report.results import Key, Results
 from evaluation.statistics.differences import Difference, Pairs, compare_pairs, kept_share
@@ -86,7 +86,7 @@ class ArmRow:
     like: str | None = None
     # arm → evaluation loss minus that arm's of the same seed, for each seed that both have, nats per token
     losses: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    costs: dict[str, float] = field(default_factory=dict)  # of training, mean over seeds: `COSTS` and seconds_a_step
+    costs: dict[str, float] = field(default_factory=dict)  # of training, mean over seeds: `Costs` and seconds_a_step
 
     @property
     def place(self) -> tuple[float, float] | None:
@@ -123,12 +123,12 @@ class SideBySide(NamedTuple):
     changes: dict[str, SpeedChange]
 
 
-def side_by_side(results: Results, runs: Sequence[RunFacts], baseline: str) -> SideBySide:
-    by_arm: dict[str, list[RunFacts]] = {}
+def side_by_side(results: Results, runs: Sequence[Run], baseline: str) -> SideBySide:
+    by_arm: dict[str, list[Run]] = {}
     for run in runs:
         by_arm.setdefault(run.arm, []).append(run)
     arms = sorted(by_arm, key=lambda arm: (arm != BASE, arm != baseline, arm))
-    settings = {arm: results.settings[own[0].id] for arm, own in by_arm.items()}
+    settings = {arm: own[0].settings for arm, own in by_arm.items()}
     likes = {arm: like_with_like(arm, settings, baseline) for arm in arms}
     compared = [
         (arm, against)
@@ -200,7 +200,7 @@ def like_with_like(arm: str, settings: Mapping[str, Mapping[str, Any]], baseline
 
 
 def pair(
-    runs: Sequence[RunFacts], against: str, others: Sequence[RunFacts], answers: Mapping[int, Mapping[str, float]]
+    runs: Sequence[Run], against: str, others: Sequence[Run], answers: Mapping[int, Mapping[str, float]]
 ) -> Pairs | None:
     """Hold an arm's runs against another arm's, on the items that all of them answered.
 
@@ -217,11 +217,11 @@ def pair(
 
 
 def _partners(
-    runs: Sequence[RunFacts], against: str, others: Sequence[RunFacts], known: Collection[int]
+    runs: Sequence[Run], against: str, others: Sequence[Run], known: Collection[int]
 ) -> list[tuple[int, int, int]]:
     """(seed, run, partner) of the runs that are known and have a partner that is."""
 
-    def key(run: RunFacts, *, partner: bool = False) -> object:
+    def key(run: Run, *, partner: bool = False) -> object:
         if against == BASE:
             return run.id if partner else run.reference_run_id
         return run.seed, run.test_items_sha256, run.backend_name
@@ -231,7 +231,7 @@ def _partners(
 
 
 def _row(
-    runs: Sequence[RunFacts], base: Sequence[RunFacts], results: Results, differences: tuple[Difference, ...],
+    runs: Sequence[Run], base: Sequence[Run], results: Results, differences: tuple[Difference, ...],
     change: SpeedChange,
 ) -> ArmRow:  # fmt: skip
     arm = runs[0].arm
@@ -247,7 +247,7 @@ def _row(
         shares = 100 * retained.credit.mean(axis=1) / retained.reference.mean()
         by_seed = dict(zip(retained.seeds, shares.tolist(), strict=True))
     spent: dict[str, list[float]] = {}
-    for told in (results.costs.get(run.id, {}) for run in runs):
+    for told in (run.costs for run in runs):
         for name, value in told.items():
             spent.setdefault(name, []).append(value)
         if told.get("train_seconds") and told.get("steps"):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from db.queries import BASE
+from db.runs import BASE
 from evaluation.report.blocks import Block, Browser, Section, Text
 from evaluation.report.comparison import Report
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from db.queries import BASE
+from db.runs import BASE
 from evaluation.report.arms import ArmRow
 from evaluation.report.blocks import Section, Table, Text
 from evaluation.report.comparison import Report

@@ -10,9 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from db import queries
-from db.errors import DatabaseMissingError
-from db.queries import BASE, Choice, RunFacts
+from db import runs as db_runs
+from db.errors import DatabaseError
+from db.records import Run
+from db.runs import BASE, Choice
 from db.store import open_session
 from evaluation.report.alignment import in_words as alignment_in_words
 from evaluation.report.arms import BASELINE, ArmRow, SideBySide, credit_interval, pair, side_by_side
@@ -166,13 +167,13 @@ def load_report(
     `detail` also reads what only the long reports show: curves, layers, files, answers.
 
     Raises:
-        DatabaseMissingError: No database, or no finished run that was chosen.
+        DatabaseError: No database, or no finished run that was chosen (`missing`).
         DatabaseError: The database cannot be read.
         ChoiceError: No run has a name that was chosen.
     """
     choice = choice or Choice()
     with open_session(url_or_path) as session:
-        runs = queries.finished_runs(session)
+        runs = db_runs.finished_runs(session)
         _check(runs, choice, baseline)
         against = baseline or BASELINE
         if choice.arms:  # the baseline always stays
@@ -180,14 +181,14 @@ def load_report(
         results = read(session, runs, choice, detail=detail)
     if not results.runs:
         got = "a database without any" if choice == Choice() else "none that fits all filters"
-        raise DatabaseMissingError(f"finished runs in {url_or_path}", got, "run `dvc repro`, which makes them")
+        raise DatabaseError(f"finished runs in {url_or_path}", got, "run `dvc repro`, which makes them", missing=True)
     return Report(compare(results, against, _filters(choice, against)), results)
 
 
-def _check(runs: Sequence[RunFacts], choice: Choice, baseline: str | None) -> None:
+def _check(runs: Sequence[Run], choice: Choice, baseline: str | None) -> None:
     """Refuse names that no finished run has."""
-    tasks = [task.name for task in queries.tasks_of(runs)]
-    of_task, _ = queries.choose(runs, Choice(task=choice.task))
+    tasks = [task.name for task in db_runs.tasks_of(runs)]
+    of_task, _ = db_runs.choose(runs, Choice(task=choice.task))
     names: dict[str, tuple[Iterable[str], Iterable[str]]] = {
         "arm": ([*choice.arms, *filter(None, [baseline])], sorted({run.arm for run in of_task})),
         "seed": (map(str, choice.seeds), map(str, sorted({run.seed for run in of_task}))),
@@ -272,7 +273,7 @@ def _task_rows(results: Results, sides: Mapping[str, SideBySide], baseline: str)
             yield _task_row(name, title, metric, runs, score, bounds, row.differences, baseline, task.current)
 
 
-def _benchmark_rows(results: Results, arms: Mapping[str, Sequence[RunFacts]], baseline: str) -> Iterable[TaskRow]:
+def _benchmark_rows(results: Results, arms: Mapping[str, Sequence[Run]], baseline: str) -> Iterable[TaskRow]:
     """Each benchmark's arms on the items that they share, with Holm's correction over the arms, as for the task."""
     for name, benchmark in results.benchmarks.items():
         title = f"{benchmark.metric} of lm-evaluation-harness"
@@ -293,7 +294,7 @@ def _benchmark_rows(results: Results, arms: Mapping[str, Sequence[RunFacts]], ba
 
 
 def _task_row(
-    task: str, title: str, metric: str, runs: Sequence[RunFacts], score: float | None, bounds: Interval | None,
+    task: str, title: str, metric: str, runs: Sequence[Run], score: float | None, bounds: Interval | None,
     differences: Sequence[Difference], baseline: str, current: bool,
 ) -> TaskRow:  # fmt: skip
     against = {difference.against: difference for difference in differences}
@@ -305,7 +306,7 @@ def _task_row(
     )
 
 
-def _provenance(results: Results, run: RunFacts) -> dict[str, Any]:
+def _provenance(results: Results, run: Run) -> dict[str, Any]:
     place = results.environments[run.environment_id]
     return {
         "arm": run.arm,

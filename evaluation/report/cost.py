@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from statistics import fmean
 from typing import Any
 
-from db.queries import BASE
+from db.runs import BASE
 from evaluation.report.arms import ArmRow
 from evaluation.report.blocks import Block, Cell, Chart, Dataset, Details, Panel, Section, Table, Text
 from evaluation.report.comparison import Comparison, Report
@@ -37,7 +37,7 @@ def cost(row: ArmRow, comparison: Comparison, name: str) -> Cell:
 
 
 def training(report: Report) -> Section | None:
-    settings = {run.arm: report.results.settings[run.id] for run in report.results.runs if run.arm != BASE}
+    settings = {run.arm: run.settings for run in report.results.runs if run.arm != BASE}
     if not settings:
         return None
     note = (
@@ -125,7 +125,7 @@ def _pictures(report: Report) -> Panel | None:
         if learned is None or row.accuracy is None:
             continue
         runs = [run for run in results.runs if run.arm == row.arm]
-        minutes = {run.seed: s / 60 for run in runs if (s := results.costs[run.id].get(SECONDS))}
+        minutes = {run.seed: s / 60 for run in runs if (s := run.train_seconds)}
         front = "dominated" if comparison.pareto.get(row.arm) else "front"
         up: list[tuple[str, str, float, float, float, Mapping[int, float]]] = []
         if kept and row.arm in comparison.pareto:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from db.queries import BASE
+from db.runs import BASE
 from evaluation.report.arms import ArmRow, SpeedChange
 from evaluation.report.blocks import TONES, Cell, Details, Section, Table, Text, arm_cell
 from evaluation.report.judgement import Judgement, by_difference, by_interval

@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from db.queries import BASE
+from db.runs import BASE
 from evaluation.report.arms import KL, LOSS, OF_TRAINING, ArmRow
 from evaluation.report.comparison import Comparison, Primary, Report, TaskRow
 from evaluation.report.criteria import NAMES, for_arm

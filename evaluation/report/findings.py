@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from db.queries import BASE
+from db.runs import BASE
 from evaluation.report.arms import ArmRow
 from evaluation.report.blocks import TONES, Block, Cell, Chart, Dataset, Details, Panel, Section, Table, Text
 from evaluation.report.comparison import Comparison

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from db.files import write_text
-from db.queries import BASE
+from db.runs import BASE
 from evaluation.report import charts
 from evaluation.report.blocks import Browser, Dataset, Panel, slug, walk
 from evaluation.report.comparison import Report

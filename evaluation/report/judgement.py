@@ -7,7 +7,7 @@ p-value, corrected for several arms, must agree. Terminal, Markdown, page, card 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from db.queries import BASE
+from db.runs import BASE
 from evaluation.report.arms import ArmRow
 from evaluation.report.text import arms_in_words, counted, listed, seeds_text
 from evaluation.statistics.differences import Difference

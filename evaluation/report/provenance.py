@@ -1,6 +1,6 @@
 """Where the numbers come from: the line below the title, and the chapters about files, runs and packages."""
 
-from db.queries import BASE
+from db.runs import BASE
 from evaluation.report.blocks import Cell, Details, Section, Table, Text, arm_cell
 from evaluation.report.comparison import Report
 from evaluation.report.text import counted, seeds_text

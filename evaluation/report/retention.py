@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from db.queries import BASE
+from db.runs import BASE
 from evaluation.report.arms import KL, LOSS, RETENTION
 from evaluation.report.blocks import Block, Cell, Chart, Dataset, Details, Panel, Section, Table, Text, missing_note
 from evaluation.report.comparison import Comparison, Report

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from db.queries import RunFacts
+from db.records import Run
 from evaluation.paraphrase import plain
 from evaluation.report.blocks import Section, Table, Text, arm_cell
 from evaluation.report.comparison import Report
@@ -51,7 +51,7 @@ def _table(report: Report, asked: Credits, what: str) -> Table | None:
     return Table(caption, headers, lines) if lines else None
 
 
-def _pairs(runs: Sequence[RunFacts], asked: Credits, again: Credits) -> Pairs | None:
+def _pairs(runs: Sequence[Run], asked: Credits, again: Credits) -> Pairs | None:
     credits = [
         {key: (credit, plainly[plain(key)[0]]) for key, credit in again[run.id].items() if plain(key)[0] in plainly}
         for run in runs

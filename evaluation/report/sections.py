@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from db.queries import BASE
+from db.runs import BASE
 from evaluation.report.alignment import alignment
 from evaluation.report.all_tasks import benchmarks, tasks
 from evaluation.report.blocks import Section
@@ -38,7 +38,7 @@ def sections(report: Report) -> tuple[Section, ...]:
         robustness(report),
         alignment(comparison.rows, comparison.alignment, air=primary.air),
         speed(comparison.phases, comparison.rows, modes),
-        parity(comparison.trained, results.runs, results.first_differences),
+        parity(comparison.trained, results.runs),
         served(comparison.served),
         precisions(comparison.precisions, primary.title),
         tasks(comparison),

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Row
 
-from db.queries import BASE, RunFacts
+from db.records import Run
+from db.runs import BASE
 from evaluation.measure.speed import summary
 from evaluation.report.arms import ArmRow
 from evaluation.report.blocks import Block, Cell, Details, Section, Table, Text, arm_cell, interval_panel
@@ -20,7 +21,7 @@ from evaluation.statistics.intervals import Interval, aligned, bootstrap_mean, i
 REFERENCE = "f16"
 PHASES = ("load", "ttft", "prefill", "decode")
 """Of a request, in their order."""
-_Measured = tuple[RunFacts, Row[Any], Mapping[str, Mapping[str, float]]]
+_Measured = tuple[Run, Row[Any], Mapping[str, Mapping[str, float]]]
 """A run, one of its precisions, and precision → item id → credit."""
 
 
@@ -84,7 +85,7 @@ class PhaseRow:
     repetitions: int
 
 
-def precision_rows(results: Results, runs: Sequence[RunFacts]) -> list[PrecisionRow]:
+def precision_rows(results: Results, runs: Sequence[Run]) -> list[PrecisionRow]:
     measured: dict[str, list[_Measured]] = {}
     for run in runs:
         for row in results.quantizations.get(run.id, ()):
@@ -122,7 +123,7 @@ def _precision(name: str, seeds: Sequence[_Measured]) -> PrecisionRow:
     )
 
 
-def served_rows(results: Results, run: RunFacts) -> list[ServedRow]:
+def served_rows(results: Results, run: Run) -> list[ServedRow]:
     shares = ("rendered", "counted", "answered", "tied", "equal_to_merged")
     return [
         ServedRow(
@@ -145,7 +146,7 @@ def served_rows(results: Results, run: RunFacts) -> list[ServedRow]:
     ]
 
 
-def phase_rows(runs: Sequence[RunFacts], timings: Rows) -> list[PhaseRow]:
+def phase_rows(runs: Sequence[Run], timings: Rows) -> list[PhaseRow]:
     first = runs[0]
     measured = [dict(t._mapping) for run in runs for t in timings.get(run.id, ()) if t.arm == run.arm]
     return [
@@ -168,8 +169,8 @@ def phase_rows(runs: Sequence[RunFacts], timings: Rows) -> list[PhaseRow]:
 _PHASE_TITLES = dict(zip(PHASES, ("Load", "Time to first token", "Prefill", "Decode"), strict=True))
 
 
-def parity(rows: Sequence[ArmRow], runs: Sequence[RunFacts], first: Mapping[int, Mapping[str, Any]]) -> Section | None:
-    """Whether every way to run a model answers alike; `first` has the first prompt of a run on which one did not."""
+def parity(rows: Sequence[ArmRow], runs: Sequence[Run]) -> Section | None:
+    """Whether every way to run a model answers alike, and the first prompts on which one did not."""
     keys = list(dict.fromkeys(key for row in rows for key in row.metrics if key[0] == "parity"))
     if not keys:
         return None
@@ -185,9 +186,9 @@ def parity(rows: Sequence[ArmRow], runs: Sequence[RunFacts], first: Mapping[int,
         ),
     ]
     differences = tuple(
-        Text(f"{run.arm} seed {run.seed}: " + "; ".join(f"{k}: {v!r}" for k, v in first[run.id].items()), "note")
+        Text(f"{run.arm} seed {run.seed}: " + "; ".join(f"{k}: {v!r}" for k, v in first.items()), "note")
         for run in runs
-        if run.id in first
+        if (first := run.parity_first_difference)
     )
     if differences:
         blocks.append(Details("First prompts on which an export differs from the trained model", differences))

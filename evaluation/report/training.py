@@ -58,7 +58,7 @@ def loss(report: Report) -> Section | None:
     data = Dataset(("arm", "seed", "part", "step", "low", "nats", "high"))
     lost: dict[tuple[str, str], list[int]] = defaultdict(list)
     for run in report.results.runs:
-        warmup = report.results.settings[run.id].get("warmup_steps") or 0
+        warmup = run.settings.get("warmup_steps") or 0
         for part, title in _PARTS.items():
             curve = curves.get((run.id, part), ())
             finite = [(step, nats) for step, nats in curve if math.isfinite(nats)]

@@ -13,7 +13,7 @@ Tuned = Mapping[str, Mapping[str, Any]]
 
 
 def tuning(report: Report) -> Section | None:
-    tuned: Tuned = {run.arm: found for run in report.results.runs if (found := report.results.tuned.get(run.id))}
+    tuned: Tuned = {run.arm: found for run in report.results.runs if (found := run.tuned)}
     if not tuned:
         return None
     lines = [

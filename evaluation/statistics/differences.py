@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from db.queries import BASE
+from db.runs import BASE
 from evaluation.statistics.intervals import (
     LEVEL,
     RESAMPLES,

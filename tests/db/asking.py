@@ -5,7 +5,7 @@ import multiprocessing
 from sqlalchemy import select, text
 
 from db.store import open_session
-from db.tables import VIEWS, Base
+from db.tables import METADATA, VIEWS
 
 
 def ask(url, query, **values):
@@ -33,7 +33,7 @@ def content(url):
     """Table or view -> its rows, in the order of the key."""
     found = {}
     with open_session(url) as session:
-        for table in Base.metadata.sorted_tables:
+        for table in METADATA.sorted_tables:
             rows = session.execute(select(table).order_by(*table.primary_key.columns))
             found[table.name] = [dict(row) for row in rows.mappings()]
     return found | {name: sorted(shown(url, name), key=repr) for name in VIEWS}

@@ -42,7 +42,7 @@ def postgres_server():
     programs = find_programs()
     if programs is None:
         pytest.skip(
-            "NOTHING WAS TESTED ON POSTGRESQL: expected GRIT_TEST_POSTGRES_URL or the server's programs, came neither; "
+            "NOTHING WAS TESTED ON POSTGRESQL: expected GRIT_TEST_POSTGRES_URL or the server's programs, got neither; "
             "install Debian's package postgresql"
         )
     with run_server(programs) as url:
@@ -56,7 +56,7 @@ def postgres(postgres_server):
     with engine.connect() as connection:
         there = connection.scalar(text("SELECT string_agg(tablename, ', ') FROM pg_tables WHERE schemaname = 'public'"))
         if there:
-            pytest.fail(f"expected an empty database in GRIT_TEST_POSTGRES_URL, came one with the tables {there}")
+            pytest.fail(f"expected an empty database in GRIT_TEST_POSTGRES_URL, got one with the tables {there}")
     yield postgres_server
     with engine.connect() as connection:
         connection.execute(text("DROP SCHEMA public CASCADE"))

@@ -7,7 +7,7 @@ from sqlalchemy import text
 
 from db.ingest import ingest
 from db.store import open_session
-from db.tables import VIEWS, Base
+from db.tables import METADATA, VIEWS
 from tests.db.asking import ask
 from tests.db.result_tree import make_arm
 
@@ -26,7 +26,7 @@ def test_every_column_is_documented_and_every_question_has_an_answer(tree, path)
         make_arm(tree, "pure_grit", seed, correct=[i < some for i in range(100)])
     ingest(tree, path)
     with open_session(path) as session:
-        for name in (*Base.metadata.tables, *VIEWS):
+        for name in (*METADATA.tables, *VIEWS):
             columns = set(session.execute(text(f"SELECT * FROM {name} WHERE 1 = 0")).keys())
             assert columns <= words(name), name
             if name not in VIEWS:

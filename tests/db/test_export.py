@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from db import DatabaseError
 from db.cli import app
-from db.export import export
+from db.dump import export
 from db.ingest import ingest
-from db.tables import VIEWS, Base
+from db.tables import METADATA, VIEWS
 from tests.db.asking import content
 from tests.db.result_tree import write
 
@@ -39,8 +39,8 @@ def as_text(value):
 def test_csv_has_every_row_in_full(filled, tmp_path):
     counts = export(filled, tmp_path / "out")
     rows = content(filled)
-    assert counts == {name: len(rows[name]) for name in (*sorted(Base.metadata.tables), *VIEWS)}
-    for name in Base.metadata.tables:
+    assert counts == {name: len(rows[name]) for name in (*sorted(METADATA.tables), *VIEWS)}
+    for name in METADATA.tables:
         with (tmp_path / f"out/{name}.csv").open(encoding="utf-8", newline="") as file:
             read = list(csv.DictReader(file))
         assert read == [{key: as_text(value) for key, value in row.items()} for row in rows[name]], name
@@ -98,8 +98,8 @@ def test_a_failed_export_leaves_the_old_files(filled, tmp_path, monkeypatch):
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("db.export._write_csv", full)
-    with pytest.raises(DatabaseError, match="a folder that can be written at .*; came: .*No space left on device"):
+    monkeypatch.setattr("db.dump._write_csv", full)
+    with pytest.raises(DatabaseError, match="a writable folder at .*, got .*No space left on device"):
         export(filled, out, "csv", ["metric", "speed"])
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
@@ -111,8 +111,8 @@ def test_faults_are_named_with_the_next_step(filled, tmp_path):
         return done.output
 
     out, db = ["--out", str(tmp_path / "out")], ["--db", str(filled)]
-    assert "came: 'metrics'. Do: name one of: artifact," in said(*db, *out, "--table", "metrics")
+    assert "got 'metrics'. Name one of: artifact," in said(*db, *out, "--table", "metrics")
     assert "no such file" in said("--db", str(tmp_path / "none.db"), *out)
     (tmp_path / "file").write_text("")
-    assert "a folder that can be written at" in said(*db, "--out", str(tmp_path / "file"))
+    assert "a writable folder at" in said(*db, "--out", str(tmp_path / "file"))
     assert said(*db, *out, "--table", "spectrum", code=0) == f"{tmp_path}/out/spectrum.csv: 3 rows\n"

@@ -90,7 +90,7 @@ def test_read_only_folder(target, tmp_path):
 
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "results").write_text("I am a file")
-    with pytest.raises(OutputError, match="a file stands where a folder is needed"), staged(tmp_path / "results/0"):
+    with pytest.raises(OutputError, match="a file is where a folder is needed"), staged(tmp_path / "results/0"):
         pass
     assert (tmp_path / "results").read_text() == "I am a file"
 
@@ -156,7 +156,7 @@ def test_a_record_is_written_and_read_by_the_same_rules(tmp_path):
     with pytest.raises(ValidationError, match="more than once"):
         MeasuredRecord.of({**MEASURED, "metrics": MEASURED["metrics"] * 2})
     file.write_text(json.dumps({**json.loads(file.read_text()), "seed": "0", "arm": ""}))
-    with pytest.raises(FileError, match=r"measured\.json: arm: .*; seed: .*came '0'; delete its folder and run"):
+    with pytest.raises(FileError, match=r"measured\.json: arm: .*; seed: .*got '0'; delete its folder and run"):
         read_record(file, MeasuredRecord)
     with pytest.raises(FileError, match="no such file; run `dvc repro`"):
         read_record(tmp_path / "none.json", MeasuredRecord)

@@ -6,10 +6,9 @@ import math
 import pytest
 from sqlalchemy import select
 
-from db import IngestError
+from db import FileError, tables
 from db.ingest import check, ingest, layer_name
 from db.store import open_session
-from db.tables import Environment, Probe, Run, Sample, Spectrum, Verification
 from evaluation.report.comparison import load_report
 from tests.db.asking import ask, ask_one, content, shown
 from tests.db.conftest import F16, to_alpaca, to_gsm8k, without_rights
@@ -60,7 +59,7 @@ def test_scores_samples_parity_and_artifacts_reach_their_tables(tree, path):
     summary = ingest(tree, path)
     assert (summary.changed, summary.current, summary.runs, summary.notes) == (3, 3, 3, ())
     with open_session(path) as session:
-        runs = {(run.arm, run.seed): run for run in session.scalars(select(Run))}
+        runs = {(run.arm, run.seed): run for run in session.execute(select(tables.run))}
         assert set(runs) == {("base", 0), ("baseline_lora", 0), ("baseline_lora", 1)}
         run, base = runs["baseline_lora", 0], runs["base", 0]
         assert run.reference_run_id == base.id and base.reference_run_id is None
@@ -71,8 +70,8 @@ def test_scores_samples_parity_and_artifacts_reach_their_tables(tree, path):
         assert run.prompt_template == "Q: {prompt} A:"
         assert run.parity_first_difference == {"prompt": "p", "hf": "a", "merged_gguf": "b"}
         assert (run.task, run.task_title, run.primary_metric) == ("aqi", "AQI accuracy", "aqi_category_accuracy")
-        assert len(session.scalars(select(Environment)).all()) == 1
-        sample = session.scalars(select(Sample).where(Sample.run_id == run.id, Sample.item_id == "aqi-000099")).one()
+        assert len(session.execute(select(tables.environment)).all()) == 1
+        sample = session.execute(select(tables.sample).filter_by(run_id=run.id, item_id="aqi-000099")).one()
         assert (sample.correct, sample.credit, sample.predicted, sample.abs_error) == (False, 0.0, 159.0, 60.0)
     where = "FROM metric WHERE run_id = (SELECT id FROM run WHERE arm <> 'base' AND seed = 0)"
     final = {(s, n): v for s, n, v in ask(path, f"SELECT split, name, value {where} AND step = -1")}
@@ -96,9 +95,9 @@ def test_verdicts_precisions_and_verifications_reach_their_tables(tree, path):
     make_quantized(tree, "base", rows={"f16": (RIGHT, 1.0), "q8_0": (WRONG, 0.9)})
     ingest(tree, path)
     with open_session(path) as session:
-        probes = session.scalars(select(Probe).where(Probe.name == "twin_divergence").order_by(Probe.id)).all()
+        probes = session.execute(select(tables.probe).filter_by(name="twin_divergence")).all()
         assert [(p.value, p.value_kind, p.threshold) for p in probes] == [(0.0, "finite", 10.0)] * 2
-        found = {(v.backend, v.mode): v for v in session.scalars(select(Verification))}
+        found = {(v.backend, v.mode): v for v in session.execute(select(tables.verification))}
         adapter, old = found["llama_cpp", "adapter"], found["ollama", "merged"]
         assert adapter.perturbed_noticed is True and adapter.adapter_sha256 == sha("adapter")
         assert (old.prompts, old.rendered, old.counted, old.answered) == (20, None, None, 1.0)
@@ -132,7 +131,7 @@ def test_layers_have_what_was_measured_and_logged(tree, path):
     assert final == {"base_rank": 4, "rank": 3, "kept_rank_a": 3, "kept_rank_b": 2}
     assert ("effective_rank_a", V, 0) not in ranks and ranks["samples", V, 0][0] == 0
     with open_session(path) as session:
-        spectra = {(s.layer, s.factor, s.step): s.eigenvalues for s in session.scalars(select(Spectrum))}
+        spectra = {(s.layer, s.factor, s.step): s.eigenvalues for s in session.execute(select(tables.spectrum))}
     assert spectra == {(Q, "a", 0): [0.75, 0.5, 0.25, 0.125], (Q, "a", 20): ["inf", 1.5, 0.5],
                        (Q, "g", 20): [0.5, 0.25, 0.0]}  # fmt: skip
     nameless = "SELECT count(*) FROM layer_metric l LEFT JOIN metric_def d ON d.name = l.name WHERE d.name IS NULL"
@@ -147,9 +146,9 @@ def test_what_a_record_has_beyond_the_columns_is_in_rest(tree, path):
     make_verified(tree, "baseline_lora", rows=rows)
     ingest(tree, path)
     with open_session(path) as session:
-        run = session.scalars(select(Run).where(Run.arm == "baseline_lora", Run.seed == 0)).one()
+        run = session.execute(select(tables.run).filter_by(arm="baseline_lora", seed=0)).one()
         assert run.rest["scores"]["speed_summary"] == [{"median": 1.5}] and run.rest["verdict"]["reason"] == "because"
-        assert session.scalars(select(Verification)).one().rest == {"seconds": 2.5}
+        assert session.execute(select(tables.verification)).one().rest == {"seconds": 2.5}
 
 
 def test_views_agree_with_numbers_worked_out_by_hand(tree, path):
@@ -241,7 +240,7 @@ def test_strange_text_and_an_answer_without_a_number_are_stored(tree, path):
     query = "SELECT answer, predicted, abs_error FROM sample WHERE answer LIKE '%DROP%'"
     assert ask_one(path, query) == ("a\ufffdb | 汉\n'; DROP TABLE run", None, None)
     write(tree / SAMPLES, (tree / SAMPLES).read_text().replace("\\u0000", "\\ud800"))
-    with pytest.raises(IngestError, match=r"samples\.jsonl: line 1"):
+    with pytest.raises(FileError, match=r"samples\.jsonl: line 1"):
         ingest(tree, path)  # half of a UTF-16 pair is no JSON
 
 
@@ -338,7 +337,7 @@ def test_scores_without_an_export_need_none(tree, path):
     assert ask(path, "SELECT * FROM metric WHERE split = 'parity'") == []
     edit(tree / SCORES, exported=True)
     (tree / "gguf/baseline_lora/0/run.json").unlink()
-    with pytest.raises(IngestError, match=r"gguf/baseline_lora/0/run\.json: expected this file"):
+    with pytest.raises(FileError, match=r"gguf/baseline_lora/0/run\.json: expected this file"):
         ingest(tree, path)
 
 
@@ -365,7 +364,7 @@ def test_all_problems_are_named_at_once_and_the_old_content_stands(tree, path):
     for name in ("gguf/baseline_lora/1/run.json", QUANTIZED, MEASURED.replace("/0/", "/1/")):
         (tree / name).unlink()
     write(tree / "adapters/baseline_lora/0/loss_history.json", [{"loss": 1.0}])
-    with pytest.raises(IngestError) as caught:
+    with pytest.raises(FileError) as caught:
         ingest(tree, path)
     assert {(problem.file, problem.key) for problem in caught.value.problems} >= {
         (SCORES, "metrics.0.value"),
@@ -379,7 +378,7 @@ def test_all_problems_are_named_at_once_and_the_old_content_stands(tree, path):
         (MEASURED.replace("/0/", "/1/"), ""),
         ("adapters/baseline_lora/0/loss_history.json", ""),
     }
-    assert "valid number, came '0.7'" in str(caught.value) and "dvc repro" in str(caught.value)
+    assert "valid number, got '0.7'" in str(caught.value) and "dvc repro" in str(caught.value)
     assert content(path) == before and sorted(tree.glob("runs/*")) == archived
 
 
@@ -394,16 +393,16 @@ SPEED = {"arm": "baseline_lora", "phase": "decode", "repetition": 0, "tokens": 1
 @pytest.mark.parametrize(
     ("file", "change", "words"),
     [
-        (SCORES, {"seed": 1}, "arm, seed: expected baseline_lora/0 as in the path, came baseline_lora/1"),
-        (PARITY, {"arm": "pure_grit"}, "came pure_grit/0"),
+        (SCORES, {"seed": 1}, "arm, seed: expected baseline_lora/0 as in the path, got baseline_lora/1"),
+        (PARITY, {"arm": "pure_grit"}, "got pure_grit/0"),
         (SCORES, {"schema": 2}, "schema"),
-        (SCORES, {"metrics": [{**METRIC, "name": "aqi_category_accuracy", "value": 87.0}]}, "from 0 to 1, came 87.0"),
-        (SCORES, {"speed": [{**SPEED, "arm": "pure_grit"}]}, "speed rows of the arms"),
+        (SCORES, {"metrics": [{**METRIC, "name": "aqi_category_accuracy", "value": 87.0}]}, "from 0 to 1, got 87.0"),
+        (SCORES, {"speed": [{**SPEED, "arm": "pure_grit"}]}, "expected speed rows of baseline_lora and base"),
         (SCORES, {"speed": [SPEED] * 2}, "more than once"),
         (SCORES, {"backend": {"name": "hf", "version": "1", "device_class": "cpu", "mode": "half"}}, "backend.mode"),
-        (SCORES, {"task": {**GSM8K, "primary": "f1"}}, "expected the primary metric f1 among those of split test"),
+        (SCORES, {"task": {**GSM8K, "primary": "f1"}}, "expected the primary metric f1 in split test"),
         (SCORES, {"task": None}, "task"),
-        (RUN, {"stage": "train"}, "expected 'evaluate', came 'train'"),
+        (RUN, {"stage": "train"}, "expected 'evaluate', got 'train'"),
         (RUN, {"started": "2026-11-21T01:00:00"}, "timezone"),
         (RUN, {"ended": "2026-11-20T01:00:00+00:00"}, "lies before"),
         (RUN, {"ended": None}, "needs the time"),
@@ -412,17 +411,17 @@ SPEED = {"arm": "baseline_lora", "phase": "decode", "repetition": 0, "tokens": 1
         (VERDICT, {"verdict": "fine"}, "effective"),
         (VERDICT, {"readings": [*READINGS, READINGS[0]]}, "more than once"),
         (VERDICT, {"readings": [{**READINGS[0], "step": -2}]}, "step"),
-        (QUANTIZED, {"rows": []}, "expected f16 first, which the others are held against, came nothing"),
+        (QUANTIZED, {"rows": []}, "expected f16 first, the reference of the others, got nothing"),
         (QUANTIZED, {"rows": [*GOOD, GOOD[1]]}, "rows of the type q8_0 given more than once"),
-        (QUANTIZED, {"rows": [{**GOOD[0], "bytes": "8"}]}, "rows.0.bytes: Input should be a valid integer, came '8'"),
+        (QUANTIZED, {"rows": [{**GOOD[0], "bytes": "8"}]}, "rows.0.bytes: Input should be a valid integer, got '8'"),
         (QUANTIZED, {"rows": [{**GOOD[0], "bits_per_weight": 0.0}]}, "bits_per_weight: Input should be greater than 0"),
         (QUANTIZED, {"rows": [{**GOOD[0], "category_accuracy": 0.71}]}, "category_accuracy 0.71 is not 70 of 100"),
-        (QUANTIZED, {"rows": [{**GOOD[0], "answers_equal_to_f16": 0.5}]}, "f16 must equal itself, came 0.5"),
+        (QUANTIZED, {"rows": [{**GOOD[0], "answers_equal_to_f16": 0.5}]}, "f16 must equal itself, got 0.5"),
         (QUANTIZED, {"rows": [{**GOOD[0], "fallbacks": 21}]}, "21 fallbacks among 20 tensors"),
-        (QUANTIZED, {"rows": GOOD[:1]}, "expected the types of quantized.json, came 'q8_0' besides"),
-        (QUANTIZED, {"rows": [*GOOD, {**GOOD[0], "type": "bf16"}]}, "came 0 items of type bf16"),
+        (QUANTIZED, {"rows": GOOD[:1]}, "expected the types of quantized.json, got 'q8_0' besides"),
+        (QUANTIZED, {"rows": [*GOOD, {**GOOD[0], "type": "bf16"}]}, "got 0 items of type bf16"),
         (VERIFIED, {"rows": [*CHECKED, CHECKED[1]]}, "rows of ('llama_cpp', 'adapter', 'plain') given more than once"),
-        (VERIFIED, {"rows": [{**CHECKED[0], "answered": None}]}, "answered: expected a share exactly where prompts"),
+        (VERIFIED, {"rows": [{**CHECKED[0], "answered": None}]}, "answered: expected a share if and only if"),
         (VERIFIED, {"rows": [{**CHECKED[0], "prompts": 0, "answered": None}]}, "rendered: expected no share"),
         (MEASURED, {"metrics": [{**METRIC, "name": "aqi_mae", "split": "test"}]}, "numbers that scores.json has not"),
         (MEASURED, {"metrics": [METRIC] * 2}, "metrics ('x', 'general') given more than once"),
@@ -443,7 +442,7 @@ def test_rubbish_is_refused_by_name(tree, path, file, change, words):
         edit(tree / file, **change)
     else:
         write_lines(tree / file, change)
-    with pytest.raises(IngestError) as refused:
+    with pytest.raises(FileError) as refused:
         ingest(tree, path)
     assert file.rsplit("/", 1)[0] in str(refused.value) and words in str(refused.value)
     assert not path.exists()
@@ -457,7 +456,7 @@ def test_precisions_and_their_items_must_agree(tree, path):
         ({"credit": 0.5}, "expected a mean credit of 0.7 of type f16"),
     ):
         change_first_line(tree / Q_SAMPLES, **changes)
-        with pytest.raises(IngestError, match=words):
+        with pytest.raises(FileError, match=words):
             ingest(tree, path)
         write(tree / Q_SAMPLES, good)
 

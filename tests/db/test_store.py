@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import text
 from typer.testing import CliRunner
 
-from db import DatabaseError, DatabaseMissingError, IngestError, SchemaVersionError
+from db import DatabaseError, FileError
 from db.cli import app
 from db.ingest import ingest, rebuild
 from db.store import open_session
@@ -85,7 +85,7 @@ def test_faults_of_the_archive_are_named_at_once_and_the_database_stands(tree, p
     next(second.glob("scores/*/*/samples.jsonl.gz")).write_bytes(b"no gzip")
     for file in sorted(third.glob("scores/*/*/*")):
         file.unlink()
-    with pytest.raises(IngestError) as refused:
+    with pytest.raises(FileError) as refused:
         rebuild(tree, path)
     told = str(refused.value)
     assert "3 problems" in told and all(f"runs/{p.name}" in told for p in (first, second, third)), told
@@ -94,16 +94,16 @@ def test_faults_of_the_archive_are_named_at_once_and_the_database_stands(tree, p
 
 def test_nothing_archived_and_nothing_scored_replace_no_database(tmp_path, tree, path):
     nothing = r"runs: expected runs that were archived.*db\.cli ingest"
-    with pytest.raises(IngestError, match=nothing):
+    with pytest.raises(FileError, match=nothing):
         rebuild(tmp_path, path)
-    with pytest.raises(IngestError, match="expected the project's folder"):
+    with pytest.raises(FileError, match="expected the project's folder"):
         ingest(tmp_path / "none", path)
     assert not path.exists() and not (tmp_path / "runs").exists()
     (tmp_path / "empty").mkdir()
     ingest(tree, path)
     before = content(path)
     for work in (ingest, rebuild, ingest):  # runs/ is there once a first one has run
-        with pytest.raises(IngestError, match=nothing):
+        with pytest.raises(FileError, match=nothing):
             work(tmp_path / "empty", path)
     assert content(path) == before
 
@@ -119,9 +119,9 @@ def test_a_run_whose_replacement_was_killed_between_two_renames_comes_back(tree,
 
 DAMAGES = {
     "UPDATE sample SET credit = 0 WHERE item_id = 'aqi-000000' AND run_id = 2": "sample: .* 1 of the expected ones",
-    "DELETE FROM layer_metric WHERE id = 1": "layer_metric: expected the 49 rows that runs/ gives, came 48, 1 of",
+    "DELETE FROM layer_metric WHERE id = 1": "layer_metric: expected the 49 rows that runs/ gives, got 48; 1 of",
     "UPDATE run SET reference_run_id = NULL WHERE id = 2": "run: ",
-    "INSERT INTO metric_def VALUES ('x', '', 'none', '')": "metric_def: .* came 25, 0 of the expected",
+    "INSERT INTO metric_def VALUES ('x', '', 'none', '')": "metric_def: .* got 28; 0 of the expected",
     "DROP VIEW task_results": "the view task_results is missing",
 }
 
@@ -206,7 +206,7 @@ def test_a_database_that_somebody_writes_to_is_left_to_him(tree, path, monkeypat
     with closing(sqlite3.connect(path, isolation_level=None)) as raw:
         raw.execute("BEGIN IMMEDIATE")
         raw.execute("UPDATE run SET git_commit = 'mine'")
-        with pytest.raises(DatabaseError, match="locked.*wait until the other process ends"):
+        with pytest.raises(DatabaseError, match="locked.*ait until the other process ends"):
             rebuild(tree, path)
         raw.execute("COMMIT")
     assert ask(path, "SELECT DISTINCT git_commit FROM run") == [("mine",)]
@@ -238,8 +238,8 @@ VERSIONED = ("CREATE TABLE alembic_version (version_num TEXT)", "INSERT INTO ale
 OTHERS = {
     "My thesis. " * 1000: "another kind of file, which begins with b'My thesis",
     "SQLite": "another kind of file",
-    ("CREATE TABLE recipes (id INTEGER)",): "other tables .recipes.*name another path",
-    (*VERSIONED, "CREATE TABLE run (id)", "CREATE TABLE experiments (id)"): "other tables .*experiments.*name another",
+    ("CREATE TABLE recipes (id INTEGER)",): "other tables .recipes.*ame another path",
+    (*VERSIONED, "CREATE TABLE run (id)", "CREATE TABLE experiments (id)"): "other tables .*experiments.*ame another",
 }
 
 
@@ -252,7 +252,7 @@ def test_what_is_not_ours_stays_byte_by_byte(tree, tmp_path, other):
     for work in (ingest, rebuild):
         with pytest.raises(DatabaseError, match=OTHERS[other]) as refused:
             work(tree, path)
-        assert path.read_bytes() == before and beside(path) == [path.name] and "remove" not in refused.value.do
+        assert path.read_bytes() == before and beside(path) == [path.name] and "remove" not in str(refused.value)
     with pytest.raises(DatabaseError), open_session(path):
         pass
 
@@ -260,21 +260,14 @@ def test_what_is_not_ours_stays_byte_by_byte(tree, tmp_path, other):
 OLD = [f"CREATE TABLE {name} (id)" for name in ("environment", "run", "metric", "metric_def", "sample", "speed")]
 
 
-def test_an_older_version_is_refused_to_readers_and_kept_beside_the_new(tree, path):
-    foreign(path, "PRAGMA journal_mode=WAL", *VERSIONED, *OLD, "INSERT INTO run VALUES (7)")
-    with pytest.raises(SchemaVersionError, match=r"older version.*db\.cli rebuild"), open_session(path):
+def test_a_database_of_versions_1_to_4_is_the_only_copy_of_its_runs_and_stays(tree, path):
+    foreign(path, *VERSIONED, *OLD, "INSERT INTO run VALUES (7)")
+    with pytest.raises(DatabaseError, match=r"older version.*db\.cli rebuild"), open_session(path):
         pass
-    with closing(sqlite3.connect(path)) as raw:  # its log holds what its file does not
-        raw.execute("INSERT INTO run VALUES (8)")
-        raw.commit()
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(DatabaseError, match="locked"):
-            patch.setattr("db.store.BUSY_TIMEOUT_S", 0.1)
-            ingest(tree, path)
-    ingest(tree, path)
-    assert_sound(path, tree)
-    with closing(sqlite3.connect(path.with_name("c.db.old"))) as raw:
-        assert raw.execute("SELECT id FROM run").fetchall() == [(7,), (8,)], "earlier tasks are in this file alone"
-    assert beside(path) == ["c.db", "c.db.old"]
+    with pytest.raises(DatabaseError, match="versions 1 to 4 .*ove the file away"):
+        ingest(tree, path)
+    with closing(sqlite3.connect(path)) as raw:
+        assert raw.execute("SELECT id FROM run").fetchall() == [(7,)]
 
 
 def test_another_schema_number_means_rebuild(tree, path):
@@ -282,7 +275,7 @@ def test_another_schema_number_means_rebuild(tree, path):
     before = content(path)
     for number in (SCHEMA + 1, 0):
         foreign(path, f"PRAGMA user_version={number}")
-        with pytest.raises(SchemaVersionError, match=rf"schema {SCHEMA} in .*db\.cli rebuild"), open_session(path):
+        with pytest.raises(DatabaseError, match=rf"schema {SCHEMA} in .*db\.cli rebuild"), open_session(path):
             pass
         rebuild(tree, path)
         assert content(path) == before
@@ -319,7 +312,7 @@ def test_a_folder_that_cannot_be_written_can_be_read_and_says_so(tree, tmp_path)
         place.chmod(0o777)
     with without_rights(folder, 0o555, tmp_path):
         assert ask_one(path, "SELECT count(*) FROM run") == (3,)
-        with pytest.raises(DatabaseError, match="check its address, rights|this user may not write|readonly"):
+        with pytest.raises(DatabaseError, match="heck its address, rights|this user may not write|readonly"):
             rebuild(tree, path)
         with pytest.raises(DatabaseError, match="this user may not write there"):
             rebuild(tree, folder / "sub" / "new.db")
@@ -327,23 +320,23 @@ def test_a_folder_that_cannot_be_written_can_be_read_and_says_so(tree, tmp_path)
 
 
 def test_missing_files_and_bad_addresses_are_named(tmp_path, tree):
-    with pytest.raises(DatabaseMissingError, match="no such file.*dvc repro"), open_session(tmp_path / "none.db"):
+    with pytest.raises(DatabaseError, match="no such file.*vc repro"), open_session(tmp_path / "none.db"):
         pass
-    with pytest.raises(DatabaseMissingError, match="a folder"), open_session(tmp_path):
+    with pytest.raises(DatabaseError, match="a folder"), open_session(tmp_path):
         pass
     (tmp_path / "empty.db").touch()
-    with pytest.raises(DatabaseMissingError, match="without tables"), open_session(tmp_path / "empty.db"):
+    with pytest.raises(DatabaseError, match="without tables"), open_session(tmp_path / "empty.db"):
         pass
     assert ingest(tree, tmp_path / "empty.db").runs == 3
     with pytest.raises(ModuleNotFoundError, match="mine"), open_session(tmp_path / "empty.db"):
         raise ModuleNotFoundError("mine")
     for address in ("nonsense://x", "sqlite:://"):
-        with pytest.raises(DatabaseError, match="correct the database's address"), open_session(address):
+        with pytest.raises(DatabaseError, match="orrect the database's address"), open_session(address):
             pass
     server = "postgresql+psycopg://a:secret@127.0.0.1:9/b"
     with pytest.raises(DatabaseError) as caught, open_session(server):
         pass
-    assert "secret" not in str(caught.value) and "start the server" in caught.value.do
+    assert "secret" not in str(caught.value) and "tart the server" in str(caught.value)
     with pytest.raises(DatabaseError, match=r"postgresql\+psycopg"):
         ingest(tree, server)
     odd = tmp_path / "a?b#c%20.db"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from db.errors import IngestError
+from db.errors import FileError
 from db.ingest import ingest, rebuild
 from evaluation.report.comparison import load_report
 from evaluation.report.data import as_csv, as_json
@@ -109,5 +109,5 @@ def test_a_result_of_an_older_adapter_or_base_is_left_out(tree):
 
 def test_a_copied_folder_is_not_another_benchmark(tree):
     (tree / "measured/lm-eval/own_sums").rename(tree / "measured/lm-eval/others")
-    with pytest.raises(IngestError, match="expected items of harness/others as in the path, came harness/own_sums"):
+    with pytest.raises(FileError, match="expected items of harness/others as in the path, got harness/own_sums"):
         ingest(tree, tree / "c.db")

@@ -16,8 +16,8 @@ from scipy.stats import permutation_test
 from typer.testing import CliRunner
 
 from db.ingest import ingest
-from db.queries import Choice
 from db.records import AQI
+from db.runs import Choice
 from evaluation.compare_all import app
 from evaluation.report.comparison import FIRST, Primary, load_report
 from evaluation.report.data import accuracy_table, as_csv, as_json, metrics, write_tracked

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from db.queries import Choice
+from db.runs import Choice
 from evaluation.report import browser as browser_module
 from evaluation.report import cost
 from evaluation.report import html as page_module

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torchmetrics.text import Perplexity
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from db.files import FileError
+from db.errors import FileError
 from evaluation import EvaluationError
 from pipelines import measure
 from pipelines.check import parse_params

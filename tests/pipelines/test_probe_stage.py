@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from db.files import FileError, read_record, write_json
+from db.errors import FileError
+from db.files import read_record, write_json
 from db.records import VerdictRecord
 from pipelines import base_texts, prepare_data, probe, profile, train, tune
 from pipelines.check import parse_params

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from gguf import GGUFReader
 
-from db.files import OutputError, exclusive
+from db.errors import OutputError
+from db.files import exclusive
 from export import ExportError
 from export.gguf import quantize
 from export.register import register

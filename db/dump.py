@@ -1,8 +1,8 @@
-"""Every table and view as a file that spreadsheets, R and pandas read: CSV or Parquet.
+"""Every table and view as a file that spreadsheets, R and pandas can read: CSV or Parquet.
 
-A number that may be NaN or infinite stays the pair `value`, `value_kind`: an empty `value` has its reason beside it.
-JSON columns are JSON text, times have a zone. An empty field of a CSV file is NULL or empty text; Parquet tells the two
-apart. Text stands in CSV files as it is, also an answer that begins with =, which a spreadsheet takes for a formula.
+A number that may be NaN or infinite stays the pair `value`, `value_kind`, so an empty `value` has its reason beside it.
+JSON columns are JSON text, and times have a zone. An empty field of a CSV file is NULL or empty text; Parquet
+distinguishes the two. CSV files have text as it is, even an answer that begins with =, a formula to spreadsheets.
 """
 
 import csv
@@ -17,15 +17,15 @@ from sqlalchemy import URL, BigInteger, Boolean, Double, Integer, Text, column, 
 from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeEngine
 
-from db.errors import DatabaseError
-from db.files import OutputError, staged_file
+from db.errors import DatabaseError, OutputError
+from db.files import staged_file
 from db.store import open_session
-from db.tables import VIEWS, Base, UtcDateTime
+from db.tables import METADATA, VIEWS, UtcDateTime
 
 Columns = dict[str, TypeEngine[Any]]
-# SQLite does not know the types of a view's columns. Equal names have equal types everywhere; others are fractions.
+# SQLite does not know the types of a view's columns. Equal names have equal types everywhere; all others are floats.
 _TYPES: Columns = {
-    **{c.name: c.type for own in Base.metadata.sorted_tables for c in own.columns},
+    **{c.name: c.type for each in METADATA.sorted_tables for c in each.columns},
     **dict.fromkeys(("timestamp", "metric"), Text()),
     **dict.fromkeys(("adapter_bytes", "adapter_gguf_bytes", "model_gguf_bytes"), BigInteger()),
 }
@@ -34,12 +34,12 @@ _TYPES: Columns = {
 def export(
     url: str | Path | URL, folder: Path, form: str = "csv", tables: Iterable[str] | None = None
 ) -> dict[str, int]:
-    """Write tables and views (None: all) as of one moment; name to number of rows. On an error old files stand."""
-    known = [*sorted(Base.metadata.tables), *VIEWS]
+    """Write tables and views (None: all) as of one moment, or leave the old files. Returns name → number of rows."""
+    known = [*sorted(METADATA.tables), *VIEWS]
     names = known if tables is None else list(dict.fromkeys(tables))
-    if strange := [name for name in names if name not in known]:
-        came = ", ".join(map(repr, strange))
-        raise DatabaseError("names of tables and views", came, f"name one of: {', '.join(known)}")
+    if unknown := [name for name in names if name not in known]:
+        got = ", ".join(map(repr, unknown))
+        raise DatabaseError("names of tables and views", got, f"name one of: {', '.join(known)}")
     write = _write_parquet if form == "parquet" else _write_csv
     counts = {}
     try:
@@ -49,18 +49,16 @@ def export(
                 write(whole.enter_context(staged_file(folder / f"{name}.{form}")), columns, rows)
                 counts[name] = len(rows)
     except OutputError as error:
-        raise DatabaseError(
-            f"a folder that can be written at {folder}", str(error), "name another with --out"
-        ) from error
+        raise DatabaseError(f"a writable folder at {folder}", str(error), "name another with --out") from error
     return counts
 
 
 def _read(session: Session, name: str) -> tuple[Columns, list[list[Any]]]:
-    """Columns, and rows in an order that is the same each time: of the key, or of all columns of a view."""
+    """Columns, and rows in a fixed order: by key, or by all columns of a view."""
     names = list(session.execute(text(f"SELECT * FROM {name} WHERE 1 = 0")).keys())  # noqa: S608  of a known name
-    own = Base.metadata.tables.get(name)
-    columns = {n: _TYPES.get(n, Double()) if own is None else own.columns[n].type for n in names}
-    order = names if own is None else [c.name for c in own.primary_key.columns]
+    known = METADATA.tables.get(name)
+    columns = {n: _TYPES.get(n, Double()) if known is None else known.columns[n].type for n in names}
+    order = names if known is None else [c.name for c in known.primary_key.columns]
     query = (
         select(*(column(n, kind) for n, kind in columns.items())).select_from(table(name)).order_by(*map(column, order))
     )
@@ -88,5 +86,5 @@ def _write_parquet(file: Path, columns: Columns, rows: list[list[Any]]) -> None:
         Boolean: pa.bool_(), Integer: pa.int64(), Double: pa.float64(), UtcDateTime: pa.timestamp("us", tz="UTC"),
     }  # fmt: skip
     types = [next((a for k, a in kinds.items() if isinstance(kind, k)), pa.string()) for kind in columns.values()]
-    arrays = [pa.array([row[place] for row in rows], type=own) for place, own in enumerate(types)]
+    arrays = [pa.array([row[place] for row in rows], type=kind) for place, kind in enumerate(types)]
     pq.write_table(pa.Table.from_arrays(arrays, names=list(columns)), file)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from db.errors import IngestError, Problem
+from db.errors import Problem, refuse
 from db.files import clear_leftovers, reasons, sha256, staged, write_json
 from db.records import (
     AQI,
@@ -37,9 +37,7 @@ from db.records import (
     VerifyRecord,
     plain,
 )
-
-BASE = "base"
-"""The arm that is the untouched model: it has no adapter, and it is read whenever any other is."""
+from db.runs import BASE
 
 FOLDERS = {
     "train": "adapters", "probe": "verdicts", "export": "gguf", "quantize": "quantized", "verify": "verified",
@@ -58,7 +56,7 @@ RUNS = "runs"
 _CURRENT = "current.json"
 _LINES_SHOWN = 5
 _KEY = re.compile(r"[0-9a-f]{64}")
-_NOTHING = "expected runs that were archived, came nothing; run `dvc repro` or `python -m db.cli ingest`"
+_NOTHING = "expected runs that were archived, got nothing; run `dvc repro` or `python -m db.cli ingest`"
 _NO_SCORES = ScoresRecord.model_construct(metrics=[])  # while the other files of a faulty run are read
 AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
 
@@ -114,7 +112,7 @@ class Bundle:
     @property
     def disagreement(self) -> str | None:
         """Where the score, which tables show, is not the mean of the items, on which intervals rest."""
-        test = [sample.worth for sample in self.samples if sample.split == "test"]
+        test = [sample.credit for sample in self.samples if sample.split == "test"]
         share = sum(test) / len(test) if test else None
         for metric in self.scores.metrics:
             if (metric.name, metric.split) == (self.scores.task.primary, "test") and (
@@ -146,7 +144,7 @@ class Reader:
         """Note a file or folder that the system does not let us read, once."""
         path = Path(error.filename or self.place)
         own = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
-        found = Problem(own, "", f"expected a file or folder that can be read, came: {error.strerror or error}")
+        found = Problem(own, "", f"expected a file or folder that can be read, got: {error.strerror or error}")
         if found not in self.problems:
             self.problems.append(found)
 
@@ -160,10 +158,10 @@ class Reader:
             content = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
         except FileNotFoundError:
             if required:
-                self.problem(path, "", "expected this file beside the others, came nothing")
+                self.problem(path, "", "expected this file beside the others, got nothing")
             return None
         except (EOFError, gzip.BadGzipFile) as error:
-            self.problem(packed, "", f"expected a file that gzip can unpack, came: {error}")
+            self.problem(packed, "", f"expected a file that gzip can unpack, got: {error}")
             return None
         except OSError as error:
             self.unreadable(error)
@@ -187,10 +185,10 @@ class Reader:
     def of_run(self, path: Path, form: type[AnyRecord], *, required: bool = True) -> AnyRecord | None:
         """A file as a record, which must name the arm and seed of its folder: a copied folder is no other."""
         record = self.record(path, form, required=required)
-        came = (getattr(record, "arm", self.arm), getattr(record, "seed", self.seed))
-        if record is not None and came != (self.arm, self.seed):
+        got = (getattr(record, "arm", self.arm), getattr(record, "seed", self.seed))
+        if record is not None and got != (self.arm, self.seed):
             expected = f"expected {self.arm}/{self.seed} as in the path"
-            self.problem(path, "arm, seed", f"{expected}, came {came[0]}/{came[1]}")
+            self.problem(path, "arm, seed", f"{expected}, got {got[0]}/{got[1]}")
         return record
 
     def lines(
@@ -240,7 +238,7 @@ class Reader:
             self.note("no scores yet")
             return None
         if not scored:
-            self.problem(scores_file, "", "expected this file beside the others, came nothing")
+            self.problem(scores_file, "", "expected this file beside the others, got nothing")
         samples = self.lines(scores_file.with_name("samples.jsonl"), SampleRecord, ("split", "item_id"))
         bundle = Bundle(self.arm, self.seed, stages, scores or _NO_SCORES, samples)
         if self.arm == BASE:
@@ -275,7 +273,7 @@ class Reader:
                     self.note(f"without its stage {stage}, {name} has no run.json; run `dvc repro`")
                 continue
             if record.stage != stage:
-                self.problem(self.path(stage, "run.json"), "stage", f"expected {stage!r}, came {record.stage!r}")
+                self.problem(self.path(stage, "run.json"), "stage", f"expected {stage!r}, got {record.stage!r}")
             if record.status == "finished":
                 found[stage] = record
                 continue
@@ -353,7 +351,7 @@ class Reader:
             scored = {(metric.name, metric.split) for metric in bundle.scores.metrics}
             for metric in bundle.measured.metrics if bundle.measured else []:
                 if (metric.name, metric.split) in scored:
-                    words = f"expected numbers that scores.json has not, came {metric.name} of {metric.split}"
+                    words = f"expected numbers that scores.json has not, got {metric.name} of {metric.split}"
                     self.problem(self.path("measure", "measured.json"), "metrics", words)
         if "quantize" in bundle.stages:
             bundle.quantized = self.own("quantize", "quantized.json", QuantizedRecord)
@@ -368,9 +366,9 @@ class Reader:
             if f"harness/{task}" in bundle.stages:
                 record = self.of_run(place / "harness.json", HarnessRecord)
                 samples = self.lines(place / "samples.jsonl", SampleRecord, ("split", "item_id"))
-                came = {f"harness/{record.benchmark}" if record else "", *(sample.split for sample in samples)}
-                if record is not None and came != {f"harness/{task}"}:
-                    words = f"expected items of harness/{task} as in the path, came {', '.join(sorted(came))}"
+                got = {f"harness/{record.benchmark}" if record else "", *(sample.split for sample in samples)}
+                if record is not None and got != {f"harness/{task}"}:
+                    words = f"expected items of harness/{task} as in the path, got {', '.join(sorted(got))}"
                     self.problem(place / "harness.json", "benchmark", words)
                 elif record is not None:
                     bundle.benchmarks[task] = record, samples
@@ -389,18 +387,18 @@ def _disagreements(quantized: QuantizedRecord, samples: list[QuantizedSampleReco
     rows = {row.type: row for row in quantized.rows}
     for name, own in answers.items():
         if name not in rows:
-            yield f"expected the types of quantized.json, came {name!r} besides"
+            yield f"expected the types of quantized.json, got {name!r} besides"
             continue
         row = rows[name]
-        wanted, came = (row.n, row.correct), (len(own), sum(sample.correct for sample in own.values()))
-        if came != wanted:
+        wanted, got = (row.n, row.correct), (len(own), sum(sample.correct for sample in own.values()))
+        if got != wanted:
             words = "{} items of type {}, {} of them correct"
-            expected, found = (words.format(n, name, right) for n, right in (wanted, came))
-            yield f"expected {expected}, as quantized.json says, came {found}"
+            expected, found = (words.format(n, name, right) for n, right in (wanted, got))
+            yield f"expected {expected}, as quantized.json says, got {found}"
         elif own.keys() != items:
             yield f"expected the same items in every type, {name} has others"
-        elif abs((mean := sum(sample.worth for sample in own.values()) / len(own)) - row.worth) > SAME_MEAN:
-            yield f"expected a mean credit of {row.worth} of type {name}, as quantized.json says, came {mean}"
+        elif abs((mean := sum(sample.credit for sample in own.values()) / len(own)) - row.credit) > SAME_MEAN:
+            yield f"expected a mean credit of {row.credit} of type {name}, as quantized.json says, got {mean}"
 
 
 def read_results(
@@ -418,7 +416,7 @@ def read_results(
         if (bundle := _collected(reader)) is not None:
             bundles.append(bundle)
     if reader.problems:
-        raise IngestError(reader.problems)
+        raise refuse(reader.problems)
     if as_trained := [bundle.label for bundle in bundles if not bundle.scores.exported]:
         reader.notes.append(f"{', '.join(as_trained)}: scored as training left them, so there is no export to check")
     if len(tasks := {bundle.scores.task.name for bundle in bundles}) > 1:
@@ -498,17 +496,17 @@ def archive(root: Path, bundles: list[Bundle]) -> int:
 def require_archive(root: Path) -> None:
     """Make sure that there is an archive, or a wrong folder would get one."""
     if not (root / RUNS).is_dir():
-        raise IngestError([Problem(RUNS if root.is_dir() else str(root), "", _NOTHING)])
+        raise refuse([Problem(RUNS if root.is_dir() else str(root), "", _NOTHING)])
 
 
 def read_archive(root: Path) -> tuple[dict[str, Bundle], set[str]]:
-    """All archived runs by their keys, and the keys of the current ones; IngestError names all that is wrong."""
+    """All archived runs by their keys, and the keys of the current ones; FileError names all that is wrong."""
     require_archive(root)
     runs = root / RUNS
     reader = Reader(root, root)
     found: dict[str, Bundle] = {}
     try:
-        for moved in runs.glob("*.old.partial"):  # a kill came between two renames
+        for moved in runs.glob("*.old.partial"):  # after a kill between two renames
             clear_leftovers(runs / moved.name.split(".")[0])
         folders = sorted(path for path in runs.iterdir() if _KEY.fullmatch(path.name))
     except OSError as error:
@@ -529,5 +527,5 @@ def read_archive(root: Path) -> tuple[dict[str, Bundle], set[str]]:
     reader.place = root
     current = reader.record(runs / _CURRENT, CurrentRecord, required=False)
     if reader.problems:
-        raise IngestError(reader.problems)
+        raise refuse(reader.problems)
     return found, set(current.runs if current else [])
