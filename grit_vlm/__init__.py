@@ -1,10 +1,12 @@
 """GRIT-VLM: curvature-aware LoRA fine-tuning of vision-language models, on top of `grit` and PEFT.
 
-Documents 000, 001 and 003 describe it; where they are wrong, docs/grit_vlm.md says what was mended.
+Documents 000, 001 and 003 describe it; where they are wrong, docs/grit_vlm.md shows what to write instead.
 """
 
 from importlib import import_module
 from typing import Any
+
+from grit_vlm.errors import GritVlmError as GritVlmError
 
 # torch, PEFT and transformers load when they are needed.
 _HOMES = {

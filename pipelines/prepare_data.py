@@ -1,8 +1,8 @@
 """Stage prepare_data: data/{train,valid,test,retention,paraphrased}.jsonl, their pictures, data/rejected.jsonl."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from db.files import artifact, finish_run, hash_inputs, sha256, staged, start_run, write_jsonl
 from evaluation.sources.hub import HUB
@@ -10,7 +10,7 @@ from evaluation.sources.rows import TASK_SOURCE
 from evaluation.splits import GENERATED, PrepareData, make_splits
 from evaluation.tasks import Item
 from pipelines.params import StageParams, load_params, unwatched
-from pipelines.stage import DATA, SPLITS, cli, main_for, manifest
+from pipelines.stage import DATA, SPLITS, cli, main_for
 
 
 class Params(StageParams):
@@ -28,18 +28,12 @@ def user_files(source: str) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-def write_manifest(folder: Path, split: str, items: Sequence[Item]) -> Path:
-    """Write the hash of every picture in a split's items, so that one file shows whether any has changed.
-
-    Without pictures it holds a comment: DVC expects the file for every task, and not empty.
-    """
+def row_of(item: Item, folder: Path, drawn: bool) -> dict[str, Any]:
+    """The item's line, with the hash of each of its pictures, so that a split's file changes when a picture does."""
     from trainers.pictures import references
 
-    file = folder / manifest(split).name
-    pictures = sorted({path for item in items for path in references(item.prompt)})
-    lines = [f"{sha256(folder / path)}  {path}\n" for path in pictures] or ["# no pictures\n"]
-    file.write_text("".join(lines), encoding="utf-8")
-    return file
+    row = item.to_json()
+    return {**row, "pictures": {path: sha256(folder / path) for path in references(item.prompt)}} if drawn else row
 
 
 def run(params: Params) -> None:
@@ -49,15 +43,11 @@ def run(params: Params) -> None:
     with staged(DATA) as folder:
         splits, facts = make_splits(section, folder)
         record = start_run("prepare_data", params={"prepare_data": section.model_dump()}, inputs=inputs)
-        for split in SPLITS:
-            file = folder / f"{split}.jsonl"
-            write_jsonl(file, [item.to_json() for item in splits[split]])
-            record.artifacts.append(artifact("dataset", file, DATA / file.name))
         drawn = (folder / "images").is_dir()
         for split in SPLITS:
-            file = write_manifest(folder, split, splits[split] if drawn else [])
-            if drawn:
-                record.artifacts.append(artifact("dataset", file, DATA / file.name))
+            file = folder / f"{split}.jsonl"
+            write_jsonl(file, [row_of(item, folder, drawn) for item in splits[split]])
+            record.artifacts.append(artifact("dataset", file, DATA / file.name))
         if drawn:
             facts["pictures"] = sum(1 for _ in (folder / "images").iterdir())
         record.extra = {"task": section.task, **facts, "items": {split: len(items) for split, items in splits.items()}}

@@ -64,16 +64,9 @@ def model_name(arm: str, seed: int, first_seed: int) -> str:
     return f"{arm}_model" if arm == BASE_ARM or seed == first_seed else f"{arm}_model:seed{seed}"
 
 
-def manifest(split: str) -> Path:
-    """Where items have pictures: the hash of every one of a split, as `sha256sum --check` reads it in data/."""
-    return DATA / f"images.{split}.sha256"
-
-
 def split_files(*splits: str) -> list[Path]:
-    """Files that hold the items of some splits: where items have pictures, also what tells whether one has changed."""
-    files = [file for split in splits if (file := manifest(split)).is_file()]
-    pictures = [file for file in files if not file.read_text(encoding="utf-8").startswith("#")]
-    return [*(DATA / f"{split}.jsonl" for split in splits), *pictures]
+    """Files that hold the items of some splits, and the hashes of their pictures."""
+    return [DATA / f"{split}.jsonl" for split in splits]
 
 
 # Exceptions defined in these packages, or in the module that runs as a command, are meant for the user.

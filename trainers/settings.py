@@ -204,7 +204,7 @@ class TrainSettings(Section):
         return problems
 
     def _picture_problems(self, layers: Layers) -> list[str]:
-        from grit_vlm.config.model_configs import ModelConfigError
+        from grit_vlm import GritVlmError
 
         problems = []
         if self.devices != 1:
@@ -222,7 +222,7 @@ class TrainSettings(Section):
             problems.append("unsloth_fused_lora: expected false with layers, since Unsloth's kernels are for text")
         try:
             self.layer_config().validate()
-        except ModelConfigError as error:
+        except GritVlmError as error:
             prefixes = tuple(f"{modality}." for modality in MODALITIES)
             problems += [f"layers.{line}" if line.startswith(prefixes) else line for line in str(error).splitlines()]
         return problems

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from grit.config import did_you_mean
+from grit_vlm.errors import GritVlmError
 
 PRIORITIES = {
     "stable_training": ("cpu", "cuda", "mps"),
@@ -18,29 +19,25 @@ PRIORITIES = {
 MEMORY_SHARE = 0.8  # of a GPU's free memory, that memory_efficient gives to the weights; the rest is for activations
 
 
-class DeviceError(ValueError):
-    """An unknown strategy, or none of its devices is there."""
-
-
 def get_device_config(strategy: str, devices: Collection[str] | None = None) -> dict[str, Any]:
     """Arguments for `from_pretrained`: device_map, dtype, with memory_efficient on a GPU max_memory (bytes).
 
-    `devices` to choose from are those of this machine by default; DeviceError where none of them is the strategy's.
+    `devices` to choose from are those of this machine by default; GritVlmError where none of them is the strategy's.
     """
     import torch
 
     if strategy not in PRIORITIES:
-        raise DeviceError(
+        raise GritVlmError(
             f"expected one of {', '.join(PRIORITIES)}, got {strategy!r}{did_you_mean(strategy, PRIORITIES)}"
         )
     if devices is None:
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         devices = [name for name, is_there in there.items() if is_there]
     if isinstance(devices, str) or not set(devices) <= {"cuda", "mps", "cpu"}:
-        raise DeviceError(f"devices: expected some of cuda, mps and cpu, e.g. ['cuda', 'cpu']; got {devices!r}")
+        raise GritVlmError(f"devices: expected some of cuda, mps and cpu, e.g. ['cuda', 'cpu']; got {devices!r}")
     device = next((name for name in PRIORITIES[strategy] if name in devices), None)
     if device is None:
-        raise DeviceError(
+        raise GritVlmError(
             f"{strategy}: expected one of {', '.join(PRIORITIES[strategy])}, got {', '.join(sorted(devices)) or 'none'}"
         )
     # float32 where gradients are to be stable, and on CPUs; else bfloat16 where the device computes in it.

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from grit.config import did_you_mean
-from grit_vlm.config.model_configs import ModalityConfig, ModelConfigError, ModelGRITConfig
-from grit_vlm.config.selection import LayerSelectionStrategy, SelectionError, limit, match_all
+from grit_vlm.config.model_configs import ModalityConfig, ModelGRITConfig
+from grit_vlm.config.selection import LayerSelectionStrategy, limit, match_all
+from grit_vlm.errors import GritVlmError
 
 
 def _each(stem: str, names: Sequence[str]) -> list[str]:
@@ -59,12 +60,12 @@ def patterns_of(model: Any, modality: str, model_type: str = "custom") -> list[s
     kind = model_type if model_type != "custom" else type_of(model)
     family = FAMILIES.get(kind or "")
     if family is None:
-        raise SelectionError(
+        raise GritVlmError(
             f"{modality}: expected layer_patterns for a model of type {kind or type(model).__name__!r}, got none; "
             f"those of {', '.join(FAMILIES)} are known"
         )
     if modality not in family:
-        raise SelectionError(f"{modality}: expected layer_patterns, for models of type {kind!r} have none of their own")
+        raise GritVlmError(f"{modality}: expected layer_patterns, for models of type {kind!r} have none of their own")
     nested = f"{_PHI_TOWER}.vision_model"  # where the remote code brings an older CLIP
     if kind == "phi3_v" and any(name == nested for name, _ in model.named_modules()):
         return [pattern.replace(f"{_PHI_TOWER}.encoder", f"{nested}.encoder") for pattern in family[modality]]
@@ -73,7 +74,7 @@ def patterns_of(model: Any, modality: str, model_type: str = "custom") -> list[s
 
 def family_config(kind: str | None, name: str = "custom") -> ModelGRITConfig:
     if kind not in FAMILIES:
-        raise SelectionError(
+        raise GritVlmError(
             f"expected model_config_name, a ModelGRITConfig, or layers for a model of type {kind!r}; known types are "
             f"{', '.join(FAMILIES)}"
         )
@@ -125,7 +126,7 @@ def get_model_config(name: str) -> ModelGRITConfig:
     found = configs.get(by_id.get(name, name))
     if found is None:
         spelled = name.lower().replace("-", "_")
-        raise ModelConfigError(
+        raise GritVlmError(
             f"expected one of {', '.join(configs)}, or a hub id ({', '.join(by_id)}); got {name!r}"
             f"{did_you_mean(spelled, configs) or did_you_mean(name, by_id)}"
         )
@@ -187,7 +188,7 @@ def adaptable(model: Any) -> tuple[list[str], dict[str, str]]:
 def adapted_modules(model: Any, config: ModelGRITConfig) -> tuple[dict[str, list[str]], list[str]]:
     """Modality → names of the modules that a configuration adapts; and notes of what a limit has cut.
 
-    Raises ModelConfigError or SelectionError with the mistakes of all modalities at once.
+    Raises GritVlmError with the mistakes of all modalities at once.
     """
     config.validate()
     names, others = adaptable(model)
@@ -199,7 +200,7 @@ def adapted_modules(model: Any, config: ModelGRITConfig) -> tuple[dict[str, list
             layers = match_all(patterns, names, modality, others)
             taken = {layer: layers[layer] for layer in own.select(list(layers), modality)}
             kept, note = limit(taken, config.max_layers_per_modality, modality)
-        except SelectionError as error:
+        except GritVlmError as error:
             problems.append(str(error))
             continue
         found[modality] = [name for modules in kept.values() for name in modules]
@@ -208,5 +209,5 @@ def adapted_modules(model: Any, config: ModelGRITConfig) -> tuple[dict[str, list
     owners = {name: [m for m in found if name in found[m]] for modules in found.values() for name in modules}
     problems += [f"{name}: expected in one modality, got {' and '.join(m)}" for name, m in owners.items() if len(m) > 1]
     if problems:
-        raise SelectionError("\n".join(problems))
+        raise GritVlmError("\n".join(problems))
     return found, notes

@@ -10,17 +10,14 @@ from dataclasses import InitVar, dataclass, field
 from typing import Literal, get_args
 
 from grit.config import BelowOne, Count, NotNegative, Positive, complaints
-from grit_vlm.config.selection import LayerSelectionStrategy, SelectionError
+from grit_vlm.config.selection import LayerSelectionStrategy
+from grit_vlm.errors import GritVlmError
 
 MODALITIES = ("vision", "text", "cross_modal", "fusion")
 _S = LayerSelectionStrategy
 Estimate = Literal["diagonal", "kfac", "block_diagonal"]
 ESTIMATES = get_args(Estimate)
 Schedule = Literal["linear", "cosine", "adaptive"]
-
-
-class ModelConfigError(ValueError):
-    """Settings that contradict each other; the message lists all of them."""
 
 
 @dataclass
@@ -50,7 +47,7 @@ class GRITLoRAConfig:
 
     def validate(self) -> None:
         if problems := complaints(type(self), vars(self)):
-            raise ModelConfigError("\n".join(problems.values()))
+            raise GritVlmError("\n".join(problems.values()))
 
 
 @dataclass
@@ -97,7 +94,7 @@ class ModalityConfig:
         elif strategy is _S.SKIP_FIRST_LAST and count < 3:
             problem = f"strategy: SKIP_FIRST_LAST wants at least 3 layers, got {count} ({', '.join(layers)})"
         if problem:
-            raise SelectionError(f"{where}.{problem}")
+            raise GritVlmError(f"{where}.{problem}")
         places = {
             _S.FIRST_N: range(n),
             _S.LAST_N: range(count - n, count),
@@ -140,7 +137,7 @@ class ModelGRITConfig:
         given = {name: other for name, other in zip(MODALITIES, others, strict=True) if other is not None}
         for name, other in given.items():
             if getattr(self, name) not in (None, other):
-                raise ModelConfigError(f"expected {name} or {name}_config, which are the same; got both")
+                raise GritVlmError(f"expected {name} or {name}_config, which are the same; got both")
             setattr(self, name, other)
 
     @property
@@ -155,7 +152,7 @@ class ModelGRITConfig:
         if not self.modalities:
             found.append(f"expected at least one of {', '.join(MODALITIES)}, got none")
         if found:
-            raise ModelConfigError("\n".join(found))
+            raise GritVlmError("\n".join(found))
 
     def copy(self) -> "ModelGRITConfig":
         return copy.deepcopy(self)

@@ -12,9 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 
-
-class SelectionError(ValueError):
-    """Patterns or a strategy that do not fit the model; the message names what there is."""
+from grit_vlm.errors import GritVlmError
 
 
 class LayerSelectionStrategy(Enum):
@@ -59,7 +57,7 @@ def match_all(
         if not hits:
             problems.append(f"{where}: the pattern {pattern!r} {_instead(pattern, names, others or {})}")
     if problems:
-        raise SelectionError("\n".join(problems))
+        raise GritVlmError("\n".join(problems))
     layers: dict[str, list[str]] = {}
     for name in names:
         if name in found:
@@ -93,7 +91,7 @@ def limit(layers: dict[str, list[str]], most: int | None, where: str = "layers")
         kept[layer] = modules
     if not kept:
         first, modules = next(iter(layers.items()))
-        raise SelectionError(
+        raise GritVlmError(
             f"{where}: expected max_layers_per_modality of at least {len(modules)}, the modules of {first}; got {most}"
         )
     return kept, f"limited to {sum(map(len, kept.values()))} of {total} modules by max_layers_per_modality = {most}"

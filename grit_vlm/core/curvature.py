@@ -390,7 +390,7 @@ class FisherCurvature(Curvature):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """ValueError where the state is of other layers, FisherError of other estimates."""
+        """ValueError where the state is of other layers, GritVlmError of other estimates."""
         if odd := sorted(set(self.by_pair) ^ set(state["layers"])):
             raise ValueError(f"expected a checkpoint of the same LoRA layers, got one that differs in: {odd[:6]}")
         for name, layer in self.by_pair.items():

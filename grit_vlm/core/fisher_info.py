@@ -27,25 +27,22 @@ from torch import Tensor
 from grit import factors
 from grit.config import BelowOne, Count, NotNegative, complaints
 from grit_vlm.config.model_configs import Estimate
+from grit_vlm.errors import GritVlmError
 
 Gradients = dict[str, Tensor]
 Side = Literal["A", "B"]
 SIDES: tuple[Side, Side] = ("A", "B")
 
 
-class FisherError(ValueError):
-    """An unknown estimate, or nothing was observed yet."""
-
-
 def compute_natural_gradient(gradient: Tensor, fisher_matrix: Tensor, damping: float = 1e-4) -> Tensor:
-    """(F + λI)⁻¹ ∇ of a dense F [n, n] and a gradient of n entries; FisherError where F does not fit or is singular."""
+    """(F + λI)⁻¹ ∇ of a dense F [n, n] and a gradient of n entries; GritVlmError if F does not fit or is singular."""
     n = gradient.numel()
     if tuple(fisher_matrix.shape) != (n, n):
-        raise FisherError(f"fisher_matrix: expected shape {(n, n)}, got {tuple(fisher_matrix.shape)}")
+        raise GritVlmError(f"fisher_matrix: expected shape {(n, n)}, got {tuple(fisher_matrix.shape)}")
     eye = torch.eye(n, dtype=fisher_matrix.dtype, device=fisher_matrix.device)
     solution, info = torch.linalg.solve_ex(fisher_matrix + damping * eye, gradient.reshape(-1).to(fisher_matrix.dtype))
     if int(info):
-        raise FisherError("fisher_matrix: expected F + damping·I to be invertible, got a singular one; raise damping")
+        raise GritVlmError("fisher_matrix: expected F + damping·I to be invertible, got a singular one; raise damping")
     return solution.reshape(gradient.shape).to(gradient.dtype)
 
 
@@ -72,7 +69,7 @@ def _largest(values: Sequence[Tensor], budget: int) -> list[Tensor]:
 
 
 class FisherInformationMatrix:
-    """What is known of the Fisher information of one LoRA pair; FisherError where nothing was observed yet.
+    """What is known of the Fisher information of one LoRA pair; GritVlmError where nothing was observed yet.
 
     `damping` is relative: times `scale`.
     """
@@ -88,7 +85,7 @@ class FisherInformationMatrix:
         self.approximation_type = approximation_type
         self.damping, self.ema_decay, self.update_freq, self.block_size = damping, ema_decay, update_freq, block_size
         if problems := complaints(FisherInformationMatrix.__init__, vars(self)):
-            raise FisherError("\n".join(problems.values()))
+            raise GritVlmError("\n".join(problems.values()))
         self.weight = 0.0  # Σ of the EMA's weights, which averages are divided by: zeros of the start do not count
         self.samples = 0
         self._sums: dict[str, Tensor] = {}
@@ -104,7 +101,7 @@ class FisherInformationMatrix:
         tokens, rank = h.shape
         if not tokens or {t.shape[0] for t in (x, delta, e)} != {tokens} or delta.shape[1] != rank:
             shapes = ", ".join(str(tuple(t.shape)) for t in (x, h, delta, e))
-            raise FisherError(
+            raise GritVlmError(
                 f"expected x, h, delta, e of the same tokens, one at least, h and delta alike; got {shapes}"
             )
         x, h, delta, e = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (x, h, delta, e))
@@ -141,7 +138,7 @@ class FisherInformationMatrix:
 
     def _now(self, name: str) -> Tensor:
         if not self.weight:
-            raise FisherError("expected an observation first (a backward pass, then an update), got none")
+            raise GritVlmError("expected an observation first (a backward pass, then an update), got none")
         return self._sums[name] / self.weight
 
     def _factor(self, name: Side) -> Tensor:
@@ -292,7 +289,7 @@ class FisherInformationMatrix:
     def keeps(self, budget: int) -> dict[Side, Tensor]:
         """Which directions a budget keeps: A and B → 1 or 0, as `Eigen.values`; see `project`."""
         if budget < 1:
-            raise FisherError(f"budget: expected a whole number from 1 on, got {budget!r}")
+            raise GritVlmError(f"budget: expected a whole number from 1 on, got {budget!r}")
         eigens = [self.eigen(name) for name in SIDES]
         if self.approximation_type == "kfac":
             keep = torch.arange(eigens[0].values.shape[0], device=eigens[0].values.device)[:, None] < budget
@@ -343,9 +340,9 @@ class FisherInformationMatrix:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         saved, size = state["estimate"], state["block_size"]
         if saved != self.approximation_type:
-            raise FisherError(f"expected the state of estimate {self.approximation_type}, got one of {saved}")
+            raise GritVlmError(f"expected the state of estimate {self.approximation_type}, got one of {saved}")
         if saved == "block_diagonal" and size != self.block_size:
-            raise FisherError(f"expected the state of blocks of {self.block_size}, got one of {size}")
+            raise GritVlmError(f"expected the state of blocks of {self.block_size}, got one of {size}")
         self._sums = dict(state["sums"])
         self._sizes = {name: (int(size[0]), int(size[1])) for name, size in state["sizes"].items()}
         self.weight, self.samples = float(state["weight"]), int(state["samples"])

@@ -14,6 +14,7 @@ from grit_vlm.config.families import adapted_modules, family_config, get_model_c
 from grit_vlm.config.model_configs import MODALITIES, GRITLoRAConfig, ModalityConfig, ModelGRITConfig
 from grit_vlm.core.curvature import FisherManager
 from grit_vlm.core.grit_lora import GRITLoRALinear
+from grit_vlm.errors import GritVlmError
 from grit_vlm.models.lora import add_lora, dropout
 from grit_vlm.utils.projection import MultiModalProjector, ProjectionSchedule, create_scheduler, effective_rank
 
@@ -21,10 +22,6 @@ logger = logging.getLogger("grit")
 
 KEPT_ACTIVATIONS = 8  # batches of each modality
 _PREFIX = "base_model.model."  # what PEFT puts before a module's name
-
-
-class AdapterError(ValueError):
-    """A model that the adapter cannot be put on, or settings that contradict each other."""
 
 
 class VLMGRITAdapter:
@@ -40,7 +37,7 @@ class VLMGRITAdapter:
     that modality. `defaults` has what a ModelGRITConfig does not say (fisher_block_size, fisher_min_samples,
     buffer_tokens), and switches that hold for all modalities; default: everything on.
 
-    Raises AdapterError for contradictions, SelectionError and ModelConfigError.
+    Raises GritVlmError for contradictions, GritVlmError and GritVlmError.
     """
 
     def __init__(
@@ -61,7 +58,7 @@ class VLMGRITAdapter:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         if isinstance(config, ModelGRITConfig):
             if model_config_name is not None:
-                raise AdapterError("expected a ModelGRITConfig or model_config_name, got both")
+                raise GritVlmError("expected a ModelGRITConfig or model_config_name, got both")
             self.config, self.model_config = defaults or GRITLoRAConfig(enable_projection=True), config.copy()
         else:
             self.config = config or GRITLoRAConfig()
@@ -178,7 +175,7 @@ class VLMGRITAdapter:
     def estimate_vision_rank(self) -> float:
         """Effective rank of the last vision activations, for the rule k ≈ 1.2·rank (see `recommended_budget`)."""
         if not self.vision_activations:
-            raise AdapterError("expected activations first, by update_mixed_modal_fisher after a backward pass")
+            raise GritVlmError("expected activations first, by update_mixed_modal_fisher after a backward pass")
         return effective_rank(self.vision_activations[-1])
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -195,12 +192,12 @@ def _views(model: Any, of: Mapping[str, GRITLoRAConfig], adapter_name: str) -> d
         if isinstance(module, LoraLayer) and adapter_name in module.lora_A
     }
     if odd := sorted(set(there) ^ set(of)):
-        raise AdapterError(f"expected LoRA on the {len(of)} chosen layers, and found it to differ in: {odd[:6]}")
+        raise GritVlmError(f"expected LoRA on the {len(of)} chosen layers, and found it to differ in: {odd[:6]}")
     found = {}
     for name, own in of.items():
         module = there[name]
         if int(module.r[adapter_name]) != own.r:
-            raise AdapterError(f"{name}: expected rank {own.r}, got {module.r[adapter_name]}")
+            raise GritVlmError(f"{name}: expected rank {own.r}, got {module.r[adapter_name]}")
         module.lora_dropout[adapter_name] = dropout(own)
         found[name] = GRITLoRALinear(module, own, adapter_name)
     return found
@@ -234,4 +231,4 @@ def create_vlm_grit_adapter(
             problems.append(str(error))
         else:
             return create_vlm_grit_adapter(model, config, **kwargs)
-    raise AdapterError(f"no vision-language model could be loaded from {model_or_id!r}: {'; '.join(problems)}")
+    raise GritVlmError(f"no vision-language model could be loaded from {model_or_id!r}: {'; '.join(problems)}")

@@ -26,6 +26,7 @@ from grit.config import did_you_mean
 from grit.optim import GritOptimizer
 from grit_vlm.core.curvature import FisherManager
 from grit_vlm.core.grit_lora import GRITLoRALinear
+from grit_vlm.errors import GritVlmError
 
 MODES: dict[str, tuple[Literal["sgd", "eigen_adamw", "adamw"], bool]] = {
     "grit_sgd": ("sgd", False),
@@ -37,14 +38,10 @@ MODES: dict[str, tuple[Literal["sgd", "eigen_adamw", "adamw"], bool]] = {
 """Type → mode of `grit.GRITConfig`, and whether steps are shortened to the trust region."""
 
 
-class OptimizerTypeError(ValueError):
-    """No such optimizer, or layers that it cannot work on."""
-
-
 def check_type(optimizer_type: str) -> None:
     if optimizer_type not in MODES:
         expected = f"expected one of {', '.join(MODES)}, got {optimizer_type!r}"
-        raise OptimizerTypeError(f"optimizer_type: {expected}{did_you_mean(optimizer_type, MODES)}")
+        raise GritVlmError(f"optimizer_type: {expected}{did_you_mean(optimizer_type, MODES)}")
 
 
 def set_mode(manager: FisherManager, optimizer_type: str, **settings: Any) -> None:
@@ -56,7 +53,7 @@ def set_mode(manager: FisherManager, optimizer_type: str, **settings: Any) -> No
     elif adaptive:
         settings.setdefault("kl_clip", manager.config.kl_clip or GRITConfig().kl_clip)  # 0: of grit_sgd before
         if not settings["kl_clip"] > 0:
-            raise OptimizerTypeError(f"kl_clip: {optimizer_type} expects κ above 0, got {settings['kl_clip']!r}")
+            raise GritVlmError(f"kl_clip: {optimizer_type} expects κ above 0, got {settings['kl_clip']!r}")
     config = dataclasses.replace(manager.config, mode=mode, **settings)
     config.validate()
     manager.curvature.config, manager.curvature.adaptive = config, adaptive
@@ -84,7 +81,7 @@ def create_grit_optimizer(
     """
     check_type(optimizer_type)
     if not grit_layers:
-        raise OptimizerTypeError("grit_layers: expected at least one GRIT-LoRA layer, got none")
+        raise GritVlmError("grit_layers: expected at least one GRIT-LoRA layer, got none")
     manager = _manager_of(grit_layers)
     set_mode(manager, optimizer_type, **settings)
     if total_steps is not None:
@@ -105,5 +102,5 @@ def _manager_of(grit_layers: Mapping[str, GRITLoRALinear]) -> FisherManager:
         return FisherManager(nn.ModuleList(grit_layers.values()), grit_layers)
     given = {id(layer) for layer in grit_layers.values()}
     if missing := [name for name, layer in manager.curvature.grit_layers.items() if id(layer) not in given]:
-        raise OptimizerTypeError(f"grit_layers: expected all layers of the adapter, got them without {missing[:6]}")
+        raise GritVlmError(f"grit_layers: expected all layers of the adapter, got them without {missing[:6]}")
     return manager

@@ -14,10 +14,7 @@ from torch import Tensor
 
 from grit import factors
 from grit.config import Count, complaints
-
-
-class ProjectionError(ValueError):
-    """Budgets or a schedule that cannot be."""
+from grit_vlm.errors import GritVlmError
 
 
 class ProjectionSchedule:
@@ -26,7 +23,7 @@ class ProjectionSchedule:
     def __init__(self, start: Count, end: Count, total_steps: Count):
         self.start, self.end, self.total_steps = start, end, total_steps
         if problems := complaints(ProjectionSchedule.__init__, vars(self)):
-            raise ProjectionError("\n".join(problems.values()))
+            raise GritVlmError("\n".join(problems.values()))
 
     def share(self, step: int) -> float:
         """The share s(t) of the way, in [0, 1]."""
@@ -87,7 +84,7 @@ _KINDS = {"linear": ProjectionSchedule, "cosine": CosineSchedule, "adaptive": Ad
 
 def create_scheduler(kind: str, start: int, end: int, total_steps: int) -> ProjectionSchedule:
     if kind not in _KINDS:
-        raise ProjectionError(f"projection_schedule: expected one of {', '.join(_KINDS)}, got {kind!r}")
+        raise GritVlmError(f"projection_schedule: expected one of {', '.join(_KINDS)}, got {kind!r}")
     return _KINDS[kind](start, end, total_steps)
 
 
@@ -101,7 +98,7 @@ def effective_rank(activations: Tensor) -> float:
     """Directions that activations [..., d] use: exp of the entropy of E[x xᵀ]'s eigenvalues (Roy & Vetterli 2007)."""
     x = activations.reshape(-1, activations.shape[-1]).double()
     if not len(x):
-        raise ProjectionError("expected at least one sample of activations, got none")
+        raise GritVlmError("expected at least one sample of activations, got none")
     return float(factors.effective_rank(torch.linalg.svdvals(x).square()))
 
 
@@ -145,7 +142,7 @@ class MultiModalProjector:
         problems = [f"budget of {m}: expected at least 1, got {budgets[m]}" for m in values if budgets[m] < 1]
         empty = [m for m, layers in values.items() if not all(t.numel() for t in layers)]
         if problems := problems + [f"{m}: expected directions in every layer, got a layer without" for m in empty]:
-            raise ProjectionError("\n".join(problems))
+            raise GritVlmError("\n".join(problems))
         there = {name: sum(t.numel() for t in layers) for name, layers in values.items()}
         given = _fill(budgets, there)
         return {name: _largest_counts(layers, given[name]) for name, layers in values.items()}

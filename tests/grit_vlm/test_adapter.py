@@ -8,8 +8,14 @@ import small_vlm
 import torch
 from peft import PeftModel
 
-from grit_vlm import ModalityConfig, ModelGRITConfig, VLMGRITAdapter, create_grit_optimizer, create_vlm_grit_adapter
-from grit_vlm.models.vlm_adapter import AdapterError
+from grit_vlm import (
+    GritVlmError,
+    ModalityConfig,
+    ModelGRITConfig,
+    VLMGRITAdapter,
+    create_grit_optimizer,
+    create_vlm_grit_adapter,
+)
 
 
 def logits(model):
@@ -105,9 +111,9 @@ def test_files_are_plain_pefts_and_train_on(tmp_path):
     assert again.describe() == adapter.describe() and again.layers == adapter.layers
     losses = train(again, 20)
     assert losses[-2:].mean() < losses[:2].mean()
-    with pytest.raises(AdapterError, match="found it to differ in"):
+    with pytest.raises(GritVlmError, match="found it to differ in"):
         VLMGRITAdapter(saved(), small_vlm.settings(), **small_vlm.LAYERS | {"cross_modal_layers": []})
-    with pytest.raises(AdapterError, match="expected rank 4, got 2"):
+    with pytest.raises(GritVlmError, match="expected rank 4, got 2"):
         VLMGRITAdapter(saved(), small_vlm.settings(), **small_vlm.LAYERS)
 
 
@@ -116,9 +122,9 @@ def test_from_a_saved_model_and_from_what_cannot_be(tmp_path):
     model, adapter = create_vlm_grit_adapter(str(tmp_path), small_vlm.settings(), **small_vlm.LAYERS)
     assert model is adapter.model and len(adapter.grit_layers) == 5
     torch.testing.assert_close(logits(model), logits(small_vlm.base()))
-    with pytest.raises(AdapterError, match="a ModelGRITConfig or model_config_name, got both"):
+    with pytest.raises(GritVlmError, match="a ModelGRITConfig or model_config_name, got both"):
         VLMGRITAdapter(small_vlm.base(), modality_config(), "smolvlm_fast")
-    with pytest.raises(AdapterError, match="no vision-language model could be loaded from"):
+    with pytest.raises(GritVlmError, match="no vision-language model could be loaded from"):
         create_vlm_grit_adapter(str(tmp_path / "nowhere"), small_vlm.settings())
 
 
@@ -137,7 +143,7 @@ def test_what_it_says_of_itself(caplog):
 
 def test_activations_are_kept_for_the_vision_rank():
     adapter = small_vlm.adapter()
-    with pytest.raises(AdapterError, match="expected activations first"):
+    with pytest.raises(GritVlmError, match="expected activations first"):
         adapter.estimate_vision_rank()
     adapter.manager.open()
     adapter.model(**small_vlm.batch(adapter.model)).loss.backward()

@@ -7,18 +7,19 @@ import tiny_models
 import torch
 from torch import nn
 
-from grit_vlm.config.devices import MEMORY_SHARE, DeviceError, get_device_config
+from grit_vlm import GritVlmError
+from grit_vlm.config.devices import MEMORY_SHARE, get_device_config
 from grit_vlm.config.families import adaptable, adapted_modules
-from grit_vlm.config.model_configs import GRITLoRAConfig, ModalityConfig, ModelConfigError, ModelGRITConfig
+from grit_vlm.config.model_configs import GRITLoRAConfig, ModalityConfig, ModelGRITConfig
 from grit_vlm.config.selection import LayerSelectionStrategy as S
-from grit_vlm.config.selection import SelectionError, match, match_all
+from grit_vlm.config.selection import match, match_all
 
 VISION = "model.vision_model.encoder.layers"
 TEXT = "model.text_model.layers"
 
 
 def complaints(config):
-    with pytest.raises(ModelConfigError) as caught:
+    with pytest.raises(GritVlmError) as caught:
         config.validate()
     return str(caught.value).splitlines()
 
@@ -30,7 +31,7 @@ def test_both_spellings_are_the_same():
         assert short == long and short.modalities == long.modalities == {name: own}
         setattr(short, f"{name}_config", other)
         assert getattr(short, name) is getattr(short, f"{name}_config") is other
-        with pytest.raises(ModelConfigError, match=f"expected {name} or {name}_config, which are the same; got both"):
+        with pytest.raises(GritVlmError, match=f"expected {name} or {name}_config, which are the same; got both"):
             ModelGRITConfig(**{name: own, f"{name}_config": other})
 
 
@@ -44,7 +45,7 @@ def test_changes_after_construction_hold_and_are_checked(idefics3):
     assert found["vision"] == [f"{VISION}.{i}.self_attn.q_proj" for i in (0, 3, 6)]
     assert notes == ["vision: limited to 3 of 4 modules by max_layers_per_modality = 3"]
     config.vision.step_size, config.max_layers_per_modality = None, 0
-    with pytest.raises(ModelConfigError, match="max_layers_per_modality.*\nvision.step_size: EVERY_NTH wants a whole"):
+    with pytest.raises(GritVlmError, match="max_layers_per_modality.*\nvision.step_size: EVERY_NTH wants a whole"):
         adapted_modules(idefics3, config)
 
 
@@ -127,9 +128,9 @@ def test_strategies_that_do_not_fit_the_model():
         (ModalityConfig(strategy=S.EVERY_NTH), "at.step_size: EVERY_NTH wants a whole number from 1 on, got None"),
         (ModalityConfig(strategy=S.SPECIFIC, specific_indices=[3, 0, -4]), r"expected -3 to 2, .* got \[3, -4\]"),
     ):
-        with pytest.raises(SelectionError, match=message):
+        with pytest.raises(GritVlmError, match=message):
             own.select(["a", "b", "c"], "at")
-    with pytest.raises(SelectionError, match="at least 3 layers, got 2"):
+    with pytest.raises(GritVlmError, match="at least 3 layers, got 2"):
         ModalityConfig(strategy=S.SKIP_FIRST_LAST).select(["a", "b"], "at")
 
 
@@ -141,7 +142,7 @@ def test_patterns_without_a_match_are_all_named_with_what_may_have_been_meant(id
         "lm_haed": "lm_head",
     }
     patterns = [*near, "lm_head", "model.connector", f"{VISION}.*.layer_norm1"]
-    with pytest.raises(SelectionError) as caught:
+    with pytest.raises(GritVlmError) as caught:
         adapted_modules(idefics3, ModelGRITConfig(vision=ModalityConfig(patterns)))
     *typos, above, norms = str(caught.value).splitlines()
     for line, (pattern, meant) in zip(typos, near.items(), strict=True):
@@ -152,7 +153,7 @@ def test_patterns_without_a_match_are_all_named_with_what_may_have_been_meant(id
     )
     assert f"{VISION}.0.layer_norm1 (LayerNorm) and 11 more" in norms
     for layer, said in ((nn.ReLU(), "the model has no linear layers"), (nn.Linear(2, 2), r"near misses: \*")):
-        with pytest.raises(SelectionError, match=f"matches nothing; {said}$"):
+        with pytest.raises(GritVlmError, match=f"matches nothing; {said}$"):
             adapted_modules(nn.Sequential(layer), ModelGRITConfig(text=ModalityConfig(["*.q_proj"])))
 
 
@@ -163,13 +164,13 @@ def test_errors_of_all_modalities_come_at_once(idefics3):
         cross_modal=ModalityConfig(strategy=S.SKIP_FIRST_LAST),
         fusion=ModalityConfig(),
     )
-    with pytest.raises(SelectionError) as caught:
+    with pytest.raises(GritVlmError) as caught:
         adapted_modules(idefics3, config)
     starts = ["vision.n_layers:", "text: the", "text: the", "cross_modal.strategy:", "fusion: expected layer_patterns"]
     lines = str(caught.value).splitlines()
     assert len(lines) == 5 and all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
     config = ModelGRITConfig(vision=ModalityConfig(["lm_head"]), text=ModalityConfig(["lm_*"]))
-    with pytest.raises(SelectionError, match="lm_head: expected in one modality, got vision and text"):
+    with pytest.raises(GritVlmError, match="lm_head: expected in one modality, got vision and text"):
         adapted_modules(idefics3, config)
 
 
@@ -200,7 +201,7 @@ def test_mistakes_about_devices():
         (["memory_efficient", ["mps"]], "memory_efficient: expected one of cuda, cpu, got mps"),
         (["auto_inference", "cuda"], "devices: expected some of cuda, mps and cpu"),
     ):
-        with pytest.raises(DeviceError, match=message):
+        with pytest.raises(GritVlmError, match=message):
             get_device_config(*arguments)
 
 

@@ -7,9 +7,10 @@ import tiny_models
 import torch
 from torch import nn
 
+from grit_vlm import GritVlmError
 from grit_vlm.config.families import FAMILIES, adaptable, adapted_modules, get_model_config
-from grit_vlm.config.model_configs import ModalityConfig, ModelConfigError, ModelGRITConfig
-from grit_vlm.config.selection import LayerSelectionStrategy, SelectionError
+from grit_vlm.config.model_configs import ModalityConfig, ModelGRITConfig
+from grit_vlm.config.selection import LayerSelectionStrategy
 
 V, T = tiny_models.VISION_BLOCKS, tiny_models.TEXT_BLOCKS
 WHOLE = {  # kind of tiny model → ready configuration, adapted modules of each modality
@@ -58,7 +59,7 @@ def test_a_block_that_no_gradient_reaches_is_not_adapted(model_of):
     assert adapted_modules(model_of("llava"), config)[0] == {"vision": [f"{stem}.{V - 2}.mlp.fc1"]}
     assert adapted_modules(model_of("paligemma"), config)[0] == {"vision": [f"{stem}.{V - 1}.mlp.fc1"]}
     config.vision.layer_patterns = [f"{stem}.{V - 1}.mlp.fc1"]
-    with pytest.raises(SelectionError, match="behind the hidden state that the language model reads"):
+    with pytest.raises(GritVlmError, match="behind the hidden state that the language model reads"):
         adapted_modules(model_of("llava"), config)
 
 
@@ -106,9 +107,9 @@ def test_configurations_of_smolvlm_256m_have_document_003s_modules():
 
 def test_an_unknown_family_needs_patterns():
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(SelectionError, match="text: expected layer_patterns for .* of type 'Sequential', got none"):
+    with pytest.raises(GritVlmError, match="text: expected layer_patterns for .* of type 'Sequential', got none"):
         adapted_modules(model, ModelGRITConfig(text=ModalityConfig()))
-    with pytest.raises(SelectionError, match="of type 'my_vlm'"):
+    with pytest.raises(GritVlmError, match="of type 'my_vlm'"):
         adapted_modules(model, ModelGRITConfig(model_type="my_vlm", text=ModalityConfig()))
     config = ModelGRITConfig(model_type="my_vlm", text=ModalityConfig(["*"]))
     assert adapted_modules(model, config) == ({"text": ["0"]}, [])
@@ -130,6 +131,6 @@ def test_typos_are_answered():
         ("llava-hf/llava-1.5-13b-hf", "; did you mean 'llava-hf/llava-1.5-7b-hf'?"),
         ("zzz", ""),
     ):
-        with pytest.raises(ModelConfigError, match=re.escape(f"got {typo!r}{meant}") + "$") as caught:
+        with pytest.raises(GritVlmError, match=re.escape(f"got {typo!r}{meant}") + "$") as caught:
             get_model_config(typo)
         assert all(name in str(caught.value) for name in READY)

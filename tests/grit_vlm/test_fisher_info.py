@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from grit_vlm.core.fisher_info import FisherError, FisherInformationMatrix, compute_natural_gradient
+from grit_vlm import GritVlmError
+from grit_vlm.core.fisher_info import FisherInformationMatrix, compute_natural_gradient
 
 TOKENS, D_IN, D_OUT, RANK = 40, 5, 7, 3
 ESTIMATES = ("diagonal", "kfac", "block_diagonal")
@@ -154,7 +155,7 @@ def test_where_nothing_is_known_gradients_stay(estimate):
     """B starts at zero: no gradient reaches A, and its Fisher information is zero."""
     found = FisherInformationMatrix(estimate)
     raw = {"A": torch.randn(RANK, D_IN), "B": torch.randn(D_OUT, RANK)}
-    with pytest.raises(FisherError, match="expected an observation first"):
+    with pytest.raises(GritVlmError, match="expected an observation first"):
         found.natural_gradient(raw)
     found.observe(torch.randn(9, D_IN), torch.randn(9, RANK), torch.zeros(9, RANK), torch.randn(9, D_OUT))
     natural = found.natural_gradient(raw)
@@ -197,7 +198,7 @@ def test_a_dense_system_is_solved():
 
 
 def test_every_mistake_is_named(pair):
-    with pytest.raises(FisherError) as caught:
+    with pytest.raises(GritVlmError) as caught:
         FisherInformationMatrix("kfak", damping=-1, ema_decay=1.0, update_freq=0, block_size=True)
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
         "approximation_type", "damping", "ema_decay", "update_freq", "block_size"]  # fmt: skip
@@ -210,5 +211,5 @@ def test_every_mistake_is_named(pair):
         (lambda: compute_natural_gradient(torch.ones(2), torch.zeros(2, 2), damping=0.0), "raise damping"),
         (lambda: compute_natural_gradient(torch.ones(2), torch.ones(1, 2)), r"expected shape \(2, 2\)"),
     ):
-        with pytest.raises(FisherError, match=message):
+        with pytest.raises(GritVlmError, match=message):
             attempt()

@@ -5,8 +5,7 @@ import torch
 from small_net import Net, optimizer_of, train
 from torch import nn
 
-from grit_vlm import GRITLoRAConfig, GRITLoRALayer, GRITLoRALinear
-from grit_vlm.core.fisher_info import FisherError
+from grit_vlm import GRITLoRAConfig, GRITLoRALayer, GRITLoRALinear, GritVlmError
 
 
 def layer(**changed):
@@ -51,7 +50,7 @@ def test_it_is_pefts_layer():
 def test_what_it_says_of_itself():
     found = layer(fisher_approximation="kfac")
     assert found.eigenvalues is None and found.projection_matrix is None and not found.ready and not found.step_count
-    with pytest.raises(FisherError, match="expected an observation first"):
+    with pytest.raises(GritVlmError, match="expected an observation first"):
         found.get_fisher_for_param("lora_A")
     found = observed(fisher_approximation="kfac")
     values = found.eigenvalues

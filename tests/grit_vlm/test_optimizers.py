@@ -233,7 +233,7 @@ def test_mistakes(monkeypatch):
         (lambda: create_grit_optimizer(net.lora, "grit_adam", first), r"all layers .* got them without \['second'\]"),
         (lambda: optimizer_of(net, "grit_adam", net.lora[:2]), "one without those of"),
         (lambda: optimizer_of(net, "grit_sgd", optimizer=adamw), "expected torch.optim.SGD, got AdamW"),
-        (lambda: optimizer_of(net).load_state_dict(adamw.state_dict()), "an optimizer state with GRIT's part"),
+        (lambda: optimizer_of(net).load_state_dict(adamw.state_dict()), "an optimizer state with key 'grit'"),
         (lambda: optimizer_of(net, "adaptive_adam", kl_clip=0.0), "expects κ above 0, got 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from grit_vlm import GritVlmError
 from grit_vlm.utils.projection import (
     MultiModalProjector,
-    ProjectionError,
     create_adaptive_scheduler,
     create_cosine_scheduler,
     create_linear_scheduler,
@@ -51,7 +51,7 @@ def test_effective_rank():
     assert 1 < effective_rank(torch.randn(4, 50, 2) @ torch.randn(2, 8)) <= 2.001
     assert recommended_budget(torch.eye(6)) == 7  # 1.2 · 6
     assert recommended_budget(torch.ones(5, 3)) == 1
-    with pytest.raises(ProjectionError, match="at least one sample"):
+    with pytest.raises(GritVlmError, match="at least one sample"):
         effective_rank(torch.zeros(0, 4))
 
 
@@ -97,5 +97,5 @@ def test_what_cannot_be_is_refused():
         (lambda: MultiModalProjector().share_out(layers, budgets), "^budget of vision: .*\ntext: "),
         (lambda: create_scheduler("liner", 1, 2, 3), "expected one of linear, cosine, adaptive, got 'liner'"),
     ):
-        with pytest.raises(ProjectionError, match=message):
+        with pytest.raises(GritVlmError, match=message):
             attempt()
