@@ -1,8 +1,8 @@
 """From folders of results to checked records: the working copy's, and those that `compare` archived in runs/.
 
-The archive is a copy of the JSON of every finished run, in the same places below `runs/<run_key>/` (lines compressed),
-since the next task or setting overwrites the working copy. `runs/current.json` lists what the last compare found there.
-Every problem is collected before anything is refused.
+The archive is a copy of the JSON of every finished run, in the same places below `runs/<run_key>/` (JSON lines
+compressed), since the next task or setting overwrites the working copy. `runs/current.json` lists what the last compare
+found there. All problems are collected before anything is refused.
 """
 
 import gzip
@@ -46,17 +46,18 @@ FOLDERS = {
 """Stage to the folder of what it makes."""
 
 OPTIONAL_STAGES = {"quantize": "quantized.json", "verify": "verify.json", "measure": "measured.json"}
-"""Stages that measure a finished model, and their results. A run is the same run with, without or with others."""
+"""Stages that measure a finished model, and their results. They are not part of a run's identity."""
 
 BENCHMARKS = "measured/lm-eval"
-"""Folder of what stage harness makes: <task>/<arm>/<seed>. Its runs are the stages harness/<task> of an arm's run."""
+"""Folder of what stage harness makes: <task>/<arm>/<seed>. Each task is a stage harness/<task> of an arm's run."""
 
 LEDGER, GRIT_LOG = "probe_ledger.jsonl", "grit_log.jsonl"
 RUNS = "runs"
 _CURRENT = "current.json"
 _LINES_SHOWN = 5
 _KEY = re.compile(r"[0-9a-f]{64}")
-_NOTHING = "expected runs that were archived, got nothing; run `dvc repro` or `python -m db.cli ingest`"
+_NOTHING = "no archived runs found; run `dvc repro` or `python -m db.cli ingest`"
+_MISSING = "expected this file beside the others, got nothing"
 _NO_SCORES = ScoresRecord.model_construct(metrics=[])  # while the other files of a faulty run are read
 AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
 
@@ -68,7 +69,7 @@ def digest_of(content: object) -> str:
 
 @dataclass
 class Bundle:
-    """All that one arm with one seed left: what a stage that has not run would have left is empty."""
+    """Everything that one arm with one seed left; empty where a stage has not run."""
 
     arm: str
     seed: int
@@ -94,12 +95,12 @@ class Bundle:
 
     @property
     def key(self) -> str:
-        """Identity of the experiment: equal keys mean that the same thing was run again."""
+        """Identity of the experiment: equal keys mean that the same experiment was run again."""
         backend, task = self.scores.backend, self.scores.task.name
         stages = {stage: record for stage, record in self.stages.items() if not _optional(stage)}
         return digest_of(
             {
-                **({} if task == AQI.name else {"task": task}),  # results from before there were tasks keep theirs
+                **({} if task == AQI.name else {"task": task}),  # results older than the other tasks keep their key
                 "variant": self.arm,
                 "seed": self.seed,
                 "params": {stage: record.params for stage, record in stages.items()},
@@ -111,7 +112,7 @@ class Bundle:
 
     @property
     def disagreement(self) -> str | None:
-        """Where the score, which tables show, is not the mean of the items, on which intervals rest."""
+        """How the score, which tables show, differs from the mean of the items, on which intervals rest."""
         test = [sample.credit for sample in self.samples if sample.split == "test"]
         share = sum(test) / len(test) if test else None
         for metric in self.scores.metrics:
@@ -124,10 +125,10 @@ class Bundle:
 
 @dataclass
 class Reader:
-    """Reads one run and notes what is wrong or worth knowing."""
+    """Reads one run after the other, and collects what is wrong (`problems`) or worth knowing (`notes`)."""
 
     root: Path  # the project's folder, which messages name paths from
-    place: Path  # it, or the folder of one archived run
+    place: Path  # the same, or the folder of one archived run
     arm: str = BASE
     seed: int = 0
     problems: list[Problem] = field(default_factory=list)
@@ -141,24 +142,24 @@ class Reader:
         self.notes.append(f"{self.arm}/{self.seed}: {words}")
 
     def unreadable(self, error: OSError) -> None:
-        """Note a file or folder that the system does not let us read, once."""
+        """Report a file or folder that the system does not let us read, once."""
         path = Path(error.filename or self.place)
-        own = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
-        found = Problem(own, "", f"expected a file or folder that can be read, got: {error.strerror or error}")
-        if found not in self.problems:
-            self.problems.append(found)
+        name = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+        problem = Problem(name, "", f"expected a file or folder that can be read, got: {error.strerror or error}")
+        if problem not in self.problems:
+            self.problems.append(problem)
 
     def path(self, stage: str, name: str) -> Path:
         return self.place / FOLDERS[stage] / self.arm / str(self.seed) / name
 
     def content(self, path: Path, *, required: bool) -> bytes | None:
-        """A file's bytes; a missing file is a problem only when it is required."""
+        """A file's bytes; a missing file is a problem only if it is required."""
         packed = path.with_name(path.name + ".gz")
         try:
             content = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
         except FileNotFoundError:
             if required:
-                self.problem(path, "", "expected this file beside the others, got nothing")
+                self.problem(path, "", _MISSING)
             return None
         except (EOFError, gzip.BadGzipFile) as error:
             self.problem(packed, "", f"expected a file that gzip can unpack, got: {error}")
@@ -169,32 +170,30 @@ class Reader:
         self.files[path.relative_to(self.place).as_posix()] = content
         return content
 
-    def record(self, path: Path, form: type[AnyRecord], *, required: bool = True) -> AnyRecord | None:
-        """A JSON file as a record, or None with its problems noted."""
+    def record(
+        self, path: Path, form: type[AnyRecord], *, required: bool = True, of_run: bool = True
+    ) -> AnyRecord | None:
+        """A JSON file as a record, or None with its problems reported.
+
+        A record `of_run` must name the arm and seed of its folder, so that a copied folder does not pass for another.
+        """
         content = self.content(path, required=required)
         try:
-            return None if content is None else form.model_validate_json(content)
+            record = None if content is None else form.model_validate_json(content)
         except ValidationError as error:
             for key, words in reasons(error):
                 self.problem(path, key, words)
-        return None
-
-    def own(self, stage: str, name: str, form: type[AnyRecord], *, required: bool = True) -> AnyRecord | None:
-        return self.of_run(self.path(stage, name), form, required=required)
-
-    def of_run(self, path: Path, form: type[AnyRecord], *, required: bool = True) -> AnyRecord | None:
-        """A file as a record, which must name the arm and seed of its folder: a copied folder is no other."""
-        record = self.record(path, form, required=required)
-        got = (getattr(record, "arm", self.arm), getattr(record, "seed", self.seed))
-        if record is not None and got != (self.arm, self.seed):
+            return None
+        run = (getattr(record, "arm", self.arm), getattr(record, "seed", self.seed))
+        if of_run and record is not None and run != (self.arm, self.seed):
             expected = f"expected {self.arm}/{self.seed} as in the path"
-            self.problem(path, "arm, seed", f"{expected}, got {got[0]}/{got[1]}")
+            self.problem(path, "arm, seed", f"{expected}, got {run[0]}/{run[1]}")
         return record
 
     def lines(
         self, path: Path, form: type[AnyRecord], unique: Sequence[str] = (), *, required: bool = True
     ) -> list[AnyRecord]:
-        """A JSON-lines file as records, no two alike in `unique`; of many bad lines the first few are named."""
+        """A JSON-lines file as records, no two alike in `unique`; only the first few bad lines are reported."""
         content = self.content(path, required=required) or b""
         records: list[AnyRecord] = []
         seen: set[tuple[Any, ...]] = set()
@@ -221,35 +220,35 @@ class Reader:
         return records
 
     def bundle(self) -> Bundle | None:
-        """All that the run left; None when it is not there yet, not finished, or has problems."""
+        """Everything that the run left; None if it is not there yet, is not finished, or has problems."""
         before = len(self.problems)
         scores_file = self.path("evaluate", "scores.json")
-        scored = scores_file.exists()
-        if not scored and not scores_file.with_name("run.json").exists():
+        if not scores_file.exists() and not scores_file.with_name("run.json").exists():
             self.note("no scores yet")
             return None
-        scores = self.own("evaluate", "scores.json", ScoresRecord, required=False)
+        scores = self.record(scores_file, ScoresRecord, required=False)
         exported = scores is None or scores.exported
         stages = self.stages(exported)
         if stages is None:
-            del self.problems[before:]  # what an unfinished stage left undone is no fault of the files
+            del self.problems[before:]  # an unfinished stage has not written its files yet, which is no fault
             return None
-        if not scored and len(self.problems) == before:
-            self.note("no scores yet")
-            return None
-        if not scored:
-            self.problem(scores_file, "", "expected this file beside the others, got nothing")
+        if not scores_file.exists():
+            if len(self.problems) == before:
+                self.note("no scores yet")
+                return None
+            self.problem(scores_file, "", _MISSING)
         samples = self.lines(scores_file.with_name("samples.jsonl"), SampleRecord, ("split", "item_id"))
         bundle = Bundle(self.arm, self.seed, stages, scores or _NO_SCORES, samples)
         if self.arm == BASE:
-            bundle.base_model = self.record(self.place / "models/base/run.json", RunRecord, required=False)
+            prepared = self.place / "models/base/run.json"
+            bundle.base_model = self.record(prepared, RunRecord, required=False, of_run=False)
         else:
-            self.training(bundle, exported)
-        if (why := self.stale(stages)) is not None:
+            self.read_training(bundle, exported)
+        if (why := self.drop_stale(stages)) is not None:
             if len(self.problems) == before:
                 self.note(f"skipped, {why}")
             return None
-        self.optional(bundle)
+        self.read_optional(bundle)
         if len(self.problems) > before:
             return None
         left_out = tuple(f"{FOLDERS[stage]}/{self.arm}/" for stage in OPTIONAL_STAGES if stage not in stages)
@@ -260,84 +259,85 @@ class Reader:
         return bundle
 
     def stages(self, exported: bool) -> dict[str, RunRecord] | None:
-        """The records of the stages that have finished; None where one has not that must have."""
+        """The records of the finished stages; None if a stage that the run needs has not finished."""
         without = {*(("train", "probe") if self.arm == BASE else ()), *(() if exported else ("export",))}
-        found: dict[str, RunRecord] = {}
+        finished: dict[str, RunRecord] = {}
         for stage in (stage for stage in FOLDERS if stage not in without):
-            made = OPTIONAL_STAGES.get(stage)
-            # Results from before there were verdicts, precisions or verifications stay readable.
-            record = self.own(stage, "run.json", RunRecord, required=not made and stage != "probe")
+            result = OPTIONAL_STAGES.get(stage)
+            # Results that are older than stage probe stay readable.
+            record = self.record(self.path(stage, "run.json"), RunRecord, required=not result and stage != "probe")
             if record is None:
-                if made and self.path(stage, made).exists():
-                    name = self.path(stage, made).relative_to(self.root).as_posix()
+                if result and self.path(stage, result).exists():
+                    name = self.path(stage, result).relative_to(self.root).as_posix()
                     self.note(f"without its stage {stage}, {name} has no run.json; run `dvc repro`")
                 continue
             if record.stage != stage:
                 self.problem(self.path(stage, "run.json"), "stage", f"expected {stage!r}, got {record.stage!r}")
             if record.status == "finished":
-                found[stage] = record
+                finished[stage] = record
                 continue
-            words = f"without its stage {stage}, which" if made else f"skipped, its stage {stage}"
+            words = f"without its stage {stage}, which" if result else f"skipped, its stage {stage}"
             self.note(f"{words} is {record.status}" + (f": {record.error}" if record.error else ""))
-            if not made:
+            if not result:
                 return None
         for task, place in self.benchmarks().items():
-            record = self.of_run(place / "run.json", RunRecord, required=False)
+            record = self.record(place / "run.json", RunRecord, required=False)
             if record is not None and record.status == "finished":
-                found[f"harness/{task}"] = record
+                finished[f"harness/{task}"] = record
             else:
                 self.note(f"without its stage harness/{task}, which has not finished")
-        return found
+        return finished
 
     def benchmarks(self) -> dict[str, Path]:
-        """Task → folder of each benchmark that the run was asked."""
+        """Task → folder of each benchmark that the run was scored on."""
         return {place.parts[-3]: place for place in sorted((self.place / BENCHMARKS).glob(f"*/{self.arm}/{self.seed}"))}
 
-    def training(self, bundle: Bundle, exported: bool) -> None:
+    def read_training(self, bundle: Bundle, exported: bool) -> None:
         bundle.history = self.record(self.path("train", "loss_history.json"), HistoryRecord)
         bundle.ledger = self.lines(self.path("train", LEDGER), LedgerRecord, ("step",), required=False)
         bundle.grit = self.lines(self.path("train", GRIT_LOG), GritRecord, required=False)
+        parity, verdict = self.path("export", "parity.json"), self.path("probe", "verdict.json")
         if exported:
-            bundle.parity = self.own("export", "parity.json", ParityRecord, required=False)
-            if not self.path("export", "parity.json").exists():
+            bundle.parity = self.record(parity, ParityRecord, required=False)
+            if not parity.exists():
                 self.note("no parity.json, so nothing shows that the export is faithful")
-        bundle.verdict = self.own("probe", "verdict.json", VerdictRecord, required="probe" in bundle.stages)
-        if not self.path("probe", "verdict.json").exists():
+        bundle.verdict = self.record(verdict, VerdictRecord, required="probe" in bundle.stages)
+        if not verdict.exists():
             self.note("no verdict.json, so nothing shows what the optimizer did")
 
-    def stale(self, stages: dict[str, RunRecord]) -> str | None:
-        """Drop optional stages that used other files than those that now lie there; why, where another stage did."""
+    def drop_stale(self, stages: dict[str, RunRecord]) -> str | None:
+        """Drop optional stages that used other files than those on disk; returns why the run itself is stale, if so."""
         made = {a.path: (stage, a.sha256) for stage, record in stages.items() for a in record.artifacts}
-        read = {
-            path: (stage, used or "")
+        used_by_run = {
+            path: (stage, sha or "")
             for stage in ("export", "evaluate")
             if stage in stages
-            for path, used in stages[stage].inputs.items()
+            for path, sha in stages[stage].inputs.items()
         }
         for stage, record in list(stages.items()):
-            known = {**made, **(self.files_of_base(stage, record) if self.arm != BASE else {})}
-            asked = stage.startswith("harness/")  # may have left params.yaml, and then nobody makes it anew
-            known = {**read, **made} if asked else known
+            current = {**made, **(self.files_of_base(stage, record) if self.arm != BASE else {})}
+            is_benchmark = stage.startswith("harness/")  # may have left params.yaml, and then nothing runs it again
+            current = {**used_by_run, **made} if is_benchmark else current
             for path, used in record.inputs.items():
-                maker, now = known.get(path, (stage, used))
-                if maker != stage and now != used:
-                    verb = "did" if asked and path not in made else "made"
-                    why = f"its stage {stage} used an older {path} than {maker} {verb}; run `dvc repro`"
-                    if not _optional(stage):
-                        return why
-                    gone = f", or remove {BENCHMARKS}/{stage.removeprefix('harness/')}" if asked else ""
-                    self.note(f"without its stage {stage}, {why}{gone}")
-                    del stages[stage]
-                    break
+                maker, now = current.get(path, (stage, used))
+                if maker == stage or now == used:
+                    continue
+                verb = "did" if is_benchmark and path not in made else "made"
+                why = f"its stage {stage} used an older {path} than {maker} {verb}; run `dvc repro`"
+                if not _optional(stage):
+                    return why
+                remedy = f", or remove {BENCHMARKS}/{stage.removeprefix('harness/')}" if is_benchmark else ""
+                self.note(f"without its stage {stage}, {why}{remedy}")
+                del stages[stage]
+                break
         return None
 
     def files_of_base(self, stage: str, record: RunRecord) -> Mapping[str, tuple[str, str]]:
-        """The base's files that a stage of an arm used, as they are now: path to (maker, sha256)."""
+        """The base's files that a stage of an arm used, as they are now: path → (maker, sha256)."""
         if stage == "verify":
-            # What is wrong with it is said where the base is read.
-            reader = Reader(self.root, self.place)
+            reader = Reader(self.root, self.place)  # problems are reported where the base is read
             base = reader.record(reader.path("export", "run.json"), RunRecord, required=False)
-            return {made.path: ("export of the base", made.sha256) for made in (base.artifacts if base else [])}
+            return {file.path: ("export of the base", file.sha256) for file in (base.artifacts if base else [])}
         used = [self.place / name for name in record.inputs if name.startswith(f"measured/{BASE}/0/")]
         return {
             file.relative_to(self.place).as_posix(): ("measure of the base", sha256(file))
@@ -345,30 +345,30 @@ class Reader:
             if stage == "measure" and file.is_file()
         }
 
-    def optional(self, bundle: Bundle) -> None:
+    def read_optional(self, bundle: Bundle) -> None:
         if "measure" in bundle.stages:
-            bundle.measured = self.own("measure", "measured.json", MeasuredRecord)
+            path = self.path("measure", "measured.json")
+            bundle.measured = self.record(path, MeasuredRecord)
             scored = {(metric.name, metric.split) for metric in bundle.scores.metrics}
             for metric in bundle.measured.metrics if bundle.measured else []:
                 if (metric.name, metric.split) in scored:
-                    words = f"expected numbers that scores.json has not, got {metric.name} of {metric.split}"
-                    self.problem(self.path("measure", "measured.json"), "metrics", words)
+                    words = f"expected only numbers that scores.json lacks, got {metric.name} of {metric.split}"
+                    self.problem(path, "metrics", words)
         if "quantize" in bundle.stages:
-            bundle.quantized = self.own("quantize", "quantized.json", QuantizedRecord)
+            bundle.quantized = self.record(self.path("quantize", "quantized.json"), QuantizedRecord)
             path = self.path("quantize", "quantized_samples.jsonl")
             bundle.quantized_samples = self.lines(path, QuantizedSampleRecord, ("type", "item_id"))
-            if bundle.quantized is not None:
-                for words in _disagreements(bundle.quantized, bundle.quantized_samples):
-                    self.problem(path, "", words)
+            for words in _disagreements(bundle.quantized, bundle.quantized_samples) if bundle.quantized else ():
+                self.problem(path, "", words)
         if "verify" in bundle.stages:
-            bundle.verified = self.own("verify", "verify.json", VerifyRecord)
+            bundle.verified = self.record(self.path("verify", "verify.json"), VerifyRecord)
         for task, place in self.benchmarks().items():
             if f"harness/{task}" in bundle.stages:
-                record = self.of_run(place / "harness.json", HarnessRecord)
+                record = self.record(place / "harness.json", HarnessRecord)
                 samples = self.lines(place / "samples.jsonl", SampleRecord, ("split", "item_id"))
-                got = {f"harness/{record.benchmark}" if record else "", *(sample.split for sample in samples)}
-                if record is not None and got != {f"harness/{task}"}:
-                    words = f"expected items of harness/{task} as in the path, got {', '.join(sorted(got))}"
+                splits = {f"harness/{record.benchmark}" if record else "", *(sample.split for sample in samples)}
+                if record is not None and splits != {f"harness/{task}"}:
+                    words = f"expected items of harness/{task} as in the path, got {', '.join(sorted(splits))}"
                     self.problem(place / "harness.json", "benchmark", words)
                 elif record is not None:
                     bundle.benchmarks[task] = record, samples
@@ -379,32 +379,30 @@ def _optional(stage: str) -> bool:
 
 
 def _disagreements(quantized: QuantizedRecord, samples: list[QuantizedSampleRecord]) -> Iterator[str]:
-    """Every precision answered the same items, as often rightly and with the credit that its row says."""
+    """Where the answers do not add up to their precision's row, or precisions answered different items."""
     answers: dict[str, dict[str, QuantizedSampleRecord]] = {row.type: {} for row in quantized.rows}
     for sample in samples:
         answers.setdefault(sample.type, {})[sample.item_id] = sample
     items = answers[quantized.rows[0].type].keys()
     rows = {row.type: row for row in quantized.rows}
-    for name, own in answers.items():
-        if name not in rows:
-            yield f"expected the types of quantized.json, got {name!r} besides"
-            continue
-        row = rows[name]
-        wanted, got = (row.n, row.correct), (len(own), sum(sample.correct for sample in own.values()))
-        if got != wanted:
-            words = "{} items of type {}, {} of them correct"
-            expected, found = (words.format(n, name, right) for n, right in (wanted, got))
-            yield f"expected {expected}, as quantized.json says, got {found}"
-        elif own.keys() != items:
-            yield f"expected the same items in every type, {name} has others"
-        elif abs((mean := sum(sample.credit for sample in own.values()) / len(own)) - row.credit) > SAME_MEAN:
-            yield f"expected a mean credit of {row.credit} of type {name}, as quantized.json says, got {mean}"
+    for name, by_item in answers.items():
+        row, credit = rows.get(name), [sample.credit for sample in by_item.values()]
+        correct = sum(sample.correct for sample in by_item.values())
+        if row is None:
+            yield f"expected only the types of quantized.json, got {name!r}"
+        elif (len(credit), correct) != (row.n, row.correct):
+            expected = f"expected {row.correct} of {row.n} items of type {name} correct, as in quantized.json"
+            yield f"{expected}, got {correct} of {len(credit)}"
+        elif by_item.keys() != items:
+            yield f"expected the same items in every type, got others in {name}"
+        elif abs((mean := sum(credit) / len(credit)) - row.credit) > SAME_MEAN:
+            yield f"expected a mean credit of {row.credit} for type {name}, as in quantized.json, got {mean}"
 
 
 def read_results(
     root: Path, arms: Iterable[str] | None = None, seeds: Iterable[int] | None = None
 ) -> tuple[list[Bundle], list[str]]:
-    """The finished runs of the working copy, base first, and notes on what was left out; the base is always read."""
+    """The finished runs of the working copy, always with the base, which is first; and notes on what was left out."""
     reader = Reader(root, root)
     bundles: list[Bundle] = []
     try:
@@ -432,7 +430,7 @@ def _collected(reader: Reader) -> Bundle | None:
     try:
         return reader.bundle()
     except OSError as error:
-        # Whether something is there cannot be told either, so nothing may count as absent.
+        # Nobody knows what is in there, so nothing may count as absent.
         reader.unreadable(error)
         return None
 
@@ -440,24 +438,26 @@ def _collected(reader: Reader) -> Bundle | None:
 def _combinations(reader: Reader, arms: Iterable[str] | None, seeds: Iterable[int] | None) -> list[tuple[str, int]]:
     scores = reader.place / FOLDERS["evaluate"]
     names = sorted(p.name for p in scores.iterdir() if p.is_dir()) if scores.is_dir() else []
-    wanted = None if seeds is None else list(dict.fromkeys(seeds))
-    found: list[tuple[str, int]] = []
+    chosen = None if seeds is None else list(dict.fromkeys(seeds))
+    runs: list[tuple[str, int]] = []
     for arm in dict.fromkeys([BASE, *(names if arms is None else arms)]):
-        if wanted is not None and arm != BASE:
-            found += [(arm, seed) for seed in wanted]
+        if chosen is not None and arm != BASE:
+            runs += [(arm, seed) for seed in chosen]
             continue
         folder = scores / arm
         inside = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-        reader.notes += [f"{arm}/{name}: skipped, the folder's name is no seed" for name in inside if not _seed(name)]
-        own = sorted(int(name) for name in inside if _seed(name))
-        if not own:
+        reader.notes += [
+            f"{arm}/{name}: skipped, the folder's name is not a seed" for name in inside if not _seed(name)
+        ]
+        of_arm = sorted(int(name) for name in inside if _seed(name))
+        if not of_arm:
             reader.notes.append(f"{arm}: no scores yet")
-        found += [(arm, seed) for seed in own]
-    return found
+        runs += [(arm, seed) for seed in of_arm]
+    return runs
 
 
 def _seed(name: str) -> bool:
-    # `007` would be read from the folder `7`.
+    # `007` would be read as the folder `7`.
     return name.isascii() and name.isdigit() and str(int(name)) == name
 
 
@@ -468,9 +468,9 @@ class CurrentRecord(Record):
 
 
 def archive(root: Path, bundles: list[Bundle]) -> int:
-    """Copy runs into runs/ and name them the current ones; the number of those that are new or changed.
+    """Copy runs into runs/ and list them as the current ones; returns how many are new or changed.
 
-    Every folder appears whole, and only then the list: after a kill the old list stands, of runs that are all there.
+    Every folder appears whole, and the list last: after a kill the old list is intact, and so are all of its runs.
     """
     changed = 0
     keys = []
@@ -481,8 +481,8 @@ def archive(root: Path, bundles: list[Bundle]) -> int:
             (f"{name}.gz", gzip.compress(content, mtime=0)) if name.endswith(".jsonl") else (name, content)
             for name, content in bundle.files.items()
         }
-        there = {(p.relative_to(target).as_posix(), p.read_bytes()) for p in target.rglob("*") if p.is_file()}
-        if packed == there:
+        existing = {(p.relative_to(target).as_posix(), p.read_bytes()) for p in target.rglob("*") if p.is_file()}
+        if packed == existing:
             continue
         changed += 1
         with staged(target) as folder:
@@ -494,17 +494,17 @@ def archive(root: Path, bundles: list[Bundle]) -> int:
 
 
 def require_archive(root: Path) -> None:
-    """Make sure that there is an archive, or a wrong folder would get one."""
+    """Refuse a folder without an archive, lest a wrong one get an archive."""
     if not (root / RUNS).is_dir():
         raise refuse([Problem(RUNS if root.is_dir() else str(root), "", _NOTHING)])
 
 
 def read_archive(root: Path) -> tuple[dict[str, Bundle], set[str]]:
-    """All archived runs by their keys, and the keys of the current ones; FileError names all that is wrong."""
+    """All archived runs by key, and the keys of the current ones; FileError names everything that is wrong."""
     require_archive(root)
     runs = root / RUNS
     reader = Reader(root, root)
-    found: dict[str, Bundle] = {}
+    bundles: dict[str, Bundle] = {}
     try:
         for moved in runs.glob("*.old.partial"):  # after a kill between two renames
             clear_leftovers(runs / moved.name.split(".")[0])
@@ -512,7 +512,7 @@ def read_archive(root: Path) -> tuple[dict[str, Bundle], set[str]]:
     except OSError as error:
         reader.unreadable(error)
         folders = []
-    if not folders and not reader.problems:  # an empty database would take the place of a full one
+    if not folders and not reader.problems:  # an empty database would replace a full one
         reader.problem(runs, "", _NOTHING)
     for reader.place in folders:
         inside = [path for path in reader.place.glob("scores/*/*") if _seed(path.name)]
@@ -521,11 +521,11 @@ def read_archive(root: Path) -> tuple[dict[str, Bundle], set[str]]:
             reader.arm, reader.seed = inside[0].parent.name, int(inside[0].name)
             bundle = _collected(reader)
         if bundle is not None:
-            found[reader.place.name] = bundle
+            bundles[reader.place.name] = bundle
         elif len(reader.problems) == before:
             reader.problem(reader.place, "", "expected the files of one finished run; remove the folder")
     reader.place = root
     current = reader.record(runs / _CURRENT, CurrentRecord, required=False)
     if reader.problems:
         raise refuse(reader.problems)
-    return found, set(current.runs if current else [])
+    return bundles, set(current.runs if current else [])

@@ -261,7 +261,7 @@ def test_arms_that_are_not_there_yet_or_failed_are_noted(tree, path):
     (tree / "scores/baseline_lora/notes").mkdir()
     summary = ingest(tree, path, arms=["baseline_lora", "pure_grit"])
     assert (summary.changed, summary.notes) == (1, (
-        "baseline_lora/notes: skipped, the folder's name is no seed",
+        "baseline_lora/notes: skipped, the folder's name is not a seed",
         "pure_grit: no scores yet",
         "baseline_lora/0: skipped, its stage train is failed: loss was nan",
         "baseline_lora/1: no scores yet",
@@ -418,12 +418,12 @@ SPEED = {"arm": "baseline_lora", "phase": "decode", "repetition": 0, "tokens": 1
         (QUANTIZED, {"rows": [{**GOOD[0], "category_accuracy": 0.71}]}, "category_accuracy 0.71 is not 70 of 100"),
         (QUANTIZED, {"rows": [{**GOOD[0], "answers_equal_to_f16": 0.5}]}, "f16 must equal itself, got 0.5"),
         (QUANTIZED, {"rows": [{**GOOD[0], "fallbacks": 21}]}, "21 fallbacks among 20 tensors"),
-        (QUANTIZED, {"rows": GOOD[:1]}, "expected the types of quantized.json, got 'q8_0' besides"),
-        (QUANTIZED, {"rows": [*GOOD, {**GOOD[0], "type": "bf16"}]}, "got 0 items of type bf16"),
+        (QUANTIZED, {"rows": GOOD[:1]}, "expected only the types of quantized.json, got 'q8_0'"),
+        (QUANTIZED, {"rows": [*GOOD, {**GOOD[0], "type": "bf16"}]}, "got 0 of 0"),
         (VERIFIED, {"rows": [*CHECKED, CHECKED[1]]}, "rows of ('llama_cpp', 'adapter', 'plain') given more than once"),
         (VERIFIED, {"rows": [{**CHECKED[0], "answered": None}]}, "answered: expected a share if and only if"),
         (VERIFIED, {"rows": [{**CHECKED[0], "prompts": 0, "answered": None}]}, "rendered: expected no share"),
-        (MEASURED, {"metrics": [{**METRIC, "name": "aqi_mae", "split": "test"}]}, "numbers that scores.json has not"),
+        (MEASURED, {"metrics": [{**METRIC, "name": "aqi_mae", "split": "test"}]}, "numbers that scores.json lacks"),
         (MEASURED, {"metrics": [METRIC] * 2}, "metrics ('x', 'general') given more than once"),
         (MEASURED, {"layers": [LAYER] * 2}, "layers ('x', 'weights', 'l') given more than once"),
         (MEASURED, {"layers": [{**LAYER, "value": True}]}, "layers.0.value"),
@@ -452,8 +452,8 @@ def test_precisions_and_their_items_must_agree(tree, path):
     good = (tree / Q_SAMPLES).read_text(encoding="utf-8")
     for changes, words in (
         ({"item_id": "other"}, "expected the same items in every"),
-        ({"correct": False}, "70 of them correct, .*, 69 of them"),
-        ({"credit": 0.5}, "expected a mean credit of 0.7 of type f16"),
+        ({"correct": False}, "expected 70 of 100 items of type f16 correct.*got 69"),
+        ({"credit": 0.5}, "expected a mean credit of 0.7 for type f16"),
     ):
         change_first_line(tree / Q_SAMPLES, **changes)
         with pytest.raises(FileError, match=words):

@@ -93,7 +93,7 @@ def test_faults_of_the_archive_are_named_at_once_and_the_database_stands(tree, p
 
 
 def test_nothing_archived_and_nothing_scored_replace_no_database(tmp_path, tree, path):
-    nothing = r"runs: expected runs that were archived.*db\.cli ingest"
+    nothing = r"runs: no archived runs found.*db\.cli ingest"
     with pytest.raises(FileError, match=nothing):
         rebuild(tmp_path, path)
     with pytest.raises(FileError, match="expected the project's folder"):
