@@ -58,7 +58,7 @@ def test_2_what_was_scored_is_what_was_trained(clone):
 def test_3_the_reports_are_about_this_task_and_nothing_exported(clone):
     report = (clone.folder / "outputs/grit_evaluation.md").read_text()
     assert report.startswith("# ") and "Task: aqi_vision" in report
-    assert "| grit_vlm (seed 0) | effective (as claimed) |" in report and "Parity of the exported" not in report
+    assert "| grit_vlm (seed 0) | effective (as claimed) |" in report and "Served as trained" not in report
     page = (clone.folder / "outputs/report.html").read_text()
     assert "Exports and parity" not in page and "images/test-" in page
     told = json.loads(clone.run("python", "-m", "evaluation.compare_all", "--format", "json"))

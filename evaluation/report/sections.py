@@ -15,7 +15,7 @@ from evaluation.report.findings import findings
 from evaluation.report.provenance import files, provenance
 from evaluation.report.retention import retention
 from evaluation.report.robustness import robustness
-from evaluation.report.serving import parity, precisions, served, speed
+from evaluation.report.serving import precisions, served, speed
 from evaluation.report.training import loss, probes, spectra
 from evaluation.report.tuning import tuning
 
@@ -38,8 +38,7 @@ def sections(report: Report) -> tuple[Section, ...]:
         robustness(report),
         alignment(comparison.rows, comparison.alignment, air=primary.air),
         speed(comparison.phases, comparison.rows, modes),
-        parity(comparison.trained, results.runs),
-        served(comparison.served),
+        served(comparison.served, comparison.trained, results.runs),
         precisions(comparison.precisions, primary.title),
         tasks(comparison),
         samples(report),

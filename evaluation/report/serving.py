@@ -1,4 +1,4 @@
-"""What is served: parity of the exports, servers compared with training, speed by phase, other precisions."""
+"""What is served: whether it answers as trained, speed by phase, other precisions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -169,35 +169,34 @@ def phase_rows(runs: Sequence[Run], timings: Rows) -> list[PhaseRow]:
 _PHASE_TITLES = dict(zip(PHASES, ("Load", "Time to first token", "Prefill", "Decode"), strict=True))
 
 
-def parity(rows: Sequence[ArmRow], runs: Sequence[Run]) -> Section | None:
-    """Whether every way to run a model answers alike, and the first prompts on which one did not."""
+def _files(rows: Sequence[ArmRow], runs: Sequence[Run]) -> Details | None:
+    """Whether the exported files alone answer as Hugging Face does, and the first prompts on which one did not."""
     keys = list(dict.fromkeys(key for row in rows for key in row.metrics if key[0] == "parity"))
     if not keys:
         return None
     names = {"token_ids_equal": "Same token ids", "greedy_equal": "All ways answer alike"}
     lines = [(arm_cell(row.arm), number(row.parity), *(percent(row.metrics.get(key)) for key in keys)) for row in rows]
     headers = ("Arm", "Worst seed", *(names.get(key[1], key[1].removeprefix("pair/")) for key in keys))
-    blocks: list[Block] = [
-        Table("Percent of prompts on which all ways to run a model answer alike, mean over seeds", headers, lines),
-        Text(
-            "With export.parity_arithmetic: f32, this compares what the exported files hold, without the rounding of "
-            "the engine that serves them. Served as trained shows what is really served.",
-            "note",
-        ),
-    ]
-    differences = tuple(
+    differences = (
         Text(f"{run.arm} seed {run.seed}: " + "; ".join(f"{k}: {v!r}" for k, v in first.items()), "note")
         for run in runs
         if (first := run.parity_first_difference)
     )
-    if differences:
-        blocks.append(Details("First prompts on which an export differs from the trained model", differences))
-    return Section("Parity of the exported models", tuple(blocks))
+    return Details(
+        "The exported files, before anything is served",
+        (
+            Table("Percent of prompts on which all ways to run a model answer alike, mean over seeds", headers, lines),
+            Text("With export.parity_arithmetic: f32, this leaves out the rounding of the engine.", "note"),
+            *differences,
+        ),
+    )
 
 
-def served(rows: Sequence[ServedRow]) -> Section | None:
+def served(rows: Sequence[ServedRow], trained: Sequence[ArmRow], runs: Sequence[Run]) -> Section | None:
+    """Whether exports answer as the trained models do: what is served, and the files alone."""
+    files = _files(trained, runs)
     if not rows:
-        return None
+        return Section("Served as trained", (files,)) if files else None
     headers = ("Arm", "Backend", "Mode", "Asked", "Prompts", "Rendered %", "Tokens %", "Answers %", "Ties %",
                "Adapter = merged %", "Perturbed adapter noticed")  # fmt: skip
     asked = [row for row in rows if row.prompts]
@@ -214,7 +213,7 @@ def served(rows: Sequence[ServedRow]) -> Section | None:
         if row.first_difference
     )
     table = Table("Served as trained, percent of prompts", headers, map(_served_line, rows))
-    return Section("Served as trained", (Text(words), table, *notes), brief=5)
+    return Section("Served as trained", (Text(words), table, *notes, *([files] if files else ())), brief=5)
 
 
 def _served_line(row: ServedRow) -> tuple[object, ...]:

@@ -324,7 +324,7 @@ def test_the_report_holds_metrics_parity_and_provenance(few, tmp_path):
     text = target.read_text(encoding="utf-8")
     assert "| retention/addition | retention | – | – | 0.8 | 0.8 | 0.8 | 0.5 |" in text
     assert "| aqi_mae | test | AQI points | lower | 4.5 |" in text
-    head, *rows = table(text, "Parity of the exported models")
+    head, *rows = table(text, "The exported files, before anything is served")
     assert head[1:4] == ["Worst seed", "Same token ids", "All ways answer alike"] and rows[0][3] == "99.0"
     assert "| abc123 | no | llama_cpp 0.3.36 | cpu: Some CPU | 2026-11-21 03:30 UTC |" in text
     assert "torch 2.13.0" in text and "(undecided; p = " in text
@@ -349,7 +349,7 @@ def test_retention_and_alignment_have_sections_where_measured(path, few):
     assert "cannot be distinguished" in hybrid, "though the interval excludes zero"
     assert pure in text and "p = 0.002 (1 seed" in pure
     plain = run(few, "--format", "md").output
-    assert not [title for title in ("Alignment Quality Index", "## Quantization", "## Served") if title in plain]
+    assert not [title for title in ("Alignment Quality Index", "## Quantization", "Perturbed") if title in plain]
 
 
 @pytest.mark.parametrize(
@@ -445,7 +445,7 @@ def test_the_report_shows_what_is_served(served):
     assert q8[1] == "q8_0" and q8[4].startswith("70.0 [60.") and q8[6:] == ["1, 2", "91.0", "0 of 20"]
     assert q4[5].startswith("-20.0 [-2") and q4[-1] == "13 of 20" and "different seeds" not in text
 
-    _, base, newline, second, merged, blind, old, refused = table(text, "Served as trained")
+    _, base, newline, second, merged, blind, old, refused, *_ = table(text, "Served as trained")
     assert base == ["base (seed 0)", "llama_cpp 0.3.36", "merged", "plain", "20", *["100.0"] * 3, "0.0", "–", "–"]
     assert newline[3] == "newline" and second[3:5] == ["second", "20"] and second[7:9] == ["90.0", "10.0"]
     assert merged[2] == "merged" and merged[9:11] == ["–", "–"] and blind[7:11] == ["95.0", "0.0", "95.0", "NO"]

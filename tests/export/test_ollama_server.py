@@ -161,10 +161,10 @@ def test_what_an_older_release_does_not_tell_is_no_difference_and_no_cause(tree)
         done = run("verify", ARM, "--gguf", tree, "--host", double.url)
         assert (row.rendered, row.counted, row.answered) == (None, None, 1.0)
         assert row.first_difference is None and problems([row], 1.0) == []
-        assert row.note.count("ollama 0.32.0 does not tell how") == 2
+        assert row.note.count("ollama 0.32.0 does not report how") == 2
         assert "'rendered'" in row.note and "'counted'" in row.note
         assert bodies and all(b["options"]["num_predict"] == 1 for b in bodies), "such a server answers the prompt"
-        assert done.exit_code == 0 and f"{ARM} (merged): ollama 0.32.0 does not tell how it renders" in done.output
+        assert done.exit_code == 0 and f"{ARM} (merged): ollama 0.32.0 does not report how it renders" in done.output
         rewrite(served.folder, answer=lambda row: "#" + row["answer"][1:])
         row = one(verify(opener, served, ["merged"]))
     assert row.answered == 0 and "Likely cause: merge or weights of the file" in row.first_difference
