@@ -1,4 +1,4 @@
-"""Stage compare: the database, the reports, each arm's model card, what DVC shows; the database's only writer."""
+"""Stage compare: the database, whose only writer it is, the reports, the model cards, and what DVC displays."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ class Compare(Section):
     def _file(cls, database: str) -> str:
         if "://" in database or Path(database).is_absolute():
             raise ValueError(
-                f"expected a file below the project's folder, got {database!r}; for other databases there is "
+                f"expected a file below the project's folder, got {database!r}. For other databases use "
                 "`python -m db.cli ingest --db URL`"
             )
         return database

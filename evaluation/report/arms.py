@@ -1,4 +1,4 @@
-"""One row for each arm of a task: its numbers over the seeds, with intervals and differences from other arms."""
+"""One row per arm of a task: its numbers over the seeds, with intervals and differences from other arms."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ CLUSTER_INDICES = ("calinski_harabasz", "xie_beni", "silhouette", "davies_bouldi
 class ProbeRow:
     seed: int
     verdict: str  # effective, no_effect, unstable or not_watched
-    as_claimed: bool | None  # whether the arm's updates are what it claims; None: nobody watched
+    as_claimed: bool | None  # whether the arm's updates are what it claims; None: not watched
     reason: str
     numbers: dict[str, float]  # reading → value: angle_to_shadow in degrees, twin_divergence in A/A floors, …
 
@@ -62,8 +62,8 @@ class ArmRow:
     accuracy_by_seed: tuple[float, ...]
     retention: float | None
     decode_speed: float | None  # tokens per second
-    # percent faster than the base that was timed beside it, median over paired repetitions of all seeds; no interval
-    # with fewer than six, which reach no 95% confidence
+    # percent faster than the base that was timed beside it, median over paired repetitions of all seeds; fewer than six
+    # cannot reach 95% confidence, so they have no interval
     delta_speed: float | None
     parity: float | None  # share of prompts on which all ways to run the model answer alike, worst seed
     differences: tuple[Difference, ...]  # from the base, then from the baseline, then from `like`
@@ -75,28 +75,29 @@ class ArmRow:
     delta_speed_interval: Interval | None = None
     probes: tuple[ProbeRow, ...] = ()
     alignment: tuple[AlignmentRow, ...] = ()
-    # smallest and largest of the seeds that have the metric, where several have it
+    # smallest and largest value over the seeds, for metrics that several seeds have
     ranges: dict[Key, tuple[float, float]] = field(default_factory=dict)
     kept_by_seed: dict[int, float] = field(default_factory=dict)  # `retention_share` of each seed
-    preserve: str = ""  # method and strength of what holds it to its base; empty: nothing does
+    preserve: str = ""  # method and strength that keep it close to its base; empty: none
     library: str = ""  # see `library`
-    # Where a difference from the baseline has several causes, since this arm has another library, or is preserved and
-    # the baseline is not: the arm with the baseline's method that leaves the fewest causes; empty where there is none.
-    # None where the difference has one cause
+    # The arm with the baseline's method that leaves the fewest causes, if a difference from the baseline has several
+    # (another library, or preserved while the baseline is not); empty: there is none. None: it has one cause
     like: str | None = None
     # arm → evaluation loss minus that arm's of the same seed, for each seed that both have, nats per token
     losses: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    costs: dict[str, float] = field(default_factory=dict)  # of training, mean over seeds: `Costs` and seconds_a_step
+    costs: dict[str, float] = field(
+        default_factory=dict
+    )  # of training, mean over seeds: db.records.Costs and seconds_a_step
 
     @property
     def place(self) -> tuple[float, float] | None:
-        """What was learnt and what was kept: accuracy and retention_share; None where one is not known."""
+        """What was learned and what was kept: accuracy and retention_share; None if either is unknown."""
         x, y = self.accuracy, self.retention_share
         return (x, y) if x is not None and y is not None and math.isfinite(x) else None
 
     @property
     def updates(self) -> str:
-        """The probe's verdicts in a word, a wrong one before all others; empty where there is none."""
+        """The probe's verdicts in a word, a wrong one first; empty if there is none."""
         wrong = next((p.verdict for p in self.probes if p.as_claimed is False), "")
         if wrong or not self.probes:
             return f"{wrong}!" if wrong else ""
@@ -128,7 +129,7 @@ def side_by_side(results: Results, runs: Sequence[Run], baseline: str) -> SideBy
     for run in runs:
         by_arm.setdefault(run.arm, []).append(run)
     arms = sorted(by_arm, key=lambda arm: (arm != BASE, arm != baseline, arm))
-    settings = {arm: own[0].settings for arm, own in by_arm.items()}
+    settings = {arm: of_arm[0].settings for arm, of_arm in by_arm.items()}
     likes = {arm: like_with_like(arm, settings, baseline) for arm in arms}
     compared = [
         (arm, against)
@@ -137,39 +138,41 @@ def side_by_side(results: Results, runs: Sequence[Run], baseline: str) -> SideBy
         if arm not in (BASE, against) and against in (BASE, baseline, likes[arm])
     ]
     pairs = {
-        (arm, against): found
+        (arm, against): paired
         for arm, against in compared
-        if (found := pair(by_arm[arm], against, by_arm.get(against, ()), results.answers)) is not None
+        if (paired := pair(by_arm[arm], against, by_arm.get(against, ()), results.answers)) is not None
     }
     loss = {run_id: metrics[LOSS] for run_id, metrics in results.metrics.items() if LOSS in metrics}
     losses: dict[str, dict[str, tuple[float, ...]]] = {arm: {} for arm in arms}
     for arm, against in compared:
-        if both := _partners(by_arm[arm], against, by_arm.get(against, ()), loss):
-            losses[arm][against] = tuple(loss[own] - loss[other] for _, own, other in both)
+        if partners := _partners(by_arm[arm], against, by_arm.get(against, ()), loss):
+            losses[arm][against] = tuple(loss[run] - loss[partner] for _, run, partner in partners)
     differences = compare_pairs(pairs)
     changes = {BASE: speed_change(())}
     for arm in (arm for arm in arms if arm != BASE):
         timings = (results.timings.get(run.id, ()) for run in by_arm[arm])
-        changes[arm] = speed_change([change for own in timings for change in speed_changes(arm, own)])
+        changes[arm] = speed_change([change for of_run in timings for change in speed_changes(arm, of_run)])
     base = by_arm.get(BASE, ())
     rows = (_row(by_arm[arm], base, results, differences.get(arm, ()), changes[arm]) for arm in arms)
-    told = tuple(
-        replace(row, preserve=preserved(own), library=library(own), like=likes[row.arm], losses=losses[row.arm])
-        for row, own in ((row, settings[row.arm]) for row in rows)
+    described = tuple(
+        replace(row, preserve=preserved(train), library=library(train), like=likes[row.arm], losses=losses[row.arm])
+        for row in rows
+        for train in [settings[row.arm]]
     )
-    return SideBySide(told, pairs, changes)
+    return SideBySide(described, pairs, changes)
 
 
 def preserved(settings: Mapping[str, Any]) -> str:
-    """What holds an arm to its base, by its section train; empty: nothing does."""
-    own = settings.get("preserve") or {}
-    if own.get("method", "none") == "none":
+    """What keeps an arm close to its base, according to its section train; empty: nothing."""
+    preserve = settings.get("preserve") or {}
+    if preserve.get("method", "none") == "none":
         return ""
-    return f"{own['method']}, " + (f"strength {own['strength']:g}" if own["kl"] is None else f"KL {own['kl']:g}")
+    strength = f"strength {preserve['strength']:g}" if preserve["kl"] is None else f"KL {preserve['kl']:g}"
+    return f"{preserve['method']}, {strength}"
 
 
 def library(settings: Mapping[str, Any]) -> str:
-    """What an arm trains on beside PEFT and TRL ("unsloth"); empty: nothing else."""
+    """What an arm trains with besides PEFT and TRL ("unsloth"); empty: nothing else."""
     return str(settings.get("library", ""))
 
 
@@ -178,12 +181,12 @@ def causes(settings: Mapping[str, Any], reference: Mapping[str, Any]) -> list[st
 
     Arms whose settings have the same names run the same method.
     """
-    method, other = (own.keys() - {"library"} for own in (settings, reference))
-    kept = (settings.get("preserve") or {}).get("method", "none")
+    method, other = (each.keys() - {"library"} for each in (settings, reference))
+    preserve = (settings.get("preserve") or {}).get("method", "none")
     return [
         *(["method"] if method != other else []),
         *(["library"] if library(settings) not in ("", library(reference)) else []),
-        *(["preserve"] if kept not in ("none", (reference.get("preserve") or {}).get("method", "none")) else []),
+        *(["preserve"] if preserve not in ("none", (reference.get("preserve") or {}).get("method", "none")) else []),
     ]
 
 
@@ -202,24 +205,24 @@ def like_with_like(arm: str, settings: Mapping[str, Mapping[str, Any]], baseline
 def pair(
     runs: Sequence[Run], against: str, others: Sequence[Run], answers: Mapping[int, Mapping[str, float]]
 ) -> Pairs | None:
-    """Hold an arm's runs against another arm's, on the items that all of them answered.
+    """Pair an arm's runs with another arm's, on the items that all of them answered.
 
-    Against the base every run is paired with the base run it refers to; else runs with equal seed, items and backend
-    are paired, since equal seeds share the order of the data and the first weights. None where no run with answers has
-    a partner with answers, or the pairs share no item.
+    Against the base, every run is paired with its reference; otherwise runs with equal seed, items and backend are
+    paired, since equal seeds share the order of the data and the initial weights. None if no run with answers has a
+    partner with answers, or if the pairs share no item.
     """
-    found = _partners(runs, against, others, answers)
-    if not found:
+    partners = _partners(runs, against, others, answers)
+    if not partners:
         return None
-    seeds, own, other = zip(*found, strict=True)
-    credit = aligned([answers[run_id] for run_id in (*own, *other)])
-    return Pairs(against, seeds, credit[: len(own)], credit[len(own) :]) if credit.size else None
+    seeds, run_ids, partner_ids = zip(*partners, strict=True)
+    credit = aligned([answers[run_id] for run_id in (*run_ids, *partner_ids)])
+    return Pairs(against, seeds, credit[: len(seeds)], credit[len(seeds) :]) if credit.size else None
 
 
 def _partners(
     runs: Sequence[Run], against: str, others: Sequence[Run], known: Collection[int]
 ) -> list[tuple[int, int, int]]:
-    """(seed, run, partner) of the runs that are known and have a partner that is."""
+    """(seed, run, partner) of the known runs with a known partner."""
 
     def key(run: Run, *, partner: bool = False) -> object:
         if against == BASE:
@@ -235,10 +238,10 @@ def _row(
     change: SpeedChange,
 ) -> ArmRow:  # fmt: skip
     arm = runs[0].arm
-    own = [results.metrics.get(run.id, {}) for run in runs]
+    by_run = [results.metrics.get(run.id, {}) for run in runs]
     primary = ("test", runs[0].primary_metric)
-    accuracies = tuple(100 * m[primary] for m in own if primary in m)
-    parities = [100 * m["parity", "greedy_equal"] for m in own if ("parity", "greedy_equal") in m]
+    accuracies = tuple(100 * m[primary] for m in by_run if primary in m)
+    parities = [100 * m["parity", "greedy_equal"] for m in by_run if ("parity", "greedy_equal") in m]
     retained = None if arm == BASE else pair(runs, BASE, base, results.retained)
     share = kept_share(retained) if retained else None
     kept = share.scaled(100) if share else None
@@ -247,13 +250,13 @@ def _row(
         shares = 100 * retained.credit.mean(axis=1) / retained.reference.mean()
         by_seed = dict(zip(retained.seeds, shares.tolist(), strict=True))
     spent: dict[str, list[float]] = {}
-    for told in (run.costs for run in runs):
-        for name, value in told.items():
+    for run in runs:
+        for name, value in run.costs.items():
             spent.setdefault(name, []).append(value)
-        if told.get("train_seconds") and told.get("steps"):
-            spent.setdefault("seconds_a_step", []).append(told["train_seconds"] / told["steps"])
+        if run.train_seconds and run.steps:
+            spent.setdefault("seconds_a_step", []).append(run.train_seconds / run.steps)
     values: dict[Key, list[float]] = {}
-    for metrics in own:
+    for metrics in by_run:
         for key, value in metrics.items():
             values.setdefault(key, []).append(value)
     return ArmRow(
@@ -262,45 +265,45 @@ def _row(
         seeds=tuple(run.seed for run in runs),
         accuracy=_mean(accuracies),
         accuracy_by_seed=accuracies,
-        retention=_mean(100 * m[RETENTION] for m in own if RETENTION in m),
+        retention=_mean(100 * m[RETENTION] for m in by_run if RETENTION in m),
         decode_speed=_mean(_decode_speeds(arm, (results.timings.get(run.id, ()) for run in runs))),
         delta_speed=0.0 if arm == BASE else change.interval.estimate if change.interval else None,
         parity=min(parities) if parities else None,
         differences=differences,
-        metrics={key: fmean(found) for key, found in values.items()},
+        metrics={key: fmean(over_seeds) for key, over_seeds in values.items()},
         accuracy_interval=credit_interval([results.answers[run.id] for run in runs if run.id in results.answers]),
         retention_interval=credit_interval([results.retained[run.id] for run in runs if run.id in results.retained]),
         retention_share=kept.estimate if kept else None,
         retention_share_interval=kept,
         delta_speed_interval=change.interval if change.confidence >= LEVEL else None,
         probes=tuple(
-            _probe(run.seed, known) for run in runs if "verdict" in (known := results.readings.get(run.id, {}))
+            _probe(run.seed, readings) for run in runs if "verdict" in (readings := results.readings.get(run.id, {}))
         ),
-        alignment=tuple(found for run, m in zip(runs, own, strict=True) if (found := _alignment(run.seed, m))),
-        ranges={key: (min(found), max(found)) for key, found in values.items() if len(found) > 1},
+        alignment=tuple(index for run, m in zip(runs, by_run, strict=True) if (index := _alignment(run.seed, m))),
+        ranges={key: (min(some), max(some)) for key, some in values.items() if len(some) > 1},
         kept_by_seed=by_seed,
-        costs={name: fmean(found) for name, found in spent.items()},
+        costs={name: fmean(over_seeds) for name, over_seeds in spent.items()},
     )
 
 
 def credit_interval(answers: Sequence[Mapping[str, float]]) -> Interval | None:
-    """Mean credit on the items that all seeds have, percent."""
+    """Mean credit on the items that all seeds answered, in percent."""
     credit = aligned(answers)
     if not credit.size:
         return None
     crossed = None if 1 in credit.shape else crossed_interval(credit)[0]
-    # Student's t has no width where every answer is right; `crossed_interval` keeps to the borders of a difference.
+    # Student's t has no width if every answer is right, and `crossed_interval` clips at the limits of a difference.
     if crossed is None or crossed.low == crossed.high:
         return share_interval(credit, binary=is_binary(credit)).scaled(100)
     return Interval(crossed.estimate, max(0.0, crossed.low), crossed.high).scaled(100)
 
 
 def _decode_speeds(arm: str, of_runs: Iterable[Sequence[Row[Any]]]) -> Iterable[float]:
-    """Tokens per second of decoding of each run that was timed: sum of tokens over sum of time."""
+    """Tokens decoded per second in each timed run: sum of tokens over sum of time."""
     for timings in of_runs:
-        own = [t for t in timings if t.phase == "decode" and t.arm == arm and t.tokens is not None]
-        if time := sum(t.nanoseconds for t in own):
-            yield sum(t.tokens or 0 for t in own) * 1e9 / time
+        decoded = [t for t in timings if t.phase == "decode" and t.arm == arm and t.tokens is not None]
+        if time := sum(t.nanoseconds for t in decoded):
+            yield sum(t.tokens or 0 for t in decoded) * 1e9 / time
 
 
 def speed_changes(arm: str, timings: Sequence[Row[Any]]) -> list[float]:
@@ -309,17 +312,17 @@ def speed_changes(arm: str, timings: Sequence[Row[Any]]) -> list[float]:
     for t in timings:
         if t.phase == "decode" and t.tokens and t.nanoseconds and t.arm in rates:
             rates[t.arm][t.repetition] = t.tokens / t.nanoseconds
-    own, base = rates[arm], rates[BASE]
-    return [own[k] / base[k] - 1 for k in sorted(own.keys() & base.keys())]
+    tuned, base = rates[arm], rates[BASE]
+    return [tuned[k] / base[k] - 1 for k in sorted(tuned.keys() & base.keys())]
 
 
 def speed_change(changes: Sequence[float]) -> SpeedChange:
-    """Median of shares over the repetitions of all seeds, with an interval from their order, which no outlier moves."""
+    """Median over the repetitions of all seeds, with an interval from order statistics, so outliers have no effect."""
     if not changes:
         return SpeedChange(None, 0.0, 0)
-    found = median_interval(changes, LEVEL)
-    points = Interval(found["median"], found["low"], found["high"]).scaled(100)
-    return SpeedChange(points, found["confidence"], len(changes))
+    median = median_interval(changes, LEVEL)
+    points = Interval(median["median"], median["low"], median["high"]).scaled(100)
+    return SpeedChange(points, median["confidence"], len(changes))
 
 
 def _probe(seed: int, readings: Mapping[str, Row[Any]]) -> ProbeRow:
@@ -332,11 +335,11 @@ def _probe(seed: int, readings: Mapping[str, Row[Any]]) -> ProbeRow:
 
 
 def _alignment(seed: int, metrics: Mapping[Key, float]) -> AlignmentRow | None:
-    found = {name: value for (split, name), value in metrics.items() if split == "alignment"}
+    numbers = {name: value for (split, name), value in metrics.items() if split == "alignment"}
 
     def bounded(middle: str, stem: str) -> Interval | None:
         names = (middle, f"{stem}_low", f"{stem}_high")
-        return Interval(*(found[name] for name in names)) if all(name in found for name in names) else None
+        return Interval(*(numbers[name] for name in names)) if all(name in numbers for name in names) else None
 
     index = bounded("alignment_index", "alignment_index")
     if index is None:
@@ -345,10 +348,10 @@ def _alignment(seed: int, metrics: Mapping[Key, float]) -> AlignmentRow | None:
         seed=seed,
         index=index,
         null=bounded("alignment_null_mean", "alignment_null"),
-        p_value=found.get("alignment_p_value"),
+        p_value=numbers.get("alignment_p_value"),
         delta=bounded("delta_alignment_index", "delta_alignment_index"),
-        delta_p_value=found.get("delta_alignment_p_value"),
-        others={name: found[name] for name in CLUSTER_INDICES if name in found},
+        delta_p_value=numbers.get("delta_alignment_p_value"),
+        others={name: numbers[name] for name in CLUSTER_INDICES if name in numbers},
     )
 
 

@@ -1,4 +1,4 @@
-"""A comparison for other programs: JSON, CSV, and the files that DVC shows."""
+"""A comparison for other programs: JSON, CSV, and the files that DVC displays."""
 
 import csv
 import io
@@ -18,12 +18,12 @@ from evaluation.statistics.intervals import LEVEL, Interval
 
 _SMALL = 6
 _WORDS = {(Difference, "outcome"): "verdict", (Comparison, "outcomes"): "verdicts"}
-"""Attributes whose key in JSON is older than their name."""
+"""Attributes that keep an older name as their key in JSON."""
 
 
-def as_json(found: Comparison | Sequence[TaskRow]) -> str:
-    """Return everything as JSON; NaN and infinities are words, since JSON has no such numbers."""
-    return json.dumps(_plain(found), indent=1, ensure_ascii=False, allow_nan=False)
+def as_json(content: Comparison | Sequence[TaskRow]) -> str:
+    """Everything as JSON; NaN and infinity are words, since JSON has no such numbers."""
+    return json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
@@ -40,10 +40,10 @@ def _plain(value: Any) -> Any:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """Return one line for each arm, with bounds, p-values and the outcome of every criterion in their own columns.
+    """One line per arm, with separate columns for bounds, p-values and the outcome of every criterion.
 
-    Columns with `lead` are about the arm in `baseline`, the other differences about the base. `Primary` says what the
-    columns of the primary metric are called.
+    Columns with `lead` are differences from the arm in `baseline`, the others from the base. `Primary` names the
+    columns of the primary metric.
     """
     return _records([_record(comparison, row) for row in comparison.rows])
 
@@ -84,8 +84,8 @@ def _record(comparison: Comparison, row: ArmRow) -> dict[str, object]:
     lead = _difference(row.against(comparison.baseline), "lead", None)
     record |= {key if key.startswith("lead") else f"lead_{key}": value for key, value in lead.items()}
     for name in NAMES:
-        found = for_arm(comparison.criteria, row.arm, name)
-        record[f"criterion_{name.replace(' ', '_')}"] = found.outcome if found else None
+        criterion = for_arm(comparison.criteria, row.arm, name)
+        record[f"criterion_{name.replace(' ', '_')}"] = criterion.outcome if criterion else None
     above = comparison.pareto.get(row.arm)
     record |= {
         "task": primary.task,
@@ -102,13 +102,14 @@ def _record(comparison: Comparison, row: ArmRow) -> dict[str, object]:
 
 
 def _benchmarks(comparison: Comparison, arm: str) -> dict[str, object]:
-    """Score, differences and outcomes of each benchmark, in columns that begin with its name; the same of all arms."""
-    found: dict[str, object] = {}
-    for row in comparison.benchmarks:
-        own = task_record(row)
-        for key in (key for key in own if key.startswith(("score", "delta_score", "lead"))):
-            found[f"{row.task}_{key}"] = own[key] if row.arm == arm else found.get(f"{row.task}_{key}")
-    return found
+    """Score, differences and outcomes of each benchmark, in columns that begin with its name."""
+    columns: dict[str, object] = {}
+    for row in comparison.benchmarks:  # of all arms, so that every line has the same columns
+        for key, value in task_record(row).items():
+            if key.startswith(("score", "delta_score", "lead")):
+                name = f"{row.task}_{key}"
+                columns[name] = value if row.arm == arm else columns.get(name)
+    return columns
 
 
 def _difference(difference: Difference | None, stem: str, missing: float | None) -> dict[str, object]:
@@ -129,14 +130,14 @@ def _difference(difference: Difference | None, stem: str, missing: float | None)
 
 
 def task_record(row: TaskRow) -> dict[str, object]:
-    """One line of all tasks; percent and percentage points, and nothing where there is no number."""
+    """One line of the table of all tasks, in percent and percentage points; None where there is no number."""
 
-    def brief(stem: str, found: Difference | None) -> dict[str, object]:
+    def brief(stem: str, d: Difference | None) -> dict[str, object]:
         return {
-            f"{stem}_points": found.points.estimate if found else None,
-            **_bounds(stem, found.points if found else None),
-            f"{stem}_p_holm": found.p_holm if found else None,
-            f"{stem}_verdict": found.outcome if found else None,
+            f"{stem}_points": d and d.points.estimate,
+            **_bounds(stem, d.points if d else None),
+            f"{stem}_p_holm": d and d.p_holm,
+            f"{stem}_verdict": d and d.outcome,
         }
 
     return {
@@ -156,15 +157,15 @@ def task_record(row: TaskRow) -> dict[str, object]:
     }
 
 
-def _bounds(stem: str, found: Interval | None) -> dict[str, object]:
-    return {f"{stem}_low": found.low if found else None, f"{stem}_high": found.high if found else None}
+def _bounds(stem: str, interval: Interval | None) -> dict[str, object]:
+    return {f"{stem}_low": interval and interval.low, f"{stem}_high": interval and interval.high}
 
 
 # What `dvc metrics show`, `dvc metrics diff` and `dvc plots show` read
 
 
 def metrics(comparison: Comparison) -> dict[str, dict[str, float | str]]:
-    """Arm → name → number or word; what was not measured is left out, since DVC knows no empty value.
+    """Arm → name → number or word; missing ones are left out, since DVC has no empty value.
 
     Accuracies and shares in percent, differences in percentage points, speeds in tokens per second.
     """
@@ -172,7 +173,7 @@ def metrics(comparison: Comparison) -> dict[str, dict[str, float | str]]:
 
 
 def _numbers(row: ArmRow, primary: Primary) -> dict[str, float | str]:
-    found: dict[str, float | str | None] = {
+    numbers: dict[str, float | str | None] = {
         primary.key: row.accuracy,
         "retention_accuracy": row.retention,
         "retention_kept": row.retention_share,
@@ -190,22 +191,25 @@ def _numbers(row: ArmRow, primary: Primary) -> dict[str, float | str]:
     }
     for d in row.differences:
         name = primary.difference_key(d.against)
-        found |= {name: d.points.estimate, f"{name}_low": d.points.low, f"{name}_high": d.points.high}
-        found[f"{name}_verdict"] = d.outcome
-    known = {name: value for name, value in found.items() if value is not None}
-    return {name: value for name, value in known.items() if isinstance(value, str) or math.isfinite(value)}
+        numbers |= {name: d.points.estimate, f"{name}_low": d.points.low, f"{name}_high": d.points.high}
+        numbers[f"{name}_verdict"] = d.outcome
+    return {
+        name: value
+        for name, value in numbers.items()
+        if isinstance(value, str) or (value is not None and math.isfinite(value))
+    }
 
 
 def accuracy_table(comparison: Comparison) -> str:
-    """CSV: a line for each arm with the task's primary metric and the bounds of its interval, percent.
+    """CSV: one line per arm with the task's primary metric and the bounds of its interval, in percent.
 
-    Column `score` has it for every task, since dvc.yaml can name but one; `title` is what the chart calls it.
+    Column `score` is there for every task, since dvc.yaml can name only one column; `title` is the chart's.
     """
     primary, title = comparison.primary, _title(comparison.primary)
-    found = [(row.arm, i.estimate, i.low, i.high, title) for row in comparison.rows if (i := row.accuracy_interval)]
+    lines = [(row.arm, i.estimate, i.low, i.high, title) for row in comparison.rows if (i := row.accuracy_interval)]
     if primary.key == "score":
-        return _csv(["arm", "score", "low", "high", "title"], found)
-    return _csv(["arm", primary.key, "low", "high", "title", "score"], [[*line, line[1]] for line in found])
+        return _csv(["arm", "score", "low", "high", "title"], lines)
+    return _csv(["arm", primary.key, "low", "high", "title", "score"], [[*line, line[1]] for line in lines])
 
 
 def _title(primary: Primary) -> str:
@@ -220,7 +224,7 @@ def difference_table(comparison: Comparison) -> str:
 
 
 def loss_table(report: Report, split: str) -> str:
-    """CSV: step, arm, seed and loss (nats per token) of each compared run; what is not finite is left out."""
+    """CSV: step, arm, seed and loss (nats per token) of each compared run; infinite ones are left out."""
     return _csv(
         ["step", "arm", "seed", "loss"],
         [
@@ -233,7 +237,7 @@ def loss_table(report: Report, split: str) -> str:
 
 
 def write_tracked(metrics_file: Path, plots: Path, report: Report) -> None:
-    """Write the numbers, and into an existing folder the tables that dvc.yaml draws."""
+    """Write the numbers, and the tables that dvc.yaml draws into an existing folder."""
     from db.files import write_json  # pydantic takes time, and the command above needs none
 
     comparison = report.comparison
