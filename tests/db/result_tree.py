@@ -61,8 +61,8 @@ def verdict_json(arm, seed):
         reading("twin_divergence", 0.0 if plain else "inf", "pass", unit="A/A floors", threshold=10.0),
         reading("layer_angle", angle, layer="layers.0.q_proj", step=25, unit="degrees"),
     ]
-    said = {"verdict": word, "diagnosis": why, "reason": "because", "as_claimed": True}
-    return {**head(arm, seed), **said, "readings": readings}
+    verdict = {"verdict": word, "diagnosis": why, "reason": "because", "as_claimed": True}
+    return {**head(arm, seed), **verdict, "readings": readings}
 
 
 def artifact(kind, path, content, parent=None):
@@ -228,10 +228,10 @@ def make_benchmark(root, arm, seed=0, *, right, task="own_sums"):
         used[f"adapters/{arm}/{seed}/adapter_model.safetensors"] = sha(f"adapter {arm}/{seed}")
     listed = isinstance(right, list)
     name, value = ("acc", sum(right) / len(right)) if listed else ("word_perplexity", right)
-    told = {"version": "1.0", "shots": 0, "items": 3, "metric": "acc" if listed else None}
+    asked = {"version": "1.0", "shots": 0, "items": 3, "metric": "acc" if listed else None}
     meaning = {"unit": "share" if listed else "", "direction": "higher", "description": f"{name} as lm-eval has it"}
     metric = {"name": name, "split": f"harness/{task}", "value": value, "n": 3}
-    content = {"benchmark": task, "lm_eval": "0.4.13", "tasks": {task: told}, "metrics": [metric]}
+    content = {"benchmark": task, "lm_eval": "0.4.13", "tasks": {task: asked}, "metrics": [metric]}
     write(place / "run.json", run_json("harness", arm, seed, inputs=used))
     write(place / "harness.json", {**head(arm, seed), **content, "metric_defs": {name: meaning}})
     lines = [

@@ -105,14 +105,14 @@ def test_a_failed_export_leaves_the_old_files(filled, tmp_path, monkeypatch):
 
 
 def test_faults_are_named_with_the_next_step(filled, tmp_path):
-    def said(*options, code=1):
+    def output(*options, code=1):
         done = CliRunner().invoke(app, ["export", *options])
         assert done.exit_code == code
         return done.output
 
     out, db = ["--out", str(tmp_path / "out")], ["--db", str(filled)]
-    assert "got 'metrics'. Name one of: artifact," in said(*db, *out, "--table", "metrics")
-    assert "no such file" in said("--db", str(tmp_path / "none.db"), *out)
+    assert "got 'metrics'. Name one of: artifact," in output(*db, *out, "--table", "metrics")
+    assert "no such file" in output("--db", str(tmp_path / "none.db"), *out)
     (tmp_path / "file").write_text("")
-    assert "a writable folder at" in said(*db, "--out", str(tmp_path / "file"))
-    assert said(*db, *out, "--table", "spectrum", code=0) == f"{tmp_path}/out/spectrum.csv: 3 rows\n"
+    assert "a writable folder at" in output(*db, "--out", str(tmp_path / "file"))
+    assert output(*db, *out, "--table", "spectrum", code=0) == f"{tmp_path}/out/spectrum.csv: 3 rows\n"

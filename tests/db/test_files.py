@@ -1,4 +1,4 @@
-"""Output folders are whole or not there."""
+"""Output folders are whole or absent."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""From result files to tables and views: every number arrives, and what makes no sense is refused by name."""
+"""From result files to tables and views: every number arrives, and impossible results are refused by name."""
 
 import json
 import math
@@ -178,19 +178,19 @@ def test_views_agree_with_numbers_worked_out_by_hand(tree, path):
     # 1/2, 3/4, 3/6 and 7/8 of the base's speed in the same repetition: the median of these, and no mean of them.
     assert arm["delta_speed"] == pytest.approx(100 * ((1 / 2 + 3 / 4) / 2 - 1))
     assert arm["inference_speed"] == pytest.approx(600e9 / (20e9 + 1))
-    told = load_report(path).comparison.rows[1]
-    assert (told.delta_speed, told.decode_speed) == pytest.approx((arm["delta_speed"], arm["inference_speed"]))
+    row = load_report(path).comparison.rows[1]
+    assert (row.delta_speed, row.decode_speed) == pytest.approx((arm["delta_speed"], arm["inference_speed"]))
 
 
-def test_costs_are_what_training_said(tree, path):
-    """Results from before costs were written, and a base, have none; a run that went on does not know its time."""
-    told = {"steps": 40, "train_seconds": 10.0, "peak_memory_bytes": 5 * 10**9, "trained_parameters": 900,
+def test_costs_are_those_that_training_recorded(tree, path):
+    """Older results and the base have none, and a resumed run does not know its whole time."""
+    extra = {"steps": 40, "train_seconds": 10.0, "peak_memory_bytes": 5 * 10**9, "trained_parameters": 900,
             "trainable_parameters": 800, "resumed_from_step": None}  # fmt: skip
-    edit(tree / "adapters/baseline_lora/0/run.json", extra=told)
+    edit(tree / "adapters/baseline_lora/0/run.json", extra=extra)
     ingest(tree, path)
     costs = {(row["arm"], row["seed"]): row for row in shown(path, "costs")}
-    kept = {name: costs["baseline_lora", 0][name] for name in list(told)[:4]}
-    assert kept == {name: told[name] for name in kept}
+    kept = {name: costs["baseline_lora", 0][name] for name in list(extra)[:4]}
+    assert kept == {name: extra[name] for name in kept}
     arm, old, base = (costs[key] for key in (("baseline_lora", 0), ("baseline_lora", 1), ("base", 0)))
     assert (arm["saved_parameters"], arm["seconds_a_step"]) == (800, 0.25)
     assert (arm["adapter_bytes"], arm["model_gguf_bytes"]) == (
@@ -199,7 +199,7 @@ def test_costs_are_what_training_said(tree, path):
     )
     assert base["model_gguf_bytes"] == len("base gguf") and base["adapter_bytes"] is None
     assert {old[name] for name in ("steps", "train_seconds", "seconds_a_step", "trained_parameters")} == {None}
-    edit(tree / "adapters/baseline_lora/0/run.json", extra=told | {"resumed_from_step": 20})
+    edit(tree / "adapters/baseline_lora/0/run.json", extra=extra | {"resumed_from_step": 20})
     ingest(tree, path)
     (arm,) = (row for row in shown(path, "costs") if (row["arm"], row["seed"]) == ("baseline_lora", 0))
     assert (arm["steps"], arm["train_seconds"], arm["seconds_a_step"]) == (40, None, None)
@@ -249,7 +249,7 @@ def test_strange_text_and_an_answer_without_a_number_are_stored(tree, path):
         ingest(tree, path)  # half of a UTF-16 pair is no JSON
 
 
-def test_arms_that_are_not_there_yet_or_failed_are_noted(tree, path):
+def test_missing_and_failed_arms_are_noted(tree, path):
     (tree / "scores/baseline_lora/1/scores.json").unlink()
     edit(tree / "adapters/baseline_lora/0/run.json", status="failed", error="loss was nan")
     (tree / "gguf/baseline_lora/0/run.json").unlink()  # what an unfinished stage left undone is no fault of the files
@@ -410,7 +410,7 @@ SPEED = {"arm": "baseline_lora", "phase": "decode", "repetition": 0, "tokens": 1
         (Q_SAMPLES, [{"type": "f16"}] * 9, "4 more lines cannot be read"),
     ],
 )  # fmt: skip
-def test_rubbish_is_refused_by_name(tree, path, file, change, words):
+def test_impossible_results_are_refused_by_name(tree, path, file, change, words):
     if isinstance(change, dict):
         edit(tree / file, **change)
     else:
@@ -437,7 +437,7 @@ def test_precisions_and_their_items_must_agree(tree, path):
 @pytest.mark.parametrize(
     "name", ["scores", "scores/base/0/scores.json", "quantized/baseline_lora/0", "verdicts", "runs"]
 )
-def test_what_may_not_be_read_is_named_and_never_counts_as_absent(tree, path, name):
+def test_unreadable_files_are_named_and_do_not_count_as_absent(tree, path, name):
     ingest(tree, path)
     before = content(path)
     for folder in (tree / "runs", tree / "runs/.lock"):
@@ -482,7 +482,7 @@ def test_a_task_that_comes_back_is_the_same_runs(tree, path):
     assert ask(path, query) == [(row["run_key"],) for row in before["run"]]
 
 
-def test_while_one_task_replaces_another_neither_is_torn(tree, path):
+def test_while_one_task_replaces_another_both_keep_their_base(tree, path):
     """The base is scored on the new task first; somebody reads the results in between."""
     ingest(tree, path)
     aqi = "SELECT id, reference_run_id FROM run WHERE task = 'aqi' ORDER BY id"
@@ -492,9 +492,9 @@ def test_while_one_task_replaces_another_neither_is_torn(tree, path):
     for name, text in kept.items():
         (tree / name).write_bytes(text)
     make_arm(tree, "baseline_lora", 0, correct=RIGHT)
-    said = notes(tree, path, arms=["baseline_lora"], seeds=[0])
-    assert any("several tasks are on disk (aqi, gsm8k)" in note for note in said)
-    assert any("baseline_lora/0: no base with the same items and backend" in note for note in said)
+    noted = notes(tree, path, arms=["baseline_lora"], seeds=[0])
+    assert any("several tasks are on disk (aqi, gsm8k)" in note for note in noted)
+    assert any("baseline_lora/0: no base with the same items and backend" in note for note in noted)
     to_gsm8k(tree)
     ingest(tree, path, seeds=[0])
     now = dict(ask(path, aqi))
@@ -513,7 +513,7 @@ def test_two_sizes_of_a_model_are_not_seeds_of_one_arm(tmp_path, path):
     latest = set(ask(path, "SELECT arm, seed, base_key FROM run WHERE is_latest AND task = 'gsm8k'"))
     assert latest == {("base", 0, large), *((arm, seed, large) for arm in ARMS for seed in (1, 2))}
     pairs = ask(path, "SELECT r.base_key, b.base_key FROM run r JOIN run b ON b.id = r.reference_run_id")
-    assert len(pairs) == 8 and all(own == base for own, base in pairs), "no arm is held against another size"
+    assert len(pairs) == 8 and all(own == base for own, base in pairs), "no arm is compared with another size"
     to_alpaca(tree)
     ingest(tree, path, seeds=[0])
     assert all(ref for (ref,) in ask(path, "SELECT reference_run_id FROM run WHERE arm <> 'base'"))

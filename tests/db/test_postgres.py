@@ -51,12 +51,12 @@ def test_all_tables_and_views_equal_those_of_sqlite(tree, three, postgres):
     assert ask(postgres, kinds) == [(None, "inf"), (None, "nan")]
     rebuild(tree, postgres)
     assert comparable(content(postgres)) == expected, "the same to the id"
-    said = CliRunner().invoke(app, ["check", "--db", postgres, "--root", str(tree)])
-    assert said.exit_code == 0 and "sound" in said.output, said.output
+    result = CliRunner().invoke(app, ["check", "--db", postgres, "--root", str(tree)])
+    assert result.exit_code == 0 and "sound" in result.output, result.output
     with raw(postgres) as connection:
         connection.execute(text("UPDATE sample SET credit = 0 WHERE id = 1"))
-    said = CliRunner().invoke(app, ["check", "--db", postgres, "--root", str(tree)])
-    assert said.exit_code == 1 and "sample: expected the" in said.output
+    result = CliRunner().invoke(app, ["check", "--db", postgres, "--root", str(tree)])
+    assert result.exit_code == 1 and "sample: expected the" in result.output
 
 
 def test_exports_are_the_same(tree, path, tmp_path, postgres):

@@ -1,4 +1,4 @@
-"""The archive and the database derived from it: whole or not there, and never in the place of somebody else's file."""
+"""The archive and the database derived from it: whole or absent, and never in the place of another file."""
 
 import os
 import random
@@ -42,8 +42,8 @@ def test_deleted_and_made_again_it_is_the_same_with_earlier_tasks_and_settings(t
     assert Counter(row["task"] for row in before["run"]) == {"aqi": 3, "gsm8k": 3, "alpaca": 4}
     assert all(before[name] for name in before)
     three.unlink()
-    said = CliRunner().invoke(app, ["rebuild", "--db", str(three), "--root", str(tree)])
-    assert said.exit_code == 0 and "10 runs in all" in said.output, said.output
+    result = CliRunner().invoke(app, ["rebuild", "--db", str(three), "--root", str(tree)])
+    assert result.exit_code == 0 and "10 runs in all" in result.output, result.output
     assert content(three) == before
     assert_sound(three, tree)
     three.unlink()
@@ -87,8 +87,8 @@ def test_faults_of_the_archive_are_named_at_once_and_the_database_stands(tree, p
         file.unlink()
     with pytest.raises(FileError) as refused:
         rebuild(tree, path)
-    told = str(refused.value)
-    assert "3 problems" in told and all(f"runs/{p.name}" in told for p in (first, second, third)), told
+    message = str(refused.value)
+    assert "3 problems" in message and all(f"runs/{p.name}" in message for p in (first, second, third)), message
     assert content(path) == before
 
 
@@ -126,12 +126,12 @@ DAMAGES = {
 }
 
 
-def test_what_differs_from_the_archive_is_found_at_once_and_mended(tree, path):
+def test_check_finds_what_differs_from_the_archive_and_rebuild_mends_it(tree, path):
     ingest(tree, path)
     foreign(path, *DAMAGES)
-    said = CliRunner().invoke(app, ["check", "--db", str(path), "--root", str(tree)])
-    assert said.exit_code == 1
-    assert all(re.search(f"fault: {words}", said.output) for words in DAMAGES.values()), said.output
+    result = CliRunner().invoke(app, ["check", "--db", str(path), "--root", str(tree)])
+    assert result.exit_code == 1
+    assert all(re.search(f"fault: {words}", result.output) for words in DAMAGES.values()), result.output
     rebuild(tree, path)
     assert_sound(path, tree)
 
@@ -200,7 +200,7 @@ def test_a_reader_keeps_its_content_while_the_database_is_replaced(tree, path):
         assert reader.execute(count).one() != before
 
 
-def test_a_database_that_somebody_writes_to_is_left_to_him(tree, path, monkeypatch):
+def test_a_database_that_another_process_is_writing_to_stays(tree, path, monkeypatch):
     ingest(tree, path)
     monkeypatch.setattr("db.store.BUSY_TIMEOUT_S", 0.1)
     with closing(sqlite3.connect(path, isolation_level=None)) as raw:
@@ -244,8 +244,8 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_what_is_not_ours_stays_byte_by_byte(tree, tmp_path, other):
-    """A name given by mistake must cost nobody his file, and no advice may say to remove it."""
+def test_other_peoples_files_stay_as_they_are(tree, tmp_path, other):
+    """A wrong --db must not cost anybody a file, and no advice may be to remove it."""
     path = tmp_path / "named-by-mistake"
     path.write_text(other) if isinstance(other, str) else foreign(path, *other)
     before = path.read_bytes()
@@ -348,15 +348,15 @@ def test_commands(tmp_path, monkeypatch):
     tree = make_full_tree(tmp_path / "project")
     monkeypatch.chdir(tree)
 
-    def said(*words, code=0):
+    def output(*words, code=0):
         done = CliRunner().invoke(app, list(words))
         assert done.exit_code == code, done.output
         return done.output
 
-    assert "3 runs in the working copy, 3 of them new or changed; 3 runs in all" in said("ingest")
+    assert "3 runs in the working copy, 3 of them new or changed; 3 runs in all" in output("ingest")
     assert os.listdir("outputs") == ["centralized.db"]
-    assert "sample                300 rows" in said("check")
-    assert "2 runs in the working copy" in said("ingest", "--arm", "baseline_lora", "--seed", "1")
+    assert "sample                300 rows" in output("check")
+    assert "2 runs in the working copy" in output("ingest", "--arm", "baseline_lora", "--seed", "1")
     write(tree / "scores/base/0/scores.json", "{")
-    assert "1 problem in the result files" in said("ingest", code=2)
-    assert "error: expected a database at none.db" in said("check", "--db", "none.db", code=1)
+    assert "1 problem in the result files" in output("ingest", code=2)
+    assert "error: expected a database at none.db" in output("check", "--db", "none.db", code=1)
