@@ -53,6 +53,7 @@ REFUSED = [
     (LORA, {"optim_args": {"beta": 0.9}}, r"optim_args\.beta: .*did you mean 'betas'"),
     (LORA, {"optim_args": {"lr": 0.9}}, r"optim_args\.lr: .*learning_rate"),
     (LORA, {"optim_args": {"betas": [2, 0.9]}}, r"optim_args: adamw_torch .*Invalid beta"),
+    (GRIT, {"grit": {"lora_rank": 8, "model_id": "x"}}, r"grit: lora_rank, model_id: has no effect here"),
     (GRIT, {"optimizer": "torch.optim.Muon"}, r"optimizer: .*adamw_torch"),
     (GRIT, {"optim_args": {"amsgrad": True}}, r"optim_args: .*got amsgrad"),
     # PEFT

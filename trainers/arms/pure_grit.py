@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from grit.config import GRITConfig
+from grit.config import RUN_FIELDS, GRITConfig
 from trainers.optimizers import ADAMW
 from trainers.run import Arm, TrainingJob, sft_trainer_class
 from trainers.settings import TrainSettings
@@ -40,9 +40,11 @@ class GritSettings(TrainSettings):
     @classmethod
     def _grit(cls, values: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
         if values is not None:
-            doubled = sorted(key for key in values if str(key).startswith("lora_"))
-            if doubled:
-                raise ValueError(f"{', '.join(doubled)}: set LoRA's shape by rank, alpha, dropout and target_modules")
+            elsewhere = sorted(key for key in values if str(key).startswith("lora_") or key in RUN_FIELDS)
+            if elsewhere:
+                raise ValueError(
+                    f"{', '.join(elsewhere)}: has no effect here; set rank, alpha, learning_rate, … of train"
+                )
             # Raises with every mistake; min_lora_rank is checked against this run's rank.
             GRITConfig.from_dict({"lora_rank": info.data.get("rank", 1024), **values})
         return values
