@@ -1,6 +1,6 @@
 """llama.cpp's converters, from the very source distribution that the installed runtime was built from.
 
-`python -m export.converters` fetches them (`make setup` does). Converter and runtime are so the same llama.cpp.
+`python -m export.converters` fetches them (`make setup` does). So converter and runtime are the same llama.cpp.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from export import ExportError, MergedOnlyError
 PACKAGE = "llama-cpp-python"
 # sha256 of the source distributions whose converters were tried out.
 KNOWN = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
-# Most of a converter's time are its imports: a fork server makes them once for all that a process converts.
+# Imports take most of a converter's time: a fork server does them once for everything that a process converts.
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(
     ["torch", "transformers.models.auto.configuration_auto", "transformers.models.llama.configuration_llama", __name__]
@@ -45,27 +45,28 @@ def require() -> Path:
 
 
 def run(script: str, arguments: list[str], made: Path) -> None:
-    """Run a converter, which makes a file.
+    """Run a converter that writes the file `made`.
 
-    Raises ExportError: it refused; why, or its last words where the reason is new. MergedOnlyError: it can convert only
-    a part of an adapter.
+    Raises ExportError: it refused, with the reason, or its last lines where the reason is new. MergedOnlyError: it can
+    convert only a part of an adapter.
     """
     log = made.with_name(f"{made.name}.log")
     child = _PROCESSES.Process(target=_run, args=(require() / script, arguments, log))
     child.start()
     child.join()
-    said = log.read_text(encoding="utf-8", errors="replace").strip() if log.is_file() else "it left no log"
+    log_text = log.read_text(encoding="utf-8", errors="replace").strip() if log.is_file() else "it left no log"
     log.unlink(missing_ok=True)
     if child.exitcode or not made.is_file() or made.stat().st_size == 0:
-        if script == ADAPTER and (reason := _found(_UNMAPPED, said)):
+        if script == ADAPTER and (reason := _reason(_UNMAPPED, log_text)):
             raise MergedOnlyError(f"llama.cpp's converter {reason}, so that the adapter can only be served merged")
-        if reason := _found(_REASONS, said):
-            family = re.search(r"[Mm]odel architecture: (\w+)", said)
+        if reason := _reason(_REASONS, log_text):
+            family = re.search(r"[Mm]odel architecture: (\w+)", log_text)
             raise ExportError(
                 f"llama.cpp's converter cannot take {family[1] if family else 'this model'}: {reason}; choose a base "
                 "of a family that docs/serving.md names, with its own tokenizer"
             )
-        raise ExportError(f"llama.cpp's {script} failed (exit {child.exitcode}):\n" + "\n".join(said.splitlines()[-8:]))
+        last = "\n".join(log_text.splitlines()[-8:])
+        raise ExportError(f"llama.cpp's {script} failed (exit {child.exitcode}):\n{last}")
 
 
 # What a converter says → the reason in a sentence.
@@ -87,10 +88,10 @@ _UNMAPPED = {
 }
 
 
-def _found(reasons: dict[str, str], said: str) -> str | None:
+def _reason(reasons: dict[str, str], log_text: str) -> str | None:
     for pattern, reason in reasons.items():
-        if found := re.search(pattern, said, re.MULTILINE):
-            return reason.format(*found.groups(), transformers=metadata.version("transformers"))
+        if match := re.search(pattern, log_text, re.MULTILINE):
+            return reason.format(*match.groups(), transformers=metadata.version("transformers"))
     return None
 
 
@@ -103,17 +104,17 @@ def _run(script: Path, arguments: list[str], log: Path) -> None:
 
 
 def _name_splits() -> None:
-    """Have the converter go by how a tokenizer splits text where it does not know the vocabulary.
+    """Let the converter recognise a tokenizer by how it splits text where it does not know the vocabulary.
 
-    It knows byte-level BPE tokenizers by a hash of what their vocabulary makes of a text, so that a new vocabulary is
-    unknown even where it splits text as a known one does.
+    It recognises byte-level BPE tokenizers by a hash of one encoded text, so a new vocabulary is unknown even if it
+    splits text as a known one does.
     """
     model_class = import_module("conversion.base").TextModel
-    known = model_class.get_vocab_base_pre
+    by_hash = model_class.get_vocab_base_pre
 
     def named(model: Any, tokenizer: Any) -> str:
         try:
-            return str(known(model, tokenizer))
+            return str(by_hash(model, tokenizer))
         except NotImplementedError:
             if (name := split_name(json.loads(tokenizer.backend_tokenizer.to_str()))) is None:
                 raise
@@ -134,10 +135,10 @@ _SPLITS = {
 
 
 def split_name(tokenizer: dict[str, Any]) -> str | None:
-    """llama.cpp's name for how a tokenizer.json splits text, if it has one that is sure."""
-    given = tokenizer.get("pre_tokenizer") or {}
+    """llama.cpp's name for how a tokenizer.json splits text, or None where it is not certain."""
+    splitter = tokenizer.get("pre_tokenizer") or {}
     steps = []
-    for step in given.get("pretokenizers", [given]):
+    for step in splitter.get("pretokenizers", [splitter]):
         match step:
             case {"type": "ByteLevel", "add_prefix_space": False, **rest}:
                 steps.append("ByteLevel" if rest.get("use_regex", True) else "bytes")

@@ -1,14 +1,14 @@
 """Why a served model differs from the trained one: the first differing token, and the cause.
 
-Each cause has evidence of its own:
+Each cause has its own evidence:
     template       the rendered text differs;
     BOS            the text is equal, and the tokens are once the first one is put in front or taken away;
-    stop           the answer is right with the stop words of training, or goes on behind the end token;
-    rounding       llama.cpp, given the answer up to there, has both tokens at the top, all but equally likely;
-    scale          base + adapter at another scale answers just so, for all prompts that were tried;
+    stop           the answer is right with the stop words of training, or continues past the end token;
+    rounding       llama.cpp, given the answer up to there, ranks both tokens at the top, almost equally likely;
+    scale          base + adapter at another scale gives these answers, for all prompts tried;
     quantization   none of these, and the weights have fewer than 16 bits.
-What is left lies in the weights themselves (a damaged file, a merge gone wrong), or in the server where llama.cpp
-answers from the same files as training did.
+What remains is a fault of the weights (a damaged file, a bad merge), or of the server where llama.cpp gives the answers
+of training from the same files.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,15 +29,15 @@ TIE = 0.025
 SCALE_PROMPTS = 8
 """Prompts on which other scales are tried; those that differ come first."""
 SCALE_AGREES = 0.85
-"""Share of them that must come out just so."""
+"""Share of them that must give exactly these answers."""
 NEAR = 16
-"""Best tokens among which those of two answers are looked for; one that ties is among the first few."""
+"""Number of best tokens searched for those of the two answers; one that ties is among the first few."""
 _SIXTEEN_BITS = (None, "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model that was asked; its engine is still open. `seen` is what it says to each of `references`."""
+    """A model and its answers, `seen`, to each of `references`; its engine is still open."""
 
     engine: Engine
     served: Served
@@ -66,23 +66,23 @@ def bos_cause(expected: Sequence[int], got: Sequence[int]) -> str | None:
 
 
 def ask(engine: Engine, reference: Reference, stop: Sequence[str] | None = None) -> Generation:
-    """What an engine makes of one prompt, as Hugging Face would have decoded it; `rendered` None: it does not tell."""
-    made = engine.generate(reference.asked, reference.max_tokens, stop)
-    return replace(made, text=as_decoded(made.text, reference.answer), rendered=engine.render(reference.asked))
+    """An engine's answer to one prompt, decoded as Hugging Face would; `rendered` None: the engine does not report it."""
+    answer = engine.generate(reference.asked, reference.max_tokens, stop)
+    return replace(answer, text=as_decoded(answer.text, reference.answer), rendered=engine.render(reference.asked))
 
 
 def as_decoded(text: str, answer: str) -> str:
     """An engine's text as Hugging Face, which says `answer`, would have decoded it.
 
-    SentencePiece's decoder drops the blank of the first token; llama.cpp and Ollama give it, since for them a prompt
-    stands in front. Other tokenizers keep it on both sides, so it goes only where the rest then fits better.
+    SentencePiece's decoder drops the blank of the first token; llama.cpp and Ollama keep it, since for them a prompt
+    comes first. Other tokenizers keep it on both sides, so it is removed only where the rest then matches better.
     """
     bare = text.removeprefix(" ")
     return bare if parting(bare, answer) > parting(text, answer) else text
 
 
 def same_tokens(reference: Reference, seen: Generation) -> bool | None:
-    """Whether the prompt was read as the same tokens; where the engine only counts them, as many; None: not told."""
+    """Whether the prompt was read as the same tokens; where the engine only counts them, as many; None: unknown."""
     if seen.prompt_ids is None and seen.prompt_tokens is None:
         return None
     if seen.prompt_ids is None:
@@ -91,12 +91,12 @@ def same_tokens(reference: Reference, seen: Generation) -> bool | None:
 
 
 def explain(case: Case) -> str | None:
-    """Where the first prompt that differs does so, and the likely cause; a tie only where nothing else differs."""
+    """The first difference and its likely cause; a tie is reported only where nothing else differs."""
     for number in sorted(range(len(case.seen)), key=lambda number: case.ties[number]):
         try:
             difference = _difference(case, number)
         except ExportError as error:  # a file or a server that the diagnosis needs; what differs is known all the same
-            difference = f"it is rendered, read or answered otherwise than in training. Cause not found: {error}"
+            difference = f"it is rendered, read or answered differently from training. Cause not found: {error}"
         if difference is not None:
             return f"prompt {number}: {difference}"
     return None
@@ -141,9 +141,9 @@ def _local(engine: Engine, served: Served) -> Iterator[LlamaCppEngine]:
 def gaps(
     engine: Engine, served: Served, references: Sequence[Reference], seen: Sequence[Generation]
 ) -> list[float | None]:
-    """How near a tie every answer parts from the reference's; None where it does not, or was asked something else.
+    """Gap in logits where each answer diverges from the reference; None where it does not, or the prompt differed.
 
-    None as well where the weights have fewer bits than training's: what those move is no matter of rounding.
+    Also None where the weights have fewer bits than in training: such differences are not due to rounding.
     """
     parted = [_same_prompt(r, s) and s.text != r.answer for r, s in zip(references, seen, strict=True)]
     if not any(parted) or engine.precision not in _SIXTEEN_BITS:
@@ -157,10 +157,10 @@ def gaps(
 
 
 def _gap(local: LlamaCppEngine, vocabulary: Vocabulary, reference: Reference, text: str) -> float | None:
-    """By how much the worse of the two tokens at which a text parts from the reference's falls short of the best.
+    """By how many logits the worse of the two diverging tokens falls short of the best token.
 
-    llama.cpp is given what both have in common, so a server's departure is measured where llama.cpp has none. Two
-    tokens that are equally unlikely are no tie. None: one of them is not among the best.
+    llama.cpp is given what both answers have in common, so it can measure where a server diverges even if it does not
+    itself. Two equally unlikely tokens are no tie. None: one of them is not among the best.
     """
     local.prefill(reference.ids)
     ids: list[int] = []
@@ -201,10 +201,12 @@ def _template(served: Served, reference: Reference, rendered: str) -> str:
         a, b = (vocabulary.ids(text) for text in (reference.rendered, rendered))
         at = parting(a, b)
         expected, got = vocabulary.word(a, at), vocabulary.word(b, at)
-    shown, wanted = (sum(text.count(turn[0]) for turn in reference.turns) for text in (rendered, reference.rendered))
-    if shown > wanted:
+    got_turns, expected_turns = (
+        sum(text.count(turn[0]) for turn in reference.turns) for text in (rendered, reference.rendered)
+    )
+    if got_turns > expected_turns:
         cause = "TEMPLATE renders what was said before, and the model was trained on single questions"
-    elif shown < wanted:
+    elif got_turns < expected_turns:
         cause = "TEMPLATE leaves out what was said before"
     elif reference.turns and expected in served.serving.stop:
         cause = f"TEMPLATE writes no {expected!r} behind an answer, so that turns run together"
@@ -220,7 +222,7 @@ def _tokens(gguf: Path, reference: Reference, seen: Generation) -> str:
     if seen.prompt_ids is None and seen.rendered is None:
         return (
             f"{seen.prompt_tokens} tokens are read, expected {len(reference.ids)}. Likely cause: template or BOS; this "
-            "server does not tell how it renders prompts"
+            "server does not report how it renders prompts"
         )
     with Vocabulary(gguf) as vocabulary:
         ids = _read(vocabulary, seen, reference)
@@ -250,7 +252,7 @@ def _read(vocabulary: Vocabulary, seen: Generation, reference: Reference) -> lis
 
 
 def _stop(case: Case, reference: Reference, seen: Generation) -> str | None:
-    """Whether other stop words, or an end token that does not end, explain an answer: asked again, not guessed."""
+    """Whether other stop words, or an end token that does not end, explain an answer; the engine is asked again."""
     trained = case.served.serving.stop
     if ask(case.engine, reference, trained).text == reference.answer:
         words = [w for w in case.engine.stop if reference.answer[len(seen.text) :].startswith(w)]

@@ -203,7 +203,7 @@ _NO_WINDOW = ("mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen
 
 
 def check_context(base: str, load_kwargs: dict[str, Any], num_ctx: int) -> None:
-    """Refuse a context in which llama.cpp computes otherwise than Hugging Face.
+    """Refuse a context in which llama.cpp computes something else than Hugging Face.
 
     Raises ExportError: the longest that is the same, and why.
     """
@@ -349,9 +349,9 @@ def quantize(source: Path, out: Path, quantization: str) -> int:
 
     if reason := unusable(quantization):
         raise ExportError(f"precision of a GGUF: {reason}")
-    said: list[str] = []
+    lines: list[str] = []
     quiet = llama_cpp._logger.llama_log_callback  # what llama_cpp sets when it is imported
-    listen = llama_cpp.llama_log_callback(lambda level, text, data: said.append(text.decode("utf-8", "replace")))
+    listen = llama_cpp.llama_log_callback(lambda level, text, data: lines.append(text.decode("utf-8", "replace")))
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = QUANTIZATIONS[quantization]
     llama_cpp.llama_log_set(listen, None)
@@ -360,13 +360,13 @@ def quantize(source: Path, out: Path, quantization: str) -> int:
     finally:
         llama_cpp.llama_log_set(quiet, None)
     if code or not out.is_file():
-        last = said[-1].strip() if said else f"code {code}"
+        last = lines[-1].strip() if lines else f"code {code}"
         raise ExportError(f"llama.cpp could not quantize {source} to {quantization}: {last}")
     if quantization in ("f32", "f16", "bf16"):  # no blocks and no fallback: every matrix as asked, vectors f32
-        found, wanted = contents(out).tensor_types, quantization.upper()
-        if wanted not in found or found.keys() - {wanted, "F32"}:
-            raise ExportError(f"{out}: expected tensors of type {wanted} from llama.cpp, found {found}")
-    return sum("falling back to" in text for text in said)
+        types, expected = contents(out).tensor_types, quantization.upper()
+        if expected not in types or types.keys() - {expected, "F32"}:
+            raise ExportError(f"{out}: expected tensors of type {expected} from llama.cpp, found {types}")
+    return sum("falling back to" in text for text in lines)
 
 
 @dataclass(frozen=True)

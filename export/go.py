@@ -1,4 +1,4 @@
-"""Go's template language as far as this project writes it, and what Ollama makes of a TEMPLATE.
+"""Go's template language as far as this project writes it, and how Ollama renders a TEMPLATE.
 
 Every TEMPLATE that is written here goes over `.Messages`, so that Ollama renders a conversation in one go. With a
 template of `.Prompt` and `.Response` it renders the whole of it for each turn, and so shows a model that was trained on
@@ -20,7 +20,7 @@ IF_USER, ELSE_ASSISTANT = '{{ if eq .Role "user" }}', '{{ else if eq .Role "assi
 LAST = "{{ $last }}"
 _NO_LAST, _SET_LAST = '{{ $last := "" }}', "{{ $last = .Content }}"
 FIND_LAST = _NO_LAST + MESSAGES + IF_USER + _SET_LAST + END + END
-"""Stands in front of a template that has the user's last message alone, as `LAST`."""
+"""Prefix of a template that has only the user's last message, as `LAST`."""
 PROMPT, RESPONSE = "{{ .Prompt }}", "{{ .Response }}"  # of older templates
 
 # Action → the same in Jinja, outside of `range` and in it.
@@ -49,18 +49,18 @@ def _jinja(go: str) -> jinja2.Template:
     blocks: list[str] = []
     pieces, source = _ACTION.split(go), ["{% set ns = namespace() %}"]
     for number, piece in enumerate(pieces):
-        known = _WITHIN if "for" in blocks else _OUTSIDE
+        actions = _WITHIN if "for" in blocks else _OUTSIDE
         if number % 2 == 0:
             source.append(f"{{{{ pieces[{number}] }}}}")  # a text, which must not be read as Jinja
         elif piece == END and blocks:
             source.append(f"{{% end{blocks.pop()} %}}")
         elif piece == ELSE and blocks:
             source.append("{% else %}")
-        elif piece in known:
-            source.append(known[piece])
-            blocks += [word for word in ("if", "for") if known[piece].startswith(f"{{% {word} ")]
+        elif piece in actions:
+            source.append(actions[piece])
+            blocks += [word for word in ("if", "for") if actions[piece].startswith(f"{{% {word} ")]
         else:
-            raise ExportError(f"expected {', '.join([*known, ELSE, END])} in their places, got {piece!r}")
+            raise ExportError(f"expected {', '.join([*actions, ELSE, END])} in their places, got {piece!r}")
     try:
         return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(  # noqa: S701  (no HTML)
             "".join(source), globals={"pieces": pieces}
@@ -70,10 +70,10 @@ def _jinja(go: str) -> jinja2.Template:
 
 
 def render_go(go: str, messages: Sequence[Message]) -> str:
-    """What Ollama makes of a conversation, up to where the answer begins.
+    """A conversation as Ollama renders it, up to where the answer begins.
 
     System messages are joined, and so are several messages of one role in a row. A template without `.Messages` is
-    rendered as a whole for each turn, the last time without what stands behind `.Response`. Raises ExportError: an
+    rendered as a whole for each turn, the last time without what follows `.Response`. Raises ExportError: an
     action that is none of those above, so that a text which Go would run is never taken for a text.
     """
     joined: list[Message] = []
@@ -105,14 +105,14 @@ def _turns(go: str, messages: Sequence[Message]) -> str:
 
 
 def go_of_turns(template: str, end: str) -> str:
-    """The Go template that fills the training template anew in every turn, and closes each answer with `end`.
+    """The Go template that repeats the training template for every turn, and closes each answer with `end`.
 
-    A system message stands in front of all, with an empty line behind it. Raises ExportError: as `go_template`.
+    A system message comes first, followed by an empty line. Raises ExportError: as `go_template`.
     """
     go_template(template)
     head, tail = template.split(PROMPT_SLOT)
-    said = f"{IF_USER}{head}{CONTENT}{tail}{ELSE_ASSISTANT}{CONTENT}{end}{END}"
-    return f"{IF_SYSTEM}{SYSTEM}\n\n{END}{MESSAGES}{said}{END}"
+    turn = f"{IF_USER}{head}{CONTENT}{tail}{ELSE_ASSISTANT}{CONTENT}{end}{END}"
+    return f"{IF_SYSTEM}{SYSTEM}\n\n{END}{MESSAGES}{turn}{END}"
 
 
 def go_template(template: str) -> str:

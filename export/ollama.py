@@ -48,13 +48,12 @@ def _explained() -> Iterator[None]:
 
 @app.command()
 def create(names: Names = None, gguf: Root = GGUF, mode: ModeOption = "merged", host: Host = "") -> None:
-    """Upload and create models; what the server has already is left alone."""
+    """Upload and create models; those that the server already has are left alone."""
     with _explained():
         for served in find_served(gguf, mode, names):
-            made = register_served(host or None, served, progress=print)
-            print(
-                f"{served.name}: {'created' if made.created else 'unchanged'}, {served.mode}, digest {made.digest[:19]}"
-            )
+            registered = register_served(host or None, served, progress=print)
+            outcome = "created" if registered.created else "unchanged"
+            print(f"{served.name}: {outcome}, {served.mode}, digest {registered.digest[:19]}")
 
 
 @app.command(name="list")
@@ -63,12 +62,12 @@ def list_command(gguf: Root = GGUF, host: Host = "") -> None:
     with _explained():
         url = resolve_host(host or None)
         version = require_server(url)
-        known = list_models(url)
-        shown = Table("model", "arm", "seed", "on the server", title=f"Ollama {version} at {url}", title_justify="left")
+        digests = list_models(url)
+        table = Table("model", "arm", "seed", "on the server", title=f"Ollama {version} at {url}", title_justify="left")
         for served in find_served(gguf):
-            digest = known.get(full_name(served.name))
-            shown.add_row(served.name, served.arm, str(served.seed), digest[:19] if digest else "no")
-        Console().print(shown)
+            digest = digests.get(full_name(served.name))
+            table.add_row(served.name, served.arm, str(served.seed), digest[:19] if digest else "no")
+        Console().print(table)
 
 
 @app.command(name="remove")
@@ -93,22 +92,22 @@ def verify(
     least: Annotated[float, typer.Option(min=0, max=1, help="share of equal answers, where f16")] = 0.95,
     least_quantized: Annotated[float, typer.Option(min=0, max=1, help="the same, where quantized")] = LEAST_QUANTIZED,
 ) -> None:
-    """Hold every model against Hugging Face's answers; exit code 1 where one differs."""
+    """Compare every model with Hugging Face's answers; exit code 1 where one differs."""
     with _explained():
-        wanted = None if mode == "auto" else MODES if mode == "both" else (mode,)
+        modes = None if mode == "auto" else MODES if mode == "both" else (mode,)
         url = _server(backend, host)
         models = find_served(gguf, names=names)
         if mode == "adapter":
             find_served(gguf, "adapter", names)  # says which of them can be served merged only
-        known = list_models(url) if url is not None else {}
-        absent = [served.name for served in models if full_name(served.name) not in known]
+        digests = list_models(url) if url is not None else {}
+        absent = [served.name for served in models if full_name(served.name) not in digests]
         if url is not None and absent:
             raise ExportError(
                 f"expected {', '.join(absent)} on the server at {url}, it does not have them; run "
                 "`python -m export.ollama create`"
             )
         opener = open_in_process if url is None else partial(open_on_server, url)
-        rows = [r for served in models for r in verify_model(opener, served, wanted or _own(url, served), prompts)]
+        rows = [r for served in models for r in verify_model(opener, served, modes or _own(url, served), prompts)]
     show(rows)
     # A release that takes no adapters is no fault of the model, unless nothing at all could be checked.
     if problems(rows, least, least_quantized) or all(row.unsupported for row in rows):

@@ -69,29 +69,29 @@ def package(arm: str, seed: int | None = None, *, merged: bool = False) -> Path:
 
 def _find(arm: str, seed: int | None) -> Served:
     """The arm's exported model, of the seed that has its name in Ollama alone where none is asked for."""
-    found = [served for served in find_served(GGUF) if served.arm != BASE]
-    own = {served.seed: served for served in found if served.arm == arm}
-    if not own:
-        arms = dict.fromkeys(served.arm for served in found)
+    models = [served for served in find_served(GGUF) if served.arm != BASE]
+    by_seed = {served.seed: served for served in models if served.arm == arm}
+    if not by_seed:
+        arms = dict.fromkeys(served.arm for served in models)
         raise ExportError(f"expected an exported arm, got {arm!r}{suggest(arm, arms)}; `dvc repro export` makes more")
-    wanted = next((n for n, served in own.items() if ":" not in served.name), None) if seed is None else seed
-    if wanted not in own:
-        raise ExportError(f"expected a seed of {arm} in {GGUF}/, {', '.join(map(str, own))}, got {wanted}; "
+    chosen = next((n for n, served in by_seed.items() if ":" not in served.name), None) if seed is None else seed
+    if chosen not in by_seed:
+        raise ExportError(f"expected a seed of {arm} in {GGUF}/, {', '.join(map(str, by_seed))}, got {chosen}; "
                           "name one with --seed, or run `dvc repro export`")  # fmt: skip
-    own[wanted].check_modelfile()
-    return own[wanted]
+    by_seed[chosen].check_modelfile()
+    return by_seed[chosen]
 
 
 def _results(served: Served, adapter: str) -> str:
     """The card that stage compare wrote; it and the GGUF files must be of the adapter with this sha256."""
-    made = read_record(served.folder / "run.json", RunRecord).artifacts
-    if {file.parent_sha256 for file in made if file.path.endswith(".gguf")} != {adapter}:
+    artifacts = read_record(served.folder / "run.json", RunRecord).artifacts
+    if {file.parent_sha256 for file in artifacts if file.path.endswith(".gguf")} != {adapter}:
         raise ExportError(f"{served.folder}: is of another adapter than {ADAPTERS} has now; run `dvc repro export`")
     file = CARDS / f"{served.arm}.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if adapter not in text:
-        came = f"those of another one than {ADAPTERS} has now" if text else "none"
-        raise ExportError(f"{file}: expected results of {served.arm} seed {served.seed}, found {came}; run `dvc repro`")
+        got = f"those of another one than {ADAPTERS} has now" if text else "none"
+        raise ExportError(f"{file}: expected results of {served.arm} seed {served.seed}, found {got}; run `dvc repro`")
     return text
 
 
@@ -117,10 +117,10 @@ class License:
 
 
 def _named(text: str) -> License:
-    known = text.strip().lower()
-    if known in LICENSES:
-        return License(text, {"license": known}, "Licence: see LICENSE.")
-    name = re.sub(r"[^a-z0-9.]+", "-", known.partition("\n")[0])[:60].strip("-")
+    name_on_hub = text.strip().lower()
+    if name_on_hub in LICENSES:
+        return License(text, {"license": name_on_hub}, "Licence: see LICENSE.")
+    name = re.sub(r"[^a-z0-9.]+", "-", name_on_hub.partition("\n")[0])[:60].strip("-")
     front = {"license": "other", "license_name": name or "custom", "license_link": "LICENSE"}
     return License(text, front, "Licence: see LICENSE.")
 
@@ -130,7 +130,7 @@ def _of_base(base: BaseReference) -> License:
     from huggingface_hub import ModelCard
     from transformers.utils import cached_file
 
-    found = {
+    files = {
         name: cached_file(
             base.location,
             name,
@@ -141,21 +141,21 @@ def _of_base(base: BaseReference) -> License:
         )
         for name in ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
     }
-    card = found.pop("README.md")
-    text = next((Path(file).read_text(encoding="utf-8") for file in found.values() if file), None)
+    card = files.pop("README.md")
+    text = next((Path(file).read_text(encoding="utf-8") for file in files.values() if file), None)
     try:
-        told = ModelCard.load(card).data.to_dict() if card else {}
+        facts = ModelCard.load(card).data.to_dict() if card else {}
     except (OSError, ValueError, yaml.YAMLError):  # none that the hub could read
-        told = {}
-    front = {key: str(told[key]) for key in ("license", "license_name", "license_link") if told.get(key)}
+        facts = {}
+    front = {key: str(facts[key]) for key in ("license", "license_name", "license_link") if facts.get(key)}
     if "://" not in front.get("license_link", "://") and text is None:  # a file of the base's repository
         front["license_link"] = f"https://huggingface.co/{base.location}/blob/main/{front['license_link']}"
     if text:
         front = front if "license" in front else _named(text).front
         return License(text, front, "Licence: that of the base, see LICENSE.")
     if "license" in front:
-        said = front.get("license_name", front["license"])
-        return License(None, front, f"Licence: that of the base, {_code(said)}.")
+        label = front.get("license_name", front["license"])
+        return License(None, front, f"Licence: that of the base, {_code(label)}.")
     return License(
         None,
         {},
@@ -207,7 +207,7 @@ def _code(text: str) -> str:
 
 def _base(base: BaseReference) -> str:
     if Path(base.location) == EMBEDDED:
-        return f"a small Llama that was trained from nothing; it lies in {_code(f'{BASE}/')}"
+        return f"a small Llama trained from scratch, in {_code(f'{BASE}/')}"
     if _is_folder(base):
         return f"{_code(Path(base.location).name)}, a folder that is not on the hub; put it here as {_code(f'{BASE}/')}"
     return _code(base.location) + (f", revision {base.revision}" if base.revision else "")
@@ -217,28 +217,28 @@ def _data(trained: RunRecord) -> tuple[str, str]:
     """(source, a sentence about it)."""
     if trained.extra.get("trained") == "elsewhere":
         return "", "Another trainer made it; what it was trained on is not known here."
-    made = read_record(DATA / "run.json", RunRecord)
-    if trained.inputs.get(TRAIN) not in [file.sha256 for file in made.artifacts if file.path == TRAIN]:
+    data_run = read_record(DATA / "run.json", RunRecord)
+    if trained.inputs.get(TRAIN) not in [file.sha256 for file in data_run.artifacts if file.path == TRAIN]:
         raise ExportError(f"{DATA}/: is not what the adapter was trained on; run `dvc repro`")
-    source = str(made.extra.get("source", ""))
-    shown = source if source.startswith("hub:") else Path(source).name
-    words = "drawn at random from a rule" if source == "generated" else f"from {_code(shown)}"
-    task, count = _code(str(made.extra["task"])), made.extra["items"]["train"]
+    source = str(data_run.extra.get("source", ""))
+    source_name = source if source.startswith("hub:") else Path(source).name
+    words = "drawn at random from a rule" if source == "generated" else f"from {_code(source_name)}"
+    task, count = _code(str(data_run.extra["task"])), data_run.extra["items"]["train"]
     return source, f"Data: {count:,} training items of task {task}, {words} (sha256 {trained.inputs[TRAIN]})."
 
 
 def _files(served: Served, base: BaseReference, *, merged: bool) -> list[str]:
     precision = served.serving.quantization
-    found = [
+    lines = [
         f"{_code(WEIGHTS)}, {_code(CONFIG)} and the tokenizer: for PEFT",
         f"{_code(SERVED_GGUF)}: base and adapter in one, {precision}, for llama.cpp and Ollama; {_code(MODELFILE)}: "
         "how Ollama asks it",
     ]
     if (served.folder / ADAPTER_GGUF).is_file():
-        found.append(f"{_code(ADAPTER_GGUF)}: the adapter alone, for `--lora` of llama.cpp beside a GGUF of the base")
+        lines.append(f"{_code(ADAPTER_GGUF)}: the adapter alone, for `--lora` of llama.cpp beside a GGUF of the base")
     if Path(base.location) == EMBEDDED:
-        found.append(f"{_code(f'{BASE}/')}: the base")
-    return found + (["`merged/`: base and adapter in one, for transformers"] if merged else [])
+        lines.append(f"{_code(f'{BASE}/')}: the base")
+    return lines + (["`merged/`: base and adapter in one, for transformers"] if merged else [])
 
 
 def _usage(served: Served, base: BaseReference) -> list[str]:

@@ -3,7 +3,7 @@
 Creating is skipped when the server still has what was made from the same files and settings. What was made is kept in a
 small local record per host and name: a fingerprint of the inputs beside the digest under which the server listed the
 result. That digest covers every layer (weights, adapter, template, parameters, license), so a model that was replaced,
-edited or removed no longer matches and is made anew; a lost record costs one needless creation. A fingerprint in the
+edited or removed no longer matches and is created again; a lost record costs one needless creation. A fingerprint in the
 model itself, say in its license, would be worse: a model made FROM ours inherits the license with other weights or
 another template below it.
 """
@@ -161,7 +161,7 @@ def register_served(host: str | None, served: Served, progress: Callable[[str], 
 def keep_registered(host: str | None, served: Served, progress: Callable[[str], None] | None = None) -> Served:
     """`register_served` in the mode in which the server has the model, merged where it has none; the form it has now.
 
-    A release that takes adapters no more gets it merged. `served` comes in mode merged.
+    A release that no longer takes adapters gets it merged. `served` is in mode merged.
     """
     stored = stored_model(host, served.name)
     form = served.adapter_form() if stored is not None and stored.mode == "adapter" else None
@@ -178,7 +178,7 @@ def keep_registered(host: str | None, served: Served, progress: Callable[[str], 
 
 @contextmanager
 def open_on_server(host: str | None, served: Served, scale: float = 1.0) -> Iterator[OllamaEngine]:
-    """An exported model as the server has it, whoever made it; else a temporary copy under a name of its own.
+    """An exported model as the server has it, whoever made it; else a temporary copy under its own name.
 
     The copy is for a model that the server has in the other mode or not at all, and for controls with another adapter
     scale. What killed checks of this machine left on the server is deleted. Raises MergedOnlyError: the server
@@ -213,7 +213,7 @@ def open_on_server(host: str | None, served: Served, scale: float = 1.0) -> Iter
 def _engine(url: str, name: str, served: Served) -> OllamaEngine:
     stored = stored_model(url, name)
     if stored is None:
-        raise EngineError(f"Ollama at {url} had {name!r} and does not have it now; who removed it?")
+        raise EngineError(f"Ollama at {url} had {name!r} and does not have it now; was it removed meanwhile?")
     engine = OllamaEngine(
         url,
         name,
@@ -230,7 +230,7 @@ def _engine(url: str, name: str, served: Served) -> OllamaEngine:
 
 
 def temporary_name() -> str:
-    """A new name: machine, process and time tell a later check whose it is and whether that still runs."""
+    """A new name: machine, process and time let a later check see who made it and whether that process still runs."""
     return f"grit-verify-{_machine()}-{os.getpid()}-{int(time.time())}-{uuid.uuid4().hex[:12]}"
 
 

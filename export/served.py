@@ -103,30 +103,30 @@ def find_served(root: Path, mode: Mode = "merged", names: list[str] | None = Non
     if not folders:
         raise ExportError(f"expected exported models in {root}/<arm>/<seed>/, found none; run `dvc repro export`")
     first: dict[str, str] = {}
-    found: list[Served] = []
+    models: list[Served] = []
     damaged: list[str] = []
     for folder in folders:
         arm, seed = folder.parent.name, folder.name
         name = f"{arm}_model" if seed == first.setdefault(arm, seed) else f"{arm}_model:seed{seed}"
         try:
-            found.append(_served(folder, name))
+            models.append(_served(folder, name))
         except ExportError as error:
             damaged.append(str(error))
     if names:
-        found = _named(found, names, damaged)
+        models = _named(models, names, damaged)
     elif damaged:
         raise ExportError("; ".join(damaged))
     places: dict[str, Path] = {}
-    for served in found:
+    for served in models:
         if (other := places.setdefault(served.name, served.folder)) != served.folder:
             raise ExportError(
                 f"expected one folder for each model, {other} and {served.folder} both hold {served.name!r}; remove "
                 "the one that is not in `matrix` of params.yaml any more, or export again"
             )
     if mode == "adapter":
-        found = [served if served.arm == BASE else _adapted(served) for served in found]
-    _check_files(found)
-    return found
+        models = [served if served.arm == BASE else _adapted(served) for served in models]
+    _check_files(models)
+    return models
 
 
 def _served(folder: Path, name: str) -> Served:
@@ -141,13 +141,13 @@ def _adapted(served: Served) -> Served:
     raise ExportError(f"{served.folder}: this adapter can be served merged only (run.json says why, only_merged)")
 
 
-def _named(found: list[Served], names: list[str], damaged: list[str]) -> list[Served]:
-    known = [served.name for served in found]
-    unknown = [name for name in names if name not in known]
+def _named(models: list[Served], names: list[str], damaged: list[str]) -> list[Served]:
+    all_names = [served.name for served in models]
+    unknown = [name for name in names if name not in all_names]
     if unknown:
         also = f" ({'; '.join(damaged)})" if damaged else ""
-        raise ExportError(f"expected names among {', '.join(known) or 'none'}, got {', '.join(unknown)}{also}")
-    return [served for name in names for served in found if served.name == name]
+        raise ExportError(f"expected names among {', '.join(all_names) or 'none'}, got {', '.join(unknown)}{also}")
+    return [served for name in names for served in models if served.name == name]
 
 
 def _check_files(models: list[Served]) -> None:
@@ -197,13 +197,13 @@ def make_references(
     `known`: rendered text → its ids and answer; these are not asked again. A conversation that leaves no room for an
     answer is left out.
     """
-    said = dict(known)
+    answers = dict(known)
 
     def refer(form: Form, prompt: str, rendered: str, turns: Sequence[Sequence[str]] = ()) -> Reference:
-        if rendered not in said:
+        if rendered not in answers:
             made = engine.answer(engine.tokenize(rendered), tokens)
-            said[rendered] = {"ids": made.prompt_ids, "answer": made.text}
-        return Reference(prompt, rendered, **said[rendered], max_tokens=tokens, form=form, turns=turns)
+            answers[rendered] = {"ids": made.prompt_ids, "answer": made.text}
+        return Reference(prompt, rendered, **answers[rendered], max_tokens=tokens, form=form, turns=turns)
 
     plain = [refer("plain", prompt, fill(serving.template, prompt)) for prompt in prompts]
     newline = [refer("newline", f"{prompt}\n", fill(serving.template, f"{prompt}\n")) for prompt in prompts]
@@ -226,12 +226,12 @@ def read_references(folder: Path, limit: int | None = None) -> list[Reference]:
     file = folder / REFERENCE
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-        found = [Reference(**{k: row[k] for k in Reference.__dataclass_fields__}) for row in rows]
+        references = [Reference(**{k: row[k] for k in Reference.__dataclass_fields__}) for row in rows]
     except FileNotFoundError:
         raise ExportError(f"{file}: no such file; run `dvc repro export`, which writes it") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{file}: expected Hugging Face's answers as JSON lines ({error}); export again") from error
-    if not found:
+    if not references:
         raise ExportError(f"{file}: expected at least one answer, found none; export again")
-    forms = [[one for one in found if one.form == form] for form in dict.fromkeys(one.form for one in found)]
+    forms = [[one for one in references if one.form == form] for form in dict.fromkeys(one.form for one in references)]
     return [one for form in forms for one in form[:limit]]

@@ -88,8 +88,8 @@ class _Pieces:
             lead = f"{IF_SYSTEM}{self.before}{SYSTEM}{self.between}{ELSE}{self.plain}{END}"
         if not turns:
             return FIND_LAST + self.bos + lead + LAST + self.after
-        said = f"{IF_USER}{CONTENT}{ELSE_ASSISTANT}{self.answer}{CONTENT}{self.again}{END}"
-        return self.bos + lead + MESSAGES + said + END + self.after
+        turn = f"{IF_USER}{CONTENT}{ELSE_ASSISTANT}{self.answer}{CONTENT}{self.again}{END}"
+        return self.bos + lead + MESSAGES + turn + END + self.after
 
 
 def _cut(text: str, *marks: str) -> list[str] | None:
@@ -149,9 +149,9 @@ def _read(render: Render, bos_token: str | None) -> _Pieces:
 def _end_of_turn(again: str, special_tokens: Sequence[str]) -> str | None:
     """The token that ends an answer: the first of what the template writes behind one."""
     text = again.lstrip()
-    known = max((t for t in special_tokens if t and text.startswith(t)), key=len, default=None)
+    special = max((t for t in special_tokens if t and text.startswith(t)), key=len, default=None)
     guess = _TOKEN.match(text)
-    return known or (guess[0] if guess else None)
+    return special or (guess[0] if guess else None)
 
 
 def convert(
@@ -251,12 +251,12 @@ def _check(render: Render, made: ChatTemplate, asked: str | None) -> None:
 def _talks(render: Render, go: str, takes_system: bool) -> bool:
     """Whether conversations of several turns come out in Ollama as in the chat template."""
     turns = [("What is 2 + 2?", "It is 4."), ("And\n\n{b}?", "é.")]
-    said = [
+    conversations = [
         conversation("Thanks.", system, turns[:n])
         for n, system in product((1, 2), (None, *_SYSTEMS[:1]) if takes_system else (None,))
     ]
     try:
-        return all(render_go(go, messages) == _try(render, messages) for messages in said)
+        return all(render_go(go, messages) == _try(render, messages) for messages in conversations)
     except ExportError:
         return False
 

@@ -82,7 +82,7 @@ def choose_backend(wanted: str, base_backend: str | None = None) -> str:
     if base_backend == "ollama":
         raise EngineError(
             f"the base was scored through Ollama, and no server answers at {host} now; start it, or score the base "
-            "anew with `dvc repro --force evaluate_base`"
+            "again with `dvc repro --force evaluate_base`"
         )
     print(f"backend: no Ollama server at {host}, using llama.cpp in this process")
     return "llama_cpp"
@@ -213,9 +213,9 @@ def answers_key(section: Evaluate, engine: Engine, inputs: dict[str, str], facts
 
     `inputs` hash the items and everything that weights may be read from; `facts` are template and stop words.
     """
-    asked = {"max_tokens": section.max_tokens, "serving": facts}
+    settings = {"max_tokens": section.max_tokens, "serving": facts}
     named = [engine.name, engine.version, engine.device_class, engine.mode]
-    return key_of({"backend": named, "inputs": inputs, **asked})
+    return key_of({"backend": named, "inputs": inputs, **settings})
 
 
 def answer(
@@ -248,18 +248,18 @@ def run(params: Params, arm: str, seed: int) -> None:
     models = Models(params, arm)
     facts = models.facts(arm, seed)
     out = scores_dir(arm, seed)
-    asked = ("test", "retention", paraphrase.SPLIT)
-    splits = {split: [Item.from_json(row) for row in read_jsonl(DATA / f"{split}.jsonl")] for split in asked}
+    split_names = ("test", "retention", paraphrase.SPLIT)
+    splits = {split: [Item.from_json(row) for row in read_jsonl(DATA / f"{split}.jsonl")] for split in split_names}
     asking = section.model_dump(exclude={"harness", "harness_limit"})
-    shown = {"evaluate": asking, "prompt": params.prompt.model_dump()}
-    inputs = hash_inputs(*split_files(*asked), *models.made_of(arm, seed))
-    kept = CHECKPOINTS / arm / str(seed)
-    lock = kept.with_name(f"{seed}.lock")
-    with exclusive(lock, f"evaluate {arm} seed {seed}"), _removed_in_the_end(kept), staged(out) as folder:
-        record = start_run("evaluate", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=template)
+    settings = {"evaluate": asking, "prompt": params.prompt.model_dump()}
+    inputs = hash_inputs(*split_files(*split_names), *models.made_of(arm, seed))
+    journals = CHECKPOINTS / arm / str(seed)
+    lock = journals.with_name(f"{seed}.lock")
+    with exclusive(lock, f"evaluate {arm} seed {seed}"), _removed_in_the_end(journals), staged(out) as folder:
+        record = start_run("evaluate", params=settings, inputs=inputs, arm=arm, seed=seed, prompt_template=template)
         with models.open(arm, seed) as mine:
             read = {**inputs, **hash_inputs(*(weights(models.backend, arm, seed) if models.exported else []))}
-            journal = Journal(kept / f"{answers_key(section, mine, read, facts)[:16]}.jsonl")
+            journal = Journal(journals / f"{answers_key(section, mine, read, facts)[:16]}.jsonl")
             results = answer(mine, splits, journal, section.max_tokens, facts["stop"], f"{arm}-{seed}")
             backend = {
                 "name": models.backend,

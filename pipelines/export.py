@@ -179,8 +179,8 @@ def check_parity(
         engines["base+adapter_gguf"] = llama_cpp(base_file(GGUF), folder / ADAPTER_GGUF)
     result = prove(partial(hugging_face, reference, template, arm, seed), engines, prompts, section.parity_tokens)
     (folder / UNPACKED).unlink(missing_ok=True)
-    shown = {"quantization": "f16", "arithmetic": section.parity_arithmetic}
-    return {"schema": 1, "arm": arm, "seed": seed, **shown, **result}
+    settings = {"quantization": "f16", "arithmetic": section.parity_arithmetic}
+    return {"schema": 1, "arm": arm, "seed": seed, **settings, **result}
 
 
 def run(params: Params, arm: str, seed: int) -> None:
@@ -191,7 +191,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     adapter = None if arm == BASE_ARM else adapter_dir(arm, seed)
     out = gguf_dir(arm, seed)
     inputs = hash_inputs(BASE / "base.json", *([adapter] if adapter else []))
-    shown = {"export": section.model_dump(), "prompt": params.prompt.model_dump()}
+    settings = {"export": section.model_dump(), "prompt": params.prompt.model_dump()}
     serving = serving_facts(params, reference, model_name(arm, seed, params.first_seed))
     template = serving.template
     evaluate = params.evaluate  # no part of the result, so these are no params of the stage
@@ -201,11 +201,11 @@ def run(params: Params, arm: str, seed: int) -> None:
     check_room(reference, serving, max(section.parity_tokens, evaluate.max_tokens, evaluate.speed_tokens))
     failed = out.with_name(f"{out.name}.parity-failed.json")
     with staged(out) as folder:
-        record = start_run("export", params=shown, inputs=inputs, arm=arm, seed=seed, prompt_template=template)
+        record = start_run("export", params=settings, inputs=inputs, arm=arm, seed=seed, prompt_template=template)
         merged = folder / "merged" / "model"  # a fixed name: the converter writes it into the file
         gguf.save_merged(reference.merge_from, adapter, merged, kwargs)
         converters.require()  # before two ask for them at once
-        with ThreadPoolExecutor(1) as pool:  # each converter is a process of its own, most of its time imports
+        with ThreadPoolExecutor(1) as pool:  # each converter is its own process and spends most of its time on imports
             converted = pool.submit(gguf.convert_model, merged, folder / F16_GGUF, f"{arm}-{seed}")
             if adapter:
                 try:
@@ -217,10 +217,10 @@ def run(params: Params, arm: str, seed: int) -> None:
         quantized = section.quantization != "f16"
         if quantized:
             gguf.quantize(folder / F16_GGUF, folder / SERVED_GGUF, section.quantization)
-        known: dict[str, Any] = {}
+        answers: dict[str, Any] = {}
         if adapter:
             result = check_parity(params, reference, template, arm, seed, folder)
-            known = result.pop("answers")
+            answers = result.pop("answers")
             write_record(folder / "parity.json", ParityRecord.of(result))
             record.extra["parity"] = {k: result[k] for k in ("token_ids_equal", "greedy_equal", "prompts")}
             if problem := export_problem(result, section.min_greedy_equal):
@@ -231,7 +231,7 @@ def run(params: Params, arm: str, seed: int) -> None:
         prompts = [item.prompt for item in islice(questions, REFERENCES)]
         chat = partial(conversation_text, params, serving, load_tokenizer(reference))
         with hugging_face(reference, template, arm, seed) as engine:
-            write_references(folder, make_references(engine, serving, prompts, section.parity_tokens, chat, known))
+            write_references(folder, make_references(engine, serving, prompts, section.parity_tokens, chat, answers))
         if not quantized:
             (folder / F16_GGUF).rename(folder / SERVED_GGUF)
         elif adapter:
@@ -240,15 +240,15 @@ def run(params: Params, arm: str, seed: int) -> None:
         (folder / MODELFILE).write_text(modelfile_text(serving, out), encoding="utf-8")
         write_json(folder / FACTS, serving.as_json())
         parent = sha256(adapter / "adapter_model.safetensors") if adapter else None
-        made = [("merged_gguf" if adapter else "base_gguf", SERVED_GGUF, parent)]
+        files = [("merged_gguf" if adapter else "base_gguf", SERVED_GGUF, parent)]
         if quantized and not adapter:  # what adapters are made for
-            made.append(("base_gguf", F16_GGUF, parent))
+            files.append(("base_gguf", F16_GGUF, parent))
         if (folder / ADAPTER_GGUF).is_file():
             text = modelfile_text(serving, out, base_file(GGUF))
             (folder / ADAPTER_MODELFILE).write_text(text, encoding="utf-8")
-            made += [("adapter_gguf", ADAPTER_GGUF, parent), ("modelfile", ADAPTER_MODELFILE, None)]
-        made.append(("modelfile", MODELFILE, None))
-        record.artifacts += [artifact(kind, folder / name, out / name, parent) for kind, name, parent in made]
+            files += [("adapter_gguf", ADAPTER_GGUF, parent), ("modelfile", ADAPTER_MODELFILE, None)]
+        files.append(("modelfile", MODELFILE, None))
+        record.artifacts += [artifact(kind, folder / name, out / name, parent) for kind, name, parent in files]
         finish_run(record, folder)
     print(json.dumps({"gguf": str(out / SERVED_GGUF), **record.extra}))
 

@@ -1,8 +1,8 @@
 """Stage quantize: quantized/<arm>/<seed>/ with size, accuracy and agreement with f16 of the model in other precisions.
 
 The files themselves are not kept: what is served is export.quantization's. One is on the disk at a time, beside the
-model in f16 that it is made from: the exported one, or where the export kept only another precision, one made anew, for
-which the merged weights in 16 bits are there as well until it is written.
+model in f16 that it is made from: the exported one, or where the export kept only another precision, a new one, for which
+the merged 16-bit weights take up space as well until it is written.
 """
 
 import json
@@ -40,7 +40,7 @@ REFERENCE = "f16"
 
 
 class Quantize(Section):
-    """Section quantize: what else the exported models are measured in; f16 always is."""
+    """Section quantize: further precisions to measure; f16 is always measured."""
 
     types: list[gguf.Precision]
 
@@ -61,7 +61,7 @@ Answers = list[dict[str, Any]]
 
 
 def f16_file(arm: str, seed: int, folder: Path) -> Path:
-    """The model in f16: as exported, or made anew in `folder` where the export kept only another precision.
+    """The model in f16: as exported, or rebuilt in `folder` where the export kept only another precision.
 
     Raises ConfigError: nothing exported.
     """
@@ -113,7 +113,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     out, place = quantized_dir(arm, seed), gguf_dir(arm, seed)
     items = [Item.from_json(row) for row in read_jsonl(DATA / "test.jsonl")]
     evaluate = params.evaluate.model_dump(include={"max_tokens", "parallel"})
-    shown = {"quantize": params.quantize.model_dump(), "evaluate": evaluate}
+    settings = {"quantize": params.quantize.model_dump(), "evaluate": evaluate}
     with staged(out) as folder:
         # Beside the results and not in /tmp, which may be small or in memory.
         with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -126,7 +126,7 @@ def run(params: Params, arm: str, seed: int) -> None:
             inputs = hash_inputs(DATA / "test.jsonl", place)
             record = start_run(
                 "quantize",
-                params=shown,
+                params=settings,
                 inputs=inputs,
                 arm=arm,
                 seed=seed,
@@ -141,9 +141,9 @@ def run(params: Params, arm: str, seed: int) -> None:
                     continue
                 made = temporary / f"model-{precision}.gguf"
                 fallbacks = gguf.quantize(source, made, precision)
-                given = answer(params.evaluate, made, serving, items, f"{arm}-{seed} {precision}")
-                rows.append(row_for(precision, gguf.contents(made), fallbacks, given, reference))
-                samples += [{"type": precision, **a} for a in given]
+                scored = answer(params.evaluate, made, serving, items, f"{arm}-{seed} {precision}")
+                rows.append(row_for(precision, gguf.contents(made), fallbacks, scored, reference))
+                samples += [{"type": precision, **a} for a in scored]
                 made.unlink()
         write_records(folder / "quantized_samples.jsonl", map(QuantizedSampleRecord.of, samples))
         content = {"schema": 1, "arm": arm, "seed": seed, "rows": rows}

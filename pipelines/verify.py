@@ -72,8 +72,8 @@ def run(params: Params, arm: str, seed: int) -> None:
                 # A model that the server has as base and adapter stays so; any other is registered merged.
                 keep_registered(host, served, progress=print)
                 rows += against(verify_model(partial(open_on_server, host), *how), rows)
-        kept = [row.model_dump(include=set(VerificationRecord.model_fields)) for row in rows]
-        content = VerifyRecord.of({"schema": 1, "arm": arm, "seed": seed, "model_name": name, "rows": kept})
+        fields = [row.model_dump(include=set(VerificationRecord.model_fields)) for row in rows]
+        content = VerifyRecord.of({"schema": 1, "arm": arm, "seed": seed, "model_name": name, "rows": fields})
         show(rows)
         least = (section.min_answers_equal, section.min_answers_equal_quantized)
         if wrong := problems(rows, *least):

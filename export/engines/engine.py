@@ -23,7 +23,7 @@ Phases = Mapping[str, tuple[int | None, int | None]]
 
 
 class Raw(str):
-    """A text that a model goes on with, within no template."""
+    """A text that a model continues, without any template."""
 
     __slots__ = ()
 
@@ -42,7 +42,7 @@ class EngineError(ExportError):
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer; what an engine does not tell is None."""
+    """One answer; what an engine does not report is None."""
 
     text: str  # without the stop word that ended it
     prompt_tokens: int | None  # of the rendered prompt, BOS included
@@ -59,10 +59,10 @@ class Generation:
 
 def conversation(prompt: str, system: str | None = None, turns: Iterable[Sequence[str]] = ()) -> list[Message]:
     """The messages of a question behind `turns`, (question, answer) each."""
-    said = [("system", system)] if system else []
+    messages = [("system", system)] if system else []
     for question, answer in turns:
-        said += [("user", question), ("assistant", answer)]
-    return [{"role": role, "content": text} for role, text in [*said, ("user", prompt)]]
+        messages += [("user", question), ("assistant", answer)]
+    return [{"role": role, "content": text} for role, text in [*messages, ("user", prompt)]]
 
 
 def asked_for(item: Any) -> Asked:
@@ -102,11 +102,11 @@ class Engine(ABC):
     @property
     @abstractmethod
     def device_class(self) -> str:
-        """Where the weights lie: "cpu", "gpu" or "cpu+gpu"."""
+        """Where the weights are: "cpu", "gpu" or "cpu+gpu"."""
 
     @abstractmethod
     def render(self, asked: Asked) -> str | None:
-        """What is asked within the model's template; None where a server does not tell."""
+        """What is asked within the model's template; None where a server does not report it."""
 
     @abstractmethod
     def generate(self, asked: Asked, max_tokens: int, stop: Sequence[str] | None = None) -> Generation:
@@ -120,8 +120,8 @@ class Engine(ABC):
     ) -> Iterator[tuple[int, Generation]]:
         """(place in `prompts`, answer), each place once, in the order in which they are finished.
 
-        Engines that were told so work on several at once. An answer is then the same up to rounding: it differs where
-        two tokens are all but equally likely. Raises EngineError: as `generate`; what was yielded before stands.
+        Engines configured for it work on several at once. Answers are then the same up to rounding: they differ where
+        two tokens are almost equally likely. Raises EngineError: as `generate`; what was yielded before stands.
         """
         for place, prompt in enumerate(prompts):
             yield place, self.generate(prompt, max_tokens, stop)
@@ -191,7 +191,7 @@ class LocalEngine(Engine):
     ) -> tuple[list[int], int, str]:
         """Greedy continuation of what was evaluated: ids without the end token, tokens with it, and "stop" or "length".
 
-        `ignore_end` goes on after an end token, for timing.
+        `ignore_end` continues after an end token, for timing.
         """
         ids: list[int] = []
         while len(ids) < max_tokens:

@@ -1,4 +1,4 @@
-"""Hugging Face transformers, the reference that exports are held against: text models, and models that see pictures."""
+"""Hugging Face transformers, the reference that exports are compared with: text models and vision-language models."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -136,7 +136,7 @@ class HfEngine(LocalEngine):
     def generate_many(
         self, prompts: Sequence[Asked], max_tokens: int, stop: Sequence[str] | None = None
     ) -> Iterator[tuple[int, Generation]]:
-        """Prompts of like length share a batch, so that little is padded, and pictures are read late."""
+        """Prompts of similar length share a batch, so that little is padded, and pictures are read late."""
         if self._parallel == 1:
             yield from super().generate_many(prompts, max_tokens, stop)
             return

@@ -270,17 +270,17 @@ class BatchContext:
         import llama_cpp
 
         self._api = llama_cpp
-        own = type(params).from_buffer_copy(params)
-        own.n_seq_max = sequences
-        own.n_ctx = sequences * num_ctx
-        own.n_batch = own.n_ubatch = max(N_BATCH, sequences)
-        own.kv_unified = unified
-        self.batch = TokenBatch(own.n_batch)
+        settings = type(params).from_buffer_copy(params)
+        settings.n_seq_max = sequences
+        settings.n_ctx = sequences * num_ctx
+        settings.n_batch = settings.n_ubatch = max(N_BATCH, sequences)
+        settings.kv_unified = unified
+        self.batch = TokenBatch(settings.n_batch)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         logger = logging.getLogger("llama-cpp-python")
         level = logger.level
         logger.setLevel(logging.CRITICAL)  # all sequences together may be longer than what the model was trained on
-        self._ctx = llama_cpp.llama_init_from_model(model, own)
+        self._ctx = llama_cpp.llama_init_from_model(model, settings)
         logger.setLevel(level)
         if not self._ctx:
             raise EngineError(f"llama.cpp made no context of {sequences} × {num_ctx} tokens; lower evaluate.parallel")
@@ -345,10 +345,10 @@ def decode_all(
             slots[slot], pending[slot], position[slot] = request, request.prompt, 0
         if not slots:
             return
-        asked = _fill(context.batch, pending, position)
+        slots_asked = _fill(context.batch, pending, position)
         context.decode()
-        best = context.best(len(asked)).tolist() if asked else []
-        for slot, token in zip(asked, best, strict=True):
+        best = context.best(len(slots_asked)).tolist() if slots_asked else []
+        for slot, token in zip(slots_asked, best, strict=True):
             reason = judge(slots[slot], token)
             if reason is None:
                 pending[slot] = [token]
@@ -362,7 +362,7 @@ def decode_all(
 def _fill(batch: TokenBatch, pending: dict[int, list[int]], position: list[int]) -> list[int]:
     """Put what fits into the batch; the slots that get logits, in the batch's order. A long prompt goes in parts."""
     batch.count = 0
-    asked = []
+    slots_asked = []
     for slot, ids in pending.items():
         now = ids[: batch.room]
         if not now:
@@ -372,8 +372,8 @@ def _fill(batch: TokenBatch, pending: dict[int, list[int]], position: list[int])
         position[slot] += len(now)
         pending[slot] = ids[len(now) :]
         if whole:
-            asked.append(slot)
-    return asked
+            slots_asked.append(slot)
+    return slots_asked
 
 
 # --- the vocabulary alone -----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """An Ollama server: where it is, what it has, and the engine that asks one of its models.
 
-Failures that may pass are asked again: 5xx, timeouts, broken connections, answers that are not the JSON expected. What
-the server refuses (4xx) is not, but for one thing: a model that is gone is registered once more.
+Failures that may be over in a moment are retried: 5xx, timeouts, broken connections, answers that are not the expected
+JSON. Refusals (4xx) are not, with one exception: a model that is gone is registered again.
 """
 
 import ast
@@ -79,7 +79,7 @@ def _certificates() -> ssl.SSLContext:
 
 
 def http_options(url: str) -> dict[str, Any]:
-    """Options of every httpx call: a proxy of the environment never stands before this machine itself."""
+    """Options of every httpx call: a proxy of the environment is never used for this machine itself."""
     loopback = urlsplit(url).hostname in {"127.0.0.1", "localhost", "::1", "0.0.0.0"}  # noqa: S104
     return {"trust_env": not loopback, "verify": _certificates()}
 
@@ -104,11 +104,11 @@ def _explained(url: str, timeout_s: float) -> Iterator[None]:
     try:
         yield
     except ResponseError as error:
-        said = f"Ollama at {url} answered {error.status_code}: {error.error}"
+        message = f"Ollama at {url} answered {error.status_code}: {error.error}"
         if "adapters are no longer supported" in error.error:
             hint = "releases from 0.34.1 on take no LoRA adapters: register the merged GGUF without one"
-            raise MergedOnlyError(f"{said}; {hint}") from error
-        raise _refusal(said, error.status_code) from error
+            raise MergedOnlyError(f"{message}; {hint}") from error
+        raise _refusal(message, error.status_code) from error
     except httpx.TimeoutException as error:
         raise EngineError(
             f"Ollama at {url} said nothing for {timeout_s} s; see its log, or raise the time allowed",
@@ -216,9 +216,9 @@ class Stored:
     precision: str | None  # e.g. "F16"
 
     def differences(self, serving: Serving) -> list[str]:
-        """Every setting that is stored otherwise than it was exported, and what decides answers and nobody exported.
+        """Every setting stored differently from the export, and every added one that decides answers.
 
-        Other parameters that a server puts there by itself are its own affair.
+        Other parameters that a server adds by itself are ignored.
         """
         asked = {key: value if isinstance(value, list) else [value] for key, value in serving.parameters.items()}
         expected = {"template": serving.go_template, "system": serving.system or "", **asked}
@@ -236,36 +236,36 @@ def stored_model(host: str | None, name: str) -> Stored | None:
     if digest is None:
         return None
     # By hand, for the client leaves out the system message.
-    shown = _post(resolve_host(host), "/api/show", {"model": name}, ANSWER_S)
-    modelfile = str(shown.get("modelfile") or "")
+    content = _post(resolve_host(host), "/api/show", {"model": name}, ANSWER_S)
+    modelfile = str(content.get("modelfile") or "")
     weights = re.search(r"^FROM .*sha256[-:]([0-9a-f]{64})", modelfile, re.MULTILINE)
-    level = (shown.get("details") or {}).get("quantization_level")
+    level = (content.get("details") or {}).get("quantization_level")
     return Stored(
         digest,
         weights[1] if weights else None,
         "adapter" if re.search(r"^ADAPTER ", modelfile, re.MULTILINE) else "merged",
-        str(shown.get("template") or ""),
-        str(shown.get("system") or ""),
-        parse_parameters(str(shown.get("parameters") or "")),
+        str(content.get("template") or ""),
+        str(content.get("system") or ""),
+        parse_parameters(str(content.get("parameters") or "")),
         str(level) if level and level != "unknown" else None,
     )
 
 
 def parse_parameters(text: str) -> dict[str, list[object]]:
     """The `parameters` text of /api/show: name → values in order, numbers as numbers, texts unquoted."""
-    found: dict[str, list[object]] = {}
+    parameters: dict[str, list[object]] = {}
     for line in text.splitlines():
         name, _, value = line.partition(" ")
         try:
             parsed = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
             parsed = value.strip()
-        found.setdefault(name, []).append(parsed)
-    return found
+        parameters.setdefault(name, []).append(parsed)
+    return parameters
 
 
 def render_asked(host: str | None, name: str, asked: Asked) -> str | None:
-    """What the server makes of a prompt or a conversation with the model's template; None: the release does not tell.
+    """What the server makes of a prompt or a conversation with the model's template; None: the release does not report it.
 
     Raises EngineError: the server cannot be asked, or has no such model.
     """
@@ -293,8 +293,8 @@ def _post(url: str, path: str, body: dict[str, Any], timeout_s: float) -> dict[s
     with _explained(url, timeout_s):
         answer = httpx.post(f"{url}{path}", json=body, timeout=timeout_s, **http_options(url))
     if answer.is_error:
-        said = f"Ollama at {url} answered {answer.status_code} to {path}: {answer.text[:200]}"
-        raise _refusal(said, answer.status_code)
+        message = f"Ollama at {url} answered {answer.status_code} to {path}: {answer.text[:200]}"
+        raise _refusal(message, answer.status_code)
     try:
         content = answer.json()
     except ValueError:
@@ -337,8 +337,8 @@ class Retry:
                 # Half of the pause is left to chance, so that several requests do not come back all at once.
                 pause = min(self.longest_s, self.first_s * 2 ** (tries - 1)) * random.uniform(0.5, 1.0)
                 if now + pause - began > self.patience_s:
-                    said = f"{error} ({tries} tries in {now - began:.0f} s)" if tries > 1 else str(error)
-                    raise EngineError(said) from error
+                    message = f"{error} ({tries} tries in {now - began:.0f} s)" if tries > 1 else str(error)
+                    raise EngineError(message) from error
                 say(f"{error}; trying again in {pause:.1f} s")
                 self.wait(pause)
 
@@ -468,7 +468,7 @@ class OllamaEngine(Engine):
             if time.monotonic() > given_up:
                 raise EngineError(
                     f"Ollama at {self.host} still holds {self.model!r} {UNLOAD_S:.0f} s after it was told to unload "
-                    "it; does somebody else use it? Loading cannot be timed then"
+                    "it; is it in use elsewhere? Then loading cannot be timed"
                 )
             time.sleep(0.05)
         # With an empty prompt the server would load the model, too, but not say how long that took.
@@ -583,8 +583,8 @@ class OllamaEngine(Engine):
                 try:
                     restore()
                 except (ValueError, TypeError) as broken:
-                    said = f"Ollama at {self.host} answered rubbish: {str(broken)[:200]}"
-                    raise EngineError(said, passing=True) from broken
+                    message = f"Ollama at {self.host} answered rubbish: {str(broken)[:200]}"
+                    raise EngineError(message, passing=True) from broken
                 self._restored += 1
 
     def close(self) -> None:
