@@ -66,7 +66,7 @@ def bos_cause(expected: Sequence[int], got: Sequence[int]) -> str | None:
 
 
 def ask(engine: Engine, reference: Reference, stop: Sequence[str] | None = None) -> Generation:
-    """An engine's answer to one prompt, decoded as Hugging Face would; `rendered` None: the engine does not report it."""
+    """An engine's answer to one prompt, decoded as Hugging Face would; `rendered` is None where it is not reported."""
     answer = engine.generate(reference.asked, reference.max_tokens, stop)
     return replace(answer, text=as_decoded(answer.text, reference.answer), rendered=engine.render(reference.asked))
 

@@ -1,11 +1,10 @@
-"""Models on an Ollama server: made, kept as they are, borrowed for a check, removed.
+"""Models on an Ollama server: created, kept up to date, borrowed for a check, removed.
 
-Creating is skipped when the server still has what was made from the same files and settings. What was made is kept in a
-small local record per host and name: a fingerprint of the inputs beside the digest under which the server listed the
-result. That digest covers every layer (weights, adapter, template, parameters, license), so a model that was replaced,
-edited or removed no longer matches and is created again; a lost record costs one needless creation. A fingerprint in the
-model itself, say in its license, would be worse: a model made FROM ours inherits the license with other weights or
-another template below it.
+Creation is skipped when the server still has the model made from the same files and settings. A small local record per
+host and name keeps a fingerprint of the inputs and the digest under which the server then listed the model. That digest
+covers every layer (weights, adapter, template, parameters, license), so a model that was replaced, edited or removed no
+longer matches and is created again; a lost record costs one needless creation. A fingerprint in the model itself, say
+in its license, would be worse: a model made FROM ours inherits the license with other weights or another template.
 """
 
 import hashlib

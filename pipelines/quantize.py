@@ -1,8 +1,8 @@
 """Stage quantize: quantized/<arm>/<seed>/ with size, accuracy and agreement with f16 of the model in other precisions.
 
-The files themselves are not kept: what is served is export.quantization's. One is on the disk at a time, beside the
-model in f16 that it is made from: the exported one, or where the export kept only another precision, a new one, for which
-the merged 16-bit weights take up space as well until it is written.
+The files themselves are not kept: what is served has export.quantization. Only one is on disk at a time, beside its
+source in f16: the exported file, or a new one where the export kept only another precision. Building that one also
+needs room for the merged 16-bit weights.
 """
 
 import json

@@ -265,7 +265,7 @@ def parse_parameters(text: str) -> dict[str, list[object]]:
 
 
 def render_asked(host: str | None, name: str, asked: Asked) -> str | None:
-    """What the server makes of a prompt or a conversation with the model's template; None: the release does not report it.
+    """A prompt or a conversation in the model's template, as the server renders it; None: this release does not say.
 
     Raises EngineError: the server cannot be asked, or has no such model.
     """

@@ -10,7 +10,7 @@ from export import ExportError
 from export.diagnosis import as_decoded
 from export.engines.engine import Generation, LocalEngine
 from export.engines.llama_cpp import open_in_process
-from export.gguf import changes_nothing, quantize, scale_of, scaled_copy
+from export.gguf import changes_nothing, scale_of, scaled_copy
 from export.proof import against, export_problem, problems, prove, verify
 from export.register import open_on_server
 from export.served import find_served
@@ -112,12 +112,9 @@ def test_the_first_blank():
 # --- quantized models, two engines -------------------------------------------------------------------------
 
 
-def test_a_quantized_model_must_not_talk_gibberish(tree):
-    served = model(tree)
-    file = served.gguf.rename(tree / "f16.gguf")
-    quantize(file, served.gguf, "q8_0")
-    row = one(verify(open_in_process, served, ["merged"])).model_copy(update={"quantization": "q8_0"})
-    assert row.answered > 0.5 and problems([row], 1.0, 0.5) == []
+def test_least_share_of_a_quantized_model(tree):
+    """What quantization itself does to answers is tried in tests/pipelines/test_verify_stage.py."""
+    row = one(verify(open_in_process, model(tree), ["merged"])).model_copy(update={"quantization": "q8_0"})
     gibberish = row.model_copy(update={"answered": 1 / 6})
     assert "answers equal to Hugging Face's: expected 25%, got 17%" in str(problems([gibberish], 0.0))
     assert problems([gibberish], 1.0, 0.1) == []
