@@ -94,7 +94,7 @@ def test_what_is_not_ours_and_what_older_versions_left_stays(tree, postgres, tab
             connection.execute(text(f"CREATE TABLE {name} (id INTEGER)"))
         connection.execute(text("CREATE VIEW task_results AS SELECT 1 AS mine"))
     for work in (ingest, rebuild):
-        with pytest.raises(DatabaseError, match="tables of somebody else, or of versions 1 to 4.*another database"):
+        with pytest.raises(DatabaseError, match="tables of something else, or of versions 1 to 4.*another database"):
             work(tree, postgres)
     with raw(postgres) as connection:
         there = connection.scalars(text("SELECT tablename FROM pg_tables WHERE schemaname = 'public'"))
