@@ -53,6 +53,7 @@ def main(
     all_tasks: Annotated[
         bool, typer.Option("--all-tasks", help="Print one table of all tasks instead, with one line per arm.")
     ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Print every table, not one screen.")] = False,
     report: Annotated[Path | None, typer.Option(help="Also write the Markdown report here.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the HTML report, one file, here.")] = None,
 ) -> None:
@@ -69,12 +70,12 @@ def main(
         typer.echo(f"error: {error}", err=True)
         nothing = isinstance(error, ChoiceError) or error.missing
         raise typer.Exit(2 if nothing else 1) from error
-    _show(loaded, format, all_tasks=all_tasks)
+    _show(loaded, format, all_tasks=all_tasks, full=full)
     if report or html:
         _write(loaded, markdown=report, html=html)
 
 
-def _show(report: Report, format: Format, *, all_tasks: bool) -> None:
+def _show(report: Report, format: Format, *, all_tasks: bool, full: bool) -> None:
     comparison = report.comparison
     if all_tasks:  # on standard error, so that it is the same in every format
         filters = [f"{comparison.filters}; corrections for several arms count only these."] * bool(comparison.filters)
@@ -89,9 +90,9 @@ def _show(report: Report, format: Format, *, all_tasks: bool) -> None:
 
         typer.echo((tasks_as_markdown if all_tasks else as_markdown)(report).rstrip("\n"))
     else:
-        from evaluation.report.terminal import print_report, print_tasks
+        from evaluation.report.terminal import print_report, print_screen, print_tasks
 
-        (print_tasks if all_tasks else print_report)(report, Console())
+        (print_tasks if all_tasks else print_report if full else print_screen)(report, Console())
 
 
 def _write(report: Report, *, markdown: Path | None, html: Path | None) -> None:

@@ -1,6 +1,7 @@
 """The first screen: the story in words, the arms beside each other, and what limits the reading."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from db.runs import BASE
 from evaluation.report.arms import ArmRow
@@ -21,17 +22,59 @@ def story(comparison: Comparison) -> list[str]:
     if not comparison.trained:
         return ["Only the base has been scored so far, so there is nothing to compare."]
     rows, title, baseline = comparison.trained, comparison.primary.title, comparison.baseline
-    arms = {row.arm: row for row in comparison.rows}
     paragraphs = [
-        compared(rows, baseline, title),
-        *map(contradiction, rows),  # an arm that did not train as it claims puts all that follows in doubt
-        *like_with_like(rows, arms, baseline, title),
+        *headline(comparison),
         compared(rows, BASE, title) if baseline != BASE else "",
         _kept(comparison),
         _training_time(comparison),
-        _certainty(comparison),
+        certainty(comparison),
     ]
     return [paragraph for paragraph in paragraphs if paragraph]
+
+
+def headline(comparison: Comparison) -> list[str]:
+    """What holds against the baseline, and against the arm that differs from each in one thing alone."""
+    rows, title, baseline = comparison.trained, comparison.primary.title, comparison.baseline
+    arms = {row.arm: row for row in comparison.rows}
+    # An arm that did not train as it claims puts all that follows in doubt.
+    lines = [compared(rows, baseline, title), *map(contradiction, rows), *like_with_like(rows, arms, baseline, title)]
+    return [line for line in lines if line]
+
+
+def next_step(comparison: Comparison) -> str:
+    """What to do after reading the result."""
+    differences = [d for row in comparison.trained for d in row.differences if d.against != BASE]
+    if any(contradiction(row) for row in comparison.trained):
+        return "Next: mend the arm that did not train as it claims; the probe's reason is above."
+    if any(d.seeds == 1 for d in differences):
+        return "Next: list more seeds in matrix.seeds of params.yaml and run again; only new runs are trained."
+    if any(d.outcome == "undecided" for d in differences):
+        return "Next: more seeds (matrix.seeds) or test items (prepare_data.test_items) make the intervals narrower."
+    return "Next: `make serve` puts the models onto an Ollama server."
+
+
+def scoreboard(comparison: Comparison) -> Table:
+    """One line per arm: what was learned, what was kept, at what cost, and how sure that is."""
+    baseline, primary = comparison.baseline, comparison.primary
+    headers = ("Arm", f"{primary.short}, %", f"Δ to {baseline}", "Kept, %", "Training", "Better?")
+    rows = [
+        (
+            Cell(row.arm, arm=row.arm),
+            score(row.accuracy, row.accuracy_interval),
+            "–" if (difference := row.against(baseline)) is None else interval(difference.points, sign=True),
+            number(row.retention_share),
+            cost(row, comparison, SECONDS).text,
+            replace(against_cell(difference, hint=False), text=_sure(difference)),
+        )
+        for row in comparison.rows
+    ]
+    return Table(f"Means over seeds with 95% intervals; differences in points of {primary.title}", headers, rows)
+
+
+def _sure(difference: Difference | None) -> str:
+    if difference is None:
+        return "–"
+    return "one seed" if difference.on_these_items else difference.outcome
 
 
 def _kept(comparison: Comparison) -> str:
@@ -51,7 +94,7 @@ def _training_time(comparison: Comparison) -> str:
     return f"Training took {listed(times)}." if times else ""
 
 
-def _certainty(comparison: Comparison) -> str:
+def certainty(comparison: Comparison) -> str:
     if not any(row.differences for row in comparison.trained):
         return ""
     alone = [row.arm for row in comparison.trained if any(d.seeds == 1 for d in row.differences)]

@@ -1,7 +1,8 @@
-"""The brief sections of the report on a terminal; tables fit 100 columns."""
+"""The report on a terminal, on one screen or its brief sections; tables fit 100 columns."""
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from textwrap import wrap
 
 from rich.box import SIMPLE_HEAD
@@ -13,6 +14,7 @@ from rich.text import Text as Words
 from evaluation.report.all_tasks import all_tasks
 from evaluation.report.blocks import Block, Cell, Table, Text
 from evaluation.report.comparison import Report
+from evaluation.report.findings import certainty, headline, next_step, scoreboard
 from evaluation.report.provenance import byline
 from evaluation.report.sections import sections
 
@@ -30,6 +32,22 @@ def print_report(report: Report, console: Console) -> None:
     if titles:
         others = ", ".join(f"{name} ({title})" for name, title in titles.items())
         _print(console, [Text(f"Other data sets in this database: {others}; --all-tasks shows all.")])
+
+
+def print_screen(report: Report, console: Console) -> None:
+    """The result on one screen: what was found, a line per arm, how sure it is, and where to read on."""
+    comparison = report.comparison
+    if not comparison.trained:
+        print_report(report, console)
+        return
+    page = Path("outputs/report.html")
+    more = f"{page} has all of it, and so has" if page.is_file() else "More:"
+    closing = [certainty(comparison), next_step(comparison), f"{more} `python -m evaluation.compare_all --full`."]
+    width = WIDTH if not console.is_terminal else min(console.width, WIDTH)
+    opening = [f"{comparison.filters}."] * bool(comparison.filters) + headline(comparison)
+    lines = [Text(line) for text in opening for line in wrap(text, width)]
+    rest = [Text(line, "note") for text in closing if text for line in wrap(text, width)]
+    _print(console, [*lines, scoreboard(comparison), *rest])
 
 
 def print_tasks(report: Report, console: Console) -> None:

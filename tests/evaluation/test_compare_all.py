@@ -191,7 +191,7 @@ def test_filters_leave_what_is_compared_with_and_are_named(path):
     filters = printed(path, *chosen)["filters"]
     assert "arms base, baseline_lora, hybrid_grit; seeds 0" in filters and "llama_cpp" in filters
     for shape in ("md", "table"):
-        assert filters in run(path, *chosen, "--format", shape).output
+        assert filters in " ".join(run(path, *chosen, "--format", shape).output.split())
 
 
 def test_another_baseline(path):
@@ -250,7 +250,7 @@ def test_the_number_of_queries_does_not_grow_with_the_runs(path, few):
 def test_in_a_pipe_tables_fit_a_hundred_columns_and_nothing_heavy_is_loaded(path):
     heavy = ("torch", "transformers", "scipy.stats", "pandas", "altair", "jinja2")
     code = (
-        f"import sys; from evaluation.compare_all import app; app(['--db', {str(path)!r}], standalone_mode=False); "
+        f"import sys; from evaluation.compare_all import app; app(['--full', '--db', {str(path)!r}], standalone_mode=False); "
         f"print([m for m in {heavy!r} if m in sys.modules])"
     )
     done = subprocess.run(
@@ -264,6 +264,15 @@ def test_in_a_pipe_tables_fit_a_hundred_columns_and_nothing_heavy_is_loaded(path
     assert max(len(line.rstrip()) for line in lines if not line.endswith(".")) <= 100, "all but sentences"
     assert "\x1b" not in done.stdout and "…" not in done.stdout
     assert any(line.startswith("hybrid_grit may differ from baseline_lora by chance alone (p = ") for line in lines)
+
+
+def test_the_result_fits_one_screen_of_24_lines_and_100_columns(path):
+    lines = run(path).output.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 100
+    rows = {line.split()[0]: line.split() for line in lines if line.startswith(" ") and line.strip()}
+    assert set(rows) >= set(compared(path).arms)
+    assert rows["baseline_lora"][1] == "70.0" and rows["pure_grit"][-1] == "undecided"
+    assert "--full" in lines[-1]
 
 
 def test_every_format_says_the_same(path):
