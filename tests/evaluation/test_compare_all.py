@@ -250,7 +250,8 @@ def test_the_number_of_queries_does_not_grow_with_the_runs(path, few):
 def test_in_a_pipe_tables_fit_a_hundred_columns_and_nothing_heavy_is_loaded(path):
     heavy = ("torch", "transformers", "scipy.stats", "pandas", "altair", "jinja2")
     code = (
-        f"import sys; from evaluation.compare_all import app; app(['--full', '--db', {str(path)!r}], standalone_mode=False); "
+        f"import sys; from evaluation.compare_all import app; "
+        f"app(['--full', '--db', {str(path)!r}], standalone_mode=False); "
         f"print([m for m in {heavy!r} if m in sys.modules])"
     )
     done = subprocess.run(
