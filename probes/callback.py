@@ -21,7 +21,7 @@ STATE_FOLDER = "probe-{step}"  # beside the Trainer's checkpoint-<step>
 
 
 class LedgerFile:
-    """JSON Lines: a record a line as it comes, at the end a line with the events and what was claimed."""
+    """JSON Lines: each record as it comes, and at the end a line with the events and the claim."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -67,7 +67,7 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
         self._options: dict[str, Any] = {"every": every, "on_record": write, **told}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.probe is not None:  # of a training that was broken off, or that is over
+        if self.probe is not None:  # of a training that was interrupted or has ended
             self.probe.close()
             if self._file is not None:
                 self._file.rewrite([])
@@ -78,7 +78,7 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
             scaler=getattr(kwargs["optimizer"], "scaler", None),
             **self._options,
         )
-        if not state.is_world_process_zero:  # all ranks measure (their sums are common), one writes
+        if not state.is_world_process_zero:  # every rank measures (sums are taken over all of them), one writes
             self.probe.on_record, self._file = None, None
         if state.global_step:
             folder = Path(args.output_dir) / STATE_FOLDER.format(step=state.global_step)
@@ -102,11 +102,11 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
             self.probe.look_after_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if control.should_save:  # before the Trainer saves its checkpoint: one without a state cannot be
+        if control.should_save:  # before the Trainer saves its checkpoint, so that none lacks a state
             self._save(args, state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Of checkpoints that the Trainer decides on later (at the end of an epoch, after an evaluation).
+        # For checkpoints that the Trainer decides on later (at the end of an epoch, after an evaluation).
         if not (Path(args.output_dir) / STATE_FOLDER.format(step=state.global_step)).is_dir():
             self._save(args, state)
 
@@ -140,6 +140,6 @@ def save(probe: Probe, folder: Path) -> None:
 
 
 def load(probe: Probe, folder: Path) -> None:
-    """OSError, SafetensorError: missing or damaged files; ValueError, KeyError: of other tensors, or not a state."""
+    """OSError, SafetensorError: missing or damaged files; ValueError, KeyError: not a state of these tensors."""
     plain = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
     probe.load_state_dict({"tensors": load_file(folder / "shadow.safetensors"), "plain": plain})

@@ -23,12 +23,12 @@ class Thresholds:
     min_coverage: float = 0.9  # share of the tensors that an effect must reach
     min_steps: float = 0.95  # share of the steps, from the first that it reaches
     late: float = 0.75  # share of the run by which preconditioning must have begun
-    traces: float = 0.05  # of the entries (tensors times steps) below which an effect is none
-    stuck: float = 0.25  # share of the steps in which a tensor may stay where it is
+    traces: float = 0.05  # of the entries (tensors times steps) below which there is no effect
+    stuck: float = 0.25  # share of the steps in which a tensor may stay unchanged
     swamped: float = 10.0  # λ over the mean eigenvalue above which damping is most of the preconditioner
-    scalar: float = 0.01  # distance from a multiple of the identity below which a preconditioner is a mere scalar
+    scalar: float = 0.01  # distance from a multiple of the identity below which a preconditioner is just a scalar
     lost: float = 0.2  # share of a gradient's entries turned to zero above which it was lost
-    stale_after: int = 100  # steps with the same matrices, where it is not said how often they are refreshed (else 3x)
+    stale_after: int = 100  # steps with the same matrices if their refresh interval is unknown (else three intervals)
     blow_up: float = 0.25  # rise of the loss, relative to its start, above which training diverges
     often: float = 0.1  # share of the steps in which something must happen to count
 
@@ -56,7 +56,7 @@ class Evidence:
 
     @classmethod
     def read(cls, file: str | Path, thresholds: Thresholds | None = None) -> "Evidence":
-        """From a `probes.callback.LedgerFile`; ValueError names the line that is none of its."""
+        """Read a `probes.callback.LedgerFile`; ValueError names the line that does not belong."""
         records: list[Record] = []
         summary: dict[str, Any] | None = None
         for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
@@ -76,7 +76,7 @@ class Evidence:
 
     @cached_property
     def judged(self) -> list[Record]:
-        """Samples after the start: from where the preconditioner is ready, else without the first tenth; none cold."""
+        """Samples that count: from where the preconditioner is ready, else without the first tenth; no cold ones."""
         warm = [record for record in self.records if not record.get("cold")]
         for place, record in enumerate(warm):
             if any(e.get("reading", {}).get("ready") for e in record["units"].values()):
@@ -105,25 +105,25 @@ class Evidence:
 
     @cached_property
     def angles(self) -> dict[str, float | None]:
-        """Degrees between Δθ and shadow of each layer: of the parameters or of ΔW, whichever says more."""
+        """Degrees between Δθ and the shadow for each layer, of parameters or ΔW, whichever is more informative."""
         plain, weights = self.per_unit("angle"), self.per_unit("angle_weights")
         return {u: max((a for a in (plain[u], weights[u]) if a is not None), default=None) for u in self.units}
 
     @cached_property
     def rotates(self) -> bool:
-        """Whether the preconditioner works by eigenbases, so that gradients reach the optimizer as they are."""
+        """Whether the preconditioner works in eigenbases, so that gradients reach the optimizer unchanged."""
         return any("basis_rotation" in reading for reading in self.readings())
 
     @property
     def gradient_should_change(self) -> bool:
-        """Whether preconditioning must be visible in the gradient itself."""
+        """Whether preconditioning must show in the gradient itself."""
         told = self.watched or any(k.startswith("anisotropy") for r in self.readings() for k in r)
         seen = any(self.share(name, "turned") > 0.02 for name in self.tally)
         return self.claims and (told or seen) and not self.rotates
 
     @property
     def effect(self) -> str:
-        """Where in the tally an effect must show: in the gradient that is read, or in the update."""
+        """Which part of the tally must show an effect: the gradient that is read, or the update."""
         return "turned" if self.gradient_should_change else "off"
 
     @cached_property
@@ -146,17 +146,17 @@ class Evidence:
         return found
 
     def _often_off(self, tensor: str) -> bool:
-        """Not at the very start alone, where another place of ε is enough."""
+        """Not only at the very start, where a different place of ε is enough."""
         row = self.tally[tensor]
         return self.counts_off and self.share(tensor, "off") > 0.02 and max(row["off"], row["off_last"]) >= 5
 
     @property
     def counts_off(self) -> bool:
-        """Whether the tally's line is the one asked for; where that is higher, the samples decide alone."""
+        """Whether the tally uses the requested threshold; if that is higher, the samples alone decide."""
         return self.thresholds.min_angle <= OFF
 
     def share(self, tensor: str, column: str) -> float:
-        """Of the tensor's counted steps."""
+        """Share of the counted steps of a tensor."""
         row = self.tally[tensor]
         return row[column] / row["steps"] if row["steps"] else 0.0
 
@@ -171,7 +171,7 @@ class Evidence:
 
     @cached_property
     def step_shares(self) -> dict[str, float]:
-        """The same of each of these tensors."""
+        """The same for each of these tensors."""
         rows = {name: self.tally[name] for name in self.reached}
         since = f"{self.effect}_since"
         return {name: row[self.effect] / row[since] for name, row in rows.items() if row[since]}

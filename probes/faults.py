@@ -1,8 +1,8 @@
-"""The fault catalogue: one function a fault, from the evidence to a finding, or None.
+"""The fault catalogue: one function per fault, from the evidence to a finding or None.
 
-They stand in the order in which they are believed: weights that do not move first, then what happens around the step,
-what becomes of the gradient, the preconditioner's own state, its statistics, and the training. `FIRST`, `OF_A_CLAIM`
-and `OF_ANY`, at the end, are what a verdict asks.
+They are listed by precedence: weights that do not move first, then what happens around the step, what becomes of the
+gradient, the preconditioner's own state, its statistics, and the training. A verdict asks `FIRST`, `OF_A_CLAIM` and
+`OF_ANY`, at the end.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from probes.tally import TURNED
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault: the diagnosis, a sentence on what is wrong and what to do, and the evidence in numbers."""
+    """One fault: the diagnosis, a sentence on what is wrong and what to do, and the evidence as numbers."""
 
     name: str
     reason: str
@@ -33,10 +33,10 @@ def _listed(names: Collection[str], most: int = 4) -> str:
     return ", ".join(list(names)[:most]) + (" …" if len(names) > most else "")
 
 
-# Weights that stay where they are
+# Weights that do not move
 
 
-_WHY_STILL = {  # a count of the tally, or what else there is → the cause
+_WHY_STILL = {  # a count of the tally, or another symptom → the cause
     "put_back": "a step moves them, but they are back before the next one: something restores the weights",
     "not_held": "no group of the optimizer has them: it was made with other tensors (before the model was wrapped, "
     "moved, or given its adapter)",
@@ -110,7 +110,7 @@ def _wrapper_bypassed(e: Evidence) -> Finding | None:
 
 def _never_called(e: Evidence) -> Finding | None:
     called = e.events["calls"] + e.events["calls_after_step"] + e.events["calls_before_backward"]
-    if not e.watched or called or not e.steps or e.reached:  # it may be called by a name that was bound before
+    if not e.watched or called or not e.steps or e.reached:  # it may be called through a name that was bound earlier
         return None
     return Finding(
         "never_called",
@@ -168,7 +168,7 @@ def _gradient_restored(e: Evidence) -> Finding | None:
             sides = [k.removeprefix("hash_before_") for k in entry if k.startswith("hash_before_")]
             moved = [s for s in sides if entry[f"hash_before_{s}"] != entry[f"hash_after_{s}"]]
             changed += bool(moved)
-            # Clipping may have scaled the old gradient: then the direction tells.
+            # Clipping may have scaled the old gradient, so compare directions.
             back = all(entry[f"hash_before_{s}"] == entry[f"hash_inner_{s}"] for s in moved)
             turned_back = (entry.get("angle_call") or 0) > e.thresholds.min_gradient_angle and (
                 (entry.get("angle_raw_inner") or 0) < 0.01 * entry["angle_call"]
@@ -185,7 +185,7 @@ def _gradient_restored(e: Evidence) -> Finding | None:
     )
 
 
-# The preconditioner, and what it makes of gradients
+# The preconditioner, and what it does to gradients
 
 
 def _against(e: Evidence) -> dict[str, bool]:
@@ -210,7 +210,7 @@ def _against(e: Evidence) -> dict[str, bool]:
 
 
 def _uphill(e: Evidence) -> Finding | None:
-    """Now and then a step points up the gradient by its momentum; most of them must not."""
+    """An occasional step may point up the gradient because of momentum; most must not."""
     against = [name for name, by_chance in _against(e).items() if not by_chance]
     steps = [
         name
@@ -237,7 +237,7 @@ def _unrelated(e: Evidence) -> Finding | None:
     against = _against(e)
     noise = [name for name, by_chance in against.items() if by_chance]
     if noise and len(noise) < len(against) / 2:
-        return None  # a direction that is wrong in most of them is no chance: uphill
+        return None  # a direction that is wrong in most of them is not chance but uphill
     if noise:
         share = sum(e.share(name, "against") for name in noise) / len(noise)
         what = f"what is read points away from the gradient in {share:.0%} of the steps, as a random direction would"
@@ -309,7 +309,7 @@ def _nothing_changed(e: Evidence) -> Finding | None:
     readings = e.readings()
     changed = [n for u in e.units for n in e.values(u, "times_changed") if n is not None]
     never_ready = bool(readings) and not any(r["ready"] for r in readings)
-    no_change = bool(changed) and not any(changed) and not e.rotates and not e.reached  # in hooks, calls say little
+    no_change = bool(changed) and not any(changed) and not e.rotates and not e.reached  # with hooks, calls say little
     untouched = not e.rotates and not any(
         row["turned"] or row["off"] or row["log_ratio_sq"] > 1e-12 for row in e.tally.values()
     )
@@ -569,7 +569,7 @@ def _diverging(e: Evidence) -> Finding | None:
     losses = [r["loss"] for r in e.records if r.get("loss") is not None]
     part = max(3, len(losses) // 5)
     if len(losses) < 2 * part:
-        return None  # too few samples to tell a rise from a hard batch
+        return None  # too few samples to distinguish a rise from a hard batch
     first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
     apart = min(losses[-part:]) > max(losses[:part])
     if not apart or last - first <= e.thresholds.blow_up * abs(first):

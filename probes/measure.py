@@ -63,7 +63,7 @@ def find_units(model: nn.Module) -> list[Unit]:
     if not units:
         raise ValueError("expected a model with trainable parameters, got one in which all are frozen")
     for unit in units.values():
-        if len(unit.sides) == 1 and "w" not in unit.sides:  # half of a pair is frozen (LoRA-FA): a tensor like others
+        if len(unit.sides) == 1 and "w" not in unit.sides:  # half of the pair is frozen (LoRA-FA)
             unit.sides = {"w": next(iter(unit.sides.values()))}
     return list(units.values())
 
@@ -80,7 +80,7 @@ Matrices = list[Tensor]
 
 
 class Layout:
-    """Tensors alike in size, dtype and device are rows of one matrix: few operations instead of some for each."""
+    """Tensors of one size, dtype and device are rows of one matrix: a few operations for all of them."""
 
     def __init__(self, tensors: Sequence[Tensor]):
         groups: dict[tuple[Any, ...], list[int]] = {}
@@ -95,7 +95,7 @@ class Layout:
         return [torch.zeros(n, shape.numel(), dtype=dtype, device=device) for n, shape, dtype, device in kinds]
 
     def stack(self, tensors: Sequence[Tensor | None]) -> Matrices:
-        """Copies; zeros where there is none."""
+        """Copies, as a stack; zeros for missing ones."""
         rows = [
             torch.zeros(kind[0], dtype=kind[1], device=kind[2]) if t is None else t.detach()
             for t, kind in zip(tensors, self._tensors, strict=True)
@@ -305,9 +305,9 @@ def _degrees(cosine: float | None) -> float | None:
 
 @dataclass
 class LayerReading:
-    """The state of one layer's preconditioner, side by side; leave out what there is not."""
+    """The state of one layer's preconditioner, by side; leave out what does not exist."""
 
-    layer: str  # as the ledger has it: name of the LoRA module, or of the parameter
+    layer: str  # its name in the ledger: of the LoRA module, or of the parameter
     ready: bool  # whether gradients are multiplied by it
     samples: float | None = None  # tokens seen so far; None where it does not count tokens
     # Symmetric [n, n] (e.g. "a": Σ_a, "g": Σ_g); [n]: a diagonal one, [k, n, n]: the blocks of a block-diagonal one.

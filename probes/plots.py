@@ -8,12 +8,12 @@ from typing import Any
 from probes.evidence import Evidence, median
 from probes.twin import Twin
 
-# Colours of Okabe & Ito (2008), which colour-blind readers tell apart; line styles say the same once more.
+# Colors of Okabe & Ito (2008), which color-blind readers can distinguish; line styles repeat the distinction.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
 
 
 def _figure(width: float, height: float, panels: int) -> tuple[Any, list[Any]]:
-    # Matplotlib's objects, no pyplot, so that nothing global changes.
+    # Matplotlib's objects, not pyplot, so that no global state changes.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -51,8 +51,8 @@ def _log_scale(axis: Any) -> None:
 
 
 def plot_ledger(evidence: Evidence, out: Path, title: str = "") -> Path:
-    """What preconditioning does to gradients and steps, a thin line a layer and a thick median; needs samples."""
-    # Where the moments live in an eigenbasis, the optimizer gets the gradient itself: a flat line says nothing.
+    """What preconditioning does to gradients and steps, thin lines per layer and a thick median; needs samples."""
+    # With moments in an eigenbasis the optimizer gets the unchanged gradient, and a flat line would say nothing.
     figure, axes = _figure(*(9.6, 4.2, 2) if evidence.rotates else (14.0, 4.2, 3))
     *first, turned, longer = axes
     for axis in first:

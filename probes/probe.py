@@ -31,7 +31,7 @@ from probes.measure import (
 from probes.shadow import Shadow, clipping, shadow_options
 from probes.tally import ROUNDING, Tally, common_factor
 
-WARM_UP = 200  # steps that the shadow's moments need after a start beside those of an optimizer that are warm
+WARM_UP = 200  # steps that a cold shadow needs to catch up with an optimizer whose moments are warm
 
 EVENTS = (
     "steps",
@@ -66,7 +66,7 @@ def chain_of(optimizer: Any) -> list[Any]:
 
 
 class Attachments(contextlib.ExitStack):
-    """Hooks and replaced methods; `close` undoes them in reverse order."""
+    """Hooks and replaced methods; `close` removes them in reverse order."""
 
     def replace(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
         before = vars(owner).get(name, _MISSING)
@@ -138,7 +138,7 @@ class Attachments(contextlib.ExitStack):
 
 
 def to_front(hooks: dict[int, Any], key: int) -> None:
-    """Make a hook the first; autograd calls them in the order in which they were put into the dictionary."""
+    """Make a hook the first: autograd calls them in the order in which they entered the dictionary."""
     own = hooks.pop(key)
     others = dict(hooks)
     hooks.clear()
@@ -150,7 +150,7 @@ class TrainedTensors:
     """A model's trainable parameters, each with its raw gradient, its weights before the step and its shadow.
 
     `raw` are gradients as autograd computed them, before any hook on the parameter, summed over the backward passes of
-    a step. Where parameters are replaced (ranks shrank), `follow` finds the new ones.
+    a step. If parameters are replaced (ranks shrank), `follow` finds the new ones.
     """
 
     def __init__(self, model: nn.Module):
@@ -171,7 +171,7 @@ class TrainedTensors:
         self.raw, self.before = self.layout.views(self.raws), self.layout.views(self.befores)
         self.next_step()
         self._ids = {id(p) for p in self.parameters}
-        # Where they stand: walking the model at every step would take long.
+        # Where they are, because walking the model at every step would take long.
         self._places = [
             (module._parameters, name)
             for module in self._model.modules()
@@ -201,7 +201,7 @@ class TrainedTensors:
             self._hooks.callback(then.remove)
 
     def _on_computed(self, i: int, gradient: Tensor) -> None:
-        """Autograd has a gradient, which other hooks may still change, and which may never reach `.grad`."""
+        """Autograd has computed a gradient, which other hooks may still change and which may never reach `.grad`."""
         parameter, gradient = self.parameters[i], _dense(gradient.detach())
         held = parameter.grad
         if self.stepping and self._seen[i][0] is not None and not torch.equal(parameter, self.before[i]):
@@ -215,7 +215,7 @@ class TrainedTensors:
                 self.raw[i].add_(_dense(held))  # zeros, or what nobody cleared
             self.computed[i] = True
         elif len(parameter._backward_hooks or ()) > 1 or self._seen[i] != (held, held._version):
-            # What is in .grad was changed since, or what comes will be: add it up here.
+            # .grad was changed since, or the next gradient will be: add it up here.
             self._more[i] = gradient.clone(), not bool(held.any())
 
     def _on_arrived(self, i: int, parameter: Tensor) -> None:
@@ -239,7 +239,7 @@ class TrainedTensors:
         self.next_step()
 
     def follow(self) -> bool:
-        """Look at parameters that replaced others (equal shapes keep their shadow); whether there are any."""
+        """Follow parameters that replaced others (equal shapes keep their shadow); returns whether any did."""
         if all(id(held.get(name)) in self._ids for held, name in self._places):
             return False
         old = {(unit.name, side): (i, p.shape) for i, (unit, side, p) in enumerate(self.all)}
@@ -255,9 +255,9 @@ class TrainedTensors:
         return True
 
     def choose(self) -> None:
-        """Of gradients that were cleared and others computed after them, take those nearest to what is there now.
+        """If gradients were cleared and computed again, take those nearest to the ones in `.grad` now.
 
-        The others were for something else, a Fisher matrix of sampled labels for instance.
+        The others were for something else, for example a Fisher matrix of sampled labels.
         """
         for i, earlier in self.cleared.items():
             gradient = self.parameters[i].grad
@@ -278,7 +278,7 @@ def _dense(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
-# What is noted while a step runs
+# Notes while a step runs
 
 
 @dataclass
@@ -291,7 +291,7 @@ class StepNotes:
     after: Snapshot = ()
     door: Snapshot = ()
     inner: Snapshot = ()
-    averaged: bool = False  # whether raw gradients are those of all ranks by now
+    averaged: bool = False  # whether raw gradients already include all ranks
     read: Tensor | None = None  # ⟨raw, raw⟩, ⟨raw, read⟩, ⟨read, read⟩ of what the optimizer reads: [3, tensors]
     versions: list[int] = field(default_factory=list)  # of the gradients then
     read_in_step: bool = False  # found in `.grad` after it
@@ -349,7 +349,7 @@ class StepNotes:
 
 
 class LeftGradients:
-    """Gradients as the optimizer left them, to see whether anybody changes them after the step; nothing is copied."""
+    """Gradients as the optimizer left them, to notice later changes; nothing is copied."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]):
         self._seen = [(p, p.grad, 0 if p.grad is None else p.grad._version) for p in parameters]
@@ -363,7 +363,7 @@ def _distributed() -> bool:
 
 
 def average_over_ranks(gradients: Matrices) -> None:
-    """In a distributed run: hooks see a rank's own gradients, before they are averaged."""
+    """In a distributed run, average gradients: hooks see those of one rank, before they are averaged."""
     if _distributed():
         for gradient in gradients:
             torch.distributed.all_reduce(gradient)
@@ -462,7 +462,7 @@ class Probe:
         return self
 
     def _catch_up(self) -> None:
-        """Where the optimizer has stepped without the probe, the shadow goes on from its moments if they are Adam's."""
+        """If the optimizer has stepped without the probe, continue the shadow from its moments if they are Adam's."""
         states = [getattr(chain_of(self.optimizer)[-1], "state", {}).get(p) for p in self.tensors.parameters]
         for i, state in enumerate(states):
             own = self.tensors.shadow.steps[i]
@@ -537,7 +537,7 @@ class Probe:
                 self._now.count_tokens(kwargs)
 
     def _dropped(self) -> bool:
-        """Whether gradients came and were cleared without a step: a GradScaler's overflow, a batch that is left out."""
+        """Whether gradients came and were cleared without a step: a GradScaler's overflow, or a skipped batch."""
         held = any(p.grad is not None for p in self.tensors.parameters)
         return self._phase == "running" and not self._now.inside and any(self._now.hits) and not held
 
@@ -584,7 +584,7 @@ class Probe:
         self._now.inside.append((optimizer, sum(self._now.hits)))
 
     def _settle(self, weights: Matrices | None) -> None:
-        """Take the last step into the tally: where its weights are by now shows whether they were put back."""
+        """Count the last step in the tally: where its weights are now shows whether they were put back."""
         if self._unsettled is None:
             return
         step, gradient, update, rates, elsewhere = self._unsettled
@@ -600,7 +600,7 @@ class Probe:
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
     def _about_to_read(self) -> None:
-        """What stands in `.grad` now is what the optimizer computes with, unless this is called again."""
+        """The gradients now in `.grad` are what the optimizer computes with, unless this is called again."""
         if not self._now.inside:
             return
         now, tensors = self._now, self.tensors
@@ -621,7 +621,7 @@ class Probe:
         if not self._now.inside:
             return  # of a step that is over already
         if len(self._chain) == 1 and len(self._now.inside) == 1 and not self._now.calls:
-            # An optimizer that changes gradients in its own step, before it computes with them.
+            # The optimizer changes gradients in its own step, before it uses them.
             now = [(p.grad, version) for p, version in zip(self.tensors.parameters, self._now.versions, strict=True)]
             if any(g is not None and g._version != version for g, version in now) and all(
                 g is None or bool(g.any()) for g, _ in now
@@ -635,10 +635,10 @@ class Probe:
 
     def _end(self) -> None:
         now, tensors, scale = self._now, self.tensors, self._scale
-        if now.from_closure:  # gradients came after the door: what stood there was empty or old
+        if now.from_closure:  # gradients came after the door, where they were empty or old
             now.door = now.inner
         if now.dropped and now.dropped.calls and not now.calls:
-            # What was preconditioned is gone, and this was computed after it.
+            # The preconditioned gradient is gone, and this one was computed after it.
             now.calls, now.before, now.after = now.dropped.calls, now.dropped.before, now.dropped.after
             now.changed, now.late = now.dropped.changed, [times > 0 for times in now.dropped.changed]
         self.events["dropped_since"] = 0
@@ -652,7 +652,7 @@ class Probe:
         self.events["nonfinite_gradients"] += not finite
         raw = [g if there else None for g, there in zip(tensors.raw, known, strict=True)]
         known = known if finite else [False] * len(known)
-        # One number for all gradients is no preconditioning: plain AdamW would have it too.
+        # One factor for all gradients is not preconditioning: plain AdamW would have it too.
         factor = clipping([g for g in raw if g is not None], float(gradient[0].sum().sqrt()), self.max_grad_norm)
         common = common_factor(*gradient)
         if common is not None and abs(common - factor) > 0.01 * factor:
@@ -665,7 +665,7 @@ class Probe:
             products = tensors.layout.dots([(columns[i], columns[j]) for i, j in forms])
             products[[0, 2, 6]] *= torch.tensor(known, device=products.device) / scale
             if self.step < self._cold_until:
-                products[2:5] = 0.0  # its shadow is no yardstick yet
+                products[2:5] = 0.0  # its shadow cannot serve as a yardstick yet
             elsewhere = now.read_in_step or tensors.tried_others
             self._unsettled = (self.step, gradient, products, options["rates"], elsewhere)
         self.events["steps"] += 1
@@ -706,7 +706,7 @@ class Probe:
                 entry["times_changed"] = max(entry.get("times_changed", 0), now.changed[i])
                 entry["late_gradients"] = entry.get("late_gradients", False) or now.late[i]
         for unit in units:
-            if unit.name in entries:  # biases and norms are left to AdamW as a rule
+            if unit.name in entries:  # biases and norms are usually left to AdamW
                 entries[unit.name]["claimed"] = all(p.dim() >= 2 and p.numel() > 1 for p in unit.sides.values())
         for reading in read(self.readings) if self.readings is not None else ():
             said = numbers(reading)
@@ -719,14 +719,14 @@ class Probe:
         return record
 
     def look_after_step(self) -> None:
-        """Call it between `optimizer.step()` and `zero_grad()`: it notices gradients that are changed too late."""
+        """Call it between `optimizer.step()` and `zero_grad()`, so that it notices gradients changed too late."""
         if self._phase == "stepped":
             self.events["gradients_changed_after_step"] += self._left.changed()
 
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on: `tensors` (the shadow's) and `plain` (what JSON can hold)."""
+        """Everything needed to continue: `tensors` (the shadow's) and `plain` (what JSON can hold)."""
         self._follow()  # ranks may have shrunk in the step that is saved
         self._settle(self.tensors.layout.stack(self.tensors.parameters))
         plain = {"step": self.step, "records": self.records, "events": self.events, "cold_until": self._cold_until}
@@ -734,11 +734,11 @@ class Probe:
         return {"tensors": self.tensors.shadow.state_dict(), "plain": plain}
 
     def start_cold(self, step: int) -> None:
-        """Go on at a step without the shadow's moments of before; samples do not count until it has caught up."""
+        """Continue at a step without the shadow's earlier moments; samples do not count until it has caught up."""
         self.step, self._cold_until = step, step + WARM_UP
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """KeyError or ValueError: not a state, or of other tensors; nothing has changed then."""
+        """KeyError or ValueError, with nothing changed, if this is not a state, or one of other tensors."""
         plain = state["plain"]
         step, records, cold_until = int(plain["step"]), list(plain["records"]), int(plain["cold_until"])
         events = {**dict.fromkeys(EVENTS, 0), **plain["events"]}

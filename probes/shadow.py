@@ -41,9 +41,9 @@ class Shadow:
         weights: Matrices,
         factor: float = 1.0,
     ) -> Matrices:
-        """Take one step's gradients, times `factor`, into the moments, of the tensors that have one.
+        """Add one step's gradients, times `factor`, to the moments of the tensors that have one.
 
-        `weights` are those before the step. Returns Δθ in float32; zeros where there is no gradient.
+        `weights` are those before the step. Returns Δθ in float32, zero where there is no gradient.
         """
         after = [w.clone() for w in weights]
         for place, rows in enumerate(self.layout.places):
@@ -66,7 +66,7 @@ class Shadow:
                     continue
                 whole = len(chosen) == len(rows)
                 weight, grad, m, v = ([x] if whole else [x[row] for row in chosen] for x in matrices)
-                # Counted up inside; fused kernels want it beside the weights.
+                # Counted up inside; fused kernels need it on the device of the weights.
                 counts = [torch.tensor(float(steps), device=gradient.device if fused else None) for _ in weight]
                 adamw(
                     weight,
@@ -117,10 +117,10 @@ class Shadow:
 
 
 def clipping(gradients: Sequence[Tensor], total: float, max_norm: float) -> float:
-    """What `torch.nn.utils.clip_grad_norm_` multiplies gradients of that total norm by; 1 where `max_norm` is 0."""
+    """The factor by which `torch.nn.utils.clip_grad_norm_` scales such gradients; 1 if `max_norm` is 0."""
     if max_norm <= 0 or not gradients or not math.isfinite(total):
         return 1.0
-    if any(g.element_size() < 4 for g in gradients):  # with its very roundings
+    if any(g.element_size() < 4 for g in gradients):  # with the same roundings
         factor = float(torch.clamp(max_norm / (torch.nn.utils.get_total_norm(gradients) + 1e-6), max=1.0))
         return factor if math.isfinite(factor) else 1.0
     return min(1.0, max_norm / (total + 1e-6))

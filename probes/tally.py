@@ -1,7 +1,7 @@
 """Every step, tensor by tensor: was the gradient changed, is the update plain AdamW's, did the weight move?
 
-A record (measure.py) looks closely at a few steps. This counts in all of them, for eleven inner products a tensor, so
-that a preconditioner which works on every tenth step is not taken for one that always does.
+A record (measure.py) examines a few steps closely. This counts in all of them, at eleven inner products per tensor, so
+that a preconditioner that works on every tenth step is not mistaken for one that always works.
 """
 
 import math
@@ -28,7 +28,7 @@ COUNTS = (
     "put_back",  # that moved it, and it was back before the next step
     "rate_zero",  # with a learning rate of 0
     "not_held",  # in which no group of the optimizer had it
-    "against",  # where what the optimizer read points away from the raw gradient
+    "against",  # where the gradient that the optimizer read points away from the raw one
     "uphill",  # whose update does, decay of the weights left out
 )
 SUMS = ("cos_gradient", "cos_against", "cos_step", "cos_shadow", "log_ratio", "log_ratio_sq")
@@ -100,7 +100,7 @@ class Tally:
         read = seen & torch.isfinite(ii) & (ii > 0)
         went = seen & (dd > 0)
         cos_gradient = torch.where(read, ri / (rr * ii).sqrt(), 0.0)
-        # Decay pulls along the weights, which in a LoRA pair is uphill as often as not: that part is left out.
+        # Weight decay pulls along the weights, in a LoRA pair as often uphill as downhill, so that part is left out.
         along = torch.where(ww > 0, dw / ww, 0.0)
         down, length = along * rw - rd, (dd - along * dw).clamp_min(0)
         cos_step = torch.where(went & (length > 1e-6 * dd), down / (rr * length).sqrt(), 0.0)
@@ -145,6 +145,6 @@ class Tally:
         return {name: {column: columns[column][i] for column in COLUMNS} for i, name in enumerate(self.names)}
 
     def load(self, table: dict[str, dict[str, float]]) -> None:
-        """KeyError: a table of other tensors, or of another version."""
+        """KeyError if the table is of other tensors or of another version."""
         values = {c: torch.tensor([table[name][c] for name in self.names], dtype=torch.float64) for c in COLUMNS}
         self.values, self._waiting = values, []

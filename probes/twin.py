@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-DIVERGES = 10.0  # floors that curves must be apart; A/A pairs of the tiny profile are at 0.5 to 2
+DIVERGES = 10.0  # floors by which curves must differ; A/A pairs of the tiny profile differ by 0.5 to 2
 
 
 @dataclass(frozen=True)
 class Twin:
-    """Three loss curves, a loss each step: ValueError where lengths differ, or nothing is there."""
+    """Three loss curves, one loss per step; ValueError if their lengths differ or they are empty."""
 
     baseline: list[float]  # A
     again: list[float]  # A', the same once more, or from a perturbed start

@@ -22,7 +22,7 @@ class Verdict:
     """
 
     verdict: str
-    diagnosis: str  # `none` where all is well, `equals_shadow` of plain AdamW that claims nothing, else the fault
+    diagnosis: str  # `none` if nothing is wrong, `equals_shadow` for plain AdamW that claims nothing, else the fault
     reason: str
     claims: bool
     numbers: dict[str, float | None]  # medians over layers and samples; `divergence` is the twin run's
@@ -31,7 +31,7 @@ class Verdict:
 
     @property
     def as_claimed(self) -> bool:
-        """Whether the run does what it says: an arm that preconditions is effective, any other is not unstable."""
+        """Whether the run does what it claims: an arm that preconditions is effective, any other is not unstable."""
         return self.verdict == EFFECTIVE if self.claims else self.verdict != UNSTABLE
 
     def to_json(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
     angle = numbers["angle_to_shadow"] or 0.0
     if findings:
         if findings[0].numbers.get("tensors") == len(e.tally) and findings[0].name == "not_moving":
-            findings = findings[:1]  # whatever else is seen says nothing about updates that there are not
+            findings = findings[:1]  # without updates, nothing else that was seen matters
         off = sum(e.share(name, "off") for name in e.tally) / max(len(e.tally), 1) >= e.thresholds.traces
         verdict = UNSTABLE if reaches or (off and e.counts_off) or not e.claims else NO_EFFECT
         return said(verdict, findings[0].name, findings[0].reason, findings)
