@@ -43,7 +43,7 @@ FOLDERS = {
     "train": "adapters", "probe": "verdicts", "export": "gguf", "quantize": "quantized", "verify": "verified",
     "measure": "measured", "evaluate": "scores",
 }  # fmt: skip
-"""Stage to the folder of what it makes."""
+"""Stage → the folder of its results."""
 
 OPTIONAL_STAGES = {"quantize": "quantized.json", "verify": "verify.json", "measure": "measured.json"}
 """Stages that measure a finished model, and their results. They are not part of a run's identity."""
@@ -69,7 +69,7 @@ def digest_of(content: object) -> str:
 
 @dataclass
 class Bundle:
-    """Everything that one arm with one seed left; empty where a stage has not run."""
+    """All results of one arm with one seed; empty where a stage has not run."""
 
     arm: str
     seed: int
@@ -100,7 +100,9 @@ class Bundle:
         stages = {stage: record for stage, record in self.stages.items() if not _optional(stage)}
         return digest_of(
             {
-                **({} if task == AQI.name else {"task": task}),  # results older than the other tasks keep their key
+                **(
+                    {} if task == AQI.name else {"task": task}
+                ),  # so that results from before there were other tasks keep their key
                 "variant": self.arm,
                 "seed": self.seed,
                 "params": {stage: record.params for stage, record in stages.items()},
@@ -220,7 +222,7 @@ class Reader:
         return records
 
     def bundle(self) -> Bundle | None:
-        """Everything that the run left; None if it is not there yet, is not finished, or has problems."""
+        """All results of the run; None if it has not run, is not finished, or has problems."""
         before = len(self.problems)
         scores_file = self.path("evaluate", "scores.json")
         if not scores_file.exists() and not scores_file.with_name("run.json").exists():
@@ -230,7 +232,7 @@ class Reader:
         exported = scores is None or scores.exported
         stages = self.stages(exported)
         if stages is None:
-            del self.problems[before:]  # an unfinished stage has not written its files yet, which is no fault
+            del self.problems[before:]  # files that an unfinished stage has not written yet are no problem
             return None
         if not scores_file.exists():
             if len(self.problems) == before:
@@ -430,7 +432,7 @@ def _collected(reader: Reader) -> Bundle | None:
     try:
         return reader.bundle()
     except OSError as error:
-        # Nobody knows what is in there, so nothing may count as absent.
+        # What is in there is unknown, so nothing may count as absent.
         reader.unreadable(error)
         return None
 
@@ -494,7 +496,7 @@ def archive(root: Path, bundles: list[Bundle]) -> int:
 
 
 def require_archive(root: Path) -> None:
-    """Refuse a folder without an archive, lest a wrong one get an archive."""
+    """Refuse a folder without an archive: a mistyped path must not get one."""
     if not (root / RUNS).is_dir():
         raise refuse([Problem(RUNS if root.is_dir() else str(root), "", _NOTHING)])
 

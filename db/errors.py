@@ -1,4 +1,4 @@
-"""Errors of the database package: each says what was expected, what was there instead, and what to do."""
+"""Errors of the database package: what was expected, what was found instead, and what to do."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

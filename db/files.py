@@ -50,7 +50,7 @@ _ADVICE = {
 
 
 def explain_os_error(error: OSError, target: Path) -> OutputError | None:
-    """A clear error for what goes wrong when writing to `target`; None for any other OSError."""
+    """A clear error if `error` is about writing to `target`; None for any other OSError."""
     advice = _ADVICE.get(error.errno or 0)
     if advice is None:
         return None
@@ -98,7 +98,7 @@ def _beside(target: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(target: Path) -> None:
-    """Remove what killed processes left beside `target`; put back what one of them had just moved away."""
+    """Remove leftovers of killed processes beside `target`; restore what one of them had just moved away."""
     for stale in target.parent.glob(f"{target.name}.*.partial"):
         if _alive(stale):
             continue
@@ -141,7 +141,7 @@ def _alive(partial: Path) -> bool:
 def process_runs(pid: int, since: float) -> bool:
     """Whether a process runs and began before a moment (seconds since the epoch).
 
-    A zombie does not count, nor does a later process that was given the same number.
+    A zombie does not count, nor does a later process with the same id.
     """
     try:
         process = psutil.Process(pid)
@@ -185,7 +185,7 @@ def exclusive(lock: Path, what: str | None = None) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, all of it or nothing; line breaks as they are."""
+    """Write UTF-8 text, all or nothing; line breaks are kept."""
     with staged_file(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="")
 
@@ -240,7 +240,7 @@ def _content(path: Path) -> bytes:
 
 
 def reasons(error: ValidationError) -> list[tuple[str, str]]:
-    """(Dotted key, what was expected and what was there) for everything that is wrong in a file."""
+    """(Dotted key, what was expected and what was found) for every mistake in a file."""
     return [(".".join(map(str, detail["loc"])), _words(detail)) for detail in error.errors(include_url=False)]
 
 

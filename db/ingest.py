@@ -73,7 +73,7 @@ def ingest(
     if not root.is_dir():
         raise refuse([Problem(str(root), "", "expected the project's folder, got nothing")])
     with exclusive(root / RUNS / ".lock"):
-        bundles, notes = read_results(root, arms, seeds)  # inside the lock, so that the last writer has read last
+        bundles, notes = read_results(root, arms, seeds)  # inside the lock, so that the last writer has the newest data
         changed = archive(root, bundles)
         return _rebuild(root, url, changed, notes)
 
@@ -108,7 +108,7 @@ def fill(session: Session, archived: Mapping[str, Bundle], current: set[str]) ->
         for table, make in _ROWS.items():
             made = (row_of(row) if isinstance(row, Record) else row for row in make(bundle))
             rows[table] += [{"run_id": run_id, **row} for row in made]
-        for benchmark, _ in bundle.benchmarks.values():  # where lm-eval uses one of our names, ours is kept
+        for benchmark, _ in bundle.benchmarks.values():  # if lm-eval uses one of our names, our definition is kept
             meanings = _defined(benchmark.metric_defs) | meanings
         meanings |= _meanings(bundle)
     runs = link(runs)
@@ -141,7 +141,7 @@ def environment_row(record: RunRecord) -> Row:
 
 
 def run_of(bundle: Bundle, identity: Row) -> Run:
-    """A row of `run`, as far as the run's own files decide it."""
+    """A row of `run`, as far as it follows from the run's own files."""
     evaluate, scores = bundle.stages["evaluate"], bundle.scores
     stages = list(bundle.stages.values())
     dirty = [record.git.dirty for record in stages]
@@ -266,7 +266,7 @@ def _defined(meanings: Mapping[str, MetricDefRecord]) -> dict[str, Row]:
 
 
 def _artifacts(bundle: Bundle) -> Iterator[Row]:
-    """Everything that the stages made, and for the base also what it was made from."""
+    """All files that the stages made; for the base also those that it was made from."""
     prepared = {"prepare_base": bundle.base_model} if bundle.base_model else {}
     for stage, record in {**bundle.stages, **prepared}.items():
         yield from (row_of(artifact, stage=stage) for artifact in record.artifacts)

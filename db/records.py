@@ -301,7 +301,7 @@ class SampleRecord(_Credited):
     predicted: FiniteOrNone = None  # number in the answer; None: there is none
     abs_error: ErrorOrNone = None  # |predicted - truth|; None: the task asks for no number
     prompt_tokens: Measured = None
-    answer_tokens: Measured = None  # the end token included
+    answer_tokens: Measured = None  # including the end token
     finish_reason: Literal["stop", "length"] | None = None  # "length": cut at evaluate.max_tokens; None: unknown
 
 
@@ -381,7 +381,7 @@ class PrecisionRecord(_Credited):
     category_accuracy: Share
     correct: Count
     n: Annotated[Count, Field(ge=1)]
-    answers_equal_to_f16: Share  # answered with the same text
+    answers_equal_to_f16: Share  # share of items answered with the same text
     fallbacks: Count  # tensors in another format, because their rows are no multiple of its block
     credit: Share = _CREDIT
 
@@ -428,12 +428,12 @@ class VerificationRecord(Record):
     backend: Name  # llama_cpp or ollama
     backend_version: Name
     mode: Literal["merged", "adapter"]  # merged GGUF, or base with GGUF adapter
-    form: Literal["plain", "newline", "second"] = "plain"  # newline behind the prompt; second question of a chat
+    form: Literal["plain", "newline", "second"] = "plain"  # newline: after the prompt; second: question of a chat
     prompts: Count
     rendered: Share | None  # as in training
-    counted: Share | None  # read as the same tokens
+    counted: Share | None  # with the same token ids
     answered: Share | None  # greedily as by Hugging Face
-    tied: Share | None = None  # otherwise, at a token that all but ties with the other; None: not looked at
+    tied: Share | None = None  # different, at a token that nearly ties with the other; None: not checked
     equal_to_merged: Share | None  # answered as in mode merged; None: not compared
     perturbed_noticed: bool | None  # another adapter scale changed an answer; None: not tried
     first_difference: str | None  # where and why the first prompt differs
@@ -477,7 +477,7 @@ class ReadingRecord(Record):
 
 
 class VerdictRecord(ArmRecord):
-    as_claimed: bool | None  # None: nobody watched
+    as_claimed: bool | None  # None: training was not watched
     verdict: Literal["effective", "no_effect", "unstable", "not_watched"]
     diagnosis: Name
     reason: str
@@ -540,7 +540,7 @@ def meanings_of(form: type[Record]) -> dict[str, Meaning]:
 
 
 class FinalRecord(_Logged):
-    """What stage train says at its end, in its run.json under `extra`, about the adapter that it saved."""
+    """What stage train reports about the adapter that it saved, in its run.json under `extra`."""
 
     final_eval_loss: Number | None = _number_of(
         "nats per token", "Loss on the held-out items", "evaluation_loss", direction="lower", split="eval"
@@ -585,7 +585,7 @@ class LedgerRecord(_Logged):
         return self
 
 
-_RANK, _ENTROPY = "directions", "exp of the entropy of the normalised eigenvalues"
+_RANK, _ENTROPY = "directions", "exp of the entropy of the normalized eigenvalues"
 _CONDITION, _SHARE = "largest over smallest eigenvalue", "damping over the mean eigenvalue"
 _A, _G = "of the covariance of A's outputs", "of the covariance of the gradients there"
 _KEPT_A, _KEPT_B = (
@@ -629,13 +629,13 @@ class GritRecord(_Logged):
 
 
 class Costs(_Logged):
-    """What training took, as stage train wrote it; None: unknown, as for the base and adapters trained elsewhere."""
+    """What training cost, as stage train recorded it; None: unknown, as for the base and adapters trained elsewhere."""
 
     steps: Measured = None  # optimizer steps
     train_seconds: FiniteOrNone = None  # None also where a killed run was resumed: it knows only its own share
-    peak_memory_bytes: Measured = None  # of the process, without what a GPU holds
+    peak_memory_bytes: Measured = None  # of the process, without GPU memory
     trained_parameters: Measured = None
-    saved_parameters: Measured = None  # fewer where ranks have shrunk
+    saved_parameters: Measured = None  # fewer if ranks have shrunk
 
 
 class Run(Costs):
@@ -655,7 +655,7 @@ class Run(Costs):
     task: str  # what was asked: aqi, gsm8k, …
     task_title: str  # of the primary metric, as tables show it
     primary_metric: str  # name in metric, split test, by which arms are compared
-    test_items_sha256: str  # only runs with equal items compare
+    test_items_sha256: str  # only runs with the same items can be compared
     backend_name: str  # llama_cpp, ollama or hf
     backend_version: str
     serving_mode: str  # at evaluation: adapter merged into the model, or beside it

@@ -20,8 +20,8 @@ BASE = "base"
 class Choice:
     """Which runs to compare; an empty part means all."""
 
-    arms: Collection[str] = ()  # ways of training; the base is always there
-    seeds: Collection[int] = ()  # of the trained arms; the base has one run, which is always there
+    arms: Collection[str] = ()  # ways of training; the base is always included
+    seeds: Collection[int] = ()  # of the trained arms; the base has one run, which is always included
     backends: Collection[str] = ()
     # None: the task whose results are on disk, with its current runs; its name means the same. For any other task, the
     # latest finished run of each arm and seed
@@ -118,7 +118,7 @@ def _comparable(runs: Iterable[Run], *, one_setting: bool = True) -> set[int]:
 
 
 def _reference(run: Run, bases: Iterable[Run]) -> int | None:
-    """The base of the same items, backend and model (where both are known); a former run keeps that of its time."""
+    """The base of the same items, backend and model (where both are known); a former run keeps the base of its time."""
 
     def same(base: Run) -> bool:
         return (base.task, base.test_items_sha256, base.backend_name) == (

@@ -47,7 +47,7 @@ def _shown(url: URL) -> str:
 
 @contextmanager
 def open_session(url_or_path: str | Path | URL) -> Iterator[Session]:
-    """Open the database for reading; the block sees one moment of it, whatever is written meanwhile.
+    """Open the database for reading; the block sees a snapshot, whatever is written meanwhile.
 
     Raises:
         DatabaseError: it is missing, another version of this project wrote it, or it cannot be read.
@@ -78,7 +78,7 @@ def _reader(url: URL, path: Path | None) -> Engine:
         return create_engine(url, poolclass=NullPool, creator=lambda: sqlite3.connect(uri, BUSY_TIMEOUT_S, uri=True))
     engine = _server(url)
     if url.get_backend_name() == "postgresql":
-        # A server's default is one moment for each question.
+        # By default, a server takes a new snapshot for each query.
         return engine.execution_options(postgresql_readonly=True, isolation_level="REPEATABLE READ")
     return engine
 

@@ -57,19 +57,19 @@ MARK = Path(".git/distributed")
 USER_FOLDERS = ("inputs", "theirs")
 """What users put into the project; it travels even if git ignores it, with links replaced by what they point to."""
 MAX_STARTS = 4
-"""How often a stage may start whose worker or node dies."""
+"""How many times a stage may start if its worker or node dies."""
 
 
 class Params(StageParams):
     distribute: Distribute
 
 
-# --- What a worker does. Ray sends this code to the nodes, so that all of them run that of this process. ---
+# --- What a worker does. Ray sends this code to the nodes, so that all of them run the same version. ---
 
 
 @dataclass
 class Task:
-    """What a worker has to know about a stage."""
+    """What a worker needs to know about a stage."""
 
     name: str
     dependencies: list[str]  # stages whose outputs it reads

@@ -59,10 +59,10 @@ class Params(StageParams):
 
 
 def choose_backend(wanted: str, base_backend: str | None = None) -> str:
-    """The backend to use: under `auto` Ollama where a server answers, else llama.cpp in this process.
+    """The backend to use: under `auto` Ollama if a server answers, else llama.cpp in this process.
 
-    Under `auto` an arm follows what the base was scored on, or the two could not be compared. Raises EngineError:
-    Ollama is asked for by name, or had the base, and does not answer.
+    Under `auto` an arm uses the base's backend, because otherwise the two could not be compared. Raises EngineError if
+    Ollama was requested, or scored the base, and does not answer.
     """
     if wanted == "auto" and base_backend not in (None, "ollama"):
         print(f"backend: {base_backend}, as for the base")
@@ -91,13 +91,13 @@ def choose_backend(wanted: str, base_backend: str | None = None) -> str:
 class Models:
     """The models of one evaluation on one backend.
 
-    Vision-language models are asked as training left them: llama.cpp knows no adapter in a vision tower. All others are
-    what stage export left.
+    Vision-language models are run as trained, because llama.cpp supports no adapter in a vision tower. All others are
+    run as stage export wrote them.
     """
 
     def __init__(self, params: Params, arm: str) -> None:
         self._params = params
-        self.exported = not sees_pictures()  # whether stage export made what is asked
+        self.exported = not sees_pictures()  # whether the models come from stage export
         scored = scores_dir(BASE_ARM, 0) / "scores.json"
         follows = self.exported and arm != BASE_ARM and scored.is_file()
         base_backend = str(read_json(scored)["backend"]["name"]) if follows else None
@@ -106,20 +106,20 @@ class Models:
 
     @property
     def missing(self) -> list[str]:
-        """Figures that a server left out, in scoring or timing, of any model."""
+        """Figures that a server omitted for any model, in scoring or timing."""
         return sorted(set().union(*self._missing))
 
     def facts(self, arm: str, seed: int) -> dict[str, Any]:
-        """How an arm is asked: serving.json, or template and stop words alone (an end token ends an answer anyway).
+        """How to prompt an arm: serving.json, or only template and stop words (an end token ends an answer anyway).
 
-        Raises ExportError: the stage that leaves it has not run.
+        Raises ExportError if the stage that writes it has not run.
         """
         if self.exported:
             return self._serving(arm, seed).as_json()
         return {"template": prompt_text(self._params.prompt), "stop": []}
 
     def made_of(self, arm: str, seed: int) -> list[Path]:
-        """Files and folders that an arm's model consists of, for run.json; the adapter without the logs beside it."""
+        """Files and folders of an arm's model, for run.json; of an adapter without the logs beside it."""
         if self.exported:
             return [gguf_dir(arm, seed)]
         adapter = [adapter_dir(arm, seed) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
@@ -178,7 +178,7 @@ class Models:
 
 
 def weights(backend: str, arm: str, seed: int) -> list[Path]:
-    """Every folder that a backend may read weights of an exported arm from, besides the arm's own."""
+    """Other folders from which a backend may read weights of an exported arm."""
     if backend == "hf":
         return [BASE / "base.json", *([] if arm == BASE_ARM else [adapter_dir(arm, seed)])]
     return [gguf_dir(BASE_ARM, 0)] if backend == "ollama" and arm != BASE_ARM else []  # in mode adapter
@@ -187,7 +187,7 @@ def weights(backend: str, arm: str, seed: int) -> list[Path]:
 def measure_speed(section: Evaluate, models: Models, arms: dict[str, int], items: list[Item]) -> list[dict[str, Any]]:
     """Speed rows of the arms (arm → seed), timed in turn: loading, then requests.
 
-    Nothing else of theirs may be loaded meanwhile: a third model need not fit a GPU's memory.
+    No other model of these arms may be loaded meanwhile, because a third one may not fit a GPU's memory.
     """
 
     def open_anew(arm: str) -> int | None:
@@ -209,9 +209,9 @@ def measure_speed(section: Evaluate, models: Models, arms: dict[str, int], items
 
 
 def answers_key(section: Evaluate, engine: Engine, inputs: dict[str, str], facts: dict[str, Any]) -> str:
-    """Hash of everything that decides the answers, save rounding: threads and evaluate.parallel are not part of it.
+    """Hash of everything that decides the answers, except rounding: threads and evaluate.parallel are not part of it.
 
-    `inputs` hash the items and everything that weights may be read from; `facts` are template and stop words.
+    `inputs` are hashes of the items and of all files with weights; `facts` are template and stop words.
     """
     settings = {"max_tokens": section.max_tokens, "serving": facts}
     named = [engine.name, engine.version, engine.device_class, engine.mode]
@@ -221,9 +221,9 @@ def answers_key(section: Evaluate, engine: Engine, inputs: dict[str, str], facts
 def answer(
     engine: Engine, splits: dict[str, list[Item]], journal: Journal, max_tokens: int, stop: list[str], title: str
 ) -> dict[str, list[tuple[dict[str, Any], Score]]]:
-    """Rows and scores of every split; what the journal holds already is not asked again."""
+    """Rows and scores of every split; answers that the journal already has are reused."""
     if journal.resumed:
-        print(f"{title}: going on with {journal.resumed} answers of an earlier run ({journal.path})")
+        print(f"{title}: resuming with {journal.resumed} answers of an earlier run ({journal.path})")
     total = sum(map(len, splits.values()))
     with journal, tqdm(total=total, initial=journal.resumed, desc=title) as bar:
         return {
@@ -236,7 +236,7 @@ def answer(
 
 @contextmanager
 def _removed_in_the_end(kept: Path) -> Iterator[None]:
-    """Remove the journal when the block has ended well: only then are the answers in their place."""
+    """Remove the journal if the block succeeds: only then have the answers been saved."""
     yield
     shutil.rmtree(kept)
 

@@ -72,7 +72,7 @@ class Params(StageParams):
 def parity_items(count: int) -> list[Item]:
     """Test and retention items in turn."""
     test, retention = (read_jsonl(DATA / f"{s}.jsonl") for s in ("test", "retention"))
-    step = max(1, len(retention) // max(1, count // 2))  # over all general tasks
+    step = max(1, len(retention) // max(1, count // 2))  # spread over all general tasks
     mixed = chain.from_iterable(zip(test, retention[::step], strict=False))
     rows = list(mixed)[:count]
     rows += test[len(rows) // 2 :][: count - len(rows)]
@@ -80,12 +80,12 @@ def parity_items(count: int) -> list[Item]:
 
 
 def serving_facts(params: Params, reference: BaseReference, name: str) -> Serving:
-    """What a server must know to ask the model as training did. Raises ExportError: no Modelfile can say it."""
+    """What a server needs to prompt the model as in training. Raises ExportError if a Modelfile cannot express it."""
     tokenizer = load_tokenizer(reference)
     chat = chat_facts() if params.prompt.template == CHAT else {}
     template, turns = prompt_text(params.prompt), {}
     if not chat and any("turns" in row or "system" in row for row in read_jsonl(DATA / "test.jsonl")):
-        turns = {"go": go_of_turns(template, tokenizer.eos_token)}  # else the last question alone is shown
+        turns = {"go": go_of_turns(template, tokenizer.eos_token)}  # otherwise only the last question is rendered
     serving = Serving(
         template=template,
         stop=chat.get("stop", [tokenizer.eos_token]),
@@ -109,16 +109,18 @@ def asked_items() -> list[Item]:
 
 
 def check_texts(serving: Serving, form: Form) -> None:
-    """Refuse to serve an item within another text than it was trained in. Raises ExportError: shows the first one."""
+    """Raises ExportError, which shows the first such item, if the TEMPLATE renders one differently from training."""
     for item in asked_items():
         if (text := serving.render(asked_for(item))) != (trained := form.asked(item)):
-            raise ExportError(f"{item.id}: expected it asked as trained, {trained!r}, the TEMPLATE makes {text!r}")
+            raise ExportError(
+                f"{item.id}: expected the prompt of training, {trained!r}, got {text!r} from the TEMPLATE"
+            )
 
 
 def check_room(reference: BaseReference, serving: Serving, answer: int) -> None:
-    """Refuse questions that leave no room for an answer of so many tokens, before anything is made for them.
+    """Check, before anything is exported, that every question leaves room for `answer` tokens.
 
-    Raises ExportError: some do not fit the context; says how many and how long the longest is.
+    Raises ExportError if some do not; it has their number and the longest length.
     """
     tokenizer, most = load_tokenizer(reference), serving.num_ctx
     items = asked_items()
@@ -133,20 +135,20 @@ def check_room(reference: BaseReference, serving: Serving, answer: int) -> None:
 
 
 def hugging_face(reference: BaseReference, template: str, arm: str, seed: int) -> LocalEngine:
-    """The model as it was trained; an arm's with the tokenizer of training, for the export's came with the weights."""
+    """The model as trained. An arm has the tokenizer of training, because the export's came with the weights."""
     adapter, base = None if arm == BASE_ARM else adapter_dir(arm, seed), reference.merge_from
     kwargs, tokenizer = dict(reference.merge_kwargs), str(adapter) if adapter else None
     return HfEngine(base, template, adapter=adapter, load_kwargs=kwargs, tokenizer=tokenizer)
 
 
 def conversation_text(params: Params, serving: Serving, tokenizer: Any, messages: list[Message]) -> str:
-    """What training made of a conversation; of a model that is asked single questions the last one."""
+    """A conversation as rendered in training; only its last question if the model was trained on single ones."""
     if not serving.converses:
         return fill(serving.template, messages)
     if params.prompt.template != CHAT:
-        *said, last = [message["content"] for message in messages]
+        *earlier, last = [message["content"] for message in messages]
         return Form(serving.template).asked(
-            Item("", "", last, "", turns=tuple(zip(said[::2], said[1::2], strict=True)))
+            Item("", "", last, "", turns=tuple(zip(earlier[::2], earlier[1::2], strict=True)))
         )
     system = conversation("", params.prompt.system)[:-1]
     text = tokenizer.apply_chat_template([*system, *messages], tokenize=False, add_generation_prompt=True)
@@ -194,7 +196,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     settings = {"export": section.model_dump(), "prompt": params.prompt.model_dump()}
     serving = serving_facts(params, reference, model_name(arm, seed, params.first_seed))
     template = serving.template
-    evaluate = params.evaluate  # no part of the result, so these are no params of the stage
+    evaluate = params.evaluate  # does not affect the result, so not among the params of the stage
     check_texts(serving, Form(params.prompt.template))
     kwargs = dict(reference.merge_kwargs)
     gguf.check_context(reference.merge_from, kwargs, section.num_ctx)
@@ -241,7 +243,7 @@ def run(params: Params, arm: str, seed: int) -> None:
         write_json(folder / FACTS, serving.as_json())
         parent = sha256(adapter / "adapter_model.safetensors") if adapter else None
         files = [("merged_gguf" if adapter else "base_gguf", SERVED_GGUF, parent)]
-        if quantized and not adapter:  # what adapters are made for
+        if quantized and not adapter:  # the base that adapters were trained on
             files.append(("base_gguf", F16_GGUF, parent))
         if (folder / ADAPTER_GGUF).is_file():
             text = modelfile_text(serving, out, base_file(GGUF))

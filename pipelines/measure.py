@@ -1,4 +1,4 @@
-"""Stage measure: measured/<arm>/<seed>/measured.json, what fine-tuning did besides the task.
+"""Stage measure: measured/<arm>/<seed>/measured.json, what fine-tuning changed besides the task.
 
 Perplexity of general text and of the right answers, size and rank of the update, drift of the hidden states, and the
 separation index (Alignment Quality Index). The model is loaded once, in the precision of training (4 bit if that was);
@@ -84,7 +84,7 @@ class Params(StageParams):
 class Rows:
     """Content of measured.json."""
 
-    texts: str  # what the general perplexity is of, in words
+    texts: str  # description of the texts for general perplexity
     metrics: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what went wrong, one sentence each
@@ -126,8 +126,8 @@ def safety_prompts(section: Measure) -> texts.PromptSet:
 def general_texts(section: Measure, tokenizer: Any, template: str, limit: int) -> tuple[list[Encoded], int]:
     """Texts for perplexity and drift, and how many of them were cut at `limit` tokens or left out.
 
-    Of retention items only the answers count: they are what the base knew, whereas questions are random numbers in
-    fixed wordings, and no arm is trained on questions. Of other texts every token counts but the first.
+    For retention items, only the answers are scored: they are what the base knew, whereas questions are random numbers
+    in fixed wordings, and no arm is trained on questions. In other texts, every token but the first is scored.
     """
     if section.text == RETENTION:
         encoded = _answers(tokenizer, template, DATA / "retention.jsonl", section.max_texts)
@@ -140,7 +140,7 @@ def general_texts(section: Measure, tokenizer: Any, template: str, limit: int) -
 
 
 def answer_texts(section: Measure, tokenizer: Any, template: str, limit: int) -> tuple[list[Encoded], int]:
-    """Test items with their right answers, which alone count, and how many were cut at `limit` tokens or left out."""
+    """Test items with the right answers, which alone are scored; how many were cut at `limit` tokens or left out."""
     if not section.max_answers:
         return [], 0
     encoded = _answers(tokenizer, template, TEST, section.max_answers)
@@ -150,7 +150,7 @@ def answer_texts(section: Measure, tokenizer: Any, template: str, limit: int) ->
 
 
 def _answers(tokenizer: Any, template: str, file: Path, limit: int) -> list[Encoded]:
-    """At most `limit` items, of which only the last answer and its end of sequence count."""
+    """At most `limit` items, of which only the last answer and its end of sequence are scored."""
     form = Form(template)
     items = (form.parts(Item.from_json(row)) for row in texts.spread(read_jsonl(file), limit))
     encoded = (encode_example(tokenizer, "".join(before), answer) for *before, answer in items)
@@ -271,7 +271,7 @@ def run(params: Params, arm: str, seed: int) -> None:
         answers, answers_cut = answer_texts(section, tokenizer, params.prompt.template, limit)
         if answers_cut:
             rows.notes.append(f"{answers_cut} right answers are cut or left out, at {limit} tokens with their question")
-        if answers:  # the base's own are in its own measured.json
+        if answers:  # those of the base are in its measured.json
             figures = states.score_texts(model, answers, batch_size=section.batch_size, against_base=False)
             add_perplexity(rows, "test_answers", figures, section.bootstrap, ANSWERS, "answer_")
 

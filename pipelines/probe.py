@@ -45,7 +45,7 @@ class Params(train.Params):
 
 
 def twin_curves(params: Params, arm: str, seed: int, steps: int, perturbed: Sequence[bool]) -> list[list[float]]:
-    """The baseline's first losses with an arm's settings; `perturbed`: for each curve, start one rounding off."""
+    """First losses of the baseline with an arm's settings; `perturbed`: whether each curve starts one rounding off."""
     settings = params.train_for(arm).shared()
     code = [training_code(params.code_of(BASELINE)), inspect.getsource(perturb)]
     machine = [torch_device()[name] for name in ("class", "name", "threads")]  # other threads, other rounding
@@ -96,7 +96,7 @@ def readings(verdict: Verdict, evidence: Evidence, pair: Twin) -> list[dict[str,
     add("verdict", value, UNITS, verdict="pass" if verdict.as_claimed else "fail", diagnosis=text)
     n = verdict.numbers
     reached = [(n["angle_to_shadow"] or 0.0) > t.min_angle, (n["coverage"] or 0.0) >= t.min_coverage, pair.diverges]
-    if not verdict.claims:  # plain AdamW is right when none is reached
+    if not verdict.claims:  # a run that claims nothing is right if no threshold is reached
         reached = [not r for r in reached]
     # Only a claim can fail; the loss curve decides nothing by itself, because its floor may be high.
     otherwise = ("fail", "fail", "inconclusive") if verdict.claims else ("skipped",) * 3
@@ -122,7 +122,7 @@ def readings(verdict: Verdict, evidence: Evidence, pair: Twin) -> list[dict[str,
 
 
 def judge_foreign(params: Params, arm: str, seed: int, source: Path) -> None:
-    """The verdict on an adapter that was trained elsewhere, which can only tell whether it changes anything."""
+    """The verdict on an adapter that was trained elsewhere: only whether it changes anything."""
     file, out = adapter_dir(arm, seed) / WEIGHTS, verdict_dir(arm, seed)
     share = moved(file.parent)
     word, diagnosis, reason = "not_watched", "trained_elsewhere", f"no optimizer of {source} was watched"

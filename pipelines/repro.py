@@ -187,7 +187,7 @@ class Processes:
         try:
             process.start()
             self.processes[name] = process, seconds
-            with suppress(ProcessLookupError, PermissionError):  # whichever of the two comes first
+            with suppress(ProcessLookupError, PermissionError):  # parent and child both try; the first one wins
                 os.setpgid(process.pid, process.pid)  # type: ignore[arg-type]  # it was started
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

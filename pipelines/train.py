@@ -55,11 +55,11 @@ _NOT_TUNABLE = {"max_steps", "epochs", "max_length", "overlong", "eval_steps", "
 
 
 class Tune(Section):
-    """Section tune: the combinations that every arm tries before it is trained."""
+    """Section tune: the settings that every arm tries before it is trained."""
 
     grid: dict[str, list[Any]]  # key of section train → values; {} = off
     seed: Seed
-    steps: Annotated[int, Field(ge=1, description="optimizer steps")] | None  # of one try; null: as in section train
+    steps: Annotated[int, Field(ge=1, description="optimizer steps")] | None  # per trial; null: as in section train
 
     @field_validator("grid")
     @classmethod

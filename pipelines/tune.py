@@ -52,7 +52,7 @@ def result_of(params: Params, arm: str, values: Mapping[str, Any]) -> dict[str, 
 
 
 def at_border(grid: Mapping[str, Sequence[Any]], chosen: Mapping[str, Any]) -> list[str]:
-    """Keys whose chosen value is the smallest or largest of three or more numbers: the best may lie beyond."""
+    """Keys whose chosen value is the smallest or largest of three or more: the best value may lie beyond."""
     numbers = {
         key: values for key, values in grid.items() if len(values) > 2 and all(type(v) in (int, float) for v in values)
     }

@@ -54,7 +54,7 @@ def alignment(rows: Sequence[ArmRow], conclusions: Sequence[str], *, air: bool) 
         for kind, value in (("band", measured.null), ("interval", measured.index)):
             if value and math.isfinite(measured.index.estimate):
                 data.add(kind, label, row.arm, str(measured.seed), value.low, value.estimate, value.high)
-    title = "Alignment Quality Index with 95% intervals; grey: range under shuffled labels"
+    title = "Alignment Quality Index with 95% intervals; gray: range under shuffled labels"
     options = {"x_title": "index", "lines": len(data.levels("label")), "kinds": ("band", "interval"),
                "band": "95% under shuffled labels"}  # fmt: skip
     note = missing_note([row.arm for row in rows], data)

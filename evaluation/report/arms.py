@@ -91,7 +91,7 @@ class ArmRow:
 
     @property
     def place(self) -> tuple[float, float] | None:
-        """What was learned and what was kept: accuracy and retention_share; None if either is unknown."""
+        """Accuracy and retention_share: what was learned and what was kept; None if either is unknown."""
         x, y = self.accuracy, self.retention_share
         return (x, y) if x is not None and y is not None and math.isfinite(x) else None
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from evaluation.statistics.intervals import Interval
 
 Tone = Literal["", "good", "bad", "open"]
-"""How a word is coloured: good and bad are settled, open is undecided. The word alone says the same."""
+"""The color of a word: good and bad are settled, open is undecided. The word alone says the same."""
 TONES: Mapping[str, Tone] = {
     "better": "good", "worse": "bad", "undecided": "open", "pass": "good", "fail": "bad", "effective": "good",
     "unstable": "bad",
@@ -30,7 +30,7 @@ def slug(text: str) -> str:
 class Cell:
     text: str
     tone: Tone = ""
-    arm: str = ""  # draws this arm's colour before the text; empty: none
+    arm: str = ""  # draws this arm's color before the text; empty: none
     title: str = ""  # the full text where it is shortened, such as a hash; shown on hover
     hint: str = ""  # smaller lines below
 
@@ -138,7 +138,7 @@ class Panel:
 
     @cached_property
     def arms(self) -> list[str]:
-        """In the order of their colours, shapes and dashes."""
+        """In the order of their colors, shapes and dashes."""
         return self.data.levels("arm")
 
     @property
@@ -206,7 +206,7 @@ class Section:
     title: str
     blocks: tuple[Block, ...]
     brief: int = 0  # place among the sections that a terminal shows; 0: it does not
-    folded: bool = False  # on the page: its title alone, until somebody opens it
+    folded: bool = False  # on the page: only its title is shown until it is opened
 
     @property
     def id(self) -> str:

@@ -1,6 +1,6 @@
 """Vega-Lite charts made with altair. Each draws the named data "rows", fills the width of its place, and has no legend.
 
-The page's script adds the colours, so that dark mode has its own.
+The page's script adds the colors, so that dark mode has its own.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -27,7 +27,7 @@ def _finished(chart: Any, height: int) -> Spec:
     spec: dict[str, Any] = chart.properties(width="container", height=height).to_dict()
     spec.pop("config", None)
     spec["autosize"] = {"type": "fit-x", "contains": "padding"}
-    spec["padding"] = {"left": 5, "top": 5, "right": 14, "bottom": 5}  # the last number of an axis sticks out
+    spec["padding"] = {"left": 5, "top": 5, "right": 14, "bottom": 5}  # the last number of an axis extends beyond it
     return spec
 
 
@@ -36,7 +36,7 @@ def _rows(kind: str = "") -> alt.Chart:
     return chart.transform_filter(f"datum.kind === '{kind}'") if kind else chart
 
 
-def _colour(panel: Panel) -> alt.Color:
+def _color(panel: Panel) -> alt.Color:
     return alt.Color("arm:N", scale=alt.Scale(domain=panel.arms), legend=None)
 
 
@@ -54,7 +54,7 @@ def intervals(
     """Estimates with their intervals, `lines` of them; `x_title` is the axis's, with the unit.
 
     Rows: kind, label, arm, low, value, high. The kind `interval` is a point with a thin bar, `inner` a broad pale bar,
-    `seed` a tick, `band` a grey range that belongs to no arm and is called `band` in its tooltip. `kinds`
+    `seed` a tick, `band` a gray range that belongs to no arm and is called `band` in its tooltip. `kinds`
     are those that have rows, since Vega warns of empty layers. `zero` draws a line.
     """
     scale, axis = alt.Scale(zero=False, nice=False, padding=14), alt.Axis(tickCount=6, labelSeparation=6)
@@ -63,7 +63,7 @@ def intervals(
     y = alt.Y("label:N", title=None, sort=None, axis=labels)
     ends = {"x": alt.X("low:Q", title=x_title, scale=scale, axis=axis), "x2": alt.X2("high:Q")}
     tooltip = _tooltip(what="label:N", low="low:Q", estimate="value:Q", high="high:Q")
-    of_arm = {"y": y, "color": _colour(panel), "tooltip": tooltip}
+    of_arm = {"y": y, "color": _color(panel), "tooltip": tooltip}
     of_band = _tooltip(**{band or "range": "label:N", "low": "low:Q", "high": "high:Q"})
     of_seed = _tooltip(what="label:N", seed="seed:N", value="value:Q")
     layers = {
@@ -103,16 +103,16 @@ def lines(
     tooltip = _tooltip(arm="arm:N", **{column: f"{column}:N" for column in detail}, **{x: f"{x}:Q", y: f"{y}:Q"})
     dashes = [[6, 4] if dash else [1, 0] for dash in panel.dashed.values()]
     dash = alt.StrokeDash("arm:N", scale=alt.Scale(domain=panel.arms, range=dashes), legend=None)
-    colour = _colour(panel)
+    color = _color(panel)
     layers: list[Any] = []
     if band:
         area = _rows().transform_filter("datum.low !== null && datum.high !== null").mark_area(opacity=0.18)
         low = alt.Y("low:Q", title=y_title, scale=scale, axis=axis)
-        layers.append(area.encode(x=across, y=low, y2="high:Q", color=colour, detail=whole))
+        layers.append(area.encode(x=across, y=low, y2="high:Q", color=color, detail=whole))
     line = _rows().mark_line(strokeWidth=1.6, opacity=0.95, clip=True)
-    layers.append(line.encode(x=across, y=up, color=colour, strokeDash=dash, detail=whole))
+    layers.append(line.encode(x=across, y=up, color=color, strokeDash=dash, detail=whole))
     circle = _rows().mark_circle(size=26, opacity=0.9 if points else 0)
-    layers.append(circle.encode(x=across, y=up, color=colour, tooltip=tooltip))
+    layers.append(circle.encode(x=across, y=up, color=color, tooltip=tooltip))
     return _finished(alt.layer(*layers), height)
 
 
@@ -120,7 +120,7 @@ def scatter(
     panel: Panel, x_title: str, y_title: str, *, log_x: bool = False, bars: bool = False,
     marks: Mapping[str, float] | None = None,
 ) -> Spec:  # fmt: skip
-    """Points of arms, whose shape and colour both mark the arm; those of the Pareto front are filled and joined.
+    """Points whose shape and color both mark the arm; those of the Pareto front are filled and joined.
 
     Rows: kind (mean or seed), arm, seed, front (front, dominated or plain), low, x, high, below, y, above. `bars` draws
     the intervals of means in both directions; then the axis upwards starts at zero, unless `marks` names lines across.
@@ -131,7 +131,7 @@ def scatter(
     y = partial(alt.Y, title=y_title, axis=alt.Axis(tickCount=5),
                 scale=alt.Scale(zero=bars and not marks, nice=False, padding=16))  # fmt: skip
     shapes = [_SHAPES[place % len(_SHAPES)] for place in range(len(panel.arms))]
-    colour, at = _colour(panel), {"x": x("x:Q"), "y": y("y:Q")}
+    color, at = _color(panel), {"x": x("x:Q"), "y": y("y:Q")}
     shape = alt.Shape("arm:N", scale=alt.Scale(domain=panel.arms, range=shapes), legend=None)
     seed = _tooltip(arm="arm:N", seed="seed:N", **{x_title: "x:Q", y_title: "y:Q"})
     means = _rows("mean")
@@ -141,18 +141,18 @@ def scatter(
                            **{y_title: "y:Q", "up from": "below:Q", "up to": "above:Q"})  # fmt: skip
         layers = [
             means.transform_filter("datum.front === 'front'").mark_line(color="gray", strokeWidth=1).encode(**at),
-            means.mark_rule(opacity=0.5).encode(x=x("low:Q"), x2="high:Q", y=at["y"], color=colour),
-            means.mark_rule(opacity=0.5).encode(y=y("below:Q"), y2="above:Q", x=at["x"], color=colour),
+            means.mark_rule(opacity=0.5).encode(x=x("low:Q"), x2="high:Q", y=at["y"], color=color),
+            means.mark_rule(opacity=0.5).encode(y=y("below:Q"), y2="above:Q", x=at["x"], color=color),
             *(
                 means.transform_filter(f"(datum.front === 'dominated') === {str(not filled).lower()}")
                 .mark_point(filled=filled, size=110, strokeWidth=2, opacity=1)
-                .encode(**at, color=colour, shape=shape, tooltip=tooltip)
+                .encode(**at, color=color, shape=shape, tooltip=tooltip)
                 for filled in (False, True)
             ),
         ]
     size, opacity = (16, 0.6) if bars else (95, 0.85)
     seeds = _rows("seed").mark_point(filled=True, size=size, opacity=opacity)
-    layers.insert(-2, seeds.encode(**at, color=colour, shape=shape, tooltip=seed))
+    layers.insert(-2, seeds.encode(**at, color=color, shape=shape, tooltip=seed))
     if marks:
         lines = alt.Chart(alt.InlineData(values=[{"y": value, "arm": name} for name, value in marks.items()]))
         layers = [
@@ -171,7 +171,7 @@ def dots(panel: Panel, x_title: str, labels: Sequence[str], ticks: Sequence[int]
                 axis=alt.Axis(values=list(ticks), format="d", labelSeparation=6)),
         y=alt.Y("layer:N", title=None, sort=list(labels), scale=alt.Scale(domain=list(labels)), axis=lines),
         yOffset=alt.YOffset("arm:N", sort=panel.arms),
-        color=_colour(panel),
+        color=_color(panel),
         tooltip=_tooltip(arm="arm:N", seed="seed:N", layer="layer:N", value="value:Q"),
     )  # fmt: skip
     return _finished(encoded, 17 * max(len(labels), 1) + 10)

@@ -88,7 +88,7 @@ class TaskRow:
 
     @property
     def outcome(self) -> str:
-        """What may be said against the base and against the baseline; empty for the base itself."""
+        """Conclusions about the base and the baseline; empty for the base itself."""
         if self.arm == BASE:
             return ""
         against = {BASE: self.to_base}
@@ -104,8 +104,8 @@ class TaskRow:
 @dataclass(frozen=True)
 class Comparison:
     rows: tuple[ArmRow, ...]  # base first, the baseline next
-    outcomes: tuple[str, ...]  # what may be said of each arm but the base
-    notes: tuple[str, ...]  # what limits the reading
+    outcomes: tuple[str, ...]  # conclusion for each arm but the base
+    notes: tuple[str, ...]  # limits of the interpretation
     units: Mapping[str, tuple[str, str, str]]  # metric name → (unit, better direction, description)
     runs: tuple[dict[str, Any], ...]  # where each number comes from, one mapping for each run
     precisions: tuple[PrecisionRow, ...] = ()  # each arm's model in other precisions, in the order of `rows`
@@ -176,7 +176,7 @@ def load_report(
         runs = db_runs.finished_runs(session)
         _check(runs, choice, baseline)
         against = baseline or BASELINE
-        if choice.arms:  # the baseline always stays
+        if choice.arms:  # the baseline is always included
             choice = replace(choice, arms={*choice.arms, against})
         results = read(session, runs, choice, detail=detail)
     if not results.runs:
@@ -194,7 +194,7 @@ def _check(runs: Sequence[Run], choice: Choice, baseline: str | None) -> None:
         "seed": (map(str, choice.seeds), map(str, sorted({run.seed for run in of_task}))),
         "backend": (choice.backends, sorted({run.backend_name for run in of_task})),
     }
-    if tasks and choice.task is not None and choice.task not in tasks:  # then no arm is known either
+    if tasks and choice.task is not None and choice.task not in tasks:  # then no arm can be checked either
         names = {"task": ([choice.task], tasks)}
     elif not of_task:
         return
@@ -330,7 +330,7 @@ def _provenance(results: Results, run: Run) -> dict[str, Any]:
 
 
 def _notes(rows: Sequence[ArmRow], results: Results, shown: Primary) -> Iterable[str]:
-    """What limits the reading of these data."""
+    """Limits of what these data can show."""
     if shown.task not in results.on_disk:
         where = f"which are of {' and '.join(results.on_disk)}" if results.on_disk else "of which none is finished"
         yield (

@@ -168,7 +168,7 @@ def _outcome(criterion: Criterion | None) -> Cell:
         return Cell("–")
     if criterion.estimate is None:
         hint = "not comparable" if criterion.unit == "points" else "not measured"
-    else:  # the share kept of the base's accuracy is no change, so it has no sign
+    else:  # the share of the base's accuracy that is kept is not a change, so it has no sign
         hint = interval(criterion.estimate, sign=criterion.name != KEPT, digits=4 if criterion.unit == NATS else 1)
         if criterion.confidence < 100 * LEVEL:
             hint += f"\n{criterion.confidence:.0f}% interval" if criterion.confidence > 0 else "\na single value"

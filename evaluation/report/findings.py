@@ -1,4 +1,4 @@
-"""The first screen: the story in words, the arms beside each other, and what limits the reading."""
+"""The first screen: the story in words, the arms side by side, and limits of the interpretation."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -134,12 +134,12 @@ def _front(comparison: Comparison) -> Iterable[str]:
         yield f"Judged by their means, {names} on the Pareto front of {title} and retention."
 
 
-# The arms beside each other
+# The arms side by side
 
 
 def arms_compared(comparison: Comparison) -> Table:
     references = comparison.references
-    # ROUGE marks an answer down for other words that say the same; perplexity does not.
+    # ROUGE penalizes an answer for saying the same in other words; perplexity does not.
     free_text = comparison.primary.metric.endswith("_rouge_l") and comparison.has(*ANSWERS)
     headers = ("Arm", f"{comparison.primary.title}, %", *("Perplexity of right answers",) * free_text,
                *(f"Δ to {arm}, points" for arm in references), "Retention, %", "Training", "Updates")  # fmt: skip

@@ -70,7 +70,7 @@ def write_page(path: str | Path, report: Report) -> None:
 
 
 def slots_of(arms: tuple[str, ...]) -> dict[str, int]:
-    """A colour for every arm; known arms have the same one in every report."""
+    """A color for every arm; known arms have the same one in every report."""
     free = [*_OTHER_SLOTS, *(slot for arm, slot in _SLOTS.items() if arm not in arms)]
     others = [arm for arm in arms if arm not in _SLOTS]
     return {arm: _SLOTS[arm] if arm in _SLOTS else free[others.index(arm) % len(free)] for arm in arms}

@@ -1,4 +1,4 @@
-"""What may be said about a measurement, and the one place that puts it into words.
+"""What can be concluded from a measurement, and the one place that puts it into words.
 
 An outcome is better or worse only where the whole 95% interval lies on one side of its limit. For accuracies the
 p-value, corrected for several arms, must agree. Terminal, Markdown, page, card and success criteria use these words.

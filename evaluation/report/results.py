@@ -36,7 +36,7 @@ class Benchmark:
 class Results:
     """The chosen runs and their rows, by run id; numbers may be NaN or infinite."""
 
-    task: str | None  # the one that is compared; None where there is no run at all
+    task: str | None  # the task that is compared; None if there is no run at all
     tasks: tuple[TaskFacts, ...]  # all that have finished runs, newest first
     on_disk: tuple[str, ...]  # names of the tasks of all current runs
     chosen: Mapping[str, Sequence[Run]]  # task → its chosen runs, base first, then by arm and seed
@@ -44,7 +44,7 @@ class Results:
     metrics: Mapping[int, Mapping[Key, float]]  # numbers of the finished run, parity shares included (split `parity`)
     answers: Mapping[int, Mapping[str, float]]  # item id → credit of the test items, from 0 to 1
     retained: Mapping[int, Mapping[str, float]]  # the same for the retention items
-    asked_again: Mapping[int, Mapping[str, float]]  # and for both, typed as other people would
+    asked_again: Mapping[int, Mapping[str, float]]  # for both, the retyped questions
     benchmarks: Mapping[str, Benchmark]  # of lm-evaluation-harness, by name
     timings: Rows  # phases of the run's own arm and of the base beside it that were timed
     readings: Mapping[int, Mapping[str, Row[Any]]]  # name → what the probe read over the whole run
@@ -67,7 +67,7 @@ class Results:
 
 
 def read(session: Session, runs: Sequence[Run], choice: Choice, *, detail: bool = False) -> Results:
-    """Read everything about the chosen ones of all finished `runs`, of every task."""
+    """Read everything about the chosen runs among all finished `runs`, of every task."""
     tasks = db_runs.tasks_of(runs)
     task = choice.task or db_runs.task_on_disk(runs)
     picked = {each.name: db_runs.choose(runs, replace(choice, task=each.name)) for each in tasks}

@@ -72,7 +72,7 @@ def _distance(report: Report) -> Panel | None:
     title, up = "Distance from the base, and what was kept", "retention accuracy, %"
     options = {"x_title": _DISTANCES[across], "y_title": up, "log_x": across == KL}
     missing = missing_note([row.arm for row in comparison.trained], data)
-    note = f"One point per arm and seed; shape and colour both mark the arm. {missing}".strip()
+    note = f"One point per arm and seed; shape and color both mark the arm. {missing}".strip()
     return Panel("forgetting", data, (Chart("forgetting", title, "scatter", options),), note=note)
 
 

@@ -32,7 +32,7 @@ class PrecisionRow:
     arm: str
     model_name: str
     type: str
-    seeds: tuple[int, ...]  # every number is about these alone, so f16's own row may be about more
+    seeds: tuple[int, ...]  # every number covers only these, so the row of f16 may cover more
     megabytes: float  # size of the file, millions of bytes, mean
     bits_per_weight: float  # of the tensors, bits
     accuracy: Interval | None  # primary metric of the task, percent; None where the seeds share no items
@@ -62,10 +62,10 @@ class ServedRow:
     mode: str
     form: str  # plain, newline or second, see db.tables.Verification
     prompts: int  # asked; 0 where the backend does not support the mode
-    rendered: float | None  # rendered as in training; None with prompts: the server does not tell
-    counted: float | None  # read as the same tokens; None as above
+    rendered: float | None  # rendered as in training; None although there are prompts: the server does not report it
+    counted: float | None  # with the same token ids; None as above
     answered: float | None  # answered greedily as by Hugging Face
-    tied: float | None  # otherwise, where two tokens all but tie; None in results from before this was looked at
+    tied: float | None  # different, where two tokens nearly tie; None in results from before this was checked
     equal_to_merged: float | None  # answered as in mode merged
     perturbed_noticed: bool | None  # whether another adapter scale changed an answer
     first_difference: str | None  # where and why the first prompt differs, in words

@@ -1,4 +1,4 @@
-"""Chapter: what every arm tried before it was trained, on one budget, and whether that was enough."""
+"""Chapter: what every arm was tuned over, with the same budget, and whether that was enough."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
