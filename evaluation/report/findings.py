@@ -36,7 +36,7 @@ def headline(comparison: Comparison) -> list[str]:
     """What holds against the baseline, and against the arm that differs from each in one thing alone."""
     rows, title, baseline = comparison.trained, comparison.primary.title, comparison.baseline
     arms = {row.arm: row for row in comparison.rows}
-    # An arm that did not train as it claims puts all that follows in doubt.
+    # An arm that did not train as it claims casts doubt on everything below.
     lines = [compared(rows, baseline, title), *map(contradiction, rows), *like_with_like(rows, arms, baseline, title)]
     return [line for line in lines if line]
 
