@@ -21,7 +21,7 @@ horizon.
 Comparing: seeds 0 to 4 on split test, with `--more-seeds` 0 to 9; the table takes all that are there. What is tuned
 to no better than 8% above AdamW at 150 is compared there alone.
 
-What is in our own entry was found in earlier trials, three other entries with the whole budget among them (LOG.md):
+Our own entry was found in earlier trials, among them three other entries with the whole budget (docs/log):
 that is more than any rival had.
 
 rsLoRA is AdamW with α·√r in the place of α, a point of the grid, and has no runs of its own. A new method is an entry

@@ -47,7 +47,7 @@ def paper(rng: random.Random) -> Colour:
 
 
 class Canvas:
-    """A picture in the making, `size` pixels a side."""
+    """A picture while it is drawn, `size` pixels per side."""
 
     def __init__(self, size: int, background: Colour) -> None:
         from PIL import Image, ImageDraw
@@ -105,7 +105,7 @@ def save(picture: Any, folder: Path, name: str) -> str:
 
 
 def bar_chart(rng: random.Random, size: int, heights: list[float], steps: int) -> Any:
-    """A bar for each height, with lines at every whole number from 1 to `steps`, and a base line."""
+    """A bar for each height, with lines at the whole numbers from 1 to `steps`, and a base line."""
     canvas = Canvas(size, paper(rng))
     top, bottom, left, right = 0.05, 0.95, 0.05, 0.97
     step = (bottom - top) / steps
@@ -186,7 +186,7 @@ def visual_shape(rng: random.Random, size: int) -> Question:
 
 
 def _heights(rng: random.Random, count: int) -> list[float]:
-    """Heights of bars; the tallest stands out, and none ends near a line."""
+    """Heights of bars; the tallest is clearly the tallest, and none ends near a line."""
     tallest = rng.randrange(STEPS) + rng.uniform(0.15, 0.85)
     heights = [tallest, *(rng.uniform(0.1, max(0.12, tallest - 0.3)) for _ in range(count - 1))]
     rng.shuffle(heights)
@@ -237,7 +237,7 @@ def is_held_out(picture: Any) -> bool:
 def questions(
     seed: int, size: int, *, held_out: bool, tasks: Sequence[str] = tuple(VISUAL_TASKS)
 ) -> Iterator[tuple[str, Any, str, str]]:
-    """Endless (task, picture, question, answer), the tasks in turn, from one side of the held-out line."""
+    """Endless (task, picture, question, answer), tasks in turn, from one side of the held-out split."""
     rng = random.Random(f"visual-{seed}-{held_out}-{' '.join(tasks)}")
     for name in cycle(tasks):
         while is_held_out((question := VISUAL_TASKS[name](rng, size))[0]) is not held_out:

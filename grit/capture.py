@@ -45,17 +45,17 @@ class GroupSums:
 
 
 class TokenMask:
-    """Which tokens of a batch count: `keep` [tokens, 1], 1 or 0, and how many they are."""
+    """Which tokens of a batch count: `keep` [tokens, 1], 1 or 0, and their number."""
 
     def __init__(self, keep: Tensor):
         self.keep = keep
-        # One number a batch; on a device it stays there, so that nobody waits for it.
+        # One number per batch; it stays on its device, so that nothing waits for it.
         self.count: Tensor | float = float(keep.sum()) if keep.device.type == "cpu" else keep.sum()
         self._weights: tuple[Any, Tensor] | None = None
 
     def weights(self, like: Tensor, scale: float | Tensor) -> Tensor:
-        """What z = (h, δ) [tokens, 2r] is multiplied by: 0 for padding, else 1 for h and `scale` for δ."""
-        # A scale that is on a device is not compared: that would wait for it.
+        """The factors for z = (h, δ) [tokens, 2r]: 0 for padding, else 1 for h and `scale` for δ."""
+        # A scale on a device is not compared, which would wait for it.
         key = None if isinstance(scale, Tensor) else (like.shape[1], like.dtype, like.device, scale)
         if key is None or self._weights is None or self._weights[0] != key:
             keep = self.keep.to(device=like.device, dtype=like.dtype)
@@ -65,10 +65,10 @@ class TokenMask:
 
 
 class Capture(ABC):
-    """Hooks on a model, and what the training loop says of its loss."""
+    """Hooks on a model, and what the training loop tells about its loss."""
 
     def __init__(self, model: nn.Module, like: "Capture | None" = None):
-        """Attach a hook that sees each batch; what the training loop has told `like` holds here too."""
+        """Attach a hook that sees each batch; takes over what the training loop told `like`."""
         self.active: bool = like.active if like else True  # whether batches count at the moment
         # What the summed token losses are divided by, if the training loop has told by the time of the backward pass;
         # None: `num_items_in_batch` or the labels of the batch, times `accumulation`.
@@ -91,7 +91,7 @@ class Capture(ABC):
     def clear(self) -> None: ...
 
     def scale(self, batch_divisor: float | Tensor) -> float | Tensor:
-        """What δ is multiplied by; read in the backward pass, since loops count tokens next to the loss."""
+        """The factor for δ; read in the backward pass, because loops count tokens next to the loss."""
         divisor = batch_divisor if self.loss_divisor is None else self.loss_divisor
         return divisor / self.loss_scale
 
@@ -102,7 +102,7 @@ class Capture(ABC):
         self.mask = None
         positions, ids = kwargs.get("position_ids"), kwargs.get("input_ids")
         if mask is None and isinstance(positions, Tensor) and isinstance(ids, Tensor) and positions.shape == ids.shape:
-            # Packed items, each with positions from 0 on: padding is what stands alone.
+            # Packed items, each with positions from 0: a position 0 followed by another 0 is padding.
             starts = positions == 0
             mask = ~(starts & torch.cat([starts[:, 1:], torch.ones_like(starts[:, :1])], 1))
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -142,7 +142,7 @@ class HookCapture(Capture):
             # Without grad: evaluation, or the first pass of reentrant checkpointing, whose second pass counts.
             if not (self.active and h.requires_grad):
                 return
-            kept = h.detach()  # not h itself: a hook that holds its own tensor would never be freed
+            kept = h.detach()  # not h itself: a hook that holds its own tensor is never freed
             mask, divisor = self.mask, self.batch_divisor
 
             def gradient_hook(delta: Tensor) -> None:

@@ -49,7 +49,7 @@ class LoraPair:
 
 
 class LayerGroup:
-    """n pairs of one shape, whose tensors are worked on as one stack."""
+    """n pairs of one shape, whose tensors are processed as one stack."""
 
     def __init__(self, pairs: list[LoraPair]):
         self.pairs = pairs
@@ -83,7 +83,7 @@ class LayerGroup:
 
 
 def find_pairs(model: nn.Module) -> list[LoraPair]:
-    """Every trainable LoRA pair of linear layers, in the model's order; GRITError names what is not covered."""
+    """Every trainable LoRA pair of linear layers, in the model's order; GRITError names unsupported layers."""
     layers: list[tuple[str, Any]] = [
         (name, module)
         for name, module in model.named_modules()
@@ -143,10 +143,11 @@ def group_pairs(pairs: list[LoraPair]) -> list[LayerGroup]:
 
 
 def resize(pair: LoraPair, new_a: Tensor, new_b: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Put A [k, d_in] and B [d_out, k] in the place of the old ones; the scale s stays.
+    """Replace A and B by A [k, d_in] and B [d_out, k]; the scale s stays.
 
-    The parameters are new objects: a graph that is still alive (the last loss, held by the training loop) remembers
-    the old ones with their shapes. In the optimizer they take the old ones' places and state.
+    The parameters are new objects, because a graph that is still alive (of the last loss, which the training loop
+    holds) remembers the old ones with their shapes. In the optimizer they take the places and the state of the old
+    ones.
     """
     k = new_a.shape[0]
     layer: Any = pair.layer

@@ -158,12 +158,12 @@ class Preserve:
 
     @torch.no_grad()
     def value(self) -> float:
-        """P, without λ."""
+        """P, without the factor λ."""
         return sum(float(self._of(i)[0]) for i in range(len(self.groups)))
 
     @torch.no_grad()
     def add_gradients(self, *_: Any) -> None:
-        """Add λ ∂P/∂A and λ ∂P/∂B, by a backward pass, so that whoever watches gradients takes them for the loss's."""
+        """Add λ ∂P/∂A and λ ∂P/∂B by a backward pass, so that observers of gradients count them as part of the loss."""
         weights: list[Tensor] = []
         changes: list[Tensor] = []
         for i, group in enumerate(self.groups):
@@ -190,7 +190,7 @@ class Preserve:
 
 
 class _Look:
-    """Hooks on LoRA layers while the base reads."""
+    """Hooks on LoRA layers while the base reads the texts."""
 
     def __init__(self, model: nn.Module, groups: list[LayerGroup], form: Form, rank: int, seed: int):
         self.model, self.form, self.seed, self.tokens = model, form, seed, 0
@@ -254,7 +254,7 @@ class _Look:
         return see
 
     def _see_gradient(self, i: int, g: Tensor, square: Tensor | None) -> None:
-        """Return nothing: what a hook returns takes the gradient's place."""
+        """Return nothing, because what a hook returns replaces the gradient."""
         if square is None:
             self.g[i].add(g)
         else:

@@ -1,4 +1,4 @@
-"""What GRIT remembers about the layers of one group, as stacks; layer by layer for checkpoints and shrinking ranks."""
+"""The state of the layers in one group, as stacks, and layer by layer for checkpoints and shrinking ranks."""
 
 from typing import Any
 
@@ -68,7 +68,7 @@ class GroupState:
 
     @classmethod
     def of_layers(cls, group: LayerGroup, layers: list[dict[str, Tensor]]) -> "GroupState":
-        """Back from single layers, onto the group's device; ValueError where their rank is another."""
+        """Rebuild from single layers, on the group's device; ValueError if their rank differs."""
         for pair, layer in zip(group.pairs, layers, strict=True):
             if tuple(layer["ema_a"].shape) != (group.rank, group.rank):
                 raise ValueError(f"{pair.name}: expected state of rank {group.rank}, got {tuple(layer['ema_a'].shape)}")

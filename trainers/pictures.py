@@ -23,7 +23,7 @@ from trainers.settings import BaseReference
 IMAGE_TOKEN = "<image>"  # noqa: S105
 IGNORED = -100  # label of a token without loss, torch's default for cross-entropy
 _REFERENCE = re.compile(r"!\[[^\]\n]*\]\(([^()\n]+)\)")
-# Families whose processors make a row of prompt and answer in a way that no text of both stands for.
+# Families whose processors build a row of prompt and answer that no single text of both reproduces.
 _OWN_FORM = ("PaliGemma",)
 
 Row = dict[str, Any]
@@ -86,7 +86,7 @@ def text_tensors(rows: Sequence[Row], tokenizer: Any, more: Mapping[str, Sequenc
             f"expected rows that all have a completion or all have none, got {without} of {len(rows)} without"
         )
     width = max(len(row["input_ids"]) for row in rows)
-    # Padding is masked, so any id will do.
+    # Padding is masked, so any id works.
     pad = next((int(t) for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
 
     def padded(values: Sequence[float], fill: int) -> list[float]:
@@ -206,7 +206,7 @@ class HubProcessor:
 
     def encode(self, prompt: str, completion: str | None = None) -> Row:
         """As of `EmbeddedProcessor`; `images` holds what the processor returns beside input_ids and attention_mask."""
-        marks = ("<|vision_start|>", "<|vision_end|>")  # that Qwen's models want round the image token
+        marks = ("<|vision_start|>", "<|vision_end|>")  # that Qwen's models need around the image token
         has_marks = set(marks) <= self.tokenizer.get_vocab().keys()
         placeholder = self.image_token.join(marks) if has_marks else self.image_token
         text = _with_placeholders(prompt, self.image_token, placeholder)

@@ -64,7 +64,7 @@ _MOST_MISSES = 20_000
 
 
 def parse(answer: str) -> str | None:
-    """The one EPA category that the answer names, or None; a longer name counts before a shorter one within it."""
+    """The one EPA category that the answer names, or None; a longer name takes precedence over one inside it."""
     named = {" ".join(found.split()).casefold() for found in _CATEGORY.findall(answer)}
     return next((name for name in epa.CATEGORIES if name.casefold() in named), None) if len(named) == 1 else None
 
@@ -118,7 +118,7 @@ def colour(rng: random.Random, size: int, index: int) -> Any:
 
 
 def bars(rng: random.Random, size: int, readings: Mapping[str, Decimal]) -> Any:
-    """A bar for each reading, as high as its own index; lines stand where one category ends and the next begins."""
+    """A bar for each reading, as high as its own index; lines mark where categories meet."""
     return bar_chart(rng, size, [level(epa.sub_index(key, value)) for key, value in readings.items()], 6)
 
 
@@ -136,7 +136,7 @@ def gauge(rng: random.Random, size: int, index: int) -> Any:
 
 
 def _readable(index: int) -> bool:
-    """Whether bars and needles tell the index's category at a few dozen pixels."""
+    """Whether bars and needles show the index's category at a few dozen pixels."""
     within = level(index) % 1.0
     return MARGIN <= within <= 1.0 - MARGIN
 

@@ -1,4 +1,4 @@
-"""What of a vision-language model is adapted, and on which device it is loaded."""
+"""Which parts of a vision-language model are adapted, and on which device it is loaded."""
 
 from grit_vlm.config.devices import get_device_config
 from grit_vlm.config.families import get_model_config

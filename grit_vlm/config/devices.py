@@ -20,9 +20,9 @@ MEMORY_SHARE = 0.8  # of a GPU's free memory, that memory_efficient gives to the
 
 
 def get_device_config(strategy: str, devices: Collection[str] | None = None) -> dict[str, Any]:
-    """Arguments for `from_pretrained`: device_map, dtype, with memory_efficient on a GPU max_memory (bytes).
+    """Arguments for `from_pretrained`: device_map, dtype, and for memory_efficient on a GPU max_memory (bytes).
 
-    `devices` to choose from are those of this machine by default; GritVlmError where none of them is the strategy's.
+    `devices` defaults to those of this machine; GritVlmError if none of them suits the strategy.
     """
     import torch
 
@@ -40,7 +40,7 @@ def get_device_config(strategy: str, devices: Collection[str] | None = None) -> 
         raise GritVlmError(
             f"{strategy}: expected one of {', '.join(PRIORITIES[strategy])}, got {', '.join(sorted(devices)) or 'none'}"
         )
-    # float32 where gradients are to be stable, and on CPUs; else bfloat16 where the device computes in it.
+    # float32 for stable gradients and on CPUs, else bfloat16 if the device computes in it.
     if strategy == "stable_training" or (device == "cpu" and strategy != "memory_efficient"):
         dtype = torch.float32
     elif device == "cpu" or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)):

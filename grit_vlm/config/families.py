@@ -1,6 +1,6 @@
-"""Module names of known families of vision-language models, as transformers builds them today; ready configurations.
+"""Module names of known vision-language families, as transformers builds them, and ready configurations.
 
-Settings may go without `layer_patterns`: a modality then takes the family's own.
+A modality without `layer_patterns` uses those of its family.
 """
 
 import math
@@ -141,7 +141,7 @@ def _unread_from(model: Any) -> float:
     config = getattr(model, "config", None)
     at = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
     blocks = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
-    if type_of(model) == "phi3_v":  # its remote code has no setting for it
+    if type_of(model) == "phi3_v":  # its remote code has no setting for this
         at, blocks = -2, len({n for n, _ in model.named_modules() if n.rpartition(".")[0].endswith(_PHI_LAYERS)})
     if at is None or not blocks:
         return math.inf
@@ -156,7 +156,7 @@ _TOWERS = ("model.vision_tower.encoder.layers", *_PHI_LAYERS)
 def adaptable(model: Any) -> tuple[list[str], dict[str, str]]:
     """Names of the linear layers that an adapter can train, in the model's order; and of the others: name → why not.
 
-    A LoRA layer counts as the layer that it was put round.
+    A LoRA layer counts as the layer that it wraps.
     """
     from peft.tuners.lora.layer import LoraLayer
     from torch import nn
@@ -186,7 +186,7 @@ def adaptable(model: Any) -> tuple[list[str], dict[str, str]]:
 
 
 def adapted_modules(model: Any, config: ModelGRITConfig) -> tuple[dict[str, list[str]], list[str]]:
-    """Modality → names of the modules that a configuration adapts; and notes of what a limit has cut.
+    """Modality → names of the modules that a configuration adapts; and notes on what a limit cut.
 
     Raises GritVlmError with the mistakes of all modalities at once.
     """

@@ -1,7 +1,7 @@
-"""What of a vision-language model is adapted, and how, for each modality.
+"""Which parts of a vision-language model are adapted, and how, for each modality.
 
-Settings of a modality that are None are the configuration's global ones. Nothing is checked before `validate`, so
-settings may be changed one by one; whoever uses a configuration validates it.
+A modality's settings that are None are taken from the global ones. Only `validate` checks, so settings can be changed
+one by one; code that uses a configuration validates it first.
 """
 
 import copy
@@ -34,13 +34,13 @@ class GRITLoRAConfig:
     lora_dropout: BelowOne = 0.1
     fisher_approximation: Estimate = "diagonal"
     fisher_damping: NotNegative = 1e-4  # λ, relative to the mean of the Fisher diagonal
-    fisher_ema_decay: BelowOne = 0.95  # weight that an update leaves to the past
+    fisher_ema_decay: BelowOne = 0.95  # weight of the past in an update
     fisher_update_freq: Count = 10  # steps between two updates
     fisher_block_size: Count = 64  # most coordinates n of a block
     fisher_min_samples: Count = 64  # tokens before an estimate is used
     buffer_tokens: Count = 8192  # most tokens kept for one update, d_in + d_out + 2r numbers each
     enable_natural_gradient: bool = True
-    enable_projection: bool = False  # unlike in the documents: LOG.md has what it costs
+    enable_projection: bool = False  # on in the documents; docs/log, 2026-11-22, shows what it costs
     projection_budget_start: Count = 32  # directions a layer, counted as FisherInformationMatrix.project says
     projection_budget_end: Count = 96  # after the last step
     projection_schedule: Schedule = "linear"
@@ -67,14 +67,14 @@ class ModalityConfig:
 
     def problems(self) -> list[str]:
         found = complaints(type(self), vars(self))
-        if "layer_patterns" not in found and "" in self.layer_patterns:  # which matches nothing, in no model
+        if "layer_patterns" not in found and "" in self.layer_patterns:  # matches nothing in any model
             found["layer_patterns"] = f"layer_patterns: expected a list of names, got {self.layer_patterns!r}"
         if not found and (problem := self._strategy_problem()):
             return [problem]
         return list(found.values())
 
     def _strategy_problem(self) -> str | None:
-        """Whether the parameter that the strategy needs is missing, whatever the model."""
+        """Whether the parameter that the strategy needs is missing, for any model."""
         name = {_S.FIRST_N: "n_layers", _S.LAST_N: "n_layers", _S.EVERY_NTH: "step_size"}.get(self.strategy)
         if name is not None and getattr(self, name) is None:
             return f"{name}: {self.strategy.name} wants a whole number from 1 on, got None"
@@ -84,7 +84,7 @@ class ModalityConfig:
         return None
 
     def select(self, layers: Sequence[str], where: str) -> list[str]:
-        """The layers that the strategy takes, in their order; negative `specific_indices` count from the end."""
+        """The layers that the strategy selects, in order; negative `specific_indices` count from the end."""
         strategy, count, n, indices = self.strategy, len(layers), self.n_layers or 0, self.specific_indices or ()
         problem = next(iter(self.problems()), None)
         if strategy is _S.SPECIFIC and not problem and (wrong := [i for i in indices if not -count <= i < count]):
@@ -107,9 +107,9 @@ class ModalityConfig:
 
 @dataclass
 class ModelGRITConfig:
-    """A whole model: its modalities, and what holds for all of them; see `GRITLoRAConfig`.
+    """A whole model: its modalities, and the settings that hold for all of them; see `GRITLoRAConfig`.
 
-    Documents 001 and 003 write the modalities in two ways (`vision=` and `vision_config=`): both can be read and set.
+    Documents 001 and 003 spell the modalities in two ways (`vision=` and `vision_config=`): both can be read and set.
     """
 
     model_name: str = "custom"
@@ -162,5 +162,5 @@ def _alias(name: str) -> property:
     return property(lambda config: getattr(config, name), lambda config, value: setattr(config, name, value))
 
 
-for _name in MODALITIES:  # after the dataclass, which would take a property for a default
+for _name in MODALITIES:  # after the dataclass is made, which would mistake a property for a default
     setattr(ModelGRITConfig, f"{_name}_config", _alias(_name))

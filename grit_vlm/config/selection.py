@@ -25,7 +25,7 @@ class LayerSelectionStrategy(Enum):
 
 
 def match(pattern: str, names: Iterable[str]) -> dict[str, str]:
-    """Name → its layer, of the modules that a pattern names; `*` stands for any characters but dots."""
+    """Name → its layer, for the modules that a pattern names; `*` matches any characters but dots."""
     regex = re.compile("[^.]*".join(map(re.escape, pattern.split("*"))))
     starred = ["*" in part for part in pattern.split(".")]
     return {name: _layer(name.split("."), starred) for name in names if regex.fullmatch(name)}
@@ -78,7 +78,7 @@ def _instead(pattern: str, names: Sequence[str], others: Mapping[str, str]) -> s
 
 
 def limit(layers: dict[str, list[str]], most: int | None, where: str = "layers") -> tuple[dict[str, list[str]], str]:
-    """At most `most` modules, whole layers from the front; and a note of what was cut ("": nothing was)."""
+    """At most `most` modules, whole layers from the front; and a note of what was cut, empty if nothing was."""
     total = sum(map(len, layers.values()))
     if most is None or total <= most:
         return layers, ""

@@ -1,7 +1,7 @@
 """`FisherCurvature`: the Fisher estimates, natural gradients and projections of all GRIT-LoRA layers of a model.
 
-It is what `grit.manager.Manager` is given here in place of `grit`'s own rank-space factors: hooks bring the tokens of
-every LoRA layer, estimates take them up, and gradients or Adam's steps are changed by what each layer's settings say.
+`grit.manager.Manager` takes it here in place of `grit`'s own rank-space factors. Hooks bring the tokens of every LoRA
+layer, the estimates are updated with them, and gradients or Adam's steps change as each layer's settings say.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ FACTOR_OF: dict[Side, str] = {"A": "g", "B": "a"}
 
 
 class EigenMoments:
-    """Adam's m and v of one layer: in the coordinates of the weights until an estimate is there, then in its own.
+    """Adam's m and v of one layer, in the weights' coordinates until there is an estimate, then in its eigenbasis.
 
-    As in `grit`: when eigenvectors change, the first moment is turned along exactly, the second one as that of
-    coordinates taken as uncorrelated, v'_i = Σ_j R_ij² v_j. Component first, as in `grit_vlm.core.fisher_info`.
+    As in `grit`: when eigenvectors change, the first moment turns exactly, the second as that of uncorrelated
+    coordinates, v'_i = Σ_j R_ij² v_j. Component first, as in `grit_vlm.core.fisher_info`.
     """
 
     def __init__(self, layer: GRITLoRALinear):
@@ -106,7 +106,7 @@ class FisherCurvature(Curvature):
         self.plan(1000)
 
     def plan(self, total_steps: int) -> None:
-        """Let projection budgets go from start to end over so many steps."""
+        """Let projection budgets go from start to end over this many steps."""
         self.total_steps = total_steps
         self.schedules = {}
         for layer in self.grit_layers.values():
@@ -152,7 +152,7 @@ class FisherCurvature(Curvature):
             schedule.observe(loss)
 
     def gather(self, step: int) -> list[dict[str, Any]]:
-        """Take what was captured into the estimates, and share the budgets out anew."""
+        """Add what was captured to the estimates, and share the budgets out again."""
         silent = [
             name
             for name, layer in self.by_pair.items()
@@ -200,7 +200,7 @@ class FisherCurvature(Curvature):
         return {m: dict(zip(names, shares[m], strict=True)) for m, names in members.items()}
 
     def precondition(self, measure: bool) -> tuple[float, list[Tensor]]:
-        """Natural gradient first, then grafting (the raw norm of each tensor restored, where set), then projection."""
+        """Natural gradient, then grafting (restoring the raw norm of each tensor, if set), then projection."""
         length = 0.0
         cosines: list[Tensor] = []
         for layer in self.by_pair.values():
@@ -267,7 +267,7 @@ class FisherCurvature(Curvature):
     def limit(
         self, stacks: list[Rotated], changes: list[Tensor], step: int
     ) -> tuple[list[Tensor], dict[str, float], float]:
-        """Project the changes of each layer, and in the adaptive types shorten all to the trust region."""
+        """Project the changes of each layer; the adaptive types also shorten all of them to the trust region."""
         length = 0.0
         found = []
         for i, layer in enumerate(self._stepped):
@@ -295,7 +295,7 @@ class FisherCurvature(Curvature):
         return sum(layer.ready for layer in self.by_pair.values())
 
     def effect(self, step: int, measured: Mapping[str, Any]) -> dict[str, Any]:
-        """Whether anything is changed for the optimizer, with the evidence, or the reason why not."""
+        """Evidence that the optimizer steps differently, or the reason why it does not."""
         layers = list(self.by_pair.values())
         spread = measured.get("max_one_minus_cosine")
         if not any(layer.config.enable_natural_gradient or layer.config.enable_projection for layer in layers):
@@ -390,7 +390,7 @@ class FisherCurvature(Curvature):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """ValueError where the state is of other layers, GritVlmError of other estimates."""
+        """ValueError for a state of other layers, GritVlmError for one of other estimates."""
         if odd := sorted(set(self.by_pair) ^ set(state["layers"])):
             raise ValueError(f"expected a checkpoint of the same LoRA layers, got one that differs in: {odd[:6]}")
         for name, layer in self.by_pair.items():
@@ -406,7 +406,7 @@ class FisherCurvature(Curvature):
 
 
 class FisherManager(Manager):
-    """The manager of a model's GRIT-LoRA layers, which stop capturing by themselves or for another manager."""
+    """The manager of a model's GRIT-LoRA layers, which then stop capturing on their own or for another manager."""
 
     curvature: FisherCurvature
 
@@ -422,7 +422,7 @@ class FisherManager(Manager):
 
 
 def _filled(values: Tensor, real: Tensor) -> Tensor:
-    """Values whose mean stands where a run is filled up: there is no direction, and none must seem to be there."""
+    """Fill the padding of a run with the mean value: there is no direction there, and none may appear to be."""
     return torch.where(real, values, values[real].mean())
 
 

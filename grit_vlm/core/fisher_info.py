@@ -60,7 +60,7 @@ def rotate(matrix: Tensor, coordinates: Tensor) -> Tensor:
 
 
 def _largest(values: Sequence[Tensor], budget: int) -> list[Tensor]:
-    """Masks (1 or 0) of the `budget` largest of all values together; of equal ones the first."""
+    """Masks (1 or 0) of the `budget` largest of all values together; of equal ones, the first."""
     flat = torch.cat([v.reshape(-1) for v in values])
     mask = torch.zeros_like(flat)
     mask[flat.sort(descending=True, stable=True).indices[:budget]] = 1.0
@@ -69,7 +69,7 @@ def _largest(values: Sequence[Tensor], budget: int) -> list[Tensor]:
 
 
 class FisherInformationMatrix:
-    """What is known of the Fisher information of one LoRA pair; GritVlmError where nothing was observed yet.
+    """An estimate of the Fisher information of one LoRA pair; GritVlmError before the first observation.
 
     `damping` is relative: times `scale`.
     """
@@ -210,7 +210,7 @@ class FisherInformationMatrix:
         return Eigen(values, vectors, real, float(values.sum()) / (rank * size))
 
     def lay_out(self, gradient: Tensor) -> Tensor:
-        """[r, d] as eigen-coordinates are laid out: of block_diagonal in runs, filled up with zeros."""
+        """[r, d] laid out as eigen-coordinates: for block_diagonal in runs, padded with zeros."""
         if self.approximation_type != "block_diagonal":
             return gradient
         rank, size = gradient.shape
@@ -242,7 +242,7 @@ class FisherInformationMatrix:
         return math.fsum(whole) / sum(sizes)
 
     def natural_gradient(self, gradients: Gradients) -> Gradients:
-        """(F + λI)⁻¹ ∇, λ = `damping` times `scale`; the gradient itself where F is zero, or singular undamped."""
+        """(F + λI)⁻¹ ∇ with λ = `damping` times `scale`; the gradient itself if F is zero, or singular and undamped."""
         found: Gradients = {}
         for name in SIDES:
             raw, inverse = gradients[name], self.inverse(name)
@@ -253,10 +253,10 @@ class FisherInformationMatrix:
         return found
 
     def inverse(self, name: Side) -> Tensor | None:
-        """1/(λ_i + λ) along every direction, as `Eigen.values`, 0 where a run is filled up; None: see above."""
+        """1/(λ_i + λ) along every direction, as `Eigen.values`, 0 in the padding of a run; None: see above."""
         eigen = self.eigen(name)
         damped = torch.where(eigen.real, eigen.values + self.damping * self.scale(), torch.ones_like(eigen.values))
-        # An eigenvalue below `grit.factors`' noise is rounding; without damping its inverse would be, too.
+        # An eigenvalue below the noise of `grit.factors` is rounding, and so would be its undamped inverse.
         noise = 0.0 if eigen.vectors is None else 64.0 * torch.finfo(damped.dtype).eps * eigen.mean
         return eigen.real / damped if eigen.mean > 0 and bool((damped > noise).all()) else None
 

@@ -1,4 +1,4 @@
-"""One GRIT-LoRA layer: what hooks capture of its tokens, its Fisher information, and what follows for its gradients.
+"""One GRIT-LoRA layer: the tokens that hooks capture, its Fisher information, and its natural gradients.
 
 A and B are those of PEFT's layer, which can save and merge them.
 """
@@ -53,8 +53,8 @@ class _Pass:
 class TokenCapture(Capture):
     """Hands the tokens of each backward pass to the layers, by the names of `pairs`.
 
-    Padding is a matter of text: pairs in `without_mask`, e.g. of a vision tower, see image patches, and all of them
-    count, although by chance they may be as many as the batch has text tokens.
+    Only text is padded: pairs in `without_mask`, for example of a vision tower, see image patches, and all of those
+    count, even if there happen to be as many as the batch has text tokens.
     """
 
     def __init__(
