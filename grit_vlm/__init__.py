@@ -8,7 +8,7 @@ from typing import Any
 
 from grit_vlm.errors import GritVlmError as GritVlmError
 
-# torch, PEFT and transformers load when they are needed.
+# torch, PEFT and transformers are imported on first use.
 _HOMES = {
     "grit_vlm.config": "LayerSelectionStrategy ModalityConfig ModelGRITConfig get_device_config get_model_config",
     "grit_vlm.core.fisher_info": "FisherInformationMatrix compute_natural_gradient",

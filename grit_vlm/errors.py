@@ -1,5 +1,5 @@
-"""The one error of this package."""
+"""The exception of this package."""
 
 
 class GritVlmError(ValueError):
-    """Settings, layers or a model that GRIT-VLM cannot work with; the message lists every mistake."""
+    """Settings, layers or a model that GRIT-VLM cannot use; the message lists every problem."""

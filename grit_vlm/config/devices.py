@@ -1,7 +1,7 @@
-"""Where a model is loaded, and in which precision: arguments for `from_pretrained`.
+"""The device and precision a model is loaded with, as arguments for `from_pretrained`.
 
-Priorities are those of the library's first description (docs/grit_vlm.md): training runs on the CPU unless `devices`
-leaves it out.
+The order of devices follows the library's first description (docs/grit_vlm.md): training runs on the CPU unless
+`devices` excludes it.
 """
 
 from collections.abc import Collection
@@ -16,13 +16,13 @@ PRIORITIES = {
     "auto_performance": ("cuda", "mps", "cpu"),
     "memory_efficient": ("cuda", "cpu"),
 }
-MEMORY_SHARE = 0.8  # of a GPU's free memory, that memory_efficient gives to the weights; the rest is for activations
+MEMORY_SHARE = 0.8  # of a GPU's free memory goes to weights with memory_efficient; the rest is for activations
 
 
 def get_device_config(strategy: str, devices: Collection[str] | None = None) -> dict[str, Any]:
-    """Arguments for `from_pretrained`: device_map, dtype, and for memory_efficient on a GPU max_memory (bytes).
+    """Arguments for `from_pretrained`: device_map, dtype, and max_memory (bytes) for memory_efficient on a GPU.
 
-    `devices` defaults to those of this machine; GritVlmError if none of them suits the strategy.
+    `devices` defaults to those of this machine. GritVlmError if the strategy supports none of them.
     """
     import torch
 
@@ -31,8 +31,8 @@ def get_device_config(strategy: str, devices: Collection[str] | None = None) -> 
             f"expected one of {', '.join(PRIORITIES)}, got {strategy!r}{did_you_mean(strategy, PRIORITIES)}"
         )
     if devices is None:
-        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        devices = [name for name, is_there in there.items() if is_there]
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        devices = [name for name, is_available in available.items() if is_available]
     if isinstance(devices, str) or not set(devices) <= {"cuda", "mps", "cpu"}:
         raise GritVlmError(f"devices: expected some of cuda, mps and cpu, e.g. ['cuda', 'cpu']; got {devices!r}")
     device = next((name for name in PRIORITIES[strategy] if name in devices), None)
@@ -40,7 +40,7 @@ def get_device_config(strategy: str, devices: Collection[str] | None = None) -> 
         raise GritVlmError(
             f"{strategy}: expected one of {', '.join(PRIORITIES[strategy])}, got {', '.join(sorted(devices)) or 'none'}"
         )
-    # float32 for stable gradients and on CPUs, else bfloat16 if the device computes in it.
+    # float32 for stable gradients and on CPUs; otherwise bfloat16 if the device supports it natively.
     if strategy == "stable_training" or (device == "cpu" and strategy != "memory_efficient"):
         dtype = torch.float32
     elif device == "cpu" or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)):
@@ -51,7 +51,7 @@ def get_device_config(strategy: str, devices: Collection[str] | None = None) -> 
         return {"device_map": {"": device}, "dtype": dtype}
     import psutil
 
-    room: dict[int | str, int] = {"cpu": int(psutil.virtual_memory().available)}
+    memory: dict[int | str, int] = {"cpu": int(psutil.virtual_memory().available)}
     for gpu in range(torch.cuda.device_count()):
-        room[gpu] = int(MEMORY_SHARE * torch.cuda.mem_get_info(gpu)[0])
-    return {"device_map": "auto", "dtype": dtype, "max_memory": room}  # what does not fit goes to the CPU
+        memory[gpu] = int(MEMORY_SHARE * torch.cuda.mem_get_info(gpu)[0])
+    return {"device_map": "auto", "dtype": dtype, "max_memory": memory}  # the rest goes to the CPU

@@ -1,6 +1,6 @@
-"""Module names of known vision-language families, as transformers builds them, and ready configurations.
+"""Module names of supported families of vision-language models, as in current transformers, and preset configurations.
 
-A modality without `layer_patterns` uses those of its family.
+Without `layer_patterns`, a modality uses the family's patterns.
 """
 
 import math
@@ -47,7 +47,7 @@ FAMILIES: dict[str, dict[str, list[str]]] = {
         "cross_modal": ["model.vision_embed_tokens.img_projection.*"],
     },
 }
-"""model_type → modality → patterns of its attention's projections (and of what joins the modalities)."""
+"""model_type → modality → patterns of its attention projections and of the connector between the modalities."""
 
 
 def type_of(model: Any) -> str | None:
@@ -56,17 +56,17 @@ def type_of(model: Any) -> str | None:
 
 
 def patterns_of(model: Any, modality: str, model_type: str = "custom") -> list[str]:
-    """The patterns of a modality in the family `model_type`, or, where that is custom, in the model's own."""
+    """The patterns of a modality in the family `model_type`, or in the model's family if that is custom."""
     kind = model_type if model_type != "custom" else type_of(model)
     family = FAMILIES.get(kind or "")
     if family is None:
         raise GritVlmError(
             f"{modality}: expected layer_patterns for a model of type {kind or type(model).__name__!r}, got none; "
-            f"those of {', '.join(FAMILIES)} are known"
+            f"there are defaults for {', '.join(FAMILIES)}"
         )
     if modality not in family:
-        raise GritVlmError(f"{modality}: expected layer_patterns, for models of type {kind!r} have none of their own")
-    nested = f"{_PHI_TOWER}.vision_model"  # where the remote code brings an older CLIP
+        raise GritVlmError(f"{modality}: expected layer_patterns; models of type {kind!r} have no default")
+    nested = f"{_PHI_TOWER}.vision_model"  # where the remote code contains an older CLIP
     if kind == "phi3_v" and any(name == nested for name, _ in model.named_modules()):
         return [pattern.replace(f"{_PHI_TOWER}.encoder", f"{nested}.encoder") for pattern in family[modality]]
     return list(family[modality])
@@ -75,7 +75,7 @@ def patterns_of(model: Any, modality: str, model_type: str = "custom") -> list[s
 def family_config(kind: str | None, name: str = "custom") -> ModelGRITConfig:
     if kind not in FAMILIES:
         raise GritVlmError(
-            f"expected model_config_name, a ModelGRITConfig, or layers for a model of type {kind!r}; known types are "
+            f"expected model_config_name, a ModelGRITConfig, or layers for a model of type {kind!r}; supported types: "
             f"{', '.join(FAMILIES)}"
         )
     return ModelGRITConfig(name, kind, ModalityConfig(), ModalityConfig(), ModalityConfig())
@@ -114,29 +114,29 @@ def _configs() -> dict[str, ModelGRITConfig]:
 
 
 def get_model_config(name: str) -> ModelGRITConfig:
-    """A copy of a ready configuration, by its own name or by a hub id.
+    """A copy of a preset configuration, by its name or a hub id.
 
-    smolvlm_fast adapts 3 vision, 4 text modules and the projector of SmolVLM-256M, smolvlm_256m (which its hub id
-    means) 12, 8 and the projector; the others all attention projections and projectors of a family.
+    smolvlm_fast adapts 3 vision modules, 4 text modules and the projector of SmolVLM-256M; smolvlm_256m (also by its
+    hub id) 12, 8 and the projector. The others adapt all attention projections and projectors of a family.
     """
     configs = _configs()
     by_id: dict[str, str] = {}
     for key, config in configs.items():
         by_id.setdefault(config.model_name, key)
-    found = configs.get(by_id.get(name, name))
-    if found is None:
+    preset = configs.get(by_id.get(name, name))
+    if preset is None:
         spelled = name.lower().replace("-", "_")
         raise GritVlmError(
             f"expected one of {', '.join(configs)}, or a hub id ({', '.join(by_id)}); got {name!r}"
             f"{did_you_mean(spelled, configs) or did_you_mean(name, by_id)}"
         )
-    return found
+    return preset
 
 
-def _unread_from(model: Any) -> float:
-    """The first block of a vision tower behind the hidden states that the language model reads; infinity: none.
+def _first_unused_block(model: Any) -> float:
+    """Index of the vision tower's first block whose output the language model never reads; infinity if there is none.
 
-    LLaVA and Phi-3.5-vision take the last hidden state but one: no gradient reaches the tower's last block.
+    LLaVA and Phi-3.5-vision read the second-to-last hidden state, so no gradient reaches the last block.
     """
     config = getattr(model, "config", None)
     at = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
@@ -154,9 +154,9 @@ _TOWERS = ("model.vision_tower.encoder.layers", *_PHI_LAYERS)
 
 
 def adaptable(model: Any) -> tuple[list[str], dict[str, str]]:
-    """Names of the linear layers that an adapter can train, in the model's order; and of the others: name → why not.
+    """Names of the linear layers that an adapter can train, in model order, and the other modules: name → reason.
 
-    A LoRA layer counts as the layer that it wraps.
+    A LoRA layer counts as the layer it wraps.
     """
     from peft.tuners.lora.layer import LoraLayer
     from torch import nn
@@ -164,7 +164,7 @@ def adaptable(model: Any) -> tuple[list[str], dict[str, str]]:
     names: list[str] = []
     others: dict[str, str] = {}
     inside = {f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
-    unread = _unread_from(model)
+    unused = _first_unused_block(model)
     adapted = "\0"
     for name, module in model.named_modules():
         if name.startswith(adapted):
@@ -177,37 +177,37 @@ def adaptable(model: Any) -> tuple[list[str], dict[str, str]]:
         elif name in inside:
             others[name] = "a weight of MultiheadAttention, which never calls it"
         elif name.startswith("model.vision_tower.head.") or (
-            tower and int(name[len(tower) + 1 :].split(".")[0]) >= unread
+            tower and int(name[len(tower) + 1 :].split(".")[0]) >= unused
         ):
-            others[name] = "behind the hidden state that the language model reads, so that no gradient reaches it"
+            others[name] = "after the hidden state that the language model reads, so no gradient reaches it"
         else:
             names.append(name)
     return names, others
 
 
 def adapted_modules(model: Any, config: ModelGRITConfig) -> tuple[dict[str, list[str]], list[str]]:
-    """Modality → names of the modules that a configuration adapts; and notes on what a limit cut.
+    """Modality → names of the modules that a configuration adapts; and notes on modules dropped by a limit.
 
-    Raises GritVlmError with the mistakes of all modalities at once.
+    Raises GritVlmError with the problems of all modalities.
     """
     config.validate()
     names, others = adaptable(model)
-    found: dict[str, list[str]] = {}
+    modules_of: dict[str, list[str]] = {}
     notes, problems = [], []
-    for modality, own in config.modalities.items():
+    for modality, settings in config.modalities.items():
         try:
-            patterns = own.layer_patterns or patterns_of(model, modality, config.model_type)
+            patterns = settings.layer_patterns or patterns_of(model, modality, config.model_type)
             layers = match_all(patterns, names, modality, others)
-            taken = {layer: layers[layer] for layer in own.select(list(layers), modality)}
-            kept, note = limit(taken, config.max_layers_per_modality, modality)
+            selected = {layer: layers[layer] for layer in settings.select(list(layers), modality)}
+            selected, note = limit(selected, config.max_layers_per_modality, modality)
         except GritVlmError as error:
             problems.append(str(error))
             continue
-        found[modality] = [name for modules in kept.values() for name in modules]
+        modules_of[modality] = [name for modules in selected.values() for name in modules]
         if note:
             notes.append(f"{modality}: {note}")
-    owners = {name: [m for m in found if name in found[m]] for modules in found.values() for name in modules}
+    owners = {name: [m for m in modules_of if name in modules_of[m]] for names in modules_of.values() for name in names}
     problems += [f"{name}: expected in one modality, got {' and '.join(m)}" for name, m in owners.items() if len(m) > 1]
     if problems:
         raise GritVlmError("\n".join(problems))
-    return found, notes
+    return modules_of, notes

@@ -1,7 +1,7 @@
-"""Which parts of a vision-language model are adapted, and how, for each modality.
+"""Which layers of a vision-language model are adapted, and how, for each modality.
 
-A modality's settings that are None are taken from the global ones. Only `validate` checks, so settings can be changed
-one by one; code that uses a configuration validates it first.
+A modality's setting of None means the global one. Nothing is checked before `validate`, so settings can be changed one
+by one; code that uses a configuration validates it.
 """
 
 import copy
@@ -22,11 +22,11 @@ Schedule = Literal["linear", "cosine", "adaptive"]
 
 @dataclass
 class GRITLoRAConfig:
-    """Settings of a GRIT-LoRA layer. Defaults are the documents' where they name one.
+    """Settings of a GRIT-LoRA layer. Defaults follow the documents where they state one.
 
-    Estimates are updated at each of the first `fisher_update_freq` steps: B starts at 0, and with it all Fisher
-    information of A. Block-diagonal ones keep twice r·(d_in + d_out)·n numbers: at r = 16, d = 4096 and n = 64, 67 MB a
-    layer. Of a backward pass with more tokens than there is room for, as many are kept at even distances.
+    Estimates are updated at each of the first `fisher_update_freq` steps: B starts at 0, and so does the Fisher
+    information of A. Block-diagonal estimates store 2·r·(d_in + d_out)·n numbers: 67 MB a layer at r = 16, d = 4096 and
+    n = 64. If a backward pass has more tokens than the buffer has room for, an evenly spaced subset is stored.
     """
 
     r: Count = 16
@@ -38,10 +38,10 @@ class GRITLoRAConfig:
     fisher_update_freq: Count = 10  # steps between two updates
     fisher_block_size: Count = 64  # most coordinates n of a block
     fisher_min_samples: Count = 64  # tokens before an estimate is used
-    buffer_tokens: Count = 8192  # most tokens kept for one update, d_in + d_out + 2r numbers each
+    buffer_tokens: Count = 8192  # most tokens stored for one update, d_in + d_out + 2r numbers each
     enable_natural_gradient: bool = True
-    enable_projection: bool = False  # on in the documents; docs/log, 2026-11-22, shows what it costs
-    projection_budget_start: Count = 32  # directions a layer, counted as FisherInformationMatrix.project says
+    enable_projection: bool = False  # unlike in the documents: docs/log has what it costs
+    projection_budget_start: Count = 32  # directions a layer, as FisherInformationMatrix.project counts them
     projection_budget_end: Count = 96  # after the last step
     projection_schedule: Schedule = "linear"
 
@@ -54,33 +54,33 @@ class GRITLoRAConfig:
 class ModalityConfig:
     layer_patterns: list[str] = field(default_factory=list)  # globs, `*` stops at dots; empty: the family's
     strategy: LayerSelectionStrategy = LayerSelectionStrategy.ALL
-    n_layers: Count | None = None  # blocks, of FIRST_N and LAST_N
-    step_size: Count | None = None  # in blocks, of EVERY_NTH
-    specific_indices: Sequence | None = None  # whole numbers: places among the matched layers, from 0, of SPECIFIC
-    rank: Count | None = None  # LoRA's, like alpha and dropout; None: the global ones
+    n_layers: Count | None = None  # blocks, for FIRST_N and LAST_N
+    step_size: Count | None = None  # blocks, for EVERY_NTH
+    specific_indices: Sequence | None = None  # for SPECIFIC: integer positions among the matched layers, from 0
+    rank: Count | None = None  # of LoRA, like alpha and dropout; None: the global ones
     alpha: Positive | None = None
     dropout: BelowOne | None = None
     enable_natural_gradient: bool = True
     enable_projection: bool = True
     fisher_approximation: Estimate = "diagonal"
-    projection_budget: Count | None = None  # fixed directions a layer, on average; None: the schedule's
+    projection_budget: Count | None = None  # fixed mean number of directions a layer; None: follow the schedule
 
     def problems(self) -> list[str]:
-        found = complaints(type(self), vars(self))
-        if "layer_patterns" not in found and "" in self.layer_patterns:  # matches nothing in any model
-            found["layer_patterns"] = f"layer_patterns: expected a list of names, got {self.layer_patterns!r}"
-        if not found and (problem := self._strategy_problem()):
+        problems = complaints(type(self), vars(self))
+        if "layer_patterns" not in problems and "" in self.layer_patterns:  # never matches anything
+            problems["layer_patterns"] = f"layer_patterns: expected a list of names, got {self.layer_patterns!r}"
+        if not problems and (problem := self._strategy_problem()):
             return [problem]
-        return list(found.values())
+        return list(problems.values())
 
     def _strategy_problem(self) -> str | None:
-        """Whether the parameter that the strategy needs is missing, for any model."""
+        """Why the strategy lacks a parameter that it needs with any model; None if it has all."""
         name = {_S.FIRST_N: "n_layers", _S.LAST_N: "n_layers", _S.EVERY_NTH: "step_size"}.get(self.strategy)
         if name is not None and getattr(self, name) is None:
-            return f"{name}: {self.strategy.name} wants a whole number from 1 on, got None"
+            return f"{name}: {self.strategy.name} needs an integer of at least 1, got None"
         indices = self.specific_indices
         if self.strategy is _S.SPECIFIC and not (indices and all(type(i) is int for i in indices)):
-            return f"specific_indices: SPECIFIC wants a list of whole numbers, got {indices!r}"
+            return f"specific_indices: SPECIFIC needs a list of integers, got {indices!r}"
         return None
 
     def select(self, layers: Sequence[str], where: str) -> list[str]:
@@ -88,11 +88,11 @@ class ModalityConfig:
         strategy, count, n, indices = self.strategy, len(layers), self.n_layers or 0, self.specific_indices or ()
         problem = next(iter(self.problems()), None)
         if strategy is _S.SPECIFIC and not problem and (wrong := [i for i in indices if not -count <= i < count]):
-            problem = f"specific_indices: expected {-count} to {count - 1}, for there are {count} layers; got {wrong}"
+            problem = f"specific_indices: expected {-count} to {count - 1}, since there are {count} layers; got {wrong}"
         elif strategy in (_S.FIRST_N, _S.LAST_N) and not problem and n > count:
             problem = f"n_layers: expected at most {count}, the number of layers; got {n}"
         elif strategy is _S.SKIP_FIRST_LAST and count < 3:
-            problem = f"strategy: SKIP_FIRST_LAST wants at least 3 layers, got {count} ({', '.join(layers)})"
+            problem = f"strategy: SKIP_FIRST_LAST needs at least 3 layers, got {count} ({', '.join(layers)})"
         if problem:
             raise GritVlmError(f"{where}.{problem}")
         places = {
@@ -107,13 +107,13 @@ class ModalityConfig:
 
 @dataclass
 class ModelGRITConfig:
-    """A whole model: its modalities, and the settings that hold for all of them; see `GRITLoRAConfig`.
+    """The modalities of a model and their shared settings; see `GRITLoRAConfig`.
 
-    Documents 001 and 003 spell the modalities in two ways (`vision=` and `vision_config=`): both can be read and set.
+    Documents 001 and 003 spell the modalities in two ways (`vision=` and `vision_config=`); both work.
     """
 
     model_name: str = "custom"
-    model_type: str = "custom"  # family of modalities without patterns; "custom": the model's config.model_type
+    model_type: str = "custom"  # family whose patterns are the default; "custom": the model's config.model_type
     vision: ModalityConfig | None = None
     text: ModalityConfig | None = None
     cross_modal: ModalityConfig | None = None
@@ -134,25 +134,25 @@ class ModelGRITConfig:
     fusion_config: InitVar[ModalityConfig | None] = None
 
     def __post_init__(self, *others: ModalityConfig | None) -> None:
-        given = {name: other for name, other in zip(MODALITIES, others, strict=True) if other is not None}
-        for name, other in given.items():
+        aliases = {name: other for name, other in zip(MODALITIES, others, strict=True) if other is not None}
+        for name, other in aliases.items():
             if getattr(self, name) not in (None, other):
                 raise GritVlmError(f"expected {name} or {name}_config, which are the same; got both")
             setattr(self, name, other)
 
     @property
     def modalities(self) -> dict[str, ModalityConfig]:
-        return {name: own for name in MODALITIES if (own := getattr(self, name)) is not None}
+        return {name: modality for name in MODALITIES if (modality := getattr(self, name)) is not None}
 
     def validate(self) -> None:
-        found = list(complaints(type(self), vars(self)).values())
-        for name, own in self.modalities.items():
-            if isinstance(own, ModalityConfig):
-                found += [f"{name}.{problem}" for problem in own.problems()]
+        problems = list(complaints(type(self), vars(self)).values())
+        for name, modality in self.modalities.items():
+            if isinstance(modality, ModalityConfig):
+                problems += [f"{name}.{problem}" for problem in modality.problems()]
         if not self.modalities:
-            found.append(f"expected at least one of {', '.join(MODALITIES)}, got none")
-        if found:
-            raise GritVlmError("\n".join(found))
+            problems.append(f"expected at least one of {', '.join(MODALITIES)}, got none")
+        if problems:
+            raise GritVlmError("\n".join(problems))
 
     def copy(self) -> "ModelGRITConfig":
         return copy.deepcopy(self)
@@ -162,5 +162,5 @@ def _alias(name: str) -> property:
     return property(lambda config: getattr(config, name), lambda config, value: setattr(config, name, value))
 
 
-for _name in MODALITIES:  # after the dataclass is made, which would mistake a property for a default
+for _name in MODALITIES:  # set after the dataclass is made, which would treat a property as a default
     setattr(ModelGRITConfig, f"{_name}_config", _alias(_name))

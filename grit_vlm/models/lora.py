@@ -9,7 +9,7 @@ from grit_vlm.config.model_configs import GRITLoRAConfig
 
 
 def add_lora(model: nn.Module, of: Mapping[str, GRITLoRAConfig], adapter_name: str = "default") -> Any:
-    """PEFT's model: the given one, frozen and changed in place, with LoRA on these modules."""
+    """A PEFT model: `model`, frozen and modified in place, with LoRA on these modules."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora.layer import LoraLayer
 
@@ -31,6 +31,6 @@ def add_lora(model: nn.Module, of: Mapping[str, GRITLoRAConfig], adapter_name: s
     return adapted
 
 
-def dropout(own: GRITLoRAConfig) -> nn.Module:
-    """A module's own, which PEFT takes one of for all."""
-    return nn.Dropout(own.lora_dropout) if own.lora_dropout else nn.Identity()
+def dropout(config: GRITLoRAConfig) -> nn.Module:
+    """The dropout of one module, since PEFT has one setting for all."""
+    return nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()

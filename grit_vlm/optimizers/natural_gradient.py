@@ -6,9 +6,9 @@ optimizer's step. What differs is where the Fisher information comes in:
 - grit_sgd: θ ← θ − η (F + λI)⁻¹ ∇, with momentum.
 - grit_adam: Adam's moments are kept along the eigen-directions of F, and the step along direction i is multiplied by
   (λ_i/mean λ + damping)^(−p/2), as in `grit`'s mode eigen_adamw: the natural gradient of a step whose size along each
-  direction Adam has already normalised.
-- grit_adam_preconditioned: (F + λI)⁻¹ ∇ instead of ∇ goes into AdamW, which is what the documents' text says. With
-  estimate diagonal AdamW undoes most of it: a coordinate's gradient times a constant is the same step.
+  direction Adam has already normalized.
+- grit_adam_preconditioned: (F + λI)⁻¹ ∇ instead of ∇ goes into AdamW, which is what the documents describe. With
+  estimate diagonal AdamW undoes most of it: scaling a coordinate's gradient by a constant does not change its step.
 - adaptive_sgd, adaptive_adam: the learning rate follows the curvature. Steps are shortened to the trust region
   Δθᵀ(F + λI)Δθ ≤ κ (Martens & Grosse 2015, section 6; the documents only say "dynamic learning rate adaptation"),
   with SGD before momentum adds them up.
@@ -24,7 +24,7 @@ from torch import nn
 from grit import GRITConfig
 from grit.config import did_you_mean
 from grit.optim import GritOptimizer
-from grit_vlm.core.curvature import FisherManager
+from grit_vlm.core.fisher_curvature import FisherManager
 from grit_vlm.core.grit_lora import GRITLoRALinear
 from grit_vlm.errors import GritVlmError
 
@@ -45,7 +45,7 @@ def check_type(optimizer_type: str) -> None:
 
 
 def set_mode(manager: FisherManager, optimizer_type: str, **settings: Any) -> None:
-    """Say how steps are made: by a type of `MODES`, and fields of `grit.GRITConfig`."""
+    """Set the step rule: a type of `MODES`, and fields of `grit.GRITConfig`."""
     check_type(optimizer_type)
     mode, adaptive = MODES[optimizer_type]
     if mode == "sgd" and not adaptive:
@@ -75,7 +75,7 @@ def create_grit_optimizer(
     """An optimizer by its type; see the module.
 
     `parameters` are all that is trained, LoRA's weights among them, also groups with options, as torch takes them;
-    `grit_layers` those of an adapter (`VLMGRITAdapter.get_grit_layers`), or layers made alone, by name. Projection
+    `grit_layers` those of an adapter (`VLMGRITAdapter.get_grit_layers`), or standalone layers, by name. Projection
     budgets go from start to end over `total_steps` (None: as planned before). `optimizer` is wrapped instead of torch's
     AdamW or SGD made here; `settings` are fields of `grit.GRITConfig`: kl_clip (κ), eigen_power (p), grafting, …
     """
@@ -95,12 +95,12 @@ def create_grit_optimizer(
 
 
 def _manager_of(grit_layers: Mapping[str, GRITLoRALinear]) -> FisherManager:
-    """The manager of all these layers; a new one where each has been alone."""
+    """The manager of all these layers; a new one if they have none in common."""
     managers = {id(layer.manager): layer.manager for layer in grit_layers.values()}
     manager = next(iter(managers.values()))
     if len(managers) > 1 or not isinstance(manager, FisherManager):
         return FisherManager(nn.ModuleList(grit_layers.values()), grit_layers)
-    given = {id(layer) for layer in grit_layers.values()}
-    if missing := [name for name, layer in manager.curvature.grit_layers.items() if id(layer) not in given]:
-        raise GritVlmError(f"grit_layers: expected all layers of the adapter, got them without {missing[:6]}")
+    included = {id(layer) for layer in grit_layers.values()}
+    if missing := [name for name, layer in manager.curvature.grit_layers.items() if id(layer) not in included]:
+        raise GritVlmError(f"grit_layers: expected all layers of the adapter; missing: {missing[:6]}")
     return manager

@@ -1,8 +1,8 @@
-"""How many directions are kept: schedules over training, and the share of each modality and layer.
+"""How many directions projection keeps: schedules over training, and shares of modalities and layers.
 
-k_t = k_start + (k_end − k_start)·s(t), with s from 0 to 1. A budget counts what
-`grit_vlm.core.fisher_info.FisherInformationMatrix.project` says: coordinates of estimate diagonal, else
-eigen-directions. (The documents say "k" only, and use it beyond the rank.)
+k_t = k_start + (k_end − k_start)·s(t), with s from 0 to 1. A budget counts as in
+`grit_vlm.core.fisher_info.FisherInformationMatrix.project`: coordinates for estimate diagonal, otherwise
+eigen-directions. (The documents only say "k", and let it exceed the rank.)
 """
 
 import math
@@ -33,7 +33,7 @@ class ProjectionSchedule:
         return round(self.start + (self.end - self.start) * self.share(step))
 
     def observe(self, loss: float) -> None:
-        """The loss of a step; only the adaptive schedule looks at it."""
+        """Record the loss of a step; only the adaptive schedule uses it."""
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -50,10 +50,10 @@ class CosineSchedule(ProjectionSchedule):
 
 
 class AdaptiveSchedule(ProjectionSchedule):
-    """More directions where the loss stands still: a tenth of the way whenever a window of steps brings too little.
+    """More directions when the loss stalls: a tenth of the way after each window of steps with too little progress.
 
-    A window is a twentieth of all steps, at least one. It brings too little where its mean loss is not below the mean
-    of the window before by `MIN_GAIN`. (The first description says no more than "based on training progress"; the
+    A window is a twentieth of all steps, at least one. Progress is too little if the mean loss is not lower than that
+    of the previous window by the share `MIN_GAIN`. (The first description only says "based on training progress"; the
     numbers are ours.)
     """
 
@@ -74,7 +74,7 @@ class AdaptiveSchedule(ProjectionSchedule):
         if self.count < max(1, self.total_steps // 20):
             return
         mean = self.total / self.count
-        if mean > self.previous * (1 - self.MIN_GAIN):  # false of the first window, whose predecessor is NaN
+        if mean > self.previous * (1 - self.MIN_GAIN):  # false for the first window, since NaN precedes it
             self.reached = min(1.0, self.reached + self.STRIDE)
         self.previous, self.total, self.count = mean, 0.0, 0
 
@@ -95,7 +95,7 @@ create_adaptive_scheduler = AdaptiveSchedule
 
 
 def effective_rank(activations: Tensor) -> float:
-    """Directions that activations [..., d] use: exp of the entropy of E[x xᵀ]'s eigenvalues (Roy & Vetterli 2007)."""
+    """The exponential of the entropy of E[x xᵀ]'s eigenvalues, of activations [..., d] (Roy & Vetterli 2007)."""
     x = activations.reshape(-1, activations.shape[-1]).double()
     if not len(x):
         raise GritVlmError("expected at least one sample of activations, got none")
@@ -110,9 +110,9 @@ def recommended_budget(activations: Tensor, factor: float = 1.2) -> int:
 class MultiModalProjector:
     """Shares the budgets of the modalities among their layers.
 
-    Within a modality, its budget goes to the directions of largest Fisher information of all its layers together, one
-    a layer at least: their gradients are of one loss. Between modalities each keeps a budget of its own; what a
-    modality has no directions for goes to the others, in proportion to their budgets.
+    Within a modality, the budget goes to the directions of largest Fisher information across all its layers, with at
+    least one a layer: their gradients come from one loss. Each modality has a separate budget; what exceeds its number
+    of directions goes to the others, in proportion to their budgets.
     """
 
     def compute_mixed_modal_projection(
@@ -124,45 +124,48 @@ class MultiModalProjector:
         k_text: int = 0,
         k_cross: int = 0,
     ) -> dict[str, list[int]]:
-        """`share_out` for the three modalities of the documents; a single tensor is one layer, None: no such layers."""
-        given = {
+        """`share_out` for the three modalities of the documents; a single tensor is one layer, None no layers."""
+        inputs = {
             "vision": (vision_fisher, k_vision),
             "text": (text_fisher, k_text),
             "cross_modal": (cross_fisher, k_cross),
         }
-        there = {name: found for name, (found, _) in given.items() if found is not None and len(found)}
-        values = {name: [found] if isinstance(found, Tensor) else list(found) for name, found in there.items()}
-        return self.share_out(values, {name: given[name][1] for name in there})
+        values = {
+            name: [fisher] if isinstance(fisher, Tensor) else list(fisher)
+            for name, (fisher, _) in inputs.items()
+            if fisher is not None and len(fisher)
+        }
+        return self.share_out(values, {name: inputs[name][1] for name in values})
 
     def share_out(self, values: Mapping[str, Sequence[Tensor]], budgets: Mapping[str, int]) -> dict[str, list[int]]:
         """Modality → directions that each of its layers keeps.
 
-        `values` are Fisher information along the directions of each layer, `budgets` directions of a whole modality.
+        `values`: Fisher information along the directions of each layer; `budgets`: directions of a whole modality.
         """
         problems = [f"budget of {m}: expected at least 1, got {budgets[m]}" for m in values if budgets[m] < 1]
         empty = [m for m, layers in values.items() if not all(t.numel() for t in layers)]
         if problems := problems + [f"{m}: expected directions in every layer, got a layer without" for m in empty]:
             raise GritVlmError("\n".join(problems))
-        there = {name: sum(t.numel() for t in layers) for name, layers in values.items()}
-        given = _fill(budgets, there)
-        return {name: _largest_counts(layers, given[name]) for name, layers in values.items()}
+        sizes = {name: sum(t.numel() for t in layers) for name, layers in values.items()}
+        filled = _fill(budgets, sizes)
+        return {name: _largest_counts(layers, filled[name]) for name, layers in values.items()}
 
 
-def _fill(budgets: Mapping[str, int], there: Mapping[str, int]) -> dict[str, int]:
-    """Budgets that do not exceed what is there; what is left over goes to the others, in proportion."""
-    given = {name: min(budgets[name], n) for name, n in there.items()}
-    over = sum(budgets[name] for name in there) - sum(given.values())
-    while over > 0 and (room := [name for name, n in there.items() if given[name] < n]):
+def _fill(budgets: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Budgets capped at the available directions; the excess goes to the others, in proportion."""
+    filled = {name: min(budgets[name], n) for name, n in sizes.items()}
+    over = sum(budgets[name] for name in sizes) - sum(filled.values())
+    while over > 0 and (room := [name for name, n in sizes.items() if filled[name] < n]):
         total, before = sum(budgets[name] for name in room), over
         for name in room:
-            more = min(there[name] - given[name], max(1, before * budgets[name] // total), over)
-            given[name] += more
+            more = min(sizes[name] - filled[name], max(1, before * budgets[name] // total), over)
+            filled[name] += more
             over -= more
-    return given
+    return filled
 
 
 def _largest_counts(layers: Sequence[Tensor], budget: int) -> list[int]:
-    """How many of the `budget` largest values lie in each tensor; one in each at least."""
+    """How many of the `budget` largest values are in each tensor, at least one each."""
     counts = [1] * len(layers)
     rest = [t.reshape(-1).sort(descending=True).values[1:].cpu() for t in layers]
     left = min(budget - len(layers), sum(map(len, rest)))

@@ -45,7 +45,7 @@ def test_changes_after_construction_hold_and_are_checked(idefics3):
     assert found["vision"] == [f"{VISION}.{i}.self_attn.q_proj" for i in (0, 3, 6)]
     assert notes == ["vision: limited to 3 of 4 modules by max_layers_per_modality = 3"]
     config.vision.step_size, config.max_layers_per_modality = None, 0
-    with pytest.raises(GritVlmError, match="max_layers_per_modality.*\nvision.step_size: EVERY_NTH wants a whole"):
+    with pytest.raises(GritVlmError, match="max_layers_per_modality.*\nvision.step_size: EVERY_NTH needs an integer"):
         adapted_modules(idefics3, config)
 
 
@@ -67,9 +67,9 @@ def test_what_is_said_of_mistakes():
         ({"layer_patterns": "model.*"}, "layer_patterns: expected a list of names, got 'model.*'"),
         ({"layer_patterns": ["a.*", ""]}, "layer_patterns: expected a list of names, got ['a.*', '']"),
         ({"strategy": "first_n"}, "strategy: expected a LayerSelectionStrategy, got 'first_n'"),
-        ({"strategy": S.LAST_N}, "n_layers: LAST_N wants a whole number from 1 on, got None"),
-        ({"strategy": S.SPECIFIC, "specific_indices": []}, "specific_indices: SPECIFIC wants a list of whole numbers"),
-        ({"strategy": S.SPECIFIC, "specific_indices": [0.0]}, "specific_indices: SPECIFIC wants a list of whole"),
+        ({"strategy": S.LAST_N}, "n_layers: LAST_N needs an integer of at least 1, got None"),
+        ({"strategy": S.SPECIFIC, "specific_indices": []}, "specific_indices: SPECIFIC needs a list of integers"),
+        ({"strategy": S.SPECIFIC, "specific_indices": [0.0]}, "specific_indices: SPECIFIC needs a list"),
         ({"fisher_approximation": "kfak"}, "fisher_approximation: expected one of diagonal, kfac, block_diagonal"),
     ):
         [said] = complaints(ModelGRITConfig(text=ModalityConfig(**settings)))
@@ -125,7 +125,7 @@ def test_strategies_that_do_not_fit_the_model():
             ModalityConfig(strategy=S.FIRST_N, n_layers=4),
             "at.n_layers: expected at most 3, the number of layers; got 4",
         ),
-        (ModalityConfig(strategy=S.EVERY_NTH), "at.step_size: EVERY_NTH wants a whole number from 1 on, got None"),
+        (ModalityConfig(strategy=S.EVERY_NTH), "at.step_size: EVERY_NTH needs an integer of at least 1, got None"),
         (ModalityConfig(strategy=S.SPECIFIC, specific_indices=[3, 0, -4]), r"expected -3 to 2, .* got \[3, -4\]"),
     ):
         with pytest.raises(GritVlmError, match=message):

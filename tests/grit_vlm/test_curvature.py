@@ -10,7 +10,7 @@ from torch import nn
 
 from grit import GRITError
 from grit_vlm import FisherInformationMatrix, GRITLoRAConfig, GRITLoRALinear
-from grit_vlm.core.curvature import FisherManager
+from grit_vlm.core.fisher_curvature import FisherManager
 from grit_vlm.core.grit_lora import Tokens
 from probes.measure import LayerReading, numbers
 

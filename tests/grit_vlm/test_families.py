@@ -59,7 +59,7 @@ def test_a_block_that_no_gradient_reaches_is_not_adapted(model_of):
     assert adapted_modules(model_of("llava"), config)[0] == {"vision": [f"{stem}.{V - 2}.mlp.fc1"]}
     assert adapted_modules(model_of("paligemma"), config)[0] == {"vision": [f"{stem}.{V - 1}.mlp.fc1"]}
     config.vision.layer_patterns = [f"{stem}.{V - 1}.mlp.fc1"]
-    with pytest.raises(GritVlmError, match="behind the hidden state that the language model reads"):
+    with pytest.raises(GritVlmError, match="after the hidden state that the language model reads"):
         adapted_modules(model_of("llava"), config)
 
 

@@ -9,7 +9,7 @@ import torch
 from small_net import Net, changes_of, optimizer_of, train
 
 from grit_vlm import create_grit_optimizer
-from grit_vlm.core.curvature import EigenMoments
+from grit_vlm.core.fisher_curvature import EigenMoments
 from grit_vlm.optimizers.natural_gradient import MODES
 
 ESTIMATES = ("diagonal", "kfac", "block_diagonal")
@@ -230,7 +230,7 @@ def test_mistakes(monkeypatch):
     for attempt, message in (
         (lambda: optimizer_of(net, "grid_adam"), "did you mean 'grit_adam'"),
         (lambda: create_grit_optimizer(net.lora, "grit_adam"), "at least one GRIT-LoRA layer"),
-        (lambda: create_grit_optimizer(net.lora, "grit_adam", first), r"all layers .* got them without \['second'\]"),
+        (lambda: create_grit_optimizer(net.lora, "grit_adam", first), r"all layers .* missing: \['second'\]"),
         (lambda: optimizer_of(net, "grit_adam", net.lora[:2]), "one without those of"),
         (lambda: optimizer_of(net, "grit_sgd", optimizer=adamw), "expected torch.optim.SGD, got AdamW"),
         (lambda: optimizer_of(net).load_state_dict(adamw.state_dict()), "an optimizer state with key 'grit'"),
@@ -239,6 +239,6 @@ def test_mistakes(monkeypatch):
         with pytest.raises(ValueError, match=message):
             attempt()
     # Each rank has estimates of its own tokens; nobody averages them yet.
-    monkeypatch.setattr("grit_vlm.core.curvature.world_size", lambda: 2)
+    monkeypatch.setattr("grit_vlm.core.fisher_curvature.world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="expected one process, got 2"):
         optimizer_of(Net())

@@ -129,7 +129,7 @@ def test_each_error(raw, path, value, message):
         ("evaluate.backend", "ollama", r"evaluate\.backend: expected 'hf', .*got 'ollama'"),
         ("train.layers", None, r"train: target_modules: expected at least one"),
         ("train.unsloth_fused_lora", True, r"train: unsloth_fused_lora: expected false"),
-        ("train.layers", {"vision": {"strategy": "first_n"}}, r"layers\.vision\.n_layers: FIRST_N wants a whole"),
+        ("train.layers", {"vision": {"strategy": "first_n"}}, r"layers\.vision\.n_layers: FIRST_N needs an integer"),
         ("train.layers", {"vision": {"strateg": "all"}}, r"vision\.strateg: unknown key; did you mean 'strategy'"),
         ("train.layers.max_layers_per_modalty", 2, r"unknown key; did you mean 'max_layers_per_modality'\?"),
         ("arms.grit_vlm.natural_gradient.dampng", 0.1, r"gradient\.dampng: unknown key; did you mean 'damping'"),
