@@ -160,7 +160,6 @@ def run_stage(name: str, seconds: Any) -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     with (LOGS / f"{name}.log").open("wb") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -182,15 +181,23 @@ class Processes:
     def start(self, name: str) -> bool:
         seconds = FORK.Value("d", 0.0)
         process = FORK.Process(target=run_stage, args=(name, seconds))
-        # An interruption between the fork and its entry here would leave a process behind that nobody stops.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        # An interruption between the fork and its entry here would leave a process behind that nobody stops, so it is
+        # put off. (A signal mask would not do: another thread may receive the signal, and handlers run in this one.)
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        deferred = [number for number, handler in handlers.items() if handler is signal.default_int_handler]
+        received: list[int] = []
+        for number in deferred:
+            signal.signal(number, lambda got, _: received.append(got))
         try:
             process.start()
             self.processes[name] = process, seconds
             with suppress(ProcessLookupError, PermissionError):  # parent and child both try; the first one wins
                 os.setpgid(process.pid, process.pid)  # type: ignore[arg-type]  # it was started
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            for number in deferred:
+                signal.signal(number, signal.default_int_handler)
+        if received:
+            raise KeyboardInterrupt
         return True
 
     def poll(self) -> Iterator[tuple[str, str | Outcome]]:
