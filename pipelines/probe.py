@@ -30,7 +30,7 @@ from pipelines.params import ADAPTER, PipelineError, Probe
 from pipelines.stage import adapter_dir, command, verdict_dir
 from pipelines.train import inputs_of_training, job_of, load_arm, training_code
 from probes import Evidence, Thresholds, Twin, Verdict, judge
-from probes.twin import DIVERGES, perturb
+from probes.twin_curves import DIVERGES, perturb
 from trainers import BASELINE
 from trainers.run import LEDGER, STEP_LOSSES, first_losses
 from trainers.theirs import WEIGHTS, moved
@@ -153,7 +153,7 @@ def run(params: Params, arm_name: str, seed: int) -> Verdict | None:
     if source := params.adapter_of(arm_name, seed):
         judge_foreign(params, arm_name, seed, source)
         return None
-    from probes import plots
+    from probes import figures
 
     arm, settings, out = load_arm(arm_name, params), params.train_for(arm_name), verdict_dir(arm_name, seed)
     ledger = adapter_dir(arm_name, seed) / LEDGER
@@ -182,8 +182,8 @@ def run(params: Params, arm_name: str, seed: int) -> Verdict | None:
         title = f"{arm.title}: {verdict.verdict}"
         if evidence.records:
             diagnosis = "" if verdict.diagnosis == "none" else f" ({verdict.diagnosis})"
-            plots.plot_ledger(evidence, folder / "updates.png", title + diagnosis)
-        plots.plot_twin(pair, folder / "twin.png", arm.title)
+            figures.plot_ledger(evidence, folder / "updates.png", title + diagnosis)
+        figures.plot_twin(pair, folder / "twin.png", arm.title)
         record.extra = {"verdict": verdict.verdict, "diagnosis": verdict.diagnosis, "numbers": verdict.numbers}
         finish_run(record, folder)
     print(verdict.table())

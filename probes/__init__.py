@@ -14,9 +14,9 @@ With a Hugging Face or TRL Trainer: ``trainer.add_callback(ProbeCallback(...))``
 from typing import Any
 
 from probes.evidence import Evidence, Thresholds
-from probes.measure import LayerReading
+from probes.geometry import LayerReading
 from probes.probe import Probe
-from probes.twin import Twin, perturb
+from probes.twin_curves import Twin, perturb
 from probes.verdict import Verdict, judge
 
 __all__ = ["Evidence", "LayerReading", "Probe", "ProbeCallback", "Thresholds", "Twin", "Verdict", "judge", "perturb"]

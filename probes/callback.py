@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from probes.measure import Provider, Record
+from probes.geometry import Provider, Record
 from probes.probe import WARM_UP, Probe
 
 logger = logging.getLogger("probes")

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from probes.measure import Record
+from probes.geometry import Record
 from probes.probe import EVENTS, Probe
 from probes.tally import COLUMNS, OFF, ROUNDING, TURNED
 

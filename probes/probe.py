@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probes.measure import (
+from probes.geometry import (
     Matrices,
     Provider,
     Record,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from probes.measure import Layout, Matrices, difference
+from probes.geometry import Layout, Matrices, difference
 
 StepRule = Callable[[Tensor, Tensor, Tensor, int, tuple[float, float], float], Tensor]
 """(gradient, m, v [n, rows, columns], step count from 1, betas, ε) → the direction to step against, [n, rows, columns].

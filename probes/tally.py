@@ -1,6 +1,6 @@
 """Every step, tensor by tensor: was the gradient changed, is the update plain AdamW's, did the weight move?
 
-A record (measure.py) examines a few steps closely. This counts in all of them, at eleven inner products per tensor, so
+A record (geometry.py) examines a few steps closely. This counts in all of them, at eleven inner products per tensor, so
 that a preconditioner that works on every tenth step is not mistaken for one that always works.
 """
 

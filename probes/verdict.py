@@ -6,7 +6,7 @@ from typing import Any
 from probes.evidence import Evidence, median
 from probes.faults import FIRST, OF_A_CLAIM, OF_ANY, Finding
 from probes.probe import WARM_UP, Probe
-from probes.twin import Twin
+from probes.twin_curves import Twin
 
 EFFECTIVE, NO_EFFECT, UNSTABLE = "effective", "no_effect", "unstable"
 

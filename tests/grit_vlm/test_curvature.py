@@ -12,7 +12,7 @@ from grit import GRITError
 from grit_vlm import FisherInformationMatrix, GRITLoRAConfig, GRITLoRALinear
 from grit_vlm.core.fisher_curvature import FisherManager
 from grit_vlm.core.grit_lora import Tokens
-from probes.measure import LayerReading, numbers
+from probes.geometry import LayerReading, numbers
 
 NAMES = ("x", "h", "delta", "e")
 

@@ -9,7 +9,7 @@ import torch
 from benchmarks.vlm_modes import Mode, judge_mode
 from grit_vlm import create_grit_optimizer
 from grit_vlm.config.model_configs import ESTIMATES
-from probes.measure import LayerReading, numbers
+from probes.geometry import LayerReading, numbers
 
 STEPS = 14
 BLOCKS = torch.tensor([[[2.0, 0.5], [0.5, 1.0]], [[3.0, -1.0], [-1.0, 4.0]], [[0.7, 0.0], [0.0, 0.2]]])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from probes.measure import WEIGHTS, as_lists, checksum, derived, products, weight_products, zero_share
+from probes.geometry import WEIGHTS, as_lists, checksum, derived, products, weight_products, zero_share
 from probes.shadow import Shadow, clipping, shadow_options
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from probes import Evidence, Probe, Twin, perturb
-from probes.plots import plot_ledger, plot_twin
+from probes.figures import plot_ledger, plot_twin
 
 
 def test_floor_divergence_and_ratio():

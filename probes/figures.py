@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from probes.evidence import Evidence, median
-from probes.twin import Twin
+from probes.twin_curves import Twin
 
 # Colors of Okabe & Ito (2008), which color-blind readers can distinguish; line styles repeat the distinction.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
