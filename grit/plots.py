@@ -82,7 +82,7 @@ def tracked(log: Log, config: GRITConfig) -> dict[str, "Figure"]:
               "grit/factors": heatmaps_figure if config.log_eig_heatmaps else None}  # fmt: skip
     figures = {}
     for name, draw in wanted.items():
-        with suppress(ValueError):
+        with suppress(ValueError, ImportError):  # ImportError: without matplotlib there are no pictures
             if draw is not None:
                 figures[name] = draw(log)
     return figures

@@ -56,22 +56,24 @@ class GritCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.manager.finish(kwargs.get("optimizer"))
-        if self.trackers:
-            final_ranks = self.manager.history[-1]["ranks"]
-            numbers = {f"Fisher/{name}/{key}": k for name, ranks in final_ranks.items() for key, k in ranks.items()}
-            for tracker in self.trackers:
-                _send(tracker, numbers, plots.tracked(self.manager.history, self.manager.config), state.global_step)
+        trackers = [t for t in self.trackers if getattr(t, "tb_writer", None) or getattr(t, "_wandb", None)]
+        if trackers:
+            ranks = self.manager.history[-1]["ranks"]
+            numbers = {f"Fisher/{name}/{key}": k for name, entry in ranks.items() for key, k in entry.items()}
+            figures = plots.tracked(self.manager.history, self.manager.config)
+            for tracker in trackers:
+                _send(tracker, numbers, figures, state.global_step)
         self.manager.close()
 
 
 def _send(tracker: Any, numbers: dict[str, int], figures: dict[str, Any], step: int) -> None:
-    """Final numbers and matplotlib figures to transformers' TensorBoard or W&B callback; others take no pictures."""
-    if getattr(tracker, "tb_writer", None) is not None:
+    """Final numbers and matplotlib figures to transformers' TensorBoard or W&B callback; other trackers take none."""
+    if getattr(tracker, "tb_writer", None):
         for name, value in numbers.items():
             tracker.tb_writer.add_scalar(name, value, step)
         for name, figure in figures.items():
             tracker.tb_writer.add_figure(name, figure, step)
-    elif getattr(tracker, "_wandb", None) is not None:
+    else:
         pictures = {name: tracker._wandb.Image(figure) for name, figure in figures.items()}
         tracker._wandb.log({**numbers, **pictures})
 

@@ -141,6 +141,7 @@ def wandb(monkeypatch):
     module = types.SimpleNamespace(
         __spec__=ModuleSpec("wandb", None), run=None, config=Config(), init=init, define_metric=lambda *_, **__: None,
         log=lambda values, **_: calls.append(("log", values)), termwarn=lambda *_, **__: calls.append(("warn",)),
+        Image=lambda figure: ("picture", len(figure.axes)),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.setattr("trl.trainer.base_trainer.wandb", module, raising=False)  # for its model card
@@ -169,3 +170,5 @@ def test_wandb_is_told_project_name_and_folder(make_job, tmp_path, monkeypatch, 
     # What is measured of the saved adapter, after training, belongs to no step.
     assert [v["train/global_step"] for v in logged if "eval/loss" in v] == [5, 6]
     assert not [call for call in wandb if call[0] == "warn"]
+    (final,) = [values for values in logged if any(name.startswith("Fisher/") for name in values)]
+    assert {name.rsplit("/", 1)[1] for name in final if name.startswith("Fisher/")} >= {"base_r", "r"}
