@@ -121,7 +121,7 @@ def test_killed_midway_and_started_again(project, tokenize):
         server.reply = lambda rendered: "Good: 12"
         done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=250, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert f"going on with {len(kept)} answers" in done.stdout
+        assert f"resuming with {len(kept)} answers" in done.stdout
         asked = requests(server, project)
     assert_each_item_once(project)
     prompt_of = {(s, row["id"]): row["prompt"] for s, row in items(project)}
