@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from textwrap import wrap
 
 from rich.box import SIMPLE_HEAD
@@ -40,9 +39,7 @@ def print_screen(report: Report, console: Console) -> None:
     if not comparison.trained:
         print_report(report, console)
         return
-    page = Path("outputs/report.html")
-    more = f"{page} has all of it, and so has" if page.is_file() else "More:"
-    closing = [certainty(comparison), next_step(comparison), f"{more} `python -m evaluation.compare_all --full`."]
+    closing = [certainty(comparison), next_step(comparison), "With --full the same command prints every table."]
     width = WIDTH if not console.is_terminal else min(console.width, WIDTH)
     opening = [f"{comparison.filters}."] * bool(comparison.filters) + headline(comparison)
     lines = [Text(line) for text in opening for line in wrap(text, width)]
