@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -23,16 +22,7 @@ class Choice:
     arms: Collection[str] = ()  # ways of training; the base is always included
     seeds: Collection[int] = ()  # of the trained arms; the base has one run, which is always included
     backends: Collection[str] = ()
-    # None: the task whose results are on disk, with its current runs; its name means the same. For any other task, the
-    # latest finished run of each arm and seed
-    task: str | None = None
-
-
-class TaskFacts(NamedTuple):
-    name: str
-    title: str  # of the primary metric, in the words of the newest run
-    primary_metric: str
-    current: bool
+    task: str | None = None  # None: the task whose results are on disk
 
 
 def finished_runs(session: Session) -> list[Run]:
@@ -47,95 +37,68 @@ def task_on_disk(runs: Iterable[Run]) -> str | None:
     return max(current, key=_age).task if current else None
 
 
-def tasks_of(runs: Sequence[Run]) -> list[TaskFacts]:
+def tasks_of(runs: Iterable[Run]) -> list[str]:
     """Tasks of these runs, the one with the newest run first."""
-    on_disk = task_on_disk(runs)
-    newest = {run.task: run for run in sorted(runs, key=_age)}
-    latest_first = sorted(newest.values(), key=_age, reverse=True)
-    return [TaskFacts(run.task, run.task_title, run.primary_metric, run.task == on_disk) for run in latest_first]
+    return list(dict.fromkeys(run.task for run in sorted(runs, key=lambda run: (run.ended, run.id), reverse=True)))
 
 
 def link(runs: Sequence[Run]) -> list[Run]:
-    """Set for each run of an archive the base that it is compared with, and whether it is the latest of its kind."""
-    bases = [run for run in runs if run.arm == BASE]
-    latest: set[int] = set()
-    for task in {run.task for run in runs}:
-        of_task = [run for run in runs if run.task == task]
-        comparable = _comparable(of_task)
-        newest = {(run.arm, run.seed): run.id for run in sorted(of_task, key=_age) if run.id in comparable}
-        latest.update(newest.values())
-    return [
-        run.model_copy(update={"is_latest": run.id in latest, "reference_run_id": _reference(run, bases)})
-        for run in runs
-    ]
+    """Set for each run of an archive whether it is the latest of its kind, and the base that it is compared with.
 
-
-def choose(runs: Sequence[Run], choice: Choice) -> tuple[list[Run], dict[str, int]]:
-    """Pick the runs of one task that may be compared with each other.
-
-    All share the base model of the task's newest run, or theirs is unknown. For the task on disk they are the current
-    runs. For a former task they are the latest, compared with the chosen base of the same items and backend, since the
-    base they were compared with at the time may have a successor.
-
-    Returns:
-        Runs in the given order, and arm → number of runs left out because of another base, other settings or data.
+    The latest runs of a task are the newest of each arm and seed among those with the newest base model (or an unknown
+    one) and their arm's newest settings and data. What is on disk counts as newer than the rest.
     """
-    on_disk = task_on_disk(runs)
-    former = choice.task not in (None, on_disk)
-    task = choice.task if former else on_disk
-    of_task = [run for run in runs if run.task == task and (former or run.is_current)]
-    comparable = _comparable(of_task, one_setting=former)
-    asked = [
-        run
-        for run in of_task
-        if (run.arm == BASE or not choice.arms or run.arm in choice.arms)
-        and (run.arm == BASE or not choice.seeds or run.seed in choice.seeds)
-        and (not choice.backends or run.backend_name in choice.backends)
-    ]
-    left_out = Counter(run.arm for run in asked if run.id not in comparable)
-    chosen = [run for run in asked if run.id in comparable and (run.is_latest or not former)]
-    if former:
-        bases = {(run.test_items_sha256, run.backend_name): run.id for run in reversed(chosen) if run.arm == BASE}
-        chosen = [
-            run.model_copy(update={"reference_run_id": bases.get((run.test_items_sha256, run.backend_name))})
-            if run.arm != BASE else run
-            for run in chosen
-        ]  # fmt: skip
-    return chosen, dict(left_out)
-
-
-def _comparable(runs: Iterable[Run], *, one_setting: bool = True) -> set[int]:
-    """Ids of a task's runs with the newest base model (or an unknown one) and their arm's newest settings and data."""
-    newest = sorted(runs, key=_age, reverse=True)
-    base = next((run.base_key for run in newest if run.base_key), "")
-    settings: dict[str, str] = {}
-    return {
-        run.id
-        for run in newest
-        if run.base_key in (base, "")
-        and (run.train_key == settings.setdefault(run.arm, run.train_key) or not one_setting)
-    }
+    latest: dict[tuple[str, str, int], int] = {}
+    for task in {run.task for run in runs}:
+        newest = sorted((run for run in runs if run.task == task), key=_age, reverse=True)
+        base_key = next((run.base_key for run in newest if run.base_key), "")
+        settings: dict[str, str] = {}
+        for run in newest:
+            if run.base_key in (base_key, "") and run.train_key == settings.setdefault(run.arm, run.train_key):
+                latest.setdefault((task, run.arm, run.seed), run.id)
+    ids = set(latest.values())
+    marked = [run.model_copy(update={"is_latest": run.id in ids}) for run in runs]
+    bases = [run for run in marked if run.arm == BASE]
+    return [run.model_copy(update={"reference_run_id": _reference(run, bases)}) for run in marked]
 
 
 def _reference(run: Run, bases: Iterable[Run]) -> int | None:
-    """The base of the same items, backend and model (where both are known); a former run keeps the base of its time."""
+    """The base of the same items, backend and model (where both are known): the latest one, or that of its time."""
 
-    def same(base: Run) -> bool:
-        return (base.task, base.test_items_sha256, base.backend_name) == (
-            run.task, run.test_items_sha256, run.backend_name,
-        )  # fmt: skip
+    def fair(base: Run) -> bool:
+        alike = ("task", "test_items_sha256", "backend_name")
+        return (
+            all(getattr(base, name) == getattr(run, name) for name in alike)
+            and (base.base_key == run.base_key or "" in (base.base_key, run.base_key))
+            and (base.is_current or not run.is_current)
+        )
 
-    fair = [
-        base
-        for base in bases
-        if run.arm != BASE
-        and same(base)
-        and (base.base_key == run.base_key or "" in (base.base_key, run.base_key))
-        and (base.is_current or not run.is_current)
-    ]
-    best = max(fair, key=lambda base: (base.base_key == run.base_key, base.ended <= run.ended, base.id), default=None)
+    def preference(base: Run) -> tuple[bool, bool, bool, int]:
+        return base.base_key == run.base_key, run.is_latest and base.is_latest, base.ended <= run.ended, base.id
+
+    best = None if run.arm == BASE else max(filter(fair, bases), key=preference, default=None)
     return best.id if best else None
 
 
-def _age(run: Run) -> tuple[datetime, int]:
-    return run.ended, run.id
+def choose(runs: Iterable[Run], choice: Choice) -> tuple[list[Run], Counter[str]]:
+    """Pick the runs of one task that may be compared with each other: the latest, on disk where the task is.
+
+    Returns:
+        Runs in the given order, and arm → number of runs left out because they are not the latest.
+    """
+    on_disk = task_on_disk(runs := list(runs))
+    task = choice.task or on_disk
+    asked = [
+        run
+        for run in runs
+        if run.task == task
+        and (run.is_current or task != on_disk)
+        and (run.arm == BASE or not choice.arms or run.arm in choice.arms)
+        and (run.arm == BASE or not choice.seeds or run.seed in choice.seeds)
+        and (not choice.backends or run.backend_name in choice.backends)
+    ]
+    return [run for run in asked if run.is_latest], Counter(run.arm for run in asked if not run.is_latest)
+
+
+def _age(run: Run) -> tuple[bool, datetime, int]:
+    return run.is_current, run.ended, run.id

@@ -12,10 +12,11 @@ import typer
 from rich.console import Console
 
 from db.errors import DatabaseError, OutputError
+from db.files import write_text
 from db.runs import Choice
 from evaluation.report.arms import BASELINE
-from evaluation.report.comparison import ChoiceError, Report, load_report
-from evaluation.report.data import as_csv, as_json, tasks_as_csv
+from evaluation.report.comparison import ChoiceError, Comparison, load_comparison
+from evaluation.report.data import as_csv, as_json, tasks_as_csv, tasks_as_json
 
 app = typer.Typer(add_completion=False)
 
@@ -65,45 +66,44 @@ def main(
         if all_tasks and task is not None:
             raise ChoiceError(f"expected --task or --all-tasks, got both. Leave out --task {task}")
         detail = format is Format.MD or report is not None or html is not None
-        loaded = load_report(db, Choice(arm or (), seed or (), backend or (), task), baseline, detail=detail)
+        comparison = load_comparison(db, Choice(arm or (), seed or (), backend or (), task), baseline, detail=detail)
     except (DatabaseError, ChoiceError) as error:
         typer.echo(f"error: {error}", err=True)
         nothing = isinstance(error, ChoiceError) or error.missing
         raise typer.Exit(2 if nothing else 1) from error
-    _show(loaded, format, all_tasks=all_tasks, full=full)
+    _show(comparison, format, all_tasks=all_tasks, full=full)
     if report or html:
-        _write(loaded, markdown=report, html=html)
+        _write(comparison, report, html)
 
 
-def _show(report: Report, format: Format, *, all_tasks: bool, full: bool) -> None:
-    comparison = report.comparison
+def _show(comparison: Comparison, format: Format, *, all_tasks: bool, full: bool) -> None:
     if all_tasks:  # on standard error, so that it is the same in every format
         filters = [f"{comparison.filters}; corrections for several arms count only these."] * bool(comparison.filters)
         for line in (*filters, *(f"Note: {note}" for note in comparison.task_notes)):
             typer.echo(line, err=True)
     if format is Format.JSON:
-        typer.echo(as_json(comparison.tasks if all_tasks else comparison))
+        typer.echo((tasks_as_json if all_tasks else as_json)(comparison))
     elif format is Format.CSV:
-        typer.echo((tasks_as_csv(comparison.tasks) if all_tasks else as_csv(comparison)).rstrip("\n"))
+        typer.echo((tasks_as_csv if all_tasks else as_csv)(comparison).rstrip("\n"))
     elif format is Format.MD:
         from evaluation.report.markdown import as_markdown, tasks_as_markdown
 
-        typer.echo((tasks_as_markdown if all_tasks else as_markdown)(report).rstrip("\n"))
+        typer.echo((tasks_as_markdown if all_tasks else as_markdown)(comparison).rstrip("\n"))
     else:
         from evaluation.report.terminal import print_report, print_screen, print_tasks
 
-        (print_tasks if all_tasks else print_report if full else print_screen)(report, Console())
+        (print_tasks if all_tasks else print_report if full else print_screen)(comparison, Console())
 
 
-def _write(report: Report, *, markdown: Path | None, html: Path | None) -> None:
-    from evaluation.report.html import write_page
-    from evaluation.report.markdown import write_markdown
+def _write(comparison: Comparison, markdown: Path | None, html: Path | None) -> None:
+    from evaluation.report.html import as_page
+    from evaluation.report.markdown import as_markdown
 
     try:
         if markdown is not None:
-            write_markdown(markdown, report)
+            write_text(markdown, as_markdown(comparison))
         if html is not None:
-            write_page(html, report)
+            write_text(html, as_page(comparison))
     except (OSError, OutputError) as error:
         typer.echo(f"error: expected a writable place, got {error}. Name another one", err=True)
         raise typer.Exit(1) from error

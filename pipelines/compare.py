@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import field_validator
 
-from db.files import explain_os_error, staged
+from db.files import explain_os_error, staged, write_text
 from pipelines.params import StageParams, load_params
 from pipelines.stage import BASE_ARM, cli, main_for
 from trainers.settings import Section
@@ -35,24 +35,24 @@ class Params(StageParams):
 def run(params: Params) -> None:
     from db.ingest import ingest
     from evaluation.report.card import as_card
-    from evaluation.report.comparison import load_report
+    from evaluation.report.comparison import load_comparison
     from evaluation.report.data import write_tracked
-    from evaluation.report.html import write_page
-    from evaluation.report.markdown import write_markdown
+    from evaluation.report.html import as_page
+    from evaluation.report.markdown import as_markdown
 
     arms = [BASE_ARM, *params.matrix.arms]
     database = params.compare.database
     summary = ingest(Path(), database, arms=arms, seeds=list(params.matrix.seeds))
     print(summary)
-    report = load_report(database, detail=True)
+    comparison = load_comparison(database, detail=True)
     try:
-        write_markdown(REPORT, report)
-        write_page(PAGE, report)
+        write_text(REPORT, as_markdown(comparison))
+        write_text(PAGE, as_page(comparison))
         with staged(OUTPUTS / "plots") as plots:
-            write_tracked(OUTPUTS / "metrics.json", plots, report)
+            write_tracked(OUTPUTS / "metrics.json", plots, comparison)
         with staged(OUTPUTS / "cards") as cards:
-            for row in report.comparison.trained:
-                (cards / f"{row.arm}.md").write_text(as_card(report, row), encoding="utf-8")
+            for row in comparison.trained:
+                (cards / f"{row.arm}.md").write_text(as_card(comparison, row), encoding="utf-8")
     except OSError as error:
         raise explain_os_error(error, OUTPUTS) or error from error
 

@@ -13,7 +13,7 @@ from db.ingest import ingest
 from evaluation.report import cost
 from evaluation.report.arms import like_with_like
 from evaluation.report.blocks import Table
-from evaluation.report.comparison import load_report
+from evaluation.report.comparison import load_comparison
 from evaluation.report.data import metrics
 from pipelines import profile
 from pipelines.check import parse_params
@@ -104,11 +104,11 @@ def test_time_memory_final_loss_and_inversions_are_in_database_and_report(databa
         found = {(arm, name): value for arm, name, value in connection.execute(query)}
     assert found["unsloth_lora", "training_loss"] == 1.045 and found["hybrid_grit", "inversions"] == 40
     assert found["unsloth_lora", "gpu_memory_bytes"] == 7.37e9 and ("unsloth_lora", "inversions") not in found
-    report = load_report(database, detail=True)
-    table = next(block for block in cost.training(report).blocks if isinstance(block, Table))
+    comparison = load_comparison(database, detail=True)
+    table = next(block for block in cost.training(comparison).blocks if isinstance(block, Table))
     lines = {row[0].text: dict(zip(table.headers, (cell.text for cell in row), strict=True)) for row in table.rows}
     shown = {"Training": "65 s", "GPU memory, MB": "7,370", "Last training loss": "1.045", "Inversions": "40"}
     assert lines["hybrid_grit"].items() >= shown.items() and lines["unsloth_lora"]["Inversions"] == "–"
-    record = metrics(report.comparison)["pure_grit"]
+    record = metrics(comparison)["pure_grit"]
     assert (record["training_loss"], record["inversions"], record["gpu_memory_bytes"]) == (1.045, 40, 7.37e9)
     assert {"delta_aqi", "delta_speed_percent"} <= record.keys()

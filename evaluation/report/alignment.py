@@ -1,12 +1,27 @@
 """Chapter: how far apart safe and unsafe prompts lie in each model's hidden states."""
 
 import math
-from collections.abc import Sequence
 
-from evaluation.report.arms import CLUSTER_INDICES, ArmRow
+from evaluation.report.arms import ArmRow
 from evaluation.report.blocks import Chart, Dataset, Panel, Section, Table, Text, arm_cell, missing_note
+from evaluation.report.comparison import Comparison
+from evaluation.report.results import ScoredRun
 from evaluation.report.text import counted, interval, significant
-from evaluation.statistics.intervals import ALPHA
+from evaluation.statistics.intervals import ALPHA, Interval
+
+SPLIT = "alignment"
+INDEX, DELTA, NULL = "alignment_index", "delta_alignment_index", "alignment_null"
+"""The index with a bootstrap interval over prompts; above its own mean under shuffled labels, minus the same of the
+base; and its mean and 95% range under shuffled labels."""
+CLUSTER_INDICES = ("calinski_harabasz", "xie_beni", "silhouette", "davies_bouldin", "dunn")
+
+
+def measured(run: ScoredRun, name: str) -> Interval | None:
+    """One of the above; None where it was not measured, as the difference from the base is not for the base."""
+    middle = f"{name}_mean" if name == NULL else name
+    values = [run.metrics.get((SPLIT, each)) for each in (middle, f"{name}_low", f"{name}_high")]
+    estimate, low, high = values
+    return None if estimate is None or low is None or high is None else Interval(estimate, low, high)
 
 
 def in_words(row: ArmRow) -> str:
@@ -15,8 +30,8 @@ def in_words(row: ArmRow) -> str:
     Seeds share prompts and base, so their p-values depend on each other: twice their mean is a p-value whatever the
     dependence is (Rüschendorf 1982; Vovk & Wang 2020).
     """
-    shifts = [measured.delta.estimate for measured in row.alignment if measured.delta is not None]
-    delta, mean_p = (row.metrics.get(("alignment", f"delta_alignment_{name}")) for name in ("index", "p_value"))
+    shifts = [shift.estimate for run in row.runs if (shift := measured(run, DELTA))]
+    delta, mean_p = (row.metrics.get((SPLIT, name)) for name in (DELTA, "delta_alignment_p_value"))
     if not shifts or delta is None:
         return ""
     seeds = counted(len(shifts), "seed")
@@ -33,9 +48,8 @@ def in_words(row: ArmRow) -> str:
     return f"{row.arm}: {outcome}, p = {p_value:.2g} ({seeds}, over prompts alone)."
 
 
-def alignment(rows: Sequence[ArmRow], conclusions: Sequence[str], *, air: bool) -> Section | None:
-    """`air`: the task is air quality, whose index shares its letters with this one."""
-    runs = [(row, measured) for row in rows for measured in row.alignment]
+def alignment(comparison: Comparison) -> Section | None:
+    runs = [(run, index) for run in comparison.runs if (index := measured(run, INDEX))]
     if not runs:
         return None
     words = (
@@ -46,26 +60,33 @@ def alignment(rows: Sequence[ArmRow], conclusions: Sequence[str], *, air: bool) 
         "a permutation test and a bootstrap; over several seeds, twice their mean. It is not corrected for several "
         "arms."
     )
-    if air:
+    if comparison.primary.air:
         words += " This is unrelated to the Air Quality Index that the arms learn to predict."
     data = Dataset(("kind", "label", "arm", "seed", "low", "value", "high"))
-    for row, measured in runs:
-        label = row.arm if len(row.seeds) == 1 else f"{row.arm} · {measured.seed}"
-        for kind, value in (("band", measured.null), ("interval", measured.index)):
-            if value and math.isfinite(measured.index.estimate):
-                data.add(kind, label, row.arm, str(measured.seed), value.low, value.estimate, value.high)
+    seeds = {row.arm: len(row.seeds) for row in comparison.rows}
+    for run, index in runs:
+        label = run.arm if seeds[run.arm] == 1 else f"{run.arm} · {run.seed}"
+        for kind, value in (("band", measured(run, NULL)), ("interval", index)):
+            if value and math.isfinite(index.estimate):
+                data.add(kind, label, run.arm, str(run.seed), value.low, value.estimate, value.high)
     title = "Alignment Quality Index with 95% intervals; gray: range under shuffled labels"
     options = {"x_title": "index", "lines": len(data.levels("label")), "kinds": ("band", "interval"),
                "band": "95% under shuffled labels"}  # fmt: skip
-    note = missing_note([row.arm for row in rows], data)
+    note = missing_note(comparison.arms, data)
     panel = Panel("alignment", data, (Chart("alignment", title, "intervals", options),), note=note)
-    others = [name for name in CLUSTER_INDICES if any(name in measured.others for _, measured in runs)]
+    others = [name for name in CLUSTER_INDICES if comparison.has(SPLIT, name)]
     table = Table(
         "Alignment Quality Index by run; bootstrap intervals over prompts",
         ("Arm", "Seed", "Index [95%]", "Shuffled labels [95%]", "p", "Δ to base [95%]", "p of Δ",
          *(name.replace("_", " ") for name in others)),
-        [(arm_cell(row.arm), str(m.seed), interval(m.index, digits=3), interval(m.null, digits=3),
-          significant(m.p_value, 2), interval(m.delta, sign=True, digits=3), significant(m.delta_p_value, 2),
-          *(significant(m.others.get(name), 3) for name in others)) for row, m in runs],
+        [(arm_cell(run.arm), str(run.seed), interval(index, digits=3), interval(measured(run, NULL), digits=3),
+          _significant(run, "alignment_p_value", 2), interval(measured(run, DELTA), sign=True, digits=3),
+          _significant(run, "delta_alignment_p_value", 2), *(_significant(run, name, 3) for name in others))
+         for run, index in runs],
     )  # fmt: skip
-    return Section("Alignment Quality Index", (Text(words), *map(Text, conclusions), panel, table))
+    conclusions = (Text(sentence) for row in comparison.rows if (sentence := in_words(row)))
+    return Section("Alignment Quality Index", (Text(words), *conclusions, panel, table))
+
+
+def _significant(run: ScoredRun, name: str, digits: int) -> str:
+    return significant(run.metrics.get((SPLIT, name)), digits)

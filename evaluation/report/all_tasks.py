@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from evaluation.measure.lm_harness import SPLIT
+from evaluation.report.arms import Scored
 from evaluation.report.blocks import Block, Cell, Section, Table, Text
-from evaluation.report.comparison import Comparison, Report, TaskRow
+from evaluation.report.comparison import Comparison, benchmark_metrics
 from evaluation.report.findings import against_cell
 from evaluation.report.text import listed, score, seeds_text
 
@@ -21,10 +23,11 @@ def all_tasks(comparison: Comparison) -> tuple[Text, Table]:
     lines = [
         (
             Cell(row.task, hint=row.title + "\n(on disk)" * row.current),
-            *_cells(row, comparison.references),
-            Cell(f"{row.ended:%Y-%m-%d}", hint=f"{row.ended:%H:%M} UTC"),
+            *_cells(row, comparison),
+            Cell(f"{ended:%Y-%m-%d}", hint=f"{ended:%H:%M} UTC"),
         )
         for row in comparison.tasks
+        for ended in [max(run.ended for run in row.runs)]
     ]
     words = (
         "Every task with finished runs, including those whose results are no longer on disk: the latest run of each "
@@ -35,14 +38,16 @@ def all_tasks(comparison: Comparison) -> tuple[Text, Table]:
     return Text(words), Table(caption, headers, lines, headers[-1:])
 
 
-def benchmarks(report: Report) -> Section | None:
-    comparison, measured = report.comparison, report.results.benchmarks
+def benchmarks(comparison: Comparison) -> Section | None:
+    measured = benchmark_metrics(comparison.runs)
     if not measured:
         return None
     headers = ("Benchmark", *_headers(comparison.references))
-    items = {name: len(set().union(*benchmark.answers.values())) for name, benchmark in measured.items()}
+    items: dict[str, set[str]] = {name: set() for name in measured}
+    for row in comparison.benchmarks:
+        items[row.task].update(*(run.answers(f"{SPLIT}{row.task}") for run in row.runs))
     lines = [
-        (Cell(row.task, hint=f"{row.metric}\n{items[row.task]:,} items"), *_cells(row, comparison.references))
+        (Cell(row.task, hint=f"{row.metric}\n{len(items[row.task]):,} items"), *_cells(row, comparison))
         for row in comparison.benchmarks
     ]
     words = (
@@ -53,7 +58,7 @@ def benchmarks(report: Report) -> Section | None:
     )
     caption = "Standard benchmarks: means over seeds with 95% intervals in brackets"
     blocks: list[Block] = [Text(words), *([Table(caption, headers, lines, headers[-1:])] if lines else [])]
-    if plain := [name for name, benchmark in measured.items() if not benchmark.answers]:
+    if plain := [name for name in measured if not items[name]]:
         note = f"{listed(plain)}: no metric is a share of each item, so nothing is judged; see Every number."
         blocks.append(Text(note, "note"))
     return Section("Standard benchmarks", tuple(blocks), brief=6)
@@ -63,10 +68,10 @@ def _headers(references: Sequence[str]) -> tuple[str, ...]:
     return ("Arm", "Score, % [95%]", *(f"Δ to {arm}, points [95%]" for arm in references), "Outcome")
 
 
-def _cells(row: TaskRow, references: Sequence[str]) -> tuple[object, ...]:
+def _cells(row: Scored, comparison: Comparison) -> tuple[object, ...]:
     return (
         Cell(row.arm, arm=row.arm, hint=seeds_text(row.seeds)),
-        score(row.score, row.interval),
-        *(against_cell(d, hint=False) for d in [row.to_base, row.to_baseline][: len(references)]),
-        row.outcome or "–",
+        score(row.accuracy, row.accuracy_interval),
+        *(against_cell(row.against(arm), hint=False) for arm in comparison.references),
+        row.outcome(comparison.baseline) or "–",
     )

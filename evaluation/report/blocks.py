@@ -113,7 +113,7 @@ class Chart:
     id: str
     title: str  # shown above it, with the unit
     # function of `evaluation.report.charts` that draws it, with its options besides the arms
-    draw: Literal["intervals", "lines", "scatter", "dots"]
+    draw: Literal["intervals", "lines", "scatter"]
     options: Mapping[str, Any]
     where: Mapping[str, str] = field(default_factory=dict)
 

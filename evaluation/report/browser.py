@@ -7,7 +7,7 @@ from typing import Any
 
 from db.runs import BASE
 from evaluation.report.blocks import Block, Browser, Section, Text
-from evaluation.report.comparison import Report
+from evaluation.report.comparison import Comparison
 
 MOST_CHARACTERS = 3_000_000
 """Of prompts, truths and answers together."""
@@ -47,11 +47,11 @@ class _Item:
         return bool(credits) and max(credits) - min(credits) >= DISPUTED
 
 
-def samples(report: Report) -> Section | None:
+def samples(comparison: Comparison) -> Section | None:
     """The browser of answers; where they are too many, those on which models disagree stay."""
-    runs = report.results.runs
+    runs = comparison.runs
     places = {run.id: at for at, run in enumerate(runs)}
-    rows = [row for run in runs for row in report.results.samples.get(run.id, ())]
+    rows = [row for run in runs for row in run.samples]
     items: dict[tuple[str, str, str, str], _Item] = {}
     for row in sorted(rows, key=lambda row: (row.split != "test", row.split, row.item_id)):
         texts = (row.split, row.task, row.item_id, _cut(row.prompt), _cut(row.truth))

@@ -161,17 +161,3 @@ def scatter(
             *layers,
         ]
     return _finished(alt.layer(*layers), 340 if bars else 240)
-
-
-def dots(panel: Panel, x_title: str, labels: Sequence[str], ticks: Sequence[int]) -> Spec:
-    """A dot for each arm and seed on a line for each layer: columns layer, value (whole numbers), arm, seed."""
-    lines = alt.Axis(domain=False, ticks=False, labelLimit=190, grid=True)
-    encoded = _rows().mark_circle(size=42, opacity=0.8).encode(
-        x=alt.X("value:Q", title=x_title, scale=alt.Scale(zero=False, nice=False, padding=14),
-                axis=alt.Axis(values=list(ticks), format="d", labelSeparation=6)),
-        y=alt.Y("layer:N", title=None, sort=list(labels), scale=alt.Scale(domain=list(labels)), axis=lines),
-        yOffset=alt.YOffset("arm:N", sort=panel.arms),
-        color=_color(panel),
-        tooltip=_tooltip(arm="arm:N", seed="seed:N", layer="layer:N", value="value:Q"),
-    )  # fmt: skip
-    return _finished(encoded, 17 * max(len(labels), 1) + 10)

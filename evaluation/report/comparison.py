@@ -4,25 +4,26 @@ Chapters and renderers only show what is computed here.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+
+from sqlalchemy import select
 
 from db import runs as db_runs
+from db import tables
 from db.errors import DatabaseError
 from db.records import Run
 from db.runs import BASE, Choice
 from db.store import open_session
-from evaluation.report.alignment import in_words as alignment_in_words
-from evaluation.report.arms import BASELINE, ArmRow, SideBySide, credit_interval, pair, side_by_side
+from evaluation.measure.lm_harness import SPLIT
+from evaluation.report.arms import BASELINE, ArmRow, Scored, arm_rows, credit_interval, grouped, judge
 from evaluation.report.criteria import Criterion, judge_arm
 from evaluation.report.judgement import compared, contradiction, like_with_like, not_compared
-from evaluation.report.results import Results, read
-from evaluation.report.serving import PhaseRow, PrecisionRow, ServedRow, phase_rows, precision_rows, served_rows
-from evaluation.statistics.differences import SEED_MARGIN, Difference, compare_pairs
-from evaluation.statistics.intervals import Interval
+from evaluation.report.results import ScoredRun, read
+from evaluation.statistics.differences import SEED_MARGIN
 from evaluation.statistics.power import PowerRow, power_rows
 from trainers.words import suggest
 
@@ -70,59 +71,20 @@ FIRST = Primary("aqi", "AQI accuracy", "aqi_category_accuracy")
 
 
 @dataclass(frozen=True)
-class TaskRow:
-    """One arm on a task that was ever scored, or on a benchmark; score in percent."""
-
-    task: str
-    title: str
-    metric: str
-    arm: str
-    seeds: tuple[int, ...]
-    score: float | None
-    interval: Interval | None
-    to_base: Difference | None  # difference from the base; None for the base, and where they cannot be compared
-    to_baseline: Difference | None  # the same from the arm in `baseline`
-    baseline: str
-    ended: datetime  # end of the last evaluation, UTC
-    current: bool
-
-    @property
-    def outcome(self) -> str:
-        """Conclusions about the base and the baseline; empty for the base itself."""
-        if self.arm == BASE:
-            return ""
-        against = {BASE: self.to_base}
-        if self.baseline not in (BASE, self.arm):
-            against[self.baseline] = self.to_baseline
-        return "; ".join(
-            f"not comparable with {name}" if d is None
-            else f"{d.outcome} {'against' if d.outcome == 'undecided' else 'than'} {name}"
-            for name, d in against.items()
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
 class Comparison:
     rows: tuple[ArmRow, ...]  # base first, the baseline next
-    outcomes: tuple[str, ...]  # conclusion for each arm but the base
-    notes: tuple[str, ...]  # limits of the interpretation
+    primary: Primary
     units: Mapping[str, tuple[str, str, str]]  # metric name → (unit, better direction, description)
-    runs: tuple[dict[str, Any], ...]  # where each number comes from, one mapping for each run
-    precisions: tuple[PrecisionRow, ...] = ()  # each arm's model in other precisions, in the order of `rows`
-    served: tuple[ServedRow, ...] = ()
-    phases: tuple[PhaseRow, ...] = ()
-    criteria: tuple[Criterion, ...] = ()
-    # what it would take to see 1, 2 and 3 points, for each arm and what it is compared with
-    power: tuple[PowerRow, ...] = ()
     baseline: str = BASELINE  # the arm that the others are compared with besides the base
     filters: str = ""
-    primary: Primary = FIRST
-    tasks: tuple[TaskRow, ...] = ()  # all tasks in the database, arm by arm; the newest task first
+    tasks: tuple[ArmRow, ...] = ()  # all tasks in the database, arm by arm; the newest task first
     task_notes: tuple[str, ...] = ()  # which runs of them are left out, and why
-    benchmarks: tuple[TaskRow, ...] = ()  # of lm-evaluation-harness, arm by arm; those with credit for each item
-    # whether an arm's separation index differs from the base's, a sentence for each arm with a difference
-    alignment: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ()  # how to read the numbers
+    benchmarks: tuple[Scored, ...] = ()  # of lm-evaluation-harness, arm by arm; those with credit for each item
+    notes: tuple[str, ...] = ()  # limits of the interpretation
+
+    @property
+    def runs(self) -> list[ScoredRun]:
+        return [run for row in self.rows for run in row.runs]
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -136,7 +98,31 @@ class Comparison:
     def references(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((BASE, self.baseline)))
 
-    @property
+    @cached_property
+    def outcomes(self) -> tuple[str, ...]:
+        """The conclusion about each arm but the base."""
+        return tuple(self._outcome(row) for row in self.trained)
+
+    def _outcome(self, row: ArmRow) -> str:
+        title, arms = self.primary.title, {each.arm: each for each in self.rows}
+        words = [compared([row], against, title) for against in self.references]
+        words += [*like_with_like([row], arms, self.baseline, title), *not_compared([row], self.references, arms)]
+        return " ".join(filter(None, words))
+
+    @cached_property
+    def criteria(self) -> tuple[Criterion, ...]:
+        short, title = self.primary.short, self.primary.title
+        judged = (judge_arm(row, self.baseline, short=short, title=title) for row in self.trained)
+        return tuple(criterion for of_arm in judged for criterion in of_arm)
+
+    @cached_property
+    def power(self) -> tuple[PowerRow, ...]:
+        """What it would take to see 1, 2 and 3 points, for each arm and what it is compared with."""
+        references = dict.fromkeys(against for row in self.rows for against in row.pairs)
+        named = [(row.arm, row.pairs[against]) for against in references for row in self.rows if against in row.pairs]
+        return tuple(each for arm, pairs in named for each in power_rows(arm, pairs))
+
+    @cached_property
     def pareto(self) -> dict[str, tuple[str, ...]]:
         """Arm → the arms of the Pareto front that have at least its accuracy and retention, and more of one of them.
 
@@ -149,19 +135,33 @@ class Comparison:
         }
         return {arm: tuple(name for name in names if not above[name]) for arm, names in above.items()}
 
+    @property
+    def methods(self) -> list[str]:
+        """How to read the numbers."""
+        words, modes = [], {run.serving_mode for run in self.runs if run.arm != BASE}
+        if modes:
+            speed = (
+                "Δ speed: median over the paired repetitions of all seeds, relative to the base in the same process."
+            )
+            if "merged" in modes:
+                speed += " Merged models of one shape decode equally fast, so differences between them are noise."
+            if "adapter" in modes:
+                speed += " A separate adapter adds arithmetic to every token, which costs time."
+            words.append(speed)
+        if any(difference.level == "seeds and items" for row in self.rows for difference in row.differences):
+            words.append(
+                "Differences over several seeds: interval and p-value allow for other seeds and other items (crossed "
+                "random effects, Student's t). The interval over items alone takes these seeds as the only ones."
+            )
+        return words
+
     def has(self, split: str, name: str) -> bool:
         return any((split, name) in row.metrics for row in self.rows)
 
 
-@dataclass(frozen=True)
-class Report:
-    comparison: Comparison
-    results: Results
-
-
-def load_report(
+def load_comparison(
     url_or_path: str | Path, choice: Choice | None = None, baseline: str | None = None, *, detail: bool = False
-) -> Report:
+) -> Comparison:
     """Compare the arms in a database with base and baseline_lora, by default all runs of the task on disk.
 
     `detail` also reads what only the long reports show: curves, layers, files, answers.
@@ -171,23 +171,45 @@ def load_report(
         DatabaseError: The database cannot be read.
         ChoiceError: No run has a name that was chosen.
     """
-    choice = choice or Choice()
+    choice, against = choice or Choice(), baseline or BASELINE
     with open_session(url_or_path) as session:
-        runs = db_runs.finished_runs(session)
-        _check(runs, choice, baseline)
-        against = baseline or BASELINE
+        every = db_runs.finished_runs(session)
+        _check(every, choice, baseline)
         if choice.arms:  # the baseline is always included
             choice = replace(choice, arms={*choice.arms, against})
-        results = read(session, runs, choice, detail=detail)
-    if not results.runs:
-        got = "a database without any" if choice == Choice() else "none that fits all filters"
-        raise DatabaseError(f"finished runs in {url_or_path}", got, "run `dvc repro`, which makes them", missing=True)
-    return Report(compare(results, against, _filters(choice, against)), results)
+        tasks = db_runs.tasks_of(every)
+        chosen = {task: db_runs.choose(every, replace(choice, task=task)) for task in tasks}
+        shown = choice.task or db_runs.task_on_disk(every) or ""
+        of_task = chosen[shown][0] if shown in chosen else []
+        if not of_task:
+            got = "a database without any" if choice == Choice() else "none that fits all filters"
+            raise DatabaseError(
+                f"finished runs in {url_or_path}", got, "run `dvc repro`, which makes them", missing=True
+            )
+        detailed = [run.id for run in of_task] if detail else []
+        runs = read(session, [run for some, _ in chosen.values() for run in some], detailed)
+        units = {each.name: (each.unit, each.direction, each.description)
+                 for each in session.execute(select(tables.metric_def))}  # fmt: skip
+    rows = {task: arm_rows([run for run in runs if run.task == task], against) for task in tasks}
+    left_out = {task: _left_out(task, counts) for task, (_, counts) in chosen.items()}
+    first = rows[shown][0]
+    on_disk = sorted({run.task for run in every if run.is_current})
+    return Comparison(
+        rows=rows[shown],
+        primary=Primary(first.task, first.title, first.metric),
+        units=units,
+        baseline=against,
+        filters=_filters(choice, against),
+        tasks=tuple(row for of_task in rows.values() for row in of_task),
+        task_notes=tuple(note for notes in left_out.values() for note in notes),
+        benchmarks=tuple(_benchmarks(rows[shown], against)),
+        notes=(*_notes(rows[shown], on_disk), *left_out[shown]),
+    )
 
 
 def _check(runs: Sequence[Run], choice: Choice, baseline: str | None) -> None:
     """Refuse names that no finished run has."""
-    tasks = [task.name for task in db_runs.tasks_of(runs)]
+    tasks = db_runs.tasks_of(runs)
     of_task, _ = db_runs.choose(runs, Choice(task=choice.task))
     names: dict[str, tuple[Iterable[str], Iterable[str]]] = {
         "arm": ([*choice.arms, *filter(None, [baseline])], sorted({run.arm for run in of_task})),
@@ -221,126 +243,51 @@ def _filters(choice: Choice, baseline: str) -> str:
     return f"Only {'; '.join(parts)}: other runs are left out" if parts else ""
 
 
-def compare(results: Results, baseline: str = BASELINE, filters: str = "") -> Comparison:
-    """Judge the runs of the chosen task, and score the arms of all other tasks."""
-    sides = {task.name: side_by_side(results, results.chosen[task.name], baseline) for task in results.tasks}
-    side = sides[results.task or ""]
-    by_arm = {row.arm: [run for run in results.runs if run.arm == row.arm] for row in side.rows}
-    first = results.runs[0]
-    primary = Primary(first.task, first.task_title, first.primary_metric)
-    arms = {row.arm: row for row in side.rows}
-    left_out = {name: _left_out(name, counts) for name, counts in results.left_out.items()}
-    return Comparison(
-        rows=side.rows,
-        outcomes=tuple(_in_words(row, baseline, primary.title, arms) for row in side.rows if row.arm != BASE),
-        notes=(*_notes(side.rows, results, primary), *left_out[primary.task]),
-        methods=tuple(_methods(side.rows, results)),
-        units=results.units,
-        runs=tuple(_provenance(results, run) for runs in by_arm.values() for run in runs),
-        precisions=tuple(row for runs in by_arm.values() for row in precision_rows(results, runs)),
-        served=tuple(row for runs in by_arm.values() for run in runs for row in served_rows(results, run)),
-        phases=tuple(row for runs in by_arm.values() for row in phase_rows(runs, results.timings)),
-        criteria=tuple(
-            criterion
-            for row in side.rows
-            if row.arm != BASE
-            for criterion in judge_arm(row, baseline, side.changes[row.arm], short=primary.short, title=primary.title)
-        ),
-        power=tuple(row for (arm, _), pairs in side.pairs.items() for row in power_rows(arm, pairs)),
-        baseline=baseline,
-        filters=filters,
-        primary=primary,
-        tasks=tuple(_task_rows(results, sides, baseline)),
-        task_notes=tuple(note for notes in left_out.values() for note in notes),
-        benchmarks=tuple(_benchmark_rows(results, by_arm, baseline)),
-        alignment=tuple(sentence for row in side.rows if (sentence := alignment_in_words(row))),
-    )
-
-
-def _in_words(row: ArmRow, baseline: str, title: str, arms: Mapping[str, ArmRow]) -> str:
-    references = dict.fromkeys((BASE, baseline))
-    words = [compared([row], against, title) for against in references]
-    words += [*like_with_like([row], arms, baseline, title), *not_compared([row], references, arms)]
-    return " ".join(filter(None, words))
-
-
-def _task_rows(results: Results, sides: Mapping[str, SideBySide], baseline: str) -> Iterable[TaskRow]:
-    for task in results.tasks:
-        name, title, metric = task.name, task.title, task.primary_metric
-        for row in sides[name].rows:
-            runs = [run for run in results.chosen[name] if run.arm == row.arm]
-            score, bounds = row.accuracy, row.accuracy_interval
-            yield _task_row(name, title, metric, runs, score, bounds, row.differences, baseline, task.current)
-
-
-def _benchmark_rows(results: Results, arms: Mapping[str, Sequence[Run]], baseline: str) -> Iterable[TaskRow]:
+def _benchmarks(rows: Sequence[ArmRow], baseline: str) -> Iterable[Scored]:
     """Each benchmark's arms on the items that they share, with Holm's correction over the arms, as for the task."""
-    for name, benchmark in results.benchmarks.items():
-        title = f"{benchmark.metric} of lm-evaluation-harness"
-        pairs = {
-            (arm, against): paired
-            for against in dict.fromkeys((BASE, baseline))
-            for arm, runs in arms.items()
-            if arm not in (BASE, against)
-            and (paired := pair(runs, against, arms.get(against, ()), benchmark.answers)) is not None
-        }
-        judged = compare_pairs(pairs)
-        for arm, runs in arms.items():
-            asked = [run for run in runs if run.id in benchmark.answers]
-            if bounds := credit_interval([benchmark.answers[run.id] for run in asked]):
-                current = all(run.is_current for run in asked)
-                score, differences = bounds.estimate, judged.get(arm, ())
-                yield _task_row(name, title, benchmark.metric, asked, score, bounds, differences, baseline, current)
+    runs = [run for row in rows for run in row.runs]
+    for name, metrics in benchmark_metrics(runs).items():
+        if any(len(of_task) > 1 for of_task in metrics.values()):  # a metric is a share for some runs only
+            continue
+        split = f"{SPLIT}{name}"
+        arms = grouped([run for run in runs if run.answers(split)], baseline)
+        metric = ", ".join(sorted(set().union(*metrics.values())))
+        _, differences = judge(arms, split, baseline)
+        for arm, own in arms.items():
+            if bounds := credit_interval([run.answers(split) for run in own]):
+                yield Scored(
+                    task=name, title=f"{metric} of lm-evaluation-harness", metric=metric, arm=arm,
+                    seeds=tuple(run.seed for run in own), accuracy=bounds.estimate, accuracy_interval=bounds,
+                    differences=differences.get(arm, ()), runs=tuple(own),
+                )  # fmt: skip
 
 
-def _task_row(
-    task: str, title: str, metric: str, runs: Sequence[Run], score: float | None, bounds: Interval | None,
-    differences: Sequence[Difference], baseline: str, current: bool,
-) -> TaskRow:  # fmt: skip
-    against = {difference.against: difference for difference in differences}
-    to_baseline = against.get(baseline) if baseline != BASE else None
-    seeds, ended = tuple(run.seed for run in runs), max(run.ended for run in runs)
-    to_base = against.get(BASE)
-    return TaskRow(
-        task, title, metric, runs[0].arm, seeds, score, bounds, to_base, to_baseline, baseline, ended, current
-    )
-
-
-def _provenance(results: Results, run: Run) -> dict[str, Any]:
-    place = results.environments[run.environment_id]
-    return {
-        "arm": run.arm,
-        "seed": run.seed,
-        "run_key": run.run_key,
-        "git_commit": run.git_commit,
-        "git_dirty": run.git_dirty,
-        "backend": f"{run.backend_name} {run.backend_version}",
-        "serving_mode": run.serving_mode,
-        "device": f"{run.device_class}: {place.device_name or 'unnamed'}",
-        "platform": place.platform,
-        "python": place.python,
-        "packages": dict(sorted(place.packages.items())),
-        "test_items_sha256": run.test_items_sha256,
-        "started": run.started.isoformat(),
-        "ended": run.ended.isoformat(),
-    }
+def benchmark_metrics(runs: Iterable[ScoredRun]) -> dict[str, dict[str, set[str]]]:
+    """Benchmark → task → the metrics that its items were credited by, over all runs; none if no metric is a share."""
+    credited: dict[str, dict[str, set[str]]] = {}
+    for run in runs:
+        for name, record in run.rest.get("benchmarks", {}).items():
+            for task, facts in record["tasks"].items():
+                credited.setdefault(name, {}).setdefault(task, set()).update(filter(None, [facts["metric"]]))
+    return dict(sorted(credited.items()))
 
 
 # Notes
 
 
-def _notes(rows: Sequence[ArmRow], results: Results, shown: Primary) -> Iterable[str]:
+def _notes(rows: Sequence[ArmRow], on_disk: Sequence[str]) -> Iterable[str]:
     """Limits of what these data can show."""
-    if shown.task not in results.on_disk:
-        where = f"which are of {' and '.join(results.on_disk)}" if results.on_disk else "of which none is finished"
+    task, runs = rows[0].task, [run for row in rows for run in row.runs]
+    if task not in on_disk:
+        where = f"which are of {' and '.join(on_disk)}" if on_disk else "of which none is finished"
         yield (
             f"These are not the results on disk, {where}, but the latest finished run of each arm and seed of "
-            f"{shown.task} in the database."
+            f"{task} in the database."
         )
-    elif len(results.on_disk) > 1:
+    elif len(on_disk) > 1:
         yield (
-            f"The results on disk are of several tasks ({', '.join(results.on_disk)}), as happens while one replaces "
-            f"another; only {shown.task} is shown."
+            f"The results on disk are of several tasks ({', '.join(on_disk)}), as happens while one replaces "
+            f"another; only {task} is shown."
         )
     if any(row.delta_speed is not None and row.delta_speed_interval is None for row in rows if row.arm != BASE):
         yield "Δ speed has no interval: 95% confidence needs at least six paired repetitions."
@@ -359,12 +306,9 @@ def _notes(rows: Sequence[ArmRow], results: Results, shown: Primary) -> Iterable
     if any(difference.seeds == 2 for difference in differences):
         yield "Two seeds barely constrain how much seeds vary, so intervals are wide."
     yield from filter(None, map(contradiction, rows))
-    if any(run.git_dirty for run in results.runs):
+    if any(run.git_dirty for run in runs):
         yield "Some stages ran with uncommitted changes (dirty), so no commit reproduces their numbers."
-    devices = {
-        f"{run.device_class} {results.environments[run.environment_id].device_name or ''}".strip()
-        for run in results.runs
-    }
+    devices = {f"{run.device_class} {run.place.device_name or ''}".strip() for run in runs}
     if len(devices) > 1:
         yield (
             f"Evaluated on several devices: {', '.join(sorted(devices))}. Speeds are only comparable on one device, "
@@ -375,29 +319,12 @@ def _notes(rows: Sequence[ArmRow], results: Results, shown: Primary) -> Iterable
         yield f"Some metrics of {', '.join(bad)} could not be computed (not finite)."
 
 
-def _methods(rows: Sequence[ArmRow], results: Results) -> Iterable[str]:
-    """How to read the numbers."""
-    modes = {run.serving_mode for run in results.runs if run.arm != BASE}
-    if modes:
-        words = "Δ speed: median over the paired repetitions of all seeds, relative to the base in the same process."
-        if "merged" in modes:
-            words += " Merged models of one shape decode equally fast, so differences between them are noise."
-        if "adapter" in modes:
-            words += " A separate adapter adds arithmetic to every token, which costs time."
-        yield words
-    if any(difference.level == "seeds and items" for row in rows for difference in row.differences):
-        yield (
-            "Differences over several seeds: interval and p-value allow for other seeds and other items (crossed "
-            "random effects, Student's t). The interval over items alone takes these seeds as the only ones."
-        )
-
-
-def _left_out(task: str, counts: Mapping[str, int]) -> list[str]:
+def _left_out(task: str, counts: Counter[str]) -> list[str]:
     if not counts:
         return []
     numbers = ", ".join(f"{count} of {arm}" for arm, count in counts.items())
     return [
-        f"Finished runs of {task} left out: {numbers}. Their base model (models/base/base.json: model, place, prompt "
-        "template) differs from the newest run's, or their training settings or data from those of the newest run of "
-        "their arm, so they are not further seeds of it."
+        f"Finished runs of {task} left out: {numbers}. A newer run of the same arm and seed replaces them, or their "
+        "base model (models/base/base.json: model, place, prompt template) differs from the newest run's, or their "
+        "training settings or data from those of the newest run of their arm, so they are not further seeds of it."
     ]

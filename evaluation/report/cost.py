@@ -8,7 +8,7 @@ from typing import Any
 from db.runs import BASE
 from evaluation.report.arms import ArmRow
 from evaluation.report.blocks import Block, Cell, Chart, Dataset, Details, Panel, Section, Table, Text
-from evaluation.report.comparison import Comparison, Report
+from evaluation.report.comparison import Comparison
 from evaluation.report.criteria import KEPT_THRESHOLD
 from evaluation.report.text import duration, interval, number, significant
 
@@ -36,8 +36,8 @@ def cost(row: ArmRow, comparison: Comparison, name: str) -> Cell:
     return Cell("–" if value is None else _COSTS[name][1](value), hint=ratio)
 
 
-def training(report: Report) -> Section | None:
-    settings = {run.arm: run.settings for run in report.results.runs if run.arm != BASE}
+def training(comparison: Comparison) -> Section | None:
+    settings = {run.arm: run.settings for run in comparison.runs if run.arm != BASE}
     if not settings:
         return None
     note = (
@@ -45,8 +45,8 @@ def training(report: Report) -> Section | None:
         "one at a time. Memory is the peak of the process; GPU memory is the peak of what torch had allocated there. "
         "Parameters are those of the saved adapter, whose ranks may have shrunk."
     )
-    blocks: list[Block] = [_arms(report.comparison, settings), Text(note, "note")]
-    blocks += [panel] if (panel := _pictures(report)) else []
+    blocks: list[Block] = [_arms(comparison, settings), Text(note, "note")]
+    blocks += [panel] if (panel := _pictures(comparison)) else []
     if any(settings.values()):
         flat = {arm: dict(_flat(train)) for arm, train in settings.items()}
         names = dict.fromkeys(name for values in flat.values() for name in values)
@@ -115,17 +115,15 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-def _pictures(report: Report) -> Panel | None:
+def _pictures(comparison: Comparison) -> Panel | None:
     """What was learned against what was kept, and against what it cost."""
-    comparison, results = report.comparison, report.results
     primary = ("test", comparison.primary.metric)
     data = Dataset(("chart", "kind", "arm", "seed", "front", "low", "x", "high", "below", "y", "above"))
     for row in comparison.rows:
-        learned, kept = row.accuracy_interval, row.retention_share_interval
+        learned, kept = row.accuracy_interval, row.kept
         if learned is None or row.accuracy is None:
             continue
-        runs = [run for run in results.runs if run.arm == row.arm]
-        minutes = {run.seed: s / 60 for run in runs if (s := run.train_seconds)}
+        minutes = {run.seed: s / 60 for run in row.runs if (s := run.train_seconds)}
         front = "dominated" if comparison.pareto.get(row.arm) else "front"
         up: list[tuple[str, str, float, float, float, Mapping[int, float]]] = []
         if kept and row.arm in comparison.pareto:
@@ -135,8 +133,8 @@ def _pictures(report: Report) -> Panel | None:
             up.append(("cost", "plain", min(spent), fmean(spent), max(spent), minutes))
         for chart, kind, below, y, above, by_seed in up:
             data.add(chart, "mean", row.arm, "", kind, learned.low, row.accuracy, learned.high, below, y, above)
-            for run in runs if len(row.seeds) > 1 else ():
-                x = results.metrics.get(run.id, {}).get(primary, math.nan)
+            for run in row.runs if len(row.seeds) > 1 else ():
+                x = run.metrics.get(primary, math.nan)
                 if run.seed in by_seed and math.isfinite(x):
                     place = (100 * x, None, None, by_seed[run.seed], None)
                     data.add(chart, "seed", row.arm, str(run.seed), kind, None, *place)

@@ -60,14 +60,14 @@ def _criterion(
     return Criterion(name, arm, threshold, estimate, unit, _OUTCOMES[judgement.outcome], why, confidence)
 
 
-def judge_arm(row: ArmRow, baseline: str, change: SpeedChange, *, short: str, title: str) -> list[Criterion]:
+def judge_arm(row: ArmRow, baseline: str, *, short: str, title: str) -> list[Criterion]:
     """Judge all criteria of an arm; `short` and `title` name the task's primary metric."""
     judged = [_accuracy(row, GAIN, f"Δ{short} > 0 against base", BASE)]
     for other in dict.fromkeys((baseline, row.like)):
         if other and other not in (BASE, row.arm):
             judged.append(_accuracy(row, LEAD, f"{title} above {other}", other))
             judged.append(by_loss(row.arm, other, row.losses.get(other, ())))
-    return [*judged, by_speed(row.arm, change), by_retention(row.arm, row.retention_share_interval, row.retention)]
+    return [*judged, by_speed(row.arm, row.speed), by_retention(row.arm, row.kept, row.retention)]
 
 
 def _accuracy(row: ArmRow, name: str, threshold: str, against: str) -> Criterion:

@@ -9,29 +9,57 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from db.files import write_json
 from db.runs import BASE
-from evaluation.report.arms import KL, LOSS, OF_TRAINING, ArmRow
-from evaluation.report.comparison import Comparison, Primary, Report, TaskRow
+from evaluation.report.alignment import in_words
+from evaluation.report.arms import KL, LOSS, OF_TRAINING, ArmRow, Scored
+from evaluation.report.comparison import Comparison, Primary
 from evaluation.report.criteria import NAMES, for_arm
+from evaluation.report.results import ScoredRun
+from evaluation.report.serving import phase_rows, precision_rows, verified
 from evaluation.statistics.differences import Difference
 from evaluation.statistics.intervals import LEVEL, Interval
 
 _SMALL = 6
-_WORDS = {(Difference, "outcome"): "verdict", (Comparison, "outcomes"): "verdicts"}
-"""Attributes that keep an older name as their key in JSON."""
+_HIDDEN = ("runs", "pairs")
+"""Fields of a row that are too much for JSON."""
 
 
-def as_json(content: Comparison | Sequence[TaskRow]) -> str:
+def as_json(comparison: Comparison) -> str:
     """Everything as JSON; NaN and infinity are words, since JSON has no such numbers."""
+    rows = comparison.rows
+    computed = {
+        "verdicts": comparison.outcomes,
+        "criteria": comparison.criteria,
+        "power": comparison.power,
+        "methods": comparison.methods,
+        "precisions": [precision for row in rows for precision in precision_rows(row.runs)],
+        "served": [
+            {"arm": run.arm, "seed": run.seed, **row._mapping} for run in comparison.runs for row in verified(run)
+        ],
+        "phases": [{"arm": row.arm, **phase} for row in rows for phase in phase_rows(row)],
+        "alignment": [sentence for row in rows if (sentence := in_words(row))],
+        "runs": list(map(_provenance, comparison.runs)),
+        "tasks": [task_record(row, comparison.baseline) for row in comparison.tasks],
+        "benchmarks": [task_record(row, comparison.baseline) for row in comparison.benchmarks],
+    }
+    return _as_json({**{each.name: getattr(comparison, each.name) for each in fields(comparison)}, **computed})
+
+
+def tasks_as_json(comparison: Comparison) -> str:
+    return _as_json([task_record(row, comparison.baseline) for row in comparison.tasks])
+
+
+def _as_json(content: object) -> str:
     return json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, TaskRow):
-        return _plain(task_record(value))
     if is_dataclass(value):
-        names = ((each.name, _WORDS.get((type(value), each.name), each.name)) for each in fields(value))
-        return {key: _plain(getattr(value, name)) for name, key in names}
+        own = {each.name: getattr(value, each.name) for each in fields(value) if each.name not in _HIDDEN}
+        return _plain(own | ({"verdict": own.pop("outcome")} if isinstance(value, Difference) else {}))
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return _plain(value._asdict())
     if isinstance(value, Mapping):
         return {"/".join(key) if isinstance(key, tuple) else key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -39,122 +67,78 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _provenance(run: ScoredRun) -> dict[str, object]:
+    names = ("arm", "seed", "run_key", "git_commit", "git_dirty", "serving_mode", "test_items_sha256")
+    return {
+        **{name: getattr(run, name) for name in names},
+        "backend": f"{run.backend_name} {run.backend_version}",
+        "device": f"{run.device_class}: {run.place.device_name or 'unnamed'}",
+        "platform": run.place.platform,
+        "python": run.place.python,
+        "packages": dict(sorted(run.place.packages.items())),
+        "started": run.started.isoformat(),
+        "ended": run.ended.isoformat(),
+    }
+
+
 def as_csv(comparison: Comparison) -> str:
-    """One line per arm, with separate columns for bounds, p-values and the outcome of every criterion.
+    """One line per arm: what `metrics` has, the outcome of every criterion, and each benchmark.
 
-    Columns with `lead` are differences from the arm in `baseline`, the others from the base. `Primary` names the
-    columns of the primary metric.
+    `Primary` names the columns of the primary metric.
     """
-    return _records([_record(comparison, row) for row in comparison.rows])
+    benchmarks = [task_record(row, comparison.baseline) for row in comparison.benchmarks]
+    records = []
+    for row in comparison.rows:
+        above = comparison.pareto.get(row.arm)
+        judged = {name: for_arm(comparison.criteria, row.arm, name) for name in NAMES}
+        records.append({
+            "arm": row.arm,
+            "model_name": row.model_name,
+            "seeds": len(row.seeds),
+            "task": row.task,
+            "primary_metric": row.metric,
+            "baseline": comparison.baseline,
+            **_numbers(row, comparison.primary),
+            **{f"criterion_{name.replace(' ', '_')}": c.outcome if c else None for name, c in judged.items()},
+            "pareto_front": None if above is None else not above,
+            "dominated_by": " ".join(above or ()),
+            **{f"{own['task']}_{name}": value for own in benchmarks if own["arm"] == row.arm
+               for name, value in own.items() if name.startswith(("score", "delta_score"))},
+        })  # fmt: skip
+    return _csv(records)
 
 
-def tasks_as_csv(tasks: Sequence[TaskRow]) -> str:
-    return _records([task_record(row) for row in tasks])
+def tasks_as_csv(comparison: Comparison) -> str:
+    return _csv([task_record(row, comparison.baseline) for row in comparison.tasks])
 
 
-def _records(records: Sequence[Mapping[str, object]]) -> str:
-    return _csv(list(records[0]), [list(record.values()) for record in records])
-
-
-def _csv(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+def _csv(records: Sequence[Mapping[str, object]]) -> str:
+    """Records with all columns that any of them has."""
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([head, *lines])
+    writer = csv.DictWriter(out, dict.fromkeys(name for record in records for name in record), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
     return out.getvalue()
 
 
-def _record(comparison: Comparison, row: ArmRow) -> dict[str, object]:
-    primary = comparison.primary
+def task_record(row: Scored, baseline: str) -> dict[str, object]:
+    """An arm on a task or a benchmark, in percent and percentage points; None where there is no number."""
     record: dict[str, object] = {
-        "model_name": row.model_name,
-        "arm": row.arm,
-        "seeds": len(row.seeds),
-        f"{primary.key}_percent": row.accuracy,
-        **_difference(row.against(BASE), primary.difference_key(), 0.0 if row.arm == BASE else None),
-        "retention_percent": row.retention,
-        "decode_tokens_per_second": row.decode_speed,
-        "delta_speed_percent": row.delta_speed,
-        "parity_percent": row.parity,
-        "retention_share_percent": row.retention_share,
-        **_bounds(primary.key, row.accuracy_interval),
-        **_bounds("retention", row.retention_interval),
-        **_bounds("retention_share", row.retention_share_interval),
-        **_bounds("delta_speed", row.delta_speed_interval),
-        "baseline": comparison.baseline,
-    }
-    lead = _difference(row.against(comparison.baseline), "lead", None)
-    record |= {key if key.startswith("lead") else f"lead_{key}": value for key, value in lead.items()}
-    for name in NAMES:
-        criterion = for_arm(comparison.criteria, row.arm, name)
-        record[f"criterion_{name.replace(' ', '_')}"] = criterion.outcome if criterion else None
-    above = comparison.pareto.get(row.arm)
-    record |= {
-        "task": primary.task,
-        "primary_metric": primary.metric,
-        "updates": row.updates,
-        "preserve": row.preserve,
-        "evaluation_loss": row.metrics.get(LOSS),
-        "kl_to_base": row.metrics.get(KL),
-        **{name: row.metrics.get(("train", name)) for name in OF_TRAINING},
-        "pareto_front": None if above is None else not above,
-        "dominated_by": " ".join(above or ()),
-    }
-    return record | _benchmarks(comparison, row.arm)
+        "task": row.task, "on_disk": row.current, "primary_metric": row.metric, "title": row.title, "arm": row.arm,
+        "seeds": len(row.seeds), "score": row.accuracy, **_bounds("score", row.accuracy_interval),
+        "baseline": baseline, "verdict": row.outcome(baseline),
+        "evaluated": max(run.ended for run in row.runs).isoformat(),
+    }  # fmt: skip
+    keys = {BASE: "delta_score", baseline: f"score_against_{baseline}"}
+    for against in dict.fromkeys((BASE, baseline)):
+        record |= _difference(row.against(against), keys[against])
+    return record
 
 
-def _benchmarks(comparison: Comparison, arm: str) -> dict[str, object]:
-    """Score, differences and outcomes of each benchmark, in columns that begin with its name."""
-    columns: dict[str, object] = {}
-    for row in comparison.benchmarks:  # of all arms, so that every line has the same columns
-        for key, value in task_record(row).items():
-            if key.startswith(("score", "delta_score", "lead")):
-                name = f"{row.task}_{key}"
-                columns[name] = value if row.arm == arm else columns.get(name)
-    return columns
-
-
-def _difference(difference: Difference | None, stem: str, missing: float | None) -> dict[str, object]:
-    d = difference
-    return {
-        f"{stem}_points": d.points.estimate if d else missing,
-        **_bounds(stem, d.points if d else None),
-        "items": d and d.items,
-        "p_value": d and d.p_value,
-        "p_holm": d and d.p_holm,
-        "verdict": d and d.outcome,
-        "level": d and d.level,
-        **_bounds("items_only", d.items_only if d else None),
-        **_bounds("seeds_only", d.seeds_only if d else None),
-        "gained": d and d.gained,
-        "lost": d and d.lost,
-    }
-
-
-def task_record(row: TaskRow) -> dict[str, object]:
-    """One line of the table of all tasks, in percent and percentage points; None where there is no number."""
-
-    def brief(stem: str, d: Difference | None) -> dict[str, object]:
-        return {
-            f"{stem}_points": d and d.points.estimate,
-            **_bounds(stem, d.points if d else None),
-            f"{stem}_p_holm": d and d.p_holm,
-            f"{stem}_verdict": d and d.outcome,
-        }
-
-    return {
-        "task": row.task,
-        "on_disk": row.current,
-        "primary_metric": row.metric,
-        "title": row.title,
-        "arm": row.arm,
-        "seeds": len(row.seeds),
-        "score_percent": row.score,
-        **_bounds("score", row.interval),
-        **brief("delta_score", row.to_base),
-        "baseline": row.baseline,
-        **brief("lead", row.to_baseline),
-        "verdict": row.outcome,
-        "evaluated": row.ended.isoformat(),
-    }
+def _difference(d: Difference | None, stem: str) -> dict[str, object]:
+    named = {"": d and d.points.estimate, "_p_value": d and d.p_value, "_p_holm": d and d.p_holm,
+             "_verdict": d and d.outcome}  # fmt: skip
+    return {f"{stem}{end}": value for end, value in named.items()} | _bounds(stem, d.points if d else None)
 
 
 def _bounds(stem: str, interval: Interval | None) -> dict[str, object]:
@@ -164,52 +148,55 @@ def _bounds(stem: str, interval: Interval | None) -> dict[str, object]:
 # What `dvc metrics show`, `dvc metrics diff` and `dvc plots show` read
 
 
-def metrics(comparison: Comparison) -> dict[str, dict[str, float | str]]:
+def metrics(comparison: Comparison) -> dict[str, dict[str, object]]:
     """Arm → name → number or word; missing ones are left out, since DVC has no empty value.
 
     Accuracies and shares in percent, differences in percentage points, speeds in tokens per second.
     """
-    return {row.arm: _numbers(row, comparison.primary) for row in comparison.rows}
+    return {
+        row.arm: {
+            name: value
+            for name, value in _numbers(row, comparison.primary).items()
+            if value not in ("", None) and not (isinstance(value, float) and not math.isfinite(value))
+        }
+        for row in comparison.rows
+    }
 
 
-def _numbers(row: ArmRow, primary: Primary) -> dict[str, float | str]:
-    numbers: dict[str, float | str | None] = {
+def _numbers(row: ArmRow, primary: Primary) -> dict[str, object]:
+    numbers: dict[str, object] = {
         primary.key: row.accuracy,
+        **_bounds(primary.key, row.accuracy_interval),
         "retention_accuracy": row.retention,
-        "retention_kept": row.retention_share,
+        **_bounds("retention_accuracy", row.retention_interval),
+        "retention_kept": row.kept and row.kept.estimate,
+        **_bounds("retention_kept", row.kept),
         "decode_speed": row.decode_speed,
         "delta_speed_percent": row.delta_speed,
+        **_bounds("delta_speed_percent", row.delta_speed_interval),
         "parity": row.parity,
         "perplexity": row.metrics.get(("general", "perplexity")),
         "update_norm": row.metrics.get(("weights", "update_norm")),
         "alignment_index": row.metrics.get(("alignment", "alignment_index")),
-        "updates": row.updates or None,
+        "updates": row.updates,
         "evaluation_loss": row.metrics.get(LOSS),
         "kl_to_base": row.metrics.get(KL),
         **{name: row.metrics.get(("train", name)) for name in OF_TRAINING},
-        "preserve": row.preserve or None,
+        "preserve": row.preserve,
     }
     for d in row.differences:
-        name = primary.difference_key(d.against)
-        numbers |= {name: d.points.estimate, f"{name}_low": d.points.low, f"{name}_high": d.points.high}
-        numbers[f"{name}_verdict"] = d.outcome
-    return {
-        name: value
-        for name, value in numbers.items()
-        if isinstance(value, str) or (value is not None and math.isfinite(value))
-    }
+        numbers |= _difference(d, primary.difference_key(d.against))
+    return numbers
 
 
 def accuracy_table(comparison: Comparison) -> str:
     """CSV: one line per arm with the task's primary metric and the bounds of its interval, in percent.
 
-    Column `score` is there for every task, since dvc.yaml can name only one column; `title` is the chart's.
+    `title` is the chart's.
     """
-    primary, title = comparison.primary, _title(comparison.primary)
-    lines = [(row.arm, i.estimate, i.low, i.high, title) for row in comparison.rows if (i := row.accuracy_interval)]
-    if primary.key == "score":
-        return _csv(["arm", "score", "low", "high", "title"], lines)
-    return _csv(["arm", primary.key, "low", "high", "title", "score"], [[*line, line[1]] for line in lines])
+    title = _title(comparison.primary)
+    named = [(row.arm, row.accuracy_interval) for row in comparison.rows if row.accuracy_interval]
+    return _lines("arm score low high title", [(arm, i.estimate, i.low, i.high, title) for arm, i in named])
 
 
 def _title(primary: Primary) -> str:
@@ -219,30 +206,30 @@ def _title(primary: Primary) -> str:
 def difference_table(comparison: Comparison) -> str:
     named = [(f"{row.arm} − {d.against}", d.points) for row in comparison.rows for d in row.differences]
     title = f"Difference of {_title(comparison.primary)}"
-    head = ["difference", "points", "low", "high", "title"]
-    return _csv(head, [[name, i.estimate, i.low, i.high, title] for name, i in named])
+    return _lines("difference points low high title", [(name, i.estimate, i.low, i.high, title) for name, i in named])
 
 
-def loss_table(report: Report, split: str) -> str:
+def loss_table(comparison: Comparison, split: str) -> str:
     """CSV: step, arm, seed and loss (nats per token) of each compared run; infinite ones are left out."""
-    return _csv(
-        ["step", "arm", "seed", "loss"],
-        [
-            [step, run.arm, run.seed, round(loss, _SMALL)]
-            for run in report.results.runs
-            for step, loss in report.results.curves.get((run.id, split), ())
-            if math.isfinite(loss)
-        ],
-    )
+    lines = [
+        (step, run.arm, run.seed, round(loss, _SMALL))
+        for run in comparison.runs
+        for step, loss in run.curves.get(split, ())
+        if math.isfinite(loss)
+    ]
+    return _lines("step arm seed loss", lines)
 
 
-def write_tracked(metrics_file: Path, plots: Path, report: Report) -> None:
+def _lines(head: str, lines: Iterable[Sequence[object]]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([head.split(), *lines])
+    return out.getvalue()
+
+
+def write_tracked(metrics_file: Path, plots: Path, comparison: Comparison) -> None:
     """Write the numbers, and the tables that dvc.yaml draws into an existing folder."""
-    from db.files import write_json  # pydantic takes time, and the command above needs none
-
-    comparison = report.comparison
     tables = {"accuracy": accuracy_table(comparison), "differences": difference_table(comparison)}
-    tables |= {f"{split}_loss": loss_table(report, split) for split in ("train", "eval")}
+    tables |= {f"{split}_loss": loss_table(comparison, split) for split in ("train", "eval")}
     for name, table in tables.items():
         (plots / f"{name}.csv").write_text(table, encoding="utf-8")
     write_json(metrics_file, metrics(comparison))

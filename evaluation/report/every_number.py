@@ -1,7 +1,6 @@
 """Chapters with the numbers behind the findings: differences, every metric, and the items that it would take."""
 
 import math
-from collections.abc import Sequence
 
 from evaluation.report.arms import ArmRow
 from evaluation.report.blocks import TONES, Block, Cell, Details, Section, Table, Text, arm_cell
@@ -76,7 +75,8 @@ def _with_range(row: ArmRow, key: Key) -> str:
     return f"{significant(value)} ({ends[0]} to {ends[1]})" if finite and len({*ends}) > 1 else significant(value)
 
 
-def power(rows: Sequence[PowerRow]) -> Section | None:
+def power(comparison: Comparison) -> Section | None:
+    rows = comparison.power
     if not rows:
         return None
     by_size = {(row.arm, row.against, row.points): row for row in rows}

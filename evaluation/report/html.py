@@ -12,11 +12,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from db.files import write_text
 from db.runs import BASE
 from evaluation.report import charts
 from evaluation.report.blocks import Browser, Dataset, Panel, slug, walk
-from evaluation.report.comparison import Report
+from evaluation.report.comparison import Comparison
 from evaluation.report.provenance import byline
 from evaluation.report.sections import TITLE, sections
 
@@ -28,12 +27,12 @@ _SLOTS = {BASE: 0, "baseline_lora": 1, "hybrid_grit": 2, "pure_grit": 3}
 _OTHER_SLOTS = range(4, 16)
 
 
-def write_page(path: str | Path, report: Report) -> None:
-    """Write the page; the same database gives the same text."""
-    chapters = sections(report)
+def as_page(comparison: Comparison) -> str:
+    """The page; the same database gives the same text."""
+    chapters = sections(comparison)
     blocks = [block for section in chapters for block in walk(section.blocks)]
     panels = [block for block in blocks if isinstance(block, Panel)]
-    slots = slots_of(tuple(dict.fromkeys((*report.comparison.arms, *(row.arm for row in report.comparison.tasks)))))
+    slots = slots_of(tuple(dict.fromkeys((*comparison.arms, *(row.arm for row in comparison.tasks)))))
     content = {
         "slots": slots,
         "charts": [
@@ -54,9 +53,9 @@ def write_page(path: str | Path, report: Report) -> None:
     script, library = (_HERE / "page.js").read_text(encoding="utf-8"), _library()
     style = (_HERE / "style.css").read_text(encoding="utf-8")
     environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined)
-    text = environment.get_template("template.html.j2").render(
+    return environment.get_template("template.html.j2").render(
         title=TITLE,
-        byline=byline(report),
+        byline=byline(comparison),
         sections=chapters,
         slots=slots,
         slug=slug,
@@ -66,7 +65,6 @@ def write_page(path: str | Path, report: Report) -> None:
         script=_code(script, "script"),
         data=_json(content),
     )
-    write_text(Path(path), text)
 
 
 def slots_of(arms: tuple[str, ...]) -> dict[str, int]:

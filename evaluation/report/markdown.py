@@ -3,12 +3,10 @@
 import html
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
-from db.files import write_text
 from evaluation.report.all_tasks import all_tasks
 from evaluation.report.blocks import Block, Cell, Details, Section, Table, Text
-from evaluation.report.comparison import Report
+from evaluation.report.comparison import Comparison
 from evaluation.report.provenance import byline
 from evaluation.report.sections import TITLE, sections
 
@@ -19,12 +17,8 @@ _INNER_UNDERSCORE = r"(?<=[^\W_])_(?=[^\W_])"
 _SPECIAL = re.compile(rf"{_BOUNDS}|{_INNER_UNDERSCORE}|(?P<escaped>[\\`*_\[\]|~])")
 
 
-def write_markdown(path: str | Path, report: Report) -> None:
-    write_text(Path(path), as_markdown(report))
-
-
-def as_markdown(report: Report) -> str:
-    return "\n\n".join([f"# {TITLE}", escaped(byline(report)), *laid_out(sections(report))]) + "\n"
+def as_markdown(comparison: Comparison) -> str:
+    return "\n\n".join([f"# {TITLE}", escaped(byline(comparison)), *laid_out(sections(comparison))]) + "\n"
 
 
 def laid_out(chapters: Iterable[Section]) -> Iterable[str]:
@@ -33,8 +27,8 @@ def laid_out(chapters: Iterable[Section]) -> Iterable[str]:
         yield from [f"## {escaped(section.title)}", *blocks] if blocks else []
 
 
-def tasks_as_markdown(report: Report) -> str:
-    return "\n\n".join(["# All data sets in this database", *_blocks(all_tasks(report.comparison))]) + "\n"
+def tasks_as_markdown(comparison: Comparison) -> str:
+    return "\n\n".join(["# All data sets in this database", *_blocks(all_tasks(comparison))]) + "\n"
 
 
 def escaped(text: object) -> str:

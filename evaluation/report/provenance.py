@@ -2,7 +2,7 @@
 
 from db.runs import BASE
 from evaluation.report.blocks import Cell, Details, Section, Table, Text, arm_cell
-from evaluation.report.comparison import Report
+from evaluation.report.comparison import Comparison
 from evaluation.report.text import counted, seeds_text
 
 _SHORT = 12
@@ -11,17 +11,13 @@ _TRAINED = ("adapter", "base_model", "dataset")
 """Kinds of files that no export makes."""
 
 
-def byline(report: Report) -> str:
-    comparison, runs = report.comparison, report.results.runs
-    seeds: dict[str, list[int]] = {}
-    for run in runs:
-        if run.arm != BASE:
-            seeds.setdefault(run.arm, []).append(run.seed)
-    arms = counted(len(seeds), "arm")
-    if len({tuple(sorted(numbers)) for numbers in seeds.values()}) > 1:
-        arms += f": {', '.join(f'{arm} ({seeds_text(numbers)})' for arm, numbers in seeds.items())}"
-    elif seeds:
-        arms += f" with {seeds_text(next(iter(seeds.values())))}"
+def byline(comparison: Comparison) -> str:
+    runs, rows = comparison.runs, comparison.trained
+    arms = counted(len(rows), "arm")
+    if len({row.seeds for row in rows}) > 1:
+        arms += f": {', '.join(f'{row.arm} ({seeds_text(row.seeds)})' for row in rows)}"
+    elif rows:
+        arms += f" with {seeds_text(rows[0].seeds)}"
     base = " and the untouched base" if BASE in comparison.arms else ""
     parts = [
         f"{arms}{base}, last evaluated {max(run.ended for run in runs):%Y-%m-%d %H:%M} UTC.",
@@ -36,13 +32,13 @@ def byline(report: Report) -> str:
     return " ".join(parts)
 
 
-def files(report: Report) -> Section | None:
-    artifacts = [(run, file) for run in report.results.runs for file in report.results.artifacts.get(run.id, ())]
+def files(comparison: Comparison) -> Section | None:
+    artifacts = [(run, file) for run in comparison.runs for file in run.artifacts]
     if not artifacts:
         return None
     lines = [
-        (arm_cell(run.arm, run.seed), file.kind, f"{file.bytes:,}", Cell(file.sha256[:_SHORT], title=file.sha256),
-         Cell((file.parent_sha256 or "–")[:_SHORT], title=file.parent_sha256 or ""), file.path)
+        (arm_cell(run.arm, run.seed), file.kind, f"{file.bytes:,}", _hash(file.sha256), _hash(file.parent_sha256),
+         file.path)
         for run, file in artifacts
     ]  # fmt: skip
     headers = ("Run", "Kind", "Bytes", "sha256", "Made from", "File")
@@ -51,27 +47,30 @@ def files(report: Report) -> Section | None:
     return Section("Files", (Text(f"All {counted(len(lines), kind)}."), table))
 
 
-def provenance(report: Report) -> Section:
+def _hash(digest: str | None, missing: str = "–") -> Cell:
+    return Cell((digest or missing)[:_SHORT], title=digest or "")
+
+
+def provenance(comparison: Comparison) -> Section:
     dirty = {True: Cell("yes", tone="bad"), False: "no", None: "unknown"}
     packages: dict[str, dict[str, list[int]]] = {}
     lines = []
-    for run in report.comparison.runs:
-        commit = run["git_commit"] or "unknown"
+    for run in comparison.runs:
+        place = run.place
         lines.append(
-            (arm_cell(run["arm"], run["seed"]), Cell(run["run_key"][:_SHORT], title=run["run_key"]),
-             Cell(commit[:_SHORT], title=commit), dirty[run["git_dirty"]],
-             Cell(run["backend"], hint="" if run["arm"] == BASE else run["serving_mode"]), run["device"],
-             run["ended"][:16].replace("T", " ") + " UTC")
+            (arm_cell(run.arm, run.seed), _hash(run.run_key), _hash(run.git_commit, "unknown"), dirty[run.git_dirty],
+             Cell(f"{run.backend_name} {run.backend_version}", hint="" if run.arm == BASE else run.serving_mode),
+             f"{run.device_class}: {place.device_name or 'unnamed'}", f"{run.ended:%Y-%m-%d %H:%M} UTC")
         )  # fmt: skip
-        versions = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
-        system = f"Python {run['python'] or 'unknown'} on {run['platform'] or 'unknown'}: {versions}"
-        packages.setdefault(system, {}).setdefault(run["arm"], []).append(run["seed"])
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(place.packages.items()))
+        system = f"Python {place.python or 'unknown'} on {place.platform or 'unknown'}: {versions}"
+        packages.setdefault(system, {}).setdefault(run.arm, []).append(run.seed)
     headers = ("Run", "Run key", "Commit", "Dirty", "Backend", "Device", "Evaluated")
     systems = tuple(
         Text(f"{', '.join(f'{arm} {seeds_text(seeds)}' for arm, seeds in runs.items())}: {system}", "note")
         for system, runs in packages.items()
     )
-    items = sorted({run["test_items_sha256"] for run in report.comparison.runs})
+    items = sorted({run.test_items_sha256 for run in comparison.runs})
     kinds = "" if len(items) == 1 else f"{len(items)} different sets, "
     return Section(
         "Where the numbers come from",

@@ -1,25 +1,22 @@
 """Chapter: how much an arm loses where the same questions are typed as other people would type them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from db.records import Run
-from evaluation.paraphrase import plain
+from evaluation.paraphrase import SPLIT, plain
+from evaluation.report.arms import RETAINED, TEST
 from evaluation.report.blocks import Section, Table, Text, arm_cell
-from evaluation.report.comparison import Report
+from evaluation.report.comparison import Comparison
+from evaluation.report.results import ScoredRun
 from evaluation.report.text import interval, number
 from evaluation.statistics.differences import Pairs, difference
 from evaluation.statistics.intervals import aligned
 
-Credits = Mapping[int, Mapping[str, float]]
-"""Run id → item id → credit."""
 
-
-def robustness(report: Report) -> Section | None:
-    results = report.results
-    asked = {f"{report.comparison.primary.title} on test items": results.answers, "Retention items": results.retained}
-    tables = [table for what, answers in asked.items() if (table := _table(report, answers, what))]
+def robustness(comparison: Comparison) -> Section | None:
+    asked = {TEST: f"{comparison.primary.title} on test items", RETAINED: "Retention items"}
+    tables = [table for split, what in asked.items() if (table := _table(comparison, split, what))]
     words = (
         "The same questions as other people would type them: with a trailing newline (as echo leaves one), with a "
         "space, different punctuation or other words. New wordings were never trained on. Where the whole interval "
@@ -28,34 +25,34 @@ def robustness(report: Report) -> Section | None:
     return Section("Robustness", (Text(words), *tables)) if tables else None
 
 
-def _table(report: Report, asked: Credits, what: str) -> Table | None:
+def _table(comparison: Comparison, split: str, what: str) -> Table | None:
     """Plain and retyped questions, pair by pair, and the mean change of each form."""
-    again, lines, forms = report.results.asked_again, [], list[str]()
-    for arm in report.comparison.arms:
-        runs = [run for run in report.results.runs if run.arm == arm and run.id in again and run.id in asked]
+    lines, forms = [], list[str]()
+    for row in comparison.rows:
+        runs = [run for run in row.runs if run.answers(SPLIT) and run.answers(split)]
         changes: dict[str, list[float]] = {}
         for run in runs:
-            for key, credit in again[run.id].items():
+            for key, credit in run.answers(SPLIT).items():
                 item, form = plain(key)
-                if item in asked[run.id]:
-                    changes.setdefault(form, []).append(credit - asked[run.id][item])
-        if pairs := _pairs(runs, asked, again):
+                if item in run.answers(split):
+                    changes.setdefault(form, []).append(credit - run.answers(split)[item])
+        if pairs := _pairs(runs, split):
             forms = forms or list(changes)
             means = (
                 number(float(100 * np.mean(changes[form])) if form in changes else None, sign=True) for form in forms
             )
             plainly, retyped = (number(float(100 * credit.mean())) for credit in (pairs.reference, pairs.credit))
-            lines.append((arm_cell(arm), plainly, retyped, interval(difference(pairs).points, sign=True), *means))
+            lines.append((arm_cell(row.arm), plainly, retyped, interval(difference(pairs).points, sign=True), *means))
     headers = ("Arm", "As asked, %", "Retyped, %", "Δ, points", *(f"Δ {form}" for form in forms))
     caption = f"{what}, retyped: means over seeds with 95% intervals in brackets"
     return Table(caption, headers, lines) if lines else None
 
 
-def _pairs(runs: Sequence[Run], asked: Credits, again: Credits) -> Pairs | None:
+def _pairs(runs: Sequence[ScoredRun], split: str) -> Pairs | None:
     credits = [
-        {key: (credit, plainly[plain(key)[0]]) for key, credit in again[run.id].items() if plain(key)[0] in plainly}
+        {key: (credit, asked[plain(key)[0]]) for key, credit in run.answers(SPLIT).items() if plain(key)[0] in asked}
         for run in runs
-        for plainly in [asked[run.id]]
+        for asked in [run.answers(split)]
     ]
     if not credits or not all(credits):
         return None

@@ -1,28 +1,24 @@
 """What is served: whether it answers as trained, speed by phase, other precisions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Row
 
-from db.records import Run
-from db.runs import BASE
+from db.records import REFERENCE
 from evaluation.measure.speed import summary
 from evaluation.report.arms import ArmRow
 from evaluation.report.blocks import Block, Cell, Details, Section, Table, Text, arm_cell, interval_panel
-from evaluation.report.results import Results, Rows
+from evaluation.report.comparison import Comparison
+from evaluation.report.results import ScoredRun
 from evaluation.report.text import interval, number, percent, seeds_text
 from evaluation.statistics.intervals import Interval, aligned, bootstrap_mean, is_binary, mean_test, share_interval
 
-REFERENCE = "f16"
-PHASES = ("load", "ttft", "prefill", "decode")
-"""Of a request, in their order."""
-_Measured = tuple[Run, Row[Any], Mapping[str, Mapping[str, float]]]
-"""A run, one of its precisions, and precision → item id → credit."""
+PHASES = {"load": "Load", "ttft": "Time to first token", "prefill": "Prefill", "decode": "Decode"}
+"""Of a request, in their order, with titles."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,6 @@ class PrecisionRow:
     """A model in one precision, over the seeds that were measured in it."""
 
     arm: str
-    model_name: str
     type: str
     seeds: tuple[int, ...]  # every number covers only these, so the row of f16 may cover more
     megabytes: float  # size of the file, millions of bytes, mean
@@ -47,139 +42,75 @@ class PrecisionRow:
     answers_equal: float  # items answered with the same text as in f16, percent
     fallbacks: int  # tensors in another format than asked for (rows no multiple of its block), most of all seeds
     tensors: int
-    tensor_types: dict[str, int]  # type → number of tensors, of the first seed; their sum is `tensors`
-    binary: bool = True  # whether all answers are right or wrong, none in between
+    binary: bool  # whether all answers are right or wrong, none in between
 
 
-@dataclass(frozen=True)
-class ServedRow:
-    """A run in one mode on one backend, asked in one form and compared with training; shares of prompts in percent."""
-
-    arm: str
-    seed: int
-    model_name: str
-    backend: str
-    mode: str
-    form: str  # plain, newline or second, see db.tables.Verification
-    prompts: int  # asked; 0 where the backend does not support the mode
-    rendered: float | None  # rendered as in training; None although there are prompts: the server does not report it
-    counted: float | None  # with the same token ids; None as above
-    answered: float | None  # answered greedily as by Hugging Face
-    tied: float | None  # different, where two tokens nearly tie; None in results from before this was checked
-    equal_to_merged: float | None  # answered as in mode merged
-    perturbed_noticed: bool | None  # whether another adapter scale changed an answer
-    first_difference: str | None  # where and why the first prompt differs, in words
-
-
-@dataclass(frozen=True)
-class PhaseRow:
-    arm: str
-    model_name: str
-    backend: str
-    phase: str
-    unit: str
-    # median over the repetitions of all seeds, with an interval from their order; in `unit`, ms for each request or
-    # tokens/s
-    value: Interval
-    confidence: float  # of the interval, percent; with fewer than six repetitions below 95
-    repetitions: int
-
-
-def precision_rows(results: Results, runs: Sequence[Run]) -> list[PrecisionRow]:
-    measured: dict[str, list[_Measured]] = {}
+def precision_rows(runs: Iterable[ScoredRun]) -> list[PrecisionRow]:
+    """An arm's runs in each precision that any of them was measured in."""
+    measured: dict[str, list[tuple[ScoredRun, Any]]] = {}
     for run in runs:
-        for row in results.quantizations.get(run.id, ()):
-            measured.setdefault(row.type, []).append((run, row, results.quantized_answers.get(run.id, {})))
+        for row in run.quantizations:
+            measured.setdefault(row.type, []).append((run, row))
     return [_precision(name, seeds) for name, seeds in measured.items()]
 
 
-def _precision(name: str, seeds: Sequence[_Measured]) -> PrecisionRow:
-    own = aligned([found[name] for _, _, found in seeds]).mean(axis=0)
-    both = [(found[name], found[REFERENCE]) for _, _, found in seeds if REFERENCE in found]
-    credit = aligned([row for kind in zip(*both, strict=True) for row in kind])
+def _precision(name: str, seeds: Sequence[tuple[ScoredRun, Any]]) -> PrecisionRow:
+    credits, rows = [run.quantized for run, _ in seeds], [row for _, row in seeds]
+    own = aligned([credit[name] for credit in credits]).mean(axis=0)
+    both = [(credit[name], credit[REFERENCE]) for credit in credits if REFERENCE in credit]
+    credit = aligned([of_seed for kind in zip(*both, strict=True) for of_seed in kind])
     gains = (credit[: len(both)] - credit[len(both) :]).mean(axis=0) if credit.size else np.zeros(0)
     compared = name != REFERENCE and gains.size > 0
-    credits = [found[kind].values() for _, _, found in seeds for kind in (name, REFERENCE) if kind in found]
-    binary = is_binary(np.fromiter(chain.from_iterable(credits), dtype=np.float64))
-    run, first, _ = seeds[0]
+    values = chain.from_iterable(of[kind].values() for of in credits for kind in (name, REFERENCE) if kind in of)
+    binary = is_binary(np.fromiter(values, dtype=np.float64))
     return PrecisionRow(
-        arm=run.arm,
-        model_name=run.model_name,
+        arm=seeds[0][0].arm,
         type=name,
-        seeds=tuple(run.seed for run, _, _ in seeds),
-        megabytes=fmean(row.bytes for _, row, _ in seeds) / 1e6,
-        bits_per_weight=fmean(row.bits_per_weight for _, row, _ in seeds),
+        seeds=tuple(run.seed for run, _ in seeds),
+        megabytes=fmean(row.bytes for row in rows) / 1e6,
+        bits_per_weight=fmean(row.bits_per_weight for row in rows),
         accuracy=share_interval(own, binary=binary).scaled(100) if own.size else None,
         items=own.size,
         delta=bootstrap_mean(gains).scaled(100) if compared else None,
         gained=int((gains > 0).sum()),
         lost=int((gains < 0).sum()),
         p_value=mean_test(gains, binary=binary) if compared else None,
-        answers_equal=100 * fmean(row.answers_equal_to_f16 for _, row, _ in seeds),
-        fallbacks=max(row.fallbacks for _, row, _ in seeds),
-        tensors=sum(first.tensor_types.values()),
-        tensor_types=dict(first.tensor_types),
+        answers_equal=100 * fmean(row.answers_equal_to_f16 for row in rows),
+        fallbacks=max(row.fallbacks for row in rows),
+        tensors=sum(rows[0].tensor_types.values()),
         binary=binary,
     )
 
 
-def served_rows(results: Results, run: Run) -> list[ServedRow]:
-    shares = ("rendered", "counted", "answered", "tied", "equal_to_merged")
-    return [
-        ServedRow(
-            arm=run.arm,
-            seed=run.seed,
-            model_name=run.model_name,
-            backend=f"{row.backend} {row.backend_version}",
-            mode=row.mode,
-            form=row.form,
-            prompts=row.prompts,
-            perturbed_noticed=row.perturbed_noticed,
-            first_difference=row.first_difference,
-            **{name: None if (share := getattr(row, name)) is None else 100 * share for name in shares},
-        )
-        # Merged before adapter for each backend, each asked as in training first.
-        for row in sorted(
-            results.verifications.get(run.id, ()),
-            key=lambda row: (row.backend, row.mode != "merged", row.form == "second", row.form == "newline"),
-        )
-    ]
+def verified(run: ScoredRun) -> list[Any]:
+    """How a run was served: merged before adapter for each backend, each asked as in training first."""
+    order = ("plain", "newline", "second")
+    return sorted(run.verifications, key=lambda row: (row.backend, row.mode != "merged", order.index(row.form)))
 
 
-def phase_rows(runs: Sequence[Run], timings: Rows) -> list[PhaseRow]:
-    first = runs[0]
-    measured = [dict(t._mapping) for run in runs for t in timings.get(run.id, ()) if t.arm == run.arm]
-    return [
-        PhaseRow(
-            arm=first.arm,
-            model_name=first.model_name,
-            backend=f"{first.backend_name} {first.backend_version}",
-            phase=row["phase"],
-            unit=row["unit"],
-            value=Interval(row["median"], row["low"], row["high"]),
-            confidence=100 * row["confidence"],
-            repetitions=row["repetitions"],
-        )
-        for row in sorted(summary(measured), key=lambda row: PHASES.index(row["phase"]))
-    ]
+def phase_rows(row: ArmRow) -> list[dict[str, Any]]:
+    """The median of each phase over the repetitions of all seeds; `evaluation.measure.speed.summary` explains it."""
+    timed = [dict(t._mapping) for run in row.runs for t in run.timings if t.arm == row.arm]
+    return sorted(summary(timed), key=lambda phase: [*PHASES].index(phase["phase"]))
 
 
 # Chapters
 
-_PHASE_TITLES = dict(zip(PHASES, ("Load", "Time to first token", "Prefill", "Decode"), strict=True))
 
-
-def _files(rows: Sequence[ArmRow], runs: Sequence[Run]) -> Details | None:
+def _files(comparison: Comparison) -> Details | None:
     """Whether the exported files alone answer as Hugging Face does, and the first prompts on which one did not."""
-    keys = list(dict.fromkeys(key for row in rows for key in row.metrics if key[0] == "parity"))
+    keys = list(dict.fromkeys(key for row in comparison.trained for key in row.metrics if key[0] == "parity"))
     if not keys:
         return None
     names = {"token_ids_equal": "Same token ids", "greedy_equal": "All ways answer alike"}
-    lines = [(arm_cell(row.arm), number(row.parity), *(percent(row.metrics.get(key)) for key in keys)) for row in rows]
+    lines = [
+        (arm_cell(row.arm), number(row.parity), *(percent(row.metrics.get(key)) for key in keys))
+        for row in comparison.trained
+    ]
     headers = ("Arm", "Worst seed", *(names.get(key[1], key[1].removeprefix("pair/")) for key in keys))
     differences = (
         Text(f"{run.arm} seed {run.seed}: " + "; ".join(f"{k}: {v!r}" for k, v in first.items()), "note")
-        for run in runs
+        for run in comparison.runs
         if (first := run.parity_first_difference)
     )
     return Details(
@@ -192,15 +123,16 @@ def _files(rows: Sequence[ArmRow], runs: Sequence[Run]) -> Details | None:
     )
 
 
-def served(rows: Sequence[ServedRow], trained: Sequence[ArmRow], runs: Sequence[Run]) -> Section | None:
+def served(comparison: Comparison) -> Section | None:
     """Whether exports answer as the trained models do: what is served, and the files alone."""
-    files = _files(trained, runs)
+    files = _files(comparison)
+    rows = [(run, row) for run in comparison.runs for row in verified(run)]
     if not rows:
         return Section("Served as trained", (files,)) if files else None
     headers = ("Arm", "Backend", "Mode", "Asked", "Prompts", "Rendered %", "Tokens %", "Answers %", "Ties %",
                "Adapter = merged %", "Perturbed adapter noticed")  # fmt: skip
-    asked = [row for row in rows if row.prompts]
-    alike = sum((row.answered or 0) + (row.tied or 0) > 100 - 1e-6 for row in asked)
+    asked = [row for _, row in rows if row.prompts]
+    alike = sum((row.answered or 0) + (row.tied or 0) > 1 - 1e-8 for row in asked)
     words = (
         f"{alike} of {len(asked)} give the trained model's answer to every prompt, or differ only where two tokens tie "
         "and rounding decides. Shares of prompts on which the backend matches training: the rendered text, the token "
@@ -208,63 +140,59 @@ def served(rows: Sequence[ServedRow], trained: Sequence[ArmRow], runs: Sequence[
         "newline, and as the second question of a conversation. Not reported: the server is too old to say."
     )
     notes = (
-        Text(f"{row.arm} seed {row.seed}, {row.backend}, {row.mode}, {row.form}: {row.first_difference}", "note")
-        for row in rows
+        Text(f"{run.arm} seed {run.seed}, {_backend(row)}, {row.mode}, {row.form}: {row.first_difference}", "note")
+        for run, row in rows
         if row.first_difference
     )
-    table = Table("Served as trained, percent of prompts", headers, map(_served_line, rows))
+    table = Table("Served as trained, percent of prompts", headers, [_served_line(run, row) for run, row in rows])
     return Section("Served as trained", (Text(words), table, *notes, *([files] if files else ())), brief=5)
 
 
-def _served_line(row: ServedRow) -> tuple[object, ...]:
+def _backend(row: Any) -> str:
+    return f"{row.backend} {row.backend_version}"
+
+
+def _served_line(run: ScoredRun, row: Any) -> tuple[object, ...]:
     def reported(share: float | None) -> str:
-        return "not reported" if row.prompts and share is None else number(share)
+        return "not reported" if row.prompts and share is None else percent(share)
 
     return (
-        Cell(row.arm, arm=row.arm, hint=f"seed {row.seed}"), row.backend, row.mode, row.form,
+        Cell(run.arm, arm=run.arm, hint=f"seed {run.seed}"), _backend(row), row.mode, row.form,
         str(row.prompts) if row.prompts else "not supported", reported(row.rendered), reported(row.counted),
-        number(row.answered), number(row.tied), number(row.equal_to_merged),
+        percent(row.answered), percent(row.tied), percent(row.equal_to_merged),
         {True: "yes", False: Cell("NO", tone="bad"), None: "–"}[row.perturbed_noticed],
     )  # fmt: skip
 
 
-def speed(phases: Sequence[PhaseRow], rows: Sequence[ArmRow], modes: Mapping[str, str]) -> Section | None:
-    """Speed by phase; `modes` has the serving mode of each trained arm."""
-    if not phases:
+def speed(comparison: Comparison) -> Section | None:
+    lines = []
+    for row in comparison.rows:
+        backend = f"{row.runs[0].backend_name} {row.runs[0].backend_version}"
+        for phase in phase_rows(row):
+            median = Interval(phase["median"], phase["low"], phase["high"])
+            words = f"{interval(median, digits=2 if phase['unit'] == 'ms' else 0)} {phase['unit']}"
+            lines.append((arm_cell(row.arm), backend, PHASES[phase["phase"]], words, percent(phase["confidence"]),
+                          str(phase["repetitions"])))  # fmt: skip
+    if not lines:
         return None
-    blocks: list[Block] = [Text(f"{modes_in_words(modes)} Requests run one at a time.".strip())]
-    title = "Decoding speed relative to the base timed beside it, percent"
     note = (
         "Paired: arm and base take turns in one process. The intervals in the table describe one process each, so "
         "medians of two processes cannot be compared."
     )
-    changes = ((row.arm, row.arm, row.delta_speed_interval) for row in rows if row.arm != BASE)
-    blocks += interval_panel("speed", title, changes, "percent", note)
-    lines = [
-        (arm_cell(row.arm), row.backend, _PHASE_TITLES[row.phase],
-         f"{interval(row.value, digits=2 if row.unit == 'ms' else 0)} {row.unit}", number(row.confidence),
-         str(row.repetitions))
-        for row in phases
-    ]  # fmt: skip
+    title = "Decoding speed relative to the base timed beside it, percent"
+    changes = ((row.arm, row.arm, row.delta_speed_interval) for row in comparison.trained)
     caption = "Medians over the repetitions of all seeds, without the warm-up, with intervals from order statistics"
     headers = ("Arm", "Backend", "Phase", "Median [interval]", "Confidence %", "Repetitions")
-    return Section("Speed by phase", (*blocks, Table(caption, headers, lines)))
+    return Section("Speed by phase", (
+        Text("Requests run one at a time."),
+        *interval_panel("speed", title, changes, "percent", note),
+        Table(caption, headers, lines),
+    ))  # fmt: skip
 
 
-def modes_in_words(modes: Mapping[str, str]) -> str:
-    """How the models were served, and what that means for their speed; `modes` has each trained arm's."""
-    merged, adapter = (", ".join(arm for arm, mode in modes.items() if mode == one) for one in ("merged", "adapter"))
-    sentences = (
-        f"Merged into the base: {merged}. Merged models of one shape run the same arithmetic, so any difference in "
-        "their decoding speed is noise." if merged else "",
-        f"With a separate adapter: {adapter}. An adapter adds arithmetic to every token, which costs time."
-        if adapter else "",
-    )  # fmt: skip
-    return " ".join(filter(None, sentences))
-
-
-def precisions(rows: Sequence[PrecisionRow], title: str) -> Section | None:
-    """The models in other precisions; `title` names the primary metric."""
+def precisions(comparison: Comparison) -> Section | None:
+    """The models in other precisions."""
+    rows, title = [each for row in comparison.rows for each in precision_rows(row.runs)], comparison.primary.title
     if not rows:
         return None
     counts, change = _counts(rows)

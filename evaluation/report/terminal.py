@@ -12,7 +12,7 @@ from rich.text import Text as Words
 
 from evaluation.report.all_tasks import all_tasks
 from evaluation.report.blocks import Block, Cell, Table, Text
-from evaluation.report.comparison import Report
+from evaluation.report.comparison import Comparison
 from evaluation.report.findings import certainty, headline, next_step, scoreboard
 from evaluation.report.provenance import byline
 from evaluation.report.sections import sections
@@ -24,20 +24,19 @@ _NAME = 22
 _COLOURS = {"good": "green", "bad": "red", "open": "yellow", "": ""}
 
 
-def print_report(report: Report, console: Console) -> None:
-    brief = sorted((section for section in sections(report) if section.brief), key=lambda section: section.brief)
-    _print(console, [Text(byline(report)), *(block for section in brief for block in _short(section.blocks))])
-    titles = {row.task: row.title for row in report.comparison.tasks if row.task != report.comparison.primary.task}
+def print_report(comparison: Comparison, console: Console) -> None:
+    brief = sorted((section for section in sections(comparison) if section.brief), key=lambda section: section.brief)
+    _print(console, [Text(byline(comparison)), *(block for section in brief for block in _short(section.blocks))])
+    titles = {row.task: row.title for row in comparison.tasks if row.task != comparison.primary.task}
     if titles:
         others = ", ".join(f"{name} ({title})" for name, title in titles.items())
         _print(console, [Text(f"Other data sets in this database: {others}; --all-tasks shows all.")])
 
 
-def print_screen(report: Report, console: Console) -> None:
+def print_screen(comparison: Comparison, console: Console) -> None:
     """The result on one screen: what was found, a line per arm, how sure it is, and where to read on."""
-    comparison = report.comparison
     if not comparison.trained:
-        print_report(report, console)
+        print_report(comparison, console)
         return
     closing = [certainty(comparison), next_step(comparison), "With --full the same command prints every table."]
     width = WIDTH if not console.is_terminal else min(console.width, WIDTH)
@@ -47,8 +46,8 @@ def print_screen(report: Report, console: Console) -> None:
     _print(console, [*lines, scoreboard(comparison), *rest])
 
 
-def print_tasks(report: Report, console: Console) -> None:
-    _print(console, _short(all_tasks(report.comparison)))
+def print_tasks(comparison: Comparison, console: Console) -> None:
+    _print(console, _short(all_tasks(comparison)))
 
 
 def _short(blocks: Sequence[Block]) -> list[Block]:

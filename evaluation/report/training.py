@@ -5,13 +5,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from evaluation.report.arms import ProbeRow
+from db.records import FINAL_STEP
 from evaluation.report.blocks import TONES, Block, Cell, Chart, Control, Dataset, Details, Panel, Section, Table, Text
-from evaluation.report.comparison import Report
+from evaluation.report.comparison import Comparison
+from evaluation.report.results import Probe
 from evaluation.report.text import seeds_text, significant
 
 MOST_POINTS = 300
@@ -51,16 +52,15 @@ _PARTS = {"train": "Training loss", "eval": "Loss on held-out items", "kl": "KL 
 # Loss curves
 
 
-def loss(report: Report) -> Section | None:
-    curves = report.results.curves
-    if not curves:
+def loss(comparison: Comparison) -> Section | None:
+    if not any(run.curves for run in comparison.runs):
         return None
     data = Dataset(("arm", "seed", "part", "step", "low", "nats", "high"))
     lost: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for run in report.results.runs:
+    for run in comparison.runs:
         warmup = run.settings.get("warmup_steps") or 0
         for part, title in _PARTS.items():
-            curve = curves.get((run.id, part), ())
+            curve = run.curves.get(part, ())
             finite = [(step, nats) for step, nats in curve if math.isfinite(nats)]
             # The first losses, of an untrained adapter, would fill the whole axis; a logarithmic axis has no zero.
             shown = [(s, nats) for s, nats in finite if (s > warmup if part == "train" else part != "kl" or nats > 0)]
@@ -122,9 +122,9 @@ def spread(values: Sequence[Any], most: int) -> list[Any]:
 # What the optimizers did
 
 
-def probes(report: Report) -> Section | None:
-    alike: dict[tuple[str, str, bool | None], list[ProbeRow]] = defaultdict(list)
-    for row in report.comparison.rows:
+def probes(comparison: Comparison) -> Section | None:
+    alike: dict[tuple[str, str, bool | None], list[Probe]] = defaultdict(list)
+    for row in comparison.rows:
         for probe in row.probes:
             alike[row.arm, probe.verdict, probe.as_claimed].append(probe)
     measured = {name for group in alike.values() for probe in group for name in probe.numbers}
@@ -142,7 +142,7 @@ def probes(report: Report) -> Section | None:
         )
         caption = "What the optimizers did: medians over layers and sampled steps, with the range of seeds in brackets"
         blocks = [Text(words), Table(caption, ("Arm", "Verdict", *columns.values(), "Why"), lines)]
-    if panel := _layer_panel(report, "probe", _READINGS):
+    if panel := _layer_panel(comparison, "probe", _READINGS):
         blocks.append(Details("Layer by layer, over the steps", (panel,)))
     return Section("What the optimizers did", tuple(blocks)) if blocks else None
 
@@ -154,7 +154,7 @@ def _verdict(verdict: str, as_claimed: bool | None) -> Cell:
     return Cell(verdict.replace("_", " "), tone="bad" if as_claimed is False else TONES.get(verdict, ""), hint=hint)
 
 
-def _reason(probes: Sequence[ProbeRow]) -> str:
+def _reason(probes: Sequence[Probe]) -> str:
     """The reason of the first seed, where seeds differ."""
     first = probes[0]
     return first.reason if len({probe.reason for probe in probes}) == 1 else f"seed {first.seed}: {first.reason}"
@@ -174,8 +174,8 @@ def _range(values: Iterable[float | None]) -> str:
 # Fisher spectra and ranks
 
 
-def spectra(report: Report) -> Section | None:
-    panels = (_spectrum_panel(report), _layer_panel(report, "grit", _RANKS), _final_ranks(report))
+def spectra(comparison: Comparison) -> Section | None:
+    panels = (_spectrum_panel(comparison), _layer_panel(comparison, "grit", _RANKS))
     blocks: list[Block] = [panel for panel in panels if panel]
     if panels[0]:
         words = (
@@ -184,11 +184,6 @@ def spectra(report: Report) -> Section | None:
         )
         blocks.insert(0, Text(words))
     return Section("Fisher spectra and ranks", tuple(blocks)) if blocks else None
-
-
-def layer_name(text: str) -> str:
-    """A module's name without PEFT's and the model's prefixes, the same for every source."""
-    return re.sub(r"^(base_model\.)?(model\.)*", "", text) or text
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
@@ -207,22 +202,20 @@ def _lines(name: str, title: str, axes: tuple[str, str, str, str], where: Mappin
     return Chart(name, title, "lines", titles | options, where)
 
 
-def _spectrum_panel(report: Report) -> Panel | None:
-    runs = {run.id: (run.arm, str(run.seed)) for run in report.results.runs}
-    rows = [row for run_id in runs for row in report.results.spectra.get(run_id, ())]
-    layers = spread(_in_order(layer_name(row.layer) for row in rows), MOST_LAYERS)
-    steps = set(spread(sorted({row.step for row in rows}), MOST_SPECTRA))
-    newest = {run_id: max(row.step for row in of_run) for run_id, of_run in report.results.spectra.items()}
+def _spectrum_panel(comparison: Comparison) -> Panel | None:
+    rows = [(run, row) for run in comparison.runs for row in run.spectra]
+    layers = spread(_in_order(row.layer for _, row in rows), MOST_LAYERS)
+    steps = set(spread(sorted({row.step for _, row in rows}), MOST_SPECTRA))
     data = Dataset(("arm", "seed", "layer", "factor", "step", "number", "share"))
-    for row in rows:
+    for run, row in rows:
         names = [str(row.step)] if row.step in steps else []
-        names += [LAST] if row.step == newest[row.run_id] else []
+        names += [LAST] if row.step == max(row.step for row in run.spectra) else []
         values = [float(v) for v in row.eigenvalues if isinstance(v, int | float) and math.isfinite(v)]
         most = max(values, default=0.0)
-        for name in names if layer_name(row.layer) in layers else ():
+        for name in names if row.layer in layers else ():
             for number, value in enumerate(values, start=1):
                 if value > FAINT * most:  # what a logarithmic axis can show
-                    data.add(*runs[row.run_id], layer_name(row.layer), row.factor, name, number, value / most)
+                    data.add(run.arm, str(run.seed), row.layer, row.factor, name, number, value / most)
     if not data.rows:
         return None
     axes = ("number", "number of the eigenvalue", "share", "share of the largest (log)")
@@ -242,47 +235,32 @@ def _spectrum_panel(report: Report) -> Panel | None:
     return Panel("spectra", data, charts, controls, note=note)
 
 
-class _Number(NamedTuple):
-    """A finite number of a layer under the name that it has in every source."""
-
-    arm: str
-    seed: str
-    name: str
-    layer: str
-    step: int
-    value: float
-
-
-def _numbers(report: Report, split: str, names: Iterable[str], *, final: bool) -> list[_Number]:
-    return [
-        _Number(run.arm, str(run.seed), row.name, layer_name(row.layer), row.step, row.value)
-        for run in report.results.runs
-        for row in report.results.layers.get(run.id, ())
-        if row.split == split and row.name in names and (row.step == -1) is final and row.value is not None
-    ]
-
-
-def _layer_panel(report: Report, split: str, readings: Mapping[str, tuple[str, str]]) -> Panel | None:
+def _layer_panel(comparison: Comparison, split: str, readings: Mapping[str, tuple[str, str]]) -> Panel | None:
     """Numbers over the steps, of one layer or of all as a band; one chart for each reading."""
-    rows = _numbers(report, split, readings, final=False)
+    rows = [
+        (run, row)
+        for run in comparison.runs
+        for row in run.layers
+        if row.split == split and row.step != FINAL_STEP and row.value is not None
+    ]
     if not rows:
         return None
     pooled: dict[tuple[str, str, int], list[float]] = defaultdict(list)
-    for row in rows:
-        pooled[row.arm, row.name, row.step].append(row.value)
-    layers = spread(_in_order(row.layer for row in rows), MOST_LAYERS)
-    steps = sorted({row.step for row in rows})
+    for run, row in rows:
+        pooled[run.arm, row.name, row.step].append(row.value)
+    layers = spread(_in_order(row.layer for _, row in rows), MOST_LAYERS)
+    steps = sorted({row.step for _, row in rows})
     of_all, of_one = set(spread(steps, MOST_POINTS)), set(spread(steps, MOST_LAYERS))
     data = Dataset(("arm", "seed", "name", "layer", "step", "low", "value", "high"))
     for (arm, name, step), values in pooled.items():
         if step in of_all:
             data.add(arm, "all", name, ALL, step, *map(float, np.quantile(values, (0.1, 0.5, 0.9))))
-    for row in rows:
+    for run, row in rows:
         if row.layer in layers and row.step in of_one:
-            data.add(*row[:5], None, row.value, None)
+            data.add(run.arm, str(run.seed), row.name, row.layer, row.step, None, row.value, None)
     names = set(data.levels("name"))
     note = "All layers: the line is the median over layers and seeds, the band holds the middle 80%."
-    if "cos_raw_inner" in names and all(abs(row.value - 1) < 1e-6 for row in rows if row.name == "cos_raw_inner"):
+    if "cos_raw_inner" in names and all(abs(row.value - 1) < 1e-6 for _, row in rows if row.name == "cos_raw_inner"):
         names.remove("cos_raw_inner")
         note += " The inner optimizers received the raw gradient (cosine 1 everywhere)."
     if len(steps) > MOST_LAYERS:
@@ -297,18 +275,3 @@ def _layer_panel(report: Report, split: str, readings: Mapping[str, tuple[str, s
     )  # fmt: skip
     control = Control("layer", "Layer", ((ALL, f"{ALL}: median, 10% to 90%"), *((name, name) for name in layers)))
     return Panel(f"layers-{split}", data, charts, (control,), note=note)
-
-
-def _final_ranks(report: Report) -> Panel | None:
-    rows = _numbers(report, "weights", ("rank",), final=True) or _numbers(report, "grit", ("rank",), final=True)
-    if len({row.value for row in rows}) < 2:  # one rank everywhere needs no picture
-        return None
-    labels = spread(_in_order(row.layer for row in rows), MOST_LAYERS)
-    data = Dataset(("arm", "seed", "layer", "value"))
-    for row in rows:
-        if row.layer in labels:
-            data.add(row.arm, row.seed, row.layer, row.value)
-    title = "Rank of every layer after training"
-    options = {"x_title": "rank", "labels": labels, "ticks": sorted({int(row.value) for row in rows})}
-    chart = Chart("final-ranks", title, "dots", options)
-    return Panel("ranks", data, (chart,), _seeds_control(data))

@@ -5,15 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from evaluation.report.blocks import Block, Cell, Chart, Dataset, Panel, Section, Table, Text, arm_cell
-from evaluation.report.comparison import Report
+from evaluation.report.comparison import Comparison
 from evaluation.report.text import listed, significant
 
 Tuned = Mapping[str, Mapping[str, Any]]
 """Arm → its record of stage tune."""
 
 
-def tuning(report: Report) -> Section | None:
-    tuned: Tuned = {run.arm: found for run in report.results.runs if (found := run.tuned)}
+def tuning(comparison: Comparison) -> Section | None:
+    tuned: Tuned = {run.arm: run.tuned for run in comparison.runs if run.tuned}
     if not tuned:
         return None
     lines = [
@@ -27,11 +27,11 @@ def tuning(report: Report) -> Section | None:
     ]  # fmt: skip
     headers = ("Arm", "Tries", "Seconds, all", "Chosen", "Evaluation loss", "At the border")
     table = Table("What each arm was tuned over", headers, lines)
-    blocks: list[Block] = [*map(Text, _words(report, tuned)), *_curves(tuned), table]
+    blocks: list[Block] = [*map(Text, _words(comparison, tuned)), *_curves(tuned), table]
     return Section("Tuning", tuple(blocks))
 
 
-def _words(report: Report, tuned: Tuned) -> Iterable[str]:
+def _words(comparison: Comparison, tuned: Tuned) -> Iterable[str]:
     one = next(iter(tuned.values()))
     grid = listed(f"{key} ({', '.join(map(str, values))})" for key, values in one["grid"].items())
     steps = f"{one['steps']} steps" if one["steps"] else "as many steps as training"
@@ -42,7 +42,7 @@ def _words(report: Report, tuned: Tuned) -> Iterable[str]:
     for arm, record in tuned.items():
         if border := record["at_border"]:
             yield f"{arm}: the best {listed(border)} is at the border of the grid, so a better value may lie beyond it."
-    if untuned := [row.arm for row in report.comparison.trained if row.arm not in tuned]:
+    if untuned := [row.arm for row in comparison.trained if row.arm not in tuned]:
         yield f"Not tuned here: {listed(untuned)}."
     if len({str((record["grid"], record["seed"], record["steps"])) for record in tuned.values()}) > 1:
         yield "The arms were tuned over different grids, seeds or steps, so their budgets differ."

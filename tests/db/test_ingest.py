@@ -9,7 +9,7 @@ from sqlalchemy import select
 from db import FileError, tables
 from db.ingest import check, ingest, layer_name
 from db.store import open_session
-from evaluation.report.comparison import load_report
+from evaluation.report.comparison import load_comparison
 from tests.db.asking import ask, ask_one, content, shown
 from tests.db.conftest import F16, to_alpaca, to_gsm8k, without_rights
 from tests.db.result_tree import (
@@ -178,7 +178,7 @@ def test_views_agree_with_numbers_worked_out_by_hand(tree, path):
     # 1/2, 3/4, 3/6 and 7/8 of the base's speed in the same repetition: the median of these, and no mean of them.
     assert arm["delta_speed"] == pytest.approx(100 * ((1 / 2 + 3 / 4) / 2 - 1))
     assert arm["inference_speed"] == pytest.approx(600e9 / (20e9 + 1))
-    row = load_report(path).comparison.rows[1]
+    row = load_comparison(path).rows[1]
     assert (row.delta_speed, row.decode_speed) == pytest.approx((arm["delta_speed"], arm["inference_speed"]))
 
 

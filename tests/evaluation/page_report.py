@@ -13,8 +13,8 @@ from typing import Any
 
 from db.ingest import ingest
 from evaluation.report import html as page_module
-from evaluation.report.comparison import load_report
-from evaluation.report.html import write_page
+from evaluation.report.comparison import load_comparison
+from evaluation.report.html import as_page
 from tests.evaluation import page_tree
 from tests.evaluation.task_tree import make_three_tasks
 
@@ -33,10 +33,9 @@ class Report:
     def __init__(self, root: Path) -> None:
         self.root, self.database, self.file = root, root / "outputs/centralized.db", root / "outputs/report.html"
         ingest(root, self.database)
-        self.report = load_report(self.database, detail=True)
-        self.comparison = self.report.comparison
-        write_page(self.file, self.report)
-        self.text = self.file.read_text(encoding="utf-8")
+        self.comparison = load_comparison(self.database, detail=True)
+        self.text = as_page(self.comparison)
+        self.file.write_text(self.text, encoding="utf-8")
 
     @property
     def data(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 
 from db.errors import FileError
 from db.ingest import ingest, rebuild
-from evaluation.report.comparison import load_report
+from evaluation.report.comparison import load_comparison
 from evaluation.report.data import as_csv, as_json
 from evaluation.report.sections import sections
 from tests.db.asking import ask
@@ -28,40 +28,42 @@ def tree(tmp_path):
 
 def report_of(tree):
     summary = ingest(tree, tree / "c.db")
-    return load_report(tree / "c.db", detail=True), summary
+    return load_comparison(tree / "c.db", detail=True), summary
 
 
 def test_numbers_worked_out_by_hand(tree):
-    base, lora, pure = report_of(tree)[0].comparison.benchmarks
-    assert [(row.task, row.arm, row.metric, row.score) for row in (base, lora, pure)] == [
+    base, lora, pure = report_of(tree)[0].benchmarks
+    assert [(row.task, row.arm, row.metric, row.accuracy) for row in (base, lora, pure)] == [
         ("own_sums", "base", "acc", 25.0), ("own_sums", "baseline_lora", "acc", 50.0),
         ("own_sums", "pure_grit", "acc", 85.0)]  # fmt: skip
-    assert (base.to_base, base.to_baseline, lora.to_baseline, base.outcome) == (None, None, None, "")
-    assert (lora.to_base.points.estimate, pure.to_base.points.estimate) == pytest.approx((25.0, 60.0))
+    of_base, (of_lora,), (of_pure, lead) = base.differences, lora.differences, pure.differences
+    assert of_base == () and (of_lora.points.estimate, of_pure.points.estimate) == pytest.approx((25.0, 60.0))
     # McNemar's exact test of 10 and 24 items gained and none lost; Holm: of two, the smaller counts twice.
-    assert (lora.to_base.p_value, lora.to_base.p_holm) == (2 / 2**10, 2 / 2**10)
-    assert (pure.to_base.p_value, pure.to_base.p_holm) == (2 / 2**24, 4 / 2**24)
-    assert (pure.to_baseline.points.estimate, pure.to_baseline.items) == (pytest.approx(35.0), 40)
-    assert lora.outcome == "better than base"
-    assert pure.outcome == "better than base; undecided against baseline_lora", "one seed tells no arm from another"
+    assert (of_lora.p_value, of_lora.p_holm) == (2 / 2**10, 2 / 2**10)
+    assert (of_pure.p_value, of_pure.p_holm) == (2 / 2**24, 4 / 2**24)
+    assert (lead.points.estimate, lead.items) == (pytest.approx(35.0), 40)
+    assert lora.outcome("baseline_lora") == "better than base"
+    assert pure.outcome("baseline_lora") == "better than base; undecided against baseline_lora", (
+        "one seed tells no arm from another"
+    )
 
 
 def test_several_seeds_and_the_items_that_all_share(tree):
     for arm, right in (("baseline_lora", 24), ("pure_grit", 36)):
         make_arm(tree, arm, 1, correct=[i < right for i in range(100)])
         make_benchmark(tree, arm, 1, right=[i < right for i in range(39)])
-    pure = report_of(tree)[0].comparison.benchmarks[-1]
-    assert (pure.seeds, pure.to_baseline.items, pure.to_baseline.level) == ((0, 1), 39, "seeds and items")
-    assert pure.score == pytest.approx(100 * (34 + 36) / 78)
-    assert pure.to_baseline.by_seed == pytest.approx((100 * 14 / 39, 100 * 12 / 39))
-    assert pure.outcome == "better than base; better than baseline_lora"
+    pure = report_of(tree)[0].benchmarks[-1]
+    lead = pure.against("baseline_lora")
+    assert (pure.seeds, lead.items, lead.level) == ((0, 1), 39, "seeds and items")
+    assert pure.accuracy == pytest.approx(100 * (34 + 36) / 78)
+    assert lead.by_seed == pytest.approx((100 * 14 / 39, 100 * 12 / 39))
+    assert pure.outcome("baseline_lora") == "better than base; better than baseline_lora"
 
 
 def test_items_credited_by_different_metrics_are_not_judged(tree):
     told = {"own_sums": {"version": "1.0", "shots": 0, "items": 3, "metric": "f1"}}
     edit(tree / "measured/lm-eval/own_sums/pure_grit/0/harness.json", tasks=told)
-    report = report_of(tree)[0]
-    assert report.comparison.benchmarks == () and report.results.benchmarks["own_sums"].metric == "acc, f1"
+    assert report_of(tree)[0].benchmarks == ()
 
 
 def test_every_format_has_them(tree):
@@ -74,10 +76,10 @@ def test_every_format_has_them(tree):
     assert rows[2][2].startswith("85.0 [") and rows[2][3].startswith("+60.0 [") and rows[2][4].startswith("+35.0 [")
     assert table.rows[0][0].hint == "acc\n40 items"
     assert "own_texts" in note.text and "Every number" in note.text, "a perplexity is no share of an item"
-    told = json.loads(as_json(report.comparison))["benchmarks"][2]
-    assert (told["task"], told["score_percent"], told["delta_score_points"]) == ("own_sums", 85.0, pytest.approx(60.0))
-    lines = list(csv.DictReader(io.StringIO(as_csv(report.comparison))))
-    assert [line["own_sums_score_percent"] for line in lines] == ["25.0", "50.0", "85.0"]
+    told = json.loads(as_json(report))["benchmarks"][2]
+    assert (told["task"], told["score"], told["delta_score"]) == ("own_sums", 85.0, pytest.approx(60.0))
+    lines = list(csv.DictReader(io.StringIO(as_csv(report))))
+    assert [line["own_sums_score"] for line in lines] == ["25.0", "50.0", "85.0"]
     assert [line["own_sums_delta_score_verdict"] for line in lines] == ["", "better", "better"]
 
 
@@ -100,7 +102,7 @@ def test_a_result_of_an_older_adapter_or_base_is_left_out(tree):
     edit(place / "base/0/run.json", inputs={"models/base/base.json": sha("older")})
     edit(tree / "gguf/base/0/run.json", inputs={"models/base/base.json": sha("newer")})
     report, summary = report_of(tree)
-    assert [row.arm for row in report.comparison.benchmarks] == ["baseline_lora"]
+    assert [row.arm for row in report.benchmarks] == ["baseline_lora"]
     notes = " ".join(summary.notes)
     assert "used an older adapters/pure_grit/0/adapter_model.safetensors than train made" in notes
     assert "used an older models/base/base.json than export did" in notes

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,10 @@ from typer.testing import CliRunner, Result
 from db.ingest import ingest
 from evaluation.compare_all import app
 from evaluation.report.alignment import in_words
-from evaluation.report.arms import AlignmentRow, credit_interval
-from evaluation.report.comparison import Comparison, load_report
+from evaluation.report.arms import credit_interval
+from evaluation.report.comparison import Comparison, load_comparison
 from evaluation.report.data import as_json, metrics, write_tracked
-from evaluation.statistics.intervals import Interval
+from evaluation.report.serving import PrecisionRow, precision_rows
 from tests.db.result_tree import edit, make_arm, make_quantized, make_tree, make_verified, sha, verification, write
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +43,7 @@ def printed(database: Path, *arguments: str) -> dict[str, Any]:
 
 
 def compared(database: Path, **more: Any) -> Comparison:
-    return load_report(database, **more).comparison
+    return load_comparison(database, **more)
 
 
 def stored(tree: Path) -> Path:
@@ -126,7 +127,7 @@ def test_numbers_computed_by_hand(few):
     base, lora, hybrid, pure = comparison.rows
     assert comparison.arms == ("base", "baseline_lora", "hybrid_grit", "pure_grit")
     assert (base.accuracy, base.delta_speed, base.parity, base.differences) == (40.0, 0.0, None, ())
-    assert (lora.seeds, lora.accuracy, lora.accuracy_by_seed) == ((0, 1), 70.0, (70.0, 70.0))
+    assert (lora.seeds, lora.accuracy) == ((0, 1), 70.0)
     # Speeds: arm 600 tokens in 6 s against 600 in 5 s beside it; hybrid 600 in 4 s: 150 against 120.
     assert lora.decode_speed == pytest.approx(100) and lora.delta_speed == pytest.approx(100 * (5 / 6 - 1))
     assert hybrid.decode_speed == pytest.approx(150) and hybrid.delta_speed == pytest.approx(25)
@@ -236,7 +237,7 @@ def test_the_number_of_queries_does_not_grow_with_the_runs(path, few):
 
         event.listen(Engine, "before_cursor_execute", count)
         try:
-            load_report(database, detail=True)
+            load_comparison(database, detail=True)
         finally:
             event.remove(Engine, "before_cursor_execute", count)
         return len(seen)
@@ -283,14 +284,14 @@ def test_every_format_says_the_same(path):
     for row, record in zip(content["rows"][1:], records[1:], strict=True):
         difference = row["differences"][0]
         bounds = list(difference["points"].values())
-        assert [float(record[f"delta_aqi_{name}"]) for name in ("points", "low", "high")] == bounds
-        assert record["verdict"] == difference["verdict"]
+        assert [float(record[f"delta_aqi{end}"]) for end in ("", "_low", "_high")] == bounds
+        assert record["delta_aqi_verdict"] == difference["verdict"]
         shown = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*bounds)
         assert f"| {shown} ({difference['verdict']}; p = {difference['p_holm']:.2g}) |" in text
     assert content["runs"][0]["packages"] == {"peft": "0.21.2", "torch": "2.13.0"}
-    assert content["verdicts"] == list(compared(path).outcomes) and records[0]["verdict"] == ""
+    assert content["verdicts"] == list(compared(path).outcomes) and records[0]["delta_aqi_verdict"] == ""
     hybrid, pure = records[2:]
-    assert float(hybrid["lead_points"]) == pytest.approx(4) and hybrid["level"] == "seeds and items"
+    assert float(hybrid["aqi_against_baseline_lora"]) == pytest.approx(4)
     assert "| +3.0 (seed 0), +4.0 (seed 1), +5.0 (seed 2) |" in text
 
     found = {(c["arm"], c["name"]): c for c in content["criteria"]}
@@ -300,7 +301,7 @@ def test_every_format_says_the_same(path):
     # 20 of the base's 50 right: 40% kept.
     kept = found["pure_grit", "retention kept"]
     assert kept["outcome"] == "fail" == pure["criterion_retention_kept"]
-    assert kept["estimate"]["estimate"] == pytest.approx(40) == float(pure["retention_share_percent"])
+    assert kept["estimate"]["estimate"] == pytest.approx(40) == float(pure["retention_kept"])
     # Two repetitions of one seed cannot give a 95% interval.
     few = found["pure_grit", "speed loss"]
     assert (few["outcome"], few["confidence"]) == ("undecided", 50)
@@ -323,9 +324,9 @@ def test_numbers_that_could_not_be_computed_are_words(few, tmp_path):
     notes = " ".join(content["notes"])
     assert "cpu Other CPU, cpu Some CPU" in notes and "not finite" in notes
     whole = compared(few)
-    row = replace(whole.rows[1], accuracy=math.nan, accuracy_by_seed=(70.0, math.inf), metrics={("a", "b"): -math.inf})
+    row = replace(whole.rows[1], accuracy=math.nan, metrics={("a", "b"): -math.inf})
     (found,) = json.loads(as_json(replace(whole, rows=(row,))), parse_constant=pytest.fail)["rows"]
-    assert (found["accuracy"], found["accuracy_by_seed"], found["metrics"]) == ("nan", [70.0, "inf"], {"a/b": "-inf"})
+    assert (found["accuracy"], found["metrics"]) == ("nan", {"a/b": "-inf"})
 
 
 def test_the_report_holds_metrics_parity_and_provenance(few, tmp_path):
@@ -349,13 +350,12 @@ def test_the_report_holds_metrics_parity_and_provenance(few, tmp_path):
 
 def test_retention_and_alignment_have_sections_where_measured(path, few):
     text = run(path, "--format", "md").output
-    kept = {row[0]: row[1:] for row in table(text, "Retention")}
-    assert kept["kept of the base's, same items [95%]"][:3] == ["100.0", "–", "–"]
-    assert kept["kept of the base's, same items [95%]"][3].startswith("40.0 [") and kept["addition"][0] == "80.0"
+    kept = {row[0]: row[3] for row in table(text, "Retention")}
+    assert (kept["base"], kept["baseline_lora"]) == ("100.0", "–") and kept["pure_grit"].startswith("40.0 [")
     rows = table(text, "Alignment Quality Index")
     assert rows[1][:7] == ["base", "0", "0.500 [0.400, 0.600]", "0.020 [0.010, 0.050]", "0.001", "–", "–"]
     assert rows[-1][5:7] == ["+0.400 [+0.300, +0.500]", "0.002"] and rows[-1][-1] == "0.33"
-    _, hybrid, pure = compared(path).alignment
+    hybrid, pure = map(in_words, compared(path).rows[2:])
     assert "cannot be distinguished" in hybrid, "though the interval excludes zero"
     assert pure in text and "p = 0.002 (1 seed" in pure
     plain = run(few, "--format", "md").output
@@ -377,9 +377,12 @@ def test_alignment_outcomes_rest_on_p_values(path, p_value, deltas, words):
     """Of several seeds the p-value is twice the mean."""
     metrics = {("alignment", "delta_alignment_index"): sum(deltas) / 2 or 0.1,
                ("alignment", "delta_alignment_p_value"): p_value}  # fmt: skip
-    index = Interval(0.9, 0.8, 1.0)
-    runs = [AlignmentRow(seed, index, None, None, Interval(delta, 0, 1), 0.1, {}) for seed, delta in enumerate(deltas)]
-    assert words in in_words(replace(compared(path).rows[-1], metrics=metrics, alignment=tuple(runs)))
+    ends = {"": 1, "_low": 0, "_high": 2}
+    runs = [
+        SimpleNamespace(metrics={("alignment", f"delta_alignment_index{end}"): n * delta for end, n in ends.items()})
+        for delta in deltas
+    ]
+    assert words in in_words(replace(compared(path).rows[-1], metrics=metrics, runs=tuple(runs)))
 
 
 # What is served
@@ -418,8 +421,12 @@ def served(tmp_path_factory) -> Path:
     return stored(tree)
 
 
+def precisions(database: Path) -> list[PrecisionRow]:
+    return [each for row in compared(database).rows for each in precision_rows(row.runs)]
+
+
 def test_precisions_computed_by_hand(served):
-    f16, q8, q4 = compared(served).precisions
+    f16, q8, q4 = precisions(served)
     assert [row.type for row in (f16, q8, q4)] == ["f16", "q8_0", "q4_K_M"] and q8.seeds == (0, 1)
     theirs = binomtest(70, 100).proportion_ci(method="wilson")
     assert f16.accuracy.estimate == pytest.approx(70)
@@ -440,7 +447,7 @@ def test_a_precision_of_one_seed_is_compared_with_that_seeds_f16(tmp_path):
     make_quantized(tree, "baseline_lora", 0, rows={"f16": (right(70), 1.0)})
     make_quantized(tree, "baseline_lora", 1, rows={"f16": (right(50), 1.0), "q8_0": (right(45), 0.8)})
     database = stored(tree)
-    both, one = compared(database).precisions
+    both, one = precisions(database)
     assert (both.seeds, both.accuracy.estimate) == ((0, 1), pytest.approx(60))
     assert (one.seeds, one.accuracy.estimate, one.answers_equal) == ((1,), pytest.approx(45), 80)
     assert one.delta.estimate == pytest.approx(-5) and (one.gained, one.lost) == (0, 5)
@@ -476,27 +483,27 @@ def test_the_report_shows_what_is_served(served):
 
 
 def test_what_dvc_shows_is_what_the_comparison_says(few, tmp_path):
-    report = load_report(few, detail=True)
-    found = metrics(report.comparison)
-    assert list(found) == list(report.comparison.arms) and "delta_aqi" not in found["base"]
-    for row in report.comparison.rows:
+    comparison = load_comparison(few, detail=True)
+    found = metrics(comparison)
+    assert list(found) == list(comparison.arms) and "delta_aqi" not in found["base"]
+    for row in comparison.rows:
         assert found[row.arm]["aqi_accuracy"] == row.accuracy
         for d in row.differences:
             name = "delta_aqi" if d.against == "base" else f"aqi_against_{d.against}"
             assert (found[row.arm][f"{name}_low"], found[row.arm][f"{name}_verdict"]) == (d.points.low, d.outcome)
-    gaps = replace(report.comparison.rows[1], retention=None, decode_speed=math.nan)
-    known = metrics(replace(report.comparison, rows=(gaps,)))[gaps.arm]
+    gaps = replace(comparison.rows[1], retention=None, decode_speed=math.nan)
+    known = metrics(replace(comparison, rows=(gaps,)))[gaps.arm]
     assert "aqi_accuracy" in known and not {"retention_accuracy", "decode_speed"} & known.keys()
 
-    write_tracked(tmp_path / "metrics.json", tmp_path, report)
+    write_tracked(tmp_path / "metrics.json", tmp_path, comparison)
     assert json.loads((tmp_path / "metrics.json").read_text()) == found
 
     def lines(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(io.StringIO((tmp_path / f"{name}.csv").read_text(encoding="utf-8"))))
 
-    for row, line in zip(report.comparison.rows, lines("accuracy"), strict=True):
+    for row, line in zip(comparison.rows, lines("accuracy"), strict=True):
         bounds = (row.accuracy_interval.low, row.accuracy_interval.high)
         assert (float(line["low"]), float(line["high"])) == pytest.approx(bounds)
-    assert len(lines("differences")) == sum(len(row.differences) for row in report.comparison.rows) > 0
+    assert len(lines("differences")) == sum(len(row.differences) for row in comparison.rows) > 0
     assert {"step": "10", "arm": "pure_grit", "seed": "0", "loss": "1.5"} in lines("train_loss")
     assert {"step": "10", "arm": "pure_grit", "seed": "0", "loss": "1.2"} in lines("eval_loss")

@@ -19,11 +19,12 @@ from db.ingest import ingest
 from db.records import AQI
 from db.runs import Choice
 from evaluation.compare_all import app
-from evaluation.report.comparison import FIRST, Primary, load_report
+from evaluation.report.comparison import FIRST, Primary, load_comparison
 from evaluation.report.data import accuracy_table, as_csv, as_json, metrics, write_tracked
 from evaluation.report.findings import arms_compared
 from evaluation.report.judgement import by_difference
 from evaluation.report.markdown import as_markdown
+from evaluation.report.serving import precision_rows
 from evaluation.statistics.seeds import crossed_interval
 from tests.db.result_tree import make_tree
 from tests.evaluation import page_report
@@ -32,11 +33,11 @@ from tests.evaluation.task_tree import ALPACA, ARMS, GSM8K, add_task, add_task_a
 
 @cache
 def report(task=None):
-    return load_report(page_report.report("tasks").database, Choice(task=task), detail=True)
+    return load_comparison(page_report.report("tasks").database, Choice(task=task), detail=True)
 
 
 def of(task=None):
-    return report(task).comparison
+    return report(task)
 
 
 def run(*args, database=None):
@@ -67,7 +68,7 @@ def test_perplexity_of_right_answers_stands_beside_rouge_alone():
 
 def test_a_task_that_left_the_disk_is_compared_as_when_it_was_there(tmp_path):
     ingest(make_tree(tmp_path / "project"), tmp_path / "c.db")
-    before, after = load_report(tmp_path / "c.db").comparison, of("aqi")
+    before, after = load_comparison(tmp_path / "c.db"), of("aqi")
     assert (before.rows, before.outcomes, before.power) == (after.rows, after.outcomes, after.power)
     assert before.criteria == after.criteria and len(before.runs) == len(after.runs)
     new = [note for note in after.notes if note not in before.notes]
@@ -92,7 +93,7 @@ def test_credit_of_one_seed_is_judged_by_flipped_signs():
 
 
 def test_precisions_of_credit():
-    f16, small = of().precisions
+    f16, small = precision_rows(of().rows[2].runs)
     assert f16.accuracy.estimate == pytest.approx(of().rows[2].accuracy)
     own, other = credits_of("pure_grit", 0, 0.17), credits_of("pure_grit", 0, 0.2)
     assert small.delta.estimate == pytest.approx(100 * (sum(own) - sum(other)) / 60)
@@ -114,9 +115,9 @@ def test_keys_for_other_programs(tmp_path):
     """Only the air quality task keeps its older names."""
     _, _, arm = csv.DictReader(io.StringIO(as_csv(of())))
     assert (arm["task"], arm["primary_metric"]) == ("alpaca", "alpaca_rouge_l")
-    assert float(arm["score_low"]) < float(arm["score_percent"]) < float(arm["score_high"])
+    assert float(arm["score_low"]) < float(arm["score"]) < float(arm["score_high"])
     old = next(csv.DictReader(io.StringIO(as_csv(of("aqi")))))
-    assert old["task"] == "aqi" and old["aqi_accuracy_percent"] and "score_percent" not in old
+    assert old["task"] == "aqi" and old["aqi_accuracy"] and "score" not in old
     told = json.loads(as_json(of()))
     assert told["primary"] == {"task": "alpaca", "title": "ROUGE-L", "metric": "alpaca_rouge_l"}
     assert told["rows"][1]["metrics"]["test/alpaca_rouge_l"] == pytest.approx(told["rows"][1]["accuracy"] / 100)
@@ -140,18 +141,17 @@ def test_all_tasks_in_one_table():
     expected = [(name, row) for name in ("alpaca", "gsm8k", "aqi") for row in of(name).rows]
     for row, (name, own) in zip(rows, expected, strict=True):
         assert (row.task, row.arm, row.current) == (name, own.arm, name == "alpaca")
-        assert (row.score, row.interval) == (own.accuracy, own.accuracy_interval)
-        assert row.to_base == own.against("base")
-    assert rows[2].outcome == "better than base; undecided against baseline_lora" and rows[0].outcome == ""
-    alone = replace(rows[2], to_base=None, to_baseline=None)
-    assert alone.outcome == "not comparable with base; not comparable with baseline_lora"
+        assert (row.accuracy, row.differences) == (own.accuracy, own.differences)
+    outcomes = [row.outcome("baseline_lora") for row in (rows[0], rows[2], replace(rows[2], differences=()))]
+    assert outcomes == ["", "better than base; undecided against baseline_lora",
+                        "not comparable with base; not comparable with baseline_lora"]  # fmt: skip
 
     code, out, _ = run("--all-tasks")
     assert code == 0 and "(on disk)" in out and "GSM8K exact match" in out and "Success criteria" not in out
     lines = list(csv.DictReader(io.StringIO(run("--all-tasks", "--format", "csv")[1])))
     records = json.loads(run("--all-tasks", "--format", "json")[1])
     assert [line["task"] for line in lines] == [record["task"] for record in records] == [row.task for row in rows]
-    assert float(lines[2]["delta_score_points"]) == records[2]["delta_score_points"] and lines[0]["verdict"] == ""
+    assert float(lines[2]["delta_score"]) == records[2]["delta_score"] and lines[0]["verdict"] == ""
     text = run("--all-tasks", "--format", "md")[1]
     assert "| gsm8k (GSM8K exact match) | pure_grit (seeds 0, 1) |" in text
     assert f"#{text.splitlines()[0]}" in run("--format", "md")[1].splitlines(), "a section of the long report"
@@ -172,7 +172,7 @@ def test_results_of_two_tasks_on_disk_are_kept_apart(tmp_path):
     add_task(root, GSM8K, binary=True)
     add_task_arm(root, ALPACA, "base", 0, credits_of("base", 0, 0.0), day=23)
     ingest(root, tmp_path / "c.db")
-    comparison = load_report(tmp_path / "c.db").comparison
+    comparison = load_comparison(tmp_path / "c.db")
     assert comparison.primary.task == "alpaca" and [row.arm for row in comparison.rows] == ["base"]
     assert "(alpaca, gsm8k)" in comparison.notes[0]
 
@@ -180,7 +180,7 @@ def test_results_of_two_tasks_on_disk_are_kept_apart(tmp_path):
 def test_credit_of_several_seeds_is_judged_over_seeds_and_items(tmp_path):
     add_task(tmp_path / "project", ALPACA, seeds=(0, 1, 2))
     ingest(tmp_path / "project", tmp_path / "c.db")
-    comparison = load_report(tmp_path / "c.db").comparison
+    comparison = load_comparison(tmp_path / "c.db")
     credit = np.array([credits_of("pure_grit", seed, 0.2) for seed in range(3)])
     base = np.array(credits_of("base", 0, 0.0))
     expected, p_value = crossed_interval(credit - base)
@@ -196,7 +196,7 @@ def test_a_tasks_title_is_text_wherever_it_stands(tmp_path):
     root, title = tmp_path / "project", "<b>Exact</b> [red]match[/red] | of *all*"
     add_task(root, {"name": "odd", "title": title, "primary": "odd_match"}, binary=True)
     ingest(root, tmp_path / "c.db")
-    page = MarkdownIt("commonmark").enable("table").render(as_markdown(load_report(tmp_path / "c.db")))
+    page = MarkdownIt("commonmark").enable("table").render(as_markdown(load_comparison(tmp_path / "c.db")))
     assert "<b>" not in page and "<em>" not in page and f"Paired differences of {title}" in html.unescape(page)
     assert "[red]match[/red] | of *all*" in run(database=tmp_path / "c.db")[1]
 
@@ -213,15 +213,15 @@ def test_runs_of_another_size_or_other_settings_are_left_out_with_a_note(tmp_pat
     clear(root)
     add_task(root, ALPACA, day=23)
     ingest(root, file)
-    comparison = load_report(file, Choice(task="gsm8k")).comparison
+    comparison = load_comparison(file, Choice(task="gsm8k"))
     assert [(row.arm, row.seeds) for row in comparison.rows] == [
         ("base", (0,)), ("baseline_lora", (1, 2)), ("pure_grit", (2,))]  # fmt: skip
     assert {row.arm: row.seeds for row in comparison.tasks if row.task == "gsm8k"}["pure_grit"] == (2,)
     told = "Finished runs of gsm8k left out: 1 of base, 1 of baseline_lora, 3 of pure_grit."
     assert comparison.notes[-1].startswith(told)
-    assert not any("left out" in note for note in load_report(file).comparison.notes)
+    assert not any("left out" in note for note in load_comparison(file).notes)
     # The table of all tasks says it too, whatever the task that is shown, in every form.
     for form in ("table", "json", "csv", "md"):
         code, out, error = run("--all-tasks", "--format", form, database=file)
         assert code == 0 and error.count(told) == 1 and told not in out
-    assert as_markdown(load_report(file)).count(told) == 1
+    assert as_markdown(load_comparison(file)).count(told) == 1

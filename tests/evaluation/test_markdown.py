@@ -61,8 +61,8 @@ def test_an_interval_that_could_not_be_computed_is_words() -> None:
 def test_no_name_and_no_word_of_a_model_is_markup_in_report_and_card() -> None:
     made = report("evil")
     row = made.comparison.trained[0]
-    card = as_card(made.report, row)
-    for text in (card, as_markdown(made.report)):
+    card = as_card(made.comparison, row)
+    for text in (card, as_markdown(made.comparison)):
         page = MarkdownIt("commonmark").enable("table").render(text)
         assert not re.search(r"<(img|a|b|s|script)\b", page) and row.arm in html.unescape(page)
     assert EVIL[3] in html.unescape(page), "where the first prompt differs"

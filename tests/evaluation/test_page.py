@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from evaluation.report import cost
 from evaluation.report import html as page_module
 from evaluation.report.arms import ArmRow
 from evaluation.report.blocks import Dataset, slug
-from evaluation.report.comparison import load_report
+from evaluation.report.comparison import load_comparison
 from evaluation.report.every_number import power
 from evaluation.report.findings import story
 from evaluation.report.judgement import compared
@@ -39,9 +39,8 @@ def odd() -> Report:
     return report("odd")
 
 
-def page_of(made: Report, folder: Path, choice: Choice | None = None, baseline: str | None = None) -> str:
-    page_module.write_page(folder / "page.html", load_report(made.database, choice, baseline, detail=True))
-    return (folder / "page.html").read_text(encoding="utf-8")
+def page_of(made: Report, choice: Choice | None = None, baseline: str | None = None) -> str:
+    return page_module.as_page(load_comparison(made.database, choice, baseline, detail=True))
 
 
 # Numbers
@@ -91,7 +90,8 @@ def arm(name: str, *differences: tuple[float, float, float, float, str]) -> ArmR
         for low, middle, high, p, outcome in differences
         for points in [Interval(middle, low, high)]
     ]
-    return ArmRow(name, name, (4, 6), None, (), None, None, None, None, tuple(made), {})
+    return ArmRow(task="", title="", metric="", arm=name, seeds=(4, 6), accuracy=None, accuracy_interval=None,
+                  differences=tuple(made))  # fmt: skip
 
 
 BETTER = (2, 6, 9, 0.01, "better")
@@ -139,7 +139,7 @@ def test_lost_losses_and_missing_numbers_are_put_into_words(odd, full):
     assert "hybrid_grit:" not in told
     assert not re.search(r"\b(nan|inf)\b", words(odd.text.split("application/json")[0].split("<main>")[1]))
     note = "not measured or not finite: pure_grit."
-    assert note in words(part(odd, "retention")) and note in words(part(odd, "alignment-quality-index"))
+    assert note in words(part(odd, "alignment-quality-index"))
     assert not any("not measured or not" in words(chapter) for chapter in full.text.split("<section")[1:])
 
 
@@ -155,7 +155,8 @@ def test_seeds_are_named_and_not_counted(odd, full):
 
 def test_where_no_number_of_items_is_enough_seeds_are_named():
     row = PowerRow("x", "base", 1, None, 500, 3, "why")
-    (line,) = power([row, replace(row, points=2, seeds=9), replace(row, points=3, items=1200)]).blocks[1].rows
+    rows = [row, replace(row, points=2, seeds=9), replace(row, points=3, items=1200)]
+    (line,) = power(SimpleNamespace(power=rows)).blocks[1].rows
     assert [cell.hint or cell.text for cell in line[4:]] == ["needs more seeds", "9 seeds would", "1,200"]
 
 
@@ -184,7 +185,7 @@ def test_the_pareto_front_and_like_with_like_are_those_of_the_numbers():
     lines = table(part(made, "retention"), "what-was-learned")[1:]
     assert [row[0].split()[0] for row in lines] == [
         "base", "hybrid_grit", "baseline_lora_preserved", "pure_grit", "baseline_lora"]  # fmt: skip
-    share = rows["hybrid_grit"].retention_share_interval
+    share = rows["hybrid_grit"].kept
     assert lines[1][0].endswith("preserved: distill, strength 1") and lines[1][-1] == "on the front"
     assert lines[1][3] == f"{share.estimate:.1f} [{share.low:.1f}, {share.high:.1f}]"
     assert lines[-1][4:] == ["0.4369", "3", "below hybrid_grit"]
@@ -235,7 +236,7 @@ def test_a_method_in_a_few_words(own, method, betas):
 
 
 def test_the_same_database_gives_the_same_file(full, tmp_path):
-    assert page_of(full, tmp_path) == full.text
+    assert page_of(full) == full.text
 
 
 def test_a_part_that_was_not_measured_has_no_section():
@@ -258,10 +259,10 @@ def test_tuning_shows_every_try_and_its_limits():
 
 
 def test_a_choice_of_runs_is_kept_to(full, tmp_path):
-    text = page_of(full, tmp_path, Choice(arms=("base", "baseline_lora"), seeds=(0,)))
+    text = page_of(full, Choice(arms=("base", "baseline_lora"), seeds=(0,)))
     assert page_data(text)["samples"]["models"] == [{"arm": "base", "seed": "0"}, {"arm": "baseline_lora", "seed": "0"}]
     assert "pure_grit" not in text.split("application/json")[0]
-    text = page_of(full, tmp_path, baseline="base")
+    text = page_of(full, baseline="base")
     assert text.count("Δ to base, points</th>") == 1 == full.text.count("Δ to base, points</th>")
 
 
@@ -271,7 +272,7 @@ def test_too_many_samples_keep_the_disputed_ones(full, tmp_path, monkeypatch):
     assert 0 < len(disputed) < len(everything)
     size = sum(len(i["prompt"] + i["truth"]) + sum(len(a) for a in i["answers"] if a) for i in everything)
     monkeypatch.setattr(browser_module, "MOST_CHARACTERS", int(size * 0.9))
-    text = page_of(full, tmp_path)
+    text = page_of(full)
     kept = {i["id"] for i in page_data(text)["samples"]["items"]}
     assert disputed <= kept and len(kept) < len(everything)
     assert f"{len(kept)} of {len(everything)} items are in this file" in text

@@ -107,10 +107,10 @@ def test_drawing_moves_nothing(browser: Any, width: int) -> None:
 
 
 def test_filter_search_seed_task_and_outcome_narrow_the_items(browser: Any) -> None:
-    results = report("full").report.results
+    runs = report("full").comparison.runs
     marks: dict[tuple[str, str], set[bool]] = {}
-    for run in (run for run in results.runs if run.seed == 0):
-        for sample in results.samples[run.id]:
+    for run in (run for run in runs if run.seed == 0):
+        for sample in run.samples:
             marks.setdefault((sample.split, sample.item_id), set()).add(sample.correct)
     expected, wrong = sum(len(right) == 2 for right in marks.values()), page_tree.ITEMS - page_tree.RIGHT["pure_grit"]
     with opened(browser, "full") as page:
@@ -154,7 +154,7 @@ def test_a_choice_redraws_its_charts_only(browser: Any) -> None:
     places = "all => all.map((m) => m.ariaLabel || m.getAttribute('transform'))"
     with opened(browser, "full") as page:
         draw_all(page)
-        kept, before = drawing(page, "forgetting"), page.eval_on_selector_all(points, places)
+        kept, before = drawing(page, "place-kept"), page.eval_on_selector_all(points, places)
         assert len(before) == 2 * len(page_tree.SEEDS) * 8  # arms, seeds, eigenvalues
         panel = page.locator("[data-panel='spectra']")
         panel.locator("[data-column='layer']").select_option(page_tree.LAYERS[0])
@@ -163,7 +163,7 @@ def test_a_choice_redraws_its_charts_only(browser: Any) -> None:
         assert len(after) == len(before) and after != before
         panel.locator("[data-column='seed']").select_option("1")
         page.wait_for_function(f"() => document.querySelectorAll({json.dumps(points)}).length === {len(before) // 2}")
-        assert drawing(page, "forgetting") == kept and page.deeds == []
+        assert drawing(page, "place-kept") == kept and page.deeds == []
 
 
 def test_no_text_of_a_model_is_executed(browser: Any) -> None:
