@@ -9,7 +9,7 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -143,19 +143,11 @@ class Reader:
     def note(self, words: str) -> None:
         self.notes.append(f"{self.arm}/{self.seed}: {words}")
 
-    def unreadable(self, error: OSError) -> None:
-        """Report a file or folder that the system does not let us read, once."""
-        path = Path(error.filename or self.place)
-        name = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
-        problem = Problem(name, "", f"expected a file or folder that can be read, got: {error.strerror or error}")
-        if problem not in self.problems:
-            self.problems.append(problem)
-
     def path(self, stage: str, name: str) -> Path:
         return self.place / FOLDERS[stage] / self.arm / str(self.seed) / name
 
     def content(self, path: Path, *, required: bool) -> bytes | None:
-        """A file's bytes; a missing file is a problem only if it is required."""
+        """A file's bytes; a missing file is a problem only if it is required, an unreadable one ends the reading."""
         packed = path.with_name(path.name + ".gz")
         try:
             content = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
@@ -165,9 +157,6 @@ class Reader:
             return None
         except (EOFError, gzip.BadGzipFile) as error:
             self.problem(packed, "", f"expected a file that gzip can unpack, got: {error}")
-            return None
-        except OSError as error:
-            self.unreadable(error)
             return None
         self.files[path.relative_to(self.place).as_posix()] = content
         return content
@@ -223,7 +212,7 @@ class Reader:
 
     def bundle(self) -> Bundle | None:
         """All results of the run; None if it has not run, is not finished, or has problems."""
-        before = len(self.problems)
+        before, self.files = len(self.problems), {}
         scores_file = self.path("evaluate", "scores.json")
         if not scores_file.exists() and not scores_file.with_name("run.json").exists():
             self.note("no scores yet")
@@ -309,59 +298,43 @@ class Reader:
 
     def drop_stale(self, stages: dict[str, RunRecord]) -> str | None:
         """Drop optional stages that used other files than those on disk; returns why the run itself is stale, if so."""
-        made = {a.path: (stage, a.sha256) for stage, record in stages.items() for a in record.artifacts}
-        used_by_run = {
-            path: (stage, sha or "")
+        made = {file.path: file.sha256 for record in stages.values() for file in record.artifacts}
+        of_base = {} if self.arm == BASE else self.files_of_base()
+        used = {
+            path: sha
             for stage in ("export", "evaluate")
             if stage in stages
             for path, sha in stages[stage].inputs.items()
         }
         for stage, record in list(stages.items()):
-            current = {**made, **(self.files_of_base(stage, record) if self.arm != BASE else {})}
             is_benchmark = stage.startswith("harness/")  # may have left params.yaml, and then nothing runs it again
-            current = {**used_by_run, **made} if is_benchmark else current
-            for path, used in record.inputs.items():
-                maker, now = current.get(path, (stage, used))
-                if maker == stage or now == used:
-                    continue
-                verb = "did" if is_benchmark and path not in made else "made"
-                why = f"its stage {stage} used an older {path} than {maker} {verb}; run `dvc repro`"
-                if not _optional(stage):
-                    return why
-                remedy = f", or remove {BENCHMARKS}/{stage.removeprefix('harness/')}" if is_benchmark else ""
-                self.note(f"without its stage {stage}, {why}{remedy}")
-                del stages[stage]
-                break
+            now = (used | made) if is_benchmark else (of_base | made) if _optional(stage) else made
+            stale = next((path for path, sha in record.inputs.items() if now.get(path, sha) != sha), None)
+            if stale is None:
+                continue
+            why = f"its stage {stage} used an older {stale} than there is now; run `dvc repro`"
+            if not _optional(stage):
+                return why
+            remedy = f", or remove {BENCHMARKS}/{stage.removeprefix('harness/')}" if is_benchmark else ""
+            self.note(f"without its stage {stage}, {why}{remedy}")
+            del stages[stage]
         return None
 
-    def files_of_base(self, stage: str, record: RunRecord) -> Mapping[str, tuple[str, str]]:
-        """The base's files that a stage of an arm used, as they are now: path → (maker, sha256)."""
-        if stage == "verify":
-            reader = Reader(self.root, self.place)  # problems are reported where the base is read
-            base = reader.record(reader.path("export", "run.json"), RunRecord, required=False)
-            return {file.path: ("export of the base", file.sha256) for file in (base.artifacts if base else [])}
-        used = [self.place / name for name in record.inputs if name.startswith(f"measured/{BASE}/0/")]
-        return {
-            file.relative_to(self.place).as_posix(): ("measure of the base", sha256(file))
-            for file in used
-            if stage == "measure" and file.is_file()
-        }
+    def files_of_base(self) -> dict[str, str]:
+        """The base's files that stages of an arm use, as they are now: path → sha256."""
+        reader = Reader(self.root, self.place, BASE)  # problems are reported where the base is read
+        export = reader.record(reader.path("export", "run.json"), RunRecord, required=False)
+        measured = reader.path("measure", "measured.json")
+        files = {file.path: file.sha256 for file in (export.artifacts if export else [])}
+        return files | ({measured.relative_to(self.place).as_posix(): sha256(measured)} if measured.is_file() else {})
 
     def read_optional(self, bundle: Bundle) -> None:
         if "measure" in bundle.stages:
-            path = self.path("measure", "measured.json")
-            bundle.measured = self.record(path, MeasuredRecord)
-            scored = {(metric.name, metric.split) for metric in bundle.scores.metrics}
-            for metric in bundle.measured.metrics if bundle.measured else []:
-                if (metric.name, metric.split) in scored:
-                    words = f"expected only numbers that scores.json lacks, got {metric.name} of {metric.split}"
-                    self.problem(path, "metrics", words)
+            bundle.measured = self.record(self.path("measure", "measured.json"), MeasuredRecord)
         if "quantize" in bundle.stages:
             bundle.quantized = self.record(self.path("quantize", "quantized.json"), QuantizedRecord)
             path = self.path("quantize", "quantized_samples.jsonl")
             bundle.quantized_samples = self.lines(path, QuantizedSampleRecord, ("type", "item_id"))
-            for words in _disagreements(bundle.quantized, bundle.quantized_samples) if bundle.quantized else ():
-                self.problem(path, "", words)
         if "verify" in bundle.stages:
             bundle.verified = self.record(self.path("verify", "verify.json"), VerifyRecord)
         for task, place in self.benchmarks().items():
@@ -380,40 +353,14 @@ def _optional(stage: str) -> bool:
     return stage in OPTIONAL_STAGES or stage.startswith("harness/")
 
 
-def _disagreements(quantized: QuantizedRecord, samples: list[QuantizedSampleRecord]) -> Iterator[str]:
-    """Where the answers do not add up to their precision's row, or precisions answered different items."""
-    answers: dict[str, dict[str, QuantizedSampleRecord]] = {row.type: {} for row in quantized.rows}
-    for sample in samples:
-        answers.setdefault(sample.type, {})[sample.item_id] = sample
-    items = answers[quantized.rows[0].type].keys()
-    rows = {row.type: row for row in quantized.rows}
-    for name, by_item in answers.items():
-        row, credit = rows.get(name), [sample.credit for sample in by_item.values()]
-        correct = sum(sample.correct for sample in by_item.values())
-        if row is None:
-            yield f"expected only the types of quantized.json, got {name!r}"
-        elif (len(credit), correct) != (row.n, row.correct):
-            expected = f"expected {row.correct} of {row.n} items of type {name} correct, as in quantized.json"
-            yield f"{expected}, got {correct} of {len(credit)}"
-        elif by_item.keys() != items:
-            yield f"expected the same items in every type, got others in {name}"
-        elif abs((mean := sum(credit) / len(credit)) - row.credit) > SAME_MEAN:
-            yield f"expected a mean credit of {row.credit} for type {name}, as in quantized.json, got {mean}"
-
-
 def read_results(
     root: Path, arms: Iterable[str] | None = None, seeds: Iterable[int] | None = None
 ) -> tuple[list[Bundle], list[str]]:
     """The finished runs of the working copy, always with the base, which is first; and notes on what was left out."""
     reader = Reader(root, root)
     bundles: list[Bundle] = []
-    try:
-        combinations = _combinations(reader, arms, seeds)
-    except OSError as error:
-        reader.unreadable(error)
-        combinations = []
-    for reader.arm, reader.seed in combinations:
-        if (bundle := _collected(reader)) is not None:
+    for reader.arm, reader.seed in _combinations(reader, arms, seeds):
+        if (bundle := reader.bundle()) is not None:
             bundles.append(bundle)
     if reader.problems:
         raise refuse(reader.problems)
@@ -427,34 +374,18 @@ def read_results(
     return bundles, reader.notes
 
 
-def _collected(reader: Reader) -> Bundle | None:
-    reader.files = {}
-    try:
-        return reader.bundle()
-    except OSError as error:
-        # What is in there is unknown, so nothing may count as absent.
-        reader.unreadable(error)
-        return None
-
-
 def _combinations(reader: Reader, arms: Iterable[str] | None, seeds: Iterable[int] | None) -> list[tuple[str, int]]:
+    """The arms and seeds that were asked for or, where none were, that have scores."""
     scores = reader.place / FOLDERS["evaluate"]
-    names = sorted(p.name for p in scores.iterdir() if p.is_dir()) if scores.is_dir() else []
+    names = sorted(place.name for place in scores.iterdir() if place.is_dir()) if scores.is_dir() else []
     chosen = None if seeds is None else list(dict.fromkeys(seeds))
     runs: list[tuple[str, int]] = []
     for arm in dict.fromkeys([BASE, *(names if arms is None else arms)]):
-        if chosen is not None and arm != BASE:
-            runs += [(arm, seed) for seed in chosen]
-            continue
-        folder = scores / arm
-        inside = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-        reader.notes += [
-            f"{arm}/{name}: skipped, the folder's name is not a seed" for name in inside if not _seed(name)
-        ]
-        of_arm = sorted(int(name) for name in inside if _seed(name))
-        if not of_arm:
+        inside = (scores / arm).iterdir() if (scores / arm).is_dir() else ()
+        of_arm = sorted(int(place.name) for place in inside if _seed(place.name))
+        if not of_arm and (chosen is None or arm == BASE):
             reader.notes.append(f"{arm}: no scores yet")
-        runs += [(arm, seed) for seed in of_arm]
+        runs += [(arm, seed) for seed in (of_arm if chosen is None or arm == BASE else chosen)]
     return runs
 
 
@@ -507,13 +438,9 @@ def read_archive(root: Path) -> tuple[dict[str, Bundle], set[str]]:
     runs = root / RUNS
     reader = Reader(root, root)
     bundles: dict[str, Bundle] = {}
-    try:
-        for moved in runs.glob("*.old.partial"):  # after a kill between two renames
-            clear_leftovers(runs / moved.name.split(".")[0])
-        folders = sorted(path for path in runs.iterdir() if _KEY.fullmatch(path.name))
-    except OSError as error:
-        reader.unreadable(error)
-        folders = []
+    for moved in runs.glob("*.old.partial"):  # after a kill between two renames
+        clear_leftovers(runs / moved.name.split(".")[0])
+    folders = sorted(path for path in runs.iterdir() if _KEY.fullmatch(path.name))
     if not folders and not reader.problems:  # an empty database would replace a full one
         reader.problem(runs, "", _NOTHING)
     for reader.place in folders:
@@ -521,7 +448,7 @@ def read_archive(root: Path) -> tuple[dict[str, Bundle], set[str]]:
         before, bundle = len(reader.problems), None
         if len(inside) == 1:
             reader.arm, reader.seed = inside[0].parent.name, int(inside[0].name)
-            bundle = _collected(reader)
+            bundle = reader.bundle()
         if bundle is not None:
             bundles[reader.place.name] = bundle
         elif len(reader.problems) == before:

@@ -24,24 +24,19 @@ DEFAULT_DB = "outputs/centralized.db"
 def _exit_codes() -> Iterator[None]:
     try:
         yield
-    except (DatabaseError, OutputError, FileError) as error:
+    except (DatabaseError, OutputError, FileError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, FileError) else 1) from error
+        raise typer.Exit(2 if isinstance(error, FileError | OSError) else 1) from error
 
 
 @app.command()
-def ingest(
-    db: Db = DEFAULT_DB,
-    root: Root = Path(),
-    arm: Annotated[list[str] | None, typer.Option("--arm", help="Only this arm; may be repeated.")] = None,
-    seed: Annotated[list[int] | None, typer.Option("--seed", help="Only this seed; may be repeated.")] = None,
-) -> None:
+def ingest(db: Db = DEFAULT_DB, root: Root = Path()) -> None:
     """Archive the results of the working copy in runs/ and rebuild the database.
 
     Exit codes: 0 done, 1 the database cannot be written, 2 the result files cannot be read.
     """
     with _exit_codes():
-        typer.echo(ingest_results(root, db, arm or None, seed or None))
+        typer.echo(ingest_results(root, db))
 
 
 @app.command()

@@ -16,18 +16,17 @@ from db.errors import Problem, refuse
 from db.files import exclusive
 from db.records import (
     FINAL_STEP,
+    GRIT,
+    PROBED,
+    TRAINED,
     Costs,
-    FinalRecord,
-    GritLayer,
     HistoryRecord,
-    Meaning,
     MetricDefRecord,
     Record,
     Run,
     RunRecord,
-    UnitRecord,
     clean_text,
-    meanings_of,
+    logged,
     plain,
 )
 from db.runs import BASE, link
@@ -221,9 +220,10 @@ def _metrics(bundle: Bundle) -> Iterator[Row]:
         shares = {"token_ids_equal": parity.token_ids_equal, "greedy_equal": parity.greedy_equal, **pairs}
         numbers += [(name, "parity", share, parity.prompts) for name, share in shares.items()]
     if "train" in bundle.stages:
-        last = FinalRecord.of(bundle.stages["train"].extra)
-        known = {meaning: getattr(last, field) for field, meaning in meanings_of(FinalRecord).items()}
-        numbers += [(m.name, m.split, value, None) for m, value in known.items() if value is not None]
+        extra = bundle.stages["train"].extra
+        for meaning, number_of in logged({**(extra.get("grit") or {}), **extra}, TRAINED):
+            split = "eval" if meaning.name in ("evaluation_loss", "kl_to_base") else "train"
+            numbers.append((meaning.name, split, number_of, None))
     # Two names may be the same after cleaning; then the later one is kept.
     final = {(clean_text(name), clean_text(split)): (value, n) for name, split, value, n in numbers}
     for (name, split), (value, n) in final.items():
@@ -252,11 +252,8 @@ def _curves(history: HistoryRecord) -> Iterator[Row]:
 
 def _meanings(bundle: Bundle) -> dict[str, Row]:
     """Metric name → what it means; scores replace the words of logs, and measurements those of scores."""
-    logs: dict[type[Record], Any] = {FinalRecord: bundle.history, UnitRecord: bundle.ledger, GritLayer: bundle.grit}
-    logged = [meaning for form, log in logs.items() if log for meaning in meanings_of(form).values()]
-    rows = {
-        m.name: {"name": m.name, "unit": m.unit, "direction": m.direction, "description": m.description} for m in logged
-    }
+    logs = [(TRAINED, bundle.history), (PROBED, bundle.ledger), (GRIT, bundle.grit)]
+    rows = {meaning.name: meaning._asdict() for table, log in logs if log for meaning in table.values()}
     return rows | _defined(bundle.scores.metric_defs) | _defined(bundle.measured.metric_defs if bundle.measured else {})
 
 
@@ -288,20 +285,16 @@ def _layer_metrics(bundle: Bundle) -> Iterator[Row]:
         key = (clean_text(name), clean_text(split), layer_name(layer), step)
         rows[key] = {"name": key[0], "split": key[1], "layer": key[2], "step": step, **number(value)}
 
-    def add_all(meanings: Mapping[str, Meaning], split: str, layer: str, step: int, entry: Record) -> None:
-        for key, meaning in meanings.items():
-            if (value := getattr(entry, key)) is not None:
-                singular = key.startswith("condition") and value > _SINGULAR
-                add(meaning.name, split, layer, step, math.inf if singular else value)
-
     for row in bundle.measured.layers if bundle.measured else []:
         add(row.name, row.split, row.layer, FINAL_STEP, row.value)
-    of_units, of_layers = meanings_of(UnitRecord), meanings_of(GritLayer)
     for sampled in bundle.ledger:
         for layer, unit in sampled.units.items():
-            add_all(of_units, "probe", layer, sampled.step or 0, unit)
+            for meaning, value in logged(unit, PROBED):
+                add(meaning.name, "probe", layer, sampled.step or 0, value)
     for step, layer, entry in _grit_layers(bundle):
-        add_all(of_layers, "grit", layer, step, entry)
+        for meaning, value in logged(entry, GRIT):
+            singular = meaning.name.startswith("condition") and value > _SINGULAR
+            add(meaning.name, "grit", layer, step, math.inf if singular else value)
     yield from rows.values()
 
 
@@ -309,15 +302,16 @@ def _spectra(bundle: Bundle) -> Iterator[Row]:
     """Eigenvalues of the Fisher factors, largest first; of two records of one step the later is kept."""
     rows: dict[tuple[str, str, int], Row] = {}
     for step, layer, entry in _grit_layers(bundle):
-        for factor, values in (("a", entry.eigenvalues_a), ("g", entry.eigenvalues_g)):
-            if values:
-                name, ordered = layer_name(layer), sorted(values, key=lambda v: (math.isnan(v), -v))
+        for factor in "ag":
+            if values := entry.get(f"eigenvalues_{factor}"):
+                name = layer_name(layer)
+                ordered = sorted(map(float, values), key=lambda value: (math.isnan(value), -value))
                 row = {"layer": name, "factor": factor, "step": step}
                 rows[name, factor, step] = {**row, "eigenvalues": plain(ordered)}
     yield from rows.values()
 
 
-def _grit_layers(bundle: Bundle) -> Iterator[tuple[int, str, GritLayer]]:
+def _grit_layers(bundle: Bundle) -> Iterator[tuple[int, str, Row]]:
     """(step, layer, numbers); numbers under `ranks` belong to the finished run, the others to the record's step."""
     for record in bundle.grit:
         for step, layers in ((record.step, record.layers), (record.step, record.spectra), (FINAL_STEP, record.ranks)):

@@ -16,7 +16,6 @@ from datetime import datetime
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
-    AliasPath,
     AwareDatetime,
     BaseModel,
     BeforeValidator,
@@ -506,76 +505,11 @@ class HistoryRecord(RootModel[list[dict[str, Number | None]]]):
         return self
 
 
-class _Logged(Record):
-    """What training writes down as it runs. Only the fields that reach the database are read; others are ignored."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-class Meaning(NamedTuple):
-    """How a logged number appears in the database: its name there, its MetricDefRecord, and its split."""
-
-    name: str
-    unit: str
-    description: str
-    direction: str = "none"
-    split: str = ""
-
-
-def _number_of(unit: str, description: str, name: str = "", *, path: str = "", **more: str) -> Any:
-    """A logged number that reaches the database, under the field's name or another; None: there is none."""
-    alias = AliasPath(*path.split(".")) if path else None
-    return Field(
-        None,
-        validation_alias=alias,
-        json_schema_extra={"meaning": {"name": name, "unit": unit, "description": description, **more}},
-    )
-
-
-def meanings_of(form: type[Record]) -> dict[str, Meaning]:
-    """Field → meaning, for each of a record's numbers that reach the database."""
-    extras = {key: field.json_schema_extra for key, field in form.model_fields.items()}
-    meanings: dict[str, Any] = {key: extra["meaning"] for key, extra in extras.items() if isinstance(extra, dict)}
-    return {key: Meaning(**{**meaning, "name": meaning["name"] or key}) for key, meaning in meanings.items()}
-
-
-class FinalRecord(_Logged):
-    """What stage train reports about the adapter that it saved, in its run.json under `extra`."""
-
-    final_eval_loss: Number | None = _number_of(
-        "nats per token", "Loss on the held-out items", "evaluation_loss", direction="lower", split="eval"
-    )
-    final_kl: Number | None = _number_of(
-        "nats per token", "KL(base ‖ tuned) on texts of the base that no loss sees", "kl_to_base",
-        direction="lower", split="eval",
-    )  # fmt: skip
-    final_loss: Number | None = _number_of(
-        "nats per token", "Last training loss that was logged", "training_loss", direction="lower", split="train"
-    )
-    inversions: Number | None = _number_of(
-        "count", "Times that GRIT has refreshed its curvature", path="grit.inversions", split="train"
-    )
-    peak_gpu_memory_bytes: Number | None = _number_of(
-        "bytes", "Peak of what torch had allocated on the GPU", "gpu_memory_bytes", direction="lower", split="train"
-    )
-
-
-class UnitRecord(_Logged):
-    """One trained module in one sampled step. None: one of two vectors was zero, so there is no angle."""
-
-    angle: Number | None = _number_of(
-        "degrees", "between the step made and the step of plain AdamW, 0: the same direction"
-    )
-    cos_raw_step: Number | None = _number_of("cosine", "of the raw gradient and the step made, sign flipped")
-    cos_raw_inner: Number | None = _number_of("cosine", "of the raw gradient and the one that the optimizer got")
-    lr_ratio: Number | None = _number_of("ratio", "length of the step made, relative to plain AdamW's")
-
-
-class LedgerRecord(_Logged):
+class LedgerRecord(Record):
     """One line of `probe_ledger.jsonl`: a sampled step; the closing line has counts of events and no step."""
 
     step: Count | None = None
-    units: dict[Name, UnitRecord] = Field(default_factory=dict)
+    units: dict[Name, dict[str, Any]] = Field(default_factory=dict)  # trained module → numbers, see `PROBED`
     events: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -585,51 +519,82 @@ class LedgerRecord(_Logged):
         return self
 
 
-_RANK, _ENTROPY = "directions", "exp of the entropy of the normalized eigenvalues"
-_CONDITION, _SHARE = "largest over smallest eigenvalue", "damping over the mean eigenvalue"
-_A, _G = "of the covariance of A's outputs", "of the covariance of the gradients there"
-_KEPT_A, _KEPT_B = (
-    _number_of(_RANK, f"directions kept on {side}'s side", f"kept_rank_{side.lower()}") for side in "AB"
-)
+_GritLayers = Annotated[dict[Name, dict[str, Any]] | None, BeforeValidator(_object_or_none)]
 
 
-class GritLayer(_Logged):
-    """One layer in a record of `grit_log.jsonl`; which fields there are depends on the record's kind."""
-
-    r: Count | None = _number_of(_RANK, "rank of the adapter's tensors", "rank")
-    base_r: Count | None = _number_of(_RANK, "rank that the adapter started with", "base_rank")
-    k: Count | None = _number_of(_RANK, "directions that the last reprojection kept", "kept_rank")
-    k_a: Count | None = _KEPT_A
-    k_b: Count | None = _KEPT_B
-    final_k_a: Count | None = _KEPT_A
-    final_k_b: Count | None = _KEPT_B
-    samples: Number | None = _number_of("tokens", "tokens that a layer's statistics have seen")
-    relative_change: Number | None = _number_of("ratio", "by a reprojection: ‖ΔW' − ΔW‖ over ‖ΔW‖", direction="lower")
-    effective_rank_a: Number | None = _number_of(_RANK, f"{_ENTROPY} {_A}")
-    effective_rank_g: Number | None = _number_of(_RANK, f"{_ENTROPY} {_G}")
-    condition_a: Number | None = _number_of("ratio", f"{_CONDITION} {_A}")
-    condition_g: Number | None = _number_of("ratio", f"{_CONDITION} {_G}")
-    damping_share_a: Number | None = _number_of("ratio", f"{_SHARE} {_A}")
-    damping_share_g: Number | None = _number_of("ratio", f"{_SHARE} {_G}")
-    eigenvalues_a: list[Number] | None = None  # largest first
-    eigenvalues_g: list[Number] | None = None
-
-
-_GritLayers = Annotated[dict[Name, GritLayer] | None, BeforeValidator(_object_or_none)]
-
-
-class GritRecord(_Logged):
+class GritRecord(Record):
     """One line of `grit_log.jsonl`: kinds spectra, reprojection, final, and others that no table has."""
 
     kind: Name
     step: Count
-    layers: _GritLayers = None
+    layers: _GritLayers = None  # module → numbers, see `GRIT`, and eigenvalues_a and eigenvalues_g, largest first
     ranks: _GritLayers = None
     spectra: _GritLayers = None
 
 
-class Costs(_Logged):
+class Meaning(NamedTuple):
+    """How a logged number appears in the database: its name there, and its MetricDefRecord."""
+
+    name: str
+    unit: str
+    description: str
+    direction: Literal["higher", "lower", "none"] = "none"
+
+
+TRAINED = {
+    "final_eval_loss": Meaning("evaluation_loss", "nats per token", "Loss on the held-out items", "lower"),
+    "final_kl": Meaning(
+        "kl_to_base", "nats per token", "KL(base ‖ tuned) on texts of the base that no loss sees", "lower"
+    ),
+    "final_loss": Meaning("training_loss", "nats per token", "Last training loss that was logged", "lower"),
+    "inversions": Meaning("inversions", "count", "Times that GRIT has refreshed its curvature"),
+    "peak_gpu_memory_bytes": Meaning(
+        "gpu_memory_bytes", "bytes", "Peak of what torch had allocated on the GPU", "lower"
+    ),
+}
+"""What stage train reports about the adapter that it saved, under `extra` and `extra.grit` of its run.json."""
+
+PROBED = {
+    "angle": Meaning("angle", "degrees", "between the step made and the step of plain AdamW, 0: the same direction"),
+    "cos_raw_step": Meaning("cos_raw_step", "cosine", "of the raw gradient and the step made, sign flipped"),
+    "cos_raw_inner": Meaning("cos_raw_inner", "cosine", "of the raw gradient and the one that the optimizer got"),
+    "lr_ratio": Meaning("lr_ratio", "ratio", "length of the step made, relative to plain AdamW's"),
+}
+"""Of a trained module in a sampled step. None: one of two vectors was zero, so there is no angle."""
+
+_RANK, _ENTROPY = "directions", "exp of the entropy of the normalized eigenvalues"
+_SIDES = {"a": "of the covariance of A's outputs", "g": "of the covariance of the gradients there"}
+_KEPT_A, _KEPT_B = (Meaning(f"kept_rank_{side.lower()}", _RANK, f"directions kept on {side}'s side") for side in "AB")
+GRIT = {
+    "r": Meaning("rank", _RANK, "rank of the adapter's tensors"),
+    "base_r": Meaning("base_rank", _RANK, "rank that the adapter started with"),
+    "k": Meaning("kept_rank", _RANK, "directions that the last reprojection kept"),
+    "k_a": _KEPT_A, "k_b": _KEPT_B, "final_k_a": _KEPT_A, "final_k_b": _KEPT_B,
+    "samples": Meaning("samples", "tokens", "tokens that a layer's statistics have seen"),
+    "relative_change": Meaning("relative_change", "ratio", "by a reprojection: ‖ΔW' − ΔW‖ over ‖ΔW‖", "lower"),
+} | {
+    meaning.name: meaning
+    for side, of in _SIDES.items()
+    for meaning in (
+        Meaning(f"effective_rank_{side}", _RANK, f"{_ENTROPY} {of}"),
+        Meaning(f"condition_{side}", "ratio", f"largest over smallest eigenvalue {of}"),
+        Meaning(f"damping_share_{side}", "ratio", f"damping over the mean eigenvalue {of}"),
+    )
+}  # fmt: skip
+"""Of a layer; which ones there are depends on the kind of the log's record."""
+
+
+def logged(entry: Mapping[str, Any], meanings: Mapping[str, Meaning]) -> Iterable[tuple[Meaning, float]]:
+    """The numbers of an entry that have a meaning; null is none."""
+    for key, meaning in meanings.items():
+        if (value := entry.get(key)) is not None:
+            yield meaning, float(value)
+
+
+class Costs(Record):
     """What training cost, as stage train recorded it; None: unknown, as for the base and adapters trained elsewhere."""
+
+    model_config = ConfigDict(extra="ignore")
 
     steps: Measured = None  # optimizer steps
     train_seconds: FiniteOrNone = None  # None also where a killed run was resumed: it knows only its own share

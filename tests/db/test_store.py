@@ -356,7 +356,6 @@ def test_commands(tmp_path, monkeypatch):
     assert "3 runs in the working copy, 3 of them new or changed; 3 runs in all" in output("ingest")
     assert os.listdir("outputs") == ["centralized.db"]
     assert "sample                300 rows" in output("check")
-    assert "2 runs in the working copy" in output("ingest", "--arm", "baseline_lora", "--seed", "1")
     write(tree / "scores/base/0/scores.json", "{")
     assert "1 problem in the result files" in output("ingest", code=2)
     assert "error: expected a database at none.db" in output("check", "--db", "none.db", code=1)
