@@ -359,7 +359,8 @@ def read_results(
     """The finished runs of the working copy, always with the base, which is first; and notes on what was left out."""
     reader = Reader(root, root)
     bundles: list[Bundle] = []
-    for reader.arm, reader.seed in _combinations(reader, arms, seeds):
+    combinations = _combinations(reader, arms, seeds)
+    for reader.arm, reader.seed in combinations:
         if (bundle := reader.bundle()) is not None:
             bundles.append(bundle)
     if reader.problems:

@@ -1,7 +1,8 @@
 """Opening the database: read as it is, written only as a whole."""
 
 import sqlite3
-from collections.abc import Collection, Iterator
+import struct
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -18,8 +19,6 @@ BUSY_TIMEOUT_S = 30.0
 """Seconds to wait for another writer; a rebuild takes a few."""
 
 _MAGIC = b"SQLite format 3\0"
-_OURS = frozenset({"environment", "run", "metric", "metric_def", "sample", "probe", "artifact", "speed"})
-_ENOUGH = len(_OURS) // 2  # a damaged database of ours may have lost some
 # Any fixed number: the name of the lock by which writers of one PostgreSQL database take turns.
 _POSTGRES_LOCK = 0x67726974
 
@@ -93,15 +92,14 @@ def _server(url: URL) -> Engine:
 
 def _check_schema(connection: Connection, place: str) -> None:
     tables = inspect(connection).get_table_names()
-    if connection.dialect.name == "sqlite":  # on a server there may be other tables beside ours
-        _refuse_others(tables, place)
     if "run" not in tables:
-        got = "a database without tables"
-        raise DatabaseError(f"a database with results at {place}", got, "run `dvc repro`", missing=True)
+        others = f"other tables ({', '.join(sorted(tables)[:5])})" if tables else "no tables"
+        advice = "name another path with --db" if tables else "run `dvc repro`"
+        raise DatabaseError(f"a database with results at {place}", f"one with {others}", advice, missing=not tables)
     if (schema := _schema_of(connection)) != SCHEMA:
         raise DatabaseError(
             f"schema {SCHEMA} in {place}",
-            f"schema {schema}, which another version of this project wrote" if schema else "one of an older version",
+            f"schema {schema}, which another version of this project wrote" if schema else "none, or an older one",
             "run `python -m db.cli rebuild`, or `python -m db.cli ingest` if there is no folder runs/ yet",
         )
 
@@ -112,12 +110,6 @@ def _schema_of(connection: Connection) -> int:
     comment = inspect(connection).get_table_comment("run")["text"] or ""
     number = comment.removeprefix("schema ")
     return int(number) if number.isdigit() else 0
-
-
-def _refuse_others(tables: Collection[str], place: str) -> None:
-    if tables and len(_OURS & set(tables)) < _ENOUGH:
-        got = f"a database with other tables ({', '.join(sorted(tables)[:5])})"
-        raise DatabaseError(f"a database of this project, or none, at {place}", got, "name another path with --db")
 
 
 @contextmanager
@@ -138,12 +130,12 @@ def replaced(url_or_path: str | Path | URL) -> Iterator[Session]:
                 if connection.dialect.name == "postgresql":
                     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_POSTGRES_LOCK})")
                 _empty(connection, place)
-                yield from _filled(connection)
+                yield from _session(connection)
         else:
             path = path.resolve()
             with _old_file(path), staged_file(path) as partial:
                 engine = create_engine(URL.create("sqlite", database=str(partial)), poolclass=NullPool)
-                yield from _made(engine)
+                yield from _new_database(engine)
     except OutputError as error:
         raise DatabaseError(f"a file that can be written at {place}", str(error), "name another with --db") from error
     except (SQLAlchemyError, sqlite3.Error, OSError) as error:
@@ -153,10 +145,10 @@ def replaced(url_or_path: str | Path | URL) -> Iterator[Session]:
 @contextmanager
 def in_memory() -> Iterator[Session]:
     """An empty database in memory, gone when the block ends."""
-    yield from _made(create_engine("sqlite://", poolclass=StaticPool))
+    yield from _new_database(create_engine("sqlite://", poolclass=StaticPool))
 
 
-def _made(engine: Engine) -> Iterator[Session]:
+def _new_database(engine: Engine) -> Iterator[Session]:
     def on_connect(connection: sqlite3.Connection, _record: object) -> None:
         connection.isolation_level = None  # else the driver leaves table changes outside the transaction
         connection.execute("PRAGMA foreign_keys=ON")
@@ -168,12 +160,12 @@ def _made(engine: Engine) -> Iterator[Session]:
         with engine.begin() as connection:
             connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA:d}")
             _create(connection)
-            yield from _filled(connection)
+            yield from _session(connection)
     finally:
         engine.dispose()
 
 
-def _filled(connection: Connection) -> Iterator[Session]:
+def _session(connection: Connection) -> Iterator[Session]:
     with Session(connection, expire_on_commit=False) as session:
         yield session
         session.flush()
@@ -186,10 +178,7 @@ def _create(connection: Connection) -> None:
 
 
 def _empty(connection: Connection, place: str) -> None:
-    """Remove rows, and tables only if their schema number differs, so that other people's rights and views survive.
-
-    Tables with our names but without our mark belong to somebody else, or to versions 1 to 4, which had no runs/.
-    """
+    """Remove rows, and tables only if their schema number differs, so that other people's rights and views survive."""
     existing = set(inspect(connection).get_table_names())
     schema = _schema_of(connection) if "run" in existing else 0
     if schema == SCHEMA:
@@ -197,7 +186,7 @@ def _empty(connection: Connection, place: str) -> None:
             connection.execute(table.delete())
         return
     if schema:
-        for view in ("v_leaderboard", *VIEWS):  # the first one until schema 6
+        for view in VIEWS:
             connection.exec_driver_sql(f"DROP VIEW IF EXISTS {view} CASCADE")
         METADATA.drop_all(connection)
     elif taken := existing & METADATA.tables.keys():
@@ -213,26 +202,29 @@ def _empty(connection: Connection, place: str) -> None:
 def _old_file(path: Path) -> Iterator[None]:
     """Refuse a file that is not ours, and keep other writers out until the new file is in place.
 
-    The old file's log is folded in: SQLite finds logs by name, and one that stayed would be replayed into the new file.
+    Ours have a schema number in their header, and our tables, unless they are damaged. The old file's log is folded in:
+    SQLite finds logs by name, and one that stayed would be replayed into the new file.
     """
     if not path.exists() or not path.stat().st_size:
         yield
         return
     with path.open("rb") as file:
-        header = file.read(len(_MAGIC))
-    if header != _MAGIC:
-        got = f"another kind of file, which begins with {header!r}"
-        advice = "name another path with --db, or move the file away"
-        raise DatabaseError(f"an SQLite database of this project, or no file, at {path}", got, advice)
+        header = file.read(64).ljust(64, b"\0")
+    (schema,) = struct.unpack(">I", header[60:])  # PRAGMA user_version, whatever else is damaged
+    expected = f"an SQLite database of this project, or no file, at {path}"
+    if not header.startswith(_MAGIC) or not schema:
+        got = "an SQLite database of something else, or of versions 1 to 4" if header.startswith(_MAGIC) else (
+            f"another kind of file, which begins with {header[:16]!r}"
+        )  # fmt: skip
+        raise DatabaseError(expected, got, "name another path with --db, or move the file away")
     with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as old:
         try:
-            tables = [row[0] for row in old.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-            _refuse_others(tables, str(path))
+            tables = {row[0] for row in old.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if not {"run", "metric_def"} <= tables:
+                got = f"a database with other tables ({', '.join(sorted(tables)[:5])})"
+                raise DatabaseError(expected, got, "name another path with --db")
             old.execute("PRAGMA journal_mode=DELETE")
             old.execute("BEGIN IMMEDIATE")
-            if "alembic_version" in tables:  # versions 1 to 4 had no runs/, so this file is the only copy of its runs
-                got = f"one of versions 1 to 4 at {path}"
-                raise DatabaseError("a database of this version", got, "move the file away to keep its runs")
         except sqlite3.DatabaseError as error:
             # The lowest byte is the kind of error. A damaged file is of no use, nor are its logs.
             if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):

@@ -331,7 +331,7 @@ SPEED = {"arm": "baseline_lora", "phase": "decode", "repetition": 0, "tokens": 1
     ("file", "change", "words"),
     [
         (SCORES, {"seed": 1}, "arm, seed: expected baseline_lora/0 as in the path, got baseline_lora/1"),
-        (SCORES, {"metrics": [{"name": "aqi_category_accuracy", "split": "test", "value": 87.0}]}, "from 0 to 1, got 87.0"),
+        (SCORES, {"metrics": [{"name": "aqi_category_accuracy", "split": "test", "value": 87.0}]}, "0 to 1, got 87"),
         (SCORES, {"speed": [{**SPEED, "arm": "pure_grit"}]}, "expected speed rows of baseline_lora and base"),
         (SCORES, {"speed": [SPEED] * 2}, "more than once"),
         (SCORES, {"task": {**GSM8K, "primary": "f1"}}, "expected the primary metric f1 in split test"),

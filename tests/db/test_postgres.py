@@ -100,7 +100,7 @@ def test_what_is_not_ours_and_what_older_versions_left_stays(tree, postgres, tab
         there = connection.scalars(text("SELECT tablename FROM pg_tables WHERE schemaname = 'public'"))
         assert {*there} == {*tables} and connection.scalar(text("SELECT mine FROM task_results")) == 1
     if "run" in tables:
-        with pytest.raises(DatabaseError, match=rf"schema {SCHEMA} in .*older version"), open_session(postgres):
+        with pytest.raises(DatabaseError, match=rf"schema {SCHEMA} in .*older one"), open_session(postgres):
             pass
 
 
