@@ -1,6 +1,5 @@
 """Chapter: the answers of all models to all items, as the browser on the page reads them."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,23 +92,13 @@ def samples(comparison: Comparison) -> Section | None:
 
 
 def _fitting(items: Sequence[_Item]) -> Sequence[_Item]:
-    """The items that fit, disputed ones first, then evenly from every split and task; in their old order."""
-    if sum(item.characters for item in items) <= MOST_CHARACTERS:
-        return items
-    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for at, item in enumerate(items):
-        groups[item.split, item.task].append(at)
-    ranks = sorted(
-        (not items[at].disputed, place / len(members), at)
-        for members in groups.values()
-        for place, at in enumerate(members)
-    )
-    kept, room = [], MOST_CHARACTERS
-    for _, _, at in ranks:
+    """The items that fit, disputed ones first; in their old order."""
+    room = MOST_CHARACTERS
+    kept: list[int] = []
+    for at in sorted(range(len(items)), key=lambda at: (not items[at].disputed, at)):
         room -= items[at].characters
-        if room < 0:
-            break
-        kept.append(at)
+        if room >= 0:
+            kept.append(at)
     return [items[at] for at in sorted(kept)]
 
 

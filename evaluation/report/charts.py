@@ -84,20 +84,16 @@ def intervals(
 
 def lines(
     panel: Panel, x: str, x_title: str, y: str, y_title: str, *, detail: Sequence[str], log: bool = False,
-    band: bool = False, points: bool = False, log_x: Sequence[float] = (), height: int = 260,
+    band: bool = False, points: bool = False, height: int = 260,
 ) -> Spec:  # fmt: skip
     """Lines of each arm, one for each combination of the columns `detail`; column `x` holds whole numbers.
 
-    `log` makes the y-axis logarithmic; so is the x-axis where `log_x` has its ticks, of any numbers above 0. `band`
-    draws the range from column `low` to column `high` where they are known.
+    `log` makes the y-axis logarithmic. `band` draws the range from column `low` to column `high` where they are known.
     """
     scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False, nice=True)
     whole = [alt.Detail(f"{column}:N") for column in detail]
     whole_numbers = alt.Axis(grid=False, tickMinStep=1, tickCount=6, format="d", labelSeparation=6)
     across = alt.X(f"{x}:Q", title=x_title, axis=whole_numbers)
-    if log_x:
-        ticks = alt.Axis(values=list(log_x), format="~g", grid=False, labelSeparation=6)
-        across = alt.X(f"{x}:Q", title=x_title, scale=alt.Scale(type="log", nice=False, padding=14), axis=ticks)
     axis = alt.Axis(labelExpr=_SHORT, tickCount=5) if log else alt.Axis(tickCount=6)
     up = alt.Y(f"{y}:Q", title=y_title, scale=scale, axis=axis)
     tooltip = _tooltip(arm="arm:N", **{column: f"{column}:N" for column in detail}, **{x: f"{x}:Q", y: f"{y}:Q"})

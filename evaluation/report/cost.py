@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from statistics import fmean
 from typing import Any
 
 from db.runs import BASE
-from evaluation.report.arms import ArmRow
+from evaluation.report.arms import TEST, ArmRow
 from evaluation.report.blocks import Block, Cell, Chart, Dataset, Details, Panel, Section, Table, Text
 from evaluation.report.comparison import Comparison
 from evaluation.report.criteria import KEPT_THRESHOLD
@@ -46,7 +45,7 @@ def training(comparison: Comparison) -> Section | None:
         "Parameters are those of the saved adapter, whose ranks may have shrunk."
     )
     blocks: list[Block] = [_arms(comparison, settings), Text(note, "note")]
-    blocks += [panel] if (panel := _pictures(comparison)) else []
+    blocks += [panel] if (panel := _picture(comparison)) else []
     if any(settings.values()):
         flat = {arm: dict(_flat(train)) for arm, train in settings.items()}
         names = dict.fromkeys(name for values in flat.values() for name in values)
@@ -115,54 +114,29 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-def _pictures(comparison: Comparison) -> Panel | None:
-    """What was learned against what was kept, and against what it cost."""
-    primary = ("test", comparison.primary.metric)
-    data = Dataset(("chart", "kind", "arm", "seed", "front", "low", "x", "high", "below", "y", "above"))
+def _picture(comparison: Comparison) -> Panel | None:
+    """What was learned against what was kept."""
+    primary = (TEST, comparison.primary.metric)
+    data = Dataset(("kind", "arm", "seed", "front", "low", "x", "high", "below", "y", "above"))
     for row in comparison.rows:
         learned, kept = row.accuracy_interval, row.kept
-        if learned is None or row.accuracy is None:
+        if learned is None or kept is None or row.accuracy is None or row.arm not in comparison.pareto:
             continue
-        minutes = {run.seed: s / 60 for run in row.runs if (s := run.train_seconds)}
-        front = "dominated" if comparison.pareto.get(row.arm) else "front"
-        up: list[tuple[str, str, float, float, float, Mapping[int, float]]] = []
-        if kept and row.arm in comparison.pareto:
-            up.append(("kept", front, kept.low, kept.estimate, kept.high, row.kept_by_seed))
-        if minutes:
-            spent = minutes.values()
-            up.append(("cost", "plain", min(spent), fmean(spent), max(spent), minutes))
-        for chart, kind, below, y, above, by_seed in up:
-            data.add(chart, "mean", row.arm, "", kind, learned.low, row.accuracy, learned.high, below, y, above)
-            for run in row.runs if len(row.seeds) > 1 else ():
-                x = run.metrics.get(primary, math.nan)
-                if run.seed in by_seed and math.isfinite(x):
-                    place = (100 * x, None, None, by_seed[run.seed], None)
-                    data.add(chart, "seed", row.arm, str(run.seed), kind, None, *place)
+        front = "dominated" if comparison.pareto[row.arm] else "front"
+        bounds = (learned.low, row.accuracy, learned.high, kept.low, kept.estimate, kept.high)
+        data.add("mean", row.arm, "", front, *bounds)
+        for run in row.runs if len(row.seeds) > 1 else ():
+            x, y = run.metrics.get(primary, math.nan), row.kept_by_seed.get(run.seed)
+            if y is not None and math.isfinite(x):
+                data.add("seed", row.arm, str(run.seed), front, None, 100 * x, None, None, y, None)
     if not data.rows:
         return None
-    title, note = (
-        f"{comparison.primary.title}, %",
-        "Means over seeds with 95% intervals; small points are single seeds.",
+    options = {"x_title": f"{comparison.primary.title}, %", "y_title": "retention, % of the base's", "bars": True,
+               "marks": {"the base": 100.0, "the criterion": KEPT_THRESHOLD}}  # fmt: skip
+    note = (
+        "Means over seeds with 95% intervals; small points are single seeds. The Pareto front is filled and joined: "
+        "arms that no other arm equals or exceeds in both. It goes by the means, so where intervals overlap, another "
+        "run may have another front."
     )
-    charts = []
-    if "kept" in data.levels("chart"):
-        marks = {"the base": 100.0, "the criterion": KEPT_THRESHOLD}
-        charts.append(("kept", "What was learned, what was kept", "retention, % of the base's", marks))
-        note += (
-            " The Pareto front is filled and joined: arms that no other arm equals or exceeds in both. It goes by the "
-            "means, so where intervals overlap, another run may have another front."
-        )
-    if "cost" in data.levels("chart"):
-        charts.append(("cost", "What was learned, at what cost", "training time, minutes", {}))
-        note += " Bars of training time span the shortest and the longest run."
-    panel_charts = tuple(
-        Chart(
-            id=f"place-{name}",
-            title=heading,
-            draw="scatter",
-            options={"x_title": title, "y_title": up_title, "bars": True, "marks": marks},
-            where={"chart": name},
-        )
-        for name, heading, up_title, marks in charts
-    )
-    return Panel("places", data, panel_charts, note=note)
+    chart = Chart("place-kept", "What was learned, what was kept", "scatter", options)
+    return Panel("places", data, (chart,), note=note)

@@ -13,7 +13,7 @@ import numpy as np
 
 from db.runs import BASE
 from evaluation.report.arms import ArmRow, SpeedChange
-from evaluation.report.blocks import TONES, Cell, Details, Section, Table, Text, arm_cell
+from evaluation.report.blocks import TONES, Cell, Section, Table, Text, arm_cell
 from evaluation.report.judgement import Judgement, by_difference, by_interval
 from evaluation.report.text import interval
 from evaluation.statistics.intervals import LEVEL, Interval
@@ -132,44 +132,30 @@ def for_arm(criteria: Sequence[Criterion], arm: str, name: str) -> Criterion | N
 
 
 def criteria(judged: Sequence[Criterion], gain: str = GAIN) -> Section | None:
-    """What passed and failed; `gain` names the first criterion, since not every primary metric is an accuracy."""
+    """What passed and failed, and why; `gain` names the first criterion, since not every metric is an accuracy."""
     if not judged:
         return None
-    cells = {(c.arm, c.name, c.threshold): c for c in judged}
-    columns = sorted(dict.fromkeys((c.name, c.threshold, c.unit) for c in judged), key=lambda one: NAMES.index(one[0]))
-    headers = ["Arm"]
-    for name, threshold, unit in columns:
-        headers.append(f"{gain if name == GAIN else name}: {threshold}" + f", {unit}" * (unit != "percent"))
-    lines = [
-        (arm_cell(arm), *(_outcome(cells.get((arm, name, threshold))) for name, threshold, _ in columns))
-        for arm in dict.fromkeys(c.arm for c in judged)
-    ]
-    again = [headers[at + 1] for at, one in enumerate(columns) if at and one[0] == columns[at - 1][0]]
-    reasons = [
-        (gain if c.name == GAIN else c.name, arm_cell(c.arm), Cell(c.outcome, tone=TONES[c.outcome]), c.why)
-        for c in judged
-    ]
-    why = "The reason for each outcome"
-    blocks = (
-        Text(
-            "Three goals were set before the run: accuracy above the baseline's, evaluation loss below the baseline's, "
-            "and retention. Loss is compared seed by seed with Student's t and without correction for several arms; "
-            "one seed decides nothing.",
-            "note",
-        ),
-        Table("Success criteria: pass or fail only where the whole 95% interval is on one side", headers, lines, again),
-        Details(why, (Table(why, ("Criterion", "Arm", "Outcome", "Why"), reasons),)),
+    words = (
+        "Three goals were set before the run: accuracy above the baseline's, evaluation loss below the baseline's, and "
+        "retention. Loss is compared seed by seed with Student's t and without correction for several arms; one seed "
+        "decides nothing."
     )
-    return Section("Success criteria", blocks, brief=2)
+    lines = [
+        (Cell(gain if c.name == GAIN else c.name, hint=c.threshold), arm_cell(c.arm),
+         Cell(c.outcome, tone=TONES[c.outcome]), _estimate(c), c.why)
+        for c in sorted(judged, key=lambda c: NAMES.index(c.name))
+    ]  # fmt: skip
+    caption = "Success criteria: pass or fail only where the whole 95% interval is on one side"
+    table = Table(caption, ("Criterion", "Arm", "Outcome", "Estimate", "Why"), lines, ("Why",))
+    return Section("Success criteria", (Text(words, "note"), table), brief=2)
 
 
-def _outcome(criterion: Criterion | None) -> Cell:
-    if criterion is None:
-        return Cell("–")
+def _estimate(criterion: Criterion) -> Cell:
     if criterion.estimate is None:
-        hint = "not comparable" if criterion.unit == "points" else "not measured"
-    else:  # the share of the base's accuracy that is kept is not a change, so it has no sign
-        hint = interval(criterion.estimate, sign=criterion.name != KEPT, digits=4 if criterion.unit == NATS else 1)
-        if criterion.confidence < 100 * LEVEL:
-            hint += f"\n{criterion.confidence:.0f}% interval" if criterion.confidence > 0 else "\na single value"
-    return Cell(criterion.outcome, tone=TONES[criterion.outcome], hint=hint)
+        return Cell("–")
+    # The share of the base's accuracy that is kept is not a change, so it has no sign.
+    points = interval(criterion.estimate, sign=criterion.name != KEPT, digits=4 if criterion.unit == NATS else 1)
+    confidence = f"{criterion.confidence:.0f}% interval" if criterion.confidence > 0 else "a single value"
+    return Cell(
+        points, hint=f"{criterion.unit}\n{confidence}" if criterion.confidence < 100 * LEVEL else criterion.unit
+    )

@@ -3,7 +3,7 @@
 import math
 
 from evaluation.report.arms import ArmRow
-from evaluation.report.blocks import TONES, Block, Cell, Details, Section, Table, Text, arm_cell
+from evaluation.report.blocks import TONES, Block, Cell, Section, Table, Text, arm_cell
 from evaluation.report.comparison import Comparison
 from evaluation.report.results import Key
 from evaluation.report.text import counted, interval, number, significant
@@ -88,23 +88,14 @@ def power(comparison: Comparison) -> Section | None:
             (arm_cell(arm), against, f"{of_arm[0].items_now:,}", str(of_arm[0].seeds_now), *map(_items, of_arm))
         )
     headers = ("Arm", "Against", "Items now", "Seeds now", *(f"Items for {counted(size, 'point')}" for size in sizes))
-    reasons = [(arm_cell(row.arm), row.against, str(row.points), row.why) for row in rows]
     words = (
         "Test items that would reveal a true difference of that size with 80% power at α = 0.05, two-sided, without "
         "correction for several arms, and with as many seeds as now. The numbers rest on the variation seen here; "
         "with two or three seeds they are orders of magnitude. With one seed they say when an arm would be ahead on "
         "such items; showing that it is better takes more seeds."
     )
-    why = "What these numbers rest on"
-    return Section(
-        "How many items it would take",
-        (
-            Text(words),
-            Table("Test items needed to see a difference", headers, lines),
-            Details(why, (Table(why, ("Arm", "Against", "Points", "Why"), reasons),)),
-        ),
-        brief=3,
-    )
+    table = Table("Test items needed to see a difference", headers, lines)
+    return Section("How many items it would take", (Text(words), table), brief=3)
 
 
 def _items(row: PowerRow) -> Cell:

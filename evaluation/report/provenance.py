@@ -1,4 +1,4 @@
-"""Where the numbers come from: the line below the title, and the chapters about files, runs and packages."""
+"""Where the numbers come from: the line below the title, and the chapter about runs and packages."""
 
 from db.runs import BASE
 from evaluation.report.blocks import Cell, Details, Section, Table, Text, arm_cell
@@ -7,8 +7,6 @@ from evaluation.report.text import counted, seeds_text
 
 _SHORT = 12
 """Characters of a hash that are shown."""
-_TRAINED = ("adapter", "base_model", "dataset")
-"""Kinds of files that no export makes."""
 
 
 def byline(comparison: Comparison) -> str:
@@ -32,23 +30,8 @@ def byline(comparison: Comparison) -> str:
     return " ".join(parts)
 
 
-def files(comparison: Comparison) -> Section | None:
-    artifacts = [(run, file) for run in comparison.runs for file in run.artifacts]
-    if not artifacts:
-        return None
-    lines = [
-        (arm_cell(run.arm, run.seed), file.kind, f"{file.bytes:,}", _hash(file.sha256), _hash(file.parent_sha256),
-         file.path)
-        for run, file in artifacts
-    ]  # fmt: skip
-    headers = ("Run", "Kind", "Bytes", "sha256", "Made from", "File")
-    table = Table("Files and their hashes; made from is the hash of the file that it was made from", headers, lines)
-    kind = "exported file" if any(file.kind not in _TRAINED for _, file in artifacts) else "file"
-    return Section("Files", (Text(f"All {counted(len(lines), kind)}."), table))
-
-
-def _hash(digest: str | None, missing: str = "–") -> Cell:
-    return Cell((digest or missing)[:_SHORT], title=digest or "")
+def _hash(digest: str | None) -> Cell:
+    return Cell((digest or "unknown")[:_SHORT], title=digest or "")
 
 
 def provenance(comparison: Comparison) -> Section:
@@ -58,7 +41,7 @@ def provenance(comparison: Comparison) -> Section:
     for run in comparison.runs:
         place = run.place
         lines.append(
-            (arm_cell(run.arm, run.seed), _hash(run.run_key), _hash(run.git_commit, "unknown"), dirty[run.git_dirty],
+            (arm_cell(run.arm, run.seed), _hash(run.run_key), _hash(run.git_commit), dirty[run.git_dirty],
              Cell(f"{run.backend_name} {run.backend_version}", hint="" if run.arm == BASE else run.serving_mode),
              f"{run.device_class}: {place.device_name or 'unnamed'}", f"{run.ended:%Y-%m-%d %H:%M} UTC")
         )  # fmt: skip

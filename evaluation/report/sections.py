@@ -11,7 +11,7 @@ from evaluation.report.cost import training
 from evaluation.report.criteria import GAIN, criteria
 from evaluation.report.every_number import every_number, power
 from evaluation.report.findings import findings
-from evaluation.report.provenance import files, provenance
+from evaluation.report.provenance import provenance
 from evaluation.report.retention import retention
 from evaluation.report.robustness import robustness
 from evaluation.report.serving import precisions, served, speed
@@ -21,7 +21,7 @@ from evaluation.report.tuning import tuning
 TITLE = "Which way of fine-tuning is better, and how sure is that?"
 _OPEN = (findings, training, loss, probes, retention, benchmarks)
 _FOLDED = (
-    every_number, power, tuning, spectra, robustness, alignment, speed, served, precisions, tasks, samples, files,
+    every_number, power, tuning, spectra, robustness, alignment, speed, served, precisions, tasks, samples,
     provenance,
 )  # fmt: skip
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from db.records import FINAL_STEP
-from evaluation.report.blocks import TONES, Block, Cell, Chart, Control, Dataset, Details, Panel, Section, Table, Text
+from evaluation.report.blocks import TONES, Block, Cell, Chart, Control, Dataset, Panel, Section, Table, Text
 from evaluation.report.comparison import Comparison
 from evaluation.report.results import Probe
 from evaluation.report.text import seeds_text, significant
@@ -18,12 +18,11 @@ from evaluation.report.text import seeds_text, significant
 MOST_POINTS = 300
 """Of one line; a screen cannot show more."""
 MOST_LAYERS = 40
-"""Layers drawn one by one, and steps of a single layer's line; medians are over all layers."""
+"""Layers whose spectra can be chosen."""
 MOST_SPECTRA = 8
 """Steps whose spectra are drawn, besides the last."""
 FAINT = 1e-9
 """Share of the largest eigenvalue below which one is float32 rounding error, and is not drawn."""
-ALL = "all layers"
 LAST = "last"
 _READINGS = {
     "angle": ("Angle between the update and plain AdamW's, degrees", "angle, degrees"),
@@ -143,7 +142,7 @@ def probes(comparison: Comparison) -> Section | None:
         caption = "What the optimizers did: medians over layers and sampled steps, with the range of seeds in brackets"
         blocks = [Text(words), Table(caption, ("Arm", "Verdict", *columns.values(), "Why"), lines)]
     if panel := _layer_panel(comparison, "probe", _READINGS):
-        blocks.append(Details("Layer by layer, over the steps", (panel,)))
+        blocks.append(panel)
     return Section("What the optimizers did", tuple(blocks)) if blocks else None
 
 
@@ -236,42 +235,24 @@ def _spectrum_panel(comparison: Comparison) -> Panel | None:
 
 
 def _layer_panel(comparison: Comparison, split: str, readings: Mapping[str, tuple[str, str]]) -> Panel | None:
-    """Numbers over the steps, of one layer or of all as a band; one chart for each reading."""
-    rows = [
-        (run, row)
-        for run in comparison.runs
-        for row in run.layers
-        if row.split == split and row.step != FINAL_STEP and row.value is not None
-    ]
-    if not rows:
-        return None
+    """Numbers of layers over the steps, as a median in a band; one chart for each reading."""
     pooled: dict[tuple[str, str, int], list[float]] = defaultdict(list)
-    for run, row in rows:
-        pooled[run.arm, row.name, row.step].append(row.value)
-    layers = spread(_in_order(row.layer for _, row in rows), MOST_LAYERS)
-    steps = sorted({row.step for _, row in rows})
-    of_all, of_one = set(spread(steps, MOST_POINTS)), set(spread(steps, MOST_LAYERS))
-    data = Dataset(("arm", "seed", "name", "layer", "step", "low", "value", "high"))
+    for run in comparison.runs:
+        for row in run.layers:
+            if row.split == split and row.step != FINAL_STEP and row.value is not None:
+                pooled[run.arm, row.name, row.step].append(row.value)
+    if not pooled:
+        return None
+    steps = set(spread(sorted({step for _, _, step in pooled}), MOST_POINTS))
+    data = Dataset(("arm", "name", "step", "low", "value", "high"))
     for (arm, name, step), values in pooled.items():
-        if step in of_all:
-            data.add(arm, "all", name, ALL, step, *map(float, np.quantile(values, (0.1, 0.5, 0.9))))
-    for run, row in rows:
-        if row.layer in layers and row.step in of_one:
-            data.add(run.arm, str(run.seed), row.name, row.layer, row.step, None, row.value, None)
-    names = set(data.levels("name"))
-    note = "All layers: the line is the median over layers and seeds, the band holds the middle 80%."
-    if "cos_raw_inner" in names and all(abs(row.value - 1) < 1e-6 for _, row in rows if row.name == "cos_raw_inner"):
-        names.remove("cos_raw_inner")
-        note += " The inner optimizers received the raw gradient (cosine 1 everywhere)."
-    if len(steps) > MOST_LAYERS:
-        note += f" Lines of single layers have {MOST_LAYERS} steps, evenly spaced."
-    if len(layers) == MOST_LAYERS:
-        note += f" {MOST_LAYERS} layers can be chosen, evenly spaced; the median is over all."
+        if step in steps:
+            data.add(arm, name, step, *map(float, np.quantile(values, (0.1, 0.5, 0.9))))
+    note = "The line is the median over layers and seeds, the band holds the middle 80%."
     charts = tuple(
         _lines(f"{split}-{name}".replace("_", "-"), title, ("step", "optimizer step", "value", unit),
-               {"name": name}, detail=["seed", "layer"], band=True, height=220)
+               {"name": name}, detail=[], band=True, height=220)
         for name, (title, unit) in readings.items()
-        if name in names
+        if name in data.levels("name")
     )  # fmt: skip
-    control = Control("layer", "Layer", ((ALL, f"{ALL}: median, 10% to 90%"), *((name, name) for name in layers)))
-    return Panel(f"layers-{split}", data, charts, (control,), note=note)
+    return Panel(f"layers-{split}", data, charts, note=note)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from evaluation.report.blocks import Block, Cell, Chart, Dataset, Panel, Section, Table, Text, arm_cell
+from evaluation.report.blocks import Cell, Section, Table, Text, arm_cell
 from evaluation.report.comparison import Comparison
 from evaluation.report.text import listed, significant
 
@@ -27,8 +27,7 @@ def tuning(comparison: Comparison) -> Section | None:
     ]  # fmt: skip
     headers = ("Arm", "Tries", "Seconds, all", "Chosen", "Evaluation loss", "At the border")
     table = Table("What each arm was tuned over", headers, lines)
-    blocks: list[Block] = [*map(Text, _words(comparison, tuned)), *_curves(tuned), table]
-    return Section("Tuning", tuple(blocks))
+    return Section("Tuning", (*map(Text, _words(comparison, tuned)), table))
 
 
 def _words(comparison: Comparison, tuned: Tuned) -> Iterable[str]:
@@ -46,30 +45,6 @@ def _words(comparison: Comparison, tuned: Tuned) -> Iterable[str]:
         yield f"Not tuned here: {listed(untuned)}."
     if len({str((record["grid"], record["seed"], record["steps"])) for record in tuned.values()}) > 1:
         yield "The arms were tuned over different grids, seeds or steps, so their budgets differ."
-
-
-def _curves(tuned: Tuned) -> list[Panel]:
-    """The best loss at each value of the first key with positive numbers, preferably learning_rate."""
-    runs = [run for record in tuned.values() for run in record["runs"]]
-    keys = sorted(next(iter(tuned.values()))["grid"], key=lambda key: key != "learning_rate")
-    key = next((key for key in keys if all(_positive(run["settings"].get(key)) for run in runs)), None)
-    if key is None:
-        return []
-    data = Dataset(("arm", "value", "nats"))
-    for arm, record in tuned.items():
-        for value in sorted({run["settings"][key] for run in record["runs"]}):
-            best = _best([run for run in record["runs"] if run["settings"][key] == value])["evaluation_loss"]
-            if best is not None:
-                data.add(arm, value, best)
-    title = key.replace("_", " ")
-    options = {"x": "value", "x_title": f"{title} (log)", "y": "nats", "y_title": "nats per token", "detail": [],
-               "points": True, "log_x": sorted({run["settings"][key] for run in runs})}  # fmt: skip
-    chart = Chart("tuning", f"Lowest evaluation loss at each {title}", "lines", options)
-    return [Panel("tuning", data, (chart,), note="Each point is the best over all other settings.")]
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int | float) and value > 0
 
 
 def _best(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

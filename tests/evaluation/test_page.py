@@ -14,16 +14,12 @@ from db.runs import Choice
 from evaluation.report import browser as browser_module
 from evaluation.report import cost
 from evaluation.report import html as page_module
-from evaluation.report.arms import ArmRow
 from evaluation.report.blocks import Dataset, slug
 from evaluation.report.comparison import load_comparison
 from evaluation.report.every_number import power
 from evaluation.report.findings import story
-from evaluation.report.judgement import compared
 from evaluation.report.text import seeds_text
 from evaluation.report.training import spread, thin
-from evaluation.statistics.differences import Difference
-from evaluation.statistics.intervals import Interval
 from evaluation.statistics.power import PowerRow
 from tests.evaluation import page_tree
 from tests.evaluation.page_report import STYLE, Report, page_data, palette, part, report, rows_of, table, words
@@ -83,45 +79,14 @@ def test_differences_are_those_of_the_comparison(full):
 # Sentences
 
 
-def arm(name: str, *differences: tuple[float, float, float, float, str]) -> ArmRow:
-    """An arm with two seeds; a difference from the base is low, middle, high, p-value and outcome."""
-    made = [
-        Difference("base", points, 500, p, p, outcome, "seeds and items", points, 2, (4, 6), (middle, middle), 9, 3)
-        for low, middle, high, p, outcome in differences
-        for points in [Interval(middle, low, high)]
-    ]
-    return ArmRow(task="", title="", metric="", arm=name, seeds=(4, 6), accuracy=None, accuracy_interval=None,
-                  differences=tuple(made))  # fmt: skip
-
-
-BETTER = (2, 6, 9, 0.01, "better")
-
-
-@pytest.mark.parametrize(
-    ("differences", "words"),
-    [
-        ([(0.5, 6, 12, 0.08, "undecided")], ("a may", "chance", "p = 0.08", "+6.0 [+0.5, +12.0]", "500 items, 2 s")),
-        ([(-0.5, 6, 12, 0.08, "undecided")], ("a cannot be distinguished from", "+6.0 [-0.5, +12.0]")),
-        ([(-0.5, 6, 12, 0.08, "undecided")] * 2, ("No arm", "a +6.0 [-0.5, +12.0] and b +6.0 [-0.5, +12.0]")),
-        ([BETTER, BETTER], ("Every arm beats", "a +6.0 [+2.0, +9.0] and b")),
-        ([BETTER, (-9, -6, -2, 0.01, "worse")], ("a beats", "b is worse")),
-        ([], ()),
-    ],
-)
-def test_the_story_says_what_the_intervals_allow(differences, words):
-    text = compared([arm(name, d) for name, d in zip("ab", differences, strict=False)], "base", "accuracy")
-    assert all(word in text for word in words) and bool(text) == bool(words)
-
-
 def test_reasons_against_an_arm_are_stated(odd):
     """Worse than the base, without a partner, not training as it claims."""
     told = words(part(odd, "findings"))
     lead, claim, against_base, *_ = story(odd.comparison)
     assert "pure_grit" in lead and "+41.7" in lead and against_base.count(" worse ") == 2 and "3 seeds" in against_base
     assert "hybrid_grit cannot be compared with baseline_lora" in told
-    row = next(row for row in table(odd.text, "success-criteria") if row[0] == "hybrid_grit")
-    assert "undecided not comparable" in row
-
+    judged = {(row[0].split(" ")[0], row[1]): row[2:4] for row in table(odd.text, "success-criteria")}
+    assert judged["above", "hybrid_grit"] == ["undecided", "–"]
     assert all(word in claim for word in ("pure_grit", "unstable", "seeds 3, 5, 7", "the losses are not finite"))
     line = next(row for row in table(odd.text, "arms-compared") if row[0].startswith("pure_grit"))
     assert line[-1] == "unstable! not as claimed"
@@ -135,11 +100,9 @@ def test_what_limits_the_data_is_not_folded_away(full):
 
 def test_lost_losses_and_missing_numbers_are_put_into_words(odd, full):
     told = words(part(odd, "loss-curves"))
-    assert "pure_grit: training loss not finite from step 4 (seeds 3, 5, 7); loss on held-out items not finite" in told
-    assert "hybrid_grit:" not in told
+    assert "pure_grit: training loss not finite from step 4 (seeds 3, 5, 7)" in told and "hybrid_grit:" not in told
     assert not re.search(r"\b(nan|inf)\b", words(odd.text.split("application/json")[0].split("<main>")[1]))
-    note = "not measured or not finite: pure_grit."
-    assert note in words(part(odd, "alignment-quality-index"))
+    assert "not measured or not finite: pure_grit." in words(part(odd, "alignment-quality-index"))
     assert not any("not measured or not" in words(chapter) for chapter in full.text.split("<section")[1:])
 
 
@@ -176,11 +139,14 @@ def test_the_pareto_front_and_like_with_like_are_those_of_the_numbers():
     _, like, *_ = story(made.comparison)
     assert "hybrid_grit and pure_grit (distill, strength 1)" in like
     assert "with baseline_lora_preserved (distill, KL 0.05)" in like
-    lines = {row[0]: row for row in table(made.text, "success-criteria")}
-    at = next(place for place, header in enumerate(lines["Arm"]) if header.startswith("evaluation loss"))
-    assert [lines[arm][at] for arm in ("baseline_lora_preserved", "hybrid_grit", "pure_grit")] == [
-        "undecided +0.0050 [-0.0025, +0.0125]", "pass -0.0200 [-0.0275, -0.0125]", "pass -0.0180 [-0.0255, -0.0105]"
-    ]  # fmt: skip
+    lines = [
+        row[1:4] for row in table(made.text, "success-criteria") if "loss below that of baseline_lora" == row[0][16:]
+    ]
+    assert lines == [
+        ["baseline_lora_preserved", "undecided", "+0.0050 [-0.0025, +0.0125] nats per token"],
+        ["hybrid_grit", "pass", "-0.0200 [-0.0275, -0.0125] nats per token"],
+        ["pure_grit", "pass", "-0.0180 [-0.0255, -0.0105] nats per token"],
+    ]
 
     lines = table(part(made, "retention"), "what-was-learned")[1:]
     assert [row[0].split()[0] for row in lines] == [
@@ -190,7 +156,7 @@ def test_the_pareto_front_and_like_with_like_are_those_of_the_numbers():
     assert lines[1][3] == f"{share.estimate:.1f} [{share.low:.1f}, {share.high:.1f}]"
     assert lines[-1][4:] == ["0.4369", "3", "below hybrid_grit"]
 
-    drawn = [row for row in rows_of(made.data["datasets"]["places"]) if row["chart"] == "kept"]
+    drawn = rows_of(made.data["datasets"]["places"])
     assert [(r["arm"], r["front"]) for r in drawn if r["kind"] == "mean"] == [
         (arm, "dominated" if above else "front") for arm, above in made.comparison.pareto.items()
     ]
@@ -210,8 +176,6 @@ def test_every_arm_has_its_method_its_settings_and_its_cost():
     at = lines["Arm"].index("Training")
     assert lines["baseline_lora"][at] == "50 s" and lines["pure_grit"][at] == "65 s 1.3×"
     assert "GRIT" in lines["pure_grit"][0] and "GRIT" not in lines["baseline_lora"][0]
-    drawn = [row for row in rows_of(made.data["datasets"]["places"]) if row["chart"] == "cost"]
-    assert {row["arm"]: row["y"] for row in drawn if row["kind"] == "mean"}["pure_grit"] == pytest.approx(65 / 60, 1e-3)
     assert ["preserve.method", "none", "distill", "distill", "distill"] in table(made.text, "training-settings")
 
 
@@ -221,9 +185,6 @@ def test_every_arm_has_its_method_its_settings_and_its_cost():
         ({"optimizer": "adamw_torch", "peft": {}, "optim_args": None, "grit": None}, "LoRA, AdamW", "0.9, 0.999"),
         ({"optimizer": "adamw_torch", "grit": {"mode": "sgd"}}, "LoRA, GRIT sgd, AdamW", "–"),
         ({"optimizer": "lion_32bit", "optim_args": {"betas": [0.95, 0.98]}}, "LoRA, lion_32bit", "0.95, 0.98"),
-        ({"optimizer": "adamw_8bit", "peft": {"init_lora_weights": "pissa"}}, "LoRA, pissa, adamw_8bit", "0.9, 0.999"),
-        ({"optimizer": "sgd", "peft": "theirs/adapter_config.json"}, "theirs/adapter_config.json, sgd", "–"),
-        ({"optimizer": "adamw_torch", "natural_gradient": {"fisher": "kfac"}}, "LoRA, GRIT-VLM, AdamW", "0.9, 0.999"),
         ({"adapter": "theirs/mine"}, "trained elsewhere", "–"),
         ({}, "LoRA", "–"),
     ],
@@ -242,7 +203,7 @@ def test_the_same_database_gives_the_same_file(full, tmp_path):
 def test_a_part_that_was_not_measured_has_no_section():
     base = report("base").text
     assert re.findall(r"<h2[^>]*>(.*?)</h2>", base.split("<script")[0]) == [
-        "Findings", "Retention", "Every number", "Robustness", "Speed by phase", "Sample browser", "Files",
+        "Findings", "Retention", "Every number", "Robustness", "Speed by phase", "Sample browser",
         "Where the numbers come from"]  # fmt: skip
     assert "nothing to compare" in base
 
@@ -253,8 +214,6 @@ def test_tuning_shows_every_try_and_its_limits():
     assert "6 runs of 75 steps on seed 100" in words(text) and "baseline_lora_preserved" in words(text)
     lines = {row[0]: row for row in table(text, "what-each-arm-was-tuned-over")[1:]}
     assert lines["pure_grit"][1:] == ["6", "60", "learning_rate 0.002, alpha 16", "0.4016", "alpha"]
-    drawn = [(row["arm"], row["value"], row["nats"]) for row in rows_of(made.data["datasets"]["tuning"])]
-    assert ("pure_grit", 1e-3, pytest.approx(0.4132)) in drawn and len(drawn) == 9, "of all alphas the best one"
     assert "tuning" not in report("full").text.split("<main")[1].split("<script")[0].lower()
 
 
