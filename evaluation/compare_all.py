@@ -16,7 +16,7 @@ from db.files import write_text
 from db.runs import Choice
 from evaluation.report.arms import BASELINE
 from evaluation.report.comparison import ChoiceError, Comparison, load_comparison
-from evaluation.report.data import as_csv, as_json, tasks_as_csv, tasks_as_json
+from evaluation.report.data import as_csv, as_json
 
 app = typer.Typer(add_completion=False)
 
@@ -63,8 +63,10 @@ def main(
     Exit codes: 0 done, 1 reading or writing failed, 2 nothing to compare yet, or no run of that name.
     """
     try:
-        if all_tasks and task is not None:
-            raise ChoiceError(f"expected --task or --all-tasks, got both. Leave out --task {task}")
+        if all_tasks and (task is not None or format is not Format.TABLE):
+            raise ChoiceError(
+                "expected --all-tasks alone, got --task or --format too. JSON has all tasks under `tasks`"
+            )
         detail = format is Format.MD or report is not None or html is not None
         comparison = load_comparison(db, Choice(arm or (), seed or (), backend or (), task), baseline, detail=detail)
     except (DatabaseError, ChoiceError) as error:
@@ -77,18 +79,14 @@ def main(
 
 
 def _show(comparison: Comparison, format: Format, *, all_tasks: bool, full: bool) -> None:
-    if all_tasks:  # on standard error, so that it is the same in every format
-        filters = [f"{comparison.filters}; corrections for several arms count only these."] * bool(comparison.filters)
-        for line in (*filters, *(f"Note: {note}" for note in comparison.task_notes)):
-            typer.echo(line, err=True)
     if format is Format.JSON:
-        typer.echo((tasks_as_json if all_tasks else as_json)(comparison))
+        typer.echo(as_json(comparison))
     elif format is Format.CSV:
-        typer.echo((tasks_as_csv if all_tasks else as_csv)(comparison).rstrip("\n"))
+        typer.echo(as_csv(comparison).rstrip("\n"))
     elif format is Format.MD:
-        from evaluation.report.markdown import as_markdown, tasks_as_markdown
+        from evaluation.report.markdown import as_markdown
 
-        typer.echo((tasks_as_markdown if all_tasks else as_markdown)(comparison).rstrip("\n"))
+        typer.echo(as_markdown(comparison).rstrip("\n"))
     else:
         from evaluation.report.terminal import print_report, print_screen, print_tasks
 

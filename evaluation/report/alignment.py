@@ -3,7 +3,7 @@
 import math
 
 from evaluation.report.arms import ArmRow
-from evaluation.report.blocks import Chart, Dataset, Panel, Section, Table, Text, arm_cell, missing_note
+from evaluation.report.blocks import Section, Table, Text, arm_cell
 from evaluation.report.comparison import Comparison
 from evaluation.report.results import ScoredRun
 from evaluation.report.text import counted, interval, significant
@@ -62,18 +62,6 @@ def alignment(comparison: Comparison) -> Section | None:
     )
     if comparison.primary.air:
         words += " This is unrelated to the Air Quality Index that the arms learn to predict."
-    data = Dataset(("kind", "label", "arm", "seed", "low", "value", "high"))
-    seeds = {row.arm: len(row.seeds) for row in comparison.rows}
-    for run, index in runs:
-        label = run.arm if seeds[run.arm] == 1 else f"{run.arm} · {run.seed}"
-        for kind, value in (("band", measured(run, NULL)), ("interval", index)):
-            if value and math.isfinite(index.estimate):
-                data.add(kind, label, run.arm, str(run.seed), value.low, value.estimate, value.high)
-    title = "Alignment Quality Index with 95% intervals; gray: range under shuffled labels"
-    options = {"x_title": "index", "lines": len(data.levels("label")), "kinds": ("band", "interval"),
-               "band": "95% under shuffled labels"}  # fmt: skip
-    note = missing_note(comparison.arms, data)
-    panel = Panel("alignment", data, (Chart("alignment", title, "intervals", options),), note=note)
     others = [name for name in CLUSTER_INDICES if comparison.has(SPLIT, name)]
     table = Table(
         "Alignment Quality Index by run; bootstrap intervals over prompts",
@@ -85,7 +73,7 @@ def alignment(comparison: Comparison) -> Section | None:
          for run, index in runs],
     )  # fmt: skip
     conclusions = (Text(sentence) for row in comparison.rows if (sentence := in_words(row)))
-    return Section("Alignment Quality Index", (Text(words), *conclusions, panel, table))
+    return Section("Alignment Quality Index", (Text(words), *conclusions, table))
 
 
 def _significant(run: ScoredRun, name: str, digits: int) -> str:

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from evaluation.statistics.intervals import Interval
-
 Tone = Literal["", "good", "bad", "open"]
 """The color of a word: good and bad are settled, open is undecided. The word alone says the same."""
 TONES: Mapping[str, Tone] = {
@@ -162,18 +160,6 @@ def missing_note(arms: Iterable[str], data: Dataset) -> str:
     """Name the arms that a chart does not show."""
     missing = [arm for arm in arms if arm not in data.levels("arm")]
     return f"Not shown, because not measured or not finite: {', '.join(missing)}." if missing else ""
-
-
-def interval_panel(
-    name: str, title: str, rows: Iterable[tuple[str, str, Interval | None]], unit: str, note: str = ""
-) -> list[Panel]:
-    """A panel of (label, arm, interval) with a line at zero; none where nothing was measured."""
-    data = Dataset(("kind", "label", "arm", "low", "value", "high"))
-    for label, arm, measured in rows:
-        if measured is not None:
-            data.add("interval", label, arm, measured.low, measured.estimate, measured.high)
-    options = {"x_title": unit, "zero": True, "lines": len(data.rows)}
-    return [Panel(name, data, (Chart(name, title, "intervals", options),), note=note)] if data.rows else []
 
 
 @dataclass(frozen=True)

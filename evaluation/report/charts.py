@@ -47,15 +47,11 @@ def _tooltip(**fields: str) -> list[alt.Tooltip]:
     ]
 
 
-def intervals(
-    panel: Panel, x_title: str, *, lines: int, kinds: Collection[str] = ("interval",), zero: bool = False,
-    band: str = "",
-) -> Spec:  # fmt: skip
+def intervals(panel: Panel, x_title: str, *, lines: int, kinds: Collection[str]) -> Spec:
     """Estimates with their intervals, `lines` of them; `x_title` is the axis's, with the unit.
 
     Rows: kind, label, arm, low, value, high. The kind `interval` is a point with a thin bar, `inner` a broad pale bar,
-    `seed` a tick, `band` a gray range that belongs to no arm and is called `band` in its tooltip. `kinds`
-    are those that have rows, since Vega warns of empty layers. `zero` draws a line.
+    `seed` a tick. `kinds` are those that have rows, since Vega warns of empty layers.
     """
     scale, axis = alt.Scale(zero=False, nice=False, padding=14), alt.Axis(tickCount=6, labelSeparation=6)
     x = alt.X("value:Q", title=x_title, scale=scale, axis=axis)
@@ -64,21 +60,17 @@ def intervals(
     ends = {"x": alt.X("low:Q", title=x_title, scale=scale, axis=axis), "x2": alt.X2("high:Q")}
     tooltip = _tooltip(what="label:N", low="low:Q", estimate="value:Q", high="high:Q")
     of_arm = {"y": y, "color": _color(panel), "tooltip": tooltip}
-    of_band = _tooltip(**{band or "range": "label:N", "low": "low:Q", "high": "high:Q"})
     of_seed = _tooltip(what="label:N", seed="seed:N", value="value:Q")
     layers = {
-        "band": _rows("band").mark_bar(color="gray", opacity=0.28, height=18, cornerRadius=2)
-        .encode(**ends, y=y, tooltip=of_band),
         "inner": _rows("inner").mark_bar(opacity=0.3, height=9, cornerRadius=2).encode(**ends, **of_arm),
         "interval": _rows("interval").mark_rule(strokeWidth=2).encode(**ends, **of_arm),
         "seed": _rows("seed").mark_tick(thickness=1.5, height=12, opacity=0.75)
         .encode(x=x, **of_arm | {"tooltip": of_seed}),
     }  # fmt: skip
-    chosen: list[Any] = [layer for kind, layer in layers.items() if kind in kinds]
+    zero = alt.Chart(alt.InlineData(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 3], color="gray")
+    chosen: list[Any] = [zero.encode(x=alt.X("zero:Q", title=x_title, scale=scale, axis=axis))]
+    chosen += [layer for kind, layer in layers.items() if kind in kinds]
     chosen.append(_rows("interval").mark_point(filled=True, size=75, opacity=1).encode(x=x, **of_arm))
-    if zero:
-        line = alt.Chart(alt.InlineData(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 3], color="gray")
-        chosen.insert(0, line.encode(x=alt.X("zero:Q", title=x_title, scale=scale, axis=axis)))
     return _finished(alt.layer(*chosen), ROW * max(lines, 1) + 10)
 
 

@@ -56,7 +56,7 @@ def training(comparison: Comparison) -> Section | None:
 
 
 def _arms(comparison: Comparison, settings: Mapping[str, Mapping[str, Any]]) -> Table:
-    headers = ("Arm", "r, α", "Rate", "β₁, β₂", "Batch × steps", *(title for title, _ in _COSTS.values()),
+    headers = ("Arm", "r, α", "Rate", "Batch × steps", *(title for title, _ in _COSTS.values()),
                "Decoding, tokens/s")  # fmt: skip
     lines = []
     for row in comparison.trained:
@@ -67,7 +67,6 @@ def _arms(comparison: Comparison, settings: Mapping[str, Mapping[str, Any]]) -> 
             Cell(row.arm, arm=row.arm, hint=", ".join(filter(None, (method(train), row.preserve)))),
             Cell(", ".join(_value(train[name]) for name in ("rank", "alpha") if name in train) or "–"),
             Cell(_value(train.get("learning_rate"))),
-            Cell(betas(train)),
             Cell(" × ".join(f"{count:,.0f}" for count in (batch, row.costs.get("steps")) if count) or "–"),
             *(cost(row, comparison, name) for name in _COSTS),
             Cell(number(row.decode_speed), hint="" if row.delta_speed is None else f"{faster} vs. base"),
@@ -92,14 +91,6 @@ def method(train: Mapping[str, Any]) -> str:
     parts.append(f"GRIT {train['grit']['mode']}" if (train.get("grit") or {}).get("mode") else "")
     parts.append("GRIT-VLM" if train.get("natural_gradient") else "")
     return ", ".join(filter(None, (*parts, str(train.get("optimizer", "")).replace("adamw_torch", "AdamW"))))
-
-
-def betas(train: Mapping[str, Any]) -> str:
-    values = (train.get("optim_args") or {}).get("betas")
-    if values is None:
-        moments = str(train.get("optimizer", "")).startswith("adamw") and (train.get("grit") or {}).get("mode") != "sgd"
-        return "0.9, 0.999" if moments else "–"
-    return ", ".join(f"{beta:g}" for beta in values)
 
 
 def _value(setting: Any) -> str:

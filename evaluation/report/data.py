@@ -43,14 +43,7 @@ def as_json(comparison: Comparison) -> str:
         "tasks": [task_record(row, comparison.baseline) for row in comparison.tasks],
         "benchmarks": [task_record(row, comparison.baseline) for row in comparison.benchmarks],
     }
-    return _as_json({**{each.name: getattr(comparison, each.name) for each in fields(comparison)}, **computed})
-
-
-def tasks_as_json(comparison: Comparison) -> str:
-    return _as_json([task_record(row, comparison.baseline) for row in comparison.tasks])
-
-
-def _as_json(content: object) -> str:
+    content = {each.name: getattr(comparison, each.name) for each in fields(comparison)} | computed
     return json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False)
 
 
@@ -106,10 +99,6 @@ def as_csv(comparison: Comparison) -> str:
                for name, value in own.items() if name.startswith(("score", "delta_score"))},
         })  # fmt: skip
     return _csv(records)
-
-
-def tasks_as_csv(comparison: Comparison) -> str:
-    return _csv([task_record(row, comparison.baseline) for row in comparison.tasks])
 
 
 def _csv(records: Sequence[Mapping[str, object]]) -> str:

@@ -192,7 +192,7 @@ def _differences(comparison: Comparison) -> Panel | None:
             id=f"difference-{at}",
             title=f"{title} minus that of {against}, points",
             draw="intervals",
-            options={"x_title": "points", "zero": True, "kinds": kinds,
+            options={"x_title": "points", "kinds": kinds,
                      "lines": len({row[3] for row in data.rows if row[1] == against})},
             where={"against": against},
         )

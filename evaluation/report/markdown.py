@@ -4,7 +4,6 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
-from evaluation.report.all_tasks import all_tasks
 from evaluation.report.blocks import Block, Cell, Details, Section, Table, Text
 from evaluation.report.comparison import Comparison
 from evaluation.report.provenance import byline
@@ -25,10 +24,6 @@ def laid_out(chapters: Iterable[Section]) -> Iterable[str]:
     for section in chapters:
         blocks = list(_blocks(section.blocks))
         yield from [f"## {escaped(section.title)}", *blocks] if blocks else []
-
-
-def tasks_as_markdown(comparison: Comparison) -> str:
-    return "\n\n".join(["# All data sets in this database", *_blocks(all_tasks(comparison))]) + "\n"
 
 
 def escaped(text: object) -> str:

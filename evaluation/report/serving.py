@@ -11,7 +11,7 @@ import numpy as np
 from db.records import REFERENCE
 from evaluation.measure.speed import summary
 from evaluation.report.arms import ArmRow
-from evaluation.report.blocks import Block, Cell, Details, Section, Table, Text, arm_cell, interval_panel
+from evaluation.report.blocks import Cell, Details, Section, Table, Text, arm_cell
 from evaluation.report.comparison import Comparison
 from evaluation.report.results import ScoredRun
 from evaluation.report.text import interval, number, percent, seeds_text
@@ -175,19 +175,13 @@ def speed(comparison: Comparison) -> Section | None:
                           str(phase["repetitions"])))  # fmt: skip
     if not lines:
         return None
-    note = (
-        "Paired: arm and base take turns in one process. The intervals in the table describe one process each, so "
-        "medians of two processes cannot be compared."
-    )
-    title = "Decoding speed relative to the base timed beside it, percent"
-    changes = ((row.arm, row.arm, row.delta_speed_interval) for row in comparison.trained)
     caption = "Medians over the repetitions of all seeds, without the warm-up, with intervals from order statistics"
     headers = ("Arm", "Backend", "Phase", "Median [interval]", "Confidence %", "Repetitions")
-    return Section("Speed by phase", (
-        Text("Requests run one at a time."),
-        *interval_panel("speed", title, changes, "percent", note),
-        Table(caption, headers, lines),
-    ))  # fmt: skip
+    words = (
+        "Requests run one at a time. The intervals describe one process each, so medians of two processes cannot be "
+        "compared; an arm is compared with the base that takes turns with it in one process."
+    )
+    return Section("Speed by phase", (Text(words), Table(caption, headers, lines)))
 
 
 def precisions(comparison: Comparison) -> Section | None:
@@ -221,11 +215,8 @@ def precisions(comparison: Comparison) -> Section | None:
             "Fallback tensors have rows that are not a multiple of the format's block, so llama.cpp stored them in a "
             "larger type: the file is larger than the type's name suggests."
         )
-    blocks: list[Block] = [Text(" ".join(words)), Table("Other precisions on the same test items", headers, lines)]
-    heading = f"{title} minus that of f16 on the same items, points"
-    deltas = ((f"{row.arm} {row.type}", row.arm, row.delta) for row in rows)
-    blocks += interval_panel("precisions", heading, deltas, "points")
-    return Section("Quantization", tuple(blocks), brief=4)
+    table = Table("Other precisions on the same test items", headers, lines)
+    return Section("Quantization", (Text(" ".join(words)), table), brief=4)
 
 
 def _counts(rows: Sequence[PrecisionRow]) -> tuple[str, str]:

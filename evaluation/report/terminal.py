@@ -47,7 +47,9 @@ def print_screen(comparison: Comparison, console: Console) -> None:
 
 
 def print_tasks(comparison: Comparison, console: Console) -> None:
-    _print(console, _short(all_tasks(comparison)))
+    filters = [f"{comparison.filters}; corrections for several arms count only these."] * bool(comparison.filters)
+    notes = [Text(note, "note") for note in (*filters, *comparison.task_notes)]
+    _print(console, [*_short(all_tasks(comparison)), *notes])
 
 
 def _short(blocks: Sequence[Block]) -> list[Block]:

@@ -54,7 +54,7 @@ _PARTS = {"train": "Training loss", "eval": "Loss on held-out items", "kl": "KL 
 def loss(comparison: Comparison) -> Section | None:
     if not any(run.curves for run in comparison.runs):
         return None
-    data = Dataset(("arm", "seed", "part", "step", "low", "nats", "high"))
+    data = Dataset(("arm", "seed", "part", "step", "nats"))
     lost: dict[tuple[str, str], list[int]] = defaultdict(list)
     for run in comparison.runs:
         warmup = run.settings.get("warmup_steps") or 0
@@ -63,8 +63,8 @@ def loss(comparison: Comparison) -> Section | None:
             finite = [(step, nats) for step, nats in curve if math.isfinite(nats)]
             # The first losses, of an untrained adapter, would fill the whole axis; a logarithmic axis has no zero.
             shown = [(s, nats) for s, nats in finite if (s > warmup if part == "train" else part != "kl" or nats > 0)]
-            for step, *values in thin(shown, MOST_POINTS):
-                data.add(run.arm, str(run.seed), part, step, *values)
+            for step, nats in spread(shown, MOST_POINTS):
+                data.add(run.arm, str(run.seed), part, step, nats)
             if gone := [step for step, nats in curve if not math.isfinite(nats)]:
                 lasting = not finite or finite[-1][0] < gone[0]
                 since = f"from step {gone[0]}" if lasting else f"first at step {gone[0]}, later finite again"
@@ -76,38 +76,19 @@ def loss(comparison: Comparison) -> Section | None:
         Text(f"{arm}: {'; '.join(words)}. No curve can show that.") for arm, words in sentences.items()
     ]
     parts = data.levels("part")
-    thinned = {row[2] for row in data.rows if row[4] is not None}
     charts = []
     for part in (part for part in _PARTS if part in parts):
         log = part == "kl"
-        options = {"detail": ["seed"], "log": log, "band": part in thinned, "points": part != "train"}
+        options = {"detail": ["seed"], "log": log, "points": part != "train"}
         axes = ("step", "optimizer step", "nats", f"nats per token{' (log)' * log}")
         heading = f"{_PARTS[part]}, nats per token"
         charts.append(_lines(f"loss-{part}", heading, axes, {"part": part}, **options))
-    note = "One line per seed; the training loss starts after the warm-up."
-    if thinned:
-        note += f" Longer runs are drawn as {MOST_POINTS} means of stretches, in a band from smallest to largest."
+    note = f"One line per seed, of at most {MOST_POINTS} points; the training loss starts after the warm-up."
     if "kl" in parts:
         note += " KL(base ‖ tuned) is measured for every arm, preserved or not, on base texts that no loss sees."
     if charts:
         blocks.append(Panel("loss", data, tuple(charts), _seeds_control(data), note=note))
     return Section("Loss curves", tuple(blocks))
-
-
-def thin(line: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float | None, float, float | None]]:
-    """A line of (step, finite value) by step as at most `most` points (step, low, value, high).
-
-    A longer line is cut into stretches, each drawn as its mean at its middle step with its smallest and largest value,
-    so that no peak is lost; a short one stays, without bounds.
-    """
-    if len(line) <= most:
-        return [(step, None, value, None) for step, value in line]
-    points: list[tuple[int, float | None, float, float | None]] = []
-    for part in range(most):
-        stretch = line[part * len(line) // most : (part + 1) * len(line) // most]
-        values = [value for _, value in stretch]
-        points.append((stretch[len(stretch) // 2][0], min(values), math.fsum(values) / len(values), max(values)))
-    return points
 
 
 def spread(values: Sequence[Any], most: int) -> list[Any]:

@@ -212,6 +212,7 @@ def test_another_baseline(path):
         (["--seed", "9"], ["'9'", "Available: 0, 1, 2"]),
         (["--backend", "olama", "--arm", "x"], ["'olama'", "Available: llama_cpp", "'x'"]),
         (["--all-tasks", "--task", "aqi"], ["--task", "--all-tasks"]),
+        (["--all-tasks", "--format", "json"], ["--all-tasks alone"]),
     ],
 )
 def test_unknown_names_are_refused_with_the_available_ones(path, arguments, words):

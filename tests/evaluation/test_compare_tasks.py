@@ -148,13 +148,8 @@ def test_all_tasks_in_one_table():
 
     code, out, _ = run("--all-tasks")
     assert code == 0 and "(on disk)" in out and "GSM8K exact match" in out and "Success criteria" not in out
-    lines = list(csv.DictReader(io.StringIO(run("--all-tasks", "--format", "csv")[1])))
-    records = json.loads(run("--all-tasks", "--format", "json")[1])
-    assert [line["task"] for line in lines] == [record["task"] for record in records] == [row.task for row in rows]
-    assert float(lines[2]["delta_score"]) == records[2]["delta_score"] and lines[0]["verdict"] == ""
-    text = run("--all-tasks", "--format", "md")[1]
-    assert "| gsm8k (GSM8K exact match) | pure_grit (seeds 0, 1) |" in text
-    assert f"#{text.splitlines()[0]}" in run("--format", "md")[1].splitlines(), "a section of the long report"
+    records = json.loads(run("--format", "json")[1])["tasks"]
+    assert [record["task"] for record in records] == [row.task for row in rows] and records[0]["verdict"] == ""
     assert "gsm8k (GSM8K exact match), aqi (AQI accuracy)" in run("--full")[1]
 
 
@@ -220,8 +215,6 @@ def test_runs_of_another_size_or_other_settings_are_left_out_with_a_note(tmp_pat
     told = "Finished runs of gsm8k left out: 1 of base, 1 of baseline_lora, 3 of pure_grit."
     assert comparison.notes[-1].startswith(told)
     assert not any("left out" in note for note in load_comparison(file).notes)
-    # The table of all tasks says it too, whatever the task that is shown, in every form.
-    for form in ("table", "json", "csv", "md"):
-        code, out, error = run("--all-tasks", "--format", form, database=file)
-        assert code == 0 and error.count(told) == 1 and told not in out
+    # The table of all tasks says it too, whatever the task that is shown.
+    assert told in " ".join(run("--all-tasks", database=file)[1].split())
     assert as_markdown(load_comparison(file)).count(told) == 1
