@@ -1,4 +1,4 @@
-"""Commands for the database: `python -m db.cli ingest|rebuild|check|export`."""
+"""Commands for the database: `python -m db.cli ingest|rebuild|export`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +9,10 @@ import typer
 
 from db.dump import export as write_files
 from db.errors import DatabaseError, FileError, OutputError
-from db.ingest import check as check_database
 from db.ingest import ingest as ingest_results
 from db.ingest import rebuild as rebuild_database
 
-app = typer.Typer(add_completion=False, help="Fill, rebuild, check and export the database of results.")
+app = typer.Typer(add_completion=False, help="Fill, rebuild and export the database of results.")
 
 Db = Annotated[str, typer.Option("--db", help="File or SQLAlchemy URL.")]
 Root = Annotated[Path, typer.Option("--root", help="The project's folder, with scores/, gguf/, adapters/ and runs/.")]
@@ -44,25 +43,6 @@ def rebuild(db: Db = DEFAULT_DB, root: Root = Path()) -> None:
     """Rebuild the database from runs/, including earlier tasks and settings. Exit codes as for `ingest`."""
     with _exit_codes():
         typer.echo(rebuild_database(root, db))
-
-
-@app.command()
-def check(db: Db = DEFAULT_DB, root: Root = Path()) -> None:
-    """Check that the database is intact and agrees with runs/, and count its rows. Exit codes: 0 sound, 1 not."""
-    with _exit_codes():
-        counts, faults = check_database(db, root)
-    for name, rows in counts.items():
-        typer.echo(f"{name:16} {rows:>8} rows")
-    for fault in faults:
-        typer.echo(f"fault: {fault}", err=True)
-    if faults:
-        typer.echo(
-            "Run `python -m db.cli rebuild`. If a fault comes back, it is in the files: remove the named run's folder "
-            "under scores/ and run `dvc repro`.",
-            err=True,
-        )
-        raise typer.Exit(1)
-    typer.echo("sound")
 
 
 @app.command()

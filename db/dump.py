@@ -5,30 +5,24 @@ JSON columns are JSON text, and times have a zone. An empty field of a CSV file 
 distinguishes the two. CSV files have text as it is, even an answer that begins with =, a formula to spreadsheets.
 """
 
-import csv
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable
 from contextlib import ExitStack
-from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import URL, BigInteger, Boolean, Double, Integer, Text, column, select, table, text
+from sqlalchemy import URL, select, text
 from sqlalchemy.orm import Session
-from sqlalchemy.types import TypeEngine
 
 from db.errors import DatabaseError, OutputError
 from db.files import staged_file
 from db.store import open_session
-from db.tables import METADATA, VIEWS, UtcDateTime
+from db.tables import METADATA, VIEWS
 
-Columns = dict[str, TypeEngine[Any]]
-# SQLite does not know the types of a view's columns. Equal names have equal types everywhere; all others are floats.
-_TYPES: Columns = {
-    **{c.name: c.type for each in METADATA.sorted_tables for c in each.columns},
-    **dict.fromkeys(("timestamp", "metric"), Text()),
-    **dict.fromkeys(("adapter_bytes", "adapter_gguf_bytes", "model_gguf_bytes"), BigInteger()),
-}
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def export(
@@ -40,51 +34,34 @@ def export(
     if unknown := [name for name in names if name not in known]:
         got = ", ".join(map(repr, unknown))
         raise DatabaseError("names of tables and views", got, f"name one of: {', '.join(known)}")
-    write = _write_parquet if form == "parquet" else _write_csv
     counts = {}
     try:
         with open_session(url) as session, ExitStack() as whole:
             for name in names:
-                columns, rows = _read(session, name)
-                write(whole.enter_context(staged_file(folder / f"{name}.{form}")), columns, rows)
-                counts[name] = len(rows)
+                frame = _frame(session, name)
+                counts[name] = len(frame)
+                file = whole.enter_context(staged_file(folder / f"{name}.{form}"))
+                if form == "parquet":
+                    frame.to_parquet(file, index=False)
+                else:
+                    frame.to_csv(file, index=False)
     except OutputError as error:
         raise DatabaseError(f"a writable folder at {folder}", str(error), "name another with --out") from error
     return counts
 
 
-def _read(session: Session, name: str) -> tuple[Columns, list[list[Any]]]:
-    """Columns, and rows in a fixed order: by key, or by all columns of a view."""
-    names = list(session.execute(text(f"SELECT * FROM {name} WHERE 1 = 0")).keys())  # noqa: S608  of a known name
+def _frame(session: Session, name: str) -> pd.DataFrame:
+    """Rows in a fixed order: by key, or by all columns of a view."""
+    import pandas as pd
+
     known = METADATA.tables.get(name)
-    columns = {n: _TYPES.get(n, Double()) if known is None else known.columns[n].type for n in names}
-    order = names if known is None else [c.name for c in known.primary_key.columns]
-    query = (
-        select(*(column(n, kind) for n, kind in columns.items())).select_from(table(name)).order_by(*map(column, order))
-    )
-    return columns, [[_json(v) if isinstance(v, dict | list) else v for v in row] for row in session.execute(query)]
+    query = text(f"SELECT * FROM {name}") if known is None else select(known).order_by(*known.primary_key.columns)  # noqa: S608  of a known name
+    result = session.execute(query)
+    columns = list(result.keys())
+    rows = [[_json(value) if isinstance(value, dict | list) else value for value in row] for row in result]
+    frame = pd.DataFrame(rows, columns=columns).convert_dtypes(dtype_backend="pyarrow")
+    return frame.sort_values(columns) if known is None else frame
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
-
-
-def _write_csv(file: Path, columns: Columns, rows: list[list[Any]]) -> None:
-    """RFC 4180: lines end with CR LF, so that the writer quotes either of them inside a text."""
-    with file.open("w", encoding="utf-8", newline="") as out:
-        writer = csv.writer(out, lineterminator="\r\n")
-        writer.writerow(columns)
-        writer.writerows([v.isoformat() if isinstance(v, datetime) else v for v in row] for row in rows)
-
-
-def _write_parquet(file: Path, columns: Columns, rows: list[list[Any]]) -> None:
-    """Types are those of the tables, so that every export of a table has the same ones."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kinds = {
-        Boolean: pa.bool_(), Integer: pa.int64(), Double: pa.float64(), UtcDateTime: pa.timestamp("us", tz="UTC"),
-    }  # fmt: skip
-    types = [next((a for k, a in kinds.items() if isinstance(kind, k)), pa.string()) for kind in columns.values()]
-    arrays = [pa.array([row[place] for row in rows], type=kind) for place, kind in enumerate(types)]
-    pq.write_table(pa.Table.from_arrays(arrays, names=list(columns)), file)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Table, func, insert, inspect, select, text
+from sqlalchemy import URL, Table, insert
 from sqlalchemy.orm import Session
 
 from db import tables
@@ -30,8 +30,8 @@ from db.records import (
     plain,
 )
 from db.runs import BASE, link
-from db.store import in_memory, open_session, replaced
-from db.tables import METADATA, VIEWS, Row, number, row_of
+from db.store import replaced
+from db.tables import Row, number, row_of
 
 _BASE_FILE = "models/base/base.json"
 """Names the base model, its revision and fingerprint. Stage export reads it for every arm and for the base; where
@@ -332,27 +332,3 @@ _ROWS: dict[Table, Callable[[Bundle], Iterable[Row | Record]]] = {
     tables.spectrum: _spectra,
 }
 """Table → its rows of one run."""
-
-
-def check(url: str | Path | URL, root: Path) -> tuple[dict[str, int], list[str]]:
-    """Compare a database with runs/: number of rows of each table, and a sentence for each fault."""
-    runs, current = read_archive(root)
-    faults = [bundle.disagreement for bundle in runs.values() if bundle.disagreement]
-    with open_session(url) as session, in_memory() as derived:
-        fill(derived, runs, current)
-        if session.get_bind().dialect.name == "sqlite":
-            lines = [str(row[0]) for row in session.execute(text("PRAGMA integrity_check"))]
-            faults += [line for line in lines if line != "ok"]
-        views = set(inspect(session.connection()).get_view_names())
-        faults += [f"the view {name} is missing" for name in VIEWS if name not in views]
-        counts = {}
-        for table in METADATA.sorted_tables:
-            counts[table.name] = session.scalar(select(func.count()).select_from(table)) or 0
-            query = select(table).order_by(*table.primary_key.columns)
-            expected, stored = ([tuple(row) for row in each.execute(query)] for each in (derived, session))
-            if expected != stored:
-                same = set(map(repr, stored))
-                lost = sum(repr(row) not in same for row in expected)
-                faults.append(f"{table.name}: expected the {len(expected)} rows that runs/ gives, got {len(stored)}; "
-                              f"{lost} of the expected ones are missing or changed")  # fmt: skip
-    return counts, faults

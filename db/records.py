@@ -245,16 +245,35 @@ AQI = TaskRecord(name="aqi", title="AQI accuracy", primary="aqi_category_accurac
 """The task of results that name none, since they are older than the other tasks."""
 
 
-class ScoresRecord(ArmRecord):
+def refuse_impossible_shares(
+    numbers: Iterable[MetricRecord | LayerRecord], meanings: Mapping[str, MetricDefRecord]
+) -> None:
+    """Raise a ValueError that names the first number whose unit is share and which is not from 0 to 1."""
+    for number in numbers:
+        meaning = meanings.get(number.name)
+        if meaning is not None and meaning.unit == "share" and not 0 <= (number.value or 0) <= 1:
+            raise ValueError(f"{number.name}: expected a share from 0 to 1, got {number.value}")
+
+
+class Measurements(ArmRecord):
+    metrics: list[MetricRecord]
+    metric_defs: dict[Name, MetricDefRecord]
+
+    @model_validator(mode="after")
+    def _numbers(self) -> Self:
+        refuse_repeats("metrics", ((metric.name, metric.split) for metric in self.metrics))
+        refuse_impossible_shares(self.metrics, self.metric_defs)
+        return self
+
+
+class ScoresRecord(Measurements):
     """`scores.json`: the numbers of one arm with one seed."""
 
     model_name: Name
     backend: Backend
     exported: bool = True  # False: base and adapter were scored as training left them, without an exported file
     test_items_sha256: Sha256
-    metrics: list[MetricRecord]
     task: TaskRecord = AQI
-    metric_defs: dict[Name, MetricDefRecord]
     speed: list[SpeedRecord]
 
     @model_validator(mode="after")
@@ -263,12 +282,10 @@ class ScoresRecord(ArmRecord):
         if "task" in self.model_fields_set and self.task.primary not in known:
             names = ", ".join(known) or "none"
             raise ValueError(f"expected the primary metric {self.task.primary} in split test, got {names}")
-        refuse_repeats("metrics", ((metric.name, metric.split) for metric in self.metrics))
         refuse_repeats("speed rows", ((row.arm, row.phase, row.repetition) for row in self.speed))
         others = sorted({row.arm for row in self.speed} - {self.arm, "base"})
         if others:
             raise ValueError(f"expected speed rows of {self.arm} and base, got {others}")
-        refuse_impossible_shares(self.metrics, self.metric_defs)
         return self
 
 
@@ -313,27 +330,14 @@ class LayerRecord(Record):
     value: Number | None
 
 
-def refuse_impossible_shares(
-    numbers: Iterable[MetricRecord | LayerRecord], meanings: Mapping[str, MetricDefRecord]
-) -> None:
-    """Raise a ValueError that names the first number whose unit is share and which is not from 0 to 1."""
-    for number in numbers:
-        meaning = meanings.get(number.name)
-        if meaning is not None and meaning.unit == "share" and not 0 <= (number.value or 0) <= 1:
-            raise ValueError(f"{number.name}: expected a share from 0 to 1, got {number.value}")
-
-
-class MeasuredRecord(ArmRecord):
-    metrics: list[MetricRecord]
-    metric_defs: dict[Name, MetricDefRecord]
+class MeasuredRecord(Measurements):
     layers: list[LayerRecord]
     notes: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _consistent(self) -> MeasuredRecord:
-        refuse_repeats("metrics", ((metric.name, metric.split) for metric in self.metrics))
         refuse_repeats("layers", ((row.name, row.split, row.layer) for row in self.layers))
-        refuse_impossible_shares([*self.metrics, *self.layers], self.metric_defs)
+        refuse_impossible_shares(self.layers, self.metric_defs)
         return self
 
 
@@ -346,20 +350,12 @@ class BenchmarkTask(Record):
     metric: str | None  # which is an item's credit; None: no metric is a share of an item
 
 
-class HarnessRecord(ArmRecord):
+class HarnessRecord(Measurements):
     """`harness.json`: a benchmark's numbers; samples.jsonl beside it has its items."""
 
     benchmark: Name
     lm_eval: Name  # version
     tasks: dict[Name, BenchmarkTask]
-    metrics: list[MetricRecord]
-    metric_defs: dict[Name, MetricDefRecord]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> HarnessRecord:
-        refuse_repeats("metrics", ((metric.name, metric.split) for metric in self.metrics))
-        refuse_impossible_shares(self.metrics, self.metric_defs)
-        return self
 
 
 class ParityRecord(ArmRecord):

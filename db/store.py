@@ -9,7 +9,7 @@ from pathlib import Path
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import NullPool, StaticPool
+from sqlalchemy.pool import NullPool
 
 from db.errors import DatabaseError, OutputError
 from db.files import staged_file
@@ -140,12 +140,6 @@ def replaced(url_or_path: str | Path | URL) -> Iterator[Session]:
         raise DatabaseError(f"a file that can be written at {place}", str(error), "name another with --db") from error
     except (SQLAlchemyError, sqlite3.Error, OSError) as error:
         raise _explain(error, place) from error
-
-
-@contextmanager
-def in_memory() -> Iterator[Session]:
-    """An empty database in memory, gone when the block ends."""
-    yield from _new_database(create_engine("sqlite://", poolclass=StaticPool))
 
 
 def _new_database(engine: Engine) -> Iterator[Session]:

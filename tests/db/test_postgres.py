@@ -4,15 +4,11 @@ import time
 from datetime import UTC, datetime
 from decimal import Decimal
 
-import pandas as pd
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
-from typer.testing import CliRunner
 
 from db import DatabaseError
-from db.cli import app
-from db.dump import export
 from db.ingest import ingest, rebuild
 from db.store import open_session
 from db.tables import SCHEMA
@@ -51,26 +47,6 @@ def test_all_tables_and_views_equal_those_of_sqlite(tree, three, postgres):
     assert ask(postgres, kinds) == [(None, "inf"), (None, "nan")]
     rebuild(tree, postgres)
     assert comparable(content(postgres)) == expected, "the same to the id"
-    result = CliRunner().invoke(app, ["check", "--db", postgres, "--root", str(tree)])
-    assert result.exit_code == 0 and "sound" in result.output, result.output
-    with raw(postgres) as connection:
-        connection.execute(text("UPDATE sample SET credit = 0 WHERE id = 1"))
-    result = CliRunner().invoke(app, ["check", "--db", postgres, "--root", str(tree)])
-    assert result.exit_code == 1 and "sample: expected the" in result.output
-
-
-def test_exports_are_the_same(tree, path, tmp_path, postgres):
-    ingest(tree, path)
-    ingest(tree, postgres)
-    for form, load in (("csv", pd.read_csv), ("parquet", pd.read_parquet)):
-        counts = export(path, tmp_path / "sqlite", form)
-        assert export(postgres, tmp_path / "pg", form) == counts
-        for name in counts:
-            one, other = (load(tmp_path / place / f"{name}.{form}") for place in ("sqlite", "pg"))
-            order = list(one.columns)
-            pd.testing.assert_frame_equal(
-                one.sort_values(order, ignore_index=True), other.sort_values(order, ignore_index=True)
-            )
 
 
 def test_others_tables_views_and_rights_survive(tree, postgres):
