@@ -26,7 +26,6 @@ from db.records import (
     HistoryRecord,
     LedgerRecord,
     MeasuredRecord,
-    ParityRecord,
     QuantizedRecord,
     QuantizedSampleRecord,
     Record,
@@ -77,7 +76,6 @@ class Bundle:
     scores: ScoresRecord
     samples: list[SampleRecord]
     history: HistoryRecord | None = None
-    parity: ParityRecord | None = None
     verdict: VerdictRecord | None = None
     base_model: RunRecord | None = None  # of models/base, for the base only
     measured: MeasuredRecord | None = None
@@ -234,7 +232,7 @@ class Reader:
             prepared = self.place / "models/base/run.json"
             bundle.base_model = self.record(prepared, RunRecord, required=False, of_run=False)
         else:
-            self.read_training(bundle, exported)
+            self.read_training(bundle)
         if (why := self.drop_stale(stages)) is not None:
             if len(self.problems) == before:
                 self.note(f"skipped, {why}")
@@ -283,15 +281,11 @@ class Reader:
         """Task → folder of each benchmark that the run was scored on."""
         return {place.parts[-3]: place for place in sorted((self.place / BENCHMARKS).glob(f"*/{self.arm}/{self.seed}"))}
 
-    def read_training(self, bundle: Bundle, exported: bool) -> None:
+    def read_training(self, bundle: Bundle) -> None:
         bundle.history = self.record(self.path("train", "loss_history.json"), HistoryRecord)
         bundle.ledger = self.lines(self.path("train", LEDGER), LedgerRecord, ("step",), required=False)
         bundle.grit = self.lines(self.path("train", GRIT_LOG), GritRecord, required=False)
-        parity, verdict = self.path("export", "parity.json"), self.path("probe", "verdict.json")
-        if exported:
-            bundle.parity = self.record(parity, ParityRecord, required=False)
-            if not parity.exists():
-                self.note("no parity.json, so nothing shows that the export is faithful")
+        verdict = self.path("probe", "verdict.json")
         bundle.verdict = self.record(verdict, VerdictRecord, required="probe" in bundle.stages)
         if not verdict.exists():
             self.note("no verdict.json, so nothing shows what the optimizer did")

@@ -169,7 +169,6 @@ def run_of(bundle: Bundle, identity: Row) -> Run:
             "serving_mode": scores.backend.mode or mode,
             "device_class": scores.backend.device_class,
             "test_items_sha256": scores.test_items_sha256,
-            "parity_first_difference": bundle.parity.first_difference if bundle.parity else None,
             "task": scores.task.name,
             "task_title": scores.task.title,
             "primary_metric": scores.task.primary,
@@ -192,10 +191,8 @@ def _costs(extra: Row) -> Row:
 
 def _rest(bundle: Bundle) -> Row:
     """Fields of the records that no table has."""
-    stored = {"metrics", "metric_defs", "speed", "layers", "readings", "first_difference"}
-    files = {
-        "scores": bundle.scores, "parity": bundle.parity, "verdict": bundle.verdict, "measured": bundle.measured,
-    }  # fmt: skip
+    stored = {"metrics", "metric_defs", "speed", "layers", "readings"}
+    files = {"scores": bundle.scores, "verdict": bundle.verdict, "measured": bundle.measured}
     rest: Row = {name: record.model_dump(exclude=stored) for name, record in files.items() if record is not None}
     benchmarks = {task: record.model_dump(exclude=stored) for task, (record, _) in bundle.benchmarks.items()}
     return rest | ({"benchmarks": benchmarks} if benchmarks else {})
@@ -215,10 +212,6 @@ def _stage(record: RunRecord) -> Row:
 def _metrics(bundle: Bundle) -> Iterator[Row]:
     files = [bundle.scores, bundle.measured, *(record for record, _ in bundle.benchmarks.values())]
     numbers = [(m.name, m.split, m.value, m.n) for record in files if record is not None for m in record.metrics]
-    if parity := bundle.parity:
-        pairs = {f"pair/{pair}": share for pair, share in parity.pairs.items()}
-        shares = {"token_ids_equal": parity.token_ids_equal, "greedy_equal": parity.greedy_equal, **pairs}
-        numbers += [(name, "parity", share, parity.prompts) for name, share in shares.items()]
     if "train" in bundle.stages:
         extra = bundle.stages["train"].extra
         for meaning, number_of in logged({**(extra.get("grit") or {}), **extra}, TRAINED):

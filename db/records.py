@@ -199,7 +199,7 @@ class ArmRecord(Record):
 class MetricRecord(Record):
     """One final number; a null value means that it could not be computed.
 
-    Splits: test, retention, parity, general, weights, hidden, alignment, eval, train; harness/TASK of lm-eval.
+    Splits: test, retention, general, weights, hidden, alignment, eval, train; harness/TASK of lm-eval.
     """
 
     name: Name  # explained by its MetricDefRecord
@@ -358,14 +358,6 @@ class HarnessRecord(Measurements):
     tasks: dict[Name, BenchmarkTask]
 
 
-class ParityRecord(ArmRecord):
-    prompts: Count
-    token_ids_equal: Share
-    greedy_equal: Share
-    pairs: dict[Name, Share]
-    first_difference: dict[str, Any] | None = None
-
-
 class PrecisionRecord(_Credited):
     """A run's merged model in one precision; all but the sizes are of the test items."""
 
@@ -423,7 +415,8 @@ class VerificationRecord(Record):
     backend: Name  # llama_cpp or ollama
     backend_version: Name
     mode: Literal["merged", "adapter"]  # merged GGUF, or base with GGUF adapter
-    form: Literal["plain", "newline", "second"] = "plain"  # newline: after the prompt; second: question of a chat
+    # rendered: the text that the model reads, to the file itself; newline: after the prompt; second: question of a chat
+    form: Literal["rendered", "plain", "newline", "second"] = "plain"
     prompts: Count
     rendered: Share | None  # as in training
     counted: Share | None  # with the same token ids
@@ -627,7 +620,6 @@ class Run(Costs):
     prompt_template: str | None
     base_key: str  # sha256 of base.json: model, place and prompt template; '': unknown
     train_key: str  # sha256 of params and inputs of stage train; '': nothing was trained
-    parity_first_difference: dict[str, Any] | None  # first prompt on which export and training disagree
     params: dict[str, Any]  # per stage
     inputs: dict[str, Any]  # per stage: file to sha256
     stages: dict[str, Any]  # per stage: start, end, git, environment key, extra

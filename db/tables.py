@@ -170,7 +170,11 @@ middle AS (
     SELECT run_id, arm, AVG(change) AS change FROM ranked WHERE place IN ((n + 1) / 2, (n + 2) / 2)
     GROUP BY run_id, arm
 ),
-final AS (SELECT run_id, name, split, value, n FROM metric WHERE step = -1)
+final AS (SELECT run_id, name, split, value, n FROM metric WHERE step = -1),
+files AS (
+    SELECT run_id, MIN(counted) AS counted, MIN(answered) AS answered FROM verification WHERE form = 'rendered'
+    GROUP BY run_id
+)
 SELECT run.id AS run_id, run.task, run.task_title, run.primary_metric AS metric, metric_def.direction,
     run.model_name, run.arm, run.seed,
     100.0 * own.value AS score,
@@ -180,8 +184,8 @@ SELECT run.id AS run_id, run.task, run.task_title, run.primary_metric AS metric,
     CASE WHEN run.arm = 'base' THEN 0.0 ELSE 100.0 * (retention.value - base_retention.value) END AS delta_retention,
     own_speed.rate AS inference_speed,
     middle.change AS delta_speed,
-    100.0 * token_ids.value AS token_ids_equal,
-    100.0 * greedy.value AS greedy_equal,
+    100.0 * files.counted AS token_ids_equal,
+    100.0 * files.answered AS greedy_equal,
     run.backend_name, run.device_class, run.git_commit, run.git_dirty,
     run.is_current, run.is_latest, run.test_items_sha256, {timestamp} AS timestamp
 FROM run
@@ -193,10 +197,7 @@ LEFT JOIN final AS retention
     ON retention.run_id = run.id AND retention.name = 'retention_accuracy' AND retention.split = 'retention'
 LEFT JOIN final AS base_retention ON base_retention.run_id = run.reference_run_id
     AND base_retention.name = 'retention_accuracy' AND base_retention.split = 'retention'
-LEFT JOIN final AS token_ids
-    ON token_ids.run_id = run.id AND token_ids.name = 'token_ids_equal' AND token_ids.split = 'parity'
-LEFT JOIN final AS greedy
-    ON greedy.run_id = run.id AND greedy.name = 'greedy_equal' AND greedy.split = 'parity'
+LEFT JOIN files ON files.run_id = run.id
 LEFT JOIN own_speed ON own_speed.run_id = run.id AND own_speed.arm = run.arm
 LEFT JOIN middle ON middle.run_id = run.id AND middle.arm = run.arm
 WHERE run.status = 'finished'

@@ -1,9 +1,10 @@
 """Proof that an export answers as the trained model does, prompt by prompt.
 
-`prove` compares engines in this process with Hugging Face itself, token by token, before anything is written.
-`verify` compares whatever serves the files (llama.cpp, Ollama) with what Hugging Face answered then: reference.jsonl
-beside each GGUF has its tokens and greedy answers, so this needs no torch. It asks each prompt in several forms, as
-people do, and checks itself: with the adapter at another scale at least one answer must differ.
+`prove` compares the files with Hugging Face itself, token by token, before anything is written: the rendered text goes
+to llama.cpp in this process. `verify` compares whatever serves the files (llama.cpp, Ollama) with what Hugging Face
+answered then: reference.jsonl beside each GGUF has its tokens and greedy answers, so this needs no torch. It asks each
+prompt in several forms, as people do, and checks itself: with the adapter at another scale at least one answer must
+differ. Both give the same rows, which `problems` judges.
 
 Merging rounds weights to 16 bit and engines add in different orders, so logits differ a little; llama.cpp also rounds
 the inputs of products with 16-bit weights, and keys and values, to 16 bit. Where the reference's best two tokens are
@@ -11,27 +12,25 @@ closer than that, either may be chosen. `export.diagnosis` names such ties and e
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from db.files import sha256
-from db.records import VerificationRecord
+from db.records import VerificationRecord, VerifyRecord
 from export import MergedOnlyError
 from export.diagnosis import TIE, Case, ask, bos_cause, explain, gaps, parting, same_tokens
-from export.engines.engine import Engine, Generation, LocalEngine
+from export.engines.engine import Engine, Generation, LocalEngine, Raw
+from export.engines.llama_cpp import LlamaCppEngine
 from export.engines.ollama_engine import OllamaEngine
 from export.gguf import changes_nothing
 from export.served import MODES, Mode, Reference, Served, read_references
 
 Opener = Callable[[Served, float], AbstractContextManager[Engine]]
 """(model in its mode, factor on the adapter's scale, for controls) → the open model."""
-REFERENCE = "hf"
 
 CONTROL_SCALE = 0.5
 """Factor on the adapter's scale in the control; as if α belonged to twice the rank."""
@@ -48,139 +47,6 @@ equally likely, and every answer is a tie.
 """
 
 
-# --- engines in this process, beside Hugging Face -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Answers:
-    ids: list[list[int]]  # the engine's ids of each prompt
-    made: list[Generation]
-    texts: dict[tuple[int, ...], str]  # ids of a prompt or an answer → its text
-
-    @property
-    def tokens(self) -> list[list[int]]:
-        return [generation.ids or [] for generation in self.made]
-
-
-def prove(
-    reference: Callable[[], LocalEngine],
-    engines: Mapping[str, Callable[[], LocalEngine]],
-    prompts: Sequence[str],
-    max_tokens: int,
-) -> dict[str, Any]:
-    """Compare every engine with `reference`, Hugging Face. Only one is open at a time: memory need not hold two models.
-
-    `prompts` are rendered. token_ids_equal and greedy_equal are shares, of the worst pair; greedy_tied is the share of
-    prompts that diverge at a tie (still a difference), of the worst pair; pairs, token_id_pairs and tied_pairs are each
-    pair's shares. Greedy answers continue the reference's ids, so that a tokenizer's fault is counted once. The first
-    engine is asked before the reference, which then only checks whether it would answer the same.
-    """
-    first = next(iter(engines))
-    guess = _answers(engines[first], prompts, max_tokens)
-    right = _answers(reference, prompts, max_tokens, guesses=guess.tokens)
-    greedy_pairs: dict[str, float] = {}
-    id_pairs: dict[str, float] = {}
-    tied: dict[str, float] = {}
-    differences: list[dict[str, Any]] = []
-    for name, opener in engines.items():
-        reuse = name == first and guess.ids == right.ids
-        answers = guess if reuse else _answers(opener, prompts, max_tokens, given=right.ids)
-        pair = f"{REFERENCE}/{name}"
-        for kind, expected, got, shares in (
-            ("token_ids", right.ids, answers.ids, id_pairs),
-            ("greedy", right.tokens, answers.tokens, greedy_pairs),
-        ):
-            places = {n: parting(a, b) for n, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b}
-            leads = {n: _lead(right.made[n], at) if kind == "greedy" else None for n, at in places.items()}
-            ties = {n for n, lead in leads.items() if lead is not None and lead < TIE}
-            shares[pair] = (len(prompts) - len(places)) / len(prompts)
-            if kind == "greedy":
-                tied[pair] = len(ties) / len(prompts)
-            for number, at in list(places.items())[:1]:
-                a, b = expected[number], got[number]
-                difference = {
-                    "engine": name,
-                    "kind": kind,
-                    "prompt_number": number,
-                    "prompt": prompts[number],
-                    "position": at,
-                    "expected_token": a[at] if at < len(a) else None,
-                    "got_token": b[at] if at < len(b) else None,
-                    "expected_text": right.texts[tuple(a)],
-                    "got_text": answers.texts[tuple(b)],
-                    "gap": leads[number],
-                    "likely_cause": "rounding: the best two tokens are a tie" if number in ties else _cause(kind, a, b),
-                }
-                differences.append(difference)
-    return {
-        "prompts": len(prompts),
-        "max_tokens": max_tokens,
-        "reference": REFERENCE,
-        "token_ids_equal": min(id_pairs.values()),
-        "greedy_equal": min(greedy_pairs.values()),
-        "greedy_tied": max(tied.values()),
-        "tied_pairs": tied,
-        "pairs": greedy_pairs,
-        "token_id_pairs": id_pairs,
-        "answers": {
-            prompt: {"ids": ids, "answer": right.texts[tuple(tokens)]}
-            for prompt, ids, tokens in zip(prompts, right.ids, right.tokens, strict=True)
-        },
-        "first_difference": min(differences, key=lambda d: d["prompt_number"]) if differences else None,
-    }
-
-
-def _answers(
-    opener: Callable[[], LocalEngine],
-    prompts: Sequence[str],
-    max_tokens: int,
-    guesses: Iterable[Sequence[int]] = repeat(()),
-    given: Sequence[list[int]] | None = None,
-) -> _Answers:
-    """An engine's ids of the prompts, and its answers to these or to `given`."""
-    with opener() as engine:
-        ids = [list(engine.tokenize(prompt)) for prompt in prompts]
-        made = [engine.answer(x, max_tokens, guess=guess) for x, guess in zip(given or ids, guesses, strict=False)]
-        answers = [generation.ids or [] for generation in made]
-        return _Answers(ids, made, {tuple(x): engine.detokenize(x) for x in [*ids, *answers]})
-
-
-def _lead(made: Generation, position: int) -> float | None:
-    leads = made.leads or []
-    return leads[position] if position < len(leads) else None
-
-
-def _cause(kind: str, expected: Sequence[int], got: Sequence[int]) -> str:
-    if kind == "token_ids":
-        return bos_cause(expected, got) or "tokenizer or template"
-    if parting(expected, got) in (len(expected), len(got)):
-        return "end of sequence: one side stops where the other continues"
-    return "adapter scale, merge or quantization"
-
-
-def export_problem(result: Mapping[str, Any], min_greedy_equal: float) -> str | None:
-    """Why an export must not be used, or None when it may; `result` is that of `prove`."""
-    problems = []
-    if result["token_ids_equal"] < 1.0:
-        problems.append(f"token ids: expected equal for 100% of prompts, got {result['token_ids_equal']:.1%}")
-    if result["greedy_equal"] < min_greedy_equal:
-        problems.append(
-            f"greedy answers: expected equal for {min_greedy_equal:.1%} of prompts, got {result['greedy_equal']:.1%} "
-            f"({result['greedy_tied']:.1%} diverge at a tie, where rounding decides)"
-        )
-    if not problems:
-        return None
-    d = result["first_difference"]
-    return (
-        f"{'; '.join(problems)}. First difference: {d['engine']}, {d['kind']}, prompt {d['prompt_number']}, position "
-        f"{d['position']}: expected token {d['expected_token']}, got {d['got_token']} "
-        f"({d['expected_text']!r} against {d['got_text']!r}). Likely cause: {d['likely_cause']}"
-    )
-
-
-# --- whatever serves the files, beside reference.jsonl ------------------------------------------------------------
-
-
 class Checked(VerificationRecord):
     name: str
     unsupported: bool = False  # the server cannot serve this mode
@@ -192,6 +58,92 @@ class Checked(VerificationRecord):
     ties: tuple[bool, ...] = ()  # which answers diverge at a tie
     equal_to_llama_cpp: float | None = None  # share of answers equal to llama.cpp's from the same files
     tokens_as_llama_cpp: float | None = None  # share of these with the same number of tokens
+
+
+# --- the files, beside Hugging Face -------------------------------------------------------------------------------
+
+
+def prove(
+    reference: Callable[[], LocalEngine],
+    opener: Callable[[Served], LlamaCppEngine],
+    forms: Sequence[Served],
+    prompts: Sequence[str],
+    max_tokens: int,
+) -> tuple[list[Checked], dict[str, Mapping[str, Any]]]:
+    """Compare 16-bit files, a model in each of its modes, with `reference`, Hugging Face, by ids and not by text.
+
+    `prompts` are rendered. Returns a row for each mode, and rendered prompt → Hugging Face's ids and answer. Only one
+    engine is open at a time: memory need not hold two models.
+    """
+
+    def answers(engine: LocalEngine) -> list[Generation]:
+        by_place = dict(engine.generate_many([Raw(prompt) for prompt in prompts], max_tokens))
+        return [by_place[place] for place in range(len(prompts))]
+
+    with reference() as trained:
+        right = answers(trained)
+    rows = []
+    for served in forms:
+        with opener(served) as engine:
+            pairs = list(zip(right, answers(engine), strict=True))
+            ties = [_is_tie(engine, expected, got) for expected, got in pairs]
+            rows.append(
+                _row(
+                    engine,
+                    served,
+                    "rendered",
+                    rendered=1.0,
+                    counted=_share([expected.prompt_ids == got.prompt_ids for expected, got in pairs]),
+                    answered=_share([expected.ids == got.ids for expected, got in pairs]),
+                    tied=_share(ties),
+                    first_difference=_first_difference(prompts, pairs, ties),
+                    answers=tuple(got.text for _, got in pairs),
+                    quantization="f16",
+                )
+            )
+    known: dict[str, Mapping[str, Any]] = {
+        p: {"ids": made.prompt_ids, "answer": made.text} for p, made in zip(prompts, right, strict=True)
+    }
+    return rows, known
+
+
+def _is_tie(engine: LlamaCppEngine, expected: Generation, got: Generation) -> bool:
+    """Whether the answers to equal prompts diverge where the engine finds both tokens almost equally likely."""
+    a, b = expected.ids or [], got.ids or []
+    at = parting(a, b)
+    if expected.prompt_ids != got.prompt_ids or at in (len(a), len(b)):
+        return False
+    engine.prefill([*(got.prompt_ids or []), *b[:at]])
+    logits = engine.logits()
+    return float(logits.max() - min(logits[a[at]], logits[b[at]])) < TIE
+
+
+def _first_difference(
+    prompts: Sequence[str], pairs: Sequence[tuple[Generation, Generation]], ties: Sequence[bool]
+) -> str | None:
+    for number, (expected, got) in enumerate(pairs):
+        kind = "prompt" if expected.prompt_ids != got.prompt_ids else "answer"
+        a, b = (made.prompt_ids if kind == "prompt" else made.ids for made in (expected, got))
+        if a is None or b is None or a == b:
+            continue
+        at = parting(a, b)
+        if kind == "prompt":
+            cause = bos_cause(a, b) or "tokenizer or template"
+        elif ties[number]:
+            cause = "rounding; the two tokens are a tie"
+        elif at in (len(a), len(b)):
+            cause = "end of sequence; one side stops where the other continues"
+        else:
+            cause = "adapter scale, merge or quantization"
+        tokens = [ids[at] if at < len(ids) else "the end" for ids in (a, b)]
+        return (
+            f"prompt {number} ({prompts[number]!r}): token {at} of the {kind} is {tokens[1]}, expected {tokens[0]} "
+            f"(answers {got.text!r} and {expected.text!r}). Likely cause: {cause}"
+        )
+    return None
+
+
+# --- whatever serves the files, beside reference.jsonl ------------------------------------------------------------
 
 
 def verify(
@@ -215,10 +167,30 @@ def verify(
     return rows
 
 
+def _row(engine: Engine, served: Served, form: str, **figures: Any) -> Checked:
+    stored = engine.stored if isinstance(engine, OllamaEngine) else None
+    of_model = {
+        "name": served.name,
+        "mode": served.mode,
+        "form": form,
+        "backend": engine.name,
+        "backend_version": engine.version,
+        "prompts": len(figures["answers"]),
+        "equal_to_merged": None,
+        "perturbed_noticed": None,
+        "quantization": served.serving.quantization,
+        "gguf_sha256": sha256(served.gguf),
+        "adapter_sha256": sha256(served.adapter) if served.adapter else None,
+        "server_digest": stored.digest if stored else None,
+        "stored_sha256": stored.stored_sha256 if stored else None,
+        "differences": "; ".join(stored.differences(served.serving)) or None if stored else None,
+    }
+    return Checked.model_validate(of_model | figures)
+
+
 def _check(opener: Opener, served: Served, references: Sequence[Reference], mode: Mode) -> list[Checked]:
     """A row for each form."""
     with opener(served, 1.0) as engine:
-        stored = engine.stored if isinstance(engine, OllamaEngine) else None
         rows = []
         for form in dict.fromkeys(reference.form for reference in references):
             asked = [reference for reference in references if reference.form == form]
@@ -226,26 +198,16 @@ def _check(opener: Opener, served: Served, references: Sequence[Reference], mode
             case = Case(engine, served, asked, answers, gaps(engine, served, asked, answers))
             pairs = list(zip(asked, answers, strict=True))
             rows.append(
-                Checked(
-                    name=served.name,
+                _row(
+                    engine,
+                    served,
+                    form,
                     mode=mode,
-                    form=form,
-                    backend=engine.name,
-                    backend_version=engine.version,
-                    prompts=len(pairs),
                     rendered=_share([None if s.rendered is None else s.rendered == r.rendered for r, s in pairs]),
                     counted=_share([same_tokens(r, s) for r, s in pairs]),
                     answered=_share([s.text == r.answer for r, s in pairs]),
                     tied=_share(case.ties),
-                    equal_to_merged=None,
-                    perturbed_noticed=None,
                     first_difference=explain(case),
-                    quantization=served.serving.quantization,
-                    gguf_sha256=sha256(served.gguf),
-                    adapter_sha256=sha256(served.adapter) if served.adapter else None,
-                    server_digest=stored.digest if stored else None,
-                    stored_sha256=stored.stored_sha256 if stored else None,
-                    differences="; ".join(stored.differences(served.serving)) or None if stored else None,
                     note=". ".join(filter(None, (engine.note, *_unreported(engine, answers)))) or None,
                     answers=tuple(s.text for s in answers),
                     answer_tokens=tuple(s.answer_tokens for s in answers),
@@ -326,6 +288,11 @@ def against(rows: Sequence[Checked], others: Sequence[Checked]) -> list[Checked]
             row = row.model_copy(update=shares)
         compared.append(row)
     return compared
+
+
+def verify_record(arm: str, seed: int, name: str, rows: Sequence[VerificationRecord]) -> VerifyRecord:
+    fields = [row.model_dump(include=set(VerificationRecord.model_fields)) for row in rows]
+    return VerifyRecord.of({"schema": 1, "arm": arm, "seed": seed, "model_name": name, "rows": fields})
 
 
 # --- the judgement ------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ BASE = "base"
 FACTS = "serving.json"
 REFERENCE = "reference.jsonl"
 """Hugging Face's own tokens and greedy answers, beside each GGUF."""
+PARITY = "parity.json"
+"""What the export stage found when it compared the files with Hugging Face."""
 SERVED_GGUF, F16_GGUF, ADAPTER_GGUF = "model.gguf", "model-f16.gguf", "adapter.gguf"
 MODELFILE, ADAPTER_MODELFILE = "Modelfile", "Modelfile.adapter"
 Mode = Literal["merged", "adapter"]

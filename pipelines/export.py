@@ -5,8 +5,9 @@ The untouched base is an arm too: it has no adapter, and its f16 GGUF is what ad
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from db.files import artifact, finish_run, hash_inputs, read_jsonl, sha256, staged, start_run, write_json, write_record
-from db.records import ParityRecord
 from evaluation.paraphrase import SPLIT
 from evaluation.tasks import Item
 from export import ExportError, MergedOnlyError, converters, gguf
@@ -24,14 +24,16 @@ from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
 from export.go import go_of_turns
 from export.modelfile import Serving, check_bos
-from export.proof import export_problem, prove
+from export.proof import Checked, problems, prove, verify_record
 from export.served import (
     ADAPTER_GGUF,
     ADAPTER_MODELFILE,
     F16_GGUF,
     FACTS,
     MODELFILE,
+    PARITY,
     SERVED_GGUF,
+    Served,
     base_file,
     make_references,
     modelfile_text,
@@ -47,6 +49,8 @@ from trainers.settings import BaseReference, Positive, Section
 
 GGUF = Path("gguf")
 UNPACKED = "model-f32.gguf"
+PARALLEL = 16
+"""Prompts that Hugging Face answers at once."""
 PREFIX = 8
 """Tokens that timing puts in front of a question."""
 REFERENCES = 20
@@ -138,7 +142,7 @@ def hugging_face(reference: BaseReference, template: str, arm: str, seed: int) -
     """The model as trained. An arm has the tokenizer of training, because the export's came with the weights."""
     adapter, base = None if arm == BASE_ARM else adapter_dir(arm, seed), reference.merge_from
     kwargs, tokenizer = dict(reference.merge_kwargs), str(adapter) if adapter else None
-    return HfEngine(base, template, adapter=adapter, load_kwargs=kwargs, tokenizer=tokenizer)
+    return HfEngine(base, template, adapter=adapter, load_kwargs=kwargs, tokenizer=tokenizer, parallel=PARALLEL)
 
 
 def conversation_text(params: Params, serving: Serving, tokenizer: Any, messages: list[Message]) -> str:
@@ -155,34 +159,28 @@ def conversation_text(params: Params, serving: Serving, tokenizer: Any, messages
     return str(text).removeprefix(tokenizer.bos_token if serving.adds_bos else "")
 
 
-def check_parity(
-    params: Params, reference: BaseReference, template: str, arm: str, seed: int, folder: Path
-) -> dict[str, Any]:
-    """Hugging Face (base + adapter, not merged) against merged GGUF and, where there is one, base + adapter GGUF.
+def prove_files(
+    params: Params, reference: BaseReference, forms: list[Served], folder: Path
+) -> tuple[list[Checked], dict[str, Mapping[str, Any]]]:
+    """Hugging Face (base + adapter, not merged) against the merged GGUF and, where there is one, base + adapter GGUF.
 
     With `parity_arithmetic: f32` llama.cpp computes in float32, as the reference does: the weights of the f16 files are
     unpacked, which is exact. So what is compared is what the files hold, and no rounding of the engine's own.
     """
-    section = params.export
+    section, one = params.export, forms[0]
     prompts = list(map(Form(params.prompt.template).asked, parity_items(section.parity_prompts)))
     exact = section.parity_arithmetic == "f32"
 
-    def llama_cpp(model: Path, lora: Path | None = None) -> Callable[[], LocalEngine]:
-        def opened() -> LocalEngine:
-            if exact:  # one after the other, so that the disk holds one such file at a time
-                gguf.quantize(model, folder / UNPACKED, "f32")
-            file = folder / UNPACKED if exact else model
-            return LlamaCppEngine(file, template, num_ctx=section.num_ctx, adapter=lora, exact_cache=exact)
+    def llama_cpp(form: Served) -> LlamaCppEngine:
+        if exact:  # one after the other, so that the disk holds one such file at a time
+            gguf.quantize(form.gguf, folder / UNPACKED, "f32")
+        file, template = folder / UNPACKED if exact else form.gguf, form.serving.template
+        return LlamaCppEngine(file, template, num_ctx=section.num_ctx, adapter=form.adapter, exact_cache=exact)
 
-        return opened
-
-    engines = {"merged_gguf": llama_cpp(folder / F16_GGUF)}
-    if (folder / ADAPTER_GGUF).is_file():
-        engines["base+adapter_gguf"] = llama_cpp(base_file(GGUF), folder / ADAPTER_GGUF)
-    result = prove(partial(hugging_face, reference, template, arm, seed), engines, prompts, section.parity_tokens)
+    trained = partial(hugging_face, reference, one.serving.template, one.arm, one.seed)
+    proof = prove(trained, llama_cpp, forms, prompts, section.parity_tokens)
     (folder / UNPACKED).unlink(missing_ok=True)
-    settings = {"quantization": "f16", "arithmetic": section.parity_arithmetic}
-    return {"schema": 1, "arm": arm, "seed": seed, **settings, **result}
+    return proof
 
 
 def run(params: Params, arm: str, seed: int) -> None:
@@ -219,15 +217,19 @@ def run(params: Params, arm: str, seed: int) -> None:
         quantized = section.quantization != "f16"
         if quantized:
             gguf.quantize(folder / F16_GGUF, folder / SERVED_GGUF, section.quantization)
-        answers: dict[str, Any] = {}
+        answers: dict[str, Mapping[str, Any]] = {}
         if adapter:
-            result = check_parity(params, reference, template, arm, seed, folder)
-            answers = result.pop("answers")
-            write_record(folder / "parity.json", ParityRecord.of(result))
-            record.extra["parity"] = {k: result[k] for k in ("token_ids_equal", "greedy_equal", "prompts")}
-            if problem := export_problem(result, section.min_greedy_equal):
-                write_json(failed, result)
-                raise ExportError(f"{out}: the export is not what was trained ({failed}). {problem}")
+            forms = [Served(str(serving.model_name), arm, seed, folder, folder / F16_GGUF, None, serving)]
+            if (folder / ADAPTER_GGUF).is_file():
+                forms.append(replace(forms[0], gguf=base_file(GGUF), adapter=folder / ADAPTER_GGUF))
+            rows, answers = prove_files(params, reference, forms, folder)
+            content = verify_record(arm, seed, str(serving.model_name), rows)
+            write_record(folder / PARITY, content)
+            # Without a server's and the engine's rounding, a tie is a difference like any other.
+            strict = [row.model_copy(update={"tied": None}) for row in rows]
+            if wrong := problems(strict, section.min_greedy_equal):
+                write_record(failed, content)
+                raise ExportError(f"{out}: the export is not what was trained ({failed}). {' '.join(wrong)}")
             failed.unlink(missing_ok=True)
         questions = (item for item in parity_items(section.parity_prompts if adapter else REFERENCES) if not item.whole)
         prompts = [item.prompt for item in islice(questions, REFERENCES)]

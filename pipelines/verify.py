@@ -1,5 +1,6 @@
 """Stage verify: verified/<arm>/<seed>/verify.json, whether what is served is what was trained.
 
+It begins with the rows of the files themselves, which stage export compared with Hugging Face.
 Always on llama.cpp in this process, in both modes, each prompt in several forms; where an Ollama server answers, the
 model is registered there and checked as well, against Hugging Face's answers and against llama.cpp's.
 """
@@ -11,15 +12,24 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from db.files import exclusive, finish_run, hash_inputs, llama_cpp_device, staged, start_run, write_record
-from db.records import VerificationRecord, VerifyRecord
+from db.files import (
+    exclusive,
+    finish_run,
+    hash_inputs,
+    llama_cpp_device,
+    read_record,
+    staged,
+    start_run,
+    write_record,
+)
+from db.records import VerifyRecord
 from export import ExportError
 from export.engines.llama_cpp import open_in_process
 from export.engines.ollama_engine import resolve_host, server_version
-from export.proof import against, problems, show
+from export.proof import against, problems, show, verify_record
 from export.proof import verify as verify_model
 from export.register import keep_registered, open_on_server
-from export.served import MODES, base_file, served_in
+from export.served import MODES, PARITY, base_file, served_in
 from pipelines.params import Share, StageParams, check_arm
 from pipelines.stage import BASE_ARM, SPEED_LOCK, command, gguf_dir, model_name, verified_dir
 from trainers.settings import Positive, Section
@@ -72,8 +82,9 @@ def run(params: Params, arm: str, seed: int) -> None:
                 # A model that the server has as base and adapter stays so; any other is registered merged.
                 keep_registered(host, served, progress=print)
                 rows += against(verify_model(partial(open_on_server, host), *how), rows)
-        fields = [row.model_dump(include=set(VerificationRecord.model_fields)) for row in rows]
-        content = VerifyRecord.of({"schema": 1, "arm": arm, "seed": seed, "model_name": name, "rows": fields})
+        parity = served.folder / PARITY
+        of_files = read_record(parity, VerifyRecord).rows if parity.is_file() else []
+        content = verify_record(arm, seed, name, [*of_files, *rows])
         show(rows)
         least = (section.min_answers_equal, section.min_answers_equal_quantized)
         if wrong := problems(rows, *least):

@@ -75,7 +75,7 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmRow(Scored):
-    """One arm, its numbers averaged over seeds; accuracies, shares and parity in percent."""
+    """One arm, its numbers averaged over seeds; accuracies and shares in percent."""
 
     model_name: str = ""
     retention: float | None = None
@@ -84,7 +84,6 @@ class ArmRow(Scored):
     kept_by_seed: Mapping[int, float] = field(default_factory=dict)
     decode_speed: float | None = None  # tokens per second
     speed: SpeedChange = field(default_factory=SpeedChange)
-    parity: float | None = None  # share of prompts on which all ways to run the model answer alike, worst seed
     metrics: Mapping[Key, float] = field(default_factory=dict)  # mean over seeds, in the metric's own unit
     ranges: Mapping[Key, tuple[float, float]] = field(default_factory=dict)  # smallest and largest of several seeds
     costs: Mapping[str, float] = field(default_factory=dict)  # mean over seeds: db.records.Costs and seconds_a_step
@@ -146,7 +145,6 @@ def arm_rows(runs: Sequence[ScoredRun], baseline: str) -> tuple[ArmRow, ...]:
                 costs.setdefault(name, []).append(value)
             if run.train_seconds and run.steps:
                 costs.setdefault("seconds_a_step", []).append(run.train_seconds / run.steps)
-        parities = values.get(("parity", "greedy_equal"))
         changes = [change for run in own for change in speed_changes(arm, run.timings)] if arm != BASE else ()
         rows.append(ArmRow(
             task=first.task, title=first.task_title, metric=first.primary_metric,
@@ -164,7 +162,6 @@ def arm_rows(runs: Sequence[ScoredRun], baseline: str) -> tuple[ArmRow, ...]:
             kept_by_seed=dict(zip(retained.seeds, map(float, shares), strict=True)) if retained and share else {},
             decode_speed=_mean(_decode_speeds(own)),
             speed=speed_change(changes),
-            parity=100 * min(parities) if parities else None,
             metrics={key: fmean(of_key) for key, of_key in values.items()},
             ranges={key: (min(some), max(some)) for key, some in values.items() if len(some) > 1},
             costs={name: fmean(of_name) for name, of_name in costs.items()},

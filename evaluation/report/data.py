@@ -163,7 +163,6 @@ def _numbers(row: ArmRow, primary: Primary) -> dict[str, object]:
         "decode_speed": row.decode_speed,
         "delta_speed_percent": row.delta_speed,
         **_bounds("delta_speed_percent", row.delta_speed_interval),
-        "parity": row.parity,
         "perplexity": row.metrics.get(("general", "perplexity")),
         "update_norm": row.metrics.get(("weights", "update_norm")),
         "alignment_index": row.metrics.get(("alignment", "alignment_index")),

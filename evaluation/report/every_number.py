@@ -56,9 +56,9 @@ def _by_seed(difference: Difference) -> str:
 
 
 def _metrics(comparison: Comparison) -> list[Block]:
-    """Every final number of every arm; the parity of exports has its own table."""
+    """Every final number of every arm."""
     lines = []
-    for key in dict.fromkeys(key for row in comparison.rows for key in row.metrics if key[0] != "parity"):
+    for key in dict.fromkeys(key for row in comparison.rows for key in row.metrics):
         unit, direction, meaning = comparison.units.get(key[1], ("–", "–", ""))
         start = (Cell(key[1], title=meaning), key[0], unit, direction)
         lines.append((*start, *(_with_range(row, key) for row in comparison.rows)))

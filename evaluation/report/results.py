@@ -30,7 +30,7 @@ class ScoredRun(Run):
     """A run and its rows of all tables, whose columns `db.records` explains; numbers may be NaN or infinite."""
 
     place: Any  # its row of table environment
-    metrics: dict[Key, float]  # of the finished run; shares of prompts on which exports agree are split `parity`
+    metrics: dict[Key, float]  # of the finished run
     credit: dict[str, dict[str, float]]  # split → item id → credit, from 0 to 1
     timings: list[Any]  # timed phases of the run's own arm and of the base beside it
     probe: Probe | None

@@ -11,7 +11,7 @@ import numpy as np
 from db.records import REFERENCE
 from evaluation.measure.speed import summary
 from evaluation.report.arms import ArmRow
-from evaluation.report.blocks import Cell, Details, Section, Table, Text, arm_cell
+from evaluation.report.blocks import Cell, Section, Table, Text, arm_cell
 from evaluation.report.comparison import Comparison
 from evaluation.report.results import ScoredRun
 from evaluation.report.text import interval, number, percent, seeds_text
@@ -83,8 +83,8 @@ def _precision(name: str, seeds: Sequence[tuple[ScoredRun, Any]]) -> PrecisionRo
 
 
 def verified(run: ScoredRun) -> list[Any]:
-    """How a run was served: merged before adapter for each backend, each asked as in training first."""
-    order = ("plain", "newline", "second")
+    """How a run was served: merged before adapter for each backend, the files alone first."""
+    order = ("rendered", "plain", "newline", "second")
     return sorted(run.verifications, key=lambda row: (row.backend, row.mode != "merged", order.index(row.form)))
 
 
@@ -97,38 +97,11 @@ def phase_rows(row: ArmRow) -> list[dict[str, Any]]:
 # Chapters
 
 
-def _files(comparison: Comparison) -> Details | None:
-    """Whether the exported files alone answer as Hugging Face does, and the first prompts on which one did not."""
-    keys = list(dict.fromkeys(key for row in comparison.trained for key in row.metrics if key[0] == "parity"))
-    if not keys:
-        return None
-    names = {"token_ids_equal": "Same token ids", "greedy_equal": "All ways answer alike"}
-    lines = [
-        (arm_cell(row.arm), number(row.parity), *(percent(row.metrics.get(key)) for key in keys))
-        for row in comparison.trained
-    ]
-    headers = ("Arm", "Worst seed", *(names.get(key[1], key[1].removeprefix("pair/")) for key in keys))
-    differences = (
-        Text(f"{run.arm} seed {run.seed}: " + "; ".join(f"{k}: {v!r}" for k, v in first.items()), "note")
-        for run in comparison.runs
-        if (first := run.parity_first_difference)
-    )
-    return Details(
-        "The exported files, before anything is served",
-        (
-            Table("Percent of prompts on which all ways to run a model answer alike, mean over seeds", headers, lines),
-            Text("With export.parity_arithmetic: f32, this leaves out the rounding of the engine.", "note"),
-            *differences,
-        ),
-    )
-
-
 def served(comparison: Comparison) -> Section | None:
-    """Whether exports answer as the trained models do: what is served, and the files alone."""
-    files = _files(comparison)
+    """Whether exports answer as the trained models do: the files alone, and what is served."""
     rows = [(run, row) for run in comparison.runs for row in verified(run)]
     if not rows:
-        return Section("Served as trained", (files,)) if files else None
+        return None
     headers = ("Arm", "Backend", "Mode", "Asked", "Prompts", "Rendered %", "Tokens %", "Answers %", "Ties %",
                "Adapter = merged %", "Perturbed adapter noticed")  # fmt: skip
     asked = [row for _, row in rows if row.prompts]
@@ -137,7 +110,9 @@ def served(comparison: Comparison) -> Section | None:
         f"{alike} of {len(asked)} give the trained model's answer to every prompt, or differ only where two tokens tie "
         "and rounding decides. Shares of prompts on which the backend matches training: the rendered text, the token "
         "ids (Ollama: their number), and the greedy answer of Hugging Face. Prompts are asked plainly, with a trailing "
-        "newline, and as the second question of a conversation. Not reported: the server is too old to say."
+        "newline, and as the second question of a conversation; rendered: the files alone are given the text itself, "
+        "with export.parity_arithmetic: f32 without the rounding of the engine. Not reported: the server is too old "
+        "to say."
     )
     notes = (
         Text(f"{run.arm} seed {run.seed}, {_backend(row)}, {row.mode}, {row.form}: {row.first_difference}", "note")
@@ -145,7 +120,7 @@ def served(comparison: Comparison) -> Section | None:
         if row.first_difference
     )
     table = Table("Served as trained, percent of prompts", headers, [_served_line(run, row) for run, row in rows])
-    return Section("Served as trained", (Text(words), table, *notes, *([files] if files else ())), brief=5)
+    return Section("Served as trained", (Text(words), table, *notes), brief=5)
 
 
 def _backend(row: Any) -> str:

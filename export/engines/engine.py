@@ -54,7 +54,6 @@ class Generation:
     rendered: str | None = None  # within the template, where known without asking
     prompt_ids: list[int] | None = None
     ids: list[int] | None = None
-    leads: list[float] | None = None  # logits, best token minus second: of `ids`, and of an end by itself
 
 
 def conversation(prompt: str, system: str | None = None, turns: Iterable[Sequence[str]] = ()) -> list[Message]:
@@ -154,7 +153,6 @@ class LocalEngine(Engine):
     def __init__(self, template: str | Callable[[Asked], str]) -> None:
         super().__init__()
         self._render = partial(fill, template) if isinstance(template, str) else template
-        self.leads: list[float] = []  # of the last answer, see `Generation`
 
     def render(self, asked: Asked) -> str:
         return self._render(asked)
@@ -168,8 +166,8 @@ class LocalEngine(Engine):
         """Text of ids."""
 
     @abstractmethod
-    def prefill(self, ids: Sequence[int], guess: Sequence[int] = ()) -> None:
-        """Evaluate a prompt from an empty cache; along with it an answer, where that makes checking it faster."""
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Evaluate a prompt from an empty cache."""
 
     @abstractmethod
     def next_token(self) -> int:
@@ -204,18 +202,15 @@ class LocalEngine(Engine):
             self.feed(token)
         return ids, len(ids), "length"
 
-    def answer(
-        self, ids: list[int], max_tokens: int, stop: Sequence[str] = (), guess: Sequence[int] = ()
-    ) -> Generation:
+    def answer(self, ids: list[int], max_tokens: int, stop: Sequence[str] = ()) -> Generation:
         self.check_room(len(ids), max_tokens)
-        self.leads = []
         t0 = time.perf_counter_ns()
-        self.prefill(ids, guess)
+        self.prefill(ids)
         t1 = time.perf_counter_ns()
         made, count, reason = self.decode(max_tokens, stop=stop)
         t2 = time.perf_counter_ns()
-        text, more = cut(self.detokenize(made), stop), {"prompt_ids": ids, "ids": made, "leads": self.leads}
-        return Generation(text, len(ids), count, self.load_ns, t1 - t0, t2 - t1, reason, **more)  # type: ignore[arg-type]
+        text, times = cut(self.detokenize(made), stop), (self.load_ns, t1 - t0, t2 - t1)
+        return Generation(text, len(ids), count, *times, reason, prompt_ids=ids, ids=made)
 
     def generate(self, asked: Asked, max_tokens: int, stop: Sequence[str] | None = None) -> Generation:
         return self.answer(self.tokenize(self.render(asked)), max_tokens, self.stop if stop is None else stop)

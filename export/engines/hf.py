@@ -93,42 +93,24 @@ class HfEngine(LocalEngine):
     def detokenize(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def prefill(self, ids: Sequence[int], guess: Sequence[int] = ()) -> None:
-        """Evaluate a prompt from an empty cache; with pictures it must come from `tokenize`, and there is no guess.
-
-        As far as `guess` is what is then fed, nothing is left to evaluate.
-        """
-        inputs = self._inputs([[*ids, *guess] if guess else ids])
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Evaluate a prompt from an empty cache; with pictures it must come from `tokenize`."""
+        inputs = self._inputs([ids])
         if not self._processor:
             del inputs["attention_mask"]
-        self.leads = []
-        self._seen, self._guess = list(ids), list(guess)
         self._pass(**inputs)
 
     def _pass(self, **inputs: Any) -> None:
         with self._torch.inference_mode():
             out = self._model(**inputs, use_cache=True)
-            best = out.logits[0, -1 - len(self._guess) :].float().topk(2)
-        self._cache = out.past_key_values
-        self._places = zip(best.indices[:, 0].tolist(), (best.values[:, 0] - best.values[:, 1]).tolist(), strict=True)
-        self._step()
-
-    def _step(self) -> None:
-        self._next, lead = next(self._places)
-        self.leads.append(lead)
+        self._cache, self._logits = out.past_key_values, out.logits[0, -1].float()
+        self._next = int(self._logits.argmax())
 
     def next_token(self) -> int:
         return self._next
 
     def feed(self, token: int) -> None:
-        self._seen.append(token)
-        if self._guess and self._guess.pop(0) == token:
-            self._step()
-        elif next(self._places, None):  # the cache has the guess beyond what was said
-            self._guess = []
-            self._pass(input_ids=self._torch.tensor([self._seen], device=self._device))
-        else:
-            self._pass(input_ids=self._torch.tensor([[token]], device=self._device), past_key_values=self._cache)
+        self._pass(input_ids=self._torch.tensor([[token]], device=self._device), past_key_values=self._cache)
 
     def is_end(self, token: int) -> bool:
         return token in self._end
@@ -152,7 +134,8 @@ class HfEngine(LocalEngine):
             for place, ids, made in zip(batch, asked, self.generate_ids(asked, max_tokens), strict=True):
                 answer, count, reason = self._cut(made, max_tokens, stop)
                 text = cut(self.detokenize(answer), stop)
-                yield place, Generation(text, len(ids), count, self.load_ns, None, None, reason, ids=answer)
+                times = self.load_ns, None, None
+                yield place, Generation(text, len(ids), count, *times, reason, prompt_ids=ids, ids=answer)
 
     def generate_ids(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """Greedy continuations by transformers' own `generate`; ids after an end token mean nothing."""
@@ -205,6 +188,6 @@ class HfEngine(LocalEngine):
         return answer, len(answer) + (end is not None), "stop" if end is not None else "length"
 
     def close(self) -> None:
-        self._model = self._cache = None
+        self._model = self._cache = self._logits = None
         if self._device == "cuda":
             self._torch.cuda.empty_cache()

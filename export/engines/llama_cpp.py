@@ -103,7 +103,7 @@ class LlamaCppEngine(LocalEngine):
                 "raise export.num_ctx, or lower evaluate.max_tokens, evaluate.speed_tokens or prepare_data.max_chars"
             )
 
-    def prefill(self, ids: Sequence[int], guess: Sequence[int] = ()) -> None:
+    def prefill(self, ids: Sequence[int]) -> None:
         self.check_room(len(ids), 1)
         self._llm.reset()
         self._llm.eval(list(ids))

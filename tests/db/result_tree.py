@@ -90,12 +90,6 @@ def make_arm(root, arm, seed=0, *, correct, retention=0.8, own=(600, 6_000_000_0
         write(root / "verdicts" / tag / "run.json", run_json("probe", arm, seed, inputs={name: made["sha256"]}))
         write(root / "verdicts" / tag / "verdict.json", verdict_json(arm, seed))
         exported = [artifact("merged_gguf", f"gguf/{tag}/model.gguf", f"gguf {tag}", made["sha256"])]
-        parity = {
-            "prompts": 100, "token_ids_equal": 1.0, "greedy_equal": 0.99,
-            "pairs": {"hf/merged_gguf": 1.0, "hf/base+adapter_gguf": 0.99},
-            "first_difference": {"prompt": "p", "hf": "a", "merged_gguf": "b"},
-        }  # fmt: skip
-        write(gguf / "parity.json", head(arm, seed) | parity)
     write(gguf / "run.json", run_json("export", arm, seed, artifacts=exported))
     used = {"data/test.jsonl": ITEMS, f"gguf/{tag}/model.gguf": exported[0]["sha256"]}
     write(scores / "run.json", run_json("evaluate", arm, seed, inputs=used))

@@ -31,7 +31,7 @@ from tests.evaluation.task_tree import GSM8K, credits_of
 
 RIGHT, WRONG = [i < 70 for i in range(100)], [i < 60 for i in range(100)]
 SCORES, RUN = "scores/baseline_lora/0/scores.json", "scores/baseline_lora/0/run.json"
-PARITY, VERDICT = "gguf/baseline_lora/0/parity.json", "verdicts/baseline_lora/0/verdict.json"
+VERDICT = "verdicts/baseline_lora/0/verdict.json"
 QUANTIZED, VERIFIED = "quantized/baseline_lora/0/quantized.json", "verified/baseline_lora/0/verify.json"
 SAMPLES, MEASURED = "scores/baseline_lora/0/samples.jsonl", "measured/baseline_lora/0/measured.json"
 Q_SAMPLES = "quantized/baseline_lora/0/quantized_samples.jsonl"
@@ -73,7 +73,7 @@ def test_every_record_reaches_its_table(tree, path):
         assert new.rest == {"seconds": 2.5} and (old.prompts, old.rendered, old.counted) == (20, None, None)
     where = "FROM metric WHERE run_id = (SELECT id FROM run WHERE arm <> 'base' AND seed = 0)"
     final = {(s, n): v for s, n, v in ask(path, f"SELECT split, name, value {where} AND step = -1")}
-    assert final["test", "aqi_category_accuracy"] == 0.7 and final["parity", "pair/hf/base+adapter_gguf"] == 0.99
+    assert final["test", "aqi_category_accuracy"] == 0.7
     assert final["general", "perplexity"] == 7.5 and final["weights", "update_norm"] == 3.5
     curves = ask(path, f"SELECT split, name, step, value {where} AND step >= 0 ORDER BY split, name")
     assert curves == [("eval", "epoch", 10, 0.1), ("eval", "loss", 10, 1.2),
@@ -252,13 +252,10 @@ def test_an_optional_stage_that_has_not_ended_is_left_out(tree, path, stage, fil
     assert ask_one(path, one) == (0,)
 
 
-def test_results_without_a_verdict_or_parity_say_so(tree, path):
-    for file in [*(tree / VERDICT).parent.iterdir(), tree / PARITY]:
+def test_results_without_a_verdict_say_so(tree, path):
+    for file in (tree / VERDICT).parent.iterdir():
         file.unlink()
-    assert notes(tree, path) == (
-        "baseline_lora/0: no parity.json, so nothing shows that the export is faithful",
-        "baseline_lora/0: no verdict.json, so nothing shows what the optimizer did",
-    )
+    assert notes(tree, path) == ("baseline_lora/0: no verdict.json, so nothing shows what the optimizer did",)
 
 
 def test_scores_without_an_export_need_none(tree, path):
@@ -273,7 +270,6 @@ def test_scores_without_an_export_need_none(tree, path):
     assert summary.current == 3 and summary.notes == (
         "base/0, baseline_lora/0, baseline_lora/1: scored as training left them, so there is no export to check",
     )
-    assert ask(path, "SELECT * FROM metric WHERE split = 'parity'") == []
     edit(tree / SCORES, exported=True)
     (tree / "gguf/baseline_lora/0/run.json").unlink()
     with pytest.raises(FileError, match=r"gguf/baseline_lora/0/run\.json: expected this file"):

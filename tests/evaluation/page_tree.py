@@ -160,8 +160,6 @@ def make_evil_tree(root: Path) -> Path:
     add_arm(root, "base", 0, 40, answer=EVIL[2])
     add_arm(root, EVIL_ARM, 0, 90, answer=EVIL[3])
     edit(root / "scores" / EVIL_ARM / "0" / "scores.json", model_name=EVIL[1])
-    difference = {"prompt": EVIL[0], "hf": EVIL[1], "merged_gguf": EVIL[2]}
-    edit(root / "gguf" / EVIL_ARM / "0" / "parity.json", first_difference=difference)
     verdict = root / "verdicts" / EVIL_ARM / "0" / "verdict.json"
     content = json.loads(verdict.read_text(encoding="utf-8"))
     content["readings"][0]["diagnosis"] = f"effective: {EVIL[2]}"

@@ -6,6 +6,7 @@ they would hide one that is lost. The table in docs/serving.md is this file's.
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -20,7 +21,9 @@ from export import ExportError, MergedOnlyError, gguf
 from export.converters import split_name
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
-from export.proof import prove
+from export.modelfile import Serving
+from export.proof import problems, prove
+from export.served import Served
 from pipelines import check, profile
 from pipelines.params import ConfigError
 from tests.conftest import TEMPLATE
@@ -191,13 +194,11 @@ def test_export_says_what_hugging_face_says(family, base_dir, tmp_path):
     gguf.convert_adapter(built.adapter, built.base, adapter)
     assert built.distance(merged) < TOLERANCE and built.distance(base, adapter) < TOLERANCE
     assert built.distance(base) > 1, "the adapter changes nothing, so nothing is shown"
-    forms = {"merged": (merged,), "base+adapter": (base, adapter)}
-    engines = {name: partial(in_process, *files) for name, files in forms.items()}
-    proof = prove(built.hugging_face, engines, prompts(), 12)
-    assert proof["token_ids_equal"] == 1
-    assert all(proof["pairs"][pair] + tied == 1 for pair, tied in proof["tied_pairs"].items()), proof[
-        "first_difference"
-    ]
+    serving = Serving(template=TEMPLATE, stop=["</s>"], num_ctx=256)
+    form = Served(family, "arm", 0, tmp_path, merged, None, serving)
+    forms = [form, replace(form, gguf=base, adapter=adapter)]
+    rows, _ = prove(built.hugging_face, lambda one: in_process(one.gguf, one.adapter), forms, prompts(), 12)
+    assert problems(rows, 1.0) == [] and [row.counted for row in rows] == [1.0, 1.0]
 
 
 def test_a_wrong_adapter_is_noticed(base_dir, tmp_path):

@@ -1,8 +1,10 @@
 """The proof: engines whose answers are known, the whole table, the control, files and servers that fail."""
 
+import re
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 from gguf import GGUFReader
 
@@ -11,9 +13,10 @@ from export.diagnosis import as_decoded
 from export.engines.engine import Generation, LocalEngine
 from export.engines.llama_cpp import open_in_process
 from export.gguf import changes_nothing, scale_of, scaled_copy
-from export.proof import against, export_problem, problems, prove, verify
+from export.modelfile import Serving
+from export.proof import against, problems, prove, verify
 from export.register import open_on_server
-from export.served import find_served
+from export.served import Served, find_served
 from tests.export.verify_runs import ARM, answers, model, one, opened, rewrite
 from tests.ollama_double import OllamaDouble
 
@@ -179,10 +182,10 @@ def test_nothing_stays_on_the_server_when_a_check_breaks_off(tree):
 
 
 class Told(LocalEngine):
-    """Token ids are character codes; answers are looked up."""
+    """Token ids are character codes; answers are looked up. `lead`: logits of every token that an answer has."""
 
-    device_class = "cpu"
-    prefill = next_token = feed = is_end = None
+    name, version, device_class = "told", "1", "cpu"
+    next_token = feed = is_end = None
 
     def __init__(self, answers, bos=True, lead=5.0):
         super().__init__("{prompt}")
@@ -191,13 +194,18 @@ class Told(LocalEngine):
     def tokenize(self, text):
         return ([1] if self.bos else []) + [ord(c) for c in text]
 
-    def answer(self, ids, max_tokens, stop=(), guess=()):
+    def answer(self, ids, max_tokens, stop=()):
         answer = self.answers["".join(map(chr, ids)).lstrip("\x01")][:max_tokens]
-        leads = [self.lead] * (len(answer) + 1)
-        return Generation("", len(ids), len(answer), 0, 0, 0, "stop", ids=answer, leads=leads)
+        return Generation(self.detokenize(answer), len(ids), len(answer), 0, 0, 0, "stop", prompt_ids=ids, ids=answer)
 
     def detokenize(self, ids):
         return "".join(map(chr, ids))
+
+    def prefill(self, ids):
+        pass
+
+    def logits(self):
+        return np.where(np.arange(128) == 70, self.lead, 0.0)
 
     def close(self):
         self.closed = True
@@ -206,58 +214,26 @@ class Told(LocalEngine):
 RIGHT = {"a": [65, 66], "b": [67], "c": [68, 69], "d": [70]}
 
 
-def prove_against(other, lead=5.0, **kwargs):
-    reference, engines = Told(RIGHT, lead=lead), {"x": other, **kwargs}
-    opened = {name: lambda engine=engine: engine for name, engine in engines.items()}
-    result = prove(lambda: reference, opened, list("abcd"), 8)
-    assert reference.closed and all(engine.closed for engine in engines.values())
-    return result
-
-
-def test_all_equal():
-    result = prove_against(Told(RIGHT))
-    assert (result["token_ids_equal"], result["greedy_equal"], result["first_difference"]) == (1.0, 1.0, None)
-    assert list(result["answers"].values())[0] == {"ids": [1, 97], "answer": "AB"}
-    assert export_problem(result, 1.0) is None
-
-
-def test_shares_and_first_difference():
-    result = prove_against(Told({**RIGHT, "c": [68, 70]}))
-    assert result["greedy_equal"] == 0.75 and result["token_ids_equal"] == 1.0
-    d = result["first_difference"]
-    assert (d["prompt_number"], d["position"], d["expected_token"], d["got_token"]) == (2, 1, 69, 70)
-    assert export_problem(result, 0.75) is None
-    message = export_problem(result, 0.76)
-    assert "76.0% of prompts, got 75.0%" in message
-    assert "adapter scale, merge or quantization" in message
-
-
-def test_ties_are_named_and_count_as_differences():
-    parted = Told({**RIGHT, "c": [68, 70]})
-    result = prove_against(parted, lead=0.01)
-    assert (result["greedy_equal"], result["greedy_tied"]) == (0.75, 0.25)
-    assert result["first_difference"]["likely_cause"].startswith("rounding")
-    assert result["first_difference"]["gap"] == 0.01
-    assert "25.0% diverge at a tie" in export_problem(result, 0.76)
-    clear = prove_against(parted, lead=0.03)
-    assert clear["greedy_tied"] == 0.0
-    assert export_problem(clear, 0.76) is not None
-
-
-def test_one_side_stops_early():
-    d = prove_against(Told({**RIGHT, "a": [65]}))["first_difference"]
-    assert (d["position"], d["expected_token"], d["got_token"]) == (1, 66, None)
-    assert "end of sequence" in d["likely_cause"]
-
-
-def test_a_missing_bos_is_counted_once():
-    result = prove_against(Told(RIGHT, bos=False))
-    assert result["token_ids_equal"] == 0.0 and result["greedy_equal"] == 1.0
-    assert "BOS; it is missing" in result["first_difference"]["likely_cause"]
-    assert export_problem(result, 0.0) is not None
-
-
-def test_the_worst_engine_counts():
-    result = prove_against(Told(RIGHT), y=Told({**RIGHT, "a": [1], "b": [1]}))
-    assert result["pairs"] == {"hf/x": 1.0, "hf/y": 0.5}
-    assert result["greedy_equal"] == 0.5
+@pytest.mark.parametrize(
+    ("other", "counted", "answered", "tied", "said"),
+    [
+        (Told(RIGHT), 1.0, 1.0, 0.0, None),
+        (Told({**RIGHT, "c": [68, 70]}), 1.0, 0.75, 0.0, r"prompt 2 \('c'\): token 1 of the answer is 70, expected 69 "
+         ".*Likely cause: adapter scale, merge or quantization"),
+        (Told({**RIGHT, "c": [68, 70]}, lead=0.01), 1.0, 0.75, 0.25, "rounding; the two tokens are a tie"),
+        (Told({**RIGHT, "c": [68, 70]}, lead=0.03), 1.0, 0.75, 0.0, "adapter scale, merge or quantization"),
+        (Told({**RIGHT, "a": [65]}), 1.0, 0.75, 0.0, "token 1 of the answer is the end, expected 66 .*end of sequence"),
+        (Told(RIGHT, bos=False), 0.0, 1.0, 0.0, "token 0 of the prompt is 97, expected 1 .*BOS; it is missing"),
+    ],
+)  # fmt: skip
+def test_files_beside_hugging_face(tmp_path, other, counted, answered, tied, said):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    served = Served("m", "arm", 0, tmp_path, file, None, Serving(template="{prompt}", stop=["x"], num_ctx=8))
+    reference = Told(RIGHT)
+    [row], known = prove(lambda: reference, lambda form: other, [served], list("abcd"), 8)
+    assert reference.closed and other.closed and known["a"] == {"ids": [1, 97], "answer": "AB"}
+    assert (row.mode, row.form, row.prompts) == ("merged", "rendered", 4)
+    assert (row.counted, row.answered, row.tied) == (counted, answered, tied)
+    assert row.first_difference is said or re.search(said, row.first_difference)
+    assert bool(problems([row], 0.76)) is (counted < 1 or answered + tied < 0.76)

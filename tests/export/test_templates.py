@@ -317,7 +317,7 @@ def test_all_stages_read_the_same_text(project):
     assert [json.loads(record.read_text())["prompt_template"] for record in records] == [text] * 3
     assert train.examples("train", "chat") == train.examples("train", text)
     out = work / "gguf/baseline_lora/0"
-    assert json.loads((out / "parity.json").read_text())["token_ids_equal"] == 1.0
+    assert {row["counted"] for row in json.loads((out / "parity.json").read_text())["rows"]} == {1.0}
     serving = Serving.read(out / "serving.json")
     second = read_references(out)[-1]
     [[question, answer]] = second.turns
@@ -342,6 +342,6 @@ def test_an_adapter_that_can_only_be_merged_is_exported_with_a_notice(project, c
     assert "a GGUF adapter would lose use_dora" in capsys.readouterr().out
     out = work / "gguf/baseline_lora/0"
     assert not (out / "adapter.gguf").exists() and (out / "model.gguf").is_file()
-    assert json.loads((out / "parity.json").read_text())["pairs"].keys() == {"hf/merged_gguf"}
+    assert [row["mode"] for row in json.loads((out / "parity.json").read_text())["rows"]] == ["merged"]
     extra = json.loads((out / "run.json").read_text())["extra"]
     assert "would lose use_dora" in extra["only_merged"] and "modules_to_save ['lm_head']" in extra["only_merged"]
