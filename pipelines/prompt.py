@@ -4,7 +4,7 @@ In a conversation a chat template is used as the base defines it. A text from pa
 turn; each answer is closed with the end-of-sequence token, and a system message comes first, followed by an empty line.
 
 Stage prepare_base turns the chat template into a text once and stores it in base.json. All later stages read it there,
-so that training, scoring, parity and the Modelfile use exactly the same text.
+so that training, scoring, proof and the Modelfile use exactly the same text.
 """
 
 from functools import cached_property
