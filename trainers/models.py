@@ -138,20 +138,11 @@ def add_lora(model: Any, settings: TrainSettings) -> Any:
     """The model with LoRA, or another method of `peft`, on the chosen layers; plain LoRA starts with B at zero."""
     if settings.layers is not None:
         from grit_vlm.config.families import adapted_modules
-        from grit_vlm.config.model_configs import GRITLoRAConfig
         from grit_vlm.models.lora import add_lora as add_to
 
         layers = settings.layer_config()
-        of: dict[str, GRITLoRAConfig] = {}
-        for modality, names in adapted_modules(model, layers)[0].items():
-            config = layers.modalities[modality]
-            shape = GRITLoRAConfig(
-                r=config.rank or layers.global_rank,
-                lora_alpha=config.alpha or layers.global_alpha,
-                lora_dropout=layers.global_dropout if config.dropout is None else config.dropout,
-            )
-            of |= dict.fromkeys(names, shape)
-        return add_to(model, of)
+        modules, of_modality = adapted_modules(model, layers)[0], layers.layer_settings()
+        return add_to(model, {name: of_modality[modality] for modality, names in modules.items() for name in names})
     from peft import get_peft_model
 
     from trainers.adapters import peft_config

@@ -6,7 +6,7 @@ by one; code that uses a configuration validates it.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, fields, replace
 from typing import Literal, get_args
 
 from grit.config import BelowOne, Count, NotNegative, Positive, complaints
@@ -109,7 +109,7 @@ class ModalityConfig:
 class ModelGRITConfig:
     """The modalities of a model and their shared settings; see `GRITLoRAConfig`.
 
-    Documents 001 and 003 spell the modalities in two ways (`vision=` and `vision_config=`); both work.
+    Documents 001 and 003 spell the arguments of the modalities in two ways (`vision=` and `vision_config=`); both work.
     """
 
     model_name: str = "custom"
@@ -157,10 +157,26 @@ class ModelGRITConfig:
     def copy(self) -> "ModelGRITConfig":
         return copy.deepcopy(self)
 
+    def layer_settings(self, defaults: GRITLoRAConfig | None = None) -> dict[str, GRITLoRAConfig]:
+        """Modality → settings of its layers: its own, else the model's, else the defaults.
 
-def _alias(name: str) -> property:
-    return property(lambda config: getattr(config, name), lambda config, value: setattr(config, name, value))
-
-
-for _name in MODALITIES:  # set after the dataclass is made, which would treat a property as a default
-    setattr(ModelGRITConfig, f"{_name}_config", _alias(_name))
+        What the defaults switch off is off in all modalities.
+        """
+        defaults = defaults or GRITLoRAConfig(enable_projection=True)
+        names = {f.name for f in fields(defaults)} & vars(self).keys()
+        shared = {name: getattr(self, name) for name in names}
+        found = {}
+        for name, own in self.modalities.items():
+            settings = {
+                "r": own.rank or self.global_rank,
+                "lora_alpha": own.alpha or self.global_alpha,
+                "lora_dropout": self.global_dropout if own.dropout is None else own.dropout,
+                "fisher_approximation": own.fisher_approximation,
+                "enable_natural_gradient": defaults.enable_natural_gradient and own.enable_natural_gradient,
+                "enable_projection": defaults.enable_projection and own.enable_projection,
+            }
+            if own.projection_budget:
+                settings |= dict.fromkeys(("projection_budget_start", "projection_budget_end"), own.projection_budget)
+            found[name] = replace(defaults, **{**shared, **settings})
+            found[name].validate()
+        return found

@@ -8,7 +8,7 @@ from torch import nn
 from grit_vlm.config.model_configs import GRITLoRAConfig
 
 
-def add_lora(model: nn.Module, of: Mapping[str, GRITLoRAConfig], adapter_name: str = "default") -> Any:
+def add_lora(model: nn.Module, of: Mapping[str, GRITLoRAConfig]) -> Any:
     """A PEFT model: `model`, frozen and modified in place, with LoRA on these modules."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora.layer import LoraLayer
@@ -24,10 +24,10 @@ def add_lora(model: nn.Module, of: Mapping[str, GRITLoRAConfig], adapter_name: s
         alpha_pattern={name: s.lora_alpha for name, s in of.items() if s.lora_alpha != first.lora_alpha},
         bias="none",
     )
-    adapted = get_peft_model(model, lora, adapter_name=adapter_name)
+    adapted = get_peft_model(model, lora)
     for name, module in adapted.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
-            module.lora_dropout[adapter_name] = dropout(of[name])
+            module.lora_dropout["default"] = dropout(of[name])
     return adapted
 
 

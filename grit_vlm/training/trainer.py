@@ -1,6 +1,5 @@
 """`GRITTrainer`: Hugging Face's Trainer with GRIT-VLM inside the optimizer's step."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +17,6 @@ class GRITTrainingArguments(TrainingArguments):
     grit_optimizer_type: str = "grit_adam"  # see grit_vlm.optimizers.natural_gradient
     fisher_update_freq: int | None = None  # steps between updates of the estimates; None: the layers' setting
     enable_projection: bool = True  # False switches it off; the adapter's configuration says what is projected
-    kl_clip: float = 1e-3  # κ of the adaptive types, above 0
-    eigen_power: float = 1.0  # p in [0, 1] of GRIT-Adam
-    grafting: bool | None = None  # rescale each tensor's step to the length of Adam's (Adam types); None: yes
-    ng_warmup_steps: int = 0  # steps without natural gradients
-    grit_log_freq: int = 50  # steps between two records in grit_log.jsonl
 
     def __post_init__(self) -> None:
         check_type(self.grit_optimizer_type)
@@ -35,8 +29,8 @@ class GRITTrainingArguments(TrainingArguments):
 class GRITTrainer(GritMixin, Trainer):
     """``GRITTrainer(model=model, grit_adapter=adapter, args=GRITTrainingArguments(…), train_dataset=…).train()``.
 
-    The documents' spellings `training_args=` and `tokenizer=` are accepted for `args=` and `processing_class=`.
-    `grit_settings`: the fields that `GRITTrainingArguments` adds, for an `args` of another class.
+    The documents' spellings `training_args=` and `tokenizer=` are accepted for `args=` and `processing_class=`. With
+    `args` of another class, the adapter's manager is taken as it is (see `set_mode`).
     """
 
     def __init__(
@@ -45,7 +39,6 @@ class GRITTrainer(GritMixin, Trainer):
         args: TrainingArguments | None = None,
         *,
         grit_adapter: VLMGRITAdapter,
-        grit_settings: Mapping[str, Any] | None = None,
         training_args: TrainingArguments | None = None,
         tokenizer: Any = None,
         **kwargs: Any,
@@ -57,7 +50,7 @@ class GRITTrainer(GritMixin, Trainer):
         # The adapter has modified this very model; the PEFT model around it is the one that can be saved.
         if model not in (None, grit_adapter.model.get_base_model(), grit_adapter.model):
             raise ValueError("model: expected the model of grit_adapter, got another")
-        self.grit_adapter, self._grit_settings = grit_adapter, dict(grit_settings or {})
+        self.grit_adapter = grit_adapter
         args = args or training_args or GRITTrainingArguments()
         super().__init__(grit_adapter.model, args, grit_manager=grit_adapter.manager, **kwargs)
 
@@ -65,21 +58,15 @@ class GRITTrainer(GritMixin, Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The Trainer's optimizer (SGD with momentum for the SGD types), wrapped; a GritOptimizer is left as it is."""
-        manager = self.grit_adapter.manager
-        ready = (self.optimizer, getattr(self.optimizer, "optimizer", None))
-        if not any(isinstance(optimizer, GritOptimizer) for optimizer in ready):  # already configured
-            names = ("kl_clip", "eigen_power", "grafting", "ng_warmup_steps")
-            settings = {name: self._setting(name) for name in names}
-            kind, log_freq = self._setting("grit_optimizer_type"), self._setting("grit_log_freq")
-            set_mode(manager, kind, log_freq=log_freq, **settings)
-        if (every := self._setting("fisher_update_freq")) is not None:
-            manager.curvature.reconfigure(fisher_update_freq=every)
-        if not self._setting("enable_projection"):
-            manager.curvature.reconfigure(enable_projection=False)
-        steps = next((n for n in (int(self.state.max_steps), int(self.args.max_steps)) if n > 0), None)
+        args, manager = self.args, self.grit_adapter.manager
+        if isinstance(args, GRITTrainingArguments):
+            ready = (self.optimizer, getattr(self.optimizer, "optimizer", None))
+            if not any(isinstance(optimizer, GritOptimizer) for optimizer in ready):  # already configured
+                set_mode(manager, args.grit_optimizer_type)
+            if args.fisher_update_freq is not None:
+                manager.curvature.reconfigure(fisher_update_freq=args.fisher_update_freq)
+            if not args.enable_projection:
+                manager.curvature.reconfigure(enable_projection=False)
+        steps = next((n for n in (int(self.state.max_steps), int(args.max_steps)) if n > 0), None)
         manager.curvature.plan(steps or manager.curvature.total_steps)  # length of the whole run, if known
         return super().create_optimizer(model)
-
-    def _setting(self, name: str) -> Any:
-        default = GRITTrainingArguments.__dataclass_fields__[name].default
-        return self._grit_settings.get(name, getattr(self.args, name, default))

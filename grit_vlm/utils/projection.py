@@ -108,11 +108,10 @@ def recommended_budget(activations: Tensor, factor: float = 1.2) -> int:
 
 
 class MultiModalProjector:
-    """Shares the budgets of the modalities among their layers.
+    """Shares the budget of each modality among its layers.
 
-    Within a modality, the budget goes to the directions of largest Fisher information across all its layers, with at
-    least one a layer: their gradients come from one loss. Each modality has a separate budget; what exceeds its number
-    of directions goes to the others, in proportion to their budgets.
+    It goes to the directions of largest Fisher information across all layers of the modality, with at least one a
+    layer: their gradients come from one loss.
     """
 
     def compute_mixed_modal_projection(
@@ -125,43 +124,23 @@ class MultiModalProjector:
         k_cross: int = 0,
     ) -> dict[str, list[int]]:
         """`share_out` for the three modalities of the documents; a single tensor is one layer, None no layers."""
-        inputs = {
-            "vision": (vision_fisher, k_vision),
-            "text": (text_fisher, k_text),
-            "cross_modal": (cross_fisher, k_cross),
-        }
+        inputs = {"vision": vision_fisher, "text": text_fisher, "cross_modal": cross_fisher}
+        budgets = dict(zip(inputs, (k_vision, k_text, k_cross), strict=True))
         values = {
             name: [fisher] if isinstance(fisher, Tensor) else list(fisher)
-            for name, (fisher, _) in inputs.items()
+            for name, fisher in inputs.items()
             if fisher is not None and len(fisher)
         }
-        return self.share_out(values, {name: inputs[name][1] for name in values})
+        return self.share_out(values, budgets)
 
     def share_out(self, values: Mapping[str, Sequence[Tensor]], budgets: Mapping[str, int]) -> dict[str, list[int]]:
         """Modality → directions that each of its layers keeps.
 
         `values`: Fisher information along the directions of each layer; `budgets`: directions of a whole modality.
         """
-        problems = [f"budget of {m}: expected at least 1, got {budgets[m]}" for m in values if budgets[m] < 1]
-        empty = [m for m, layers in values.items() if not all(t.numel() for t in layers)]
-        if problems := problems + [f"{m}: expected directions in every layer, got a layer without" for m in empty]:
+        if problems := [f"budget of {m}: expected at least 1, got {budgets[m]}" for m in values if budgets[m] < 1]:
             raise GritVlmError("\n".join(problems))
-        sizes = {name: sum(t.numel() for t in layers) for name, layers in values.items()}
-        filled = _fill(budgets, sizes)
-        return {name: _largest_counts(layers, filled[name]) for name, layers in values.items()}
-
-
-def _fill(budgets: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int]:
-    """Budgets capped at the available directions; the excess goes to the others, in proportion."""
-    filled = {name: min(budgets[name], n) for name, n in sizes.items()}
-    over = sum(budgets[name] for name in sizes) - sum(filled.values())
-    while over > 0 and (room := [name for name, n in sizes.items() if filled[name] < n]):
-        total, before = sum(budgets[name] for name in room), over
-        for name in room:
-            more = min(sizes[name] - filled[name], max(1, before * budgets[name] // total), over)
-            filled[name] += more
-            over -= more
-    return filled
+        return {name: _largest_counts(layers, budgets[name]) for name, layers in values.items()}
 
 
 def _largest_counts(layers: Sequence[Tensor], budget: int) -> list[int]:

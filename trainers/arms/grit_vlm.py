@@ -10,7 +10,7 @@ from trainers.settings import Estimate, Section, TrainSettings
 
 
 class NaturalGradient(Section):
-    """What GRIT-VLM does with gradients; see `grit_vlm.GRITLoRAConfig` and `grit_vlm.GRITTrainingArguments`."""
+    """What GRIT-VLM does with gradients; see `grit_vlm.GRITLoRAConfig`."""
 
     optimizer: Literal["grit_adam", "grit_adam_preconditioned", "grit_sgd", "adaptive_adam", "adaptive_sgd"] = (
         "grit_adam"
@@ -19,23 +19,11 @@ class NaturalGradient(Section):
     damping: Annotated[float, Field(ge=0, description="λ")] = 1e-4
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
     update_freq: Annotated[int, Field(ge=1, description="steps")] = 10
-    block_size: Annotated[int, Field(ge=1, description="coordinates")] = 64
     preconditioning: bool = True
     projection: bool = False
     projection_start: Annotated[int, Field(ge=1, description="directions a layer")] = 32
     projection_end: Annotated[int, Field(ge=1, description="directions a layer")] = 96
     projection_schedule: Literal["linear", "cosine", "adaptive"] = "linear"
-    eigen_power: Annotated[float, Field(ge=0, le=1)] = 1.0
-    grafting: bool | None = None
-    kl_clip: Annotated[float, Field(gt=0, description="κ")] = 1e-3
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    log_freq: Annotated[int, Field(ge=1, description="steps")] = 50
-
-    @model_validator(mode="after")
-    def _fits_the_optimizer(self) -> Self:
-        if self.grafting and self.optimizer.endswith("sgd"):
-            raise ValueError(f"grafting: expected false or null with {self.optimizer}, got true")
-        return self
 
 
 class VlmSettings(TrainSettings):
@@ -54,10 +42,6 @@ class VlmSettings(TrainSettings):
     def method(self) -> NaturalGradient:
         return self.natural_gradient or NaturalGradient()
 
-    @property
-    def method_warmup_steps(self) -> int:
-        return self.method.warmup_steps
-
     def layer_config(self) -> Any:
         config, method = super().layer_config(), self.method
         for name, modality in config.modalities.items():
@@ -74,32 +58,18 @@ def _adapter(model: Any, settings: Any) -> Any:
     from grit_vlm import GRITLoRAConfig, VLMGRITAdapter
 
     method = settings.method
-    switches = GRITLoRAConfig(
-        fisher_block_size=method.block_size,
-        enable_natural_gradient=method.preconditioning,
-        enable_projection=method.projection,
-    )
+    switches = GRITLoRAConfig(enable_natural_gradient=method.preconditioning, enable_projection=method.projection)
     return VLMGRITAdapter(model, settings.layer_config(), defaults=switches)
 
 
 def _trainer(settings: Any, *, model: Any, **kwargs: Any) -> Any:
     from grit_vlm import GRITTrainer
+    from grit_vlm.optimizers.natural_gradient import set_mode
 
-    method = settings.method
-    return GRITTrainer(
-        model=model,
-        grit_adapter=_adapter(model, settings),
-        grit_settings={
-            "grit_optimizer_type": method.optimizer,
-            "eigen_power": method.eigen_power,
-            "grafting": method.grafting,
-            "kl_clip": method.kl_clip,
-            "ng_warmup_steps": method.warmup_steps,
-            "grit_log_freq": method.log_freq,
-        },
-        data_collator=kwargs["train_dataset"].processor.collate,
-        **kwargs,
-    )
+    adapter = _adapter(model, settings)
+    set_mode(adapter.manager, settings.method.optimizer)
+    collate = kwargs["train_dataset"].processor.collate
+    return GRITTrainer(model=model, grit_adapter=adapter, data_collator=collate, **kwargs)
 
 
 ARM = Arm(
