@@ -78,7 +78,7 @@ def twins(params: Params, arm: str, seed: int, warmup: int) -> Twin:
     curve = [float(loss) for loss in read_json(adapter_dir(arm, seed) / STEP_LOSSES)[:steps]]
     first = [curve] if params.code_of(arm) == BASELINE else []
     baseline, again = first + twin_curves(params, arm, seed, len(curve), (False, True)[len(first) :])
-    return Twin(baseline, again, curve, perturbed=True)
+    return Twin(baseline, again, curve)
 
 
 def readings(verdict: Verdict, evidence: Evidence, pair: Twin) -> list[dict[str, Any]]:

@@ -94,6 +94,9 @@ class Evidence:
     def values(self, unit: str, key: str) -> list[Any]:
         return [r["units"][unit].get(key) for r in self.judged if unit in r["units"]]
 
+    def of_all(self, key: str) -> list[Any]:
+        return [value for unit in self.units for value in self.values(unit, key)]
+
     def per_unit(self, key: str) -> dict[str, float | None]:
         return {unit: median(self.values(unit, key)) for unit in self.units}
 
@@ -114,17 +117,13 @@ class Evidence:
         """Whether the preconditioner works in eigenbases, so that gradients reach the optimizer unchanged."""
         return any("basis_rotation" in reading for reading in self.readings())
 
-    @property
-    def gradient_should_change(self) -> bool:
-        """Whether preconditioning must show in the gradient itself."""
-        told = self.watched or any(k.startswith("anisotropy") for r in self.readings() for k in r)
-        seen = any(self.share(name, "turned") > 0.02 for name in self.tally)
-        return self.claims and (told or seen) and not self.rotates
-
-    @property
+    @cached_property
     def effect(self) -> str:
         """Which part of the tally must show an effect: the gradient that is read, or the update."""
-        return "turned" if self.gradient_should_change else "off"
+        if not self.claims or self.rotates:
+            return "off"
+        expected = self.watched or any(k.startswith("anisotropy") for r in self.readings() for k in r)
+        return "turned" if expected or any(self.share(name, "turned") > 0.02 for name in self.tally) else "off"
 
     @cached_property
     def tensors(self) -> dict[str, bool]:
@@ -134,21 +133,18 @@ class Evidence:
         it), in the median of the samples or in more than a few steps. What a preconditioner does is seen tensor by
         tensor, of those that it is claimed for.
         """
-        found = {}
+        effects = {}
         left_to_adamw = {u for u in self.units if self.claims and any(c is False for c in self.values(u, "claimed"))}
         for unit in [u for u in self.units if u not in left_to_adamw] or self.units:
             rounding = ROUNDING if (median(self.values(unit, "bits")) or 32) < 32 else 1.0
             turned_away = (self.angles[unit] or 0.0) > self.thresholds.min_angle * rounding
-            for side in self.sides(unit):
-                name = f"{unit}.{side}"
-                off = turned_away or self._often_off(name)
-                found[name] = off and (not self.claims or self.share(name, self.effect) > (self.effect == "off") * 0.02)
-        return found
-
-    def _often_off(self, tensor: str) -> bool:
-        """Not only at the very start, where a different place of ε is enough."""
-        row = self.tally[tensor]
-        return self.counts_off and self.share(tensor, "off") > 0.02 and max(row["off"], row["off_last"]) >= 5
+            for name in (n for n in self.tally if n.rpartition(".")[0] == unit):
+                row = self.tally[name]
+                # Not only at the very start, where a different place of ε is enough.
+                often_off = self.counts_off and self.share(name, "off") > 0.02 and max(row["off"], row["off_last"]) >= 5
+                claimed = not self.claims or self.share(name, self.effect) > (self.effect == "off") * 0.02
+                effects[name] = (turned_away or often_off) and claimed
+        return effects
 
     @property
     def counts_off(self) -> bool:
@@ -175,10 +171,6 @@ class Evidence:
         rows = {name: self.tally[name] for name in self.reached}
         since = f"{self.effect}_since"
         return {name: row[self.effect] / row[since] for name, row in rows.items() if row[since]}
-
-    def sides(self, unit: str) -> list[str]:
-        entries = (r["units"][unit] for r in self.judged if "norm_raw" in r["units"].get(unit, {}))
-        return [k.removeprefix("angle_raw_inner_") for k in next(entries) if k.startswith("angle_raw_inner_")]
 
     @property
     def coverage(self) -> float:

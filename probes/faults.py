@@ -8,9 +8,8 @@ gradient, the preconditioner's own state, its statistics, and the training. A ve
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from probes.evidence import Evidence, median
 from probes.tally import TURNED
@@ -18,15 +17,16 @@ from probes.tally import TURNED
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault: the diagnosis, a sentence on what is wrong and what to do, and the evidence as numbers."""
+    """One fault: the diagnosis, and a sentence on what is wrong and what to do."""
 
     name: str
     reason: str
-    numbers: dict[str, Any] = field(default_factory=dict)
+    tensors: list[str] = field(default_factory=list)  # that stand still, or are left out
 
 
-def _fraction(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+def _share(flags: Iterable[object]) -> float:
+    known = list(flags)
+    return sum(map(bool, known)) / len(known) if known else 0.0
 
 
 def _listed(names: Collection[str], most: int = 4) -> str:
@@ -60,13 +60,13 @@ def _not_moving(e: Evidence) -> Finding | None:
             causes[name] = next(counted, "16 bit" if short else "")
     if not causes:
         return None
-    shares = [e.share(name, "still") + e.share(name, "put_back") for name in causes]
-    told = "; ".join(
-        f"{count} of {len(e.tally)} tensors do not move in {sum(shares) / len(shares):.0%} of the steps "
+    mean = sum(e.share(name, "still") + e.share(name, "put_back") for name in causes) / len(causes)
+    parts = "; ".join(
+        f"{count} of {len(e.tally)} tensors do not move in {mean:.0%} of the steps "
         f"({_listed([name for name, own in causes.items() if own == cause], 2)}): {_WHY_STILL[cause]}"
         for cause, count in Counter(causes.values()).most_common()
     )
-    return Finding("not_moving", told, {"tensors": len(causes), "of": len(e.tally), "share_of_steps": median(shares)})
+    return Finding("not_moving", parts, list(causes))
 
 
 def _steps_unseen(e: Evidence) -> Finding | None:
@@ -77,7 +77,6 @@ def _steps_unseen(e: Evidence) -> Finding | None:
         "steps_unseen",
         f"after the last of {e.steps} steps that the probe saw, gradients came and were cleared {unseen} times: "
         "another optimizer took over, or none steps any more",
-        {"steps": e.steps, "unseen": unseen},
     )
 
 
@@ -89,7 +88,6 @@ def _no_gradient(e: Evidence) -> Finding | None:
         "no_gradient",
         f"backward computed no gradient, or zeros, for {len(without)} of {len(e.tally)} tensors in {e.steps} steps "
         f"({_listed(without)}): is their output used, and nothing on the way detached or frozen?",
-        {"tensors": len(without), "of": len(e.tally)},
     )
 
 
@@ -97,14 +95,13 @@ def _no_gradient(e: Evidence) -> Finding | None:
 
 
 def _wrapper_bypassed(e: Evidence) -> Finding | None:
-    share = _fraction(e.events["inner_called_directly"], e.steps)
+    share = e.events["inner_called_directly"] / max(e.steps, 1)
     if share <= e.thresholds.often:
         return None
     return Finding(
         "wrapper_bypassed",
         f"{share:.0%} of the steps entered the wrapped optimizer directly, past its wrapper: whoever steps must hold "
         "the wrapper (wrap before accelerate's prepare and before the scheduler is made)",
-        {"steps": e.steps, "inner_called_directly": e.events["inner_called_directly"]},
     )
 
 
@@ -116,72 +113,57 @@ def _never_called(e: Evidence) -> Finding | None:
         "never_called",
         f"the preconditioner was not called once in {e.steps} steps: is the callback registered (add_callback), and "
         "its event one that exists?",
-        {"steps": e.steps, "calls": 0},
     )
 
 
 def _preconditioned_after_step(e: Evidence) -> Finding | None:
-    after, changed = e.events["calls_after_step"], e.events["gradients_changed_after_step"]
-    late_calls = e.watched and after > e.events["calls"]
-    late_changes = changed > e.thresholds.often * e.steps
+    late_calls = e.watched and e.events["calls_after_step"] > e.events["calls"]
+    late_changes = e.events["gradients_changed_after_step"] > e.thresholds.often * e.steps
     if not (late_calls or late_changes):
         return None
     return Finding(
         "preconditioned_after_step",
         "gradients are preconditioned after optimizer.step() has used them (on_optimizer_step, on_step_end): nothing "
         "reaches the weights; do it inside the optimizer's step, or in on_pre_optimizer_step",
-        {"steps": e.steps, "calls_after_step": after, "gradients_changed_after_step": changed},
     )
 
 
 def _applied_repeatedly(e: Evidence) -> Finding | None:
-    times = [n for u in e.units for n in e.values(u, "times_changed") if n]
-    several = _fraction(sum(n > 1 for n in times), len(times))
-    if several <= e.thresholds.often:
+    times = [n for n in e.of_all("times_changed") if n]
+    if _share(n > 1 for n in times) <= e.thresholds.often:
         return None
-    most = max(times)
     return Finding(
         "applied_repeatedly",
-        f"the same gradient was preconditioned up to {most} times before one step (once for each micro-batch, or by "
-        "two callers): P is applied as P^n; call it once a step",
-        {"share_of_samples": several, "most_times": most},
+        f"the same gradient was preconditioned up to {max(times)} times before one step (once for each micro-batch, or "
+        "by two callers): P is applied as P^n; call it once a step",
     )
 
 
 def _gradient_recomputed(e: Evidence) -> Finding | None:
-    late = [bool(v) for u in e.units for v in e.values(u, "late_gradients") if v is not None]
-    share = _fraction(sum(late), len(late))
+    share = _share(v for v in e.of_all("late_gradients") if v is not None)
     if share <= e.thresholds.often:
         return None
     return Finding(
         "gradient_recomputed",
         f"in {share:.0%} of the samples a backward pass ran after preconditioning and overwrote or diluted its result; "
         "precondition after the last backward pass of a step",
-        {"share_of_samples": share},
     )
 
 
 def _gradient_restored(e: Evidence) -> Finding | None:
-    changed = restored = 0
-    for record in e.judged:
-        for entry in record["units"].values():
-            sides = [k.removeprefix("hash_before_") for k in entry if k.startswith("hash_before_")]
-            moved = [s for s in sides if entry[f"hash_before_{s}"] != entry[f"hash_after_{s}"]]
-            changed += bool(moved)
-            # Clipping may have scaled the old gradient, so compare directions.
-            back = all(entry[f"hash_before_{s}"] == entry[f"hash_inner_{s}"] for s in moved)
-            turned_back = (entry.get("angle_call") or 0) > e.thresholds.min_gradient_angle and (
-                (entry.get("angle_raw_inner") or 0) < 0.01 * entry["angle_call"]
-            )
-            restored += bool(moved) and (back or turned_back)
-    share = _fraction(restored, changed)
+    def restored(entry: dict[str, float]) -> bool:
+        # Clipping may have scaled the old gradient, so compare directions too.
+        turned = entry.get("angle_call") or 0.0
+        turned_back = turned > e.thresholds.min_gradient_angle and (entry.get("angle_raw_inner") or 0) < 0.01 * turned
+        return bool(entry.get("restored")) or turned_back
+
+    share = _share(restored(u) for r in e.judged for u in r["units"].values() if u.get("times_changed"))
     if share <= 0.5:
         return None
     return Finding(
         "gradient_restored",
         f"preconditioning changed the gradients, but in {share:.0%} of these cases the optimizer got the raw ones: "
         "something puts a copy back in between",
-        {"changed": changed, "restored": restored},
     )
 
 
@@ -194,19 +176,19 @@ def _against(e: Evidence) -> dict[str, bool]:
     A positive definite matrix never turns a gradient by 90° or more; a running mean of gradients may for some steps,
     but points along them in the mean. In a few dimensions every cosine may be chance.
     """
-    found = {}
+    chance = {}
     for name, row in e.tally.items():
         count, size = row["against"], e.sizes.get(name, 0)
         if not count or e.share(name, "against") <= 0.02 or (count < 2 and row["steps"] > 25):
             continue
         by_chance = abs(row["cos_against"] / count) <= 3 / math.sqrt(max(size, 1))
         if e.share(name, "against") > 0.75:
-            found[name] = by_chance and size >= 32
+            chance[name] = by_chance and size >= 32
         elif size >= 32 and not (
             by_chance and e.share(name, "against") < 0.2 and row["cos_gradient"] / row["steps"] > 0.15
         ):
-            found[name] = by_chance
-    return found
+            chance[name] = by_chance
+    return chance
 
 
 def _uphill(e: Evidence) -> Finding | None:
@@ -229,7 +211,6 @@ def _uphill(e: Evidence) -> Finding | None:
         "uphill",
         f"{what} in {share:.0%} of the steps, in {len(wrong)} of {len(e.tally)} tensors ({_listed(wrong)}): a sign, an "
         "inverse that is not positive definite, a negative rate, or maximize=True",
-        {"tensors": len(wrong), "of": len(e.tally), "share_of_steps": share},
     )
 
 
@@ -254,7 +235,6 @@ def _unrelated(e: Evidence) -> Finding | None:
         "unrelated_to_gradient",
         f"{what}, in {len(noise)} of {len(e.tally)} tensors ({_listed(noise)}): noise, an old gradient or another "
         "tensor's, or mixed-up entries",
-        {"tensors": len(noise), "of": len(e.tally)},
     )
 
 
@@ -267,47 +247,41 @@ def _no_statistics(e: Evidence) -> Finding | None:
         "no_statistics",
         f"not one token reached the statistics in {e.steps} steps: hooks on lora_A do not fire where fused kernels "
         "read the weights themselves; use statistics made of gradients, or switch the fusing off",
-        {"samples": 0, "layers": len({n for r in e.judged for n, u in r["units"].items() if "reading" in u})},
     )
 
 
 def _zero_factors(e: Evidence) -> Finding | None:
-    norms: dict[str, list[float]] = {}
-    for reading in e.readings():
-        for key, value in reading.items() if reading["samples"] else ():
-            if key.startswith("factor_norm_"):
-                norms.setdefault(key.removeprefix("factor_norm_"), []).append(value)
-    shares = {side: _fraction(sum(v == 0 for v in values), len(values)) for side, values in norms.items()}
+    counted = [r for r in e.readings() if r["samples"]]
+    shares = {side: _share(r[key] == 0 for r in counted if key in r) for side, key in _sides("factor_norm_", counted)}
     zero = {side: share for side, share in shares.items() if share > 0.5}
     if not zero:
         return None
-    told = ", ".join(f"{share:.0%} of those of side {side}" for side, share in zero.items())
+    parts = ", ".join(f"{share:.0%} of those of side {side}" for side, share in zero.items())
     why = "a detached or zeroed tensor is added up, B is still at zero, or products below 6e-8 became 0 in float16"
     if any(reading.get("factor_bits", 32) < 32 for reading in e.readings()):
         why = "they are kept in 16 bit, where small products become 0: keep them in float32"
-    return Finding(
-        "zero_factors",
-        f"factors are exactly zero although tokens were counted ({told}): {why}",
-        {f"zero_share_{side}": share for side, share in zero.items()},
-    )
+    return Finding("zero_factors", f"factors are exactly zero although tokens were counted ({parts}): {why}")
+
+
+def _sides(prefix: str, readings: Collection[dict[str, float]]) -> list[tuple[str, str]]:
+    """(side, key) of the numbers with this prefix."""
+    return [(k.removeprefix(prefix), k) for k in sorted({k for r in readings for k in r if k.startswith(prefix)})]
 
 
 def _empty_inverse(e: Evidence) -> Finding | None:
-    flags = [v for r in e.readings() if r["ready"] for k, v in r.items() if k.startswith("empty_")]
-    share = _fraction(sum(map(bool, flags)), len(flags))
+    share = _share(v for r in e.readings() if r["ready"] for k, v in r.items() if k.startswith("empty_"))
     if share <= e.thresholds.often:
         return None
     return Finding(
         "empty_inverse",
         f"{share:.0%} of the preconditioners that are called ready are missing, zero, not finite, or the identity "
         "although their factor is not: the inversion failed and nobody looked",
-        {"share": share, "preconditioners": len(flags)},
     )
 
 
 def _nothing_changed(e: Evidence) -> Finding | None:
     readings = e.readings()
-    changed = [n for u in e.units for n in e.values(u, "times_changed") if n is not None]
+    changed = [n for n in e.of_all("times_changed") if n is not None]
     never_ready = bool(readings) and not any(r["ready"] for r in readings)
     no_change = bool(changed) and not any(changed) and not e.rotates and not e.reached  # with hooks, calls say little
     untouched = not e.rotates and not any(
@@ -321,7 +295,7 @@ def _nothing_changed(e: Evidence) -> Finding | None:
         why = "every gradient reached the optimizer as backward left it, and the updates are plain AdamW's"
     else:
         return None
-    return Finding("nothing_changed", f"the preconditioner has changed nothing in {e.steps} steps: {why}", {})
+    return Finding("nothing_changed", f"the preconditioner has changed nothing in {e.steps} steps: {why}")
 
 
 def _gradient_overflow(e: Evidence) -> Finding | None:
@@ -332,66 +306,63 @@ def _gradient_overflow(e: Evidence) -> Finding | None:
         "gradient_overflow",
         f"in {max(shares.values()):.0%} of the steps what the optimizer reads is not finite, or its square is not, in "
         f"{len(shares)} of {len(e.tally)} tensors ({_listed(shares)}), though the gradient was finite",
-        {"tensors": len(shares), "share_of_steps": max(shares.values())},
     )
 
 
 def _gradient_lost(e: Evidence) -> Finding | None:
-    lost = [max(entry.get("zero_share") or 0.0, entry.get("zero_share_call") or 0.0)
-            for r in e.judged for entry in r["units"].values() if "norm_raw" in entry]  # fmt: skip
-    share = _fraction(sum(v > e.thresholds.lost for v in lost), len(lost))
+    share = _share(
+        max(entry.get("zero_share") or 0.0, entry.get("zero_share_call") or 0.0) > e.thresholds.lost
+        for r in e.judged
+        for entry in r["units"].values()
+        if "norm_raw" in entry
+    )
     if share <= 0.02:
         return None
     return Finding(
         "nan_to_zero",
         f"in {share:.0%} of the samples entries of gradients that were not zero became exactly zero on the way: was a "
         "NaN or infinity replaced by 0 (nan_to_num) instead of being looked at, or are they masked?",
-        {"share_of_samples": share},
     )
 
 
 def _clipped_to_nothing(e: Evidence) -> Finding | None:
-    kept, still = [], []
+    shares, still = [], []
     for record in e.judged:
         for entry in record["units"].values():
-            made = entry.get("norm_after") or entry.get("norm_raw")
-            if not made or entry.get("norm_inner") is None:
+            longest = entry.get("norm_after") or entry.get("norm_raw")
+            if not longest or entry.get("norm_inner") is None:
                 continue
-            kept.append(entry["norm_inner"] / max(made, entry.get("norm_raw") or 0.0))
+            shares.append(entry["norm_inner"] / max(longest, entry.get("norm_raw") or 0.0))
             typical = entry["norm_inner"] / entry["size"] ** 0.5
             below_eps = record["eps"] is not None and typical < 10 * record["eps"]
             still.append(below_eps or entry["norm_delta"] < 1e-7 * entry["norm_weights"])
-    left = median(kept)
-    if not left or left > 0.01 or _fraction(sum(still), len(still)) <= 0.5:
+    left = median(shares)
+    if not left or left > 0.01 or _share(still) <= 0.5:
         return None
-    ratio = median(v for u in e.units for v in e.values(u, "lr_ratio"))
     return Finding(
         "clipped_to_nothing",
         f"what the optimizer reads is {left:.1e} of the gradient's length, below Adam's ε: the weights hardly "
-        f"move ({ratio or 0.0:.1e} times as far as plain AdamW's); graft the raw norm back, or clip before "
-        "preconditioning",
-        {"kept": left, "lr_ratio": ratio},
+        f"move ({median(e.of_all('lr_ratio')) or 0.0:.1e} times as far as plain AdamW's); graft the raw norm back, or "
+        "clip before preconditioning",
     )
 
 
 def _damping_swamps(e: Evidence) -> Finding | None:
     if e.coverage >= e.thresholds.min_coverage:
         return None
-    sides = {k.removeprefix("damping_share_") for r in e.readings() for k in r if k.startswith("damping_share_")}
     swamped = {}
-    for side in sorted(sides):
+    for side, key in _sides("damping_share_", e.readings()):
         ready = [r for r in e.readings() if r["ready"] and f"anisotropy_{side}" in r]
-        share, spread = (median(r.get(f"{k}_{side}") for r in ready) for k in ("damping_share", "anisotropy"))
+        share, spread = (median(r.get(name) for r in ready) for name in (key, f"anisotropy_{side}"))
         if share is not None and spread is not None and share > e.thresholds.swamped and spread < e.thresholds.scalar:
             swamped[side] = share
     if not swamped:
         return None
-    told = ", ".join(f"{share:.3g} times that of side {side}" for side, share in swamped.items())
+    parts = ", ".join(f"{share:.3g} times that of side {side}" for side, share in swamped.items())
     return Finding(
         "damping_swamps_factors",
-        f"damping λ is far above the factors' mean eigenvalue ({told}), so (Σ + λI)⁻¹ is I/λ there, a scalar, which "
+        f"damping λ is far above the factors' mean eigenvalue ({parts}), so (Σ + λI)⁻¹ is I/λ there, a scalar, which "
         "AdamW cancels; make λ relative to tr(Σ)/r, and undo the loss's mean in δ before Σ_g",
-        {f"damping_share_{side}": share for side, share in swamped.items()} | {"coverage": e.coverage},
     )
 
 
@@ -407,41 +378,36 @@ def _scalar_preconditioner(e: Evidence) -> Finding | None:
     scalar = (anisotropy is not None and anisotropy < e.thresholds.scalar) or changed
     if not scalar and spread <= 0.02 and abs(math.log(ratio)) <= 0.02:
         return None
-    numbers = {"norm_ratio": ratio, "log_spread": spread, "anisotropy": anisotropy}
     if spread > 0.2:
-        told = (
+        what = (
             f"the preconditioner multiplies each gradient by one number, which changes from step to step (about "
             f"{ratio:.3g}, by a factor of {math.exp(spread):.2g}), and turns none by more than {TURNED}°: that weighs "
             "the steps against each other, which Adam does not cancel, but there is no curvature in it"
         )
     else:
-        told = (
+        what = (
             f"the preconditioner multiplies every gradient by one number (about {ratio:.3g}) and turns none by more "
             f"than {TURNED}°: Adam cancels that, and to SGD it is another learning rate"
         )
-    return Finding("scalar_preconditioner", told, numbers)
+    return Finding("scalar_preconditioner", what)
 
 
 def _turned_in_vain(e: Evidence) -> Finding | None:
     turned = [name for name in e.tensors if e.share(name, "turned") > 0.5]
     if e.reached or not turned or len(turned) < 0.5 * len(e.tensors):
         return None
-    kept = median(v for unit in e.units for v in e.values(unit, "sign_kept")) or 0.0
     angle = median(median(e.values(unit, "angle_raw_inner")) for unit in e.units) or 0.0
-    numbers = {"angle_raw_inner": angle, "sign_kept": kept, "tensors": len(turned)}
-    if kept > 0.999:
+    if (median(e.of_all("sign_kept")) or 0.0) > 0.999:
         return Finding(
             "diagonal_preconditioner",
             f"gradients of {len(turned)} of {len(e.tensors)} tensors are turned by {angle:.1f}°, but no entry changes "
             "its sign, and the updates are plain AdamW's: each entry is multiplied by a positive number that stays the "
             "same, which Adam cancels",
-            numbers,
         )
     return Finding(
         "gradient_not_used",
         f"the gradients are turned by {angle:.1f}° when the optimizer steps, but its updates are plain AdamW's of the "
         "raw ones: it computes with another copy (master weights, gradients saved by a hook)",
-        numbers,
     )
 
 
@@ -453,7 +419,7 @@ def _modules_missing(e: Evidence) -> Finding | None:
     return Finding(
         "modules_missing",
         f"{len(left_out)} of {len(e.tensors)} tensors are not preconditioned: {_listed(left_out)}",
-        {"coverage": e.coverage, "left_out": left_out},
+        left_out,
     )
 
 
@@ -465,23 +431,18 @@ def _steps_missing(e: Evidence) -> Finding | None:
     last = median(row[f"{e.effect}_last"] for row in rows) or 0.0
     total = sum(e.share(name, e.effect) for name in e.reached) / len(rows)
     called = e.events["steps_called"]
-    numbers = {"share_since_first": e.step_share, "share_of_all": total, "first": first, "last": last}
     often = [share >= e.thresholds.min_steps for share in e.step_shares.values()]
     if sum(often) >= e.thresholds.min_coverage * len(often):
         if first <= e.thresholds.late * e.steps:
             return None
-        told = f"it begins at step {first:.0f} only"
-    elif e.watched and called < e.thresholds.min_steps * e.steps and called > 0:
-        told = f"its method was called in {called} of them"
+        when = f"it begins at step {first:.0f} only"
+    elif e.watched and 0 < called < e.thresholds.min_steps * e.steps:
+        when = f"its method was called in {called} of them"
     elif last < 0.9 * last_step:
-        told = f"the last is step {last:.0f}"
+        when = f"the last is step {last:.0f}"
     else:
-        told = "it comes and goes"
-    return Finding(
-        "steps_missing",
-        f"preconditioning reaches {total:.0%} of the {e.steps} steps: {told}",
-        {**numbers, "called": called},
-    )
+        when = "it comes and goes"
+    return Finding("steps_missing", f"preconditioning reaches {total:.0%} of the {e.steps} steps: {when}")
 
 
 # Statistics, and the training itself
@@ -500,37 +461,31 @@ def _overcounted(e: Evidence) -> Finding | None:
     def near(value: float, target: float) -> bool:
         return abs(value - target) <= 0.02 * target
 
-    padding = [near(n, t["all"]) and t["attended"] < 0.98 * t["all"] for n, t, _ in gained]
     ratio = median(n / t["attended"] for n, t, _ in gained) or 0.0
-    passes = max(p for *_, p in gained)
-    numbers = {"ratio": ratio, "passes": passes}
-    if _fraction(sum(padding), len(gained)) > 0.5:
+    if _share(near(n, t["all"]) and t["attended"] < 0.98 * t["all"] for n, t, _ in gained) > 0.5:
         return Finding(
             "padding_counted",
             f"statistics count every position, padding too: {ratio:.2f} times the attended tokens; leave out positions "
             "with attention_mask 0",
-            numbers,
         )
     if ratio <= 1.02:
         return None
     multiple = [near(n, p * t["attended"]) or near(n, p * t["all"]) for n, t, p in gained if p > 1]
-    if _fraction(sum(multiple), len(gained)) > 0.5:
+    if sum(multiple) > 0.5 * len(gained):
         return Finding(
             "accumulation_overcounted",
-            f"statistics count {ratio:.2f} times the tokens of a step, which has {passes} backward passes: every "
-            "micro-batch is added once for each of them",
-            numbers,
+            f"statistics count {ratio:.2f} times the tokens of a step, which has {max(p for *_, p in gained)} backward "
+            "passes: every micro-batch is added once for each of them",
         )
     return Finding(
         "samples_overcounted",
         f"statistics count {ratio:.2f} times the tokens of a step (checkpointing runs the forward pass twice: count in "
         "the backward pass)",
-        numbers,
     )
 
 
 def _stale_factors(e: Evidence) -> Finding | None:
-    stale, longest = [], 0
+    spans = []
     for unit in dict.fromkeys(n for r in e.judged for n, u in r["units"].items() if "reading" in u):
         seen = [(r["step"], r["units"][unit]["reading"]) for r in e.judged if "reading" in r["units"].get(unit, {})]
         ready = [(step, reading) for step, reading in seen if reading["ready"]]
@@ -538,18 +493,16 @@ def _stale_factors(e: Evidence) -> Finding | None:
         stretch = max(same, key=len, default=[])
         if len(stretch) < 3:
             continue
-        told = stretch[0][1].get("refresh_every")
+        interval = stretch[0][1].get("refresh_every")
         span = stretch[-1][0] - stretch[0][0]
-        if span >= (3 * told if told else e.thresholds.stale_after):
-            stale.append(unit)
-            longest = max(longest, span)
-    if not stale or _fraction(len(stale), len(e.units)) <= e.thresholds.often:
+        if span >= (3 * interval if interval else e.thresholds.stale_after):
+            spans.append(span)
+    if not spans or len(spans) <= e.thresholds.often * len(e.units):
         return None
     return Finding(
         "stale_factors",
-        f"the preconditioners of {len(stale)} layers stayed the same to the bit over {longest} steps, while A and B "
+        f"the preconditioners of {len(spans)} layers stayed the same to the bit over {max(spans)} steps, while A and B "
         "moved: refresh them",
-        {"layers": len(stale), "steps": longest},
     )
 
 
@@ -561,7 +514,6 @@ def _not_finite(e: Evidence) -> Finding | None:
         "not_finite",
         f"{bad} sampled losses and the gradients of {gradients} steps are NaN or infinite: lower the learning rate, "
         "look at the data",
-        {"losses": bad, "nonfinite_gradients": gradients},
     )
 
 
@@ -574,8 +526,7 @@ def _diverging(e: Evidence) -> Finding | None:
     apart = min(losses[-part:]) > max(losses[:part])
     if not apart or last - first <= e.thresholds.blow_up * abs(first):
         return None
-    told = f"the loss rose from {first:.3g} to {last:.3g}: lower the learning rate"
-    return Finding("diverging", told, {"from": first, "to": last})
+    return Finding("diverging", f"the loss rose from {first:.3g} to {last:.3g}: lower the learning rate")
 
 
 Fault = Callable[[Evidence], Finding | None]

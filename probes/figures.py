@@ -32,22 +32,9 @@ def _save(figure: Any, axes: list[Any], out: Path) -> Path:
     for axis in axes:
         axis.set_xlabel("optimizer step")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
-        if axis.dataLim.x0 == axis.dataLim.x1:  # one point
-            axis.set_xlim(axis.dataLim.x0 - 1, axis.dataLim.x0 + 1)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, format="png")
     return out
-
-
-def _log_scale(axis: Any) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axis.set_yscale("log")
-    low, high = axis.get_ylim()
-    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
-    axis.yaxis.set_major_locator(LogLocator(base=10.0, subs=subs, numticks=12))
-    axis.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def plot_ledger(evidence: Evidence, out: Path, title: str = "") -> Path:
@@ -71,7 +58,7 @@ def plot_ledger(evidence: Evidence, out: Path, title: str = "") -> Path:
     longer.axhline(1.0, color=GREY, linewidth=1, zorder=0)
     lengths = [v for r in evidence.records for e in r["units"].values() if (v := e.get("lr_ratio"))]
     if lengths and max(*lengths, 1.0) > 5 * min(*lengths, 1.0):
-        _log_scale(longer)
+        longer.set_yscale("log")
     else:
         longer.set_ylim(0.0, max(longer.get_ylim()[1], 1.2))
     if title:
@@ -91,10 +78,6 @@ def _lines(axis: Any, evidence: Evidence, key: str, turn: Callable[[float], floa
     shown = [math.nan if v is None else v for v in middle]
     axis.plot(steps, shown, color=BLUE, linewidth=2.2, label=f"median of {len(units)} layers (thin: each)")
     axis.legend(loc="best", fontsize=8)
-    if all(math.isnan(v) for v in shown):
-        axis.text(0.5, 0.5, "no sample has this number", transform=axis.transAxes, ha="center", va="center")
-        axis.set_xticks([])
-        axis.set_yticks([])
 
 
 def plot_twin(twin: Twin, out: Path, name: str = "arm") -> Path:
@@ -102,7 +85,7 @@ def plot_twin(twin: Twin, out: Path, name: str = "arm") -> Path:
     steps = range(1, len(twin.baseline) + 1)
     differences = [abs(a - b) for a, b in zip(twin.baseline, twin.again, strict=True)]
     band = [max(differences[: i + 1]) for i in range(len(differences))]
-    again = "baseline again, start moved by one rounding" if twin.perturbed else "baseline again"
+    again = "baseline again, start moved by one rounding"
     low, high = ([a + sign * d for a, d in zip(twin.baseline, band, strict=True)] for sign in (-1, 1))
     axes[0].fill_between(steps, low, high, color=GREY, alpha=0.5, linewidth=0, label=f"A/A band ({again})")
     axes[0].plot(steps, twin.baseline, color=ORANGE, linewidth=1.6, linestyle="--", label="baseline")
@@ -117,7 +100,7 @@ def plot_twin(twin: Twin, out: Path, name: str = "arm") -> Path:
         if all(math.isnan(d) for d in distance):
             distance, label = [1e-9] * len(distance), f"{label} (no difference)"
         axes[1].plot(steps, distance, style, color=colour, linewidth=1.6, label=label)
-    _log_scale(axes[1])
+    axes[1].set_yscale("log")
     ratio = "infinitely many" if math.isinf(twin.ratio) else f"{twin.ratio:.3g}"
     axes[1].set_title(f"Distance from the baseline: {ratio} A/A floors")
     axes[1].set_ylabel("|difference of the losses|")

@@ -1,4 +1,4 @@
-"""What is measured, and how: tensors in units, their norms, angles and checksums, and a preconditioner's own state.
+"""What is measured, and how: tensors in units, their norms and angles, and a preconditioner's own state.
 
 A unit is what is judged together: a LoRA pair A [r, d_in], B [d_out, r] where names show one, else a single tensor.
 A small change (δA, δB) of a pair changes B·A by D(δ) = B·δA + δB·A, which is linear in δ: norms and angles of such
@@ -6,8 +6,8 @@ changes come from r×r products, and the d_out×d_in matrix is never formed. Res
 tensors, so that a whole record needs few transfers.
 """
 
-import functools
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,6 @@ Snapshot = Sequence[Tensor | None]
 """A gradient of every tensor, in the order of `tensors`."""
 
 LORA_A, LORA_B = ".lora_A.", ".lora_B."
-WEIGHTS = "ΔW"
 _TINY = 1e-38
 
 # Units
@@ -157,25 +156,6 @@ def zero_share(values: Values, raw: Values) -> Tensor:
     return lost.float() / sum(v.numel() for v in values.values())
 
 
-_KEPT = 2**18
-"""Entries up to which a tensor's place numbers are cached: enough for LoRA; beyond, memory counts more than time."""
-
-
-def _places(count: int, device: torch.device) -> Tensor:
-    return torch.arange(1, count + 1, device=device) % 65521 + 1
-
-
-_kept_places = functools.lru_cache(maxsize=64)(_places)
-
-
-def checksum(value: Tensor) -> Tensor:
-    """64 bits that change with any bit or the order of the entries, computed where the tensor is; not cryptographic."""
-    size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-    bits = value.detach().contiguous().view(size).flatten().to(torch.int64)
-    place = (_kept_places if bits.numel() <= _KEPT else _places)(bits.numel(), bits.device)
-    return (bits * place).sum() * 1_000_003 + bits.sum()  # wraps around, as it may
-
-
 # One sampled step
 
 
@@ -185,20 +165,17 @@ def measure(
     """Numbers of each unit that has gradients; angles in degrees, None where one of two vectors is zero.
 
     `units` hold the parameters after the step, `weights` are those before it; `shadow` is Δθ of plain AdamW. `points`:
-    gradients "raw", "door" and "inner" always, "before" and "after" of a preconditioner's call.
+    gradients "raw" and "inner" (what the optimizer reads) always, "before" and "after" of a preconditioner's call.
 
     Unit → `size` (entries), `sizes` of its sides, `norm_<point>`, `norm_weights` (of the tensors), `norm_delta`,
-    `norm_shadow`;
-    `angle_raw_door`, `angle_raw_inner`, `angle_call` (before and after the call); `angle` of Δθ and shadow and
-    `angle_weights` of the changes of ΔW, whose length is `norm_delta_weights`; `lr_ratio` ‖Δθ‖/‖shadow‖;
-    `<name>_<side>` of `angle_raw_inner`, `angle_call`, `angle`, `lr_ratio`; `cos_raw_inner`, `cos_raw_step` of raw
-    gradient and −Δθ; `zero_share`, `zero_share_call` of entries zeroed on the way; `sign_kept`, of entries whose sign
-    the optimizer reads as it was; `bits` of a weight; `hash_<point>_<side>`.
+    `norm_shadow`; `angle_raw_inner`, `angle_call` (before and after the call); `angle` of Δθ and shadow and
+    `angle_weights` of the changes of ΔW; `lr_ratio` ‖Δθ‖/‖shadow‖; `cos_raw_inner`, `cos_raw_step` of raw gradient and
+    −Δθ; `zero_share`, `zero_share_call` of entries zeroed on the way; `sign_kept`, of entries whose sign the optimizer
+    reads as it was; `bits` of a weight.
     """
     numbers: dict[tuple[str, str], Tensor] = {}
-    hashes: dict[tuple[str, str], Tensor] = {}
     grams: dict[tuple[str, str], Tensor] = {}
-    sizes: dict[str, dict[str, int]] = {}
+    measured: dict[str, dict[str, Any]] = {}
     names = [*points, "weights", "delta", "shadow"]
     place = 0
     for unit in units:
@@ -218,29 +195,16 @@ def measure(
         numbers[unit.name, "sign_kept"] = sign_kept(vectors["inner"], vectors["raw"])
         if "after" in vectors:
             numbers[unit.name, "zero_share_call"] = zero_share(vectors["after"], vectors["before"])
-        for side in at:
-            grams[unit.name, side] = products([every[name][side] for name in names])
+        grams[unit.name, "sides"] = torch.stack([products([every[n][s] for n in names]) for s in at]).sum(0)
         if unit.is_pair:
-            grams[unit.name, WEIGHTS] = weight_products(delta, own, before)
-        sizes[unit.name] = {s: w.numel() for s, w in before.items()}
-        known: dict[int, Tensor] = {}  # door and inner are often the very same tensor
-        for name, values in vectors.items():
-            for s, v in values.items():
-                if id(v) not in known:
-                    known[id(v)] = checksum(v)
-                hashes[unit.name, f"hash_{name}_{s}"] = known[id(v)]
+            grams[unit.name, "ΔW"] = weight_products(delta, own, before)
+        sizes = {s: w.numel() for s, w in before.items()}
+        bits = min(8 * p.element_size() for p in unit.sides.values())
+        measured[unit.name] = {"size": sum(sizes.values()), "sizes": sizes, "bits": bits}
     matrices = as_lists(grams)
-    found = {name: derived({s: matrices[u, s] for u, s in matrices if u == name}, names) for name in sizes}
     for (name, key), number in as_lists(numbers).items():
-        found[name][key] = number if math.isfinite(number) else None
-    for (name, key), number in as_lists(hashes).items():
-        found[name][key] = f"{number & (2**64 - 1):016x}"
-    for name, size in sizes.items():
-        found[name] |= {"size": sum(size.values()), "sizes": size}
-    for unit in units:
-        if unit.name in found:
-            found[unit.name]["bits"] = min(8 * p.element_size() for p in unit.sides.values())
-    return found
+        measured[name][key] = number if math.isfinite(number) else None
+    return {n: entry | derived(matrices[n, "sides"], names, matrices.get((n, "ΔW"))) for n, entry in measured.items()}
 
 
 def as_lists(tensors: Mapping[tuple[str, str], Tensor]) -> dict[tuple[str, str], Any]:
@@ -254,44 +218,32 @@ def as_lists(tensors: Mapping[tuple[str, str], Tensor]) -> dict[tuple[str, str],
     return found
 
 
-def derived(products: dict[str, list[list[float]]], names: list[str]) -> dict[str, Any]:
-    """Norms, angles, cosines and ratios of a unit from the inner products of its sides, and from those of ΔW."""
-    in_weights = products.get(WEIGHTS)
-    sides = [side for side in products if side != WEIGHTS]
+def derived(
+    products: list[list[float]], names: list[str], of_weights: list[list[float]] | None = None
+) -> dict[str, Any]:
+    """Norms, angles, cosines and ratios of a unit from the inner products of its vectors, and of changes of ΔW."""
 
-    def dot(one: str, two: str, among: list[str]) -> float:
-        return sum(products[side][names.index(one)][names.index(two)] for side in among)
+    def dot(one: str, two: str) -> float:
+        return products[names.index(one)][names.index(two)]
 
-    def norm(name: str, among: list[str]) -> float:
-        return math.sqrt(max(0.0, square)) if math.isfinite(square := dot(name, name, among)) else math.nan
+    def cosine(one: str, two: str) -> float | None:
+        scale = norms[one] * norms[two]
+        return dot(one, two) / scale if math.isfinite(scale) and scale > 0 else None
 
-    def cosine(one: str, two: str, among: list[str]) -> float | None:
-        scale = norm(one, among) * norm(two, among)
-        return dot(one, two, among) / scale if math.isfinite(scale) and scale > 0 else None
-
-    def ratio(among: list[str]) -> float | None:
-        delta, shadow = norm("delta", among), norm("shadow", among)
-        return delta / shadow if math.isfinite(delta) and shadow > 0 else None
-
-    found = {f"norm_{name}": value if math.isfinite(value := norm(name, sides)) else None for name in names}
-    pairs = {"angle_raw_door": ("raw", "door"), "angle_raw_inner": ("raw", "inner"), "angle": ("delta", "shadow")}
+    norms = {n: math.sqrt(max(0.0, s)) if math.isfinite(s := dot(n, n)) else math.nan for n in names}
+    step, delta, shadow = cosine("raw", "delta"), norms["delta"], norms["shadow"]
+    entry = {f"norm_{name}": norm if math.isfinite(norm) else None for name, norm in norms.items()}
+    entry |= {"angle_raw_inner": _degrees(cosine("raw", "inner")), "angle": _degrees(cosine("delta", "shadow"))}
     if "after" in names:
-        pairs["angle_call"] = ("before", "after")
-    for key, (one, two) in pairs.items():
-        found[key] = _degrees(cosine(one, two, sides))
-        for side in sides if key != "angle_raw_door" else ():
-            found[f"{key}_{side}"] = _degrees(cosine(one, two, [side]))
-    found["cos_raw_inner"] = cosine("raw", "inner", sides)
-    step = cosine("raw", "delta", sides)
-    found["cos_raw_step"] = None if step is None else -step
-    found["lr_ratio"] = ratio(sides)
-    found |= {f"lr_ratio_{side}": ratio([side]) for side in sides}
-    if in_weights is not None:
-        (square, mixed), (_, other) = in_weights
+        entry["angle_call"] = _degrees(cosine("before", "after"))
+    entry["cos_raw_inner"] = cosine("raw", "inner")
+    entry["cos_raw_step"] = None if step is None else -step
+    entry["lr_ratio"] = delta / shadow if math.isfinite(delta) and shadow > 0 else None
+    if of_weights is not None:
+        (square, mixed), (_, other) = of_weights
         scale = math.sqrt(max(0.0, square) * max(0.0, other)) if math.isfinite(square * other) else 0.0
-        found["norm_delta_weights"] = math.sqrt(max(0.0, square)) if math.isfinite(square) else None
-        found["angle_weights"] = _degrees(mixed / scale if scale > 0 else None)
-    return found
+        entry["angle_weights"] = _degrees(mixed / scale if scale > 0 else None)
+    return entry
 
 
 def _degrees(cosine: float | None) -> float | None:
@@ -327,7 +279,7 @@ Provider = Callable[[], Sequence[LayerReading | Mapping[str, Any]]]
 """Called before and after sampled steps: a reading of every layer, or a dictionary with its fields."""
 
 
-def read(provider: Provider) -> list[LayerReading]:
+def collect(provider: Provider) -> list[LayerReading]:
     return [r if isinstance(r, LayerReading) else LayerReading(**r) for r in provider()]
 
 
@@ -358,8 +310,10 @@ def numbers(reading: LayerReading) -> dict[str, Any]:
     if reading.weights:
         said["weight_spread"] = max(float((w / w.mean() - 1).abs().max()) for w in reading.weights.values())
     used = [m for m in (*reading.preconditioners.values(), *reading.bases.values()) if m is not None and m.numel()]
-    total = sum(int(checksum(m)) * (i + 1) for i, m in enumerate(used or list(reading.factors.values())))
-    said["hash"] = f"{total & (2**64 - 1):016x}"
+    digest = 0
+    for matrix in used or reading.factors.values():
+        digest = zlib.crc32(matrix.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), digest)
+    said["hash"] = digest
     return said
 
 

@@ -1,15 +1,15 @@
 """The ledger: what became of every gradient on its way to the weights, step by step.
 
 Points of a step, in order: `raw` (after backward), `before` and `after` preconditioning (where the probe can see the
-call), `door` (as the outermost `optimizer.step()` is entered), `inner` (what the innermost one reads), and the change
-Δθ that the weights really made. Beside it the shadow: what plain AdamW would have done. Records say all of it of some
-steps, the tally the most important of every step.
+call), `inner` (what the innermost optimizer reads), and the change Δθ that the weights really made. Beside it the
+shadow: what plain AdamW would have done. Records describe some steps in full, the tally counts the essentials of every
+step.
 """
 
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +21,11 @@ from probes.geometry import (
     Provider,
     Record,
     Snapshot,
+    collect,
     difference,
     find_units,
     measure,
     numbers,
-    read,
     tensors,
 )
 from probes.shadow import Shadow, clipping, shadow_options
@@ -46,7 +46,7 @@ EVENTS = (
     "dropped_since",  # gradients that were cleared without a step, since the last step
 )
 
-TOKENS = ("all", "attended", "labelled")
+TOKENS = ("all", "attended")
 _MISSING = object()
 
 # Attaching to optimizers and methods, and coming off again
@@ -289,7 +289,6 @@ class StepNotes:
     entered: Any = None  # the first of them
     before: Snapshot = ()  # the preconditioner's calls
     after: Snapshot = ()
-    door: Snapshot = ()
     inner: Snapshot = ()
     averaged: bool = False  # whether raw gradients already include all ranks
     read: Tensor | None = None  # ⟨raw, raw⟩, ⟨raw, read⟩, ⟨read, read⟩ of what the optimizer reads: [3, tensors]
@@ -304,13 +303,11 @@ class StepNotes:
         self.hits = [0] * self.tensors  # backward passes that reached each tensor
         self.changed = [0] * self.tensors  # calls that changed its gradient (sampled steps)
         self.late = [False] * self.tensors  # whether more gradient came after that
-        self.from_closure = False
         self.tokens = dict.fromkeys(TOKENS, 0.0)
 
     def gradient_arrived(self, i: int) -> None:
         self.hits[i] += 1
         self.averaged = False
-        self.from_closure |= bool(self.inside)
         self.late[i] |= self.changed[i] > 0
 
     def forget_abandoned(self, optimizer: Any) -> None:
@@ -320,7 +317,6 @@ class StepNotes:
         """
         if any(entered is optimizer and sum(self.hits) > hits for entered, hits in self.inside):
             self.inside.clear()
-            self.from_closure = False
 
     def called(self, before: Snapshot, after: Snapshot) -> None:
         self.before = self.before or before
@@ -332,13 +328,11 @@ class StepNotes:
         ids = batch.get("input_ids", batch.get("inputs_embeds"))
         if not isinstance(ids, Tensor) or ids.dim() < 2:
             return
-        mask, labels = batch.get("attention_mask"), batch.get("labels")
+        mask = batch.get("attention_mask")
         everything = float(ids.shape[0] * ids.shape[1])
         self.tokens["all"] += everything
         masked = isinstance(mask, Tensor) and mask.dim() == 2
         self.tokens["attended"] += float(mask.ne(0).sum()) if masked and mask is not None else everything
-        if isinstance(labels, Tensor) and labels.dim() == 2:
-            self.tokens["labelled"] += float(labels[:, 1:].ne(-100).sum())
 
     def tokens_of_all_ranks(self, device: torch.device) -> dict[str, float]:
         if not _distributed():
@@ -408,8 +402,7 @@ class Probe:
                 no period hides. What the tally counts, it counts in all.
             max_grad_norm: What plain training would clip to; the shadow does it too. 0 = no clipping, unless all
                 gradients are seen to be multiplied by one number.
-            preconditioner: (object, name of its method that changes the gradients), to see when it is called. Code
-                without such a method says ``with probe.preconditioning():`` around it.
+            preconditioner: (object, name of its method that changes the gradients), to see when it is called.
             readings: The preconditioner's own state, for GRIT `manager.readings`.
             claims: Whether gradients are said to be preconditioned. Default: if one of the two above is given.
             scaler: A GradScaler, whose scale raw gradients are divided by.
@@ -431,7 +424,6 @@ class Probe:
         self.step = 0
         self.records: list[Record] = []
         self.events: dict[str, int] = dict.fromkeys(EVENTS, 0)
-        self._told_of_calls = False  # by `preconditioning`
         self.tensors = TrainedTensors(model)
         self.tally = Tally(self.tensors.names, self.tensors.roundings)
         self._unsettled: tuple[Any, ...] | None = None  # the last step, until it is known where the weights went
@@ -485,14 +477,23 @@ class Probe:
 
     def _watching(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            with self.preconditioning():
+            if self._phase != "running":
+                self.events["calls_after_step" if self._phase == "stepped" else "calls_before_backward"] += 1
                 return method(*args, **kwargs)
+            self._now.calls += 1
+            before = self.tensors.gradients() if self.sampling else []
+            result = method(*args, **kwargs)
+            if self.sampling:
+                self._now.called(before, self.tensors.gradients())
+            if self._now.inside:  # by the optimizer itself: what it reads was not there yet
+                self._about_to_read()
+            return result
 
         return call
 
     @property
     def watched(self) -> bool:
-        return self.preconditioner is not None or self._told_of_calls
+        return self.preconditioner is not None
 
     # What happens in a step
 
@@ -511,7 +512,7 @@ class Probe:
         self._now = StepNotes(len(self.tensors.parameters))
         self._phase, self._left = "running", LeftGradients([])  # the last step's gradients are not kept any longer
         if self.sampling and self.readings is not None:
-            self._now.samples = {r.layer: r.samples for r in read(self.readings)}
+            self._now.samples = {r.layer: r.samples for r in collect(self.readings)}
 
     def _follow(self) -> bool:
         before = self.tensors.names
@@ -553,21 +554,6 @@ class Probe:
             self._begin()
         self._now.gradient_arrived(i)
 
-    @contextlib.contextmanager
-    def preconditioning(self) -> Iterator[None]:
-        self._told_of_calls = True
-        if self._phase != "running":
-            self.events["calls_after_step" if self._phase == "stepped" else "calls_before_backward"] += 1
-            yield
-            return
-        self._now.calls += 1
-        before = self.tensors.gradients() if self.sampling else []
-        yield
-        if self.sampling:
-            self._now.called(before, self.tensors.gradients())
-        if self._now.inside:  # by the optimizer itself: what it reads was not there yet
-            self._about_to_read()
-
     def _enter_step(self, optimizer: Any) -> None:
         self._now.forget_abandoned(optimizer)
         if not self._now.inside:
@@ -575,7 +561,7 @@ class Probe:
             if self._follow():  # since the forward pass: their gradients went by unseen
                 self._now = StepNotes(len(self.tensors.parameters))
             elif self.sampling:
-                self._now.sampled, self._now.door = True, self.tensors.gradients()
+                self._now.sampled = True
             weights = self.tensors.layout.stack(self.tensors.parameters)
             self._settle(weights)
             for kept, now in zip(self.tensors.befores, weights, strict=True):
@@ -635,8 +621,6 @@ class Probe:
 
     def _end(self) -> None:
         now, tensors, scale = self._now, self.tensors, self._scale
-        if now.from_closure:  # gradients came after the door, where they were empty or old
-            now.door = now.inner
         if now.dropped and now.dropped.calls and not now.calls:
             # The preconditioned gradient is gone, and this one was computed after it.
             now.calls, now.before, now.after = now.dropped.calls, now.dropped.before, now.dropped.after
@@ -686,7 +670,7 @@ class Probe:
 
     def _record(self, raw: Snapshot, shadow: Sequence[Tensor], options: dict[str, Any]) -> Record:
         now, units = self._now, self.tensors.units
-        points: dict[str, Snapshot] = {"raw": raw, "door": now.door, "inner": now.inner or now.door}
+        points: dict[str, Snapshot] = {"raw": raw, "inner": now.inner}
         if now.calls:
             points |= {"before": now.before, "after": now.after}
         loss = float(torch.stack(now.losses).mean()) if now.losses else math.nan  # of the forward passes
@@ -705,14 +689,18 @@ class Probe:
             if (entry := entries.get(unit.name)) is not None:
                 entry["times_changed"] = max(entry.get("times_changed", 0), now.changed[i])
                 entry["late_gradients"] = entry.get("late_gradients", False) or now.late[i]
+                if now.changed[i]:
+                    before, read = now.before[i], now.inner[i]
+                    same = before is not None and read is not None and torch.equal(before, read)
+                    entry["restored"] = entry.get("restored", True) and same
         for unit in units:
             if unit.name in entries:  # biases and norms are usually left to AdamW
                 entries[unit.name]["claimed"] = all(p.dim() >= 2 and p.numel() > 1 for p in unit.sides.values())
-        for reading in read(self.readings) if self.readings is not None else ():
+        for reading in collect(self.readings) if self.readings is not None else ():
             said = numbers(reading)
-            before = now.samples.get(reading.layer)
-            if reading.samples is not None and before is not None:
-                said["samples_gained"] = reading.samples - before
+            samples = now.samples.get(reading.layer)
+            if reading.samples is not None and samples is not None:
+                said["samples_gained"] = reading.samples - samples
             entries.setdefault(reading.layer, {})["reading"] = said
         if self.step < self._cold_until:
             record["cold"] = True

@@ -20,9 +20,8 @@ class Twin:
     """Three loss curves, one loss per step; ValueError if their lengths differ or they are empty."""
 
     baseline: list[float]  # A
-    again: list[float]  # A', the same once more, or from a perturbed start
+    again: list[float]  # A', the same from a perturbed start
     arm: list[float]
-    perturbed: bool  # whether A' started from perturbed weights
 
     def __post_init__(self) -> None:
         lengths = {len(self.baseline), len(self.again), len(self.arm)}

@@ -73,8 +73,8 @@ def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
     columns = {key: e.per_unit(key) for key in keys}
     layers = {unit: {key: column[unit] for key, column in columns.items()} for unit in e.units}
 
-    def said(verdict: str, diagnosis: str, reason: str, findings: list[Finding]) -> Verdict:
-        return Verdict(verdict, diagnosis, reason, e.claims, numbers, findings, layers)
+    def verdict(word: str, diagnosis: str, reason: str, findings: list[Finding]) -> Verdict:
+        return Verdict(word, diagnosis, reason, e.claims, numbers, findings, layers)
 
     if not e.units:
         reason = (
@@ -83,39 +83,39 @@ def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
             else f"the probe saw {e.steps} optimizer steps and no sample with gradients of a whole layer: was it given "
             "the optimizer that steps these weights, and open while it did?"
         )
-        return said(NO_EFFECT, "no_samples", reason, [Finding("no_samples", reason)])
-    causes = dict.fromkeys((*FIRST, *OF_A_CLAIM, *OF_ANY) if e.claims else (*FIRST, *OF_ANY))
-    findings = [found for cause in causes if (found := cause(e)) is not None]
+        return verdict(NO_EFFECT, "no_samples", reason, [Finding("no_samples", reason)])
+    faults = dict.fromkeys((*FIRST, *OF_A_CLAIM, *OF_ANY) if e.claims else (*FIRST, *OF_ANY))
+    findings = [finding for fault in faults if (finding := fault(e)) is not None]
     reaches, all_of_it = e.coverage * e.step_share >= e.thresholds.traces, e.coverage >= e.thresholds.min_coverage
     if e.claims and not all_of_it and twin is not None and not twin.diverges:
         reason = f"the loss curve stays within {twin.ratio:.1f} times the difference of two runs of the baseline"
-        findings.append(Finding("curves_do_not_part", reason, {"divergence": twin.ratio}))
+        findings.append(Finding("curves_do_not_part", reason))
     if e.claims and not all_of_it and not findings:
         reason = f"preconditioning is claimed, but reaches {e.coverage:.0%} of the tensors only; no known fault fits"
-        findings.append(Finding("unexplained", reason, {"coverage": e.coverage}))
+        findings.append(Finding("unexplained", reason))
     angle = numbers["angle_to_shadow"] or 0.0
     if findings:
-        if findings[0].numbers.get("tensors") == len(e.tally) and findings[0].name == "not_moving":
+        if findings[0].name == "not_moving" and len(findings[0].tensors) == len(e.tally):
             findings = findings[:1]  # without updates, nothing else that was seen matters
         off = sum(e.share(name, "off") for name in e.tally) / max(len(e.tally), 1) >= e.thresholds.traces
-        verdict = UNSTABLE if reaches or (off and e.counts_off) or not e.claims else NO_EFFECT
-        return said(verdict, findings[0].name, findings[0].reason, findings)
+        word = UNSTABLE if reaches or (off and e.counts_off) or not e.claims else NO_EFFECT
+        return verdict(word, findings[0].name, findings[0].reason, findings)
     tensors = f"{len(e.reached)} of {len(e.tensors)} tensors"
     if e.reached:
         longer = f"{numbers['lr_ratio'] or 0.0:.2f} times as long"
         first = median(e.tally[name][f"{e.effect}_first"] for name in e.reached) or 0.0
-        own = {name.rpartition(".")[0] for name in e.reached}
+        units = {name.rpartition(".")[0] for name in e.reached}
         angle = (
-            median(a for r in e.judged if r["step"] >= first for u in own if (a := _angle(r["units"].get(u)))) or angle
+            median(_angle(r["units"].get(u)) or None for r in e.judged if r["step"] >= first for u in units) or angle
         )
         part = f", in {e.step_share:.0%} of the steps from step {first:.0f} to {e.steps - 1}" if e.claims else ""
-        told = f"updates are {angle:.1f}° off plain AdamW's and {longer}, in {tensors}{part}"
+        reason = f"updates are {angle:.1f}° off plain AdamW's and {longer}, in {tensors}{part}"
         if angle <= e.thresholds.min_angle:
             often = sum(e.share(name, "off") for name in e.reached) / len(e.reached)
-            told = f"updates are off plain AdamW's in {often:.0%} of the steps only, in {tensors}"
-        return said(EFFECTIVE, "none", told, [])
+            reason = f"updates are off plain AdamW's in {often:.0%} of the steps only, in {tensors}"
+        return verdict(EFFECTIVE, "none", reason, [])
     reason = f"updates are plain AdamW's of the raw gradients: within {angle:.1e}°, in all of {len(e.tensors)} tensors"
-    return said(NO_EFFECT, "equals_shadow", reason, [])
+    return verdict(NO_EFFECT, "equals_shadow", reason, [])
 
 
 def _angle(entry: dict[str, Any] | None) -> float | None:

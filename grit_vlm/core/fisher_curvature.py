@@ -310,8 +310,7 @@ class FisherCurvature(Curvature):
         found: dict[str, Any] = {}
         for name, layer in self.by_pair.items():
             fisher = layer.fisher_matrix
-            entry: dict[str, Any] = {"r": layer.lora_A.shape[0], "samples": float(fisher.samples), "ready": layer.ready}
-            entry |= {"estimate": fisher.approximation_type, "budget": layer.projection_budget}
+            entry: dict[str, Any] = {"r": layer.lora_A.shape[0], "samples": float(fisher.samples)}
             for side, letter in FACTOR_OF.items():
                 if not fisher.weight or fisher.eigen(side).mean <= 0:
                     continue
@@ -319,13 +318,8 @@ class FisherCurvature(Curvature):
                 values = eigen.values[eigen.real].sort(descending=True).values
                 entry[f"eigenvalues_{letter}"] = values[: self.config.log_top_eigs].tolist()
                 entry[f"effective_rank_{letter}"] = float(factors.effective_rank(values))
-                entry[f"condition_{letter}"] = float(values[0] / values[-1].clamp_min(1e-38))
             found[name] = entry
         return found
-
-    def summary(self) -> dict[str, float]:
-        kept = [layer.projection_budget for layer in self.by_pair.values() if layer.projection_budget is not None]
-        return {"grit/projection_budget_mean": sum(kept) / len(kept)} if kept else {}
 
     def readings(self, step: int) -> list[dict[str, Any]]:
         """The state of every layer's preconditioner, for `probes`.

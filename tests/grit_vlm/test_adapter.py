@@ -1,7 +1,6 @@
 """`VLMGRITAdapter` on a tiny Idefics3: settings of each modality, ordinary PEFT files, a base that stays as it is."""
 
 import json
-import logging
 
 import pytest
 import small_vlm
@@ -128,19 +127,6 @@ def test_from_a_saved_model_and_from_what_cannot_be(tmp_path):
         create_vlm_grit_adapter(str(tmp_path / "nowhere"), small_vlm.settings())
 
 
-def test_what_it_says_of_itself(caplog):
-    with caplog.at_level(logging.INFO, logger="grit"):
-        layers = small_vlm.LAYERS | {"cross_modal_layers": []}
-        adapter = small_vlm.adapter(layers=layers, enable_projection=True, projection_budget_end=6)
-    said = adapter.describe()
-    weights = sum(p.numel() for p in adapter.get_trainable_parameters())
-    assert f"applied to 4 layers (2 vision, 2 text), {weights:,} parameters" in said
-    # A [4, 32] and B [32, 4] of q, B [16, 4] of v, whose keys have half the heads: 6 of 256, 6 of 192.
-    assert "vision: projection keeps at most 2.3% of a layer's directions" in said
-    assert "text: projection keeps at most 3.1% of a layer's directions" in said
-    assert any(said in record.getMessage() for record in caplog.records)
-
-
 def test_activations_are_kept_for_the_vision_rank():
     adapter = small_vlm.adapter()
     with pytest.raises(GritVlmError, match="update_mixed_modal_fisher"):
@@ -149,7 +135,5 @@ def test_activations_are_kept_for_the_vision_rank():
     adapter.model(**small_vlm.batch(adapter.model)).loss.backward()
     adapter.update_mixed_modal_fisher()
     assert 1 <= adapter.estimate_vision_rank() <= 8
-    for _ in range(12):
-        adapter.update_mixed_modal_fisher(vision_activations=torch.eye(6), text_activations=torch.eye(6))
-    assert adapter.estimate_vision_rank() == pytest.approx(6)
-    assert len(adapter.vision_activations) == len(adapter.text_activations) == 8
+    adapter.update_mixed_modal_fisher(vision_activations=torch.eye(6))
+    assert adapter.estimate_vision_rank() == pytest.approx(6) and len(adapter.vision_activations) == 2

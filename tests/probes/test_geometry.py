@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from probes.geometry import WEIGHTS, as_lists, checksum, derived, products, weight_products, zero_share
+from probes.geometry import derived, products, weight_products, zero_share
 from probes.shadow import Shadow, clipping, shadow_options
 
 
@@ -35,12 +35,10 @@ def angle(u, v):
 
 def measured(u, v, weights=None):
     """What a record says of a gradient u that became v, and of a change u beside a shadow v."""
-    names = ["raw", "door", "inner", "weights", "delta", "shadow"]
     weights = weights or u
-    grams = {(s, s): products([u[s], v[s], v[s], weights[s], u[s], v[s]]) for s in u}
-    if u.keys() == {"a", "b"}:
-        grams[WEIGHTS, WEIGHTS] = weight_products(u, v, weights)
-    return derived({key: found for (key, _), found in as_lists(grams).items()}, names)
+    sums = sum(products([u[s], v[s], weights[s], u[s], v[s]]) for s in u)
+    of_weights = weight_products(u, v, weights).tolist() if u.keys() == {"a", "b"} else None
+    return derived(sums.tolist(), ["raw", "inner", "weights", "delta", "shadow"], of_weights)
 
 
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 20), st.integers(1, 20))
@@ -60,14 +58,9 @@ def test_norms_and_angles_equal_those_of_formed_matrices(shape, seed, scale):
     assert found["lr_ratio"] == pytest.approx(float(flat(u).norm() / flat(v).norm()), rel=1e-12)
     cosine = torch.nn.functional.cosine_similarity(flat(u), flat(v), 0)
     assert found["cos_raw_inner"] == pytest.approx(float(cosine), abs=1e-12)
-    for side in u:
-        assert found[f"angle_{side}"] == pytest.approx(angle(u[side].flatten(), v[side].flatten()), abs=1e-5)
-    # Where B·δA and δB·A nearly cancel, fewer digits are left; the bound is of their lengths.
-    size = float((weights["b"].norm() * u["a"].norm() + u["b"].norm() * weights["a"].norm()).double())
-    expected = formed(u, weights)
-    assert found["norm_delta_weights"] == pytest.approx(float(expected.norm()), rel=1e-6, abs=1e-7 * size)
+    # Where B·δA and δB·A nearly cancel, fewer digits are left.
     if min(float(formed(w, weights).norm()) / float(flat(w).norm()) for w in (u, v)) > 0.3:
-        assert found["angle_weights"] == pytest.approx(angle(expected, formed(v, weights)), abs=1e-3)
+        assert found["angle_weights"] == pytest.approx(angle(formed(u, weights), formed(v, weights)), abs=1e-3)
 
 
 def test_small_and_large_angles_keep_their_digits():
@@ -95,21 +88,6 @@ def test_zero_share_counts_what_was_lost_and_nothing_else():
     after = {"a": torch.tensor([[0.0, 0.0, 0.0, 0.0]]), "b": torch.tensor([[2.0], [-3.0]])}
     assert float(zero_share(after, raw)) == pytest.approx(3 / 6)
     assert float(zero_share(raw, after)) == 0.0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000), place=st.integers(0, 199), bit=st.integers(0, 15))
-def test_a_checksum_changes_with_any_bit_and_with_the_order(dtype, seed, place, bit):
-    value = torch.randn(20, 10, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-    flipped = value.clone()
-    flipped.view(integer).flatten()[place] ^= 1 << bit if bit < 15 else -(1 << 15)
-    assert int(checksum(value)) == int(checksum(value.clone()))
-    assert int(checksum(value)) != int(checksum(flipped))
-    assert int(checksum(value.mT.contiguous().mT)) == int(checksum(value)), "of the values, not of how they lie"
-    turned = value.flatten().roll(place + 1)
-    assert (int(checksum(value)) == int(checksum(turned))) == torch.equal(value.flatten(), turned)
 
 
 # The shadow

@@ -116,7 +116,7 @@ def test_raw_gradients_are_those_of_the_last_backward_pass_before_clipping():
     assert record["passes"] == 2
     for name, length in raw.items():
         entry = record["units"][name]
-        assert entry["norm_raw"] == pytest.approx(length, rel=1e-5) and entry["norm_door"] < 1e-3
+        assert entry["norm_raw"] == pytest.approx(length, rel=1e-5) and entry["norm_inner"] < 1e-3
         assert entry["norm_delta"] == pytest.approx(0.1 * entry["norm_inner"], rel=1e-3)
         assert entry["angle_raw_inner"] < 1e-2
 
@@ -225,23 +225,6 @@ def test_replaced_parameters_are_followed():
     assert probe.tensors.shadow.steps[place] >= 7
 
 
-def test_preconditioning_without_a_method_and_between_samples():
-    model, optimizer = fresh()
-    with Probe(model, optimizer, every=1, claims=True) as probe:
-
-        def precondition():
-            with probe.preconditioning():
-                Mixing(model).precondition()
-
-        steps(model, optimizer, 5, before=precondition)
-        probe.every = 100
-        steps(model, optimizer, 4, start=5, before=precondition)
-    assert probe.watched and probe.events["calls"] == 9 and len(probe.records) == 5
-    assert probe.tensors.shadow.steps == [9] * 4  # which sees every step
-    assert all(e["times_changed"] == 1 for r in probe.records for e in r["units"].values())
-    assert judge(probe).verdict == "effective"
-
-
 def test_calls_at_the_wrong_time_are_counted_apart():
     model, optimizer = fresh()
     kfac = Mixing(model)
@@ -266,7 +249,7 @@ def test_evaluation_in_between_starts_no_step():
             with torch.no_grad():
                 model(**next(stream))
             model.eval()(**next(stream))
-    assert [r["tokens"] for r in probe.records] == [{"all": 48, "attended": 40, "labelled": 36}] * 3
+    assert [r["tokens"] for r in probe.records] == [{"all": 48, "attended": 40}] * 3
 
 
 def test_frozen_halves_and_other_adapters_are_units_too():
@@ -346,10 +329,10 @@ def test_on_two_ranks_raw_gradients_are_averaged_and_the_tokens_of_all_are_no_ov
     for ours, alone in zip(records, _train(0, 1).records, strict=True):
         assert ours["passes"] == 2
         for name, entry in alone["units"].items():
-            for key in ("norm_raw", "norm_door", "norm_delta", "norm_shadow"):
+            for key in ("norm_raw", "norm_inner", "norm_delta", "norm_shadow"):
                 assert ours["units"][name][key] == pytest.approx(entry[key], rel=1e-3), (name, key)
             assert ours["units"][name]["angle_raw_inner"] < 1e-3
-    assert all(r["tokens"] == {"all": 48.0, "attended": 40.0, "labelled": 36.0} for r in counted)
+    assert all(r["tokens"] == {"all": 48.0, "attended": 40.0} for r in counted)
     assert not {"samples_overcounted", "accumulation_overcounted", "padding_counted"} & {*of_counts}
 
 

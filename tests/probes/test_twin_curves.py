@@ -11,27 +11,27 @@ from probes.figures import plot_ledger, plot_twin
 
 
 def test_floor_divergence_and_ratio():
-    twin = Twin([1.0, 2.0], [1.0, 2.1], [1.3, 2.4], perturbed=True)
+    twin = Twin([1.0, 2.0], [1.0, 2.1], [1.3, 2.4])
     assert twin.floor == pytest.approx(0.1 / math.sqrt(2)) and twin.divergence == pytest.approx(math.sqrt(0.125))
     assert twin.ratio == pytest.approx(5) and not twin.diverges
-    at_the_line, beyond = (Twin([0.0], [1.0], [factor], perturbed=True) for factor in (10.0, 10.001))
+    at_the_line, beyond = (Twin([0.0], [1.0], [factor]) for factor in (10.0, 10.001))
     assert not at_the_line.diverges and beyond.diverges
-    equal, apart = Twin([0.0], [0.0], [0.0], False), Twin([0.0], [0.0], [1e-12], False)
+    equal, apart = Twin([0.0], [0.0], [0.0]), Twin([0.0], [0.0], [1e-12])
     assert equal.ratio == 0.0 and not equal.diverges and apart.ratio == math.inf and apart.diverges
-    assert Twin([1.0, 1.0], [1.0, 1.1], [1.0, math.nan], True).diverges
+    assert Twin([1.0, 1.0], [1.0, 1.1], [1.0, math.nan]).diverges
     for lengths in ((3, 3, 2), (3, 2, 3), (2, 3, 3), (0, 0, 0)):
         with pytest.raises(ValueError, match="three loss curves of one length"):
-            Twin(*[[1.0] * n for n in lengths], perturbed=False)
+            Twin(*[[1.0] * n for n in lengths])
 
 
 def test_the_floor_is_not_below_what_a_float32_loss_can_show():
     step = 2.0**-21  # between float32 numbers just above 4
-    equal = Twin([4.0, 2.0], [4.0, 2.0], [4.0, 2.0], False)
+    equal = Twin([4.0, 2.0], [4.0, 2.0], [4.0, 2.0])
     assert equal.floor == step / 2 and equal.ratio == 0.0 and not equal.diverges
-    assert not Twin([4.0], [4.0], [4.0 + step], False).diverges, "one rounding apart"
-    far = Twin([4.0], [4.0], [4.0 + 100 * step], False)
+    assert not Twin([4.0], [4.0], [4.0 + step]).diverges, "one rounding apart"
+    far = Twin([4.0], [4.0], [4.0 + 100 * step])
     assert far.ratio == pytest.approx(200) and far.diverges
-    assert Twin([4.0], [4.0 + 8 * step], [4.0], False).floor == 8 * step, "what was measured, where that is more"
+    assert Twin([4.0], [4.0 + 8 * step], [4.0]).floor == 8 * step, "what was measured, where that is more"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -83,4 +83,4 @@ def test_twins_are_drawn(tmp_path):
     curve = [2 + 2 * math.exp(-i / 20) for i in range(60)]
     noisy, lower = [loss + 1e-6 * (-1) ** i for i, loss in enumerate(curve)], [0.9 * loss for loss in curve]
     for again, arm in ((curve, curve), (noisy, lower), (noisy, [*curve[:5], *[math.nan] * 55])):
-        assert is_picture(plot_twin(Twin(curve, again, arm, perturbed=True), tmp_path / "twin.png", name="pure_grit"))
+        assert is_picture(plot_twin(Twin(curve, again, arm), tmp_path / "twin.png", name="pure_grit"))

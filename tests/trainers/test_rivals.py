@@ -110,7 +110,7 @@ def test_it_goes_on_to_the_same_bits(residual_job, tmp_path, start):
     assert weights(job) == weights(undisturbed)
     # It claims nothing, so that a curve which parts from the baseline's says nothing against it.
     own = json.loads((job.output / STEP_LOSSES).read_text())
-    apart = Twin([loss + 1 for loss in own], [loss + 1.001 for loss in own], own, perturbed=True)
+    apart = Twin([loss + 1 for loss in own], [loss + 1.001 for loss in own], own)
     verdict = judge(Evidence.read(job.output / LEDGER), twin=apart)
     assert apart.diverges and verdict.as_claimed and verdict.diagnosis == "equals_shadow"
 
