@@ -110,6 +110,15 @@ def reference_for(section: PrepareBase) -> dict[str, Any]:
     return {"kind": kind, "pictures": section.vision is not None, **marks, **asdict(reference)}
 
 
+def base_has_changed() -> bool:
+    """Whether the folder of a local base is no longer what stage prepare_base read."""
+    try:
+        load_reference()
+    except ConfigError:
+        return (BASE / "base.json").is_file()
+    return False
+
+
 def load_reference(folder: Path = BASE) -> tuple[BaseReference, str]:
     """The base of stage prepare_base and its fingerprint; ConfigError if a local base has changed since."""
     file = folder / "base.json"

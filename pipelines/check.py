@@ -26,7 +26,7 @@ from pipelines import (
     train,
     verify,
 )
-from pipelines.base_model import PrepareBase, local_folder
+from pipelines.base_model import PrepareBase, fingerprint, local_folder
 from pipelines.code import code_hash
 from pipelines.params import (
     ADAPTER,
@@ -193,11 +193,16 @@ def _in_theirs(path: Any) -> bool:
 
 
 def write_code_hashes(params: Params, pipeline: Path = Path("dvc.yaml"), folder: Path = CODE) -> None:
-    """One file per stage of dvc.yaml, for train one per arm, for harness one per task: the hash of its code."""
+    """One file per stage of dvc.yaml, for train one per arm, for harness one per task: the hash of its code.
+
+    That of prepare_base includes what is in the folder of a local base, which DVC does not watch.
+    """
     modules = re.findall(r"python -m pipelines\.(\w+)", pipeline.read_text(encoding="utf-8"))
     stages = set(modules) - {"check", "train", "harness"}
     used = {"trainers.arms": (), "evaluation.tasks": (params.prepare_data.task,)}
     hashes = {stage: code_hash(f"pipelines.{stage}", plugins=used) for stage in stages}
+    if folder_of_base := local_folder(params.prepare_base.source) if params.prepare_base.source != "embedded" else None:
+        hashes["prepare_base"] = key_of([hashes["prepare_base"], fingerprint(folder_of_base)])
     for arm in params.matrix.arms:
         module = f"trainers.arms.{params.code_of(arm)}"
         code = code_hash("pipelines.train", module, plugins={**used, "evaluation.tasks": ()})

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("pipelines", "evaluation", "export", "trainers", "db", "grit", "grit_vlm", "probes")
 Plugins = Mapping[str, Sequence[str]]
 
 
@@ -44,6 +45,8 @@ def closure(*modules: str, plugins: Plugins | None = None) -> set[Path]:
 
 def file_of(module: str) -> Path | None:
     """The source file of a module; None if it is not one of this project."""
+    if module.partition(".")[0] not in PACKAGES:  # an installed project has others beside it
+        return None
     stem = ROOT.joinpath(*module.split("."))
     return next((file for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.is_file()), None)
 

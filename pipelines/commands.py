@@ -8,6 +8,7 @@ from pipelines import STAGES
 from trainers.words import suggest
 
 COMMANDS = {
+    "init": "pipelines.init",
     "profile": "pipelines.profile",
     "dry-run": "pipelines.dry_run",
     "repro": "pipelines.repro",

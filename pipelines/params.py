@@ -4,13 +4,14 @@ Each stage's module defines its own section and a view `Params` of everything th
 the views into the whole file. This module imports no stage, because a stage reruns when code that it imports changes.
 """
 
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
+import psutil
 import yaml
+from joblib import cpu_count  # knows affinity and a container's quota
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from db.files import omp_threads
@@ -30,8 +31,9 @@ THEIRS = Path("theirs")
 """Where such folders belong, because DVC watches it."""
 INPUTS = Path("inputs")
 """Where files of the user's belong, because DVC watches it."""
-SMALL = 256
-"""Largest hidden size at which two stages with one thread each beat one with two (benchmarks/threads.py)."""
+STAGE_BYTES, OF_WEIGHTS = 1.5e9, 5
+"""Memory of a stage without a model; and as a multiple of the base's 16-bit file, with which export needs most: the
+weights of base and merged model in float32, two bytes more each for what they were made of."""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 P = TypeVar("P", bound=BaseModel)
 
@@ -164,20 +166,47 @@ def threads_for(raw: Any, alone: bool = False) -> tuple[int, str]:
     setting = parse(raw, StageParams, str(PARAMS_FILE)).threads
     if setting != "auto":
         return setting, "threads"
-    if stages_at_once(raw) > 1 and not alone:
-        return 1, "auto: narrow layers gain more from parallel stages"
-    return len(os.sched_getaffinity(0)), "auto: one per core"
+    slots = 1 if alone else stages_at_once(raw)
+    return max(1, cpu_count() // slots), f"auto: {cpu_count()} cores, {slots} stage{'s' * (slots > 1)} at a time"
 
 
 def stages_at_once(raw: Any) -> int:
-    """How many stages to run at a time: as many as there are cores for if the base is small, one on a GPU."""
+    """How many stages to run at a time: one on a GPU, otherwise one a core if there is enough memory.
+
+    Stages side by side with one thread each are as fast as one that uses every core, and unlike it they stay fast on a
+    busy machine, whatever the width of the base (benchmarks/threads.py).
+    """
     base, threads = raw.get("prepare_base") or {}, env_threads() or raw.get("threads")
     if not isinstance(base, dict):
         raise ConfigError(f"{PARAMS_FILE}: prepare_base: expected keys and values, got {base!r}")
-    width, each = base.get("hidden_size"), threads if isinstance(threads, int) else 1
-    if base.get("source") != "embedded" or not isinstance(width, int) or width > SMALL:
+    if list(Path("/dev").glob("nvidia[0-9]*")):
         return 1
-    return 1 if list(Path("/dev").glob("nvidia[0-9]*")) else max(1, len(os.sched_getaffinity(0)) // each)
+    weights = 0 if base.get("source") == "embedded" else weights_bytes(str(base.get("source")), base.get("revision"))
+    if weights is None:
+        return 1
+    fit = int(memory_bytes() / (STAGE_BYTES + OF_WEIGHTS * weights))
+    return max(1, min(fit, cpu_count() // (threads if isinstance(threads, int) else 1)))
+
+
+def weights_bytes(source: str, revision: str | None) -> int | None:
+    """Size of a model's weights in a folder or in the hub's cache; None if they are in neither."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(source, revision=revision, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
+            return None
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def memory_bytes() -> int:
+    """Memory of this machine, or what a container may use of it."""
+    limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    texts = [file.read_text(encoding="utf-8").strip() for file in limits if file.is_file()]
+    return min([psutil.virtual_memory().total, *(int(text) for text in texts if text.isdigit())])
 
 
 def overridden(train: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,18 @@
 """Choosing a profile: `python -m pipelines.profile NAME` rewrites params.yaml, which DVC watches.
 
 profiles/tiny.yaml holds every key. Every other file holds only what differs, and names are combined with + in any order
-(gsm8k, gsm8k+smoke, gsm8k+llama3_8b+ablation). Files are merged in this order:
+(gsm8k, gsm8k+smoke, gsm8k+llama3_8b+ablation). Files are merged in this order, later ones win:
 
 1. tiny;
 2. sizes/NAME: a base model and how it is trained; llama3_2_3b for a task without a size;
 3. tasks/recipe, tasks/NAME: what is asked; unless the base is embedded, also tasks/full/recipe, tasks/full/NAME;
-4. NAME in the folder itself: further changes, in the order of their names.
+4. NAME in the folder itself: further changes, in the order of their names;
+5. profiles that are not in SHIPPED, wherever they are: what you write wins over everything that ships, and what you
+   write in `train` also over what shipped profiles set for single arms.
 
-Two sizes A and B combine only if there is a file sizes/A+B. A switch never discards manual changes in params.yaml:
-it lists them and stops, unless --force is given.
+A file that sets `max_steps` ends `epochs`, and the other way round. Two sizes A and B combine only if there is a file
+sizes/A+B or one of them is yours. A switch never discards manual changes in params.yaml: it lists them and stops,
+unless --force is given.
 """
 
 import io
@@ -21,6 +24,7 @@ from typing import Annotated, Any
 import typer
 from omegaconf import OmegaConf
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from db.files import write_text
@@ -31,6 +35,11 @@ from trainers.words import suggest
 
 PROFILES = Path("profiles")
 BOTTOM, RECIPE, SIZE_OF_TASKS = "tiny", "recipe", "llama3_2_3b"
+SHIPPED = frozenset(
+    """tiny ablation paper preserve qlora llama3_1_8b llama3_2_3b llama3_8b smoke vision
+    alpaca boolq chat classify dolly exact gsm8k instruct qnli""".split()
+)
+_LENGTHS = ("max_steps", "epochs")
 _HEADER = (
     "Written by `python -m pipelines.profile {name}` from {files}. Change what you like: DVC reruns what depends on "
     "it. profiles/tiny.yaml explains every key."
@@ -50,23 +59,28 @@ def merged(name: str, folder: Path = PROFILES) -> tuple[dict[str, Any], list[Pat
         f"expected no duplicates, got {n} more than once" for n in sorted({n for n in names if names.count(n) > 1})
     ]
     chosen = {n: profiles[n] for n in names if n in profiles}
+    own = [file for n, file in chosen.items() if n not in SHIPPED]
     sizes = [n for n, file in chosen.items() if n == BOTTOM or file.parent.name == "sizes"]
     tasks = [n for n, file in chosen.items() if file.parent.name == "tasks"]
-    pair = folder / f"sizes/{'+'.join(sizes)}.yaml"
+    shipped_sizes = [n for n in sizes if n in SHIPPED]
+    pair = folder / f"sizes/{'+'.join(shipped_sizes)}.yaml"
     problems += [f"expected one task, got {', '.join(tasks)}"] if len(tasks) > 1 else []
-    problems += [f"expected one size, got {', '.join(sizes)}"] if len(sizes) > 1 and not pair.is_file() else []
+    if len(shipped_sizes) > 1 and not pair.is_file():
+        problems.append(f"expected one size, got {', '.join(shipped_sizes)}")
     if problems:
         raise ConfigError("\n".join(problems))
-    files = [profiles[n] for n in dict.fromkeys([BOTTOM, *(sizes or [SIZE_OF_TASKS] * len(tasks))])]
-    files += [pair] if len(sizes) > 1 else []
-    settings = _merge(files)
+    files = [
+        profiles[n] for n in dict.fromkeys([BOTTOM, *(shipped_sizes or [SIZE_OF_TASKS] * bool(tasks and not sizes))])
+    ]
+    files += [pair] if len(shipped_sizes) > 1 else []
+    embedded = _merge([*files, *own])["prepare_base"]["source"] == "embedded"
     for task in tasks:
         of_task = [folder / f"tasks/{RECIPE}.yaml", profiles[task]]
-        if settings["prepare_base"]["source"] != "embedded":
+        if not embedded:
             of_task += [folder / f"tasks/full/{RECIPE}.yaml", folder / f"tasks/full/{task}.yaml"]
-        files += [file for file in of_task if file.is_file()]
-    files += [file for n, file in chosen.items() if n not in (*sizes, *tasks)]
-    return {**_merge(files), "profile": name}, files
+        files += [file for file in of_task if file.is_file() and file not in own]
+    files += [file for n, file in chosen.items() if n not in (*sizes, *tasks) and file not in own]
+    return {**_merge([*files, *own]), "profile": name}, [*files, *own]
 
 
 def _merge(files: list[Path]) -> dict[str, Any]:
@@ -79,7 +93,16 @@ def _merge(files: list[Path]) -> dict[str, Any]:
                 wrong.append(f"{key}: expected keys of that section, got {section!r}")
         if wrong:
             raise ConfigError("\n".join(f"{file}: {problem}" for problem in wrong))
-    whole: Any = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.create, parts)))
+        train = part.get("train", {})
+        if lengths := [name for name in _LENGTHS if train.get(name) is not None]:
+            part["train"] = {**dict.fromkeys(_LENGTHS), **{name: train[name] for name in lengths}, **train}
+    whole: Any = {}
+    for file, part in zip(files, parts, strict=True):
+        if file.stem not in SHIPPED and "+" not in file.stem and file.stem != RECIPE:
+            for entry in whole["arms"].values():  # what is written for all arms is meant for all of them
+                for name in [name for name, value in part.get("train", {}).items() if not isinstance(value, dict)]:
+                    entry.pop(name, None)
+        whole = OmegaConf.to_container(OmegaConf.merge(whole, part))
     arms = whole["arms"]
     for name, entry in arms.items():
         original = entry.get(VARIANT_OF) if isinstance(entry, dict) else None
@@ -132,10 +155,14 @@ def compose(name: str, folder: Path = PROFILES) -> str:
 def _fill(content: Any, settings: dict[str, Any], others: list[Any]) -> None:
     for key, value in settings.items():
         setters = [other for other in others if key in other]
-        if isinstance(value, dict) and value and isinstance(content.get(key), dict):
-            _fill(content[key], value, [other[key] for other in setters if isinstance(other[key], dict)])
-        elif key not in content or content[key] != value:
-            content[key] = value
+        here = content.get(key)
+        block = isinstance(here, dict) and not here.fa.flow_style()
+        if isinstance(value, dict) and value and block:
+            _fill(here, value, [other[key] for other in setters if isinstance(other[key], dict)])
+        elif key not in content or here != value:
+            content[key] = value if not isinstance(here, dict) else CommentedMap(value)
+            if isinstance(here, dict):
+                content[key].fa.set_flow_style()
             theirs, ours = _comment(setters[-1] if setters else None, key), _comment(content, key)
             text = theirs.value.partition("\n")[0].lstrip("# ") if theirs else ""
             if text and ours:

@@ -26,20 +26,26 @@ from typing import Annotated, Any, Protocol
 import typer
 
 from db.files import exclusive, read_json, write_json
+from pipelines.base_model import base_has_changed
 from pipelines.dvc_internals import CHECK, commands_started_by, open_repo, short_errors, stale
-from pipelines.params import PARAMS_FILE, load_yaml, stages_at_once
+from pipelines.params import PARAMS_FILE, StageParams, load_params, load_yaml, stages_at_once
+from pipelines.profile import choose
 from pipelines.stage import clear_errors, cli, die_with_parent, quiet_libraries, set_threads
+from trainers import arms
 from trainers.callbacks import duration
 
 LOGS = Path("logs/stages")
 TIMES = LOGS / "seconds.json"
 """Seconds that each stage's command took when it last ran."""
+EVERY = 30.0
+"""Seconds between two lines about a stage that is running."""
+PROGRESS = re.compile(r"\d/\d+ \[|step \d+/\d+")
+"""How tqdm and `trainers.callbacks.progress_lines` say how far they are."""
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 FORK = multiprocessing.get_context("fork")
 PRELOADED = """dvc.cli.parser dvc.repo.reproduce dvc.stage.run scmrepo.git llama_cpp transformers.trainer
-    transformers.models.llama.modeling_llama trl.trainer.sft_trainer"""
-# Training is left out: Unsloth has to be imported before the libraries that it patches.
-FORKABLE = re.compile(r"python -m (?!pipelines\.(?:train|tune) )[\w.]+( [\w.-]+)*")
+    transformers.models.llama.modeling_llama trl.trainer.sft_trainer matplotlib.figure"""
+MODULE = re.compile(r"python -m [\w.]+( [\w.-]+)*")
 
 
 @dataclass
@@ -66,10 +72,25 @@ class Progress:
     failed: dict[str, str] = field(default_factory=dict)  # stage → reason
 
 
+def without_effect(raw: Any) -> set[str]:
+    """Stages that only leave a note under these settings; nobody needs to hear of them."""
+    return set() if (raw.get("tune") or {}).get("grid") else {"tune"}
+
+
+def latest(log: Path) -> str:
+    """The last line in a stage's log that says how far it is; empty if there is none."""
+    if not log.is_file():
+        return ""
+    lines = re.split("[\r\n]+", log.read_bytes()[-2000:].decode("utf-8", errors="replace"))
+    return next((line.strip()[:100] for line in reversed(lines) if PROGRESS.search(line)), "")
+
+
 def walk(waits: dict[str, set[str]], executor: Executor, progress: Progress) -> None:
     """Run stages, each after those it waits for. A failure stops what depends on it and nothing else."""
     LOGS.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = read_json(TIMES) if TIMES.is_file() else {}
+    quiet = {name for name in waits if name.partition("@")[0] in without_effect(load_yaml(PARAMS_FILE))}
+    count = len(waits) - len(quiet)
     earlier = [seconds[name] for name in waits if name in seconds]
     at_a_time = f", {executor.slots} at a time" if executor.slots < sys.maxsize else ""
     guess = (
@@ -77,13 +98,15 @@ def walk(waits: dict[str, set[str]], executor: Executor, progress: Progress) -> 
         if at_a_time and len(earlier) == len(waits)
         else ""
     )
-    print(f"{len(waits)} stages to run{at_a_time}{guess}", flush=True)
+    print(f"{count} stages to run{at_a_time}{guess}", flush=True)
     waiting = {name: set(before) for name, before in waits.items()}
-    running, began = set[str](), dict[str, float]()
+    running, began, spoke = set[str](), dict[str, float](), dict[str, float]()
+    margin = " " * len(f"[{count}/{count}] ")
 
     def announce(name: str, place: str = "") -> None:
-        began[name] = time.monotonic()  # again where its worker died
-        print(f"[{len(began)}/{len(waits)}] {name}{place}", flush=True)
+        began[name] = spoke[name] = time.monotonic()  # again where its worker died
+        if name not in quiet:
+            print(f"[{len(began.keys() - quiet)}/{count}] {name}{place}", flush=True)
 
     while running or any(not before for before in waiting.values()):
         free = [name for name, before in waiting.items() if not before]
@@ -97,21 +120,29 @@ def walk(waits: dict[str, set[str]], executor: Executor, progress: Progress) -> 
                 announce(name, f" on {event}")
                 continue
             running.remove(name)
-            line = " " * len(f"[{len(waits)}/{len(waits)}] ") + f"{name}: "
             took = duration(time.monotonic() - began.get(name, time.monotonic()))
             if event.failed:
                 progress.failed[name] = event.failed
                 log = LOGS / f"{name}.log"
                 tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:] if log.is_file() else []
-                print(f"{line}FAILED after {took}; full output: {log}", *tail, sep="\n", flush=True)
+                print(f"{margin}{name}: FAILED after {took}; full output: {log}", *tail, sep="\n", flush=True)
                 continue
             progress.done.append(name)
-            print(f"{line}{took}{'' if event.command_seconds else ', from the cache'}", flush=True)
+            if name not in quiet:
+                cached = "" if event.command_seconds else ", from the cache"
+                print(f"{margin}{name}: {took}{cached}", flush=True)
             if event.command_seconds:
                 seconds[name] = round(event.command_seconds, 1)
                 write_json(TIMES, seconds)
             for before in waiting.values():
                 before.discard(name)
+        for name in sorted(running & spoke.keys()):
+            if (now := time.monotonic()) - spoke[name] >= EVERY:
+                spoke[name] = now
+                how_far = latest(LOGS / f"{name}.log")
+                if not how_far and seconds.get(name, 0) > now - began[name]:
+                    how_far = f"{duration(seconds[name] - now + began[name])} left if it takes as long as last time"
+                print(f"{margin}{name}: {how_far or 'running'}, {duration(now - began[name])} so far", flush=True)
 
 
 def preload() -> None:
@@ -146,8 +177,18 @@ class Forked:
         return self.process.exitcode or 0
 
 
+def forkable(cmd: str) -> bool:
+    """Whether a command may run where other libraries are imported already, which Unsloth has to patch first."""
+    if MODULE.fullmatch(cmd) is None:
+        return False
+    stage, *words = cmd.split()[2:]
+    if stage not in ("pipelines.train", "pipelines.tune"):
+        return True
+    return arms.load(load_params(StageParams).code_of(words[0])).prepare is None
+
+
 def start_command(cmd: str, **kwargs: Any) -> Any:
-    if "torch" in sys.modules and FORKABLE.fullmatch(cmd) and threading.active_count() == 1:
+    if "torch" in sys.modules and threading.active_count() == 1 and forkable(cmd):
         return Forked(cmd.split()[2:], kwargs["env"])
     return subprocess.Popen(["/bin/sh", "-c", cmd], preexec_fn=die_with_parent, **kwargs)
 
@@ -251,9 +292,12 @@ def bring_up_to_date(
     take_signals()
     with clear_errors(command), exclusive(Path("checkpoints/repro.lock"), "repro"):
         began, progress = time.monotonic(), Progress()
-        os.environ.setdefault("TQDM_MININTERVAL", "60")  # stages write to files
+        os.environ.setdefault("TQDM_MININTERVAL", "30")  # stages write to files
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         with short_errors(), open_repo(remote()) as repo:
-            repo.reproduce(CHECK, single_item=True)  # first: refuses bad settings, writes what the others depend on
+            # First: refuses bad settings, writes what the others depend on. DVC watches neither a base that is in a
+            # folder of its own nor code that is installed.
+            repo.reproduce(CHECK, single_item=True, force=base_has_changed() or not Path("pipelines").is_dir())
             waits = stale(repo)
         if not waits:
             print("everything is up to date")
@@ -269,9 +313,13 @@ def bring_up_to_date(
 
 
 def main(
-    workers: Annotated[int, typer.Option(min=0, help="stages at a time; 0: by cores and threads")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="stages at a time; 0: by cores, memory and threads")] = 0,
+    profile: Annotated[str, typer.Option(help="choose this profile first, as `grit-lora profile` does")] = "",
 ) -> None:
     """Bring everything up to date, with independent stages side by side."""
+    if profile:
+        with clear_errors("profile", code=2):
+            choose(profile)
 
     def run(waits: dict[str, set[str]], progress: Progress) -> None:
         slots = stages_at_once(load_yaml(PARAMS_FILE))

@@ -1,6 +1,7 @@
 """What all stages share: paths, arguments, and errors that a user can act on."""
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -108,10 +109,13 @@ def set_threads(alone: bool) -> None:
 def quiet_libraries() -> None:
     """Keep other libraries' chatter out of the log; call this before they are imported."""
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "60")  # seconds between updates of a progress bar
+        os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds between updates of a progress bar
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # A kernel for GPUs, missed at every import on a CPU; special tokens that the model's configuration does not name.
+    for name in ("bitsandbytes.backends.cpu.ops", "transformers.trainer_utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main_for(stage: str, run: Callable[[], object], arm: str | None = None, seed: int | None = None) -> None:
@@ -151,6 +155,7 @@ def cli(command: Callable[..., None]) -> None:
 
     --help shows its docstring, or the module's if it has none.
     """
+    quiet_libraries()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help=command.__doc__ or sys.modules["__main__"].__doc__)(command)
     app()

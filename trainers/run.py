@@ -267,6 +267,8 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
     tokenizer = load_tokenizer(job.base)
     train = _encode(job, tokenizer, job.train, "training")
     valid = _encode(job, tokenizer, job.valid, "validation")
+    if problems := job.settings.warmup_problems(job.settings.steps_for(len(train.dataset))):
+        raise TrainingError("\n".join(f"train.{problem}" for problem in problems))
     model = arm.load_model(job.base, job.settings)
     peft = bool(job.settings.peft)
     start_batches = adapters.learn_start(model, job.settings, train.dataset, tokenizer.pad_token_id) if peft else []

@@ -150,6 +150,7 @@ class TrainSettings(Section):
         if (self.max_steps is None) == (self.epochs is None):
             got = "neither" if self.epochs is None else f"both (max_steps {self.max_steps}, epochs {self.epochs})"
             problems.append(f"expected either max_steps or epochs, got {got}; set the other to null")
+        problems += self.warmup_problems(self.max_steps) if self.max_steps and self.epochs is None else []
         if self.keeps_best and self.save_steps % self.eval_steps:
             why = "keep_best" if self.keep_best else "early_stopping_patience"
             problems.append(
@@ -236,6 +237,19 @@ class TrainSettings(Section):
     def method_warmup_steps(self) -> int:
         """First steps, in which the arm's method does nothing yet."""
         return 0
+
+    @property
+    def warmups(self) -> dict[str, int]:
+        """Setting → the first step at which its warm-up is over."""
+        return {"warmup_steps": self.warmup_steps, "the method's warm-up": self.method_warmup_steps}
+
+    def warmup_problems(self, steps: int) -> list[str]:
+        """Warm-ups that a run of this many steps would not outlast."""
+        return [
+            f"{name}: expected less than the run's {steps} steps, got {warmup}"
+            for name, warmup in self.warmups.items()
+            if warmup >= max(steps, 1)
+        ]
 
     def shared(self) -> "TrainSettings":
         """These settings without those of the arm's method."""

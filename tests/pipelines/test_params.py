@@ -2,8 +2,10 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -123,7 +125,12 @@ def test_each_error(raw, path, value, message):
         ("prepare_base.vision", None, r"prepare_base\.vision: expected the shape of a vision tower"),
         ("prepare_base.vision.patch_size", 5, r"vision: image_size: expected a multiple of patch_size 5"),
         ("prepare_base.vision.haeds", 2, r"prepare_base\.vision\.haeds: unknown key; did you mean 'heads'\?"),
-        ("evaluate.harness", ["arc_easy"], r"evaluate\.harness: expected \[\] with a base that takes pictures"),
+        pytest.param(
+            "evaluate.harness",
+            ["arc_easy"],
+            r"evaluate\.harness: expected \[\] with a base that takes pictures",
+            marks=pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed"),
+        ),
         ("prepare_base.merge_source", "x", r"prepare_base: merge_source: expected null beside vision"),
         ("prompt.template", "chat", r"prompt\.template: chat is for text; .*for SmolVLM '<\|im_start"),
         ("evaluate.backend", "ollama", r"evaluate\.backend: expected 'hf', .*got 'ollama'"),
@@ -246,13 +253,22 @@ def test_a_tracker_that_is_not_installed_is_named(raw, monkeypatch):
         parse_params(changed(raw, "report_to", ["mlflow"]))
 
 
-def test_threads_and_parallel_stages_follow_base_and_settings(raw, monkeypatch):
+def test_threads_and_parallel_stages_follow_base_memory_and_settings(raw, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("pipelines.params.cpu_count", lambda: 8)
+    monkeypatch.setattr("pipelines.params.memory_bytes", lambda: 16e9)
     devices, glob = [], Path.glob
     monkeypatch.setattr(Path, "glob", lambda self, *what: iter(devices) if self == Path("/dev") else glob(self, *what))
-    large = changed(raw, "prepare_base.source", "org/name")
-    cases = [(raw, 1, 8), (changed(raw, "threads", 3), 3, 2), (large, 8, 1), (changed(large, "threads", 2), 2, 1)]
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    os.truncate(tmp_path / "model.safetensors", 1_250_000_000)  # 2 of which fit 16 GB
+    local, hub = (changed(raw, "prepare_base.source", source) for source in (str(tmp_path), "org/not-cached"))
+    cases = [
+        (raw, 1, 8),
+        (changed(raw, "threads", 3), 3, 2),
+        (local, 4, 2),
+        (hub, 8, 1),
+        (changed(hub, "threads", 2), 2, 1),
+    ]
     assert [(threads_for(one)[0], stages_at_once(one)) for one, _, _ in cases] == [case[1:] for case in cases]
     assert threads_for(raw, alone=True)[0] == 8
     devices.append("nvidia0")

@@ -11,6 +11,8 @@ from trainers.optimizers import ADAMW
 from trainers.run import Arm, TrainingJob, sft_trainer_class
 from trainers.settings import TrainSettings
 
+_WARMUPS = ("ng_warmup_steps", "reprojection_warmup_steps", "rank_adaptation_start_step", "regularizer_warmup_steps")
+
 
 def only_adamw(settings: TrainSettings, sgd: bool) -> None:
     """Refuse optimizers and arguments that GRIT cannot honor: it takes AdamW's step, or SGD's, in its own axes."""
@@ -57,6 +59,10 @@ class GritSettings(TrainSettings):
     @property
     def method_warmup_steps(self) -> int:
         return int((self.grit or {}).get("ng_warmup_steps", 0))
+
+    @property
+    def warmups(self) -> dict[str, int]:
+        return {"warmup_steps": self.warmup_steps} | {f"grit.{key}": (self.grit or {}).get(key, 0) for key in _WARMUPS}
 
 
 def grit_trainer(base: type, settings: Any, **kwargs: Any) -> Any:
