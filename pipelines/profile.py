@@ -155,14 +155,15 @@ def compose(name: str, folder: Path = PROFILES) -> str:
 def _fill(content: Any, settings: dict[str, Any], others: list[Any]) -> None:
     for key, value in settings.items():
         setters = [other for other in others if key in other]
-        here = content.get(key)
-        block = isinstance(here, dict) and not here.fa.flow_style()
+        here: Any = content.get(key)
+        block = isinstance(here, CommentedMap) and not here.fa.flow_style()
         if isinstance(value, dict) and value and block:
             _fill(here, value, [other[key] for other in setters if isinstance(other[key], dict)])
         elif key not in content or here != value:
-            content[key] = value if not isinstance(here, dict) else CommentedMap(value)
+            inline: Any = CommentedMap(value) if isinstance(here, dict) else value
             if isinstance(here, dict):
-                content[key].fa.set_flow_style()
+                inline.fa.set_flow_style()
+            content[key] = inline
             theirs, ours = _comment(setters[-1] if setters else None, key), _comment(content, key)
             text = theirs.value.partition("\n")[0].lstrip("# ") if theirs else ""
             if text and ours:

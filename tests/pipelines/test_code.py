@@ -78,6 +78,7 @@ def test_hidden_imports_are_found(tmp_path, monkeypatch):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(code, "PACKAGES", ("pipelines", "deep", "pack", "plugins"))
     monkeypatch.setattr(code, "ROOT", tmp_path)
 
     def result(**options):

@@ -34,7 +34,7 @@ def test_the_list_of_commands_loads_nothing_heavy():
 @pytest.mark.parametrize(
     ("words", "code", "output"),
     [
-        (["dbs"], 1, "did you mean 'db'? Available: profile, "),
+        (["dbs"], 1, "did you mean 'db'? Available: init, "),
         (["compare", "--db", "none.db"], 2, "error: expected a database at none.db"),
     ],
 )
