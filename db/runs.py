@@ -21,7 +21,6 @@ class Choice:
 
     arms: Collection[str] = ()  # ways of training; the base is always included
     seeds: Collection[int] = ()  # of the trained arms; the base has one run, which is always included
-    backends: Collection[str] = ()
     task: str | None = None  # None: the task whose results are on disk
 
 
@@ -95,7 +94,6 @@ def choose(runs: Iterable[Run], choice: Choice) -> tuple[list[Run], Counter[str]
         and (run.is_current or task != on_disk)
         and (run.arm == BASE or not choice.arms or run.arm in choice.arms)
         and (run.arm == BASE or not choice.seeds or run.seed in choice.seeds)
-        and (not choice.backends or run.backend_name in choice.backends)
     ]
     return [run for run in asked if run.is_latest], Counter(run.arm for run in asked if not run.is_latest)
 

@@ -5,17 +5,15 @@ answers at once.
 """
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from db.errors import DatabaseError, OutputError
-from db.files import write_text
+from db.errors import DatabaseError
 from db.runs import Choice
 from evaluation.report.arms import BASELINE
-from evaluation.report.comparison import ChoiceError, Comparison, load_comparison
+from evaluation.report.comparison import ChoiceError, load_comparison
 from evaluation.report.data import as_csv, as_json
 
 app = typer.Typer(add_completion=False)
@@ -40,7 +38,6 @@ def main(
         typer.Option(help="Only this arm, base and baseline; repeatable. Corrections count only the arms shown."),
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Only this seed of the trained arms; repeatable.")] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="Only runs scored by this backend; repeatable.")] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Arm to compare with besides the base.", show_default=BASELINE)
     ] = None,
@@ -55,30 +52,22 @@ def main(
         bool, typer.Option("--all-tasks", help="Print one table of all tasks instead, with one line per arm.")
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="Print every table, not one screen.")] = False,
-    report: Annotated[Path | None, typer.Option(help="Also write the Markdown report here.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write the HTML report, one file, here.")] = None,
 ) -> None:
     """Compare all arms that were scored on a task.
 
-    Exit codes: 0 done, 1 reading or writing failed, 2 nothing to compare yet, or no run of that name.
+    Exit codes: 0 done, 1 reading failed, 2 nothing to compare yet, or no run of that name.
     """
     try:
         if all_tasks and (task is not None or format is not Format.TABLE):
             raise ChoiceError(
                 "expected --all-tasks alone, got --task or --format too. JSON has all tasks under `tasks`"
             )
-        detail = format is Format.MD or report is not None or html is not None
-        comparison = load_comparison(db, Choice(arm or (), seed or (), backend or (), task), baseline, detail=detail)
+        chosen = Choice(arm or (), seed or (), task)
+        comparison = load_comparison(db, chosen, baseline, detail=format is Format.MD)
     except (DatabaseError, ChoiceError) as error:
         typer.echo(f"error: {error}", err=True)
         nothing = isinstance(error, ChoiceError) or error.missing
         raise typer.Exit(2 if nothing else 1) from error
-    _show(comparison, format, all_tasks=all_tasks, full=full)
-    if report or html:
-        _write(comparison, report, html)
-
-
-def _show(comparison: Comparison, format: Format, *, all_tasks: bool, full: bool) -> None:
     if format is Format.JSON:
         typer.echo(as_json(comparison))
     elif format is Format.CSV:
@@ -91,20 +80,6 @@ def _show(comparison: Comparison, format: Format, *, all_tasks: bool, full: bool
         from evaluation.report.terminal import print_report, print_screen, print_tasks
 
         (print_tasks if all_tasks else print_report if full else print_screen)(comparison, Console())
-
-
-def _write(comparison: Comparison, markdown: Path | None, html: Path | None) -> None:
-    from evaluation.report.html import as_page
-    from evaluation.report.markdown import as_markdown
-
-    try:
-        if markdown is not None:
-            write_text(markdown, as_markdown(comparison))
-        if html is not None:
-            write_text(html, as_page(comparison))
-    except (OSError, OutputError) as error:
-        typer.echo(f"error: expected a writable place, got {error}. Name another one", err=True)
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

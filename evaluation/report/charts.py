@@ -50,8 +50,8 @@ def _tooltip(**fields: str) -> list[alt.Tooltip]:
 def intervals(panel: Panel, x_title: str, *, lines: int, kinds: Collection[str]) -> Spec:
     """Estimates with their intervals, `lines` of them; `x_title` is the axis's, with the unit.
 
-    Rows: kind, label, arm, low, value, high. The kind `interval` is a point with a thin bar, `inner` a broad pale bar,
-    `seed` a tick. `kinds` are those that have rows, since Vega warns of empty layers.
+    Rows: kind, label, arm, low, value, high. The kind `interval` is a point with a bar, `seed` a tick. `kinds` are
+    those that have rows, since Vega warns of empty layers.
     """
     scale, axis = alt.Scale(zero=False, nice=False, padding=14), alt.Axis(tickCount=6, labelSeparation=6)
     x = alt.X("value:Q", title=x_title, scale=scale, axis=axis)
@@ -62,7 +62,6 @@ def intervals(panel: Panel, x_title: str, *, lines: int, kinds: Collection[str])
     of_arm = {"y": y, "color": _color(panel), "tooltip": tooltip}
     of_seed = _tooltip(what="label:N", seed="seed:N", value="value:Q")
     layers = {
-        "inner": _rows("inner").mark_bar(opacity=0.3, height=9, cornerRadius=2).encode(**ends, **of_arm),
         "interval": _rows("interval").mark_rule(strokeWidth=2).encode(**ends, **of_arm),
         "seed": _rows("seed").mark_tick(thickness=1.5, height=12, opacity=0.75)
         .encode(x=x, **of_arm | {"tooltip": of_seed}),

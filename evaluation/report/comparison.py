@@ -214,7 +214,6 @@ def _check(runs: Sequence[Run], choice: Choice, baseline: str | None) -> None:
     names: dict[str, tuple[Iterable[str], Iterable[str]]] = {
         "arm": ([*choice.arms, *filter(None, [baseline])], sorted({run.arm for run in of_task})),
         "seed": (map(str, choice.seeds), map(str, sorted({run.seed for run in of_task}))),
-        "backend": (choice.backends, sorted({run.backend_name for run in of_task})),
     }
     if tasks and choice.task is not None and choice.task not in tasks:  # then no arm can be checked either
         names = {"task": ([choice.task], tasks)}
@@ -238,8 +237,6 @@ def _filters(choice: Choice, baseline: str) -> str:
         parts.append("arms " + ", ".join(dict.fromkeys((BASE, baseline, *others))))
     if choice.seeds:
         parts.append(f"seeds {', '.join(map(str, sorted(choice.seeds)))} of the trained arms")
-    if choice.backends:
-        parts.append(f"backends {', '.join(sorted(choice.backends))}")
     return f"Only {'; '.join(parts)}: other runs are left out" if parts else ""
 
 

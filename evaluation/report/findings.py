@@ -180,8 +180,6 @@ def _differences(comparison: Comparison) -> Panel | None:
         for d in row.differences:
             start = (d.against, row.arm, row.arm)
             data.add("interval", *start, "", d.points.low, d.points.estimate, d.points.high)
-            if d.level == "seeds and items":
-                data.add("inner", *start, "", d.items_only.low, d.items_only.estimate, d.items_only.high)
             for seed, point in zip(d.seed_numbers, d.by_seed, strict=True) if len(d.by_seed) > 1 else ():
                 data.add("seed", *start, str(seed), None, point, None)
     if not data.rows:
@@ -199,8 +197,6 @@ def _differences(comparison: Comparison) -> Panel | None:
         for at, against in enumerate(sorted(data.levels("against"), key=lambda arm: arm != comparison.baseline))
     )  # fmt: skip
     note = "Bars are 95% intervals; one that contains zero decides nothing."
-    if "inner" in kinds:
-        note += " The thin bars allow for other seeds and other items, the broad pale ones for other items only."
     if any(d.level == "items" for row in comparison.rows for d in row.differences):
         note += " With one seed, a bar allows for other items only."
     if "seed" in kinds:

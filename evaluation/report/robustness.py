@@ -1,8 +1,6 @@
 """Chapter: how much an arm loses where the same questions are typed as other people would type them."""
 
-from collections.abc import Sequence
-
-import numpy as np
+from collections.abc import Collection, Sequence
 
 from evaluation.paraphrase import SPLIT, plain
 from evaluation.report.arms import RETAINED, TEST
@@ -27,34 +25,27 @@ def robustness(comparison: Comparison) -> Section | None:
 
 def _table(comparison: Comparison, split: str, what: str) -> Table | None:
     """Plain and retyped questions, pair by pair, and the mean change of each form."""
-    lines, forms = [], list[str]()
+    keys = (map(plain, run.answers(SPLIT)) for run in comparison.runs for items in [run.answers(split)] if items)
+    forms = list(dict.fromkeys(form for of_run in keys for item, form in of_run))
+    lines = []
     for row in comparison.rows:
-        runs = [run for run in row.runs if run.answers(SPLIT) and run.answers(split)]
-        changes: dict[str, list[float]] = {}
-        for run in runs:
-            for key, credit in run.answers(SPLIT).items():
-                item, form = plain(key)
-                if item in run.answers(split):
-                    changes.setdefault(form, []).append(credit - run.answers(split)[item])
-        if pairs := _pairs(runs, split):
-            forms = forms or list(changes)
-            means = (
-                number(float(100 * np.mean(changes[form])) if form in changes else None, sign=True) for form in forms
-            )
-            plainly, retyped = (number(float(100 * credit.mean())) for credit in (pairs.reference, pairs.credit))
-            lines.append((arm_cell(row.arm), plainly, retyped, interval(difference(pairs).points, sign=True), *means))
+        if pairs := _pairs(row.runs, split, forms):
+            alone = (_pairs(row.runs, split, [form]) for form in forms)
+            means = (number(float(100 * one.differences.mean()) if one else None, sign=True) for one in alone)
+            asked, retyped = (number(float(100 * credit.mean())) for credit in (pairs.reference, pairs.credit))
+            lines.append((arm_cell(row.arm), asked, retyped, interval(difference(pairs).points, sign=True), *means))
     headers = ("Arm", "As asked, %", "Retyped, %", "Δ, points", *(f"Δ {form}" for form in forms))
     caption = f"{what}, retyped: means over seeds with 95% intervals in brackets"
     return Table(caption, headers, lines) if lines else None
 
 
-def _pairs(runs: Sequence[ScoredRun], split: str) -> Pairs | None:
-    credits = [
-        {key: (credit, asked[plain(key)[0]]) for key, credit in run.answers(SPLIT).items() if plain(key)[0] in asked}
-        for run in runs
-        for asked in [run.answers(split)]
-    ]
-    if not credits or not all(credits):
-        return None
-    own, other = (aligned([{key: pair[side] for key, pair in one.items()} for one in credits]) for side in (0, 1))
-    return Pairs("plain", tuple(run.seed for run in runs), own, other) if own.size else None
+def _pairs(runs: Sequence[ScoredRun], split: str, forms: Collection[str]) -> Pairs | None:
+    """Each retyped question paired with the plain one, on the items of a split."""
+    again, asked = [], []
+    for run in runs:
+        own = {key: credit for key, credit in run.answers(SPLIT).items()
+               if plain(key)[0] in run.answers(split) and plain(key)[1] in forms}  # fmt: skip
+        again.append(own)
+        asked.append({key: run.answers(split)[plain(key)[0]] for key in own})
+    credit, reference = aligned(again), aligned(asked)
+    return Pairs("plain", tuple(run.seed for run in runs), credit, reference) if credit.size else None
