@@ -257,8 +257,6 @@ def _stop(case: Case, reference: Reference, seen: Generation) -> str | None:
     if ask(case.engine, reference, trained).text == reference.answer:
         words = [w for w in case.engine.stop if reference.answer[len(seen.text) :].startswith(w)]
         cut = f"{words[0]!r} is a stop word on the server and inside of answers" if words else "stop words differ"
-        if whole := [w for w in trained if words and w != words[0] and w.strip() == words[0]]:
-            cut += f" (it is {whole[0]!r} with its blanks taken off)"
         return f"stop; {cut}: it has {list(case.engine.stop)}, training {trained}"
     with _local(case.engine, case.served) as local, Vocabulary(case.served.gguf) as vocabulary:
         answer = ask(local, reference).ids or []

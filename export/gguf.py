@@ -422,12 +422,6 @@ def scale_of(adapter: Path) -> tuple[float, int]:
     return float(_alpha_field(reader, adapter)[0]), max(ranks)
 
 
-def changes_nothing(adapter: Path) -> bool:
-    """Whether every B (or every A) is zero, so that B·A is. Raises ExportError: no GGUF adapter."""
-    tensors = _open(adapter).tensors
-    return any(all(not t.data.any() for t in tensors if t.name.endswith(end)) for end in (".lora_a", ".lora_b"))
-
-
 def scaled_copy(adapter: Path, out: Path, factor: float) -> None:
     """A copy whose B·A counts `factor` times as much: α is multiplied, the tensors stay.
 

@@ -21,7 +21,6 @@ LAST = "{{ $last }}"
 _NO_LAST, _SET_LAST = '{{ $last := "" }}', "{{ $last = .Content }}"
 FIND_LAST = _NO_LAST + MESSAGES + IF_USER + _SET_LAST + END + END
 """Prefix of a template that has only the user's last message, as `LAST`."""
-PROMPT, RESPONSE = "{{ .Prompt }}", "{{ .Response }}"  # of older templates
 
 # Action → the same in Jinja, outside of `range` and in it.
 _OUTSIDE = {
@@ -30,8 +29,6 @@ _OUTSIDE = {
     MESSAGES: "{% for message in messages %}",
     _NO_LAST: "{% set ns.last = '' %}",
     LAST: "{{ ns.last }}",
-    PROMPT: "{{ prompt }}",
-    RESPONSE: "{{ response }}",
 }
 _WITHIN = {
     IF_USER: "{% if message.role == 'user' %}",
@@ -72,9 +69,8 @@ def _jinja(go: str) -> jinja2.Template:
 def render_go(go: str, messages: Sequence[Message]) -> str:
     """A conversation as Ollama renders it, up to where the answer begins.
 
-    System messages are joined, and so are several messages of one role in a row. A template without `.Messages` is
-    rendered as a whole for each turn, the last time without what follows `.Response`. Raises ExportError: an
-    action that is none of those above, so that a text which Go would run is never taken for a text.
+    System messages are joined, and so are several messages of one role in a row. Raises ExportError: an action that is
+    none of those above, so that a text which Go would run is never taken for a text.
     """
     joined: list[Message] = []
     for message in messages:
@@ -82,26 +78,10 @@ def render_go(go: str, messages: Sequence[Message]) -> str:
             joined[-1] = {**message, "content": f"{joined[-1]['content']}\n\n{message['content']}"}
         else:
             joined.append(message)
-    try:
-        if MESSAGES in go:
-            system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
-            return _jinja(go).render(system=system, messages=joined)
-        return _turns(go if RESPONSE in go else go + RESPONSE, joined)  # as Ollama does
-    except jinja2.UndefinedError as error:
-        raise ExportError(f"{go!r}: {error}, for Ollama sets it only in templates of the other kind") from error
-
-
-def _turns(go: str, messages: Sequence[Message]) -> str:
-    whole, last = _jinja(go), _jinja(go.partition(RESPONSE)[0] + RESPONSE)
-    empty = {"system": "", "prompt": "", "response": ""}
-    done, turn = [], empty
-    for message in messages:
-        role = message["role"]
-        if (turn["response"] and role != "assistant") or (turn["prompt"] and role == "system"):
-            done.append(whole.render(turn))
-            turn = empty
-        turn = {**turn, {"user": "prompt", "assistant": "response"}.get(role, role): message["content"]}
-    return "".join([*done, last.render(turn)])
+    if MESSAGES not in go:
+        raise ExportError(f"expected a template that goes over .Messages, got {go!r}")
+    system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
+    return _jinja(go).render(system=system, messages=joined)
 
 
 def go_of_turns(template: str, end: str) -> str:

@@ -22,9 +22,9 @@ from export.engines.ollama_engine import (
     server_version,
     stored_model,
 )
-from export.proof import LEAST_QUANTIZED, problems, show
+from export.proof import problems, show
 from export.proof import verify as verify_model
-from export.register import open_on_server, register_served, remove_abandoned
+from export.register import open_on_server, register_served, remove_temporary
 from export.served import BASE, MODES, Mode, Served, find_served
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__, no_args_is_help=True)
@@ -35,6 +35,7 @@ ModeOption = Annotated[Mode, typer.Option(help="merged: one file a model; adapte
 Host = Annotated[str, typer.Option(help="server; empty reads OLLAMA_HOST, then http://127.0.0.1:11434")]
 Backend = Literal["auto", "ollama", "llama_cpp"]
 GGUF = Path("gguf")
+LEAST = 0.95  # share of equal answers of a model in 16 bits
 
 
 @contextmanager
@@ -74,7 +75,7 @@ def list_command(gguf: Root = GGUF, host: Host = "") -> None:
 def remove_command(names: Names = None, gguf: Root = GGUF, host: Host = "") -> None:
     """Delete models of this project from the server, and what killed checks left there; others stay."""
     with _explained():
-        for left in remove_abandoned(host or None):
+        for left in remove_temporary(host or None):
             print(f"{left}: removed, left by a check that was killed")
         for served in find_served(gguf, names=names):
             gone = remove(host or None, served.name)
@@ -89,8 +90,6 @@ def verify(
     backend: Annotated[Backend, typer.Option(help="llama_cpp: no server; auto: Ollama if it runs")] = "auto",
     host: Host = "",
     prompts: Annotated[int, typer.Option(min=1, help="prompts a model")] = 20,
-    least: Annotated[float, typer.Option(min=0, max=1, help="share of equal answers, where f16")] = 0.95,
-    least_quantized: Annotated[float, typer.Option(min=0, max=1, help="the same, where quantized")] = LEAST_QUANTIZED,
 ) -> None:
     """Compare every model with Hugging Face's answers; exit code 1 where one differs."""
     with _explained():
@@ -110,7 +109,7 @@ def verify(
         rows = [r for served in models for r in verify_model(opener, served, modes or _own(url, served), prompts)]
     show(rows)
     # A release that takes no adapters is no fault of the model, unless nothing at all could be checked.
-    if problems(rows, least, least_quantized) or all(row.unsupported for row in rows):
+    if problems(rows, LEAST) or all(row.unsupported for row in rows):
         raise SystemExit(1)
 
 

@@ -26,7 +26,6 @@ from export.diagnosis import TIE, Case, ask, bos_cause, explain, gaps, parting, 
 from export.engines.engine import Engine, Generation, LocalEngine, Raw
 from export.engines.llama_cpp import LlamaCppEngine
 from export.engines.ollama_engine import OllamaEngine
-from export.gguf import changes_nothing
 from export.served import MODES, Mode, Reference, Served, read_references
 
 Opener = Callable[[Served, float], AbstractContextManager[Engine]]
@@ -251,7 +250,11 @@ def _adapter_rows(
         rest = {"first_difference": f"not supported: {error}", "unsupported": True, "prompts": 0, "answers": ()}
         return [merged[0].model_copy(update={**nothing, **files, **rest, "mode": "adapter"})]
     noticed = first.answers != perturbed
-    why = None if noticed else _blind(adapted, control_scale, first.prompts)
+    blind = (
+        f"With the adapter at {control_scale} of its scale none of {first.prompts} answers differs, so this check "
+        "would miss a fault of the adapter; ask more prompts, or the adapter hardly changes the base"
+    )
+    why = None if noticed else blind
     difference = " ".join(filter(None, (first.first_difference, why))) or None
     first = first.model_copy(update={"perturbed_noticed": noticed, "first_difference": difference})
     return [
@@ -264,15 +267,6 @@ def _alike(row: Checked, other: Checked) -> float:
     """Share of prompts with the same answer; where either diverges from the reference at a tie, both answers count."""
     pairs = zip(row.answers, other.answers, row.ties, other.ties, strict=True)
     return sum(a == b or tie or also for a, b, tie, also in pairs) / row.prompts
-
-
-def _blind(adapted: Served, scale: float, prompts: int) -> str:
-    if adapted.adapter is not None and changes_nothing(adapted.adapter):
-        return "The adapter changes nothing: all its B (or all its A) are zero; was it trained?"
-    return (
-        f"With the adapter at {scale} of its scale none of {prompts} answers differs, so this check would miss a fault "
-        "of the adapter; ask more prompts, or the adapter hardly changes the base"
-    )
 
 
 def against(rows: Sequence[Checked], others: Sequence[Checked]) -> list[Checked]:

@@ -10,10 +10,7 @@ in its license, would be worse: a model made FROM ours inherits the license with
 import hashlib
 import json
 import os
-import re
-import socket
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from db.files import process_runs, sha256, write_json
+from db.files import sha256, write_json
 from export import ExportError, MergedOnlyError
 from export.engines.engine import EngineError
 from export.engines.llama_cpp import Vocabulary
@@ -45,7 +42,8 @@ from export.served import ADAPTER_GGUF, SERVED_GGUF, Served
 if TYPE_CHECKING:
     from ollama import Client
 
-_TEMPORARY = re.compile(r"grit-verify-([0-9a-f]{8})-([0-9]+)-([0-9]+)-[0-9a-f]{12}(:latest)?")
+TEMPORARY = "grit-verify-"
+"""Prefix of the names of copies that a check makes and removes."""
 
 
 @dataclass(frozen=True)
@@ -180,18 +178,16 @@ def open_on_server(host: str | None, served: Served, scale: float = 1.0) -> Iter
     """An exported model as the server has it, whoever made it; else a temporary copy under its own name.
 
     The copy is for a model that the server has in the other mode or not at all, and for controls with another adapter
-    scale. What killed checks of this machine left on the server is deleted. Raises MergedOnlyError: the server
-    takes no adapters. EngineError: it cannot be asked.
+    scale. Raises MergedOnlyError: the server takes no adapters. EngineError: it cannot be asked.
     """
     url = resolve_host(host)
-    remove_abandoned(url)
     stored = stored_model(url, served.name)
     if scale == 1.0 and stored is not None and stored.mode == served.mode:
         with _engine(url, served.name, served) as engine:
             yield engine
         return
     has = "does not have this model" if stored is None else f"has this model in mode {stored.mode}"
-    name = temporary_name()
+    name = f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
         with tempfile.TemporaryDirectory() as temporary:
             adapter = served.adapter
@@ -213,40 +209,16 @@ def _engine(url: str, name: str, served: Served) -> OllamaEngine:
     stored = stored_model(url, name)
     if stored is None:
         raise EngineError(f"Ollama at {url} had {name!r} and does not have it now; was it removed meanwhile?")
-    engine = OllamaEngine(
-        url,
-        name,
-        served.serving.num_ctx,
-        retry=Retry(patience_s=0),
-        mode=stored.mode,
-        stored=stored,
-        say=lambda line: None,
-    )
-    if engine.precision is None:  # creating keeps the type; a server that does not say it has the file's
-        with Vocabulary(served.gguf) as vocabulary:
-            engine.precision = vocabulary.precision
+    context = served.serving.num_ctx
+    engine = OllamaEngine(url, name, context, retry=Retry(patience_s=0), mode=stored.mode, stored=stored)
+    with Vocabulary(served.gguf) as vocabulary:
+        engine.precision = vocabulary.precision  # creating keeps it
     return engine
 
 
-def temporary_name() -> str:
-    """A new name: machine, process and time let a later check see who made it and whether that process still runs."""
-    return f"grit-verify-{_machine()}-{os.getpid()}-{int(time.time())}-{uuid.uuid4().hex[:12]}"
-
-
-def remove_abandoned(host: str | None) -> list[str]:
-    """Deletes what checks of this machine registered whose process is gone, and names it; other machines' stay.
+def remove_temporary(host: str | None) -> list[str]:
+    """Delete the copies that checks made and did not remove, for they were killed; returns their names.
 
     Raises EngineError: the server cannot be asked.
     """
-    matches = [found for name in list_models(host) if (found := _TEMPORARY.fullmatch(name))]
-    left = [found[0] for found in matches if found[1] == _machine() and not process_runs(int(found[2]), int(found[3]))]
-    return [name for name in left if remove(host, name)]
-
-
-def _machine() -> str:
-    """Tells process numbers apart: containers may share a name, but not those."""
-    try:
-        numbers = str(Path("/proc/self/ns/pid").readlink())
-    except OSError:  # not Linux
-        numbers = ""
-    return hashlib.sha256(f"{socket.gethostname()} {numbers}".encode()).hexdigest()[:8]
+    return [name for name in list_models(host) if name.startswith(TEMPORARY) and remove(host, name)]

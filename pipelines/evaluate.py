@@ -102,12 +102,6 @@ class Models:
         follows = self.exported and arm != BASE_ARM and scored.is_file()
         base_backend = str(read_json(scored)["backend"]["name"]) if follows else None
         self.backend = choose_backend(params.evaluate.backend, base_backend)
-        self._missing: list[set[str]] = []  # of each engine, which adds to it as it answers
-
-    @property
-    def missing(self) -> list[str]:
-        """Figures that a server omitted for any model, in scoring or timing."""
-        return sorted(set().union(*self._missing))
 
     def facts(self, arm: str, seed: int) -> dict[str, Any]:
         """How to prompt an arm: serving.json, or only template and stop words (an end token ends an answer anyway).
@@ -126,9 +120,7 @@ class Models:
         return [BASE / "base.json", *([] if arm == BASE_ARM else adapter)]
 
     def open(self, arm: str, seed: int) -> Engine:
-        engine = self._ollama(arm, seed) if self.backend == "ollama" else self._local(arm, seed)
-        self._missing.append(engine.missing)
-        return engine
+        return self._ollama(arm, seed) if self.backend == "ollama" else self._local(arm, seed)
 
     def _serving(self, arm: str, seed: int) -> Serving:
         file = gguf_dir(arm, seed) / FACTS
@@ -158,7 +150,7 @@ class Models:
         )
 
     def _ollama(self, arm: str, seed: int) -> Engine:
-        from export.register import keep_registered, register_served
+        from export.register import keep_registered
         from trainers.encode import encode_prompt
         from trainers.models import load_tokenizer
 
@@ -172,7 +164,6 @@ class Models:
             served.serving.num_ctx,
             expected=lambda asked: encode_prompt(tokenizer, served.serving.render(asked)),
             parallel=self._params.evaluate.parallel,
-            restore=partial(register_served, host, form),
             mode=form.mode,
         )
 
@@ -294,7 +285,7 @@ def run(params: Params, arm: str, seed: int) -> None:
         samples = [SampleRecord.of(row) for split in results.values() for row, _ in split]
         write_records(folder / "samples.jsonl", samples)
         write_record(folder / "scores.json", ScoresRecord.of(scores))
-        record.extra = {"backend": backend, "resumed_items": journal.resumed, "missing_figures": models.missing}
+        record.extra = {"backend": backend, "resumed_items": journal.resumed}
         finish_run(record, folder)
     shown_metrics = {m["name"]: round(m["value"], 4) for m in table if "/" not in m["name"]}
     print(json.dumps({**shown_metrics, "decode_tokens_per_s": round(speed.tokens_per_second(rows, arm, "decode"), 1)}))

@@ -81,9 +81,9 @@ class OllamaDouble:
     `misbehave` may be set at any time. Of a generation: "die" breaks off and is gone, "hang" never answers, "drop"
     closes the connection, "wrong_template" renders a BOS too many, "error_500_n_times", "wrong_json",
     "missing_response", "not_done" (a 200 with something else than a finished answer), "missing_fields" (an older
-    release, without counts, times and reasons), "forget_model" deletes the model that is asked for. Of a creation:
-    "no_success", "break_create" end early, the latter within the stream, "forget_settings" stores no parameters.
-    "hang_all" answers nothing but HEAD; "bare_list" leaves out digests.
+    release, without counts, times and reasons). Of a creation: "no_success", "break_create" end early, the latter
+    within the stream, "forget_settings" stores no parameters. "hang_all" answers nothing but HEAD; "bare_list" leaves
+    out digests.
     """
 
     reply: Callable[[str], str] | None = None
@@ -378,8 +378,6 @@ class Handler(BaseHTTPRequestHandler):
             return self._fail(how)
         if how == "error_500_n_times":
             raise Refusal(500, "llama runner process has terminated: exit status 2")
-        if how == "forget_model":
-            self.double.models.pop(full_name(body["model"]), None)
         with self.double.lock:
             parts = list(answer(body))
         if how in ODD_ANSWERS:

@@ -95,9 +95,6 @@ class Engine(ABC):
     load_ns: int | None = None  # where it happened in this process
     note: str | None = None  # what must be known of the model asked, e.g. that it is a temporary copy
 
-    def __init__(self) -> None:
-        self.missing: set[str] = set()  # figures that a server left out
-
     @property
     @abstractmethod
     def device_class(self) -> str:
@@ -151,7 +148,6 @@ class LocalEngine(Engine):
     """
 
     def __init__(self, template: str | Callable[[Asked], str]) -> None:
-        super().__init__()
         self._render = partial(fill, template) if isinstance(template, str) else template
 
     def render(self, asked: Asked) -> str:

@@ -1,7 +1,7 @@
 """An Ollama server: where it is, what it has, and the engine that asks one of its models.
 
 Failures that may be over in a moment are retried: 5xx, timeouts, broken connections, answers that are not the expected
-JSON. Refusals (4xx) are not, with one exception: a model that is gone is registered again.
+JSON. Refusals (4xx) are not.
 """
 
 import ast
@@ -213,7 +213,6 @@ class Stored:
     template: str
     system: str  # "" where there is none
     parameters: dict[str, list[object]]
-    precision: str | None  # e.g. "F16"
 
     def differences(self, serving: Serving) -> list[str]:
         """Every setting stored differently from the export, and every added one that decides answers.
@@ -239,7 +238,6 @@ def stored_model(host: str | None, name: str) -> Stored | None:
     content = _post(resolve_host(host), "/api/show", {"model": name}, ANSWER_S)
     modelfile = str(content.get("modelfile") or "")
     weights = re.search(r"^FROM .*sha256[-:]([0-9a-f]{64})", modelfile, re.MULTILINE)
-    level = (content.get("details") or {}).get("quantization_level")
     return Stored(
         digest,
         weights[1] if weights else None,
@@ -247,7 +245,6 @@ def stored_model(host: str | None, name: str) -> Stored | None:
         str(content.get("template") or ""),
         str(content.get("system") or ""),
         parse_parameters(str(content.get("parameters") or "")),
-        str(level) if level and level != "unknown" else None,
     )
 
 
@@ -348,9 +345,8 @@ class OllamaEngine(Engine):
 
     With `expected` (what is asked → Hugging Face ids of it as rendered) every request is checked: the server must have
     seen as many tokens. `timeout_s` is its longest silence. `parallel` requests are in flight in `generate_many`; how
-    many of them the server works on at once is its own OLLAMA_NUM_PARALLEL. `restore` registers the model anew; without
-    it a model that is gone is an error. `say` gets a line for each further try and each figure that the server leaves
-    out. Raises EngineError: no server, or it does not have the model.
+    many of them the server works on at once is its own OLLAMA_NUM_PARALLEL. `say` gets a line for each further try.
+    Raises EngineError: no server, or it does not have the model.
     """
 
     name = "ollama"
@@ -365,22 +361,18 @@ class OllamaEngine(Engine):
         timeout_s: float = LOAD_S,
         parallel: int = 1,
         retry: Retry | None = None,
-        restore: Callable[[], object] | None = None,
         mode: str = "merged",
         stored: Stored | None = None,
         say: Callable[[str], None] | None = None,
     ):
-        super().__init__()
         self.host, self.model, self.mode, self.stored = resolve_host(host), model, mode, stored
         if stored is not None:
             self.stop = tuple(str(word) for word in stored.parameters.get("stop", []))
-            self.precision = stored.precision
         self._num_ctx, self._expected = num_ctx, expected
-        self._timeout_s, self._parallel, self._retry, self._restore = timeout_s, parallel, retry or Retry(), restore
+        self._timeout_s, self._parallel, self._retry = timeout_s, parallel, retry or Retry()
         self._say = say or (lambda line: print(line, file=sys.stderr))
         self._lock = threading.Lock()
         self._device: str | None = None
-        self._restored = 0  # times
         self.version = require_server(self.host)
         known = list_models(self.host)
         if full_name(model) not in known:
@@ -420,13 +412,11 @@ class OllamaEngine(Engine):
             )
         ids = self._fitting(asked, max_tokens)
         answer = self._ask(asked, self._options(max_tokens, stop))
-        reason = self._given(answer, "done_reason")
+        reason = answer.done_reason
         if reason not in ("stop", "length", None):
             raise EngineError(f"expected Ollama at {self.host} to end with 'stop' or 'length', got {reason!r}")
-        seen = self._seen(answer, ids)
-        tokens, decode_ns = self._decoded(answer)
-        load_ns, prefill_ns = self._given(answer, "load_duration"), self._given(answer, "prompt_eval_duration")
-        return Generation(str(_text(answer)), seen, tokens, load_ns, prefill_ns, decode_ns, reason)
+        times = answer.load_duration, answer.prompt_eval_duration, answer.eval_duration
+        return Generation(str(_text(answer)), self._seen(answer, ids), answer.eval_count, *times, reason)
 
     def generate_many(
         self, prompts: Sequence[Asked], max_tokens: int, stop: Sequence[str] | None = None
@@ -450,11 +440,11 @@ class OllamaEngine(Engine):
             return part, first or 0
 
         last, first = self._call(stream, lambda made: self._finished(made[0]))
-        seen, load = self._seen(last, ids), self._given(last, "load_duration")
+        load = last.load_duration
         return {
             "ttft": (1, None if load is None else max(first - load, 0)),  # two clocks
-            "prefill": (seen, self._given(last, "prompt_eval_duration")),
-            "decode": self._decoded(last),
+            "prefill": (self._seen(last, ids), last.prompt_eval_duration),
+            "decode": (last.eval_count, last.eval_duration),
         }
 
     def load_cold(self) -> int | None:
@@ -472,7 +462,7 @@ class OllamaEngine(Engine):
                 )
             time.sleep(0.05)
         # With an empty prompt the server would load the model, too, but not say how long that took.
-        ns: int | None = self._given(self._ask("x", self._options(1)), "load_duration")
+        ns: int | None = self._ask("x", self._options(1)).load_duration
         return ns
 
     def _fitting(self, asked: Asked, max_tokens: int) -> int | None:
@@ -490,7 +480,7 @@ class OllamaEngine(Engine):
 
     def _seen(self, answer: Any, ids: int | None) -> int | None:
         """Prompt tokens that the server saw; refused where they are others than expected."""
-        seen: int | None = self._given(answer, "prompt_eval_count")
+        seen: int | None = answer.prompt_eval_count
         if ids is None or seen is None or seen == ids:
             return seen
         causes = "BOS or the template differ between training and serving"
@@ -504,18 +494,6 @@ class OllamaEngine(Engine):
             f"Ollama {self.version} at {self.host} read {seen} prompt tokens for {self.model!r}, expected "
             f"{ids}: {causes}. Compare export.engines.ollama_engine.render_asked with the training template"
         )
-
-    def _decoded(self, answer: Any) -> tuple[int | None, int | None]:
-        """Tokens, with the end token, and time of decoding."""
-        return self._given(answer, "eval_count"), self._given(answer, "eval_duration")
-
-    def _given(self, answer: Any, name: str) -> Any:
-        """A figure of the server's; None, said once, where it leaves it out."""
-        value = getattr(answer, name)
-        if value is None and name not in self.missing:
-            self.missing.add(name)
-            self._say(f"Ollama {self.version} at {self.host} gives no {name}; it is recorded as unknown")
-        return value
 
     def _options(self, max_tokens: int, stop: Sequence[str] | None = None) -> dict[str, Any]:
         options: dict[str, Any] = {**GREEDY, "num_predict": max_tokens, "num_ctx": self._num_ctx}
@@ -551,41 +529,18 @@ class OllamaEngine(Engine):
         return self._retry.call(lambda: self._try(request, check), self._say)
 
     def _try(self, request: Callable[[Any], A], check: Callable[[A], None]) -> A:
-        restored = self._restored
-        try:
-            try:
-                return self._once(request, check)
-            except EngineError as error:
-                if self._restore is None or error.status != 404 or "model" not in str(error):
-                    raise
-                self._register_again(self._restore, restored, error)
-                return self._once(request, check)
-        except EngineError as error:
-            raise EngineError(f"{error} (model {self.model!r})", status=error.status, passing=error.passing) from error
-
-    def _once(self, request: Callable[[Any], A], check: Callable[[A], None]) -> A:
         try:
             with _explained(self.host, self._timeout_s):
-                made = request(self._client)
+                answer = request(self._client)
+            check(answer)
+            return answer
+        except EngineError as error:
+            raise EngineError(f"{error} (model {self.model!r})", status=error.status, passing=error.passing) from error
         except (ValueError, TypeError) as error:
             raise EngineError(
                 f"expected the JSON of an answer from Ollama at {self.host}, got something else: {str(error)[:200]}",
                 passing=True,
             ) from error
-        check(made)
-        return made
-
-    def _register_again(self, restore: Callable[[], object], restored: int, error: EngineError) -> None:
-        """Once for all threads whose request began when it had been done `restored` times."""
-        with self._lock:
-            if self._restored == restored:
-                self._say(f"{error}; registering the model again")
-                try:
-                    restore()
-                except (ValueError, TypeError) as broken:
-                    message = f"Ollama at {self.host} answered rubbish: {str(broken)[:200]}"
-                    raise EngineError(message, passing=True) from broken
-                self._restored += 1
 
     def close(self) -> None:
         self._client.close()

@@ -13,8 +13,6 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from export.register import register_served
-from export.served import served_in
 from pipelines import evaluate, prepare_base, prepare_data, profile
 from pipelines.check import parse_params
 from tests.conftest import TEMPLATE
@@ -131,38 +129,6 @@ def test_killed_midway_and_started_again(project, tokenize):
     assert read_json(project / "scores/base/0/run.json")["extra"]["resumed_items"] == len(kept)
     phases = {r["phase"] for r in read_json(project / "scores/base/0/scores.json")["speed"]}
     assert phases == {"load", "ttft", "prefill", "decode"}
-
-
-def test_a_model_on_a_shared_base_comes_back_as_such(project, tokenize, monkeypatch):
-    """Merged it would be other weights than those that gave the first answers, where the merged file is quantized."""
-    shutil.copytree(project / "gguf/base/0", project / "gguf/baseline_lora/0")
-    (project / "gguf/baseline_lora/0/adapter.gguf").write_bytes(b"GGUF adapter")
-    facts = json.loads((project / "gguf/base/0/serving.json").read_text()) | {"model_name": "baseline_lora_model"}
-    (project / "gguf/baseline_lora/0/serving.json").write_text(json.dumps(facts))
-    served = served_in(Path("gguf/baseline_lora/0"), "baseline_lora_model")
-    with OllamaDouble(tokenize=tokenize, misbehave="missing_fields", reply=lambda rendered: "Good: 12") as server:
-        monkeypatch.setenv("OLLAMA_HOST", server.url)
-        register_served(server.url, served.adapter_form())
-        left = [True]
-
-        def reply(rendered):  # after ten items all models are gone from the server
-            if left and len(requests(server, project)) >= 10:
-                left.clear()
-                server.models.clear()
-            return "Good: 12"
-
-        server.reply = reply
-        evaluate.run(params_of(project), "baseline_lora", 0)
-        created = [b for _, path, b in server.requests if path == "/api/create"]
-    mine = [bool(b.get("adapters")) for b in created if b["model"] == "baseline_lora_model"]
-    assert mine == [True, True], "registered by hand, and once more when it was gone"
-    scores = read_json(project / "scores/baseline_lora/0/scores.json")
-    assert scores["backend"]["mode"] == "adapter"
-    # What an older server leaves out is recorded as unknown.
-    extra = read_json(project / "scores/baseline_lora/0/run.json")["extra"]
-    left_out = {"prompt_eval_count", "prompt_eval_duration", "eval_count", "eval_duration", "load_duration"}
-    assert left_out <= set(extra["missing_figures"])
-    assert {r["nanoseconds"] for r in scores["speed"] if r["phase"] in ("load", "prefill", "decode")} == {None}
 
 
 def test_answers_of_other_weights_are_not_gone_on_from(project):

@@ -50,8 +50,9 @@ def test_the_text_is_what_ollama_documents(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"go": "no slot"}, "go: expected a template that makes .*Instruction.* of a question, got 'no slot'"),
-        ({"go": "{{ .Tools }}"}, r"go: .*got '\{\{ .Tools"),
+        ({"go": "no slot"}, r"go: expected a template that goes over \.Messages, got 'no slot'"),
+        ({"go": f"{GO}!"}, "go: expected a template that makes .*Instruction.* of a question, got .*!'"),
+        ({"go": f"{GO}{{{{ .Tools }}}}"}, r"go: .*got '\{\{ .Tools"),
         ({"stop": []}, "at least one word"),
         ({"stop": ["a", ""]}, "none empty"),
         ({"stop": ["a", "a"]}, "twice"),

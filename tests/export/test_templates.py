@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from export import ExportError
 from export.engines.engine import conversation
-from export.go import CONTENT, END, LAST, MESSAGES, PROMPT, SYSTEM, go_template, render_go
+from export.go import CONTENT, END, LAST, MESSAGES, SYSTEM, go_template, render_go
 from export.modelfile import Serving, check_bos
 from export.served import read_references
 from export.template import convert, from_tokenizer
@@ -191,17 +191,11 @@ def test_go_is_read_as_ollama_reads_it():
     whole += "{{ .Content }}{{ end }}{{ end }}"
     assert render_go(whole, asked) == 'a[s1\n\ns2]<{{ .System }}><{% q %}>a"<u2>'
 
-    # Without .Messages it is the whole template for each turn, the system message in its own alone.
-    old, turns = "{{ if .System }}[{{ .System }}]{{ end }}{{ .Prompt }}:{{ .Response }};", [("p", "r"), ("q", "t")]
-    assert render_go(old, conversation("p")) == "p:" and render_go(old, conversation("p", "s")) == "[s]p:"
-    assert render_go(old, conversation("z", "s", turns)) == "[s]p:r;q:t;z:"
-    assert render_go("{{ .Prompt }}!", conversation("z", None, turns)) == "p!rq!tz!", "Ollama adds {{ .Response }}"
-
 
 def test_go_that_this_project_never_writes_is_refused():
     single = ("{{.Prompt}}", "{{- .Prompt }}", "{{{ .Prompt }}", "{{ .Prompt", "{{ end }}", "{{ else }}", LAST)
     blocks = ("{{ if .System }}{{ .Prompt }}", "{{ if .System }}{{ else }}{{ else }}{{ end }}", CONTENT)
-    for go in (*single, *blocks, MESSAGES, MESSAGES + SYSTEM + END, MESSAGES + END + PROMPT):
+    for go in (*single, *blocks, MESSAGES, MESSAGES + SYSTEM + END, MESSAGES + END + "{{ .Prompt }}"):
         with pytest.raises(ExportError):
             render_go(go, conversation("p", "s"))
 
