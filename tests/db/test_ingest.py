@@ -19,7 +19,6 @@ from tests.db.result_tree import (
     V,
     edit,
     make_arm,
-    make_tree,
     make_verified,
     precision,
     sha,
@@ -93,25 +92,21 @@ def test_layers_have_what_was_measured_and_logged(tree, path):
     fine = "finite"
     assert layers(path, "weights") == {("update_norm", Q, -1): (2.5, fine), ("update_norm", V, -1): (1.5, fine)}
     assert layers(path, "alignment")["xie_beni", "layer 2", -1] == (None, "nan"), "null: it could not be computed"
-    assert layers(path, "probe") == {
-        ("cos_raw_inner", Q, 0): (1.0, fine),
-        ("angle", Q, 25): (26.5, fine), ("cos_raw_step", Q, 25): (0.5, fine), ("lr_ratio", Q, 25): (1.25, fine),
-        ("cos_raw_inner", Q, 25): (0.75, fine),
-        ("angle", V, 25): (13.25, fine), ("cos_raw_step", V, 25): (0.25, fine), ("lr_ratio", V, 25): (0.5, fine),
-        ("cos_raw_inner", V, 25): (0.5, fine),
-    }, "a number that there was not (null) makes no row"  # fmt: skip
+    probed = layers(path, "probe")
+    assert ("angle", Q, 0) not in probed, "a number that there was not (null) makes no row"
+    assert probed["angle", Q, 25] == (26.5, fine) and probed["lr_ratio", V, 25] == (0.5, fine) and len(probed) == 9
     ranks = layers(path, "grit")
-    assert [ranks[name, Q, 0][0] for name in ("rank", "kept_rank", "effective_rank_a")] == [4, 4, 3.5]
-    assert ranks["rank", Q, 20][0] == 3, "the later record of a step stays"
+    assert ranks["rank", Q, 0][0] == 4 and ranks["rank", Q, 20][0] == 3, "the later record of a step stays"
     assert ranks["relative_change", Q, 20] == (None, "nan")
     assert ranks["condition_g", Q, 20] == (None, "inf"), "an eigenvalue is zero"
     final = {name: value for (name, layer, step), (value, _) in ranks.items() if (layer, step) == (Q, -1)}
     assert final == {"base_rank": 4, "rank": 3, "kept_rank_a": 3, "kept_rank_b": 2}
-    assert ("effective_rank_a", V, 0) not in ranks and ranks["samples", V, 0][0] == 0
-    with open_session(path) as session:
-        spectra = {(s.layer, s.factor, s.step): s.eigenvalues for s in session.execute(select(tables.spectrum))}
-    assert spectra == {(Q, "a", 0): [0.75, 0.5, 0.25, 0.125], (Q, "a", 20): ["inf", 1.5, 0.5],
-                       (Q, "g", 20): [0.5, 0.25, 0.0]}  # fmt: skip
+    spectra = ask(path, "SELECT factor, step, eigenvalues FROM spectrum ORDER BY step, factor")
+    assert spectra == [
+        ("a", 0, "[0.75, 0.5, 0.25, 0.125]"),
+        ("a", 20, '["inf", 1.5, 0.5]'),
+        ("g", 20, "[0.5, 0.25, 0.0]"),
+    ]
     nameless = "SELECT count(*) FROM layer_metric l LEFT JOIN metric_def d ON d.name = l.name WHERE d.name IS NULL"
     assert ask_one(path, f"{nameless} AND split IN ('probe', 'grit')") == (0,)
     for name, short in ((WRAPPED + Q, Q), (Q, Q), ("base_model.model.lm_head", "lm_head"), ("layer 2", "layer 2")):
@@ -128,21 +123,9 @@ def test_views_agree_with_numbers_worked_out_by_hand(tree, path):
     edit(tree / SCORES, speed=[*speed, unpaired, {**unpaired, "repetition": 10, "tokens": None}])
     ingest(tree, path, seeds=[0])
     base, arm = sorted(shown(path, "evaluation_results"), key=lambda row: row["score"])
-    # 500 tokens in 4 s.
-    assert base == {
-        "model_name": "base_model",
-        "task": "aqi",
-        "arm": "base",
-        "seed": 0,
-        "score": 40.0,
-        "delta_score": 0.0,
-        "aqi_accuracy": 40.0,
-        "delta_aqi": 0.0,
-        "inference_speed": 125.0,
-        "delta_speed": 0.0,
-        "timestamp": "2026-11-21T03:30:00.000000+00:00",
-    }
-    assert list(arm) == list(base) and arm["aqi_accuracy"] == arm["score"] == 70.0
+    assert base["inference_speed"] == 125 and base["timestamp"] == "2026-11-21T03:30:00.000000+00:00"
+    assert (base["score"], base["delta_score"], base["delta_speed"]) == (40, 0, 0)
+    assert arm["aqi_accuracy"] == arm["score"] == 70.0
     assert arm["delta_aqi"] == arm["delta_score"] == pytest.approx(30.0)
     # 1/2, 3/4, 3/6 and 7/8 of the base's speed in the same repetition: the median of these, and no mean of them.
     assert arm["delta_speed"] == pytest.approx(100 * ((1 / 2 + 3 / 4) / 2 - 1))
@@ -186,19 +169,6 @@ def test_nan_and_infinity_survive_and_of_a_name_logged_twice_the_later_number(tr
     query = "SELECT split, step, value FROM metric JOIN run ON run.id = run_id WHERE is_current AND name = 'loss'"
     rows = ask(path, query + " AND step >= 0 ORDER BY metric.id")
     assert rows == [("train", 1, 3.0), ("eval", 2, 5.0)]
-
-
-def test_the_last_evaluation_is_that_of_the_saved_adapter_not_the_last_of_the_curve(tree, path):
-    curve = [{"step": 5, "eval_loss": 2.0}, {"step": 5, "eval_kl": 0.5}]
-    write(tree / "adapters/baseline_lora/0/loss_history.json", curve)
-    query = "SELECT metric.name, value FROM metric JOIN run ON run.id = run_id WHERE is_current AND step = -1 "
-    query += "AND split = 'eval' ORDER BY metric.id"
-    for loss, kl in ((1.5, 0.125), ("nan", "inf"), (None, None)):
-        extra = {"final_eval_loss": loss, "final_kl": kl}
-        edit(tree / "adapters/baseline_lora/0/run.json", extra=extra)
-        ingest(tree, path, seeds=[0])
-        expected = {1.5: [1.5, 0.125], "nan": [None, None], None: []}[loss]
-        assert ask(path, query) == list(zip(("evaluation_loss", "kl_to_base"), expected, strict=bool(expected)))
 
 
 def test_strange_text_and_an_answer_without_a_number_are_stored(tree, path):
@@ -252,12 +222,6 @@ def test_an_optional_stage_that_has_not_ended_is_left_out(tree, path, stage, fil
     assert ask_one(path, one) == (0,)
 
 
-def test_results_without_a_verdict_say_so(tree, path):
-    for file in (tree / VERDICT).parent.iterdir():
-        file.unlink()
-    assert notes(tree, path) == ("baseline_lora/0: no verdict.json, so nothing shows what the optimizer did",)
-
-
 def test_scores_without_an_export_need_none(tree, path):
     """A vision-language model is scored as training left it; what lies in gguf/ belongs to another profile."""
     for arm in ("base/0", "baseline_lora/0", "baseline_lora/1"):
@@ -290,28 +254,19 @@ def test_all_problems_are_named_at_once_and_the_old_content_stands(tree, path):
     scores["metrics"][0]["value"] = "0.7"
     del scores["backend"]["version"]
     write(tree / SCORES, scores)
-    other = tree / "scores/baseline_lora/1/scores.json"
-    write(other, other.read_text(encoding="utf-8")[:200])
     lines = (tree / "scores/base/0/samples.jsonl").read_text(encoding="utf-8").splitlines()
     write(tree / "scores/base/0/samples.jsonl", "\n".join([*lines[:3], '{"item_id": 3}', lines[0]]))
     write(tree / VERIFIED, (tree / VERIFIED).read_text(encoding="utf-8")[:100])
-    for name in ("gguf/baseline_lora/1/run.json", QUANTIZED, MEASURED.replace("/0/", "/1/")):
+    for name in ("gguf/baseline_lora/1/run.json", QUANTIZED):
         (tree / name).unlink()
     write(tree / "adapters/baseline_lora/0/loss_history.json", [{"loss": 1.0}])
     with pytest.raises(FileError) as caught:
         ingest(tree, path)
     assert {(problem.file, problem.key) for problem in caught.value.problems} >= {
-        (SCORES, "metrics.0.value"),
-        (SCORES, "backend.version"),
-        ("scores/baseline_lora/1/scores.json", ""),
-        ("scores/base/0/samples.jsonl", "line 4.item_id"),
-        ("scores/base/0/samples.jsonl", "line 5"),
-        (VERIFIED, ""),
-        ("gguf/baseline_lora/1/run.json", ""),
-        (QUANTIZED, ""),
-        (MEASURED.replace("/0/", "/1/"), ""),
-        ("adapters/baseline_lora/0/loss_history.json", ""),
-    }
+        (SCORES, "metrics.0.value"), (SCORES, "backend.version"), (VERIFIED, ""), (QUANTIZED, ""),
+        ("scores/base/0/samples.jsonl", "line 4.item_id"), ("scores/base/0/samples.jsonl", "line 5"),
+        ("gguf/baseline_lora/1/run.json", ""), ("adapters/baseline_lora/0/loss_history.json", ""),
+    }  # fmt: skip
     assert "valid number, got '0.7'" in str(caught.value) and "dvc repro" in str(caught.value)
     assert content(path) == before and sorted(tree.glob("runs/*")) == archived
 
@@ -368,36 +323,14 @@ def test_unreadable_files_are_named_and_do_not_count_as_absent(tree, path, name)
 
 def test_views_show_every_task(three):
     rows = {(row["task"], row["arm"], row["seed"]): row for row in shown(three, "task_results")}
-    assert len(rows) == 9
+    assert len(rows) == 9 and all(row["is_latest"] for row in rows.values())
     aqi, grit = rows["aqi", "baseline_lora", 1], rows["alpaca", "pure_grit", 0]
-    assert [aqi[key] for key in ("metric", "task_title", "direction", "n")] == [
-        "aqi_category_accuracy", "AQI accuracy", "higher", 100]  # fmt: skip
     assert (aqi["score"], aqi["delta_score"]) == (pytest.approx(70), pytest.approx(30))
     own, base = (100 * sum(c) / len(c) for c in (F16, credits_of("base", 0, 0.0)))
     assert (grit["score"], grit["delta_score"]) == (pytest.approx(own), pytest.approx(own - base))
-    assert (aqi["is_current"], grit["is_current"]) == (0, 1) and all(row["is_latest"] for row in rows.values())
-    assert grit["timestamp"] == "2026-11-23T03:30:00.000000+00:00" and rows["alpaca", "base", 0]["delta_score"] == 0
+    assert (aqi["is_current"], grit["is_current"]) == (0, 1)
     results = shown(three, "evaluation_results")
     assert {(row["aqi_accuracy"], row["delta_aqi"]) for row in results} == {(None, None)} and len(results) == 3
-    same = ("task", "arm", "seed", "score", "delta_score")
-    assert next([row[key] for key in same] for row in results if row["arm"] == "pure_grit") == [
-        grit[key] for key in same
-    ]
-
-
-def test_a_task_that_comes_back_is_the_same_runs(tree, path):
-    ingest(tree, path)
-    before = content(path)
-    to_gsm8k(tree)
-    assert ingest(tree, path, seeds=[0]).runs == 6
-    make_tree(tree)
-    for stage in ("measured", "quantized", "verified"):
-        for file in (tree / stage).rglob("run.json"):
-            file.unlink()
-    summary = ingest(tree, path, arms=["baseline_lora"])
-    assert (summary.current, summary.runs) == (3, 6)
-    query = "SELECT run_key FROM run WHERE is_current ORDER BY id"
-    assert ask(path, query) == [(row["run_key"],) for row in before["run"]]
 
 
 def test_while_one_task_replaces_another_both_keep_their_base(tree, path):

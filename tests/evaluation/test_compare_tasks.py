@@ -101,16 +101,6 @@ def test_precisions_of_credit():
     assert small.p_value == pytest.approx(1 / 10_001) and not small.binary
 
 
-def test_words_are_the_tasks_own():
-    for name, title, short in (("gsm8k", "GSM8K exact match", "GSM8K"), ("alpaca", "ROUGE-L", "ROUGE-L")):
-        text = as_markdown(report(name))
-        assert f"| {title}, % |" in text and f"Δ{short} &gt; 0 against base" in text
-        assert f"{title} above baseline_lora" in text and f"Task: {name}, judged by {title}." in text
-        assert "AQI" not in text.replace("aqi (AQI accuracy)", ""), "only the table of all tasks has the other's name"
-    assert "AQI category accuracy" in as_markdown(report("aqi"))
-    assert "| Items better, worse |" in as_markdown(report()) and "| Gained, lost |" in as_markdown(report("gsm8k"))
-
-
 def test_keys_for_other_programs(tmp_path):
     """Only the air quality task keeps its older names."""
     _, _, arm = csv.DictReader(io.StringIO(as_csv(of())))
@@ -160,16 +150,6 @@ def test_an_unknown_task_is_refused_with_those_there_are():
     assert "Available: alpaca, gsm8k, aqi" in error
     code, _, error = run("--task", "aqi", "--arm", "pure_grit")
     assert code == 2 and "Available: base, baseline_lora" in error, "arms are those of the task"
-
-
-def test_results_of_two_tasks_on_disk_are_kept_apart(tmp_path):
-    root = tmp_path / "project"
-    add_task(root, GSM8K, binary=True)
-    add_task_arm(root, ALPACA, "base", 0, credits_of("base", 0, 0.0), day=23)
-    ingest(root, tmp_path / "c.db")
-    comparison = load_comparison(tmp_path / "c.db")
-    assert comparison.primary.task == "alpaca" and [row.arm for row in comparison.rows] == ["base"]
-    assert "(alpaca, gsm8k)" in comparison.notes[0]
 
 
 def test_credit_of_several_seeds_is_judged_over_seeds_and_items(tmp_path):

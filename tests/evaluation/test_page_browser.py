@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -68,10 +67,6 @@ def counted(page: Any) -> int:
     return int(page.locator("[data-part='count']").inner_text().split()[0])
 
 
-def drawing(page: Any, name: str) -> str:
-    return str(page.locator(f"[data-chart='{name}']").inner_html())
-
-
 def test_it_opens_without_an_error_or_a_request_and_draws_every_chart(browser: Any) -> None:
     with opened(browser, "full") as page:
         draw_all(page)
@@ -81,29 +76,6 @@ def test_it_opens_without_an_error_or_a_request_and_draws_every_chart(browser: A
         )
         assert found == [[chart["id"], "drawn", 1] for chart in report("full").data["charts"]]
         assert page.deeds == []
-
-
-@pytest.mark.parametrize("width", [1280, 390])
-def test_drawing_moves_nothing(browser: Any, width: int) -> None:
-    where = """[...document.querySelectorAll("main section[id], figcaption, [data-part='disputed']")]
-        .map((e) => Math.round(e.getBoundingClientRect().top + scrollY))"""
-    with opened(browser, "full", width=width) as page:
-        page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
-        before = page.evaluate(where)
-        draw_all(page)
-        assert len(before) > 20 and page.evaluate(where) == before
-        during = page.evaluate(
-            f"""async () => {{
-                const seen = [];
-                document.querySelector("[data-panel='spectra'] select[data-column]").dispatchEvent(new Event("change"));
-                for (let frame = 0; frame < 40; frame++) {{
-                    await new Promise((go) => requestAnimationFrame(go));
-                    seen.push({where});
-                }}
-                return seen;
-            }}"""
-        )
-        assert len(during) == 40 and all(places == before for places in during)
 
 
 def test_filter_search_seed_task_and_outcome_narrow_the_items(browser: Any) -> None:
@@ -147,23 +119,6 @@ def test_filter_search_seed_task_and_outcome_narrow_the_items(browser: Any) -> N
             page.locator(".outcomes label", has_text="pure_grit").locator("select").select_option("0")
             assert counted(page) == wrong + more
         assert page.deeds == []
-
-
-def test_a_choice_redraws_its_charts_only(browser: Any) -> None:
-    points = "[data-chart='spectrum-a'] g.mark-symbol.role-mark > path"
-    places = "all => all.map((m) => m.ariaLabel || m.getAttribute('transform'))"
-    with opened(browser, "full") as page:
-        draw_all(page)
-        kept, before = drawing(page, "place-kept"), page.eval_on_selector_all(points, places)
-        assert len(before) == 2 * len(page_tree.SEEDS) * 8  # arms, seeds, eigenvalues
-        panel = page.locator("[data-panel='spectra']")
-        panel.locator("[data-column='layer']").select_option(page_tree.LAYERS[0])
-        page.wait_for_timeout(300)
-        after = page.eval_on_selector_all(points, places)
-        assert len(after) == len(before) and after != before
-        panel.locator("[data-column='seed']").select_option("1")
-        page.wait_for_function(f"() => document.querySelectorAll({json.dumps(points)}).length === {len(before) // 2}")
-        assert drawing(page, "place-kept") == kept and page.deeds == []
 
 
 def test_no_text_of_a_model_is_executed(browser: Any) -> None:
@@ -244,22 +199,3 @@ def test_the_browser_of_answers_shows_credit_and_finds_by_it(browser: Any) -> No
         page.locator("[data-part='outcomes'] select").nth(2).select_option("")
         page.get_by_label("Only where models disagree").check()
         assert counted(page) == apart and page.deeds == []
-
-
-def test_print_shows_everything(browser: Any) -> None:
-    with opened(browser, "full", width=680) as page:
-        draw_all(page)
-        page.evaluate("document.querySelectorAll('details').forEach((d, i) => { d.open = i === 0; })")
-        page.emulate_media(media="print")
-        page.evaluate("dispatchEvent(new Event('beforeprint'))")
-        assert page.locator("details:not([open])").count() == 0
-        cut = page.eval_on_selector_all(
-            "table", "all => all.map((t) => [t.getBoundingClientRect().right, t.getAttribute('aria-labelledby')])"
-        )
-        assert [name for right, name in cut if right > 681] == []
-        for kind in (".swatch", ".stroke"):
-            assert page.locator(kind).first.evaluate("(e) => getComputedStyle(e).printColorAdjust") == "exact"
-        for kind in ("figure", "tbody tr"):
-            assert page.locator(kind).first.evaluate("(e) => getComputedStyle(e).breakInside") == "avoid"
-        page.evaluate("dispatchEvent(new Event('afterprint'))")
-        assert page.locator("details[open]").count() == 1
