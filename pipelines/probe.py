@@ -81,44 +81,38 @@ def twins(params: Params, arm: str, seed: int, warmup: int) -> Twin:
     return Twin(baseline, again, curve)
 
 
-def readings(verdict: Verdict, evidence: Evidence, pair: Twin) -> list[dict[str, Any]]:
-    """The verdict as rows for the database: what was judged against which threshold, and further measurements."""
-    t = evidence.thresholds
-    rows: list[dict[str, Any]] = []
+def reading(
+    name: str, value: float, unit: str, judged: str = "skipped", *, threshold: float | None = None, diagnosis: str = ""
+) -> dict[str, Any]:
+    """A row for the database, over all layers and steps."""
+    row = {"name": name, "layer": "", "step": -1, "value": value, "unit": unit}
+    return {**row, "threshold": threshold, "verdict": judged, "diagnosis": diagnosis}
 
-    def add(name: str, value: float | None, unit: str, layer: str = "", step: int = -1, **judged: Any) -> None:
-        if value is not None:
-            row = {"name": name, "layer": layer, "step": step, "value": value, "unit": unit, "threshold": None}
-            rows.append({**row, "verdict": "skipped", "diagnosis": "", **judged})
 
+def readings(verdict: Verdict, limits: Thresholds, pair: Twin) -> list[dict[str, Any]]:
+    """What was judged, against which threshold, and further measurements; the ledger has those of each layer."""
+    numbers = verdict.numbers | {"twin_divergence": pair.ratio}
+    angle, coverage = numbers["angle_to_shadow"] or 0.0, numbers["coverage"] or 0.0
+    # Only a claim can fail; the loss curve decides nothing by itself, because its floor may be high. A run that claims
+    # nothing is right if no threshold is reached.
+    thresholds = {
+        "angle_to_shadow": (DEGREES, limits.min_angle, angle > limits.min_angle, "fail"),
+        "coverage": (SHARE, limits.min_coverage, coverage >= limits.min_coverage, "fail"),
+        "twin_divergence": ("A/A floors", DIVERGES, pair.diverges, "inconclusive"),
+    }
     value = {"effective": 1.0, "no_effect": 0.0, "unstable": -1.0}[verdict.verdict]
     text = f"{verdict.verdict}: {verdict.diagnosis}: {verdict.reason}"
-    add("verdict", value, UNITS, verdict="pass" if verdict.as_claimed else "fail", diagnosis=text)
-    n = verdict.numbers
-    reached = [(n["angle_to_shadow"] or 0.0) > t.min_angle, (n["coverage"] or 0.0) >= t.min_coverage, pair.diverges]
-    if not verdict.claims:  # a run that claims nothing is right if no threshold is reached
-        reached = [not r for r in reached]
-    # Only a claim can fail; the loss curve decides nothing by itself, because its floor may be high.
-    otherwise = ("fail", "fail", "inconclusive") if verdict.claims else ("skipped",) * 3
-    add("angle_to_shadow", n["angle_to_shadow"], DEGREES, threshold=t.min_angle,
-        verdict="pass" if reached[0] else otherwise[0])  # fmt: skip
-    add("coverage", n["coverage"], SHARE, threshold=t.min_coverage, verdict="pass" if reached[1] else otherwise[1])
-    add("twin_divergence", pair.ratio, "A/A floors", threshold=DIVERGES,
-        verdict="pass" if reached[2] else otherwise[2])  # fmt: skip
-    for name, unit in (
-        ("angle_weights", DEGREES), ("lr_ratio", RATIO), ("cos_raw_preconditioned", COSINE), ("cos_raw_step", COSINE),
-        ("anisotropy", SHARE), ("basis_rotation", SHARE), ("weight_spread", SHARE), ("damping_share", RATIO),
-        ("ready_share", SHARE), ("samples", "tokens"),
-    ):  # fmt: skip
-        add(name, n.get(name), unit)
-    for layer, entries in verdict.layers.items():
-        add("layer_angle", entries["angle"], DEGREES, layer)
-        add("layer_lr_ratio", entries["lr_ratio"], RATIO, layer)
-    for record in evidence.records:
-        for layer, numbers in record["units"].items():
-            add("layer_angle", numbers.get("angle"), DEGREES, layer, record["step"])
-            add("layer_cos_raw_inner", numbers.get("cos_raw_inner"), COSINE, layer, record["step"])
-    return rows
+    rows = [reading("verdict", value, UNITS, "pass" if verdict.as_claimed else "fail", diagnosis=text)]
+    for name, (unit, threshold, reached, otherwise) in thresholds.items():
+        if (number := numbers[name]) is not None:
+            judged = "pass" if reached == verdict.claims else otherwise if verdict.claims else "skipped"
+            rows.append(reading(name, number, unit, judged, threshold=threshold))
+    units = {
+        "angle_weights": DEGREES, "lr_ratio": RATIO, "cos_raw_preconditioned": COSINE, "cos_raw_step": COSINE,
+        "anisotropy": SHARE, "basis_rotation": SHARE, "weight_spread": SHARE, "damping_share": RATIO,
+        "ready_share": SHARE, "samples": "tokens",
+    }  # fmt: skip
+    return rows + [reading(n, number, unit) for n, unit in units.items() if (number := numbers.get(n)) is not None]
 
 
 def judge_foreign(params: Params, arm: str, seed: int, source: Path) -> None:
@@ -132,9 +126,8 @@ def judge_foreign(params: Params, arm: str, seed: int, source: Path) -> None:
         word, diagnosis, reason = "no_effect", "no_update", f"every update of {source} is zero: this is the base"
     with staged(out) as folder:
         record = start_run("probe", params={}, inputs=hash_inputs(file), arm=arm, seed=seed)
-        row = {"layer": "", "step": -1, "threshold": None, "diagnosis": "", "verdict": "skipped" if share else "fail"}
-        text = {"name": "verdict", "value": math.nan, "unit": UNITS, "diagnosis": f"{word}: {diagnosis}: {reason}"}
-        rows = [{**row, **text}, {**row, "name": "moved", "value": share, "unit": SHARE}]
+        text, judged = f"{word}: {diagnosis}: {reason}", "skipped" if share else "fail"
+        rows = [reading("verdict", math.nan, UNITS, judged, diagnosis=text), reading("moved", share, SHARE, judged)]
         content = {"schema": 1, "arm": arm, "seed": seed, "as_claimed": None if share else False, "verdict": word}
         content |= {"diagnosis": diagnosis, "reason": reason, "readings": rows}
         write_record(folder / "verdict.json", VerdictRecord.of(content))
@@ -176,7 +169,7 @@ def run(params: Params, arm_name: str, seed: int) -> Verdict | None:
             "as_claimed": verdict.as_claimed,
             **verdict.to_json(),
             "twin": {**asdict(pair), "floor": pair.floor, "divergence": pair.divergence, "ratio": pair.ratio},
-            "readings": readings(verdict, evidence, pair),
+            "readings": readings(verdict, limits, pair),
         }
         write_record(folder / "verdict.json", VerdictRecord.of(content))
         title = f"{arm.title}: {verdict.verdict}"

@@ -27,7 +27,6 @@ class Verdict:
     claims: bool
     numbers: dict[str, float | None]  # medians over layers and samples; `divergence` is the twin run's
     findings: list[Finding] = field(default_factory=list)  # the most telling first
-    layers: dict[str, dict[str, float | None]] = field(default_factory=dict)  # medians
 
     @property
     def as_claimed(self) -> bool:
@@ -69,12 +68,9 @@ def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
     """
     e = source if isinstance(source, Evidence) else Evidence.of(source)
     numbers = _numbers(e) | ({"divergence": twin.ratio} if twin is not None else {})
-    keys = ("angle", "angle_weights", "lr_ratio", "cos_raw_inner", "cos_raw_step")
-    columns = {key: e.per_unit(key) for key in keys}
-    layers = {unit: {key: column[unit] for key, column in columns.items()} for unit in e.units}
 
     def verdict(word: str, diagnosis: str, reason: str, findings: list[Finding]) -> Verdict:
-        return Verdict(word, diagnosis, reason, e.claims, numbers, findings, layers)
+        return Verdict(word, diagnosis, reason, e.claims, numbers, findings)
 
     if not e.units:
         reason = (

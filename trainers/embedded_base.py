@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from trainers import TrainingError
 from trainers.encode import batched_order, encode_example
-from trainers.pictures import IMAGE_TOKEN, EmbeddedProcessor, text_tensors, without_references
+from trainers.pictures import IMAGE_TOKEN, EmbeddedProcessor, VisionProcessor, text_tensors, without_references
 from trainers.run import latest_complete
 from trainers.settings import Positive, Section, Seed
 
@@ -237,7 +237,7 @@ def train_base(
         rows: list[dict[str, Any]] = [{"input_ids": ids, "prompt_length": prompt} for ids, prompt in encoded]
         kind, collate, save_steps = WeightedTrainer, weighted, 500
     else:
-        processor = EmbeddedProcessor(tokenizer, model.config.to_dict(), images)
+        processor = VisionProcessor(EmbeddedProcessor(tokenizer, model.config.to_dict()), images)
         rows = [processor.encode(prompt, answer) for prompt, answer in examples]
         kind, collate, save_steps = Trainer, processor.collate, 100
     lengths = [len(row["input_ids"]) for row in rows]

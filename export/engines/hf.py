@@ -21,7 +21,7 @@ class HfEngine(LocalEngine):
     """A transformers model, optionally with a PEFT adapter on top (not merged).
 
     `tokenizer` is another folder than the model's own (what training used), `pictures` the folder that the paths of
-    `![](images/….png)` start from, for a vision-language model. Raises EngineError: cannot be loaded. VisionDataError:
+    `![](images/….png)` start from, for a vision-language model. Raises EngineError: cannot be loaded. TrainingError:
     with `pictures`: the base has no processor that can be used.
     """
 
@@ -84,7 +84,7 @@ class HfEngine(LocalEngine):
     def tokenize(self, text: str) -> list[int]:
         """Ids of a rendered prompt; BOS as the tokenizer's configuration says. With pictures they keep these.
 
-        Raises VisionDataError: it shows no picture, or one cannot be read.
+        Raises TrainingError: it shows no picture, or one cannot be read.
         """
         if self._processor:
             return ShownPrompt(self._processor.encode(text, None))

@@ -318,6 +318,7 @@ class FisherCurvature(Curvature):
                 values = eigen.values[eigen.real].sort(descending=True).values
                 entry[f"eigenvalues_{letter}"] = values[: self.config.log_top_eigs].tolist()
                 entry[f"effective_rank_{letter}"] = float(factors.effective_rank(values))
+                entry[f"condition_{letter}"] = float(values[0] / values[-1].clamp_min(1e-38))
             found[name] = entry
         return found
 

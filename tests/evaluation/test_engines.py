@@ -18,8 +18,8 @@ from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
 from tests.conftest import TEMPLATE
 from tests.export.verify_runs import add_adapter
+from trainers import TrainingError
 from trainers.embedded_base import EmbeddedSettings, train_base
-from trainers.pictures import VisionDataError
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,7 @@ def test_an_adapter_and_the_picture_change_the_answer(seeing, adapter, data, sho
 def test_pictures_that_cannot_be_asked_about(seeing, data, tmp_path):
     engine = HfEngine(seeing, TEMPLATE, pictures=data)
     for shown, said in (("![](images/none.png)\n", "no such file"), ("", "expected a picture")):
-        with pytest.raises(VisionDataError, match=said):
+        with pytest.raises(TrainingError, match=said):
             engine.generate(f"{shown}Which colour is the square?", TOKENS)
     with pytest.raises(TypeError, match="expected ids from tokenize"):
         engine.prefill([1, 2, 3])

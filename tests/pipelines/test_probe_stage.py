@@ -66,7 +66,7 @@ def test_1_the_baseline_equals_its_shadow(here):
     assert (result.verdict, result.diagnosis, result.as_claimed) == ("no_effect", "equals_shadow", True)
     output = verdict("baseline_lora")
     assert output["numbers"]["angle_to_shadow"] < 0.01
-    assert output["twin"]["perturbed"] and 0 < output["twin"]["floor"] < 1e-3 and output["twin"]["ratio"] == 0.0
+    assert 0 < output["twin"]["floor"] < 1e-3 and output["twin"]["ratio"] == 0.0
     assert [r["verdict"] for r in output["readings"] if r["verdict"] != "skipped"] == ["pass"] * 4
     assert {p.name for p in (here / "verdicts/baseline_lora/0").iterdir()} == {
         "verdict.json", "run.json", "updates.png", "twin.png"}  # fmt: skip
@@ -81,8 +81,6 @@ def test_2_pure_grit_is_effective_and_its_curve_comes_from_its_run(here):
     logged = [entry["loss"] for entry in json.loads((here / "adapters/pure_grit/0/loss_history.json").read_text())[:1]]
     assert sum(output["twin"]["arm"][:5]) / 5 == pytest.approx(logged[0], abs=1e-4), "as the Trainer logs the mean"
     assert output["twin"]["arm"][0] == pytest.approx(output["twin"]["baseline"][0], rel=1e-5), "same start, same batch"
-    steps = {r["step"] for r in output["readings"] if r["name"] == "layer_angle" and r["step"] >= 0}
-    assert steps >= {8, 11, 19, 22, 25}
 
 
 def test_3_twin_curves_are_reused(here, monkeypatch):

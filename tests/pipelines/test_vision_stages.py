@@ -17,7 +17,7 @@ from pipelines.check import parse_params
 from pipelines.params import ConfigError
 from pipelines.stage import split_files
 from tests.vision_sizes import small
-from trainers.pictures import VisionDataError
+from trainers import TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_a_base_that_takes_no_pictures_is_refused_before_training(here, tmp_path
         shutil.copy(file, custom)
     LlamaConfig().save_pretrained(custom)
     before = read("models/base/base.json")
-    with pytest.raises(VisionDataError, match=r"expected a processor of texts and pictures, got \w+: the base is no"):
+    with pytest.raises(TrainingError, match=r"expected a processor of texts and pictures, got \w+: the base is no"):
         prepare_base.run(parse_params(small(prepare_base={"source": str(custom)})))
     assert read("models/base/base.json") == before, "the base before it stands"
 

@@ -331,4 +331,4 @@ def test_json_there_and_back():
     for evidence in (ledger(), ledger(entry(angle=None)), ledger(records=0)):
         said = judge(evidence).to_json()
         assert json.loads(json.dumps(said, allow_nan=False)) == said
-        assert {"verdict", "diagnosis", "reason", "claims", "numbers", "findings", "layers"} == said.keys()
+        assert {"verdict", "diagnosis", "reason", "claims", "numbers", "findings"} == said.keys()

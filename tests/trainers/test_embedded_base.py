@@ -102,7 +102,7 @@ def test_the_folder_is_a_whole_16_bit_model_that_answers(trained):
     assert config["use_cache"] is True
     assert facts["steps"] == 160 and facts["image_tokens"] == 4 and facts["vocabulary"] <= 321
     processor = load_processor(BaseReference(str(base)), folder / "pictures")
-    assert isinstance(processor, EmbeddedProcessor)
+    assert isinstance(processor.processor, EmbeddedProcessor)
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     batch = processor.collate([processor.encode("![](images/base-000000.png)\nWhich colour is the square?\n")])
     made = model.generate(**batch, max_new_tokens=4, do_sample=False)
