@@ -8,6 +8,7 @@ found there. All problems are collected before anything is refused.
 import gzip
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -44,8 +45,8 @@ FOLDERS = {
 }  # fmt: skip
 """Stage → the folder of its results."""
 
-OPTIONAL_STAGES = {"quantize": "quantized.json", "verify": "verify.json", "measure": "measured.json"}
-"""Stages that measure a finished model, and their results. They are not part of a run's identity."""
+OPTIONAL_STAGES = ("quantize", "verify", "measure")
+"""Stages that measure a finished model. They are not part of a run's identity."""
 
 BENCHMARKS = "measured/lm-eval"
 """Folder of what stage harness makes: <task>/<arm>/<seed>. Each task is a stage harness/<task> of an arm's run."""
@@ -53,7 +54,6 @@ BENCHMARKS = "measured/lm-eval"
 LEDGER, GRIT_LOG = "probe_ledger.jsonl", "grit_log.jsonl"
 RUNS = "runs"
 _CURRENT = "current.json"
-_LINES_SHOWN = 5
 _KEY = re.compile(r"[0-9a-f]{64}")
 _NOTHING = "no archived runs found; run `dvc repro` or `python -m db.cli ingest`"
 _MISSING = "expected this file beside the others, got nothing"
@@ -98,9 +98,8 @@ class Bundle:
         stages = {stage: record for stage, record in self.stages.items() if not _optional(stage)}
         return digest_of(
             {
-                **(
-                    {} if task == AQI.name else {"task": task}
-                ),  # so that results from before there were other tasks keep their key
+                # Results from before there were other tasks keep their key.
+                **({} if task == AQI.name else {"task": task}),
                 "variant": self.arm,
                 "seed": self.seed,
                 "params": {stage: record.params for stage, record in stages.items()},
@@ -114,13 +113,12 @@ class Bundle:
     def disagreement(self) -> str | None:
         """How the score, which tables show, differs from the mean of the items, on which intervals rest."""
         test = [sample.credit for sample in self.samples if sample.split == "test"]
-        share = sum(test) / len(test) if test else None
-        for metric in self.scores.metrics:
-            if (metric.name, metric.split) == (self.scores.task.primary, "test") and (
-                share is None or metric.value is None or not abs(share - metric.value) <= SAME_MEAN
-            ):
-                return f"{self.label}: scores.json says {metric.value}, samples.jsonl says {share}"
-        return None
+        share = sum(test) / len(test) if test else math.nan
+        primary = (self.scores.task.primary, "test")
+        score = next((m.value for m in self.scores.metrics if (m.name, m.split) == primary), share)
+        if score is not None and abs(share - score) <= SAME_MEAN:
+            return None
+        return f"{self.label}: scores.json says {score}, samples.jsonl says {share}"
 
 
 @dataclass
@@ -159,12 +157,10 @@ class Reader:
         self.files[path.relative_to(self.place).as_posix()] = content
         return content
 
-    def record(
-        self, path: Path, form: type[AnyRecord], *, required: bool = True, of_run: bool = True
-    ) -> AnyRecord | None:
+    def record(self, path: Path, form: type[AnyRecord], *, required: bool = True) -> AnyRecord | None:
         """A JSON file as a record, or None with its problems reported.
 
-        A record `of_run` must name the arm and seed of its folder, so that a copied folder does not pass for another.
+        One that names an arm must name that of its folder, and the seed, so that a copied folder passes for no other.
         """
         content = self.content(path, required=required)
         try:
@@ -173,30 +169,26 @@ class Reader:
             for key, words in reasons(error):
                 self.problem(path, key, words)
             return None
-        run = (getattr(record, "arm", self.arm), getattr(record, "seed", self.seed))
-        if of_run and record is not None and run != (self.arm, self.seed):
-            expected = f"expected {self.arm}/{self.seed} as in the path"
-            self.problem(path, "arm, seed", f"{expected}, got {run[0]}/{run[1]}")
+        arm, seed = getattr(record, "arm", None), getattr(record, "seed", None)
+        if arm is not None and (arm, seed) != (self.arm, self.seed):
+            self.problem(path, "arm, seed", f"expected {self.arm}/{self.seed} as in the path, got {arm}/{seed}")
         return record
 
     def lines(
         self, path: Path, form: type[AnyRecord], unique: Sequence[str] = (), *, required: bool = True
     ) -> list[AnyRecord]:
-        """A JSON-lines file as records, no two alike in `unique`; only the first few bad lines are reported."""
+        """A JSON-lines file as records, no two alike in `unique`."""
         content = self.content(path, required=required) or b""
         records: list[AnyRecord] = []
         seen: set[tuple[Any, ...]] = set()
-        bad = 0
         for number, line in enumerate(content.splitlines(), start=1):
             if not line.strip():
                 continue
             try:
                 record = form.model_validate_json(line)
             except ValidationError as error:
-                bad += 1
-                if bad <= _LINES_SHOWN:
-                    where, words = reasons(error)[0]
-                    self.problem(path, ".".join(filter(None, [f"line {number}", where])), words)
+                where, words = reasons(error)[0]
+                self.problem(path, ".".join(filter(None, [f"line {number}", where])), words)
                 continue
             key = tuple(getattr(record, name) for name in unique)
             if unique and key in seen:
@@ -204,33 +196,21 @@ class Reader:
                 self.problem(path, f"line {number}", f"{what} {key[-1]} given more than once")
             seen.add(key)
             records.append(record)
-        if bad > _LINES_SHOWN:
-            self.problem(path, "", f"{bad - _LINES_SHOWN} more lines cannot be read")
         return records
 
     def bundle(self) -> Bundle | None:
-        """All results of the run; None if it has not run, is not finished, or has problems."""
+        """All results of the run; None if it has not been scored, is stale, or has problems."""
         before, self.files = len(self.problems), {}
         scores_file = self.path("evaluate", "scores.json")
-        if not scores_file.exists() and not scores_file.with_name("run.json").exists():
+        if not scores_file.exists():
             self.note("no scores yet")
             return None
-        scores = self.record(scores_file, ScoresRecord, required=False)
-        exported = scores is None or scores.exported
-        stages = self.stages(exported)
-        if stages is None:
-            del self.problems[before:]  # files that an unfinished stage has not written yet are no problem
-            return None
-        if not scores_file.exists():
-            if len(self.problems) == before:
-                self.note("no scores yet")
-                return None
-            self.problem(scores_file, "", _MISSING)
+        scores = self.record(scores_file, ScoresRecord) or _NO_SCORES
+        stages = self.stages(scores.exported)
         samples = self.lines(scores_file.with_name("samples.jsonl"), SampleRecord, ("split", "item_id"))
-        bundle = Bundle(self.arm, self.seed, stages, scores or _NO_SCORES, samples)
+        bundle = Bundle(self.arm, self.seed, stages, scores, samples)
         if self.arm == BASE:
-            prepared = self.place / "models/base/run.json"
-            bundle.base_model = self.record(prepared, RunRecord, required=False, of_run=False)
+            bundle.base_model = self.record(self.place / "models/base/run.json", RunRecord, required=False)
         else:
             self.read_training(bundle)
         if (why := self.drop_stale(stages)) is not None:
@@ -247,34 +227,19 @@ class Reader:
             self.notes.append(bundle.disagreement)
         return bundle
 
-    def stages(self, exported: bool) -> dict[str, RunRecord] | None:
-        """The records of the finished stages; None if a stage that the run needs has not finished."""
+    def stages(self, exported: bool) -> dict[str, RunRecord]:
+        """The records of the stages that have run: a folder appears whole, when its stage has finished."""
         without = {*(("train", "probe") if self.arm == BASE else ()), *(() if exported else ("export",))}
+        optional = {*OPTIONAL_STAGES, "probe"}  # results that are older than stage probe stay readable
+        files = {
+            stage: (self.path(stage, "run.json"), stage not in optional) for stage in FOLDERS if stage not in without
+        } | {f"harness/{task}": (place / "run.json", False) for task, place in self.benchmarks().items()}
         finished: dict[str, RunRecord] = {}
-        for stage in (stage for stage in FOLDERS if stage not in without):
-            result = OPTIONAL_STAGES.get(stage)
-            # Results that are older than stage probe stay readable.
-            record = self.record(self.path(stage, "run.json"), RunRecord, required=not result and stage != "probe")
-            if record is None:
-                if result and self.path(stage, result).exists():
-                    name = self.path(stage, result).relative_to(self.root).as_posix()
-                    self.note(f"without its stage {stage}, {name} has no run.json; run `dvc repro`")
-                continue
-            if record.stage != stage:
-                self.problem(self.path(stage, "run.json"), "stage", f"expected {stage!r}, got {record.stage!r}")
-            if record.status == "finished":
+        for stage, (file, required) in files.items():
+            if (record := self.record(file, RunRecord, required=required)) is not None:
                 finished[stage] = record
-                continue
-            words = f"without its stage {stage}, which" if result else f"skipped, its stage {stage}"
-            self.note(f"{words} is {record.status}" + (f": {record.error}" if record.error else ""))
-            if not result:
-                return None
-        for task, place in self.benchmarks().items():
-            record = self.record(place / "run.json", RunRecord, required=False)
-            if record is not None and record.status == "finished":
-                finished[f"harness/{task}"] = record
-            else:
-                self.note(f"without its stage harness/{task}, which has not finished")
+                if record.stage != stage.split("/")[0]:
+                    self.problem(file, "stage", f"expected {stage!r}, got {record.stage!r}")
         return finished
 
     def benchmarks(self) -> dict[str, Path]:
@@ -285,10 +250,8 @@ class Reader:
         bundle.history = self.record(self.path("train", "loss_history.json"), HistoryRecord)
         bundle.ledger = self.lines(self.path("train", LEDGER), LedgerRecord, ("step",), required=False)
         bundle.grit = self.lines(self.path("train", GRIT_LOG), GritRecord, required=False)
-        verdict = self.path("probe", "verdict.json")
-        bundle.verdict = self.record(verdict, VerdictRecord, required="probe" in bundle.stages)
-        if not verdict.exists():
-            self.note("no verdict.json, so nothing shows what the optimizer did")
+        if "probe" in bundle.stages:
+            bundle.verdict = self.record(self.path("probe", "verdict.json"), VerdictRecord)
 
     def drop_stale(self, stages: dict[str, RunRecord]) -> str | None:
         """Drop optional stages that used other files than those on disk; returns why the run itself is stale, if so."""

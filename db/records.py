@@ -167,8 +167,7 @@ class RunRecord(Record):
     stage: Stage
     arm: Name | None
     seed: Count | None
-    status: Literal["finished", "failed", "running"]
-    error: str | None = None
+    status: Literal["finished", "running"]  # on disk: finished
     started: AwareDatetime
     ended: AwareDatetime | None
     params: dict[str, Any]
