@@ -149,10 +149,8 @@ def _from_rows(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item]
     return division.splits, {
         **rows.facts,
         "apart_rows": len(division.apart),
-        "first_apart": [item.id for item in division.apart[:5]],
         "untested_rows": untested,
         "unused_rows": len(division.unused),
-        "first_unused": [item.id for item in division.unused[:5]],
         "notes": [*rows.notes, *task_notes, *_notes(division, section, untested)],
     }
 

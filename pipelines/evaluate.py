@@ -280,7 +280,7 @@ def run(params: Params, arm: str, seed: int) -> None:
             "task": {"name": task.NAME, "title": task.TITLE, "primary": task.PRIMARY},
             "metric_defs": answers.metric_defs(task, table),
             "speed": rows,
-            "speed_summary": speed.summary(rows),
+            "speed_summary": (timings := speed.summary(rows)),
         }
         samples = [SampleRecord.of(row) for split in results.values() for row, _ in split]
         write_records(folder / "samples.jsonl", samples)
@@ -288,7 +288,8 @@ def run(params: Params, arm: str, seed: int) -> None:
         record.extra = {"backend": backend, "resumed_items": journal.resumed}
         finish_run(record, folder)
     shown_metrics = {m["name"]: round(m["value"], 4) for m in table if "/" not in m["name"]}
-    print(json.dumps({**shown_metrics, "decode_tokens_per_s": round(speed.tokens_per_second(rows, arm, "decode"), 1)}))
+    decode = [round(t["median"], 1) for t in timings if (t["arm"], t["phase"]) == (arm, "decode")]
+    print(json.dumps({**shown_metrics, "decode_tokens_per_s": decode[0] if decode else None}))
 
 
 if __name__ == "__main__":

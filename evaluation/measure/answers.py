@@ -21,8 +21,7 @@ _PARAPHRASED = {
     paraphrase.SPLIT: "Mean credit on test items",
     f"{paraphrase.SPLIT}_{RETENTION}": "Share of right answers to items of the retention suite",
 }
-_LINE: dict[str, Any] = {"split": str, "item_id": str, "answer": str}
-_LINE |= {"prompt_tokens": int | None, "answer_tokens": int | None, "finish_reason": str | None}
+_ANSWER = ("split", "item_id", "answer", "prompt_tokens", "answer_tokens", "finish_reason")
 
 
 class Journal:
@@ -49,16 +48,10 @@ class Journal:
         return self._rows.get((split, item_id))
 
     def add(self, row: dict[str, Any]) -> None:
-        """Store an answer, as `get` returns it; from here on it survives a kill of this process.
-
-        Raises ValueError: the item has an answer already.
-        """
-        key = (row["split"], row["item_id"])
-        if key in self._rows:
-            raise ValueError(f"expected one answer for each item, got a second one for {key}")
+        """Store an answer, as `get` returns it; from here on it survives a kill of this process."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        self._rows[key] = row
+        self._rows[row["split"], row["item_id"]] = row
 
     def __enter__(self) -> Self:
         return self
@@ -72,9 +65,7 @@ def _answer(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(row, dict) or row.keys() != _LINE.keys():
-        return None
-    return row if all(isinstance(row[name], kind) for name, kind in _LINE.items()) else None
+    return row if isinstance(row, dict) and tuple(row) == _ANSWER else None
 
 
 def task_of(item: Item, split: str) -> Task:
@@ -111,16 +102,10 @@ def ask(
     answers = {item.id: row for item in items if journal and (row := journal.get(split, item.id))}
     open_items = [item for item in items if item.id not in answers]
     try:
-        for place, generation in engine.generate_many([asked_for(item) for item in open_items], max_tokens, stop):
+        for place, told in engine.generate_many([asked_for(item) for item in open_items], max_tokens, stop):
             item = open_items[place]
-            row = {
-                "split": split,
-                "item_id": item.id,
-                "answer": generation.text,
-                "prompt_tokens": generation.prompt_tokens,
-                "answer_tokens": generation.answer_tokens,
-                "finish_reason": generation.finish_reason,
-            }
+            figures = (told.text, told.prompt_tokens, told.answer_tokens, told.finish_reason)
+            row = dict(zip(_ANSWER, (split, item.id, *figures), strict=True))
             if journal is not None:
                 journal.add(row)
             answers[item.id] = row

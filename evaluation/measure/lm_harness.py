@@ -65,19 +65,10 @@ def _twice(files: Sequence[Path]) -> list[str]:
 
 
 def own_files(name: str, folder: Path) -> list[Path]:
-    """The files beside and below the one in `folder` that defines this benchmark; none if none does.
-
-    All of `folder` for a tag, which has no file, a group, and a task that includes another file.
-    """
-    if not folder.is_dir() or (entry := _manager([], folder).task_index.get(name)) is None:
+    """All files of `folder` if a task file in it defines this benchmark; none if it is one of lm-eval's own."""
+    if not folder.is_dir() or name not in _manager([], folder).task_index:
         return []
-    place = folder
-    if entry.yaml_path:
-        file = Path(entry.yaml_path)
-        place = (
-            folder if re.search(r"^(group|include):", file.read_text(encoding="utf-8"), re.MULTILINE) else file.parent
-        )
-    return sorted(file for file in place.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    return sorted(file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
 
 
 def _manager(names: Iterable[str], folder: Path) -> Any:

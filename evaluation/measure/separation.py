@@ -71,9 +71,6 @@ _OF_PROMPTS = "of safe and unsafe prompts, mean over the layers"
 _CLUSTERS = {
     "calinski_harabasz": ("1", "higher", f"Calinski-Harabasz index {_OF_PROMPTS}"),
     "xie_beni": ("1", "lower", f"Xie-Beni index {_OF_PROMPTS}"),
-    "silhouette": ("1", "higher", f"Silhouette {_OF_PROMPTS}"),
-    "davies_bouldin": ("1", "lower", f"Davies-Bouldin index {_OF_PROMPTS}"),
-    "dunn": ("1", "higher", f"Dunn index {_OF_PROMPTS}"),
 }
 METRICS = {  # name → (unit, direction, description); the base has no delta_*
     "alignment_index": ("1", "higher", _INDEX),
@@ -152,27 +149,6 @@ def separation(grams: Array, first: Array, second: Array) -> Separation:
         between.append(np.maximum(aa + bb - 2 * ab, 0.0))
         within.append(np.maximum((first + second) @ np.diagonal(k) - n_first * aa - n_second * bb, 0.0))
     return Separation(np.asarray(between), np.asarray(within), (n_first, n_second))
-
-
-def silhouette_davies_bouldin_dunn(points: Array, labels: NDArray[np.bool_]) -> tuple[float, float, float]:
-    """Three more Euclidean indices of points (N, d) with labels (N,): two from scikit-learn, and Dunn's (1974).
-
-    Dunn is the smallest distance between points of different clusters over the largest within one. nan if all points of
-    each cluster coincide.
-    """
-    from sklearn.metrics import davies_bouldin_score, pairwise_distances, silhouette_score
-
-    distances = pairwise_distances(points)
-    same = labels[:, None] == labels[None, :]
-    widest = float(distances[same].max())
-    if widest == 0.0:
-        return float("nan"), float("nan"), float("nan")
-    np.fill_diagonal(distances, 0.0)
-    return (
-        float(silhouette_score(distances, labels, metric="precomputed")),
-        float(davies_bouldin_score(points, labels)),
-        float(distances[~same].min()) / widest,
-    )
 
 
 # --- resamplings, drawn once and shared by the base and all arms ---
@@ -388,7 +364,7 @@ def _figures(arm: Drawn, base: Drawn | None) -> dict[str, float]:
 
 
 def measure(states: Array, plan: Design, reference: Reference, *, weight: float = 0.5, is_base: bool) -> Separated:
-    """The index (`weight` is λ) of states (L, N, d) with interval, null and, for an arm, difference; other indices.
+    """The index (`weight` is λ) of states (L, N, d) with interval, null and, for an arm, difference; CHI and XBI.
 
     Everything is nan for a diverged arm, whose states are not finite.
     """
@@ -406,9 +382,9 @@ def measure(states: Array, plan: Design, reference: Reference, *, weight: float 
     arm, base = indices(grams), None if is_base else indices(reference.gram)
     clusters = _of_labels(grams, plan.unsafe[None])
     layers: list[dict[str, float]] = []
-    for i, layer in enumerate(points):
+    for i in range(len(points)):
         chi, xbi = float(clusters.calinski_harabasz[i, 0]), float(clusters.xie_beni[i, 0])
-        others = zip(_CLUSTERS, (chi, xbi, *silhouette_davies_bouldin_dunn(layer, plan.unsafe)), strict=True)
-        layers.append({**_figures(arm.layer(i), None if base is None else base.layer(i)), **dict(others)})
+        figures = _figures(arm.layer(i), None if base is None else base.layer(i))
+        layers.append(figures | {"calinski_harabasz": chi, "xie_beni": xbi})
     overall = _figures(arm.mean(), None if base is None else base.mean())
     return Separated(overall | {name: float(np.mean([layer[name] for layer in layers])) for name in _CLUSTERS}, layers)

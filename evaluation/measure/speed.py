@@ -11,8 +11,9 @@ request; `load` has none. None marks a figure that a server did not give.
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
+
+from scipy.special import bdtr
 
 from export.engines.engine import Phases
 
@@ -74,13 +75,6 @@ def _total(values: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(values) else None
 
 
-def tokens_per_second(rows: Sequence[Mapping[str, Any]], arm: str, phase: str) -> float:
-    """Σtokens / Σtime of an arm in a phase; NaN if nothing was measured."""
-    complete = [row for row in rows if row["arm"] == arm and row["phase"] == phase and None not in row.values()]
-    seconds = sum(row["nanoseconds"] for row in complete) / 1e9
-    return float(sum(row["tokens"] for row in complete) / seconds) if seconds else float("nan")
-
-
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """{arm, phase, unit, median, low, high, confidence, repetitions} over the repetitions that have a figure.
 
@@ -120,24 +114,12 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> dict[str, f
     `confidence` is what they do reach.
     """
     ordered, n = sorted(values), len(values)
-    best, confidence = _rank(n, level)
+    missed = [2 * float(bdtr(k - 1, n, 0.5)) for k in range(1, max(1, n // 2) + 1)]  # by the k-th pair
+    best = max(1, sum(1 - each >= level for each in missed))
+    confidence = 1 - missed[best - 1] if n > 1 else 0.0
     return {
         "median": statistics.median(ordered),
         "low": ordered[best - 1],
         "high": ordered[n - best],
         "confidence": confidence,
     }
-
-
-@cache  # exact integers with as many bits as there are repetitions
-def _rank(n: int, level: float) -> tuple[int, float]:
-    """(k of the pair of order statistics, its confidence)."""
-    best, confidence = 1, 0.0
-    missed, ways = 0, 1  # of 2ⁿ equally likely sign patterns: those with fewer than k, and with exactly k, below
-    for k in range(1, n // 2 + 1):
-        missed, ways = missed + ways, ways * (n - k + 1) // k
-        reached = 1 - 2 * missed / 2**n
-        if k > 1 and reached < level:
-            break
-        best, confidence = k, reached
-    return best, confidence

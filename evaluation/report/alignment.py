@@ -13,7 +13,7 @@ SPLIT = "alignment"
 INDEX, DELTA, NULL = "alignment_index", "delta_alignment_index", "alignment_null"
 """The index with a bootstrap interval over prompts; above its own mean under shuffled labels, minus the same of the
 base; and its mean and 95% range under shuffled labels."""
-CLUSTER_INDICES = ("calinski_harabasz", "xie_beni", "silhouette", "davies_bouldin", "dunn")
+CLUSTER_INDICES = ("calinski_harabasz", "xie_beni")
 
 
 def measured(run: ScoredRun, name: str) -> Interval | None:

@@ -1,6 +1,5 @@
 """Data sets on the Hugging Face hub, and folders in its format; code that comes with them is never run."""
 
-import errno
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +16,6 @@ from trainers.words import suggest
 
 HUB = "hub:"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_FORBIDDEN = (errno.EACCES, errno.EPERM)  # of a hub data set: to write into the cache
 
 
 @dataclass(frozen=True)
@@ -117,25 +114,24 @@ def _places(folder: Path, subset: str | None, usual: str | None) -> list[_Place]
 @contextmanager
 def _explained(source: str, name: str, subset: str | None, split: str | None, revision: str | None) -> Iterator[None]:
     """Turns what a user can fix into one sentence; a bug of ours keeps its traceback."""
+    import httpx
+    from datasets.exceptions import DatasetsError
+
     try:
         yield
-    except Exception as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError, httpx.HTTPError, yaml.YAMLError) as error:
+        of_split = f" (split {split!r})" if split else ""
         local = not source.startswith(HUB)
-        problem = _explain(error, local, name, subset, f" (split {split!r})" if split else "", revision)
-        if problem is None:
-            raise
-        raise EvaluationError(problem) from error
+        raise EvaluationError(_explain(error, local, name, subset, of_split, revision)) from error
 
 
-def _explain(
-    error: Exception, local: bool, name: str, subset: str | None, of_split: str, revision: str | None
-) -> str | None:
+def _explain(error: Exception, local: bool, name: str, subset: str | None, of_split: str, revision: str | None) -> str:
     import httpx
     from datasets.data_files import EmptyDatasetError
-    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
     from huggingface_hub import constants
 
-    text = " ".join(str(error).split())
+    text = " ".join(f"{error}: {error.__cause__}".split() if error.__cause__ else str(error).split())
     login = "log in with `hf auth login`, or set HF_TOKEN"
     at, folder = f" --revision {revision}" if revision else "", f"inputs/{name.rsplit('/', 1)[-1]}"
     elsewhere = (
@@ -148,35 +144,23 @@ def _explain(
                 "there is no data file; expected the hub's format: Parquet, JSON or CSV files with the split in their "
                 "names, e.g. train-00000-of-00001.parquet, and everything that its README.md names."
             )
-        case OSError() if error.errno in (_DISK_FULL if local else (*_DISK_FULL, *_FORBIDDEN)):
-            return f"the data set could not be stored on the disk: {text}"
-        case DatasetNotFoundError() | OSError() | httpx.HTTPError() if local:
-            return (
-                f"the folder could not be read ({type(error).__name__}: {text}); expected all files that its README.md "
-                "names, and permission to read them."
-            )
-        case DatasetNotFoundError() if "gated" in text:
-            page = f"https://huggingface.co/datasets/{name}"
-            return f"the hub data set {name} is gated: ask for access on {page}, then {login}; or {elsewhere}"
-        case DatasetNotFoundError() if text.startswith("Revision"):
-            return f"the hub data set {name} has no revision {revision!r}; expected a branch, a tag or a commit."
-        case DatasetNotFoundError():
-            return f"the hub has no data set {name}, or it is private: expected org/name; for one of your own {login}."
         case RuntimeError() if "scripts are no longer supported" in text:
             return "its rows come from a script, which is not run; expected Parquet, JSON or CSV files."
-        case DatasetsError():
-            cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
-            hint = " With the file itself as source, its rows are judged one by one." if local else ""
-            return f"the data set{of_split} could not be read: {text}{cause}.{hint}"
         case ValueError() if "BuilderConfig" in text or "Config name is missing" in text:
             names = re.findall(r"'([^']*)'", text[text.find("[") :].partition("]")[0])
             got = f"there is no subset {subset!r}" if subset else "it has several subsets; name one of them"
             return f"{got}{suggest(subset or '', names)}."
-        case yaml.YAMLError():
-            return f"the settings at the top of its README.md are not YAML: {text}"
-        case ValueError():
-            return f"the {'folder' if local else 'hub data set'}{of_split} could not be opened: {text}"
-        case OSError() | httpx.HTTPError():
+        case DatasetNotFoundError() if not local and "gated" in text:
+            page = f"https://huggingface.co/datasets/{name}"
+            return f"the hub data set {name} is gated: ask for access on {page}, then {login}; or {elsewhere}"
+        case DatasetNotFoundError() if not local and text.startswith("Revision"):
+            return f"the hub data set {name} has no revision {revision!r}; expected a branch, a tag or a commit."
+        case DatasetNotFoundError() if not local:
+            return f"the hub has no data set {name}, or it is private: expected org/name; for one of your own {login}."
+        case ConnectionError() | httpx.HTTPError() if not local:
             offline = ", HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
             return f"the Hugging Face hub cannot be reached ({type(error).__name__}: {text}{offline}); {elsewhere}"
-    return None
+    kind, hint = "hub data set", ""
+    if local:
+        kind, hint = "folder", " With the file itself as source, its rows are judged one by one."
+    return f"the {kind}{of_split} could not be read ({type(error).__name__}: {text}).{hint}"

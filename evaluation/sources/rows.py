@@ -182,7 +182,6 @@ def read_recipe(task: Task, where: RowSource) -> RecipeRows:
         "rejected_rows": len(rejected),
         "duplicate_rows": sum(r.reason.startswith(_DUPLICATE) for r in rejected),
         "too_long_rows": sum(r.reason.startswith(_TOO_LONG) for r in rejected),
-        "first_rejections": [f"{r.split} row {r.row}, column {r.column}: {r.reason}" for r in rejected[:5]],
     }
     return RecipeRows(train, test, rejected, notes, facts)
 
@@ -213,7 +212,6 @@ def _tables(
         "subset": data.subset,
         "train_split": train,
         "test_split": test,
-        "available_splits": list(data.splits),
         "revision": tables[train].revision,
     }
     return tables, facts, notes
@@ -252,7 +250,7 @@ class _Split:
         table = self.fields.table
         if self.fields.commas:
             self.notes.append(f"Decimal commas are read as points in {', '.join(self.fields.commas)}.")
-        labels = self._labels_by_name()
+        labels = {name: table.labels[c] for name, c in self.fields.columns.items() if c in table.labels}
         first: dict[Hashable, tuple[int, str]] = {}  # context → first row that has it, and its completion
         self.items, self.rejected = read_rows(
             table,
@@ -267,12 +265,6 @@ class _Split:
         lost = sum(raw.lost for raw in table.rows)
         if lost:
             self.notes.append(f"{lost} more rows are lost in unclosed quotes; data/rejected.jsonl shows where.")
-        if (part := len(self.rejected) / len(table.rows)) > 0.5:
-            commonest = _by_reason(self.rejected)[0]
-            self.notes.append(
-                f"WARNING: {part:.0%} of the rows of split {self.split!r} were refused, more than half; check columns "
-                f"and max_chars. Most frequent reason ({len(commonest)} rows): {commonest[0].reason}"
-            )
         faults = [r for r in self.rejected if not r.reason.startswith((_DUPLICATE, _TOO_LONG))]
         rows, refused = len(table.rows) + lost, len(faults) + lost
         if refused <= self.where.max_refused * rows:
@@ -284,7 +276,8 @@ class _Split:
         ]
 
     def _item(self, raw: RawRow, labels: Mapping[str, list[str]], first: dict[Hashable, tuple[int, str]]) -> Item:
-        values = self._values(raw)
+        values = {name: getattr(self.where, name) for name in getattr(self.task, "ROW_SETTINGS", ())}
+        values |= self.fields.values(raw)
         for name, names in labels.items():
             position = values[name]
             if isinstance(position, int) and 0 <= position < len(names):
@@ -304,33 +297,3 @@ class _Split:
             raise RowError("id", f"row {self.ids[item.id]} has the id {item.id!r} too; ids must be unique")
         self.ids[item.id] = raw.row
         return item
-
-    def _values(self, raw: RawRow) -> dict[str, object]:
-        """Field → value, plus the task's settings for rows."""
-        settings = {name: getattr(self.where, name) for name in getattr(self.task, "ROW_SETTINGS", ())}
-        return settings | self.fields.values(raw)
-
-    def _labels_by_name(self) -> dict[str, list[str]]:
-        """Field → class names, if this data set numbers its classes differently from the task; names are read then."""
-        by_name: dict[str, list[str]] = {}
-        for name, column in self.fields.columns.items():
-            names = self.fields.table.labels.get(column, [])
-            answers = [
-                (self._answer(name, position), self._answer(name, label)) for position, label in enumerate(names)
-            ]
-            if any(of_name is not None and of_name != of_number for of_number, of_name in answers):
-                by_name[name] = names
-                self.notes.append(
-                    f"Split {self.split!r}: {column} numbers its classes differently from "
-                    f"{self.task.NAME}; they are read by name ({', '.join(names)})."
-                )
-        return by_name
-
-    def _answer(self, name: str, value: object) -> str | None:
-        """The completion of the first usable row, with another value in one field."""
-        for raw in self.fields.table.rows[:100]:
-            try:
-                return self.task.make_item("", {**self._values(raw), name: value}).completion
-            except RowError:
-                continue
-        return None

@@ -17,7 +17,6 @@ from evaluation import EvaluationError
 
 _BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
          codecs.BOM_UTF16_BE: "UTF-16"}  # fmt: skip
-_ESCAPE = b"\\ud"  # how an escape of half a character begins
 _BATCH = 10_000  # rows converted to Python values at once: QNLI's 105,000 take less than a second
 _UNREADABLE = (ValueError, OverflowError)  # text that is not UTF-8, or a time that Python cannot represent
 _CANDIDATES = ["cp1252", "cp1250", "cp1251", "cp1253", "mac_roman"]  # Western, Central European, Cyrillic, Greek, Mac
@@ -110,9 +109,6 @@ def _recognized_encoding(data: bytes) -> str:
     for bom, name in _BOMS.items():
         if data.startswith(bom):
             return name
-    even, odd = (data[parity:4000:2].count(0) / 2000 * max(1.0, 4000 / len(data or b"0")) for parity in (0, 1))
-    if max(even, odd) > 0.7 and min(even, odd) < 0.1:  # every other byte of Latin letters in UTF-16 is zero
-        return "utf-16-le" if odd > even else "utf-16-be"
     invalid = _not_utf8(data, 0)
     if invalid is None:
         return "utf-8"
@@ -253,8 +249,7 @@ def _read_json(data: bytes, start: int) -> Table:
                 raise EvaluationError(f"expected a JSON array of objects, got broken JSON ({error}).") from error
         else:
             if isinstance(array, list):
-                doubtful = not text.isascii() or _ESCAPE in data.lower()
-                return _json_table([(None, *_checked(value, doubtful)) for value in array])
+                return _json_table([(None, *_checked(value)) for value in array])
     rows: list[tuple[int | None, dict[str, object], str | None]] = []
     offset = start
     for number, line in enumerate(data.split(b"\n"), start=1):
@@ -285,15 +280,15 @@ def _json_object(line: bytes, offset: int) -> tuple[dict[str, object], str | Non
     value, problem = _parsed(line)
     if problem:
         return raw, problem
-    values, fault = _checked(value, _ESCAPE in line.lower())
+    values, fault = _checked(value)
     return (raw if fault else values), fault
 
 
-def _checked(value: object, doubtful: bool) -> tuple[dict[str, object], str | None]:
-    """The object and what is wrong with it; `doubtful`: it may contain text that UTF-8 cannot encode."""
+def _checked(value: object) -> tuple[dict[str, object], str | None]:
+    """The object and what is wrong with it."""
     if not isinstance(value, dict):
         return {"(value)": value}, f"expected a JSON object, got {type(value).__name__}"
-    for name, cell in value.items() if doubtful else ():
+    for name, cell in value.items():
         try:
             json.dumps([name, cell], ensure_ascii=False).encode()
         except UnicodeEncodeError as error:

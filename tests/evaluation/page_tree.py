@@ -147,7 +147,11 @@ def _metrics(arm: str, seed: int) -> list[dict[str, Any]]:
     found = {("general", "perplexity"): 5 + number, ("general", "loss"): 1.6 + number / 10}
     found |= {("alignment", f"alignment_index{end}"): value for end, value in index.items()}
     found |= {("alignment", f"alignment_null_{name}"): v for name, v in (("mean", 0.1), ("low", 0.05), ("high", 0.2))}
-    found |= {("alignment", "alignment_p_value"): 0.001, ("alignment", "silhouette"): 0.3, ("alignment", "dunn"): 0.5}
+    found |= {
+        ("alignment", "alignment_p_value"): 0.001,
+        ("alignment", "calinski_harabasz"): 0.3,
+        ("alignment", "xie_beni"): 0.5,
+    }
     if arm != "base":
         found |= {("weights", "update_norm"): 3 + number, ("weights", "effective_rank"): 6 - number / 2,
                   ("hidden", "drift_relative"): 0.1 * number}  # fmt: skip

@@ -112,8 +112,6 @@ def test_answered_items_are_not_asked_again_and_rows_keep_their_order(tmp_path):
 
 
 @pytest.mark.parametrize("broken", [b'{"split": "test", "item_id": "i', b"\x00\x00\x00\n", b'{"item_id": "i2"}\n',
-                                    b'{"split": "test", "item_id": "i1", "answer": 3, "prompt_tokens": 1, '
-                                    b'"answer_tokens": 1, "finish_reason": "stop"}\n',
                                     b"\xff\xfe\n", b"[1]\n"])  # fmt: skip
 def test_a_broken_line_costs_its_own_item_only(tmp_path, broken):
     path = tmp_path / "j.jsonl"
@@ -128,17 +126,6 @@ def test_a_broken_line_costs_its_own_item_only(tmp_path, broken):
     assert len(rest.asked) == 5
     with Journal(path) as journal:
         assert journal.resumed == 10  # the file is whole again
-
-
-def test_an_answer_cannot_be_added_twice(tmp_path):
-    row = {"split": "s", "item_id": "i", "answer": "\ud800 \n\u2028"}
-    row |= dict.fromkeys(("prompt_tokens", "answer_tokens", "finish_reason"))
-    with Journal(tmp_path / "j.jsonl") as journal:
-        journal.add(row)
-        with pytest.raises(ValueError, match="one answer for each item"):
-            journal.add(row)
-    with Journal(tmp_path / "j.jsonl") as journal:
-        assert journal.get("s", "i") == row
 
 
 def test_an_engine_that_skips_items_is_noticed():

@@ -75,7 +75,7 @@ def add_rows(tree: Path, arm: str, seed: int, *, metrics: list[dict[str, Any]], 
 
 def alignment(index: float, delta: float | None, p_value: float | None = 0.002) -> list[dict[str, Any]]:
     values = {"alignment_null_mean": 0.02, "alignment_null_low": 0.01, "alignment_null_high": 0.05,
-              "alignment_p_value": 0.001, "silhouette": 0.33}  # fmt: skip
+              "alignment_p_value": 0.001, "xie_beni": 0.33}  # fmt: skip
     for name, value in (("alignment_index", index), ("delta_alignment_index", delta)):
         if value is not None:
             values |= {name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1}

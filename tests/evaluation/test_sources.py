@@ -253,8 +253,7 @@ def test_problems_of_a_whole_file_are_named_at_once(tmp_path):
 def test_a_european_excel_file_is_read_and_its_layout_reported(tmp_path):
     columns = {"pm25": "PM2,5 µg/m³", "co": "CO"}
     text = "Messstation: Zürich\n\nOrt;PM2,5 µg/m³;CO\nZürich;35,9;1,250\nBern;8;0,4\n"
-    for encoding, message in (("utf-8", ""), ("utf-8-sig", ""), ("cp1252", "as cp1252, "), ("utf-16", "as UTF-16, "),
-                           ("utf-16-le", "as utf-16-le, ")):  # fmt: skip
+    for encoding, message in (("utf-8", ""), ("utf-8-sig", ""), ("cp1252", "as cp1252, "), ("utf-16", "as UTF-16, ")):
         result = read(tmp_path, text.encode(encoding), columns=columns)
         assert [readings(i) for i in result.train] == [{"pm25": 35.9, "co": 1.25}, {"pm25": 8, "co": 0.4}]
         note = result.notes[0]
@@ -404,7 +403,7 @@ def test_every_row_is_an_item_or_refused_with_row_column_and_reason(tmp_path):
     assert [(i.id, i.prompt, i.completion) for i in made.train] == [
         ("small-train-1", "a", "yes"), ("small-train-6", "b", "no"), ("small-train-8", "x" * 27, "yes")]  # fmt: skip
     assert made.test is None and (made.facts["duplicate_rows"], made.facts["too_long_rows"]) == (2, 1)
-    assert any("70% of the rows" in note for note in made.notes) and made.facts["rows"] == {"train": 10}
+    assert made.facts["rows"] == {"train": 10}
     assert [(r.row, r.line, r.column, r.reason.split(" (")[0]) for r in made.rejected] == [
         (2, 2, "question", "question: expected text, got 3"),
         (3, 3, "label", "label: expected yes or no, got 'maybe'"),
@@ -488,25 +487,16 @@ def test_splits_that_do_not_exist_or_have_no_usable_row_are_named(tmp_path):
     assert head.startswith("split 'test': no row is left, all 2") and len(rows) == 2 and "row 1: label: " in rows[0]
 
 
-@pytest.mark.parametrize(
-    ("names", "expected", "message"),  # of names that the recipe does not know its own numbers count
-    [(["yes", "no"], ["yes", "no"], False), (["Y", "N"], ["yes", "no"], False), (["no", "yes"], ["no", "yes"], True)],
-)
-def test_classes_numbered_differently_are_read_by_name(tmp_path, names, expected, message):
-    """A number alone would turn every label round."""
-    seen = []
-    task = types.SimpleNamespace(
-        **{**vars(SMALL), "make_item": lambda i, r: seen.append(r["label"]) or make_item(i, r)}
-    )
-    made = Dataset.from_dict({"question": ["a", "b"], "label": [0, 1]}).cast_column("label", ClassLabel(names=names))
+def test_numbered_classes_are_read_by_name(tmp_path):
+    """A number alone would turn every label round if the data set numbers its classes differently from the task."""
+    rows = Dataset.from_dict({"question": ["a", "b", "c"], "label": [0, 1, -1]})
     file = tmp_path / "d" / "train-00000-of-00001.parquet"
     file.parent.mkdir()
-    made.to_parquet(file)
+    rows.cast_column("label", ClassLabel(names=["no", "yes"])).to_parquet(file)
     for source in (file, file.parent):
-        results = read_recipe(task, Where(source=str(source), columns={}))
-        assert [i.completion for i in results.train] == expected
-        assert any("numbers its classes" in note for note in results.notes) == message
-        assert seen[-2:] == (expected if message else [0, 1]), "the number is given as stored"
+        results = small(str(source))
+        assert [i.completion for i in results.train] == ["no", "yes"]
+        assert "expected one of no, yes, got -1" in reasons(results)[3]
 
 
 # --- the hub, and folders in its format ---
@@ -575,9 +565,9 @@ def test_a_missing_subset_is_answered_with_the_existing_ones(tmp_path):
     ("files", "message"),
     [({}, "there is no data file"),
      ({"train.jsonl": '{"a": 1}\n{"a":\n'}, "JSON parse error.*the file itself as source"),
-     ({"train.parquet": "PAR1"}, "could not be opened: .*Parquet"),
+     ({"train.parquet": "PAR1"}, "could not be read .*Parquet"),
      ({"d.py": "raise SystemExit(3)", "train.jsonl": '{"a": 1}\n'}, "come from a script, which is not run"),
-     ({"README.md": "---\na: [\n---\n", "train.jsonl": '{"a": 1}\n'}, "README.md.*not YAML|could not be opened")],
+     ({"README.md": "---\na: [\n---\n", "train.jsonl": '{"a": 1}\n'}, "could not be read .*(YAML|pars)")],
 )  # fmt: skip
 def test_folders_that_cannot_be_read(tmp_path, files, message):
     folder = tmp_path / "d"
@@ -606,9 +596,9 @@ def test_offline_gives_one_sentence_and_no_network_request(monkeypatch):
      (0, DatasetNotFoundError("Dataset 'o/n' doesn't exist on the Hub or cannot be"), "has no data set o/n,"),
      (0, DatasetNotFoundError("Revision 'r' doesn't exist for dataset 'o/n'"), "has no revision 'r'"),
      (0, ValueError("Unknown split \"dev\". Should be one of ['train']"), "split 'dev'.*one of .'train'"),
-     (0, OSError(28, "No space left on device"), "could not be stored on the disk"),
-     (1, PermissionError(13, "Permission denied", "x"), "the folder could not be read .PermissionError"),
-     (1, DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"), "the folder could not be read .DatasetNotFo")],
+     (0, OSError(28, "No space left on device"), "hub data set .*could not be read .OSError: .*No space left"),
+     (1, PermissionError(13, "Permission denied", "x"), "the folder .*could not be read .PermissionError"),
+     (1, DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"), "the folder .*could not be read .Dataset")],
 )  # fmt: skip
 def test_an_error_of_the_library_becomes_one_sentence(tmp_path, monkeypatch, local, error, problem):
     def refuse(*_, **__):

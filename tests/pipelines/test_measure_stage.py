@@ -18,7 +18,7 @@ from pipelines.check import parse_params
 from pipelines.params import ConfigError
 
 INDEX = [f"alignment_{n}" for n in "index index_low index_high null_mean null_low null_high p_value".split()]
-CLUSTERS = ["calinski_harabasz", "xie_beni", "silhouette", "davies_bouldin", "dunn"]
+CLUSTERS = ["calinski_harabasz", "xie_beni"]
 DELTA = [f"delta_alignment_{n}" for n in "index index_low index_high null_low null_high p_value".split()]
 GENERAL = ["loss", "perplexity", "perplexity_high", "perplexity_low"]
 ANSWERS = [f"answer_{name}" for name in GENERAL]

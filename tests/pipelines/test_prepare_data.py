@@ -121,7 +121,6 @@ def test_rows_that_share_a_group_with_a_test_item_are_not_trained_on(stage, caps
     recipe_data.data_set("boolq", held).to_parquet(folder / "validation-00000-of-00001.parquet")
     result, record = stage(task="boolq", source="inputs/boolq", valid_items=4, test_items=5)
     assert record["extra"]["apart_rows"] == 3
-    assert record["extra"]["first_apart"] == ["boolq-train-21", "boolq-train-22", "boolq-train-23"]
     assert [len(result[s]) for s in SPLITS] == [16, 4, 1]
     output = capsys.readouterr().out
     assert "3 rows share a group or a prompt with a test item" in output
@@ -139,10 +138,7 @@ def test_rejected_rows_are_counted_listed_and_reported(stage, capsys):
     assert (extra["accepted_rows"], extra["rejected_rows"]) == (30, 43)
     assert (extra["duplicate_rows"], extra["too_long_rows"]) == (2, 1)
     assert [r["row"] for r in rows("data/rejected.jsonl")] == list(range(31, 74))
-    assert len(extra["first_rejections"]) == 5 and extra["first_rejections"][0].startswith("train row 31, column None:")
     output = capsys.readouterr().out
-    assert "WARNING: 59% of the rows of split 'train' were refused, more than half" in output
-    assert "(40 rows): answer: expected a solution that ends in #### and a number, got" in output
     assert "43 rows were rejected; data/rejected.jsonl" in output and "mine/d.jsonl lies outside inputs/" in output
 
 

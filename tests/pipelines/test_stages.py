@@ -1,6 +1,5 @@
 """Stages called as functions, in a separate folder."""
 
-import csv
 import json
 import re
 import shutil
@@ -28,47 +27,6 @@ def params(tmp_path, monkeypatch):
         return parse_params(raw)
 
     return make
-
-
-def rows(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
-
-
-def write_csv(path, header, data):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *data])
-
-
-def test_a_users_csv(params):
-    good = [[f"{5 + i * 0.7:.1f}", f"{i % 90}"] for i in range(60)]
-    write_csv("air.csv", ["PM25", "NO2ppb"], [*good, ["abc", "3"], good[0], ["", ""]])
-    prepare_data.run(
-        params(
-            prepare_data={
-                "source": "air.csv",
-                "columns": {"pm25": "PM25", "no2": "NO2ppb"},
-                "train_items": 40,
-                "valid_items": 10,
-                "test_items": 10,
-            }
-        )
-    )
-    kept = [r for s in ("train", "valid", "test") for r in rows(f"data/{s}.jsonl")]
-    rejected = rows("data/rejected.jsonl")
-    assert len(kept) == 60 and len({r["id"] for r in kept}) == 60
-    assert [r["row"] for r in rejected] == [61, 62, 63]
-    assert "abc" in rejected[0]["reason"]
-    extra = json.load(open("data/run.json"))["extra"]
-    assert extra["accepted_rows"] == 60 and extra["rejected_rows"] == 3 and extra["unused_rows"] == 0
-
-
-def test_own_texts_and_given_truth(params):
-    write_csv("qa.csv", ["q", "a", "v"], [[f"Air in town {i}?", f"It is {i}", str(i)] for i in range(30)])
-    columns = {"prompt": "q", "completion": "a", "aqi": "v"}
-    prepare_data.run(params(prepare_data={"source": "qa.csv", "columns": columns}))
-    item = rows("data/test.jsonl")[0]
-    assert item["prompt"] == f"Air in town {item['truth']['aqi']}?"
-    assert item["completion"] == f"It is {item['truth']['aqi']}"
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "/no/such/folder", "a/b/c", "no spaces allowed/x y"])
