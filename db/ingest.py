@@ -98,10 +98,9 @@ def fill(session: Session, archived: Mapping[str, Bundle], current: set[str]) ->
     runs: list[Run] = []
     rows: dict[Table, list[Row]] = {table: [] for table in _ROWS}
     for run_id, (key, bundle) in enumerate(sorted(archived.items(), key=_order), start=1):
-        for record in bundle.stages.values():
-            place = environment_row(record)
-            place = environments.setdefault(place["key"], {"id": len(environments) + 1, **place})
-        # `place` is now that of the evaluation, the last stage.
+        for place in map(environment_row, bundle.stages.values()):
+            environments.setdefault(place["key"], {"id": len(environments) + 1, **place})
+        place = environments[environment_row(bundle.stages["evaluate"])["key"]]
         identity = {"id": run_id, "run_key": key, "is_current": key in current, "environment_id": place["id"]}
         runs.append(run_of(bundle, identity))
         for table, make in _ROWS.items():

@@ -291,12 +291,10 @@ def _notes(rows: Sequence[ArmRow], on_disk: Sequence[str]) -> Iterable[str]:
     differences = [difference for row in rows for difference in row.differences]
     of_one_seed = [difference for difference in differences if difference.level == "items"]
     if of_one_seed:
-        exact = all(difference.binary for difference in of_one_seed)
-        test = "McNemar's exact test" if exact else "a paired randomization test (signs flipped)"
         yield (
-            f"Differences of one seed rest on a bootstrap over items and on {test}. They say nothing about other "
-            "seeds. No arm is therefore called better or worse than another arm, nor than the base unless the whole "
-            f"interval is more than {SEED_MARGIN:.0f} points from zero."
+            "Differences of one seed rest on a bootstrap over items and on an exact or randomization test. They say "
+            " nothing about other seeds. No arm is therefore called better or worse than another arm, nor than the "
+            f"base unless the whole interval is more than {SEED_MARGIN:.0f} points from zero."
         )
     if not all(difference.binary for difference in differences):
         yield "Answers get credit from 0 to 1 instead of right or wrong; scores are mean credit in percent."

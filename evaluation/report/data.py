@@ -61,17 +61,9 @@ def _plain(value: Any) -> Any:
 
 
 def _provenance(run: ScoredRun) -> dict[str, object]:
-    names = ("arm", "seed", "run_key", "git_commit", "git_dirty", "serving_mode", "test_items_sha256")
-    return {
-        **{name: getattr(run, name) for name in names},
-        "backend": f"{run.backend_name} {run.backend_version}",
-        "device": f"{run.device_class}: {run.place.device_name or 'unnamed'}",
-        "platform": run.place.platform,
-        "python": run.place.python,
-        "packages": dict(sorted(run.place.packages.items())),
-        "started": run.started.isoformat(),
-        "ended": run.ended.isoformat(),
-    }
+    names = {"arm", "seed", "run_key", "git_commit", "git_dirty", "backend_name", "backend_version", "serving_mode",
+             "device_class", "test_items_sha256", "started", "ended"}  # fmt: skip
+    return run.model_dump(mode="json", include=names) | {"environment": dict(run.place._mapping)}
 
 
 def as_csv(comparison: Comparison) -> str:

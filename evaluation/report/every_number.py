@@ -24,15 +24,8 @@ def _differences(comparison: Comparison) -> list[Block]:
     differences = [(row.arm, d) for row in comparison.rows for d in row.differences]
     if not differences:
         return []
-    binary = all(d.binary for _, d in differences)
-    test = "McNemar's exact test"
-    if not binary:
-        test = (
-            f"a paired randomization test of the mean (all sign flips up to {MOST_EXACT} differing items, 10,000 at "
-            "random beyond; McNemar's exact test where every answer is right or wrong)"
-        )
     headers = ("Arm", "Against", "Points [95%]", "Over items alone", "Over seeds alone", "Level", "Items", "Seeds",
-               "Seed by seed", "Gained, lost" if binary else "Items better, worse", "p", "p (Holm)",
+               "Seed by seed", "Items better, worse", "p", "p (Holm)",
                "Outcome")  # fmt: skip
     lines = [
         (arm_cell(arm), d.against, interval(d.points, sign=True, digits=2), interval(d.items_only, sign=True, digits=2),
@@ -43,8 +36,10 @@ def _differences(comparison: Comparison) -> list[Block]:
     words = (
         "The outcome rests on the 95% interval: over seeds and items where there are several seeds, otherwise over "
         "items. An interval over items alone takes these seeds as the only ones. One over seeds alone takes these "
-        f"items as the only ones; it is a check with plain Student's t. p: {test} with one seed, Student's t over "
-        "seeds and items with several. Holm: corrected for several arms."
+        "items as the only ones; it is a check with plain Student's t. p with one seed: McNemar's exact test where all "
+        f"answers are right or wrong, else a paired randomization test of the mean (all sign flips up to {MOST_EXACT} "
+        "differing items, 10,000 at random beyond); with several, Student's t over seeds and items. Holm: corrected "
+        "for several arms."
     )
     return [Table(f"Paired differences of {comparison.primary.long}", headers, lines), Text(words, "note")]
 

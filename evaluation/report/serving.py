@@ -42,7 +42,6 @@ class PrecisionRow:
     answers_equal: float  # items answered with the same text as in f16, percent
     fallbacks: int  # tensors in another format than asked for (rows no multiple of its block), most of all seeds
     tensors: int
-    binary: bool  # whether all answers are right or wrong, none in between
 
 
 def precision_rows(runs: Iterable[ScoredRun]) -> list[PrecisionRow]:
@@ -78,7 +77,6 @@ def _precision(name: str, seeds: Sequence[tuple[ScoredRun, Any]]) -> PrecisionRo
         answers_equal=100 * fmean(row.answers_equal_to_f16 for row in rows),
         fallbacks=max(row.fallbacks for row in rows),
         tensors=sum(rows[0].tensor_types.values()),
-        binary=binary,
     )
 
 
@@ -164,9 +162,8 @@ def precisions(comparison: Comparison) -> Section | None:
     rows, title = [each for row in comparison.rows for each in precision_rows(row.runs)], comparison.primary.title
     if not rows:
         return None
-    counts, change = _counts(rows)
     headers = ("Arm", "Type", "Size, MB", "Bits per weight", f"{title}, % [95%]", "Δ to f16, points [95%]",
-               counts, "Same answer as f16, %", "Fallback tensors")  # fmt: skip
+               "Items better, worse", "Same answer as f16, %", "Fallback tensors")  # fmt: skip
     lines = [
         (Cell(row.arm, arm=row.arm, hint=seeds_text(row.seeds)), row.type, number(row.megabytes, digits=2),
          number(row.bits_per_weight, digits=2), interval(row.accuracy), interval(row.delta, sign=True),
@@ -177,7 +174,7 @@ def precisions(comparison: Comparison) -> Section | None:
     items = ", ".join(str(n) for n in sorted({row.items for row in rows}))
     words = [
         f"Each model in other precisions, on the same {items} test items, served by llama.cpp. Size is the file's, "
-        f"bits per weight the tensors'. {counts}: items that {change} compared with f16. The difference is "
+        f"bits per weight the tensors'. Items are better or worse than with f16; the difference is "
         "paired by item; an interval of zero width means that no item changed, not that none could."
     ]
     if any(len({row.seeds for row in rows if row.arm == arm}) > 1 for arm in {row.arm for row in rows}):
@@ -192,10 +189,3 @@ def precisions(comparison: Comparison) -> Section | None:
         )
     table = Table("Other precisions on the same test items", headers, lines)
     return Section("Quantization", (Text(" ".join(words)), table), brief=4)
-
-
-def _counts(rows: Sequence[PrecisionRow]) -> tuple[str, str]:
-    """What the counts of changed items are called, and what these items do."""
-    if all(row.binary for row in rows):
-        return "Gained, lost", "turned right or wrong"
-    return "Items better, worse", "got more or less credit"

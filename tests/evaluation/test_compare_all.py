@@ -263,7 +263,7 @@ def test_every_format_says_the_same(path):
         assert record["delta_aqi_verdict"] == difference["verdict"]
         shown = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*bounds)
         assert f"| {shown} ({difference['verdict']}; p = {difference['p_holm']:.2g}) |" in text
-    assert content["runs"][0]["packages"] == {"peft": "0.21.2", "torch": "2.13.0"}
+    assert content["runs"][0]["environment"]["packages"] == {"peft": "0.21.2", "torch": "2.13.0"}
     assert content["verdicts"] == list(compared(path).outcomes) and records[0]["delta_aqi_verdict"] == ""
     hybrid, pure = records[2:]
     assert float(hybrid["aqi_against_baseline_lora"]) == pytest.approx(4)
