@@ -255,9 +255,9 @@ class Reader:
 
     def drop_stale(self, stages: dict[str, RunRecord]) -> str | None:
         """Drop optional stages that used other files than those on disk; returns why the run itself is stale, if so."""
-        made = {file.path: file.sha256 for record in stages.values() for file in record.artifacts}
-        of_base = {} if self.arm == BASE else self.files_of_base()
-        used = {
+        outputs = {file.path: file.sha256 for record in stages.values() for file in record.artifacts}
+        base_files = {} if self.arm == BASE else self.files_of_base()
+        inputs = {
             path: sha
             for stage in ("export", "evaluate")
             if stage in stages
@@ -265,7 +265,7 @@ class Reader:
         }
         for stage, record in list(stages.items()):
             is_benchmark = stage.startswith("harness/")  # may have left params.yaml, and then nothing runs it again
-            now = (used | made) if is_benchmark else (of_base | made) if _optional(stage) else made
+            now = (inputs | outputs) if is_benchmark else (base_files | outputs) if _optional(stage) else outputs
             stale = next((path for path, sha in record.inputs.items() if now.get(path, sha) != sha), None)
             if stale is None:
                 continue

@@ -54,13 +54,13 @@ def _frame(session: Session, name: str) -> pd.DataFrame:
     """Rows in a fixed order: by key, or by all columns of a view."""
     import pandas as pd
 
-    known = METADATA.tables.get(name)
-    query = text(f"SELECT * FROM {name}") if known is None else select(known).order_by(*known.primary_key.columns)  # noqa: S608  of a known name
-    result = session.execute(query)
+    table = METADATA.tables.get(name)
+    view = text(f"SELECT * FROM {name}")  # noqa: S608  of a known name
+    result = session.execute(view if table is None else select(table).order_by(*table.primary_key.columns))
     columns = list(result.keys())
     rows = [[_json(value) if isinstance(value, dict | list) else value for value in row] for row in result]
     frame = pd.DataFrame(rows, columns=columns).convert_dtypes(dtype_backend="pyarrow")
-    return frame.sort_values(columns) if known is None else frame
+    return frame.sort_values(columns) if table is None else frame
 
 
 def _json(value: Any) -> str:

@@ -249,8 +249,8 @@ def _words(detail: ErrorDetails) -> str:
     if detail["type"] in ("missing", "value_error", "json_invalid"):
         return message
     value = detail["input"]
-    shown = repr(value[:80]) if isinstance(value, str) else json.dumps(value, default=str)[:80]
-    return f"{message}, got {shown}"
+    content = repr(value[:80]) if isinstance(value, str) else json.dumps(value, default=str)[:80]
+    return f"{message}, got {content}"
 
 
 def start_run(

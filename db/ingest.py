@@ -98,28 +98,28 @@ def fill(session: Session, archived: Mapping[str, Bundle], current: set[str]) ->
     runs: list[Run] = []
     rows: dict[Table, list[Row]] = {table: [] for table in _ROWS}
     for run_id, (key, bundle) in enumerate(sorted(archived.items(), key=_order), start=1):
-        for place in map(environment_row, bundle.stages.values()):
-            environments.setdefault(place["key"], {"id": len(environments) + 1, **place})
-        place = environments[environment_row(bundle.stages["evaluate"])["key"]]
-        identity = {"id": run_id, "run_key": key, "is_current": key in current, "environment_id": place["id"]}
+        for environment in map(environment_row, bundle.stages.values()):
+            environments.setdefault(environment["key"], {"id": len(environments) + 1, **environment})
+        environment = environments[environment_row(bundle.stages["evaluate"])["key"]]
+        identity = {"id": run_id, "run_key": key, "is_current": key in current, "environment_id": environment["id"]}
         runs.append(run_of(bundle, identity))
         for table, make in _ROWS.items():
-            made = (row_of(row) if isinstance(row, Record) else row for row in make(bundle))
-            rows[table] += [{"run_id": run_id, **row} for row in made]
+            own_rows = (row_of(row) if isinstance(row, Record) else row for row in make(bundle))
+            rows[table] += [{"run_id": run_id, **row} for row in own_rows]
         for benchmark, _ in bundle.benchmarks.values():  # if lm-eval uses one of our names, our definition is kept
             meanings = _defined(benchmark.metric_defs) | meanings
         meanings |= _meanings(bundle)
     runs = link(runs)
-    numbered = {table: [{"id": at, **row} for at, row in enumerate(found, start=1)] for table, found in rows.items()}
+    numbered = {table: [{"id": at, **row} for at, row in enumerate(each, start=1)] for table, each in rows.items()}
     content: dict[Table, list[Row]] = {
         tables.environment: list(environments.values()),
         tables.run: [run.model_dump() for run in runs],
         tables.metric_def: list(meanings.values()),
         **numbered,
     }
-    for table, found in content.items():
-        if found:
-            session.execute(insert(table), found)
+    for table, table_rows in content.items():
+        if table_rows:
+            session.execute(insert(table), table_rows)
     return [
         f"{run.arm}/{run.seed}: no base with the same items and backend and of the same model, so no differences"
         for run in runs

@@ -277,9 +277,9 @@ class ScoresRecord(Measurements):
 
     @model_validator(mode="after")
     def _consistent(self) -> ScoresRecord:
-        known = sorted(metric.name for metric in self.metrics if metric.split == "test")
-        if "task" in self.model_fields_set and self.task.primary not in known:
-            names = ", ".join(known) or "none"
+        metrics = sorted(metric.name for metric in self.metrics if metric.split == "test")
+        if "task" in self.model_fields_set and self.task.primary not in metrics:
+            names = ", ".join(metrics) or "none"
             raise ValueError(f"expected the primary metric {self.task.primary} in split test, got {names}")
         refuse_repeats("speed rows", ((row.arm, row.phase, row.repetition) for row in self.speed))
         others = sorted({row.arm for row in self.speed} - {self.arm, "base"})

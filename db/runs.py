@@ -87,7 +87,7 @@ def choose(runs: Iterable[Run], choice: Choice) -> tuple[list[Run], Counter[str]
     """
     on_disk = task_on_disk(runs := list(runs))
     task = choice.task or on_disk
-    asked = [
+    candidates = [
         run
         for run in runs
         if run.task == task
@@ -95,7 +95,7 @@ def choose(runs: Iterable[Run], choice: Choice) -> tuple[list[Run], Counter[str]
         and (run.arm == BASE or not choice.arms or run.arm in choice.arms)
         and (run.arm == BASE or not choice.seeds or run.seed in choice.seeds)
     ]
-    return [run for run in asked if run.is_latest], Counter(run.arm for run in asked if not run.is_latest)
+    return [run for run in candidates if run.is_latest], Counter(run.arm for run in candidates if not run.is_latest)
 
 
 def _age(run: Run) -> tuple[bool, datetime, int]:

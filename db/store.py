@@ -183,10 +183,10 @@ def _empty(connection: Connection, place: str) -> None:
         for view in VIEWS:
             connection.exec_driver_sql(f"DROP VIEW IF EXISTS {view} CASCADE")
         METADATA.drop_all(connection)
-    elif taken := existing & METADATA.tables.keys():
+    elif foreign := existing & METADATA.tables.keys():
         raise DatabaseError(
             f"a database of this version, or one without tables of our names, at {place}",
-            f"tables of something else, or of versions 1 to 4 ({', '.join(sorted(taken))})",
+            f"tables of something else, or of versions 1 to 4 ({', '.join(sorted(foreign))})",
             "name another database with --db, or move those tables away (ALTER TABLE … SET SCHEMA …)",
         )
     _create(connection)

@@ -80,8 +80,8 @@ class ArmRow(Scored):
     model_name: str = ""
     retention: float | None = None
     retention_interval: Interval | None = None
-    kept: Interval | None = None  # share of the base's retention accuracy, on the same items
-    kept_by_seed: Mapping[int, float] = field(default_factory=dict)
+    retention_kept: Interval | None = None  # share of the base's retention accuracy, on the same items
+    retention_kept_by_seed: Mapping[int, float] = field(default_factory=dict)
     decode_speed: float | None = None  # tokens per second
     speed: SpeedChange = field(default_factory=SpeedChange)
     metrics: Mapping[Key, float] = field(default_factory=dict)  # mean over seeds, in the metric's own unit
@@ -99,8 +99,8 @@ class ArmRow(Scored):
     @property
     def place(self) -> tuple[float, float] | None:
         """What was learned and what was kept, in percent; None if either is unknown."""
-        x = self.accuracy
-        return (x, self.kept.estimate) if x is not None and self.kept is not None and math.isfinite(x) else None
+        x, kept = self.accuracy, self.retention_kept
+        return (x, kept.estimate) if x is not None and kept is not None and math.isfinite(x) else None
 
     @property
     def delta_speed(self) -> float | None:
@@ -130,47 +130,50 @@ def arm_rows(runs: Sequence[ScoredRun], baseline: str) -> tuple[ArmRow, ...]:
     likes = {arm: like_with_like(arm, settings, baseline) for arm in arms}
     pairs, differences = judge(arms, TEST, baseline, likes)
     rows = []
-    for arm, own in arms.items():
-        first, base = own[0], arms.get(BASE, ())
+    for arm, arm_runs in arms.items():
+        first, base = arm_runs[0], arms.get(BASE, ())
         primary = (TEST, first.primary_metric)
-        retained = None if arm == BASE else pair(own, BASE, base, RETAINED)
+        retained = None if arm == BASE else pair(arm_runs, BASE, base, RETAINED)
         share = kept_share(retained) if retained else None
-        shares = 100 * retained.credit.mean(axis=1) / retained.reference.mean() if retained and share else ()
+        by_seed: dict[int, float] = {}
+        if retained and share:
+            shares = 100 * retained.credit.mean(axis=1) / retained.reference.mean()
+            by_seed = dict(zip(retained.seeds, map(float, shares), strict=True))
         values: dict[Key, list[float]] = {}
         costs: dict[str, list[float]] = {}
-        for run in own:
+        for run in arm_runs:
             for key, value in run.metrics.items():
                 values.setdefault(key, []).append(value)
             for name, value in run.costs.items():
                 costs.setdefault(name, []).append(value)
             if run.train_seconds and run.steps:
                 costs.setdefault("seconds_a_step", []).append(run.train_seconds / run.steps)
-        changes = [change for run in own for change in speed_changes(arm, run.timings)] if arm != BASE else ()
+        changes = [change for run in arm_runs for change in speed_changes(arm, run.timings)] if arm != BASE else ()
         rows.append(ArmRow(
             task=first.task, title=first.task_title, metric=first.primary_metric,
             arm=arm,
-            seeds=tuple(run.seed for run in own),
+            seeds=tuple(run.seed for run in arm_runs),
             accuracy=_mean(100 * value for value in values.get(primary, ())),
-            accuracy_interval=credit_interval([run.answers(TEST) for run in own]),
+            accuracy_interval=credit_interval([run.answers(TEST) for run in arm_runs]),
             differences=differences.get(arm, ()),
             pairs={against: paired for (name, against), paired in pairs.items() if name == arm},
-            runs=tuple(own),
+            runs=tuple(arm_runs),
             model_name=first.model_name,
             retention=_mean(100 * value for value in values.get(RETENTION, ())),
-            retention_interval=credit_interval([run.answers(RETAINED) for run in own]),
-            kept=share.scaled(100) if share else None,
-            kept_by_seed=dict(zip(retained.seeds, map(float, shares), strict=True)) if retained and share else {},
-            decode_speed=_mean(_decode_speeds(own)),
+            retention_interval=credit_interval([run.answers(RETAINED) for run in arm_runs]),
+            retention_kept=share.scaled(100) if share else None,
+            retention_kept_by_seed=by_seed,
+            decode_speed=_mean(_decode_speeds(arm_runs)),
             speed=speed_change(changes),
             metrics={key: fmean(of_key) for key, of_key in values.items()},
             ranges={key: (min(some), max(some)) for key, some in values.items() if len(some) > 1},
             costs={name: fmean(of_name) for name, of_name in costs.items()},
-            probes=tuple(run.probe for run in own if run.probe),
+            probes=tuple(run.probe for run in arm_runs if run.probe),
             preserve=preserved(settings[arm]), library=library(settings[arm]), like=likes[arm],
             losses={
                 against: tuple(run.metrics[LOSS] - other.metrics[LOSS] for run, other in both)
                 for against in _references(arm, baseline, likes)
-                if (both := [(run, other) for run, other in partners(own, against, arms.get(against, ()))
+                if (both := [(run, other) for run, other in partners(arm_runs, against, arms.get(against, ()))
                              if LOSS in run.metrics and LOSS in other.metrics])
             },
         ))  # fmt: skip
@@ -237,11 +240,12 @@ def like_with_like(arm: str, settings: Mapping[str, Mapping[str, Any]], baseline
     """See `ArmRow.like`."""
     if baseline not in settings:
         return None
-    own, method = settings[arm], settings[baseline].keys() - {"library"}
-    if len(causes(own, settings[baseline])) < 2 or own.keys() - {"library"} == method:
+    train, method = settings[arm], settings[baseline].keys() - {"library"}
+    if len(causes(train, settings[baseline])) < 2 or train.keys() - {"library"} == method:
         return None
-    controls = {name: causes(own, theirs) for name, theirs in settings.items() if theirs.keys() - {"library"} == method}
-    best = min(controls, key=lambda name: (len(controls[name]), preserved(settings[name]) != preserved(own)))
+    same_method = {name: other for name, other in settings.items() if other.keys() - {"library"} == method}
+    controls = {name: causes(train, other) for name, other in same_method.items()}
+    best = min(controls, key=lambda name: (len(controls[name]), preserved(settings[name]) != preserved(train)))
     return "" if best == baseline else best
 
 

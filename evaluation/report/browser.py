@@ -62,13 +62,13 @@ def samples(comparison: Comparison) -> Section | None:
         item.answers[at], item.credit[at], item.remarks[at] = _cut(row.answer), row.credit, row.rest.get("remark", "")
     if not items:
         return None
-    shown = _fitting(list(items.values()))
-    packed = [item.packed for item in shown]
+    fitting = _fitting(list(items.values()))
+    packed = [item.packed for item in fitting]
     trained = [run for run in runs if run.arm != BASE]
     seeds = tuple(dict.fromkeys(str(run.seed) for run in trained or runs))
     browser = Browser(
-        splits=tuple(dict.fromkeys(item.split for item in shown)),
-        tasks=tuple(sorted({item.task for item in shown})),
+        splits=tuple(dict.fromkeys(item.split for item in fitting)),
+        tasks=tuple(sorted({item.task for item in fitting})),
         seeds=seeds,
         one_seed={run.arm for run in trained} == {run.arm for run in trained if str(run.seed) == seeds[0]},
         packed={
@@ -85,8 +85,8 @@ def samples(comparison: Comparison) -> Section | None:
             "A partly right answer shows its credit, from 0 to 1. Models also disagree where the best and the worst "
             f"answer are {DISPUTED} or more apart.", "note"
         ))  # fmt: skip
-    if len(shown) < len(items):
-        count = f"{len(shown)} of {len(items)} items are in this file, disagreements first; the database has all."
+    if len(fitting) < len(items):
+        count = f"{len(fitting)} of {len(items)} items are in this file, disagreements first; the database has all."
         words.append(Text(count, "note"))
     return Section("Sample browser", (*words, browser))
 

@@ -18,10 +18,9 @@ def as_card(comparison: Comparison, row: ArmRow) -> str:
     narrow = replace(comparison, rows=tuple(one for one in comparison.rows if one.arm in beside))
     title, first = comparison.primary.title, narrow.runs[0]
     words = [f"Task {row.task}: {title} on {len(first.answers(TEST))} test items (sha256 {first.test_items_sha256})."]
-    if row.kept:
-        words.append(
-            f"Of the base's accuracy on general tasks, {row.arm} keeps {interval(row.kept, unit='%')} (95% interval)."
-        )
+    if row.retention_kept:
+        kept = interval(row.retention_kept, unit="%")
+        words.append(f"Of the base's accuracy on general tasks, {row.arm} keeps {kept} (95% interval).")
     seeds = [
         (run.seed, percent(run.metrics.get((TEST, run.primary_metric))),
          next((file.sha256 for file in run.artifacts if file.kind == "adapter"), "–"))

@@ -220,11 +220,11 @@ def _check(runs: Sequence[Run], choice: Choice, baseline: str | None) -> None:
     elif not of_task:
         return
     problems = [
-        f"expected the {kind} of a finished run, got {name!r}{suggest(name, known)}"
-        for kind, (asked, available) in names.items()
-        for known in [list(available)]
-        for name in dict.fromkeys(asked)
-        if name not in known
+        f"expected the {kind} of a finished run, got {name!r}{suggest(name, available_names)}"
+        for kind, (requested, available) in names.items()
+        for available_names in [list(available)]
+        for name in dict.fromkeys(requested)
+        if name not in available_names
     ]
     if problems:
         raise ChoiceError("\n".join(problems))
@@ -250,12 +250,12 @@ def _benchmarks(rows: Sequence[ArmRow], baseline: str) -> Iterable[Scored]:
         arms = grouped([run for run in runs if run.answers(split)], baseline)
         metric = ", ".join(sorted(set().union(*metrics.values())))
         _, differences = judge(arms, split, baseline)
-        for arm, own in arms.items():
-            if bounds := credit_interval([run.answers(split) for run in own]):
+        for arm, arm_runs in arms.items():
+            if bounds := credit_interval([run.answers(split) for run in arm_runs]):
                 yield Scored(
                     task=name, title=f"{metric} of lm-evaluation-harness", metric=metric, arm=arm,
-                    seeds=tuple(run.seed for run in own), accuracy=bounds.estimate, accuracy_interval=bounds,
-                    differences=differences.get(arm, ()), runs=tuple(own),
+                    seeds=tuple(run.seed for run in arm_runs), accuracy=bounds.estimate, accuracy_interval=bounds,
+                    differences=differences.get(arm, ()), runs=tuple(arm_runs),
                 )  # fmt: skip
 
 
@@ -293,7 +293,7 @@ def _notes(rows: Sequence[ArmRow], on_disk: Sequence[str]) -> Iterable[str]:
     if of_one_seed:
         yield (
             "Differences of one seed rest on a bootstrap over items and on an exact or randomization test. They say "
-            " nothing about other seeds. No arm is therefore called better or worse than another arm, nor than the "
+            "nothing about other seeds. No arm is therefore called better or worse than another arm, nor than the "
             f"base unless the whole interval is more than {SEED_MARGIN:.0f} points from zero."
         )
     if not all(difference.binary for difference in differences):

@@ -110,14 +110,14 @@ def _picture(comparison: Comparison) -> Panel | None:
     primary = (TEST, comparison.primary.metric)
     data = Dataset(("kind", "arm", "seed", "front", "low", "x", "high", "below", "y", "above"))
     for row in comparison.rows:
-        learned, kept = row.accuracy_interval, row.kept
+        learned, kept = row.accuracy_interval, row.retention_kept
         if learned is None or kept is None or row.accuracy is None or row.arm not in comparison.pareto:
             continue
         front = "dominated" if comparison.pareto[row.arm] else "front"
         bounds = (learned.low, row.accuracy, learned.high, kept.low, kept.estimate, kept.high)
         data.add("mean", row.arm, "", front, *bounds)
         for run in row.runs if len(row.seeds) > 1 else ():
-            x, y = run.metrics.get(primary, math.nan), row.kept_by_seed.get(run.seed)
+            x, y = run.metrics.get(primary, math.nan), row.retention_kept_by_seed.get(run.seed)
             if y is not None and math.isfinite(x):
                 data.add("seed", row.arm, str(run.seed), front, None, 100 * x, None, None, y, None)
     if not data.rows:

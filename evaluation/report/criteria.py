@@ -67,7 +67,7 @@ def judge_arm(row: ArmRow, baseline: str, *, short: str, title: str) -> list[Cri
         if other and other not in (BASE, row.arm):
             judged.append(_accuracy(row, LEAD, f"{title} above {other}", other))
             judged.append(by_loss(row.arm, other, row.losses.get(other, ())))
-    return [*judged, by_speed(row.arm, row.speed), by_retention(row.arm, row.kept, row.retention)]
+    return [*judged, by_speed(row.arm, row.speed), by_retention(row.arm, row.retention_kept, row.retention)]
 
 
 def _accuracy(row: ArmRow, name: str, threshold: str, against: str) -> Criterion:

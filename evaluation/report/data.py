@@ -49,8 +49,8 @@ def as_json(comparison: Comparison) -> str:
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
-        own = {each.name: getattr(value, each.name) for each in fields(value) if each.name not in _HIDDEN}
-        return _plain(own | ({"verdict": own.pop("outcome")} if isinstance(value, Difference) else {}))
+        values = {each.name: getattr(value, each.name) for each in fields(value) if each.name not in _HIDDEN}
+        return _plain(values | ({"verdict": values.pop("outcome")} if isinstance(value, Difference) else {}))
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return _plain(value._asdict())
     if isinstance(value, Mapping):
@@ -150,8 +150,8 @@ def _numbers(row: ArmRow, primary: Primary) -> dict[str, object]:
         **_bounds(primary.key, row.accuracy_interval),
         "retention_accuracy": row.retention,
         **_bounds("retention_accuracy", row.retention_interval),
-        "retention_kept": row.kept and row.kept.estimate,
-        **_bounds("retention_kept", row.kept),
+        "retention_kept": row.retention_kept and row.retention_kept.estimate,
+        **_bounds("retention_kept", row.retention_kept),
         "decode_speed": row.decode_speed,
         "delta_speed_percent": row.delta_speed,
         **_bounds("delta_speed_percent", row.delta_speed_interval),

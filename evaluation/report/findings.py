@@ -62,7 +62,7 @@ def scoreboard(comparison: Comparison) -> Table:
             Cell(row.arm, arm=row.arm),
             score(row.accuracy, row.accuracy_interval),
             "–" if (difference := row.against(baseline)) is None else interval(difference.points, sign=True),
-            number(None if row.kept is None else row.kept.estimate),
+            number(None if row.retention_kept is None else row.retention_kept.estimate),
             cost(row, comparison, SECONDS).text,
             replace(against_cell(difference, hint=False), text=_sure(difference)),
         )
@@ -78,7 +78,7 @@ def _sure(difference: Difference | None) -> str:
 
 
 def _kept(comparison: Comparison) -> str:
-    shares = {row.arm: row.kept for row in comparison.trained if row.kept}
+    shares = {row.arm: row.retention_kept for row in comparison.trained if row.retention_kept}
     if not shares:
         return ""
     who = f" by {next(iter(shares))}" if len(shares) == 1 else ""
@@ -150,7 +150,7 @@ def arms_compared(comparison: Comparison) -> Table:
             *(significant(row.metrics.get(ANSWERS)),) * free_text,
             *(against_cell(row.against(arm)) for arm in references),
             Cell(score(row.retention, row.retention_interval),
-                 hint="" if row.kept is None else f"keeps {number(row.kept.estimate)}%"),
+                 hint="" if row.retention_kept is None else f"keeps {number(row.retention_kept.estimate)}%"),
             cost(row, comparison, SECONDS),
             Cell(row.updates or "–", tone="bad" if contradiction(row) else "",
                  hint="not as claimed" if contradiction(row) else ""),

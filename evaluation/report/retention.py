@@ -24,7 +24,7 @@ def _front(comparison: Comparison) -> list[Table]:
             Cell(row.arm, arm=row.arm, hint=preserved(row)),
             score(row.accuracy, row.accuracy_interval),
             score(row.retention, row.retention_interval),
-            "100.0" if row.arm == BASE else interval(row.kept),
+            "100.0" if row.arm == BASE else interval(row.retention_kept),
             *(significant(row.metrics.get(key)) for key in (LOSS, KL)),
             "–" if row.arm not in above else f"below {listed(above[row.arm])}" if above[row.arm] else "on the front",
         )

@@ -13,8 +13,8 @@ from evaluation.statistics.intervals import aligned
 
 
 def robustness(comparison: Comparison) -> Section | None:
-    asked = {TEST: f"{comparison.primary.title} on test items", RETAINED: "Retention items"}
-    tables = [table for split, what in asked.items() if (table := _table(comparison, split, what))]
+    splits = {TEST: f"{comparison.primary.title} on test items", RETAINED: "Retention items"}
+    tables = [table for split, what in splits.items() if (table := _table(comparison, split, what))]
     words = (
         "The same questions as other people would type them: with a trailing newline (as echo leaves one), with a "
         "space, different punctuation or other words. New wordings were never trained on. Where the whole interval "
@@ -32,20 +32,20 @@ def _table(comparison: Comparison, split: str, what: str) -> Table | None:
         if pairs := _pairs(row.runs, split, forms):
             alone = (_pairs(row.runs, split, [form]) for form in forms)
             means = (number(float(100 * one.differences.mean()) if one else None, sign=True) for one in alone)
-            asked, retyped = (number(float(100 * credit.mean())) for credit in (pairs.reference, pairs.credit))
-            lines.append((arm_cell(row.arm), asked, retyped, interval(difference(pairs).points, sign=True), *means))
-    headers = ("Arm", "As asked, %", "Retyped, %", "Δ, points", *(f"Δ {form}" for form in forms))
+            as_asked, retyped = (number(float(100 * credit.mean())) for credit in (pairs.reference, pairs.credit))
+            lines.append((arm_cell(row.arm), as_asked, retyped, interval(difference(pairs).points, sign=True), *means))
+    headers = ("Arm", "As as_asked, %", "Retyped, %", "Δ, points", *(f"Δ {form}" for form in forms))
     caption = f"{what}, retyped: means over seeds with 95% intervals in brackets"
     return Table(caption, headers, lines) if lines else None
 
 
 def _pairs(runs: Sequence[ScoredRun], split: str, forms: Collection[str]) -> Pairs | None:
     """Each retyped question paired with the plain one, on the items of a split."""
-    again, asked = [], []
+    retyped_credit, plain_credit = [], []
     for run in runs:
-        own = {key: credit for key, credit in run.answers(SPLIT).items()
+        retyped = {key: credit for key, credit in run.answers(SPLIT).items()
                if plain(key)[0] in run.answers(split) and plain(key)[1] in forms}  # fmt: skip
-        again.append(own)
-        asked.append({key: run.answers(split)[plain(key)[0]] for key in own})
-    credit, reference = aligned(again), aligned(asked)
+        retyped_credit.append(retyped)
+        plain_credit.append({key: run.answers(split)[plain(key)[0]] for key in retyped})
+    credit, reference = aligned(retyped_credit), aligned(plain_credit)
     return Pairs("plain", tuple(run.seed for run in runs), credit, reference) if credit.size else None

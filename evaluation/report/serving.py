@@ -55,7 +55,7 @@ def precision_rows(runs: Iterable[ScoredRun]) -> list[PrecisionRow]:
 
 def _precision(name: str, seeds: Sequence[tuple[ScoredRun, Any]]) -> PrecisionRow:
     credits, rows = [run.quantized for run, _ in seeds], [row for _, row in seeds]
-    own = aligned([credit[name] for credit in credits]).mean(axis=0)
+    by_item = aligned([credit[name] for credit in credits]).mean(axis=0)
     both = [(credit[name], credit[REFERENCE]) for credit in credits if REFERENCE in credit]
     credit = aligned([of_seed for kind in zip(*both, strict=True) for of_seed in kind])
     gains = (credit[: len(both)] - credit[len(both) :]).mean(axis=0) if credit.size else np.zeros(0)
@@ -68,8 +68,8 @@ def _precision(name: str, seeds: Sequence[tuple[ScoredRun, Any]]) -> PrecisionRo
         seeds=tuple(run.seed for run, _ in seeds),
         megabytes=fmean(row.bytes for row in rows) / 1e6,
         bits_per_weight=fmean(row.bits_per_weight for row in rows),
-        accuracy=share_interval(own, binary=binary).scaled(100) if own.size else None,
-        items=own.size,
+        accuracy=share_interval(by_item, binary=binary).scaled(100) if by_item.size else None,
+        items=by_item.size,
         delta=bootstrap_mean(gains).scaled(100) if compared else None,
         gained=int((gains > 0).sum()),
         lost=int((gains < 0).sum()),
@@ -102,10 +102,10 @@ def served(comparison: Comparison) -> Section | None:
         return None
     headers = ("Arm", "Backend", "Mode", "Asked", "Prompts", "Rendered %", "Tokens %", "Answers %", "Ties %",
                "Adapter = merged %", "Perturbed adapter noticed")  # fmt: skip
-    asked = [row for _, row in rows if row.prompts]
-    alike = sum((row.answered or 0) + (row.tied or 0) > 1 - 1e-8 for row in asked)
+    replies = [row for _, row in rows if row.prompts]
+    alike = sum((row.answered or 0) + (row.tied or 0) > 1 - 1e-8 for row in replies)
     words = (
-        f"{alike} of {len(asked)} give the trained model's answer to every prompt, or differ only where two tokens tie "
+        f"{alike} of {len(replies)} answer every prompt as the trained model does, or differ only where two tokens tie "
         "and rounding decides. Shares of prompts on which the backend matches training: the rendered text, the token "
         "ids (Ollama: their number), and the greedy answer of Hugging Face. Prompts are asked plainly, with a trailing "
         "newline, and as the second question of a conversation; rendered: the files alone are given the text itself, "

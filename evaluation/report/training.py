@@ -55,22 +55,22 @@ def loss(comparison: Comparison) -> Section | None:
     if not any(run.curves for run in comparison.runs):
         return None
     data = Dataset(("arm", "seed", "part", "step", "nats"))
-    lost: dict[tuple[str, str], list[int]] = defaultdict(list)
+    divergences: dict[tuple[str, str], list[int]] = defaultdict(list)
     for run in comparison.runs:
         warmup = run.settings.get("warmup_steps") or 0
         for part, title in _PARTS.items():
             curve = run.curves.get(part, ())
             finite = [(step, nats) for step, nats in curve if math.isfinite(nats)]
             # The first losses, of an untrained adapter, would fill the whole axis; a logarithmic axis has no zero.
-            shown = [(s, nats) for s, nats in finite if (s > warmup if part == "train" else part != "kl" or nats > 0)]
-            for step, nats in spread(shown, MOST_POINTS):
+            points = [(s, nats) for s, nats in finite if (s > warmup if part == "train" else part != "kl" or nats > 0)]
+            for step, nats in spread(points, MOST_POINTS):
                 data.add(run.arm, str(run.seed), part, step, nats)
-            if gone := [step for step, nats in curve if not math.isfinite(nats)]:
-                lasting = not finite or finite[-1][0] < gone[0]
-                since = f"from step {gone[0]}" if lasting else f"first at step {gone[0]}, later finite again"
-                lost[run.arm, f"{title[0].lower()}{title[1:]} not finite {since}"].append(run.seed)
+            if diverged := [step for step, nats in curve if not math.isfinite(nats)]:
+                lasting = not finite or finite[-1][0] < diverged[0]
+                since = f"from step {diverged[0]}" if lasting else f"first at step {diverged[0]}, later finite again"
+                divergences[run.arm, f"{title[0].lower()}{title[1:]} not finite {since}"].append(run.seed)
     sentences: dict[str, list[str]] = defaultdict(list)
-    for (arm, words), seeds in lost.items():
+    for (arm, words), seeds in divergences.items():
         sentences[arm].append(f"{words} ({seeds_text(seeds)})")
     blocks: list[Block] = [
         Text(f"{arm}: {'; '.join(words)}. No curve can show that.") for arm, words in sentences.items()

@@ -127,7 +127,9 @@ def test_the_pareto_front_and_like_with_like_are_those_of_the_numbers():
     assert made.comparison.pareto == {
         "baseline_lora": ("hybrid_grit",), "baseline_lora_preserved": (), "hybrid_grit": (),
         "pure_grit": ("hybrid_grit",)}  # fmt: skip
-    assert rows["hybrid_grit"].kept_by_seed == pytest.approx({0: 100 * 27 / 32, 1: 100 * 26 / 32, 2: 100 * 25 / 32})
+    assert rows["hybrid_grit"].retention_kept_by_seed == pytest.approx(
+        {0: 100 * 27 / 32, 1: 100 * 26 / 32, 2: 100 * 25 / 32}
+    )
     assert [rows[arm].like for arm in rows] == [None, None, None, *["baseline_lora_preserved"] * 2]
     assert rows["pure_grit"].losses["baseline_lora"] == pytest.approx((-0.015, -0.018, -0.021))
 
@@ -146,7 +148,7 @@ def test_the_pareto_front_and_like_with_like_are_those_of_the_numbers():
     lines = table(part(made, "retention"), "what-was-learned")[1:]
     assert [row[0].split()[0] for row in lines] == [
         "base", "hybrid_grit", "baseline_lora_preserved", "pure_grit", "baseline_lora"]  # fmt: skip
-    share = rows["hybrid_grit"].kept
+    share = rows["hybrid_grit"].retention_kept
     assert lines[1][0].endswith("preserved: distill, strength 1") and lines[1][-1] == "on the front"
     assert lines[1][3] == f"{share.estimate:.1f} [{share.low:.1f}, {share.high:.1f}]"
     assert lines[-1][4:] == ["0.4369", "3", "below hybrid_grit"]
