@@ -274,8 +274,6 @@ def test_it_differs_from_the_baseline_in_the_optimizer_only(with_grit, adapter_d
     assert said["effective"] and set(said["capture"].values()) == {"hooks"} and said["inversions"] > 3
     assert ("peak_gpu_memory_bytes" in result) == torch.cuda.is_available(), "absent, not zero, on a CPU"
     assert result["final_loss"] == [e["loss"] for e in history(job) if "loss" in e][-1]
-    for name in ("fisher_spectra.png", "ranks.png"):
-        assert (job.output / name).read_bytes()[:4] == b"\x89PNG"
     kinds = [json.loads(line)["kind"] for line in (job.output / "grit_log.jsonl").open()]
     assert kinds[-1] == "final" and "effect" in kinds
     assert weights(job) != (adapter_dir / WEIGHTS).read_bytes()

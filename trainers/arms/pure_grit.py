@@ -1,7 +1,6 @@
 """Pure GRIT: PEFT and TRL's SFTTrainer as in the baseline, with GRIT inside the optimizer's step; no Unsloth."""
 
 import shutil
-import sys
 from typing import Any, Self
 
 from pydantic import ValidationInfo, field_validator, model_validator
@@ -78,19 +77,8 @@ def _trainer(settings: Any, **kwargs: Any) -> Any:
 
 
 def grit_report(trainer: Any, job: TrainingJob) -> dict[str, Any]:
-    from grit import plots
-
     manager = trainer.grit_manager
-    log = job.output / manager.log_file.name
-    shutil.copy2(manager.log_file, log)
-    pictures = {"fisher_spectra.png": plots.plot_spectra, "ranks.png": plots.plot_ranks}
-    if manager.config.log_eig_heatmaps:
-        pictures["fisher_heatmaps.png"] = plots.plot_heatmaps
-    for name, plot in pictures.items():
-        try:
-            plot(log, job.output / name)
-        except ValueError as error:  # nothing to draw, e.g. a run too short for any factor; the adapter is there
-            print(f"GRIT: no {name}: {error}", file=sys.stderr)
+    shutil.copy2(manager.log_file, job.output / manager.log_file.name)
     final = manager.history[-1]
     ranks = [entry["r"] for entry in final["ranks"].values()]
     names = ("capture", "effect", "skipped_steps", "inversions", "failed_inversions")
