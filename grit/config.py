@@ -65,7 +65,6 @@ class GRITConfig:
     # eigen_power. In the other modes it damps the inverse: times tr(Σ)/r if relative, as it is if absolute
     kfac_damping: NotNegative = 1e-2
     damping_mode: Literal["relative", "absolute"] = "relative"
-    pi_correction: bool = False  # split the λ of Σ_a ⊗ Σ_g between the two (Martens & Grosse 2015, 6.3)
     kfac_inversion_device: str = "auto"  # auto (where the factors are) | cpu | cuda | …
 
     # Stepping
@@ -171,7 +170,6 @@ class GRITConfig:
         return [
             ("kfac_damping", "in mode 'eigen_adamw' with eigen_power 0", not in_eigenbasis or self.eigen_power != 0),
             ("damping_mode", "in mode 'eigen_adamw', which inverts no factor", not in_eigenbasis),
-            ("pi_correction", "in mode 'eigen_adamw', which inverts no factor", not in_eigenbasis),
             ("nesterov", elsewhere, in_eigenbasis),
             ("cautious", elsewhere, in_eigenbasis),
             ("orthogonal", elsewhere, in_eigenbasis),

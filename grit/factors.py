@@ -7,8 +7,6 @@ A reprojection is a pair (L, R) with L [k, r] and R [r, k]: A ← L A and B ← 
 Σ_a ← L Σ_a Lᵀ, Σ_g ← Rᵀ Σ_g R, and gradients go as ∇A ← Rᵀ ∇A, ∇B ← ∇B Lᵀ.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -22,25 +20,10 @@ def informative(cov: Tensor) -> Tensor:
     return torch.isfinite(cov).flatten(1).all(-1) & (trace > _TINY)
 
 
-def damping(
-    cov_a: Tensor, cov_g: Tensor, strength: float, mode: Literal["relative", "absolute"], pi_correction: bool
-) -> tuple[Tensor, Tensor]:
-    """λ_a and λ_g, [n] each, of strength λ.
-
-    Relative: λ·tr(Σ)/r. Absolute: λ. With the π-correction (Martens & Grosse 2015, section 6.3) λ is the damping of
-    the product Σ_a ⊗ Σ_g, relative to its mean eigenvalue or absolute, and is split as √λ·π and √λ/π with
-    π² = tr(Σ_a)/tr(Σ_g). Relative damping of a zero factor is zero.
-    """
-    rank = cov_a.shape[-1]
-    mean_a = cov_a.diagonal(dim1=-2, dim2=-1).sum(-1) / rank
-    mean_g = cov_g.diagonal(dim1=-2, dim2=-1).sum(-1) / rank
-    if mode == "relative":
-        share = strength**0.5 if pi_correction else strength
-        return share * mean_a, share * mean_g
-    if not pi_correction:
-        return torch.full_like(mean_a, strength), torch.full_like(mean_g, strength)
-    pi = (mean_a.clamp_min(_TINY) / mean_g.clamp_min(_TINY)).sqrt()
-    return strength**0.5 * pi, strength**0.5 / pi
+def damping(cov: Tensor, strength: float, relative: bool) -> Tensor:
+    """λ of each factor, [n]: strength·tr(Σ)/r, which is zero for a zero factor, or the strength itself."""
+    mean = cov.diagonal(dim1=-2, dim2=-1).sum(-1) / cov.shape[-1]
+    return strength * mean if relative else torch.full_like(mean, strength)
 
 
 def _noise(cov: Tensor) -> Tensor:

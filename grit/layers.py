@@ -1,7 +1,6 @@
 """The LoRA layers of a model: pairs A [r, d_in], B [d_out, r], groups of pairs of one shape, and changes of rank."""
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from grit.config import GRITError
-
-logger = logging.getLogger("grit")
 
 
 @dataclass(eq=False)
@@ -175,10 +172,7 @@ def write_patterns(model: nn.Module, pairs: list[LoraPair]) -> None:
     ("down_proj") would win over a module's own. So every module of the adapter that differs from the defaults gets a
     whole name (^), and nothing else stays.
     """
-    inner: Any = next((m for m in model.modules() if hasattr(m, "peft_config")), None)
-    if inner is None:
-        logger.warning("GRIT: ranks have shrunk, but no peft_config knows; who saves the adapter must tell their ranks")
-        return
+    inner: Any = next(m for m in model.modules() if hasattr(m, "peft_config"))
     for adapter in {pair.adapter for pair in pairs}:
         config = inner.peft_config[adapter]
         layers = {

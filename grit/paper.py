@@ -20,10 +20,9 @@ from grit.state import GRADIENTS, GroupState
 
 def refresh_inverses(state: GroupState, config: GRITConfig) -> Tensor:
     """(Σ + λI)⁻¹ of both factors of n layers, (Σ + λI)^(−1/2) for statistics of gradients; which failed: [n] bool."""
-    sides = state.trusted(config)
-    lams = factors.damping(sides[0][1], sides[1][1], config.kfac_damping, config.damping_mode, config.pi_correction)
     failed = []
-    for (side, cov, trusted), lam in zip(sides, lams, strict=True):
+    for side, cov, trusted in state.trusted(config):
+        lam = factors.damping(cov, config.kfac_damping, config.damping_mode == "relative")
         from_gradients = (state["kind"] == GRADIENTS).to(cov.device)
         inverse, good = factors.damped_inverse(cov, lam)
         if bool(from_gradients.any()):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from grit import GRITError, GRITManager, GritOptimizer
+from grit import GRITError
 from grit.layers import find_pairs
 from grit.preserve import Moment, Preserve
 from tests.grit.nets import (
@@ -19,12 +19,10 @@ from tests.grit.nets import (
     TARGETS,
     collate,
     hooks_on,
-    inner_for,
     llama,
     lora_on,
     lora_weights,
     make_items,
-    quick,
     randomize,
     same,
     trainable,
@@ -234,24 +232,6 @@ def test_a_hook_on_the_optimizer_adds_it_once_a_step_whatever_the_accumulation(p
     assert_close(moved, {name: of_loss[name] + penalty[name] for name in moved}, 1e-9)
 
 
-def test_grit_steps_by_what_the_hook_adds():
-    model = lora_on(llama().double())
-    keep = Preserve(model, BATCHES, "kfac", STRENGTH, rank=5)
-    randomize(model)
-    manager = GRITManager(model, quick(mode="adamw"))
-    optimizer = GritOptimizer(inner_for("adamw", trainable(model)), manager)
-    optimizer.register_step_pre_hook(keep.add_gradients)
-    for added in (True, False):  # in the second pass by the hook
-        model.zero_grad()
-        model(**collate(make_items([9, 6]))).loss.backward()
-        if added:
-            keep.add_gradients()
-            norm = float(torch.nn.utils.get_total_norm(list(gradients(model).values())))
-    optimizer.step()
-    manager.close()
-    assert manager.last_metrics["grit/gradient_norm_raw"] == pytest.approx(norm)
-
-
 def step_on(rank, world, folder):
     """Weights after a step on this rank's half of a batch, the penalty before the task's backward pass or after it."""
     found = {}
@@ -317,20 +297,6 @@ def test_a_four_bit_base(train_settings, tmp_path):
     assert_close(gradients(model), gradients(twin), 1e-3)
     for one, other in zip(*found, strict=True):
         assert one.value() == pytest.approx(other.value(), rel=1e-3)
-
-
-def test_adapters_in_bf16():
-    model = lora_on(llama())
-    keep = Preserve(model, BATCHES, "kfac", rank=5)
-    randomize(model)
-    keep.add_gradients()
-    exact = gradients(model)
-    model.zero_grad()
-    for parameter in trainable(model):
-        parameter.data = parameter.data.bfloat16()
-    keep.add_gradients()
-    assert {g.dtype for g in gradients(model).values()} == {torch.bfloat16}
-    assert_close({name: g.float() for name, g in gradients(model).items()}, exact, 0.02)
 
 
 # What is refused

@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 
@@ -225,18 +225,6 @@ def test_peft_reloads_what_was_shrunk(tmp_path, changes):
     assert expected < size[1] < size[0] * 0.8
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_merging_what_was_shrunk(tmp_path, rslora):
-    run = Run(lora_model(torch.float64, use_rslora=rslora)).train(5).done()
-    assert check_shapes(run) >= 3
-    expected = logits(run.model)
-    saved(run.model, tmp_path)
-    merged = run.model.merge_and_unload()
-    assert not any("lora" in name for name, _ in merged.named_parameters()) and worst(logits(merged), expected) < 1e-9
-    loaded = PeftModel.from_pretrained(base_model(torch.float64), tmp_path).merge_and_unload()
-    assert worst(logits(loaded), expected) < 1e-6
-
-
 def test_each_of_two_adapters_keeps_its_own_ranks(tmp_path):
     model = lora_model()
     model.add_adapter("other", LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
@@ -280,16 +268,6 @@ def test_a_wrapped_model_is_written_too():
     run = Run(Wrapper(model := lora_model())).train(5).done()
     ranks = {name.removeprefix(f"module.{PREFIX}"): k for name, k in run.ranks().items()}
     assert model.peft_config["default"].rank_pattern == {f"^{n}": k for n, k in ranks.items() if k < R} != {}
-
-
-def test_ranks_that_nobody_can_write_down_are_told(caplog):
-    """They still shrink; the work of the run is not thrown away."""
-    model = inject_adapter_in_model(LoraConfig(r=R, target_modules=["q_proj", "v_proj"]), base_model())
-    del model.peft_config  # as versions of PEFT before 0.14 leave a model
-    run = Run(model).train(5).done()
-    assert sum(k < R for k in run.ranks().values()) >= 2
-    assert bool(torch.isfinite(logits(model)).all())
-    assert "ranks have shrunk, but no peft_config knows" in caplog.text
 
 
 # Going on from a checkpoint

@@ -34,12 +34,6 @@ def inverted_at(model, optimizer, steps, losses=None):
 # Intervals
 
 
-def test_inversions_keep_their_interval_and_statistics_theirs():
-    model, manager, optimizer = start(kfac_update_freq=6, grit_cov_update_freq=4)
-    assert inverted_at(model, optimizer, 20) == [0, 6, 12, 18]
-    assert {tokens for _, _, tokens in covariances(manager).values()} == {32.0 * 5}
-
-
 def test_a_factor_that_waits_for_samples_is_inverted_as_soon_as_it_has_them():
     model, manager, optimizer = start(kfac_update_freq=50, kfac_min_samples=100)
     assert inverted_at(model, optimizer, 3) == [0] and manager.curvature.ready_layers() == 0
@@ -52,17 +46,6 @@ def test_eigenbases_are_taken_up_when_the_warmup_is_over_and_counted_from_there(
     assert torch.equal(manager.curvature.states[0]["q_a"][0], torch.eye(R))
     assert inverted_at(model, optimizer, 6) == [0, 4]
     assert not torch.equal(manager.curvature.states[0]["q_a"][0], torch.eye(R))
-
-
-@pytest.mark.parametrize("spectra", [True, False])
-def test_log_freq_is_obeyed_and_spectra_may_be_switched_off(spectra):
-    model, manager, optimizer = start(log_freq=4, log_fisher_spectrum=spectra, log_top_eigs=2)
-    train(model, optimizer, 10)
-    assert [r["step"] for r in of_kind(manager.history, "effect")] == [0, 4, 8]
-    records = of_kind(manager.history, "spectra")
-    assert [r["step"] for r in records] == ([0, 4, 8] if spectra else []) and len(manager.history) == 3 + len(records)
-    for layer in [layer for record in records for layer in record["layers"].values()]:
-        assert len(layer["eigenvalues_a"]) == len(layer["eigenvalues_g"]) == 2
 
 
 def test_what_a_spectrum_says_is_so():

@@ -1,6 +1,5 @@
 """GRIT in transformers' Trainer and in TRL's SFTTrainer: it reaches the weights, and rightly so; and what it logs."""
 
-import json
 import random
 
 import pytest
@@ -301,15 +300,6 @@ def test_the_trainers_limit_is_for_where_the_config_says_none(tmp_path):
         assert [trainer.create_optimizer().max_grad_norm for _ in range(2)] == [expected] * 2
 
 
-def test_a_grit_optimizer_that_is_passed_gets_the_trainers_limit_unless_it_has_its_own(tmp_path):
-    for own, expected in ((None, 0.3), (0.7, 0.7)):
-        manager = GRITManager(model := tiny_model(), settings())
-        optimizer = GritOptimizer(torch.optim.AdamW(trainable(model)), manager, max_grad_norm=own)
-        given = {"optimizers": (optimizer, None), "grit_manager": manager}
-        trainer = GritTrainer(model=model, args=arguments(tmp_path, max_grad_norm=0.3), **given)
-        assert trainer.create_optimizer() is optimizer and optimizer.max_grad_norm == expected
-
-
 @pytest.mark.parametrize("mode", ["eigen_adamw", "adamw"])
 def test_schedules_work_on_both_learning_rates(mode, tmp_path):
     """Adam's first step is as long as the learning rate, B's four times A's."""
@@ -416,16 +406,6 @@ def test_the_adaptive_schedule_sees_one_mean_loss_a_step(tmp_path, monkeypatch):
 
 
 # --- What is written down
-
-
-def test_the_log_goes_to_the_output_folder_unless_the_manager_has_a_file_of_its_own(tmp_path):
-    file = tmp_path / "out" / "grit_log.jsonl"
-    for own in (None, tmp_path / "mine" / "log.jsonl", None):  # a new run into an old folder starts a new log
-        manager = GRITManager(model := tiny_model(), settings(), log_file=own)
-        args = arguments(tmp_path / "out", max_steps=2)
-        GritTrainer(model=model, args=args, train_dataset=tiny_data(), grit_manager=manager).train()
-        assert manager.log_file == (own or file)
-        assert [json.loads(line) for line in manager.log_file.read_text().splitlines()] == manager.history
 
 
 def test_the_trainers_log_gets_grits_numbers(tmp_path):

@@ -26,11 +26,11 @@ def logits(model):
         return model.eval()(IDS).logits
 
 
-def watched(seen):
-    """The baseline; remembers what the model said at the start and after every step, with the adapter and without."""
+def watched(seen, arm=ARM):
+    """The arm; `seen` gets the model's logits at the start and after every step, with the adapter and without."""
 
     def make_trainer(settings, **kwargs):
-        trainer = ARM.make_trainer(settings, **kwargs)
+        trainer = arm.make_trainer(settings, **kwargs)
         model = trainer.model
 
         def look(when):
@@ -49,7 +49,7 @@ def watched(seen):
         trainer.add_callback(Look())
         return trainer
 
-    return replace(ARM, make_trainer=make_trainer)
+    return replace(arm, make_trainer=make_trainer)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "corda", "lora_ga", "eva"])

@@ -133,17 +133,6 @@ def test_every_text_comes_once_before_one_comes_again_whatever_the_number_of_ran
     assert len(seen) == len(set(seen)) == len(keeper.texts) // 3 * 3
 
 
-def test_the_base_is_asked_about_several_steps_at_once_with_the_same_answers(held):
-    keeper = keeper_of(held("distill"))
-    model, asked = keeper.trainer.model, []
-    of_base = keeper.of_base
-    keeper.of_base = lambda model, batch: asked.append(1) or of_base(model, batch)
-    for step in (*range(20), 3):
-        (batch,) = batches(keeper.rows_of(step), keeper.pad, "cpu", 3)
-        torch.testing.assert_close(keeper.base_at(model, step, batch), of_base(model, batch), atol=1e-4, rtol=1e-4)
-    assert len(asked) == 6  # 48 texts of 16 steps, 32 at once, three times
-
-
 def test_where_logits_are_hidden_the_texts_cross_entropy_over_the_bases_is_the_loss(held):
     keeper = keeper_of(held("distill"))
     model = keeper.trainer.model

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from db.files import write_jsonl
 from evaluation.tasks import general
@@ -19,6 +19,7 @@ from pipelines.check import parse_params
 from pipelines.train import training_items
 from probes import Evidence, Twin, judge
 from tests.trainers.runs import history, interrupted
+from tests.trainers.test_adapters import logits, watched
 from tests.trainers.test_training import WEIGHTS, loss_of, weights
 from trainers import TrainingError
 from trainers.arms import baseline_lora, residual_lora
@@ -65,30 +66,10 @@ def test_lora_null_starts_as_w_on_the_directions_that_c_has_least_of():
 @STARTS
 def test_it_starts_as_the_base_and_what_is_saved_fits_the_untouched_base(residual_job, start):
     job, seen = residual_job(start), {}
-    ids = torch.arange(3, 43)[None]
-
-    def started(trainer, *given):
-        ARM.start(trainer, *given)
-        model = trainer.model
-
-        class Look(TrainerCallback):
-            @torch.no_grad()
-            def on_train_begin(self, *_, **__):
-                seen["start"] = model(ids).logits
-
-            @torch.no_grad()
-            def on_step_end(self, *_, **__):
-                seen["end"] = model(ids).logits
-                with model.disable_adapter():
-                    seen["off"] = model(ids).logits
-
-        trainer.add_callback(Look())
-
-    said = run(replace(ARM, start=started), job)
+    said = run(watched(seen, ARM), job)
     base = AutoModelForCausalLM.from_pretrained(job.base.location, dtype=torch.float32)
-    with torch.no_grad():
-        plain = base(ids).logits
-        loaded = PeftModel.from_pretrained(base, str(job.output)).eval()(ids).logits
+    plain = logits(base)
+    loaded = logits(PeftModel.from_pretrained(base, str(job.output)))
     torch.testing.assert_close(seen["start"], plain, rtol=0, atol=1e-4)
     assert torch.equal(seen["off"], plain)
     torch.testing.assert_close(loaded, seen["end"], rtol=0, atol=1e-4)

@@ -102,19 +102,6 @@ def test_text_arms_refuse_pictures():
         parse_params(raw)
 
 
-def test_an_arm_may_train_by_epochs(raw):
-    raw["arms"]["pure_grit"] |= {"epochs": 3, "max_steps": None}
-    params = parse_params(raw)
-    for arm, expected in (("pure_grit", (None, 3.0)), ("baseline_lora", (500, None))):
-        assert (params.train_for(arm).max_steps, params.train_for(arm).epochs) == expected
-
-
-def test_early_stopping_keeps_the_best(raw):
-    changes = {"early_stopping_patience": 2, "eval_steps": 50}
-    assert TrainSettings(**raw["train"] | changes).keeps_best
-    assert not TrainSettings(**raw["train"]).keeps_best
-
-
 def test_steps_are_those_of_the_trainer(raw, tmp_path):
     import torch
     from transformers import Trainer, TrainingArguments

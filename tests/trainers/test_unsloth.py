@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from probes import Evidence, judge
 from tests.trainers import runs
-from tests.trainers.runs import ROOT, curves
-from tests.trainers.test_training import WEIGHTS, loss_of
+from tests.trainers.runs import ROOT
+from tests.trainers.test_training import WEIGHTS
 from trainers import TrainingError
 from trainers.arms import hybrid_grit, unsloth_lora
 from trainers.models import add_lora, load_base_model
@@ -30,7 +30,6 @@ from trainers.run import LEDGER, run
 
 GRIT = {"min_lora_rank": 1, "kfac_min_samples": 1, "grit_cov_update_freq": 1, "kfac_update_freq": 2, "log_freq": 4}
 MLP = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
-CURVE = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.4}  # of the job that lasts: the best is not the last
 
 
 def in_own_process(jobs, folder, code=0):
@@ -50,12 +49,6 @@ def in_own_process(jobs, folder, code=0):
 def jobs(make_job):
     few = {"max_steps": 4, "eval_steps": 4}
     mlp = {"grit": GRIT, "target_modules": MLP, **few}
-    # Nothing after the first evaluation is better by so much: it stops after the fourth.
-    lasting = make_job(
-        grit=GRIT, max_steps=None, epochs=2.0, early_stopping_min_delta=100.0, overlong="leave_out",
-        eval_steps=2, save_steps=4, early_stopping_patience=3,
-    )  # fmt: skip
-    longer = [*lasting.train, ("What?\n", "1" * 300)]
     return {
         "lora": (make_job(), False, {}),
         "plain": (make_job(grit=GRIT), False, {}),
@@ -64,11 +57,6 @@ def jobs(make_job):
         "unfused": (make_job(unsloth_fused_lora=False, **mlp), True, {}),
         "never fused": (make_job(**mlp), False, {}),
         "nf4": (make_job(grit=GRIT, quantize_base="nf4", **few), False, {}),
-        "lasting": (
-            replace(lasting, train=longer, report_to=["tensorboard"], logs=lasting.output.with_name("lasting-logs")),
-            False,
-            CURVE,
-        ),
     }
 
 
@@ -123,18 +111,6 @@ def test_killed_and_resumed_equals_undisturbed(seen, jobs, make_job, tmp_path):
     resumed = in_own_process([("resumed", job, False, {})], tmp_path)["resumed"]
     assert resumed["summary"]["resumed_from_step"] == 8
     assert (job.output / WEIGHTS).read_bytes() == adapter(jobs, "plain")
-
-
-def test_the_settings_of_long_trainings_reach_unsloths_trainer(seen, jobs):
-    said, history, job = seen["lasting"]["summary"], seen["lasting"]["history"], jobs["lasting"][0]
-    losses = {e["step"]: e["eval_loss"] for e in history if "eval_loss" in e}
-    assert said["stopped_early"] and said["steps"] == 8 and losses == CURVE
-    assert (said["train_left_out"], said["train_items"], said["best_step"]) == (1, 64, 4)
-    assert said["best_eval_loss"] == CURVE[4]
-    assert said["final_eval_loss"] == pytest.approx(loss_of(job), rel=1e-3)  # of the adapter as it was saved
-    found = curves(job.logs)
-    assert dict(found["eval/loss"]) == {step: pytest.approx(loss, rel=1e-6) for step, loss in losses.items()}
-    assert found["train/grit/ready_layers"][-1][1] == 6
 
 
 def test_statistics_count_once_under_unsloths_checkpointing(seen):
