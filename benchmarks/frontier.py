@@ -28,7 +28,6 @@ rsLoRA is AdamW with α·√r in the place of α, a point of the grid, and has n
 of METHODS; one that has been changed is run anew, since its entry is part of a row's key. A new centre of rates keeps
 the rows that both grids share.
 
-  python -m benchmarks.frontier --plan                # runs, steps and hours that are left
   python -m benchmarks.frontier --horizons 150 300    # run them, then write results/frontier.json
   python -m benchmarks.frontier --report              # that alone, from the rows
   python -m benchmarks.frontier --world rank4 --rank 4 --horizons 150 --methods adamw grit
@@ -288,32 +287,6 @@ def runs(horizons: Sequence[int], methods: Sequence[str], rows: Rows, seeds: Seq
             for h in [horizon, *ours]:
                 wanted += tries(name, h, rows) + compared(name, h, rows, seeds)
             yield from (run for run in wanted if key(run) not in rows)
-
-
-def plan(horizons: Sequence[int], methods: Sequence[str], rows: Rows) -> None:
-    """Print what is left at most; how far it is from AdamW is not known before."""
-    table = Table("method", "runs", "steps", "hours", title="At most, on one core", title_justify="left")
-    own = [row for row in rows.values() if row["seconds_a_step"]]
-    whole = [0, 0, 0.0]
-    for name in methods:
-        known = [row["seconds_a_step"] for row in own if row["method"] == name]
-        second = statistics.median(known) if known else 0.1
-        count = steps = 0
-        for horizon in horizons:
-            curve = [h for h, of in STEPS_BETWEEN.items() if of == horizon and name == OURS]
-            if horizon != 75 or name in ("adamw", OURS):
-                tunes = {75: 2, 150: 21, 300: 4, 600: 5}[horizon] + 2 * AGAIN[horizon]
-                left = [horizon] * tunes + [h for h in (horizon, *curve) for _ in SEEDS] + 6 * curve
-                count, steps = count + len(left), steps + sum(left)
-        entry = _run(name, 0, {})["entry"]
-        done = [r["horizon"] for r in rows.values() if r["method"] == name and r["entry"] == entry]
-        done = [h for h in done if STEPS_BETWEEN.get(h, h) in horizons]
-        count, steps = max(0, count - len(done)), max(0, steps - sum(done))
-        hours = (steps * second + 4 * count) / 3600
-        table.add_row(name, str(count), str(steps), f"{hours:.2f}")
-        whole = [a + b for a, b in zip(whole, (count, steps, hours), strict=True)]
-    table.add_row("all", f"{whole[0]}", f"{whole[1]}", f"{whole[2]:.2f}")
-    Console().print(table)
 
 
 # A run
@@ -663,7 +636,6 @@ def main() -> None:
     parser.add_argument(
         "--project", type=Path, default=FOLDER, help="folder with its params.yaml, data/ and models/base"
     )
-    parser.add_argument("--plan", action="store_true", help="print what is to be run")
     parser.add_argument("--report", action="store_true", help="the table alone")
     parser.add_argument("--time", action="store_true", help="time a step of each method, on an idle machine")
     given = parser.parse_args()
@@ -675,9 +647,6 @@ def main() -> None:
     from pipelines.stage import quiet_libraries
 
     quiet_libraries()
-    if given.plan:
-        plan(given.horizons, given.methods, read_rows())
-        return
     if given.time:
         time_steps(list(dict.fromkeys(["adamw", *given.methods])))
     elif not given.report:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from benchmarks._harness import FOLDER, RESULTS, Interval, command, interval, interval_text, show, write
+from benchmarks._harness import FOLDER, Interval, command, interval, interval_text, show, write
 
 BASELINE = "baseline_lora"
 
@@ -108,10 +108,6 @@ def main() -> None:
     }
     title = f"Against vanilla LoRA ({interval_text(plain, 3)}), {len(seeds)} seeds, 95% intervals"
     show(title, columns, rows, width=200)
-    measured = RESULTS / "vlm_memory.json"
-    memory = json.loads(measured.read_text(encoding="utf-8"))["rows"] if measured.is_file() else []
-    for row in memory:
-        print(f"memory at SmolVLM-256M's widths, {row['configuration']}, {row['estimate']}: {row['memory_ratio']:.3f}")
     plainly = json.loads(
         json.dumps({"rows": rows, "vanilla_accuracy": plain, "seeds": seeds})
         .replace("Infinity", "null")
