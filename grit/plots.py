@@ -58,7 +58,7 @@ def _spectrum(axis: "Axes", rows: list[list[float]], color: str, style: str, lab
         line[: len(row)] = [value / row[0] if value / row[0] > _FLOOR else np.nan for value in row]
     places = range(1, table.shape[1] + 1)
     axis.plot(places, table.T, style, color=color, linewidth=0.7, alpha=0.35)
-    medians = np.ma.median(np.ma.masked_invalid(table), axis=0).filled(np.nan)
+    medians = np.ma.median(np.ma.masked_invalid(table), axis=0).filled(np.nan)  # type: ignore[no-untyped-call]
     axis.plot(places, medians, style, color=color, linewidth=2.4, marker="o", markersize=4, label=label)
 
 

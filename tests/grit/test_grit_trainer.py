@@ -4,9 +4,9 @@ import random
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
-from grit import GritCallback, GRITConfig, GRITManager, GritOptimizer, GritTrainer, grit_trainer_class
+from grit import GRITConfig, GRITManager, GritOptimizer, GritTrainer, grit_trainer_class
 from tests.grit.nets import covariances, hooks_on, llama, lora_on, lora_weights, of_kind, same, trainable
 
 VOCABULARY, LENGTH = 64, 12
@@ -75,33 +75,6 @@ class Watch(TrainerCallback):
 
 def logged_by(trainer, name="loss"):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def by_callback(config, folder):
-    """A plain Trainer, with GRIT in its optimizer; without GRIT where there is no `config`."""
-    model, manager, callbacks = tiny_model(), None, []
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.0)
-    if config is not None:
-        manager = GRITManager(model, config)
-        optimizer, callbacks = GritOptimizer(optimizer, manager), [GritCallback(manager)]
-    given = {"optimizers": (optimizer, None), "callbacks": callbacks, "train_dataset": tiny_data()}
-    Trainer(model=model, args=arguments(folder, max_grad_norm=0.0), **given).train()
-    return lora_weights(model), manager
-
-
-def test_preconditioning_reaches_the_weights(tmp_path):
-    """The same run without GRIT, with it, and with it in warm-up throughout, which has to be AdamW again."""
-    adamw, _ = by_callback(None, tmp_path)
-    natural, manager = by_callback(settings(), tmp_path)
-    idle, waiting = by_callback(settings(ng_warmup_steps=1000), tmp_path)
-    assert len(adamw) == 12 and adamw.keys() == natural.keys() == idle.keys()
-    for name, w in adamw.items():
-        assert torch.linalg.norm(natural[name] - w) > 0.02 * torch.linalg.norm(w), name
-        assert torch.allclose(idle[name], w, atol=2e-6), name
-    assert manager.step == manager.applied_steps == 8
-    assert set(manager.curvature.capture_kinds().values()) == {"hooks"} and not manager.curvature.unreported()
-    assert manager.history[-1]["effect"]["effective"]
-    assert "warm-up" in waiting.history[-1]["effect"]["reason"]
 
 
 # --- What the Trainer mixin does on its own

@@ -191,20 +191,6 @@ def test_it_stops_early_and_goes_on_to_the_same_bits(make_job, tmp_path, module,
         assert (job.output / ledger).read_bytes() == (undisturbed.output / ledger).read_bytes()
 
 
-def test_the_best_checkpoint_outlives_rotation_and_an_interruption(make_job, tmp_path):
-    """Six evaluations after the best one, of which three checkpoints are kept, and an interruption in between."""
-    settings = BEST | {"max_steps": 16}
-    losses = {2: 3.0, 4: 1.0, **dict.fromkeys(range(6, 17, 2), 2.0)}
-    undisturbed = make_job(**settings)
-    run(scripted("baseline_lora", losses), undisturbed)
-    job = make_job(**settings, checkpoints=tmp_path / "checkpoints")
-    interrupted("baseline_lora", job, losses, "on_step_end", 13)
-    assert sorted(p.name for p in job.checkpoints.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (10, 12, 4)]
-    result = run(scripted("baseline_lora", losses), job)
-    assert result["resumed_from_step"] == 12 and result["best_step"] == 4
-    assert weights(job) == weights(undisturbed)
-
-
 @pytest.mark.parametrize("steps", [14, 16], ids=["within an epoch", "at its end"])
 def test_an_end_after_the_last_checkpoint_changes_no_bit(make_job, tmp_path, steps):
     """From the checkpoint of the last step the Trainer would go on for a step too many."""
