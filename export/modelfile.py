@@ -25,7 +25,7 @@ class Serving(BaseModel):
     stop: list[str]  # at least one, or Ollama may guess a known chat format's
     go: str | None = None  # Ollama's TEMPLATE, where it comes from a chat template
     system: str | None = None  # Ollama's SYSTEM; the Go template must hold {{ .System }}
-    model_name: str | None = None  # None in a folder from before it was written
+    model_name: str | None = None  # in Ollama; None: that of the arm
     quantization: str = "f16"  # of the merged file
     license: str | None = None
     num_ctx: int  # tokens

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,12 +54,9 @@ class Served:
             why = "no such file" if isinstance(error, FileNotFoundError) else str(error)
             raise ExportError(f"{file}: {why}; run `dvc repro export`, which writes it") from None
         expected = modelfile_text(self.serving, self.folder, self.gguf if self.adapter else None).splitlines()
-        for n in range(max(len(lines), len(expected))):
-            pair = [texts[n] if n < len(texts) else "nothing" for texts in (lines, expected)]
-            if pair[0] != pair[1]:
-                raise ExportError(
-                    f"{file}: line {n + 1}: expected {pair[1]!r}, as {FACTS} says, got {pair[0]!r}; export again"
-                )
+        for n, (got, line) in enumerate(zip_longest(lines, expected, fillvalue="nothing"), 1):
+            if got != line:
+                raise ExportError(f"{file}: line {n}: expected {line!r}, as {FACTS} says, got {got!r}; export again")
 
     def adapter_form(self) -> "Served | None":
         """The same model as base and adapter; None for the base, and for what can only be served merged.
@@ -86,75 +84,42 @@ def served_in(folder: Path, name: str | None = None) -> Served:
 
     Raises ExportError: nothing is exported there, serving.json is damaged, or a file is missing.
     """
-    served = _served(folder, f"{folder.parent.name}_model")
-    served = served if name is None else replace(served, name=name)
-    _check_files([served])
+    serving, arm = Serving.read(folder / FACTS), folder.parent.name
+    name = name or serving.model_name or f"{arm}_model"
+    served = Served(name, arm, int(folder.name), folder, folder / SERVED_GGUF, None, serving)
+    if not served.gguf.is_file():
+        raise ExportError(f"{served.gguf}: expected a GGUF file, found none; run `dvc repro export`")
     return served
 
 
 def find_served(root: Path, mode: Mode = "merged", names: list[str] | None = None) -> list[Served]:
     """Everything in <root>/<arm>/<seed>/, base first; with `names` only these models.
 
-    Raises ExportError: nothing is exported there, a name is not among it or in two places, a serving.json is damaged,
-    a file is missing, or mode adapter is asked of what can only be served merged. What is wrong with models that are
-    not asked for does not count.
+    Raises ExportError: nothing is exported there, a name is not among it or in two places, see `served_in`, or mode
+    adapter is asked of what can only be served merged.
     """
     # A seed is a plain number; "0.123.partial" is what a killed export left.
     folders = [place.parent for place in root.glob(f"*/*/{FACTS}") if re.fullmatch("[0-9]+", place.parent.name)]
     folders.sort(key=lambda f: (f.parent.name != BASE, f.parent.name, int(f.name)))
     if not folders:
         raise ExportError(f"expected exported models in {root}/<arm>/<seed>/, found none; run `dvc repro export`")
-    first: dict[str, str] = {}
-    models: list[Served] = []
-    damaged: list[str] = []
-    for folder in folders:
-        arm, seed = folder.parent.name, folder.name
-        name = f"{arm}_model" if seed == first.setdefault(arm, seed) else f"{arm}_model:seed{seed}"
-        try:
-            models.append(_served(folder, name))
-        except ExportError as error:
-            damaged.append(str(error))
-    if names:
-        models = _named(models, names, damaged)
-    elif damaged:
-        raise ExportError("; ".join(damaged))
-    places: dict[str, Path] = {}
-    for served in models:
-        if (other := places.setdefault(served.name, served.folder)) != served.folder:
+    models: dict[str, Served] = {}
+    for served in map(served_in, folders):
+        if (other := models.setdefault(served.name, served)) is not served:
             raise ExportError(
-                f"expected one folder for each model, {other} and {served.folder} both hold {served.name!r}; remove "
-                "the one that is not in `matrix` of params.yaml any more, or export again"
+                f"expected one folder for each model, {other.folder} and {served.folder} both hold {served.name!r}; "
+                "remove the one that is not in `matrix` of params.yaml any more, or export again"
             )
-    if mode == "adapter":
-        models = [served if served.arm == BASE else _adapted(served) for served in models]
-    _check_files(models)
-    return models
-
-
-def _served(folder: Path, name: str) -> Served:
-    """The model of a folder; `name`: where its serving.json has none."""
-    serving, arm = Serving.read(folder / FACTS), folder.parent.name
-    return Served(serving.model_name or name, arm, int(folder.name), folder, folder / SERVED_GGUF, None, serving)
+    if unknown := [name for name in names or () if name not in models]:
+        raise ExportError(f"expected names among {', '.join(models)}, got {', '.join(unknown)}")
+    chosen = [models[name] for name in names or models]
+    return [served if served.arm == BASE else _adapted(served) for served in chosen] if mode == "adapter" else chosen
 
 
 def _adapted(served: Served) -> Served:
     if form := served.adapter_form():
         return form
     raise ExportError(f"{served.folder}: this adapter can be served merged only (run.json says why, only_merged)")
-
-
-def _named(models: list[Served], names: list[str], damaged: list[str]) -> list[Served]:
-    all_names = [served.name for served in models]
-    unknown = [name for name in names if name not in all_names]
-    if unknown:
-        also = f" ({'; '.join(damaged)})" if damaged else ""
-        raise ExportError(f"expected names among {', '.join(all_names) or 'none'}, got {', '.join(unknown)}{also}")
-    return [served for name in names for served in models if served.name == name]
-
-
-def _check_files(models: list[Served]) -> None:
-    if missing := [str(served.gguf) for served in models if not served.gguf.is_file()]:
-        raise ExportError(f"expected GGUF files, found none at {', '.join(missing)}; run `dvc repro export`")
 
 
 def base_file(root: Path) -> Path:

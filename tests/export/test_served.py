@@ -94,11 +94,9 @@ def test_one_name_in_two_folders_is_refused_and_the_stage_goes_by_arm_and_seed(t
     shutil.copytree(first, second)
     for folder in (first, second):
         edit(folder, model_name="pure_grit_model")
-    for names in (None, ["pure_grit_model"]):
-        with pytest.raises(ExportError, match="'pure_grit_model'; remove") as caught:
-            find_served(tree, names=names)
-        assert str(first) in str(caught.value) and str(second) in str(caught.value)
-    assert [s.name for s in find_served(tree, names=["base_model"])] == ["base_model"], "others are not touched by it"
+    with pytest.raises(ExportError, match="'pure_grit_model'; remove") as caught:
+        find_served(tree)
+    assert str(first) in str(caught.value) and str(second) in str(caught.value)
     for folder, seed in ((first, 0), (second, 1)):
         served = served_in(folder, "pure_grit_model")
         assert (served.gguf, served.arm, served.seed) == (folder / "model.gguf", "pure_grit", seed)
@@ -106,11 +104,10 @@ def test_one_name_in_two_folders_is_refused_and_the_stage_goes_by_arm_and_seed(t
     assert served_in(second, "another").name == "another" and served_in(second).name == "pure_grit_model"
 
 
-def test_later_seeds_are_tags_of_one_name_and_what_a_killed_export_left_is_no_model(tree):
-    for name in ("3", "10", "0.4711.partial", "0.4711.old.partial", "old", "³"):
+def test_what_a_killed_export_left_is_no_model(tree):
+    for name in ("0.4711.partial", "0.4711.old.partial", "old", "³"):
         shutil.copytree(tree / "pure_grit/0", tree / "pure_grit" / name)
-    names = [served.name for served in find_served(tree)]
-    assert names == ["base_model", "pure_grit_model", "pure_grit_model:seed3", "pure_grit_model:seed10"]
+    assert [served.name for served in find_served(tree)] == ["base_model", "pure_grit_model"]
 
 
 @pytest.mark.parametrize(
@@ -124,18 +121,12 @@ def test_later_seeds_are_tags_of_one_name_and_what_a_killed_export_left_is_no_mo
         (lambda f: edit(f, model_name=3), "model_name: Input should be a valid string, got 3"),
     ],
 )
-def test_damaged_facts_are_named_and_break_no_other_model(tree, spoil, said):
+def test_damaged_facts_are_named(tree, spoil, said):
     folder = tree / "pure_grit/0"
     spoil(folder)
-    for look in (
-        lambda: find_served(tree),
-        lambda: served_in(folder),
-        lambda: find_served(tree, names=["pure_grit_model"]),
-    ):
-        with pytest.raises(ExportError, match="export again") as caught:
-            look()
-        assert said in str(caught.value) and str(folder / FACTS) in str(caught.value)
-    assert [s.name for s in find_served(tree, names=["base_model"])] == ["base_model"]
+    with pytest.raises(ExportError, match="export again") as caught:
+        find_served(tree)
+    assert said in str(caught.value) and str(folder / FACTS) in str(caught.value)
 
 
 def test_folders_and_files_that_are_not_there(tree, tmp_path):
@@ -144,7 +135,7 @@ def test_folders_and_files_that_are_not_there(tree, tmp_path):
     with pytest.raises(ExportError, match=r"gguf/pure_grit/7/serving.json: no such file; run `dvc repro export`"):
         served_in(tree / "pure_grit/7")
     (tree / "pure_grit/0/model.gguf").unlink()
-    with pytest.raises(ExportError, match="expected GGUF files, found none at"):
+    with pytest.raises(ExportError, match=r"model\.gguf: expected a GGUF file, found none"):
         served_in(tree / "pure_grit/0")
 
 
