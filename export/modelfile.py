@@ -91,6 +91,12 @@ class Serving(BaseModel):
             problems.append(f"system: the template has no {SYSTEM}, so Ollama would drop it; put it into the template.")
         if not self.stop or not all(self.stop) or len(set(self.stop)) != len(self.stop):
             problems.append(f"stop: expected at least one word, none empty or twice, got {self.stop!r}.")
+        bos = next((t for t in (*BOS_TOKENS, self.bos_token) if t and self.template.lstrip().startswith(t)), None)
+        if self.adds_bos and bos is not None:
+            problems.append(
+                f"template: starts with {bos}, and the GGUF adds that token itself, so the model would see it twice; "
+                "take it out of the template."
+            )
         if self.num_ctx < 1:
             problems.append(f"num_ctx: expected ≥ 1 token, got {self.num_ctx}.")
         texts = [("template", template), ("system", self.system), ("license", self.license)]
@@ -123,16 +129,3 @@ class Serving(BaseModel):
 
 def _quoted(value: str) -> str:
     return f'"""{value}"""' if '"' in value or "\n" in value else f'"{value}"'
-
-
-def check_bos(text: str, gguf_adds_bos: bool, bos_token: str | None = None) -> None:
-    """Refuse a text, as it is rendered, that would put the beginning-of-sequence token there twice.
-
-    Raises ExportError: names the token, a well-known one or the model's own.
-    """
-    leading = next((t for t in (*BOS_TOKENS, bos_token) if t and text.lstrip().startswith(t)), None)
-    if gguf_adds_bos and leading is not None:
-        raise ExportError(
-            f"the template starts with {leading}, and the GGUF adds that token itself, so the model would "
-            "see it twice; take it out of the template."
-        )

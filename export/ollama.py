@@ -24,7 +24,7 @@ from export.engines.ollama_engine import (
 )
 from export.proof import problems, show
 from export.proof import verify as verify_model
-from export.register import open_on_server, register_served, remove_temporary
+from export.register import open_on_server, register, remove_temporary
 from export.served import BASE, MODES, Mode, Served, find_served
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__, no_args_is_help=True)
@@ -52,7 +52,7 @@ def create(names: Names = None, gguf: Root = GGUF, mode: ModeOption = "merged", 
     """Upload and create models; those that the server already has are left alone."""
     with _explained():
         for served in find_served(gguf, mode, names):
-            registered = register_served(host or None, served, progress=print)
+            registered = register(host or None, served)
             outcome = "created" if registered.created else "unchanged"
             print(f"{served.name}: {outcome}, {served.mode}, digest {registered.digest[:19]}")
 

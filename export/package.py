@@ -25,11 +25,6 @@ EMBEDDED = Path("models/base")
 CONFIG, WEIGHTS, TRAIN = "adapter_config.json", "adapter_model.safetensors", "data/train.jsonl"
 TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 """Its files, as transformers names them."""
-LICENSES = (
-    "mit", "apache-2.0", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "openrail", "gemma",
-    "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3",
-)  # fmt: skip
-"""Licences by the hub's own names; every other is `other` there, with a name and a file."""
 
 
 def package(arm: str, seed: int | None = None, *, merged: bool = False) -> Path:
@@ -117,12 +112,11 @@ class License:
 
 
 def _named(text: str) -> License:
-    name_on_hub = text.strip().lower()
-    if name_on_hub in LICENSES:
-        return License(text, {"license": name_on_hub}, "Licence: see LICENSE.")
-    name = re.sub(r"[^a-z0-9.]+", "-", name_on_hub.partition("\n")[0])[:60].strip("-")
-    front = {"license": "other", "license_name": name or "custom", "license_link": "LICENSE"}
-    return License(text, front, "Licence: see LICENSE.")
+    """A text of one word is a license's name, which the hub may know; of every other the hub gets a name and a file."""
+    name = re.sub(r"[^a-z0-9.]+", "-", text.strip().lower().partition("\n")[0])[:60].strip("-") or "custom"
+    if len(text.split()) == 1:
+        return License(text, {"license": name}, "Licence: see LICENSE.")
+    return License(text, {"license": "other", "license_name": name, "license_link": "LICENSE"}, "Licence: see LICENSE.")
 
 
 def _of_base(base: BaseReference) -> License:

@@ -51,7 +51,7 @@ class Checked(VerificationRecord):
     unsupported: bool = False  # the server cannot serve this mode
     quantization: str  # of the exported model
     differences: str | None = None  # settings that the server stored differently
-    note: str | None = None  # what the server does not report, or that a temporary copy was asked
+    note: str | None = None  # that a temporary copy was asked
     answers: tuple[str, ...] = ()  # to all prompts, in order
     answer_tokens: tuple[int | None, ...] = ()
     ties: tuple[bool, ...] = ()  # which answers diverge at a tie
@@ -207,23 +207,13 @@ def _check(opener: Opener, served: Served, references: Sequence[Reference], mode
                     answered=_share([s.text == r.answer for r, s in pairs]),
                     tied=_share(case.ties),
                     first_difference=explain(case),
-                    note=". ".join(filter(None, (engine.note, *_unreported(engine, answers)))) or None,
+                    note=engine.note,
                     answers=tuple(s.text for s in answers),
                     answer_tokens=tuple(s.answer_tokens for s in answers),
                     ties=tuple(case.ties),
                 )
             )
         return rows
-
-
-def _unreported(engine: Engine, answers: Sequence[Generation]) -> list[str]:
-    """What an older server leaves out, and what therefore is not checked."""
-    server = f"{engine.name} {engine.version} does not report"
-    gaps = (
-        ("rendered", "how it renders prompts, so TEMPLATE is not checked", any(a.rendered is None for a in answers)),
-        ("counted", "how many tokens it reads, so BOS is not checked", any(a.prompt_tokens is None for a in answers)),
-    )
-    return [f"{server} {what} (no share {share!r}); upgrade it" for share, what, missing in gaps if missing]
 
 
 def _share(equal: Sequence[bool | None]) -> float | None:

@@ -10,15 +10,16 @@ in its license, would be worse: a model made FROM ours inherits the license with
 import hashlib
 import json
 import os
+import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from db.files import sha256, write_json
+from db.files import sha256, write_text
 from export import ExportError, MergedOnlyError
 from export.engines.engine import EngineError
 from export.engines.llama_cpp import Vocabulary
@@ -52,29 +53,18 @@ class Registered:
     created: bool  # False when the server had it already
 
 
-def register(
-    host: str | None,
-    name: str,
-    gguf: Path,
-    serving: Serving,
-    adapter: Path | None = None,
-    progress: Callable[[str], None] | None = None,
-    *,
-    records: Path | None = None,
-) -> Registered:
-    """Makes the model on the server, unless it already has just this one.
+def register(host: str | None, served: Served, records: Path | None = None) -> Registered:
+    """Make the model on the server in its mode, unless the server already has just this one.
 
-    `gguf` is the merged model, or the base when `adapter` is given; `records` the folder of the local records, None:
-    ~/.cache/grit-pipeline/ollama (below XDG_CACHE_HOME if set).
+    `records` is the folder of the local records, None: ~/.cache/grit-pipeline/ollama (below XDG_CACHE_HOME if set).
 
     Raises EngineError: no server, a broken connection, a refusal, a creation that did not end in "success", or other
     settings stored than were given. MergedOnlyError: the server takes no adapters.
     ExportError: a file is missing, or settings that no Modelfile can say.
     """
-    say = progress or (lambda line: None)
-    url = resolve_host(host)
+    url, name, serving = resolve_host(host), served.name, served.serving
     serving.check()
-    files = {SERVED_GGUF: gguf} | ({ADAPTER_GGUF: adapter} if adapter else {})
+    files = {SERVED_GGUF: served.gguf} | ({ADAPTER_GGUF: served.adapter} if served.adapter else {})
     for path in files.values():
         if not path.is_file():
             raise ExportError(f"expected a GGUF file at {path}, found none; run the export stage first")
@@ -82,53 +72,42 @@ def register(
     hashes = {label: sha256(path) for label, path in files.items()}
     inputs = [hashes, serving.go_template, serving.parameters, serving.license, serving.system]
     fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    record_path = _record_path(url, name, records)
-    record = _read_record(record_path)
+    record = _record(url, name, records)
     digest = list_models(url).get(full_name(name))
-    if digest is not None and record.get("fingerprint") == fingerprint and record.get("digest") == digest:
-        say(f"{name}: the server has it already")
+    if digest is not None and record.is_file() and record.read_bytes() == f"{fingerprint} {digest}".encode():
         return Registered(digest, created=False)
 
     with connect(url, LOAD_S) as client:
         for label, path in files.items():
-            _upload(client, url, path, hashes[label], say)
-        _create(client, name, serving, hashes, say)
+            _upload(client, url, path, hashes[label])
+        _create(client, name, serving, hashes)
     stored = stored_model(url, name)
     if stored is None:
         raise EngineError(f"Ollama at {url} reported success, but does not list {name!r}; see its log")
     if problems := stored.differences(serving):  # /api/create checks none of them
         raise EngineError(f"Ollama at {url} stored other settings for {name!r}: " + "; ".join(problems))
-    write_json(record_path, {"fingerprint": fingerprint, "digest": stored.digest})
+    write_text(record, f"{fingerprint} {stored.digest}")
     return Registered(stored.digest, created=True)
 
 
-def _record_path(url: str, name: str, records: Path | None) -> Path:
+def _record(url: str, name: str, records: Path | None) -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = records or Path(cache).expanduser() / "grit-pipeline" / "ollama"
-    return folder / f"{hashlib.sha256(f'{url} {full_name(name)}'.encode()).hexdigest()[:24]}.json"
+    return folder / hashlib.sha256(f"{url} {full_name(name)}".encode()).hexdigest()[:24]
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _upload(client: "Client", url: str, path: Path, sha256: str, say: Callable[[str], None]) -> None:
+def _upload(client: "Client", url: str, path: Path, sha256: str) -> None:
     import httpx
 
     if httpx.head(f"{url}/api/blobs/sha256:{sha256}", timeout=60, **http_options(url)).status_code == 200:
-        say(f"{path.name}: uploaded before")
         return
-    say(f"{path.name}: uploading {path.stat().st_size / 1e6:.1f} MB")
+    print(f"{path}: uploading {path.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
     sent = client.create_blob(path)
     if sent != f"sha256:{sha256}":
         raise EngineError(f"{path} changed while it was uploaded (sha256 {sha256}, then {sent}); export it again")
 
 
-def _create(client: "Client", name: str, serving: Serving, hashes: dict[str, str], say: Callable[[str], None]) -> None:
+def _create(client: "Client", name: str, serving: Serving, hashes: dict[str, str]) -> None:
     digests = {label: f"sha256:{sha}" for label, sha in hashes.items()}
     status = None
     for step in client.create(
@@ -142,21 +121,12 @@ def _create(client: "Client", name: str, serving: Serving, hashes: dict[str, str
         stream=True,
     ):
         status = step.status or status
-        say(f"{name}: {step.status}")
     if status != "success":
         raise EngineError(f"expected the creation of {name!r} to end in 'success', it ended in {status!r}")
 
 
-# --- what the export stage left -----------------------------------------------------------------------------------
-
-
-def register_served(host: str | None, served: Served, progress: Callable[[str], None] | None = None) -> Registered:
-    """`register` a model in its mode."""
-    return register(host, served.name, served.gguf, served.serving, served.adapter, progress)
-
-
-def keep_registered(host: str | None, served: Served, progress: Callable[[str], None] | None = None) -> Served:
-    """`register_served` in the mode in which the server has the model, merged where it has none; the form it has now.
+def keep_registered(host: str | None, served: Served) -> Served:
+    """`register` in the mode in which the server has the model, merged where it has none; the form it has now.
 
     A release that no longer takes adapters gets it merged. `served` is in mode merged.
     """
@@ -164,9 +134,9 @@ def keep_registered(host: str | None, served: Served, progress: Callable[[str], 
     form = served.adapter_form() if stored is not None and stored.mode == "adapter" else None
     if form is not None:
         with suppress(MergedOnlyError):
-            register_served(host, form, progress)
+            register(host, form)
             return form
-    register_served(host, served, progress)
+    register(host, served)
     return served
 
 
@@ -183,34 +153,33 @@ def open_on_server(host: str | None, served: Served, scale: float = 1.0) -> Iter
     url = resolve_host(host)
     stored = stored_model(url, served.name)
     if scale == 1.0 and stored is not None and stored.mode == served.mode:
-        with _engine(url, served.name, served) as engine:
+        with _engine(url, served) as engine:
             yield engine
         return
     has = "does not have this model" if stored is None else f"has this model in mode {stored.mode}"
-    name = f"{TEMPORARY}{uuid.uuid4().hex}"
+    copy = replace(served, name=f"{TEMPORARY}{uuid.uuid4().hex}")
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            adapter = served.adapter
-            if adapter is not None and scale != 1.0:
-                adapter = Path(temporary) / ADAPTER_GGUF
-                scaled_copy(served.adapter or adapter, adapter, scale)
-            register(url, name, served.gguf, served.serving, adapter, records=Path(temporary))
-        with _engine(url, name, served) as engine:
+            if served.adapter is not None and scale != 1.0:
+                copy = replace(copy, adapter=Path(temporary) / ADAPTER_GGUF)
+                scaled_copy(served.adapter, Path(temporary) / ADAPTER_GGUF, scale)
+            register(url, copy, Path(temporary))
+        with _engine(url, copy) as engine:
             engine.note = f"asked of a temporary copy in mode {served.mode}, for the server {has}"
             yield engine
     except BaseException:
         with suppress(EngineError):  # which would hide what really went wrong
-            remove(url, name)
+            remove(url, copy.name)
         raise
-    remove(url, name)
+    remove(url, copy.name)
 
 
-def _engine(url: str, name: str, served: Served) -> OllamaEngine:
-    stored = stored_model(url, name)
+def _engine(url: str, served: Served) -> OllamaEngine:
+    stored = stored_model(url, served.name)
     if stored is None:
-        raise EngineError(f"Ollama at {url} had {name!r} and does not have it now; was it removed meanwhile?")
+        raise EngineError(f"Ollama at {url} had {served.name!r} and does not have it now; was it removed meanwhile?")
     context = served.serving.num_ctx
-    engine = OllamaEngine(url, name, context, retry=Retry(patience_s=0), mode=stored.mode, stored=stored)
+    engine = OllamaEngine(url, served.name, context, retry=Retry(patience_s=0), mode=stored.mode, stored=stored)
     with Vocabulary(served.gguf) as vocabulary:
         engine.precision = vocabulary.precision  # creating keeps it
     return engine

@@ -31,7 +31,7 @@ from export.go import (
     SYSTEM,
     render_go,
 )
-from export.modelfile import Serving, check_bos
+from export.modelfile import Serving
 from trainers.encode import encode_prompt
 
 Render = Callable[..., str]
@@ -209,9 +209,15 @@ def _check_syntax(made: ChatTemplate, bos_token: str | None, adds_bos: bool) -> 
             f"prompt.template without them. It is {made.text!r}"
         )
     try:
-        for system in (None, _SYSTEM):
-            check_bos(render_go(made.go, conversation(_USER, system)), adds_bos, bos_token)
-        Serving(template=made.text, go=made.go, stop=list(made.stop), num_ctx=1, system=made.system).check()
+        Serving(
+            template=made.text,
+            go=made.go,
+            stop=list(made.stop),
+            num_ctx=1,
+            system=made.system,
+            adds_bos=adds_bos,
+            bos_token=bos_token,
+        ).check()
     except ExportError as error:
         raise ExportError(f"it cannot be written into a Modelfile: {error}") from error
 

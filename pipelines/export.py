@@ -23,7 +23,7 @@ from export.engines.engine import LocalEngine, Message, asked_for, conversation,
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
 from export.go import go_of_turns
-from export.modelfile import Serving, check_bos
+from export.modelfile import Serving
 from export.proof import Checked, problems, prove, verify_record
 from export.served import (
     ADAPTER_GGUF,
@@ -103,7 +103,6 @@ def serving_facts(params: Params, reference: BaseReference, name: str) -> Servin
         bos_token=tokenizer.bos_token,
     )
     serving.check()
-    check_bos(serving.template, serving.adds_bos, serving.bos_token)
     return serving
 
 

@@ -80,7 +80,7 @@ def run(params: Params, arm: str, seed: int) -> None:
         if server_version(host) is not None:
             with exclusive(SPEED_LOCK):
                 # A model that the server has as base and adapter stays so; any other is registered merged.
-                keep_registered(host, served, progress=print)
+                keep_registered(host, served)
                 rows += against(verify_model(partial(open_on_server, host), *how), rows)
         parity = served.folder / PARITY
         of_files = read_record(parity, VerifyRecord).rows if parity.is_file() else []

@@ -15,6 +15,7 @@ from export.engines.ollama_engine import OllamaEngine, Retry, render_asked
 from export.go import go_of_turns
 from export.modelfile import Serving
 from export.register import register
+from export.served import Served
 from tests.ollama_double import LOAD_COLD_NS, LOAD_WARM_NS, OllamaDouble, Refusal
 
 TEMPLATE = "Q: {prompt}\nA: "
@@ -58,10 +59,14 @@ def clock():
     return Clock()
 
 
+def served(name, folder, serving):
+    return Served(name, name, 0, folder, folder / "model.gguf", None, serving)
+
+
 def put(server, folder):
     folder.mkdir(exist_ok=True)
     (folder / "model.gguf").write_bytes(b"GGUF")
-    return register(server.url, "m", folder / "model.gguf", SERVING, records=folder)
+    return register(server.url, served("m", folder, SERVING), folder)
 
 
 @pytest.fixture
@@ -132,7 +137,7 @@ def test_a_text_goes_on_as_it_is_and_turns_are_closed_and_filled_anew(double, tm
     assert make(double, expected=None).generate(Raw("It is 7"), 9).text == "7 "  # the length of what was asked
     item = Item("i", "chat", "2 + 1", "3", {}, (("1 + 1", "2"),), "Count.")
     serving = SERVING.model_copy(update={"go": go_of_turns(TEMPLATE, "</s>")})
-    register(double.url, "turns", tmp_path / "model.gguf", serving, records=tmp_path)
+    register(double.url, served("turns", tmp_path, serving), tmp_path)
     expected = "Count.\n\nQ: 1 + 1\nA: 2</s>Q: 2 + 1\nA: "
     assert render_asked(double.url, "turns", asked_for(item)) == serving.render(asked_for(item)) == expected
 

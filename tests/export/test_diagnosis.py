@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 from gguf import GGUFReader
@@ -17,7 +18,6 @@ from export.proof import problems, verify
 from export.register import register
 from export.served import read_references
 from tests.export.verify_runs import (
-    ARM,
     LATEST,
     answers,
     edit,
@@ -97,7 +97,7 @@ def test_cause_stop_word_that_only_one_side_has(tree, where):
         edit(folder, stop=stops["training"])
     served = model(tree)
     with opened("ollama") as (opener, double):
-        register(double.url, ARM, served.gguf, served.serving)
+        register(double.url, served)
         double.models[LATEST].parameters["stop"] = stops["server"]
         row = one(verify(opener, served, ["merged"]))
     said = f"{word!r} is a stop word on the server and inside of answers" if where == "server" else "stop words differ"
@@ -153,7 +153,7 @@ def test_cause_scale_on_the_server(tree, tmp_path, factor, said):
     form = served.adapter_form()
     scaled_copy(form.adapter, tmp_path / "lost.gguf", factor)
     with opened("ollama") as (opener, double):
-        register(double.url, ARM, form.gguf, form.serving, tmp_path / "lost.gguf")
+        register(double.url, replace(form, adapter=tmp_path / "lost.gguf"))
         row = one(verify(opener, served, ["adapter"]))
     assert row.answered < 1 and row.equal_to_merged < 1
     assert f"Likely cause: scale; the adapter {said}" in row.first_difference
@@ -231,7 +231,7 @@ def test_cause_template_that_renders_the_history_for_a_model_of_single_turns(tre
     served = model(tree)
     old = go_of_turns(served.serving.template, "</s>")
     with opened("ollama") as (opener, double):
-        register(double.url, ARM, served.gguf, served.serving.model_copy(update={"go": old}))
+        register(double.url, replace(served, serving=served.serving.model_copy(update={"go": old})))
         plain, newline, second = verify(opener, served, ["merged"])
     assert plain.rendered == newline.rendered == 1 and second.rendered == 0
     assert "TEMPLATE renders what was said before, and the model was trained on single" in second.first_difference
@@ -273,7 +273,7 @@ def test_a_cause_that_cannot_be_found_does_not_hide_the_difference(tree):
     served = model(tree, "base_model")
     rewrite(served.folder, answer=lambda row: "#" + row["answer"][1:])
     with opened("ollama") as (opener, double):
-        register(double.url, "base_model", served.gguf, served.serving)
+        register(double.url, served)
         (served.folder / "Modelfile").unlink()
         row = one(verify(opener, served, ["merged"]))
     assert row.answered == 0 and row.first_difference.startswith("prompt 0: ")

@@ -1,5 +1,6 @@
 """serving.json, Modelfile and folders of the export stage: read as they are meant, or refused by name."""
 
+import re
 import shutil
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from export import ExportError
 from export.engines.llama_cpp import Vocabulary
 from export.go import FIND_LAST, go_template
-from export.modelfile import Serving, check_bos
+from export.modelfile import Serving
 from export.served import FACTS, REFERENCE, find_served, modelfile_text, read_references, served_in
 from tests.export.verify_runs import edit
 
@@ -75,14 +76,11 @@ def test_all_faults_are_listed_at_once():
 
 
 def test_bos_must_not_come_twice():
-    for token in ("<|begin_of_text|>", "<s>", "<bos>"):
-        with pytest.raises(ExportError, match="twice") as caught:
-            check_bos(token + TEMPLATE, gguf_adds_bos=True)
-        assert token in str(caught.value)
-        check_bos(token + TEMPLATE, gguf_adds_bos=False)  # the template's own BOS is the only one
-        check_bos("a " + token, gguf_adds_bos=True)  # not leading
-    with pytest.raises(ExportError, match="«bos»"):
-        check_bos("«bos»{prompt}", gguf_adds_bos=True, bos_token="«bos»")
+    for token, more in (("<|begin_of_text|>", {}), ("<s>", {}), ("<bos>", {}), ("«bos»", {"bos_token": "«bos»"})):
+        with pytest.raises(ExportError, match=f"starts with {re.escape(token)}.* twice"):
+            serving(template=token + TEMPLATE, **more).check()
+        serving(template=token + TEMPLATE, adds_bos=False).check()  # the template's own BOS is the only one
+        serving(template="a " + token + TEMPLATE, **more).check()  # not leading
 
 
 # --- folders ---------------------------------------------------------------------------------------------

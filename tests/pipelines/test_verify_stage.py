@@ -88,7 +88,7 @@ def test_a_model_that_is_served_as_base_and_adapter_stays_so(params, tree, monke
     form = served_in(tree / "pure_grit/0").adapter_form()
     with OllamaDouble() as server:
         monkeypatch.setenv("OLLAMA_HOST", server.url)
-        register(server.url, form.name, form.gguf, form.serving, form.adapter)
+        register(server.url, form)
         model = server.models["pure_grit_model:latest"]
         server.requests.clear()
         verify.run(params, "pure_grit", 0)
