@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from decimal import Decimal
 from statistics import median
 
@@ -24,43 +23,41 @@ class Column(Section):
     unit: str | None = None
 
 
-@dataclass(frozen=True)
-class FieldMap:
-    """What params.yaml says about the fields of a task."""
+def checked_columns(
+    task: Task, entries: Mapping[str, str | Column | None]
+) -> tuple[dict[str, str | None], dict[str, str], list[str]]:
+    """What params.yaml says about a task's fields.
 
-    columns: dict[str, str | None]  # field → column, None to leave the field out
-    units: dict[str, str]  # field → unit of its column, if named
-
-    @classmethod
-    def checked(cls, task: Task, entries: Mapping[str, str | Column | None]) -> tuple["FieldMap", list[str]]:
-        """The usable entries, and what is wrong with the others."""
-        fields, columns, units, problems = task.FIELDS, dict[str, str | None](), dict[str, str](), list[str]()
-        for name, entry in entries.items():
-            column, unit = (entry.column, entry.unit) if isinstance(entry, Column) else (entry, None)
-            twin = next((other for other in columns if column is not None and columns[other] == column), None)
-            if name not in fields:
-                problems.append(f"unknown field {name!r} in columns{suggest(name, fields)}.")
-            elif column is None and fields[name].required:
-                problems.append(f"{name}: expected a column, got null; items cannot do without it.")
-            elif twin is not None:
-                problems.append(f"column {column!r} is mapped to both {twin!r} and {name!r}; map it once.")
-            else:
-                try:
-                    _factor(name, fields[name], unit)
-                except ValueError as error:
-                    problems.append(str(error))
-                    continue
-                columns[name] = column
-                if unit is not None:
-                    units[name] = unit
-        problems += [
-            f"column {column!r} is mapped to {name!r}, but {other!r} is read from it too; map {other!r} to another one."
-            for name, column in columns.items()
-            for other, spec in fields.items()
-            if spec.required and spec.column == column and other not in columns
-        ]
-        check = getattr(task, "check_mapping", None)
-        return cls(columns, units), [*problems, *(check(entries) if check else ())]
+    Returns field → column (None to leave the field out), field → unit of its column (if named), and what is wrong with
+    the entries that are in neither.
+    """
+    fields, columns, units, problems = task.FIELDS, dict[str, str | None](), dict[str, str](), list[str]()
+    for name, entry in entries.items():
+        column, unit = (entry.column, entry.unit) if isinstance(entry, Column) else (entry, None)
+        twin = next((other for other in columns if column is not None and columns[other] == column), None)
+        if name not in fields:
+            problems.append(f"unknown field {name!r} in columns{suggest(name, fields)}.")
+        elif column is None and fields[name].required:
+            problems.append(f"{name}: expected a column, got null; items cannot do without it.")
+        elif twin is not None:
+            problems.append(f"column {column!r} is mapped to both {twin!r} and {name!r}; map it once.")
+        else:
+            try:
+                _factor(name, fields[name], unit)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            columns[name] = column
+            if unit is not None:
+                units[name] = unit
+    problems += [
+        f"column {column!r} is mapped to {name!r}, but {other!r} is read from it too; map {other!r} to another one."
+        for name, column in columns.items()
+        for other, spec in fields.items()
+        if spec.required and spec.column == column and other not in columns
+    ]
+    check = getattr(task, "check_mapping", None)
+    return columns, units, [*problems, *(check(entries) if check else ())]
 
 
 def _factor(name: str, spec: Field, unit: str | None) -> Decimal:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -12,7 +12,7 @@ from pydantic import Field as Key
 from pydantic import field_validator
 
 from evaluation import EvaluationError
-from evaluation.sources.columns import Column, FieldMap, FieldReader, match_columns
+from evaluation.sources.columns import Column, FieldReader, checked_columns, match_columns
 from evaluation.sources.hub import HUB, DataSet, open_data_set
 from evaluation.sources.tabular import AUTO, RawRow, Table, read_file
 from evaluation.tasks import Item, RowError, Source, Task
@@ -142,8 +142,7 @@ class RecipeRows:
 def read_recipe(task: Task, where: RowSource) -> RecipeRows:
     """Every row as an item or a rejection; EvaluationError, with every problem, if a split has no usable row."""
     defaults, fields = getattr(task, "SOURCE", Source("")), task.FIELDS
-    fieldmap, problems = FieldMap.checked(task, where.columns)
-    mapping = fieldmap.columns
+    mapping, units, problems = checked_columns(task, where.columns)
     if where.source == TASK_SOURCE:
         where = where.model_copy(
             update={
@@ -161,29 +160,33 @@ def read_recipe(task: Task, where: RowSource) -> RecipeRows:
             notes.append(note)
     except EvaluationError as error:
         raise EvaluationError([*problems, *error.problems], f"{where.source} cannot be used:") from error.__cause__
-    ids: dict[str, int] = {}
-    splits = []
+    several, readers = len(tables) > 1, dict[str, FieldReader]()
     for split, table in tables.items():
         columns, faults, absent = match_columns(fields, mapping, table)
-        problems += [f"split {split!r}: {fault}" if len(tables) > 1 else fault for fault in faults]
+        problems += [f"split {split!r}: {fault}" if several else fault for fault in faults]
         notes += [note for note in absent if note not in notes]
-        splits.append(_Split(task, where, split, FieldReader(fields, columns, fieldmap.units, table), ids))
-    for reader in splits if not problems else ():
-        problems += [*reader.fields.doubtful_units(), *reader.read(several=len(tables) > 1)]
-        notes += reader.notes
+        readers[split] = FieldReader(fields, columns, units, table)
+    items, rejected, ids = list[list[Item]](), list[Rejection](), dict[str, int]()
+    for split, reader in readers.items() if not problems else ():
+        if reader.commas:
+            notes.append(f"Decimal commas are read as points in {', '.join(reader.commas)}.")
+        usable, refused = _items(task, where, split, reader, ids)
+        items.append(usable)
+        rejected += refused
+        faults = _too_many(usable, refused, where.max_refused)
+        problems += [*reader.doubtful_units(), *(f"split {split!r}: {one}" if several else one for one in faults[:1])]
+        problems += faults[1:]
     if problems:
         raise EvaluationError(list(dict.fromkeys(problems)), f"{where.source} cannot be used:")
-    train, test = splits[0].items, splits[1].items if len(splits) > 1 else None
-    rejected = [r for s in splits for r in s.rejected]
     facts |= {
-        "columns": splits[0].fields.columns,
+        "columns": next(iter(readers.values())).columns,
         "rows": {split: len(table.rows) for split, table in tables.items()},
-        "accepted_rows": len(train) + len(test or ()),
+        "accepted_rows": sum(map(len, items)),
         "rejected_rows": len(rejected),
         "duplicate_rows": sum(r.reason.startswith(_DUPLICATE) for r in rejected),
         "too_long_rows": sum(r.reason.startswith(_TOO_LONG) for r in rejected),
     }
-    return RecipeRows(train, test, rejected, notes, facts)
+    return RecipeRows(items[0], items[1] if several else None, rejected, notes, facts)
 
 
 def _tables(
@@ -232,68 +235,50 @@ def _test_split(
     return None, [f"{why}: test items are drawn from {train!r}."]
 
 
-@dataclass
-class _Split:
-    """Makes items of the rows of one split."""
+def _items(
+    task: Task, where: RowSource, split: str, fields: FieldReader, ids: dict[str, int]
+) -> tuple[list[Item], list[Rejection]]:
+    """The items of a split's rows; `ids`: those of all splits, with their rows."""
+    table = fields.table
+    classes = {name: table.labels[column] for name, column in fields.columns.items() if column in table.labels}
+    settings = {name: getattr(where, name) for name in getattr(task, "ROW_SETTINGS", ())}
+    first: dict[Hashable, tuple[int, str]] = {}  # context → first row that has it, and its completion
 
-    task: Task
-    where: RowSource
-    split: str
-    fields: FieldReader
-    ids: dict[str, int]  # of the items of all splits, with their rows
-    items: list[Item] = field(default_factory=list)
-    rejected: list[Rejection] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def read(self, several: bool) -> list[str]:
-        """Fill `items` and `rejected`; the problems if none is left, or too many are refused."""
-        table = self.fields.table
-        if self.fields.commas:
-            self.notes.append(f"Decimal commas are read as points in {', '.join(self.fields.commas)}.")
-        labels = {name: table.labels[c] for name, c in self.fields.columns.items() if c in table.labels}
-        first: dict[Hashable, tuple[int, str]] = {}  # context → first row that has it, and its completion
-        self.items, self.rejected = read_rows(
-            table,
-            self.fields.columns,
-            lambda raw: self._item(raw, labels, first),
-            source=self.where.source,
-            split=self.split,
-        )
-        where = f"split {self.split!r}: " if several else ""
-        if not self.items:
-            return [f"{where}no row is left, all {len(self.rejected)} were rejected.", *first_few(self.rejected)]
-        lost = sum(raw.lost for raw in table.rows)
-        if lost:
-            self.notes.append(f"{lost} more rows are lost in unclosed quotes; data/rejected.jsonl shows where.")
-        faults = [r for r in self.rejected if not r.reason.startswith((_DUPLICATE, _TOO_LONG))]
-        rows, refused = len(table.rows) + lost, len(faults) + lost
-        if refused <= self.where.max_refused * rows:
-            return []
-        return [
-            f"{where}{refused} of {rows} rows ({refused / rows:.0%}) were refused, more than prepare_data.max_refused "
-            f"({self.where.max_refused:.0%}) allows. Fix the file or columns, or raise it. Most frequent reasons:",
-            *(f"{len(same)} times, first in {same[0]}" for same in _by_reason(faults)[:3]),
-        ]
-
-    def _item(self, raw: RawRow, labels: Mapping[str, list[str]], first: dict[Hashable, tuple[int, str]]) -> Item:
-        values = {name: getattr(self.where, name) for name in getattr(self.task, "ROW_SETTINGS", ())}
-        values |= self.fields.values(raw)
-        for name, names in labels.items():
+    def item_of(raw: RawRow) -> Item:
+        values = settings | fields.values(raw)
+        for name, names in classes.items():
             position = values[name]
             if isinstance(position, int) and 0 <= position < len(names):
                 values[name] = names[position]
             elif position == -1:
                 raise RowError(name, f"expected one of {', '.join(names)}, got -1, which marks unpublished labels")
-        item = self.task.make_item(f"{self.task.NAME}-{self.split}-{raw.row}", values)
-        size, most = item.characters, self.where.max_chars
+        item = task.make_item(f"{task.NAME}-{split}-{raw.row}", values)
+        size, most = item.characters, where.max_chars
         if most is not None and size > most:
             raise RowError(None, f"{_TOO_LONG}expected prompt and completion of at most {most} characters, got {size}")
         row, completion = first.setdefault(item.context, (raw.row, item.completion))
         if row != raw.row:
             other = "" if completion == item.completion else ", with another answer"
             raise RowError(None, f"{_DUPLICATE}same prompt as row {row}{other}")
-        if item.id in self.ids:
+        if item.id in ids:
             del first[item.context]  # a refused row has no duplicates
-            raise RowError("id", f"row {self.ids[item.id]} has the id {item.id!r} too; ids must be unique")
-        self.ids[item.id] = raw.row
+            raise RowError("id", f"row {ids[item.id]} has the id {item.id!r} too; ids must be unique")
+        ids[item.id] = raw.row
         return item
+
+    return read_rows(table, fields.columns, item_of, source=where.source, split=split)
+
+
+def _too_many(items: Sequence[Item], rejected: Sequence[Rejection], most: float) -> list[str]:
+    """What to say if no row is left, or a larger share of them than `most` is refused for faults of their own."""
+    if not items:
+        return [f"no row is left, all {len(rejected)} were rejected.", *first_few(rejected)]
+    faults = [r for r in rejected if not r.reason.startswith((_DUPLICATE, _TOO_LONG))]
+    rows, refused = len(items) + len(rejected), len(faults)
+    if refused <= most * rows:
+        return []
+    return [
+        f"{refused} of {rows} rows ({refused / rows:.0%}) were refused, more than prepare_data.max_refused "
+        f"({most:.0%}) allows. Fix the file or columns, or raise it. Most frequent reasons:",
+        *(f"{len(same)} times, first in {same[0]}" for same in _by_reason(faults)[:3]),
+    ]

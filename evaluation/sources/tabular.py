@@ -37,7 +37,6 @@ class RawRow:
     line: int | None
     values: dict[str, object]
     problem: str | None = None
-    lost: int = 0  # further rows swallowed by an unclosed quote
 
 
 @dataclass(frozen=True)
@@ -167,15 +166,14 @@ def _read_csv(data: bytes, start: int, delimiter: str, names: Collection[str]) -
                 raise EvaluationError(f"line {first + 1}, the header: {problem}.")
             header = [name.strip() for name in cells]
             continue
-        lost = sum(bool(line.strip()) for line in lines[first + 1 : last]) if error else 0
-        if lost:
-            problem = f"{problem}: {lost + 1} rows are lost"
+        if error and "never closed" in error:  # the rows below would all be lost
+            raise EvaluationError(f"{error}. Close it")
         if problem is None and len(cells) != len(header):
             problem = f"expected {len(header)} cells, as in the header, got {len(cells)}"
         values: dict[str, object] = dict(zip(header, cells, strict=False))
         if len(cells) > len(header):
             values["(beyond the header)"] = cells[len(header) :]
-        rows.append(RawRow(len(rows) + 1, first + 1, values, problem, lost))
+        rows.append(RawRow(len(rows) + 1, first + 1, values, problem))
     columns = header or []
     other = next((d for d in _SEPARATORS if len(columns) == 1 and d in columns[0]), None)
     hint = f" The header contains {other!r}: set delimiter to it, or to auto." if other else ""
@@ -219,8 +217,7 @@ def _csv_rows(text: list[str], delimiter: str, top: int) -> Iterator[tuple[int, 
         except csv.Error as exc:
             cells, error = [], f"expected a CSV row, got broken quoting ({exc})"
             if "end of data" in str(exc):
-                error += f": a quote opened on line {first + 1} or later is never closed, so all lines up to "
-                error += f"{top + reader.line_num} are in this row"
+                error += f": a quote opened on line {first + 1} or later is never closed"
         if cells or error:
             yield first, top + reader.line_num, cells, error
 
