@@ -8,7 +8,7 @@ the base is that model with its adapter off.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -110,9 +110,9 @@ def finite(value: float) -> float | None:
 # --- what the model reads ---
 
 
-def safety_prompts(section: Measure) -> texts.PromptSet:
-    """The prompts of the separation index; EvaluationError if they are unusable."""
-    prompt_set = texts.read_prompts(
+def safety_prompts(section: Measure) -> tuple[list[texts.Prompt], int]:
+    """The prompts of the separation index, and how many rows are left out; EvaluationError if they are unusable."""
+    prompts, left_out = texts.read_prompts(
         section.prompts,
         columns={str(name): column for name, column in section.columns.items()},
         safe_label=section.safe_label,
@@ -120,7 +120,7 @@ def safety_prompts(section: Measure) -> texts.PromptSet:
         split=section.prompts_split,
         subset=section.prompts_subset,
     )
-    return replace(prompt_set, prompts=texts.choose(prompt_set.prompts, section.max_prompts))
+    return texts.choose(prompts, section.max_prompts), left_out
 
 
 def general_texts(section: Measure, tokenizer: Any, template: str, limit: int) -> tuple[list[Encoded], int]:
@@ -243,8 +243,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     section, template, is_base = params.measure, prompt_text(params.prompt), arm == BASE_ARM
     if not is_base:
         check_arm(arm, params)
-    prompt_set = safety_prompts(section)  # first: a user's file may be unusable
-    prompts = prompt_set.prompts
+    prompts, left_out = safety_prompts(section)  # first: a user's file may be unusable
     user_files = [Path(name) for name in (section.prompts, section.text) if Path(name).is_file()]
     for warning in unwatched(user_files, "measure_base"):
         print(warning)
@@ -294,7 +293,7 @@ def run(params: Params, arm: str, seed: int) -> None:
             "answers": len(answers),
             "answers_cut_or_left_out": answers_cut,
             "prompts": len(prompts),
-            "prompt_rows_left_out": prompt_set.rows_left_out,
+            "prompt_rows_left_out": left_out,
             "prompts_cut": sum(len(ids) > limit for ids in whole),
             "prompts_in_pairs": plan.paired,
             "layers": layers,

@@ -88,14 +88,6 @@ class Prompt:
     pair: str | None = None
 
 
-@dataclass(frozen=True)
-class PromptSet:
-    """The prompts of a source in its order, and how many rows of a hub data set are left out."""
-
-    prompts: list[Prompt]
-    rows_left_out: int = 0
-
-
 def read_prompts(
     source: str,
     *,
@@ -104,11 +96,11 @@ def read_prompts(
     unsafe_label: str = "unsafe",
     split: str = "train",
     subset: str | None = None,
-) -> PromptSet:
-    """All prompts of `shipped`, a file, or `hub:org/name[@revision]`; the case of labels does not matter.
+) -> tuple[list[Prompt], int]:
+    """All prompts of `shipped`, a file, or `hub:org/name[@revision]`, and how many rows of a hub data set are left out.
 
-    `columns` maps PROMPT_FIELDS to the source's columns, which otherwise have the fields' names. One bad row refuses a
-    file; a hub data set may have a share of MOST_LEFT_OUT, which are left out.
+    `columns` maps PROMPT_FIELDS to the source's columns, which otherwise have the fields' names. Labels may have
+    any case. One bad row refuses a file; of a hub data set, up to a share of MOST_LEFT_OUT may be left out.
     """
     mapping, path = dict(columns or {}), source
     if source == SHIPPED:
@@ -149,7 +141,7 @@ def read_prompts(
         ]
     if problems:
         raise EvaluationError(first_few(problems), f"measure.prompts: {source} cannot be used:")
-    return PromptSet(prompts, lost)
+    return prompts, lost
 
 
 def choose(prompts: Sequence[Prompt], most: int) -> list[Prompt]:

@@ -23,7 +23,7 @@ def rows(n=10):
 
 
 def test_the_shipped_prompts_are_matched_pairs_over_the_axes_of_litmus():
-    results = read_prompts("shipped").prompts
+    results, _ = read_prompts("shipped")
     assert Counter(p.unsafe for p in results) == {False: 60, True: 60}
     assert len({p.text for p in results}) == 120
     axes = Counter(p.category for p in results if p.unsafe)
@@ -43,12 +43,12 @@ def test_columns_and_labels_of_a_user_s_file(tmp_path):
     lines = ["input,safety_label,axiom", *(",".join(row.values()) for row in data)]
     (tmp_path / "p.csv").write_text("\n".join(lines), encoding="utf-8")
     for file in (write(tmp_path / "p.jsonl", data), str(tmp_path / "p.csv")):
-        results = read_prompts(file, columns=columns).prompts
+        results, _ = read_prompts(file, columns=columns)
         assert len(results) == 20 and results[1] == Prompt("Tell me about unsafe thing 0.", True, "Duty", None)
     ones = write(tmp_path / "n.jsonl", [{**r, "label": int(r["label"] == "safe")} for r in rows()])
-    assert sum(p.unsafe for p in read_prompts(ones, safe_label="1", unsafe_label="0").prompts) == 10
-    results = read_prompts("shipped", columns={"prompt": "input"}, safe_label="ok", unsafe_label="bad")
-    assert len(results.prompts) == 120 and results.rows_left_out == 0, "they do not apply to the shipped set"
+    assert sum(p.unsafe for p in read_prompts(ones, safe_label="1", unsafe_label="0")[0]) == 10
+    results, lost = read_prompts("shipped", columns={"prompt": "input"}, safe_label="ok", unsafe_label="bad")
+    assert len(results) == 120 and lost == 0, "they do not apply to the shipped set"
 
 
 def test_prompts_that_cannot_be_used_are_refused_all_at_once(tmp_path):
@@ -78,16 +78,16 @@ def test_a_few_bad_rows_of_a_hub_data_set_are_left_out_and_counted(monkeypatch):
            {"prompt": rows()[0]["prompt"], "label": "unsafe"}]  # fmt: skip
     good = rows(48)  # 5 of 100 rows are lost: just allowed
     as_hub(monkeypatch, [*bad, *good])
-    results = read_prompts("hub:some/set")
-    assert results.rows_left_out == 5, "of a text in both classes both rows"
-    assert [p.text for p in results.prompts] == [row["prompt"] for row in good[1:]]
+    results, lost = read_prompts("hub:some/set")
+    assert lost == 5, "of a text in both classes both rows"
+    assert [p.text for p in results] == [row["prompt"] for row in good[1:]]
     as_hub(monkeypatch, [*bad, {"prompt": "", "label": "safe"}, *good])
     with pytest.raises(EvaluationError, match="(?s)6 of 101 rows cannot be used, expected at most 5%.*row 1: prompt"):
         read_prompts("hub:some/set")
 
 
 def test_a_choice_is_even_over_the_categories_and_keeps_pairs():
-    results = read_prompts("shipped").prompts
+    results, _ = read_prompts("shipped")
     assert choose(results, 60) == results
     few = choose(results, 21)
     assert Counter((p.unsafe, p.category) for p in few) == {

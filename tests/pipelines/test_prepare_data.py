@@ -79,6 +79,7 @@ def test_each_data_set_in_the_hubs_format(stage, task, capsys):
     assert record["inputs"] and all(f.startswith(f"inputs/{task}/") for f in record["inputs"])
     output = capsys.readouterr().out
     assert ("test items are drawn from" in output) == (held is None) and "lies outside" not in output
+    assert ("rows were rejected; data/rejected.jsonl lists them" in output) == (extra["rejected_rows"] > 0)
 
     stage(task=task, source=f"inputs/{task}")
     assert Path("data/test.jsonl").read_bytes() == text, "same seed, same items"
@@ -87,27 +88,6 @@ def test_each_data_set_in_the_hubs_format(stage, task, capsys):
     by_id = {i.id: i for items in first.values() for i in items}
     assert any(i.id in by_id for i in other["test"] + other["train"])
     assert all(by_id.get(i.id, i) == i for items in other.values() for i in items), "an id is of one row"
-
-
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet"])
-@pytest.mark.parametrize("task", recipe_data.MAKERS)
-def test_each_data_set_as_a_file_of_any_kind(stage, task, suffix):
-    some = recipe_data.rows(task, 60)
-    created = recipe_data.data_set(task, some)
-    file = Path("inputs") / f"d.{suffix}"
-    file.parent.mkdir()
-    if suffix == "json":
-        file.write_text(json.dumps(some))
-    else:
-        getattr(created, {"csv": "to_csv", "jsonl": "to_json", "parquet": "to_parquet"}[suffix])(file)
-    result, record = stage(task=task, source=str(file), valid_items=5, test_items=10)
-    recipe = load(task)
-    expected = {f"{task}-train-{n}": recipe.make_item("", row) for n, row in enumerate(some, start=1)}
-    items = [item for split in SPLITS for item in result[split]]
-    assert len(items) == 60 - record["extra"]["duplicate_rows"] and record["extra"]["test_split"] is None
-    for item in items:
-        want = expected[item.id]
-        assert (item.prompt, item.completion, item.truth) == (want.prompt, want.completion, want.truth)
 
 
 def test_rows_that_share_a_group_with_a_test_item_are_not_trained_on(stage, capsys):
@@ -125,21 +105,6 @@ def test_rows_that_share_a_group_with_a_test_item_are_not_trained_on(stage, caps
     output = capsys.readouterr().out
     assert "3 rows share a group or a prompt with a test item" in output
     assert "prepare_data.test_items: 1 instead of 5" in output
-
-
-def test_rejected_rows_are_counted_listed_and_reported(stage, capsys):
-    some = recipe_data.rows("gsm8k", 30)
-    bad = [{"question": f"How many in {n}?", "answer": f"no {'very ' * n}number"} for n in range(40)]
-    Path("mine").mkdir()
-    lines = [*some, some[0], {**some[1], "answer": "1+1\n#### 2"}, *bad, {"question": "y" * 500, "answer": "#### 1"}]
-    Path("mine/d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    _, record = stage(task="gsm8k", source="mine/d.jsonl", max_refused=1.0, max_chars=400, valid_items=3, test_items=4)
-    extra = record["extra"]
-    assert (extra["accepted_rows"], extra["rejected_rows"]) == (30, 43)
-    assert (extra["duplicate_rows"], extra["too_long_rows"]) == (2, 1)
-    assert [r["row"] for r in rows("data/rejected.jsonl")] == list(range(31, 74))
-    output = capsys.readouterr().out
-    assert "43 rows were rejected; data/rejected.jsonl" in output and "mine/d.jsonl lies outside inputs/" in output
 
 
 def test_too_few_rows_are_an_error_and_leave_nothing_behind(stage):
