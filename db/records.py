@@ -371,26 +371,13 @@ class PrecisionRecord(_Credited):
     fallbacks: Count  # tensors in another format, because their rows are no multiple of its block
     credit: Share = _CREDIT
 
-    @model_validator(mode="after")
-    def _consistent(self) -> PrecisionRecord:
-        if abs(self.correct / self.n - self.category_accuracy) > SAME_MEAN:
-            raise ValueError(f"category_accuracy {self.category_accuracy} is not {self.correct} of {self.n}")
-        if self.fallbacks > sum(self.tensor_types.values()):
-            raise ValueError(f"{self.fallbacks} fallbacks among {sum(self.tensor_types.values())} tensors")
-        return self
-
 
 class QuantizedRecord(ArmRecord):
-    rows: list[PrecisionRecord]
+    rows: list[PrecisionRecord]  # f16 first, which the others are compared with
 
     @model_validator(mode="after")
     def _consistent(self) -> QuantizedRecord:
         refuse_repeats("rows of the type", (row.type for row in self.rows))
-        first = self.rows[0].type if self.rows else "nothing"
-        if first != REFERENCE:
-            raise ValueError(f"rows: expected {REFERENCE} first, the reference of the others, got {first}")
-        if self.rows[0].answers_equal_to_f16 != 1:
-            raise ValueError(f"rows: {REFERENCE} must equal itself, got {self.rows[0].answers_equal_to_f16}")
         return self
 
 
@@ -487,9 +474,6 @@ class HistoryRecord(RootModel[list[dict[str, Number | None]]]):
             step = entry.get("step")
             if step is None or not 0 <= step < _STEPS or step != int(step):
                 raise ValueError(f"entry {position}: expected a `step`, a whole number from 0 up, got {step}")
-        for names in {tuple(entry) for entry in self.root}:
-            if "" in names or "eval_" in names:
-                raise ValueError(f"expected a name for each number, got one without: {', '.join(map(repr, names))}")
         return self
 
 

@@ -104,26 +104,25 @@ def lines(
 
 
 def scatter(
-    panel: Panel, x_title: str, y_title: str, *, log_x: bool = False, bars: bool = False,
-    marks: Mapping[str, float] | None = None,
+    panel: Panel, x_title: str, y_title: str, *, log_x: bool = False, marks: Mapping[str, float] | None = None
 ) -> Spec:  # fmt: skip
     """Points whose shape and color both mark the arm; those of the Pareto front are filled and joined.
 
-    Rows: kind (mean or seed), arm, seed, front (front, dominated or plain), low, x, high, below, y, above. `bars` draws
-    the intervals of means in both directions; then the axis upwards starts at zero, unless `marks` names lines across.
+    Rows: kind (mean or seed), arm, seed, front (front, dominated or plain), low, x, high, below, y, above. `marks`, the
+    names of lines across, also draws the intervals of means in both directions.
     """
     scale = alt.Scale(type="log" if log_x else "linear", zero=False, nice=False, padding=16)
     x_axis = alt.Axis(tickCount=5, labelSeparation=6, format="~g")
     x = partial(alt.X, title=x_title, axis=x_axis, scale=scale)
-    y = partial(alt.Y, title=y_title, axis=alt.Axis(tickCount=5),
-                scale=alt.Scale(zero=bars and not marks, nice=False, padding=16))  # fmt: skip
+    up = alt.Scale(zero=False, nice=False, padding=16)
+    y = partial(alt.Y, title=y_title, axis=alt.Axis(tickCount=5), scale=up)
     shapes = [_SHAPES[place % len(_SHAPES)] for place in range(len(panel.arms))]
     color, at = _color(panel), {"x": x("x:Q"), "y": y("y:Q")}
     shape = alt.Shape("arm:N", scale=alt.Scale(domain=panel.arms, range=shapes), legend=None)
     seed = _tooltip(arm="arm:N", seed="seed:N", **{x_title: "x:Q", y_title: "y:Q"})
     means = _rows("mean")
     layers: list[Any] = []
-    if bars:
+    if marks:
         tooltip = _tooltip(arm="arm:N", **{x_title: "x:Q", "from": "low:Q", "to": "high:Q"},
                            **{y_title: "y:Q", "up from": "below:Q", "up to": "above:Q"})  # fmt: skip
         layers = [
@@ -137,7 +136,7 @@ def scatter(
                 for filled in (False, True)
             ),
         ]
-    size, opacity = (16, 0.6) if bars else (95, 0.85)
+    size, opacity = (16, 0.6) if marks else (95, 0.85)
     seeds = _rows("seed").mark_point(filled=True, size=size, opacity=opacity)
     layers.insert(-2, seeds.encode(**at, color=color, shape=shape, tooltip=seed))
     if marks:
@@ -147,4 +146,4 @@ def scatter(
             lines.mark_text(align="left", dx=3, dy=-9, fill="gray").encode(x=alt.value(0), y=at["y"], text="arm:N"),
             *layers,
         ]
-    return _finished(alt.layer(*layers), 340 if bars else 240)
+    return _finished(alt.layer(*layers), 340 if marks else 240)

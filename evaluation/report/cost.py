@@ -122,7 +122,7 @@ def _picture(comparison: Comparison) -> Panel | None:
                 data.add("seed", row.arm, str(run.seed), front, None, 100 * x, None, None, y, None)
     if not data.rows:
         return None
-    options = {"x_title": f"{comparison.primary.title}, %", "y_title": "retention, % of the base's", "bars": True,
+    options = {"x_title": f"{comparison.primary.title}, %", "y_title": "retention, % of the base's",
                "marks": {"the base": 100.0, "the criterion": KEPT_THRESHOLD}}  # fmt: skip
     note = (
         "Means over seeds with 95% intervals; small points are single seeds. The Pareto front is filled and joined: "

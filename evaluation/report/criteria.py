@@ -83,31 +83,30 @@ def _accuracy(row: ArmRow, name: str, threshold: str, against: str) -> Criterion
 
 def by_loss(arm: str, against: str, differences: Sequence[float]) -> Criterion:
     """The evaluation loss is lower; `differences` are seed by seed, and not corrected for several arms."""
-    threshold, seeds = f"loss below that of {against}", len(differences)
+    seeds, mean, judged = len(differences), None, Judgement("undecided", "one seed decides nothing")
     if not differences:
-        why = f"no run of {against} with the same seed has an evaluation loss"
-        return _criterion(LOSS, arm, threshold, None, NATS, why)
-    with np.errstate(invalid="ignore"):  # a run that diverged
-        mean = mean_interval(np.array(differences))
-    if not math.isfinite(mean.estimate):
-        return _criterion(LOSS, arm, threshold, mean, NATS, "not finite for every seed")
-    if seeds == 1:
-        return _criterion(LOSS, arm, threshold, mean, NATS, "one seed decides nothing", 0)
-    judged = by_interval(mean, lower_is_better=True)
-    return _criterion(LOSS, arm, threshold, mean, NATS, judged.noting(f"over {seeds} seeds"))
+        judged = Judgement("undecided", f"no run of {against} with the same seed has an evaluation loss")
+    else:
+        with np.errstate(invalid="ignore"):  # a run that diverged
+            mean = mean_interval(np.array(differences))
+        if not math.isfinite(mean.estimate):
+            judged = Judgement("undecided", "not finite for every seed")
+        elif seeds > 1:
+            judged = by_interval(mean, lower_is_better=True).noting(f"over {seeds} seeds")
+    confidence = 0 if seeds == 1 else 100 * LEVEL
+    return _criterion(LOSS, arm, f"loss below that of {against}", mean, NATS, judged, confidence)
 
 
 def by_speed(arm: str, change: SpeedChange) -> Criterion:
     """Decoding loses less than 10% against the base timed beside it."""
-    threshold = f"Δ speed > {SPEED_THRESHOLD:.0f}%"
+    threshold, confidence = f"Δ speed > {SPEED_THRESHOLD:.0f}%", 100 * change.confidence
     if change.interval is None:
         return _criterion(SPEED, arm, threshold, None, "percent", "decoding was not timed beside the base")
     if change.confidence < LEVEL:
         why = (
-            f"{change.repetitions} paired repetitions give at most a {100 * change.confidence:.0f}% interval; "
-            "95% needs six or more"
+            f"{change.repetitions} paired repetitions give at most a {confidence:.0f}% interval; 95% needs six or more"
         )
-        return _criterion(SPEED, arm, threshold, change.interval, "percent", why, 100 * change.confidence)
+        return _criterion(SPEED, arm, threshold, change.interval, "percent", why, confidence)
     judged = by_interval(change.interval, SPEED_THRESHOLD, "%")
     judged = judged.noting(f"over {change.repetitions} paired repetitions")
     return _criterion(SPEED, arm, threshold, change.interval, "percent", judged)

@@ -20,10 +20,9 @@ MOST_POINTS = 300
 MOST_LAYERS = 40
 """Layers whose spectra can be chosen."""
 MOST_SPECTRA = 8
-"""Steps whose spectra are drawn, besides the last."""
+"""Steps whose spectra are drawn, the last among them."""
 FAINT = 1e-9
 """Share of the largest eigenvalue below which one is float32 rounding error, and is not drawn."""
-LAST = "last"
 _READINGS = {
     "angle": ("Angle between the update and plain AdamW's, degrees", "angle, degrees"),
     "cos_raw_step": ("Cosine of the raw gradient and the update", "cosine"),
@@ -188,14 +187,11 @@ def _spectrum_panel(comparison: Comparison) -> Panel | None:
     steps = set(spread(sorted({row.step for _, row in rows}), MOST_SPECTRA))
     data = Dataset(("arm", "seed", "layer", "factor", "step", "number", "share"))
     for run, row in rows:
-        names = [str(row.step)] if row.step in steps else []
-        names += [LAST] if row.step == max(row.step for row in run.spectra) else []
         values = [float(v) for v in row.eigenvalues if isinstance(v, int | float) and math.isfinite(v)]
         most = max(values, default=0.0)
-        for name in names if row.layer in layers else ():
-            for number, value in enumerate(values, start=1):
-                if value > FAINT * most:  # what a logarithmic axis can show
-                    data.add(run.arm, str(run.seed), row.layer, row.factor, name, number, value / most)
+        for number, value in enumerate(values, start=1) if row.layer in layers and row.step in steps else ():
+            if value > FAINT * most:  # what a logarithmic axis can show
+                data.add(run.arm, str(run.seed), row.layer, row.factor, str(row.step), number, value / most)
     if not data.rows:
         return None
     axes = ("number", "number of the eigenvalue", "share", "share of the largest (log)")
@@ -205,10 +201,9 @@ def _spectrum_panel(comparison: Comparison) -> Panel | None:
         for factor, title in _FACTORS.items()
         if factor in data.levels("factor")
     )  # fmt: skip
-    steps_drawn = sorted({*data.levels("step")} - {LAST}, key=int)
     controls = (
         Control("layer", "Layer", tuple((name, name) for name in layers)),
-        Control("step", "Step", tuple((step, step) for step in (LAST, *steps_drawn))),
+        Control("step", "Step", tuple((step, step) for step in sorted(data.levels("step"), key=int, reverse=True))),
         *_seeds_control(data),
     )
     note = f"Shares of the layer's largest eigenvalue; below {FAINT:g} is rounding error."

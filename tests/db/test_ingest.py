@@ -20,7 +20,6 @@ from tests.db.result_tree import (
     edit,
     make_arm,
     make_verified,
-    precision,
     sha,
     verification,
     write,
@@ -254,7 +253,6 @@ def test_all_problems_are_named_at_once_and_the_old_content_stands(tree, path):
     assert content(path) == before and sorted(tree.glob("runs/*")) == archived
 
 
-GOOD = [precision("f16", RIGHT, 1.0), precision("q8_0", RIGHT, 0.9)]
 CHECKED = verification("llama_cpp", "merged")
 LAYER = {"name": "x", "split": "weights", "layer": "l", "value": 1.0}
 SPEED = {"arm": "baseline_lora", "phase": "decode", "repetition": 0, "tokens": 1, "nanoseconds": 1}
@@ -269,9 +267,6 @@ SPEED = {"arm": "baseline_lora", "phase": "decode", "repetition": 0, "tokens": 1
         (SCORES, {"speed": [SPEED] * 2}, "more than once"),
         (SCORES, {"task": {**GSM8K, "primary": "f1"}}, "expected the primary metric f1 in split test"),
         (RUN, {"started": "2026-11-21T01:00:00"}, "timezone"),
-        (QUANTIZED, {"rows": []}, "expected f16 first, the reference of the others, got nothing"),
-        (QUANTIZED, {"rows": [{**GOOD[0], "category_accuracy": 0.71}]}, "category_accuracy 0.71 is not 70 of 100"),
-        (QUANTIZED, {"rows": [{**GOOD[0], "answers_equal_to_f16": 0.5}]}, "f16 must equal itself, got 0.5"),
         (VERIFIED, {"rows": [{**CHECKED, "answered": None}]}, "answered: expected a share if and only if"),
         (MEASURED, {"layers": [LAYER] * 2}, "layers ('x', 'weights', 'l') given more than once"),
         (LEDGER_FILE, [*LEDGER, LEDGER[1]], "line 4: step 25 given more than once"),

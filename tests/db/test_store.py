@@ -286,8 +286,6 @@ def test_missing_files_and_bad_addresses_are_named(tmp_path, tree):
     with pytest.raises(DatabaseError, match="no tables"), open_session(tmp_path / "empty.db"):
         pass
     assert ingest(tree, tmp_path / "empty.db").runs == 3
-    with pytest.raises(ModuleNotFoundError, match="mine"), open_session(tmp_path / "empty.db"):
-        raise ModuleNotFoundError("mine")
     for address in ("nonsense://x", "sqlite:://"):
         with pytest.raises(DatabaseError, match="orrect the database's address"), open_session(address):
             pass

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import html
 import re
-from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
 from db.runs import Choice
 from evaluation.report import browser as browser_module
-from evaluation.report import cost
 from evaluation.report import html as page_module
 from evaluation.report.blocks import Dataset, slug
 from evaluation.report.comparison import load_comparison
-from evaluation.report.every_number import power
 from evaluation.report.findings import story
 from evaluation.report.text import seeds_text
-from evaluation.report.training import spread
-from evaluation.statistics.power import PowerRow
 from tests.evaluation import page_tree
 from tests.evaluation.page_report import STYLE, Report, page_data, palette, part, report, rows_of, table, words
 
@@ -111,13 +105,6 @@ def test_seeds_are_named_and_not_counted(odd):
         "seeds 3, 5", "seeds 0 to 9", "10 seeds, 0 to 18", "seed 2"]  # fmt: skip
 
 
-def test_where_no_number_of_items_is_enough_seeds_are_named():
-    row = PowerRow("x", "base", 1, None, 500, 3, "why")
-    rows = [row, replace(row, points=2, seeds=9), replace(row, points=3, items=1200)]
-    (line,) = power(SimpleNamespace(power=rows)).blocks[1].rows
-    assert [cell.hint or cell.text for cell in line[4:]] == ["needs more seeds", "9 seeds would", "1,200"]
-
-
 # What was learned and what was kept
 
 
@@ -174,20 +161,6 @@ def test_every_arm_has_its_method_its_settings_and_its_cost():
     assert lines["baseline_lora"][at] == "50 s" and lines["pure_grit"][at] == "65 s 1.3×"
     assert "GRIT" in lines["pure_grit"][0] and "GRIT" not in lines["baseline_lora"][0]
     assert ["preserve.method", "none", "distill", "distill", "distill"] in table(made.text, "training-settings")
-
-
-@pytest.mark.parametrize(
-    ("own", "method"),
-    [
-        ({"optimizer": "adamw_torch", "peft": {}, "optim_args": None, "grit": None}, "LoRA, AdamW"),
-        ({"optimizer": "adamw_torch", "grit": {"mode": "sgd"}}, "LoRA, GRIT sgd, AdamW"),
-        ({"optimizer": "lion_32bit", "optim_args": {"betas": [0.95, 0.98]}}, "LoRA, lion_32bit"),
-        ({"adapter": "theirs/mine"}, "trained elsewhere"),
-        ({}, "LoRA"),
-    ],
-)
-def test_a_method_in_a_few_words(own, method):
-    assert cost.method(own) == method
 
 
 # What is there and what is not
@@ -249,10 +222,6 @@ def test_it_asks_the_network_for_nothing(full):
 
 
 # Pure parts
-
-
-def test_spread_keeps_both_ends():
-    assert spread(range(100), 5) == [0, 25, 50, 74, 99] and spread(range(3), 5) == [0, 1, 2]
 
 
 def test_a_dataset_packs_texts_as_codes_and_numbers_short_and_finite():

@@ -13,7 +13,7 @@ import pytest
 
 from evaluation.report.browser import DISPUTED
 from tests.evaluation import page_tree
-from tests.evaluation.page_report import palette, report
+from tests.evaluation.page_report import report
 from tests.evaluation.task_tree import credits_of
 
 pytestmark = pytest.mark.full
@@ -151,21 +151,6 @@ def test_a_phone_does_not_scroll_sideways(browser: Any, name: str, width: int) -
         wide = f"""[...document.querySelectorAll('main *')].filter((e) => !e.closest('.box, svg')
             && e.getBoundingClientRect().right > {width + 1}).map((e) => e.tagName + '.' + e.className)"""
         assert page.evaluate(wide) == []
-
-
-def test_dark_mode_redraws_in_its_own_colours(browser: Any) -> None:
-    """`test_page` checks their contrast."""
-    with opened(browser, "full", scheme="dark") as page:
-        for scheme in ("dark", "light"):
-            page.emulate_media(color_scheme=scheme)
-            page.locator("[data-chart='difference-0']").scroll_into_view_if_needed()
-            page.wait_for_function(
-                "(colour) => document.querySelector(\"[data-chart='difference-0']\").innerHTML.includes(colour)",
-                arg=palette(scheme)["--arm-3"],
-            )
-            ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-            paper = palette(scheme)["--paper"]
-            assert ground == f"rgb({', '.join(str(int(paper[at : at + 2], 16)) for at in (1, 3, 5))})"
 
 
 def test_it_works_with_keyboard_and_screen_reader(browser: Any) -> None:
