@@ -82,8 +82,7 @@ class OllamaDouble:
     closes the connection, "wrong_template" renders a BOS too many, "error_500_n_times", "wrong_json",
     "missing_response", "not_done" (a 200 with something else than a finished answer), "missing_fields" (an older
     release, without counts, times and reasons). Of a creation: "no_success", "break_create" end early, the latter
-    within the stream, "forget_settings" stores no parameters. "hang_all" answers nothing but HEAD; "bare_list" leaves
-    out digests.
+    within the stream, "forget_settings" stores no parameters.
     """
 
     reply: Callable[[str], str] | None = None
@@ -170,8 +169,8 @@ class OllamaDouble:
         rows = []
         for name in names:
             model = self.models[name]
-            digest = {} if self.misbehave == "bare_list" else {"digest": model.digest}
-            rows.append({"name": name, "model": name, **digest, "size": model.gguf.stat().st_size, **more})
+            known = {"digest": model.digest, "size": model.gguf.stat().st_size}
+            rows.append({"name": name, "model": name, **known, **more})
         return {"models": rows}
 
     def running(self) -> dict[str, Any]:
@@ -306,8 +305,6 @@ class Handler(BaseHTTPRequestHandler):
         if double.gone.is_set():  # a kept connection must not outlive the server
             return self._hang_up()
         data, _, blob = self._body(), *self.path.partition("/api/blobs/")[1:]
-        if double.misbehave == "hang_all":
-            return self._fail("hang")
         routes: dict[str, Callable[[Any], dict[str, Any]]] = {
             "/api/version": lambda _: {"version": double.version},
             "/api/tags": lambda _: double.listing(double.models),

@@ -13,11 +13,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -182,12 +181,6 @@ def list_models(host: str | None = None) -> dict[str, str]:
             raise EngineError(
                 f"expected the list of models from Ollama at {url}, got something else: {str(error)[:200]}; see its log"
             ) from error
-    for row in rows:
-        if not row.model or not row.digest:
-            raise EngineError(
-                f"expected name and digest of every model from Ollama at {url}, got name {row.model!r} with digest "
-                f"{row.digest!r}; upgrade the server"
-            )
     return {row.model: row.digest for row in rows if row.model and row.digest}
 
 
@@ -555,19 +548,12 @@ def _text(answer: Any) -> str | None:
 def _as_finished(function: Callable[[A], B], inputs: Sequence[A], workers: int) -> Iterator[tuple[int, B]]:
     """(place in `inputs`, result) in the order in which they are finished.
 
-    No more than `workers` inputs are under way, so that little is lost when the first exception, or the caller, ends
-    the loop; what was finished before the exception comes first.
+    The first exception, or a caller that leaves the loop, ends it: no further input is begun.
     """
-    waiting = iter(enumerate(inputs))
-    failed: Future[B] | None = None
     with ThreadPoolExecutor(workers) as pool:
-        running = {pool.submit(function, one): place for place, one in islice(waiting, workers)}
-        while running:
-            done = wait(running, return_when=FIRST_COMPLETED).done
-            failed = failed or next((future for future in done if future.exception()), None)
-            places = {running.pop(future): future for future in done}
-            yield from ((place, future.result()) for place, future in places.items() if not future.exception())
-            if failed is None:
-                running |= {pool.submit(function, one): place for place, one in islice(waiting, len(done))}
-    if failed is not None:
-        failed.result()
+        places = {pool.submit(function, one): place for place, one in enumerate(inputs)}
+        try:
+            for future in as_completed(places):
+                yield places[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

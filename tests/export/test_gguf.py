@@ -14,15 +14,11 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import load, load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from export import ExportError, converters, gguf
-from export.engines.hf import HfEngine
-from export.engines.llama_cpp import LlamaCppEngine
 from export.gguf import QUANTIZATIONS, REFUSED, Precision, contents, quantize
-from tests.conftest import TEMPLATE
-from tests.export.verify_runs import add_adapter, logits_apart
 
 
 def test_merged_weights_are_base_plus_scaled_product(base_dir, adapter_dir, tmp_path):
@@ -67,81 +63,11 @@ def test_an_adapter_without_tensors_is_refused(adapter_dir, tmp_path):
         gguf.convert_adapter(wrong, tmp_path, tmp_path / "out.gguf")
 
 
-# Scales that a GGUF adapter has no place for.
-UNEVEN = {
-    "rank_pattern": {"layers.0.self_attn.q_proj": 2, "v_proj": 3, r"layers\.[1]\.mlp\.down_proj": 1},
-    "alpha_pattern": {"v_proj": 24, "model.layers.1.self_attn.q_proj": 3},
-}
-RSLORA = {"use_rslora": True}
-
-
 def with_config(source, out, changes):
     shutil.copytree(source, out)
     config = json.loads((out / "adapter_config.json").read_text())
     (out / "adapter_config.json").write_text(json.dumps({**config, **changes}))
     return out
-
-
-LLAMAS = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "mlp.up_proj": "ffn_up",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
-
-
-def products(file):
-    """Tensor → α/k·B·A of a GGUF adapter, as llama.cpp takes it."""
-    reader = GGUFReader(file)
-    alpha = float(reader.fields["adapter.lora.alpha"].contents())
-    tensors = {t.name: torch.tensor(np.array(t.data)).double() for t in reader.tensors}
-    pairs = {name[: -len(".lora_a")]: a for name, a in tensors.items() if name.endswith(".lora_a")}
-    assert len(tensors) == 2 * len(pairs)
-    return {name: alpha / a.shape[0] * tensors[f"{name}.lora_b"] @ a for name, a in pairs.items()}
-
-
-def apart_from_peft(file, base_dir, adapter):
-    """Largest difference to PEFT's s·B·A, relative; rows of q and k as llama.cpp orders them."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float64), adapter)
-    got, worst, found = products(file), 0.0, 0
-    for i, layer in enumerate(model.base_model.model.model.layers):
-        for path, name in LLAMAS.items():
-            module = layer.get_submodule(path)
-            if not hasattr(module, "lora_A"):
-                continue
-            a, b = (getattr(module, f"lora_{x}")["default"].weight.detach().double() for x in "AB")
-            delta = module.scaling["default"] * b @ a
-            if name in ("attn_q", "attn_k"):
-                heads = getattr(model.config, "num_attention_heads" if name == "attn_q" else "num_key_value_heads")
-                delta = delta.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
-            worst = max(worst, float((got[f"blk.{i}.{name}.weight"] - delta).norm() / delta.norm()))
-            found += 1
-    assert found == len(got) > 0
-    return worst
-
-
-def test_products_are_pefts_to_rounding(base_dir, adapter_dir, exported):
-    assert apart_from_peft(exported / "adapter.gguf", base_dir, adapter_dir) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("changes", "dtype"),
-    [(UNEVEN, torch.float32), (RSLORA, torch.float32), (UNEVEN | RSLORA, torch.bfloat16)],  # not rounded again
-)
-def test_llama_cpp_computes_what_peft_does_whatever_the_scales(base_dir, exported, prompts, tmp_path, changes, dtype):
-    adapter = add_adapter(base_dir, tmp_path / "odd", **changes)
-    weights = adapter / "adapter_model.safetensors"
-    save_file({name: t.to(dtype) for name, t in load(weights.read_bytes()).items()}, weights)
-    lost = with_config(adapter, tmp_path / "lost", {"alpha_pattern": {}, "use_rslora": False})
-    apart = {}
-    for name, source in (("folded", adapter), ("lost", lost)):
-        file = tmp_path / f"{name}.gguf"
-        gguf.convert_adapter(source, base_dir, file)
-        engine = LlamaCppEngine(exported / "base.gguf", TEMPLATE, num_ctx=256, threads=1, adapter=file)
-        logits = logits_apart(HfEngine(str(base_dir), TEMPLATE, adapter=adapter), engine, prompts)
-        apart[name] = (logits, apart_from_peft(file, base_dir, adapter))
-    assert apart["folded"][0] < 0.05 and apart["folded"][1] < 1e-6
-    assert apart["lost"][0] > 2 and apart["lost"][1] > 0.4
-    gguf.convert_adapter(adapter, base_dir, tmp_path / "again.gguf")
-    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "folded.gguf").read_bytes()
 
 
 @pytest.mark.parametrize(

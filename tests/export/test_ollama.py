@@ -6,7 +6,6 @@ import pytest
 
 from export import ExportError, MergedOnlyError
 from export import register as registration
-from export.engines import ollama_engine as ollama
 from export.engines.engine import EngineError
 from export.engines.ollama_engine import (
     list_models,
@@ -170,22 +169,8 @@ def test_no_server_and_no_file(double, gguf, tmp_path):
 def test_list_and_remove(double, gguf, tmp_path):
     made = register(double.url, "m", gguf, serving(), records=tmp_path)
     assert list_models(double.url) == {"m:latest": made.digest}
-    double.misbehave = "bare_list"
-    with pytest.raises(EngineError, match="name and digest of every model .* 'm:latest' with digest None"):
-        list_models(double.url)
-    double.misbehave = None
     assert not remove(double.url, "m:other") and remove(double.url, "m") and not remove(double.url, "m")
     assert list_models(double.url) == {}
-
-
-@pytest.mark.parametrize("ask", [list_models, lambda url: render_asked(url, "m", "Hi")])
-def test_a_server_that_says_nothing_is_not_waited_for_for_ever(double, gguf, tmp_path, ask, monkeypatch):
-    monkeypatch.setattr(ollama, "ANSWER_S", 0.3)
-    monkeypatch.setattr(ollama, "LOAD_S", 0.3)
-    register(double.url, "m", gguf, serving(), records=tmp_path)
-    double.misbehave = "hang_all"
-    with pytest.raises(EngineError, match=r"said nothing for 0\.3 s"):
-        ask(double.url)
 
 
 def test_parameters_text_parses_as_go_prints_it():

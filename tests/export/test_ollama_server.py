@@ -1,8 +1,5 @@
 """`python -m export.ollama` and verification on a server: the double, and the real one at OLLAMA_HOST if it answers."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -24,16 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 def where(server, tree):
     server.rename(tree)
     return ["--gguf", tree, "--host", server.url]
-
-
-def creates(folder, *arguments):
-    """Two processes that create at once, and what they print."""
-    command = [sys.executable, "-m", "export.ollama", "create", *map(str, arguments)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    both = [subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    return said
 
 
 def complete(url, name, reference):
@@ -84,29 +71,6 @@ def test_created_verified_in_both_modes_scored_and_removed(server, tree, where):
     assert run("remove", *where).output.count("removed") == 2
     assert run("remove", *where).output.count("was not there") == 2
     assert not [name for name in list_models(server.url) if name.startswith(server.prefix)]
-
-
-@pytest.mark.full
-def test_two_that_create_at_once_agree_and_what_is_unchanged_is_not_sent(server, tree, where, tmp_path):
-    assert all(said.count(": ") >= 2 for said in creates(tmp_path, *where))
-    before = list_models(server.url)
-    if server.double:
-        server.double.requests.clear()
-    assert all(said.count(": unchanged") == 2 for said in creates(tmp_path, *where))
-    assert list_models(server.url) == before
-    if server.double:
-        assert {path for _, path, _ in server.double.requests} <= {"/api/version", "/api/tags"}
-
-
-def test_without_top_k_a_completion_would_be_sampled(tree):
-    served = model(tree)
-    first = read_references(served.folder)[0]
-    with OllamaDouble() as double:
-        register(double.url, served)
-        assert {complete(double.url, ARM, first) for _ in range(4)} == {first.answer}
-        del double.models[LATEST].parameters["top_k"]
-        assert stream(double.url, ARM, first) == first.answer, "the model's own temperature is 0"
-        assert len({complete(double.url, ARM, first) for _ in range(20)}) > 1
 
 
 # --- the command ---------------------------------------------------------------------------------------------

@@ -96,11 +96,8 @@ def test_the_first_blank():
 
 
 def test_least_share_of_a_quantized_model(tree):
-    """What quantization itself does to answers is tried in tests/pipelines/test_verify_stage.py."""
+    """What quantization itself does to answers is tested in tests/pipelines/test_verify_stage.py."""
     row = one(verify(open_in_process, model(tree), ["merged"])).model_copy(update={"quantization": "q8_0"})
-    gibberish = row.model_copy(update={"answered": 1 / 6})
-    assert "answers equal to Hugging Face's: expected 25%, got 17%" in str(problems([gibberish], 0.0))
-    assert problems([gibberish], 1.0, 0.1) == []
     alone = row.model_copy(update={"mode": "adapter", "answered": 0.5})  # the base, where only this mode was asked for
     assert problems([alone], 1.0, 0.4) == []
     adapted = alone.model_copy(update={"adapter_sha256": row.gguf_sha256})

@@ -8,7 +8,6 @@ import pytest
 
 from db.records import QuantizedRecord, QuantizedSampleRecord
 from export import ExportError, gguf
-from export.engines.llama_cpp import LlamaCppEngine
 from pipelines import export, quantize
 from pipelines.check import parse_params
 from pipelines.params import ConfigError
@@ -83,26 +82,6 @@ def test_where_the_export_kept_no_f16_it_is_made_anew_and_one_file_is_on_the_dis
     quantize.run(with_types(raw, "bf16", "q8_0"), "baseline_lora", 0)
     assert seen == [["model-f16.gguf"]] * 2, "the one before is gone"
     assert results(here)[0][0].bytes == len(exported)
-
-
-def test_an_interrupted_stage_keeps_the_old_results(here, raw, monkeypatch):
-    quantize.run(with_types(raw, "q8_0"), "baseline_lora", 0)
-    before, asked = content(here), []
-    generate_many = LlamaCppEngine.generate_many
-
-    def stopped(self, *args):
-        for answer in generate_many(self, *args):
-            if len(asked) == 15:
-                raise KeyboardInterrupt
-            asked.append(answer)
-            yield answer
-
-    monkeypatch.setattr(LlamaCppEngine, "generate_many", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        quantize.run(with_types(raw, "q4_K_M"), "baseline_lora", 0)
-    assert len(asked) == 15
-    assert content(here) == before
-    assert [f.name for f in (here / OUT).parent.iterdir()] == ["0"], "no half results, no models"
 
 
 def test_nothing_exported(here, raw):
