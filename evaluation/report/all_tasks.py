@@ -10,14 +10,6 @@ from evaluation.report.findings import against_cell
 from evaluation.report.text import listed, score, seeds_text
 
 
-def tasks(comparison: Comparison) -> Section | None:
-    """Every task and arm in the database; None where there is only one task."""
-    if len({row.task for row in comparison.tasks}) < 2:
-        return None
-    notes = (Text(note, "note") for note in comparison.task_notes)
-    return Section("All data sets in this database", (*all_tasks(comparison), *notes))
-
-
 def all_tasks(comparison: Comparison) -> tuple[Text, Table]:
     headers = ("Task", *_headers(comparison.references), "Evaluated")
     lines = [

@@ -15,7 +15,7 @@ from sqlalchemy import select
 from db import runs as db_runs
 from db import tables
 from db.errors import DatabaseError
-from db.records import Run
+from db.records import AQI, Run
 from db.runs import BASE, Choice
 from db.store import open_session
 from evaluation.measure.lm_harness import SPLIT
@@ -47,7 +47,7 @@ class Primary:
     @property
     def air(self) -> bool:
         """Whether this is the air quality task, whose index shares its initials with the alignment index."""
-        return self.task == FIRST.task
+        return self.task == AQI.name
 
     @property
     def short(self) -> str:
@@ -64,10 +64,6 @@ class Primary:
     def difference_key(self, against: str = BASE) -> str:
         stem = "aqi" if self.air else "score"
         return f"delta_{stem}" if against == BASE else f"{stem}_against_{against}"
-
-
-FIRST = Primary("aqi", "AQI accuracy", "aqi_category_accuracy")
-"""Of the air quality task; the same as in db.records, which is slow to import."""
 
 
 @dataclass(frozen=True)

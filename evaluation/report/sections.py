@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from evaluation.report.alignment import alignment
-from evaluation.report.all_tasks import benchmarks, tasks
+from evaluation.report.all_tasks import benchmarks
 from evaluation.report.blocks import Section
 from evaluation.report.browser import samples
 from evaluation.report.comparison import Comparison
@@ -21,7 +21,7 @@ from evaluation.report.tuning import tuning
 TITLE = "Which way of fine-tuning is better, and how sure is that?"
 _OPEN = (findings, training, loss, probes, retention, benchmarks)
 _FOLDED = (
-    every_number, power, tuning, spectra, robustness, alignment, speed, served, precisions, tasks, samples,
+    every_number, power, tuning, spectra, robustness, alignment, speed, served, precisions, samples,
     provenance,
 )  # fmt: skip
 

@@ -65,9 +65,9 @@ def loss(comparison: Comparison) -> Section | None:
             for step, nats in spread(points, MOST_POINTS):
                 data.add(run.arm, str(run.seed), part, step, nats)
             if diverged := [step for step, nats in curve if not math.isfinite(nats)]:
-                lasting = not finite or finite[-1][0] < diverged[0]
-                since = f"from step {diverged[0]}" if lasting else f"first at step {diverged[0]}, later finite again"
-                divergences[run.arm, f"{title[0].lower()}{title[1:]} not finite {since}"].append(run.seed)
+                divergences[run.arm, f"{title[0].lower()}{title[1:]} not finite from step {diverged[0]}"].append(
+                    run.seed
+                )
     sentences: dict[str, list[str]] = defaultdict(list)
     for (arm, words), seeds in divergences.items():
         sentences[arm].append(f"{words} ({seeds_text(seeds)})")
@@ -86,7 +86,7 @@ def loss(comparison: Comparison) -> Section | None:
     if "kl" in parts:
         note += " KL(base ‖ tuned) is measured for every arm, preserved or not, on base texts that no loss sees."
     if charts:
-        blocks.append(Panel("loss", data, tuple(charts), _seeds_control(data), note=note))
+        blocks.append(Panel("loss", data, tuple(charts), note=note))
     return Section("Loss curves", tuple(blocks))
 
 
@@ -170,11 +170,6 @@ def _in_order(names: Iterable[str]) -> list[str]:
     return sorted(parts, key=lambda name: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts[name]])
 
 
-def _seeds_control(data: Dataset) -> tuple[Control, ...]:
-    seeds = data.levels("seed")
-    return (Control("seed", "Seed", (("", "all"), *((s, s) for s in seeds))),) if len(seeds) > 1 else ()
-
-
 def _lines(name: str, title: str, axes: tuple[str, str, str, str], where: Mapping[str, str], **options: Any) -> Chart:
     """A chart of lines; `axes` are column and title across, then up."""
     titles = dict(zip(("x", "x_title", "y", "y_title"), axes, strict=True))
@@ -204,7 +199,6 @@ def _spectrum_panel(comparison: Comparison) -> Panel | None:
     controls = (
         Control("layer", "Layer", tuple((name, name) for name in layers)),
         Control("step", "Step", tuple((step, step) for step in sorted(data.levels("step"), key=int, reverse=True))),
-        *_seeds_control(data),
     )
     note = f"Shares of the layer's largest eigenvalue; below {FAINT:g} is rounding error."
     return Panel("spectra", data, charts, controls, note=note)
