@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from db.errors import Problem, refuse
-from db.files import clear_leftovers, reasons, sha256, staged, write_json
+from db.files import clear_leftovers, read_json, reasons, sha256, staged, write_json
 from db.records import (
     AQI,
     SAME_MEAN,
@@ -29,7 +29,6 @@ from db.records import (
     MeasuredRecord,
     QuantizedRecord,
     QuantizedSampleRecord,
-    Record,
     RunRecord,
     SampleRecord,
     ScoresRecord,
@@ -352,12 +351,6 @@ def _seed(name: str) -> bool:
     return name.isascii() and name.isdigit() and str(int(name)) == name
 
 
-class CurrentRecord(Record):
-    """`runs/current.json`: the keys of the runs that the last compare found in the working copy."""
-
-    runs: list[str]
-
-
 def archive(root: Path, bundles: list[Bundle]) -> int:
     """Copy runs into runs/ and list them as the current ones; returns how many are new or changed.
 
@@ -411,8 +404,7 @@ def read_archive(root: Path) -> tuple[dict[str, Bundle], set[str]]:
             bundles[reader.place.name] = bundle
         elif len(reader.problems) == before:
             reader.problem(reader.place, "", "expected the files of one finished run; remove the folder")
-    reader.place = root
-    current = reader.record(runs / _CURRENT, CurrentRecord, required=False)
     if reader.problems:
         raise refuse(reader.problems)
-    return bundles, set(current.runs if current else [])
+    current = read_json(runs / _CURRENT)["runs"] if (runs / _CURRENT).exists() else []  # the last compare's
+    return bundles, set(current)

@@ -25,7 +25,6 @@ from db.records import (
     Record,
     Run,
     RunRecord,
-    clean_text,
     logged,
     plain,
 )
@@ -198,14 +197,8 @@ def _rest(bundle: Bundle) -> Row:
 
 
 def _stage(record: RunRecord) -> Row:
-    return {
-        "started": record.started,
-        "ended": record.ended,
-        "git_commit": record.git.commit,
-        "git_dirty": record.git.dirty,
-        "environment": environment_row(record)["key"],
-        "extra": record.extra,
-    }
+    facts = record.model_dump(include={"started", "ended", "git", "extra"})
+    return {**facts, "environment": environment_row(record)["key"]}
 
 
 def _metrics(bundle: Bundle) -> Iterator[Row]:
@@ -216,8 +209,7 @@ def _metrics(bundle: Bundle) -> Iterator[Row]:
         for meaning, number_of in logged({**(extra.get("grit") or {}), **extra}, TRAINED):
             split = "eval" if meaning.name in ("evaluation_loss", "kl_to_base") else "train"
             numbers.append((meaning.name, split, number_of, None))
-    # Two names may be the same after cleaning; then the later one is kept.
-    final = {(clean_text(name), clean_text(split)): (value, n) for name, split, value, n in numbers}
+    final = {(name, split): (value, n) for name, split, value, n in numbers}
     for (name, split), (value, n) in final.items():
         yield {"name": name, "split": split, "step": FINAL_STEP, **number(value), "n": n}
     if bundle.history:
@@ -235,7 +227,7 @@ def _curves(history: HistoryRecord) -> Iterator[Row]:
         split = "eval" if any(name.startswith("eval_") for name in entry) else "train"
         for name, value in entry.items():
             if name != "step":
-                curve = curves.setdefault((clean_text(name.removeprefix("eval_")), split), {})
+                curve = curves.setdefault((name.removeprefix("eval_"), split), {})
                 curve[int(entry["step"] or 0)] = value
     for (name, split), curve in curves.items():
         for step, value in curve.items():
@@ -251,7 +243,7 @@ def _meanings(bundle: Bundle) -> dict[str, Row]:
 
 def _defined(meanings: Mapping[str, MetricDefRecord]) -> dict[str, Row]:
     fields = set(MetricDefRecord.model_fields)
-    return {clean_text(name): plain({"name": name, **m.model_dump(include=fields)}) for name, m in meanings.items()}
+    return {name: plain({"name": name, **m.model_dump(include=fields)}) for name, m in meanings.items()}
 
 
 def _artifacts(bundle: Bundle) -> Iterator[Row]:
@@ -266,7 +258,7 @@ def layer_name(name: str) -> str:
 
     Logs have the wrapped model's names, measurements the model's own, and readers want to join both.
     """
-    return clean_text(_WRAPPERS.sub("", name, count=1).removeprefix("model."))
+    return _WRAPPERS.sub("", name, count=1).removeprefix("model.")
 
 
 def _layer_metrics(bundle: Bundle) -> Iterator[Row]:
@@ -274,7 +266,7 @@ def _layer_metrics(bundle: Bundle) -> Iterator[Row]:
     rows: dict[tuple[str, str, str, int], Row] = {}
 
     def add(name: str, split: str, layer: str, step: int, value: float | None) -> None:
-        key = (clean_text(name), clean_text(split), layer_name(layer), step)
+        key = (name, split, layer_name(layer), step)
         rows[key] = {"name": key[0], "split": key[1], "layer": key[2], "step": step, **number(value)}
 
     for row in bundle.measured.layers if bundle.measured else []:

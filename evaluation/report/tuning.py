@@ -38,9 +38,6 @@ def _words(comparison: Comparison, tuned: Tuned) -> Iterable[str]:
         f"Every arm tried each combination of {grid}: {len(one['runs'])} runs of {steps} on seed {one['seed']}, which "
         "is not used in the comparison. The lowest evaluation loss won."
     )
-    for arm, record in tuned.items():
-        if border := record["at_border"]:
-            yield f"{arm}: the best {listed(border)} is at the border of the grid, so a better value may lie beyond it."
     if untuned := [row.arm for row in comparison.trained if row.arm not in tuned]:
         yield f"Not tuned here: {listed(untuned)}."
     if len({str((record["grid"], record["seed"], record["steps"])) for record in tuned.values()}) > 1:
