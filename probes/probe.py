@@ -150,17 +150,13 @@ class TrainedTensors:
     """A model's trainable parameters, each with its raw gradient, its weights before the step and its shadow.
 
     `raw` are gradients as autograd computed them, before any hook on the parameter, summed over the backward passes of
-    a step. If parameters are replaced (ranks shrank), `follow` finds the new ones.
+    a step.
     """
 
     def __init__(self, model: nn.Module):
-        self._model = model
         self._hooks = Attachments()
-        self._on_gradient: Callable[[int], None] | None = None
-        self._look()
-
-    def _look(self) -> None:
-        self.units = find_units(self._model)
+        self._on_gradient: Callable[[int], None] = lambda i: None
+        self.units = find_units(model)
         self.all = tensors(self.units)
         self.parameters = [p for _, _, p in self.all]
         self.names = [f"{unit.name}.{side}" for unit, side, _ in self.all]
@@ -170,14 +166,6 @@ class TrainedTensors:
         self.raws, self.befores = self.layout.zeros(), self.layout.zeros()
         self.raw, self.before = self.layout.views(self.raws), self.layout.views(self.befores)
         self.next_step()
-        self._ids = {id(p) for p in self.parameters}
-        # Where they are, because walking the model at every step would take long.
-        self._places = [
-            (module._parameters, name)
-            for module in self._model.modules()
-            for name, parameter in module._parameters.items()
-            if id(parameter) in self._ids
-        ]
 
     def next_step(self) -> None:
         count = len(self.parameters)
@@ -230,29 +218,11 @@ class TrainedTensors:
             self.raw[i].copy_(_dense(parameter.grad))
         self.computed[i] = False
         self._seen[i] = (parameter.grad, parameter.grad._version)
-        if self._on_gradient is not None:
-            self._on_gradient(i)
+        self._on_gradient(i)
 
     def close(self) -> None:
         self._hooks.close()
-        self._on_gradient = None
         self.next_step()
-
-    def follow(self) -> bool:
-        """Follow parameters that replaced others (equal shapes keep their shadow); returns whether any did."""
-        if all(id(held.get(name)) in self._ids for held, name in self._places):
-            return False
-        old = {(unit.name, side): (i, p.shape) for i, (unit, side, p) in enumerate(self.all)}
-        shadow, on_gradient = self.shadow, self._on_gradient
-        self.close()
-        self._look()
-        for i, (unit, side, parameter) in enumerate(self.all):
-            j, shape = old.get((unit.name, side), (-1, None))
-            if shape == parameter.shape:
-                self.shadow.take(i, shadow, j)
-        if on_gradient is not None:
-            self.open(on_gradient)
-        return True
 
     def choose(self) -> None:
         """If gradients were cleared and computed again, take those nearest to the ones in `.grad` now.
@@ -505,7 +475,6 @@ class Probe:
     def _begin(self) -> None:  # at the first sign of a new step: a forward pass for training, or a gradient
         if self._phase == "running":
             return
-        self._follow()
         for put in self._in_order:
             put()
         self.tensors.next_step()
@@ -513,15 +482,6 @@ class Probe:
         self._phase, self._left = "running", LeftGradients([])  # the last step's gradients are not kept any longer
         if self.sampling and self.readings is not None:
             self._now.samples = {r.layer: r.samples for r in collect(self.readings)}
-
-    def _follow(self) -> bool:
-        before = self.tensors.names
-        if not self.tensors.follow():
-            return False
-        self._settle(None)
-        if self.tensors.names != before:
-            self.tally = Tally(self.tensors.names, self.tensors.roundings, self.tally)
-        return True
 
     def _on_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -558,10 +518,7 @@ class Probe:
         self._now.forget_abandoned(optimizer)
         if not self._now.inside:
             self._begin()
-            if self._follow():  # since the forward pass: their gradients went by unseen
-                self._now = StepNotes(len(self.tensors.parameters))
-            elif self.sampling:
-                self._now.sampled = True
+            self._now.sampled = self.sampling
             weights = self.tensors.layout.stack(self.tensors.parameters)
             self._settle(weights)
             for kept, now in zip(self.tensors.befores, weights, strict=True):
@@ -569,17 +526,14 @@ class Probe:
             self._now.entered, self.tensors.stepping = optimizer, True
         self._now.inside.append((optimizer, sum(self._now.hits)))
 
-    def _settle(self, weights: Matrices | None) -> None:
+    def _settle(self, weights: Matrices) -> None:
         """Count the last step in the tally: where its weights are now shows whether they were put back."""
         if self._unsettled is None:
             return
         step, gradient, update, rates, elsewhere = self._unsettled
         self._unsettled = None
-        moved = torch.full((len(rates),), math.nan, device=update.device)
-        if weights is not None:
-            way = difference(weights, self.tensors.befores)
-            moved = self.tensors.layout.dots([(way, way)])[0]
-        self.tally.add(step, gradient, update, moved, rates, elsewhere)
+        way = difference(weights, self.tensors.befores)
+        self.tally.add(step, gradient, update, self.tensors.layout.dots([(way, way)])[0], rates, elsewhere)
 
     @property
     def _scale(self) -> float:
@@ -715,7 +669,6 @@ class Probe:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue: `tensors` (the shadow's) and `plain` (what JSON can hold)."""
-        self._follow()  # ranks may have shrunk in the step that is saved
         self._settle(self.tensors.layout.stack(self.tensors.parameters))
         plain = {"step": self.step, "records": self.records, "events": self.events, "cold_until": self._cold_until}
         plain["tally"] = self.tally.table()

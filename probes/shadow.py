@@ -87,11 +87,6 @@ class Shadow:
                 )
         return difference(after, weights)
 
-    def take(self, i: int, other: "Shadow", j: int) -> None:
-        self.m[i].copy_(other.m[j])
-        self.v[i].copy_(other.v[j])
-        self.steps[i] = other.steps[j]
-
     def adopt(self, i: int, state: dict[str, Any]) -> bool:
         """Continue from an optimizer's state of a tensor; False if it is not Adam's."""
         for mine, theirs in ((self.m[i], state.get("exp_avg")), (self.v[i], state.get("exp_avg_sq"))):

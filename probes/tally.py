@@ -49,19 +49,14 @@ def common_factor(rr: Tensor, ri: Tensor, ii: Tensor) -> float | None:
 class Tally:
     """A table of `COLUMNS` by tensors."""
 
-    def __init__(self, names: Sequence[str], roundings: Sequence[float], other: "Tally | None" = None):
-        """`roundings`: factors of the lines above. `other`: the table of before parameters were replaced."""
+    def __init__(self, names: Sequence[str], roundings: Sequence[float]):
+        """`roundings`: factors on `TURNED` and `OFF`."""
         self.names, self._roundings = list(names), torch.tensor(roundings, dtype=torch.float64)
         self.values = {c: torch.zeros(len(self.names), dtype=torch.float64) for c in COLUMNS}
         for effect in EFFECTS:
             self.values[f"{effect}_first"] -= 1
             self.values[f"{effect}_last"] -= 1
         self._waiting: list[tuple[Any, ...]] = []
-        places = {name: place for place, name in enumerate(other.names)} if other is not None else {}
-        for column, old in other.columns().items() if other is not None else ():
-            for i, name in enumerate(self.names):
-                if name in places:
-                    self.values[column][i] = old[places[name]]
 
     def add(
         self,
@@ -78,7 +73,7 @@ class Tally:
             gradient: [3, tensors], ⟨raw, raw⟩, ⟨raw, read⟩ and ⟨read, read⟩ of what the optimizer read.
             update: [8, tensors], ⟨raw, Δθ⟩, ⟨Δθ, Δθ⟩, ⟨raw, shadow⟩, ⟨Δθ, shadow⟩, ⟨shadow, shadow⟩, ⟨θ, θ⟩,
                 ⟨raw, θ⟩, ⟨Δθ, θ⟩.
-            moved: [tensors], squared way from before this step to before the next; not finite = not known.
+            moved: [tensors], squared way from before this step to before the next.
             rates: the learning rates; None where no group has the tensor.
             elsewhere: whether what was read is another gradient: found in `.grad` after the step, where it may be the
                 update itself, or computed at other weights (SAM, a line search).

@@ -456,225 +456,191 @@ def in_trainer(make: Make, places: Sequence[str] = IN_TRAINER, **training: Any) 
     return _trained(placed(make, places), **training)
 
 
-def in_both(name: str, expected: str, make: Make, **more: Any) -> list[Fault]:
-    ways = {"a loop": in_loop(make, **more), "a Trainer": in_trainer(make, **more)}
-    return [Fault(f"{name}, in {way}", expected, run) for way, run in ways.items()]
+def in_both(name: str, make: Make, **more: Any) -> dict[str, Run]:
+    return {f"{name}, in a loop": in_loop(make, **more), f"{name}, in a Trainer": in_trainer(make, **more)}
 
 
 notebook, notebook_in_trainer = placed(), placed(places=IN_TRAINER)
 
-FAULTS = [
-    Fault("after the step, in a loop", "preconditioned_after_step", in_loop(NotebookKFAC, ["after_step"])),
-    Fault("in on_optimizer_step", "preconditioned_after_step", in_trainer(NotebookKFAC, ["on_optimizer_step"])),
-    Fault("in on_step_end", "preconditioned_after_step", in_trainer(NotebookKFAC, ["on_step_end"])),
-    *in_both("copy put back", "gradient_restored", kfac.Restores),
-    Fault("copy put back and clipped", "gradient_restored", _looped(placed(kfac.Restores, clip=0.01))),
-    Fault("second backward pass", "gradient_recomputed", _looped(cleared(again=True))),
-    Fault("closure runs backward again", "gradient_recomputed", _looped(by_closure(inside=False))),
-    Fault(
-        "first micro-batch only, in a Trainer",
-        "gradient_recomputed",
-        in_trainer(of_four(kfac.FirstOfThree), ["on_substep_end"], accumulation=4),
+_FAULTS: dict[str, dict[str, Run]] = {
+    "preconditioned_after_step": {
+        "after the step, in a loop": in_loop(NotebookKFAC, ["after_step"]),
+        "in on_optimizer_step": in_trainer(NotebookKFAC, ["on_optimizer_step"]),
+        "in on_step_end": in_trainer(NotebookKFAC, ["on_step_end"]),
+        "GRIT after the step, in a loop": _looped(grit_by_hand("after_step")),
+        "GRIT in on_optimizer_step": _trained(grit_by_hand("on_optimizer_step")),
+        "GRIT in on_step_end": _trained(grit_by_hand("on_step_end")),
+    },
+    "gradient_restored": {
+        **in_both("copy put back", kfac.Restores),
+        "copy put back and clipped": _looped(placed(kfac.Restores, clip=0.01)),
+    },
+    "gradient_recomputed": {
+        "second backward pass": _looped(cleared(again=True)),
+        "closure runs backward again": _looped(by_closure(inside=False)),
+        "first micro-batch only, in a Trainer": in_trainer(
+            of_four(kfac.FirstOfThree), ["on_substep_end"], accumulation=4
+        ),
+    },
+    "no_statistics": in_both("fused kernels, hooks silent", kfac.fused),
+    "zero_factors": {
+        "factors all zero": in_loop(kfac.ZeroStatistics),
+        "factors of one side zero": in_loop(kfac.ZeroGradientStatistics),
+        "GRIT, statistics of the first step alone": _looped(
+            grit_with(GRITConfig(mode="adamw", grit_cov_update_freq=10_000))
+        ),
+        "factors underflow in float16": in_loop(kfac.Underflows),
+    },
+    "empty_inverse": {
+        "inverse missing": in_loop(kfac.NoInverse),
+        "inverse zero": in_loop(kfac.ZeroInverse),
+        "inverse not finite": in_loop(kfac.NonFiniteInverse),
+        "inverse the identity": in_loop(kfac.IdentityInverse),
+        "inverse the identity on one side": in_loop(kfac.HalfIdentityInverse),
+    },
+    "damping_swamps_factors": {
+        **in_both("absolute damping, unscaled δ", kfac.Swamped),
+        "damping above both factors": in_loop(kfac.SwampedOnBothSides),
+        "GRIT with the authors' damping": _looped(grit_with(GRITConfig.paper(lambda_kfac=0.0, lambda_reproj=0.0))),
+    },
+    "scalar_preconditioner": {
+        "scalar preconditioner": in_loop(kfac.Scalar),
+        "scalar, no readings": in_loop(kfac.ScalarWithoutReadings),
+        "scalar, grafted": in_loop(kfac.GraftedScalar),
+        "scalar, bf16 weights": in_loop(kfac.Scalar, dtype=torch.bfloat16, clip=1e-3),
+        "a number drawn anew": in_loop(kfac.then(kfac.by_one_number(0.1, 3.0), kfac.Untouched)),
+        "a number drawn anew below 1": in_loop(kfac.then(kfac.by_one_number(0.05, 1.0), kfac.Untouched)),
+        "a number drawn anew for each tensor": in_loop(
+            kfac.then(kfac.by_one_number(0.1, 3.0, each=True), kfac.Untouched)
+        ),
+        "a number drawn anew for each tensor, SGD": _looped(
+            placed(kfac.then(kfac.by_one_number(0.1, 3.0, each=True), kfac.Untouched), optimizer=sgd)
+        ),
+        "scalar, in backward": _looped(in_backward("register_post_accumulate_grad_hook", kfac.Scalar)),
+    },
+    "nothing_changed": {
+        "copies preconditioned": in_loop(kfac.OfCopies),
+        "too few samples for ever": in_loop(kfac.WaitsForEver),
+        "GRIT, too few samples for ever": _looped(grit_with(GRITConfig(mode="adamw", kfac_min_samples=10**6))),
+        "GRIT, warm-up longer than the run": _looped(grit_with(GRITConfig(ng_warmup_steps=10_000))),
+        "nothing done in backward": _looped(in_backward("register_hook", kfac.WaitsForEver)),
+    },
+    "modules_missing": {
+        **in_both("half of the modules", kfac.HalfOfTheLayers),
+        "B left out": in_loop(kfac.OneSide),
+        "one layer alone": in_loop(kfac.OneLayer),
+        "half of the modules, in backward": _looped(in_backward("register_hook", kfac.HalfOfTheLayers)),
+    },
+    "padding_counted": {
+        "padding counted": in_loop(kfac.CountsPadding),
+        "padding counted, accumulation 4": in_loop(kfac.CountsPadding, accumulation=4),
+    },
+    "stale_factors": {
+        "never refreshed": in_loop(kfac.NeverRefreshed, steps=36),
+        "never refreshed, interval not told": in_loop(kfac.NeverRefreshedUntold, steps=180),
+        "GRIT, statistics renewed no more": _looped(grit_that_stops),
+    },
+    "applied_repeatedly": {
+        "applied twice, in a loop": _looped(called_twice),
+        "callback registered twice": in_trainer(NotebookKFAC, IN_TRAINER * 2),
+        "after each micro-batch": in_loop(of_four(), ["after_backward"], accumulation=4),
+        "after each micro-batch, in a Trainer": in_trainer(of_four(), ["on_substep_end", *IN_TRAINER], accumulation=4),
+        "GRIT applied twice": _looped(grit_twice),
+    },
+    "nan_to_zero": {
+        "NaN to zero": in_loop(kfac.NanToZero),
+        "NaN gradient to zero": in_loop(kfac.NanGradientToZero),
+    },
+    "clipped_to_nothing": {
+        "clipped to nothing": _looped(placed(clip=1e-9)),
+        "clipped to nothing, SGD": _looped(placed(optimizer=sgd, clip=1e-7)),
+    },
+    "never_called": {
+        "callback not registered": in_trainer(NotebookKFAC, []),
+        "callback of an event that is none": in_trainer(NotebookKFAC, ["on_before_optimizer_step"]),
+        "not called, in a loop": in_loop(NotebookKFAC, []),
+    },
+    "wrapper_bypassed": {
+        "wrapper bypassed, in a loop": _looped(wrapper_bypassed),
+        "wrapper bypassed by accelerate": _looped(partial(wrapper_bypassed, prepare=accelerated)),
+        "wrapper bypassed, in a Trainer": _trained(bypassed_in_trainer),
+        "GRIT bypassed": _looped(grit_bypassed),
+    },
+    "accumulation_overcounted": in_both(
+        "each micro-batch counted four times", of_four(kfac.Overcounts), accumulation=4
     ),
-    *in_both("fused kernels, hooks silent", "no_statistics", kfac.fused),
-    Fault("factors all zero", "zero_factors", in_loop(kfac.ZeroStatistics)),
-    Fault("factors of one side zero", "zero_factors", in_loop(kfac.ZeroGradientStatistics)),
-    Fault("inverse missing", "empty_inverse", in_loop(kfac.NoInverse)),
-    Fault("inverse zero", "empty_inverse", in_loop(kfac.ZeroInverse)),
-    Fault("inverse not finite", "empty_inverse", in_loop(kfac.NonFiniteInverse)),
-    Fault("inverse the identity", "empty_inverse", in_loop(kfac.IdentityInverse)),
-    Fault("inverse the identity on one side", "empty_inverse", in_loop(kfac.HalfIdentityInverse)),
-    *in_both("absolute damping, unscaled δ", "damping_swamps_factors", kfac.Swamped),
-    Fault("damping above both factors", "damping_swamps_factors", in_loop(kfac.SwampedOnBothSides)),
-    Fault("scalar preconditioner", "scalar_preconditioner", in_loop(kfac.Scalar)),
-    Fault("scalar, no readings", "scalar_preconditioner", in_loop(kfac.ScalarWithoutReadings)),
-    Fault("scalar, grafted", "scalar_preconditioner", in_loop(kfac.GraftedScalar)),
-    Fault("scalar, bf16 weights", "scalar_preconditioner", in_loop(kfac.Scalar, dtype=torch.bfloat16, clip=1e-3)),
-    Fault("copies preconditioned", "nothing_changed", in_loop(kfac.OfCopies)),
-    Fault("too few samples for ever", "nothing_changed", in_loop(kfac.WaitsForEver)),
-    *in_both("half of the modules", "modules_missing", kfac.HalfOfTheLayers),
-    Fault("B left out", "modules_missing", in_loop(kfac.OneSide)),
-    Fault("padding counted", "padding_counted", in_loop(kfac.CountsPadding)),
-    Fault("padding counted, accumulation 4", "padding_counted", in_loop(kfac.CountsPadding, accumulation=4)),
-    Fault("never refreshed", "stale_factors", in_loop(kfac.NeverRefreshed, steps=36)),
-    Fault("never refreshed, interval not told", "stale_factors", in_loop(kfac.NeverRefreshedUntold, steps=180)),
-    Fault("applied twice, in a loop", "applied_repeatedly", _looped(called_twice)),
-    Fault("callback registered twice", "applied_repeatedly", in_trainer(NotebookKFAC, IN_TRAINER * 2)),
-    Fault("NaN to zero", "nan_to_zero", in_loop(kfac.NanToZero)),
-    Fault("NaN gradient to zero", "nan_to_zero", in_loop(kfac.NanGradientToZero)),
-    Fault("clipped to nothing", "clipped_to_nothing", _looped(placed(clip=1e-9))),
-    Fault("clipped to nothing, SGD", "clipped_to_nothing", _looped(placed(optimizer=sgd, clip=1e-7))),
-    Fault("callback not registered", "never_called", in_trainer(NotebookKFAC, [])),
-    Fault("callback of an event that is none", "never_called", in_trainer(NotebookKFAC, ["on_before_optimizer_step"])),
-    Fault("not called, in a loop", "never_called", in_loop(NotebookKFAC, [])),
-    Fault("wrapper bypassed, in a loop", "wrapper_bypassed", _looped(wrapper_bypassed)),
-    Fault(
-        "wrapper bypassed by accelerate", "wrapper_bypassed", _looped(partial(wrapper_bypassed, prepare=accelerated))
-    ),
-    Fault("wrapper bypassed, in a Trainer", "wrapper_bypassed", _trained(bypassed_in_trainer)),
-    *in_both(
-        "each micro-batch counted four times", "accumulation_overcounted", of_four(kfac.Overcounts), accumulation=4
-    ),
-    Fault("after each micro-batch", "applied_repeatedly", in_loop(of_four(), ["after_backward"], accumulation=4)),
-    Fault(
-        "after each micro-batch, in a Trainer",
-        "applied_repeatedly",
-        in_trainer(of_four(), ["on_substep_end", *IN_TRAINER], accumulation=4),
-    ),
-    Fault(
-        "counted twice under checkpointing", "samples_overcounted", in_loop(kfac.CountsInForward, checkpointing=True)
-    ),
-    Fault("GRIT after the step, in a loop", "preconditioned_after_step", _looped(grit_by_hand("after_step"))),
-    Fault("GRIT in on_optimizer_step", "preconditioned_after_step", _trained(grit_by_hand("on_optimizer_step"))),
-    Fault("GRIT in on_step_end", "preconditioned_after_step", _trained(grit_by_hand("on_step_end"))),
-    Fault("GRIT bypassed", "wrapper_bypassed", _looped(grit_bypassed)),
-    Fault("GRIT applied twice", "applied_repeatedly", _looped(grit_twice)),
-    Fault(
-        "GRIT with the authors' damping",
-        "damping_swamps_factors",
-        _looped(grit_with(GRITConfig.paper(lambda_kfac=0.0, lambda_reproj=0.0))),
-    ),
-    Fault("GRIT, statistics renewed no more", "stale_factors", _looped(grit_that_stops)),
-    Fault(
-        "GRIT, too few samples for ever",
-        "nothing_changed",
-        _looped(grit_with(GRITConfig(mode="adamw", kfac_min_samples=10**6))),
-    ),
-    Fault(
-        "GRIT, statistics of the first step alone",
-        "zero_factors",
-        _looped(grit_with(GRITConfig(mode="adamw", grit_cov_update_freq=10_000))),
-    ),
-    Fault(
-        "GRIT, warm-up longer than the run", "nothing_changed", _looped(grit_with(GRITConfig(ng_warmup_steps=10_000)))
-    ),
-    # Not in every step
-    Fault("every 10th step", "steps_missing", in_loop(kfac.sometimes(lambda step: step % 10 == 0), steps=60)),
-    Fault(
-        "every 10th step, not called else",
-        "steps_missing",
-        in_loop(kfac.seldom_called(lambda step: step % 10 == 0), steps=60),
-    ),
-    Fault("all but every 10th step", "steps_missing", in_loop(kfac.sometimes(lambda step: step % 10 > 0), steps=60)),
-    *in_both("odd steps", "steps_missing", kfac.sometimes(lambda step: step % 2 == 1)),
-    Fault("even steps", "steps_missing", in_loop(kfac.sometimes(lambda step: step % 2 == 0))),
-    *in_both("stops after 15 of 24 steps", "steps_missing", kfac.sometimes(lambda step: step < 15)),
-    Fault("stops after a third of the steps", "steps_missing", in_loop(kfac.sometimes(lambda step: step < 8))),
-    Fault("called once", "steps_missing", in_loop(kfac.seldom_called(lambda step: step == 12))),
-    Fault("called in the last steps alone", "steps_missing", in_loop(kfac.seldom_called(lambda step: step > 20))),
-    Fault(
-        "in a third of the steps at random",
-        "steps_missing",
-        in_loop(kfac.sometimes(lambda step: step * 7919 % 97 < 33), steps=60),
-    ),
-    Fault("one layer a step, in turns", "steps_missing", in_loop(kfac.InTurns, steps=60)),
-    # Weights that do not move
-    Fault("the optimizer has copies", "not_moving", _looped(held(copies_of))),
-    Fault("the optimizer has copies, nothing claimed", "not_moving", _looped(held(copies_of, False))),
-    Fault("the optimizer has A alone", "not_moving", _looped(held(partial(side_of, "A")))),
-    Fault("the optimizer has B alone", "not_moving", _looped(held(partial(side_of, "B")))),
-    Fault("rate 0", "not_moving", _looped(by_rates(0.0, 0.0))),
-    Fault("rate 0, nothing claimed", "not_moving", _looped(by_rates(0.0, 0.0, False))),
-    Fault("rate 0 of A", "not_moving", _looped(by_rates(0.0, 1.0))),
-    Fault("rate 0 of A, nothing claimed", "not_moving", _looped(by_rates(0.0, 1.0, False))),
-    Fault("rate 0 of B", "not_moving", _looped(by_rates(1.0, 0.0))),
-    Fault("rate 0 after half of the steps", "not_moving", _looped(notebook, schedule=lambda step: float(step < 12))),
-    Fault("weights put back", "not_moving", _looped(put_back(lambda name: True))),
-    Fault("weights put back by a hook", "not_moving", _looped(put_back(lambda name: True, in_hook=True))),
-    Fault("weights put back, nothing claimed", "not_moving", _looped(put_back(lambda name: True, False))),
-    Fault("one layer's weights put back", "not_moving", _looped(put_back(lambda name: "layers.1.self" in name))),
-    Fault("cleared before the step", "not_moving", _looped(cleared(again=False))),
-    Fault("a step that does nothing", "not_moving", _looped(step_that_does_nothing)),
-    Fault(
-        "bf16 weights, rate too small",
-        "not_moving",
-        _looped(placed(optimizer=lambda m, s: adamw(m, Setting(lr=1e-3 * s.lr))), dtype=torch.bfloat16),
-    ),
-    Fault("first layer detached", "no_gradient", _looped(detached)),
-    # Uphill, or anywhere
-    *in_both("gradients negated", "uphill", kfac.then(kfac.negate)),
-    Fault("gradients negated, SGD", "uphill", _looped(placed(kfac.then(kfac.negate), optimizer=sgd))),
-    Fault("one layer negated", "uphill", in_loop(kfac.then(lambda g, step: kfac.negate(g[:2], step)))),
-    Fault(
-        "every other step negated",
-        "uphill",
-        in_loop(kfac.then(lambda g, step: kfac.negate(g, step) if step % 2 else None)),
-    ),
-    Fault("inverse with the wrong sign", "uphill", in_loop(kfac.NegativeInverse)),
-    Fault("damping with the wrong sign", "uphill", in_loop(kfac.Indefinite)),
-    Fault("maximize=True", "uphill", _looped(placed(optimizer=partial(adamw, maximize=True)))),
-    Fault("maximize=True, nothing claimed", "uphill", _looped(partial(plain, maximize=True))),
-    Fault(
-        "steps uphill, nothing claimed",
-        "uphill",
-        _looped(lambda model, setting: Setup(Noisy(weights_of(model), setting.lr, uphill=True))),
-    ),
-    *in_both("gradients replaced by noise", "unrelated_to_gradient", kfac.then(kfac.noise)),
-    Fault(
-        "half of the gradients noise",
-        "unrelated_to_gradient",
-        in_loop(kfac.then(lambda g, step: kfac.noise(g[::2], step))),
-    ),
-    Fault("entries shuffled", "unrelated_to_gradient", in_loop(kfac.then(kfac.shuffle))),
-    Fault("gradients of other tensors", "unrelated_to_gradient", in_loop(kfac.then(kfac.rotate_tensors))),
-    Fault(
-        "steps of noise, nothing claimed",
-        "unrelated_to_gradient",
-        _looped(lambda model, setting: Setup(Noisy(weights_of(model), setting.lr))),
-    ),
-    # Of another name
-    Fault(
-        "so large that its square overflows",
-        "gradient_overflow",
-        in_loop(kfac.then(lambda g, step: [x.mul_(1e25) for x in g if step > 8])),
-    ),
-    Fault(
-        "every 10th step negated",
-        "uphill",
-        in_loop(kfac.then(lambda g, step: kfac.negate(g, step) if step % 10 == 0 else None), steps=60),
-    ),
-    Fault("one layer alone", "modules_missing", in_loop(kfac.OneLayer)),
-    Fault(
-        "a number drawn anew", "scalar_preconditioner", in_loop(kfac.then(kfac.by_one_number(0.1, 3.0), kfac.Untouched))
-    ),
-    Fault(
-        "a number drawn anew below 1",
-        "scalar_preconditioner",
-        in_loop(kfac.then(kfac.by_one_number(0.05, 1.0), kfac.Untouched)),
-    ),
-    Fault(
-        "a number drawn anew for each tensor",
-        "scalar_preconditioner",
-        in_loop(kfac.then(kfac.by_one_number(0.1, 3.0, each=True), kfac.Untouched)),
-    ),
-    Fault(
-        "a number drawn anew for each tensor, SGD",
-        "scalar_preconditioner",
-        _looped(placed(kfac.then(kfac.by_one_number(0.1, 3.0, each=True), kfac.Untouched), optimizer=sgd)),
-    ),
-    *in_both("a constant diagonal", "diagonal_preconditioner", kfac.then(kfac.by_a_diagonal, kfac.Untouched)),
-    Fault("factors underflow in float16", "zero_factors", in_loop(kfac.Underflows)),
-    Fault("masters step with gradients of their own", "gradient_not_used", _looped(of_masters)),
-    Fault("nothing done in backward", "nothing_changed", _looped(in_backward("register_hook", kfac.WaitsForEver))),
-    Fault(
-        "half of the modules, in backward",
-        "modules_missing",
-        _looped(in_backward("register_hook", kfac.HalfOfTheLayers)),
-    ),
-    Fault(
-        "scalar, in backward",
-        "scalar_preconditioner",
-        _looped(in_backward("register_post_accumulate_grad_hook", kfac.Scalar)),
-    ),
-    Fault("loss with the wrong sign", "diverging", _looped(plain, loss_factor=lambda step: -1.0)),
-    Fault(
-        "loss not a number",
-        "not_finite",
-        _looped(plain, loss_factor=lambda step: float("nan") if step % 3 == 0 else 1.0),
-    ),
-    Fault("another optimizer takes over", "steps_unseen", _looped(another_takes_over)),
-    Fault("another optimizer is watched", "no_samples", _looped(of_other_weights)),
-]
+    "samples_overcounted": {"counted twice under checkpointing": in_loop(kfac.CountsInForward, checkpointing=True)},
+    "steps_missing": {
+        "every 10th step": in_loop(kfac.sometimes(lambda step: step % 10 == 0), steps=60),
+        "every 10th step, not called else": in_loop(kfac.seldom_called(lambda step: step % 10 == 0), steps=60),
+        "all but every 10th step": in_loop(kfac.sometimes(lambda step: step % 10 > 0), steps=60),
+        **in_both("odd steps", kfac.sometimes(lambda step: step % 2 == 1)),
+        "even steps": in_loop(kfac.sometimes(lambda step: step % 2 == 0)),
+        **in_both("stops after 15 of 24 steps", kfac.sometimes(lambda step: step < 15)),
+        "stops after a third of the steps": in_loop(kfac.sometimes(lambda step: step < 8)),
+        "called once": in_loop(kfac.seldom_called(lambda step: step == 12)),
+        "called in the last steps alone": in_loop(kfac.seldom_called(lambda step: step > 20)),
+        "in a third of the steps at random": in_loop(kfac.sometimes(lambda step: step * 7919 % 97 < 33), steps=60),
+        "one layer a step, in turns": in_loop(kfac.InTurns, steps=60),
+    },
+    "not_moving": {
+        "the optimizer has copies": _looped(held(copies_of)),
+        "the optimizer has copies, nothing claimed": _looped(held(copies_of, False)),
+        "the optimizer has A alone": _looped(held(partial(side_of, "A"))),
+        "the optimizer has B alone": _looped(held(partial(side_of, "B"))),
+        "rate 0": _looped(by_rates(0.0, 0.0)),
+        "rate 0, nothing claimed": _looped(by_rates(0.0, 0.0, False)),
+        "rate 0 of A": _looped(by_rates(0.0, 1.0)),
+        "rate 0 of A, nothing claimed": _looped(by_rates(0.0, 1.0, False)),
+        "rate 0 of B": _looped(by_rates(1.0, 0.0)),
+        "rate 0 after half of the steps": _looped(notebook, schedule=lambda step: float(step < 12)),
+        "weights put back": _looped(put_back(lambda name: True)),
+        "weights put back by a hook": _looped(put_back(lambda name: True, in_hook=True)),
+        "weights put back, nothing claimed": _looped(put_back(lambda name: True, False)),
+        "one layer's weights put back": _looped(put_back(lambda name: "layers.1.self" in name)),
+        "cleared before the step": _looped(cleared(again=False)),
+        "a step that does nothing": _looped(step_that_does_nothing),
+        "bf16 weights, rate too small": _looped(
+            placed(optimizer=lambda m, s: adamw(m, Setting(lr=1e-3 * s.lr))), dtype=torch.bfloat16
+        ),
+    },
+    "no_gradient": {"first layer detached": _looped(detached)},
+    "uphill": {
+        **in_both("gradients negated", kfac.then(kfac.negate)),
+        "gradients negated, SGD": _looped(placed(kfac.then(kfac.negate), optimizer=sgd)),
+        "one layer negated": in_loop(kfac.then(lambda g, step: kfac.negate(g[:2], step))),
+        "every other step negated": in_loop(kfac.then(lambda g, step: kfac.negate(g, step) if step % 2 else None)),
+        "inverse with the wrong sign": in_loop(kfac.NegativeInverse),
+        "damping with the wrong sign": in_loop(kfac.Indefinite),
+        "maximize=True": _looped(placed(optimizer=partial(adamw, maximize=True))),
+        "maximize=True, nothing claimed": _looped(partial(plain, maximize=True)),
+        "steps uphill, nothing claimed": _looped(
+            lambda model, setting: Setup(Noisy(weights_of(model), setting.lr, uphill=True))
+        ),
+        "every 10th step negated": in_loop(
+            kfac.then(lambda g, step: kfac.negate(g, step) if step % 10 == 0 else None), steps=60
+        ),
+    },
+    "unrelated_to_gradient": {
+        **in_both("gradients replaced by noise", kfac.then(kfac.noise)),
+        "half of the gradients noise": in_loop(kfac.then(lambda g, step: kfac.noise(g[::2], step))),
+        "entries shuffled": in_loop(kfac.then(kfac.shuffle)),
+        "gradients of other tensors": in_loop(kfac.then(kfac.rotate_tensors)),
+        "steps of noise, nothing claimed": _looped(lambda model, setting: Setup(Noisy(weights_of(model), setting.lr))),
+    },
+    "gradient_overflow": {
+        "so large that its square overflows": in_loop(kfac.then(lambda g, step: [x.mul_(1e25) for x in g if step > 8]))
+    },
+    "diagonal_preconditioner": in_both("a constant diagonal", kfac.then(kfac.by_a_diagonal, kfac.Untouched)),
+    "gradient_not_used": {"masters step with gradients of their own": _looped(of_masters)},
+    "diverging": {"loss with the wrong sign": _looped(plain, loss_factor=lambda step: -1.0)},
+    "not_finite": {
+        "loss not a number": _looped(plain, loss_factor=lambda step: float("nan") if step % 3 == 0 else 1.0)
+    },
+    "steps_unseen": {"another optimizer takes over": _looped(another_takes_over)},
+    "no_samples": {"another optimizer is watched": _looped(of_other_weights)},
+}
+FAULTS = [Fault(name, expected, run) for expected, runs in _FAULTS.items() for name, run in runs.items()]
 
 
 # Clean runs
@@ -727,79 +693,81 @@ with_momentum: Arrange = lambda model, setting: Setup(sgd(model, setting, moment
 
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
-CLEAN = [
-    *(
-        Clean(f"NotebookKFAC, seed {s.seed}, rate {s.lr:g}", _looped(notebook, s))
-        for s in (A, B, C, D, Setting(4, 1e-3), Setting(5, 5e-3))
-    ),
-    Clean("NotebookKFAC, accumulation 4", _looped(placed(of_four()), accumulation=4)),
-    Clean("NotebookKFAC, checkpointing", _looped(notebook, checkpointing=True)),
-    Clean("NotebookKFAC, clipped before", _looped(notebook, B, clip=0.5)),
-    Clean("NotebookKFAC, clipped after", _looped(placed(clip=1.0), C)),
-    Clean("NotebookKFAC, schedule", _looped(notebook, schedule=_decay)),
-    Clean("NotebookKFAC, wrapper", _looped(wrapped)),
-    Clean("NotebookKFAC, wrapper, in a Trainer", _trained(wrapped, B)),
-    Clean("NotebookKFAC, SGD, clipped", _looped(placed(optimizer=partial(sgd, factor=1.0, momentum=0.9), clip=1.0))),
-    Clean("NotebookKFAC, in hooks of the parameters", _looped(in_backward("register_hook"))),
-    Clean("NotebookKFAC, in hooks after accumulation", _looped(in_backward("register_post_accumulate_grad_hook"), B)),
-    Clean("NotebookKFAC, in hooks of the parameters, other seed and rate", _looped(in_backward("register_hook"), C)),
-    Clean("NotebookKFAC, in the closure", _looped(by_closure(inside=True))),
-    Clean("NotebookKFAC, in a hook before the step", _looped(in_pre_hook, B)),
-    Clean("NotebookKFAC, in a subclass's step", _looped(in_subclass)),
-    Clean("NotebookKFAC, gradients put in by hand", _looped(by_hand)),
-    Clean("NotebookKFAC, rates of A and B", _looped(by_rates(0.5, 2.0))),
-    Clean("NotebookKFAC, bf16 weights", _looped(notebook, dtype=torch.bfloat16)),
-    Clean("NotebookKFAC, in a Trainer", _trained(notebook_in_trainer)),
-    Clean("NotebookKFAC, in a Trainer, other seed and rate", _trained(notebook_in_trainer, C)),
-    Clean("NotebookKFAC, in a Trainer, accumulation 4", _trained(placed(of_four(), IN_TRAINER), accumulation=4)),
-    Clean("NotebookKFAC, in a Trainer, checkpointing", _trained(notebook_in_trainer, **CHECKPOINTING)),
-    Clean("NotebookKFAC, in a Trainer, no clipping", _trained(notebook_in_trainer, B, clip=0.0)),
-    Clean("GRIT eigen_adamw, power 0", _grit(eigen_power=0.0)),
-    Clean("GRIT eigen_adamw, power 1", _grit(eigen_power=1.0)),
-    Clean("GRIT eigen_adamw, power 1, seed 1", _grit(B)),
-    Clean("GRIT eigen_adamw, capture gradients", _grit(C, capture="gradients")),
-    Clean("GRIT adamw", _grit(mode="adamw")),
-    Clean("GRIT adamw, capture hooks", _grit(D, mode="adamw", capture="hooks")),
-    Clean("GRIT adamw, capture gradients", _grit(B, mode="adamw", capture="gradients")),
-    Clean(
-        "GRIT adamw, fused layers, capture auto",
-        _looped(grit_with(GRITConfig(mode="adamw", capture="auto"), prepare=fuse)),
-    ),
-    Clean("GRIT sgd", _grit(mode="sgd")),
-    Clean("GRIT sgd, capture gradients", _grit(B, mode="sgd", capture="gradients")),
-    Clean("GRIT adamw, paper pairing", _grit(mode="adamw", pairing="paper")),
-    Clean("GRIT, lr_ratio_b 8", _grit(C, lr_ratio_b=8.0)),
-    Clean("GRIT, reprojection", _grit(reprojection_freq=10, reprojection_k=3, min_lora_rank=2)),
-    Clean("GRIT, warm-up of 12 steps", _grit(ng_warmup_steps=12)),
-    Clean("GRIT adamw, warm-up of 12 steps", _grit(mode="adamw", ng_warmup_steps=12)),
-    Clean("GRIT, accumulation 4", _grit(accumulation=4, mode="adamw")),
-    Clean("GRIT, clipped", _grit(max_grad_norm=0.5)),
-    Clean("GRIT, regularisers", _grit(mode="adamw", lambda_kfac=1e-4, lambda_reproj=1e-4)),
-    Clean("GritTrainer, eigen_adamw", _trained(grit_trainer)),
-    Clean("GritTrainer, adaptive schedule", _trained(partial(grit_trainer, adaptive_schedule=True, adaptive_window=5))),
-    Clean("GritTrainer, adamw, accumulation 4", _trained(partial(grit_trainer, mode="adamw"), B, accumulation=4)),
-    Clean("GritTrainer, checkpointing", _trained(grit_trainer, **CHECKPOINTING)),
-    Clean("PEFT's Riemannian optimizer", _looped(riemannian, C)),
-    Clean("PEFT's Riemannian optimizer, claiming", _looped(partial(riemannian, claims=True), Setting(1, 1e-3))),
-    Clean("PEFT's LoRA+", _looped(loraplus, C)),
-    Clean("SGD with momentum", _looped(with_momentum)),
-    Clean("SGD with momentum, in a Trainer", _trained(with_momentum, B)),
-    Clean("Adagrad", _looped(lambda model, setting: Setup(torch.optim.Adagrad(weights_of(model), lr=setting.lr)))),
-    *(Clean(f"AdamW, seed {s.seed}, rate {s.lr:g}", _looped(plain, s), "no_effect") for s in (A, B, C, D)),
-    Clean("AdamW, clipped", _looped(plain, clip=0.1), "no_effect"),
-    Clean("AdamW, clipped, the probe is not told", _looped(clipped), "no_effect"),
-    Clean("AdamW, accumulation 4", _looped(plain, accumulation=4), "no_effect"),
-    Clean("AdamW, weight decay", _looped(partial(plain, weight_decay=0.1)), "no_effect"),
-    Clean("AdamW, schedule", _looped(plain, schedule=_decay), "no_effect"),
-    Clean("AdamW, bf16 weights", _looped(plain, dtype=torch.bfloat16), "no_effect"),
-    Clean("AdamW, bf16 weights, fused", _looped(partial(plain, fused=True), dtype=torch.bfloat16), "no_effect"),
-    Clean("AdamW, checkpointing", _looped(plain, checkpointing=True), "no_effect"),
-    Clean("AdamW, other betas", _looped(partial(plain, betas=(0.8, 0.95), eps=1e-6)), "no_effect"),
-    Clean("AdamW, DoRA", _looped(plain, use_dora=True), "no_effect"),
-    Clean(
-        "AdamW, by accelerate", _looped(lambda model, setting: Setup(accelerated(adamw(model, setting)))), "no_effect"
-    ),
-    Clean("AdamW, the Trainer's own", _trained(lambda model, setting: Setup(None)), "no_effect"),
-    Clean("AdamW, in a Trainer, accumulation 4", _trained(plain, B, accumulation=4, clip=0.1), "no_effect"),
-    Clean("AdamW, in a Trainer, cosine", _trained(plain, lr_scheduler_type="cosine", warmup_steps=5), "no_effect"),
-]
+_CLEAN: dict[str, dict[str, Run]] = {
+    "effective": {
+        **{
+            f"NotebookKFAC, seed {s.seed}, rate {s.lr:g}": _looped(notebook, s)
+            for s in (A, B, C, D, Setting(4, 1e-3), Setting(5, 5e-3))
+        },
+        "NotebookKFAC, accumulation 4": _looped(placed(of_four()), accumulation=4),
+        "NotebookKFAC, checkpointing": _looped(notebook, checkpointing=True),
+        "NotebookKFAC, clipped before": _looped(notebook, B, clip=0.5),
+        "NotebookKFAC, clipped after": _looped(placed(clip=1.0), C),
+        "NotebookKFAC, schedule": _looped(notebook, schedule=_decay),
+        "NotebookKFAC, wrapper": _looped(wrapped),
+        "NotebookKFAC, wrapper, in a Trainer": _trained(wrapped, B),
+        "NotebookKFAC, SGD, clipped": _looped(placed(optimizer=partial(sgd, factor=1.0, momentum=0.9), clip=1.0)),
+        "NotebookKFAC, in hooks of the parameters": _looped(in_backward("register_hook")),
+        "NotebookKFAC, in hooks after accumulation": _looped(in_backward("register_post_accumulate_grad_hook"), B),
+        "NotebookKFAC, in hooks of the parameters, other seed and rate": _looped(in_backward("register_hook"), C),
+        "NotebookKFAC, in the closure": _looped(by_closure(inside=True)),
+        "NotebookKFAC, in a hook before the step": _looped(in_pre_hook, B),
+        "NotebookKFAC, in a subclass's step": _looped(in_subclass),
+        "NotebookKFAC, gradients put in by hand": _looped(by_hand),
+        "NotebookKFAC, rates of A and B": _looped(by_rates(0.5, 2.0)),
+        "NotebookKFAC, bf16 weights": _looped(notebook, dtype=torch.bfloat16),
+        "NotebookKFAC, in a Trainer": _trained(notebook_in_trainer),
+        "NotebookKFAC, in a Trainer, other seed and rate": _trained(notebook_in_trainer, C),
+        "NotebookKFAC, in a Trainer, accumulation 4": _trained(placed(of_four(), IN_TRAINER), accumulation=4),
+        "NotebookKFAC, in a Trainer, checkpointing": _trained(notebook_in_trainer, **CHECKPOINTING),
+        "NotebookKFAC, in a Trainer, no clipping": _trained(notebook_in_trainer, B, clip=0.0),
+        "GRIT eigen_adamw, power 0": _grit(eigen_power=0.0),
+        "GRIT eigen_adamw, power 1": _grit(eigen_power=1.0),
+        "GRIT eigen_adamw, power 1, seed 1": _grit(B),
+        "GRIT eigen_adamw, capture gradients": _grit(C, capture="gradients"),
+        "GRIT adamw": _grit(mode="adamw"),
+        "GRIT adamw, capture hooks": _grit(D, mode="adamw", capture="hooks"),
+        "GRIT adamw, capture gradients": _grit(B, mode="adamw", capture="gradients"),
+        "GRIT adamw, fused layers, capture auto": _looped(
+            grit_with(GRITConfig(mode="adamw", capture="auto"), prepare=fuse)
+        ),
+        "GRIT sgd": _grit(mode="sgd"),
+        "GRIT sgd, capture gradients": _grit(B, mode="sgd", capture="gradients"),
+        "GRIT adamw, paper pairing": _grit(mode="adamw", pairing="paper"),
+        "GRIT, lr_ratio_b 8": _grit(C, lr_ratio_b=8.0),
+        "GRIT, reprojection": _grit(reprojection_freq=10, reprojection_k=3, min_lora_rank=2),
+        "GRIT, warm-up of 12 steps": _grit(ng_warmup_steps=12),
+        "GRIT adamw, warm-up of 12 steps": _grit(mode="adamw", ng_warmup_steps=12),
+        "GRIT, accumulation 4": _grit(accumulation=4, mode="adamw"),
+        "GRIT, clipped": _grit(max_grad_norm=0.5),
+        "GRIT, regularisers": _grit(mode="adamw", lambda_kfac=1e-4, lambda_reproj=1e-4),
+        "GritTrainer, eigen_adamw": _trained(grit_trainer),
+        "GritTrainer, adaptive schedule": _trained(partial(grit_trainer, adaptive_schedule=True, adaptive_window=5)),
+        "GritTrainer, adamw, accumulation 4": _trained(partial(grit_trainer, mode="adamw"), B, accumulation=4),
+        "GritTrainer, checkpointing": _trained(grit_trainer, **CHECKPOINTING),
+        "PEFT's Riemannian optimizer": _looped(riemannian, C),
+        "PEFT's Riemannian optimizer, claiming": _looped(partial(riemannian, claims=True), Setting(1, 1e-3)),
+        "PEFT's LoRA+": _looped(loraplus, C),
+        "SGD with momentum": _looped(with_momentum),
+        "SGD with momentum, in a Trainer": _trained(with_momentum, B),
+        "Adagrad": _looped(lambda model, setting: Setup(torch.optim.Adagrad(weights_of(model), lr=setting.lr))),
+    },
+    "no_effect": {
+        **{f"AdamW, seed {s.seed}, rate {s.lr:g}": _looped(plain, s) for s in (A, B, C, D)},
+        "AdamW, clipped": _looped(plain, clip=0.1),
+        "AdamW, clipped, the probe is not told": _looped(clipped),
+        "AdamW, accumulation 4": _looped(plain, accumulation=4),
+        "AdamW, weight decay": _looped(partial(plain, weight_decay=0.1)),
+        "AdamW, schedule": _looped(plain, schedule=_decay),
+        "AdamW, bf16 weights": _looped(plain, dtype=torch.bfloat16),
+        "AdamW, bf16 weights, fused": _looped(partial(plain, fused=True), dtype=torch.bfloat16),
+        "AdamW, checkpointing": _looped(plain, checkpointing=True),
+        "AdamW, other betas": _looped(partial(plain, betas=(0.8, 0.95), eps=1e-6)),
+        "AdamW, DoRA": _looped(plain, use_dora=True),
+        "AdamW, by accelerate": _looped(lambda model, setting: Setup(accelerated(adamw(model, setting)))),
+        "AdamW, the Trainer's own": _trained(lambda model, setting: Setup(None)),
+        "AdamW, in a Trainer, accumulation 4": _trained(plain, B, accumulation=4, clip=0.1),
+        "AdamW, in a Trainer, cosine": _trained(plain, lr_scheduler_type="cosine", warmup_steps=5),
+    },
+}
+CLEAN = [Clean(name, run, expected) for expected, runs in _CLEAN.items() for name, run in runs.items()]
