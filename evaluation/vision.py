@@ -254,11 +254,11 @@ def training_examples(count: int, seed: int, size: int, folder: Path) -> list[tu
     ]
 
 
-def retention_items(per_task: int, seed: int, size: int, folder: Path) -> list[Item]:
+def retention_items(per_task: int, *, seed: int, folder: Path, image_size: int) -> list[Item]:
     """The retention suite: `per_task` held-out questions of every general task, their pictures in `folder`/images."""
     items = []
     for task in VISUAL_TASKS:
-        drawn = islice(questions(seed, size, held_out=True, tasks=(task,)), per_task)
+        drawn = islice(questions(seed, image_size, held_out=True, tasks=(task,)), per_task)
         for number, (_, picture, question, answer) in enumerate(drawn):
             name = f"retention-{task}-{number:04d}"
             items.append(Item(name, task, f"{save(picture, folder, name)}\n{question}", answer, {"answer": answer}))

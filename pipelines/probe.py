@@ -1,7 +1,6 @@
 """Stage probe: verdicts/<arm>/<seed>/, whether the optimizer did what the arm claims."""
 
 import gc
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,32 +9,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from db.errors import FileError
-from db.files import (
-    exclusive,
-    finish_run,
-    hash_inputs,
-    key_of,
-    package_versions,
-    read_json,
-    staged,
-    start_run,
-    torch_device,
-    write_json,
-    write_record,
-)
+from db.files import exclusive, finish_run, hash_inputs, read_json, staged, start_run, write_record
 from db.records import VerdictRecord
 from pipelines import train
-from pipelines.base_model import load_reference
 from pipelines.params import ADAPTER, PipelineError, Probe
 from pipelines.stage import adapter_dir, command, verdict_dir
-from pipelines.train import inputs_of_training, job_of, load_arm, training_code
+from pipelines.train import job_of, load_arm
 from probes import Evidence, Thresholds, Twin, Verdict, judge
-from probes.twin_curves import DIVERGES, perturb
+from probes.twin_curves import DIVERGES
 from trainers import BASELINE
 from trainers.run import LEDGER, STEP_LOSSES, first_losses
 from trainers.theirs import WEIGHTS, moved
 
-KEPT = Path("checkpoints/twins")  # curves under a hash of everything that decides them; arms with equal settings share
 DEGREES, RATIO, SHARE, COSINE = "degrees", "ratio", "share", "cosine"
 UNITS = "1 effective, 0 no_effect, -1 unstable"
 
@@ -46,27 +31,16 @@ class Params(train.Params):
 
 def twin_curves(params: Params, arm: str, seed: int, steps: int, perturbed: Sequence[bool]) -> list[list[float]]:
     """First losses of the baseline with an arm's settings; `perturbed`: whether each curve starts one rounding off."""
-    settings = params.train_for(arm).shared()
-    code = [training_code(params.code_of(BASELINE)), inspect.getsource(perturb)]
-    machine = [torch_device()[name] for name in ("class", "name", "threads")]  # other threads, other rounding
-    parts = [seed, steps, list(perturbed), settings.model_dump(), params.prompt.model_dump()]
-    parts += [inputs_of_training(params, arm, seed), load_reference()[1], package_versions(), code, machine]
-    kept = KEPT / f"{key_of(parts)[:16]}.json"
+    import torch
 
-    def losses(off: bool) -> list[float]:
-        import torch
-
+    curves = []
+    for off in perturbed:
         with TemporaryDirectory() as folder:
-            job = job_of(params, settings, seed, Path(folder), Path(folder))
-            curve = first_losses(load_arm(BASELINE, params), job, steps, off)
+            job = job_of(params, params.train_for(arm).shared(), seed, Path(folder), Path(folder))
+            curves.append(first_losses(load_arm(BASELINE, params), job, steps, off))
         gc.collect()  # reference cycles keep a Trainer alive, and two models may not fit a GPU
         torch.cuda.empty_cache()
-        return curve
-
-    with exclusive(kept.with_suffix(".lock")):  # the probe of another arm may need the same curves
-        if not kept.is_file():
-            write_json(kept, {"arm": arm, "seed": seed, "losses": [losses(off) for off in perturbed]})
-    return [[float(loss) for loss in curve] for curve in read_json(kept)["losses"]]
+    return curves
 
 
 def twins(params: Params, arm: str, seed: int, warmup: int) -> Twin:

@@ -38,8 +38,8 @@ class LedgerFile:
             self.append(record)
 
     def end(self, probe: Probe) -> None:
-        told = {"claims": probe.claims, "watched": probe.watched}
-        self.append({"events": probe.events, **told, "tally": probe.tally.table()})
+        facts = {"claims": probe.claims, "watched": probe.watched}
+        self.append({"events": probe.events, **facts, "tally": probe.tally.table()})
 
 
 class ProbeCallback(TrainerCallback):  # type: ignore[misc]
@@ -63,8 +63,8 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
         self.probe: Probe | None = None
         self._file = LedgerFile(ledger) if ledger is not None else None
         write = None if self._file is None else self._file.append
-        told = {"preconditioner": preconditioner, "readings": readings, "claims": claims}
-        self._options: dict[str, Any] = {"every": every, "on_record": write, **told}
+        given = {"preconditioner": preconditioner, "readings": readings, "claims": claims}
+        self._options: dict[str, Any] = {"every": every, "on_record": write, **given}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.probe is not None:  # of a training that was interrupted or has ended
@@ -115,9 +115,9 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
             return
         output = Path(args.output_dir)
         save(self.probe, output / STATE_FOLDER.format(step=state.global_step))
-        kept = {path.name.rsplit("-", 1)[-1] for path in output.glob("checkpoint-*")} | {str(state.global_step)}
+        steps = {path.name.rsplit("-", 1)[-1] for path in output.glob("checkpoint-*")} | {str(state.global_step)}
         for old in output.glob(STATE_FOLDER.format(step="*")):
-            if re.fullmatch(r"probe-\d+", old.name) and old.name.rsplit("-", 1)[-1] not in kept:
+            if re.fullmatch(r"probe-\d+", old.name) and old.name.rsplit("-", 1)[-1] not in steps:
                 shutil.rmtree(old, ignore_errors=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

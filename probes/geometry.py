@@ -102,12 +102,12 @@ class Layout:
         return [torch.stack([rows[i].flatten() for i in places]) for places in self.places]
 
     def views(self, matrices: Matrices) -> list[Tensor]:
-        found = {
+        row_of = {
             i: row
             for places, matrix in zip(self.places, matrices, strict=True)
             for i, row in zip(places, matrix, strict=True)
         }
-        return [found[i].view(shape) for i, (shape, *_) in enumerate(self._tensors)]
+        return [row_of[i].view(shape) for i, (shape, *_) in enumerate(self._tensors)]
 
     def dots(self, pairs: Sequence[tuple[Matrices, Matrices]]) -> Tensor:
         """Inner products in float32, [pairs, tensors], on the first tensor's device."""
@@ -212,10 +212,10 @@ def as_lists(tensors: Mapping[tuple[str, str], Tensor]) -> dict[tuple[str, str],
     alike: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
     for key, tensor in tensors.items():
         alike.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append(key)
-    found: dict[tuple[str, str], Any] = {}
+    lists: dict[tuple[str, str], Any] = {}
     for keys in alike.values():
-        found.update(zip(keys, torch.stack([tensors[key] for key in keys]).tolist(), strict=True))
-    return found
+        lists.update(zip(keys, torch.stack([tensors[key] for key in keys]).tolist(), strict=True))
+    return lists
 
 
 def derived(
@@ -293,28 +293,28 @@ def numbers(reading: LayerReading) -> dict[str, Any]:
     permutation of the axes, which Adam does not see) and of weights `weight_spread` (largest |w_i / mean w − 1|), both
     of the side where it is largest.
     """
-    said: dict[str, Any] = {"ready": reading.ready, "samples": reading.samples, "source": reading.source}
-    said["refresh_every"] = reading.refresh_every
+    entry: dict[str, Any] = {"ready": reading.ready, "samples": reading.samples, "source": reading.source}
+    entry["refresh_every"] = reading.refresh_every
     for side, factor in reading.factors.items():
         mean = float(_diagonal(factor).mean()) if factor.numel() else 0.0
-        said["factor_bits"] = min(8 * factor.element_size(), said.get("factor_bits", 64))
-        said[f"factor_norm_{side}"] = float(torch.linalg.vector_norm(factor.double())) if factor.numel() else 0.0
+        entry["factor_bits"] = min(8 * factor.element_size(), entry.get("factor_bits", 64))
+        entry[f"factor_norm_{side}"] = float(torch.linalg.vector_norm(factor.double())) if factor.numel() else 0.0
         if side in reading.damping:
-            said[f"damping_share_{side}"] = float(reading.damping[side]) / max(abs(mean), _TINY)
+            entry[f"damping_share_{side}"] = float(reading.damping[side]) / max(abs(mean), _TINY)
     for side, matrix in reading.preconditioners.items():
-        said[f"empty_{side}"] = reading.ready and _is_empty(matrix, reading.factors.get(side))
+        entry[f"empty_{side}"] = reading.ready and _is_empty(matrix, reading.factors.get(side))
         if matrix is not None and matrix.numel() and bool(torch.isfinite(matrix).all()):
-            said[f"anisotropy_{side}"] = anisotropy(matrix)
+            entry[f"anisotropy_{side}"] = anisotropy(matrix)
     if reading.bases:
-        said["basis_rotation"] = max(float(1 - q.square().amax(-2).mean()) for q in reading.bases.values())
+        entry["basis_rotation"] = max(float(1 - q.square().amax(-2).mean()) for q in reading.bases.values())
     if reading.weights:
-        said["weight_spread"] = max(float((w / w.mean() - 1).abs().max()) for w in reading.weights.values())
+        entry["weight_spread"] = max(float((w / w.mean() - 1).abs().max()) for w in reading.weights.values())
     used = [m for m in (*reading.preconditioners.values(), *reading.bases.values()) if m is not None and m.numel()]
     digest = 0
     for matrix in used or reading.factors.values():
         digest = zlib.crc32(matrix.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), digest)
-    said["hash"] = digest
-    return said
+    entry["hash"] = digest
+    return entry
 
 
 def _is_empty(matrix: Tensor | None, factor: Tensor | None) -> bool:

@@ -651,11 +651,11 @@ class Probe:
             if unit.name in entries:  # biases and norms are usually left to AdamW
                 entries[unit.name]["claimed"] = all(p.dim() >= 2 and p.numel() > 1 for p in unit.sides.values())
         for reading in collect(self.readings) if self.readings is not None else ():
-            said = numbers(reading)
+            state = numbers(reading)
             samples = now.samples.get(reading.layer)
             if reading.samples is not None and samples is not None:
-                said["samples_gained"] = reading.samples - samples
-            entries.setdefault(reading.layer, {})["reading"] = said
+                state["samples_gained"] = reading.samples - samples
+            entries.setdefault(reading.layer, {})["reading"] = state
         if self.step < self._cold_until:
             record["cold"] = True
         return record

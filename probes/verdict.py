@@ -139,7 +139,4 @@ def _numbers(e: Evidence) -> dict[str, float | None]:
         "damping_share": e.reading_median("damping_share"),
         "ready_share": sum(ready) / len(ready) if ready else None,
         "samples": median(u["reading"]["samples"] for u in last if "reading" in u),
-        "steps": float(e.steps),
-        "sampled": float(len(e.records)),
-        "layers": float(len(e.units)),
     }

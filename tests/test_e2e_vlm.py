@@ -4,7 +4,6 @@ import hashlib
 import json
 
 import pytest
-import yaml
 
 from tests.project_clone import make_clone
 from tests.vision_sizes import ARMS, ASKED_AGAIN, RETENTION_ITEMS, TEST_ITEMS
@@ -75,18 +74,3 @@ def test_4_what_pictures_leave_out_says_why_and_nothing_is_left_to_do(clone):
     assert "Running stage" not in clone.run("dvc", "repro")
     changed = clone.run("git", "status", "--porcelain").splitlines()
     assert [line.split()[-1] for line in changed] == ["params.yaml", "dvc.lock"]
-
-
-@pytest.mark.full
-def test_5_an_arm_that_claims_and_does_not_precondition_fails_the_pipeline(clone):
-    file = clone.folder / "params.yaml"
-    raw = yaml.safe_load(file.read_text())
-    raw["arms"]["idle"] = {
-        "variant_of": "grit_vlm",
-        "natural_gradient": {"optimizer": "grit_adam", "preconditioning": False},
-    }
-    raw["matrix"]["arms"].append("idle")
-    file.write_text(yaml.safe_dump(raw, sort_keys=False))
-    said = clone.run("dvc", "repro", ok=False)
-    assert "idle claims to precondition, but the verdict on its updates is no_effect" in said
-    assert clone.query("select count(*) from run where is_current") == [(3,)], "the results before it stand"

@@ -165,7 +165,7 @@ class ModelGRITConfig:
         defaults = defaults or GRITLoRAConfig(enable_projection=True)
         names = {f.name for f in fields(defaults)} & vars(self).keys()
         shared = {name: getattr(self, name) for name in names}
-        found = {}
+        by_modality = {}
         for name, own in self.modalities.items():
             settings = {
                 "r": own.rank or self.global_rank,
@@ -177,6 +177,6 @@ class ModelGRITConfig:
             }
             if own.projection_budget:
                 settings |= dict.fromkeys(("projection_budget_start", "projection_budget_end"), own.projection_budget)
-            found[name] = replace(defaults, **{**shared, **settings})
-            found[name].validate()
-        return found
+            by_modality[name] = replace(defaults, **{**shared, **settings})
+            by_modality[name].validate()
+        return by_modality

@@ -59,16 +59,6 @@ class EigenMoments:
             self.vectors[side] = vectors
         self.follows = True
 
-    def coordinates(self, side: Side, gradient: Tensor, fisher: FisherInformationMatrix) -> Tensor:
-        g = (gradient if side == "A" else gradient.mT).to(self.m[side].dtype)
-        vectors = self.vectors.get(side)
-        return g.contiguous() if vectors is None else rotate(vectors.mT, fisher.lay_out(g))
-
-    def back(self, side: Side, coordinates: Tensor, fisher: FisherInformationMatrix) -> Tensor:
-        vectors = self.vectors.get(side)
-        g = coordinates if vectors is None else fisher.take_out(side, rotate(vectors, coordinates))
-        return g if side == "A" else g.mT
-
     def state_dict(self) -> dict[str, Any]:
         return {**vars(self), "m": dict(self.m), "v": dict(self.v), "vectors": dict(self.vectors)}
 
@@ -218,7 +208,7 @@ class FisherCurvature(Curvature):
         to a hundred times as long along directions without information.
         """
         groups = {id(p): group for group in param_groups for p in group["params"]}
-        found = []
+        stacks = []
         self._stepped = []
         for name, layer in self.by_pair.items():
             gradients = layer.gradients()
@@ -233,12 +223,12 @@ class FisherCurvature(Curvature):
             self._stepped.append(layer)
             for side in SIDES:
                 parameter = layer.lora_A if side == "A" else layer.lora_B
-                found.append(self._rotated(layer, moments, side, parameter, groups[id(parameter)], gradients, step))
-        return found
+                stacks.append(self._rotated(layer, moments, side, parameter, groups[id(parameter)], gradients, step))
+        return stacks
 
     def _rotated(self, layer: GRITLoRALinear, moments: EigenMoments, side: Side, parameter: nn.Parameter,
                 group: dict[str, Any], gradients: Gradients, step: int) -> Rotated:  # fmt: skip
-        fisher = layer.fisher_matrix
+        fisher, vectors = layer.fisher_matrix, moments.vectors.get(side)
 
         def back(direction: Tensor) -> Tensor:
             direction = direction[0]
@@ -247,9 +237,9 @@ class FisherCurvature(Curvature):
                 if self.config.grafting is not False:
                     weighted = weighted * (direction.norm() / weighted.norm().clamp_min(1e-30))
                 direction = weighted
-            return moments.back(side, direction, fisher)[None]
+            return fisher.turn_back_along(vectors, side, direction)[None]
 
-        gradient = moments.coordinates(side, gradients[side], fisher)[None]
+        gradient = fisher.turn_along(vectors, side, gradients[side].to(moments.m[side].dtype)).contiguous()[None]
         steps = torch.tensor([moments.steps])
         return Rotated([parameter], group, gradient, moments.m[side][None], moments.v[side][None], steps, back)
 
@@ -258,7 +248,7 @@ class FisherCurvature(Curvature):
     ) -> tuple[list[Tensor], dict[str, float], float]:
         """Project the changes of each layer; the adaptive types also shorten all of them to the trust region."""
         length = 0.0
-        found = []
+        projected = []
         for i, layer in enumerate(self._stepped):
             own: Gradients = {"A": changes[2 * i][0], "B": changes[2 * i + 1][0]}
             if layer.acts and self.preconditions(step):
@@ -266,12 +256,12 @@ class FisherCurvature(Curvature):
                 if self.adaptive:
                     rates = {"A": float(stacks[2 * i].options["lr"]), "B": float(stacks[2 * i + 1].options["lr"])}
                     length += layer.fisher_matrix.squared_length({side: rates[side] * own[side] for side in SIDES})
-            found += [own["A"][None], own["B"][None]]
+            projected += [own["A"][None], own["B"][None]]
         if not self.adaptive:
-            return found, {}, 1.0
+            return projected, {}, 1.0
         kappa = self.config.kl_clip
         nu = (kappa / length) ** 0.5 if 0 < kappa < length else 1.0
-        return found, {"grit/trust_region_factor": nu}, nu
+        return projected, {"grit/trust_region_factor": nu}, nu
 
     def unreported(self) -> list[str]:
         return [name for name, layer in self.by_pair.items() if not layer.fisher_matrix.samples]
@@ -307,7 +297,7 @@ class FisherCurvature(Curvature):
         return {}
 
     def spectra(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        records: dict[str, Any] = {}
         for name, layer in self.by_pair.items():
             fisher = layer.fisher_matrix
             entry: dict[str, Any] = {"r": layer.lora_A.shape[0], "samples": float(fisher.samples)}
@@ -319,8 +309,8 @@ class FisherCurvature(Curvature):
                 entry[f"eigenvalues_{letter}"] = values[: self.config.log_top_eigs].tolist()
                 entry[f"effective_rank_{letter}"] = float(factors.effective_rank(values))
                 entry[f"condition_{letter}"] = float(values[0] / values[-1].clamp_min(1e-38))
-            found[name] = entry
-        return found
+            records[name] = entry
+        return records
 
     def readings(self, step: int) -> list[dict[str, Any]]:
         """The state of every layer's preconditioner, for `probes`.
@@ -334,29 +324,29 @@ class FisherCurvature(Curvature):
         fisher, config = layer.fisher_matrix, layer.config
         used = config.enable_natural_gradient or config.enable_projection
         ready = used and layer.ready and self.preconditions(step)
-        said: dict[str, Any] = {"layer": name, "ready": ready, "samples": float(fisher.samples)}
-        said |= {"refresh_every": config.fisher_update_freq, "source": "hooks"}
-        said |= {part: {} for part in ("factors", "preconditioners", "damping", "bases", "weights")}
+        reading: dict[str, Any] = {"layer": name, "ready": ready, "samples": float(fisher.samples)}
+        reading |= {"refresh_every": config.fisher_update_freq, "source": "hooks"}
+        reading |= {part: {} for part in ("factors", "preconditioners", "damping", "bases", "weights")}
         if not fisher.weight:
-            return said
+            return reading
         for side, letter in FACTOR_OF.items():
             eigen = fisher.eigen(side)
-            said["factors"][letter] = _matrix(fisher, side, _filled(eigen.values, eigen.real))
+            reading["factors"][letter] = _matrix(fisher, side, _filled(eigen.values, eigen.real))
             if not ready or eigen.mean <= 0:
                 continue
             if self.config.mode == "eigen_adamw":
                 if eigen.vectors is not None and config.enable_natural_gradient:
                     vectors = eigen.vectors
-                    said["bases"][letter] = vectors if vectors.dim() == 2 else vectors.flatten(0, 1)
-                said["weights"][letter] = layer.weights(side, self.config.eigen_power)
+                    reading["bases"][letter] = vectors if vectors.dim() == 2 else vectors.flatten(0, 1)
+                reading["weights"][letter] = layer.weights(side, self.config.eigen_power)
             else:
                 inverse = fisher.inverse(side) if config.enable_natural_gradient else None
                 inverse = torch.ones_like(eigen.values) if inverse is None else _filled(inverse, eigen.real)
                 if layer.projection_budget is not None:
                     inverse = inverse * fisher.keeps(layer.projection_budget)[side]
-                said["preconditioners"][letter] = _matrix(fisher, side, inverse)
-                said["damping"][letter] = fisher.damping * fisher.scale()
-        return said
+                reading["preconditioners"][letter] = _matrix(fisher, side, inverse)
+                reading["damping"][letter] = fisher.damping * fisher.scale()
+        return reading
 
     def state_dict(self) -> dict[str, Any]:
         return {

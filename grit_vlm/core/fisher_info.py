@@ -99,11 +99,6 @@ class FisherInformationMatrix:
         number that a mean loss was divided by.
         """
         tokens, rank = h.shape
-        if not tokens or {t.shape[0] for t in (x, delta, e)} != {tokens} or delta.shape[1] != rank:
-            shapes = ", ".join(str(tuple(t.shape)) for t in (x, h, delta, e))
-            raise GritVlmError(
-                f"expected x, h, delta, e of the same tokens, one at least, h and delta alike; got {shapes}"
-            )
         x, h, delta, e = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (x, h, delta, e))
         self._sizes = {"A": (rank, x.shape[1]), "B": (rank, e.shape[1])}  # component first, for both
         if self.approximation_type == "kfac":
@@ -133,8 +128,8 @@ class FisherInformationMatrix:
         runs, n = self._runs(size)
         filled = torch.nn.functional.pad(along, (0, runs * n - size)).reshape(tokens, runs, n)
         by_run = filled.transpose(0, 1)  # one component at a time: all at once would be tokens·r·d numbers
-        found = [(by_run * weight[:, None]).mT @ by_run for weight in by.square().mT]
-        return torch.stack(found) / tokens
+        blocks = [(by_run * weight[:, None]).mT @ by_run for weight in by.square().mT]
+        return torch.stack(blocks) / tokens
 
     def _now(self, name: str) -> Tensor:
         if not self.weight:
@@ -190,18 +185,18 @@ class FisherInformationMatrix:
             values, vectors, good = factors.eigh(self._factor(name)[None])
             values, mean = values[0][:, None], float(values.mean()) if bool(good) else 0.0
             return Eigen(values, vectors[0], torch.ones_like(values, dtype=torch.bool), mean)
-        found = self._now(name)
+        estimate = self._now(name)
         if self.approximation_type == "diagonal":
-            return Eigen(found, None, torch.ones_like(found, dtype=torch.bool), float(found.mean()))
+            return Eigen(estimate, None, torch.ones_like(estimate, dtype=torch.bool), float(estimate.mean()))
         rank, size = self._sizes[name]
-        runs, n = found.shape[1:3]
+        runs, n = estimate.shape[1:3]
         # Coordinates that fill up a run get a value above all eigenvalues, so that no eigenvector mixes them with real
         # ones; they come first then, and are put last, with 0.
         empty = runs * n - size
-        trace = found.diagonal(dim1=-2, dim2=-1).sum(-1)
-        found = found.clone()
-        found[:, -1].diagonal(dim1=-2, dim2=-1)[:, n - empty :] = 2.0 * trace[:, -1:]
-        values, vectors, _ = factors.eigh(found.flatten(0, 1))
+        trace = estimate.diagonal(dim1=-2, dim2=-1).sum(-1)
+        estimate = estimate.clone()
+        estimate[:, -1].diagonal(dim1=-2, dim2=-1)[:, n - empty :] = 2.0 * trace[:, -1:]
+        values, vectors, _ = factors.eigh(estimate.flatten(0, 1))
         values, vectors = values.reshape(rank, runs, n), vectors.reshape(rank, runs, n, n)
         values[:, -1], vectors[:, -1] = values[:, -1].roll(-empty, -1), vectors[:, -1].roll(-empty, -1)
         real = torch.ones_like(values, dtype=torch.bool)
@@ -223,12 +218,17 @@ class FisherInformationMatrix:
     def turn(self, name: Side, gradient: Tensor) -> Tensor:
         """∇A [r, d_in] or ∇B [d_out, r] in eigen-coordinates."""
         eigen = self.eigen(name)
-        g = self.lay_out((gradient if name == "A" else gradient.mT).to(eigen.values.dtype))
-        return g if eigen.vectors is None else rotate(eigen.vectors.mT, g)
+        return self.turn_along(eigen.vectors, name, gradient.to(eigen.values.dtype))
 
     def turn_back(self, name: Side, coordinates: Tensor) -> Tensor:
-        vectors = self.eigen(name).vectors
-        g = self.take_out(name, coordinates if vectors is None else rotate(vectors, coordinates))
+        return self.turn_back_along(self.eigen(name).vectors, name, coordinates)
+
+    def turn_along(self, vectors: Tensor | None, name: Side, gradient: Tensor) -> Tensor:
+        g = gradient if name == "A" else gradient.mT
+        return g if vectors is None else rotate(vectors.mT, self.lay_out(g))
+
+    def turn_back_along(self, vectors: Tensor | None, name: Side, coordinates: Tensor) -> Tensor:
+        g = coordinates if vectors is None else self.take_out(name, rotate(vectors, coordinates))
         return g if name == "A" else g.mT
 
     def scale(self) -> float:
@@ -243,14 +243,14 @@ class FisherInformationMatrix:
 
     def natural_gradient(self, gradients: Gradients) -> Gradients:
         """(F + λI)⁻¹ ∇ with λ = `damping` times `scale`; the gradient itself if F is zero, or singular and undamped."""
-        found: Gradients = {}
+        natural: Gradients = {}
         for name in SIDES:
             raw, inverse = gradients[name], self.inverse(name)
             if inverse is None:
-                found[name] = raw
+                natural[name] = raw
             else:
-                found[name] = self.turn_back(name, self.turn(name, raw) * inverse).to(raw.dtype)
-        return found
+                natural[name] = self.turn_back(name, self.turn(name, raw) * inverse).to(raw.dtype)
+        return natural
 
     def inverse(self, name: Side) -> Tensor | None:
         """1/(λ_i + λ) along every direction, as `Eigen.values`, 0 in the padding of a run; None: see above."""
@@ -288,8 +288,6 @@ class FisherInformationMatrix:
 
     def keeps(self, budget: int) -> dict[Side, Tensor]:
         """Which directions a budget keeps: A and B → 1 or 0, as `Eigen.values`; see `project`."""
-        if budget < 1:
-            raise GritVlmError(f"budget: expected a whole number from 1 on, got {budget!r}")
         eigens = [self.eigen(name) for name in SIDES]
         if self.approximation_type == "kfac":
             keep = torch.arange(eigens[0].values.shape[0], device=eigens[0].values.device)[:, None] < budget
@@ -319,13 +317,13 @@ class FisherInformationMatrix:
         if self.approximation_type == "kfac":
             vectors = {name: self.eigen(name).vectors for name in SIDES}
             return {name: v[:, :budget] for name, v in vectors.items() if v is not None}
-        found: dict[str, Tensor] = {}
-        for name, kept in keep.items():
-            among = (kept * self.eigen(name).real).reshape(-1) > 0  # a large budget keeps what fills up a run, too
-            units = torch.eye(kept.numel(), dtype=kept.dtype, device=kept.device)[among]
-            rows = [self.turn_back(name, unit.reshape(kept.shape)).reshape(-1) for unit in units]
-            found[name] = torch.stack(rows, 1) if rows else kept.new_zeros(math.prod(self._sizes[name]), 0)
-        return found
+        matrices: dict[str, Tensor] = {}
+        for name, mask in keep.items():
+            among = (mask * self.eigen(name).real).reshape(-1) > 0  # a large budget keeps what fills up a run, too
+            units = torch.eye(mask.numel(), dtype=mask.dtype, device=mask.device)[among]
+            rows = [self.turn_back(name, unit.reshape(mask.shape)).reshape(-1) for unit in units]
+            matrices[name] = torch.stack(rows, 1) if rows else mask.new_zeros(math.prod(self._sizes[name]), 0)
+        return matrices
 
     def state_dict(self) -> dict[str, Any]:
         return {

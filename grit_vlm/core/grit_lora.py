@@ -78,29 +78,29 @@ class TokenCapture(Capture):
             if not (self.active and h.requires_grad):  # evaluation, or the first pass of reentrant checkpointing
                 return
             mask = None if name in self._without_mask else self.mask
-            found = _Pass(args[0].detach(), h.detach(), mask, self.batch_divisor)
-            self._open[name] = found
-            h.register_hook(lambda delta: self._complete(name, found, delta))
+            current = _Pass(args[0].detach(), h.detach(), mask, self.batch_divisor)
+            self._open[name] = current
+            h.register_hook(lambda delta: self._complete(name, current, delta))
 
         return forward_hook
 
     def _after_b(self, name: str) -> Any:
         def forward_hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            found = self._open.pop(name, None)  # that of the same pass: A has just been called
-            if found is not None and out.requires_grad:
-                out.register_hook(lambda e: setattr(found, "e", e.detach()))
+            current = self._open.pop(name, None)  # that of the same pass: A has just been called
+            if current is not None and out.requires_grad:
+                out.register_hook(lambda e: setattr(current, "e", e.detach()))
 
         return forward_hook
 
-    def _complete(self, name: str, found: _Pass, delta: Tensor) -> None:
-        if found.e is None:
+    def _complete(self, name: str, current: _Pass, delta: Tensor) -> None:
+        if current.e is None:
             return
-        scale = self.scale(found.divisor)
-        flat = [t.reshape(-1, t.shape[-1]) for t in (found.x, found.h, delta.detach() * scale, found.e * scale)]
-        keep = found.mask.keep.reshape(-1) > 0 if found.mask is not None else None
+        scale = self.scale(current.divisor)
+        flat = [t.reshape(-1, t.shape[-1]) for t in (current.x, current.h, delta.detach() * scale, current.e * scale)]
+        keep = current.mask.keep.reshape(-1) > 0 if current.mask is not None else None
         if keep is not None and keep.shape[0] == flat[0].shape[0] and not bool(keep.all()):
             flat = [t[keep.to(t.device)] for t in flat]
-        found.e = None
+        current.e = None
         self._saw = True
         self._layers[name].take(Tokens(*flat))
 
@@ -219,10 +219,10 @@ class GRITLoRALinear(nn.Module):
     def weights(self, side: Side, power: float) -> Tensor:
         """What the step along each eigen-direction is multiplied by (mode eigen_adamw), projection included."""
         eigen, natural = self.fisher_matrix.eigen(side), self.config.enable_natural_gradient
-        found = self.fisher_matrix.step_weights(side, power) if natural else torch.ones_like(eigen.values)
+        factors = self.fisher_matrix.step_weights(side, power) if natural else torch.ones_like(eigen.values)
         if self.projection_budget is not None:
-            found = found * self.fisher_matrix.keeps(self.projection_budget)[side]
-        return found[eigen.real]
+            factors = factors * self.fisher_matrix.keeps(self.projection_budget)[side]
+        return factors[eigen.real]
 
     def get_fisher_for_param(self, name: str) -> Tensor:
         """The dense estimate of "lora_A" or "lora_B" (any name that holds one of them): [n, n]; for small layers."""

@@ -164,7 +164,7 @@ def test_scores_count_the_categories_between():
 
 
 def test_items_have_pictures_and_are_scored_as_retention(tmp_path):
-    items = vision.retention_items(6, seed=0, size=32, folder=tmp_path)
+    items = vision.retention_items(6, seed=0, image_size=32, folder=tmp_path)
     assert len(items) == 6 * len(vision.VISUAL_TASKS) == len({item.id for item in items})
     assert not set(vision.VISUAL_TASKS) & {*names(), *general.GENERAL_TASKS}, "no other task is called so"
     for item in items:

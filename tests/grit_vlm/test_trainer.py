@@ -59,53 +59,6 @@ def test_a_resumed_run_gives_the_same_bytes(tmp_path):
     )  # hooks are off
 
 
-def test_the_best_model_is_loaded(tmp_path):
-    """With the state of its step beside it, and where only adapters are saved."""
-    given = {"eval_dataset": small_vlm.examples(4)}
-    for only_model in (False, True):
-        found = trainer(
-            tmp_path / str(only_model), learning_rate=0.5, eval_strategy="steps", eval_steps=2, save_strategy="steps",
-            save_steps=2, load_best_model_at_end=True, save_only_model=only_model, told=given,
-        )  # fmt: skip
-        found.train()
-        losses = {e["step"]: e["eval_loss"] for e in found.state.log_history if "eval_loss" in e}
-        best = min(losses, key=losses.get)
-        assert best < 6  # a rate this high makes it worse
-        assert found.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
-        assert found.grit_manager.step == (6 if only_model else best)
-        assert found.grit_manager.history[-1]["kind"] == "final"
-
-
-@pytest.mark.parametrize("kind", ["grit_adam", "adaptive_sgd"])
-def test_accumulated_micro_batches_are_one_batch(tmp_path, kind):
-    """Up to rounding; the tokens counted are exactly as many."""
-    found = []
-    for size in (2, 1):
-        adapter = small_vlm.adapter(double=True, fisher_update_freq=1, fisher_approximation="kfac")
-        changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 2 // size, "max_steps": 4}
-        one = trainer(tmp_path, adapter, grit_optimizer_type=kind, **changes)
-        one.train_dataset = [{n: v.double() if v.is_floating_point() else v for n, v in row.items()} for row in ROWS]
-        one.train()
-        found.append(adapter)
-    for one, two in zip(*(each.grit_layers.values() for each in found), strict=True):
-        assert one.fisher_matrix.samples == two.fisher_matrix.samples > 0
-        for side in "AG":
-            factors = [layer.fisher_matrix.kfac_factors[side] for layer in (one, two)]
-            torch.testing.assert_close(*factors, rtol=1e-6, atol=1e-12)
-    for one, two in zip(*map(weights, found), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)
-
-
-def test_evaluation_is_not_counted(tmp_path):
-    samples = []
-    for more in ({}, {"eval_strategy": "steps", "eval_steps": 1, "told": {"eval_dataset": ROWS[:4]}}):
-        found = trainer(tmp_path / str(len(more)), **more)
-        found.train()
-        samples.append([layer.fisher_matrix.samples for layer in found.grit_adapter.grit_layers.values()])
-    assert samples[0] == samples[1]
-    assert sum("eval_loss" in entry for entry in found.state.log_history) == 6
-
-
 def test_schedules_go_over_the_whole_run(tmp_path):
     """Also where the length is given in epochs: 12 rows in batches of 2, twice, are 12 steps."""
     told = {"enable_projection": True, "projection_budget_start": 2, "projection_budget_end": 26}

@@ -29,7 +29,7 @@ def make_params(**grit):
     raw["train"].update(SETTINGS)
     raw["probe"]["twin_steps"] = 8
     raw["arms"]["pure_grit"]["grit"] |= {"reprojection_freq": 0, **grit}
-    del raw["arms"]["pure_grit"]["learning_rate"]  # as the baseline's, so that its twins can serve both
+    del raw["arms"]["pure_grit"]["learning_rate"]  # as the baseline's
     return parse_params(raw), raw
 
 
@@ -83,13 +83,7 @@ def test_2_pure_grit_is_effective_and_its_curve_comes_from_its_run(here):
     assert output["twin"]["arm"][0] == pytest.approx(output["twin"]["baseline"][0], rel=1e-5), "same start, same batch"
 
 
-def test_3_twin_curves_are_reused(here, monkeypatch):
-    monkeypatch.setattr(probe, "first_losses", lambda *a: pytest.fail("a twin was trained again"))
-    curves = probe.twin_curves(make_params()[0], "pure_grit", 0, 8, (False, True))
-    assert curves == [verdict("pure_grit")["twin"][name] for name in ("baseline", "again")]
-
-
-def test_4_a_silent_no_op_fails_with_the_reason_and_keeps_its_verdict(here, monkeypatch, tmp_path):
+def test_3_a_silent_no_op_fails_with_the_reason_and_keeps_its_verdict(here, monkeypatch, tmp_path):
     params, raw = make_params(mode="adamw", damping_mode="absolute", kfac_damping=1e6)
     shutil.copytree(here, tmp_path / "other")
     monkeypatch.chdir(tmp_path / "other")
@@ -106,7 +100,7 @@ def test_4_a_silent_no_op_fails_with_the_reason_and_keeps_its_verdict(here, monk
     assert {f["name"] for f in output["findings"]} >= {"damping_swamps_factors"}
 
 
-def test_5_a_truncated_or_missing_ledger_is_named(here):
+def test_4_a_truncated_or_missing_ledger_is_named(here):
     file = here / "adapters/pure_grit/0" / LEDGER
     whole = file.read_text(encoding="utf-8")
     cut = "".join(line + "\n" for line in whole.splitlines()[:-1])
@@ -121,7 +115,7 @@ def test_5_a_truncated_or_missing_ledger_is_named(here):
     file.write_text(whole, encoding="utf-8")
 
 
-def test_6_a_failing_twin_gives_the_reason_and_models_do_not_accumulate(here, monkeypatch):
+def test_5_a_failing_twin_gives_the_reason_and_models_do_not_accumulate(here, monkeypatch):
     raw = make_params()[1]
     raw["train"]["target_modules"] = ["q_prof"]
     with pytest.raises(TrainingError, match="q_proj"):
@@ -138,7 +132,7 @@ def test_6_a_failing_twin_gives_the_reason_and_models_do_not_accumulate(here, mo
     assert len(probe.twin_curves(make_params()[0], "baseline_lora", 0, 5, (False, True))) == 2
 
 
-def test_7_a_foreign_adapter_is_judged_by_whether_it_changes_anything(here, monkeypatch):
+def test_6_a_foreign_adapter_is_judged_by_whether_it_changes_anything(here, monkeypatch):
     raw = make_params()[1]
     raw["arms"]["theirs"] = {"adapter": "theirs/{seed}"}
     raw["matrix"] = {"arms": ["theirs"], "seeds": [0, 1]}
@@ -159,7 +153,7 @@ def test_7_a_foreign_adapter_is_judged_by_whether_it_changes_anything(here, monk
     assert {"theirs/0/adapter_config.json", "theirs/0/adapter_model.safetensors"} <= trained["inputs"].keys()
 
 
-def test_8_the_twin_of_an_arm_differs_only_in_the_arm():
+def test_7_the_twin_of_an_arm_differs_only_in_the_arm():
     params = parse_params(yaml.safe_load(SMOKE))
     custom, beside = params.train_for("pure_grit"), params.train_for("pure_grit").shared()
     assert custom.learning_rate == beside.learning_rate != params.train_for("baseline_lora").learning_rate
@@ -167,7 +161,7 @@ def test_8_the_twin_of_an_arm_differs_only_in_the_arm():
     assert params.train_for("baseline_lora").shared() == params.train_for("baseline_lora")
 
 
-def test_9_stage_tune_really_trains_what_it_compares(here):
+def test_8_stage_tune_really_trains_what_it_compares(here):
     _, raw = make_params()
     raw["tune"] = {"grid": {"learning_rate": [1e-5, 3e-3]}, "seed": 100, "steps": 6}
     params = parse_params(raw)

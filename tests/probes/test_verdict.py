@@ -325,10 +325,3 @@ def test_the_table():
     nothing = judge(ledger(entry(angle=0.0), claims=False)).table()
     assert "no_effect" in nothing
     assert "equals_shadow: updates are plain AdamW's of the raw gradients" in nothing
-
-
-def test_json_there_and_back():
-    for evidence in (ledger(), ledger(entry(angle=None)), ledger(records=0)):
-        said = judge(evidence).to_json()
-        assert json.loads(json.dumps(said, allow_nan=False)) == said
-        assert {"verdict", "diagnosis", "reason", "claims", "numbers", "findings"} == said.keys()
