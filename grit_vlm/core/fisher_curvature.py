@@ -165,17 +165,28 @@ class FisherCurvature(Curvature):
         return []
 
     def projections(self, step: int) -> dict[str, dict[str, int]]:
-        """Modality → layer → directions at a step, of layers that are projected and whose estimate is ready."""
+        """Modality → layer → directions at a step, shared out by `MultiModalProjector`.
+
+        Only layers that are projected and whose estimate is ready. What one modality has no directions for goes to
+        others with the same estimate, whose directions are of the same kind; none of it to or from one whose budget is
+        fixed.
+        """
         members: dict[str, list[str]] = {}
         for name, layer in self.grit_layers.items():
             if layer.modality in self.schedules and layer.config.enable_projection and layer.ready:
                 members.setdefault(layer.modality, []).append(name)
-        values = {
-            m: [self.grit_layers[name].fisher_matrix.direction_values() for name in names]
-            for m, names in members.items()
-        }
-        budgets = {m: len(names) * self.schedules[m].budget(step) for m, names in members.items()}
-        shares = MultiModalProjector().share_out(values, budgets)
+        alike: dict[str, list[str]] = {}
+        for modality, names in members.items():
+            schedule, first = self.schedules[modality], self.grit_layers[names[0]]
+            fixed = schedule.start == schedule.end
+            alike.setdefault(modality if fixed else f"any {first.config.fisher_approximation}", []).append(modality)
+        shares: dict[str, list[int]] = {}
+        for among in alike.values():
+            values = {
+                m: [self.grit_layers[name].fisher_matrix.direction_values() for name in members[m]] for m in among
+            }
+            wanted = {m: len(members[m]) * self.schedules[m].budget(step) for m in among}
+            shares |= MultiModalProjector().share_out(values, wanted)
         return {m: dict(zip(names, shares[m], strict=True)) for m, names in members.items()}
 
     def precondition(self, measure: bool) -> tuple[float, list[Tensor]]:

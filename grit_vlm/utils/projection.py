@@ -108,10 +108,11 @@ def recommended_budget(activations: Tensor, factor: float = 1.2) -> int:
 
 
 class MultiModalProjector:
-    """Shares the budget of each modality among its layers.
+    """Shares the budgets of the modalities among their layers.
 
-    It goes to the directions of largest Fisher information across all layers of the modality, with at least one a
-    layer: their gradients come from one loss.
+    Within a modality, the budget goes to the directions of largest Fisher information across all its layers, with at
+    least one a layer: their gradients come from one loss. Each modality has a separate budget; what exceeds its number
+    of directions goes to the others, in proportion to their budgets.
     """
 
     def compute_mixed_modal_projection(
@@ -140,7 +141,21 @@ class MultiModalProjector:
         """
         if problems := [f"budget of {m}: expected at least 1, got {budgets[m]}" for m in values if budgets[m] < 1]:
             raise GritVlmError("\n".join(problems))
-        return {name: _largest_counts(layers, budgets[name]) for name, layers in values.items()}
+        filled = _fill(budgets, {name: sum(t.numel() for t in layers) for name, layers in values.items()})
+        return {name: _largest_counts(layers, filled[name]) for name, layers in values.items()}
+
+
+def _fill(budgets: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Budgets capped at the available directions; the excess goes to the others, in proportion."""
+    filled = {name: min(budgets[name], n) for name, n in sizes.items()}
+    over = sum(budgets[name] for name in sizes) - sum(filled.values())
+    while over > 0 and (room := [name for name, n in sizes.items() if filled[name] < n]):
+        total, before = sum(budgets[name] for name in room), over
+        for name in room:
+            more = min(sizes[name] - filled[name], max(1, before * budgets[name] // total), over)
+            filled[name] += more
+            over -= more
+    return filled
 
 
 def _largest_counts(layers: Sequence[Tensor], budget: int) -> list[int]:

@@ -134,6 +134,20 @@ def test_layers_that_never_report_are_named():
         optimizer.step()
 
 
+def test_fixed_budgets_are_not_shared_between_modalities():
+    """A modality with more budget than directions hands nothing to one whose budget is fixed, or of another kind."""
+    for estimate, end in (("diagonal", 0), ("kfac", 1)):
+        layers = {}
+        for modality, approximation, start in (("vision", estimate, 500), ("text", "diagonal", 3)):
+            settings = {"fisher_approximation": approximation, "fisher_min_samples": 1, "enable_projection": True,
+                        "projection_budget_start": start, "projection_budget_end": start + end}  # fmt: skip
+            layers[modality] = layer = GRITLoRALinear(nn.Linear(4, 4), GRITLoRAConfig(r=2, **settings))
+            layer.modality = modality
+            layer.fisher_matrix.observe(*(torch.randn(9, n) for n in (4, 2, 2, 4)))
+        found = FisherManager(nn.ModuleList(layers.values()), layers).curvature.projections(0)
+        assert found == {"vision": {"vision": 2 if estimate == "kfac" else 16}, "text": {"text": 3}}
+
+
 def test_layers_that_do_not_belong_together_are_refused():
     model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), LoraConfig(r=2, target_modules=["0"]), adapter_name="a")
     model.add_adapter("b", LoraConfig(r=2, target_modules=["0"]))

@@ -60,6 +60,10 @@ def test_shares_go_to_the_largest_information():
     projector = MultiModalProjector()
     for budget, expected in ((1, [1, 1, 1]), (4, [2, 1, 1]), (8, [3, 3, 2]), (99, [3, 3, 2])):
         assert projector.share_out({"text": layers}, {"text": budget}) == {"text": expected}
+    layer = [torch.arange(1000.0)]
+    given = {"vision": [torch.ones(4)], "text": layer, "cross_modal": layer}
+    shares = projector.share_out(given, {"vision": 64, "text": 40, "cross_modal": 20})
+    assert shares == {"vision": [4], "text": [80], "cross_modal": [40]}, "what is over goes to others, in proportion"
     shares = projector.compute_mixed_modal_projection(layers[0], layers, k_vision=2, k_text=4)
     assert shares == {"vision": [2], "text": [2, 1, 1]}
     shares = projector.compute_mixed_modal_projection(None, layers[:1], layers[1:], k_text=2, k_cross=3)
