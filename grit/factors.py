@@ -32,23 +32,14 @@ def _noise(cov: Tensor) -> Tensor:
 
 
 def damped_inverse(cov: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """(Σ + λI)⁻¹ by Cholesky; matrices that fail are tried again in float64.
+    """(Σ + λI)⁻¹ by Cholesky.
 
     A singular Σ without damping is refused even where rounding lets Cholesky through: its inverse would be noise.
     `lam` is [n]. Returns inverses [n, r, r] (identity where there is none) and which are right: [n] bool.
     """
     eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     inverse, good = _cholesky_inverse(cov + lam[:, None, None] * eye)
-    if not bool(good.all()):
-        bad = ~good
-        eye64 = eye.double()
-        again, fine = _cholesky_inverse(cov[bad].double() + lam[bad].double()[:, None, None] * eye64)
-        again = again.to(cov.dtype)
-        fine &= torch.isfinite(again).flatten(1).all(-1)
-        inverse[bad] = torch.where(fine[:, None, None], again, eye)
-        good[bad] = fine
-    sure = _cholesky_inverse(cov.double() + (lam - _noise(cov)).double()[:, None, None] * eye.double())[1]
-    good &= sure
+    good &= _cholesky_inverse(cov.double() + (lam - _noise(cov)).double()[:, None, None] * eye.double())[1]
     return torch.where(good[:, None, None], inverse, eye), good
 
 
@@ -66,7 +57,7 @@ def _cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def eigh(cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues (largest first, [n, r]), eigenvectors as columns ([n, r, r]), and which are right ([n] bool).
 
-    Small factors are diagonalised on the scale of their trace, in float64 (the cost is the same at r = 16).
+    Small factors are diagonalized on the scale of their trace, in float64 (the cost is the same at r = 16).
     """
     rank = cov.shape[-1]
     good = informative(cov)
@@ -111,7 +102,7 @@ def orthogonal(steps: list[Tensor]) -> list[Tensor]:
     alike: dict[tuple[int, torch.device], list[int]] = {}
     for i, gram in enumerate(grams):
         alike.setdefault((gram.shape[-1], gram.device), []).append(i)
-    found = list(steps)
+    results = list(steps)
     for places in alike.values():
         gram = torch.cat([grams[i] for i in places])
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(_TINY)  # ‖X‖²
@@ -120,12 +111,12 @@ def orthogonal(steps: list[Tensor]) -> list[Tensor]:
         root *= (root.square() * values).sum(-1, keepdim=True).clamp_min(_TINY).rsqrt()
         turns = ((vectors * root[:, None, :]) @ vectors.mT).split([len(grams[i]) for i in places])
         for i, turn in zip(places, turns, strict=True):
-            found[i] = steps[i] @ turn if tall[i] else turn @ steps[i]
-    return found
+            results[i] = steps[i] @ turn if tall[i] else turn @ steps[i]
+    return results
 
 
 def effective_rank(values: Tensor) -> Tensor:
-    """Exp of the entropy of the normalised eigenvalues (Roy & Vetterli 2007): [..., r] → [...], between 1 and r."""
+    """Exp of the entropy of the normalized eigenvalues (Roy & Vetterli 2007): [..., r] → [...], between 1 and r."""
     share = values.clamp_min(0) / values.clamp_min(0).sum(-1, keepdim=True).clamp_min(_TINY)
     return torch.exp(-(share * share.clamp_min(_TINY).log()).sum(-1))
 

@@ -206,14 +206,8 @@ class Manager:
         if not record["effective"]:
             logger.warning("GRIT: step %d: no effective change: %s", self.step, record["reason"])
             return record
-        detail = ""
-        if "max_basis_rotation" in record:
-            detail = f"; largest basis rotation {record['max_basis_rotation']:.3f}"
-        elif "cosine_median" in record:
-            middle, least = record["cosine_median"], record["cosine_min"]
-            detail = f"; cosine of raw and natural gradient: median {middle:.3f}, smallest {least:.3f}"
-        applied = "GRIT: step %d: preconditioning applied to %d of %d layers%s"
-        logger.info(applied, self.step, record["ready_layers"], record["layers"], detail)
+        applied = "GRIT: step %d: preconditioning applied to %d of %d layers"
+        logger.info(applied, self.step, record["ready_layers"], record["layers"])
         return record
 
     def _summary(self) -> dict[str, float]:

@@ -5,7 +5,6 @@ Layers of one shape are stacked in groups. The step itself is in `grit.eigen_ada
 """
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +59,6 @@ class RankSpace(RankSpaceReports):
 
     def pairs(self) -> list[LoraPair]:
         return [pair for group in self.groups for pair in group.pairs]
-
-    def layers(self) -> Iterator[tuple[GroupState, int, LoraPair]]:
-        for state in self.states:
-            for i, pair in enumerate(state.group.pairs):
-                yield state, i, pair
 
     def open(self) -> None:
         if self.config.capture != "gradients":

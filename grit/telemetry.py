@@ -18,8 +18,10 @@ class RankSpaceReports(Curvature):
 
     states: list[GroupState]
 
-    @abstractmethod
-    def layers(self) -> Iterator[tuple[GroupState, int, LoraPair]]: ...
+    def layers(self) -> Iterator[tuple[GroupState, int, LoraPair]]:
+        for state in self.states:
+            for i, pair in enumerate(state.group.pairs):
+                yield state, i, pair
 
     @abstractmethod
     def kept_directions(self, state: GroupState, i: int, step: int) -> tuple[int, int] | None:

@@ -13,24 +13,13 @@ from tests.grit.test_grit_trainer import Watch, grit_trainer, logged_by, setting
 STEPS = 16
 WEIGHTS = "adapter_model.safetensors"
 SHRINKING = {"reprojection": "balanced", "reprojection_freq": 2, "rank_adaptation_threshold": 0.9}
-
 ADAPTIVE = {"adaptive_schedule": True, "adaptive_window": 3}
+
 CASES = {
-    "eigen-gradients-adaptive": {
-        "mode": "eigen_adamw",
-        "capture": "gradients",
-        "adaptive_schedule": True,
-        "adaptive_window": 3,
-    },
+    "eigen-gradients-adaptive": {"mode": "eigen_adamw", "capture": "gradients", **ADAPTIVE},
     "eigen-throttled": {"mode": "eigen_adamw", "grit_cov_update_freq": 3},
     "eigen-projected": {"mode": "eigen_adamw", **SHRINKING},
-    "adamw-projected-adaptive": {
-        "mode": "adamw",
-        "adaptive_schedule": True,
-        "adaptive_window": 3,
-        "lr_ratio_b": 2.0,
-        **SHRINKING,
-    },
+    "adamw-projected-adaptive": {"mode": "adamw", "lr_ratio_b": 2.0, **ADAPTIVE, **SHRINKING},
     "sgd-projected-gradients": {"mode": "sgd", "capture": "gradients", **SHRINKING},
 }
 

@@ -10,7 +10,7 @@ from PIL import Image
 from tests.trainers.runs import VISION_BASE
 from trainers import TrainingError
 from trainers.embedded_base import build_model, train_vision_tokenizer
-from trainers.pictures import EmbeddedProcessor, VisionProcessor, encode_items, load_processor, references
+from trainers.pictures import EmbeddedProcessor, VisionProcessor, load_processor, references
 from trainers.settings import BaseReference
 
 PROMPT = "Question:\n![](images/a.png)\nWhich colour is it?\nAnswer:\n"
@@ -125,20 +125,6 @@ def test_what_cannot_be_an_input_is_refused(processor, model):
     ):
         with pytest.raises(TrainingError, match=message):
             attempt()
-
-
-def test_items_that_are_too_long(folder):
-    def encoded(max_length, leave_out=False):
-        items = [(PROMPT, "red"), (PROMPT.replace("it?", "it? " * 30), "red"), (PROMPT, "red")]
-        return encode_items(BaseReference(str(folder)), folder, items, max_length, leave_out=leave_out, kind="train")
-
-    made = encoded(60, leave_out=True)
-    assert made.left_out == 1 and len(made.dataset) == 2 and made.longest > 60
-    assert encoded(made.longest).left_out == 0
-    with pytest.raises(TrainingError, match=r"got more in 1 train items .*; set train\.max_length to \d+"):
-        encoded(60)
-    with pytest.raises(TrainingError, match=r"at least one example of at most max_length = 3 tokens, got 3 of"):
-        encoded(3, leave_out=True)
 
 
 @pytest.fixture(scope="module")
