@@ -583,9 +583,9 @@ def plot(losses: Mapping[str, Any], share: Mapping[str, Any], file: Path) -> Non
         1, len(titles), figsize=(5 * len(titles), 4.2), sharey=True, layout="constrained", squeeze=False
     )
     panels = axes[0]
-    colours = {"adamw": "#555555", OURS: "#0b6fb8"}
+    colors = {"adamw": "#555555", OURS: "#0b6fb8"}
     labels: dict[tuple[Any, int], list[tuple[float, float, str]]] = {}
-    for name, own in sorted(losses.items(), key=lambda pair: pair[0] in colours):
+    for name, own in sorted(losses.items(), key=lambda pair: pair[0] in colors):
         horizons = sorted(own)
         points = [interval(list(own[h].values())) for h in horizons]
         mean = [point[0] for point in points]
@@ -593,11 +593,11 @@ def plot(losses: Mapping[str, Any], share: Mapping[str, Any], file: Path) -> Non
         for panel, scale in zip(panels, (1.0, share.get(name, {}).get("median")), strict=False):
             if scale is None:  # not timed
                 continue
-            style = {"color": colours.get(name, "#d9a441"), "linewidth": 2.0 if name in colours else 0.8}
+            style = {"color": colors.get(name, "#d9a441"), "linewidth": 2.0 if name in colors else 0.8}
             label = {"adamw": "AdamW", OURS: "GRIT"}.get(name)
-            bars = spread if name in colours else None
+            bars = spread if name in colors else None
             panel.errorbar([h * scale for h in horizons], mean, yerr=bars, capsize=2, marker=".", label=label, **style)
-            if name not in colours:
+            if name not in colors:
                 labels.setdefault((panel, horizons[-1]), []).append((mean[-1], horizons[-1] * scale, name))
     low, high = panels[0].get_ylim()
     for (panel, _), own in labels.items():

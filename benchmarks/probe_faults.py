@@ -5,17 +5,16 @@ clean run, ours or of a third-party optimizer, raises a false alarm.
 """
 
 import logging
-import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-from benchmarks._harness import command, write
+from benchmarks._harness import command, show, write
 from probes import Verdict
 from tests.probes.catalogue import CLEAN, FAULTS, SETTINGS, Clean
 from tests.probes.foreign import FOREIGN, installed, version
@@ -60,18 +59,20 @@ def run_clean(runs: Sequence[Clean], what: str) -> list[dict[str, Any]]:
     return rows
 
 
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print a table."""
-    table = Table("", "run", "expected", "diagnosis", "verdict", title=title, title_justify="left")
-    for key in ("coverage", "angle °", "length"):
-        table.add_column(key, justify="right")
-    for entry in rows:
-        name = f"{entry['name']} ({entry['setting']})" if entry["setting"] else entry["name"]
-        numbers = [entry["numbers"][key] for key in ("coverage", "angle_to_shadow", "lr_ratio")]
-        shown = ["" if number is None else f"{number:.3g}" for number in numbers]
-        mark = "✓" if entry["right"] else "✗"
-        table.add_row(mark, name, entry["expected"], entry["diagnosis"], entry["verdict"], *shown)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+def number(key: str) -> Callable[[dict[str, Any]], str]:
+    return lambda entry: "" if entry["numbers"][key] is None else f"{entry['numbers'][key]:.3g}"
+
+
+COLUMNS: dict[str, Callable[[Any], object]] = {
+    "": lambda entry: "✓" if entry["right"] else "✗",
+    "run": lambda entry: f"{entry['name']} ({entry['setting']})" if entry["setting"] else entry["name"],
+    "expected": itemgetter("expected"),
+    "diagnosis": itemgetter("diagnosis"),
+    "verdict": itemgetter("verdict"),
+    "coverage": number("coverage"),
+    "angle °": number("angle_to_shadow"),
+    "length": number("lr_ratio"),
+}
 
 
 def main() -> int:
@@ -82,9 +83,9 @@ def main() -> int:
     faults, clean = run_faults(), run_clean(CLEAN, "clean runs")
     known = [run for run in FOREIGN if installed(run)]
     foreign = [{**row, "version": version(run)} for run, row in zip(known, run_clean(known, "foreign"), strict=True)]
-    show("Faults", faults)
-    show("Clean runs (length: of the real update over plain AdamW's)", clean)
-    show("Third-party optimizers", foreign)
+    show("Faults", COLUMNS, faults, width=160)
+    show("Clean runs (length: of the real update over plain AdamW's)", COLUMNS, clean, width=160)
+    show("Third-party optimizers", COLUMNS, foreign, width=160)
     diagnosed = sum(entry["right"] for entry in faults)
     false_alarms = sum(not entry["right"] for entry in clean)
     misjudged = sum(not entry["right"] for entry in foreign)

@@ -1,7 +1,7 @@
 """The probe's verdict on every mode of GRIT-VLM: type of optimizer × Fisher estimate × what is switched on.
 
-Each mode trains LoRA (r = 4) on a tiny Idefics3 with random weights: pictures of three colours, whose questions are
-answered by the colour. The probe samples every other step and judges against plain AdamW with the same raw gradients.
+Each mode trains LoRA (r = 4) on a tiny Idefics3 with random weights: pictures of three colors, whose questions are
+answered by the color. The probe samples every other step and judges against plain AdamW with the same raw gradients.
 A projection keeps half of the directions, counted as each estimate counts them: at the documents' budgets (32 to 96)
 estimate kfac of rank 16 would keep everything, and diagonal 1 to 2 in a thousand.
 
@@ -9,9 +9,8 @@ estimate kfac of rank 16 would keep everything, and diagonal 1 to 2 in a thousan
 """
 
 import argparse
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -23,7 +22,7 @@ from grit_vlm.optimizers.natural_gradient import MODES
 from probes import Probe, Verdict, judge
 
 RANK, HIDDEN, IMAGE, PATCH, IMAGE_TOKEN = 4, 32, 16, 8, 1
-COLOURS = 3
+COLORS = 3
 SWITCHES = {
     "natural gradient": (True, False),
     "projection": (False, True),
@@ -32,31 +31,13 @@ SWITCHES = {
 }
 
 
-@dataclass(frozen=True)
-class Mode:
-    """One way to train.
+class Mode(NamedTuple):
+    """One way to train."""
 
-    Attributes:
-        kind: Type of optimizer.
-        estimate: diagonal, kfac or block_diagonal.
-        natural: Whether gradients are preconditioned.
-        projection: Whether updates are projected.
-    """
-
-    kind: str
+    kind: str  # of optimizer
     estimate: str
-    natural: bool
-    projection: bool
-
-    @property
-    def switched_on(self) -> str:
-        """As in the table."""
-        return next(name for name, pair in SWITCHES.items() if pair == (self.natural, self.projection))
-
-
-def every_mode() -> list[Mode]:
-    """All of them, in the table's order."""
-    return [Mode(k, e, *pair) for k in MODES for e in ESTIMATES for pair in SWITCHES.values()]
+    natural: bool  # whether gradients are preconditioned
+    projection: bool  # whether updates are projected
 
 
 def build_model() -> Any:
@@ -77,14 +58,14 @@ def build_model() -> Any:
 
 
 def batch(step: int, size: int = 8) -> dict[str, Any]:
-    """Pictures, a question of four tokens, and the colour as an answer."""
+    """Pictures, a question of four tokens, and the color as an answer."""
     generator = torch.Generator().manual_seed(step)
-    colour = torch.randint(COLOURS, (size,), generator=generator)
+    color = torch.randint(COLORS, (size,), generator=generator)
     pixels = 0.3 * torch.randn(size, 1, 3, IMAGE, IMAGE, generator=generator)
-    pixels[torch.arange(size), 0, colour] += 1.0
+    pixels[torch.arange(size), 0, color] += 1.0
     question = torch.randint(8, 32, (size, 4), generator=generator)
     pictures = torch.full((size, (IMAGE // PATCH) ** 2), IMAGE_TOKEN)
-    ids = torch.cat([pictures, question, 4 + colour[:, None]], 1)
+    ids = torch.cat([pictures, question, 4 + color[:, None]], 1)
     labels = torch.where(torch.arange(ids.shape[1]) == ids.shape[1] - 1, ids, -100)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, "labels": labels}
 
@@ -177,14 +158,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     steps = parser.parse_args().steps
     rows = []
-    for mode in tqdm(every_mode(), desc="modes"):
+    modes = [(on, Mode(k, e, *pair)) for k in MODES for e in ESTIMATES for on, pair in SWITCHES.items()]
+    for switched_on, mode in tqdm(modes, desc="modes"):
         verdict, facts = judge_mode(mode, steps)
         shown = ("angle_to_shadow", "lr_ratio", "cos_raw_preconditioned", "coverage", "anisotropy", "basis_rotation")
         rows.append(
             {
                 "kind": mode.kind,
                 "estimate": mode.estimate,
-                "switched_on": mode.switched_on,
+                "switched_on": switched_on,
                 "verdict": verdict.verdict,
                 "diagnosis": verdict.diagnosis,
                 "reason": verdict.reason,

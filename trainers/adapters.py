@@ -171,13 +171,8 @@ def learn_start(model: Any, settings: Any, items: Any, pad: int) -> list[dict[st
 
 
 def finish_start(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> None:
-    """Initialize EVA, and keep the base available where PEFT has replaced W by W − s·B₀·A₀.
-
-    During training a hook adds s·B₀·A₀ while the adapter is off, so that the model is the base then. At the end W is
-    restored and the adapter becomes [B, −B₀] [A; A₀].
-    """
+    """Initialize EVA, and keep the base available where PEFT has replaced W by W − s·B₀·A₀."""
     from peft import initialize_lora_eva_weights
-    from torch.nn.functional import linear
 
     from grit.layers import find_pairs
 
@@ -185,44 +180,48 @@ def finish_start(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> None:
     start = getattr(config, "init_lora_weights", True)
     if start == "eva":
         initialize_lora_eva_weights(trainer.model, batches, show_progress_bar=False)
-    taken = []
-    for pair in find_pairs(trainer.model) if takes_part_of_w(start) else ():
-        a, b, scale = pair.a.detach().clone(), pair.b.detach().clone(), pair.scale
-
-        def give(layer: Any, args: Any, y: Any, a: Any = a, b: Any = b, scale: float = scale) -> Any:
-            if not layer.disable_adapters:
-                return y
-            return y + (scale * linear(linear(args[0].to(a.dtype), a), b)).to(y.dtype)
-
-        taken.append((pair, a, b, pair.layer.register_forward_hook(give)))
-
-    if taken:
-        part_of_the_adapter(trainer, taken, off_w=True)
+    if takes_part_of_w(start):
+        fold_in_start(trainer, find_pairs(trainer.model), off_w=True)
     if hasattr(config, "init_lora_weights"):  # what is saved is loaded as it is
         config.init_lora_weights = True
         vars(config).update(dict.fromkeys((f"{name}_config" for name in _OF_DATA), None))
 
 
-def part_of_the_adapter(trainer: Any, taken: Sequence[tuple[Any, Any, Any, Any]], off_w: bool = False) -> None:
-    """At the end of training fold the start into the adapter: [B, −B₀] [A; A₀], which fits the untouched base.
+def fold_in_start(trainer: Any, pairs: Sequence[Any], off_w: bool = False) -> None:
+    """Make the model the base while the adapter is off, and at the end of training the adapter fit the untouched base.
+
+    A₀ and B₀ are the LoRA pairs' weights as they are now. At the end the adapter becomes [B, −B₀] [A; A₀].
 
     Args:
-        taken: LoRA pair, A₀, B₀, and the hook that accounts for them during training.
-        off_w: Whether they were subtracted from W, which then gets them back.
+        off_w: Whether s·B₀·A₀ was subtracted from W. A hook then adds it while the adapter is off, and W gets it back
+            at the end; otherwise the hook subtracts it while the adapter is on.
     """
     import torch
+    from torch.nn.functional import linear
     from transformers import TrainerCallback
 
     from grit.layers import resize, write_patterns
 
-    class PartOfTheAdapter(TrainerCallback):
+    starts = []
+    for pair in pairs:
+        a, b, scale = pair.a.detach().clone(), pair.b.detach().clone(), pair.scale
+
+        def correct(layer: Any, args: Any, y: Any, a: Any = a, b: Any = b, scale: float = scale) -> Any:
+            if layer.disable_adapters != off_w:
+                return y
+            start = (scale * linear(linear(args[0].to(a.dtype), a), b)).to(y.dtype)
+            return y + start if off_w else y - start
+
+        starts.append((pair, a, b, pair.layer.register_forward_hook(correct)))
+
+    class FoldInStart(TrainerCallback):
         def on_train_end(self, *_: Any, **__: Any) -> None:
-            for pair, a, b, hook in taken:
+            for pair, a, b, hook in starts:
                 hook.remove()
                 if off_w:
                     weight = pair.layer.get_base_layer().weight
                     weight.data += (pair.scale * (b.double() @ a.double())).to(weight.dtype)
                 resize(pair, torch.cat([pair.a.detach(), a]), torch.cat([pair.b.detach(), -b], dim=1))
-            write_patterns(trainer.model, [pair for pair, *_ in taken])
+            write_patterns(trainer.model, pairs)
 
-    trainer.add_callback(PartOfTheAdapter())
+    trainer.add_callback(FoldInStart())

@@ -98,10 +98,11 @@ class EmbeddedSettings(Section):
 # The tokenizer
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Any:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, pictures: bool = False) -> Any:
     """Train a SentencePiece tokenizer and save tokenizer.model and the Hugging Face files in `folder`.
 
-    Prompts and answers are separate texts, so that no piece crosses the end of a prompt.
+    Prompts and answers are separate texts, so that no piece crosses the end of a prompt. With `pictures`, `<image>` is
+    an extra token after the pieces, and references to pictures are removed from the texts.
     """
     import sentencepiece
     from transformers import LlamaTokenizer
@@ -109,7 +110,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Any:
     special: dict[str, Any] = {f"{name}_piece": piece for name, piece in SPECIAL.items()}
     special |= {f"{name}_id": number for number, name in enumerate(SPECIAL)}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
+        sentence_iterator=map(without_references, texts) if pictures else iter(texts),
         model_prefix=str(folder / "tokenizer"),
         model_type="bpe",
         vocab_size=vocab_size,
@@ -135,14 +136,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Any:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer = LlamaTokenizer.from_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def train_vision_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Any:
-    """The same with `<image>` as an extra token after the pieces; references to pictures are removed from the texts."""
-    tokenizer = train_tokenizer([without_references(text) for text in texts], vocab_size, folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    if pictures:
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -228,9 +223,8 @@ def train_base(
         batch = text_tensors(rows, tokenizer, {"weights": weights})
         return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
-    train = train_tokenizer if settings.vision is None else train_vision_tokenizer
     texts = [text for pair in examples[:TOKENIZER_EXAMPLES] for text in pair]
-    tokenizer = train(texts, settings.vocab_size, output)
+    tokenizer = train_tokenizer(texts, settings.vocab_size, output, pictures=settings.vision is not None)
     model = build_model(settings, tokenizer)
     if settings.vision is None:
         encoded = [encode_example(tokenizer, prompt, answer) for prompt, answer in examples]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.trainers.runs import VISION_BASE
 from trainers import TrainingError
-from trainers.embedded_base import build_model, train_vision_tokenizer
+from trainers.embedded_base import build_model, train_tokenizer
 from trainers.pictures import EmbeddedProcessor, VisionProcessor, load_processor, references
 from trainers.settings import BaseReference
 
@@ -22,7 +22,7 @@ TEXTS = [PROMPT, TWO, "red", "blue", "What is the air quality category? Unhealth
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("base")
-    tokenizer = train_vision_tokenizer(TEXTS, VISION_BASE.vocab_size, made)
+    tokenizer = train_tokenizer(TEXTS, VISION_BASE.vocab_size, made, pictures=True)
     build_model(VISION_BASE, tokenizer).save_pretrained(made)
     (made / "images").mkdir()
     Image.new("RGB", (16, 16), (255, 0, 51)).save(made / "images/a.png")

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from trainers import TrainingError
-from trainers.adapters import part_of_the_adapter
+from trainers.adapters import fold_in_start
 from trainers.run import Arm
 from trainers.settings import TrainSettings
 
@@ -65,28 +65,18 @@ def lora_null(w: Any, c: Any, r: int) -> tuple[Any, Any]:
 def start(trainer: Any, settings: Any, texts: Iterable[Mapping[str, Any]]) -> None:
     """Initialize A and B, and subtract that start again in each layer until the end of training."""
     from peft.utils.integrations import dequantize_module_weight
-    from torch.nn.functional import linear
 
     from grit.preserve import input_moments
 
-    part, taken = {"corda": corda, "lora_null": lora_null}[settings.start], []
-    for pair, c in input_moments(trainer.model, texts):
+    part, moments = {"corda": corda, "lora_null": lora_null}[settings.start], input_moments(trainer.model, texts)
+    for pair, c in moments:
         w = dequantize_module_weight(pair.layer.get_base_layer()).detach().double()
         if min(w.shape) < pair.rank:
             raise TrainingError(f"train.rank: expected at most {min(w.shape)}, as wide as {pair.name}, got {pair.rank}")
         b, a = part(w, c.double(), pair.rank)
         pair.a.data.copy_(a / pair.scale**0.5)
         pair.b.data.copy_(b / pair.scale**0.5)
-        a, b, scale = pair.a.detach().clone(), pair.b.detach().clone(), pair.scale
-
-        def take(layer: Any, args: Any, y: Any, a: Any = a, b: Any = b, scale: float = scale) -> Any:
-            if layer.disable_adapters:
-                return y
-            return y - (scale * linear(linear(args[0].to(a.dtype), a), b)).to(y.dtype)
-
-        taken.append((pair, a, b, pair.layer.register_forward_hook(take)))
-
-    part_of_the_adapter(trainer, taken)
+    fold_in_start(trainer, [pair for pair, _ in moments])
 
 
 ARM = Arm(name="residual_lora", title="Residual LoRA", settings=ResidualSettings, start=start)
