@@ -8,7 +8,7 @@ gradient of one token's loss whatever the batch size, the accumulation steps and
 
 import logging
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,24 +44,11 @@ class GroupSums:
         self.tokens.zero_()
 
 
-class TokenMask:
-    """Which tokens of a batch count: `keep` [tokens, 1], 1 or 0, and their number."""
+class TokenMask(NamedTuple):
+    """Which tokens of a batch count."""
 
-    def __init__(self, keep: Tensor):
-        self.keep = keep
-        # One number per batch; it stays on its device, so that nothing waits for it.
-        self.count: Tensor | float = float(keep.sum()) if keep.device.type == "cpu" else keep.sum()
-        self._weights: tuple[Any, Tensor] | None = None
-
-    def weights(self, like: Tensor, scale: float | Tensor) -> Tensor:
-        """The factors for z = (h, δ) [tokens, 2r]: 0 for padding, else 1 for h and `scale` for δ."""
-        # A scale on a device is not compared, which would wait for it.
-        key = None if isinstance(scale, Tensor) else (like.shape[1], like.dtype, like.device, scale)
-        if key is None or self._weights is None or self._weights[0] != key:
-            keep = self.keep.to(device=like.device, dtype=like.dtype)
-            r = like.shape[1] // 2
-            self._weights = (key, torch.cat([keep.expand(-1, r), (keep * scale).expand(-1, r)], 1))
-        return self._weights[1]
+    keep: Tensor  # [tokens, 1], 1 or 0
+    count: Tensor | float  # one number per batch; it stays on its device, so that nothing waits for it
 
 
 class Capture(ABC):
@@ -106,7 +93,8 @@ class Capture(ABC):
             starts = positions == 0
             mask = ~(starts & torch.cat([starts[:, 1:], torch.ones_like(starts[:, :1])], 1))
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            self.mask = TokenMask(mask.reshape(-1, 1).float())
+            keep = mask.reshape(-1, 1).float()
+            self.mask = TokenMask(keep, float(keep.sum()) if keep.device.type == "cpu" else keep.sum())
         items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
         if items is not None:
             self.batch_divisor = items
@@ -165,12 +153,10 @@ class HookCapture(Capture):
                 logger.warning(text, name, z.shape[0], mask.keep.shape[0])
             self._misfits.add(name)
             mask = None
-        if mask is None:
-            z[:, sums.rank :] *= scale
-            sums.tokens[i] += z.shape[0]
-        else:
-            z *= mask.weights(z, scale)
-            sums.tokens[i] += mask.count
+        z[:, sums.rank :] *= scale
+        if mask is not None:
+            z *= mask.keep.to(z)
+        sums.tokens[i] += z.shape[0] if mask is None else mask.count
         sums.gram[i].addmm_(z.mT, z)
 
 

@@ -131,7 +131,7 @@ class Preserve:
         if any(bool(pair.b.any()) for pair in pairs):
             raise GRITError(
                 "preserve: expected adapters that change nothing yet (B = 0), since the curvature is the base's; take "
-                "it before training, with another initialisation, or hold the model by distillation"
+                "it before training, with another initialization, or hold the model by distillation"
             )
         self.inputs: list[_Product | None] = [None] * len(self.groups)
         self.outputs: list[_Product | None] = [None] * len(self.groups)

@@ -137,11 +137,11 @@ def test_other_weights_are_stepped_by_the_inner_optimizer_as_plain_adamw_would(r
 # Clipping
 
 
-@pytest.mark.parametrize("regularised", [False, True])
-def test_in_the_eigenbasis_the_moments_hold_the_clipped_gradient(regularised):
+@pytest.mark.parametrize("regularized", [False, True])
+def test_in_the_eigenbasis_the_moments_hold_the_clipped_gradient(regularized):
     """After one step m = (1 − β₁)·clipped gradient, rotated: its norm tells what was let through."""
     model = lora()
-    optimizer = wrapped(model, quick(max_grad_norm=0.1, lambda_kfac=10.0 if regularised else 0.0))
+    optimizer = wrapped(model, quick(max_grad_norm=0.1, lambda_kfac=10.0 if regularized else 0.0))
     backward(model)
     assert float(torch.nn.utils.get_total_norm([p.grad for p in trainable(model)])) > 0.11
     optimizer.step()

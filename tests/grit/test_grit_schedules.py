@@ -1,4 +1,4 @@
-"""Warm-ups, intervals, regularisers and the log: what happens at which step, counted."""
+"""Warm-ups, intervals, regularizers and the log: what happens at which step, counted."""
 
 import json
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from grit import GRITManager, GritOptimizer
-from grit.paper import LossTrend
 from tests.grit import nets
 from tests.grit.nets import backward, covariances, of_kind, quick, train, trainable
 
@@ -78,7 +77,7 @@ def test_an_interval_of_zero_reprojects_at_the_end_only(adaptive):
     assert all(p.rank < R for p in manager.pairs())
 
 
-# Regularisers
+# Regularizers
 
 
 def autograd_penalty(model, manager):
@@ -97,7 +96,7 @@ def autograd_penalty(model, manager):
 
 
 @pytest.mark.parametrize(("curvature", "outside"), [(300.0, 0.0), (0.0, 0.7), (300.0, 0.7)])
-def test_the_regularisers_gradient_is_autograds_and_preconditioned_like_the_losss(curvature, outside):
+def test_the_regularizers_gradient_is_autograds_and_preconditioned_like_the_losss(curvature, outside):
     changes = {"lambda_kfac": curvature, "lambda_reproj": outside, "reprojection_k": 2, "grafting": False}
     model, manager, optimizer = start(torch.float64, lr=0.0, **changes)
     backward(model)
@@ -116,7 +115,7 @@ def test_the_regularisers_gradient_is_autograds_and_preconditioned_like_the_loss
         torch.testing.assert_close(pair.b.grad, whole[pair.b] @ inverse_a, rtol=1e-8, atol=1e-9)
 
 
-def test_the_regularisers_are_raised_linearly_over_their_warmup():
+def test_the_regularizers_are_raised_linearly_over_their_warmup():
     """Weights and statistics held still: what stands in `.grad` beyond the loss's gradient grows with the ramp."""
     changes = {"lambda_kfac": 0.3, "lambda_reproj": 0.7, "reprojection_k": 2, "ng_warmup_steps": 100}
     model, manager, optimizer = start(torch.float64, lr=0.0, **changes, regularizer_warmup_steps=5)
@@ -131,30 +130,6 @@ def test_the_regularisers_are_raised_linearly_over_their_warmup():
 
 
 # Intervals that follow the loss
-
-
-def test_the_interval_factor_halves_on_a_moving_loss_and_doubles_on_a_flat_one_within_bounds():
-    trend = LossTrend(quick(adaptive_schedule=True, adaptive_window=3))
-    factors = []
-
-    def window(loss):
-        for noise in (-0.001, 0.001, 0.0):
-            trend.see(loss + noise)
-        factors.append(trend.factor)
-
-    for _ in range(5):
-        window(2.0)
-    assert factors == [1.0, 2.0, 4.0, 4.0, 4.0]  # the first window has nothing to be compared with
-    for i in range(6):
-        window(2.0 * 0.9 ** (i + 1))
-    assert factors[5:] == [2.0, 1.0, 0.5, 0.25, 0.25, 0.25]
-    window(2.0 * 0.9**6 * 1.2)  # rising is moving, too
-    assert factors[-1] == 0.25
-    window(2.0 * 0.9**6 * 1.2 * 0.97)  # between the thresholds nothing happens
-    assert factors[-1] == 0.25
-    window(2.0 * 0.9**6 * 1.2 * 0.97)
-    assert factors[-1] == 0.5
-    assert [trend.interval(base) for base in (50, 1, 3)] == [25, 1, 2]
 
 
 @pytest.mark.parametrize(

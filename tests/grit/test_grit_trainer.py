@@ -211,7 +211,7 @@ def test_sft_trainer_counts_the_answer_tokens_only_in_the_divisor(tmp_path):
     assert_close_covariances(covariances(trainer.grit_manager), loop_covariances(batches))
 
 
-def test_a_custom_loss_function_is_normalised_too(tmp_path):
+def test_a_custom_loss_function_is_normalized_too(tmp_path):
     """compute_loss_func takes the labels away from the model; the Trainer's count of items is used."""
 
     def loss_function(outputs, labels, num_items_in_batch=None):
