@@ -48,7 +48,7 @@ class TokenMask(NamedTuple):
     """Which tokens of a batch count."""
 
     keep: Tensor  # [tokens, 1], 1 or 0
-    count: Tensor | float  # one number per batch; it stays on its device, so that nothing waits for it
+    tokens: Tensor | float  # how many; on the mask's device, so that nothing waits for it
 
 
 class Capture(ABC):
@@ -156,7 +156,7 @@ class HookCapture(Capture):
         z[:, sums.rank :] *= scale
         if mask is not None:
             z *= mask.keep.to(z)
-        sums.tokens[i] += z.shape[0] if mask is None else mask.count
+        sums.tokens[i] += z.shape[0] if mask is None else mask.tokens
         sums.gram[i].addmm_(z.mT, z)
 
 

@@ -222,6 +222,6 @@ def fold_in_start(trainer: Any, pairs: Sequence[Any], off_w: bool = False) -> No
                     weight = pair.layer.get_base_layer().weight
                     weight.data += (pair.scale * (b.double() @ a.double())).to(weight.dtype)
                 resize(pair, torch.cat([pair.a.detach(), a]), torch.cat([pair.b.detach(), -b], dim=1))
-            write_patterns(trainer.model, pairs)
+            write_patterns(trainer.model, list(pairs))
 
     trainer.add_callback(FoldInStart())
