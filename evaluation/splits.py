@@ -81,9 +81,6 @@ class PrepareData(RowSource):
             for name, column in self.columns.items()
             if column is None and name in fields and fields[name].column is None
         ]
-        unnamed = fields and all(known.column is None for known in fields.values())
-        if unnamed and not (generated or self.source == TASK_SOURCE or self.columns):
-            problems.append("columns: a source of your own needs a mapping, e.g. {pm25: PM2.5_ugm3}")
         if generated and self.train_items is None:
             problems.append("train_items: expected a number, got null; generated items never run out")
         refused: dict[str, str] = {}

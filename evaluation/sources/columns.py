@@ -43,7 +43,7 @@ def checked_columns(
             problems.append(f"column {column!r} is mapped to both {twin!r} and {name!r}; map it once.")
         else:
             try:
-                _factor(name, fields[name], unit)
+                factor(name, fields[name].unit, unit)
             except ValueError as error:
                 problems.append(str(error))
                 continue
@@ -60,20 +60,20 @@ def checked_columns(
     return columns, units, [*problems, *(check(entries) if check else ())]
 
 
-def _factor(name: str, spec: Field, unit: str | None) -> Decimal:
-    """What a value in `unit` is multiplied by to be in the field's own; ValueError if that is impossible."""
+def factor(name: str, to: str | None, unit: str | None) -> Decimal:
+    """What a value in `unit` is multiplied by to be in unit `to`; ValueError if that is impossible."""
     if unit is None:
         return Decimal(1)
-    if spec.unit is None:
+    if to is None:
         raise ValueError(f"{name}: expected no unit, got {unit!r}; this field has none.")
-    family, other = (_VOLUME, _MASS) if spec.unit in _VOLUME else (_MASS, _VOLUME)
+    family, other = (_VOLUME, _MASS) if to in _VOLUME else (_MASS, _VOLUME)
     plain = unit.strip().lower().replace(" ", "").replace("μ", "µ").replace("^3", "3").replace("³", "3")
     plain = _SPELLINGS.get(plain, plain)
     if plain in family:
-        return family[plain] / family[spec.unit.replace("³", "3")]
+        return family[plain] / family[to.replace("³", "3")]
     if plain in other:
         raise ValueError(
-            f"{name}: cannot turn {unit} into {spec.unit}: that takes temperature and pressure, which the file does "
+            f"{name}: cannot turn {unit} into {to}: that takes temperature and pressure, which the file does "
             f"not give. Convert the column to {' or '.join(family)} first."
         )
     raise ValueError(f"{name}: expected the unit {' or '.join(family)}, got {unit!r}.")
@@ -122,7 +122,7 @@ class FieldReader:
         self, fields: Mapping[str, Field], columns: Mapping[str, str], units: Mapping[str, str], table: Table
     ) -> None:
         self.fields, self.columns, self.units, self.table = fields, columns, units, table
-        self.factors = {name: _factor(name, fields[name], units.get(name)) for name in columns}
+        self.factors = {name: factor(name, fields[name].unit, units.get(name)) for name in columns}
         numeric = dict.fromkeys(column for name, column in columns.items() if fields[name].typical)
         self.commas = [c for c in numeric if decimal_commas(raw.values.get(c) for raw in table.rows)]
 
@@ -134,11 +134,11 @@ class FieldReader:
         """Field → value."""
         values = {}
         for name, column in self.columns.items():
-            value, factor = self._cell(raw, column), self.factors[name]
-            if factor != 1:
+            value, times = self._cell(raw, column), self.factors[name]
+            if times != 1:
                 # Decimal: 70 ppb are 0.07 ppm, and EPA truncates, so 0.06999… would fall below the breakpoint.
                 with suppress(ValueError):  # the task explains what is wrong with the cell
-                    value = float(Decimal(repr(number(value))) * factor)
+                    value = float(Decimal(repr(number(value))) * times)
             values[name] = value
         return values
 
@@ -157,7 +157,7 @@ class FieldReader:
             family = _VOLUME if spec.unit in _VOLUME else _MASS
             other = next(unit for unit in family if unit != spec.unit.replace("³", "3"))
             low, high = spec.typical
-            if middle and not low <= middle <= high and low <= middle * float(_factor(name, spec, other)) <= high:
+            if middle and not low <= middle <= high and low <= middle * float(factor(name, spec.unit, other)) <= high:
                 size = "large" if middle > high else "small"
                 problems.append(
                     f"{name}: expected {spec.unit}, got a median of {middle:g} in column {column!r}, which is too "

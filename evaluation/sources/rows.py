@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field as Key
 from pydantic import field_validator
@@ -22,6 +22,7 @@ T = TypeVar("T")
 TASK_SOURCE = "hub"  # as the source: the task's own data set
 
 _DUPLICATE, _TOO_LONG = "duplicate: ", "too long: "  # reasons that are no fault of the row
+_REPEAT = "repeat"
 
 
 class RowSource(Section):
@@ -142,7 +143,7 @@ class RecipeRows:
 def read_recipe(task: Task, where: RowSource) -> RecipeRows:
     """Every row as an item or a rejection; EvaluationError, with every problem, if a split has no usable row."""
     defaults, fields = getattr(task, "SOURCE", Source("")), task.FIELDS
-    mapping, units, problems = checked_columns(task, where.columns)
+    entries = where.columns
     if where.source == TASK_SOURCE:
         where = where.model_copy(
             update={
@@ -151,9 +152,14 @@ def read_recipe(task: Task, where: RowSource) -> RecipeRows:
                 "hub_test_split": where.hub_test_split or defaults.test,
             }
         )
+    mapping, units, problems = checked_columns(task, entries)
     names = [mapping.get(name, spec.column) for name, spec in fields.items()]
     try:
         tables, facts, notes = _tables(task.NAME, defaults, where, [name for name in names if name])
+        if not entries and hasattr(task, "as_published"):
+            entries, of_agency = _of_agency(task.as_published, tables)
+            mapping, units, problems = checked_columns(task, entries)
+            notes += of_agency
         if hasattr(task, "recognize"):
             recognized, note = task.recognize(next(iter(tables.values())).columns, mapping)  # all splits have the same
             mapping, fields = dict(recognized), {name: fields[name] for name in recognized}
@@ -166,11 +172,17 @@ def read_recipe(task: Task, where: RowSource) -> RecipeRows:
         problems += [f"split {split!r}: {fault}" if several else fault for fault in faults]
         notes += [note for note in absent if note not in notes]
         readers[split] = FieldReader(fields, columns, units, table)
-    items, rejected, ids = list[list[Item]](), list[Rejection](), dict[str, int]()
+    items, rejected, ids, repeated = list[list[Item]](), list[Rejection](), dict[str, int](), 0
     for split, reader in readers.items() if not problems else ():
         if reader.commas:
             notes.append(f"Decimal commas are read as points in {', '.join(reader.commas)}.")
-        usable, refused = _items(task, where, split, reader, ids)
+        usable, refused, repeats = _items(task, where, split, reader, ids)
+        repeated += repeats
+        if repeats:
+            notes.append(
+                f"{repeats} of {len(reader.table.rows)} rows ask what an earlier row asks, with the same answer: each "
+                f"question is used once, which leaves {len(usable)}. For more of them, add columns or rows that differ."
+            )
         items.append(usable)
         rejected += refused
         faults = _too_many(usable, refused, where.max_refused)
@@ -183,10 +195,29 @@ def read_recipe(task: Task, where: RowSource) -> RecipeRows:
         "rows": {split: len(table.rows) for split, table in tables.items()},
         "accepted_rows": sum(map(len, items)),
         "rejected_rows": len(rejected),
+        "repeated_rows": repeated,
         "duplicate_rows": sum(r.reason.startswith(_DUPLICATE) for r in rejected),
         "too_long_rows": sum(r.reason.startswith(_TOO_LONG) for r in rejected),
     }
     return RecipeRows(items[0], items[1] if several else None, rejected, notes, facts)
+
+
+def _of_agency(
+    as_published: Callable[[Table], Any], tables: dict[str, Table]
+) -> tuple[dict[str, str | Column | None], list[str]]:
+    """The mapping of tables with an agency's header, which get a column for each pollutant; and notes."""
+    mapping: dict[str, str | Column | None] = {}
+    notes = []
+    for split, table in tables.items():
+        if (published := as_published(table)) is None:
+            raise EvaluationError(
+                f"prepare_data.columns: expected a mapping, e.g. {{pm25: PM2.5_ugm3}}, because the header is none of "
+                f"EPA's, AirNow's or OpenAQ's: {', '.join(table.columns)}"
+            )
+        tables[split], fields, note = published
+        mapping |= fields
+        notes.append(note)
+    return mapping, notes
 
 
 def _tables(
@@ -237,8 +268,11 @@ def _test_split(
 
 def _items(
     task: Task, where: RowSource, split: str, fields: FieldReader, ids: dict[str, int]
-) -> tuple[list[Item], list[Rejection]]:
-    """The items of a split's rows; `ids`: those of all splits, with their rows."""
+) -> tuple[list[Item], list[Rejection], int]:
+    """The items of a split's rows, those refused, and how many repeat an earlier one.
+
+    `ids`: those of the items of all splits, with their rows.
+    """
     table = fields.table
     classes = {name: table.labels[column] for name, column in fields.columns.items() if column in table.labels}
     settings = {name: getattr(where, name) for name in getattr(task, "ROW_SETTINGS", ())}
@@ -258,15 +292,18 @@ def _items(
             raise RowError(None, f"{_TOO_LONG}expected prompt and completion of at most {most} characters, got {size}")
         row, completion = first.setdefault(item.context, (raw.row, item.completion))
         if row != raw.row:
-            other = "" if completion == item.completion else ", with another answer"
-            raise RowError(None, f"{_DUPLICATE}same prompt as row {row}{other}")
+            if completion == item.completion:
+                raise RowError(None, _REPEAT)
+            raise RowError(None, f"{_DUPLICATE}same prompt as row {row}, with another answer")
         if item.id in ids:
             del first[item.context]  # a refused row has no duplicates
             raise RowError("id", f"row {ids[item.id]} has the id {item.id!r} too; ids must be unique")
         ids[item.id] = raw.row
         return item
 
-    return read_rows(table, fields.columns, item_of, source=where.source, split=split)
+    items, rejected = read_rows(table, fields.columns, item_of, source=where.source, split=split)
+    refused = [rejection for rejection in rejected if rejection.reason != _REPEAT]
+    return items, refused, len(rejected) - len(refused)
 
 
 def _too_many(items: Sequence[Item], rejected: Sequence[Rejection], most: float) -> list[str]:

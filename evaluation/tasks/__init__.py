@@ -116,6 +116,8 @@ class Task(Protocol):
     check_mapping(fields): what is wrong with this choice of mapped fields.
     recognize(columns of the table, field → column as mapped): field → column to read, and a sentence about that;
         EvaluationError if it cannot tell.
+    as_published(table): without a mapping, the table in the task's terms, field → column, and a sentence about that; or
+        None.
     complete(items of all rows): adds to their truths what they need to know about each other; returns notes.
     retention_items(per_task, seed=, folder=, **settings): replaces the suite in `general`.
     REWORDINGS: what evaluation.paraphrase trains and asks with, besides white space.

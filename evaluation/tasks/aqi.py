@@ -10,12 +10,14 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import suppress
 from decimal import ROUND_HALF_UP, Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from evaluation import EvaluationError, epa
+from evaluation.sources.agencies import as_published as as_published
 from evaluation.tasks import Field, Item, RowError, Score, is_missing, mean, metric, number, repunctuate, share
 from trainers.words import nearest
 
@@ -131,6 +133,8 @@ def _truth(index: int, readings: Mapping[str, object]) -> dict[str, Any]:
 
 
 def check_mapping(fields: Collection[str]) -> list[str]:
+    if not fields:  # the file may be an agency's
+        return []
     texts = sorted({"prompt", "completion"}.intersection(fields))
     if len(texts) == 1:
         return [f"only {texts[0]!r} is mapped; prompt and completion come together."]
@@ -154,7 +158,7 @@ def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
             problems.append((name, str(error)))
             return None
 
-    cells = {key: read(key, partial(_number, most=LARGEST, beyond="is far off EPA's scale")) for key in epa.POLLUTANTS}
+    cells = {key: read(key, partial(_concentration, key)) for key in epa.POLLUTANTS}
     readings = {key: value for key, value in cells.items() if value is not None}
     given = read("aqi", _index)
     computed = None
@@ -198,6 +202,15 @@ def _number(value: object, *, most: float, beyond: str) -> float:
     if result > most:
         raise ValueError(f"{beyond}, got {value}")
     return result
+
+
+def _concentration(key: str, value: object) -> float:
+    """A reading in EPA's unit. Instruments report a little less than nothing, which EPA counts as an index of 0."""
+    lowest = -float(next(band for band in epa.POLLUTANTS[key].bands if band)[1])  # below: a mark such as -999
+    with suppress(ValueError, TypeError):
+        if lowest <= float(value) < 0:  # type: ignore[arg-type]  # what has no float raises
+            return 0.0
+    return _number(value, most=LARGEST, beyond="is far off EPA's scale")
 
 
 def _index(value: object) -> int:

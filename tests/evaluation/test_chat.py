@@ -148,4 +148,4 @@ def test_parts_are_joined_cells_are_json_and_a_last_question_is_dropped(tmp_path
 def test_conversations_that_share_their_last_question_are_no_duplicates(tmp_path):
     other = [{"role": "user", "content": "What is a pond?"}, *TURNS[1:]]
     results = read(tmp_path, {"messages": TURNS}, {"messages": other}, {"messages": TURNS})
-    assert len(results.train) == 2 and results.facts["duplicate_rows"] == 1
+    assert len(results.train) == 2 and results.facts["repeated_rows"] == 1

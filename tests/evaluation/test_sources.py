@@ -99,7 +99,7 @@ def test_units_convert_without_binary_fractions_or_not_at_all(tmp_path):
 
 def test_bad_cells_name_file_row_line_column_and_value(tmp_path):
     for cell, message in (
-        ("abc", "expected a number, got 'abc'"), ("-3", "expected a number ≥ 0, got -3"), ("٣", "expected a number"),
+        ("abc", "expected a number, got 'abc'"), ("-30", "expected a number ≥ 0, got -30"), ("٣", "expected a number"),
         ('"1,250"', "expected a number, got '1,250'; is it 1.250 or 1250? Write it without the comma"),
         ("1_0", "expected a number, got '1_0'"), ("1e999", "expected a finite number"),
         ("1e27", "far off EPA's scale, got 1e27"), ("325.5", "0.0 to 325.4 µg/m³, got 325.5"),
@@ -139,7 +139,7 @@ def test_readings_and_ids_of_their_own_are_unique_but_a_refused_row_has_no_dupli
         tmp_path, f"{HEADER}a,35.9,,,400\nb,35.9,,,102\nc,35.90,NA,,\nb,12,,,\nc,12,,,\naqi-train-7,1,,,\n,2,,,\n"
     )
     assert [i.id for i in result.train] == ["b", "c", "aqi-train-7"]
-    assert reasons(result)[3] == "duplicate: same prompt as row 2"
+    assert 3 not in reasons(result) and result.facts["repeated_rows"] == 1
     assert reasons(result)[4].startswith("site: row 2 has the id 'b'")
     assert "ids must be unique" in reasons(result)[7]
 
@@ -282,7 +282,7 @@ def test_an_ambiguous_encoding_is_asked_for(tmp_path):
 
 def test_too_many_refused_rows_stop_the_stage_with_the_commonest_reasons(tmp_path):
     rows = "".join(f"r{n},{n}.5,,,\n" for n in range(8))
-    head, *reasons = problems(read, tmp_path, HEADER + rows + "x,abc,,,\n" * 2 + "y,-1,,,\n", max_refused=0.2)
+    head, *reasons = problems(read, tmp_path, HEADER + rows + "x,abc,,,\n" * 2 + "y,-30,,,\n", max_refused=0.2)
     assert head.startswith("3 of 11 rows (27%) were refused, more than prepare_data.max_refused (20%) allows")
     assert reasons[0] == "2 times, first in row 9 (line 10): PM25: expected a number, got 'abc'" and len(reasons) == 2
 
@@ -400,12 +400,11 @@ def test_every_row_is_an_item_or_refused_with_row_column_and_reason(tmp_path):
     made = small(str(file), max_chars=30)
     assert [(i.id, i.prompt, i.completion) for i in made.train] == [
         ("small-train-1", "a", "yes"), ("small-train-6", "b", "no"), ("small-train-8", "x" * 27, "yes")]  # fmt: skip
-    assert made.test is None and (made.facts["duplicate_rows"], made.facts["too_long_rows"]) == (2, 1)
-    assert made.facts["rows"] == {"train": 10}
+    counts = [made.facts[f"{what}_rows"] for what in ("repeated", "duplicate", "too_long")]
+    assert made.test is None and counts == [1, 1, 1] and made.facts["rows"] == {"train": 10}
     assert [(r.row, r.line, r.column, r.reason.split(" (")[0]) for r in made.rejected] == [
         (2, 2, "question", "question: expected text, got 3"),
         (3, 3, "label", "label: expected yes or no, got 'maybe'"),
-        (4, 4, None, "duplicate: same prompt as row 1"),
         (5, 5, None, "duplicate: same prompt as row 1, with another answer"),
         (7, 7, None, "too long: expected prompt and completion of at most 30 characters, got 33"),
         (9, 9, "question", "question: expected text, got None"),
@@ -621,3 +620,67 @@ def test_the_commit_of_a_hub_data_set_is_known_from_its_cache(tmp_path, monkeypa
     made = Dataset.from_file(str(folder / "n-train.arrow"))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
     assert read_split("hub:o/n", "train", None).revision == commit
+
+
+AGENCIES = {
+    "EPA": (
+        "Date,POC,Daily Mean PM2.5 Concentration,Units,Daily AQI Value,AQS Parameter Description\n"
+        "1/2/2022,1,3,ug/m3 LC,17,PM2.5 - Local Conditions\n"
+        "1/3/2022,1,-0.4,ug/m3 LC,0,PM2.5 - Local Conditions\n"
+        "1/5/2022,1,35.5,ug/m3 LC,101,PM2.5 - Local Conditions\n"
+        "1/6/2022,2,3,ug/m3 LC,17,PM2.5 - Local Conditions\n",
+        [{"pm25": "3.0"}, {"pm25": "0.0"}, {"pm25": "35.5"}],
+    ),
+    "EPA with a misspelled column": (
+        "Date,Coconcentration,UNITS,DAILY_AQI_VALUE,AQS_PARAMETER_DESC\n01-01-2023,0.3,ppm,3,Carbon monoxide\n"
+        "01-02-2023,5.0,ppm,56,Carbon monoxide\n",
+        [{"co": "0.3"}, {"co": "5.0"}],
+    ),
+    "OpenAQ": (
+        "location_id,parameter,value,unit,datetimeUtc\n1,pm25,12.1,µg/m³,2024\n1,o3,71,ppb,2024\n1,temperature,3,c,2024\n",
+        [{"pm25": "12.1"}, {"o3_8h": "0.071"}],
+    ),
+    "AirNow's API": (
+        "Latitude,UTC,Parameter,Unit,RawConcentration,Value,AQI,Category\n37,2024,PM2.5,UG/M3,12.0,13.2,59,2\n"
+        "37,2024,OZONE,PPB,33.0,33.0,31,1\n",
+        [{"pm25": "13.2"}, {"o3_8h": "0.033"}],
+    ),
+    "AirNow's hourly files": (
+        "AQSID,OZONE_AQI,PM25_AQI,PM25,PM25_Unit,OZONE,OZONE_Unit,SO2,SO2_Unit\n1,24,13,2.4,UG/M3,26.0,PPB,0.3,PPB\n"
+        "2,,38,6.9,UG/M3,,PPB,,\n",
+        [{"pm25": "2.4", "o3_8h": "0.026", "so2": "0.3"}, {"pm25": "6.9"}],
+    ),
+}
+
+
+@pytest.mark.parametrize("agency", AGENCIES)
+def test_files_of_agencies_need_no_mapping(tmp_path, agency):
+    text, readings = AGENCIES[agency]
+    (tmp_path / "air.csv").write_text(text, encoding="utf-8")
+    rows = read_recipe(aqi, Where(source=str(tmp_path / "air.csv"), columns={}))
+    expected = [{key: float(value) for key, value in reading.items()} for reading in readings]
+    assert [{k: float(v) for k, v in item.truth["readings"].items()} for item in rows.train] == expected
+    assert not rows.rejected and any("agency" in note for note in rows.notes)
+
+
+def test_a_repeated_question_is_no_refused_row_but_another_answer_is(tmp_path):
+    (tmp_path / "air.csv").write_text(AGENCIES["EPA"][0], encoding="utf-8")
+    rows = read_recipe(aqi, Where(source=str(tmp_path / "air.csv"), columns={}))
+    assert (rows.facts["repeated_rows"], rows.facts["rejected_rows"], len(rows.train)) == (1, 0, 3)
+    (tmp_path / "q.csv").write_text("q,a,i\nHow is it?,Good: 3,3\nHow is it?,Good: 4,4\nHow is it?,Good: 3,3\n")
+    columns = {"prompt": "q", "completion": "a", "aqi": "i"}
+    rows = read_recipe(aqi, Where(source=str(tmp_path / "q.csv"), columns=columns))
+    assert (rows.facts["repeated_rows"], rows.facts["duplicate_rows"]) == (1, 1)
+
+
+@pytest.mark.parametrize("cell", ["-999", "-9.1"])
+def test_far_below_zero_marks_a_missing_value(tmp_path, cell):
+    (tmp_path / "air.csv").write_text(f"parameter,value,unit\npm25,{cell},µg/m³\npm25,1.0,µg/m³\n", encoding="utf-8")
+    rows = read_recipe(aqi, Where(source=str(tmp_path / "air.csv"), columns={}, max_refused=0.5))
+    assert len(rows.train) == len(rows.rejected) == 1
+
+
+def test_an_unknown_header_is_asked_about(tmp_path):
+    (tmp_path / "air.csv").write_text("station,fine dust\nA,3\n")
+    with pytest.raises(EvaluationError, match=r"expected a mapping, e\.g\. .*station, fine dust"):
+        read_recipe(aqi, Where(source=str(tmp_path / "air.csv"), columns={}))

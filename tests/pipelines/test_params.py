@@ -85,7 +85,6 @@ def changed(raw, path, value):
         ("prompt.template", "{prompt}{prompt}", r"prompt\.template: expected exactly one \{prompt\}, got 2"),
         ("prompt.template", "{{ .X }}{prompt}", r"prompt\.template: .*Ollama"),
         ("prepare_data.pollutants", ["pm2.5"], r"unknown pollutant 'pm2\.5'; did you mean 'pm25'\?"),
-        ("prepare_data.source", "mine.csv", r"prepare_data: columns: a source of your own needs a mapping"),
         ("prepare_data.task", "aqi_vision", r"prepare_data: .*image_size"),
         ("prepare_data.columns", {"pm25": {"colum": "x"}}, r"colum: unknown key; did you mean 'column'\?"),
         ("prepare_base.hidden_size", 100, r"prepare_base: hidden_size: expected a multiple of"),

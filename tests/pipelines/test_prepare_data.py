@@ -143,7 +143,7 @@ def test_train_items_limits_rows_and_null_takes_all(stage, capsys):
         ({"task": "aqi_vision", "source": "a.csv", "columns": {"a": "b"}},
          ["source: expected generated, got 'a.csv'", "image_size: expected a number"]),
         ({"source": "a.csv", "hub_subset": "x", "hub_split": "train"},
-         ["columns: a source of your own needs", "hub_subset: expected null, got 'x'; a.csv has no", "hub_split: exp"]),
+         ["hub_subset: expected null, got 'x'; a.csv has no", "hub_split: exp"]),
         ({"task": "gsm8k", "source": "a.PARQUET", "hub_test_split": "test"}, ["hub_test_split: expected null"]),
         ({"train_items": None}, ["train_items: expected a number, got null"]),
     ],
