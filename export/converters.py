@@ -180,18 +180,13 @@ def fetch(place: Path) -> None:
         got = hashlib.sha256(archives[0].read_bytes()).hexdigest()
         if got != KNOWN[version]:
             raise ExportError(f"{archives[0].name}: expected sha256 {KNOWN[version]}, got {got}; not unpacked")
-        unpack(archives[0], place)
-
-
-def unpack(archive: Path, place: Path) -> None:
-    """Put the converters of a source distribution at `place`, whole or not at all."""
-    with staged(place) as partial, tarfile.open(archive) as tar:
-        for member in tar:
-            head, marker, tail = member.name.partition("/vendor/llama.cpp/")
-            if marker and "/" not in head and tail.startswith(_WANTED) and member.isfile():
-                (partial / tail).parent.mkdir(parents=True, exist_ok=True)
-                (partial / tail).write_bytes(tar.extractfile(member).read())  # type: ignore[union-attr]  # it is a file
-        (partial / "complete").write_text("", encoding="utf-8")
+        with staged(place) as partial, tarfile.open(archives[0]) as tar:
+            for member in tar:
+                head, marker, tail = member.name.partition("/vendor/llama.cpp/")
+                if marker and "/" not in head and tail.startswith(_WANTED) and member.isfile():
+                    (partial / tail).parent.mkdir(parents=True, exist_ok=True)
+                    (partial / tail).write_bytes(tar.extractfile(member).read())  # type: ignore[union-attr]  # a file
+            (partial / "complete").write_text("", encoding="utf-8")
 
 
 if __name__ == "__main__":

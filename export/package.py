@@ -73,7 +73,6 @@ def _find(arm: str, seed: int | None) -> Served:
     if chosen not in by_seed:
         raise ExportError(f"expected a seed of {arm} in {GGUF}/, {', '.join(map(str, by_seed))}, got {chosen}; "
                           "name one with --seed, or run `dvc repro export`")  # fmt: skip
-    by_seed[chosen].check_modelfile()
     return by_seed[chosen]
 
 

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,22 +40,6 @@ class Served:
     def mode(self) -> Mode:
         """One file ("merged"), as the base always is, or the base's file and a small adapter ("adapter")."""
         return "adapter" if self.adapter else "merged"
-
-    def check_modelfile(self) -> None:
-        """Refuse a Modelfile that is not what serving.json says: `ollama create -f` would serve another model.
-
-        Raises ExportError: missing, or names the first line at fault.
-        """
-        file = self.folder / (ADAPTER_MODELFILE if self.adapter else MODELFILE)
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            why = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-            raise ExportError(f"{file}: {why}; run `dvc repro export`, which writes it") from None
-        expected = modelfile_text(self.serving, self.folder, self.gguf if self.adapter else None).splitlines()
-        for n, (got, line) in enumerate(zip_longest(lines, expected, fillvalue="nothing"), 1):
-            if got != line:
-                raise ExportError(f"{file}: line {n}: expected {line!r}, as {FACTS} says, got {got!r}; export again")
 
     def adapter_form(self) -> "Served | None":
         """The same model as base and adapter; None for the base, and for what can only be served merged.

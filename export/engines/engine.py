@@ -31,13 +31,13 @@ class Raw(str):
 class EngineError(ExportError):
     """An engine could not answer, or answered something that must not be scored.
 
-    `status`: the server's HTTP status, -1 for an error in the middle of a stream, None where there is none. `passing`:
-    the failure may be over in a moment (a server that restarts or is overloaded), so the request is worth repeating.
+    `passing`: the failure may be over in a moment (a server that restarts or is overloaded), so the request is worth
+    repeating.
     """
 
-    def __init__(self, message: str, *, status: int | None = None, passing: bool = False) -> None:
+    def __init__(self, message: str, *, passing: bool = False) -> None:
         super().__init__(message)
-        self.status, self.passing = status, passing
+        self.passing = passing
 
 
 @dataclass(frozen=True)

@@ -163,10 +163,8 @@ class HfEngine(LocalEngine):
     def _inputs(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """What the model takes, padded on the left: ids and mask [prompts, longest], pixels in the model's dtype."""
         if self._processor:
-            shown = [prompt for prompt in prompts if isinstance(prompt, ShownPrompt)]
-            if len(shown) < len(prompts):
-                raise TypeError("expected ids from tokenize, which keep the pictures, got a plain list")
-            batch = self._processor.collate([prompt.row for prompt in shown], device=self._device)
+            rows = [prompt.row for prompt in prompts]  # type: ignore[attr-defined]  # of a ShownPrompt
+            batch = self._processor.collate(rows, device=self._device)
             dtype = self._model.dtype
             return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
         width = max(map(len, prompts))

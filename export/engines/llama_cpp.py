@@ -190,9 +190,8 @@ class LlamaCppEngine(LocalEngine):
 def open_in_process(served: Served, scale: float = 1.0) -> Iterator[LlamaCppEngine]:
     """An exported model as Ollama is to serve it: template and stop words of serving.json.
 
-    Raises ExportError: llama.cpp cannot load a file, or the Modelfile is not this model's.
+    Raises EngineError: llama.cpp cannot load a file.
     """
-    served.check_modelfile()
     serving = served.serving
     with LlamaCppEngine(
         served.gguf,

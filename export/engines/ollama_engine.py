@@ -122,7 +122,7 @@ def _explained(url: str, timeout_s: float) -> Iterator[None]:
 
 
 def _refusal(message: str, status: int) -> EngineError:
-    return EngineError(message, status=status, passing=not 400 <= status < 500 or status in PASSING)
+    return EngineError(message, passing=not 400 <= status < 500 or status in PASSING)
 
 
 @contextmanager
@@ -186,13 +186,10 @@ def list_models(host: str | None = None) -> dict[str, str]:
 
 def remove(host: str | None, name: str) -> bool:
     """Deletes a model from the server; False when it had none of that name."""
-    try:
-        with connect(host, ANSWER_S) as client:
-            client.delete(name)
-    except EngineError as error:
-        if error.status != 404:
-            raise
+    if full_name(name) not in list_models(host):
         return False
+    with connect(host, ANSWER_S) as client:
+        client.delete(name)
     return True
 
 
@@ -266,15 +263,8 @@ def render_asked(host: str | None, name: str, asked: Asked) -> str | None:
     body = {"model": name, what: asked, "stream": False, "_debug_render_only": True}
     # A release that does not know _debug_render_only answers: with one token, then.
     content = _post(url, path, {**body, "options": {"num_predict": 1}}, LOAD_S)
-    if "_debug_info" not in content:
-        return None
-    try:
-        return str(content["_debug_info"]["rendered_template"])
-    except (KeyError, TypeError) as error:
-        raise EngineError(
-            f"expected _debug_info.rendered_template from Ollama at {url} for {name!r}, got "
-            f"{str(content['_debug_info'])[:200]}; see its log"
-        ) from error
+    rendered: str | None = (content.get("_debug_info") or {}).get("rendered_template")
+    return rendered
 
 
 def _post(url: str, path: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
@@ -528,7 +518,7 @@ class OllamaEngine(Engine):
             check(answer)
             return answer
         except EngineError as error:
-            raise EngineError(f"{error} (model {self.model!r})", status=error.status, passing=error.passing) from error
+            raise EngineError(f"{error} (model {self.model!r})", passing=error.passing) from error
         except (ValueError, TypeError) as error:
             raise EngineError(
                 f"expected the JSON of an answer from Ollama at {self.host}, got something else: {str(error)[:200]}",

@@ -223,8 +223,6 @@ def test_pictures_that_cannot_be_asked_about(seeing, data, tmp_path):
     for shown, said in (("![](images/none.png)\n", "no such file"), ("", "expected a picture")):
         with pytest.raises(TrainingError, match=said):
             engine.generate(f"{shown}Which colour is the square?", TOKENS)
-    with pytest.raises(TypeError, match="expected ids from tokenize"):
-        engine.prefill([1, 2, 3])
     broken = shutil.copytree(seeing, tmp_path / "base")
     (broken / "model.safetensors").unlink()
     with pytest.raises(EngineError, match="transformers cannot load it"):

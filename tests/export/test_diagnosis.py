@@ -10,7 +10,7 @@ from gguf import GGUFReader
 
 from export import gguf
 from export.diagnosis import ask, first_token
-from export.engines.engine import conversation
+from export.engines.engine import EngineError, conversation
 from export.engines.llama_cpp import open_in_process
 from export.gguf import quantize, scaled_copy
 from export.go import CONTENT, ELSE_ASSISTANT, END, IF_USER, MESSAGES, go_of_turns
@@ -27,7 +27,6 @@ from tests.export.verify_runs import (
     opened,
     patch,
     rewrite,
-    serve,
     substitute,
 )
 
@@ -248,7 +247,7 @@ def test_cause_template_without_an_end_token_between_turns(tree, kind):
         said = IF_USER + CONTENT + ELSE_ASSISTANT + tail + CONTENT + end + head + END
         return head + MESSAGES + said + END + tail
 
-    serve(folder, go=go("</s>"))
+    edit(folder, go=go("</s>"))
     served = model(tree)
     with open_in_process(served) as engine:
 
@@ -263,19 +262,23 @@ def test_cause_template_without_an_end_token_between_turns(tree, kind):
         )
     with opened(kind) as (opener, _):
         assert problems(verify(opener, served), 0.0) == []
-        serve(folder, go=go(""))
+        edit(folder, go=go(""))
         plain, newline, second = verify(opener, model(tree), ["merged"])
     assert plain.rendered == newline.rendered == 1 and second.rendered == 0
     assert "TEMPLATE writes no '</s>' behind an answer, so that turns run together" in second.first_difference
 
 
-def test_a_cause_that_cannot_be_found_does_not_hide_the_difference(tree):
-    """The diagnosis asks llama.cpp as well, which here finds no Modelfile."""
+def test_a_cause_that_cannot_be_found_does_not_hide_the_difference(tree, monkeypatch):
+    """The diagnosis asks llama.cpp as well, which here cannot load the file."""
+
+    def unloadable(*_):
+        raise EngineError("model.gguf: llama.cpp cannot load it")
+
+    monkeypatch.setattr("export.diagnosis.open_in_process", unloadable)
     served = model(tree, "base_model")
     rewrite(served.folder, answer=lambda row: "#" + row["answer"][1:])
     with opened("ollama") as (opener, double):
         register(double.url, served)
-        (served.folder / "Modelfile").unlink()
         row = one(verify(opener, served, ["merged"]))
     assert row.answered == 0 and row.first_difference.startswith("prompt 0: ")
-    assert "Cause not found: " in row.first_difference and "Modelfile: no such file" in row.first_difference
+    assert "Cause not found: " in row.first_difference and "llama.cpp cannot load it" in row.first_difference

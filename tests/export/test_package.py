@@ -16,7 +16,7 @@ from export.engines.ollama_engine import OllamaEngine, connect
 from export.package import app, package
 from export.served import read_references
 from tests.db.result_tree import edit, run_json, write
-from tests.export.verify_runs import serve
+from tests.export.verify_runs import edit as edit_serving
 
 ARM = "pure_grit"
 
@@ -91,7 +91,7 @@ def test_the_card_tells_the_hub_base_data_and_licence(project):
         ("Air Licence 1.0\nDo as you like.",
          {"license": "other", "license_name": "air-licence-1.0", "license_link": "LICENSE"}),
     ):  # fmt: skip
-        serve(Path(f"gguf/{ARM}/0"), license=text)
+        edit_serving(Path(f"gguf/{ARM}/0"), license=text)
         made = package(ARM, 0)
         assert made.name == f"{ARM}-0" and (made / "LICENSE").read_text() == f"{text}\n"
         told = ModelCard.load(made / "README.md").data.to_dict()

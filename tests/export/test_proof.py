@@ -127,25 +127,6 @@ def test_two_engines_must_agree_on_the_same_files(tree):
 # --- files and failures ----------------------------------------------------------------------------------
 
 
-def test_a_modelfile_that_is_not_this_models(tree):
-    """`ollama create -f` would serve another model than the one that is checked."""
-    served = model(tree)
-    file, serve = tree / "pure_grit/0/Modelfile", 'PARAMETER stop "</s>"\n'
-    right = file.read_text()
-    for old, new, said in (
-        ("FROM ./model.gguf", "FROM ../../base/0/model.gguf", "line 1: expected 'FROM ./mod"),
-        ("### Instruction", "### Question", 'line 2: .*got \'TEMPLATE """.*### Question'),
-        (serve, serve + 'PARAMETER stop "12"\n', "expected 'nothing', .*got 'PARAMETER stop \"12\"'; export again"),
-        (serve, "", "got 'nothing'; export again"),
-    ):
-        file.write_text(right.replace(old, new))
-        with pytest.raises(ExportError, match=said):
-            served.check_modelfile()
-    file.unlink()
-    with pytest.raises(ExportError, match=r"Modelfile: no such file; run `dvc repro export`"):
-        verify(open_in_process, served, ["merged"])
-
-
 def test_nothing_stays_on_the_server_when_a_check_breaks_off(tree):
     with opened("ollama") as (opener, double):
         double.misbehave = "drop"

@@ -17,7 +17,7 @@ from export.diagnosis import ask
 from export.engines.llama_cpp import open_in_process
 from export.ollama import app
 from export.register import open_on_server
-from export.served import REFERENCE, find_served, modelfile_text, read_references, served_in
+from export.served import REFERENCE, find_served, read_references
 from tests.ollama_double import OllamaDouble
 
 ARM = "pure_grit_model"
@@ -49,20 +49,10 @@ def edit(folder, **changes):
     file.write_text(json.dumps({k: v for k, v in facts.items() if v is not None}))
 
 
-def serve(folder, **changes):
-    """As if the model had been exported with other settings."""
-    edit(folder, **changes)
-    served = served_in(folder)
-    (folder / "Modelfile").write_text(modelfile_text(served.serving, folder))
-    base = served.adapter_form().gguf
-    (folder / "Modelfile.adapter").write_text(modelfile_text(served.serving, folder, base))
-
-
 def substitute(folder, old, new):
-    for file in (folder / "serving.json", folder / "Modelfile", folder / "Modelfile.adapter"):
-        if file.is_file():
-            assert old in file.read_text()
-            file.write_text(file.read_text().replace(old, new))
+    file = folder / "serving.json"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
 
 
 def patch(file, field, value):
