@@ -77,20 +77,15 @@ class Form:
     """Renders items with prompt.template."""
 
     def __init__(self, template: str) -> None:
-        chat = chat_facts() if template == CHAT else {}
-        self.text = str(chat["text"]) if chat else template
-        head, _ = template.split("{prompt}") if not chat else ("", "")
-        self.before: str | None = chat["before"] if chat else ""
-        self.between = str(chat["between"]) if chat else f"\n\n{head}"
-        self.then = str(chat["then"]) if chat else template
-        self.start = str(chat["start"]) if chat else ""
-        self._end: str | None = chat.get("end")
-        self._chat = bool(chat)
+        self._pieces: dict[str, Any] = chat_facts() if template == CHAT else {}
+        if not self._pieces:
+            self._pieces = {"text": template, "before": "", "then": template, "start": ""}
+            self._pieces["between"] = f"\n\n{template.split('{prompt}')[0]}"
 
     @cached_property
     def end(self) -> str | None:
         """What closes an answer that is not the last; None: the chat template cannot express several turns."""
-        return self._end if self._chat else str(load_tokenizer(load_reference()[0]).eos_token)
+        return self._pieces["end"] if "end" in self._pieces else str(load_tokenizer(load_reference()[0]).eos_token)
 
     def asked(self, item: Item) -> str:
         """The prompt for the item's answer."""
@@ -100,8 +95,8 @@ class Form:
         """Prompts and answers, alternating, from the first question to the last answer without its end."""
         if item.whole:
             return ("", item.prompt + item.completion)
-        before, after = self.text.split("{prompt}")
-        if item.system and self.before is None:
+        before, after = self._pieces["text"].split("{prompt}")
+        if item.system and self._pieces["before"] is None:
             raise ConfigError(
                 f"prompt.template: the base's chat template takes no system message, and {item.id} has one; put it "
                 "into the first question, or write out the text as prompt.template"
@@ -112,9 +107,9 @@ class Form:
                 f"{item.id} has several turns; write out the text as prompt.template"
             )
         if item.system:
-            before = f"{self.before}{item.system}{self.between}"
+            before = f"{self._pieces['before']}{item.system}{self._pieces['between']}"
         texts: list[str] = []
         for question, answer in item.turns:
-            texts += [f"{before}{question}{after}", f"{self.start}{answer}{self.end}"]
-            before, after = self.then.split("{prompt}")
+            texts += [f"{before}{question}{after}", f"{self._pieces['start']}{answer}{self.end}"]
+            before, after = self._pieces["then"].split("{prompt}")
         return (*texts, f"{before}{item.prompt}{after}", item.completion)

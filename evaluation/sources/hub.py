@@ -60,20 +60,12 @@ def open_data_set(
         return
     # The library tells folders apart by file times and would keep a copy of each forever.
     with TemporaryDirectory(prefix="data-set-") as cache:
-        *earlier, last = _places(Path(source), subset, usual)
-        for place in (*earlier, last):
-            folder, configuration, opened = place
-            with _explained(source, str(folder), configuration, split, None):
-                try:
-                    # no_checks, because a folder may have only some of the files that its README counts.
-                    data = datasets.load_dataset(
-                        str(folder), configuration, split=split, cache_dir=cache, verification_mode="no_checks"
-                    )
-                except FileNotFoundError:
-                    if place == last:
-                        raise
-                    continue
-                break
+        folder, configuration, opened = _place(Path(source), subset, usual)
+        with _explained(source, str(folder), configuration, split, None):
+            # no_checks, because a folder may have only some of the files that its README counts.
+            data = datasets.load_dataset(
+                str(folder), configuration, split=split, cache_dir=cache, verification_mode="no_checks"
+            )
         yield DataSet(opened, {split: data} if split else data)
 
 
@@ -83,14 +75,10 @@ def _subsets(name: str, revision: str | None) -> list[str]:
     return list(get_dataset_config_names(name, revision=revision))
 
 
-_Place = tuple[Path, str | None, str | None]
+def _place(folder: Path, subset: str | None, usual: str | None) -> tuple[Path, str | None, str | None]:
+    """(folder to open, configuration to ask for, subset that this is).
 
-
-def _places(folder: Path, subset: str | None, usual: str | None) -> list[_Place]:
-    """What to try in this order: (folder to open, configuration to ask for, subset that this is).
-
-    A data set with several subsets names them in its README, or has a folder for each. If only one was downloaded, the
-    README names files that are not there.
+    A data set with several subsets names them in its README, or has a folder for each.
     """
     from datasets.exceptions import DatasetsError
 
@@ -99,16 +87,16 @@ def _places(folder: Path, subset: str | None, usual: str | None) -> list[_Place]
     except (DatasetsError, OSError, ValueError, RuntimeError, yaml.YAMLError):
         names = []  # opening the folder will explain why
     for wanted in filter(None, (subset, usual)):
-        places: list[_Place] = [(folder, wanted, wanted)] if wanted in names else []
-        places += [(folder / wanted, None, wanted)] if (folder / wanted).is_dir() else []
-        if places:
-            return places
+        if wanted in names:
+            return folder, wanted, wanted
+        if (folder / wanted).is_dir():
+            return folder / wanted, None, wanted
     if subset is not None:
         known = names if names not in ([], ["default"]) else sorted(f.name for f in folder.iterdir() if f.is_dir())
         # data/ has the files of a data set without subsets.
         known = [n for n in known if not n.startswith(".") and n != "data"]
         raise EvaluationError(f"there is no subset {subset!r}{suggest(subset, known) if known else ''}.")
-    return [(folder, None, None)]
+    return folder, None, None
 
 
 @contextmanager

@@ -184,10 +184,9 @@ def _metric_problems(module: ModuleType) -> list[str]:
         for metric, meaning in module.METRICS.items()
         if set(meaning) != keys
     ]
-    if module.METRICS.get(module.PRIMARY, {}).get("direction", "higher") != "higher":
-        problems.append(f"PRIMARY: expected a metric for which higher is better, like credit, got {module.PRIMARY}")
-    if module.PRIMARY not in module.METRICS:
-        problems.append(f"PRIMARY: expected one of METRICS ({', '.join(module.METRICS)}), got {module.PRIMARY!r}")
+    if not problems and module.METRICS.get(module.PRIMARY, {}).get("direction") != "higher":
+        better = ", ".join(name for name, meaning in module.METRICS.items() if meaning["direction"] == "higher")
+        problems.append(f"PRIMARY: expected a metric for which higher is better ({better}), got {module.PRIMARY!r}")
     return problems
 
 

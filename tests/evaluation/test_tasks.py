@@ -91,7 +91,10 @@ def test_everything_that_is_wrong_with_a_module_is_named(module):
     module(NAME="other", group=len, TITLE="t")
     assert problems().startswith("expected NAME = 'mine'") and problems().count(" is missing") == 6
     for changes, expected in (
-        ({"PRIMARY": "mine_wrong"}, "PRIMARY: expected one of METRICS (mine_right), got 'mine_wrong'"),
+        (
+            {"PRIMARY": "mine_wrong"},
+            "PRIMARY: expected a metric for which higher is better (mine_right), got 'mine_wrong'",
+        ),
         ({"METRICS": {"mine_right": {"unit": "share", "direktion": "higher"}}}, "METRICS: expected description, dir"),
         ({"METRICS": {"mine_right": {**RIGHT, "direction": "lower"}}}, "PRIMARY: expected a metric for which higher"),
     ):
