@@ -5,12 +5,14 @@ second is timed. The probe is attached, and the longest validation items are eva
 counted. Exit code 0: it fits, 1: it does not, 2: it could not be tried.
 """
 
-import json
 import re
 import shutil
-import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -29,8 +31,6 @@ TWINS = 2
 """Twin runs that the probe trains, at most."""
 COPIES = 3
 """Copies of an adapter in a checkpoint (weights and Adam's two moments), and checkpoints that exist at once."""
-NO_MEMORY = 3
-"""Exit code of one arm's process."""
 
 
 def try_arm(params: Params, name: str) -> dict[str, Any]:
@@ -87,17 +87,27 @@ def disk_bytes(params: Params, row: dict[str, Any]) -> int:
     return 2 * kept * len(params.matrix.seeds) + COPIES * COPIES * adapter
 
 
-def try_in_process(arm: str) -> dict[str, Any]:
+def try_in_process(name: str) -> dict[str, Any]:
     """`try_arm` in a separate process, so that the peak is this arm's, and because Unsloth patches TRL for good."""
-    command = [sys.executable, "-m", "pipelines.dry_run", "--arm", arm, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode == NO_MEMORY:
-        return {"arm": arm, "failed": "out of memory"}
-    if done.returncode < 0:
-        return {"arm": arm, "failed": f"killed by signal {-done.returncode}, most likely out of memory"}
-    if done.returncode:
-        raise typer.Exit(2)  # its message is on the screen
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(_try_arm_alone, name).result()
+        except BrokenProcessPool:
+            return {"arm": name, "failed": "killed, most likely out of memory"}
+
+
+def _try_arm_alone(name: str) -> dict[str, Any]:
+    """Errors are printed here; the exit code reaches the waiting process."""
+    quiet_libraries()
+    with clear_errors("dry_run", code=2), redirect_stdout(sys.stderr):
+        set_threads(alone=False)
+        try:
+            return try_arm(load_params(), name)
+        except Exception as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            return {"arm": name, "failed": "out of memory"}
+    raise AssertionError("clear_errors leaves the process")
 
 
 def show(params: Params, rows: list[dict[str, Any]]) -> bool:
@@ -124,26 +134,14 @@ def show(params: Params, rows: list[dict[str, Any]]) -> bool:
     return fits
 
 
-def main(
-    arm: Annotated[str, typer.Option(help="only this arm; empty: all of the matrix")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="print the numbers of one arm")] = False,
-) -> None:
+def main(arm: Annotated[str, typer.Option(help="only this arm; empty: all of the matrix")] = "") -> None:
     """Try two optimizer steps of every arm on the longest items, and show what the whole matrix needs."""
     quiet_libraries()
     with clear_errors("dry_run", code=2):
         params = load_params()
-        set_threads(alone=False)
-        if as_json:
-            try:
-                print(json.dumps(try_arm(params, arm)))
-            except Exception as error:
-                if type(error).__name__ != "OutOfMemoryError":
-                    raise
-                raise typer.Exit(NO_MEMORY) from error
-        else:
-            trained = [name for name in params.matrix.arms if params.adapter_of(name, params.first_seed) is None]
-            if not show(params, [try_in_process(name) for name in ([arm] if arm else trained)]):
-                raise typer.Exit(1)
+        trained = [name for name in params.matrix.arms if params.adapter_of(name, params.first_seed) is None]
+        if not show(params, [try_in_process(name) for name in ([arm] if arm else trained)]):
+            raise typer.Exit(1)
 
 
 if __name__ == "__main__":
