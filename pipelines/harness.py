@@ -50,15 +50,14 @@ def run(params: Params, arm: str, seed: int, task: str) -> None:
     with staged(benchmark_dir(task, arm, seed)) as folder:
         record = start_run("harness", params=used, inputs=inputs, arm=arm, seed=seed)
         model, tokenizer, _ = load_model(params.train, arm, seed)
-        answers = lm_harness.ask(
+        results, samples = lm_harness.ask(
             model, tokenizer, task, TASK_FILES, limit=section.harness_limit, batch_size=section.parallel
         )
         content = {"schema": 1, "arm": arm, "seed": seed, "benchmark": task, "lm_eval": metadata.version("lm-eval")}
-        content |= {"tasks": answers.tasks, "metrics": answers.metrics, "metric_defs": answers.metric_defs}
-        write_records(folder / "samples.jsonl", [SampleRecord.of(row) for row in answers.samples])
-        write_record(folder / RECORD, HarnessRecord.of(content))
+        write_records(folder / "samples.jsonl", [SampleRecord.of(row) for row in samples])
+        write_record(folder / RECORD, HarnessRecord.of(content | results))
         finish_run(record, folder)
-    print(json.dumps({f"{m['split']} {m['name']}": m["value"] and round(m["value"], 4) for m in answers.metrics}))
+    print(json.dumps({f"{m['split']} {m['name']}": m["value"] and round(m["value"], 4) for m in results["metrics"]}))
 
 
 def main(

@@ -102,9 +102,9 @@ def ask(
     answers = {item.id: row for item in items if journal and (row := journal.get(split, item.id))}
     open_items = [item for item in items if item.id not in answers]
     try:
-        for place, told in engine.generate_many([asked_for(item) for item in open_items], max_tokens, stop):
+        for place, reply in engine.generate_many([asked_for(item) for item in open_items], max_tokens, stop):
             item = open_items[place]
-            figures = (told.text, told.prompt_tokens, told.answer_tokens, told.finish_reason)
+            figures = (reply.text, reply.prompt_tokens, reply.answer_tokens, reply.finish_reason)
             row = dict(zip(_ANSWER, (split, item.id, *figures), strict=True))
             if journal is not None:
                 journal.add(row)

@@ -4,7 +4,6 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,16 +19,6 @@ SPLIT = "harness/"
 LONGEST = 2_000
 """Characters of a prompt that are stored, from its end: examples before the question are the same for all models."""
 _INSTALL = "`make setup EXTRAS=harness` installs it, or `pip install lm-eval`"
-
-
-@dataclass(frozen=True)
-class Results:
-    """A model's results, in the form of `db.records`."""
-
-    tasks: dict[str, dict[str, Any]]  # version, few-shot examples, items; the metric whose value is an item's credit
-    metrics: list[dict[str, Any]]  # lm-eval's own figures
-    metric_defs: dict[str, dict[str, str]]
-    samples: list[dict[str, Any]]
 
 
 # --- which benchmarks there are ---
@@ -90,8 +79,14 @@ def _yaml_error(file: Path) -> str:
 # --- running one ---
 
 
-def ask(model: Any, tokenizer: Any, name: str, folder: Path, *, limit: int | None, batch_size: int) -> Results:
-    """Run a benchmark with lm-eval's defaults: no chat template, the task's own few-shot examples and seeds."""
+def ask(
+    model: Any, tokenizer: Any, name: str, folder: Path, *, limit: int | None, batch_size: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run a benchmark with lm-eval's defaults: no chat template, the task's own few-shot examples and seeds.
+
+    Returns `tasks`, `metrics` and `metric_defs` of `db.records.HarnessRecord`, and its samples. The credit of an item
+    is the metric that its task names; the metrics are lm-eval's own figures.
+    """
     manager = _manager([name], folder)
     loaded = _load(manager, name)
     if unsafe := [task for task, content in loaded["tasks"].items() if getattr(content, "UNSAFE_CODE", False)]:
@@ -107,10 +102,10 @@ def ask(model: Any, tokenizer: Any, name: str, folder: Path, *, limit: int | Non
         output = simple_evaluate(lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0)
     except Exception as error:
         raise EvaluationError(f"{name}: lm-eval cannot run this: {error} ({type(error).__name__})") from error
-    results = _results(name, output)
-    if not results.metrics:
+    content, samples = _results(name, output)
+    if not content["metrics"]:
         raise EvaluationError(f"{name}: expected figures, lm-eval gave none; does its metric_list name known metrics?")
-    return results
+    return content, samples
 
 
 def _load(manager: Any, name: str) -> Any:
@@ -135,7 +130,7 @@ def _load(manager: Any, name: str) -> Any:
 # --- its results ---
 
 
-def _results(name: str, output: Mapping[str, Any]) -> Results:
+def _results(name: str, output: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     better, tasks, samples = output["higher_is_better"], dict[str, dict[str, Any]](), list[dict[str, Any]]()
     shares: dict[str, bool] = {}  # metric → whether it is a share for every item
     for task, rows in output["samples"].items():
@@ -170,7 +165,7 @@ def _results(name: str, output: Mapping[str, Any]) -> Results:
                 "direction": {True: "higher", False: "lower", None: "none"}[(better.get(task) or {}).get(metric)],
                 "description": f"{key} as lm-evaluation-harness defines it",
             }
-    return Results(tasks, metrics, definitions, samples)
+    return {"tasks": tasks, "metrics": metrics, "metric_defs": definitions}, samples
 
 
 def _key(metric: str, part: str) -> str:

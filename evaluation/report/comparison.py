@@ -147,7 +147,7 @@ class Comparison:
         if any(difference.level == "seeds and items" for row in self.rows for difference in row.differences):
             words.append(
                 "Differences over several seeds: interval and p-value allow for other seeds and other items (crossed "
-                "random effects, Student's t). The interval over items alone takes these seeds as the only ones."
+                "random effects, Student's t)."
             )
         return words
 

@@ -24,18 +24,18 @@ def _differences(comparison: Comparison) -> list[Block]:
     differences = [(row.arm, d) for row in comparison.rows for d in row.differences]
     if not differences:
         return []
-    headers = ("Arm", "Against", "Points [95%]", "Over items alone", "Over seeds alone", "Level", "Items", "Seeds",
+    headers = ("Arm", "Against", "Points [95%]", "Over seeds alone", "Level", "Items", "Seeds",
                "Seed by seed", "Items better, worse", "p", "p (Holm)",
                "Outcome")  # fmt: skip
     lines = [
-        (arm_cell(arm), d.against, interval(d.points, sign=True, digits=2), interval(d.items_only, sign=True, digits=2),
+        (arm_cell(arm), d.against, interval(d.points, sign=True, digits=2),
          interval(d.seeds_only, sign=True, digits=2), d.level, str(d.items), str(d.seeds), _by_seed(d),
          f"{d.gained}, {d.lost}", f"{d.p_value:.2g}", f"{d.p_holm:.2g}", Cell(d.outcome, tone=TONES[d.outcome]))
         for arm, d in differences
     ]  # fmt: skip
     words = (
         "The outcome rests on the 95% interval: over seeds and items where there are several seeds, otherwise over "
-        "items. An interval over items alone takes these seeds as the only ones. One over seeds alone takes these "
+        "items. An interval over seeds alone takes these "
         "items as the only ones; it is a check with plain Student's t. p with one seed: McNemar's exact test where all "
         f"answers are right or wrong, else a paired randomization test of the mean (all sign flips up to {MOST_EXACT} "
         "differing items, 10,000 at random beyond); with several, Student's t over seeds and items. Holm: corrected "

@@ -20,7 +20,7 @@ from evaluation.statistics.intervals import (
     mean_test,
     wilson,
 )
-from evaluation.statistics.seeds import crossed_interval, items_interval, mean_interval
+from evaluation.statistics.seeds import crossed_interval, mean_interval
 
 SEED_MARGIN = 10.0
 """Points by which the whole interval of a single seed must miss zero for an arm to count as different from the base.
@@ -63,7 +63,6 @@ class Difference:
     outcome: Outcome
     # what `points` and `p_value` generalize to: other items only (one seed), or other seeds too
     level: Literal["items", "seeds and items"]
-    items_only: Interval  # interval over items only, as if these seeds were the only ones; points
     seeds: int
     seed_numbers: tuple[int, ...]
     by_seed: tuple[float, ...]  # difference of each of `seed_numbers`, points
@@ -107,10 +106,8 @@ def difference(pairs: Pairs) -> Difference:
     seeds, items = values.shape
     if seeds > 1:
         shares, p_value = crossed_interval(values)
-        alone = items_interval(values) if items > 1 else shares
     else:
         shares, p_value = bootstrap_mean(values[0]), mean_test(values[0], binary=pairs.binary)
-        alone = shares
     points, by_seed = shares.scaled(100), 100 * values.mean(axis=1)
     return Difference(
         against=pairs.against,
@@ -120,7 +117,6 @@ def difference(pairs: Pairs) -> Difference:
         p_holm=p_value,
         outcome=_outcome(pairs.against, seeds, points, p_value),
         level="seeds and items" if seeds > 1 else "items",
-        items_only=alone.scaled(100),
         seeds=seeds,
         seed_numbers=pairs.seeds,
         by_seed=tuple(map(float, by_seed)),

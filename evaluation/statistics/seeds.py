@@ -110,12 +110,6 @@ def crossed_interval(d: Array) -> tuple[Interval, float]:
     return Interval(mean, max(-1.0, mean - half), min(1.0, mean + half)), max(p_value, min(1.0, smallest))
 
 
-def items_interval(d: Array) -> Interval:
-    """Interval of the mean for other items and only these seeds: Student's t of the items' means, I ≥ 2."""
-    interval = mean_interval(d.mean(axis=0))
-    return Interval(interval.estimate, max(-1.0, interval.low), min(1.0, interval.high))
-
-
 def mean_interval(values: Array) -> Interval:
     """Student's t interval of the mean of independent numbers; a single one gives no width."""
     mean, half = float(values.mean()), 0.0

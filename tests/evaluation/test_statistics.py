@@ -37,7 +37,6 @@ from evaluation.statistics.seeds import (
     Components,
     components,
     crossed_interval,
-    items_interval,
     mean_squares,
     quantile,
     variance_of_mean,
@@ -157,8 +156,6 @@ def test_the_limits_are_t_tests_over_items_and_over_seeds():
     theirs = stats.ttest_1samp(one, 0)
     bounds = theirs.confidence_interval(0.95)
     assert (interval.low, interval.high, p_value) == pytest.approx((bounds.low, bounds.high, theirs.pvalue))
-    alone = items_interval(np.stack([one, one, one]))
-    assert (alone.estimate, alone.low, alone.high) == pytest.approx((interval.estimate, bounds.low, bounds.high))
 
     d = rng.choice([-1.0, 0.0, 1.0], p=[0.01, 0.98, 0.01], size=(3, 2000)) + np.array([[0.4], [0.1], [0.5]])
     interval, p_value = crossed_interval(d)  # seeds that differ widely
