@@ -50,13 +50,10 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="Folder for the files; created if missing.")],
     db: Db = DEFAULT_DB,
     form: Annotated[Literal["csv", "parquet"], typer.Option("--format", help="Of the files.")] = "csv",
-    table: Annotated[
-        list[str] | None, typer.Option("--table", help="Only this table or view; may be repeated.")
-    ] = None,
 ) -> None:
     """Write each table and view to a separate file. Exit codes: 0 done, 1 failed, and the old files are unchanged."""
     with _exit_codes():
-        for name, rows in write_files(db, out, form, table or None).items():
+        for name, rows in write_files(db, out, form).items():
             typer.echo(f"{out / name}.{form}: {rows} rows")
 
 

@@ -8,7 +8,6 @@ distinguishes the two. CSV files have text as it is, even an answer that begins 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,19 +24,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def export(
-    url: str | Path | URL, folder: Path, form: str = "csv", tables: Iterable[str] | None = None
-) -> dict[str, int]:
-    """Write tables and views (None: all) as of one moment, or leave the old files. Returns name → number of rows."""
-    known = [*sorted(METADATA.tables), *VIEWS]
-    names = known if tables is None else list(dict.fromkeys(tables))
-    if unknown := [name for name in names if name not in known]:
-        got = ", ".join(map(repr, unknown))
-        raise DatabaseError("names of tables and views", got, f"name one of: {', '.join(known)}")
+def export(url: str | Path | URL, folder: Path, form: str = "csv") -> dict[str, int]:
+    """Write all tables and views as of one moment, or leave the old files. Returns name → number of rows."""
     counts = {}
     try:
         with open_session(url) as session, ExitStack() as whole:
-            for name in names:
+            for name in (*sorted(METADATA.tables), *VIEWS):
                 frame = _frame(session, name)
                 counts[name] = len(frame)
                 file = whole.enter_context(staged_file(folder / f"{name}.{form}"))

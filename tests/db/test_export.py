@@ -43,7 +43,7 @@ def test_files_have_every_row_in_full(filled, tmp_path, form):
 
 def test_a_failed_export_leaves_the_old_files(filled, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    export(filled, out, "csv", ["metric", "speed"])
+    export(filled, out)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     calls = []
 
@@ -55,7 +55,7 @@ def test_a_failed_export_leaves_the_old_files(filled, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pd.DataFrame, "to_csv", full)
     with pytest.raises(DatabaseError, match="a writable folder at .*, got .*No space left on device"):
-        export(filled, out, "csv", ["metric", "speed"])
+        export(filled, out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
@@ -66,8 +66,7 @@ def test_faults_are_named_with_the_next_step(filled, tmp_path):
         return done.output
 
     out, db = ["--out", str(tmp_path / "out")], ["--db", str(filled)]
-    assert "got 'metrics'. Name one of: artifact," in output(*db, *out, "--table", "metrics")
     assert "no such file" in output("--db", str(tmp_path / "none.db"), *out)
     (tmp_path / "file").write_text("")
     assert "a writable folder at" in output(*db, "--out", str(tmp_path / "file"))
-    assert output(*db, *out, "--table", "spectrum", code=0) == f"{tmp_path}/out/spectrum.csv: 3 rows\n"
+    assert f"{tmp_path}/out/spectrum.csv: 3 rows\n" in output(*db, *out, code=0)
