@@ -36,10 +36,6 @@ _BASE_FILE = "models/base/base.json"
 """Names the base model, its revision and fingerprint. Stage export reads it for every arm and for the base; where
 nothing is exported, stage evaluate does."""
 
-_SINGULAR = 1e20
-"""Condition numbers above this count as infinite: the log divides by 1e-38 where the smallest eigenvalue is zero, and
-in float64 an eigenvalue distinguishable from zero gives at most 1e17."""
-
 _WRAPPERS = re.compile(r"^base_model\.model\.(model\.)?")
 
 
@@ -277,8 +273,7 @@ def _layer_metrics(bundle: Bundle) -> Iterator[Row]:
                 add(meaning.name, "probe", layer, sampled.step or 0, value)
     for step, layer, entry in _grit_layers(bundle):
         for meaning, value in logged(entry, GRIT):
-            singular = meaning.name.startswith("condition") and value > _SINGULAR
-            add(meaning.name, "grit", layer, step, math.inf if singular else value)
+            add(meaning.name, "grit", layer, step, value)
     yield from rows.values()
 
 

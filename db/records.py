@@ -534,25 +534,13 @@ PROBED = {
 }
 """Of a trained module in a sampled step. None: one of two vectors was zero, so there is no angle."""
 
-_RANK, _ENTROPY = "directions", "exp of the entropy of the normalized eigenvalues"
-_SIDES = {"a": "of the covariance of A's outputs", "g": "of the covariance of the gradients there"}
-_KEPT_A, _KEPT_B = (Meaning(f"kept_rank_{side.lower()}", _RANK, f"directions kept on {side}'s side") for side in "AB")
+_ENTROPY = "exp of the entropy of the normalized eigenvalues of the covariance of"
 GRIT = {
-    "r": Meaning("rank", _RANK, "rank of the adapter's tensors"),
-    "base_r": Meaning("base_rank", _RANK, "rank that the adapter started with"),
-    "k": Meaning("kept_rank", _RANK, "directions that the last reprojection kept"),
-    "k_a": _KEPT_A, "k_b": _KEPT_B, "final_k_a": _KEPT_A, "final_k_b": _KEPT_B,
-    "samples": Meaning("samples", "tokens", "tokens that a layer's statistics have seen"),
-    "relative_change": Meaning("relative_change", "ratio", "by a reprojection: ‖ΔW' − ΔW‖ over ‖ΔW‖", "lower"),
-} | {
-    meaning.name: meaning
-    for side, of in _SIDES.items()
-    for meaning in (
-        Meaning(f"effective_rank_{side}", _RANK, f"{_ENTROPY} {of}"),
-        Meaning(f"condition_{side}", "ratio", f"largest over smallest eigenvalue {of}"),
-        Meaning(f"damping_share_{side}", "ratio", f"damping over the mean eigenvalue {of}"),
-    )
-}  # fmt: skip
+    "r": Meaning("rank", "directions", "rank of the adapter's tensors"),
+    "k": Meaning("kept_rank", "directions", "directions that the last reprojection kept"),
+    "effective_rank_a": Meaning("effective_rank_a", "directions", f"{_ENTROPY} A's outputs"),
+    "effective_rank_g": Meaning("effective_rank_g", "directions", f"{_ENTROPY} the gradients there"),
+}
 """Of a layer; which ones there are depends on the kind of the log's record."""
 
 
