@@ -257,7 +257,7 @@ GRIT_LOG = [
     {"step": 0, "kind": "effect", "ready_layers": 1, "layers": 2, "effective": True},
     {"step": 0, "kind": "spectra", "layers": {
         WRAPPED + Q: {"r": 4, "k": 4, "samples": 412.0, "ready_a": True, "eigenvalues_a": [0.75, 0.5, 0.25, 0.125],
-                      "effective_rank_a": 3.5, "condition_a": 6.0, "ready_g": False},
+                      "effective_rank_a": 3.5, "ready_g": False},
         WRAPPED + V: {"r": 4, "k": 4, "samples": 0.0, "ready_a": False, "ready_g": False},
     }},
     {"step": 20, "kind": "unreported", "layers": [WRAPPED + V]},
@@ -268,8 +268,7 @@ GRIT_LOG = [
     {"step": 20, "kind": "final", "capture": {}, "skipped_steps": 0,
      "ranks": {WRAPPED + Q: {"base_r": 4, "r": 3, "final_k_a": 3, "final_k_b": 2}},
      "spectra": {WRAPPED + Q: {"r": 3, "k": 3, "samples": 2030.0, "eigenvalues_a": [1.5, 0.5, "inf"],
-                               "eigenvalues_g": [0.5, 0.25, 0.0], "effective_rank_a": 2.5,
-                               "condition_a": 3.0, "condition_g": 5e37}}},
+                               "eigenvalues_g": [0.5, 0.25, 0.0], "effective_rank_a": 2.5}}},
 ]  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def test_every_arm_has_its_method_its_settings_and_its_cost():
 # What is there and what is not
 
 
-def test_the_same_database_gives_the_same_file(full, tmp_path):
+def test_the_same_database_gives_the_same_file(full):
     assert page_of(full) == full.text
 
 
@@ -187,7 +187,7 @@ def test_tuning_shows_every_try_and_its_limits():
     assert "tuning" not in report("full").text.split("<main")[1].split("<script")[0].lower()
 
 
-def test_a_choice_of_runs_is_kept_to(full, tmp_path):
+def test_a_choice_of_runs_is_kept_to(full):
     text = page_of(full, Choice(arms=("base", "baseline_lora"), seeds=(0,)))
     assert page_data(text)["samples"]["models"] == [{"arm": "base", "seed": "0"}, {"arm": "baseline_lora", "seed": "0"}]
     assert "pure_grit" not in text.split("application/json")[0]
@@ -195,7 +195,7 @@ def test_a_choice_of_runs_is_kept_to(full, tmp_path):
     assert text.count("Δ to base, points</th>") == 1 == full.text.count("Δ to base, points</th>")
 
 
-def test_too_many_samples_keep_the_disputed_ones(full, tmp_path, monkeypatch):
+def test_too_many_samples_keep_the_disputed_ones(full, monkeypatch):
     everything = full.data["samples"]["items"]
     disputed = {i["id"] for i in everything if {"0", "1"} <= set(i["right"])}
     assert 0 < len(disputed) < len(everything)
