@@ -44,19 +44,19 @@ def require() -> Path:
     return place
 
 
-def run(script: str, arguments: list[str], made: Path) -> None:
-    """Run a converter that writes the file `made`.
+def run(script: str, arguments: list[str], out: Path) -> None:
+    """Run a converter that writes the file `out`.
 
     Raises ExportError: it refused, with the reason, or its last lines where the reason is new. MergedOnlyError: it can
     convert only a part of an adapter.
     """
-    log = made.with_name(f"{made.name}.log")
+    log = out.with_name(f"{out.name}.log")
     child = _PROCESSES.Process(target=_run, args=(require() / script, arguments, log))
     child.start()
     child.join()
     log_text = log.read_text(encoding="utf-8", errors="replace").strip() if log.is_file() else "it left no log"
     log.unlink(missing_ok=True)
-    if child.exitcode or not made.is_file() or made.stat().st_size == 0:
+    if child.exitcode or not out.is_file() or out.stat().st_size == 0:
         if script == ADAPTER and (reason := _reason(_UNMAPPED, log_text)):
             raise MergedOnlyError(f"llama.cpp's converter {reason}, so that the adapter can only be served merged")
         if reason := _reason(_REASONS, log_text):
@@ -104,9 +104,9 @@ def _run(script: Path, arguments: list[str], log: Path) -> None:
 
 
 def _name_splits() -> None:
-    """Let the converter recognise a tokenizer by how it splits text where it does not know the vocabulary.
+    """Let the converter recognize a tokenizer by how it splits text where it does not know the vocabulary.
 
-    It recognises byte-level BPE tokenizers by a hash of one encoded text, so a new vocabulary is unknown even if it
+    It recognizes byte-level BPE tokenizers by a hash of one encoded text, so a new vocabulary is unknown even if it
     splits text as a known one does.
     """
     model_class = import_module("conversion.base").TextModel

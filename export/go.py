@@ -100,8 +100,8 @@ def go_template(template: str) -> str:
 
     Raises ExportError: {prompt} is missing or repeated, or the text holds Go's "{{".
     """
-    if (found := template.count(PROMPT_SLOT)) != 1:
-        raise ExportError(f"expected {PROMPT_SLOT} once in the template, found it {found} times: {template!r}")
+    if (count := template.count(PROMPT_SLOT)) != 1:
+        raise ExportError(f"expected {PROMPT_SLOT} once in the template, found it {count} times: {template!r}")
     if "{{" in template:
         raise ExportError(f"the template holds '{{{{', which Go's template language would run: {template!r}")
     return FIND_LAST + template.replace(PROMPT_SLOT, LAST)

@@ -42,12 +42,12 @@ class Serving(BaseModel):
         except OSError as error:
             raise ExportError(f"{file}: cannot be read ({error}); export again") from error
         except ValidationError as error:
-            said = [
+            faults = [
                 f"{'.'.join(map(str, e['loc'])) or 'content'}: {e['msg']}"
                 + ("" if e["type"] in ("missing", "json_invalid") else f", got {e['input']!r}")
                 for e in error.errors()
             ]
-            raise ExportError(f"{file}: {'; '.join(said)}; export again") from error
+            raise ExportError(f"{file}: {'; '.join(faults)}; export again") from error
 
     def as_json(self) -> dict[str, Any]:
         return self.model_dump(exclude_unset=True)
@@ -83,8 +83,10 @@ class Serving(BaseModel):
         """Refuse what no Modelfile can say. Raises ExportError: lists every field at fault."""
         template, problems = self.go_template, []
         try:
-            if (made := self.render(PROMPT_SLOT)) != self.template:
-                problems.append(f"go: expected a template that makes {self.template!r} of a question, got {made!r}.")
+            if (rendered := self.render(PROMPT_SLOT)) != self.template:
+                problems.append(
+                    f"go: expected a template that makes {self.template!r} of a question, got {rendered!r}."
+                )
         except ExportError as error:
             problems.append(f"go: {error}.")
         if self.system is not None and ".System" not in template:

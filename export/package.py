@@ -44,8 +44,8 @@ def package(arm: str, seed: int | None = None, *, merged: bool = False) -> Path:
         here = {"base_model_name_or_path": _base_name(base), "revision": base.revision}
         config = json.dumps({**gguf.adapter_config(adapter), **here}, indent=2)
         (folder / CONFIG).write_text(config + "\n", encoding="utf-8")
-        gave = [served.folder / name for name in (SERVED_GGUF, ADAPTER_GGUF, MODELFILE)]
-        for file in (*gave, *(file for pattern in TOKENIZER for file in adapter.glob(pattern))):
+        exported = [served.folder / name for name in (SERVED_GGUF, ADAPTER_GGUF, MODELFILE)]
+        for file in (*exported, *(file for pattern in TOKENIZER for file in adapter.glob(pattern))):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
         if Path(base.location) == EMBEDDED:
@@ -98,7 +98,7 @@ def _base_name(base: BaseReference) -> str:
     return BASE if _is_folder(base) else base.location
 
 
-# --- the licence ------------------------------------------------------------------------------------------------------
+# --- the license ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,15 @@ class License:
 
     text: str | None
     front: dict[str, str]
-    said: str
+    sentence: str
 
 
 def _named(text: str) -> License:
     """A text of one word is a license's name, which the hub may know; of every other the hub gets a name and a file."""
     name = re.sub(r"[^a-z0-9.]+", "-", text.strip().lower().partition("\n")[0])[:60].strip("-") or "custom"
     if len(text.split()) == 1:
-        return License(text, {"license": name}, "Licence: see LICENSE.")
-    return License(text, {"license": "other", "license_name": name, "license_link": "LICENSE"}, "Licence: see LICENSE.")
+        return License(text, {"license": name}, "License: see LICENSE.")
+    return License(text, {"license": "other", "license_name": name, "license_link": "LICENSE"}, "License: see LICENSE.")
 
 
 def _of_base(base: BaseReference) -> License:
@@ -145,14 +145,14 @@ def _of_base(base: BaseReference) -> License:
         front["license_link"] = f"https://huggingface.co/{base.location}/blob/main/{front['license_link']}"
     if text:
         front = front if "license" in front else _named(text).front
-        return License(text, front, "Licence: that of the base, see LICENSE.")
+        return License(text, front, "License: that of the base, see LICENSE.")
     if "license" in front:
         label = front.get("license_name", front["license"])
-        return License(None, front, f"Licence: that of the base, {_code(label)}.")
+        return License(None, front, f"License: that of the base, {_code(label)}.")
     return License(
         None,
         {},
-        "No licence is known: none was named in export.license, and the base brings none. Ask who made the base before "
+        "No license is known: none was named in export.license, and the base brings none. Ask who made the base before "
         "you give this away.",
     )
 
@@ -183,7 +183,7 @@ def _card(
         f"An adapter, arm {_code(served.arm)}, seed {served.seed}. Base: {_base(base)}. Made with {paper}transformers "
         f"{trained.packages.get('transformers')} and PEFT {trained.packages.get('peft')}{commit}.",
         data,
-        license.said,
+        license.sentence,
         results.strip(),
         "## Files",
         "\n".join(f"- {line}" for line in _files(served, base, merged=merged)),
@@ -280,12 +280,12 @@ def main(
     merged: Annotated[bool, typer.Option("--merged", help="also the merged model, for transformers")] = False,
 ) -> None:
     try:
-        made = package(arm, seed, merged=merged)
+        folder = package(arm, seed, merged=merged)
     except (ExportError, FileError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    size = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
-    print(f"{made}: {size / 1e6:.1f} MB; to give it away: hf upload NAME {made}")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{folder}: {size / 1e6:.1f} MB; to give it away: hf upload NAME {folder}")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def prove(
                 )
             )
     known: dict[str, Mapping[str, Any]] = {
-        p: {"ids": made.prompt_ids, "answer": made.text} for p, made in zip(prompts, right, strict=True)
+        p: {"ids": answer.prompt_ids, "answer": answer.text} for p, answer in zip(prompts, right, strict=True)
     }
     return rows, known
 
@@ -122,7 +122,7 @@ def _first_difference(
 ) -> str | None:
     for number, (expected, got) in enumerate(pairs):
         kind = "prompt" if expected.prompt_ids != got.prompt_ids else "answer"
-        a, b = (made.prompt_ids if kind == "prompt" else made.ids for made in (expected, got))
+        a, b = (answer.prompt_ids if kind == "prompt" else answer.ids for answer in (expected, got))
         if a is None or b is None or a == b:
             continue
         at = parting(a, b)

@@ -151,8 +151,8 @@ def make_references(
 
     def refer(form: Form, prompt: str, rendered: str, turns: Sequence[Sequence[str]] = ()) -> Reference:
         if rendered not in answers:
-            made = engine.answer(engine.tokenize(rendered), tokens)
-            answers[rendered] = {"ids": made.prompt_ids, "answer": made.text}
+            generation = engine.answer(engine.tokenize(rendered), tokens)
+            answers[rendered] = {"ids": generation.prompt_ids, "answer": generation.text}
         return Reference(prompt, rendered, **answers[rendered], max_tokens=tokens, form=form, turns=turns)
 
     plain = [refer("plain", prompt, fill(serving.template, prompt)) for prompt in prompts]

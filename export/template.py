@@ -96,9 +96,9 @@ def _cut(text: str, *marks: str) -> list[str] | None:
     """The pieces between the marks, None unless each is there once and in this order."""
     pieces = []
     for mark in marks:
-        head, found, text = text.partition(mark)
+        head, separator, text = text.partition(mark)
         pieces.append(head)
-        if not found or mark in text:
+        if not separator or mark in text:
             return None
     return [*pieces, text]
 
@@ -132,11 +132,11 @@ def _read(render: Render, bos_token: str | None) -> _Pieces:
     plain = _cut(render(conversation(_USER), True), _USER)
     if plain is None:
         raise ExportError("it changes the user's text, leaves it out or repeats it")
-    written = bos_token if bos_token and plain[0].startswith(bos_token) else ""
-    pieces = _Pieces(written, plain[0].removeprefix(written), plain[1])
+    bos = bos_token if bos_token and plain[0].startswith(bos_token) else ""
+    pieces = _Pieces(bos, plain[0].removeprefix(bos), plain[1])
     with_system = _cut(_try(render, conversation(_USER, _SYSTEM)) or "", _SYSTEM, _USER)
-    if with_system and with_system[2] == pieces.after and with_system[0].startswith(written):
-        before, between = with_system[0].removeprefix(written), with_system[1]
+    if with_system and with_system[2] == pieces.after and with_system[0].startswith(bos):
+        before, between = with_system[0].removeprefix(bos), with_system[1]
         pieces = replace(pieces, before=before, between=between)
     turns = _cut(_try(render, conversation(f"{_USER}2", turns=[(f"{_USER}1", _ANSWER)])) or "",
                  f"{_USER}1", _ANSWER, f"{_USER}2")  # fmt: skip
@@ -190,31 +190,31 @@ def convert(
     _check_blanks(bare, pieces)
     turns = pieces.answer is not None and _talks(bare, pieces.go(turns=True), pieces.before is not None)
     before = None if pieces.before is None else pieces.bos + pieces.before
-    made = ChatTemplate(text, pieces.go(turns), system, stop, before, pieces.between)
+    chat = ChatTemplate(text, pieces.go(turns), system, stop, before, pieces.between)
     token = _end_of_turn(pieces.again, special_tokens)
     if turns and token and (pieces.answer or "").startswith(pieces.after):
         again = pieces.again
         at = again.index(token) + len(token)
         start = (pieces.answer or "").removeprefix(pieces.after)
-        made = replace(made, start=start, end=again[:at], then=f"{again[at:]}{PROMPT_SLOT}{pieces.after}")
-    _check_syntax(made, bos_token, adds_bos)
-    _check(bare, made, system)
-    return made
+        chat = replace(chat, start=start, end=again[:at], then=f"{again[at:]}{PROMPT_SLOT}{pieces.after}")
+    _check_syntax(chat, bos_token, adds_bos)
+    _check(bare, chat, system)
+    return chat
 
 
-def _check_syntax(made: ChatTemplate, bos_token: str | None, adds_bos: bool) -> None:
-    if made.text.count(PROMPT_SLOT) != 1 or "{{" in made.text or "}}" in made.text:
+def _check_syntax(chat: ChatTemplate, bos_token: str | None, adds_bos: bool) -> None:
+    if chat.text.count(PROMPT_SLOT) != 1 or "{{" in chat.text or "}}" in chat.text:
         raise ExportError(
             f"its own text holds {PROMPT_SLOT}, '{{{{' or '}}}}', which Ollama's template language would run; write a "
-            f"prompt.template without them. It is {made.text!r}"
+            f"prompt.template without them. It is {chat.text!r}"
         )
     try:
         Serving(
-            template=made.text,
-            go=made.go,
-            stop=list(made.stop),
+            template=chat.text,
+            go=chat.go,
+            stop=list(chat.stop),
             num_ctx=1,
-            system=made.system,
+            system=chat.system,
             adds_bos=adds_bos,
             bos_token=bos_token,
         ).check()
@@ -234,17 +234,17 @@ def _check_blanks(render: Render, pieces: _Pieces) -> None:
             raise ExportError(f"it changes a message with blanks at its ends: of {blank!r} it makes {got!r}")
 
 
-def _check(render: Render, made: ChatTemplate, asked: str | None) -> None:
+def _check(render: Render, chat: ChatTemplate, asked: str | None) -> None:
     """Go template and training text render what the chat template renders, whatever the messages say.
 
     Raises ExportError: shows the first messages for which they do not.
     """
-    systems = (asked, None, *_SYSTEMS) if SYSTEM in made.go else (None,)
+    systems = (asked, None, *_SYSTEMS) if SYSTEM in chat.go else (None,)
     for prompt, system in product(PROMPTS, dict.fromkeys(systems)):
         expected = _try(render, conversation(prompt, system))
-        texts = [render_go(made.go, conversation(prompt, system))]
+        texts = [render_go(chat.go, conversation(prompt, system))]
         if system == asked:
-            texts.append(made.text.replace(PROMPT_SLOT, prompt))
+            texts.append(chat.text.replace(PROMPT_SLOT, prompt))
         wrong = next((text for text in texts if text != expected), None)
         if wrong is not None:
             raise ExportError(
@@ -280,12 +280,13 @@ def from_tokenizer(tokenizer: Any, system: str | None = None) -> ChatTemplate:
         raise ExportError(f"{name} has no chat template; write the text as prompt.template instead of `chat`")
 
     def render(messages: list[Message], generation: bool, **variables: Any) -> str:
-        made = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **variables)
-        return str(made)
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **variables)
+        )
 
     bos = tokenizer.bos_token
     try:
-        made = convert(
+        chat = convert(
             render,
             bos_token=bos,
             eos_token=tokenizer.eos_token,
@@ -293,17 +294,17 @@ def from_tokenizer(tokenizer: Any, system: str | None = None) -> ChatTemplate:
             system=system,
             special_tokens=[*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()],
         )
-        _check_ids(tokenizer, made, system)
+        _check_ids(tokenizer, chat, system)
     except ExportError as error:
         raise ExportError(f"the chat template of {name} cannot be used: {error}") from error
-    return made
+    return chat
 
 
-def _check_ids(tokenizer: Any, made: ChatTemplate, system: str | None) -> None:
+def _check_ids(tokenizer: Any, chat: ChatTemplate, system: str | None) -> None:
     for prompt in PROMPTS:
-        chat = tokenizer.apply_chat_template(conversation(prompt, system), add_generation_prompt=True)
-        expected = list(chat["input_ids"])
-        got = encode_prompt(tokenizer, made.text.replace(PROMPT_SLOT, prompt))
+        encoded = tokenizer.apply_chat_template(conversation(prompt, system), add_generation_prompt=True)
+        expected = list(encoded["input_ids"])
+        got = encode_prompt(tokenizer, chat.text.replace(PROMPT_SLOT, prompt))
         if got == expected:
             continue
         first = next((n for n, pair in enumerate(zip(got, expected, strict=False)) if pair[0] != pair[1]), 0)
@@ -311,12 +312,12 @@ def _check_ids(tokenizer: Any, made: ChatTemplate, system: str | None) -> None:
             why = (
                 f"it does not write {tokenizer.bos_token}, but the tokenizer puts it in front of every text, and so "
                 "does the server. Set add_bos_token to false in the base's tokenizer_config.json, or, to train with "
-                f"that token, write the text itself as prompt.template: {made.text!r}"
+                f"that token, write the text itself as prompt.template: {chat.text!r}"
             )
         else:
             why = (
                 f"the tokenizer makes other tokens of its text (from token {first} on {got[first : first + 8]}…, not "
                 f"{expected[first : first + 8]}…), mostly by a blank that it puts in front of a text. Write the "
-                f"text itself as prompt.template: {made.text!r}"
+                f"text itself as prompt.template: {chat.text!r}"
             )
         raise ExportError(why)

@@ -90,14 +90,14 @@ def answer(section: Any, model: Path, serving: Serving, items: list[Item], label
     return [{key: row[key] for key in ("item_id", "answer", "correct", "credit")} for row, _ in scored]
 
 
-def row_for(name: str, made: gguf.Contents, fallbacks: int, given: Answers, reference: Answers) -> dict[str, Any]:
+def row_for(name: str, file: gguf.Contents, fallbacks: int, given: Answers, reference: Answers) -> dict[str, Any]:
     correct = sum(a["correct"] for a in given)
     same = sum(a["answer"] == b["answer"] for a, b in zip(given, reference, strict=True))
     return {
         "type": name,
-        "bytes": made.size,
-        "bits_per_weight": made.bits_per_weight,
-        "tensor_types": made.tensor_types,
+        "bytes": file.size,
+        "bits_per_weight": file.bits_per_weight,
+        "tensor_types": file.tensor_types,
         "category_accuracy": correct / len(given),
         "credit": sum(a["credit"] for a in given) / len(given),
         "correct": correct,
@@ -139,12 +139,12 @@ def run(params: Params, arm: str, seed: int) -> None:
             for precision in params.quantize.types:
                 if precision == REFERENCE:
                     continue
-                made = temporary / f"model-{precision}.gguf"
-                fallbacks = gguf.quantize(source, made, precision)
-                scored = answer(params.evaluate, made, serving, items, f"{arm}-{seed} {precision}")
-                rows.append(row_for(precision, gguf.contents(made), fallbacks, scored, reference))
+                file = temporary / f"model-{precision}.gguf"
+                fallbacks = gguf.quantize(source, file, precision)
+                scored = answer(params.evaluate, file, serving, items, f"{arm}-{seed} {precision}")
+                rows.append(row_for(precision, gguf.contents(file), fallbacks, scored, reference))
                 samples += [{"type": precision, **a} for a in scored]
-                made.unlink()
+                file.unlink()
         write_records(folder / "quantized_samples.jsonl", map(QuantizedSampleRecord.of, samples))
         content = {"schema": 1, "arm": arm, "seed": seed, "rows": rows}
         write_record(folder / "quantized.json", QuantizedRecord.of(content))

@@ -203,10 +203,10 @@ class LocalEngine(Engine):
         t0 = time.perf_counter_ns()
         self.prefill(ids)
         t1 = time.perf_counter_ns()
-        made, count, reason = self.decode(max_tokens, stop=stop)
+        answer, count, reason = self.decode(max_tokens, stop=stop)
         t2 = time.perf_counter_ns()
-        text, times = cut(self.detokenize(made), stop), (self.load_ns, t1 - t0, t2 - t1)
-        return Generation(text, len(ids), count, *times, reason, prompt_ids=ids, ids=made)
+        text, times = cut(self.detokenize(answer), stop), (self.load_ns, t1 - t0, t2 - t1)
+        return Generation(text, len(ids), count, *times, reason, prompt_ids=ids, ids=answer)
 
     def generate(self, asked: Asked, max_tokens: int, stop: Sequence[str] | None = None) -> Generation:
         return self.answer(self.tokenize(self.render(asked)), max_tokens, self.stop if stop is None else stop)
@@ -222,6 +222,6 @@ class LocalEngine(Engine):
         t2 = time.perf_counter_ns()
         self.detokenize([self.next_token()])
         t3 = time.perf_counter_ns()
-        made, _, _ = self.decode(tokens, ignore_end=True)
+        answer, _, _ = self.decode(tokens, ignore_end=True)
         t4 = time.perf_counter_ns()
-        return {"ttft": (1, t3 - t0), "prefill": (len(ids), t2 - t1), "decode": (len(made), t4 - t3)}
+        return {"ttft": (1, t3 - t0), "prefill": (len(ids), t2 - t1), "decode": (len(answer), t4 - t3)}

@@ -131,8 +131,8 @@ class HfEngine(LocalEngine):
                 yield batch[0], self.generate(prompts[batch[0]], max_tokens, stop)
                 continue
             asked = [self.tokenize(self.render(prompts[place])) for place in batch]
-            for place, ids, made in zip(batch, asked, self.generate_ids(asked, max_tokens), strict=True):
-                answer, count, reason = self._cut(made, max_tokens, stop)
+            for place, ids, row in zip(batch, asked, self.generate_ids(asked, max_tokens), strict=True):
+                answer, count, reason = self._cut(row, max_tokens, stop)
                 text = cut(self.detokenize(answer), stop)
                 times = self.load_ns, None, None
                 yield place, Generation(text, len(ids), count, *times, reason, prompt_ids=ids, ids=answer)
@@ -151,8 +151,8 @@ class HfEngine(LocalEngine):
             pad_token_id=self._pad,
         )
         with self._torch.inference_mode():
-            made = self._model.generate(**self._inputs(prompts), generation_config=config)
-        return [[int(i) for i in row] for row in made[:, max(map(len, prompts)) :].tolist()]
+            rows = self._model.generate(**self._inputs(prompts), generation_config=config)
+        return [[int(i) for i in row] for row in rows[:, max(map(len, prompts)) :].tolist()]
 
     @property
     def _pad(self) -> int:

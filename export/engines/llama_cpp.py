@@ -126,9 +126,9 @@ class LlamaCppEngine(LocalEngine):
     def decode(
         self, max_tokens: int, *, ignore_end: bool = False, stop: Sequence[str] = ()
     ) -> tuple[list[int], int, str]:
-        made = super().decode(max_tokens, ignore_end=ignore_end, stop=stop)
+        answer = super().decode(max_tokens, ignore_end=ignore_end, stop=stop)
         self._api.llama_synchronize(self._llm.ctx)
-        return made
+        return answer
 
     def generate_many(
         self, prompts: Sequence[Asked], max_tokens: int, stop: Sequence[str] | None = None

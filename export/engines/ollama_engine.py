@@ -422,7 +422,7 @@ class OllamaEngine(Engine):
                     first = time.perf_counter_ns() - started
             return part, first or 0
 
-        last, first = self._call(stream, lambda made: self._finished(made[0]))
+        last, first = self._call(stream, lambda answer: self._finished(answer[0]))
         load = last.load_duration
         return {
             "ttft": (1, None if load is None else max(first - load, 0)),  # two clocks
@@ -504,7 +504,7 @@ class OllamaEngine(Engine):
         running = self._call(lambda client: client.ps().models)
         return next((m for m in running if full_name(self.model) in (m.model, m.name)), None)
 
-    def _call(self, request: Callable[[Any], A], check: Callable[[A], None] = lambda made: None) -> A:
+    def _call(self, request: Callable[[Any], A], check: Callable[[A], None] = lambda answer: None) -> A:
         """What a request returns, repeated while its failure, or one that `check` finds in the answer, may pass.
 
         Raises EngineError: the server refused, or failed for too long.

@@ -107,10 +107,10 @@ def test_the_card_tells_the_hub_base_data_and_licence(project):
             "README.md",
             "---\nlicense: llama3\n---\n# Base",
             {"license": "llama3"},
-            "Licence: that of the base, `llama3`.",
+            "License: that of the base, `llama3`.",
         ),
-        ("LICENSE.txt", "MIT", {"license": "mit"}, "Licence: that of the base, see LICENSE."),
-        ("README.md", "---\n: [\n---\n", {}, "No licence is known: none was named in export.license"),
+        ("LICENSE.txt", "MIT", {"license": "mit"}, "License: that of the base, see LICENSE."),
+        ("README.md", "---\n: [\n---\n", {}, "No license is known: none was named in export.license"),
     ],
 )
 def test_without_a_licence_of_its_own_it_has_the_base_s(project, file, text, front, said):
