@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,9 @@ from pipelines.stage import clear_errors, cli
 
 DISTRIBUTION, SHARED = "grit-pipeline", "share/grit-lora/"
 FILES = ("dvc.yaml", ".gitignore", "inputs/README.md", "theirs/README.md")
-UNSLOTH = re.compile(r"(?<=[\[ ])(hybrid_grit|unsloth_lora\w*), ?|, ?(hybrid_grit|unsloth_lora\w*)(?=\])")
+UNSLOTH = re.compile(
+    r"(?<=[\[ ])(hybrid_grit|unsloth_lora\w*), ?|, ?(hybrid_grit|unsloth_lora\w*)(?=\])|\n +- hybrid_grit"
+)
 README = """# {name}
 
 LoRA adapters trained several ways, exported to GGUF and compared: a project of grit-lora.
@@ -51,7 +54,7 @@ def version_control(folder: Path) -> None:
         scm = ["--subdir"]
     else:
         subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
-    subprocess.run(["dvc", "init", "--quiet", *scm], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet", *scm], cwd=folder, check=True)
 
 
 def create(folder: Path) -> list[str]:
