@@ -38,17 +38,14 @@ class Pollutant:
         return tops[0] / 100, tops[-1]
 
     def truncate(self, value: Value) -> Decimal:
-        """`value` cut to this pollutant's precision; ValueError if it is not a finite number."""
+        """`value` cut to this pollutant's precision; ValueError if it is not a finite number below about 1e27."""
         try:
             number = value if isinstance(value, Decimal) else Decimal(str(value))
-        except InvalidOperation:
-            raise ValueError(f"{self.label}: expected a number in {self.unit}, got {value!r}") from None
-        if not number.is_finite():
-            raise ValueError(f"{self.label}: expected a finite number in {self.unit}, got {value!r}")
-        try:
-            return number.quantize(Decimal(1).scaleb(-self.decimals), rounding=ROUND_DOWN)
-        except InvalidOperation:  # more digits than decimal arithmetic keeps, about 1e27
-            raise ValueError(f"{self.label}: {value} {self.unit} is beyond any scale") from None
+            if number.is_finite():
+                return number.quantize(Decimal(1).scaleb(-self.decimals), rounding=ROUND_DOWN)
+        except InvalidOperation:  # no number, or more digits than decimal arithmetic keeps
+            pass
+        raise ValueError(f"{self.label}: expected a finite number in {self.unit}, below 1e27, got {value!r}")
 
 
 _TABLE = (  # bands: lowest–highest concentration of each category

@@ -104,7 +104,7 @@ def test_an_unknown_benchmark_is_refused_with_the_places_searched(raw, work):
 @pytest.mark.full
 def test_a_stage_depends_on_the_users_task_files(raw, work):
     pytest.importorskip("lm_eval")
-    (work / "dvc.yaml").write_text("cmd: python -m pipelines.harness base")
+    (work / "dvc.yaml").write_text("python -m pipelines.prepare_base; python -m pipelines.harness base")
     params = changed(raw)
     check.write_code_hashes(params)
     before = {file.name: file.read_text() for file in Path("outputs/code").iterdir() if file.name.startswith("harness")}
