@@ -4,7 +4,6 @@ A modality's setting of None means the global one. Nothing is checked before `va
 by one; code that uses a configuration validates it.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
 from typing import Literal, get_args
@@ -153,9 +152,6 @@ class ModelGRITConfig:
             problems.append(f"expected at least one of {', '.join(MODALITIES)}, got none")
         if problems:
             raise GritVlmError("\n".join(problems))
-
-    def copy(self) -> "ModelGRITConfig":
-        return copy.deepcopy(self)
 
     def layer_settings(self, defaults: GRITLoRAConfig | None = None) -> dict[str, GRITLoRAConfig]:
         """Modality → settings of its layers: its own, else the model's, else the defaults.

@@ -1,5 +1,6 @@
 """`VLMGRITAdapter`: LoRA by PEFT on chosen layers of a vision-language model, each with its Fisher information."""
 
+import copy
 import dataclasses
 import logging
 from collections import deque
@@ -57,7 +58,7 @@ class VLMGRITAdapter:
         if isinstance(config, ModelGRITConfig):
             if model_config_name is not None:
                 raise GritVlmError("expected a ModelGRITConfig or model_config_name, got both")
-            self.model_config = config.copy()
+            self.model_config = copy.deepcopy(config)
         else:
             self.model_config = (
                 get_model_config(model_config_name) if model_config_name else family_config(type_of(base))
