@@ -12,10 +12,16 @@ import ast
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from importlib import metadata
 from pathlib import Path
+
+from db.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipelines", "evaluation", "export", "trainers", "db", "grit", "grit_vlm", "probes")
+INSTALLED = Path(".installed_code")
+"""In a project without the code: a hash of the installed one, which DVC watches."""
+DISTRIBUTION = "grit-pipeline"
 Plugins = Mapping[str, Sequence[str]]
 
 
@@ -28,6 +34,12 @@ def code_hash(*modules: str, plugins: Plugins | None = None) -> str:
         content = _meaning(file.read_text(encoding="utf-8")) if file.suffix == ".py" else file.read_bytes()
         digest.update(f"{file.relative_to(ROOT).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
+
+
+def note_installed_code() -> None:
+    """Write INSTALLED in a project that `grit-lora init` made."""
+    if not Path("pipelines").is_dir() and (record := metadata.distribution(DISTRIBUTION).read_text("RECORD")):
+        write_text(INSTALLED, hashlib.sha256(record.encode()).hexdigest() + "\n")
 
 
 def closure(*modules: str, plugins: Plugins | None = None) -> set[Path]:

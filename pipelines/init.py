@@ -14,10 +14,11 @@ import typer
 
 from db.files import ROOT, write_text
 from pipelines import profile
+from pipelines.code import DISTRIBUTION, INSTALLED
 from pipelines.params import INPUTS, PARAMS_FILE, THEIRS, ConfigError
 from pipelines.stage import clear_errors, cli
 
-DISTRIBUTION, SHARED = "grit-pipeline", "share/grit-lora/"
+SHARED = "share/grit-lora/"
 FILES = ("dvc.yaml", ".gitignore", "inputs/README.md", "theirs/README.md")
 UNSLOTH = re.compile(
     r"(?<=[\[ ])(hybrid_grit|unsloth_lora\w*), ?|, ?(hybrid_grit|unsloth_lora\w*)(?=\])|\n +- hybrid_grit"
@@ -66,8 +67,8 @@ def create(folder: Path) -> list[str]:
     version_control(folder)
     for name, file in shipped_files().items():
         text = file.read_text(encoding="utf-8")
-        if name == "dvc.yaml":  # the code is installed, where `repro` watches it
-            text = re.sub(r"deps: \[pipelines, .*\]", f"deps: [{THEIRS}]", text)
+        if name == "dvc.yaml":
+            text = re.sub(r"deps: \[pipelines, .*\]", f"deps: [{THEIRS}, {INSTALLED}]", text)
         elif name.startswith("profiles/") and find_spec("unsloth") is None:
             text = UNSLOTH.sub("", text)
         target = folder / name

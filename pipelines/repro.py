@@ -27,9 +27,9 @@ import typer
 
 from db.files import exclusive, read_json, write_json
 from pipelines.base_model import base_has_changed
+from pipelines.code import note_installed_code
 from pipelines.dvc_internals import CHECK, commands_started_by, open_repo, short_errors, stale
 from pipelines.params import PARAMS_FILE, StageParams, load_params, load_yaml, stages_at_once
-from pipelines.profile import choose
 from pipelines.stage import clear_errors, cli, die_with_parent, quiet_libraries, set_threads
 from trainers import arms
 from trainers.callbacks import duration
@@ -167,6 +167,7 @@ class Forked:
             die_with_parent()
             os.environ.update(env)
             sys.argv = words
+            sys.modules.pop(words[0], None)  # runpy would warn
             runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
         self.process = FORK.Process(target=run)
@@ -294,10 +295,10 @@ def bring_up_to_date(
         began, progress = time.monotonic(), Progress()
         os.environ.setdefault("TQDM_MININTERVAL", "30")  # stages write to files
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        note_installed_code()
         with short_errors(), open_repo(remote()) as repo:
-            # First: refuses bad settings, writes what the others depend on. DVC watches neither a base that is in a
-            # folder of its own nor code that is installed.
-            repo.reproduce(CHECK, single_item=True, force=base_has_changed() or not Path("pipelines").is_dir())
+            # First: refuses bad settings, writes what the others depend on.
+            repo.reproduce(CHECK, single_item=True, force=base_has_changed())
             waits = stale(repo)
         if not waits:
             print("everything is up to date")
@@ -318,6 +319,8 @@ def main(
 ) -> None:
     """Bring everything up to date, with independent stages side by side."""
     if profile:
+        from pipelines.profile import choose
+
         with clear_errors("profile", code=2):
             choose(profile)
 

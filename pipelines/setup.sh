@@ -21,7 +21,7 @@ install() { # with uv if available, because pip is several times slower; from pi
   local index
   index=$("$python" -m pip config list | sed -n "s/^[^=]*\.index-url='\(.*\)'$/\1/p" | head -n 1)
   if [ -n "$UV" ] && [ -x "$venv/bin/uv" ]; then
-    env ${index:+UV_DEFAULT_INDEX="$index"} "$venv/bin/uv" pip install --quiet --system-certs --python "$python" "$@" && return
+    env ${index:+UV_DEFAULT_INDEX="$index"} "$venv/bin/uv" pip install --quiet --compile-bytecode --system-certs --python "$python" "$@" && return
     printf 'uv failed, using pip ... '
   fi
   pip install "$@"

@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from pipelines import init, profile
+from pipelines import code, init, profile
 from pipelines.check import load_params
 from pipelines.params import ConfigError
 
@@ -17,7 +17,8 @@ def test_a_new_project_has_all_that_repro_needs(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     assert load_params().profile == "tiny" and profile.available().keys() == profile.SHIPPED
     check = yaml.safe_load((folder / "dvc.yaml").read_text())["stages"]["check"]
-    assert all((folder / name).is_dir() for name in check["deps"]) and "pipelines" not in check["deps"]
+    code.note_installed_code()
+    assert all((folder / name).exists() for name in check["deps"]) and "pipelines" not in check["deps"]
     assert len((folder / "README.md").read_text().splitlines()) <= 12
     subprocess.run([sys.executable, "-m", "dvc", "stage", "list"], cwd=folder, check=True, capture_output=True)
     with pytest.raises(ConfigError, match="expected a new or an empty folder"):
