@@ -15,11 +15,13 @@ from grit.config import GRITConfig, GRITConfigError, GRITError
 _HOMES = {
     "GRITManager": "grit.manager",
     "GritCallback": "grit.trainer",
+    "GritFactory": "grit.optim",
     "GritOptimizer": "grit.optim",
     "GritTrainer": "grit.trainer",
     "NonFiniteGradientsError": "grit.manager",
     "Preserve": "grit.preserve",
     "StepRule": "grit.eigen_adamw",
+    "create_grit_optimizer": "grit.optim",
     "grit_trainer_class": "grit.trainer",
 }
 # The same classes by the names that documents 002 and 004 use.

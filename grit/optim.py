@@ -1,14 +1,16 @@
 """`GritOptimizer`: any torch optimizer with GRIT inside its step, where nothing can come between the two."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grit import eigen_adamw, paper
+from grit.config import GRITConfig, GRITError
 from grit.eigen_adamw import StepRule, step_rule
-from grit.manager import Manager
+from grit.manager import GRITManager, Manager
 
 
 class GritOptimizer(torch.optim.Optimizer):
@@ -24,6 +26,8 @@ class GritOptimizer(torch.optim.Optimizer):
 
         Gradients are clipped to `max_grad_norm` after preconditioning unless the config sets its own.
         """
+        if isinstance(optimizer, GritOptimizer):
+            raise ValueError("expected an optimizer without GRIT, got a GritOptimizer. Use it as it is")
         self.optimizer, self.manager = optimizer, manager
         config = manager.config
         self.max_grad_norm = self.limit(max_grad_norm)
@@ -183,3 +187,49 @@ class GritOptimizer(torch.optim.Optimizer):
         self.manager.load_state_dict(state_dict["grit"])  # first: it refuses what does not fit
         self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "grit"})
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+
+
+def create_grit_optimizer(
+    model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], *, lr: float, config: GRITConfig | None = None,
+    **kwargs: Any,
+) -> GritOptimizer:  # fmt: skip
+    """GRIT over a model's trainable weights, in the form of PEFT's `create_loraplus_optimizer`.
+
+    The optimizer owns its manager, `optimizer.manager`, whose `close()` takes the hooks off the model. In a plain
+    Trainer its steps are a GritTrainer's, with these differences: the Trainer clips before preconditioning, not after
+    (the same in mode eigen_adamw without regularizers); nothing is reprojected at the end, unless a `GritCallback()` is
+    among the callbacks; trackers do not get GRIT's numbers; and mixed precision's loss scale is not known here.
+
+    Args:
+        model: With LoRA.
+        optimizer_cls: torch.optim.AdamW, or another that the config's mode takes.
+        lr: The learning rate.
+        config: Default: `GRITConfig()`. Its `max_grad_norm` clips after preconditioning.
+        kwargs: For `optimizer_cls`. As in transformers' Trainer, vectors get no weight decay.
+
+    Raises:
+        GRITError: There is nothing to precondition.
+        ValueError: The optimizer is none that the mode takes.
+    """
+    config = config or GRITConfig()
+    if config.mode == "sgd":
+        kwargs.setdefault("momentum", config.sgd_momentum)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [p for p in weights if p.dim() > 1]}]
+    if vectors := [p for p in weights if p.dim() < 2]:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    manager = GRITManager(model, config)
+    return GritOptimizer(optimizer_cls(groups, **{"lr": lr, **kwargs}), manager)
+
+
+class GritFactory:
+    """`Trainer(optimizer_cls_and_kwargs=(GritFactory, {"lr": 3e-3}))` of transformers, and TRL's Trainers."""
+
+    def __call__(
+        self, model: nn.Module, optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW, **kwargs: Any
+    ) -> GritOptimizer:
+        """See `create_grit_optimizer`; GRITError where weights are moved away from the optimizer."""
+        for library in ("DEEPSPEED", "FSDP"):
+            if os.environ.get(f"ACCELERATE_USE_{library}", "").lower() in ("1", "true"):
+                raise GRITError(f"expected training without {library}, which splits weights, got it. Use DDP instead")
+        return create_grit_optimizer(model, optimizer_cls, **kwargs)

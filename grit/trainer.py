@@ -25,18 +25,25 @@ class GritCallback(TrainerCallback):  # type: ignore[misc]
     wraps the optimizer before the first step, so that gradients are preconditioned inside of it; the Trainer then
     clips before GRIT, not after, its reporters do not get GRIT's numbers (`grit_log.jsonl` has them if the manager
     was given that file), and a checkpoint cannot be resumed. It refuses with the reason where it would have no effect.
+    Beside `create_grit_optimizer`, leave the manager out: it is the optimizer's.
     """
 
-    def __init__(self, manager: Manager, config: GRITConfig | None = None):
-        if config is not None and config != manager.config:
+    def __init__(self, manager: Manager | None = None, config: GRITConfig | None = None):
+        if config is not None and (manager is None or config != manager.config):
             raise ValueError("config: expected the manager's own configuration, got another one. Leave it out")
-        self.manager = manager
+        self.manager: Any = manager
         self.trackers: list[TrainerCallback] = []  # who gets pictures at the end of training
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer: Any = kwargs.get("optimizer")
         wrapped: Any = getattr(optimizer, "optimizer", optimizer)
-        if optimizer is not None and not isinstance(wrapped, GritOptimizer):
+        if isinstance(wrapped, GritOptimizer):
+            self.manager = self.manager or wrapped.manager
+            if self.manager is not wrapped.manager:
+                raise GRITError("GritCallback expected the optimizer's own manager, got another one. Leave it out")
+        elif self.manager is None:
+            raise GRITError("GritCallback expected a manager of the model, got none. Write GritCallback(manager)")
+        elif optimizer is not None:
             if state.global_step:
                 raise GRITError("GritCallback cannot resume from a checkpoint of a plain Trainer: use a GritTrainer")
             if wrapped is optimizer or args.deepspeed or args.fsdp:

@@ -1,13 +1,36 @@
 """GRIT in transformers' Trainer and in TRL's SFTTrainer: it reaches the weights, and rightly so; and what it logs."""
 
+import functools
 import random
 
 import pytest
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+from trl import SFTConfig
 
-from grit import GRITConfig, GRITManager, GritOptimizer, GritTrainer, grit_trainer_class
+from grit import (
+    GritCallback,
+    GRITConfig,
+    GRITError,
+    GritFactory,
+    GRITManager,
+    GritOptimizer,
+    GritTrainer,
+    create_grit_optimizer,
+    grit_trainer_class,
+)
+from probes import ProbeCallback, judge
 from tests.grit.nets import covariances, hooks_on, llama, lora_on, lora_weights, of_kind, same, trainable
+from trainers.run import sft_trainer_class
 
 VOCABULARY, LENGTH = 64, 12
 
@@ -33,6 +56,11 @@ def tiny_data(count=64, seed=1):
             {"input_ids": ids + [0] * rest, "attention_mask": [1] * length + [0] * rest, "labels": ids + [-100] * rest}
         )
     return rows
+
+
+def word_tokenizer():
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w63"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w62")
 
 
 def arguments(folder, cls=TrainingArguments, **changes):
@@ -130,6 +158,64 @@ def test_training_goes_on_when_train_is_called_again(mode, clipped, tmp_path):
     assert sorted({group["lr"] for group in trainer.optimizer.param_groups}) == [0.01, 0.02]
 
 
+# --- In a Trainer that knows nothing of GRIT
+
+
+@pytest.mark.parametrize("sft", [False, True])
+def test_the_factory_makes_a_plain_trainer_step_as_a_grit_trainer_does(sft, tmp_path):
+    """With accumulation and the Trainer's clipping; the end is the same too, with a callback."""
+    form = functools.partial(SFTConfig, bf16=False, gradient_checkpointing=False) if sft else TrainingArguments
+    plain = sft_trainer_class() if sft else Trainer
+
+    def trained(folder, kind, callbacks, **ours):
+        weights, data = [], Dataset.from_list(tiny_data())
+        watch = Watch("on_step_end", lambda model, **_: weights.append(lora_weights(model)))
+        limits = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
+        args = arguments(tmp_path / folder, form, **limits)
+        trainer = kind(
+            model=tiny_model(rank=8),
+            args=args,
+            train_dataset=data,
+            processing_class=word_tokenizer(),
+            data_collator=default_data_collator,
+            callbacks=[watch, *callbacks],
+            **ours,
+        )
+        trainer.train()
+        assert min(logged_by(trainer, "grad_norm")) > 0.1
+        return trainer, [*weights, lora_weights(trainer.model)]
+
+    config = settings(reprojection="balanced", rank_adaptation_threshold=0.8, eigen_power=0.5)
+    probe = ProbeCallback(claims=True, every=1)
+    options = {"lr": 1e-2, "config": config, "weight_decay": 0.0}
+    ours, got = trained("ours", plain, [GritCallback(), probe], optimizer_cls_and_kwargs=(GritFactory, options))
+    theirs, wanted = trained("theirs", grit_trainer_class(plain), [], grit_config=config)
+    assert isinstance(ours.optimizer.optimizer, GritOptimizer) and hooks_on(ours.model) == 0
+    assert ours.optimizer.optimizer.manager.applied_steps == 8 == theirs.grit_manager.applied_steps
+    assert got[0].keys() == wanted[0].keys()
+    for step, (one, other) in enumerate(zip(got, wanted, strict=True)):
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6, msg=f"{step} {name}")
+    assert judge(probe.probe).verdict == "effective"
+
+
+def test_an_optimizer_with_grit_is_neither_wrapped_again_nor_made_where_it_has_no_effect(tmp_path, monkeypatch):
+    model, adam = tiny_model(), torch.optim.AdamW
+    optimizer = create_grit_optimizer(model, adam, lr=1e-3, weight_decay=0.1, config=settings(mode="adamw"))
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3] and optimizer.manager.capture is not None
+    with pytest.raises(ValueError, match="got a GritOptimizer"):
+        GritOptimizer(optimizer, optimizer.manager)
+    sgd = create_grit_optimizer(tiny_model(), torch.optim.SGD, lr=1e-3, config=settings(mode="sgd"))
+    assert sgd.param_groups[0]["momentum"] == settings().sgd_momentum
+    other, ready = GritCallback(GRITManager(model, settings())), type("Prepared", (), {"optimizer": optimizer})
+    for callback, wrong, said in ((other, ready, "own manager"), (GritCallback(), adam(trainable(model)), "none")):
+        with pytest.raises(GRITError, match=said):
+            callback.on_train_begin(arguments(tmp_path), None, None, optimizer=wrong)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(GRITError, match="without FSDP"):
+        GritFactory()(model, lr=1e-3)
+
+
 # --- Statistics
 
 
@@ -183,15 +269,6 @@ def test_a_trainer_run_equals_a_plain_loop_over_its_batches(accumulation, captur
 
 def test_sft_trainer_counts_the_answer_tokens_only_in_the_divisor(tmp_path):
     """TRL masks the prompt out of the loss; statistics are of one token's loss all the same."""
-    from datasets import Dataset
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-    from trl import SFTConfig
-
-    from trainers.run import sft_trainer_class
-
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w63"))
     rows = [[token for token in row["input_ids"] if token] for row in tiny_data()]
     data = {"input_ids": rows, "completion_mask": [[0, 0] + [1] * (len(row) - 2) for row in rows]}
     values = {"max_length": None, "completion_only_loss": True, "bf16": False, "gradient_checkpointing": False}
@@ -200,7 +277,7 @@ def test_sft_trainer_counts_the_answer_tokens_only_in_the_divisor(tmp_path):
         model=tiny_model(warm=True),
         args=arguments(tmp_path, SFTConfig, **values),
         train_dataset=Dataset.from_dict(data),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w62"),
+        processing_class=word_tokenizer(),
         grit_config=settings(),
     )
     seen, collate = [], trainer.data_collator
