@@ -6,7 +6,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -76,8 +76,10 @@ def _find(arm: str, seed: int | None) -> Served:
     return by_seed[chosen]
 
 
-def _results(served: Served, adapter: str) -> str:
-    """The card that stage compare wrote; it and the GGUF files must be of the adapter with this sha256."""
+def _results(served: Served, adapter: str) -> Any:
+    """The ModelCard that stage compare wrote; it and the GGUF files must be of the adapter with this sha256."""
+    from huggingface_hub import ModelCard
+
     artifacts = read_record(served.folder / "run.json", RunRecord).artifacts
     if {file.parent_sha256 for file in artifacts if file.path.endswith(".gguf")} != {adapter}:
         raise ExportError(f"{served.folder}: is of another adapter than {ADAPTERS} has now; run `dvc repro export`")
@@ -86,7 +88,7 @@ def _results(served: Served, adapter: str) -> str:
     if adapter not in text:
         got = f"those of another one than {ADAPTERS} has now" if text else "none"
         raise ExportError(f"{file}: expected results of {served.arm} seed {served.seed}, found {got}; run `dvc repro`")
-    return text
+    return ModelCard(text)
 
 
 def _is_folder(base: BaseReference) -> bool:
@@ -161,12 +163,15 @@ def _of_base(base: BaseReference) -> License:
 
 
 def _card(
-    served: Served, trained: RunRecord, base: BaseReference, results: str, license: License, *, merged: bool
+    served: Served, trained: RunRecord, base: BaseReference, results: Any, license: License, *, merged: bool
 ) -> str:
     from huggingface_hub import ModelCardData
 
     source, data = _data(trained)
+    scores = [one for one in results.data.eval_results or () if (one.metric_args or {}).get("seed") == served.seed]
     front = ModelCardData(
+        model_name=served.name if scores else None,
+        eval_results=scores or None,
         base_model=None if _is_folder(base) else base.location,
         library_name="peft",
         pipeline_tag="text-generation",
@@ -184,7 +189,7 @@ def _card(
         f"{trained.packages.get('transformers')} and PEFT {trained.packages.get('peft')}{commit}.",
         data,
         license.sentence,
-        results.strip(),
+        results.text.strip(),
         "## Files",
         "\n".join(f"- {line}" for line in _files(served, base, merged=merged)),
         "## How to run",

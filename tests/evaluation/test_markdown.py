@@ -7,8 +7,10 @@ import math
 import re
 
 import pytest
+from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from evaluation.report.arms import RETENTION, TEST
 from evaluation.report.card import as_card
 from evaluation.report.markdown import as_markdown, escaped, grid
 from evaluation.report.text import interval, number, significant
@@ -51,10 +53,20 @@ def test_numbers_have_no_negative_zero_and_may_be_missing_or_not_finite() -> Non
 def test_no_name_and_no_word_of_a_model_is_markup_in_report_and_card() -> None:
     made = report("evil")
     row = made.comparison.trained[0]
-    card = as_card(made.comparison, row)
+    card = ModelCard(as_card(made.comparison, row)).text
     for text in (card, as_markdown(made.comparison)):
         page = MarkdownIt("commonmark").enable("table").render(text)
         assert not re.search(r"<(img|a|b|s|script)\b", page) and row.arm in html.unescape(page)
     assert EVIL[3] in html.unescape(page), "where the first prompt differs"
     assert sha(f"adapter {row.arm}/0") in card and interval(row.accuracy_interval) in card
     assert escaped(made.comparison.outcomes[0]) in card
+
+
+def test_the_hub_reads_every_seed_s_results_from_the_card() -> None:
+    comparison = report("full").comparison
+    row = comparison.trained[0]
+    data = ModelCard(as_card(comparison, row)).data
+    told = {(r.metric_args["seed"], r.dataset_name, r.metric_name): r.metric_value for r in data.eval_results}
+    stored = {(run.seed, row.task, row.title): run.metrics[TEST, row.metric] for run in row.runs}
+    kept = {(run.seed, "general tasks", "Retention"): run.metrics[RETENTION] for run in row.runs}
+    assert told == stored | kept and data.model_name == row.model_name

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from typer.testing import CliRunner
 
 from db.files import sha256
@@ -35,7 +35,12 @@ def project(tree, base_dir, adapter_dir, own_records):
     base = {"base": {"location": "models/base"}}
     write(Path(f"adapters/{ARM}/0/run.json"), run_json("train", ARM, 0, **trained, extra=base))
     write(Path(f"gguf/{ARM}/0/run.json"), run_json("export", ARM, 0, artifacts=[gguf]))
-    write(Path(f"outputs/cards/{ARM}.md"), f"## Results\n\n| 0 | 74.3 | {mark} |\n")
+    scores = [
+        EvalResult("text-generation", "aqi", "aqi", "accuracy", value, metric_args={"seed": seed})
+        for seed, value in enumerate((0.7, 0.8))
+    ]
+    front = ModelCardData(model_name=ARM, eval_results=scores).to_yaml()
+    write(Path(f"outputs/cards/{ARM}.md"), f"---\n{front}\n---\n\n## Results\n\n| 0 | 74.3 | {mark} |\n")
     return Path()
 
 
@@ -81,7 +86,9 @@ def create(url, name, modelfile):
 
 
 def test_the_card_tells_the_hub_base_data_and_licence(project):
-    assert ModelCard.load(package(ARM) / "README.md").data.to_dict() == {
+    told = ModelCard.load(package(ARM) / "README.md").data
+    assert [(one.metric_args, one.metric_value) for one in told.eval_results] == [({"seed": 0}, 0.7)]
+    assert {key: value for key, value in told.to_dict().items() if key != "model-index"} == {
         "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "gguf", "ollama", "grit"],
         "datasets": ["org/air"],
     }  # fmt: skip
