@@ -174,7 +174,7 @@ def stages_at_once(raw: Any) -> int:
     """How many stages to run at a time: one on a GPU, otherwise one a core if there is enough memory.
 
     Stages side by side with one thread each are as fast as one that uses every core, and unlike it they stay fast on a
-    busy machine, whatever the width of the base (benchmarks/threads.py).
+    busy machine, whatever the width of the base (docs/log/2026-11-23.md).
     """
     base, threads = raw.get("prepare_base") or {}, env_threads() or raw.get("threads")
     if not isinstance(base, dict):
