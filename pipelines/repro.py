@@ -82,7 +82,7 @@ def latest(log: Path) -> str:
     if not log.is_file():
         return ""
     lines = re.split("[\r\n]+", log.read_bytes()[-2000:].decode("utf-8", errors="replace"))
-    return next((line.strip()[:100] for line in reversed(lines) if PROGRESS.search(line)), "")
+    return next((line.strip()[:100] for line in reversed(lines) if PROGRESS.search(line) and "100%" not in line), "")
 
 
 def walk(waits: dict[str, set[str]], executor: Executor, progress: Progress) -> None:
