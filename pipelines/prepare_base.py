@@ -54,8 +54,8 @@ def read_chat_template(prompt: Prompt, reference: BaseReference) -> dict[str, An
 def retention_accuracy(engine: Engine, items: list[Item]) -> dict[str, float]:
     """Fraction of right greedy answers per general task."""
     right: dict[str, list[bool]] = defaultdict(list)
-    for item in items:
-        right[item.task].append(general.score(item, engine.generate(item.prompt, _ANSWER_TOKENS).text).correct)
+    for place, answer in engine.generate_many([item.prompt for item in items], _ANSWER_TOKENS):
+        right[items[place].task].append(general.score(items[place], answer.text).correct)
     return {task: sum(r) / len(r) for task, r in right.items()}
 
 
@@ -102,7 +102,8 @@ def run(params: Params) -> None:
         if section.source == "embedded":
             record.extra = _train(section, template, folder)
             items = [Item.from_json(row) for row in read_jsonl(DATA / "retention.jsonl")]
-            with HfEngine(str(folder), template, pictures=None if section.vision is None else DATA) as engine:
+            pictures = None if section.vision is None else DATA
+            with HfEngine(str(folder), template, pictures=pictures, parallel=16) as engine:
                 accuracy = retention_accuracy(engine, items)
             above = sorted(task for task, share in accuracy.items() if share > 0.8)
             record.extra |= {"retention": accuracy, "tasks_above_80": above}
