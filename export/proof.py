@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from db.files import sha256
 from db.records import VerificationRecord, VerifyRecord
@@ -76,7 +77,8 @@ def prove(
     """
 
     def answers(engine: LocalEngine) -> list[Generation]:
-        by_place = dict(engine.generate_many([Raw(prompt) for prompt in prompts], max_tokens))
+        asked = engine.generate_many([Raw(prompt) for prompt in prompts], max_tokens)
+        by_place = dict(tqdm(asked, total=len(prompts), desc=f"prompts to {engine.name}"))
         return [by_place[place] for place in range(len(prompts))]
 
     with reference() as trained:
@@ -193,7 +195,7 @@ def _check(opener: Opener, served: Served, references: Sequence[Reference], mode
         rows = []
         for form in dict.fromkeys(reference.form for reference in references):
             asked = [reference for reference in references if reference.form == form]
-            answers = [ask(engine, reference) for reference in asked]
+            answers = [ask(engine, reference) for reference in tqdm(asked, desc=f"verify {served.name} {mode} {form}")]
             case = Case(engine, served, asked, answers, gaps(engine, served, asked, answers))
             pairs = list(zip(asked, answers, strict=True))
             rows.append(

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tqdm import tqdm
+
 from export import ExportError
 from export.engines.engine import Asked, LocalEngine, Message, conversation, fill
 from export.modelfile import Serving
@@ -155,7 +157,7 @@ def make_references(
             answers[rendered] = {"ids": generation.prompt_ids, "answer": generation.text}
         return Reference(prompt, rendered, **answers[rendered], max_tokens=tokens, form=form, turns=turns)
 
-    plain = [refer("plain", prompt, fill(serving.template, prompt)) for prompt in prompts]
+    plain = [refer("plain", prompt, fill(serving.template, prompt)) for prompt in tqdm(prompts, desc="references")]
     newline = [refer("newline", f"{prompt}\n", fill(serving.template, f"{prompt}\n")) for prompt in prompts]
     second = []
     for before, now in zip([*plain[-1:], *plain], prompts, strict=False):

@@ -58,7 +58,8 @@ def sampled(
     Args:
         chat: text before a user's turn, text after it, and stop words; None for a base model.
     """
-    from transformers import set_seed
+    import torch
+    from transformers import StoppingCriteriaList, set_seed
 
     opening, after, stop = chat or ("", "", ())
     eos = model.generation_config.eos_token_id
@@ -76,10 +77,19 @@ def sampled(
             [tokenizer(text)["input_ids"] or [start] for text in texts],
             tokenizer.pad_token_id, model.device, len(texts), left=True,
         )  # fmt: skip
-        generated = model.generate(
-            **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, use_cache=True,
-            max_new_tokens=section.max_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends),
-        )  # fmt: skip
+        goes_on = torch.zeros(len(texts), dtype=torch.bool, device=model.device)
+        with tqdm(total=section.max_tokens, desc=f"tokens of {len(texts)} texts", leave=False) as bar:
+
+            def count(*_: Any, **__: Any) -> Any:
+                """A stopping criterion that stops nothing: a batch of a large base takes minutes."""
+                bar.update()
+                return goes_on
+
+            generated = model.generate(
+                **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, use_cache=True,
+                max_new_tokens=section.max_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends),
+                stopping_criteria=StoppingCriteriaList([count]),
+            )  # fmt: skip
         for row in generated[:, batch["input_ids"].shape[1] :].tolist():
             length = next((i for i, token in enumerate(row) if token in ends), None)
             yield tokenizer.decode(row[:length], skip_special_tokens=True), length is not None

@@ -53,10 +53,11 @@ def progress_lines(
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             self.eval_loss = (logs or {}).get("eval_loss", self.eval_loss)
-            if logs is not None and "loss" in logs:
-                self.loss = logs["loss"]
-                if clock() - self.last >= 30:
-                    self.line(state)
+            self.loss = (logs or {}).get("loss", self.loss)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if clock() - self.last >= 30:
+                self.line(state)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.line(state, ended=True)

@@ -445,6 +445,8 @@ def first_losses(arm: Arm, job: TrainingJob, steps: int, perturbed: bool = False
     trainer, *_ = build(arm, job, eval_strategy="no", save_strategy="no", logging_strategy="no")
     if perturbed:
         perturb(trainer.model)
+    if trainer.args.disable_tqdm:
+        trainer.add_callback(progress_lines(f"twin of {arm.name}-{job.seed}, {steps} steps"))
     trainer.add_callback(Stop())
     _note_losses(trainer)
     trainer.train()

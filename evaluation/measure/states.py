@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 Array = NDArray[np.float64]
 _LEVEL = (0.025, 0.975)
@@ -112,7 +113,7 @@ def _batches(texts: Sequence[Encoded], size: int, model: Any) -> Iterator[tuple[
 
     device = next(model.parameters()).device
     order = sorted(range(len(texts)), key=lambda place: len(texts[place].ids))
-    for start in range(0, len(order), size):
+    for start in tqdm(range(0, len(order), size), desc="texts, in batches"):
         places = order[start : start + size]
         width = max(len(texts[place].ids) for place in places)
         ids = torch.zeros(len(places), width, dtype=torch.long)

@@ -30,6 +30,7 @@ def talk():
         state.global_step += steps
         now[0] += seconds
         progress.on_log(None, state, None, logs=logs)
+        progress.on_step_end(None, state, None)
 
     return progress, state, lines, go_on
 
