@@ -45,7 +45,6 @@ def training(comparison: Comparison) -> Section | None:
         "Parameters are those of the saved adapter, whose ranks may have shrunk."
     )
     blocks: list[Block] = [_arms(comparison, settings), Text(note, "note")]
-    blocks += [panel] if (panel := _picture(comparison)) else []
     if any(settings.values()):
         flat = {arm: dict(_flat(train)) for arm, train in settings.items()}
         names = dict.fromkeys(name for values in flat.values() for name in values)
@@ -105,7 +104,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-def _picture(comparison: Comparison) -> Panel | None:
+def learned_and_kept(comparison: Comparison) -> Panel | None:
     """What was learned against what was kept."""
     primary = (TEST, comparison.primary.metric)
     data = Dataset(("kind", "arm", "seed", "front", "low", "x", "high", "below", "y", "above"))

@@ -7,7 +7,7 @@ from db.runs import BASE
 from evaluation.report.arms import ArmRow
 from evaluation.report.blocks import TONES, Block, Cell, Chart, Dataset, Details, Panel, Section, Table, Text
 from evaluation.report.comparison import Comparison
-from evaluation.report.cost import SECONDS, cost
+from evaluation.report.cost import SECONDS, cost, learned_and_kept
 from evaluation.report.judgement import compared, contradiction, like_with_like, not_compared
 from evaluation.report.text import arms_in_words, counted, interval, listed, number, score, significant
 from evaluation.statistics.differences import Difference
@@ -117,6 +117,8 @@ def findings(comparison: Comparison) -> Section:
     blocks: list[Block] = [Text(paragraph, "lead") for paragraph in paragraphs]
     if not comparison.trained:
         return Section("Findings", tuple(blocks), brief=1)
+    if picture := learned_and_kept(comparison):  # near the top: it tells the story at a glance
+        blocks.insert(1, picture)
     if panel := _differences(comparison):
         blocks.append(panel)
     blocks.append(arms_compared(comparison))
