@@ -78,7 +78,7 @@ def prove(
 
     def answers(engine: LocalEngine) -> list[Generation]:
         asked = engine.generate_many([Raw(prompt) for prompt in prompts], max_tokens)
-        by_place = dict(tqdm(asked, total=len(prompts), desc=f"prompts to {engine.name}"))
+        by_place = dict(tqdm(asked, total=len(prompts), desc=f"prompts to {engine.name}", delay=10))
         return [by_place[place] for place in range(len(prompts))]
 
     with reference() as trained:
@@ -195,7 +195,10 @@ def _check(opener: Opener, served: Served, references: Sequence[Reference], mode
         rows = []
         for form in dict.fromkeys(reference.form for reference in references):
             asked = [reference for reference in references if reference.form == form]
-            answers = [ask(engine, reference) for reference in tqdm(asked, desc=f"verify {served.name} {mode} {form}")]
+            answers = [
+                ask(engine, reference)
+                for reference in tqdm(asked, desc=f"verify {served.name} {mode} {form}", delay=10)
+            ]
             case = Case(engine, served, asked, answers, gaps(engine, served, asked, answers))
             pairs = list(zip(asked, answers, strict=True))
             rows.append(

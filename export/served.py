@@ -157,7 +157,9 @@ def make_references(
             answers[rendered] = {"ids": generation.prompt_ids, "answer": generation.text}
         return Reference(prompt, rendered, **answers[rendered], max_tokens=tokens, form=form, turns=turns)
 
-    plain = [refer("plain", prompt, fill(serving.template, prompt)) for prompt in tqdm(prompts, desc="references")]
+    plain = [
+        refer("plain", prompt, fill(serving.template, prompt)) for prompt in tqdm(prompts, desc="references", delay=10)
+    ]
     newline = [refer("newline", f"{prompt}\n", fill(serving.template, f"{prompt}\n")) for prompt in prompts]
     second = []
     for before, now in zip([*plain[-1:], *plain], prompts, strict=False):

@@ -78,7 +78,7 @@ def sampled(
             tokenizer.pad_token_id, model.device, len(texts), left=True,
         )  # fmt: skip
         goes_on = torch.zeros(len(texts), dtype=torch.bool, device=model.device)
-        with tqdm(total=section.max_tokens, desc=f"tokens of {len(texts)} texts", leave=False) as bar:
+        with tqdm(total=section.max_tokens, desc=f"tokens of {len(texts)} texts", leave=False, delay=10) as bar:
 
             def count(*_: Any, **__: Any) -> Any:
                 """A stopping criterion that stops nothing: a batch of a large base takes minutes."""

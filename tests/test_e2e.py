@@ -93,8 +93,9 @@ def test_2d_all_measurements_are_in_the_database_and_the_reports(clone):
                            "coalesce(perturbed_noticed, 1) "
                            "from verification v join run on run.id = run_id where backend = 'llama_cpp'")  # fmt: skip
     modes = [("base", "merged"), *((arm, mode) for arm in ARMS for mode in ("merged", "adapter"))]
-    forms = ("plain", "newline", "second")
-    assert sorted(verified) == sorted((*mode, form, 1, 1, 1, 1) for mode in modes for form in forms)
+    forms = [(*mode, form) for mode in modes for form in ("plain", "newline", "second")]
+    forms += [(*mode, "rendered") for mode in modes if mode[0] != "base"]  # by stage export
+    assert sorted(verified) == sorted((*form, 1, 1, 1, 1) for form in forms)
     sizes = {}
     for arm, kind, size, n in clone.query("select arm, type, bytes, n from quantization q join run on run.id = run_id"):
         sizes.setdefault(arm, {})[kind] = size

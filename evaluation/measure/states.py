@@ -113,7 +113,7 @@ def _batches(texts: Sequence[Encoded], size: int, model: Any) -> Iterator[tuple[
 
     device = next(model.parameters()).device
     order = sorted(range(len(texts)), key=lambda place: len(texts[place].ids))
-    for start in tqdm(range(0, len(order), size), desc="texts, in batches"):
+    for start in tqdm(range(0, len(order), size), desc="texts, in batches", delay=10):
         places = order[start : start + size]
         width = max(len(texts[place].ids) for place in places)
         ids = torch.zeros(len(places), width, dtype=torch.long)

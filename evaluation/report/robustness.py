@@ -34,7 +34,7 @@ def _table(comparison: Comparison, split: str, what: str) -> Table | None:
             means = (number(float(100 * one.differences.mean()) if one else None, sign=True) for one in alone)
             as_asked, retyped = (number(float(100 * credit.mean())) for credit in (pairs.reference, pairs.credit))
             lines.append((arm_cell(row.arm), as_asked, retyped, interval(difference(pairs).points, sign=True), *means))
-    headers = ("Arm", "As as_asked, %", "Retyped, %", "Δ, points", *(f"Δ {form}" for form in forms))
+    headers = ("Arm", "As asked, %", "Retyped, %", "Δ, points", *(f"Δ {form}" for form in forms))
     caption = f"{what}, retyped: means over seeds with 95% intervals in brackets"
     return Table(caption, headers, lines) if lines else None
 

@@ -165,7 +165,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shown(data):
-    return vision.retention_items(2, 0, SIZE, data)
+    return vision.retention_items(2, seed=0, image_size=SIZE, folder=data)
 
 
 @pytest.fixture(scope="module")
