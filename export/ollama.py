@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from export import ExportError
 from export.engines.llama_cpp import open_in_process
@@ -64,7 +64,8 @@ def list_command(gguf: Root = GGUF, host: Host = "") -> None:
         url = resolve_host(host or None)
         version = require_server(url)
         digests = list_models(url)
-        table = Table("model", "arm", "seed", "on the server", title=f"Ollama {version} at {url}", title_justify="left")
+        whole = [Column(name, overflow="fold") for name in ("model", "arm", "seed", "on the server")]  # no name is cut
+        table = Table(*whole, title=f"Ollama {version} at {url}", title_justify="left")
         for served in find_served(gguf):
             digest = digests.get(full_name(served.name))
             table.add_row(served.name, served.arm, str(served.seed), digest[:19] if digest else "no")
