@@ -5,14 +5,17 @@ an upgrade of DVC changes one of them.
 """
 
 import logging
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from db.files import write_text
 from pipelines.params import PipelineError
 
 LOCK = Path("dvc.lock")
@@ -76,6 +79,42 @@ def commands_started_by(start: Callable[..., Any]) -> Iterator[list[float]]:
         yield seconds
     finally:
         run._run = original
+
+
+@contextmanager
+def changed_entries_only() -> Iterator[None]:
+    """Have DVC write only the entries of dvc.lock that changed, as the same text.
+
+    DVC parses and writes the whole file in pure Python after every stage, which takes 1.6 s with 90 stages.
+    """
+    from dvc import dvcfile
+    from dvc.utils.serialize import dumps_yaml, load_yaml
+
+    whole_file = dvcfile.modify_yaml
+
+    @contextmanager
+    def modify(path: str, fs: Any = None) -> Iterator[Any]:
+        file = Path(path)
+        head, *blocks = re.split(r"^(?=  \S)", file.read_text(encoding="utf-8") if file.is_file() else "", flags=re.M)
+        before = load_yaml(path) if file.name == LOCK.name and head.endswith("\nstages:\n") else {}
+        stages = before.get("stages") or {}
+        if head != "schema: '2.0'\nstages:\n" or len(stages) != len(blocks):
+            with whole_file(path, fs=fs) as data:
+                yield data
+            return
+        after = deepcopy(before)
+        yield after
+        entries = dict(zip(stages, blocks, strict=True))
+        for name, entry in after["stages"].items():
+            if entry != stages.get(name):
+                entries[name] = str(dumps_yaml({"stages": {name: entry}})).removeprefix("stages:\n")
+        write_text(file, head + "".join(entries.values()))
+
+    dvcfile.modify_yaml = modify
+    try:
+        yield
+    finally:
+        dvcfile.modify_yaml = whole_file
 
 
 def reproduce_through_remote(repo: Any, name: str, dependencies: list[str]) -> None:

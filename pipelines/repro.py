@@ -28,7 +28,14 @@ import typer
 from db.files import exclusive, read_json, write_json
 from pipelines.base_model import base_has_changed
 from pipelines.code import note_installed_code
-from pipelines.dvc_internals import CHECK, commands_started_by, open_repo, short_errors, stale
+from pipelines.dvc_internals import (
+    CHECK,
+    changed_entries_only,
+    commands_started_by,
+    open_repo,
+    short_errors,
+    stale,
+)
 from pipelines.params import PARAMS_FILE, StageParams, load_params, load_yaml, stages_at_once
 from pipelines.stage import clear_errors, cli, die_with_parent, quiet_libraries, set_threads
 from trainers import arms
@@ -207,7 +214,7 @@ def run_stage(name: str, seconds: Any) -> None:
         os.dup2(output.fileno(), 2)
     from dvc.cli import main
 
-    with commands_started_by(start_command) as took:
+    with changed_entries_only(), commands_started_by(start_command) as took:
         code = main(["--wait-for-lock", "repro", "--single-item", name])
     seconds.value = sum(took)
     sys.exit(code)

@@ -1,5 +1,6 @@
 """The parts of DVC that are not its commands. When an upgrade breaks the pipeline's scheduler, these fail first."""
 
+import contextlib
 import inspect
 import subprocess
 import sys
@@ -26,6 +27,7 @@ def project(tmp_path, monkeypatch):
 
 
 def test_the_names_that_are_used_exist_with_their_parameters():
+    from dvc.dvcfile import modify_yaml
     from dvc.fs import HTTPFileSystem, generic
     from dvc.logger import set_loggers_level
     from dvc.repo import Repo, lock_repo
@@ -39,6 +41,7 @@ def test_the_names_that_are_used_exist_with_their_parameters():
         return [*inspect.signature(function).parameters]
 
     assert parameters(_run) == ["executable", "cmd", "kwargs"]
+    assert parameters(modify_yaml) == ["path", "fs"]
     assert parameters(_get_stage_hash) == ["stage"]
     assert {"stage", "pull"} <= {*parameters(StageCache.restore)}
     assert parameters(StageCmdFailedError)[:2] == ["cmd", "status"]
@@ -75,6 +78,18 @@ def test_commands_are_started_by_the_given_function_which_may_fail(project):
         dvc_internals.commands_started_by(lambda cmd, **_: subprocess.Popen(["false"])),
     ):
         repo.reproduce("first")
+
+
+def test_dvc_lock_is_the_text_that_dvc_would_write(project):
+    texts = []
+    for changed_only in (contextlib.nullcontext, dvc_internals.changed_entries_only):
+        (project / "dvc.lock").unlink(missing_ok=True)
+        for content in "12":  # an entry is added, then changed
+            (project / "code").write_text(content)
+            with changed_only(), dvc_internals.open_repo() as repo:
+                repo.reproduce()
+            texts.append((project / "dvc.lock").read_text())
+    assert texts[:2] == texts[2:] and texts[0] != texts[1]
 
 
 def test_outputs_and_run_cache_travel_through_a_remote(project, tmp_path_factory):
