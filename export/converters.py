@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import re
 import runpy
@@ -22,11 +23,8 @@ from export import ExportError, MergedOnlyError
 PACKAGE = "llama-cpp-python"
 # sha256 of the source distributions whose converters were tried out.
 KNOWN = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
-# Imports take most of a converter's time: a fork server does them once for everything that a process converts.
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(
-    ["torch", "transformers.models.auto.configuration_auto", "transformers.models.llama.configuration_llama", __name__]
-)
+# Imports take most of a converter's time, and on Linux a fork has those of its parent.
+_PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 MODEL, ADAPTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 _WANTED = (MODEL, ADAPTER, "conversion/", "gguf-py/", "LICENSE")
 
@@ -99,6 +97,11 @@ def _run(script: Path, arguments: list[str], log: Path) -> None:
     sys.stdout = sys.stderr = log.open("w", encoding="utf-8", buffering=1)  # multiprocessing writes why it ended, too
     sys.argv = [str(script), *arguments]
     sys.path[:0] = [str(script.parent), str(script.parent / "gguf-py")]  # llama.cpp's own gguf, newer than the package
+    for name in [name for name in sys.modules if name.partition(".")[0] == "gguf"]:
+        del sys.modules[name]
+    logging.root.handlers.clear()  # the parent's; the converter opens its own
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)  # a fork lacks the threads of its parent
     _name_splits()
     runpy.run_path(str(script), run_name="__main__")
 

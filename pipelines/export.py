@@ -6,7 +6,6 @@ The untouched base is an arm too: it has no adapter, and its f16 GGUF is what ad
 import json
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -18,7 +17,7 @@ from pydantic import Field
 from db.files import artifact, finish_run, hash_inputs, read_jsonl, sha256, staged, start_run, write_json, write_record
 from evaluation.paraphrase import SPLIT
 from evaluation.tasks import Item
-from export import ExportError, MergedOnlyError, converters, gguf
+from export import ExportError, MergedOnlyError, gguf
 from export.engines.engine import LocalEngine, Message, asked_for, conversation, fill
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
@@ -203,16 +202,13 @@ def run(params: Params, arm: str, seed: int) -> None:
         record = start_run("export", params=settings, inputs=inputs, arm=arm, seed=seed, prompt_template=template)
         merged = folder / "merged" / "model"  # a fixed name: the converter writes it into the file
         gguf.save_merged(reference.merge_from, adapter, merged, kwargs)
-        converters.require()  # before two ask for them at once
-        with ThreadPoolExecutor(1) as pool:  # each converter is its own process and spends most of its time on imports
-            converted = pool.submit(gguf.convert_model, merged, folder / F16_GGUF, f"{arm}-{seed}")
-            if adapter:
-                try:
-                    gguf.convert_adapter(adapter, reference.merge_from, folder / ADAPTER_GGUF, kwargs)
-                except MergedOnlyError as error:
-                    record.extra["only_merged"] = str(error)
-                    print(f"export {arm}-{seed}: no GGUF adapter: {error}; the merged model has all of it")
-            converted.result()
+        gguf.convert_model(merged, folder / F16_GGUF, f"{arm}-{seed}")
+        if adapter:
+            try:
+                gguf.convert_adapter(adapter, reference.merge_from, folder / ADAPTER_GGUF, kwargs)
+            except MergedOnlyError as error:
+                record.extra["only_merged"] = str(error)
+                print(f"export {arm}-{seed}: no GGUF adapter: {error}; the merged model has all of it")
         quantized = section.quantization != "f16"
         if quantized:
             gguf.quantize(folder / F16_GGUF, folder / SERVED_GGUF, section.quantization)
