@@ -24,7 +24,7 @@ PACKAGE = "llama-cpp-python"
 # sha256 of the source distributions whose converters were tried out.
 KNOWN = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
 # Imports take most of a converter's time, and on Linux a fork has those of its parent.
-_PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+_PROCESSES: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 MODEL, ADAPTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 _WANTED = (MODEL, ADAPTER, "conversion/", "gguf-py/", "LICENSE")
 
