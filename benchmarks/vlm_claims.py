@@ -4,7 +4,7 @@ Documents 000 and 001 claim 38% fewer parameters, 60% faster convergence, at mos
 Each is measured per seed, the arm against the baseline of the same seed, with the 95% interval of Student's t over the
 seeds (for ratios over their logarithms). Convergence is the number of steps until the arm reaches the baseline's last
 validation loss, interpolated between evaluations, over the baseline's steps; memory is the peak of torch's tensors in a
-separate process (`benchmarks.vlm_memory`) and the peak of the whole process. The accuracy here is over
+separate process (`benchmarks.vlm_overhead`) and the peak of the whole process. The accuracy here is over
 seeds alone; the report's is over seeds and items. Run as `python -m benchmarks.vlm_claims` after
 `make repro PROFILE=vision`.
 """

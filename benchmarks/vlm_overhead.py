@@ -23,7 +23,7 @@ TEXT = dict(
     head_dim=64, vocab_size=1000, pad_token_id=0, bos_token_id=2, eos_token_id=3, model_type="llama",
 )  # fmt: skip
 IMAGE_TOKEN, PATCH, SCALE = 1, 16, 4
-ESTIMATES = ("diagonal", "kfac", "block_diagonal")
+ESTIMATES = ("diagonal", "kfac")
 BLOCK, MEMORY_IMAGE = 10, 512
 
 

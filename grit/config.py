@@ -101,10 +101,6 @@ class GRITConfig:
     lambda_reproj: NotNegative = 0.0  # ≥ 0, of ‖(I−P)A‖² + ‖B(I−P)‖²
     regularizer_warmup_steps: Steps = 0
 
-    # Frequencies that follow the loss
-    adaptive_schedule: bool = False  # halve intervals while the loss moves fast, double them while it is flat
-    adaptive_window: Annotated[int, (2, math.inf, "[)")] = 50  # steps ≥ 2 over which the trend is taken
-
     # Safety
     max_nonfinite_steps: Count = 10  # steps in a row with NaN or infinite gradients before training stops
 
@@ -124,7 +120,7 @@ class GRITConfig:
         values |= {"kfac_inversion_device": "cpu", "mode": "adamw", "pairing": "paper", "grafting": False}
         values |= {"reprojection": "paper", "reprojection_freq": 50, "reprojection_k": 8, "rank_shrink": "never"}
         values |= {"enable_rank_adaptation": True, "rank_adaptation_threshold": 0.99}
-        values |= {"lambda_kfac": 1e-5, "lambda_reproj": 1e-4, "adaptive_schedule": True}
+        values |= {"lambda_kfac": 1e-5, "lambda_reproj": 1e-4}
         return cls.from_dict({**values, **changes})
 
     @classmethod
@@ -173,7 +169,6 @@ class GRITConfig:
             ("nesterov", elsewhere, in_eigenbasis),
             ("cautious", elsewhere, in_eigenbasis),
             ("orthogonal", elsewhere, in_eigenbasis),
-            ("adaptive_window", "without adaptive_schedule", self.adaptive_schedule),
             ("regularizer_warmup_steps", "without lambda_kfac and lambda_reproj",
              bool(self.lambda_kfac or self.lambda_reproj)),
         ]  # fmt: skip

@@ -5,7 +5,6 @@ the log: it returns records as plain dictionaries.
 """
 
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,19 +83,6 @@ class Curvature(ABC):
     def rotated(self, param_groups: list[dict[str, Any]], step: int) -> list[Rotated]:
         """The stacks that Adam steps in their own bases (mode eigen_adamw); counts the steps of these layers up."""
 
-    def limit(
-        self, stacks: list[Rotated], changes: list[Tensor], step: int
-    ) -> tuple[list[Tensor], dict[str, float], float]:
-        """The changes to make to the weights, numbers for the log, and a factor on the learning rate."""
-        return changes, {}, 1.0
-
-    @property
-    def wants_losses(self) -> bool:
-        return False
-
-    def observe_loss(self, loss: float) -> None:
-        """The mean loss of a step."""
-
     # Ranks
 
     def reprojection_due(self, step: int) -> bool:
@@ -108,12 +94,6 @@ class Curvature(ABC):
     def reproject(self, step: int, optimizer: torch.optim.Optimizer | None, shrink: bool) -> list[Event]:
         """Project every layer onto its leading directions; with `shrink` the tensors get smaller."""
         return []
-
-    def fit_to_checkpoint(self, folder: Path, optimizer: torch.optim.Optimizer | None) -> None:
-        """Give the layers the ranks of the adapter that is about to be loaded from `folder`."""
-
-    def restart(self) -> None:
-        """Forget all statistics, because the weights were replaced."""
 
     # Reports and checkpoints
 

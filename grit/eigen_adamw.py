@@ -170,26 +170,20 @@ def _rotate(state: GroupState, side: str, options: dict[str, Any], layers: list[
     )
 
 
-Limit = Callable[[list[Tensor]], tuple[list[Tensor], dict[str, float], float]]
-"""Changes → the changes to make, numbers for the log, and a factor on the learning rate."""
-
-
-def step(stacks: list[Rotated], rule: StepRule, limit: Limit) -> dict[str, float]:
-    """Change the weights of all stacks by one step; returns numbers for the log."""
+def step(stacks: list[Rotated], rule: StepRule) -> None:
+    """Change the weights of all stacks by one step."""
     changes = _directions(stacks, rule)
     for i, stack in enumerate(stacks):
         rule.agree(changes[i], stack.gradient)
         changes[i] = stack.back(changes[i])  # one by one, so that directions are freed
     if rule.orthogonal:
         changes = factors.orthogonal(changes)
-    changes, numbers, factor = limit(changes)
     for stack, change in zip(stacks, changes, strict=True):
         weights, lr = [p.data for p in stack.parameters], float(stack.options["lr"])
         decay = float(stack.options.get("weight_decay", 0.0))
         if decay:
             torch._foreach_mul_(weights, 1.0 - lr * decay)  # decoupled (Loshchilov & Hutter 2019)
-        torch._foreach_add_(weights, list(change.to(weights[0].dtype).unbind(0)), alpha=-lr * factor)
-    return numbers
+        torch._foreach_add_(weights, list(change.to(weights[0].dtype).unbind(0)), alpha=-lr)
 
 
 def _directions(stacks: list[Rotated], rule: StepRule) -> list[Tensor]:

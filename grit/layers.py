@@ -1,8 +1,6 @@
 """The LoRA layers of a model: pairs A [r, d_in], B [d_out, r], groups of pairs of one shape, and changes of rank."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -182,36 +180,6 @@ def write_patterns(model: nn.Module, pairs: list[LoraPair]) -> None:
         }
         config.rank_pattern = {key: r for key, (r, _) in layers.items() if r != config.r}
         config.alpha_pattern = {key: alpha for key, (_, alpha) in layers.items() if alpha != config.lora_alpha}
-
-
-def fit_to_checkpoint(
-    model: nn.Module,
-    pairs: list[LoraPair],
-    folder: Path,
-    base_rank: dict[str, int],
-    optimizer: torch.optim.Optimizer | None = None,
-) -> bool:
-    """Give each pair the rank in `folder`'s rank_pattern, else its base rank; returns whether any pair changed."""
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return False
-    from peft.utils.other import get_pattern_key
-
-    patterns = json.loads(file.read_text(encoding="utf-8")).get("rank_pattern") or {}
-    changed = []
-    for pair in pairs:
-        k = patterns.get(get_pattern_key(patterns.keys(), _in_peft(pair.name)), base_rank[pair.name])
-        if k != pair.rank:
-            a, b = pair.a, pair.b
-            new_a, new_b = torch.zeros(k, a.shape[1], dtype=a.dtype), torch.zeros(b.shape[0], k, dtype=b.dtype)
-            resize(pair, new_a, new_b, optimizer)
-            if optimizer is not None:  # moments of other shapes
-                optimizer.state.pop(pair.a, None)
-                optimizer.state.pop(pair.b, None)
-            changed.append(pair)
-    if changed:
-        write_patterns(model, changed)
-    return bool(changed)
 
 
 def _in_peft(name: str) -> str:

@@ -160,9 +160,6 @@ class Manager:
             }
         )
 
-    def observe_loss(self, loss: float) -> None:
-        self.curvature.observe_loss(loss)
-
     def _advance(self) -> None:
         self.step += 1
         self._switch_capture()

@@ -149,11 +149,8 @@ class GritOptimizer(torch.optim.Optimizer):
             torch._foreach_mul_(gradients, nu)
 
     def _eigen_step(self) -> None:
-        curvature, step = self.manager.curvature, self.manager.step
-        stacks = curvature.rotated(self.param_groups, step)
-        self.manager.last_metrics |= eigen_adamw.step(
-            stacks, step_rule(self.manager.config), lambda changes: curvature.limit(stacks, changes, step)
-        )
+        stacks = self.manager.curvature.rotated(self.param_groups, self.manager.step)
+        eigen_adamw.step(stacks, step_rule(self.manager.config))
         lora = [p for pair in self.manager.pairs() for p in (pair.a, pair.b)]
         if len(lora) < sum(len(group["params"]) for group in self.param_groups):  # the wrapped one steps the others
             gradients = [p.grad for p in lora]

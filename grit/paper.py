@@ -1,17 +1,15 @@
 """What only the authors' form of GRIT needs: `GRITConfig.paper()`, modes adamw and sgd, and the options of both.
 
-Natural gradients by inverted factors, the trust region of mode sgd, regularizers, reprojection by projectors, and
-intervals that follow the loss. The default, `grit.eigen_adamw`, runs none of it.
+Natural gradients by inverted factors, the trust region of mode sgd, regularizers, and reprojection by projectors. The
+default, `grit.eigen_adamw`, runs none of it.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from grit import factors
-from grit.capture import all_reduce_sum, world_size
 from grit.config import GRITConfig
 from grit.state import GRADIENTS, GroupState
 
@@ -133,43 +131,3 @@ def projections(
     if k_a <= k_b:
         return basis.mT, projector_b @ basis, k_a, k_b
     return basis.mT @ projector_a, basis, k_a, k_b
-
-
-# Intervals that follow the loss
-
-
-class LossTrend:
-    """A factor on the intervals of inversion and reprojection that follows how fast the loss moves.
-
-    While the mean loss of a window differs from the one before by more than 5%, curvature goes stale quickly: the
-    factor halves. Below 1% it doubles. It stays within [1/4, 4]. (The authors only say "adapted heuristically to
-    recent loss trends"; the thresholds are ours.) It is the same on all ranks of a distributed run.
-    """
-
-    FAST, SLOW, BOUND = 0.05, 0.01, 4.0
-
-    def __init__(self, config: GRITConfig):
-        self.config = config
-        self.factor = 1.0
-        self._sum, self._count, self._previous = 0.0, 0, float("nan")
-
-    def see(self, loss: float) -> None:
-        self._sum += loss
-        self._count += 1
-        if self._count < self.config.adaptive_window:
-            return
-        total = torch.tensor([self._sum, float(self._count)], dtype=torch.float64)
-        if world_size() > 1 and dist.get_backend() == "nccl":
-            total = total.cuda()
-        all_reduce_sum([total])
-        mean = float(total[0] / total[1])
-        if self._previous == self._previous and self._previous != 0:
-            change = abs(mean - self._previous) / abs(self._previous)
-            if change > self.FAST:
-                self.factor = max(1 / self.BOUND, self.factor / 2)
-            elif change < self.SLOW:
-                self.factor = min(self.BOUND, self.factor * 2)
-        self._sum, self._count, self._previous = 0.0, 0, mean
-
-    def interval(self, base: int) -> int:
-        return max(1, round(base * self.factor)) if self.config.adaptive_schedule else base

@@ -4,6 +4,8 @@ matplotlib is imported where it is used, without pyplot, so that no global state
 """
 
 from contextlib import suppress
+from itertools import zip_longest
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from grit.config import GRITConfig
@@ -17,7 +19,7 @@ Records = list[dict[str, Any]]
 # Colors of Okabe & Ito (2008), which color-blind readers can distinguish; line styles repeat the distinction.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 SIDES = {"a": r"$\Sigma_a$ (for B)", "g": r"$\Sigma_g$ (for A)"}
-_FLOOR = 1e-9  # relative eigenvalues below this are rounding
+_AXES = {"xlabel": "eigenvalue (1 = largest)", "ylabel": "relative to the largest, λᵢ / λ₁"}
 _MOST_HEATMAPS = 8
 
 
@@ -35,45 +37,28 @@ def tracked(records: Records, config: GRITConfig) -> dict[str, "Figure"]:
 
 
 def spectra_figure(records: Records) -> "Figure":
-    """Relative eigenvalues of Σ_a and Σ_g in the first and the last record that has them: layers and their median."""
+    """Median over layers of the eigenvalues of Σ_a and Σ_g, in the first and the last record that has them."""
     figure, axes = _new_figure(9.5, 4.4, 2)
     for axis, side in zip(axes, SIDES, strict=True):
-        spectra = [(step, rows) for step, layers in _spectra(records) if (rows := _eigenvalues(layers, side))]
-        if not spectra:
-            raise ValueError(f"expected records with eigenvalues of Σ_{side}, got none")
-        curves = {"first": (spectra[0], ORANGE, "--"), "last": (spectra[-1], BLUE, "-")}
-        for name, ((step, rows), color, style) in curves.items():
-            _spectrum(axis, rows, color, style, f"{name} record, step {step}")
-        axis.set(title=f"Spectrum of {SIDES[side]}", yscale="log", xlabel="eigenvalue (1 = largest)")
-        axis.set_ylabel("relative to the largest, λᵢ / λ₁")
-        axis.legend(title="median of layers (thin: each layer)", loc="lower left")
+        spectra = _spectra(records, side)
+        for (step, rows), color, style in ((spectra[0], ORANGE, "--"), (spectra[-1], BLUE, "-")):
+            medians = [median(v for v in values if v is not None) for values in zip_longest(*rows)]
+            label = f"step {step}, median of {len(rows)} layers"
+            axis.plot(range(1, len(medians) + 1), medians, style, color=color, marker="o", markersize=4, label=label)
+        axis.set(title=f"Spectrum of {SIDES[side]}", yscale="log", **_AXES)
+        axis.legend(loc="lower left")
     return figure
 
 
-def _spectrum(axis: "Axes", rows: list[list[float]], color: str, style: str, label: str) -> None:
-    import numpy as np
-
-    table = np.full((len(rows), max(map(len, rows))), np.nan)
-    for line, row in zip(table, rows, strict=True):
-        line[: len(row)] = [value / row[0] if value / row[0] > _FLOOR else np.nan for value in row]
-    places = range(1, table.shape[1] + 1)
-    axis.plot(places, table.T, style, color=color, linewidth=0.7, alpha=0.35)
-    medians = np.ma.median(np.ma.masked_invalid(table), axis=0).filled(np.nan)  # type: ignore[no-untyped-call]
-    axis.plot(places, medians, style, color=color, linewidth=2.4, marker="o", markersize=4, label=label)
-
-
 def eigenvalue_bars(records: Records) -> "Figure":
-    """The leading eigenvalues of every layer in the last record, relative to the largest, as bars."""
-    layers = [layers for _, layers in _spectra(records)][-1:]
-    if not layers:
-        raise ValueError("expected records with spectra, got none")
+    """The leading eigenvalues of every layer in the last record, as bars."""
     figure, axes = _new_figure(12.0, 4.4, 2)
     for axis, (side, title) in zip(axes, SIDES.items(), strict=True):
-        rows = _eigenvalues(layers[0], side)
+        _, rows = _spectra(records, side)[-1]
+        width = 0.8 / len(rows)
         for i, row in enumerate(rows):
-            width = 0.8 / len(rows)
-            axis.bar([n + i * width for n in range(1, len(row) + 1)], [v / row[0] for v in row], width, color=BLUE)
-        axis.set(title=f"Eigenvalues of {title}, each layer", xlabel="eigenvalue (1 = largest)", ylabel="λᵢ / λ₁")
+            axis.bar([n + i * width for n in range(1, len(row) + 1)], row, width, color=BLUE)
+        axis.set(title=f"Eigenvalues of {title}, each layer", **_AXES)
     return figure
 
 
@@ -86,7 +71,6 @@ def heatmaps_figure(records: Records) -> "Figure":
         raise ValueError("expected a final record with factors, got none")
     factors = list(with_factors[-1]["factors"].items())[:_MOST_HEATMAPS]
     figure, axes = _new_figure(max(2.4 * len(factors) + 1.4, 5.0), 5.6, len(factors), rows=2)
-    figure.suptitle(f"Correlations between coordinates of the rank, step {with_factors[-1]['step']}", fontsize=11)
     for row, side in enumerate(SIDES):
         for column, (name, covariances) in enumerate(factors):
             axis, matrix = axes[row * len(factors) + column], np.array(covariances[f"cov_{side}"], dtype=float)
@@ -101,15 +85,15 @@ def heatmaps_figure(records: Records) -> "Figure":
     return figure
 
 
-def _spectra(records: Records) -> list[tuple[int, dict[str, Any]]]:
-    """Step, and layer → its spectrum."""
+def _spectra(records: Records, side: str) -> list[tuple[int, list[list[float]]]]:
+    """Step, and the eigenvalues of every layer relative to its largest; ValueError if no record has any."""
     places = {"spectra": "layers", "final": "spectra"}
-    return [(r["step"], r[places[r["kind"]]]) for r in records if r.get(places.get(r["kind"], ""))]
-
-
-def _eigenvalues(layers: dict[str, Any], side: str) -> list[list[float]]:
-    rows = [entry.get(f"eigenvalues_{side}") or [0.0] for entry in layers.values()]
-    return [row for row in rows if row[0] > 0]
+    layers = [(r["step"], r[places[r["kind"]]]) for r in records if r.get(places.get(r["kind"], ""))]
+    values = [(step, [entry.get(f"eigenvalues_{side}") or [0.0] for entry in of.values()]) for step, of in layers]
+    known = [(step, [[v / row[0] for v in row] for row in rows if row[0] > 0]) for step, rows in values]
+    if not any(rows for _, rows in known):
+        raise ValueError(f"expected records with eigenvalues of Σ_{side}, got none")
+    return [(step, rows) for step, rows in known if rows]
 
 
 def _new_figure(width: float, height: float, columns: int, rows: int = 1) -> tuple["Figure", "list[Axes]"]:

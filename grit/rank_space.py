@@ -5,7 +5,6 @@ Layers of one shape are stacked in groups. The step itself is in `grit.eigen_ada
 """
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from grit.capture import HookCapture, all_reduce_sum
 from grit.config import GRITConfig, GRITConfigError, GRITError
 from grit.curvature import Event
 from grit.eigen_adamw import Rotated
-from grit.layers import LayerGroup, LoraPair, fit_to_checkpoint, group_pairs, resize, write_patterns
+from grit.layers import LayerGroup, LoraPair, group_pairs, resize, write_patterns
 from grit.state import GRADIENTS, HOOKS, UNDECIDED, GroupState, transformed
 from grit.telemetry import RankSpaceReports
 
@@ -52,7 +51,6 @@ class RankSpace(RankSpaceReports):
             )
         self.groups: list[LayerGroup] = group_pairs(self._pairs)
         self.states = [GroupState.fresh(group, config) for group in self.groups]
-        self.trend = paper.LossTrend(config)
         self.failed_in_a_row: dict[str, int] = {}
         self.kept: dict[str, tuple[int, int]] = {}  # layer → k_a, k_b of the last reprojection
         self.kept_at = -1  # the step after which that was
@@ -131,7 +129,7 @@ class RankSpace(RankSpaceReports):
     def refresh_due(self, step: int) -> bool:
         if self.last_refresh < 0 or self._refreshes_every_step(step):
             return True
-        if step - self.last_refresh >= self.trend.interval(self.config.kfac_update_freq):
+        if step - self.last_refresh >= self.config.kfac_update_freq:
             return True
         enough = self.config.kfac_min_samples
         return self.captures_at(step) and any(
@@ -165,13 +163,6 @@ class RankSpace(RankSpaceReports):
     def rotated(self, param_groups: list[dict[str, Any]], step: int) -> list[Rotated]:
         return eigen_adamw.rotate_gradients(self.states, param_groups)
 
-    @property
-    def wants_losses(self) -> bool:
-        return self.config.adaptive_schedule
-
-    def observe_loss(self, loss: float) -> None:
-        self.trend.see(loss)
-
     # Ranks
 
     def reprojection_due(self, step: int) -> bool:
@@ -179,7 +170,7 @@ class RankSpace(RankSpaceReports):
         if config.reprojection == "none" or config.reprojection_freq <= 0:
             return False
         warm = step >= max(1, config.reprojection_warmup_steps)
-        return warm and step % self.trend.interval(config.reprojection_freq) == 0
+        return warm and step % config.reprojection_freq == 0
 
     def final_shrink_due(self, step: int) -> bool:
         config = self.config
@@ -286,24 +277,11 @@ class RankSpace(RankSpaceReports):
             self.capture.close()
             self.capture = HookCapture(self.model, self.groups, self.config.normalize_delta, like=self.capture)
 
-    def fit_to_checkpoint(self, folder: Path, optimizer: torch.optim.Optimizer | None) -> None:
-        if fit_to_checkpoint(self.model, self.pairs(), folder, self.base_rank, optimizer):
-            self.restart()
-
-    def restart(self) -> None:
-        samples = {pair.name: state["samples"][i].clone() for state, i, pair in self.layers()}
-        self._group()
-        self.states = [GroupState.fresh(group, self.config) for group in self.groups]
-        for state, i, pair in self.layers():
-            state["samples"][i] = samples[pair.name]  # a layer that reported once has reported
-        self.kept, self.kept_at = {}, -1
-
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "layers": {pair.name: state.layer(i) for state, i, pair in self.layers()},
-            "trend": {name: value for name, value in vars(self.trend).items() if name != "config"},
             "failed_in_a_row": dict(self.failed_in_a_row),
             "kept": dict(self.kept),
             "numbers": {name: getattr(self, name) for name in _NUMBERS},
@@ -319,7 +297,6 @@ class RankSpace(RankSpaceReports):
         if odd:
             raise ValueError(f"expected a checkpoint of mode {self.config.mode!r}, got one that differs in: {odd}")
         self.states = [GroupState.of_layers(g, [saved[p.name] for p in g.pairs]) for g in self.groups]
-        vars(self.trend).update(state["trend"])
         self.failed_in_a_row, self.kept = dict(state["failed_in_a_row"]), dict(state["kept"])
         for name in _NUMBERS:
             setattr(self, name, state["numbers"][name])

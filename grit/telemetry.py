@@ -110,8 +110,7 @@ class RankSpaceReports(Curvature):
 
     def readings(self, step: int) -> list[dict[str, Any]]:
         config, kinds = self.config, self.capture_kinds()
-        stretch = 4 if config.adaptive_schedule else 1  # at most
-        refresh_every = max(config.kfac_update_freq, config.grit_cov_update_freq) * stretch
+        refresh_every = max(config.kfac_update_freq, config.grit_cov_update_freq)
         readings = []
         for state in self.states:
             covariances = dict(zip("ag", state.covariances(), strict=True))

@@ -1,7 +1,6 @@
 """GRIT inside Hugging Face's Trainer and TRL's SFTTrainer; needs transformers."""
 
 import functools
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from grit import plots
 from grit.config import GRITConfig, GRITError
 from grit.manager import GRITManager, Manager
 from grit.optim import GritOptimizer
-
-logger = logging.getLogger("grit")
 
 LOG_FILE = "grit_log.jsonl"
 
@@ -101,6 +98,8 @@ class GritMixin:
         if grit_config is not None and grit_manager is not None and grit_config != grit_manager.config:
             raise ValueError("grit_config: expected that of grit_manager, got another one. Leave one of the two out")
         super().__init__(*args, **kwargs)
+        if self.args.load_best_model_at_end and self.args.save_only_model:
+            raise ValueError("save_only_model: expected false with load_best_model_at_end, as GRIT's state is needed")
         if isinstance(self.optimizer, GritOptimizer) and self.optimizer.manager is not grit_manager:
             raise ValueError("grit_manager: expected the manager of the GritOptimizer in optimizers")
         log_file = Path(self.args.output_dir) / LOG_FILE if self.args.process_index == 0 else None
@@ -111,7 +110,6 @@ class GritMixin:
         elif grit_manager.log_file is None:
             grit_manager.log_file = log_file
         self.grit_manager = grit_manager
-        self._loss_of_step = 0.0
         # First in line, so that TensorBoard, W&B and other reporters get the numbers that it adds. One is enough.
         handler = self.callback_handler  # type: ignore[attr-defined]
         others = [callback for callback in handler.callbacks if not isinstance(callback, GritCallback)]
@@ -145,13 +143,7 @@ class GritMixin:
                 manager.capture.loss_divisor = num_items_in_batch / ranks
             scaler = getattr(self.accelerator, "scaler", None)
             manager.capture.loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
-        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        if manager.curvature.wants_losses:
-            self._loss_of_step += float(loss)  # what comes back is this batch's share of the step's mean
-            if self.accelerator.sync_gradients:
-                manager.observe_loss(self._loss_of_step)
-                self._loss_of_step = 0.0
-        return loss
+        return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """The norm before clipping; GritOptimizer clips, after preconditioning."""
@@ -160,10 +152,6 @@ class GritMixin:
         if isinstance(wrapped, GritOptimizer) and norm is not None:
             wrapped.gradient_norm = float(norm)
         return norm
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.grit_manager.curvature.fit_to_checkpoint(Path(resume_from_checkpoint), self.optimizer)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         """The adapter and GRIT's state as they were then: later statistics would shrink away what it needs.
@@ -175,12 +163,7 @@ class GritMixin:
         if self.state.best_global_step == reached:
             return
         file = Path(self.state.best_model_checkpoint) / "optimizer.pt"
-        if file.is_file():
-            state = torch.load(file, map_location="cpu", weights_only=True)["grit"]
-            manager.load_state_dict(state, keep_history=True)
-        else:
-            logger.warning("GRIT: no %s beside the best adapter; its ranks do not shrink", file)
-            manager.curvature.restart()
+        manager.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["grit"], keep_history=True)
         manager.add_record({"kind": "best", "trained_to": reached})
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from trainers.adapters import is_plain, peft_config
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Estimate = Literal["diagonal", "kfac", "block_diagonal"]
+Estimate = Literal["diagonal", "kfac"]
 
 
 class Section(BaseModel):

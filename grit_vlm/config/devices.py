@@ -33,8 +33,6 @@ def get_device_config(strategy: str, devices: Collection[str] | None = None) -> 
     if devices is None:
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         devices = [name for name, is_available in available.items() if is_available]
-    if isinstance(devices, str) or not set(devices) <= {"cuda", "mps", "cpu"}:
-        raise GritVlmError(f"devices: expected some of cuda, mps and cpu, e.g. ['cuda', 'cpu']; got {devices!r}")
     device = next((name for name in PRIORITIES[strategy] if name in devices), None)
     if device is None:
         raise GritVlmError(
@@ -49,9 +47,7 @@ def get_device_config(strategy: str, devices: Collection[str] | None = None) -> 
         dtype = torch.float16
     if strategy != "memory_efficient" or device != "cuda":
         return {"device_map": {"": device}, "dtype": dtype}
-    import psutil
+    from accelerate.utils import get_max_memory
 
-    memory: dict[int | str, int] = {"cpu": int(psutil.virtual_memory().available)}
-    for gpu in range(torch.cuda.device_count()):
-        memory[gpu] = int(MEMORY_SHARE * torch.cuda.mem_get_info(gpu)[0])
-    return {"device_map": "auto", "dtype": dtype, "max_memory": memory}  # the rest goes to the CPU
+    memory = {place: n if place == "cpu" else int(MEMORY_SHARE * n) for place, n in get_max_memory().items()}
+    return {"device_map": "auto", "dtype": dtype, "max_memory": memory}  # what does not fit goes to the CPU

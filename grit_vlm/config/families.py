@@ -35,17 +35,11 @@ _QWEN = {
     "text": _LANGUAGE,
     "cross_modal": ["model.visual.merger.mlp.*"],
 }
-_PHI_TOWER = "model.vision_embed_tokens.img_processor"
 FAMILIES: dict[str, dict[str, list[str]]] = {
     **dict.fromkeys(("idefics3", "smolvlm"), _IDEFICS3),
     **dict.fromkeys(("llava", "llava_next", "llava_onevision", "vipllava"), _LLAVA),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN),
     "paligemma": {**_LLAVA, "cross_modal": ["model.multi_modal_projector.linear"]},
-    "phi3_v": {
-        "vision": _each(f"{_PHI_TOWER}.encoder.layers.*.self_attn", _SIGLIP),
-        "text": _each("model.layers.*.self_attn", ("qkv_proj", "o_proj")),
-        "cross_modal": ["model.vision_embed_tokens.img_projection.*"],
-    },
 }
 """model_type → modality → patterns of its attention projections and of the connector between the modalities."""
 
@@ -66,9 +60,6 @@ def patterns_of(model: Any, modality: str, model_type: str = "custom") -> list[s
         )
     if modality not in family:
         raise GritVlmError(f"{modality}: expected layer_patterns; models of type {kind!r} have no default")
-    nested = f"{_PHI_TOWER}.vision_model"  # where the remote code contains an older CLIP
-    if kind == "phi3_v" and any(name == nested for name, _ in model.named_modules()):
-        return [pattern.replace(f"{_PHI_TOWER}.encoder", f"{nested}.encoder") for pattern in family[modality]]
     return list(family[modality])
 
 
@@ -97,7 +88,6 @@ def _configs() -> dict[str, ModelGRITConfig]:
         "llava": "llava-hf/llava-1.5-7b-hf",
         "qwen2_vl": "Qwen/Qwen2-VL-2B-Instruct",
         "paligemma": "google/paligemma-3b-pt-224",
-        "phi3_v": "microsoft/Phi-3.5-vision-instruct",
     }
     return {
         "smolvlm_256m": smolvlm(
@@ -136,21 +126,18 @@ def get_model_config(name: str) -> ModelGRITConfig:
 def _first_unused_block(model: Any) -> float:
     """Index of the vision tower's first block whose output the language model never reads; infinity if there is none.
 
-    LLaVA and Phi-3.5-vision read the second-to-last hidden state, so no gradient reaches the last block.
+    LLaVA reads the second-to-last hidden state, so no gradient reaches the last block.
     """
     config = getattr(model, "config", None)
     at = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
     blocks = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
-    if type_of(model) == "phi3_v":  # its remote code has no setting for this
-        at, blocks = -2, len({n for n, _ in model.named_modules() if n.rpartition(".")[0].endswith(_PHI_LAYERS)})
     if at is None or not blocks:
         return math.inf
     states = [at] if isinstance(at, int) else list(at)
     return max(state if state >= 0 else blocks + 1 + state for state in states)
 
 
-_PHI_LAYERS = (f"{_PHI_TOWER}.encoder.layers", f"{_PHI_TOWER}.vision_model.encoder.layers")
-_TOWERS = ("model.vision_tower.encoder.layers", *_PHI_LAYERS)
+_TOWER = "model.vision_tower.encoder.layers."
 
 
 def adaptable(model: Any) -> tuple[list[str], dict[str, str]]:
@@ -171,13 +158,12 @@ def adaptable(model: Any) -> tuple[list[str], dict[str, str]]:
             continue
         if isinstance(module, LoraLayer):
             adapted, module = f"{name}.", module.get_base_layer()
-        tower = next((t for t in _TOWERS if name.startswith(f"{t}.")), None)
         if not isinstance(module, nn.Linear):
             others[name] = type(module).__name__
         elif name in inside:
             others[name] = "a weight of MultiheadAttention, which never calls it"
         elif name.startswith("model.vision_tower.head.") or (
-            tower and int(name[len(tower) + 1 :].split(".")[0]) >= unused
+            name.startswith(_TOWER) and int(name.removeprefix(_TOWER).split(".")[0]) >= unused
         ):
             others[name] = "after the hidden state that the language model reads, so no gradient reaches it"
         else:

@@ -14,9 +14,9 @@ from grit_vlm.errors import GritVlmError
 
 MODALITIES = ("vision", "text", "cross_modal", "fusion")
 _S = LayerSelectionStrategy
-Estimate = Literal["diagonal", "kfac", "block_diagonal"]
+Estimate = Literal["diagonal", "kfac"]
 ESTIMATES = get_args(Estimate)
-Schedule = Literal["linear", "cosine", "adaptive"]
+Schedule = Literal["linear", "cosine"]
 
 
 @dataclass
@@ -24,8 +24,7 @@ class GRITLoRAConfig:
     """Settings of a GRIT-LoRA layer. Defaults follow the documents where they state one.
 
     Estimates are updated at each of the first `fisher_update_freq` steps: B starts at 0, and so does the Fisher
-    information of A. Block-diagonal estimates store 2·r·(d_in + d_out)·n numbers: 67 MB a layer at r = 16, d = 4096 and
-    n = 64. If a backward pass has more tokens than the buffer has room for, an evenly spaced subset is stored.
+    information of A. Of a backward pass with more tokens than the buffer has room for, an evenly spaced subset is kept.
     """
 
     r: Count = 16
@@ -35,7 +34,6 @@ class GRITLoRAConfig:
     fisher_damping: NotNegative = 1e-4  # λ, relative to the mean of the Fisher diagonal
     fisher_ema_decay: BelowOne = 0.95  # weight of the past in an update
     fisher_update_freq: Count = 10  # steps between two updates
-    fisher_block_size: Count = 64  # most coordinates n of a block
     fisher_min_samples: Count = 64  # tokens before an estimate is used
     buffer_tokens: Count = 8192  # most tokens stored for one update, d_in + d_out + 2r numbers each
     enable_natural_gradient: bool = True

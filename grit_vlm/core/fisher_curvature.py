@@ -5,7 +5,7 @@ layer, the estimates are updated with them, and gradients or Adam's steps change
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from grit.curvature import NO_EFFECT_COSINE, Curvature
 from grit.eigen_adamw import Rotated
 from grit.layers import LoraPair, group_pairs
 from grit.manager import Manager
-from grit_vlm.core.fisher_info import SIDES, FisherInformationMatrix, Gradients, Side, rotate
+from grit_vlm.core.fisher_info import SIDES, Eigen, FisherInformationMatrix, Side, turn, turn_back
 from grit_vlm.core.grit_lora import GRITLoRALinear, TokenCapture
-from grit_vlm.utils.projection import AdaptiveSchedule, MultiModalProjector, ProjectionSchedule, create_scheduler
+from grit_vlm.utils.projection import ProjectionSchedule, create_scheduler, share_out
 
 FACTOR_OF: dict[Side, str] = {"A": "g", "B": "a"}
 """Side → the factor of GRIT that works on it, whose name its eigenvalues have in logs and readings."""
@@ -49,13 +49,8 @@ class EigenMoments:
             vectors = fisher.eigen(side).vectors
             if vectors is None:
                 continue
-            if side not in self.vectors:
-                turn = vectors.mT
-                self.m[side], self.v[side] = fisher.lay_out(self.m[side]), fisher.lay_out(self.v[side])
-            else:
-                turn = vectors.mT @ self.vectors[side]
-            self.m[side] = rotate(turn, self.m[side])
-            self.v[side] = rotate(turn.square(), self.v[side])
+            rotation = vectors.mT @ self.vectors[side] if side in self.vectors else vectors.mT
+            self.m[side], self.v[side] = rotation @ self.m[side], rotation.square() @ self.v[side]
             self.vectors[side] = vectors
         self.follows = True
 
@@ -92,7 +87,6 @@ class FisherCurvature(Curvature):
             raise GRITError(f"fisher_update_freq: expected one for all layers, got {sorted(frequencies)}")
         self.moments: dict[str, EigenMoments] = {}
         self.schedules: dict[str, ProjectionSchedule] = {}
-        self.adaptive = False  # whether mode eigen_adamw shortens steps to the trust region too, as mode sgd does
         self.plan(1000)
 
     def plan(self, total_steps: int) -> None:
@@ -133,14 +127,6 @@ class FisherCurvature(Curvature):
         every = next(iter(self.grit_layers.values())).config.fisher_update_freq  # all have one interval
         return step % every == 0 or step < every
 
-    @property
-    def wants_losses(self) -> bool:
-        return any(isinstance(schedule, AdaptiveSchedule) for schedule in self.schedules.values())
-
-    def observe_loss(self, loss: float) -> None:
-        for schedule in self.schedules.values():
-            schedule.observe(loss)
-
     def gather(self, step: int) -> list[dict[str, Any]]:
         """Add what was captured to the estimates, and share the budgets out again."""
         silent = [
@@ -165,33 +151,23 @@ class FisherCurvature(Curvature):
         return []
 
     def projections(self, step: int) -> dict[str, dict[str, int]]:
-        """Modality → layer → directions at a step, shared out by `MultiModalProjector`.
+        """Modality → layer → directions at a step, shared out by `share_out`.
 
-        Only layers that are projected and whose estimate is ready. What one modality has no directions for goes to
-        others with the same estimate, whose directions are of the same kind; none of it to or from one whose budget is
-        fixed.
+        Only layers that are projected and whose estimate is ready.
         """
         members: dict[str, list[str]] = {}
         for name, layer in self.grit_layers.items():
             if layer.modality in self.schedules and layer.config.enable_projection and layer.ready:
                 members.setdefault(layer.modality, []).append(name)
-        alike: dict[str, list[str]] = {}
+        shares: dict[str, dict[str, int]] = {}
         for modality, names in members.items():
-            schedule, first = self.schedules[modality], self.grit_layers[names[0]]
-            fixed = schedule.start == schedule.end
-            alike.setdefault(modality if fixed else f"any {first.config.fisher_approximation}", []).append(modality)
-        shares: dict[str, list[int]] = {}
-        for among in alike.values():
-            values = {
-                m: [self.grit_layers[name].fisher_matrix.direction_values() for name in members[m]] for m in among
-            }
-            wanted = {m: len(members[m]) * self.schedules[m].budget(step) for m in among}
-            shares |= MultiModalProjector().share_out(values, wanted)
-        return {m: dict(zip(names, shares[m], strict=True)) for m, names in members.items()}
+            values = [self.grit_layers[name].fisher_matrix.direction_values() for name in names]
+            budget = len(names) * self.schedules[modality].budget(step)
+            shares[modality] = dict(zip(names, share_out(values, budget), strict=True))
+        return shares
 
     def precondition(self, measure: bool) -> tuple[float, list[Tensor]]:
         """Natural gradient, then grafting (restoring the raw norm of each tensor, if set), then projection."""
-        length = 0.0
         cosines: list[Tensor] = []
         for layer in self.by_pair.values():
             raw = layer.gradients()
@@ -202,14 +178,12 @@ class FisherCurvature(Curvature):
             if natural and self.config.grafts:
                 new = {side: g * (raw[side].norm() / g.norm().clamp_min(1e-30)) for side, g in new.items()}
             new = layer.project_gradients(new)
-            if self.config.mode == "sgd":
-                length += layer.fisher_matrix.squared_length(new)
             for side, parameter in (("A", layer.lora_A), ("B", layer.lora_B)):
                 if measure:
                     one, other = (g.double().reshape(1, -1) for g in (raw[side], new[side]))
                     cosines.append(nn.functional.cosine_similarity(one, other))
                 parameter.grad.copy_(new[side])
-        return length, cosines
+        return 0.0, cosines
 
     def rotated(self, param_groups: list[dict[str, Any]], step: int) -> list[Rotated]:
         """A and B of every layer with gradients, in the coordinates of its moments.
@@ -220,26 +194,32 @@ class FisherCurvature(Curvature):
         """
         groups = {id(p): group for group in param_groups for p in group["params"]}
         stacks = []
-        self._stepped = []
         for name, layer in self.by_pair.items():
             gradients = layer.gradients()
             if gradients is None:
                 continue
             if name not in self.moments:
                 self.moments[name] = EigenMoments(layer)
-            moments = self.moments[name]
-            if self.preconditions(step) and layer.ready and layer.config.enable_natural_gradient:
-                moments.follow(layer.fisher_matrix)
+            moments, keep = self.moments[name], dict[Side, Tensor]()
+            if self.preconditions(step) and layer.ready:
+                if layer.config.enable_natural_gradient:
+                    moments.follow(layer.fisher_matrix)
+                if layer.projection_budget is not None:
+                    keep = layer.fisher_matrix.keeps(layer.projection_budget)
             moments.steps += 1
-            self._stepped.append(layer)
             for side in SIDES:
                 parameter = layer.lora_A if side == "A" else layer.lora_B
-                stacks.append(self._rotated(layer, moments, side, parameter, groups[id(parameter)], gradients, step))
+                back = self._back(layer.fisher_matrix, moments, side, keep.get(side), step)
+                gradient = turn(moments.vectors.get(side), side, gradients[side].to(moments.m[side].dtype))
+                gradient, m, v = gradient.contiguous()[None], moments.m[side][None], moments.v[side][None]
+                steps = torch.tensor([moments.steps])
+                stacks.append(Rotated([parameter], groups[id(parameter)], gradient, m, v, steps, back))
         return stacks
 
-    def _rotated(self, layer: GRITLoRALinear, moments: EigenMoments, side: Side, parameter: nn.Parameter,
-                group: dict[str, Any], gradients: Gradients, step: int) -> Rotated:  # fmt: skip
-        fisher, vectors = layer.fisher_matrix, moments.vectors.get(side)
+    def _back(
+        self, fisher: FisherInformationMatrix, moments: EigenMoments, side: Side, keep: Tensor | None, step: int
+    ) -> Callable[[Tensor], Tensor]:
+        """Adam's direction in the coordinates of its moments → the change: weighted, turned back, projected."""
 
         def back(direction: Tensor) -> Tensor:
             direction = direction[0]
@@ -248,31 +228,9 @@ class FisherCurvature(Curvature):
                 if self.config.grafting is not False:
                     weighted = weighted * (direction.norm() / weighted.norm().clamp_min(1e-30))
                 direction = weighted
-            return fisher.turn_back_along(vectors, side, direction)[None]
+            return fisher.scaled(side, turn_back(moments.vectors.get(side), side, direction), keep)[None]
 
-        gradient = fisher.turn_along(vectors, side, gradients[side].to(moments.m[side].dtype)).contiguous()[None]
-        steps = torch.tensor([moments.steps])
-        return Rotated([parameter], group, gradient, moments.m[side][None], moments.v[side][None], steps, back)
-
-    def limit(
-        self, stacks: list[Rotated], changes: list[Tensor], step: int
-    ) -> tuple[list[Tensor], dict[str, float], float]:
-        """Project the changes of each layer; the adaptive types also shorten all of them to the trust region."""
-        length = 0.0
-        projected = []
-        for i, layer in enumerate(self._stepped):
-            own: Gradients = {"A": changes[2 * i][0], "B": changes[2 * i + 1][0]}
-            if layer.acts and self.preconditions(step):
-                own = layer.project_gradients(own)
-                if self.adaptive:
-                    rates = {"A": float(stacks[2 * i].options["lr"]), "B": float(stacks[2 * i + 1].options["lr"])}
-                    length += layer.fisher_matrix.squared_length({side: rates[side] * own[side] for side in SIDES})
-            projected += [own["A"][None], own["B"][None]]
-        if not self.adaptive:
-            return projected, {}, 1.0
-        kappa = self.config.kl_clip
-        nu = (kappa / length) ** 0.5 if 0 < kappa < length else 1.0
-        return projected, {"grit/trust_region_factor": nu}, nu
+        return back
 
     def unreported(self) -> list[str]:
         return [name for name, layer in self.by_pair.items() if not layer.fisher_matrix.samples]
@@ -316,7 +274,7 @@ class FisherCurvature(Curvature):
                 if not fisher.weight or fisher.eigen(side).mean <= 0:
                     continue
                 eigen = fisher.eigen(side)
-                values = eigen.values[eigen.real].sort(descending=True).values
+                values = eigen.values.reshape(-1).sort(descending=True).values
                 entry[f"eigenvalues_{letter}"] = values[: self.config.log_top_eigs].tolist()
                 entry[f"effective_rank_{letter}"] = float(factors.effective_rank(values))
                 entry[f"condition_{letter}"] = float(values[0] / values[-1].clamp_min(1e-38))
@@ -326,8 +284,7 @@ class FisherCurvature(Curvature):
     def readings(self, step: int) -> list[dict[str, Any]]:
         """The state of every layer's preconditioner, for `probes`.
 
-        Matrices are [r, r] of estimate kfac, [n] (a diagonal one) of diagonal, [k, n, n] (on the diagonal) of
-        block_diagonal.
+        Matrices are [r, r] of estimate kfac, [n] (a diagonal one) of diagonal.
         """
         return [self._reading(name, layer, step) for name, layer in self.by_pair.items()]
 
@@ -342,20 +299,19 @@ class FisherCurvature(Curvature):
             return reading
         for side, letter in FACTOR_OF.items():
             eigen = fisher.eigen(side)
-            reading["factors"][letter] = _matrix(fisher, side, _filled(eigen.values, eigen.real))
+            reading["factors"][letter] = _matrix(eigen, eigen.values)
             if not ready or eigen.mean <= 0:
                 continue
             if self.config.mode == "eigen_adamw":
                 if eigen.vectors is not None and config.enable_natural_gradient:
-                    vectors = eigen.vectors
-                    reading["bases"][letter] = vectors if vectors.dim() == 2 else vectors.flatten(0, 1)
+                    reading["bases"][letter] = eigen.vectors
                 reading["weights"][letter] = layer.weights(side, self.config.eigen_power)
             else:
                 inverse = fisher.inverse(side) if config.enable_natural_gradient else None
-                inverse = torch.ones_like(eigen.values) if inverse is None else _filled(inverse, eigen.real)
+                inverse = torch.ones_like(eigen.values) if inverse is None else inverse
                 if layer.projection_budget is not None:
                     inverse = inverse * fisher.keeps(layer.projection_budget)[side]
-                reading["preconditioners"][letter] = _matrix(fisher, side, inverse)
+                reading["preconditioners"][letter] = _matrix(eigen, inverse)
                 reading["damping"][letter] = fisher.damping * fisher.scale()
         return reading
 
@@ -369,7 +325,6 @@ class FisherCurvature(Curvature):
                 }
                 for name, layer in self.by_pair.items()
             },
-            "schedules": {name: schedule.state_dict() for name, schedule in self.schedules.items()},
             "inversions": self.inversions,
             "failed_inversions": self.failed_inversions,
         }
@@ -385,8 +340,6 @@ class FisherCurvature(Curvature):
             if saved["moments"]:
                 self.moments[name] = EigenMoments(layer)
                 self.moments[name].load_state_dict(saved["moments"], layer.fisher_matrix)
-        for name, schedule in self.schedules.items():
-            schedule.load_state_dict(state["schedules"].get(name, {}))
         self.inversions, self.failed_inversions = state["inversions"], state["failed_inversions"]
 
 
@@ -406,19 +359,10 @@ class FisherManager(Manager):
             layer.manager = self
 
 
-def _filled(values: Tensor, real: Tensor) -> Tensor:
-    """Fill the padding of a run with the mean value: there is no direction there, and none may appear to be."""
-    return torch.where(real, values, values[real].mean())
-
-
-def _matrix(fisher: FisherInformationMatrix, side: Side, values: Tensor) -> Tensor:
+def _matrix(eigen: Eigen, values: Tensor) -> Tensor:
     """V diag(values) Vᵀ in the form that `FisherCurvature.readings` says."""
-    vectors = fisher.eigen(side).vectors
-    if vectors is None:
-        return values.reshape(-1)
-    if vectors.dim() == 2:
-        return (vectors * values.reshape(1, -1)) @ vectors.mT
-    return ((vectors * values[..., None, :]) @ vectors.mT).flatten(0, 1)
+    flat = values.reshape(-1)
+    return flat if eigen.vectors is None else (eigen.vectors * flat) @ eigen.vectors.mT
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -16,7 +16,7 @@ from grit.capture import Capture, TokenMask
 from grit.layers import LoraPair
 from grit.manager import Manager
 from grit_vlm.config.model_configs import GRITLoRAConfig
-from grit_vlm.core.fisher_info import SIDES, FisherInformationMatrix, Gradients, Side, compute_natural_gradient
+from grit_vlm.core.fisher_info import FisherInformationMatrix, Gradients, Side, compute_natural_gradient
 
 __all__ = ["GRITLoRAConfig", "GRITLoRALayer", "GRITLoRALinear"]
 
@@ -136,7 +136,7 @@ class GRITLoRALinear(nn.Module):
         self.adapter_name = adapter_name
         self.modality = "all"  # whose budget it shares, and whether its tokens are text: of vision, cross_modal not
         self.fisher_matrix = FisherInformationMatrix(
-            c.fisher_approximation, c.fisher_damping, c.fisher_ema_decay, c.fisher_update_freq, c.fisher_block_size
+            c.fisher_approximation, c.fisher_damping, c.fisher_ema_decay, c.fisher_update_freq
         )
         self.activation_buffer: list[Tokens] = []
         self.projection_budget = c.projection_budget_start if c.enable_projection else None  # None: all
@@ -159,13 +159,6 @@ class GRITLoRALinear(nn.Module):
     def eigenvalues(self) -> Tensor | None:
         """Fisher information along every direction, [directions]; None before the first update."""
         return self.fisher_matrix.direction_values() if self.fisher_matrix.weight else None
-
-    @property
-    def projection_matrix(self) -> dict[str, Tensor] | None:
-        """The kept directions as orthonormal columns, see `FisherInformationMatrix.directions`; None: all are kept."""
-        if self.projection_budget is None or not self.fisher_matrix.weight:
-            return None
-        return self.fisher_matrix.directions(self.projection_budget)
 
     @property
     def ready(self) -> bool:
@@ -222,14 +215,7 @@ class GRITLoRALinear(nn.Module):
         factors = self.fisher_matrix.step_weights(side, power) if natural else torch.ones_like(eigen.values)
         if self.projection_budget is not None:
             factors = factors * self.fisher_matrix.keeps(self.projection_budget)[side]
-        return factors[eigen.real]
-
-    def get_fisher_for_param(self, name: str) -> Tensor:
-        """The dense estimate of "lora_A" or "lora_B" (any name that holds one of them): [n, n]; for small layers."""
-        for side in SIDES:
-            if f"lora_{side}" in name:
-                return self.fisher_matrix.dense(side)
-        raise ValueError(f"expected a name with lora_A or lora_B, got {name!r}")
+        return factors.reshape(-1)
 
     compute_natural_gradient = staticmethod(compute_natural_gradient)
 

@@ -3,13 +3,12 @@
 import copy
 import dataclasses
 import logging
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from grit_vlm.config.families import adapted_modules, family_config, get_model_config, type_of
 from grit_vlm.config.model_configs import MODALITIES, GRITLoRAConfig, ModalityConfig, ModelGRITConfig
@@ -17,11 +16,10 @@ from grit_vlm.core.fisher_curvature import FisherManager
 from grit_vlm.core.grit_lora import GRITLoRALinear
 from grit_vlm.errors import GritVlmError
 from grit_vlm.models.lora import add_lora, dropout
-from grit_vlm.utils.projection import MultiModalProjector, effective_rank
+from grit_vlm.utils.projection import MultiModalProjector
 
 logger = logging.getLogger("grit")
 
-RECENT_ACTIVATIONS = 8  # batches
 _PREFIX = "base_model.model."  # which PEFT adds to a module's name
 
 
@@ -84,7 +82,6 @@ class VLMGRITAdapter:
         for modality, names in self.layers.items():
             for name in names:
                 self.grit_layers[name].modality = modality
-        self.vision_activations: deque[Tensor] = deque(maxlen=RECENT_ACTIVATIONS)
         self.manager = FisherManager(self.model, self.grit_layers)
         logger.info("GRIT-VLM: %s", self.describe())
 
@@ -103,18 +100,11 @@ class VLMGRITAdapter:
     def get_grit_layers(self) -> dict[str, GRITLoRALinear]:
         return dict(self.grit_layers)
 
-    def update_mixed_modal_fisher(self, vision_activations: Tensor | None = None) -> dict[str, int]:
+    def update_mixed_modal_fisher(self) -> dict[str, int]:
         """Update the estimates with the tokens captured since the last update; modality → number of changed layers.
 
-        The optimizer does this at its step; a loop may call it earlier, after the backward pass. Estimates do not need
-        the activations [..., d], which are for `estimate_vision_rank` and default to the inputs of the first vision
-        layer.
+        The optimizer does this at its step; a loop may call it earlier, after the backward pass.
         """
-        if vision_activations is None and self.vision_layers:
-            buffer = self.grit_layers[self.vision_layers[0]].activation_buffer
-            vision_activations = buffer[-1].x if buffer else None
-        if vision_activations is not None:
-            self.vision_activations.append(vision_activations.detach())
         return {
             modality: sum(self.grit_layers[name].update_fisher_and_projection() for name in names)
             for modality, names in self.layers.items()
@@ -128,12 +118,6 @@ class VLMGRITAdapter:
     # None where nothing is projected.
     vision_scheduler = property(lambda self: self.manager.curvature.schedules.get("vision"))
     text_scheduler = property(lambda self: self.manager.curvature.schedules.get("text"))
-
-    def estimate_vision_rank(self) -> float:
-        """Effective rank of the last vision activations, for the rule k ≈ 1.2·rank (see `recommended_budget`)."""
-        if not self.vision_activations:
-            raise GritVlmError("expected vision activations, got none; call update_mixed_modal_fisher first")
-        return effective_rank(self.vision_activations[-1])
 
     def save_pretrained(self, folder: str | Path) -> None:
         self.model.save_pretrained(str(folder), safe_serialization=True)
@@ -169,23 +153,17 @@ def create_vlm_grit_adapter(
 ) -> tuple[Any, VLMGRITAdapter]:
     """The model with LoRA on it, and its adapter, a `VLMGRITAdapter` of `config` and `kwargs`.
 
-    A folder or hub id is loaded in float32; `trust_remote_code` is for models that ship code with their weights,
-    such as Phi-3.5-vision.
+    A folder or hub id is loaded in float32; `trust_remote_code` is for models that ship code with their weights.
     """
     if isinstance(model_or_id, nn.Module):
         adapter = VLMGRITAdapter(model_or_id, config, **kwargs)
         return adapter.model, adapter
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
-    # Phi-3.5-vision's remote code registers itself as a causal language model.
-    problems = []
-    for loader in (AutoModelForImageTextToText, *([AutoModelForCausalLM] if trust_remote_code else [])):
-        try:
-            model = loader.from_pretrained(
-                model_or_id, use_safetensors=True, trust_remote_code=trust_remote_code, dtype=torch.float32
-            )
-        except (OSError, ValueError, KeyError) as error:
-            problems.append(str(error))
-        else:
-            return create_vlm_grit_adapter(model, config, **kwargs)
-    raise GritVlmError(f"no vision-language model could be loaded from {model_or_id!r}: {'; '.join(problems)}")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            model_or_id, use_safetensors=True, trust_remote_code=trust_remote_code, dtype=torch.float32
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise GritVlmError(f"no vision-language model could be loaded from {model_or_id!r}: {error}") from error
+    return create_vlm_grit_adapter(model, config, **kwargs)

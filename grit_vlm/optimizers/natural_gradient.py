@@ -1,4 +1,4 @@
-"""GRIT-SGD, GRIT-Adam and their adaptive variants.
+"""GRIT-SGD and GRIT-Adam.
 
 All are `grit.optim.GritOptimizer` over a `FisherCurvature`: statistics, natural gradient, clipping, the wrapped
 optimizer's step. What differs is where the Fisher information comes in:
@@ -9,9 +9,6 @@ optimizer's step. What differs is where the Fisher information comes in:
   direction Adam has already normalized.
 - grit_adam_preconditioned: (F + λI)⁻¹ ∇ instead of ∇ goes into AdamW, which is what the documents describe. With
   estimate diagonal AdamW undoes most of it: scaling a coordinate's gradient by a constant does not change its step.
-- adaptive_sgd, adaptive_adam: the learning rate follows the curvature. Steps are shortened to the trust region
-  Δθᵀ(F + λI)Δθ ≤ κ (Martens & Grosse 2015, section 6; the documents only say "dynamic learning rate adaptation"),
-  with SGD before momentum adds them up.
 """
 
 import dataclasses
@@ -28,14 +25,12 @@ from grit_vlm.core.fisher_curvature import FisherManager
 from grit_vlm.core.grit_lora import GRITLoRALinear
 from grit_vlm.errors import GritVlmError
 
-MODES: dict[str, tuple[Literal["sgd", "eigen_adamw", "adamw"], bool]] = {
-    "grit_sgd": ("sgd", False),
-    "adaptive_sgd": ("sgd", True),
-    "grit_adam": ("eigen_adamw", False),
-    "adaptive_adam": ("eigen_adamw", True),
-    "grit_adam_preconditioned": ("adamw", False),
+MODES: dict[str, Literal["sgd", "eigen_adamw", "adamw"]] = {
+    "grit_sgd": "sgd",
+    "grit_adam": "eigen_adamw",
+    "grit_adam_preconditioned": "adamw",
 }
-"""Type → mode of `grit.GRITConfig`, and whether steps are shortened to the trust region."""
+"""Type → mode of `grit.GRITConfig`."""
 
 
 def check_type(optimizer_type: str) -> None:
@@ -45,18 +40,11 @@ def check_type(optimizer_type: str) -> None:
 
 
 def set_mode(manager: FisherManager, optimizer_type: str, **settings: Any) -> None:
-    """Set the step rule: a type of `MODES`, and fields of `grit.GRITConfig`."""
+    """Set the step rule: a type of `MODES`, and fields of `grit.GRITConfig`; there is no trust region."""
     check_type(optimizer_type)
-    mode, adaptive = MODES[optimizer_type]
-    if mode == "sgd" and not adaptive:
-        settings["kl_clip"] = 0.0
-    elif adaptive:
-        settings.setdefault("kl_clip", manager.config.kl_clip or GRITConfig().kl_clip)  # 0: of grit_sgd before
-        if not settings["kl_clip"] > 0:
-            raise GritVlmError(f"kl_clip: {optimizer_type} expects κ above 0, got {settings['kl_clip']!r}")
-    config = dataclasses.replace(manager.config, mode=mode, **settings)
+    config = dataclasses.replace(manager.config, mode=MODES[optimizer_type], kl_clip=0.0, **settings)
     config.validate()
-    manager.curvature.config, manager.curvature.adaptive = config, adaptive
+    manager.curvature.config = config
 
 
 def create_grit_optimizer(
@@ -77,7 +65,7 @@ def create_grit_optimizer(
     `parameters` are all that is trained, LoRA's weights among them, also groups with options, as torch takes them;
     `grit_layers` those of an adapter (`VLMGRITAdapter.get_grit_layers`), or standalone layers, by name. Projection
     budgets go from start to end over `total_steps` (None: as planned before). `optimizer` is wrapped instead of torch's
-    AdamW or SGD made here; `settings` are fields of `grit.GRITConfig`: kl_clip (κ), eigen_power (p), grafting, …
+    AdamW or SGD made here; `settings` are fields of `grit.GRITConfig`: eigen_power (p), grafting, …
     """
     check_type(optimizer_type)
     if not grit_layers:

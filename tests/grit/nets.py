@@ -49,8 +49,6 @@ def quick(**changes):
     values |= {"kfac_damping": 1e-3, **changes}
     if values.get("mode", "eigen_adamw") == "eigen_adamw" and not values["eigen_power"]:
         del values["kfac_damping"]  # refused where it has no effect
-    if not values.get("adaptive_schedule"):
-        values.pop("adaptive_window", None)
     return GRITConfig.from_dict(values)
 
 

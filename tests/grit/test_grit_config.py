@@ -50,7 +50,7 @@ def test_all_mistakes_of_all_kinds_arrive_together():
     wrong = {
         "lora_rank": True, "lora_alpha": "32", "lora_target_modules": "q_proj", "kfac_damping": -1.0,
         "lambda_kfac": NAN, "max_grad_norm": INF, "rank_adaptation_threshold": 1.5, "reprojection_k": 0,
-        "adaptive_window": 1, "cov_decay": 1.0, "eigen_power": -0.5, "lr_ratio_b": 0.0, "capture": "gradient",
+        "cov_decay": 1.0, "eigen_power": -0.5, "lr_ratio_b": 0.0, "capture": "gradient",
     }  # fmt: skip
     found = complaints(kfac_dampin=1e-3, zzz=1, mode="sgd", grafting=True, **wrong)
     near, strange = found.pop("unknown setting 'kfac_dampin'"), found.pop("unknown setting 'zzz' Available")
@@ -82,7 +82,6 @@ ACCEPTED = [
     ("cov_decay sgd_momentum lora_dropout", [0, 0.999], [1, -0.1, NAN]),
     ("rank_adaptation_threshold", [1e-9, 0.5, 1], [0, -0.1, 1.0001, NAN, INF]),
     ("eigen_power", [0, 0.5, 1], [1.1, -0.1, NAN]),
-    ("adaptive_window", [2, 50], [1, 0]),
     ("grafting", [None, False], [0, 1, "no"]),
     ("max_grad_norm", [None, 0, 1.5], [True, "1.0"]),
     ("lora_target_modules", [["q_proj"], ("q_proj", "v_proj")], ["q_proj", [1], None, []]),
@@ -93,7 +92,7 @@ ACCEPTED = [
 ]
 
 
-NEEDS = {"regularizer_warmup_steps": {"lambda_kfac": 1.0}, "adaptive_window": {"adaptive_schedule": True}}
+NEEDS = {"regularizer_warmup_steps": {"lambda_kfac": 1.0}}
 
 
 @pytest.mark.parametrize(("names", "good", "bad"), ACCEPTED)
@@ -116,7 +115,6 @@ def test_ranges_hold_at_their_edges_and_other_types_are_refused(names, good, bad
             "kfac_damping",
             "with eigen_power 0",
         ),
-        ({"adaptive_window": 10}, "adaptive_window", "has no effect without adaptive_schedule"),
         ({"cautious": True, "mode": "adamw"}, "cautious", "has no effect in mode 'adamw'"),
         ({"mode": "sgd", "grafting": True}, "grafting", "natural lengths"),
         ({"min_lora_rank": 17}, "min_lora_rank", "at most lora_rank = 16, got 17"),

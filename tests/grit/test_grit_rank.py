@@ -6,12 +6,12 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 
 from grit import GRITConfig, GRITManager, GritOptimizer
-from grit.layers import fit_to_checkpoint, resize, write_patterns
+from grit.layers import resize, write_patterns
 from tests.grit.nets import PREFIX, inner_for, llama, lora_on, of_kind, trainable
 
 R = 6
@@ -268,34 +268,3 @@ def test_a_wrapped_model_is_written_too():
     run = Run(Wrapper(model := lora_model())).train(5).done()
     ranks = {name.removeprefix(f"module.{PREFIX}"): k for name, k in run.ranks().items()}
     assert model.peft_config["default"].rank_pattern == {f"^{n}": k for n, k in ranks.items() if k < R} != {}
-
-
-# Going on from a checkpoint
-
-
-def test_fitting_reads_the_patterns_as_peft_does(tmp_path):
-    """Ranks also go back up, e.g. for the best checkpoint of a run that has shrunk since; nothing to do is told."""
-    user = {"rank_pattern": {"down_proj": 5}}
-    run = Run(lora_model(**user), mode="adamw")  # moments live in the optimizer
-    saved(run.model, tmp_path / "whole")
-    curvature = run.manager.curvature
-
-    def fit(folder):
-        return fit_to_checkpoint(run.model, curvature.pairs(), tmp_path / folder, curvature.base_rank, run.optimizer)
-
-    assert not fit("whole") and not fit("nowhere")
-    run.train(5).done()
-    shrunk = run.ranks()
-    saved(run.model, tmp_path / "shrunk")
-    assert fit("whole")
-    curvature.restart()
-    assert run.ranks() == {n: 5 if "down_proj" in n else R for n in shrunk}
-    check_shapes(run)
-    config = saved(run.model, tmp_path / "back")
-    assert set(config["rank_pattern"].values()) == {5} and len(config["rank_pattern"]) == 2
-    for folder, ranks in (("shrunk", shrunk), ("whole", curvature.base_rank)):
-        fit(folder)
-        curvature.restart()
-        set_peft_model_state_dict(run.model, load_peft_weights(str(tmp_path / folder), device="cpu"))
-        assert run.ranks() == ranks
-        check_reload(run.model, tmp_path / folder)

@@ -11,7 +11,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         told = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.0, "fisher_min_samples": 1, "fisher_update_freq": 3,
-                "fisher_block_size": 4, "projection_budget_start": 2, "projection_budget_end": 2}  # fmt: skip
+                "projection_budget_start": 2, "projection_budget_end": 2}  # fmt: skip
         config = GRITLoRAConfig(**told | changed)
         self.first = GRITLoRALinear(nn.Linear(6, 7).double(), config)
         self.second = GRITLoRALinear(nn.Linear(7, 5).double(), config)

@@ -6,9 +6,8 @@ import pytest
 import small_vlm
 import torch
 
-from benchmarks.vlm_modes import Mode, judge_mode
 from grit_vlm import create_grit_optimizer
-from grit_vlm.config.model_configs import ESTIMATES
+from probes import Probe, judge
 from probes.geometry import LayerReading, numbers
 
 STEPS = 14
@@ -34,11 +33,11 @@ def test_vectors_and_blocks_are_read_as_the_matrices_that_they_stand_for():
     assert one["basis_rotation"] == pytest.approx(two["basis_rotation"], rel=1e-6) and one["basis_rotation"] > 0.05
 
 
-@pytest.mark.parametrize("estimate", ESTIMATES)
+@pytest.mark.parametrize("estimate", ["diagonal", "kfac"])
 @pytest.mark.parametrize("kind", ["grit_adam", "grit_adam_preconditioned"])
 def test_readings_are_what_gradients_are_multiplied_by(kind, estimate):
     """Matrices in the reading, applied by hand, give the natural gradient; bases and weights the step."""
-    adapter = small_vlm.adapter(double=True, fisher_approximation=estimate, fisher_block_size=8, fisher_damping=0.1)
+    adapter = small_vlm.adapter(double=True, fisher_approximation=estimate, fisher_damping=0.1)
     optimizer = create_grit_optimizer(adapter.get_trainable_parameters(), kind, adapter.get_grit_layers(), lr=1e-4)
     adapter.model(**small_vlm.batch(adapter.model, double=True)).loss.backward()
     optimizer.step()
@@ -54,17 +53,11 @@ def test_readings_are_what_gradients_are_multiplied_by(kind, estimate):
             eigen = fisher.eigen(side)
             assert float(reading["factors"][letter].norm()) == pytest.approx(float(eigen.values.norm()))
             if kind == "grit_adam":
-                torch.testing.assert_close(reading["weights"][letter], fisher.step_weights(side, 1.0)[eigen.real])
+                torch.testing.assert_close(reading["weights"][letter], fisher.step_weights(side, 1.0).reshape(-1))
                 assert (letter in reading["bases"]) == (estimate != "diagonal")
                 continue
             matrix, g = reading["preconditioners"][letter], gradients[side] if side == "A" else gradients[side].mT
-            if estimate == "kfac":
-                applied = matrix @ g
-            elif estimate == "diagonal":
-                applied = matrix.reshape(g.shape) * g
-            else:
-                laid = fisher.lay_out(g)
-                applied = fisher.take_out(side, (matrix.reshape(*laid.shape, -1) @ laid[..., None]).squeeze(-1))
+            applied = matrix @ g if estimate == "kfac" else matrix.reshape(g.shape) * g
             torch.testing.assert_close(applied, natural[side] if side == "A" else natural[side].mT)
 
 
@@ -73,7 +66,6 @@ def test_readings_are_what_gradients_are_multiplied_by(kind, estimate):
     [
         ("grit_adam", "kfac", True, False, "effective"),
         ("grit_adam_preconditioned", "diagonal", True, False, "effective"),
-        ("adaptive_sgd", "block_diagonal", True, False, "effective"),
         ("grit_adam", "kfac", False, True, "effective"),
         ("grit_adam", "kfac", False, False, "no_effect"),  # AdamW then
         ("grit_sgd", "kfac", False, False, "unstable"),  # SGD, which is not AdamW, and does not what is claimed either
@@ -82,10 +74,21 @@ def test_readings_are_what_gradients_are_multiplied_by(kind, estimate):
 def test_a_natural_gradient_is_effective_and_nothing_is_if_it_is_switched_off(
     kind, estimate, natural, projection, expected
 ):
-    verdict, facts = judge_mode(Mode(kind, estimate, natural, projection), STEPS, start_b=0.1 * projection)
+    adapter = small_vlm.adapter(
+        fisher_approximation=estimate, fisher_update_freq=5, enable_natural_gradient=natural,
+        enable_projection=projection, projection_budget_start=2, projection_budget_end=2,
+    )  # fmt: skip
+    weights = adapter.get_trainable_parameters()
+    optimizer = create_grit_optimizer(weights, kind, adapter.get_grit_layers(), lr=0.1 if kind == "grit_sgd" else 3e-3)
+    with Probe(adapter.model, optimizer, every=2, readings=adapter.manager.readings) as probe:
+        for step in range(STEPS):
+            adapter.model(**small_vlm.batch(adapter.model, step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    adapter.manager.close(check=False)
+    verdict = judge(probe)
     diagnosis = "none" if expected == "effective" else "nothing_changed"
     assert (verdict.verdict, verdict.diagnosis) == (expected, diagnosis), verdict.table()
     assert verdict.as_claimed == (expected == "effective")
     if natural:
         assert verdict.numbers["angle_to_shadow"] > 2 and verdict.numbers["coverage"] >= 0.9
-    assert facts.get("kept_of_a", 0.5) == 0.5

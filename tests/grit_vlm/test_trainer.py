@@ -33,9 +33,8 @@ def weights(adapter):
 
 
 def test_a_resumed_run_gives_the_same_bytes(tmp_path):
-    told = {"fisher_approximation": "block_diagonal", "enable_projection": True, "projection_budget_start": 2,
-            "projection_budget_end": 60, "projection_schedule": "adaptive", "fisher_update_freq": 2,
-            "lora_dropout": 0.1}  # fmt: skip
+    told = {"enable_projection": True, "projection_budget_start": 2, "projection_budget_end": 60,
+            "projection_schedule": "cosine", "fisher_update_freq": 2, "lora_dropout": 0.1}  # fmt: skip
     whole = trainer(tmp_path / "whole", small_vlm.adapter(**told), max_steps=7, save_strategy="steps", save_steps=4)
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-4"
@@ -72,11 +71,10 @@ def test_schedules_go_over_the_whole_run(tmp_path):
 
 
 def test_the_arguments_reach_the_engine(tmp_path):
-    more = {"grit_optimizer_type": "adaptive_adam", "enable_projection": False, "fisher_update_freq": 3}
+    more = {"grit_optimizer_type": "grit_adam_preconditioned", "enable_projection": False, "fisher_update_freq": 3}
     found = trainer(tmp_path, small_vlm.adapter(enable_projection=True), **more)
     found.create_optimizer()
-    assert found.grit_manager.config.mode == "eigen_adamw"
-    assert found.grit_manager.curvature.adaptive and not found.grit_manager.curvature.schedules
+    assert found.grit_manager.config.mode == "adamw" and not found.grit_manager.curvature.schedules
     for layer in found.grit_adapter.grit_layers.values():
         assert layer.projection_budget is None and layer.config.fisher_update_freq == 3
 

@@ -1,9 +1,6 @@
 """Small vision-language models with the real module names of each family: random weights, every block there."""
 
-from types import SimpleNamespace
-
 import torch
-from torch import nn
 
 VISION_BLOCKS, TEXT_BLOCKS, HIDDEN, IMAGE, PATCH = 12, 5, 32, 16, 8
 IMAGE_TOKEN, TOKENS = 1, 4  # a picture of 16 pixels in patches of 8 is 4 tokens
@@ -45,34 +42,6 @@ def qwen2_vl():
     return Qwen2VLForConditionalGeneration(config)
 
 
-def _tree(names):
-    root = nn.Module()
-    for name in names:
-        *above, last = name.split(".")
-        module = root
-        for part in above:
-            if part not in module._modules:
-                module.add_module(part, nn.Module())
-            module = module._modules[part]
-        module.add_module(last, nn.Linear(HIDDEN, HIDDEN))
-    return root
-
-
-def phi3_v(nested=True):
-    """Names only: Phi-3.5-vision's code is remote. `nested`: on a CLIP of before transformers 5."""
-    tower = "model.vision_embed_tokens.img_processor" + (".vision_model" if nested else "") + ".encoder.layers"
-    model = _tree(
-        [f"{tower}.{i}.self_attn.{p}_proj" for i in range(VISION_BLOCKS) for p in ("k", "v", "q", "out")]
-        + [f"{tower}.{i}.mlp.{p}" for i in range(VISION_BLOCKS) for p in ("fc1", "fc2")]
-        + [f"model.vision_embed_tokens.img_projection.{i}" for i in (0, 2)]
-        + [f"model.layers.{i}.self_attn.{p}_proj" for i in range(TEXT_BLOCKS) for p in ("o", "qkv")]
-        + [f"model.layers.{i}.mlp.{p}_proj" for i in range(TEXT_BLOCKS) for p in ("gate_up", "down")]
-        + ["lm_head"]
-    )
-    model.config = SimpleNamespace(model_type="phi3_v")
-    return model
-
-
 def batch(model, seed=0):
     """Two questions with a picture each, answers to learn, as the model's `forward` takes them."""
     generator = torch.Generator().manual_seed(seed)
@@ -101,7 +70,4 @@ BUILDERS = {
     "vipllava": lambda: _llava("VipLlava", vision_feature_layers=[-2, -5, -8]),
     "paligemma": lambda: _llava("PaliGemma", "siglip", "gemma", projection_dim=HIDDEN),
     "qwen2_vl": qwen2_vl,
-    "phi3_v": phi3_v,
-    "phi3_v_flat": lambda: phi3_v(nested=False),
 }
-RUNNABLE = tuple(name for name in BUILDERS if not name.startswith("phi3_v"))

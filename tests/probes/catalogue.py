@@ -742,7 +742,7 @@ _CLEAN: dict[str, dict[str, Run]] = {
         "GRIT, clipped": _grit(max_grad_norm=0.5),
         "GRIT, regularisers": _grit(mode="adamw", lambda_kfac=1e-4, lambda_reproj=1e-4),
         "GritTrainer, eigen_adamw": _trained(grit_trainer),
-        "GritTrainer, adaptive schedule": _trained(partial(grit_trainer, adaptive_schedule=True, adaptive_window=5)),
+        "GritTrainer, lr_ratio_b 4": _trained(partial(grit_trainer, lr_ratio_b=4.0)),
         "GritTrainer, adamw, accumulation 4": _trained(partial(grit_trainer, mode="adamw"), B, accumulation=4),
         "GritTrainer, checkpointing": _trained(grit_trainer, **CHECKPOINTING),
         "PEFT's Riemannian optimizer": _looped(riemannian, C),

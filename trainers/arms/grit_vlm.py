@@ -12,9 +12,7 @@ from trainers.settings import Estimate, Section, TrainSettings
 class NaturalGradient(Section):
     """What GRIT-VLM does with gradients; see `grit_vlm.GRITLoRAConfig`."""
 
-    optimizer: Literal["grit_adam", "grit_adam_preconditioned", "grit_sgd", "adaptive_adam", "adaptive_sgd"] = (
-        "grit_adam"
-    )
+    optimizer: Literal["grit_adam", "grit_adam_preconditioned", "grit_sgd"] = "grit_adam"
     estimate: Estimate = "diagonal"
     damping: Annotated[float, Field(ge=0, description="λ")] = 1e-4
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -23,7 +21,7 @@ class NaturalGradient(Section):
     projection: bool = False
     projection_start: Annotated[int, Field(ge=1, description="directions a layer")] = 32
     projection_end: Annotated[int, Field(ge=1, description="directions a layer")] = 96
-    projection_schedule: Literal["linear", "cosine", "adaptive"] = "linear"
+    projection_schedule: Literal["linear", "cosine"] = "linear"
 
 
 class VlmSettings(TrainSettings):
