@@ -27,8 +27,6 @@ from pipelines.stage import clear_errors, cli, quiet_libraries, sees_pictures, s
 from pipelines.train import job_of, load_arm
 
 STEPS = 2
-TWINS = 2
-"""Twin runs that the probe trains, at most."""
 COPIES = 3
 """Copies of an adapter in a checkpoint (weights and Adam's two moments), and checkpoints that exist at once."""
 
@@ -70,7 +68,7 @@ def try_arm(params: Params, name: str) -> dict[str, Any]:
         "peak": torch.cuda.max_memory_reserved() if cuda else peak_memory_bytes(),
         "memory": torch.cuda.get_device_properties(0).total_memory if cuda else free,
         "seconds": ends[-1] - ends[-2],
-        "steps": settings.steps_for(len(rows)) + TWINS * params.probe.twin_steps,
+        "steps": settings.steps_for(len(rows)),
         "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "base": int(trainer.model.get_base_model().num_parameters()),
     }
@@ -129,7 +127,7 @@ def show(params: Params, rows: list[dict[str, Any]]) -> bool:
     free = shutil.disk_usage(Path.cwd()).free
     fits = fits and needed <= free
     Console(width=100).print(table)
-    print(f"training and twins: {hours:.2f} h; disk: {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free")
+    print(f"training: {hours:.2f} h; disk: {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free")
     print("fits" if fits else "does not fit")
     return fits
 

@@ -77,7 +77,6 @@ class Evaluate(Section):
 class Probe(Section):
     """Section probe: thresholds for the verdict on an arm's updates."""
 
-    twin_steps: Annotated[int, Field(ge=5, description="optimizer steps of each twin")]
     min_angle: Annotated[float, Field(gt=0, le=90, description="degrees")]
     min_coverage: Share
 

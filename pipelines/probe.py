@@ -1,58 +1,24 @@
 """Stage probe: verdicts/<arm>/<seed>/, whether the optimizer did what the arm claims."""
 
-import gc
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from db.errors import FileError
-from db.files import exclusive, finish_run, hash_inputs, read_json, staged, start_run, write_record
+from db.files import exclusive, finish_run, hash_inputs, staged, start_run, write_record
 from db.records import VerdictRecord
-from pipelines import train
-from pipelines.params import ADAPTER, PipelineError, Probe
+from pipelines.params import ADAPTER, PipelineError, Probe, StageParams, check_arm
 from pipelines.stage import adapter_dir, command, verdict_dir
-from pipelines.train import job_of, load_arm
-from probes import Evidence, Thresholds, Twin, Verdict, judge
-from probes.twin_curves import DIVERGES
-from trainers import BASELINE
-from trainers.run import LEDGER, STEP_LOSSES, first_losses
+from probes import Evidence, Thresholds, Verdict, judge
+from trainers.run import LEDGER
 from trainers.theirs import WEIGHTS, moved
 
 DEGREES, RATIO, SHARE, COSINE = "degrees", "ratio", "share", "cosine"
 UNITS = "1 effective, 0 no_effect, -1 unstable"
 
 
-class Params(train.Params):
+class Params(StageParams):
     probe: Probe
-
-
-def twin_curves(params: Params, arm: str, seed: int, steps: int, perturbed: Sequence[bool]) -> list[list[float]]:
-    """First losses of the baseline with an arm's settings; `perturbed`: whether each curve starts one rounding off."""
-    import torch
-
-    curves = []
-    for off in perturbed:
-        with TemporaryDirectory() as folder:
-            job = job_of(params, params.train_for(arm).shared(), seed, Path(folder), Path(folder))
-            curves.append(first_losses(load_arm(BASELINE, params), job, steps, off))
-        gc.collect()  # reference cycles keep a Trainer alive, and two models may not fit a GPU
-        torch.cuda.empty_cache()
-    return curves
-
-
-def twins(params: Params, arm: str, seed: int, warmup: int) -> Twin:
-    """Loss curves of baseline, baseline again and arm over the run's first steps, all with the arm's settings.
-
-    The second baseline starts one rounding off: on a CPU the curves would otherwise be identical.
-    """
-    steps = params.probe.twin_steps + warmup  # a twin is no longer than the real run
-    curve = [float(loss) for loss in read_json(adapter_dir(arm, seed) / STEP_LOSSES)[:steps]]
-    first = [curve] if params.code_of(arm) == BASELINE else []
-    baseline, again = first + twin_curves(params, arm, seed, len(curve), (False, True)[len(first) :])
-    return Twin(baseline, again, curve)
 
 
 def reading(
@@ -63,23 +29,21 @@ def reading(
     return {**row, "threshold": threshold, "verdict": judged, "diagnosis": diagnosis}
 
 
-def readings(verdict: Verdict, limits: Thresholds, pair: Twin) -> list[dict[str, Any]]:
+def readings(verdict: Verdict, limits: Thresholds) -> list[dict[str, Any]]:
     """What was judged, against which threshold, and further measurements; the ledger has those of each layer."""
-    numbers = verdict.numbers | {"twin_divergence": pair.ratio}
+    numbers = verdict.numbers
     angle, coverage = numbers["angle_to_shadow"] or 0.0, numbers["coverage"] or 0.0
-    # Only a claim can fail; the loss curve decides nothing by itself, because its floor may be high. A run that claims
-    # nothing is right if no threshold is reached.
+    # Only a claim can fail. A run that claims nothing is right if no threshold is reached.
     thresholds = {
-        "angle_to_shadow": (DEGREES, limits.min_angle, angle > limits.min_angle, "fail"),
-        "coverage": (SHARE, limits.min_coverage, coverage >= limits.min_coverage, "fail"),
-        "twin_divergence": ("A/A floors", DIVERGES, pair.diverges, "inconclusive"),
+        "angle_to_shadow": (DEGREES, limits.min_angle, angle > limits.min_angle),
+        "coverage": (SHARE, limits.min_coverage, coverage >= limits.min_coverage),
     }
     value = {"effective": 1.0, "no_effect": 0.0, "unstable": -1.0}[verdict.verdict]
     text = f"{verdict.verdict}: {verdict.diagnosis}: {verdict.reason}"
     rows = [reading("verdict", value, UNITS, "pass" if verdict.as_claimed else "fail", diagnosis=text)]
-    for name, (unit, threshold, reached, otherwise) in thresholds.items():
+    for name, (unit, threshold, reached) in thresholds.items():
         if (number := numbers[name]) is not None:
-            judged = "pass" if reached == verdict.claims else otherwise if verdict.claims else "skipped"
+            judged = "pass" if reached == verdict.claims else "fail" if verdict.claims else "skipped"
             rows.append(reading(name, number, unit, judged, threshold=threshold))
     units = {
         "angle_weights": DEGREES, "lr_ratio": RATIO, "cos_raw_preconditioned": COSINE, "cos_raw_step": COSINE,
@@ -117,12 +81,11 @@ def run(params: Params, arm_name: str, seed: int) -> Verdict | None:
 
     Returns None for an arm that was trained elsewhere.
     """
+    check_arm(arm_name, params)
     if source := params.adapter_of(arm_name, seed):
         judge_foreign(params, arm_name, seed, source)
         return None
-    from probes import figures
-
-    arm, settings, out = load_arm(arm_name, params), params.train_for(arm_name), verdict_dir(arm_name, seed)
+    out = verdict_dir(arm_name, seed)
     ledger = adapter_dir(arm_name, seed) / LEDGER
     limits = Thresholds(min_angle=params.probe.min_angle, min_coverage=params.probe.min_coverage)
     used = {"probe": params.probe.model_dump()}
@@ -134,23 +97,16 @@ def run(params: Params, arm_name: str, seed: int) -> Verdict | None:
             evidence = Evidence.read(ledger, limits)
         except (OSError, ValueError) as error:
             raise FileError(f"{ledger}: expected the ledger of a finished training: {error}; run stage train") from None
-        pair = twins(params, arm_name, seed, settings.method_warmup_steps)
-        verdict = judge(evidence, twin=pair)
+        verdict = judge(evidence)
         content = {
             "schema": 1,
             "arm": arm_name,
             "seed": seed,
             "as_claimed": verdict.as_claimed,
             **verdict.to_json(),
-            "twin": {**asdict(pair), "floor": pair.floor, "divergence": pair.divergence, "ratio": pair.ratio},
-            "readings": readings(verdict, limits, pair),
+            "readings": readings(verdict, limits),
         }
         write_record(folder / "verdict.json", VerdictRecord.of(content))
-        title = f"{arm.title}: {verdict.verdict}"
-        if evidence.records:
-            diagnosis = "" if verdict.diagnosis == "none" else f" ({verdict.diagnosis})"
-            figures.plot_ledger(evidence, folder / "updates.png", title + diagnosis)
-        figures.plot_twin(pair, folder / "twin.png", arm.title)
         record.extra = {"verdict": verdict.verdict, "diagnosis": verdict.diagnosis, "numbers": verdict.numbers}
         finish_run(record, folder)
     print(verdict.table())

@@ -1,4 +1,4 @@
-"""Probes that prove what an optimizer did: ledger, shadow, twin run, verdict. For any torch optimizer, GRIT or not.
+"""Probes that prove what an optimizer did: ledger, shadow, verdict. For any torch optimizer, GRIT or not.
 
 A few lines in a training script of your own::
 
@@ -16,10 +16,9 @@ from typing import Any
 from probes.evidence import Evidence, Thresholds
 from probes.geometry import LayerReading
 from probes.probe import Probe
-from probes.twin_curves import Twin, perturb
 from probes.verdict import Verdict, judge
 
-__all__ = ["Evidence", "LayerReading", "Probe", "ProbeCallback", "Thresholds", "Twin", "Verdict", "judge", "perturb"]
+__all__ = ["Evidence", "LayerReading", "Probe", "ProbeCallback", "Thresholds", "Verdict", "judge"]
 
 
 def __getattr__(name: str) -> Any:

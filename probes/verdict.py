@@ -6,7 +6,6 @@ from typing import Any
 from probes.evidence import Evidence, median
 from probes.faults import FIRST, OF_A_CLAIM, OF_ANY, Finding
 from probes.probe import WARM_UP, Probe
-from probes.twin_curves import Twin
 
 EFFECTIVE, NO_EFFECT, UNSTABLE = "effective", "no_effect", "unstable"
 
@@ -25,7 +24,7 @@ class Verdict:
     diagnosis: str  # `none` if nothing is wrong, `equals_shadow` for plain AdamW that claims nothing, else the fault
     reason: str
     claims: bool
-    numbers: dict[str, float | None]  # medians over layers and samples; `divergence` is the twin run's
+    numbers: dict[str, float | None]  # medians over layers and samples
     findings: list[Finding] = field(default_factory=list)  # the most telling first
 
     @property
@@ -56,18 +55,13 @@ _SHOWN = {
     "anisotropy": "distance of the preconditioner from a multiple of the identity",
     "damping_share": "damping over the mean eigenvalue",
     "ready_share": "share of the layers whose preconditioner is ready",
-    "divergence": "twin run: distance of the loss curves over the A/A floor",
 }
 
 
-def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
-    """The verdict on a probe after training, or on the evidence from a ledger file.
-
-    Where an effect does not reach all tensors that are claimed, a twin whose loss curve stays within ten A/A floors is
-    one more finding; against a ledger that shows the effect it decides nothing.
-    """
+def judge(source: Probe | Evidence) -> Verdict:
+    """The verdict on a probe after training, or on the evidence from a ledger file."""
     e = source if isinstance(source, Evidence) else Evidence.of(source)
-    numbers = _numbers(e) | ({"divergence": twin.ratio} if twin is not None else {})
+    numbers = _numbers(e)
 
     def verdict(word: str, diagnosis: str, reason: str, findings: list[Finding]) -> Verdict:
         return Verdict(word, diagnosis, reason, e.claims, numbers, findings)
@@ -83,9 +77,6 @@ def judge(source: Probe | Evidence, twin: Twin | None = None) -> Verdict:
     faults = dict.fromkeys((*FIRST, *OF_A_CLAIM, *OF_ANY) if e.claims else (*FIRST, *OF_ANY))
     findings = [finding for fault in faults if (finding := fault(e)) is not None]
     reaches, all_of_it = e.coverage * e.step_share >= e.thresholds.traces, e.coverage >= e.thresholds.min_coverage
-    if e.claims and not all_of_it and twin is not None and not twin.diverges:
-        reason = f"the loss curve stays within {twin.ratio:.1f} times the difference of two runs of the baseline"
-        findings.append(Finding("curves_do_not_part", reason))
     if e.claims and not all_of_it and not findings:
         reason = f"preconditioning is claimed, but reaches {e.coverage:.0%} of the tensors only; no known fault fits"
         findings.append(Finding("unexplained", reason))

@@ -27,7 +27,6 @@ from trainers.settings import BaseReference, TrainSettings
 LEDGER = "probe_ledger.jsonl"
 RANKS = "GRIT_RANKS"
 """Environment variable with the number of devices that we launched on; clusters set WORLD_SIZE for other reasons."""
-STEP_LOSS, STEP_LOSSES = "step_loss", "step_losses.json"
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def training_arguments(job: TrainingJob, **changes: Any) -> Any:
 
 
 def _lasting_arguments(job: TrainingJob, name: str) -> dict[str, Any]:
-    """Arguments of real runs, which twin runs do without: trackers, and which checkpoint is loaded at the end."""
+    """Trackers, and which checkpoint is loaded at the end."""
     s = job.settings
     values = tracker_arguments(job.report_to, job.logs, name)
     if s.keeps_best:
@@ -350,9 +349,8 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
         checkpoint = to_resume(job.checkpoints)
     resumed_from = _step(checkpoint) if checkpoint else None
     _add_callbacks(trainer, arm, job, resumed_from)
-    _note_losses(trainer)
     trained = _trainable(trainer.model)
-    # Evaluations draw random numbers; without the fork a twin run, which has none, would get different dropout.
+    # Evaluations draw random numbers: without the fork, how often a run evaluates would change its dropout.
     trainer.evaluate = fork_rng(devices=[])(trainer.evaluate)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -362,11 +360,10 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     trainer.model.save_pretrained(job.output, safe_serialization=True)
     trainer.processing_class.save_pretrained(job.output)
     saved = job.output / "adapter_model.safetensors"
-    history = [dict(entry) for entry in trainer.state.log_history if not entry.keys() & {STEP_LOSS, STEP_KL}]
+    history = [dict(entry) for entry in trainer.state.log_history if STEP_KL not in entry]
     remove_trackers(trainer)  # the evaluation below would reopen them, or appear at the wrong step
     facts = arm.report(trainer, job) if arm.report and trainer.is_world_process_zero() else {}
     (job.output / "loss_history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
-    (job.output / STEP_LOSSES).write_text(json.dumps(_step_losses(trainer)) + "\n", encoding="utf-8")
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluated = [entry for entry in history if math.isfinite(entry.get("eval_loss", math.nan))]
     best = min(evaluated, key=lambda entry: entry["eval_loss"], default={})  # the first of equals, like the Trainer
@@ -402,52 +399,3 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
 
 def _trainable(model: Any) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _note_losses(trainer: Any) -> None:
-    """Keep the training loss of every step in the Trainer's state, which is part of checkpoints."""
-    from transformers import TrainerCallback
-
-    train_step, shares = trainer.training_step, list[Any]()
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        loss = train_step(*args, **kwargs)
-        shares.append(loss.detach())  # of the micro-batches of one step
-        return loss
-
-    class Note(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            loss = trainer.accelerator.reduce(sum(shares), "mean")  # over the ranks
-            state.log_history.append({"step": state.global_step, STEP_LOSS: float(loss)})
-            shares.clear()
-
-    trainer.training_step = noted
-    trainer.add_callback(Note())
-
-
-def _step_losses(trainer: Any) -> list[float]:
-    return [entry[STEP_LOSS] for entry in trainer.state.log_history if STEP_LOSS in entry]
-
-
-def first_losses(arm: Arm, job: TrainingJob, steps: int, perturbed: bool = False) -> list[float]:
-    """Training losses of the first steps, for the probe's twin run: same start, batches and learning rates.
-
-    Nothing is written to the job's output. `perturbed` starts from trainable weights that are off by one rounding.
-    """
-    from transformers import TrainerCallback
-
-    from probes import perturb
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop |= state.global_step >= steps
-
-    trainer, *_ = build(arm, job, eval_strategy="no", save_strategy="no", logging_strategy="no")
-    if perturbed:
-        perturb(trainer.model)
-    if trainer.args.disable_tqdm:
-        trainer.add_callback(progress_lines(f"twin of {arm.name}-{job.seed}, {steps} steps"))
-    trainer.add_callback(Stop())
-    _note_losses(trainer)
-    trainer.train()
-    return _step_losses(trainer)

@@ -234,14 +234,9 @@ class TrainSettings(Section):
         return self.keep_best or self.early_stopping_patience is not None
 
     @property
-    def method_warmup_steps(self) -> int:
-        """First steps, in which the arm's method does nothing yet."""
-        return 0
-
-    @property
     def warmups(self) -> dict[str, int]:
         """Setting → the first step at which its warm-up is over."""
-        return {"warmup_steps": self.warmup_steps, "the method's warm-up": self.method_warmup_steps}
+        return {"warmup_steps": self.warmup_steps}
 
     def warmup_problems(self, steps: int) -> list[str]:
         """Warm-ups that a run of this many steps would not outlast."""
@@ -250,10 +245,6 @@ class TrainSettings(Section):
             for name, warmup in self.warmups.items()
             if warmup >= max(steps, 1)
         ]
-
-    def shared(self) -> "TrainSettings":
-        """These settings without those of the arm's method."""
-        return TrainSettings(**self.model_dump(include=set(TrainSettings.model_fields)))
 
     def layer_config(self) -> Any:
         """`layers` as a `grit_vlm.ModelGRITConfig`, without natural gradients, which arms add."""

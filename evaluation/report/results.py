@@ -23,7 +23,7 @@ class Probe(NamedTuple):
     verdict: str  # effective, no_effect, unstable or not_watched
     as_claimed: bool | None  # whether the arm's updates are what it claims; None: not watched
     reason: str
-    numbers: dict[str, float]  # reading → value: angle_to_shadow in degrees, twin_divergence in A/A floors, …
+    numbers: dict[str, float]  # reading → value: angle_to_shadow in degrees, coverage, …
 
 
 class ScoredRun(Run):

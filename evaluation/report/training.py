@@ -40,7 +40,6 @@ _PROBE_COLUMNS = {
     "angle_to_shadow": "Angle to AdamW, degrees",
     "lr_ratio": "Length vs AdamW's",
     "coverage": "Share of tensors",
-    "twin_divergence": "Loss gap, A/A floors",
 }
 _ZERO = 1e-3
 """A probe's reading below this is rounding."""

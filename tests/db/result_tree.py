@@ -58,7 +58,6 @@ def verdict_json(arm, seed):
     readings = [
         reading("verdict", 0.0 if plain else 1.0, "pass", diagnosis=f"{word}: {why}: because"),
         reading("angle_to_shadow", angle, "pass", unit="degrees", threshold=1.0),
-        reading("twin_divergence", 0.0 if plain else "inf", "pass", unit="A/A floors", threshold=10.0),
         reading("layer_angle", angle, layer="layers.0.q_proj", step=25, unit="degrees"),
     ]
     verdict = {"verdict": word, "diagnosis": why, "reason": "because", "as_claimed": True}

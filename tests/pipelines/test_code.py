@@ -97,9 +97,8 @@ def test_a_stage_depends_on_its_code_and_on_the_params_that_it_reads(name):
     assert not [dep for dep in stage["deps"] if dep.endswith(".py")]
     view = vars(getattr(check, module, None) or __import__(f"pipelines.{module}", fromlist=["x"]))["Params"]
     output = {param.split(".")[0] for param in stage["params"]}
-    # From the training run come the params that the probe's twins share, from tuned/ what stage tune was told; export
-    # leaves room for answers, no more.
-    aside = {"probe": {"train", "prompt", "tune"}, "train": {"tune"}, "export": {"evaluate"}}.get(module, set())
+    # From tuned/ comes what stage tune was told; export leaves room for answers, no more.
+    aside = {"train": {"tune"}, "export": {"evaluate"}}.get(module, set())
     of_none = {"matrix", "arms", "threads", "report_to"}
     assert output | aside | of_none == {*view.model_fields, *of_none}
 

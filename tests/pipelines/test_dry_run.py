@@ -44,7 +44,7 @@ def test_what_does_not_fit_is_reported(params, capsys):
     }  # fmt: skip
     assert dry_run.disk_bytes(params, row) == 2 * 2 * (4 * 10**6 + 2 * 10**6 + 2 * 10**9) + 9 * 4 * 10**6
     assert dry_run.show(params, [row])
-    assert "training and twins: 2.00 h" in capsys.readouterr().out
+    assert "training: 2.00 h" in capsys.readouterr().out
     for change in ({"peak": 2**32}, {"base": 10**15}):
         assert not dry_run.show(params, [{**row, **change}])
     assert not dry_run.show(params, [row, {"arm": "hybrid_grit", "failed": "out of memory"}])

@@ -222,12 +222,6 @@ def test_an_adapter_from_elsewhere_is_an_arm_by_its_folder(raw, tmp_path, monkey
     assert hashed(use_dora=True)[1] != first == hashed()[1]
 
 
-def test_the_twin_of_an_arm_has_its_settings_but_the_baselines_optimizer(vision):
-    params = parse_params(changed(vision, "arms.grit_vlm.rank", 3))
-    custom, beside = params.train_for("grit_vlm"), params.train_for("grit_vlm").shared()
-    assert beside.model_dump() == {k: v for k, v in custom.model_dump().items() if k != "natural_gradient"}
-
-
 def test_as_a_command(tmp_path, raw):
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())

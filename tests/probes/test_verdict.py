@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 import probes
-from probes import Evidence, Twin, judge
+from probes import Evidence, judge
 from probes.evidence import Thresholds, median
 from probes.faults import FIRST, OF_A_CLAIM, OF_ANY
 from probes.probe import EVENTS
 from probes.tally import COLUMNS, OFF, TURNED
 from tests.probes.catalogue import CLEAN, FAULTS, SETTINGS
 
-NOT_IN_THE_CATALOGUE = {"unexplained", "curves_do_not_part"}  # of ledgers made by hand, below
+NOT_IN_THE_CATALOGUE = {"unexplained"}  # of ledgers made by hand, below
 QUICK = {fault.expected: fault.name for fault in reversed(FAULTS)}.values()  # the first of each diagnosis
 
 
@@ -268,16 +268,6 @@ def test_a_loss_that_rises():
     assert names(ledger(claims=False, losses=[None] * SAMPLES)) == []
 
 
-def test_a_twin_whose_curves_stay_together():
-    same = Twin([1.0, 2.0], [1.1, 2.0], [1.1, 2.1])
-    apart = Twin([1.0, 2.0], [1.1, 2.0], [5.0, 6.0])
-    # A noisy machine has a high floor: the loss curve alone decides nothing against the ledger, it adds to it.
-    assert judge(ledger(), twin=same).verdict == "effective"
-    assert judge(ledger(), twin=apart).verdict == "effective"
-    assert judge(ledger(), twin=apart).numbers["divergence"] == apart.ratio
-    assert judge(ledger(claims=False), twin=same).verdict == "effective"  # who claims nothing need not part
-
-
 def test_nothing_sampled():
     verdict = judge(ledger(records=0))
     assert (verdict.verdict, verdict.diagnosis) == ("no_effect", "no_samples") and "0 optimizer steps" in verdict.reason
@@ -321,7 +311,7 @@ def test_the_table():
     assert "1.00 times as long, in 4 of 4 tensors, in 100% of the steps from step 0 to 199" in text
     rows = {line.split(maxsplit=1)[1]: line.split()[0] for line in text.splitlines()[2:]}
     assert rows["degrees between the real update and plain AdamW's"] == "20"
-    assert rows["damping over the mean eigenvalue"] == "0.01" and "twin" not in text
+    assert rows["damping over the mean eigenvalue"] == "0.01"
     nothing = judge(ledger(entry(angle=0.0), claims=False)).table()
     assert "no_effect" in nothing
     assert "equals_shadow: updates are plain AdamW's of the raw gradients" in nothing

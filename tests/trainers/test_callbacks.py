@@ -12,8 +12,8 @@ from tests.trainers.runs import curves, history, interrupted
 from tests.trainers.test_training import GRIT
 from trainers import callbacks
 from trainers.arms import baseline_lora, pure_grit
-from trainers.callbacks import TRACKERS, duration, progress_lines
-from trainers.run import first_losses, run
+from trainers.callbacks import duration, progress_lines
+from trainers.run import run
 
 
 def test_durations():
@@ -99,12 +99,6 @@ def test_event_files_are_named_in_the_order_of_their_making(tmp_path):
     assert made == sorted(made)
     stamps = [int(name.split(".")[3]) for name in made]
     assert stamps == sorted(set(stamps)), "each has a second of its own; what stands behind it gives no order"
-
-
-def test_a_twin_reports_nothing(make_job, tmp_path):
-    job = replace(make_job(keep_best=True, eval_steps=2), report_to=list(TRACKERS), logs=tmp_path / "logs")
-    assert len(first_losses(baseline_lora.ARM, job, 2)) == 2
-    assert not job.logs.exists()
 
 
 def test_mlflow_and_dvclive_have_the_curves(make_job, tmp_path, monkeypatch):

@@ -56,10 +56,6 @@ class GritSettings(TrainSettings):
         return self
 
     @property
-    def method_warmup_steps(self) -> int:
-        return int((self.grit or {}).get("ng_warmup_steps", 0))
-
-    @property
     def warmups(self) -> dict[str, int]:
         return {"warmup_steps": self.warmup_steps} | {f"grit.{key}": (self.grit or {}).get(key, 0) for key in _WARMUPS}
 
