@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from grit.capture import Capture
 from grit.config import GRITConfig
@@ -17,8 +17,8 @@ from grit.layers import LoraPair, find_pairs
 
 Event = dict[str, Any]
 
-NO_EFFECT_COSINE = 1e-6
-"""1 − cos of raw and preconditioned gradient below which a tensor counts as scaled only (an angle of 0.08°)."""
+NO_EFFECT = 1e-3
+"""Deviation from a multiple of the identity below which a preconditioner only scales (a turn of less than 0.06°)."""
 
 
 class Curvature(ABC):
@@ -73,11 +73,8 @@ class Curvature(ABC):
         return []
 
     @abstractmethod
-    def precondition(self, measure: bool) -> tuple[float, list[Tensor]]:
-        """Replace every `.grad` by its natural gradient (modes adamw and sgd).
-
-        Returns Σ ⟨∇, natural ∇⟩ (mode sgd; else 0), and if measured the cosines of raw and natural gradients, [n] each.
-        """
+    def precondition(self) -> float:
+        """Replace every `.grad` by its natural gradient (modes adamw and sgd); returns Σ ⟨∇, natural ∇⟩ (of sgd)."""
 
     @abstractmethod
     def rotated(self, param_groups: list[dict[str, Any]], step: int) -> list[Rotated]:
@@ -108,7 +105,7 @@ class Curvature(ABC):
     def ready_layers(self) -> int: ...
 
     @abstractmethod
-    def effect(self, step: int, measured: dict[str, Any]) -> dict[str, Any]:
+    def effect(self, step: int) -> dict[str, Any]:
         """Evidence that the optimizer steps differently, or a "reason" why it does not."""
 
     @abstractmethod

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from grit.capture import Capture
 from grit.config import GRITConfig, GRITError
@@ -38,7 +38,6 @@ class Manager:
         # `step` = `applied_steps` + `skipped`, those with NaN or infinite gradients.
         self.step = self.skipped = self.applied_steps = self._skipped_in_a_row = 0
         self.last_metrics: dict[str, float] = {}  # for a Trainer's log
-        self.measured: dict[str, Any] = {}  # how far natural gradients are from raw ones, see `_measure`
 
     @property
     def config(self) -> GRITConfig:
@@ -119,13 +118,7 @@ class Manager:
 
     def precondition_gradients(self) -> float:
         """Modes adamw and sgd, in place; returns Σ ⟨∇, natural ∇⟩, which the trust region limits (0 in adamw)."""
-        if not self.curvature.preconditions(self.step):
-            return 0.0
-        measure = self.curvature.last_refresh == self.step or self.step % self.config.log_freq == 0
-        length, cosines = self.curvature.precondition(measure)
-        if measure and cosines:
-            self.measured = _measure(cosines)
-        return length
+        return self.curvature.precondition() if self.curvature.preconditions(self.step) else 0.0
 
     def end_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """After the weights have changed: write records, prepare the next step, reproject if due."""
@@ -197,8 +190,7 @@ class Manager:
         counts = {"ready_layers": self.curvature.ready_layers(), "layers": len(self.pairs())}
         metrics = self.last_metrics.items()  # norms before clipping, as of the last step that took them
         norms = {name.removeprefix("grit/"): value for name, value in metrics if "gradient_norm" in name}
-        evidence = self.curvature.effect(self.step, self.measured)
-        record: dict[str, Any] = {"kind": "effect", **counts, **self.measured, **norms, **evidence}
+        record: dict[str, Any] = {"kind": "effect", **counts, **norms, **self.curvature.effect(self.step)}
         record["effective"] = "reason" not in record
         if not record["effective"]:
             logger.warning("GRIT: step %d: no effective change: %s", self.step, record["reason"])
@@ -212,7 +204,6 @@ class Manager:
             **self.curvature.summary(),
             "grit/ready_layers": float(self.curvature.ready_layers()),
             "grit/skipped_steps": float(self.skipped),
-            "grit/cosine_raw_natural": self.measured.get("cosine_median", math.nan),
         }
         return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
@@ -229,7 +220,6 @@ class Manager:
             "history": json.dumps(self.history),
             "numbers": {name: getattr(self, name) for name in _NUMBERS},
             "last_metrics": dict(self.last_metrics),
-            "measured": dict(self.measured),
         }
 
     def load_state_dict(self, state: dict[str, Any], keep_history: bool = False) -> None:
@@ -237,7 +227,7 @@ class Manager:
         self.curvature.load_state_dict(state["curvature"])
         for name in _NUMBERS:
             setattr(self, name, state["numbers"][name])
-        self.last_metrics, self.measured = dict(state["last_metrics"]), dict(state["measured"])
+        self.last_metrics = dict(state["last_metrics"])
         if not keep_history:
             self.history = json.loads(state["history"])
             self._write(self.history, anew=True)
@@ -254,19 +244,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _measure(cosines: list[Tensor]) -> dict[str, Any]:
-    """Median and smallest cosine of raw and preconditioned gradients over all tensors, and the largest 1 − cos."""
-    values = torch.cat(cosines)
-    values = values[torch.isfinite(values) & (values != 0)]  # a zero gradient has no direction
-    if not values.numel():
-        return {}
-    return {
-        "cosine_median": float(values.median()),
-        "cosine_min": float(values.min()),
-        "max_one_minus_cosine": float((1 - values).max()),
-    }
 
 
 class GRITManager(Manager):

@@ -7,7 +7,7 @@ default, `grit.eigen_adamw`, runs none of it.
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grit import factors
 from grit.config import GRITConfig
@@ -36,15 +36,13 @@ def refresh_inverses(state: GroupState, config: GRITConfig) -> Tensor:
     return failed[0] | failed[1]
 
 
-def natural_gradients(states: Sequence[GroupState], config: GRITConfig, measure: bool) -> tuple[float, list[Tensor]]:
+def natural_gradients(states: Sequence[GroupState], config: GRITConfig) -> float:
     """Replace every `.grad` by its natural gradient.
 
     kfac pairing: ∇A ← Σ_g⁻¹ ∇A, ∇B ← ∇B Σ_a⁻¹; paper pairing: ∇A ← Σ_a⁻¹ ∇A, ∇B ← ∇B Σ_g⁻¹. Grafting restores the
-    raw norm of each tensor. Returns Σ ⟨∇, natural ∇⟩ (mode sgd; else 0), and, if measured, the cosines of raw and
-    natural gradients, [n] for each stack.
+    raw norm of each tensor. Returns Σ ⟨∇, natural ∇⟩ (mode sgd; else 0).
     """
     length = 0.0
-    cosines: list[Tensor] = []
     left, right = ("inv_g", "inv_a") if config.pairing == "kfac" else ("inv_a", "inv_g")
     for state in states:
         for side in ("a", "b"):
@@ -53,13 +51,10 @@ def natural_gradients(states: Sequence[GroupState], config: GRITConfig, measure:
             if config.grafts:
                 norm, natural_norm = torch.linalg.matrix_norm(raw), torch.linalg.matrix_norm(new)
                 new = new * (norm / natural_norm.clamp_min(1e-30))[:, None, None]
-            if measure:
-                both = raw.double().flatten(1), new.double().flatten(1)
-                cosines.append(nn.functional.cosine_similarity(*both, eps=1e-30))
             if config.mode == "sgd":
                 length += float((raw * new).sum())
             state.group.put_gradients(side, new)
-    return length, cosines
+    return length
 
 
 def trust_region_factor(length: float, rate: float, kappa: float) -> float | None:

@@ -157,8 +157,8 @@ class RankSpace(RankSpaceReports):
                     events.append({"kind": "singular", "layer": pair.name, "times": times})
         return events
 
-    def precondition(self, measure: bool) -> tuple[float, list[Tensor]]:
-        return paper.natural_gradients(self.states, self.config, measure)
+    def precondition(self) -> float:
+        return paper.natural_gradients(self.states, self.config)
 
     def rotated(self, param_groups: list[dict[str, Any]], step: int) -> list[Rotated]:
         return eigen_adamw.rotate_gradients(self.states, param_groups)

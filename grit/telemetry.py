@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grit import factors
-from grit.curvature import NO_EFFECT_COSINE, Curvature
+from grit.curvature import NO_EFFECT, Curvature
 from grit.layers import LoraPair
 from grit.state import KINDS, GroupState
 
@@ -36,7 +36,7 @@ class RankSpaceReports(Curvature):
     def ready_layers(self) -> int:
         return sum(int((s["ready_a"] | s["ready_g"]).sum()) for s in self.states)
 
-    def effect(self, step: int, measured: dict[str, Any]) -> dict[str, Any]:
+    def effect(self, step: int) -> dict[str, Any]:
         config = self.config
         if not self.preconditions(step):
             return {"reason": f"natural-gradient warm-up until step {config.ng_warmup_steps}"}
@@ -49,15 +49,13 @@ class RankSpaceReports(Curvature):
             # Weights along the directions (eigen_power) count too: they come after Adam has normalized.
             weights = max(float((s[w] - 1).abs().max()) for s in self.states for w in ("w_a", "w_g"))
             evidence = {"max_basis_rotation": rotation, "max_weight_change": weights}
-            if max(rotation, weights) <= NO_EFFECT_COSINE:
+            if max(rotation, weights) <= NO_EFFECT**2:
                 evidence["reason"] = "every eigenbasis is a permutation of the axes, which Adam does not see"
             return evidence
-        spread = measured.get("max_one_minus_cosine")
         share = _median_of(self.spectra(), "damping_share_a", "damping_share_g")
-        evidence = {"damping_share": share}
-        if spread is None:
-            evidence["reason"] = "no gradient was preconditioned yet"
-        elif spread <= NO_EFFECT_COSINE and (config.mode != "sgd" or config.grafts):
+        anisotropy = max(float(anisotropy_of(s[f"inv_{x}"]).max()) for s in self.states for x in "ag")
+        evidence = {"damping_share": share, "max_anisotropy": anisotropy}
+        if anisotropy <= NO_EFFECT and (config.mode != "sgd" or config.grafts):
             evidence["reason"] = (
                 f"every preconditioner is a multiple of the identity (damping λ is {share:.3g} times the mean "
                 f"eigenvalue), and {'grafting removes' if config.grafts else 'AdamW cancels'} a constant factor; "
@@ -139,6 +137,14 @@ class RankSpaceReports(Curvature):
 def basis_rotation(q: Tensor, ready: Tensor) -> Tensor:
     """How far eigenbases are from a permutation of the axes: 1 − mean_j max_i Q_ij², [n]; 0 where not ready."""
     return torch.where(ready, 1 - q.square().amax(-2).mean(-1), torch.zeros(q.shape[0], dtype=q.dtype, device=q.device))
+
+
+def anisotropy_of(matrices: Tensor) -> Tensor:
+    """‖M − mean(diag M)·I‖ / ‖M‖: [n, r, r] → [n]; 0 for a multiple of the identity."""
+    mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    excess: Tensor = torch.linalg.matrix_norm(matrices - mean * eye)
+    return excess / torch.linalg.matrix_norm(matrices).clamp_min(1e-38)
 
 
 def _median_of(layers: dict[str, dict[str, Any]], *names: str) -> float:

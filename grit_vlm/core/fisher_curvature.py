@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from grit import GRITConfig, factors
 from grit.capture import world_size
 from grit.config import GRITError
-from grit.curvature import NO_EFFECT_COSINE, Curvature
+from grit.curvature import NO_EFFECT, Curvature
 from grit.eigen_adamw import Rotated
 from grit.layers import LoraPair, group_pairs
 from grit.manager import Manager
@@ -166,9 +166,8 @@ class FisherCurvature(Curvature):
             shares[modality] = dict(zip(names, share_out(values, budget), strict=True))
         return shares
 
-    def precondition(self, measure: bool) -> tuple[float, list[Tensor]]:
+    def precondition(self) -> float:
         """Natural gradient, then grafting (restoring the raw norm of each tensor, if set), then projection."""
-        cosines: list[Tensor] = []
         for layer in self.by_pair.values():
             raw = layer.gradients()
             if raw is None or not layer.acts:
@@ -178,12 +177,9 @@ class FisherCurvature(Curvature):
             if natural and self.config.grafts:
                 new = {side: g * (raw[side].norm() / g.norm().clamp_min(1e-30)) for side, g in new.items()}
             new = layer.project_gradients(new)
-            for side, parameter in (("A", layer.lora_A), ("B", layer.lora_B)):
-                if measure:
-                    one, other = (g.double().reshape(1, -1) for g in (raw[side], new[side]))
-                    cosines.append(nn.functional.cosine_similarity(one, other))
-                parameter.grad.copy_(new[side])
-        return 0.0, cosines
+            layer.lora_A.grad.copy_(new["A"])
+            layer.lora_B.grad.copy_(new["B"])
+        return 0.0
 
     def rotated(self, param_groups: list[dict[str, Any]], step: int) -> list[Rotated]:
         """A and B of every layer with gradients, in the coordinates of its moments.
@@ -242,10 +238,13 @@ class FisherCurvature(Curvature):
     def ready_layers(self) -> int:
         return sum(layer.ready for layer in self.by_pair.values())
 
-    def effect(self, step: int, measured: Mapping[str, Any]) -> dict[str, Any]:
+    @property
+    def _power(self) -> float | None:
+        return self.config.eigen_power if self.config.mode == "eigen_adamw" else None
+
+    def effect(self, step: int) -> dict[str, Any]:
         """Evidence that the optimizer steps differently, or the reason why it does not."""
         layers = list(self.by_pair.values())
-        spread = measured.get("max_one_minus_cosine")
         if not any(layer.config.enable_natural_gradient or layer.config.enable_projection for layer in layers):
             return {"reason": "natural gradient and projection are switched off in every layer"}
         if not self.preconditions(step):
@@ -253,17 +252,12 @@ class FisherCurvature(Curvature):
         if not self.ready_layers():
             most = max(layer.fisher_matrix.samples for layer in layers)
             return {"reason": f"no estimate is ready ({most} tokens seen)"}
-        if self.config.mode == "eigen_adamw":
-            weights = [layer.weights(s, self.config.eigen_power) for layer in layers if layer.ready for s in SIDES]
-            change = max(float((w / w.mean() - 1).abs().max()) for w in weights)
-            alike = change <= NO_EFFECT_COSINE
-            why = {"reason": "the Fisher information is the same along every direction"} if alike else {}
-            return {"max_weight_change": change, **why}
-        if spread is None:
-            return {"reason": "no gradient was preconditioned yet"}
-        if spread <= NO_EFFECT_COSINE and self.config.mode != "sgd":
-            return {"reason": "every preconditioner is a multiple of the identity, which AdamW cancels"}
-        return {}
+        weights = [layer.weights(side, self._power) for layer in layers if layer.ready for side in SIDES]
+        change = max(float((w / w.mean() - 1).abs().max()) for w in weights)
+        record: dict[str, Any] = {"max_weight_change": change}
+        if change <= NO_EFFECT and self.config.mode != "sgd":
+            record["reason"] = "the Fisher information is the same along every direction, and Adam cancels a factor"
+        return record
 
     def spectra(self) -> dict[str, Any]:
         records: dict[str, Any] = {}
@@ -305,13 +299,9 @@ class FisherCurvature(Curvature):
             if self.config.mode == "eigen_adamw":
                 if eigen.vectors is not None and config.enable_natural_gradient:
                     reading["bases"][letter] = eigen.vectors
-                reading["weights"][letter] = layer.weights(side, self.config.eigen_power)
+                reading["weights"][letter] = layer.weights(side, self._power).reshape(-1)
             else:
-                inverse = fisher.inverse(side) if config.enable_natural_gradient else None
-                inverse = torch.ones_like(eigen.values) if inverse is None else inverse
-                if layer.projection_budget is not None:
-                    inverse = inverse * fisher.keeps(layer.projection_budget)[side]
-                reading["preconditioners"][letter] = _matrix(eigen, inverse)
+                reading["preconditioners"][letter] = _matrix(eigen, layer.weights(side, None))
                 reading["damping"][letter] = fisher.damping * fisher.scale()
         return reading
 

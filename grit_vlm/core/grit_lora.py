@@ -209,13 +209,16 @@ class GRITLoRALinear(nn.Module):
             raise ValueError(f"k_budget: expected a whole number from 1 on, got {k_budget!r}")
         self.projection_budget = int(k_budget)
 
-    def weights(self, side: Side, power: float) -> Tensor:
-        """What the step along each eigen-direction is multiplied by (mode eigen_adamw), projection included."""
-        eigen, natural = self.fisher_matrix.eigen(side), self.config.enable_natural_gradient
-        factors = self.fisher_matrix.step_weights(side, power) if natural else torch.ones_like(eigen.values)
-        if self.projection_budget is not None:
-            factors = factors * self.fisher_matrix.keeps(self.projection_budget)[side]
-        return factors.reshape(-1)
+    def weights(self, side: Side, power: float | None) -> Tensor:
+        """What the step along each eigen-direction is multiplied by, projection included, as `Eigen.values`.
+
+        Without a power, what the gradient is multiplied by (modes adamw and sgd).
+        """
+        fisher, by = self.fisher_matrix, None
+        if self.config.enable_natural_gradient:
+            by = fisher.inverse(side) if power is None else fisher.step_weights(side, power)
+        by = torch.ones_like(fisher.eigen(side).values) if by is None else by
+        return by if self.projection_budget is None else by * fisher.keeps(self.projection_budget)[side]
 
     compute_natural_gradient = staticmethod(compute_natural_gradient)
 
