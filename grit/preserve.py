@@ -5,12 +5,10 @@ g = ∂ log p(ŷ)/∂y with ŷ sampled from the base (so that this is the true F
 
     kfac         ½ Σ s² tr[(Bᵀ G B)(A C Aᵀ)], about KL(base ‖ tuned) in nats per token (Ritter et al. 2018)
     activations  ½ mean over layers of s² tr[(Bᵀ B)(A C Aᵀ)] / E‖y‖²: the relative change of what layers put out
-    ewc          ½ Σ s² ‖F^½ ∘ BA‖², F = E[(g²)(x²)ᵀ], the Fisher's diagonal (Kirkpatrick et al. 2017)
-    l2           ½ Σ s² ‖BA‖²
 
-All but the last two hold C and G as `rank` leading directions and the mean of the rest: without the rest ΔW escapes
-into it. Weights are all that is read in training, so fused kernels, 4-bit bases, accumulation, checkpointing and DDP
-are the same to it; and P does not change under A → SA, B → BS⁻¹.
+C and G are held as `rank` leading directions and the mean of the rest: without the rest ΔW escapes into it. Weights are
+all that is read in training, so fused kernels, 4-bit bases, accumulation, checkpointing and DDP are the same to it; and
+P does not change under A → SA, B → BS⁻¹.
 """
 
 import math
@@ -23,7 +21,7 @@ from torch import Tensor, nn
 from grit.config import GRITError
 from grit.layers import LayerGroup, LoraPair, find_pairs, group_pairs
 
-Form = Literal["activations", "kfac", "ewc", "l2"]
+Form = Literal["activations", "kfac"]
 _WHOLE = 512  # width up to which a second moment is added up whole
 
 
@@ -133,28 +131,21 @@ class Preserve:
                 "preserve: expected adapters that change nothing yet (B = 0), since the curvature is the base's; take "
                 "it before training, with another initialization, or hold the model by distillation"
             )
-        self.inputs: list[_Product | None] = [None] * len(self.groups)
-        self.outputs: list[_Product | None] = [None] * len(self.groups)
-        self.diagonal: list[Tensor] = []
-        self.weights = [torch.ones(len(group), 1, 1, device=group.device) for group in self.groups]
-        if form != "l2":
-            self._take(_Look(model, self.groups, form, rank, seed), batches)
+        self.inputs: list[_Product] = []
+        self.outputs: list[_Product | None] = []
+        self.weights: list[Tensor] = []
+        self._take(_Look(model, self.groups, form, rank, seed), batches)
 
     def _take(self, look: "_Look", batches: Iterable[Mapping[str, Any]]) -> None:
         look.read(batches)
         place, layers = 0, sum(map(len, self.groups))
-        for i, group in enumerate(self.groups):
+        for group in self.groups:
             here = slice(place, place + len(group))
             place += len(group)
-            if self.form == "ewc":
-                self.diagonal.append(torch.stack(look.fisher[here]) / look.tokens)
-                continue
-            self.inputs[i] = _Product(look.x[here])
-            if self.form == "kfac":
-                self.outputs[i] = _Product(look.g[here])
-            else:
-                energy = torch.tensor(look.energy[here], device=group.device)[:, None, None] / look.tokens
-                self.weights[i] = 1.0 / (layers * energy)
+            self.inputs.append(_Product(look.x[here]))
+            self.outputs.append(_Product(look.g[here]) if look.g else None)
+            energy = torch.tensor(look.energy[here], device=group.device)[:, None, None] / look.tokens
+            self.weights.append(torch.ones_like(energy) if look.g else 1.0 / (layers * energy))
 
     @torch.no_grad()
     def value(self) -> float:
@@ -177,12 +168,7 @@ class Preserve:
         group = self.groups[i]
         a, b = (torch.stack(weights).float() for weights in zip(*((p.a, p.b) for p in group.pairs), strict=True))
         scale = torch.tensor([strength * pair.scale**2 for pair in group.pairs], device=a.device)[:, None, None]
-        if self.diagonal:
-            change = b @ a
-            pull = scale * self.diagonal[i] * change
-            return 0.5 * (pull * change).sum(), b.mT @ pull, pull @ a.mT
-        inputs, outputs = self.inputs[i], self.outputs[i]
-        ac = a if inputs is None else inputs(a)
+        outputs, ac = self.outputs[i], self.inputs[i](a)
         gb = b if outputs is None else outputs(b.mT).mT
         weight = scale * self.weights[i]
         seen, moved = weight * (ac @ a.mT), gb.mT @ b  # A C Aᵀ and Bᵀ G B, [n, r, r]
@@ -196,10 +182,8 @@ class _Look:
         self.model, self.form, self.seed, self.tokens = model, form, seed, 0
         self.pairs = [pair for group in groups for pair in group.pairs]
         sizes = [(pair.a.shape[1], pair.b.shape[0], pair.a.device) for pair in self.pairs]
-        moments = form in ("activations", "kfac")
-        self.x = [Moment(d, rank, device) for d, _, device in sizes] if moments else []
+        self.x = [Moment(d, rank, device) for d, _, device in sizes]
         self.g = [Moment(d, rank, device) for _, d, device in sizes] if form == "kfac" else []
-        self.fisher = [torch.zeros(out, into, device=d) for into, out, d in sizes] if form == "ewc" else []
         self.energy = [0.0] * len(self.pairs)
         self.kept: Tensor | None = None
 
@@ -243,19 +227,9 @@ class _Look:
                     f"{self.pairs[i].name}: expected to see every token of the batch, got {tuple(y.shape[:-1])} (an "
                     "expert, a vision tower); leave it out of target_modules"
                 )
-            x = args[0].detach()[kept].float()
             self.energy[i] += float(y.detach()[kept].float().square().sum())
-            if self.x:
-                self.x[i].add(x)
-            square = x.square() if self.fisher else None
-            if self.g or self.fisher:
-                y.register_hook(lambda g: self._see_gradient(i, g[kept].float(), square))  # type: ignore[no-untyped-call]
+            self.x[i].add(args[0].detach()[kept].float())
+            if self.g:  # `add` returns nothing: what a hook returns replaces the gradient
+                y.register_hook(lambda g: self.g[i].add(g[kept].float()))  # type: ignore[no-untyped-call]
 
         return see
-
-    def _see_gradient(self, i: int, g: Tensor, square: Tensor | None) -> None:
-        """Return nothing, because what a hook returns replaces the gradient."""
-        if square is None:
-            self.g[i].add(g)
-        else:
-            self.fisher[i].addmm_(g.square().mT, square)

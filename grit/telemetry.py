@@ -143,8 +143,8 @@ def anisotropy_of(matrices: Tensor) -> Tensor:
     """‖M − mean(diag M)·I‖ / ‖M‖: [n, r, r] → [n]; 0 for a multiple of the identity."""
     mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    excess: Tensor = torch.linalg.matrix_norm(matrices - mean * eye)
-    return excess / torch.linalg.matrix_norm(matrices).clamp_min(1e-38)
+    share: Tensor = torch.linalg.matrix_norm(matrices - mean * eye) / torch.linalg.matrix_norm(matrices)
+    return share.nan_to_num(0.0)
 
 
 def _median_of(layers: dict[str, dict[str, Any]], *names: str) -> float:

@@ -203,7 +203,7 @@ def attach(
     from transformers import TrainerCallback
 
     keeper, preserve = Keeper(trainer, settings, held, texts, seed), settings.preserve
-    if preserve.method in ("activations", "kfac", "ewc", "l2"):
+    if preserve.method in ("activations", "kfac"):
         from grit.preserve import Preserve
 
         with unfused(trainer.model):

@@ -84,7 +84,7 @@ class Layers(Section):
 class Preserve(Section):
     """How a tuned model is kept close to its base, on texts that the base has written."""
 
-    method: Literal["none", "activations", "kfac", "distill", "ewc", "l2"] = "none"
+    method: Literal["none", "activations", "kfac", "distill"] = "none"
     strength: Annotated[float, Field(ge=0, description="λ: nats of loss for a nat of KL")] = 1.0
     kl: Annotated[float, Field(gt=0, description="nats per token; the strength adapts to keep KL there")] | None = None
     rows: Annotated[int, Field(ge=1, description="texts per step, of distill")] = 4

@@ -35,7 +35,7 @@ REFUSED = [
     (LORA, {"scale_update": 0.0}, r"scale_update: .*greater than 0"),
     (LORA, {"start": "corda"}, r"start: unknown key"),
     ("residual_lora", {"start": "pissa"}, r"start: .*'corda' or 'lora_null'"),
-    ("residual_lora", {"preserve": {"method": "l2"}}, r"preserve\.method: .*got l2"),
+    ("residual_lora", {"preserve": {"method": "kfac"}}, r"preserve\.method: .*got kfac"),
     # preserve
     (LORA, {"preserve": {"strength": -1.0}}, r"strength: .*greater than or equal to 0"),
     (LORA, {"preserve": {"kl": 0.1}}, r"kl: 0\.1 .*method none"),
