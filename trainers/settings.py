@@ -1,6 +1,7 @@
 """Section `train` of params.yaml, and the reference to the base model."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -8,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trainers import TrainingError, optimizers
 from trainers.adapters import is_plain, peft_config
+from trainers.words import suggest
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Estimate = Literal["diagonal", "kfac"]
 
 
 class Section(BaseModel):
@@ -20,65 +21,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Modality(Section):
-    """See `grit_vlm.ModalityConfig`; null means as for all modalities."""
-
-    patterns: list[str] = []
-    strategy: Literal["all", "first_n", "last_n", "every_nth", "specific", "skip_first_last"] = "all"
-    n_layers: Positive | None = None
-    step_size: Positive | None = None
-    specific_indices: list[Annotated[int, Field(ge=0)]] | None = None
-    rank: Positive | None = None
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    estimate: Estimate | None = None
-    preconditioning: bool = True
-    projection: bool = True
-    projection_budget: Positive | None = None
-
-    def config(self) -> Any:
-        from grit_vlm import LayerSelectionStrategy, ModalityConfig
-
-        return ModalityConfig(
-            layer_patterns=list(self.patterns),
-            strategy=LayerSelectionStrategy(self.strategy),
-            enable_natural_gradient=self.preconditioning,
-            enable_projection=self.projection,
-            fisher_approximation=self.estimate or "diagonal",
-            **self.model_dump(
-                include={"n_layers", "step_size", "specific_indices", "rank", "alpha", "dropout", "projection_budget"}
-            ),
-        )
-
-
 MODALITIES = ("vision", "text", "cross_modal", "fusion")
-
-
-class Layers(Section):
-    """Which layers of a vision-language model get LoRA: those of a named configuration, or of custom modalities."""
-
-    configuration: str | None = None
-    vision: Modality | None = None
-    text: Modality | None = None
-    cross_modal: Modality | None = None
-    fusion: Modality | None = None
-    max_layers_per_modality: Positive | None = None
-
-    @property
-    def own(self) -> dict[str, Modality]:
-        return {name: own for name in MODALITIES if (own := getattr(self, name)) is not None}
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if self.configuration is not None and self.own:
-            raise ValueError(f"expected configuration or modalities, got both ({', '.join(self.own)})")
-        if self.configuration is None and not self.own:
-            raise ValueError(f"expected a configuration, or one of {', '.join(MODALITIES)}; got neither")
-        if self.configuration is not None:
-            from grit_vlm import get_model_config
-
-            get_model_config(self.configuration)  # the error names those that exist
-        return self
 
 
 class Preserve(Section):
@@ -100,6 +43,9 @@ class Preserve(Section):
         return self
 
 
+_KEY = re.compile(r"[\w.]+: ")
+
+
 class TrainSettings(Section):
     """Section train, which all arms share; an arm adds its own sections in a subclass."""
 
@@ -110,7 +56,9 @@ class TrainSettings(Section):
     alpha: Annotated[float, Field(gt=0, description="α; the update is scaled by α/r")]
     dropout: Annotated[float, Field(ge=0, lt=1)]
     target_modules: list[str]
-    layers: Layers | None = None  # of a vision-language model, in the place of target_modules
+    # Of a vision-language model, in the place of target_modules: a configuration by name, or fields of
+    # grit_vlm.ModalityConfig for each modality.
+    layers: dict[str, Any] | None = None
     quantize_base: Literal["none", "nf4"]
     max_steps: Annotated[int, Field(ge=1, description="optimizer steps")] | None
     epochs: Annotated[float, Field(gt=0, description="passes over the training items")] | None
@@ -172,7 +120,7 @@ class TrainSettings(Section):
         if self.layers is None and not self.target_modules:
             problems.append("target_modules: expected at least one name, got none")
         if self.layers is not None:
-            problems += self._picture_problems(self.layers)
+            problems += self._picture_problems()
         problems += optimizers.problems(self.optimizer, self.optim_args)
         problems += self._peft_problems() if self.peft else []
         if problems:
@@ -204,7 +152,7 @@ class TrainSettings(Section):
             problems += str(error).splitlines()
         return problems
 
-    def _picture_problems(self, layers: Layers) -> list[str]:
+    def _picture_problems(self) -> list[str]:
         from grit_vlm import GritVlmError
 
         problems = []
@@ -222,10 +170,9 @@ class TrainSettings(Section):
         if self.unsloth_fused_lora:
             problems.append("unsloth_fused_lora: expected false with layers, since Unsloth's kernels are for text")
         try:
-            self.layer_config().validate()
+            TrainSettings.layer_config(self).validate()  # an arm's natural gradients are the arm's to check
         except GritVlmError as error:
-            prefixes = tuple(f"{modality}." for modality in MODALITIES)
-            problems += [f"layers.{line}" if line.startswith(prefixes) else line for line in str(error).splitlines()]
+            problems += ["layers" + (".", ": ")[not _KEY.match(line)] + line for line in str(error).splitlines()]
         return problems
 
     @property
@@ -247,16 +194,22 @@ class TrainSettings(Section):
         ]
 
     def layer_config(self) -> Any:
-        """`layers` as a `grit_vlm.ModelGRITConfig`, without natural gradients, which arms add."""
-        from grit_vlm import ModelGRITConfig, get_model_config
+        """`layers` as a `grit_vlm.ModelGRITConfig`, without natural gradients, which arms add; raises GritVlmError."""
+        import grit_vlm
 
-        if self.layers is None:
-            raise ValueError("layers: expected the layers of a vision-language model, got null")
-        config = get_model_config(self.layers.configuration) if self.layers.configuration else ModelGRITConfig()
-        for name, own in self.layers.own.items():
-            setattr(config, name, own.config())
-        if self.layers.max_layers_per_modality is not None:
-            config.max_layers_per_modality = self.layers.max_layers_per_modality
+        values = {key: value for key, value in (self.layers or {}).items() if value is not None}
+        known = (*MODALITIES, "configuration", "max_layers_per_modality")
+        if strange := [f"{key}: unknown key{suggest(key, known)}" for key in values if key not in known]:
+            raise grit_vlm.GritVlmError("\n".join(strange))
+        name, most = values.pop("configuration", None), values.pop("max_layers_per_modality", None)
+        if (name is None) == (not values):
+            got = f"{name!r} and {', '.join(values) or 'none'}"
+            wanted = f"a name, or null beside some of {', '.join(MODALITIES)}"
+            raise grit_vlm.GritVlmError(f"configuration: expected {wanted}; got {got}")
+        config = grit_vlm.get_model_config(name) if name else grit_vlm.ModelGRITConfig()
+        for modality, own in values.items():
+            setattr(config, modality, grit_vlm.ModalityConfig.from_dict(own, modality))
+        config.max_layers_per_modality = config.max_layers_per_modality if most is None else most
         config.global_rank, config.global_alpha, config.global_dropout = self.rank, self.alpha, self.dropout
         return config
 

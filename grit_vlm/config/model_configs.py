@@ -4,19 +4,42 @@ A modality's setting of None means the global one. Nothing is checked before `va
 by one; code that uses a configuration validates it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
-from typing import Literal, get_args
+from typing import Any, Literal
 
-from grit.config import BelowOne, Count, NotNegative, Positive, complaints
+from grit.config import BelowOne, Count, NotNegative, Positive, complaints, did_you_mean
 from grit_vlm.config.selection import LayerSelectionStrategy
 from grit_vlm.errors import GritVlmError
 
 MODALITIES = ("vision", "text", "cross_modal", "fusion")
 _S = LayerSelectionStrategy
 Estimate = Literal["diagonal", "kfac"]
-ESTIMATES = get_args(Estimate)
 Schedule = Literal["linear", "cosine"]
+
+
+MODES: dict[str, Literal["sgd", "eigen_adamw", "adamw"]] = {
+    "grit_sgd": "sgd",
+    "grit_adam": "eigen_adamw",
+    "grit_adam_preconditioned": "adamw",
+}
+"""Type → mode of `grit.GRITConfig`."""
+
+
+def check_type(optimizer_type: str) -> None:
+    if optimizer_type not in MODES:
+        expected = f"expected one of {', '.join(MODES)}, got {optimizer_type!r}"
+        raise GritVlmError(f"optimizer_type: {expected}{did_you_mean(optimizer_type, MODES)}")
+
+
+def known_settings(kind: type, values: object, where: str, besides: Sequence[str] = ()) -> dict[str, Any]:
+    """A mapping with fields of a dataclass, apart from some; GritVlmError names every other key."""
+    if not isinstance(values, Mapping):
+        raise GritVlmError(f"{where}: expected keys and values, got {values!r}")
+    names = [f.name for f in fields(kind) if f.name not in besides]
+    if strange := [f"{where}.{key}: unknown key{did_you_mean(key, names)}" for key in values if key not in names]:
+        raise GritVlmError("\n".join(strange))
+    return dict(values)
 
 
 @dataclass
@@ -61,6 +84,17 @@ class ModalityConfig:
     enable_projection: bool = True
     fisher_approximation: Estimate = "diagonal"
     projection_budget: Count | None = None  # fixed mean number of directions a layer; None: follow the schedule
+
+    @classmethod
+    def from_dict(cls, values: object, where: str) -> "ModalityConfig":
+        """From a mapping as YAML has it, with a strategy's value; GritVlmError names every key that is unknown."""
+        settings = known_settings(cls, values, where)
+        strategies = {strategy.value: strategy for strategy in _S}
+        if settings.get("strategy", "all") not in strategies:
+            raise GritVlmError(
+                f"{where}.strategy: expected one of {', '.join(strategies)}, got {settings['strategy']!r}"
+            )
+        return cls(**settings | {"strategy": strategies[settings.get("strategy", "all")]})
 
     def problems(self) -> list[str]:
         problems = complaints(type(self), vars(self))

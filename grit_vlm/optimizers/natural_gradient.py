@@ -13,30 +13,17 @@ optimizer's step. What differs is where the Fisher information comes in:
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from grit import GRITConfig
-from grit.config import did_you_mean
 from grit.optim import GritOptimizer
+from grit_vlm.config.model_configs import MODES, check_type
 from grit_vlm.core.fisher_curvature import FisherManager
 from grit_vlm.core.grit_lora import GRITLoRALinear
 from grit_vlm.errors import GritVlmError
-
-MODES: dict[str, Literal["sgd", "eigen_adamw", "adamw"]] = {
-    "grit_sgd": "sgd",
-    "grit_adam": "eigen_adamw",
-    "grit_adam_preconditioned": "adamw",
-}
-"""Type → mode of `grit.GRITConfig`."""
-
-
-def check_type(optimizer_type: str) -> None:
-    if optimizer_type not in MODES:
-        expected = f"expected one of {', '.join(MODES)}, got {optimizer_type!r}"
-        raise GritVlmError(f"optimizer_type: {expected}{did_you_mean(optimizer_type, MODES)}")
 
 
 def set_mode(manager: FisherManager, optimizer_type: str, **settings: Any) -> None:

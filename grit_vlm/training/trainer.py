@@ -7,8 +7,9 @@ from transformers import Trainer, TrainingArguments
 
 from grit.optim import GritOptimizer
 from grit.trainer import GritMixin
+from grit_vlm.config.model_configs import check_type
 from grit_vlm.models.vlm_adapter import VLMGRITAdapter
-from grit_vlm.optimizers.natural_gradient import check_type, set_mode
+from grit_vlm.optimizers.natural_gradient import set_mode
 
 
 @dataclass

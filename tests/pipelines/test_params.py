@@ -138,7 +138,11 @@ def test_each_error(raw, path, value, message):
         ("train.layers", {"vision": {"strategy": "first_n"}}, r"layers\.vision\.n_layers: FIRST_N needs an integer"),
         ("train.layers", {"vision": {"strateg": "all"}}, r"vision\.strateg: unknown key; did you mean 'strategy'"),
         ("train.layers.max_layers_per_modalty", 2, r"unknown key; did you mean 'max_layers_per_modality'\?"),
-        ("arms.grit_vlm.natural_gradient.dampng", 0.1, r"gradient\.dampng: unknown key; did you mean 'damping'"),
+        ("arms.grit_vlm.natural_gradient.fisher_dampng", 0.1, r"fisher_dampng: unknown key; .*'fisher_damping'"),
+        ("arms.grit_vlm.natural_gradient.optimizer", "grid_sgd", r"optimizer_type: .*did you mean 'grit_sgd'"),
+        ("train.layers.configuration", "idefics4", r"train: layers: expected one of .*did you mean 'idefics3'"),
+        ("train.layers", {"vision": {"strategy": "frist_n"}}, r"layers\.vision\.strategy: expected one of all"),
+        ("train.layers.vision", {"rank": 2}, r"layers\.configuration: expected a name, or null beside some"),
         ("matrix.arms", ["pure_grit"], r"layers: expected null, since this arm trains on text"),
     ],
 )  # fmt: skip

@@ -1,63 +1,58 @@
 """GRIT-VLM: the baseline on pictures with Fisher estimates, natural gradients and projections inside the step."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from trainers.arms.pure_grit import grit_report, only_adamw
 from trainers.run import Arm
-from trainers.settings import Estimate, Section, TrainSettings
+from trainers.settings import TrainSettings
 
-
-class NaturalGradient(Section):
-    """What GRIT-VLM does with gradients; see `grit_vlm.GRITLoRAConfig`."""
-
-    optimizer: Literal["grit_adam", "grit_adam_preconditioned", "grit_sgd"] = "grit_adam"
-    estimate: Estimate = "diagonal"
-    damping: Annotated[float, Field(ge=0, description="λ")] = 1e-4
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    update_freq: Annotated[int, Field(ge=1, description="steps")] = 10
-    preconditioning: bool = True
-    projection: bool = False
-    projection_start: Annotated[int, Field(ge=1, description="directions a layer")] = 32
-    projection_end: Annotated[int, Field(ge=1, description="directions a layer")] = 96
-    projection_schedule: Literal["linear", "cosine"] = "linear"
+_OF_TRAIN = ("r", "lora_alpha", "lora_dropout")
 
 
 class VlmSettings(TrainSettings):
-    """Section train, and `natural_gradient:`."""
+    """Section train, and `natural_gradient:` with fields of `grit_vlm.GRITLoRAConfig` and `optimizer`."""
 
-    natural_gradient: NaturalGradient | None = None
+    natural_gradient: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _pictures_only(self) -> Self:
+        from grit_vlm.config.model_configs import check_type
+
         if self.layers is None:
             raise ValueError("layers: expected those of a vision-language model, which this arm trains; got null")
-        only_adamw(self, sgd=self.method.optimizer.endswith("sgd"))
+        self.method.validate()
+        check_type(self.optimizer_type)
+        only_adamw(self, sgd=self.optimizer_type == "grit_sgd")
         return self
 
     @property
-    def method(self) -> NaturalGradient:
-        return self.natural_gradient or NaturalGradient()
+    def optimizer_type(self) -> str:
+        return str((self.natural_gradient or {}).get("optimizer", "grit_adam"))
+
+    @property
+    def method(self) -> Any:
+        """What GRIT-VLM does with gradients, as a `grit_vlm.GRITLoRAConfig`; GritVlmError for unknown keys."""
+        from grit_vlm.config.model_configs import GRITLoRAConfig, known_settings
+
+        values = {key: value for key, value in (self.natural_gradient or {}).items() if key != "optimizer"}
+        return GRITLoRAConfig(**known_settings(GRITLoRAConfig, values, "natural_gradient", besides=_OF_TRAIN))
 
     def layer_config(self) -> Any:
         config, method = super().layer_config(), self.method
         for name, modality in config.modalities.items():
-            own = self.layers.own.get(name) if self.layers else None
-            modality.fisher_approximation = (own.estimate if own else None) or method.estimate
-        config.fisher_damping, config.fisher_ema_decay = method.damping, method.ema_decay
-        config.fisher_update_freq = method.update_freq
-        config.projection_budget_start, config.projection_budget_end = method.projection_start, method.projection_end
-        config.projection_schedule = method.projection_schedule
+            if "fisher_approximation" not in (self.layers or {}).get(name, {}):
+                modality.fisher_approximation = method.fisher_approximation
+        for name in vars(method).keys() & vars(config).keys():
+            setattr(config, name, getattr(method, name))
         return config
 
 
 def _adapter(model: Any, settings: Any) -> Any:
-    from grit_vlm import GRITLoRAConfig, VLMGRITAdapter
+    from grit_vlm import VLMGRITAdapter
 
-    method = settings.method
-    switches = GRITLoRAConfig(enable_natural_gradient=method.preconditioning, enable_projection=method.projection)
-    return VLMGRITAdapter(model, settings.layer_config(), defaults=switches)
+    return VLMGRITAdapter(model, settings.layer_config(), defaults=settings.method)
 
 
 def _trainer(settings: Any, *, model: Any, **kwargs: Any) -> Any:
@@ -65,7 +60,7 @@ def _trainer(settings: Any, *, model: Any, **kwargs: Any) -> Any:
     from grit_vlm.optimizers.natural_gradient import set_mode
 
     adapter = _adapter(model, settings)
-    set_mode(adapter.manager, settings.method.optimizer)
+    set_mode(adapter.manager, settings.optimizer_type)
     collate = kwargs["train_dataset"].processor.collate
     return GRITTrainer(model=model, grit_adapter=adapter, data_collator=collate, **kwargs)
 
