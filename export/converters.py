@@ -137,6 +137,11 @@ _SPLITS = {
 """How a tokenizer.json splits text → llama.cpp's name for it. `bytes`: ByteLevel that does not split any further."""
 
 
+def split_steps(name: str) -> tuple[str, ...] | None:
+    """How a tokenizer splits text by llama.cpp's name for it: regular expressions, ByteLevel, Digits; None: unknown."""
+    return next((steps for steps, known in _SPLITS.items() if known == ("llama-bpe" if name == "dbrx" else name)), None)
+
+
 def split_name(tokenizer: dict[str, Any]) -> str | None:
     """llama.cpp's name for how a tokenizer.json splits text, or None where it is not certain."""
     splitter = tokenizer.get("pre_tokenizer") or {}

@@ -367,7 +367,7 @@ class Contents:
 
 def contents(file: Path) -> Contents:
     """Read back what a GGUF file holds. Raises ExportError: no GGUF file, or a damaged one."""
-    tensors = _open(file).tensors
+    tensors = open_gguf(file).tensors
     weights = sum(int(tensor.n_elements) for tensor in tensors)
     if not weights:
         raise ExportError(f"{file}: expected a GGUF file with tensors, found none; export again")
@@ -383,13 +383,16 @@ def contents(file: Path) -> Contents:
 ALPHA = "adapter.lora.alpha"
 
 
-def _open(file: Path, mode: str = "r") -> Any:
+def open_gguf(file: Path, mode: str = "r") -> Any:
+    """A reader of a GGUF file. Raises ExportError: it is none, or damaged."""
     from gguf import GGUFReader
 
     try:
         return GGUFReader(file, mode)
     except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ExportError(f"{file}: expected a GGUF file, it cannot be read: {error}; export again") from error
+        raise ExportError(
+            f"{file}: expected a GGUF file, it cannot be read: {error}; export or download it again"
+        ) from error
 
 
 def _alpha_field(reader: Any, adapter: Path) -> Any:
@@ -402,7 +405,7 @@ def _alpha_field(reader: Any, adapter: Path) -> Any:
 
 def scale_of(adapter: Path) -> tuple[float, int]:
     """α and the largest rank r; llama.cpp scales B·A by α/r of each tensor. Raises ExportError: no GGUF adapter."""
-    reader = _open(adapter)
+    reader = open_gguf(adapter)
     ranks = [int(min(t.shape)) for t in reader.tensors if t.name.endswith(".lora_a")]
     if not ranks:
         raise ExportError(f"{adapter}: expected tensors *.lora_a, found none; export again")
@@ -417,6 +420,6 @@ def scaled_copy(adapter: Path, out: Path, factor: float) -> None:
     if factor == 0:
         raise ExportError("expected a factor other than 0, got 0: llama.cpp reads alpha 0 as scale 1")
     shutil.copyfile(adapter, out)
-    alpha = _alpha_field(_open(out, "r+"), out)
+    alpha = _alpha_field(open_gguf(out, "r+"), out)
     alpha[0] *= factor
     alpha.flush()

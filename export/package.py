@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from db.errors import FileError, OutputError
-from db.files import read_record, sha256, staged
+from db.files import read_json, read_record, sha256, staged
 from db.records import RunRecord
 from export import ExportError, gguf
 from export.served import ADAPTER_GGUF, BASE, MODELFILE, SERVED_GGUF, Served, find_served, read_references
@@ -205,7 +205,9 @@ def _code(text: str) -> str:
 
 def _base(base: BaseReference) -> str:
     if Path(base.location) == EMBEDDED:
-        return f"a small Llama trained from scratch, in {_code(f'{BASE}/')}"
+        unpacked = read_json(EMBEDDED / "base.json").get("gguf")
+        what = f"{_code(unpacked['file'])}, dequantized" if unpacked else "a small Llama trained from scratch"
+        return f"{what}, in {_code(f'{BASE}/')}"
     if _is_folder(base):
         return f"{_code(Path(base.location).name)}, a folder that is not on the hub; put it here as {_code(f'{BASE}/')}"
     return _code(base.location) + (f", revision {base.revision}" if base.revision else "")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from db.files import key_of, read_json, sha256
+from export import ExportError, gguf_base
 from pipelines.params import ConfigError, Share
 from pipelines.stage import BASE, BASE_ARM, adapter_dir
 from trainers.embedded_base import EmbeddedSettings
@@ -38,7 +39,9 @@ class PrepareBase(EmbeddedSettings):
 
 
 def local_folder(source: str, key: str = "source") -> Path | None:
-    """The folder that `source` names, or None for a hub id."""
+    """The folder that `source` names, or None for a hub id or a GGUF file."""
+    if gguf_base.is_gguf(source):
+        return None
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -48,7 +51,8 @@ def local_folder(source: str, key: str = "source") -> Path | None:
         raise ConfigError(f"prepare_base.{key}: expected a model folder, {source} is a file")
     if source.startswith((".", "/", "~")) or not _HUB_ID.match(source):
         raise ConfigError(
-            f"prepare_base.{key}: {source} does not exist. Expected `embedded`, a model folder, or a hub id (org/name)"
+            f"prepare_base.{key}: {source} does not exist. Expected `embedded`, a model folder, a hub id (org/name), a "
+            "GGUF file, package:NAME/FILE.gguf or ollama:NAME"
         )
     return None
 
@@ -111,7 +115,14 @@ def reference_for(section: PrepareBase) -> dict[str, Any]:
 
 
 def base_has_changed() -> bool:
-    """Whether the folder of a local base is no longer what stage prepare_base read."""
+    """Whether the folder or GGUF file of a base is no longer what stage prepare_base read."""
+    file = BASE / "base.json"
+    content = read_json(file) if file.is_file() else {}
+    try:
+        if content.get("kind") == "gguf":
+            return gguf_base.mark(gguf_base.locate(content["source"])) != content["source_mark"]
+    except ExportError:
+        return False  # the copy is all that is needed
     try:
         load_reference()
     except ConfigError:
@@ -125,7 +136,7 @@ def load_reference(folder: Path = BASE) -> tuple[BaseReference, str]:
     if not file.is_file():
         raise ConfigError(f"{file}: no such file; run `dvc repro prepare_base`")
     content = read_json(file)
-    location = str(folder) if content["kind"] == "embedded" else content["location"]
+    location = str(folder) if content["kind"] in ("embedded", "gguf") else content["location"]
     if content["kind"] == "local":
         path = Path(location).expanduser()
         now = fingerprint(path) if path.is_dir() else "nothing"
@@ -138,11 +149,18 @@ def load_reference(folder: Path = BASE) -> tuple[BaseReference, str]:
     return BaseReference(**{**settings, "location": location}), content["fingerprint"]
 
 
+def resolved(train: TrainSettings) -> TrainSettings:
+    """The settings with `precision: auto` replaced by what stage prepare_base found to be faster."""
+    if train.precision != "auto":
+        return train
+    return train.model_copy(update={"precision": read_json(BASE / "base.json").get("precision", "fp32")})
+
+
 def load_model(train: TrainSettings, arm: str, seed: int) -> tuple[Any, Any, str]:
     """Model in eval mode with the arm's adapter, its tokenizer, and the base's fingerprint."""
     reference, base_fingerprint = load_reference()
     # Checkpointing would only warn, because nothing is trained here.
-    model = load_base_model(reference, train.model_copy(update={"gradient_checkpointing": False}))
+    model = load_base_model(reference, resolved(train).model_copy(update={"gradient_checkpointing": False}))
     if arm != BASE_ARM:
         from peft import PeftModel
 

@@ -18,7 +18,7 @@ from db.files import artifact, finish_run, hash_inputs, read_jsonl, staged, star
 from evaluation import EvaluationError
 from evaluation.measure.texts import read_texts, spread
 from evaluation.tasks import Item, general
-from pipelines.base_model import load_reference
+from pipelines.base_model import load_reference, resolved
 from pipelines.params import ConfigError, StageParams, load_params
 from pipelines.prompt import CHAT, Prompt, chat_facts, prompt_text
 from pipelines.stage import BASE, DATA, TEXTS, cli, main_for, sees_pictures
@@ -160,7 +160,9 @@ def _sample_base(section: BaseTexts, params: Params, template: str, prompts: Seq
     reference, _ = load_reference()
     tokenizer = load_tokenizer(reference)
     chat = turn_of(template, tokenizer) if params.prompt.template == CHAT else None
-    model = load_base_model(reference, params.train.model_copy(update={"gradient_checkpointing": False})).eval()
+    model = load_base_model(
+        reference, resolved(params.train).model_copy(update={"gradient_checkpointing": False})
+    ).eval()
     rows: dict[str, Row] = {}  # by text: none may be both trained and measured on
     with tqdm(total=section.number, desc="base_texts") as bar:
         for tries, row in enumerate(sampled(model, tokenizer, section, chat), 1):

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError, model_validator
 
 from db.files import hash_inputs, key_of, write_text
-from export import ExportError, gguf
+from export import ExportError, gguf, gguf_base
 from pipelines import (
     base_texts,
     compare,
@@ -201,7 +201,10 @@ def write_code_hashes(params: Params, pipeline: Path = Path("dvc.yaml"), folder:
     stages = set(modules) - {"check", "train", "harness"}
     used = {"trainers.arms": (), "evaluation.tasks": (params.prepare_data.task,)}
     hashes = {stage: code_hash(f"pipelines.{stage}", plugins=used) for stage in stages}
-    if folder_of_base := local_folder(params.prepare_base.source) if params.prepare_base.source != "embedded" else None:
+    source = params.prepare_base.source
+    if gguf_base.is_gguf(source):
+        hashes["prepare_base"] = key_of([hashes["prepare_base"], gguf_base.mark(gguf_base.locate(source))])
+    elif folder_of_base := local_folder(source) if source != "embedded" else None:
         hashes["prepare_base"] = key_of([hashes["prepare_base"], fingerprint(folder_of_base)])
     for arm in params.matrix.arms:
         module = f"trainers.arms.{params.code_of(arm)}"
@@ -226,6 +229,9 @@ def check_base(section: PrepareBase) -> None:
     source, revision = section.merge_source or section.source, section.revision if key == "source" else None
     kwargs = {"revision": revision, "trust_remote_code": section.trust_remote_code}
     try:
+        if gguf_base.is_gguf(source):
+            gguf_base.check(gguf_base.locate(source))
+            return
         gguf.check_base(str(local_folder(source, key) or source), kwargs)
     except ExportError as error:
         raise ConfigError(f"prepare_base.{key}: {source}: {error}") from error

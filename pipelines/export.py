@@ -21,6 +21,7 @@ from export import ExportError, MergedOnlyError, gguf
 from export.engines.engine import LocalEngine, Message, asked_for, conversation, fill
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
+from export.gguf_base import prove_ids
 from export.go import go_of_turns
 from export.modelfile import Serving
 from export.proof import Checked, problems, prove, verify_record
@@ -203,6 +204,9 @@ def run(params: Params, arm: str, seed: int) -> None:
         merged = folder / "merged" / "model"  # a fixed name: the converter writes it into the file
         gguf.save_merged(reference.merge_from, adapter, merged, kwargs)
         gguf.convert_model(merged, folder / F16_GGUF, f"{arm}-{seed}")
+        if not adapter:  # before anything is built on it
+            asked = dict.fromkeys(serving.render(asked_for(item)) for item in asked_items())
+            record.extra["prompts_with_equal_ids"] = prove_ids(folder / F16_GGUF, load_tokenizer(reference), [*asked])
         if adapter:
             try:
                 gguf.convert_adapter(adapter, reference.merge_from, folder / ADAPTER_GGUF, kwargs)

@@ -16,6 +16,7 @@ from db.files import (
     key_of,
     package_versions,
     read_jsonl,
+    sha256,
     staged,
     start_run,
     write_json,
@@ -23,6 +24,7 @@ from db.files import (
 from evaluation import vision as visual
 from evaluation.paraphrase import varied
 from evaluation.tasks import Item, general, render
+from export import gguf_base
 from export.engines.engine import Engine
 from export.engines.hf import HfEngine
 from export.template import from_tokenizer
@@ -32,7 +34,7 @@ from pipelines.params import ConfigError, StageParams, load_params
 from pipelines.prompt import CHAT, Prompt
 from pipelines.stage import BASE, DATA, cli, main_for, split_files
 from trainers.embedded_base import EmbeddedSettings, train_base
-from trainers.models import load_tokenizer
+from trainers.models import faster_precision, load_tokenizer
 from trainers.pictures import load_processor
 from trainers.settings import BaseReference
 
@@ -87,6 +89,16 @@ def _train(section: PrepareBase, template: str, folder: Path) -> dict[str, Any]:
     return facts
 
 
+def _unpack(section: PrepareBase, folder: Path) -> dict[str, Any]:
+    """A GGUF file's model in `folder`, and the content of base.json."""
+    file = gguf_base.locate(section.source)
+    items = [Item.from_json(row) for row in read_jsonl(DATA / "retention.jsonl")]
+    texts = dict.fromkeys(text for item in items for text in (item.prompt, item.completion))
+    facts = gguf_base.unpack(file, folder, [*texts])
+    marks = {"source": section.source, "source_mark": gguf_base.mark(file), "fingerprint": sha256(file), "gguf": facts}
+    return {"kind": "gguf", "pictures": False, **marks, **asdict(BaseReference(BASE.as_posix()))}
+
+
 def run(params: Params) -> None:
     section, template = params.prepare_base, params.prompt.template
     if template == CHAT and section.source == "embedded":
@@ -116,9 +128,14 @@ def run(params: Params) -> None:
             weights = folder / "model.safetensors"
             record.artifacts.append(artifact("base_model", weights, BASE / weights.name))
         else:
-            content = reference_for(section)
+            content = _unpack(section, folder) if gguf_base.is_gguf(section.source) else reference_for(section)
             write_json(folder / "base.json", content)
             reference, _ = load_reference(folder)
+            from transformers import AutoConfig
+
+            text = AutoConfig.from_pretrained(reference.merge_from, **reference.merge_kwargs).get_text_config()
+            content["precision"], ratio = faster_precision(text.hidden_size)
+            print(f"{content['precision']} is the faster precision here: fp32 takes {ratio:.2f} times as long as bf16")
             if section.vision is not None:
                 load_processor(reference, DATA)  # refuses a base that takes no pictures
             if template == CHAT:

@@ -27,7 +27,7 @@ from db.files import (
     start_run,
 )
 from evaluation.tasks import Item, general, render
-from pipelines.base_model import load_reference
+from pipelines.base_model import load_reference, resolved
 from pipelines.code import code_hash
 from pipelines.params import (
     ADAPTER,
@@ -198,7 +198,7 @@ def job_of(params: Params, settings: TrainSettings, seed: int, output: Path, che
     template = params.prompt.template
     return TrainingJob(
         base=load_reference()[0],
-        settings=settings,
+        settings=resolved(settings),
         seed=seed,
         train=training_items(settings, template, seed),
         valid=examples("valid", template),
@@ -258,7 +258,7 @@ def run(params: Params, arm_name: str, seed: int) -> None:
     foreign = params.adapter_of(arm_name, seed)
     if params.tune.grid and not tuned and not foreign:
         raise ConfigError(f"{TUNED / arm_name}: no result of stage tune found; run `dvc repro tune`")
-    settings, (reference, base_fingerprint) = params.train_for(arm_name), load_reference()
+    settings, (reference, base_fingerprint) = resolved(params.train_for(arm_name)), load_reference()
     if not foreign and rank() is None and (devices := devices_for(settings)) > 1:
         launch(arm_name, seed, devices)
         return

@@ -73,7 +73,7 @@ class TrainSettings(Section):
     optim_args: dict[str, Any] = {}  # of that class or function
     devices: Literal["all"] | Positive = 1  # share every batch; all = the visible GPUs
     peft: dict[str, Any] | str = {}  # a PEFT configuration's fields, or the path of an adapter_config.json
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "auto"]  # auto: the faster one, as stage prepare_base measured it
     max_length: Annotated[int, Field(ge=8, description="tokens of prompt and completion")]
     overlong: Literal["refuse", "leave_out"]
     packing: bool = False  # several items in a row of max_length; none attends to another
