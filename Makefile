@@ -4,8 +4,8 @@ PYTHON  ?= python3
 PROFILE ?=
 # Index to install torch from, e.g. https://download.pytorch.org/whl/cu126; empty: the CPU build if there is no GPU.
 TORCH_INDEX ?=
-# Optional dependencies of pyproject.toml: ray, trackers, harness
-EXTRAS  ?=
+# Optional dependencies of pyproject.toml: ray, trackers, harness, smollm2 (which PROFILE=smollm2 needs)
+EXTRAS  ?= $(if $(findstring smollm2,$(PROFILE)),smollm2)
 
 BIN  := $(VENV)/bin
 DONE := $(VENV)/.installed

@@ -22,6 +22,7 @@ from db.files import key_of
 from export import ExportError
 from export.converters import split_steps
 from export.gguf import open_gguf
+from trainers.encode import encode_prompt
 
 PACKAGE, OLLAMA, SUFFIX = "package:", "ollama:", ".gguf"
 _NORMAL, _CONTROL, _USER, _BYTE = 1, 3, 4, 6  # kinds of tokens (llama.h, enum llama_token_type)
@@ -338,7 +339,7 @@ def prove_ids(gguf: Path, tokenizer: Any, texts: Sequence[str]) -> int:
     """
     theirs = llama_cpp_ids(gguf, texts)
     for text, ids in zip(texts, theirs, strict=True):
-        ours = list(tokenizer(text)["input_ids"])
+        ours = encode_prompt(tokenizer, text)
         if ours != ids:
             place = next(
                 (i for i, (a, b) in enumerate(zip(ours, ids, strict=False)) if a != b), min(len(ours), len(ids))
@@ -433,7 +434,10 @@ def llama_cpp_ids(gguf: Path, texts: Sequence[str]) -> list[list[int]]:
         reason = _reason(log, child.exitcode)
     if not loaded:
         raise ExportError(f"{gguf}: llama.cpp cannot load its tokenizer: {reason}")
-    raise ExportError(f"{gguf}: llama.cpp breaks down on the text {texts[len(lines)][:80]!r}: {reason}")
+    raise ExportError(
+        f"{gguf}: llama.cpp breaks down on the text {texts[len(lines)][:80]!r}: {reason}; the tokenizer in the file is "
+        "damaged, or of another kind than it says"
+    )
 
 
 def _tokenize(gguf: Path, texts: Sequence[str], answers: Path, log: Path) -> None:

@@ -36,7 +36,7 @@ from trainers.words import suggest
 PROFILES = Path("profiles")
 BOTTOM, RECIPE, SIZE_OF_TASKS = "tiny", "recipe", "llama3_2_3b"
 SHIPPED = frozenset(
-    """tiny ablation paper preserve qlora llama3_1_8b llama3_2_3b llama3_8b smoke vision
+    """tiny ablation paper preserve qlora smollm2 llama3_1_8b llama3_2_3b llama3_8b smoke vision
     alpaca boolq chat classify dolly exact gsm8k instruct qnli""".split()
 )
 _LENGTHS = ("max_steps", "epochs")
