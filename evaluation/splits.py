@@ -8,11 +8,11 @@ import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from evaluation import EvaluationError, paraphrase
+from evaluation import EvaluationError, knowledge, paraphrase
 from evaluation.epa import POLLUTANTS
 from evaluation.sources.hub import HUB
 from evaluation.sources.rows import TASK_SOURCE, RowSource, read_recipe, write_rejected
@@ -38,6 +38,7 @@ class PrepareData(RowSource):
     image_size: Annotated[int, Field(ge=16, le=512, description="width and height, pixels")] | None
     vary: Annotated[float, Field(ge=0, le=1)]
     paraphrased_items: Annotated[int, Field(ge=0)]
+    retention: Literal["general", "knowledge"]
     retention_items_per_task: Positive
 
     @field_validator("task")
@@ -123,7 +124,8 @@ def make_splits(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item
     if hasattr(task, "retention_items"):  # a suite of pictures, as are the test items, which represent both
         splits["retention"] = task.retention_items(section.retention_items_per_task, seed=0, folder=folder, **settings)
     else:
-        splits["retention"] = general.retention_items(section.retention_items_per_task, seed=0)
+        suite = general if section.retention == "general" else knowledge
+        splits["retention"] = suite.retention_items(section.retention_items_per_task, seed=0)
         suites.append(("retention", general))
     splits["train"] = paraphrase.varied(splits["train"], task, section.vary, section.seed)
     splits[paraphrase.SPLIT] = [

@@ -14,7 +14,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from db.files import artifact, finish_run, hash_inputs, read_jsonl, sha256, staged, start_run, write_json, write_record
+from db.files import (
+    artifact,
+    finish_run,
+    hash_inputs,
+    read_json,
+    read_jsonl,
+    sha256,
+    staged,
+    start_run,
+    write_json,
+    write_record,
+)
 from evaluation.paraphrase import SPLIT
 from evaluation.tasks import Item
 from export import ExportError, MergedOnlyError, gguf
@@ -206,6 +217,7 @@ def run(params: Params, arm: str, seed: int) -> None:
         gguf.convert_model(merged, folder / F16_GGUF, f"{arm}-{seed}")
         if not adapter:  # before anything is built on it
             asked = dict.fromkeys(serving.render(asked_for(item)) for item in asked_items())
+            record.extra["unpacked"] = read_json(BASE / "base.json").get("gguf")
             record.extra["prompts_with_equal_ids"] = prove_ids(folder / F16_GGUF, load_tokenizer(reference), [*asked])
         if adapter:
             try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from db.files import write_text
-from evaluation import EvaluationError, paraphrase
+from evaluation import EvaluationError, knowledge, paraphrase
 from evaluation.tasks import Item, Score, Task, general, load, mean_credit, metric, share
 from export import ExportError
 from export.engines.engine import Engine, EngineError, asked_for
@@ -70,7 +70,7 @@ def _answer(line: bytes) -> dict[str, Any] | None:
 
 def task_of(item: Item, split: str) -> Task:
     """The module that scores an item of a split: `general` for the retention suite, whose items name general tasks."""
-    return load(general.NAME if split == RETENTION or item.task in general.GENERAL_TASKS else item.task)
+    return load(general.NAME if split == RETENTION or item.task in {*general.GENERAL_TASKS, *knowledge.NAMES} else item.task)
 
 
 def transcript(item: Item) -> str:

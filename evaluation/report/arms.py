@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Row
 
 from db.runs import BASE
+from evaluation import knowledge
 from evaluation.measure.speed import median_interval
 from evaluation.report.results import Key, Probe, ScoredRun
 from evaluation.statistics.differences import Difference, Pairs, compare_pairs, kept_share
@@ -19,6 +20,8 @@ from evaluation.statistics.seeds import crossed_interval
 BASELINE = "baseline_lora"
 TEST, RETAINED = "test", "retention"
 """Splits of the items that an arm was trained for, and of general ones that no arm was trained for."""
+FEWEST_RIGHT = 20
+"""Retention items that a pretrained base has to answer right, so that something can be said about what is kept."""
 RETENTION = (RETAINED, "retention_accuracy")
 LOSS, KL = ("eval", "evaluation_loss"), ("eval", "kl_to_base")
 OF_TRAINING = ("training_loss", "inversions", "gpu_memory_bytes")
@@ -134,6 +137,8 @@ def arm_rows(runs: Sequence[ScoredRun], baseline: str) -> tuple[ArmRow, ...]:
         first, base = arm_runs[0], arms.get(BASE, ())
         primary = (TEST, first.primary_metric)
         retained = None if arm == BASE else pair(arm_runs, BASE, base, RETAINED)
+        if retained and knowledge.is_asked(first.answers(RETAINED)):
+            retained = _that_it_knew(retained)
         share = kept_share(retained) if retained else None
         by_seed: dict[int, float] = {}
         if retained and share:
@@ -178,6 +183,14 @@ def arm_rows(runs: Sequence[ScoredRun], baseline: str) -> tuple[ArmRow, ...]:
             },
         ))  # fmt: skip
     return tuple(rows)
+
+
+def _that_it_knew(pairs: Pairs) -> Pairs | None:
+    """Pairs on the items that the base has right, since a pretrained one was not taught the suite; None if too few."""
+    right = pairs.reference.all(axis=0)
+    if right.sum() < FEWEST_RIGHT:
+        return None
+    return replace(pairs, credit=pairs.credit[:, right], reference=pairs.reference[:, right])
 
 
 def grouped(runs: Iterable[ScoredRun], baseline: str) -> dict[str, list[ScoredRun]]:

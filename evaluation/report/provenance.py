@@ -21,6 +21,9 @@ def byline(comparison: Comparison) -> str:
         f"{arms}{base}, last evaluated {max(run.ended for run in runs):%Y-%m-%d %H:%M} UTC.",
         f"Task: {comparison.primary.task}, judged by {comparison.primary.long}.",
     ]
+    for run in runs:
+        if unpacked := run.stages.get("export", {}).get("extra", {}).get("unpacked"):
+            parts.append(f"Base: {unpacked['file']}, its weights dequantized from {unpacked['source_precision']}.")
     if comparison.filters:
         parts.append(f"{comparison.filters}; corrections for several arms count only these.")
     if commits := sorted({run.git_commit[:10] for run in runs if run.git_commit}):
