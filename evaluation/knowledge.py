@@ -56,8 +56,8 @@ _KINDS = {
     "kinds": ("Is {} an animal, a plant or a tool?", """
         a_dog animal, a_hammer tool, an_oak plant, a_rose plant, a_horse animal, a_saw tool, a_screwdriver tool,
         a_tulip plant, a_whale animal, a_tiger animal, a_cactus plant, a_wrench tool, a_rabbit animal, a_fern plant,
-        an_axe tool, an_eagle animal, a_shovel tool, a_sunflower plant, a_shark animal, a_drill tool, an_elephant animal,
-        a_pine_tree plant"""),
+        an_axe tool, an_eagle animal, a_shovel tool, a_sunflower plant, a_shark animal, a_drill tool,
+        an_elephant animal, a_pine_tree plant"""),
     "what_follows": ("What comes after {}?", """
         Monday Tuesday, Tuesday Wednesday, Wednesday Thursday, Thursday Friday, Friday Saturday, Saturday Sunday, Sunday
         Monday, January February, February March, March April, April May, May June, June July, July August, August
@@ -82,11 +82,13 @@ _KINDS = {
         The_sun_rises_in_the east|morning, Birds_can fly|sing, Fish_live_in water|the|oceans|rivers, We_see_with_our
         eyes, We_hear_with_our ears, Bees_make honey, Cows_give_us milk, A_doctor_works_in_a hospital|clinic, You_read_a
         book, At_night_we sleep|dream, Ice_is_frozen water, Bread_is_made_from flour|wheat|dough, A_king_wears_a crown,
-        Rain_falls_from_the sky|clouds, In_winter_it_is cold|snowing|chilly, Fire_is hot|burning|dangerous, A_farmer_works_on_a
-        farm|field, Two_plus_two_is four|4, The_opposite_of_yes_is no, An_apple_a_day_keeps_the_doctor away"""),
+        Rain_falls_from_the sky|clouds, In_winter_it_is cold|snowing|chilly, Fire_is hot|burning|dangerous,
+        A_farmer_works_on_a farm|field, Two_plus_two_is four|4, The_opposite_of_yes_is no,
+        An_apple_a_day_keeps_the_doctor away"""),
     "science": ("What is the chemical symbol of {}?", """
         gold Au, silver Ag, iron Fe, oxygen O|O2, hydrogen H|H2, carbon C, helium He, sodium Na, copper Cu, lead Pb,
-        nitrogen N|N2, calcium Ca, potassium K, chlorine Cl|Cl2, zinc Zn, neon Ne, water H2O|H₂O, carbon_dioxide CO2|CO₂"""),
+        nitrogen N|N2, calcium Ca, potassium K, chlorine Cl|Cl2, zinc Zn, neon Ne, water H2O|H₂O, carbon_dioxide
+        CO2|CO₂"""),
     "people": ("Who {}?", """
         wrote_Romeo_and_Juliet Shakespeare, wrote_Hamlet Shakespeare, painted_the_Mona_Lisa Leonardo|Vinci,
         was_the_first_president_of_the_United_States Washington, developed_the_theory_of_relativity Einstein,
@@ -109,7 +111,8 @@ def retention_items(per_kind: int, seed: int) -> list[Item]:
         for number, (subject, accepted) in enumerate(rng.sample(pairs, min(per_kind, len(pairs)))):
             answers = accepted.replace("_", " ").split("|")
             prompt = question.format(subject.replace("_", " "))
-            items.append(Item(f"retention-{kind}-{number:04d}", kind, prompt, answers[0], {"accepted": answers, "other_choices": sorted(choices - {*answers})}))
+            truth = {"accepted": answers, "other_choices": sorted(choices - {*answers})}
+            items.append(Item(f"retention-{kind}-{number:04d}", kind, prompt, answers[0], truth))
     if len({item.prompt for item in items}) < len(items):
         raise EvaluationError("expected different questions in the retention suite, got some twice")
     return items

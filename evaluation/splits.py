@@ -38,7 +38,7 @@ class PrepareData(RowSource):
     image_size: Annotated[int, Field(ge=16, le=512, description="width and height, pixels")] | None
     vary: Annotated[float, Field(ge=0, le=1)]
     paraphrased_items: Annotated[int, Field(ge=0)]
-    retention: Literal["general", "knowledge"]
+    retention: Literal["general", "knowledge"] = "general"
     retention_items_per_task: Positive
 
     @field_validator("task")

@@ -5,7 +5,8 @@ profiles/tiny.yaml holds every key. Every other file holds only what differs, an
 
 1. tiny;
 2. sizes/NAME: a base model and how it is trained; llama3_2_3b for a task without a size;
-3. tasks/recipe, tasks/NAME: what is asked; unless the base is embedded, also tasks/full/recipe, tasks/full/NAME;
+3. tasks/recipe, tasks/NAME: what is asked; unless the size is one for a laptop, also tasks/full/recipe and
+   tasks/full/NAME;
 4. NAME in the folder itself: further changes, in the order of their names;
 5. profiles that are not in SHIPPED, wherever they are: what you write wins over everything that ships, and what you
    write in `train` also over what shipped profiles set for single arms.
@@ -39,6 +40,8 @@ SHIPPED = frozenset(
     """tiny ablation paper preserve qlora smollm2 llama3_1_8b llama3_2_3b llama3_8b smoke vision
     alpaca boolq chat classify dolly exact gsm8k instruct qnli""".split()
 )
+SMALL = frozenset(("smollm2",))
+"""Sizes with another base than the embedded one, on which a task is as short as on that."""
 _LENGTHS = ("max_steps", "epochs")
 _HEADER = (
     "Written by `python -m pipelines.profile {name}` from {files}. Change what you like: DVC reruns what depends on "
@@ -76,7 +79,7 @@ def merged(name: str, folder: Path = PROFILES) -> tuple[dict[str, Any], list[Pat
     embedded = _merge([*files, *own])["prepare_base"]["source"] == "embedded"
     for task in tasks:
         of_task = [folder / f"tasks/{RECIPE}.yaml", profiles[task]]
-        if not embedded:
+        if not embedded and SMALL.isdisjoint(sizes):
             of_task += [folder / f"tasks/full/{RECIPE}.yaml", folder / f"tasks/full/{task}.yaml"]
         files += [file for file in of_task if file.is_file() and file not in own]
     files += [file for n, file in chosen.items() if n not in (*sizes, *tasks) and file not in own]

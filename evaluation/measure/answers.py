@@ -70,7 +70,8 @@ def _answer(line: bytes) -> dict[str, Any] | None:
 
 def task_of(item: Item, split: str) -> Task:
     """The module that scores an item of a split: `general` for the retention suite, whose items name general tasks."""
-    return load(general.NAME if split == RETENTION or item.task in {*general.GENERAL_TASKS, *knowledge.NAMES} else item.task)
+    of_suite = split == RETENTION or item.task in general.GENERAL_TASKS or item.task in knowledge.NAMES
+    return load(general.NAME if of_suite else item.task)
 
 
 def transcript(item: Item) -> str:

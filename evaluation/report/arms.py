@@ -138,7 +138,7 @@ def arm_rows(runs: Sequence[ScoredRun], baseline: str) -> tuple[ArmRow, ...]:
         primary = (TEST, first.primary_metric)
         retained = None if arm == BASE else pair(arm_runs, BASE, base, RETAINED)
         if retained and knowledge.is_asked(first.answers(RETAINED)):
-            retained = _that_it_knew(retained)
+            retained = that_it_knew(retained)
         share = kept_share(retained) if retained else None
         by_seed: dict[int, float] = {}
         if retained and share:
@@ -185,7 +185,7 @@ def arm_rows(runs: Sequence[ScoredRun], baseline: str) -> tuple[ArmRow, ...]:
     return tuple(rows)
 
 
-def _that_it_knew(pairs: Pairs) -> Pairs | None:
+def that_it_knew(pairs: Pairs) -> Pairs | None:
     """Pairs on the items that the base has right, since a pretrained one was not taught the suite; None if too few."""
     right = pairs.reference.all(axis=0)
     if right.sum() < FEWEST_RIGHT:

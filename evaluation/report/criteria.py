@@ -116,7 +116,9 @@ def by_retention(arm: str, share: Interval | None, accuracy: float | None) -> Cr
     """Keeps more than 70% of the base's accuracy on the retention items; both in percent."""
     threshold = f"retention > {KEPT_THRESHOLD:.0f}% of the base's"
     if share is None:
-        return _criterion(KEPT, arm, threshold, None, "percent", "the base was not asked the same items, or has too few right")
+        return _criterion(
+            KEPT, arm, threshold, None, "percent", "the base was not asked the same items, or has too few right"
+        )
     judged = by_interval(share, KEPT_THRESHOLD, "%")
     if accuracy is not None:
         judged = judged.noting(f"with a plain accuracy of {accuracy:.1f}%")
