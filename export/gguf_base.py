@@ -318,8 +318,8 @@ def probe_texts(tokenizer: Any, count: int = 3000, seed: int = 0) -> Iterator[st
     yield from ("“a”—b…", "1234567 3.14159 1e-05 0x1F", "I'll you've IT'S don't", "def f(x):\n    return x  # ¹²³\n")
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     for code in (*range(0x800), *range(0x800, 0xD800, 64), *range(0xE000, 0x110000, 4096)):
-        (letters, _), *_ = splitter.pre_tokenize_str(chr(code))
-        if "<0x00>" in vocabulary or all(letter in vocabulary for letter in letters):
+        (spelling, _), *_ = splitter.pre_tokenize_str(chr(code))
+        if "<0x00>" in vocabulary or all(letter in vocabulary for letter in spelling):
             yield f"a{chr(code)}b"
     pieces = [tokenizer.decode([i]) for i in rng.sample(range(len(tokenizer)), min(len(tokenizer), 4 * count))]
     plain = [piece for piece in pieces if piece and "\ufffd" not in piece and piece not in tokenizer.all_special_tokens]
