@@ -79,7 +79,8 @@ def read_yes_no(answer: str, positive: str = "true|correct") -> bool | None:
 # --- numbers ---
 # Read as numbers: 24, -5, +5, 1,234 (commas between groups of three digits), 18.00, .5, 3/4, 1 1/2, ½, 1e3. A currency
 # sign, % or unit before or after is ignored: 18% is 18, $2 million is 2. LaTeX's \$18, \frac{3}{4} and 1{,}234 are
-# understood. The minus may be any of Unicode's, directly before the number: in "- 5 apples" it is a bullet.
+# understood. The minus may be any of Unicode's, directly before the number: in "- 5 apples" it is a bullet. U+2212 is no
+# bullet, so blanks may follow it, unless it subtracts from what precedes it.
 # Not read: words (twelve), digits other than 0 to 9, names (PM10), ranges and sums without spaces (10-15, 3*6), times
 # and dates (10:30), spellings that differ between countries (1,5 and 1.234,5), and values beyond the range of a float.
 
@@ -100,7 +101,9 @@ _RATIO = re.compile(r"(?:([0-9]+) )?([0-9]+) ?/ ?([0-9]+)")
 _LONGEST = 400  # characters of one number; the largest float has 309 digits
 _REACH = 300  # characters after "the answer is" within which its number must come
 
-_TEX = (
+_REWRITTEN = (
+    (re.compile("[\u200b\u2060\ufeff]"), ""),
+    (re.compile(rf"(?<![^\W_])(?<![)\]}}%])(?<![0-9)\]}}%]\s)(?<!\b[^\W0-9_]\s)−\s+(?=[{_CURRENCY}]?\.?[0-9])"), "−"),
     (re.compile(r"\\[dt]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}"), r"\1/\2"),
     (re.compile(r"(?<=[0-9])(?:\{,\}|\\[,!])(?=[0-9]{3})"), ","),
     (re.compile(r"\\(?=[$%])"), ""),
@@ -121,8 +124,8 @@ _NEXT_QUESTION = re.compile(
 
 
 def _plain(text: str) -> str:
-    """LaTeX and ½ rewritten to the form that `_CHUNK` reads."""
-    for pattern, plain in _TEX:
+    """LaTeX, ½ and − before a blank rewritten to the form that `_CHUNK` reads, without invisible characters."""
+    for pattern, plain in _REWRITTEN:
         text = pattern.sub(plain, text)
     return _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text)
 
@@ -142,6 +145,11 @@ def _value(chunk: re.Match[str]) -> Fraction | None:
         return None
     negative = any(sign and sign in _MINUS for sign in (chunk["sign"], chunk["inner"]))
     return (-value if negative else value) if value <= sys.float_info.max else None
+
+
+def numbers(text: str) -> list[Fraction]:
+    """Every number in `text`, in order."""
+    return _values(_plain(text))
 
 
 def _values(text: str) -> list[Fraction]:

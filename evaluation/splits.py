@@ -5,6 +5,7 @@ No group of items, such as the questions about one passage, is in two splits.
 
 import random
 import re
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,7 @@ def divide(
 ) -> Division:
     """Draws the splits: train and validation from `pool`, and test items too if `test` is None.
 
-    Items of one group stay together. `sizes` are upper bounds (None for train: all). If the pool is too small,
+    Items of one group stay together, see `_groups`. `sizes` are upper bounds (None for train: all). If the pool is too small,
     validation and tests get their share of it, together at most half if train is None. EvaluationError if there are too
     few groups.
     """
@@ -182,13 +183,18 @@ def divide(
         splits["test"] = rng.sample(list(test), min(len(test), sizes["test"] or 0))
         held_out = ["valid"]
         # By prompt as well as by group: two rows with one prompt must never be apart, whatever the task's groups are.
-        tested = {key for item in splits["test"] for key in _keys(item, group)}
-        apart = [item for item in pool if not tested.isdisjoint(_keys(item, group))]
-        pool = [item for item in pool if tested.isdisjoint(_keys(item, group))]
-    groups: dict[Hashable, list[Item]] = {}
-    for item in pool:
-        groups.setdefault(group(item), []).append(item)
-    order = list(groups.values())
+        prompts = {item.context for item in splits["test"]}
+        whole = {_path(item, group) for item in splits["test"]}
+        parts = {path[:n] for path in whole for n in range(1, len(path) + 1)}
+
+        def tested(item: Item) -> bool:
+            path = _path(item, group)
+            return path in parts or any(path[:n] in whole for n in range(len(path))) or item.context in prompts
+
+        apart = [item for item in pool if tested(item)]
+        pool = [item for item in pool if not tested(item)]
+    targets = _targets(len(pool), {split: sizes[split] or 0 for split in held_out}, sizes["train"])
+    order, openings = _groups(pool, group, min(targets.values()) // 4)
     rng.shuffle(order)
     if len(order) <= len(held_out):
         aside = f" (and {len(apart)} that share a group with a test item)" if apart else ""
@@ -196,7 +202,6 @@ def divide(
             f"prepare_data.source: expected at least {len(held_out) + 1} different rows (of different groups) for "
             f"train, {' and '.join(held_out)}, got {len(order)}{aside}"
         )
-    targets = _targets(len(pool), {split: sizes[split] or 0 for split in held_out}, sizes["train"])
     # The largest group is trained on: a group that is most of a data set must not leave nothing to train on.
     rest = [order.pop(max(range(len(order)), key=lambda place: len(order[place])))]
     smallest_first = sorted(targets, key=lambda split: targets[split])
@@ -208,13 +213,43 @@ def divide(
         split = next(room, "")
         splits[split].extend(members) if split else rest.append(members)
     rng.shuffle(rest)
-    items = [item for members in rest for item in members]
+    items = openings + [item for members in rest for item in members]
     splits["train"] = items[: sizes["train"]]
     return Division(splits, apart, items[len(splits["train"]) :])
 
 
-def _keys(item: Item, group: Callable[[Item], Hashable]) -> set[tuple[str, Hashable]]:
-    return {("group", group(item)), ("prompt", item.context)}
+def _path(item: Item, group: Callable[[Item], Hashable]) -> tuple[Hashable, ...]:
+    key = group(item)
+    return key if isinstance(key, tuple) else (key,)
+
+
+def _groups(pool: Sequence[Item], group: Callable[[Item], Hashable], most: int) -> tuple[list[list[Item]], list[Item]]:
+    """Items that must stay together; and items that may only be trained on, as what follows them is in several groups.
+
+    Conversations that open alike are one group, and if they are more than `most`, one for each way in which they go on.
+    Of those that ask exactly the same, more than half of the pool are divided by their system messages.
+    """
+    groups, openings, waiting = list[list[Item]](), list[Item](), deque([(0, list(pool))])
+    while waiting:
+        depth, members = waiting.popleft()
+        paths = [_path(item, group) for item in members]
+        longest = max(paths, key=len, default=())
+        parts_of_one = all(path == longest[: len(path)] for path in paths)
+        asks_the_same = parts_of_one and len({*paths}) == 1 and 2 * len(members) > len(pool)
+        if depth and (len(members) <= most or (parts_of_one and not asks_the_same)):
+            groups.append(members)
+            continue
+        branches, ends = dict[Hashable, list[Item]](), dict[str | None, list[Item]]()
+        for item, path in zip(members, paths, strict=True):
+            if len(path) > depth:
+                branches.setdefault(path[depth], []).append(item)
+            else:
+                ends.setdefault(item.system, []).append(item)
+        waiting += ((depth + 1, branch) for branch in branches.values())
+        followed = {item.system for branch in branches.values() for item in branch}
+        for system, same in ends.items():
+            openings.extend(same) if system in followed else groups.append(same)
+    return groups, openings
 
 
 def _targets(rows: int, held_out: dict[str, int], train: int | None) -> dict[str, int]:

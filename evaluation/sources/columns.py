@@ -8,7 +8,7 @@ from statistics import median
 from evaluation.sources.tabular import RawRow, Table
 from evaluation.tasks import Field, Task, decimal_commas, number, with_point
 from trainers.settings import Section
-from trainers.words import nearest, suggest
+from trainers.words import as_written, nearest, suggest
 
 # Units of one family differ by powers of ten; converting between the families takes temperature and pressure.
 _MASS = {"µg/m3": Decimal(1), "mg/m3": Decimal(1000)}
@@ -86,9 +86,10 @@ def match_columns(
     columns: dict[str, str] = {}
     problems: list[str] = []
     notes: list[str] = []
+    mapping = {name: column and as_written(column, table.columns) for name, column in mapping.items()}
     in_use = {*mapping.values(), *(spec.column for spec in fields.values())}
     for name, spec in fields.items():
-        column = mapping.get(name, spec.column)
+        column = mapping.get(name, spec.column and as_written(spec.column, table.columns))
         optional = name not in mapping and not spec.required
         if column is None or (optional and column in mapping.values()):
             continue

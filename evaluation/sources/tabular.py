@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import EvaluationError
+from trainers.words import look
 
 _BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
          codecs.BOM_UTF16_BE: "UTF-16"}  # fmt: skip
@@ -75,7 +76,7 @@ def read_file(source: str, delimiter: str = AUTO, encoding: str = AUTO, names: I
         raise EvaluationError(f"is empty ({len(data)} bytes); expected a header and rows, JSON lines, or texts.")
     notes = [f"as {recognized}"] if recognized else []
     if kind in (".csv", ".tsv"):
-        table, layout = _read_csv(plain, start, delimiter, {name.casefold() for name in names})
+        table, layout = _read_csv(plain, start, delimiter, {look(name).casefold() for name in names})
         notes += layout
     elif kind == ".txt":
         table = _read_text(plain, start)
@@ -190,7 +191,7 @@ def _layout(text: list[str], delimiter: str, names: Collection[str]) -> tuple[st
     for separator in _SEPARATORS if delimiter == AUTO else delimiter:
         width = 0  # of the first line: text above a header is narrower, and a row that contains one name is no header
         for first, _, cells, _ in _csv_rows(text[:_TOP], separator, top):
-            known = len({cell.strip().casefold() for cell in cells}.intersection(names))
+            known = len({look(cell).casefold() for cell in cells}.intersection(names))
             tries.append((known if known > 1 or len(cells) > width else 0, separator, first))
             width = width or len(cells)
     most, separator, first = max(tries, key=lambda attempt: attempt[0], default=(0, ",", top))

@@ -139,7 +139,11 @@ class Task(Protocol):
         ...
 
     def group(self, item: Item) -> Hashable:
-        """Items of one group never land in different splits, e.g. questions about one passage."""
+        """Items of one group never land in different splits, e.g. questions about one passage.
+
+        A tuple names the parts of a conversation: its first element is the group, which is divided by the next ones
+        where it is too large, and whatever one item begins another belongs to.
+        """
         ...
 
     def generate(self, sizes: Mapping[str, int], *, seed: int, folder: Path, **settings: Any) -> dict[str, list[Item]]:

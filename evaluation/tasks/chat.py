@@ -16,7 +16,7 @@ from typing import Any
 
 from evaluation import EvaluationError
 from evaluation.tasks import Field, Item, RowError, brief, digest, instruct, optional_text, text
-from trainers.words import suggest
+from trainers.words import as_written, suggest
 
 NAME = "chat"
 TITLE = "Chat ROUGE-L"
@@ -48,7 +48,8 @@ _TOOLS = ("tool", "function", "function_call", "observation", "ipython")
 def recognize(columns: Sequence[str], mapping: Mapping[str, str | None]) -> tuple[dict[str, str], str]:
     """Field → column of the one form that the rows have, and a sentence that names the form."""
     mapped = {name: column for name, column in mapping.items() if column is not None}
-    column_of = {n: mapped.get(n, field.column) or n for n, field in FIELDS.items() if mapping.get(n, "") is not None}
+    names = {name: mapped.get(name, name) for name in FIELDS if mapping.get(name, "") is not None}
+    column_of = {name: as_written(column, columns) for name, column in names.items()}
     forms = [form for form, (required, _) in _FORMS.items() if not mapped.keys().isdisjoint(required)] or [
         form for form, (required, _) in _FORMS.items() if all(column_of.get(name) in columns for name in required)
     ]
@@ -189,8 +190,10 @@ def complete(items: Sequence[Item]) -> list[str]:
 
 
 def group(item: Item) -> Hashable:
-    """How a conversation begins, so that parts of one are never in different splits. A text is its own group."""
-    return digest(item.turns[0][0] if item.turns else str(item.context) if item.whole else item.prompt)
+    """The questions of a conversation, so that parts of one are never in different splits. A text is its own group."""
+    if item.whole:
+        return digest(str(item.context))
+    return tuple(map(digest, [*(question for question, _ in item.turns), item.prompt]))
 
 
 score = instruct.score_text

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from evaluation import EvaluationError
+from evaluation.parsing import exact_number, numbers
 from evaluation.tasks import (
     Field,
     Item,
@@ -25,6 +26,7 @@ from evaluation.tasks import (
     text,
     text_or_number,
 )
+from trainers.words import look, tidy
 
 
 def label_metrics(name: str) -> dict[str, dict[str, str]]:
@@ -75,21 +77,23 @@ MOST = 200
 
 
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
-    label = text_or_number(row, "label")
+    label = text_or_number(row, "label").strip()
     if "\n" in label:
         raise RowError("label", f"expected one line, got {brief(label)}")
+    label = tidy(label)
     return Item(item_id, NAME, text(row, "text"), label, {"label": label})
 
 
 def complete(items: Sequence[Item]) -> list[str]:
     """Tell every item which labels there are."""
     labels = sorted({item.truth["label"] for item in items})
-    spellings: dict[str, str] = {}
+    spellings: dict[object, str] = {}
     for label in labels:
-        if (other := spellings.setdefault(label.casefold(), label)) != label:
+        value = exact_number(label)
+        if (other := spellings.setdefault(look(label).casefold() if value is None else value, label)) != label:
             raise EvaluationError(
-                f"prepare_data.columns.label: expected labels that differ in more than capitals, got {brief(other)} "
-                f"and {brief(label)}; write one of them everywhere"
+                "prepare_data.columns.label: expected labels that differ in more than capitals and look-alike "
+                f"characters, got {ascii(other)} and {ascii(label)}; write one of them everywhere"
             )
     if not 2 <= len(labels) <= MOST:
         raise EvaluationError(
@@ -102,12 +106,16 @@ def complete(items: Sequence[Item]) -> list[str]:
 
 
 def read_label(answer: str, labels: Sequence[str]) -> str | None:
-    """The label that an answer names; "very good" is preferred to "good"."""
-    by_lower_case = {label.casefold(): label for label in labels}
-    longest_first = sorted(map(re.escape, by_lower_case), key=len, reverse=True)
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
+    """The label that an answer names; "very good" is preferred to "good", and labels that are numbers go by value."""
+    values = {value: label for label in labels if (value := exact_number(label)) is not None}
+    words = {label.casefold(): label for label in labels if label not in values.values()}
+    longest_first = sorted(map(re.escape, words), key=len, reverse=True)
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first) or '(?!)'})(?!\w)")
     for line in answer.splitlines():
-        if matches := {by_lower_case[match] for match in pattern.findall(line.casefold())}:
+        plain = tidy(line).casefold()
+        matches = {words[match] for match in pattern.findall(plain)}
+        matches |= {values[value] for value in numbers(pattern.sub(" ", plain)) if value in values}
+        if matches:
             return matches.pop() if len(matches) == 1 else None
     return None
 

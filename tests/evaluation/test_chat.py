@@ -7,7 +7,7 @@ import pytest
 
 from evaluation import EvaluationError
 from evaluation.sources.rows import read_recipe
-from evaluation.splits import PrepareData, make_splits
+from evaluation.splits import PrepareData, divide, make_splits
 from evaluation.tasks import Item, chat
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -91,6 +91,24 @@ def test_a_cell_may_hold_a_long_conversation_and_broken_json_is_refused(tmp_path
     assert ["broken JSON" in row.reason for row in results.rejected] == [True, True]
 
 
+@pytest.mark.parametrize(
+    ("columns", "mapping"),
+    [
+        (["prompt\u200b", "\ufeffcompletion"], {}),
+        (["my\u00a0question", "answer"], {"prompt": "my question", "completion": "answer"}),
+        (["q", "\u00b5g"], {"prompt": "q", "completion": "\u03bcg"}),
+        (["cafe\u0301", "a"], {"prompt": "caf\u00e9", "completion": "a"}),
+    ],
+)
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_a_column_goes_by_how_its_name_looks(tmp_path, columns, mapping, name):
+    file = tmp_path / name
+    lines = [",".join(columns), "a;b,c"] if name.endswith("csv") else [json.dumps(dict(zip(columns, ["a;b", "c"])))]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    (item,) = read_recipe(chat, section(file, columns=mapping)).train
+    assert (item.prompt, item.completion) == ("a;b", "c")
+
+
 def test_a_mapping_names_the_form_and_two_forms_are_asked_about(tmp_path):
     row = {"dialogue": TURNS[:2], "text": "x y", "instruction": "Add.", "output": "3"}
     assert read(tmp_path, row, columns={"messages": "dialogue"}).train[0].prompt == "What is a lake?"
@@ -149,3 +167,58 @@ def test_conversations_that_share_their_last_question_are_no_duplicates(tmp_path
     other = [{"role": "user", "content": "What is a pond?"}, *TURNS[1:]]
     results = read(tmp_path, {"messages": TURNS}, {"messages": other}, {"messages": TURNS})
     assert len(results.train) == 2 and results.facts["repeated_rows"] == 1
+
+
+def talk(*questions, system=None, answers="Yes."):
+    """The item of a conversation; its last answer is scored."""
+    *before, last = questions
+    return Item(
+        "/".join(questions) + str(system), "chat", last, answers, {}, tuple((q, answers) for q in before), system
+    )
+
+
+def divided(pool, test=None, valid=20, tests=30):
+    """Items by split; no tested question is learned anywhere else with what was asked before it."""
+    division = divide(pool, test, chat.group, {"train": None, "valid": valid, "test": tests}, seed=0)
+    splits = {split: {(i.system, chat.group(i)) for i in items} for split, items in division.splits.items()}
+    for held in ("valid", "test"):
+        for other in splits.keys() - {held}:
+            learned = {(system, path[:n]) for system, path in splits[other] for n in range(1, len(path) + 1)}
+            assert not splits[held] & learned, (held, other)
+    assert division.unused == [] and sum(map(len, division.splits.values())) + len(division.apart) == len(pool) + len(
+        test or ()
+    )
+    return division
+
+
+@pytest.mark.parametrize("share", [0.7, 1.0])
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        lambda n: talk("Hi", f"Question {n}?", "Thanks!"),
+        lambda n: talk("Hi", "I need help", f"Question {n}?"),
+        lambda n: talk("Hi", system=f"You are number {n}."),
+        lambda n: talk("Hi", *(["hi"] * (n % 3)), f"Question {n // 3}?"),
+        lambda n: talk("Hi") if n == 0 else talk("Hi", f"Question {n}?"),
+    ],
+    ids=["second", "third", "system", "mixed", "an opening of all others"],
+)
+def test_conversations_that_open_alike_are_in_every_split(conversation, share):
+    count = int(300 * share)
+    pool = [conversation(n) for n in range(count)] + [talk(f"Other {n}?", "And?") for n in range(300 - count)]
+    for split, items in divided(pool).splits.items():
+        alike = sum(chat.group(item)[0] == chat.group(talk("Hi"))[0] for item in items)
+        assert alike / len(items) == pytest.approx(share, abs=0.25), split
+
+
+def test_all_parts_of_a_conversation_are_in_one_split():
+    parts = [talk(*(f"{n}.{turn}?" for turn in range(turns))) for n in range(40) for turns in range(1, 6)]
+    trees = [talk(f"Root {n}?", f"Branch {branch}?") for n in range(40) for branch in range(2)]
+    for pool in (parts, trees):
+        where = {}
+        for split, items in divided(pool).splits.items():
+            for item in items:
+                assert where.setdefault(chat.group(item)[0], split) == split
+    test = [talk("Hi", "A?"), talk("Hi", "B?", "C?")]
+    pool = [talk("Hi"), talk("Hi", "A?", "More?"), talk("Hi", "B?"), *(talk("Hi", f"{n}?") for n in range(30))]
+    assert divided(pool, test).apart == pool[:3]

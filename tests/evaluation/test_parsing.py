@@ -105,7 +105,7 @@ NUMBERS = {
     ],
     "5": [
         "The answer is 5.\n\n**Question 2:** 4 + 5?\nThe answer is 9.\n#### 9",
-        "The answer is not 2 + 2 = 4. They have 5.", "- 5 apples", "total--5", "(5)", "$ 5", "pre-5", "+5",
+        "The answer is not 2 + 2 = 4. They have 5.", "- 5 apples", "total--5", "x − 5", "10 − 5", "(5)", "$ 5", "pre-5", "+5",
     ],
     "9": ["\n\n### Instruction:\nAdd 4 and 5.\n### Response:\nThe answer is 9."],
     "20": ["The answer is not 18 but 20", "The answer isn't 18, it's 20"],
@@ -114,7 +114,9 @@ NUMBERS = {
     "6": [r"\boxed{5} then \boxed{6}"],
     "8": ["Answer: there are 5 cats and 3 dogs, so 8 in all"],
     "16": ["5 + 13 = 18. He gives 2 away, so 16 are left."],
-    "-5": ["x = -5", "-$5", "$-5", "−5", "–5"],
+    "-5": [
+        "x = -5", "-$5", "$-5", "−5", "–5", "It is − 5 °C", "−\u00a05", "−\u200b5", "10 − 15 = − 5", "#### − 5",
+    ],
     "3/4": [r"$\boxed{\frac{3}{4}}$ of 8", "3/4", "3 / 4", r"\frac{3}{4}"],
     "3/2": ["1 1/2", "1½ cups"],
     "1/2": ["½", ".5", r"\dfrac{1}{2} of it"],

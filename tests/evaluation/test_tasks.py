@@ -244,11 +244,41 @@ def test_labels_are_read_from_answers():
     items = [classify.make_item("x", {"text": "It was.", "label": own}) for own in (1, 1.0, "1", -1, 4.5, True)]
     assert [item.completion for item in items] == ["1", "1", "1", "-1", "4.5", "True"]
     items += [classify.make_item("x", {"text": "It was.", "label": "true"})]
-    with pytest.raises(EvaluationError, match="differ in more than capitals, got 'True' and 'true'"):
+    with pytest.raises(EvaluationError, match="got 'True' and 'true'"):
         classify.complete(items)
     for label, reason in ((float("nan"), "expected text"), (None, "expected text"), ("a\nb", "one line")):
         with pytest.raises(RowError, match=reason):
             classify.make_item("x", {"text": "It was.", "label": label})
+
+
+@pytest.mark.parametrize(
+    ("labels", "answers"),
+    [
+        (["0", "0.5"], {"0.25": None, "0.50": "0.5", "It is 0.": "0", "0,5": None}),
+        (["-1", "0", "1"], {"\u22121": "-1", "\u2212 1": "-1", "-1.0": "-1", "1st": "1", "0 or 1": None, "10": None}),
+        (["1", "2", "level 1"], {"Level 1": "level 1", "-2": None, "3/2": None, "2 of 5": "2"}),
+        (["café", "té verde"], {"cafe\u0301!": "café", "té\u00a0verde": "té verde", "ca\u200bfé": "café"}),
+        (["µg", "mg"], {"μg": "µg", "MG": "mg"}),
+        (["18-25", "26-35"], {"18-25": "18-25", "118-25": None}),
+    ],
+)
+def test_a_label_is_what_it_means_and_how_it_looks(labels, answers):
+    assert {answer: classify.read_label(answer, labels) for answer in answers} == answers
+
+
+def test_labels_that_look_alike_are_one_or_refused():
+    def complete(*labels):
+        items = [classify.make_item("x", {"text": "It was.", "label": label}) for label in labels]
+        classify.complete(items)
+        return items[0].truth["labels"]
+
+    for twin in ("cafe\u0301", "caf\u00e9", "caf\u200b\u00e9", "\ufeffcaf\u00e9\u00a0"):
+        assert complete("caf\u00e9", twin, "tea") == ["caf\u00e9", "tea"]
+    assert complete("ice\u00a0tea", "ice tea", "tea") == ["ice tea", "tea"]
+    for one, other in (("\u00b5g", "\u03bcg"), ("1", "1.0"), ("-1", "\u22121"), ("\uff21", "A")):
+        with pytest.raises(EvaluationError) as caught:
+            complete(one, other)
+        assert ascii(one) in str(caught.value) and ascii(other) in str(caught.value)
 
 
 def test_short_answers_are_numbers_or_words():
