@@ -79,8 +79,8 @@ def read_yes_no(answer: str, positive: str = "true|correct") -> bool | None:
 # --- numbers ---
 # Read as numbers: 24, -5, +5, 1,234 (commas between groups of three digits), 18.00, .5, 3/4, 1 1/2, ½, 1e3. A currency
 # sign, % or unit before or after is ignored: 18% is 18, $2 million is 2. LaTeX's \$18, \frac{3}{4} and 1{,}234 are
-# understood. The minus may be any of Unicode's, directly before the number: in "- 5 apples" it is a bullet. U+2212 is no
-# bullet, so blanks may follow it, unless it subtracts from what precedes it.
+# understood. The minus may be any of Unicode's, directly before the number: in "- 5 apples" it is a bullet. U+2212
+# is no bullet, so blanks may follow it, unless it subtracts from what precedes it.
 # Not read: words (twelve), digits other than 0 to 9, names (PM10), ranges and sums without spaces (10-15, 3*6), times
 # and dates (10:30), spellings that differ between countries (1,5 and 1.234,5), and values beyond the range of a float.
 

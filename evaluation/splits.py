@@ -171,9 +171,9 @@ def divide(
 ) -> Division:
     """Draws the splits: train and validation from `pool`, and test items too if `test` is None.
 
-    Items of one group stay together, see `_groups`. `sizes` are upper bounds (None for train: all). If the pool is too small,
-    validation and tests get their share of it, together at most half if train is None. EvaluationError if there are too
-    few groups.
+    Items of one group stay together, see `_groups`. `sizes` are upper bounds (None for train: all). If the pool is too
+    small, validation and tests get their share of it, together at most half if train is None. EvaluationError if there
+    are too few groups.
     """
     rng = random.Random(f"split-{seed}")
     splits: dict[str, list[Item]] = {"train": [], "valid": [], "test": []}

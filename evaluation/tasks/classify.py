@@ -93,7 +93,7 @@ def complete(items: Sequence[Item]) -> list[str]:
         if (other := spellings.setdefault(look(label).casefold() if value is None else value, label)) != label:
             raise EvaluationError(
                 "prepare_data.columns.label: expected labels that differ in more than capitals and look-alike "
-                f"characters, got {ascii(other)} and {ascii(label)}; write one of them everywhere"
+                f"characters, got {other!a} and {label!a}; write one of them everywhere"
             )
     if not 2 <= len(labels) <= MOST:
         raise EvaluationError(

@@ -103,7 +103,8 @@ def test_a_cell_may_hold_a_long_conversation_and_broken_json_is_refused(tmp_path
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
 def test_a_column_goes_by_how_its_name_looks(tmp_path, columns, mapping, name):
     file = tmp_path / name
-    lines = [",".join(columns), "a;b,c"] if name.endswith("csv") else [json.dumps(dict(zip(columns, ["a;b", "c"])))]
+    row = json.dumps({columns[0]: "a;b", columns[1]: "c"})
+    lines = [",".join(columns), "a;b,c"] if name.endswith("csv") else [row]
     file.write_text("\n".join(lines), encoding="utf-8")
     (item,) = read_recipe(chat, section(file, columns=mapping)).train
     assert (item.prompt, item.completion) == ("a;b", "c")

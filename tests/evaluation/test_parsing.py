@@ -105,7 +105,7 @@ NUMBERS = {
     ],
     "5": [
         "The answer is 5.\n\n**Question 2:** 4 + 5?\nThe answer is 9.\n#### 9",
-        "The answer is not 2 + 2 = 4. They have 5.", "- 5 apples", "total--5", "x − 5", "10 − 5", "(5)", "$ 5", "pre-5", "+5",
+        "The answer is not 2 + 2 = 4. They have 5.", "- 5 apples", "total--5", "x − 5", "(5)", "$ 5", "pre-5", "+5",
     ],
     "9": ["\n\n### Instruction:\nAdd 4 and 5.\n### Response:\nThe answer is 9."],
     "20": ["The answer is not 18 but 20", "The answer isn't 18, it's 20"],
