@@ -114,24 +114,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4, help="of each of three arms; 4: 95 stages (default)")
     parser.add_argument("--reference", type=Path, help="a folder in which the pipeline has run")
     parser.add_argument("--no-kills", action="store_true", help="leave out the run in which processes are killed")
-    given = parser.parse_args()
+    args = parser.parse_args()
     from ray.cluster_utils import Cluster
 
     top = Path(tempfile.mkdtemp(prefix="distribute-"))
-    finished: Path | None = given.reference.resolve() if given.reference else None
+    finished: Path | None = args.reference.resolve() if args.reference else None
     if reference := finished:
         serial = None
         of_stages = sum(json.loads((reference / TIMES).read_text()).values())
         print(f"stages of the reference: {of_stages:.0f} s, if none of them was restored", flush=True)
     else:
-        reference = clone(top / "repro", given.seeds, None)
+        reference = clone(top / "repro", args.seeds, None)
         serial = run(reference, "dvc", "repro")
         print(f"dvc repro: {serial:.0f} s", flush=True)
     wanted = results(reference)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
 
-    folder = clone(top / "plain", given.seeds, finished)
+    folder = clone(top / "plain", args.seeds, finished)
     started = time.monotonic()
     Distributed(folder, cluster.address).wait()
     wall = time.monotonic() - started
@@ -147,8 +147,8 @@ def main() -> None:
         "overhead_seconds_a_stage": median(overheads), "overheads": overheads, "same_results": not differences,
         "differences": differences, "profile": yaml.safe_load((folder / "params.yaml").read_text())["profile"],
     }  # fmt: skip
-    if not given.no_kills:
-        facts |= with_kills(clone(top / "kills", given.seeds, finished), cluster.address, len(rows), wanted)
+    if not args.no_kills:
+        facts |= with_kills(clone(top / "kills", args.seeds, finished), cluster.address, len(rows), wanted)
     cluster.shutdown()
     file = _harness.RESULTS / "distribute.json"
     runs = json.loads(file.read_text())["profiles"] if file.is_file() else {}

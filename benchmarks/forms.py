@@ -29,13 +29,13 @@ PARALLEL = 16
 
 def forms(items: list[Item], first: str) -> dict[str, list[Asked]]:
     """`first` is the model's answer to the first item, whose question precedes all others."""
-    said = [(items[0].prompt, first)]
+    turns = [(items[0].prompt, first)]
     return {
         "plain": [item.prompt for item in items],
         "newline": [item.prompt + "\n" for item in items],
         "blank": [item.prompt + " " for item in items],
         "question mark": [item.prompt + "?" for item in items],
-        "second question": [conversation(item.prompt, turns=said) for item in items],
+        "second question": [conversation(item.prompt, turns=turns) for item in items],
     }
 
 
@@ -46,11 +46,11 @@ def credits(served: Served, items: list[Item], max_tokens: int) -> dict[str, lis
         served.gguf, served.serving.render, num_ctx=served.serving.num_ctx, parallel=PARALLEL
     ) as engine:
         first = engine.generate(items[0].prompt, max_tokens, stop).text
-        found = {}
-        for form, asked in forms(items, first).items():
-            answers = dict(engine.generate_many(asked, max_tokens, stop))
-            found[form] = [score(item, answers[place].text).credit for place, item in enumerate(items)]
-    return found
+        credit = {}
+        for form, prompts in forms(items, first).items():
+            answers = dict(engine.generate_many(prompts, max_tokens, stop))
+            credit[form] = [score(item, answers[place].text).credit for place, item in enumerate(items)]
+    return credit
 
 
 def main() -> None:

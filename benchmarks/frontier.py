@@ -209,13 +209,14 @@ def tried(name: str, horizon: int, rows: Rows) -> list[dict[str, Any]]:
         if not first:
             return []
         best, second = first[0][1], first[min(1, len(first) - 1)][1]
-        shorter = [{**own, "beta2": 0.99} for own in (best, _times(best, FEWER)) if METHODS[name].momentum == "betas"]
-        found = {
+        both = (best, _times(best, FEWER)) if METHODS[name].momentum == "betas" else ()
+        shorter = [{**settings, "beta2": 0.99} for settings in both]
+        choices = {
             300: [best, _times(best, FEWER), second, _times(second, FEWER)],
             600: [best, _times(best, FEWER), _times(second, FEWER), *shorter],
             75: [best, _times(best, 1.5)],
         }.get(horizon, [best, _times(best, 1.3)])
-        return [own for number, own in enumerate(found) if own not in found[:number]]
+        return [settings for number, settings in enumerate(choices) if settings not in choices[:number]]
     rates = [float(f"{METHODS[name].rate * factor:.3g}") for factor in (1, FEWER, FARTHER)]
     grid: list[dict[str, Any]] = [
         {"alpha": alpha, "beta1": beta1, "warmup": 0.13, "rate": rate}
@@ -227,22 +228,23 @@ def tried(name: str, horizon: int, rows: Rows) -> list[dict[str, Any]]:
 
 def tries(name: str, horizon: int, rows: Rows) -> list[Any]:
     """The tuning runs of a method at a horizon, as far as they can be told from the rows."""
-    first = [_run(name, horizon, own) for own in tried(name, horizon, rows)]
+    first = [_run(name, horizon, settings) for settings in tried(name, horizon, rows)]
     if not first or any(key(run) not in rows for run in first):
         return first
     best = sorted(first, key=lambda run: _loss(rows[key(run)]))
-    adamw = [_loss(rows[k]) for own in tried("adamw", horizon, rows) if (k := key(_run("adamw", horizon, own))) in rows]
+    yardstick = [key(_run("adamw", horizon, settings)) for settings in tried("adamw", horizon, rows)]
+    adamw = [_loss(rows[k]) for k in yardstick if k in rows]
     far = adamw and _loss(rows[key(best[0])]) > TOO_FAR * min(adamw)
     again = best[: 1 if far else AGAIN.get(horizon, 2)]
-    found = first + _on_all_seeds(again)
-    if horizon != 150 or far or any(key(run) not in rows for run in found):
-        return found
+    runs = first + _on_all_seeds(again)
+    if horizon != 150 or far or any(key(run) not in rows for run in runs):
+        return runs
     chosen = min(again, key=lambda run: _mean_loss(run, rows))["settings"]
     rates = sorted({run["settings"]["rate"] for run in first})
     beyond = {rates[0]: FEWER, rates[-1]: FARTHER}.get(chosen["rate"])
     more = [{**chosen, "warmup": 0.0}, *([_times(chosen, beyond)] if beyond else [])]
-    extra = [_run(name, horizon, own) for own in more]
-    return found + extra + _on_all_seeds(extra)
+    extra = [_run(name, horizon, settings) for settings in more]
+    return runs + extra + _on_all_seeds(extra)
 
 
 def _on_all_seeds(tuned: Sequence[Any]) -> list[Any]:
@@ -638,19 +640,19 @@ def main() -> None:
     )
     parser.add_argument("--report", action="store_true", help="the table alone")
     parser.add_argument("--time", action="store_true", help="time a step of each method, on an idle machine")
-    given = parser.parse_args()
-    if given.world == "" and (given.rank != RANK or given.project != FOLDER):
+    args = parser.parse_args()
+    if args.world == "" and (args.rank != RANK or args.project != FOLDER):
         parser.error("--world: expected a name beside --rank or --project, so that their rows stand apart")
-    if given.world:
-        NAME, RANK = f"frontier_{given.world}", given.rank
-    os.chdir(given.project)
+    if args.world:
+        NAME, RANK = f"frontier_{args.world}", args.rank
+    os.chdir(args.project)
     from pipelines.stage import quiet_libraries
 
     quiet_libraries()
-    if given.time:
-        time_steps(list(dict.fromkeys(["adamw", *given.methods])))
-    elif not given.report:
-        work(given.horizons, given.methods, MORE_SEEDS if given.more_seeds else SEEDS)
+    if args.time:
+        time_steps(list(dict.fromkeys(["adamw", *args.methods])))
+    elif not args.report:
+        work(args.horizons, args.methods, MORE_SEEDS if args.more_seeds else SEEDS)
     report(read_rows())
 
 

@@ -109,11 +109,11 @@ def unsloth_base_of(shape: str, device: str, *, four_bit: bool) -> Any:
         ).train()  # fmt: skip
 
 
-def on_unsloth(given: argparse.Namespace, *, four_bit: bool) -> list[dict[str, Any]]:
+def on_unsloth(args: argparse.Namespace, *, four_bit: bool) -> list[dict[str, Any]]:
     """Rows of a process that imports it, none where that fails."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
-        asked = [f"--{name}={getattr(given, name)}" for name in ("shape", "device", "rounds", "steps")]
+        asked = [f"--{name}={getattr(args, name)}" for name in ("shape", "device", "rounds", "steps")]
         way = "nf4" if four_bit else "bf16"
         done = subprocess.run([sys.executable, __file__, *asked, f"--unsloth={way}", f"--out={out}"], check=False)
         if done.returncode:
@@ -158,9 +158,9 @@ def contender(name: str, model: Any, shape: str, device: str) -> Iterator[Callab
         yield step
 
 
-def measure(model: Any, base: str, names: Sequence[str], given: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(model: Any, base: str, names: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row a contender: seconds a step and peak bytes, each round's, and the ratios to AdamW's."""
-    shape, device, rounds, steps = given.shape, given.device, given.rounds, given.steps
+    shape, device, rounds, steps = args.shape, args.device, args.rounds, args.steps
     gpu = device == "cuda"
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peaks = dict.fromkeys(names, 0)
@@ -209,34 +209,34 @@ def main() -> None:
     parser.add_argument(
         "--unsloth", choices=("bf16", "nf4"), help="its contenders alone, with a base in that precision"
     )
-    given = parser.parse_args()
-    if given.device == "cpu" and given.shape != "tiny":
+    args = parser.parse_args()
+    if args.device == "cpu" and args.shape != "tiny":
         parser.error("expected a GPU for --shape llama3_8b, found none; --shape tiny runs on a CPU")
     rows = []
-    if given.unsloth:
-        base = unsloth_base_of(given.shape, given.device, four_bit=given.unsloth == "nf4")
-        rows = measure(base, f"{given.unsloth}, Unsloth", CONTENDERS[:2], given)
+    if args.unsloth:
+        base = unsloth_base_of(args.shape, args.device, four_bit=args.unsloth == "nf4")
+        rows = measure(base, f"{args.unsloth}, Unsloth", CONTENDERS[:2], args)
     else:
-        ways = [False, *([True] if given.device == "cuda" and importlib.util.find_spec("bitsandbytes") else [])]
+        ways = [False, *([True] if args.device == "cuda" and importlib.util.find_spec("bitsandbytes") else [])]
         for four_bit in ways:
-            base = base_of(given.shape, given.device, four_bit=four_bit)
-            rows += measure(base, "nf4" if four_bit else "bf16", CONTENDERS, given)
+            base = base_of(args.shape, args.device, four_bit=four_bit)
+            rows += measure(base, "nf4" if four_bit else "bf16", CONTENDERS, args)
             del base
             gc.collect()
             torch.cuda.empty_cache()
-        if given.device == "cuda" and importlib.util.find_spec("unsloth"):
-            rows += on_unsloth(given, four_bit=ways[-1])
-    for row in rows if not given.unsloth else ():
+        if args.device == "cuda" and importlib.util.find_spec("unsloth"):
+            rows += on_unsloth(args, four_bit=ways[-1])
+    for row in rows if not args.unsloth else ():
         memory = f"{row['peak_bytes'] / 1e9:6.1f} GB, {row['memory_ratio']:.3f} ×" if row["peak_bytes"] else ""
         spread = f"{row['step_time_ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
         seconds = statistics.median(row["seconds_a_step"])
         print(f"{row['base']:15}{row['contender']:26}{seconds:8.4f} s  {spread}  {memory}")
-    whole = given.device == "cuda" and not given.unsloth
-    out = given.out or (FOLDER / "benchmarks/results/gpu.json" if whole else None)
+    whole = args.device == "cuda" and not args.unsloth
+    out = args.out or (FOLDER / "benchmarks/results/gpu.json" if whole else None)
     if out is not None:
-        name = torch.cuda.get_device_name() if given.device == "cuda" else platform.processor() or platform.machine()
+        name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
         facts = {
-            "benchmark": "gpu", "title": "Step time and peak memory over AdamW LoRA's, in turn", "shape": given.shape,
+            "benchmark": "gpu", "title": "Step time and peak memory over AdamW LoRA's, in turn", "shape": args.shape,
             "date": datetime.now(UTC).date().isoformat(), "device": name, "torch": torch.__version__, "rows": rows,
         }  # fmt: skip
         out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -24,7 +24,7 @@ METHODS = ("adamw", frontier.OURS)
 def shrunk(trainer: Any) -> list[dict[str, Any]]:
     """Parameters and loss after shrinking by each threshold, in a copy of this process."""
     manager, context = trainer.grit_manager, get_context("fork")
-    found = []
+    rows = []
 
     def shrink(threshold: float, out: Any) -> None:
         manager.config.enable_rank_adaptation, manager.config.rank_adaptation_threshold = True, threshold
@@ -36,9 +36,9 @@ def shrunk(trainer: Any) -> list[dict[str, Any]]:
         out = context.Queue()
         process = context.Process(target=shrink, args=(threshold, out))
         process.start()
-        found.append(out.get(timeout=600))
+        rows.append(out.get(timeout=600))
         process.join()
-    return found
+    return rows
 
 
 def train(name: str, rank: int, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -67,17 +67,17 @@ def main() -> None:
     quiet_libraries()
     rows = frontier.read_rows()
     tuned = {name: frontier.ranked(name, STEPS, rows) for name in METHODS}
-    if untuned := [name for name, found in tuned.items() if not found]:
+    if untuned := [name for name, ranking in tuned.items() if not ranking]:
         raise SystemExit(f"not tuned at {STEPS} steps: {', '.join(untuned)}; run python -m benchmarks.frontier first")
-    best = {name: found[0][1] for name, found in tuned.items()}
+    best = {name: ranking[0][1] for name, ranking in tuned.items()}
     done = {(row["method"], row["rank"], row["seed"]) for row in read_rows(best)}
     for seed in frontier.SEEDS:
         for name in METHODS:
             for rank in RANKS:
                 if (name, rank, seed) not in done:
                     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-                        made = pool.submit(train, name, rank, seed, best[name]).result()
-                    frontier.append(made, ROWS)
+                        row = pool.submit(train, name, rank, seed, best[name]).result()
+                    frontier.append(row, ROWS)
     report(read_rows(best))
 
 
@@ -87,14 +87,14 @@ def report(rows: list[dict[str, Any]]) -> None:
         for one in row["after"]:
             at.setdefault((row["method"], row["rank"], one["threshold"]), {})[row["seed"]] = one
     lines = []
-    for (name, rank, threshold), own in at.items():
+    for (name, rank, threshold), by_seed in at.items():
         full = at[name, RANKS[0], None]
-        seeds = sorted(own.keys() & full.keys())
-        parameters = statistics.fmean(own[s]["parameters"] for s in seeds)
+        seeds = sorted(by_seed.keys() & full.keys())
+        parameters = statistics.fmean(by_seed[s]["parameters"] for s in seeds)
         line: dict[str, Any] = {"method": name, "rank": rank, "threshold": threshold, "parameters": parameters}
         line["share"] = parameters / statistics.fmean(full[s]["parameters"] for s in seeds)
-        line["loss"] = interval([own[s]["loss"] for s in seeds])
-        line["to_full"] = interval([own[s]["loss"] - full[s]["loss"] for s in seeds])
+        line["loss"] = interval([by_seed[s]["loss"] for s in seeds])
+        line["to_full"] = interval([by_seed[s]["loss"] - full[s]["loss"] for s in seeds])
         lines.append(line)
     columns: dict[str, Callable[[Any], object]] = {
         "method": lambda line: line["method"],

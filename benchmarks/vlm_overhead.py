@@ -130,11 +130,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--image", type=int, default=128, help="pixels a side, a multiple of 64 (default 128)")
     parser.add_argument("--blocks", type=int, default=3, help="blocks of ten steps (default 3)")
-    given = parser.parse_args()
+    args = parser.parse_args()
     rows = []
     for name in ("smolvlm_fast", "smolvlm_256m"):
         plain = peak_bytes(name, None)
-        for row in compare(name, given.image, given.blocks):
+        for row in compare(name, args.image, args.blocks):
             rows.append({**row, "memory_ratio": peak_bytes(name, row["estimate"]) / plain, "vanilla_peak_bytes": plain})
     columns = {
         "configuration": lambda row: row["configuration"],
@@ -146,7 +146,7 @@ def main() -> None:
     }
     title = "Step time and memory with GRIT-VLM over vanilla LoRA, SmolVLM-256M's widths"
     show(title, columns, rows)
-    write("vlm_overhead", title, rows=rows, image=given.image, threads=torch.get_num_threads())
+    write("vlm_overhead", title, rows=rows, image=args.image, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--arm", action="append", help="only this arm (may be repeated)")
     parser.add_argument("--rate", action="append", type=float, help="only this rate (may be repeated)")
     parser.add_argument("--beta1", action="append", type=float, help="default: 0.9 (may be repeated)")
-    given = parser.parse_args()
+    args = parser.parse_args()
     os.chdir(FOLDER)
     from pipelines.params import load_params
     from pipelines.stage import quiet_libraries
@@ -61,9 +61,9 @@ def main() -> None:
     file = RESULTS / "vlm_tuning.json"
     there = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
     rows_of = {(row["arm"], row["learning_rate"], row.get("beta1", 0.9)): row for row in there}
-    for arm in given.arm or load_params(Params).matrix.arms:
-        for rate in given.rate or RATES:
-            for beta1 in given.beta1 or [0.9]:
+    for arm in args.arm or load_params(Params).matrix.arms:
+        for rate in args.rate or RATES:
+            for beta1 in args.beta1 or [0.9]:
                 row = rows_of[arm, rate, beta1] = train(arm, rate, beta1)
                 print(row, flush=True)
     rows = [{**row, "beta1": beta1} for (_, _, beta1), row in sorted(rows_of.items())]

@@ -130,11 +130,11 @@ class HookCapture(Capture):
             # Without grad: evaluation, or the first pass of reentrant checkpointing, whose second pass counts.
             if not (self.active and h.requires_grad):
                 return
-            kept = h.detach()  # not h itself: a hook that holds its own tensor is never freed
+            activations = h.detach()  # not h itself: a hook that holds its own tensor is never freed
             mask, divisor = self.mask, self.batch_divisor
 
             def gradient_hook(delta: Tensor) -> None:
-                parts = [t.reshape(-1, sums.rank).to(sums.gram.dtype) for t in (kept, delta)]
+                parts = [t.reshape(-1, sums.rank).to(sums.gram.dtype) for t in (activations, delta)]
                 scale = self.scale(divisor) if self.normalize else 1.0 / self.loss_scale
                 self._add(sums, i, name, torch.cat(parts, 1), mask, scale)
 

@@ -125,10 +125,10 @@ class GRITConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "GRITConfig":
-        known = [f.name for f in fields(cls)]
-        unknown = "unknown setting {!r}{} Available: " + ", ".join(known)
-        problems = [unknown.format(key, did_you_mean(key, known)) for key in values if key not in known]
-        config = cls(**{k: v for k, v in values.items() if k in known})
+        names = [f.name for f in fields(cls)]
+        unknown = "unknown setting {!r}{} Available: " + ", ".join(names)
+        problems = [unknown.format(key, did_you_mean(key, names)) for key in values if key not in names]
+        config = cls(**{k: v for k, v in values.items() if k in names})
         _raise(problems + config.problems())
         return config
 

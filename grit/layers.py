@@ -67,9 +67,9 @@ class LayerGroup:
     def put_gradients(self, side: str, values: Tensor) -> None:
         """Write a stack back into `.grad`, in place; layers without a gradient stay without."""
         parameters = self.params_a if side == "a" else self.params_b
-        held = [(p.grad, value) for p, value in zip(parameters, values.unbind(0), strict=True) if p.grad is not None]
-        if held:
-            torch._foreach_copy_([gradient for gradient, _ in held], [value for _, value in held])
+        pairs = [(p.grad, value) for p, value in zip(parameters, values.unbind(0), strict=True) if p.grad is not None]
+        if pairs:
+            torch._foreach_copy_([gradient for gradient, _ in pairs], [value for _, value in pairs])
 
     def has_gradients(self) -> Tensor:
         """Which layers have both gradients: [n] bool on the CPU."""

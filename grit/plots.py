@@ -25,13 +25,15 @@ _MOST_HEATMAPS = 8
 
 def tracked(records: Records, config: GRITConfig) -> dict[str, "Figure"]:
     """The figures that the configuration asks for; short runs lack the records for some of them."""
-    wanted = {"grit/spectra": spectra_figure if config.log_fisher_spectrum else None,
-              "grit/eigenvalues": eigenvalue_bars if config.log_eigs_bar else None,
-              "grit/factors": heatmaps_figure if config.log_eig_heatmaps else None}  # fmt: skip
+    drawings = [
+        ("grit/spectra", spectra_figure, config.log_fisher_spectrum),
+        ("grit/eigenvalues", eigenvalue_bars, config.log_eigs_bar),
+        ("grit/factors", heatmaps_figure, config.log_eig_heatmaps),
+    ]
     figures = {}
-    for name, draw in wanted.items():
+    for name, draw, switch in drawings:
         with suppress(ValueError, ImportError):  # ImportError: without matplotlib there are no figures
-            if draw is not None:
+            if switch:
                 figures[name] = draw(records)
     return figures
 
@@ -90,10 +92,10 @@ def _spectra(records: Records, side: str) -> list[tuple[int, list[list[float]]]]
     places = {"spectra": "layers", "final": "spectra"}
     layers = [(r["step"], r[places[r["kind"]]]) for r in records if r.get(places.get(r["kind"], ""))]
     values = [(step, [entry.get(f"eigenvalues_{side}") or [0.0] for entry in of.values()]) for step, of in layers]
-    known = [(step, [[v / row[0] for v in row] for row in rows if row[0] > 0]) for step, rows in values]
-    if not any(rows for _, rows in known):
+    shares = [(step, [[v / row[0] for v in row] for row in rows if row[0] > 0]) for step, rows in values]
+    if not any(rows for _, rows in shares):
         raise ValueError(f"expected records with eigenvalues of Σ_{side}, got none")
-    return [(step, rows) for step, rows in known if rows]
+    return [(step, rows) for step, rows in shares if rows]
 
 
 def _new_figure(width: float, height: float, columns: int, rows: int = 1) -> tuple["Figure", "list[Axes]"]:

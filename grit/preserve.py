@@ -171,8 +171,8 @@ class Preserve:
         outputs, ac = self.outputs[i], self.inputs[i](a)
         gb = b if outputs is None else outputs(b.mT).mT
         weight = scale * self.weights[i]
-        seen, moved = weight * (ac @ a.mT), gb.mT @ b  # A C Aᵀ and Bᵀ G B, [n, r, r]
-        return 0.5 * (seen * moved).sum(), (weight * moved) @ ac, gb @ seen
+        by_input, by_output = weight * (ac @ a.mT), gb.mT @ b  # A C Aᵀ and Bᵀ G B, [n, r, r]
+        return 0.5 * (by_input * by_output).sum(), (weight * by_output) @ ac, gb @ by_input
 
 
 class _Look:
@@ -202,8 +202,8 @@ class _Look:
                 if self.form == "activations":
                     continue
                 generator = generator or torch.Generator(logits.device).manual_seed(self.seed)
-                said = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                loss = nn.functional.cross_entropy(logits, said, reduction="sum")
+                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
                 # All y lie on the way to B.
                 torch.autograd.grad(loss, [pair.b for pair in self.pairs], allow_unused=True)
         finally:
@@ -221,15 +221,15 @@ class _Look:
 
     def _hook(self, i: int) -> Any:
         def see(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
-            kept = self.kept
-            if kept is None or y.shape[:-1] != kept.shape:
+            mask = self.kept
+            if mask is None or y.shape[:-1] != mask.shape:
                 raise GRITError(
                     f"{self.pairs[i].name}: expected to see every token of the batch, got {tuple(y.shape[:-1])} (an "
                     "expert, a vision tower); leave it out of target_modules"
                 )
-            self.energy[i] += float(y.detach()[kept].float().square().sum())
-            self.x[i].add(args[0].detach()[kept].float())
+            self.energy[i] += float(y.detach()[mask].float().square().sum())
+            self.x[i].add(args[0].detach()[mask].float())
             if self.g:  # `add` returns nothing: what a hook returns replaces the gradient
-                y.register_hook(lambda g: self.g[i].add(g[kept].float()))  # type: ignore[no-untyped-call]
+                y.register_hook(lambda g: self.g[i].add(g[mask].float()))  # type: ignore[no-untyped-call]
 
         return see

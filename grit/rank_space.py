@@ -97,10 +97,10 @@ class RankSpace(RankSpaceReports):
     def _choose_sources(self, reported: list[Tensor]) -> list[Event]:
         """Hooks for the layers whose hooks reported, gradients for those that have gradients all the same."""
         silent = []
-        for state, seen in zip(self.states, reported, strict=True):
+        for state, reports in zip(self.states, reported, strict=True):
             kind = state["kind"]
-            kind[seen & (kind == UNDECIDED)] = HOOKS
-            silent.append(state.group.has_gradients() & ~seen & (kind != GRADIENTS))
+            kind[reports & (kind == UNDECIDED)] = HOOKS
+            silent.append(state.group.has_gradients() & ~reports & (kind != GRADIENTS))
         all_silent = torch.cat(silent).tolist()
         names = [pair.name for pair, is_silent in zip(self.pairs(), all_silent, strict=True) if is_silent]
         if not names:

@@ -95,8 +95,8 @@ class RankSpaceReports(Curvature):
     def final(self, step: int) -> dict[str, Any]:
         record = super().final(step)
         for state, i, pair in self.layers():
-            if kept := self.kept_directions(state, i, step):
-                record["ranks"][pair.name] |= {"final_k_a": kept[0], "final_k_b": kept[1]}
+            if directions := self.kept_directions(state, i, step):
+                record["ranks"][pair.name] |= {"final_k_a": directions[0], "final_k_b": directions[1]}
         if self.config.log_eig_heatmaps:
             endings = tuple(self.config.log_eig_heatmaps_modules)
             layers = [layer for layer in self.layers() if not endings or layer[2].name.endswith(endings)]

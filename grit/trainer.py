@@ -112,10 +112,10 @@ class GritMixin:
         self.grit_manager = grit_manager
         # First in line, so that TensorBoard, W&B and other reporters get the numbers that it adds. One is enough.
         handler = self.callback_handler  # type: ignore[attr-defined]
-        others = [callback for callback in handler.callbacks if not isinstance(callback, GritCallback)]
-        own = GritCallback(grit_manager)
-        own.trackers = others
-        handler.callbacks = [own, *others]
+        others = [other for other in handler.callbacks if not isinstance(other, GritCallback)]
+        callback = GritCallback(grit_manager)
+        callback.trackers = others
+        handler.callbacks = [callback, *others]
 
     def create_optimizer(self, model: Any = None) -> Any:
         config = self.grit_manager.config

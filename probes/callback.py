@@ -63,8 +63,8 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
         self.probe: Probe | None = None
         self._file = LedgerFile(ledger) if ledger is not None else None
         write = None if self._file is None else self._file.append
-        given = {"preconditioner": preconditioner, "readings": readings, "claims": claims}
-        self._options: dict[str, Any] = {"every": every, "on_record": write, **given}
+        options = {"preconditioner": preconditioner, "readings": readings, "claims": claims}
+        self._options: dict[str, Any] = {"every": every, "on_record": write, **options}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.probe is not None:  # of a training that was interrupted or has ended

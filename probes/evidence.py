@@ -34,11 +34,11 @@ class Thresholds:
 
 
 def median(values: Iterable[float | None]) -> float | None:
-    known = sorted(v for v in values if v is not None and math.isfinite(v))
-    if not known:
+    numbers = sorted(v for v in values if v is not None and math.isfinite(v))
+    if not numbers:
         return None
-    middle = len(known) // 2
-    return known[middle] if len(known) % 2 else (known[middle - 1] + known[middle]) / 2
+    middle = len(numbers) // 2
+    return numbers[middle] if len(numbers) % 2 else (numbers[middle - 1] + numbers[middle]) / 2
 
 
 @dataclass

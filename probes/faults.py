@@ -25,8 +25,8 @@ class Finding:
 
 
 def _share(flags: Iterable[object]) -> float:
-    known = list(flags)
-    return sum(map(bool, known)) / len(known) if known else 0.0
+    values = list(flags)
+    return sum(map(bool, values)) / len(values) if values else 0.0
 
 
 def _listed(names: Collection[str], most: int = 4) -> str:
@@ -63,7 +63,7 @@ def _not_moving(e: Evidence) -> Finding | None:
     mean = sum(e.share(name, "still") + e.share(name, "put_back") for name in causes) / len(causes)
     parts = "; ".join(
         f"{count} of {len(e.tally)} tensors do not move in {mean:.0%} of the steps "
-        f"({_listed([name for name, own in causes.items() if own == cause], 2)}): {_WHY_STILL[cause]}"
+        f"({_listed([name for name, why in causes.items() if why == cause], 2)}): {_WHY_STILL[cause]}"
         for cause, count in Counter(causes.values()).most_common()
     )
     return Finding("not_moving", parts, list(causes))
@@ -336,12 +336,12 @@ def _clipped_to_nothing(e: Evidence) -> Finding | None:
             typical = entry["norm_inner"] / entry["size"] ** 0.5
             below_eps = record["eps"] is not None and typical < 10 * record["eps"]
             still.append(below_eps or entry["norm_delta"] < 1e-7 * entry["norm_weights"])
-    left = median(shares)
-    if not left or left > 0.01 or _share(still) <= 0.5:
+    share = median(shares)
+    if not share or share > 0.01 or _share(still) <= 0.5:
         return None
     return Finding(
         "clipped_to_nothing",
-        f"what the optimizer reads is {left:.1e} of the gradient's length, below Adam's ε: the weights hardly "
+        f"what the optimizer reads is {share:.1e} of the gradient's length, below Adam's ε: the weights hardly "
         f"move ({median(e.of_all('lr_ratio')) or 0.0:.1e} times as far as plain AdamW's); graft the raw norm back, or "
         "clip before preconditioning",
     )
@@ -487,8 +487,8 @@ def _overcounted(e: Evidence) -> Finding | None:
 def _stale_factors(e: Evidence) -> Finding | None:
     spans = []
     for unit in dict.fromkeys(n for r in e.judged for n, u in r["units"].items() if "reading" in u):
-        seen = [(r["step"], r["units"][unit]["reading"]) for r in e.judged if "reading" in r["units"].get(unit, {})]
-        ready = [(step, reading) for step, reading in seen if reading["ready"]]
+        samples = [(r["step"], r["units"][unit]["reading"]) for r in e.judged if "reading" in r["units"].get(unit, {})]
+        ready = [(step, reading) for step, reading in samples if reading["ready"]]
         same = (list(members) for _, members in itertools.groupby(ready, key=lambda entry: entry[1]["hash"]))
         stretch = max(same, key=len, default=[])
         if len(stretch) < 3:

@@ -189,15 +189,15 @@ def measure(
         }
         before = {s: weights[i] for s, i in at.items()}
         delta = {s: unit.sides[s].detach().float() - before[s].float() for s in at}
-        own = {s: shadow[i] for s, i in at.items()}
-        every = {**vectors, "weights": before, "delta": delta, "shadow": own}
+        adamw_step = {s: shadow[i] for s, i in at.items()}
+        every = {**vectors, "weights": before, "delta": delta, "shadow": adamw_step}
         numbers[unit.name, "zero_share"] = zero_share(vectors["inner"], vectors["raw"])
         numbers[unit.name, "sign_kept"] = sign_kept(vectors["inner"], vectors["raw"])
         if "after" in vectors:
             numbers[unit.name, "zero_share_call"] = zero_share(vectors["after"], vectors["before"])
         grams[unit.name, "sides"] = torch.stack([products([every[n][s] for n in names]) for s in at]).sum(0)
         if unit.is_pair:
-            grams[unit.name, "ΔW"] = weight_products(delta, own, before)
+            grams[unit.name, "ΔW"] = weight_products(delta, adamw_step, before)
         sizes = {s: w.numel() for s, w in before.items()}
         bits = min(8 * p.element_size() for p in unit.sides.values())
         measured[unit.name] = {"size": sum(sizes.values()), "sizes": sizes, "bits": bits}

@@ -139,10 +139,10 @@ class Attachments(contextlib.ExitStack):
 
 def to_front(hooks: dict[int, Any], key: int) -> None:
     """Make a hook the first: autograd calls them in the order in which they entered the dictionary."""
-    own = hooks.pop(key)
+    hook = hooks.pop(key)
     others = dict(hooks)
     hooks.clear()
-    hooks[key] = own
+    hooks[key] = hook
     hooks.update(others)
 
 
@@ -191,20 +191,20 @@ class TrainedTensors:
     def _on_computed(self, i: int, gradient: Tensor) -> None:
         """Autograd has computed a gradient, which other hooks may still change and which may never reach `.grad`."""
         parameter, gradient = self.parameters[i], _dense(gradient.detach())
-        held = parameter.grad
+        grad = parameter.grad
         if self.stepping and self._seen[i][0] is not None and not torch.equal(parameter, self.before[i]):
             self._elsewhere.add(i)
             self.tried_others = True
-        elif held is None or self._seen[i][0] is None:  # the first of this step, or after zero_grad()
+        elif grad is None or self._seen[i][0] is None:  # the first of this step, or after zero_grad()
             if self._seen[i][0] is not None and not self.stepping:
                 self.cleared[i] = self.raw[i].clone()
             self.raw[i].copy_(gradient)
-            if held is not None:
-                self.raw[i].add_(_dense(held))  # zeros, or what nobody cleared
+            if grad is not None:
+                self.raw[i].add_(_dense(grad))  # zeros, or what nobody cleared
             self.computed[i] = True
-        elif len(parameter._backward_hooks or ()) > 1 or self._seen[i] != (held, held._version):
+        elif len(parameter._backward_hooks or ()) > 1 or self._seen[i] != (grad, grad._version):
             # .grad was changed since, or the next gradient will be: add it up here.
-            self._more[i] = gradient.clone(), not bool(held.any())
+            self._more[i] = gradient.clone(), not bool(grad.any())
 
     def _on_arrived(self, i: int, parameter: Tensor) -> None:
         if parameter.grad is None:
@@ -427,8 +427,8 @@ class Probe:
         """If the optimizer has stepped without the probe, continue the shadow from its moments if they are Adam's."""
         states = [getattr(chain_of(self.optimizer)[-1], "state", {}).get(p) for p in self.tensors.parameters]
         for i, state in enumerate(states):
-            own = self.tensors.shadow.steps[i]
-            if not state or (int(state.get("step", own)) == own and (own or "step" in state)):
+            steps = self.tensors.shadow.steps[i]
+            if not state or (int(state.get("step", steps)) == steps and (steps or "step" in state)):
                 continue
             if self.claims or not self.tensors.shadow.adopt(i, state):  # moments of changed gradients are no start
                 self._cold_until = max(self._cold_until, self.step + WARM_UP)
@@ -499,8 +499,8 @@ class Probe:
 
     def _dropped(self) -> bool:
         """Whether gradients came and were cleared without a step: a GradScaler's overflow, or a skipped batch."""
-        held = any(p.grad is not None for p in self.tensors.parameters)
-        return self._phase == "running" and not self._now.inside and any(self._now.hits) and not held
+        has_gradients = any(p.grad is not None for p in self.tensors.parameters)
+        return self._phase == "running" and not self._now.inside and any(self._now.hits) and not has_gradients
 
     def _on_output(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -580,28 +580,28 @@ class Probe:
             now.calls, now.before, now.after = now.dropped.calls, now.dropped.before, now.dropped.after
             now.changed, now.late = now.dropped.changed, [times > 0 for times in now.dropped.changed]
         self.events["dropped_since"] = 0
-        known = [hits > 0 for hits in now.hits]
-        gradient = torch.zeros(3, len(known), dtype=torch.float64)
+        has_gradient = [hits > 0 for hits in now.hits]
+        gradient = torch.zeros(3, len(has_gradient), dtype=torch.float64)
         if now.read is not None:
             gradient = now.read.double().cpu() / torch.tensor([[scale**2], [scale], [1.0]])
-            gradient[:2] *= torch.tensor(known)
+            gradient[:2] *= torch.tensor(has_gradient)
         options = shadow_options(self.optimizer, tensors.parameters)
         finite = bool(torch.isfinite(gradient[0]).all())
         self.events["nonfinite_gradients"] += not finite
-        raw = [g if there else None for g, there in zip(tensors.raw, known, strict=True)]
-        known = known if finite else [False] * len(known)
+        raw = [g if there else None for g, there in zip(tensors.raw, has_gradient, strict=True)]
+        has_gradient = has_gradient if finite else [False] * len(has_gradient)
         # One factor for all gradients is not preconditioning: plain AdamW would have it too.
         factor = clipping([g for g in raw if g is not None], float(gradient[0].sum().sqrt()), self.max_grad_norm)
         common = common_factor(*gradient)
         if common is not None and abs(common - factor) > 0.01 * factor:
             factor = common
-        shadow = tensors.shadow.update(tensors.raws, known, options, tensors.befores, factor / scale)
-        if any(known):
+        shadow = tensors.shadow.update(tensors.raws, has_gradient, options, tensors.befores, factor / scale)
+        if any(has_gradient):
             delta = difference(tensors.layout.stack(tensors.parameters), tensors.befores)
             columns = (tensors.raws, delta, shadow, tensors.befores)
             forms = ((0, 1), (1, 1), (0, 2), (1, 2), (2, 2), (3, 3), (0, 3), (1, 3))
             products = tensors.layout.dots([(columns[i], columns[j]) for i, j in forms])
-            products[[0, 2, 6]] *= torch.tensor(known, device=products.device) / scale
+            products[[0, 2, 6]] *= torch.tensor(has_gradient, device=products.device) / scale
             if self.step < self._cold_until:
                 products[2:5] = 0.0  # its shadow cannot serve as a yardstick yet
             elsewhere = now.read_in_step or tensors.tried_others
@@ -611,8 +611,8 @@ class Probe:
         self.events["steps_called"] += now.calls > 0
         self.events["inner_called_directly"] += now.entered is not self._chain[0]
         if now.sampled:
-            own = [g if g is None or scale == 1.0 else g / scale for g in raw]
-            record = self._record(own, tensors.layout.views(shadow), options)
+            gradients = [g if g is None or scale == 1.0 else g / scale for g in raw]
+            record = self._record(gradients, tensors.layout.views(shadow), options)
             self.events["nonfinite_losses"] += bool(now.losses) and record["loss"] is None
             self.records.append(record)
             if self.on_record is not None:

@@ -36,7 +36,7 @@ class Shadow:
     def update(
         self,
         gradients: Matrices,
-        known: Sequence[bool],
+        has_gradient: Sequence[bool],
         options: dict[str, Any],
         weights: Matrices,
         factor: float = 1.0,
@@ -50,7 +50,7 @@ class Shadow:
             gradient = gradients[place] if factor == 1.0 else gradients[place] * factor
             alike: dict[tuple[Any, ...], list[int]] = {}
             for row, i in enumerate(rows):
-                if known[i]:
+                if has_gradient[i]:
                     alike.setdefault((*options["each"][i], self.steps[i]), []).append(row)
                     self.steps[i] += 1
             for (betas, eps, weight_decay, fused, foreach, rule, shape, steps), chosen in alike.items():
@@ -162,8 +162,8 @@ def step_rules_of(optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[St
 def _number(value: Any, default: float) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else default
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else default
 
 
 def _adam_settings(group: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:

@@ -91,9 +91,9 @@ class Tally:
         gradient, update, moved = (torch.stack(p).double().cpu() for p in products)
         (rr, ri, ii), (rd, dd, rs, ds, ss, ww, rw, dw) = gradient.unbind(1), update.unbind(1)
         v = self.values
-        seen = torch.isfinite(rr) & (rr > 0)
-        read = seen & torch.isfinite(ii) & (ii > 0)
-        went = seen & (dd > 0)
+        counts = torch.isfinite(rr) & (rr > 0)
+        read = counts & torch.isfinite(ii) & (ii > 0)
+        went = counts & (dd > 0)
         cos_gradient = torch.where(read, ri / (rr * ii).sqrt(), 0.0)
         # Weight decay pulls along the weights, in a LoRA pair as often uphill as downhill, so that part is left out.
         along = torch.where(ww > 0, dw / ww, 0.0)
@@ -102,23 +102,23 @@ class Tally:
         log_ratio = torch.where(read, 0.5 * (ii / rr).log(), 0.0)
         against = read & (cos_gradient < 0) & ~torch.tensor(elsewhere).unsqueeze(1)
         rate = torch.tensor([[r or 0.0 for r in row] for row in rates], dtype=torch.float64)
-        held = torch.tensor([[r is not None for r in row] for row in rates])
-        still = seen & (dd == 0) & ~(moved > 0)
+        in_a_group = torch.tensor([[r is not None for r in row] for row in rates])
+        still = counts & (dd == 0) & ~(moved > 0)
         new = {
-            "steps": seen,
-            "lost": seen & (ii == 0),
-            "overflow": seen & ~torch.isfinite(ii),
+            "steps": counts,
+            "lost": counts & (ii == 0),
+            "overflow": counts & ~torch.isfinite(ii),
             "still": still,
             "rounded": still & (ii > 0) & (rate * ii.sqrt() < 1e-7 * ww.sqrt()) & (rate > 0) & ((ss > 0) | (ww > 1e6)),
             "put_back": went & (moved < BACK**2 * dd),
-            "rate_zero": seen & held & (rate == 0),
-            "not_held": seen & ~held,
+            "rate_zero": counts & in_a_group & (rate == 0),
+            "not_held": counts & ~in_a_group,
             "against": against,
             "uphill": went & (cos_step < 0),
             "cos_gradient": cos_gradient,
             "cos_against": torch.where(against, cos_gradient, 0.0),
             "cos_step": cos_step,
-            "cos_shadow": torch.where(seen & (ss > 0), -rs / (rr * ss).sqrt(), 0.0),
+            "cos_shadow": torch.where(counts & (ss > 0), -rs / (rr * ss).sqrt(), 0.0),
             "log_ratio": log_ratio,
             "log_ratio_sq": log_ratio.square(),
             "turned": read & (cos_gradient < (TURNED * self._roundings).deg2rad().cos()),
@@ -127,7 +127,7 @@ class Tally:
         number = torch.tensor(steps, dtype=torch.float64).unsqueeze(1)
         for effect in EFFECTS:
             hit, first = new[effect], v[f"{effect}_first"]
-            v[f"{effect}_since"] += (seen & ((first >= 0) | hit.cumsum(0).bool())).sum(0)
+            v[f"{effect}_since"] += (counts & ((first >= 0) | hit.cumsum(0).bool())).sum(0)
             v[f"{effect}_last"] = torch.maximum(v[f"{effect}_last"], torch.where(hit, number, -1.0).amax(0))
             earliest = torch.where(hit, number, math.inf).amin(0)
             v[f"{effect}_first"] = torch.where((first < 0) & earliest.isfinite(), earliest, first)

@@ -106,8 +106,8 @@ def judge(source: Probe | Evidence) -> Verdict:
 
 
 def _angle(entry: dict[str, Any] | None) -> float | None:
-    known = [entry[key] for key in ("angle", "angle_weights") if entry.get(key) is not None] if entry else []
-    return max(known, default=None)
+    degrees = [entry[key] for key in ("angle", "angle_weights") if entry.get(key) is not None] if entry else []
+    return max(degrees, default=None)
 
 
 def _numbers(e: Evidence) -> dict[str, float | None]:

@@ -148,7 +148,7 @@ def learn_start(model: Any, settings: Any, items: Any, pad: int) -> list[dict[st
     rows = []
     for i in range(min(START_ITEMS, len(items))):
         ids, mask = items[i]["input_ids"], items[i]["completion_mask"]
-        rows.append({"input_ids": ids, "labels": [t if own else -100 for t, own in zip(ids, mask, strict=True)]})
+        rows.append({"input_ids": ids, "labels": [t if counts else -100 for t, counts in zip(ids, mask, strict=True)]})
     collate = DataCollatorForLanguageModeling(pad)
     cut = (collate(rows[i : i + size]) for i in range(0, len(rows), size))
     batches = [{key: value.to(model.device) for key, value in batch.items()} for batch in cut]

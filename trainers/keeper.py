@@ -24,13 +24,13 @@ Rows = Sequence[Sequence[int]]
 Texts = Sequence[tuple[int, ...]]  # token ids
 
 
-def divided(texts: Rows) -> tuple[Texts, Texts]:
+def hold_out(texts: Rows) -> tuple[Texts, Texts]:
     """Held-out texts, and all others; duplicates (texts may be truncated) are dropped."""
     distinct = [*dict.fromkeys(map(tuple, texts))]
     if len(distinct) < 4:
         raise TrainingError(f"base_texts: expected at least 4 texts of two tokens or more, got {len(distinct)}")
-    held = min(_HELD, len(distinct) // 4)
-    return distinct[:held], distinct[held:]
+    count = min(_HELD, len(distinct) // 4)
+    return distinct[:count], distinct[count:]
 
 
 def batches(texts: Rows, pad: int, device: Any, size: int = _BATCH, left: bool = False) -> Iterator[dict[str, Any]]:
@@ -77,10 +77,10 @@ class Keeper:
         """
         import torch
 
-        seen = batch["attention_mask"][:, 1:].bool()
+        mask = batch["attention_mask"][:, 1:].bool()
         logits = model(**batch).logits
         if isinstance(logits, torch.Tensor) and logits.shape[:2] == batch["input_ids"].shape:
-            return logits[:, :-1][seen].float().log_softmax(-1)
+            return logits[:, :-1][mask].float().log_softmax(-1)
         labels = batch["input_ids"].masked_fill(~batch["attention_mask"].bool(), -100)
         return -model(**batch, labels=labels).loss.float().reshape(1, 1)
 
@@ -105,7 +105,7 @@ class Keeper:
             return (base - tuned).sum()
         return kl_div(tuned, base, log_target=True, reduction="sum") / base.shape[0]
 
-    def measured(self) -> float:
+    def measure(self) -> float:
         """KL on the held-out texts."""
         import torch
 
@@ -198,7 +198,7 @@ def attach(
 ) -> None:
     """Make a Trainer follow `settings.preserve`, and measure KL at every evaluation.
 
-    `held` and `texts` come from `divided`; for `unfused` see `trainers.run.Arm`.
+    `held` and `texts` come from `hold_out`; for `unfused` see `trainers.run.Arm`.
     """
     from transformers import TrainerCallback
 
@@ -212,20 +212,20 @@ def attach(
             )
     step, evaluate = trainer.training_step, trainer.evaluate
     manager = getattr(trainer, "grit_manager", None)
-    seen = -1  # the last step that was held
+    last_step = -1  # whose pull towards the base has been added
 
     def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        nonlocal seen
+        nonlocal last_step
         now = trainer.state.global_step
-        if now != seen and preserve.method != "none":
+        if now != last_step and preserve.method != "none":
             with nullcontext() if manager is None else manager.paused():  # GRIT's hooks must see the task only
                 keeper.hold(model)
-        seen = now
+        last_step = now
         return step(model, inputs, num_items_in_batch)
 
     def evaluated(*args: Any, **kwargs: Any) -> Any:
         metrics = evaluate(*args, **kwargs)
-        metrics[KL] = keeper.measured()
+        metrics[KL] = keeper.measure()
         trainer.log({KL: metrics[KL], **({STRENGTH: keeper.strength} if preserve.method != "none" else {})})
         return metrics
 

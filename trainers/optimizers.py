@@ -17,9 +17,9 @@ _OURS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 _OF_FUNCTIONS = {"r": "rank", "lora_alpha": "alpha"}
 
 
-def arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+def arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments for an optimizer class; YAML has no tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def is_path(name: str) -> bool:
@@ -49,13 +49,13 @@ def _of_path(path: str, ours: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 def for_trainer(trainer: Any, settings: Any) -> tuple[Any, dict[str, Any]]:
     """The trainer's `optimizer_cls_and_kwargs`; it calls what is no class once before it passes the model."""
-    s, given = settings, arguments(settings.optim_args)
+    s, values = settings, arguments(settings.optim_args)
     if not is_path(s.optimizer):
         kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-        return kind, {**options, **given}
+        return kind, {**options, **values}
     ours = {"lr": s.learning_rate, "weight_decay": s.weight_decay, "r": s.rank, "lora_alpha": s.alpha}
     kind, options = _of_path(s.optimizer, ours)
-    return kind if _is_class(kind) else lambda: kind, {**options, **given}
+    return kind if _is_class(kind) else lambda: kind, {**options, **values}
 
 
 def _is_class(kind: Any) -> bool:
@@ -69,13 +69,13 @@ def _open(kind: Any) -> bool:
     return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(kind).parameters.values())
 
 
-def problems(name: str, given: Mapping[str, Any]) -> list[str]:
+def problems(name: str, values: Mapping[str, Any]) -> list[str]:
     """Why an optimizer cannot be used with these arguments: we construct it and let it take one step."""
-    return _problems(name, json.dumps(given, default=str)) if given or name != PLAIN else []
+    return _problems(name, json.dumps(values, default=str)) if values or name != PLAIN else []
 
 
 @cache
-def _problems(name: str, given: str) -> list[str]:
+def _problems(name: str, text: str) -> list[str]:
     import torch
     from transformers import Trainer, TrainingArguments
     from transformers.training_args import OptimizerNames
@@ -94,13 +94,13 @@ def _problems(name: str, given: str) -> list[str]:
                 kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
     except (AttributeError, ImportError, TypeError, ValueError) as error:
         return [f"optimizer: {name} cannot be used: {error}"]
-    values = json.loads(given)
+    values = json.loads(text)
     wrong = [f"optim_args.{key}: set {ours[key]} in section train instead" for key in values if key in ours]
-    taken = [key for key in inspect.signature(kind).parameters if key not in ("params", "args", "model", *ours)]
+    parameters = [key for key in inspect.signature(kind).parameters if key not in ("params", "args", "model", *ours)]
     wrong += [
-        f"optim_args.{key}: unknown key of {name}{suggest(key, taken)}"
+        f"optim_args.{key}: unknown key of {name}{suggest(key, parameters)}"
         for key in values
-        if key not in (*taken, *ours) and (_is_class(kind) or not _open(kind))
+        if key not in (*parameters, *ours) and (_is_class(kind) or not _open(kind))
     ]
     if wrong:
         return wrong

@@ -110,11 +110,11 @@ class EmbeddedProcessor:
                 f"config.json, got none or no number ({type(error).__name__}: {error})"
             ) from error
         self.image_seq_len = (self.image_size // patch) ** 2 // scale**2
-        known = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        if known != token_id or token_id == tokenizer.unk_token_id:
+        actual = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if actual != token_id or token_id == tokenizer.unk_token_id:
             raise TrainingError(
                 f"expected the token {IMAGE_TOKEN} with the id {token_id} of config.json in the tokenizer, got "
-                f"{known}; train the base again"
+                f"{actual}; train the base again"
             )
 
     def __call__(self, text: list[str], images: list[Any], return_tensors: str) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def _joined(values: Sequence[Any]) -> Any:
     values = [v.float() / 127.5 - 1.0 if v.dtype == torch.uint8 else v for v in values]
     largest = [max(extents) for extents in zip(*(v.shape[1:] for v in values), strict=True)]
     gaps = [[most - n for most, n in zip(largest, v.shape[1:], strict=True)] for v in values]
-    pads = [[n for gap in reversed(own) for n in (0, gap)] for own in gaps]
+    pads = [[n for gap in reversed(of_row) for n in (0, gap)] for of_row in gaps]
     return torch.cat([torch.nn.functional.pad(v, pad) for v, pad in zip(values, pads, strict=True)])
 
 
@@ -248,8 +248,8 @@ def load_processor(base: BaseReference, root: Path) -> VisionProcessor:
     A folder with an Idefics3 and no processor of its own, as stage prepare_base makes it, gets an `EmbeddedProcessor`.
     """
     folder = Path(base.location)
-    own = [folder / name for name in ("processor_config.json", "preprocessor_config.json")]
-    if (folder / "config.json").is_file() and not any(file.is_file() for file in own):
+    files = [folder / name for name in ("processor_config.json", "preprocessor_config.json")]
+    if (folder / "config.json").is_file() and not any(file.is_file() for file in files):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config.get("model_type") == "idefics3":
             return VisionProcessor(EmbeddedProcessor(load_tokenizer(base), config), root)

@@ -19,7 +19,7 @@ from typing import Any
 from trainers import TrainingError, adapters, optimizers
 from trainers.callbacks import progress_lines, remove_trackers, tracker_arguments, tracker_callbacks
 from trainers.encode import Encoded, check_packing, collate_packed, encode_examples, encode_texts, pack
-from trainers.keeper import KL, STEP_KL, attach, divided, to_read
+from trainers.keeper import KL, STEP_KL, attach, hold_out, to_read
 from trainers.models import add_lora, load_base_model, load_tokenizer, scale_update
 from trainers.pictures import encode_items
 from trainers.settings import BaseReference, TrainSettings
@@ -302,7 +302,7 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
     if not job.texts and (arm.start or job.settings.preserve.method != "none"):
         raise TrainingError(f"{arm.name}: expected texts of the base, got none; run stage base_texts")
     if job.texts:
-        held, texts = divided(encode_texts(tokenizer, job.texts, job.settings.max_length))
+        held, texts = hold_out(encode_texts(tokenizer, job.texts, job.settings.max_length))
         if arm.start:
             arm.start(trainer, job.settings, to_read(trainer, texts))
         attach(trainer, job.settings, held, texts, job.seed, arm.unfused)

@@ -16,11 +16,10 @@ PRIORITIES = {
     "auto_performance": ("cuda", "mps", "cpu"),
     "memory_efficient": ("cuda", "cpu"),
 }
-MEMORY_SHARE = 0.8  # of a GPU's free memory goes to weights with memory_efficient; the rest is for activations
 
 
 def get_device_config(strategy: str, devices: Collection[str] | None = None) -> dict[str, Any]:
-    """Arguments for `from_pretrained`: device_map, dtype, and max_memory (bytes) for memory_efficient on a GPU.
+    """Arguments for `from_pretrained`: device_map and dtype. With memory_efficient the CPU takes what a GPU cannot.
 
     `devices` defaults to those of this machine. GritVlmError if the strategy supports none of them.
     """
@@ -38,16 +37,10 @@ def get_device_config(strategy: str, devices: Collection[str] | None = None) -> 
         raise GritVlmError(
             f"{strategy}: expected one of {', '.join(PRIORITIES[strategy])}, got {', '.join(sorted(devices)) or 'none'}"
         )
-    # float32 for stable gradients and on CPUs; otherwise bfloat16 if the device supports it natively.
-    if strategy == "stable_training" or (device == "cpu" and strategy != "memory_efficient"):
+    sparing = strategy == "memory_efficient"
+    if strategy == "stable_training" or (device == "cpu" and not sparing):
         dtype = torch.float32
-    elif device == "cpu" or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)):
-        dtype = torch.bfloat16
-    else:
-        dtype = torch.float16
-    if strategy != "memory_efficient" or device != "cuda":
-        return {"device_map": {"": device}, "dtype": dtype}
-    from accelerate.utils import get_max_memory
-
-    memory = {place: n if place == "cpu" else int(MEMORY_SHARE * n) for place, n in get_max_memory().items()}
-    return {"device_map": "auto", "dtype": dtype, "max_memory": memory}  # what does not fit goes to the CPU
+    else:  # GPUs before Ampere emulate bfloat16
+        native = device == "cpu" or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+        dtype = torch.bfloat16 if native else torch.float16
+    return {"device_map": "auto" if sparing and device == "cuda" else {"": device}, "dtype": dtype}

@@ -194,17 +194,17 @@ class ModelGRITConfig:
         names = {f.name for f in fields(defaults)} & vars(self).keys()
         shared = {name: getattr(self, name) for name in names}
         by_modality = {}
-        for name, own in self.modalities.items():
+        for name, part in self.modalities.items():
             settings = {
-                "r": own.rank or self.global_rank,
-                "lora_alpha": own.alpha or self.global_alpha,
-                "lora_dropout": self.global_dropout if own.dropout is None else own.dropout,
-                "fisher_approximation": own.fisher_approximation,
-                "enable_natural_gradient": defaults.enable_natural_gradient and own.enable_natural_gradient,
-                "enable_projection": defaults.enable_projection and own.enable_projection,
+                "r": part.rank or self.global_rank,
+                "lora_alpha": part.alpha or self.global_alpha,
+                "lora_dropout": self.global_dropout if part.dropout is None else part.dropout,
+                "fisher_approximation": part.fisher_approximation,
+                "enable_natural_gradient": defaults.enable_natural_gradient and part.enable_natural_gradient,
+                "enable_projection": defaults.enable_projection and part.enable_projection,
             }
-            if own.projection_budget:
-                settings |= dict.fromkeys(("projection_budget_start", "projection_budget_end"), own.projection_budget)
+            if part.projection_budget:
+                settings |= dict.fromkeys(("projection_budget_start", "projection_budget_end"), part.projection_budget)
             by_modality[name] = replace(defaults, **{**shared, **settings})
             by_modality[name].validate()
         return by_modality

@@ -40,11 +40,12 @@ class EigenMoments:
         self.v = {side: torch.zeros_like(t) for side, t in like.items()}
         self.steps = 0
         self.vectors: dict[str, Tensor] = {}
-        self.follows = False
+        self.samples = 0  # that the estimate had seen when these moments followed it last
 
     def follow(self, fisher: FisherInformationMatrix) -> None:
-        if self.follows and all(self.vectors.get(side) is fisher.eigen(side).vectors for side in SIDES):
+        if self.samples == fisher.samples:
             return
+        self.samples = fisher.samples
         for side in SIDES:
             vectors = fisher.eigen(side).vectors
             if vectors is None:
@@ -52,18 +53,9 @@ class EigenMoments:
             rotation = vectors.mT @ self.vectors[side] if side in self.vectors else vectors.mT
             self.m[side], self.v[side] = rotation @ self.m[side], rotation.square() @ self.v[side]
             self.vectors[side] = vectors
-        self.follows = True
 
     def state_dict(self) -> dict[str, Any]:
         return {**vars(self), "m": dict(self.m), "v": dict(self.v), "vectors": dict(self.vectors)}
-
-    def load_state_dict(self, state: dict[str, Any], fisher: FisherInformationMatrix) -> None:
-        """The estimate's eigenvectors are taken for the saved ones where they agree."""
-        vars(self).update(state)
-        for side, saved in self.vectors.items():
-            own = fisher.eigen(side).vectors if self.follows else None  # type: ignore[arg-type]
-            if own is not None and torch.equal(own, saved):
-                self.vectors[side] = own
 
 
 class FisherCurvature(Curvature):
@@ -219,7 +211,7 @@ class FisherCurvature(Curvature):
 
         def back(direction: Tensor) -> Tensor:
             direction = direction[0]
-            if moments.follows and self.preconditions(step):
+            if moments.samples and self.preconditions(step):
                 weighted = direction * fisher.step_weights(side, self.config.eigen_power)
                 if self.config.grafting is not False:
                     weighted = weighted * (direction.norm() / weighted.norm().clamp_min(1e-30))
@@ -329,7 +321,7 @@ class FisherCurvature(Curvature):
             layer.projection_budget = saved["budget"] or None
             if saved["moments"]:
                 self.moments[name] = EigenMoments(layer)
-                self.moments[name].load_state_dict(saved["moments"], layer.fisher_matrix)
+                vars(self.moments[name]).update(saved["moments"])
         self.inversions, self.failed_inversions = state["inversions"], state["failed_inversions"]
 
 

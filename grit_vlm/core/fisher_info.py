@@ -132,8 +132,9 @@ class FisherInformationMatrix:
 
     @property
     def kfac_factors(self) -> dict[str, Tensor]:
-        known = self.approximation_type == "kfac" and self.weight
-        return {name: self._now(name) for name in ("A", "G")} if known else {}
+        if self.approximation_type != "kfac" or not self.weight:
+            return {}
+        return {name: self._now(name) for name in ("A", "G")}
 
     def eigen(self, name: Side) -> Eigen:
         if name not in self._eigen:

@@ -130,8 +130,8 @@ class GRITLoRALinear(nn.Module):
             if not isinstance(base_layer, nn.Linear):
                 raise TypeError(f"base_layer: expected torch.nn.Linear, got {type(base_layer).__name__}")
             base_layer.requires_grad_(False)
-            own = LoraConfig(r=c.r, lora_alpha=c.lora_alpha, lora_dropout=c.lora_dropout)
-            base_layer = Linear(base_layer, adapter_name, own, r=c.r, lora_alpha=c.lora_alpha)
+            lora = LoraConfig(r=c.r, lora_alpha=c.lora_alpha, lora_dropout=c.lora_dropout)
+            base_layer = Linear(base_layer, adapter_name, lora, r=c.r, lora_alpha=c.lora_alpha)
         self.lora: Any = base_layer
         self.adapter_name = adapter_name
         self.modality = "all"  # whose budget it shares, and whether its tokens are text: of vision, cross_modal not

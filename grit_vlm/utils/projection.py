@@ -61,10 +61,10 @@ def share_out(values: Sequence[Tensor], budget: int) -> list[int]:
         raise GritVlmError(f"budget: expected at least 1, got {budget}")
     counts = [1] * len(values)
     rest = [t.reshape(-1).sort(descending=True).values[1:].cpu() for t in values]
-    left = min(budget - len(values), sum(map(len, rest)))
-    if left > 0:
+    more = min(budget - len(values), sum(map(len, rest)))
+    if more > 0:
         owner = torch.repeat_interleave(torch.arange(len(rest)), torch.tensor([len(t) for t in rest]))
-        chosen = owner[torch.cat(rest).sort(descending=True, stable=True).indices[:left]]
+        chosen = owner[torch.cat(rest).sort(descending=True, stable=True).indices[:more]]
         for i, n in enumerate(torch.bincount(chosen, minlength=len(rest)).tolist()):
             counts[i] += n
     return counts

@@ -12,7 +12,7 @@ from tests.conftest import TEMPLATE
 from tests.trainers.runs import history, interrupted
 from trainers import TrainingError, arms
 from trainers.encode import encode_texts
-from trainers.keeper import KL, STRENGTH, Keeper, batches, divided
+from trainers.keeper import KL, STRENGTH, Keeper, batches, hold_out
 from trainers.models import load_tokenizer
 from trainers.run import LEDGER, build, run
 
@@ -37,7 +37,7 @@ def held(make_job):
 def keeper_of(job):
     trainer, *_ = build(arms.load("baseline_lora"), job)
     ids = encode_texts(load_tokenizer(job.base), job.texts, job.settings.max_length)
-    return Keeper(trainer, job.settings, *divided(ids), job.seed)
+    return Keeper(trainer, job.settings, *hold_out(ids), job.seed)
 
 
 def by_hand(trainer, texts):
@@ -99,9 +99,9 @@ def test_a_step_has_the_gradient_of_the_task_and_once_that_of_kl(held, accumulat
 
 def test_kl_is_measured_in_every_run_on_texts_that_no_loss_sees(held):
     keeper = keeper_of(held("none", max_steps=4, eval_steps=2))
-    assert keeper.measured() == pytest.approx(0.0, abs=1e-7)
+    assert keeper.measure() == pytest.approx(0.0, abs=1e-7)
     move(keeper.trainer)
-    assert keeper.measured() == pytest.approx(float(by_hand(keeper.trainer, keeper.held)), rel=1e-4)
+    assert keeper.measure() == pytest.approx(float(by_hand(keeper.trainer, keeper.held)), rel=1e-4)
     assert not {tuple(t) for t in keeper.held} & {tuple(t) for n in range(40) for t in keeper.rows_of(n)}
     job = held("none", max_steps=4, eval_steps=2)
     summary = run(arms.load("baseline_lora"), job)
