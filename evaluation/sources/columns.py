@@ -139,7 +139,7 @@ class FieldReader:
             if times != 1:
                 # Decimal: 70 ppb are 0.07 ppm, and EPA truncates, so 0.06999… would fall below the breakpoint.
                 with suppress(ValueError):  # the task explains what is wrong with the cell
-                    value = float(Decimal(repr(number(value))) * times)
+                    value = number(value) * times
             values[name] = value
         return values
 
@@ -150,11 +150,11 @@ class FieldReader:
             spec = self.fields[name]
             if spec.unit is None or spec.typical is None or name in self.units:
                 continue
-            numbers = []
+            numbers = list[Decimal]()
             for raw in self.table.rows:
                 with suppress(ValueError):
                     numbers.append(number(self._cell(raw, column)))
-            middle = median([value for value in numbers if value] or [0.0])
+            middle = float(median([value for value in numbers if value] or [Decimal(0)]))
             family = _VOLUME if spec.unit in _VOLUME else _MASS
             other = next(unit for unit in family if unit != spec.unit.replace("³", "3"))
             low, high = spec.typical

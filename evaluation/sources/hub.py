@@ -33,7 +33,9 @@ class DataSet:
         # datasets caches downloads in a folder named after the commit.
         folders = [Path(file["filename"]).parent.name for file in data.cache_files]
         revision = folders[0] if folders and _COMMIT.fullmatch(folders[0]) else None
-        rows = raw_rows(lambda start, end: data[start:end], data.num_rows)
+        kinds = {name: getattr(kind, "dtype", None) for name, kind in data.features.items()}
+        short = {name: kind for name, kind in kinds.items() if kind in ("float16", "float32")}
+        rows = raw_rows(lambda start, end: data[start:end], data.num_rows, short)
         return Table(list(data.column_names), rows, revision=revision, labels=labels)
 
 

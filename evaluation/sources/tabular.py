@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from trainers.words import look
 _BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
          codecs.BOM_UTF16_BE: "UTF-16"}  # fmt: skip
 _BATCH = 10_000  # rows converted to Python values at once: QNLI's 105,000 take less than a second
-_UNREADABLE = (ValueError, OverflowError)  # text that is not UTF-8, or a time that Python cannot represent
+_UNREADABLE = (ValueError, OverflowError, KeyError)  # no UTF-8, a time beyond Python's, a map with a key twice
 _CANDIDATES = ["cp1252", "cp1250", "cp1251", "cp1253", "mac_roman"]  # Western, Central European, Cyrillic, Greek, Mac
 _MIXED = re.compile("[A-Za-z][\u0370-\u04ff]|[\u0370-\u04ff][A-Za-z]")  # two alphabets in a word: a wrong reading
 _SEPARATORS = ",;\t|"
@@ -241,7 +242,7 @@ def _read_json(data: bytes, start: int) -> Table:
         try:
             # Invalid bytes pass through as half characters and are reported with their row.
             text = data.decode(errors="surrogateescape")
-            array = json.loads(text)
+            array = json.loads(text, parse_float=_decimal)
         except (ValueError, RecursionError) as error:
             if _parsed(data.lstrip().splitlines()[0])[1]:  # else every line may be an array, and a row at fault
                 raise EvaluationError(f"expected a JSON array of objects, got broken JSON ({error}).") from error
@@ -266,9 +267,15 @@ def _json_table(rows: list[tuple[int | None, dict[str, object], str | None]]) ->
 def _parsed(line: bytes) -> tuple[Any, str]:
     """(the value, what is wrong with the JSON)."""
     try:
-        return json.loads(line), ""
+        return json.loads(line, parse_float=_decimal), ""
     except (ValueError, RecursionError) as error:
         return None, f"expected a JSON object, got broken JSON ({error})"
+
+
+def _decimal(text: str) -> float | Decimal:
+    """A float, unless one means another decimal: 0.0549999999999999999 would be 0.055."""
+    value = float(text)
+    return value if Decimal(repr(value)) == Decimal(text) else Decimal(text)
 
 
 def _json_object(line: bytes, offset: int) -> tuple[dict[str, object], str | None]:
@@ -288,7 +295,7 @@ def _checked(value: object) -> tuple[dict[str, object], str | None]:
         return {"(value)": value}, f"expected a JSON object, got {type(value).__name__}"
     for name, cell in value.items():
         try:
-            json.dumps([name, cell], ensure_ascii=False).encode()
+            json.dumps([name, cell], ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
             code = ord(error.object[error.start])
             what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"half a character (\\u{code:04x})"
@@ -305,7 +312,11 @@ def _read_parquet(data: bytes) -> Table:
     except (pa.ArrowException, OSError) as error:
         raise EvaluationError(f"expected a Parquet file: {error}") from error
     names = list(table.column_names)
-    rows = raw_rows(lambda start, end: table.slice(start, end - start).to_pydict(), table.num_rows)
+    widths = {pa.float16(): "float16", pa.float32(): "float32"}
+    short = {field.name: widths[field.type] for field in table.schema if field.type in widths}
+    rows = raw_rows(
+        lambda start, end: table.slice(start, end - start).to_pydict(maps_as_pydicts="strict"), table.num_rows, short
+    )
     return Table(names, rows, "", frozenset(n for n in names if names.count(n) > 1), labels=_labels(table.schema))
 
 
@@ -325,27 +336,31 @@ def _labels(schema: Any) -> dict[str, list[str]]:
 Cells = Callable[[int, int], Mapping[str, Sequence[object]]]
 
 
-def raw_rows(read: Cells, rows: int) -> list[RawRow]:
+def raw_rows(read: Cells, rows: int, short: Mapping[str, str]) -> list[RawRow]:
     """All rows of `read`, which maps (first row, the one after the last, from 0) to column → its cells.
 
-    A row with a cell that cannot be read has a problem instead of values.
+    `short`: columns of float16 and float32, with that name. Their cells are read as the shortest decimal of their own
+    type: 0.055 in 32 bits is 0.054999999701976776 in 64. A row with a cell that cannot be read has a problem instead of
+    values.
     """
+    import numpy as np
+
+    def decimals(start: int, end: int) -> list[dict[str, object]]:
+        columns = dict(read(start, end))
+        for name, width in short.items():
+            own_type = getattr(np, width)
+            columns[name] = [None if cell is None else float(str(own_type(cell))) for cell in columns[name]]
+        return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
     result: list[RawRow] = []
     for start in range(0, rows, _BATCH):
         end = min(start + _BATCH, rows)
         try:
-            columns = read(start, end)
+            result += [RawRow(n, None, values) for n, values in enumerate(decimals(start, end), start=start + 1)]
         except _UNREADABLE:
-            result += [_one_row(read, place) for place in range(start, end)]
-            continue
-        names = list(columns)
-        cells = zip(*columns.values(), strict=True)
-        result += [RawRow(start + n, None, dict(zip(names, row, strict=True))) for n, row in enumerate(cells, start=1)]
+            for place in range(start, end):
+                try:
+                    result.append(RawRow(place + 1, None, decimals(place, place + 1)[0]))
+                except _UNREADABLE as error:
+                    result.append(RawRow(place + 1, None, {}, f"a cell cannot be read: {error}"))
     return result
-
-
-def _one_row(read: Cells, place: int) -> RawRow:
-    try:
-        return RawRow(place + 1, None, {name: cells[0] for name, cells in read(place, place + 1).items()})
-    except _UNREADABLE as error:
-        return RawRow(place + 1, None, {}, f"a cell cannot be read: {error}")

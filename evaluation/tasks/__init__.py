@@ -13,6 +13,8 @@ import re
 import reprlib
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import date, time, timedelta
+from decimal import Context, Decimal
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -224,6 +226,7 @@ def repunctuate(item: Item, rng: random.Random) -> str:
 
 # --- cells of rows, checked before an item is made of them ---
 
+_EXACT = Context(prec=400)  # keeps every digit that a float or a decimal column has
 _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none"})
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
@@ -256,11 +259,16 @@ def text(row: Mapping[str, Any], name: str) -> str:
 
 
 def text_or_number(row: Mapping[str, Any], name: str) -> str:
-    """Like `text`, but also of a number or truth value: 1.0 is 1, since a column of integers with gaps has floats."""
+    """Like `text`, but also of a number, truth value or date.
+
+    A float is written as the shortest decimal that means it, beyond 1e21 with an exponent; 1.0 is 1, since a column of
+    integers with gaps has floats.
+    """
     value = row.get(name)
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:.15g}"
-    return str(value) if isinstance(value, int) else text(row, name)
+    if isinstance(value, float | Decimal) and math.isfinite(value):
+        exact = Decimal(str(value)).normalize(_EXACT)
+        return f"{exact:f}" if -7 < exact.adjusted() <= 21 else f"{exact:g}"
+    return str(value) if isinstance(value, int | date | time | timedelta) else text(row, name)
 
 
 def optional_text(row: Mapping[str, Any], name: str) -> str:
@@ -280,13 +288,16 @@ def choice(row: Mapping[str, Any], name: str, names: Mapping[str, str]) -> str:
 
 def is_missing(value: object) -> bool:
     """Whether a cell holds nothing: None, NaN, or a word such as NA."""
-    if isinstance(value, float):
+    if isinstance(value, float | Decimal):
         return math.isnan(value)
     return value is None or (isinstance(value, str) and value.strip().lower() in _MISSING)
 
 
-def number(value: object) -> float:
-    """A finite number ≥ 0 from a cell; the ValueError says what was expected instead."""
+def number(value: object) -> Decimal:
+    """A finite number ≥ 0 from a cell, as the decimal that it is written as; the ValueError says what was expected.
+
+    Of a float that is the shortest decimal that means it.
+    """
     if isinstance(value, str):
         plain = value.strip()
         if not _NUMBER.fullmatch(plain):
@@ -294,19 +305,14 @@ def number(value: object) -> float:
             if _THOUSANDS.fullmatch(plain):
                 hint = f"; is it {plain.replace(',', '.')} or {plain.replace(',', '')}? Write it without the comma"
             raise ValueError(f"expected a number, got {value!r}{hint}")
-        result = float(plain)
-    elif isinstance(value, bool) or not isinstance(value, int | float):
+    elif isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         raise ValueError(f"expected a number, got {type(value).__name__} {value!r}")
-    else:
-        try:
-            result = float(value)
-        except OverflowError:
-            result = math.inf
-    if not math.isfinite(result):
+    result = Decimal(value if isinstance(value, int) else str(value).strip())
+    if not math.isfinite(float(result)):
         raise ValueError(f"expected a finite number, got {str(value)[:40]}")
     if result < 0:
         raise ValueError(f"expected a number ≥ 0, got {value}")
-    return result + 0.0  # -0.0 becomes 0.0
+    return result.copy_abs()  # -0.0 becomes 0.0
 
 
 def decimal_commas(cells: Iterable[object]) -> bool:

@@ -18,7 +18,19 @@ from typing import Any, TypeVar
 
 from evaluation import EvaluationError, epa
 from evaluation.sources.agencies import as_published as as_published
-from evaluation.tasks import Field, Item, RowError, Score, is_missing, mean, metric, number, repunctuate, share
+from evaluation.tasks import (
+    Field,
+    Item,
+    RowError,
+    Score,
+    is_missing,
+    mean,
+    metric,
+    number,
+    repunctuate,
+    share,
+    text_or_number,
+)
 from trainers.words import nearest
 
 T = TypeVar("T")
@@ -50,7 +62,7 @@ FIELDS = {
     "completion": Field(None, False, "its answer"),
 }
 AQI_TOLERANCE = 1  # index points; other tools round halves to even, or use the breakpoints from before May 2024
-LARGEST = 1e6  # in any of EPA's units; every scale ends far below it, and decimal arithmetic not far above
+LARGEST = 1_000_000  # in any of EPA's units; every scale ends far below it, and decimal arithmetic not far above
 
 # {readings} is a comma-separated list; every wording begins the same way.
 WORDINGS = (
@@ -184,7 +196,7 @@ def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
         problems.append((None, f"no reading: all of {names} are missing"))
     if problems:
         raise RowError(*problems[0], *problems[1:])
-    name = item_id if is_missing(row.get("id")) else str(row["id"]).strip() or item_id
+    name = item_id if is_missing(row.get("id")) else text_or_number(row, "id")
     prompt = item_of(item_id, readings, random.Random(repr(item_key(readings)))).prompt if readings else ""
     truth = _truth(indices[0], readings)
     if not readings:
@@ -197,25 +209,25 @@ def group(item: Item) -> Hashable:
     return item_key(readings) if readings else item.prompt
 
 
-def _number(value: object, *, most: float, beyond: str) -> float:
+def _number(value: object, *, most: int, beyond: str) -> Decimal:
     result = number(value)
     if result > most:
         raise ValueError(f"{beyond}, got {value}")
     return result
 
 
-def _concentration(key: str, value: object) -> float:
+def _concentration(key: str, value: object) -> Decimal:
     """A reading in EPA's unit. Instruments report a little less than nothing, which EPA counts as an index of 0."""
     lowest = -float(next(band for band in epa.POLLUTANTS[key].bands if band)[1])  # below: a mark such as -999
     with suppress(ValueError, TypeError):
         if lowest <= float(value) < 0:  # type: ignore[arg-type]  # what has no float raises
-            return 0.0
+            return Decimal(0)
     return _number(value, most=LARGEST, beyond="is far off EPA's scale")
 
 
 def _index(value: object) -> int:
     index = _number(value, most=epa.AQI_MAX, beyond=f"expected an index in 0..{epa.AQI_MAX}")
-    return int(Decimal(repr(index)).quantize(Decimal(1), rounding=ROUND_HALF_UP))
+    return int(index.quantize(Decimal(1), rounding=ROUND_HALF_UP))
 
 
 def _category(value: object) -> str:

@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import types
+from decimal import Decimal
 
 import datasets
 import httpx
@@ -25,7 +26,7 @@ from evaluation.sources import read_table
 from evaluation.sources.columns import Column
 from evaluation.sources.hub import open_data_set
 from evaluation.sources.rows import RowSource, read_recipe, write_rejected
-from evaluation.tasks import Field, Item, RowError, Source, aqi
+from evaluation.tasks import Field, Item, RowError, Source, aqi, chat
 
 COLUMNS = {"pm25": "PM25", "o3_8h": "ozone", "co": "CO", "aqi": "AQI", "id": "site"}
 HEADER = "site,PM25,ozone,CO,AQI\n"
@@ -206,6 +207,50 @@ def test_parquet_file_is_read_cell_by_cell(tmp_path):
     result = read_recipe(aqi, Where(source=str(tmp_path / "d.parquet"), columns=COLUMNS))
     assert [(i.id, readings(i)) for i in result.train] == [("a", {"pm25": 9.0}), ("c", {"o3_8h": 0.05})]
     assert list(reasons(result)) == [2] and "a cell cannot be read: 'utf-8' codec" in reasons(result)[2]
+
+
+NUMBERS = [  # what a column holds, the field that is read from it, the reading in the prompt, EPA's index
+    (pa.array([0.055], pa.float32()), "o3_8h", "0.055 ppm", 51),
+    (pa.array([0.106], pa.float32()), "o3_8h", "0.106 ppm", 201),
+    (pa.array([9.7], pa.float32()), "pm25", "9.7 µg/m³", 52),
+    (pa.array([9.1], pa.float16()), "pm25", "9.1 µg/m³", 51),
+    (pa.array([9.1]), "pm25", "9.1 µg/m³", 51),
+    (pa.array(["0.0549999999999999999999999999999999"]), "o3_8h", "0.054 ppm", 50),
+    (pa.array([Decimal("0.0550")], pa.decimal128(38, 18)), "o3_8h", "0.055 ppm", 51),
+    (pa.array([Decimal("9.1")], pa.decimal256(50, 2)), "pm25", "9.1 µg/m³", 51),
+    (pa.array([9], pa.uint64()), "pm25", "9.0 µg/m³", 50),
+]
+
+
+@pytest.mark.parametrize(("cells", "key", "reading", "index"), NUMBERS)
+def test_a_number_is_the_shortest_decimal_of_its_columns_own_type(tmp_path, cells, key, reading, index):
+    parquet.write_table(pa.table({"v": cells}), tmp_path / "d.parquet")
+    (item,) = read_recipe(aqi, Where(source=str(tmp_path / "d.parquet"), columns={key: "v"})).train
+    assert reading in item.prompt and item.truth["aqi"] == index
+
+
+def test_a_folder_has_the_same_decimals_as_its_file(tmp_path):
+    (tmp_path / "d").mkdir()
+    cells = pa.array([0.055, None, 0.106], pa.float32())
+    parquet.write_table(pa.table({"v": cells}), tmp_path / "d" / "train.parquet")
+    result = read_recipe(aqi, Where(source=str(tmp_path / "d"), columns={"o3_8h": "v"}))
+    assert [item.truth["aqi"] for item in result.train] == [51, 201]
+
+
+def test_json_numbers_keep_their_digits_and_ids_are_whole(tmp_path):
+    result = read(
+        tmp_path, '{"o": 0.0549999999999999999999, "s": 360610135.0}\n', "d.jsonl", columns={"o3_8h": "o", "id": "s"}
+    )
+    assert [(item.truth["aqi"], item.id) for item in result.train] == [(50, "360610135")]
+
+
+def test_maps_are_objects_and_a_key_twice_refuses_the_row(tmp_path):
+    turn = pa.map_(pa.string(), pa.string())
+    good = [[("role", "user"), ("content", "Hi")], [("role", "assistant"), ("content", "Hello")]]
+    rows = pa.array([good, [[("role", "user"), ("role", "user")]]], pa.list_(turn))
+    parquet.write_table(pa.table({"messages": rows}), tmp_path / "d.parquet")
+    result = read_recipe(chat, Where(source=str(tmp_path / "d.parquet"), columns={}))
+    assert [(i.prompt, i.completion) for i in result.train] == [("Hi", "Hello")] and list(reasons(result)) == [2]
 
 
 def test_ragged_rows_and_broken_quotes(tmp_path):

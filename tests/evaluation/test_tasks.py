@@ -8,6 +8,8 @@ import subprocess
 import sys
 import types
 from dataclasses import replace
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +289,12 @@ def test_short_answers_are_numbers_or_words():
 
     for truth, answer in ((18, "It makes $18.00."), ("1,234", "1234"), (0.75, "#### 3/4"), ("-5", "so -5")):
         assert right(truth, answer)
+    for value, written in (
+        (0.1, "0.1"), (1234567890123456.0, "1234567890123456"), (1e16, "10000000000000000"), (18.0, "18"),
+        (Decimal("12.500000"), "12.5"), (Decimal("1200"), "1200"), (Decimal("1e30"), "1e+30"), (-0.00001, "-0.00001"),
+        (date(2024, 1, 5), "2024-01-05"), (time(8, 30), "08:30:00"), (timedelta(hours=1), "1:00:00"), (True, "True"),
+    ):  # fmt: skip
+        assert exact.make_item("x", {"question": "What?", "answer": value}).completion == written
     assert right("Port Louis", " port  louis.") and right(12345678901234567, "12345678901234567")
     assert not right(12345678901234567, "12345678901234568") and right(10**400, str(10**400))
     assert not any(right(truth, answer) for truth, answer in ((18, "18 or 19"), ("Paris", "Paris, France"), (2, "two")))
