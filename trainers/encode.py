@@ -33,7 +33,8 @@ def encode_turns(tokenizer: Any, texts: Sequence[str]) -> tuple[list[int], list[
     """Ids of alternating prompts and answers plus EOS, and the position at which each text ends.
 
     The texts are tokenized together, and everything before an answer has to give the same tokens as it does alone;
-    otherwise the model would be asked with other tokens than it was trained on.
+    otherwise the model would be asked with other tokens than it was trained on. A last answer that begins with white
+    space is tokenized by itself where that would change the prompt's tokens.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -47,6 +48,12 @@ def encode_turns(tokenizer: Any, texts: Sequence[str]) -> tuple[list[int], list[
     *heads, ids = [
         read("".join(texts[:n])) for n in range(1, len(texts) + 1)
     ]  # everything last, see `trainers.pictures`
+    if ids[: len(heads[-1])] != heads[-1] and texts[-1][:1].isspace():
+        for anchor in "\nx.":  # behind a character SentencePiece puts no blank of its own in front of a text
+            front, whole = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (anchor, anchor + texts[-1]))
+            if whole[: len(front)] == front:
+                ids = heads[-1] + whole[len(front) :]
+                break
     ends = []
     for n, head in enumerate(heads, start=1):
         if ids[: len(head)] != head:

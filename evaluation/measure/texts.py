@@ -57,7 +57,7 @@ def read_texts(
         value = raw.values.get(column)
         if value is not None and not isinstance(value, str):  # its repr would be scored
             raise RowError("text", f"expected a text, got {type(value).__name__}; set {section}.text_column")
-        return (value or "").strip()
+        return value or ""
 
     texts = list[str]()
     try:
@@ -71,7 +71,7 @@ def read_texts(
             problems = first_few(rejected)
     except EvaluationError as error:
         problems = error.problems
-    texts = [text for text in texts if text]
+    texts = [text for text in texts if text.strip()]
     if problems or not texts:
         heading = f"{section}.text: {source} cannot be used (expected `{own}`, a file or {HUB}org/name):"
         raise EvaluationError(problems or "expected texts, got only empty ones", heading)
@@ -119,7 +119,7 @@ def read_prompts(
             expected = " or ".join(map(repr, labels))
             advice = "set measure.safe_label and unsafe_label to the names in use"
             raise RowError("label", f"expected {expected}, got {label!r}; {advice}")
-        return Prompt(text.strip(), labels[key], str(category or ""), None if pair in (None, "") else str(pair))
+        return Prompt(text, labels[key], str(category or ""), None if pair in (None, "") else str(pair))
 
     prompts, lost = list[Prompt](), 0
     if not problems:

@@ -292,7 +292,7 @@ def _items(
             raise RowError(None, f"{_TOO_LONG}expected prompt and completion of at most {most} characters, got {size}")
         row, completion = first.setdefault(item.context, (raw.row, item.completion))
         if row != raw.row:
-            if completion == item.completion:
+            if completion.split() == item.completion.split():
                 raise RowError(None, _REPEAT)
             raise RowError(None, f"{_DUPLICATE}same prompt as row {row}, with another answer")
         if item.id in ids:

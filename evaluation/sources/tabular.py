@@ -228,11 +228,11 @@ def _csv_rows(text: list[str], delimiter: str, top: int) -> Iterator[tuple[int, 
 
 
 def _read_text(data: bytes, start: int) -> Table:
-    """Texts separated by empty lines."""
+    """Texts separated by lines of white space; the indentation of their own lines stays."""
     if invalid := _not_utf8(data, start):
         raise EvaluationError(f"{invalid}.")
-    lines = [line if line.strip() else "" for line in data.decode().splitlines()]
-    texts = filter(None, (text.strip() for text in "\n".join(lines).split("\n\n")))
+    lines = [line if line.strip() else "" for line in re.split("\r\n?|\n", data.decode())]
+    texts = filter(None, (text.strip("\n") for text in "\n".join(lines).split("\n\n")))
     return Table([TEXT], [RawRow(n, None, {TEXT: text}) for n, text in enumerate(texts, start=1)])
 
 

@@ -245,7 +245,7 @@ def _blank(text: str) -> bool:
 
 
 def text(row: Mapping[str, Any], name: str) -> str:
-    """The text of a field, stripped; RowError if there is none, or UTF-8 cannot encode it."""
+    """The text of a field, white space included; RowError if there is none, or UTF-8 cannot encode it."""
     value = row.get(name)
     if not isinstance(value, str):
         raise RowError(name, f"expected text, got {'nothing' if value is None else brief(value)}")
@@ -255,7 +255,7 @@ def text(row: Mapping[str, Any], name: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise RowError(name, f"expected text that UTF-8 can encode, got half a character: {error}") from error
-    return value.strip()
+    return value
 
 
 def text_or_number(row: Mapping[str, Any], name: str) -> str:

@@ -27,7 +27,7 @@ _ANSWERS = {"true": "Yes", "false": "No", "yes": "Yes", "no": "No", "1": "Yes", 
 
 
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
-    passage, question = text(row, "passage"), text(row, "question")
+    passage, question = text(row, "passage").strip(), text(row, "question").strip()
     label = choice(row, "answer", _ANSWERS)
     sentence = f"{question[0].upper()}{question[1:].rstrip('?. ')}?"
     prompt = f"{passage}\n\nQuestion: {sentence}\nAnswer Yes or No."

@@ -42,6 +42,8 @@ _FORMS = {  # name → required fields, optional fields
     "plain texts": (("text",), ()),
 }
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_BLANK = re.compile(r"(?<=\S)\s")
+_BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
 _TOOLS = ("tool", "function", "function_call", "observation", "ipython")
 
 
@@ -93,16 +95,20 @@ def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
     elif "prompt" in row:
         turns.append((text(row, "prompt"), text(row, "completion")))
     *before, (prompt, answer) = turns
+    # Many tokenizers would make one token of a template's last line break and those that an earlier answer begins with.
+    plain = [(question, _BLANK_LINES.sub("", earlier)) for question, earlier in before]
     truth = {"answer": answer, **({"unanswered": unanswered} if unanswered else {})}
-    return Item(item_id, NAME, prompt, answer, truth, turns=tuple(before), system=system or None)
+    truth |= {"blank_lines": True} if plain != before else {}
+    return Item(item_id, NAME, prompt, answer, truth, turns=tuple(plain), system=system or None)
 
 
 def _of_text(item_id: str, whole: str) -> Item:
     """Split at the blank nearest to the middle."""
-    if len(whole) < 2:
+    start, end = len(whole) - len(whole.lstrip()), len(whole.rstrip())
+    if end - start < 2:
         raise RowError("text", f"expected at least two characters, got {whole!r}")
-    middle = len(whole) // 2
-    blanks = [match.start() for match in re.finditer(r"(?<=\S)\s", whole)]
+    middle = (start + end) // 2
+    blanks = [match.start() for match in _BLANK.finditer(whole, start, end)]
     cut = min(blanks, key=lambda place: abs(place - middle), default=middle)
     return Item(item_id, NAME, whole[:cut], whole[cut:], {"answer": whole[cut:].strip()}, whole=True)
 
@@ -186,7 +192,9 @@ def complete(items: Sequence[Item]) -> list[str]:
     unanswered = sum("unanswered" in item.truth for item in items)
     several = sum(bool(item.turns) for item in items)
     notes = [f"{several} of {len(items)} conversations have several turns; each answer is learned."] * (several > 0)
-    return notes + [f"{unanswered} conversations end with an unanswered question, which is dropped."] * (unanswered > 0)
+    notes += [f"{unanswered} conversations end with an unanswered question, which is dropped."] * (unanswered > 0)
+    blank = sum("blank_lines" in item.truth for item in items)
+    return notes + [f"Empty lines before earlier answers are left out in {blank} conversations."] * (blank > 0)
 
 
 def group(item: Item) -> Hashable:

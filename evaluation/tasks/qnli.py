@@ -30,7 +30,7 @@ _ANSWERS = {"entailment": "entailment", "not_entailment": "not_entailment", "0":
 
 
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
-    question, sentence = text(row, "question"), text(row, "sentence")
+    question, sentence = text(row, "question").strip(), text(row, "sentence").strip()
     if str(row.get("label")).strip() == "-1":
         raise RowError("label", "expected 0 or 1, got -1, which marks a split whose labels are not published")
     label = choice(row, "label", _ANSWERS)

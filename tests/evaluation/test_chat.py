@@ -87,7 +87,7 @@ def test_a_cell_may_hold_a_long_conversation_and_broken_json_is_refused(tmp_path
     with file.open("w", newline="") as out:
         csv.writer(out).writerows([["messages"], [long], ["[" * 50_000], ['[{"role"']])
     results = read_recipe(chat, section(file, max_refused=1.0))
-    assert [len(item.prompt) for item in results.train] == [199_999]
+    assert [len(item.prompt) for item in results.train] == [200_000]
     assert ["broken JSON" in row.reason for row in results.rejected] == [True, True]
 
 
@@ -108,6 +108,50 @@ def test_a_column_goes_by_how_its_name_looks(tmp_path, columns, mapping, name):
     file.write_text("\n".join(lines), encoding="utf-8")
     (item,) = read_recipe(chat, section(file, columns=mapping)).train
     assert (item.prompt, item.completion) == ("a;b", "c")
+
+
+CODE = "    return x\n"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": f"def f(x):\n{CODE}", "completion": CODE},
+        {"instruction": "def f(x):", "input": f"{CODE[:-1]}\n ", "output": CODE},
+        {"messages": [{"role": "user", "content": "\tFinish: x = "}, {"role": "assistant", "content": CODE}]},
+        {"conversations": [{"from": "human", "value": " f(x) "}, {"from": "gpt", "value": CODE}], "system": " Brief. "},
+        {"text": f"{CODE}{CODE}"},
+        {"text": "\n\n  a b  \n"},
+    ],
+)
+def test_white_space_is_content(tmp_path, row):
+    (item,) = read(tmp_path, row).train
+    messages = row.get("messages") or row.get("conversations")
+    texts = [m.get("content", m.get("value")) for m in messages] if messages else [*row.values()]
+    if "text" in row:
+        assert item.prompt + item.completion == row["text"] and item.prompt.strip() and item.completion.strip()
+    else:
+        assert (item.prompt, item.completion) == ("\n\n".join(texts[:-1]), CODE)
+    assert item.system == row.get("system")
+
+
+def test_texts_keep_their_indentation_and_lines_before_earlier_answers_are_counted(tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_bytes(b"\n  def f():\r\n    pass\r\n \t\r\n\r\n\tx = 1 \n\n")
+    texts = [item.prompt + item.completion for item in read_recipe(chat, section(file)).train]
+    assert texts == ["  def f():\n    pass", "\tx = 1 "]
+    rows = [
+        {"prompt": "a", "completion": "b "},
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a ", "completion": "c"},
+    ]
+    results = read(tmp_path, *rows)
+    assert (len(results.train), results.facts["repeated_rows"]) == (2, 1)
+    assert len({chat.group(item) for item in results.train}) == 1
+    first = {"role": "assistant", "content": "\n \n  Water.\n"}
+    (item,) = read(tmp_path, {"messages": [TURNS[0], first, TURNS[2], {**first, "content": "\nSalt."}]}).train
+    assert (item.turns, item.completion) == ((("What is a lake?", "  Water.\n"),), "\nSalt.")
+    assert any("in 1 conversation" in note for note in chat.complete([item]))
 
 
 def test_a_mapping_names_the_form_and_two_forms_are_asked_about(tmp_path):

@@ -122,10 +122,10 @@ MADE = {
     qnli: ("Question: When did it start?\nSentence: It started in 1912.\n"
            "Does the sentence answer the question? Answer Yes or No.", "Yes",
            {"label": "entailment", "question": digest("When did it start?")}),
-    gsm8k: ("How many clips?", "Natalia sold 48/2 = 24 clips in May.\nIn all 48+24 = 72 clips.\n#### 72",
+    gsm8k: (" How many clips?\n", "Natalia sold 48/2 = 24 clips in May.\nIn all 48+24 = 72 clips.\n#### 72",
             {"answer": "72"}),
-    alpaca: ("Name a colour.\n\nsky", "Blue.\nOr red.", {"answer": "Blue.\nOr red."}),
-    dolly: ("Who?\n\nAda wrote it.", "Ada",
+    alpaca: ("Name a colour.\n\n sky \n", "Blue.\nOr red.", {"answer": "Blue.\nOr red."}),
+    dolly: ("Who?\n\nAda wrote it. ", "Ada",
             {"answer": "Ada", "category": "closed_qa", "group": digest("Ada wrote it.")}),
 }  # fmt: skip
 TEXTS = [

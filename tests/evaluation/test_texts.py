@@ -119,7 +119,7 @@ def test_general_texts_of_a_file(tmp_path):
 
 def test_general_texts_of_the_hub(monkeypatch):
     as_hub(monkeypatch, [{"text": ""}, {"text": " = Title = \n"}, {"text": None}, {"text": "A paragraph.\n"}])
-    assert read_texts("hub:Salesforce/wikitext", split="test") == ["= Title =", "A paragraph."]
+    assert read_texts("hub:Salesforce/wikitext", split="test") == [" = Title = \n", "A paragraph.\n"]
     as_hub(monkeypatch, [{"text": ["a", "b"]}])
     with pytest.raises(EvaluationError, match="expected a text, got list"):
         read_texts("hub:some/set.txt")

@@ -53,6 +53,28 @@ def test_a_template_that_ends_inside_a_token_is_refused(base_dir, tokenizer):
         encode_example(tokenizer, word[:2], word[2:])
 
 
+def merging():
+    """A byte-level tokenizer that merges line breaks and blanks, as those of Qwen and Llama 3 do."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    merges = [("Ċ", "Ċ"), ("ĊĊ", "Ċ"), ("Ċ", "Ġ"), ("Ġ", "Ġ"), ("ĠĠ", "ĠĠ"), (":", "Ġ"), ("Ġ", "x")]
+    pieces = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(merge) for merge in merges)]
+    plain = Tokenizer(models.BPE({piece: place for place, piece in enumerate(pieces)}, merges))
+    plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(False, use_regex=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>")
+
+
+@pytest.mark.parametrize("answer", ["    x", "\n\nYes", "\tb", " 12\n", "\n x"])
+@pytest.mark.parametrize("prompt", [PROMPT, "f(x): ", "f(x):\n", "f(x):\n\n", "f(x):"])
+@pytest.mark.parametrize("merges", [False, True])
+def test_white_space_of_an_answer_is_learned_behind_the_tokens_that_are_asked(tokenizer, answer, prompt, merges):
+    reader = merging() if merges else tokenizer
+    ids, start = encode_example(reader, prompt, answer)
+    assert ids[:start] == encode_prompt(reader, prompt)
+    assert reader.decode(ids[:-1], skip_special_tokens=True) == prompt + answer
+
+
 def test_too_long_items_are_left_out_and_counted(tokenizer):
     items = [("a\n", "1"), (PROMPT, "1" * 200), ("b\n", "2"), (PROMPT, "1" * 300)]
     found = encode_examples(tokenizer, items, 100, leave_out=True)
