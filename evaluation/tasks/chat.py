@@ -97,7 +97,7 @@ def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
     *before, (prompt, answer) = turns
     # Many tokenizers would make one token of a template's last line break and those that an earlier answer begins with.
     plain = [(question, _BLANK_LINES.sub("", earlier)) for question, earlier in before]
-    truth = {"answer": answer, **({"unanswered": unanswered} if unanswered else {})}
+    truth: dict[str, Any] = {"answer": answer, **({"unanswered": unanswered} if unanswered else {})}
     truth |= {"blank_lines": True} if plain != before else {}
     return Item(item_id, NAME, prompt, answer, truth, turns=tuple(plain), system=system or None)
 
