@@ -26,6 +26,7 @@ _MIXED = re.compile("[A-Za-z][\u0370-\u04ff]|[\u0370-\u04ff][A-Za-z]")  # two al
 _SEPARATORS = ",;\t|"
 _SEP = re.compile('"?sep=(.)"?', re.IGNORECASE)  # a first line that only Excel understands
 _TOP = 50  # lines in which the header is looked for
+_INDENTED = re.compile(rb'[ \t]+["{\[\]}]')  # a line of a JSON document, and of no JSON lines
 AUTO = "auto"
 FILES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 TEXT = "text"  # the only column of a .txt file
@@ -49,6 +50,7 @@ class Table:
     repeated: frozenset[str] = frozenset()  # columns that the header has more than once
     revision: str | None = None  # commit of a hub data set
     labels: dict[str, list[str]] = field(default_factory=dict)  # column of numbered classes → their names
+    units: dict[str, str] = field(default_factory=dict)  # column → unit, where the file has them outside the header
     note: str = ""  # what was recognized about a file that is not plain UTF-8, commas and a header on top
 
 
@@ -82,7 +84,8 @@ def read_file(source: str, delimiter: str = AUTO, encoding: str = AUTO, names: I
     elif kind == ".txt":
         table = _read_text(plain, start)
     else:
-        table = _read_json(plain, start)
+        table, layout = _read_json(plain, start, set(names))
+        notes += layout
     return replace(table, note=f"{path.name} is read {', '.join(notes)}." if notes else "")
 
 
@@ -236,26 +239,85 @@ def _read_text(data: bytes, start: int) -> Table:
     return Table([TEXT], [RawRow(n, None, {TEXT: text}) for n, text in enumerate(texts, start=1)])
 
 
-def _read_json(data: bytes, start: int) -> Table:
-    """One object a line, or a single array of objects."""
-    if data.lstrip().startswith(b"["):
+def _read_json(data: bytes, start: int, names: Collection[str]) -> tuple[Table, list[str]]:
+    """The table of one object a line, or of a document over several lines, and what was recognized about its layout.
+
+    A document is an array of objects, objects one after the other, or an object that holds the rows (`_held`), unless
+    it has one of the columns `names`, as a row has.
+    """
+    lines = data.split(b"\n")
+    first, *more = [line for line in lines if line.strip()]
+    if _parsed(first)[1] or not more:
+        # Invalid bytes pass through as half characters and are reported with their row.
+        text = data.decode(errors="surrogateescape")
         try:
-            # Invalid bytes pass through as half characters and are reported with their row.
-            text = data.decode(errors="surrogateescape")
-            array = json.loads(text, parse_float=_decimal)
+            values = _documents(text)
         except (ValueError, RecursionError) as error:
-            if _parsed(data.lstrip().splitlines()[0])[1]:  # else every line may be an array, and a row at fault
-                raise EvaluationError(f"expected a JSON array of objects, got broken JSON ({error}).") from error
+            array = data.lstrip().startswith(b"[")
+            if array or any(_INDENTED.match(line) for line in more):
+                expected = "a JSON array of objects" if array else "a JSON object a line, or one that holds all rows"
+                raise EvaluationError(f"expected {expected}, got broken JSON ({error}).") from error
         else:
-            if isinstance(array, list):
-                return _json_table([(None, *_checked(value)) for value in array])
+            if len(values) == 1 and isinstance(values[0][1], list):
+                return _json_table([(None, *_checked(value)) for value in values[0][1]]), []
+            if len(values) == 1 and (held := _held(values[0][1], names)):
+                return held
+            if more:
+                return _json_table([(line, *_checked(value)) for line, value in values]), []
     rows: list[tuple[int | None, dict[str, object], str | None]] = []
     offset = start
-    for number, line in enumerate(data.split(b"\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             rows.append((number, *_json_object(line, offset)))
         offset += len(line) + 1
-    return _json_table(rows)
+    return _json_table(rows), []
+
+
+def _documents(text: str) -> list[tuple[int, Any]]:
+    """(line, value) of each JSON value in a text that holds nothing else."""
+    decoder, blank, values = json.JSONDecoder(parse_float=_decimal), re.compile(r"\s*"), list[tuple[int, Any]]()
+    line, end = 1, 0
+    while (place := blank.match(text, end).end()) < len(text):  # type: ignore[union-attr]  # matches anywhere
+        line += text.count("\n", end, place)
+        value, end = decoder.raw_decode(text, place)
+        values.append((line, value))
+        line += text.count("\n", place, end)
+    return values
+
+
+def _held(document: object, names: Collection[str]) -> tuple[Table, list[str]] | None:
+    """The table inside an object: a list of objects, or lists that are columns; None if the object is itself a row."""
+    if not isinstance(document, dict):
+        return None
+    if rows := _rows_of(document):
+        return _json_table([(None, *_checked(row)) for row in rows]), ["with a list for each column"]
+    if not document.keys().isdisjoint(names):
+        return None
+    tables = {key: rows for key, value in document.items() if (rows := _rows_of(value))}
+    header, cells = document.get("columns"), document.get("data")
+    if isinstance(header, list) and isinstance(cells, list):  # as pandas writes orient="split"
+        tables = {"data": [dict(zip(header, row, strict=False)) for row in cells]}
+    if len(tables) > 1:
+        raise EvaluationError(f"expected one list of rows, got {', '.join(map(repr, tables))}. Save each in a file.")
+    for key, rows in tables.items():
+        beside = ", ".join(name for name in document if name != key)
+        note = f"from the list in {key!r}" + (f", without what stands beside it ({beside[:80]})" if beside else "")
+        table = _json_table([(None, *_checked(row)) for row in rows])
+        units = document.get(f"{key}_units")  # Open-Meteo
+        return replace(table, units=units if isinstance(units, dict) else {}), [note]
+    return None
+
+
+def _rows_of(value: object) -> list[dict[str, object]]:
+    """The rows of a list of objects, or of lists of equal length that are columns; empty for anything else."""
+    if isinstance(value, list):
+        return value if all(isinstance(row, dict) for row in value) else []
+    if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
+        return []
+    plain = not any(isinstance(cell, list | dict) for column in value.values() for cell in column)
+    equal = len({len(column) for column in value.values()}) == 1
+    rows = zip(*value.values(), strict=True) if plain and equal else ()
+    return [dict(zip(value, row, strict=True)) for row in rows]
 
 
 def _json_table(rows: list[tuple[int | None, dict[str, object], str | None]]) -> Table:

@@ -209,6 +209,42 @@ def test_parquet_file_is_read_cell_by_cell(tmp_path):
     assert list(reasons(result)) == [2] and "a cell cannot be read: 'utf-8' codec" in reasons(result)[2]
 
 
+DOCUMENTS = {
+    "a list under a key": ('{"status": "ok", "data": [{"p": 9}, {"p": 12}]}', [1, 2]),
+    "over several lines": ('{\n  "meta": {"page": 1},\n  "results": [\n    {"p": 9},\n    {"p": 12}\n  ]\n}', [1, 2]),
+    "objects over several lines": ('{\n "p": 9\n}\n{\n "p": 12\n}\n', [1, 2]),
+    "an array over several lines": ('[\n {\n  "p": 9\n },\n {"p": 12}\n]', [1, 2]),
+    "a list for each column": ('{"p": [9, 12], "q": ["a", "b"]}', [1, 2]),
+    "columns under a key": ('{"hourly_units": {"p": "μg/m³"}, "hourly": {"t": ["0", "1"], "p": [9, 12]}}', [1, 2]),
+    "pandas, orient split": ('{"columns": ["p", "q"], "index": [0, 1], "data": [[9, "a"], [12, "b"]]}', [1, 2]),
+    "pandas, orient table": ('{"schema": {"fields": [{"name": "p"}]}, "data": [{"p": 9}, {"p": 12}]}', [1, 2]),
+    "one object, a row": ('{\n "p": 9,\n "tags": [{"a": 1}]\n}', [1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_a_json_document_is_read_as_the_rows_that_it_holds(tmp_path, kind):
+    text, rows = DOCUMENTS[kind]
+    for name in ("d.json", "d.jsonl"):
+        result = read(tmp_path, text, name, columns={"pm25": "p"})
+        assert [(i.id, readings(i)["pm25"]) for i in result.train] == [
+            (f"aqi-train-{n}", {1: 9, 2: 12}[n]) for n in rows
+        ]
+
+
+def test_json_that_holds_no_rows_or_several_tables_is_refused_in_one_sentence(tmp_path):
+    for text, message in (
+        ('{"train": [{"p": 1}], "test": [{"p": 2}]}', "expected one list of rows, got 'train', 'test'"),
+        ('{\n "data": [\n  {"p": 1},\n  {"p": 2}\n', "got broken JSON (Expecting"),
+        ('[{"p": 1}, {"p": 2}', "got broken JSON (Expecting"),
+        ('{"data": [1, 2]}', "there is no column 'p'"),
+    ):
+        (problem,) = problems(read, tmp_path, text, "d.json", columns={"pm25": "p"})
+        assert message in problem
+    result = read(tmp_path, '{"p": 1\n{"p": 2}\n', "d.jsonl", columns={"pm25": "p"})  # lines, the first one broken
+    assert list(reasons(result)) == [1] and len(result.train) == 1
+
+
 NUMBERS = [  # what a column holds, the field that is read from it, the reading in the prompt, EPA's index
     (pa.array([0.055], pa.float32()), "o3_8h", "0.055 ppm", 51),
     (pa.array([0.106], pa.float32()), "o3_8h", "0.106 ppm", 201),
