@@ -4,6 +4,7 @@
 answers at once.
 """
 
+import os
 from enum import StrEnum
 from typing import Annotated
 
@@ -79,7 +80,10 @@ def main(
     else:
         from evaluation.report.terminal import print_report, print_screen, print_tasks
 
-        (print_tasks if all_tasks else print_report if full else print_screen)(comparison, Console())
+        console, width = Console(), 160 if full or all_tasks else 100
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console = Console(width=width)  # rich would cut at 80
+        (print_tasks if all_tasks else print_report if full else print_screen)(comparison, console)
 
 
 if __name__ == "__main__":

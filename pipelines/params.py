@@ -158,14 +158,18 @@ def env_threads() -> int:
         raise ConfigError(f"OMP_NUM_THREADS: expected a whole number of threads ({error})") from error
 
 
-def threads_for(raw: Any, alone: bool = False) -> tuple[int, str]:
-    """CPU threads of a stage and the reason, for the content of params.yaml; `alone`: no stage can run beside it."""
+def threads_for(raw: Any) -> tuple[int, str]:
+    """CPU threads of a stage and the reason, for the content of params.yaml.
+
+    A stage that nothing can run beside, as training the base, gets no more: its second thread gains a sixth on two idle
+    cores, and beside one busy process, where the threads wait for each other, a step takes 25 times as long.
+    """
     if threads := env_threads():
         return threads, "OMP_NUM_THREADS"
     setting = parse(raw, StageParams, str(PARAMS_FILE)).threads
     if setting != "auto":
         return setting, "threads"
-    slots = 1 if alone else stages_at_once(raw)
+    slots = stages_at_once(raw)
     return max(1, cpu_count() // slots), f"auto: {cpu_count()} cores, {slots} stage{'s' * (slots > 1)} at a time"
 
 

@@ -95,9 +95,9 @@ def clear_errors(stage: str, code: int = 1) -> Iterator[None]:
         raise SystemExit(code) from error
 
 
-def set_threads(alone: bool) -> None:
+def set_threads() -> None:
     """Make torch and llama.cpp, imported or not, use as many threads as params.yaml says."""
-    count, why = threads_for(load_yaml(PARAMS_FILE), alone)
+    count, why = threads_for(load_yaml(PARAMS_FILE))
     os.environ["OMP_NUM_THREADS"] = str(count)
     os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # as fast as long spinning, and easier on a busy machine
     if "torch" in sys.modules:
@@ -122,7 +122,7 @@ def main_for(stage: str, run: Callable[[], object], arm: str | None = None, seed
     """Run a stage from the command line; one without use for this base leaves a folder that says so."""
     quiet_libraries()
     with clear_errors(stage if arm is None else f"{stage} {arm}-{seed}"):
-        set_threads(alone=stage == "prepare_base")
+        set_threads()
         if arm is not None and seed is not None and stage in LEFT_OUT and sees_pictures():
             _leave_out(stage, arm, seed)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
@@ -37,6 +38,10 @@ class Clone:
         params = yaml.safe_load(file.read_text())
         params[section].update(values)
         file.write_text(yaml.safe_dump(params, sort_keys=False))
+
+    def facts(self) -> dict[str, dict[str, object]]:
+        """outputs/metrics.json: arm → its numbers."""
+        return json.loads((self.folder / "outputs/metrics.json").read_text())
 
     def query(self, sql: str) -> list[tuple]:
         """Rows of the database."""

@@ -332,3 +332,21 @@ def test_d_arms_from_yaml_and_from_another_trainer_share_one_report(clone):
     clone.run("python", "-m", "pipelines.check")
     changed = set(re.findall(r"^(\S+):$", clone.run("dvc", "status"), re.MULTILINE)) - {"check"}
     assert changed == {"tune@theirs", "train@theirs-0", "probe@theirs-0"}
+
+
+@pytest.mark.full
+def test_e_an_experiment_holds_its_numbers(clone):
+    clone.change("matrix", arms=["baseline_lora"])
+    clone.run("git", "add", "--all")
+    clone.run("git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "one arm")
+    clone.run("dvc", "repro")
+    before = clone.facts()["baseline_lora"]["training_loss"]
+    clone.run("dvc", "exp", "run", "--name", "shorter", "--set-param", "train.max_steps=20")
+    after = clone.facts()["baseline_lora"]["training_loss"]
+    assert after > before
+    changed = json.loads(clone.run("dvc", "metrics", "diff", "--json", "--all", "HEAD"))["outputs/metrics.json"]
+    assert changed["baseline_lora.training_loss"]["new"] == after
+    shown = json.loads(clone.run("dvc", "exp", "show", "--json"))
+    names = [exp["name"] for revision in shown for exp in revision["experiments"] or ()]
+    assert names == ["shorter"] and f"{after}" in json.dumps(shown)
+    assert "failed to load" not in clone.run("dvc", "plots", "diff", "HEAD")

@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 import yaml
+from tqdm import tqdm
 
 import pipelines.repro
 from db.files import process_runs
@@ -130,3 +131,16 @@ def test_a_stage_whose_dvc_died_is_stopped(monkeypatch):
         time.sleep(0.05)
     dead.stdout.close()
     processes.send(signal.SIGINT)  # nothing is left to receive it
+
+
+def test_the_last_word_on_progress_is_found_in_what_tqdm_and_trainers_write(tmp_path):
+    log = tmp_path / "stage.log"
+    assert pipelines.repro.latest(log) == ""
+    with log.open("w") as file:
+        for _ in tqdm(range(3), desc="texts", file=file, mininterval=0):
+            pass
+        print("{'loss': 1.0}", file=file)
+    assert pipelines.repro.latest(log).startswith("texts:  67%") and "2/3 [" in pipelines.repro.latest(log)
+    with log.open("a") as file:
+        print("train pure_grit-0: step 20/80, loss 1.1, 0.5 s/step, 30 s left\nsaved", file=file)
+    assert pipelines.repro.latest(log) == "train pure_grit-0: step 20/80, loss 1.1, 0.5 s/step, 30 s left"
