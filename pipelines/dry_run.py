@@ -98,7 +98,7 @@ def _try_arm_alone(name: str) -> dict[str, Any]:
     """Errors are printed here; the exit code reaches the waiting process."""
     quiet_libraries()
     with clear_errors("dry_run", code=2), redirect_stdout(sys.stderr):
-        set_threads(alone=False)
+        set_threads()
         try:
             return try_arm(load_params(), name)
         except Exception as error:

@@ -267,7 +267,6 @@ def test_threads_and_parallel_stages_follow_base_memory_and_settings(raw, tmp_pa
         (changed(hub, "threads", 2), 2, 1),
     ]
     assert [(threads_for(one)[0], stages_at_once(one)) for one, _, _ in cases] == [case[1:] for case in cases]
-    assert threads_for(raw, alone=True)[0] == 8
     devices.append("nvidia0")
     assert (threads_for(raw)[0], stages_at_once(raw)) == (8, 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
@@ -297,6 +296,6 @@ def test_thread_limits_apply_to_numpy_imported_earlier(raw, tmp_path, monkeypatc
     monkeypatch.setenv("OMP_NUM_THREADS", "")  # put back afterwards
     before = torch.get_num_threads()
     with threadpool_limits(2, "blas"):
-        set_threads(alone=False)
+        set_threads()
         assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {1}
     torch.set_num_threads(before)
