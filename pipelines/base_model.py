@@ -31,7 +31,13 @@ class PrepareBase(EmbeddedSettings):
     min_tasks_above_80: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
-    def _vision_is_not_merged(self) -> Self:
+    def _fits_the_source(self) -> Self:
+        if gguf_base.is_gguf(self.source):
+            extra = {"vision": self.vision, "merge_source": self.merge_source, "revision": self.revision}
+            lines = [f"{key}: expected null with a GGUF file, which is read as text, got {value!r}"
+                     for key, value in extra.items() if value is not None]  # fmt: skip
+            if lines:
+                raise ValueError("\n".join(lines))
         if self.vision is not None and self.merge_source is not None:
             raise ValueError(f"merge_source: expected null beside vision, got {self.merge_source!r}; adapters of a "
                              "vision-language model are not merged")  # fmt: skip

@@ -160,9 +160,10 @@ def _sample_base(section: BaseTexts, params: Params, template: str, prompts: Seq
     reference, _ = load_reference()
     tokenizer = load_tokenizer(reference)
     chat = turn_of(template, tokenizer) if params.prompt.template == CHAT else None
-    model = load_base_model(
-        reference, resolved(params.train).model_copy(update={"gradient_checkpointing": False})
-    ).eval()
+    settings = resolved(params.train).model_copy(update={"gradient_checkpointing": False})
+    model = load_base_model(reference, settings).eval()
+    if settings.precision == "bf16" and settings.quantize_base == "none":
+        model = model.bfloat16()  # 1.5 times as fast as float32 with SmolLM2 on a CPU
     rows: dict[str, Row] = {}  # by text: none may be both trained and measured on
     with tqdm(total=section.number, desc="base_texts") as bar:
         for tries, row in enumerate(sampled(model, tokenizer, section, chat), 1):
