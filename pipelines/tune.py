@@ -30,7 +30,7 @@ def result_of(params: Params, arm: str, values: Mapping[str, Any]) -> dict[str, 
     section, settings = params.tune, params.train_for(arm, values)
     if section.steps is not None:
         settings = settings.model_copy(update={"max_steps": section.steps, "epochs": None})
-    if not settings.keep_best:
+    if not settings.keeps_best:
         settings = settings.model_copy(update={"eval_steps": 10**9})  # only the final loss counts
     used = {"train": settings.model_dump(), "prompt": params.prompt.model_dump()}
     # Unlike a checkpoint it stays, so all code that decides it counts.

@@ -98,8 +98,8 @@ def train_settings():
         max_steps=12, epochs=None, batch_size=4, gradient_accumulation=1, learning_rate=1e-2, lr_scheduler="linear",
         warmup_steps=1, weight_decay=0.0, max_grad_norm=1.0, optimizer="adamw_torch", precision="fp32",
         max_length=128, overlong="refuse", gradient_checkpointing=False, unsloth_fused_lora=True,
-        logging_steps=2, eval_steps=6, save_steps=4, keep_best=False,
-        probe_every=4,
+        logging_steps=2, eval_steps=6, save_steps=4, keep_best=False, early_stopping_patience=None,
+        early_stopping_min_delta=0.0, probe_every=4,
     )  # fmt: skip
 
 

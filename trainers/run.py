@@ -148,7 +148,7 @@ def _lasting_arguments(job: TrainingJob, name: str) -> dict[str, Any]:
     """Trackers, and which checkpoint is loaded at the end."""
     s = job.settings
     values = tracker_arguments(job.report_to, job.logs, name)
-    if s.keep_best:
+    if s.keeps_best:
         values |= {
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
@@ -157,6 +157,8 @@ def _lasting_arguments(job: TrainingJob, name: str) -> dict[str, Any]:
             # kept: the best, the last, and the one before, since `to_resume` never uses that of the last step.
             "save_steps": s.eval_steps,
             "save_total_limit": 3,
+            # Restores the count of evaluations without improvement.
+            "restore_callback_states_from_checkpoint": s.early_stopping_patience is not None,
         }
     return values
 
@@ -190,12 +192,14 @@ def latest_complete(folder: Path) -> Path | None:
 def to_resume(folder: Path) -> Path | None:
     """The newest complete checkpoint to resume from; incomplete ones, and that of the last step, are removed.
 
-    From the checkpoint of the last step the Trainer would train one step too many (transformers 5.17, unless an epoch
-    ends there). So we repeat the steps after the checkpoint before it.
+    From the checkpoint of the last step, or of an early stop, the Trainer would train one step too many (transformers
+    5.17, unless an epoch ends there). So we repeat the steps after the checkpoint before it.
     """
     while (checkpoint := latest_complete(folder)) is not None:
         state = json.loads((checkpoint / _LAST_FILE).read_text(encoding="utf-8"))
-        if state["global_step"] < state["max_steps"]:
+        control = (state.get("stateful_callbacks") or {}).get("TrainerControl") or {}
+        stopped = control.get("args", {}).get("should_training_stop")
+        if state["global_step"] < state["max_steps"] and not stopped:
             break
         shutil.rmtree(checkpoint)
     return checkpoint
@@ -306,7 +310,9 @@ def build(arm: Arm, job: TrainingJob, **changes: Any) -> tuple[Any, Encoded, Enc
 
 
 def _add_callbacks(trainer: Any, arm: Arm, job: TrainingJob, resumed_from: int | None) -> None:
-    """Progress, curves, and last the probe, so that it sees what the others do to gradients."""
+    """Progress, curves, early stopping, and last the probe, so that it sees what the others do to gradients."""
+    from transformers import EarlyStoppingCallback
+
     from probes import ProbeCallback
 
     s = job.settings
@@ -314,6 +320,8 @@ def _add_callbacks(trainer: Any, arm: Arm, job: TrainingJob, resumed_from: int |
         trainer.add_callback(progress_lines(f"train {arm.name}-{job.seed}"))
     for tracker in tracker_callbacks(job.report_to, job.logs, resumed_from):
         trainer.add_callback(tracker)
+    if s.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(s.early_stopping_patience, s.early_stopping_min_delta))
     manager = getattr(trainer, "grit_manager", None)
     readings = None if manager is None else manager.readings
     ledger = job.output / LEDGER
@@ -360,12 +368,13 @@ def run(arm: Arm, job: TrainingJob) -> dict[str, Any]:
     evaluated = [entry for entry in history if math.isfinite(entry.get("eval_loss", math.nan))]
     best = min(evaluated, key=lambda entry: entry["eval_loss"], default={})  # the first of equals, like the Trainer
     state, final = trainer.state, trainer.evaluate()
-    if job.settings.keep_best and state.best_model_checkpoint is None:
+    if job.settings.keeps_best and state.best_model_checkpoint is None:
         print("no evaluation loss was finite: saving the adapter of the last step", file=sys.stderr, flush=True)
     return {
         "devices": trainer.args.world_size,
         "steps": state.global_step,
         "epochs": state.epoch,
+        "stopped_early": state.global_step < state.max_steps,
         "train_items": len(train.dataset),
         "train_left_out": train.left_out,
         "valid_left_out": valid.left_out,

@@ -83,6 +83,8 @@ class TrainSettings(Section):
     eval_steps: Positive
     save_steps: Positive
     keep_best: bool
+    early_stopping_patience: Positive | None
+    early_stopping_min_delta: Annotated[float, Field(ge=0, description="of the evaluation loss")]
     preserve: Preserve = Preserve()
     replay: Annotated[float, Field(ge=0, lt=1, description="share of general questions in the training data")] = 0.0
     scale_update: Annotated[float, Field(gt=0, le=10, description="factor on s·B·A after training")] = 1.0
@@ -97,10 +99,16 @@ class TrainSettings(Section):
             got = "neither" if self.epochs is None else f"both (max_steps {self.max_steps}, epochs {self.epochs})"
             problems.append(f"expected either max_steps or epochs, got {got}; set the other to null")
         problems += self.warmup_problems(self.max_steps) if self.max_steps and self.epochs is None else []
-        if self.keep_best and self.save_steps % self.eval_steps:
+        if self.keeps_best and self.save_steps % self.eval_steps:
+            why = "keep_best" if self.keep_best else "early_stopping_patience"
             problems.append(
-                f"keep_best: expected save_steps to be a multiple of eval_steps = {self.eval_steps}, got save_steps = "
+                f"{why}: expected save_steps to be a multiple of eval_steps = {self.eval_steps}, got save_steps = "
                 f"{self.save_steps}"
+            )
+        if self.early_stopping_min_delta and self.early_stopping_patience is None:
+            problems.append(
+                f"early_stopping_min_delta: {self.early_stopping_min_delta} has no effect without "
+                "early_stopping_patience; set that too, or 0.0 here"
             )
         if self.devices != "all" and self.batch_size % self.devices:
             problems.append(f"batch_size: expected a multiple of devices = {self.devices}, got {self.batch_size}")
@@ -166,6 +174,11 @@ class TrainSettings(Section):
         except GritVlmError as error:
             problems += ["layers" + (".", ": ")[not _KEY.match(line)] + line for line in str(error).splitlines()]
         return problems
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the saved adapter is the one with the lowest evaluation loss; early stopping implies it."""
+        return self.keep_best or self.early_stopping_patience is not None
 
     @property
     def warmups(self) -> dict[str, int]:

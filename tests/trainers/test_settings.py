@@ -27,6 +27,8 @@ REFUSED = [
     (LORA, {"epochs": 2.0}, r"max_steps 500, epochs 2\.0"),
     (LORA, {"max_steps": None}, r"expected either max_steps or epochs"),
     (LORA, {"keep_best": True}, r"keep_best: .*125, got save_steps = 100"),
+    (LORA, {"early_stopping_patience": 3}, r"early_stopping_patience: .*125, got save_steps = 100"),
+    (LORA, {"early_stopping_min_delta": 0.1}, r"early_stopping_min_delta: 0\.1"),
     (LORA, {"devices": 3}, r"batch_size: .*devices = 3.*got 16"),
     ("hybrid_grit", {"packing": True}, r"packing: expected false"),
     (LORA, {"replay": 1.0}, r"replay: .*less than 1"),

@@ -134,7 +134,7 @@ def test_the_best_adapter_is_saved_as_if_training_had_ended_there(make_job, grit
     said = run(scripted(module, CURVE), job)
     run(scripted(module, {}), short)
     assert (said["best_step"], said["best_eval_loss"]) == (6, 2.0)
-    assert said["steps"] == 12
+    assert said["steps"] == 12 and not said["stopped_early"]
     assert weights(job) == weights(short)
     assert (job.output / "adapter_config.json").read_bytes() == (short.output / "adapter_config.json").read_bytes()
     assert said["final_eval_loss"] == pytest.approx(loss_of(job), rel=1e-4)
@@ -156,19 +156,32 @@ def test_the_last_one_is_saved_where_no_loss_is_finite(make_job, capsys):
     assert said["best_step"] is None and "no evaluation loss was finite" in capsys.readouterr().err
 
 
+STOPS = {"eval_steps": 2, "save_steps": 2, "max_steps": 40, "early_stopping_patience": 3}
+# 0.05 better than the best is not enough below; the third such evaluation in a row is at step 12, and step 10 has the
+# lowest loss all the same.
+STALE = {2: 3.0, 4: 3.2, 6: 2.0, 8: 2.3, 10: 1.97, 12: 1.98, 14: 1.0, 16: 1.0}
+
+
 @pytest.mark.parametrize("ends", [interrupted, pytest.param(killed, marks=pytest.mark.full)])
 @pytest.mark.parametrize("module", ["baseline_lora", "pure_grit"])
-def test_the_best_adapter_survives_a_kill(make_job, tmp_path, module, ends):
-    settings = {**BEST, "grit": GRIT if module == "pure_grit" else None}
+def test_it_stops_early_and_goes_on_to_the_same_bits(make_job, tmp_path, module, ends):
+    settings = {**STOPS, "early_stopping_min_delta": 0.05, "grit": GRIT if module == "pure_grit" else None}
     undisturbed = make_job(**settings)
-    whole = run(scripted(module, CURVE), undisturbed)
-    # After the best evaluation; and when everything was saved but the adapter.
-    for step in (8, 12):
+    whole = run(scripted(module, STALE), undisturbed)
+    assert whole["stopped_early"] and whole["steps"] == 12
+    assert (whole["best_step"], whole["best_eval_loss"]) == (10, 1.97)
+    if module == "baseline_lora":  # GRIT shrinks ranks before it saves
+        saved = load_file(undisturbed.output / WEIGHTS)
+        best, last = (load_file(undisturbed.checkpoints / f"checkpoint-{step}" / WEIGHTS) for step in (10, 12))
+        assert saved.keys() == best.keys() and all(torch.equal(w, best[n]) for n, w in saved.items())
+        assert any(not torch.equal(w, last[n]) for n, w in saved.items())
+    # With two evaluations without improvement behind it; and when everything was saved but the adapter.
+    for step, resumed_from in ((10, 10), (12, 10)):
         job = make_job(**settings, checkpoints=tmp_path / f"checkpoints-{step}")
-        ends(module, job, CURVE, "on_save", step)
+        ends(module, job, STALE, "on_save", step)
         assert not (job.output / WEIGHTS).exists()
-        result = run(scripted(module, CURVE), job)
-        assert 0 < result["resumed_from_step"] < 12
+        result = run(scripted(module, STALE), job)
+        assert result["resumed_from_step"] == resumed_from
         assert weights(job) == weights(undisturbed)
         assert timeless(job) == timeless(undisturbed)
         differ = {k for k, v in result.items() if v != whole[k]}
