@@ -109,7 +109,11 @@ class Form:
         if item.system:
             before = f"{self._pieces['before']}{item.system}{self._pieces['between']}"
         texts: list[str] = []
-        for question, answer in item.turns:
-            texts += [f"{before}{question}{after}", f"{self._pieces['start']}{answer}{self.end}"]
+        for place, (question, answer) in enumerate(item.turns):
+            asked, answered = f"{before}{question}{after}", f"{self._pieces['start']}{answer}{self.end}"
             before, after = self._pieces["then"].split("{prompt}")
+            if place in item.given:
+                before = f"{asked}{answered}{before}"
+            else:
+                texts += [asked, answered]
         return (*texts, f"{before}{item.prompt}{after}", item.completion)

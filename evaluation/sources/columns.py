@@ -5,6 +5,7 @@ from contextlib import suppress
 from decimal import Decimal
 from statistics import median
 
+from evaluation.marks import mark_of
 from evaluation.sources.tabular import RawRow, Table
 from evaluation.tasks import Field, Task, decimal_commas, number, with_point
 from trainers.settings import Section
@@ -35,6 +36,8 @@ def checked_columns(
     for name, entry in entries.items():
         column, unit = (entry.column, entry.unit) if isinstance(entry, Column) else (entry, None)
         twin = next((other for other in columns if column is not None and columns[other] == column), None)
+        if name not in fields and column is None and mark_of(name):
+            continue  # `_marks` in evaluation.sources.rows heeds it
         if name not in fields:
             problems.append(f"unknown field {name!r} in columns{suggest(name, fields)}.")
         elif column is None and fields[name].required:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,17 +13,19 @@ from pydantic import Field as Key
 from pydantic import field_validator
 
 from evaluation import EvaluationError
+from evaluation.marks import NOT_LEARNED, is_empty, is_learned, is_mark
 from evaluation.sources.columns import Column, FieldReader, checked_columns, match_columns
 from evaluation.sources.hub import HUB, DataSet, open_data_set
 from evaluation.sources.tabular import AUTO, RawRow, Table, read_file
-from evaluation.tasks import Item, RowError, Source, Task
+from evaluation.tasks import Item, RowError, Source, Task, brief
 from trainers.settings import Positive, Section
 
 T = TypeVar("T")
 TASK_SOURCE = "hub"  # as the source: the task's own data set
 
-_DUPLICATE, _TOO_LONG = "duplicate: ", "too long: "  # reasons that are no fault of the row
+_DUPLICATE, _TOO_LONG = "duplicate: ", "too long: "  # reasons that, like NOT_LEARNED, are no fault of the row
 _REPEAT = "repeat"
+_PAIR = ("chosen", "rejected")  # columns of a better answer and a worse one
 
 
 class RowSource(Section):
@@ -198,7 +201,11 @@ def read_recipe(task: Task, where: RowSource) -> RecipeRows:
         "repeated_rows": repeated,
         "duplicate_rows": sum(r.reason.startswith(_DUPLICATE) for r in rejected),
         "too_long_rows": sum(r.reason.startswith(_TOO_LONG) for r in rejected),
+        "unlearned_rows": (unlearned := sum(r.reason.startswith(NOT_LEARNED) for r in rejected)),
     }
+    if unlearned:
+        notes.append(f"{unlearned} rows are left out, since they are marked as not to be learned.")
+    notes += _unread(task, where, list(readers.values()))
     return RecipeRows(items[0], items[1] if several else None, rejected, notes, facts)
 
 
@@ -266,6 +273,38 @@ def _test_split(
     return None, [f"{why}: test items are drawn from {train!r}."]
 
 
+def _marks(where: RowSource, reader: FieldReader) -> list[str]:
+    """The columns that say which rows are learned, except for those that `columns` sets to null."""
+    return [
+        column
+        for column in reader.table.columns
+        if column not in reader.columns.values()
+        and where.columns.get(column, "") is not None
+        and is_mark(column, (raw.values.get(column) for raw in reader.table.rows))
+    ]
+
+
+def _unread(task: Task, where: RowSource, readers: Sequence[FieldReader]) -> list[str]:
+    """A note on the columns that nothing is read from, and the parts of cells, with the share of rows that have any."""
+    parts, counts = getattr(task, "unread", lambda values: ()), Counter[str]()
+    for reader in readers:
+        read = {*reader.columns.values(), *_marks(where, reader)}
+        counts.update(dict.fromkeys((column for column in reader.table.columns if column not in read), 0))
+        for raw in reader.table.rows:
+            counts.update(column for column, cell in raw.values.items() if column in counts and not is_empty(cell))
+            counts.update(parts(reader.values(raw)))
+    rows = sum(len(reader.table.rows) for reader in readers)
+    names = ", ".join(f"{name} ({count / rows:.0%} of rows)" for name, count in counts.items())
+    return [f"Not read: {names}."] if names else []
+
+
+def _strings(value: object) -> list[str]:
+    """Every text in a cell, however deep."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for one in value for text in _strings(one)] if isinstance(value, list) else [str(value)]
+
+
 def _items(
     task: Task, where: RowSource, split: str, fields: FieldReader, ids: dict[str, int]
 ) -> tuple[list[Item], list[Rejection], int]:
@@ -277,9 +316,22 @@ def _items(
     classes = {name: table.labels[column] for name, column in fields.columns.items() if column in table.labels}
     settings = {name: getattr(where, name) for name in getattr(task, "ROW_SETTINGS", ())}
     first: dict[Hashable, tuple[int, str]] = {}  # context → first row that has it, and its completion
+    marks = _marks(where, fields)
+    pair = [c for c in _PAIR if c in {*table.columns}.difference(fields.columns.values(), marks, where.columns)]
 
     def item_of(raw: RawRow) -> Item:
-        values = settings | fields.values(raw)
+        values = settings | fields.values(raw) | {"marks": {}}
+        for name in marks:
+            mark = raw.values.get(name)
+            if isinstance(mark, list) and getattr(task, "MARKED_TURNS", False):
+                values["marks"][name] = mark
+                continue
+            try:
+                learned = is_learned(name, mark)
+            except ValueError as error:
+                raise RowError(name, f"{error}. To learn all rows alike, set {name}: null in columns") from None
+            if learned is False:
+                raise RowError(None, f"{NOT_LEARNED}{name} is {mark!r}")
         for name, names in classes.items():
             position = values[name]
             if isinstance(position, int) and 0 <= position < len(names):
@@ -287,6 +339,13 @@ def _items(
             elif position == -1:
                 raise RowError(name, f"expected one of {', '.join(names)}, got -1, which marks unpublished labels")
         item = task.make_item(f"{task.NAME}-{split}-{raw.row}", values)
+        for name in pair:
+            answers, learned = _strings(raw.values.get(name) or []), item.completion.strip()
+            is_there = any(learned in answer if name == "chosen" else learned == answer.strip() for answer in answers)
+            if answers and is_there is (name == "rejected"):
+                other = "the answer that is learned" if name == "chosen" else "another answer than is learned"
+                reason = f"expected {other}, {brief(learned)}, got {brief(raw.values[name])}"
+                raise RowError(name, f"{reason}. Map the right one in columns, or set {name}: null there")
         size, most = item.characters, where.max_chars
         if most is not None and size > most:
             raise RowError(None, f"{_TOO_LONG}expected prompt and completion of at most {most} characters, got {size}")
@@ -310,7 +369,7 @@ def _too_many(items: Sequence[Item], rejected: Sequence[Rejection], most: float)
     """What to say if no row is left, or a larger share of them than `most` is refused for faults of their own."""
     if not items:
         return [f"no row is left, all {len(rejected)} were rejected.", *first_few(rejected)]
-    faults = [r for r in rejected if not r.reason.startswith((_DUPLICATE, _TOO_LONG))]
+    faults = [r for r in rejected if not r.reason.startswith((_DUPLICATE, _TOO_LONG, NOT_LEARNED))]
     rows, refused = len(items) + len(rejected), len(faults)
     if refused <= most * rows:
         return []

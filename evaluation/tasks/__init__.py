@@ -35,18 +35,20 @@ class Item:
     turns: tuple[tuple[str, str], ...] = ()  # (question, answer) before the prompt; these answers are learned too
     system: str | None = None  # the conversation's system message
     whole: bool = False  # prompt and completion are one text, learned from its first token, without a template
+    given: tuple[int, ...] = ()  # places in `turns` of answers that are not learned
 
     def to_json(self) -> dict[str, Any]:
         """One line of data/*.jsonl; fields that only conversations and texts have are left out where they are empty."""
-        row = asdict(self)
-        return {name: value for name, value in row.items() if value or name not in ("turns", "system", "whole")}
+        row, rare = asdict(self), ("turns", "system", "whole", "given")
+        return {name: value for name, value in row.items() if value or name not in rare}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Item":
         """Item from one line of data/*.jsonl; KeyError if a field is missing."""
         fields = {name: row[name] for name in ("id", "task", "prompt", "completion")} | {"truth": dict(row["truth"])}
+        fields |= {name: row[name] for name in ("system", "whole") if name in row}
         turns = tuple((question, answer) for question, answer in row.get("turns", ()))
-        return cls(**fields, turns=turns, system=row.get("system"), whole=row.get("whole", False))
+        return cls(**fields, turns=turns, given=tuple(row.get("given", ())))
 
     @property
     def context(self) -> Hashable:
@@ -120,6 +122,8 @@ class Task(Protocol):
         EvaluationError if it cannot tell.
     as_published(table): without a mapping, the table in the task's terms, field → column, and a sentence about that; or
         None.
+    unread(fields of a row): the names of what is in them and is not read.
+    MARKED_TURNS: whether `make_item` also takes "marks", column → values, one for each turn or each answer.
     complete(items of all rows): adds to their truths what they need to know about each other; returns notes.
     retention_items(per_task, seed=, folder=, **settings): replaces the suite in `general`.
     REWORDINGS: what evaluation.paraphrase trains and asks with, besides white space.

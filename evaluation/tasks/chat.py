@@ -11,10 +11,13 @@ continues its first half, again without a template.
 import json
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import chain, cycle
 from typing import Any
 
 from evaluation import EvaluationError
+from evaluation.marks import NOT_LEARNED, is_empty, learns, mark_of
 from evaluation.tasks import Field, Item, RowError, brief, digest, instruct, optional_text, text
 from trainers.words import as_written, suggest
 
@@ -22,6 +25,7 @@ NAME = "chat"
 TITLE = "Chat ROUGE-L"
 PRIMARY = "chat_rouge_l"
 METRICS = instruct.text_metrics(NAME)
+MARKED_TURNS = True
 FIELDS = {
     "messages": Field("messages", False, "a list of {role, content}"),
     "conversations": Field("conversations", False, "a list of {from, value}"),
@@ -79,27 +83,32 @@ def _listed(columns: Iterable[str]) -> str:
 
 
 def make_item(item_id: str, row: Mapping[str, Any]) -> Item:
+    marks = row.get("marks", {})
     if "text" in row:
+        for name in marks:
+            raise RowError(name, f"expected true or false, since a text has no turns, got {brief(marks[name])}")
         return _of_text(item_id, text(row, "text"))
-    system, unanswered, turns = optional_text(row, "system"), "", list[tuple[str, str]]()
-    if field := next((name for name in ("messages", "conversations", "history") if name in row), None):
-        try:
-            if field == "history":
-                turns = _history(row["history"])
-            else:
-                system, turns, unanswered = _conversation(row[field], FIELDS[field].about, system)
-        except ValueError as error:
-            raise RowError(field, str(error)) from error
-    if "instruction" in row:
-        turns.append((instruct.join_input(text(row, "instruction"), optional_text(row, "input")), text(row, "output")))
-    elif "prompt" in row:
-        turns.append((text(row, "prompt"), text(row, "completion")))
-    *before, (prompt, answer) = turns
+    field = next((name for name in ("messages", "conversations", "history") if name in row), None)
+    try:
+        system, turns, unanswered = _conversation(_messages(row), optional_text(row, "system"), marks)
+    except RowError:
+        raise
+    except ValueError as error:
+        raise RowError(field, str(error)) from error
+    last = max((place for place, turn in enumerate(turns) if turn[2]), default=None)
+    if last is None:
+        raise RowError(None, f"{NOT_LEARNED}no answer is marked as learned")
+    (prompt, answer, _), before = turns[last], turns[:last]
     # Many tokenizers would make one token of a template's last line break and those that an earlier answer begins with.
-    plain = [(question, _BLANK_LINES.sub("", earlier)) for question, earlier in before]
-    truth: dict[str, Any] = {"answer": answer, **({"unanswered": unanswered} if unanswered else {})}
-    truth |= {"blank_lines": True} if plain != before else {}
-    return Item(item_id, NAME, prompt, answer, truth, turns=tuple(plain), system=system or None)
+    plain = tuple((question, _BLANK_LINES.sub("", earlier)) for question, earlier, _ in before)
+    given = tuple(place for place, (_, _, learned) in enumerate(before) if not learned)
+    told = {
+        "unanswered": unanswered,
+        "blank_lines": any(earlier != kept for (_, earlier, _), (_, kept) in zip(before, plain, strict=True)),
+        "unlearned": len(given) + len(turns) - 1 - last,
+    }
+    truth = {"answer": answer, **{name: value for name, value in told.items() if value}}
+    return Item(item_id, NAME, prompt, answer, truth, turns=plain, given=given, system=system or None)
 
 
 def _of_text(item_id: str, whole: str) -> Item:
@@ -123,25 +132,33 @@ def _parsed(value: Any) -> Any:
     return value
 
 
-def _history(value: Any) -> list[tuple[str, str]]:
-    pairs = _parsed(value) or []
+def _messages(row: Mapping[str, Any]) -> list[Any]:
+    """A row of any form with turns as messages."""
+    if field := next((name for name in ("messages", "conversations") if name in row), None):
+        messages = _parsed(row[field])
+        if not isinstance(messages, list) or not messages:
+            got = "nothing" if messages in (None, []) else brief(messages)
+            raise ValueError(f"expected {FIELDS[field].about}, got {got}")
+        return messages
+    pairs = _parsed(row.get("history")) or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"expected a list of [question, answer], got {brief(pairs)}")
-    return [
-        (_content(f"question {n}", question), _content(f"answer {n}", answer))
-        for n, (question, answer) in enumerate(pairs, start=1)
-    ]
+    if "instruction" in row:
+        last = [instruct.join_input(text(row, "instruction"), optional_text(row, "input")), text(row, "output")]
+    else:
+        last = [text(row, "prompt"), text(row, "completion")]
+    roles = cycle(("user", "assistant"))
+    return [{"role": role, "content": content} for role, content in zip(roles, chain(*pairs, last), strict=False)]
 
 
-def _conversation(value: Any, about: str, system: str) -> tuple[str, list[tuple[str, str]], str]:
-    """(system message, turns of question and answer, a last question without an answer)."""
-    messages = _parsed(value)
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"expected {about}, got {'nothing' if messages in (None, []) else brief(messages)}")
-    spoken: list[tuple[str, str]] = []
-    for number, message in enumerate(messages, start=1):
+def _conversation(
+    messages: list[Any], system: str, marks: Mapping[str, Sequence[object]]
+) -> tuple[str, list[tuple[str, str, bool]], str]:
+    """(system message, turns of question, answer and whether it is learned, a last question without an answer)."""
+    spoken: list[tuple[str, str, bool]] = []
+    for number, (message, more) in enumerate(zip(messages, _by_turn(messages, marks), strict=True), start=1):
         where = f"turn {number}"
-        role, content = _message(where, message)
+        role, content, learned = _message(where, message, more)
         if role == "system":
             if number > 1 or (system and content):
                 place = "among the turns" if number > 1 else "in addition to field system"
@@ -153,27 +170,63 @@ def _conversation(value: Any, about: str, system: str) -> tuple[str, list[tuple[
         elif not spoken and role == "assistant":
             raise ValueError(f"{where}: expected a user turn first, got an assistant turn")
         else:
-            spoken.append((role, content))
+            spoken.append((role, content, learned))
     unanswered = spoken.pop()[1] if spoken and spoken[-1][0] == "user" else ""
     if not spoken:
         raise ValueError("expected an assistant turn, got none")
-    return system, [(spoken[n][1], spoken[n + 1][1]) for n in range(0, len(spoken), 2)], unanswered
+    pairs = zip(spoken[::2], spoken[1::2], strict=True)
+    return system, [(question, answer, learned) for (_, question, _), (_, answer, learned) in pairs], unanswered
 
 
-def _message(where: str, message: Any) -> tuple[str, str]:
-    """Role (system, user or assistant) and content."""
+def _by_turn(messages: list[Any], marks: Mapping[str, Sequence[object]]) -> list[dict[str, object]]:
+    """The marks of each turn; a column has one for every turn, or for every answer."""
+    turns = [dict[str, object]() for _ in messages]
+    answers = [turn for turn, message in zip(turns, messages, strict=True) if _role(message) == "assistant"]
+    for name, values in marks.items():
+        marked = answers if len(values) == len(answers) else turns
+        if len(values) != len(marked):
+            wanted = f"{len(turns)} values, one a turn, or {len(answers)}, one an answer"
+            raise RowError(name, f"expected {wanted}, got {len(values)}")
+        for turn, value in zip(marked, values, strict=True):
+            turn[name] = value
+    return turns
+
+
+def _role(message: Any) -> str | None:
+    """system, user or assistant; None if it is none of them."""
+    return _ROLES.get(str(message.get(_keys(message)[0])).casefold()) if isinstance(message, dict) else None
+
+
+def _message(where: str, message: Any, marks: Mapping[str, object]) -> tuple[str, str, bool]:
+    """Role, content, and whether it is learned."""
     if not isinstance(message, dict):
         raise ValueError(f"{where}: expected {{role, content}} or {{from, value}}, got {brief(message)}")
-    role, content = (next((message[key] for key in keys if message.get(key) is not None), None)
-                     for keys in (("role", "from"), ("content", "value")))  # fmt: skip
-    if role in _TOOLS or any(message.get(key) for key in ("tool_calls", "function_call")):
+    (given, content), role = (message.get(key) for key in _keys(message)), _role(message)
+    if given in _TOOLS or any(message.get(key) for key in ("tool_calls", "function_call")):
         raise ValueError(f"{where}: tool calls are not supported yet")
-    plain_role = _ROLES.get(str(role).casefold())
-    if plain_role is None:
-        raise ValueError(f"{where}: expected a role, got {brief(role)}{suggest(str(role), _ROLES)}")
-    if message.get("weight") not in (None, 1):
-        raise ValueError(f"{where}: expected weight 1, since every answer is learned, got {message['weight']!r}")
-    return plain_role, _content(f"{where} ({role})", content, empty=plain_role == "system")
+    if role is None:
+        raise ValueError(f"{where}: expected a role, got {brief(given)}{suggest(str(given), _ROLES)}")
+    where = f"{where} ({given})"
+    try:
+        learned = learns({**message, **marks}, role == "assistant")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return role, _content(where, content, empty=role == "system"), learned
+
+
+def _keys(message: Mapping[str, Any]) -> list[str]:
+    """The keys under which a turn has its role and its content."""
+    pairs = ("role", "from"), ("content", "value")
+    return [next((key for key in keys if message.get(key) is not None), keys[0]) for keys in pairs]
+
+
+def unread(row: Mapping[str, Any]) -> set[str]:
+    """The keys of a row's turns that say something and are not read."""
+    with suppress(ValueError):
+        turns = [message for message in _messages(row) if isinstance(message, dict)]
+        said = ({key for key, value in turn.items() if not is_empty(value)} - {*_keys(turn)} for turn in turns)
+        return {f"{key} of turns" for keys in said for key in keys if mark_of(key) is None}
+    return set()
 
 
 def _content(where: str, content: Any, empty: bool = False) -> str:
@@ -194,6 +247,12 @@ def complete(items: Sequence[Item]) -> list[str]:
     notes = [f"{several} of {len(items)} conversations have several turns; each answer is learned."] * (several > 0)
     notes += [f"{unanswered} conversations end with an unanswered question, which is dropped."] * (unanswered > 0)
     blank = sum("blank_lines" in item.truth for item in items)
+    unlearned = [item.truth["unlearned"] for item in items if "unlearned" in item.truth]
+    if unlearned:
+        notes.append(
+            f"{sum(unlearned)} answers in {len(unlearned)} conversations are marked as not to be learned: the model is "
+            "shown them, or, at the end of a conversation, they are dropped."
+        )
     return notes + [f"Empty lines before earlier answers are left out in {blank} conversations."] * (blank > 0)
 
 

@@ -183,7 +183,7 @@ def test_a_mapping_names_the_form_and_two_forms_are_asked_about(tmp_path):
         ([TURNS[0], {"from": "observation", "value": "1"}], "turn 2: tool calls are not supported yet"),
         ([{"role": "user", "content": [{"type": "image_url"}, {"type": "text", "text": "a"}]}],
          "turn 1 (user): expected parts of text, got image_url"),
-        ([TURNS[0], {**TURNS[1], "weight": 0}], "turn 2: expected weight 1, since every answer is learned, got 0"),
+        ([TURNS[0], {**TURNS[1], "weight": 2}], "turn 2 (assistant): expected weight: true or weight: false, got 2"),
         ("Hello", "messages: expected a list of {role, content}, got 'Hello'"),
     ],
 )  # fmt: skip
@@ -267,3 +267,101 @@ def test_all_parts_of_a_conversation_are_in_one_split():
     test = [talk("Hi", "A?"), talk("Hi", "B?", "C?")]
     pool = [talk("Hi"), talk("Hi", "A?", "More?"), talk("Hi", "B?"), *(talk("Hi", f"{n}?") for n in range(30))]
     assert divided(pool, test).apart == pool[:3]
+
+
+# --- marks: what is learned ---
+
+
+def marked(*flags):
+    """The turns of TURNS with these marks, one mapping each."""
+    return {"messages": [{**turn, **flag} for turn, flag in zip(TURNS, flags, strict=True)]}
+
+
+FIRST_ONLY, LAST_ONLY, BOTH = ("Water.",), ("More water.",), ("Water.", "More water.")
+MARKED = {
+    "train": (marked({"train": False}, {"train": False}, {"train": False}, {"train": True}), LAST_ONLY),
+    "trainable": (marked({}, {"trainable": 0}, {}, {"trainable": 1}), LAST_ONLY),
+    "training": (marked({}, {"training": True}, {}, {"training": False}), FIRST_ONLY),
+    "loss": (marked({}, {"loss": False}, {}, {"loss": True}), LAST_ONLY),
+    "weight": (marked({}, {"weight": 0}, {}, {"weight": 1}), LAST_ONLY),
+    "weight 0.0": (marked({}, {"weight": 1.0}, {}, {"weight": 0.0}), FIRST_ONLY),
+    "loss_mask": (marked({"loss_mask": 0}, {"loss_mask": 1}, {"loss_mask": 0}, {"loss_mask": 0}), FIRST_ONLY),
+    "text": (marked({}, {"train": "False"}, {}, {"train": "true"}), LAST_ONLY),
+    "rejected": (marked({}, {"rejected": True}, {}, {"rejected": False}), LAST_ONLY),
+    "null": (marked({"train": None}, {"train": None}, {"weight": None}, {"loss": ""}), BOTH),
+    "one a turn": ({"messages": TURNS, "train": [0, 0, 0, 1]}, LAST_ONLY),
+    "one a turn with system": ({"messages": [SYSTEM, *TURNS], "loss_mask": [0, 0, 1, 0, 0]}, FIRST_ONLY),
+    "one an answer": ({"conversations": SHARED, "trainable": [True, False]}, FIRST_ONLY),
+    "history": ({"instruction": "And a sea?", "output": "More water.", "history": [["What is a lake?", "Water."]],
+                 "weight": [0, 1]}, LAST_ONLY),
+    "one is no answer": (marked({}, {"train": False}, {}, {"train": False}), None),
+    "row": ({"messages": TURNS, "train": False}, None),
+    "KTO": ({"prompt": "a", "completion": "b", "label": False}, None),
+    "KTO, liked": ({"prompt": "a", "completion": "b", "label": True}, ("b",)),
+    "KTO in a CSV file": ({"instruction": "a", "output": "b", "kto_tag": "False"}, None),
+    "KTO of conversations": ({"messages": TURNS, "label": 0}, None),
+    "thumbs down": ({"prompt": "a", "completion": "b", "rating": -1}, None),
+    "deleted": ({"text": "a b", "deleted": True}, None),
+    "a class": ({"prompt": "a", "completion": "b", "label": "sports"}, ("b",)),
+    "a score": ({"prompt": "a", "completion": "b", "score": 0.3}, ("b",)),
+    "a pair": ({"messages": TURNS, "chosen": TURNS, "rejected": TURNS[:1]}, BOTH),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_what_is_marked_as_not_to_be_learned_is_not(tmp_path, name):
+    row, learned = MARKED[name]
+    if learned is None:
+        with pytest.raises(EvaluationError, match="not to be learned: "):
+            read(tmp_path, row)
+        return
+    (item,) = read(tmp_path, row).train
+    answers = [answer for place, (_, answer) in enumerate(item.turns) if place not in item.given]
+    assert (*answers, item.completion) == learned
+    assert Item.from_json(json.loads(json.dumps(item.to_json()))) == item
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        (marked({}, {"weight": 0.5}, {}, {}), "messages"),
+        (marked({}, {"mask": 1}, {}, {}), "messages"),
+        (marked({}, {"loss": 0.37}, {}, {}), "messages"),
+        (marked({}, {}, {"train": True}, {}), "messages"),
+        (marked({"deleted": True}, {}, {}, {}), "messages"),
+        (marked({}, {"train_detail": [{"begin_offset": 0}]}, {}, {}), "messages"),
+        ({"messages": TURNS, "mask": [1, 0, 1, 0]}, "messages"),
+        ({"messages": TURNS, "loss_mask": [0, 1, 0]}, "loss_mask"),
+        ({"messages": TURNS, "mask": "User"}, "mask"),
+        ({"prompt": "a", "completion": "b", "weight": 0.5}, "weight"),
+        ({"prompt": "a", "completion": "b", "loss_mask": [0, 0, 1, 1]}, "loss_mask"),
+        ({"text": "a b", "loss_mask": [0, 1]}, "loss_mask"),
+        ({"conversations": SHARED, "chosen": {"from": "gpt", "value": "Salt."}}, "chosen"),
+        ({"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}, "chosen"),
+        ({"prompt": "a", "completion": "b", "chosen": "b", "rejected": [{"content": " b"}]}, "rejected"),
+    ],
+)
+def test_marks_that_could_mean_two_things_are_refused_by_name(tmp_path, row, column):
+    fine = {name: SHARED if name == "conversations" else TURNS for name in ("messages", "conversations") if name in row}
+    fine = fine or {name: "x y" for name in row if name in ("prompt", "completion", "text")}
+    (refused,) = read(tmp_path, fine, row).rejected
+    unread = {*row} - {"messages", "conversations", "prompt", "completion", "text"}
+    name = (unread & {column, "mask"} or {None}).pop() or next(
+        key for turn in row["messages"] for key in turn if key not in ("role", "content")
+    )
+    assert refused.column == column and name in refused.reason
+    if column == name:
+        assert len(read(tmp_path, fine, row, columns={name: None}).train) >= 1, "all rows alike, if that is meant"
+
+
+def test_rows_left_out_by_a_mark_are_no_fault_and_what_is_not_read_is_listed(tmp_path):
+    rows = [{"prompt": f"{n}?", "completion": "b", "label": n % 2 == 0, "id": n, "note": ""} for n in range(10)]
+    results = read(tmp_path, *rows, max_refused=0.0)
+    assert (len(results.train), results.facts["unlearned_rows"]) == (5, 5)
+    assert "Not read: id (100% of rows), note (0% of rows)." in results.notes
+    assert len(read(tmp_path, *rows, columns={"label": None}).train) == 10
+    named = [{**turn, "name": "Ada", "reasoning_content": None} for turn in TURNS]
+    notes = read(tmp_path, {"messages": named}, {"messages": TURNS[:2]}).notes
+    assert "Not read: name of turns (50% of rows)." in notes
+    dropped = read(tmp_path, marked({}, {}, {}, {"weight": 0})).train
+    assert any(note.startswith("1 answers in 1 conversations are marked") for note in chat.complete(dropped))
