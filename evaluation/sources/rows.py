@@ -340,11 +340,11 @@ def _items(
                 raise RowError(name, f"expected one of {', '.join(names)}, got -1, which marks unpublished labels")
         item = task.make_item(f"{task.NAME}-{split}-{raw.row}", values)
         for name in pair:
-            answers, learned = _strings(raw.values.get(name) or []), item.completion.strip()
-            is_there = any(learned in answer if name == "chosen" else learned == answer.strip() for answer in answers)
+            answers, answer = _strings(raw.values.get(name) or []), item.completion.strip()
+            is_there = any(answer in text if name == "chosen" else answer == text.strip() for text in answers)
             if answers and is_there is (name == "rejected"):
                 other = "the answer that is learned" if name == "chosen" else "another answer than is learned"
-                reason = f"expected {other}, {brief(learned)}, got {brief(raw.values[name])}"
+                reason = f"expected {other}, {brief(answer)}, got {brief(raw.values[name])}"
                 raise RowError(name, f"{reason}. Map the right one in columns, or set {name}: null there")
         size, most = item.characters, where.max_chars
         if most is not None and size > most:
