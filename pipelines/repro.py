@@ -46,8 +46,8 @@ TIMES = LOGS / "seconds.json"
 """Seconds that each stage's command took when it last ran."""
 EVERY = 30.0
 """Seconds between two lines about a stage that is running."""
-PROGRESS = re.compile(r"\d/\d+ \[|step \d+/\d+")
-"""How tqdm and `trainers.callbacks.progress_lines` say how far they are."""
+PROGRESS = re.compile(r"\d/([2-9]|\d{2,}) \[|step \d+/\d+")
+"""How tqdm, over two things or more, and `trainers.callbacks.progress_lines` say how far they are."""
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 FORK = multiprocessing.get_context("fork")
 PRELOADED = """dvc.cli.parser dvc.repo.reproduce dvc.stage.run scmrepo.git llama_cpp transformers.trainer
