@@ -53,7 +53,7 @@ format: setup
 # Benchmarks of GRIT-VLM need the results of `make repro PROFILE=vision`; without them they are skipped.
 NEED_VISION := vlm_claims vlm_tuning
 # Hours of training, on the data and base of `make repro`; run them by name: `python -m benchmarks.frontier`.
-NEED_HOURS := frontier rank distribute
+NEED_HOURS := frontier rank distribute real
 
 bench: foreign
 	@for script in benchmarks/[a-z]*.py; do \
