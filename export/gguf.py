@@ -244,9 +244,12 @@ def convert_adapter(adapter: Path, base: str | Path, out: Path, load_kwargs: Map
             shutil.copytree(adapter, copy)
         of_base = AutoConfig.from_pretrained(base, **(load_kwargs or {}))
         with safe_open(copy / "adapter_model.safetensors", "pt") as weights:
-            on_head = any(".lm_head." in name for name in weights.keys())  # noqa: SIM118  # no mapping
-        if on_head and of_base.get_text_config().tie_word_embeddings:
-            raise MergedOnlyError(f"{adapter}: a GGUF adapter would lose lm_head (it is the base's embedding, too)")
+            names = list(weights.keys())
+        ends = [end for end in ("lm_head", "embed_tokens") if any(f".{end}." in name for name in names)]
+        if ends and of_base.get_text_config().tie_word_embeddings:
+            raise MergedOnlyError(
+                f"{adapter}: a GGUF adapter would lose {ends[0]} (the base has one tensor at both ends)"
+            )
         of_base.save_pretrained(Path(temporary) / "base")
         if Path(str(adapter_config(adapter).get("base_model_name_or_path"))).is_dir():
             (copy / "README.md").unlink(missing_ok=True)  # which names it; the file would call it a place on the hub

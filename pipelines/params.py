@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import psutil
-import yaml
 from joblib import cpu_count  # knows affinity and a container's quota
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from ruamel.yaml import YAML, YAMLError
 
 from db.files import omp_threads
 from pipelines import STAGES
@@ -248,18 +248,18 @@ def load_params(schema: type[P], path: Path = PARAMS_FILE) -> P:
 
 
 def load_yaml(path: Path) -> Any:
-    """The content of a YAML file.
+    """The content of a YAML file, by the reader of DVC (YAML 1.2: 1e-05 is a number, 010 is ten, `no` is a text).
 
     Raises:
         ConfigError: the file is missing or is not YAML.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file; run this in the project's folder, or `python -m pipelines.profile tiny`"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
 
 

@@ -133,6 +133,46 @@ def peft_config(settings: Any) -> Any:
     raise TrainingError("\n".join(problems))
 
 
+def pattern_problems(model: Any, config: Any) -> list[str]:
+    """Names in a PEFT configuration that fit no module of the base, which PEFT would ignore without a word."""
+    modules = [name for name, _ in model.named_modules() if name]
+    endings = sorted({name.rpartition(".")[2] for name in modules if not name.rpartition(".")[2].isdigit()})
+    linear = [name for name in modules if _is_adapted(name, config.target_modules)]
+    problems = []
+    for key in ("modules_to_save", "exclude_modules"):
+        names = getattr(config, key, None) or ()
+        for name in [names] if isinstance(names, str) else names:
+            if not any(_is_adapted(module, names if isinstance(names, str) else [name]) for module in modules):
+                problems.append(f"peft.{key}: {name!r} fits no module{suggest(name, endings)}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in (getattr(config, key, None) or {}).items():
+            if not any(re.match(rf"(.*\.)?({pattern})$", module) for module in linear):
+                adapted = sorted({name.rpartition(".")[2] for name in linear})
+                problems.append(f"peft.{key}: {pattern!r} fits no module with an adapter{suggest(pattern, adapted)}")
+            if value <= 0:
+                problems.append(f"peft.{key}.{pattern}: expected more than 0, got {value}")
+    layers = getattr(config, "layers_to_transform", None)
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    for layer in [layers] if isinstance(layers, int) else layers or ():
+        if not 0 <= layer < count:
+            problems.append(f"peft.layers_to_transform: expected numbers from 0 to {count - 1}, got {layer}")
+    if getattr(config, "bias", "none") != "none" and any(
+        name.endswith(".bias") for name, _ in model.named_parameters()
+    ):
+        problems.append(
+            f"peft.bias: expected none, since this base has biases, got {config.bias!r}; PEFT leaves trained biases in "
+            "place while the adapter is off, so that nothing could be compared with the base"
+        )
+    return problems
+
+
+def _is_adapted(module: str, targets: Any) -> bool:
+    """Whether PEFT's names, or one regular expression, take a module."""
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets or ())
+
+
 # Starts
 
 

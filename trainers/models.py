@@ -173,13 +173,16 @@ def add_lora(model: Any, settings: TrainSettings) -> Any:
         return add_to(model, {name: of_modality[modality] for modality, names in modules.items() for name in names})
     from peft import get_peft_model
 
-    from trainers.adapters import peft_config
+    from trainers.adapters import pattern_problems, peft_config
 
     check_target_modules(model, settings.target_modules)
+    config = peft_config(settings)
+    if problems := pattern_problems(model, config):
+        raise TrainingError("\n".join(f"train.{problem}" for problem in problems))
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         try:
-            return get_peft_model(model, peft_config(settings))
+            return get_peft_model(model, config)
         except ValueError as error:
             raise TrainingError(
                 f"train.peft: PEFT cannot put {settings.peft or 'LoRA'} on this model: {error}"

@@ -119,6 +119,11 @@ class TrainSettings(Section):
             )
         if self.layers is None and not self.target_modules:
             problems.append("target_modules: expected at least one name, got none")
+        if any(name.rpartition(".")[2] == "lm_head" for name in self.target_modules):
+            problems.append(
+                "target_modules: expected modules inside the layers, got lm_head: TRL reads its weight past an adapter; "
+                "train it whole with peft: {modules_to_save: [lm_head]}"
+            )
         if self.layers is not None:
             problems += self._picture_problems()
         problems += optimizers.problems(self.optimizer, self.optim_args)

@@ -27,6 +27,8 @@ def problems(folder: Path) -> list[str]:
     if config.get("peft_type") not in MERGED:
         reasons.append(f"{folder}: expected an adapter that PEFT can merge, got peft_type {config.get('peft_type')!r}")
     reasons += [f"{folder}: {key}: cannot be used: {why}" for key, why in NO_FIELD.items() if config.get(key)]
+    if config.get("lora_alpha") == 0:
+        reasons.append(f"{folder}: expected lora_alpha above 0, got 0: the update is multiplied by it")
     if takes_part_of_w(start := config.get("init_lora_weights")):
         reasons.append(
             f"{folder}: {start} changed the base's weights; save the adapter for the untouched base, with "
@@ -41,6 +43,15 @@ def load(model: Any, folder: Path) -> Any:
     from safetensors.torch import load_file
 
     saved = load_file(folder / WEIGHTS)
+    if infinite := [name for name, tensor in saved.items() if not tensor.isfinite().all()]:
+        raise TrainingError(f"{folder}: expected finite numbers, got NaN or infinity in {infinite[0]}"
+                            f"{f' and {len(infinite) - 1} more tensors' * (len(infinite) > 1)}")  # fmt: skip
+    biases = read_config(folder / CONFIG).get("bias", "none")
+    if biases != "none" and any(name.endswith(".bias") for name, _ in model.named_parameters()):
+        raise TrainingError(
+            f"{folder}: expected bias none on a base that has biases, got {biases!r}; PEFT leaves trained biases in "
+            "place while the adapter is off, so that it could not be compared with the base"
+        )
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (KeyError, RuntimeError, ValueError) as error:

@@ -229,6 +229,7 @@ def test_uneven_ranks_and_rslora_in_fused_layers(base_dir, tmp_path):
         # One matrix at both ends: what is saved for one must not become the other's.
         ("Qwen3", {"modules_to_save": ["lm_head", "input_layernorm"]}, "would lose modules_to_save"),
         ("Qwen3", {"target_modules": ["q_proj", "lm_head"]}, "would lose lm_head"),
+        ("Qwen3", {"target_modules": ["q_proj", "embed_tokens"]}, "would lose embed_tokens"),
         ("Mixtral", {}, "would lose target_parameters"),  # all-linear: PEFT takes the experts as well
         ("Qwen3-MoE", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}, "experts"),
     ],

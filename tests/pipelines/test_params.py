@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from pipelines import check, evaluate, measure, profile, train
 from pipelines.check import load_params, parse_params
-from pipelines.params import ConfigError, parse, stages_at_once, threads_for
+from pipelines.params import ConfigError, load_yaml, parse, stages_at_once, threads_for
 from pipelines.params import load_params as load_view
 from pipelines.stage import set_threads
 from pipelines.train import load_arm
@@ -299,3 +299,16 @@ def test_thread_limits_apply_to_numpy_imported_earlier(raw, tmp_path, monkeypatc
         set_threads()
         assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {1}
     torch.set_num_threads(before)
+
+
+def test_yaml_means_what_it_means_to_dvc(tmp_path):
+    from dvc.utils.serialize import parse_yaml
+
+    forms = {
+        "1e-05": 1e-5, "1e5": 1e5, "1.0e-3": 1e-3, "010": 10, "0o10": 8, "0x1F": 31, "on": "on", "no": "no", "~": None,
+        ".inf": float("inf"), '"010"': "010", "true": True, "[1e-4, 2.e-3]": [1e-4, 2e-3],
+    }  # fmt: skip
+    text = "".join(f"key{i}: {form}\n" for i, form in enumerate([*forms, "2026-11-25", "1_000", "1:30"]))
+    (tmp_path / "some.yaml").write_text(text)
+    read = load_yaml(tmp_path / "some.yaml")
+    assert read == parse_yaml(text, "some.yaml") and [*read.values()][: len(forms)] == [*forms.values()]

@@ -29,6 +29,7 @@ REFUSED = [
     (LORA, {"keep_best": True}, r"keep_best: .*125, got save_steps = 100"),
     (LORA, {"early_stopping_patience": 3}, r"early_stopping_patience: .*125, got save_steps = 100"),
     (LORA, {"early_stopping_min_delta": 0.1}, r"early_stopping_min_delta: 0\.1"),
+    (LORA, {"target_modules": ["q_proj", "lm_head"]}, r"target_modules: .*got lm_head"),
     (LORA, {"devices": 3}, r"batch_size: .*devices = 3.*got 16"),
     ("hybrid_grit", {"packing": True}, r"packing: expected false"),
     (LORA, {"replay": 1.0}, r"replay: .*less than 1"),
