@@ -121,7 +121,7 @@ class TrainSettings(Section):
             problems.append("target_modules: expected at least one name, got none")
         if any(name.rpartition(".")[2] == "lm_head" for name in self.target_modules):
             problems.append(
-                "target_modules: expected modules inside the layers, got lm_head: TRL reads its weight past an adapter; "
+                "target_modules: expected modules inside the layers, got lm_head: TRL reads its weight past adapters; "
                 "train it whole with peft: {modules_to_save: [lm_head]}"
             )
         if self.layers is not None:
