@@ -105,10 +105,13 @@ class PrepareData(RowSource):
         return self
 
 
-def make_splits(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item]], dict[str, Any]]:
+def make_splits(
+    section: PrepareData, folder: Path, control: Sequence[str] = ()
+) -> tuple[dict[str, list[Item]], dict[str, Any]]:
     """Items of train, valid, test, retention and paraphrased, and what run.json says about them.
 
-    Pictures go to `folder`/images, refused rows to `folder`/rejected.jsonl.
+    Rows that spell out a token of `control` are refused. Pictures go to `folder`/images, refused rows to
+    `folder`/rejected.jsonl.
     """
     task = load(section.task)
     settings = {name: getattr(section, name) for name in getattr(task, "SETTINGS", ())}
@@ -118,7 +121,7 @@ def make_splits(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item
         write_rejected(folder / REJECTED, [])
         facts: dict[str, Any] = {"source": GENERATED}
     else:
-        splits, facts = _from_rows(section, folder)
+        splits, facts = _from_rows(section, folder, control)
     if hasattr(task, "facts"):
         facts |= task.facts(splits["test"])
     suites: list[tuple[str, Any]] = [("test", task)]
@@ -137,9 +140,11 @@ def make_splits(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item
     return splits, facts
 
 
-def _from_rows(section: PrepareData, folder: Path) -> tuple[dict[str, list[Item]], dict[str, Any]]:
+def _from_rows(
+    section: PrepareData, folder: Path, control: Sequence[str]
+) -> tuple[dict[str, list[Item]], dict[str, Any]]:
     task = load(section.task)
-    rows = read_recipe(task, section)
+    rows = read_recipe(task, section, control)
     write_rejected(folder / REJECTED, rows.rejected)
     task_notes = task.complete([*rows.train, *(rows.test or ())]) if hasattr(task, "complete") else []
     sizes = {"train": section.train_items, "valid": section.valid_items, "test": section.test_items}

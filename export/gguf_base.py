@@ -22,10 +22,10 @@ from db.files import key_of
 from export import ExportError
 from export.converters import split_steps
 from export.gguf import open_gguf
-from trainers.encode import encode_prompt
+from trainers.encode import encode_prompt, longest_first
 
 PACKAGE, OLLAMA, SUFFIX = "package:", "ollama:", ".gguf"
-_NORMAL, _CONTROL, _USER, _BYTE = 1, 3, 4, 6  # kinds of tokens (llama.h, enum llama_token_type)
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # kinds of tokens (llama.h, enum llama_token_type)
 _VARIANTS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "default": "gpt-2"}  # other names of the same splits
 _FORK: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
@@ -52,6 +52,14 @@ def locate(source: str) -> Path:
     if not file.is_file():
         raise ExportError(f"{source}: no such file ({file})")
     return file
+
+
+def control_tokens(file: Path) -> list[str]:
+    """The texts that llama.cpp reads as control tokens wherever they stand, longest first."""
+    fields = open_gguf(file).fields
+    tokens, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind in (_UNKNOWN, _CONTROL)]
+    return longest_first(control)
 
 
 def mark(file: Path) -> str:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from export import ExportError
 from export.engines.engine import PROMPT_SLOT, Asked, Raw, conversation, messages_of
 from export.go import LAST, SYSTEM, go_template, render_go
+from trainers.encode import spelled_out
 
 BOS_TOKENS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|begin▁of▁sentence|>", "[BOS]")
 
@@ -31,6 +32,7 @@ class Serving(BaseModel):
     num_ctx: int  # tokens
     adds_bos: bool = True  # tokenizer and GGUF put BOS in front of every text
     bos_token: str | None = None
+    control: list[str] = []  # texts that the server reads as control tokens wherever they stand
 
     @classmethod
     def read(cls, file: Path) -> "Serving":
@@ -63,10 +65,17 @@ class Serving(BaseModel):
         return self.go is not None and LAST not in self.go
 
     def render(self, asked: Asked) -> str:
-        """What the server makes of a question or a conversation. Raises ExportError: see `export.go.render_go`."""
+        """What the server makes of a question or a conversation.
+
+        Raises ExportError: it spells out a control token; or see `export.go.render_go`.
+        """
+        messages = messages_of(asked)
+        if token := spelled_out(self.control, *(message["content"] for message in messages)):
+            raise ExportError(
+                f"expected text, got {token} in what is asked, which every server reads as a control token"
+            )
         if isinstance(asked, Raw):
             return asked
-        messages = messages_of(asked)
         given = self.system is None or messages[0]["role"] == "system"
         return render_go(self.go_template, messages if given else [*conversation("", self.system)[:1], *messages])
 
@@ -91,6 +100,8 @@ class Serving(BaseModel):
             problems.append(f"go: {error}.")
         if self.system is not None and ".System" not in template:
             problems.append(f"system: the template has no {SYSTEM}, so Ollama would drop it; put it into the template.")
+        if token := spelled_out(self.control, self.system):
+            problems.append(f"system: holds {token}, which the server reads as a control token; take it out.")
         if not self.stop or not all(self.stop) or len(set(self.stop)) != len(self.stop):
             problems.append(f"stop: expected at least one word, none empty or twice, got {self.stop!r}.")
         bos = next((t for t in (*BOS_TOKENS, self.bos_token) if t and self.template.lstrip().startswith(t)), None)

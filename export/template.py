@@ -32,7 +32,7 @@ from export.go import (
     render_go,
 )
 from export.modelfile import Serving
-from trainers.encode import encode_prompt
+from trainers.encode import control_tokens, encode_prompt, spelled_out
 
 Render = Callable[..., str]
 """(messages, add_generation_prompt, **variables) → text; what `apply_chat_template` does with tokenize=False."""
@@ -286,6 +286,8 @@ def from_tokenizer(tokenizer: Any, system: str | None = None) -> ChatTemplate:
 
     bos = tokenizer.bos_token
     try:
+        if token := spelled_out(control_tokens(tokenizer), system):
+            raise ExportError(f"prompt.system holds {token}, which is a control token; take it out")
         chat = convert(
             render,
             bos_token=bos,

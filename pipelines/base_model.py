@@ -11,7 +11,8 @@ from db.files import key_of, read_json, sha256
 from export import ExportError, gguf_base
 from pipelines.params import ConfigError, Share
 from pipelines.stage import BASE, BASE_ARM, adapter_dir
-from trainers.embedded_base import EmbeddedSettings
+from trainers.embedded_base import SPECIAL, EmbeddedSettings
+from trainers.encode import control_tokens
 from trainers.models import hub_reason, load_base_model, load_tokenizer
 from trainers.settings import BaseReference, TrainSettings
 
@@ -118,6 +119,18 @@ def reference_for(section: PrepareBase) -> dict[str, Any]:
     location = str(local_folder(section.source) or section.source)
     reference = BaseReference(location, revision, section.merge_source, merge_revision, section.trust_remote_code)
     return {"kind": kind, "pictures": section.vision is not None, **marks, **asdict(reference)}
+
+
+def control_tokens_of(section: PrepareBase) -> list[str]:
+    """The texts that this base reads as control tokens, before stage prepare_base has run."""
+    if section.source == "embedded":
+        return list(SPECIAL.values())
+    if gguf_base.is_gguf(section.source):
+        return gguf_base.control_tokens(gguf_base.locate(section.source))
+    location = str(local_folder(section.source) or section.source)
+    return control_tokens(
+        load_tokenizer(BaseReference(location, section.revision, None, None, section.trust_remote_code))
+    )
 
 
 def base_has_changed() -> bool:

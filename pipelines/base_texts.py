@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from db.files import artifact, finish_run, hash_inputs, read_jsonl, staged, start_run, write_jsonl
 from evaluation import EvaluationError
-from evaluation.measure.texts import read_texts, spread
+from evaluation.measure.texts import read_texts, spread, without_control
 from evaluation.tasks import Item, general
 from pipelines.base_model import load_reference, resolved
 from pipelines.params import ConfigError, StageParams, load_params
 from pipelines.prompt import CHAT, Prompt, chat_facts, prompt_text
 from pipelines.stage import BASE, DATA, TEXTS, cli, main_for, sees_pictures
+from trainers.encode import control_tokens
 from trainers.keeper import batches
 from trainers.models import load_base_model, load_tokenizer
 from trainers.settings import Section, Seed, TrainSettings
@@ -189,6 +190,7 @@ def _read_user_texts(section: BaseTexts, prompts: Sequence[str]) -> list[Row]:
         section="base_texts",
         own=FROM_BASE,
     )
+    texts = without_control(texts, control_tokens(load_tokenizer(load_reference()[0])))
     leaks = [text for text in texts if any(prompt in text for prompt in prompts)]
     if leaks:
         raise EvaluationError(

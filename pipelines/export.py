@@ -54,7 +54,7 @@ from pipelines.base_model import load_reference
 from pipelines.params import Evaluate, Share, StageParams, check_arm
 from pipelines.prompt import CHAT, Form, Prompt, chat_facts, prompt_text
 from pipelines.stage import BASE, BASE_ARM, DATA, adapter_dir, command, gguf_dir, model_name
-from trainers.encode import encode_prompt
+from trainers.encode import control_tokens, encode_prompt
 from trainers.models import load_tokenizer
 from trainers.settings import BaseReference, Positive, Section
 
@@ -112,6 +112,7 @@ def serving_facts(params: Params, reference: BaseReference, name: str) -> Servin
         num_ctx=params.export.num_ctx,
         adds_bos=tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id],
         bos_token=tokenizer.bos_token,
+        control=control_tokens(tokenizer),
     )
     serving.check()
     return serving

@@ -21,11 +21,12 @@ from evaluation import EvaluationError
 from evaluation.measure import drift, separation, states, texts
 from evaluation.measure.states import Encoded
 from evaluation.tasks import Item, render
-from pipelines.base_model import load_model
+from pipelines.base_model import load_model, load_reference
 from pipelines.params import ConfigError, StageParams, check_arm, unwatched
 from pipelines.prompt import Form, Prompt, prompt_text
 from pipelines.stage import BASE, BASE_ARM, DATA, adapter_dir, command, measured_dir
-from trainers.encode import encode_example, encode_prompt
+from trainers.encode import control_tokens, encode_example, encode_prompt
+from trainers.models import load_tokenizer
 from trainers.settings import Positive, Section, TrainSettings
 
 TEST = DATA / "test.jsonl"
@@ -110,7 +111,7 @@ def finite(value: float) -> float | None:
 # --- what the model reads ---
 
 
-def safety_prompts(section: Measure) -> tuple[list[texts.Prompt], int]:
+def safety_prompts(section: Measure, control: Sequence[str]) -> tuple[list[texts.Prompt], int]:
     """The prompts of the separation index, and how many rows are left out; EvaluationError if they are unusable."""
     prompts, left_out = texts.read_prompts(
         section.prompts,
@@ -120,7 +121,8 @@ def safety_prompts(section: Measure) -> tuple[list[texts.Prompt], int]:
         split=section.prompts_split,
         subset=section.prompts_subset,
     )
-    return texts.choose(prompts, section.max_prompts), left_out
+    plain = texts.without_control(prompts, control, lambda prompt: prompt.text)
+    return texts.choose(plain, section.max_prompts), left_out + len(prompts) - len(plain)
 
 
 def general_texts(section: Measure, tokenizer: Any, template: str, limit: int) -> tuple[list[Encoded], int]:
@@ -135,6 +137,7 @@ def general_texts(section: Measure, tokenizer: Any, template: str, limit: int) -
         whole = texts.read_texts(
             section.text, column=section.text_column, split=section.text_split, subset=section.text_subset
         )
+        whole = texts.without_control(whole, control_tokens(tokenizer))
         encoded = [Encoded(tuple(encode_prompt(tokenizer, text))) for text in texts.spread(whole, section.max_texts)]
     return _cut(encoded, limit, f"measure.text: no text of {section.text} has a token to score within {limit} tokens")
 
@@ -243,7 +246,8 @@ def run(params: Params, arm: str, seed: int) -> None:
     section, template, is_base = params.measure, prompt_text(params.prompt), arm == BASE_ARM
     if not is_base:
         check_arm(arm, params)
-    prompts, left_out = safety_prompts(section)  # first: a user's file may be unusable
+    control = control_tokens(load_tokenizer(load_reference()[0]))
+    prompts, left_out = safety_prompts(section, control)  # first: a user's file may be unusable
     user_files = [Path(name) for name in (section.prompts, section.text) if Path(name).is_file()]
     for warning in unwatched(user_files, "measure_base"):
         print(warning)

@@ -9,12 +9,14 @@ from evaluation.sources.hub import HUB
 from evaluation.sources.rows import TASK_SOURCE
 from evaluation.splits import GENERATED, PrepareData, make_splits
 from evaluation.tasks import Item
+from pipelines.base_model import PrepareBase, control_tokens_of
 from pipelines.params import StageParams, load_params, unwatched
 from pipelines.stage import DATA, SPLITS, cli, main_for
 
 
 class Params(StageParams):
     prepare_data: PrepareData
+    prepare_base: PrepareBase  # whose control tokens no row may spell out
 
 
 def user_files(source: str) -> list[Path]:
@@ -41,7 +43,8 @@ def run(params: Params) -> None:
     files = user_files(section.source)
     inputs = hash_inputs(*files)
     with staged(DATA) as folder:
-        splits, facts = make_splits(section, folder)
+        control = [] if section.source == GENERATED else control_tokens_of(params.prepare_base)
+        splits, facts = make_splits(section, folder, control)
         record = start_run("prepare_data", params={"prepare_data": section.model_dump()}, inputs=inputs)
         drawn = (folder / "images").is_dir()
         for split in SPLITS:

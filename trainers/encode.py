@@ -1,26 +1,68 @@
 """Token ids: the same for training, scoring and serving."""
 
 import random
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from trainers import TrainingError
+
+_PREFIX = "▁"  # as which SentencePiece writes a blank
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt, with BOS where the tokenizer's configuration adds it.
 
     After an end-of-sequence token, as between the turns of a conversation, the text starts afresh, as in llama.cpp: a
-    tokenizer that prefixes texts with a blank does so there too. (Hugging Face's does not.)
+    tokenizer that prefixes texts with a blank does so there too, also where they begin with one. (Hugging Face's does
+    neither.)
     """
     first, *more = prompt.split(tokenizer.eos_token) if tokenizer.eos_token else [prompt]
-    ids, end = list(tokenizer(first)["input_ids"]), tokenizer.eos_token_id
+    ids, end = _ids(tokenizer, first), tokenizer.eos_token_id
     if first and more and ids[-1] == end:  # some tokenizers append EOS to every text
         ids.pop()
     for text in more:
-        ids += [end, *(tokenizer(text, add_special_tokens=False)["input_ids"] if text else ())]
+        ids += [end, *(_ids(tokenizer, text, add_special_tokens=False) if text else ())]
     return ids
+
+
+def _ids(tokenizer: Any, text: str, **settings: Any) -> list[int]:
+    if text[:1] in (" ", _PREFIX) and tokenizer.eos_token:
+        plain, blank = (tokenizer(start, **settings)["input_ids"] for start in ("a", " a"))
+        if plain == blank and _PREFIX in "".join(tokenizer.convert_ids_to_tokens(plain)):
+            text = f" {text}"  # the prefix, of which Metaspace takes the text's own blank for one
+    return list(tokenizer(text, **settings)["input_ids"])
+
+
+# Tokens that are not said to be special, and that llama.cpp's converter makes control tokens all the same.
+_CONTROL = re.compile(r"<\|.*\|>|<｜.*｜>|<(?:start|end)_of_\w+>|<unused[0-9]+>|<pad>|<mask>|<2mass>|\[@BOS@\]")
+
+
+def control_tokens(tokenizer: Any) -> list[str]:
+    """The texts that tokenizer and llama.cpp read as control tokens wherever they stand, longest first.
+
+    Added tokens that stand for a piece of text, such as <think> or a run of blanks, are none.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    control = {token.content for token in added if token.special or _CONTROL.fullmatch(token.content)}
+    return longest_first(control.union(map(str, tokenizer.all_special_tokens)))
+
+
+def longest_first(words: Iterable[str]) -> list[str]:
+    return sorted(words, key=lambda word: (-len(word), word))
+
+
+def spelled_out(control: Sequence[str], *texts: str | None) -> str | None:
+    """The first control token that some text spells out. A server would read it as one, whoever wrote it."""
+    matches = (_any_of(tuple(control)).search(text) for text in texts if text)
+    return next((match[0] for match in matches if match), None)
+
+
+@cache
+def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, words)) or "(?!)")
 
 
 def encode_example(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int]:

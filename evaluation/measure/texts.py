@@ -6,7 +6,7 @@ unsafe ones are requests only and contain no operational detail.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +18,7 @@ from evaluation.sources.hub import HUB
 from evaluation.sources.rows import first_few, read_rows
 from evaluation.sources.tabular import TEXT, RawRow
 from evaluation.tasks import Field, RowError
+from trainers.encode import spelled_out
 
 T = TypeVar("T")
 SHIPPED = "shipped"
@@ -76,6 +77,14 @@ def read_texts(
         heading = f"{section}.text: {source} cannot be used (expected `{own}`, a file or {HUB}org/name):"
         raise EvaluationError(problems or "expected texts, got only empty ones", heading)
     return texts
+
+
+def without_control(texts: Sequence[T], control: Sequence[str], text_of: Callable[[T], str] = str) -> list[T]:
+    """Those that spell out no control token of the base, which would not be read as text; prints how many do."""
+    plain = [text for text in texts if spelled_out(control, text_of(text)) is None]
+    if len(plain) < len(texts):
+        print(f"{len(texts) - len(plain)} of {len(texts)} texts spell out control tokens of the base and are left out")
+    return plain
 
 
 @dataclass(frozen=True)

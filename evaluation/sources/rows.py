@@ -18,6 +18,7 @@ from evaluation.sources.columns import Column, FieldReader, checked_columns, mat
 from evaluation.sources.hub import HUB, DataSet, open_data_set
 from evaluation.sources.tabular import AUTO, RawRow, Table, read_file
 from evaluation.tasks import Item, RowError, Source, Task, brief
+from trainers.encode import spelled_out
 from trainers.settings import Positive, Section
 
 T = TypeVar("T")
@@ -143,8 +144,11 @@ class RecipeRows:
     facts: dict[str, object]  # for run.json: where the rows come from, and how many are usable
 
 
-def read_recipe(task: Task, where: RowSource) -> RecipeRows:
-    """Every row as an item or a rejection; EvaluationError, with every problem, if a split has no usable row."""
+def read_recipe(task: Task, where: RowSource, control: Sequence[str] = ()) -> RecipeRows:
+    """Every row as an item or a rejection; EvaluationError, with every problem, if a split has no usable row.
+
+    Rows that spell out a token of `control` are refused.
+    """
     defaults, fields = getattr(task, "SOURCE", Source("")), task.FIELDS
     entries = where.columns
     if where.source == TASK_SOURCE:
@@ -179,7 +183,7 @@ def read_recipe(task: Task, where: RowSource) -> RecipeRows:
     for split, reader in readers.items() if not problems else ():
         if reader.commas:
             notes.append(f"Decimal commas are read as points in {', '.join(reader.commas)}.")
-        usable, refused, repeats = _items(task, where, split, reader, ids)
+        usable, refused, repeats = _items(task, where, split, reader, ids, control)
         repeated += repeats
         if repeats:
             notes.append(
@@ -306,7 +310,7 @@ def _strings(value: object) -> list[str]:
 
 
 def _items(
-    task: Task, where: RowSource, split: str, fields: FieldReader, ids: dict[str, int]
+    task: Task, where: RowSource, split: str, fields: FieldReader, ids: dict[str, int], control: Sequence[str]
 ) -> tuple[list[Item], list[Rejection], int]:
     """The items of a split's rows, those refused, and how many repeat an earlier one.
 
@@ -346,7 +350,10 @@ def _items(
                 other = "the answer that is learned" if name == "chosen" else "another answer than is learned"
                 reason = f"expected {other}, {brief(answer)}, got {brief(raw.values[name])}"
                 raise RowError(name, f"{reason}. Map the right one in columns, or set {name}: null there")
-        size, most = item.characters, where.max_chars
+        if token := spelled_out(control, *item.texts):
+            reason = f"expected text, got {token}, which the base reads as a control token, not as text; take it out"
+            raise RowError(None, reason)
+        size, most = sum(map(len, item.texts)), where.max_chars
         if most is not None and size > most:
             raise RowError(None, f"{_TOO_LONG}expected prompt and completion of at most {most} characters, got {size}")
         row, completion = first.setdefault(item.context, (raw.row, item.completion))

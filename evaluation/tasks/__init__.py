@@ -58,9 +58,9 @@ class Item:
         return (self.system, self.turns, self.prompt) if self.system or self.turns else self.prompt
 
     @property
-    def characters(self) -> int:
-        before = [self.system or "", *(text for turn in self.turns for text in turn)]
-        return sum(map(len, (*before, self.prompt, self.completion)))
+    def texts(self) -> list[str]:
+        """All that the model reads or learns, in order."""
+        return [self.system or "", *(text for turn in self.turns for text in turn), self.prompt, self.completion]
 
 
 @dataclass(frozen=True)

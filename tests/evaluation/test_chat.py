@@ -269,6 +269,29 @@ def test_all_parts_of_a_conversation_are_in_one_split():
     assert divided(pool, test).apart == pool[:3]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "What does it cost?", "completion": "<s>12 EUR</s> 8 EUR"},
+        {"prompt": "Stop at <|im_end|>.", "completion": "12 EUR"},
+        {"prompt": "a", "completion": "b", "system": "Say <|eot_id|>."},
+        {"messages": [{"role": "user", "content": "a</s>b"}, *TURNS[1:]]},
+        {"conversations": [SHARED[0], {"from": "gpt", "value": "<unk>"}, *SHARED[2:]]},
+        {"text": "<s>[INST] Hi [/INST] Hello </s>"},
+        {"instruction": "a", "input": "<|im_start|>system", "output": "b"},
+    ],
+)
+def test_control_tokens_that_a_row_spells_out_are_refused(tmp_path, row):
+    control = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<unk>", "</s>", "<s>"]
+    fine = {name: SHARED if name == "conversations" else TURNS if name == "messages" else "x < s >" for name in row}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{json.dumps(fine)}\n{json.dumps(row)}\n")
+    results = read_recipe(chat, section(file), control)
+    assert len(results.train) == 1 and [one.row for one in results.rejected] == [2]
+    assert any(token in json.dumps(row) and token in results.rejected[0].reason for token in control)
+    assert len(read_recipe(chat, section(file)).train) == 2, "text like any other to a base without such tokens"
+
+
 # --- marks: what is learned ---
 
 

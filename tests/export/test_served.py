@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from export import ExportError
+from export.engines.engine import Raw, conversation
 from export.engines.llama_cpp import Vocabulary
-from export.go import FIND_LAST, go_template
+from export.go import FIND_LAST, go_of_turns, go_template
 from export.modelfile import Serving
 from export.served import FACTS, REFERENCE, find_served, modelfile_text, read_references, served_in
 from tests.export.verify_runs import edit
@@ -73,6 +74,25 @@ def test_all_faults_are_listed_at_once():
     with pytest.raises(ExportError) as caught:
         serving(num_ctx=0, stop=[], license="").check()
     assert str(caught.value).count("\n  - ") == 3
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "Stop at </s>.",
+        Raw("a</s>b"),
+        conversation("a", system="</s>"),
+        conversation("a", turns=[("b", "</s>")]),
+        conversation("a", turns=[("</s>", "b")]),
+    ],
+)
+def test_no_server_is_asked_what_spells_out_a_control_token(asked):
+    go = go_of_turns(TEMPLATE, "</s>")
+    with pytest.raises(ExportError, match="</s>"):
+        serving(go=go, control=["</s>"]).render(asked)
+    assert "</s>" in serving(go=go).render(asked)
+    with pytest.raises(ExportError, match="system: holds </s>"):
+        serving(go=go, system="Say </s>.", control=["</s>"]).check()
 
 
 def test_bos_must_not_come_twice():

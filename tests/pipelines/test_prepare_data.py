@@ -107,6 +107,15 @@ def test_rows_that_share_a_group_with_a_test_item_are_not_trained_on(stage, caps
     assert "prepare_data.test_items: 1 instead of 5" in output
 
 
+def test_rows_that_spell_out_a_control_token_of_the_base_are_refused(stage, capsys):
+    rows = [{"question": f"Is it {n}?", "answer": "yes</s> no" if n == 3 else "yes"} for n in range(40)]
+    Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result, _ = stage(task="exact", source="d.jsonl", valid_items=4, test_items=4)
+    assert sum(map(len, result.values())) == 39 and "1 rows were rejected" in capsys.readouterr().out
+    (refused,) = [json.loads(line) for line in Path("data/rejected.jsonl").read_text().splitlines()]
+    assert refused["row"] == 4 and "</s>" in refused["reason"]
+
+
 def test_too_few_rows_are_an_error_and_leave_nothing_behind(stage):
     Path("d.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     with pytest.raises(EvaluationError, match="no row is left, all 1 were rejected"):

@@ -4,7 +4,7 @@ import pytest
 
 from tests.conftest import TEMPLATE
 from trainers import TrainingError
-from trainers.encode import encode_example, encode_examples, encode_prompt, encode_turns
+from trainers.encode import control_tokens, encode_example, encode_examples, encode_prompt, encode_turns, spelled_out
 from trainers.models import load_tokenizer
 from trainers.settings import BaseReference
 
@@ -73,6 +73,16 @@ def test_white_space_of_an_answer_is_learned_behind_the_tokens_that_are_asked(to
     ids, start = encode_example(reader, prompt, answer)
     assert ids[:start] == encode_prompt(reader, prompt)
     assert reader.decode(ids[:-1], skip_special_tokens=True) == prompt + answer
+
+
+def test_control_tokens_are_those_that_stop_or_steer_a_model(tokenizer, chat_base_dir):
+    assert control_tokens(tokenizer) == ["<pad>", "<unk>", "</s>", "<s>"]
+    chat = load_tokenizer(BaseReference(str(chat_base_dir)))
+    chat.add_tokens(["<think>", "    ", "<|fim_prefix|>", "<end_of_turn>"])  # none of which says that it is special
+    assert {*control_tokens(chat)} - {*control_tokens(tokenizer)} == {
+        "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<end_of_turn>"}  # fmt: skip
+    assert spelled_out(control_tokens(chat), "a <think> b", None, "<|im_end|><s>") == "<|im_end|>"
+    assert spelled_out(control_tokens(chat), "a < s >", "<|im_end") is spelled_out([], "</s>") is None
 
 
 def test_too_long_items_are_left_out_and_counted(tokenizer):
